@@ -1,0 +1,68 @@
+"""Identity of a feature set: everything that changes its bytes, and nothing that does not."""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any, Self
+
+from headrace.cache.errors import SpecMismatch
+
+STORAGE_DTYPES = ("float16", "float32", "bfloat16", "uint8")
+
+
+@dataclass(frozen=True)
+class FeatureSpec:
+    """What a feature set is made of: one (backbone, preprocessing, tap, view), stored in one dtype.
+
+    Batch size, device, worker count and shard size are not here: they change no bytes beyond the tolerance
+    that floating point leaves between machines.
+    """
+
+    backbone: str  # "timm:tf_efficientnet_lite0", "torchvision:resnet50", "python:module:function"
+    weights: str  # SHA-256 (hex) over every tensor of the state dict: name, dtype, shape, bytes
+    tap: str  # node of the network, "blocks.4"
+    reduction: str  # "avg", "max", "gem", "grid2", "map", "cls", ...
+    preprocessing: str  # canonical JSON: resize, interpolation, antialias, crop, colour, mean, std
+    view: str  # canonical JSON: {"index": 0} is the evaluation crop, otherwise the augmentation recipe and its seed
+    decoder: str  # "pillow 13.0.0"
+    compute_dtype: str  # dtype of the forward pass, "float32"
+    dtype: str  # storage dtype, one of STORAGE_DTYPES
+    shape: tuple[int, ...]  # of one row
+
+    def __post_init__(self) -> None:
+        if self.dtype not in STORAGE_DTYPES:
+            raise ValueError(f"storage dtype {self.dtype!r} is not one of {', '.join(STORAGE_DTYPES)}")
+
+    @property
+    def name(self) -> str:
+        """The tap as a user writes it, "blocks.4.avg"."""
+        return f"{self.tap}.{self.reduction}"
+
+    @property
+    def fingerprint(self) -> str:
+        """First 24 hex digits of the SHA-256 of the canonical JSON: names the feature set's directory."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:24]
+
+    def to_json(self) -> str:
+        """Canonical JSON: sorted keys, no white space."""
+        return json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Inverse of `to_json`. Raises SpecMismatch when the fields are not this version's."""
+        values: dict[str, Any] = json.loads(text)
+        known = {field.name for field in dataclasses.fields(cls)}
+        if set(values) != known:
+            odd = sorted(set(values) ^ known)
+            raise SpecMismatch(f"the spec has other fields than this version of headrace knows: {', '.join(odd)}")
+        return cls(**{**values, "shape": tuple(values["shape"])})
+
+
+def spec_difference(found: FeatureSpec, expected: FeatureSpec) -> str | None:
+    """Names the first field in which two specs differ, with both values; None when they are equal."""
+    for field in dataclasses.fields(FeatureSpec):
+        ours, theirs = getattr(expected, field.name), getattr(found, field.name)
+        if ours != theirs:
+            return f"{field.name}: found {theirs!r}, expected {ours!r}"
+    return None

@@ -1,0 +1,123 @@
+"""What a head is before and after training, as plain frozen values."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+FULL = -1  # "fold" of a head trained on every training row, none held out
+
+ClassWeight = Literal["none", "balanced"]
+
+
+@dataclass(frozen=True)
+class LogisticSpec:
+    """L2-regularised (multinomial) logistic regression; scikit-learn's objective, intercept unpenalised.
+
+    C is scikit-learn's inverse strength: minimise sum_i w_i loss_i + |W|^2 / (2 C), on features standardised with the
+    mean and standard deviation of the head's own training rows.
+    """
+
+    C: float
+    class_weight: ClassWeight = "none"
+    standardize: bool = True
+    kind: Literal["logistic"] = "logistic"
+
+
+@dataclass(frozen=True)
+class RidgeSpec:
+    """Ridge regression on targets coded -1/+1 (classification, as RidgeClassifier) or real ones: |XW - Y|^2 + alpha |W|^2."""
+
+    alpha: float
+    class_weight: ClassWeight = "none"
+    standardize: bool = True
+    kind: Literal["ridge"] = "ridge"
+
+
+@dataclass(frozen=True)
+class MLPSpec:
+    """Multi-layer perceptron trained by AdamW on standardised features, early-stopped on its validation fold."""
+
+    hidden: tuple[int, ...] = (256,)
+    learning_rate: float = 1e-3
+    weight_decay: float = 1e-4
+    dropout: float = 0.0
+    label_smoothing: float = 0.0
+    class_weight: ClassWeight = "none"
+    batch_size: int = 256
+    epochs: int = 50
+    patience: int = 8
+    seed: int = 0
+    standardize: bool = True
+    kind: Literal["mlp"] = "mlp"
+
+
+@dataclass(frozen=True)
+class KNNSpec:
+    """k nearest neighbours."""
+
+    k: int
+    metric: Literal["cosine", "euclidean"] = "cosine"
+    weighting: Literal["uniform", "distance"] = "uniform"
+    kind: Literal["knn"] = "knn"
+
+
+@dataclass(frozen=True)
+class CentroidSpec:
+    """Nearest class mean, with probabilities by softmax of the scaled similarity."""
+
+    metric: Literal["cosine", "euclidean"] = "cosine"
+    kind: Literal["centroid"] = "centroid"
+
+
+@dataclass(frozen=True)
+class SklearnSpec:
+    """Any scikit-learn estimator, "sklearn.ensemble.RandomForestClassifier", with its keyword arguments as JSON text."""
+
+    estimator: str
+    parameters: str = "{}"
+    standardize: bool = False
+    kind: Literal["sklearn"] = "sklearn"
+
+
+HeadSpec = LogisticSpec | RidgeSpec | MLPSpec | KNNSpec | CentroidSpec | SklearnSpec
+
+KINDS: dict[str, type[HeadSpec]] = {
+    "logistic": LogisticSpec,
+    "ridge": RidgeSpec,
+    "mlp": MLPSpec,
+    "knn": KNNSpec,
+    "centroid": CentroidSpec,
+    "sklearn": SklearnSpec,
+}
+
+
+def spec_to_json(spec: HeadSpec) -> str:
+    """Canonical JSON: sorted keys, no white space. Equal specs give equal text."""
+    return json.dumps(dataclasses.asdict(spec), sort_keys=True, separators=(",", ":"))
+
+
+def spec_from_json(text: str) -> HeadSpec:
+    """Inverse of `spec_to_json`."""
+    values: dict[str, Any] = json.loads(text)
+    if "hidden" in values:
+        values["hidden"] = tuple(values["hidden"])
+    return KINDS[values["kind"]](**values)
+
+
+@dataclass(frozen=True)
+class HeadFit:
+    """One trained head. `arrays` is all that prediction needs besides the spec; a failed head has an `error` and no arrays."""
+
+    spec: HeadSpec
+    fold: int  # the fold held out of its training; FULL: none
+    arrays: dict[str, npt.NDArray[Any]]  # linear: weight (C, D) and bias (C,), float32, in raw feature coordinates
+    objective: float  # of the training rows, in the spec's own terms, float64
+    gap: float  # a bound on (objective - optimum) / optimum; nan where no bound is known (mlp)
+    iterations: int  # solver iterations, or epochs
+    seconds: float  # this head's share of the bank's wall time
+    validation: npt.NDArray[np.float32] | None  # (n_held_out, C) probabilities (regression: values), rows in task order
+    error: str | None = None
