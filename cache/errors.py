@@ -9,6 +9,10 @@ class CacheError(HeadraceError):
     """The feature cache cannot be used as asked."""
 
 
+class FeatureSetMissing(CacheError, FileNotFoundError):
+    """There is no feature set in this directory."""
+
+
 class ShardMissing(CacheError, FileNotFoundError):
     """The manifest lists a shard that is not on disk."""
 
@@ -17,9 +21,29 @@ class ShardCorrupt(CacheError, ValueError):
     """A shard's bytes are not the ones that were published, or its structure is not the format's."""
 
 
+class ManifestCorrupt(CacheError, ValueError):
+    """A line of a manifest (or the spec beside it) is not the one that was written."""
+
+
 class SpecMismatch(CacheError, ValueError):
     """A feature set on disk was made by another spec; names the field and both values."""
 
 
+class RowsMissing(CacheError, KeyError):
+    """Rows were asked for whose content hashes the feature set does not hold."""
+
+    def __str__(self) -> str:
+        # KeyError would show the message's repr, quotes and all.
+        return str(self.args[0])
+
+
+class NotStorable(CacheError, ValueError):
+    """A feature is NaN or infinite, or does not fit the storage dtype; names the sample."""
+
+
 class PublishFailed(CacheError, OSError):
     """The operating system refused a write; names the errno. Nothing was published and no temporary file is left."""
+
+
+class ExtraMissing(CacheError, ImportError):
+    """An optional library is needed; names the extra to install."""

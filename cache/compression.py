@@ -1,0 +1,28 @@
+"""Reading bitshuffle-LZ4 shards, which the library hdf5plugin decompresses."""
+
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import numpy.typing as npt
+
+from headrace.cache.errors import ExtraMissing
+
+
+def read_compressed(path: Path, rows: Any) -> npt.NDArray[Any]:
+    """Stored rows (n, *shape) of a shard that was checked; rows: a slice, or increasing positions. Raises ExtraMissing."""
+    require_hdf5plugin(f"{path} is compressed")
+    with h5py.File(path, "r", locking=False) as file:
+        return np.asarray(file["features"][rows])
+
+
+def require_hdf5plugin(why: str) -> Any:
+    """The module hdf5plugin; importing it is what makes its filters known to HDF5."""
+    try:
+        import hdf5plugin
+    except ImportError as error:
+        raise ExtraMissing(
+            f"{why}, and the library hdf5plugin is not installed: pip install 'headrace[compress]'"
+        ) from error
+    return hdf5plugin

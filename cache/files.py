@@ -1,0 +1,154 @@
+"""Files that appear whole or not at all.
+
+A file is written under a unique hidden name in its own directory, flushed to the disk, and only then linked to its
+name. What a process that dies leaves behind:
+
+    while writing     `.<name>.<random>.partial`, which nobody reads and `headrace cache gc` removes
+    before the link   the same
+    after the link    the finished file, and perhaps the second name
+"""
+
+import contextlib
+import errno
+import os
+import uuid
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from filelock import SoftFileLease
+
+from headrace.cache.errors import PublishFailed
+
+PARTIAL_SUFFIX = ".partial"
+
+# A lock whose holder shows no sign of life for this long is taken over. Only network file systems and killed
+# processes of other machines ever wait it out: a dead holder on this machine is recognised by its process id.
+LEASE_S = 30.0
+
+# What file systems answer that know no hard links (FAT, some FUSE and cluster file systems).
+_NO_LINKS = {errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK}
+_NO_DIRECTORY_SYNC = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EBADF}
+
+
+@contextlib.contextmanager
+def lease(path: Path) -> Iterator[None]:
+    """Hold the lock file `path`: an existence lock with a heartbeat, which needs nothing of the file system but O_EXCL.
+
+    `flock` is node-local on some cluster file systems, so it is not used. A lease can in principle be held twice (a
+    holder that was frozen for longer than LEASE_S); whatever it protects must survive that, and here it only keeps
+    lines apart.
+    """
+    with SoftFileLease(path, lease_duration=LEASE_S, heartbeat_interval=LEASE_S / 6, poll_interval=0.005):
+        yield
+
+
+def publish_bytes(path: Path, data: bytes) -> bool:
+    """Publish a file that never changes. True if this call did it, False if the file was there (the first one wins).
+
+    Raises PublishFailed, naming the errno, and then leaves neither the file nor a temporary.
+    """
+    return publish_parts(path, [data])
+
+
+def publish_replace(path: Path, data: bytes) -> None:
+    """Publish a file that may be replaced: readers see the old bytes or the new ones, never a mixture. Raises PublishFailed."""
+    with explained(path):
+        temporary = _write_temporary(path, [data])
+        try:
+            os.replace(temporary, path)
+        except BaseException:
+            _remove(temporary)
+            raise
+        sync_directory(path.parent)
+
+
+def publish_parts(path: Path, parts: Sequence[bytes | memoryview]) -> bool:
+    """`publish_bytes` of the parts one after the other, without joining them in memory."""
+    if path.exists():
+        return False
+    with explained(path):
+        temporary = _write_temporary(path, parts)
+        try:
+            won = _link_first_wins(temporary, path)
+        finally:
+            _remove(temporary)
+        sync_directory(path.parent)
+        return won
+
+
+def write_all(descriptor: int, data: bytes | memoryview) -> None:
+    """`os.write` until everything is written: a write to a nearly full disk may be short without being an error."""
+    rest = memoryview(data).cast("B")
+    while rest.nbytes:
+        # In pieces, because Linux writes at most 2 GiB at once.
+        written = os.write(descriptor, rest[: 1 << 26])
+        if written == 0:
+            raise OSError(errno.ENOSPC, "the operating system wrote nothing")
+        rest = rest[written:]
+
+
+def sync_directory(directory: Path) -> None:
+    """Make the names in a directory durable; file systems that cannot do this say so, and are believed."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_DIRECTORY_SYNC:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turn an OSError into PublishFailed, which names the file and the errno."""
+    try:
+        yield
+    except PublishFailed:
+        raise
+    except OSError as error:
+        name = errno.errorcode.get(error.errno or 0, "unknown errno")
+        raise PublishFailed(
+            error.errno,
+            f"{path}: {name} ({error.strerror or error}). Nothing was published and no temporary file is left. "
+            "Make room or repair the disk and run the same command again; finished work is kept",
+        ) from error
+
+
+def _write_temporary(path: Path, parts: Sequence[bytes | memoryview]) -> Path:
+    # Unique over processes and machines, so the leftover of a killed process is in nobody's way.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        try:
+            for part in parts:
+                write_all(descriptor, part)
+            os.fsync(descriptor)
+        finally:
+            # Network file systems may report a failed write only here.
+            os.close(descriptor)
+    except BaseException:
+        _remove(temporary)
+        raise
+    return temporary
+
+
+def _link_first_wins(temporary: Path, path: Path) -> bool:
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        # NFS may repeat a request whose answer was lost: then the name that is in the way is our own.
+        return os.path.samefile(temporary, path)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        with lease(path.with_name(f".{path.name}.lock")):
+            if path.exists():
+                return False
+            os.rename(temporary, path)
+    return True
+
+
+def _remove(temporary: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(temporary)

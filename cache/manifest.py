@@ -1,0 +1,121 @@
+"""The manifest: which shards a feature set has. A shard that is not listed does not exist for readers.
+
+One checksummed line per published shard, appended after the shard is durable; the last line of a unit counts. A writer
+that dies in the middle of a line leaves a torn end, which readers pass over and the next writer cuts off.
+"""
+
+import dataclasses
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from headrace.cache.encoding import RoundOff
+from headrace.cache.errors import ManifestCorrupt
+from headrace.cache.files import explained, lease, publish_replace, sync_directory, write_all
+from headrace.cache.lines import LineCorrupt, from_line, is_torn, to_line
+
+MANIFEST = "manifest.jsonl"
+_LOCK = ".manifest.lock"
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """One published shard."""
+
+    unit: str
+    rows: int
+    failed: int  # samples of the unit that have no row
+    bytes: int  # of the file
+    xxh3: str  # XXH3-128 of the bytes behind the user block: what reading and `cache verify` check
+    sha256: str  # of the whole file: what `sha256sum` says
+    round_off: RoundOff
+    written_by: str  # "headrace 0.1.0"
+
+    def to_dict(self) -> dict[str, Any]:
+        """As a flat dictionary of plain values."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        del values["round_off"]
+        prefixed = {f"round_off_{name}": value for name, value in dataclasses.asdict(self.round_off).items()}
+        return {**values, **prefixed}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "ShardEntry":
+        """Inverse of `to_dict`. Raises LineCorrupt when the keys are others."""
+        own = dict(values)
+        try:
+            round_off = RoundOff(**{name: own.pop(f"round_off_{name}") for name in _ROUND_OFF_FIELDS})
+            return cls(round_off=round_off, **own)
+        except (TypeError, KeyError) as error:
+            raise LineCorrupt(f"its keys are not those of this version ({error})") from error
+
+
+_ROUND_OFF_FIELDS = tuple(field.name for field in dataclasses.fields(RoundOff))
+
+
+def read_manifest(directory: Path) -> dict[str, ShardEntry]:
+    """Every published shard by unit. Raises ManifestCorrupt, naming the line, when one is not as it was written."""
+    path = directory / MANIFEST
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return {}
+    lines = data.split(b"\n")
+    tail = lines.pop()
+    if tail and not is_torn(tail):
+        lines.append(tail)
+    entries: dict[str, ShardEntry] = {}
+    for number, line in enumerate(lines, 1):
+        try:
+            entry = ShardEntry.from_dict(from_line(line))
+        except LineCorrupt as error:
+            raise ManifestCorrupt(
+                f"{path}: line {number} is not the one that was written ({error}). No shard is lost by that: "
+                f"`headrace cache repair` writes the manifest again from the shards"
+            ) from error
+        entries[entry.unit] = entry
+    return entries
+
+
+def append_entry(directory: Path, entry: ShardEntry) -> None:
+    """Acknowledge a shard: when this returns, the line is on the disk. Raises PublishFailed, naming the errno."""
+    path = directory / MANIFEST
+    with explained(path), lease(directory / _LOCK):
+        is_new = not path.exists()
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            size = _cut_torn_end(descriptor)
+            try:
+                write_all(descriptor, to_line(entry.to_dict()))
+                os.fsync(descriptor)
+            except OSError:
+                os.ftruncate(descriptor, size)
+                raise
+        finally:
+            os.close(descriptor)
+        if is_new:
+            sync_directory(directory)
+
+
+def rewrite_manifest(directory: Path, entries: Iterable[ShardEntry]) -> None:
+    """Replace the manifest; for repair, which leaves out what is broken."""
+    with lease(directory / _LOCK):
+        publish_replace(directory / MANIFEST, b"".join(to_line(entry.to_dict()) for entry in entries))
+
+
+def _cut_torn_end(descriptor: int) -> int:
+    """Cut off a line whose writer died (or end a whole one that lacks its newline); returns the size after that."""
+    size = os.fstat(descriptor).st_size
+    # No line is longer than this; the file itself may be megabytes.
+    start = max(0, size - (1 << 16))
+    data = os.pread(descriptor, size - start, start)
+    tail = data[data.rfind(b"\n") + 1 :]
+    if not tail:
+        return size
+    if is_torn(tail):
+        size -= len(tail)
+        os.ftruncate(descriptor, size)
+        return size
+    write_all(descriptor, b"\n")
+    return size + 1

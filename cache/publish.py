@@ -1,0 +1,194 @@
+"""Writing: create a feature set, publish a shard into it.
+
+What a reader finds if the writer dies: before the link, nothing; between the link and the manifest's line, a shard
+that is not listed and so does not exist (the next writer of the unit checks and lists it); after the line, the shard.
+"""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from headrace.cache.check import check_shard
+from headrace.cache.encoding import encode
+from headrace.cache.errors import FeatureSetMissing, ManifestCorrupt, ShardCorrupt, SpecMismatch
+from headrace.cache.files import explained, publish_bytes, publish_parts
+from headrace.cache.manifest import ShardEntry, append_entry, read_manifest
+from headrace.cache.shard import Failure, build_shard
+from headrace.cache.spec import FeatureSpec, spec_difference
+
+FEATURES = "features"
+SHARDS = "shards"
+SPEC = "spec.json"
+
+# Unit names become file names and are compared as text; the leading letter or digit keeps them visible and relative.
+_UNIT = re.compile(r"[0-9a-z][0-9a-z_-]{0,63}")
+_CONTENT = re.compile(r"[0-9a-f]{32}")
+_COMPRESSIONS = (None, "bitshuffle-lz4")
+
+
+def feature_set_path(cache_root: Path, spec: FeatureSpec) -> Path:
+    """Where the feature set of a spec lives, there or not."""
+    return cache_root / FEATURES / spec.fingerprint
+
+
+def shard_path(directory: Path, unit: str) -> Path:
+    """Where a unit's shard lives, there or not."""
+    return directory / SHARDS / f"{unit}.h5"
+
+
+def create_feature_set(cache_root: Path, spec: FeatureSpec) -> Path:
+    """The directory of the spec's feature set, made if it is not there. Any number of processes may do this at once.
+
+    Raises SpecMismatch, naming the field, when the directory holds another spec; PublishFailed.
+    """
+    directory = feature_set_path(cache_root, spec)
+    with explained(directory):
+        (directory / SHARDS).mkdir(parents=True, exist_ok=True)
+    if not publish_bytes(directory / SPEC, _spec_bytes(spec)):
+        found = read_spec(directory, check_name=False)
+        if difference := spec_difference(found, spec):
+            raise SpecMismatch(
+                f"{directory} holds features of another spec: {difference}. "
+                "Give another cache directory, or remove this one with `headrace cache rm`"
+            )
+    return directory
+
+
+def read_spec(directory: Path, *, check_name: bool = True) -> FeatureSpec:
+    """The spec of a feature set. Raises FeatureSetMissing, SpecMismatch, ManifestCorrupt when a byte of it has changed."""
+    path = directory / SPEC
+    try:
+        data = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FeatureSetMissing(
+            f"{directory} is not a feature set (it has no {SPEC}). `headrace cache ls` lists the feature sets of a cache"
+        ) from error
+    try:
+        spec = FeatureSpec.from_json(data.decode())
+    except SpecMismatch:
+        raise
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ManifestCorrupt(f"{path} is not the spec that was written ({error}). {_SPEC_ADVICE}") from error
+    if _spec_bytes(spec) != data or (check_name and spec.fingerprint != directory.name):
+        raise ManifestCorrupt(
+            f"{path}: its fingerprint is {spec.fingerprint}, but the directory is named {directory.name}: "
+            f"the spec has changed since it was written, or the directory was renamed. {_SPEC_ADVICE}"
+        )
+    return spec
+
+
+_SPEC_ADVICE = "`headrace cache repair` writes it again from a shard"
+
+
+def publish_shard(
+    directory: Path,
+    unit: str,
+    *,
+    features: npt.NDArray[Any],
+    ids: Sequence[str],
+    content: Sequence[str],
+    failures: Sequence[Failure] = (),
+    compression: str | None = None,
+) -> ShardEntry:
+    """Publish the n rows of a unit, durably, first writer wins; returns the entry of the shard that is there afterwards.
+
+    features: (n, *spec.shape), any real dtype, converted to the storage dtype. ids: n sample names. content: n SHA-256
+    prefixes of 32 hex digits. failures: the unit's samples that have no row. compression: None or "bitshuffle-lz4".
+
+    Nothing in the shard depends on time, host or writer. Raises NotStorable (NaN, infinity, overflow; names the
+    sample), ValueError (arguments that do not fit together), PublishFailed (names the errno).
+    """
+    spec = read_spec(directory)
+    _check_arguments(spec, unit, features, ids, content, failures, compression)
+    path = shard_path(directory, unit)
+    if path.exists() and (entry := _published(directory, unit, spec)):
+        return entry
+    parts = build_shard(spec, unit, encode(features, ids, spec.dtype), ids, content, failures, compression)
+    if not publish_parts(path, parts):
+        # Another writer was faster. Its shard may differ in last bits (another machine): the entry must describe that
+        # one.
+        if entry := _published(directory, unit, spec):
+            return entry
+        publish_parts(path, parts)
+    # Described from the file, not from what was meant to be written, so that both ways give the same entry.
+    entry = describe_shard(directory, unit, spec)
+    append_entry(directory, entry)
+    return entry
+
+
+def describe_shard(directory: Path, unit: str, spec: FeatureSpec) -> ShardEntry:
+    """The entry of a shard by the shard alone, which is checked whole. Raises ShardCorrupt, ShardMissing."""
+    path = shard_path(directory, unit)
+    checked = check_shard(path, spec, unit)
+    return ShardEntry(
+        unit=unit,
+        rows=checked.layout.rows,
+        failed=checked.layout.failed,
+        bytes=checked.bytes,
+        xxh3=checked.xxh3,
+        sha256=sha256_of(path),
+        round_off=checked.round_off,
+        written_by=f"headrace {version('headrace')}",
+    )
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 (hex) of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _published(directory: Path, unit: str, spec: FeatureSpec) -> ShardEntry | None:
+    """The entry of a shard whose file is there; one that no line lists is checked and listed. None if it was broken."""
+    if entry := read_manifest(directory).get(unit):
+        return entry
+    try:
+        entry = describe_shard(directory, unit, spec)
+    except ShardCorrupt:
+        # Never acknowledged, so nobody has read it: a power cut can leave a name whose bytes did not reach the disk.
+        shard_path(directory, unit).unlink(missing_ok=True)
+        return None
+    append_entry(directory, entry)
+    return entry
+
+
+def _spec_bytes(spec: FeatureSpec) -> bytes:
+    return f"{spec.to_json()}\n".encode()
+
+
+def _check_arguments(
+    spec: FeatureSpec,
+    unit: str,
+    features: npt.NDArray[Any],
+    ids: Sequence[str],
+    content: Sequence[str],
+    failures: Sequence[Failure],
+    compression: str | None,
+) -> None:
+    if not _UNIT.fullmatch(unit):
+        raise ValueError(
+            f"unit {unit!r} is not 1 to 64 of the characters a-z, 0-9, _ and -, starting with a letter or digit"
+        )
+    if features.shape != (len(ids), *spec.shape) or len(content) != len(ids):
+        raise ValueError(
+            f"unit {unit}: features have shape {features.shape} for {len(ids)} ids and {len(content)} content hashes; "
+            f"the spec {spec.name} says ({len(ids)}, {', '.join(map(str, spec.shape))})"
+        )
+    if not (np.issubdtype(features.dtype, np.floating) or np.issubdtype(features.dtype, np.integer)):
+        raise ValueError(f"unit {unit}: features are {features.dtype}, expected real numbers")
+    for text in (*content, *(failure.content for failure in failures)):
+        if not _CONTENT.fullmatch(text):
+            raise ValueError(f"unit {unit}: content hash {text!r} is not 32 lower-case hex digits")
+    for text in (*ids, *(failure.id for failure in failures), *(failure.reason for failure in failures)):
+        if not text or "\0" in text:
+            raise ValueError(
+                f"unit {unit}: {text!r} is empty or holds a NUL, which fixed-length text in HDF5 cannot store"
+            )
+    if compression not in _COMPRESSIONS:
+        raise ValueError(f"compression {compression!r} is not one of {_COMPRESSIONS}")
