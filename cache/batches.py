@@ -2,66 +2,50 @@
 
 Rows are cut into blocks of neighbours; the blocks are shuffled; `buffer_rows` rows of blocks at a time are shuffled
 among themselves. A batch thus mixes rows of many blocks, while the disk sees one block after the other. Rows are not
-copied into a buffer: the operating system's page cache is the buffer, told in advance which blocks come next.
+copied into a buffer: the operating system's page cache is the buffer, told in advance which rows come next.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-if TYPE_CHECKING:
-    from headrace.cache.feature_set import FeatureSet
+from headrace.cache.reader import Reader
 
 
 class Batch(NamedTuple):
     """Some rows of a feature set."""
 
     rows: npt.NDArray[np.int64]  # (b,) positions in the feature set
-    features: npt.NDArray[Any]  # (b, *shape)
+    features: npt.NDArray[Any]  # (b, *shape), a copy, free to be changed
 
 
 def iter_batches(
-    features: "FeatureSet",
+    reader: Reader,
+    positions: npt.NDArray[np.int64],
     batch_size: int,
-    *,
     seed: int | Sequence[int] | None,
-    rows: npt.NDArray[np.int64] | None,
-    dtype: npt.DTypeLike,
     block_rows: int,
     buffer_rows: int,
+    dtype: npt.DTypeLike,
 ) -> Iterator[Batch]:
-    """Every one of `rows` (None: all) exactly once, in batches of `batch_size` rows, the last one smaller.
+    """Every position exactly once, in batches of `batch_size` rows, the last one smaller.
 
-    seed None: in the order given. Otherwise the order depends on seed (an epoch: `seed=(7, epoch)`), rows, block_rows
-    and buffer_rows alone. Features are copies, free to be changed.
+    seed None: in the order given. Otherwise the order depends on seed, positions, block_rows and buffer_rows alone.
+    Raises ValueError at the call, not at the first batch.
     """
     if batch_size < 1 or block_rows < 1 or buffer_rows < block_rows:
         raise ValueError(
             f"batch_size {batch_size} and block_rows {block_rows} must be at least 1, "
             f"and buffer_rows {buffer_rows} at least block_rows"
         )
-    positions = np.arange(features.n_rows) if rows is None else np.asarray(rows, np.int64)
+    buffers: Iterator[npt.NDArray[np.int64]]
     if seed is None:
         buffers = (positions[start : start + buffer_rows] for start in range(0, len(positions), buffer_rows))
     else:
         buffers = shuffled_buffers(positions, seed, block_rows, buffer_rows)
-    rest, rest_features = np.empty(0, np.int64), np.empty((0, *features.spec.shape), dtype or features.dtype)
-    for buffer in buffers:
-        waiting = np.concatenate([rest, buffer])
-        whole = len(waiting) // batch_size * batch_size
-        # Compressed rows are decompressed a buffer at a time, because a batch of them would decompress all the same
-        # chunks.
-        decompressed = features.prefetch(buffer)
-        held = np.concatenate([rest_features, features.read(buffer, dtype)]) if decompressed else None
-        for start in range(0, whole, batch_size):
-            batch = waiting[start : start + batch_size]
-            yield Batch(batch, features.read(batch, dtype) if held is None else held[start : start + batch_size].copy())
-        rest = waiting[whole:]
-        rest_features = features.read(rest, dtype) if held is None else held[whole:]
-    if len(rest):
-        yield Batch(rest, rest_features)
+    return _batches(reader, buffers, batch_size, np.dtype(dtype))
 
 
 def shuffled_buffers(
@@ -72,8 +56,23 @@ def shuffled_buffers(
     blocks = generator.permutation(-(-len(positions) // block_rows))
     per_buffer = buffer_rows // block_rows
     for first in range(0, len(blocks), per_buffer):
-        chosen = [
-            positions[block * block_rows : (block + 1) * block_rows]
-            for block in blocks[first : first + per_buffer].tolist()
-        ]
-        yield generator.permutation(np.concatenate(chosen))
+        starts = (blocks[first : first + per_buffer] * block_rows).tolist()
+        yield generator.permutation(np.concatenate([positions[start : start + block_rows] for start in starts]))
+
+
+def _batches(
+    reader: Reader, buffers: Iterator[npt.NDArray[np.int64]], batch_size: int, dtype: np.dtype[Any]
+) -> Iterator[Batch]:
+    rest = next(buffers, np.empty(0, np.int64))
+    while len(rest):
+        coming = next(buffers, np.empty(0, np.int64))
+        reader.prefetch(coming)
+        whole = len(rest) // batch_size * batch_size if len(coming) else len(rest)
+        # Compressed rows are decompressed a buffer at a time, because each batch of it would touch all the same chunks.
+        held = reader.gather(rest[:whole]) if reader.is_compressed(rest[:whole]) else None
+        for start in range(0, whole, batch_size):
+            rows = rest[start : min(start + batch_size, whole)]
+            features = reader.gather(rows) if held is None else held[start : start + len(rows)]
+            # The copy frees the rest of the buffer of a batch that is kept.
+            yield Batch(rows, features.astype(dtype, copy=held is not None))
+        rest = np.concatenate([rest[whole:], coming])

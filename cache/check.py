@@ -52,7 +52,7 @@ def check_shard(path: Path, spec: FeatureSpec, unit: str, expected_xxh3: str | N
         )
     if expected_xxh3 not in (None, found):
         raise ShardCorrupt(
-            f"{path}: this is another shard than the one that was published under this name: it has the digest {found}, "
+            f"{path}: this is another shard than the one that was published under this name: its digest is {found}, "
             f"and the manifest says {expected_xxh3}. {_REPAIR}"
         )
     layout, round_off = inspect_shard(path, spec, unit)
@@ -94,7 +94,10 @@ class Verified:
         self._records: dict[str, dict[str, Any]] | None = None
 
     def check(self, path: Path, spec: FeatureSpec, unit: str, xxh3: str) -> Layout:
-        """The layout of a shard, which is read whole unless this machine has done so. Raises ShardMissing, ShardCorrupt."""
+        """The layout of a shard, which is read whole unless this machine has done so.
+
+        Raises ShardMissing, ShardCorrupt.
+        """
         # Taken before reading, so that a change during the reading is noticed the next time.
         identity = _identity(path, unit, xxh3)
         if self._records is None:

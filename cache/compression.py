@@ -11,7 +11,7 @@ from headrace.cache.errors import ExtraMissing
 
 
 def read_compressed(path: Path, rows: Any) -> npt.NDArray[Any]:
-    """Stored rows (n, *shape) of a shard that was checked; rows: a slice, or increasing positions. Raises ExtraMissing."""
+    """Stored rows (n, *shape) of a checked shard; rows: a slice, or increasing positions. Raises ExtraMissing."""
     require_hdf5plugin(f"{path} is compressed")
     with h5py.File(path, "r", locking=False) as file:
         return np.asarray(file["features"][rows])

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from headrace.cache.errors import NotStorable
 
-STORED = {
+STORED: dict[str, np.dtype[Any]] = {
     "float16": np.dtype("<f2"),
     "bfloat16": np.dtype("<u2"),
     "float32": np.dtype("<f4"),
@@ -138,7 +138,7 @@ def _channel_range(
 
 def _not_finite(values: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.bool_]:
     if dtype == "float32":
-        return ~np.isfinite(values)
+        return np.asarray(~np.isfinite(values))
     # All exponent bits set. numpy's isfinite is ten times slower on float16 than this comparison of integers.
     exponent = np.uint16(0x7C00 if dtype == "float16" else 0x7F80)
     return np.asarray((values.view(np.uint16) & exponent) == exponent)
@@ -154,12 +154,13 @@ def _refuse(
     where = f"sample {ids[first_row + position[0]]!r}: its feature {list(position[1:])}"
     if not np.isfinite(value):
         raise NotStorable(
-            f"{where} is {value}. A network that gives NaN or infinity on one image gives a head nothing to learn from; "
+            f"{where} is {value}. A network that gives NaN or infinity gives a head nothing to learn from; "
             "look at the image and at the weights, or list it as failed"
         )
     largest = "65504" if dtype == "float16" else "3.4e38"
     raise NotStorable(
-        f"{where} is {value:g}, and {dtype} ends at {largest}. Store this tap as bfloat16 or float32 (dtype in the recipe)"
+        f"{where} is {value:g}, and {dtype} ends at {largest}. "
+        "Store this tap as bfloat16 or float32 (dtype in the recipe)"
     )
 
 

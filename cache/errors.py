@@ -1,8 +1,8 @@
-"""The errors that a user can cause. Each message says what was found, what was expected, where, and what to type next."""
+"""The errors that a user can cause. A message says what was found, what was expected, where, and what to type next."""
 
 
 class HeadraceError(Exception):
-    """Base of every error that the user's input or machine caused; the command line prints it alone, with exit code 2."""
+    """Base of every error that the user's input or machine caused; the command line prints it and exits with 2."""
 
 
 class CacheError(HeadraceError):

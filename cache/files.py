@@ -51,7 +51,7 @@ def publish_bytes(path: Path, data: bytes) -> bool:
 
 
 def publish_replace(path: Path, data: bytes) -> None:
-    """Publish a file that may be replaced: readers see the old bytes or the new ones, never a mixture. Raises PublishFailed."""
+    """Publish a file that may be replaced: readers see the old bytes or the new ones. Raises PublishFailed."""
     with explained(path):
         temporary = _write_temporary(path, [data])
         try:

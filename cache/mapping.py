@@ -52,7 +52,7 @@ class MappedRows:
         memory = (ctypes.c_uint8 * total).from_address(base)
         # numpy arrays keep `memory` alive, so the range is given back when the last array into it is gone.
         weakref.finalize(memory, _libc.munmap, base, total).atexit = False
-        items = np.frombuffer(memory, np.uint8)[: total // dtype.itemsize * dtype.itemsize].view(dtype)
+        items = np.ctypeslib.as_array(memory)[: total // dtype.itemsize * dtype.itemsize].view(dtype)
         # Row k starts at any item: a window of `values` items at every position, all over the same memory.
         self._windows = np.lib.stride_tricks.as_strided(
             items, (max(0, len(items) - values + 1), values), (dtype.itemsize, dtype.itemsize), writeable=False

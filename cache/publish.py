@@ -61,13 +61,16 @@ def create_feature_set(cache_root: Path, spec: FeatureSpec) -> Path:
 
 
 def read_spec(directory: Path, *, check_name: bool = True) -> FeatureSpec:
-    """The spec of a feature set. Raises FeatureSetMissing, SpecMismatch, ManifestCorrupt when a byte of it has changed."""
+    """The spec of a feature set.
+
+    Raises FeatureSetMissing; SpecMismatch (another version's); ManifestCorrupt when a byte of it has changed.
+    """
     path = directory / SPEC
     try:
         data = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError) as error:
         raise FeatureSetMissing(
-            f"{directory} is not a feature set (it has no {SPEC}). `headrace cache ls` lists the feature sets of a cache"
+            f"{directory} is not a feature set (it has no {SPEC}). `headrace cache ls` lists those of a cache"
         ) from error
     try:
         spec = FeatureSpec.from_json(data.decode())
@@ -96,7 +99,7 @@ def publish_shard(
     failures: Sequence[Failure] = (),
     compression: str | None = None,
 ) -> ShardEntry:
-    """Publish the n rows of a unit, durably, first writer wins; returns the entry of the shard that is there afterwards.
+    """Publish the n rows of a unit, durably; the first writer wins. Returns the entry of the shard that is there then.
 
     features: (n, *spec.shape), any real dtype, converted to the storage dtype. ids: n sample names. content: n SHA-256
     prefixes of 32 hex digits. failures: the unit's samples that have no row. compression: None or "bitshuffle-lz4".

@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from headrace.cache.compression import require_hdf5plugin
 from headrace.cache.encoding import Encoded
-from headrace.cache.errors import ExtraMissing
 from headrace.cache.spec import FeatureSpec
 
 FORMAT = "headrace shard"
@@ -90,7 +90,7 @@ def build_shard(
     if start is None:
         body: list[bytes | memoryview] = [image]
     else:
-        body = [image[:start], memoryview(stored.reshape(-1).view(np.uint8)), image[start + stored.nbytes :]]
+        body = [image[:start], stored.reshape(-1).view(np.uint8).data, image[start + stored.nbytes :]]
     digest = xxhash.xxh3_128()
     for part in body:
         digest.update(part)
@@ -133,12 +133,7 @@ def _set_text(target: h5py.HLObject, name: str, text: str) -> None:
 
 
 def _compressed(parent: h5py.Group, stored: npt.NDArray[Any]) -> h5py.Dataset:
-    try:
-        import hdf5plugin
-    except ImportError as error:
-        raise ExtraMissing(
-            "bitshuffle-LZ4 shards need the library hdf5plugin, which is not installed: pip install 'headrace[compress]'"
-        ) from error
+    hdf5plugin = require_hdf5plugin("this recipe stores compressed features")
     row_bytes = max(1, stored[:1].nbytes)
     rows = max(1, min(len(stored), _CHUNK_BYTES // row_bytes))
     return parent.create_dataset(

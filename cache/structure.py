@@ -46,7 +46,7 @@ class Layout:
 
 
 def inspect_shard(path: Path, spec: FeatureSpec, unit: str) -> tuple[Layout, RoundOff]:
-    """The layout of a shard of `spec` named `unit`. Raises ShardCorrupt at the first thing that is not as it must be."""
+    """The layout of a shard of `spec` named `unit`. Raises ShardCorrupt at the first thing that is not as it must."""
     try:
         # The shard is immutable, so no lock is needed, and on some cluster file systems none would work.
         with h5py.File(path, "r", locking=False) as file:
@@ -151,7 +151,7 @@ def _contiguous(data_set: Any, name: str, shape: tuple[int, ...], dtype: np.dtyp
         raise ShardCorrupt(f"{name!r} has {stored} stored bytes, expected {expected}")
     if start < USER_BLOCK_BYTES or start + expected > file_bytes:
         raise ShardCorrupt(
-            f"{name!r} lies at bytes {start} to {start + expected} of a file of {file_bytes} bytes (truncated, or forged)"
+            f"{name!r} lies at bytes {start} to {start + expected} of a file of {file_bytes} (truncated, or forged)"
         )
     if start % min(dtype.itemsize, 8) and name == "features":
         raise ShardCorrupt(f"{name!r} starts at byte {start}, which is no multiple of its item size")

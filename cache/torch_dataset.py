@@ -1,31 +1,28 @@
 """A feature set as a torch Dataset. Imported only by `FeatureSet.to_torch_dataset`, because it imports torch."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.utils.data
-
-if TYPE_CHECKING:
-    from headrace.cache.feature_set import FeatureSet
 
 
 class FeatureDataset(torch.utils.data.Dataset[tuple[torch.Tensor, int]]):
     """Items (feature (*shape), row position). Labels are joined by position: `labels[rows]`."""
 
-    def __init__(self, features: "FeatureSet", dtype: np.dtype[Any]) -> None:
-        self.features, self.dtype = features, dtype
+    def __init__(self, read: Callable[..., npt.NDArray[Any]], n_rows: int, dtype: np.dtype[Any]) -> None:
+        """read: `FeatureSet.read`, which takes row positions and a dtype."""
+        self._read, self._n_rows, self._dtype = read, n_rows, dtype
 
     def __len__(self) -> int:
-        return self.features.n_rows
+        return self._n_rows
 
     def __getitem__(self, row: int) -> tuple[torch.Tensor, int]:
-        if row < 0:
-            row += len(self)
-        return torch.from_numpy(self.features.read([row], self.dtype)[0]), row
+        return torch.from_numpy(self._read([row], self._dtype)[0]), row % self._n_rows
 
     def __getitems__(self, rows: Sequence[int]) -> list[tuple[torch.Tensor, int]]:
         """DataLoader's way to ask for a batch: one read for all of it."""
-        values = torch.from_numpy(self.features.read(rows, self.dtype))
+        values = torch.from_numpy(self._read(rows, self._dtype))
         return list(zip(values.unbind(0), rows, strict=True))

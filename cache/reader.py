@@ -1,0 +1,176 @@
+"""How rows get from the shards of a feature set into arrays: checked when first touched, then mapped.
+
+N rows in S shards, n rows asked for, V values per row, *shape one row's shape.
+"""
+
+import os
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from headrace.cache.check import Verified
+from headrace.cache.compression import read_compressed
+from headrace.cache.encoding import STORED, decode
+from headrace.cache.errors import ShardMissing
+from headrace.cache.manifest import ShardEntry
+from headrace.cache.mapping import MappedRows
+from headrace.cache.publish import shard_path
+from headrace.cache.spec import FeatureSpec
+from headrace.cache.structure import Layout
+
+
+class Reader:
+    """The shards of one feature set. Every method checks the shards it needs: raises ShardMissing, ShardCorrupt."""
+
+    def __init__(self, path: Path, spec: FeatureSpec, entries: Sequence[ShardEntry]) -> None:
+        self._path, self._spec, self._entries = path, spec, entries
+        counts = np.array([entry.rows for entry in entries], np.int64)
+        #: (S + 1,): shard i holds the rows first_row[i] to first_row[i + 1].
+        self.first_row = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        self._values = int(np.prod(spec.shape, dtype=np.int64))
+        self._layouts: dict[int, Layout] = {}
+        self._verified = Verified(path)
+        self._lock = threading.RLock()
+        self._map: MappedRows | None = None
+        self._scales: tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]] | None = None
+
+    def touch(self, shard: int) -> Layout:
+        """Check a shard, unless that was done, and make its rows readable."""
+        layout = self._layouts.get(shard)
+        if layout is not None:
+            return layout
+        with self._lock:
+            entry = self._entries[shard]
+            path = shard_path(self._path, entry.unit)
+            layout = self._verified.check(path, self._spec, entry.unit, entry.xxh3)
+            if not layout.compressed:
+                self._mapped().map(shard, path, layout.features, entry.rows)
+            if self._spec.dtype == "uint8":
+                scale, offset = self._scale_tables()
+                scale[shard] = _pread(path, layout.scale, self._spec.shape[0], np.dtype("<f4"))
+                offset[shard] = _pread(path, layout.offset, self._spec.shape[0], np.dtype("<f4"))
+            self._layouts[shard] = layout
+            return layout
+
+    def gather(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+        """(n, *shape) decoded rows at positions 0..N-1, in that order, as a copy."""
+        shards, touched = self._shards(positions)
+        if self._touch_all(touched):
+            stored = self._gather_compressed(positions, shards, touched)
+        else:
+            mapped = self._mapped()
+            stored = mapped.gather(mapped.first_item[shards] + (positions - self.first_row[shards]) * self._values)
+        return self._decoded(stored.reshape(len(positions), *self._spec.shape), shards)
+
+    def run(self, start: int, stop: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+        """(stop - start, *shape) consecutive rows, shard by shard, each copied or converted once."""
+        out = np.empty((stop - start, *self._spec.shape), dtype)
+        shard = int(np.searchsorted(self.first_row, start, side="right")) - 1
+        done = start
+        while done < stop:
+            first, end = int(self.first_row[shard]), min(stop, int(self.first_row[shard + 1]))
+            if done < end:
+                if self.touch(shard).compressed:
+                    stored = read_compressed(self._shard_path(shard), slice(done - first, end - first))
+                else:
+                    stored = self._mapped().rows(shard, done - first, end - first)
+                rows = stored.reshape(end - done, *self._spec.shape)
+                out[done - start : end - start] = self._decoded(rows, shard)
+                done = end
+            shard += 1
+        return out
+
+    def is_compressed(self, positions: npt.NDArray[np.int64]) -> bool:
+        """Whether reading these rows decompresses something."""
+        return self._touch_all(self._shards(positions)[1])
+
+    def prefetch(self, positions: npt.NDArray[np.int64]) -> None:
+        """Tell the operating system that these rows come next."""
+        shards, touched = self._shards(positions)
+        for shard in touched:
+            if self.touch(shard).compressed:
+                continue
+            local = np.sort(positions[shards == shard]) - self.first_row[shard]
+            # One call per run of neighbours; a hole of a few rows is cheaper to read than to leave out.
+            cuts = np.flatnonzero(np.diff(local) > 64)
+            starts, stops = local[np.r_[0, cuts + 1]], local[np.r_[cuts, len(local) - 1]] + 1
+            for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
+                self._mapped().will_need(shard, start, stop)
+
+    def text(self, shard: int, name: str) -> npt.NDArray[np.bytes_]:
+        """The list `name` of a shard ("id", "content", "failed_id", ...) as fixed-length bytes."""
+        layout = self.touch(shard)
+        count = layout.failed if name.startswith("failed_") else layout.rows
+        width = 32 if name.endswith("content") else getattr(layout, f"{name}_bytes")
+        return _pread(self._shard_path(shard), getattr(layout, name), count, np.dtype(f"S{width}"))
+
+    def _shards(self, positions: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], list[int]]:
+        """The shard of each position (n,), and which shards these are."""
+        if len(self._entries) == 1:
+            return np.zeros(len(positions), np.int64), [0] if len(positions) else []
+        shards = np.searchsorted(self.first_row, positions, side="right") - 1
+        return shards, np.flatnonzero(np.bincount(shards, minlength=0)).tolist()
+
+    def _touch_all(self, shards: list[int]) -> bool:
+        """Whether one of these shards is compressed, all of them having been checked."""
+        compressed = False
+        for shard in shards:
+            compressed |= self.touch(shard).compressed
+        return compressed
+
+    def _mapped(self) -> MappedRows:
+        with self._lock:
+            if self._map is None:
+                rows = [entry.rows for entry in self._entries]
+                self._map = MappedRows(rows, self._values, STORED[self._spec.dtype])
+            return self._map
+
+    def _scale_tables(self) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        with self._lock:
+            if self._scales is None:
+                shape = (len(self._entries), self._spec.shape[0])
+                self._scales = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+            return self._scales
+
+    def _gather_compressed(
+        self, positions: npt.NDArray[np.int64], shards: npt.NDArray[np.int64], touched: list[int]
+    ) -> npt.NDArray[Any]:
+        """(n, V) stored rows, some of which are compressed."""
+        stored = np.empty((len(positions), self._values), STORED[self._spec.dtype])
+        for shard in touched:
+            here = np.flatnonzero(shards == shard)
+            local = positions[here] - self.first_row[shard]
+            if self.touch(shard).compressed:
+                # HDF5 wants increasing positions without repetition.
+                unique, back = np.unique(local, return_inverse=True)
+                stored[here] = read_compressed(self._shard_path(shard), unique).reshape(-1, self._values)[back]
+            else:
+                mapped = self._mapped()
+                stored[here] = mapped.gather(mapped.first_item[shard] + local * self._values)
+        return stored
+
+    def _decoded(self, stored: npt.NDArray[Any], shards: Any) -> npt.NDArray[Any]:
+        """shards: one number, or one per row, for the scales of uint8."""
+        if self._spec.dtype == "uint8":
+            scale, offset = self._scale_tables()
+            return decode(stored, "uint8", scale[shards], offset[shards])
+        return decode(stored, self._spec.dtype)
+
+    def _shard_path(self, shard: int) -> Path:
+        return shard_path(self._path, self._entries[shard].unit)
+
+
+def _pread(path: Path, offset: int, count: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    """`count` items at a byte offset, as a copy: a mapping would count the file's pages as this process's memory."""
+    if not count:
+        return np.empty(0, dtype)
+    try:
+        with open(path, "rb") as file:
+            data = os.pread(file.fileno(), count * dtype.itemsize, offset)
+    except FileNotFoundError as error:
+        raise ShardMissing(f"{path} was removed while it was being read") from error
+    return np.frombuffer(data, dtype, count)
