@@ -1,0 +1,120 @@
+"""Backbones: a frozen pretrained network with its own preprocessing, from torchvision, timm, or any Python function."""
+
+import dataclasses
+import functools
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from headrace.extract import library
+from headrace.extract.errors import BackboneError
+from headrace.extract.preprocess import Interpolation, Preprocessing
+from headrace.extract.weights import WeightsMatch, fit_weights, is_weights_file, read_weights, weights_digest
+
+
+@dataclass(frozen=True)
+class BackboneSpec:
+    """What a user says about a backbone. None means the weights' own value."""
+
+    name: str  # "timm:tf_efficientnet_lite0", "torchvision:resnet50", "python:module:function"
+    weights: str | None = None  # None: the library's default tag; a tag; a .pth or .safetensors file; "random:SEED"
+    weights_match: WeightsMatch = "name"  # "order": the file's tensors are the network's in order, under other names
+    image_size: int | None = None
+    crop_fraction: float | None = None  # crop / resize: 1.0 keeps the borders
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+    interpolation: Interpolation | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Backbone:
+    """A network in evaluation mode whose parameters need no gradient, exactly as its library built it."""
+
+    spec: BackboneSpec
+    module: nn.Module
+    preprocessing: Preprocessing
+    weights: str  # digest, as FeatureSpec.weights
+
+
+def load_backbone(spec: BackboneSpec) -> Backbone:
+    """Build the network, load its weights and freeze it; the same object for the same spec and file within a process.
+
+    Raises BackboneError: unknown names with the nearest ones, weights that do not fit, a tag that cannot be downloaded.
+    """
+    return _load(spec, _stamp(spec))
+
+
+def build_untrained(spec: BackboneSpec) -> tuple[nn.Module, Preprocessing]:
+    """The same network without its weights, on the device of the surrounding `with torch.device(...)`."""
+    module, preprocessing = library.build(spec.name, spec.weights if _is_tag(spec) else None)
+    return module, override(preprocessing, spec)
+
+
+def override(preprocessing: Preprocessing, spec: BackboneSpec) -> Preprocessing:
+    """The weights' own preprocessing with the spec's values in place of its own."""
+    resize, crop = preprocessing.resize, preprocessing.crop
+    if spec.image_size is not None or spec.crop_fraction is not None:
+        fraction = spec.crop_fraction if spec.crop_fraction is not None else crop[0] / resize[0]
+        if not 0 < fraction <= 1:
+            raise BackboneError(f"{spec.name}: crop_fraction is {fraction}; expected more than 0 and at most 1")
+        size = spec.image_size if spec.image_size is not None else crop[0]
+        if size < 1:
+            raise BackboneError(f"{spec.name}: image_size is {size}; expected at least 1")
+        crop = (size, size)
+        # timm floors; the small addition keeps 224 / (224 / 256) at 256 instead of 255.99999
+        edge = int(size / fraction + 1e-6)
+        resize = (edge, edge)
+    return dataclasses.replace(
+        preprocessing,
+        resize=resize,
+        crop=crop,
+        mean=spec.mean or preprocessing.mean,
+        std=spec.std or preprocessing.std,
+        interpolation=spec.interpolation or preprocessing.interpolation,
+    )
+
+
+def _is_tag(spec: BackboneSpec) -> bool:
+    return spec.weights is not None and not spec.weights.startswith("random:") and not is_weights_file(spec.weights)
+
+
+def _stamp(spec: BackboneSpec) -> tuple[int, int] | None:
+    """Size and time of the weights file, so that a long-lived worker sees that it was replaced."""
+    if spec.weights is None or _is_tag(spec) or spec.weights.startswith("random:"):
+        return None
+    try:
+        status = os.stat(Path(spec.weights).expanduser())
+    except OSError:
+        return None  # reading it will say so
+    return status.st_size, status.st_mtime_ns
+
+
+@functools.lru_cache(maxsize=4)
+def _load(spec: BackboneSpec, stamp: tuple[int, int] | None) -> Backbone:
+    what = f"{spec.name} with weights {spec.weights or '(default)'}"
+    if spec.weights is not None and spec.weights.startswith("random:"):
+        module, preprocessing = _seeded(spec)
+    elif spec.weights is not None and is_weights_file(spec.weights):
+        # The file is read first: a wrong path should not wait for the network to be built.
+        tensors = read_weights(Path(spec.weights).expanduser())
+        module, preprocessing = library.build(spec.name, None)
+        fit_weights(module, tensors, spec.weights_match, what)
+    else:
+        module, preprocessing = library.build_pretrained(spec.name, spec.weights)
+    module.eval().requires_grad_(False)
+    return Backbone(spec, module, override(preprocessing, spec), weights_digest(module))
+
+
+def _seeded(spec: BackboneSpec) -> tuple[nn.Module, Preprocessing]:
+    assert spec.weights is not None
+    text = spec.weights.removeprefix("random:")
+    if not text.isdecimal():
+        raise BackboneError(
+            f"{spec.name}: weights {spec.weights!r}: expected random:SEED with a whole number, random:0"
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(text))
+        return library.build(spec.name, None)

@@ -1,0 +1,120 @@
+"""Decoding ahead: batches of pixels, made by threads while the network is busy, in the order of the samples."""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from headrace.extract.contents import hash_bytes
+from headrace.extract.errors import ImageError
+from headrace.extract.images import decode_image
+from headrace.extract.locate import read_bytes
+from headrace.extract.preprocess import Preprocessing
+from headrace.extract.views import Augmentation, render_view
+
+AHEAD = 2  # batches decoded or being decoded beyond the one in use: bounds the memory, however many images there are
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image to extract."""
+
+    id: str
+    path: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """One way to make pixels of an image: a network's preprocessing and a view."""
+
+    preprocessing: Preprocessing
+    index: int
+    augmentation: Augmentation
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some consecutive samples, decoded once and rendered in every way asked for."""
+
+    rows: list[int]  # positions of the decoded samples, increasing
+    pixels: list[Tensor]  # per rendering: uint8, shape (len(rows), H, W, 3)
+    undecodable: list[tuple[int, str]] = field(default_factory=list)  # (position, reason): the content is no image
+    unread: list[tuple[int, str]] = field(default_factory=list)  # (position, reason): not what was hashed, or not there
+
+
+def decoded_batches(
+    samples: Sequence[Sample], renderings: Sequence[Rendering], *, batch_size: int, threads: int, pin: bool = False
+) -> Iterator[Batch]:
+    """Batches of at most `batch_size` samples, in order, decoded by `threads` threads at most AHEAD batches ahead."""
+    starts = range(0, len(samples), batch_size)
+    with ThreadPoolExecutor(threads, "decode") as pool:
+        pending: deque[_Pending] = deque()
+        for start in starts:
+            pending.append(_submit(pool, samples, start, min(start + batch_size, len(samples)), renderings, pin))
+            if len(pending) > AHEAD:
+                yield _finish(pending.popleft())
+        while pending:
+            yield _finish(pending.popleft())
+
+
+@dataclass(frozen=True)
+class _Pending:
+    start: int
+    pixels: list[Tensor]
+    outcomes: list[Future[tuple[bool, str] | None]]
+
+
+def _submit(
+    pool: ThreadPoolExecutor,
+    samples: Sequence[Sample],
+    start: int,
+    stop: int,
+    renderings: Sequence[Rendering],
+    pin: bool,
+) -> _Pending:
+    buffers = [
+        torch.empty((stop - start, *rendering.preprocessing.crop, 3), dtype=torch.uint8, pin_memory=pin)
+        for rendering in renderings
+    ]
+    outcomes = [
+        pool.submit(_decode_into, samples[start + slot], renderings, buffers, slot) for slot in range(stop - start)
+    ]
+    return _Pending(start, buffers, outcomes)
+
+
+def _decode_into(
+    sample: Sample, renderings: Sequence[Rendering], buffers: Sequence[Tensor], slot: int
+) -> tuple[bool, str] | None:
+    """Fill the sample's slot of every buffer; or return (whether it is the content's fault, reason)."""
+    try:
+        data = read_bytes(sample.path)
+    except OSError as error:
+        return False, error.strerror or str(error)
+    if hash_bytes(data) != sample.content:
+        # Features stored under this hash would be another image's.
+        return False, "the file has changed since it was hashed"
+    try:
+        image = decode_image(data)
+        for rendering, buffer in zip(renderings, buffers, strict=True):
+            view = render_view(image, sample.content, rendering.index, rendering.augmentation, rendering.preprocessing)
+            buffer.numpy()[slot] = view
+    except ImageError as error:
+        return True, str(error)
+    return None
+
+
+def _finish(pending: _Pending) -> Batch:
+    outcomes = [future.result() for future in pending.outcomes]
+    good = [slot for slot, outcome in enumerate(outcomes) if outcome is None]
+    pixels = pending.pixels if len(good) == len(outcomes) else [buffer[good] for buffer in pending.pixels]
+    bad = [(pending.start + slot, *outcome) for slot, outcome in enumerate(outcomes) if outcome is not None]
+    return Batch(
+        rows=[pending.start + slot for slot in good],
+        pixels=pixels,
+        undecodable=[(row, reason) for row, of_content, reason in bad if of_content],
+        unread=[(row, reason) for row, of_content, reason in bad if not of_content],
+    )

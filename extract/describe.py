@@ -1,0 +1,93 @@
+"""What a user can know about a backbone before using it, and the feature sets that its taps make."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+from headrace.cache import FeatureSpec
+from headrace.extract.backbone import Backbone, BackboneSpec, load_backbone
+from headrace.extract.images import DECODER
+from headrace.extract.nodes import Layout
+from headrace.extract.taps import Tap, auto_taps, backbone_nodes, tap_shape
+from headrace.extract.views import Augmentation, view_json
+
+
+@dataclass(frozen=True)
+class TapInfo:
+    """One node that can be tapped."""
+
+    node: str
+    layout: Layout
+    shape: tuple[int, ...]  # of one image's output, unreduced
+    map_bytes: int  # per image as float16, unreduced
+    avg_bytes: int  # per image as float16, averaged over positions
+    cost: float  # share of the whole forward that is spent to reach it, 0 to 1
+
+
+@dataclass(frozen=True)
+class BackboneInfo:
+    """A backbone, described."""
+
+    name: str
+    weights: str  # digest, as FeatureSpec.weights
+    preprocessing: str  # canonical JSON, as FeatureSpec.preprocessing
+    parameters: int
+    multiply_adds: int  # of one image's whole forward
+    taps: tuple[TapInfo, ...]  # in running order
+    auto: tuple[Tap, ...]  # what "auto" picks
+
+
+def describe_backbone(spec: BackboneSpec) -> BackboneInfo:
+    """Everything about a backbone, its weights loaded. Raises BackboneError."""
+    backbone = load_backbone(spec)
+    nodes = backbone_nodes(backbone)
+    return BackboneInfo(
+        name=spec.name,
+        weights=backbone.weights,
+        preprocessing=backbone.preprocessing.to_json(),
+        parameters=sum(parameter.numel() for parameter in backbone.module.parameters()),
+        multiply_adds=nodes.multiply_adds,
+        taps=tuple(
+            TapInfo(
+                node=node.name,
+                layout=node.layout,
+                shape=node.shape,
+                map_bytes=2 * prod(node.shape),
+                avg_bytes=2 * tap_shape(Tap(node.name, "avg"), node)[0],
+                cost=node.cost,
+            )
+            for node in nodes.nodes
+        ),
+        auto=auto_taps(nodes),
+    )
+
+
+def feature_specs(
+    backbone: Backbone,
+    taps: Sequence[Tap],
+    *,
+    dtype: str = "float16",
+    compute_dtype: str = "float32",
+    views: int = 1,
+    augmentation: Augmentation | None = None,
+) -> tuple[FeatureSpec, ...]:
+    """The feature sets of these taps, tap by tap, and within a tap view by view; `views` counts the evaluation crop."""
+    if views < 1:
+        raise ValueError(f"views is {views}; expected at least 1, the evaluation crop")
+    nodes = backbone_nodes(backbone)
+    return tuple(
+        FeatureSpec(
+            backbone=backbone.spec.name,
+            weights=backbone.weights,
+            tap=tap.node,
+            reduction=tap.reduction,
+            preprocessing=backbone.preprocessing.to_json(),
+            view=view_json(view, augmentation or Augmentation()),
+            decoder=DECODER,
+            compute_dtype=compute_dtype,
+            dtype=dtype,
+            shape=tap_shape(tap, nodes[tap.node]),
+        )
+        for tap in taps
+        for view in range(views)
+    )

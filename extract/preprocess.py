@@ -1,0 +1,98 @@
+"""Preprocessing: pixels of any size to the square that a network was trained on."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from headrace.extract.images import COLOUR
+
+Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
+
+_RESAMPLING = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+    "box": Image.Resampling.BOX,
+    "hamming": Image.Resampling.HAMMING,
+}
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How an image becomes a network's input. Sizes are (height, width); Pillow's resize always antialiases."""
+
+    resize: tuple[int, int]
+    crop: tuple[int, int]
+    mode: Literal["shortest", "squash", "border"]  # which edge meets `resize`: the shorter, both, or the longer
+    interpolation: Interpolation
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def __post_init__(self) -> None:
+        if self.interpolation not in _RESAMPLING:
+            raise ValueError(f"interpolation {self.interpolation!r} is not one of {', '.join(_RESAMPLING)}")
+
+    def to_json(self) -> str:
+        """Canonical JSON of everything between the decoded file and the network's input."""
+        fields = {**dataclasses.asdict(self), "antialias": True, "colour": COLOUR}
+        return json.dumps(fields, sort_keys=True, separators=(",", ":"))
+
+
+def render(image: Image.Image, how: Preprocessing) -> npt.NDArray[np.uint8]:
+    """The evaluation crop of an upright "RGB" or "L" image: uint8, shape (*how.crop, 3)."""
+    width, height = image.size
+    scaled_height, scaled_width = _scaled(height, width, how)
+    if (scaled_height, scaled_width) != (height, width):
+        image = image.resize((scaled_width, scaled_height), _RESAMPLING[how.interpolation])
+    return pixels(_centre(image, how))
+
+
+def pixels(image: Image.Image) -> npt.NDArray[np.uint8]:
+    """uint8, shape (height, width, 3); a grey image is repeated in a view that costs nothing."""
+    values = np.asarray(image)
+    return np.broadcast_to(values[:, :, None], (*values.shape, 3)) if values.ndim == 2 else values
+
+
+def resampling(how: Preprocessing) -> Image.Resampling:
+    """Pillow's name of the interpolation."""
+    return _RESAMPLING[how.interpolation]
+
+
+def _scaled(height: int, width: int, how: Preprocessing) -> tuple[int, int]:
+    """(height, width) after the resize. The roundings are those of torchvision's and timm's transforms."""
+    target_height, target_width = how.resize
+    if how.mode == "squash":
+        return how.resize
+    if how.mode == "shortest" and target_height == target_width:
+        # torchvision.transforms.Resize(int): the longer edge is truncated
+        if width <= height:
+            return max(int(target_width * height / width), 1), target_width
+        return target_height, max(int(target_height * width / height), 1)
+    ratios = (height / target_height, width / target_width)
+    ratio = max(ratios) if how.mode == "border" else min(ratios)
+    return max(round(height / ratio), 1), max(round(width / ratio), 1)
+
+
+def _centre(image: Image.Image, how: Preprocessing) -> Image.Image:
+    """torchvision's center_crop, which pads with black where the image is smaller; a border has the mean's colour."""
+    width, height = image.size
+    crop_height, crop_width = how.crop
+    if (height, width) == how.crop:
+        return image
+    if height < crop_height or width < crop_width:
+        above, left = max((crop_height - height) // 2, 0), max((crop_width - width) // 2, 0)
+        grey = (0, 0, 0)
+        if how.mode == "border":
+            grey = (round(255 * how.mean[0]), round(255 * how.mean[1]), round(255 * how.mean[2]))
+        canvas = Image.new("RGB", (max(width, crop_width), max(height, crop_height)), grey)
+        canvas.paste(image.convert("RGB"), (left, above))
+        image, (width, height) = canvas, canvas.size
+    # Python's round is to even, as in torchvision
+    top, start = round((height - crop_height) / 2.0), round((width - crop_width) / 2.0)
+    return image.crop((start, top, start + crop_width, top + crop_height))

@@ -1,0 +1,196 @@
+"""Taps: a node of a network and how its output is reduced. Legend: N images, C channels, H x W positions, T tokens."""
+
+import functools
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from headrace.extract.backbone import Backbone
+from headrace.extract.errors import BackboneError, nearest
+from headrace.extract.nodes import LOGITS, PRE_LOGITS, Node, Nodes, find_nodes, is_square
+
+_REDUCTION = re.compile(r"avg|mean|max|gem|map|cls|vector|grid[1-9][0-9]?")
+REDUCTIONS = "avg, max, gem, gridK (grid2 …), map, and for transformers cls"
+_GEM_POWER = 3.0  # generalised mean, as trained for retrieval by Radenovic et al. 2018
+_GEM_FLOOR = 1e-6
+
+
+@dataclass(frozen=True)
+class Tap:
+    """One node and its reduction, "blocks.4.avg"."""
+
+    node: str
+    reduction: str  # avg, max, gem, gridK, map; cls for a class token; vector for outputs that have no positions
+
+    def __str__(self) -> str:
+        return f"{self.node}.{self.reduction}"
+
+
+def parse_tap(text: str) -> Tap:
+    """ "blocks.4.avg": node "blocks.4", reduction "avg", which is also what no reduction and "mean" mean."""
+    node, _, last = text.strip().rpartition(".")
+    if not text.strip():
+        raise BackboneError("a tap is empty; expected a node and a reduction, such as layer4.avg")
+    if not _REDUCTION.fullmatch(last):
+        node, last = text.strip(), "avg"
+    if not node:
+        raise BackboneError(f"tap {text!r} names a reduction and no node; expected something like layer4.{last}")
+    return Tap(node, "avg" if last == "mean" else last)
+
+
+def resolve_taps(backbone: Backbone, taps: str | Sequence[str]) -> tuple[Tap, ...]:
+    """The taps that a user asked for, checked against the network, each once; "auto" picks early to late ones.
+
+    Raises BackboneError naming the nearest nodes.
+    """
+    nodes = backbone_nodes(backbone)
+    if taps == "auto":
+        return auto_taps(nodes)
+    asked = [taps] if isinstance(taps, str) else list(taps)
+    if not asked:
+        raise BackboneError(f"{backbone.spec.name}: no taps are asked for; name at least one, or auto")
+    return tuple(dict.fromkeys(_resolve(parse_tap(text), nodes, backbone.spec.name) for text in asked))
+
+
+def tap_shape(tap: Tap, node: Node) -> tuple[int, ...]:
+    """Shape of one image's reduced output."""
+    height, width, channels = _extent(node)
+    if tap.reduction == "map":
+        return (channels, height, width)
+    if tap.reduction.startswith("grid"):
+        cells = int(tap.reduction[4:])
+        return (channels, cells, cells)
+    return (channels,)
+
+
+def reduce_output(output: Tensor, reduction: str, node: Node) -> Tensor:
+    """A node's output (N, ...) to (N, *tap_shape), in float32 for everything that averages."""
+    if reduction == "vector":
+        return output
+    if reduction == "cls":
+        return output[:, 0]
+    if reduction == "avg":  # means over axes as they lie, without making a map of tokens first
+        if node.layout == "NTC":
+            return output[:, node.prefix :].float().mean(dim=1)
+        return output.float().mean(dim=(2, 3) if node.layout == "NCHW" else (1, 2))
+    grid = _as_map(output, node)
+    if reduction == "map":
+        return grid
+    if reduction == "max":
+        return grid.amax(dim=(2, 3))
+    if reduction == "gem":
+        return grid.float().clamp(min=_GEM_FLOOR).pow(_GEM_POWER).mean(dim=(2, 3)).pow(1 / _GEM_POWER)
+    return F.adaptive_avg_pool2d(grid.float(), int(reduction.removeprefix("grid")))
+
+
+@functools.lru_cache(maxsize=8)
+def backbone_nodes(backbone: Backbone) -> Nodes:
+    """The nodes of a loaded backbone at its own input size; found once per process."""
+    return find_nodes(backbone.module, backbone.preprocessing.crop, backbone.spec.name)
+
+
+def auto_taps(nodes: Nodes) -> tuple[Tap, ...]:
+    """Early to late, averaged: the last stage at each resolution but the first, or each quarter of a transformer.
+
+    Then the class token, where there is one, and what the classifier is given.
+    """
+    maps = [node for node in nodes.nodes if node.layout in ("NCHW", "NHWC")]
+    picked = _quarters(nodes) or _stages(maps)
+    taps = [Tap(node.name, "avg") for node in picked]
+    if picked and picked[-1].has_class_token:
+        taps.append(Tap(picked[-1].name, "cls"))
+    if PRE_LOGITS in nodes.names:
+        taps.append(Tap(PRE_LOGITS, "vector"))
+    return tuple(taps) or (Tap(LOGITS, "vector"),)
+
+
+def _stages(maps: list[Node]) -> list[Node]:
+    resolutions = list(dict.fromkeys(_extent(node)[:2] for node in maps))
+    largest = max((height * width for height, width in resolutions), default=0)
+    picked = []
+    for height, width in resolutions:
+        # The first resolution is edges and colours; a single position is the pooled output, which pre_logits has.
+        if height * width in (largest, 1):
+            continue
+        here = [node for node in maps if _extent(node)[:2] == (height, width)]
+        shallowest = min(node.name.count(".") for node in here)
+        # Inside a stage come the first convolutions of the next at the old resolution; whole stages have shorter names.
+        picked.append([node for node in here if node.name.count(".") == shallowest][-1])
+    order = {node.name: place for place, node in enumerate(maps)}
+    return sorted(picked, key=lambda node: order[node.name])[-5:]
+
+
+def _quarters(nodes: Nodes) -> list[Node]:
+    """The blocks at a quarter, half, three quarters and the end of a plain transformer; empty for other networks."""
+    groups: dict[str, list[Node]] = {}
+    for node in nodes.nodes:
+        if node.layout == "NTC" and re.search(r"\d$", node.name):
+            groups.setdefault(re.sub(r"\d+$", "", node.name), []).append(node)
+    if not groups:
+        return []
+    shallowest = min(prefix.count(".") for prefix in groups)
+    blocks = max((group for prefix, group in groups.items() if prefix.count(".") == shallowest), key=len)
+    if len(blocks) < 4:
+        return []
+    return [blocks[math.ceil(len(blocks) * quarter / 4) - 1] for quarter in (1, 2, 3, 4)]
+
+
+def _resolve(tap: Tap, nodes: Nodes, what: str) -> Tap:
+    if tap.node in nodes.repeated:
+        raise BackboneError(
+            f"{what}: {tap.node} runs more than once in one forward, so it names no single output. "
+            f"Tap the block around it: {tap.node.rpartition('.')[0] or '(the network)'}. "
+            f"List the taps: headrace backbones {what}"
+        )
+    if tap.node not in nodes.names:
+        raise BackboneError(
+            f"{what} has no node {tap.node!r}. Nearest: {nearest(tap.node, nodes.names)}. "
+            f"List all of them: headrace backbones {what}"
+        )
+    node = nodes[tap.node]
+    if node.layout == "NC":
+        if tap.reduction == "cls" or tap.reduction.startswith("grid"):
+            raise BackboneError(f"{what}: {tap} has nothing to reduce: it is a vector of {node.shape[0]} values")
+        return Tap(tap.node, "vector")
+    if tap.reduction == "vector":
+        raise BackboneError(f"{what}: {tap.node} has shape {node.shape}, not a vector. Reductions: {REDUCTIONS}")
+    if tap.reduction == "cls" and not node.has_class_token:
+        raise BackboneError(f"{what}: {tap.node} has no class token; try {tap.node}.avg")
+    if (
+        node.layout == "NTC"
+        and tap.reduction != "cls"
+        and tap.reduction != "avg"
+        and not is_square(node.shape[0] - node.prefix)
+    ):
+        raise BackboneError(f"{what}: the {node.shape[0]} tokens of {tap.node} make no square map; try {tap.node}.avg")
+    return tap
+
+
+def _needs_map(tap: Tap) -> bool:
+    return tap.reduction not in ("cls", "avg")
+
+
+def _extent(node: Node) -> tuple[int, int, int]:
+    """(H, W, C) of a node's output; vectors have one position."""
+    if node.layout == "NCHW":
+        return node.shape[1], node.shape[2], node.shape[0]
+    if node.layout == "NHWC":
+        return node.shape[0], node.shape[1], node.shape[2]
+    if node.layout == "NTC":
+        side = math.isqrt(node.shape[0] - node.prefix)
+        return side, side, node.shape[1]
+    return 1, 1, node.shape[0]
+
+
+def _as_map(output: Tensor, node: Node) -> Tensor:
+    """(N, C, H, W), a view."""
+    if node.layout == "NHWC":
+        return output.permute(0, 3, 1, 2)
+    if node.layout == "NTC":
+        height, width, _ = _extent(node)
+        return output[:, node.prefix :].reshape(-1, height, width, output.shape[2]).permute(0, 3, 1, 2)
+    return output

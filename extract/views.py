@@ -1,0 +1,90 @@
+"""Views: view 0 is the evaluation crop; views 1, 2, … are random augmentations that are the same every time.
+
+They are drawn from the image's content hash and the view's number, not from its id or its place: a renamed image keeps
+its features, and no order of work, worker or batch changes a pixel.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import random
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageEnhance
+
+from headrace.extract.preprocess import Preprocessing, pixels, render, resampling
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How views 1, 2, … are drawn."""
+
+    seed: int = 0
+    area: tuple[float, float] = (0.35, 1.0)  # of the image that the crop covers
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height of the crop
+    flip: float = 0.5  # probability of a horizontal flip
+    brightness: float = 0.2  # factors are drawn from 1 - x to 1 + x
+    contrast: float = 0.2
+    saturation: float = 0.2
+
+
+def view_json(index: int, augmentation: Augmentation) -> str:
+    """FeatureSpec.view: canonical JSON of everything that makes the view."""
+    recipe = {} if index == 0 else {"augmentation": dataclasses.asdict(augmentation)}
+    return json.dumps({"index": index, **recipe}, sort_keys=True, separators=(",", ":"))
+
+
+def parse_view(text: str) -> tuple[int, Augmentation]:
+    """Inverse of `view_json`."""
+    values = json.loads(text)
+    fields = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in values.get("augmentation", {}).items()
+    }
+    return values["index"], Augmentation(
+        **{name: tuple(value) if isinstance(value, list) else value for name, value in fields}
+    )
+
+
+def render_view(
+    image: Image.Image, content: str, index: int, augmentation: Augmentation, how: Preprocessing
+) -> npt.NDArray[np.uint8]:
+    """View `index` of an upright "RGB" or "L" image with that content hash: uint8, shape (*how.crop, 3)."""
+    if index == 0:
+        return render(image, how)
+    digest = hashlib.sha256(f"{augmentation.seed}|{index}|{content}".encode()).digest()
+    draw = random.Random(int.from_bytes(digest, "big"))  # its random() is the same in every version of Python
+    box = _crop(image, draw, augmentation)
+    crop_height, crop_width = how.crop
+    view = image.resize((crop_width, crop_height), resampling(how), box=box)
+    if draw.random() < augmentation.flip:
+        view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    for enhance, strength in (
+        (ImageEnhance.Brightness, augmentation.brightness),
+        (ImageEnhance.Contrast, augmentation.contrast),
+        (ImageEnhance.Color, augmentation.saturation),
+    ):
+        factor = 1 + strength * (2 * draw.random() - 1)
+        if strength:
+            view = enhance(view).enhance(factor)
+    return pixels(view)
+
+
+def _crop(image: Image.Image, draw: random.Random, augmentation: Augmentation) -> tuple[float, float, float, float]:
+    """(left, top, right, bottom): ten draws of area and ratio, as torchvision does, then the largest crop that fits."""
+    width, height = image.size
+    low, high = (math.log(bound) for bound in augmentation.ratio)
+    for _ in range(10):
+        area = width * height * (augmentation.area[0] + (augmentation.area[1] - augmentation.area[0]) * draw.random())
+        ratio = math.exp(low + (high - low) * draw.random())
+        box_width, box_height = math.sqrt(area * ratio), math.sqrt(area / ratio)
+        if box_width <= width and box_height <= height:
+            break
+    else:
+        ratio = min(max(width / height, augmentation.ratio[0]), augmentation.ratio[1])
+        box_width, box_height = min(width, height * ratio), min(height, width / ratio)
+    left, top = (width - box_width) * draw.random(), (height - box_height) * draw.random()
+    return left, top, min(left + box_width, width), min(top + box_height, height)
