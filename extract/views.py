@@ -10,6 +10,7 @@ import json
 import math
 import random
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -40,7 +41,7 @@ def view_json(index: int, augmentation: Augmentation) -> str:
 def parse_view(text: str) -> tuple[int, Augmentation]:
     """Inverse of `view_json`."""
     values = json.loads(text)
-    fields = {
+    fields: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in values.get("augmentation", {}).items()
     }
