@@ -41,13 +41,9 @@ def view_json(index: int, augmentation: Augmentation) -> str:
 def parse_view(text: str) -> tuple[int, Augmentation]:
     """Inverse of `view_json`."""
     values = json.loads(text)
-    fields: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in values.get("augmentation", {}).items()
-    }
-    return values["index"], Augmentation(
-        **{name: tuple(value) if isinstance(value, list) else value for name, value in fields}
-    )
+    fields: dict[str, Any] = values.get("augmentation", {})
+    listed = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
+    return values["index"], Augmentation(**{**fields, **listed})
 
 
 def render_view(
