@@ -1,0 +1,142 @@
+"""The features as a logistic bank multiplies them: centred, scaled, rotated, rows sorted, one copy for many heads.
+
+N rows, D features, R rotated coordinates, C classes, F folds.
+
+Coordinates. Let s be the scale of every feature over all rows and Q (D, R) an orthonormal basis of eigenvectors of the
+Gram matrix of the scaled rows. A head's raw weights are  W = (Q u) / s,  its decision  u . Q'((x - m)/s) + b.
+The fold's own standardisation changes neither the rows nor the decision, only what is penalised: with the standard
+deviations s_f of the fold's training rows the penalty is |W s_f|^2 = u' P u,  P = Q' diag(s_f/s)^2 Q (the intercept is
+free and absorbs every mean). So all folds share one copy of the rows and differ in P, which is near the identity.
+
+With fewer training rows than features each fold has its own, smaller design instead: by the representer theorem its
+weights lie in the span of its own standardised training rows, so D shrinks to the rank of those rows, exactly.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import scipy.linalg
+
+from headrace.heads.spec import FULL
+from headrace.heads.standardize import Moments, chunks
+
+Array = npt.NDArray[Any]
+ROWS_PER_TILE = 1024  # a tile of 450 decisions by this many rows is 1.8 MB: it stays in the caches between two products
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Some rows of one group (one fold's held-out rows, or those that always train), sorted by class."""
+
+    group: int
+    rows: npt.NDArray[np.intp]  # (n,) which rows of the task
+    values: Array  # (n, R + 1), the last column 1: the intercept's
+    bounds: npt.NDArray[np.intp]  # (C + 1,) single label: class k is rows bounds[k]:bounds[k+1]
+    labels: Array  # (L, n) 0/1: binary and multi-label
+    weight: Array | None  # (n,) sample weights; None: all one
+
+
+@dataclass(frozen=True)
+class Design:
+    """Rotated rows and the way back to raw coordinates."""
+
+    tiles: list[Tile]
+    folds: tuple[int, ...]  # whose heads it serves
+    curvature: Array  # (R,) mean square of each rotated coordinate
+    basis: Array  # (D, R), raw weight = basis @ u: the scale is divided out already
+    centre: Array  # (D,) float64
+    ratio: dict[int, Array]  # fold -> (D,) s_f / s; empty where the design was made for one fold
+    metric: dict[int, Array]  # fold -> P (R, R); absent: the identity
+    rotation: Array  # (D, R) orthonormal Q
+    unit: float  # unstandardised features are divided by this one number; 1 for standardised ones
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.basis.dtype
+
+    @property
+    def width(self) -> int:
+        """R + 1: rotated coordinates and the intercept."""
+        return self.basis.shape[1] + 1
+
+    def penalised(self, u: Array, fold: int) -> Array:
+        """u P (..., R) for rows u (..., R)."""
+        metric = self.metric.get(fold)
+        return u if metric is None else u @ metric
+
+    def dual_norm(self, g: Array, fold: int) -> float:
+        """sum of g P^-1 g' over the rows of g (C, R), float64: the norm that bounds the gap."""
+        if fold in self.ratio:
+            g = (g @ self.rotation.T) / self.ratio[fold]
+        return float(np.vdot(g.astype(np.float64), g.astype(np.float64)))
+
+    def to_raw(self, u: Array) -> tuple[Array, Array]:
+        """Weights (C, D) and biases (C,) in raw feature coordinates, float64, of u (C, R + 1)."""
+        weight = (u[:, :-1] @ self.basis.T).astype(np.float64)
+        return weight, u[:, -1].astype(np.float64) - weight @ self.centre
+
+
+def make_design(
+    X: Array,
+    groups: list[tuple[int, npt.NDArray[np.intp]]],
+    scaling: dict[int, Moments],
+    *,
+    standardize: bool,
+    dtype: Any,
+) -> Design:
+    """Design of the given groups of rows of X (N, D), for the folds in `scaling` (fold: moments of its training rows).
+
+    The tiles come without labels, which the caller adds. For one fold P is the identity, and the groups are its
+    training rows.
+    """
+    folds = tuple(scaling)
+    shared = len(folds) > 1
+    whole = scaling[FULL] if shared else scaling[folds[0]]
+    constant = whole.constant
+    # Unstandardised features still need a unit: one number for all of them keeps squares inside float32's range.
+    unit = 1.0 if standardize else float(whole.scale[~constant].max(initial=0.0)) or 1.0
+    scale = whole.scale if standardize else np.full(len(whole.mean), unit)
+    factor = np.where(constant, 0.0, 1.0 / scale)
+    parts = [_scaled(X, rows, whole.mean, factor, dtype) for _, rows in groups]
+    dim = X.shape[1]
+    train = [part for (group, _), part in zip(groups, parts, strict=True) if shared or group != folds[0]]
+    total = sum(len(part) for part in train)
+    if total >= dim:
+        gram = sum((part.T @ part for part in train), np.zeros((dim, dim), dtype))
+        eigenvalues, rotation = scipy.linalg.eigh(gram, driver="evd", overwrite_a=True, check_finite=False)
+    else:
+        # The rows' own span: eigenvectors of the small matrix of their products, carried over to features. In float64:
+        # a direction is divided by the root of its eigenvalue, and all but those lost in rounding are kept.
+        stacked = np.concatenate(train).astype(np.float64)
+        eigenvalues, left = scipy.linalg.eigh(stacked @ stacked.T, driver="evd", overwrite_a=True, check_finite=False)
+        keep = eigenvalues > eigenvalues.max(initial=0.0) * max(total, 1) * np.finfo(np.float64).eps
+        eigenvalues = eigenvalues[keep]
+        rotation = (stacked.T @ (left[:, keep] / np.sqrt(eigenvalues))).astype(dtype)
+    rotation, eigenvalues = np.ascontiguousarray(rotation[:, ::-1]), eigenvalues[::-1]
+    ratio, metric = {}, {}
+    if shared and standardize:
+        for fold in folds:
+            if fold != FULL:
+                own = np.where(scaling[fold].constant | constant, 1.0, scaling[fold].scale / scale)
+                ratio[fold] = own.astype(dtype)
+                scaled = rotation * ratio[fold][:, None]
+                metric[fold] = scaled.T @ scaled
+    tiles = []
+    for (group, rows), part in zip(groups, parts, strict=True):
+        for where in chunks(np.arange(len(rows)), ROWS_PER_TILE):
+            values = np.ones((len(where), rotation.shape[1] + 1), dtype)
+            values[:, :-1] = part[where[0] : where[-1] + 1] @ rotation
+            tiles.append(Tile(group, rows[where], values, np.zeros(0, np.intp), np.zeros((0, len(where))), None))
+    basis = rotation * factor.astype(dtype)[:, None]
+    curvature = np.maximum(eigenvalues, 0.0) / max(total, 1)
+    return Design(tiles, folds, curvature, basis, whole.mean, ratio, metric, rotation, unit)
+
+
+def _scaled(X: Array, rows: npt.NDArray[np.intp], mean: Array, factor: Array, dtype: Any) -> Array:
+    """Rows of X, centred and scaled in float64 a few at a time, stored as `dtype`."""
+    out = np.empty((len(rows), X.shape[1]), dtype)
+    for where in chunks(np.arange(len(rows))):
+        out[where[0] : where[-1] + 1] = (X[rows[where]] - mean) * factor
+    return out

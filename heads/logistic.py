@@ -1,0 +1,311 @@
+"""Banks of logistic heads: every strength, fold, class weight and label at once, to scikit-learn's optimum.
+
+N rows, D features, C classes, L labels, F folds.
+
+The objective of a head is scikit-learn's `LogisticRegression` after a `StandardScaler` fitted on the head's training
+rows: sum_i w_i loss_i + |W|^2 / (2 C), the intercept free. For two classes the loss is the sigmoid's with one weight
+vector, as scikit-learn has it (a two-class softmax with penalty on both rows would be a different strength); its two
+rows are stored as -w/2 and +w/2, whose softmax is that sigmoid.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from headrace.heads.design import Design, Tile, make_design
+from headrace.heads.loss import sigmoid, softmax
+from headrace.heads.softmax_path import Line, solve_lines
+from headrace.heads.spec import FULL, HeadFit, LogisticSpec
+from headrace.heads.standardize import Moments, group_moments, training_moments
+
+Array = npt.NDArray[Any]
+NEVER = 1e30  # an absent class's decision is minus this: its probability is exactly zero, and no arithmetic overflows
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One spec's head of one fold, for some classes or one label, before it is assembled."""
+
+    weight: Array  # (rows, D) float64, raw coordinates
+    bias: Array  # (rows,)
+    objective: float
+    bound: float
+    iterations: int
+    seconds: float
+
+
+def fit_logistic_bank(
+    X: Array,
+    target: Array,
+    *,
+    n_classes: int,
+    fold: Array,
+    specs: Sequence[LogisticSpec],
+    full: bool = True,
+    sample_weight: Array | None = None,
+    gap: float = 1e-5,
+    device: str = "cpu",
+    deadline: float | None = None,
+) -> list[HeadFit]:
+    """Fit every spec on the training rows of every fold, and on all rows when `full`.
+
+    X: (N, D) float16, float32 or float64, no test rows. target: (N,) int class indices, or (N, L) 0/1 labels: L
+    independent binary problems (n_classes = L). fold: (N,) int, the fold that holds the row out, or TRAIN_ONLY.
+    gap: relative distance to the optimum at which a head stops, by estimate; `HeadFit.gap` is a proven bound.
+    deadline: time.monotonic() seconds at which to stop early.
+
+    Returns the heads spec by spec, for each its folds in order, then FULL. Raises NotFinite (a ValueError) for NaN or
+    infinite features, ValueError for shapes that do not fit, labels out of range and strengths that are not positive.
+    """
+    _check(X, target, n_classes, fold, specs, sample_weight)
+    fold = np.asarray(fold, np.int64)
+    sw = None if sample_weight is None else np.asarray(sample_weight, np.float64)
+    folds = [int(f) for f in np.unique(fold) if f >= 0] + ([FULL] if full else [])
+    groups = group_moments(X, fold)
+    scaling = training_moments(groups)
+    parts: dict[tuple[int, int, int], _Part] = {}  # (spec, fold, label or 0)
+    for standardize in sorted({spec.standardize for spec in specs}):
+        chosen = [i for i, spec in enumerate(specs) if spec.standardize == standardize]
+        for problem in _problems(target, n_classes, fold, folds, sw):
+            _fit_problem(X, problem, fold, specs, chosen, scaling, sw, gap, deadline, parts, standardize)
+    return _assemble(X, target, n_classes, fold, folds, specs, parts, sw)
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """Heads with the same classes present: folds whose training rows hold exactly `classes`."""
+
+    folds: tuple[int, ...]
+    classes: npt.NDArray[np.intp]  # single label: the classes present; multi-label: empty
+    target: Array  # (N,) position in `classes`, -1 where absent; or (N, L)
+
+
+def _problems(target: Array, n_classes: int, fold: Array, folds: list[int], sw: Array | None) -> list[_Problem]:
+    """Group the folds by the classes that their training rows hold. A class without training rows has no optimum: its
+    intercept would run to minus infinity. It is left out, as scikit-learn leaves it out, and predicted with 0."""
+    if target.ndim == 2:
+        return [_Problem(tuple(folds), np.zeros(0, np.intp), target)]
+    seen: dict[tuple[int, ...], list[int]] = {}
+    for f in folds:
+        rows = fold != f
+        mass = np.bincount(target[rows], None if sw is None else sw[rows], minlength=n_classes)
+        seen.setdefault(tuple(np.flatnonzero(mass > 0).tolist()), []).append(f)
+    problems = []
+    for classes, members in seen.items():
+        position = np.full(n_classes, -1)
+        position[list(classes)] = np.arange(len(classes))
+        problems.append(_Problem(tuple(members), np.array(classes, np.intp), position[target]))
+    return problems
+
+
+def _fit_problem(
+    X: Array,
+    problem: _Problem,
+    fold: Array,
+    specs: Sequence[LogisticSpec],
+    chosen: list[int],
+    scaling: dict[int, Moments],
+    sw: Array | None,
+    gap: float,
+    deadline: float | None,
+    parts: dict[tuple[int, int, int], _Part],
+    standardize: bool,
+) -> None:
+    """Fit the chosen specs on the problem's folds; results go to `parts`."""
+    multi = problem.target.ndim == 2
+    labels = problem.target if multi else (problem.target == 1)[:, None]
+    binary = multi or len(problem.classes) == 2
+    rows = 1 if binary else len(problem.classes)
+    if rows == 1 and not binary:  # one class: nothing to fit
+        for i in chosen:
+            for f in problem.folds:
+                parts[i, f, 0] = _Part(np.zeros((1, X.shape[1])), np.zeros(1), 0.0, 0.0, 0, 0.0)
+        return
+    smallest = min(scaling[f].count for f in problem.folds)
+    began = time.perf_counter()
+    if X.shape[1] <= smallest:
+        batches = [problem.folds]
+    else:
+        batches = [(f,) for f in problem.folds]
+    for folds in batches:
+        used = {f: scaling[f] for f in folds}
+        if len(folds) > 1:
+            used[FULL] = scaling[FULL]
+        lines, owners = _lines(
+            problem, folds, specs, chosen, fold, labels if binary else None, rows, sw, parts, X.shape[1]
+        )
+        if not lines:
+            continue
+        dtype: Any = np.float32
+        for dtype in (np.float32, np.float64):
+            design = _design(X, problem, fold, used, folds, labels if binary else None, rows, sw, standardize, dtype)
+            unit = design.unit**-2
+            scaled = [
+                Line(line.fold, line.multiplier, line.label, tuple(mu * unit for mu in line.strengths))
+                for line in lines
+            ]
+            solutions = solve_lines(design, scaled, rows, gap=gap, deadline=deadline)
+            if all(solution.converged for solution in solutions.values()):
+                break
+        seconds = (time.perf_counter() - began) / max(len(solutions), 1)
+        began = time.perf_counter()
+        for index, (line, owner) in enumerate(zip(lines, owners, strict=True)):
+            for mu, spec_indices in owner.items():
+                solution = solutions[index, mu * unit]
+                weight, bias = design.to_raw(solution.u)
+                for i in spec_indices:
+                    parts[i, line.fold, max(line.label, 0) if multi else 0] = _Part(
+                        weight, bias, solution.objective, solution.bound, solution.iterations, seconds
+                    )
+
+
+def _lines(
+    problem: _Problem,
+    folds: tuple[int, ...],
+    specs: Sequence[LogisticSpec],
+    chosen: list[int],
+    fold: Array,
+    labels: Array | None,
+    rows: int,
+    sw: Array | None,
+    parts: dict[tuple[int, int, int], _Part],
+    dim: int,
+) -> tuple[list[Line], list[dict[float, list[int]]]]:
+    """One line per fold, kind of class weight and label; beside each, which specs want which strength."""
+    lines, owners = [], []
+    multi = problem.target.ndim == 2
+    weights = np.ones(len(fold)) if sw is None else sw
+    for f in folds:
+        train = (fold != f) & ((problem.target >= 0) if not multi else True)
+        for kind in sorted({specs[i].class_weight for i in chosen}):
+            wanted: dict[float, list[int]] = {}
+            for i in chosen:
+                if specs[i].class_weight == kind:
+                    wanted.setdefault(1.0 / specs[i].C, []).append(i)
+            for label in range(labels.shape[1]) if labels is not None else [-1]:
+                own = problem.target if labels is None else labels[:, label].astype(np.int64)
+                member = own[train]
+                counts = np.bincount(member, weights[train], minlength=2 if label >= 0 else rows)
+                if (counts == 0).any():  # a label that is constant over the training rows
+                    sure = np.full(1, NEVER if counts[1] > 0 else -NEVER)
+                    for i in [i for indices in wanted.values() for i in indices]:
+                        parts[i, f, label] = _Part(np.zeros((1, dim)), sure, 0.0, 0.0, 0, 0.0)
+                    continue
+                # scikit-learn's compute_class_weight("balanced"), with sample weights
+                multiplier = counts.sum() / (len(counts) * counts) if kind == "balanced" else np.ones(len(counts))
+                lines.append(Line(f, multiplier, label, tuple(sorted(wanted, reverse=True))))
+                owners.append(wanted)
+    return lines, owners
+
+
+def _design(
+    X: Array,
+    problem: _Problem,
+    fold: Array,
+    scaling: dict[int, Moments],
+    folds: tuple[int, ...],
+    labels: Array | None,
+    rows: int,
+    sw: Array | None,
+    standardize: bool,
+    dtype: Any,
+) -> Design:
+    """The design, its tiles' rows sorted by class and labelled; rows without a class in the problem are left out."""
+    groups = []
+    for group in np.unique(fold):
+        if len(folds) == 1 and group == folds[0]:
+            continue  # a design of its own fold needs no held-out rows
+        member = np.flatnonzero((fold == group) & ((problem.target >= 0) if problem.target.ndim == 1 else True))
+        if rows > 1:
+            member = member[np.argsort(problem.target[member], kind="stable")]
+        if member.size:
+            groups.append((int(group), member))
+    design = make_design(X, groups, scaling, standardize=standardize, dtype=dtype)
+    tiles = []
+    for tile in design.tiles:
+        bounds = np.searchsorted(problem.target[tile.rows], np.arange(rows + 1)) if rows > 1 else tile.bounds
+        own = np.ascontiguousarray(labels[tile.rows].T, dtype) if labels is not None else tile.labels
+        weight = None if sw is None else sw[tile.rows].astype(dtype)
+        tiles.append(Tile(tile.group, tile.rows, tile.values, bounds, own, weight))
+    return Design(**{**design.__dict__, "tiles": tiles})
+
+
+def _assemble(
+    X: Array,
+    target: Array,
+    n_classes: int,
+    fold: Array,
+    folds: list[int],
+    specs: Sequence[LogisticSpec],
+    parts: dict[tuple[int, int, int], _Part],
+    sw: Array | None,
+) -> list[HeadFit]:
+    """Heads in order, their weights laid out by class, and the probabilities of their held-out rows."""
+    fits = []
+    multi = target.ndim == 2
+    for i, spec in enumerate(specs):
+        for f in folds:
+            if multi:
+                own = [parts[i, f, label] for label in range(n_classes)]
+                weight = np.concatenate([part.weight for part in own])
+                bias = np.concatenate([part.bias for part in own])
+            else:
+                own = [parts[i, f, 0]]
+                rows = fold != f
+                mass = np.bincount(target[rows], None if sw is None else sw[rows], minlength=n_classes)
+                present = np.flatnonzero(mass > 0)
+                weight, bias = np.zeros((n_classes, X.shape[1])), np.full(n_classes, -NEVER)
+                if len(present) == 2:
+                    weight[present] = np.outer([-0.5, 0.5], own[0].weight[0])
+                    bias[present] = np.array([-0.5, 0.5]) * own[0].bias[0]
+                else:
+                    weight[present], bias[present] = own[0].weight, own[0].bias
+            objective = float(sum(part.objective for part in own))
+            bound = float(sum(part.bound for part in own))
+            optimum = objective - bound
+            arrays = {"weight": weight.astype(np.float32), "bias": bias.astype(np.float32)}
+            validation = None
+            if f != FULL:
+                held = np.flatnonzero(fold == f)
+                decision = (X[held].astype(np.float32) @ arrays["weight"].T + arrays["bias"]).T
+                validation = np.ascontiguousarray((sigmoid if multi else softmax)(decision).T)
+            fits.append(
+                HeadFit(
+                    spec,
+                    f,
+                    arrays,
+                    objective,
+                    bound / optimum if optimum > 0 else (0.0 if bound == 0 else float("inf")),
+                    max(part.iterations for part in own),
+                    sum(part.seconds for part in own),
+                    validation,
+                )
+            )
+    return fits
+
+
+def _check(
+    X: Array, target: Array, n_classes: int, fold: Array, specs: Sequence[LogisticSpec], sample_weight: Array | None
+) -> None:
+    if X.ndim != 2 or not np.issubdtype(X.dtype, np.floating):
+        raise ValueError(f"features must be a float matrix (rows, features), found {X.dtype} of shape {X.shape}")
+    for name, values in (("target", target), ("fold", fold), ("sample_weight", sample_weight)):
+        if values is not None and len(values) != len(X):
+            raise ValueError(
+                f"{name} has {len(values)} rows but the features have {len(X)}: pass one per row, in the same order"
+            )
+    if target.ndim == 2 and (target.shape[1] != n_classes or not np.isin(target, (0, 1)).all()):
+        raise ValueError(f"multi-label targets must be 0/1 of shape (rows, {n_classes}), found shape {target.shape}")
+    if target.ndim == 1 and len(target) and not (target.min() >= 0 and target.max() < n_classes):
+        raise ValueError(f"class indices must lie in 0..{n_classes - 1}, found {target.min()}..{target.max()}")
+    for spec in specs:
+        if not (np.isfinite(spec.C) and spec.C > 0):
+            raise ValueError(
+                f"C must be a positive number, found {spec.C}: it is the inverse of the penalty's strength"
+            )
+    if sample_weight is not None and not (np.isfinite(sample_weight).all() and (np.asarray(sample_weight) >= 0).all()):
+        raise ValueError("sample weights must be finite and not negative; give a row weight 0 to leave it out")

@@ -1,0 +1,94 @@
+"""Means and scales of every fold's training rows, from one look at each row.
+
+N rows, D features, F folds. Rows fall into F + 1 groups: one per fold, and those that always train. A fold's training
+rows are all groups but its own, so its moments are a merge of F groups' moments (Chan, Golub & LeVeque 1983, eq. 2.1:
+sums are merged, never subtracted, because a difference of sums of squares loses all digits at large offsets).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from headrace.heads.spec import FULL
+from headrace.heads.task import TRAIN_ONLY
+
+Array = npt.NDArray[Any]
+ROWS_AT_ONCE = 2048  # float64 copies of this many rows stay in the caches
+
+
+class NotFinite(ValueError):
+    """A feature is NaN or infinite."""
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Count, mean (D,) and sum of squared deviations (D,), float64, of some rows."""
+
+    count: int
+    mean: Array
+    squares: Array
+
+    @property
+    def constant(self) -> Array:
+        """(D,) bool: features whose variation is rounding of their mean (scikit-learn's StandardScaler's rule)."""
+        eps, count = np.finfo(np.float64).eps, max(self.count, 1)
+        variance = self.squares / count
+        bound: Array = variance <= count * eps * variance + (count * self.mean * eps) ** 2
+        return bound
+
+    @property
+    def scale(self) -> Array:
+        """(D,) standard deviations, 1 where the feature is constant."""
+        return np.where(self.constant, 1.0, np.sqrt(self.squares / max(self.count, 1)))
+
+
+def moments(rows: Array, first_row: int | npt.NDArray[np.intp] = 0) -> Moments:
+    """Moments of rows (n, D). Raises NotFinite, naming the first bad row (counted from `first_row`) and column."""
+    mean = rows.mean(axis=0, dtype=np.float64)
+    if not np.isfinite(mean).all() and not np.isfinite(rows).all():
+        row, column = np.argwhere(~np.isfinite(rows))[0]
+        name = first_row + row if isinstance(first_row, int) else first_row[row]
+        raise NotFinite(
+            f"feature {column} of row {name} is {rows[row, column]}: features must be finite. "
+            "Find out which image it is (the task's ids, in order) and extract it again, or leave it out of the task."
+        )
+    deviation = rows - mean
+    return Moments(len(rows), mean, np.einsum("nd,nd->d", deviation, deviation))
+
+
+def merge(parts: list[Moments]) -> Moments:
+    """Moments of the union of disjoint groups of rows."""
+    total = sum(part.count for part in parts)
+    mean = sum((part.mean * (part.count / max(total, 1)) for part in parts), np.zeros_like(parts[0].mean))
+    squares = sum((part.squares + part.count * (part.mean - mean) ** 2 for part in parts), np.zeros_like(mean))
+    return Moments(total, mean, squares)
+
+
+def chunks(rows: npt.NDArray[np.intp], size: int = ROWS_AT_ONCE) -> Iterator[npt.NDArray[np.intp]]:
+    """Row numbers in runs of at most `size`."""
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
+
+
+def group_moments(X: Array, fold: Array) -> dict[int, Moments]:
+    """Moments of each group of rows of X (N, D): a fold's held-out rows, or TRAIN_ONLY. Raises NotFinite."""
+    groups = {}
+    for group in np.unique(fold):
+        rows = np.flatnonzero(fold == group)
+        groups[int(group)] = merge([moments(X[part], part) for part in chunks(rows)])
+    return groups
+
+
+def training_moments(groups: dict[int, Moments]) -> dict[int, Moments]:
+    """Moments of each fold's training rows, and of all rows under FULL."""
+    empty = Moments(0, *(np.zeros_like(next(iter(groups.values())).mean) for _ in range(2)))
+    merged = {
+        fold: merge([part for group, part in groups.items() if group != fold] or [empty])
+        for fold in groups
+        if fold != TRAIN_ONLY
+    }
+    merged[FULL] = merge(list(groups.values()))
+    return merged
