@@ -1,1 +1,112 @@
-"""See ARCHITECTURE.md."""
+"""Features to trained heads: banks, their results, and what they are worth. Importing this imports no torch."""
+
+from typing import TYPE_CHECKING, Any
+
+from headrace.heads.bank import BadBank, BankJob, fit_bank, train_bank
+from headrace.heads.checks import BadFeatures
+from headrace.heads.features import load_rows
+from headrace.heads.folds import BadSplit, make_folds, split_test
+from headrace.heads.metrics import (
+    DEFAULT_METRIC,
+    METRICS,
+    Metric,
+    TaskKind,
+    UnknownMetric,
+    all_metrics,
+    bootstrap_interval,
+    metric_interval,
+    row_scores,
+    score,
+)
+from headrace.heads.neighbours import fit_centroid_bank, fit_knn_bank
+from headrace.heads.persist import BadHeadFile, TrainedHead, load_head, save_head
+from headrace.heads.predict import CannotPredict, predict_head
+from headrace.heads.results import BadResults, BankResult, read_bank
+from headrace.heads.sklearn_bank import fit_sklearn_bank
+from headrace.heads.spec import (
+    FULL,
+    KINDS,
+    CentroidSpec,
+    ClassWeight,
+    ConvSpec,
+    HeadFit,
+    HeadSpec,
+    KNNSpec,
+    LogisticSpec,
+    MLPSpec,
+    RidgeSpec,
+    SklearnSpec,
+    spec_from_json,
+    spec_to_json,
+)
+from headrace.heads.task import TEST, TRAIN_ONLY, Task, load_task, save_task
+
+if TYPE_CHECKING:
+    from headrace.heads.mlp import Halving, fit_mlp_bank
+
+# Names whose modules import torch: imported when first asked for.
+_LAZY = {"fit_mlp_bank": "mlp", "Halving": "mlp"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        import importlib
+
+        return getattr(importlib.import_module(f"headrace.heads.{_LAZY[name]}"), name)
+    raise AttributeError(f"module 'headrace.heads' has no attribute {name!r}")
+
+
+__all__ = [
+    "DEFAULT_METRIC",
+    "FULL",
+    "KINDS",
+    "METRICS",
+    "TEST",
+    "TRAIN_ONLY",
+    "BadBank",
+    "BadFeatures",
+    "BadHeadFile",
+    "BadResults",
+    "BadSplit",
+    "BankJob",
+    "BankResult",
+    "CannotPredict",
+    "CentroidSpec",
+    "ClassWeight",
+    "ConvSpec",
+    "Halving",
+    "HeadFit",
+    "HeadSpec",
+    "KNNSpec",
+    "LogisticSpec",
+    "MLPSpec",
+    "Metric",
+    "RidgeSpec",
+    "SklearnSpec",
+    "Task",
+    "TaskKind",
+    "TrainedHead",
+    "UnknownMetric",
+    "all_metrics",
+    "bootstrap_interval",
+    "fit_bank",
+    "fit_centroid_bank",
+    "fit_knn_bank",
+    "fit_mlp_bank",
+    "fit_sklearn_bank",
+    "load_head",
+    "load_rows",
+    "load_task",
+    "make_folds",
+    "metric_interval",
+    "predict_head",
+    "read_bank",
+    "row_scores",
+    "save_head",
+    "save_task",
+    "score",
+    "spec_from_json",
+    "spec_to_json",
+    "split_test",
+    "train_bank",
+]

@@ -29,7 +29,7 @@ class LogisticSpec:
 
 @dataclass(frozen=True)
 class RidgeSpec:
-    """Ridge regression on targets coded -1/+1 (classification, as RidgeClassifier) or real ones: |XW - Y|^2 + alpha |W|^2."""
+    """Ridge regression: minimise |XW - Y|^2 + alpha |W|^2, on real targets or classes coded -1/+1 (RidgeClassifier)."""
 
     alpha: float
     class_weight: ClassWeight = "none"
@@ -75,7 +75,7 @@ class CentroidSpec:
 
 @dataclass(frozen=True)
 class SklearnSpec:
-    """Any scikit-learn estimator, "sklearn.ensemble.RandomForestClassifier", with its keyword arguments as JSON text."""
+    """Any scikit-learn estimator, "sklearn.svm.SVC", with its keyword arguments as JSON text."""
 
     estimator: str
     parameters: str = "{}"
@@ -83,7 +83,28 @@ class SklearnSpec:
     kind: Literal["sklearn"] = "sklearn"
 
 
-HeadSpec = LogisticSpec | RidgeSpec | MLPSpec | KNNSpec | CentroidSpec | SklearnSpec
+@dataclass(frozen=True)
+class ConvSpec:
+    """New convolution layers and an MLP on a spatial tap (D, h, w), from a random start; otherwise as MLPSpec.
+
+    Each convolution is 3 × 3, stride 1, with batch normalisation and ReLU; then the mean over positions, then the MLP.
+    """
+
+    channels: tuple[int, ...] = (64,)
+    hidden: tuple[int, ...] = ()
+    learning_rate: float = 1e-3
+    weight_decay: float = 1e-4
+    dropout: float = 0.0
+    label_smoothing: float = 0.0
+    class_weight: ClassWeight = "none"
+    batch_size: int = 128
+    epochs: int = 30
+    patience: int = 6
+    seed: int = 0
+    kind: Literal["conv"] = "conv"
+
+
+HeadSpec = LogisticSpec | RidgeSpec | MLPSpec | KNNSpec | CentroidSpec | SklearnSpec | ConvSpec
 
 KINDS: dict[str, type[HeadSpec]] = {
     "logistic": LogisticSpec,
@@ -92,6 +113,7 @@ KINDS: dict[str, type[HeadSpec]] = {
     "knn": KNNSpec,
     "centroid": CentroidSpec,
     "sklearn": SklearnSpec,
+    "conv": ConvSpec,
 }
 
 
@@ -103,14 +125,15 @@ def spec_to_json(spec: HeadSpec) -> str:
 def spec_from_json(text: str) -> HeadSpec:
     """Inverse of `spec_to_json`."""
     values: dict[str, Any] = json.loads(text)
-    if "hidden" in values:
-        values["hidden"] = tuple(values["hidden"])
+    for name in ("hidden", "channels"):
+        if name in values:
+            values[name] = tuple(values[name])
     return KINDS[values["kind"]](**values)
 
 
 @dataclass(frozen=True)
 class HeadFit:
-    """One trained head. `arrays` is all that prediction needs besides the spec; a failed head has an `error` and no arrays."""
+    """One trained head. `arrays` is all that prediction needs besides the spec; a failed head has an `error`."""
 
     spec: HeadSpec
     fold: int  # the fold held out of its training; FULL: none

@@ -1,0 +1,234 @@
+"""The unit of work of a run: train a bank of heads on a worker, from paths and specs to one results file.
+
+N rows, V views, D features, C outputs.
+"""
+
+import dataclasses
+import json
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
+from headrace.cache.errors import HeadraceError
+from headrace.cache.feature_set import open_feature_set
+from headrace.cache.files import publish_bytes
+from headrace.heads.features import load_rows
+from headrace.heads.metrics import all_metrics
+from headrace.heads.results import read_bank, results_bytes
+from headrace.heads.spec import FULL, ConvSpec, HeadFit, HeadSpec, MLPSpec
+from headrace.heads.task import Task, load_task
+
+
+class BadBank(HeadraceError, ValueError):
+    """The job cannot be done as it was given."""
+
+
+@dataclass(frozen=True)
+class BankJob:
+    """Everything a worker needs, small enough to send: paths and specs."""
+
+    task: str  # path of an .npz of `save_task`, without test rows
+    features: tuple[str, ...]  # feature-set directories: views of one another, or columns side by side
+    specs: tuple[HeadSpec, ...]  # all of one kind
+    result: str  # path of the results file
+    threads: int = 1
+    device: str = "cpu"
+    full: bool = True  # also train each spec on all rows
+
+
+def train_bank(job: BankJob) -> dict[str, Any]:
+    """Train the job's heads and publish their results; nothing is done when the results are there already.
+
+    Returns {"result": path, "heads": how many, "failed": how many of them, "seconds": wall time, "skipped": bool}.
+    A head that fails is a row with its error. Raises BadBank, and what opening the task and the features raises.
+    """
+    started = time.perf_counter()
+    if not Path(job.result).exists():
+        kinds = {spec.kind for spec in job.specs}
+        if len(kinds) != 1:
+            raise BadBank(
+                f"a bank's heads are all of one kind, found {sorted(kinds) or 'no head'}: make one bank of each kind"
+            )
+        with threadpool_limits(job.threads):
+            _train(job, kinds.pop())
+        skipped = False
+    else:
+        skipped = True
+    table = read_bank(job.result).table
+    return {
+        "result": job.result,
+        "heads": len(table),
+        "failed": int(table["error"].notna().sum()),
+        "seconds": time.perf_counter() - started,
+        "skipped": skipped,
+    }
+
+
+def _train(job: BankJob, kind: str) -> None:
+    task = load_task(Path(job.task))
+    X, kept = load_rows(job.features, task.content, spatial=kind == "conv")
+    if not kept.any():
+        raise BadBank(
+            f"none of the {len(kept)} images of {job.task} has features: look at the reasons with `headrace cache`"
+        )
+    rows = take_rows(task, kept)
+    fits = fit_bank(X, rows, job.specs, full=job.full, threads=job.threads, device=job.device)
+    specs = [open_feature_set(directory).spec for directory in job.features]
+    data = results_bytes(
+        rows,
+        task.digest,
+        fits,
+        [_metrics(rows, fit) for fit in fits],
+        features=[{"fingerprint": spec.fingerprint, "spec": json.loads(spec.to_json())} for spec in specs],
+        dropped=task.ids[~kept].tolist(),
+    )
+    Path(job.result).parent.mkdir(parents=True, exist_ok=True)
+    publish_bytes(Path(job.result), data)
+
+
+def take_rows(task: Task, kept: npt.NDArray[np.bool_]) -> Task:
+    """The task with only some of its rows."""
+    return Task(
+        task.kind,
+        task.classes,
+        task.ids[kept],
+        task.content[kept],
+        task.target[kept],
+        task.fold[kept],
+        task.weight[kept],
+    )
+
+
+def fit_bank(
+    X: npt.NDArray[Any],
+    task: Task,
+    specs: Sequence[HeadSpec],
+    *,
+    full: bool = True,
+    threads: int = 1,
+    device: str = "cpu",
+) -> list[HeadFit]:
+    """Train specs of one kind on features X (N, D), (V, N, D) with views, or maps; every head comes back.
+
+    A bank that raises is trained again spec by spec, so that the guilty one is alone in failing; a head whose
+    predictions are not finite has failed.
+    """
+    fit = _fitter(X, task, full=full, threads=threads, device=device)
+    try:
+        fits = fit(specs)
+    except HeadraceError:
+        raise  # of the input, which no other spec would find better
+    except Exception as error:  # noqa: BLE001 (whatever a head does, the others finish)
+        fits = [failed for spec in specs for failed in _alone(fit, spec, task, full, error, len(specs))]
+    return [_finite(one) for one in fits]
+
+
+def _alone(
+    fit: Callable[[Sequence[HeadSpec]], list[HeadFit]],
+    spec: HeadSpec,
+    task: Task,
+    full: bool,
+    first: Exception,
+    specs: int,
+) -> list[HeadFit]:
+    error = first
+    if specs > 1:
+        try:
+            return fit([spec])
+        except Exception as own:  # noqa: BLE001
+            error = own
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    reason = f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"
+    nan = float("nan")
+    folds = [*range(task.n_folds), FULL] if full else list(range(task.n_folds))
+    return [HeadFit(spec, fold, {}, nan, nan, 0, 0.0, None, reason) for fold in folds]
+
+
+def _finite(fit: HeadFit) -> HeadFit:
+    if fit.error is None and fit.validation is not None and not np.isfinite(fit.validation).all():
+        return dataclasses.replace(
+            fit, arrays={}, validation=None, error="its predictions of the held-out rows are not finite"
+        )
+    return fit
+
+
+def _fitter(
+    X: npt.NDArray[Any], task: Task, *, full: bool, threads: int, device: str
+) -> Callable[[Sequence[HeadSpec]], list[HeadFit]]:
+    """What trains specs on this task. Modules are imported here, so that a linear bank doesn't import torch."""
+    common: dict[str, Any] = {"n_classes": len(task.classes), "full": full}
+
+    def fit(specs: Sequence[HeadSpec]) -> list[HeadFit]:
+        kind = specs[0].kind
+        if kind in ("mlp", "conv"):
+            import torch
+
+            torch.set_num_threads(threads)
+            common_here = common | {
+                "fold": task.fold,
+                "sample_weight": task.weight,
+                "task": task.kind,
+                "device": device,
+            }
+            if kind == "mlp":
+                from headrace.heads.mlp import fit_mlp_bank
+
+                return fit_mlp_bank(X, task.target, specs=cast(Sequence[MLPSpec], specs), **common_here)
+            from headrace.heads.conv import fit_conv_bank
+
+            return fit_conv_bank(X, task.target, specs=cast(Sequence[ConvSpec], specs), **common_here)
+        views = len(X) if X.ndim == 3 else 1
+        rows, repeat = X.reshape(-1, X.shape[-1]), np.tile(np.arange(len(task.fold)), views)
+        common_here = common | {"fold": task.fold[repeat], "specs": specs}
+        # Each view of a row counts as a share of the row, so that strengths mean the same whatever the number of views.
+        common_here["sample_weight"] = task.weight[repeat] / views
+        fits = _one_row_per_view(kind, task, device)(rows, task.target[repeat], **common_here)
+        return [_average_views(one, task, views) for one in fits]
+
+    return fit
+
+
+def _one_row_per_view(kind: str, task: Task, device: str) -> Callable[..., list[HeadFit]]:
+    if kind == "logistic":
+        from headrace.heads.logistic import fit_logistic_bank
+
+        if task.kind == "regression":
+            raise BadBank("logistic heads predict classes, this is a regression task: use ridge, mlp or knn")
+        return lambda X, target, **rest: fit_logistic_bank(X, target, device=device, **rest)
+    if kind == "ridge":
+        from headrace.heads.ridge import fit_ridge_bank
+
+        return fit_ridge_bank
+    if kind == "knn":
+        from headrace.heads.neighbours import fit_knn_bank
+
+        return lambda X, target, **rest: fit_knn_bank(X, target, task=task.kind, **rest)
+    if kind == "centroid":
+        from headrace.heads.neighbours import fit_centroid_bank
+
+        return lambda X, target, **rest: fit_centroid_bank(X, target, task=task.kind, **rest)
+    from headrace.heads.sklearn_bank import fit_sklearn_bank
+
+    return lambda X, target, **rest: fit_sklearn_bank(X, target, task=task.kind, **rest)
+
+
+def _average_views(fit: HeadFit, task: Task, views: int) -> HeadFit:
+    """Predictions of the stacked views (V·n, C), averaged to one per row (n, C)."""
+    if views == 1 or fit.validation is None:
+        return fit
+    held = int(np.count_nonzero(task.fold == fit.fold))
+    averaged = fit.validation.reshape(views, held, -1).mean(0, dtype=np.float32)
+    return dataclasses.replace(fit, validation=averaged)
+
+
+def _metrics(task: Task, fit: HeadFit) -> dict[str, float]:
+    if fit.validation is None:
+        return {}
+    return all_metrics(task.kind, task.target[task.fold == fit.fold], fit.validation)

@@ -1,0 +1,121 @@
+"""One trained head as a directory: head.safetensors with its arrays, head.json with what they mean. No pickle."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from headrace.cache.errors import HeadraceError
+from headrace.cache.files import publish_replace
+from headrace.cache.spec import FeatureSpec
+from headrace.heads.metrics import TaskKind
+from headrace.heads.predict import Arrays, CannotPredict, predict_head
+from headrace.heads.spec import FULL, HeadSpec, spec_from_json, spec_to_json
+
+FORMAT = 1
+WEIGHTS = "head.safetensors"
+DESCRIPTION = "head.json"
+
+
+class BadHeadFile(HeadraceError, ValueError):
+    """The file is not a head that this version can load."""
+
+
+@dataclass(frozen=True)
+class TrainedHead:
+    """A head ready to predict: what it is, what it was trained on, and its arrays."""
+
+    spec: HeadSpec
+    task_kind: TaskKind
+    classes: tuple[str, ...]
+    features: tuple[
+        FeatureSpec, ...
+    ]  # the feature sets whose rows are concatenated, in order; views of one stand together
+    metrics: dict[str, float]
+    arrays: Arrays
+
+    def predict_proba(self, X: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+        """(n, C) float32 probabilities of features X (n, D) in the order of `classes`; for regression the values."""
+        return predict_head(self.spec, self.arrays, X, self.task_kind)
+
+    def predict(self, X: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """single: (n,) class names; multi: (n, C) 0/1; regression: (n, C) values."""
+        predicted = self.predict_proba(X)
+        if self.task_kind == "single":
+            return np.asarray(np.asarray(self.classes)[predicted.argmax(1)])
+        return np.asarray(predicted >= 0.5, np.uint8) if self.task_kind == "multi" else predicted
+
+
+def save_head(
+    directory: Path | str,
+    *,
+    spec: HeadSpec,
+    arrays: Arrays,
+    classes: Sequence[str],
+    features: Sequence[FeatureSpec],
+    metrics: Mapping[str, float],
+    task_kind: TaskKind = "single",
+) -> Path:
+    """Write head.safetensors and head.json into `directory`, replacing a head that is there; returns the first's path.
+
+    The arrays come first and hold the description too, so that a kill in between leaves a whole head.
+    Raises CannotPredict for a head without arrays.
+    """
+    if not arrays:
+        raise CannotPredict(
+            f"this {spec.kind} head has no arrays to save: save the head trained on all rows (fold {FULL})"
+        )
+    text = json.dumps(
+        {
+            "format": FORMAT,
+            "spec": json.loads(spec_to_json(spec)),
+            "task_kind": task_kind,
+            "classes": list(classes),
+            "features": [json.loads(feature.to_json()) for feature in features],
+            "metrics": {name: float(value) for name, value in metrics.items()},
+        },
+        indent=2,
+        sort_keys=True,
+    )
+    weights = Path(directory) / WEIGHTS
+    weights.parent.mkdir(parents=True, exist_ok=True)
+    plain = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    publish_replace(weights, save(plain, metadata={"headrace": text}))
+    publish_replace(weights.parent / DESCRIPTION, text.encode())
+    return weights
+
+
+def load_head(directory: Path | str) -> TrainedHead:
+    """Read what `save_head` wrote. The description inside the safetensors file counts, the .json is for people.
+
+    Raises BadHeadFile.
+    """
+    path = Path(directory) / WEIGHTS
+    if not path.exists():
+        raise BadHeadFile(f"{path} is not there: give the directory that save_head wrote")
+    try:
+        with safe_open(path, framework="numpy") as stored:
+            description = json.loads((stored.metadata() or {})["headrace"])
+            arrays = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (not a dictionary)
+        if description["format"] != FORMAT:
+            raise BadHeadFile(
+                f"{path}: format {description['format']}, this version of headrace reads {FORMAT}: update headrace"
+            )
+        return TrainedHead(
+            spec=spec_from_json(json.dumps(description["spec"])),
+            task_kind=cast(TaskKind, description["task_kind"]),
+            classes=tuple(description["classes"]),
+            features=tuple(FeatureSpec.from_json(json.dumps(feature)) for feature in description["features"]),
+            metrics={name: float(value) for name, value in description["metrics"].items()},
+            arrays=arrays,
+        )
+    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise BadHeadFile(
+            f"{path} is not a saved head ({type(error).__name__}: {error}): save the head again with save_head"
+        ) from error

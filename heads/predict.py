@@ -1,0 +1,109 @@
+"""Prediction from a head's stored arrays, with NumPy alone: no estimator object, no torch, except for convolutions.
+
+n rows, D features, C classes. Every kind's arrays are in raw feature coordinates: standardisation is folded into them.
+"""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from headrace.cache.errors import HeadraceError
+from headrace.heads.metrics import TaskKind
+from headrace.heads.spec import CentroidSpec, ConvSpec, HeadSpec, KNNSpec, LogisticSpec, MLPSpec, RidgeSpec
+
+Floats = npt.NDArray[np.float32]
+Arrays = dict[str, npt.NDArray[Any]]
+
+ROWS_AT_ONCE = 4096  # bounds the memory of hidden activations; larger blocks were no faster
+
+
+class CannotPredict(HeadraceError, ValueError):
+    """The head has no arrays to predict from, or the features are not the ones that it was trained on."""
+
+
+def softmax(decision: npt.NDArray[Any]) -> Floats:
+    """Softmax over the last axis, float32, of finite or infinite decisions."""
+    shifted = np.exp(decision - decision.max(-1, keepdims=True))
+    return np.asarray(shifted / shifted.sum(-1, keepdims=True), np.float32)
+
+
+def sigmoid(decision: npt.NDArray[Any]) -> Floats:
+    """Logistic function without overflow, float32."""
+    return np.asarray(0.5 * (1 + np.tanh(0.5 * decision)), np.float32)
+
+
+def link(decision: npt.NDArray[Any], task: TaskKind, scale: float = 1.0) -> Floats:
+    """Probabilities (regression: the values themselves) of a decision (n, C); one column of a single-label task is the
+    log-odds of the second class."""
+    if task == "regression":
+        return np.asarray(decision, np.float32)
+    if task == "multi":
+        return sigmoid(scale * decision)
+    if decision.shape[1] == 1:
+        second = sigmoid(scale * decision)
+        return np.concatenate([1 - second, second], axis=1)
+    return softmax(scale * decision)
+
+
+def ridge_link(decision: npt.NDArray[Any], task: TaskKind) -> Floats:
+    """Ridge fits -1/+1, not log-odds: the softmax of twice the decision, so that a perfect fit is a sure prediction."""
+    return link(decision, task, scale=2.0)
+
+
+def predict_head(spec: HeadSpec, arrays: Arrays, X: npt.NDArray[Any], task: TaskKind = "single") -> Floats:
+    """(n, C) float32 probabilities, for regression values, of features X (n, D); convolution heads take (n, D, h, w).
+
+    Raises CannotPredict for a head without arrays (it failed, or it is a fold's neighbour search, which is only
+    stored for the head trained on every row) and for features of another width.
+    """
+    if not arrays:
+        raise CannotPredict(
+            f"this {spec.kind} head has no stored arrays: predict with the head trained on all rows (fold -1)"
+        )
+    if isinstance(spec, ConvSpec):
+        from headrace.heads.conv import predict_conv
+
+        return predict_conv(spec, arrays, X, task)
+    rows = X.reshape(len(X), -1)
+    expected = features_expected(arrays)
+    if rows.shape[1] != expected:
+        raise CannotPredict(
+            f"the head was trained on {expected} features per row, found {rows.shape[1]}: concatenate the same taps"
+        )
+    if isinstance(spec, KNNSpec):
+        from headrace.heads.neighbours import predict_knn
+
+        return predict_knn(spec, arrays, rows, task)
+    if isinstance(spec, CentroidSpec):
+        from headrace.heads.neighbours import predict_centroid
+
+        return predict_centroid(spec, arrays, rows)
+    if isinstance(spec, LogisticSpec | RidgeSpec | MLPSpec):
+        blocks = [rows[start : start + ROWS_AT_ONCE] for start in range(0, len(rows), ROWS_AT_ONCE)] or [rows]
+        return np.concatenate([_dense(spec, arrays, block, task) for block in blocks])
+    from headrace.heads.sklearn_bank import predict_sklearn
+
+    return predict_sklearn(spec, arrays, rows, task)
+
+
+def features_expected(arrays: Arrays) -> int:
+    """The number of features per row that a head's arrays were made for."""
+    for name in ("weight", "weight0", "features", "means"):
+        if name in arrays:
+            return int(arrays[name].shape[1])
+    raise CannotPredict(f"arrays {', '.join(sorted(arrays))} are not those of a head of this version of headrace")
+
+
+def _dense(spec: LogisticSpec | RidgeSpec | MLPSpec, arrays: Arrays, rows: npt.NDArray[Any], task: TaskKind) -> Floats:
+    hidden = rows.astype(np.float32, copy=False)
+    with np.errstate(over="ignore", invalid="ignore"):
+        if isinstance(spec, MLPSpec):
+            last = len(spec.hidden)
+            for layer in range(last):
+                hidden = hidden @ arrays[f"weight{layer}"].T
+                hidden += arrays[f"bias{layer}"]
+                np.maximum(hidden, 0, out=hidden)
+            return link(hidden @ arrays[f"weight{last}"].T + arrays[f"bias{last}"], task)
+        decision = hidden @ arrays["weight"].T + arrays["bias"]
+        return ridge_link(decision, task) if isinstance(spec, RidgeSpec) else link(decision, task)

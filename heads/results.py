@@ -1,0 +1,224 @@
+"""A bank's results: one HDF5 file, published whole, read by what ranks, predicts and combines. No pickle.
+
+K heads (spec × fold), N rows, C outputs.
+
+Layout: the root's attributes hold the format's number and one JSON text that is true of the whole bank; `specs`,
+`errors` and `metric_names` are UTF-8 texts; one array (K,) or (K, M) per column of the table; `ids`, `content`, `fold`,
+`target` describe the N rows; `head/<k>/arrays/<name>` and `head/<k>/validation` (n_held_out, C) float32. Heads that
+share an array (a neighbour search is its training rows) share one data set by hard link. Soft and external links are
+refused.
+"""
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import h5py
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from headrace.cache.errors import HeadraceError
+from headrace.heads.metrics import TaskKind, metric_names
+from headrace.heads.predict import Arrays
+from headrace.heads.spec import FULL, HeadFit, HeadSpec, spec_from_json, spec_to_json
+from headrace.heads.task import Task
+
+FORMAT = 1
+COLUMNS = ("fold", "objective", "gap", "iterations", "seconds")
+
+
+class BadResults(HeadraceError, ValueError):
+    """The file is not a bank's results, or has no such head."""
+
+
+def results_bytes(
+    task: Task,
+    task_digest: str,
+    fits: Sequence[HeadFit],
+    metrics: Sequence[Mapping[str, float]],
+    *,
+    features: Sequence[Mapping[str, Any]],
+    dropped: Sequence[str],
+) -> bytes:
+    """The results file of a bank.
+
+    task: the rows that were trained on, in order. task_digest: of the task as it was given. metrics: one mapping per
+    fit, empty where it has no held-out rows. features: {"fingerprint", "spec"} per feature set. dropped: ids of rows
+    without features.
+    """
+    names = metric_names(task.kind)
+    about = {
+        "task": task_digest,
+        "task_kind": task.kind,
+        "classes": list(task.classes),
+        "features": [dict(feature) for feature in features],
+        "dropped": list(dropped),
+    }
+    buffer = io.BytesIO()
+    text = h5py.string_dtype("utf-8")
+    with h5py.File(buffer, "w", libver="latest") as file:
+        file.attrs["format"] = FORMAT
+        file.attrs["headrace"] = json.dumps(about)
+        file["specs"] = np.array([spec_to_json(fit.spec) for fit in fits], dtype=text)
+        file["errors"] = np.array([fit.error or "" for fit in fits], dtype=text)
+        file["metric_names"] = np.array(names, dtype=text)
+        file["metrics"] = np.array([[own.get(name, np.nan) for name in names] for own in metrics], np.float64)
+        for column in COLUMNS:
+            file[column] = np.array(
+                [getattr(fit, column) for fit in fits], np.int64 if column in ("fold", "iterations") else np.float64
+            )
+        file["ids"] = np.array(task.ids.astype(object), dtype=text)
+        file["content"], file["row_fold"], file["target"] = task.content, task.fold, task.target
+        written: dict[int, str] = {}
+        for number, fit in enumerate(fits):
+            group = file.create_group(f"head/{number}")
+            if fit.validation is not None:
+                group["validation"] = fit.validation
+            for name, array in fit.arrays.items():
+                place = f"arrays/{name}"
+                if id(array) in written:
+                    group[place] = file[written[id(array)]]  # a hard link
+                else:
+                    group[place] = array
+                    written[id(array)] = f"{group.name}/{place}"
+    return buffer.getvalue()
+
+
+@dataclass(frozen=True)
+class BankResult:
+    """What a results file says. Opened anew for each large array, so that it holds no handle and can be pickled."""
+
+    path: Path
+    task: str  # digest of the task
+    task_kind: TaskKind
+    classes: tuple[str, ...]
+    features: tuple[dict[str, Any], ...]  # {"fingerprint", "spec"} per feature set
+    dropped: tuple[str, ...]  # ids of rows without features
+    ids: npt.NDArray[np.str_]  # (N,)
+    content: npt.NDArray[np.bytes_]  # (N,)
+    fold: npt.NDArray[np.int16]  # (N,) as in Task.fold
+    target: npt.NDArray[Any]  # as in Task.target
+    table: (
+        pd.DataFrame
+    )  # one row per head: kind, spec (JSON), fold, the metrics, objective, gap, iterations, seconds, error
+
+    def arrays(self, spec: HeadSpec | str, fold: int = FULL) -> Arrays:
+        """The arrays that `predict_head` needs; empty where a head stores none. Raises BadResults for no such head."""
+        with _open(self.path) as file:
+            group = file[f"head/{self.place(spec, fold)}"]
+            return {name: group["arrays"][name][()] for name in group["arrays"]} if "arrays" in group else {}
+
+    def validation(self, spec: HeadSpec | str, fold: int) -> npt.NDArray[np.float32] | None:
+        """(n_held_out, C) predictions of the rows of that fold, in the order of `ids`; None where there are none."""
+        with _open(self.path) as file:
+            group = file[f"head/{self.place(spec, fold)}"]
+            return group["validation"][()] if "validation" in group else None
+
+    def rows(self, fold: int) -> npt.NDArray[np.int64]:
+        """Positions in `ids` of the rows that are held out in a fold."""
+        return np.flatnonzero(self.fold == fold)
+
+    def out_of_fold(self, spec: HeadSpec | str) -> npt.NDArray[np.float32]:
+        """(N, C) each row predicted by the head that did not train on it; nan for rows that are never held out and for
+        those of a fold whose head failed."""
+        folds = sorted(int(number) for number in np.unique(self.fold[self.fold >= 0]))
+        parts = [(number, self.validation(spec, number)) for number in folds]
+        found = [(number, part) for number, part in parts if part is not None]
+        width = found[0][1].shape[1] if found else len(self.classes)
+        predicted = np.full((len(self.fold), width), np.nan, np.float32)
+        for number, part in found:
+            predicted[self.rows(number)] = part
+        return predicted
+
+    def place(self, spec: HeadSpec | str, fold: int) -> int:
+        """The row of the table of a head. Raises BadResults, saying which heads there are."""
+        text = spec if isinstance(spec, str) else spec_to_json(spec)
+        if (text, fold) not in self._places:
+            raise BadResults(
+                f"{self.path} has no head {text} of fold {fold}: it has {self.table['spec'].nunique()} specs, folds "
+                f"{sorted(self.table['fold'].unique().tolist())}"
+            )
+        return self._places[text, fold]
+
+    @cached_property
+    def _places(self) -> dict[tuple[str, int], int]:
+        keys = zip(self.table["spec"], self.table["fold"], strict=True)
+        return {(text, int(fold)): number for number, (text, fold) in enumerate(keys)}
+
+
+def read_bank(path: Path | str) -> BankResult:
+    """Open a bank's results: the table and the rows now, arrays and predictions when asked for.
+
+    Raises BadResults for a file that is not one, FileNotFoundError for none.
+    """
+    path = Path(path)
+    with _open(path) as file:
+        try:
+            about = json.loads(file.attrs["headrace"])
+            specs = [text.decode() for text in file["specs"][()]]
+            columns: dict[str, Any] = {
+                "kind": [spec_from_json(text).kind for text in specs],
+                "spec": specs,
+                "fold": file["fold"][()],
+            }
+            metrics = file["metrics"][()].reshape(len(specs), -1)
+            for number, name in enumerate(file["metric_names"][()]):
+                columns[name.decode()] = metrics[:, number]
+            for name in COLUMNS[1:]:
+                columns[name] = file[name][()]
+            columns["error"] = [text.decode() or None for text in file["errors"][()]]
+            return BankResult(
+                path=path,
+                task=about["task"],
+                task_kind=cast(TaskKind, about["task_kind"]),
+                classes=tuple(about["classes"]),
+                features=tuple(about["features"]),
+                dropped=tuple(about["dropped"]),
+                ids=np.array([text.decode() for text in file["ids"][()]], np.str_),
+                content=file["content"][()],
+                fold=file["row_fold"][()],
+                target=file["target"][()],
+                table=pd.DataFrame(columns),
+            )
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise BadResults(
+                f"{path} is not a bank's results of this version ({error}): remove it, and the bank is trained again"
+            ) from error
+
+
+def _open(path: Path) -> h5py.File:
+    """The file, after a look at its links: all must be hard, so that nothing outside the file is ever read."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is not there: train the bank first")
+    try:
+        file = h5py.File(path, "r")
+    except OSError as error:
+        raise BadResults(f"{path} is not an HDF5 file ({error}): remove it, and the bank is trained again") from error
+    try:
+        if int(file.attrs.get("format", 0)) != FORMAT:
+            raise BadResults(f"{path} has format {file.attrs.get('format')}, this version of headrace reads {FORMAT}")
+        _refuse_links(file, path)
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def _refuse_links(group: h5py.Group, path: Path) -> None:
+    for name in group:
+        if not isinstance(group.get(name, getlink=True), h5py.HardLink):
+            raise BadResults(
+                f"{path}: {group.name}/{name} is a link out of the file, which headrace never writes: nothing was read"
+            )
+        item = group[name]
+        if isinstance(item, h5py.Group):
+            _refuse_links(item, path)
+        elif item.external or item.is_virtual:
+            raise BadResults(
+                f"{path}: {item.name} is stored in another file, which headrace never writes: nothing was read"
+            )
