@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import os
 import socket
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,9 @@ from headrace.cache.spec import FeatureSpec
 from headrace.cache.structure import Layout, inspect_shard
 
 _BLOCK = 1 << 20
+# A file that changed this recently may change again within the same tick of the file system's clock, and look as
+# before.
+_SETTLED_NS = 2_000_000_000
 _REPAIR = "`headrace cache repair` removes it, and the next run extracts its samples again"
 
 
@@ -44,7 +48,7 @@ def check_shard(path: Path, spec: FeatureSpec, unit: str, expected_xxh3: str | N
     The user block must name the digest of the rest; `expected_xxh3`, from the manifest, must be that digest too, or
     else the shard is a whole one in the wrong place.
     """
-    size, found, block = _digest(path)
+    size, found, block = shard_digest(path)
     if block != user_block(found):
         raise ShardCorrupt(
             f"{path}: its bytes have changed since they were written: they have the digest {found}, "
@@ -59,7 +63,7 @@ def check_shard(path: Path, spec: FeatureSpec, unit: str, expected_xxh3: str | N
     return CheckedShard(layout, round_off, size, found)
 
 
-def _digest(path: Path) -> tuple[int, str, bytes]:
+def shard_digest(path: Path) -> tuple[int, str, bytes]:
     """Size, XXH3-128 of everything behind the user block, and the user block."""
     hasher, size = xxhash.xxh3_128(), 0
     buffer = memoryview(bytearray(_BLOCK))
@@ -106,6 +110,8 @@ class Verified:
         if record is not None and all(record.get(key) == value for key, value in identity.items()):
             return Layout(**{field.name: record[f"layout_{field.name}"] for field in dataclasses.fields(Layout)})
         layout = check_shard(path, spec, unit, xxh3).layout
+        if time.time_ns() - max(identity["mtime_ns"], identity["ctime_ns"]) < _SETTLED_NS:
+            return layout
         self._append({**identity, **{f"layout_{name}": value for name, value in dataclasses.asdict(layout).items()}})
         return layout
 

@@ -118,7 +118,7 @@ def _encode_block(
         trailing = (1,) * (given.ndim - 2)
         steps = np.where(scale > 0, scale, np.float32(1)).reshape(scale.shape + trailing)
         return np.clip(np.rint((given - offset.reshape(offset.shape + trailing)) / steps), 0, 255).astype(np.uint8)
-    with np.errstate(over="ignore"):  # found by its result
+    with np.errstate(over="ignore"):
         return given.astype(STORED[dtype])
 
 
@@ -128,7 +128,9 @@ def _channel_range(
     """scale and offset (C,) that spread each channel's range over 0..255."""
     for rows in _blocks(features):
         given = features[rows]
-        _refuse(~np.isfinite(given.astype(np.float32)), given, ids, rows.start, "uint8")
+        with np.errstate(over="ignore"):  # found by its result
+            bad = ~np.isfinite(given.astype(np.float32))
+        _refuse(bad, given, ids, rows.start, "uint8")
     axes = (0, *range(2, features.ndim))
     if not len(features):
         return np.zeros(features.shape[1:2], np.float32), np.zeros(features.shape[1:2], np.float32)
@@ -157,10 +159,12 @@ def _refuse(
             f"{where} is {value}. A network that gives NaN or infinity gives a head nothing to learn from; "
             "look at the image and at the weights, or list it as failed"
         )
-    largest = "65504" if dtype == "float16" else "3.4e38"
+    if dtype == "float16":
+        raise NotStorable(
+            f"{where} is {value:g}, and float16 ends at 65504. Store this tap as bfloat16 or float32 (dtype in the recipe)"
+        )
     raise NotStorable(
-        f"{where} is {value:g}, and {dtype} ends at {largest}. "
-        "Store this tap as bfloat16 or float32 (dtype in the recipe)"
+        f"{where} is {value:g}, and {dtype} ends at 3.4e38. No head can use such a value; look at the image and the weights"
     )
 
 

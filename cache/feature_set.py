@@ -45,8 +45,14 @@ def open_feature_set(directory: Path | str) -> "FeatureSet":
 
 def list_feature_sets(cache_root: Path | str) -> list["FeatureSet"]:
     """Every feature set of a cache, by fingerprint; an empty list where there is no cache."""
-    parent = Path(cache_root) / FEATURES
-    return [open_feature_set(path.parent) for path in sorted(parent.glob(f"*/{SPEC}"))]
+    return [open_feature_set(path) for path in feature_set_directories(cache_root)]
+
+
+def feature_set_directories(cache_root: Path | str) -> list[Path]:
+    """Where the feature sets of a cache are, readable or broken."""
+    found = (Path(cache_root) / FEATURES).glob(f"*/{SPEC}")
+    # A leading dot: being removed.
+    return sorted(path.parent for path in found if not path.parent.name.startswith("."))
 
 
 class FeatureSet:

@@ -13,11 +13,11 @@ from typing import Any
 
 from headrace.cache.encoding import RoundOff
 from headrace.cache.errors import ManifestCorrupt
-from headrace.cache.files import explained, lease, publish_replace, sync_directory, write_all
+from headrace.cache.files import explained, lease, sync_directory, write_all
 from headrace.cache.lines import LineCorrupt, from_line, is_torn, to_line
 
 MANIFEST = "manifest.jsonl"
-_LOCK = ".manifest.lock"
+LOCK = ".manifest.lock"
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def read_manifest(directory: Path) -> dict[str, ShardEntry]:
 def append_entry(directory: Path, entry: ShardEntry) -> None:
     """Acknowledge a shard: when this returns, the line is on the disk. Raises PublishFailed, naming the errno."""
     path = directory / MANIFEST
-    with explained(path), lease(directory / _LOCK):
+    with explained(path), lease(directory / LOCK):
         is_new = not path.exists()
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         try:
@@ -98,10 +98,9 @@ def append_entry(directory: Path, entry: ShardEntry) -> None:
             sync_directory(directory)
 
 
-def rewrite_manifest(directory: Path, entries: Iterable[ShardEntry]) -> None:
-    """Replace the manifest; for repair, which leaves out what is broken."""
-    with lease(directory / _LOCK):
-        publish_replace(directory / MANIFEST, b"".join(to_line(entry.to_dict()) for entry in entries))
+def manifest_bytes(entries: Iterable[ShardEntry]) -> bytes:
+    """A whole manifest, for repair, which leaves out what is broken."""
+    return b"".join(to_line(entry.to_dict()) for entry in entries)
 
 
 def _cut_torn_end(descriptor: int) -> int:

@@ -59,7 +59,7 @@ class RowIndex:
 
 def _keys(content: npt.NDArray[np.bytes_]) -> npt.NDArray[np.uint64]:
     """(n,) uint64 that spread over the whole range: sorting integers is ten times faster than sorting texts."""
-    words = content.view(np.uint64).reshape(-1, 4)
+    words = np.ascontiguousarray(content).view(np.uint64).reshape(-1, 4)
     keys = words[:, 0] * _MIX[0]
     for column in range(1, 4):
         keys = (keys ^ (keys >> np.uint64(29))) + words[:, column] * _MIX[column]

@@ -1,0 +1,165 @@
+"""Does a feature set hold what was put into it? Every byte, every source image, and rows computed again."""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from headrace.cache.check import check_shard
+from headrace.cache.errors import CacheError, ManifestCorrupt, ShardCorrupt, ShardMissing, SpecMismatch
+from headrace.cache.feature_set import FeatureSet
+from headrace.cache.files import PARTIAL_SUFFIX
+from headrace.cache.manifest import ShardEntry, read_manifest
+from headrace.cache.publish import SHARDS, read_spec, sha256_of, shard_path
+from headrace.cache.spec import FeatureSpec
+
+# Beyond the round-off of storing: what another batch size, machine or number of threads may change, as a part of the
+# root mean square of the feature. Convolutions summed in another order differ by 1e-6 to 1e-4; a wrong resize by 1e-1.
+RECOMPUTE_TOLERANCE = 5e-3
+
+# Half a unit in the last place, relative to the value.
+_HALF_ULP = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "uint8": 0.0}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something in a feature set that is not as it was published."""
+
+    kind: Literal["spec", "manifest", "missing", "corrupt", "unlisted", "temporary"]
+    path: Path
+    message: str
+
+    @property
+    def is_harmless(self) -> bool:
+        """Left behind by a process that died: no reader ever sees it."""
+        return self.kind in ("unlisted", "temporary")
+
+
+def verify_bytes(directory: Path, *, sha256: bool = False) -> list[Problem]:
+    """Read every byte of a feature set, whatever this machine remembers; an empty list means that nothing is wrong.
+
+    sha256: also compare each file's SHA-256, ten times slower, with what the manifest says; the XXH3-128 that is always
+    compared finds every accident, and an attacker can rewrite the manifest too.
+    """
+    try:
+        spec = read_spec(directory)
+    except (ManifestCorrupt, SpecMismatch) as error:
+        return [Problem("spec", directory / "spec.json", str(error))]
+    try:
+        entries = read_manifest(directory)
+    except ManifestCorrupt as error:
+        return [Problem("manifest", directory / "manifest.jsonl", str(error)), *_leftovers(directory, None)]
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # reading and hashing release the interpreter
+        found = pool.map(lambda entry: _verify_shard(directory, spec, entry, sha256), entries.values())
+    return [*(problem for problem in found if problem), *_leftovers(directory, set(entries))]
+
+
+def _verify_shard(directory: Path, spec: FeatureSpec, entry: ShardEntry, sha256: bool) -> Problem | None:
+    path = shard_path(directory, entry.unit)
+    try:
+        checked = check_shard(path, spec, entry.unit, entry.xxh3)
+        if (checked.layout.rows, checked.layout.failed) != (entry.rows, entry.failed):
+            raise ShardCorrupt(
+                f"{path}: it holds {checked.layout.rows} rows and {checked.layout.failed} failures, "
+                f"and the manifest says {entry.rows} and {entry.failed}"
+            )
+        if sha256 and sha256_of(path) != entry.sha256:
+            raise ShardCorrupt(f"{path}: its SHA-256 is not {entry.sha256}, which the manifest says")
+    except ShardMissing as error:
+        return Problem("missing", path, str(error))
+    except CacheError as error:
+        return Problem("corrupt", path, str(error))
+    return None
+
+
+def _leftovers(directory: Path, listed: set[str] | None) -> Iterator[Problem]:
+    """Temporaries, and shards that no line lists (listed None: not known)."""
+    for path in sorted(directory.rglob(f".*{PARTIAL_SUFFIX}")):
+        yield Problem("temporary", path, f"{path}: left by a writer that died, or still being written")
+    for path in sorted((directory / SHARDS).glob("*.h5")):
+        if listed is not None and path.stem not in listed:
+            yield Problem(
+                "unlisted",
+                path,
+                f"{path}: no line of the manifest lists it, so no reader sees it: its writer died or is "
+                "about to list it. The next extraction or `headrace cache repair` lists it",
+            )
+
+
+@dataclass(frozen=True)
+class SourceProblem:
+    """An image that is not the one whose features are stored."""
+
+    id: str
+    path: Path
+    message: str
+
+
+def verify_sources(features: FeatureSet, path_of: Callable[[str], Path]) -> list[SourceProblem]:
+    """Hash the image of every row and every recorded failure again. path_of: from sample id to file."""
+    pairs = [*zip(features.ids(), (value.decode() for value in features.content().tolist()), strict=True)]
+    pairs += [(failure.id, failure.content) for failure in features.failures()]
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        found = pool.map(lambda pair: _verify_source(pair[0], path_of(pair[0]), pair[1]), pairs)
+        return [problem for problem in found if problem]
+
+
+def _verify_source(sample: str, path: Path, content: str) -> SourceProblem | None:
+    try:
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()[:32]
+    except OSError as error:
+        return SourceProblem(sample, path, f"{path}: {error.strerror}; its features are stored under {content}")
+    if found == content:
+        return None
+    return SourceProblem(
+        sample, path, f"{path}: the image has changed since it was extracted: its hash is {found}, was {content}"
+    )
+
+
+@dataclass(frozen=True)
+class Recomputed:
+    """How far stored rows are from the same rows computed again."""
+
+    rows: int
+    largest: float  # largest difference, over the root mean square of the stored values
+    tolerance: float  # the same unit: what round-off and another machine explain
+    worst_id: str
+
+    @property
+    def is_equal(self) -> bool:
+        """Within the tolerance."""
+        return self.largest <= self.tolerance
+
+
+def verify_recompute(
+    features: FeatureSet, recompute: Callable[[Sequence[str], Sequence[str]], npt.NDArray[Any]], n: int, seed: int = 0
+) -> Recomputed:
+    """Compute n random rows again. recompute: from ids and content hashes to features (n, *shape).
+
+    The tolerance is half a unit in the last place of the largest stored value (uint8: the largest error measured when
+    it was written), plus RECOMPUTE_TOLERANCE times the root mean square of the rows.
+    """
+    rows = np.sort(np.random.default_rng(seed).choice(features.n_rows, min(n, features.n_rows), replace=False))
+    ids, content = features.ids(), features.content()
+    chosen = [ids[row] for row in rows.tolist()]
+    stored = features.read(rows).reshape(len(rows), -1).astype(np.float64)
+    again = recompute(chosen, [value.decode() for value in content[rows].tolist()])
+    # A NaN is further off than any number.
+    off = np.nan_to_num(np.abs(again.reshape(stored.shape) - stored), nan=np.inf).max(axis=1, initial=0)
+    scale = float(np.sqrt(np.mean(stored**2))) if stored.size else 0.0
+    scale = scale or 1.0
+    round_off = max(_HALF_ULP[features.spec.dtype] * float(np.abs(stored).max(initial=0)), features.round_off.largest)
+    worst = int(off.argmax()) if len(off) else -1
+    return Recomputed(
+        rows=len(rows),
+        largest=float(off.max(initial=0)) / scale,
+        tolerance=RECOMPUTE_TOLERANCE + round_off / scale,
+        worst_id=chosen[worst] if chosen else "",
+    )
