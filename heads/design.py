@@ -59,7 +59,7 @@ class Design:
     @property
     def width(self) -> int:
         """R + 1: rotated coordinates and the intercept."""
-        return self.basis.shape[1] + 1
+        return int(self.basis.shape[1]) + 1
 
     def penalised(self, u: Array, fold: int) -> Array:
         """u P (..., R) for rows u (..., R)."""

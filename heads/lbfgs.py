@@ -38,7 +38,7 @@ class Memory:
 
     @property
     def size(self) -> int:
-        return self.pairs.shape[1] // 2
+        return int(self.pairs.shape[1]) // 2
 
     def refresh(self) -> None:
         """Recompute the inner products after `pairs` was changed from outside."""
@@ -119,8 +119,8 @@ def minimise(
     """Minimise K problems from `start` (K, P) until each one's estimated relative gap is below `gap`.
 
     The estimate is half the Newton decrement in the metric of the L-BFGS matrix, or the last decrease if that is
-    larger. It steers the effort only: the caller reports a proven bound. A problem whose value no longer moves by more than
-    rounding is stopped as not converged; the caller repeats it in a wider type.
+    larger. It steers the effort only: the caller reports a proven bound. A problem whose value no longer moves by more
+    than rounding is stopped as not converged; the caller repeats it in a wider type.
     """
     k_all, _ = start.shape
     point, m = start.copy(), memory.size
@@ -165,14 +165,14 @@ def minimise(
         slack = 4 * eps * np.maximum(np.abs(value[running]), np.abs(trial_value))
         good = trial_value <= value[running] + ARMIJO * length[running] * slope[running] + slack
         memory.newest = (memory.newest + 1) % m
-        for row, k in enumerate(running):
+        for row, k in enumerate(running.tolist()):
             if not good[row]:
                 # Minimiser of the cubic through both values and slopes (Nocedal & Wright, eq. 3.59), kept inside.
                 length[k] = _shorten(
                     length[k], value[k], slope[k], trial_value[row], trial_gradient[row] @ direction[k]
                 )
                 memory.gram[k][memory.newest, m + memory.newest] = -1.0  # no pair from a refused step
-                stalled[k] += length[k] < 1e-10
+                stalled[k] += int(length[k] < 1e-10)
                 continue
             step, change = trial[row] - point[k], trial_gradient[row] - gradient[k]
             with_pair = memory.add(k, memory.newest, step, change)

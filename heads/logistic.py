@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from headrace.heads.design import Design, Tile, make_design
+from headrace.heads.inputs import check_rows
 from headrace.heads.loss import sigmoid, softmax
 from headrace.heads.softmax_path import Line, solve_lines
 from headrace.heads.spec import FULL, HeadFit, LogisticSpec
@@ -291,21 +292,9 @@ def _assemble(
 def _check(
     X: Array, target: Array, n_classes: int, fold: Array, specs: Sequence[LogisticSpec], sample_weight: Array | None
 ) -> None:
-    if X.ndim != 2 or not np.issubdtype(X.dtype, np.floating):
-        raise ValueError(f"features must be a float matrix (rows, features), found {X.dtype} of shape {X.shape}")
-    for name, values in (("target", target), ("fold", fold), ("sample_weight", sample_weight)):
-        if values is not None and len(values) != len(X):
-            raise ValueError(
-                f"{name} has {len(values)} rows but the features have {len(X)}: pass one per row, in the same order"
-            )
-    if target.ndim == 2 and (target.shape[1] != n_classes or not np.isin(target, (0, 1)).all()):
-        raise ValueError(f"multi-label targets must be 0/1 of shape (rows, {n_classes}), found shape {target.shape}")
-    if target.ndim == 1 and len(target) and not (target.min() >= 0 and target.max() < n_classes):
-        raise ValueError(f"class indices must lie in 0..{n_classes - 1}, found {target.min()}..{target.max()}")
+    check_rows(X, target, n_classes, fold, sample_weight, "multi" if target.ndim == 2 else "single")
     for spec in specs:
         if not (np.isfinite(spec.C) and spec.C > 0):
             raise ValueError(
                 f"C must be a positive number, found {spec.C}: it is the inverse of the penalty's strength"
             )
-    if sample_weight is not None and not (np.isfinite(sample_weight).all() and (np.asarray(sample_weight) >= 0).all()):
-        raise ValueError("sample weights must be finite and not negative; give a row weight 0 to leave it out")

@@ -38,7 +38,7 @@ def softmax_loss(decision: Array, bounds: npt.NDArray[np.intp], weight: Array | 
     for k in range(classes):
         rows = slice(bounds[k], bounds[k + 1])
         decision[k, :, rows] -= 1 if weight is None else weight[:, rows]
-    return own.sum(axis=1, dtype=np.float64)
+    return np.asarray(own.sum(axis=1, dtype=np.float64))
 
 
 def sigmoid_loss(decision: Array, labels: Array, weight: Array | None) -> Array:
@@ -53,14 +53,13 @@ def sigmoid_loss(decision: Array, labels: Array, weight: Array | None) -> Array:
     if weight is not None:
         loss *= weight
         s *= weight
-    return loss.sum(axis=1, dtype=np.float64)
+    return np.asarray(loss.sum(axis=1, dtype=np.float64))
 
 
 def softmax(decision: Array) -> Array:
     """Probabilities along the first axis."""
     p = np.exp(decision - decision.max(axis=0))
-    p /= p.sum(axis=0)
-    return p
+    return np.asarray(p / p.sum(axis=0))
 
 
 def sigmoid(decision: Array) -> Array:

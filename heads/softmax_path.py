@@ -116,7 +116,7 @@ class _Batch:
         # Weighted class sums of the rows, (lines, C or 2, R + 1) float64; the last column holds the weights' sums.
         self.sums = np.zeros((len(lines), self.multipliers.shape[1], design.width))
         for tile in design.tiles:
-            for i in np.flatnonzero(self.folds != tile.group):
+            for i in np.flatnonzero(self.folds != tile.group).tolist():
                 self.sums[i] += self._tile_sums(tile, i)
 
     def _tile_sums(self, tile: Tile, i: int) -> Array:
@@ -142,7 +142,7 @@ class _Batch:
         else:
             label = tile.labels[self.labels[lines]]
             weight = multiplier[:, :1] * (1 - label) + multiplier[:, 1:] * label
-        return weight if tile.weight is None else weight * tile.weight
+        return np.asarray(weight if tile.weight is None else weight * tile.weight)
 
     def bound(self, i: int, mu: float, u: Array, gradient: Array, value: float) -> float:
         """Upper bound of value - optimum: the Fenchel duality gap at a feasible dual point near the head's residuals.
@@ -194,7 +194,7 @@ class _Level:
 
     def scaled(self, u: Array) -> Array:
         """(A, C, R + 1) to (A, C * (R + 1))."""
-        return (u * self.scale[:, None]).reshape(len(u), -1)
+        return np.asarray((u * self.scale[:, None]).reshape(len(u), -1))
 
     def unscaled(self, x: Array, *, inverse: bool = False) -> Array:
         """Inverse of `scaled`; for gradients, which scale the other way, `inverse`."""
@@ -255,4 +255,4 @@ class _Level:
         else:
             loss = sigmoid_loss(decision, tile.labels[batch.labels[lines]], row_weights)
         total += decision[:columns].reshape(len(weights), n) @ tile.values
-        return loss
+        return np.asarray(loss)
