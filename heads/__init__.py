@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from headrace.heads.bank import BadBank, BankJob, fit_bank, train_bank
 from headrace.heads.checks import BadFeatures
+from headrace.heads.estimators import CentroidHead, KNNHead, LogisticHead, MLPHead, RidgeHead
 from headrace.heads.features import load_rows
 from headrace.heads.folds import BadSplit, make_folds, split_test
 from headrace.heads.metrics import (
@@ -71,16 +72,21 @@ __all__ = [
     "BankJob",
     "BankResult",
     "CannotPredict",
+    "CentroidHead",
     "CentroidSpec",
     "ClassWeight",
     "ConvSpec",
     "Halving",
     "HeadFit",
     "HeadSpec",
+    "KNNHead",
     "KNNSpec",
+    "LogisticHead",
     "LogisticSpec",
+    "MLPHead",
     "MLPSpec",
     "Metric",
+    "RidgeHead",
     "RidgeSpec",
     "SklearnSpec",
     "Task",

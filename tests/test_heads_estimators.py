@@ -1,0 +1,64 @@
+"""scikit-learn's own conformance checks on every face, and the faces against the banks."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from sklearn.utils.estimator_checks import parametrize_with_checks
+
+from headrace.heads import CentroidHead, KNNHead, LogisticHead, MLPHead, RidgeHead, predict_head
+
+# A network of a few units, so that the many small fits of the checks are quick.
+FACES = [
+    LogisticHead(),
+    RidgeHead(),
+    MLPHead(hidden=(16,), epochs=30, learning_rate=0.02, batch_size=32),
+    KNNHead(metric="euclidean"),
+    CentroidHead(metric="euclidean"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Products this small are ten times slower with two threads on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@parametrize_with_checks(FACES)
+def test_scikit_learn_conformance(estimator: Any, check: Any) -> None:
+    """Every face keeps scikit-learn's estimator contract."""
+    check(estimator)
+
+
+def test_faces_predict_like_their_arrays() -> None:
+    """A face is its bank's head: `predict_head` with its spec and arrays gives the same probabilities, and it learns."""
+    X, y = load_digits(return_X_y=True)
+    for face in (LogisticHead(C=0.1), RidgeHead(), MLPHead(hidden=(32,), epochs=10), KNNHead(), CentroidHead()):
+        face.fit(X[:1000], y[:1000])
+        np.testing.assert_array_equal(face.predict_proba(X[1000:]), predict_head(face.spec_, face.arrays_, X[1000:]))
+        assert face.score(X[1000:], y[1000:]) > 0.8
+
+
+def test_validation_fraction_chooses_the_epochs() -> None:
+    """With held-out rows an overfitting network stops before its last epoch, and is then trained on all rows."""
+    generator = np.random.default_rng(0)
+    X, y = generator.normal(size=(120, 40)), generator.integers(0, 2, 120)
+    free = MLPHead(hidden=(32,), epochs=60, learning_rate=0.01, batch_size=32).fit(X, y)
+    chosen = MLPHead(hidden=(32,), epochs=60, learning_rate=0.01, batch_size=32, validation_fraction=0.25).fit(X, y)
+    assert free.n_iter_ == 60
+    assert chosen.n_iter_ < 30
+
+
+def test_parameters_that_cannot_train_are_refused() -> None:
+    """An impossible parameter is a ValueError that says what is wrong, at fit and not in the constructor."""
+    X, y = load_digits(return_X_y=True)
+    with pytest.raises(ValueError, match="dropout 1.5"):
+        MLPHead(dropout=1.5).fit(X[:100], y[:100])
+    with pytest.raises(ValueError, match="at least 2 classes"):
+        CentroidHead().fit(X[:100], np.zeros(100))
