@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from headrace.extract.backbone import Backbone
+from headrace.extract.fuse import fusable, fused, same_outputs
 from headrace.extract.nodes import PRE_LOGITS, Node
 from headrace.extract.taps import Tap, backbone_nodes, reduce_output
 
@@ -26,8 +27,24 @@ def make_forward(
 ) -> Forward:
     """The pass from pixels to the reduced outputs of `taps`, in their order, on a copy of the backbone's network."""
     nodes = backbone_nodes(backbone)
+    placed = [(tap, nodes[tap.node]) for tap in taps]
+    normalise = normalisation(backbone, device)
     module = copy.deepcopy(backbone.module).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return hooked(module, [(tap, nodes[tap.node]) for tap in taps], normalisation(backbone, device), compute_dtype)
+    plain = hooked(module, placed, normalise, compute_dtype)
+    if device != "cpu" or compute_dtype != "float32" or not fusable():
+        return plain
+    pixels = _test_image(backbone)
+    tapped = {node.module for _, node in placed}
+    try:
+        faster = hooked(fused(backbone.module, tapped, normalise(pixels)), placed, normalise, compute_dtype)
+        return faster if same_outputs(faster(pixels), plain(pixels)) else plain
+    except (RuntimeError, AttributeError, TypeError):  # a network that reads its layers' attributes
+        return plain
+
+
+def _test_image(backbone: Backbone) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (1, *backbone.preprocessing.crop, 3), dtype=torch.uint8, generator=generator)
 
 
 def normalisation(backbone: Backbone, device: str) -> Callable[[Tensor], Tensor]:
