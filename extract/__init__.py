@@ -1,6 +1,7 @@
 """Images to features: list samples, hash their contents, plan the units that are missing, run each."""
 
 from headrace.extract.backbone import Backbone, BackboneSpec, load_backbone
+from headrace.extract.containers import list_array, list_tar
 from headrace.extract.contents import Contents, Unreadable, content_hashes
 from headrace.extract.describe import BackboneInfo, TapInfo, describe_backbone, feature_specs
 from headrace.extract.errors import BackboneError, SourceError
@@ -30,7 +31,9 @@ __all__ = [
     "content_hashes",
     "describe_backbone",
     "feature_specs",
+    "list_array",
     "list_folder",
+    "list_tar",
     "load_backbone",
     "parse_tap",
     "plan_networks",

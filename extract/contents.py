@@ -13,6 +13,7 @@ import pandas as pd
 from pyarrow import ArrowInvalid
 
 from headrace.cache import publish_replace
+from headrace.extract.locate import file_of, read_bytes
 
 HASH_DIGITS = 32
 # A file written in the same clock tick as it was hashed could change again under the same time stamp. File systems
@@ -60,7 +61,7 @@ def content_hashes(
     reasons: dict[int, str] = {}
     for row, path in enumerate(paths):
         try:
-            status = os.stat(path)
+            status = os.stat(file_of(path))
         except (OSError, ValueError) as error:
             keys.append(None)
             hashes.append(None)
@@ -93,8 +94,7 @@ def content_hashes(
 
 def _hash(path: str) -> str | OSError:
     try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()[:HASH_DIGITS]
+        return hash_bytes(read_bytes(path))
     except OSError as error:
         return error
 

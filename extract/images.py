@@ -1,8 +1,10 @@
 """Decoding: the bytes of an image file to 8-bit pixels, the same way every time, or a reason why not."""
 
 import io
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import PIL
 from PIL import Image, ImageFile
 
@@ -16,6 +18,7 @@ COLOUR = "rgb; exif orientation applied; alpha over white; 16 bit scaled; first 
 # Pillow's own limit on what it opens without a warning: 1 GiB of pixels / 4 / 3. Above it lie decompression bombs.
 MAX_PIXELS = 1024**3 // 4 // 3
 
+_NUMPY = b"\x93NUMPY"
 _ORIENTATION_TAG = 0x0112
 _ORIENTATIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -36,6 +39,8 @@ def decode_image(data: bytes) -> Image.Image:
     """
     if not data:
         raise ImageError("the file is empty")
+    if data.startswith(_NUMPY):
+        return _decode_array(data)
     # Some libraries switch this on for the whole process, and truncated files then decode to grey bars in silence.
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:
@@ -62,14 +67,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if mode == "1":
         return image.convert("L")
     if mode.startswith("I;16"):
-        return _grey_16(np.asarray(image))
-    if mode == "I":
-        values = np.asarray(image)
-        if values.min() < 0 or values.max() > 65535:
-            raise ImageError(f"32-bit pixels from {values.min()} to {values.max()}: expected 0 to 65535")
-        return _grey_16(values)
-    if mode == "F":
-        return _grey_float(np.asarray(image))
+        return Image.fromarray(_to_8_bit(np.asarray(image).astype(np.uint16)))
+    if mode in ("I", "F"):
+        return Image.fromarray(_to_8_bit(np.asarray(image)))
     if mode in ("RGBA", "LA", "PA", "La", "RGBa"):
         return _over_white(image.convert("RGBA"))
     if mode == "P":
@@ -77,18 +77,44 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")  # CMYK, YCbCr, HSV; Pillow raises for LAB
 
 
-def _grey_16(values: np.ndarray) -> Image.Image:
-    # 65535 / 255 = 257 exactly; `convert("L")` would clip everything above 255 to white.
-    return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
+def _decode_array(data: bytes) -> Image.Image:
+    """One image as an `.npy` file: (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels."""
+    try:
+        array = np.load(io.BytesIO(data), allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise ImageError(_reason(error)) from error
+    if array.ndim == 3 and array.shape[2] not in (1, 3, 4) and array.shape[0] in (1, 3, 4):
+        array = np.moveaxis(array, 0, 2)
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)) or 0 in array.shape:
+        raise ImageError(f"an array of shape {array.shape} is no image; expected (H, W), (H, W, C) or (C, H, W)")
+    if array.size > MAX_PIXELS:
+        raise ImageError(f"{array.size} values: more than the limit of {MAX_PIXELS}")
+    pixels = _to_8_bit(array[:, :, 0] if array.ndim == 3 and array.shape[2] == 1 else array)
+    image = Image.fromarray(np.ascontiguousarray(pixels))
+    return _over_white(image) if image.mode == "RGBA" else image
 
 
-def _grey_float(values: np.ndarray) -> Image.Image:
+def _to_8_bit(values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+    """Whole numbers to 255 as they are, to 65535 scaled; real ones from 0 to 1 or from 0 to 255. Raises ImageError."""
+    if values.dtype == np.uint8:
+        return values
+    if values.dtype == np.bool_:
+        return values.astype(np.uint8) * np.uint8(255)
+    if values.dtype.kind not in "iuf":
+        raise ImageError(f"pixels of type {values.dtype}; expected numbers")
     if not np.isfinite(values).all():
         raise ImageError("floating-point pixels with NaN or infinity")
-    low, high = float(values.min()), float(values.max())
-    if low < 0 or high > 255:
-        raise ImageError(f"floating-point pixels from {low:g} to {high:g}: expected 0 to 1, or 0 to 255")
-    return Image.fromarray(np.rint(values * (255 if high <= 1 else 1)).astype(np.uint8))
+    low, high = values.min(), values.max()
+    if values.dtype.kind == "f" and low >= 0 and high <= 255:
+        rounded: npt.NDArray[np.uint8] = np.rint(values * (255 if high <= 1 else 1)).astype(np.uint8)
+        return rounded
+    if values.dtype.kind in "iu" and low >= 0 and high <= 65535:
+        if high <= 255 and values.dtype.itemsize != 2:
+            return values.astype(np.uint8)  # 8-bit values in a wider type
+        # 65535 / 255 = 257 exactly; Pillow's own conversion would clip everything above 255 to white.
+        return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    expected = "0 to 1, or 0 to 255" if values.dtype.kind == "f" else "0 to 65535"
+    raise ImageError(f"{values.dtype} pixels from {low:g} to {high:g}; expected {expected}")
 
 
 def _over_white(image: Image.Image) -> Image.Image:

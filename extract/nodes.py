@@ -90,7 +90,8 @@ def _run(module: nn.Module, crop: tuple[int, int], *, meta: bool) -> Nodes:
     calls: dict[str, int] = {}
     inputs: list[tuple[str, tuple[int, ...], int]] = []  # of linear layers
     handles = []
-    with torch.inference_mode(), _CountMultiplyAdds() as counter:
+    # Not inference_mode: there convolutions arrive whole, under names that have no formula
+    with torch.no_grad(), _CountMultiplyAdds() as counter:
 
         def after(name: str) -> Callable[..., None]:
             def hook(_module: nn.Module, _args: Any, output: Any) -> None:
@@ -133,7 +134,8 @@ def _run(module: nn.Module, crop: tuple[int, int], *, meta: bool) -> Nodes:
     )
     if last_linear is not None:
         name, shape, flops = last_linear
-        fired.insert(len(fired) - 1, (PRE_LOGITS, name, shape, flops))
+        place = next(place for place, entry in enumerate(fired) if entry[0] == name)
+        fired.insert(place, (PRE_LOGITS, name, shape, flops))
     total = max(counter.flops, 1)
     repeated = frozenset(name for name, count in calls.items() if count > 1)
     nodes = []
