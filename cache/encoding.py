@@ -161,10 +161,12 @@ def _refuse(
         )
     if dtype == "float16":
         raise NotStorable(
-            f"{where} is {value:g}, and float16 ends at 65504. Store this tap as bfloat16 or float32 (dtype in the recipe)"
+            f"{where} is {value:g}, and float16 ends at 65504. "
+            "Store this tap as bfloat16 or float32 (dtype in the recipe)"
         )
     raise NotStorable(
-        f"{where} is {value:g}, and {dtype} ends at 3.4e38. No head can use such a value; look at the image and the weights"
+        f"{where} is {value:g}, and {dtype} ends at 3.4e38. "
+        "No head can use such a value; look at the image and the weights"
     )
 
 

@@ -11,11 +11,13 @@ name. What a process that dies leaves behind:
 import contextlib
 import errno
 import os
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from filelock import SoftFileLease
+from filelock import SoftFileLease, Timeout
 
 from headrace.cache.errors import PublishFailed
 
@@ -38,8 +40,51 @@ def lease(path: Path) -> Iterator[None]:
     holder that was frozen for longer than LEASE_S); whatever it protects must survive that, and here it only keeps
     lines apart.
     """
-    with SoftFileLease(path, lease_duration=LEASE_S, heartbeat_interval=LEASE_S / 6, poll_interval=0.005):
+    lock = SoftFileLease(path, lease_duration=LEASE_S, heartbeat_interval=LEASE_S / 6, poll_interval=0.005)
+    blank: _Blank | None = None
+    while not lock.is_locked:
+        try:
+            lock.acquire(timeout=LEASE_S / 4)
+        except Timeout:
+            blank = _watch_blank(path, blank)
+    try:
         yield
+    finally:
+        lock.release()
+
+
+class _Blank(NamedTuple):
+    """A lock file without an owner in it."""
+
+    inode: int
+    changed_ns: int
+    since_s: float  # on this process's monotonic clock
+
+
+def _watch_blank(path: Path, before: _Blank | None) -> _Blank | None:
+    """Break a lock whose holder died between creating it and writing its name into it, microseconds later.
+
+    filelock takes such a file for the lock of a version that wrote no names, and so would wait for it for ever.
+    """
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    if status.st_size:
+        return None
+    if before is None or (before.inode, before.changed_ns) != (status.st_ino, status.st_ctime_ns):
+        return _Blank(status.st_ino, status.st_ctime_ns, time.monotonic())
+    if time.monotonic() - before.since_s < LEASE_S:
+        return before
+    # Moved before it is removed, and looked at again: another process may have broken it and made a new one meanwhile.
+    broken = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
+    with contextlib.suppress(FileNotFoundError):
+        os.rename(path, broken)
+        if broken.stat().st_ino != before.inode:
+            with contextlib.suppress(OSError):
+                os.link(broken, path)
+        os.unlink(broken)
+    return None
 
 
 def publish_bytes(path: Path, data: bytes) -> bool:
