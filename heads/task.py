@@ -4,7 +4,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -46,7 +46,7 @@ class Task:
         )
 
 
-def save_task(task: Task, path: Path) -> None:
+def save_task(task: Task, path: Path | BinaryIO) -> None:
     """Write the task as an uncompressed `.npz` without pickle. The caller publishes it atomically."""
     header = np.frombuffer(json.dumps([task.kind, task.classes]).encode(), np.uint8)
     np.savez(

@@ -1,1 +1,51 @@
-"""See ARCHITECTURE.md."""
+"""The run: from a recipe to a ranked leaderboard. Names are imported when first used, so that `--help` is quick."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from headrace.pipelines.init import write_recipe
+    from headrace.pipelines.notebook import extract_features, train_heads
+    from headrace.pipelines.plan import Plan
+    from headrace.pipelines.recipe import Recipe, RecipeError, load_recipe
+    from headrace.pipelines.run import RunIncomplete, RunResult, run_recipe
+    from headrace.pipelines.survey import Survey, survey
+    from headrace.pipelines.winner import TestResult
+
+_HOME = {
+    "Plan": "plan",
+    "Recipe": "recipe",
+    "RecipeError": "recipe",
+    "RunIncomplete": "run",
+    "RunResult": "run",
+    "Survey": "survey",
+    "TestResult": "winner",
+    "extract_features": "notebook",
+    "load_recipe": "recipe",
+    "run_recipe": "run",
+    "survey": "survey",
+    "train_heads": "notebook",
+    "write_recipe": "init",
+}
+
+__all__ = [
+    "Plan",
+    "Recipe",
+    "RecipeError",
+    "RunIncomplete",
+    "RunResult",
+    "Survey",
+    "TestResult",
+    "extract_features",
+    "load_recipe",
+    "run_recipe",
+    "survey",
+    "train_heads",
+    "write_recipe",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

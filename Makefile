@@ -1,0 +1,58 @@
+# Everything is built in .venv, by the first command that needs it; a second call reuses it.
+# Needs only make and Python >= 3.11 (PYTHON=python3.12 make demo picks another one).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+FOLDERS := extract cache heads pipelines
+# A strict editable install links every file by name, so it is repeated when the list of files changes, and only then.
+FILES := $(sort $(wildcard $(FOLDERS:%=%/*.py)))
+STATE := $(shell (echo $(FILES); cat pyproject.toml constraints.txt) | cksum | cut -d' ' -f1)
+INSTALL = $(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt --config-settings editable_mode=strict
+
+.PHONY: demo test quick lint types wheel dev bench clean help
+
+help:            ## list the words
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+
+demo: $(VENV)/.demo-$(STATE)    ## real solar cells, a pretrained network, hundreds of heads, a leaderboard
+	$(BIN)/headrace demo
+
+test: lint types                ## lint, types, all tests, the built wheel from another folder
+	$(BIN)/pytest
+	$(MAKE) --no-print-directory wheel
+
+quick: dev                      ## the fast tests
+	$(BIN)/pytest -m "not slow"
+
+lint: dev                       ## ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: dev                      ## mypy, strict
+	$(BIN)/mypy $(FOLDERS)
+
+dev: $(VENV)/.dev-$(STATE)      ## the environment for development
+
+wheel: dev                      ## build the wheel, install it into a clean environment, try it from another folder
+	sh tests/try_wheel.sh $(BIN)
+
+bench: dev                      ## the small size of every benchmark
+	for file in benchmarks/extraction.py benchmarks/cache.py benchmarks/heads.py; do $(BIN)/python $$file --quick || exit 1; done
+
+$(BIN)/uv:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "headrace needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Try: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt uv
+
+$(VENV)/.demo-$(STATE): $(BIN)/uv
+	@echo "Installing headrace and its demo into $(VENV) (about 5 GB, most of it torch)"
+	$(INSTALL) -e '.[demo]'
+	@touch $@
+
+$(VENV)/.dev-$(STATE): $(BIN)/uv
+	@echo "Installing headrace for development into $(VENV) (about 5 GB, most of it torch)"
+	$(INSTALL) -e '.[demo,dev]'
+	@touch $@ $(VENV)/.demo-$(STATE)
+
+clean:                          ## remove the environment and everything built
+	rm -rf $(VENV) build dist *.egg-info

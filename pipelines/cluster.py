@@ -1,0 +1,60 @@
+"""Where tasks run: a Dask cluster on this machine, started only when there is work, on loopback only."""
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+
+import dask
+from dask.distributed import Client, LocalCluster
+
+# Dask's workers are spawned: they start clean, hold no lock or thread of ours, and can use CUDA.
+_SETTINGS = {
+    "distributed.worker.multiprocessing-method": "spawn",
+    # A worker pauses or is killed only when it truly runs out: memory-mapped shards count as its memory but are not.
+    "distributed.worker.memory.target": False,
+    "distributed.worker.memory.spill": False,
+    "distributed.worker.memory.pause": 0.90,
+    "distributed.worker.memory.terminate": 0.95,
+    # Work is retried by us, with a count of our own, after looking at what was published.
+    "distributed.scheduler.allowed-failures": 0,
+    # Copying a running bank elsewhere would train it twice.
+    "distributed.scheduler.work-stealing": False,
+    "distributed.comm.timeouts.connect": "60s",
+}
+
+
+def available_cores() -> int:
+    """Cores that this process may use (its affinity, not the machine's count)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def local_client(workers: int | None = None) -> Iterator[Client]:
+    """A client of a new cluster on this machine: one process of one thread per worker, gone at the end of the block."""
+    with dask.config.set(_SETTINGS), _quiet("distributed"):
+        cluster = LocalCluster(
+            n_workers=workers or available_cores(),
+            threads_per_worker=1,
+            processes=True,
+            host="127.0.0.1",
+            dashboard_address=None,
+            silence_logs=logging.CRITICAL,
+        )
+        try:
+            with Client(cluster) as client:
+                yield client
+        finally:
+            cluster.close(timeout=10)
+
+
+@contextlib.contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    # What a worker's death means is said by us, in our words, once.
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,231 @@
+"""From the user's images and columns to tasks: which rows are trained on, which are held out, which nobody may see.
+
+A test row never enters the task that banks read: the two are separate values, and separate files.
+"""
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from headrace.cache import HeadraceError
+from headrace.extract import list_folder, read_table
+from headrace.heads import TEST, TRAIN_ONLY, Task, make_folds, split_test
+from headrace.pipelines.recipe import Recipe, TaskSection
+
+_SPLIT_WORDS = {
+    "train": "train",
+    "training": "train",
+    "val": "validation",
+    "valid": "validation",
+    "validation": "validation",
+    "dev": "validation",
+    "test": "test",
+    "testing": "test",
+    "holdout": "test",
+}
+
+
+class DataError(HeadraceError, ValueError):
+    """The images or their columns cannot serve the task: says what was found and what was expected."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A recipe's task, split into what banks may see and what is opened once at the end."""
+
+    train: Task  # every row that banks see, with its fold
+    test: Task  # every row that nobody sees before the winner is chosen; may be empty
+    notes: tuple[str, ...]  # what a careful person would want to be told about the rows
+
+
+def list_samples(recipe: Recipe) -> pd.DataFrame:
+    """The recipe's images: columns `id`, `path` and the user's own, one row per image that has a target.
+
+    Raises DataError when a column that the task names is absent.
+    """
+    images, task = recipe.images, recipe.task
+    if images.folder is not None:
+        samples, source = list_folder(images.folder), images.folder
+    else:
+        assert images.table is not None  # the recipe has exactly one of the two
+        samples = read_table(images.table, path_column=images.path_column, id_column=images.id_column, root=images.root)
+        source = images.table
+    for key in ("target", "group", "split", "fold"):
+        named = getattr(task, key)
+        for column in () if named is None else (named,) if isinstance(named, str) else named:
+            if column not in samples.columns:
+                raise DataError(_absent(f"task.{key}", column, source, samples))
+    return samples
+
+
+def _absent(key: str, column: str, source: object, samples: pd.DataFrame) -> str:
+    columns = [str(name) for name in samples.columns]
+    nearest = difflib.get_close_matches(column, columns, n=1, cutoff=0.4)
+    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+    return f"{source} has no column {column!r} ({key}).{hint} It has: {', '.join(columns)}"
+
+
+def make_dataset(samples: pd.DataFrame, content: Sequence[str | None], section: TaskSection) -> Dataset:
+    """Targets, test split and folds for the samples whose file could be read (content is not None).
+
+    The split depends on the rows' ids, targets, groups and the seed alone, not on their order in the table.
+    Raises DataError for targets that cannot be learned (one class only, not a number, unknown split words).
+    """
+    frame = samples.assign(_content=pd.Series(list(content), index=samples.index, dtype=object))
+    frame = frame[frame["_content"].notna()].sort_values("id", ignore_index=True)
+    notes: list[str] = []
+    columns = [section.target] if isinstance(section.target, str) else list(section.target)
+    labelled = frame[columns].notna().all(axis=1)
+    if not labelled.all():
+        notes.append(f"{int((~labelled).sum()):,} images have no {' / '.join(columns)} and are left out")
+        frame = frame[labelled].reset_index(drop=True)
+    if frame.empty:
+        raise DataError(f"no image has a value in {' / '.join(columns)}: there is nothing to learn")
+    classes, target = _encode(frame[columns], section)
+    groups = None if section.group is None else _groups(frame, section.group)
+    notes += _duplicates(frame, target)
+    fold = _assign_folds(frame, target, groups, section, notes)
+    if section.kind == "single":
+        notes += _check_classes(classes, target, fold)
+    task = Task(
+        section.kind,
+        classes,
+        frame["id"].to_numpy(dtype=np.str_),
+        frame["_content"].to_numpy(dtype="S32"),
+        target,
+        fold,
+        np.ones(len(frame)),
+    )
+    return Dataset(task.without_test(), _rows(task, fold == TEST), tuple(notes))
+
+
+def _rows(task: Task, keep: npt.NDArray[np.bool_]) -> Task:
+    return Task(
+        task.kind,
+        task.classes,
+        task.ids[keep],
+        task.content[keep],
+        task.target[keep],
+        task.fold[keep],
+        task.weight[keep],
+    )
+
+
+def _encode(columns: pd.DataFrame, section: TaskSection) -> tuple[tuple[str, ...], npt.NDArray[Any]]:
+    if section.kind == "single":
+        if columns.shape[1] != 1:
+            raise DataError("task.target names several columns: set task.kind to multi or regression, or name one")
+        labels = columns.iloc[:, 0]
+        if labels.dtype.kind == "f" and (labels == labels.round()).all():
+            labels = labels.astype("int64")  # a column of whole numbers with a gap was read as floats
+        # Numbers sort as numbers: class "10" comes after class "9".
+        values = sorted(labels.unique().tolist(), key=lambda value: (isinstance(value, str), value))
+        classes = tuple(str(value) for value in values)
+        if len(classes) < 2:
+            raise DataError(
+                f"task.target {columns.columns[0]!r} holds one class only, {classes[0]!r}, in all {len(labels):,} images; "
+                "a classifier needs at least two. In a folder, each class is a sub-folder: FOLDER/cat/1.jpg, FOLDER/dog/2.jpg"
+            )
+        if len(classes) > max(20, len(labels) // 2):
+            raise DataError(
+                f"task.target {columns.columns[0]!r} has {len(classes):,} different values in {len(labels):,} images; "
+                "if it is a number to predict, set task.kind: regression"
+            )
+        index = {value: number for number, value in enumerate(values)}
+        return classes, labels.map(index).to_numpy(dtype=np.int64)
+    names = tuple(str(name) for name in columns.columns)
+    try:
+        numbers = columns.to_numpy(dtype=np.float64)
+    except ValueError:
+        raise DataError(f"task.kind {section.kind} needs numbers in {', '.join(names)}") from None
+    if section.kind == "regression":
+        return names, numbers
+    if not np.isin(numbers, (0, 1)).all():
+        raise DataError(f"task.kind multi needs 0 or 1 in every column of {', '.join(names)}")
+    return names, numbers.astype(np.uint8)
+
+
+def _groups(frame: pd.DataFrame, column: str) -> npt.NDArray[np.int64]:
+    if frame[column].isna().any():
+        first = frame.loc[frame[column].isna(), "id"].iloc[0]
+        raise DataError(f"task.group {column!r} is empty for {first!r}: every image needs a group, or none has one")
+    return np.asarray(pd.factorize(frame[column])[0], dtype=np.int64)
+
+
+def _duplicates(frame: pd.DataFrame, target: npt.NDArray[Any]) -> list[str]:
+    repeated = frame["_content"].duplicated(keep=False).to_numpy()
+    if not repeated.any():
+        return []
+    notes = [f"{int(repeated.sum()):,} images are exact copies of one another; copies stay on one side of every split"]
+    flat = pd.DataFrame(target.reshape(len(target), -1))[repeated]
+    disagreeing = flat.groupby(frame["_content"].to_numpy()[repeated]).nunique().gt(1).any(axis=1)
+    if disagreeing.any():
+        notes.append(f"{int(disagreeing.sum()):,} of the copied images carry different targets: check their labels")
+    return notes
+
+
+def _assign_folds(
+    frame: pd.DataFrame,
+    target: npt.NDArray[Any],
+    groups: npt.NDArray[np.int64] | None,
+    section: TaskSection,
+    notes: list[str],
+) -> npt.NDArray[np.int16]:
+    """(N,) folds. Copies of one image are split as one row, so that none is trained on and tested on."""
+    first, copy_of = _first_copies(frame["_content"])
+    frame, target = frame.iloc[first], target[first]
+    groups = None if groups is None else groups[first]
+    fold = np.full(len(frame), TRAIN_ONLY, np.int16)
+    given = None if section.split is None else _read_split(frame, section.split)
+    if given is not None and (given == "test").any():
+        fold[given == "test"] = TEST
+    elif section.test_fraction > 0:
+        drawn = split_test(target, fraction=section.test_fraction, seed=section.seed, groups=groups)
+        if given is not None:
+            drawn &= given == "train"  # validation rows that the user chose stay validation rows
+            notes.append(
+                f"column {section.split!r} has no test rows: {int(drawn.sum()):,} were drawn from its train rows"
+            )
+        fold[drawn] = TEST
+    rest = fold != TEST
+    if given is not None and (given == "validation").any():
+        fold[given == "validation"] = 0
+    elif section.fold is not None:
+        fold[rest] = make_folds(target[rest], n_folds=section.folds, seed=section.seed, given=frame[section.fold][rest])
+    else:
+        fold[rest] = make_folds(
+            target[rest], n_folds=section.folds, seed=section.seed, groups=None if groups is None else groups[rest]
+        )
+    if not (fold >= 0).any():
+        raise DataError("no row is left for validation: a head cannot be chosen")
+    return fold[copy_of]
+
+
+def _first_copies(content: pd.Series) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+    """Rows of the first copy of each content, and for every row the position of its first copy among those."""
+    copy_of, _ = pd.factorize(content)
+    return np.flatnonzero(~content.duplicated().to_numpy()), copy_of
+
+
+def _read_split(frame: pd.DataFrame, column: str) -> npt.NDArray[np.str_]:
+    words = frame[column].astype(str).str.strip().str.lower()
+    unknown = sorted(set(words) - set(_SPLIT_WORDS))
+    if unknown:
+        raise DataError(
+            f"task.split {column!r} holds {', '.join(map(repr, unknown[:5]))}; expected train, validation or test"
+        )
+    return words.map(_SPLIT_WORDS).to_numpy(dtype=np.str_)
+
+
+def _check_classes(classes: tuple[str, ...], target: npt.NDArray[Any], fold: npt.NDArray[np.int16]) -> list[str]:
+    counts = np.bincount(target[fold != TEST], minlength=len(classes))
+    unseen = [classes[i] for i in np.flatnonzero(counts == 0)]
+    if unseen:
+        return [f"no training image of class {', '.join(unseen)}: it can never be predicted"]
+    rare = [f"{classes[i]} ({counts[i]})" for i in np.flatnonzero(counts < 5)]
+    return [f"few training images of class {', '.join(rare)}: expect noise there"] if rare else []

@@ -1,0 +1,107 @@
+"""From results files to a ranking: one row per (inputs, spec), its metric averaged over validation folds."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from headrace.heads import FULL, METRICS, HeadSpec, read_bank, spec_from_json, spec_to_json
+from headrace.pipelines.grid import Wanted
+from headrace.pipelines.plan import Trained, bank_group
+
+
+def trained_in(banks: Path, group: str) -> Trained:
+    """The specs in each published results file of a group."""
+    return {
+        str(path): frozenset(spec_from_json(text) for text in read_bank(path).table["spec"].unique())
+        for path in sorted(banks.glob(f"{group}-*.h5"))
+    }
+
+
+def collect_heads(
+    banks: Path, wanted: Sequence[Wanted], fingerprints: Mapping[str, str], task_digest: str
+) -> pd.DataFrame:
+    """One row per head (spec × fold) that the recipe asks for and that has been trained, the FULL ones included.
+
+    Columns: inputs (tuple of names), kind, spec (JSON), fold, the metrics, objective, gap, iterations, seconds, error,
+    and path (its results file).
+    """
+    frames = []
+    for inputs, specs in wanted:
+        group = bank_group(task_digest, [fingerprints[name] for name in inputs], specs[0].kind)
+        asked = {spec_to_json(spec) for spec in specs}
+        for path in sorted(banks.glob(f"{group}-*.h5")):
+            table = read_bank(path).table
+            table = table[table["spec"].isin(asked)]
+            asked -= set(table["spec"])  # a spec that two files hold counts once
+            if len(table):
+                every = pd.Series([inputs] * len(table), index=table.index, dtype=object)
+                frames.append(table.assign(inputs=every, path=str(path)))
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+
+
+def rank_heads(heads: pd.DataFrame, metric: str, widths: Mapping[str, int]) -> pd.DataFrame:
+    """The leaderboard, best first: by the mean of `metric` over validation folds, ties by fewer features.
+
+    Columns: rank, inputs, kind, settings, the metric's mean (its name), standard_error (of that mean over folds),
+    folds, features (how many numbers the head reads), train_seconds, failed (folds without a head), spec, path.
+    A spec that failed in any fold ranks after all that did not: a mean over fewer folds is no mean to compare.
+    """
+    folds = heads[heads["fold"] != FULL]
+    failed = folds["error"].fillna("").ne("")
+    grouped = folds.assign(_failed=failed).groupby(["inputs", "spec"], sort=False)
+    board = grouped.agg(
+        kind=("kind", "first"),
+        **{metric: (metric, "mean")},
+        standard_error=(
+            metric,
+            lambda values: values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan,
+        ),
+        folds=("fold", "size"),
+        train_seconds=("seconds", "sum"),
+        failed=("_failed", "sum"),
+        path=("path", "first"),
+    ).reset_index()
+    board["features"] = [sum(widths[name] for name in inputs) for inputs in board["inputs"]]
+    board["settings"] = [settings_text(spec_from_json(spec)) for spec in board["spec"]]
+    board = board.sort_values(
+        ["failed", metric, "features", "spec"], ascending=[True, not METRICS[metric], True, True], ignore_index=True
+    )
+    board.insert(0, "rank", np.arange(1, len(board) + 1))
+    order = ["rank", "inputs", "kind", "settings", metric, "standard_error", "folds", "features", "train_seconds"]
+    return board[[*order, "failed", "spec", "path"]]
+
+
+def settings_text(spec: HeadSpec) -> str:
+    """What a person would say of a spec: only what differs from its kind's defaults, and what has none."""
+    values = json.loads(spec_to_json(spec))
+    usual = {"class_weight": "none", "standardize": True, "label_smoothing": 0.0, "seed": 0}
+    hidden = {"kind", "batch_size", "epochs", "patience"}
+    shown = {key: value for key, value in values.items() if key not in hidden and usual.get(key) != value}
+    short = {"learning_rate": "lr", "weight_decay": "wd"}
+    return " ".join(f"{short.get(key, key)}={_value_text(value)}" for key, value in shown.items())
+
+
+def _value_text(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    return "x".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def grouped_board(board: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """The best head of each (inputs, kind), best first, with the number of settings that it was chosen from."""
+    best = board.groupby(["inputs", "kind"], sort=False)
+    first = best.head(1).copy()
+    counts = best.size()
+    first["tried"] = [int(counts[inputs, kind]) for inputs, kind in zip(first["inputs"], first["kind"], strict=True)]
+    return first[["rank", "inputs", "kind", "settings", "tried", metric, "standard_error", "features"]]
+
+
+def inputs_text(inputs: Iterable[str], everything: Sequence[str]) -> str:
+    """ "blocks.4.avg", "blocks.4.avg + blocks.6.max", or "all 6 taps"."""
+    inputs = tuple(inputs)
+    if len(inputs) > 2 and set(inputs) == set(everything):
+        return f"all {len(inputs)} taps"
+    return " + ".join(inputs)

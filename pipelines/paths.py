@@ -1,0 +1,57 @@
+"""Where everything of a run lies. No other module joins strings into a path."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    """The files of one run directory."""
+
+    root: Path
+
+    @property
+    def recipe(self) -> Path:
+        return self.root / "recipe.json"
+
+    @property
+    def leaderboard(self) -> Path:
+        return self.root / "leaderboard.csv"
+
+    @property
+    def heads(self) -> Path:
+        return self.root / "heads.parquet"
+
+    @property
+    def failed_images(self) -> Path:
+        return self.root / "failed-images.csv"
+
+    @property
+    def openings(self) -> Path:
+        """One line of JSON for each time that the test split was opened."""
+        return self.root / "test-openings.jsonl"
+
+    @property
+    def stages(self) -> Path:
+        """One line of JSON for each stage of each call: what it did and how long it took."""
+        return self.root / "stages.jsonl"
+
+    @property
+    def banks(self) -> Path:
+        return self.root / "banks"
+
+    @property
+    def winner(self) -> Path:
+        return self.root / "winner"
+
+    def task(self, digest: str) -> Path:
+        return self.root / "tasks" / f"{digest}.npz"
+
+    def bank(self, group: str, specs: str) -> Path:
+        """A bank's results file: its group (task, features, kind) and a hash of the specs in it."""
+        return self.banks / f"{group}-{specs}.h5"
+
+
+def content_index(cache_root: Path) -> Path:
+    """The index of content hashes by path, size and time, shared by all runs on one cache."""
+    return cache_root / "contents.parquet"

@@ -1,0 +1,316 @@
+"""The recipe: the file that describes a run, and the lesson it gives when a key or a value is wrong."""
+
+import difflib
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+import yaml
+
+from headrace.cache import HeadraceError
+
+Positive = Annotated[float, pydantic.Field(gt=0)]
+Fraction = Annotated[float, pydantic.Field(ge=0, lt=1)]
+NonEmptyFloats = Annotated[tuple[Positive, ...], pydantic.Field(min_length=1)]
+# "each": every feature set alone; "all": all of them side by side; a list: these feature sets side by side.
+HeadInput = Literal["each", "all"] | tuple[str, ...]
+# pydantic keeps its own messages for what a union was tried as; these parts of an error's location are no keys of the file.
+_UNION_TAGS = ("literal", "tuple", "function", "constrained", "str", "float", "int", "bool", "list")
+
+
+class RecipeError(HeadraceError, ValueError):
+    """The recipe cannot be used: names the file, the line, and the nearest valid key or value."""
+
+
+class _Model(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+
+
+class Images(_Model):
+    """Where the images are: a folder per class, or a table with a path column."""
+
+    folder: Path | None = None
+    table: Path | None = None  # CSV or Parquet
+    path_column: str = "path"
+    id_column: str | None = None  # default: the path as written in the table
+    root: Path | None = None  # what relative paths in the table start from; default: the table's folder
+
+    @pydantic.model_validator(mode="after")
+    def _one_source(self) -> "Images":
+        if (self.folder is None) == (self.table is None):
+            raise ValueError("give exactly one of `folder` (one sub-folder per class) and `table` (CSV or Parquet)")
+        return self
+
+
+class TaskSection(_Model):
+    """What to predict, and which rows may be seen when."""
+
+    target: str | tuple[str, ...] = "label"
+    kind: Literal["single", "multi", "regression"] = "single"
+    group: str | None = None  # rows of one group (patient, module, scene) never stand on two sides of a split
+    split: str | None = None  # a column with train / validation / test
+    fold: str | None = None  # a column with fold numbers
+    test_fraction: Fraction = 0.25
+    folds: Annotated[int, pydantic.Field(ge=2, le=100)] = 5
+    metric: str | None = None  # default: accuracy, macro AUC, or R²
+    seed: int = 0
+
+
+class Backbone(_Model):
+    """A frozen network and the taps to keep."""
+
+    name: str
+    weights: str | None = None  # default: the library's own pretrained weights; a tag, a file, or random:SEED
+    weights_match: Literal["name", "order"] = "name"
+    alias: str | None = None  # how the leaderboard calls it when there are several backbones
+    taps: Literal["auto"] | Annotated[tuple[str, ...], pydantic.Field(min_length=1)] = "auto"
+    image_size: Annotated[int, pydantic.Field(ge=16, le=4096)] | None = None
+    crop_fraction: Annotated[float, pydantic.Field(gt=0, le=1)] | None = None
+    mean: tuple[float, float, float] | None = None
+    std: tuple[Positive, Positive, Positive] | None = None
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] | None = None
+
+
+class LogisticGrid(_Model):
+    """Logistic regression: the product of these lists."""
+
+    C: NonEmptyFloats = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 10.0)
+    class_weight: Annotated[tuple[Literal["none", "balanced"], ...], pydantic.Field(min_length=1)] = ("none",)
+    inputs: tuple[HeadInput, ...] = ("each", "all")
+
+
+class RidgeGrid(_Model):
+    """Ridge classification or regression: the product of these lists."""
+
+    alpha: NonEmptyFloats = (1.0, 10.0, 100.0, 1e3, 1e4)
+    class_weight: Annotated[tuple[Literal["none", "balanced"], ...], pydantic.Field(min_length=1)] = ("none",)
+    inputs: tuple[HeadInput, ...] = ("each", "all")
+
+
+class MLPGrid(_Model):
+    """Multi-layer perceptrons: the product of these lists."""
+
+    hidden: Annotated[
+        tuple[Annotated[tuple[pydantic.PositiveInt, ...], pydantic.Field(min_length=1)], ...],
+        pydantic.Field(min_length=1),
+    ] = ((64,), (256,))
+    learning_rate: NonEmptyFloats = (1e-3,)
+    weight_decay: Annotated[tuple[pydantic.NonNegativeFloat, ...], pydantic.Field(min_length=1)] = (1e-2,)
+    dropout: Annotated[tuple[Fraction, ...], pydantic.Field(min_length=1)] = (0.0, 0.5)
+    label_smoothing: Annotated[tuple[Fraction, ...], pydantic.Field(min_length=1)] = (0.0,)
+    class_weight: Annotated[tuple[Literal["none", "balanced"], ...], pydantic.Field(min_length=1)] = ("none",)
+    seed: Annotated[tuple[int, ...], pydantic.Field(min_length=1)] = (0,)
+    batch_size: pydantic.PositiveInt = 256
+    epochs: pydantic.PositiveInt = 50
+    patience: pydantic.PositiveInt = 8
+    inputs: tuple[HeadInput, ...] = ("all",)
+
+
+class KNNGrid(_Model):
+    """k nearest neighbours: the product of these lists."""
+
+    k: Annotated[tuple[pydantic.PositiveInt, ...], pydantic.Field(min_length=1)] = (1, 5, 20)
+    metric: Annotated[tuple[Literal["cosine", "euclidean"], ...], pydantic.Field(min_length=1)] = ("cosine",)
+    weighting: Annotated[tuple[Literal["uniform", "distance"], ...], pydantic.Field(min_length=1)] = ("uniform",)
+    inputs: tuple[HeadInput, ...] = ("each",)
+
+
+class CentroidGrid(_Model):
+    """Nearest class mean."""
+
+    metric: Annotated[tuple[Literal["cosine", "euclidean"], ...], pydantic.Field(min_length=1)] = ("cosine",)
+    inputs: tuple[HeadInput, ...] = ("each",)
+
+
+class SklearnGrid(_Model):
+    """One scikit-learn estimator by import path, with the product of its parameter lists."""
+
+    estimator: str
+    parameters: dict[str, tuple[Any, ...]] = {}
+    standardize: bool = False
+    inputs: tuple[HeadInput, ...] = ("all",)
+
+
+class Heads(_Model):
+    """Which heads to train. A kind that is absent is not trained."""
+
+    logistic: LogisticGrid | None = None
+    ridge: RidgeGrid | None = None
+    mlp: MLPGrid | None = None
+    knn: KNNGrid | None = None
+    centroid: CentroidGrid | None = None
+    sklearn: tuple[SklearnGrid, ...] = ()
+
+    @pydantic.model_validator(mode="after")
+    def _some(self) -> "Heads":
+        if not (self.logistic or self.ridge or self.mlp or self.knn or self.centroid or self.sklearn):
+            raise ValueError("no heads to train: give at least one of logistic, ridge, mlp, knn, centroid, sklearn")
+        return self
+
+
+class Compute(_Model):
+    """How the work is spread. Nothing here changes a result beyond floating-point tolerance."""
+
+    workers: pydantic.PositiveInt | None = None  # default: one per core
+    unit_images: pydantic.PositiveInt = 128  # images per work unit, and so rows per shard
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+class Recipe(_Model):
+    """A run. Relative paths start from the recipe's own folder."""
+
+    images: Images
+    task: TaskSection = TaskSection()
+    backbones: Annotated[tuple[Backbone, ...], pydantic.Field(min_length=1)]
+    heads: Heads = Heads(logistic=LogisticGrid(), mlp=MLPGrid())
+    storage: Literal["float16", "float32", "bfloat16"] = "float16"
+    cache: Path = Path("headrace-cache")
+    out: Path | None = None  # default: headrace-runs/<name of the recipe>
+    compute: Compute = Compute()
+
+    @pydantic.model_validator(mode="after")
+    def _names_differ(self) -> "Recipe":
+        names = [backbone.alias or backbone.name for backbone in self.backbones]
+        twice = {name for name in names if names.count(name) > 1}
+        if twice:
+            raise ValueError(f"two backbones are called {twice.pop()!r}: give each its own `alias`")
+        return self
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Read and check a recipe; relative paths in it become absolute.
+
+    Raises RecipeError naming the file, the line and the nearest valid key.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: no such recipe. Write one with: headrace init FOLDER") from None
+    except (IsADirectoryError, UnicodeDecodeError):
+        raise RecipeError(
+            f"{path}: not a recipe (a YAML text file). For a folder of images, write one with: headrace init {path}"
+        ) from None
+    return parse_recipe(text, path)
+
+
+def parse_recipe(text: str, path: Path) -> Recipe:
+    """As `load_recipe`, from text; `path` names it in messages and is where relative paths start."""
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise RecipeError(f"{path}{line}: this is not YAML: {getattr(error, 'problem', None) or error}") from None
+    if not isinstance(root, yaml.MappingNode):
+        raise RecipeError(f"{path}: a recipe is a mapping with the keys {', '.join(Recipe.model_fields)}")
+    _refuse_repeated_keys(root, path)
+    try:
+        recipe = Recipe.model_validate(yaml.safe_load(text))
+    except pydantic.ValidationError as error:
+        raise RecipeError("\n".join(_explain(problem, root, path) for problem in error.errors())) from None
+    return _absolute(recipe, path)
+
+
+def _absolute(recipe: Recipe, path: Path) -> Recipe:
+    base = path.absolute().parent
+
+    def resolve(value: Path | None) -> Path | None:
+        return None if value is None else (base / value.expanduser())
+
+    images = recipe.images.model_copy(
+        update={
+            "folder": resolve(recipe.images.folder),
+            "table": resolve(recipe.images.table),
+            "root": resolve(recipe.images.root),
+        }
+    )
+    backbones = tuple(
+        backbone.model_copy(update={"weights": _weights_file(backbone.weights, base)}) for backbone in recipe.backbones
+    )
+    out = resolve(recipe.out) or base / "headrace-runs" / path.stem
+    return recipe.model_copy(
+        update={"images": images, "backbones": backbones, "cache": resolve(recipe.cache), "out": out}
+    )
+
+
+def _weights_file(weights: str | None, base: Path) -> str | None:
+    """A name that ends as weights files do is a path from the recipe's folder; anything else is a tag."""
+    if weights and weights.endswith((".pth", ".pt", ".bin", ".safetensors")):
+        return str(base / Path(weights).expanduser())
+    return weights
+
+
+def _refuse_repeated_keys(node: yaml.Node, path: Path) -> None:
+    # YAML's loader lets the last of two equal keys win in silence: half of what the user wrote would be lost.
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _refuse_repeated_keys(item, path)
+    elif isinstance(node, yaml.MappingNode):
+        lines: dict[str, int] = {}
+        for key, value in node.value:
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                raise RecipeError(
+                    f"{path}, line {line}: the key {key.value!r} stands already in line {lines[key.value]}"
+                )
+            lines[key.value] = line
+            _refuse_repeated_keys(value, path)
+
+
+def _explain(problem: typing.Any, root: yaml.MappingNode, path: Path) -> str:
+    """One line for one pydantic error: file, line, key, what is wrong, the nearest valid key."""
+    location = [part for part in problem["loc"] if not _is_union_tag(part)]
+    line, found = _line_of(root, location)
+    where = f"{path}, line {line}"
+    key = ".".join(str(part) for part in location)
+    if problem["type"] == "extra_forbidden":
+        valid = _keys_at(Recipe, location[:-1])
+        nearest = difflib.get_close_matches(str(location[-1]), valid, n=1, cutoff=0.4)
+        hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+        return f"{where}: unknown key {key!r}: {hint}Valid here: {', '.join(valid)}"
+    if problem["type"] == "missing":
+        return f"{where}: the key {key!r} is missing"
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    value = "" if not found or isinstance(problem["input"], dict | list) else f" (found {problem['input']!r})"
+    return f"{where}: {key}: {message}{value}" if key else f"{where}: {message}"
+
+
+def _is_union_tag(part: object) -> bool:
+    return isinstance(part, str) and (part in _UNION_TAGS or part.startswith(tuple(f"{tag}[" for tag in _UNION_TAGS)))
+
+
+def _line_of(node: yaml.Node, location: typing.Sequence[str | int]) -> tuple[int, bool]:
+    """The line (from 1) of the deepest part of the location that stands in the file, and whether all of it does."""
+    line = node.start_mark.line + 1
+    for part in location:
+        if isinstance(node, yaml.MappingNode):
+            pairs = {key.value: (key, value) for key, value in node.value}
+            if part not in pairs:
+                return line, False
+            key, node = pairs[str(part)]
+            line = key.start_mark.line + 1
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            node = node.value[part]
+            line = node.start_mark.line + 1
+        else:
+            return line, False
+    return line, True
+
+
+def _keys_at(model: type[pydantic.BaseModel], location: typing.Sequence[str | int]) -> list[str]:
+    for part in location:
+        if isinstance(part, int):
+            continue
+        model = next(m for m in _models_in(model.model_fields[part].annotation))
+    return list(model.model_fields)
+
+
+def _models_in(annotation: Any) -> typing.Iterator[type[pydantic.BaseModel]]:
+    if typing.get_origin(annotation) is None and isinstance(annotation, type):
+        if issubclass(annotation, pydantic.BaseModel):
+            yield annotation
+        return
+    for argument in typing.get_args(annotation):
+        yield from _models_in(argument)

@@ -1,0 +1,187 @@
+"""What the terminal shows of a plan and of a result. Nothing here decides anything."""
+
+from collections.abc import Sequence
+
+import pandas as pd
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from headrace.heads import METRICS
+from headrace.pipelines.leaderboard import grouped_board, inputs_text
+from headrace.pipelines.plan import Plan
+from headrace.pipelines.run import RunResult
+
+_LEADERS = 12
+
+
+def show_plan(console: Console, plan: Plan, cache: object, out: object) -> None:
+    """What would be extracted, what would be trained, what is already there."""
+    table = Table(title="Features", title_justify="left")
+    for column, justify in (
+        ("tap", "left"),
+        ("shape", "right"),
+        ("images to extract", "right"),
+        ("there", "right"),
+        ("new bytes", "right"),
+    ):
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]  # a literal, as mypy cannot see through the loop
+    for feature in plan.features:
+        table.add_row(
+            feature.name,
+            " x ".join(map(str, feature.spec.shape)),
+            f"{feature.rows_total - feature.rows_known:,}",
+            f"{feature.rows_known:,}",
+            bytes_text(feature.bytes_new),
+        )
+    console.print(table)
+    console.print(
+        f"{plan.images_new:,} of {plan.images:,} images go through a network, in {len(plan.units):,} units; "
+        f"{bytes_text(sum(feature.bytes_new for feature in plan.features))} to write in {cache}",
+        highlight=False,
+    )
+    everything = [feature.name for feature in plan.features]
+    table = Table(title="Heads", title_justify="left")
+    table.add_column("inputs")
+    table.add_column("kind")
+    table.add_column("settings", justify="right")
+    table.add_column("heads", justify="right")
+    table.add_column("heads to train", justify="right")
+    missing = {(bank.inputs, spec) for bank in plan.banks for spec in bank.specs}
+    for inputs, specs in plan.wanted:
+        new = sum((inputs, spec) in missing for spec in specs)
+        table.add_row(
+            inputs_text(inputs, everything),
+            specs[0].kind,
+            f"{len(specs):,}",
+            f"{len(specs) * plan.folds:,}",
+            f"{new * plan.folds:,}",
+        )
+    console.print(table)
+    console.print(
+        f"{plan.heads_new:,} of {plan.heads_total:,} heads to train ({plan.folds} folds each), in {len(plan.banks):,} banks; "
+        f"results in {out}",
+        highlight=False,
+    )
+
+
+def show_result(console: Console, result: RunResult, *, reference: str | None = None) -> None:
+    """The leaderboard by inputs and kind, the winner, its test score, where every file lies, how long it took."""
+    console.print(leaderboard_table(result.board, result.metric, result.names))
+    for note in result.notes:
+        console.print(f"note: {note}", style="yellow", highlight=False)
+    if result.failed_images:
+        console.print(
+            f"note: {result.failed_images:,} images could not be read; each is listed with its reason in {result.paths.failed_images}",
+            style="yellow",
+            highlight=False,
+        )
+    if result.failed_heads:
+        console.print(
+            f"note: {result.failed_heads:,} heads failed; each has its reason in the column `error` of {result.paths.heads}",
+            style="yellow",
+            highlight=False,
+        )
+    winner = result.winner
+    console.print()
+    console.print(
+        f"Winner: {winner['kind']} {winner['settings']} on {inputs_text(winner['inputs'], result.names)}, "
+        f"chosen on {winner['folds']} validation folds alone: {result.metric} {number_text(winner[result.metric], result.metric)}",
+        style="bold",
+        highlight=False,
+    )
+    if result.test is None:
+        console.print("No test split: set task.test_fraction, or a split column with test rows", highlight=False)
+    else:
+        test = result.test
+        line = Text(
+            f"Test {test.metric} {number_text(test.value, test.metric)} "
+            f"(95 % interval {number_text(test.low, test.metric)} to {number_text(test.high, test.metric)}, "
+            f"{test.images:,} images never seen before)",
+            style="bold green",
+        )
+        console.print(line)
+        if test.openings > 1:
+            console.print(
+                f"note: {test.openings} different winners have now been shown this test split; "
+                "each time, its score says a little less about new images",
+                style="yellow",
+                highlight=False,
+            )
+    if reference:
+        console.print(reference, highlight=False)
+    console.print()
+    console.print(stages_table(result))
+    console.print(files_table(result))
+
+
+def leaderboard_table(board: pd.DataFrame, metric: str, names: Sequence[str]) -> Table:
+    """The best head of each (inputs, kind)."""
+    grouped = grouped_board(board, metric)
+    arrow = "higher" if METRICS[metric].higher_is_better else "lower"
+    table = Table(
+        title=f"Leaderboard: best of each tap and kind by mean validation {metric} ({arrow} is better), of {len(board):,} settings",
+        title_justify="left",
+    )
+    for column in ("rank", "inputs", "kind", "best setting", "of"):
+        table.add_column(column, justify="right" if column in ("rank", "of") else "left")
+    table.add_column(metric, justify="right")
+    table.add_column("± s.e.", justify="right")
+    table.add_column("features", justify="right")
+    for _, row in grouped.head(_LEADERS).iterrows():
+        table.add_row(
+            str(row["rank"]),
+            inputs_text(row["inputs"], names),
+            row["kind"],
+            row["settings"],
+            str(row["tried"]),
+            number_text(row[metric], metric),
+            number_text(row["standard_error"], metric),
+            f"{row['features']:,}",
+        )
+    if len(grouped) > _LEADERS:
+        table.caption = f"and {len(grouped) - _LEADERS} more groups in the files below"
+    return table
+
+
+def stages_table(result: RunResult) -> Table:
+    """What each stage did and how long it took."""
+    table = Table(title="Time", title_justify="left")
+    table.add_column("stage")
+    table.add_column("did")
+    table.add_column("seconds", justify="right")
+    for record in result.stages:
+        table.add_row(record.name, record.did, f"{record.seconds:,.1f}")
+    table.add_row("total", "", f"{sum(record.seconds for record in result.stages):,.1f}", style="bold")
+    return table
+
+
+def files_table(result: RunResult) -> Table:
+    """Where everything lies."""
+    table = Table(title="Files", title_justify="left", show_header=False)
+    for what, path in (
+        ("leaderboard", result.paths.leaderboard),
+        ("every head, every fold", result.paths.heads),
+        ("winner (safetensors + JSON)", result.paths.winner),
+        ("results of the banks (HDF5)", result.paths.banks),
+        ("features (HDF5 shards)", result.cache / "features"),
+    ):
+        table.add_row(what, Text(str(path), overflow="fold"))
+    return table
+
+
+def number_text(value: float, metric: str) -> str:
+    """Shares as per cent, everything else with four digits."""
+    if value != value:  # nan: nothing to compare, as the spread over one fold
+        return "–"
+    share = metric in ("accuracy", "balanced_accuracy", "hamming_accuracy")
+    return f"{value * 100:.2f} %" if share else f"{value:.4f}"
+
+
+def bytes_text(count: float) -> str:
+    """ "1.5 GB" (decimal units)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
+        count /= 1000
+    return f"{count:,.1f} TB"

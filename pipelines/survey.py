@@ -1,0 +1,103 @@
+"""What there is: images, content hashes, networks, features in the cache, heads on disk. Ends in the plan."""
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+from rich.console import Console
+
+from headrace.cache import FeatureSpec, feature_set_path, open_feature_set
+from headrace.extract import (
+    Network,
+    Unreadable,
+    content_hashes,
+    feature_specs,
+    load_backbone,
+    plan_networks,
+    resolve_taps,
+)
+from headrace.heads import DEFAULT_METRIC, METRICS
+from headrace.pipelines.dataset import Dataset, list_samples, make_dataset
+from headrace.pipelines.grid import wanted_heads
+from headrace.pipelines.leaderboard import trained_in
+from headrace.pipelines.paths import RunPaths, content_index
+from headrace.pipelines.plan import FeaturePlan, Plan, plan_run
+from headrace.pipelines.recipe import Backbone, Recipe, RecipeError
+from headrace.pipelines.weights import backbone_spec
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Everything that a run knows before it starts."""
+
+    paths: RunPaths
+    samples: pd.DataFrame  # id, path, content (None where the file cannot be read), and the user's columns
+    unreadable: tuple[Unreadable, ...]
+    dataset: Dataset
+    metric: str
+    plan: Plan
+
+
+def survey(recipe: Recipe, console: Console | None = None, *, write: bool = True) -> Survey:
+    """Look at everything and plan; with `write` off, nothing is written, not even the index of content hashes.
+
+    Raises HeadraceError, before anything costly, for whatever in the recipe cannot work.
+    """
+    assert recipe.out is not None  # load_recipe gives it a default
+    paths = RunPaths(recipe.out)
+    metric = _metric(recipe)
+    samples = list_samples(recipe)
+    networks = [_network(backbone, recipe) for backbone in recipe.backbones]
+    names = [
+        [f"{backbone.alias or backbone.name}:{spec.name}" if len(networks) > 1 else spec.name for spec in network.specs]
+        for backbone, network in zip(recipe.backbones, networks, strict=True)
+    ]
+    wanted = wanted_heads(recipe.heads, [name for group in names for name in group])
+    with tempfile.TemporaryDirectory() as scratch:
+        # A first dry run leaves no cache behind; afterwards the index is worth keeping.
+        index = content_index(recipe.cache) if write or recipe.cache.exists() else Path(scratch) / "contents.parquet"
+        contents = content_hashes(samples, index)
+    samples = samples.assign(content=pd.Series(list(contents.hashes), index=samples.index, dtype=object))
+    dataset = make_dataset(samples, contents.hashes, recipe.task)
+    readable = samples[samples["content"].notna()]
+    needed = readable[readable["content"].isin({*dataset.train.content.astype(str), *dataset.test.content.astype(str)})]
+    units = plan_networks(needed, networks, cache_root=recipe.cache, unit_rows=recipe.compute.unit_images)
+    images = set(needed["content"])
+    features = [
+        FeaturePlan(name, spec, len(images.intersection(known)), len(images))
+        for network, group in zip(networks, names, strict=True)
+        for name, spec, known in zip(group, network.specs, network.known, strict=True)
+    ]
+    plan = plan_run(
+        features=features,
+        units=units,
+        images=len(images),
+        images_new=len({content for job in units for content in job.contents}),
+        wanted=wanted,
+        task_digest=dataset.train.digest,
+        folds=dataset.train.n_folds,
+        trained=lambda group: trained_in(paths.banks, group),
+    )
+    return Survey(paths, samples, contents.unreadable, dataset, metric, plan)
+
+
+def _network(backbone: Backbone, recipe: Recipe) -> Network:
+    spec = backbone_spec(backbone)
+    loaded = load_backbone(spec)
+    specs = feature_specs(loaded, resolve_taps(loaded, backbone.taps), dtype=recipe.storage)
+    return Network(spec, specs, [_known(recipe.cache, feature) for feature in specs])
+
+
+def _known(cache: Path, spec: FeatureSpec) -> set[str]:
+    path = feature_set_path(cache, spec)
+    return set(open_feature_set(path).known()) if path.exists() else set()
+
+
+def _metric(recipe: Recipe) -> str:
+    kind = recipe.task.kind
+    metric = recipe.task.metric or DEFAULT_METRIC[kind]
+    if metric not in METRICS or kind not in METRICS[metric].tasks:
+        valid = [name for name, known in METRICS.items() if kind in known.tasks]
+        raise RecipeError(f"task.metric {metric!r} is no metric of a {kind} task. There are: {', '.join(valid)}")
+    return metric

@@ -1,0 +1,148 @@
+"""From columns to splits: nobody trains on what is tested, whatever the table looks like."""
+
+import hashlib
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from headrace.heads import TRAIN_ONLY
+from headrace.pipelines.dataset import DataError, make_dataset
+from headrace.pipelines.recipe import TaskSection
+
+
+def content_of(text):
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def table(n=80, classes=("cat", "dog"), **columns):
+    return pd.DataFrame(
+        {"id": [f"{i:04}.png" for i in range(n)], "label": [classes[i % len(classes)] for i in range(n)], **columns}
+    )
+
+
+def dataset(frame, content=None, **section):
+    content = [content_of(name) for name in frame["id"]] if content is None else content
+    return make_dataset(frame, content, TaskSection.model_validate(section))
+
+
+def test_every_row_is_trained_on_or_tested_never_both():
+    """A quarter of each class is the test split; every other row is held out exactly once."""
+    made = dataset(table())
+    assert set(made.train.ids) | set(made.test.ids) == set(table()["id"])
+    assert not set(made.train.ids) & set(made.test.ids)
+    assert np.bincount(made.test.target).tolist() == [10, 10]
+    assert np.bincount(made.train.fold).tolist() == [12] * 5
+
+
+def test_the_order_of_the_table_does_not_matter():
+    """The split depends on ids, targets and the seed alone."""
+    frame = table()
+    shuffled = frame.sample(frac=1, random_state=1, ignore_index=True)
+    assert dataset(frame).train.digest == dataset(shuffled).train.digest
+    assert dataset(frame).train.digest != dataset(frame, seed=1).train.digest
+
+
+def test_rows_without_target_or_content_are_left_out():
+    """And the user is told."""
+    frame = table()
+    frame.loc[3, "label"] = None
+    content = [content_of(name) for name in frame["id"]]
+    content[5] = None
+    made = dataset(frame, content)
+    assert len(made.train.ids) + len(made.test.ids) == 78
+    assert any("1 images have no label" in note for note in made.notes)
+
+
+@given(st.lists(st.integers(0, 12), min_size=40, max_size=80), st.integers(0, 5))
+def test_copies_of_an_image_stay_on_one_side(copies, seed):
+    """The same bytes under several names are one row to every split: none is trained on and tested on."""
+    frame = table(len(copies))
+    frame["label"] = ["cat" if copy % 2 else "dog" for copy in copies]
+    if frame["label"].nunique() < 2 or len(set(copies)) < 8:
+        return
+    made = dataset(frame, [content_of(str(copy)) for copy in copies], seed=seed, folds=2)
+    assert not set(made.train.content) & set(made.test.content)
+    folds = pd.DataFrame({"content": made.train.content, "fold": made.train.fold})
+    assert folds.groupby("content")["fold"].nunique().max() == 1
+
+
+def test_groups_stay_on_one_side():
+    """All images of a patient are on one side of the test split and of every fold."""
+    frame = table(patient=[f"p{i // 4}" for i in range(80)])
+    made = dataset(frame, group="patient")
+    patient = frame.set_index("id")["patient"]
+    assert not set(patient[made.train.ids]) & set(patient[made.test.ids])
+    folds = pd.DataFrame({"patient": patient[made.train.ids].to_numpy(), "fold": made.train.fold})
+    assert folds.groupby("patient")["fold"].nunique().max() == 1
+
+
+def test_a_split_column_is_followed():
+    """train / val / test in the user's own spelling: one fold, validated on the user's rows."""
+    frame = table(split=["Train"] * 40 + ["val"] * 20 + ["TEST"] * 20)
+    made = dataset(frame, split="split")
+    assert set(made.test.ids) == set(frame["id"][60:])
+    assert set(made.train.ids[made.train.fold == 0]) == set(frame["id"][40:60])
+    assert set(made.train.ids[made.train.fold == TRAIN_ONLY]) == set(frame["id"][:40])
+
+
+def test_a_split_column_without_test_rows_draws_them_from_train():
+    """And says so; the user's validation rows stay what they are."""
+    frame = table(split=["train"] * 60 + ["val"] * 20)
+    made = dataset(frame, split="split")
+    assert set(made.train.ids[made.train.fold == 0]) == set(frame["id"][60:])
+    assert set(made.test.ids) < set(frame["id"][:60])
+    assert any("no test rows" in note for note in made.notes)
+
+
+def test_given_folds_are_followed():
+    """A fold column, whatever its names."""
+    frame = table(site=["ABCD"[i % 4] for i in range(80)])
+    made = dataset(frame, fold="site", test_fraction=0)
+    assert made.train.n_folds == 4
+    assert len(made.test.ids) == 0
+
+
+def test_numbers_are_classes_in_numeric_order():
+    """Class 10 comes after class 9, and whole numbers that were read as floats are whole again."""
+    frame = table(44).assign(label=[float(i % 11) for i in range(44)])
+    assert dataset(frame).train.classes == tuple(str(i) for i in range(11))
+
+
+def test_multi_label_and_regression_targets():
+    """Columns of 0/1, and numbers."""
+    rng = np.random.default_rng(0)
+    frame = table(80, a=rng.integers(0, 2, 80), b=rng.integers(0, 2, 80), age=rng.normal(size=80))
+    multi = dataset(frame, kind="multi", target=["a", "b"])
+    assert multi.train.target.dtype == np.uint8
+    assert multi.train.target.shape == (60, 2)
+    assert dataset(frame, kind="regression", target="age").train.target.shape == (60, 1)
+
+
+@pytest.mark.parametrize(
+    ("columns", "section", "said"),
+    [
+        ({"label": ["cat"] * 80}, {}, "one class only, 'cat'"),
+        ({"label": list(np.linspace(0, 1, 80))}, {}, "set task.kind: regression"),
+        ({"label": [None] * 80}, {}, "nothing to learn"),
+        ({"a": ["x"] * 80}, {"kind": "multi", "target": "a"}, "needs numbers in a"),
+        ({"a": [2] * 80}, {"kind": "multi", "target": "a"}, "0 or 1"),
+        ({"split": ["train", "exam"] * 40}, {"split": "split"}, "'exam'; expected train, validation or test"),
+        ({"patient": ["p", None] * 40}, {"group": "patient"}, "is empty for '0001.png'"),
+    ],
+)
+def test_targets_that_cannot_be_learned_are_refused(columns, section, said):
+    """Each with what was found and what was expected."""
+    with pytest.raises(DataError) as refusal:
+        dataset(table().assign(**columns), **section)
+    assert said in str(refusal.value)
+
+
+def test_copies_with_different_labels_are_pointed_out():
+    """The same picture called cat and dog is a label error that headrace can see."""
+    frame = table()
+    content = [content_of(name) for name in frame["id"]]
+    content[1] = content[0]
+    assert any("carry different targets" in note for note in dataset(frame, content).notes)

@@ -1,0 +1,92 @@
+"""Planning is pure: from literals to what has to be done."""
+
+import pytest
+
+from headrace.cache import FeatureSpec
+from headrace.heads import LogisticSpec, MLPSpec
+from headrace.pipelines.grid import wanted_heads
+from headrace.pipelines.plan import FeaturePlan, bank_group, plan_run
+from headrace.pipelines.recipe import Heads, RecipeError
+
+NAMES = ["early.avg", "late.avg"]
+
+
+def feature(name, known=0, total=100, shape=(8,), dtype="float16"):
+    tap, reduction = name.rsplit(".", 1)
+    spec = FeatureSpec("b", "w", tap, reduction, "{}", "{}", "d", "float32", dtype, shape)
+    return FeaturePlan(name, spec, known, total)
+
+
+def planned(heads, trained=None):
+    return plan_run(
+        features=[feature(name) for name in NAMES],
+        units=[],
+        images=100,
+        images_new=0,
+        wanted=wanted_heads(Heads.model_validate(heads), NAMES),
+        task_digest="t",
+        folds=5,
+        trained=lambda group: (trained or {}).get(group, {}),
+    )
+
+
+def test_heads_are_the_product_of_the_lists_on_every_input():
+    """each: every feature set alone; all: side by side; nothing twice."""
+    heads = {"logistic": {"C": [1, 0.1, 1], "class_weight": ["none", "balanced"]}, "mlp": {"seed": [0, 1]}}
+    wanted = wanted_heads(Heads.model_validate(heads), NAMES)
+    logistic = [(inputs, specs) for inputs, specs in wanted if specs[0].kind == "logistic"]
+    assert [inputs for inputs, _ in logistic] == 2 * [("early.avg",), ("late.avg",), ("early.avg", "late.avg")]
+    assert logistic[0][1] == (LogisticSpec(C=0.1), LogisticSpec(C=1.0))
+    (inputs, specs), *rest = [item for item in wanted if item[1][0].kind == "mlp"]
+    assert not rest
+    assert inputs == ("early.avg", "late.avg")
+    assert len(set(specs)) == len(specs) == 2 * 2 * 2  # hidden x dropout x seed
+
+
+def test_with_one_feature_set_each_and_all_are_the_same():
+    """No head is trained twice under two names."""
+    wanted = wanted_heads(Heads.model_validate({"logistic": {}}), ["only.avg"])
+    assert [inputs for inputs, _ in wanted] == [("only.avg",)]
+
+
+def test_an_input_that_is_not_there_names_the_nearest():
+    """A typing error in heads.inputs."""
+    with pytest.raises(RecipeError, match=r"did you mean 'early\.avg'"):
+        wanted_heads(Heads.model_validate({"logistic": {"inputs": [["early.agv"]]}}), NAMES)
+
+
+def test_only_missing_specs_are_planned():
+    """A recipe with one more strength trains that one alone."""
+    group = bank_group("t", [feature("early.avg").spec.fingerprint], "logistic")
+    there = {group: {"file": frozenset({LogisticSpec(C=0.1)})}}
+    plan = planned({"logistic": {"C": [0.1, 1], "inputs": ["each"]}}, there)
+    assert [(bank.inputs, bank.specs) for bank in plan.banks] == [
+        (("early.avg",), (LogisticSpec(C=1.0),)),
+        (("late.avg",), (LogisticSpec(C=0.1), LogisticSpec(C=1.0))),
+    ]
+    assert (plan.heads_new, plan.heads_total) == (3 * 5, 4 * 5)
+
+
+def test_another_task_features_or_kind_is_another_group():
+    """Results are never mistaken for those of other data."""
+    groups = {
+        bank_group(task, features, kind)
+        for task in ("t", "u")
+        for features in (["a"], ["b"], ["a", "b"], ["b", "a"], ["ab"])
+        for kind in ("logistic", "mlp")
+    }
+    assert len(groups) == 2 * 5 * 2
+
+
+def test_large_grids_are_cut_into_banks():
+    """A death loses one bank, not the whole grid."""
+    plan = planned({"mlp": {"seed": list(range(100)), "hidden": [[8]], "dropout": [0]}})
+    assert [len(bank.specs) for bank in plan.banks] == [64, 36]
+    assert {type(spec) for bank in plan.banks for spec in bank.specs} == {MLPSpec}
+    assert len({bank.key for bank in plan.banks}) == 2
+
+
+def test_bytes_to_come_are_rows_times_shape_times_item():
+    """The figure that `--dry-run` prints."""
+    assert feature("a.map", known=40, total=100, shape=(8, 7, 7)).bytes_new == 60 * 8 * 49 * 2
+    assert feature("a.avg", total=10, dtype="float32").bytes_new == 10 * 8 * 4

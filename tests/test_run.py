@@ -1,0 +1,254 @@
+"""Whole runs on small made images: the main job, doing only what is missing, and every refusal at the command line."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from headrace.pipelines import load_recipe, run_recipe, survey
+
+RECIPE = """\
+images:
+  folder: photos
+task:
+  folds: 3
+backbones:
+  - name: torchvision:resnet18
+    weights: random:0
+    image_size: 32
+    crop_fraction: 1.0
+    taps: [layer1.avg, layer2.max, layer4.avg]
+heads:
+  logistic:
+    C: [0.01, 1]
+  mlp:
+    hidden: [[8]]
+    dropout: [0]
+    epochs: 5
+compute:
+  workers: 2
+  unit_images: 16
+"""
+HEADS = (3 + 1) * 2 * 3 + 1 * 3  # logistic: (taps + all) x C x folds; mlp: all x folds
+
+
+def make_photos(folder, n=60, seed=0):
+    """Two classes that even random features tell apart: coarse and fine stripes, with noise."""
+    rng = np.random.default_rng(seed)
+    for i in range(n):
+        name = ("coarse", "fine")[i % 2]
+        period = (16, 4)[i % 2]
+        stripes = 128 + 80 * np.sign(np.sin(np.arange(40) * 2 * np.pi / period + rng.uniform(0, 6)))
+        pixels = np.clip(stripes[None, :, None] + rng.normal(0, 20, (40, 40, 3)), 0, 255).astype(np.uint8)
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(folder / name / f"{i:03}.png")
+
+
+def headrace(*arguments, cwd, timeout=300):
+    """The command line as a user calls it."""
+    command = [sys.executable, "-m", "headrace.pipelines", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run: its folder and its result. The tests leave it as it is."""
+    folder = tmp_path_factory.mktemp("run")
+    make_photos(folder / "photos")
+    (folder / "photos" / "fine" / "broken.png").write_bytes(b"this is no image")
+    (folder / "recipe.yaml").write_text(RECIPE)
+    return folder, run_recipe(load_recipe(folder / "recipe.yaml"), console=Console(quiet=True))
+
+
+def test_images_become_a_ranked_leaderboard(finished):
+    """Every head that the recipe asks for is there, ranked by validation score, and the winner knows the classes."""
+    _, result = finished
+    assert (result.heads["fold"] >= 0).sum() == HEADS
+    assert result.failed_heads == 0
+    assert result.board["accuracy"].is_monotonic_decreasing
+    assert result.winner["accuracy"] == result.board["accuracy"].max()
+    assert result.test.value >= 0.9
+    assert result.test.low <= result.test.value <= result.test.high
+    assert result.test.images == 15
+    description = json.loads((result.paths.winner / "head.json").read_text())
+    assert description["classes"] == ["coarse", "fine"]
+
+
+def test_an_undecodable_image_is_listed_and_shifts_nothing(finished):
+    """The run goes on; the image is named with its reason."""
+    _, result = finished
+    assert result.failed_images == 1
+    (row,) = pd.read_csv(result.paths.failed_images).to_dict("records")
+    assert row["id"] == "fine/broken.png"
+    assert row["reason"]
+
+
+def test_a_second_call_does_no_work_and_tells_the_same(finished):
+    """No forward pass, no head trained, no second opening of the test split."""
+    folder, first = finished
+    recipe = load_recipe(folder / "recipe.yaml")
+    plan = survey(recipe).plan
+    assert (plan.units, plan.banks) == ((), ())
+    files = {path: path.stat().st_mtime_ns for path in first.paths.banks.iterdir()}
+    again = run_recipe(recipe, console=Console(quiet=True))
+    assert {path: path.stat().st_mtime_ns for path in first.paths.banks.iterdir()} == files
+    pd.testing.assert_frame_equal(again.board, first.board)
+    assert again.test == first.test
+    assert len(first.paths.openings.read_text().splitlines()) == 1
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path):
+    """Images, bytes, heads; no cache and no results directory appear."""
+    make_photos(tmp_path / "photos", n=20)
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    done = headrace("run", "recipe.yaml", "--dry-run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "20 of 20 images go through a network" in done.stdout
+    assert f"{HEADS} of {HEADS} heads to train" in done.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["photos", "recipe.yaml"]
+
+
+def test_only_what_is_new_is_done(finished, tmp_path):
+    """A new image and a new strength: one image forward, and the other strengths stay where the rows stay."""
+    folder, _ = finished
+    text = RECIPE.replace("folder: photos", f"folder: {folder / 'photos'}").replace("[0.01, 1]", "[0.01, 0.1, 1]")
+    text += f"cache: {folder / 'headrace-cache'}\nout: {folder / 'headrace-runs' / 'recipe'}\n"
+    (tmp_path / "more.yaml").write_text(text)
+    plan = survey(load_recipe(tmp_path / "more.yaml"), write=False).plan
+    assert plan.units == ()
+    assert plan.heads_new == (3 + 1) * 3  # the one new strength, on four inputs, in three folds
+    (folder / "photos" / "fine" / "new.png").write_bytes((folder / "photos" / "coarse" / "000.png").read_bytes())
+    try:
+        assert (
+            survey(load_recipe(tmp_path / "more.yaml"), write=False).plan.images_new == 0
+        )  # a copy: its bytes are known
+        Image.new("RGB", (40, 40), "red").save(folder / "photos" / "fine" / "new.png")
+        assert survey(load_recipe(tmp_path / "more.yaml"), write=False).plan.images_new == 1
+    finally:
+        (folder / "photos" / "fine" / "new.png").unlink()
+
+
+def test_init_writes_a_recipe_that_runs(finished, tmp_path):
+    """For a folder per class; the recipe is valid, and says what was found."""
+    folder, _ = finished
+    done = headrace("init", folder / "photos", "--out", tmp_path / "mine.yaml", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "61 images in 2 classes" in done.stdout
+    recipe = load_recipe(tmp_path / "mine.yaml")
+    assert recipe.images.folder.resolve() == (folder / "photos").resolve()
+    again = headrace("init", folder / "photos", "--out", tmp_path / "mine.yaml", cwd=tmp_path)
+    assert again.returncode == 2
+    assert "--force" in again.stderr
+
+
+def test_init_finds_the_columns_of_a_table(finished, tmp_path):
+    """The path column by its values, label, split and group by their names."""
+    folder, _ = finished
+    files = sorted((folder / "photos").rglob("0*.png"))
+    table = pd.DataFrame(
+        {
+            "patient": [i // 3 for i in range(len(files))],
+            "photo": [str(file) for file in files],
+            "diagnosis": [file.parent.name for file in files],
+            "split": ["train", "val", "test"] * (len(files) // 3),
+        }
+    )
+    table.to_csv(tmp_path / "photos.csv", index=False)
+    done = headrace("init", "photos.csv", "-o", "mine.yaml", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    recipe = load_recipe(tmp_path / "mine.yaml")
+    assert recipe.images.path_column == "photo"
+    assert (recipe.task.target, recipe.task.split, recipe.task.group) == ("diagnosis", "split", "patient")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """A folder of photos for recipes that are refused."""
+    folder = tmp_path_factory.mktemp("photos")
+    make_photos(folder / "photos", n=20)
+    make_photos(folder / "one", n=8)
+    for file in (folder / "one" / "fine").iterdir():
+        file.unlink()
+    (folder / "none").mkdir()
+    (folder / "none" / "notes.txt").write_text("no image")
+    pd.DataFrame({"path": ["photos/fine/001.png"], "kind": ["x"]}).to_csv(folder / "table.csv", index=False)
+    weights = folder / "other.pth"
+    import torch
+
+    torch.save({"fc.weight": torch.zeros(3, 4)}, weights)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("folder: photos", "folder: fotos", ["fotos", "no such file or folder", "photos"]),
+        ("folder: photos", "folder: none", ["no images", "1 .txt"]),
+        ("folder: photos", "folder: one", ["one class only, 'coarse'"]),
+        ("folder: photos", "table: table.csv", ["no column 'label'", "kind"]),
+        ("layer2.max", "layre2.max", ["layre2", "layer2"]),
+        ("layer2.max", "layer2.maximum", ["maximum", "max"]),
+        ("torchvision:resnet18", "torchvision:resnet81", ["resnet81", "resnet18"]),
+        ("torchvision:resnet18", "resnet18", ["torchvision:resnet18"]),
+        ("random:0", "other.pth", ["other.pth", "conv1.weight"]),
+        ("random:0", "absent.pth", ["absent.pth"]),
+        ("folds: 3", "folds: 3\n  metric: acuracy", ["acuracy", "accuracy"]),
+        ("folds: 3", "flods: 3", ["line 4", "did you mean 'folds'"]),
+    ],
+)
+def test_bad_input_is_one_clear_error(photos, tmp_path, old, new, said):
+    """What was found, what was expected, what to type; exit code 2, no traceback, nothing written."""
+    recipe = photos / f"{abs(hash((old, new)))}.yaml"
+    recipe.write_text(RECIPE.replace(old, new))
+    before = sorted(photos.rglob("*"))
+    done = headrace("run", recipe, cwd=photos)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+    assert done.stderr.startswith("Error:")
+    for word in said:
+        assert word in done.stderr
+    assert sorted(photos.rglob("*")) == before
+
+
+def test_a_recipe_that_is_not_there_is_one_clear_error(tmp_path):
+    """The simplest mistake of all."""
+    done = headrace("run", "recipe.yaml", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "headrace init" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_where_it_was(tmp_path):
+    """SIGKILL of the driver at growing delays: published work is never done again, and the result is the same."""
+    make_photos(tmp_path / "photos", n=60)
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    done_before: set[Path] = set()
+    for delay in (4.0, 6.0, 8.0, 9.0, 10.0):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "headrace.pipelines", "run", "recipe.yaml"],
+            cwd=tmp_path,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        time.sleep(delay)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        published = {path for path in tmp_path.rglob("*.h5") if ".tmp" not in path.name}
+        assert done_before <= published
+        done_before = published
+    stamps = {path: path.stat().st_mtime_ns for path in done_before}
+    finished = headrace("run", "recipe.yaml", cwd=tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    assert {path: path.stat().st_mtime_ns for path in done_before} == stamps
+    again = headrace("run", "recipe.yaml", cwd=tmp_path)
+    assert "nothing missing" in again.stdout

@@ -1,0 +1,80 @@
+"""The shape of the tree: the packages listed are the folders on disk, arrows run one way, imports stay light."""
+
+import ast
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ALLOWED = {
+    "cache": {"cache"},
+    "extract": {"extract", "cache"},
+    "heads": {"heads", "cache"},
+    "pipelines": {"pipelines", "extract", "heads", "cache"},
+}
+
+
+def imports(file: Path) -> set[str]:
+    """Every module that a file imports, wherever in it, fully named."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module or "")
+    return found
+
+
+@pytest.mark.parametrize("package", ALLOWED)
+def test_arrows_run_one_way(package):
+    """cache imports none of ours; extract and heads import cache, never each other; pipelines imports all three."""
+    for file in sorted((ROOT / package).rglob("*.py")):
+        ours = {name.split(".")[1] for name in imports(file) if name.startswith("headrace.")}
+        assert ours <= ALLOWED[package], f"{file.relative_to(ROOT)} imports {ours - ALLOWED[package]}"
+
+
+def test_no_module_is_imported_by_its_bare_folder_name():
+    """`import cache` would give a second copy whose classes are not the same classes."""
+    for package in ALLOWED:
+        for file in sorted((ROOT / package).rglob("*.py")):
+            bare = {name.split(".")[0] for name in imports(file)} & set(ALLOWED)
+            assert not bare, f"{file.relative_to(ROOT)} imports {bare}"
+
+
+def test_listed_packages_are_the_folders_on_disk():
+    """A folder that is not listed would be missing from the wheel."""
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    on_disk = {
+        "headrace." + ".".join(file.parent.relative_to(ROOT).parts)
+        for package in ALLOWED
+        for file in (ROOT / package).rglob("__init__.py")
+    }
+    assert set(listed) == on_disk
+    assert all((ROOT / package / "py.typed").exists() for package in ALLOWED)
+
+
+def loaded_after(code: str) -> set[str]:
+    """Names of the top-level modules that a fresh interpreter has loaded after running the code."""
+    script = f"{code}\nimport sys\nprint(' '.join(sorted({{name.split('.')[0] for name in sys.modules}})))"
+    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    return set(done.stdout.splitlines()[-1].split())
+
+
+def test_a_logistic_head_needs_neither_torch_nor_torchvision():
+    """A worker that trains a logistic head on the CPU pays for no deep-learning import."""
+    code = (
+        "import numpy as np\n"
+        "from headrace.heads import LogisticHead\n"
+        "X = np.random.default_rng(0).normal(size=(40, 5))\n"
+        "head = LogisticHead().fit(X, X[:, 0] > 0)\n"
+        "assert head.score(X, X[:, 0] > 0) > 0.9\n"
+    )
+    assert not {"torch", "torchvision", "timm"} & loaded_after(code)
+
+
+def test_help_needs_no_heavy_import():
+    """`headrace --help` and bad input answer at once."""
+    assert not {"torch", "torchvision", "timm", "distributed"} & loaded_after("import headrace.pipelines.cli")
