@@ -1,16 +1,53 @@
-"""Images to features: list samples, hash their contents, plan the units that are missing, run each."""
+"""Images to features: list samples, hash their contents, plan the units that are missing, run each.
 
-from headrace.extract.backbone import Backbone, BackboneSpec, load_backbone
+Importing this imports no torch: what needs it is imported when it is first asked for.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from headrace.extract.changes import Changes, compare_listings, read_listing, write_listing
 from headrace.extract.containers import list_array, list_tar
 from headrace.extract.contents import Contents, Unreadable, content_hashes
-from headrace.extract.describe import BackboneInfo, TapInfo, describe_backbone, feature_specs
 from headrace.extract.errors import BackboneError, SourceError
+from headrace.extract.figures import Figures, figures
+from headrace.extract.memo import backbone_features
 from headrace.extract.plan import ExtractJob, Network, plan_networks, plan_units
 from headrace.extract.preprocess import Preprocessing
 from headrace.extract.samples import IMAGE_SUFFIXES, list_folder, read_table
-from headrace.extract.taps import Tap, parse_tap, resolve_taps
-from headrace.extract.unit import UnitReport, run_unit
-from headrace.extract.views import Augmentation
+from headrace.extract.spec import BackboneSpec, Sample
+
+if TYPE_CHECKING:
+    from headrace.extract.backbone import Backbone, load_backbone
+    from headrace.extract.describe import BackboneInfo, TapInfo, describe_backbone, feature_specs
+    from headrace.extract.taps import Tap, parse_tap, resolve_taps
+    from headrace.extract.unit import UnitReport, run_unit, run_units
+    from headrace.extract.views import Augmentation
+
+# Names whose modules import torch.
+_LAZY = {
+    "Augmentation": "views",
+    "Backbone": "backbone",
+    "BackboneInfo": "describe",
+    "Tap": "taps",
+    "TapInfo": "describe",
+    "UnitReport": "unit",
+    "describe_backbone": "describe",
+    "feature_specs": "describe",
+    "load_backbone": "backbone",
+    "parse_tap": "taps",
+    "resolve_taps": "taps",
+    "run_unit": "unit",
+    "run_units": "unit",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+
 
 __all__ = [
     "IMAGE_SUFFIXES",
@@ -19,18 +56,24 @@ __all__ = [
     "BackboneError",
     "BackboneInfo",
     "BackboneSpec",
+    "Changes",
     "Contents",
     "ExtractJob",
+    "Figures",
     "Network",
     "Preprocessing",
+    "Sample",
     "SourceError",
     "Tap",
     "TapInfo",
     "UnitReport",
     "Unreadable",
+    "backbone_features",
+    "compare_listings",
     "content_hashes",
     "describe_backbone",
     "feature_specs",
+    "figures",
     "list_array",
     "list_folder",
     "list_tar",
@@ -38,7 +81,10 @@ __all__ = [
     "parse_tap",
     "plan_networks",
     "plan_units",
+    "read_listing",
     "read_table",
     "resolve_taps",
     "run_unit",
+    "run_units",
+    "write_listing",
 ]

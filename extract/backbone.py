@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,22 +10,9 @@ from torch import nn
 
 from headrace.extract import library
 from headrace.extract.errors import BackboneError
-from headrace.extract.preprocess import Interpolation, Preprocessing
-from headrace.extract.weights import WeightsMatch, fit_weights, is_weights_file, read_weights, weights_digest
-
-
-@dataclass(frozen=True)
-class BackboneSpec:
-    """What a user says about a backbone. None means the weights' own value."""
-
-    name: str  # "timm:tf_efficientnet_lite0", "torchvision:resnet50", "python:module:function"
-    weights: str | None = None  # None: the library's default tag; a tag; a .pth or .safetensors file; "random:SEED"
-    weights_match: WeightsMatch = "name"  # "order": the file's tensors are the network's in order, under other names
-    image_size: int | None = None
-    crop_fraction: float | None = None  # crop / resize: 1.0 keeps the borders
-    mean: tuple[float, float, float] | None = None
-    std: tuple[float, float, float] | None = None
-    interpolation: Interpolation | None = None
+from headrace.extract.preprocess import Preprocessing
+from headrace.extract.spec import BackboneSpec, is_weights_file, weights_stamp
+from headrace.extract.weights import fit_weights, read_weights, weights_digest
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +30,7 @@ def load_backbone(spec: BackboneSpec) -> Backbone:
 
     Raises BackboneError: unknown names with the nearest ones, weights that do not fit, a tag that cannot be downloaded.
     """
-    return _load(spec, _stamp(spec))
+    return _load(spec, weights_stamp(spec))
 
 
 def build_untrained(spec: BackboneSpec) -> tuple[nn.Module, Preprocessing]:
@@ -79,17 +65,6 @@ def override(preprocessing: Preprocessing, spec: BackboneSpec) -> Preprocessing:
 
 def _is_tag(spec: BackboneSpec) -> bool:
     return spec.weights is not None and not spec.weights.startswith("random:") and not is_weights_file(spec.weights)
-
-
-def _stamp(spec: BackboneSpec) -> tuple[int, int] | None:
-    """Size and time of the weights file, so that a long-lived worker sees that it was replaced."""
-    if spec.weights is None or _is_tag(spec) or spec.weights.startswith("random:"):
-        return None
-    try:
-        status = os.stat(Path(spec.weights).expanduser())
-    except OSError:
-        return None  # reading it will say so
-    return status.st_size, status.st_mtime_ns
 
 
 @functools.lru_cache(maxsize=4)

@@ -13,18 +13,10 @@ from headrace.extract.errors import ImageError
 from headrace.extract.images import decode_image
 from headrace.extract.locate import read_bytes
 from headrace.extract.preprocess import Preprocessing
+from headrace.extract.spec import Sample
 from headrace.extract.views import Augmentation, render_view
 
 AHEAD = 2  # batches decoded or being decoded beyond the one in use: bounds the memory, however many images there are
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One image to extract."""
-
-    id: str
-    path: str
-    content: str
 
 
 @dataclass(frozen=True)
@@ -47,18 +39,33 @@ class Batch:
 
 
 def decoded_batches(
-    samples: Sequence[Sample], renderings: Sequence[Rendering], *, batch_size: int, threads: int, pin: bool = False
+    pool: ThreadPoolExecutor,
+    samples: Sequence[Sample],
+    renderings: Sequence[Rendering],
+    *,
+    batch_size: int,
+    pin: bool = False,
 ) -> Iterator[Batch]:
-    """Batches of at most `batch_size` samples, in order, decoded by `threads` threads at most AHEAD batches ahead."""
-    starts = range(0, len(samples), batch_size)
-    with ThreadPoolExecutor(threads, "decode") as pool:
-        pending: deque[_Pending] = deque()
-        for start in starts:
+    """Batches of at most `batch_size` samples, in order, decoded by the pool at most AHEAD batches ahead.
+
+    The first ones are under way when this returns, before anything is asked for.
+    """
+    waiting = deque(range(0, len(samples), batch_size))
+    pending: deque[_Pending] = deque()
+
+    def submit() -> None:
+        while waiting and len(pending) < AHEAD:
+            start = waiting.popleft()
             pending.append(_submit(pool, samples, start, min(start + batch_size, len(samples)), renderings, pin))
-            if len(pending) > AHEAD:
-                yield _finish(pending.popleft())
+
+    def batches() -> Iterator[Batch]:
         while pending:
-            yield _finish(pending.popleft())
+            batch = _finish(pending.popleft())
+            submit()
+            yield batch
+
+    submit()
+    return batches()
 
 
 @dataclass(frozen=True)

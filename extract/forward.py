@@ -23,15 +23,20 @@ class _Done(BaseException):
 
 
 def make_forward(
-    backbone: Backbone, taps: Sequence[Tap], *, device: str = "cpu", compute_dtype: str = "float32"
+    backbone: Backbone,
+    taps: Sequence[Tap],
+    *,
+    device: str = "cpu",
+    compute_dtype: str = "float32",
+    compiled: bool = False,
 ) -> Forward:
     """The pass from pixels to the reduced outputs of `taps`, in their order, on a copy of the backbone's network."""
     nodes = backbone_nodes(backbone)
     placed = [(tap, nodes[tap.node]) for tap in taps]
     normalise = normalisation(backbone, device)
     module = copy.deepcopy(backbone.module).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    plain = hooked(module, placed, normalise, compute_dtype)
-    if device != "cpu" or compute_dtype != "float32" or not fusable():
+    plain = hooked(module, placed, normalise, compute_dtype, compiled=compiled)
+    if device != "cpu" or compute_dtype != "float32" or compiled or not fusable():
         return plain
     pixels = _test_image(backbone)
     tapped = {node.module for _, node in placed}
@@ -63,7 +68,12 @@ def normalisation(backbone: Backbone, device: str) -> Callable[[Tensor], Tensor]
 
 
 def hooked(
-    module: nn.Module, taps: Sequence[tuple[Tap, Node]], normalise: Callable[[Tensor], Tensor], compute_dtype: str
+    module: nn.Module,
+    taps: Sequence[tuple[Tap, Node]],
+    normalise: Callable[[Tensor], Tensor],
+    compute_dtype: str,
+    *,
+    compiled: bool = False,
 ) -> Forward:
     """Attach hooks for the taps to `module` for good, and return the pass through it."""
     found: dict[Tap, Tensor] = {}
@@ -73,7 +83,8 @@ def hooked(
             reduced = reduce_output(output, tap.reduction, node)
             # The network may overwrite its own output in place afterwards.
             found[tap] = reduced.clone() if reduced._is_view() or reduced is output else reduced
-        if len(found) == len(taps):
+        # A compiler sees by itself that nothing behind the deepest tap is used
+        if len(found) == len(taps) and not compiled:
             raise _Done
 
     by_node: dict[str, tuple[Node, list[Tap]]] = {}
@@ -82,13 +93,14 @@ def hooked(
     for node, reductions in by_node.values():
         hook = _before if node.name == PRE_LOGITS else _after
         hook(module.get_submodule(node.module), functools.partial(keep, node, reductions))
+    run = torch.compile(module) if compiled else module
     half = {"float16": torch.float16, "bfloat16": torch.bfloat16}.get(compute_dtype)
 
     def forward(pixels: Tensor) -> list[Tensor]:
         found.clear()
         autocast = torch.autocast(pixels.device.type, half, enabled=half is not None)
         with contextlib.suppress(_Done), torch.inference_mode(), autocast:
-            module(normalise(pixels))
+            run(normalise(pixels))
         outputs = [found[tap] for tap, _ in taps]
         found.clear()
         return outputs

@@ -5,12 +5,12 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import TypedDict, Unpack
 
 import pandas as pd
 
 from headrace.cache import FeatureSpec
-from headrace.extract.backbone import BackboneSpec
-from headrace.extract.decode import Sample
+from headrace.extract.spec import BackboneSpec, Sample
 
 SHARD_BYTES = 256 * 2**20  # of the largest tap, at most
 UNIT_ROWS = 128  # about 5 s of a small network on one core: little is lost to a kill, and little waited for at the end
@@ -36,10 +36,22 @@ class ExtractJob:
     threads: int = 1  # of the forward pass on a CPU, and of decoding
     device: str = "cpu"
     batch_size: int | None = None  # None: what is fast on the device
+    compile: bool = False  # PyTorch's compiler, on CUDA: minutes once per network and process, for long runs
+    strict: bool = False  # stop at the first image that cannot be decoded
 
     @property
     def contents(self) -> tuple[str, ...]:
         return tuple(sample.content for sample in self.samples)
+
+
+class JobOptions(TypedDict, total=False):
+    """How a unit is done, which changes none of its bytes beyond rounding; the fields of ExtractJob."""
+
+    threads: int
+    device: str
+    batch_size: int | None
+    compile: bool
+    strict: bool
 
 
 def plan_units(
@@ -50,12 +62,12 @@ def plan_units(
     known: Sequence[Collection[str]],
     cache_root: str | Path,
     unit_rows: int | None = None,
-    threads: int = 1,
-    device: str = "cpu",
+    **options: Unpack[JobOptions],
 ) -> list[ExtractJob]:
     """The units of one backbone that are missing; see `plan_networks`."""
-    network = Network(backbone, specs, known)
-    return plan_networks(samples, [network], cache_root=cache_root, unit_rows=unit_rows, threads=threads, device=device)
+    return plan_networks(
+        samples, [Network(backbone, specs, known)], cache_root=cache_root, unit_rows=unit_rows, **options
+    )
 
 
 def plan_networks(
@@ -64,8 +76,7 @@ def plan_networks(
     *,
     cache_root: str | Path,
     unit_rows: int | None = None,
-    threads: int = 1,
-    device: str = "cpu",
+    **options: Unpack[JobOptions],
 ) -> list[ExtractJob]:
     """The units of all backbones that are missing, each image decoded once for all that lack it.
 
@@ -98,8 +109,7 @@ def plan_networks(
                     unit=unit_name([sample.content for sample in chosen]),
                     networks=tuple(part for part in work if part[1]),
                     samples=chosen,
-                    threads=threads,
-                    device=device,
+                    **options,
                 )
             )
     return jobs

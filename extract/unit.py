@@ -1,10 +1,13 @@
-"""One unit of work: decode each image once, one forward pass per network and view, one shard per feature set."""
+"""Units of work: decode each image once, one forward pass per network and view, one shard per feature set."""
 
 import functools
+import os
 import time
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,30 +17,31 @@ import torch
 
 from headrace.cache import Failure, FeatureSpec, SpecMismatch, create_feature_set, publish_shard
 from headrace.extract.backbone import Backbone, BackboneSpec, load_backbone
-from headrace.extract.decode import Rendering, Sample, decoded_batches
+from headrace.extract.decode import Batch, Rendering, Sample, decoded_batches
+from headrace.extract.device import Limit, Result, check_device, find_batch_size, launch
+from headrace.extract.errors import SourceError
 from headrace.extract.forward import Forward, make_forward
 from headrace.extract.fuse import keep_memory
 from headrace.extract.plan import ExtractJob
 from headrace.extract.taps import Tap
 from headrace.extract.views import parse_view
 
-# Measured with EfficientNet-Lite0 at 300 px on one core: 1 image at a time 36/s, 4 40/s, 8 41/s, 16 42/s.
-CPU_BATCH = 8
 # Beyond these a value becomes infinite in the storage dtype.
 _LARGEST = {"float16": 65520.0, "bfloat16": 3.39e38, "float32": float("inf"), "uint8": float("inf")}
+_PUBLISHERS = 8  # shards of a unit published at once: each waits for the disk, and the waits overlap
 
 
 @dataclass(frozen=True)
 class UnitReport:
-    """What a unit did. Seconds are wall time of the thread that runs the network."""
+    """What a unit did. Seconds are wall time of the thread that feeds the network, and add up to the unit's."""
 
     unit: str
     rows: int  # images that have features now
     failed: tuple[Failure, ...]  # images whose content is no image; recorded in every shard
     unread: tuple[tuple[str, str], ...]  # (id, reason): gone or changed since they were hashed; recorded nowhere
     decode_s: float  # waiting for pixels
-    forward_s: float
-    publish_s: float
+    forward_s: float  # the network
+    publish_s: float  # waiting for the disk
 
 
 @dataclass(frozen=True)
@@ -49,54 +53,176 @@ class _Pass:
     specs: tuple[FeatureSpec, ...]
 
 
+@dataclass(frozen=True)
+class _Started:
+    """A unit whose first batches are being decoded."""
+
+    job: ExtractJob
+    passes: list[_Pass]
+    limits: list[Limit]
+    batches: Iterator[Batch]
+
+
+@dataclass(frozen=True)
+class _Extracted:
+    """A unit in memory: per feature set, the rows' features."""
+
+    specs: list[FeatureSpec]
+    features: list[npt.NDArray[Any]]
+    samples: list[Sample]  # of the rows
+    report: UnitReport
+
+
 def run_unit(job: ExtractJob) -> UnitReport:
     """Extract one unit and publish it; the shards are on disk when this returns. Doing it twice changes nothing.
 
-    Raises SpecMismatch when the weights here are not those the feature sets are made of, and PublishFailed.
+    Raises SpecMismatch when the weights here are not those the feature sets are made of, SourceError at an image that
+    cannot be decoded where the job is strict, and PublishFailed.
     """
+    (report,) = run_units([job])
+    return report
+
+
+def run_units(jobs: Iterable[ExtractJob]) -> Iterator[UnitReport]:
+    """Extract units one after the other without a pause between them: while the network runs one, the next is decoded and
+    the last is written. A report comes out when its shards are on disk. For one process that has a device to itself.
+    """
+    waiting = iter(jobs)
+    with _quiet(), ThreadPoolExecutor(1, "publish") as publisher, _decoders() as pools:
+        current = next((_start(job, pools) for job in waiting), None)
+        publishing: Future[UnitReport] | None = None
+        while current is not None:
+            following = next((_start(job, pools) for job in waiting), None)
+            extracted = _extract(current)
+            if publishing is not None:
+                yield publishing.result()
+            publishing = publisher.submit(_publish, current.job, extracted)
+            current = following
+        if publishing is not None:
+            yield publishing.result()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Pillow warns of large images and damaged metadata from inside the decoding threads; what matters is recorded."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        yield
+
+
+@contextmanager
+def _decoders() -> Iterator[dict[int, ThreadPoolExecutor]]:
+    pools: dict[int, ThreadPoolExecutor] = {}
+    try:
+        yield pools
+    finally:
+        for pool in pools.values():
+            pool.shutdown(cancel_futures=True)
+
+
+def _start(job: ExtractJob, pools: dict[int, ThreadPoolExecutor]) -> _Started:
+    check_device(job.device)
+    on_cpu = torch.device(job.device).type == "cpu"
+    # Both are of the process; a worker runs one unit at a time.
     torch.set_num_threads(job.threads)
-    if job.device == "cpu":
+    if on_cpu:
         keep_memory()
-    passes = [each for backbone, specs in job.networks for each in _passes(backbone, specs, job.device)]
-    collected: list[list[npt.NDArray[Any]]] = [[] for each in passes for _ in each.specs]
+    passes = [each for backbone, specs in job.networks for each in _passes(job, backbone, specs)]
+    limits = [_limit(each.forward, each.rendering.preprocessing.crop, job.device, job.batch_size) for each in passes]
+    # With the network elsewhere every core decodes.
+    threads = job.threads if on_cpu else max(job.threads, len(os.sched_getaffinity(0)))
+    pool = pools.get(threads) or pools.setdefault(threads, ThreadPoolExecutor(threads, "decode"))
+    largest = max(limit.images for limit in limits)
+    batches = decoded_batches(
+        pool, job.samples, [each.rendering for each in passes], batch_size=largest, pin=not on_cpu
+    )
+    return _Started(job, passes, limits, batches)
+
+
+def _extract(unit: _Started) -> _Extracted:
+    job, passes = unit.job, unit.passes
+    parts: list[list[npt.NDArray[Any]]] = [[] for each in passes for _ in each.specs]
     rows: list[int] = []
     failed: list[Failure] = []
     unread: list[tuple[str, str]] = []
     decode_s = forward_s = 0.0
-    with warnings.catch_warnings():
-        # Pillow warns of large images and damaged metadata from inside the decoding threads; what matters is recorded.
-        warnings.simplefilter("ignore")
-        batches = decoded_batches(
-            job.samples,
-            [each.rendering for each in passes],
-            batch_size=job.batch_size or CPU_BATCH,
-            threads=job.threads,
-        )
+    running: list[Result] = []
+
+    def collect() -> None:
+        outputs = [output for result in running for output in result()]
+        for part, output in zip(parts, outputs, strict=False):  # no outputs before the first batch
+            part.append(output)
+        running.clear()
+
+    waited = time.perf_counter()
+    for batch in unit.batches:
+        started = time.perf_counter()
+        decode_s += started - waited
+        rows += batch.rows
+        failed += [_failure(job.samples[row], reason) for row, reason in batch.undecodable]
+        unread += [(job.samples[row].id, reason) for row, reason in batch.unread]
+        if job.strict and (failed or unread):
+            name, reason = (failed[0].id, failed[0].reason) if failed else unread[0]
+            raise SourceError(f"{name}: {reason}. Strict extraction stops here; without it the image is recorded.")
+        if batch.rows:
+            launched = [
+                launch(each.forward, pixels, job.device, limit)
+                for each, pixels, limit in zip(passes, batch.pixels, unit.limits, strict=True)
+            ]
+            collect()  # of the batch before, while the device is busy with this one
+            running += launched
         waited = time.perf_counter()
-        for batch in batches:
-            started = time.perf_counter()
-            decode_s += started - waited
-            rows += batch.rows
-            failed += [_failure(job.samples[row], reason) for row, reason in batch.undecodable]
-            unread += [(job.samples[row].id, reason) for row, reason in batch.unread]
-            if batch.rows:
-                outputs = [
-                    out for each, pixels in zip(passes, batch.pixels, strict=True) for out in each.forward(pixels)
-                ]
-                for parts, output in zip(collected, outputs, strict=True):
-                    parts.append(_to_numpy(output))
-            waited = time.perf_counter()
-            forward_s += waited - started
-    started = time.perf_counter()
+        forward_s += waited - started
+    collect()
+    forward_s += time.perf_counter() - waited
     specs = [spec for each in passes for spec in each.specs]
-    for spec, parts in zip(specs, collected, strict=True):
-        features = np.concatenate(parts) if parts else np.empty((0, *spec.shape), np.float32)
-        _publish(job, spec, features, [job.samples[row] for row in rows], failed)
-    publish_s = time.perf_counter() - started
-    return UnitReport(job.unit, len(rows), tuple(failed), tuple(unread), decode_s, forward_s, publish_s)
+    features = [
+        np.concatenate(part) if part else np.empty((0, *spec.shape), np.float32)
+        for spec, part in zip(specs, parts, strict=True)
+    ]
+    report = UnitReport(job.unit, len(rows), tuple(failed), tuple(unread), decode_s, forward_s, 0.0)
+    return _Extracted(specs, features, [job.samples[row] for row in rows], report)
 
 
-def _passes(spec: BackboneSpec, features: Sequence[FeatureSpec], device: str) -> list[_Pass]:
+def _publish(job: ExtractJob, unit: _Extracted) -> UnitReport:
+    started = time.perf_counter()
+    with ThreadPoolExecutor(min(_PUBLISHERS, len(unit.specs)), "shard") as pool:
+        done = [
+            pool.submit(_publish_set, job, spec, features, unit.samples, unit.report.failed)
+            for spec, features in zip(unit.specs, unit.features, strict=True)
+        ]
+        for future in done:
+            future.result()
+    return replace(unit.report, publish_s=time.perf_counter() - started)
+
+
+def _publish_set(
+    job: ExtractJob, spec: FeatureSpec, features: npt.NDArray[Any], samples: Sequence[Sample], failed: Sequence[Failure]
+) -> None:
+    """Publish the rows that can be stored; the others are failures of this feature set alone."""
+    flat = features.reshape(len(features), -1)
+    peaks = np.maximum(flat.max(axis=1, initial=0), -flat.min(axis=1, initial=0))
+    bad = ~(peaks < _LARGEST[spec.dtype])  # also true for NaN
+    failures = list(failed)
+    if bad.any():
+        failures += [
+            _failure(sample, f"{spec.name} reaches {peak:g}, which {spec.dtype} cannot hold; store it as float32")
+            for sample, peak, refused in zip(samples, peaks, bad, strict=True)
+            if refused
+        ]
+        features = features[~bad]
+        samples = [sample for sample, refused in zip(samples, bad, strict=True) if not refused]
+    publish_shard(
+        create_feature_set(Path(job.cache_root), spec),
+        job.unit,
+        features=features,
+        ids=[sample.id for sample in samples],
+        content=[sample.content for sample in samples],
+        failures=failures,
+    )
+
+
+def _passes(job: ExtractJob, spec: BackboneSpec, features: Sequence[FeatureSpec]) -> list[_Pass]:
     backbone = load_backbone(spec)
     by_view: dict[tuple[str, str], list[FeatureSpec]] = {}
     for feature in features:
@@ -106,14 +232,20 @@ def _passes(spec: BackboneSpec, features: Sequence[FeatureSpec], device: str) ->
     for (view, compute_dtype), group in by_view.items():
         taps = tuple(Tap(feature.tap, feature.reduction) for feature in group)
         rendering = Rendering(backbone.preprocessing, *parse_view(view))
-        passes.append(_Pass(rendering, _forward(backbone, taps, device, compute_dtype), tuple(group)))
+        passes.append(_Pass(rendering, _forward(backbone, taps, job.device, compute_dtype, job.compile), tuple(group)))
     return passes
 
 
-@functools.lru_cache(maxsize=8)
-def _forward(backbone: Backbone, taps: tuple[Tap, ...], device: str, compute_dtype: str) -> Forward:
+@functools.lru_cache(maxsize=4)
+def _forward(backbone: Backbone, taps: tuple[Tap, ...], device: str, compute_dtype: str, compiled: bool) -> Forward:
     """Kept between the units of a process: copying a network costs as much as dozens of images."""
-    return make_forward(backbone, taps, device=device, compute_dtype=compute_dtype)
+    return make_forward(backbone, taps, device=device, compute_dtype=compute_dtype, compiled=compiled)
+
+
+@functools.lru_cache(maxsize=16)
+def _limit(forward: Forward, crop: tuple[int, int], device: str, batch_size: int | None) -> Limit:
+    """Kept as long as the pass, so that a size that was too large is not tried again in the next unit."""
+    return Limit(batch_size or find_batch_size(forward, crop, device))
 
 
 def _check_identity(backbone: Backbone, feature: FeatureSpec) -> None:
@@ -128,36 +260,6 @@ def _check_identity(backbone: Backbone, feature: FeatureSpec) -> None:
             )
 
 
-def _publish(
-    job: ExtractJob, spec: FeatureSpec, features: npt.NDArray[Any], samples: Sequence[Sample], failed: Sequence[Failure]
-) -> None:
-    """Publish the rows that can be stored; the others are failures of this feature set alone."""
-    peaks = np.abs(features.reshape(len(features), -1)).max(axis=1, initial=0)
-    bad = ~(peaks < _LARGEST[spec.dtype])  # also true for NaN
-    failures = list(failed)
-    if bad.any():
-        failures += [
-            _failure(sample, f"{spec.name} reaches {peak:g}, which {spec.dtype} cannot hold; store it as float32")
-            for sample, peak, refused in zip(samples, peaks, bad, strict=True)
-            if refused
-        ]
-        features, samples = (
-            features[~bad],
-            [sample for sample, refused in zip(samples, bad, strict=True) if not refused],
-        )
-    publish_shard(
-        create_feature_set(Path(job.cache_root), spec),
-        job.unit,
-        features=features,
-        ids=[sample.id for sample in samples],
-        content=[sample.content for sample in samples],
-        failures=failures,
-    )
-
-
 def _failure(sample: Sample, reason: str) -> Failure:
-    return Failure(sample.id, sample.content, reason)
-
-
-def _to_numpy(output: torch.Tensor) -> npt.NDArray[Any]:
-    return (output.float() if output.dtype is torch.bfloat16 else output).cpu().numpy()
+    # A NUL has no place in fixed-length text, and decoders quote the bytes that they stumbled over.
+    return Failure(sample.id, sample.content, reason.replace("\0", "\\0"))

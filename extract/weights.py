@@ -4,7 +4,6 @@ import hashlib
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
 
 import torch
 from safetensors import SafetensorError
@@ -12,17 +11,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from headrace.extract.errors import BackboneError, nearest
+from headrace.extract.spec import WeightsMatch
 
-WeightsMatch = Literal["name", "order"]
-
-SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
 # Training scripts wrap the state dict in a dictionary with the optimiser and the epoch.
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model")
-
-
-def is_weights_file(weights: str) -> bool:
-    """Whether a backbone's `weights` means a file rather than a tag of the library."""
-    return weights.lower().endswith(SUFFIXES) or "/" in weights
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

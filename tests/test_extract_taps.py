@@ -60,7 +60,7 @@ def hooked_outputs(module: torch.nn.Module, names: set[str], x: torch.Tensor) ->
 
 @pytest.mark.parametrize(("name", "size"), ARCHITECTURES)
 def test_taps_equal_forward_hooks_on_the_untouched_network(name: str, size: int) -> None:
-    """For taps spread over the network, reduced in every way, in batches of 1 and 3; and the network is left as it was."""
+    """For taps spread over the network, reduced in every way, in batches of 1 and 3; and the network's state stays."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # libraries' own deprecations
         backbone = load_backbone(BackboneSpec(name, "random:0", image_size=size))
@@ -185,7 +185,7 @@ def test_taps_that_cannot_be() -> None:
         ("fc.grid2", "nothing to reduce"),
         ("layer4.vector", "not a vector"),
         ("", "a tap is empty"),
-        ("avg", "no node 'avg'"),
+        ("avg", "names a reduction and no node; expected something like layer4.avg"),
     ):
         with pytest.raises(BackboneError, match=message):
             resolve_taps(resnet, [text])

@@ -1,0 +1,57 @@
+"""The feature sets of a backbone, remembered, so that a run with nothing to extract need not build the network.
+
+What is remembered is only what would be found again: the key holds the backbone's spec, its weights file's size and time,
+and the versions of the libraries that build and decode. A unit of work checks its network against the specs anyway.
+"""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from headrace.cache import FeatureSpec, SpecMismatch, publish_replace
+from headrace.extract.spec import BackboneSpec, weights_stamp
+
+_LIBRARIES = ("torch", "torchvision", "timm", "pillow", "headrace")
+
+
+def backbone_features(
+    spec: BackboneSpec, taps: str | Sequence[str], *, dtype: str, cache_root: Path | None
+) -> tuple[FeatureSpec, ...]:
+    """The feature sets that these taps of a backbone make, one view each; see `feature_specs`.
+
+    cache_root: where to remember them, and to look first; None: build the network and remember nothing.
+    A backbone from the user's own Python function is always built: nothing says whether its code has changed.
+    Raises BackboneError.
+    """
+    memo = None if cache_root is None else _memo(spec, taps, dtype, cache_root)
+    if memo is not None and (known := _read(memo)) is not None:
+        return known
+    from headrace.extract.backbone import load_backbone
+    from headrace.extract.describe import feature_specs
+    from headrace.extract.taps import resolve_taps
+
+    backbone = load_backbone(spec)
+    found = feature_specs(backbone, resolve_taps(backbone, taps), dtype=dtype)
+    if memo is not None:
+        memo.parent.mkdir(parents=True, exist_ok=True)
+        publish_replace(memo, json.dumps([feature.to_json() for feature in found]).encode())
+    return found
+
+
+def _memo(spec: BackboneSpec, taps: str | Sequence[str], dtype: str, cache_root: Path) -> Path | None:
+    if spec.name.startswith("python:"):
+        return None
+    versions = [importlib.metadata.version(name) for name in _LIBRARIES]
+    asked = [taps] if isinstance(taps, str) else list(taps)
+    key = json.dumps([dataclasses.asdict(spec), weights_stamp(spec), asked, dtype, versions], sort_keys=True)
+    return cache_root / "backbones" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
+
+
+def _read(memo: Path) -> tuple[FeatureSpec, ...] | None:
+    try:
+        return tuple(FeatureSpec.from_json(text) for text in json.loads(memo.read_bytes()))
+    except (FileNotFoundError, json.JSONDecodeError, SpecMismatch, TypeError):
+        return None  # absent, or of another version: it only saves time

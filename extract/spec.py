@@ -1,0 +1,50 @@
+"""What a user says about a backbone, and what can be known of it without building it. Imports no torch."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from headrace.extract.preprocess import Interpolation
+
+WeightsMatch = Literal["name", "order"]
+SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
+
+
+@dataclass(frozen=True)
+class BackboneSpec:
+    """What a user says about a backbone. None means the weights' own value."""
+
+    name: str  # "timm:tf_efficientnet_lite0", "torchvision:resnet50", "python:module:function"
+    weights: str | None = None  # None: the library's default tag; a tag; a .pth or .safetensors file; "random:SEED"
+    weights_match: WeightsMatch = "name"  # "order": the file's tensors are the network's in order, under other names
+    image_size: int | None = None
+    crop_fraction: float | None = None  # crop / resize: 1.0 keeps the borders
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+    interpolation: Interpolation | None = None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image to extract."""
+
+    id: str
+    path: str
+    content: str
+
+
+def is_weights_file(weights: str) -> bool:
+    """Whether a backbone's `weights` means a file rather than a tag of the library."""
+    return weights.lower().endswith(SUFFIXES) or "/" in weights
+
+
+def weights_stamp(spec: BackboneSpec) -> tuple[int, int] | None:
+    """Size and modification time of the weights file, so that a replaced one is seen; None where there is no file."""
+    if spec.weights is None or spec.weights.startswith("random:") or not is_weights_file(spec.weights):
+        return None
+    try:
+        status = os.stat(Path(spec.weights).expanduser())
+    except OSError:
+        return None  # reading it will say so
+    return status.st_size, status.st_mtime_ns
