@@ -205,7 +205,7 @@ def _one_row_per_view(kind: str, task: Task, device: str) -> Callable[..., list[
     if kind == "ridge":
         from headrace.heads.ridge import fit_ridge_bank
 
-        return fit_ridge_bank
+        return lambda X, target, **rest: fit_ridge_bank(X, target, kind=task.kind, **rest)
     if kind == "knn":
         from headrace.heads.neighbours import fit_knn_bank
 
