@@ -21,6 +21,7 @@ import xxhash
 from headrace.cache.encoding import RoundOff
 from headrace.cache.errors import ShardCorrupt, ShardMissing
 from headrace.cache.lines import LineCorrupt, from_line, to_line
+from headrace.cache.manifest import ShardEntry
 from headrace.cache.shard import USER_BLOCK_BYTES, user_block
 from headrace.cache.spec import FeatureSpec
 from headrace.cache.structure import Layout, inspect_shard
@@ -63,6 +64,21 @@ def check_shard(path: Path, spec: FeatureSpec, unit: str, expected_xxh3: str | N
     return CheckedShard(layout, round_off, size, found)
 
 
+def check_listed(path: Path, spec: FeatureSpec, entry: ShardEntry) -> CheckedShard:
+    """`check_shard` of a listed shard, which must also have as many rows and failures as the manifest says."""
+    checked = check_shard(path, spec, entry.unit, entry.xxh3)
+    _expect_counts(path, checked.layout, entry)
+    return checked
+
+
+def _expect_counts(path: Path, layout: Layout, entry: ShardEntry) -> None:
+    if (layout.rows, layout.failed) != (entry.rows, entry.failed):
+        raise ShardCorrupt(
+            f"{path}: it holds {layout.rows} rows and {layout.failed} failures, "
+            f"and the manifest says {entry.rows} and {entry.failed}. `headrace cache repair` lists it as it is"
+        )
+
+
 def shard_digest(path: Path) -> tuple[int, str, bytes]:
     """Size, XXH3-128 of everything behind the user block, and the user block."""
     hasher, size = xxhash.xxh3_128(), 0
@@ -97,19 +113,21 @@ class Verified:
         self._path = state / f"{name}.jsonl"
         self._records: dict[str, dict[str, Any]] | None = None
 
-    def check(self, path: Path, spec: FeatureSpec, unit: str, xxh3: str) -> Layout:
+    def check(self, path: Path, spec: FeatureSpec, entry: ShardEntry) -> Layout:
         """The layout of a shard, which is read whole unless this machine has done so.
 
         Raises ShardMissing, ShardCorrupt.
         """
         # Taken before reading, so that a change during the reading is noticed the next time.
-        identity = _identity(path, unit, xxh3)
+        identity = _identity(path, entry)
         if self._records is None:
             self._records = self._read()
-        record = self._records.get(unit)
+        record = self._records.get(entry.unit)
         if record is not None and all(record.get(key) == value for key, value in identity.items()):
-            return Layout(**{field.name: record[f"layout_{field.name}"] for field in dataclasses.fields(Layout)})
-        layout = check_shard(path, spec, unit, xxh3).layout
+            layout = Layout(**{field.name: record[f"layout_{field.name}"] for field in dataclasses.fields(Layout)})
+            _expect_counts(path, layout, entry)
+            return layout
+        layout = check_listed(path, spec, entry).layout
         if time.time_ns() - max(identity["mtime_ns"], identity["ctime_ns"]) < _SETTLED_NS:
             return layout
         self._append({**identity, **{f"layout_{name}": value for name, value in dataclasses.asdict(layout).items()}})
@@ -138,15 +156,15 @@ class Verified:
         return records
 
 
-def _identity(path: Path, unit: str, xxh3: str) -> dict[str, Any]:
+def _identity(path: Path, entry: ShardEntry) -> dict[str, Any]:
     try:
         status = path.stat()
     except FileNotFoundError as error:
         raise missing(path) from error
     # The change time too: unlike the modification time, no program can set it back.
     return {
-        "unit": unit,
-        "xxh3": xxh3,
+        "unit": entry.unit,
+        "xxh3": entry.xxh3,
         "size": status.st_size,
         "mtime_ns": status.st_mtime_ns,
         "ctime_ns": status.st_ctime_ns,

@@ -46,7 +46,10 @@ class ShardEntry:
         own = dict(values)
         try:
             round_off = RoundOff(**{name: own.pop(f"round_off_{name}") for name in _ROUND_OFF_FIELDS})
-            return cls(round_off=round_off, **own)
+            entry = cls(round_off=round_off, **own)
+            if min(entry.rows, entry.failed) < 0:
+                raise LineCorrupt(f"it says {entry.rows} rows and {entry.failed} failures")
+            return entry
         except (TypeError, KeyError) as error:
             raise LineCorrupt(f"its keys are not those of this version ({error})") from error
 

@@ -74,8 +74,8 @@ def read_spec(directory: Path, *, check_name: bool = True) -> FeatureSpec:
         ) from error
     try:
         spec = FeatureSpec.from_json(data.decode())
-    except SpecMismatch:
-        raise
+    except SpecMismatch as error:
+        raise SpecMismatch(f"{path}: {error}") from error
     except (ValueError, TypeError, AttributeError) as error:
         raise ManifestCorrupt(f"{path} is not the spec that was written ({error}). {_SPEC_ADVICE}") from error
     if _spec_bytes(spec) != data or (check_name and spec.fingerprint != directory.name):

@@ -46,7 +46,7 @@ class Reader:
         with self._lock:
             entry = self._entries[shard]
             path = shard_path(self._path, entry.unit)
-            layout = self._verified.check(path, self._spec, entry.unit, entry.xxh3)
+            layout = self._verified.check(path, self._spec, entry)
             if not layout.compressed:
                 self._mapped().map(shard, path, layout.features, entry.rows)
             if self._spec.dtype == "uint8":

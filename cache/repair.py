@@ -87,7 +87,11 @@ def _readable_entries(directory: Path) -> tuple[dict[str, ShardEntry], bool]:
 
 
 def _same_bytes(listed: ShardEntry | None, found: ShardEntry) -> bool:
-    return listed is not None and listed.sha256 == found.sha256
+    return listed is not None and (listed.sha256, listed.rows, listed.failed) == (
+        found.sha256,
+        found.rows,
+        found.failed,
+    )
 
 
 def _spec_from_shards(directory: Path) -> FeatureSpec:

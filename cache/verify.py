@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from headrace.cache.check import check_shard
+from headrace.cache.check import check_listed
 from headrace.cache.errors import CacheError, ManifestCorrupt, ShardCorrupt, ShardMissing, SpecMismatch
 from headrace.cache.feature_set import FeatureSet
 from headrace.cache.files import PARTIAL_SUFFIX
@@ -63,12 +63,7 @@ def verify_bytes(directory: Path, *, sha256: bool = False) -> list[Problem]:
 def _verify_shard(directory: Path, spec: FeatureSpec, entry: ShardEntry, sha256: bool) -> Problem | None:
     path = shard_path(directory, entry.unit)
     try:
-        checked = check_shard(path, spec, entry.unit, entry.xxh3)
-        if (checked.layout.rows, checked.layout.failed) != (entry.rows, entry.failed):
-            raise ShardCorrupt(
-                f"{path}: it holds {checked.layout.rows} rows and {checked.layout.failed} failures, "
-                f"and the manifest says {entry.rows} and {entry.failed}"
-            )
+        check_listed(path, spec, entry)
         if sha256 and sha256_of(path) != entry.sha256:
             raise ShardCorrupt(f"{path}: its SHA-256 is not {entry.sha256}, which the manifest says")
     except ShardMissing as error:
