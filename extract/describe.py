@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from math import prod
 
 from headrace.cache import FeatureSpec
-from headrace.extract.backbone import Backbone, BackboneSpec, load_backbone
+from headrace.extract.backbone import Backbone, load_backbone
 from headrace.extract.images import DECODER
 from headrace.extract.nodes import Layout
+from headrace.extract.spec import BackboneSpec
 from headrace.extract.taps import Tap, auto_taps, backbone_nodes, tap_shape
 from headrace.extract.views import Augmentation, view_json
 

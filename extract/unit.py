@@ -16,13 +16,14 @@ import numpy.typing as npt
 import torch
 
 from headrace.cache import Failure, FeatureSpec, SpecMismatch, create_feature_set, publish_shard
-from headrace.extract.backbone import Backbone, BackboneSpec, load_backbone
-from headrace.extract.decode import Batch, Rendering, Sample, decoded_batches
+from headrace.extract.backbone import Backbone, load_backbone
+from headrace.extract.decode import Batch, Rendering, decoded_batches
 from headrace.extract.device import Limit, Result, check_device, find_batch_size, launch
 from headrace.extract.errors import SourceError
 from headrace.extract.forward import Forward, make_forward
 from headrace.extract.fuse import keep_memory
 from headrace.extract.plan import ExtractJob
+from headrace.extract.spec import BackboneSpec, Sample
 from headrace.extract.taps import Tap
 from headrace.extract.views import parse_view
 
