@@ -34,7 +34,7 @@ class Figures:
         )
 
 
-def figures(reports: ""Sequence[UnitReport]"", elapsed_s: float, total: int) -> Figures:
+def figures(reports: "Sequence[UnitReport]", elapsed_s: float, total: int) -> Figures:
     """The figures of an extraction of `total` images after `elapsed_s` seconds."""
     failed = sum(len(report.failed) + len(report.unread) for report in reports)
     images = sum(report.rows for report in reports) + failed
