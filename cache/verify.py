@@ -1,8 +1,7 @@
 """Does a feature set hold what was put into it? Every byte, every source image, and rows computed again."""
 
-import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,30 +91,33 @@ class SourceProblem:
     """An image that is not the one whose features are stored."""
 
     id: str
-    path: Path
     message: str
 
 
-def verify_sources(features: FeatureSet, path_of: Callable[[str], Path]) -> list[SourceProblem]:
-    """Hash the image of every row and every recorded failure again. path_of: from sample id to file."""
-    pairs = [*zip(features.ids(), (value.decode() for value in features.content().tolist()), strict=True)]
-    pairs += [(failure.id, failure.content) for failure in features.failures()]
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        found = pool.map(lambda pair: _verify_source(pair[0], path_of(pair[0]), pair[1]), pairs)
-        return [problem for problem in found if problem]
+def verify_sources(features: FeatureSet, current: Mapping[str, str | None]) -> list[SourceProblem]:
+    """Compare the images of today with those whose features (or failures) are stored, by sample id.
 
-
-def _verify_source(sample: str, path: Path, content: str) -> SourceProblem | None:
-    try:
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()[:32]
-    except OSError as error:
-        return SourceProblem(sample, path, f"{path}: {error.strerror}; its features are stored under {content}")
-    if found == content:
-        return None
-    return SourceProblem(
-        sample, path, f"{path}: the image has changed since it was extracted: its hash is {found}, was {content}"
-    )
+    current: from sample id to the content hash its image has now, None where it cannot be read. An image that was
+    extracted, changed and extracted again is found under both hashes, and is no problem; nor is a new one.
+    """
+    stored: dict[str, set[str]] = {}
+    for sample, content in zip(features.ids(), features.content().astype("U32").tolist(), strict=True):
+        stored.setdefault(sample, set()).add(content)
+    for failure in features.failures():
+        stored.setdefault(failure.id, set()).add(failure.content)
+    problems = []
+    for sample, contents in stored.items():
+        now, before = current.get(sample, ""), ", ".join(sorted(contents))
+        if now in contents:
+            continue
+        if now:
+            message = f"the image has changed since it was extracted: its hash is {now}, was {before}"
+        elif now is None:
+            message = f"the image can no longer be read; features are stored under {before}"
+        else:
+            message = f"the image is no longer in the data set; features are stored under {before}"
+        problems.append(SourceProblem(sample, f"{sample}: {message}"))
+    return problems
 
 
 @dataclass(frozen=True)
@@ -134,14 +136,22 @@ class Recomputed:
 
 
 def verify_recompute(
-    features: FeatureSet, recompute: Callable[[Sequence[str], Sequence[str]], npt.NDArray[Any]], n: int, seed: int = 0
+    features: FeatureSet,
+    recompute: Callable[[list[str], list[str]], npt.NDArray[Any]],
+    n: int,
+    *,
+    among: npt.NDArray[np.int64] | None = None,
+    seed: int = 0,
 ) -> Recomputed:
     """Compute n random rows again. recompute: from ids and content hashes to features (n, *shape).
+
+    among: the rows that can be computed (whose images are still there); None: all.
 
     The tolerance is half a unit in the last place of the largest stored value (uint8: the largest error measured when
     it was written), plus RECOMPUTE_TOLERANCE times the root mean square of the rows.
     """
-    rows = np.sort(np.random.default_rng(seed).choice(features.n_rows, min(n, features.n_rows), replace=False))
+    possible = np.arange(features.n_rows) if among is None else among
+    rows = np.sort(np.random.default_rng(seed).choice(possible, min(n, len(possible)), replace=False))
     ids, content = features.ids(), features.content()
     chosen = [ids[row] for row in rows.tolist()]
     stored = features.read(rows).reshape(len(rows), -1).astype(np.float64)

@@ -13,7 +13,17 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import zarr
-from cache_cases import flip, given, leftovers, make_feature_set, make_spec, shard_bytes, unit_arguments, unit_name
+from cache_cases import (
+    flip,
+    given,
+    hashes,
+    leftovers,
+    make_feature_set,
+    make_spec,
+    shard_bytes,
+    unit_arguments,
+    unit_name,
+)
 from cache_faults import in_child, start_child, wait_for
 
 from headrace.cache import (
@@ -123,29 +133,23 @@ def test_repairs_at_once(tmp_path):
 
 def test_verify_sources(tmp_path):
     """A source image that has changed by a byte, or is gone, is named; also one that could not be decoded."""
-    images = {f"{index}.png": f"image {index}".encode() for index in range(6)}
-    for name, data in images.items():
-        (tmp_path / name).write_bytes(data)
-    content = {name: hashlib.sha256(data).hexdigest()[:32] for name, data in images.items()}
-    names = sorted(images)
-    directory = create_feature_set(tmp_path / "cache", SPEC)
-    publish_shard(
-        directory,
-        "a",
-        features=np.ones((5, 12)),
-        ids=names[:5],
-        content=[content[name] for name in names[:5]],
-        failures=[Failure(names[5], content[names[5]], "not an image")],
-    )
+    directory = create_feature_set(tmp_path, SPEC)
+    names, content = [f"{index}.png" for index in range(6)], hashes(0, 6)
+    failure = Failure(names[5], content[5], "not an image")
+    publish_shard(directory, "a", features=np.ones((5, 12)), ids=names[:5], content=content[:5], failures=[failure])
     features = open_feature_set(directory)
-    assert verify_sources(features, tmp_path.joinpath) == []
-    flip(tmp_path / names[1], 3)
-    (tmp_path / names[3]).unlink()
-    flip(tmp_path / names[5], 9)
-    problems = verify_sources(features, tmp_path.joinpath)
-    assert [problem.id for problem in problems] == [names[1], names[3], names[5]]
-    assert "has changed since it was extracted" in problems[0].message
-    assert "No such file" in problems[1].message
+    current = {**dict(zip(names, content, strict=True)), "new.png": hashes(50, 1)[0]}
+    assert verify_sources(features, current) == []
+    changed = {**current, names[1]: hashes(60, 1)[0], names[3]: None, names[5]: hashes(61, 1)[0]}
+    del changed[names[4]]
+    problems = verify_sources(features, changed)
+    assert [problem.id for problem in problems] == [names[1], names[3], names[4], names[5]]
+    assert f"its hash is {hashes(60, 1)[0]}, was {content[1]}" in problems[0].message
+    assert "can no longer be read" in problems[1].message
+    assert "no longer in the data set" in problems[2].message
+    publish_shard(directory, "b", features=np.ones((1, 12)), ids=[names[1]], content=[changed[names[1]]])
+    again = verify_sources(open_feature_set(directory), changed)
+    assert [problem.id for problem in again] == [names[3], names[4], names[5]]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "uint8"])
