@@ -43,10 +43,12 @@ from headrace.heads.spec import (
 from headrace.heads.task import TEST, TRAIN_ONLY, Task, load_task, save_task
 
 if TYPE_CHECKING:
-    from headrace.heads.mlp import Halving, fit_mlp_bank
+    from headrace.heads.conv import fit_conv_bank
+    from headrace.heads.mlp import fit_mlp_bank
+    from headrace.heads.networks import Halving
 
 # Names whose modules import torch: imported when first asked for.
-_LAZY = {"fit_mlp_bank": "mlp", "Halving": "mlp"}
+_LAZY = {"fit_mlp_bank": "mlp", "fit_conv_bank": "conv", "Halving": "networks"}
 
 
 def __getattr__(name: str) -> Any:
@@ -97,6 +99,7 @@ __all__ = [
     "bootstrap_interval",
     "fit_bank",
     "fit_centroid_bank",
+    "fit_conv_bank",
     "fit_knn_bank",
     "fit_mlp_bank",
     "fit_sklearn_bank",

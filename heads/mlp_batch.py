@@ -41,7 +41,6 @@ class Network:
     label_smoothing: float
     balanced: bool
     seed: int
-    epochs: int
 
 
 @dataclass(frozen=True)
@@ -220,7 +219,7 @@ class NetworkBatch:
         """(K,) float64 mean loss of the decisions (K, C, n) on rows (n,), without label smoothing or class weights."""
         rows = torch.from_numpy(index).to(self.device)
         weight = self.rows.weight[:1].index_select(1, rows)
-        loss, _ = _loss_and_slope(self.rows, decision, rows, weight, None, None)
+        loss, _ = loss_and_slope(self.rows, decision, rows, weight, None, None)
         return (loss.sum(1) / weight.sum()).cpu().numpy()
 
     def _forward(self, columns: Tensor, *, train: bool) -> list[Tensor]:
@@ -245,7 +244,7 @@ class NetworkBatch:
         batch = self.rows.minibatch(feature_index).to(self.dtype)
         values = self._forward(batch.t().contiguous(), train=True)
         weight = self.rows.weight.index_select(1, index).index_select(0, self.balanced)
-        loss, slope = _loss_and_slope(self.rows, values[-1], index, weight, self.smoothing, self.balanced)
+        loss, slope = loss_and_slope(self.rows, values[-1], index, weight, self.smoothing, self.balanced)
         slope.div_(len(index))
         self.step += 1
         gradients: list[tuple[int, Tensor]] = []
@@ -325,7 +324,7 @@ def adamw_broadcast(
     parameter.sub_(rate / (1 - BETA1**step) * first / denominator)
 
 
-def _loss_and_slope(
+def loss_and_slope(
     rows: Rows,
     decision: Tensor,
     index: Tensor,

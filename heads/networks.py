@@ -1,0 +1,211 @@
+"""Banks of networks of any kind: specs × folds, halving, early stopping, and the heads trained on all rows.
+
+N rows, V views, C outputs, K heads. What a kind of network brings is its `Family`; everything else is here.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from headrace.heads.checks import check_finite
+from headrace.heads.metrics import TaskKind
+from headrace.heads.mlp_data import FoldData, prepare
+from headrace.heads.mlp_run import Batch, Run, Trace
+from headrace.heads.predict import Arrays, predict_head
+from headrace.heads.spec import FULL, ConvSpec, HeadFit, MLPSpec
+
+Floats = npt.NDArray[Any]
+Spec = TypeVar("Spec", MLPSpec, ConvSpec)
+
+
+@dataclass(frozen=True)
+class Halving:
+    """Successive halving: after each of the epochs `after` only the best share `keep` of the specs goes on.
+
+    Specs are ranked by the mean over folds of their best validation accuracy (multi-label, regression: loss) so far.
+    """
+
+    after: tuple[int, ...] = (3,)
+    keep: float = 0.25
+
+    def __post_init__(self) -> None:
+        if (
+            not 0 < self.keep <= 1
+            or any(epoch < 1 for epoch in self.after)
+            or list(self.after) != sorted(set(self.after))
+        ):
+            raise ValueError(
+                f"halving needs rising epochs from 1 on and a share in (0, 1], found {self.after} and {self.keep}"
+            )
+
+
+@dataclass(frozen=True)
+class Family(Generic[Spec]):
+    """What tells one kind of network from another."""
+
+    alike: Callable[[Spec], tuple[Any, ...]]  # heads of equal keys can train side by side; standardisation comes last
+    head_bytes: Callable[[Spec], int]  # that one head of a batch takes
+    batch_bytes: int  # heads side by side on a CPU take at most so much
+    make: Callable[[list[Spec], FoldData, int], Batch]  # of the specs of a batch, their data and their fold
+    arrays: Callable[[Any, FoldData], Arrays]  # what the batch remembers of a head, in raw coordinates
+
+
+@dataclass(frozen=True)
+class Bank(Generic[Spec]):
+    """The inputs of a bank in the form that its parts share."""
+
+    stacked: Floats  # (V, N, D, …)
+    features: torch.Tensor  # (V·N, D, …) on the device
+    target: npt.NDArray[Any]
+    outputs: int
+    fold: npt.NDArray[np.int16]
+    weight: npt.NDArray[np.float64]
+    task: TaskKind
+    specs: Sequence[Spec]
+    family: Family[Spec]
+
+    def data(self, fold: int, *, standardize: bool) -> FoldData:
+        return prepare(
+            self.stacked,
+            self.features,
+            self.target,
+            self.outputs,
+            self.fold,
+            fold,
+            self.weight,
+            self.task,
+            standardize=standardize,
+        )
+
+    def runs(self, traces: Sequence[Trace], *, ranked: bool) -> "list[Callable[[], Run]]":
+        """What makes the batches of these heads, all of one fold. Made one by one, for their parameters take memory."""
+        alike: dict[tuple[Any, ...], list[Trace]] = {}
+        for trace in traces:
+            if trace.error is None:
+                alike.setdefault(self.family.alike(self.specs[trace.spec]), []).append(trace)
+        makers: list[Callable[[], Run]] = []
+        for heads in alike.values():
+            size = max(self.family.head_bytes(self.specs[trace.spec]) for trace in heads)
+            share = max(1, self.family.batch_bytes // size) if self.features.device.type == "cpu" else len(heads)
+            number = -(-len(heads) // share)
+            for part in range(number):
+                chunk = heads[part * len(heads) // number : (part + 1) * len(heads) // number]
+                makers.append(partial(self._run, chunk, ranked))
+        return makers
+
+    def _run(self, chunk: list[Trace], ranked: bool) -> Run:
+        specs = [self.specs[trace.spec] for trace in chunk]
+        data = self.data(chunk[0].fold, standardize=self.family.alike(specs[0])[-1])
+        return Run(specs, chunk, data, lambda: self.family.make(specs, data, chunk[0].fold), len(self.stacked), ranked)
+
+    def fit(self, trace: Trace) -> HeadFit:
+        """The outcome of a head that has left its batch."""
+        spec, nan = self.specs[trace.spec], float("nan")
+        if trace.error is not None or trace.data is None:
+            return HeadFit(spec, trace.fold, {}, nan, nan, trace.epochs, trace.seconds, None, trace.error)
+        arrays = self.family.arrays(trace.best, trace.data)
+        validation = None
+        if trace.fold != FULL:
+            per_view = [predict_head(spec, arrays, view[trace.data.held], self.task) for view in self.stacked]
+            validation = np.stack(per_view).mean(0, dtype=np.float32) if len(per_view) > 1 else per_view[0]
+        return HeadFit(spec, trace.fold, arrays, trace.training_loss, nan, trace.epochs, trace.seconds, validation)
+
+
+def fit_networks(
+    stacked: Floats,
+    target: npt.NDArray[Any],
+    *,
+    n_classes: int,
+    fold: npt.NDArray[np.int16],
+    specs: Sequence[Spec],
+    full: bool,
+    sample_weight: npt.NDArray[np.float64] | None,
+    device: str,
+    task: TaskKind,
+    halving: Halving | None,
+    family: Family[Spec],
+) -> list[HeadFit]:
+    """As `fit_mlp_bank`; stacked is (V, N, D, …)."""
+    views, n = stacked.shape[:2]
+    check_finite(stacked.reshape(views, n, -1))
+    flat = stacked.reshape(views * n, *stacked.shape[2:])
+    bank = Bank(
+        stacked,
+        torch.from_numpy(flat if flat.flags.writeable else flat.copy()).to(device),
+        target,
+        n_classes,
+        fold,
+        np.ones(n) if sample_weight is None else np.asarray(sample_weight, np.float64),
+        task,
+        specs,
+        family,
+    )
+    traces: list[Trace] = []
+    makers: list[Callable[[], Run]] = []
+    for number in sorted(int(value) for value in np.unique(fold[fold >= 0])):
+        own = [Trace(place, number, spec.epochs, error=spec_error(spec, task)) for place, spec in enumerate(specs)]
+        traces += own
+        makers += bank.runs(own, ranked=halving is not None)
+    alive = set(range(len(specs)))
+    if halving is None:
+        for maker in makers:
+            maker().advance(None)
+    else:
+        runs = [maker() for maker in makers]  # all at once: a rung compares all heads
+        for epoch in halving.after:
+            for run in runs:
+                run.advance(epoch)
+            alive = _survivors(traces, alive, halving.keep)
+            for run in runs:
+                run.leave([trace for trace in run.traces if trace.spec not in alive])
+        for run in runs:
+            run.advance(None)
+    if full:
+        own = [_full_trace(place, specs[place], traces, task) for place in sorted(alive)]
+        traces += own
+        for maker in bank.runs(own, ranked=False):
+            maker().advance(None)
+    return [bank.fit(trace) for trace in sorted(traces, key=lambda trace: (trace.spec, trace.fold == FULL, trace.fold))]
+
+
+def spec_error(spec: MLPSpec | ConvSpec, task: TaskKind) -> str | None:
+    """Why this spec cannot be trained at all, or None."""
+    if any(width < 1 for width in spec.hidden):
+        return f"hidden widths {spec.hidden} must be at least 1"
+    if isinstance(spec, ConvSpec) and (not spec.channels or min(spec.channels) < 1):
+        return f"channels {spec.channels} must name at least one layer of at least 1 channel"
+    if not spec.learning_rate > 0 or spec.weight_decay < 0:
+        return f"learning_rate {spec.learning_rate} must be above 0 and weight_decay {spec.weight_decay} at least 0"
+    if not 0 <= spec.dropout < 1 or not 0 <= spec.label_smoothing < 1:
+        return f"dropout {spec.dropout} and label_smoothing {spec.label_smoothing} must be in [0, 1)"
+    if spec.batch_size < 1 or spec.epochs < 1 or spec.patience < 1:
+        return f"batch_size {spec.batch_size}, epochs {spec.epochs} and patience {spec.patience} must be at least 1"
+    if task == "regression" and (spec.class_weight != "none" or spec.label_smoothing):
+        return "class_weight and label_smoothing have no meaning for regression: leave them out"
+    return None
+
+
+def _survivors(traces: Sequence[Trace], alive: set[int], keep: float) -> set[int]:
+    """The best share `keep` of the specs alive, at least one, by the mean over folds; a spec that failed is out."""
+    own = {place: [trace for trace in traces if trace.spec == place] for place in alive}
+    mean = {
+        place: float(np.mean([trace.best_rank for trace in heads]))
+        for place, heads in own.items()
+        if all(trace.error is None for trace in heads)
+    }
+    ranked = sorted(mean, key=lambda place: (-mean[place], place))
+    return set(ranked[: max(1, round(keep * len(ranked)))])
+
+
+def _full_trace(place: int, spec: MLPSpec | ConvSpec, traces: Sequence[Trace], task: TaskKind) -> Trace:
+    own = [trace for trace in traces if trace.spec == place]
+    best = [trace.best_epoch for trace in own if trace.error is None]
+    error = spec_error(spec, task)
+    if own and not best and error is None:
+        error = f"not trained on all rows, because it failed in every fold: {own[0].error}"
+    return Trace(place, FULL, max(1, round(float(np.mean(best)))) if best else spec.epochs, error=error)
