@@ -14,6 +14,7 @@ from headrace.cache.errors import (
     RowsMissing,
     ShardCorrupt,
     ShardMissing,
+    ShardUnreadable,
     SpecMismatch,
 )
 from headrace.cache.feature_set import FeatureSet, list_feature_sets, open_feature_set
@@ -41,6 +42,7 @@ __all__ = [
     "ShardCorrupt",
     "ShardEntry",
     "ShardMissing",
+    "ShardUnreadable",
     "SpecMismatch",
     "check_shard",
     "create_feature_set",

@@ -8,6 +8,7 @@ uses it.
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import os
 import socket
@@ -19,7 +20,7 @@ from typing import Any
 import xxhash
 
 from headrace.cache.encoding import RoundOff
-from headrace.cache.errors import ShardCorrupt, ShardMissing
+from headrace.cache.errors import ShardCorrupt, ShardMissing, ShardUnreadable
 from headrace.cache.lines import LineCorrupt, from_line, to_line
 from headrace.cache.manifest import ShardEntry
 from headrace.cache.shard import USER_BLOCK_BYTES, user_block
@@ -92,7 +93,17 @@ def shard_digest(path: Path) -> tuple[int, str, bytes]:
                 size += count
     except FileNotFoundError as error:
         raise missing(path) from error
+    except OSError as error:
+        raise unreadable(path, error) from error
     return size, hasher.hexdigest(), block
+
+
+def unreadable(path: Path, error: OSError) -> ShardUnreadable:
+    """The error for a shard that cannot be read, which says nothing about the shard."""
+    name = errno.errorcode.get(error.errno or 0, "unknown errno")
+    return ShardUnreadable(
+        error.errno, f"{path} cannot be read: {name} ({error.strerror or error}). Look at the disk and the permissions"
+    )
 
 
 def missing(path: Path) -> ShardMissing:

@@ -21,6 +21,10 @@ class ShardCorrupt(CacheError, ValueError):
     """A shard's bytes are not the ones that were published, or its structure is not the format's."""
 
 
+class ShardUnreadable(CacheError, OSError):
+    """The operating system refused to read a shard; names the errno. The shard may be whole."""
+
+
 class ManifestCorrupt(CacheError, ValueError):
     """A line of a manifest (or the spec beside it) is not the one that was written."""
 

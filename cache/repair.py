@@ -8,7 +8,7 @@ from pathlib import Path
 import h5py
 
 from headrace.cache.check import shard_digest
-from headrace.cache.errors import CacheError, ManifestCorrupt, SpecMismatch
+from headrace.cache.errors import CacheError, ManifestCorrupt, ShardCorrupt, ShardMissing, SpecMismatch
 from headrace.cache.files import PARTIAL_SUFFIX, lease, publish_replace
 from headrace.cache.manifest import LOCK, MANIFEST, ShardEntry, manifest_bytes, read_manifest
 from headrace.cache.publish import SHARDS, SPEC, describe_shard, read_spec, shard_path
@@ -36,7 +36,8 @@ def repair(directory: Path) -> Repair:
     """Make a feature set whole again, with fewer rows if some are broken. Safe while others read, extract or repair.
 
     Every shard is read whole. Broken ones are deleted. The manifest and spec.json are written again when they are not
-    what the shards say. Raises CacheError when no shard is left that knows the spec.
+    what the shards say. Raises CacheError when no shard is left that knows the spec; ShardUnreadable, having deleted
+    nothing that might be whole, when the operating system does not let a shard be read.
     """
     rewritten = []
     try:
@@ -51,7 +52,9 @@ def repair(directory: Path) -> Repair:
     for path in sorted((directory / SHARDS).glob("*.h5")):
         try:
             whole[path.stem] = describe_shard(directory, path.stem, spec)
-        except CacheError:
+        except ShardMissing:
+            continue  # removed meanwhile
+        except ShardCorrupt:
             path.unlink(missing_ok=True)
             removed.append(path.stem)
 
@@ -100,7 +103,7 @@ def _spec_from_shards(directory: Path) -> FeatureSpec:
         with contextlib.suppress(CacheError, OSError, ValueError, KeyError, TypeError):
             _, digest, block = shard_digest(path)
             if block == user_block(digest):
-                with h5py.File(path, "r", locking=False) as file:
+                with path.open("rb") as bytes_of_it, h5py.File(bytes_of_it, "r") as file:
                     text = file.attrs["spec"]
                 spec = FeatureSpec.from_json(text.decode() if isinstance(text, bytes) else str(text))
                 if spec.fingerprint == directory.name:

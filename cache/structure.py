@@ -4,6 +4,7 @@ HDF5 can point out of the file (external links, external storage, virtual data s
 declare terabytes that are not there. All of that is refused from the metadata alone.
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,15 +48,17 @@ class Layout:
 
 def inspect_shard(path: Path, spec: FeatureSpec, unit: str) -> tuple[Layout, RoundOff]:
     """The layout of a shard of `spec` named `unit`. Raises ShardCorrupt at the first thing that is not as it must."""
-    try:
-        # The shard is immutable, so no lock is needed, and on some cluster file systems none would work.
-        with h5py.File(path, "r", locking=False) as file:
-            return _inspect(file, path.stat().st_size, spec, unit)
-    except ShardCorrupt as error:
-        raise ShardCorrupt(f"{path}: {error}. {_ADVICE}") from None
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
-        # The HDF5 library answers a broken file with any of these.
-        raise ShardCorrupt(f"{path}: the HDF5 library cannot read it ({error}). {_ADVICE}") from error
+    # Through a Python file, not by name: HDF5 would lock it, which works on no cluster file system and is not needed for
+    # what never changes, or would refuse it because somebody else in this process has opened it otherwise.
+    with path.open("rb") as bytes_of_it:
+        try:
+            with h5py.File(bytes_of_it, "r") as file:
+                return _inspect(file, os.fstat(bytes_of_it.fileno()).st_size, spec, unit)
+        except ShardCorrupt as error:
+            raise ShardCorrupt(f"{path}: {error}. {_ADVICE}") from None
+        except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+            # The HDF5 library answers a broken file with any of these.
+            raise ShardCorrupt(f"{path}: the HDF5 library cannot read it ({error}). {_ADVICE}") from error
 
 
 def _inspect(file: h5py.File, file_bytes: int, spec: FeatureSpec, unit: str) -> tuple[Layout, RoundOff]:

@@ -148,9 +148,7 @@ def test_missing_rows_are_named(tmp_path):
         features.load(wanted)
 
 
-@pytest.mark.parametrize(
-    ("rows", "error"), [([8], IndexError), ([-9], IndexError), ([0.5], IndexError), ([[0]], IndexError)]
-)
+@pytest.mark.parametrize("rows", [[8], [-9], [0.5], [[0]]])
 def test_positions_outside_are_refused(tmp_path, rows):
     """A position that is not there never reads neighbouring memory."""
     features = open_feature_set(make_feature_set(tmp_path, 1))

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import h5py
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -30,6 +31,7 @@ from headrace.cache import (
     CacheError,
     ExtraMissing,
     Failure,
+    ShardUnreadable,
     create_feature_set,
     feature_set_path,
     open_feature_set,
@@ -104,6 +106,35 @@ def test_repair_without_a_whole_shard(tmp_path):
     flip(shard_path(directory, unit_name(0)), 40_000)
     with pytest.raises(CacheError, match="headrace cache rm"):
         repair(directory)
+
+
+def test_repair_deletes_nothing_that_might_be_whole(tmp_path, monkeypatch):
+    """A shard that the operating system does not let be read is named, by verify and by repair, and stays."""
+    directory = make_feature_set(tmp_path, 2)
+    whole = shard_bytes(directory)
+    original = open
+
+    def refusing(path, *arguments, **options):
+        if str(path).endswith("u0001.h5"):
+            raise OSError(errno.EMFILE, "Too many open files")
+        return original(path, *arguments, **options)
+
+    monkeypatch.setattr("headrace.cache.check.open", refusing, raising=False)
+    (problem,) = verify_bytes(directory)
+    assert "EMFILE" in problem.message
+    with pytest.raises(ShardUnreadable, match=r"u0001\.h5 cannot be read: EMFILE"):
+        repair(directory)
+    assert shard_bytes(directory) == whole
+
+
+def test_a_shard_that_somebody_has_open_is_whole(tmp_path):
+    """A user who looks at a shard with h5py, in this very process, is in nobody's way."""
+    directory = make_feature_set(tmp_path, 1)
+    with h5py.File(shard_path(directory, unit_name(0))) as file:
+        assert file["features"].shape == (8, 12)
+        assert verify_bytes(directory) == []
+        assert repair(directory).is_nothing
+        assert open_feature_set(directory)[:].shape == (8, 12)
 
 
 def test_repair_while_others_extract(tmp_path):
