@@ -34,9 +34,14 @@ def load_backbone(spec: BackboneSpec) -> Backbone:
 
 
 def build_untrained(spec: BackboneSpec) -> tuple[nn.Module, Preprocessing]:
-    """The same network without its weights, on the device of the surrounding `with torch.device(...)`."""
-    module, preprocessing = library.build(spec.name, spec.weights if _is_tag(spec) else None)
-    return module, override(preprocessing, spec)
+    """The same network without its weights, in evaluation mode: shapes alone where the network can be built so."""
+    tag = spec.weights if _is_tag(spec) else None
+    try:
+        with torch.device("meta"):
+            module, preprocessing = library.build(spec.name, tag)
+    except (NotImplementedError, RuntimeError):  # some networks compute with numbers while they are built
+        module, preprocessing = library.build(spec.name, tag)
+    return module.eval(), override(preprocessing, spec)
 
 
 def override(preprocessing: Preprocessing, spec: BackboneSpec) -> Preprocessing:

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from math import prod
 
 from headrace.cache import FeatureSpec
-from headrace.extract.backbone import Backbone, load_backbone
+from headrace.extract.backbone import Backbone, build_untrained, load_backbone
 from headrace.extract.images import DECODER
-from headrace.extract.nodes import Layout
+from headrace.extract.nodes import Layout, find_nodes
 from headrace.extract.spec import BackboneSpec
 from headrace.extract.taps import Tap, auto_taps, backbone_nodes, tap_shape
 from headrace.extract.views import Augmentation, view_json
@@ -30,7 +30,7 @@ class BackboneInfo:
     """A backbone, described."""
 
     name: str
-    weights: str  # digest, as FeatureSpec.weights
+    weights: str | None  # digest, as FeatureSpec.weights; None where they were not loaded
     preprocessing: str  # canonical JSON, as FeatureSpec.preprocessing
     parameters: int
     multiply_adds: int  # of one image's whole forward
@@ -38,15 +38,20 @@ class BackboneInfo:
     auto: tuple[Tap, ...]  # what "auto" picks
 
 
-def describe_backbone(spec: BackboneSpec) -> BackboneInfo:
-    """Everything about a backbone, its weights loaded. Raises BackboneError."""
-    backbone = load_backbone(spec)
-    nodes = backbone_nodes(backbone)
+def describe_backbone(spec: BackboneSpec, *, weights: bool = True) -> BackboneInfo:
+    """Everything about a backbone; without its weights, nothing is loaded or downloaded. Raises BackboneError."""
+    if weights:
+        backbone = load_backbone(spec)
+        module, preprocessing, digest = backbone.module, backbone.preprocessing, backbone.weights
+        nodes = backbone_nodes(backbone)
+    else:
+        (module, preprocessing), digest = build_untrained(spec), None
+        nodes = find_nodes(module, preprocessing.crop, spec.name)
     return BackboneInfo(
         name=spec.name,
-        weights=backbone.weights,
-        preprocessing=backbone.preprocessing.to_json(),
-        parameters=sum(parameter.numel() for parameter in backbone.module.parameters()),
+        weights=digest,
+        preprocessing=preprocessing.to_json(),
+        parameters=sum(parameter.numel() for parameter in module.parameters()),
         multiply_adds=nodes.multiply_adds,
         taps=tuple(
             TapInfo(

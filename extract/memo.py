@@ -18,15 +18,14 @@ _LIBRARIES = ("torch", "torchvision", "timm", "pillow", "headrace")
 
 
 def backbone_features(
-    spec: BackboneSpec, taps: str | Sequence[str], *, dtype: str, cache_root: Path | None
+    spec: BackboneSpec, taps: str | Sequence[str], *, dtype: str, cache_root: Path
 ) -> tuple[FeatureSpec, ...]:
     """The feature sets that these taps of a backbone make, one view each; see `feature_specs`.
 
-    cache_root: where to remember them, and to look first; None: build the network and remember nothing.
-    A backbone from the user's own Python function is always built: nothing says whether its code has changed.
-    Raises BackboneError.
+    Read from what the cache remembers; otherwise the network is built. A backbone from the user's own Python function
+    is always built: nothing says whether its code has changed. Raises BackboneError.
     """
-    memo = None if cache_root is None else _memo(spec, taps, dtype, cache_root)
+    memo = _memo(spec, taps, dtype, cache_root)
     if memo is not None and (known := _read(memo)) is not None:
         return known
     from headrace.extract.backbone import load_backbone
@@ -34,11 +33,17 @@ def backbone_features(
     from headrace.extract.taps import resolve_taps
 
     backbone = load_backbone(spec)
-    found = feature_specs(backbone, resolve_taps(backbone, taps), dtype=dtype)
-    if memo is not None:
+    return feature_specs(backbone, resolve_taps(backbone, taps), dtype=dtype)
+
+
+def remember_features(
+    spec: BackboneSpec, taps: str | Sequence[str], features: Sequence[FeatureSpec], *, dtype: str, cache_root: Path
+) -> None:
+    """Keep what `backbone_features` found, for the next call. Apart from it, because a dry run writes nothing."""
+    memo = _memo(spec, taps, dtype, cache_root)
+    if memo is not None and not memo.exists():
         memo.parent.mkdir(parents=True, exist_ok=True)
-        publish_replace(memo, json.dumps([feature.to_json() for feature in found]).encode())
-    return found
+        publish_replace(memo, json.dumps([feature.to_json() for feature in features]).encode())
 
 
 def _memo(spec: BackboneSpec, taps: str | Sequence[str], dtype: str, cache_root: Path) -> Path | None:
