@@ -19,6 +19,7 @@ from headrace.extract.spec import BackboneSpec, Sample
 if TYPE_CHECKING:
     from headrace.extract.backbone import Backbone, load_backbone
     from headrace.extract.describe import BackboneInfo, TapInfo, describe_backbone, feature_specs
+    from headrace.extract.library import backbone_names, backbone_tags
     from headrace.extract.taps import Tap, parse_tap, resolve_taps
     from headrace.extract.unit import UnitReport, run_unit, run_units
     from headrace.extract.views import Augmentation
@@ -31,6 +32,8 @@ _LAZY = {
     "Tap": "taps",
     "TapInfo": "describe",
     "UnitReport": "unit",
+    "backbone_names": "library",
+    "backbone_tags": "library",
     "describe_backbone": "describe",
     "feature_specs": "describe",
     "load_backbone": "backbone",
@@ -69,6 +72,8 @@ __all__ = [
     "UnitReport",
     "Unreadable",
     "backbone_features",
+    "backbone_names",
+    "backbone_tags",
     "compare_listings",
     "content_hashes",
     "describe_backbone",

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -11,7 +10,7 @@ from torch import nn
 from headrace.extract import library
 from headrace.extract.errors import BackboneError
 from headrace.extract.preprocess import Preprocessing
-from headrace.extract.spec import BackboneSpec, is_weights_file, weights_stamp
+from headrace.extract.spec import BackboneSpec, is_weights_file, weights_path, weights_stamp
 from headrace.extract.weights import fit_weights, read_weights, weights_digest
 
 
@@ -79,7 +78,7 @@ def _load(spec: BackboneSpec, stamp: tuple[int, int] | None) -> Backbone:
         module, preprocessing = _seeded(spec)
     elif spec.weights is not None and is_weights_file(spec.weights):
         # The file is read first: a wrong path should not wait for the network to be built.
-        tensors = read_weights(Path(spec.weights).expanduser())
+        tensors = read_weights(weights_path(spec.weights))
         module, preprocessing = library.build(spec.name, None)
         fit_weights(module, tensors, spec.weights_match, what)
     else:

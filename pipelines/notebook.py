@@ -1,1 +1,137 @@
-"""Stub to be written."""
+"""The stages as functions over plain values, for notebooks and scripts: images to features, features to a leaderboard."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from rich.console import Console
+
+from headrace.cache import FeatureSet, HeadraceError, feature_set_path, open_feature_set
+from headrace.extract import (
+    BackboneSpec,
+    Network,
+    backbone_features,
+    content_hashes,
+    list_folder,
+    plan_networks,
+    read_table,
+    remember_features,
+)
+from headrace.pipelines.cluster import local_client
+from headrace.pipelines.dataset import make_dataset
+from headrace.pipelines.grid import wanted_heads
+from headrace.pipelines.leaderboard import trained_in
+from headrace.pipelines.paths import RunPaths, content_index
+from headrace.pipelines.plan import FeaturePlan, plan_run
+from headrace.pipelines.prepare import Survey, check_metric
+from headrace.pipelines.recipe import Heads, TaskSection
+from headrace.pipelines.run import RunResult, conclude, extract_missing, train_missing, write_inputs
+
+_QUIET = Console(quiet=True)
+
+
+class MissingFeatures(HeadraceError, ValueError):
+    """Rows that are to be trained on have no features yet."""
+
+
+def extract_features(
+    images: pd.DataFrame | str | Path,
+    backbone: BackboneSpec | str,
+    taps: str | Sequence[str] = "auto",
+    *,
+    cache: str | Path = "headrace-cache",
+    dtype: str = "float16",
+    unit_images: int = 128,
+    workers: int | None = None,
+    console: Console | None = None,
+) -> dict[str, FeatureSet]:
+    """Run a frozen network over images once, keep the taps in the cache, and open them: {"blocks.4.avg": FeatureSet, ...}.
+
+    images: a folder, a CSV or Parquet table with a column `path`, or a DataFrame with the columns `id` and `path`.
+    Only images that the cache lacks go through the network. Images that cannot be decoded have no row; each FeatureSet
+    lists them with their reasons in `failures()`. Raises HeadraceError.
+
+    A script that calls this needs the usual `if __name__ == "__main__":`, for it starts worker processes.
+    """
+    cache = Path(cache).absolute()
+    samples = _with_content(_listed(images), cache)
+    spec = BackboneSpec(backbone) if isinstance(backbone, str) else backbone
+    specs = backbone_features(spec, taps, dtype=dtype, cache_root=cache)
+    remember_features(spec, taps, specs, dtype=dtype, cache_root=cache)
+    paths = [feature_set_path(cache, feature) for feature in specs]
+    known = [open_feature_set(path).known() if path.exists() else frozenset[str]() for path in paths]
+    units = plan_networks(samples, [Network(spec, specs, known)], cache_root=cache, unit_rows=unit_images)
+    if units:
+        with local_client(workers) as client:
+            extract_missing(units, client, console or _QUIET)
+    return {feature.name: open_feature_set(path) for feature, path in zip(specs, paths, strict=True)}
+
+
+def train_heads(
+    features: Mapping[str, FeatureSet],
+    samples: pd.DataFrame | str | Path,
+    *,
+    heads: Heads | Mapping[str, Any],
+    task: TaskSection | Mapping[str, Any] | None = None,
+    out: str | Path = "headrace-runs/notebook",
+    workers: int | None = None,
+    console: Console | None = None,
+) -> RunResult:
+    """Train a grid of heads on features that are there, rank them on validation folds, and score the winner on the test split.
+
+    samples: as `images` of `extract_features`, with the columns that the task names (`label` by default).
+    heads, task: as in a recipe: {"logistic": {"C": [0.01, 1]}}, {"target": "label", "folds": 5}.
+    The result's `board` is the leaderboard and `heads` every single head, both as DataFrames; calling again with more
+    heads trains only the new ones. Raises HeadraceError.
+    """
+    section = task if isinstance(task, TaskSection) else TaskSection.model_validate(dict(task or {}))
+    grid = heads if isinstance(heads, Heads) else Heads.model_validate(dict(heads))
+    paths = RunPaths(Path(out).absolute())
+    listed = _with_content(_listed(samples), paths.root)
+    dataset = make_dataset(listed, listed["content"].tolist(), section)
+    rows = {*dataset.train.content.astype(str), *dataset.test.content.astype(str)}
+    plans = [
+        FeaturePlan(name, feature.spec, len(rows & feature.known()), len(rows)) for name, feature in features.items()
+    ]
+    for plan in plans:
+        if plan.rows_known < plan.rows_total:
+            raise MissingFeatures(
+                f"{plan.name} has features of {plan.rows_known:,} of these {plan.rows_total:,} images: extract_features first"
+            )
+    found = Survey(
+        paths=paths,
+        samples=listed,
+        unreadable=(),
+        dataset=dataset,
+        metric=check_metric(section),
+        directories={name: feature.path for name, feature in features.items()},
+        plan=plan_run(
+            features=plans,
+            units=[],
+            images=len(rows),
+            images_new=0,
+            wanted=wanted_heads(grid, list(features)),
+            task_digest=dataset.train.digest,
+            folds=dataset.train.n_folds,
+            trained=lambda group: trained_in(paths.banks, group),
+        ),
+    )
+    write_inputs(found)
+    if found.plan.banks:
+        with local_client(workers) as client:
+            train_missing(found, client, console or _QUIET)
+    return conclude(found)
+
+
+def _listed(images: pd.DataFrame | str | Path) -> pd.DataFrame:
+    if isinstance(images, pd.DataFrame):
+        return images
+    return list_folder(images) if Path(images).is_dir() else read_table(images)
+
+
+def _with_content(samples: pd.DataFrame, root: Path) -> pd.DataFrame:
+    if "content" in samples:
+        return samples
+    hashes = content_hashes(samples, content_index(root)).hashes
+    return samples.assign(content=pd.Series(list(hashes), index=samples.index, dtype=object))

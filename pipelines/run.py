@@ -4,7 +4,7 @@ import datetime
 import io
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,17 +13,17 @@ import pandas as pd
 from dask.distributed import Client
 from rich.console import Console
 
-from headrace.cache import FeatureSet, HeadraceError, feature_set_path, open_feature_set, publish_replace
-from headrace.extract import run_unit
+from headrace.cache import FeatureSet, HeadraceError, open_feature_set, publish_replace
+from headrace.extract import ExtractJob
 from headrace.heads import BankJob, save_task, train_bank
 from headrace.pipelines.cluster import local_client
 from headrace.pipelines.leaderboard import collect_heads, rank_heads
 from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.plan import Plan
+from headrace.pipelines.prepare import Survey, survey
 from headrace.pipelines.progress import stage
 from headrace.pipelines.recipe import Recipe
 from headrace.pipelines.submit import run_tasks
-from headrace.pipelines.survey import Survey, survey
 from headrace.pipelines.winner import TestResult, choose_winner, open_test, save_winner
 
 
@@ -45,9 +45,8 @@ class RunResult:
     """What a run ends with. Everything in it is on disk too."""
 
     paths: RunPaths
-    cache: Path
     metric: str
-    names: tuple[str, ...]  # of the feature sets
+    directories: Mapping[str, Path]  # of the feature sets, by name
     heads: pd.DataFrame  # one row per head (spec x fold); see leaderboard.collect_heads
     board: pd.DataFrame  # one row per (inputs, spec), best first; see leaderboard.rank_heads
     winner: pd.Series
@@ -56,6 +55,15 @@ class RunResult:
     failed_images: int
     failed_heads: int
     stages: tuple[StageRecord, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the feature sets, in the recipe's order."""
+        return tuple(self.directories)
+
+    def features(self, name: str) -> FeatureSet:
+        """A feature set by its name: NumPy slices, `to_dask_array()`, `to_torch_dataset()`."""
+        return open_feature_set(self.directories[name])
 
 
 def run_recipe(recipe: Recipe, *, console: Console | None = None, workers: int | None = None) -> RunResult:
@@ -71,42 +79,46 @@ def run_recipe(recipe: Recipe, *, console: Console | None = None, workers: int |
             found = survey(recipe, console)
             plan = found.plan
             done(f"{plan.images:,} images, {len(plan.features)} feature sets, {plan.heads_total:,} heads wanted")
-        write_inputs(recipe, found)
+        write_inputs(found)
+        publish_replace(found.paths.recipe, recipe.model_dump_json(indent=2).encode())
         client = None
         if plan.units or plan.banks:
             with _timed(stages, "start workers") as done:
                 client = stack.enter_context(local_client(workers or recipe.compute.workers))
                 done(f"{len(client.nthreads())} processes")
         with _timed(stages, "extract") as done:
-            done(extract_missing(plan, client, console))
+            if client is not None and plan.units:
+                extract_missing(plan.units, client, console)
+            done(_extracted(plan))
         with _timed(stages, "train heads") as done:
-            done(train_missing(recipe, found, client, console))
+            if client is not None and plan.banks:
+                train_missing(found, client, console)
+            done(_trained(plan))
     with _timed(stages, "rank and test") as done:
-        result = conclude(recipe, found)
+        result = conclude(found)
         done(f"{len(result.board):,} settings ranked")
     _record_stages(found.paths.stages, stages)
     return RunResult(**{**result.__dict__, "stages": tuple(stages)})
 
 
-def write_inputs(recipe: Recipe, found: Survey) -> None:
-    """The task that banks read (it holds no test row), and a copy of the recipe."""
+def write_inputs(found: Survey) -> None:
+    """The task that banks read; it holds no test row."""
     paths, task = found.paths, found.dataset.train
     paths.task(task.digest).parent.mkdir(parents=True, exist_ok=True)
     paths.banks.mkdir(parents=True, exist_ok=True)
     stored = io.BytesIO()
     save_task(task, stored)
     publish_replace(paths.task(task.digest), stored.getvalue())
-    publish_replace(paths.recipe, recipe.model_dump_json(indent=2).encode())
 
 
-def extract_missing(plan: Plan, client: Client | None, console: Console) -> str:
-    """Run the units that are missing; returns what was done, in words. Raises RunIncomplete when a unit failed."""
-    if not plan.units or client is None:
-        return "nothing missing"
+def extract_missing(units: Sequence[ExtractJob], client: Client, console: Console) -> None:
+    """Run units of work; what each publishes stays. Raises RunIncomplete when a unit failed or an image went away."""
+    from headrace.extract import run_unit  # imports torch: a call with nothing to extract does without
+
     failures: list[str] = []
     unread: list[tuple[str, str]] = []
-    with stage(console, "extract", sum(len(job.samples) for job in plan.units), "images") as advance:
-        for outcome in run_tasks(client, run_unit, ((f"extract-{job.unit}", job) for job in plan.units)):
+    with stage(console, "extract", sum(len(job.samples) for job in units), "images") as advance:
+        for outcome in run_tasks(client, run_unit, ((f"extract-{job.unit}", job) for job in units)):
             advance(len(outcome.job.samples))
             if outcome.result is None:
                 failures.append(outcome.error or "")
@@ -114,7 +126,7 @@ def extract_missing(plan: Plan, client: Client | None, console: Console) -> str:
                 unread += outcome.result.unread
     if failures:
         raise RunIncomplete(
-            f"{len(failures):,} of {len(plan.units):,} units of images failed; the others are kept, and the same command "
+            f"{len(failures):,} of {len(units):,} units of images failed; the others are kept, and the same command "
             f"tries these again. The first reason: {failures[0]}"
         )
     if unread:
@@ -123,20 +135,16 @@ def extract_missing(plan: Plan, client: Client | None, console: Console) -> str:
             f"{len(unread):,} images went away or changed while they were read, first {name} ({reason}); the features of "
             "the others are kept. Call again when the images stand still"
         )
-    return f"{plan.images_new:,} images forward once, {len(plan.features)} taps kept"
 
 
-def train_missing(recipe: Recipe, found: Survey, client: Client | None, console: Console) -> str:
-    """Train the banks that are missing; returns what was done, in words."""
+def train_missing(found: Survey, client: Client, console: Console) -> None:
+    """Train the banks that are missing. Raises RunIncomplete when a bank failed; a head that fails is a row with its error."""
     plan, paths = found.plan, found.paths
-    if not plan.banks or client is None:
-        return "nothing missing"
-    directories = {feature.name: str(feature_set_path(recipe.cache, feature.spec)) for feature in plan.features}
     task = str(paths.task(found.dataset.train.digest))
     jobs = [
         BankJob(
             task=task,
-            features=tuple(directories[name] for name in bank.inputs),
+            features=tuple(str(found.directories[name]) for name in bank.inputs),
             specs=bank.specs,
             result=str(paths.bank(bank.group, bank.key)),
         )
@@ -153,29 +161,26 @@ def train_missing(recipe: Recipe, found: Survey, client: Client | None, console:
             f"{len(failures):,} of {len(jobs):,} banks failed; the others are kept, and the same command tries these again. "
             f"The first reason: {failures[0]}"
         )
-    return f"{plan.heads_new:,} heads in {len(jobs):,} banks, and each setting once on all training rows"
 
 
-def conclude(recipe: Recipe, found: Survey) -> RunResult:
+def conclude(found: Survey) -> RunResult:
     """Rank, choose the winner on validation folds, show it the test split, and write the tables."""
     plan, paths, task = found.plan, found.paths, found.dataset.train
     fingerprints = {feature.name: feature.spec.fingerprint for feature in plan.features}
     widths = {feature.name: _width(feature.spec.shape) for feature in plan.features}
     heads = collect_heads(paths.banks, plan.wanted, fingerprints, task.digest)
     board = rank_heads(heads, found.metric, widths)
-    failed_images = write_failed_images(recipe, found)
-    names = tuple(feature.name for feature in plan.features)
+    failed_images = write_failed_images(found)
     publish_replace(paths.leaderboard, _flat(board).to_csv(index=False).encode())
     publish_replace(paths.heads, _flat(heads).to_parquet(index=False))
     winner = choose_winner(board)
-    features = [open_features(recipe, plan, name) for name in winner["inputs"]]
+    features = [open_feature_set(found.directories[name]) for name in winner["inputs"]]
     save_winner(paths.winner, winner, features, task, found.metric)
     test = found.dataset.test
     return RunResult(
         paths=paths,
-        cache=recipe.cache,
         metric=found.metric,
-        names=names,
+        directories=found.directories,
         heads=heads,
         board=board,
         winner=winner,
@@ -187,19 +192,13 @@ def conclude(recipe: Recipe, found: Survey) -> RunResult:
     )
 
 
-def open_features(recipe: Recipe, plan: Plan, name: str) -> FeatureSet:
-    """The feature set that the leaderboard calls `name`."""
-    spec = next(feature.spec for feature in plan.features if feature.name == name)
-    return open_feature_set(feature_set_path(recipe.cache, spec))
-
-
-def write_failed_images(recipe: Recipe, found: Survey) -> int:
+def write_failed_images(found: Survey) -> int:
     """List every image of this run that has no features, with its reason; returns how many there are."""
     rows = [(item.id, item.path, item.reason) for item in found.unreadable]
     reasons = {
         failure.content: failure.reason
-        for feature in found.plan.features
-        for failure in open_features(recipe, found.plan, feature.name).failures()
+        for directory in found.directories.values()
+        for failure in open_feature_set(directory).failures()
     }
     bad = found.samples[found.samples["content"].isin(list(reasons))]
     columns = (bad[name].astype(str) for name in ("id", "path", "content"))
@@ -207,6 +206,18 @@ def write_failed_images(recipe: Recipe, found: Survey) -> int:
     table = pd.DataFrame(sorted(rows), columns=["id", "path", "reason"])
     publish_replace(found.paths.failed_images, table.to_csv(index=False).encode())
     return len(rows)
+
+
+def _extracted(plan: Plan) -> str:
+    if not plan.units:
+        return "nothing missing"
+    return f"{plan.images_new:,} images forward once, {len(plan.features)} taps kept"
+
+
+def _trained(plan: Plan) -> str:
+    if not plan.banks:
+        return "nothing missing"
+    return f"{plan.heads_new:,} heads in {len(plan.banks):,} banks, and each setting once on all training rows"
 
 
 def _width(shape: tuple[int, ...]) -> int:

@@ -164,7 +164,7 @@ def files_table(result: RunResult) -> Table:
         ("every head, every fold", result.paths.heads),
         ("winner (safetensors + JSON)", result.paths.winner),
         ("results of the banks (HDF5)", result.paths.banks),
-        ("features (HDF5 shards)", result.cache / "features"),
+        ("features (HDF5 shards)", next(iter(result.directories.values())).parent),
     ):
         table.add_row(what, Text(str(path), overflow="fold"))
     return table

@@ -1,6 +1,7 @@
 """What there is: images, content hashes, networks, features in the cache, heads on disk. Ends in the plan."""
 
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,22 +10,21 @@ from rich.console import Console
 
 from headrace.cache import FeatureSpec, feature_set_path, open_feature_set
 from headrace.extract import (
+    BackboneSpec,
     Network,
     Unreadable,
+    backbone_features,
     content_hashes,
-    feature_specs,
-    load_backbone,
     plan_networks,
-    resolve_taps,
+    remember_features,
 )
 from headrace.heads import DEFAULT_METRIC, METRICS
-from headrace.pipelines.dataset import Dataset, list_samples, make_dataset
+from headrace.pipelines.dataset import Dataset, check_targets, list_samples, make_dataset
 from headrace.pipelines.grid import wanted_heads
 from headrace.pipelines.leaderboard import trained_in
 from headrace.pipelines.paths import RunPaths, content_index
 from headrace.pipelines.plan import FeaturePlan, Plan, plan_run
-from headrace.pipelines.recipe import Backbone, Recipe, RecipeError
-from headrace.pipelines.weights import backbone_spec
+from headrace.pipelines.recipe import Backbone, Recipe, RecipeError, TaskSection
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Survey:
     unreadable: tuple[Unreadable, ...]
     dataset: Dataset
     metric: str
+    directories: Mapping[str, Path]  # of the feature sets, by the names that the leaderboard gives them
     plan: Plan
 
 
@@ -46,8 +47,9 @@ def survey(recipe: Recipe, console: Console | None = None, *, write: bool = True
     """
     assert recipe.out is not None  # load_recipe gives it a default
     paths = RunPaths(recipe.out)
-    metric = _metric(recipe)
+    metric = check_metric(recipe.task)
     samples = list_samples(recipe)
+    check_targets(samples, recipe.task)  # before anything is read or built: it is the commonest mistake
     networks = [_network(backbone, recipe) for backbone in recipe.backbones]
     names = [
         [f"{backbone.alias or backbone.name}:{spec.name}" if len(networks) > 1 else spec.name for spec in network.specs]
@@ -79,13 +81,23 @@ def survey(recipe: Recipe, console: Console | None = None, *, write: bool = True
         folds=dataset.train.n_folds,
         trained=lambda group: trained_in(paths.banks, group),
     )
-    return Survey(paths, samples, contents.unreadable, dataset, metric, plan)
+    if write:
+        for backbone, network in zip(recipe.backbones, networks, strict=True):
+            remember_features(
+                network.backbone, backbone.taps, network.specs, dtype=recipe.storage, cache_root=recipe.cache
+            )
+    directories = {feature.name: feature_set_path(recipe.cache, feature.spec) for feature in features}
+    return Survey(paths, samples, contents.unreadable, dataset, metric, directories, plan)
+
+
+def backbone_spec(backbone: Backbone) -> BackboneSpec:
+    """The recipe's backbone as `headrace.extract` takes it: the same fields, less those about taps and names."""
+    return BackboneSpec(**backbone.model_dump(exclude={"alias", "taps"}))
 
 
 def _network(backbone: Backbone, recipe: Recipe) -> Network:
     spec = backbone_spec(backbone)
-    loaded = load_backbone(spec)
-    specs = feature_specs(loaded, resolve_taps(loaded, backbone.taps), dtype=recipe.storage)
+    specs = backbone_features(spec, backbone.taps, dtype=recipe.storage, cache_root=recipe.cache)
     return Network(spec, specs, [_known(recipe.cache, feature) for feature in specs])
 
 
@@ -94,9 +106,10 @@ def _known(cache: Path, spec: FeatureSpec) -> set[str]:
     return set(open_feature_set(path).known()) if path.exists() else set()
 
 
-def _metric(recipe: Recipe) -> str:
-    kind = recipe.task.kind
-    metric = recipe.task.metric or DEFAULT_METRIC[kind]
+def check_metric(section: TaskSection) -> str:
+    """The metric that ranks, by default that of the task's kind. Raises RecipeError for one that the task does not have."""
+    kind = section.kind
+    metric = section.metric or DEFAULT_METRIC[kind]
     if metric not in METRICS or kind not in METRICS[metric].tasks:
         valid = [name for name, known in METRICS.items() if kind in known.tasks]
         raise RecipeError(f"task.metric {metric!r} is no metric of a {kind} task. There are: {', '.join(valid)}")
