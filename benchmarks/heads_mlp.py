@@ -81,9 +81,15 @@ def bank(rows: Rows, specs: Sequence[MLPSpec], **options: Any) -> list[np.ndarra
     return [predict_head(fit.spec, fit.arrays, rows["test"][0]).argmax(1) for fit in fits]
 
 
+def scaling(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and deviation of the training rows; 1 where a feature is constant, as StandardScaler has it."""
+    scale = rows["train"][0].std(0)
+    return rows["train"][0].mean(0), np.where(scale > 0, scale, 1)
+
+
 def torch_loop(rows: Rows, specs: Sequence[MLPSpec], *, autocast: bool = False) -> list[np.ndarray]:
     """One head at a time, written well: tensors made once, fused AdamW, no DataLoader, the best epoch kept."""
-    mean, scale = rows["train"][0].mean(0), rows["train"][0].std(0) + 1e-6
+    mean, scale = scaling(rows)
     parts = {name: torch.from_numpy((X - mean) / scale) for name, (X, _) in rows.items()}
     y = {name: torch.from_numpy(labels) for name, (_, labels) in rows.items()}
     loss_of = torch.nn.CrossEntropyLoss()
@@ -118,7 +124,7 @@ def torch_loop(rows: Rows, specs: Sequence[MLPSpec], *, autocast: bool = False) 
 
 def scikit_learn(rows: Rows, specs: Sequence[MLPSpec]) -> list[np.ndarray]:
     """MLPClassifier in float32 with as many epochs; it validates nothing, which is in its favour."""
-    mean, scale = rows["train"][0].mean(0), rows["train"][0].std(0) + 1e-6
+    mean, scale = scaling(rows)
     X, test = (rows["train"][0] - mean) / scale, (rows["test"][0] - mean) / scale
     predictions = []
     for spec in specs:

@@ -2,12 +2,14 @@
 
 N rows, D features, C outputs, q query rows of one block, m the largest k.
 
-One product of the features with themselves serves every k, both metrics, both weightings and every fold: a squared
-distance and a cosine are both functions of the inner products and the norms, and a fold is a mask.
+One product of the held-out rows with the training rows serves every k, both metrics and both weightings: a squared
+distance and a cosine are both functions of inner products and norms. Every row is held out once, so all folds together
+cost one pass.
 """
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -21,8 +23,38 @@ from headrace.heads.task import TEST
 Metric = Literal["cosine", "euclidean"]
 Floats = npt.NDArray[Any]
 
-QUERY_ROWS = 1024  # rows of one block of similarities
+METRICS_OF_DISTANCE: tuple[Metric, ...] = ("cosine", "euclidean")
+QUERY_ROWS = 1024  # rows of one block of inner products
+EXACT_BELOW = 1e-4  # distances this small beside the norms are computed again: float32 products err by about 1e-6
 CENTROID_TEMPERATURE = {"cosine": 10.0, "euclidean": 1.0}
+
+
+@dataclass(frozen=True)
+class References:
+    """The rows that may be neighbours, n of them, in the form that distances are computed from.
+
+    Rows are centred: a squared distance is a difference of numbers as large as the norms, and loses the digits that a
+    common offset takes. The cosine is not free of the offset, which comes back in float64.
+    """
+
+    rows: npt.NDArray[np.float32]  # (n, D) centred
+    center: npt.NDArray[np.float64]  # (D,)
+    square: npt.NDArray[np.float64]  # (n,) squared norms of the centred rows
+    offset: npt.NDArray[np.float64]  # (n,) inner products of the centred rows with the centre
+    length: npt.NDArray[np.float64]  # (n,) norms of the rows as they are
+
+    @classmethod
+    def of(cls, rows: Floats, center: npt.NDArray[np.float64] | None = None) -> "References":
+        middle = rows.mean(0, dtype=np.float64) if center is None else center
+        centred = (rows - middle).astype(np.float32)
+        square = np.einsum("nd,nd->n", centred, centred, dtype=np.float64)
+        offset = centred @ middle
+        length = np.sqrt(np.maximum(square + 2 * offset + middle @ middle, 0))
+        # A row of zeros has length 0 exactly, and so cosine 0 with everything, which rounding would lose.
+        return cls(centred, middle, square, offset, np.where((rows == 0).all(1), 0.0, length))
+
+    def take(self, chosen: npt.NDArray[Any] | slice) -> "References":
+        return References(self.rows[chosen], self.center, self.square[chosen], self.offset[chosen], self.length[chosen])
 
 
 def fit_knn_bank(
@@ -36,78 +68,43 @@ def fit_knn_bank(
     sample_weight: npt.NDArray[np.float64] | None = None,
     task: TaskKind = "single",
 ) -> list[HeadFit]:
-    """Every k, metric and weighting on every fold from one pass over the N × N similarities.
+    """Every k, metric and weighting on every fold from one pass over the inner products.
 
     X (N, D), target and fold as in `Task`. Fold heads have predictions and no arrays; the FULL head's arrays are the
     training rows themselves, the same objects for all specs (a results file stores them once). A neighbour votes with
     its sample weight. A spec whose k exceeds the training rows of a fold has an error there.
-    Raises ValueError for features that are not finite.
+    Raises BadFeatures (a ValueError) for features that are not finite.
     """
     check_finite(X)
     started = time.perf_counter()
     weight = np.ones(len(X)) if sample_weight is None else np.asarray(sample_weight, np.float64)
-    rows = np.ascontiguousarray(X, np.float32)
     values = encoded(target, n_classes, task)
-    trains = (fold != TEST) & (weight > 0)
-    largest = max((spec.k for spec in specs), default=1)
+    usable = np.flatnonzero((fold != TEST) & (weight > 0))
+    rows = References.of(np.asarray(X, np.float32))
     folds = sorted(int(number) for number in np.unique(fold[fold >= 0]))
-    error: dict[tuple[int, int], str] = {}
-    predicted: dict[tuple[int, int], Floats] = {}
-    metrics = sorted({spec.metric for spec in specs})
-    reference = np.flatnonzero(trains)
+    found: dict[tuple[int, int], npt.NDArray[np.float32]] = {}
+    error: dict[tuple[int, int], str | None] = {}
     for number in folds:
-        available = int(np.count_nonzero(fold[reference] != number))
-        for place, spec in enumerate(specs):
-            if reason := knn_error(spec, available):
-                error[place, number] = reason
-            else:
-                predicted[place, number] = np.empty((np.count_nonzero(fold == number), n_classes), np.float32)
-    # The whole block of similarities serves all folds: queries are taken in fold order so that a block's mask is a
-    # range of columns, and the references too.
-    queries = np.concatenate([np.flatnonzero(fold == number) for number in folds] or [np.zeros(0, np.int64)])
-    square = np.einsum("nd,nd->n", rows, rows, dtype=np.float64)
-    reference_rows = rows[reference]
-    done = dict.fromkeys(folds, 0)
-    for start in range(0, len(queries), QUERY_ROWS):
-        block = queries[start : start + QUERY_ROWS]
-        product = rows[block] @ reference_rows.T
-        for number in np.unique(fold[block]):
-            own = fold[block] == number
-            allowed = fold[reference] != number
-            similar = product[own][:, allowed]
-            candidates, asked = reference[allowed], block[own]
-            for metric in metrics:
-                wanted = [
-                    place for place, spec in enumerate(specs) if spec.metric == metric and (place, number) in predicted
-                ]
-                if wanted:
-                    near, distance = nearest(
-                        similar, square[asked], square[candidates], metric, min(largest, len(candidates))
-                    )
-                    at = slice(done[int(number)], done[int(number)] + len(asked))
-                    voters = candidates[near]
-                    for place in wanted:
-                        predicted[place, int(number)][at] = vote(
-                            specs[place],
-                            distance,
-                            values[voters[:, : specs[place].k]],
-                            weight[voters[:, : specs[place].k]],
-                        )
-            done[int(number)] += int(np.count_nonzero(own))
+        others = usable[fold[usable] != number]
+        asked = [place for place, spec in enumerate(specs) if knn_error(spec, len(others)) is None]
+        held = np.flatnonzero(fold == number)
+        neighbours = search(rows.take(held), rows.take(others), [specs[place] for place in asked])
+        for place, (near, distance) in zip(asked, neighbours, strict=True):
+            found[place, number] = vote(specs[place], distance, values[others[near]], weight[others[near]])
+        error |= {(place, number): knn_error(spec, len(others)) for place, spec in enumerate(specs)}
     share = (time.perf_counter() - started) / max(1, len(specs) * len(folds))
     stored = {
-        "features": reference_rows,
-        "target": values[reference],
-        "sample_weight": weight[reference].astype(np.float32),
+        "features": np.ascontiguousarray(X[usable], np.float32),
+        "target": values[usable],
+        "sample_weight": weight[usable].astype(np.float32),
     }
     fits = []
     for place, spec in enumerate(specs):
-        fits += [
-            _fit(spec, number, {}, predicted.get((place, number)), error.get((place, number)), share)
-            for number in folds
-        ]
+        for number in folds:
+            key = place, number
+            fits.append(_fit(spec, number, {}, found.get(key), error[key], share))
         if full:
-            reason = knn_error(spec, len(reference))
+            reason = knn_error(spec, len(usable))
             fits.append(_fit(spec, FULL, {} if reason else stored, None, reason, 0.0))
     return fits
 
@@ -116,17 +113,10 @@ def predict_knn(
     spec: KNNSpec, arrays: dict[str, npt.NDArray[Any]], X: Floats, task: TaskKind
 ) -> npt.NDArray[np.float32]:
     """(n, C) the weighted mean of the neighbours' targets. X (n, D)."""
-    reference = arrays["features"]
-    square = np.einsum("nd,nd->n", reference, reference, dtype=np.float64)
-    predicted = np.empty((len(X), arrays["target"].shape[1]), np.float32)
-    for start in range(0, len(X), QUERY_ROWS):
-        block = np.ascontiguousarray(X[start : start + QUERY_ROWS], np.float32)
-        own = np.einsum("nd,nd->n", block, block, dtype=np.float64)
-        near, distance = nearest(block @ reference.T, own, square, spec.metric, spec.k)
-        predicted[start : start + QUERY_ROWS] = vote(
-            spec, distance, arrays["target"][near], arrays["sample_weight"][near]
-        )
-    return predicted
+    references = References.of(arrays["features"])
+    queries = References.of(np.asarray(X, np.float32), references.center)
+    ((near, distance),) = search(queries, references, [spec])
+    return vote(spec, distance, arrays["target"][near], arrays["sample_weight"][near])
 
 
 def knn_error(spec: KNNSpec, available: int) -> str | None:
@@ -136,28 +126,70 @@ def knn_error(spec: KNNSpec, available: int) -> str | None:
     return None
 
 
-def nearest(
-    product: Floats, own: Floats, other: Floats, metric: Metric, m: int
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-    """The m nearest references of each query, nearest first, ties by position: indices and distances, both (q, m).
+def search(
+    queries: References, references: References, specs: Sequence[KNNSpec]
+) -> list[tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]]:
+    """For each spec the k nearest references of each query, nearest first, ties by position: indices and distances,
+    both (q, k). One product per block of queries serves all specs."""
+    largest = {metric: max((s.k for s in specs if s.metric == metric), default=0) for metric in METRICS_OF_DISTANCE}
+    parts: dict[Metric, list[tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]]] = {"cosine": [], "euclidean": []}
+    for start in range(0, len(queries.rows), QUERY_ROWS):
+        block = queries.take(slice(start, start + QUERY_ROWS))
+        product = block.rows @ references.rows.T
+        for metric in METRICS_OF_DISTANCE:
+            if largest[metric]:
+                parts[metric].append(nearest(product, block, references, metric, largest[metric]))
+    joined = {}
+    for metric in METRICS_OF_DISTANCE:
+        empty = (np.zeros((0, largest[metric]), np.int64), np.zeros((0, largest[metric])))
+        joined[metric] = [np.concatenate(arrays) for arrays in zip(empty, *parts[metric], strict=True)]
+    return [(joined[spec.metric][0][:, : spec.k], joined[spec.metric][1][:, : spec.k]) for spec in specs]
 
-    product (q, n) inner products, own (q,) and other (n,) squared norms. Cosine distance is 1 - cosine; a zero vector
-    has cosine 0 with everything.
+
+def nearest(
+    product: Floats, queries: References, references: References, metric: Metric, m: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """The m nearest references of each query by their inner products (q, n) of centred rows.
+
+    Cosine distance is 1 - cosine; a zero row has cosine 0 with everything.
     """
     if metric == "cosine":
-        norms = np.sqrt(np.outer(np.where(own > 0, own, 1), np.where(other > 0, other, 1)))
-        distance = 1 - product / norms
+        raw = product + (queries.offset[:, None] + (references.offset + references.center @ references.center))
+        lengths = np.outer(
+            np.where(queries.length > 0, queries.length, 1), np.where(references.length > 0, references.length, 1)
+        )
+        zero = (queries.length == 0)[:, None] | (references.length == 0)
+        distance = np.where(zero, 1.0, 1 - raw / lengths)
+        scale: Floats = np.ones(1)
     else:
-        distance = np.maximum(own[:, None] + other - 2.0 * product, 0)
+        distance = queries.square[:, None] + references.square - 2.0 * product
+        scale = queries.square[:, None] + references.square
     if m < distance.shape[1]:
         near = np.argpartition(distance, m - 1, axis=1)[:, :m]
     else:
         near = np.broadcast_to(np.arange(distance.shape[1]), distance.shape).copy()
     near.sort(axis=1)  # then a stable sort by distance breaks ties by position
     chosen = np.take_along_axis(distance, near, axis=1)
+    bound = np.take_along_axis(np.broadcast_to(scale, distance.shape), near, axis=1) * EXACT_BELOW
+    row, column = np.nonzero(chosen < bound)
+    for start in range(0, len(row), QUERY_ROWS):
+        r, c = row[start : start + QUERY_ROWS], column[start : start + QUERY_ROWS]
+        chosen[r, c] = _exact(queries, references, r, near[r, c], metric)
+    chosen = np.sqrt(np.maximum(chosen, 0)) if metric == "euclidean" else chosen
     order = np.argsort(chosen, axis=1, kind="stable")
-    chosen = np.take_along_axis(chosen, order, axis=1)
-    return np.take_along_axis(near, order, axis=1), np.sqrt(chosen) if metric == "euclidean" else np.maximum(chosen, 0)
+    return np.take_along_axis(near, order, axis=1), np.take_along_axis(chosen, order, axis=1)
+
+
+def _exact(
+    queries: References, references: References, row: npt.NDArray[Any], near: npt.NDArray[Any], metric: Metric
+) -> Floats:
+    """Distances of single pairs in float64, from differences: 0 for equal rows, where products leave rounding."""
+    a, b = queries.rows[row].astype(np.float64), references.rows[near].astype(np.float64)
+    if metric == "cosine":
+        a = (a + queries.center) / np.maximum(queries.length[row], 1e-300)[:, None]
+        b = (b + references.center) / np.maximum(references.length[near], 1e-300)[:, None]
+        return np.asarray(0.5 * np.square(a - b).sum(1))
+    return np.asarray(np.square(a - b).sum(1))
 
 
 def vote(spec: KNNSpec, distance: Floats, values: Floats, weight: Floats) -> npt.NDArray[np.float32]:
