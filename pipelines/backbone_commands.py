@@ -32,12 +32,12 @@ def backbones_command(name: NameArgument = None, image_size: SizeOption = None, 
         _show(console, info, backbone_tags(name), every)
         return
     found = [entry for entry in known if name is None or name.lower() in entry.lower()]
-    if not found:
+    if name is not None and not found:
         # Says which names are near, and leaves with the exit code of a user's mistake.
-        describe_backbone(BackboneSpec(name if ":" in (name or "") else f"timm:{name}"), weights=False)
+        describe_backbone(BackboneSpec(name if ":" in name else f"timm:{name}"), weights=False)
     shown = found if every else found[:_MANY]
     for entry in shown:
-        console.print(entry, highlight=False, soft_wrap=True)
+        console.print(entry, highlight=False, markup=False, soft_wrap=True)
     if len(shown) < len(found):
         console.print(
             f"… {len(found) - len(shown):,} more of {len(found):,}. Narrow it: headrace backbones resnet; or --all"
@@ -58,7 +58,7 @@ def _show(console: Console, info: "BackboneInfo", tags: list[str], every: bool) 
         f"weights: {', '.join(tags) if tags else 'none of its own: name a file'}",
     ]
     for line in lines:
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     table = Table(box=None, pad_edge=False)
     table.add_column("node", no_wrap=True)
     for column in ("output", ".map bytes", ".avg bytes", "cost"):
@@ -84,4 +84,4 @@ def _show(console: Console, info: "BackboneInfo", tags: list[str], every: bool) 
     )
     if hidden:
         console.print(f"{hidden:,} layers within blocks are not shown: --all", soft_wrap=True)
-    console.print(f"taps: auto is [{', '.join(map(str, info.auto))}]", highlight=False, soft_wrap=True)
+    console.print(f"taps: auto is [{', '.join(map(str, info.auto))}]", highlight=False, markup=False, soft_wrap=True)

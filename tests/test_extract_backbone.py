@@ -271,7 +271,7 @@ def test_without_a_network(name: str, tag: str | None, monkeypatch: pytest.Monke
 
 def test_every_model_has_a_name_and_every_family_builds() -> None:
     """All torchvision classifiers and all of timm are listed; one of each family is built without weights."""
-    names = library.names()
+    names = library.backbone_names()
     assert {"torchvision:vgg16", "torchvision:inception_v3", "timm:vit_base_patch16_224", "timm:convnext_base"} <= set(
         names
     )
@@ -281,15 +281,46 @@ def test_every_model_has_a_name_and_every_family_builds() -> None:
         assert sum(parameter.numel() for parameter in module.parameters()) > 1e7
         assert next(module.parameters()).is_meta, "nothing is allocated to look at a network"
         assert preprocessing.crop[0] >= 224
-    assert library.tags("torchvision:resnet50")[0] == "IMAGENET1K_V2"
-    assert "a1_in1k" in library.tags("timm:resnet50")
+    assert library.backbone_tags("torchvision:resnet50")[0] == "IMAGENET1K_V2"
+    assert "a1_in1k" in library.backbone_tags("timm:resnet50")
 
 
 @pytest.mark.slow
 def test_all_torchvision_models_describe() -> None:
     """Each of torchvision's classifiers builds, runs on shapes alone, and offers taps."""
-    for name in [name for name in library.names() if name.startswith("torchvision:")]:
+    for name in [name for name in library.backbone_names() if name.startswith("torchvision:")]:
         info = describe_backbone(BackboneSpec(name), weights=False)
         assert info.multiply_adds > 1e7, name
         assert info.weights is None
         assert len(info.auto) >= 3, name
+
+
+def test_the_backbones_command() -> None:
+    """Searches by part of a name; shows a whole name's taps; answers a wrong one with the nearest."""
+    import typer
+    from typer.testing import CliRunner
+
+    from headrace.pipelines.backbone_commands import backbones_command
+
+    app = typer.Typer()
+    app.command()(backbones_command)
+
+    def output(*arguments: str) -> str:
+        result = CliRunner().invoke(app, list(arguments), env={"COLUMNS": "160"})
+        assert result.exit_code == 0, result
+        return result.output
+
+    assert "torchvision:vgg16_bn" in output("VGG16")
+    assert "more of" in output("")
+    shown = output("torchvision:resnet18")
+    assert "11.7 M parameters, 1.81 G multiply-adds" in shown
+    assert "layer4" in shown
+    assert "layer4.1.conv2" not in shown
+    assert "512x7x7" in shown
+    assert "50,176" in shown
+    assert "auto is [layer1.avg, layer2.avg, layer3.avg, layer4.avg, pre_logits.vector]" in shown
+    assert "layer4.1.conv2" in output("torchvision:resnet18", "--all")
+    assert "128x4x4" in output("torchvision:resnet18", "--image-size", "32")
+    refused = CliRunner().invoke(app, ["resnetx"])
+    assert isinstance(refused.exception, BackboneError)
+    assert "Nearest: resnet" in str(refused.exception)
