@@ -94,8 +94,10 @@ def _torchvision(name: str, tag: str | None) -> tuple[nn.Module, Preprocessing]:
     if name in ("googlenet", "inception_v3"):
         # What their pretrained weights were trained with; without `init_weights` torchvision warns and draws slowly.
         options = {"init_weights": False, "transform_input": True, "aux_logits": True}
-    module = torchvision.models.get_model(name, weights=None, **options)
-    return module, _of_torchvision_transforms(entry.transforms())
+    preprocessing = _of_torchvision_transforms(entry.transforms())
+    if name.startswith("vit_"):
+        options["image_size"] = preprocessing.crop[0]  # their position embedding has the size of the weights' input
+    return torchvision.models.get_model(name, weights=None, **options), preprocessing
 
 
 def _torchvision_pretrained(name: str, tag: str | None) -> tuple[nn.Module, Preprocessing]:

@@ -323,4 +323,4 @@ def test_the_backbones_command() -> None:
     assert "128x4x4" in output("torchvision:resnet18", "--image-size", "32")
     refused = CliRunner().invoke(app, ["resnetx"])
     assert isinstance(refused.exception, BackboneError)
-    assert "Nearest: resnet" in str(refused.exception)
+    assert "no model 'resnetx'. Nearest: " in str(refused.exception)

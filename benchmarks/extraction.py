@@ -1,0 +1,341 @@
+"""What extraction costs beyond the network itself. Run: python benchmarks/extraction.py [--case NAME] [--quick]
+
+    end-to-end   files on disk -> decoded -> forward -> shards published, over what the cores allow: decode and forward alone
+    taps         five taps against one
+    backbones    two networks over one decode, against two extractions
+    forms        the bare forward pass in each form that this machine has
+    workers      two processes against one
+    memory       peak memory of 50,000 images against 5,000
+
+The last line is JSON: {measure: figure}. Both sides of a ratio are measured in turns in one run, the best of each is taken,
+and CPU seconds stand beside wall seconds, because other programs on the machine slow down the one and not the other.
+"""
+
+import argparse
+import copy
+import json
+import multiprocessing
+import resource
+import shutil
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image
+
+from headrace.extract import (
+    BackboneSpec,
+    ExtractJob,
+    Network,
+    content_hashes,
+    feature_specs,
+    load_backbone,
+    plan_networks,
+    resolve_taps,
+    run_units,
+)
+from headrace.extract.device import CPU_BATCH, Limit, launch
+from headrace.extract.forward import hooked, make_forward, normalisation
+from headrace.extract.fuse import keep_memory
+from headrace.extract.images import decode_image
+from headrace.extract.preprocess import render
+from headrace.extract.taps import Tap, backbone_nodes
+
+LITE0 = BackboneSpec("timm:tf_efficientnet_lite0", "random:0", image_size=300, crop_fraction=1.0)
+RESNET50 = BackboneSpec("torchvision:resnet50", "random:0")
+LITE0_TAPS = ["blocks.1.avg", "blocks.2.avg", "blocks.4.avg", "blocks.6.avg", "pre_logits"]
+RESNET50_TAPS = ["layer1.avg", "layer2.avg", "layer3.avg", "layer4.avg", "pre_logits"]
+
+Row = tuple[str, str, str, str]  # what, one side, the other side, ratio
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", choices=sorted(CASES), action="append", help="only these (default: all)")
+    parser.add_argument("--quick", action="store_true", help="fewer images and repetitions: shows that it runs")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    keep_memory()
+    measures: dict[str, float] = {}
+    for name in options.case or list(CASES):
+        rows = CASES[name](options.quick, measures)
+        print(f"\n{name}")
+        widths = [max(len(row[column]) for row in rows) for column in range(4)]
+        for row in rows:
+            print("  " + "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
+    print("\n" + json.dumps({name: round(value, 4) for name, value in measures.items()}))
+
+
+def photographs(folder: Path, count: int, size: tuple[int, int], kind: str) -> pd.DataFrame:
+    """Pictures with the smoothness and the noise of photographs, so that decoding costs what it costs."""
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    rows = []
+    for index in range(count):
+        coarse = Image.fromarray(random.integers(0, 256, (9, 9, 3), np.uint8)).resize(size, Image.Resampling.BICUBIC)
+        noisy = np.asarray(coarse).astype(np.int16) + random.integers(-6, 7, (size[1], size[0], 3))
+        picture = Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
+        path = folder / f"{index:06}.{kind}"
+        picture.save(path, quality=90)
+        rows.append((path.name, str(path)))
+    samples = pd.DataFrame(rows, columns=["id", "path"])
+    return samples.assign(content=list(content_hashes(samples, folder.parent / f"{folder.name}.parquet").hashes))
+
+
+def network(spec: BackboneSpec, taps: Sequence[str]) -> Network:
+    backbone = load_backbone(spec)
+    specs = feature_specs(backbone, resolve_taps(backbone, taps))
+    return Network(spec, specs, [frozenset[str]()] * len(specs))
+
+
+def extraction(samples: pd.DataFrame, networks: Sequence[Network], rows: int = 128) -> Callable[[], None]:
+    """A whole extraction into a new cache, each time it is called."""
+
+    def run() -> None:
+        with tempfile.TemporaryDirectory(dir=Path(samples["path"][0]).parent.parent) as cache:
+            jobs = plan_networks(samples, networks, cache_root=cache, unit_rows=rows)
+            done = sum(report.rows for report in run_units(jobs))
+            assert done == len(samples)
+
+    return run
+
+
+def in_turns(sides: dict[str, Callable[[], None]], repeats: int) -> dict[str, tuple[float, float]]:
+    """Best (wall, CPU) seconds of each side, measured in turns after one warm-up of each."""
+    best = {name: (float("inf"), float("inf")) for name in sides}
+    for turn in range(repeats + 1):
+        for name, side in sides.items():
+            wall, cpu = time.perf_counter(), time.process_time()
+            side()
+            wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+            if turn:
+                best[name] = (min(best[name][0], wall), min(best[name][1], cpu))
+    return best
+
+
+def end_to_end(quick: bool, measures: dict[str, float]) -> list[Row]:
+    """One process, one thread: the allowance is one core over the CPU seconds of bare decode plus bare forward."""
+    rows: list[Row] = [("", "allowed: bare decode + forward", "end to end", "of the allowance")]
+    cases = [
+        ("EfficientNet-Lite0", LITE0, LITE0_TAPS, (300, 300), 0.1),
+        ("ResNet-50", RESNET50, RESNET50_TAPS, (400, 300), 0.25),
+    ]
+    for label, spec, taps, size, scale in cases:
+        with tempfile.TemporaryDirectory() as scratch:
+            count = 32 if quick else int(25.6 / scale)
+            samples = photographs(Path(scratch) / "images", count, size, "jpg")
+            made = network(spec, taps)
+            backbone = load_backbone(spec)
+            how = backbone.preprocessing
+            forward = make_forward(backbone, [Tap(each.tap, each.reduction) for each in made.specs])
+            pixels = torch.randint(0, 256, (CPU_BATCH, *how.crop, 3), dtype=torch.uint8)
+            paths = [Path(path) for path in samples["path"]]
+
+            def decode(paths: list[Path] = paths, how=how) -> None:  # type: ignore[no-untyped-def]
+                for path in paths:
+                    render(decode_image(path.read_bytes()), how)
+
+            def bare(forward=forward, pixels=pixels, count=count) -> None:  # type: ignore[no-untyped-def]
+                for _ in range(count // CPU_BATCH):
+                    forward(pixels)
+
+            sides = {"decode": decode, "forward": bare, "all": extraction(samples, [made])}
+            best = in_turns(sides, 1 if quick else 3)
+            allowed = count / (best["decode"][1] + best["forward"][1])
+            by_cpu, by_wall = count / best["all"][1], count / best["all"][0]
+            measures[f"end_to_end_{label}"] = by_wall / allowed
+            measures[f"end_to_end_cpu_{label}"] = by_cpu / allowed
+            decode_ms, forward_ms = (1e3 * best[side][1] / count for side in ("decode", "forward"))
+            rows.append(
+                (
+                    label,
+                    f"{allowed:.1f}/s (decode {decode_ms:.1f} ms, forward {forward_ms:.1f} ms)",
+                    f"{by_wall:.1f}/s wall, {by_cpu:.1f} per CPU second",
+                    f"{by_wall / allowed:.3f} wall, {by_cpu / allowed:.3f} CPU",
+                )
+            )
+    return rows
+
+
+def taps(quick: bool, measures: dict[str, float]) -> list[Row]:
+    """The deepest tap alone against five."""
+    with tempfile.TemporaryDirectory() as scratch:
+        samples = photographs(Path(scratch) / "images", 32 if quick else 256, (300, 300), "jpg")
+        one, five = network(LITE0, LITE0_TAPS[-1:]), network(LITE0, LITE0_TAPS)
+        best = in_turns({"1": extraction(samples, [one]), "5": extraction(samples, [five])}, 1 if quick else 3)
+    measures["five_taps_over_one"] = best["5"][0] / best["1"][0]
+    measures["five_taps_over_one_cpu"] = best["5"][1] / best["1"][1]
+    return [
+        ("", "one tap", "five taps", "five / one"),
+        ("wall", f"{best['1'][0]:.2f} s", f"{best['5'][0]:.2f} s", f"{measures['five_taps_over_one']:.3f}"),
+        ("CPU", f"{best['1'][1]:.2f} s", f"{best['5'][1]:.2f} s", f"{measures['five_taps_over_one_cpu']:.3f}"),
+    ]
+
+
+def backbones(quick: bool, measures: dict[str, float]) -> list[Row]:
+    """Two small networks on large photographs, where decoding is what costs."""
+    small = [
+        BackboneSpec("timm:mobilenetv3_small_050", "random:0", image_size=96),
+        BackboneSpec("timm:mobilenetv3_small_075", "random:0", image_size=96),
+    ]
+    with tempfile.TemporaryDirectory() as scratch:
+        samples = photographs(Path(scratch) / "images", 24 if quick else 128, (1600, 1200), "jpg")
+        networks = [network(spec, ["pre_logits"]) for spec in small]
+        apart = [extraction(samples, [each]) for each in networks]
+
+        def one_by_one() -> None:
+            for each in apart:
+                each()
+
+        best = in_turns({"together": extraction(samples, networks), "apart": one_by_one}, 1 if quick else 3)
+    measures["two_backbones_together_over_apart_cpu"] = best["together"][1] / best["apart"][1]
+    return [
+        ("", "two extractions", "one decode", "together / apart"),
+        (
+            "CPU",
+            f"{best['apart'][1]:.2f} s",
+            f"{best['together'][1]:.2f} s",
+            f"{best['together'][1] / best['apart'][1]:.3f}",
+        ),
+    ]
+
+
+def forms(quick: bool, measures: dict[str, float]) -> list[Row]:
+    """The bare forward pass, images per CPU second of one thread; CUDA's forms where there is a GPU."""
+    rows: list[Row] = [("", "form", "images/s", "against the library's own")]
+    for label, spec, tap in (("EfficientNet-Lite0", LITE0, "pre_logits"), ("ResNet-50", RESNET50, "pre_logits")):
+        backbone = load_backbone(spec)
+        placed = [(each, backbone_nodes(backbone)[each.node]) for each in resolve_taps(backbone, [tap])]
+        wanted = [each for each, _ in placed]
+        built = hooked(copy.deepcopy(backbone.module), placed, _contiguous(normalisation(backbone, "cpu")), "float32")
+        made: dict[str, tuple[Callable[[torch.Tensor], list[torch.Tensor]], str]] = {
+            "as built": (built, "cpu"),
+            "bfloat16": (make_forward(backbone, wanted, compute_dtype="bfloat16"), "cpu"),
+            "used: fused, channels_last": (make_forward(backbone, wanted), "cpu"),
+        }
+        if torch.cuda.is_available():
+            for dtype in ("float32", "float16", "bfloat16"):
+                made[f"cuda {dtype}"] = (make_forward(backbone, wanted, device="cuda", compute_dtype=dtype), "cuda")
+                compiled = make_forward(backbone, wanted, device="cuda", compute_dtype=dtype, compiled=True)
+                made[f"cuda {dtype} compiled"] = (compiled, "cuda")
+        rates: dict[str, float] = {}
+        for _ in range(1 if quick else 3):
+            for name, (forward, device) in made.items():
+                rates[name] = max(rates.get(name, 0.0), _rate(forward, backbone.preprocessing.crop, device, quick))
+        for name, rate in rates.items():
+            measures[f"forward_{label}_{name.split(':')[0].replace(' ', '_')}"] = rate
+            rows.append((label, name, f"{rate:.1f}", f"{rate / rates['as built']:.2f} x"))
+    return rows
+
+
+def _contiguous(normalise: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """PyTorch's default memory order, as a network gets its input when nobody thinks of it."""
+    return lambda pixels: normalise(pixels).contiguous()
+
+
+def _rate(
+    forward: Callable[[torch.Tensor], list[torch.Tensor]], crop: tuple[int, int], device: str, quick: bool
+) -> float:
+    count = CPU_BATCH if device == "cpu" else 256
+    pixels = torch.randint(0, 256, (count, *crop, 3), dtype=torch.uint8)
+    limit = Limit(count)
+    launch(forward, pixels, device, limit)()
+    repeats = 2 if quick or device != "cpu" else 4
+    started = time.process_time() if device == "cpu" else time.perf_counter()
+    for _ in range(repeats):
+        launch(forward, pixels, device, limit)()
+    return repeats * count / ((time.process_time() if device == "cpu" else time.perf_counter()) - started)
+
+
+def workers(quick: bool, measures: dict[str, float]) -> list[Row]:
+    """The same units by one process and by two, each with one thread, both started and warm before the clock."""
+    with tempfile.TemporaryDirectory() as scratch:
+        samples = photographs(Path(scratch) / "images", 64 if quick else 384, (300, 300), "jpg")
+        made = network(LITE0, LITE0_TAPS)
+        warm = plan_networks(samples.head(8), [made], cache_root=Path(scratch) / "warm", unit_rows=4)
+        best = {1: float("inf"), 2: float("inf")}
+        for turn in range(1 if quick else 3):
+            for count in best:
+                cache = Path(scratch) / f"cache-{turn}-{count}"
+                jobs = plan_networks(samples, [made], cache_root=cache, unit_rows=16 if quick else 32)
+                best[count] = min(best[count], _processes(warm, jobs, count))
+                shutil.rmtree(cache)
+    measures["two_workers_over_one"] = best[2] / best[1]
+    return [
+        ("", "one process", "two processes", "two / one"),
+        ("wall", f"{best[1]:.2f} s", f"{best[2]:.2f} s", f"{best[2] / best[1]:.3f}"),
+    ]
+
+
+def _processes(warm: list[ExtractJob], jobs: list[ExtractJob], count: int) -> float:
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(count) as pool:
+        pool.map(_run, [warm] * count, chunksize=1)
+        started = time.perf_counter()
+        pool.map(_run, [jobs[place::count] for place in range(count)], chunksize=1)
+        return time.perf_counter() - started
+
+
+def _run(jobs: list[ExtractJob]) -> int:
+    return sum(report.rows for report in run_units(jobs))
+
+
+def memory(quick: bool, measures: dict[str, float]) -> list[Row]:
+    """Peak memory of a process that extracts all of them; the images are small, and the network smaller."""
+    few, many = (500, 2000) if quick else (5000, 50_000)
+    peaks = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        samples = photographs(Path(scratch) / "images", few, (48, 48), "jpg")
+        # Many are the few again and again under other names with one byte more: reading, decoding and writing are the same
+        for count in (few, many):
+            folder = Path(scratch) / f"{count}"
+            folder.mkdir()
+            for index in range(count):
+                data = Path(samples["path"][index % few]).read_bytes()
+                (folder / f"{index:06}.jpg").write_bytes(data + index.to_bytes(4, "big"))
+            context = multiprocessing.get_context("spawn")
+            with context.Pool(1) as pool:
+                peaks[count] = pool.apply(_peak, (str(folder), str(Path(scratch) / f"cache-{count}")))
+            shutil.rmtree(folder)
+    measures["memory_many_over_few"] = peaks[many] / peaks[few]
+    return [
+        ("", f"{few:,} images", f"{many:,} images", "many / few"),
+        (
+            "peak",
+            f"{peaks[few] / 2**20:,.0f} MiB",
+            f"{peaks[many] / 2**20:,.0f} MiB",
+            f"{peaks[many] / peaks[few]:.3f}",
+        ),
+    ]
+
+
+def _peak(folder: str, cache: str) -> int:
+    from headrace.extract import list_folder
+
+    samples = list_folder(folder)
+    samples = samples.assign(content=list(content_hashes(samples, Path(cache) / "contents.parquet").hashes))
+    made = network(
+        BackboneSpec("timm:mobilenetv3_small_050", "random:0", image_size=32), ["blocks.1.avg", "pre_logits"]
+    )
+    jobs = plan_networks(samples, [made], cache_root=cache)
+    assert sum(report.rows for report in run_units(jobs)) == len(samples)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+CASES: dict[str, Callable[[bool, dict[str, float]], list[Row]]] = {
+    "end-to-end": end_to_end,
+    "taps": taps,
+    "backbones": backbones,
+    "forms": forms,
+    "workers": workers,
+    "memory": memory,
+}
+
+if __name__ == "__main__":
+    main()
