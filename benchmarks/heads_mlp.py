@@ -156,9 +156,9 @@ def peak() -> float:
     return 2 * 1024 * 1280 * 1024 / min(timed(lambda: a @ b)[1] for _ in range(10)) / 1e9
 
 
-def mlp_case(*, quick: bool, hidden: tuple[int, ...] = (64,), width: int = 512) -> dict[str, Any]:
+def mlp_case(*, quick: bool, hidden: tuple[int, ...] = (64,), width: int = 512, epochs: int = 10) -> dict[str, Any]:
     """64 heads that differ in learning rate, weight decay and seed."""
-    number, epochs, seeds, train = (8, 3, 2, 2000) if quick else (64, 10, 5, 5000)
+    number, epochs, seeds, train = (8, 3, 2, 2000) if quick else (64, epochs, 5, 5000)
     sides: dict[str, Callable[[Rows, Sequence[MLPSpec]], list[np.ndarray]]] = {
         "headrace": bank,
         "headrace float32": lambda rows, specs: bank(rows, specs, precision="float32"),
@@ -288,7 +288,7 @@ def knn_case(*, quick: bool) -> dict[str, Any]:
 
 CASES: dict[str, Callable[..., dict[str, Any]]] = {
     "mlp": mlp_case,
-    "mlp-wide": lambda *, quick: mlp_case(quick=quick, hidden=(256,), width=1280) | {"case": "mlp-wide"},
+    "mlp-wide": lambda *, quick: mlp_case(quick=quick, hidden=(256,), width=1280, epochs=4) | {"case": "mlp-wide"},
     "halving": halving_case,
     "knn": knn_case,
 }

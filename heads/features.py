@@ -5,6 +5,7 @@ concatenated in the order given.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ def _columns(views: list[FeatureSet], content: npt.NDArray[np.bytes_], *, spatia
                 f"{feature.spec.name} has rows of shape {rows.shape[1:]}, a convolution head needs (channels, h, w): "
                 "give a tap with the reduction map"
             )
-        flat = rows.reshape(len(rows), -1)
+        flat = rows.reshape(len(rows), math.prod(rows.shape[1:]))
         # A sum is finite only if every value is, or close to it: one pass without a temporary of the whole matrix.
         with np.errstate(over="ignore", invalid="ignore"):
             suspicious = not np.isfinite(flat.sum(dtype=np.float64))
