@@ -8,8 +8,10 @@ vector, as scikit-learn has it (a two-class softmax with penalty on both rows wo
 rows are stored as -w/2 and +w/2, whose softmax is that sigmoid.
 """
 
+import dataclasses
+import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +21,9 @@ import numpy.typing as npt
 from headrace.heads.design import Design, Tile, make_design
 from headrace.heads.inputs import check_rows
 from headrace.heads.loss import sigmoid, softmax
-from headrace.heads.softmax_path import Line, solve_lines
+from headrace.heads.softmax_path import Line, Solution, solve_lines
 from headrace.heads.spec import FULL, HeadFit, LogisticSpec
-from headrace.heads.standardize import Moments, group_moments, training_moments
+from headrace.heads.standardize import Moments, chunks, group_moments, training_moments
 
 Array = npt.NDArray[Any]
 NEVER = 1e30  # an absent class's decision is minus this: its probability is exactly zero, and no arithmetic overflows
@@ -141,27 +143,56 @@ def _fit_problem(
         )
         if not lines:
             continue
-        dtype: Any = np.float32
-        for dtype in (np.float32, np.float64):
-            design = _design(X, problem, fold, used, folds, labels if binary else None, rows, sw, standardize, dtype)
-            unit = design.unit**-2
-            scaled = [
-                Line(line.fold, line.multiplier, line.label, tuple(mu * unit for mu in line.strengths))
-                for line in lines
-            ]
-            solutions = solve_lines(design, scaled, rows, gap=gap, deadline=deadline)
-            if all(solution.converged for solution in solutions.values()):
-                break
+        own_labels = labels if binary else None
+        narrow, wide = (
+            functools.partial(_design, X, problem, fold, used, folds, own_labels, rows, sw, standardize, dtype)
+            for dtype in (np.float32, np.float64)
+        )
+        solutions = _solve(narrow, wide, lines, rows, gap, deadline)
         seconds = (time.perf_counter() - began) / max(len(solutions), 1)
         began = time.perf_counter()
         for index, (line, owner) in enumerate(zip(lines, owners, strict=True)):
             for mu, spec_indices in owner.items():
-                solution = solutions[index, mu * unit]
-                weight, bias = design.to_raw(solution.u)
+                weight, bias, solution = solutions[index, mu]
                 for i in spec_indices:
                     parts[i, line.fold, max(line.label, 0) if multi else 0] = _Part(
                         weight, bias, solution.objective, solution.bound, solution.iterations, seconds
                     )
+
+
+def _solve(
+    narrow: Callable[[], Design],
+    wide: Callable[[], Design],
+    lines: list[Line],
+    rows: int,
+    gap: float,
+    deadline: float | None,
+) -> dict[tuple[int, float], tuple[Array, Array, Solution]]:
+    """Raw weights, biases and solution of every head: in float32, and where rounding ended the descent before the gap
+    was reached, from there on in float64."""
+    found: dict[tuple[int, float], tuple[Array, Array, Solution]] = {}
+    for make in (narrow, wide):
+        index = [i for i, line in enumerate(lines) if any((i, mu) not in found for mu in line.strengths)]
+        late = deadline is not None and time.monotonic() > deadline
+        if found:
+            index = [i for i, line in enumerate(lines) if any(not found[i, mu][2].converged for mu in line.strengths)]
+        if not index or (found and late):
+            break
+        design = make()
+        unit = design.unit**-2
+        part, names, starts = [], {}, {}
+        for new, i in enumerate(index):
+            left = [mu for mu in lines[i].strengths if (i, mu) not in found or not found[i, mu][2].converged]
+            part.append(dataclasses.replace(lines[i], strengths=tuple(mu * unit for mu in left)))
+            for mu in left:
+                names[new, mu * unit] = i, mu
+                if (i, mu) in found:
+                    starts[new, mu * unit] = design.from_raw(*found[i, mu][:2])
+        for head, solution in solve_lines(design, part, rows, gap=gap, deadline=deadline, starts=starts).items():
+            before = found[names[head]][2].iterations if names[head] in found else 0
+            better = dataclasses.replace(solution, iterations=solution.iterations + before)
+            found[names[head]] = *design.to_raw(solution.u), better
+    return found
 
 
 def _lines(
@@ -198,7 +229,7 @@ def _lines(
                     continue
                 # scikit-learn's compute_class_weight("balanced"), with sample weights
                 multiplier = counts.sum() / (len(counts) * counts) if kind == "balanced" else np.ones(len(counts))
-                lines.append(Line(f, multiplier, label, tuple(sorted(wanted, reverse=True))))
+                lines.append(Line(f, multiplier, label, kind, tuple(sorted(wanted, reverse=True))))
                 owners.append(wanted)
     return lines, owners
 
@@ -231,7 +262,7 @@ def _design(
         bounds = np.searchsorted(problem.target[tile.rows], np.arange(rows + 1)) if rows > 1 else tile.bounds
         own = np.ascontiguousarray(labels[tile.rows].T, dtype) if labels is not None else tile.labels
         weight = None if sw is None else sw[tile.rows].astype(dtype)
-        tiles.append(Tile(tile.group, tile.rows, tile.values, bounds, own, weight))
+        tiles.append(Tile(tile.group, tile.rows, tile.values, tile.across, bounds, own, weight))
     return Design(**{**design.__dict__, "tiles": tiles})
 
 
@@ -269,11 +300,6 @@ def _assemble(
             bound = float(sum(part.bound for part in own))
             optimum = objective - bound
             arrays = {"weight": weight.astype(np.float32), "bias": bias.astype(np.float32)}
-            validation = None
-            if f != FULL:
-                held = np.flatnonzero(fold == f)
-                decision = (X[held].astype(np.float32) @ arrays["weight"].T + arrays["bias"]).T
-                validation = np.ascontiguousarray((sigmoid if multi else softmax)(decision).T)
             fits.append(
                 HeadFit(
                     spec,
@@ -283,10 +309,27 @@ def _assemble(
                     bound / optimum if optimum > 0 else (0.0 if bound == 0 else float("inf")),
                     max(part.iterations for part in own),
                     sum(part.seconds for part in own),
-                    validation,
+                    None,
                 )
             )
+    for f in folds:
+        if f != FULL:
+            _predict_held_out(X, np.flatnonzero(fold == f), [fit for fit in fits if fit.fold == f], multi)
     return fits
+
+
+def _predict_held_out(X: Array, rows: npt.NDArray[np.intp], fits: list[HeadFit], multi: bool) -> None:
+    """Fill in the probabilities of a fold's held-out rows, for all its heads in one product."""
+    weight = np.concatenate([fit.arrays["weight"] for fit in fits])
+    bias = np.concatenate([fit.arrays["bias"] for fit in fits])
+    classes = len(weight) // len(fits)
+    out = np.empty((len(fits), len(rows), classes), np.float32)
+    for where in chunks(np.arange(len(rows))):
+        decision = weight @ X[rows[where]].astype(np.float32).T + bias[:, None]
+        p = (sigmoid if multi else softmax)(decision.reshape(len(fits), classes, -1).transpose(1, 0, 2))
+        out[:, where] = p.transpose(1, 2, 0)
+    for fit, own in zip(fits, out, strict=True):
+        object.__setattr__(fit, "validation", own)
 
 
 def _check(

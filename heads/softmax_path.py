@@ -8,7 +8,10 @@ solved in one batch. The start is extrapolated in log C from the line's previous
 the previous strength are carried along, corrected for the new strength: y = H s, and H changes by a multiple of P.
 """
 
+import itertools
+import math
 import time
+from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +19,16 @@ import numpy as np
 import numpy.typing as npt
 
 from headrace.heads.design import Design, Tile
-from headrace.heads.lbfgs import Memory, minimise
+from headrace.heads.lbfgs import Stopped, minimise
 from headrace.heads.loss import sigmoid_loss, softmax_loss
+from headrace.heads.precondition import SAMPLED_ROWS, Frame, frame
 
 Array = npt.NDArray[Any]
-PAIRS = 10
+PAIRS = 12
+MOST_ITERATIONS = 600
+COLUMNS_IN_FLIGHT = 512
+ITERATIONS_PER_FRAME = 12
+CHAINS = 1
 
 
 @dataclass(frozen=True)
@@ -30,6 +38,7 @@ class Line:
     fold: int
     multiplier: Array  # class weights: (C,) for a softmax, (2,) for a sigmoid
     label: int  # which row of a tile's labels; -1: a softmax of the tile's classes
+    kind: str  # of class weight: lines of a kind differ in fold only
     strengths: tuple[float, ...]  # penalty factors mu = 1/C, descending
 
 
@@ -46,62 +55,171 @@ class Solution:
 
 
 def solve_lines(
-    design: Design, lines: list[Line], rows: int, *, gap: float, deadline: float | None
+    design: Design,
+    lines: list[Line],
+    rows: int,
+    *,
+    gap: float,
+    deadline: float | None,
+    starts: dict[tuple[int, float], Array] | None = None,
 ) -> dict[tuple[int, float], Solution]:
     """Solutions by (line, mu). `rows` is C for softmax lines (all with label -1) and 1 for sigmoid lines.
 
-    deadline, in time.monotonic() seconds, ends the iterations early; every bound stays true.
+    deadline, in time.monotonic() seconds, ends the iterations early; every bound stays true. starts: points (C, R + 1)
+    of heads that need not be predicted.
     """
+    began = time.perf_counter()
     batch = _Batch(design, lines, rows)
-    solutions: dict[tuple[int, float], Solution] = {}
-    history: list[list[tuple[float, Array]]] = [[] for _ in lines]
-    carried: dict[int, tuple[Array, Array, float]] = {}
-    for mu in sorted({mu for line in lines for mu in line.strengths}, reverse=True):
-        began = time.perf_counter()
-        members = np.array([i for i, line in enumerate(lines) if mu in line.strengths])
-        problem = _Level(batch, members, mu)
-        start = np.stack([_predict(history[i], mu, (rows, design.width), design.dtype) for i in members])
-        memory = Memory.empty(len(members), PAIRS, rows * design.width, design.dtype)
-        for row, i in enumerate(members):
-            if i in carried:
-                problem.carry(memory, row, *carried[i])
-        memory.refresh()
-        found = minimise(
-            problem.evaluate,
-            problem.scaled(start),
-            memory,
-            gap=gap,
-            out_of_time=lambda: deadline is not None and time.monotonic() > deadline,
-        )
-        u = problem.unscaled(found.point)
-        gradient = problem.unscaled(found.gradient, inverse=True)
-        share = (time.perf_counter() - began) / max(found.iterations.sum(), 1)
-        for row, i in enumerate(members):
-            bound = batch.bound(i, mu, u[row], gradient[row], float(found.value[row]))
-            spent = int(found.iterations[row])
-            solutions[int(i), mu] = Solution(
-                u[row], float(found.value[row]), bound, spent, share * spent, bool(found.converged[row])
-            )
-            history[i] = [*history[i][-2:], (mu, u[row])]
-            carried[int(i)] = (found.memory.pairs[row], problem.scale[row], mu)
-    return solutions
+    free = max(rows - 1, 1)
+    slots = min(sum(len(line.strengths) for line in lines), max(COLUMNS_IN_FLIGHT // free, 1))
+    flight = _Flight(batch, slots)
+    plan = _Plan(lines)
+    solved: list[dict[float, _Solved]] = [{} for _ in lines]
+    paused: dict[tuple[int, float], _Solved] = {}
+
+    def late() -> bool:
+        return deadline is not None and time.monotonic() > deadline
+
+    def load(slot: int) -> tuple[Array, Array | None] | None:
+        head = plan.next()
+        if head is None:
+            return None
+        i, mu = head
+        before = paused.get(head)
+        if before is None and solved[i]:
+            before = solved[i][_nearest(list(solved[i]), mu)[0]]
+        if head in paused:
+            start = paused[head].u
+        elif starts and head in starts:
+            start = starts[head]
+        else:
+            start = _predict(solved[i], mu, (rows, design.width), design.dtype)
+        flight.load(slot, i, mu, start, again=head in paused)
+        return flight.frames[slot].scaled(start).ravel(), None if before is None else flight.carried(slot, before)
+
+    def done(slot: int, stopped: Stopped) -> None:
+        i, mu, frame = int(flight.lines[slot]), float(flight.mu[slot]), flight.frames[slot]
+        u = frame.unscaled(stopped.point.reshape(flight.shape))
+        gradient = frame.unscaled_gradient(stopped.gradient.reshape(flight.shape))
+        spent = stopped.iterations + (paused[i, mu].iterations if (i, mu) in paused else 0)
+        now = _Solved(u, gradient, stopped.value, stopped.pairs, frame, mu, spent, stopped.converged)
+        if (
+            stopped.iterations >= ITERATIONS_PER_FRAME
+            and not stopped.converged
+            and spent < MOST_ITERATIONS
+            and not late()
+        ):
+            paused[i, mu] = now  # go on in a frame made for where it is now
+            plan.again(i, mu)
+        else:
+            solved[i][mu] = now
+            plan.finished(i, mu)
+
+    minimise(
+        flight.evaluate,
+        load,
+        done,
+        slots=slots,
+        parameters=math.prod(flight.shape),
+        memory=PAIRS,
+        dtype=design.dtype,
+        gap=gap,
+        max_iterations=ITERATIONS_PER_FRAME,
+        out_of_time=late,
+    )
+    heads = [(i, mu) for i, line in enumerate(lines) for mu in line.strengths]
+    bounds = batch.bounds([(i, solved[i][mu]) for i, mu in heads])
+    share = (time.perf_counter() - began) / max(sum(solved[i][mu].iterations for i, mu in heads), 1)
+    return {
+        (i, mu): Solution(one.u, one.value, bound, one.iterations, share * one.iterations, one.converged)
+        for (i, mu), bound in zip(heads, bounds, strict=True)
+        for one in [solved[i][mu]]
+    }
 
 
-def _predict(history: list[tuple[float, Array]], mu: float, shape: tuple[int, int], dtype: Any) -> Array:
-    """The start at strength mu: a polynomial in log mu through the last solutions, zero where there is none."""
-    if not history:
+class _Plan:
+    """Which head to start next.
+
+    Along a line every second strength is solved in turn, each started from the previous ones. The others lie between
+    two solved neighbours; their starts are interpolated, which is far more accurate than to extrapolate (at weak
+    regularisation they are often done after one evaluation), and they fill the products while the turns go on.
+    """
+
+    def __init__(self, lines: list[Line]) -> None:
+        self.ready: deque[tuple[int, float]] = deque()
+        self.waiting: dict[int, list[tuple[float, set[float]]]] = {}  # line -> heads and what they wait for
+        for i, line in enumerate(lines):
+            count = len(line.strengths)
+            anchors = sorted({*range(0, count, 2), count - 1})
+            chains = [list(part) for part in np.array_split(anchors, CHAINS) if len(part)]
+            waiting = [
+                (line.strengths[b], {line.strengths[a]}) for chain in chains for a, b in itertools.pairwise(chain)
+            ]
+            # The others wait for both neighbours and one beyond: two nodes on either side make a cubic.
+            others = [k for k in range(count) if k not in anchors]
+            waiting += [(line.strengths[k], {line.strengths[min(k + 3, count - 1)]}) for k in others]
+            self.waiting[i] = waiting
+            self.ready.extend((i, line.strengths[chain[0]]) for chain in chains)
+
+    def next(self) -> tuple[int, float] | None:
+        return self.ready.popleft() if self.ready else None
+
+    def again(self, i: int, mu: float) -> None:
+        self.ready.appendleft((i, mu))
+
+    def finished(self, i: int, mu: float) -> None:
+        still = []
+        for head, needs in self.waiting[i]:
+            needs.discard(mu)
+            if needs:
+                still.append((head, needs))
+            else:
+                self.ready.append((i, head))
+        self.waiting[i] = still
+
+
+@dataclass(frozen=True)
+class _Solved:
+    """A head, solved or paused, and what it leaves to its neighbours on the line."""
+
+    u: Array  # (C, R + 1)
+    gradient: Array  # (C, R + 1)
+    value: float
+    pairs: Array
+    frame: Frame
+    mu: float
+    iterations: int
+    converged: bool
+
+
+def _nearest(known: list[float], mu: float) -> list[float]:
+    """Known strengths, the nearest in log mu first."""
+    return sorted(known, key=lambda other: abs(math.log(other / mu)))
+
+
+def _predict(solved: dict[float, _Solved], mu: float, shape: tuple[int, int], dtype: Any) -> Array:
+    """The start at strength mu: a polynomial in log mu through known solutions, zero where there is none.
+
+    Four nodes where mu lies between known strengths; three or two where it lies outside, and only if no further from
+    them than they are apart.
+    """
+    if not solved:
         return np.zeros(shape, dtype)
-    nodes = np.log([m for m, _ in history])
-    x = np.log(mu)
-    if len(nodes) > 1 and abs(x - nodes[-1]) > 1.5 * abs(nodes[-1] - nodes[-2]):
-        return history[-1][1].copy()  # too far from what is known to extrapolate
-    degree = 2 if len(nodes) == 3 else 1 if len(nodes) == 2 else 0
-    nodes, points = nodes[-degree - 1 :], [u for _, u in history[-degree - 1 :]]
-    weights = [
-        np.prod([(x - nodes[j]) / (nodes[i] - nodes[j]) for j in range(len(nodes)) if j != i])
-        for i in range(len(nodes))
-    ]
-    return np.asarray(sum(float(w) * u for w, u in zip(weights, points, strict=True)), dtype)
+    if mu in solved:
+        return solved[mu].u
+    order = _nearest(list(solved), mu)
+    inside = min(solved) < mu < max(solved)
+    nodes = order[:4] if inside else order[:3]
+    if not inside and len(nodes) > 1:
+        reach = abs(math.log(nodes[0] / mu))
+        if reach > 1.5 * abs(math.log(nodes[0] / nodes[1])):
+            nodes = nodes[:1]
+    logs, x = np.log(nodes), math.log(mu)
+    total = np.zeros(shape, np.float64)
+    for i, node in enumerate(nodes):
+        others = np.delete(logs, i)
+        total += float(np.prod((x - others) / (logs[i] - others))) * solved[node].u
+    return total.astype(dtype)
 
 
 class _Batch:
@@ -118,6 +236,10 @@ class _Batch:
         for tile in design.tiles:
             for i in np.flatnonzero(self.folds != tile.group).tolist():
                 self.sums[i] += self._tile_sums(tile, i)
+        every = max(sum(len(tile.rows) for tile in design.tiles) // SAMPLED_ROWS, 1)
+        self.sampled = [slice(None, None, every) for _ in design.tiles]
+        self.values = np.concatenate([tile.values[rows] for tile, rows in zip(design.tiles, self.sampled, strict=True)])
+        self.squares = self.values**2
 
     def _tile_sums(self, tile: Tile, i: int) -> Array:
         n = len(tile.rows)
@@ -129,7 +251,17 @@ class _Batch:
         else:
             label = tile.labels[self.labels[i]]
             member = np.stack([1 - label, label])
-        return np.asarray((member * weight) @ tile.values, np.float64) * self.multipliers[i][:, None]
+        return np.asarray(((member * weight) @ tile.values).astype(np.float64) * self.multipliers[i][:, None])
+
+    def frame(self, u: Array, i: int, mu: float) -> Frame:
+        """Frame at u for line i and those that differ from it in fold only."""
+        parts = []
+        for tile, rows in zip(self.design.tiles, self.sampled, strict=True):
+            weight = self.row_weights(tile, np.array([i]))
+            parts.append(np.ones(len(tile.rows), self.design.dtype)[rows] if weight is None else weight[0, rows])
+        weight = np.concatenate(parts)
+        weight *= self.sums[i][:, -1].sum() / weight.sum()
+        return frame(u, self.values, self.squares, weight, mu)
 
     def row_weights(self, tile: Tile, lines: npt.NDArray[np.intp]) -> Array | None:
         """(A, n) weights of a tile's rows for the given lines, or None where all are one."""
@@ -144,89 +276,88 @@ class _Batch:
             weight = multiplier[:, :1] * (1 - label) + multiplier[:, 1:] * label
         return np.asarray(weight if tile.weight is None else weight * tile.weight)
 
-    def bound(self, i: int, mu: float, u: Array, gradient: Array, value: float) -> float:
-        """Upper bound of value - optimum: the Fenchel duality gap at a feasible dual point near the head's residuals.
+    def bounds(self, heads: list[tuple[int, _Solved]]) -> list[float]:
+        """Upper bounds of value - optimum: Fenchel duality gaps at feasible dual points near the heads' residuals.
 
         With residuals w(p - y) as dual point the gap is |g|^2 / (2 mu), but the free intercept makes that point
         feasible only where the intercept's gradient g_b is zero. So p is mixed with a constant q, p' = (1 - e) p + e q,
-        e just large enough that the classes' masses are right and q >= 0; the entropy's concavity then gives, with n_k
-        the mass of class k, G the loss's gradient, and d = -e (G + sum_i w_i (y_i - q) z_i):
-            gap <= |g|^2/(2 mu) + b.g_b + e (loss - V.G - b.g_b) + (G.d + |d|^2/2) / mu.
+        e just large enough that the classes' masses are right and q >= 0; the entropy's concavity then gives, with G
+        the loss's gradient and d = -e (G + sum_i w_i (y_i - q) z_i):
+            gap <= |g|^2/(2 mu) + b.g_b + e (loss - V.G - b.g_b) + (G.d + |d|^2/2) / mu,
+        norms and products over features being those of P^-1.
         """
-        line, design = self.lines[i], self.design
-        u64, g64 = u.astype(np.float64), gradient.astype(np.float64)
-        V, b, g_b = u64[:, :-1], u64[:, -1], g64[:, -1]
-        pull = mu * design.penalised(V, line.fold)
-        loss = value - 0.5 * float(np.vdot(V, pull))
-        G = g64[:, :-1] - pull
-        mass, class_sums = self.sums[i][:, -1], self.sums[i][:, :-1]
-        total = mass.sum()
-        excess = g_b if self.rows > 1 else np.array([-g_b[0], g_b[0]])
-        ratio = float((excess / mass).max(initial=0.0))
-        e = ratio / (1 + ratio)
-        q = mass / total - (excess / (total * ratio) if ratio > 0 else 0.0)
-        drift = class_sums - q[:, None] * class_sums.sum(axis=0)
-        if self.rows == 1:
-            drift = drift[1:]
-        d = -e * (G + drift)
-        gap = design.dual_norm(g64[:, :-1], line.fold) / (2 * mu) + float(b @ g_b)
-        gap += e * (loss - float(np.vdot(V, G)) - float(b @ g_b))
-        if e > 0:  # G.d + |d|^2/2 = (|G + d|^2 - |G|^2) / 2 in the dual norm
-            gap += (design.dual_norm(G + d, line.fold) - design.dual_norm(G, line.fold)) / (2 * mu)
-        return max(gap, 0.0)
+        folds = np.array([self.lines[i].fold for i, _ in heads])
+        V = np.stack([one.u[:, :-1] for _, one in heads])
+        pulls = self.design.penalised(V, folds).astype(np.float64)
+        vectors, rest = [], []
+        for (i, one), pull in zip(heads, pulls, strict=True):
+            u, g = one.u.astype(np.float64), one.gradient.astype(np.float64)
+            b, g_b = u[:, -1], g[:, -1]
+            loss = one.value - 0.5 * one.mu * float(np.vdot(u[:, :-1], pull))
+            G = g[:, :-1] - one.mu * pull
+            mass, class_sums = self.sums[i][:, -1], self.sums[i][:, :-1]
+            excess = g_b if self.rows > 1 else np.array([-g_b[0], g_b[0]])
+            ratio = float((excess / mass).max(initial=0.0))
+            e = ratio / (1 + ratio)
+            q = mass / mass.sum() - (excess / (mass.sum() * ratio) if ratio > 0 else 0.0)
+            drift = class_sums - q[:, None] * class_sums.sum(axis=0)
+            vectors.append(np.stack([g[:, :-1], G, -e * (G + (drift[1:] if self.rows == 1 else drift))]))
+            rest.append(float(b @ g_b) + e * (loss - float(np.vdot(u[:, :-1], G)) - float(b @ g_b)))
+        norms = self.design.dual_products(np.stack(vectors), folds)
+        return [
+            max(own[0, 0] / (2 * one.mu) + more + (own[1, 2] + own[2, 2] / 2) / one.mu, 0.0)
+            for (_, one), own, more in zip(heads, norms, rest, strict=True)
+        ]
 
 
-class _Level:
-    """The problems of one strength in scaled coordinates x = u * scale, where the identity majorises the Hessian.
+class _Flight:
+    """The heads in flight: in each slot a line, a strength and the frame whose scaled coordinates it is solved in."""
 
-    Böhning (1992): a softmax's Hessian is at most 1/2 (I - 11'/C) and a sigmoid's at most 1/4 per unit of weight.
-    """
+    def __init__(self, batch: _Batch, slots: int) -> None:
+        self.batch = batch
+        self.lines = np.zeros(slots, np.intp)
+        self.mu = np.zeros(slots)
+        self.frames: dict[int, Frame] = {}
+        self.made: dict[tuple[int, str, float], Frame] = {}
+        self.shape = (max(batch.rows - 1, 1), batch.design.width)
 
-    def __init__(self, batch: _Batch, members: npt.NDArray[np.intp], mu: float) -> None:
-        self.batch, self.members, self.mu = batch, members, mu
-        design = batch.design
-        steepest = 0.5 if batch.rows > 1 else 0.25
-        mass = batch.sums[members][:, :, -1].sum(axis=1)
-        curvature = np.empty((len(members), design.width))
-        curvature[:, :-1] = steepest * mass[:, None] * design.curvature + mu
-        curvature[:, -1] = steepest * mass
-        self.scale = np.sqrt(np.maximum(curvature, np.finfo(np.float32).tiny)).astype(design.dtype)  # (A, R + 1)
+    def load(self, slot: int, i: int, mu: float, start: Array, *, again: bool) -> None:
+        """Put line i's head at strength mu into the slot. Folds differ little: the first one's frame serves all."""
+        line = self.batch.lines[i]
+        key = (line.label, line.kind, mu)
+        if again or key not in self.made:
+            self.made[key] = self.batch.frame(start, i, mu)
+        self.lines[slot], self.mu[slot], self.frames[slot] = i, mu, self.made[key]
 
-    def scaled(self, u: Array) -> Array:
-        """(A, C, R + 1) to (A, C * (R + 1))."""
-        return np.asarray((u * self.scale[:, None]).reshape(len(u), -1))
+    def carried(self, slot: int, other: _Solved) -> Array:
+        """Another strength's pairs for this slot: to u coordinates, y += (mu' - mu) s, to its coordinates.
 
-    def unscaled(self, x: Array, *, inverse: bool = False) -> Array:
-        """Inverse of `scaled`; for gradients, which scale the other way, `inverse`."""
-        u = x.reshape(len(x), self.batch.rows, self.batch.design.width)
-        return np.asarray(u * self.scale[:, None] if inverse else u / self.scale[:, None])
-
-    def carry(self, memory: Memory, row: int, pairs: Array, scale: Array, mu: float) -> None:
-        """Take over another strength's pairs: to u coordinates, y += (mu' - mu) P s, to these coordinates."""
-        m, width = memory.size, self.batch.design.width
-        steps = pairs[:m].reshape(m, -1, width) / scale
-        changes = pairs[m:].reshape(m, -1, width) * scale
-        changes[..., :-1] += (self.mu - mu) * self.batch.design.penalised(
-            steps[..., :-1], self.batch.lines[self.members[row]].fold
-        )
-        memory.pairs[row, :m] = (steps * self.scale[row]).reshape(m, -1)
-        memory.pairs[row, m:] = (changes / self.scale[row]).reshape(m, -1)
+        P is taken for the identity here: pairs only steer, and with 100 classes the product would cost a pass.
+        """
+        m, own = len(other.pairs) // 2, self.frames[slot]
+        steps = other.frame.unscaled(other.pairs[:m].reshape(m, *self.shape))
+        changes = other.frame.unscaled_gradient(other.pairs[m:].reshape(m, *self.shape))
+        if self.mu[slot] != other.mu:
+            changes[..., :-1] += changes.dtype.type(self.mu[slot] - other.mu) * steps[..., :-1]
+        both = np.concatenate([own.scaled(steps), own.scaled_gradient(changes)])
+        return both.reshape(2 * m, -1)
 
     def evaluate(self, which: npt.NDArray[np.intp], x: Array) -> tuple[Array, Array]:
         """Objectives (A,) float64 and gradients, in scaled coordinates, of the problems `which`."""
         batch, design = self.batch, self.batch.design
-        lines = self.members[which]
-        scale = self.scale[which]
-        u = x.reshape(len(x), batch.rows, design.width) / scale[:, None]
+        lines = self.lines[which]
+        mu = self.mu[which].astype(design.dtype)
+        frames = [self.frames[row] for row in which]
+        u = np.stack([f.unscaled(one.reshape(self.shape)) for f, one in zip(frames, x, strict=True)])
         folds = batch.folds[lines]
-        value = np.zeros(len(x))
+        columns = max(batch.rows - 1, 1)  # the last class's row is minus the sum of the others', in all that follows
+        pull = mu[:, None, None] * design.penalised(np.ascontiguousarray(u[:, :columns, :-1]), folds)
         gradient = np.zeros_like(u)
-        for fold in np.unique(folds):
-            own = folds == fold
-            pull = self.mu * design.penalised(u[own, :, :-1], int(fold))
-            value[own] = 0.5 * np.einsum("acr,acr->a", u[own, :, :-1], pull, dtype=np.float64)
-            gradient[own, :, :-1] = pull
-        columns = max(batch.rows - 1, 1)
+        gradient[:, :columns, :-1] = pull
+        value = 0.5 * np.einsum("acr,acr->a", u[:, :columns, :-1], pull).astype(np.float64)
+        if batch.rows > 1:
+            gradient[:, -1, :-1] = -pull.sum(axis=1)
+            value += 0.5 * np.einsum("ar,ar->a", u[:, -1, :-1], gradient[:, -1, :-1])
         by_class = np.ascontiguousarray(u[:, :columns].transpose(1, 0, 2))  # (C - 1, A, R + 1)
         for group in dict.fromkeys(tile.group for tile in design.tiles):
             sees = np.flatnonzero(folds != group)
@@ -241,14 +372,14 @@ class _Level:
             gradient[sees, :columns] += part
             if batch.rows > 1:
                 gradient[sees, -1] -= part.sum(axis=1)
-        return value, (gradient / scale[:, None]).reshape(len(x), -1)
+        return value, np.stack([f.scaled_gradient(g).ravel() for f, g in zip(frames, gradient, strict=True)])
 
     def _tile(self, tile: Tile, lines: npt.NDArray[np.intp], weights: Array, total: Array) -> Array:
         """Add a tile's part of the gradient to `total`; return its part of the losses."""
         batch, n, heads = self.batch, len(tile.rows), len(lines)
         decision = np.empty((batch.rows, heads, n), weights.dtype)
         columns = len(weights) // heads
-        np.matmul(weights, tile.values.T, out=decision[:columns].reshape(len(weights), n))
+        np.matmul(weights, tile.across, out=decision[:columns].reshape(len(weights), n))
         row_weights = batch.row_weights(tile, lines)
         if batch.rows > 1:
             loss = softmax_loss(decision, tile.bounds, row_weights)
