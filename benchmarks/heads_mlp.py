@@ -31,8 +31,8 @@ from sklearn.model_selection import PredefinedSplit, cross_val_score  # noqa: E4
 from sklearn.neighbors import KNeighborsClassifier  # noqa: E402
 from sklearn.neural_network import MLPClassifier  # noqa: E402
 
-from headrace.heads import FULL, TRAIN_ONLY, KNNSpec, MLPSpec, fit_knn_bank, predict_head  # noqa: E402
-from headrace.heads.mlp import Halving, fit_mlp_bank  # noqa: E402
+from headrace.heads import FULL, TRAIN_ONLY, Halving, KNNSpec, MLPSpec, fit_knn_bank, predict_head  # noqa: E402
+from headrace.heads.mlp import fit_mlp_bank  # noqa: E402
 
 Rows = dict[str, tuple[np.ndarray, np.ndarray]]
 

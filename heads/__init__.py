@@ -30,6 +30,7 @@ from headrace.heads.spec import (
     CentroidSpec,
     ClassWeight,
     ConvSpec,
+    Halving,
     HeadFit,
     HeadSpec,
     KNNSpec,
@@ -45,10 +46,9 @@ from headrace.heads.task import TEST, TRAIN_ONLY, Task, load_task, save_task
 if TYPE_CHECKING:
     from headrace.heads.conv import fit_conv_bank
     from headrace.heads.mlp import fit_mlp_bank
-    from headrace.heads.networks import Halving
 
 # Names whose modules import torch: imported when first asked for.
-_LAZY = {"fit_mlp_bank": "mlp", "fit_conv_bank": "conv", "Halving": "networks"}
+_LAZY = {"fit_mlp_bank": "mlp", "fit_conv_bank": "conv"}
 
 
 def __getattr__(name: str) -> Any:

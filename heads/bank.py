@@ -22,7 +22,7 @@ from headrace.cache.files import publish_bytes
 from headrace.heads.features import load_rows
 from headrace.heads.metrics import all_metrics
 from headrace.heads.results import read_bank, results_bytes
-from headrace.heads.spec import FULL, ConvSpec, HeadFit, HeadSpec, MLPSpec
+from headrace.heads.spec import FULL, ConvSpec, Halving, HeadFit, HeadSpec, MLPSpec
 from headrace.heads.task import Task, load_task
 
 
@@ -41,6 +41,7 @@ class BankJob:
     threads: int = 1
     device: str = "cpu"
     full: bool = True  # also train each spec on all rows
+    halving: Halving | None = None  # mlp, conv: stop the losers early; they get no head trained on all rows
 
 
 def train_bank(job: BankJob) -> dict[str, Any]:
@@ -79,7 +80,7 @@ def _train(job: BankJob, kind: str) -> None:
             f"none of the {len(kept)} images of {job.task} has features: look at the reasons with `headrace cache`"
         )
     rows = take_rows(task, kept)
-    fits = fit_bank(X, rows, job.specs, full=job.full, threads=job.threads, device=job.device)
+    fits = fit_bank(X, rows, job.specs, full=job.full, threads=job.threads, device=job.device, halving=job.halving)
     specs = [open_feature_set(directory).spec for directory in job.features]
     data = results_bytes(
         rows,
@@ -114,13 +115,14 @@ def fit_bank(
     full: bool = True,
     threads: int = 1,
     device: str = "cpu",
+    halving: Halving | None = None,
 ) -> list[HeadFit]:
     """Train specs of one kind on features X (N, D), (V, N, D) with views, or maps; every head comes back.
 
     A bank that raises is trained again spec by spec, so that the guilty one is alone in failing; a head whose
     predictions are not finite has failed.
     """
-    fit = _fitter(X, task, full=full, threads=threads, device=device)
+    fit = _fitter(X, task, full=full, threads=threads, device=device, halving=halving)
     try:
         fits = fit(specs)
     except HeadraceError:
@@ -160,7 +162,7 @@ def _finite(fit: HeadFit) -> HeadFit:
 
 
 def _fitter(
-    X: npt.NDArray[Any], task: Task, *, full: bool, threads: int, device: str
+    X: npt.NDArray[Any], task: Task, *, full: bool, threads: int, device: str, halving: Halving | None
 ) -> Callable[[Sequence[HeadSpec]], list[HeadFit]]:
     """What trains specs on this task. Modules are imported here, so that a linear bank doesn't import torch."""
     common: dict[str, Any] = {"n_classes": len(task.classes), "full": full}
@@ -176,6 +178,7 @@ def _fitter(
                 "sample_weight": task.weight,
                 "task": task.kind,
                 "device": device,
+                "halving": halving,
             }
             if kind == "mlp":
                 from headrace.heads.mlp import fit_mlp_bank

@@ -17,9 +17,9 @@ from headrace.heads.conv_batch import ConvBatch, random_start
 from headrace.heads.metrics import TaskKind
 from headrace.heads.mlp_batch import Network
 from headrace.heads.mlp_data import FoldData
-from headrace.heads.networks import Family, Halving, fit_networks
+from headrace.heads.networks import Family, fit_networks
 from headrace.heads.predict import Arrays, CannotPredict, link
-from headrace.heads.spec import ConvSpec, HeadFit
+from headrace.heads.spec import ConvSpec, Halving, HeadFit
 
 Floats = npt.NDArray[Any]
 

@@ -19,8 +19,8 @@ import torch
 from headrace.heads.metrics import TaskKind
 from headrace.heads.mlp_batch import Network, NetworkBatch, padded_width
 from headrace.heads.mlp_data import FoldData, folded_arrays
-from headrace.heads.networks import Family, Halving, fit_networks
-from headrace.heads.spec import HeadFit, MLPSpec
+from headrace.heads.networks import Family, fit_networks
+from headrace.heads.spec import Halving, HeadFit, MLPSpec
 
 Floats = npt.NDArray[Any]
 Precision = Literal["auto", "float32", "bfloat16"]

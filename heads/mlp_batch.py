@@ -124,6 +124,7 @@ class NetworkBatch:
         self, networks: Sequence[Network], rows: Rows, *, fold: int, device: torch.device, dtype: torch.dtype
     ) -> None:
         self.rows, self.device, self.dtype = rows, device, dtype
+        self.fused = device.type == "cpu"  # one small operation per head, rather than one large one for all
         self.networks = list(networks)
         self.padded = tuple(padded_width(width) for width in networks[0].hidden)
         self.step = 0
@@ -261,7 +262,7 @@ class NetworkBatch:
 
     def _update(self, gradients: list[tuple[int, Tensor]], slope: Tensor, batch: Tensor) -> None:
         parameters = (*self.weights, *self.biases)
-        if self.device.type != "cpu":
+        if not self.fused:
             gradients.append((0, torch.mm(slope.view(-1, slope.shape[2]), batch).view_as(self.weights[0]).float()))
             for place, gradient in gradients:
                 adamw_broadcast(

@@ -3,6 +3,7 @@
 N rows, V views, C outputs, K heads. What a kind of network brings is its `Family`; everything else is here.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,31 +18,10 @@ from headrace.heads.metrics import TaskKind
 from headrace.heads.mlp_data import FoldData, prepare
 from headrace.heads.mlp_run import Batch, Run, Trace
 from headrace.heads.predict import Arrays, predict_head
-from headrace.heads.spec import FULL, ConvSpec, HeadFit, MLPSpec
+from headrace.heads.spec import FULL, ConvSpec, Halving, HeadFit, MLPSpec
 
 Floats = npt.NDArray[Any]
 Spec = TypeVar("Spec", MLPSpec, ConvSpec)
-
-
-@dataclass(frozen=True)
-class Halving:
-    """Successive halving: after each of the epochs `after` only the best share `keep` of the specs goes on.
-
-    Specs are ranked by the mean over folds of their best validation accuracy (multi-label, regression: loss) so far.
-    """
-
-    after: tuple[int, ...] = (3,)
-    keep: float = 0.25
-
-    def __post_init__(self) -> None:
-        if (
-            not 0 < self.keep <= 1
-            or any(epoch < 1 for epoch in self.after)
-            or list(self.after) != sorted(set(self.after))
-        ):
-            raise ValueError(
-                f"halving needs rising epochs from 1 on and a share in (0, 1], found {self.after} and {self.keep}"
-            )
 
 
 @dataclass(frozen=True)
@@ -136,7 +116,7 @@ def fit_networks(
     flat = stacked.reshape(views * n, *stacked.shape[2:])
     bank = Bank(
         stacked,
-        torch.from_numpy(flat if flat.flags.writeable else flat.copy()).to(device),
+        as_tensor(flat).to(device),
         target,
         n_classes,
         fold,
@@ -188,6 +168,13 @@ def spec_error(spec: MLPSpec | ConvSpec, task: TaskKind) -> str | None:
     if task == "regression" and (spec.class_weight != "none" or spec.label_smoothing):
         return "class_weight and label_smoothing have no meaning for regression: leave them out"
     return None
+
+
+def as_tensor(array: Floats) -> torch.Tensor:
+    """The same memory as a tensor, also of a read-only array such as a memory map; nothing here writes to features."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
+        return torch.from_numpy(array)
 
 
 def _survivors(traces: Sequence[Trace], alive: set[int], keep: float) -> set[int]:

@@ -104,6 +104,27 @@ class ConvSpec:
     kind: Literal["conv"] = "conv"
 
 
+@dataclass(frozen=True)
+class Halving:
+    """Successive halving: after each of the epochs `after` only the best share `keep` of the specs goes on.
+
+    Specs are ranked by the mean over folds of their best validation accuracy (multi-label, regression: loss) so far.
+    """
+
+    after: tuple[int, ...] = (3,)
+    keep: float = 0.25
+
+    def __post_init__(self) -> None:
+        if (
+            not 0 < self.keep <= 1
+            or any(epoch < 1 for epoch in self.after)
+            or list(self.after) != sorted(set(self.after))
+        ):
+            raise ValueError(
+                f"halving needs rising epochs from 1 on and a share in (0, 1], found {self.after} and {self.keep}"
+            )
+
+
 HeadSpec = LogisticSpec | RidgeSpec | MLPSpec | KNNSpec | CentroidSpec | SklearnSpec | ConvSpec
 
 KINDS: dict[str, type[HeadSpec]] = {

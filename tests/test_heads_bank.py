@@ -27,6 +27,7 @@ from headrace.heads import (
     CannotPredict,
     CentroidSpec,
     ConvSpec,
+    Halving,
     HeadSpec,
     KNNSpec,
     LogisticSpec,
@@ -436,6 +437,18 @@ def test_a_saved_head_predicts_as_before(tmp_path: Path) -> None:
         load_head(tmp_path / "nowhere")
     with pytest.raises(CannotPredict, match="no arrays"):
         save_head(tmp_path / "x", spec=KNNSpec(3), arrays={}, classes=(), features=[], metrics={})
+
+
+def test_a_bank_can_halve(work: Path) -> None:
+    """With halving in the job the losers' rows show fewer epochs, and only the survivors have a head of all rows."""
+    X, y, _, content = images()
+    path, _ = write_task(work, y)
+    specs = tuple(MLPSpec((16,), rate, batch_size=64, epochs=6, patience=9) for rate in (1e-2, 1e-7, 1e-6, 1e-8))
+    job = BankJob(path, (store(work, X, content),), specs, str(work / "b.h5"), halving=Halving(after=(2,), keep=0.25))
+    assert train_bank(job)["heads"] == 13
+    table = read_bank(job.result).table
+    assert table[table["fold"] != FULL].groupby("spec", sort=False)["iterations"].max().tolist() == [6, 2, 2, 2]
+    assert table[table["fold"] == FULL]["spec"].tolist() == [spec_to_json(specs[0])]
 
 
 def test_every_spec_survives_json() -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -214,6 +215,31 @@ def test_both_optimisers_are_adamw() -> None:
     torch.testing.assert_close(ours, torch.stack([p.data for p in theirs]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_way_of_other_devices_is_the_same_network(dtype: torch.dtype) -> None:
+    """The updates that a GPU makes, all heads in one operation, give the parameters that the CPU's give head by head."""
+    X, y, fold = digits()
+    order = np.flatnonzero(fold != 0)
+    batches = [_batch(X, y, fold, MIXED[1:3], dtype) for _ in range(2)]
+    batches[1].fused = False
+    for bank in batches:
+        bank.train_epoch(order, np.zeros(len(order), np.int64), 64)
+    for a, b in zip(batches[0].weights, batches[1].weights, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5 if dtype == torch.float32 else 1e-3)
+
+
+def test_features_on_disk_train_as_in_memory(tmp_path: Path) -> None:
+    """A read-only float16 memory map is used where it lies, and gives the head of the array."""
+    X, y, fold = digits()
+    np.save(tmp_path / "X.npy", X.astype(np.float16))
+    mapped = np.load(tmp_path / "X.npy", mmap_mode="r")
+    specs = [MLPSpec((16,), 1e-2, epochs=3)]
+    on_disk = fit_mlp_bank(mapped, y, n_classes=10, fold=fold, specs=specs)
+    in_memory = fit_mlp_bank(X.astype(np.float16), y, n_classes=10, fold=fold, specs=specs)
+    for a, b in zip(on_disk, in_memory, strict=True):
+        np.testing.assert_array_equal(a.arrays["weight0"], b.arrays["weight0"])
+
+
 def test_full_heads_train_for_the_mean_best_epoch() -> None:
     """The head trained on all rows equals a torch loop over all rows for the mean best epoch of the folds."""
     X, y, fold = digits()
@@ -380,10 +406,10 @@ def _accuracy(fit: HeadFit, y: Arrays, fold: Arrays) -> float:
     return score("single", y[fold == fit.fold], fit.validation, "accuracy")
 
 
-def _batch(X: Arrays, y: Arrays, fold: Arrays, specs: list[MLPSpec]) -> NetworkBatch:
+def _batch(
+    X: Arrays, y: Arrays, fold: Arrays, specs: list[MLPSpec], dtype: torch.dtype = torch.float32
+) -> NetworkBatch:
     from headrace.heads.mlp_data import prepare
 
     data = prepare(X[None], torch.from_numpy(X), y, 10, fold, 0, np.ones(len(X)), "single", standardize=True)
-    return NetworkBatch(
-        [network(spec) for spec in specs], data.rows, fold=0, device=torch.device("cpu"), dtype=torch.float32
-    )
+    return NetworkBatch([network(spec) for spec in specs], data.rows, fold=0, device=torch.device("cpu"), dtype=dtype)
