@@ -140,18 +140,37 @@ class FeatureSet:
             raise RowsMissing(self._missing(as_hashes(content)[rows < 0].tolist()))
         return self.read(rows, dtype)
 
-    def read(self, rows: Indices | slice, dtype: npt.DTypeLike | None = np.float32) -> npt.NDArray[Any]:
+    def read(
+        self,
+        rows: Indices | slice,
+        dtype: npt.DTypeLike | None = np.float32,
+        *,
+        out: npt.NDArray[Any] | None = None,
+    ) -> npt.NDArray[Any]:
         """(n, *shape) rows at these positions, in that order, as a copy; dtype None: `FeatureSet.dtype`.
 
-        Raises IndexError outside -N..N-1.
+        out: an array of that shape to write into, of any dtype, instead of a new one. Raises IndexError outside
+        -N..N-1.
         """
-        wanted = self.dtype if dtype is None else np.dtype(dtype)
+        positions: npt.NDArray[np.int64] | None = None
+        start = stop = 0
         if isinstance(rows, slice):
             start, stop, step = rows.indices(self.n_rows)
-            if step == 1:
-                return self._reader.run(start, max(start, stop), wanted)
-            rows = np.arange(start, stop, step)
-        return self._reader.gather(self._positions(rows)).astype(wanted, copy=False)
+            stop = max(start, stop)
+            if step != 1:
+                positions = np.arange(*rows.indices(self.n_rows))
+        else:
+            positions = self._positions(rows)
+        shape = (stop - start if positions is None else len(positions), *self.spec.shape)
+        if out is None:
+            out = np.empty(shape, self.dtype if dtype is None else dtype)
+        elif out.shape != shape:
+            raise ValueError(f"`out` has shape {out.shape}, and the rows have {shape}")
+        if positions is None:
+            self._reader.run(start, stop, out)
+        else:
+            self._reader.gather(positions, out)
+        return out
 
     def __getitem__(self, key: Any) -> npt.NDArray[Any]:
         """Rows by position, slice, list or boolean mask, in `dtype`; a tuple goes on into the rows."""
@@ -187,7 +206,9 @@ class FeatureSet:
         seed None: in the given order. Otherwise shuffled by blocks and within a buffer; an epoch: `seed=(7, epoch)`.
         """
         positions = np.arange(self.n_rows) if rows is None else self._positions(rows)
-        return iter_batches(self._reader, positions, batch_size, seed, block_rows, buffer_rows, dtype or self.dtype)
+        return iter_batches(
+            self._reader, positions, batch_size, seed, block_rows, buffer_rows, self.spec.shape, dtype or self.dtype
+        )
 
     def to_dask_array(self, dtype: npt.DTypeLike | None = None) -> "dask.array.Array":
         """A dask array (N, *shape) with one chunk per shard; a task carries a path and an entry."""
@@ -222,10 +243,11 @@ class FeatureSet:
         positions = np.asarray(rows)
         if positions.ndim != 1 or (positions.size and not np.issubdtype(positions.dtype, np.integer)):
             raise IndexError(f"row positions are {positions.dtype} of shape {positions.shape}; expected n integers")
-        positions = positions.astype(np.int64)
-        if positions.size and (positions.min() < -self.n_rows or positions.max() >= self.n_rows):
-            raise IndexError(f"rows {positions.min()} to {positions.max()} of a feature set of {self.n_rows} rows")
-        return np.where(positions < 0, positions + self.n_rows, positions)
+        positions = positions.astype(np.int64, copy=False)
+        low, high = (int(positions.min()), int(positions.max())) if positions.size else (0, -1)
+        if low < -self.n_rows or high >= self.n_rows:
+            raise IndexError(f"rows {low} to {high} of a feature set of {self.n_rows} rows")
+        return positions if low >= 0 else np.where(positions < 0, positions + self.n_rows, positions)
 
     def _texts(self, shard: int, name: str) -> list[str]:
         return [value.decode() for value in self._reader.text(shard, name).tolist()]

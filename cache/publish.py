@@ -7,6 +7,7 @@ that is not listed and so does not exist (the next writer of the unit checks and
 import hashlib
 import re
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ SPEC = "spec.json"
 # Unit names become file names and are compared as text; the leading letter or digit keeps them visible and relative.
 _UNIT = re.compile(r"[0-9a-z][0-9a-z_-]{0,63}")
 _CONTENT = re.compile(r"[0-9a-f]{32}")
+_WRITTEN_BY = f"headrace {version('headrace')}"
 _COMPRESSIONS = (None, "bitshuffle-lz4")
 
 
@@ -112,17 +114,34 @@ def publish_shard(
     path = shard_path(directory, unit)
     if path.exists() and (entry := _published(directory, unit, spec)):
         return entry
-    parts = build_shard(spec, unit, encode(features, ids, spec.dtype), ids, content, failures, compression)
-    if not publish_parts(path, parts):
-        # Another writer was faster. Its shard may differ in last bits (another machine): the entry must describe that
-        # one.
-        if entry := _published(directory, unit, spec):
-            return entry
-        publish_parts(path, parts)
-    # Described from the file, not from what was meant to be written, so that both ways give the same entry.
-    entry = describe_shard(directory, unit, spec)
+    encoded = encode(features, ids, spec.dtype)
+    parts, digest = build_shard(spec, unit, encoded, ids, content, failures, compression)
+    # The disk takes the bytes while another thread hashes them.
+    with ThreadPoolExecutor(1, "sha256") as hashing:
+        sha256 = hashing.submit(_sha256, parts)
+        while not publish_parts(path, parts):
+            # Another writer was faster. Its shard may differ in last bits (another machine): the entry describes that one.
+            if entry := _published(directory, unit, spec):
+                return entry
+        entry = ShardEntry(
+            unit=unit,
+            rows=len(ids),
+            failed=len(failures),
+            bytes=sum(len(part) for part in parts),
+            xxh3=digest,
+            sha256=sha256.result(),
+            round_off=encoded.round_off,
+            written_by=_WRITTEN_BY,
+        )
     append_entry(directory, entry)
     return entry
+
+
+def _sha256(parts: Sequence[bytes | memoryview]) -> str:
+    hasher = hashlib.sha256()
+    for part in parts:
+        hasher.update(part)
+    return hasher.hexdigest()
 
 
 def describe_shard(directory: Path, unit: str, spec: FeatureSpec) -> ShardEntry:
@@ -137,7 +156,7 @@ def describe_shard(directory: Path, unit: str, spec: FeatureSpec) -> ShardEntry:
         xxh3=checked.xxh3,
         sha256=sha256_of(path),
         round_off=checked.round_off,
-        written_by=f"headrace {version('headrace')}",
+        written_by=_WRITTEN_BY,
     )
 
 

@@ -16,6 +16,7 @@ from headrace.cache.check import Verified
 from headrace.cache.compression import read_compressed
 from headrace.cache.encoding import STORED, decode
 from headrace.cache.errors import ShardMissing
+from headrace.cache.half import widen
 from headrace.cache.manifest import ShardEntry
 from headrace.cache.mapping import MappedRows
 from headrace.cache.publish import shard_path
@@ -56,19 +57,18 @@ class Reader:
             self._layouts[shard] = layout
             return layout
 
-    def gather(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
-        """(n, *shape) decoded rows at positions 0..N-1, in that order, as a copy."""
+    def gather(self, positions: npt.NDArray[np.int64], out: npt.NDArray[Any]) -> None:
+        """Write the decoded rows at positions 0..N-1, in that order, into `out` (n, *shape)."""
         shards, touched = self._shards(positions)
         if self._touch_all(touched):
             stored = self._gather_compressed(positions, shards, touched)
         else:
             mapped = self._mapped()
             stored = mapped.gather(mapped.first_item[shards] + (positions - self.first_row[shards]) * self._values)
-        return self._decoded(stored.reshape(len(positions), *self._spec.shape), shards)
+        self._decode(stored.reshape(len(positions), *self._spec.shape), shards, out)
 
-    def run(self, start: int, stop: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-        """(stop - start, *shape) consecutive rows, shard by shard, each copied or converted once."""
-        out = np.empty((stop - start, *self._spec.shape), dtype)
+    def run(self, start: int, stop: int, out: npt.NDArray[Any]) -> None:
+        """Write consecutive decoded rows into `out` (stop - start, *shape), shard by shard, each copied once."""
         shard = int(np.searchsorted(self.first_row, start, side="right")) - 1
         done = start
         while done < stop:
@@ -78,11 +78,9 @@ class Reader:
                     stored = read_compressed(self._shard_path(shard), slice(done - first, end - first))
                 else:
                     stored = self._mapped().rows(shard, done - first, end - first)
-                rows = stored.reshape(end - done, *self._spec.shape)
-                out[done - start : end - start] = self._decoded(rows, shard)
+                self._decode(stored.reshape(end - done, *self._spec.shape), shard, out[done - start : end - start])
                 done = end
             shard += 1
-        return out
 
     def is_compressed(self, positions: npt.NDArray[np.int64]) -> bool:
         """Whether reading these rows decompresses something."""
@@ -110,8 +108,6 @@ class Reader:
 
     def _shards(self, positions: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], list[int]]:
         """The shard of each position (n,), and which shards these are."""
-        if len(self._entries) == 1:
-            return np.zeros(len(positions), np.int64), [0] if len(positions) else []
         shards = np.searchsorted(self.first_row, positions, side="right") - 1
         return shards, np.flatnonzero(np.bincount(shards, minlength=0)).tolist()
 
@@ -153,12 +149,15 @@ class Reader:
                 stored[here] = mapped.gather(mapped.first_item[shard] + local * self._values)
         return stored
 
-    def _decoded(self, stored: npt.NDArray[Any], shards: Any) -> npt.NDArray[Any]:
+    def _decode(self, stored: npt.NDArray[Any], shards: Any, out: npt.NDArray[Any]) -> None:
         """shards: one number, or one per row, for the scales of uint8."""
         if self._spec.dtype == "uint8":
             scale, offset = self._scale_tables()
-            return decode(stored, "uint8", scale[shards], offset[shards])
-        return decode(stored, self._spec.dtype)
+            out[...] = decode(stored, "uint8", scale[shards], offset[shards])
+        elif stored.dtype == np.float16 and out.dtype == np.float32 and out.flags.c_contiguous:
+            widen(stored, out)
+        else:
+            out[...] = decode(stored, self._spec.dtype)
 
     def _shard_path(self, shard: int) -> Path:
         return shard_path(self._path, self._entries[shard].unit)

@@ -14,6 +14,7 @@ import xxhash
 
 from headrace.cache.compression import require_hdf5plugin
 from headrace.cache.encoding import Encoded
+from headrace.cache.sparse_file import SparseFile
 from headrace.cache.spec import FeatureSpec
 
 FORMAT = "headrace shard"
@@ -52,15 +53,14 @@ def build_shard(
     content: Sequence[str],
     failures: Sequence[Failure],
     compression: str | None,
-) -> list[bytes | memoryview]:
-    """The file as parts to be written one after the other. Depends on nothing but the arguments (and the HDF5 version).
+) -> tuple[list[bytes | memoryview], str]:
+    """The file as parts to be written one after the other, and the digest in it.
 
-    The features are a part of their own, so that they are not copied into the image.
+    Depends on nothing but the arguments (and the HDF5 version). The features are a part of their own, never copied.
     """
     stored = np.ascontiguousarray(encoded.stored)
-    with h5py.File.in_memory(
-        libver="earliest", alignment_threshold=1, alignment_interval=_ALIGNMENT, block_size=1 << 20
-    ) as file:
+    image = SparseFile()
+    with h5py.File(image, "w", libver="earliest", alignment_threshold=1, alignment_interval=_ALIGNMENT) as file:
         for name, value in (("format", FORMAT), ("fingerprint", spec.fingerprint), ("unit", unit)):
             _set_text(file, name, value)
         file.attrs["version"] = np.int64(VERSION)
@@ -85,16 +85,19 @@ def build_shard(
         features.attrs["round_off_squared_error"] = encoded.round_off.squared_error
         features.attrs["round_off_squared"] = encoded.round_off.squared
         start = features.id.get_offset() if compression is None and stored.nbytes else None
-        file.flush()
-        image = memoryview(file.id.get_file_image())
     if start is None:
-        body: list[bytes | memoryview] = [image]
+        body: list[bytes | memoryview] = [image.content(0, image.size)]
     else:
-        body = [image[:start], stored.reshape(-1).view(np.uint8).data, image[start + stored.nbytes :]]
+        end = start + stored.nbytes
+        body = [
+            image.content(0, start),
+            stored.reshape(-1).view(np.uint8).data,
+            image.content(end, max(end, image.size)),
+        ]
     digest = xxhash.xxh3_128()
     for part in body:
         digest.update(part)
-    return [user_block(digest.hexdigest()), *body]
+    return [user_block(digest.hexdigest()), *body], digest.hexdigest()
 
 
 def user_block(digest: str) -> bytes:

@@ -48,8 +48,8 @@ class Layout:
 
 def inspect_shard(path: Path, spec: FeatureSpec, unit: str) -> tuple[Layout, RoundOff]:
     """The layout of a shard of `spec` named `unit`. Raises ShardCorrupt at the first thing that is not as it must."""
-    # Through a Python file, not by name: HDF5 would lock it, which works on no cluster file system and is not needed for
-    # what never changes, or would refuse it because somebody else in this process has opened it otherwise.
+    # Through a Python file, not by name: HDF5 would lock it, which works on no cluster file system and is not needed
+    # for what never changes, or would refuse it because somebody else in this process has opened it otherwise.
     with path.open("rb") as bytes_of_it:
         try:
             with h5py.File(bytes_of_it, "r") as file:
