@@ -335,8 +335,8 @@ def _extract_again(
 def _networks(recipe_path: Path) -> "list[tuple[BackboneSpec, tuple[FeatureSpec, ...]]]":
     """The backbones of a recipe and the feature sets they make."""
     from headrace.extract import backbone_features
-    from headrace.pipelines.recipe import load_recipe
     from headrace.pipelines.prepare import backbone_spec
+    from headrace.pipelines.recipe import load_recipe
 
     recipe = load_recipe(recipe_path)
     found = []

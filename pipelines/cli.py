@@ -1,5 +1,6 @@
 """The command `headrace`. Imports what a command needs when it runs, so that `--help` and bad input answer at once."""
 
+import importlib.metadata
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -16,6 +17,22 @@ app = typer.Typer(
     help="Extract deep features once, train hundreds of classifier heads on them, fine-tune only the winners.",
 )
 app.add_typer(cache_app, name="cache")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"headrace {importlib.metadata.version('headrace')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
 
 Workers = Annotated[int | None, typer.Option(help="Worker processes; default: one per core.", min=1)]
 

@@ -3,7 +3,9 @@
 import contextlib
 import logging
 import os
+import signal
 from collections.abc import Iterator
+from multiprocessing import resource_tracker
 
 import dask
 from dask.distributed import Client, LocalCluster
@@ -33,19 +35,36 @@ def available_cores() -> int:
 def local_client(workers: int | None = None) -> Iterator[Client]:
     """A client of a new cluster on this machine: one process of one thread per worker, gone at the end of the block."""
     with dask.config.set(_SETTINGS), _quiet("distributed"):
-        cluster = LocalCluster(
-            n_workers=workers or available_cores(),
-            threads_per_worker=1,
-            processes=True,
-            host="127.0.0.1",
-            dashboard_address=None,
-            silence_logs=logging.CRITICAL,
-        )
+        with _sigint_held_back():
+            cluster = LocalCluster(
+                n_workers=workers or available_cores(),
+                threads_per_worker=1,
+                processes=True,
+                host="127.0.0.1",
+                dashboard_address=None,
+                silence_logs=logging.CRITICAL,
+            )
         try:
             with Client(cluster) as client:
                 yield client
         finally:
             cluster.close(timeout=10)
+
+
+@contextlib.contextmanager
+def _sigint_held_back() -> Iterator[None]:
+    # A terminal sends Ctrl-C to every process of ours, and each worker would print a traceback. Processes and threads
+    # inherit the mask of the thread that starts them, so workers never see it; for us it only waits for this block's end.
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    # Started now, for starting it clears the mask of the thread that does so.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager

@@ -65,7 +65,7 @@ def show_plan(console: Console, plan: Plan, cache: object, out: object) -> None:
     )
 
 
-def show_result(console: Console, result: RunResult, *, reference: str | None = None) -> None:
+def show_result(console: Console, result: RunResult, *, reference: str | None = None, files: bool = True) -> None:
     """The leaderboard by inputs and kind, the winner, its test score, where every file lies, how long it took."""
     console.print(leaderboard_table(result.board, result.metric, result.names))
     for note in result.notes:
@@ -112,7 +112,8 @@ def show_result(console: Console, result: RunResult, *, reference: str | None = 
         console.print(reference, highlight=False)
     console.print()
     console.print(stages_table(result))
-    console.print(files_table(result))
+    if files:
+        console.print(files_table(result))
 
 
 def leaderboard_table(board: pd.DataFrame, metric: str, names: Sequence[str]) -> Table:

@@ -1,7 +1,9 @@
 """Runs many small tasks on a Dask client: a window in flight, each outcome handed back as it comes, nothing held.
 
-Measured by others and kept in mind: futures that are held after they finish are executed again when their worker
-dies; with a window that releases each at once, a finished task runs exactly once.
+Futures that are held after they finish are executed again when their worker dies; with a window that releases each at
+once, a finished task runs exactly once. The window is as wide as there are threads, no wider: Dask blames every task
+that a dead worker had been given, the waiting ones too, and tasks of seconds do not notice the few milliseconds
+between them.
 """
 
 from collections import deque
@@ -49,10 +51,9 @@ def run_tasks(
         flying[future] = (key, job)
         finished.add(future)
 
-    window = 3 * max(1, sum(client.nthreads().values()))
     try:
         while waiting or flying:
-            while waiting and len(flying) < window:
+            while waiting and len(flying) < max(1, sum(client.nthreads().values())):
                 launch(*waiting.popleft())
             future = next(finished)
             key, job = flying.pop(future)

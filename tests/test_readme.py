@@ -1,0 +1,105 @@
+"""The README does what it says: its commands, its recipe and its Python run as written, and its tree is the tree."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from run_cases import headrace, make_photos
+from typer.main import get_command
+
+from headrace.pipelines import load_recipe
+from headrace.pipelines.cli import app
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def blocks(language):
+    """The fenced code blocks of one language."""
+    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder of photos, as a reader of the README has one."""
+    folder = tmp_path_factory.mktemp("readme")
+    make_photos(folder / "photos", n=40)
+    return folder
+
+
+def test_the_two_commands_are_words_of_the_makefile():
+    """`make demo` and `make test`."""
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
+    asked = set(re.findall(r"^make ([a-z]+)", "\n".join(blocks("sh")), re.M))
+    assert {"demo", "test"} <= asked <= targets
+
+
+@pytest.mark.slow
+def test_its_commands_run_as_written(folder):
+    """init, a dry run that writes nothing, and the run; then the recipe that the README shows."""
+    commands = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("headrace ")]
+    assert [command.split()[1] for command in commands] == ["init", "run", "run"]
+    for command in commands:
+        done = headrace(*shlex.split(command, comments=True)[1:], cwd=folder)
+        assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+    assert "Winner:" in done.stdout
+    (recipe,) = blocks("yaml")
+    (folder / "readme.yaml").write_text(recipe)
+    assert load_recipe(folder / "readme.yaml").images.folder == folder / "photos"
+    done = headrace("run", "readme.yaml", cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_its_python_runs_as_written(folder):
+    """Each block is a script of its own, run where the photos are."""
+    for number, block in enumerate(blocks("python")):
+        script = folder / f"block{number}.py"
+        script.write_text(block)
+        done = subprocess.run([sys.executable, script], cwd=folder, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, f"{block}\n{done.stdout}{done.stderr}"
+        assert done.stdout
+
+
+def test_its_tree_is_the_tree():
+    """Every module has its phrase, and every phrase its module."""
+    tree = README.split("## The tree")[1]
+    listed, package = set(), ""
+    for line in tree.splitlines():
+        if found := re.match(r"([a-z]+)/", line):
+            package = found[1]
+        elif found := re.match(r"  ([a-z_]+\.py)\s+\S", line):
+            listed.add(f"{package}/{found[1]}")
+    on_disk = {
+        f"{package}/{file.name}"
+        for package in ("cache", "extract", "heads", "pipelines")
+        for file in (ROOT / package).glob("*.py")
+        if file.name not in ("__init__.py", "__main__.py")
+    }
+    assert listed == on_disk
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_within_the_tree_resolves(page):
+    """Pictures and pages."""
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
+        assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_every_command_and_option_has_help():
+    """`--help` says what each is for."""
+
+    def walk(command, name):
+        assert command.help, name
+        for parameter in command.params:
+            assert getattr(parameter, "help", None) or parameter.name in ("install_completion", "show_completion"), (
+                f"{name} {parameter.name}"
+            )
+        for child, sub in getattr(command, "commands", {}).items():
+            walk(sub, f"{name} {child}")
+
+    walk(get_command(app), "headrace")
