@@ -10,7 +10,7 @@ from headrace.extract.containers import list_array, list_tar
 from headrace.extract.contents import Contents, Unreadable, content_hashes
 from headrace.extract.errors import BackboneError, SourceError
 from headrace.extract.figures import Figures, figures
-from headrace.extract.memo import backbone_features, remember_features
+from headrace.extract.memo import Storing, backbone_features, remember_features
 from headrace.extract.plan import ExtractJob, Network, plan_networks, plan_units
 from headrace.extract.preprocess import Preprocessing
 from headrace.extract.samples import IMAGE_SUFFIXES, list_folder, read_table
@@ -67,6 +67,7 @@ __all__ = [
     "Preprocessing",
     "Sample",
     "SourceError",
+    "Storing",
     "Tap",
     "TapInfo",
     "UnitReport",

@@ -81,8 +81,8 @@ def hooked(
     def keep(node: Node, reductions: Sequence[Tap], output: Tensor) -> None:
         for tap in reductions:
             reduced = reduce_output(output, tap.reduction, node)
-            # The network may overwrite its own output in place afterwards.
-            found[tap] = reduced.clone() if reduced._is_view() or reduced is output else reduced
+            # These are views of the output itself, which the network may overwrite in place afterwards.
+            found[tap] = reduced.clone() if tap.reduction in ("map", "vector", "cls") else reduced
         # A compiler sees by itself that nothing behind the deepest tap is used
         if len(found) == len(taps) and not compiled:
             raise _Done

@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypedDict, Unpack
 
 from headrace.cache import FeatureSpec, SpecMismatch, publish_replace
 from headrace.extract.spec import BackboneSpec, weights_stamp
@@ -17,15 +18,23 @@ from headrace.extract.spec import BackboneSpec, weights_stamp
 _LIBRARIES = ("torch", "torchvision", "timm", "pillow", "headrace")
 
 
+class Storing(TypedDict, total=False):
+    """How features are computed and stored, as `feature_specs` takes it."""
+
+    dtype: str
+    compute_dtype: str
+    views: int
+
+
 def backbone_features(
-    spec: BackboneSpec, taps: str | Sequence[str], *, dtype: str, cache_root: Path
+    spec: BackboneSpec, taps: str | Sequence[str], *, cache_root: Path, **storing: Unpack[Storing]
 ) -> tuple[FeatureSpec, ...]:
-    """The feature sets that these taps of a backbone make, one view each; see `feature_specs`.
+    """The feature sets that these taps of a backbone make, tap by tap and within a tap view by view; see `feature_specs`.
 
     Read from what the cache remembers; otherwise the network is built. A backbone from the user's own Python function
     is always built: nothing says whether its code has changed. Raises BackboneError.
     """
-    memo = _memo(spec, taps, dtype, cache_root)
+    memo = _memo(spec, taps, storing, cache_root)
     if memo is not None and (known := _read(memo)) is not None:
         return known
     from headrace.extract.backbone import load_backbone
@@ -33,25 +42,30 @@ def backbone_features(
     from headrace.extract.taps import resolve_taps
 
     backbone = load_backbone(spec)
-    return feature_specs(backbone, resolve_taps(backbone, taps), dtype=dtype)
+    return feature_specs(backbone, resolve_taps(backbone, taps), **storing)
 
 
 def remember_features(
-    spec: BackboneSpec, taps: str | Sequence[str], features: Sequence[FeatureSpec], *, dtype: str, cache_root: Path
+    spec: BackboneSpec,
+    taps: str | Sequence[str],
+    features: Sequence[FeatureSpec],
+    *,
+    cache_root: Path,
+    **storing: Unpack[Storing],
 ) -> None:
     """Keep what `backbone_features` found, for the next call. Apart from it, because a dry run writes nothing."""
-    memo = _memo(spec, taps, dtype, cache_root)
+    memo = _memo(spec, taps, storing, cache_root)
     if memo is not None and not memo.exists():
         memo.parent.mkdir(parents=True, exist_ok=True)
         publish_replace(memo, json.dumps([feature.to_json() for feature in features]).encode())
 
 
-def _memo(spec: BackboneSpec, taps: str | Sequence[str], dtype: str, cache_root: Path) -> Path | None:
+def _memo(spec: BackboneSpec, taps: str | Sequence[str], storing: Storing, cache_root: Path) -> Path | None:
     if spec.name.startswith("python:"):
         return None
     versions = [importlib.metadata.version(name) for name in _LIBRARIES]
     asked = [taps] if isinstance(taps, str) else list(taps)
-    key = json.dumps([dataclasses.asdict(spec), weights_stamp(spec), asked, dtype, versions], sort_keys=True)
+    key = json.dumps([dataclasses.asdict(spec), weights_stamp(spec), asked, storing, versions], sort_keys=True)
     return cache_root / "backbones" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
 
 

@@ -120,6 +120,9 @@ def _stages(maps: list[Node]) -> list[Node]:
         shallowest = min(node.name.count(".") for node in here)
         # Inside a stage come the first convolutions of the next at the old resolution; whole stages have shorter names.
         picked.append([node for node in here if node.name.count(".") == shallowest][-1])
+    # Attention matrices and windows look like maps of other resolutions, but lie deep inside the blocks.
+    deepest = min((node.name.count(".") for node in picked), default=0) + 2
+    picked = [node for node in picked if node.name.count(".") <= deepest]
     order = {node.name: place for place, node in enumerate(maps)}
     return sorted(picked, key=lambda node: order[node.name])[-5:]
 
