@@ -192,7 +192,7 @@ def minimise(
         if new.size:
             coefficients = _direction_coefficients(remembered.gram[new], products[new], remembered.newest)
             slope[new] = np.einsum("ar,ar->a", coefficients[:, :-1], products[new]) + coefficients[:, -1] * squared[new]
-            for k, own in zip(new, coefficients.astype(dtype), strict=True):
+            for k, own in zip(new.tolist(), coefficients.astype(dtype), strict=True):
                 direction[k] = own[:-1] @ remembered.pairs[k] + own[-1] * gradient[k]
             uphill = new[~(slope[new] < 0)]
             direction[uphill], slope[uphill] = -gradient[uphill], -squared[uphill]

@@ -65,8 +65,6 @@ def frame(u: Array, values: Array, squares: Array, weight: Array, mu: float) -> 
         basis = np.linalg.qr(basis)[0]
         curvature = weight * np.maximum((basis**2).T @ p - (basis.T @ p) ** 2, 0)
     h = curvature @ squares
-    # A coordinate that the sample does not see, or a class that is already certain, keeps a sliver of the mass: steps
-    # stay finite, and the line search and the curvature pairs do the rest.
-    h[:, -1] += 1e-3 * weight.sum() / len(u)
-    h[:, :-1] += mu
-    return Frame(basis, np.sqrt(h))
+    # The intercept is not penalised, but a class that is certain has no curvature there either: mu keeps steps finite.
+    # A larger floor would hide the intercept's distance to its optimum from the estimate that ends the iterations.
+    return Frame(basis, np.sqrt(h + u.dtype.type(mu)))

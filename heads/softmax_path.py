@@ -102,7 +102,10 @@ def solve_lines(
         u = frame.unscaled(stopped.point.reshape(flight.shape))
         gradient = frame.unscaled_gradient(stopped.gradient.reshape(flight.shape))
         spent = stopped.iterations + (paused[i, mu].iterations if (i, mu) in paused else 0)
-        now = _Solved(u, gradient, stopped.value, stopped.pairs, frame, mu, spent, stopped.converged)
+        # A mean loss near the rounding of one row's loss (which is of the order of 1) says nothing about convergence.
+        meaningful = stopped.value > 1e3 * float(np.finfo(design.dtype).eps) * float(batch.sums[i][:, -1].sum())
+        converged = stopped.converged and meaningful
+        now = _Solved(u, gradient, stopped.value, stopped.pairs, frame, mu, spent, converged)
         if (
             stopped.iterations >= ITERATIONS_PER_FRAME
             and not stopped.converged
