@@ -87,6 +87,10 @@ class ConvBatch:
         self.drops = any(levels)
         self.drop_below = torch.tensor(levels, dtype=torch.uint8, device=self.device).view(-1, 1, 1)
         self.drop_scale = torch.tensor([256 / (256 - level) for level in levels], device=self.device).view(-1, 1, 1)
+        rates = [net.learning_rate for net in self.networks]
+        decays = [net.weight_decay for net in self.networks]
+        self.rates = torch.tensor(rates, dtype=torch.float32, device=self.device).view(-1, 1, 1)
+        self.shrink = 1 - self.rates * torch.tensor(decays, dtype=torch.float32, device=self.device).view(-1, 1, 1)
         smoothing = [net.label_smoothing for net in self.networks]
         self.smoothing = torch.tensor(smoothing, dtype=torch.float32, device=self.device).view(-1, 1, 1)
         self.balanced = torch.tensor([int(net.balanced) for net in self.networks], device=self.device)
@@ -186,6 +190,12 @@ class ConvBatch:
             self.step += 1
             for place, gradient in enumerate(gradients):
                 adamw_broadcast(
-                    self.parameters[place], gradient, self.first[place], self.second[place], self.networks, self.step
+                    self.parameters[place],
+                    gradient,
+                    self.first[place],
+                    self.second[place],
+                    self.rates,
+                    self.shrink,
+                    self.step,
                 )
         return loss.sum(1)

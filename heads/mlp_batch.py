@@ -27,7 +27,7 @@ BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # torch.optim.AdamW's defaults
 EVALUATION_ROWS = 2048  # rows of one block when no gradient is needed
 # Rows of one product for the first layer's gradients: enough for the full rate (64 rows: 0.8 of it), few enough that a
 # head's gradient is still in the cache when the optimiser reads it.
-GRADIENT_ROWS = 256
+GRADIENT_ROWS = 512
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,6 @@ class NetworkBatch:
         self, networks: Sequence[Network], rows: Rows, *, fold: int, device: torch.device, dtype: torch.dtype
     ) -> None:
         self.rows, self.device, self.dtype = rows, device, dtype
-        self.fused = device.type == "cpu"  # one small operation per head, rather than one large one for all
         self.networks = list(networks)
         self.padded = tuple(padded_width(width) for width in networks[0].hidden)
         self.step = 0
@@ -136,6 +135,9 @@ class NetworkBatch:
             for layer, (weight, bias) in enumerate(initial_layers(network, inputs, rows.outputs)):
                 self.weights[layer][head, : weight.shape[0], : weight.shape[1]] = torch.from_numpy(weight)
                 self.biases[layer][head, : len(bias)] = torch.from_numpy(bias)
+        # The first layer's weights are kept in units of their head's learning rate: an AdamW step is then the same for
+        # every rate, and one fused call does it for many heads. `cast` holds the weights as they are, to multiply with.
+        self.weights[0] /= torch.tensor([net.learning_rate for net in networks]).view(-1, 1, 1)
         self.weights = [w.to(device) for w in self.weights]
         self.biases = [b.to(device) for b in self.biases]
         self.first = [torch.zeros_like(p) for p in (*self.weights, *self.biases)]
@@ -156,13 +158,11 @@ class NetworkBatch:
         self.drop_scale = column([256 / (256 - level) for level in levels])
         self.smoothing = column([net.label_smoothing for net in nets])
         self.balanced = torch.tensor([int(net.balanced) for net in nets], device=self.device)
-        self.cast = self.weights[0].to(self.dtype) if self.dtype != torch.float32 else self.weights[0]
-        # Slices are made once: with narrow heads, making them at every step cost as much as the optimiser.
-        self.states = [
-            list(zip(*(t.unbind(0) for t in tensors), strict=True))
-            for tensors in ((*self.weights, *self.biases), self.first, self.second)
-        ]
-        self.heads_at_once = max(1, GRADIENT_ROWS // max(1, self.weights[0].shape[1]))
+        self.rates = column([net.learning_rate for net in nets])
+        self.shrink = column([1 - net.learning_rate * net.weight_decay for net in nets])
+        self.cast = (self.weights[0] * self.rates).to(self.dtype)
+        rows = GRADIENT_ROWS if self.device.type == "cpu" else len(nets) * self.weights[0].shape[1]
+        self.heads_at_once = max(1, rows // max(1, self.weights[0].shape[1]))
 
     def __len__(self) -> int:
         return len(self.networks)
@@ -189,6 +189,8 @@ class NetworkBatch:
         layers = []
         for layer, (i, o) in enumerate(zip((inputs, *hidden), (*hidden, self.rows.outputs), strict=True)):
             weight = self.best[layer][head, :o, :i].cpu().numpy().copy()
+            if layer == 0:
+                weight *= np.float32(self.networks[head].learning_rate)
             bias = self.best[len(self.weights) + layer][head, :o].cpu().numpy().copy()
             layers.append((weight, bias))
         return layers
@@ -262,43 +264,41 @@ class NetworkBatch:
 
     def _update(self, gradients: list[tuple[int, Tensor]], slope: Tensor, batch: Tensor) -> None:
         parameters = (*self.weights, *self.biases)
-        if not self.fused:
-            gradients.append((0, torch.mm(slope.view(-1, slope.shape[2]), batch).view_as(self.weights[0]).float()))
-            for place, gradient in gradients:
-                adamw_broadcast(
-                    parameters[place], gradient, self.first[place], self.second[place], self.networks, self.step
-                )
-            if self.cast is not self.weights[0]:
-                self.cast.copy_(self.weights[0])
-            return
+        for place, gradient in gradients:
+            adamw_broadcast(
+                parameters[place],
+                gradient,
+                self.first[place],
+                self.second[place],
+                self.rates,
+                self.shrink,
+                self.step,
+            )
         # A few heads at a time: their gradient is used while it is in the cache, and one fused pass reads it, the
-        # parameters and the moments, where broadcast operations over all heads make six passes through memory.
-        step = [torch.tensor(float(self.step))] * len(parameters)
-        places = [place for place, _ in gradients]
-        small = list(zip(*(gradient.unbind(0) for _, gradient in gradients), strict=True))
-        now, first, second = self.states
-        for start in range(0, len(self), self.heads_at_once):
-            stop = min(len(self), start + self.heads_at_once)
-            tile = product(slope[start:stop].view(-1, slope.shape[2]), batch).float()
-            for head, wide in enumerate(tile.view(stop - start, -1, batch.shape[1]).unbind(0), start):
-                network = self.networks[head]
-                torch._fused_adamw_(
-                    [now[head][0], *(now[head][place] for place in places)],
-                    [wide, *small[head]],
-                    [first[head][0], *(first[head][place] for place in places)],
-                    [second[head][0], *(second[head][place] for place in places)],
-                    [],
-                    step,
-                    lr=network.learning_rate,
-                    beta1=BETA1,
-                    beta2=BETA2,
-                    weight_decay=network.weight_decay,
-                    eps=EPSILON,
-                    amsgrad=False,
-                    maximize=False,
-                )
-            if self.cast is not self.weights[0]:
-                self.cast[start:stop].copy_(self.weights[0][start:stop])
+        # parameters and the moments, where broadcast operations make six passes through memory.
+        step = [torch.tensor(float(self.step), device=self.device)]
+        tensors = (slope, self.weights[0], self.first[0], self.second[0], self.shrink, self.rates, self.cast)
+        for own, units, first, second, shrink, rates, cast in zip(
+            *(torch.split(tensor, self.heads_at_once) for tensor in tensors), strict=True
+        ):
+            wide = product(own.view(-1, own.shape[2]), batch).float().view_as(units)
+            units.mul_(shrink)
+            torch._fused_adamw_(
+                [units],
+                [wide],
+                [first],
+                [second],
+                [],
+                step,
+                lr=1.0,
+                beta1=BETA1,
+                beta2=BETA2,
+                weight_decay=0.0,
+                eps=EPSILON,
+                amsgrad=False,
+                maximize=False,
+            )
+            torch.mul(units, rates, out=cast)
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -311,18 +311,16 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def adamw_broadcast(
-    parameter: Tensor, gradient: Tensor, first: Tensor, second: Tensor, networks: Sequence[Network], step: int
+    parameter: Tensor, gradient: Tensor, first: Tensor, second: Tensor, rates: Tensor, shrink: Tensor, step: int
 ) -> None:
-    """One AdamW step on (K, …) in place, each head with its own learning rate and weight decay: for devices where one
-    large operation is cheaper than K small ones."""
+    """One AdamW step on (K, …) in place, each head with its own learning rate `rates` (K, 1, 1) and with its weights
+    shrunk by 1 - rate · decay, `shrink` (K, 1, 1)."""
     shape = (-1,) + (1,) * (parameter.dim() - 1)
-    rate = torch.tensor([net.learning_rate for net in networks], device=parameter.device).view(shape)
-    decay = torch.tensor([net.weight_decay for net in networks], device=parameter.device).view(shape)
-    parameter.mul_(1 - rate * decay)
+    parameter.mul_(shrink.view(shape))
     first.lerp_(gradient, 1 - BETA1)
     second.mul_(BETA2).addcmul_(gradient, gradient, value=1 - BETA2)
-    denominator = (second.sqrt() / math.sqrt(1 - BETA2**step)).add_(EPSILON)
-    parameter.sub_(rate / (1 - BETA1**step) * first / denominator)
+    denominator = second.sqrt().div_(math.sqrt(1 - BETA2**step)).add_(EPSILON)
+    parameter.addcdiv_(first * rates.view(shape), denominator, value=-1 / (1 - BETA1**step))
 
 
 def loss_and_slope(

@@ -193,8 +193,8 @@ def test_padding_stays_zero() -> None:
     assert (bank.weights[0][1, 20:] != 0).any()
 
 
-def test_both_optimisers_are_adamw() -> None:
-    """The broadcast AdamW of other devices gives what torch's optimiser gives, head by head."""
+def test_the_broadcast_optimiser_is_adamw() -> None:
+    """The broadcast AdamW gives what torch's optimiser gives, head by head."""
     generator = torch.Generator().manual_seed(0)
     start, gradients = torch.randn(3, 4, 5, generator=generator), torch.randn(6, 3, 4, 5, generator=generator)
     specs = [
@@ -207,25 +207,13 @@ def test_both_optimisers_are_adamw() -> None:
         for p, s in zip(theirs, specs, strict=True)
     ]
     optimizer = torch.optim.AdamW(groups)
+    rates, decays = torch.tensor([1e-1, 1e-2, 1e-3]).view(3, 1, 1), torch.tensor([0.0, 1.0, 1e-2]).view(3, 1, 1)
     for step, gradient in enumerate(gradients, start=1):
-        adamw_broadcast(ours, gradient, first, second, [network(spec) for spec in specs], step)
+        adamw_broadcast(ours, gradient, first, second, rates, 1 - rates * decays, step)
         for head in range(3):
             theirs[head].grad = gradient[head]
         optimizer.step()
     torch.testing.assert_close(ours, torch.stack([p.data for p in theirs]))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_way_of_other_devices_is_the_same_network(dtype: torch.dtype) -> None:
-    """The updates that a GPU makes, all heads in one operation, give the parameters that the CPU's give head by head."""
-    X, y, fold = digits()
-    order = np.flatnonzero(fold != 0)
-    batches = [_batch(X, y, fold, MIXED[1:3], dtype) for _ in range(2)]
-    batches[1].fused = False
-    for bank in batches:
-        bank.train_epoch(order, np.zeros(len(order), np.int64), 64)
-    for a, b in zip(batches[0].weights, batches[1].weights, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5 if dtype == torch.float32 else 1e-3)
 
 
 def test_features_on_disk_train_as_in_memory(tmp_path: Path) -> None:
@@ -406,10 +394,10 @@ def _accuracy(fit: HeadFit, y: Arrays, fold: Arrays) -> float:
     return score("single", y[fold == fit.fold], fit.validation, "accuracy")
 
 
-def _batch(
-    X: Arrays, y: Arrays, fold: Arrays, specs: list[MLPSpec], dtype: torch.dtype = torch.float32
-) -> NetworkBatch:
+def _batch(X: Arrays, y: Arrays, fold: Arrays, specs: list[MLPSpec]) -> NetworkBatch:
     from headrace.heads.mlp_data import prepare
 
     data = prepare(X[None], torch.from_numpy(X), y, 10, fold, 0, np.ones(len(X)), "single", standardize=True)
-    return NetworkBatch([network(spec) for spec in specs], data.rows, fold=0, device=torch.device("cpu"), dtype=dtype)
+    return NetworkBatch(
+        [network(spec) for spec in specs], data.rows, fold=0, device=torch.device("cpu"), dtype=torch.float32
+    )
