@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
-from headrace.cache import FeatureSpec
+from headrace.cache import STORAGE_DTYPES, FeatureSpec
 from headrace.extract.backbone import Backbone, build_untrained, load_backbone
+from headrace.extract.errors import BackboneError
+from headrace.extract.forward import COMPUTE_DTYPES
 from headrace.extract.images import DECODER
 from headrace.extract.nodes import Layout, find_nodes
 from headrace.extract.spec import BackboneSpec
@@ -78,8 +80,14 @@ def feature_specs(
     augmentation: Augmentation | None = None,
 ) -> tuple[FeatureSpec, ...]:
     """The feature sets of these taps, tap by tap, and within a tap view by view; `views` counts the evaluation crop."""
+    for name, given, valid in (
+        ("dtype", dtype, STORAGE_DTYPES),
+        ("compute_dtype", compute_dtype, COMPUTE_DTYPES),
+    ):
+        if given not in valid:
+            raise BackboneError(f"{name} is {given!r}; expected one of {', '.join(valid)}")
     if views < 1:
-        raise ValueError(f"views is {views}; expected at least 1, the evaluation crop")
+        raise BackboneError(f"views is {views}; expected at least 1, the evaluation crop")
     nodes = backbone_nodes(backbone)
     return tuple(
         FeatureSpec(

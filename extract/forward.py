@@ -14,6 +14,7 @@ from headrace.extract.fuse import fusable, fused, same_outputs
 from headrace.extract.nodes import PRE_LOGITS, Node
 from headrace.extract.taps import Tap, backbone_nodes, reduce_output
 
+COMPUTE_DTYPES = ("float32", "float16", "bfloat16")
 # (pixels: uint8, shape (N, H, W, 3), on the forward's device) -> per tap (N, *tap_shape), on that device
 Forward = Callable[[Tensor], list[Tensor]]
 
@@ -99,13 +100,20 @@ def hooked(
     def forward(pixels: Tensor) -> list[Tensor]:
         found.clear()
         autocast = torch.autocast(pixels.device.type, half, enabled=half is not None)
-        with contextlib.suppress(_Done), torch.inference_mode(), autocast:
+        with contextlib.suppress(_Done), torch.inference_mode(), autocast, _exact(pixels.device.type):
             run(normalise(pixels))
         outputs = [found[tap] for tap, _ in taps]
         found.clear()
         return outputs
 
     return forward
+
+
+def _exact(device: str) -> contextlib.AbstractContextManager[None]:
+    """On CUDA, cuDNN's fastest kernels, but not its 10-bit TF32, which float32 would silently mean."""
+    if device != "cuda":
+        return contextlib.nullcontext()
+    return torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=False)
 
 
 def _after(module: nn.Module, keep: Callable[[Tensor], None]) -> None:

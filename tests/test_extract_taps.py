@@ -232,3 +232,15 @@ def test_half_precision_passes_stay_close() -> None:
     )
     error = float((half.float() - full).norm() / full.norm())
     assert 1e-5 < error < 0.05
+
+
+def test_dtypes_and_views_that_are_not() -> None:
+    backbone = load_backbone(BackboneSpec("torchvision:resnet18", "random:0", image_size=64))
+    taps = resolve_taps(backbone, ["layer1"])
+    for options, message in (
+        ({"dtype": "int4"}, "dtype is 'int4'; expected one of float16"),
+        ({"compute_dtype": "uint8"}, "compute_dtype is 'uint8'; expected one of float32"),
+        ({"views": 0}, "views is 0; expected at least 1"),
+    ):
+        with pytest.raises(BackboneError, match=message):
+            feature_specs(backbone, taps, **options)
