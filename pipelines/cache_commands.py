@@ -335,14 +335,15 @@ def _extract_again(
 def _networks(recipe_path: Path) -> "list[tuple[BackboneSpec, tuple[FeatureSpec, ...]]]":
     """The backbones of a recipe and the feature sets they make."""
     from headrace.extract import backbone_features
-    from headrace.pipelines.prepare import backbone_spec
+    from headrace.pipelines.prepare import backbone_spec, storing
     from headrace.pipelines.recipe import load_recipe
 
     recipe = load_recipe(recipe_path)
     found = []
     for backbone in recipe.backbones:
         spec = backbone_spec(backbone)
-        found.append((spec, backbone_features(spec, backbone.taps, dtype=recipe.storage, cache_root=recipe.cache)))
+        features = backbone_features(spec, backbone.taps, cache_root=recipe.cache, **storing(backbone, recipe))
+        found.append((spec, features))
     return found
 
 

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from headrace.cache import HeadraceError
+from headrace.pipelines.backbone_commands import backbones_command
 from headrace.pipelines.cache_commands import app as cache_app
 
 app = typer.Typer(
@@ -17,6 +18,7 @@ app = typer.Typer(
     help="Extract deep features once, train hundreds of classifier heads on them, fine-tune only the winners.",
 )
 app.add_typer(cache_app, name="cache")
+app.command("backbones")(backbones_command)
 
 
 def _version(wanted: bool) -> None:

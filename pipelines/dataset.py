@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from headrace.cache import HeadraceError
-from headrace.extract import list_folder, read_table
+from headrace.extract import list_array, list_folder, list_tar, read_table
 from headrace.heads import TEST, TRAIN_ONLY, Task, make_folds, split_test
 from headrace.pipelines.recipe import Recipe, TaskSection
 
@@ -49,12 +49,16 @@ def list_samples(recipe: Recipe) -> pd.DataFrame:
     Raises DataError when a column that the task names is absent.
     """
     images, task = recipe.images, recipe.task
+    source = images.folder or images.table or images.tar or images.array
     if images.folder is not None:
-        samples, source = list_folder(images.folder), images.folder
-    else:
-        assert images.table is not None  # the recipe has exactly one of the two
+        samples = list_folder(images.folder)
+    elif images.table is not None:
         samples = read_table(images.table, path_column=images.path_column, id_column=images.id_column, root=images.root)
-        source = images.table
+    elif images.tar is not None:
+        samples = list_tar(images.tar)
+    else:
+        assert images.array is not None  # the recipe has exactly one of the four
+        samples = list_array(images.array, key=images.array_key, labels=images.labels, labels_key=images.labels_key)
     for key in ("target", "group", "split", "fold"):
         named = getattr(task, key)
         for column in () if named is None else (named,) if isinstance(named, str) else named:

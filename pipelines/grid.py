@@ -4,22 +4,46 @@ import difflib
 import itertools
 import json
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
-from headrace.heads import CentroidSpec, HeadSpec, KNNSpec, LogisticSpec, MLPSpec, RidgeSpec, SklearnSpec
-from headrace.pipelines.recipe import HeadInput, Heads, RecipeError
+from headrace.heads import (
+    CentroidSpec,
+    ConvSpec,
+    Halving,
+    HeadSpec,
+    KNNSpec,
+    LogisticSpec,
+    MLPSpec,
+    RidgeSpec,
+    SklearnSpec,
+)
+from headrace.pipelines.recipe import HalvingSection, HeadInput, Heads, RecipeError
 
-# (names of the feature sets that stand side by side, specs of one kind to train on them)
-Wanted = tuple[tuple[str, ...], tuple[HeadSpec, ...]]
+
+class Wanted(NamedTuple):
+    """Heads of one kind that the recipe asks for, on one input."""
+
+    inputs: tuple[str, ...]  # names of the feature sets that stand side by side
+    specs: tuple[HeadSpec, ...]
+    halving: Halving | None = None
 
 
 def wanted_heads(heads: Heads, names: Sequence[str]) -> list[Wanted]:
     """Every (inputs, specs) pair that the recipe asks for; `names` are the feature sets there are.
 
-    Raises RecipeError for an input that is not one of them.
+    `each` and `all` mean the maps (`layer3.map`) for convolution heads, and everything else for the other kinds.
+    Raises RecipeError for an input that is not one of them, and for convolution heads without a map.
     """
+    sections = {kind: grid.halving for kind, grid in (("mlp", heads.mlp), ("conv", heads.conv)) if grid is not None}
     return [
-        (columns, tuple(dict.fromkeys(specs))) for inputs, specs in _grids(heads) for columns in _expand(inputs, names)
+        Wanted(columns, tuple(dict.fromkeys(specs)), _halving(sections.get(specs[0].kind)))
+        for inputs, specs in _grids(heads)
+        for columns in _expand(inputs, names, maps=specs[0].kind == "conv")
     ]
+
+
+def _halving(section: HalvingSection | None) -> Halving | None:
+    return None if section is None else Halving(after=section.after, keep=section.keep)
 
 
 def _grids(heads: Heads) -> Iterator[tuple[tuple[HeadInput, ...], list[HeadSpec]]]:
@@ -58,6 +82,36 @@ def _grids(heads: Heads) -> Iterator[tuple[tuple[HeadInput, ...], list[HeadSpec]
                 for hidden, rate, decay, dropout, smoothing, class_weight, seed in axes
             ],
         )
+    if conv := heads.conv:
+        layers = itertools.product(
+            conv.channels,
+            conv.hidden,
+            conv.learning_rate,
+            conv.weight_decay,
+            conv.dropout,
+            conv.label_smoothing,
+            conv.class_weight,
+            conv.seed,
+        )
+        yield (
+            conv.inputs,
+            [
+                ConvSpec(
+                    channels=channels,
+                    hidden=hidden,
+                    learning_rate=rate,
+                    weight_decay=decay,
+                    dropout=dropout,
+                    label_smoothing=smoothing,
+                    class_weight=class_weight,
+                    batch_size=conv.batch_size,
+                    epochs=conv.epochs,
+                    patience=conv.patience,
+                    seed=seed,
+                )
+                for channels, hidden, rate, decay, dropout, smoothing, class_weight, seed in layers
+            ],
+        )
     if knn := heads.knn:
         yield (
             knn.inputs,
@@ -74,13 +128,22 @@ def _grids(heads: Heads) -> Iterator[tuple[tuple[HeadInput, ...], list[HeadSpec]
             )
 
 
-def _expand(inputs: Sequence[HeadInput], names: Sequence[str]) -> list[tuple[str, ...]]:
+def _expand(inputs: Sequence[HeadInput], names: Sequence[str], *, maps: bool) -> list[tuple[str, ...]]:
+    meant = [name for name in names if name.endswith(".map") == maps]
+    if not meant and {"each", "all"} & {item for item in inputs if isinstance(item, str)}:
+        found = ", ".join(names)
+        raise RecipeError(
+            f"heads.conv needs a tap with its positions kept, such as layer3.map; the taps are {found}"
+            if maps
+            else f"the taps {found} keep their positions, which makes very wide inputs: add reduced ones, such as "
+            f"{names[0].removesuffix('.map')}.avg, or name these under `inputs`"
+        )
     columns: list[tuple[str, ...]] = []
     for item in inputs:
         if item == "each":
-            columns += [(name,) for name in names]
+            columns += [(name,) for name in meant]
         elif item == "all":
-            columns.append(tuple(names))
+            columns.append(tuple(meant))
         else:
             columns.append(tuple(_known(name, names) for name in item))
     return list(dict.fromkeys(columns))

@@ -21,7 +21,7 @@ def trained_in(banks: Path, group: str) -> Trained:
 
 
 def collect_heads(
-    banks: Path, wanted: Sequence[Wanted], fingerprints: Mapping[str, str], task_digest: str
+    banks: Path, wanted: Sequence[Wanted], fingerprints: Mapping[str, Sequence[str]], task_digest: str
 ) -> pd.DataFrame:
     """One row per head (spec × fold) that the recipe asks for and that has been trained, the FULL ones included.
 
@@ -29,15 +29,15 @@ def collect_heads(
     and path (its results file).
     """
     frames = []
-    for inputs, specs in wanted:
-        group = bank_group(task_digest, [fingerprints[name] for name in inputs], specs[0].kind)
-        asked = {spec_to_json(spec) for spec in specs}
+    for each in wanted:
+        group = bank_group(task_digest, each, fingerprints)
+        asked = {spec_to_json(spec) for spec in each.specs}
         for path in sorted(banks.glob(f"{group}-*.h5")):
             table = read_bank(path).table
             table = table[table["spec"].isin(asked)]
             asked -= set(table["spec"])  # a spec that two files hold counts once
             if len(table):
-                every = pd.Series([inputs] * len(table), index=table.index, dtype=object)
+                every = pd.Series([each.inputs] * len(table), index=table.index, dtype=object)
                 frames.append(table.assign(inputs=every, path=str(path)))
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
 
@@ -46,8 +46,10 @@ def rank_heads(heads: pd.DataFrame, metric: str, widths: Mapping[str, int]) -> p
     """The leaderboard, best first: by the mean of `metric` over validation folds, ties by fewer features.
 
     Columns: rank, inputs, kind, settings, the metric's mean (its name), standard_error (of that mean over folds),
-    folds, features (how many numbers the head reads), train_seconds, failed (folds without a head), spec, path.
-    A spec that failed in any fold ranks after all that did not: a mean over fewer folds is no mean to compare.
+    folds, features (how many numbers the head reads), train_seconds, failed (folds without a head), final (whether the
+    head that is trained on every row is there: halving trains none for the settings that it stopped), spec, path.
+    A spec that failed in any fold, or is not final, ranks after all others: a mean over fewer folds, or fewer epochs,
+    is no mean to compare.
     """
     folds = heads[heads["fold"] != FULL]
     failed = folds["error"].fillna("").ne("")
@@ -64,14 +66,19 @@ def rank_heads(heads: pd.DataFrame, metric: str, widths: Mapping[str, int]) -> p
         failed=("_failed", "sum"),
         path=("path", "first"),
     ).reset_index()
+    whole = heads[(heads["fold"] == FULL) & heads["error"].isna()]
+    final = set(zip(whole["inputs"], whole["spec"], strict=True))
+    board["final"] = [key in final for key in zip(board["inputs"], board["spec"], strict=True)]
     board["features"] = [sum(widths[name] for name in inputs) for inputs in board["inputs"]]
     board["settings"] = [settings_text(spec_from_json(spec)) for spec in board["spec"]]
     board = board.sort_values(
-        ["failed", metric, "features", "spec"], ascending=[True, not METRICS[metric], True, True], ignore_index=True
+        ["failed", "final", metric, "features", "spec"],
+        ascending=[True, False, not METRICS[metric].higher_is_better, True, True],
+        ignore_index=True,
     )
     board.insert(0, "rank", np.arange(1, len(board) + 1))
     order = ["rank", "inputs", "kind", "settings", metric, "standard_error", "folds", "features", "train_seconds"]
-    return board[[*order, "failed", "spec", "path"]]
+    return board[[*order, "failed", "final", "spec", "path"]]
 
 
 def settings_text(spec: HeadSpec) -> str:

@@ -23,7 +23,7 @@ from headrace.pipelines.dataset import make_dataset
 from headrace.pipelines.grid import wanted_heads
 from headrace.pipelines.leaderboard import trained_in
 from headrace.pipelines.paths import RunPaths, content_index
-from headrace.pipelines.plan import FeaturePlan, plan_run
+from headrace.pipelines.plan import feature_plan, plan_run
 from headrace.pipelines.prepare import Survey, check_metric
 from headrace.pipelines.recipe import Heads, TaskSection
 from headrace.pipelines.run import RunResult, conclude, extract_missing, train_missing, write_inputs
@@ -57,7 +57,7 @@ def extract_features(
     cache = Path(cache).absolute()
     samples = _with_content(_listed(images), cache)
     spec = BackboneSpec(backbone) if isinstance(backbone, str) else backbone
-    specs = backbone_features(spec, taps, dtype=dtype, cache_root=cache)
+    specs = backbone_features(spec, taps, cache_root=cache, dtype=dtype)
     remember_features(spec, taps, specs, dtype=dtype, cache_root=cache)
     paths = [feature_set_path(cache, feature) for feature in specs]
     known = [open_feature_set(path).known() if path.exists() else frozenset[str]() for path in paths]
@@ -91,9 +91,7 @@ def train_heads(
     listed = _with_content(_listed(samples), paths.root)
     dataset = make_dataset(listed, listed["content"].tolist(), section)
     rows = {*dataset.train.content.astype(str), *dataset.test.content.astype(str)}
-    plans = [
-        FeaturePlan(name, feature.spec, len(rows & feature.known()), len(rows)) for name, feature in features.items()
-    ]
+    plans = [feature_plan(name, [feature.spec], rows, [feature.known()]) for name, feature in features.items()]
     for plan in plans:
         if plan.rows_known < plan.rows_total:
             raise MissingFeatures(
@@ -105,7 +103,7 @@ def train_heads(
         unreadable=(),
         dataset=dataset,
         metric=check_metric(section),
-        directories={name: feature.path for name, feature in features.items()},
+        directories={name: (feature.path,) for name, feature in features.items()},
         plan=plan_run(
             features=plans,
             units=[],

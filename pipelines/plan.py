@@ -1,13 +1,14 @@
 """What a run has to do, computed and not done: `--dry-run` prints it, `run` does it, resuming is planning again."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from math import prod
 
 from headrace.cache import FeatureSpec
 from headrace.extract import ExtractJob
-from headrace.heads import HeadSpec, spec_to_json
+from headrace.heads import Halving, HeadSpec, spec_to_json
 from headrace.pipelines.grid import Wanted
 
 # The published heads of one (task, features, kind): the specs in each of its results files.
@@ -20,19 +21,34 @@ MAX_BANK_SPECS = 64
 
 @dataclass(frozen=True)
 class FeaturePlan:
-    """One feature set of the run: what it is called, and how much of it is there."""
+    """One input that heads can be given: a tap of a backbone, in all its views."""
 
-    name: (
-        str  # as the leaderboard writes it: "blocks.4.avg", with the backbone's alias before it when there are several
-    )
-    spec: FeatureSpec
-    rows_known: int  # images of this run that have a row, or a recorded failure, already
+    # As the leaderboard writes it: "blocks.4.avg", with the backbone's alias before it when there are several.
+    name: str
+    specs: tuple[FeatureSpec, ...]  # one feature set per view
+    rows_known: int  # images of this run that have every view, or a recorded failure, already
     rows_total: int
+    rows_missing: int  # summed over the views
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one image's row."""
+        return self.specs[0].shape
 
     @property
     def bytes_new(self) -> int:
-        item = {"float32": 4, "uint8": 1}.get(self.spec.dtype, 2)
-        return (self.rows_total - self.rows_known) * prod(self.spec.shape) * item
+        item = {"float32": 4, "uint8": 1}.get(self.specs[0].dtype, 2)
+        return self.rows_missing * prod(self.shape) * item
+
+
+def feature_plan(
+    name: str, specs: Sequence[FeatureSpec], images: AbstractSet[str], known: Sequence[Collection[str]]
+) -> FeaturePlan:
+    """How much of these views of a tap is there, given the content hashes that each view has."""
+    there = [frozenset(images).intersection(contents) for contents in known]
+    everywhere = frozenset(images).intersection(*there)
+    missing = sum(len(images) - len(contents) for contents in there)
+    return FeaturePlan(name, tuple(specs), len(everywhere), len(images), missing)
 
 
 @dataclass(frozen=True)
@@ -42,6 +58,7 @@ class BankPlan:
     inputs: tuple[str, ...]  # names of the feature sets, side by side
     group: str  # names (task, features, kind): the first half of the results file's name
     specs: tuple[HeadSpec, ...]
+    halving: Halving | None = None
 
     @property
     def kind(self) -> str:
@@ -68,9 +85,13 @@ class Plan:
     folds: int
 
 
-def bank_group(task_digest: str, fingerprints: Sequence[str], kind: str) -> str:
-    """Names what the heads of a bank share. Heads of equal spec in equal groups are the same heads."""
-    return _hash(str(SOLVER_VERSION), task_digest, kind, *fingerprints)
+def bank_group(task_digest: str, wanted: Wanted, fingerprints: Mapping[str, Sequence[str]]) -> str:
+    """Names what the heads of a bank share. Heads of equal spec in equal groups are the same heads.
+
+    `fingerprints` are those of each input's feature sets, view by view.
+    """
+    inputs = [fingerprint for name in wanted.inputs for fingerprint in fingerprints[name]]
+    return _hash(str(SOLVER_VERSION), task_digest, wanted.specs[0].kind, repr(wanted.halving), *inputs)
 
 
 def _hash(*parts: str) -> str:
@@ -92,8 +113,7 @@ def plan_run(
 
     `trained` maps a group to the specs in each of its published results files. Pure but for it.
     """
-    fingerprint = {feature.name: feature.spec.fingerprint for feature in features}
-    banks = list(_missing_banks(wanted, fingerprint, task_digest, trained))
+    banks = list(_missing_banks(wanted, fingerprints_of(features), task_digest, trained))
     return Plan(
         features=tuple(features),
         units=tuple(units),
@@ -101,18 +121,26 @@ def plan_run(
         images_new=images_new,
         wanted=tuple(wanted),
         banks=tuple(banks),
-        heads_total=folds * sum(len(specs) for _, specs in wanted),
+        heads_total=folds * sum(len(each.specs) for each in wanted),
         heads_new=folds * sum(len(bank.specs) for bank in banks),
         folds=folds,
     )
 
 
+def fingerprints_of(features: Sequence[FeaturePlan]) -> dict[str, list[str]]:
+    """The fingerprints of each input's feature sets, view by view."""
+    return {feature.name: [spec.fingerprint for spec in feature.specs] for feature in features}
+
+
 def _missing_banks(
-    wanted: Sequence[Wanted], fingerprint: Mapping[str, str], task_digest: str, trained: Callable[[str], Trained]
+    wanted: Sequence[Wanted],
+    fingerprints: Mapping[str, Sequence[str]],
+    task_digest: str,
+    trained: Callable[[str], Trained],
 ) -> Iterator[BankPlan]:
-    for inputs, specs in wanted:
-        group = bank_group(task_digest, [fingerprint[name] for name in inputs], specs[0].kind)
+    for each in wanted:
+        group = bank_group(task_digest, each, fingerprints)
         there = frozenset[HeadSpec]().union(*trained(group).values())
-        missing = [spec for spec in specs if spec not in there]
+        missing = [spec for spec in each.specs if spec not in there]
         for start in range(0, len(missing), MAX_BANK_SPECS):
-            yield BankPlan(inputs, group, tuple(missing[start : start + MAX_BANK_SPECS]))
+            yield BankPlan(each.inputs, group, tuple(missing[start : start + MAX_BANK_SPECS]), each.halving)

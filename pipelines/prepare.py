@@ -1,7 +1,7 @@
 """What there is: images, content hashes, networks, features in the cache, heads on disk. Ends in the plan."""
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from headrace.cache import FeatureSpec, feature_set_path, open_feature_set
 from headrace.extract import (
     BackboneSpec,
     Network,
+    Storing,
     Unreadable,
     backbone_features,
     content_hashes,
@@ -23,7 +24,7 @@ from headrace.pipelines.dataset import Dataset, check_targets, list_samples, mak
 from headrace.pipelines.grid import wanted_heads
 from headrace.pipelines.leaderboard import trained_in
 from headrace.pipelines.paths import RunPaths, content_index
-from headrace.pipelines.plan import FeaturePlan, Plan, plan_run
+from headrace.pipelines.plan import Plan, feature_plan, plan_run
 from headrace.pipelines.recipe import Backbone, Recipe, RecipeError, TaskSection
 
 
@@ -36,7 +37,8 @@ class Survey:
     unreadable: tuple[Unreadable, ...]
     dataset: Dataset
     metric: str
-    directories: Mapping[str, Path]  # of the feature sets, by the names that the leaderboard gives them
+    # Of the feature sets, view by view, by the names that the leaderboard gives them.
+    directories: Mapping[str, tuple[Path, ...]]
     plan: Plan
 
 
@@ -51,11 +53,8 @@ def survey(recipe: Recipe, console: Console | None = None, *, write: bool = True
     samples = list_samples(recipe)
     check_targets(samples, recipe.task)  # before anything is read or built: it is the commonest mistake
     networks = [_network(backbone, recipe) for backbone in recipe.backbones]
-    names = [
-        [f"{backbone.alias or backbone.name}:{spec.name}" if len(networks) > 1 else spec.name for spec in network.specs]
-        for backbone, network in zip(recipe.backbones, networks, strict=True)
-    ]
-    wanted = wanted_heads(recipe.heads, [name for group in names for name in group])
+    inputs = _inputs(recipe, networks)
+    wanted = wanted_heads(recipe.heads, list(inputs))
     with tempfile.TemporaryDirectory() as scratch:
         # A first dry run leaves no cache behind; afterwards the index is worth keeping.
         index = content_index(recipe.cache) if write or recipe.cache.exists() else Path(scratch) / "contents.parquet"
@@ -64,12 +63,18 @@ def survey(recipe: Recipe, console: Console | None = None, *, write: bool = True
     dataset = make_dataset(samples, contents.hashes, recipe.task)
     readable = samples[samples["content"].notna()]
     needed = readable[readable["content"].isin({*dataset.train.content.astype(str), *dataset.test.content.astype(str)})]
-    units = plan_networks(needed, networks, cache_root=recipe.cache, unit_rows=recipe.compute.unit_images)
+    units = plan_networks(
+        needed,
+        networks,
+        cache_root=recipe.cache,
+        unit_rows=recipe.compute.unit_images,
+        device=_device(recipe.compute.device),
+        strict=recipe.compute.strict,
+    )
     images = set(needed["content"])
     features = [
-        FeaturePlan(name, spec, len(images.intersection(known)), len(images))
-        for network, group in zip(networks, names, strict=True)
-        for name, spec, known in zip(group, network.specs, network.known, strict=True)
+        feature_plan(name, [spec for spec, _ in views], images, [known for _, known in views])
+        for name, views in inputs.items()
     ]
     plan = plan_run(
         features=features,
@@ -84,20 +89,48 @@ def survey(recipe: Recipe, console: Console | None = None, *, write: bool = True
     if write:
         for backbone, network in zip(recipe.backbones, networks, strict=True):
             remember_features(
-                network.backbone, backbone.taps, network.specs, dtype=recipe.storage, cache_root=recipe.cache
+                network.backbone, backbone.taps, network.specs, cache_root=recipe.cache, **storing(backbone, recipe)
             )
-    directories = {feature.name: feature_set_path(recipe.cache, feature.spec) for feature in features}
+    directories = {
+        feature.name: tuple(feature_set_path(recipe.cache, spec) for spec in feature.specs) for feature in features
+    }
     return Survey(paths, samples, contents.unreadable, dataset, metric, directories, plan)
 
 
+def _inputs(recipe: Recipe, networks: Sequence[Network]) -> dict[str, list[tuple[FeatureSpec, Collection[str]]]]:
+    """By the name that the leaderboard gives it: each tap's views, with the content hashes that each has."""
+    inputs: dict[str, list[tuple[FeatureSpec, Collection[str]]]] = {}
+    for backbone, network in zip(recipe.backbones, networks, strict=True):
+        prefix = f"{backbone.alias or backbone.name}:" if len(networks) > 1 else ""
+        for spec, known in zip(network.specs, network.known, strict=True):
+            inputs.setdefault(prefix + spec.name, []).append((spec, known))
+    return inputs
+
+
+def _device(wanted: str) -> str:
+    """ "auto" is a GPU where PyTorch sees one. It is asked only then, because asking imports torch."""
+    if wanted != "auto":
+        return wanted
+    if not any(Path("/dev").glob("nvidia[0-9]*")):
+        return "cpu"
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def storing(backbone: Backbone, recipe: Recipe) -> Storing:
+    """How the recipe has features computed and stored, as `backbone_features` takes it."""
+    return Storing(dtype=recipe.storage.dtype, compute_dtype=recipe.storage.precision, views=backbone.views)
+
+
 def backbone_spec(backbone: Backbone) -> BackboneSpec:
-    """The recipe's backbone as `headrace.extract` takes it: the same fields, less those about taps and names."""
-    return BackboneSpec(**backbone.model_dump(exclude={"alias", "taps"}))
+    """The recipe's backbone as `headrace.extract` takes it: the same fields, less those about taps, views and names."""
+    return BackboneSpec(**backbone.model_dump(exclude={"alias", "taps", "views"}))
 
 
 def _network(backbone: Backbone, recipe: Recipe) -> Network:
     spec = backbone_spec(backbone)
-    specs = backbone_features(spec, backbone.taps, dtype=recipe.storage, cache_root=recipe.cache)
+    specs = backbone_features(spec, backbone.taps, cache_root=recipe.cache, **storing(backbone, recipe))
     return Network(spec, specs, [_known(recipe.cache, feature) for feature in specs])
 
 

@@ -1,64 +1,93 @@
-"""Progress for people (a live view) and for logs (plain lines), from the same few calls."""
+"""Progress for people (a live view) and for machines (lines of JSON where there is no terminal), from the same calls."""
 
 import contextlib
+import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-Advance = Callable[[int], None]
 # Without a terminal: a line at most this often, so that a log stays short.
 _LOG_INTERVAL_S = 5.0
+
+
+class Advance(Protocol):
+    """What a stage's block calls: how many things were just done, and what else is worth showing."""
+
+    def __call__(self, count: int, details: Mapping[str, float] | None = None) -> None: ...
 
 
 class _RateColumn(ProgressColumn):
     """Things per second since the stage began, and the time left at that rate."""
 
     def render(self, task: Task) -> Text:
-        return Text(rate_and_left(task.completed, task.total or 0, task.elapsed or 0.0, task.fields["unit"]))
+        rate, left = rate_and_left(task.completed, task.total or 0, task.elapsed or 0.0)
+        return Text(f"{rate:,.1f} {task.fields['unit']}/s, {left // 60:.0f}:{left % 60:02.0f} left" if rate else "")
 
 
-def rate_and_left(done: float, total: float, elapsed_s: float, unit: str) -> str:
-    """ "42.1 images/s, 0:31 left"; empty until something is done."""
+def rate_and_left(done: float, total: float, elapsed_s: float) -> tuple[float, float]:
+    """Things per second, and seconds left at that rate; (0, nan) until something is done."""
     if not done or not elapsed_s:
-        return ""
+        return 0.0, float("nan")
     rate = done / elapsed_s
-    left = int((total - done) / rate)
-    return f"{rate:,.1f} {unit}/s, {left // 60}:{left % 60:02d} left"
+    return rate, (total - done) / rate
 
 
 @contextlib.contextmanager
 def stage(console: Console, title: str, total: int, unit: str) -> Iterator[Advance]:
-    """Show how far a stage is. The block calls what it is given with the number of things just done."""
+    """Show how far a stage is, on a terminal as a bar, otherwise as lines of JSON."""
     if not console.is_terminal:
-        yield from _log_lines(console, title, total, unit)
+        yield _log_lines(console, title, total, unit)
         return
     columns = (
-        TextColumn("{task.description:<12}"),
-        BarColumn(bar_width=30),
+        TextColumn("{task.description:<8}"),
+        BarColumn(bar_width=20),
         TextColumn("{task.completed:>7,.0f}/{task.total:,.0f} {task.fields[unit]}"),
         TimeElapsedColumn(),
         _RateColumn(),
+        TextColumn("{task.fields[details]}", style="dim"),
     )
     with Progress(*columns, console=console, refresh_per_second=4) as progress:
-        bar = progress.add_task(title, total=total, unit=unit)
-        yield lambda count: progress.advance(bar, count)
+        bar = progress.add_task(title, total=total, unit=unit, details="")
+
+        def advance(count: int, details: Mapping[str, float] | None = None) -> None:
+            progress.update(bar, advance=count, details=_details_text(details or {}))
+
+        yield advance
 
 
-def _log_lines(console: Console, title: str, total: int, unit: str) -> Iterator[Advance]:
+def _details_text(details: Mapping[str, float]) -> str:
+    """ "decode 3 % · network 95 % · 2 failed": shares as per cent, counts as they are, zeros left out."""
+    parts = []
+    for name, value in details.items():
+        if name.endswith("_share"):
+            parts.append(f"{name.removesuffix('_share')} {value:.0%}")
+        elif value:
+            parts.append(f"{value:,.0f} {name}")
+    return " · ".join(parts)
+
+
+def _log_lines(console: Console, title: str, total: int, unit: str) -> Advance:
     start = last = time.monotonic()
     done = 0
 
-    def advance(count: int) -> None:
+    def advance(count: int, details: Mapping[str, float] | None = None) -> None:
         nonlocal done, last
         done += count
         now = time.monotonic()
         if now - last >= _LOG_INTERVAL_S or done >= total:
             last = now
-            console.print(
-                f"{title}: {done:,}/{total:,} {unit} ({rate_and_left(done, total, now - start, unit)})", highlight=False
+            rate, left = rate_and_left(done, total, now - start)
+            line = {"stage": title, "done": done, "total": total, "unit": unit, "per_s": rate, "left_s": left}
+            text = json.dumps(
+                {
+                    key: round(value, 3) if isinstance(value, float) else value
+                    for key, value in (line | dict(details or {})).items()
+                }
             )
+            console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    yield advance
+    return advance

@@ -28,18 +28,26 @@ class _Model(pydantic.BaseModel):
 
 
 class Images(_Model):
-    """Where the images are: a folder per class, or a table with a path column."""
+    """Where the images are: a folder per class, a table with a path column, WebDataset shards, or an array file."""
 
     folder: Path | None = None
     table: Path | None = None  # CSV or Parquet
     path_column: str = "path"
     id_column: str | None = None  # default: the path as written in the table
     root: Path | None = None  # what relative paths in the table start from; default: the table's folder
+    tar: Path | None = None  # an archive, a folder of them, or a pattern: train-{000..031}.tar
+    array: Path | None = None  # .npy, .npz, HDF5 or idx (.gz too)
+    array_key: str | None = None  # the array in a .npz or HDF5 file
+    labels: Path | None = None  # the array's labels: another such file
+    labels_key: str | None = None
 
     @pydantic.model_validator(mode="after")
     def _one_source(self) -> "Images":
-        if (self.folder is None) == (self.table is None):
-            raise ValueError("give exactly one of `folder` (one sub-folder per class) and `table` (CSV or Parquet)")
+        if sum(source is not None for source in (self.folder, self.table, self.tar, self.array)) != 1:
+            raise ValueError(
+                "give exactly one of `folder` (one sub-folder per class), `table` (CSV or Parquet), "
+                "`tar` (WebDataset shards) and `array` (npy, npz, HDF5, idx)"
+            )
         return self
 
 
@@ -70,6 +78,7 @@ class Backbone(_Model):
     mean: tuple[float, float, float] | None = None
     std: tuple[Positive, Positive, Positive] | None = None
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] | None = None
+    views: Annotated[int, pydantic.Field(ge=1, le=64)] = 1  # 1: the evaluation crop; more: augmented renderings as well
 
 
 class LogisticGrid(_Model):
@@ -88,6 +97,13 @@ class RidgeGrid(_Model):
     inputs: tuple[HeadInput, ...] = ("each", "all")
 
 
+class HalvingSection(_Model):
+    """Successive halving inside a bank: after these epochs only the best share of the settings goes on."""
+
+    after: Annotated[tuple[pydantic.PositiveInt, ...], pydantic.Field(min_length=1)] = (3,)
+    keep: Annotated[float, pydantic.Field(gt=0, le=1)] = 0.25
+
+
 class MLPGrid(_Model):
     """Multi-layer perceptrons: the product of these lists."""
 
@@ -104,7 +120,29 @@ class MLPGrid(_Model):
     batch_size: pydantic.PositiveInt = 256
     epochs: pydantic.PositiveInt = 50
     patience: pydantic.PositiveInt = 8
+    halving: HalvingSection | None = None
     inputs: tuple[HeadInput, ...] = ("all",)
+
+
+class ConvGrid(_Model):
+    """New convolution layers and an MLP on a spatial tap (`layer3.map`): the product of these lists."""
+
+    channels: Annotated[
+        tuple[Annotated[tuple[pydantic.PositiveInt, ...], pydantic.Field(min_length=1)], ...],
+        pydantic.Field(min_length=1),
+    ] = ((64,),)
+    hidden: Annotated[tuple[tuple[pydantic.PositiveInt, ...], ...], pydantic.Field(min_length=1)] = ((),)
+    learning_rate: NonEmptyFloats = (1e-3,)
+    weight_decay: Annotated[tuple[pydantic.NonNegativeFloat, ...], pydantic.Field(min_length=1)] = (1e-2,)
+    dropout: Annotated[tuple[Fraction, ...], pydantic.Field(min_length=1)] = (0.0,)
+    label_smoothing: Annotated[tuple[Fraction, ...], pydantic.Field(min_length=1)] = (0.0,)
+    class_weight: Annotated[tuple[Literal["none", "balanced"], ...], pydantic.Field(min_length=1)] = ("none",)
+    seed: Annotated[tuple[int, ...], pydantic.Field(min_length=1)] = (0,)
+    batch_size: pydantic.PositiveInt = 128
+    epochs: pydantic.PositiveInt = 30
+    patience: pydantic.PositiveInt = 6
+    halving: HalvingSection | None = None
+    inputs: tuple[HeadInput, ...] = ("each",)
 
 
 class KNNGrid(_Model):
@@ -138,23 +176,33 @@ class Heads(_Model):
     logistic: LogisticGrid | None = None
     ridge: RidgeGrid | None = None
     mlp: MLPGrid | None = None
+    conv: ConvGrid | None = None
     knn: KNNGrid | None = None
     centroid: CentroidGrid | None = None
     sklearn: tuple[SklearnGrid, ...] = ()
 
     @pydantic.model_validator(mode="after")
     def _some(self) -> "Heads":
-        if not (self.logistic or self.ridge or self.mlp or self.knn or self.centroid or self.sklearn):
-            raise ValueError("no heads to train: give at least one of logistic, ridge, mlp, knn, centroid, sklearn")
+        kinds = list(type(self).model_fields)
+        if not any(getattr(self, kind) for kind in kinds):
+            raise ValueError(f"no heads to train: give at least one of {', '.join(kinds)}")
         return self
 
 
 class Compute(_Model):
-    """How the work is spread. Nothing here changes a result beyond floating-point tolerance."""
+    """How the work is done. Nothing here changes a result beyond floating-point tolerance."""
 
     workers: pydantic.PositiveInt | None = None  # default: one per core
     unit_images: pydantic.PositiveInt = 128  # images per work unit, and so rows per shard
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # of the forward pass
+    strict: bool = False  # stop at an image that cannot be decoded, instead of listing it and going on
+
+
+class Storage(_Model):
+    """How features are computed and kept. All of it is part of what a feature set is."""
+
+    dtype: Literal["float16", "float32", "bfloat16", "uint8"] = "float16"
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"  # of the forward pass; GPUs are faster in bfloat16
 
 
 class Recipe(_Model):
@@ -164,7 +212,7 @@ class Recipe(_Model):
     task: TaskSection = TaskSection()
     backbones: Annotated[tuple[Backbone, ...], pydantic.Field(min_length=1)]
     heads: Heads = Heads(logistic=LogisticGrid(), mlp=MLPGrid())
-    storage: Literal["float16", "float32", "bfloat16"] = "float16"
+    storage: Storage = Storage()
     cache: Path = Path("headrace-cache")
     out: Path | None = None  # default: headrace-runs/<name of the recipe>
     compute: Compute = Compute()
@@ -219,13 +267,8 @@ def _absolute(recipe: Recipe, path: Path) -> Recipe:
     def resolve(value: Path | None) -> Path | None:
         return None if value is None else (base / value.expanduser())
 
-    images = recipe.images.model_copy(
-        update={
-            "folder": resolve(recipe.images.folder),
-            "table": resolve(recipe.images.table),
-            "root": resolve(recipe.images.root),
-        }
-    )
+    files = ("folder", "table", "root", "tar", "array", "labels")
+    images = recipe.images.model_copy(update={name: resolve(getattr(recipe.images, name)) for name in files})
     backbones = tuple(
         backbone.model_copy(update={"weights": _weights_file(backbone.weights, base)}) for backbone in recipe.backbones
     )

@@ -7,7 +7,9 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
 from dask.distributed import Client
@@ -19,12 +21,15 @@ from headrace.heads import BankJob, save_task, train_bank
 from headrace.pipelines.cluster import local_client
 from headrace.pipelines.leaderboard import collect_heads, rank_heads
 from headrace.pipelines.paths import RunPaths
-from headrace.pipelines.plan import Plan
+from headrace.pipelines.plan import Plan, fingerprints_of
 from headrace.pipelines.prepare import Survey, survey
 from headrace.pipelines.progress import stage
 from headrace.pipelines.recipe import Recipe
-from headrace.pipelines.submit import run_tasks
+from headrace.pipelines.submit import Outcome, run_tasks
 from headrace.pipelines.winner import TestResult, choose_winner, open_test, save_winner
+
+if TYPE_CHECKING:
+    from headrace.extract import UnitReport
 
 
 class RunIncomplete(HeadraceError):
@@ -46,7 +51,7 @@ class RunResult:
 
     paths: RunPaths
     metric: str
-    directories: Mapping[str, Path]  # of the feature sets, by name
+    directories: Mapping[str, tuple[Path, ...]]  # of the feature sets, view by view, by name
     heads: pd.DataFrame  # one row per head (spec x fold); see leaderboard.collect_heads
     board: pd.DataFrame  # one row per (inputs, spec), best first; see leaderboard.rank_heads
     winner: pd.Series
@@ -61,9 +66,9 @@ class RunResult:
         """Of the feature sets, in the recipe's order."""
         return tuple(self.directories)
 
-    def features(self, name: str) -> FeatureSet:
+    def features(self, name: str, view: int = 0) -> FeatureSet:
         """A feature set by its name: NumPy slices, `to_dask_array()`, `to_torch_dataset()`."""
-        return open_feature_set(self.directories[name])
+        return open_feature_set(self.directories[name][view])
 
 
 def run_recipe(recipe: Recipe, *, console: Console | None = None, workers: int | None = None) -> RunResult:
@@ -81,14 +86,15 @@ def run_recipe(recipe: Recipe, *, console: Console | None = None, workers: int |
             done(f"{plan.images:,} images, {len(plan.features)} feature sets, {plan.heads_total:,} heads wanted")
         write_inputs(found)
         publish_replace(found.paths.recipe, recipe.model_dump_json(indent=2).encode())
+        own_device = bool(plan.units) and plan.units[0].device != "cpu"
         client = None
-        if plan.units or plan.banks:
+        if plan.banks or (plan.units and not own_device):
             with _timed(stages, "start workers") as done:
                 client = stack.enter_context(local_client(workers or recipe.compute.workers))
                 done(f"{len(client.nthreads())} processes")
         with _timed(stages, "extract") as done:
-            if client is not None and plan.units:
-                extract_missing(plan.units, client, console)
+            if plan.units:
+                extract_missing(plan.units, None if own_device else client, console)
             done(_extracted(plan))
         with _timed(stages, "train heads") as done:
             if client is not None and plan.banks:
@@ -111,19 +117,43 @@ def write_inputs(found: Survey) -> None:
     publish_replace(paths.task(task.digest), stored.getvalue())
 
 
-def extract_missing(units: Sequence[ExtractJob], client: Client, console: Console) -> None:
-    """Run units of work; what each publishes stays. Raises RunIncomplete when a unit failed or an image went away."""
-    from headrace.extract import run_unit  # imports torch: a call with nothing to extract does without
+def extract_missing(units: Sequence[ExtractJob], client: Client | None, console: Console) -> None:
+    """Run units of work; what each publishes stays. Raises RunIncomplete when a unit failed or an image went away.
 
+    client: None for a device of this process's own (a GPU), which is then fed without a pause between units.
+    """
+    from headrace.extract import (  # imports torch: a call with nothing to extract does without
+        figures,
+        run_unit,
+        run_units,
+    )
+
+    if client is None:
+        outcomes: Iterator[Outcome[ExtractJob, UnitReport]] = (
+            Outcome(job, report, None) for job, report in zip(units, run_units(units), strict=True)
+        )
+    else:
+        outcomes = run_tasks(client, run_unit, ((f"extract-{job.unit}", job) for job in units))
     failures: list[str] = []
-    unread: list[tuple[str, str]] = []
-    with stage(console, "extract", sum(len(job.samples) for job in units), "images") as advance:
-        for outcome in run_tasks(client, run_unit, ((f"extract-{job.unit}", job) for job in units)):
-            advance(len(outcome.job.samples))
+    reports: list[UnitReport] = []
+    images = sum(len(job.samples) for job in units)
+    started = time.monotonic()
+    with stage(console, "extract", images, "images") as advance:
+        for outcome in outcomes:
             if outcome.result is None:
                 failures.append(outcome.error or "")
+                advance(len(outcome.job.samples))
             else:
-                unread += outcome.result.unread
+                reports.append(outcome.result)
+                now = figures(reports, time.monotonic() - started, images)
+                details = {
+                    "decode_share": now.decode_share,
+                    "network_share": now.device_share,
+                    "disk_share": now.disk_share,
+                    "failed": now.failed,
+                }
+                advance(len(outcome.job.samples), details)
+    unread = [image for report in reports for image in report.unread]
     if failures:
         raise RunIncomplete(
             f"{len(failures):,} of {len(units):,} units of images failed; the others are kept, and the same command "
@@ -144,7 +174,8 @@ def train_missing(found: Survey, client: Client, console: Console) -> None:
     jobs = [
         BankJob(
             task=task,
-            features=tuple(str(found.directories[name]) for name in bank.inputs),
+            features=tuple(str(path) for name in bank.inputs for path in found.directories[name]),
+            halving=bank.halving,
             specs=bank.specs,
             result=str(paths.bank(bank.group, bank.key)),
         )
@@ -166,15 +197,14 @@ def train_missing(found: Survey, client: Client, console: Console) -> None:
 def conclude(found: Survey) -> RunResult:
     """Rank, choose the winner on validation folds, show it the test split, and write the tables."""
     plan, paths, task = found.plan, found.paths, found.dataset.train
-    fingerprints = {feature.name: feature.spec.fingerprint for feature in plan.features}
-    widths = {feature.name: _width(feature.spec.shape) for feature in plan.features}
-    heads = collect_heads(paths.banks, plan.wanted, fingerprints, task.digest)
+    widths = {feature.name: prod(feature.shape) for feature in plan.features}
+    heads = collect_heads(paths.banks, plan.wanted, fingerprints_of(plan.features), task.digest)
     board = rank_heads(heads, found.metric, widths)
     failed_images = write_failed_images(found)
     publish_replace(paths.leaderboard, _flat(board).to_csv(index=False).encode())
     publish_replace(paths.heads, _flat(heads).to_parquet(index=False))
     winner = choose_winner(board)
-    features = [open_feature_set(found.directories[name]) for name in winner["inputs"]]
+    features = [open_feature_set(path) for name in winner["inputs"] for path in found.directories[name]]
     save_winner(paths.winner, winner, features, task, found.metric)
     test = found.dataset.test
     return RunResult(
@@ -197,7 +227,8 @@ def write_failed_images(found: Survey) -> int:
     rows = [(item.id, item.path, item.reason) for item in found.unreadable]
     reasons = {
         failure.content: failure.reason
-        for directory in found.directories.values()
+        for views in found.directories.values()
+        for directory in views
         for failure in open_feature_set(directory).failures()
     }
     bad = found.samples[found.samples["content"].isin(list(reasons))]
@@ -218,13 +249,6 @@ def _trained(plan: Plan) -> str:
     if not plan.banks:
         return "nothing missing"
     return f"{plan.heads_new:,} heads in {len(plan.banks):,} banks, and each setting once on all training rows"
-
-
-def _width(shape: tuple[int, ...]) -> int:
-    width = 1
-    for length in shape:
-        width *= length
-    return width
 
 
 def _flat(table: pd.DataFrame) -> pd.DataFrame:

@@ -29,7 +29,7 @@ def show_plan(console: Console, plan: Plan, cache: object, out: object) -> None:
     for feature in plan.features:
         table.add_row(
             feature.name,
-            " x ".join(map(str, feature.spec.shape)),
+            " x ".join(map(str, feature.shape)),
             f"{feature.rows_total - feature.rows_known:,}",
             f"{feature.rows_known:,}",
             bytes_text(feature.bytes_new),
@@ -48,7 +48,7 @@ def show_plan(console: Console, plan: Plan, cache: object, out: object) -> None:
     table.add_column("heads", justify="right")
     table.add_column("heads to train", justify="right")
     missing = {(bank.inputs, spec) for bank in plan.banks for spec in bank.specs}
-    for inputs, specs in plan.wanted:
+    for inputs, specs, _ in plan.wanted:
         new = sum((inputs, spec) in missing for spec in specs)
         table.add_row(
             inputs_text(inputs, everything),
@@ -165,7 +165,7 @@ def files_table(result: RunResult) -> Table:
         ("every head, every fold", result.paths.heads),
         ("winner (safetensors + JSON)", result.paths.winner),
         ("results of the banks (HDF5)", result.paths.banks),
-        ("features (HDF5 shards)", next(iter(result.directories.values())).parent),
+        ("features (HDF5 shards)", next(iter(result.directories.values()))[0].parent),
     ):
         table.add_row(what, Text(str(path), overflow="fold"))
     return table

@@ -42,7 +42,7 @@ class TestResult:
 
 def choose_winner(board: pd.DataFrame) -> pd.Series:
     """The first row of the leaderboard. Raises NoWinner, with the commonest reason, when no head is whole."""
-    if board.empty or board.iloc[0]["failed"]:
+    if board.empty or board.iloc[0]["failed"] or not board.iloc[0]["final"]:
         raise NoWinner("no head was trained in every fold; the reasons are in the column `error` of heads.parquet")
     return board.iloc[0]
 
