@@ -186,6 +186,9 @@ def _extract(unit: _Started) -> _Extracted:
 
 
 def _publish(job: ExtractJob, unit: _Extracted) -> UnitReport:
+    if not unit.samples and not unit.report.failed:
+        # Nothing could be read (a disk that is away): a shard without content would be taken for the unit's next time.
+        return unit.report
     started = time.perf_counter()
     with ThreadPoolExecutor(min(_PUBLISHERS, len(unit.specs)), "shard") as pool:
         done = [

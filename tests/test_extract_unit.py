@@ -282,6 +282,24 @@ def test_a_file_that_changed_or_went_is_not_recorded(tmp_path: Path) -> None:
     assert there == set(samples["content"]) - {samples["content"][1], samples["content"][3]}
 
 
+def test_a_disk_that_was_away(tmp_path: Path) -> None:
+    """A unit of which nothing, or not all, could be read is finished by the next run, whatever its name."""
+    samples = make_images(tmp_path / "images", 6)
+    specs = specs_of()
+    jobs = plan_units(
+        samples, backbone=SMALL, specs=specs, known=[set()] * 3, cache_root=tmp_path / "cache", unit_rows=3
+    )
+    (tmp_path / "images").rename(tmp_path / "away")
+    assert [(report.rows, len(report.unread)) for report in run_units(jobs)] == [(0, 3), (0, 3)]
+    assert shard_bytes(tmp_path / "cache") == {}
+    (tmp_path / "away").rename(tmp_path / "images")
+    Path(samples["path"][1]).rename(tmp_path / "1.png")
+    extract(samples, tmp_path / "cache", specs, unit_rows=3)
+    (tmp_path / "1.png").rename(samples["path"][1])
+    extract(samples, tmp_path / "cache", specs, unit_rows=3)
+    assert known(tmp_path / "cache", specs) == [set(samples["content"])] * 3
+
+
 def test_strict_stops(tmp_path: Path) -> None:
     """At the first undecodable image, naming it, with nothing published."""
     samples = make_images(tmp_path / "images", 3)
