@@ -28,7 +28,6 @@ def iter_batches(
     seed: int | Sequence[int] | None,
     block_rows: int,
     buffer_rows: int,
-    shape: tuple[int, ...],
     dtype: npt.DTypeLike,
 ) -> Iterator[Batch]:
     """Every position exactly once, in batches of `batch_size` rows, the last one smaller.
@@ -46,7 +45,7 @@ def iter_batches(
         buffers = (positions[start : start + buffer_rows] for start in range(0, len(positions), buffer_rows))
     else:
         buffers = shuffled_buffers(positions, seed, block_rows, buffer_rows)
-    return _batches(reader, buffers, batch_size, shape, np.dtype(dtype))
+    return _batches(reader, buffers, batch_size, np.dtype(dtype))
 
 
 def shuffled_buffers(
@@ -65,7 +64,6 @@ def _batches(
     reader: Reader,
     buffers: Iterator[npt.NDArray[np.int64]],
     batch_size: int,
-    shape: tuple[int, ...],
     dtype: np.dtype[Any],
 ) -> Iterator[Batch]:
     rest = next(buffers, np.empty(0, np.int64))
@@ -77,15 +75,10 @@ def _batches(
         # Compressed rows are decompressed a buffer at a time, because each batch of it would touch all the same chunks.
         held: npt.NDArray[Any] | None = None
         if reader.is_compressed(rest[:whole]):
-            held = np.empty((whole, *shape), dtype)
-            reader.gather(rest[:whole], held)
+            held = reader.gather(rest[:whole], dtype)
         for start in range(0, whole, batch_size):
             rows = rest[start : min(start + batch_size, whole)]
-            if held is None:
-                features = np.empty((len(rows), *shape), dtype)
-                reader.gather(rows, features)
-            else:
-                # The copy frees the rest of the buffer of a batch that is kept.
-                features = held[start : start + len(rows)].copy()
+            # The copy frees the rest of the buffer of a batch that is kept.
+            features = reader.gather(rows, dtype) if held is None else held[start : start + len(rows)].copy()
             yield Batch(rows, features)
         rest = np.concatenate([rest[whole:], coming])

@@ -152,25 +152,18 @@ class FeatureSet:
         out: an array of that shape to write into, of any dtype, instead of a new one. Raises IndexError outside
         -N..N-1.
         """
-        positions: npt.NDArray[np.int64] | None = None
-        start = stop = 0
-        if isinstance(rows, slice):
-            start, stop, step = rows.indices(self.n_rows)
+        wanted = self.dtype if dtype is None else np.dtype(dtype)
+        start, stop, step = rows.indices(self.n_rows) if isinstance(rows, slice) else (0, 0, 0)
+        if isinstance(rows, slice) and step == 1:
             stop = max(start, stop)
-            if step != 1:
-                positions = np.arange(*rows.indices(self.n_rows))
-        else:
-            positions = self._positions(rows)
-        shape = (stop - start if positions is None else len(positions), *self.spec.shape)
-        if out is None:
-            out = np.empty(shape, self.dtype if dtype is None else dtype)
-        elif out.shape != shape:
-            raise ValueError(f"`out` has shape {out.shape}, and the rows have {shape}")
-        if positions is None:
-            self._reader.run(start, stop, out)
-        else:
-            self._reader.gather(positions, out)
-        return out
+            into = np.empty((stop - start, *self.spec.shape), wanted) if out is None else out
+            _check_out(into, stop - start, self.spec.shape)
+            self._reader.run(start, stop, into)
+            return into
+        positions = np.arange(start, stop, step) if isinstance(rows, slice) else self._positions(rows)
+        if out is not None:
+            _check_out(out, len(positions), self.spec.shape)
+        return self._reader.gather(positions, wanted, out)
 
     def __getitem__(self, key: Any) -> npt.NDArray[Any]:
         """Rows by position, slice, list or boolean mask, in `dtype`; a tuple goes on into the rows."""
@@ -206,9 +199,7 @@ class FeatureSet:
         seed None: in the given order. Otherwise shuffled by blocks and within a buffer; an epoch: `seed=(7, epoch)`.
         """
         positions = np.arange(self.n_rows) if rows is None else self._positions(rows)
-        return iter_batches(
-            self._reader, positions, batch_size, seed, block_rows, buffer_rows, self.spec.shape, dtype or self.dtype
-        )
+        return iter_batches(self._reader, positions, batch_size, seed, block_rows, buffer_rows, dtype or self.dtype)
 
     def to_dask_array(self, dtype: npt.DTypeLike | None = None) -> "dask.array.Array":
         """A dask array (N, *shape) with one chunk per shard; a task carries a path and an entry."""
@@ -264,6 +255,11 @@ class FeatureSet:
             f"It holds {self.n_rows} rows and {len(failed)} recorded failures. "
             "Extract what is missing with `headrace extract`, or leave these samples out"
         )
+
+
+def _check_out(out: npt.NDArray[Any], rows: int, shape: tuple[int, ...]) -> None:
+    if out.shape != (rows, *shape):
+        raise ValueError(f"`out` has shape {out.shape}, and the rows have {(rows, *shape)}")
 
 
 def read_shard(path: Path, spec: FeatureSpec, entry: ShardEntry, dtype: np.dtype[Any]) -> npt.NDArray[Any]:

@@ -34,6 +34,16 @@ class Reader:
         self.first_row = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         self._values = int(np.prod(spec.shape, dtype=np.int64))
         self._layouts: dict[int, Layout] = {}
+        # What a batch asks of all its shards at once, (S,) each.
+        self._is_ready = np.zeros(len(entries), np.bool_)
+        self._is_compressed = np.zeros(len(entries), np.bool_)
+        self._row_zero = np.zeros(
+            len(entries), np.int64
+        )  # the item where row 0 of the set would be, were it in this shard
+        self._shard_of_row = np.repeat(np.arange(len(entries), dtype=np.int32), counts) if self._is_small() else None
+        # Of a set that stays in memory every row is read ahead once; of a larger one only what comes next.
+        stored_bytes = int(self.first_row[-1]) * self._values * STORED[spec.dtype].itemsize
+        self._stays_in_memory = stored_bytes < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
         self._verified = Verified(path)
         self._lock = threading.RLock()
         self._map: MappedRows | None = None
@@ -49,23 +59,41 @@ class Reader:
             path = shard_path(self._path, entry.unit)
             layout = self._verified.check(path, self._spec, entry)
             if not layout.compressed:
-                self._mapped().map(shard, path, layout.features, entry.rows)
+                mapped = self._mapped()
+                mapped.map(shard, path, layout.features, entry.rows)
+                self._row_zero[shard] = mapped.first_item[shard] - self.first_row[shard] * self._values
+                if self._stays_in_memory and entry.rows:
+                    mapped.will_need(shard, 0, entry.rows)
             if self._spec.dtype == "uint8":
                 scale, offset = self._scale_tables()
                 scale[shard] = _pread(path, layout.scale, self._spec.shape[0], np.dtype("<f4"))
                 offset[shard] = _pread(path, layout.offset, self._spec.shape[0], np.dtype("<f4"))
             self._layouts[shard] = layout
+            self._is_compressed[shard] = layout.compressed
+            self._is_ready[shard] = True  # last: another thread may be looking
             return layout
 
-    def gather(self, positions: npt.NDArray[np.int64], out: npt.NDArray[Any]) -> None:
-        """Write the decoded rows at positions 0..N-1, in that order, into `out` (n, *shape)."""
-        shards, touched = self._shards(positions)
-        if self._touch_all(touched):
-            stored = self._gather_compressed(positions, shards, touched)
+    def gather(
+        self, positions: npt.NDArray[np.int64], dtype: np.dtype[Any], out: npt.NDArray[Any] | None = None
+    ) -> npt.NDArray[Any]:
+        """(n, *shape) decoded rows at positions 0..N-1, in that order: a new array of `dtype`, or written into `out`."""
+        shards = self._shards(positions)
+        shape = (len(positions), *self._spec.shape)
+        # float16 and float32 that stay what they are go straight to their place.
+        is_plain = self._spec.dtype in ("float16", "float32") and self._spec.dtype == (
+            dtype if out is None else out.dtype
+        )
+        if out is None:
+            out = np.empty(shape, dtype)
+        if self._is_compressed.any() and self._is_compressed[shards].any():
+            stored = self._gather_compressed(positions, shards)
         else:
-            mapped = self._mapped()
-            stored = mapped.gather(mapped.first_item[shards] + (positions - self.first_row[shards]) * self._values)
-        self._decode(stored.reshape(len(positions), *self._spec.shape), shards, out)
+            into = out.reshape(len(positions), self._values) if is_plain and out.flags.c_contiguous else None
+            stored = self._mapped().gather(self._row_zero[shards] + positions * self._values, into)
+            if into is not None:
+                return out
+        self._decode(stored.reshape(shape), shards, out)
+        return out
 
     def run(self, start: int, stop: int, out: npt.NDArray[Any]) -> None:
         """Write consecutive decoded rows into `out` (stop - start, *shape), shard by shard, each copied once."""
@@ -84,20 +112,24 @@ class Reader:
 
     def is_compressed(self, positions: npt.NDArray[np.int64]) -> bool:
         """Whether reading these rows decompresses something."""
-        return self._touch_all(self._shards(positions)[1])
+        return bool(self._is_compressed[self._shards(positions)].any())
 
     def prefetch(self, positions: npt.NDArray[np.int64]) -> None:
         """Tell the operating system that these rows come next."""
-        shards, touched = self._shards(positions)
-        for shard in touched:
-            if self.touch(shard).compressed:
-                continue
-            local = np.sort(positions[shards == shard]) - self.first_row[shard]
-            # One call per run of neighbours; a hole of a few rows is cheaper to read than to leave out.
-            cuts = np.flatnonzero(np.diff(local) > 64)
-            starts, stops = local[np.r_[0, cuts + 1]], local[np.r_[cuts, len(local) - 1]] + 1
-            for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
-                self._mapped().will_need(shard, start, stop)
+        if not len(positions) or self.is_compressed(positions) or self._stays_in_memory:
+            return
+        ordered = np.sort(positions)
+        # One call per run of neighbours in a shard; a hole of a few rows is cheaper to read than to leave out.
+        cuts = np.flatnonzero(np.diff(ordered) > 64)
+        starts, stops = ordered[np.r_[0, cuts + 1]], ordered[np.r_[cuts, len(ordered) - 1]] + 1
+        for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
+            shard = int(np.searchsorted(self.first_row, start, side="right")) - 1
+            while start < stop:
+                first, end = int(self.first_row[shard]), min(stop, int(self.first_row[shard + 1]))
+                if start < end:
+                    self._mapped().will_need(shard, start - first, end - first)
+                    start = end
+                shard += 1
 
     def text(self, shard: int, name: str) -> npt.NDArray[np.bytes_]:
         """The list `name` of a shard ("id", "content", "failed_id", ...) as fixed-length bytes."""
@@ -106,17 +138,20 @@ class Reader:
         width = 32 if name.endswith("content") else getattr(layout, f"{name}_bytes")
         return _pread(self._shard_path(shard), getattr(layout, name), count, np.dtype(f"S{width}"))
 
-    def _shards(self, positions: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], list[int]]:
-        """The shard of each position (n,), and which shards these are."""
-        shards = np.searchsorted(self.first_row, positions, side="right") - 1
-        return shards, np.flatnonzero(np.bincount(shards, minlength=0)).tolist()
+    def _is_small(self) -> bool:
+        return bool(self.first_row[-1] <= 1 << 24)  # 64 MB of shard numbers
 
-    def _touch_all(self, shards: list[int]) -> bool:
-        """Whether one of these shards is compressed, all of them having been checked."""
-        compressed = False
-        for shard in shards:
-            compressed |= self.touch(shard).compressed
-        return compressed
+    def _shards(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+        """(n,) the shard of each position, all of them checked and readable."""
+        if self._shard_of_row is not None:
+            shards: npt.NDArray[Any] = self._shard_of_row[positions]
+        else:
+            shards = np.searchsorted(self.first_row, positions, side="right") - 1
+        ready = self._is_ready[shards]
+        if not ready.all():
+            for shard in np.unique(shards[~ready]).tolist():
+                self.touch(shard)
+        return shards
 
     def _mapped(self) -> MappedRows:
         with self._lock:
@@ -132,12 +167,10 @@ class Reader:
                 self._scales = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
             return self._scales
 
-    def _gather_compressed(
-        self, positions: npt.NDArray[np.int64], shards: npt.NDArray[np.int64], touched: list[int]
-    ) -> npt.NDArray[Any]:
+    def _gather_compressed(self, positions: npt.NDArray[np.int64], shards: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """(n, V) stored rows, some of which are compressed."""
         stored = np.empty((len(positions), self._values), STORED[self._spec.dtype])
-        for shard in touched:
+        for shard in np.unique(shards).tolist():
             here = np.flatnonzero(shards == shard)
             local = positions[here] - self.first_row[shard]
             if self.touch(shard).compressed:
@@ -145,8 +178,7 @@ class Reader:
                 unique, back = np.unique(local, return_inverse=True)
                 stored[here] = read_compressed(self._shard_path(shard), unique).reshape(-1, self._values)[back]
             else:
-                mapped = self._mapped()
-                stored[here] = mapped.gather(mapped.first_item[shard] + local * self._values)
+                stored[here] = self._mapped().gather(self._row_zero[shard] + positions[here] * self._values)
         return stored
 
     def _decode(self, stored: npt.NDArray[Any], shards: Any, out: npt.NDArray[Any]) -> None:

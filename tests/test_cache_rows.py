@@ -25,6 +25,8 @@ from headrace.cache import (
     publish_shard,
 )
 from headrace.cache.encoding import decode, encode
+from headrace.cache.half import widen
+from headrace.cache.mapping import MappedRows
 from headrace.cache.rows import RowIndex, as_hashes
 
 COMPRESSIONS = [None, "bitshuffle-lz4"]
@@ -92,6 +94,55 @@ def test_every_way_of_reading_agrees(tmp_path, dtype, compression):
     batch = data_set.__getitems__([4, 1])
     assert [item[1] for item in batch] == [4, 1]
     assert np.array_equal(batch[1][0].numpy(), features.read([1])[0])
+
+
+@pytest.mark.parametrize("shape", [(5,), (600,), (700, 3), (4096,)])
+def test_the_fast_gather_equals_the_general_one(tmp_path, monkeypatch, shape):
+    """One table over all shards and windows at any item give the same rows as the units that were written.
+
+    Rows of a page or more start on a page, and a table is used; smaller shards, or data anywhere else, use windows.
+    """
+    spec = make_spec(shape=shape)
+    directory = make_feature_set(tmp_path, 5, spec)
+    expected = given(spec, range(5))[0].astype(np.float16)
+    order = np.random.default_rng(0).integers(0, 40, 300)
+    tables = []
+    for largest in (1 << 42, 0):  # 0: no room for the holes of a table
+        monkeypatch.setattr("headrace.cache.mapping._LARGEST_RESERVATION", largest)
+        features = open_feature_set(directory)
+        assert np.array_equal(features.read(order, None), expected[order])
+        assert np.array_equal(features.read(order), expected[order].astype(np.float32))
+        assert np.array_equal(features[3:29], expected[3:29])
+        tables.append(features._reader._mapped()._is_table)
+    page = 4096
+    assert tables == [np.prod(shape) * 2 * 8 >= page, False]
+
+
+def test_rows_that_start_anywhere(tmp_path):
+    """A file whose data start in the middle of a page, as another writer might lay them out, reads right."""
+    values = np.arange(3 * 2000 * 5, dtype=np.float32).reshape(3, 2000, 5)
+    mapped = MappedRows([2000] * 3, 5, np.dtype(np.float32))
+    for index, offset in enumerate((4096, 4196, 0)):
+        path = tmp_path / str(index)
+        path.write_bytes(bytes(offset) + values[index].tobytes())
+        mapped.map(index, path, offset, 2000)
+        assert np.array_equal(mapped.rows(index, 7, 1900), values[index, 7:1900])
+    items = np.concatenate([first + 5 * np.arange(2000) for first in mapped.first_item])
+    assert np.array_equal(mapped.gather(items[::-7]), values.reshape(-1, 5)[::-7])
+
+
+def test_reading_into_an_array(tmp_path, dtype, compression):
+    """`out` takes slices and positions, in any dtype and memory order, and nothing of another shape."""
+    features = open_feature_set(make_feature_set(tmp_path, 3, make_spec(dtype, (3, 2)), compression=compression))
+    expected = features.read(slice(None))
+    for rows in (slice(2, 20), [5, 1, 23], slice(None, None, 4)):
+        for wanted in (np.float16, np.float32, np.float64):
+            for order in "CF":
+                out = np.empty(expected[rows].shape, wanted, order)
+                assert features.read(rows, out=out) is out
+                assert np.array_equal(out, expected[rows].astype(wanted))
+    with pytest.raises(ValueError, match=r"`out` has shape \(2, 3, 2\), and the rows have \(3, 3, 2\)"):
+        features.read([0, 1, 2], out=np.empty((2, 3, 2)))
 
 
 def test_copies_belong_to_the_caller(tmp_path, compression):
@@ -262,6 +313,15 @@ def test_round_off_is_bounded(dtype, given_dtype, n, shape, scale):
         bound = np.maximum(size * 2.0**-bits, smallest) * 1.0001
     assert (off <= bound).all()
     assert encoded.round_off.largest == pytest.approx(off.max(initial=0), rel=1e-3, abs=1e-7 * max(scale, 1))
+
+
+def test_widening_is_exact():
+    """All 63,488 finite float16 values become the float32 that numpy's cast makes of them, bit for bit."""
+    half = np.arange(65536, dtype=np.uint16).view(np.float16)
+    half = np.tile(half[np.isfinite(half)], 3).reshape(3, -1)  # more than one block
+    out = np.empty(half.shape, np.float32)
+    widen(half, out)
+    assert np.array_equal(out.view(np.uint32), half.astype(np.float32).view(np.uint32))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
