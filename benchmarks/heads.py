@@ -1,0 +1,29 @@
+"""Every benchmark of heads by one name: `python benchmarks/heads.py --case NAME [--quick]`.
+
+Linear cases are in heads_linear.py, networks and neighbours in heads_mlp.py; each runs in a process of its own, so that
+none warms the caches or the thread pools of another. The last line is JSON: {measure: figure}.
+"""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+CASES = {
+    "heads_linear.py": ("logistic-5k", "logistic-20k", "logistic-100", "logistic-wide", "ridge", "ridge-1000"),
+    "heads_mlp.py": ("mlp", "mlp-wide", "halving", "knn"),
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", required=True, choices=[case for cases in CASES.values() for case in cases])
+    parser.add_argument("--quick", action="store_true", help="smaller samples of the slow side")
+    options = parser.parse_args()
+    script = next(name for name, cases in CASES.items() if options.case in cases)
+    command = [sys.executable, str(Path(__file__).with_name(script)), "--case", options.case]
+    return subprocess.run([*command, "--quick"] if options.quick else command, check=False).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
