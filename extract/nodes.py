@@ -5,6 +5,7 @@ module works.
 Legend: N images, C channels, H x W positions, T tokens.
 """
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -58,11 +59,11 @@ class Nodes:
 def find_nodes(module: nn.Module, crop: tuple[int, int], what: str) -> Nodes:
     """Run `module` on two images' shapes. Raises BackboneError when the network does not take that image size."""
     try:
-        return _run(module, crop, meta=True)
+        return _run(_shapes_only(module), crop, torch.device("meta"))
     except Exception:  # noqa: BLE001 - some networks compute with values of their own; what is wrong shows on real numbers
         pass
     try:
-        return _run(module, crop, meta=False)
+        return _run(module, crop, next(module.parameters(), torch.empty(0)).device)
     except (RuntimeError, AssertionError, ValueError, IndexError, TypeError) as error:
         raise BackboneError(
             f"{what} does not run on images of {crop[0]} x {crop[1]} pixels: "
@@ -85,7 +86,17 @@ class _CountMultiplyAdds(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return out
 
 
-def _run(module: nn.Module, crop: tuple[int, int], *, meta: bool) -> Nodes:
+def _shapes_only(module: nn.Module) -> nn.Module:
+    """A copy whose parameters and buffers have shapes and no values. A copy, as networks may keep what they compute."""
+    memo: dict[int, Any] = {}  # what deepcopy takes for a tensor instead of copying it
+    for parameter in module.parameters():
+        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+    for buffer in module.buffers():
+        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    return copy.deepcopy(module, memo)
+
+
+def _run(module: nn.Module, crop: tuple[int, int], device: torch.device) -> Nodes:
     fired: list[tuple[str, str, tuple[int, ...], int]] = []  # (name, module, shape with N, flops so far)
     calls: dict[str, int] = {}
     inputs: list[tuple[str, tuple[int, ...], int]] = []  # of linear layers
@@ -108,19 +119,13 @@ def _run(module: nn.Module, crop: tuple[int, int], *, meta: bool) -> Nodes:
 
             return hook
 
-        device = torch.device("meta") if meta else next(module.parameters(), torch.empty(0)).device
         image = torch.zeros(_BATCH, 3, *crop, device=device)
         try:
             for name, child in module.named_modules():
                 handles.append(child.register_forward_hook(after(name)))
                 if isinstance(child, nn.Linear):
                     handles.append(child.register_forward_pre_hook(before(name)))
-            if meta:
-                held = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-                shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in held.items()}
-                torch.func.functional_call(module, shapes, (image,), strict=False)
-            else:
-                module(image)
+            module(image)
         finally:
             for handle in handles:
                 handle.remove()
