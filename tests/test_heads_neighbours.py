@@ -35,7 +35,7 @@ def digits(rows: int = 500) -> tuple[Arrays, Arrays, Arrays]:
     X, y = load_digits(return_X_y=True)
     # Noise makes all distances differ: scikit-learn and we may order exact ties differently.
     noise = np.random.default_rng(0).normal(size=X[:rows].shape)
-    return (X[:rows] + noise).astype(np.float32), y[:rows], make_folds(y[:rows], n_folds=4, seed=0)
+    return (X[:rows] + noise).astype(np.float32), y[:rows], make_folds(y[:rows], n_folds=2, seed=0)
 
 
 @pytest.mark.parametrize("offset", [0.0, 1000.0])
