@@ -27,6 +27,7 @@ ROWS_PER_TILE = 1024  # a tile of 450 decisions by this many rows is 1.8 MB: it 
 
 
 ROWS_WORTH_A_METRIC = 48
+BYTES_WORTH_A_SECOND_COPY = 1 << 29  # of rotated rows: beyond, memory is dearer than a faster layout
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,6 @@ class Design:
 
     tiles: list[Tile]
     folds: tuple[int, ...]  # whose heads it serves
-    curvature: Array  # (R,) mean square of each rotated coordinate
     basis: Array  # (D, R), raw weight = basis @ u: the scale is divided out already
     centre: Array  # (D,) float64
     factor: Array  # (D,) float64, 1 / scale, 0 for constant features
@@ -140,7 +140,7 @@ def make_design(
     total = sum(len(part) for part in train)
     if total >= dim:
         gram = sum((part.T @ part for part in train), np.zeros((dim, dim), dtype))
-        eigenvalues, rotation = scipy.linalg.eigh(gram, driver="evd", overwrite_a=True, check_finite=False)
+        _, rotation = scipy.linalg.eigh(gram, driver="evd", overwrite_a=True, check_finite=False)
     else:
         # The rows' own span: eigenvectors of the small matrix of their products, carried over to features. In float64:
         # a direction is divided by the root of its eigenvalue, and all but those lost in rounding are kept.
@@ -149,7 +149,8 @@ def make_design(
         keep = eigenvalues > eigenvalues.max(initial=0.0) * max(total, 1) * np.finfo(np.float64).eps
         eigenvalues = eigenvalues[keep]
         rotation = (stacked.T @ (left[:, keep] / np.sqrt(eigenvalues))).astype(dtype)
-    rotation, eigenvalues = np.ascontiguousarray(rotation[:, ::-1]), eigenvalues[::-1]
+    rotation = np.ascontiguousarray(rotation[:, ::-1])  # the largest first
+    del train
     ratio = {}
     if shared and standardize:
         for fold in folds:
@@ -157,17 +158,18 @@ def make_design(
                 own = np.where(scaling[fold].constant | constant, 1.0, scaling[fold].scale / scale)
                 ratio[fold] = own.astype(dtype)
     tiles = []
-    for (group, rows), part in zip(groups, parts, strict=True):
+    twice = sum(len(rows) for _, rows in groups) * rotation.shape[1] * rotation.itemsize < BYTES_WORTH_A_SECOND_COPY
+    for index, (group, rows) in enumerate(groups):
+        part, parts[index] = parts[index], np.empty((0, 0), dtype)  # scaled rows go as the rotated ones come
         for where in chunks(np.arange(len(rows)), ROWS_PER_TILE):
             values = np.ones((len(where), rotation.shape[1] + 1), dtype)
             values[:, :-1] = part[where[0] : where[-1] + 1] @ rotation
-            across = np.ascontiguousarray(values.T)
+            across = np.ascontiguousarray(values.T) if twice else values.T
             tiles.append(
                 Tile(group, rows[where], values, across, np.zeros(0, np.intp), np.zeros((0, len(where))), None)
             )
     basis = rotation * factor.astype(dtype)[:, None]
-    curvature = np.maximum(eigenvalues, 0.0) / max(total, 1)
-    return Design(tiles, folds, curvature, basis, whole.mean, factor, ratio, rotation, {}, unit)
+    return Design(tiles, folds, basis, whole.mean, factor, ratio, rotation, {}, unit)
 
 
 def _scaled(X: Array, rows: npt.NDArray[np.intp], mean: Array, factor: Array, dtype: Any) -> Array:

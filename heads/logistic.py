@@ -59,6 +59,7 @@ def fit_logistic_bank(
     X: (N, D) float16, float32 or float64, no test rows. target: (N,) int class indices, or (N, L) 0/1 labels: L
     independent binary problems (n_classes = L). fold: (N,) int, the fold that holds the row out, or TRAIN_ONLY.
     gap: relative distance to the optimum at which a head stops, by estimate; `HeadFit.gap` is a proven bound.
+    device: "cpu" (NumPy), or torch's name of a device ("cuda"), where the products then run.
     deadline: time.monotonic() seconds at which to stop early.
 
     Returns the heads spec by spec, for each its folds in order, then FULL. Raises NotFinite (a ValueError) for NaN or
@@ -74,7 +75,7 @@ def fit_logistic_bank(
     for standardize in sorted({spec.standardize for spec in specs}):
         chosen = [i for i, spec in enumerate(specs) if spec.standardize == standardize]
         for problem in _problems(target, n_classes, fold, folds, sw):
-            _fit_problem(X, problem, fold, specs, chosen, scaling, sw, gap, deadline, parts, standardize)
+            _fit_problem(X, problem, fold, specs, chosen, scaling, sw, gap, deadline, parts, standardize, device)
     return _assemble(X, target, n_classes, fold, folds, specs, parts, sw)
 
 
@@ -117,6 +118,7 @@ def _fit_problem(
     deadline: float | None,
     parts: dict[tuple[int, int, int], _Part],
     standardize: bool,
+    device: str,
 ) -> None:
     """Fit the chosen specs on the problem's folds; results go to `parts`."""
     multi = problem.target.ndim == 2
@@ -148,7 +150,7 @@ def _fit_problem(
             functools.partial(_design, X, problem, fold, used, folds, own_labels, rows, sw, standardize, dtype)
             for dtype in (np.float32, np.float64)
         )
-        solutions = _solve(narrow, wide, lines, rows, gap, deadline)
+        solutions = _solve(narrow, wide, lines, rows, gap, deadline, device)
         seconds = (time.perf_counter() - began) / max(len(solutions), 1)
         began = time.perf_counter()
         for index, (line, owner) in enumerate(zip(lines, owners, strict=True)):
@@ -167,6 +169,7 @@ def _solve(
     rows: int,
     gap: float,
     deadline: float | None,
+    device: str,
 ) -> dict[tuple[int, float], tuple[Array, Array, Solution]]:
     """Raw weights, biases and solution of every head: in float32, and where rounding ended the descent before the gap
     was reached, from there on in float64."""
@@ -188,7 +191,8 @@ def _solve(
                 names[new, mu * unit] = i, mu
                 if (i, mu) in found:
                     starts[new, mu * unit] = design.from_raw(*found[i, mu][:2])
-        for head, solution in solve_lines(design, part, rows, gap=gap, deadline=deadline, starts=starts).items():
+        solved = solve_lines(design, part, rows, gap=gap, deadline=deadline, starts=starts, device=device)
+        for head, solution in solved.items():
             before = found[names[head]][2].iterations if names[head] in found else 0
             better = dataclasses.replace(solution, iterations=solution.iterations + before)
             found[names[head]] = *design.to_raw(solution.u), better

@@ -12,6 +12,7 @@ import itertools
 import math
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,14 +63,15 @@ def solve_lines(
     gap: float,
     deadline: float | None,
     starts: dict[tuple[int, float], Array] | None = None,
+    device: str = "cpu",
 ) -> dict[tuple[int, float], Solution]:
     """Solutions by (line, mu). `rows` is C for softmax lines (all with label -1) and 1 for sigmoid lines.
 
     deadline, in time.monotonic() seconds, ends the iterations early; every bound stays true. starts: points (C, R + 1)
-    of heads that need not be predicted.
+    of heads that need not be predicted. device: "cpu" for NumPy, otherwise torch's name of where the products run.
     """
     began = time.perf_counter()
-    batch = _Batch(design, lines, rows)
+    batch = _Batch(design, lines, rows, device)
     free = max(rows - 1, 1)
     slots = min(sum(len(line.strengths) for line in lines), max(COLUMNS_IN_FLIGHT // free, 1))
     flight = _Flight(batch, slots)
@@ -228,8 +230,13 @@ def _predict(solved: dict[float, _Solved], mu: float, shape: tuple[int, int], dt
 class _Batch:
     """What is the same at every strength: rows, class weights, and the sums that the bounds need."""
 
-    def __init__(self, design: Design, lines: list[Line], rows: int) -> None:
+    def __init__(self, design: Design, lines: list[Line], rows: int, device: str) -> None:
         self.design, self.lines, self.rows = design, lines, rows
+        self.elsewhere: Callable[[Tile, Array, Array | None, Array | None], tuple[Array, Array]] | None = None
+        if device != "cpu":
+            from headrace.heads.torch_tiles import TorchTiles  # a bank on the CPU does not import torch
+
+            self.elsewhere = TorchTiles(design.tiles, rows, device)
         self.folds = np.array([line.fold for line in lines])
         self.multipliers = np.stack([line.multiplier for line in lines]).astype(design.dtype)  # (lines, C or 2)
         self.weighted = bool((self.multipliers != 1).any()) or any(tile.weight is not None for tile in design.tiles)
@@ -380,6 +387,11 @@ class _Flight:
     def _tile(self, tile: Tile, lines: npt.NDArray[np.intp], weights: Array, total: Array) -> Array:
         """Add a tile's part of the gradient to `total`; return its part of the losses."""
         batch, n, heads = self.batch, len(tile.rows), len(lines)
+        if batch.elsewhere is not None:
+            own = None if batch.rows > 1 else tile.labels[batch.labels[lines]]
+            loss, gradient = batch.elsewhere(tile, weights, own, batch.row_weights(tile, lines))
+            total += gradient
+            return loss
         decision = np.empty((batch.rows, heads, n), weights.dtype)
         columns = len(weights) // heads
         np.matmul(weights, tile.across, out=decision[:columns].reshape(len(weights), n))

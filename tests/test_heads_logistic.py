@@ -318,3 +318,19 @@ def test_a_deadline_ends_early_with_true_bounds():
         assert fit.iterations < optimum.iterations
         assert fit.objective - optimum.objective <= fit.gap * optimum.objective * (1 + 1e-5)
         assert fit.gap > 1e-4
+
+
+@pytest.mark.parametrize("labels", ["single", "binary", "multi"])
+def test_torch_products_give_the_same_heads(labels):
+    """On a device of torch's (here "cpu:0", its CPU) the bank finds the optimum that NumPy finds."""
+    X, y = blobs(120, 15, 4, seed=9)
+    target = {"single": y, "binary": y % 2, "multi": (y[:, None] <= np.arange(3)).astype(np.uint8)}[labels]
+    target = target[:, :2] if labels == "multi" else target
+    classes = {"single": 4, "binary": 2, "multi": 2}[labels]
+    specs = [LogisticSpec(C, kind) for C in (0.01, 1.0) for kind in ("none", "balanced")]
+    arguments = {"n_classes": classes, "fold": folds(120, 2), "specs": specs, "gap": 1e-9}
+    here = fit_logistic_bank(X, target, **arguments)
+    there = fit_logistic_bank(X, target, device="cpu:0", **arguments)
+    for one, other in zip(here, there, strict=True):
+        assert other.objective == pytest.approx(one.objective, rel=1e-6)
+        np.testing.assert_allclose(other.arrays["weight"], one.arrays["weight"], rtol=0.02, atol=2e-4)

@@ -1,0 +1,50 @@
+"""The two products and the loss of a tile on any device that torch knows; everything around them stays in NumPy.
+
+A heads, C classes, c = C - 1 rows of weights a head (1 for a sigmoid), n rows, R + 1 coordinates. A tile is copied to the
+device once; weights and gradients, a few megabytes, travel on every evaluation.
+"""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from headrace.heads.design import Tile
+
+Array = npt.NDArray[Any]
+
+
+class TorchTiles:
+    """The tiles of a design on a device."""
+
+    def __init__(self, tiles: list[Tile], rows: int, device: str) -> None:
+        self.rows, self.device = rows, torch.device(device)
+        self.values = {id(tile): torch.from_numpy(tile.values).to(self.device) for tile in tiles}
+        self.classes = {
+            id(tile): torch.from_numpy(np.repeat(np.arange(rows), np.diff(tile.bounds))).to(self.device)
+            for tile in tiles
+            if rows > 1
+        }
+
+    def __call__(self, tile: Tile, weights: Array, labels: Array | None, weight: Array | None) -> tuple[Array, Array]:
+        """Losses (A,) float64 and gradient (c * A, R + 1) of weights (c * A, R + 1), class first; labels and weight are
+        (A, n) or None, as for `softmax_loss` and `sigmoid_loss`."""
+        values = self.values[id(tile)]
+        columns = max(self.rows - 1, 1)
+        decision = (torch.from_numpy(weights).to(self.device) @ values.T).reshape(columns, -1, len(values))
+        w = None if weight is None else torch.from_numpy(np.ascontiguousarray(weight)).to(self.device)
+        if labels is not None:
+            own = torch.from_numpy(labels).to(self.device)
+            loss = torch.nn.functional.softplus(decision[0]) - own * decision[0]
+            residual = (torch.sigmoid(decision[0]) - own)[None]
+        else:
+            every = torch.cat([decision, -decision.sum(0, keepdim=True)])
+            log_p = torch.log_softmax(every, dim=0)
+            label = self.classes[id(tile)].expand(1, every.shape[1], -1)
+            loss = -log_p.gather(0, label)[0]
+            residual = (log_p.exp() - torch.zeros_like(log_p).scatter_(0, label, 1.0))[:columns]
+        if w is not None:
+            loss, residual = loss * w, residual * w
+        gradient = residual.reshape(len(weights), -1) @ values
+        return loss.sum(1, dtype=torch.float64).cpu().numpy(), gradient.cpu().numpy()
