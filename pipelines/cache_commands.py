@@ -114,7 +114,6 @@ def show_command(
 def verify_command(
     name: Annotated[str | None, typer.Argument(help="One feature set (fingerprint or tap); default: all.")] = None,
     cache: CacheOption = DEFAULT_CACHE,
-    sha256: Annotated[bool, typer.Option("--sha256", help="Also compare each file's SHA-256; slower.")] = False,
     recipe: Annotated[Path | None, typer.Option(help="The recipe, for --sources and --recompute.")] = None,
     sources: Annotated[bool, typer.Option("--sources", help="Hash every source image again.")] = False,
     recompute: Annotated[int, typer.Option(help="Extract so many random rows again and compare.", min=0)] = 0,
@@ -134,7 +133,7 @@ def verify_command(
     directories = [_find(cache, name)] if name else feature_set_directories(cache)
     wrong = 0
     for directory in directories:
-        problems = verify_bytes(directory, sha256=sha256)
+        problems = verify_bytes(directory)
         serious = [problem for problem in problems if not problem.is_harmless]
         for problem in problems:
             _say(f"{'note' if problem.is_harmless else problem.kind}: {problem.message}")

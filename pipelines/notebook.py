@@ -102,6 +102,7 @@ def train_heads(
         samples=listed,
         unreadable=(),
         dataset=dataset,
+        notes=dataset.notes,
         metric=check_metric(section),
         directories={name: (feature.path,) for name, feature in features.items()},
         plan=plan_run(

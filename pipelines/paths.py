@@ -15,6 +15,11 @@ class RunPaths:
         return self.root / "recipe.json"
 
     @property
+    def listing(self) -> Path:
+        """The images of the last call, {id: content hash}: tells new, changed, renamed and removed ones apart."""
+        return self.root / "images.json"
+
+    @property
     def leaderboard(self) -> Path:
         return self.root / "leaderboard.csv"
 

@@ -15,8 +15,10 @@ from headrace.extract import (
     Storing,
     Unreadable,
     backbone_features,
+    compare_listings,
     content_hashes,
     plan_networks,
+    read_listing,
     remember_features,
 )
 from headrace.heads import DEFAULT_METRIC, METRICS
@@ -36,6 +38,7 @@ class Survey:
     samples: pd.DataFrame  # id, path, content (None where the file cannot be read), and the user's columns
     unreadable: tuple[Unreadable, ...]
     dataset: Dataset
+    notes: tuple[str, ...]  # what a careful person would want to be told
     metric: str
     # Of the feature sets, view by view, by the names that the leaderboard gives them.
     directories: Mapping[str, tuple[Path, ...]]
@@ -94,7 +97,24 @@ def survey(recipe: Recipe, console: Console | None = None, *, write: bool = True
     directories = {
         feature.name: tuple(feature_set_path(recipe.cache, spec) for spec in feature.specs) for feature in features
     }
-    return Survey(paths, samples, contents.unreadable, dataset, metric, directories, plan)
+    notes = (*_changes(paths.listing, samples), *dataset.notes)
+    return Survey(paths, samples, contents.unreadable, dataset, notes, metric, directories, plan)
+
+
+def listing(samples: pd.DataFrame) -> dict[str, str]:
+    """{id: content hash} of the images that can be read."""
+    readable = samples[samples["content"].notna()]
+    return dict(zip(readable["id"].astype(str), readable["content"].astype(str), strict=True))
+
+
+def _changes(path: Path, samples: pd.DataFrame) -> list[str]:
+    before = read_listing(path)
+    if not before:
+        return []
+    changes = compare_listings(before, listing(samples))
+    counts = {kind: len(getattr(changes, kind)) for kind in ("new", "changed", "renamed", "removed")}
+    found = ", ".join(f"{count:,} {kind}" for kind, count in counts.items() if count)
+    return [f"images since the last call: {found}"] if found else []
 
 
 def _inputs(recipe: Recipe, networks: Sequence[Network]) -> dict[str, list[tuple[FeatureSpec, Collection[str]]]]:

@@ -16,13 +16,13 @@ from dask.distributed import Client
 from rich.console import Console
 
 from headrace.cache import FeatureSet, HeadraceError, open_feature_set, publish_replace
-from headrace.extract import ExtractJob
+from headrace.extract import ExtractJob, write_listing
 from headrace.heads import BankJob, save_task, train_bank
 from headrace.pipelines.cluster import local_client
 from headrace.pipelines.leaderboard import collect_heads, rank_heads
 from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.plan import Plan, fingerprints_of
-from headrace.pipelines.prepare import Survey, survey
+from headrace.pipelines.prepare import Survey, listing, survey
 from headrace.pipelines.progress import stage
 from headrace.pipelines.recipe import Recipe
 from headrace.pipelines.submit import Outcome, run_tasks
@@ -108,13 +108,14 @@ def run_recipe(recipe: Recipe, *, console: Console | None = None, workers: int |
 
 
 def write_inputs(found: Survey) -> None:
-    """The task that banks read; it holds no test row."""
+    """The task that banks read, which holds no test row, and the list of images for the next call to compare with."""
     paths, task = found.paths, found.dataset.train
     paths.task(task.digest).parent.mkdir(parents=True, exist_ok=True)
     paths.banks.mkdir(parents=True, exist_ok=True)
     stored = io.BytesIO()
     save_task(task, stored)
     publish_replace(paths.task(task.digest), stored.getvalue())
+    write_listing(paths.listing, listing(found.samples))
 
 
 def extract_missing(units: Sequence[ExtractJob], client: Client | None, console: Console) -> None:
@@ -215,7 +216,7 @@ def conclude(found: Survey) -> RunResult:
         board=board,
         winner=winner,
         test=open_test(paths.openings, winner, features, test, task.digest, found.metric) if len(test.ids) else None,
-        notes=found.dataset.notes,
+        notes=found.notes,
         failed_images=failed_images,
         failed_heads=int((heads["error"].fillna("") != "").sum()),
         stages=(),

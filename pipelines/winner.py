@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from headrace.cache import FeatureSet, HeadraceError, publish_replace
@@ -81,9 +82,10 @@ def open_test(
             return TestResult(openings=number, **opening["result"])
     spec = spec_from_json(winner["spec"])
     arrays = read_bank(winner["path"]).arrays(winner["spec"], FULL)
-    X, kept = load_rows(features, test.content)
+    X, kept = load_rows(features, test.content, spatial=spec.kind == "conv")
     target = test.target[kept]
-    probabilities = predict_head(spec, arrays, X, test.kind)
+    views = X if X.ndim in (3, 5) else X[None]  # (V, n, D) or (V, n, channels, h, w): several are averaged
+    probabilities = np.mean([predict_head(spec, arrays, view, test.kind) for view in views], axis=0)
     metrics = all_metrics(test.kind, target, probabilities)
     low, high = metric_interval(test.kind, target, probabilities, metric)
     result = TestResult(metric, metrics[metric], low, high, len(target), len(past) + 1, metrics)
