@@ -23,7 +23,16 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from headrace.cache import FeatureSet, FeatureSpec, create_feature_set, open_feature_set, publish_shard, shard_path
+from headrace.cache import (
+    STORAGE_DTYPES,
+    FeatureSet,
+    FeatureSpec,
+    create_feature_set,
+    feature_set_path,
+    open_feature_set,
+    publish_shard,
+    shard_path,
+)
 from headrace.cache.check import shard_digest
 from headrace.cache.lines import to_line
 from headrace.cache.manifest import read_manifest
@@ -348,6 +357,84 @@ def opening(folder: Path, quick: bool) -> tuple[list[Row], Figures]:
     return table, {"open_ten_million_rows_s": seconds, "open_ten_million_rows_mb": megabytes}
 
 
+def dtypes(folder: Path, quick: bool) -> tuple[list[Row], Figures]:
+    """What each storage dtype costs in round-off and in the accuracy of a head, and what compression gains, on real
+    features: the demo's solar cells and network (needs the extra `demo`)."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import StratifiedKFold, cross_val_predict
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    table: list[Row] = []
+    figures: Figures = {}
+    pooled, labels = solar_features(folder, "conv_head.avg", 300 if quick else None)
+    head = make_pipeline(StandardScaler(), LogisticRegression(C=0.003, max_iter=300))
+    folds = StratifiedKFold(5, shuffle=True, random_state=0)
+    for dtype in ("float32", *(name for name in STORAGE_DTYPES if name != "float32")):
+        directory = create_feature_set(folder / "again", spec(dtype, pooled.shape[1:], "avg"))
+        for index, part in enumerate(np.array_split(np.arange(len(pooled)), 8)):
+            publish_shard(directory, **unit(index, pooled[part], part))
+        features = open_feature_set(directory)
+        accuracy = float(np.mean(cross_val_predict(head, features.read(slice(None)), labels, cv=folds) == labels))
+        error = features.round_off.relative_rms
+        table.append(
+            (
+                f"{dtype}, {len(pooled):,} solar cells, conv_head.avg",
+                f"{100 * accuracy:.2f} % accuracy",
+                f"float32 {100 * figures.get('accuracy_float32', accuracy):.2f} %",
+                f"rms {error:.1e}",
+                "",
+            )
+        )
+        figures |= {f"accuracy_{dtype}": accuracy, f"round_off_rms_{dtype}": error}
+    for tap in ("conv_head.map", "blocks.4.map"):
+        maps, _ = solar_features(folder, tap, 64 if quick else 256)
+        sizes, seconds = {}, {}
+        for compression in (None, "bitshuffle-lz4"):
+            directory = create_feature_set(folder / str(compression), spec("float16", maps.shape[1:], tap))
+            arguments = unit(0, maps, np.arange(len(maps)))
+            sizes[compression] = publish_shard(directory, **arguments, compression=compression).bytes
+            features = open_feature_set(directory)
+            features.check()
+            seconds |= {
+                compression: best({"x": once(lambda features=features: features.read(slice(None), None))}, 3)["x"]
+            }
+        zeros = float((maps == 0).mean())
+        ratio = sizes[None] / sizes["bitshuffle-lz4"]
+        table.append(
+            (
+                f"bitshuffle-LZ4, {tap}, {100 * zeros:.0f} % zeros",
+                f"{sizes['bitshuffle-lz4'] / 1e6:.1f} MB, read at {speed(sizes[None], seconds['bitshuffle-lz4'])}",
+                f"plain {sizes[None] / 1e6:.1f} MB, {speed(sizes[None], seconds[None])}",
+                f"{ratio:.2f}",
+                "",
+            )
+        )
+        figures[f"lz4_gain_{tap}"] = ratio
+    return table, figures
+
+
+def solar_features(folder: Path, tap: str, limit: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """float32 features of the demo's images by the demo's network, and whether each cell is defective."""
+    from headrace.extract import Network, backbone_features, content_hashes, plan_networks, run_unit
+    from headrace.pipelines.dataset import list_samples
+    from headrace.pipelines.demo import write_demo
+    from headrace.pipelines.prepare import backbone_spec
+    from headrace.pipelines.recipe import load_recipe
+
+    recipe = load_recipe(write_demo(folder / "demo"))
+    samples = list_samples(recipe)
+    if limit:
+        samples = samples.sample(limit, random_state=0)
+    samples = samples.assign(content=content_hashes(samples, folder / "contents.parquet").hashes)
+    backbone = backbone_spec(recipe.backbones[0])
+    specs = backbone_features(backbone, [tap], dtype="float32", cache_root=folder)
+    for job in plan_networks(samples, [Network(backbone, specs, [()])], cache_root=folder):
+        run_unit(job)
+    features = open_feature_set(feature_set_path(folder, specs[0]))
+    return features.load(samples["content"].tolist()), (samples["label"] == "defective").to_numpy()
+
+
 CASES: dict[str, Callable[[Path, bool], tuple[list[Row], Figures]]] = {
     "shuffled": shuffled,
     "batches": batches,
@@ -355,6 +442,7 @@ CASES: dict[str, Callable[[Path, bool], tuple[list[Row], Figures]]] = {
     "publish": publish,
     "verify": verify,
     "opening": opening,
+    "dtypes": dtypes,
 }
 
 

@@ -29,7 +29,6 @@ class ShardEntry:
     failed: int  # samples of the unit that have no row
     bytes: int  # of the file
     xxh3: str  # XXH3-128 of the bytes behind the user block: what reading and `cache verify` check
-    sha256: str  # of the whole file: what `sha256sum` says
     round_off: RoundOff
     written_by: str  # "headrace 0.1.0"
 

@@ -4,10 +4,8 @@ What a reader finds if the writer dies: before the link, nothing; between the li
 that is not listed and so does not exist (the next writer of the unit checks and lists it); after the line, the shard.
 """
 
-import hashlib
 import re
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -116,32 +114,21 @@ def publish_shard(
         return entry
     encoded = encode(features, ids, spec.dtype)
     parts, digest = build_shard(spec, unit, encoded, ids, content, failures, compression)
-    # The disk takes the bytes while another thread hashes them.
-    with ThreadPoolExecutor(1, "sha256") as hashing:
-        sha256 = hashing.submit(_sha256, parts)
-        while not publish_parts(path, parts):
-            # Another writer was faster. Its shard may differ in last bits (another machine): the entry describes that one.
-            if entry := _published(directory, unit, spec):
-                return entry
-        entry = ShardEntry(
-            unit=unit,
-            rows=len(ids),
-            failed=len(failures),
-            bytes=sum(len(part) for part in parts),
-            xxh3=digest,
-            sha256=sha256.result(),
-            round_off=encoded.round_off,
-            written_by=_WRITTEN_BY,
-        )
+    while not publish_parts(path, parts):
+        # Another writer was faster. Its shard may differ in last bits (another machine): the entry describes that one.
+        if entry := _published(directory, unit, spec):
+            return entry
+    entry = ShardEntry(
+        unit=unit,
+        rows=len(ids),
+        failed=len(failures),
+        bytes=sum(len(part) for part in parts),
+        xxh3=digest,
+        round_off=encoded.round_off,
+        written_by=_WRITTEN_BY,
+    )
     append_entry(directory, entry)
     return entry
-
-
-def _sha256(parts: Sequence[bytes | memoryview]) -> str:
-    hasher = hashlib.sha256()
-    for part in parts:
-        hasher.update(part)
-    return hasher.hexdigest()
 
 
 def describe_shard(directory: Path, unit: str, spec: FeatureSpec) -> ShardEntry:
@@ -154,16 +141,9 @@ def describe_shard(directory: Path, unit: str, spec: FeatureSpec) -> ShardEntry:
         failed=checked.layout.failed,
         bytes=checked.bytes,
         xxh3=checked.xxh3,
-        sha256=sha256_of(path),
         round_off=checked.round_off,
         written_by=_WRITTEN_BY,
     )
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 (hex) of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _published(directory: Path, unit: str, spec: FeatureSpec) -> ShardEntry | None:

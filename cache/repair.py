@@ -90,11 +90,7 @@ def _readable_entries(directory: Path) -> tuple[dict[str, ShardEntry], bool]:
 
 
 def _same_bytes(listed: ShardEntry | None, found: ShardEntry) -> bool:
-    return listed is not None and (listed.sha256, listed.rows, listed.failed) == (
-        found.sha256,
-        found.rows,
-        found.failed,
-    )
+    return listed is not None and (listed.xxh3, listed.rows, listed.failed) == (found.xxh3, found.rows, found.failed)
 
 
 def _spec_from_shards(directory: Path) -> FeatureSpec:

@@ -11,11 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from headrace.cache.check import check_listed
-from headrace.cache.errors import CacheError, ManifestCorrupt, ShardCorrupt, ShardMissing, SpecMismatch
+from headrace.cache.errors import CacheError, ManifestCorrupt, ShardMissing, SpecMismatch
 from headrace.cache.feature_set import FeatureSet
 from headrace.cache.files import PARTIAL_SUFFIX
 from headrace.cache.manifest import ShardEntry, read_manifest
-from headrace.cache.publish import SHARDS, read_spec, sha256_of, shard_path
+from headrace.cache.publish import SHARDS, read_spec, shard_path
 from headrace.cache.spec import FeatureSpec
 
 # Beyond the round-off of storing: what another batch size, machine or number of threads may change, as a part of the
@@ -40,12 +40,8 @@ class Problem:
         return self.kind in ("unlisted", "temporary")
 
 
-def verify_bytes(directory: Path, *, sha256: bool = False) -> list[Problem]:
-    """Read every byte of a feature set, whatever this machine remembers; an empty list means that nothing is wrong.
-
-    sha256: also compare each file's SHA-256, ten times slower, with what the manifest says; the XXH3-128 that is always
-    compared finds every accident, and an attacker can rewrite the manifest too.
-    """
+def verify_bytes(directory: Path) -> list[Problem]:
+    """Read every byte of a feature set, whatever this machine remembers; an empty list means that nothing is wrong."""
     try:
         spec = read_spec(directory)
     except (ManifestCorrupt, SpecMismatch) as error:
@@ -55,16 +51,14 @@ def verify_bytes(directory: Path, *, sha256: bool = False) -> list[Problem]:
     except ManifestCorrupt as error:
         return [Problem("manifest", directory / "manifest.jsonl", str(error)), *_leftovers(directory, None)]
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # reading and hashing release the interpreter
-        found = pool.map(lambda entry: _verify_shard(directory, spec, entry, sha256), entries.values())
+        found = pool.map(lambda entry: _verify_shard(directory, spec, entry), entries.values())
     return [*(problem for problem in found if problem), *_leftovers(directory, set(entries))]
 
 
-def _verify_shard(directory: Path, spec: FeatureSpec, entry: ShardEntry, sha256: bool) -> Problem | None:
+def _verify_shard(directory: Path, spec: FeatureSpec, entry: ShardEntry) -> Problem | None:
     path = shard_path(directory, entry.unit)
     try:
         check_listed(path, spec, entry)
-        if sha256 and sha256_of(path) != entry.sha256:
-            raise ShardCorrupt(f"{path}: its SHA-256 is not {entry.sha256}, which the manifest says")
     except ShardMissing as error:
         return Problem("missing", path, str(error))
     except CacheError as error:

@@ -60,7 +60,7 @@ def test_a_wrong_name_lists_the_right_ones(cache):
 
 def test_verify_repair_verify(cache):
     """A flipped bit: verify says so and exits with 1, repair removes the shard, verify is content."""
-    assert "every byte of 24 rows" in run("verify", "--cache", cache, "--sha256")
+    assert "every byte of 24 rows" in run("verify", "--cache", cache)
     directory = next(p for p in (cache / "features").iterdir() if open_feature_set(p).spec.tap == "blocks.4")
     flip(shard_path(directory, unit_name(1)), 50_000)
     output = run("verify", "--cache", cache, code=1)

@@ -243,7 +243,7 @@ def test_writers_at_once(tmp_path, writers):
         order = list(range(12))
         random.Random(writer).shuffle(order)
         entries = [publish_shard(directory, **unit_arguments(SPEC, number)) for number in order]
-        told[writer].write_text(json.dumps(sorted([entry.unit, entry.sha256] for entry in entries)))
+        told[writer].write_text(json.dumps(sorted([entry.unit, entry.xxh3] for entry in entries)))
 
     children = [start_child(lambda writer=writer: work(writer)) for writer in range(writers)]
     assert [wait_for(pid) for pid in children] == [0] * writers
