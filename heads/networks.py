@@ -5,7 +5,7 @@ N rows, V views, C outputs, K heads. What a kind of network brings is its `Famil
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Generic, TypeVar
 
@@ -48,19 +48,23 @@ class Bank(Generic[Spec]):
     task: TaskKind
     specs: Sequence[Spec]
     family: Family[Spec]
+    prepared: dict[tuple[int, bool], FoldData] = field(default_factory=dict)
 
     def data(self, fold: int, *, standardize: bool) -> FoldData:
-        return prepare(
-            self.stacked,
-            self.features,
-            self.target,
-            self.outputs,
-            self.fold,
-            fold,
-            self.weight,
-            self.task,
-            standardize=standardize,
-        )
+        """Made once per fold: its means and deviations are two passes over the features."""
+        if (fold, standardize) not in self.prepared:
+            self.prepared[fold, standardize] = prepare(
+                self.stacked,
+                self.features,
+                self.target,
+                self.outputs,
+                self.fold,
+                fold,
+                self.weight,
+                self.task,
+                standardize=standardize,
+            )
+        return self.prepared[fold, standardize]
 
     def runs(self, traces: Sequence[Trace], *, ranked: bool) -> "list[Callable[[], Run]]":
         """What makes the batches of these heads, all of one fold. Made one by one, for their parameters take memory."""
