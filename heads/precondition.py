@@ -21,7 +21,7 @@ import numpy.typing as npt
 from headrace.heads.loss import sigmoid, softmax
 
 Array = npt.NDArray[Any]
-SAMPLED_ROWS = 1024
+SAMPLED_ROWS, SAMPLED_ROWS_PER_CLASS = 1024, 40
 
 
 @dataclass(frozen=True)

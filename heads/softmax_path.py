@@ -3,9 +3,10 @@
 A heads in flight, C classes (rows of a head: C for a softmax, 1 for a sigmoid), R + 1 coordinates (the intercept last),
 n rows of a tile.
 
-A line is heads that differ in strength only. Strengths are visited from strong to weak; at each, every line's head is
-solved in one batch. The start is extrapolated in log C from the line's previous solutions, and the curvature pairs of
-the previous strength are carried along, corrected for the new strength: y = H s, and H changes by a multiple of P.
+A line is heads that differ in strength only. Along a line every second strength is solved in turn, from strong to weak,
+each start extrapolated in log C from the line's previous solutions; the heads between are interpolated. Heads of all lines
+are in flight together, and one that is done makes room for the next. A head takes over the curvature pairs of its nearest
+solved neighbour, corrected for the new strength: y = H s, and H changes by a multiple of P.
 """
 
 import itertools
@@ -22,7 +23,7 @@ import numpy.typing as npt
 from headrace.heads.design import Design, Tile
 from headrace.heads.lbfgs import Stopped, minimise
 from headrace.heads.loss import sigmoid_loss, softmax_loss
-from headrace.heads.precondition import SAMPLED_ROWS, Frame, frame
+from headrace.heads.precondition import SAMPLED_ROWS, SAMPLED_ROWS_PER_CLASS, Frame, frame
 
 Array = npt.NDArray[Any]
 PAIRS = 12
@@ -246,7 +247,8 @@ class _Batch:
         for tile in design.tiles:
             for i in np.flatnonzero(self.folds != tile.group).tolist():
                 self.sums[i] += self._tile_sums(tile, i)
-        every = max(sum(len(tile.rows) for tile in design.tiles) // SAMPLED_ROWS, 1)
+        wanted = max(SAMPLED_ROWS, SAMPLED_ROWS_PER_CLASS * rows)
+        every = max(sum(len(tile.rows) for tile in design.tiles) // wanted, 1)
         self.sampled = [slice(None, None, every) for _ in design.tiles]
         self.values = np.concatenate([tile.values[rows] for tile, rows in zip(design.tiles, self.sampled, strict=True)])
         self.squares = self.values**2
