@@ -103,3 +103,9 @@ def test_every_command_and_option_has_help():
             walk(sub, f"{name} {child}")
 
     walk(get_command(app), "headrace")
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_example_recipe_is_valid(recipe):
+    """Every key of every example is one that headrace knows."""
+    load_recipe(recipe)
