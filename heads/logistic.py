@@ -67,7 +67,7 @@ def fit_logistic_bank(
     """
     _check(X, target, n_classes, fold, specs, sample_weight)
     fold = np.asarray(fold, np.int64)
-    sw = None if sample_weight is None else np.asarray(sample_weight, np.float64)
+    sw = None if sample_weight is None or (sample_weight == 1).all() else np.asarray(sample_weight, np.float64)
     folds = [int(f) for f in np.unique(fold) if f >= 0] + ([FULL] if full else [])
     groups = group_moments(X, fold)
     scaling = training_moments(groups)

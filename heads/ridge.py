@@ -57,6 +57,7 @@ def fit_ridge_bank(
     kind = kind or ("single" if target.ndim == 1 else "regression" if target.dtype.kind == "f" else "multi")
     _check(X, target, n_classes, fold, specs, sample_weight, kind)
     fold = np.asarray(fold, np.int64)
+    sample_weight = None if sample_weight is None or (sample_weight == 1).all() else sample_weight
     groups = group_moments(X, fold)
     scaling = training_moments(groups)
     folds = [f for f in scaling if f != FULL] + ([FULL] if full else [])
