@@ -20,6 +20,7 @@ from headrace.cache.errors import (
 from headrace.cache.feature_set import FeatureSet, list_feature_sets, open_feature_set
 from headrace.cache.files import lease, publish_bytes, publish_replace
 from headrace.cache.manifest import ShardEntry
+from headrace.cache.planner import DiskTooSmall, TapCost, plan_taps, require_space, stored_bytes
 from headrace.cache.publish import create_feature_set, feature_set_path, publish_shard, shard_path
 from headrace.cache.shard import Failure
 from headrace.cache.spec import STORAGE_DTYPES, FeatureSpec, spec_difference
@@ -28,6 +29,7 @@ __all__ = [
     "STORAGE_DTYPES",
     "Batch",
     "CacheError",
+    "DiskTooSmall",
     "ExtraMissing",
     "Failure",
     "FeatureSet",
@@ -44,15 +46,19 @@ __all__ = [
     "ShardMissing",
     "ShardUnreadable",
     "SpecMismatch",
+    "TapCost",
     "check_shard",
     "create_feature_set",
     "feature_set_path",
     "lease",
     "list_feature_sets",
     "open_feature_set",
+    "plan_taps",
     "publish_bytes",
     "publish_replace",
     "publish_shard",
+    "require_space",
     "shard_path",
     "spec_difference",
+    "stored_bytes",
 ]

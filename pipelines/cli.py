@@ -99,13 +99,16 @@ def _run(
     from headrace.pipelines.recipe import load_recipe
 
     recipe = load_recipe(path)
+    from headrace.pipelines.plan import check_space
     from headrace.pipelines.prepare import survey
     from headrace.pipelines.run import run_recipe
     from headrace.pipelines.show import show_plan, show_result
 
     try:
         if dry_run:
-            show_plan(console, survey(recipe, write=False).plan, recipe.cache, recipe.out)
+            plan = survey(recipe, write=False).plan
+            show_plan(console, plan, recipe.cache, recipe.out)
+            check_space(plan, recipe.cache, recipe.storage.budget_gb)
         else:
             show_result(console, run_recipe(recipe, console=console, workers=workers), reference=reference)
     except KeyboardInterrupt:

@@ -4,9 +4,9 @@ import hashlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from math import prod
+from pathlib import Path
 
-from headrace.cache import FeatureSpec
+from headrace.cache import DiskTooSmall, FeatureSpec, plan_taps, require_space, stored_bytes
 from headrace.extract import ExtractJob
 from headrace.heads import Halving, HeadSpec, spec_to_json
 from headrace.pipelines.grid import Wanted
@@ -37,8 +37,8 @@ class FeaturePlan:
 
     @property
     def bytes_new(self) -> int:
-        item = {"float32": 4, "uint8": 1}.get(self.specs[0].dtype, 2)
-        return self.rows_missing * prod(self.shape) * item
+        """On disk, ids and headers counted."""
+        return stored_bytes(self.specs[0], self.rows_missing)
 
 
 def feature_plan(
@@ -125,6 +125,26 @@ def plan_run(
         heads_new=folds * sum(len(bank.specs) for bank in banks),
         folds=folds,
     )
+
+
+def check_space(plan: Plan, cache_root: Path, budget_gb: float | None) -> None:
+    """Raises DiskTooSmall, naming what fits and what does not, before anything is extracted."""
+    budget = None if budget_gb is None else int(budget_gb * 1e9)
+    missing = [feature for feature in plan.features if feature.rows_missing]
+    costs = plan_taps([(feature.specs[0], feature.rows_missing) for feature in missing], budget)
+    fitting = [feature.name for feature, cost in zip(missing, costs, strict=True) if cost.fits]
+    refused = [
+        f"{feature.name} ({cost.bytes / 1e9:.3f} GB)"
+        for feature, cost in zip(missing, costs, strict=True)
+        if not cost.fits
+    ]
+    if refused:
+        raise DiskTooSmall(
+            f"storage.budget_gb is {budget_gb:g}: in the recipe's order, {', '.join(fitting) or 'no tap'} fits, and "
+            f"{', '.join(refused)} does not. Leave it out, reduce it (avg instead of map), or raise the budget. "
+            "Nothing was extracted"
+        )
+    require_space(cache_root, costs)
 
 
 def fingerprints_of(features: Sequence[FeaturePlan]) -> dict[str, list[str]]:

@@ -203,6 +203,7 @@ class Storage(_Model):
 
     dtype: Literal["float16", "float32", "bfloat16", "uint8"] = "float16"
     precision: Literal["float32", "bfloat16", "float16"] = "float32"  # of the forward pass; GPUs are faster in bfloat16
+    budget_gb: Positive | None = None  # what new features may take; default: what the disk has, less a reserve
 
 
 class Recipe(_Model):

@@ -21,7 +21,7 @@ from headrace.heads import BankJob, save_task, train_bank
 from headrace.pipelines.cluster import local_client
 from headrace.pipelines.leaderboard import collect_heads, rank_heads
 from headrace.pipelines.paths import RunPaths
-from headrace.pipelines.plan import Plan, fingerprints_of
+from headrace.pipelines.plan import Plan, check_space, fingerprints_of
 from headrace.pipelines.prepare import Survey, listing, survey
 from headrace.pipelines.progress import stage
 from headrace.pipelines.recipe import Recipe
@@ -84,6 +84,7 @@ def run_recipe(recipe: Recipe, *, console: Console | None = None, workers: int |
             found = survey(recipe, console)
             plan = found.plan
             done(f"{plan.images:,} images, {len(plan.features)} feature sets, {plan.heads_total:,} heads wanted")
+        check_space(plan, recipe.cache, recipe.storage.budget_gb)
         write_inputs(found)
         publish_replace(found.paths.recipe, recipe.model_dump_json(indent=2).encode())
         own_device = bool(plan.units) and plan.units[0].device != "cpu"

@@ -1,11 +1,13 @@
 """Planning is pure: from literals to what has to be done."""
 
+import dataclasses
+
 import pytest
 
-from headrace.cache import FeatureSpec
+from headrace.cache import DiskTooSmall, FeatureSpec
 from headrace.heads import Halving, LogisticSpec, MLPSpec
 from headrace.pipelines.grid import Wanted, wanted_heads
-from headrace.pipelines.plan import FeaturePlan, bank_group, feature_plan, fingerprints_of, plan_run
+from headrace.pipelines.plan import FeaturePlan, bank_group, check_space, feature_plan, fingerprints_of, plan_run
 from headrace.pipelines.recipe import Heads, RecipeError
 
 NAMES = ["early.avg", "late.avg"]
@@ -109,6 +111,24 @@ def test_large_grids_are_cut_into_banks():
 
 
 def test_bytes_to_come_are_rows_times_shape_times_item():
-    """The figure that `--dry-run` prints."""
-    assert feature("a.map", known=40, total=100, shape=(8, 7, 7)).bytes_new == 60 * 8 * 49 * 2
-    assert feature("a.avg", total=10, dtype="float32").bytes_new == 10 * 8 * 4
+    """The figure that `--dry-run` prints: the values, and a little for ids and headers."""
+    for dtype, item in (("float16", 2), ("float32", 4), ("uint8", 1)):
+        values = 6000 * 8 * 49 * item
+        assert (
+            values < feature("a.map", known=4000, total=10_000, shape=(8, 7, 7), dtype=dtype).bytes_new < 1.4 * values
+        )
+
+
+def test_a_budget_names_what_fits_and_what_does_not(tmp_path):
+    """Refused before anything is extracted; what is there already costs nothing."""
+    plan = dataclasses.replace(
+        planned({"logistic": {}}),
+        features=(
+            feature("a.avg", total=10_000),
+            feature("b.map", total=10_000, shape=(64, 20, 20)),
+            feature("c.avg", 9, 9),
+        ),
+    )
+    check_space(plan, tmp_path, 1.0)
+    with pytest.raises(DiskTooSmall, match=r"a\.avg fits, and b\.map \(0\.51\d GB\) does not"):
+        check_space(plan, tmp_path, 0.1)
