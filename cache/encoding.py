@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from headrace.cache.errors import NotStorable
+from headrace.cache.half import widen
 
 STORED: dict[str, np.dtype[Any]] = {
     "float16": np.dtype("<f2"),
@@ -75,7 +76,7 @@ def encode(features: npt.NDArray[Any], ids: Sequence[str], dtype: str) -> Encode
         stored[rows] = _encode_block(given, dtype, scale, offset)
         if dtype != "uint8":
             _refuse(_not_finite(stored[rows], dtype), given, ids, rows.start, dtype)
-        error = given - decode(stored[rows], dtype, scale, offset)
+        error = given - _restored(stored[rows], dtype, scale, offset)
         largest = max(float(error.max(initial=0)), -float(error.min(initial=0)))
         round_off += RoundOff(largest, _sum_of_squares(error), _sum_of_squares(given))
     return Encoded(stored, scale, offset, round_off)
@@ -102,6 +103,19 @@ def decode(
         values += offset.reshape(offset.shape + trailing)
         return values
     return stored
+
+
+def _restored(
+    stored: npt.NDArray[Any],
+    dtype: str,
+    scale: npt.NDArray[np.float32] | None,
+    offset: npt.NDArray[np.float32] | None,
+) -> npt.NDArray[Any]:
+    if dtype != "float16":
+        return decode(stored, dtype, scale, offset)
+    values = np.empty(stored.shape, np.float32)
+    widen(stored, values)
+    return values
 
 
 def _encode_block(
@@ -178,4 +192,5 @@ def _blocks(features: npt.NDArray[Any]) -> list[slice]:
 
 def _sum_of_squares(values: npt.NDArray[Any]) -> float:
     # Not a dot product: BLAS adds up in an order that depends on the processor, and the sum is stored in the shard.
-    return float(np.square(values).sum(dtype=np.float64))
+    # In the block's own precision, which numpy's pairwise sum keeps to six digits.
+    return float(np.square(values).sum())

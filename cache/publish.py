@@ -27,7 +27,7 @@ SPEC = "spec.json"
 
 # Unit names become file names and are compared as text; the leading letter or digit keeps them visible and relative.
 _UNIT = re.compile(r"[0-9a-z][0-9a-z_-]{0,63}")
-_CONTENT = re.compile(r"[0-9a-f]{32}")
+_CONTENT = re.compile(r"[0-9a-f]*")
 _WRITTEN_BY = f"headrace {version('headrace')}"
 _COMPRESSIONS = (None, "bitshuffle-lz4")
 
@@ -184,13 +184,14 @@ def _check_arguments(
         )
     if not (np.issubdtype(features.dtype, np.floating) or np.issubdtype(features.dtype, np.integer)):
         raise ValueError(f"unit {unit}: features are {features.dtype}, expected real numbers")
-    for text in (*content, *(failure.content for failure in failures)):
-        if not _CONTENT.fullmatch(text):
-            raise ValueError(f"unit {unit}: content hash {text!r} is not 32 lower-case hex digits")
-    for text in (*ids, *(failure.id for failure in failures), *(failure.reason for failure in failures)):
-        if not text or "\0" in text:
-            raise ValueError(
-                f"unit {unit}: {text!r} is empty or holds a NUL, which fixed-length text in HDF5 cannot store"
-            )
+    names = [*ids, *(failure.id for failure in failures), *(failure.reason for failure in failures)]
+    hashes = [*content, *(failure.content for failure in failures)]
+    # All at once: one by one, a large shard's would take as long as its bytes take to the disk.
+    if any(len(text) != 32 for text in hashes) or not _CONTENT.fullmatch("".join(hashes)):
+        bad = next(text for text in hashes if len(text) != 32 or not _CONTENT.fullmatch(text))
+        raise ValueError(f"unit {unit}: content hash {bad!r} is not 32 lower-case hex digits")
+    if not all(names) or "\0" in "".join(names):
+        bad = next(text for text in names if not text or "\0" in text)
+        raise ValueError(f"unit {unit}: {bad!r} is empty or holds a NUL, which fixed-length text in HDF5 cannot store")
     if compression not in _COMPRESSIONS:
         raise ValueError(f"compression {compression!r} is not one of {_COMPRESSIONS}")
