@@ -1,8 +1,9 @@
-"""Draws docs/demo.svg: what the terminal shows at the end of a finished demo.
+"""Draws docs/demo.svg: what the terminal shows at the end of the demo. In a fresh folder, a whole run with its times.
 
-python docs/make_picture.py headrace-demo/recipe.yaml
+python docs/make_picture.py headrace-demo
 """
 
+import io
 import sys
 from pathlib import Path
 
@@ -10,18 +11,20 @@ from rich.console import Console
 from rich.terminal_theme import MONOKAI
 
 from headrace.pipelines import load_recipe, run_recipe
-from headrace.pipelines.demo import REFERENCE
+from headrace.pipelines.demo import REFERENCE, write_demo
 from headrace.pipelines.show import show_result
 
 # rich's own frame, without the web font that it would load: the picture must open offline.
 FRAME = """<svg class="rich-terminal" viewBox="0 0 {width} {height}" xmlns="http://www.w3.org/2000/svg">
 <style>
-.{unique_id}-matrix {{ font-family: ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; font-size: {char_height}px;
-  line-height: {line_height}px; font-variant-east-asian: full-width; }}
+.{unique_id}-matrix {{ font-family: ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace;
+  font-size: {char_height}px; line-height: {line_height}px; font-variant-east-asian: full-width; }}
 {styles}
 </style>
 <defs>
-<clipPath id="{unique_id}-clip-terminal"><rect x="0" y="0" width="{terminal_width}" height="{terminal_height}" /></clipPath>
+<clipPath id="{unique_id}-clip-terminal">
+<rect x="0" y="0" width="{terminal_width}" height="{terminal_height}" />
+</clipPath>
 {lines}
 </defs>
 {chrome}
@@ -33,8 +36,10 @@ FRAME = """<svg class="rich-terminal" viewBox="0 0 {width} {height}" xmlns="http
 """
 
 if __name__ == "__main__":
-    console = Console(record=True, width=112, file=open("/dev/null", "w"), force_terminal=True)
-    recipe = load_recipe(sys.argv[1])
-    show_result(console, run_recipe(recipe, console=Console(quiet=True)), reference=REFERENCE, files=False)
+    recipe = load_recipe(write_demo(Path(sys.argv[1])))
+    result = run_recipe(recipe, console=Console(stderr=True))
+    console = Console(record=True, width=112, file=io.StringIO(), force_terminal=True)
+    show_result(console, result, reference=REFERENCE, files=False)
     picture = console.export_svg(title="make demo", theme=MONOKAI, code_format=FRAME, unique_id="demo")
-    Path(__file__).with_name("demo.svg").write_text(picture)
+    lines = (line.rstrip() for line in picture.splitlines())
+    Path(__file__).with_name("demo.svg").write_text("\n".join(lines) + "\n")

@@ -1,6 +1,6 @@
 """Features of the demo's solar cells as arrays, and any scikit-learn estimator on them; run `make demo` first.
 
-    python examples/features_in_python.py
+python examples/features_in_python.py
 """
 
 from sklearn.ensemble import HistGradientBoostingClassifier

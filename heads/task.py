@@ -42,7 +42,13 @@ class Task:
         """The same task with the test rows left out: what banks are given, so that no bank can see a test row."""
         keep = self.fold != TEST
         return Task(
-            self.kind, self.classes, self.ids[keep], self.content[keep], self.target[keep], self.fold[keep], self.weight[keep]
+            self.kind,
+            self.classes,
+            self.ids[keep],
+            self.content[keep],
+            self.target[keep],
+            self.fold[keep],
+            self.weight[keep],
         )
 
 
