@@ -68,12 +68,15 @@ def run(
     recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file; `headrace init` writes one.")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop; nothing is written.")] = False,
     workers: Workers = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Stop at an image that cannot be decoded, instead of listing it.")
+    ] = False,
 ) -> None:
     """Extract what is missing, train what is missing, rank, and show the winner the test split once.
 
     Example: headrace run recipe.yaml --dry-run
     """
-    _run(recipe, Console(), workers=workers, dry_run=dry_run)
+    _run(recipe, Console(), workers=workers, dry_run=dry_run, strict=strict)
 
 
 @app.command()
@@ -94,11 +97,19 @@ def init(
 
 
 def _run(
-    path: Path, console: Console, *, workers: int | None, dry_run: bool = False, reference: str | None = None
+    path: Path,
+    console: Console,
+    *,
+    workers: int | None,
+    dry_run: bool = False,
+    strict: bool = False,
+    reference: str | None = None,
 ) -> None:
     from headrace.pipelines.recipe import load_recipe
 
     recipe = load_recipe(path)
+    if strict:
+        recipe = recipe.model_copy(update={"compute": recipe.compute.model_copy(update={"strict": True})})
     from headrace.pipelines.plan import check_space
     from headrace.pipelines.prepare import survey
     from headrace.pipelines.run import run_recipe

@@ -96,6 +96,11 @@ def run_recipe(recipe: Recipe, *, console: Console | None = None, workers: int |
         with _timed(stages, "extract") as done:
             if plan.units:
                 extract_missing(plan.units, None if own_device else client, console)
+            if recipe.compute.strict and (bad := write_failed_images(found)):
+                raise RunIncomplete(
+                    f"{bad:,} images cannot be decoded, and this run is strict; each is listed with its reason in "
+                    f"{found.paths.failed_images}. Mend or remove them, or run without --strict"
+                )
             done(_extracted(plan))
         with _timed(stages, "train heads") as done:
             if client is not None and plan.banks:
@@ -145,6 +150,8 @@ def extract_missing(units: Sequence[ExtractJob], client: Client | None, console:
             if outcome.result is None:
                 failures.append(outcome.error or "")
                 advance(len(outcome.job.samples))
+                if outcome.job.strict:
+                    break
             else:
                 reports.append(outcome.result)
                 now = figures(reports, time.monotonic() - started, images)

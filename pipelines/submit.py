@@ -32,8 +32,6 @@ def run_tasks(
     client: Client,
     function: Callable[[Job], Result],
     jobs: Iterable[tuple[str, Job]],
-    *,
-    resources: dict[str, float] | None = None,
 ) -> Iterator[Outcome[Job, Result]]:
     """Yield the outcome of `function(job)` for every (key, job), in the order in which they finish.
 
@@ -47,7 +45,7 @@ def run_tasks(
 
     def launch(key: str, job: Job) -> None:
         attempts[key] = attempts.get(key, 0) + 1
-        future = client.submit(function, job, key=f"{key}-{attempts[key]}", pure=False, retries=0, resources=resources)
+        future = client.submit(function, job, key=f"{key}-{attempts[key]}", pure=False, retries=0)
         flying[future] = (key, job)
         finished.add(future)
 

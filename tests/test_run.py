@@ -52,6 +52,15 @@ def test_an_undecodable_image_is_listed_and_shifts_nothing(finished):
     assert row["reason"]
 
 
+def test_strict_refuses_what_cannot_be_decoded(finished):
+    """Also when it was recorded by an earlier call that went on."""
+    folder, _ = finished
+    done = headrace("run", "recipe.yaml", "--strict", cwd=folder)
+    assert done.returncode == 2
+    assert "1 images cannot be decoded" in done.stderr
+    assert "failed-images.csv" in done.stderr
+
+
 def test_a_second_call_does_no_work_and_tells_the_same(finished):
     """No forward pass, no head trained, no second opening of the test split."""
     folder, first = finished
