@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
-from rich.console import Console
 
 from headrace.cache import FeatureSpec, feature_set_path, open_feature_set
 from headrace.extract import (
@@ -45,7 +44,7 @@ class Survey:
     plan: Plan
 
 
-def survey(recipe: Recipe, console: Console | None = None, *, write: bool = True) -> Survey:
+def survey(recipe: Recipe, *, write: bool = True) -> Survey:
     """Look at everything and plan; with `write` off, nothing is written, not even the index of content hashes.
 
     Raises HeadraceError, before anything costly, for whatever in the recipe cannot work.

@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -81,7 +81,7 @@ def run_recipe(recipe: Recipe, *, console: Console | None = None, workers: int |
     stages: list[StageRecord] = []
     with ExitStack() as stack:
         with _timed(stages, "survey") as done:
-            found = survey(recipe, console)
+            found = survey(recipe)
             plan = found.plan
             done(f"{plan.images:,} images, {len(plan.features)} feature sets, {plan.heads_total:,} heads wanted")
         check_space(plan, recipe.cache, recipe.storage.budget_gb)
@@ -110,7 +110,7 @@ def run_recipe(recipe: Recipe, *, console: Console | None = None, workers: int |
         result = conclude(found)
         done(f"{len(result.board):,} settings ranked")
     _record_stages(found.paths.stages, stages)
-    return RunResult(**{**result.__dict__, "stages": tuple(stages)})
+    return replace(result, stages=tuple(stages))
 
 
 def write_inputs(found: Survey) -> None:
