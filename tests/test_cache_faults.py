@@ -389,7 +389,8 @@ def test_stale_lock_of_another_machine(tmp_path, monkeypatch):
         hold_for_ever(directory / ".manifest.lock")
 
     pid = start_child(work)
-    wait_until((directory / ".manifest.lock").exists)
+    lock = directory / ".manifest.lock"
+    wait_until(lambda: lock.exists() and "another-machine" in lock.read_text())  # made first, signed a moment later
     os.kill(pid, signal.SIGKILL)
     wait_for(pid)
     assert "another-machine" in (directory / ".manifest.lock").read_text()
