@@ -2,6 +2,9 @@
 
 import dataclasses
 import functools
+import hashlib
+import inspect
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -72,7 +75,7 @@ def _is_tag(spec: BackboneSpec) -> bool:
 
 
 @functools.lru_cache(maxsize=4)
-def _load(spec: BackboneSpec, stamp: tuple[int, int] | None) -> Backbone:
+def _load(spec: BackboneSpec, stamp: tuple[int, ...] | None) -> Backbone:
     what = f"{spec.name} with weights {spec.weights or '(default)'}"
     if spec.weights is not None and spec.weights.startswith("random:"):
         module, preprocessing = _seeded(spec)
@@ -84,7 +87,19 @@ def _load(spec: BackboneSpec, stamp: tuple[int, int] | None) -> Backbone:
     else:
         module, preprocessing = library.build_pretrained(spec.name, spec.weights)
     module.eval().requires_grad_(False)
-    return Backbone(spec, module, override(preprocessing, spec), weights_digest(module))
+    digest = weights_digest(module)
+    if spec.name.startswith("python:"):
+        # Of a library's network the weights and the name say everything; of the user's own, its code may have changed.
+        digest = hashlib.sha256((digest + _source(spec.name)).encode()).hexdigest()
+    return Backbone(spec, module, override(preprocessing, spec), digest)
+
+
+def _source(name: str) -> str:
+    """The text of the module that a "python:module:function" backbone comes from; empty where it has none."""
+    try:
+        return inspect.getsource(sys.modules[name.split(":")[1]])
+    except (KeyError, OSError, TypeError):
+        return ""
 
 
 def _seeded(spec: BackboneSpec) -> tuple[nn.Module, Preprocessing]:

@@ -52,8 +52,8 @@ def decode_image(data: bytes) -> Image.Image:
                 raise ImageError("the image has no pixels")
             image.load()
             return to_rgb(_upright(image))
-    except ImageError:
-        raise
+    except (ImageError, MemoryError):
+        raise  # too little memory is no fault of the image, and must not be recorded as one
     except Exception as error:  # decoders raise anything on malformed input, and a run must go on
         raise ImageError(_reason(error)) from error
 

@@ -59,12 +59,15 @@ def weights_path(weights: str) -> Path:
     return found[0]
 
 
-def weights_stamp(spec: BackboneSpec) -> tuple[int, int] | None:
-    """Size and modification time of the weights file, so that a replaced one is seen; None where there is no file."""
+def weights_stamp(spec: BackboneSpec) -> tuple[int, ...] | None:
+    """Size, times and inode of the weights file, so that a replaced one is seen; None where there is no file.
+
+    Files of one architecture are of one size, and a copy can keep the modification time: the inode and its change do not.
+    """
     if spec.weights is None or spec.weights.startswith("random:") or not is_weights_file(spec.weights):
         return None
     try:
         status = weights_path(spec.weights).stat()
     except OSError:
         return None  # reading it will say so
-    return status.st_size, status.st_mtime_ns
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino

@@ -71,12 +71,15 @@ def run(
     strict: Annotated[
         bool, typer.Option("--strict", help="Stop at an image that cannot be decoded, instead of listing it.")
     ] = False,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Train the heads that failed in an earlier call once more.")
+    ] = False,
 ) -> None:
     """Extract what is missing, train what is missing, rank, and show the winner the test split once.
 
     Example: headrace run recipe.yaml --dry-run
     """
-    _run(recipe, Console(), workers=workers, dry_run=dry_run, strict=strict)
+    _run(recipe, Console(), workers=workers, dry_run=dry_run, strict=strict, retry_failed=retry_failed)
 
 
 @app.command()
@@ -103,6 +106,7 @@ def _run(
     workers: int | None,
     dry_run: bool = False,
     strict: bool = False,
+    retry_failed: bool = False,
     reference: str | None = None,
 ) -> None:
     from headrace.pipelines.recipe import load_recipe
@@ -117,11 +121,12 @@ def _run(
 
     try:
         if dry_run:
-            plan = survey(recipe, write=False).plan
+            plan = survey(recipe, write=False, retry_failed=retry_failed).plan
             show_plan(console, plan, recipe.cache, recipe.out)
             check_space(plan, recipe.cache, recipe.storage.budget_gb)
         else:
-            show_result(console, run_recipe(recipe, console=console, workers=workers), reference=reference)
+            result = run_recipe(recipe, console=console, workers=workers, retry_failed=retry_failed)
+            show_result(console, result, reference=reference)
     except KeyboardInterrupt:
         _say(Console(stderr=True), "\nInterrupted. What is finished is kept; the same command goes on from here.")
         raise typer.Exit(130) from None  # the shell's word for Ctrl-C

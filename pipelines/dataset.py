@@ -4,13 +4,15 @@ A test row never enters the task that banks read: the two are separate values, a
 """
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from headrace.cache import HeadraceError
 from headrace.extract import list_array, list_folder, list_tar, read_table
@@ -145,6 +147,11 @@ def _encode(columns: pd.DataFrame, section: TaskSection) -> tuple[tuple[str, ...
         # Numbers sort as numbers: class "10" comes after class "9".
         values = sorted(labels.unique().tolist(), key=lambda value: (isinstance(value, str), value))
         classes = tuple(str(value) for value in values)
+        if len(set(classes)) < len(classes):
+            raise DataError(
+                f"task.target {columns.columns[0]!r} holds values that read alike but are not, such as 1 and '1': "
+                f"{', '.join(map(repr, values[:10]))}. Write each class one way"
+            )
         if len(classes) < 2:
             raise DataError(
                 f"task.target {columns.columns[0]!r} holds one class only, {classes[0]!r}, in all {len(labels):,} images; "
@@ -195,34 +202,108 @@ def _assign_folds(
     section: TaskSection,
     notes: list[str],
 ) -> npt.NDArray[np.int16]:
-    """(N,) folds. Copies of one image are split as one row, so that none is trained on and tested on."""
-    first, copy_of = _first_copies(frame["_content"])
-    frame, target = frame.iloc[first], target[first]
-    groups = None if groups is None else groups[first]
+    """(N,) folds. Copies of one image are split as one row, and groups that share a copy as one group."""
+    if groups is None:
+        first, copy_of = _first_copies(frame["_content"])
+        return _draw_folds(frame.iloc[first], target[first], None, section, notes)[copy_of]
+    return _draw_folds(frame, target, _joined_by_copies(groups, frame["_content"]), section, notes)
+
+
+def _draw_folds(
+    frame: pd.DataFrame,
+    target: npt.NDArray[Any],
+    groups: npt.NDArray[np.int64] | None,
+    section: TaskSection,
+    notes: list[str],
+) -> npt.NDArray[np.int16]:
     fold = np.full(len(frame), TRAIN_ONLY, np.int16)
-    given = None if section.split is None else _read_split(frame, section.split)
-    if given is not None and (given == "test").any():
+    validation = np.zeros(len(frame), np.bool_)
+    if section.split is not None:
+        given = _read_split(frame, section.split)
         fold[given == "test"] = TEST
-    elif section.test_fraction > 0:
-        drawn = split_test(target, fraction=section.test_fraction, seed=section.seed, groups=groups)
-        if given is not None:
-            drawn &= given == "train"  # validation rows that the user chose stay validation rows
-            notes.append(
-                f"column {section.split!r} has no test rows: {int(drawn.sum()):,} were drawn from its train rows"
-            )
-        fold[drawn] = TEST
-    rest = fold != TEST
-    if given is not None and (given == "validation").any():
-        fold[given == "validation"] = 0
+        validation = given == "validation"
     elif section.fold is not None:
-        fold[rest] = make_folds(target[rest], n_folds=section.folds, seed=section.seed, given=frame[section.fold][rest])
-    else:
+        fold = make_folds(target, n_folds=section.folds, seed=section.seed, given=_read_folds(frame, section.fold))
+        validation = fold >= 0
+    column = section.split or section.fold
+    if groups is not None and column is not None:
+        sides = np.where(validation, fold if section.fold else 0, np.where(fold == TEST, TEST, TRAIN_ONLY))
+        _refuse_split_groups(frame, groups, sides, column, section.group)
+    if section.test_fraction > 0 and not (fold == TEST).any():
+        # Rows that the user validates on stay what they are, and with them their groups; folds give up their share.
+        kept = validation if section.split is not None else np.zeros(len(frame), np.bool_)
+        free = ~kept if groups is None else ~np.isin(groups, groups[kept])
+        drawn = split_test(
+            target[free],
+            fraction=section.test_fraction,
+            seed=section.seed,
+            groups=None if groups is None else groups[free],
+        )
+        fold[np.flatnonzero(free)[drawn]] = TEST
+        if column is not None:
+            notes.append(
+                f"column {column!r} has no test rows: {int(drawn.sum()):,} were drawn, at random, from the others"
+            )
+    if section.split is not None and validation.any():
+        fold[validation] = 0
+    elif section.fold is None:
+        rest = fold != TEST
         fold[rest] = make_folds(
             target[rest], n_folds=section.folds, seed=section.seed, groups=None if groups is None else groups[rest]
         )
     if not (fold >= 0).any():
         raise DataError("no row is left for validation: a head cannot be chosen")
-    return fold[copy_of]
+    return fold
+
+
+def _joined_by_copies(groups: npt.NDArray[np.int64], content: pd.Series) -> npt.NDArray[np.int64]:
+    """(N,) groups, those that hold a copy of the same image made one: the components of the graph of rows."""
+    copies = pd.factorize(content)[0]
+    count = int(groups.max()) + 1
+    edges = (np.ones(len(groups)), (groups, copies + count))
+    size = count + int(copies.max()) + 1
+    components = connected_components(coo_array(edges, shape=(size, size)), directed=False)[1]
+    return np.asarray(components[groups], np.int64)
+
+
+def _refuse_split_groups(
+    frame: pd.DataFrame, groups: npt.NDArray[np.int64], sides: npt.NDArray[Any], column: str, group: str | None
+) -> None:
+    mixed = pd.Series(sides).groupby(groups).transform("nunique").to_numpy() > 1
+    if mixed.any():
+        name = frame[group].iloc[int(mixed.argmax())]
+        raise DataError(
+            f"column {column!r} puts images of the same {group!r} (or copies of them) on different sides, first {name!r}, "
+            f"{int(mixed.sum()):,} images in all. Mend the column, or leave one of the two out of the recipe"
+        )
+
+
+def _read_folds(frame: pd.DataFrame, column: str) -> npt.NDArray[Any]:
+    values = frame[column]
+    if values.isna().any():
+        raise DataError(
+            f"task.fold {column!r} is empty for {frame.loc[values.isna(), 'id'].iloc[0]!r}: every image needs one"
+        )
+    if values.dtype.kind == "f" and (values == values.round()).all():
+        values = values.astype("int64")
+    return values.to_numpy()
+
+
+def drop_rows(dataset: Dataset, failed: Set[str]) -> Dataset:
+    """Leave out the images that some feature set of the run cannot hold, so that all heads are compared on the same rows.
+
+    The other rows keep their folds. Raises DataError when a fold or the training rows are left with nothing.
+    """
+    if not failed:
+        return dataset
+    bad = np.array(sorted(failed), "S32")
+    train = _rows(dataset.train, ~np.isin(dataset.train.content, bad))
+    empty = sorted(set(dataset.train.fold[dataset.train.fold >= 0]) - set(train.fold))
+    if empty:
+        raise DataError(
+            f"every image of fold {empty[0]} failed: the reasons are in `headrace cache` and in failed-images.csv"
+        )
+    return Dataset(train, _rows(dataset.test, ~np.isin(dataset.test.content, bad)), dataset.notes)
 
 
 def _first_copies(content: pd.Series) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:

@@ -35,11 +35,12 @@ def wanted_heads(heads: Heads, names: Sequence[str]) -> list[Wanted]:
     Raises RecipeError for an input that is not one of them, and for convolution heads without a map.
     """
     sections = {kind: grid.halving for kind, grid in (("mlp", heads.mlp), ("conv", heads.conv)) if grid is not None}
-    return [
+    wanted = (
         Wanted(columns, tuple(dict.fromkeys(specs)), _halving(sections.get(specs[0].kind)))
         for inputs, specs in _grids(heads)
         for columns in _expand(inputs, names, maps=specs[0].kind == "conv")
-    ]
+    )
+    return list(dict.fromkeys(wanted))  # a value that a list repeats counts once
 
 
 def _halving(section: HalvingSection | None) -> Halving | None:

@@ -12,12 +12,14 @@ from headrace.pipelines.grid import Wanted
 from headrace.pipelines.plan import Trained, bank_group
 
 
-def trained_in(banks: Path, group: str) -> Trained:
-    """The specs in each published results file of a group."""
-    return {
-        str(path): frozenset(spec_from_json(text) for text in read_bank(path).table["spec"].unique())
-        for path in sorted(banks.glob(f"{group}-*.h5"))
-    }
+def trained_in(banks: Path, group: str, *, retry_failed: bool = False) -> Trained:
+    """The specs in each published results file of a group; with `retry_failed`, only those without a failed head."""
+    found = {}
+    for path in sorted(banks.glob(f"{group}-*.h5")):
+        table = read_bank(path).table
+        failed = set(table.loc[table["error"].notna(), "spec"]) if retry_failed else set()
+        found[str(path)] = frozenset(spec_from_json(text) for text in set(table["spec"]) - failed)
+    return found
 
 
 def collect_heads(
@@ -32,38 +34,41 @@ def collect_heads(
     for each in wanted:
         group = bank_group(task_digest, each, fingerprints)
         asked = {spec_to_json(spec) for spec in each.specs}
-        for path in sorted(banks.glob(f"{group}-*.h5")):
-            table = read_bank(path).table
-            table = table[table["spec"].isin(asked)]
-            asked -= set(table["spec"])  # a spec that two files hold counts once
-            if len(table):
-                every = pd.Series([each.inputs] * len(table), index=table.index, dtype=object)
-                frames.append(table.assign(inputs=every, path=str(path)))
+        tables = [read_bank(path).table.assign(path=str(path)) for path in sorted(banks.glob(f"{group}-*.h5"))]
+        if not tables:
+            continue
+        table = pd.concat([table for table in tables if len(table)], ignore_index=True)
+        table = table[table["spec"].isin(asked)]
+        # A spec that several files hold counts once: from the file where it failed least.
+        failures = table["error"].notna().groupby([table["spec"], table["path"]]).sum().reset_index()
+        chosen = failures.sort_values(["error", "path"]).drop_duplicates("spec")
+        table = table.merge(chosen[["spec", "path"]], on=["spec", "path"])
+        frames.append(table.assign(inputs=pd.Series([each.inputs] * len(table), index=table.index, dtype=object)))
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
 
 
-def rank_heads(heads: pd.DataFrame, metric: str, widths: Mapping[str, int]) -> pd.DataFrame:
+def rank_heads(heads: pd.DataFrame, metric: str, widths: Mapping[str, int], n_folds: int) -> pd.DataFrame:
     """The leaderboard, best first: by the mean of `metric` over validation folds, ties by fewer features.
 
     Columns: rank, inputs, kind, settings, the metric's mean (its name), standard_error (of that mean over folds),
-    folds, features (how many numbers the head reads), train_seconds, failed (folds without a head), final (whether the
+    folds, features (how many numbers the head reads), train_seconds, failed (folds without a head, or where the metric is
+    undefined), final (whether the
     head that is trained on every row is there: halving trains none for the settings that it stopped), spec, path.
     A spec that failed in any fold, or is not final, ranks after all others: a mean over fewer folds, or fewer epochs,
     is no mean to compare.
     """
     folds = heads[heads["fold"] != FULL]
-    failed = folds["error"].fillna("").ne("")
-    grouped = folds.assign(_failed=failed).groupby(["inputs", "spec"], sort=False)
+    grouped = folds.assign(_whole=folds["error"].isna() & folds[metric].notna()).groupby(["inputs", "spec"], sort=False)
     board = grouped.agg(
         kind=("kind", "first"),
         **{metric: (metric, "mean")},
         standard_error=(
             metric,
-            lambda values: values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan,
+            lambda values: values.std(ddof=1) / np.sqrt(values.count()) if values.count() > 1 else np.nan,
         ),
         folds=("fold", "size"),
         train_seconds=("seconds", "sum"),
-        failed=("_failed", "sum"),
+        failed=("_whole", lambda whole: n_folds - int(whole.sum())),
         path=("path", "first"),
     ).reset_index()
     whole = heads[(heads["fold"] == FULL) & heads["error"].isna()]

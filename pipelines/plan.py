@@ -59,6 +59,7 @@ class BankPlan:
     group: str  # names (task, features, kind): the first half of the results file's name
     specs: tuple[HeadSpec, ...]
     halving: Halving | None = None
+    attempt: int = 0  # results files of this group that are there already: failed heads are trained again beside them
 
     @property
     def kind(self) -> str:
@@ -67,7 +68,7 @@ class BankPlan:
     @property
     def key(self) -> str:
         """The second half of the results file's name: a hash of the specs in it."""
-        return _hash(*(spec_to_json(spec) for spec in self.specs))
+        return _hash(str(self.attempt), *(spec_to_json(spec) for spec in self.specs))
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,9 @@ def bank_group(task_digest: str, wanted: Wanted, fingerprints: Mapping[str, Sequ
     `fingerprints` are those of each input's feature sets, view by view.
     """
     inputs = [fingerprint for name in wanted.inputs for fingerprint in fingerprints[name]]
-    return _hash(str(SOLVER_VERSION), task_digest, wanted.specs[0].kind, repr(wanted.halving), *inputs)
+    # Who survives halving depends on everyone that took part.
+    rivals = repr(wanted.halving) + "".join(spec_to_json(spec) for spec in wanted.specs if wanted.halving)
+    return _hash(str(SOLVER_VERSION), task_digest, wanted.specs[0].kind, rivals, *inputs)
 
 
 def _hash(*parts: str) -> str:
@@ -160,7 +163,8 @@ def _missing_banks(
 ) -> Iterator[BankPlan]:
     for each in wanted:
         group = bank_group(task_digest, each, fingerprints)
-        there = frozenset[HeadSpec]().union(*trained(group).values())
+        files = trained(group)
+        there = frozenset[HeadSpec]().union(*files.values())
         missing = [spec for spec in each.specs if spec not in there]
         for start in range(0, len(missing), MAX_BANK_SPECS):
-            yield BankPlan(each.inputs, group, tuple(missing[start : start + MAX_BANK_SPECS]), each.halving)
+            yield BankPlan(each.inputs, group, tuple(missing[start : start + MAX_BANK_SPECS]), each.halving, len(files))

@@ -21,7 +21,7 @@ from headrace.extract import (
     remember_features,
 )
 from headrace.heads import DEFAULT_METRIC, METRICS
-from headrace.pipelines.dataset import Dataset, check_targets, list_samples, make_dataset
+from headrace.pipelines.dataset import Dataset, check_targets, drop_rows, list_samples, make_dataset
 from headrace.pipelines.grid import wanted_heads
 from headrace.pipelines.leaderboard import trained_in
 from headrace.pipelines.paths import RunPaths, content_index
@@ -44,7 +44,7 @@ class Survey:
     plan: Plan
 
 
-def survey(recipe: Recipe, *, write: bool = True) -> Survey:
+def survey(recipe: Recipe, *, write: bool = True, retry_failed: bool = False) -> Survey:
     """Look at everything and plan; with `write` off, nothing is written, not even the index of content hashes.
 
     Raises HeadraceError, before anything costly, for whatever in the recipe cannot work.
@@ -73,6 +73,8 @@ def survey(recipe: Recipe, *, write: bool = True) -> Survey:
         device=_device(recipe.compute.device),
         strict=recipe.compute.strict,
     )
+    # All heads are compared on the rows that all inputs have; a row that is mended comes back, as another task.
+    dataset = drop_rows(dataset, _failed(recipe.cache, networks))
     images = set(needed["content"])
     features = [
         feature_plan(name, [spec for spec, _ in views], images, [known for _, known in views])
@@ -86,7 +88,7 @@ def survey(recipe: Recipe, *, write: bool = True) -> Survey:
         wanted=wanted,
         task_digest=dataset.train.digest,
         folds=dataset.train.n_folds,
-        trained=lambda group: trained_in(paths.banks, group),
+        trained=lambda group: trained_in(paths.banks, group, retry_failed=retry_failed),
     )
     if write:
         for backbone, network in zip(recipe.backbones, networks, strict=True):
@@ -151,6 +153,14 @@ def _network(backbone: Backbone, recipe: Recipe) -> Network:
     spec = backbone_spec(backbone)
     specs = backbone_features(spec, backbone.taps, cache_root=recipe.cache, **storing(backbone, recipe))
     return Network(spec, specs, [_known(recipe.cache, feature) for feature in specs])
+
+
+def _failed(cache: Path, networks: Sequence[Network]) -> frozenset[str]:
+    """Content hashes of the images that some feature set of the run has recorded as failed."""
+    paths = [feature_set_path(cache, spec) for network in networks for spec in network.specs]
+    return frozenset(
+        failure.content for path in paths if path.exists() for failure in open_feature_set(path).failures()
+    )
 
 
 def _known(cache: Path, spec: FeatureSpec) -> set[str]:

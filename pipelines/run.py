@@ -71,31 +71,34 @@ class RunResult:
         return open_feature_set(self.directories[name][view])
 
 
-def run_recipe(recipe: Recipe, *, console: Console | None = None, workers: int | None = None) -> RunResult:
-    """Do what the recipe asks and is not done yet.
+def run_recipe(
+    recipe: Recipe, *, console: Console | None = None, workers: int | None = None, retry_failed: bool = False
+) -> RunResult:
+    """Do what the recipe asks and is not done yet; with `retry_failed`, train the heads that failed once more.
 
     Interrupted at any moment, the next call goes on where it was: finished units and banks are on disk.
     Raises HeadraceError for what the user can mend; finished work stays.
     """
     console = console or Console()
+    workers = workers or recipe.compute.workers
     stages: list[StageRecord] = []
     with ExitStack() as stack:
         with _timed(stages, "survey") as done:
-            found = survey(recipe)
-            plan = found.plan
+            found = survey(recipe, retry_failed=retry_failed)
+            plan, notes = found.plan, found.notes
             done(f"{plan.images:,} images, {len(plan.features)} feature sets, {plan.heads_total:,} heads wanted")
         check_space(plan, recipe.cache, recipe.storage.budget_gb)
         write_inputs(found)
         publish_replace(found.paths.recipe, recipe.model_dump_json(indent=2).encode())
-        own_device = bool(plan.units) and plan.units[0].device != "cpu"
         client = None
-        if plan.banks or (plan.units and not own_device):
-            with _timed(stages, "start workers") as done:
-                client = stack.enter_context(local_client(workers or recipe.compute.workers))
-                done(f"{len(client.nthreads())} processes")
         with _timed(stages, "extract") as done:
             if plan.units:
-                extract_missing(plan.units, None if own_device else client, console)
+                if plan.units[0].device == "cpu":
+                    client = stack.enter_context(local_client(workers))
+                extract_missing(plan.units, client, console)
+                # Which images failed is known now, and with it the rows that heads are compared on.
+                found = replace(survey(recipe, retry_failed=retry_failed), notes=notes)
+                write_inputs(found)
             if recipe.compute.strict and (bad := write_failed_images(found)):
                 raise RunIncomplete(
                     f"{bad:,} images cannot be decoded, and this run is strict; each is listed with its reason in "
@@ -103,9 +106,10 @@ def run_recipe(recipe: Recipe, *, console: Console | None = None, workers: int |
                 )
             done(_extracted(plan))
         with _timed(stages, "train heads") as done:
-            if client is not None and plan.banks:
+            if found.plan.banks:
+                client = client or stack.enter_context(local_client(workers))
                 train_missing(found, client, console)
-            done(_trained(plan))
+            done(_trained(found.plan))
     with _timed(stages, "rank and test") as done:
         result = conclude(found)
         done(f"{len(result.board):,} settings ranked")
@@ -208,7 +212,7 @@ def conclude(found: Survey) -> RunResult:
     plan, paths, task = found.plan, found.paths, found.dataset.train
     widths = {feature.name: prod(feature.shape) for feature in plan.features}
     heads = collect_heads(paths.banks, plan.wanted, fingerprints_of(plan.features), task.digest)
-    board = rank_heads(heads, found.metric, widths)
+    board = rank_heads(heads, found.metric, widths, task.n_folds)
     failed_images = write_failed_images(found)
     publish_replace(paths.leaderboard, _flat(board).to_csv(index=False).encode())
     publish_replace(paths.heads, _flat(heads).to_parquet(index=False))

@@ -78,7 +78,8 @@ def show_result(console: Console, result: RunResult, *, reference: str | None = 
         )
     if result.failed_heads:
         console.print(
-            f"note: {result.failed_heads:,} heads failed; each has its reason in the column `error` of {result.paths.heads}",
+            f"note: {result.failed_heads:,} heads failed; each has its reason in the column `error` of {result.paths.heads}; "
+            "--retry-failed tries them again",
             style="yellow",
             highlight=False,
         )

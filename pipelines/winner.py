@@ -1,5 +1,6 @@
 """The winner: chosen on validation folds alone, then shown the test split, which is opened once and on record."""
 
+import dataclasses
 import datetime
 import json
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from headrace.cache import FeatureSet, HeadraceError, publish_replace
+from headrace.cache import FeatureSet, HeadraceError, lease, publish_replace
 from headrace.heads import (
     FULL,
     Task,
@@ -22,6 +23,9 @@ from headrace.heads import (
     save_head,
     spec_from_json,
 )
+
+# Of the test images' hashes, kept with each opening to recognise the same images under another table.
+SKETCH = 256
 
 
 class NoWinner(HeadraceError):
@@ -41,10 +45,16 @@ class TestResult:
     metrics: dict[str, float]
 
 
+class OpeningsDamaged(HeadraceError, ValueError):
+    """The record of test openings cannot be read."""
+
+
 def choose_winner(board: pd.DataFrame) -> pd.Series:
-    """The first row of the leaderboard. Raises NoWinner, with the commonest reason, when no head is whole."""
+    """The first row of the leaderboard. Raises NoWinner when no head is whole."""
     if board.empty or board.iloc[0]["failed"] or not board.iloc[0]["final"]:
-        raise NoWinner("no head was trained in every fold; the reasons are in the column `error` of heads.parquet")
+        raise NoWinner(
+            "no head was trained, with the metric defined, in every fold; the reasons are in the column `error` of heads.parquet"
+        )
     return board.iloc[0]
 
 
@@ -66,20 +76,39 @@ def open_test(
 ) -> TestResult:
     """Score the winner on the test rows and put the opening on record; a repeated call with the same winner reads the record.
 
-    Another winner on the same test split is another opening: the more winners have been shown a test split, the less
+    Another winner on the same test images is another opening: the more winners have been shown a test split, the less
     its score means, and so the count is part of the result.
     """
-    key = {
-        "test": test.digest,
+    winner_is = {
         "train": train_digest,
+        "test": test.digest,
+        "features": [feature.spec.fingerprint for feature in features],
+        "bank": Path(winner["path"]).name,
         "inputs": list(winner["inputs"]),
         "spec": winner["spec"],
-        "metric": metric,
     }
-    past = _read_openings(openings, test.digest)
-    for number, opening in enumerate(past, start=1):
-        if all(opening[name] == value for name, value in key.items()):
-            return TestResult(openings=number, **opening["result"])
+    with lease(openings.with_suffix(".lock")):  # two runs that end at once both count
+        past = [opening for opening in _read_openings(openings) if _overlaps(opening, test)]
+        same = [opening for opening in past if opening["winner"] == winner_is]
+        others = {json.dumps(opening["winner"], sort_keys=True) for opening in past} - {
+            json.dumps(winner_is, sort_keys=True)
+        }
+        for opening in same:
+            if opening["result"]["metric"] == metric:
+                return TestResult(openings=len(others) + 1, **opening["result"])
+        result = _score(winner, features, test, metric, openings=len(others) + 1)
+        opening = {
+            "winner": winner_is,
+            "opened": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "result": {name: value for name, value in dataclasses.asdict(result).items() if name != "openings"},
+            "images": _sketch(test),
+        }
+        lines = openings.read_text() if openings.exists() else ""
+        publish_replace(openings, (lines + json.dumps(opening) + "\n").encode())
+    return result
+
+
+def _score(winner: pd.Series, features: Sequence[FeatureSet], test: Task, metric: str, *, openings: int) -> TestResult:
     spec = spec_from_json(winner["spec"])
     arrays = read_bank(winner["path"]).arrays(winner["spec"], FULL)
     X, kept = load_rows(features, test.content, spatial=spec.kind == "conv")
@@ -88,18 +117,28 @@ def open_test(
     probabilities = np.mean([predict_head(spec, arrays, view, test.kind) for view in views], axis=0)
     metrics = all_metrics(test.kind, target, probabilities)
     low, high = metric_interval(test.kind, target, probabilities, metric)
-    result = TestResult(metric, metrics[metric], low, high, len(target), len(past) + 1, metrics)
-    opening = {
-        **key,
-        "opened": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "result": {name: getattr(result, name) for name in ("metric", "value", "low", "high", "images", "metrics")},
-    }
-    lines = openings.read_text() if openings.exists() else ""
-    publish_replace(openings, (lines + json.dumps(opening) + "\n").encode())
-    return result
+    return TestResult(metric, metrics[metric], low, high, len(target), openings, metrics)
 
 
-def _read_openings(path: Path, test_digest: str) -> list[Mapping[str, Any]]:
+def _sketch(test: Task) -> list[str]:
+    """The smallest content hashes of the test images: two test splits that share a good part of their images share some."""
+    return sorted(test.content.astype(str).tolist())[:SKETCH]
+
+
+def _overlaps(opening: Mapping[str, Any], test: Task) -> bool:
+    return not set(opening["images"]).isdisjoint(_sketch(test))
+
+
+def _read_openings(path: Path) -> list[Mapping[str, Any]]:
     if not path.exists():
         return []
-    return [o for o in map(json.loads, path.read_text().splitlines()) if o["test"] == test_digest]
+    try:
+        openings = [json.loads(line) for line in path.read_text().splitlines()]
+        if any(not {"winner", "result", "images"} <= set(opening) for opening in openings):
+            raise ValueError("a line is not an opening of this version")
+    except (ValueError, TypeError) as error:
+        raise OpeningsDamaged(
+            f"{path} is damaged ({error}). It says how often the test split was opened: restore it, or remove it "
+            "knowing that the count starts again"
+        ) from None
+    return openings
