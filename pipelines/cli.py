@@ -138,11 +138,13 @@ def _say(console: Console, text: str) -> None:
 
 
 def main() -> None:
-    """Run the command line. A HeadraceError is printed alone, with exit code 2."""
+    """Run the command line. An error that the user or the machine caused is printed alone, with exit code 2."""
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
         app()
-    except HeadraceError as error:
+    except (HeadraceError, OSError) as error:
         errors.print("[bold red]Error:[/] ", end="")
         errors.print(str(error), markup=False)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)  # before anything was started

@@ -95,6 +95,7 @@ def make_dataset(samples: pd.DataFrame, content: Sequence[str | None], section: 
     fold = _assign_folds(frame, target, groups, section, notes)
     if section.kind == "single":
         notes += _check_classes(classes, target, fold)
+    _check_folds(fold, target if section.kind == "single" else None)
     task = Task(
         section.kind,
         classes,
@@ -138,10 +139,17 @@ def _rows(task: Task, keep: npt.NDArray[np.bool_]) -> Task:
 
 
 def _encode(columns: pd.DataFrame, section: TaskSection) -> tuple[tuple[str, ...], npt.NDArray[Any]]:
+    for name in columns.columns:
+        if columns[name].dtype.kind == "f" and np.isinf(columns[name]).any():
+            raise DataError(
+                f"task.target {name!r} is infinite in {int(np.isinf(columns[name]).sum()):,} rows: mend or empty them"
+            )
     if section.kind == "single":
         if columns.shape[1] != 1:
             raise DataError("task.target names several columns: set task.kind to multi or regression, or name one")
         labels = columns.iloc[:, 0]
+        if labels.map(lambda value: isinstance(value, list | dict | np.ndarray)).any():
+            raise DataError(f"task.target {columns.columns[0]!r} holds lists; expected one label in each row")
         if labels.dtype.kind == "f" and (labels == labels.round()).all():
             labels = labels.astype("int64")  # a column of whole numbers with a gap was read as floats
         # Numbers sort as numbers: class "10" comes after class "9".
@@ -320,6 +328,22 @@ def _read_split(frame: pd.DataFrame, column: str) -> npt.NDArray[np.str_]:
             f"task.split {column!r} holds {', '.join(map(repr, unknown[:5]))}; expected train, validation or test"
         )
     return words.map(_SPLIT_WORDS).to_numpy(dtype=np.str_)
+
+
+def _check_folds(fold: npt.NDArray[np.int16], target: npt.NDArray[np.int64] | None) -> None:
+    """Every fold must leave something to learn from."""
+    for number in range(int(fold.max()) + 1):
+        trains = (fold != number) & (fold != TEST)
+        if not trains.any():
+            raise DataError(
+                f"validation fold {number} leaves no image to train on: "
+                "mark some rows as train in task.split, or use more folds"
+            )
+        if target is not None and len(np.unique(target[trains])) < 2:
+            raise DataError(
+                f"without validation fold {number}, the {int(trains.sum()):,} images to train on are all of one class: "
+                "a classifier needs two. Look at the split, fold or group column"
+            )
 
 
 def _check_classes(classes: tuple[str, ...], target: npt.NDArray[Any], fold: npt.NDArray[np.int16]) -> list[str]:

@@ -19,7 +19,7 @@ from headrace.extract import (
     remember_features,
 )
 from headrace.pipelines.cluster import local_client
-from headrace.pipelines.dataset import make_dataset
+from headrace.pipelines.dataset import drop_rows, make_dataset
 from headrace.pipelines.grid import wanted_heads
 from headrace.pipelines.leaderboard import trained_in
 from headrace.pipelines.paths import RunPaths, content_index
@@ -90,6 +90,8 @@ def train_heads(
     paths = RunPaths(Path(out).absolute())
     listed = _with_content(_listed(samples), paths.root)
     dataset = make_dataset(listed, listed["content"].tolist(), section)
+    lost = frozenset(failure.content for feature in features.values() for failure in feature.failures())
+    dataset = drop_rows(dataset, lost)
     rows = {*dataset.train.content.astype(str), *dataset.test.content.astype(str)}
     plans = [feature_plan(name, [feature.spec], rows, [feature.known()]) for name, feature in features.items()]
     for plan in plans:

@@ -1,5 +1,6 @@
 """What there is: images, content hashes, networks, features in the cache, heads on disk. Ends in the plan."""
 
+import os
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from headrace.extract import (
     remember_features,
 )
 from headrace.heads import DEFAULT_METRIC, METRICS
-from headrace.pipelines.dataset import Dataset, check_targets, drop_rows, list_samples, make_dataset
+from headrace.pipelines.dataset import DataError, Dataset, check_targets, drop_rows, list_samples, make_dataset
 from headrace.pipelines.grid import wanted_heads
 from headrace.pipelines.leaderboard import trained_in
 from headrace.pipelines.paths import RunPaths, content_index
@@ -52,6 +53,8 @@ def survey(recipe: Recipe, *, write: bool = True, retry_failed: bool = False) ->
     assert recipe.out is not None  # load_recipe gives it a default
     paths = RunPaths(recipe.out)
     metric = check_metric(recipe.task)
+    for key, folder in (("out", recipe.out), ("cache", recipe.cache)):
+        _check_writable(key, folder)
     samples = list_samples(recipe)
     check_targets(samples, recipe.task)  # before anything is read or built: it is the commonest mistake
     networks = [_network(backbone, recipe) for backbone in recipe.backbones]
@@ -61,6 +64,12 @@ def survey(recipe: Recipe, *, write: bool = True, retry_failed: bool = False) ->
         # A first dry run leaves no cache behind; afterwards the index is worth keeping.
         index = content_index(recipe.cache) if write or recipe.cache.exists() else Path(scratch) / "contents.parquet"
         contents = content_hashes(samples, index)
+    if len(contents.unreadable) == len(samples):
+        first = contents.unreadable[0]
+        raise DataError(
+            f"none of the {len(samples):,} images can be read; the first is {first.path} ({first.reason}). "
+            "Relative paths start from images.root, by default the table's own folder"
+        )
     samples = samples.assign(content=pd.Series(list(contents.hashes), index=samples.index, dtype=object))
     dataset = make_dataset(samples, contents.hashes, recipe.task)
     readable = samples[samples["content"].notna()]
@@ -100,6 +109,14 @@ def survey(recipe: Recipe, *, write: bool = True, retry_failed: bool = False) ->
     }
     notes = (*_changes(paths.listing, samples), *dataset.notes)
     return Survey(paths, samples, contents.unreadable, dataset, notes, metric, directories, plan)
+
+
+def _check_writable(key: str, folder: Path) -> None:
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir():
+        raise RecipeError(f"{key}: {existing} is a file; expected a folder, or a path where one can be made")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise RecipeError(f"{key}: {existing} cannot be written to. Set `{key}` in the recipe to a folder that can")
 
 
 def listing(samples: pd.DataFrame) -> dict[str, str]:

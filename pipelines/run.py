@@ -216,7 +216,7 @@ def conclude(found: Survey) -> RunResult:
     failed_images = write_failed_images(found)
     publish_replace(paths.leaderboard, _flat(board).to_csv(index=False).encode())
     publish_replace(paths.heads, _flat(heads).to_parquet(index=False))
-    winner = choose_winner(board)
+    winner = choose_winner(board, heads)
     features = [open_feature_set(path) for name in winner["inputs"] for path in found.directories[name]]
     save_winner(paths.winner, winner, features, task, found.metric)
     test = found.dataset.test
@@ -278,6 +278,8 @@ def _timed(stages: list[StageRecord], name: str) -> Iterator:  # type: ignore[ty
 
 def _record_stages(path: Path, stages: list[StageRecord]) -> None:
     ended = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    lines = path.read_text() if path.exists() else ""
+    before = path.read_bytes() if path.exists() else b""
+    if before and not before.endswith(b"\n"):
+        before += b"\n"
     new = "".join(json.dumps({"ended": ended, **asdict(record)}) + "\n" for record in stages)
-    publish_replace(path, (lines + new).encode())
+    publish_replace(path, before + new.encode())

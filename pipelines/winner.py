@@ -49,11 +49,13 @@ class OpeningsDamaged(HeadraceError, ValueError):
     """The record of test openings cannot be read."""
 
 
-def choose_winner(board: pd.DataFrame) -> pd.Series:
-    """The first row of the leaderboard. Raises NoWinner when no head is whole."""
+def choose_winner(board: pd.DataFrame, heads: pd.DataFrame) -> pd.Series:
+    """The first row of the leaderboard. Raises NoWinner, with the commonest reason, when no head is whole."""
     if board.empty or board.iloc[0]["failed"] or not board.iloc[0]["final"]:
+        reasons = heads["error"].dropna().value_counts()
+        reason = f"The commonest reason: {reasons.index[0]}" if len(reasons) else "The metric is undefined in some fold"
         raise NoWinner(
-            "no head was trained, with the metric defined, in every fold; the reasons are in the column `error` of heads.parquet"
+            f"no head is whole, with the metric defined in every fold. {reason}. Every head is in heads.parquet and leaderboard.csv"
         )
     return board.iloc[0]
 

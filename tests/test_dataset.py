@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from headrace.cache import HeadraceError
 from headrace.heads import TRAIN_ONLY
-from headrace.pipelines.dataset import DataError, make_dataset
+from headrace.pipelines.dataset import DataError, drop_rows, make_dataset
 from headrace.pipelines.recipe import TaskSection
 
 
@@ -146,3 +147,79 @@ def test_copies_with_different_labels_are_pointed_out():
     content = [content_of(name) for name in frame["id"]]
     content[1] = content[0]
     assert any("carry different targets" in note for note in dataset(frame, content).notes)
+
+
+@given(st.data())
+def test_groups_that_share_a_copy_are_one_group(data):
+    """Neither a group nor a copy stands on two sides, also where copies tie groups together."""
+    groups = data.draw(st.lists(st.integers(0, 14), min_size=60, max_size=60))
+    copies = data.draw(st.lists(st.tuples(st.integers(0, 59), st.integers(0, 59)), max_size=3))
+    frame = table(60, patient=[f"p{group}" for group in groups])
+    content = [content_of(name) for name in frame["id"]]
+    for one, other in copies:
+        content[one] = content[other]
+    try:
+        made = dataset(frame, content, group="patient", folds=2, seed=data.draw(st.integers(0, 3)))
+    except HeadraceError:
+        return  # too few groups for two sides, or one side of one class
+    patient = frame.set_index("id")["patient"]
+    assert not set(patient[made.train.ids]) & set(patient[made.test.ids])
+    assert not set(made.train.content) & set(made.test.content)
+    for column in (patient[made.train.ids].to_numpy(), made.train.content):
+        assert pd.DataFrame({"column": column, "fold": made.train.fold}).groupby("column")["fold"].nunique().max() == 1
+
+
+def test_a_test_split_drawn_beside_given_validation_rows_keeps_groups_whole():
+    """Groups with a validation row give no test row."""
+    frame = table(80, patient=[f"p{i // 4}" for i in range(80)], split=["train"] * 50 + ["val"] * 30)
+    with pytest.raises(DataError, match="p12"):  # rows 48 to 51 are on both sides
+        dataset(frame, group="patient", split="split")
+    frame["split"] = ["train"] * 48 + ["val"] * 32
+    made = dataset(frame, group="patient", split="split")
+    patient = frame.set_index("id")["patient"]
+    assert len(made.test.ids) > 0
+    assert not set(patient[made.train.ids]) & set(patient[made.test.ids])
+
+
+def test_a_fold_column_with_gaps_is_refused_and_its_test_rows_are_the_test_split():
+    """Whole numbers that were read as floats are fold numbers; -1 is a test row, and no more are drawn."""
+    frame = table(80, f=[-1.0, 0.0, 1.0, 2.0] * 20).assign(label=["cat", "dog"] * 20 + ["dog", "cat"] * 20)
+    made = dataset(frame, fold="f")
+    assert set(made.test.ids) == set(frame["id"][::4])
+    assert made.train.n_folds == 3
+    frame.loc[5, "f"] = None
+    with pytest.raises(DataError, match=r"empty for '0005\.png'"):
+        dataset(frame, fold="f")
+
+
+def test_rows_that_a_feature_set_lost_are_left_out_for_all_heads():
+    """The others keep their folds, and the task is another one; a fold that loses all its rows is refused."""
+    made = dataset(table())
+    lost = frozenset(made.train.content[:3].astype(str).tolist()) | {content_of("elsewhere")}
+    kept = drop_rows(made, lost)
+    assert kept.train.ids.tolist() == made.train.ids[3:].tolist()
+    assert kept.train.fold.tolist() == made.train.fold[3:].tolist()
+    assert kept.train.digest != made.train.digest
+    assert drop_rows(made, frozenset()) is made
+    with pytest.raises(DataError, match="fold 0"):
+        drop_rows(made, frozenset(made.train.content[made.train.fold == 0].astype(str).tolist()))
+
+
+@pytest.mark.parametrize(
+    ("columns", "section", "said"),
+    [
+        ({"split": ["val"] * 80}, {"split": "split", "test_fraction": 0}, "no image to train on"),
+        (
+            {"split": ["train"] * 40 + ["val"] * 40, "label": ["cat"] * 40 + ["dog"] * 40},
+            {"split": "split"},
+            "one class",
+        ),
+        ({"age": [np.inf] + [1.0] * 79}, {"kind": "regression", "target": "age"}, "infinite in 1 rows"),
+        ({"label": [1, "1"] * 40}, {}, "read alike"),
+    ],
+)
+def test_splits_and_targets_that_cannot_work_are_refused_before_anything_is_extracted(columns, section, said):
+    """Each would have failed, or misled, after the work."""
+    with pytest.raises(DataError) as refusal:
+        dataset(table().assign(**columns), **section)
+    assert said in str(refusal.value)

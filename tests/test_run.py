@@ -225,3 +225,48 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
     assert {path: path.stat().st_mtime_ns for path in done_before} == stamps
     again = headrace("run", "recipe.yaml", cwd=tmp_path)
     assert "nothing missing" in again.stdout
+
+
+@pytest.mark.slow
+def test_other_weights_are_another_winner_and_another_opening(tmp_path):
+    """The printed score is that of the features in use, and the record counts every winner that has seen these images."""
+    make_photos(tmp_path / "photos", n=60)
+    results = {}
+    for name, weights, size, out in (
+        ("first", "random:0", 32, "out"),
+        ("other", "random:1", 16, "out"),
+        ("fresh", "random:1", 16, "elsewhere"),
+        ("again", "random:0", 32, "out"),
+    ):
+        text = RECIPE.replace("random:0", weights).replace("image_size: 32", f"image_size: {size}")
+        (tmp_path / f"{name}.yaml").write_text(f"{text}out: {out}\n")
+        results[name] = run_recipe(load_recipe(tmp_path / f"{name}.yaml"), console=Console(quiet=True))
+    assert results["other"].test.metrics == results["fresh"].test.metrics
+    assert [results[name].test.openings for name in results] == [1, 2, 1, 2]
+    assert results["again"].test.metrics == results["first"].test.metrics
+    # A renamed image is the same image: the split keeps its history.
+    (tmp_path / "photos" / "fine" / "001.png").rename(tmp_path / "photos" / "fine" / "999.png")
+    (tmp_path / "first.yaml").write_text(RECIPE + "out: out\n")
+    assert run_recipe(load_recipe(tmp_path / "first.yaml"), console=Console(quiet=True)).test.openings == 3
+
+
+@pytest.mark.slow
+def test_failed_heads_are_kept_until_asked_to_be_tried_again(tmp_path, monkeypatch):
+    """A head that fails is a row with its reason; --retry-failed trains it, and it alone, once more."""
+    make_photos(tmp_path / "photos", n=40)
+    text = RECIPE.replace(
+        "  mlp:\n    hidden: [[8]]\n    dropout: [0]\n    epochs: 5\n",
+        "  sklearn:\n    - estimator: late_estimator.Late\n      inputs: [all]\n",
+    )
+    assert "late_estimator" in text
+    (tmp_path / "recipe.yaml").write_text(text)
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    first = run_recipe(recipe, console=Console(quiet=True))
+    assert first.failed_heads > 0
+    assert survey(recipe).plan.banks == ()
+    (tmp_path / "late_estimator.py").write_text("from sklearn.tree import DecisionTreeClassifier as Late\n")
+    monkeypatch.syspath_prepend(tmp_path)  # workers start with this process's search path
+    again = run_recipe(recipe, console=Console(quiet=True), retry_failed=True)
+    assert again.failed_heads == 0
+    assert len(set(again.heads["path"]) - set(first.heads["path"])) == 1  # one new file; the others stay
+    assert survey(recipe).plan.banks == ()
