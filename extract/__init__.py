@@ -13,7 +13,7 @@ from headrace.extract.figures import Figures, figures
 from headrace.extract.memo import Storing, backbone_features, remember_features
 from headrace.extract.plan import ExtractJob, Network, plan_networks, plan_units
 from headrace.extract.preprocess import Preprocessing
-from headrace.extract.samples import IMAGE_SUFFIXES, list_folder, read_table
+from headrace.extract.samples import IMAGE_SUFFIXES, list_folder, read_frame, read_table
 from headrace.extract.spec import BackboneSpec, Sample
 
 if TYPE_CHECKING:
@@ -87,6 +87,7 @@ __all__ = [
     "parse_tap",
     "plan_networks",
     "plan_units",
+    "read_frame",
     "read_listing",
     "read_table",
     "remember_features",

@@ -4,6 +4,7 @@ What is remembered is only what would be found again: the key holds the backbone
 and the versions of the libraries that build and decode. A unit of work checks its network against the specs anyway.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypedDict, Unpack
 
-from headrace.cache import FeatureSpec, SpecMismatch, publish_replace
+from headrace.cache import FeatureSpec, publish_replace
 from headrace.extract.spec import BackboneSpec, weights_stamp
 
 _LIBRARIES = ("torch", "torchvision", "timm", "pillow", "headrace")
@@ -53,11 +54,15 @@ def remember_features(
     cache_root: Path,
     **storing: Unpack[Storing],
 ) -> None:
-    """Keep what `backbone_features` found, for the next call. Apart from it, because a dry run writes nothing."""
+    """Keep what `backbone_features` found, for the next call. Apart from it, because a dry run writes nothing.
+
+    A memo that is damaged is written anew; one that cannot be written stops nobody.
+    """
     memo = _memo(spec, taps, storing, cache_root)
-    if memo is not None and not memo.exists():
-        memo.parent.mkdir(parents=True, exist_ok=True)
-        publish_replace(memo, json.dumps([feature.to_json() for feature in features]).encode())
+    if memo is not None and _read(memo) is None:
+        with contextlib.suppress(OSError):  # it only saves time
+            memo.parent.mkdir(parents=True, exist_ok=True)
+            publish_replace(memo, json.dumps([feature.to_json() for feature in features]).encode())
 
 
 def _memo(spec: BackboneSpec, taps: str | Sequence[str], storing: Storing, cache_root: Path) -> Path | None:
@@ -71,6 +76,10 @@ def _memo(spec: BackboneSpec, taps: str | Sequence[str], storing: Storing, cache
 
 def _read(memo: Path) -> tuple[FeatureSpec, ...] | None:
     try:
-        return tuple(FeatureSpec.from_json(text) for text in json.loads(memo.read_bytes()))
-    except (FileNotFoundError, json.JSONDecodeError, SpecMismatch, TypeError):
-        return None  # absent, or of another version: it only saves time
+        texts = json.loads(memo.read_bytes())
+        if not isinstance(texts, list) or not texts:
+            return None
+        return tuple(FeatureSpec.from_json(text) for text in texts)
+    # ValueError: no UTF-8, no JSON, or the fields of another version.
+    except (OSError, ValueError, TypeError, RecursionError):
+        return None  # absent or damaged: it only saves time

@@ -1,10 +1,11 @@
 """Samples from folders and tables: one row per image, with its id, its path and whatever the user says about it."""
 
 import difflib
-from collections import Counter
+from collections import Counter, deque
 from pathlib import Path
 
 import pandas as pd
+from pyarrow import ArrowException
 
 from headrace.extract.errors import SourceError, nearest
 
@@ -18,7 +19,8 @@ def list_folder(folder: str | Path) -> pd.DataFrame:
     """One row per image file below `folder`, sorted by id: columns `id`, `path` and `label`.
 
     The id is the path relative to `folder` with forward slashes; the label is the first directory in it, and missing
-    for images that lie directly in the folder. Hidden files and directories are left out; links are followed once.
+    for images that lie directly in the folder. Hidden files and directories are left out; links are followed once,
+    after the real directories, so that what is reached on both ways has its real path's name.
     Raises SourceError when the folder is absent or has no images, saying what was found.
     """
     root = Path(folder).expanduser()
@@ -50,12 +52,13 @@ def read_table(
 
     Paths are taken relative to `root`, by default the table's own folder, and made absolute. The id is `id_column` as
     text, or else the path as written in the table. Files are not looked for here: a missing one becomes a recorded
-    failure of its sample. Raises SourceError for an absent table or column, empty paths, and duplicate ids.
+    failure of its sample. Raises SourceError for an absent table or column, empty paths, duplicate ids, and columns whose
+    names headrace gives to its own (`id`, `path`, `content`, `_content`).
     """
     file = Path(table).expanduser()
     if not file.is_file():
         raise SourceError(_absent(file))
-    frame = _read(file)
+    frame = read_frame(file)
     if frame.empty:
         raise SourceError(f"{file}: the table has no rows. Expected one row per image.")
     for wanted, setting in ((path_column, "path_column"), (id_column, "id_column")):
@@ -65,6 +68,7 @@ def read_table(
                 f"{file}: there is no column {wanted!r} ({setting}). Nearest: {nearest(wanted, columns, 1)}. "
                 f"The columns are: {', '.join(columns)}."
             )
+    _refuse_taken_names(frame, file, path_column, id_column)
     written = frame[path_column]
     if written.isna().any():
         row = int(written.isna().to_numpy().argmax())
@@ -96,12 +100,32 @@ def check_unique(ids: list[str], where: str) -> None:
     )
 
 
+def _refuse_taken_names(frame: pd.DataFrame, file: Path, path_column: str, id_column: str | None) -> None:
+    """Columns that headrace's own would replace: a task that names one would get other values than the table's."""
+    own = {"content": "the hash of an image's bytes", "_content": "the hash of an image's bytes"}
+    if (id_column or path_column) != "id":
+        own["id"] = "what tells rows apart"
+    if path_column != "path":
+        own["path"] = "where the image is"
+    for name, meaning in own.items():
+        if name in frame.columns:
+            other = {
+                "id": ", or take the ids from it: images.id_column: id (in Python: id_column='id')",
+                "path": f", or read the images from it: images.path_column: path (now: {path_column})",
+            }.get(name, "")
+            raise SourceError(
+                f"{file}: the table has a column {name!r}, and headrace keeps {meaning} under this name. "
+                f"Rename the column, for example to {'image' if name.startswith('_') else 'image_'}{name}{other}."
+            )
+
+
 def _walk(root: Path) -> list[Path]:
     files: list[Path] = []
     seen: set[str] = set()  # real paths of directories, so that a link to a parent does not run for ever
     pending = [root]
-    while pending:
-        directory = pending.pop()
+    links: deque[Path] = deque()  # last, so that a link to a class's folder does not rename the class
+    while pending or links:
+        directory = pending.pop() if pending else links.popleft()
         real = str(directory.resolve())
         if real in seen:
             continue
@@ -110,21 +134,38 @@ def _walk(root: Path) -> list[Path]:
             if entry.name.startswith("."):
                 continue
             if entry.is_dir():
-                pending.append(entry)
+                (links if entry.is_symlink() else pending).append(entry)
             else:
-                files.append(entry)
+                files.append(entry)  # a broken link too: its image becomes a recorded failure
     return files
 
 
-def _read(file: Path) -> pd.DataFrame:
+def read_frame(file: Path) -> pd.DataFrame:
+    """A CSV, TSV or Parquet table as it is. Raises SourceError when it cannot be read as what its name says."""
     suffix = file.suffix.lower()
     try:
         if suffix in (".parquet", ".pq"):
             return pd.read_parquet(file)
         if suffix in (".csv", ".tsv", ".txt"):
-            return pd.read_csv(file, sep="\t" if suffix == ".tsv" else ",")
-    except (OSError, ValueError) as error:  # pandas' and pyarrow's own errors are among these two
-        raise SourceError(f"{file}: cannot be read as {suffix[1:]}: {error}") from error
+            frame = pd.read_csv(file, sep="\t" if suffix == ".tsv" else ",", low_memory=False)
+            if not isinstance(frame.index, pd.RangeIndex):  # pandas would take the first values for the rows' names
+                raise SourceError(
+                    f"{file}: the rows have more values than the header has names ({len(frame.columns)}). "
+                    "Give every column a name in the first line, or delete what ends the rows."
+                )
+            return frame
+    except UnicodeDecodeError as error:
+        raise SourceError(
+            f"{file}: cannot be read as {suffix[1:]}: {error}. Expected text in UTF-8 whose first line names the "
+            "columns; save it as UTF-8 (iconv -f latin1 -t utf-8), or give a Parquet file the suffix .parquet."
+        ) from error
+    except SourceError:
+        raise
+    except (OSError, ValueError, RuntimeError, ArrowException) as error:  # pandas' own are among these
+        expected = "a Parquet file" if suffix in (".parquet", ".pq") else "one line of column names, then one per image"
+        raise SourceError(
+            f"{file}: cannot be read as {suffix[1:]}: {str(error).strip()}. Expected {expected}."
+        ) from error
     raise SourceError(f"{file}: a table ends in .csv, .tsv or .parquet; found {suffix or 'no suffix'}.")
 
 

@@ -14,13 +14,17 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from headrace.cache import FeatureSpec
 from headrace.extract import (
+    BackboneSpec,
     SourceError,
     compare_listings,
     content_hashes,
     list_array,
     list_folder,
     list_tar,
+    memo,
+    read_frame,
     read_listing,
     read_table,
     write_listing,
@@ -67,6 +71,22 @@ def test_folder_with_a_link_to_itself(tmp_path: Path) -> None:
     write(tmp_path / "a/1.png", png(1))
     (tmp_path / "a/again").symlink_to(tmp_path)
     assert list_folder(tmp_path)["id"].tolist() == ["a/1.png"]
+
+
+def test_a_link_takes_no_class_from_its_folder(tmp_path: Path) -> None:
+    """The real path keeps its name, wherever the link stands; what only a link reaches has the link's name."""
+    write(tmp_path / "photos/2020/1.png", png(1))
+    write(tmp_path / "photos/2021/deep/2.png", png(2))
+    write(tmp_path / "elsewhere/3.png", png(3))
+    (tmp_path / "photos/link").symlink_to(tmp_path / "photos/2020")
+    (tmp_path / "photos/1999").symlink_to(tmp_path / "photos/2021/deep")
+    (tmp_path / "photos/far").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "photos/2020/gone.png").symlink_to(tmp_path / "nowhere.png")
+    samples = list_folder(tmp_path / "photos")
+    assert samples["id"].tolist() == ["2020/1.png", "2020/gone.png", "2021/deep/2.png", "far/3.png"]
+    assert samples["label"].tolist() == ["2020", "2020", "2021", "far"]
+    found = content_hashes(samples, tmp_path / "index.parquet")
+    assert [item.id for item in found.unreadable] == ["2020/gone.png"]  # a broken link is told, not lost
 
 
 def test_folders_that_cannot_be(tmp_path: Path) -> None:
@@ -118,6 +138,70 @@ def test_tables_that_cannot_be(tmp_path: Path) -> None:
     write(tmp_path / "none.csv", b"path\n")
     with pytest.raises(SourceError, match=r"no rows"):
         read_table(tmp_path / "none.csv")
+
+
+def test_columns_that_would_be_replaced(tmp_path: Path) -> None:
+    """`task.group: id` with the file's path in place of the table's own ids would let patients leak."""
+    table = tmp_path / "t.csv"
+
+    def columns(*names: str) -> None:
+        pd.DataFrame({name: [f"{name}1.png", f"{name}2.png"] for name in names}).to_csv(table, index=False)
+
+    columns("path", "id", "label")
+    with pytest.raises(SourceError, match=r"column 'id'.*Rename the column.*images\.id_column: id"):
+        read_table(table)
+    assert read_table(table, id_column="id")["id"].tolist() == ["id1.png", "id2.png"]
+    with pytest.raises(SourceError, match=r"column 'id'"):
+        read_table(table, id_column="label")
+    columns("id", "label")
+    assert read_table(table, path_column="id")["id"].tolist() == ["id1.png", "id2.png"]
+    columns("file", "path")
+    with pytest.raises(SourceError, match=r"column 'path'.*images\.path_column: path"):
+        read_table(table, path_column="file")
+    for name in ("content", "_content"):
+        columns("path", name)
+        with pytest.raises(SourceError, match=rf"column '{name}'.*Rename"):
+            read_table(table)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "said"),
+    [
+        ("latin.csv", "path,label\na.png,Käfer\n".encode("latin-1"), r"UTF-8"),
+        ("empty.csv", b"", r"No columns"),
+        ("ragged.csv", b"path,label\na.png,x\nb.png,x,y,z\n", r"line 3"),
+        ("long.csv", b"path,label\na.png,x,\nb.png,y,\n", r"more values than the header"),
+        ("binary.csv", bytes(range(256)) * 8, r"cannot be read as csv"),
+        ("garbage.parquet", b"PAR1garbagePAR1", r"cannot be read as parquet"),
+        ("empty.tsv", b"", r"cannot be read as tsv"),
+    ],
+)
+def test_tables_that_cannot_be_read(tmp_path: Path, name: str, data: bytes, said: str) -> None:
+    """One error that names the file."""
+    with pytest.raises(SourceError, match=said) as refusal:
+        read_frame(write(tmp_path / name, data))
+    assert str(tmp_path / name) in str(refusal.value)
+
+
+def test_what_a_damaged_memo_says_is_not_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Damage of any kind means that the network is built, and that the memo is written anew."""
+    feature = FeatureSpec("b", "w", "t", "avg", "p", "v", "pillow", "float32", "float16", (3,))
+    path = tmp_path / "cache/backbones/memo.json"
+    monkeypatch.setattr(memo, "_memo", lambda *args: path)
+    spec = BackboneSpec("torchvision:resnet18", weights="random:0")
+    for damage in (b"{}", b"[]", b"[3]", b'["3"]', b"\xff\xfe", b"nothing", b"null", b"[" * 100_000):
+        assert memo._read(write(path, damage)) is None, damage[:20]
+        memo.remember_features(spec, "auto", [feature], cache_root=tmp_path)
+        assert memo.backbone_features(spec, "auto", cache_root=tmp_path) == (feature,)
+    path.unlink()
+    path.mkdir()
+    assert memo._read(path) is None
+    memo.remember_features(spec, "auto", [feature], cache_root=tmp_path)  # cannot be written, and stops nobody
+    path.rmdir()
+    path.parent.rmdir()
+    path.parent.write_bytes(b"a file")
+    assert memo._read(path) is None
+    memo.remember_features(spec, "auto", [feature], cache_root=tmp_path)
 
 
 def test_hashes_are_read_once(tmp_path: Path) -> None:
