@@ -10,8 +10,11 @@ import yaml
 
 from headrace.cache import HeadraceError
 
-Positive = Annotated[float, pydantic.Field(gt=0)]
-Fraction = Annotated[float, pydantic.Field(ge=0, lt=1)]
+Positive = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, pydantic.Field(ge=0, lt=1, allow_inf_nan=False)]
+Share = Annotated[float, pydantic.Field(gt=0, le=1, allow_inf_nan=False)]
+Seed = Annotated[int, pydantic.Field(ge=0)]
 NonEmptyFloats = Annotated[tuple[Positive, ...], pydantic.Field(min_length=1)]
 # "each": every feature set alone; "all": all of them side by side; a list: these feature sets side by side.
 HeadInput = Literal["each", "all"] | tuple[str, ...]
@@ -62,7 +65,18 @@ class TaskSection(_Model):
     test_fraction: Fraction = 0.25
     folds: Annotated[int, pydantic.Field(ge=2, le=100)] = 5
     metric: str | None = None  # default: accuracy, macro AUC, or R²
-    seed: int = 0
+    seed: Seed = 0
+
+    @pydantic.field_validator("target")
+    @classmethod
+    def _columns_differ(cls, target: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if not target:
+            raise ValueError("name at least one column, such as `target: label`")
+        names = [target] if isinstance(target, str) else target
+        twice = {name for name in names if names.count(name) > 1}
+        if twice:
+            raise ValueError(f"the column {min(twice)!r} is named twice: name each column once")
+        return target
 
 
 class Backbone(_Model):
@@ -74,8 +88,8 @@ class Backbone(_Model):
     alias: str | None = None  # how the leaderboard calls it when there are several backbones
     taps: Literal["auto"] | Annotated[tuple[str, ...], pydantic.Field(min_length=1)] = "auto"
     image_size: Annotated[int, pydantic.Field(ge=16, le=4096)] | None = None
-    crop_fraction: Annotated[float, pydantic.Field(gt=0, le=1)] | None = None
-    mean: tuple[float, float, float] | None = None
+    crop_fraction: Share | None = None
+    mean: tuple[pydantic.FiniteFloat, pydantic.FiniteFloat, pydantic.FiniteFloat] | None = None
     std: tuple[Positive, Positive, Positive] | None = None
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] | None = None
     views: Annotated[int, pydantic.Field(ge=1, le=64)] = 1  # 1: the evaluation crop; more: augmented renderings as well
@@ -101,7 +115,7 @@ class HalvingSection(_Model):
     """Successive halving inside a bank: after these epochs only the best share of the settings goes on."""
 
     after: Annotated[tuple[pydantic.PositiveInt, ...], pydantic.Field(min_length=1)] = (3,)
-    keep: Annotated[float, pydantic.Field(gt=0, le=1)] = 0.25
+    keep: Share = 0.25
 
 
 class MLPGrid(_Model):
@@ -112,11 +126,11 @@ class MLPGrid(_Model):
         pydantic.Field(min_length=1),
     ] = ((64,), (256,))
     learning_rate: NonEmptyFloats = (1e-3,)
-    weight_decay: Annotated[tuple[pydantic.NonNegativeFloat, ...], pydantic.Field(min_length=1)] = (1e-2,)
+    weight_decay: Annotated[tuple[NonNegative, ...], pydantic.Field(min_length=1)] = (1e-2,)
     dropout: Annotated[tuple[Fraction, ...], pydantic.Field(min_length=1)] = (0.0, 0.5)
     label_smoothing: Annotated[tuple[Fraction, ...], pydantic.Field(min_length=1)] = (0.0,)
     class_weight: Annotated[tuple[Literal["none", "balanced"], ...], pydantic.Field(min_length=1)] = ("none",)
-    seed: Annotated[tuple[int, ...], pydantic.Field(min_length=1)] = (0,)
+    seed: Annotated[tuple[Seed, ...], pydantic.Field(min_length=1)] = (0,)
     batch_size: pydantic.PositiveInt = 256
     epochs: pydantic.PositiveInt = 50
     patience: pydantic.PositiveInt = 8
@@ -133,11 +147,11 @@ class ConvGrid(_Model):
     ] = ((64,),)
     hidden: Annotated[tuple[tuple[pydantic.PositiveInt, ...], ...], pydantic.Field(min_length=1)] = ((),)
     learning_rate: NonEmptyFloats = (1e-3,)
-    weight_decay: Annotated[tuple[pydantic.NonNegativeFloat, ...], pydantic.Field(min_length=1)] = (1e-2,)
+    weight_decay: Annotated[tuple[NonNegative, ...], pydantic.Field(min_length=1)] = (1e-2,)
     dropout: Annotated[tuple[Fraction, ...], pydantic.Field(min_length=1)] = (0.0,)
     label_smoothing: Annotated[tuple[Fraction, ...], pydantic.Field(min_length=1)] = (0.0,)
     class_weight: Annotated[tuple[Literal["none", "balanced"], ...], pydantic.Field(min_length=1)] = ("none",)
-    seed: Annotated[tuple[int, ...], pydantic.Field(min_length=1)] = (0,)
+    seed: Annotated[tuple[Seed, ...], pydantic.Field(min_length=1)] = (0,)
     batch_size: pydantic.PositiveInt = 128
     epochs: pydantic.PositiveInt = 30
     patience: pydantic.PositiveInt = 6
@@ -234,8 +248,8 @@ def load_recipe(path: str | Path) -> Recipe:
     """
     path = Path(path)
     try:
-        text = path.read_text()
-    except FileNotFoundError:
+        text = path.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
         raise RecipeError(f"{path}: no such recipe. Write one with: headrace init FOLDER") from None
     except (IsADirectoryError, UnicodeDecodeError):
         raise RecipeError(
@@ -246,20 +260,58 @@ def load_recipe(path: str | Path) -> Recipe:
 
 def parse_recipe(text: str, path: Path) -> Recipe:
     """As `load_recipe`, from text; `path` names it in messages and is where relative paths start."""
+    root, values = _read_yaml(text, path)
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        recipe = Recipe.model_validate(values)
+    except pydantic.ValidationError as error:
+        raise RecipeError("\n".join(_explain(problem, root, path) for problem in _own(error.errors()))) from None
+    return _absolute(recipe, path)
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, whose every complaint about a value has a line."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep=deep)
+        # What int("foo") for `!!int foo`, or datetime for a thirteenth month, answers.
+        except (ValueError, LookupError, AttributeError, TypeError, OverflowError) as error:
+            raise yaml.constructor.ConstructorError(None, None, str(error), node.start_mark) from None
+
+
+def _read_yaml(text: str, path: Path) -> tuple[yaml.MappingNode, Any]:
+    """The nodes, which know their lines, and the values. Raises RecipeError."""
+    loader: _Loader | None = None
+    try:
+        loader = _Loader(text)
+        root = loader.get_single_node()
+        if not isinstance(root, yaml.MappingNode):
+            raise RecipeError(f"{path}: a recipe is a mapping with the keys {', '.join(Recipe.model_fields)}")
+        _refuse_odd_nodes(root, path, above=set(), seen=set())
+        return root, loader.construct_document(root)
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise RecipeError(
+            f"{path}, line {line}: this is not YAML: the character {error.character!r}: {error.reason}. Delete it"
+        ) from None
+    except yaml.constructor.ConstructorError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise RecipeError(
+            f"{path}, line {line}: this value cannot be read: {error.problem}. Expected text, a number, a list or a "
+            "mapping, without a tag (!…); put text in quotes"
+        ) from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise RecipeError(f"{path}{line}: this is not YAML: {getattr(error, 'problem', None) or error}") from None
-    if not isinstance(root, yaml.MappingNode):
-        raise RecipeError(f"{path}: a recipe is a mapping with the keys {', '.join(Recipe.model_fields)}")
-    _refuse_repeated_keys(root, path)
-    try:
-        recipe = Recipe.model_validate(yaml.safe_load(text))
-    except pydantic.ValidationError as error:
-        raise RecipeError("\n".join(_explain(problem, root, path) for problem in error.errors())) from None
-    return _absolute(recipe, path)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise RecipeError(f"{path}{where}: this is not YAML: {getattr(error, 'problem', None) or error}") from None
+    except RecursionError:
+        line = loader.line + 1 if loader else 1
+        raise RecipeError(
+            f"{path}, line {line}: lists or mappings stand too deep in each other; a recipe needs six levels at most"
+        ) from None
+    finally:
+        if loader is not None:
+            loader.dispose()
 
 
 def _absolute(recipe: Recipe, path: Path) -> Recipe:
@@ -286,21 +338,49 @@ def _weights_file(weights: str | None, base: Path) -> str | None:
     return weights
 
 
-def _refuse_repeated_keys(node: yaml.Node, path: Path) -> None:
-    # YAML's loader lets the last of two equal keys win in silence: half of what the user wrote would be lost.
+def _refuse_odd_nodes(node: yaml.Node, path: Path, *, above: set[int], seen: set[int]) -> None:
+    """Refuses repeated keys, keys that are no words, and anchors inside themselves.
+
+    above: ids of the nodes that this one stands in; seen: of those that are known to be good, as an anchor's may be.
+    """
+    if isinstance(node, yaml.ScalarNode) or id(node) in seen:
+        return
+    if id(node) in above:
+        raise RecipeError(
+            f"{path}, line {node.start_mark.line + 1}: what stands here holds itself, by its anchor (&…). Write it out"
+        )
+    above.add(id(node))
     if isinstance(node, yaml.SequenceNode):
         for item in node.value:
-            _refuse_repeated_keys(item, path)
+            _refuse_odd_nodes(item, path, above=above, seen=seen)
     elif isinstance(node, yaml.MappingNode):
         lines: dict[str, int] = {}
         for key, value in node.value:
             line = key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode):
+                kind = "list" if isinstance(key, yaml.SequenceNode) else "mapping"
+                raise RecipeError(f"{path}, line {line}: a {kind} stands where a key is expected. Write: key: value")
+            # YAML's loader lets the last of two equal keys win in silence: half of what the user wrote would be lost.
             if key.value in lines:
                 raise RecipeError(
                     f"{path}, line {line}: the key {key.value!r} stands already in line {lines[key.value]}"
                 )
             lines[key.value] = line
-            _refuse_repeated_keys(value, path)
+            _refuse_odd_nodes(value, path, above=above, seen=seen)
+    above.remove(id(node))
+    seen.add(id(node))
+
+
+def _own(problems: typing.Sequence[typing.Any]) -> list[typing.Any]:
+    """Without the complaints that a list is too short where one of its items was refused: the user's list is not."""
+
+    def follows(problem: typing.Any) -> bool:
+        loc = problem["loc"]
+        return problem["type"] == "too_short" and any(
+            len(other["loc"]) > len(loc) and other["loc"][: len(loc)] == loc for other in problems
+        )
+
+    return [problem for problem in problems if not follows(problem)]
 
 
 def _explain(problem: typing.Any, root: yaml.MappingNode, path: Path) -> str:
@@ -331,7 +411,7 @@ def _line_of(node: yaml.Node, location: typing.Sequence[str | int]) -> tuple[int
     for part in location:
         if isinstance(node, yaml.MappingNode):
             pairs = {key.value: (key, value) for key, value in node.value}
-            if part not in pairs:
+            if str(part) not in pairs:
                 return line, False
             key, node = pairs[str(part)]
             line = key.start_mark.line + 1

@@ -94,3 +94,83 @@ def test_two_backbones_of_one_name_need_an_alias(tmp_path):
     twice = GOOD.replace("backbones:\n", "backbones:\n  - name: torchvision:resnet18\n")
     with pytest.raises(RecipeError, match="alias"):
         load_recipe(write(tmp_path, twice))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "said"),
+    [
+        ("C: [1e-3, 1]", "C: !foo [1]", 9, "'!foo'"),
+        ("C: [1e-3, 1]", "C: [!!int foo]", 9, "foo"),
+        ("C: [1e-3, 1]", "C: &c [0.01, *c]", 9, "holds itself"),
+        ("C: [1e-3, 1]", "C: &c {a: *c}", 9, "holds itself"),
+        ("C: [1e-3, 1]", "? [a, b]\n    : 1", 9, "a list stands where a key"),
+        ("C: [1e-3, 1]", "? {a: b}\n    : 1", 9, "a mapping stands where a key"),
+        ("C: [1e-3, 1]", "C: " + "[" * 2000, 9, "too deep"),
+        ("torchvision:resnet18", "2020-13-45", 4, "month must be in 1..12"),
+        ("torchvision:resnet18", "a\x00b", 4, "not YAML"),
+        ("    taps: [layer1.avg, layer4.avg]", "    taps: [a]\n    1: x", 7, "1"),
+    ],
+)
+def test_what_yaml_can_say_and_a_recipe_cannot(tmp_path, old, new, line, said):
+    """Tags, dates that do not exist, anchors inside themselves, keys that are lists: one line each."""
+    path = write(tmp_path, GOOD.replace(old, new))
+    with pytest.raises(RecipeError) as refusal:
+        load_recipe(path)
+    message = str(refusal.value)
+    assert message.startswith(f"{path}, line {line}:")
+    assert said in message
+    assert message.count("\n") == 0
+
+
+def test_anchors_are_looked_at_once(tmp_path):
+    """An anchor used twice is fine; thirty lists of two anchors each are not followed a billion times."""
+    shared = GOOD.replace("C: [1e-3, 1]", "C: &c [1e-3, 1]\n  ridge:\n    alpha: *c")
+    assert load_recipe(write(tmp_path, shared)).heads.ridge.alpha == (1e-3, 1.0)
+    lines = ["a0: &a0 [1]"] + [f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 30)]
+    with pytest.raises(RecipeError, match="unknown key 'a0'"):
+        load_recipe(write(tmp_path, GOOD + "\n".join(lines)))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("[1e-3, 1]", "[-1]"), ("taps: [layer1.avg, layer4.avg]", "taps: []"), ("[1e-3, 1]", "[]")]
+)
+def test_a_refused_item_does_not_make_its_list_too_short(tmp_path, old, new):
+    """No line about a list whose items are the trouble."""
+    with pytest.raises(RecipeError) as refusal:
+        load_recipe(write(tmp_path, GOOD.replace(old, new)))
+    message = str(refusal.value)
+    assert " backbones: " not in message
+    assert message.count("at least 1 item") == (new != "[-1]")
+
+
+MLP = GOOD + "  mlp:\n    {}\n"
+TASK = GOOD + "task:\n  {}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (GOOD.replace("[1e-3, 1]", "[.inf]"), "finite"),
+        (GOOD.replace("[1e-3, 1]", "[.nan]"), "finite"),
+        (MLP.format("weight_decay: [.inf]"), "finite"),
+        (MLP.format("weight_decay: [-1]"), "greater than or equal to 0"),
+        (MLP.format("dropout: [.nan]"), "finite"),
+        (MLP.format("seed: [-1]"), "greater than or equal to 0"),
+        (MLP.format("halving: {keep: .nan}"), "finite"),
+        (TASK.format("seed: -1"), "greater than or equal to 0"),
+        (TASK.format("target: []"), "task.target: name at least one column"),
+        (TASK.format("target: ''"), "task.target: name at least one column"),
+        (TASK.format("target: [a, b, a]"), "task.target: the column 'a' is named twice"),
+    ],
+)
+def test_numbers_are_finite_and_columns_are_named_once(tmp_path, text, said):
+    """Each of these would fail hours later, or train the same thing twice."""
+    with pytest.raises(RecipeError) as refusal:
+        load_recipe(write(tmp_path, text))
+    assert said in str(refusal.value)
+    assert str(refusal.value).count("\n") == 0
+
+
+def test_a_list_of_one_target_is_fine(tmp_path):
+    """With the kind that is the default."""
+    assert load_recipe(write(tmp_path, TASK.format("target: [label]"))).task.target == ("label",)
