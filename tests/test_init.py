@@ -1,0 +1,125 @@
+"""`headrace init` and the demo's files: what is written for what is found, and what is said when nothing can be."""
+
+import importlib.util
+
+import pandas as pd
+import pytest
+from PIL import Image
+
+from headrace.cache import HeadraceError
+from headrace.extract import SourceError
+from headrace.pipelines import load_recipe
+from headrace.pipelines.dataset import list_samples
+from headrace.pipelines.demo import solar_cells, write_demo
+from headrace.pipelines.init import InitError, write_recipe
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Two classes of three images."""
+    for name in ("a", "b"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for number in range(3):
+            Image.new("RGB", (8, 8)).save(tmp_path / "photos" / name / f"{number}.png")
+    return tmp_path / "photos"
+
+
+def rows(**columns):
+    """A table of six images."""
+    return pd.DataFrame({"path": [f"{n}.png" for n in range(6)], "label": ["x", "y"] * 3, **columns})
+
+
+def test_a_folder_and_a_table(tmp_path, photos):
+    """The recipe that is written loads, and lists the same images."""
+    out = tmp_path / "r.yaml"
+    write_recipe(photos, out)
+    assert len(list_samples(load_recipe(out))) == 6
+    rows().to_csv(tmp_path / "t.tsv", sep="\t", index=False)
+    write_recipe(tmp_path / "t.tsv", out, force=True)
+    recipe = load_recipe(out)
+    assert (recipe.images.table, recipe.images.id_column) == (tmp_path / "t.tsv", None)
+    assert len(list_samples(recipe)) == 6
+
+
+def test_a_table_with_ids(tmp_path):
+    """`id` tells the rows apart, even where it looks like a file; it is never what is predicted."""
+    frame = rows(kind=["p", "q"] * 3).drop(columns="label")
+    frame.insert(0, "id", [f"cell{n}.png" for n in range(6)])
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    write_recipe(tmp_path / "t.csv", tmp_path / "r.yaml")
+    recipe = load_recipe(tmp_path / "r.yaml")
+    assert (recipe.images.path_column, recipe.images.id_column, recipe.task.target) == ("path", "id", "kind")
+    assert list_samples(recipe)["id"].tolist() == [f"cell{n}.png" for n in range(6)]
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("latin.csv", "path,label\na.png,K\u00e4fer\n".encode("latin-1")),
+        ("empty.csv", b""),
+        ("ragged.csv", b"path,label\na.png,x\nb.png,x,y,z\n"),
+        ("binary.csv", bytes(range(256)) * 8),
+        ("garbage.parquet", b"PAR1garbagePAR1"),
+        ("empty.tsv", b""),
+        ("photos.zip", b"PK"),
+    ],
+)
+def test_a_table_that_cannot_be_read(tmp_path, photos, name, data):
+    """One error that names it; beside folders of classes it is passed over; alone in a folder it is told."""
+    out = tmp_path / "r.yaml"
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(SourceError, match=name):
+        write_recipe(tmp_path / name, out)
+    (photos / name).write_bytes(data)
+    assert "2 classes" in write_recipe(photos, out).sentence
+    if name != "photos.zip":
+        (tmp_path / "alone").mkdir()
+        (tmp_path / "alone" / name).write_bytes(data)
+        with pytest.raises(InitError, match=name):
+            write_recipe(tmp_path / "alone", tmp_path / "other.yaml")
+
+
+def test_columns_of_lists(tmp_path):
+    """Parquet can hold them; they are no labels."""
+    frame = rows(tags=[["a"], ["b"]] * 3)
+    frame[["tags", "path", "label"]].rename(columns={"label": "kind"}).to_parquet(tmp_path / "t.parquet")
+    write_recipe(tmp_path / "t.parquet", tmp_path / "r.yaml")
+    assert load_recipe(tmp_path / "r.yaml").task.target == "kind"
+    frame[["path", "tags"]].rename(columns={"tags": "label"}).to_parquet(tmp_path / "t.parquet")
+    with pytest.raises(InitError, match="no column looks like a label"):
+        write_recipe(tmp_path / "t.parquet", tmp_path / "s.yaml")
+
+
+def test_where_no_recipe_can_be_written(tmp_path, photos):
+    """An absent folder, a folder in the recipe's place, a file in the folder's, a recipe that is there."""
+    with pytest.raises(InitError, match=r"the folder .*nodir does not exist.*--out r\.yaml"):
+        write_recipe(photos, tmp_path / "nodir" / "r.yaml")
+    for force in (False, True):
+        with pytest.raises(InitError, match=r"is a folder.*--out .*recipe\.yaml"):
+            write_recipe(photos, photos, force=force)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(InitError, match=r"is a file, not a folder"):
+        write_recipe(photos, tmp_path / "file" / "r.yaml")
+    with pytest.raises(InitError, match="--force"):
+        write_recipe(photos, tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_the_demo_in_a_files_place(tmp_path, monkeypatch):
+    """A file where the demo's folder should be is named, and left alone."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)  # the demo's packages, as if installed
+    (tmp_path / "file").write_text("mine")
+    for folder in (tmp_path / "file", tmp_path / "file" / "deeper"):
+        with pytest.raises(HeadraceError, match=r"file is a file; expected a folder"):
+            write_demo(folder)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("elpv_dataset") is None, reason="needs headrace[demo]")
+def test_the_demos_recipe_lists_its_table(tmp_path):
+    """Its table has ids of its own."""
+    solar_cells().to_csv(tmp_path / "solar-cells.csv", index=False)
+    recipe = load_recipe(write_demo(tmp_path))
+    samples = list_samples(recipe)
+    assert len(samples) == 2624
+    assert samples["id"].tolist() == solar_cells()["id"].tolist()
