@@ -7,11 +7,16 @@ Layout: the root's attributes hold the format's number and one JSON text that is
 `target` describe the N rows; `head/<k>/arrays/<name>` and `head/<k>/validation` (n_held_out, C) float32. Heads that
 share an array (a neighbour search is its training rows) share one data set by hard link. Soft and external links are
 refused.
+
+The HDF5 user block, the first 4096 bytes, holds the XXH3-128 of all bytes behind it, as a shard's does: a process checks
+it once per file, so that no flipped bit is ever read as a number.
 """
 
 import io
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,15 +26,24 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+import xxhash
 
-from headrace.cache.errors import HeadraceError
+from headrace.cache.check import shard_digest
+from headrace.cache.errors import HeadraceError, ShardUnreadable
+from headrace.cache.shard import USER_BLOCK_BYTES
 from headrace.heads.metrics import TaskKind, metric_names
 from headrace.heads.predict import Arrays
 from headrace.heads.spec import FULL, HeadFit, HeadSpec, spec_from_json, spec_to_json
 from headrace.heads.task import Task
 
-FORMAT = 1
+FORMAT = 2
 COLUMNS = ("fold", "objective", "gap", "iterations", "seconds")
+
+_HDF5 = b"\x89HDF\r\n\x1a\n"
+_REMOVE = "remove it, and the bank is trained again"
+_State = tuple[int, ...]
+# Files that this process has checked, as they were then.
+_checked: dict[Path, _State] = {}
 
 
 class BadResults(HeadraceError, ValueError):
@@ -61,7 +75,7 @@ def results_bytes(
     }
     buffer = io.BytesIO()
     text = h5py.string_dtype("utf-8")
-    with h5py.File(buffer, "w", libver="latest") as file:
+    with h5py.File(buffer, "w", libver="latest", userblock_size=USER_BLOCK_BYTES) as file:
         file.attrs["format"] = FORMAT
         file.attrs["headrace"] = json.dumps(about)
         file["specs"] = np.array([spec_to_json(fit.spec) for fit in fits], dtype=text)
@@ -86,7 +100,18 @@ def results_bytes(
                 else:
                     group[place] = array
                     written[id(array)] = f"{group.name}/{place}"
-    return buffer.getvalue()
+    return sealed(buffer.getbuffer())
+
+
+def sealed(file: bytes | memoryview) -> bytes:
+    """An HDF5 file with a user block of 4096 bytes, the block now naming the digest of what is behind it."""
+    body = memoryview(file)[USER_BLOCK_BYTES:]
+    return b"".join((_user_block(xxhash.xxh3_128_hexdigest(body)), body))
+
+
+def _user_block(digest: str) -> bytes:
+    text = f"headrace bank results\nxxh3_128 {digest}\nof all bytes from {USER_BLOCK_BYTES} on; the rest is HDF5\n"
+    return text.encode().ljust(USER_BLOCK_BYTES - 1, b" ") + b"\n"
 
 
 @dataclass(frozen=True)
@@ -109,13 +134,13 @@ class BankResult:
 
     def arrays(self, spec: HeadSpec | str, fold: int = FULL) -> Arrays:
         """The arrays that `predict_head` needs; empty where a head stores none. Raises BadResults for no such head."""
-        with _open(self.path, look=False) as file:  # `read_bank` has looked
+        with _open(self.path) as file:
             group = file[f"head/{self.place(spec, fold)}"]
             return {name: group["arrays"][name][()] for name in group["arrays"]} if "arrays" in group else {}
 
     def validation(self, spec: HeadSpec | str, fold: int) -> npt.NDArray[np.float32] | None:
         """(n_held_out, C) predictions of the rows of that fold, in the order of `ids`; None where there are none."""
-        with _open(self.path, look=False) as file:  # `read_bank` has looked
+        with _open(self.path) as file:
             group = file[f"head/{self.place(spec, fold)}"]
             return group["validation"][()] if "validation" in group else None
 
@@ -158,56 +183,88 @@ def read_bank(path: Path | str) -> BankResult:
     """
     path = Path(path)
     with _open(path) as file:
+        about = json.loads(file.attrs["headrace"])
+        specs = [text.decode() for text in file["specs"][()]]
+        columns: dict[str, Any] = {
+            "kind": [spec_from_json(text).kind for text in specs],
+            "spec": specs,
+            "fold": file["fold"][()],
+        }
+        metrics = file["metrics"][()].reshape(len(specs), -1)
+        for number, name in enumerate(file["metric_names"][()]):
+            columns[name.decode()] = metrics[:, number]
+        for name in COLUMNS[1:]:
+            columns[name] = file[name][()]
+        columns["error"] = [text.decode() or None for text in file["errors"][()]]
+        return BankResult(
+            path=path,
+            task=about["task"],
+            task_kind=cast(TaskKind, about["task_kind"]),
+            classes=tuple(about["classes"]),
+            features=tuple(about["features"]),
+            dropped=tuple(about["dropped"]),
+            ids=np.array([text.decode() for text in file["ids"][()]], np.str_),
+            content=file["content"][()],
+            fold=file["row_fold"][()],
+            target=file["target"][()],
+            table=pd.DataFrame(columns),
+        )
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[h5py.File]:
+    """The file, whole and self-contained; whatever else keeps it from being read is a BadResults."""
+    while True:
+        state = _check(path)
         try:
-            about = json.loads(file.attrs["headrace"])
-            specs = [text.decode() for text in file["specs"][()]]
-            columns: dict[str, Any] = {
-                "kind": [spec_from_json(text).kind for text in specs],
-                "spec": specs,
-                "fold": file["fold"][()],
-            }
-            metrics = file["metrics"][()].reshape(len(specs), -1)
-            for number, name in enumerate(file["metric_names"][()]):
-                columns[name.decode()] = metrics[:, number]
-            for name in COLUMNS[1:]:
-                columns[name] = file[name][()]
-            columns["error"] = [text.decode() or None for text in file["errors"][()]]
-            return BankResult(
-                path=path,
-                task=about["task"],
-                task_kind=cast(TaskKind, about["task_kind"]),
-                classes=tuple(about["classes"]),
-                features=tuple(about["features"]),
-                dropped=tuple(about["dropped"]),
-                ids=np.array([text.decode() for text in file["ids"][()]], np.str_),
-                content=file["content"][()],
-                fold=file["row_fold"][()],
-                target=file["target"][()],
-                table=pd.DataFrame(columns),
-            )
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
-            raise BadResults(
-                f"{path} is not a bank's results of this version ({error}): remove it, and the bank is trained again"
-            ) from error
-
-
-def _open(path: Path, *, look: bool = True) -> h5py.File:
-    """The file, after a look at its links: all must be hard, so that nothing outside the file is ever read."""
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is not there: train the bank first")
-    try:
-        file = h5py.File(path, "r")
-    except OSError as error:
-        raise BadResults(f"{path} is not an HDF5 file ({error}): remove it, and the bank is trained again") from error
-    try:
-        if int(file.attrs.get("format", 0)) != FORMAT:
-            raise BadResults(f"{path} has format {file.attrs.get('format')}, this version of headrace reads {FORMAT}")
-        if look:
-            _refuse_links(file, path)
-    except BaseException:
+            file = h5py.File(path, "r")
+        except OSError as error:
+            raise BadResults(f"{path} is not an HDF5 file ({error}): {_REMOVE}") from error
+        if _state(path) == state:  # else another process has replaced it since the check
+            break
         file.close()
-        raise
-    return file
+    with file:
+        try:
+            if (found := int(file.attrs.get("format", 0))) != FORMAT:
+                raise BadResults(f"{path} has format {found}, this version of headrace reads {FORMAT}: {_REMOVE}")
+            if _checked.get(path) != state:
+                _refuse_links(file, path)
+                _checked[path] = state
+            yield file
+        except BadResults:
+            raise
+        except (LookupError, TypeError, ValueError, AttributeError, OSError, RuntimeError) as error:
+            raise BadResults(f"{path} is not a bank's results of this version ({error}): {_REMOVE}") from error
+
+
+def _check(path: Path) -> _State:
+    """What the file is now, its bytes being those that were written. Read whole unless this process has done so."""
+    state = _state(path)
+    if _checked.get(path) == state:
+        return state
+    try:
+        _, digest, block = shard_digest(path)
+    except ShardUnreadable as error:
+        raise BadResults(str(error)) from error
+    if block.startswith(_HDF5):
+        raise BadResults(
+            f"{path} has no digest: it is of format 1 or not a bank's results, this version of headrace reads format "
+            f"{FORMAT}: {_REMOVE}"
+        )
+    if block != _user_block(digest):
+        raise BadResults(
+            f"{path} is not a bank's results, or its bytes have changed since they were written (their digest is "
+            f"{digest}): {_REMOVE}"
+        )
+    return state
+
+
+def _state(path: Path) -> _State:
+    try:
+        found = os.stat(path)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path} is not there: train the bank first") from error
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def _refuse_links(group: h5py.Group, path: Path) -> None:

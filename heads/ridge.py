@@ -22,7 +22,7 @@ import scipy.linalg
 
 from headrace.heads.gram import Products, add_up, products
 from headrace.heads.inputs import check_rows
-from headrace.heads.predict import ridge_link
+from headrace.heads.predict import ROWS_AT_ONCE, ridge_link
 from headrace.heads.spec import FULL, HeadFit, RidgeSpec
 from headrace.heads.standardize import Moments, chunks, group_moments, training_moments
 
@@ -82,11 +82,14 @@ def fit_ridge_bank(
                 solved.append(rows.solve(f, alphas, standardize))
             joined = _join(solved)
             held = np.flatnonzero(fold == f)
-            scores = None if f == FULL else _scores(X, held, joined, scaling[FULL])
+            weight, bias = _raw(joined, scaling[FULL])
+            scores = None if f == FULL else _scores(X, held, weight, bias)
             seconds = (time.perf_counter() - began) / len(chosen)
             for row, i in enumerate(chosen):
                 own = None if scores is None else scores[row]
-                fits[i, f] = _head(specs[i], f, joined, row, scaling[FULL], own, kind, seconds)
+                fits[i, f] = _head(
+                    specs[i], f, joined, row, {"weight": weight[row], "bias": bias[row]}, own, kind, seconds
+                )
     return [fits[i, f] for i in range(len(specs)) for f in folds]
 
 
@@ -155,7 +158,10 @@ class _Rows:
         errors = y[:, None] - Ka
         objective = np.einsum("nat,nat->a", errors, errors) + alphas * np.einsum("nat,nat->a", a, Ka)
         pulled = (kernel @ short.reshape(len(a), -1)).reshape(a.shape)
+        # Objective - optimum is short' K (K + alpha I)^-1 short, and K (K + alpha I)^-1 is below both K / alpha and I.
+        # Where rows are nearly interpolated the first alone is larger by the condition of K + alpha I.
         bound = np.maximum(np.einsum("nat,nat->a", short, pulled), 0.0) / _modulus(kernel, alphas)
+        bound = np.minimum(bound, np.einsum("nat,nat->a", short, short))
         weight = np.ascontiguousarray((W * ratio[:, None, None]).transpose(1, 2, 0))
         return _Solved(weight, target_mean - weight @ (mean / np.where(ratio > 0, ratio, 1.0)), objective, bound)
 
@@ -201,16 +207,23 @@ def _join(parts: list[_Solved]) -> _Solved:
     )
 
 
-def _scores(X: Array, rows: npt.NDArray[np.intp], solved: _Solved, whole: Moments) -> Array:
-    """(A, n, T) float32 scores of the given rows."""
-    strengths, columns, dim = solved.weight.shape
-    stacked = solved.weight.reshape(-1, dim).T.astype(np.float32)
-    factor = np.where(whole.constant, 0.0, 1.0 / whole.scale)
-    scores = np.empty((strengths, len(rows), columns), np.float32)
-    for where in chunks(np.arange(len(rows))):
-        z = ((X[rows[where]] - whole.mean) * factor).astype(np.float32)
-        scores[:, where] = (z @ stacked).reshape(len(where), strengths, columns).transpose(1, 0, 2)
-    scores += solved.bias[:, None].astype(np.float32)
+def _raw(solved: _Solved, whole: Moments) -> tuple[Array, Array]:
+    """Weights (A, T, D) and biases (A, T) in raw coordinates, float32: what is stored."""
+    weight = solved.weight * np.where(whole.constant, 0.0, 1.0 / whole.scale)
+    return weight.astype(np.float32), (solved.bias - weight @ whole.mean).astype(np.float32)
+
+
+def _scores(X: Array, rows: npt.NDArray[np.intp], weight: Array, bias: Array) -> Array:
+    """(A, n, T) float32 scores of the given rows by the stored arrays.
+
+    In the blocks of `predict_head` and head by head: one product of all heads sums in another order, and at large
+    offsets the order is seen in the fourth digit.
+    """
+    scores = np.empty((len(weight), len(rows), weight.shape[1]), np.float32)
+    for where in chunks(np.arange(len(rows)), ROWS_AT_ONCE):
+        z = X[rows[where]].astype(np.float32, copy=False)
+        for row, own in enumerate(weight):
+            scores[row, where] = z @ own.T + bias[row]
     return scores
 
 
@@ -219,20 +232,17 @@ def _head(
     f: int,
     solved: _Solved,
     row: int,
-    whole: Moments,
+    arrays: dict[str, Array],
     scores: Array | None,
     kind: TaskKind,
     seconds: float,
 ) -> HeadFit:
-    """One head in raw coordinates."""
-    weight = solved.weight[row] * np.where(whole.constant, 0.0, 1.0 / whole.scale)
-    bias = solved.bias[row] - weight @ whole.mean
+    """One head of a bank."""
     objective, bound = float(solved.objective[row]), float(solved.bound[row])
     gap = bound / (objective - bound) if objective > bound else (0.0 if bound == 0 else float("inf"))
     validation = None
     if scores is not None:
         validation = np.asarray(scores if kind == "regression" else ridge_link(scores, kind), np.float32)
-    arrays = {"weight": weight.astype(np.float32), "bias": bias.astype(np.float32)}
     return HeadFit(spec, f, arrays, objective, gap, 1, seconds, validation)
 
 

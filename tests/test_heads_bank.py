@@ -41,6 +41,7 @@ from headrace.heads import (
     make_folds,
     predict_head,
     read_bank,
+    results,
     save_head,
     save_task,
     score,
@@ -48,6 +49,7 @@ from headrace.heads import (
     spec_to_json,
     train_bank,
 )
+from headrace.heads.results import sealed
 
 Arrays = np.ndarray[Any, Any]
 ROWS = 240
@@ -359,13 +361,18 @@ def test_results_refuse_what_is_not_theirs(work: Path) -> None:
     assert spec_from_json(bank.table["spec"][0]) == CentroidSpec()
     torn = work / "torn.h5"
     torn.write_bytes(result.read_bytes()[:500])
-    with pytest.raises(BadResults, match="not an HDF5 file"):
+    with pytest.raises(BadResults, match="remove it, and the bank is trained again"):
         read_bank(torn)
+    sealed_text = work / "text.h5"
+    sealed_text.write_bytes(sealed(b"-" * 10_000))
+    with pytest.raises(BadResults, match="not an HDF5 file"):
+        read_bank(sealed_text)
     hostile = work / "hostile.h5"
     hostile.write_bytes(result.read_bytes())
     with h5py.File(hostile, "r+") as file:
         del file["target"]
         file["target"] = h5py.ExternalLink("/etc/passwd", "/x")
+    hostile.write_bytes(sealed(hostile.read_bytes()))
     with pytest.raises(BadResults, match="link out of the file"):
         read_bank(hostile)
     with h5py.File(work / "empty.h5", "w"):
@@ -374,6 +381,54 @@ def test_results_refuse_what_is_not_theirs(work: Path) -> None:
         read_bank(work / "empty.h5")
     with pytest.raises(FileNotFoundError):
         read_bank(work / "absent.h5")
+
+
+def test_damaged_results_are_never_read(work: Path) -> None:
+    """Any flipped bit, any missing end, before or after the file was opened: BadResults, which says what to do."""
+    X, y, _, content = images()
+    path, _ = write_task(work, y)
+    result = work / "bank.h5"
+    train_bank(BankJob(path, (store(work, X, content),), (RidgeSpec(10.0), RidgeSpec(1.0)), str(result)))
+    whole = result.read_bytes()
+    bank = read_bank(result)
+    expected = bank.arrays(RidgeSpec(10.0))
+    rng = np.random.default_rng(0)
+    # The user block, the first objects and the whole file, so that small parts are met too.
+    bits = np.concatenate([rng.integers(0, 8 * end, 50) for end in (4096, 8192, len(whole))])
+    lengths = [0, 1, 4095, 4096, 5000, len(whole) - 1, *rng.integers(0, len(whole), 10)]
+    damaged = [bytearray(whole) for _ in bits]
+    for image, bit in zip(damaged, bits.tolist(), strict=True):
+        image[bit // 8] ^= 1 << bit % 8
+    for number, image in enumerate([*damaged, *(whole[:length] for length in lengths), whole + b"\0"]):
+        copy = work / f"{number}.h5"
+        copy.write_bytes(image)
+        with pytest.raises(BadResults, match="remove it, and the bank is trained again"):
+            read_bank(copy)
+        copy.rename(result)
+        with pytest.raises(BadResults, match="remove it, and the bank is trained again"):
+            bank.arrays(RidgeSpec(10.0))
+    result.write_bytes(whole)
+    np.testing.assert_array_equal(bank.arrays(RidgeSpec(10.0))["weight"], expected["weight"])
+
+
+def test_a_file_is_checked_once(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its bytes and its links, however often arrays are read from it; once more when it has been replaced."""
+    X, y, _, content = images()
+    path, _ = write_task(work, y)
+    result = work / "bank.h5"
+    job = BankJob(path, (store(work, X, content),), (CentroidSpec(),), str(result))
+    seen: list[Path] = []
+    digest = results.shard_digest
+    monkeypatch.setattr(results, "shard_digest", lambda path: (seen.append(path), digest(path))[1])
+    train_bank(job)
+    bank = read_bank(result)
+    bank.arrays(CentroidSpec())
+    bank.out_of_fold(CentroidSpec())
+    assert seen == [result]
+    result.unlink()
+    train_bank(job)
+    bank.arrays(CentroidSpec())
+    assert seen == [result, result]
 
 
 def test_a_shared_array_is_stored_once(work: Path) -> None:

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from sklearn.linear_model import Ridge, RidgeClassifier
 from sklearn.preprocessing import StandardScaler
 
+from headrace.heads.predict import predict_head
 from headrace.heads.ridge import STRENGTHS_WORTH_EIGENVALUES, fit_ridge_bank
 from headrace.heads.spec import FULL, RidgeSpec
 from headrace.heads.standardize import NotFinite
@@ -103,6 +104,29 @@ def test_multi_label_is_one_regression_per_label():
             for label in range(3):
                 one = fit_ridge_bank(X, Y[:, label].astype(np.int64), n_classes=2, fold=fold, specs=specs)[row]
                 np.testing.assert_allclose(fit.arrays["weight"][label], one.arrays["weight"][1], rtol=1e-5, atol=1e-9)
+
+
+def test_the_gap_is_small_where_rows_are_nearly_interpolated():
+    """D a little above the training rows, features of many scales, a weak penalty: solved well, and known to be."""
+    for n, d, classes, seed in ((146, 101, 4, 558), (99, 100, 5, 618), (141, 113, 4, 8056), (103, 80, 4, 9315)):
+        X, y = blobs(n, d, classes, seed)
+        specs = [RidgeSpec(alpha, standardize=False) for alpha in (0.01, 0.04)]
+        for fit in fit_ridge_bank(X, y, n_classes=classes, fold=folds(n, 3, seed), specs=specs):
+            assert 0 <= fit.gap < 1e-9
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e3, 1e5])
+@pytest.mark.parametrize("kind", ["single", "multi", "regression"])
+def test_validation_is_what_the_stored_arrays_predict(kind, offset):
+    """Float32 arrays in raw coordinates lose digits at large offsets; the stored predictions show it."""
+    X, y = blobs(200, 30, 3, seed=3)
+    X += np.float32(offset)
+    fold = folds(200, 3)
+    target = {"single": y, "multi": (y[:, None] <= np.arange(3)).astype(np.uint8), "regression": X[:, :3] * 1.0}[kind]
+    for fit in fit_ridge_bank(X, target, n_classes=3, fold=fold, specs=[RidgeSpec(a) for a in strengths(FEW)]):
+        if fit.fold != FULL:
+            predicted = predict_head(fit.spec, fit.arrays, X[fold == fit.fold], kind)
+            np.testing.assert_allclose(fit.validation, predicted, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("d", [8, 150])
