@@ -41,7 +41,7 @@ def local_client(workers: int | None = None) -> Iterator[Client]:
                 threads_per_worker=1,
                 processes=True,
                 host="127.0.0.1",
-                dashboard_address=None,
+                dashboard_address="127.0.0.1:0",  # any free port: a fixed one would let only one run start on a machine
                 silence_logs=logging.CRITICAL,
             )
         try:

@@ -27,3 +27,14 @@ def test_results_errors_and_deaths_all_come_back(tmp_path):
     assert executed.count("raises") == 1
     assert executed.count("kills") == MAX_ATTEMPTS
     assert all(executed.count(f"good{i}") == 1 for i in range(20))
+
+
+@pytest.mark.slow
+def test_two_runs_start_on_one_machine():
+    """No port is fixed, and all are on loopback."""
+    with local_client(1) as one, local_client(1) as other:
+        assert one.submit(sum, [1, 2]).result() == other.submit(sum, [1, 2]).result() == 3
+        for client in (one, other):
+            info = client.scheduler_info()
+            assert "127.0.0.1" in info["address"]
+            assert all("127.0.0.1" in address for address in info["workers"])
