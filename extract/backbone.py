@@ -13,7 +13,7 @@ from torch import nn
 from headrace.extract import library
 from headrace.extract.errors import BackboneError
 from headrace.extract.preprocess import Preprocessing
-from headrace.extract.spec import BackboneSpec, is_weights_file, weights_path, weights_stamp
+from headrace.extract.spec import BackboneSpec, check_spec, is_weights_file, weights_path, weights_stamp
 from headrace.extract.weights import fit_weights, read_weights, weights_digest
 
 
@@ -32,6 +32,7 @@ def load_backbone(spec: BackboneSpec) -> Backbone:
 
     Raises BackboneError: unknown names with the nearest ones, weights that do not fit, a tag that cannot be downloaded.
     """
+    check_spec(spec)
     return _load(spec, weights_stamp(spec))
 
 
@@ -105,10 +106,6 @@ def _source(name: str) -> str:
 def _seeded(spec: BackboneSpec) -> tuple[nn.Module, Preprocessing]:
     assert spec.weights is not None
     text = spec.weights.removeprefix("random:")
-    if not text.isdecimal():
-        raise BackboneError(
-            f"{spec.name}: weights {spec.weights!r}: expected random:SEED with a whole number, random:0"
-        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(text))
         return library.build(spec.name, None)

@@ -11,6 +11,7 @@ from torch import nn
 
 from headrace.extract.errors import BackboneError, nearest
 from headrace.extract.preprocess import Preprocessing
+from headrace.extract.spec import unknown_prefix
 
 PREFIXES = ("torchvision:", "timm:", "python:")
 _TIMEOUT_S = 4  # libraries retry for most of a minute before they say that there is no network; we ask once
@@ -25,7 +26,7 @@ def build(name: str, tag: str | None) -> tuple[nn.Module, Preprocessing]:
         return _timm(rest, tag)
     if kind == "python" and ":" in rest:
         return _python(rest)
-    raise BackboneError(_unknown_prefix(name))
+    raise BackboneError(unknown_prefix(name))
 
 
 def build_pretrained(name: str, tag: str | None) -> tuple[nn.Module, Preprocessing]:
@@ -39,7 +40,7 @@ def build_pretrained(name: str, tag: str | None) -> tuple[nn.Module, Preprocessi
         if tag is not None:
             raise BackboneError(f"{name}: weights {tag!r}: a Python function knows no tags; name a file or nothing.")
         return build(name, None)
-    raise BackboneError(_unknown_prefix(name))
+    raise BackboneError(unknown_prefix(name))
 
 
 def backbone_names() -> list[str]:
@@ -250,11 +251,4 @@ def _offline(name: str, tag: str, url: str, target: str, error: str) -> str:
         f"Either fetch {url} where there is a network{keep},\n"
         "or name a local file: weights: PATH.pth or PATH.safetensors (a state dict of this network; "
         "weights_match: order if its names differ),\nor try without: weights: random:0."
-    )
-
-
-def _unknown_prefix(name: str) -> str:
-    return (
-        f"backbone {name!r}: expected torchvision:NAME, timm:NAME or python:MODULE:FUNCTION. "
-        f"Search with: headrace backbones {name.split(':')[-1][:12] or 'resnet'}"
     )

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TypedDict, Unpack
 
 from headrace.cache import FeatureSpec, publish_replace
-from headrace.extract.spec import BackboneSpec, weights_stamp
+from headrace.extract.spec import BackboneSpec, check_spec, weights_stamp
 
 _LIBRARIES = ("torch", "torchvision", "timm", "pillow", "headrace")
 
@@ -35,6 +35,7 @@ def backbone_features(
     Read from what the cache remembers; otherwise the network is built. A backbone from the user's own Python function
     is always built: nothing says whether its code has changed. Raises BackboneError.
     """
+    check_spec(spec)
     memo = _memo(spec, taps, storing, cache_root)
     if memo is not None and (known := _read(memo)) is not None:
         return known

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from headrace.extract.errors import BackboneError
+from headrace.extract.errors import BackboneError, nearest
 from headrace.extract.preprocess import Interpolation
 
 WeightsMatch = Literal["name", "order"]
@@ -57,6 +57,37 @@ def weights_path(weights: str) -> Path:
     if len(found) != 1:
         raise BackboneError(f"weights {weights}: the package holds {len(found)} weights files, expected 1; give a path")
     return found[0]
+
+
+def check_spec(spec: BackboneSpec) -> None:
+    """Raises BackboneError for what is wrong at first sight, before torch is imported: prefix, seed, absent file."""
+    if not spec.name.startswith(("torchvision:", "timm:", "python:")):
+        raise BackboneError(unknown_prefix(spec.name))
+    if spec.weights is None:
+        return
+    if spec.weights.startswith("random:"):
+        if not spec.weights.removeprefix("random:").isdecimal():
+            raise BackboneError(
+                f"{spec.name}: weights {spec.weights!r}: expected random:SEED with a whole number, random:0"
+            )
+    elif is_weights_file(spec.weights):
+        require_file(weights_path(spec.weights))
+
+
+def require_file(path: Path) -> None:
+    """Raises BackboneError, naming what is there instead."""
+    if not path.is_file():
+        folder = path.absolute().parent
+        near = nearest(path.name, (entry.name for entry in folder.iterdir())) if folder.is_dir() else "(no such folder)"
+        raise BackboneError(f"{path}: no such weights file. Files there: {near}.")
+
+
+def unknown_prefix(name: str) -> str:
+    """The message for a backbone whose library is not said."""
+    return (
+        f"backbone {name!r}: expected torchvision:NAME, timm:NAME or python:MODULE:FUNCTION. "
+        f"Search with: headrace backbones {name.split(':')[-1][:12] or 'resnet'}"
+    )
 
 
 def weights_stamp(spec: BackboneSpec) -> tuple[int, ...] | None:

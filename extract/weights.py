@@ -10,8 +10,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from headrace.extract.errors import BackboneError, nearest
-from headrace.extract.spec import WeightsMatch
+from headrace.extract.errors import BackboneError
+from headrace.extract.spec import WeightsMatch, require_file
 
 # Training scripts wrap the state dict in a dictionary with the optimiser and the epoch.
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model")
@@ -22,10 +22,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
     Never unpickles anything but tensors and plain containers. Raises BackboneError.
     """
-    if not path.is_file():
-        folder = path.absolute().parent
-        near = nearest(path.name, (entry.name for entry in folder.iterdir())) if folder.is_dir() else "(no such folder)"
-        raise BackboneError(f"{path}: no such weights file. Files there: {near}.")
+    require_file(path)
     try:
         if path.suffix.lower() == ".safetensors":
             loaded: object = load_file(path)
