@@ -17,7 +17,18 @@ from headrace.heads import (
     RidgeSpec,
     SklearnSpec,
 )
-from headrace.pipelines.recipe import HalvingSection, HeadInput, Heads, RecipeError
+from headrace.pipelines.recipe import ConvGrid, HalvingSection, HeadInput, Heads, MLPGrid, RecipeError
+
+# What a network's settings are tried in, outermost first; also the names of the recipe's lists and of the spec's fields.
+_NETWORK_AXES = (
+    "hidden",
+    "learning_rate",
+    "weight_decay",
+    "dropout",
+    "label_smoothing",
+    "class_weight",
+    "seed",
+)
 
 
 class Wanted(NamedTuple):
@@ -55,64 +66,10 @@ def _grids(heads: Heads) -> Iterator[tuple[tuple[HeadInput, ...], list[HeadSpec]
     if ridge := heads.ridge:
         for class_weight in ridge.class_weight:
             yield ridge.inputs, [RidgeSpec(alpha=alpha, class_weight=class_weight) for alpha in sorted(ridge.alpha)]
-    if mlp := heads.mlp:
-        axes = itertools.product(
-            mlp.hidden,
-            mlp.learning_rate,
-            mlp.weight_decay,
-            mlp.dropout,
-            mlp.label_smoothing,
-            mlp.class_weight,
-            mlp.seed,
-        )
-        yield (
-            mlp.inputs,
-            [
-                MLPSpec(
-                    hidden=hidden,
-                    learning_rate=rate,
-                    weight_decay=decay,
-                    dropout=dropout,
-                    label_smoothing=smoothing,
-                    class_weight=class_weight,
-                    batch_size=mlp.batch_size,
-                    epochs=mlp.epochs,
-                    patience=mlp.patience,
-                    seed=seed,
-                )
-                for hidden, rate, decay, dropout, smoothing, class_weight, seed in axes
-            ],
-        )
-    if conv := heads.conv:
-        layers = itertools.product(
-            conv.channels,
-            conv.hidden,
-            conv.learning_rate,
-            conv.weight_decay,
-            conv.dropout,
-            conv.label_smoothing,
-            conv.class_weight,
-            conv.seed,
-        )
-        yield (
-            conv.inputs,
-            [
-                ConvSpec(
-                    channels=channels,
-                    hidden=hidden,
-                    learning_rate=rate,
-                    weight_decay=decay,
-                    dropout=dropout,
-                    label_smoothing=smoothing,
-                    class_weight=class_weight,
-                    batch_size=conv.batch_size,
-                    epochs=conv.epochs,
-                    patience=conv.patience,
-                    seed=seed,
-                )
-                for channels, hidden, rate, decay, dropout, smoothing, class_weight, seed in layers
-            ],
-        )
+    if heads.mlp:
+        yield heads.mlp.inputs, _networks(heads.mlp, MLPSpec, _NETWORK_AXES)
+    if heads.conv:
+        yield heads.conv.inputs, _networks(heads.conv, ConvSpec, ("channels", *_NETWORK_AXES))
     if knn := heads.knn:
         yield (
             knn.inputs,
@@ -127,6 +84,13 @@ def _grids(heads: Heads) -> Iterator[tuple[tuple[HeadInput, ...], list[HeadSpec]
                 estimator.inputs,
                 [SklearnSpec(estimator=estimator.estimator, parameters=parameters, standardize=estimator.standardize)],
             )
+
+
+def _networks(grid: MLPGrid | ConvGrid, kind: type[MLPSpec | ConvSpec], axes: Sequence[str]) -> list[HeadSpec]:
+    """The product of the axes' lists; the other settings are the same for all."""
+    fixed = {name: getattr(grid, name) for name in ("batch_size", "epochs", "patience")}
+    products = itertools.product(*(getattr(grid, axis) for axis in axes))
+    return [kind(**dict(zip(axes, values, strict=True)), **fixed) for values in products]
 
 
 def _expand(inputs: Sequence[HeadInput], names: Sequence[str], *, maps: bool) -> list[tuple[str, ...]]:
