@@ -70,14 +70,14 @@ def test_its_tree_is_the_tree():
     tree = README.split("## The tree")[1]
     listed, package = set(), ""
     for line in tree.splitlines():
-        if found := re.match(r"([a-z]+)/", line):
+        if found := re.match(r"([a-z]+(?:/[a-z]+)?)/ ", line):
             package = found[1]
         elif found := re.match(r"  ([a-z_]+\.py)\s+\S", line):
             listed.add(f"{package}/{found[1]}")
     on_disk = {
-        f"{package}/{file.name}"
+        file.relative_to(ROOT).as_posix()
         for package in ("cache", "extract", "heads", "pipelines")
-        for file in (ROOT / package).glob("*.py")
+        for file in (ROOT / package).rglob("*.py")
         if file.name not in ("__init__.py", "__main__.py")
     }
     assert listed == on_disk

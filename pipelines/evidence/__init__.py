@@ -1,0 +1,1 @@
+"""What the numbers mean: selection, paired tests, transfer scores, learning curves, ensembles, advice."""
