@@ -6,14 +6,14 @@ Importing this imports no torch: what needs it is imported when it is first aske
 from typing import TYPE_CHECKING, Any
 
 from headrace.extract.changes import Changes, compare_listings, read_listing, write_listing
-from headrace.extract.containers import list_array, list_tar
+from headrace.extract.containers import array_labels, idx_pairs, list_array, list_tar
 from headrace.extract.contents import Contents, Unreadable, content_hashes
 from headrace.extract.errors import BackboneError, SourceError
 from headrace.extract.figures import Figures, figures
 from headrace.extract.memo import Storing, backbone_features, remember_features
 from headrace.extract.plan import ExtractJob, Network, plan_networks, plan_units
 from headrace.extract.preprocess import Preprocessing
-from headrace.extract.samples import IMAGE_SUFFIXES, list_folder, read_frame, read_table
+from headrace.extract.samples import IMAGE_SUFFIXES, SPLIT_WORDS, list_folder, read_frame, read_table
 from headrace.extract.spec import BackboneSpec, Sample
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ def __getattr__(name: str) -> Any:
 
 __all__ = [
     "IMAGE_SUFFIXES",
+    "SPLIT_WORDS",
     "Augmentation",
     "Backbone",
     "BackboneError",
@@ -72,6 +73,7 @@ __all__ = [
     "TapInfo",
     "UnitReport",
     "Unreadable",
+    "array_labels",
     "backbone_features",
     "backbone_names",
     "backbone_tags",
@@ -80,6 +82,7 @@ __all__ = [
     "describe_backbone",
     "feature_specs",
     "figures",
+    "idx_pairs",
     "list_array",
     "list_folder",
     "list_tar",

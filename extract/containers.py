@@ -18,6 +18,7 @@ from headrace.extract.locate import open_array
 from headrace.extract.samples import IMAGE_SUFFIXES, check_unique
 
 _IMAGE_CHANNELS = (1, 3, 4)
+_IDX_IMAGES = re.compile(r"(?P<prefix>.*)images[-.]idx\d(-ubyte)?(\.gz)?", re.IGNORECASE)
 _KINDS = {".npy": "npy", ".npz": "npz", ".h5": "h5", ".hdf5": "h5", ".hdf": "h5"}
 
 
@@ -42,11 +43,14 @@ def list_array(
 ) -> pd.DataFrame:
     """One row per image of an array: `id` (its index), `path` (a locator) and `label` where there are labels.
 
-    `images` is a `.npy`, `.npz`, HDF5 or idx file (`.gz` or not) of shape (N, H, W), (N, H, W, C) or (N, C, H, W).
+    `images` is a `.npy`, `.npz`, HDF5 or idx file (`.gz` or not) of shape (N, H, W), (N, H, W, C) or (N, C, H, W); or a
+    folder of idx files named as MNIST's are, whose labels are found beside them and whose `split` is train or test.
     `key` names the array in a `.npz` or HDF5 file; it can be left out where only one has such a shape. `labels` is
     another file of one of these kinds, `labels_key` an array in it, or in the same file. Raises SourceError.
     """
     file = Path(images).expanduser().absolute()
+    if file.is_dir():
+        return _list_idx_family(file)
     kind = _kind(file)
     key = key if key is not None or kind not in ("npz", "h5") else _only_images(file, kind)
     array = _open(file, kind, key or "")
@@ -65,6 +69,52 @@ def list_array(
         }
     )
     return frame.assign(label=pd.Series(_labels(file, kind, labels, labels_key, count), dtype=object))
+
+
+def idx_pairs(folder: Path) -> list[tuple[Path, Path | None]]:
+    """The idx files of images in a folder, each with that of its labels: `train-images-idx3-ubyte.gz`, `train-labels-idx1-…`."""
+    pairs = []
+    for file in sorted(folder.iterdir()):
+        match = _IDX_IMAGES.fullmatch(file.name)
+        if match is not None and file.is_file():
+            wanted = re.compile(rf"{re.escape(match['prefix'])}labels[-.]idx\d(-ubyte)?(\.gz)?", re.IGNORECASE)
+            pairs.append(
+                (file, next((other for other in sorted(folder.iterdir()) if wanted.fullmatch(other.name)), None))
+            )
+    return pairs
+
+
+def array_labels(images: Path) -> tuple[str | None, Path | None, str | None]:
+    """(key of the images, file of the labels, key of the labels) of an array file, as far as they go without saying.
+
+    In a `.npz` or HDF5 file: the one array of images, and the one array in it that has a value per image; for an idx
+    file: the file of labels beside it. Raises SourceError when several arrays could be images.
+    """
+    file = images.expanduser().absolute()
+    kind = _kind(file)
+    if kind == "idx":
+        return None, dict(idx_pairs(file.parent)).get(file), None
+    if kind == "npy":
+        return None, None, None
+    shapes = _shapes(file, kind)
+    key = _only_images(file, kind)
+    fitting = [name for name, shape in shapes.items() if shape in ((shapes[key][0],), (shapes[key][0], 1))]
+    return key, None, fitting[0] if len(fitting) == 1 else None
+
+
+def _list_idx_family(folder: Path) -> pd.DataFrame:
+    pairs = idx_pairs(folder)
+    if not pairs:
+        raise SourceError(
+            f"{folder}: a folder without idx files of images (…images-idx3-ubyte, .gz or not). "
+            "Name an array: a .npy, .npz, HDF5 or idx file"
+        )
+    parts = [
+        list_array(images, labels=labels).assign(split="train" if images.name.lower().startswith("train") else "test")
+        for images, labels in pairs
+    ]
+    samples = pd.concat(parts, ignore_index=True)
+    return samples if samples["split"].nunique() > 1 else samples.drop(columns="split")
 
 
 def _labels(file: Path, kind: str, labels: str | Path | None, labels_key: str | None, count: int) -> list[str | None]:
@@ -211,7 +261,7 @@ def _sidecar(extension: str, data: bytes) -> dict[str, Any]:
     return {
         name: value
         for name, value in values.items()
-        if name not in ("id", "path") and isinstance(value, (str, int, float, bool))
+        if name not in ("id", "path", "content", "_content") and isinstance(value, (str, int, float, bool))
     }
 
 

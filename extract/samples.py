@@ -14,27 +14,41 @@ IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".avif", ".ppm", ".pgm"}
 )
 
+# What people call the sides of a split, in columns and as folders.
+SPLIT_WORDS = {
+    "train": "train",
+    "training": "train",
+    "val": "validation",
+    "valid": "validation",
+    "validation": "validation",
+    "dev": "validation",
+    "test": "test",
+    "testing": "test",
+    "holdout": "test",
+}
+
 
 def list_folder(folder: str | Path) -> pd.DataFrame:
     """One row per image file below `folder`, sorted by id: columns `id`, `path` and `label`.
 
     The id is the path relative to `folder` with forward slashes; the label is the first directory in it, and missing
-    for images that lie directly in the folder. Hidden files and directories are left out; links are followed once,
-    after the real directories, so that what is reached on both ways has its real path's name.
+    for images that lie directly in the folder. Where the first directories are the sides of a split (`train/cat/1.jpg`,
+    `val/cat/2.jpg`), there is a fourth column `split` with their names, and the label is the second directory.
+    Hidden files and directories are left out; links are followed once, after the real directories, so that what is
+    reached on both ways has its real path's name.
     Raises SourceError when the folder is absent or has no images, saying what was found.
     """
     root = Path(folder).expanduser()
     if not root.is_dir():
         raise SourceError(_absent(root))
-    rows: list[tuple[str, str, str | None]] = []
+    rows: list[tuple[str, str, tuple[str, ...]]] = []
     others: Counter[str] = Counter()
     for path in _walk(root):
         relative = path.relative_to(root)
         if path.suffix.lower() not in IMAGE_SUFFIXES:
             others[path.suffix.lower() or "no suffix"] += 1
             continue
-        label = relative.parts[0] if len(relative.parts) > 1 else None
-        rows.append((relative.as_posix(), str(path.absolute()), label))
+        rows.append((relative.as_posix(), str(path.absolute()), relative.parts[:-1]))
     if not rows:
         found = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5)) or "no files"
         raise SourceError(
@@ -42,7 +56,20 @@ def list_folder(folder: str | Path) -> pd.DataFrame:
             f"{', '.join(sorted(IMAGE_SUFFIXES))}; a CSV or Parquet table can name images of any suffix."
         )
     rows.sort()
-    return pd.DataFrame(rows, columns=["id", "path", "label"])
+    depth = 1 if _is_split([folders for _, _, folders in rows]) else 0
+    listed = [(name, path, folders[depth] if len(folders) > depth else None) for name, path, folders in rows]
+    samples = pd.DataFrame(listed, columns=["id", "path", "label"])
+    return samples.assign(split=[folders[0] for _, _, folders in rows]) if depth else samples
+
+
+def _is_split(folders: list[tuple[str, ...]]) -> bool:
+    """Whether the first directory of every image is a side of a split, the training images having their class below it.
+
+    folders: of every image, from the outermost. Images to be tested on may lie there without a class.
+    """
+    sides = [SPLIT_WORDS.get(parts[0].lower()) if parts else None for parts in folders]
+    has_classes = all(len(parts) > 1 for parts, side in zip(folders, sides, strict=True) if side == "train")
+    return None not in sides and "train" in sides and len(set(sides)) > 1 and has_classes
 
 
 def read_table(

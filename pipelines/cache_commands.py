@@ -74,7 +74,7 @@ def list_command(cache: CacheOption = DEFAULT_CACHE) -> None:
             ", ".join(sorted({entry.written_by for entry in features.entries})),
         )
     if not directories:
-        _say(f"{cache} holds no feature sets. `headrace run RECIPE` or `headrace extract` makes some.")
+        _say(f"{cache} holds no feature sets. `headrace run RECIPE` makes some.")
         return
     Console(width=None if Console().is_terminal else 200).print(table)
 

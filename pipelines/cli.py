@@ -84,7 +84,12 @@ def run(
 
 @app.command()
 def init(
-    source: Annotated[Path, typer.Argument(help="A folder with one sub-folder per class, or a CSV or Parquet table.")],
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="A folder with one sub-folder per class, a CSV or Parquet table, tar shards, or an array file (npz, HDF5, idx)."
+        ),
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="The recipe to write.")] = Path("recipe.yaml"),
     force: Annotated[bool, typer.Option("--force", help="Overwrite a recipe that is there.")] = False,
 ) -> None:

@@ -15,21 +15,9 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from headrace.cache import HeadraceError
-from headrace.extract import list_array, list_folder, list_tar, read_table
+from headrace.extract import SPLIT_WORDS, list_array, list_folder, list_tar, read_table
 from headrace.heads import TEST, TRAIN_ONLY, Task, make_folds, split_test
 from headrace.pipelines.recipe import Recipe, TaskSection
-
-_SPLIT_WORDS = {
-    "train": "train",
-    "training": "train",
-    "val": "validation",
-    "valid": "validation",
-    "validation": "validation",
-    "dev": "validation",
-    "test": "test",
-    "testing": "test",
-    "holdout": "test",
-}
 
 
 class DataError(HeadraceError, ValueError):
@@ -91,6 +79,7 @@ def make_dataset(samples: pd.DataFrame, content: Sequence[str | None], section: 
     if unlabelled:
         notes.append(f"{unlabelled:,} images have no {' / '.join(_columns(section))} and are left out")
     groups = None if section.group is None else _groups(frame, section.group)
+    notes += _unused_split(frame, section)
     notes += _duplicates(frame, target)
     fold = _assign_folds(frame, target, groups, section, notes)
     if section.kind == "single":
@@ -189,6 +178,17 @@ def _groups(frame: pd.DataFrame, column: str) -> npt.NDArray[np.int64]:
         first = frame.loc[frame[column].isna(), "id"].iloc[0]
         raise DataError(f"task.group {column!r} is empty for {first!r}: every image needs a group, or none has one")
     return np.asarray(pd.factorize(frame[column])[0], dtype=np.int64)
+
+
+def _unused_split(frame: pd.DataFrame, section: TaskSection) -> list[str]:
+    if section.split is not None or section.fold is not None or "split" not in frame:
+        return []
+    words = set(frame["split"].astype(str).str.strip().str.lower())
+    if not words <= set(SPLIT_WORDS):
+        return []
+    return [
+        f"the images are marked as {', '.join(sorted(words))}, and a random split is drawn: to use theirs, task.split: split"
+    ]
 
 
 def _duplicates(frame: pd.DataFrame, target: npt.NDArray[Any]) -> list[str]:
@@ -322,12 +322,12 @@ def _first_copies(content: pd.Series) -> tuple[npt.NDArray[np.intp], npt.NDArray
 
 def _read_split(frame: pd.DataFrame, column: str) -> npt.NDArray[np.str_]:
     words = frame[column].astype(str).str.strip().str.lower()
-    unknown = sorted(set(words) - set(_SPLIT_WORDS))
+    unknown = sorted(set(words) - set(SPLIT_WORDS))
     if unknown:
         raise DataError(
             f"task.split {column!r} holds {', '.join(map(repr, unknown[:5]))}; expected train, validation or test"
         )
-    return words.map(_SPLIT_WORDS).to_numpy(dtype=np.str_)
+    return words.map(SPLIT_WORDS).to_numpy(dtype=np.str_)
 
 
 def _check_folds(fold: npt.NDArray[np.int16], target: npt.NDArray[np.int64] | None) -> None:

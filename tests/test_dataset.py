@@ -89,6 +89,12 @@ def test_a_split_column_is_followed():
     assert set(made.train.ids[made.train.fold == TRAIN_ONLY]) == set(frame["id"][:40])
 
 
+def test_a_split_that_is_not_asked_for_is_pointed_out():
+    """A column `split` of train / test beside a drawn split is told of; one of other words is the user's own affair."""
+    assert "task.split: split" in " ".join(dataset(table(split=["train", "test"] * 40)).notes)
+    assert dataset(table(split=["left", "right"] * 40)).notes == ()
+
+
 def test_a_split_column_without_test_rows_draws_them_from_train():
     """And says so; the user's validation rows stay what they are."""
     frame = table(split=["train"] * 60 + ["val"] * 20)

@@ -67,6 +67,19 @@ def test_folder(tmp_path: Path) -> None:
     assert all(Path(path).is_file() for path in samples["path"])
 
 
+def test_folder_of_a_split(tmp_path: Path) -> None:
+    """Outer folders train, val, test are a split, unless a class of that name would be lost by it."""
+    for name in ("train/a/1.png", "train/b/2.png", "valid/a/3.png", "test/4.png"):
+        write(tmp_path / name, png(1))
+    samples = list_folder(tmp_path)
+    assert samples["split"].tolist() == ["test", "train", "train", "valid"]
+    assert samples["label"].fillna("").tolist() == ["", "a", "b", "a"]
+    write(tmp_path / "train/5.png", png(2))  # a training image without a class: they are classes after all
+    samples = list_folder(tmp_path)
+    assert "split" not in samples
+    assert set(samples["label"]) == {"train", "valid", "test"}
+
+
 def test_folder_with_a_link_to_itself(tmp_path: Path) -> None:
     write(tmp_path / "a/1.png", png(1))
     (tmp_path / "a/again").symlink_to(tmp_path)

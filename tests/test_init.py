@@ -1,7 +1,12 @@
 """`headrace init` and the demo's files: what is written for what is found, and what is said when nothing can be."""
 
+import gzip
 import importlib.util
+import io
+import shutil
+import tarfile
 
+import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
@@ -50,6 +55,53 @@ def test_a_table_with_ids(tmp_path):
     recipe = load_recipe(tmp_path / "r.yaml")
     assert (recipe.images.path_column, recipe.images.id_column, recipe.task.target) == ("path", "id", "kind")
     assert list_samples(recipe)["id"].tolist() == [f"cell{n}.png" for n in range(6)]
+
+
+def test_folders_of_a_split(tmp_path, photos):
+    """train/cat, val/cat: the classes are the inner folders, and the outer ones are the split."""
+    for side in ("Train", "val", "test"):
+        shutil.copytree(photos, tmp_path / "sides" / side)
+    finding = write_recipe(tmp_path / "sides", tmp_path / "r.yaml")
+    assert "18 images in 2 classes" in finding.sentence
+    recipe = load_recipe(tmp_path / "r.yaml")
+    assert (recipe.task.target, recipe.task.split) == ("label", "split")
+    assert sorted(set(list_samples(recipe)["split"])) == ["Train", "test", "val"]
+
+
+def test_archives_and_arrays(tmp_path):
+    """Shards, arrays with their labels and MNIST's four files get a recipe that lists every image with its label."""
+    images, labels = np.zeros((6, 8, 8), np.uint8), np.arange(6, dtype=np.uint8) % 2
+    np.savez(tmp_path / "d.npz", pictures=images, answer=labels)
+    idx = tmp_path / "idx"
+    idx.mkdir()
+    for name in ("train", "t10k"):
+        for what, array in (("images-idx3", images), ("labels-idx1", labels)):
+            sizes = b"".join(size.to_bytes(4, "big") for size in array.shape)
+            header = bytes([0, 0, 8, array.ndim]) + sizes
+            (idx / f"{name}-{what}-ubyte.gz").write_bytes(gzip.compress(header + array.tobytes()))
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    with tarfile.open(shards / "s-000.tar", "w") as archive:
+        for number in range(6):
+            buffer = io.BytesIO()
+            Image.new("RGB", (8, 8), (number, 0, 0)).save(buffer, "PNG")
+            for name, data in ((f"{number}.png", buffer.getvalue()), (f"{number}.cls", b"%d" % (number % 2))):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+    for source, count in (
+        (tmp_path / "d.npz", 6),
+        (tmp_path, 6),  # no image and one array in it
+        (idx, 12),
+        (idx / "t10k-images-idx3-ubyte.gz", 6),
+        (shards, 6),
+        (shards / "s-000.tar", 6),
+    ):
+        write_recipe(source, tmp_path / "r.yaml", force=True)
+        recipe = load_recipe(tmp_path / "r.yaml")
+        samples = list_samples(recipe)
+        assert sorted(samples["label"]) == ["0"] * (count // 2) + ["1"] * (count // 2)
+        assert recipe.task.split == ("split" if source == idx else None)
 
 
 @pytest.mark.parametrize(
