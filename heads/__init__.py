@@ -22,7 +22,7 @@ from headrace.heads.metrics import (
 from headrace.heads.neighbours import fit_centroid_bank, fit_knn_bank
 from headrace.heads.persist import BadHeadFile, TrainedHead, load_head, save_head
 from headrace.heads.predict import CannotPredict, predict_head
-from headrace.heads.results import BadResults, BankResult, read_bank
+from headrace.heads.results import BadResults, BankResult, read_bank, results_bytes
 from headrace.heads.sklearn_bank import fit_sklearn_bank
 from headrace.heads.spec import (
     FULL,
@@ -42,6 +42,7 @@ from headrace.heads.spec import (
     spec_to_json,
 )
 from headrace.heads.task import TEST, TRAIN_ONLY, Task, load_task, save_task
+from headrace.heads.weighted import weighted_scores
 
 if TYPE_CHECKING:
     from headrace.heads.conv import fit_conv_bank
@@ -110,6 +111,7 @@ __all__ = [
     "metric_interval",
     "predict_head",
     "read_bank",
+    "results_bytes",
     "row_scores",
     "save_head",
     "save_task",
@@ -118,4 +120,5 @@ __all__ = [
     "spec_to_json",
     "split_test",
     "train_bank",
+    "weighted_scores",
 ]

@@ -31,6 +31,7 @@ class Dataset:
     train: Task  # every row that banks see, with its fold
     test: Task  # every row that nobody sees before the winner is chosen; may be empty
     notes: tuple[str, ...]  # what a careful person would want to be told about the rows
+    groups: npt.NDArray[np.int64]  # of each row of `train`: rows of one group, or copies of one image, share a number
 
 
 def list_samples(recipe: Recipe) -> pd.DataFrame:
@@ -94,7 +95,9 @@ def make_dataset(samples: pd.DataFrame, content: Sequence[str | None], section: 
         fold,
         np.ones(len(frame)),
     )
-    return Dataset(task.without_test(), _rows(task, fold == TEST), tuple(notes))
+    copies = pd.factorize(frame["_content"])[0].astype(np.int64)
+    together = copies if groups is None else _joined_by_copies(groups, frame["_content"])
+    return Dataset(task.without_test(), _rows(task, fold == TEST), tuple(notes), together[fold != TEST])
 
 
 def check_targets(
@@ -305,13 +308,15 @@ def drop_rows(dataset: Dataset, failed: Set[str]) -> Dataset:
     if not failed:
         return dataset
     bad = np.array(sorted(failed), "S32")
-    train = _rows(dataset.train, ~np.isin(dataset.train.content, bad))
+    kept = ~np.isin(dataset.train.content, bad)
+    train = _rows(dataset.train, kept)
     empty = sorted(set(dataset.train.fold[dataset.train.fold >= 0]) - set(train.fold))
     if empty:
         raise DataError(
             f"every image of fold {empty[0]} failed: the reasons are in `headrace cache` and in failed-images.csv"
         )
-    return Dataset(train, _rows(dataset.test, ~np.isin(dataset.test.content, bad)), dataset.notes)
+    test = _rows(dataset.test, ~np.isin(dataset.test.content, bad))
+    return Dataset(train, test, dataset.notes, dataset.groups[kept])
 
 
 def _first_copies(content: pd.Series) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:

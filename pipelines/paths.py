@@ -32,6 +32,16 @@ class RunPaths:
         return self.root / "failed-images.csv"
 
     @property
+    def selection(self) -> Path:
+        """What the choice of the winner is worth: the corrected score with its interval."""
+        return self.root / "selection.json"
+
+    @property
+    def comparisons(self) -> Path:
+        """Every setting against the winner, on the same validation rows."""
+        return self.root / "comparisons.csv"
+
+    @property
     def openings(self) -> Path:
         """One line of JSON for each time that the test split was opened."""
         return self.root / "test-openings.jsonl"

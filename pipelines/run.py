@@ -19,6 +19,8 @@ from headrace.cache import FeatureSet, HeadraceError, open_feature_set, publish_
 from headrace.extract import ExtractJob, write_listing
 from headrace.heads import BankJob, save_task, train_bank
 from headrace.pipelines.cluster import local_client
+from headrace.pipelines.evidence.predictions import held_out, whole_heads
+from headrace.pipelines.evidence.selection import Selection, assess_selection
 from headrace.pipelines.leaderboard import collect_heads, rank_heads
 from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.plan import Plan, check_space, fingerprints_of
@@ -56,6 +58,7 @@ class RunResult:
     board: pd.DataFrame  # one row per (inputs, spec), best first; see leaderboard.rank_heads
     winner: pd.Series
     test: TestResult | None
+    selection: Selection | None  # what the winner is expected to score, and who cannot be told apart from it
     notes: tuple[str, ...]
     failed_images: int
     failed_heads: int
@@ -217,6 +220,7 @@ def conclude(found: Survey) -> RunResult:
     publish_replace(paths.leaderboard, _flat(board).to_csv(index=False).encode())
     publish_replace(paths.heads, _flat(heads).to_parquet(index=False))
     winner = choose_winner(board, heads)
+    selection = weigh_selection(found, board)
     features = [open_feature_set(path) for name in winner["inputs"] for path in found.directories[name]]
     save_winner(paths.winner, winner, features, task, found.metric)
     test = found.dataset.test
@@ -228,11 +232,24 @@ def conclude(found: Survey) -> RunResult:
         board=board,
         winner=winner,
         test=open_test(paths.openings, winner, features, test, task.digest, found.metric) if len(test.ids) else None,
+        selection=selection,
         notes=found.notes,
         failed_images=failed_images,
         failed_heads=int((heads["error"].fillna("") != "").sum()),
         stages=(),
     )
+
+
+def weigh_selection(found: Survey, board: pd.DataFrame) -> Selection | None:
+    """What the choice of the best is worth, from stored predictions; written beside the leaderboard."""
+    held = held_out(found.dataset.train, found.dataset.groups)
+    selection = assess_selection(whole_heads(board), held, found.metric)
+    if selection is not None:
+        columns = ["rank", "inputs", "kind", "settings", found.metric]
+        table = _flat(board)[columns].merge(selection.table, on="rank", how="left")
+        publish_replace(found.paths.selection, json.dumps(selection.summary(), indent=2).encode())
+        publish_replace(found.paths.comparisons, table.to_csv(index=False).encode())
+    return selection
 
 
 def write_failed_images(found: Survey) -> int:

@@ -91,6 +91,8 @@ def show_result(console: Console, result: RunResult, *, reference: str | None = 
         style="bold",
         highlight=False,
     )
+    for sentence in selection_sentences(result):
+        console.print(sentence, highlight=False)
     if result.test is None:
         console.print("No test split: set task.test_fraction, or a split column with test rows", highlight=False)
     else:
@@ -115,6 +117,26 @@ def show_result(console: Console, result: RunResult, *, reference: str | None = 
     console.print(stages_table(result))
     if files:
         console.print(files_table(result))
+
+
+def selection_sentences(result: RunResult) -> list[str]:
+    """What the validation score is worth once it is known to be the best of many, and who is as good."""
+    found = result.selection
+    if found is None:
+        return []
+    texts = [number_text(value, found.metric) for value in (found.expected, found.low, found.high)]
+    lines = [
+        f"Expected on new images: {found.metric} {texts[0]} (95 % interval {texts[1]} to {texts[2]}), "
+        + (f"corrected for being the best of {found.tried:,} settings" if found.tried > 1 else "the only setting")
+    ]
+    if found.together > 1:
+        cheapest = result.board[result.board["rank"] == found.cheapest].iloc[0]
+        lines.append(
+            f"{found.together:,} of {found.tried:,} settings cannot be told apart on these {found.images:,} images; the one "
+            f"with the fewest features of them: {cheapest['kind']} {cheapest['settings']} on "
+            f"{inputs_text(cheapest['inputs'], result.names)} (rank {found.cheapest}, {cheapest['features']:,} features)"
+        )
+    return lines
 
 
 def leaderboard_table(board: pd.DataFrame, metric: str, names: Sequence[str]) -> Table:
@@ -164,6 +186,7 @@ def files_table(result: RunResult) -> Table:
     for what, path in (
         ("leaderboard", result.paths.leaderboard),
         ("every head, every fold", result.paths.heads),
+        ("every setting against the winner", result.paths.comparisons),
         ("winner (safetensors + JSON)", result.paths.winner),
         ("results of the banks (HDF5)", result.paths.banks),
         ("features (HDF5 shards)", next(iter(result.directories.values()))[0].parent),

@@ -1,0 +1,199 @@
+"""What the winner may be expected to score on new images, and which heads cannot be told apart from it.
+
+K heads, N held-out rows, B resamples. The best of K validation scores is too good: part of it is luck. The correction is
+that of Tsamardinos, Greasidou and Borboudakis (2018), "Bootstrapping the out-of-sample predictions for efficient and
+accurate cross-validation" (BBC-CV): the choice is repeated on resampled rows, and each time the chosen head is scored on
+the rows that were not drawn. No head is trained again.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from headrace.heads import METRICS, TaskKind, weighted_scores
+from headrace.heads.weighted import SORTED_METRICS
+from headrace.pipelines.evidence.predictions import HeldOut, read_predictions
+
+Floats = npt.NDArray[np.float64]
+
+RESAMPLES = 500
+LEVEL = 0.95
+# Metrics made of sorted rows cost K × N × C × B without a matrix product: fewer heads and resamples, a second or two.
+SORTED_BUDGET = 4e8
+SORTED_RESAMPLES = 200
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What choosing the best of `tried` settings has cost in honesty, and how sure the choice is."""
+
+    metric: str
+    tried: int  # settings that the winner was chosen from
+    images: int  # held-out rows that they were compared on
+    resamples: int
+    validation: float  # the winner's own validation score: the best of `tried`, and so too good
+    expected: float  # the score to expect of it on new images
+    low: float  # 95 % interval of `expected`
+    high: float
+    together: int  # settings that cannot be told apart from the best with 95 % confidence, the winner included
+    cheapest: int  # of those the rank (from 1, in the leaderboard) of the one with the fewest features
+    table: pd.DataFrame  # one row per compared setting; see `compare_with_best`
+
+    @property
+    def optimism(self) -> float:
+        """By how much the validation score is too good, >= 0 apart from resampling noise, whatever the metric."""
+        return (self.validation - self.expected) * (1 if METRICS[self.metric].higher_is_better else -1)
+
+    def summary(self) -> dict[str, Any]:
+        """Everything but the table, for JSON: an undefined number is None."""
+        values = {name: value for name, value in vars(self).items() if name != "table"} | {"optimism": self.optimism}
+        return {name: None if value != value else value for name, value in values.items()}
+
+
+def assess_selection(board: pd.DataFrame, held: HeldOut, metric: str, *, seed: int = 0) -> Selection | None:
+    """The selection among the whole heads of a leaderboard (best first); None where fewer than two rows are held out.
+
+    Deterministic in the seed.
+    """
+    kind, classes = held.task.kind, max(1, len(held.task.classes))
+    resamples = RESAMPLES
+    if metric in SORTED_METRICS:
+        resamples = SORTED_RESAMPLES
+        most = int(SORTED_BUDGET / (2 * resamples * len(held.rows) * classes))
+        board = board.head(max(most, 2))  # a head far down never wins a resample
+    drawn = resampled_rows(held.fold, held.groups, resamples, seed)
+    left = (drawn == 0).astype(np.float64)
+    if not left.any():
+        return None
+    weightings = np.concatenate([np.ones((len(drawn), 1)), drawn, left], axis=1)
+    places, parts, wins = [], [], []
+    for block, predicted in read_predictions(board, held):
+        places.append(block)
+        parts.append(weighted_scores(kind, held.target, predicted, held.fold, metric, weightings))
+        wins.append(_right(kind, held.target, predicted) if metric == "accuracy" else None)
+    if not places:
+        return None
+    order = np.argsort(np.concatenate(places))
+    place = np.concatenate(places)[order]
+    scores = np.concatenate(parts)[order] * (1 if METRICS[metric].higher_is_better else -1)
+    right = np.concatenate([win for win in wins if win is not None])[order] if metric == "accuracy" else None
+    compared = board.iloc[place]
+    observed, inside, outside = scores[:, 0], scores[:, 1 : 1 + resamples], scores[:, 1 + resamples :]
+    cost = compared["features"].to_numpy()
+    values = chosen_scores(inside, outside, cost)
+    expected, low, high = corrected(values, share=float(left.mean()))
+    table = compare_with_best(observed, inside, right)
+    table.insert(0, "rank", compared["rank"].to_numpy())
+    together = table["together"].to_numpy()
+    cheapest = np.lexsort((-observed, np.where(together, cost, np.inf)))[0]
+    back = 1 if METRICS[metric].higher_is_better else -1
+    bounds = sorted((back * low, back * high))
+    return Selection(
+        metric=metric,
+        tried=len(place),
+        images=len(held.rows),
+        resamples=int(np.isfinite(values).sum()),
+        validation=float(compared[metric].iloc[0]),
+        expected=back * expected,
+        low=bounds[0],
+        high=bounds[1],
+        together=int(together.sum()),
+        cheapest=int(compared["rank"].iloc[cheapest]),
+        table=table,
+    )
+
+
+def resampled_rows(
+    fold: npt.NDArray[Any], groups: npt.NDArray[Any], resamples: int, seed: int
+) -> npt.NDArray[np.float64]:
+    """(N, B) how often each row is drawn. As many groups are drawn, with replacement, as each fold has."""
+    rng = np.random.default_rng(seed)
+    drawn = np.zeros((len(fold), resamples))
+    for number in np.unique(fold):
+        rows = np.flatnonzero(fold == number)
+        own = np.unique(groups[rows], return_inverse=True)[1]
+        count = int(own.max()) + 1
+        drawn[rows] = rng.multinomial(count, np.full(count, 1 / count), resamples).T[own]
+    return drawn
+
+
+def chosen_scores(inside: Floats, outside: Floats, cost: npt.NDArray[Any]) -> Floats:
+    """(B,) the score on rows that were not drawn, of the head that is best on those that were; higher is better.
+
+    inside, outside: (K, B). Ties go to the cheaper head. nan where nothing is defined.
+    """
+    by_cost = np.argsort(cost, kind="stable")
+    # The leaderboard's order would break ties by the very rows that are left out.
+    ranked = np.round(np.where(np.isfinite(inside), inside, -np.inf)[by_cost], 6)
+    best = by_cost[ranked.argmax(0)]
+    return np.asarray(outside[best, np.arange(inside.shape[1])])
+
+
+def corrected(values: Floats, share: float, level: float = LEVEL) -> tuple[float, float, float]:
+    """The mean of the out-of-bag scores, and the interval of that mean.
+
+    Each score is one of `share` of the rows and varies more than one of all rows would; the quantiles are drawn together
+    by the factor of the delete-d jackknife, √(share / (1 - share)) (Shao and Wu 1989).
+    """
+    found = values[np.isfinite(values)]
+    if len(found) == 0:
+        return float("nan"), float("nan"), float("nan")
+    middle = float(found.mean())
+    narrower = min(1.0, float(np.sqrt(share / (1 - share)))) if share < 1 else 1.0
+    low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])
+    return middle, middle + narrower * (float(low) - middle), middle + narrower * (float(high) - middle)
+
+
+def compare_with_best(
+    observed: Floats, resampled: Floats, right: npt.NDArray[np.bool_] | None = None, level: float = LEVEL
+) -> pd.DataFrame:
+    """Each head against the best, on the same rows. observed (K,), resampled (K, B): higher is better.
+
+    Columns: difference (best minus this), low and high (its paired bootstrap interval, this pair alone), p_mcnemar (exact
+    test of this pair alone; right: (K, N) right and wrong predictions), p_corrected, together.
+
+    The best was chosen for its score, and so its lead must be beyond what the luckiest of all heads would have by chance:
+    p_corrected is the share of resamples in which the largest of all chance deviations, less this head's own, reaches the
+    lead. The heads that are `together` hold the truly best one with the confidence of `level` (selection of a subset:
+    Gupta 1965; Hsu 1981). A head that is told apart leaves, and the others are compared anew among themselves.
+    """
+    best = int(np.lexsort((np.arange(len(observed)), -observed))[0])
+    difference = observed[best] - observed
+    chance = np.where(np.isfinite(resampled), resampled - observed[:, None], 0.0)
+    together = np.ones(len(observed), np.bool_)
+    p = np.ones(len(observed))
+    smallest = 0.0  # a head that leaves later has no smaller p than one that left before
+    while True:
+        luckiest = chance[together].max(0)
+        share = (luckiest - chance[together] >= difference[together, None] - 1e-9).mean(1)
+        p[together] = np.maximum(share, smallest)
+        leaving = together & (p < 1 - level)
+        leaving[best] = False
+        if not leaving.any():
+            break
+        smallest = float(p[leaving].max())
+        together &= ~leaving
+    p[best] = 1.0
+    paired = chance[best] - chance + difference[:, None]
+    low, high = np.quantile(paired, [(1 - level) / 2, (1 + level) / 2], axis=1)
+    table = pd.DataFrame({"difference": difference, "low": low, "high": high})
+    table["p_mcnemar"] = np.nan if right is None else mcnemar(right[best], right)
+    return table.assign(p_corrected=p, together=together)
+
+
+def mcnemar(first: npt.NDArray[np.bool_], others: npt.NDArray[np.bool_]) -> Floats:
+    """(K,) exact two-sided p-values of McNemar's test: is one predictor (N,) as often right as each of others (K, N)?"""
+    from scipy.special import bdtr  # binomial distribution function
+
+    only_first, only_other = (first & ~others).sum(1), (~first & others).sum(1)
+    fewer = np.minimum(only_first, only_other).astype(np.float64)
+    return np.asarray(np.minimum(1.0, 2 * bdtr(fewer, only_first + only_other, 0.5)))
+
+
+def _right(kind: TaskKind, target: npt.NDArray[Any], predicted: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
+    if kind == "single":
+        return np.asarray(predicted.argmax(2) == target)
+    return np.asarray(((predicted >= 0.5) == (target >= 0.5)).all(2))
