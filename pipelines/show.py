@@ -130,12 +130,14 @@ def selection_sentences(result: RunResult) -> list[str]:
         + (f"corrected for being the best of {found.tried:,} settings" if found.tried > 1 else "the only setting")
     ]
     if found.together > 1:
-        cheapest = result.board[result.board["rank"] == found.cheapest].iloc[0]
-        lines.append(
-            f"{found.together:,} of {found.tried:,} settings cannot be told apart on these {found.images:,} images; the one "
-            f"with the fewest features of them: {cheapest['kind']} {cheapest['settings']} on "
-            f"{inputs_text(cheapest['inputs'], result.names)} (rank {found.cheapest}, {cheapest['features']:,} features)"
-        )
+        line = f"{found.together:,} of {found.tried:,} settings cannot be told apart on these {found.images:,} images"
+        if found.cheapest > 1:
+            cheapest = result.board[result.board["rank"] == found.cheapest].iloc[0]
+            line += (
+                f"; the one with the fewest features of them: {cheapest['kind']} {cheapest['settings']} on "
+                f"{inputs_text(cheapest['inputs'], result.names)} (rank {found.cheapest}, {cheapest['features']:,} features)"
+            )
+        lines.append(line)
     return lines
 
 

@@ -39,6 +39,10 @@ def test_images_become_a_ranked_leaderboard(finished):
     assert result.test.value >= 0.9
     assert result.test.low <= result.test.value <= result.test.high
     assert result.test.images == 15
+    assert result.selection.validation == result.winner["accuracy"]
+    assert result.selection.low <= result.selection.expected <= result.selection.high
+    assert json.loads(result.paths.selection.read_text())["together"] == result.selection.together
+    assert pd.read_csv(result.paths.comparisons)["together"].sum() == result.selection.together
     description = json.loads((result.paths.winner / "head.json").read_text())
     assert description["classes"] == ["coarse", "fine"]
 
