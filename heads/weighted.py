@@ -52,9 +52,9 @@ def weighted_scores(
 def _mean(values: Array, weights: Floats) -> Floats:
     """(K, B) weighted means of row values (K, n) under weights (n, B)."""
     mass = weights.sum(0)
-    # float32: twice as fast, and a mean of n values keeps six digits.
-    shares = (weights / np.where(mass > 0, mass, 1)).astype(np.float32)
-    return np.where(mass > 0, np.asarray(values.astype(np.float32, copy=False) @ shares, np.float64), np.nan)
+    # Sums before division: whole weights of right and wrong give exact counts, so that equal heads are exactly equal.
+    sums = values.astype(np.float64, copy=False) @ weights
+    return np.where(mass > 0, sums / np.where(mass > 0, mass, 1), np.nan)
 
 
 def _ratio(top: Floats, bottom: Floats) -> Floats:
@@ -138,9 +138,9 @@ def _regression(metric: str, target: Floats, predicted: Array, weights: Floats) 
         if metric == "rmse":
             parts.append(np.sqrt(residual))
         else:
-            column = target[None, :, c] - target[:, c].mean()  # float32 keeps the digits of what is centred
+            column = target[None, :, c] - target[:, c].mean()
             total = _mean(column**2, weights) - _mean(column, weights) ** 2
-            total = np.where(total > 1e-6 * column.var(), total, 0)
+            total = np.where(total > 1e-12 * column.var(), total, 0)
             ratio = 1 - residual / np.where(total > 0, total, 1)
             # scikit-learn's convention for a constant target: 1 if predicted exactly, else 0.
             parts.append(np.where(total > 0, ratio, np.where(residual > 0, 0.0, 1.0)))

@@ -143,8 +143,8 @@ def corrected(values: Floats, share: float, level: float = LEVEL) -> tuple[float
         return float("nan"), float("nan"), float("nan")
     middle = float(found.mean())
     narrower = min(1.0, float(np.sqrt(share / (1 - share)))) if share < 1 else 1.0
-    low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])
-    return middle, middle + narrower * (float(low) - middle), middle + narrower * (float(high) - middle)
+    below, above = np.quantile(found, [(1 - level) / 2, (1 + level) / 2]) - middle
+    return middle, middle + narrower * min(0.0, float(below)), middle + narrower * max(0.0, float(above))
 
 
 def compare_with_best(
