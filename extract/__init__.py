@@ -10,11 +10,11 @@ from headrace.extract.containers import array_labels, idx_pairs, list_array, lis
 from headrace.extract.contents import Contents, Unreadable, content_hashes
 from headrace.extract.errors import BackboneError, SourceError
 from headrace.extract.figures import Figures, figures
-from headrace.extract.memo import Storing, backbone_features, remember_features
+from headrace.extract.memo import Storing, backbone_features, remember_features, remembered_backbone
 from headrace.extract.plan import ExtractJob, Network, plan_networks, plan_units
 from headrace.extract.preprocess import Preprocessing
 from headrace.extract.samples import IMAGE_SUFFIXES, SPLIT_WORDS, list_folder, read_frame, read_table
-from headrace.extract.spec import BackboneSpec, Sample
+from headrace.extract.spec import BackboneSpec, Sample, backbone_from_fields
 
 if TYPE_CHECKING:
     from headrace.extract.backbone import Backbone, load_backbone
@@ -75,6 +75,7 @@ __all__ = [
     "Unreadable",
     "array_labels",
     "backbone_features",
+    "backbone_from_fields",
     "backbone_names",
     "backbone_tags",
     "compare_listings",
@@ -94,6 +95,7 @@ __all__ = [
     "read_listing",
     "read_table",
     "remember_features",
+    "remembered_backbone",
     "resolve_taps",
     "run_unit",
     "run_units",

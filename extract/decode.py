@@ -101,13 +101,14 @@ def _decode_into(
         data = read_bytes(sample.path)
     except OSError as error:
         return False, error.strerror or str(error)
-    if hash_bytes(data) != sample.content:
+    content = hash_bytes(data)
+    if sample.content and content != sample.content:
         # Features stored under this hash would be another image's.
         return False, "the file has changed since it was hashed"
     try:
         image = decode_image(data)
         for rendering, buffer in zip(renderings, buffers, strict=True):
-            view = render_view(image, sample.content, rendering.index, rendering.augmentation, rendering.preprocessing)
+            view = render_view(image, content, rendering.index, rendering.augmentation, rendering.preprocessing)
             buffer.numpy()[slot] = view
     except ImageError as error:
         return True, str(error)

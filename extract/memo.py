@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import TypedDict, Unpack
 
 from headrace.cache import FeatureSpec, publish_replace
-from headrace.extract.spec import BackboneSpec, check_spec, weights_stamp
+from headrace.extract.errors import BackboneError
+from headrace.extract.spec import BackboneSpec, absolute, backbone_from_fields, check_spec, weights_stamp
 
+_FOLDER = "backbones"
 _LIBRARIES = ("torch", "torchvision", "timm", "pillow", "headrace")
 
 
@@ -37,7 +39,7 @@ def backbone_features(
     """
     check_spec(spec)
     memo = _memo(spec, taps, storing, cache_root)
-    if memo is not None and (known := _read(memo)) is not None:
+    if not spec.name.startswith("python:") and (known := _read(memo)) is not None:
         return known
     from headrace.extract.backbone import load_backbone
     from headrace.extract.describe import feature_specs
@@ -60,27 +62,33 @@ def remember_features(
     A memo that is damaged is written anew; one that cannot be written stops nobody.
     """
     memo = _memo(spec, taps, storing, cache_root)
-    if memo is not None and _read(memo) is None:
+    if _read(memo) != tuple(features):
+        text = {"backbone": dataclasses.asdict(absolute(spec)), "features": [feature.to_json() for feature in features]}
         with contextlib.suppress(OSError):  # it only saves time
             memo.parent.mkdir(parents=True, exist_ok=True)
-            publish_replace(memo, json.dumps([feature.to_json() for feature in features]).encode())
+            publish_replace(memo, json.dumps(text).encode())
 
 
-def _memo(spec: BackboneSpec, taps: str | Sequence[str], storing: Storing, cache_root: Path) -> Path | None:
-    if spec.name.startswith("python:"):
-        return None
+def remembered_backbone(cache_root: Path, feature: FeatureSpec) -> BackboneSpec | None:
+    """The backbone that is remembered to make this feature set; None where the cache has forgotten, or never knew."""
+    for memo in sorted((cache_root / _FOLDER).glob("*.json")):
+        if feature in (_read(memo) or ()):
+            with contextlib.suppress(BackboneError):  # of another version
+                return backbone_from_fields(json.loads(memo.read_bytes())["backbone"])
+    return None
+
+
+def _memo(spec: BackboneSpec, taps: str | Sequence[str], storing: Storing, cache_root: Path) -> Path:
     versions = [importlib.metadata.version(name) for name in _LIBRARIES]
     asked = [taps] if isinstance(taps, str) else list(taps)
     key = json.dumps([dataclasses.asdict(spec), weights_stamp(spec), asked, storing, versions], sort_keys=True)
-    return cache_root / "backbones" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
+    return cache_root / _FOLDER / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
 
 
 def _read(memo: Path) -> tuple[FeatureSpec, ...] | None:
     try:
-        texts = json.loads(memo.read_bytes())
-        if not isinstance(texts, list) or not texts:
-            return None
-        return tuple(FeatureSpec.from_json(text) for text in texts)
+        known = json.loads(memo.read_bytes())
+        return tuple(FeatureSpec.from_json(text) for text in known["features"]) or None
     # ValueError: no UTF-8, no JSON, or the fields of another version.
-    except (OSError, ValueError, TypeError, RecursionError):
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None  # absent or damaged: it only saves time

@@ -1,9 +1,11 @@
 """What a user says about a backbone, and what can be known of it without building it. Imports no torch."""
 
+import dataclasses
 import importlib.metadata
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from headrace.extract.errors import BackboneError, nearest
 from headrace.extract.preprocess import Interpolation
@@ -27,13 +29,25 @@ class BackboneSpec:
     interpolation: Interpolation | None = None
 
 
+def backbone_from_fields(fields: Mapping[str, Any]) -> BackboneSpec:
+    """Inverse of `dataclasses.asdict`, also after a journey through JSON. Raises BackboneError for other fields."""
+    known = {field.name for field in dataclasses.fields(BackboneSpec)}
+    if "name" not in fields or not set(fields) <= known:
+        odd = ", ".join(sorted(set(fields) - known)) or "no name"
+        raise BackboneError(f"the description of a backbone has fields that this version does not know: {odd}")
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
+    }
+    return BackboneSpec(**values)
+
+
 @dataclass(frozen=True)
 class Sample:
     """One image to extract."""
 
     id: str
     path: str
-    content: str
+    content: str  # hash of the bytes that are expected there; empty: whatever is there
 
 
 def is_weights_file(weights: str) -> bool:
@@ -57,6 +71,13 @@ def weights_path(weights: str) -> Path:
     if len(found) != 1:
         raise BackboneError(f"weights {weights}: the package holds {len(found)} weights files, expected 1; give a path")
     return found[0]
+
+
+def absolute(spec: BackboneSpec) -> BackboneSpec:
+    """The same backbone, whose weights file is found from any working directory."""
+    if spec.weights is None or not is_weights_file(spec.weights) or spec.weights.startswith((PACKAGED, "random:")):
+        return spec
+    return dataclasses.replace(spec, weights=str(weights_path(spec.weights).absolute()))
 
 
 def check_spec(spec: BackboneSpec) -> None:

@@ -46,7 +46,7 @@ class UnitReport:
 
 
 @dataclass(frozen=True)
-class _Pass:
+class Pass:
     """One forward pass per batch: a network on one rendering, and the feature sets that its taps fill."""
 
     rendering: Rendering
@@ -59,7 +59,7 @@ class _Started:
     """A unit whose first batches are being decoded."""
 
     job: ExtractJob
-    passes: list[_Pass]
+    passes: list[Pass]
     limits: list[Limit]
     batches: Iterator[Batch]
 
@@ -89,7 +89,7 @@ def run_units(jobs: Iterable[ExtractJob]) -> Iterator[UnitReport]:
     the last is written. A report comes out when its shards are on disk. For one process that has a device to itself.
     """
     waiting = iter(jobs)
-    with _quiet(), ThreadPoolExecutor(1, "publish") as publisher, _decoders() as pools:
+    with quiet_decoding(), ThreadPoolExecutor(1, "publish") as publisher, _decoders() as pools:
         current = next((_start(job, pools) for job in waiting), None)
         publishing: Future[UnitReport] | None = None
         while current is not None:
@@ -104,7 +104,7 @@ def run_units(jobs: Iterable[ExtractJob]) -> Iterator[UnitReport]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_decoding() -> Iterator[None]:
     """Pillow warns of large images and damaged metadata from inside the decoding threads; what matters is recorded."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -128,8 +128,14 @@ def _start(job: ExtractJob, pools: dict[int, ThreadPoolExecutor]) -> _Started:
     torch.set_num_threads(job.threads)
     if on_cpu:
         keep_memory()
-    passes = [each for backbone, specs in job.networks for each in _passes(job, backbone, specs)]
-    limits = [_limit(each.forward, each.rendering.preprocessing.crop, job.device, job.batch_size) for each in passes]
+    passes = [
+        each
+        for backbone, specs in job.networks
+        for each in feature_passes(backbone, specs, job.device, compiled=job.compile)
+    ]
+    limits = [
+        pass_limit(each.forward, each.rendering.preprocessing.crop, job.device, job.batch_size) for each in passes
+    ]
     # With the network elsewhere every core decodes.
     threads = job.threads if on_cpu else max(job.threads, len(os.sched_getaffinity(0)))
     pool = pools.get(threads) or pools.setdefault(threads, ThreadPoolExecutor(threads, "decode"))
@@ -204,18 +210,12 @@ def _publish_set(
     job: ExtractJob, spec: FeatureSpec, features: npt.NDArray[Any], samples: Sequence[Sample], failed: Sequence[Failure]
 ) -> None:
     """Publish the rows that can be stored; the others are failures of this feature set alone."""
-    flat = features.reshape(len(features), -1)
-    peaks = np.maximum(flat.max(axis=1, initial=0), -flat.min(axis=1, initial=0))
-    bad = ~(peaks < _LARGEST[spec.dtype])  # also true for NaN
-    failures = list(failed)
-    if bad.any():
-        failures += [
-            _failure(sample, f"{spec.name} reaches {peak:g}, which {spec.dtype} cannot hold; store it as float32")
-            for sample, peak, refused in zip(samples, peaks, bad, strict=True)
-            if refused
-        ]
-        features = features[~bad]
-        samples = [sample for sample, refused in zip(samples, bad, strict=True) if not refused]
+    reasons = unstorable(features, spec)
+    failures = [*failed, *(_failure(samples[row], reason) for row, reason in reasons.items())]
+    if reasons:
+        kept = [row for row in range(len(samples)) if row not in reasons]
+        features = features[kept]
+        samples = [samples[row] for row in kept]
     publish_shard(
         create_feature_set(Path(job.cache_root), spec),
         job.unit,
@@ -226,7 +226,24 @@ def _publish_set(
     )
 
 
-def _passes(job: ExtractJob, spec: BackboneSpec, features: Sequence[FeatureSpec]) -> list[_Pass]:
+def unstorable(features: npt.NDArray[Any], spec: FeatureSpec) -> dict[int, str]:
+    """{row: reason} of the rows of features (n, *spec.shape) that the storage dtype cannot hold."""
+    flat = features.reshape(len(features), -1)
+    peaks = np.maximum(flat.max(axis=1, initial=0), -flat.min(axis=1, initial=0))
+    bad = ~(peaks < _LARGEST[spec.dtype])  # also true for NaN
+    return {
+        int(row): f"{spec.name} reaches {peaks[row]:g}, which {spec.dtype} cannot hold; store it as float32"
+        for row in np.flatnonzero(bad)
+    }
+
+
+def feature_passes(
+    spec: BackboneSpec, features: Sequence[FeatureSpec], device: str, *, compiled: bool = False
+) -> list[Pass]:
+    """One pass for each view (and dtype of the network) that these feature sets of one backbone are made of.
+
+    Raises SpecMismatch when the weights or the preprocessing here are not those that they were made with.
+    """
     backbone = load_backbone(spec)
     by_view: dict[tuple[str, str], list[FeatureSpec]] = {}
     for feature in features:
@@ -236,7 +253,7 @@ def _passes(job: ExtractJob, spec: BackboneSpec, features: Sequence[FeatureSpec]
     for (view, compute_dtype), group in by_view.items():
         taps = tuple(Tap(feature.tap, feature.reduction) for feature in group)
         rendering = Rendering(backbone.preprocessing, *parse_view(view))
-        passes.append(_Pass(rendering, _forward(backbone, taps, job.device, compute_dtype, job.compile), tuple(group)))
+        passes.append(Pass(rendering, _forward(backbone, taps, device, compute_dtype, compiled), tuple(group)))
     return passes
 
 
@@ -247,8 +264,8 @@ def _forward(backbone: Backbone, taps: tuple[Tap, ...], device: str, compute_dty
 
 
 @functools.lru_cache(maxsize=16)
-def _limit(forward: Forward, crop: tuple[int, int], device: str, batch_size: int | None) -> Limit:
-    """Kept as long as the pass, so that a size that was too large is not tried again in the next unit."""
+def pass_limit(forward: Forward, crop: tuple[int, int], device: str, batch_size: int | None) -> Limit:
+    """The batch size of a pass. Kept as long as it, so that a size that was too large is not tried again in the next unit."""
     return Limit(batch_size or find_batch_size(forward, crop, device))
 
 

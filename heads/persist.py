@@ -39,6 +39,8 @@ class TrainedHead:
     ]  # the feature sets whose rows are concatenated, in order; views of one stand together
     metrics: dict[str, float]
     arrays: Arrays
+    # The network behind each of `features`, as fields of extract's BackboneSpec; None where it is not known.
+    backbones: tuple[Mapping[str, Any] | None, ...] = ()
 
     def predict_proba(self, X: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
         """(n, C) float32 probabilities of features X (n, D) in the order of `classes`; for regression the values."""
@@ -61,9 +63,11 @@ def save_head(
     features: Sequence[FeatureSpec],
     metrics: Mapping[str, float],
     task_kind: TaskKind = "single",
+    backbones: Sequence[Mapping[str, Any] | None] | None = None,
 ) -> Path:
     """Write head.safetensors and head.json into `directory`, replacing a head that is there; returns the first's path.
 
+    backbones: as `TrainedHead.backbones`, one for each of `features`; without them the head predicts from features only.
     The arrays come first and hold the description too, so that a kill in between leaves a whole head.
     Raises CannotPredict for a head without arrays.
     """
@@ -71,6 +75,8 @@ def save_head(
         raise CannotPredict(
             f"this {spec.kind} head has no arrays to save: save the head trained on all rows (fold {FULL})"
         )
+    made_by = list(backbones) if backbones is not None else [None] * len(features)
+    assert len(made_by) == len(features)
     text = json.dumps(
         {
             "format": FORMAT,
@@ -78,6 +84,7 @@ def save_head(
             "task_kind": task_kind,
             "classes": list(classes),
             "features": [json.loads(feature.to_json()) for feature in features],
+            "backbones": [None if fields is None else dict(fields) for fields in made_by],
             "metrics": {name: float(value) for name, value in metrics.items()},
         },
         indent=2,
@@ -114,6 +121,8 @@ def load_head(directory: Path | str) -> TrainedHead:
             features=tuple(FeatureSpec.from_json(json.dumps(feature)) for feature in description["features"]),
             metrics={name: float(value) for name, value in description["metrics"].items()},
             arrays=arrays,
+            # Heads of earlier versions have none.
+            backbones=tuple(description.get("backbones") or [None] * len(description["features"])),
         )
     except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise BadHeadFile(

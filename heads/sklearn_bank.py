@@ -10,7 +10,7 @@ import inspect
 import json
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -114,10 +114,17 @@ def predict_sklearn(
     spec: SklearnSpec, arrays: dict[str, npt.NDArray[Any]], X: Floats, task: TaskKind
 ) -> npt.NDArray[np.float32]:
     """(n, C) predictions after fitting the estimator again on the stored rows."""
+    return fitted_sklearn(spec, arrays, task)(X)
+
+
+def fitted_sklearn(
+    spec: SklearnSpec, arrays: dict[str, npt.NDArray[Any]], task: TaskKind
+) -> Callable[[Floats], npt.NDArray[np.float32]]:
+    """The estimator, fitted again on the stored rows, as a function from features (n, D) to predictions (n, C)."""
     if "features" not in arrays:
         raise CannotPredict(f"{spec.estimator}: its training rows were not stored: train it again on them")
     estimator = _fitted(spec, arrays["features"], arrays["target"], arrays["sample_weight"], task)
-    return _probabilities(estimator, X, int(arrays["outputs"][0]), task)
+    return lambda X: _probabilities(estimator, X, int(arrays["outputs"][0]), task)
 
 
 def _fitted(spec: SklearnSpec, X: Floats, target: npt.NDArray[Any], weight: Floats, task: TaskKind) -> Any:

@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from headrace.pipelines.deliver.model import Model, load_model
     from headrace.pipelines.init import write_recipe
     from headrace.pipelines.notebook import extract_features, train_heads
     from headrace.pipelines.plan import Plan
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from headrace.pipelines.winner import TestResult
 
 _HOME = {
+    "Model": "deliver.model",
     "Plan": "plan",
     "Recipe": "recipe",
     "RecipeError": "recipe",
@@ -21,6 +23,7 @@ _HOME = {
     "Survey": "prepare",
     "TestResult": "winner",
     "extract_features": "notebook",
+    "load_model": "deliver.model",
     "load_recipe": "recipe",
     "run_recipe": "run",
     "survey": "prepare",
@@ -29,6 +32,7 @@ _HOME = {
 }
 
 __all__ = [
+    "Model",
     "Plan",
     "Recipe",
     "RecipeError",
@@ -37,6 +41,7 @@ __all__ = [
     "Survey",
     "TestResult",
     "extract_features",
+    "load_model",
     "load_recipe",
     "run_recipe",
     "survey",

@@ -17,6 +17,7 @@ from headrace.extract import (
     plan_networks,
     read_table,
     remember_features,
+    remembered_backbone,
 )
 from headrace.pipelines.cluster import local_client
 from headrace.pipelines.dataset import drop_rows, make_dataset
@@ -107,6 +108,7 @@ def train_heads(
         notes=dataset.notes,
         metric=check_metric(section),
         directories={name: (feature.path,) for name, feature in features.items()},
+        backbones={name: remembered_backbone(_cache_of(feature), feature.spec) for name, feature in features.items()},
         plan=plan_run(
             features=plans,
             units=[],
@@ -123,6 +125,10 @@ def train_heads(
         with local_client(workers) as client:
             train_missing(found, client, console or _QUIET)
     return conclude(found)
+
+
+def _cache_of(feature: FeatureSet) -> Path:
+    return feature.path.parent.parent
 
 
 def _listed(images: pd.DataFrame | str | Path) -> pd.DataFrame:

@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +42,7 @@ class Survey:
     metric: str
     # Of the feature sets, view by view, by the names that the leaderboard gives them.
     directories: Mapping[str, tuple[Path, ...]]
+    backbones: Mapping[str, BackboneSpec | None]  # the network of each of them, where it is known
     plan: Plan
 
 
@@ -108,7 +109,8 @@ def survey(recipe: Recipe, *, write: bool = True, retry_failed: bool = False) ->
         feature.name: tuple(feature_set_path(recipe.cache, spec) for spec in feature.specs) for feature in features
     }
     notes = (*_changes(paths.listing, samples), *dataset.notes)
-    return Survey(paths, samples, contents.unreadable, dataset, notes, metric, directories, plan)
+    backbones = {name: network.backbone for name, (network, _) in _named(recipe, networks)}
+    return Survey(paths, samples, contents.unreadable, dataset, notes, metric, directories, backbones, plan)
 
 
 def _check_writable(key: str, folder: Path) -> None:
@@ -138,11 +140,17 @@ def _changes(path: Path, samples: pd.DataFrame) -> list[str]:
 def _inputs(recipe: Recipe, networks: Sequence[Network]) -> dict[str, list[tuple[FeatureSpec, Collection[str]]]]:
     """By the name that the leaderboard gives it: each tap's views, with the content hashes that each has."""
     inputs: dict[str, list[tuple[FeatureSpec, Collection[str]]]] = {}
+    for name, (network, place) in _named(recipe, networks):
+        inputs.setdefault(name, []).append((network.specs[place], network.known[place]))
+    return inputs
+
+
+def _named(recipe: Recipe, networks: Sequence[Network]) -> Iterator[tuple[str, tuple[Network, int]]]:
+    """Every feature set with the name that the leaderboard gives it: (name, (its network, its place there))."""
     for backbone, network in zip(recipe.backbones, networks, strict=True):
         prefix = f"{backbone.alias or backbone.name}:" if len(networks) > 1 else ""
-        for spec, known in zip(network.specs, network.known, strict=True):
-            inputs.setdefault(prefix + spec.name, []).append((spec, known))
-    return inputs
+        for place, spec in enumerate(network.specs):
+            yield prefix + spec.name, (network, place)
 
 
 def _device(wanted: str) -> str:

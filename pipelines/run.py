@@ -222,7 +222,8 @@ def conclude(found: Survey) -> RunResult:
     winner = choose_winner(board, heads)
     selection = weigh_selection(found, board)
     features = [open_feature_set(path) for name in winner["inputs"] for path in found.directories[name]]
-    save_winner(paths.winner, winner, features, task, found.metric)
+    backbones = [found.backbones[name] for name in winner["inputs"] for _ in found.directories[name]]
+    save_winner(paths.winner, winner, features, backbones, task, found.metric)
     test = found.dataset.test
     return RunResult(
         paths=paths,

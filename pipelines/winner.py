@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from headrace.cache import FeatureSet, HeadraceError, lease, publish_replace
+from headrace.extract import BackboneSpec
 from headrace.heads import (
     FULL,
     Task,
@@ -60,8 +61,18 @@ def choose_winner(board: pd.DataFrame, heads: pd.DataFrame) -> pd.Series:
     return board.iloc[0]
 
 
-def save_winner(directory: Path, winner: pd.Series, features: Sequence[FeatureSet], task: Task, metric: str) -> Path:
-    """Write the winner, trained on every training row, as head.safetensors + head.json in place of an earlier winner."""
+def save_winner(
+    directory: Path,
+    winner: pd.Series,
+    features: Sequence[FeatureSet],
+    backbones: Sequence[BackboneSpec | None],
+    task: Task,
+    metric: str,
+) -> Path:
+    """Write the winner, trained on every training row, as head.safetensors + head.json in place of an earlier winner.
+
+    backbones: the network that made each of the features, so that the directory can be used away from its run.
+    """
     return save_head(
         directory,
         spec=spec_from_json(winner["spec"]),
@@ -70,6 +81,7 @@ def save_winner(directory: Path, winner: pd.Series, features: Sequence[FeatureSe
         classes=task.classes,
         features=[feature.spec for feature in features],
         metrics={f"validation_{metric}": float(winner[metric])},
+        backbones=[None if backbone is None else dataclasses.asdict(backbone) for backbone in backbones],
     )
 
 

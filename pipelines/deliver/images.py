@@ -1,0 +1,202 @@
+"""From images to probabilities: each decoded once, one pass per network, every member's prediction from what came out."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from os import PathLike
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, ImageOps
+
+from headrace.cache import FeatureSpec, HeadraceError
+from headrace.cache.encoding import decode, encode
+from headrace.extract import BackboneSpec, Sample
+from headrace.extract.contents import hash_bytes
+from headrace.extract.decode import Batch, Rendering, decoded_batches
+from headrace.extract.device import Limit, check_device, launch
+from headrace.extract.errors import ImageError
+from headrace.extract.fuse import keep_memory
+from headrace.extract.images import decode_image, to_rgb
+from headrace.extract.locate import array_bytes, read_bytes
+from headrace.extract.unit import Pass, feature_passes, pass_limit, quiet_decoding, unstorable
+from headrace.extract.views import render_view
+from headrace.heads import SklearnSpec, TrainedHead
+from headrace.heads.sklearn_bank import fitted_sklearn
+from headrace.pipelines.cluster import available_cores
+
+if TYPE_CHECKING:
+    from headrace.pipelines.deliver.model import Member, Model
+
+ImageLike = str | PathLike[str] | Image.Image | npt.NDArray[Any]
+Floats = npt.NDArray[np.float32]
+_BATCH = 32  # images decoded together; passes take as many at a time as is fast on their device
+
+
+class ImageUnusable(HeadraceError, ValueError):
+    """An image cannot be decoded, or the network's output for it cannot be used."""
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """Some of the images, in order. Rows are positions in what was given."""
+
+    rows: list[int]
+    probabilities: Floats  # (len(rows), C)
+    failed: list[tuple[int, str]]  # (row, reason)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A model's networks on a device: a batch of pixels in, probabilities out."""
+
+    model: "Model"
+    device: str
+    passes: tuple[Pass, ...]
+    limits: tuple[Limit, ...]  # of `passes`
+    heads: tuple[Callable[[Floats], Floats], ...]  # of the model's members
+
+    @property
+    def renderings(self) -> list[Rendering]:
+        """What pixels a batch holds, in order."""
+        return [each.rendering for each in self.passes]
+
+
+def open_engine(model: "Model", device: str = "cpu") -> Engine:
+    """Load the networks. Raises BackboneError for weights that are not there, SpecMismatch for other weights."""
+    check_device(device)
+    if torch.device(device).type == "cpu":
+        keep_memory()
+    wanted: dict[BackboneSpec, dict[FeatureSpec, None]] = {}
+    for member in model.members:
+        for backbone, feature in zip(member.backbones, member.head.features, strict=True):
+            wanted.setdefault(backbone, {})[feature] = None
+    passes = [
+        each for backbone, features in wanted.items() for each in feature_passes(backbone, list(features), device)
+    ]
+    limits = [pass_limit(each.forward, each.rendering.preprocessing.crop, device, None) for each in passes]
+    return Engine(model, device, tuple(passes), tuple(limits), tuple(ready(member.head) for member in model.members))
+
+
+def predict_batch(engine: Engine, batch: Batch) -> Predicted:
+    """Probabilities of the images in a batch; those that failed, here or in decoding, with the reason."""
+    launched = [
+        launch(each.forward, pixels, engine.device, limit)
+        for each, pixels, limit in zip(engine.passes, batch.pixels, engine.limits, strict=True)
+        if batch.rows
+    ]
+    features: dict[FeatureSpec, npt.NDArray[Any]] = {}
+    bad: dict[int, str] = {}
+    for each, result in zip(engine.passes, launched, strict=False):  # none are launched for no rows
+        for spec, output in zip(each.specs, result(), strict=True):
+            bad |= unstorable(output, spec)
+            features[spec] = output
+    good = [place for place in range(len(batch.rows)) if place not in bad]
+    failed = [*batch.undecodable, *batch.unread, *((batch.rows[place], reason) for place, reason in bad.items())]
+    if not good:
+        return Predicted([], np.empty((0, len(engine.model.classes)), np.float32), sorted(failed))
+    stored = {spec: as_stored(output[good], spec.dtype) for spec, output in features.items()}
+    parts = [
+        predict_head(member, head, stored) for member, head in zip(engine.model.members, engine.heads, strict=True)
+    ]
+    return Predicted([batch.rows[place] for place in good], np.mean(parts, axis=0), sorted(failed))
+
+
+def predict_samples(engine: Engine, samples: Sequence[Sample], threads: int) -> Iterator[Predicted]:
+    """Predictions of the samples, in order, a batch at a time; decoding goes on while the network is busy."""
+    batch_size = max(_BATCH, *(limit.images for limit in engine.limits))
+    with ThreadPoolExecutor(threads, "decode") as pool, quiet_decoding():
+        for batch in decoded_batches(
+            pool, samples, engine.renderings, batch_size=batch_size, pin=torch.device(engine.device).type != "cpu"
+        ):
+            yield predict_batch(engine, batch)
+
+
+def predict_images(model: "Model", images: ImageLike | Iterable[ImageLike], *, device: str = "cpu") -> Floats:
+    """See Model.predict_proba."""
+    given = _many(images)
+    engine = open_engine(model, device)
+    found = np.empty((len(given), len(model.classes)), np.float32)
+    with ThreadPoolExecutor(available_cores(), "decode") as pool, quiet_decoding():
+        for start in range(0, len(given), _BATCH):
+            rows = list(range(start, min(start + _BATCH, len(given))))
+            pixels = [
+                torch.empty((len(rows), *each.preprocessing.crop, 3), dtype=torch.uint8) for each in engine.renderings
+            ]
+            jobs = [
+                pool.submit(_render_into, given[row], row, engine.renderings, pixels, slot)
+                for slot, row in enumerate(rows)
+            ]
+            for job in jobs:
+                job.result()
+            predicted = predict_batch(engine, Batch(rows, pixels))
+            if predicted.failed:
+                row, reason = predicted.failed[0]
+                raise ImageUnusable(f"{_name(given[row], row)}: {reason}")
+            found[predicted.rows] = predicted.probabilities
+    return found
+
+
+def ready(head: TrainedHead) -> Callable[[Floats], Floats]:
+    """The head as a function. A scikit-learn head is stored as its training rows: it is fitted here, once."""
+    if isinstance(head.spec, SklearnSpec):
+        return fitted_sklearn(head.spec, head.arrays, head.task_kind)
+    return head.predict_proba
+
+
+def as_stored(features: npt.NDArray[Any], dtype: str) -> Floats:
+    """Features (n, ...) with the round-off of their storage dtype, which is what heads are trained on.
+
+    uint8 is left out: its scale depends on the rows that happen to be stored together.
+    """
+    if dtype == "uint8":
+        return np.asarray(features, np.float32)
+    encoded = encode(features, [""] * len(features), dtype)
+    return np.asarray(decode(encoded.stored, dtype), np.float32)
+
+
+def predict_head(member: "Member", head: Callable[[Floats], Floats], features: dict[FeatureSpec, Floats]) -> Floats:
+    """(n, C) of one head, the mean over the views that it was trained on; its inputs side by side as in `load_rows`."""
+    columns: dict[str, list[Floats]] = {}
+    for spec in member.head.features:
+        columns.setdefault(replace(spec, view="").to_json(), []).append(features[spec])
+    spatial = member.head.spec.kind == "conv"
+    views = [
+        np.concatenate([part if spatial else part.reshape(len(part), -1) for part in parts], axis=1)
+        for parts in zip(*columns.values(), strict=True)
+    ]
+    return np.asarray(np.mean([head(view) for view in views], axis=0), np.float32)
+
+
+def _render_into(
+    image: ImageLike, row: int, renderings: Sequence[Rendering], buffers: Sequence[torch.Tensor], slot: int
+) -> None:
+    try:
+        if isinstance(image, str | PathLike):
+            data = read_bytes(str(image))
+            content, upright = hash_bytes(data), decode_image(data)
+        elif isinstance(image, Image.Image):
+            upright = to_rgb(ImageOps.exif_transpose(image))
+            content = hash_bytes(upright.tobytes())
+        else:
+            data = array_bytes(np.asarray(image))
+            content, upright = hash_bytes(data), decode_image(data)
+    except (ImageError, OSError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise ImageUnusable(f"{_name(image, row)}: {reason}") from error
+    for rendering, buffer in zip(renderings, buffers, strict=True):
+        buffer.numpy()[slot] = render_view(
+            upright, content, rendering.index, rendering.augmentation, rendering.preprocessing
+        )
+
+
+def _many(images: ImageLike | Iterable[ImageLike]) -> list[ImageLike]:
+    if isinstance(images, str | PathLike | Image.Image) or (isinstance(images, np.ndarray) and images.ndim < 4):
+        return [cast(ImageLike, images)]
+    return list(images)
+
+
+def _name(image: ImageLike, row: int) -> str:
+    return str(image) if isinstance(image, str | PathLike) else f"image {row}"

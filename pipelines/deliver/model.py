@@ -1,0 +1,130 @@
+"""Model directories: what a run leaves behind, loaded as one value that predicts from images."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from headrace.cache import HeadraceError
+from headrace.extract import BackboneSpec, backbone_from_fields
+from headrace.heads import TaskKind, TrainedHead, load_head
+from headrace.pipelines.paths import RunPaths
+
+if TYPE_CHECKING:
+    from headrace.pipelines.deliver.images import ImageLike
+
+HEAD = "head.json"
+
+
+class ModelError(HeadraceError, ValueError):
+    """The directory holds no model that this version can use, or the model cannot be used on images."""
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """A head, and for each of its feature sets the network that makes it."""
+
+    head: TrainedHead
+    backbones: tuple[BackboneSpec, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """What predicts: one head on the networks whose features it was trained on. Nothing large is loaded before it is used."""
+
+    path: Path
+    task_kind: TaskKind
+    classes: tuple[str, ...]  # of a multi-label or regression task, the columns
+    metrics: dict[str, float]
+    members: tuple[Member, ...]
+    digest: str  # of everything that a prediction depends on, weights included
+
+    def predict_proba(
+        self, images: "ImageLike | Iterable[ImageLike]", *, device: str = "cpu"
+    ) -> npt.NDArray[np.float32]:
+        """(n, C) float32 probabilities of n images in the order of `classes`; for regression the values.
+
+        images: paths, Pillow images or arrays (H, W, 3), one or many; an array (n, H, W, 3) is n images. Every image is
+        decoded, resized, normalised and stored exactly as in the run. Raises ImageUnusable for one that cannot be
+        decoded; `headrace predict` lists such and goes on.
+        """
+        from headrace.pipelines.deliver.images import predict_images
+
+        # mypy reads this file as `pipelines.…` and the import as `headrace.pipelines.…`
+        return predict_images(self, images, device=device)  # type: ignore[arg-type]
+
+    def predict(self, images: "ImageLike | Iterable[ImageLike]", *, device: str = "cpu") -> npt.NDArray[Any]:
+        """single: (n,) class names; multi: (n, C) 0/1; regression: (n, C) values."""
+        return decide(self.predict_proba(images, device=device), self.task_kind, self.classes)
+
+
+def decide(probabilities: npt.NDArray[np.float32], task_kind: TaskKind, classes: tuple[str, ...]) -> npt.NDArray[Any]:
+    """What (n, C) probabilities say: single: (n,) class names; multi: (n, C) 0/1; regression: the values themselves."""
+    if task_kind == "single":
+        return np.asarray(np.asarray(classes)[probabilities.argmax(1)])
+    return np.asarray(probabilities >= 0.5, np.uint8) if task_kind == "multi" else probabilities
+
+
+def load_model(directory: Path | str) -> Model:
+    """Load a model directory; of a run directory, its winner.
+
+    Raises ModelError, saying what is there instead; BadHeadFile for a damaged head.
+    """
+    place = _model_directory(Path(directory).expanduser())
+    head = load_head(place)
+    return Model(
+        path=place,
+        task_kind=head.task_kind,
+        classes=head.classes,
+        metrics=head.metrics,
+        members=(Member(head, _backbones(head, place)),),
+        digest=_digest(head),
+    )
+
+
+def _model_directory(path: Path) -> Path:
+    for place in (path, RunPaths(path).winner):
+        if (place / HEAD).is_file():
+            return place
+    if not path.exists():
+        raise ModelError(
+            f"{path}: no such directory. Expected a run (headrace-runs/NAME), its winner, or an exported model"
+        )
+    there = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) if path.is_dir() else "it is a file"
+    raise ModelError(
+        f"{path} holds no model ({there or 'it is empty'}). Expected a run directory (headrace-runs/NAME) whose run has "
+        f"ended, its winner/, or what headrace export wrote: a directory with {HEAD}"
+    )
+
+
+def _backbones(head: TrainedHead, place: Path) -> tuple[BackboneSpec, ...]:
+    """The networks behind the head's feature sets; weights files of relative names lie in the model's own directory."""
+    found = []
+    for feature, fields in zip(head.features, head.backbones, strict=True):
+        if fields is None:
+            raise ModelError(
+                f"{place}: it is not recorded which network made the features {feature.name} ({feature.backbone}). "
+                "Heads of an earlier version: call `headrace run` again. Features that were imported: predict from "
+                "features, headrace.heads.load_head(DIRECTORY).predict_proba(X)"
+            )
+        backbone = backbone_from_fields(fields)
+        if backbone.weights and (place / backbone.weights).is_file():
+            backbone = dataclasses.replace(backbone, weights=str((place / backbone.weights).absolute()))
+        found.append(backbone)
+    return tuple(found)
+
+
+def _digest(head: TrainedHead) -> str:
+    hasher = hashlib.sha256(json.dumps([head.task_kind, head.classes]).encode())
+    for feature in head.features:  # each names the digest of its network's weights
+        hasher.update(feature.to_json().encode())
+    for name, array in sorted(head.arrays.items()):
+        hasher.update(f"{name}|{array.dtype}|{array.shape}|".encode())
+        hasher.update(np.ascontiguousarray(array).data)
+    return hasher.hexdigest()[:24]

@@ -1,0 +1,31 @@
+"""Finished runs for the tests of delivery, made within the process: no worker has to start."""
+
+from contextlib import contextmanager
+from unittest import mock
+
+from dask.distributed import Client
+from rich.console import Console
+
+from headrace.pipelines import load_recipe, run_recipe
+
+
+@contextmanager
+def _client_here(workers=None):
+    with Client(processes=False, n_workers=1, threads_per_worker=1, dashboard_address=None) as client:
+        yield client
+
+
+@contextmanager
+def here():
+    """Runs and training within this process."""
+    with (
+        mock.patch("headrace.pipelines.run.local_client", _client_here),
+        mock.patch("headrace.pipelines.notebook.local_client", _client_here),
+    ):
+        yield
+
+
+def run_here(recipe, console=None):
+    """The recipe's run within this process."""
+    with here():
+        return run_recipe(load_recipe(recipe), console=console or Console(quiet=True))

@@ -1,0 +1,119 @@
+"""Model directories, loaded away from their run: the same predictions as the run's, from any form of image."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from deliver_cases import here, run_here
+from PIL import Image
+from run_cases import RECIPE, make_photos
+
+from headrace.cache import SpecMismatch, open_feature_set
+from headrace.extract import BackboneSpec, list_folder
+from headrace.heads import load_head, load_rows
+from headrace.pipelines import extract_features, train_heads
+from headrace.pipelines.deliver.images import ImageUnusable
+from headrace.pipelines.deliver.model import ModelError, load_model
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run with views, and a heads' input of two taps. The tests leave it as it is."""
+    folder = tmp_path_factory.mktemp("deliver")
+    make_photos(folder / "photos", n=40)
+    text = RECIPE.replace("[layer1.avg, layer2.max, layer4.avg]", "[layer1.avg, layer2.max]\n    views: 2")
+    (folder / "recipe.yaml").write_text(text)
+    return folder, run_here(folder / "recipe.yaml")
+
+
+@pytest.fixture(scope="module")
+def away(run, tmp_path_factory):
+    """The winner, copied to another place."""
+    place = tmp_path_factory.mktemp("away") / "model"
+    shutil.copytree(run[1].paths.winner, place)
+    return place
+
+
+def test_a_model_directory_predicts_as_its_run(run, away):
+    """From the files alone: what the head says of the features in the run's cache, to the round-off of storing them."""
+    _, result = run
+    model = load_model(away)
+    directories = [path for name in result.winner["inputs"] for path in result.directories[name]]
+    features = [open_feature_set(path) for path in directories]
+    head = load_head(away)
+    samples = list_folder(run[0] / "photos")
+    ids = features[0].ids()
+    content = dict(zip(ids, features[0].content(), strict=True))
+    samples = samples[samples["id"].isin(ids)]
+    X, _ = load_rows(features, np.array([content[name] for name in samples["id"]]))
+    assert X.ndim == 3 or len(result.winner["inputs"]) == 1
+    expected = np.mean([head.predict_proba(view) for view in (X if X.ndim == 3 else X[None])], axis=0)
+    np.testing.assert_allclose(model.predict_proba(samples["path"]), expected, atol=2e-3)
+    right = model.predict(samples["path"]) == samples["label"].to_numpy()
+    assert right.mean() > 0.9
+
+
+def test_images_come_in_any_form(run, away):
+    """A path, a Pillow image and an array are the same image, alone or among others."""
+    model = load_model(run[0] / "headrace-runs" / "recipe")  # of a run, its winner
+    path = run[0] / "photos" / "fine" / "001.png"
+    by_path = model.predict_proba(path)
+    assert by_path.shape == (1, 2)
+    assert by_path.dtype == np.float32
+    with Image.open(path) as image:
+        forms = [path, str(path)]
+        if len({json.dumps(f.view) for f in model.members[0].head.features}) == 1:
+            forms += [image, np.asarray(image)]  # views are drawn from the file's bytes
+        many = model.predict_proba(forms)
+    np.testing.assert_allclose(many, np.repeat(by_path, len(forms), axis=0), atol=1e-3)
+    arrays = np.zeros((3, 40, 40, 3), np.uint8)
+    assert model.predict_proba(arrays).shape == (3, 2)
+
+
+def test_an_image_that_cannot_be_used_is_named(run, away, tmp_path):
+    """No row is left out in silence: the caller gets one error with the path and the reason."""
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    with pytest.raises(ImageUnusable, match=r"broken\.png.*not an image"):
+        load_model(away).predict_proba([run[0] / "photos" / "fine" / "001.png", tmp_path / "broken.png"])
+
+
+def test_other_weights_are_refused(away, tmp_path):
+    """The digest of the network's weights is part of the head's description."""
+    place = tmp_path / "model"
+    shutil.copytree(away, place)
+    model = load_model(place)
+    swapped = BackboneSpec(**{**vars(model.members[0].backbones[0]), "weights": "random:9"})
+    object.__setattr__(model.members[0], "backbones", (swapped,) * len(model.members[0].backbones))
+    with pytest.raises(SpecMismatch, match="weights"):
+        model.predict_proba(np.zeros((40, 40, 3), np.uint8))
+
+
+@pytest.mark.parametrize("what", ["absent", "empty", "file"])
+def test_what_is_no_model_is_told(tmp_path, what):
+    """What was found, and what is expected."""
+    place = tmp_path / what
+    if what == "empty":
+        place.mkdir()
+    if what == "file":
+        place.write_text("x")
+    with pytest.raises(ModelError, match=r"Expected a run"):
+        load_model(place)
+
+
+def test_a_head_from_a_notebook_knows_its_network_too(run, tmp_path):
+    """extract_features remembers in the cache what made the features, and train_heads finds it there."""
+    spec = BackboneSpec("torchvision:resnet18", weights="random:0", image_size=32, crop_fraction=1.0)
+    with here():
+        features = extract_features(run[0] / "photos", spec, ["layer1.avg"], cache=tmp_path / "cache", workers=1)
+        result = train_heads(
+            features,
+            run[0] / "photos",
+            heads={"ridge": {"alpha": [1.0], "inputs": ["each"]}},
+            out=tmp_path / "out",
+            workers=1,
+        )
+    model = load_model(tmp_path / "out")
+    assert model.members[0].backbones == (spec,)
+    assert model.predict(run[0] / "photos" / "fine" / "001.png").tolist() == ["fine"]
+    assert result.test is not None
