@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Iterator
 from multiprocessing import resource_tracker
+from typing import Any
 
 import dask
 from dask.distributed import Client, LocalCluster
@@ -23,6 +24,9 @@ _SETTINGS = {
     # Copying a running bank elsewhere would train it twice.
     "distributed.scheduler.work-stealing": False,
     "distributed.comm.timeouts.connect": "60s",
+    # A worker that died is started again by its nanny. After this long the cluster would dismiss the nanny too, and on a
+    # busy machine the default of 15 s is shorter than a start.
+    "distributed.deploy.lost-worker-timeout": "10 minutes",
 }
 
 
@@ -49,6 +53,13 @@ def local_client(workers: int | None = None) -> Iterator[Client]:
                 yield client
         finally:
             cluster.close(timeout=10)
+
+
+def top_up(client: Client) -> None:
+    """Start again the workers that were given up for lost, if the client's cluster is ours to do so."""
+    cluster: Any = client.cluster
+    if hasattr(cluster, "worker_spec"):
+        cluster.scale(len(cluster.worker_spec))
 
 
 @contextlib.contextmanager

@@ -1,22 +1,33 @@
-"""Runs many small tasks on a Dask client: a window in flight, each outcome handed back as it comes, nothing held.
+"""Runs many small tasks on a Dask client: one in flight per worker thread, each outcome handed back as it comes.
 
-Futures that are held after they finish are executed again when their worker dies; with a window that releases each at
-once, a finished task runs exactly once. The window is as wide as there are threads, no wider: Dask blames every task
-that a dead worker had been given, the waiting ones too, and tasks of seconds do not notice the few milliseconds
-between them.
+Every task is pinned to one worker, and a worker is given its next task when the outcome of the last one is here. So a
+worker that dies takes down only what it was running, and the blame for its death is exact. (Futures that are held after
+they finish are executed again when their worker dies, and Dask blames every task that a dead worker had been given, the
+waiting ones too.) Tasks of seconds do not notice the few milliseconds between them.
 """
 
+import contextlib
+import math
+import queue
+import threading
+import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
-from dask.distributed import Client, as_completed
+from dask.distributed import Client
+
+from headrace.pipelines.cluster import top_up
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
-MAX_ATTEMPTS = 3  # a task whose worker died is given to another this often before it counts as failed
+MAX_ATTEMPTS = 3  # a task whose worker died is given to another this often before it is found guilty
+_LOOK_S = 0.5  # how often the workers are looked at while nothing is heard from them
+# A result is a few hundred bytes. If fetching it takes longer, its worker died between finishing and handing it over.
+_FETCH_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -26,50 +37,157 @@ class Outcome(Generic[Job, Result]):
     job: Job
     result: Result | None
     error: str | None
+    fatal: bool = False  # it took its workers down, or never ended, whenever it was tried
+
+
+@dataclass(eq=False)
+class _Task(Generic[Job]):
+    key: str
+    job: Job
+    launched: int = 0
+    deaths: int = 0  # workers that died, or had to be ended, while they ran it
+    reason: str = ""  # of the last death
+
+
+@dataclass(frozen=True)
+class _Flight(Generic[Job]):
+    """A task that a worker has been given."""
+
+    task: _Task[Job]
+    worker: str
+    future: Any
+    since: float  # on this process's monotonic clock
+
+
+@dataclass
+class _Window(Generic[Job, Result]):
+    """What is in flight, and what has been learnt from it."""
+
+    client: Client
+    function: Callable[[Job], Result]
+    waiting: deque[_Task[Job]]
+    flying: dict[str, _Flight[Job]] = field(default_factory=dict)  # by Dask's key: the task's, and which attempt it is
+    landed: queue.SimpleQueue[str] = field(default_factory=queue.SimpleQueue)
+    ended: dict[str, str] = field(default_factory=dict)  # workers that are being ended, by the reason
+    innocent: int = 0  # deaths of workers under tasks that ended well afterwards
+
+    @property
+    def limit(self) -> int:
+        """Attempts that a task has: one more for each doubling of the deaths that were no task's fault.
+
+        Where workers come and go (preemption, wall times, someone's `kill`), three deaths are soon a coincidence.
+        """
+        return MAX_ATTEMPTS + int(math.log2(1 + self.innocent))
 
 
 def run_tasks(
     client: Client,
     function: Callable[[Job], Result],
     jobs: Iterable[tuple[str, Job]],
+    *,
+    deadline_s: float = math.inf,
+    split: Callable[[Job], Sequence[tuple[str, Job]]] = lambda job: (),
 ) -> Iterator[Outcome[Job, Result]]:
     """Yield the outcome of `function(job)` for every (key, job), in the order in which they finish.
 
     The function is a module-level one, takes paths and specs, publishes what it makes, and returns something small.
-    A task whose worker dies is tried again; one that raises is not, for it would raise again.
+    A task that raises is not tried again, for it would raise again. One whose worker dies is, and so is one that has
+    not ended after `deadline_s`, whose worker is then ended. Where that happens MAX_ATTEMPTS times, the parts that
+    `split` makes of its job take its place, so that the guilty part is found; a job without parts has failed.
     """
-    waiting = deque(jobs)
-    attempts: dict[str, int] = {}
-    flying: dict[Any, tuple[str, Job]] = {}
-    finished = as_completed([])
-
-    def launch(key: str, job: Job) -> None:
-        attempts[key] = attempts.get(key, 0) + 1
-        future = client.submit(function, job, key=f"{key}-{attempts[key]}", pure=False, retries=0)
-        flying[future] = (key, job)
-        finished.add(future)
-
+    window = _Window(client, function, deque(_Task(key, job) for key, job in jobs))
     try:
-        while waiting or flying:
-            while waiting and len(flying) < max(1, sum(client.nthreads().values())):
-                launch(*waiting.popleft())
-            future = next(finished)
-            key, job = flying.pop(future)
-            error = future.exception() if future.status == "error" else None
-            if future.status == "finished":
-                result = future.result()
-                future.release()
-                yield Outcome(job, result, None)
-            elif _worker_died(future, error) and attempts[key] < MAX_ATTEMPTS:
-                future.release()
-                launch(key, job)
-            else:
-                reason = f"{type(error).__name__}: {error}" if error is not None else f"the task was {future.status}"
-                future.release()
-                yield Outcome(job, None, reason)
+        while window.waiting or window.flying:
+            workers = client.nthreads()
+            _launch(window, workers)
+            for name in _next(window, workers, deadline_s):
+                flight = window.flying.pop(name)
+                outcome = _land(window, flight)
+                flight.future.release()
+                if outcome is not None and not (outcome.fatal and _bisect(window, flight.task, split)):
+                    yield outcome
     finally:
-        client.cancel(list(flying), force=True)
+        client.cancel([flight.future for flight in window.flying.values()], force=True)
 
 
-def _worker_died(future: Any, error: BaseException | None) -> bool:
-    return future.status in ("cancelled", "lost") or type(error).__name__ == "KilledWorker"
+def _launch(window: _Window[Job, Result], workers: Mapping[str, int]) -> None:
+    """Give every free thread a task."""
+    given: dict[str, list[_Task[Job]]] = {worker: [] for worker in workers}
+    for flight in window.flying.values():
+        given.setdefault(flight.worker, []).append(flight.task)
+    for worker, threads in workers.items():
+        running = given[worker]
+        while window.waiting and worker not in window.ended and len(running) < threads:
+            # Of several tasks on one worker nobody knows which killed it: from then on each of them runs alone.
+            if running and (window.waiting[0].deaths or any(task.deaths for task in running)):
+                break
+            task = window.waiting.popleft()
+            running.append(task)
+            _submit(window, task, worker)
+
+
+def _submit(window: _Window[Job, Result], task: _Task[Job], worker: str) -> None:
+    task.launched += 1
+    name = f"{task.key}-{task.launched}"
+    future = window.client.submit(
+        window.function, task.job, key=name, pure=False, retries=0, workers=[worker], allow_other_workers=False
+    )
+    window.flying[name] = _Flight(task, worker, future, time.monotonic())
+    future.add_done_callback(lambda _: window.landed.put(name))
+
+
+def _next(window: _Window[Job, Result], workers: Mapping[str, int], deadline_s: float) -> list[str]:
+    """Names of flights that are over. Waits for the first, but not for long."""
+    try:
+        return [window.landed.get(timeout=_LOOK_S)]
+    except queue.Empty:
+        pass
+    top_up(window.client)
+    late = [f for f in window.flying.values() if time.monotonic() - f.since > deadline_s]
+    for worker in {flight.worker for flight in late} - set(window.ended):
+        window.ended[worker] = f"it ran for more than {deadline_s:g} s"
+        threading.Thread(target=_end_worker, args=(window.client, worker), daemon=True).start()
+    # A scheduler that allows deaths keeps a task whose worker is gone, for another worker of that address.
+    gone = {flight.worker for flight in window.flying.values()} - set(window.client.nthreads())
+    return [name for name, f in window.flying.items() if f.worker in gone and f.future.status == "pending"]
+
+
+def _end_worker(client: Client, worker: str) -> None:
+    """Its nanny asks it to end, kills it where it does not, and starts another. Waiting does not concern the others."""
+    with contextlib.suppress(OSError, TimeoutError, CancelledError):  # as when the run has ended meanwhile
+        client.restart_workers([worker], timeout=30, raise_for_error=False)
+
+
+def _land(window: _Window[Job, Result], flight: _Flight[Job]) -> Outcome[Job, Result] | None:
+    """The outcome of a flight that is over; None if its task is to be tried again."""
+    task, future = flight.task, flight.future
+    error: BaseException | None = None
+    try:
+        if future.status == "finished":
+            result = future.result(timeout=_FETCH_S)
+            window.innocent += task.deaths
+            return Outcome(task.job, result, None)
+        error = future.exception(timeout=_FETCH_S) if future.status == "error" else None
+    except (TimeoutError, CancelledError):
+        pass  # the worker is gone, and the result with it
+    if error is not None and type(error).__name__ != "KilledWorker":
+        window.innocent += task.deaths
+        return Outcome(task.job, None, f"{type(error).__name__}: {error}")
+    task.deaths += 1
+    task.reason = window.ended.get(flight.worker) or "its worker died"
+    if task.deaths >= window.limit:
+        return Outcome(task.job, None, f"{task.reason}, {task.deaths} times out of {task.launched}", fatal=True)
+    window.waiting.appendleft(task)
+    return None
+
+
+def _bisect(
+    window: _Window[Job, Result], guilty: _Task[Job], split: Callable[[Job], Sequence[tuple[str, Job]]]
+) -> bool:
+    """Put the parts of a guilty task in its place. False if it has none."""
+    parts = split(guilty.job)
+    # What was found guilty together needs no three more deaths to be divided again, but a part that cannot be divided
+    # has to be found guilty by itself.
+    for key, job in reversed(parts):
+        window.waiting.appendleft(_Task(key, job, deaths=max(1, guilty.deaths - (2 if not split(job) else 1))))
+    return bool(parts)
