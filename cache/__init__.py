@@ -2,6 +2,7 @@
 
 from headrace.cache.batches import Batch
 from headrace.cache.check import check_shard
+from headrace.cache.compression import require_hdf5plugin
 from headrace.cache.encoding import RoundOff
 from headrace.cache.errors import (
     CacheError,
@@ -57,6 +58,7 @@ __all__ = [
     "publish_bytes",
     "publish_replace",
     "publish_shard",
+    "require_hdf5plugin",
     "require_space",
     "shard_path",
     "spec_difference",

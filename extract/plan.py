@@ -37,6 +37,7 @@ class ExtractJob:
     device: str = "cpu"
     batch_size: int | None = None  # None: what is fast on the device
     compile: bool = False  # PyTorch's compiler, on CUDA: minutes once per network and process, for long runs
+    compression: str | None = None  # of the shards: None or "bitshuffle-lz4"
     strict: bool = False  # stop at the first image that cannot be decoded
 
     @property
@@ -51,6 +52,7 @@ class JobOptions(TypedDict, total=False):
     device: str
     batch_size: int | None
     compile: bool
+    compression: str | None
     strict: bool
 
 

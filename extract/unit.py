@@ -223,6 +223,7 @@ def _publish_set(
         ids=[sample.id for sample in samples],
         content=[sample.content for sample in samples],
         failures=failures,
+        compression=job.compression,
     )
 
 

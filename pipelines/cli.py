@@ -1,6 +1,7 @@
 """The command `headrace`. Imports what a command needs when it runs, so that `--help` and bad input answer at once."""
 
 import importlib.metadata
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -51,7 +52,7 @@ def demo(
     from headrace.pipelines.demo import REFERENCE, write_demo
 
     recipe = write_demo(folder)
-    console = Console()
+    console = _console()
     _say(console, f"2,624 photographs of solar cells: which are defective? The recipe is {recipe}")
     _run(recipe, console, workers=workers, reference=REFERENCE)
     _say(
@@ -79,7 +80,7 @@ def run(
 
     Example: headrace run recipe.yaml --dry-run
     """
-    _run(recipe, Console(), workers=workers, dry_run=dry_run, strict=strict, retry_failed=retry_failed)
+    _run(recipe, _console(), workers=workers, dry_run=dry_run, strict=strict, retry_failed=retry_failed)
 
 
 @app.command()
@@ -99,7 +100,7 @@ def init(
     """
     from headrace.pipelines.init import write_recipe
 
-    console = Console()
+    console = _console()
     finding = write_recipe(source, out, force=force)
     _say(console, f"Found {finding.sentence}. Wrote {out}.\nNext: headrace run {out} --dry-run")
 
@@ -135,6 +136,11 @@ def _run(
     except KeyboardInterrupt:
         _say(Console(stderr=True), "\nInterrupted. What is finished is kept; the same command goes on from here.")
         raise typer.Exit(130) from None  # the shell's word for Ctrl-C
+
+
+def _console() -> Console:
+    """The terminal; in a file or a pipe, which have no width, wide enough for tables to show whole words."""
+    return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 132)
 
 
 def _say(console: Console, text: str) -> None:

@@ -19,6 +19,8 @@ from headrace.extract import SPLIT_WORDS, list_array, list_folder, list_tar, rea
 from headrace.heads import TEST, TRAIN_ONLY, Task, make_folds, split_test
 from headrace.pipelines.recipe import Recipe, TaskSection
 
+_NAMED = 10  # classes in one note
+
 
 class DataError(HeadraceError, ValueError):
     """The images or their columns cannot serve the task: says what was found and what was expected."""
@@ -84,7 +86,7 @@ def make_dataset(samples: pd.DataFrame, content: Sequence[str | None], section: 
     notes += _duplicates(frame, target)
     fold = _assign_folds(frame, target, groups, section, notes)
     if section.kind == "single":
-        notes += _check_classes(classes, target, fold)
+        notes += _check_classes(classes, target, fold, section.metric)
     _check_folds(fold, target if section.kind == "single" else None)
     task = Task(
         section.kind,
@@ -351,10 +353,27 @@ def _check_folds(fold: npt.NDArray[np.int16], target: npt.NDArray[np.int64] | No
             )
 
 
-def _check_classes(classes: tuple[str, ...], target: npt.NDArray[Any], fold: npt.NDArray[np.int16]) -> list[str]:
+def _check_classes(
+    classes: tuple[str, ...], target: npt.NDArray[Any], fold: npt.NDArray[np.int16], metric: str | None
+) -> list[str]:
     counts = np.bincount(target[fold != TEST], minlength=len(classes))
+    notes = []
+    largest = int(counts.argmax())
+    share = counts[largest] / counts.sum()
+    if share >= 0.9 and metric in (None, "accuracy"):
+        notes.append(
+            f"{share:.1%} of the images are {classes[largest]}, so always saying that has an accuracy of {share:.1%}; "
+            "task.metric: balanced_accuracy or macro_f1 weighs all classes the same"
+        )
     unseen = [classes[i] for i in np.flatnonzero(counts == 0)]
+    rare = [f"{classes[i]} ({counts[i]})" for i in np.flatnonzero((counts > 0) & (counts < 5))]
     if unseen:
-        return [f"no training image of class {', '.join(unseen)}: it can never be predicted"]
-    rare = [f"{classes[i]} ({counts[i]})" for i in np.flatnonzero(counts < 5)]
-    return [f"few training images of class {', '.join(rare)}: expect noise there"] if rare else []
+        notes.append(f"no training image of class {_some(unseen)}: it can never be predicted")
+    if rare:
+        notes.append(f"few training images of class {_some(rare)}: expect noise there")
+    return notes
+
+
+def _some(names: Sequence[str]) -> str:
+    rest = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + rest

@@ -31,6 +31,12 @@ _NETWORK_AXES = (
 )
 
 
+# Kinds of heads that cannot do every kind of task, with those that they do.
+_TASKS = {"logistic": ("single", "multi"), "centroid": ("single",)}
+
+_DOES = {"single": "one class per image", "multi": "several labels", "regression": "numbers"}
+
+
 class Wanted(NamedTuple):
     """Heads of one kind that the recipe asks for, on one input."""
 
@@ -52,6 +58,17 @@ def wanted_heads(heads: Heads, names: Sequence[str]) -> list[Wanted]:
         for columns in _expand(inputs, names, maps=specs[0].kind == "conv")
     )
     return list(dict.fromkeys(wanted))  # a value that a list repeats counts once
+
+
+def check_kinds(heads: Heads, task_kind: str) -> None:
+    """Raises RecipeError for heads that cannot do such a task, before anything is extracted for them."""
+    for kind, tasks in _TASKS.items():
+        if getattr(heads, kind) is not None and task_kind not in tasks:
+            able = [name for name in Heads.model_fields if task_kind in _TASKS.get(name, (task_kind,))]
+            raise RecipeError(
+                f"heads.{kind}: {kind} heads predict {' or '.join(_DOES[task] for task in tasks)}, and task.kind is "
+                f"{task_kind}. Take {kind} out of the recipe; heads that can do this task: {', '.join(able)}"
+            )
 
 
 def _halving(section: HalvingSection | None) -> Halving | None:

@@ -1,6 +1,7 @@
 """The stages as functions over plain values, for notebooks and scripts: images to features, features to a leaderboard."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,11 @@ from headrace.extract import (
 )
 from headrace.pipelines.cluster import local_client
 from headrace.pipelines.dataset import drop_rows, make_dataset
-from headrace.pipelines.grid import wanted_heads
+from headrace.pipelines.grid import check_kinds, wanted_heads
 from headrace.pipelines.leaderboard import trained_in
 from headrace.pipelines.paths import RunPaths, content_index
 from headrace.pipelines.plan import feature_plan, plan_run
-from headrace.pipelines.prepare import Survey, check_metric
+from headrace.pipelines.prepare import Survey, check_metric, find_device
 from headrace.pipelines.recipe import Heads, TaskSection
 from headrace.pipelines.run import RunResult, conclude, extract_missing, train_missing, write_inputs
 
@@ -44,6 +45,7 @@ def extract_features(
     cache: str | Path = "headrace-cache",
     dtype: str = "float16",
     unit_images: int = 128,
+    device: str = "auto",
     workers: int | None = None,
     console: Console | None = None,
 ) -> dict[str, FeatureSet]:
@@ -51,7 +53,7 @@ def extract_features(
 
     images: a folder, a CSV or Parquet table with a column `path`, or a DataFrame with the columns `id` and `path`.
     Only images that the cache lacks go through the network. Images that cannot be decoded have no row; each FeatureSet
-    lists them with their reasons in `failures()`. Raises HeadraceError.
+    lists them with their reasons in `failures()`. device: "auto" is a GPU where there is one. Raises HeadraceError.
 
     A script that calls this needs the usual `if __name__ == "__main__":`, for it starts worker processes.
     """
@@ -62,9 +64,12 @@ def extract_features(
     remember_features(spec, taps, specs, dtype=dtype, cache_root=cache)
     paths = [feature_set_path(cache, feature) for feature in specs]
     known = [open_feature_set(path).known() if path.exists() else frozenset[str]() for path in paths]
-    units = plan_networks(samples, [Network(spec, specs, known)], cache_root=cache, unit_rows=unit_images)
+    here = find_device(device)
+    networks = [Network(spec, specs, known)]
+    units = plan_networks(samples, networks, cache_root=cache, unit_rows=unit_images, device=here)
     if units:
-        with local_client(workers) as client:
+        # A GPU is fed by this process; on a CPU one process per core is faster.
+        with local_client(workers) if here == "cpu" else nullcontext() as client:
             extract_missing(units, client, console or _QUIET)
     return {feature.name: open_feature_set(path) for feature, path in zip(specs, paths, strict=True)}
 
@@ -88,6 +93,7 @@ def train_heads(
     """
     section = task if isinstance(task, TaskSection) else TaskSection.model_validate(dict(task or {}))
     grid = heads if isinstance(heads, Heads) else Heads.model_validate(dict(heads))
+    check_kinds(grid, section.kind)
     paths = RunPaths(Path(out).absolute())
     listed = _with_content(_listed(samples), paths.root)
     dataset = make_dataset(listed, listed["content"].tolist(), section)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from headrace.cache import FeatureSpec, feature_set_path, open_feature_set
+from headrace.cache import FeatureSpec, feature_set_path, open_feature_set, require_hdf5plugin
 from headrace.extract import (
     BackboneSpec,
     Network,
@@ -23,7 +23,7 @@ from headrace.extract import (
 )
 from headrace.heads import DEFAULT_METRIC, METRICS
 from headrace.pipelines.dataset import DataError, Dataset, check_targets, drop_rows, list_samples, make_dataset
-from headrace.pipelines.grid import wanted_heads
+from headrace.pipelines.grid import check_kinds, wanted_heads
 from headrace.pipelines.leaderboard import trained_in
 from headrace.pipelines.paths import RunPaths, content_index
 from headrace.pipelines.plan import Plan, feature_plan, plan_run
@@ -54,6 +54,9 @@ def survey(recipe: Recipe, *, write: bool = True, retry_failed: bool = False) ->
     assert recipe.out is not None  # load_recipe gives it a default
     paths = RunPaths(recipe.out)
     metric = check_metric(recipe.task)
+    check_kinds(recipe.heads, recipe.task.kind)
+    if recipe.storage.compression != "none":
+        require_hdf5plugin("storage.compression needs a library")
     for key, folder in (("out", recipe.out), ("cache", recipe.cache)):
         _check_writable(key, folder)
     samples = list_samples(recipe)
@@ -80,7 +83,10 @@ def survey(recipe: Recipe, *, write: bool = True, retry_failed: bool = False) ->
         networks,
         cache_root=recipe.cache,
         unit_rows=recipe.compute.unit_images,
-        device=_device(recipe.compute.device),
+        device=find_device(recipe.compute.device),
+        batch_size=recipe.compute.batch_size,
+        compile=recipe.compute.compile,
+        compression=None if recipe.storage.compression == "none" else recipe.storage.compression,
         strict=recipe.compute.strict,
     )
     # All heads are compared on the rows that all inputs have; a row that is mended comes back, as another task.
@@ -153,7 +159,7 @@ def _named(recipe: Recipe, networks: Sequence[Network]) -> Iterator[tuple[str, t
             yield prefix + spec.name, (network, place)
 
 
-def _device(wanted: str) -> str:
+def find_device(wanted: str) -> str:
     """ "auto" is a GPU where PyTorch sees one. It is asked only then, because asking imports torch."""
     if wanted != "auto":
         return wanted

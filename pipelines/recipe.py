@@ -209,6 +209,8 @@ class Compute(_Model):
     workers: pydantic.PositiveInt | None = None  # default: one per core
     unit_images: pydantic.PositiveInt = 128  # images per work unit, and so rows per shard
     device: Literal["auto", "cpu", "cuda"] = "auto"  # of the forward pass
+    batch_size: pydantic.PositiveInt | None = None  # images per forward pass; default: found by trying
+    compile: bool = False  # PyTorch's compiler, on a GPU: minutes once per network, for long runs
     strict: bool = False  # stop at an image that cannot be decoded, instead of listing it and going on
 
 
@@ -217,6 +219,7 @@ class Storage(_Model):
 
     dtype: Literal["float16", "float32", "bfloat16", "uint8"] = "float16"
     precision: Literal["float32", "bfloat16", "float16"] = "float32"  # of the forward pass; GPUs are faster in bfloat16
+    compression: Literal["none", "bitshuffle-lz4"] = "none"  # for maps with many zeros; reading is slower
     budget_gb: Positive | None = None  # what new features may take; default: what the disk has, less a reserve
 
 
@@ -231,6 +234,15 @@ class Recipe(_Model):
     cache: Path = Path("headrace-cache")
     out: Path | None = None  # default: headrace-runs/<name of the recipe>
     compute: Compute = Compute()
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _heads_of_the_task(cls, values: Any) -> Any:
+        """Numbers are predicted by ridge heads where no heads are named, for logistic ones cannot."""
+        task = values.get("task") if isinstance(values, dict) else None
+        if isinstance(task, dict) and task.get("kind") == "regression" and "heads" not in values:
+            return {**values, "heads": {"ridge": {}, "mlp": {}}}
+        return values
 
     @pydantic.model_validator(mode="after")
     def _names_differ(self) -> "Recipe":

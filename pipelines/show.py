@@ -39,6 +39,7 @@ def show_plan(console: Console, plan: Plan, cache: object, out: object) -> None:
         f"{plan.images_new:,} of {plan.images:,} images go through a network, in {len(plan.units):,} units; "
         f"{bytes_text(sum(feature.bytes_new for feature in plan.features))} to write in {cache}",
         highlight=False,
+        soft_wrap=True,
     )
     everything = [feature.name for feature in plan.features]
     table = Table(title="Heads", title_justify="left")
@@ -62,6 +63,7 @@ def show_plan(console: Console, plan: Plan, cache: object, out: object) -> None:
         f"{plan.heads_new:,} of {plan.heads_total:,} heads to train ({plan.folds} folds each), in {len(plan.banks):,} banks; "
         f"results in {out}",
         highlight=False,
+        soft_wrap=True,
     )
 
 
@@ -75,6 +77,7 @@ def show_result(console: Console, result: RunResult, *, reference: str | None = 
             f"note: {result.failed_images:,} images could not be read; each is listed with its reason in {result.paths.failed_images}",
             style="yellow",
             highlight=False,
+            soft_wrap=True,
         )
     if result.failed_heads:
         console.print(
@@ -82,6 +85,7 @@ def show_result(console: Console, result: RunResult, *, reference: str | None = 
             "--retry-failed tries them again",
             style="yellow",
             highlight=False,
+            soft_wrap=True,
         )
     winner = result.winner
     console.print()
@@ -116,7 +120,7 @@ def show_result(console: Console, result: RunResult, *, reference: str | None = 
     console.print()
     console.print(stages_table(result))
     if files:
-        console.print(files_table(result))
+        show_files(console, result)
 
 
 def selection_sentences(result: RunResult) -> list[str]:
@@ -182,19 +186,19 @@ def stages_table(result: RunResult) -> Table:
     return table
 
 
-def files_table(result: RunResult) -> Table:
-    """Where everything lies."""
-    table = Table(title="Files", title_justify="left", show_header=False)
-    for what, path in (
+def show_files(console: Console, result: RunResult) -> None:
+    """Where everything lies, one unbroken path a line, to be copied."""
+    rows = (
         ("leaderboard", result.paths.leaderboard),
         ("every head, every fold", result.paths.heads),
         ("every setting against the winner", result.paths.comparisons),
         ("winner (safetensors + JSON)", result.paths.winner),
         ("results of the banks (HDF5)", result.paths.banks),
         ("features (HDF5 shards)", next(iter(result.directories.values()))[0].parent),
-    ):
-        table.add_row(what, Text(str(path), overflow="fold"))
-    return table
+    )
+    console.print("Files", style="italic")
+    for what, path in rows:
+        console.print(f"  {what:<28} {path}", highlight=False, markup=False, soft_wrap=True)
 
 
 def number_text(value: float, metric: str) -> str:

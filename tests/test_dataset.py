@@ -89,6 +89,20 @@ def test_a_split_column_is_followed():
     assert set(made.train.ids[made.train.fold == TRAIN_ONLY]) == set(frame["id"][:40])
 
 
+def test_a_share_that_accuracy_hides_is_pointed_out():
+    """49 of 50 images of one class: the note names what ignoring the other is worth (among 375 training images); other metrics need no note."""
+    frame = table(500, classes=("no",) * 49 + ("yes",))
+    assert "97.9% of the images are no" in " ".join(dataset(frame).notes)
+    assert dataset(frame, metric="balanced_accuracy").notes == ()
+
+
+def test_notes_of_a_thousand_classes_stay_short():
+    """Ten names, and how many more."""
+    (note,) = dataset(table(2000, classes=tuple(f"k{i}" for i in range(1000))), folds=2, test_fraction=0).notes
+    assert "and 990 more" in note
+    assert len(note) < 300
+
+
 def test_a_split_that_is_not_asked_for_is_pointed_out():
     """A column `split` of train / test beside a drawn split is told of; one of other words is the user's own affair."""
     assert "task.split: split" in " ".join(dataset(table(split=["train", "test"] * 40)).notes)

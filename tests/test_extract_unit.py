@@ -115,6 +115,18 @@ def test_rows_belong_to_their_images(tmp_path: Path) -> None:
             assert np.abs(found[row] - expected).max() <= 2e-3 * max(1.0, np.abs(expected).max()), (spec.name, row)
 
 
+def test_compressed_shards_hold_the_same_rows(tmp_path: Path) -> None:
+    """Compression is how a shard is written, no part of what it is: the fingerprint is the same, and so are the rows."""
+    samples = make_images(tmp_path / "images", 6)
+    specs = specs_of()
+    extract(samples, tmp_path / "plain", specs)
+    extract(samples, tmp_path / "packed", specs, compression="bitshuffle-lz4")
+    for spec in specs:
+        assert np.array_equal(stored(tmp_path / "plain", spec, samples), stored(tmp_path / "packed", spec, samples))
+    assert shard_bytes(tmp_path / "plain").keys() == shard_bytes(tmp_path / "packed").keys()
+    assert shard_bytes(tmp_path / "plain") != shard_bytes(tmp_path / "packed")
+
+
 def test_second_run_does_nothing(tmp_path: Path) -> None:
     """Neither re-ordering, nor renaming, nor a duplicate is new; a new image, and only it, is."""
     samples = make_images(tmp_path / "images", 10)

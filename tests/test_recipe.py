@@ -174,3 +174,13 @@ def test_numbers_are_finite_and_columns_are_named_once(tmp_path, text, said):
 def test_a_list_of_one_target_is_fine(tmp_path):
     """With the kind that is the default."""
     assert load_recipe(write(tmp_path, TASK.format("target: [label]"))).task.target == ("label",)
+
+
+def test_numbers_are_predicted_by_heads_that_can(tmp_path):
+    """Where no heads are named, a regression gets ridge and MLP heads; named heads are left as they are."""
+    unnamed = GOOD[: GOOD.index("heads:")]
+    heads = load_recipe(write(tmp_path, unnamed + "task: {target: age, kind: regression}\n")).heads
+    assert (heads.ridge is not None, heads.mlp is not None, heads.logistic) == (True, True, None)
+    assert load_recipe(write(tmp_path, unnamed)).heads.logistic is not None
+    named = load_recipe(write(tmp_path, GOOD + "task: {target: age, kind: regression}\n")).heads
+    assert (named.ridge, named.logistic is not None) == (None, True)  # refused by the run, with what to type

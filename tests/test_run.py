@@ -175,6 +175,7 @@ def photos(tmp_path_factory):
         ("random:0", "other.pth", ["other.pth", "conv1.weight"]),
         ("random:0", "absent.pth", ["absent.pth"]),
         ("folds: 3", "folds: 3\n  metric: acuracy", ["acuracy", "accuracy"]),
+        ("folds: 3", "folds: 3\n  kind: regression", ["heads.logistic", "task.kind is regression", "ridge, mlp"]),
         ("folds: 3", "flods: 3", ["line 4", "did you mean 'folds'"]),
     ],
 )
