@@ -4,6 +4,15 @@ from typing import TYPE_CHECKING, Any
 
 from headrace.heads.bank import BadBank, BankJob, fit_bank, train_bank
 from headrace.heads.checks import BadFeatures
+from headrace.heads.ensemble import (
+    EnsembleLimits,
+    average,
+    element_loss,
+    fit_temperature,
+    greedy_weights,
+    loss_elements,
+    with_temperature,
+)
 from headrace.heads.estimators import CentroidHead, KNNHead, LogisticHead, MLPHead, RidgeHead
 from headrace.heads.features import load_rows
 from headrace.heads.folds import BadSplit, make_folds, split_test
@@ -79,6 +88,7 @@ __all__ = [
     "CentroidSpec",
     "ClassWeight",
     "ConvSpec",
+    "EnsembleLimits",
     "Halving",
     "HeadFit",
     "HeadSpec",
@@ -97,16 +107,21 @@ __all__ = [
     "TrainedHead",
     "UnknownMetric",
     "all_metrics",
+    "average",
     "bootstrap_interval",
+    "element_loss",
     "fit_bank",
     "fit_centroid_bank",
     "fit_conv_bank",
     "fit_knn_bank",
     "fit_mlp_bank",
     "fit_sklearn_bank",
+    "fit_temperature",
+    "greedy_weights",
     "load_head",
     "load_rows",
     "load_task",
+    "loss_elements",
     "make_folds",
     "metric_interval",
     "predict_head",
@@ -121,4 +136,5 @@ __all__ = [
     "split_test",
     "train_bank",
     "weighted_scores",
+    "with_temperature",
 ]

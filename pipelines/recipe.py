@@ -203,6 +203,17 @@ class Heads(_Model):
         return self
 
 
+class EnsembleSection(_Model):
+    """Averages of several heads, picked from their stored validation predictions. Nothing is trained for it."""
+
+    members: pydantic.PositiveInt = 8  # different heads at most
+    networks: pydantic.PositiveInt | None = None  # backbones at most; default: all of the run's
+    network_price: Fraction = 0.01  # each backbone beyond the first must lower the loss by this share
+    rounds: Annotated[int, pydantic.Field(ge=1, le=1000)] = 30  # picks; a head picked twice weighs twice
+    candidates: Annotated[int, pydantic.Field(ge=2)] = 200  # heads to pick from, the best ones
+    confidence: Share = 0.9  # the answer only if better than the winner in this share of the resamples
+
+
 class Compute(_Model):
     """How the work is done. Nothing here changes a result beyond floating-point tolerance."""
 
@@ -230,6 +241,7 @@ class Recipe(_Model):
     task: TaskSection = TaskSection()
     backbones: Annotated[tuple[Backbone, ...], pydantic.Field(min_length=1)]
     heads: Heads = Heads(logistic=LogisticGrid(), mlp=MLPGrid())
+    ensemble: EnsembleSection | None = None  # `ensemble: {}` takes the defaults
     storage: Storage = Storage()
     cache: Path = Path("headrace-cache")
     out: Path | None = None  # default: headrace-runs/<name of the recipe>

@@ -1,0 +1,198 @@
+"""The ensemble of a run: picked from stored predictions, scored on rows that had no part in picking it, kept only if better.
+
+K candidates, N held-out rows. The score is nested: for each part of the rows, heads are picked, weighted and calibrated on
+the other parts alone, and that ensemble predicts the part. The ensemble that is kept is picked on all rows.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from headrace.heads import (
+    METRICS,
+    EnsembleLimits,
+    all_metrics,
+    average,
+    element_loss,
+    fit_temperature,
+    greedy_weights,
+    loss_elements,
+    read_bank,
+    weighted_scores,
+    with_temperature,
+)
+from headrace.pipelines.evidence.predictions import HeldOut, read_predictions
+from headrace.pipelines.evidence.selection import LEVEL, resampled_rows
+from headrace.pipelines.recipe import EnsembleSection
+
+PARTS = 5  # of the rows, where the run has fewer than three folds of its own
+BUDGET = 4e8  # elements that all rounds may look at together: a few seconds
+RESAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class Member:
+    """One head of an ensemble."""
+
+    weight: float
+    row: pd.Series  # of the leaderboard: inputs, kind, settings, spec, path, …
+    networks: tuple[str, ...]  # the forward passes that it needs
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """What averaging heads is worth. Scores are nested: no row was scored by an ensemble that it helped to pick."""
+
+    metric: str
+    members: tuple[Member, ...]  # by weight, largest first
+    temperature: float
+    candidates: int  # heads that members were picked from
+    images: int
+    value: float  # nested
+    low: float  # 95 % interval of `value`
+    high: float
+    single: float  # the leaderboard's winner on the same rows, its luck included
+    gain: float  # by how much the ensemble is better than it, positive = better
+    gain_low: float  # 95 % paired interval of `gain`
+    gain_high: float
+    sure: float  # share of the resamples in which it is better
+    chosen: bool  # whether it is the run's answer
+    metrics: dict[str, float]  # nested, all of the task's
+
+    @property
+    def networks(self) -> tuple[str, ...]:
+        """All forward passes that a prediction needs."""
+        return tuple(sorted({name for member in self.members for name in member.networks}))
+
+    def summary(self) -> dict[str, Any]:
+        """For JSON, without the members."""
+        values = {name: value for name, value in vars(self).items() if name not in ("members", "metrics")}
+        return {name: None if value != value else value for name, value in values.items()}
+
+
+def build_ensemble(
+    board: pd.DataFrame, held: HeldOut, metric: str, section: EnsembleSection, *, seed: int = 0
+) -> Ensemble | None:
+    """Pick an ensemble from the whole heads of a leaderboard (best first); None where there are fewer than two.
+
+    Deterministic in the seed. It is `chosen` when it has several members and, on the same rows, is better than the winner
+    in at least `section.confidence` of the resamples; the winner is compared with its luck, the ensemble without.
+    """
+    kind = held.task.kind
+    limits = EnsembleLimits(section.members, section.networks, section.network_price, section.rounds)
+    found, predicted = _candidates(board, held, section)
+    if len(found) < 2:
+        return None
+    networks = [_networks(row) for _, row in found.iterrows()]
+    elements = loss_elements(kind, held.target, predicted)
+    plain = np.zeros(predicted.shape[1:])
+    nested = plain.copy()
+    part = _parts(held, seed)
+    for number in np.unique(part):
+        inside, outside = np.flatnonzero(part != number), np.flatnonzero(part == number)
+        weights = greedy_weights(kind, _of_rows(elements, inside, len(part)), networks, limits)
+        used = np.flatnonzero(weights)
+        own = average(weights[used], predicted[used])
+        temperature = fit_temperature(kind, held.target[inside], own[inside])
+        plain[outside] = own[outside]
+        nested[outside] = with_temperature(kind, own[outside], temperature)
+    weights = greedy_weights(kind, elements, networks, limits)
+    order = sorted(np.flatnonzero(weights), key=lambda place: -weights[place])
+    members = [Member(float(weights[k]), found.iloc[k], tuple(sorted(networks[k]))) for k in order]
+    first = predicted[int(found["rank"].argmin())]
+    return _judged(held, metric, section, np.stack([nested, first.astype(np.float64)]), members, len(found), seed,
+                   temperature=fit_temperature(kind, held.target, plain))  # fmt: skip
+
+
+def _judged(
+    held: HeldOut,
+    metric: str,
+    section: EnsembleSection,
+    predicted: npt.NDArray[np.float64],
+    members: Sequence[Member],
+    candidates: int,
+    seed: int,
+    temperature: float,
+) -> Ensemble:
+    """predicted: (2, N, C), the nested ensemble's and the winner's."""
+    kind = held.task.kind
+    drawn = resampled_rows(held.fold, held.groups, RESAMPLES, seed + 1)
+    weightings = np.concatenate([np.ones((len(drawn), 1)), drawn], axis=1)
+    scores = weighted_scores(kind, held.target, predicted, held.fold, metric, weightings)
+    gains = (scores[0] - scores[1]) * (1 if METRICS[metric].higher_is_better else -1)
+    ends = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
+    low, high = np.nanquantile(scores[0, 1:], ends)
+    gain_low, gain_high = np.nanquantile(gains[1:], ends)
+    sure = float((gains[1:] > 0).mean())
+    return Ensemble(
+        metric=metric,
+        members=tuple(members),
+        temperature=temperature,
+        candidates=candidates,
+        images=len(held.rows),
+        value=float(scores[0, 0]),
+        low=float(low),
+        high=float(high),
+        single=float(scores[1, 0]),
+        gain=float(gains[0]),
+        gain_low=float(gain_low),
+        gain_high=float(gain_high),
+        sure=sure,
+        chosen=bool(len(members) > 1 and gains[0] > 0 and sure >= section.confidence),
+        metrics=all_metrics(kind, held.target, predicted[0]),
+    )
+
+
+def _candidates(
+    board: pd.DataFrame, held: HeldOut, section: EnsembleSection
+) -> tuple[pd.DataFrame, npt.NDArray[np.float32]]:
+    """The heads to pick from, cheap before dear, and their predictions (K, N, C).
+
+    The best by their own loss, the winner, and the best of each (inputs, kind): what is unlike the others helps most.
+    """
+    kind = held.task.kind
+    board = board.reset_index(drop=True)
+    loss = np.full(len(board), np.nan)
+    for places, block in read_predictions(board, held):
+        loss[places] = element_loss(kind, loss_elements(kind, held.target, block))
+    usable = board.assign(loss=loss)[np.isfinite(loss)].sort_values("loss", kind="stable")
+    elements = len(held.rows) * (1 if kind == "single" else max(1, len(held.task.classes)))
+    most = int(min(section.candidates, max(20, BUDGET / (elements * section.rounds * (PARTS + 1)))))
+    best_of_each = usable.drop_duplicates(["inputs", "kind"]).index[: most // 2]
+    wanted = [*usable.sort_values("rank").index[:1], *best_of_each, *usable.index]
+    chosen = usable.loc[list(dict.fromkeys(wanted))[:most]].sort_values(["features", "loss"], ignore_index=True)
+    predicted: npt.NDArray[np.float32] | None = None
+    for places, block in read_predictions(chosen, held):
+        if predicted is None:
+            predicted = np.zeros((len(chosen), *block.shape[1:]), np.float32)
+        predicted[places] = block
+    return chosen, predicted if predicted is not None else np.zeros((0, len(held.rows), 1), np.float32)
+
+
+def _networks(row: pd.Series) -> frozenset[str]:
+    """The forward passes that a head needs: a network with other weights or another preprocessing is another one."""
+    features = [feature["spec"] for feature in read_bank(row["path"]).features]
+    if row["kind"] == "finetune":  # its own weights, whatever it started from
+        return frozenset([f"fine-tuned: {row['spec']}"])
+    looks = [hashlib.sha256(spec["preprocessing"].encode()).hexdigest()[:8] for spec in features]
+    return frozenset(
+        f"{spec['backbone']} ({spec['weights'][:8]}/{look})" for spec, look in zip(features, looks, strict=True)
+    )
+
+
+def _parts(held: HeldOut, seed: int) -> npt.NDArray[np.int64]:
+    """(N,) the run's own folds where there are enough, else groups dealt at random."""
+    if len(np.unique(held.fold)) >= 3:
+        return held.fold.astype(np.int64)
+    dealt = np.random.default_rng(seed).permutation(int(held.groups.max()) + 1) % PARTS
+    return np.asarray(dealt[held.groups], np.int64)
+
+
+def _of_rows(elements: npt.NDArray[np.float32], rows: npt.NDArray[np.int64], count: int) -> npt.NDArray[np.float32]:
+    """The elements (K, E) of some of `count` rows."""
+    return elements.reshape(len(elements), count, -1)[:, rows].reshape(len(elements), -1)
