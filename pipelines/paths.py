@@ -59,6 +59,11 @@ class RunPaths:
     def winner(self) -> Path:
         return self.root / "winner"
 
+    @property
+    def ensemble(self) -> Path:
+        """The ensemble's model directory: ensemble.json, and the heads in it under members/."""
+        return self.root / "ensemble"
+
     def task(self, digest: str) -> Path:
         return self.root / "tasks" / f"{digest}.npz"
 

@@ -19,6 +19,8 @@ from headrace.cache import FeatureSet, HeadraceError, open_feature_set, publish_
 from headrace.extract import ExtractJob, write_listing
 from headrace.heads import BankJob, save_task, train_bank
 from headrace.pipelines.cluster import local_client
+from headrace.pipelines.evidence.ensemble import Ensemble, build_ensemble
+from headrace.pipelines.evidence.ensemble_store import save_ensemble, show_test
 from headrace.pipelines.evidence.predictions import held_out, whole_heads
 from headrace.pipelines.evidence.selection import Selection, assess_selection
 from headrace.pipelines.leaderboard import collect_heads, rank_heads
@@ -26,7 +28,7 @@ from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.plan import Plan, check_space, fingerprints_of
 from headrace.pipelines.prepare import Survey, listing, survey
 from headrace.pipelines.progress import stage
-from headrace.pipelines.recipe import Recipe
+from headrace.pipelines.recipe import EnsembleSection, Recipe
 from headrace.pipelines.submit import Outcome, run_tasks
 from headrace.pipelines.winner import TestResult, choose_winner, open_test, save_winner
 
@@ -57,7 +59,8 @@ class RunResult:
     heads: pd.DataFrame  # one row per head (spec x fold); see leaderboard.collect_heads
     board: pd.DataFrame  # one row per (inputs, spec), best first; see leaderboard.rank_heads
     winner: pd.Series
-    test: TestResult | None
+    test: TestResult | None  # of the answer
+    ensemble: Ensemble | None  # where the recipe asks for one; the answer, and what was tested, if it is `chosen`
     selection: Selection | None  # what the winner is expected to score, and who cannot be told apart from it
     notes: tuple[str, ...]
     failed_images: int
@@ -114,7 +117,7 @@ def run_recipe(
                 train_missing(found, client, console)
             done(_trained(found.plan))
     with _timed(stages, "rank and test") as done:
-        result = conclude(found)
+        result = conclude(found, recipe.ensemble)
         done(f"{len(result.board):,} settings ranked")
     _record_stages(found.paths.stages, stages)
     return replace(result, stages=tuple(stages))
@@ -210,8 +213,11 @@ def train_missing(found: Survey, client: Client, console: Console) -> None:
         )
 
 
-def conclude(found: Survey) -> RunResult:
-    """Rank, choose the winner on validation folds, show it the test split, and write the tables."""
+def conclude(found: Survey, ensemble_section: EnsembleSection | None = None) -> RunResult:
+    """Rank, choose the winner on validation folds, show the answer the test split, and write the tables.
+
+    The answer is the winner, or an ensemble where one is asked for and is better beyond doubt.
+    """
     plan, paths, task = found.plan, found.paths, found.dataset.train
     widths = {feature.name: prod(feature.shape) for feature in plan.features}
     heads = collect_heads(paths.banks, plan.wanted, fingerprints_of(plan.features), task.digest)
@@ -224,7 +230,14 @@ def conclude(found: Survey) -> RunResult:
     features = [open_feature_set(path) for name in winner["inputs"] for path in found.directories[name]]
     backbones = [found.backbones[name] for name in winner["inputs"] for _ in found.directories[name]]
     save_winner(paths.winner, winner, features, backbones, task, found.metric)
+    ensemble = None if ensemble_section is None else combine_heads(found, board, ensemble_section)
     test = found.dataset.test
+    if not len(test.ids):
+        tested = None
+    elif ensemble is not None and ensemble.chosen:
+        tested = show_test(paths.openings, ensemble, found.directories, test, task.digest)
+    else:
+        tested = open_test(paths.openings, winner, features, test, task.digest, found.metric)
     return RunResult(
         paths=paths,
         metric=found.metric,
@@ -232,8 +245,9 @@ def conclude(found: Survey) -> RunResult:
         heads=heads,
         board=board,
         winner=winner,
-        test=open_test(paths.openings, winner, features, test, task.digest, found.metric) if len(test.ids) else None,
+        test=tested,
         selection=selection,
+        ensemble=ensemble,
         notes=found.notes,
         failed_images=failed_images,
         failed_heads=int((heads["error"].fillna("") != "").sum()),
@@ -251,6 +265,15 @@ def weigh_selection(found: Survey, board: pd.DataFrame) -> Selection | None:
         publish_replace(found.paths.selection, json.dumps(selection.summary(), indent=2).encode())
         publish_replace(found.paths.comparisons, table.to_csv(index=False).encode())
     return selection
+
+
+def combine_heads(found: Survey, board: pd.DataFrame, section: EnsembleSection) -> Ensemble | None:
+    """The ensemble, from stored predictions, as a model directory."""
+    held = held_out(found.dataset.train, found.dataset.groups)
+    ensemble = build_ensemble(whole_heads(board), held, found.metric, section)
+    if ensemble is not None:
+        save_ensemble(found.paths.ensemble, ensemble, found.directories, found.backbones, found.dataset.train)
+    return ensemble
 
 
 def write_failed_images(found: Survey) -> int:

@@ -95,7 +95,7 @@ def show_result(console: Console, result: RunResult, *, reference: str | None = 
         style="bold",
         highlight=False,
     )
-    for sentence in selection_sentences(result):
+    for sentence in (*selection_sentences(result), *ensemble_sentences(result)):
         console.print(sentence, highlight=False)
     if result.test is None:
         console.print("No test split: set task.test_fraction, or a split column with test rows", highlight=False)
@@ -143,6 +143,24 @@ def selection_sentences(result: RunResult) -> list[str]:
             )
         lines.append(line)
     return lines
+
+
+def ensemble_sentences(result: RunResult) -> list[str]:
+    """What averaging heads would be worth, and whether it is the answer."""
+    found = result.ensemble
+    if found is None:
+        return []
+    value, low, high = (number_text(number, found.metric) for number in (found.value, found.low, found.high))
+    gain, least, most = (
+        f"{number * 100:+.2f} points" if is_share(found.metric) else f"{number:+.4f}"
+        for number in (found.gain, found.gain_low, found.gain_high)
+    )
+    verdict = "it is the answer" if found.chosen else "not better beyond doubt: the winner stays the answer"
+    return [
+        f"Ensemble of {len(found.members)} heads, {len(found.networks)} network(s): {found.metric} {value} "
+        f"(95 % interval {low} to {high}, on images that did not pick it), against the winner {gain} "
+        f"(95 % interval {least} to {most}): {verdict}"
+    ]
 
 
 def leaderboard_table(board: pd.DataFrame, metric: str, names: Sequence[str]) -> Table:
@@ -205,8 +223,12 @@ def number_text(value: float, metric: str) -> str:
     """Shares as per cent, everything else with four digits."""
     if value != value:  # nan: nothing to compare, as the spread over one fold
         return "–"
-    share = metric in ("accuracy", "balanced_accuracy", "hamming_accuracy")
-    return f"{value * 100:.2f} %" if share else f"{value:.4f}"
+    return f"{value * 100:.2f} %" if is_share(metric) else f"{value:.4f}"
+
+
+def is_share(metric: str) -> bool:
+    """Whether a metric is said in per cent."""
+    return metric in ("accuracy", "balanced_accuracy", "hamming_accuracy")
 
 
 def bytes_text(count: float) -> str:

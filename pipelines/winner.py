@@ -3,12 +3,13 @@
 import dataclasses
 import datetime
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from headrace.cache import FeatureSet, HeadraceError, lease, publish_replace
@@ -17,12 +18,14 @@ from headrace.heads import (
     FULL,
     Task,
     all_metrics,
+    average,
     load_rows,
     metric_interval,
     predict_head,
     read_bank,
     save_head,
     spec_from_json,
+    with_temperature,
 )
 
 # Of the test images' hashes, kept with each opening to recognise the same images under another table.
@@ -93,14 +96,52 @@ def open_test(
     Another winner on the same test images is another opening: the more winners have been shown a test split, the less
     its score means, and so the count is part of the result.
     """
-    winner_is = {
+    winner_is = {"train": train_digest, "test": test.digest, **_identity(winner, features)}
+    return _opened(openings, winner_is, test, metric, lambda: predict_test(winner, features, test))
+
+
+def open_ensemble_test(
+    openings: Path,
+    members: Sequence[tuple[float, pd.Series, Sequence[FeatureSet]]],
+    temperature: float,
+    test: Task,
+    train_digest: str,
+    metric: str,
+) -> TestResult:
+    """As `open_test`, for an ensemble of (weight, row of the leaderboard, its features)."""
+    ensemble_is = {
         "train": train_digest,
         "test": test.digest,
+        "ensemble": [{"weight": weight, **_identity(row, features)} for weight, row, features in members],
+        "temperature": temperature,
+    }
+
+    def predict() -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        found = [predict_test(row, features, test) for _, row, features in members]
+        weights = np.array([weight for weight, _, _ in members])
+        mean = average(weights, np.stack([predicted for _, predicted in found]))
+        return found[0][0], with_temperature(test.kind, mean, temperature)
+
+    return _opened(openings, ensemble_is, test, metric, predict)
+
+
+def _identity(winner: pd.Series, features: Sequence[FeatureSet]) -> dict[str, Any]:
+    return {
         "features": [feature.spec.fingerprint for feature in features],
         "bank": Path(winner["path"]).name,
         "inputs": list(winner["inputs"]),
         "spec": winner["spec"],
     }
+
+
+def _opened(
+    openings: Path,
+    winner_is: Mapping[str, Any],
+    test: Task,
+    metric: str,
+    predict: Callable[[], tuple[npt.NDArray[Any], npt.NDArray[Any]]],
+) -> TestResult:
+    """The record of this opening; if there is none, `predict` gives targets and predictions, and it is made."""
     with lease(openings.with_suffix(".lock")):  # two runs that end at once both count
         past = [opening for opening in _read_openings(openings) if _overlaps(opening, test)]
         same = [opening for opening in past if opening["winner"] == winner_is]
@@ -110,7 +151,10 @@ def open_test(
         for opening in same:
             if opening["result"]["metric"] == metric:
                 return TestResult(openings=len(others) + 1, **opening["result"])
-        result = _score(winner, features, test, metric, openings=len(others) + 1)
+        target, predicted = predict()
+        metrics = all_metrics(test.kind, target, predicted)
+        low, high = metric_interval(test.kind, target, predicted, metric)
+        result = TestResult(metric, metrics[metric], low, high, len(target), len(others) + 1, metrics)
         opening = {
             "winner": winner_is,
             "opened": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -122,16 +166,15 @@ def open_test(
     return result
 
 
-def _score(winner: pd.Series, features: Sequence[FeatureSet], test: Task, metric: str, *, openings: int) -> TestResult:
+def predict_test(
+    winner: pd.Series, features: Sequence[FeatureSet], test: Task
+) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """The targets (n,) and the winner's predictions (n, C) of the test rows. Whoever shows them records an opening first."""
     spec = spec_from_json(winner["spec"])
     arrays = read_bank(winner["path"]).arrays(winner["spec"], FULL)
     X, kept = load_rows(features, test.content, spatial=spec.kind == "conv")
-    target = test.target[kept]
     views = X if X.ndim in (3, 5) else X[None]  # (V, n, D) or (V, n, channels, h, w): several are averaged
-    probabilities = np.mean([predict_head(spec, arrays, view, test.kind) for view in views], axis=0)
-    metrics = all_metrics(test.kind, target, probabilities)
-    low, high = metric_interval(test.kind, target, probabilities, metric)
-    return TestResult(metric, metrics[metric], low, high, len(target), openings, metrics)
+    return test.target[kept], np.mean([predict_head(spec, arrays, view, test.kind) for view in views], axis=0)
 
 
 def _sketch(test: Task) -> list[str]:

@@ -1,11 +1,11 @@
 """The winner's corrected score is honest where the raw one is not, and the best head is among those not told apart."""
 
 import numpy as np
-import pandas as pd
 import pytest
+from evidence_cases import stored
 from scipy.stats import binomtest
 
-from headrace.heads import FULL, HeadFit, RidgeSpec, Task, all_metrics, results_bytes, spec_to_json
+from headrace.heads import Task
 from headrace.pipelines.evidence.predictions import held_out, read_predictions
 from headrace.pipelines.evidence.selection import (
     assess_selection,
@@ -92,35 +92,6 @@ def test_ties_go_to_the_cheaper_head():
     """Not to the one that the left-out rows favour."""
     inside, outside = np.full((2, 4), 0.9), np.array([[1.0] * 4, [0.5] * 4])
     assert chosen_scores(inside, outside, np.array([8, 4])).tolist() == [0.5] * 4
-
-
-def stored(tmp_path, kind, metric, heads=6, rows=80):
-    """A leaderboard of made heads, some better than others, with their results file."""
-    rng = np.random.default_rng(0)
-    if kind == "regression":
-        target = rng.normal(size=(rows, 2))
-        outputs = [target + rng.normal(0, 0.3 + 0.1 * k, target.shape) for k in range(heads)]
-    else:
-        target = rng.integers(0, 2, rows) if kind == "single" else rng.integers(0, 2, (rows, 2))
-        sides = np.eye(2)[target] if kind == "single" else target
-        outputs = [np.clip(sides + rng.normal(0, 0.4 + 0.1 * k, (rows, 2)), 0.01, 0.99) for k in range(heads)]
-    names = [f"{i:032x}" for i in range(rows)]
-    fold = (np.arange(rows) % 4).astype(np.int16)
-    fold[:8] = -2  # only trains
-    task = Task(kind, ("a", "b"), np.array(names), np.array(names, "S32"), target, fold, np.ones(rows))
-    fits, metrics, board = [], [], []
-    for k, output in enumerate(outputs):
-        spec = RidgeSpec(alpha=float(k + 1))
-        own = []
-        for number in [0, 1, 2, 3, FULL]:
-            held = output[fold == number].astype(np.float32) if number >= 0 else None
-            fits.append(HeadFit(spec, number, {}, 0.0, 0.0, 1, 0.0, held))
-            metrics.append({} if held is None else all_metrics(kind, target[fold == number], held))
-            own += [metrics[-1][metric]] if held is not None else []
-        board.append({metric: np.mean(own), "features": 8 - k, "spec": spec_to_json(spec), "path": tmp_path / "b.h5"})
-    (tmp_path / "b.h5").write_bytes(results_bytes(task, task.digest, fits, metrics, features=[], dropped=[]))
-    board = pd.DataFrame(board).sort_values(metric, ascending=metric in ("log_loss", "rmse"), ignore_index=True)
-    return board.assign(rank=np.arange(1, heads + 1), path=board["path"].astype(str)), task
 
 
 @pytest.mark.parametrize(

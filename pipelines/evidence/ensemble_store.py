@@ -1,0 +1,79 @@
+"""The ensemble as a model directory: ensemble.json, and each member as a model directory of its own. No pickle."""
+
+import contextlib
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from headrace.cache import FeatureSet, open_feature_set, publish_replace
+from headrace.extract import BackboneSpec
+from headrace.heads import Task
+from headrace.pipelines.evidence.ensemble import Ensemble
+from headrace.pipelines.winner import TestResult, open_ensemble_test, save_winner
+
+FORMAT = 1
+DESCRIPTION = "ensemble.json"
+
+
+def save_ensemble(
+    directory: Path,
+    ensemble: Ensemble,
+    directories: Mapping[str, Sequence[Path]],
+    backbones: Mapping[str, BackboneSpec | None],
+    task: Task,
+) -> Path:
+    """Write the members, then ensemble.json, which names them, then remove members of an earlier ensemble.
+
+    directories, backbones: of the feature sets by name. Returns the path of ensemble.json.
+    """
+    members = []
+    for member in ensemble.members:
+        row = member.row
+        key = hashlib.sha256(f"{Path(row['path']).name} {row['spec']}".encode()).hexdigest()[:16]
+        features = _features(row, directories)
+        made_by = [backbones[name] for name in row["inputs"] for _ in directories[name]]
+        save_winner(directory / "members" / key, row, features, made_by, task, ensemble.metric)
+        members.append(
+            {
+                "model": f"members/{key}",
+                "weight": member.weight,
+                "rank": int(row["rank"]),
+                "inputs": list(row["inputs"]),
+                "kind": row["kind"],
+                "settings": row["settings"],
+                "networks": list(member.networks),
+            }
+        )
+    description = {
+        "format": FORMAT,
+        "kind": "ensemble",
+        "members": members,
+        "temperature": ensemble.temperature,
+        "task_kind": task.kind,
+        "classes": list(task.classes),
+        "metrics": {f"validation_{name}": value for name, value in ensemble.metrics.items() if value == value},
+        "nested": ensemble.summary(),
+    }
+    path = directory / DESCRIPTION
+    publish_replace(path, json.dumps(description, indent=2).encode())
+    for old in (directory / "members").iterdir():
+        if f"members/{old.name}" not in {member["model"] for member in members}:
+            with contextlib.suppress(OSError):  # it only takes space
+                shutil.rmtree(old)
+    return path
+
+
+def show_test(
+    openings: Path, ensemble: Ensemble, directories: Mapping[str, Sequence[Path]], test: Task, train_digest: str
+) -> TestResult:
+    """Show the ensemble the test split, once and on record."""
+    members = [(member.weight, member.row, _features(member.row, directories)) for member in ensemble.members]
+    return open_ensemble_test(openings, members, ensemble.temperature, test, train_digest, ensemble.metric)
+
+
+def _features(row: pd.Series, directories: Mapping[str, Sequence[Path]]) -> list[FeatureSet]:
+    return [open_feature_set(path) for name in row["inputs"] for path in directories[name]]

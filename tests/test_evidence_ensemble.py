@@ -1,0 +1,157 @@
+"""The ensemble of a run: honest about itself, chosen only when it is better, stored as a model directory."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from evidence_cases import store_taps, stored, task_of
+
+from headrace.extract import BackboneSpec
+from headrace.heads import (
+    BankJob,
+    LogisticSpec,
+    RidgeSpec,
+    Task,
+    load_head,
+    read_bank,
+    save_task,
+    score,
+    spec_to_json,
+    train_bank,
+    with_temperature,
+)
+from headrace.pipelines.evidence.ensemble import Ensemble, Member, build_ensemble
+from headrace.pipelines.evidence.ensemble_store import save_ensemble, show_test
+from headrace.pipelines.evidence.predictions import held_out
+from headrace.pipelines.recipe import EnsembleSection
+
+ROWS = 240
+
+
+def independent_heads(rng, heads, strength):
+    """Probabilities (K, N, 2) of heads whose errors are independent; at strength 0 they know nothing."""
+    target = rng.integers(0, 2, ROWS)
+    logit = strength * (2 * target - 1) + rng.normal(0, 1, (heads, ROWS))
+    second = 1 / (1 + np.exp(-1.5 * logit))
+    return target, [np.stack([1 - p, p], axis=1) for p in second]
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "log_loss", "auc"])
+def test_heads_that_err_apart_are_combined(tmp_path, metric):
+    """Better beyond doubt on rows that did not pick it, and so it is the answer."""
+    target, outputs = independent_heads(np.random.default_rng(0), 8, 0.8)
+    board, task = stored(tmp_path, "single", metric, outputs, target)
+    found = build_ensemble(board, held_out(task), metric, EnsembleSection())
+    assert found.chosen
+    assert found.gain_low > 0
+    assert len(found.members) >= 4
+    assert sum(member.weight for member in found.members) == pytest.approx(1)
+    assert found.single == pytest.approx(board[metric].iloc[0], abs=1e-6)
+    assert found.low < found.value < found.high
+    assert found.networks == ("b (00000000/44136fa3)",)
+
+
+def test_heads_that_know_nothing_are_not_combined(tmp_path):
+    """Thirty of them, in five worlds: an ensemble fits their noise, its nested score knows that it is worth nothing, and
+    it is never the answer."""
+    values = []
+    for seed in range(5):
+        target, outputs = independent_heads(np.random.default_rng(seed), 30, 0.0)
+        board, task = stored(tmp_path, "single", "accuracy", outputs, target)
+        found = build_ensemble(board, held_out(task), "accuracy", EnsembleSection())
+        assert not found.chosen
+        values.append(found.value)
+        held = held_out(task)
+        inside = np.stack([outputs[int(json.loads(member.row["spec"])["alpha"]) - 1] for member in found.members])
+        weights = [member.weight for member in found.members]
+        assert score("single", held.target, np.tensordot(weights, inside, 1)[held.rows], "accuracy") > found.value
+    assert np.mean(values) == pytest.approx(0.5, abs=3 * 0.5 / np.sqrt(5 * ROWS))
+
+
+@pytest.mark.parametrize(("kind", "metric"), [("multi", "average_precision"), ("regression", "r2")])
+def test_other_tasks(tmp_path, kind, metric):
+    """Several labels, several numbers; two folds only, so that the parts are the ensemble's own."""
+    rng = np.random.default_rng(0)
+    target = rng.integers(0, 2, (ROWS, 2)) if kind == "multi" else rng.normal(size=(ROWS, 2))
+    outputs = [target + rng.normal(0, 0.7, target.shape) for _ in range(6)]
+    outputs = [1 / (1 + np.exp(-4 * (each - 0.5))) for each in outputs] if kind == "multi" else outputs
+    board, task = stored(tmp_path, kind, metric, outputs, target, folds=2)
+    found = build_ensemble(board, held_out(task), metric, EnsembleSection(members=4))
+    assert found.chosen
+    assert 1 < len(found.members) <= 4
+    assert found.value == pytest.approx(found.metrics[metric], abs=0.05)
+
+
+def test_the_same_call_gives_the_same_ensemble(tmp_path):
+    """And one head makes none."""
+    target, outputs = independent_heads(np.random.default_rng(0), 8, 0.8)
+    board, task = stored(tmp_path, "single", "accuracy", outputs, target)
+    first, again = (build_ensemble(board, held_out(task), "accuracy", EnsembleSection()) for _ in range(2))
+    assert first.summary() == again.summary()
+    assert build_ensemble(board.head(1), held_out(task), "accuracy", EnsembleSection()) is None
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Two banks on two taps: the task, the test rows, the feature sets, and rows of a leaderboard."""
+    folder = tmp_path_factory.mktemp("trained")
+    rng = np.random.default_rng(0)
+    target = rng.integers(0, 3, ROWS)
+    taps = {f"{name}.avg": np.eye(3)[target] @ rng.normal(size=(3, 6)) + rng.normal(0, 1.5, (ROWS, 6)) for name in "ab"}
+    directories = store_taps(folder / "cache", taps)
+    whole = task_of(target)
+    rows = np.arange(ROWS) < 180
+    train, test = (Task(whole.kind, whole.classes, *[getattr(whole, name)[keep] for name in
+                   ("ids", "content", "target", "fold", "weight")]) for keep in (rows, ~rows))  # fmt: skip
+    save_task(train, folder / "task.npz")
+    board = []
+    for name, spec in (("a.avg", LogisticSpec(0.1)), ("b.avg", RidgeSpec(1.0))):
+        path = str(folder / f"{name}.h5")
+        train_bank(BankJob(str(folder / "task.npz"), (str(directories[name][0]),), (spec,), path))
+        board.append({"inputs": (name,), "kind": spec.kind, "settings": "", "spec": spec_to_json(spec), "path": path})
+    return folder, taps, directories, train, test, pd.DataFrame(board).assign(rank=[1, 2], accuracy=0.5, features=6)
+
+
+def combined(board, weights, metric="accuracy"):
+    members = tuple(Member(weight, row, ("b",)) for weight, (_, row) in zip(weights, board.iterrows(), strict=True))
+    numbers = dict.fromkeys(("value", "low", "high", "single", "gain", "gain_low", "gain_high", "sure"), 0.5)
+    return Ensemble(metric, members, 1.5, 2, 180, **numbers, chosen=True, metrics={metric: 0.5})
+
+
+def test_the_stored_ensemble_predicts_what_was_tested(trained):
+    """From its directory alone: the members' heads, weights and temperature give the score on record. A second call reads
+    the record, and another ensemble is another opening."""
+    folder, taps, directories, train, test, board = trained
+    backbones = dict.fromkeys(directories, BackboneSpec("torchvision:resnet18", weights="random:0"))
+    ensemble = combined(board, (0.25, 0.75))
+    path = save_ensemble(folder / "ensemble", ensemble, directories, backbones, train)
+    described = json.loads(path.read_text())
+    assert (described["format"], described["kind"], described["task_kind"]) == (1, "ensemble", "single")
+    heads = [(load_head(path.parent / member["model"]), member) for member in described["members"]]
+    assert [head.backbones[0]["name"] for head, _ in heads] == ["torchvision:resnet18"] * 2
+    mean = sum(
+        member["weight"] * head.predict_proba(taps[member["inputs"][0]][180:].astype(np.float32))
+        for head, member in heads
+    )
+    predicted = with_temperature("single", mean, described["temperature"])
+    openings = folder / "openings.jsonl"
+    result = show_test(openings, ensemble, directories, test, train.digest)
+    assert result.metrics["accuracy"] == score("single", test.target, predicted, "accuracy")
+    assert result.metrics["log_loss"] == pytest.approx(score("single", test.target, predicted, "log_loss"), rel=1e-5)
+    assert show_test(openings, ensemble, directories, test, train.digest) == result
+    assert len(openings.read_text().splitlines()) == 1
+    other = show_test(openings, combined(board, (0.5, 0.5)), directories, test, train.digest)
+    assert other.openings == 2
+
+
+def test_members_that_left_are_removed(trained):
+    """What lies in the directory is what ensemble.json names."""
+    folder, _, directories, train, _, board = trained
+    backbones = dict.fromkeys(directories)
+    save_ensemble(folder / "smaller", combined(board, (0.25, 0.75)), directories, backbones, train)
+    path = save_ensemble(folder / "smaller", combined(board.head(1), (1.0,)), directories, backbones, train)
+    (member,) = json.loads(path.read_text())["members"]
+    assert [each.name for each in (folder / "smaller" / "members").iterdir()] == [member["model"].split("/")[1]]
+    assert load_head(path.parent / member["model"]).spec == LogisticSpec(0.1)
+    assert read_bank(board["path"][0]).task == train.digest
