@@ -9,7 +9,7 @@ FILES := $(sort $(filter-out %.pyc,$(wildcard $(FOLDERS:%=%/*.py) $(FOLDERS:%=%/
 STATE := $(shell (echo $(FILES); cat pyproject.toml constraints.txt) | cksum | cut -d' ' -f1)
 INSTALL = $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -c constraints.txt --config-settings editable_mode=strict
 
-.PHONY: demo test quick lint types wheel dev bench clean help
+.PHONY: demo test quick lint types docs wheel dev bench clean help
 
 help:            ## list the words
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -33,6 +33,10 @@ types: dev                      ## mypy, strict
 
 dev: $(VENV)/.dev-$(STATE)      ## the environment for development
 
+docs: dev                       ## the site: docs/_site/index.html; its generated pages are written again first
+	$(BIN)/python docs/generate.py
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_site
+
 wheel: dev                      ## build the wheel, install it into a clean environment, try it from another folder
 	sh tests/try_wheel.sh $(BIN)
 
@@ -51,7 +55,7 @@ $(VENV)/.demo-$(STATE): $(BIN)/uv
 
 $(VENV)/.dev-$(STATE): $(BIN)/uv
 	@echo "Installing headrace for development into $(VENV) (about 5 GB, most of it torch)"
-	$(INSTALL) -e '.[demo,dev]'
+	$(INSTALL) -e '.[demo,dev,docs]'
 	@touch $@ $(VENV)/.demo-$(STATE)
 
 clean:                          ## remove the environment and everything built

@@ -52,6 +52,11 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
 
 
+def __dir__() -> list[str]:
+    """For tab completion: the names that are imported when first used too."""
+    return __all__
+
+
 __all__ = [
     "IMAGE_SUFFIXES",
     "SPLIT_WORDS",

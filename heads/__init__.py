@@ -69,6 +69,11 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'headrace.heads' has no attribute {name!r}")
 
 
+def __dir__() -> list[str]:
+    """For tab completion: the names that are imported when first used too."""
+    return __all__
+
+
 __all__ = [
     "DEFAULT_METRIC",
     "FULL",
