@@ -64,7 +64,7 @@ class TaskSection(_Model):
     fold: str | None = None  # a column with fold numbers
     test_fraction: Fraction = 0.25
     folds: Annotated[int, pydantic.Field(ge=2, le=100)] = 5
-    metric: str | None = None  # default: accuracy, macro AUC, or R²
+    metric: str | None = None  # default: accuracy (single), average_precision (multi), r2 (regression)
     seed: Seed = 0
 
     @pydantic.field_validator("target")

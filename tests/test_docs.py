@@ -97,7 +97,9 @@ def test_every_public_name_is_documented_and_every_documented_one_is_public(site
     names = {name for kind, names in inventory.items() if kind.startswith("py:") for name in names}
     # Without what stands below a name, and without the places where the code of these names lies.
     documented = {name.removeprefix(f"{module}.") for name in names if re.fullmatch(rf"{module}\.\w+", name)}
-    assert documented == set(importlib.import_module(module).__all__)
+    public = set(importlib.import_module(module).__all__)
+    page = f"docs/reference/python/{package}.md"
+    assert documented == public, f"a constant needs a line of its own in {page}: {sorted(public - documented)}"
 
 
 def helped():
