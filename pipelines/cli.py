@@ -12,6 +12,7 @@ from rich.console import Console
 from headrace.cache import HeadraceError
 from headrace.pipelines.backbone_commands import backbones_command
 from headrace.pipelines.cache_commands import app as cache_app
+from headrace.pipelines.deliver.commands import predict_command
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -103,6 +104,9 @@ def init(
     console = _console()
     finding = write_recipe(source, out, force=force)
     _say(console, f"Found {finding.sentence}. Wrote {out}.\nNext: headrace run {out} --dry-run")
+
+
+app.command("predict")(predict_command)
 
 
 def _run(

@@ -46,6 +46,7 @@ class Predicted:
     rows: list[int]
     probabilities: Floats  # (len(rows), C)
     failed: list[tuple[int, str]]  # (row, reason)
+    unread: frozenset[int] = frozenset()  # rows among the failed whose file could not be read; another time it may be
 
 
 @dataclass(frozen=True)
@@ -95,13 +96,14 @@ def predict_batch(engine: Engine, batch: Batch) -> Predicted:
             features[spec] = output
     good = [place for place in range(len(batch.rows)) if place not in bad]
     failed = [*batch.undecodable, *batch.unread, *((batch.rows[place], reason) for place, reason in bad.items())]
+    unread = frozenset(row for row, _ in batch.unread)
     if not good:
-        return Predicted([], np.empty((0, len(engine.model.classes)), np.float32), sorted(failed))
+        return Predicted([], np.empty((0, len(engine.model.classes)), np.float32), sorted(failed), unread)
     stored = {spec: as_stored(output[good], spec.dtype) for spec, output in features.items()}
     parts = [
         predict_head(member, head, stored) for member, head in zip(engine.model.members, engine.heads, strict=True)
     ]
-    return Predicted([batch.rows[place] for place in good], np.mean(parts, axis=0), sorted(failed))
+    return Predicted([batch.rows[place] for place in good], np.mean(parts, axis=0), sorted(failed), unread)
 
 
 def predict_samples(engine: Engine, samples: Sequence[Sample], threads: int) -> Iterator[Predicted]:

@@ -1,0 +1,103 @@
+"""`headrace predict` and `headrace export`."""
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from headrace.cache import HeadraceError
+
+
+class TableFormat(StrEnum):
+    """What `headrace predict` writes."""
+
+    csv = "csv"
+    parquet = "parquet"
+    jsonl = "jsonl"
+
+
+class OutputError(HeadraceError, ValueError):
+    """The output cannot be written as asked."""
+
+
+ModelArgument = Annotated[
+    Path, typer.Argument(help="A run directory (its winner is used), a model directory, or what headrace export wrote.")
+]
+DeviceOption = Annotated[str, typer.Option(help="Where the networks run: auto, cpu, cuda or cuda:N.")]
+
+
+def predict_command(
+    model: ModelArgument,
+    images: Annotated[
+        list[str],
+        typer.Argument(help="Image files, folders, tables with a path column, .tar archives, .npy/.npz/.h5 arrays."),
+    ],
+    out: Annotated[
+        str, typer.Option("--out", "-o", help="The table to write (.csv, .parquet, .jsonl); - is the screen.")
+    ] = "predictions.csv",
+    kind: Annotated[TableFormat | None, typer.Option("--format", help="Default: as --out's name ends.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a table that is there.")] = False,
+    path_column: Annotated[str, typer.Option(help="The column of a table that holds the paths.")] = "path",
+    root: Annotated[
+        Path | None, typer.Option(help="Where a table's relative paths start; default: the table's folder.")
+    ] = None,
+    array_key: Annotated[str | None, typer.Option(help="Which array of a .npz or .h5 file holds the images.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Worker processes; default: one per core.", min=1)] = None,
+    device: DeviceOption = "auto",
+) -> None:
+    """Predict the class of images, with probabilities: one row per image, in the order given.
+
+    Interrupted at any moment, the same command goes on where it was. An image that cannot be decoded has its reason in
+    its row. Example: headrace predict headrace-runs/recipe new-photos/ --out predictions.csv
+    """
+    chosen = _format(out, kind)
+    from headrace.pipelines.deliver.bulk import predict_stream, predict_table
+    from headrace.pipelines.deliver.listing import list_images
+    from headrace.pipelines.deliver.model import load_model
+    from headrace.pipelines.prepare import find_device
+
+    loaded = load_model(model)
+    listed = list_images(images, path_column=path_column, root=root, array_key=array_key)
+    console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+    where = find_device(device)
+    try:
+        if out == "-":
+            summary = predict_stream(loaded, listed, sys.stdout, chosen, device=where, console=Console(quiet=True))
+        else:
+            summary = predict_table(
+                loaded, listed, Path(out), chosen, force=force, workers=workers, device=where, console=console
+            )
+    except KeyboardInterrupt:
+        console.print("\nInterrupted. What is finished is kept; the same command goes on from here.")
+        raise typer.Exit(130) from None
+    said = f"{summary.images:,} images"
+    if summary.new < summary.images:
+        said += f", {summary.new:,} of them predicted now"
+    if summary.counts:
+        common = sorted(summary.counts.items(), key=lambda item: -item[1])
+        said += ": " + ", ".join(f"{count:,} {name}" for name, count in common[:10] if count)
+    if summary.failed:
+        said += f". {summary.failed:,} could not be used: the column `error` says why"
+    console.print(said if out == "-" else f"{said}. Wrote {out}")
+    if summary.failed == summary.images:
+        raise typer.Exit(1)
+
+
+def _format(out: str, kind: TableFormat | None) -> str:
+    from headrace.pipelines.deliver.tables import FORMATS
+
+    if out == "-":
+        if kind is TableFormat.parquet:
+            raise OutputError("Parquet is no text for a screen: give a file with --out, or --format csv or jsonl")
+        return kind.value if kind else "csv"
+    suffix = Path(out).suffix.lower()
+    if kind is None and suffix not in FORMATS:
+        raise OutputError(f"--out {out}: expected a name that ends in {', '.join(FORMATS)}, or --format")
+    if Path(out).is_dir():
+        raise OutputError(
+            f"--out {out} is a folder; expected the name of a file, such as {out.rstrip('/')}/predictions.csv"
+        )
+    return kind.value if kind else FORMATS[suffix]
