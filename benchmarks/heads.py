@@ -1,4 +1,4 @@
-"""Every benchmark of heads by one name: `python benchmarks/heads.py --case NAME [--quick]`.
+"""Every benchmark of heads by one name: `python benchmarks/heads.py [--case NAME] [--quick]`; without a name, all of them.
 
 Linear cases are in heads_linear.py, networks and neighbours in heads_mlp.py; each runs in a process of its own, so that
 none warms the caches or the thread pools of another. The last line is JSON: {measure: figure}.
@@ -17,12 +17,17 @@ CASES = {
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", required=True, choices=[case for cases in CASES.values() for case in cases])
+    every = [case for cases in CASES.values() for case in cases]
+    parser.add_argument("--case", choices=every, action="append", help="only these (default: all)")
     parser.add_argument("--quick", action="store_true", help="smaller samples of the slow side")
     options = parser.parse_args()
-    script = next(name for name, cases in CASES.items() if options.case in cases)
-    command = [sys.executable, str(Path(__file__).with_name(script)), "--case", options.case]
-    return subprocess.run([*command, "--quick"] if options.quick else command, check=False).returncode
+    for case in options.case or every:
+        script = next(name for name, cases in CASES.items() if case in cases)
+        command = [sys.executable, str(Path(__file__).with_name(script)), "--case", case]
+        done = subprocess.run([*command, "--quick"] if options.quick else command, check=False)
+        if done.returncode:
+            return done.returncode
+    return 0
 
 
 if __name__ == "__main__":

@@ -165,6 +165,13 @@ class FeatureSet:
             _check_out(out, len(positions), self.spec.shape)
         return self._reader.gather(positions, wanted, out)
 
+    def prefetch(self, rows: Indices) -> None:
+        """Have the operating system read rows at these positions from the disk, without waiting for them.
+
+        Nothing happens for a set that stays in memory anyway, nor for compressed shards.
+        """
+        self._reader.prefetch(self._positions(rows))
+
     def __getitem__(self, key: Any) -> npt.NDArray[Any]:
         """Rows by position, slice, list or boolean mask, in `dtype`; a tuple goes on into the rows."""
         key, *rest = key if isinstance(key, tuple) else (key,)

@@ -5,6 +5,7 @@ N rows, V views, D features, C outputs.
 
 import dataclasses
 import json
+import os
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -19,11 +20,17 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from headrace.cache.errors import HeadraceError
 from headrace.cache.feature_set import open_feature_set
 from headrace.cache.files import publish_bytes
-from headrace.heads.features import load_rows
+from headrace.heads.features import load_rows, loaded_bytes, stream_rows
 from headrace.heads.metrics import all_metrics
 from headrace.heads.results import read_bank, results_bytes
 from headrace.heads.spec import FULL, ConvSpec, Halving, HeadFit, HeadSpec, MLPSpec
+from headrace.heads.standardize import Features
+from headrace.heads.streamed import Streamed
 from headrace.heads.task import Task, load_task
+
+# What a bank needs beside the features themselves, as a multiple of them: a logistic bank keeps a rotated copy and, while
+# it is made, a scaled one; a neighbour search a centred one and the training rows of a fold.
+COPIES = {"logistic": 3, "knn": 3}
 
 
 class BadBank(HeadraceError, ValueError):
@@ -42,6 +49,7 @@ class BankJob:
     device: str = "cpu"
     full: bool = True  # also train each spec on all rows
     halving: Halving | None = None  # mlp, conv: stop the losers early; they get no head trained on all rows
+    memory_bytes: int | None = None  # features that need more are streamed from their shards; None: `worker_memory`
 
 
 def train_bank(job: BankJob) -> dict[str, Any]:
@@ -74,7 +82,7 @@ def train_bank(job: BankJob) -> dict[str, Any]:
 
 def _train(job: BankJob, kind: str) -> None:
     task = load_task(Path(job.task))
-    X, kept = load_rows(job.features, task.content, spatial=kind == "conv")
+    X, kept = _rows(job, task, kind)
     if not kept.any():
         raise BadBank(
             f"none of the {len(kept)} images of {job.task} has features: look at the reasons with `headrace cache`"
@@ -94,6 +102,27 @@ def _train(job: BankJob, kind: str) -> None:
     publish_bytes(Path(job.result), data)
 
 
+def _rows(job: BankJob, task: Task, kind: str) -> tuple[Features, npt.NDArray[np.bool_]]:
+    """The features of the task's rows, loaded if there is room for what the bank makes of them, else streamed."""
+    sets = [open_feature_set(directory) for directory in job.features]
+    needed = loaded_bytes(sets, len(task.ids)) * COPIES.get(kind, 1)
+    room = worker_memory() if job.memory_bytes is None else job.memory_bytes
+    # An estimator of scikit-learn's takes an array, and nothing else.
+    read = stream_rows if needed > room and kind != "sklearn" else load_rows
+    return read(sets, task.content, spatial=kind == "conv")
+
+
+def worker_memory() -> int:
+    """Bytes that one worker may fill with features: half of its share of the machine, or of its container."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            total = min(total, int(Path(limit).read_text()))
+        except (OSError, ValueError):  # no such file, or "max"
+            continue
+    return total // (2 * (os.cpu_count() or 1))
+
+
 def take_rows(task: Task, kept: npt.NDArray[np.bool_]) -> Task:
     """The task with only some of its rows."""
     return Task(
@@ -108,7 +137,7 @@ def take_rows(task: Task, kept: npt.NDArray[np.bool_]) -> Task:
 
 
 def fit_bank(
-    X: npt.NDArray[Any],
+    X: Features,
     task: Task,
     specs: Sequence[HeadSpec],
     *,
@@ -117,7 +146,7 @@ def fit_bank(
     device: str = "cpu",
     halving: Halving | None = None,
 ) -> list[HeadFit]:
-    """Train specs of one kind on features X (N, D), (V, N, D) with views, or maps; every head comes back.
+    """Train specs of one kind on features X (N, D), (V, N, D) with views, maps, or streamed rows; every head comes back.
 
     A bank that raises is trained again spec by spec, so that the guilty one is alone in failing; a head whose
     predictions are not finite has failed.
@@ -162,7 +191,7 @@ def _finite(fit: HeadFit) -> HeadFit:
 
 
 def _fitter(
-    X: npt.NDArray[Any], task: Task, *, full: bool, threads: int, device: str, halving: Halving | None
+    X: Features, task: Task, *, full: bool, threads: int, device: str, halving: Halving | None
 ) -> Callable[[Sequence[HeadSpec]], list[HeadFit]]:
     """What trains specs on this task. Modules are imported here, so that a linear bank doesn't import torch."""
     common: dict[str, Any] = {"n_classes": len(task.classes), "full": full}
@@ -187,8 +216,12 @@ def _fitter(
             from headrace.heads.conv import fit_conv_bank
 
             return fit_conv_bank(X, task.target, specs=cast(Sequence[ConvSpec], specs), **common_here)
-        views = len(X) if X.ndim == 3 else 1
-        rows, repeat = X.reshape(-1, X.shape[-1]), np.tile(np.arange(len(task.fold)), views)
+        rows: Features
+        if isinstance(X, Streamed):
+            views, rows = X.views, X
+        else:
+            views, rows = len(X) if X.ndim == 3 else 1, X.reshape(-1, X.shape[-1])
+        repeat = np.tile(np.arange(len(task.fold)), views)
         common_here = common | {"fold": task.fold[repeat], "specs": specs}
         # Each view of a row counts as a share of the row, so that strengths mean the same whatever the number of views.
         common_here["sample_weight"] = task.weight[repeat] / views

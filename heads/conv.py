@@ -17,9 +17,10 @@ from headrace.heads.conv_batch import ConvBatch, random_start
 from headrace.heads.metrics import TaskKind
 from headrace.heads.mlp_batch import Network
 from headrace.heads.mlp_data import FoldData
-from headrace.heads.networks import Family, fit_networks
+from headrace.heads.networks import Family, fit_networks, stack
 from headrace.heads.predict import Arrays, CannotPredict, link
 from headrace.heads.spec import ConvSpec, Halving, HeadFit
+from headrace.heads.streamed import Streamed
 
 Floats = npt.NDArray[Any]
 
@@ -29,7 +30,7 @@ ROWS_AT_ONCE = 256
 
 
 def fit_conv_bank(
-    X: Floats,
+    X: Floats | Streamed,
     target: npt.NDArray[Any],
     *,
     n_classes: int,
@@ -46,11 +47,11 @@ def fit_conv_bank(
     Maps are standardised channel by channel. Heads of equal channels, hidden widths and batch size train side by side.
     Raises BadFeatures for features that are no maps or not finite.
     """
-    if X.ndim not in (4, 5):
+    if X.ndim not in ((4,) if isinstance(X, Streamed) else (4, 5)):
         raise BadFeatures(
             f"a convolution head needs maps (N, channels, h, w), found {X.shape}: give a tap like layer4.map"
         )
-    stacked = X if X.ndim == 5 else X[None]
+    stacked = stack(X, 4)
     channels, positions = stacked.shape[2], math.prod(stacked.shape[3:])
 
     def head_bytes(spec: ConvSpec) -> int:

@@ -8,11 +8,14 @@ The fold's own standardisation changes neither the rows nor the decision, only w
 deviations s_f of the fold's training rows the penalty is |W s_f|^2 = u' P u,  P = Q' diag(s_f/s)^2 Q (the intercept is
 free and absorbs every mean). So all folds share one copy of the rows and differ in P, which is near the identity.
 
+Rows that do not fit into memory are read from their shards on every pass instead, centred and scaled but not rotated: it
+is the weights that are rotated there and the gradients back, which costs as much as a few rows do.
+
 With fewer training rows than features each fold has its own, smaller design instead: by the representer theorem its
 weights lie in the span of its own standardised training rows, so D shrinks to the rank of those rows, exactly.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,12 +23,14 @@ import numpy.typing as npt
 import scipy.linalg
 
 from headrace.heads.spec import FULL
-from headrace.heads.standardize import Moments, chunks
+from headrace.heads.standardize import Features, Moments, chunks
+from headrace.heads.streamed import Streamed
 
 Array = npt.NDArray[Any]
 ROWS_PER_TILE = 1024  # a tile of 450 decisions by this many rows is 1.8 MB: it stays in the caches between two products
 
 
+ROWS_OF_A_BASIS = 1 << 15
 ROWS_WORTH_A_METRIC = 48
 BYTES_WORTH_A_SECOND_COPY = 1 << 29  # of rotated rows: beyond, memory is dearer than a faster layout
 
@@ -36,7 +41,7 @@ class Tile:
 
     group: int
     rows: npt.NDArray[np.intp]  # (n,) which rows of the task
-    values: Array  # (n, R + 1), the last column 1: the intercept's
+    values: Array  # (n, R + 1), the last column 1: the intercept's; empty where rows are streamed
     across: Array  # (R + 1, n), the same: BLAS multiplies 36 columns by it at 80 GF/s, by values.T at 48
     bounds: npt.NDArray[np.intp]  # (C + 1,) single label: class k is rows bounds[k]:bounds[k+1]
     labels: Array  # (L, n) 0/1: binary and multi-label
@@ -56,6 +61,8 @@ class Design:
     rotation: Array  # (D, R) orthonormal Q
     metrics: dict[int, Array]  # fold -> P (R, R), filled in when first needed
     unit: float  # unstandardised features are divided by this one number; 1 for standardised ones
+    source: Streamed | None = None  # where tiles read their rows on every pass
+    buffer: dict[int, Array] = field(default_factory=dict)  # rows of a tile -> room for its values
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -65,6 +72,32 @@ class Design:
     def width(self) -> int:
         """R + 1: rotated coordinates and the intercept."""
         return int(self.basis.shape[1]) + 1
+
+    def read(self, tile: Tile) -> tuple[Array, Array]:
+        """A tile's values (n, W) and the same across (W, n), the intercept's 1 last. W is R + 1; of a streamed tile it is
+        D + 1, before the rotation, and the arrays are overwritten by the next call."""
+        if self.source is None:
+            return tile.values, tile.across
+        n, dim = len(tile.rows), self.source.shape[1]
+        if n not in self.buffer:
+            self.buffer[n] = np.ones((n, dim + 1), self.dtype)
+            self.buffer[-n] = np.empty((n, dim), np.float32)
+        values, raw = self.buffer[n], self.source.read(tile.rows, self.buffer[-n])
+        np.subtract(raw, self.centre.astype(self.dtype), out=values[:, :-1])
+        values[:, :-1] *= self.factor.astype(self.dtype)
+        return values, values.T
+
+    def to_tiles(self, weights: Array) -> Array:
+        """Weights (k, R + 1) as tiles multiply them, (k, W)."""
+        if self.source is None:
+            return weights
+        return np.concatenate([weights[:, :-1] @ self.rotation.T, weights[:, -1:]], axis=1)
+
+    def from_tiles(self, gradients: Array) -> Array:
+        """Gradients (k, W), or rows, with respect to the R + 1 coordinates."""
+        if self.source is None:
+            return gradients
+        return np.concatenate([gradients[:, :-1] @ self.rotation, gradients[:, -1:]], axis=1)
 
     def penalised(self, u: Array, folds: Array) -> Array:
         """u P (A, C, R) for heads u (A, C, R) of the given folds (A,).
@@ -114,7 +147,7 @@ class Design:
 
 
 def make_design(
-    X: Array,
+    X: Features,
     groups: list[tuple[int, npt.NDArray[np.intp]]],
     scaling: dict[int, Moments],
     *,
@@ -128,12 +161,7 @@ def make_design(
     """
     folds = tuple(scaling)
     shared = len(folds) > 1
-    whole = scaling[FULL] if shared else scaling[folds[0]]
-    constant = whole.constant
-    # Unstandardised features still need a unit: one number for all of them keeps squares inside float32's range.
-    unit = 1.0 if standardize else float(whole.scale[~constant].max(initial=0.0)) or 1.0
-    scale = whole.scale if standardize else np.full(len(whole.mean), unit)
-    factor = np.where(constant, 0.0, 1.0 / scale)
+    whole, factor, ratio, unit = _coordinates(scaling, standardize=standardize, dtype=dtype)
     parts = [_scaled(X, rows, whole.mean, factor, dtype) for _, rows in groups]
     dim = X.shape[1]
     train = [part for (group, _), part in zip(groups, parts, strict=True) if shared or group != folds[0]]
@@ -151,12 +179,6 @@ def make_design(
         rotation = (stacked.T @ (left[:, keep] / np.sqrt(eigenvalues))).astype(dtype)
     rotation = np.ascontiguousarray(rotation[:, ::-1])  # the largest first
     del train
-    ratio = {}
-    if shared and standardize:
-        for fold in folds:
-            if fold != FULL:
-                own = np.where(scaling[fold].constant | constant, 1.0, scaling[fold].scale / scale)
-                ratio[fold] = own.astype(dtype)
     tiles = []
     twice = sum(len(rows) for _, rows in groups) * rotation.shape[1] * rotation.itemsize < BYTES_WORTH_A_SECOND_COPY
     for index, (group, rows) in enumerate(groups):
@@ -172,7 +194,57 @@ def make_design(
     return Design(tiles, folds, basis, whole.mean, factor, ratio, rotation, {}, unit)
 
 
-def _scaled(X: Array, rows: npt.NDArray[np.intp], mean: Array, factor: Array, dtype: Any) -> Array:
+def stream_design(
+    X: Streamed,
+    runs: list[tuple[int, npt.NDArray[np.intp]]],
+    scaling: dict[int, Moments],
+    *,
+    standardize: bool,
+    dtype: Any,
+) -> Design:
+    """As `make_design`, for rows (N, D) that are read again on every pass; `runs` are its tiles in the order of reading."""
+    whole, factor, ratio, unit = _coordinates(scaling, standardize=standardize, dtype=dtype)
+    # As the tiles subtract it: the intercepts then stand for the very numbers that were subtracted.
+    centre = whole.mean.astype(np.float32).astype(np.float64)
+    none = np.empty((0, 0), dtype)
+    tiles = [
+        Tile(group, rows, none, none, np.zeros(0, np.intp), np.zeros((0, len(rows))), None) for group, rows in runs
+    ]
+    dim = X.shape[1]
+    identity = np.eye(dim, dtype=dtype)
+    plain = Design(tiles, tuple(scaling), identity, centre, factor, ratio, identity, {}, unit, X)
+    # The basis is only a preconditioner here, and a sample of the rows shows it as well as all of them do.
+    total = sum(len(rows) for _, rows in runs)
+    every = max(total // max(ROWS_OF_A_BASIS, 16 * dim), 1)
+    gram = np.zeros((dim, dim), dtype)
+    for tile in tiles[::every]:
+        rows = plain.read(tile)[0][:, :-1]
+        gram += rows.T @ rows
+    _, rotation = scipy.linalg.eigh(gram, driver="evd", overwrite_a=True, check_finite=False)
+    rotation = np.ascontiguousarray(rotation[:, ::-1])
+    basis = rotation * factor.astype(dtype)[:, None]
+    return Design(tiles, tuple(scaling), basis, centre, factor, ratio, rotation, {}, unit, X, plain.buffer)
+
+
+def _coordinates(
+    scaling: dict[int, Moments], *, standardize: bool, dtype: Any
+) -> tuple[Moments, Array, dict[int, Array], float]:
+    """Moments that the rows are centred with, the factor that scales them, each fold's ratio, and the unit."""
+    shared = len(scaling) > 1
+    whole = scaling[FULL] if shared else next(iter(scaling.values()))
+    constant = whole.constant
+    # Unstandardised features still need a unit: one number for all of them keeps squares inside float32's range.
+    unit = 1.0 if standardize else float(whole.scale[~constant].max(initial=0.0)) or 1.0
+    scale = whole.scale if standardize else np.full(len(whole.mean), unit)
+    ratio = {}
+    if shared and standardize:
+        for fold, own in scaling.items():
+            if fold != FULL:
+                ratio[fold] = np.where(own.constant | constant, 1.0, own.scale / scale).astype(dtype)
+    return whole, np.where(constant, 0.0, 1.0 / scale), ratio, unit
+
+
+def _scaled(X: Features, rows: npt.NDArray[np.intp], mean: Array, factor: Array, dtype: Any) -> Array:
     """Rows of X, centred and scaled in float64 a few at a time, stored as `dtype`."""
     out = np.empty((len(rows), X.shape[1]), dtype)
     for where in chunks(np.arange(len(rows))):

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from headrace.cache.feature_set import FeatureSet, open_feature_set
 from headrace.heads.checks import BadFeatures
+from headrace.heads.streamed import Streamed, not_finite
 
 
 def load_rows(
@@ -27,6 +28,31 @@ def load_rows(
     Raises BadFeatures for a feature that is NaN or infinite, naming the feature set and the row; for parts with other
     views or positions; RowsMissing (from the cache) for a row that was never extracted.
     """
+    groups, kept = _opened(features, content, spatial=spatial)
+    parts = [_columns(views, content[kept], spatial=spatial) for views in groups]
+    joined = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=2)
+    return (joined if len(joined) > 1 else joined[0]), kept
+
+
+def stream_rows(
+    features: Sequence[FeatureSet | Path | str], content: npt.NDArray[np.bytes_], *, spatial: bool = False
+) -> tuple[Streamed, npt.NDArray[np.bool_]]:
+    """As `load_rows`, and nothing is loaded: the rows are read from the shards whenever a bank needs them."""
+    groups, kept = _opened(features, content, spatial=spatial)
+    rows = Streamed(groups, content[kept], spatial=spatial)
+    rows.check_finite()
+    return rows, kept
+
+
+def loaded_bytes(features: Sequence[FeatureSet], rows: int) -> int:
+    """What `load_rows` of so many rows would take in memory."""
+    return sum(rows * math.prod(feature.spec.shape) * np.dtype(np.float32).itemsize for feature in features)
+
+
+def _opened(
+    features: Sequence[FeatureSet | Path | str], content: npt.NDArray[np.bytes_], *, spatial: bool
+) -> tuple[list[list[FeatureSet]], npt.NDArray[np.bool_]]:
+    """The feature sets, those that differ only in the view together; and which rows have features in all of them."""
     sets = [feature if isinstance(feature, FeatureSet) else open_feature_set(feature) for feature in features]
     if not sets:
         raise BadFeatures("a bank needs at least one feature set")
@@ -34,17 +60,21 @@ def load_rows(
     for feature in sets:
         failed = np.array([failure.content for failure in feature.failures()], "S32")
         kept &= ~np.isin(content, failed)
-    parts = [_columns(views, content[kept], spatial=spatial) for views in _by_columns(sets)]
-    depths = {part.shape[0] for part in parts}
+        if spatial and len(feature.spec.shape) != 3:
+            raise BadFeatures(
+                f"{feature.spec.name} has rows of shape {feature.spec.shape}, a convolution head needs "
+                "(channels, h, w): give a tap with the reduction map"
+            )
+    groups = _by_columns(sets)
+    depths = {len(views) for views in groups}
     if len(depths) > 1:
         raise BadFeatures(
             f"the parts of a head's input have {sorted(depths)} views: extract the same views of each tap"
         )
-    if spatial and len({part.shape[3:] for part in parts}) > 1:
-        maps = ", ".join("×".join(map(str, part.shape[3:])) for part in parts)
+    if spatial and len({views[0].spec.shape[1:] for views in groups}) > 1:
+        maps = ", ".join("×".join(map(str, views[0].spec.shape[1:])) for views in groups)
         raise BadFeatures(f"maps of {maps} positions cannot be concatenated: give taps of one resolution")
-    joined = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=2)
-    return (joined if len(joined) > 1 else joined[0]), kept
+    return groups, kept
 
 
 def _by_columns(sets: Sequence[FeatureSet]) -> list[list[FeatureSet]]:
@@ -61,20 +91,12 @@ def _columns(views: list[FeatureSet], content: npt.NDArray[np.bytes_], *, spatia
     stacked: list[npt.NDArray[Any]] = []
     for feature in views:
         rows = feature.load(content, np.float32)
-        if spatial and rows.ndim != 4:
-            raise BadFeatures(
-                f"{feature.spec.name} has rows of shape {rows.shape[1:]}, a convolution head needs (channels, h, w): "
-                "give a tap with the reduction map"
-            )
         flat = rows.reshape(len(rows), math.prod(rows.shape[1:]))
         # A sum is finite only if every value is, or close to it: one pass without a temporary of the whole matrix.
         with np.errstate(over="ignore", invalid="ignore"):
             suspicious = not np.isfinite(flat.sum(dtype=np.float64))
         if suspicious:
             bad = np.flatnonzero(~np.isfinite(flat).all(1))
-            raise BadFeatures(
-                f"{feature.path} ({feature.spec.name}): the row of image {content[bad[0]].decode()} and {len(bad) - 1} "
-                "more hold NaN or infinite features: extract them again"
-            )
+            raise not_finite(feature, content[bad[0]], len(bad))
         stacked.append(rows if spatial else flat)
     return np.stack(stacked) if len(stacked) > 1 else stacked[0][None]

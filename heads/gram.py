@@ -6,14 +6,14 @@ Gram matrices can lose positive definiteness).
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from headrace.heads.standardize import chunks
+from headrace.heads.standardize import Features, sweep
 
 Array = npt.NDArray[Any]
 
@@ -52,26 +52,31 @@ class Products:
         )
 
 
-def products(
-    X: Array, Y: Array, weight: Array | None, rows: npt.NDArray[np.intp], centre: Array, factor: Array
-) -> Products:
-    """Products of the given rows of X (N, D), as (x - centre) * factor, and Y (N, T), with weight (N,) or all one."""
-    dim = X.shape[1]
-    gram, cross, total = np.zeros((dim, dim)), np.zeros((dim, Y.shape[1])), np.zeros(dim)
-    targets, squares, mass = np.zeros(Y.shape[1]), np.zeros(Y.shape[1]), 0.0
-    for part in chunks(rows):
-        z = (X[part] - centre) * factor
-        y = Y[part].astype(np.float64)
-        w = None if weight is None else weight[part]
-        total += z.sum(0) if w is None else w @ z
-        targets += y.sum(0) if w is None else w @ y
-        squares += np.einsum("nt,nt->t", y, y) if w is None else w @ (y * y)
-        mass += len(part) if w is None else float(w.sum())
-        cross += z.T @ (y if w is None else w[:, None] * y)
-        if w is not None:
+def group_products(
+    X: Features, Y: Array, weight: Array | None, fold: Array, centre: Array, factor: Array
+) -> dict[int, Products]:
+    """Products of each group of rows of X (N, D), as (x - centre) * factor, and Y (N, T), with weight (N,) or all one."""
+    dim, targets = X.shape[1], Y.shape[1]
+
+    def nothing() -> Products:
+        gram, cross = np.zeros((dim, dim)), np.zeros((dim, targets))
+        return Products(gram, cross, np.zeros(dim), np.zeros(targets), np.zeros(targets), 0.0)
+
+    groups = {int(group): nothing() for group in np.unique(fold)}
+    for group, rows in sweep(X, fold):
+        own = groups[group]
+        z = (X[rows] - centre) * factor
+        y = Y[rows].astype(np.float64)
+        w = np.ones(len(rows)) if weight is None else weight[rows]
+        own.total[...] += w @ z
+        own.targets[...] += w @ y
+        own.squares[...] += w @ (y * y)
+        own.cross[...] += z.T @ (w[:, None] * y)
+        if weight is not None:
             z *= np.sqrt(w)[:, None]
-        gram += z.T @ z  # one array and its own transpose: BLAS computes half of it (syrk)
-    return Products(gram, cross, total, targets, squares, mass)
+        own.gram[...] += z.T @ z  # one array and its own transpose: BLAS computes half of it (syrk)
+        groups[group] = replace(own, mass=own.mass + float(w.sum()))
+    return groups
 
 
 def add_up(parts: Iterable[Products]) -> Products:

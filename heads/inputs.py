@@ -5,11 +5,13 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from headrace.heads.standardize import Features
+
 Array = npt.NDArray[Any]
 
 
 def check_rows(
-    X: Array,
+    X: Features,
     target: Array,
     n_classes: int,
     fold: Array,

@@ -18,12 +18,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from headrace.heads.design import Design, Tile, make_design
+from headrace.heads.design import ROWS_PER_TILE, Design, Tile, make_design, stream_design
 from headrace.heads.inputs import check_rows
 from headrace.heads.loss import sigmoid, softmax
 from headrace.heads.softmax_path import Line, Solution, solve_lines
 from headrace.heads.spec import FULL, HeadFit, LogisticSpec
-from headrace.heads.standardize import Moments, chunks, group_moments, training_moments
+from headrace.heads.standardize import Features, Moments, chunks, group_moments, sweep, training_moments
+from headrace.heads.streamed import Streamed
 
 Array = npt.NDArray[Any]
 NEVER = 1e30  # an absent class's decision is minus this: its probability is exactly zero, and no arithmetic overflows
@@ -42,7 +43,7 @@ class _Part:
 
 
 def fit_logistic_bank(
-    X: Array,
+    X: Features,
     target: Array,
     *,
     n_classes: int,
@@ -56,8 +57,9 @@ def fit_logistic_bank(
 ) -> list[HeadFit]:
     """Fit every spec on the training rows of every fold, and on all rows when `full`.
 
-    X: (N, D) float16, float32 or float64, no test rows. target: (N,) int class indices, or (N, L) 0/1 labels: L
-    independent binary problems (n_classes = L). fold: (N,) int, the fold that holds the row out, or TRAIN_ONLY.
+    X: (N, D) float16, float32 or float64, no test rows; or such rows streamed from shards on every pass.
+    target: (N,) int class indices, or (N, L) 0/1 labels: L independent binary problems (n_classes = L).
+    fold: (N,) int, the fold that holds the row out, or TRAIN_ONLY.
     gap: relative distance to the optimum at which a head stops, by estimate; `HeadFit.gap` is a proven bound.
     device: "cpu" (NumPy), or torch's name of a device ("cuda"), where the products then run.
     deadline: time.monotonic() seconds at which to stop early.
@@ -107,7 +109,7 @@ def _problems(target: Array, n_classes: int, fold: Array, folds: list[int], sw: 
 
 
 def _fit_problem(
-    X: Array,
+    X: Features,
     problem: _Problem,
     fold: Array,
     specs: Sequence[LogisticSpec],
@@ -239,7 +241,7 @@ def _lines(
 
 
 def _design(
-    X: Array,
+    X: Features,
     problem: _Problem,
     fold: Array,
     scaling: dict[int, Moments],
@@ -251,27 +253,32 @@ def _design(
     dtype: Any,
 ) -> Design:
     """The design, its tiles' rows sorted by class and labelled; rows without a class in the problem are left out."""
-    groups = []
-    for group in np.unique(fold):
-        if len(folds) == 1 and group == folds[0]:
-            continue  # a design of its own fold needs no held-out rows
-        member = np.flatnonzero((fold == group) & ((problem.target >= 0) if problem.target.ndim == 1 else True))
-        if rows > 1:
-            member = member[np.argsort(problem.target[member], kind="stable")]
-        if member.size:
-            groups.append((int(group), member))
-    design = make_design(X, groups, scaling, standardize=standardize, dtype=dtype)
+
+    def by_class(member: npt.NDArray[np.intp]) -> npt.NDArray[np.intp]:
+        return member[np.argsort(problem.target[member], kind="stable")] if rows > 1 else member
+
+    wanted = problem.target >= 0 if problem.target.ndim == 1 else np.ones(len(fold), bool)
+    if len(folds) == 1:
+        wanted &= fold != folds[0]  # a design of its own fold needs no held-out rows
+    if isinstance(X, Streamed) and X.shape[1] <= min(scaling[f].count for f in folds):
+        # By class within a tile only: tiles are read in the order in which their rows lie on disk.
+        runs = [(group, by_class(part)) for group, part in sweep(X, fold, ROWS_PER_TILE, wanted)]
+        design = stream_design(X, runs, scaling, standardize=standardize, dtype=dtype)
+    else:
+        members = {int(group): by_class(np.flatnonzero(wanted & (fold == group))) for group in np.unique(fold)}
+        groups = [(group, member) for group, member in members.items() if member.size]
+        design = make_design(X, groups, scaling, standardize=standardize, dtype=dtype)
     tiles = []
     for tile in design.tiles:
         bounds = np.searchsorted(problem.target[tile.rows], np.arange(rows + 1)) if rows > 1 else tile.bounds
         own = np.ascontiguousarray(labels[tile.rows].T, dtype) if labels is not None else tile.labels
         weight = None if sw is None else sw[tile.rows].astype(dtype)
         tiles.append(Tile(tile.group, tile.rows, tile.values, tile.across, bounds, own, weight))
-    return Design(**{**design.__dict__, "tiles": tiles})
+    return dataclasses.replace(design, tiles=tiles)
 
 
 def _assemble(
-    X: Array,
+    X: Features,
     target: Array,
     n_classes: int,
     fold: Array,
@@ -322,14 +329,14 @@ def _assemble(
     return fits
 
 
-def _predict_held_out(X: Array, rows: npt.NDArray[np.intp], fits: list[HeadFit], multi: bool) -> None:
+def _predict_held_out(X: Features, rows: npt.NDArray[np.intp], fits: list[HeadFit], multi: bool) -> None:
     """Fill in the probabilities of a fold's held-out rows, for all its heads in one product."""
     weight = np.concatenate([fit.arrays["weight"] for fit in fits])
     bias = np.concatenate([fit.arrays["bias"] for fit in fits])
     classes = len(weight) // len(fits)
     out = np.empty((len(fits), len(rows), classes), np.float32)
     for where in chunks(np.arange(len(rows))):
-        decision = weight @ X[rows[where]].astype(np.float32).T + bias[:, None]
+        decision = weight @ X[rows[where]].astype(np.float32, copy=False).T + bias[:, None]
         p = (sigmoid if multi else softmax)(decision.reshape(len(fits), classes, -1).transpose(1, 0, 2))
         out[:, where] = p.transpose(1, 2, 0)
     for fit, own in zip(fits, out, strict=True):
@@ -337,7 +344,7 @@ def _predict_held_out(X: Array, rows: npt.NDArray[np.intp], fits: list[HeadFit],
 
 
 def _check(
-    X: Array, target: Array, n_classes: int, fold: Array, specs: Sequence[LogisticSpec], sample_weight: Array | None
+    X: Features, target: Array, n_classes: int, fold: Array, specs: Sequence[LogisticSpec], sample_weight: Array | None
 ) -> None:
     check_rows(X, target, n_classes, fold, sample_weight, "multi" if target.ndim == 2 else "single")
     for spec in specs:

@@ -19,8 +19,9 @@ import torch
 from headrace.heads.metrics import TaskKind
 from headrace.heads.mlp_batch import Network, NetworkBatch, padded_width
 from headrace.heads.mlp_data import FoldData, folded_arrays
-from headrace.heads.networks import Family, fit_networks
+from headrace.heads.networks import Family, fit_networks, stack
 from headrace.heads.spec import Halving, HeadFit, MLPSpec
+from headrace.heads.streamed import Streamed
 
 Floats = npt.NDArray[Any]
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -33,7 +34,7 @@ REDUCED_PRECISION_WEIGHTS = 1 << 14
 
 
 def fit_mlp_bank(
-    X: Floats,
+    X: Floats | Streamed,
     target: npt.NDArray[Any],
     *,
     n_classes: int,
@@ -48,7 +49,8 @@ def fit_mlp_bank(
 ) -> list[HeadFit]:
     """Train every spec on every fold, and with `full` on all rows; returns the fits spec by spec, FULL last.
 
-    X: (N, D), or (V, N, D) for V views of each row: training picks one view per row and epoch, prediction averages.
+    X: (N, D), or (V, N, D) for V views of each row, or such rows streamed from shards: training picks one view per row
+    and epoch, prediction averages.
     target: single (N,) class index; multi (N, C) 0/1; regression (N, C). n_classes: C. fold: (N,) as in `Task.fold`.
     Each fold's heads stop early on the loss of its held-out rows and keep their best epoch; FULL heads train for the
     mean best epoch of their spec. With `halving` the losers have fits of fewer epochs and no FULL one.
@@ -57,7 +59,7 @@ def fit_mlp_bank(
     A head that fails (a bad spec, a loss that is not finite) has an `error`; the others are unaffected.
     Raises ValueError for features that are not finite, naming the row.
     """
-    stacked = X if X.ndim == 3 else X[None]
+    stacked = stack(X, 2)
     width = stacked.shape[2]
 
     def widths(spec: MLPSpec) -> tuple[int, ...]:

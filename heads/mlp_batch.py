@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from headrace.heads.metrics import TaskKind
+from headrace.heads.streamed import Streamed
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # torch.optim.AdamW's defaults
 EVALUATION_ROWS = 2048  # rows of one block when no gradient is needed
@@ -43,11 +44,22 @@ class Network:
     seed: int
 
 
+class StreamedTensor:
+    """Rows of a feature set (V·n, D, …) that are read when a minibatch needs them: as much of a tensor as `Rows` uses."""
+
+    def __init__(self, rows: Streamed, device: torch.device) -> None:
+        self.rows, self.device, self.shape = rows, device, rows.shape
+
+    def index_select(self, _: int, index: Tensor) -> Tensor:
+        """(B, D, …) float32 on the device."""
+        return torch.from_numpy(self.rows.read(index.cpu().numpy())).to(self.device)
+
+
 @dataclass(frozen=True)
 class Rows:
     """What the networks see of the data, on the device. Row r in view v is row v·n + r of `features`."""
 
-    features: Tensor  # (V·n, D), any floating dtype, not standardised
+    features: "Tensor | StreamedTensor"  # (V·n, D), any floating dtype, not standardised
     n: int
     target: Tensor  # single: (n,) int64; multi and regression: (L, n) float32
     weight: Tensor  # (2, n) float32 sample weight, plain and class-balanced (single), mean 1 over the training rows

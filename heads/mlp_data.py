@@ -12,8 +12,9 @@ import numpy.typing as npt
 import torch
 
 from headrace.heads.metrics import TaskKind
-from headrace.heads.mlp_batch import Rows
+from headrace.heads.mlp_batch import Rows, StreamedTensor
 from headrace.heads.spec import FULL
+from headrace.heads.streamed import StreamedStack
 from headrace.heads.task import TEST
 
 Floats = npt.NDArray[Any]
@@ -33,8 +34,8 @@ class FoldData:
 
 
 def prepare(
-    stacked: Floats,
-    features: torch.Tensor,
+    stacked: Floats | StreamedStack,
+    features: torch.Tensor | StreamedTensor,
     target: npt.NDArray[Any],
     outputs: int,
     fold: npt.NDArray[np.int16],
@@ -88,7 +89,9 @@ def prepare(
     return FoldData(rows, train, held, mean, scale, target_mean, target_scale)
 
 
-def moments(stacked: Floats, train: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+def moments(
+    stacked: Floats | StreamedStack, train: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Mean and deviation (D,) float64 of the training rows over views and positions; deviation 1 for a constant.
 
     Two passes in blocks: a difference of sums of squares loses a feature whose mean is large beside its deviation.

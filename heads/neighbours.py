@@ -18,6 +18,8 @@ import numpy.typing as npt
 from headrace.heads.checks import check_finite
 from headrace.heads.metrics import TaskKind
 from headrace.heads.spec import FULL, CentroidSpec, HeadFit, KNNSpec
+from headrace.heads.standardize import Features, sweep
+from headrace.heads.streamed import Streamed
 from headrace.heads.task import TEST
 
 Metric = Literal["cosine", "euclidean"]
@@ -25,7 +27,10 @@ Floats = npt.NDArray[Any]
 
 METRICS_OF_DISTANCE: tuple[Metric, ...] = ("cosine", "euclidean")
 QUERY_ROWS = 1024  # rows of one block of inner products
+REFERENCE_ROWS = 1 << 14  # its columns: the block and what is made of it take half a gigabyte
+STORED_ROWS_BYTES = 1 << 30  # more training rows than this are not copied into a results file
 EXACT_BELOW = 1e-4  # distances this small beside the norms are computed again: float32 products err by about 1e-6
+SUM_ROWS = 4096  # rows of one sum of a class mean
 CENTROID_TEMPERATURE = {"cosine": 10.0, "euclidean": 1.0}
 
 
@@ -53,12 +58,44 @@ class References:
         # A row of zeros has length 0 exactly, and so cosine 0 with everything, which rounding would lose.
         return cls(centred, middle, square, offset, np.where((rows == 0).all(1), 0.0, length))
 
+    def __len__(self) -> int:
+        return len(self.rows)
+
     def take(self, chosen: npt.NDArray[Any] | slice) -> "References":
+        """Some of the rows."""
         return References(self.rows[chosen], self.center, self.square[chosen], self.offset[chosen], self.length[chosen])
 
 
+@dataclass(frozen=True)
+class StreamedReferences:
+    """The same for rows that stay on disk: a slice of them is read when it is taken."""
+
+    source: Streamed
+    chosen: npt.NDArray[np.intp]
+    center: npt.NDArray[np.float64]
+
+    @classmethod
+    def of(cls, source: Streamed) -> "StreamedReferences":
+        """All rows."""
+        total = np.zeros(source.shape[1])
+        for _, rows in sweep(source, np.zeros(len(source), np.int64)):
+            total += source[rows].sum(0, dtype=np.float64)
+        return cls(source, np.arange(len(source)), total / len(source))
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def only(self, chosen: npt.NDArray[Any]) -> "StreamedReferences":
+        """Some of the rows, not read yet."""
+        return StreamedReferences(self.source, self.chosen[chosen], self.center)
+
+    def take(self, chosen: slice) -> References:
+        """A slice of the rows, read."""
+        return References.of(self.source[self.chosen[chosen]], self.center)
+
+
 def fit_knn_bank(
-    X: Floats,
+    X: Features,
     target: npt.NDArray[Any],
     *,
     n_classes: int,
@@ -70,17 +107,19 @@ def fit_knn_bank(
 ) -> list[HeadFit]:
     """Every k, metric and weighting on every fold from one pass over the inner products.
 
-    X (N, D), target and fold as in `Task`. Fold heads have predictions and no arrays; the FULL head's arrays are the
-    training rows themselves, the same objects for all specs (a results file stores them once). A neighbour votes with
-    its sample weight. A spec whose k exceeds the training rows of a fold has an error there.
+    X (N, D), in memory or streamed, target and fold as in `Task`. Fold heads have predictions and no arrays; the FULL
+    head's arrays are the training rows themselves, the same objects for all specs (a results file stores them once), and
+    it has an error where they are more than a results file is meant for. A neighbour votes with its sample weight. A spec
+    whose k exceeds the training rows of a fold has an error there.
     Raises BadFeatures (a ValueError) for features that are not finite.
     """
-    check_finite(X)
+    if not isinstance(X, Streamed):
+        check_finite(X)
     started = time.perf_counter()
     weight = np.ones(len(X)) if sample_weight is None else np.asarray(sample_weight, np.float64)
     values = encoded(target, n_classes, task)
     usable = np.flatnonzero((fold != TEST) & (weight > 0))
-    rows = References.of(np.asarray(X, np.float32))
+    rows = StreamedReferences.of(X) if isinstance(X, Streamed) else References.of(np.asarray(X, np.float32))
     folds = sorted(int(number) for number in np.unique(fold[fold >= 0]))
     found: dict[tuple[int, int], npt.NDArray[np.float32]] = {}
     error: dict[tuple[int, int], str | None] = {}
@@ -88,16 +127,22 @@ def fit_knn_bank(
         others = usable[fold[usable] != number]
         asked = [place for place, spec in enumerate(specs) if knn_error(spec, len(others)) is None]
         held = np.flatnonzero(fold == number)
-        neighbours = search(rows.take(held), rows.take(others), [specs[place] for place in asked])
+        queries, references = (
+            rows.only(which) if isinstance(rows, StreamedReferences) else rows.take(which) for which in (held, others)
+        )
+        neighbours = search(queries, references, [specs[place] for place in asked])
         for place, (near, distance) in zip(asked, neighbours, strict=True):
             found[place, number] = vote(specs[place], distance, values[others[near]], weight[others[near]])
         error |= {(place, number): knn_error(spec, len(others)) for place, spec in enumerate(specs)}
     share = (time.perf_counter() - started) / max(1, len(specs) * len(folds))
-    stored = {
-        "features": np.ascontiguousarray(X[usable], np.float32),
-        "target": values[usable],
-        "sample_weight": weight[usable].astype(np.float32),
-    }
+    room = len(usable) * X.shape[1] * 4
+    stored = {}
+    if full and room <= STORED_ROWS_BYTES:
+        stored = {
+            "features": np.ascontiguousarray(X[usable], np.float32),
+            "target": values[usable],
+            "sample_weight": weight[usable].astype(np.float32),
+        }
     fits = []
     for place, spec in enumerate(specs):
         for number in folds:
@@ -105,6 +150,11 @@ def fit_knn_bank(
             fits.append(_fit(spec, number, {}, found.get(key), error[key], share))
         if full:
             reason = knn_error(spec, len(usable))
+            if not stored and reason is None:
+                reason = (
+                    f"a neighbour head is its training rows, here {room / 1e9:.1f} GB, more than the "
+                    f"{STORED_ROWS_BYTES / 1e9:.1f} GB that are copied into a results file: predict with another kind"
+                )
             fits.append(_fit(spec, FULL, {} if reason else stored, None, reason, 0.0))
     return fits
 
@@ -127,23 +177,41 @@ def knn_error(spec: KNNSpec, available: int) -> str | None:
 
 
 def search(
-    queries: References, references: References, specs: Sequence[KNNSpec]
+    queries: References | StreamedReferences, references: References | StreamedReferences, specs: Sequence[KNNSpec]
 ) -> list[tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]]:
     """For each spec the k nearest references of each query, nearest first, ties by position: indices and distances,
-    both (q, k). One product per block of queries serves all specs."""
+    both (q, k). One product per block of queries and of references serves all specs."""
     largest = {metric: max((s.k for s in specs if s.metric == metric), default=0) for metric in METRICS_OF_DISTANCE}
     parts: dict[Metric, list[tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]]] = {"cosine": [], "euclidean": []}
-    for start in range(0, len(queries.rows), QUERY_ROWS):
+    for start in range(0, len(queries), QUERY_ROWS):
         block = queries.take(slice(start, start + QUERY_ROWS))
-        product = block.rows @ references.rows.T
-        for metric in METRICS_OF_DISTANCE:
-            if largest[metric]:
-                parts[metric].append(nearest(product, block, references, metric, largest[metric]))
+        best: dict[Metric, tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]] = {}
+        for first in range(0, len(references), REFERENCE_ROWS):
+            some = references.take(slice(first, first + REFERENCE_ROWS))
+            product = block.rows @ some.rows.T
+            for metric in METRICS_OF_DISTANCE:
+                if largest[metric]:
+                    near, distance = nearest(product, block, some, metric, min(largest[metric], len(some)))
+                    found = near + first, distance
+                    best[metric] = _merged(best[metric], found, largest[metric]) if first else found
+        for metric, found in best.items():
+            parts[metric].append(found)
     joined = {}
     for metric in METRICS_OF_DISTANCE:
         empty = (np.zeros((0, largest[metric]), np.int64), np.zeros((0, largest[metric])))
         joined[metric] = [np.concatenate(arrays) for arrays in zip(empty, *parts[metric], strict=True)]
     return [(joined[spec.metric][0][:, : spec.k], joined[spec.metric][1][:, : spec.k]) for spec in specs]
+
+
+def _merged(
+    earlier: tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]],
+    later: tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]],
+    m: int,
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """The m nearest of both, nearest first; of equal distances the earlier block's come first."""
+    near, distance = (np.concatenate(pair, axis=1) for pair in zip(earlier, later, strict=True))
+    order = np.argsort(distance, axis=1, kind="stable")[:, :m]
+    return np.take_along_axis(near, order, axis=1), np.take_along_axis(distance, order, axis=1)
 
 
 def nearest(
@@ -214,7 +282,7 @@ def encoded(target: npt.NDArray[Any], outputs: int, task: TaskKind) -> npt.NDArr
 
 
 def fit_centroid_bank(
-    X: Floats,
+    X: Features,
     target: npt.NDArray[Any],
     *,
     n_classes: int,
@@ -226,10 +294,12 @@ def fit_centroid_bank(
 ) -> list[HeadFit]:
     """Class means of every fold as differences of one sum: the total minus the fold's own share.
 
-    X (N, D), single-label target (N,), fold as in `Task`. Euclidean heads work on standardised features, as a nearest
-    mean under one diagonal covariance; cosine heads on features centred on the mean of the training rows.
+    X (N, D), in memory or streamed, single-label target (N,), fold as in `Task`. Euclidean heads work on standardised
+    features, as a nearest mean under one diagonal covariance; cosine heads on features centred on the mean of the
+    training rows.
     """
-    check_finite(X)
+    if not isinstance(X, Streamed):
+        check_finite(X)
     if task != "single":
         reason = f"a class mean needs one class per row, this is a {task} task: use knn, ridge or mlp"
         folds = sorted({int(number) for number in fold[fold >= 0]}) + [FULL] * full
@@ -238,17 +308,14 @@ def fit_centroid_bank(
     usable = np.where(fold != TEST, weight, 0.0)
     folds = sorted(int(number) for number in np.unique(fold[fold >= 0]))
     started = time.perf_counter()
-    parts = {
-        number: _sums(X, target, np.where(fold == number, usable, 0.0), n_classes)
-        for number in sorted(set(fold.tolist()))
-    }
+    parts = _sums(X, target, fold, usable, n_classes)
     total = tuple(np.sum([part[place] for part in parts.values()], axis=0) for place in range(3))
     fits = []
     for spec in specs:
         for number in [*folds, FULL] if full else folds:
             sums = total if number == FULL else tuple(t - p for t, p in zip(total, parts[number], strict=True))
             arrays = centroid_arrays(spec, *sums)
-            own = None if number == FULL else predict_centroid(spec, arrays, X[fold == number])
+            own = None if number == FULL else _predict_rows(spec, arrays, X, np.flatnonzero(fold == number))
             seconds, started = time.perf_counter() - started, time.perf_counter()
             fits.append(_fit(spec, number, arrays, own, None, seconds))
     return fits
@@ -286,17 +353,32 @@ def predict_centroid(spec: CentroidSpec, arrays: dict[str, npt.NDArray[Any]], X:
     return np.asarray(shifted / shifted.sum(1, keepdims=True), np.float32)
 
 
-def _sums(X: Floats, target: npt.NDArray[Any], weight: Floats, outputs: int) -> tuple[Floats, Floats, Floats]:
-    sums, squares = np.zeros((outputs, X.shape[1])), np.zeros(X.shape[1])
-    for start in range(0, len(X), 4096):
-        at = slice(start, start + 4096)
-        inside = weight[at] > 0
-        if inside.any():
-            rows = X[at][inside].astype(np.float64)
-            weighted = rows * weight[at][inside, None]
-            sums += np.eye(outputs)[target[at][inside]].T @ weighted
-            squares += (weighted * rows).sum(0)
-    return sums, squares, np.bincount(target, weights=weight, minlength=outputs).astype(np.float64)
+def _predict_rows(
+    spec: CentroidSpec, arrays: dict[str, npt.NDArray[Any]], X: Features, rows: npt.NDArray[np.intp]
+) -> npt.NDArray[np.float32]:
+    parts = [rows[start : start + SUM_ROWS] for start in range(0, len(rows), SUM_ROWS)] or [rows]
+    return np.concatenate([predict_centroid(spec, arrays, X[part]) for part in parts])
+
+
+def _sums(
+    X: Features, target: npt.NDArray[Any], fold: npt.NDArray[Any], weight: Floats, outputs: int
+) -> dict[int, tuple[Floats, Floats, Floats]]:
+    """Class sums (C, D), sums of squares (D,) and class weights (C,) of each group of rows."""
+    dim = X.shape[1]
+    groups = {
+        int(number): (
+            np.zeros((outputs, dim)),
+            np.zeros(dim),
+            np.bincount(target, np.where(fold == number, weight, 0.0), minlength=outputs).astype(np.float64),
+        )
+        for number in np.unique(fold)
+    }
+    for number, part in sweep(X, fold, SUM_ROWS, weight > 0):
+        rows = X[part].astype(np.float64)
+        weighted = rows * weight[part, None]
+        groups[number][0][...] += np.eye(outputs)[target[part]].T @ weighted
+        groups[number][1][...] += (weighted * rows).sum(0)
+    return groups
 
 
 def _fit(

@@ -15,13 +15,18 @@ import torch
 
 from headrace.heads.checks import check_finite
 from headrace.heads.metrics import TaskKind
+from headrace.heads.mlp_batch import StreamedTensor
 from headrace.heads.mlp_data import FoldData, prepare
 from headrace.heads.mlp_run import Batch, Run, Trace
 from headrace.heads.predict import Arrays, predict_head
 from headrace.heads.spec import FULL, ConvSpec, Halving, HeadFit, MLPSpec
+from headrace.heads.streamed import Streamed, StreamedStack, StreamedView
 
 Floats = npt.NDArray[Any]
+Stacked = Floats | StreamedStack  # (V, N, D, …)
 Spec = TypeVar("Spec", MLPSpec, ConvSpec)
+
+ROWS_AT_ONCE = 4096  # of held-out rows that are read from shards to be predicted; blocks of `predict_head`
 
 
 @dataclass(frozen=True)
@@ -39,8 +44,8 @@ class Family(Generic[Spec]):
 class Bank(Generic[Spec]):
     """The inputs of a bank in the form that its parts share."""
 
-    stacked: Floats  # (V, N, D, …)
-    features: torch.Tensor  # (V·N, D, …) on the device
+    stacked: Stacked
+    features: torch.Tensor | StreamedTensor  # (V·N, D, …) on the device
     target: npt.NDArray[Any]
     outputs: int
     fold: npt.NDArray[np.int16]
@@ -95,13 +100,26 @@ class Bank(Generic[Spec]):
         arrays = self.family.arrays(trace.best, trace.data)
         validation = None
         if trace.fold != FULL:
-            per_view = [predict_head(spec, arrays, view[trace.data.held], self.task) for view in self.stacked]
+            per_view = [self._predicted(spec, arrays, view, trace.data.held) for view in self.stacked]
             validation = np.stack(per_view).mean(0, dtype=np.float32) if len(per_view) > 1 else per_view[0]
         return HeadFit(spec, trace.fold, arrays, trace.training_loss, nan, trace.epochs, trace.seconds, validation)
 
+    def _predicted(
+        self, spec: Spec, arrays: Arrays, view: Floats | StreamedView, rows: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.float32]:
+        parts = [rows[start : start + ROWS_AT_ONCE] for start in range(0, len(rows), ROWS_AT_ONCE)] or [rows]
+        return np.concatenate([predict_head(spec, arrays, view[part], self.task) for part in parts])
+
+
+def stack(X: Floats | Streamed, dimensions: int) -> Stacked:
+    """Features with a view axis in front, added where X is one view; a view has so many dimensions."""
+    if isinstance(X, Streamed):
+        return StreamedStack(X)
+    return X if X.ndim == dimensions + 1 else X[None]
+
 
 def fit_networks(
-    stacked: Floats,
+    stacked: Stacked,
     target: npt.NDArray[Any],
     *,
     n_classes: int,
@@ -116,11 +134,15 @@ def fit_networks(
 ) -> list[HeadFit]:
     """As `fit_mlp_bank`; stacked is (V, N, D, …)."""
     views, n = stacked.shape[:2]
-    check_finite(stacked.reshape(views, n, -1))
-    flat = stacked.reshape(views * n, *stacked.shape[2:])
+    features: torch.Tensor | StreamedTensor
+    if isinstance(stacked, StreamedStack):
+        features = StreamedTensor(stacked.rows, torch.device(device))
+    else:
+        check_finite(stacked.reshape(views, n, -1))
+        features = as_tensor(stacked.reshape(views * n, *stacked.shape[2:])).to(device)
     bank = Bank(
         stacked,
-        as_tensor(flat).to(device),
+        features,
         target,
         n_classes,
         fold,

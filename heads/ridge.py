@@ -20,11 +20,11 @@ import numpy as np
 import numpy.typing as npt
 import scipy.linalg
 
-from headrace.heads.gram import Products, add_up, products
+from headrace.heads.gram import Products, add_up, group_products
 from headrace.heads.inputs import check_rows
 from headrace.heads.predict import ROWS_AT_ONCE, ridge_link
 from headrace.heads.spec import FULL, HeadFit, RidgeSpec
-from headrace.heads.standardize import Moments, chunks, group_moments, training_moments
+from headrace.heads.standardize import Features, Moments, chunks, group_moments, training_moments
 
 Array = npt.NDArray[Any]
 TaskKind = Literal["single", "multi", "regression"]
@@ -34,7 +34,7 @@ STRENGTHS_WORTH_EIGENVALUES = 16
 
 
 def fit_ridge_bank(
-    X: Array,
+    X: Features,
     target: Array,
     *,
     n_classes: int,
@@ -46,9 +46,10 @@ def fit_ridge_bank(
 ) -> list[HeadFit]:
     """Fit every spec on the training rows of every fold, and on all rows when `full`.
 
-    X: (N, D) float, no test rows. target: (N,) int class indices ("single"), (N, L) integer 0/1 labels ("multi", L
-    independent problems), or (N, L) float values ("regression"); n_classes counts the classes or columns; `kind` is
-    taken from the target's shape and dtype unless given. fold: (N,) int, the fold holding the row out, or TRAIN_ONLY.
+    X: (N, D) float, no test rows, in memory or streamed. target: (N,) int class indices ("single"), (N, L) integer 0/1
+    labels ("multi", L independent problems), or (N, L) float values ("regression"); n_classes counts the classes or
+    columns; `kind` is taken from the target's shape and dtype unless given. fold: (N,) int, the fold holding the row out,
+    or TRAIN_ONLY.
 
     Arrays are weight (C, D) and bias (C,), float32, raw coordinates; `validation` is probabilities by `ridge_link`, for
     regression the values. Heads come spec by spec, for each its folds in order, then FULL. Raises NotFinite (a
@@ -107,8 +108,8 @@ class _Solved:
 class _Rows:
     """Rows, coded targets and weights of one problem; the products of the groups are computed when first needed."""
 
-    X: Array
-    Y: Array  # (N, T) float64
+    X: Features
+    Y: Array  # (N, T)
     weight: Array | None
     fold: Array
     scaling: dict[int, Moments]
@@ -124,9 +125,7 @@ class _Rows:
         if own.count < self.X.shape[1]:
             return self._solve_dual(f, alphas, factor, ratio)
         if not self.groups:
-            for group in np.unique(self.fold).tolist():
-                rows = np.flatnonzero(self.fold == group)
-                self.groups[group] = products(self.X, self.Y, self.weight, rows, whole.mean, factor)
+            self.groups.update(group_products(self.X, self.Y, self.weight, self.fold, whole.mean, factor))
         raw = add_up(part for group, part in self.groups.items() if group != f)
         centred = raw.centred()
         gram, cross = centred.gram * np.outer(ratio, ratio), centred.cross * ratio[:, None]
@@ -213,7 +212,7 @@ def _raw(solved: _Solved, whole: Moments) -> tuple[Array, Array]:
     return weight.astype(np.float32), (solved.bias - weight @ whole.mean).astype(np.float32)
 
 
-def _scores(X: Array, rows: npt.NDArray[np.intp], weight: Array, bias: Array) -> Array:
+def _scores(X: Features, rows: npt.NDArray[np.intp], weight: Array, bias: Array) -> Array:
     """(A, n, T) float32 scores of the given rows by the stored arrays.
 
     In the blocks of `predict_head` and head by head: one product of all heads sums in another order, and at large
@@ -247,11 +246,11 @@ def _head(
 
 
 def _coded(target: Array, n_classes: int, kind: TaskKind) -> Array:
-    """(N, T) float64 targets: classes and labels as -1/+1."""
+    """(N, T) targets: float64, or classes and labels as -1/+1 in a byte each."""
     if kind == "regression":
         return np.asarray(target.reshape(len(target), -1), np.float64)
     hot = target if kind == "multi" else target[:, None] == np.arange(n_classes)
-    return 2.0 * np.asarray(hot, np.float64) - 1.0
+    return 2 * np.asarray(hot, np.int8) - 1
 
 
 def _balanced(target: Array, columns: list[int], kind: TaskKind, train: Array, sample_weight: Array | None) -> Array:
@@ -265,7 +264,7 @@ def _balanced(target: Array, columns: list[int], kind: TaskKind, train: Array, s
 
 
 def _check(
-    X: Array,
+    X: Features,
     target: Array,
     n_classes: int,
     fold: Array,

@@ -22,13 +22,12 @@ from sklearn.preprocessing import StandardScaler
 from headrace.cache.errors import HeadraceError
 from headrace.heads.checks import check_finite
 from headrace.heads.metrics import TaskKind
+from headrace.heads.neighbours import STORED_ROWS_BYTES
 from headrace.heads.predict import CannotPredict, sigmoid, softmax
 from headrace.heads.spec import FULL, HeadFit, SklearnSpec
 from headrace.heads.task import TEST
 
 Floats = npt.NDArray[Any]
-
-STORED_ROWS_BYTES = 1 << 30  # more training data than this is not copied into a results file
 
 
 class BadEstimator(HeadraceError, ValueError):

@@ -31,6 +31,7 @@ MOST_ITERATIONS = 600
 COLUMNS_IN_FLIGHT = 512
 ITERATIONS_PER_FRAME = 12
 CHAINS = 1
+TILES_AHEAD = 8  # of streamed rows, asked for while as many are multiplied
 
 
 @dataclass(frozen=True)
@@ -233,27 +234,34 @@ class _Batch:
 
     def __init__(self, design: Design, lines: list[Line], rows: int, device: str) -> None:
         self.design, self.lines, self.rows = design, lines, rows
-        self.elsewhere: Callable[[Tile, Array, Array | None, Array | None], tuple[Array, Array]] | None = None
+        self.elsewhere: Callable[[Tile, Array, Array, Array | None, Array | None], tuple[Array, Array]] | None = None
         if device != "cpu":
             from headrace.heads.torch_tiles import TorchTiles  # a bank on the CPU does not import torch
 
-            self.elsewhere = TorchTiles(design.tiles, rows, device)
+            self.elsewhere = TorchTiles(design.tiles, rows, device, keep=design.source is None)
         self.folds = np.array([line.fold for line in lines])
         self.multipliers = np.stack([line.multiplier for line in lines]).astype(design.dtype)  # (lines, C or 2)
         self.weighted = bool((self.multipliers != 1).any()) or any(tile.weight is not None for tile in design.tiles)
         self.labels = np.array([line.label for line in lines])
         # Weighted class sums of the rows, (lines, C or 2, R + 1) float64; the last column holds the weights' sums.
-        self.sums = np.zeros((len(lines), self.multipliers.shape[1], design.width))
-        for tile in design.tiles:
-            for i in np.flatnonzero(self.folds != tile.group).tolist():
-                self.sums[i] += self._tile_sums(tile, i)
         wanted = max(SAMPLED_ROWS, SAMPLED_ROWS_PER_CLASS * rows)
         every = max(sum(len(tile.rows) for tile in design.tiles) // wanted, 1)
-        self.sampled = [slice(None, None, every) for _ in design.tiles]
-        self.values = np.concatenate([tile.values[rows] for tile, rows in zip(design.tiles, self.sampled, strict=True)])
+        self.sampled, sampled = [], []
+        sums: list[Array | float] = [0.0] * len(lines)
+        passed = 0
+        for tile in design.tiles:
+            values, _ = design.read(tile)
+            # Every so many-th row of all, wherever tiles begin: a tile may hold fewer than that.
+            self.sampled.append(slice(-passed % every, None, every))
+            passed += len(tile.rows)
+            sampled.append(values[self.sampled[-1]].copy())
+            for i in np.flatnonzero(self.folds != tile.group).tolist():
+                sums[i] = sums[i] + self._tile_sums(tile, values, i)
+        self.sums = np.stack([design.from_tiles(np.asarray(one)) for one in sums])
+        self.values = design.from_tiles(np.concatenate(sampled))
         self.squares = self.values**2
 
-    def _tile_sums(self, tile: Tile, i: int) -> Array:
+    def _tile_sums(self, tile: Tile, values: Array, i: int) -> Array:
         n = len(tile.rows)
         weight = np.ones(n, self.design.dtype) if tile.weight is None else tile.weight
         if self.labels[i] < 0:
@@ -263,7 +271,7 @@ class _Batch:
         else:
             label = tile.labels[self.labels[i]]
             member = np.stack([1 - label, label])
-        return np.asarray(((member * weight) @ tile.values).astype(np.float64) * self.multipliers[i][:, None])
+        return np.asarray(((member * weight) @ values).astype(np.float64) * self.multipliers[i][:, None])
 
     def frame(self, u: Array, i: int, mu: float) -> Frame:
         """Frame at u for line i and those that differ from it in fold only."""
@@ -371,16 +379,22 @@ class _Flight:
             gradient[:, -1, :-1] = -pull.sum(axis=1)
             value += 0.5 * np.einsum("ar,ar->a", u[:, -1, :-1], gradient[:, -1, :-1])
         by_class = np.ascontiguousarray(u[:, :columns].transpose(1, 0, 2))  # (C - 1, A, R + 1)
-        for group in dict.fromkeys(tile.group for tile in design.tiles):
-            sees = np.flatnonzero(folds != group)
-            if not sees.size:
-                continue
-            weights = by_class[:, sees].reshape(columns * len(sees), -1)
-            total = np.zeros_like(weights)
-            for tile in design.tiles:
-                if tile.group == group:
-                    value[sees] += self._tile(tile, lines[sees], weights, total)
-            part = total.reshape(columns, len(sees), -1).transpose(1, 0, 2)
+        groups = dict.fromkeys(tile.group for tile in design.tiles)
+        seen = {group: sees for group in groups if (sees := np.flatnonzero(folds != group)).size}
+        weights = {
+            group: design.to_tiles(by_class[:, sees].reshape(columns * len(sees), -1)) for group, sees in seen.items()
+        }
+        totals = {group: np.zeros_like(own) for group, own in weights.items()}
+        for place, tile in enumerate(design.tiles):
+            if design.source is not None and place % TILES_AHEAD == 0:
+                ahead = design.tiles[place + TILES_AHEAD : place + 2 * TILES_AHEAD]
+                if ahead:
+                    design.source.prefetch(np.concatenate([one.rows for one in ahead]))
+            if tile.group in seen:
+                sees = seen[tile.group]
+                value[sees] += self._tile(tile, lines[sees], weights[tile.group], totals[tile.group])
+        for group, sees in seen.items():
+            part = design.from_tiles(totals[group]).reshape(columns, len(sees), -1).transpose(1, 0, 2)
             gradient[sees, :columns] += part
             if batch.rows > 1:
                 gradient[sees, -1] -= part.sum(axis=1)
@@ -389,18 +403,19 @@ class _Flight:
     def _tile(self, tile: Tile, lines: npt.NDArray[np.intp], weights: Array, total: Array) -> Array:
         """Add a tile's part of the gradient to `total`; return its part of the losses."""
         batch, n, heads = self.batch, len(tile.rows), len(lines)
+        values, across = batch.design.read(tile)
         if batch.elsewhere is not None:
             own = None if batch.rows > 1 else tile.labels[batch.labels[lines]]
-            loss, gradient = batch.elsewhere(tile, weights, own, batch.row_weights(tile, lines))
+            loss, gradient = batch.elsewhere(tile, values, weights, own, batch.row_weights(tile, lines))
             total += gradient
             return loss
         decision = np.empty((batch.rows, heads, n), weights.dtype)
         columns = len(weights) // heads
-        np.matmul(weights, tile.across, out=decision[:columns].reshape(len(weights), n))
+        np.matmul(weights, across, out=decision[:columns].reshape(len(weights), n))
         row_weights = batch.row_weights(tile, lines)
         if batch.rows > 1:
             loss = softmax_loss(decision, tile.bounds, row_weights)
         else:
             loss = sigmoid_loss(decision, tile.labels[batch.labels[lines]], row_weights)
-        total += decision[:columns].reshape(len(weights), n) @ tile.values
+        total += decision[:columns].reshape(len(weights), n) @ values
         return np.asarray(loss)

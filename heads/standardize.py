@@ -13,9 +13,11 @@ import numpy as np
 import numpy.typing as npt
 
 from headrace.heads.spec import FULL
+from headrace.heads.streamed import Streamed
 from headrace.heads.task import TRAIN_ONLY
 
 Array = npt.NDArray[Any]
+Features = Array | Streamed  # (N, D), in memory or read from shards
 ROWS_AT_ONCE = 2048  # float64 copies of this many rows stay in the caches
 
 
@@ -73,13 +75,31 @@ def chunks(rows: npt.NDArray[np.intp], size: int = ROWS_AT_ONCE) -> Iterator[npt
         yield rows[start : start + size]
 
 
-def group_moments(X: Array, fold: Array) -> dict[int, Moments]:
+def sweep(
+    X: Features, fold: Array, size: int = ROWS_AT_ONCE, which: Array | None = None
+) -> Iterator[tuple[int, npt.NDArray[np.intp]]]:
+    """(group, row numbers) in runs of at most `size` rows of one group, every row (or those `which`, a mask) once.
+
+    Runs and the rows in them come in the order in which X lies on disk, so that all groups together read it once.
+    """
+    order = X.order if isinstance(X, Streamed) else np.arange(len(X))
+    if which is not None:
+        order = order[which[order]]
+    of_group = fold[order]
+    runs = []
+    for group in np.unique(of_group).tolist():
+        places = np.flatnonzero(of_group == group)
+        runs += [(int(part[0]), group, order[part]) for part in chunks(places, size)]
+    for _, group, rows in sorted(runs, key=lambda run: run[0]):
+        yield int(group), rows
+
+
+def group_moments(X: Features, fold: Array) -> dict[int, Moments]:
     """Moments of each group of rows of X (N, D): a fold's held-out rows, or TRAIN_ONLY. Raises NotFinite."""
-    groups = {}
-    for group in np.unique(fold):
-        rows = np.flatnonzero(fold == group)
-        groups[int(group)] = merge([moments(X[part], part) for part in chunks(rows)])
-    return groups
+    parts: dict[int, list[Moments]] = {int(group): [] for group in np.unique(fold)}
+    for group, rows in sweep(X, fold):
+        parts[group].append(moments(X[rows], rows))
+    return {group: merge(own) for group, own in parts.items()}
 
 
 def training_moments(groups: dict[int, Moments]) -> dict[int, Moments]:
