@@ -10,7 +10,16 @@ import numpy.typing as npt
 
 from headrace.cache.errors import HeadraceError
 from headrace.heads.metrics import TaskKind
-from headrace.heads.spec import CentroidSpec, ConvSpec, HeadSpec, KNNSpec, LogisticSpec, MLPSpec, RidgeSpec
+from headrace.heads.spec import (
+    CentroidSpec,
+    ConvSpec,
+    FineTuneSpec,
+    HeadSpec,
+    KNNSpec,
+    LogisticSpec,
+    MLPSpec,
+    RidgeSpec,
+)
 
 Floats = npt.NDArray[np.float32]
 Arrays = dict[str, npt.NDArray[Any]]
@@ -82,6 +91,8 @@ def predict_head(spec: HeadSpec, arrays: Arrays, X: npt.NDArray[Any], task: Task
     if isinstance(spec, LogisticSpec | RidgeSpec | MLPSpec):
         blocks = [rows[start : start + ROWS_AT_ONCE] for start in range(0, len(rows), ROWS_AT_ONCE)] or [rows]
         return np.concatenate([_dense(spec, arrays, block, task) for block in blocks])
+    if isinstance(spec, FineTuneSpec):
+        raise CannotPredict("a fine-tuned network predicts from images, not from features: load its own directory")
     from headrace.heads.sklearn_bank import predict_sklearn
 
     return predict_sklearn(spec, arrays, rows, task)

@@ -105,6 +105,37 @@ class ConvSpec:
 
 
 @dataclass(frozen=True)
+class FineTuneSpec:
+    """A network trained by gradients: a head together with as much of its backbone as `depth` says.
+
+    start "head" is fine-tuning: the trained head on the pretrained backbone. "pretrained" and "random" are partial reuse:
+    a new head on what lies above the cut, which keeps its pretrained parameters or is drawn anew; random with depth "all"
+    is training from scratch. Rates: the head and the top block learn at `learning_rate`, each block below at
+    `layer_decay` times the one above; linear warm-up, then a half cosine to zero (AdamW, Loshchilov and Hutter 2019).
+    """
+
+    head: str  # canonical JSON of the spec of the head on top
+    depth: str  # "head", "all", or a node of the network: everything above it trains
+    start: Literal["head", "pretrained", "random"] = "head"
+    learning_rate: float = 3e-4
+    layer_decay: float = 0.7
+    weight_decay: float = 1e-2
+    warm_up: float = 0.1  # share of all steps
+    epochs: int = 10
+    patience: int = 4  # epochs without a better validation loss
+    batch_size: int = 32
+    label_smoothing: float = 0.0
+    class_weight: ClassWeight = "none"
+    dropout: float = 0.0  # before the head
+    clip: float = 1.0  # norm of the gradient, at most
+    batch_norm: Literal["held", "trained"] = "held"  # the running statistics of the backbone
+    augment: Literal["none", "flip", "flips", "views"] = "none"  # left-right; also upside-down; random renderings
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    seed: int = 0
+    kind: Literal["finetune"] = "finetune"
+
+
+@dataclass(frozen=True)
 class Halving:
     """Successive halving: after each of the epochs `after` only the best share `keep` of the specs goes on.
 
@@ -125,7 +156,7 @@ class Halving:
             )
 
 
-HeadSpec = LogisticSpec | RidgeSpec | MLPSpec | KNNSpec | CentroidSpec | SklearnSpec | ConvSpec
+HeadSpec = LogisticSpec | RidgeSpec | MLPSpec | KNNSpec | CentroidSpec | SklearnSpec | ConvSpec | FineTuneSpec
 
 KINDS: dict[str, type[HeadSpec]] = {
     "logistic": LogisticSpec,
@@ -135,6 +166,7 @@ KINDS: dict[str, type[HeadSpec]] = {
     "centroid": CentroidSpec,
     "sklearn": SklearnSpec,
     "conv": ConvSpec,
+    "finetune": FineTuneSpec,
 }
 
 

@@ -1,0 +1,15 @@
+"""What thawing refuses, and what can fail in it."""
+
+from headrace.cache import HeadraceError
+
+
+class ThawRefused(HeadraceError, ValueError):
+    """The head and the backbone at hand do not make a network that predicts as the cached head does, or none at all."""
+
+
+class CannotCut(HeadraceError, ValueError):
+    """The network cannot be run from the output of that node on."""
+
+
+class TrainingFailed(HeadraceError, RuntimeError):
+    """A network's training cannot go on: its loss is not finite, or it does not fit into memory."""

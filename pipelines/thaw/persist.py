@@ -1,0 +1,164 @@
+"""A trained network as a directory: network.safetensors with its parameters, network.json with what they mean. No pickle."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from headrace.cache import HeadraceError, publish_replace
+from headrace.extract import BackboneSpec, Preprocessing, parse_tap
+from headrace.extract.backbone import Backbone
+from headrace.extract.library import build
+from headrace.extract.weights import weights_digest
+from headrace.heads import FineTuneSpec, TaskKind, spec_from_json, spec_to_json
+from headrace.heads.predict import link
+from headrace.pipelines.thaw.head import Head
+from headrace.pipelines.thaw.network import Network
+
+FORMAT = 1
+WEIGHTS = "network.safetensors"
+DESCRIPTION = "network.json"
+
+
+class BadNetworkFile(HeadraceError, ValueError):
+    """The directory holds no network that this version can load."""
+
+
+@dataclass(frozen=True)
+class TrainedNetwork:
+    """A network ready to predict from pixels."""
+
+    network: Network
+    backbone: BackboneSpec
+    preprocessing: Preprocessing  # of the pixels: `render` makes them
+    spec: FineTuneSpec
+    task_kind: TaskKind
+    classes: tuple[str, ...]
+    metrics: dict[str, float]
+
+    def predict_proba(self, pixels: npt.NDArray[np.uint8] | Tensor) -> npt.NDArray[np.float32]:
+        """(n, C) float32 probabilities of uint8 pixels (n, H, W, 3) in the order of `classes`; for regression the values."""
+        device = next(self.network.parameters()).device
+        with torch.no_grad():
+            logits = self.network(torch.as_tensor(pixels).to(device)).float().cpu().numpy()
+        return link(logits, self.task_kind)
+
+
+def save_network(
+    directory: Path,
+    network: Network,
+    backbone: Backbone,
+    *,
+    spec: FineTuneSpec,
+    task_kind: TaskKind,
+    classes: Sequence[str],
+    metrics: Mapping[str, float],
+) -> Path:
+    """Write network.safetensors and network.json into `directory`, replacing what is there; returns the first's path.
+
+    Every parameter of the backbone is in it, so that it needs neither the run nor the weights that it started from.
+    """
+    head = network.head
+    about = {
+        "format": FORMAT,
+        "kind": "network",
+        "backbone": dataclasses.asdict(backbone.spec),
+        "preprocess": dataclasses.asdict(backbone.preprocessing),
+        "tap": [str(tap) for tap in network.taps],
+        "head": {
+            "convolutions": [_shape(layer)[:2] for layer in head.convolutions],
+            "layers": [_shape(layer) for layer in head.layers],
+            "gain": head.gain,
+            "features": len(head.centre),
+        },
+        "spec": json.loads(spec_to_json(spec)),
+        "task_kind": task_kind,
+        "classes": list(classes),
+        "metrics": {name: float(value) for name, value in metrics.items()},
+    }
+    text = json.dumps(about, indent=2, sort_keys=True)
+    tensors = {f"backbone.{name}": tensor for name, tensor in network.backbone.state_dict().items()}
+    tensors |= {f"head.{name}": tensor for name, tensor in head.state_dict().items()}
+    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    weights = directory / WEIGHTS
+    directory.mkdir(parents=True, exist_ok=True)
+    publish_replace(weights, save(plain, metadata={"headrace": text}))
+    publish_replace(directory / DESCRIPTION, text.encode())
+    return weights
+
+
+def load_network(directory: Path | str) -> TrainedNetwork:
+    """Read what `save_network` wrote. The description inside the safetensors file counts, the .json is for people.
+
+    Raises BadNetworkFile, and BackboneError where the backbone's library does not know its name.
+    """
+    path = Path(directory) / WEIGHTS
+    if not path.exists():
+        raise BadNetworkFile(f"{path} is not there: give the directory of a fine-tuned network, RUN/thaw/models/KEY")
+    try:
+        with safe_open(path, framework="pt") as stored:
+            about: dict[str, Any] = json.loads((stored.metadata() or {})["headrace"])
+            if about["format"] != FORMAT:
+                raise BadNetworkFile(
+                    f"{path}: format {about['format']}, this version of headrace reads {FORMAT}: update headrace"
+                )
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (not a dictionary)
+        spec = BackboneSpec(**{name: _tuple(value) for name, value in about["backbone"].items()})
+        preprocessing = Preprocessing(**{name: _tuple(value) for name, value in about["preprocess"].items()})
+        return _rebuild(about, spec, preprocessing, tensors)
+    except (SafetensorError, KeyError, TypeError, RuntimeError, json.JSONDecodeError) as error:
+        raise BadNetworkFile(
+            f"{path} is not a saved network ({type(error).__name__}: {str(error)[:300]}): run the recipe again to write it anew"
+        ) from error
+
+
+def _rebuild(
+    about: dict[str, Any], spec: BackboneSpec, preprocessing: Preprocessing, tensors: dict[str, Tensor]
+) -> TrainedNetwork:
+    module, _ = build(spec.name, None)  # its library's own preprocessing may have changed: the stored one counts
+    module.load_state_dict(_under("backbone.", tensors))
+    module.eval().requires_grad_(False)
+    backbone = Backbone(spec, module, preprocessing, weights_digest(module))
+    shape = about["head"]
+    head = Head(
+        torch.zeros(shape["features"]),
+        torch.ones(shape["features"]),
+        [torch.nn.Conv2d(inputs, width, 3, padding=1) for width, inputs in shape["convolutions"]],
+        [torch.nn.Linear(inputs, width) for width, inputs in shape["layers"]],
+        float(shape["gain"]),
+    )
+    head.load_state_dict(_under("head.", tensors))
+    network = Network(backbone, [parse_tap(text) for text in about["tap"]], head)
+    network.eval().requires_grad_(False)
+    return TrainedNetwork(
+        network=network,
+        backbone=spec,
+        preprocessing=preprocessing,
+        spec=cast(FineTuneSpec, spec_from_json(json.dumps(about["spec"]))),
+        task_kind=about["task_kind"],
+        classes=tuple(about["classes"]),
+        metrics=about["metrics"],
+    )
+
+
+def _shape(layer: torch.nn.Module) -> list[int]:
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return list(weight.shape)
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
