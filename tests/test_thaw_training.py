@@ -236,7 +236,7 @@ def test_a_batch_that_does_not_fit_is_halved(case: Case, monkeypatch: pytest.Mon
     np.testing.assert_allclose(losses(parts), losses(whole), rtol=1e-3)
 
     def none(self: object, inputs: torch.Tensor, held: torch.Tensor | None = None) -> torch.Tensor:
-        if self.head.training:  # type: ignore[attr-defined]
+        if torch.is_grad_enabled() and bool(inputs.any()):  # not the zeros by which the network is looked at
             raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
         return forward(self, inputs, held)  # type: ignore[arg-type]
 
