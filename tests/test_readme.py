@@ -90,6 +90,13 @@ def test_every_link_within_the_tree_resolves(page):
         assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
+def test_the_references_of_commands_and_recipe_keys_are_what_the_code_says():
+    """docs/reference/cli.md and recipe.md, which are written by docs/generate.py."""
+    command = [sys.executable, ROOT / "docs" / "generate.py", "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
 def test_every_command_and_option_has_help():
     """`--help` says what each is for."""
 
