@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import multiprocessing
 import os
 import signal
 from collections.abc import Iterator
@@ -10,6 +11,8 @@ from typing import Any
 
 import dask
 from dask.distributed import Client, LocalCluster
+
+from headrace.cache import HeadraceError
 
 # Dask's workers are spawned: they start clean, hold no lock or thread of ours, and can use CUDA.
 _SETTINGS = {
@@ -30,6 +33,10 @@ _SETTINGS = {
 }
 
 
+class WorkersDidNotStart(HeadraceError, RuntimeError):
+    """The worker processes could not be started."""
+
+
 def available_cores() -> int:
     """Cores that this process may use (its affinity, not the machine's count)."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -37,22 +44,41 @@ def available_cores() -> int:
 
 @contextlib.contextmanager
 def local_client(workers: int | None = None) -> Iterator[Client]:
-    """A client of a new cluster on this machine: one process of one thread per worker, gone at the end of the block."""
+    """A client of a new cluster on this machine: one process of one thread per worker, gone at the end of the block.
+
+    Raises WorkersDidNotStart.
+    """
+    _refuse_while_importing()
     with dask.config.set(_SETTINGS), _quiet("distributed"):
         with _sigint_held_back():
-            cluster = LocalCluster(
-                n_workers=workers or available_cores(),
-                threads_per_worker=1,
-                processes=True,
-                host="127.0.0.1",
-                dashboard_address="127.0.0.1:0",  # any free port: a fixed one would let only one run start on a machine
-                silence_logs=logging.CRITICAL,
-            )
+            try:
+                cluster = LocalCluster(
+                    n_workers=workers or available_cores(),
+                    threads_per_worker=1,
+                    processes=True,
+                    host="127.0.0.1",
+                    dashboard_address="127.0.0.1:0",  # any free port: a fixed one would let only one run start here
+                    silence_logs=logging.CRITICAL,
+                )
+            except RuntimeError as error:
+                raise WorkersDidNotStart(
+                    f"the worker processes did not start ({error}); what they said stands above"
+                ) from error
         try:
             with Client(cluster) as client:
                 yield client
         finally:
             cluster.close(timeout=10)
+
+
+def _refuse_while_importing() -> None:
+    # A spawned worker first imports the script that started it. One that starts workers as it is imported, as a script
+    # without the usual line does, would start workers of its own; multiprocessing then speaks of freezing executables.
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise WorkersDidNotStart(
+            "This script starts worker processes, and each of them imports the script to begin with. Put the lines that "
+            'start work below a line that workers pass over: if __name__ == "__main__":'
+        )
 
 
 def top_up(client: Client) -> None:
