@@ -248,7 +248,7 @@ def feature_passes(
     backbone = load_backbone(spec)
     by_view: dict[tuple[str, str], list[FeatureSpec]] = {}
     for feature in features:
-        _check_identity(backbone, feature)
+        check_identity(backbone, feature)
         by_view.setdefault((feature.view, feature.compute_dtype), []).append(feature)
     passes = []
     for (view, compute_dtype), group in by_view.items():
@@ -270,7 +270,8 @@ def pass_limit(forward: Forward, crop: tuple[int, int], device: str, batch_size:
     return Limit(batch_size or find_batch_size(forward, crop, device))
 
 
-def _check_identity(backbone: Backbone, feature: FeatureSpec) -> None:
+def check_identity(backbone: Backbone, feature: FeatureSpec) -> None:
+    """Raises SpecMismatch when the feature set is made by other weights or preprocessing than those here."""
     for field, here, wanted in (
         ("weights", backbone.weights, feature.weights),
         ("preprocessing", backbone.preprocessing.to_json(), feature.preprocessing),

@@ -12,7 +12,7 @@ from rich.console import Console
 from headrace.cache import HeadraceError
 from headrace.pipelines.backbone_commands import backbones_command
 from headrace.pipelines.cache_commands import app as cache_app
-from headrace.pipelines.deliver.commands import predict_command
+from headrace.pipelines.deliver.commands import export_command, predict_command
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -107,6 +107,7 @@ def init(
 
 
 app.command("predict")(predict_command)
+app.command("export")(export_command)
 
 
 def _run(

@@ -19,6 +19,14 @@ class TableFormat(StrEnum):
     jsonl = "jsonl"
 
 
+class ExportFormat(StrEnum):
+    """What `headrace export` writes."""
+
+    torch = "torch"
+    onnx = "onnx"
+    safetensors = "safetensors"
+
+
 class OutputError(HeadraceError, ValueError):
     """The output cannot be written as asked."""
 
@@ -84,6 +92,35 @@ def predict_command(
     console.print(said if out == "-" else f"{said}. Wrote {out}")
     if summary.failed == summary.images:
         raise typer.Exit(1)
+
+
+def export_command(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    formats: Annotated[
+        list[ExportFormat] | None,
+        typer.Option("--format", "-f", help="May be given several times; default: torch and safetensors."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a folder that is there.")] = False,
+) -> None:
+    """Take the model away: a torch.export program, ONNX, or safetensors, with a model card and its preprocessing.
+
+    Each is loaded again and compared with headrace's own predictions before the folder appears.
+    Example: headrace export headrace-runs/recipe my-model --format onnx --format torch
+    """
+    from headrace.pipelines.deliver.model import load_model
+
+    loaded = load_model(model)
+    from headrace.pipelines.deliver.export import export_model
+
+    chosen = [each.value for each in formats or [ExportFormat.torch, ExportFormat.safetensors]]
+    exported = export_model(loaded, out, chosen, force=force)
+    console = Console(highlight=False, soft_wrap=True, markup=False)
+    for name, difference in exported.differences.items():
+        console.print(f"{name}: differs from headrace by at most {difference:.1e} ({exported.tolerance:g} is allowed)")
+    if not exported.one_view:
+        console.print("note: the graphs see the evaluation crop alone; headrace averages over augmented views too")
+    console.print(f"Wrote {out}. How to use it: {out / 'MODEL_CARD.md'}")
 
 
 def _format(out: str, kind: TableFormat | None) -> str:

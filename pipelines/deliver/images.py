@@ -23,7 +23,7 @@ from headrace.extract.images import decode_image, to_rgb
 from headrace.extract.locate import array_bytes, read_bytes
 from headrace.extract.unit import Pass, feature_passes, pass_limit, quiet_decoding, unstorable
 from headrace.extract.views import render_view
-from headrace.heads import SklearnSpec, TrainedHead
+from headrace.heads import SklearnSpec, TrainedHead, average, with_temperature
 from headrace.heads.sklearn_bank import fitted_sklearn
 from headrace.pipelines.cluster import available_cores
 
@@ -103,7 +103,7 @@ def predict_batch(engine: Engine, batch: Batch) -> Predicted:
     parts = [
         predict_head(member, head, stored) for member, head in zip(engine.model.members, engine.heads, strict=True)
     ]
-    return Predicted([batch.rows[place] for place in good], np.mean(parts, axis=0), sorted(failed), unread)
+    return Predicted([batch.rows[place] for place in good], combine(engine.model, parts), sorted(failed), unread)
 
 
 def predict_samples(engine: Engine, samples: Sequence[Sample], threads: int) -> Iterator[Predicted]:
@@ -146,6 +146,12 @@ def ready(head: TrainedHead) -> Callable[[Floats], Floats]:
     if isinstance(head.spec, SklearnSpec):
         return fitted_sklearn(head.spec, head.arrays, head.task_kind)
     return head.predict_proba
+
+
+def combine(model: "Model", parts: Sequence[Floats]) -> Floats:
+    """(n, C) of the members' predictions: their weighted average, tempered."""
+    mean = average(np.array([member.weight for member in model.members]), np.stack(parts))
+    return np.asarray(with_temperature(model.task_kind, mean, model.temperature), np.float32)
 
 
 def as_stored(features: npt.NDArray[Any], dtype: str) -> Floats:

@@ -13,13 +13,14 @@ import numpy.typing as npt
 
 from headrace.cache import HeadraceError
 from headrace.extract import BackboneSpec, backbone_from_fields
-from headrace.heads import TaskKind, TrainedHead, load_head
+from headrace.heads import TaskKind, TrainedHead, load_head, spec_to_json
 from headrace.pipelines.paths import RunPaths
 
 if TYPE_CHECKING:
     from headrace.pipelines.deliver.images import ImageLike
 
-HEAD = "head.json"
+HEAD, ENSEMBLE = "head.json", "ensemble.json"
+FORMAT = 1
 
 
 class ModelError(HeadraceError, ValueError):
@@ -28,21 +29,26 @@ class ModelError(HeadraceError, ValueError):
 
 @dataclass(frozen=True, eq=False)
 class Member:
-    """A head, and for each of its feature sets the network that makes it."""
+    """A head, for each of its feature sets the network that makes it, and its share of the average."""
 
     head: TrainedHead
     backbones: tuple[BackboneSpec, ...]
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """What predicts: one head on the networks whose features it was trained on. Nothing large is loaded before it is used."""
+    """What predicts: a head on the networks whose features it was trained on, or the weighted average of several.
+
+    Nothing large is loaded before it is used.
+    """
 
     path: Path
     task_kind: TaskKind
     classes: tuple[str, ...]  # of a multi-label or regression task, the columns
     metrics: dict[str, float]
-    members: tuple[Member, ...]
+    members: tuple[Member, ...]  # their weights sum to 1
+    temperature: float  # the averaged log-odds are divided by it
     digest: str  # of everything that a prediction depends on, weights included
 
     def predict_proba(
@@ -72,25 +78,54 @@ def decide(probabilities: npt.NDArray[np.float32], task_kind: TaskKind, classes:
 
 
 def load_model(directory: Path | str) -> Model:
-    """Load a model directory; of a run directory, its winner.
+    """Load a model directory; of a run directory its answer: the winner, or the ensemble where that is better beyond doubt.
 
     Raises ModelError, saying what is there instead; BadHeadFile for a damaged head.
     """
     place = _model_directory(Path(directory).expanduser())
+    return _load_ensemble(place) if (place / ENSEMBLE).is_file() else _load_single(place)
+
+
+def _load_single(place: Path) -> Model:
     head = load_head(place)
-    return Model(
-        path=place,
-        task_kind=head.task_kind,
-        classes=head.classes,
-        metrics=head.metrics,
-        members=(Member(head, _backbones(head, place)),),
-        digest=_digest(head),
-    )
+    member = Member(head, _backbones(head, place))
+    return Model(place, head.task_kind, head.classes, head.metrics, (member,), 1.0, _digest((member,), 1.0))
+
+
+def _load_ensemble(place: Path) -> Model:
+    path = place / ENSEMBLE
+    try:
+        about = json.loads(path.read_text())
+        if about["format"] != FORMAT or about["kind"] != "ensemble":
+            raise ModelError(f"{path}: format {about['format']}, this version reads {FORMAT}: update headrace")
+        shares = [(place / entry["model"], float(entry["weight"])) for entry in about["members"]]
+        temperature, classes = float(about["temperature"]), tuple(about["classes"])
+        metrics = {name: float(value) for name, value in about["metrics"].items()}
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, ModelError):
+            raise
+        raise ModelError(
+            f"{path} does not describe an ensemble ({type(error).__name__}: {error}): run again"
+        ) from error
+    members = []
+    for directory, weight in shares:
+        model = _load_single(directory)
+        if (model.classes, model.task_kind) != (classes, about["task_kind"]):
+            raise ModelError(f"{path}: the member {directory} has other classes than the ensemble: run again")
+        members += [dataclasses.replace(member, weight=member.weight * weight) for member in model.members]
+    if not members or abs(sum(member.weight for member in members) - 1) > 1e-6:
+        raise ModelError(f"{path}: the weights of {len(members)} members do not sum to 1: run again")
+    digest = _digest(tuple(members), temperature)
+    return Model(place, about["task_kind"], classes, metrics, tuple(members), temperature, digest)
 
 
 def _model_directory(path: Path) -> Path:
-    for place in (path, RunPaths(path).winner):
-        if (place / HEAD).is_file():
+    run = RunPaths(path)
+    places = [path, run.winner]
+    if _ensemble_is_answer(run):
+        places.insert(1, run.ensemble)
+    for place in places:
+        if any((place / name).is_file() for name in (HEAD, ENSEMBLE)):
             return place
     if not path.exists():
         raise ModelError(
@@ -99,8 +134,17 @@ def _model_directory(path: Path) -> Path:
     there = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) if path.is_dir() else "it is a file"
     raise ModelError(
         f"{path} holds no model ({there or 'it is empty'}). Expected a run directory (headrace-runs/NAME) whose run has "
-        f"ended, its winner/, or what headrace export wrote: a directory with {HEAD}"
+        f"ended, its winner/, or what headrace export --format safetensors wrote: a directory with {HEAD} or {ENSEMBLE}"
     )
+
+
+def _ensemble_is_answer(run: RunPaths) -> bool:
+    """Whether the run's last recipe asks for an ensemble, and it is better than the winner beyond doubt."""
+    try:
+        asked = json.loads(run.recipe.read_text()).get("ensemble") is not None
+        return asked and bool(json.loads((run.ensemble / ENSEMBLE).read_text())["nested"]["chosen"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
 
 
 def _backbones(head: TrainedHead, place: Path) -> tuple[BackboneSpec, ...]:
@@ -120,11 +164,13 @@ def _backbones(head: TrainedHead, place: Path) -> tuple[BackboneSpec, ...]:
     return tuple(found)
 
 
-def _digest(head: TrainedHead) -> str:
-    hasher = hashlib.sha256(json.dumps([head.task_kind, head.classes]).encode())
-    for feature in head.features:  # each names the digest of its network's weights
-        hasher.update(feature.to_json().encode())
-    for name, array in sorted(head.arrays.items()):
-        hasher.update(f"{name}|{array.dtype}|{array.shape}|".encode())
-        hasher.update(np.ascontiguousarray(array).data)
+def _digest(members: tuple[Member, ...], temperature: float) -> str:
+    hasher = hashlib.sha256(json.dumps([temperature, *(member.weight for member in members)]).encode())
+    for head in (member.head for member in members):
+        hasher.update(json.dumps([head.task_kind, head.classes, spec_to_json(head.spec)]).encode())
+        for feature in head.features:  # each names the digest of its network's weights
+            hasher.update(feature.to_json().encode())
+        for name, array in sorted(head.arrays.items()):
+            hasher.update(f"{name}|{array.dtype}|{array.shape}|".encode())
+            hasher.update(np.ascontiguousarray(array).data)
     return hasher.hexdigest()[:24]

@@ -1,0 +1,324 @@
+"""`headrace export`: a model as files that need no headrace, compared with headrace's own predictions before they appear."""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import importlib.util
+import io
+import json
+import shutil
+import uuid
+import warnings
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from headrace.cache import ExtraMissing, HeadraceError
+from headrace.cache.files import PARTIAL_SUFFIX
+from headrace.extract import BackboneSpec
+from headrace.extract.backbone import load_backbone
+from headrace.extract.decode import Batch
+from headrace.extract.views import parse_view
+from headrace.heads import save_head
+from headrace.pipelines.deliver.card import Exported, model_card
+from headrace.pipelines.deliver.graph import Graph, Input, pixels_of, sees_one_view
+from headrace.pipelines.deliver.images import open_engine, predict_batch
+from headrace.pipelines.deliver.model import ENSEMBLE, FORMAT, Member, Model, load_model
+from headrace.pipelines.deliver.outside import NAME, preprocess_file
+
+FORMATS = ("torch", "onnx", "safetensors")
+# Of probabilities, absolute; of regression values, relative to the largest. Sums in another order move a feature by some
+# 1e-7 of its size, and now and then over the edge of its float16, by 5e-4.
+TOLERANCE = 2e-3
+HALF_TOLERANCE = 3e-2  # of networks that were run in half precision: an exported graph runs in float32
+_CHECKED = 8  # images that the comparison uses
+
+
+class ExportError(HeadraceError, ValueError):
+    """The model cannot be exported as asked; nothing was written."""
+
+
+@dataclass(frozen=True)
+class _Check:
+    """Pixels for every input of the graph, and what headrace predicts from them."""
+
+    pixels: list[Tensor]
+    expected: npt.NDArray[np.float32]
+    tolerance: float
+
+    def difference(self, found: npt.NDArray[Any]) -> float:
+        """The largest; relative for values beyond one."""
+        scale = max(1.0, float(np.abs(self.expected).max()))
+        return float(np.abs(np.asarray(found, np.float64) - self.expected).max()) / scale
+
+
+def export_model(model: Model, out: Path, formats: Sequence[str], *, force: bool = False) -> Exported:
+    """Write `out`: the model in these formats (torch, onnx, safetensors), preprocess.py, model.json and MODEL_CARD.md.
+
+    Every format is loaded again and its predictions compared with headrace's own before the directory appears.
+    Raises ExportError where they differ, where `out` is there (unless `force`), and for heads that have no such form.
+    """
+    if unknown := sorted(set(formats) - set(FORMATS)):
+        raise ExportError(f"format {unknown[0]!r}: expected one or several of {', '.join(FORMATS)}")
+    if out.exists() and not force and not (out.is_dir() and not any(out.iterdir())):
+        raise ExportError(f"{out} is there: give another name, or --force to replace it")
+    if "onnx" in formats:
+        _require_onnx()
+    temporary = out.absolute().with_name(f".{out.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
+    temporary.mkdir(parents=True)
+    try:
+        exported = _write(model, temporary, list(dict.fromkeys(formats)))
+        _replace(temporary, out.absolute())
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return exported
+
+
+def _write(model: Model, folder: Path, formats: list[str]) -> Exported:
+    differences: dict[str, float] = {}
+    graphed = [name for name in formats if name != "safetensors"]
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch.export's own future
+        if graphed:
+            single = evaluation_only(model)
+            graph = Graph(single)
+            inputs = graph.inputs
+            check = _check(single, inputs)
+            with _untraceable():
+                program = torch.export.export(
+                    graph,
+                    tuple(check.pixels),
+                    dynamic_shapes=((*({0: torch.export.Dim("n", min=1)} for _ in inputs),),),
+                    strict=False,
+                )
+        else:
+            inputs = _inputs_of(model)
+        if "torch" in formats:
+            torch.export.save(program, folder / "model.pt2")
+            loaded = torch.export.load(folder / "model.pt2").module()
+            differences["torch"] = _compare(
+                check, lambda pixels: np.asarray(loaded(*pixels).numpy()), "model.pt2", model
+            )
+        if "onnx" in formats:
+            _write_onnx(program, inputs, folder / "model.onnx")
+            differences["onnx"] = _compare(check, _onnx_runner(folder / "model.onnx", inputs), "model.onnx", model)
+        if "safetensors" in formats:
+            _write_directory(model, folder)
+            whole = _check(model, inputs)
+            again = _check(load_model(folder), inputs)
+            differences["safetensors"] = whole.difference(again.expected)
+            if differences["safetensors"] > whole.tolerance:
+                raise ExportError(
+                    f"the copy predicts otherwise, by {differences['safetensors']:.2g}; nothing was written"
+                )
+    version = importlib.metadata.version("headrace")
+    (folder / NAME).write_text(preprocess_file(inputs, version), encoding="utf-8")
+    tolerance = _tolerance(model)
+    exported = Exported(model, tuple(inputs), differences, tolerance, sees_one_view(model))
+    about = {
+        "headrace": version,
+        "formats": formats,
+        "task_kind": model.task_kind,
+        "classes": list(model.classes),
+        "inputs": [
+            {"name": each.name, "dtype": "uint8", "shape": ["n", *each.preprocessing.crop, 3]}
+            | {"preprocessing": json.loads(each.preprocessing.to_json())}
+            for each in inputs
+        ],
+        "output": {"name": "probabilities", "dtype": "float32", "shape": ["n", len(model.classes)]},
+        "metrics": model.metrics,
+        "tolerance": tolerance,
+        "differences": differences,
+    }
+    (folder / "model.json").write_text(json.dumps(about, indent=2), encoding="utf-8")
+    (folder / "MODEL_CARD.md").write_text(model_card(exported), encoding="utf-8")
+    return exported
+
+
+def evaluation_only(model: Model) -> Model:
+    """The model on the evaluation crop alone, without the augmented views that it may average over."""
+    members = []
+    for member in model.members:
+        head = member.head
+        kept = [place for place, feature in enumerate(head.features) if parse_view(feature.view)[0] == 0]
+        features = tuple(head.features[place] for place in kept)
+        backbones = tuple(member.backbones[place] for place in kept)
+        members.append(replace(member, head=replace(head, features=features), backbones=backbones))
+    return replace(model, members=tuple(members))
+
+
+def check_pixels(inputs: Sequence[Input], count: int = _CHECKED) -> list[Tensor]:
+    """uint8 pixels (count, H, W, 3) per input: smooth random pictures with noise, the same ones at every size."""
+    found = []
+    for each in inputs:
+        draw = torch.Generator().manual_seed(0)
+        coarse = torch.rand(count, 3, 5, 5, generator=draw)
+        smooth = torch.nn.functional.interpolate(coarse, each.preprocessing.crop, mode="bilinear")
+        noise = 0.1 * torch.rand(smooth.shape, generator=draw)
+        found.append((255 * (0.9 * smooth + noise)).to(torch.uint8).permute(0, 2, 3, 1).contiguous())
+    return found
+
+
+def _check(model: Model, inputs: Sequence[Input]) -> _Check:
+    """Through the same passes as `headrace predict`. A model's own views all see the same pixels here."""
+    pixels = check_pixels(inputs)
+    engine = open_engine(model)
+    by_pixels = {pixels_of(each.preprocessing): value for each, value in zip(inputs, pixels, strict=True)}
+    batch = Batch(list(range(_CHECKED)), [by_pixels[pixels_of(each.preprocessing)] for each in engine.renderings])
+    predicted = predict_batch(engine, batch)
+    if predicted.failed:
+        raise ExportError(f"the model cannot be compared on test pictures: {predicted.failed[0][1]}")
+    return _Check(pixels, predicted.probabilities, _tolerance(model))
+
+
+def _compare(check: _Check, run: Any, name: str, model: Model) -> float:
+    """Also one image at a time: a graph that has the batch size baked in is found here."""
+    whole = check.difference(run(check.pixels))
+    alone = [run([value[place : place + 1] for value in check.pixels]) for place in range(2)]
+    ones = replace_expected(check, check.expected[:2]).difference(np.concatenate(alone))
+    worst = max(whole, ones)
+    if not worst <= check.tolerance:  # also NaN
+        raise ExportError(
+            f"{name} predicts otherwise than headrace, by {worst:.2g} at most where {check.tolerance:g} is allowed; nothing was "
+            f"written. The heads: {', '.join(sorted({member.head.spec.kind for member in model.members}))}. "
+            "headrace predict and --format safetensors are exact"
+        )
+    return worst
+
+
+def replace_expected(check: _Check, expected: npt.NDArray[np.float32]) -> _Check:
+    """The same comparison for some of the images."""
+    return replace(check, expected=expected)
+
+
+def _tolerance(model: Model) -> float:
+    half = any(feature.compute_dtype != "float32" for member in model.members for feature in member.head.features)
+    return HALF_TOLERANCE if half else TOLERANCE
+
+
+@contextlib.contextmanager
+def _untraceable() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # torch.export raises many kinds, some of its own
+        raise ExportError(
+            f"torch.export cannot trace this network ({type(error).__name__}: {str(error)[:300]}). "
+            "headrace predict works with it, and --format safetensors"
+        ) from error
+
+
+def _write_onnx(program: Any, inputs: Sequence[Input], path: Path) -> None:
+    import onnx
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        onnx_program = torch.onnx.export(
+            program,
+            dynamo=True,
+            verbose=False,
+            input_names=[each.name for each in inputs],
+            output_names=["probabilities"],
+            external_data=False,
+        )
+        assert onnx_program is not None
+        onnx_program.save(path, external_data=False)
+    onnx.checker.check_model(str(path), full_check=True)
+
+
+def _onnx_runner(path: Path, inputs: Sequence[Input]) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    names = [each.name for each in inputs]
+    return lambda pixels: session.run(None, {name: value.numpy() for name, value in zip(names, pixels, strict=True)})[0]
+
+
+def _require_onnx() -> None:
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        if importlib.util.find_spec(name) is None:
+            raise ExtraMissing(
+                f"exporting to ONNX needs the library {name}, which is not installed: pip install 'headrace[onnx]'"
+            )
+
+
+def _write_directory(model: Model, folder: Path) -> None:
+    """A model directory as a run writes it, with the weights of its networks beside it."""
+    stored: dict[BackboneSpec, BackboneSpec] = {}
+    for backbone in dict.fromkeys(each for member in model.members for each in member.backbones):
+        loaded = load_backbone(backbone)
+        name = f"backbone_{len(stored)}.safetensors"
+        tensors = {key: value.detach().contiguous().clone() for key, value in loaded.module.state_dict().items()}
+        save_file(tensors, folder / name)
+        how = loaded.preprocessing
+        # Said in full: without its tag, a network would come with its library's preprocessing of today.
+        stored[backbone] = replace(
+            backbone,
+            weights=name,
+            weights_match="name",
+            image_size=how.crop[0],
+            crop_fraction=how.crop[0] / how.resize[0],
+            mean=how.mean,
+            std=how.std,
+            interpolation=how.interpolation,
+        )
+    if len(model.members) == 1 and model.temperature == 1:
+        _save_member(model.members[0], folder, stored, "")
+        return
+    members = []
+    for place, member in enumerate(model.members):
+        _save_member(member, folder / "members" / str(place), stored, "../../")
+        members.append({"model": f"members/{place}", "weight": member.weight})
+    about = {
+        "format": FORMAT,
+        "kind": "ensemble",
+        "members": members,
+        "temperature": model.temperature,
+        "task_kind": model.task_kind,
+        "classes": list(model.classes),
+        "metrics": model.metrics,
+    }
+    (folder / ENSEMBLE).write_text(json.dumps(about, indent=2), encoding="utf-8")
+
+
+def _save_member(member: Member, folder: Path, stored: dict[BackboneSpec, BackboneSpec], up: str) -> None:
+    head = member.head
+    backbones = [stored[each] for each in member.backbones]
+    save_head(
+        folder,
+        spec=head.spec,
+        arrays=head.arrays,
+        classes=head.classes,
+        features=head.features,
+        metrics=head.metrics,
+        task_kind=head.task_kind,
+        backbones=[dataclasses.asdict(replace(each, weights=f"{up}{each.weights}")) for each in backbones],
+    )
+
+
+def _inputs_of(model: Model) -> list[Input]:
+    found: dict[Any, Input] = {}
+    for backbone in dict.fromkeys(each for member in model.members for each in member.backbones):
+        how = load_backbone(backbone).preprocessing
+        found.setdefault(pixels_of(how), Input("images", how))
+    inputs: Collection[Input] = found.values()
+    if len(inputs) == 1:
+        return list(inputs)
+    return [replace(each, name=f"images_{place}") for place, each in enumerate(inputs)]
+
+
+def _replace(temporary: Path, out: Path) -> None:
+    """Put the finished directory in its place; what was there goes only when the new one is whole."""
+    old = out.with_name(f".{out.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}") if out.exists() else None
+    if old is not None:
+        out.rename(old)
+    temporary.rename(out)
+    if old is not None:
+        shutil.rmtree(old) if old.is_dir() else old.unlink()

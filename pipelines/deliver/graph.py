@@ -1,0 +1,205 @@
+"""A model as one torch module, from pixels to probabilities: normalisation, networks, taps, round-off, heads, average.
+
+What is not in it is what makes pixels of a file: decoding, resizing and cropping (`Input.preprocessing`).
+"""
+
+import contextlib
+import copy
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from headrace.cache import FeatureSpec
+from headrace.extract import BackboneSpec, Preprocessing
+from headrace.extract.backbone import Backbone, load_backbone
+from headrace.extract.nodes import LOGITS, PRE_LOGITS
+from headrace.extract.taps import backbone_nodes, reduce_output
+from headrace.extract.unit import check_identity
+from headrace.extract.views import parse_view
+from headrace.heads import TaskKind
+from headrace.pipelines.deliver.layers import head_module
+from headrace.pipelines.deliver.model import Member, Model
+
+_ROUND_OFF = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Input:
+    """One input of the graph: uint8 RGB pixels (n, *preprocessing.crop, 3)."""
+
+    name: str
+    preprocessing: Preprocessing
+
+
+class _Done(BaseException):
+    """Ends a forward pass once every tap has its output."""
+
+
+class _Taps(nn.Module):
+    """uint8 pixels (n, H, W, 3) to the features of some taps of one network, with the round-off of storing them."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, backbone: Backbone, features: Sequence[FeatureSpec]) -> None:
+        super().__init__()
+        self.network = copy.deepcopy(backbone.module)
+        how = backbone.preprocessing
+        mean, std = (torch.tensor(values, dtype=torch.float64).view(1, 3, 1, 1) for values in (how.mean, how.std))
+        self.register_buffer("scale", (1 / (255 * std)).float())
+        self.register_buffer("shift", (-mean / std).float())
+        self.features = tuple(features)
+        self.nodes = backbone_nodes(backbone)
+        self.found: dict[str, Tensor] = {}
+        needed = dict.fromkeys(feature.tap for feature in features)
+        for node in needed:
+            module = self.network.get_submodule(self.nodes[node].module)
+            if node == PRE_LOGITS:
+                module.register_forward_pre_hook(functools.partial(self._keep_input, node))
+            elif node != LOGITS:
+                module.register_forward_hook(functools.partial(self._keep_output, node))
+        self.needed, self.stops = len(needed), False
+
+    def forward(self, pixels: Tensor) -> list[Tensor]:
+        self.found.clear()
+        with contextlib.suppress(_Done):
+            self.found[LOGITS] = self.network(pixels.permute(0, 3, 1, 2).float() * self.scale + self.shift)
+        outputs = []
+        for feature in self.features:
+            output = reduce_output(self.found[feature.tap], feature.reduction, self.nodes[feature.tap])
+            if feature.dtype in _ROUND_OFF:
+                output = output.to(_ROUND_OFF[feature.dtype])
+            outputs.append(output.float())
+        self.found.clear()
+        return outputs
+
+    # Methods, not closures: a copy of the module must keep its outputs for itself.
+    def _keep_input(self, node: str, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self._keep(node, args[0])
+
+    def _keep_output(self, node: str, _module: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> None:
+        self._keep(node, output)
+
+    def _keep(self, node: str, output: Tensor) -> None:
+        # A copy: the network may overwrite its output in place afterwards.
+        self.found[node] = output.clone()
+        if self.stops and len(self.found) == self.needed:
+            raise _Done
+
+
+def _lean(taps: _Taps, backbone: Backbone) -> _Taps:
+    """Without what lies behind the deepest tap, whose parameters a program file would carry along.
+
+    Modules that do not run before every tap has its output are replaced by the identity. Where the rest of the network
+    cannot run on that, the taps stay as they are: the values are the same.
+    """
+    pixels = torch.randint(0, 256, (2, *backbone.preprocessing.crop, 3), dtype=torch.uint8)
+    ran: set[nn.Module] = set()
+    handles = [
+        module.register_forward_pre_hook(lambda module, _args: ran.add(module)) for module in taps.network.modules()
+    ]
+    taps.stops = True
+    with torch.no_grad():
+        expected = taps(pixels)
+    taps.stops = False
+    for handle in handles:
+        handle.remove()
+    lean = copy.deepcopy(taps)
+    idle = [
+        name
+        for (name, module), kept in zip(lean.network.named_modules(), taps.network.modules(), strict=True)
+        if not any(child in ran for child in kept.modules()) and name
+    ]
+    for name in idle:
+        parent, _, last = name.rpartition(".")
+        if parent not in idle:
+            lean.network.get_submodule(parent)._modules[last] = nn.Identity()
+    try:
+        with torch.no_grad():
+            found = lean(pixels)
+        return lean if all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)) else taps
+    except Exception:  # noqa: BLE001 (whatever a network's own code says of shapes that it does not know)
+        return taps
+
+
+class Graph(nn.Module):
+    """Pixels, one tensor per input, to probabilities (n, C) float32, for regression values."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        wanted: dict[BackboneSpec, dict[FeatureSpec, None]] = {}
+        for member in model.members:
+            for made_by, feature in zip(member.backbones, member.head.features, strict=True):
+                if parse_view(feature.view)[0] == 0:
+                    wanted.setdefault(made_by, {})[feature] = None
+        self.inputs: list[Input] = []
+        self.sources: list[int] = []  # which input each network reads
+        self.keys: list[list[str]] = []  # the features that each network gives
+        networks = []
+        for made_by, features in wanted.items():
+            backbone = load_backbone(made_by)
+            for feature in features:
+                check_identity(backbone, feature)
+            self.sources.append(self._input(backbone.preprocessing))
+            self.keys.append([feature.to_json() for feature in features])
+            networks.append(_lean(_Taps(backbone, list(features)), backbone))
+        self.networks = nn.ModuleList(networks)
+        self.heads = nn.ModuleList([head_module(member.head) for member in model.members])
+        self.columns = [_columns(member) for member in model.members]
+        self.spatial = [member.head.spec.kind == "conv" for member in model.members]
+        self.weights = [member.weight for member in model.members]
+        self.temperature, self.task_kind = model.temperature, model.task_kind
+        if len(self.inputs) > 1:
+            self.inputs = [replace(each, name=f"images_{place}") for place, each in enumerate(self.inputs)]
+        self.eval().requires_grad_(False)
+
+    def forward(self, *images: Tensor) -> Tensor:
+        features: dict[str, Tensor] = {}
+        for network, source, keys in zip(self.networks, self.sources, self.keys, strict=True):
+            features |= zip(keys, network(images[source]), strict=True)
+        total: Tensor | None = None
+        for head, columns, spatial, weight in zip(self.heads, self.columns, self.spatial, self.weights, strict=True):
+            parts = [features[key] if spatial else features[key].flatten(1) for key in columns]
+            part = head(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
+            part = part if weight == 1 else part * weight
+            total = part if total is None else total + part
+        assert total is not None
+        return tempered(total, self.task_kind, self.temperature)
+
+    def _input(self, preprocessing: Preprocessing) -> int:
+        """Networks that differ in mean and std alone read the same pixels."""
+        key = pixels_of(preprocessing)
+        for place, known in enumerate(self.inputs):
+            if pixels_of(known.preprocessing) == key:
+                return place
+        self.inputs.append(Input("images", preprocessing))
+        return len(self.inputs) - 1
+
+
+def tempered(probabilities: Tensor, task_kind: TaskKind, temperature: float) -> Tensor:
+    """As heads.with_temperature."""
+    if task_kind == "regression" or temperature == 1:
+        return probabilities
+    if task_kind == "multi":
+        inside = probabilities.clamp(1e-7, 1 - 1e-7)
+        return torch.sigmoid((torch.log(inside) - torch.log1p(-inside)) / temperature)
+    return torch.softmax(torch.log(probabilities.clamp(min=1e-30)) / temperature, dim=1)
+
+
+def sees_one_view(model: Model) -> bool:
+    """Whether the model was trained on the evaluation crop alone; augmented views have no place in a graph."""
+    return all(parse_view(feature.view)[0] == 0 for member in model.members for feature in member.head.features)
+
+
+def _columns(member: Member) -> list[str]:
+    return [feature.to_json() for feature in member.head.features if parse_view(feature.view)[0] == 0]
+
+
+def pixels_of(how: Preprocessing) -> tuple[Any, ...]:
+    """What two preprocessings share when they make the same pixels of an image."""
+    mean = how.mean if how.mode == "border" else None  # the colour of the border
+    return how.resize, how.crop, how.mode, how.interpolation, mean

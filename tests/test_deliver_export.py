@@ -1,0 +1,264 @@
+"""`headrace export`: heads as graphs, files that predict the same where headrace is not installed, and their card."""
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+from deliver_cases import here
+from PIL import Image
+from run_cases import make_photos
+
+from headrace.cache import ExtraMissing
+from headrace.extract import BackboneSpec, Preprocessing, list_folder
+from headrace.extract.images import decode_image
+from headrace.extract.preprocess import render
+from headrace.heads import (
+    FULL,
+    CentroidSpec,
+    ConvSpec,
+    KNNSpec,
+    LogisticSpec,
+    MLPSpec,
+    RidgeSpec,
+    SklearnSpec,
+    Task,
+    TrainedHead,
+    fit_bank,
+    load_rows,
+    save_head,
+)
+from headrace.pipelines import extract_features
+from headrace.pipelines.deliver import export
+from headrace.pipelines.deliver.export import ExportError, export_model
+from headrace.pipelines.deliver.graph import Input
+from headrace.pipelines.deliver.layers import head_module
+from headrace.pipelines.deliver.model import ModelError, load_model
+from headrace.pipelines.deliver.outside import preprocess_file
+
+NETWORK = BackboneSpec("torchvision:resnet18", weights="random:0", image_size=32, crop_fraction=1.0)
+OTHER = BackboneSpec("torchvision:squeezenet1_1", weights="random:0", image_size=48)
+
+# Runs where nothing of headrace can be found: -I leaves out the folder and the user's paths, and the finder is taken out.
+ALONE = """
+import sys, json
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in type(finder).__module__ + getattr(finder, "__name__", "")]
+sys.path = [place for place in sys.path if "__editable__" not in place]
+try:
+    import headrace.pipelines
+    sys.exit("headrace can be imported: this proves nothing")
+except ImportError:
+    pass
+sys.path.insert(0, ".")
+import numpy as np
+from preprocess import INPUTS, load
+paths = json.loads(sys.argv[1])
+pixels = {name: np.stack([load(path, name) for path in paths]) for name in INPUTS}
+if sys.argv[2] == "torch":
+    import torch
+    model = torch.export.load("model.pt2").module()
+    found = model(*(torch.from_numpy(value) for value in pixels.values())).numpy()
+else:
+    import onnxruntime
+    found = onnxruntime.InferenceSession("model.onnx").run(None, pixels)[0]
+assert not any(name.startswith("headrace.") for name in sys.modules)
+print(json.dumps(found.tolist()))
+"""
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("export") / "photos"
+    make_photos(folder, n=40)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def features(photos):
+    """Of two networks, for every photo."""
+    cache = photos.parent / "cache"
+    with here():
+        one = extract_features(photos, NETWORK, ["layer1.avg", "layer2.map"], cache=cache, workers=1)
+        two = extract_features(photos, OTHER, ["features.6.max"], cache=cache, workers=1)
+    return {"avg": one["layer1.avg"], "map": one["layer2.map"], "max": two["features.6.max"]}
+
+
+def model_directory(place, photos, features, spec, names):
+    """A head of this spec, trained on the photos, as a model directory."""
+    sets = [features[name] for name in names]
+    labels = list_folder(photos).set_index("id")["label"]
+    ids = sets[0].ids()
+    target = (labels[ids] == "fine").to_numpy().astype(np.int64)
+    fold = (np.arange(len(ids)) % 3).astype(np.int16)
+    task = Task("single", ("coarse", "fine"), np.array(ids), sets[0].content(), target, fold, np.ones(len(ids)))
+    X, _ = load_rows(sets, task.content, spatial=spec.kind == "conv")
+    (full,) = [fit for fit in fit_bank(X, task, [spec]) if fit.fold == FULL]
+    assert full.error is None
+    networks = {"avg": NETWORK, "map": NETWORK, "max": OTHER}
+    save_head(
+        place,
+        spec=spec,
+        arrays=full.arrays,
+        classes=task.classes,
+        features=[feature.spec for feature in sets],
+        metrics={"validation_accuracy": 0.9},
+        backbones=[asdict(networks[name]) for name in names],
+    )
+    return place
+
+
+EVERY = ("single", "multi", "regression")
+CASES = [
+    *((LogisticSpec(0.1), kind) for kind in EVERY[:2]),
+    *((RidgeSpec(10.0), kind) for kind in EVERY),
+    *((MLPSpec((8,), epochs=3), kind) for kind in EVERY),
+    *((ConvSpec((4,), (5,), epochs=2), kind) for kind in EVERY),
+    *((KNNSpec(3), kind) for kind in EVERY),
+    (KNNSpec(5, "euclidean", "distance"), "single"),
+    (CentroidSpec(), "single"),
+    (CentroidSpec("euclidean"), "single"),
+]
+
+
+@pytest.mark.parametrize(("spec", "kind"), CASES, ids=[f"{spec.kind}-{kind}" for spec, kind in CASES])
+def test_a_head_as_a_module_is_the_same_function(spec, kind):
+    """Of every kind and task that has arrays, on rows that it was not trained on."""
+    rng = np.random.default_rng(0)
+    shape = (60, 6, 4, 4) if spec.kind == "conv" else (60, 12)
+    X = rng.normal(3, 2, shape).astype(np.float32)
+    value = X.reshape(60, -1)
+    target = {
+        "single": (value[:, 0] > 3).astype(np.int64),
+        "multi": (value[:, :2] > 3).astype(np.uint8),
+        "regression": value[:, :2].astype(np.float64),
+    }[kind]
+    classes = ("a", "b")
+    fold = (np.arange(60) % 2).astype(np.int16)
+    content = np.array([f"{n:032d}" for n in range(60)], "S32")
+    task = Task(kind, classes, content.astype(str), content, target, fold, np.ones(60))
+    (full,) = [fit for fit in fit_bank(X, task, [spec]) if fit.fold == FULL]
+    assert full.error is None, full.error
+    head = TrainedHead(spec, kind, classes, (), {}, full.arrays)
+    unseen = rng.normal(3, 2, (20, *shape[1:])).astype(np.float32)
+    expected = head.predict_proba(unseen)
+    with torch.no_grad():
+        found = head_module(head)(torch.from_numpy(unseen)).numpy()
+    np.testing.assert_allclose(found, expected, atol=2e-5 * max(1, np.abs(expected).max()))
+
+
+def run_alone(folder, paths, what):
+    """Predictions of the files in `folder`, by a Python that finds no headrace."""
+    (folder / "alone.py").write_text(ALONE)
+    done = subprocess.run(
+        [sys.executable, "-I", "alone.py", json.dumps([str(path) for path in paths]), what],
+        cwd=folder, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return np.array(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_a_head_is_the_same_where_headrace_is_not(photos, features, tmp_path):
+    """A program, an ONNX file and safetensors of one head; the first two with torch and onnxruntime alone."""
+    place = model_directory(tmp_path / "model", photos, features, LogisticSpec(0.1), ["avg"])
+    model = load_model(place)
+    exported = export_model(model, tmp_path / "out", ["torch", "onnx", "safetensors"])
+    assert max(exported.differences.values()) <= export.TOLERANCE
+    paths = sorted(photos.rglob("*.png"))[::5]
+    expected = model.predict_proba(paths)
+    for what in ("torch", "onnx"):
+        np.testing.assert_allclose(run_alone(tmp_path / "out", paths, what), expected, atol=export.TOLERANCE)
+    np.testing.assert_allclose(load_model(tmp_path / "out").predict_proba(paths), expected, atol=1e-6)
+    assert (tmp_path / "out" / "model.pt2").stat().st_size < 2e6  # without the network behind the tap
+    card = (tmp_path / "out" / "MODEL_CARD.md").read_text()
+    for said in ("0. coarse", "1. fine", "logistic", "model.pt2", "model.onnx", "validation accuracy", "headrace"):
+        assert said in card
+
+
+@pytest.mark.slow
+def test_an_ensemble_is_the_same_where_headrace_is_not(photos, features, tmp_path):
+    """Heads of four kinds on two networks of different input sizes, weighted and tempered: two inputs, one output."""
+    members = [
+        (MLPSpec((8,), epochs=3), ["avg", "max"], 0.4),
+        (ConvSpec((4,), epochs=2), ["map"], 0.3),
+        (CentroidSpec(), ["max"], 0.2),
+        (KNNSpec(3), ["avg"], 0.1),
+    ]
+    listed = []
+    for place, (spec, names, weight) in enumerate(members):
+        model_directory(tmp_path / "model" / "members" / str(place), photos, features, spec, names)
+        listed.append({"model": f"members/{place}", "weight": weight})
+    about = {"format": 1, "kind": "ensemble", "members": listed, "temperature": 0.7, "task_kind": "single",
+             "classes": ["coarse", "fine"], "metrics": {}}  # fmt: skip
+    (tmp_path / "model" / "ensemble.json").write_text(json.dumps(about))
+    model = load_model(tmp_path / "model")
+    exported = export_model(model, tmp_path / "out", ["torch", "onnx", "safetensors"])
+    assert [each.name for each in exported.inputs] == ["images_0", "images_1"]
+    paths = sorted(photos.rglob("*.png"))[::5]
+    expected = model.predict_proba(paths)
+    np.testing.assert_allclose(expected.sum(1), 1, atol=1e-5)
+    for what in ("torch", "onnx"):
+        np.testing.assert_allclose(run_alone(tmp_path / "out", paths, what), expected, atol=export.TOLERANCE)
+    np.testing.assert_allclose(load_model(tmp_path / "out").predict_proba(paths), expected, atol=1e-6)
+
+
+def test_what_differs_is_not_published(photos, features, tmp_path, monkeypatch):
+    """A graph that predicts otherwise is refused, and leaves nothing behind."""
+    place = model_directory(tmp_path / "model", photos, features, LogisticSpec(0.1), ["avg"])
+    model = load_model(place)
+    from headrace.pipelines.deliver import graph
+
+    monkeypatch.setattr(graph, "tempered", lambda found, kind, temperature: found * 0.9)
+    with pytest.raises(ExportError, match="predicts otherwise"):
+        export_model(model, tmp_path / "out", ["torch"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+def test_refusals_say_what_to_do(photos, features, tmp_path, monkeypatch):
+    """A head that is code, a folder that is there, a format that is none, a library that is missing."""
+    svc = SklearnSpec("sklearn.naive_bayes.GaussianNB")
+    model = load_model(model_directory(tmp_path / "svc", photos, features, svc, ["avg"]))
+    with pytest.raises(ModelError, match="safetensors"):
+        export_model(model, tmp_path / "out", ["torch"])
+    exported = export_model(model, tmp_path / "out", ["safetensors"])
+    assert exported.differences == {"safetensors": 0.0}
+    with pytest.raises(ExportError, match="--force"):
+        export_model(model, tmp_path / "out", ["safetensors"])
+    export_model(model, tmp_path / "out", ["safetensors"], force=True)
+    with pytest.raises(ExportError, match="expected one or several of torch"):
+        export_model(model, tmp_path / "other", ["pickle"])
+    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ExtraMissing, match=r"headrace\[onnx\]"):
+        export_model(model, tmp_path / "other", ["onnx"])
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("mode", ["shortest", "squash", "border"])
+def test_the_preprocessing_file_makes_headraces_pixels(tmp_path, mode):
+    """To the last bit: odd sizes, grey, transparency, 16 bit, orientation, images smaller than the crop."""
+    how = Preprocessing((40, 40), (36, 32), mode, "bicubic", (0.4, 0.5, 0.6), (0.2, 0.2, 0.2))
+    (tmp_path / "preprocess_case.py").write_text(preprocess_file([Input("images", how)], "0"))
+    namespace = {"__name__": "preprocess_case"}
+    exec((tmp_path / "preprocess_case.py").read_text(), namespace)  # a file of the user's by then
+    rng = np.random.default_rng(0)
+    cases = {
+        "wide.png": Image.fromarray(rng.integers(0, 256, (37, 91, 3), np.uint8)),
+        "tall.png": Image.fromarray(rng.integers(0, 256, (120, 45, 3), np.uint8)),
+        "grey.png": Image.fromarray(rng.integers(0, 256, (50, 50), np.uint8)),
+        "tiny.png": Image.fromarray(rng.integers(0, 256, (9, 14, 3), np.uint8)),
+        "alpha.png": Image.fromarray(rng.integers(0, 256, (50, 70, 4), np.uint8)),
+        "deep.png": Image.fromarray(rng.integers(0, 65536, (50, 70), np.uint16)),
+        "palette.png": Image.fromarray(rng.integers(0, 256, (50, 70, 3), np.uint8)).convert("P"),
+        "bits.png": Image.fromarray(rng.integers(0, 256, (50, 70), np.uint8)).convert("1"),
+    }
+    for name, image in cases.items():
+        image.save(tmp_path / name)
+    turned = Image.fromarray(rng.integers(0, 256, (50, 70, 3), np.uint8))
+    exif = turned.getexif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / "turned.jpg", exif=exif)
+    for path in [*(tmp_path / name for name in cases), tmp_path / "turned.jpg"]:
+        expected = render(decode_image(path.read_bytes()), how)
+        np.testing.assert_array_equal(namespace["load"](path), expected, err_msg=path.name)
