@@ -1,6 +1,7 @@
 """What extraction costs beyond the network itself. Run: python benchmarks/extraction.py [--case NAME] [--quick]
 
     end-to-end   files on disk -> decoded -> forward -> shards published, over what the cores allow: decode and forward alone
+    gpu          the same on a GPU, over the smaller of the bare forward rate and the decode rate of all cores, and which it was
     taps         five taps against one
     backbones    two networks over one decode, against two extractions
     forms        the bare forward pass in each form that this machine has
@@ -20,6 +21,7 @@ import argparse
 import copy
 import json
 import multiprocessing
+import os
 import resource
 import shutil
 import tempfile
@@ -37,6 +39,7 @@ from headrace.extract import (
     BackboneSpec,
     ExtractJob,
     Network,
+    Preprocessing,
     content_hashes,
     feature_specs,
     load_backbone,
@@ -44,7 +47,7 @@ from headrace.extract import (
     resolve_taps,
     run_units,
 )
-from headrace.extract.device import CPU_BATCH, Limit, launch
+from headrace.extract.device import CPU_BATCH, Limit, find_batch_size, launch
 from headrace.extract.forward import hooked, make_forward, normalisation
 from headrace.extract.fuse import keep_memory
 from headrace.extract.images import decode_image
@@ -93,18 +96,20 @@ def photographs(folder: Path, count: int, size: tuple[int, int], kind: str) -> p
     return samples.assign(content=list(content_hashes(samples, folder.parent / f"{folder.name}.parquet").hashes))
 
 
-def network(spec: BackboneSpec, taps: Sequence[str]) -> Network:
+def network(spec: BackboneSpec, taps: Sequence[str], compute_dtype: str = "float32") -> Network:
     backbone = load_backbone(spec)
-    specs = feature_specs(backbone, resolve_taps(backbone, taps))
+    specs = feature_specs(backbone, resolve_taps(backbone, taps), compute_dtype=compute_dtype)
     return Network(spec, specs, [frozenset[str]()] * len(specs))
 
 
-def extraction(samples: pd.DataFrame, networks: Sequence[Network], rows: int = 128) -> Callable[[], None]:
+def extraction(
+    samples: pd.DataFrame, networks: Sequence[Network], rows: int | None = 128, device: str = "cpu"
+) -> Callable[[], None]:
     """A whole extraction into a new cache, each time it is called."""
 
     def run() -> None:
         with tempfile.TemporaryDirectory(dir=Path(samples["path"][0]).parent.parent) as cache:
-            jobs = plan_networks(samples, networks, cache_root=cache, unit_rows=rows)
+            jobs = plan_networks(samples, networks, cache_root=cache, unit_rows=rows, device=device)
             done = sum(report.rows for report in run_units(jobs))
             assert done == len(samples)
 
@@ -166,6 +171,85 @@ def end_to_end(quick: bool, measures: dict[str, float]) -> list[Row]:
                 )
             )
     return rows
+
+
+def gpu(quick: bool, measures: dict[str, float]) -> list[Row]:
+    """One process feeds the GPU: the allowance is the slower of the network on ready tensors and of decoding on all cores."""
+    if not torch.cuda.is_available():
+        return [("there is no GPU here", "", "", "")]
+    return fed_device("cuda", "bfloat16", quick, measures)
+
+
+def fed_device(device: str, compute_dtype: str, quick: bool, measures: dict[str, float]) -> list[Row]:
+    """End to end on `device` over the smaller of the two bare rates, all in turns; the row names the smaller one."""
+    cores = len(os.sched_getaffinity(0))
+    rows: list[Row] = [("", "bare forward, decode on all cores", "end to end", "of the allowance")]
+    for label, spec, taps, size in (
+        ("EfficientNet-Lite0", LITE0, LITE0_TAPS, (300, 300)),
+        ("ResNet-50", RESNET50, RESNET50_TAPS, (400, 300)),
+    ):
+        with tempfile.TemporaryDirectory() as scratch, multiprocessing.get_context("spawn").Pool(cores) as pool:
+            count = 64 if quick else 16_384
+            few = photographs(Path(scratch) / "few", min(count, 1024), size, "jpg")
+            samples = repeated(few, count, Path(scratch) / "images")
+            made = network(spec, taps, compute_dtype=compute_dtype)
+            backbone = load_backbone(spec)
+            how = backbone.preprocessing
+            forward = make_forward(
+                backbone,
+                [Tap(each.tap, each.reduction) for each in made.specs],
+                device=device,
+                compute_dtype=compute_dtype,
+            )
+            batch = find_batch_size(forward, how.crop, device)
+            pixels = torch.randint(0, 256, (batch, *how.crop, 3), dtype=torch.uint8, device=device)
+            parts = [(list(samples["path"][place::cores]), how) for place in range(cores)]
+
+            def bare(forward=forward, pixels=pixels, count=count) -> None:  # type: ignore[no-untyped-def]
+                for _ in range(-(-count // len(pixels))):
+                    forward(pixels)
+                if device != "cpu":
+                    torch.cuda.synchronize()
+
+            def decode(parts=parts, pool=pool) -> None:  # type: ignore[no-untyped-def]
+                pool.map(_decode_all, parts, chunksize=1)
+
+            everything = extraction(samples, [made], rows=None, device=device)
+            seconds = in_turns({"forward": bare, "decode": decode, "all": everything}, 1 if quick else 3)
+        forward_rate = -(-count // batch) * batch / seconds["forward"][0]
+        decode_rate, rate = (count / seconds[side][0] for side in ("decode", "all"))
+        allowed = min(forward_rate, decode_rate)
+        bound = "device" if forward_rate <= decode_rate else "decode"
+        measures[f"{device}_{label}_of_{bound}_bound"] = rate / allowed
+        measures[f"{device}_{label}_forward_per_s"] = forward_rate
+        measures[f"{device}_{label}_decode_per_s"] = decode_rate
+        rows.append(
+            (
+                label,
+                f"forward {forward_rate:,.0f}/s in batches of {batch}, decode {decode_rate:,.0f}/s on {cores} cores",
+                f"{rate:,.0f}/s",
+                f"{rate / allowed:.3f}, {bound}-bound",
+            )
+        )
+    return rows
+
+
+def repeated(samples: pd.DataFrame, count: int, folder: Path) -> pd.DataFrame:
+    """`count` images of different content: those of `samples` again and again, with bytes behind the end of the picture."""
+    folder.mkdir(parents=True)
+    rows = []
+    for index in range(count):
+        path = folder / f"{index:06}.jpg"
+        path.write_bytes(Path(samples["path"][index % len(samples)]).read_bytes() + index.to_bytes(4, "big"))
+        rows.append((path.name, str(path)))
+    listed = pd.DataFrame(rows, columns=["id", "path"])
+    return listed.assign(content=list(content_hashes(listed, folder.parent / f"{folder.name}.parquet").hashes))
+
+
+def _decode_all(part: tuple[list[str], Preprocessing]) -> None:
+    paths, how = part
+    for path in paths:
+        render(decode_image(Path(path).read_bytes()), how)
 
 
 def taps(quick: bool, measures: dict[str, float]) -> list[Row]:
@@ -335,6 +419,7 @@ def _peak(folder: str, cache: str) -> int:
 
 CASES: dict[str, Callable[[bool, dict[str, float]], list[Row]]] = {
     "end-to-end": end_to_end,
+    "gpu": gpu,
     "taps": taps,
     "backbones": backbones,
     "forms": forms,

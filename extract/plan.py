@@ -14,6 +14,9 @@ from headrace.extract.spec import BackboneSpec, Sample
 
 SHARD_BYTES = 256 * 2**20  # of the largest tap, at most
 UNIT_ROWS = 128  # about 5 s of a small network on one core: little is lost to a kill, and little waited for at the end
+GPU_UNIT_ROWS = (
+    1024  # a GPU does them in a second or less; its batches are no larger than a unit, and each shard is flushed
+)
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ def plan_networks(
     """
     wanted = [(place, spec) for place, network in enumerate(networks) for spec in network.specs]
     there = [set(known) for network in networks for known in network.known]
-    rows = unit_rows or rows_per_unit([spec for _, spec in wanted])
+    rows = unit_rows or rows_per_unit([spec for _, spec in wanted], options.get("device", "cpu"))
     groups: dict[tuple[int, ...], dict[str, Sample]] = {}
     for name, path, content in zip(samples["id"], samples["path"], samples["content"], strict=True):
         if not isinstance(content, str):
@@ -117,10 +120,10 @@ def plan_networks(
     return jobs
 
 
-def rows_per_unit(specs: Sequence[FeatureSpec]) -> int:
-    """UNIT_ROWS, or fewer where a shard of the largest tap would exceed SHARD_BYTES."""
+def rows_per_unit(specs: Sequence[FeatureSpec], device: str = "cpu") -> int:
+    """UNIT_ROWS (on a GPU: GPU_UNIT_ROWS), or fewer where a shard of the largest tap would exceed SHARD_BYTES."""
     largest = max((prod(spec.shape) * {"float32": 4, "uint8": 1}.get(spec.dtype, 2) for spec in specs), default=1)
-    return max(1, min(UNIT_ROWS, SHARD_BYTES // largest))
+    return max(1, min(UNIT_ROWS if device == "cpu" else GPU_UNIT_ROWS, SHARD_BYTES // largest))
 
 
 def unit_name(contents: Sequence[str]) -> str:

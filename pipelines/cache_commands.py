@@ -130,7 +130,7 @@ def verify_command(
         from headrace.pipelines.recipe import load_recipe
 
         cache = load_recipe(recipe).cache
-    directories = [_find(cache, name)] if name else feature_set_directories(cache)
+    directories = _directories(cache, name)
     wrong = 0
     for directory in directories:
         problems = verify_bytes(directory)
@@ -159,7 +159,7 @@ def repair_command(
     """Remove broken shards and list whole ones; the next run extracts just what is missing. Example: headrace cache repair"""
     from headrace.cache.repair import repair
 
-    for directory in [_find(cache, name)] if name else feature_set_directories(cache):
+    for directory in _directories(cache, name):
         done = repair(directory)
         if done.is_nothing:
             _say(f"{directory.name}: nothing to repair")
@@ -188,6 +188,7 @@ def gc_command(
     used = None
     if recipes:
         used = {spec.fingerprint for recipe in recipes for _, specs in _networks(recipe) for spec in specs}
+    _require_cache(cache)
     garbage = find_garbage(cache, used)
     for path in (*garbage.feature_sets, *garbage.temporaries, *garbage.trash):
         _say(str(path))
@@ -231,6 +232,21 @@ def export_command(
         raise CacheError(f"{target}: give --format, one of {', '.join(EXPORTS)}, or a name that ends in one of these")
     for path in EXPORTS[chosen](open_feature_set(_find(cache, name)), target):
         _say(f"wrote {path}")
+
+
+def _require_cache(cache: Path) -> None:
+    """A mistyped path must not read as a cache with nothing wrong in it."""
+    if not cache.is_dir():
+        found = "it is a file" if cache.exists() else "there is no such folder"
+        raise CacheError(f"{cache} is no cache: {found}. A recipe says where its cache is; name it with --cache")
+
+
+def _directories(cache: Path, name: str | None) -> list[Path]:
+    """The feature set that is named, or all of them. Raises CacheError where there is no cache, or none of that name."""
+    if name:
+        return [_find(cache, name)]
+    _require_cache(cache)
+    return feature_set_directories(cache)
 
 
 def _find(cache: Path, name: str) -> Path:

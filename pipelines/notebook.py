@@ -44,7 +44,7 @@ def extract_features(
     *,
     cache: str | Path = "headrace-cache",
     dtype: str = "float16",
-    unit_images: int = 128,
+    unit_images: int | None = None,
     device: str = "auto",
     workers: int | None = None,
     console: Console | None = None,

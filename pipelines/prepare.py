@@ -22,7 +22,7 @@ from headrace.extract import (
     remember_features,
 )
 from headrace.heads import DEFAULT_METRIC, METRICS
-from headrace.pipelines.dataset import DataError, Dataset, check_targets, drop_rows, list_samples, make_dataset
+from headrace.pipelines.dataset import DataError, Dataset, drop_rows, list_samples, make_dataset
 from headrace.pipelines.grid import check_kinds, wanted_heads
 from headrace.pipelines.leaderboard import trained_in
 from headrace.pipelines.paths import RunPaths, content_index
@@ -60,7 +60,9 @@ def survey(recipe: Recipe, *, write: bool = True, retry_failed: bool = False) ->
     for key, folder in (("out", recipe.out), ("cache", recipe.cache)):
         _check_writable(key, folder)
     samples = list_samples(recipe)
-    check_targets(samples, recipe.task)  # before anything is read or built: it is the commonest mistake
+    # Before anything is read or built, as if every image were there and none a copy: targets, groups and folds that
+    # cannot work are the commonest mistakes.
+    make_dataset(samples, [f"{row:032}" for row in range(len(samples))], recipe.task)
     networks = [_network(backbone, recipe) for backbone in recipe.backbones]
     inputs = _inputs(recipe, networks)
     wanted = wanted_heads(recipe.heads, list(inputs))

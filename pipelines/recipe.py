@@ -218,7 +218,9 @@ class Compute(_Model):
     """How the work is done. Nothing here changes a result beyond floating-point tolerance."""
 
     workers: pydantic.PositiveInt | None = None  # default: one per core
-    unit_images: pydantic.PositiveInt = 128  # images per work unit, and so rows per shard
+    unit_images: pydantic.PositiveInt | None = (
+        None  # per work unit, and so rows per shard; default: 128, on a GPU 1,024
+    )
     device: Literal["auto", "cpu", "cuda"] = "auto"  # of the forward pass
     batch_size: pydantic.PositiveInt | None = None  # images per forward pass; default: found by trying
     compile: bool = False  # PyTorch's compiler, on a GPU: minutes once per network, for long runs

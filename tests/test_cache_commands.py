@@ -58,6 +58,13 @@ def test_a_wrong_name_lists_the_right_ones(cache):
         run("show", "blocks.5.avg", "--cache", cache)
 
 
+@pytest.mark.parametrize("command", ["verify", "repair", "gc"])
+def test_no_cache_is_not_a_whole_one(tmp_path, command):
+    """A mistyped path is an error: silence would mean that everything is well."""
+    with pytest.raises(CacheError, match=r"nowhere is no cache: there is no such folder.*--cache"):
+        run(command, "--cache", tmp_path / "nowhere")
+
+
 def test_verify_repair_verify(cache):
     """A flipped bit: verify says so and exits with 1, repair removes the shard, verify is content."""
     assert "every byte of 24 rows" in run("verify", "--cache", cache)

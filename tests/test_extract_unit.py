@@ -498,3 +498,11 @@ def test_units_of_large_taps_are_smaller(tmp_path: Path) -> None:
     largest = max(int(np.prod(spec.shape)) * 4 for spec in specs)
     assert all(len(job.contents) * largest <= 256 * 2**20 for job in jobs)
     assert sum(len(job.contents) for job in jobs) == 4000
+    small = specs_of(taps=["blocks.3.avg"])
+    sizes = {
+        device: len(
+            plan_units(samples, backbone=SMALL, specs=small, known=[()], cache_root=tmp_path, device=device)[0].samples
+        )
+        for device in ("cpu", "cuda")
+    }
+    assert sizes["cuda"] > sizes["cpu"] >= 100  # a GPU's batches are no larger than its units

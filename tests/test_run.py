@@ -15,6 +15,7 @@ from PIL import Image
 from rich.console import Console
 from run_cases import HEADS, RECIPE, headrace, make_photos
 
+from headrace.cache import HeadraceError
 from headrace.pipelines import load_recipe, run_recipe, survey
 from headrace.pipelines.cli import main
 
@@ -194,6 +195,15 @@ def test_bad_input_is_one_clear_error(photos, request, capsys, monkeypatch, old,
     for word in said:
         assert word in error
     assert sorted(photos.rglob("*")) == before
+
+
+def test_folds_that_cannot_be_are_refused_before_a_network_is_built(photos, monkeypatch):
+    """Building one takes seconds, and with a download minutes."""
+    recipe = photos / "folds.yaml"
+    recipe.write_text(RECIPE.replace("folds: 3", "folds: 50"))
+    monkeypatch.setattr("headrace.pipelines.prepare.backbone_features", None)
+    with pytest.raises(HeadraceError, match=r"folds"):
+        survey(load_recipe(recipe))
 
 
 def test_a_recipe_that_is_not_there_is_one_clear_error(tmp_path):
