@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from headrace.extract.changes import Changes, compare_listings, read_listing, write_listing
 from headrace.extract.containers import array_labels, idx_pairs, list_array, list_tar
-from headrace.extract.contents import Contents, Unreadable, content_hashes
-from headrace.extract.errors import BackboneError, SourceError
+from headrace.extract.contents import Contents, Unreadable, content_hashes, hash_bytes
+from headrace.extract.errors import BackboneError, ImageError, SourceError
 from headrace.extract.figures import Figures, figures
+from headrace.extract.images import decode_image
+from headrace.extract.locate import read_bytes
 from headrace.extract.memo import Storing, backbone_features, remember_features, remembered_backbone
 from headrace.extract.plan import ExtractJob, Network, plan_networks, plan_units
 from headrace.extract.preprocess import Preprocessing
@@ -69,6 +71,7 @@ __all__ = [
     "Contents",
     "ExtractJob",
     "Figures",
+    "ImageError",
     "Network",
     "Preprocessing",
     "Sample",
@@ -85,9 +88,11 @@ __all__ = [
     "backbone_tags",
     "compare_listings",
     "content_hashes",
+    "decode_image",
     "describe_backbone",
     "feature_specs",
     "figures",
+    "hash_bytes",
     "idx_pairs",
     "list_array",
     "list_folder",
@@ -96,6 +101,7 @@ __all__ = [
     "parse_tap",
     "plan_networks",
     "plan_units",
+    "read_bytes",
     "read_frame",
     "read_listing",
     "read_table",

@@ -13,6 +13,7 @@ from headrace.cache import HeadraceError
 from headrace.pipelines.backbone_commands import backbones_command
 from headrace.pipelines.cache_commands import app as cache_app
 from headrace.pipelines.deliver.commands import export_command, predict_command
+from headrace.pipelines.report.command import report_command
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -21,6 +22,7 @@ app = typer.Typer(
 )
 app.add_typer(cache_app, name="cache")
 app.command("backbones")(backbones_command)
+app.command("report")(report_command)
 
 
 def _version(wanted: bool) -> None:
@@ -59,6 +61,7 @@ def demo(
     _say(
         console,
         "Next, try:\n"
+        f"  headrace report {recipe}     # one page to look at: mistakes, likely label errors, near-duplicates\n"
         f"  headrace run {recipe} --dry-run     # what a run would do, and what is there already\n"
         f"  headrace cache ls --cache {folder / 'headrace-cache'}     # the features that were kept\n"
         "  headrace init FOLDER     # a recipe for your own images",
@@ -81,7 +84,13 @@ def run(
 
     Example: headrace run recipe.yaml --dry-run
     """
-    _run(recipe, _console(), workers=workers, dry_run=dry_run, strict=strict, retry_failed=retry_failed)
+    console = _console()
+    _run(recipe, console, workers=workers, dry_run=dry_run, strict=strict, retry_failed=retry_failed)
+    if not dry_run:
+        _say(
+            console,
+            f"Next: headrace report {recipe}     # one page to look at: mistakes, likely label errors, near-duplicates",
+        )
 
 
 @app.command()

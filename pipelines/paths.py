@@ -52,6 +52,20 @@ class RunPaths:
         return self.root / "stages.jsonl"
 
     @property
+    def environments(self) -> Path:
+        """One line of JSON for each change of versions or machine: what ran the calls."""
+        return self.root / "environments.jsonl"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report.html"
+
+    @property
+    def signatures(self) -> Path:
+        """Grey copies of the images, 16 x 16 pixels, that the report has compared: they only save time."""
+        return self.root / "signatures.npz"
+
+    @property
     def banks(self) -> Path:
         return self.root / "banks"
 

@@ -19,6 +19,7 @@ from headrace.cache import FeatureSet, HeadraceError, open_feature_set, publish_
 from headrace.extract import ExtractJob, write_listing
 from headrace.heads import BankJob, save_task, train_bank
 from headrace.pipelines.cluster import local_client
+from headrace.pipelines.environment import environment, note_environment
 from headrace.pipelines.evidence.ensemble import Ensemble, build_ensemble
 from headrace.pipelines.evidence.ensemble_store import save_ensemble, show_test
 from headrace.pipelines.evidence.predictions import held_out, whole_heads
@@ -120,6 +121,8 @@ def run_recipe(
         result = conclude(found, recipe.ensemble)
         done(f"{len(result.board):,} settings ranked")
     _record_stages(found.paths.stages, stages)
+    device = plan.units[0].device if plan.units else "cpu"
+    note_environment(found.paths.environments, environment(workers, device))
     return replace(result, stages=tuple(stages))
 
 

@@ -143,7 +143,7 @@ def _opened(
 ) -> TestResult:
     """The record of this opening; if there is none, `predict` gives targets and predictions, and it is made."""
     with lease(openings.with_suffix(".lock")):  # two runs that end at once both count
-        past = [opening for opening in _read_openings(openings) if _overlaps(opening, test)]
+        past = [opening for opening in read_openings(openings) if _overlaps(opening, test)]
         same = [opening for opening in past if opening["winner"] == winner_is]
         others = {json.dumps(opening["winner"], sort_keys=True) for opening in past} - {
             json.dumps(winner_is, sort_keys=True)
@@ -186,7 +186,8 @@ def _overlaps(opening: Mapping[str, Any], test: Task) -> bool:
     return not set(opening["images"]).isdisjoint(_sketch(test))
 
 
-def _read_openings(path: Path) -> list[Mapping[str, Any]]:
+def read_openings(path: Path) -> list[Mapping[str, Any]]:
+    """The record of openings, oldest first. Raises OpeningsDamaged."""
     if not path.exists():
         return []
     try:

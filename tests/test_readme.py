@@ -42,11 +42,11 @@ def test_the_two_commands_are_words_of_the_makefile():
 def test_its_commands_run_as_written(folder):
     """init, a dry run that writes nothing, and the run; then the recipe that the README shows."""
     commands = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("headrace ")]
-    assert [command.split()[1] for command in commands] == ["init", "run", "run"]
+    assert [command.split()[1] for command in commands] == ["init", "run", "run", "report"]
     for command in commands:
         done = headrace(*shlex.split(command, comments=True)[1:], cwd=folder)
         assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
-    assert "Winner:" in done.stdout
+    assert "Wrote" in done.stdout
     (recipe,) = blocks("yaml")
     (folder / "readme.yaml").write_text(recipe)
     assert load_recipe(folder / "readme.yaml").images.folder == folder / "photos"

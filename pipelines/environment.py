@@ -1,0 +1,75 @@
+"""Where a run was computed: versions and machine, one line per change, so that a report can say it later."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+from headrace.cache import publish_replace
+
+_LIBRARIES = (
+    "headrace",
+    "torch",
+    "torchvision",
+    "timm",
+    "numpy",
+    "scipy",
+    "scikit-learn",
+    "h5py",
+    "pillow",
+    "dask",
+    "distributed",
+)
+
+
+def environment(workers: int | None, device: str) -> dict[str, Any]:
+    """Versions, processor, cores, memory; `workers` processes and the `device` of the forward pass as the run had them."""
+    return {
+        "python": platform.python_version(),
+        "versions": {name: version for name in _LIBRARIES if (version := _version(name)) is not None},
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        "memory_bytes": _memory_bytes(),
+        "workers": workers,
+        "device": device,
+    }
+
+
+def note_environment(path: Path, found: dict[str, Any]) -> None:
+    """Append a line of JSON to `path` unless the last line says the same."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    try:
+        last = {key: value for key, value in json.loads(lines[-1]).items() if key != "since"} if lines else {}
+    except (ValueError, AttributeError):
+        last = {}
+    if last != json.loads(json.dumps(found)):
+        since = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        publish_replace(path, "".join(f"{line}\n" for line in [*lines, json.dumps({"since": since, **found})]).encode())
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
+
+
+def _memory_bytes() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
+        return None

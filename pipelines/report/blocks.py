@@ -1,0 +1,120 @@
+"""What a page is made of, as plain values: sections of tables, figures, pictures and remarks. Nothing here is HTML."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import pandas as pd
+
+# How a number is written: `page.py` and `report.js` know these, and write them alike.
+Format = Literal["text", "count", "share", "number", "seconds", "bytes", "yes"]
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of a table: the frame's own name, the heading, and how values are written."""
+
+    name: str
+    title: str
+    format: Format = "text"
+    hint: str = ""  # what the heading means, where that is not plain
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of the page; the same frame goes to `NAME.csv` and `NAME.parquet`."""
+
+    name: str
+    caption: str
+    columns: tuple[Column, ...]
+    frame: pd.DataFrame
+    filters: tuple[str, ...] = ()  # columns with a choice above the table
+    switch: tuple[str, str] | None = None  # a column of yes and no, and the words of the tick box that keeps the yes
+    search: bool = False
+    sortable: bool = True
+    page: int = 10  # rows shown at a time, where the table is sortable
+    shade: str | None = None  # "rows": cells are shaded by their share of the row's sum (a confusion matrix)
+    # Which class a row has, by its position in the frame: "marked" is drawn with an edge.
+    marked: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A chart, its words for those who cannot see it, and the numbers behind it."""
+
+    svg: str
+    alt: str
+    caption: str
+    table: Table | None = None
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One image, or two to compare, with what is to be said of it."""
+
+    images: tuple[str | None, ...]  # data URIs; None where the image is not there
+    alt: tuple[str, ...]
+    title: str
+    lines: tuple[tuple[str, str], ...]  # what, value
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Pictures side by side, the most interesting first."""
+
+    caption: str
+    pictures: tuple[Picture, ...]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Names and values."""
+
+    values: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Headline:
+    """The few figures that stand in large letters at the top: label, value, remark."""
+
+    values: tuple[tuple[str, str, str], ...]
+
+
+@dataclass(frozen=True)
+class Note:
+    """A remark; a warning is one that changes what the numbers mean."""
+
+    text: str
+    kind: Literal["note", "warning", "good"] = "note"
+
+
+@dataclass(frozen=True)
+class Code:
+    """Text as it is, to be read or copied."""
+
+    title: str
+    text: str
+
+
+Block = Table | Figure | Gallery | Facts | Headline | Note | Code
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page, in its table of contents."""
+
+    id: str
+    title: str
+    lead: str
+    blocks: tuple[Block, ...] = field(default_factory=tuple)
+
+
+def tables_of(sections: tuple[Section, ...]) -> Mapping[str, Table]:
+    """Every table of the page by its name, those behind figures included."""
+    found: dict[str, Any] = {}
+    for section in sections:
+        for block in section.blocks:
+            table = block.table if isinstance(block, Figure) else block
+            if isinstance(table, Table):
+                found[table.name] = table
+    return found

@@ -1,0 +1,141 @@
+"""The report of a run, top to bottom: read what it left, make the sections, write one page and, if asked, the tables."""
+
+import datetime
+import importlib.metadata
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from headrace.cache import publish_replace
+from headrace.heads import FULL
+from headrace.pipelines.leaderboard import inputs_text
+from headrace.pipelines.report.blocks import Headline, Section, Table, tables_of
+from headrace.pipelines.report.cost import cost, seconds_text
+from headrace.pipelines.report.data import data
+from headrace.pipelines.report.leaders import leaderboard, metric_title, taps
+from headrace.pipelines.report.leakage import leakage
+from headrace.pipelines.report.outcome import predictions, test_split
+from headrace.pipelines.report.page import render
+from headrace.pipelines.report.provenance import provenance
+from headrace.pipelines.report.read import FinishedRun, read_run
+from headrace.pipelines.report.suspects import suspects
+from headrace.pipelines.report.thumbnails import Thumbnails
+from headrace.pipelines.show import number_text
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was written."""
+
+    page: Path
+    bytes: int
+    tables: tuple[Path, ...]
+    missing_images: int  # thumbnails whose image is gone or has changed
+
+
+def write_report(run: Path, out: Path | None = None, *, tables: bool = False, watts: float | None = None) -> Report:
+    """Write the page of a finished run to `out`, by default report.html in its directory.
+
+    run: its directory, or the recipe that made it. tables: also every table of the page as CSV and Parquet, in a folder
+    beside it. watts: what the machine draws while it works. Raises NotARun, NoWinner, OSError.
+    """
+    found = read_run(run)
+    page = out or found.paths.report
+    thumbnails = Thumbnails({} if isinstance(found.rows, str) else found.rows.paths)
+    sections = make_sections(found, thumbnails, watts)
+    text = render(f"headrace report: {found.paths.root.name}", _made(found), headline(found), sections)
+    page.parent.mkdir(parents=True, exist_ok=True)
+    publish_replace(page, text.encode("utf-8", "replace"))
+    written = write_tables(page.with_name(f"{page.stem}-tables"), sections) if tables else ()
+    return Report(page, page.stat().st_size, written, thumbnails.missing)
+
+
+def make_sections(run: FinishedRun, thumbnails: Thumbnails, watts: float | None) -> tuple[Section, ...]:
+    """The page's sections, in its order."""
+    return (
+        leaderboard(run),
+        taps(run),
+        predictions(run),
+        test_split(run),
+        suspects(run, thumbnails),
+        leakage(run, thumbnails),
+        data(run),
+        cost(run, watts),
+        provenance(run),
+    )
+
+
+def headline(run: FinishedRun) -> Headline:
+    """The winner, its scores, and what they rest on."""
+    winner, metric = run.winner, run.metric
+    values = [
+        (
+            "winner",
+            str(winner["kind"]),
+            f"{winner['settings']} on {inputs_text(winner['inputs'].split(' + '), list(run.feature_sets))}",
+        ),
+        (
+            f"validation {metric_title(metric)}",
+            number_text(winner[metric], metric),
+            f"± {number_text(winner['standard_error'], metric)} over {winner['folds']} folds; it was chosen by this",
+        ),
+    ]
+    if run.answer is None:
+        values.append((f"test {metric_title(metric)}", "–", "no test split was opened"))
+    else:
+        result = run.answer["result"]
+        interval = f"{number_text(result['low'], result['metric'])} to {number_text(result['high'], result['metric'])}"
+        values.append(
+            (
+                f"test {metric_title(result['metric'])}",
+                number_text(result["value"], result["metric"]),
+                f"95 % interval {interval}, {result['images']:,} images never seen before",
+            )
+        )
+    stages = run.records(run.paths.stages)
+    heads = int((run.heads["fold"] != FULL).sum())
+    values.append(
+        ("compared", f"{heads:,} heads", f"{len(run.board):,} settings on {run.board['inputs'].nunique():,} inputs")
+    )
+    if not stages.empty:
+        values.append(("time", seconds_text(float(stages["seconds"].sum())), "all calls of this run together"))
+    return Headline(tuple(values))
+
+
+def write_tables(folder: Path, sections: Sequence[Section]) -> tuple[Path, ...]:
+    """Every table as NAME.csv and NAME.parquet; returns the paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name, table in tables_of(tuple(sections)).items():
+        frame = plain_frame(table)
+        stored = io.BytesIO()
+        frame.to_parquet(stored, index=False)
+        for suffix, content in (
+            ("csv", frame.to_csv(index=False).encode("utf-8", "replace")),
+            ("parquet", stored.getvalue()),
+        ):
+            path = folder / f"{name}.{suffix}"
+            publish_replace(path, content)
+            written.append(path)
+    return tuple(written)
+
+
+def plain_frame(table: Table) -> pd.DataFrame:
+    """The table's columns, in full precision. A confusion matrix has its classes as headings."""
+    frame = table.frame[[column.name for column in table.columns]]
+    return (
+        frame.set_axis([frame.columns[0], *(column.title for column in table.columns[1:])], axis=1)
+        if table.shade
+        else frame
+    )
+
+
+def _made(run: FinishedRun) -> str:
+    now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+    word = {"single": "single-label", "multi": "multi-label"}.get(run.task_kind, run.task_kind)
+    columns = "classes" if run.task_kind == "single" else "columns"
+    version = importlib.metadata.version("headrace")
+    return f"{word} task, {len(run.classes)} {columns}; written {now} by headrace {version}"

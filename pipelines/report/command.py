@@ -1,0 +1,40 @@
+"""`headrace report`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+
+def report_command(
+    run: Annotated[Path, typer.Argument(help="A finished run: its directory, or the recipe that made it.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The page to write; default: report.html in the run's directory.")
+    ] = None,
+    tables: Annotated[
+        bool,
+        typer.Option("--tables", help="Also write every table of the page as CSV and Parquet, in a folder beside it."),
+    ] = False,
+    watts: Annotated[
+        float | None, typer.Option(help="What your machine draws while it works, for the estimate of energy.", min=0)
+    ] = None,
+) -> None:
+    """Write one self-contained HTML page about a run: leaderboard, mistakes as pictures, leaks, cost, recipe.
+
+    The page opens from the disk, without a server or a network. Example: headrace report recipe.yaml --tables
+    """
+    from headrace.pipelines.report.build import write_report
+    from headrace.pipelines.show import bytes_text
+
+    report = write_report(run, out, tables=tables, watts=watts)
+    console = Console()
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    say(f"Wrote {report.page} ({bytes_text(report.bytes)}). Open it in a browser; it needs nothing else.")
+    if report.tables:
+        say(f"Wrote {len(report.tables)} tables to {report.tables[0].parent}")
+    if report.missing_images:
+        say(f"note: {report.missing_images:,} images are gone or have changed since the run, and have no picture")

@@ -1,0 +1,133 @@
+"""What is wrong with the data, or lopsided: failed images, rare classes, notes about the rows, sizes of the sides."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from headrace.heads import Task
+from headrace.pipelines.report import figures
+from headrace.pipelines.report.blocks import Block, Column, Facts, Figure, Note, Section, Table
+from headrace.pipelines.report.read import FinishedRun
+
+# Where the largest class has this many times the images of the smallest, accuracy says little about the small one.
+LOPSIDED = 5
+_FIGURE_CLASSES = 30
+
+
+def data(run: FinishedRun) -> Section:
+    """The section."""
+    rows = run.rows
+    blocks: list[Block] = []
+    if isinstance(rows, str):
+        blocks.append(Note(f"Counts are of the validation images only: {rows}."))
+        train: Task | None = None
+    else:
+        blocks += [Note(f"{note}.") for note in rows.dataset.notes]
+        train = rows.dataset.train
+        folds = train.n_folds
+        blocks.insert(
+            0,
+            Facts(
+                (
+                    ("images listed", f"{len(rows.samples):,}"),
+                    ("to train and choose on", f"{len(train.ids):,}, in {folds} validation fold{'s' * (folds > 1)}"),
+                    ("test", f"{len(rows.dataset.test.ids):,}"),
+                    (
+                        "distinct images",
+                        f"{len(np.unique(np.concatenate([train.content, rows.dataset.test.content]))):,}",
+                    ),
+                )
+            ),
+        )
+    blocks += _failed(run)
+    blocks += _balance(run, None if isinstance(rows, str) else rows.dataset.test)
+    return Section("data", "Data", "Which images the numbers are about, and what was wrong with some.", tuple(blocks))
+
+
+def _failed(run: FinishedRun) -> list[Block]:
+    path = run.paths.failed_images
+    frame = (
+        pd.read_csv(path, dtype=str, keep_default_na=False)
+        if path.exists()
+        else pd.DataFrame(columns=["id", "path", "reason"])
+    )
+    if frame.empty:
+        return [Note("Every image could be read.", "good")]
+    columns = (Column("id", "image"), Column("reason", "reason"), Column("path", "file"))
+    note = Note(f"{len(frame):,} images could not be read and are in no number of this report.", "warning")
+    return [note, Table("failed-images", "Images that could not be read", columns, frame, search=True)]
+
+
+def _balance(run: FinishedRun, test: Task | None) -> list[Block]:
+    if run.task_kind == "regression":
+        return _targets(run, test)
+    train = _counts(run.task_kind, run.bank.target, len(run.classes))
+    parts = {"training and validation": train.tolist()}
+    frame = pd.DataFrame({"class": list(run.classes), "train": train, "share": train / max(len(run.bank.target), 1)})
+    word = "class" if run.task_kind == "single" else "label"
+    columns = [
+        Column("class", word),
+        Column("train", "training and validation", "count"),
+        Column("share", "share", "share"),
+    ]
+    if test is not None and len(test.ids):
+        counts = _counts(run.task_kind, test.target, len(run.classes))
+        frame["test"] = counts
+        parts["test"] = counts.tolist()
+        columns.append(Column("test", "test", "count"))
+    table = Table("balance", f"Images by {word}", tuple(columns), frame, search=len(frame) > _FIGURE_CLASSES)
+    blocks: list[Block] = []
+    largest, smallest = int(train.argmax()), int(train.argmin())
+    if run.task_kind == "single" and train[largest] >= LOPSIDED * max(int(train[smallest]), 1):
+        blocks.append(
+            Note(
+                f"Lopsided: {train[largest]:,} images of {run.classes[largest]} and {train[smallest]:,} of {run.classes[smallest]}. "
+                "Accuracy mostly tells of the large classes; look at recall by class, and try task.metric: balanced_accuracy "
+                "and class_weight: [none, balanced].",
+                "warning",
+            )
+        )
+    if len(frame) > _FIGURE_CLASSES:
+        return [*blocks, table]
+    svg = figures.bars(list(run.classes), parts, xlabel="images")
+    sizes = ", ".join(f"{name} {count:,}" for name, count in zip(run.classes, train, strict=True))
+    return [*blocks, Figure(svg, f"Bar chart of the images of each {word}: {sizes}.", f"Images by {word}.", table)]
+
+
+def _counts(kind: str, target: npt.NDArray[Any], classes: int) -> npt.NDArray[np.int64]:
+    return np.bincount(target, minlength=classes) if kind == "single" else (target > 0).sum(0)
+
+
+def _targets(run: FinishedRun, test: Task | None) -> list[Block]:
+    rows = []
+    sides = {
+        "training and validation": run.bank.target,
+        **({"test": test.target} if test is not None and len(test.ids) else {}),
+    }
+    for side, target in sides.items():
+        for number, name in enumerate(run.classes):
+            values = np.asarray(target[:, number], float)
+            rows.append(
+                {
+                    "target": name,
+                    "side": side,
+                    "images": len(values),
+                    "min": values.min(),
+                    "median": float(np.median(values)),
+                    "max": values.max(),
+                    "deviation": values.std(),
+                }
+            )
+    columns = (
+        Column("target", "target"),
+        Column("side", "side"),
+        Column("images", "images", "count"),
+        *(
+            Column(name, title, "number")
+            for name, title in (("min", "least"), ("median", "median"), ("max", "largest"))
+        ),
+        Column("deviation", "standard deviation", "number"),
+    )
+    return [Table("balance", "What the targets are", columns, pd.DataFrame(rows))]

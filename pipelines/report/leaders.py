@@ -1,0 +1,156 @@
+"""The leaderboard, and how the metric goes with taps, backbones and kinds of head."""
+
+import numpy as np
+import pandas as pd
+
+from headrace.heads import FULL, METRICS
+from headrace.pipelines.leaderboard import inputs_text
+from headrace.pipelines.report import figures
+from headrace.pipelines.report.blocks import Block, Column, Figure, Format, Note, Section, Table
+from headrace.pipelines.report.read import FinishedRun
+
+SHARES = frozenset({"accuracy", "balanced_accuracy", "hamming_accuracy"})
+_FIGURE_INPUTS = 40
+
+
+def metric_format(metric: str) -> Format:
+    """Shares as per cent, everything else with four digits."""
+    return "share" if metric in SHARES else "number"
+
+
+def metric_title(metric: str) -> str:
+    """ "balanced accuracy", "AUC"."""
+    known = {"auc": "AUC", "macro_f1": "macro F1", "r2": "R²", "rmse": "RMSE", "mae": "MAE"}
+    return known.get(metric, metric.replace("_", " "))
+
+
+def leaderboard(run: FinishedRun) -> Section:
+    """Every setting, with all its metrics; sorted, filtered and searched on the page."""
+    frame, others = _board(run)
+    metric = run.metric
+    better = "higher" if METRICS[metric].higher_is_better else "lower"
+    columns = (
+        Column("rank", "rank", "count"),
+        Column("inputs", "inputs"),
+        Column("kind", "kind"),
+        Column("settings", "settings"),
+        Column(metric, metric_title(metric), metric_format(metric), f"mean over validation folds; {better} is better"),
+        Column("standard_error", "± s.e.", metric_format(metric), "standard error of that mean over the folds"),
+        *(Column(name, metric_title(name), metric_format(name), "mean over validation folds") for name in others),
+        Column("features", "features", "count", "numbers that the head reads per image"),
+        Column("train_seconds", "seconds", "seconds", "training, all folds together"),
+        Column("failed", "failed folds", "count"),
+    )
+    table = Table(
+        "leaderboard",
+        f"Every setting, by mean validation {metric_title(metric)}",
+        columns,
+        frame,
+        filters=("kind", "inputs"),
+        switch=("best", "only the best of each inputs and kind"),
+        search=True,
+        page=25,
+        marked=frozenset({0}),
+    )
+    lead = (
+        f"{len(frame):,} settings, each trained once per fold and once on all training rows. Heads were chosen on validation "
+        "folds alone; the test split plays no part in this table."
+    )
+    return Section("leaderboard", "Leaderboard", lead, (table, *_failed_note(run)))
+
+
+def taps(run: FinishedRun) -> Section:
+    """The best head of each kind on each input."""
+    metric = run.metric
+    board, _ = _board(run)
+    best = board[board["best"]]
+    # As the recipe lists them, which is from the first layers to the last: the figure reads as a walk through the network.
+    order = [name for name in dict.fromkeys(_shown(run, run.heads["inputs"])) if name in set(best["inputs"])]
+    kinds = list(dict.fromkeys(best["kind"]))
+    values = best.pivot(index="inputs", columns="kind", values=metric).reindex(order)
+    errors = best.pivot(index="inputs", columns="kind", values="standard_error").reindex(order)
+    shown = order[:_FIGURE_INPUTS]
+    scale = 100 if metric in SHARES else 1
+    svg = figures.dots(
+        shown,
+        {kind: (values.loc[shown, kind] * scale).tolist() for kind in kinds},
+        {kind: (errors.loc[shown, kind] * scale).tolist() for kind in kinds},
+        xlabel=f"validation {metric_title(metric)}" + (" (%)" if scale == 100 else ""),
+    )
+    columns = (
+        Column("inputs", "inputs"),
+        Column("kind", "kind"),
+        Column("settings", "best setting"),
+        Column(metric, metric_title(metric), metric_format(metric)),
+        Column("standard_error", "± s.e.", metric_format(metric)),
+        Column("tried", "of settings", "count"),
+        Column("features", "features", "count"),
+    )
+    tried = board.groupby(["inputs", "kind"], sort=False).size()
+    frame = best.assign(tried=[int(tried[key]) for key in zip(best["inputs"], best["kind"], strict=True)])
+    leader = best.iloc[0]
+    figure = Figure(
+        svg,
+        f"Dot plot of the best validation {metric_title(metric)} of each kind of head on each input. "
+        f"The best is {leader['kind']} on {leader['inputs']}; the numbers are in the table below.",
+        "Best head of each kind on each input; bars are ± one standard error over folds.",
+        Table("taps", "Best head of each inputs and kind", columns, frame),
+    )
+    backbones = _by_backbone(run, best)
+    lead = (
+        "Which layer of which network holds what the task needs. The best of many settings is flattered a little by having "
+        "been chosen."
+    )
+    return Section("taps", "Taps and backbones", lead, (figure, *backbones))
+
+
+def _by_backbone(run: FinishedRun, best: pd.DataFrame) -> tuple[Block, ...]:
+    backbones = run.recipe.backbones
+    if len(backbones) < 2:
+        return ()
+    names = [backbone.alias or backbone.name for backbone in backbones]
+
+    def of(inputs: str) -> str:
+        used = [name for name in names if any(part.startswith(f"{name}:") for part in inputs.split(" + "))]
+        return used[0] if len(used) == 1 else "several"
+
+    first = best.assign(backbone=[of(inputs) for inputs in best["inputs"]]).drop_duplicates("backbone")
+    columns = (
+        Column("backbone", "backbone"),
+        Column("inputs", "best inputs"),
+        Column("kind", "kind"),
+        Column(run.metric, metric_title(run.metric), metric_format(run.metric)),
+        Column("standard_error", "± s.e.", metric_format(run.metric)),
+    )
+    return (Table("backbones", "The best head of each backbone", columns, first),)
+
+
+def _board(run: FinishedRun) -> tuple[pd.DataFrame, list[str]]:
+    """The leaderboard with the means of the other metrics, and their names; `best` marks the first of each inputs and kind."""
+    names = [name for name in METRICS if name in run.heads.columns and name != run.metric]
+    folds = run.heads[run.heads["fold"] != FULL]
+    means = folds.groupby(["inputs", "spec"], sort=False)[names].mean().reset_index()
+    board = run.board.merge(means, on=["inputs", "spec"], how="left", suffixes=("", "_mean"))
+    board["best"] = ~board.duplicated(["inputs", "kind"])
+    return board.assign(inputs=_shown(run, board["inputs"])), names
+
+
+def _shown(run: FinishedRun, inputs: pd.Series) -> list[str]:
+    names = list(run.feature_sets)
+    said = {text: inputs_text(text.split(" + "), names) for text in inputs.unique()}
+    return [said[text] for text in inputs]
+
+
+def _failed_note(run: FinishedRun) -> tuple[Block, ...]:
+    errors = run.heads["error"].fillna("")
+    failed = errors[errors != ""]
+    if failed.empty:
+        return ()
+    counts = failed.value_counts()
+    frame = pd.DataFrame({"reason": counts.index, "heads": np.asarray(counts)})
+    return (
+        Note(f"{len(failed):,} heads failed; `headrace run RECIPE --retry-failed` tries them again.", "warning"),
+        Table(
+            "failed-heads", "Why heads failed", (Column("reason", "reason"), Column("heads", "heads", "count")), frame
+        ),
+    )

@@ -1,0 +1,145 @@
+"""Near-duplicates across the split: pairs that pixels or features find all but equal."""
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from headrace.cache import HeadraceError
+from headrace.pipelines.report.blocks import Block, Column, Gallery, Note, Picture, Section, Table
+from headrace.pipelines.report.duplicates import LikePairs, like_pairs, standardised
+from headrace.pipelines.report.read import FinishedRun
+from headrace.pipelines.report.thumbnails import Thumbnails, signatures
+
+# Re-encoded, resized and brightened copies have pixels above the first. The second, for features, finds what pixels
+# cannot, such as a mirrored copy. docs/report.md has the measurement.
+PIXELS_ALIKE = 0.97
+FEATURES_ALIKE = 0.985
+SHOWN = 18
+
+
+def leakage(run: FinishedRun, thumbnails: Thumbnails) -> Section:
+    """The section: how many pairs stand on two sides, the likest as pictures, all of them as a table."""
+    title = "Near-duplicates across splits"
+    if isinstance(run.rows, str):
+        return Section("leakage", title, "", (Note(f"Not looked for: {run.rows}."),))
+    train, test = run.rows.dataset.train, run.rows.dataset.test
+    content = np.concatenate([train.content, test.content]).astype(str)
+    ids = np.concatenate([train.ids, test.ids])
+    side = np.concatenate(
+        [[f"fold {fold}" if fold >= 0 else "training" for fold in train.fold], np.full(len(test.ids), "test")]
+    )
+    _, first = np.unique(content, return_index=True)  # exact copies are on one side already
+    first = np.sort(first)
+    content, ids, side = content[first], ids[first], side[first]
+    pairs, remarks = _pairs(run, content, side)
+    lead = (
+        "An image that is nearly the same in training and in test is recognised, not understood, and flatters every score. "
+        "Compared are small grey copies of all images, and their features; sides are the test split and the validation folds."
+    )
+    if pairs.empty:
+        return Section(
+            "leakage", title, lead, (Note("No two images on different sides are nearly the same.", "good"), *remarks)
+        )
+    for end in ("first", "second"):
+        pairs[f"{end}_id"], pairs[f"{end}_side"] = ids[pairs[end]], side[pairs[end]]
+    touching = (pairs["first_side"] == "test") != (pairs["second_side"] == "test")
+    leaked = {
+        *pairs.loc[touching & (pairs["first_side"] == "test"), "first"],
+        *pairs.loc[touching & (pairs["second_side"] == "test"), "second"],
+    }
+    share = f"{len(leaked):,} of {len(test.ids):,} test images ({len(leaked) / max(len(test.ids), 1):.1%})"
+    text = (
+        f"{len(pairs):,} pairs of images on different sides are nearly the same; {share} have such a partner among the images "
+        "that the winner was trained on. If they show one thing twice, name what they have in common in task.group "
+        "(a patient, a scene, a module), and its images stay on one side."
+    )
+    table = Table(
+        "near-duplicates",
+        "Every pair, the likest first",
+        (
+            Column("first_id", "image"),
+            Column("first_side", "side"),
+            Column("second_id", "other image"),
+            Column("second_side", "other side"),
+            Column("pixels", "pixels", "number", "likeness of the small grey copies; 1 is equal"),
+            Column("features", "features", "number", "likeness of the features; 1 is equal"),
+        ),
+        pairs.drop(columns=["first", "second"]),
+        filters=("first_side", "second_side"),
+        search=True,
+    )
+    gallery = Gallery(
+        "The likest pairs", tuple(_picture(pair, content, thumbnails) for pair in pairs.head(SHOWN).to_dict("records"))
+    )
+    return Section("leakage", title, lead, (Note(text, "warning" if leaked else "note"), gallery, table, *remarks))
+
+
+def _pairs(
+    run: FinishedRun, content: npt.NDArray[np.str_], side: npt.NDArray[np.str_]
+) -> tuple[pd.DataFrame, list[Block]]:
+    """first, second (positions), pixels, features (likeness, nan where not known); and what could not be compared."""
+    remarks: list[Block] = []
+    found: list[tuple[str, LikePairs, npt.NDArray[np.int64]]] = []
+    vectors: dict[str, tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]] = {}
+    assert not isinstance(run.rows, str)
+    grey, there = signatures(run.rows.paths, content.tolist(), run.paths.signatures)
+    if len(there) < len(content):
+        remarks.append(
+            Note(
+                f"{len(content) - len(there):,} images are not where they were: of them only the features were compared."
+            )
+        )
+    light = grey.astype(np.float32)
+    vectors["pixels"] = light - light.mean(1, keepdims=True), np.asarray(there, np.int64)
+    try:
+        vectors["features"] = _features(run, content)
+    except (HeadraceError, OSError) as error:
+        remarks.append(Note(f"Features were not compared: {error}"))
+    for name, alike in (("pixels", PIXELS_ALIKE), ("features", FEATURES_ALIKE)):
+        if name in vectors and len(vectors[name][1]) > 1:
+            values, where = vectors[name]
+            found.append((name, like_pairs(values, side[where], alike), where))
+    frame = pd.DataFrame({"first": np.empty(0, int), "second": np.empty(0, int)})
+    for name, pairs, where in found:
+        own = pd.DataFrame({"first": where[pairs.first], "second": where[pairs.second], name: pairs.likeness})
+        frame = frame.merge(own, on=["first", "second"], how="outer")
+        if pairs.compared < len(where):
+            remarks.append(
+                Note(f"Of {len(where):,} images, {pairs.compared:,} drawn at random were compared by their {name}.")
+            )
+    for name in ("pixels", "features"):
+        frame[name] = _likeness(frame, *vectors[name]) if name in vectors else np.nan
+    frame = frame.assign(most=frame[["pixels", "features"]].max(axis=1))
+    return frame.sort_values(["most", "first", "second"], ascending=[False, True, True], ignore_index=True).drop(
+        columns="most"
+    ), remarks
+
+
+def _likeness(
+    frame: pd.DataFrame, values: npt.NDArray[np.float32], where: npt.NDArray[np.int64]
+) -> npt.NDArray[np.float64]:
+    """The cosine of every pair of the frame, also of those that the other measure has found."""
+    X = standardised(values)
+    place = dict(zip(where.tolist(), range(len(where)), strict=True))
+    ends = [np.array([place.get(int(row), -1) for row in frame[end]], np.int64) for end in ("first", "second")]
+    known = (ends[0] >= 0) & (ends[1] >= 0)
+    return np.where(known, (X[ends[0]] * X[ends[1]]).sum(1), np.nan) if len(X) else np.full(len(frame), np.nan)
+
+
+def _features(run: FinishedRun, content: npt.NDArray[np.str_]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+    """Of the last pooled tap, which is the deepest in most recipes: it knows most about what is in the picture."""
+    pooled = [name for name, views in run.feature_sets.items() if len(views[0].shape) == 1] or list(run.feature_sets)
+    features = run.features(pooled[-1])[0]
+    rows = features.locate(content.tolist())
+    where = np.flatnonzero(rows >= 0)
+    X = features.read(rows[where], np.float32)
+    return X.reshape(len(X), X.shape[1], -1).mean(2), where
+
+
+def _picture(pair: dict[object, object], content: npt.NDArray[np.str_], thumbnails: Thumbnails) -> Picture:
+    uris = tuple(thumbnails.get(str(content[int(str(pair[end]))])) for end in ("first", "second"))
+    lines = tuple(
+        (name, f"{float(str(pair[name])):.3f}") for name in ("pixels", "features") if pair[name] == pair[name]
+    )
+    alt = tuple(f"{pair[f'{end}_id']}, {pair[f'{end}_side']}" for end in ("first", "second"))
+    return Picture(uris, alt, f"{alt[0]} · {alt[1]}", lines)

@@ -1,0 +1,311 @@
+"""What the winner gets right and wrong: confusions, classes, calibration, on validation folds and on an opened test split.
+
+N rows, C classes (or label columns, or regression targets).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from headrace.heads import FULL, METRICS, score, spec_from_json
+from headrace.pipelines.leaderboard import settings_text
+from headrace.pipelines.report import figures
+from headrace.pipelines.report.blocks import Block, Column, Figure, Note, Section, Table
+from headrace.pipelines.report.leaders import metric_format, metric_title
+from headrace.pipelines.report.read import FinishedRun
+
+# A matrix of more classes than this is a picture, with its largest entries as a table.
+MATRIX_CLASSES = 15
+BINS = 15  # as the calibration error's
+
+
+def predictions(run: FinishedRun) -> Section:
+    """The winner on its validation folds: each row predicted by the head that did not train on it."""
+    rows = run.held_out
+    blocks = outcome(run.task_kind, run.classes, run.bank.target[rows], run.predicted[rows], "validation")
+    lead = (
+        f"The winner, {run.winner['kind']} {run.winner['settings']}, on {len(rows):,} validation images: each predicted by the "
+        "head that was trained without its fold."
+    )
+    return Section("predictions", "What the winner gets right and wrong", lead, tuple(blocks))
+
+
+def test_split(run: FinishedRun) -> Section:
+    """The winner's test score, every opening on record, and the winner's confusions there."""
+    opening = run.answer
+    frame = _openings(run)
+    if opening is None:
+        text = "The winner has not been shown a test split: set task.test_fraction, or a split column with test rows, and run again."
+        return Section("test", "Test split", "", (Note(text), *([frame] if frame else ())))
+    result = opening["result"]
+    blocks: list[Block] = [_times_opened(run, opening)]
+    if frame is not None:
+        blocks.append(frame)
+    blocks.append(_metrics(run, result["metrics"]))
+    made = run.test_predictions()
+    if isinstance(made, str):
+        blocks.append(Note(f"No confusions of the test split: {made}."))
+    else:
+        _, target, predicted = made
+        blocks += outcome(run.task_kind, run.classes, target, predicted, "test")
+    lead = (
+        f"{result['images']:,} images that no head was trained or chosen on. The rows and predictions below are those of the "
+        "opening on record; this report opens nothing."
+    )
+    return Section("test", "Test split", lead, tuple(blocks))
+
+
+def _metrics(run: FinishedRun, test: Mapping[str, float]) -> Table:
+    """Every metric of the winner: mean and spread over validation folds, and the test images' own."""
+    own = run.heads[(run.heads["spec"] == run.winner["spec"]) & (run.heads["inputs"] == run.winner["inputs"])]
+    folds = own[own["fold"] != FULL]
+    names = [name for name in test if name in folds.columns]
+    frame = pd.DataFrame(
+        {
+            "metric": [metric_title(name) for name in names],
+            "validation": [float(folds[name].mean()) for name in names],
+            "spread": [
+                float(folds[name].std(ddof=1) / np.sqrt(len(folds))) if len(folds) > 1 else np.nan for name in names
+            ],
+            "test": [test[name] for name in names],
+        }
+    )
+    columns = (
+        Column("metric", "metric"),
+        Column("validation", "validation mean", "number"),
+        Column("spread", "± s.e.", "number", "standard error of the mean over the folds"),
+        Column("test", "test", "number"),
+    )
+    return Table("metrics", "Every metric of the winner", columns, frame, sortable=False)
+
+
+def _shown_text(winner: Mapping[str, Any]) -> str:
+    if "ensemble" in winner:
+        return f"an ensemble of {len(winner['ensemble'])} heads"
+    if "spec" not in winner:
+        return "a network"
+    spec = spec_from_json(winner["spec"])
+    return f"{spec.kind} {settings_text(spec)} on {' + '.join(winner['inputs'])}"
+
+
+def _times_opened(run: FinishedRun, opening: Any) -> Note:
+    images = set(opening["images"])
+    winners = {str(past["winner"]) for past in run.openings if not images.isdisjoint(past["images"])}
+    if len(winners) == 1:
+        return Note("The test split has been opened once, for this winner.", "good")
+    return Note(
+        f"{len(winners)} different winners have been shown these test images. Each time, the score says a little less about "
+        "new images: whoever picks the best of them has chosen on the test split.",
+        "warning",
+    )
+
+
+def _openings(run: FinishedRun) -> Table | None:
+    if not run.openings:
+        return None
+    rows = [
+        {
+            "opened": opening.get("opened", ""),
+            "shown": _shown_text(opening["winner"]),
+            "metric": metric_title(opening["result"]["metric"]),
+            "value": opening["result"]["value"],
+            "low": opening["result"]["low"],
+            "high": opening["result"]["high"],
+            "images": opening["result"]["images"],
+        }
+        for opening in run.openings
+    ]
+    columns = (
+        Column("opened", "opened"),
+        Column("shown", "what was shown it"),
+        Column("metric", "metric"),
+        Column("value", "value", "number"),
+        Column("low", "95 % from", "number"),
+        Column("high", "to", "number"),
+        Column("images", "images", "count"),
+    )
+    return Table(
+        "test-openings", "Every opening of the test split, oldest first", columns, pd.DataFrame(rows), sortable=False
+    )
+
+
+def outcome(
+    kind: str, classes: tuple[str, ...], target: npt.NDArray[Any], predicted: npt.NDArray[Any], which: str
+) -> list[Block]:
+    """The blocks that a kind of task has, of these rows; `which` ("validation", "test") is in captions and table names."""
+    if kind == "single":
+        return [
+            *_confusion(classes, target, predicted, which),
+            _classes(classes, target, predicted, which),
+            _reliability(predicted.max(1), predicted.argmax(1) == target, which, "images"),
+        ]
+    if kind == "multi":
+        return [
+            _labels(classes, target, predicted, which),
+            _reliability(predicted.ravel(), target.ravel() > 0, which, "labels"),
+        ]
+    return _regression(classes, target, predicted, which)
+
+
+def _confusion(
+    classes: tuple[str, ...], target: npt.NDArray[Any], predicted: npt.NDArray[Any], which: str
+) -> list[Block]:
+    C = len(classes)
+    guess = predicted.argmax(1)
+    counts = np.bincount(target * C + guess, minlength=C * C).reshape(C, C)
+    if C <= MATRIX_CLASSES:
+        frame = pd.DataFrame(counts, columns=[f"c{number}" for number in range(C)])
+        frame.insert(0, "actual", list(classes))
+        columns = (
+            Column("actual", "actual ↓ predicted →"),
+            *(Column(f"c{i}", name, "count") for i, name in enumerate(classes)),
+        )
+        caption = f"Confusion matrix, {which} images: rows are what the label says, columns what the winner says"
+        return [Table(f"confusion-{which}", caption, columns, frame, sortable=False, shade="rows")]
+    wrong = counts.copy()
+    np.fill_diagonal(wrong, 0)
+    order = np.argsort(-wrong, axis=None, kind="stable")[: int((wrong > 0).sum())]
+    actual, said = np.unravel_index(order, wrong.shape)
+    frame = pd.DataFrame(
+        {
+            "actual": np.asarray(classes, object)[actual],
+            "predicted": np.asarray(classes, object)[said],
+            "images": wrong[actual, said],
+            "share": wrong[actual, said] / np.maximum(counts.sum(1)[actual], 1),
+        }
+    )
+    columns = (
+        Column("actual", "actual"),
+        Column("predicted", "predicted"),
+        Column("images", "images", "count"),
+        Column("share", "of the class", "share"),
+    )
+    table = Table(f"confusion-{which}", f"Confusions, the commonest first ({which})", columns, frame, search=True)
+    alt = f"Confusion matrix of {C} classes as a colour map; the confusions are in the table below."
+    svg = figures.heat(
+        counts / np.maximum(counts.sum(1, keepdims=True), 1), xlabel="predicted class", ylabel="actual class"
+    )
+    return [Figure(svg, alt, f"Confusion matrix, {which} images; classes in alphabetical order.", table)]
+
+
+def _classes(classes: tuple[str, ...], target: npt.NDArray[Any], predicted: npt.NDArray[Any], which: str) -> Table:
+    C = len(classes)
+    guess = predicted.argmax(1)
+    support, said = np.bincount(target, minlength=C), np.bincount(guess, minlength=C)
+    hits = np.bincount(target[guess == target], minlength=C)
+    onehot = target[:, None] == np.arange(C)
+    frame = pd.DataFrame(
+        {
+            "class": list(classes),
+            "images": support,
+            "predicted": said,
+            "recall": _ratio(hits, support),
+            "precision": _ratio(hits, said),
+            "f1": _ratio(2 * hits, support + said),
+            "auc": [score("multi", onehot[:, [i]], predicted[:, [i]], "auc") for i in range(C)],
+        }
+    )
+    columns = (
+        Column("class", "class"),
+        Column("images", "images", "count"),
+        Column("predicted", "predicted", "count", "images that the winner says are of this class"),
+        Column("recall", "recall", "share", "share of the class's images that are found"),
+        Column("precision", "precision", "share", "share of the images said to be of the class that are"),
+        Column("f1", "F1", "number", "harmonic mean of recall and precision"),
+        Column("auc", "AUC", "number", "this class against the rest"),
+    )
+    return Table(f"classes-{which}", f"Class by class, {which} images", columns, frame, search=C > MATRIX_CLASSES)
+
+
+def _labels(classes: tuple[str, ...], target: npt.NDArray[Any], predicted: npt.NDArray[Any], which: str) -> Table:
+    truth, guess = target > 0, predicted >= 0.5
+    hits, support, said = (truth & guess).sum(0), truth.sum(0), guess.sum(0)
+    one = [(target[:, [i]], predicted[:, [i]]) for i in range(len(classes))]
+    frame = pd.DataFrame(
+        {
+            "label": list(classes),
+            "images": support,
+            "predicted": said,
+            "recall": _ratio(hits, support),
+            "precision": _ratio(hits, said),
+            "f1": _ratio(2 * hits, support + said),
+            "average_precision": [score("multi", *pair, "average_precision") for pair in one],
+            "auc": [score("multi", *pair, "auc") for pair in one],
+        }
+    )
+    columns = (
+        Column("label", "label"),
+        Column("images", "images with it", "count"),
+        Column("predicted", "predicted", "count", "at a probability of one half or more"),
+        Column("recall", "recall", "share"),
+        Column("precision", "precision", "share"),
+        Column("f1", "F1", "number"),
+        Column("average_precision", "average precision", "number"),
+        Column("auc", "AUC", "number"),
+    )
+    return Table(
+        f"labels-{which}", f"Label by label, {which} images", columns, frame, search=len(classes) > MATRIX_CLASSES
+    )
+
+
+def _reliability(confidence: npt.NDArray[Any], correct: npt.NDArray[Any], which: str, unit: str) -> Figure:
+    bins = np.clip((confidence * BINS).astype(int), 0, BINS - 1)
+    rows = np.bincount(bins, minlength=BINS)
+    there = rows > 0
+    mean = np.bincount(bins, weights=confidence, minlength=BINS)[there] / rows[there]
+    right = np.bincount(bins, weights=correct, minlength=BINS)[there] / rows[there]
+    error = float((rows[there] * np.abs(mean - right)).sum() / max(rows.sum(), 1))
+    lean = float((rows[there] * (mean - right)).sum() / max(rows.sum(), 1))
+    tends = (
+        "too sure of itself"
+        if lean > 0.02
+        else "less sure than it could be"
+        if lean < -0.02
+        else "about as sure as it is right"
+    )
+    frame = pd.DataFrame({"probability": mean, "right": right, "rows": rows[there]})
+    columns = (
+        Column("probability", "mean predicted probability", "share"),
+        Column("right", "share right", "share"),
+        Column("rows", unit, "count"),
+    )
+    return Figure(
+        figures.reliability(mean, right, rows[there], unit),
+        f"Reliability diagram: share of right predictions against predicted probability in {BINS} bins. The winner is {tends}; "
+        f"the expected calibration error is {error:.3f}.",
+        f"Reliability, {which} images: on the dashed line, 80 % sure is right 80 % of the time. "
+        f"The winner is {tends} (expected calibration error {error:.3f}).",
+        Table(f"reliability-{which}", f"Reliability, bin by bin ({which})", columns, frame, sortable=False),
+    )
+
+
+def _regression(
+    classes: tuple[str, ...], target: npt.NDArray[Any], predicted: npt.NDArray[Any], which: str
+) -> list[Block]:
+    names = [name for name, metric in METRICS.items() if "regression" in metric.tasks]
+    pairs = [(target[:, [i]], predicted[:, [i]]) for i in range(len(classes))]
+    frame = pd.DataFrame(
+        {"target": list(classes), **{name: [score("regression", *pair, name) for pair in pairs] for name in names}}
+    )
+    frame["bias"] = (predicted - target).mean(0)
+    columns = (
+        Column("target", "target"),
+        *(Column(name, metric_title(name), metric_format(name)) for name in names),
+        Column("bias", "mean error", "number", "predicted less true"),
+    )
+    blocks: list[Block] = [Table(f"targets-{which}", f"Target by target, {which} images", columns, frame)]
+    for number, name in enumerate(classes[:4]):
+        truth, guess = np.asarray(target[:, number], float), np.asarray(predicted[:, number], float)
+        svg = figures.scatter(truth, guess, xlabel=f"true {name}", ylabel=f"predicted {name}")
+        alt = f"Predicted against true {name}, {len(truth):,} images; R² {frame['r2'][number]:.3f}."
+        blocks.append(
+            Figure(svg, alt, f"{name}: predicted against true, {which} images; on the dashed line they are equal.")
+        )
+    return blocks
+
+
+def _ratio(part: npt.NDArray[Any], whole: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    return np.where(whole > 0, part / np.maximum(whole, 1), np.nan)

@@ -1,0 +1,92 @@
+"""How the numbers came about, exactly: the recipe with every default, versions, machines, fingerprints."""
+
+import json
+
+import pandas as pd
+import yaml
+
+from headrace.pipelines.report.blocks import Block, Code, Column, Facts, Note, Section, Table
+from headrace.pipelines.report.read import FinishedRun
+from headrace.pipelines.show import bytes_text
+
+
+def provenance(run: FinishedRun) -> Section:
+    """The section."""
+    values = run.recipe.model_dump(mode="json", exclude_none=True)
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=110)
+    facts = (
+        ("run", str(run.paths.root.absolute())),
+        ("features", str(run.recipe.cache)),
+        ("task", f"{run.bank.task} (digest of the rows, targets and folds)"),
+        ("winner's results", run.bank.path.name),
+        ("winner's spec", str(run.winner["spec"])),
+    )
+    blocks: list[Block] = [Facts(facts), Code("The recipe, with every default", text), *_machines(run), *_features(run)]
+    lead = "With the same recipe, images and versions, headrace run gives these numbers again."
+    return Section("provenance", "Recipe, versions, fingerprints", lead, tuple(blocks))
+
+
+def _machines(run: FinishedRun) -> list[Block]:
+    records = run.records(run.paths.environments)
+    if records.empty:
+        return [Note("The run was made by a version of headrace that did not record versions.")]
+    rows = []
+    for record in records.to_dict("records"):
+        versions = {"python": record.get("python"), **dict(record.get("versions") or {})}
+        rows.append(
+            {
+                "since": record.get("since", ""),
+                "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+                "machine": f"{record.get('processor', '')}, {record.get('system', '')}, {record.get('cores', '?')} cores, "
+                f"{bytes_text(float(record.get('memory_bytes') or 0))} of memory",
+                "used": f"{record.get('workers') or record.get('cores')} workers, forward pass on {record.get('device', 'cpu')}",
+            }
+        )
+    columns = (
+        Column("since", "since"),
+        Column("versions", "versions"),
+        Column("machine", "machine"),
+        Column("used", "used"),
+    )
+    return [Table("versions", "Versions and machines of the calls", columns, pd.DataFrame(rows), sortable=False)]
+
+
+def _features(run: FinishedRun) -> list[Block]:
+    """What is equal in all feature sets is said once."""
+    rows = []
+    for name, specs in run.feature_sets.items():
+        for view, spec in enumerate(specs):
+            rows.append(
+                {
+                    "name": name if len(specs) == 1 else f"{name}, view {view}",
+                    "fingerprint": spec.fingerprint,
+                    "backbone": spec.backbone,
+                    "weights": spec.weights,
+                    "preprocessing": _plain(spec.preprocessing),
+                    "decoder": spec.decoder,
+                    "dtype": f"{spec.dtype} of {spec.compute_dtype}",
+                }
+            )
+    titles = {
+        "backbone": "backbone",
+        "weights": "weights (SHA-256)",
+        "preprocessing": "preprocessing",
+        "decoder": "decoder",
+        "dtype": "stored, computed",
+    }
+    frame = pd.DataFrame(rows)
+    shared = {name: title for name, title in titles.items() if frame[name].nunique() == 1}
+    columns = (
+        Column("name", "feature set"),
+        Column("fingerprint", "fingerprint"),
+        *(Column(name, title) for name, title in titles.items() if name not in shared),
+    )
+    return [
+        Facts(tuple((title, str(frame[name].iloc[0])) for name, title in shared.items())),
+        Table("fingerprints", "Fingerprints of the feature sets", columns, frame, sortable=False),
+    ]
+
+
+def _plain(text: str) -> str:
+    """The canonical JSON as a person writes it."""
+    return "; ".join(f"{key} {value}" for key, value in json.loads(text).items() if value is not None)

@@ -1,0 +1,211 @@
+"""A finished run as its directory tells it. What is not there any more (images, features) is a reason, not an error."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import pydantic
+
+from headrace.cache import FeatureSet, HeadraceError, feature_set_path, open_feature_set
+from headrace.cache.spec import FeatureSpec
+from headrace.extract import read_listing
+from headrace.heads import BankResult, Task, read_bank
+from headrace.pipelines.dataset import Dataset, drop_rows, list_samples, make_dataset
+from headrace.pipelines.paths import RunPaths
+from headrace.pipelines.prepare import check_metric
+from headrace.pipelines.recipe import Recipe, load_recipe
+from headrace.pipelines.winner import choose_winner, predict_test, read_openings
+
+_TEXTS = {"inputs": str, "kind": str, "settings": str, "spec": str, "path": str}
+
+
+class NotARun(HeadraceError, ValueError):
+    """The folder is no finished run: says what is missing and how to make it."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The images behind a run's rows: where each lies, and which side of the split it is on."""
+
+    paths: Mapping[str, str]  # by content hash; of copies, the first
+    dataset: Dataset
+    samples: pd.DataFrame  # id, path, content (None where unreadable), and the user's columns
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """What a run left on disk."""
+
+    paths: RunPaths
+    recipe: Recipe
+    metric: str
+    board: pd.DataFrame  # leaderboard.csv: best first; `inputs` is text
+    heads: pd.DataFrame  # heads.parquet: one row per head and fold
+    winner: pd.Series
+    bank: BankResult  # the results file that the winner is in
+
+    @property
+    def task_kind(self) -> str:
+        return self.bank.task_kind
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.bank.classes
+
+    @cached_property
+    def predicted(self) -> npt.NDArray[np.float32]:
+        """(N, C) of the winner, each row by the head that did not train on it; nan for rows that are never held out."""
+        return self.bank.out_of_fold(str(self.winner["spec"]))
+
+    @cached_property
+    def held_out(self) -> npt.NDArray[np.int64]:
+        """Positions of the bank's rows that have an out-of-fold prediction."""
+        return np.flatnonzero(np.isfinite(self.predicted).all(1))
+
+    @cached_property
+    def feature_sets(self) -> Mapping[str, tuple[FeatureSpec, ...]]:
+        """The feature sets of the run, view by view, by the names that the leaderboard gives them."""
+        found: dict[str, tuple[FeatureSpec, ...]] = {}
+        for inputs, path in self.heads.drop_duplicates("inputs")[["inputs", "path"]].itertuples(index=False):
+            specs = [FeatureSpec.from_json(json.dumps(feature["spec"])) for feature in self.open_bank(path).features]
+            names = inputs.split(" + ")
+            views = max(1, len(specs) // len(names))
+            for number, name in enumerate(names):
+                found.setdefault(name, tuple(specs[number * views : (number + 1) * views]))
+        return found
+
+    def features(self, name: str) -> tuple[FeatureSet, ...]:
+        """The views of a feature set. Raises FeatureSetMissing when the cache no longer has it."""
+        return tuple(open_feature_set(feature_set_path(self.recipe.cache, spec)) for spec in self.feature_sets[name])
+
+    def open_bank(self, path: str) -> BankResult:
+        """A results file by the path that it had when the run ended; the run's directory may have moved since."""
+        return read_bank(_moved(Path(path), self.paths))
+
+    @cached_property
+    def rows(self) -> Rows | str:
+        """Where the images are and how they were split, or the reason why that cannot be said any more."""
+        try:
+            samples = list_samples(self.recipe)
+            listed = read_listing(self.paths.listing)
+            content = [listed.get(str(name)) for name in samples["id"]]
+            dataset = make_dataset(samples, content, self.recipe.task)
+            dataset = drop_rows(dataset, self._failed_content())
+        except (HeadraceError, OSError) as error:
+            return f"the images are not where they were: {error}"
+        if dataset.train.digest != self.bank.task:
+            return "the images, their labels or their split have changed since the run: run it again, then report"
+        samples = samples.assign(content=pd.Series(content, index=samples.index, dtype=object))
+        there = samples[samples["content"].notna()].drop_duplicates("content")
+        return Rows(dict(zip(there["content"], there["path"].astype(str), strict=True)), dataset, samples)
+
+    def _failed_content(self) -> frozenset[str]:
+        found: set[str] = set()
+        for name in self.feature_sets:
+            found |= {failure.content for view in self.features(name) for failure in view.failures()}
+        return frozenset(found)
+
+    @cached_property
+    def openings(self) -> Sequence[Mapping[str, Any]]:
+        """The record of the test split's openings, oldest first."""
+        return read_openings(self.paths.openings)
+
+    @cached_property
+    def opening(self) -> Mapping[str, Any] | None:
+        """The record of the winner's own opening; None when it has not been shown the test split."""
+        for opening in self.openings:
+            winner = opening["winner"]
+            shown = (winner["train"], winner.get("bank"), winner.get("spec"))  # an ensemble has neither
+            if shown == (self.bank.task, self.bank.path.name, self.winner["spec"]):
+                return opening
+        return None
+
+    @property
+    def answer(self) -> Mapping[str, Any] | None:
+        """The newest opening on this run's task: of the winner, or of the ensemble or network that was chosen before it."""
+        own = [opening for opening in self.openings if opening["winner"]["train"] == self.bank.task]
+        return own[-1] if own else None
+
+    def test_predictions(self) -> tuple[Task, npt.NDArray[Any], npt.NDArray[Any]] | str:
+        """The test task, the targets (n,) and the winner's predictions (n, C) of its rows: what its opening has scored.
+
+        Only for a winner whose opening is on record, on the very rows of that record: nothing new is learned of the test
+        split. Otherwise the reason why not.
+        """
+        opening = self.opening
+        if opening is None:
+            return "the winner has not been shown the test split"
+        if isinstance(self.rows, str):
+            return self.rows
+        test = self.rows.dataset.test
+        if opening["winner"]["test"] != test.digest:
+            return "the test images have changed since the winner was shown them"
+        try:
+            features = [view for name in opening["winner"]["inputs"] for view in self.features(name)]
+            winner = self.winner.copy()
+            winner["path"] = str(self.bank.path)
+            return test, *predict_test(winner, features, test)
+        except (HeadraceError, OSError, KeyError) as error:
+            return f"the winner's predictions of the test images cannot be made again: {error}"
+
+    def records(self, path: Path) -> pd.DataFrame:
+        """The lines of a JSON-lines file as a table; a line that a killed process left unfinished is passed over."""
+        found = []
+        for line in path.read_text().splitlines() if path.exists() else ():
+            try:
+                found.append(json.loads(line))
+            except ValueError:
+                continue
+        return pd.DataFrame(found)
+
+
+def read_run(run: Path) -> FinishedRun:
+    """Read the directory of a finished run, or that of a recipe's run.
+
+    Raises NotARun for anything else, NoWinner for a run in which no head is whole.
+    """
+    paths = _find(run)
+    for needed in (paths.recipe, paths.leaderboard, paths.heads):
+        if not needed.exists():
+            raise NotARun(
+                f"{paths.root} has no {needed.name}: the run has not come to its end. Go on with: headrace run RECIPE"
+            )
+    try:
+        recipe = Recipe.model_validate_json(paths.recipe.read_text())
+    except pydantic.ValidationError as error:
+        raise NotARun(
+            f"{paths.recipe} is not of this version of headrace ({error.error_count()} keys differ): run the recipe again"
+        ) from None
+    board = pd.read_csv(paths.leaderboard, dtype=_TEXTS, keep_default_na=False, na_values=[""])
+    board = board.assign(settings=board["settings"].fillna(""))
+    heads = pd.read_parquet(paths.heads)
+    winner = choose_winner(board, heads)
+    bank = read_bank(_moved(Path(winner["path"]), paths))
+    return FinishedRun(paths, recipe, check_metric(recipe.task), board, heads, winner, bank)
+
+
+def _find(run: Path) -> RunPaths:
+    if run.is_file() and run.suffix in (".yaml", ".yml"):
+        out = load_recipe(run).out
+        assert out is not None  # load_recipe gives it a default
+        return RunPaths(out)
+    if not run.is_dir():
+        raise NotARun(
+            f"{run}: no such run. Give a run's directory, or the recipe that made it: headrace report recipe.yaml"
+        )
+    if not RunPaths(run).recipe.exists():
+        below = sorted(path.parent for path in run.glob("**/recipe.json") if RunPaths(path.parent).leaderboard.exists())
+        hint = f"Did you mean {below[0]}?" if below else "A run's directory is made by: headrace run RECIPE"
+        raise NotARun(f"{run} is not a run's directory: it has no recipe.json. {hint}")
+    return RunPaths(run)
+
+
+def _moved(path: Path, paths: RunPaths) -> Path:
+    here = paths.banks / path.name
+    return here if here.exists() else path

@@ -1,0 +1,108 @@
+"""Small copies of images: thumbnails as data URIs, since the page must open without the images, and grey signatures."""
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps
+
+from headrace.cache import publish_replace
+from headrace.extract import ImageError, decode_image, hash_bytes, read_bytes
+
+SIDE = 144  # pixels
+# An image of no more pixels than this is enlarged, pixel by pixel, and looks like what it is.
+_SMALL = 48
+SIGNATURE = 16  # pixels
+_THREADS = 4
+
+
+@dataclass
+class Thumbnails:
+    """The images of a run by content hash, each read once. `missing` counts those that are no longer there."""
+
+    paths: Mapping[str, str]
+    missing: int = 0
+    _made: dict[str, str | None] = field(default_factory=dict)
+
+    def get(self, content: str) -> str | None:
+        """A data URI; None where the file is gone, or holds other bytes than those that the run has seen."""
+        if content not in self._made:
+            self._made[content] = self._make(content)
+            self.missing += self._made[content] is None
+        return self._made[content]
+
+    def _make(self, content: str) -> str | None:
+        try:
+            data = read_bytes(self.paths[content])
+            if hash_bytes(data) != content:
+                return None
+            image = decode_image(data)
+        except (KeyError, OSError, ImageError):
+            return None
+        if max(image.size) <= _SMALL:
+            scale = SIDE // max(image.size)
+            image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+        else:
+            image.thumbnail((SIDE, SIDE))
+        stored = io.BytesIO()
+        image.save(stored, "WEBP", quality=70, method=4)  # anew: no metadata of the original travels with the page
+        return "data:image/webp;base64," + base64.b64encode(stored.getvalue()).decode()
+
+
+def signatures(
+    paths: Mapping[str, str], contents: Sequence[str], stored: Path
+) -> tuple[npt.NDArray[np.uint8], list[int]]:
+    """(n, 256) grey copies of 16 x 16 pixels, and which positions of `contents` they are of: images that are gone have none.
+
+    stored: the signatures of an earlier call, by content hash; those that are new are added.
+    """
+    known = _load(stored)
+    missing = [content for content in contents if content not in known]
+    with ThreadPoolExecutor(_THREADS) as pool:  # decoders release the GIL
+        for content, grey in zip(missing, pool.map(lambda name: _signature(paths.get(name, "")), missing), strict=True):
+            if grey is not None:
+                known[content] = grey
+    if missing and known:
+        names = sorted(known)
+        buffer = io.BytesIO()
+        np.savez(buffer, content=np.array(names, "S32"), grey=np.stack([known[name] for name in names]))
+        publish_replace(stored, buffer.getvalue())
+    there = [number for number, content in enumerate(contents) if content in known]
+    empty = np.empty((0, SIGNATURE**2), np.uint8)
+    return np.stack([known[contents[number]] for number in there]) if there else empty, there
+
+
+def _signature(path: str) -> npt.NDArray[np.uint8] | None:
+    try:
+        data = read_bytes(path)
+        return np.asarray(_small_grey(data), np.uint8).ravel()
+    except (OSError, ImageError):
+        return None
+
+
+def _small_grey(data: bytes) -> Image.Image:
+    size = (SIGNATURE, SIGNATURE)
+    if data.startswith(b"\xff\xd8"):  # a JPEG decodes at an eighth of its size in a fraction of the time
+        try:
+            with Image.open(io.BytesIO(data)) as image:
+                image.draft("L", (8 * SIGNATURE, 8 * SIGNATURE))
+                return ImageOps.exif_transpose(image).convert("L").resize(size, Image.Resampling.BOX)
+        except Exception:  # noqa: BLE001 - decoders raise anything; the careful decoder has the last word
+            pass
+    return decode_image(data).convert("L").resize(size, Image.Resampling.BOX)
+
+
+def _load(stored: Path) -> dict[str, npt.NDArray[np.uint8]]:
+    try:
+        with np.load(stored, allow_pickle=False) as found:
+            names, grey = found["content"].astype("U32").tolist(), found["grey"]
+        if grey.shape != (len(names), SIGNATURE**2):
+            return {}
+        return dict(zip(names, grey, strict=True))
+    except (OSError, ValueError, KeyError, EOFError):
+        return {}  # absent or damaged: it only saves time
