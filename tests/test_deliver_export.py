@@ -13,13 +13,15 @@ from PIL import Image
 from run_cases import make_photos
 
 from headrace.cache import ExtraMissing
-from headrace.extract import BackboneSpec, Preprocessing, list_folder
+from headrace.extract import BackboneSpec, Preprocessing, list_folder, load_backbone, parse_tap
 from headrace.extract.images import decode_image
 from headrace.extract.preprocess import render
+from headrace.extract.taps import backbone_nodes, tap_shape
 from headrace.heads import (
     FULL,
     CentroidSpec,
     ConvSpec,
+    FineTuneSpec,
     KNNSpec,
     LogisticSpec,
     MLPSpec,
@@ -30,6 +32,8 @@ from headrace.heads import (
     fit_bank,
     load_rows,
     save_head,
+    spec_to_json,
+    with_temperature,
 )
 from headrace.pipelines import extract_features
 from headrace.pipelines.deliver import export
@@ -38,6 +42,9 @@ from headrace.pipelines.deliver.graph import Input
 from headrace.pipelines.deliver.layers import head_module
 from headrace.pipelines.deliver.model import ModelError, load_model
 from headrace.pipelines.deliver.outside import preprocess_file
+from headrace.pipelines.thaw.head import head_module as thaw_head
+from headrace.pipelines.thaw.network import Network
+from headrace.pipelines.thaw.persist import load_network, save_network
 
 NETWORK = BackboneSpec("torchvision:resnet18", weights="random:0", image_size=32, crop_fraction=1.0)
 OTHER = BackboneSpec("torchvision:squeezenet1_1", weights="random:0", image_size=48)
@@ -262,3 +269,63 @@ def test_the_preprocessing_file_makes_headraces_pixels(tmp_path, mode):
     for path in [*(tmp_path / name for name in cases), tmp_path / "turned.jpg"]:
         expected = render(decode_image(path.read_bytes()), how)
         np.testing.assert_array_equal(namespace["load"](path), expected, err_msg=path.name)
+
+
+def network_directory(place, kind="logistic"):
+    """A small network with other weights than its library's, and a head on two of its taps, as thawing stores it."""
+    backbone = load_backbone(BackboneSpec("timm:test_resnet", "random:0", image_size=64, crop_fraction=1.0))
+    torch.manual_seed(0)
+    if kind == "conv":
+        taps, head_spec = ["layer3.map"], ConvSpec((4,))
+        width = backbone_nodes(backbone)["layer3"].shape[0]
+        arrays = {"kernel0": torch.randn(4, width, 3, 3) / 20, "shift0": torch.zeros(4), "weight0": torch.randn(3, 4),
+                  "bias0": torch.zeros(3), "mean": torch.zeros(width), "inverse_scale": torch.ones(width)}  # fmt: skip
+    else:
+        taps, head_spec = ["layer2.max", "layer4.avg"], LogisticSpec(1.0)
+        nodes = backbone_nodes(backbone)
+        width = sum(tap_shape(parse_tap(tap), nodes[parse_tap(tap).node])[0] for tap in taps)
+        arrays = {"weight": torch.randn(3, width) / 10, "bias": torch.zeros(3)}
+    arrays = {name: value.numpy() for name, value in arrays.items()}
+    head = thaw_head(head_spec, arrays, "single")
+    network = Network(backbone, [parse_tap(tap) for tap in taps], head).eval()
+    for parameter in network.backbone.parameters():
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    spec = FineTuneSpec(head=spec_to_json(head_spec), depth="all")
+    save_network(place, network, backbone, spec=spec, task_kind="single", classes=("a", "b", "c"), metrics={"x": 0.5})
+    return place
+
+
+@pytest.mark.parametrize("kind", ["logistic", "conv"])
+def test_a_fine_tuned_network_is_the_same_everywhere(photos, tmp_path, kind):
+    """From images through headrace, as a torch program, as safetensors, as a copy elsewhere: what its own module says."""
+    model = load_model(network_directory(tmp_path / "model", kind))
+    assert model.classes == ("a", "b", "c")
+    trained = load_network(tmp_path / "model")
+    paths = sorted(photos.rglob("*.png"))[::5]
+    pixels = np.stack([render(decode_image(path.read_bytes()), trained.preprocessing) for path in paths])
+    expected = trained.predict_proba(pixels)
+    assert np.ptp(expected, axis=0).max() > 1e-3
+    np.testing.assert_allclose(model.predict_proba(paths), expected, atol=1e-4)
+    exported = export_model(model, tmp_path / "out", ["torch", "safetensors"])
+    assert max(exported.differences.values()) < export.TOLERANCE
+    np.testing.assert_allclose(load_model(tmp_path / "out").predict_proba(paths), expected, atol=1e-4)
+    if kind == "logistic":
+        np.testing.assert_allclose(run_alone(tmp_path / "out", paths, "torch"), expected, atol=export.TOLERANCE)
+
+
+@pytest.mark.slow
+def test_a_network_in_an_ensemble_is_the_same_in_onnx(photos, tmp_path):
+    """Two networks of one architecture whose weights differ are not taken for each other."""
+    for place in (0, 1):
+        network_directory(tmp_path / "model" / "members" / str(place), ("logistic", "conv")[place])
+    about = {"format": 1, "kind": "ensemble", "temperature": 1.2, "task_kind": "single", "classes": ["a", "b", "c"],
+             "members": [{"model": "members/0", "weight": 0.75}, {"model": "members/1", "weight": 0.25}],
+             "metrics": {}}  # fmt: skip
+    (tmp_path / "model" / "ensemble.json").write_text(json.dumps(about))
+    model = load_model(tmp_path / "model")
+    paths = sorted(photos.rglob("*.png"))[::5]
+    parts = [load_model(tmp_path / "model" / "members" / str(place)).predict_proba(paths) for place in (0, 1)]
+    expected = with_temperature("single", 0.75 * parts[0] + 0.25 * parts[1], 1.2)
+    np.testing.assert_allclose(model.predict_proba(paths), expected, atol=1e-5)
+    export_model(model, tmp_path / "out", ["onnx"])
+    np.testing.assert_allclose(run_alone(tmp_path / "out", paths, "onnx"), expected, atol=export.TOLERANCE)

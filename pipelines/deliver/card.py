@@ -11,6 +11,7 @@ from headrace.extract import Preprocessing
 from headrace.heads import spec_to_json
 from headrace.pipelines.deliver.graph import Input
 from headrace.pipelines.deliver.model import Member, Model
+from headrace.pipelines.deliver.network import NetworkMember, read_network
 from headrace.pipelines.paths import RunPaths
 
 _LIBRARIES = ("headrace", "torch", "torchvision", "timm", "pillow", "numpy")
@@ -62,7 +63,14 @@ def _what(model: Model) -> str:
     return "\n".join(lines)
 
 
-def _member(member: Member) -> str:
+def _member(member: Member | NetworkMember) -> str:
+    if isinstance(member, NetworkMember):
+        _, about = read_network(member.directory)
+        settings = {
+            name: value for name, value in about["spec"].items() if name != "kind" and not isinstance(value, dict)
+        }
+        taps = ", ".join(f"`{tap}`" for tap in about["tap"])
+        return f"the network `{about['backbone']['name']}`, trained further ({_settings(settings)}), with its head on {taps}"
     head = member.head
     settings = {name: value for name, value in json.loads(spec_to_json(head.spec)).items() if name != "kind"}
     taps = ", ".join(dict.fromkeys(f"`{feature.name}`" for feature in head.features))
@@ -117,9 +125,11 @@ def _metrics(model: Model, run: RunPaths) -> str:
 
 def _test(model: Model, run: RunPaths) -> dict[str, Any] | None:
     """The recorded opening of the test split for this very model."""
+    heads = [member for member in model.members if isinstance(member, Member)]
+    if len(heads) < len(model.members):
+        return None
     ours = [
-        (spec_to_json(member.head.spec), [feature.fingerprint for feature in member.head.features])
-        for member in model.members
+        (spec_to_json(member.head.spec), [feature.fingerprint for feature in member.head.features]) for member in heads
     ]
     found = None
     try:

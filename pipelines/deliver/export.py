@@ -31,6 +31,7 @@ from headrace.pipelines.deliver.card import Exported, model_card
 from headrace.pipelines.deliver.graph import Graph, Input, pixels_of, sees_one_view
 from headrace.pipelines.deliver.images import open_engine, predict_batch
 from headrace.pipelines.deliver.model import ENSEMBLE, FORMAT, Member, Model, load_model
+from headrace.pipelines.deliver.network import NETWORK, WEIGHTS, NetworkMember, network_backbone
 from headrace.pipelines.deliver.outside import NAME, preprocess_file
 
 FORMATS = ("torch", "onnx", "safetensors")
@@ -144,8 +145,11 @@ def _write(model: Model, folder: Path, formats: list[str]) -> Exported:
 
 def evaluation_only(model: Model) -> Model:
     """The model on the evaluation crop alone, without the augmented views that it may average over."""
-    members = []
+    members: list[Member | NetworkMember] = []
     for member in model.members:
+        if isinstance(member, NetworkMember):
+            members.append(member)
+            continue
         head = member.head
         kept = [place for place, feature in enumerate(head.features) if parse_view(feature.view)[0] == 0]
         features = tuple(head.features[place] for place in kept)
@@ -187,7 +191,7 @@ def _compare(check: _Check, run: Any, name: str, model: Model) -> float:
     if not worst <= check.tolerance:  # also NaN
         raise ExportError(
             f"{name} predicts otherwise than headrace, by {worst:.2g} at most where {check.tolerance:g} is allowed; nothing was "
-            f"written. The heads: {', '.join(sorted({member.head.spec.kind for member in model.members}))}. "
+            f"written. The heads: {', '.join(sorted({member.kind for member in model.members}))}. "
             "headrace predict and --format safetensors are exact"
         )
     return worst
@@ -199,7 +203,7 @@ def replace_expected(check: _Check, expected: npt.NDArray[np.float32]) -> _Check
 
 
 def _tolerance(model: Model) -> float:
-    half = any(feature.compute_dtype != "float32" for member in model.members for feature in member.head.features)
+    half = any(feature.compute_dtype != "float32" for member in model.members for feature in member.features)
     return HALF_TOLERANCE if half else TOLERANCE
 
 
@@ -252,7 +256,7 @@ def _require_onnx() -> None:
 def _write_directory(model: Model, folder: Path) -> None:
     """A model directory as a run writes it, with the weights of its networks beside it."""
     stored: dict[BackboneSpec, BackboneSpec] = {}
-    for backbone in dict.fromkeys(each for member in model.members for each in member.backbones):
+    for backbone in _frozen(model):
         loaded = load_backbone(backbone)
         name = f"backbone_{len(stored)}.safetensors"
         tensors = {key: value.detach().contiguous().clone() for key, value in loaded.module.state_dict().items()}
@@ -288,7 +292,20 @@ def _write_directory(model: Model, folder: Path) -> None:
     (folder / ENSEMBLE).write_text(json.dumps(about, indent=2), encoding="utf-8")
 
 
-def _save_member(member: Member, folder: Path, stored: dict[BackboneSpec, BackboneSpec], up: str) -> None:
+def _frozen(model: Model) -> list[BackboneSpec]:
+    """The networks that heads of the model stand on, each once."""
+    heads = [member for member in model.members if not isinstance(member, NetworkMember)]
+    return list(dict.fromkeys(each for member in heads for each in member.backbones))
+
+
+def _save_member(
+    member: Member | NetworkMember, folder: Path, stored: dict[BackboneSpec, BackboneSpec], up: str
+) -> None:
+    if isinstance(member, NetworkMember):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in (NETWORK, WEIGHTS):
+            shutil.copyfile(member.directory / name, folder / name)
+        return
     head = member.head
     backbones = [stored[each] for each in member.backbones]
     save_head(
@@ -305,9 +322,10 @@ def _save_member(member: Member, folder: Path, stored: dict[BackboneSpec, Backbo
 
 def _inputs_of(model: Model) -> list[Input]:
     found: dict[Any, Input] = {}
-    for backbone in dict.fromkeys(each for member in model.members for each in member.backbones):
-        how = load_backbone(backbone).preprocessing
-        found.setdefault(pixels_of(how), Input("images", how))
+    networks = [member for member in model.members if isinstance(member, NetworkMember)]
+    used = [network_backbone(member.directory, member.digest) for member in networks]
+    for backbone in [*used, *map(load_backbone, _frozen(model))]:
+        found.setdefault(pixels_of(backbone.preprocessing), Input("images", backbone.preprocessing))
     inputs: Collection[Input] = found.values()
     if len(inputs) == 1:
         return list(inputs)

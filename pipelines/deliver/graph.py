@@ -21,8 +21,9 @@ from headrace.extract.taps import backbone_nodes, reduce_output
 from headrace.extract.unit import check_identity
 from headrace.extract.views import parse_view
 from headrace.heads import TaskKind
-from headrace.pipelines.deliver.layers import head_module
+from headrace.pipelines.deliver.layers import Linked, head_module
 from headrace.pipelines.deliver.model import Member, Model
+from headrace.pipelines.deliver.network import NetworkMember, network_backbone, open_network
 
 _ROUND_OFF = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -132,8 +133,12 @@ class Graph(nn.Module):
     def __init__(self, model: Model) -> None:
         super().__init__()
         wanted: dict[BackboneSpec, dict[FeatureSpec, None]] = {}
+        loaded: list[tuple[Backbone, list[FeatureSpec]]] = []
         for member in model.members:
-            for made_by, feature in zip(member.backbones, member.head.features, strict=True):
+            if isinstance(member, NetworkMember):
+                loaded.append((network_backbone(member.directory, member.digest), list(member.features)))
+                continue
+            for made_by, feature in zip(member.backbones, member.features, strict=True):
                 if parse_view(feature.view)[0] == 0:
                     wanted.setdefault(made_by, {})[feature] = None
         self.inputs: list[Input] = []
@@ -141,16 +146,17 @@ class Graph(nn.Module):
         self.keys: list[list[str]] = []  # the features that each network gives
         networks = []
         for made_by, features in wanted.items():
-            backbone = load_backbone(made_by)
+            loaded.append((load_backbone(made_by), list(features)))
             for feature in features:
-                check_identity(backbone, feature)
+                check_identity(loaded[-1][0], feature)
+        for backbone, given in loaded:
             self.sources.append(self._input(backbone.preprocessing))
-            self.keys.append([feature.to_json() for feature in features])
-            networks.append(_lean(_Taps(backbone, list(features)), backbone))
+            self.keys.append([feature.to_json() for feature in given])
+            networks.append(_lean(_Taps(backbone, given), backbone))
         self.networks = nn.ModuleList(networks)
-        self.heads = nn.ModuleList([head_module(member.head) for member in model.members])
+        self.heads = nn.ModuleList([_head(member) for member in model.members])
         self.columns = [_columns(member) for member in model.members]
-        self.spatial = [member.head.spec.kind == "conv" for member in model.members]
+        self.spatial = [member.spatial for member in model.members]
         self.weights = [member.weight for member in model.members]
         self.temperature, self.task_kind = model.temperature, model.task_kind
         if len(self.inputs) > 1:
@@ -192,11 +198,18 @@ def tempered(probabilities: Tensor, task_kind: TaskKind, temperature: float) -> 
 
 def sees_one_view(model: Model) -> bool:
     """Whether the model was trained on the evaluation crop alone; augmented views have no place in a graph."""
-    return all(parse_view(feature.view)[0] == 0 for member in model.members for feature in member.head.features)
+    return all(parse_view(feature.view)[0] == 0 for member in model.members for feature in member.features)
 
 
-def _columns(member: Member) -> list[str]:
-    return [feature.to_json() for feature in member.head.features if parse_view(feature.view)[0] == 0]
+def _head(member: Member | NetworkMember) -> nn.Module:
+    if isinstance(member, NetworkMember):
+        trained = open_network(member.directory, member.digest)
+        return nn.Sequential(copy.deepcopy(trained.network.head), Linked(trained.task_kind)).eval()
+    return head_module(member.head)
+
+
+def _columns(member: Member | NetworkMember) -> list[str]:
+    return [feature.to_json() for feature in member.features if parse_view(feature.view)[0] == 0]
 
 
 def pixels_of(how: Preprocessing) -> tuple[Any, ...]:

@@ -23,9 +23,10 @@ from headrace.extract.images import decode_image, to_rgb
 from headrace.extract.locate import array_bytes, read_bytes
 from headrace.extract.unit import Pass, feature_passes, pass_limit, quiet_decoding, unstorable
 from headrace.extract.views import render_view
-from headrace.heads import SklearnSpec, TrainedHead, average, with_temperature
+from headrace.heads import SklearnSpec, average, with_temperature
 from headrace.heads.sklearn_bank import fitted_sklearn
 from headrace.pipelines.cluster import available_cores
+from headrace.pipelines.deliver.network import NetworkMember, network_head, network_pass
 
 if TYPE_CHECKING:
     from headrace.pipelines.deliver.model import Member, Model
@@ -71,14 +72,18 @@ def open_engine(model: "Model", device: str = "cpu") -> Engine:
     if torch.device(device).type == "cpu":
         keep_memory()
     wanted: dict[BackboneSpec, dict[FeatureSpec, None]] = {}
+    passes: list[Pass] = []
     for member in model.members:
-        for backbone, feature in zip(member.backbones, member.head.features, strict=True):
+        if isinstance(member, NetworkMember):
+            passes.append(network_pass(member, device))
+            continue
+        for backbone, feature in zip(member.backbones, member.features, strict=True):
             wanted.setdefault(backbone, {})[feature] = None
-    passes = [
+    passes += [
         each for backbone, features in wanted.items() for each in feature_passes(backbone, list(features), device)
     ]
     limits = [pass_limit(each.forward, each.rendering.preprocessing.crop, device, None) for each in passes]
-    return Engine(model, device, tuple(passes), tuple(limits), tuple(ready(member.head) for member in model.members))
+    return Engine(model, device, tuple(passes), tuple(limits), tuple(ready(member) for member in model.members))
 
 
 def predict_batch(engine: Engine, batch: Batch) -> Predicted:
@@ -141,8 +146,11 @@ def predict_images(model: "Model", images: ImageLike | Iterable[ImageLike], *, d
     return found
 
 
-def ready(head: TrainedHead) -> Callable[[Floats], Floats]:
-    """The head as a function. A scikit-learn head is stored as its training rows: it is fitted here, once."""
+def ready(member: "Member | NetworkMember") -> Callable[[Floats], Floats]:
+    """The member's head as a function. A scikit-learn head is stored as its training rows: it is fitted here, once."""
+    if isinstance(member, NetworkMember):
+        return network_head(member)
+    head = member.head
     if isinstance(head.spec, SklearnSpec):
         return fitted_sklearn(head.spec, head.arrays, head.task_kind)
     return head.predict_proba
@@ -165,12 +173,14 @@ def as_stored(features: npt.NDArray[Any], dtype: str) -> Floats:
     return np.asarray(decode(encoded.stored, dtype), np.float32)
 
 
-def predict_head(member: "Member", head: Callable[[Floats], Floats], features: dict[FeatureSpec, Floats]) -> Floats:
+def predict_head(
+    member: "Member | NetworkMember", head: Callable[[Floats], Floats], features: dict[FeatureSpec, Floats]
+) -> Floats:
     """(n, C) of one head, the mean over the views that it was trained on; its inputs side by side as in `load_rows`."""
     columns: dict[str, list[Floats]] = {}
-    for spec in member.head.features:
+    for spec in member.features:
         columns.setdefault(replace(spec, view="").to_json(), []).append(features[spec])
-    spatial = member.head.spec.kind == "conv"
+    spatial = member.spatial
     views = [
         np.concatenate([part if spatial else part.reshape(len(part), -1) for part in parts], axis=1)
         for parts in zip(*columns.values(), strict=True)

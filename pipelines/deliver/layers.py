@@ -23,10 +23,10 @@ from headrace.heads.neighbours import CENTROID_TEMPERATURE
 from headrace.pipelines.deliver.model import ModelError
 
 
-class _Linked(nn.Module):
+class Linked(nn.Module):
     """From decisions (n, C) to probabilities, for regression values; one column of a single-label task is log-odds."""
 
-    def __init__(self, task_kind: TaskKind, scale: float) -> None:
+    def __init__(self, task_kind: TaskKind, scale: float = 1.0) -> None:
         super().__init__()
         self.task_kind, self.scale = task_kind, scale
 
@@ -50,7 +50,7 @@ class _Perceptron(nn.Module):
         for name, array in head.arrays.items():
             self.register_buffer(name, torch.from_numpy(np.array(array, np.float32)))
         self.convolutions, self.layers = convolutions, layers
-        self.link = _Linked(head.task_kind, scale)
+        self.link = Linked(head.task_kind, scale)
 
     def forward(self, value: Tensor) -> Tensor:
         if self.convolutions:

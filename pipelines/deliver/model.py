@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from headrace.cache import HeadraceError
+from headrace.cache import FeatureSpec, HeadraceError
 from headrace.extract import BackboneSpec, backbone_from_fields
 from headrace.heads import TaskKind, TrainedHead, load_head, spec_to_json
+from headrace.pipelines.deliver.network import NETWORK, NetworkMember, read_network
 from headrace.pipelines.paths import RunPaths
 
 if TYPE_CHECKING:
@@ -35,10 +36,25 @@ class Member:
     backbones: tuple[BackboneSpec, ...]
     weight: float = 1.0
 
+    @property
+    def kind(self) -> str:
+        """Of the head."""
+        return self.head.spec.kind
+
+    @property
+    def features(self) -> tuple[FeatureSpec, ...]:
+        """What it reads, in order."""
+        return self.head.features
+
+    @property
+    def spatial(self) -> bool:
+        """Whether it takes maps."""
+        return self.head.spec.kind == "conv"
+
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """What predicts: a head on the networks whose features it was trained on, or the weighted average of several.
+    """What predicts: a head on the networks whose features it was trained on, a fine-tuned network, or an average of such.
 
     Nothing large is loaded before it is used.
     """
@@ -47,7 +63,7 @@ class Model:
     task_kind: TaskKind
     classes: tuple[str, ...]  # of a multi-label or regression task, the columns
     metrics: dict[str, float]
-    members: tuple[Member, ...]  # their weights sum to 1
+    members: tuple[Member | NetworkMember, ...]  # their weights sum to 1
     temperature: float  # the averaged log-odds are divided by it
     digest: str  # of everything that a prediction depends on, weights included
 
@@ -87,6 +103,11 @@ def load_model(directory: Path | str) -> Model:
 
 
 def _load_single(place: Path) -> Model:
+    if (place / NETWORK).is_file():
+        network, about = read_network(place)
+        metrics = {name: float(value) for name, value in about["metrics"].items()}
+        digest = _digest((network,), 1.0)
+        return Model(place, about["task_kind"], tuple(about["classes"]), metrics, (network,), 1.0, digest)
     head = load_head(place)
     member = Member(head, _backbones(head, place))
     return Model(place, head.task_kind, head.classes, head.metrics, (member,), 1.0, _digest((member,), 1.0))
@@ -107,7 +128,7 @@ def _load_ensemble(place: Path) -> Model:
         raise ModelError(
             f"{path} does not describe an ensemble ({type(error).__name__}: {error}): run again"
         ) from error
-    members = []
+    members: list[Member | NetworkMember] = []
     for directory, weight in shares:
         model = _load_single(directory)
         if (model.classes, model.task_kind) != (classes, about["task_kind"]):
@@ -125,7 +146,7 @@ def _model_directory(path: Path) -> Path:
     if _ensemble_is_answer(run):
         places.insert(1, run.ensemble)
     for place in places:
-        if any((place / name).is_file() for name in (HEAD, ENSEMBLE)):
+        if any((place / name).is_file() for name in (HEAD, ENSEMBLE, NETWORK)):
             return place
     if not path.exists():
         raise ModelError(
@@ -134,7 +155,7 @@ def _model_directory(path: Path) -> Path:
     there = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) if path.is_dir() else "it is a file"
     raise ModelError(
         f"{path} holds no model ({there or 'it is empty'}). Expected a run directory (headrace-runs/NAME) whose run has "
-        f"ended, its winner/, or what headrace export --format safetensors wrote: a directory with {HEAD} or {ENSEMBLE}"
+        f"ended, its winner/, or what headrace export --format safetensors wrote: a directory with {HEAD}, {NETWORK} or {ENSEMBLE}"
     )
 
 
@@ -164,9 +185,13 @@ def _backbones(head: TrainedHead, place: Path) -> tuple[BackboneSpec, ...]:
     return tuple(found)
 
 
-def _digest(members: tuple[Member, ...], temperature: float) -> str:
+def _digest(members: tuple[Member | NetworkMember, ...], temperature: float) -> str:
     hasher = hashlib.sha256(json.dumps([temperature, *(member.weight for member in members)]).encode())
-    for head in (member.head for member in members):
+    for member in members:
+        if isinstance(member, NetworkMember):
+            hasher.update(member.digest.encode())
+            continue
+        head = member.head
         hasher.update(json.dumps([head.task_kind, head.classes, spec_to_json(head.spec)]).encode())
         for feature in head.features:  # each names the digest of its network's weights
             hasher.update(feature.to_json().encode())

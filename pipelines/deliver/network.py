@@ -1,0 +1,112 @@
+"""A fine-tuned network as a member of a model: its taps are its own features, and its own head reads them."""
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
+
+from headrace.cache import FeatureSpec, HeadraceError
+
+if TYPE_CHECKING:
+    from headrace.extract.backbone import Backbone
+    from headrace.extract.unit import Pass
+    from headrace.pipelines.thaw.persist import TrainedNetwork
+
+NETWORK, WEIGHTS = "network.json", "network.safetensors"
+Floats = npt.NDArray[np.float32]
+
+
+class BadNetwork(HeadraceError, ValueError):
+    """The directory does not hold a network of this version."""
+
+
+@dataclass(frozen=True)
+class NetworkMember:
+    """A network of its own, as `headrace.pipelines.thaw` stores it, and its share of an average."""
+
+    directory: Path
+    features: tuple[FeatureSpec, ...]  # what its taps give, in the order of its head's input; never stored anywhere
+    spatial: bool  # whether its head takes maps
+    digest: str  # of the weights file
+    weight: float = 1.0
+    kind: str = "finetune"
+
+
+def read_network(directory: Path) -> tuple[NetworkMember, dict[str, Any]]:
+    """The member, and what the file says of it; no torch is imported and no tensor read. Raises BadNetwork."""
+    path = directory / WEIGHTS
+    try:
+        with safe_open(path, framework="numpy") as stored:
+            about: dict[str, Any] = json.loads((stored.metadata() or {})["headrace"])
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        features = tuple(_feature(about, tap, digest) for tap in about["tap"])
+        spatial = bool(about["head"]["convolutions"])
+        member = NetworkMember(directory, features, spatial, digest, kind=str(about["spec"]["kind"]))
+        assert {"task_kind", "classes", "metrics", "backbone"} <= set(about)
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, AssertionError) as error:
+        raise BadNetwork(
+            f"{path} is not a network of this version ({type(error).__name__}: {str(error)[:200]}): run the recipe again"
+        ) from error
+    return member, about
+
+
+def _feature(about: dict[str, Any], tap: str, digest: str) -> FeatureSpec:
+    """The file's digest stands for the weights, so that no other network's features are taken for these."""
+    node, _, reduction = tap.rpartition(".")
+    view = json.dumps({"index": 0})
+    how = json.dumps(about["preprocess"], sort_keys=True)
+    name = about["backbone"]["name"]
+    return FeatureSpec(name, digest, node, reduction, how, view, "", "float32", "float32", ())
+
+
+@functools.lru_cache(maxsize=4)
+def open_network(directory: Path, digest: str) -> "TrainedNetwork":
+    """The network, in evaluation mode; one object per file within a process. Raises BadNetworkFile."""
+    from headrace.pipelines.thaw.persist import load_network
+
+    return load_network(directory)
+
+
+@functools.lru_cache(maxsize=4)
+def network_backbone(directory: Path, digest: str) -> "Backbone":
+    """What lies below its head, as any backbone: so it runs on extract's fast passes."""
+    from headrace.extract.backbone import Backbone
+
+    trained = open_network(directory, digest)
+    return Backbone(trained.backbone, trained.network.untouched, trained.preprocessing, digest)
+
+
+def network_pass(member: NetworkMember, device: str) -> "Pass":
+    """The pass from pixels to what the head is given."""
+    from headrace.extract.decode import Rendering
+    from headrace.extract.forward import make_forward
+    from headrace.extract.taps import Tap
+    from headrace.extract.unit import Pass
+    from headrace.extract.views import Augmentation
+
+    backbone = network_backbone(member.directory, member.digest)
+    forward = make_forward(backbone, [Tap(each.tap, each.reduction) for each in member.features], device=device)
+    return Pass(Rendering(backbone.preprocessing, 0, Augmentation()), forward, member.features)
+
+
+def network_head(member: NetworkMember) -> Callable[[Floats], Floats]:
+    """From what the taps give, side by side, to probabilities (n, C), for regression values."""
+    import torch
+
+    from headrace.heads.predict import link
+
+    trained = open_network(member.directory, member.digest)
+
+    def predict(features: Floats) -> Floats:
+        with torch.no_grad():
+            decision = trained.network.head(torch.from_numpy(np.ascontiguousarray(features))).numpy()
+        return link(decision, trained.task_kind)
+
+    return predict
