@@ -13,6 +13,7 @@ from headrace.cache import HeadraceError
 from headrace.pipelines.backbone_commands import backbones_command
 from headrace.pipelines.cache_commands import app as cache_app
 from headrace.pipelines.deliver.commands import export_command, predict_command
+from headrace.pipelines.doctor import doctor_command
 from headrace.pipelines.report.command import report_command
 
 app = typer.Typer(
@@ -117,6 +118,7 @@ def init(
 
 app.command("predict")(predict_command)
 app.command("export")(export_command)
+app.command("doctor")(doctor_command)
 
 
 def _run(
