@@ -19,7 +19,7 @@ from headrace.cache.errors import (
     SpecMismatch,
 )
 from headrace.cache.feature_set import FeatureSet, list_feature_sets, open_feature_set
-from headrace.cache.files import lease, publish_bytes, publish_replace
+from headrace.cache.files import LEASE_S, lease, publish_bytes, publish_replace
 from headrace.cache.manifest import ShardEntry
 from headrace.cache.planner import DiskTooSmall, TapCost, plan_taps, require_space, stored_bytes
 from headrace.cache.publish import create_feature_set, feature_set_path, publish_shard, shard_path
@@ -27,6 +27,7 @@ from headrace.cache.shard import Failure
 from headrace.cache.spec import STORAGE_DTYPES, FeatureSpec, spec_difference
 
 __all__ = [
+    "LEASE_S",
     "STORAGE_DTYPES",
     "Batch",
     "CacheError",

@@ -13,7 +13,7 @@ from headrace.extract.figures import Figures, figures
 from headrace.extract.images import decode_image
 from headrace.extract.locate import read_bytes
 from headrace.extract.memo import Storing, backbone_features, remember_features, remembered_backbone
-from headrace.extract.plan import ExtractJob, Network, plan_networks, plan_units
+from headrace.extract.plan import ExtractJob, Network, plan_networks, plan_units, unit_name
 from headrace.extract.preprocess import Preprocessing
 from headrace.extract.samples import IMAGE_SUFFIXES, SPLIT_WORDS, list_folder, read_frame, read_table
 from headrace.extract.spec import BackboneSpec, Sample, backbone_from_fields
@@ -110,5 +110,6 @@ __all__ = [
     "resolve_taps",
     "run_unit",
     "run_units",
+    "unit_name",
     "write_listing",
 ]

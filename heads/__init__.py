@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from headrace.heads.bank import BadBank, BankJob, fit_bank, train_bank
+from headrace.heads.bank import BadBank, BankJob, fit_bank, publish_failure, train_bank
 from headrace.heads.checks import BadFeatures
 from headrace.heads.ensemble import (
     EnsembleLimits,
@@ -132,6 +132,7 @@ __all__ = [
     "make_folds",
     "metric_interval",
     "predict_head",
+    "publish_failure",
     "read_bank",
     "results_bytes",
     "row_scores",

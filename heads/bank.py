@@ -6,6 +6,7 @@ N rows, V views, D features, C outputs.
 import dataclasses
 import json
 import os
+import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from headrace.cache.errors import HeadraceError
 from headrace.cache.feature_set import open_feature_set
 from headrace.cache.files import publish_bytes
-from headrace.heads.features import load_rows, loaded_bytes, stream_rows
+from headrace.heads.features import load_rows, loaded_bytes, rows_with_features, stream_rows
 from headrace.heads.metrics import all_metrics
 from headrace.heads.results import read_bank, results_bytes
 from headrace.heads.spec import FULL, ConvSpec, Halving, HeadFit, HeadSpec, MLPSpec
@@ -89,6 +90,18 @@ def _train(job: BankJob, kind: str) -> None:
         )
     rows = take_rows(task, kept)
     fits = fit_bank(X, rows, job.specs, full=job.full, threads=job.threads, device=job.device, halving=job.halving)
+    _publish(job, task, kept, rows, fits)
+
+
+def publish_failure(job: BankJob, reason: str) -> None:
+    """Publish results for a bank that cannot be trained: every head failed, for this reason."""
+    task = load_task(Path(job.task))
+    kept = rows_with_features(job.features, task.content)
+    fits = [failed for spec in job.specs for failed in _failed(spec, task, job.full, reason)]
+    _publish(job, task, kept, take_rows(task, kept), fits)
+
+
+def _publish(job: BankJob, task: Task, kept: npt.NDArray[np.bool_], rows: Task, fits: Sequence[HeadFit]) -> None:
     specs = [open_feature_set(directory).spec for directory in job.features]
     data = results_bytes(
         rows,
@@ -120,7 +133,13 @@ def worker_memory() -> int:
             total = min(total, int(Path(limit).read_text()))
         except (OSError, ValueError):  # no such file, or "max"
             continue
-    return total // (2 * (os.cpu_count() or 1))
+    share = total // (os.cpu_count() or 1)
+    if sys.platform == "linux":
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_DATA)[0]  # what the worker's cluster gives it
+        share = share if limit == resource.RLIM_INFINITY else min(share, limit)
+    return share // 2
 
 
 def take_rows(task: Task, kept: npt.NDArray[np.bool_]) -> Task:
@@ -176,7 +195,10 @@ def _alone(
         except Exception as own:  # noqa: BLE001
             error = own
     where = traceback.extract_tb(error.__traceback__)[-1]
-    reason = f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"
+    return _failed(spec, task, full, f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})")
+
+
+def _failed(spec: HeadSpec, task: Task, full: bool, reason: str) -> list[HeadFit]:
     nan = float("nan")
     folds = [*range(task.n_folds), FULL] if full else list(range(task.n_folds))
     return [HeadFit(spec, fold, {}, nan, nan, 0, 0.0, None, reason) for fold in folds]

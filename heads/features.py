@@ -56,10 +56,8 @@ def _opened(
     sets = [feature if isinstance(feature, FeatureSet) else open_feature_set(feature) for feature in features]
     if not sets:
         raise BadFeatures("a bank needs at least one feature set")
-    kept = np.ones(len(content), np.bool_)
+    kept = rows_with_features(sets, content)
     for feature in sets:
-        failed = np.array([failure.content for failure in feature.failures()], "S32")
-        kept &= ~np.isin(content, failed)
         if spatial and len(feature.spec.shape) != 3:
             raise BadFeatures(
                 f"{feature.spec.name} has rows of shape {feature.spec.shape}, a convolution head needs "
@@ -75,6 +73,18 @@ def _opened(
         maps = ", ".join("×".join(map(str, views[0].spec.shape[1:])) for views in groups)
         raise BadFeatures(f"maps of {maps} positions cannot be concatenated: give taps of one resolution")
     return groups, kept
+
+
+def rows_with_features(
+    features: Sequence[FeatureSet | Path | str], content: npt.NDArray[np.bytes_]
+) -> npt.NDArray[np.bool_]:
+    """(N,) false for rows that some feature set has recorded as failed."""
+    kept = np.ones(len(content), np.bool_)
+    for feature in features:
+        opened = feature if isinstance(feature, FeatureSet) else open_feature_set(feature)
+        failed = np.array([failure.content for failure in opened.failures()], "S32")
+        kept &= ~np.isin(content, failed)
+    return kept
 
 
 def _by_columns(sets: Sequence[FeatureSet]) -> list[list[FeatureSet]]:

@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     from headrace.pipelines.plan import Plan
     from headrace.pipelines.prepare import Survey, survey
     from headrace.pipelines.recipe import Recipe, RecipeError, load_recipe
-    from headrace.pipelines.run import RunIncomplete, RunResult, run_recipe
+    from headrace.pipelines.run import RunResult, run_recipe
+    from headrace.pipelines.submit import RunIncomplete
     from headrace.pipelines.winner import TestResult
 
 _HOME = {
@@ -18,7 +19,7 @@ _HOME = {
     "Plan": "plan",
     "Recipe": "recipe",
     "RecipeError": "recipe",
-    "RunIncomplete": "run",
+    "RunIncomplete": "submit",
     "RunResult": "run",
     "Survey": "prepare",
     "TestResult": "winner",

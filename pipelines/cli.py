@@ -12,6 +12,7 @@ from rich.console import Console
 from headrace.cache import HeadraceError
 from headrace.pipelines.backbone_commands import backbones_command
 from headrace.pipelines.cache_commands import app as cache_app
+from headrace.pipelines.cluster_commands import app as cluster_app
 from headrace.pipelines.deliver.commands import export_command, predict_command
 from headrace.pipelines.doctor import doctor_command
 from headrace.pipelines.report.command import report_command
@@ -22,6 +23,7 @@ app = typer.Typer(
     help="Extract deep features once, train hundreds of classifier heads on them, fine-tune only the winners.",
 )
 app.add_typer(cache_app, name="cache")
+app.add_typer(cluster_app, name="cluster")
 app.command("backbones")(backbones_command)
 app.command("report")(report_command)
 
@@ -39,6 +41,19 @@ def _options(
     ] = False,
 ) -> None:
     pass
+
+
+@app.command()
+def status(
+    run: Annotated[Path, typer.Argument(help="The run's directory; it may be on a file system that nodes share.")],
+) -> None:
+    """How far a run is: its stage, tasks, workers, failures, time left. Also while it runs, from any shell or node.
+
+    Example: headrace status headrace-runs/recipe
+    """
+    from headrace.pipelines.status import show_status
+
+    show_status(Console(), run)
 
 
 Workers = Annotated[int | None, typer.Option(help="Worker processes; default: one per core.", min=1)]
@@ -80,6 +95,12 @@ def run(
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Train the heads that failed in an earlier call once more.")
     ] = False,
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            help="Where tasks run, instead of the recipe's cluster.where: local, cuda, slurm, kubernetes, or tls://HOST:PORT."
+        ),
+    ] = None,
 ) -> None:
     """Extract what is missing, train what is missing, rank, and show the winner the test split once.
 
@@ -129,11 +150,14 @@ def _run(
     dry_run: bool = False,
     strict: bool = False,
     retry_failed: bool = False,
+    cluster: str | None = None,
     reference: str | None = None,
 ) -> None:
-    from headrace.pipelines.recipe import load_recipe
+    from headrace.pipelines.recipe import elsewhere, load_recipe
 
     recipe = load_recipe(path)
+    if cluster:
+        recipe = elsewhere(recipe, cluster)
     if strict:
         recipe = recipe.model_copy(update={"compute": recipe.compute.model_copy(update={"strict": True})})
     from headrace.pipelines.plan import check_space

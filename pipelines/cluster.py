@@ -1,27 +1,40 @@
-"""Where tasks run: a Dask cluster on this machine, started only when there is work, on loopback only."""
+"""Where tasks run: one small function per kind of cluster, each giving a Dask client, started only when there is work."""
 
 import contextlib
+import importlib
+import ipaddress
 import logging
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterator
+import sys
+import urllib.parse
+from collections.abc import Iterator, Mapping
 from multiprocessing import resource_tracker
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import dask
 from dask.distributed import Client, LocalCluster
+from distributed.system import MEMORY_LIMIT
 
 from headrace.cache import HeadraceError
+from headrace.pipelines.recipe import ClusterSection
+from headrace.pipelines.tls import TLSMissing, security
+
+Role = Literal["extract", "train"]
+
+# Linux refuses an allocation beyond the limit (pipelines/worker.py). Dask's way, to kill, is for systems that cannot: it
+# counts mapped shards as the worker's memory.
+_ENDS_AT = False if sys.platform == "linux" else 0.95
 
 # Dask's workers are spawned: they start clean, hold no lock or thread of ours, and can use CUDA.
-_SETTINGS = {
+SETTINGS: Mapping[str, Any] = {
     "distributed.worker.multiprocessing-method": "spawn",
-    # A worker pauses or is killed only when it truly runs out: memory-mapped shards count as its memory but are not.
     "distributed.worker.memory.target": False,
     "distributed.worker.memory.spill": False,
-    "distributed.worker.memory.pause": 0.90,
-    "distributed.worker.memory.terminate": 0.95,
+    "distributed.worker.memory.pause": False,
+    "distributed.worker.memory.terminate": _ENDS_AT,
     # Work is retried by us, with a count of our own, after looking at what was published.
     "distributed.scheduler.allowed-failures": 0,
     # Copying a running bank elsewhere would train it twice.
@@ -31,9 +44,14 @@ _SETTINGS = {
     # busy machine the default of 15 s is shorter than a start.
     "distributed.deploy.lost-worker-timeout": "10 minutes",
 }
+PRELOAD = "headrace.pipelines.worker"
 
 
-class WorkersDidNotStart(HeadraceError, RuntimeError):
+class ClusterError(HeadraceError, RuntimeError):
+    """The cluster that was asked for is not to be had."""
+
+
+class WorkersDidNotStart(ClusterError):
     """The worker processes could not be started."""
 
 
@@ -43,32 +61,120 @@ def available_cores() -> int:
 
 
 @contextlib.contextmanager
-def local_client(workers: int | None = None) -> Iterator[Client]:
-    """A client of a new cluster on this machine: one process of one thread per worker, gone at the end of the block.
+def open_client(
+    section: ClusterSection, role: Role, *, workers: int | None = None, device: str = "cpu", run: Path
+) -> Iterator[Client]:
+    """A client of the cluster that the recipe names, for one role; what was started for it is gone after the block.
+
+    workers: how many in all; None for what the cluster's kind has by default. device: of extraction. run: the run's
+    directory, for logs and certificates. Raises HeadraceError.
+    """
+    on_gpu = role == "extract" and device != "cpu"
+    if section.where == "local" or (section.where == "cuda" and not on_gpu):
+        opened = local_client(workers, section.memory)
+    elif section.where == "cuda":
+        opened = cuda_client(workers)
+    elif section.where == "slurm":
+        from headrace.pipelines.slurm import slurm_client
+
+        opened = slurm_client(section, workers, on_gpu=on_gpu, run=run)
+    elif section.where == "kubernetes":
+        opened = kubernetes_client(section, workers)
+    else:
+        opened = scheduler_client(section)
+    with opened as client:
+        yield client
+
+
+@contextlib.contextmanager
+def local_client(workers: int | None = None, memory: str | None = None) -> Iterator[Client]:
+    """A client of a new cluster on this machine: one process of one thread per worker, on loopback only.
 
     Raises WorkersDidNotStart.
     """
     _refuse_while_importing()
-    with dask.config.set(_SETTINGS), _quiet("distributed"):
+    count = workers or available_cores()
+    with dask.config.set({**SETTINGS, "distributed.worker.preload": [PRELOAD]}), quiet("distributed"):
         with _sigint_held_back():
             try:
                 cluster = LocalCluster(
-                    n_workers=workers or available_cores(),
+                    n_workers=count,
                     threads_per_worker=1,
                     processes=True,
                     host="127.0.0.1",
-                    dashboard_address="127.0.0.1:0",  # any free port: a fixed one would let only one run start here
+                    dashboard_address="127.0.0.1:0",  # any free port: a fixed one would let only one run start on a machine
+                    memory_limit=memory or int(MEMORY_LIMIT / count),
                     silence_logs=logging.CRITICAL,
                 )
             except RuntimeError as error:
                 raise WorkersDidNotStart(
                     f"the worker processes did not start ({error}); what they said stands above"
                 ) from error
+        with client_of(cluster) as client:
+            yield client
+
+
+@contextlib.contextmanager
+def cuda_client(workers: int | None = None) -> Iterator[Client]:
+    """A client of one worker per GPU of this machine (or of the first `workers` GPUs). Needs the extra `cuda`."""
+    dask_cuda = needed("dask_cuda", "cuda")
+    with dask.config.set(SETTINGS), quiet("distributed"):
+        with _sigint_held_back():
+            cluster = dask_cuda.LocalCUDACluster(
+                n_workers=workers,
+                threads_per_worker=1,
+                host="127.0.0.1",
+                dashboard_address="127.0.0.1:0",
+                silence_logs=logging.CRITICAL,
+            )
+        with client_of(cluster) as client:
+            yield client
+
+
+@contextlib.contextmanager
+def scheduler_client(section: ClusterSection) -> Iterator[Client]:
+    """A client of a scheduler that is running, on this machine or over TLS; its workers stay when we go."""
+    address = section.where
+    encrypted = address.startswith("tls://")
+    if not encrypted and not _on_this_machine(address):
+        raise TLSMissing(
+            f"cluster.where: {address} is another machine, and this is no tls:// address. Start the scheduler with the "
+            "files that `headrace cluster tls FOLDER` writes, and give tls://HOST:PORT and `tls: FOLDER`"
+        )
+    keys = security(section.tls) if encrypted else None
+    with dask.config.set(SETTINGS), quiet("distributed"):
         try:
-            with Client(cluster) as client:
-                yield client
-        finally:
-            cluster.close(timeout=10)
+            client = Client(address, security=keys, timeout="20s")
+        except (OSError, TimeoutError) as error:
+            raise ClusterError(
+                f"no Dask scheduler answers at {address} ({error}). Is it running, and with the same certificate?"
+            ) from None
+        with client:
+            yield client
+
+
+@contextlib.contextmanager
+def kubernetes_client(section: ClusterSection, workers: int | None = None) -> Iterator[Client]:
+    """A client of a cluster that the Dask operator starts, reached through the API server (which encrypts) on loopback.
+
+    Needs the extra `kubernetes`, the operator in the cluster, and an image with headrace in it.
+    """
+    operator = needed("dask_kubernetes.operator", "kubernetes")
+    wanted = section.kubernetes
+    spec = operator.make_cluster_spec(
+        name=f"headrace-{os.getpid()}",
+        image=wanted.image,
+        n_workers=workers or 1,
+        resources={"limits": {"memory": wanted.memory, "cpu": "1"}, "requests": {"memory": wanted.memory, "cpu": "1"}},
+        worker_command=["dask", "worker", "--nthreads", "1", "--preload", PRELOAD],
+        env=environment(SETTINGS),
+    )
+    if wanted.volume_claim:
+        _mount(spec, wanted.volume_claim, section)
+    with dask.config.set(SETTINGS), quiet("distributed"):
+        cluster = operator.KubeCluster(custom_cluster_spec=spec, namespace=wanted.namespace)
+        with client_of(cluster) as client:
+            yield client
 
 
 def _refuse_while_importing() -> None:
@@ -82,10 +188,63 @@ def _refuse_while_importing() -> None:
 
 
 def top_up(client: Client) -> None:
-    """Start again the workers that were given up for lost, if the client's cluster is ours to do so."""
+    """Start again the workers that were given up for lost, where the client's cluster is ours to do so."""
     cluster: Any = client.cluster
-    if hasattr(cluster, "worker_spec"):
+    if hasattr(cluster, "job_cls"):
+        from headrace.pipelines.slurm import replace_lost_jobs
+
+        replace_lost_jobs(cluster)
+    elif hasattr(cluster, "worker_spec"):
         cluster.scale(len(cluster.worker_spec))
+
+
+def needed(module: str, extra: str) -> Any:
+    """A module of an extra. Raises ClusterError, naming the extra."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ClusterError(f"this kind of cluster needs {module} ({error}): pip install 'headrace[{extra}]'") from None
+
+
+def environment(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Settings of Dask as variables for processes that this one does not start itself."""
+    return {
+        "DASK_" + key.replace(".", "__").replace("-", "_").upper(): str(value)
+        for key, value in settings.items()
+        if key.startswith(("distributed.worker", "distributed.comm"))
+    }
+
+
+def _on_this_machine(address: str) -> bool:
+    host = urllib.parse.urlsplit(address).hostname or ""
+    if address.startswith("inproc://") or host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _mount(spec: dict[str, Any], claim: str, section: ClusterSection) -> None:
+    """Give every pod the volume that holds the cache and the run, at the path where it lies here."""
+    volume = {"name": "headrace", "persistentVolumeClaim": {"claimName": claim}}
+    for part in ("worker", "scheduler"):
+        pod = spec["spec"][part]["spec"]
+        pod.setdefault("volumes", []).append(volume)
+        for container in pod["containers"]:
+            container.setdefault("volumeMounts", []).append(
+                {"name": "headrace", "mountPath": section.kubernetes.mount_path}
+            )
+
+
+@contextlib.contextmanager
+def client_of(cluster: Any) -> Iterator[Client]:
+    """A client of a cluster of ours, both gone after the block."""
+    try:
+        with Client(cluster) as client:
+            yield client
+    finally:
+        cluster.close(timeout=10)
 
 
 @contextlib.contextmanager
@@ -105,8 +264,8 @@ def _sigint_held_back() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet(name: str) -> Iterator[None]:
-    # What a worker's death means is said by us, in our words, once.
+def quiet(name: str) -> Iterator[None]:
+    """What a worker's death means is said by us, in our words, once."""
     logger = logging.getLogger(name)
     level = logger.level
     logger.setLevel(logging.CRITICAL)

@@ -22,13 +22,16 @@ from headrace.extract import (
 )
 from headrace.pipelines.cluster import local_client
 from headrace.pipelines.dataset import drop_rows, make_dataset
+from headrace.pipelines.extraction import extract_missing
 from headrace.pipelines.grid import check_kinds, wanted_heads
 from headrace.pipelines.leaderboard import trained_in
 from headrace.pipelines.paths import RunPaths, content_index
 from headrace.pipelines.plan import feature_plan, plan_run
 from headrace.pipelines.prepare import Survey, check_metric, find_device
 from headrace.pipelines.recipe import Heads, TaskSection
-from headrace.pipelines.run import RunResult, conclude, extract_missing, train_missing, write_inputs
+from headrace.pipelines.run import RunResult, conclude, write_inputs
+from headrace.pipelines.submit import TaskOptions
+from headrace.pipelines.training import train_missing
 
 _QUIET = Console(quiet=True)
 
@@ -83,13 +86,14 @@ def train_heads(
     out: str | Path = "headrace-runs/notebook",
     workers: int | None = None,
     console: Console | None = None,
+    options: TaskOptions | None = None,
 ) -> RunResult:
     """Train a grid of heads on features that are there, rank them on validation folds, and score the winner on the test split.
 
     samples: as `images` of `extract_features`, with the columns that the task names (`label` by default).
     heads, task: as in a recipe: {"logistic": {"C": [0.01, 1]}}, {"target": "label", "folds": 5}.
     The result's `board` is the leaderboard and `heads` every single head, both as DataFrames; calling again with more
-    heads trains only the new ones. Raises HeadraceError.
+    heads trains only the new ones. options: how tasks are watched over, such as their deadline. Raises HeadraceError.
     """
     section = task if isinstance(task, TaskSection) else TaskSection.model_validate(dict(task or {}))
     grid = heads if isinstance(heads, Heads) else Heads.model_validate(dict(heads))
@@ -129,7 +133,7 @@ def train_heads(
     write_inputs(found)
     if found.plan.banks:
         with local_client(workers) as client:
-            train_missing(found, client, console or _QUIET)
+            train_missing(found, client, console or _QUIET, options)
     return conclude(found)
 
 

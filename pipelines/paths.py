@@ -78,12 +78,32 @@ class RunPaths:
         """The ensemble's model directory: ensemble.json, and the heads in it under members/."""
         return self.root / "ensemble"
 
+    @property
+    def claims(self) -> Path:
+        """Which driver does which bank, while drivers are at work."""
+        return self.root / "claims"
+
+    @property
+    def logs(self) -> Path:
+        """What happened to every task, one file of JSON lines per driver."""
+        return self.root / "logs"
+
+    @property
+    def tls(self) -> Path:
+        """The certificate of this run's own cluster, where the recipe names none."""
+        return self.root / "tls"
+
     def task(self, digest: str) -> Path:
         return self.root / "tasks" / f"{digest}.npz"
 
     def bank(self, group: str, specs: str) -> Path:
         """A bank's results file: its group (task, features, kind) and a hash of the specs in it."""
         return self.banks / f"{group}-{specs}.h5"
+
+
+def unit_claims(cache_root: Path) -> Path:
+    """Which driver extracts which unit, for all runs on one cache."""
+    return cache_root / "claims"
 
 
 def content_index(cache_root: Path) -> Path:

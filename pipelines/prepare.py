@@ -51,13 +51,12 @@ def survey(recipe: Recipe, *, write: bool = True, retry_failed: bool = False) ->
 
     Raises HeadraceError, before anything costly, for whatever in the recipe cannot work.
     """
-    assert recipe.out is not None  # load_recipe gives it a default
-    paths = RunPaths(recipe.out)
+    paths = run_paths(recipe)
     metric = check_metric(recipe.task)
     check_kinds(recipe.heads, recipe.task.kind)
     if recipe.storage.compression != "none":
         require_hdf5plugin("storage.compression needs a library")
-    for key, folder in (("out", recipe.out), ("cache", recipe.cache)):
+    for key, folder in (("out", paths.root), ("cache", recipe.cache)):
         _check_writable(key, folder)
     samples = list_samples(recipe)
     # Before anything is read or built, as if every image were there and none a copy: targets, groups and folds that
@@ -119,6 +118,12 @@ def survey(recipe: Recipe, *, write: bool = True, retry_failed: bool = False) ->
     notes = (*_changes(paths.listing, samples), *dataset.notes)
     backbones = {name: network.backbone for name, (network, _) in _named(recipe, networks)}
     return Survey(paths, samples, contents.unreadable, dataset, notes, metric, directories, backbones, plan)
+
+
+def run_paths(recipe: Recipe) -> RunPaths:
+    """Where the files of the recipe's run lie."""
+    assert recipe.out is not None  # load_recipe gives it a default
+    return RunPaths(recipe.out)
 
 
 def _check_writable(key: str, folder: Path) -> None:

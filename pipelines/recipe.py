@@ -227,6 +227,50 @@ class Compute(_Model):
     strict: bool = False  # stop at an image that cannot be decoded, instead of listing it and going on
 
 
+class SlurmSection(_Model):
+    """What a SLURM job is asked for. One job is one node's share: several workers of one core each."""
+
+    partition: str | None = None  # of the heads, and of extraction on CPUs
+    gpu_partition: str | None = None  # of extraction with device: cuda
+    gpus_per_job: pydantic.PositiveInt = 1  # one worker each
+    account: str | None = None
+    workers_per_job: pydantic.PositiveInt = 1
+    memory_per_job: str = "4 GB"
+    walltime: Annotated[str, pydantic.Field(pattern=r"^(\d+-)?\d{1,2}:\d{2}:\d{2}$")] = "01:00:00"
+    interface: str | None = None  # of the network that nodes share, such as ib0
+    directives: tuple[str, ...] = ()  # more #SBATCH lines, such as --qos=long
+    prologue: tuple[str, ...] = ()  # shell lines before the workers start, such as `module load cuda`
+
+
+class KubernetesSection(_Model):
+    """What the Dask operator of a Kubernetes cluster is asked for."""
+
+    image: str = "headrace:latest"  # with headrace and its extra `kubernetes` in it
+    namespace: str | None = None
+    memory: str = "4Gi"
+    volume_claim: str | None = None  # the volume with the images, the cache and the run's directory
+    mount_path: str = "/data"  # where it lies in every pod, and here: paths in a task are the same on both sides
+
+
+class ClusterSection(_Model):
+    """Where tasks run. Nothing here changes a result beyond floating-point tolerance."""
+
+    # local, cuda (one worker per GPU of this machine), slurm, kubernetes, or a scheduler's address
+    where: str = "local"
+    deadline_s: Positive = 3600.0  # a task that takes longer is taken for hung; its worker is ended
+    memory: str | None = None  # of one worker; default: this machine's, shared equally
+    tls: Path | None = None  # the folder that `headrace cluster tls` wrote
+    slurm: SlurmSection = SlurmSection()
+    kubernetes: KubernetesSection = KubernetesSection()
+
+    @pydantic.field_validator("where")
+    @classmethod
+    def _known(cls, where: str) -> str:
+        if where not in ("local", "cuda", "slurm", "kubernetes") and "://" not in where:
+            raise ValueError("expected local, cuda, slurm, kubernetes or a scheduler's address such as tls://host:8786")
+        return where
+
+
 class Storage(_Model):
     """How features are computed and kept. All of it is part of what a feature set is."""
 
@@ -248,6 +292,7 @@ class Recipe(_Model):
     cache: Path = Path("headrace-cache")
     out: Path | None = None  # default: headrace-runs/<name of the recipe>
     compute: Compute = Compute()
+    cluster: ClusterSection = ClusterSection()
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -282,6 +327,15 @@ def load_recipe(path: str | Path) -> Recipe:
             f"{path}: not a recipe (a YAML text file). For a folder of images, write one with: headrace init {path}"
         ) from None
     return parse_recipe(text, path)
+
+
+def elsewhere(recipe: Recipe, where: str) -> Recipe:
+    """The recipe with its tasks run on another cluster. Raises RecipeError for a word that names none."""
+    try:
+        section = ClusterSection.model_validate(recipe.cluster.model_dump() | {"where": where})
+    except pydantic.ValidationError as error:
+        raise RecipeError(f"--cluster {where}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
+    return recipe.model_copy(update={"cluster": section})
 
 
 def parse_recipe(text: str, path: Path) -> Recipe:
@@ -351,9 +405,16 @@ def _absolute(recipe: Recipe, path: Path) -> Recipe:
     backbones = tuple(
         backbone.model_copy(update={"weights": _weights_file(backbone.weights, base)}) for backbone in recipe.backbones
     )
+    cluster = recipe.cluster.model_copy(update={"tls": resolve(recipe.cluster.tls)})
     out = resolve(recipe.out) or base / "headrace-runs" / path.stem
     return recipe.model_copy(
-        update={"images": images, "backbones": backbones, "cache": resolve(recipe.cache), "out": out}
+        update={
+            "images": images,
+            "backbones": backbones,
+            "cache": resolve(recipe.cache),
+            "out": out,
+            "cluster": cluster,
+        }
     )
 
 

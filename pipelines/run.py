@@ -4,41 +4,36 @@ import datetime
 import io
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pandas as pd
 from dask.distributed import Client
 from rich.console import Console
 
-from headrace.cache import FeatureSet, HeadraceError, open_feature_set, publish_replace
-from headrace.extract import ExtractJob, write_listing
-from headrace.heads import BankJob, save_task, train_bank
-from headrace.pipelines.cluster import local_client
+from headrace.cache import FeatureSet, lease, open_feature_set, publish_replace
+from headrace.extract import write_listing
+from headrace.heads import save_task
+from headrace.pipelines.cluster import Role, open_client
 from headrace.pipelines.environment import environment, note_environment
 from headrace.pipelines.evidence.ensemble import Ensemble, build_ensemble
 from headrace.pipelines.evidence.ensemble_store import save_ensemble, show_test
 from headrace.pipelines.evidence.predictions import held_out, whole_heads
 from headrace.pipelines.evidence.selection import Selection, assess_selection
+from headrace.pipelines.extraction import extract_missing
 from headrace.pipelines.leaderboard import collect_heads, rank_heads
 from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.plan import Plan, check_space, fingerprints_of
-from headrace.pipelines.prepare import Survey, listing, survey
-from headrace.pipelines.progress import stage
+from headrace.pipelines.prepare import Survey, listing, run_paths, survey
 from headrace.pipelines.recipe import EnsembleSection, Recipe
-from headrace.pipelines.submit import Outcome, run_tasks
+from headrace.pipelines.submit import RunIncomplete, TaskOptions
+from headrace.pipelines.task_log import TaskLog, task_log
+from headrace.pipelines.training import train_missing
 from headrace.pipelines.winner import TestResult, choose_winner, open_test, save_winner
-
-if TYPE_CHECKING:
-    from headrace.extract import UnitReport
-
-
-class RunIncomplete(HeadraceError):
-    """Part of the work could not be done; what is finished is kept."""
 
 
 @dataclass(frozen=True)
@@ -87,9 +82,10 @@ def run_recipe(
     Raises HeadraceError for what the user can mend; finished work stays.
     """
     console = console or Console()
-    workers = workers or recipe.compute.workers
     stages: list[StageRecord] = []
-    with ExitStack() as stack:
+    paths = run_paths(recipe)
+    with ExitStack() as stack, task_log(paths) as log:
+        opened = partial(_opened, recipe, paths, log, workers)
         with _timed(stages, "survey") as done:
             found = survey(recipe, retry_failed=retry_failed)
             plan, notes = found.plan, found.notes
@@ -97,12 +93,19 @@ def run_recipe(
         check_space(plan, recipe.cache, recipe.storage.budget_gb)
         write_inputs(found)
         publish_replace(found.paths.recipe, recipe.model_dump_json(indent=2).encode())
+        options = TaskOptions(recipe.cluster.deadline_s, tell=log)
         client = None
         with _timed(stages, "extract") as done:
             if plan.units:
-                if plan.units[0].device == "cpu":
-                    client = stack.enter_context(local_client(workers))
-                extract_missing(plan.units, client, console)
+                device = plan.units[0].device
+                if device == "cpu":  # the same workers train heads afterwards
+                    client = stack.enter_context(opened("train"))
+                    extract_missing(plan.units, client, console, options)
+                elif recipe.cluster.where == "local":
+                    extract_missing(plan.units, None, console, options)
+                else:
+                    with opened("extract", device) as on_gpus:
+                        extract_missing(plan.units, on_gpus, console, options)
                 # Which images failed is known now, and with it the rows that heads are compared on.
                 found = replace(survey(recipe, retry_failed=retry_failed), notes=notes)
                 write_inputs(found)
@@ -114,16 +117,26 @@ def run_recipe(
             done(_extracted(plan))
         with _timed(stages, "train heads") as done:
             if found.plan.banks:
-                client = client or stack.enter_context(local_client(workers))
-                train_missing(found, client, console)
+                client = client or stack.enter_context(opened("train"))
+                train_missing(found, client, console, options)
             done(_trained(found.plan))
-    with _timed(stages, "rank and test") as done:
+    with _timed(stages, "rank and test") as done, lease(paths.root / "conclude.lock"):
         result = conclude(found, recipe.ensemble)
         done(f"{len(result.board):,} settings ranked")
     _record_stages(found.paths.stages, stages)
     device = plan.units[0].device if plan.units else "cpu"
     note_environment(found.paths.environments, environment(workers, device))
     return replace(result, stages=tuple(stages))
+
+
+@contextmanager
+def _opened(
+    recipe: Recipe, paths: RunPaths, log: TaskLog, workers: int | None, role: Role, device: str = "cpu"
+) -> Iterator[Client]:
+    workers = workers or recipe.compute.workers
+    with open_client(recipe.cluster, role, workers=workers, device=device, run=paths.root) as client:
+        log("cluster", where=recipe.cluster.where, role=role, dashboard=client.dashboard_link)
+        yield client
 
 
 def write_inputs(found: Survey) -> None:
@@ -135,85 +148,6 @@ def write_inputs(found: Survey) -> None:
     save_task(task, stored)
     publish_replace(paths.task(task.digest), stored.getvalue())
     write_listing(paths.listing, listing(found.samples))
-
-
-def extract_missing(units: Sequence[ExtractJob], client: Client | None, console: Console) -> None:
-    """Run units of work; what each publishes stays. Raises RunIncomplete when a unit failed or an image went away.
-
-    client: None for a device of this process's own (a GPU), which is then fed without a pause between units.
-    """
-    from headrace.extract import (  # imports torch: a call with nothing to extract does without
-        figures,
-        run_unit,
-        run_units,
-    )
-
-    if client is None:
-        outcomes: Iterator[Outcome[ExtractJob, UnitReport]] = (
-            Outcome(job, report, None) for job, report in zip(units, run_units(units), strict=True)
-        )
-    else:
-        outcomes = run_tasks(client, run_unit, ((f"extract-{job.unit}", job) for job in units))
-    failures: list[str] = []
-    reports: list[UnitReport] = []
-    images = sum(len(job.samples) for job in units)
-    started = time.monotonic()
-    with stage(console, "extract", images, "images") as advance:
-        for outcome in outcomes:
-            if outcome.result is None:
-                failures.append(outcome.error or "")
-                advance(len(outcome.job.samples))
-                if outcome.job.strict:
-                    break
-            else:
-                reports.append(outcome.result)
-                now = figures(reports, time.monotonic() - started, images)
-                details = {
-                    "decode_share": now.decode_share,
-                    "network_share": now.device_share,
-                    "disk_share": now.disk_share,
-                    "failed": now.failed,
-                }
-                advance(len(outcome.job.samples), details)
-    unread = [image for report in reports for image in report.unread]
-    if failures:
-        raise RunIncomplete(
-            f"{len(failures):,} of {len(units):,} units of images failed; the others are kept, and the same command "
-            f"tries these again. The first reason: {failures[0]}"
-        )
-    if unread:
-        name, reason = unread[0]
-        raise RunIncomplete(
-            f"{len(unread):,} images went away or changed while they were read, first {name} ({reason}); the features of "
-            "the others are kept. Call again when the images stand still"
-        )
-
-
-def train_missing(found: Survey, client: Client, console: Console) -> None:
-    """Train the banks that are missing. Raises RunIncomplete when a bank failed; a head that fails is a row with its error."""
-    plan, paths = found.plan, found.paths
-    task = str(paths.task(found.dataset.train.digest))
-    jobs = [
-        BankJob(
-            task=task,
-            features=tuple(str(path) for name in bank.inputs for path in found.directories[name]),
-            halving=bank.halving,
-            specs=bank.specs,
-            result=str(paths.bank(bank.group, bank.key)),
-        )
-        for bank in plan.banks
-    ]
-    failures: list[str] = []
-    with stage(console, "train", plan.heads_new, "heads") as advance:
-        for outcome in run_tasks(client, train_bank, ((f"bank-{Path(job.result).stem}", job) for job in jobs)):
-            advance(len(outcome.job.specs) * plan.folds)
-            if outcome.error:
-                failures.append(outcome.error)
-    if failures:
-        raise RunIncomplete(
-            f"{len(failures):,} of {len(jobs):,} banks failed; the others are kept, and the same command tries these again. "
-            f"The first reason: {failures[0]}"
-        )
 
 
 def conclude(found: Survey, ensemble_section: EnsembleSection | None = None) -> RunResult:

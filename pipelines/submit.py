@@ -7,6 +7,7 @@ waiting ones too.) Tasks of seconds do not notice the few milliseconds between t
 """
 
 import contextlib
+import dataclasses
 import math
 import queue
 import threading
@@ -15,10 +16,12 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from dask.distributed import Client
 
+from headrace.cache import HeadraceError
+from headrace.pipelines.claims import Claims
 from headrace.pipelines.cluster import top_up
 
 Job = TypeVar("Job")
@@ -26,8 +29,13 @@ Result = TypeVar("Result")
 
 MAX_ATTEMPTS = 3  # a task whose worker died is given to another this often before it is found guilty
 _LOOK_S = 0.5  # how often the workers are looked at while nothing is heard from them
+_ASK_S = 1.0  # how often a task that another driver has is asked for again
 # A result is a few hundred bytes. If fetching it takes longer, its worker died between finishing and handing it over.
 _FETCH_S = 10.0
+
+
+class RunIncomplete(HeadraceError):
+    """Part of the work could not be done; what is finished is kept."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +54,21 @@ class _Task(Generic[Job]):
     job: Job
     launched: int = 0
     deaths: int = 0  # workers that died, or had to be ended, while they ran it
-    reason: str = ""  # of the last death
+
+
+class Tell(Protocol):
+    """What is told of every event of a task; see `task_log`."""
+
+    def __call__(self, event: str, **details: Any) -> None: ...
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """How tasks are watched over."""
+
+    deadline_s: float = math.inf  # a task that has not ended by then never will
+    claims: Claims | None = None  # shared with other drivers, which may be doing the same tasks
+    tell: Tell = lambda event, **details: None
 
 
 @dataclass(frozen=True)
@@ -65,7 +87,10 @@ class _Window(Generic[Job, Result]):
 
     client: Client
     function: Callable[[Job], Result]
+    options: TaskOptions
     waiting: deque[_Task[Job]]
+    elsewhere: deque[_Task[Job]] = field(default_factory=deque)  # tasks that another driver has
+    asked: float = 0.0  # when they were last asked for
     flying: dict[str, _Flight[Job]] = field(default_factory=dict)  # by Dask's key: the task's, and which attempt it is
     landed: queue.SimpleQueue[str] = field(default_factory=queue.SimpleQueue)
     ended: dict[str, str] = field(default_factory=dict)  # workers that are being ended, by the reason
@@ -80,32 +105,41 @@ class _Window(Generic[Job, Result]):
         return MAX_ATTEMPTS + int(math.log2(1 + self.innocent))
 
 
+_DEFAULT = TaskOptions()
+
+
 def run_tasks(
     client: Client,
     function: Callable[[Job], Result],
     jobs: Iterable[tuple[str, Job]],
     *,
-    deadline_s: float = math.inf,
+    options: TaskOptions = _DEFAULT,
     split: Callable[[Job], Sequence[tuple[str, Job]]] = lambda job: (),
 ) -> Iterator[Outcome[Job, Result]]:
     """Yield the outcome of `function(job)` for every (key, job), in the order in which they finish.
 
     The function is a module-level one, takes paths and specs, publishes what it makes, and returns something small.
     A task that raises is not tried again, for it would raise again. One whose worker dies is, and so is one that has
-    not ended after `deadline_s`, whose worker is then ended. Where that happens MAX_ATTEMPTS times, the parts that
+    not ended by its deadline, whose worker is then ended. Where that happens MAX_ATTEMPTS times, the parts that
     `split` makes of its job take its place, so that the guilty part is found; a job without parts has failed.
+    A task that another driver has claimed is left to it, and done here once it is given back, so that whatever the other
+    has published is there when this ends.
     """
-    window = _Window(client, function, deque(_Task(key, job) for key, job in jobs))
+    window = _Window(client, function, options, deque(_Task(key, job) for key, job in jobs))
     try:
-        while window.waiting or window.flying:
+        while window.waiting or window.flying or window.elsewhere:
             workers = client.nthreads()
             _launch(window, workers)
-            for name in _next(window, workers, deadline_s):
+            for name in _next(window):
                 flight = window.flying.pop(name)
                 outcome = _land(window, flight)
                 flight.future.release()
-                if outcome is not None and not (outcome.fatal and _bisect(window, flight.task, split)):
+                if outcome is None:
+                    continue
+                if not (outcome.fatal and _divide(window, flight.task, split)):
                     yield outcome
+                if options.claims:  # after the caller has published what it makes of the outcome
+                    options.claims.drop(flight.task.key)
     finally:
         client.cancel([flight.future for flight in window.flying.values()], force=True)
 
@@ -117,13 +151,27 @@ def _launch(window: _Window[Job, Result], workers: Mapping[str, int]) -> None:
         given.setdefault(flight.worker, []).append(flight.task)
     for worker, threads in workers.items():
         running = given[worker]
-        while window.waiting and worker not in window.ended and len(running) < threads:
+        while worker not in window.ended and len(running) < threads and (task := _claimed(window)):
             # Of several tasks on one worker nobody knows which killed it: from then on each of them runs alone.
-            if running and (window.waiting[0].deaths or any(task.deaths for task in running)):
+            if running and (task.deaths or any(other.deaths for other in running)):
+                window.waiting.appendleft(task)
                 break
-            task = window.waiting.popleft()
             running.append(task)
             _submit(window, task, worker)
+
+
+def _claimed(window: _Window[Job, Result]) -> _Task[Job] | None:
+    """The next task that no other driver has."""
+    if window.elsewhere and not window.waiting and time.monotonic() - window.asked > _ASK_S:
+        window.asked = time.monotonic()
+        window.waiting.extend(window.elsewhere)
+        window.elsewhere.clear()
+    while window.waiting:
+        task = window.waiting.popleft()
+        if window.options.claims is None or window.options.claims.take(task.key):
+            return task
+        window.elsewhere.append(task)
+    return None
 
 
 def _submit(window: _Window[Job, Result], task: _Task[Job], worker: str) -> None:
@@ -133,16 +181,18 @@ def _submit(window: _Window[Job, Result], task: _Task[Job], worker: str) -> None
         window.function, task.job, key=name, pure=False, retries=0, workers=[worker], allow_other_workers=False
     )
     window.flying[name] = _Flight(task, worker, future, time.monotonic())
+    window.options.tell("started", task=task.key, worker=worker, attempt=task.launched)
     future.add_done_callback(lambda _: window.landed.put(name))
 
 
-def _next(window: _Window[Job, Result], workers: Mapping[str, int], deadline_s: float) -> list[str]:
+def _next(window: _Window[Job, Result]) -> list[str]:
     """Names of flights that are over. Waits for the first, but not for long."""
     try:
         return [window.landed.get(timeout=_LOOK_S)]
     except queue.Empty:
         pass
     top_up(window.client)
+    deadline_s = window.options.deadline_s
     late = [f for f in window.flying.values() if time.monotonic() - f.since > deadline_s]
     for worker in {flight.worker for flight in late} - set(window.ended):
         window.ended[worker] = f"it ran for more than {deadline_s:g} s"
@@ -160,34 +210,45 @@ def _end_worker(client: Client, worker: str) -> None:
 
 def _land(window: _Window[Job, Result], flight: _Flight[Job]) -> Outcome[Job, Result] | None:
     """The outcome of a flight that is over; None if its task is to be tried again."""
-    task, future = flight.task, flight.future
+    task, future, tell = flight.task, flight.future, window.options.tell
+    seconds = round(time.monotonic() - flight.since, 3)
     error: BaseException | None = None
     try:
         if future.status == "finished":
             result = future.result(timeout=_FETCH_S)
             window.innocent += task.deaths
+            tell("finished", task=task.key, seconds=seconds, result=_plain(result))
             return Outcome(task.job, result, None)
         error = future.exception(timeout=_FETCH_S) if future.status == "error" else None
     except (TimeoutError, CancelledError):
         pass  # the worker is gone, and the result with it
     if error is not None and type(error).__name__ != "KilledWorker":
         window.innocent += task.deaths
+        tell("failed", task=task.key, seconds=seconds, error=f"{type(error).__name__}: {error}")
         return Outcome(task.job, None, f"{type(error).__name__}: {error}")
     task.deaths += 1
-    task.reason = window.ended.get(flight.worker) or "its worker died"
+    reason = window.ended.get(flight.worker) or "its worker died"
+    tell("died", task=task.key, worker=flight.worker, seconds=seconds, error=reason)
     if task.deaths >= window.limit:
-        return Outcome(task.job, None, f"{task.reason}, {task.deaths} times out of {task.launched}", fatal=True)
+        return Outcome(task.job, None, f"{reason}, whenever it was tried ({task.deaths} times)", fatal=True)
     window.waiting.appendleft(task)
     return None
 
 
-def _bisect(
+def _plain(result: object) -> object:
+    return dataclasses.asdict(result) if dataclasses.is_dataclass(result) and not isinstance(result, type) else result
+
+
+def _divide(
     window: _Window[Job, Result], guilty: _Task[Job], split: Callable[[Job], Sequence[tuple[str, Job]]]
 ) -> bool:
     """Put the parts of a guilty task in its place. False if it has none."""
     parts = split(guilty.job)
-    # What was found guilty together needs no three more deaths to be divided again, but a part that cannot be divided
-    # has to be found guilty by itself.
     for key, job in reversed(parts):
-        window.waiting.appendleft(_Task(key, job, deaths=max(1, guilty.deaths - (2 if not split(job) else 1))))
+        # What was found guilty together needs no three more deaths to be divided again, but a part that cannot be divided
+        # has to be found guilty by itself.
+        deaths = max(1, guilty.deaths - (1 if split(job) else 2))
+        window.waiting.appendleft(_Task(key, job, deaths=deaths))
+    event = "divided" if parts else "guilty"
+    window.options.tell(event, task=guilty.key, parts=[key for key, _ in parts])
     return bool(parts)

@@ -10,7 +10,7 @@ from headrace.pipelines import load_recipe, run_recipe
 
 
 @contextmanager
-def client_here(workers=None):
+def client_here(*_, **__):
     with Client(processes=False, n_workers=1, threads_per_worker=1, dashboard_address=None) as client:
         yield client
 
@@ -19,7 +19,7 @@ def client_here(workers=None):
 def here():
     """Runs and training within this process."""
     with (
-        mock.patch("headrace.pipelines.run.local_client", client_here),
+        mock.patch("headrace.pipelines.run.open_client", client_here),
         mock.patch("headrace.pipelines.notebook.local_client", client_here),
     ):
         yield

@@ -3,7 +3,7 @@
 import pytest
 
 from headrace.pipelines.cluster import local_client
-from headrace.pipelines.submit import MAX_ATTEMPTS, run_tasks
+from headrace.pipelines.submit import MAX_ATTEMPTS, TaskOptions, run_tasks
 
 # `eval` is a module-level function that every worker can import, and its job can be anything.
 LOG = "open({path!r}, 'a').write('{name}\\n') and "
@@ -60,7 +60,9 @@ def test_what_never_ends_is_ended(tmp_path):
     loop = "all(True for _ in __import__('itertools').count())"
     with local_client(2) as client:
         started = list(client.nthreads())
-        outcomes = list(run_tasks(client, eval, [(job, job) for job in (loop, freeze, "7")], deadline_s=3))
+        outcomes = list(
+            run_tasks(client, eval, [(job, job) for job in (loop, freeze, "7")], options=TaskOptions(deadline_s=3))
+        )
         assert not set(started) & set(client.nthreads())  # none of the workers that hung is there any more
     results = {outcome.job: outcome for outcome in outcomes}
     assert results["7"].result == 7

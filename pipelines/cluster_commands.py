@@ -1,0 +1,42 @@
+"""`headrace cluster …`: what a cluster off this machine needs before a run."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(no_args_is_help=True, help="Prepare a cluster: certificates for encrypted traffic.")
+
+
+@app.callback()
+def _group() -> None:
+    pass
+
+
+@app.command("tls")
+def tls_command(
+    folder: Annotated[
+        Path, typer.Argument(help="Where key and certificate go; every node of the cluster must see it.")
+    ],
+) -> None:
+    """Make the certificate that scheduler, workers and runs of one cluster show each other; what is there is kept.
+
+    Example: headrace cluster tls ~/headrace-tls
+    """
+    from headrace.pipelines.cluster import PRELOAD
+    from headrace.pipelines.tls import CERTIFICATE, KEY, write_tls
+
+    made = write_tls(folder).absolute()
+    files = f"--tls-ca-file {made / CERTIFICATE} --tls-cert {made / CERTIFICATE} --tls-key {made / KEY}"
+    text = (
+        f"Wrote {made}. Whoever can read it can run code on the cluster: keep it to yourself.\n\n"
+        "A scheduler, on one machine:\n"
+        f"  dask scheduler --protocol tls --port 8786 --dashboard-address 127.0.0.1:8787 {files}\n"
+        "Workers, on each machine (one process per core, one thread each):\n"
+        f"  dask worker tls://HOST:8786 --nworkers auto --nthreads 1 --preload {PRELOAD} {files}\n"
+        "Runs, in the recipe:\n"
+        f"  cluster:\n    where: tls://HOST:8786\n    tls: {made}\n"
+        "SLURM needs none of this: a run makes its own certificate in its directory."
+    )
+    Console().print(text, highlight=False, markup=False, soft_wrap=True)

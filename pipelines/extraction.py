@@ -1,0 +1,144 @@
+"""The stage that extracts: units of images as tasks, each published by the worker that computed it."""
+
+import hashlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dask.distributed import Client
+from rich.console import Console
+
+from headrace.cache import feature_set_path, open_feature_set, shard_path
+from headrace.extract import ExtractJob, unit_name
+from headrace.pipelines.claims import Claims, claims
+from headrace.pipelines.paths import unit_claims
+from headrace.pipelines.progress import stage
+from headrace.pipelines.submit import Outcome, RunIncomplete, TaskOptions, run_tasks
+
+if TYPE_CHECKING:
+    from headrace.extract import UnitReport
+
+_ASK_S = 1.0
+
+
+def extract_missing(
+    units: Sequence[ExtractJob], client: Client | None, console: Console, options: TaskOptions | None = None
+) -> None:
+    """Run units of work; what each publishes stays. Raises RunIncomplete when a unit failed or an image went away.
+
+    client: None for a device of this process's own (a GPU), which is then fed without a pause between units.
+    """
+    from headrace.extract import figures  # imports torch: a call with nothing to extract does without
+
+    options = options or TaskOptions()
+    failures: list[str] = []
+    reports: list[UnitReport] = []
+    images = sum(len(job.samples) for job in units)
+    started = time.monotonic()
+    options.tell("stage", stage="extract", total=images, unit="images", tasks=len(units))
+    with claims(unit_claims(Path(units[0].cache_root))) as ours, stage(console, "extract", images, "images") as advance:
+        outcomes = _here(units, ours) if client is None else _on_workers(units, client, replace(options, claims=ours))
+        done = 0
+        for outcome in outcomes:
+            done += len(outcome.job.samples)
+            if outcome.result is None:
+                failures.append(_blamed(outcome))
+                advance(len(outcome.job.samples))
+                if outcome.job.strict:
+                    break
+            else:
+                reports.append(outcome.result)
+                now = figures(reports, time.monotonic() - started, images)
+                details = {
+                    "decode_share": now.decode_share,
+                    "network_share": now.device_share,
+                    "disk_share": now.disk_share,
+                    "failed": now.failed,
+                }
+                advance(len(outcome.job.samples), details)
+            options.tell("progress", done=done, failed=sum(len(report.failed) for report in reports))
+    unread = [image for report in reports for image in report.unread]
+    if failures:
+        raise RunIncomplete(
+            f"{len(failures):,} of {len(units):,} units of images failed; the others are kept, and the same command "
+            f"tries these again. The first reason: {failures[0]}"
+        )
+    if unread:
+        name, reason = unread[0]
+        raise RunIncomplete(
+            f"{len(unread):,} images went away or changed while they were read, first {name} ({reason}); the features of "
+            "the others are kept. Call again when the images stand still"
+        )
+
+
+def extract_unit(job: ExtractJob) -> "UnitReport":
+    """What a worker runs: the unit, unless another driver has published it since the plan was made."""
+    from headrace.extract import UnitReport, run_unit
+
+    if is_published(job):
+        return UnitReport(job.unit, len(job.samples), (), (), 0.0, 0.0, 0.0)
+    return run_unit(job)
+
+
+def is_published(job: ExtractJob) -> bool:
+    """Whether every feature set of the unit has all its images, as rows or as recorded failures."""
+    directories = [feature_set_path(Path(job.cache_root), spec) for _, specs in job.networks for spec in specs]
+    # The shards' names are looked for first: reading what feature sets hold takes longer, and is seldom needed.
+    if not all(shard_path(directory, job.unit).exists() for directory in directories):
+        return False
+    return all(open_feature_set(directory).known().issuperset(job.contents) for directory in directories)
+
+
+def unit_key(job: ExtractJob) -> str:
+    """Names the unit's work: its images, and the feature sets that they are extracted to."""
+    prints = [spec.fingerprint for _, specs in job.networks for spec in specs]
+    return f"extract-{job.unit}-{hashlib.sha256(''.join(prints).encode()).hexdigest()[:8]}"
+
+
+def halves(job: ExtractJob) -> list[tuple[str, ExtractJob]]:
+    """A unit's two halves, with their names; nothing for a unit of one image."""
+    middle = len(job.samples) // 2
+    parts = [part for part in (job.samples[:middle], job.samples[middle:]) if middle]
+    made = [replace(job, samples=part, unit=unit_name([sample.content for sample in part])) for part in parts]
+    return [(unit_key(half), half) for half in made]
+
+
+def _on_workers(
+    units: Sequence[ExtractJob], client: Client, options: TaskOptions
+) -> Iterator[Outcome[ExtractJob, "UnitReport"]]:
+    jobs = ((unit_key(job), job) for job in units)
+    return run_tasks(client, extract_unit, jobs, options=options, split=halves)
+
+
+def _here(units: Sequence[ExtractJob], ours: Claims) -> Iterator[Outcome[ExtractJob, "UnitReport"]]:
+    """The units that no other driver has, in one stream; then, one by one, those that it gives back."""
+    from headrace.extract import run_units
+
+    mine: list[ExtractJob] = []
+    others: list[ExtractJob] = []
+
+    def claimed() -> Iterator[ExtractJob]:
+        for job in units:
+            if ours.take(unit_key(job)) and not is_published(job):
+                mine.append(job)
+                yield job
+            else:
+                others.append(job)
+
+    for number, report in enumerate(run_units(claimed())):
+        yield Outcome(mine[number], report, None)
+        ours.drop(unit_key(mine[number]))
+    for job in others:
+        while not ours.take(unit_key(job)):
+            time.sleep(_ASK_S)
+        yield Outcome(job, extract_unit(job), None)
+        ours.drop(unit_key(job))
+
+
+def _blamed(outcome: "Outcome[ExtractJob, UnitReport]") -> str:
+    if outcome.fatal and len(outcome.job.samples) == 1:
+        (sample,) = outcome.job.samples
+        return f"{sample.path}: {outcome.error}. Remove this image, or look at what is wrong with it"
+    return outcome.error or ""

@@ -1,0 +1,115 @@
+"""A Dask cluster of SLURM jobs, over TLS, that outlives its jobs: one that ended is replaced while there is work."""
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import dask
+from dask.distributed import Client
+
+from headrace.pipelines.cluster import PRELOAD, SETTINGS, ClusterError, client_of, environment, needed, quiet
+from headrace.pipelines.paths import RunPaths
+from headrace.pipelines.recipe import ClusterSection
+from headrace.pipelines.tls import security, write_tls
+
+_LOOK_S = 10.0  # how often the queue is asked about our jobs
+_ALIVE = "PENDING,CONFIGURING,RUNNING,SUSPENDED,STOPPED"
+# Workers end by themselves this long before SLURM would kill them, or a tenth of the wall time if that is less.
+_MARGIN_S = 120
+_looked: dict[str, float] = {}  # when each cluster's jobs were last looked at, by the cluster's name
+
+
+@contextlib.contextmanager
+def slurm_client(
+    section: ClusterSection, workers: int | None = None, *, on_gpu: bool = False, run: Path
+) -> Iterator[Client]:
+    """A client of a cluster whose workers are SLURM jobs; the scheduler runs here. Needs the extra `slurm`.
+
+    Each job is one node's share, `workers_per_job` processes of one core. on_gpu: jobs of the GPU partition, a worker per
+    GPU. run: where certificates (unless the recipe names some) and the jobs' logs go; every node must see it.
+    """
+    jobqueue = needed("dask_jobqueue", "slurm")
+    wanted = section.slurm
+    per_job = wanted.gpus_per_job if on_gpu else wanted.workers_per_job
+    jobs = -(-(workers or per_job) // per_job)
+    keys = security(section.tls or write_tls(RunPaths(run).tls))
+    logs = RunPaths(run).logs / "slurm"
+    logs.mkdir(parents=True, exist_ok=True)
+    lifetime = lifetime_s(wanted.walltime)
+    exports = [f"export {name}={value}" for name, value in environment(SETTINGS).items()]
+    with dask.config.set(SETTINGS), quiet("distributed"), _explained():
+        cluster = jobqueue.SLURMCluster(
+            queue=wanted.gpu_partition if on_gpu else wanted.partition,
+            account=wanted.account,
+            cores=per_job,
+            processes=per_job,
+            memory=wanted.memory_per_job,
+            walltime=wanted.walltime,
+            interface=wanted.interface,
+            python=sys.executable,
+            job_name="headrace",
+            log_directory=str(logs),
+            death_timeout=60,
+            security=keys,
+            protocol="tls://",
+            job_extra_directives=[*([f"--gres=gpu:{per_job}"] if on_gpu else []), *wanted.directives],
+            job_script_prologue=[*exports, *wanted.prologue],
+            # Staggered, so that the jobs of a run do not all end, and queue again, at one moment.
+            worker_extra_args=[
+                *("--lifetime", f"{lifetime} seconds", "--lifetime-stagger", f"{lifetime // 10} seconds"),
+                *([] if on_gpu else ["--preload", PRELOAD]),
+            ],
+            scheduler_options={"dashboard_address": "127.0.0.1:0"},
+        )
+        cluster.scale(jobs=jobs)
+        with client_of(cluster) as client:
+            yield client
+
+
+def lifetime_s(walltime: str) -> int:
+    """Seconds after which a worker should end by itself, given SLURM's [D-]HH:MM:SS."""
+    days, _, clock = walltime.rpartition("-")
+    hours, minutes, seconds = (int(part) for part in clock.split(":"))
+    total = ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+    return max(1, total - min(_MARGIN_S, total // 10) - total // 10)
+
+
+def replace_lost_jobs(cluster: Any) -> None:
+    """Submit a job again for every one that is in the queue no more: it hit its wall time, was cancelled, or its node died."""
+    if time.monotonic() - _looked.get(cluster.name, 0.0) < _LOOK_S:
+        return
+    _looked[cluster.name] = time.monotonic()
+    ours = {name: job.job_id for name, job in list(cluster.workers.items()) if job.job_id}
+    command = ["squeue", "--noheader", "--format=%A", f"--user={os.getuid()}", f"--states={_ALIVE}"]
+    try:
+        queue = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.split()
+    except (OSError, subprocess.SubprocessError):
+        return  # a queue that does not answer now does later
+    lost = [name for name, job_id in ours.items() if job_id not in queue]
+    if lost:
+        cluster.loop.add_callback(_replace, cluster, lost)
+
+
+async def _replace(cluster: Any, names: list[str]) -> None:
+    for name in names:
+        cluster.workers.pop(name, None)
+    cluster.scale(jobs=len(cluster.worker_spec))
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if "sbatch" not in str(error):
+            raise
+        raise ClusterError(f"SLURM did not take a job: {error}") from error
+    except FileNotFoundError as error:
+        if "sbatch" not in str(error):
+            raise
+        raise ClusterError("there is no sbatch on this machine: start the run on a node that submits jobs") from error

@@ -1,0 +1,82 @@
+"""The stage that trains: banks of heads as tasks, each published by the worker that trained it."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from dask.distributed import Client
+from rich.console import Console
+
+from headrace.heads import BankJob, publish_failure, spec_to_json, train_bank
+from headrace.pipelines.claims import claims
+from headrace.pipelines.prepare import Survey
+from headrace.pipelines.progress import stage
+from headrace.pipelines.submit import RunIncomplete, TaskOptions, run_tasks
+
+
+def train_missing(found: Survey, client: Client, console: Console, options: TaskOptions | None = None) -> None:
+    """Train the banks that are missing. Raises RunIncomplete when a bank failed.
+
+    A head that fails is a row with its error, also one that takes its worker down or never ends.
+    """
+    plan, options = found.plan, options or TaskOptions()
+    jobs = bank_jobs(found)
+    failures: list[str] = []
+    done = failed = 0
+    options.tell("stage", stage="train", total=plan.heads_new, unit="heads", tasks=len(jobs))
+    with claims(found.paths.claims) as ours, stage(console, "train", plan.heads_new, "heads") as advance:
+        keyed = ((bank_key(job), job) for job in jobs)
+        for outcome in run_tasks(client, train_bank, keyed, options=replace(options, claims=ours), split=halves):
+            if outcome.fatal:
+                publish_failure(outcome.job, outcome.error or "")
+                failed += len(outcome.job.specs) * plan.folds
+            elif outcome.result is None:
+                failures.append(outcome.error or "")
+            else:
+                failed += outcome.result["failed"]
+            heads = len(outcome.job.specs) * plan.folds
+            done += heads
+            advance(heads, {"failed": failed})
+            options.tell("progress", done=done, failed=failed)
+    if failures:
+        raise RunIncomplete(
+            f"{len(failures):,} of {len(jobs):,} banks failed; the others are kept, and the same command tries these again. "
+            f"The first reason: {failures[0]}"
+        )
+
+
+def bank_jobs(found: Survey) -> list[BankJob]:
+    """What workers are given for the banks of the plan."""
+    task = str(found.paths.task(found.dataset.train.digest))
+    return [
+        BankJob(
+            task=task,
+            features=tuple(str(path) for name in bank.inputs for path in found.directories[name]),
+            halving=bank.halving,
+            specs=bank.specs,
+            result=str(found.paths.bank(bank.group, bank.key)),
+        )
+        for bank in found.plan.banks
+    ]
+
+
+def bank_key(job: BankJob) -> str:
+    """Names the bank's work: its results file."""
+    return f"bank-{Path(job.result).stem}"
+
+
+def halves(job: BankJob) -> Sequence[tuple[str, BankJob]]:
+    """A bank's two halves, with their names; nothing for a bank of one spec."""
+    middle = len(job.specs) // 2
+    parts = [part for part in (job.specs[:middle], job.specs[middle:]) if middle]
+    made = [replace(job, specs=part, result=_part_of(job.result, part)) for part in parts]
+    return [(bank_key(half), half) for half in made]
+
+
+def _part_of(result: str, specs: Sequence[object]) -> str:
+    """The results file of a part: of the same group, so that it is found, under a name that says what it is part of."""
+    path = Path(result)
+    group, _, key = path.stem.rpartition("-")
+    text = "\0".join([key, *(spec_to_json(spec) for spec in specs)])  # type: ignore[arg-type]
+    return str(path.with_name(f"{group}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.h5"))

@@ -1,0 +1,43 @@
+"""What every worker process of ours does first: it will not outlive its parent, and it takes no more memory than it has.
+
+Dask runs `dask_setup` when it starts a worker with `--preload headrace.pipelines.worker`.
+"""
+
+import contextlib
+import ctypes
+import signal
+import sys
+from typing import Any
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def dask_setup(worker: Any) -> None:
+    """Arm the process of a new worker."""
+    die_with_parent()
+    limit = worker.memory_manager.memory_limit
+    if limit:
+        limit_memory(int(limit))
+
+
+def die_with_parent() -> None:
+    """Have the kernel end this process when its parent ends, however either of them ends (Linux).
+
+    A worker notices by itself that its driver is gone, but not while it is stopped.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def limit_memory(limit_bytes: int) -> None:
+    """Refuse allocations beyond a limit (Linux), so that a head that wants too much fails with its reason.
+
+    Dask's own limit counts the pages of mapped shards as the worker's memory, though the system takes them back whenever it
+    needs them, and it kills. Here only what a process allocates counts, and it meets a MemoryError.
+    """
+    if sys.platform == "linux":
+        import resource
+
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        with contextlib.suppress(ValueError, OSError):  # a system that has set a lower limit keeps it
+            resource.setrlimit(resource.RLIMIT_DATA, (limit_bytes, hard))

@@ -1,0 +1,45 @@
+"""Which of several drivers does a task."""
+
+import os
+import subprocess
+import sys
+
+from headrace.pipelines.claims import claims, driver_lives
+
+HOLD = """
+import sys
+from pathlib import Path
+from headrace.pipelines.claims import claims
+with claims(Path(sys.argv[1])) as ours:
+    print(ours.take("bank"), flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_claim_is_one_drivers_until_it_is_dropped(tmp_path):
+    """Taking twice is no harm; another driver is refused until the claim is given back."""
+    with claims(tmp_path) as one, claims(tmp_path) as other:
+        assert one.take("bank")
+        assert one.take("bank")
+        assert not other.take("bank")
+        assert other.take("second")
+        one.drop("bank")
+        assert other.take("bank")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_dead_driver_had_is_free(tmp_path):
+    """A driver that was killed holds its claims no longer, and says nothing of it."""
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout.readline() == "True\n"
+    (name,) = {path.stem for path in tmp_path.glob("*.driver")}
+    with claims(tmp_path) as ours:
+        assert driver_lives(tmp_path, name)
+        assert not ours.take("bank")
+        holder.kill()
+        holder.communicate()
+        ours._seen.clear()
+        assert ours.take("bank")
+        assert os.readlink(tmp_path / "bank.claim") == ours.driver

@@ -1,0 +1,192 @@
+"""What a run promises when workers, drivers and heads go wrong, on real Dask processes."""
+
+import os
+import random
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import psutil
+import pytest
+from fault_cases import FITS, fits, misbehaving, number_of, slow, train
+
+from headrace.heads import FULL, BankJob, LogisticSpec, read_bank
+from headrace.pipelines.submit import TaskOptions
+from headrace.pipelines.training import halves
+
+pytestmark = pytest.mark.slow
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch):
+    """Workers and drivers find the misbehaving heads."""
+    monkeypatch.setenv("PYTHONPATH", str(HERE))
+
+
+def workers_of(process):
+    """The worker processes below a process."""
+    found = []
+    for child in process.children(recursive=True):
+        try:
+            if any("spawn_main" in word for word in child.cmdline()):
+                found.append(child)
+        except psutil.Error:
+            continue
+    return found
+
+
+def failures(result):
+    """{estimator: reason} of the heads that failed."""
+    failed = result.heads[result.heads["error"].notna() & (result.heads["fold"] != FULL)]
+    return {row["spec"].split("fault_cases.")[1].split('"')[0]: row["error"] for _, row in failed.iterrows()}
+
+
+def test_workers_killed_once_a_second_lose_nothing(tmp_path):
+    """SIGKILL of a random worker every second during 300 banks: all results, and no more executions than banks and kills."""
+    kills, over = 0, threading.Event()
+
+    def kill():
+        nonlocal kills
+        rng = random.Random(0)
+        while kills < 15 and not over.wait(1.0):
+            if victims := workers_of(psutil.Process()):
+                rng.choice(victims).kill()
+                kills += 1
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        result = train(tmp_path, slow(tmp_path, 300), workers=4)
+    finally:
+        over.set()
+        killer.join()
+    assert kills > 3
+    assert result.failed_heads == 0
+    assert {number_of(spec) for spec in result.board["spec"]} == set(range(300))
+    assert len(fits(tmp_path)) <= FITS * (300 + kills) + 1  # the winner is fitted once more, to be shown the test split
+
+
+def test_heads_that_misbehave_fail_alone(tmp_path):
+    """A segfault, an endless loop and a hunger for memory are failed rows with their reasons; a freeze is tried again."""
+    heads = [
+        misbehaving("Segfault"),
+        misbehaving("Hog"),
+        misbehaving("Endless"),
+        misbehaving("Frozen", mark=str(tmp_path / "frozen")),
+        *slow(tmp_path, 10),
+    ]
+    result = train(tmp_path, heads, options=TaskOptions(deadline_s=6))
+    failed = failures(result)
+    assert set(failed) == {"Segfault", "Hog", "Endless"}
+    assert "its worker died" in failed["Segfault"]
+    assert "MemoryError" in failed["Hog"] or "worker died" in failed["Hog"]
+    assert "more than 6 s" in failed["Endless"]
+    assert (tmp_path / "frozen").exists()
+    good = result.board[result.board["failed"] == 0]["spec"]
+    assert sum(number_of(spec) is not None for spec in good) == 10
+    assert Counter(fits(tmp_path)).most_common(1)[0][1] <= FITS + 1
+
+
+def test_a_bank_is_divided_into_parts_of_its_group(tmp_path):
+    """The halves of a bank have all its specs once, under names of their own that the run finds; one spec has no halves."""
+    specs = tuple(LogisticSpec(C=float(c)) for c in range(1, 6))
+    bank = BankJob("task", ("features",), specs, str(tmp_path / "group-key.h5"))
+    parts = [part for _, part in halves(bank)]
+    assert [spec for part in parts for spec in part.specs] == list(specs)
+    names = {key for key, _ in halves(bank)} | {"bank-group-key"}
+    assert len(names) == 3
+    assert all(Path(part.result).match("group-*.h5") for part in parts)
+    assert halves(parts[0])
+    assert halves(halves(parts[0])[0][1]) == []
+
+
+def drive(folder, banks=40, workers=2):
+    """A driver in a process of its own."""
+    command = [sys.executable, str(HERE / "fault_cases.py"), str(folder), str(banks), str(workers)]
+    environment = os.environ | {"HEADRACE_TEST_RUN": str(folder)}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def left_over(folder):
+    """Processes that belong to a driver, by what they inherited from it."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("HEADRACE_TEST_RUN") == str(folder) and process.status() != "zombie":
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def published(folder):
+    """{path: (inode, time)} of results files, and the numbers of the heads in them."""
+    files = {path: path.stat() for path in (folder / "run" / "banks").glob("*.h5")}
+    return {path: (stat.st_ino, stat.st_mtime_ns) for path, stat in files.items()}
+
+
+def test_a_driver_killed_at_any_moment_leaves_no_orphan_and_repeats_nothing(tmp_path):
+    """SIGKILL of the driver at 20 random moments: a bank whose results are published is never trained again."""
+    rng = random.Random(0)
+    done = {}
+    began: list[tuple[int, set[int]]] = []  # how many fits had begun, and which heads were published, at each kill
+    for _ in range(20):
+        driver = drive(tmp_path, banks=60)
+        deadline, delay = time.monotonic() + 60, rng.uniform(0.0, 1.5)
+        before = len(fits(tmp_path))
+        while len(fits(tmp_path)) == before and driver.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)  # half of the moments would otherwise lie in the imports
+        time.sleep(delay)
+        driver.kill()
+        driver.communicate()
+        now = published(tmp_path)
+        assert done.items() <= now.items()
+        done = now
+        heads = {number_of(spec) for path in now for spec in read_bank(path).table["spec"]}
+        began.append((len(fits(tmp_path)), heads))
+        if len(heads) == 60:
+            break
+    deadline = time.monotonic() + 30
+    while left_over(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert left_over(tmp_path) == []
+    driver = drive(tmp_path, banks=60)
+    _, error = driver.communicate(timeout=300)
+    assert driver.returncode == 0, error.decode()
+    order = fits(tmp_path)[:-1]  # the last is the winner's, for the test split
+    for position, heads in began:
+        # Fits that were under way when the driver died may have been written a moment later.
+        assert not set(order[position + 4 :]) & heads
+    assert {number_of(spec) for path in published(tmp_path) for spec in read_bank(path).table["spec"]} == set(range(60))
+
+
+def test_a_stopped_worker_dies_with_its_driver(tmp_path):
+    """A worker that cannot notice its driver's death, because it is stopped, is ended by the kernel."""
+    driver = drive(tmp_path, banks=200, workers=2)
+    deadline = time.monotonic() + 60
+    while not fits(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for worker in workers_of(psutil.Process(driver.pid)):
+        worker.suspend()
+    driver.kill()
+    driver.communicate()
+    deadline = time.monotonic() + 30
+    while left_over(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert left_over(tmp_path) == []
+
+
+def test_two_drivers_share_a_run(tmp_path):
+    """Started together on one directory, they do every bank once; only what both began at one moment may be done twice."""
+    drivers = [drive(tmp_path, banks=60) for _ in range(2)]
+    for driver in drivers:
+        _, error = driver.communicate(timeout=300)
+        assert driver.returncode == 0, error.decode()
+    counts = Counter(fits(tmp_path))
+    assert set(counts) == set(range(60))
+    assert sum(counts.values()) <= FITS * (60 + 2) + 2  # a window of two workers, and each driver's look at the winner
+    assert list((tmp_path / "run" / "claims").iterdir()) == []
