@@ -137,8 +137,8 @@ def worker_memory() -> int:
     if sys.platform == "linux":
         import resource
 
-        limit = resource.getrlimit(resource.RLIMIT_DATA)[0]  # what the worker's cluster gives it
-        share = share if limit == resource.RLIM_INFINITY else min(share, limit)
+        allowed = resource.getrlimit(resource.RLIMIT_DATA)[0]  # what the worker's cluster gives it
+        share = share if allowed == resource.RLIM_INFINITY else min(share, allowed)
     return share // 2
 
 
