@@ -53,7 +53,7 @@ class _Task(Generic[Job]):
     key: str
     job: Job
     launched: int = 0
-    deaths: int = 0  # workers that died, or had to be ended, while they ran it
+    deaths: int = 0  # workers that died while they ran it; one that had to be ended counts twice
 
 
 class Tell(Protocol):
@@ -226,11 +226,12 @@ def _land(window: _Window[Job, Result], flight: _Flight[Job]) -> Outcome[Job, Re
         window.innocent += task.deaths
         tell("failed", task=task.key, seconds=seconds, error=f"{type(error).__name__}: {error}")
         return Outcome(task.job, None, f"{type(error).__name__}: {error}")
-    task.deaths += 1
+    # To run for ever twice is proof enough: every further time would cost as long again.
+    task.deaths += 2 if flight.worker in window.ended else 1
     reason = window.ended.get(flight.worker) or "its worker died"
     tell("died", task=task.key, worker=flight.worker, seconds=seconds, error=reason)
     if task.deaths >= window.limit:
-        return Outcome(task.job, None, f"{reason}, whenever it was tried ({task.deaths} times)", fatal=True)
+        return Outcome(task.job, None, f"{reason}, whenever it was tried ({task.launched} times)", fatal=True)
     window.waiting.appendleft(task)
     return None
 

@@ -5,6 +5,7 @@ Dask runs `dask_setup` when it starts a worker with `--preload headrace.pipeline
 
 import contextlib
 import ctypes
+import importlib
 import signal
 import sys
 from typing import Any
@@ -14,6 +15,7 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 def dask_setup(worker: Any) -> None:
     """Arm the process of a new worker."""
+    importlib.import_module("headrace.heads")  # now, so that no task's time is spent on it
     die_with_parent()
     limit = worker.memory_manager.memory_limit
     if limit:
