@@ -150,8 +150,10 @@ def _resolve(tap: Tap, nodes: Nodes, what: str) -> Tap:
             f"List the taps: headrace backbones {what}"
         )
     if tap.node not in nodes.names:
+        parent = tap.node.rpartition(".")[0]
+        reductions = f"The reductions of {parent} are {REDUCTIONS}. " if parent in nodes.names else ""
         raise BackboneError(
-            f"{what} has no node {tap.node!r}. Nearest: {nearest(tap.node, nodes.names)}. "
+            f"{what} has no node {tap.node!r}. Nearest: {nearest(tap.node, nodes.names)}. {reductions}"
             f"List all of them: headrace backbones {what}"
         )
     node = nodes[tap.node]

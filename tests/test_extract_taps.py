@@ -180,6 +180,7 @@ def test_taps_that_cannot_be() -> None:
     resnet = load_backbone(BackboneSpec("torchvision:resnet18", "random:0", image_size=64))
     for text, message in (
         ("layer9.avg", r"no node 'layer9'. Nearest: layer\d.*headrace backbones torchvision:resnet18"),
+        ("layer1.median", r"no node 'layer1.median'.*The reductions of layer1 are avg, max, gem"),
         ("layer1.0.relu.avg", r"runs more than once.*Tap the block around it: layer1.0"),
         ("layer4.cls", "has no class token; try layer4.avg"),
         ("fc.grid2", "nothing to reduce"),
