@@ -93,6 +93,31 @@ class RunPaths:
         """The certificate of this run's own cluster, where the recipe names none."""
         return self.root / "tls"
 
+    @property
+    def thaw(self) -> Path:
+        """Networks trained by gradients: results files as banks have, and beside them folds, checkpoints and decisions."""
+        return self.root / "thaw"
+
+    @property
+    def thaw_images(self) -> Path:
+        """Content hashes and paths of the run's images, for what trains from images."""
+        return self.thaw / "images.parquet"
+
+    @property
+    def thaw_decisions(self) -> Path:
+        """Each candidate: parity, measured cost, predicted and measured gain, and what was decided."""
+        return self.thaw / "candidates.json"
+
+    def thaw_result(self, key: str) -> Path:
+        return self.thaw / f"{key}.h5"
+
+    def thaw_parts(self, key: str) -> Path:
+        return self.thaw / "parts" / key
+
+    def thaw_model(self, key: str) -> Path:
+        """The directory of the network that was trained on all rows."""
+        return self.thaw / "models" / key
+
     def task(self, digest: str) -> Path:
         return self.root / "tasks" / f"{digest}.npz"
 

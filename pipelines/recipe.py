@@ -214,6 +214,43 @@ class EnsembleSection(_Model):
     confidence: Share = 0.9  # the answer only if better than the winner in this share of the resamples
 
 
+class ReuseSection(_Model):
+    """Partial reuse: a new head on the blocks above a cut, which start pretrained or anew; the two are compared."""
+
+    cut: str  # the node to cut at, `blocks.4`; from its cached map (`blocks.4.map`) where the backbone has that tap
+    inputs: Annotated[tuple[str, ...], pydantic.Field(min_length=1)]  # taps above the cut that the new head is given
+    hidden: tuple[pydantic.PositiveInt, ...] = ()
+    start: Annotated[tuple[Literal["pretrained", "random"], ...], pydantic.Field(min_length=1)] = (
+        "pretrained",
+        "random",
+    )
+
+
+class ThawSection(_Model):
+    """Which heads become networks that are trained by gradients, how deep, and what that may cost."""
+
+    promote: Annotated[int, pydantic.Field(ge=0)] = 1  # so many heads, best first, one of each inputs and kind
+    # What trains: head, all, scratch (all, from a random start), or a node: everything above it.
+    depths: Annotated[tuple[str, ...], pydantic.Field(min_length=1)] = ("all",)
+    reuse: tuple[ReuseSection, ...] = ()
+    learning_rate: NonEmptyFloats = (3e-4,)
+    layer_decay: Share = 0.7  # each block learns at so much of the rate of the one above
+    weight_decay: NonNegative = 1e-2
+    warm_up: Fraction = 0.1  # share of all steps
+    epochs: pydantic.PositiveInt = 10
+    patience: pydantic.PositiveInt = 4
+    batch_size: pydantic.PositiveInt = 32
+    dropout: Fraction = 0.0
+    label_smoothing: Fraction = 0.0
+    class_weight: Literal["none", "balanced"] = "none"
+    clip: Positive = 1.0
+    batch_norm: Literal["held", "trained"] = "held"
+    augment: Literal["none", "flip", "flips", "views"] = "none"
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    seed: Seed = 0
+    budget_minutes: Positive | None = None  # of training, over all workers side by side; default: no limit
+
+
 class Compute(_Model):
     """How the work is done. Nothing here changes a result beyond floating-point tolerance."""
 
@@ -287,6 +324,7 @@ class Recipe(_Model):
     task: TaskSection = TaskSection()
     backbones: Annotated[tuple[Backbone, ...], pydantic.Field(min_length=1)]
     heads: Heads = Heads(logistic=LogisticGrid(), mlp=MLPGrid())
+    thaw: ThawSection | None = None  # `thaw: {}` takes the defaults
     ensemble: EnsembleSection | None = None  # `ensemble: {}` takes the defaults
     storage: Storage = Storage()
     cache: Path = Path("headrace-cache")

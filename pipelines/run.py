@@ -28,10 +28,11 @@ from headrace.pipelines.extraction import extract_missing
 from headrace.pipelines.leaderboard import collect_heads, rank_heads
 from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.plan import Plan, check_space, fingerprints_of
-from headrace.pipelines.prepare import Survey, listing, run_paths, survey
+from headrace.pipelines.prepare import Survey, find_device, listing, run_paths, survey
 from headrace.pipelines.recipe import EnsembleSection, Recipe
 from headrace.pipelines.submit import RunIncomplete, TaskOptions
 from headrace.pipelines.task_log import TaskLog, task_log
+from headrace.pipelines.thaw.stage import Thawed, ThawInputs, pending, thaw
 from headrace.pipelines.training import train_missing
 from headrace.pipelines.winner import TestResult, choose_winner, open_test, save_winner
 
@@ -58,6 +59,7 @@ class RunResult:
     test: TestResult | None  # of the answer
     ensemble: Ensemble | None  # where the recipe asks for one; the answer, and what was tested, if it is `chosen`
     selection: Selection | None  # what the winner is expected to score, and who cannot be told apart from it
+    thawed: Thawed | None  # networks trained by gradients, beside the head; where the recipe asks for them
     notes: tuple[str, ...]
     failed_images: int
     failed_heads: int
@@ -120,8 +122,16 @@ def run_recipe(
                 client = client or stack.enter_context(opened("train"))
                 train_missing(found, client, console, options)
             done(_trained(found.plan))
+        thawed = None
+        if recipe.thaw is not None:
+            with _timed(stages, "thaw") as done:
+                inputs, board = thaw_inputs(found, recipe), rank_heads(*_trained_heads(found))
+                if pending(inputs, board, recipe.thaw):
+                    client = client or stack.enter_context(opened("train"))
+                thawed = thaw(inputs, board, recipe.thaw, client, console)
+                done(f"{thawed.trained:,} networks trained" if thawed.trained else "nothing missing")
     with _timed(stages, "rank and test") as done, lease(paths.root / "conclude.lock"):
-        result = conclude(found, recipe.ensemble)
+        result = conclude(found, recipe.ensemble, thawed)
         done(f"{len(result.board):,} settings ranked")
     _record_stages(found.paths.stages, stages)
     device = plan.units[0].device if plan.units else "cpu"
@@ -150,15 +160,36 @@ def write_inputs(found: Survey) -> None:
     write_listing(paths.listing, listing(found.samples))
 
 
-def conclude(found: Survey, ensemble_section: EnsembleSection | None = None) -> RunResult:
+def thaw_inputs(found: Survey, recipe: Recipe) -> ThawInputs:
+    """What the stage that trains networks is given."""
+    return ThawInputs(
+        paths=found.paths,
+        task=found.dataset.train,
+        metric=found.metric,
+        directories=found.directories,
+        backbones=found.backbones,
+        images=found.samples,
+        device=find_device(recipe.compute.device),
+    )
+
+
+def _trained_heads(found: Survey) -> tuple[pd.DataFrame, str, dict[str, int], int]:
+    """As `rank_heads` takes them."""
+    plan, task = found.plan, found.dataset.train
+    heads = collect_heads(found.paths.banks, plan.wanted, fingerprints_of(plan.features), task.digest)
+    return heads, found.metric, {feature.name: prod(feature.shape) for feature in plan.features}, task.n_folds
+
+
+def conclude(found: Survey, ensemble_section: EnsembleSection | None = None, thawed: Thawed | None = None) -> RunResult:
     """Rank, choose the winner on validation folds, show the answer the test split, and write the tables.
 
     The answer is the winner, or an ensemble where one is asked for and is better beyond doubt.
     """
-    plan, paths, task = found.plan, found.paths, found.dataset.train
-    widths = {feature.name: prod(feature.shape) for feature in plan.features}
-    heads = collect_heads(paths.banks, plan.wanted, fingerprints_of(plan.features), task.digest)
-    board = rank_heads(heads, found.metric, widths, task.n_folds)
+    paths, task = found.paths, found.dataset.train
+    heads, metric, widths, folds = _trained_heads(found)
+    if thawed is not None and len(thawed.rows):
+        heads = pd.concat([heads, thawed.rows], ignore_index=True)
+    board = rank_heads(heads, metric, widths, folds)
     failed_images = write_failed_images(found)
     publish_replace(paths.leaderboard, _flat(board).to_csv(index=False).encode())
     publish_replace(paths.heads, _flat(heads).to_parquet(index=False))
@@ -185,7 +216,8 @@ def conclude(found: Survey, ensemble_section: EnsembleSection | None = None) -> 
         test=tested,
         selection=selection,
         ensemble=ensemble,
-        notes=found.notes,
+        thawed=thawed,
+        notes=(*found.notes, *(thawed.notes if thawed is not None else ())),
         failed_images=failed_images,
         failed_heads=int((heads["error"].fillna("") != "").sum()),
         stages=(),

@@ -87,6 +87,8 @@ def show_result(console: Console, result: RunResult, *, reference: str | None = 
             highlight=False,
             soft_wrap=True,
         )
+    if result.thawed is not None and len(result.thawed.compared) > 1:
+        console.print(thaw_table(result))
     winner = result.winner
     console.print()
     console.print(
@@ -121,6 +123,41 @@ def show_result(console: Console, result: RunResult, *, reference: str | None = 
     console.print(stages_table(result))
     if files:
         show_files(console, result)
+
+
+def thaw_table(result: RunResult) -> Table:
+    """Head, partial reuse, fine-tuned and the ensemble side by side, on the same validation rows."""
+    metric = result.metric
+    table = Table(title=f"Head against networks: validation {metric}, same rows, 95 % intervals", title_justify="left")
+    for column in ("approach", "what"):
+        table.add_column(column)
+    for column in (metric, "interval", "gain over its head", "minutes", "decision"):
+        table.add_column(column, justify="right")
+    assert result.thawed is not None
+    for _, row in result.thawed.compared.iterrows():
+        ends = [number_text(row[name], metric) for name in ("gain_low", "gain_high")]
+        gain = f"{number_text(row['gain'], metric)} ({ends[0]} to {ends[1]})" if row["gain"] == row["gain"] else "–"
+        table.add_row(
+            row["approach"],
+            f"{row['settings']} on {inputs_text(row['inputs'], result.names)}",
+            number_text(row[metric], metric),
+            f"{number_text(row['low'], metric)} to {number_text(row['high'], metric)}",
+            gain,
+            f"{row['minutes']:.1f}" if row["minutes"] == row["minutes"] else "–",
+            row["decision"],
+        )
+    if result.ensemble is not None:
+        found = result.ensemble
+        table.add_row(
+            "ensemble",
+            f"{len(found.members)} members",
+            number_text(found.value, metric),
+            f"{number_text(found.low, metric)} to {number_text(found.high, metric)}",
+            f"{number_text(found.gain, metric)} ({number_text(found.gain_low, metric)} to {number_text(found.gain_high, metric)})",
+            "–",
+            "the answer" if found.chosen else "not better beyond doubt",
+        )
+    return table
 
 
 def selection_sentences(result: RunResult) -> list[str]:

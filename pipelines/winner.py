@@ -27,6 +27,7 @@ from headrace.heads import (
     spec_from_json,
     with_temperature,
 )
+from headrace.pipelines.paths import RunPaths
 
 # Of the test images' hashes, kept with each opening to recognise the same images under another table.
 SKETCH = 256
@@ -75,7 +76,11 @@ def save_winner(
     """Write the winner, trained on every training row, as head.safetensors + head.json in place of an earlier winner.
 
     backbones: the network that made each of the features, so that the directory can be used away from its run.
+    A winner that is a network is network.safetensors + network.json instead.
     """
+    if winner["kind"] == "finetune":
+        return _copy_network(directory, winner, metric)
+    _remove_other(directory, ("network.json", "network.safetensors"))
     return save_head(
         directory,
         spec=spec_from_json(winner["spec"]),
@@ -170,11 +175,33 @@ def predict_test(
     winner: pd.Series, features: Sequence[FeatureSet], test: Task
 ) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     """The targets (n,) and the winner's predictions (n, C) of the test rows. Whoever shows them records an opening first."""
+    if winner["kind"] == "finetune":
+        from headrace.pipelines.thaw.predict import predict_rows  # imports torch
+
+        return test.target, predict_rows(RunPaths(Path(winner["path"]).parent.parent), Path(winner["path"]).stem, test)
     spec = spec_from_json(winner["spec"])
     arrays = read_bank(winner["path"]).arrays(winner["spec"], FULL)
     X, kept = load_rows(features, test.content, spatial=spec.kind == "conv")
     views = X if X.ndim in (3, 5) else X[None]  # (V, n, D) or (V, n, channels, h, w): several are averaged
     return test.target[kept], np.mean([predict_head(spec, arrays, view, test.kind) for view in views], axis=0)
+
+
+def _copy_network(directory: Path, winner: pd.Series, metric: str) -> Path:
+    """The directory of the network that was trained on all rows, copied; its files say what they are by themselves."""
+    from headrace.pipelines.thaw.persist import copy_network  # imports torch
+
+    paths = RunPaths(Path(winner["path"]).parent.parent)
+    copied = copy_network(
+        paths.thaw_model(Path(winner["path"]).stem), directory, {f"validation_{metric}": float(winner[metric])}
+    )
+    _remove_other(directory, ("head.json", "head.safetensors"))
+    return copied
+
+
+def _remove_other(directory: Path, names: Sequence[str]) -> None:
+    """Files of a winner of the other kind, which would be taken for this one's."""
+    for name in names:
+        (directory / name).unlink(missing_ok=True)
 
 
 def _sketch(test: Task) -> list[str]:

@@ -2,6 +2,8 @@
 
 from headrace.cache import HeadraceError
 
+DIFFERENTIABLE = ("logistic", "ridge", "mlp", "conv")  # kinds of heads that gradients pass through
+
 
 class ThawRefused(HeadraceError, ValueError):
     """The head and the backbone at hand do not make a network that predicts as the cached head does, or none at all."""

@@ -14,9 +14,7 @@ from torch import Tensor, nn
 
 from headrace.heads import ConvSpec, HeadSpec, LogisticSpec, MLPSpec, RidgeSpec, TaskKind
 from headrace.heads.predict import Arrays
-from headrace.pipelines.thaw.errors import ThawRefused
-
-DIFFERENTIABLE = ("logistic", "ridge", "mlp", "conv")
+from headrace.pipelines.thaw.errors import DIFFERENTIABLE, ThawRefused
 
 
 class Head(nn.Module):

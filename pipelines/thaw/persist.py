@@ -121,6 +121,21 @@ def load_network(directory: Path | str) -> TrainedNetwork:
         ) from error
 
 
+def copy_network(source: Path, directory: Path, metrics: Mapping[str, float]) -> Path:
+    """Copy a network's directory, its metrics replaced. Raises BadNetworkFile, as `load_network`."""
+    found = load_network(source)
+    backbone = Backbone(found.backbone, found.network.backbone, found.preprocessing, "")
+    return save_network(
+        directory,
+        found.network,
+        backbone,
+        spec=found.spec,
+        task_kind=found.task_kind,
+        classes=found.classes,
+        metrics=metrics,
+    )
+
+
 def _rebuild(
     about: dict[str, Any], spec: BackboneSpec, preprocessing: Preprocessing, tensors: dict[str, Tensor]
 ) -> TrainedNetwork:

@@ -1,0 +1,31 @@
+"""A trained network on images of a run."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from headrace.heads import Task
+from headrace.pipelines.paths import RunPaths
+from headrace.pipelines.thaw.data import ImageSource, image_paths
+from headrace.pipelines.thaw.persist import TrainedNetwork, load_network
+
+ROWS_AT_ONCE = 32
+
+
+def predict_rows(paths: RunPaths, key: str, task: Task) -> npt.NDArray[np.float32]:
+    """(N, C) predictions of a task's rows by the network that was trained on all training rows, from the images.
+
+    Raises SourceError for an image that is no longer there.
+    """
+    content = task.content
+    return predict_paths(load_network(paths.thaw_model(key)), image_paths(paths.thaw_images, content), content)
+
+
+def predict_paths(
+    trained: TrainedNetwork, images: Sequence[str], content: npt.NDArray[np.bytes_]
+) -> npt.NDArray[np.float32]:
+    """(N, C) predictions of images by path, whose content is checked against the hashes."""
+    source = ImageSource(content, images, trained.preprocessing)
+    parts = [trained.predict_proba(batch.inputs) for batch in source.batches(np.arange(len(content)), ROWS_AT_ONCE)]
+    return np.concatenate(parts)

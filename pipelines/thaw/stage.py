@@ -1,0 +1,317 @@
+"""The stage that turns promising heads into networks: pilots, the order by gain per hour, the budget, rollback.
+
+The head stays the answer unless a network is better on the same validation rows. Everything that is decided is written to
+`thaw/candidates.json`, and nothing that is decided there is done again.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from dask.distributed import Client
+from rich.console import Console
+
+from headrace.cache import publish_replace
+from headrace.extract import BackboneSpec
+from headrace.heads import FULL, METRICS, Task, read_bank, score, spec_to_json
+from headrace.pipelines.leaderboard import settings_text
+from headrace.pipelines.paths import RunPaths
+from headrace.pipelines.progress import stage
+from headrace.pipelines.recipe import ThawSection
+from headrace.pipelines.submit import run_tasks
+from headrace.pipelines.thaw.candidates import Candidate, list_candidates, predicted_gain, training_seconds
+
+RESAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class ThawInputs:
+    """What the stage is given of a run."""
+
+    paths: RunPaths
+    task: Task  # without test rows
+    metric: str
+    directories: Mapping[str, Sequence[Path]]
+    backbones: Mapping[str, BackboneSpec | None]
+    images: pd.DataFrame  # content and path of every image, test images too: for those the answer is asked at the end
+    device: str
+
+
+@dataclass(frozen=True)
+class Thawed:
+    """What came of it. `rows` are heads of the leaderboard like others, `compared` the side-by-side table."""
+
+    rows: pd.DataFrame  # as leaderboard.collect_heads
+    compared: (
+        pd.DataFrame
+    )  # approach, inputs, settings, the metric, low, high, gain, gain_low, gain_high, minutes, decision
+    notes: tuple[str, ...]
+    trained: int  # candidates that this call trained
+
+
+def pending(inputs: ThawInputs, board: pd.DataFrame, section: ThawSection) -> list[Candidate]:
+    """The candidates about which nothing has been decided yet."""
+    decided = _read(inputs.paths.thaw_decisions)
+    candidates, _ = list_candidates(board, section, inputs.directories, inputs.backbones)
+    return [one for one in candidates if not _settled(decided.get(one.key), section)]
+
+
+def thaw(
+    inputs: ThawInputs,
+    board: pd.DataFrame,
+    section: ThawSection,
+    client: Client | None,
+    console: Console,
+) -> Thawed:
+    """Train what promises most per hour while the budget lasts, and compare. client: None where nothing is pending."""
+    decided = _read(inputs.paths.thaw_decisions)
+    candidates, notes = list_candidates(board, section, inputs.directories, inputs.backbones)
+    waiting = [one for one in candidates if not _settled(decided.get(one.key), section)]
+    trained = 0
+    if waiting:
+        assert client is not None
+        inputs.paths.thaw.mkdir(parents=True, exist_ok=True)
+        columns = inputs.images[["content", "path"]].dropna().drop_duplicates("content").astype(str)
+        publish_replace(inputs.paths.thaw_images, columns.to_parquet(index=False))
+        trained = _work(inputs, waiting, decided, section, client, console)
+    return Thawed(
+        rows=_rows(inputs, candidates),
+        compared=_compared(inputs, board, candidates, decided),
+        notes=(*notes, *_notes(candidates, decided)),
+        trained=trained,
+    )
+
+
+def _settled(record: Mapping[str, Any] | None, section: ThawSection) -> bool:
+    """Whether a candidate is not to be looked at again: done or refused; one that did not fit may fit a larger budget."""
+    if record is None or record["decision"] == "failed":
+        return False
+    return record["decision"] != "over budget" or record.get("budget_minutes") == section.budget_minutes
+
+
+def _work(
+    inputs: ThawInputs,
+    waiting: Sequence[Candidate],
+    decided: dict[str, Any],
+    section: ThawSection,
+    client: Client,
+    console: Console,
+) -> int:
+    from headrace.pipelines.thaw.task import pilot  # imports torch
+
+    workers = 1 if inputs.device != "cpu" else max(1, sum(client.nthreads().values()))
+    folds = inputs.task.n_folds
+    pilots: dict[str, Any] = {}
+    jobs = {one.key: _job(inputs, one) for one in waiting}
+    with stage(console, "thaw: pilots", len(waiting), "networks") as advance:
+        for outcome in run_tasks(client, pilot, ((f"pilot-{key}", job) for key, job in jobs.items())):
+            advance(1)
+            key = next(key for key, job in jobs.items() if job == outcome.job)
+            if outcome.result is None:
+                # Not thawed: the head stays as it is, and the reason is on record.
+                decided[key] = {"decision": "refused", "reason": outcome.error}
+            else:
+                pilots[key] = outcome.result
+    spent = sum(record.get("seconds", 0.0) for record in decided.values())
+    allowed = None if section.budget_minutes is None else 60 * section.budget_minutes * workers
+    measured: dict[str, list[float]] = {}
+    left = {one.key: one for one in waiting if one.key in pilots}
+    with stage(console, "thaw: train", len(left), "networks") as advance:
+        while left:
+            costs = {key: training_seconds(one, pilots[key], folds) for key, one in left.items()}
+            worth = {key: predicted_gain(one, inputs.metric, measured) / costs[key] for key, one in left.items()}
+            key = max(left, key=lambda one: (worth[one], one))
+            candidate = left.pop(key)
+            record: dict[str, Any] = {
+                "label": candidate.label,
+                "inputs": list(candidate.inputs),
+                "settings": settings_text(candidate.spec),
+                "pilot": pilots[key],
+                "predicted_gain": predicted_gain(candidate, inputs.metric, measured),
+                "predicted_seconds": costs[key],
+            }
+            if allowed is not None and spent + costs[key] > allowed:
+                record |= {"decision": "over budget", "budget_minutes": section.budget_minutes}
+            else:
+                # Its own share of what is left, so that a candidate that is slower than its pilot cannot take all.
+                limit = None if allowed is None else (allowed - spent) / (folds + 1)
+                record |= _train(inputs, candidate, client, limit)
+                spent += record["seconds"]
+                if "gain" in record:
+                    headroom = abs(
+                        (1.0 if METRICS[inputs.metric].higher_is_better else 0.0) - float(candidate.head[inputs.metric])
+                    )
+                    measured.setdefault(candidate.start, []).append(record["gain"] / max(headroom, 1e-9))
+            decided[key] = record
+            publish_replace(inputs.paths.thaw_decisions, json.dumps(decided, indent=1).encode())
+            advance(1)
+    publish_replace(inputs.paths.thaw_decisions, json.dumps(decided, indent=1).encode())
+    return len(pilots)
+
+
+def _train(inputs: ThawInputs, candidate: Candidate, client: Client, limit: float | None) -> dict[str, Any]:
+    """All folds; then, if the folds are better than the head, the network on all rows."""
+    from headrace.pipelines.thaw.task import FoldJob, publish_result, train_fold
+
+    job = _job(inputs, candidate)
+    jobs = [FoldJob(job, fold, limit) for fold in range(inputs.task.n_folds)]
+    done: dict[int, dict[str, Any]] = {}
+    failures: dict[int, str] = {}
+
+    def run(fold_jobs: Sequence[FoldJob]) -> None:
+        for outcome in run_tasks(client, train_fold, ((f"thaw-{candidate.key}-{one.fold}", one) for one in fold_jobs)):
+            if outcome.result is None:
+                failures[outcome.job.fold] = outcome.error or "its worker died"
+            else:
+                done[outcome.job.fold] = outcome.result
+
+    run(jobs)
+    record: dict[str, Any] = {"seconds": sum(one["seconds"] for one in done.values())}
+    if failures:
+        publish_result(job, failures | {FULL: "not trained on all rows, because a fold failed"})
+        return record | {"decision": "failed", "reason": next(iter(failures.values()))}
+    publish_result(job, {})
+    record |= compare(inputs, candidate)
+    if record["gain"] <= 0:
+        return record | {"decision": "rolled back"}
+    best = [one["best_epoch"] for one in done.values()]
+    run([FoldJob(job, FULL, None, max(1, round(float(np.mean(best)))))])
+    record["seconds"] += done.get(FULL, {}).get("seconds", 0.0)
+    publish_result(job, failures)
+    if failures:
+        return record | {"decision": "failed", "reason": failures[FULL]}
+    return record | {"decision": "kept"}
+
+
+def compare(inputs: ThawInputs, candidate: Candidate) -> dict[str, Any]:
+    """The network against its head on the same out-of-fold rows: both scores, and the gain with a paired 95 % interval.
+
+    Scores are means over folds, as on the leaderboard; the interval is a bootstrap over rows, drawn within folds.
+    """
+    task, metric = inputs.task, inputs.metric
+    network = read_bank(inputs.paths.thaw_result(candidate.key)).out_of_fold(candidate.spec)
+    head = read_bank(candidate.head["path"]).out_of_fold(candidate.head["spec"])
+    sign = 1.0 if METRICS[metric].higher_is_better else -1.0
+    folds = [np.flatnonzero(task.fold == number) for number in range(task.n_folds)]
+
+    def gain(rows: Sequence[npt.NDArray[np.int64]]) -> float:
+        scores = [
+            [score(task.kind, task.target[own], predicted[own], metric) for own in rows]
+            for predicted in (network, head)
+        ]
+        return sign * float(np.mean(scores[0]) - np.mean(scores[1]))
+
+    draw = np.random.default_rng(0)
+    resampled = [
+        gain([draw.choice(own, len(own)) for own in folds]) for _ in range(RESAMPLES if len(task.fold) < 20000 else 100)
+    ]
+    low, high = np.nanquantile(resampled, [0.025, 0.975])
+    return {"gain": gain(folds), "gain_low": float(low), "gain_high": float(high)}
+
+
+def _job(inputs: ThawInputs, candidate: Candidate) -> Any:
+    from headrace.pipelines.thaw.task import ThawJob
+
+    return ThawJob(
+        task=str(inputs.paths.task(inputs.task.digest)),
+        images=str(inputs.paths.thaw_images),
+        backbone=candidate.backbone,
+        features=tuple(map(str, candidate.features)),
+        cut=tuple(map(str, candidate.cut)),
+        head_result=str(candidate.head["path"]) if candidate.spec.start == "head" else "",
+        spec=candidate.spec,
+        folder=str(inputs.paths.thaw_parts(candidate.key)),
+        result=str(inputs.paths.thaw_result(candidate.key)),
+        model=str(inputs.paths.thaw_model(candidate.key)),
+        device=inputs.device,
+    )
+
+
+def _rows(inputs: ThawInputs, candidates: Sequence[Candidate]) -> pd.DataFrame:
+    tables = []
+    for one in candidates:
+        path = inputs.paths.thaw_result(one.key)
+        if path.exists():
+            table = read_bank(path).table
+            tables.append(table.assign(path=str(path), inputs=pd.Series([one.inputs] * len(table), dtype=object)))
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+
+
+def _compared(
+    inputs: ThawInputs, board: pd.DataFrame, candidates: Sequence[Candidate], decided: Mapping[str, Any]
+) -> pd.DataFrame:
+    """The best head and every candidate, on the same rows."""
+    best = board.iloc[0]
+    found = [
+        _line(inputs, "head", best["inputs"], f"{best['kind']} {best['settings']}", best["path"], best["spec"], {})
+    ]
+    for one in candidates:
+        record, path = decided.get(one.key, {}), inputs.paths.thaw_result(one.key)
+        whole = path.exists() and record.get("decision") in ("kept", "rolled back")
+        found.append(
+            _line(
+                inputs,
+                one.label,
+                one.inputs,
+                settings_text(one.spec),
+                str(path) if whole else None,
+                spec_to_json(one.spec),
+                record,
+            )
+        )
+    return pd.DataFrame(found)
+
+
+def _line(
+    inputs: ThawInputs,
+    label: str,
+    names: Sequence[str],
+    settings: str,
+    path: str | None,
+    spec: str,
+    record: Mapping[str, Any],
+) -> dict[str, Any]:
+    task, metric, nan = inputs.task, inputs.metric, float("nan")
+    value = low = high = nan
+    if path is not None:
+        predicted = read_bank(path).out_of_fold(spec)
+        folds = [np.flatnonzero(task.fold == number) for number in range(task.n_folds)]
+        value = float(np.mean([score(task.kind, task.target[own], predicted[own], metric) for own in folds]))
+        draw = np.random.default_rng(0)
+        drawn = [np.concatenate([draw.choice(own, len(own)) for own in folds]) for _ in range(200)]
+        scores = [score(task.kind, task.target[rows], predicted[rows], metric) for rows in drawn]
+        low, high = (float(end) for end in np.nanquantile(scores, [0.025, 0.975]))
+    return {
+        "approach": label,
+        "inputs": tuple(names),
+        "settings": settings,
+        metric: value,
+        "low": low,
+        "high": high,
+        **{name: record.get(name, nan) for name in ("gain", "gain_low", "gain_high")},
+        "minutes": record.get("seconds", nan) / 60,
+        "decision": record.get("decision", "" if label == "head" else "not trained"),
+        "reason": record.get("reason", ""),
+    }
+
+
+def _notes(candidates: Sequence[Candidate], decided: Mapping[str, Any]) -> list[str]:
+    notes = []
+    for one in candidates:
+        record = decided.get(one.key, {})
+        if record.get("decision") in ("refused", "failed"):
+            notes.append(f"{one.label}, {settings_text(one.spec)}: {record['decision']}: {record.get('reason')}")
+    return notes
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}  # what was decided is found again from the results; a pilot takes seconds
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,275 @@
+"""A run that thaws: candidates in order of gain per hour, the budget kept, rollback, rows on the board, the network as winner."""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from rich.console import Console
+from run_cases import headrace, make_photos
+from test_structure import loaded_after
+from thaw_cases import LOGISTIC, SMALL, Case, make_case
+
+from headrace.extract import BackboneSpec
+from headrace.heads import KNNSpec, LogisticSpec, MLPSpec, read_bank
+from headrace.pipelines.leaderboard import rank_heads
+from headrace.pipelines.paths import RunPaths
+from headrace.pipelines.recipe import RecipeError, ReuseSection, ThawSection, load_recipe
+from headrace.pipelines.submit import Outcome
+from headrace.pipelines.thaw import stage as stage_module
+from headrace.pipelines.thaw.candidates import list_candidates, predicted_gain, training_seconds
+from headrace.pipelines.thaw.stage import ThawInputs, compare, pending, thaw
+
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class HereClient:
+    """Stands for a Dask client whose only worker is this process."""
+
+    def nthreads(self) -> dict[str, int]:
+        return {"here": 1}
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Tasks run in this process, one after the other; the keys of those that ran."""
+    keys: list[str] = []
+
+    def run_tasks(_client: object, function: Any, jobs: Any) -> Iterator[Outcome[Any, Any]]:
+        for key, job in jobs:
+            keys.append(key)
+            try:
+                yield Outcome(job, function(job), None)
+            except Exception as error:  # noqa: BLE001
+                yield Outcome(job, None, f"{type(error).__name__}: {error}")
+
+    monkeypatch.setattr(stage_module, "run_tasks", run_tasks)
+    return keys
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return make_case(tmp_path_factory.mktemp("stage"))
+
+
+def board_of(case: Case, *heads: tuple[Any, tuple[str, ...]]) -> pd.DataFrame:
+    """The leaderboard of these heads."""
+    tables = []
+    for spec, taps in heads:
+        path = case.bank(spec, *taps)
+        table = read_bank(path).table
+        tables.append(table.assign(path=path, inputs=pd.Series([taps] * len(table), dtype=object)))
+    widths = dict.fromkeys(case.directories, 1)
+    return rank_heads(pd.concat(tables, ignore_index=True), "log_loss", widths, 2)
+
+
+def inputs_of(case: Case, out: Path) -> ThawInputs:
+    paths = RunPaths(out)
+    paths.task(case.task.digest).parent.mkdir(parents=True)
+    paths.task(case.task.digest).write_bytes((case.root / "task.npz").read_bytes())
+    images = pd.read_parquet(case.root / "images.parquet")
+    backbones = dict.fromkeys(case.directories, SMALL)
+    return ThawInputs(paths, case.task, "log_loss", case.directories, backbones, images, "cpu")
+
+
+SECTION = ThawSection(depths=("layer3",), epochs=3, learning_rate=(1e-3,), batch_size=16)
+WEAK = LogisticSpec(C=1e-4)  # leaves much to gain
+
+
+def test_what_is_better_is_kept_and_what_is_not_is_rolled_back(case: Case, tmp_path: Path, here: list[str]) -> None:
+    """Compared on the same rows: a head with much to gain becomes a network, a rate of nothing leaves the head."""
+    board = board_of(case, (WEAK, ("layer4.avg",)))
+    section = SECTION.model_copy(update={"learning_rate": (1e-3, 1e-12)})
+    inputs = inputs_of(case, tmp_path)
+    result = thaw(inputs, board, section, HereClient(), QUIET)  # type: ignore[arg-type]
+    compared = result.compared.set_index("settings")["decision"].to_dict()
+    assert [decision for text, decision in compared.items() if "lr=0.001" in text] == ["kept"]
+    assert [decision for text, decision in compared.items() if "lr=1e-12" in text] == ["rolled back"]
+    assert result.compared["log_loss"].notna().all()
+    assert (result.compared["low"] <= result.compared["log_loss"]).all()
+    ranked = rank_heads(pd.concat([_heads(board), result.rows]), "log_loss", dict.fromkeys(case.directories, 1), 2)
+    assert ranked.iloc[0]["kind"] == "finetune"
+    assert ranked.iloc[0]["final"]
+    assert not ranked.iloc[-1]["final"], "what was rolled back ranks last: there is no network on all rows"
+    assert result.rows["error"].isna().all()
+    kept = next(
+        one
+        for one in list_candidates(board, section, case.directories, inputs.backbones)[0]
+        if one.spec.learning_rate == 1e-3
+    )
+    assert (inputs.paths.thaw_model(kept.key) / "network.safetensors").exists()
+    again = compare(inputs, kept)
+    assert again["gain"] > 0
+    assert again["gain_low"] <= again["gain"] <= again["gain_high"]
+    ran = len(here)
+    assert not pending(inputs, board, section)
+    repeated = thaw(inputs, board, section, None, QUIET)
+    assert len(here) == ran, "a second call trains nothing and looks at no network"
+    pd.testing.assert_frame_equal(repeated.compared, result.compared)
+
+
+def _heads(board: pd.DataFrame) -> pd.DataFrame:
+    parts = []
+    for _, row in board.iterrows():
+        table = read_bank(row["path"]).table
+        parts.append(table.assign(path=row["path"], inputs=pd.Series([row["inputs"]] * len(table), dtype=object)))
+    return pd.concat(parts, ignore_index=True)
+
+
+def test_the_budget_is_kept_and_a_larger_one_is_used(case: Case, tmp_path: Path, here: list[str]) -> None:
+    """No fold is trained that the budget has no room for; with more of it, the same call goes on."""
+    board = board_of(case, (WEAK, ("layer4.avg",)))
+    inputs = inputs_of(case, tmp_path)
+    poor = SECTION.model_copy(update={"budget_minutes": 1e-9})
+    result = thaw(inputs, board, poor, HereClient(), QUIET)  # type: ignore[arg-type]
+    assert result.compared["decision"].tolist() == ["", "over budget"]
+    assert [key for key in here if not key.startswith("pilot")] == []
+    assert not pending(inputs, board, poor)
+    rich = SECTION.model_copy(update={"budget_minutes": 10.0})
+    assert pending(inputs, board, rich)
+    result = thaw(inputs, board, rich, HereClient(), QUIET)  # type: ignore[arg-type]
+    assert result.compared["decision"].tolist() == ["", "kept"]
+    assert result.compared["minutes"].iloc[1] < 10
+
+
+def test_partial_reuse_is_compared_from_both_starts(case: Case, tmp_path: Path, here: list[str]) -> None:
+    """The blocks above the cut, pretrained and drawn anew, under a new head: two rows beside the head's."""
+    board = board_of(case, (WEAK, ("layer4.avg",)))
+    section = SECTION.model_copy(
+        update={"promote": 0, "reuse": (ReuseSection(cut="layer3", inputs=("layer4.avg",), hidden=(8,)),)}
+    )
+    result = thaw(inputs_of(case, tmp_path), board, section, HereClient(), QUIET)  # type: ignore[arg-type]
+    assert result.compared["approach"].tolist() == ["head", "partial reuse", "partial reuse"]
+    assert {"pretrained" in text or "random" in text for text in result.compared["settings"][1:]} == {True}
+    assert result.compared["log_loss"].notna().all()
+    wrong = SECTION.model_copy(update={"reuse": (ReuseSection(cut="layer3", inputs=("layer9.avg",)),)})
+    with pytest.raises(RecipeError, match="which no backbone gives"):
+        list_candidates(board, wrong, case.directories, dict.fromkeys(case.directories, SMALL))
+
+
+def test_a_failure_is_a_row_and_the_head_stays(case: Case, tmp_path: Path, here: list[str]) -> None:
+    """A rate that ends in NaN: a failed row with its reason; the best head still leads the board."""
+    board = board_of(case, (WEAK, ("layer4.avg",)))
+    section = SECTION.model_copy(update={"learning_rate": (1e30,), "clip": 1e30, "warm_up": 0.0})
+    result = thaw(inputs_of(case, tmp_path), board, section, HereClient(), QUIET)  # type: ignore[arg-type]
+    ranked = rank_heads(pd.concat([_heads(board), result.rows]), "log_loss", dict.fromkeys(case.directories, 1), 2)
+    assert ranked["kind"].tolist() == ["logistic", "finetune"] or "refused" in result.compared["decision"].tolist()
+    assert any("lower learning_rate" in note for note in result.notes)
+    assert read_bank(board.iloc[0]["path"]).table["error"].isna().all()
+
+
+def test_a_network_that_is_not_the_heads_is_refused_on_record(case: Case, tmp_path: Path, here: list[str]) -> None:
+    """The parity check stands before training: another mean, and nothing is trained; the reason is on record."""
+    board = board_of(case, (WEAK, ("layer4.avg",)))
+    other = dataclasses.replace(SMALL, mean=(0.4, 0.4, 0.4))
+    inputs = dataclasses.replace(inputs_of(case, tmp_path), backbones=dict.fromkeys(case.directories, other))
+    result = thaw(inputs, board, SECTION, HereClient(), QUIET)  # type: ignore[arg-type]
+    assert result.compared["decision"].tolist() == ["", "refused"]
+    assert any("preprocessing" in note for note in result.notes)
+    assert not [key for key in here if not key.startswith("pilot")]
+    record = json.loads(inputs.paths.thaw_decisions.read_text())
+    assert [one["decision"] for one in record.values()] == ["refused"]
+
+
+def test_candidates_are_what_the_recipe_asks_for(case: Case) -> None:
+    """The best heads, one of each inputs and kind, at each depth; those without gradients are told and passed over."""
+    board = board_of(
+        case,
+        (LOGISTIC, ("layer4.avg",)),
+        (LogisticSpec(C=0.5), ("layer4.avg",)),
+        (KNNSpec(k=1), ("layer4.avg",)),
+        (MLPSpec(hidden=(4,), epochs=2), ("layer4.max",)),
+    )
+    backbones: dict[str, BackboneSpec | None] = dict.fromkeys(case.directories, SMALL)
+    section = ThawSection(promote=3, depths=("layer3", "all", "scratch"))
+    found, notes = list_candidates(board, section, case.directories, backbones)
+    assert len(found) == 6, "two heads, three depths"
+    assert any("knn" in note for note in notes)
+    assert {one.label for one in found} == {"fine-tuned", "from scratch"}
+    assert {bool(one.cut) for one in found if one.spec.depth == "layer3"} == {True}, "the map of layer3 is cached"
+    assert not any(one.cut for one in found if one.spec.depth == "all")
+    assert len({one.key for one in found}) == 6
+    found, notes = list_candidates(board, section, case.directories, dict.fromkeys(case.directories))
+    assert not found
+    assert any("not recorded" in note for note in notes)
+
+
+def test_gain_and_cost_are_predicted_from_what_was_measured(case: Case) -> None:
+    """More is expected of what helped before; cost grows with epochs and the measured step."""
+    board = board_of(case, (WEAK, ("layer4.avg",)))
+    backbones: dict[str, BackboneSpec | None] = dict.fromkeys(case.directories, SMALL)
+    (one,) = list_candidates(board, SECTION, case.directories, backbones)[0]
+    prior = predicted_gain(one, "log_loss", {})
+    assert 0 < prior < one.head["log_loss"]
+    assert predicted_gain(one, "log_loss", {"head": [0.5]}) > prior > predicted_gain(one, "log_loss", {"head": [-0.2]})
+    seconds = {"steps": 10, "step_seconds": 0.5, "evaluation_share": 0.0}
+    assert training_seconds(one, seconds, 2) == pytest.approx(10 * 0.5 * 3 * 3)
+
+
+def test_the_stage_imports_no_torch_until_something_is_to_be_trained() -> None:
+    """A second call on a finished run reads tables only."""
+    assert "torch" not in loaded_after("import headrace.pipelines.thaw.stage")
+
+
+RECIPE = """\
+images:
+  folder: photos
+task:
+  folds: 2
+  metric: log_loss
+backbones:
+  - name: timm:test_resnet
+    weights: random:0
+    image_size: 64
+    crop_fraction: 1.0
+    taps: [layer3.map, layer4.avg]
+heads:
+  logistic:
+    C: [0.0001]
+    inputs: [[layer4.avg]]
+thaw:
+  depths: [layer3]
+  learning_rate: [0.001]
+  epochs: 4
+  batch_size: 16
+  budget_minutes: 5
+compute:
+  workers: 2
+"""
+
+
+@pytest.mark.slow
+def test_a_network_can_win_a_run(tmp_path: Path) -> None:
+    """From a recipe to the test split: the network is the winner, its directory lies in winner/, the opening is on record,
+    and a second call does nothing."""
+    make_photos(tmp_path / "photos", n=48)
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    assert load_recipe(tmp_path / "recipe.yaml").thaw is not None
+    done = headrace("run", "recipe.yaml", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Winner: finetune fine-tuned above layer3" in done.stdout
+    assert "Head against networks" in done.stdout
+    assert "Test log_loss" in done.stdout
+    run = tmp_path / "headrace-runs" / "recipe"
+    assert sorted(path.name for path in (run / "winner").iterdir()) == ["network.json", "network.safetensors"]
+    about = json.loads((run / "winner" / "network.json").read_text())
+    assert about["kind"] == "network"
+    assert about["classes"] == ["coarse", "fine"]
+    assert len((run / "test-openings.jsonl").read_text().splitlines()) == 1
+    before = {path: path.stat().st_mtime_ns for path in (run / "thaw").rglob("*") if path.is_file()}
+    done = headrace("run", "recipe.yaml", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {path: path.stat().st_mtime_ns for path in (run / "thaw").rglob("*") if path.is_file()} == before
+    assert len((run / "test-openings.jsonl").read_text().splitlines()) == 1
