@@ -11,7 +11,6 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 from headrace.heads import SklearnSpec, fit_sklearn_bank, make_folds, score
 from headrace.heads.rbf import RBFClassifier
 
-
 # What scikit-learn's own SVC is excused from, too.
 EXCUSED = {"check_sample_weight_equivalence_on_dense_data": "libsvm's weights scale C, they do not repeat rows"}
 
