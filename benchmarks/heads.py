@@ -1,6 +1,7 @@
 """Every benchmark of heads by one name: `python benchmarks/heads.py [--case NAME] [--quick]`; without a name, all of them.
 
-Linear cases are in heads_linear.py, networks and neighbours in heads_mlp.py; each runs in a process of its own, so that
+Linear cases are in heads_linear.py, those that read from shards in heads_stream.py, networks and neighbours in
+heads_mlp.py; each runs in a process of its own, so that
 none warms the caches or the thread pools of another. The last line is JSON: {measure: figure}.
 """
 
@@ -11,6 +12,7 @@ from pathlib import Path
 
 CASES = {
     "heads_linear.py": ("logistic-5k", "logistic-20k", "logistic-100", "logistic-wide", "ridge", "ridge-1000"),
+    "heads_stream.py": ("stream", "stream-linear", "stream-million"),
     "heads_mlp.py": ("mlp", "mlp-wide", "halving", "knn"),
 }
 

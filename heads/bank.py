@@ -170,6 +170,7 @@ def fit_bank(
     A bank that raises is trained again spec by spec, so that the guilty one is alone in failing; a head whose
     predictions are not finite has failed.
     """
+    check_device(device)
     fit = _fitter(X, task, full=full, threads=threads, device=device, halving=halving)
     try:
         fits = fit(specs)
@@ -178,6 +179,21 @@ def fit_bank(
     except Exception as error:  # noqa: BLE001 (whatever a head does, the others finish)
         fits = [failed for spec in specs for failed in _alone(fit, spec, task, full, error, len(specs))]
     return [_finite(one) for one in fits]
+
+
+def check_device(device: str) -> None:
+    """Raises BadBank where torch cannot use the device on this machine."""
+    if device == "cpu":
+        return
+    import torch
+
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # one for each way of not having it
+        reason = str(error).splitlines()[0].split(". ")[0]
+        raise BadBank(
+            f"device {device!r} cannot be used on this machine ({reason}): give cpu, or run where torch.cuda.is_available()"
+        ) from error
 
 
 def _alone(

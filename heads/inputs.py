@@ -21,6 +21,8 @@ def check_rows(
     """Raises ValueError where shapes, labels or weights do not fit; features are checked where they are read."""
     if X.ndim != 2 or not np.issubdtype(X.dtype, np.floating):
         raise ValueError(f"features must be a float matrix (rows, features), found {X.dtype} of shape {X.shape}")
+    if not X.shape[0] or not X.shape[1]:
+        raise ValueError(f"features of shape {X.shape} hold nothing to train on: give at least one row and one feature")
     for name, values in (("target", target), ("fold", fold), ("sample_weight", sample_weight)):
         if values is not None and len(values) != len(X):
             raise ValueError(
@@ -36,3 +38,9 @@ def check_rows(
         raise ValueError("regression targets must be finite: leave rows without a target out of the task")
     if sample_weight is not None and not (np.isfinite(sample_weight).all() and (np.asarray(sample_weight) >= 0).all()):
         raise ValueError("sample weights must be finite and not negative; give a row weight 0 to leave it out")
+    weight = np.ones(len(X)) if sample_weight is None else np.asarray(sample_weight)
+    for number in np.unique(fold).tolist():
+        if number >= 0 and not weight[fold != number].any():
+            raise ValueError(f"fold {number} leaves no row with a weight to train on: use fewer folds, or add images")
+    if not weight.any():
+        raise ValueError("every sample weight is 0, so that no row is left to train on: give some rows a weight")

@@ -307,6 +307,9 @@ def fit_centroid_bank(
     weight = np.ones(len(X)) if sample_weight is None else np.asarray(sample_weight, np.float64)
     usable = np.where(fold != TEST, weight, 0.0)
     folds = sorted(int(number) for number in np.unique(fold[fold >= 0]))
+    for number in folds:
+        if not usable[fold != number].any():
+            raise ValueError(f"fold {number} leaves no row with a weight to train on: use fewer folds, or add images")
     started = time.perf_counter()
     parts = _sums(X, target, fold, usable, n_classes)
     total = tuple(np.sum([part[place] for part in parts.values()], axis=0) for place in range(3))

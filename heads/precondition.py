@@ -21,6 +21,7 @@ import numpy.typing as npt
 from headrace.heads.loss import sigmoid, softmax
 
 Array = npt.NDArray[Any]
+INTERCEPT_FLOOR = 1e-4  # of the rows' mass
 SAMPLED_ROWS, SAMPLED_ROWS_PER_CLASS = 1024, 40
 
 
@@ -65,6 +66,9 @@ def frame(u: Array, values: Array, squares: Array, weight: Array, mu: float) -> 
         basis = np.linalg.qr(basis)[0]
         curvature = weight * np.maximum((basis**2).T @ p - (basis.T @ p) ** 2, 0)
     h = curvature @ squares
-    # The intercept is not penalised, but a class that is certain has no curvature there either: mu keeps steps finite.
-    # A larger floor would hide the intercept's distance to its optimum from the estimate that ends the iterations.
-    return Frame(basis, np.sqrt(h + u.dtype.type(mu)))
+    # The intercept is not penalised, but a class that is certain has no curvature there either: a little keeps steps
+    # finite. More would hide the intercept's distance to its optimum from the estimate that ends the iterations: at
+    # C = 1e-12 heads ended with intercepts near zero.
+    floor = np.full(h.shape[1], mu, u.dtype)
+    floor[-1] = min(mu, INTERCEPT_FLOOR * float(weight.sum()))
+    return Frame(basis, np.sqrt(h + floor))

@@ -30,7 +30,8 @@ PAIRS = 12
 MOST_ITERATIONS = 600
 COLUMNS_IN_FLIGHT = 512
 ITERATIONS_PER_FRAME = 12
-CHAINS = 1
+# Streamed rows are worth more columns a pass than one head of each line has, even for more passes.
+COLUMNS_WORTH_A_PASS, MOST_CHAINS = 24, 4
 TILES_AHEAD = 8  # of streamed rows, asked for while as many are multiplied
 
 
@@ -77,7 +78,10 @@ def solve_lines(
     free = max(rows - 1, 1)
     slots = min(sum(len(line.strengths) for line in lines), max(COLUMNS_IN_FLIGHT // free, 1))
     flight = _Flight(batch, slots)
-    plan = _Plan(lines)
+    chains = 1
+    if design.source is not None:
+        chains = max(1, min(COLUMNS_WORTH_A_PASS // (len(lines) * free), MOST_CHAINS))
+    plan = _Plan(lines, chains)
     solved: list[dict[float, _Solved]] = [{} for _ in lines]
     paused: dict[tuple[int, float], _Solved] = {}
 
@@ -147,18 +151,19 @@ def solve_lines(
 class _Plan:
     """Which head to start next.
 
-    Along a line every second strength is solved in turn, each started from the previous ones. The others lie between
+    Along a line every second strength is solved in turn, each started from the previous ones (in `number` turns side by
+    side, each over a part of the strengths). The others lie between
     two solved neighbours; their starts are interpolated, which is far more accurate than to extrapolate (at weak
     regularisation they are often done after one evaluation), and they fill the products while the turns go on.
     """
 
-    def __init__(self, lines: list[Line]) -> None:
+    def __init__(self, lines: list[Line], number: int) -> None:
         self.ready: deque[tuple[int, float]] = deque()
         self.waiting: dict[int, list[tuple[float, set[float]]]] = {}  # line -> heads and what they wait for
         for i, line in enumerate(lines):
             count = len(line.strengths)
             anchors = sorted({*range(0, count, 2), count - 1})
-            chains = [list(part) for part in np.array_split(anchors, CHAINS) if len(part)]
+            chains = [list(part) for part in np.array_split(anchors, number) if len(part)]
             waiting = [
                 (line.strengths[b], {line.strengths[a]}) for chain in chains for a, b in itertools.pairwise(chain)
             ]

@@ -1,5 +1,6 @@
 """The unit of work of a run: from feature sets and a task on disk to one results file, with every kind of head."""
 
+import dataclasses
 import hashlib
 import pickle
 import subprocess
@@ -517,3 +518,24 @@ def test_importing_heads_imports_no_torch() -> None:
     """A worker that trains linear heads never pays for it."""
     code = "import sys, headrace.heads; sys.exit('torch' in sys.modules or 'torchvision' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_device_that_is_not_there_is_refused(work: Path) -> None:
+    """Before anything is trained, for every kind of bank, with what to give instead."""
+    X, y, _, content = images()
+    path, _ = write_task(work, y)
+    features = (store(work, X, content),)
+    for kind in ("logistic", "mlp", "knn"):
+        job = BankJob(path, features, SPECS[kind][:1], str(work / "b.h5"), device="cuda:99")
+        with pytest.raises(BadBank, match=r"'cuda:99' cannot be used .* give cpu"):
+            train_bank(job)
+
+
+def test_weights_that_leave_nothing_are_reasons(work: Path) -> None:
+    """A fold whose training rows all weigh nothing says so, whatever the kind."""
+    X, y, *_ = images()
+    _, task = write_task(work, y)
+    task = dataclasses.replace(task, weight=(task.fold == 0).astype(np.float64))
+    for kind in ("logistic", "ridge", "mlp", "centroid"):
+        fits = fit_bank(X, task, SPECS[kind][:1])
+        assert all("fold 0 leaves no row" in str(fit.error) for fit in fits)

@@ -7,6 +7,9 @@ import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from headrace.heads import CentroidHead, KNNHead, LogisticHead, MLPHead, RidgeHead, predict_head
@@ -68,3 +71,21 @@ def test_parameters_that_cannot_train_are_refused() -> None:
         MLPHead(dropout=1.5).fit(X[:100], y[:100])
     with pytest.raises(ValueError, match="at least 2 classes"):
         CentroidHead().fit(X[:100], np.zeros(100))
+
+
+@pytest.mark.parametrize("C", [1e-12, 1e-4, 1.0, 1e10])
+def test_a_face_predicts_what_scikit_learn_predicts(C: float) -> None:
+    """At any strength, two rows or many, duplicated and constant columns, labels of any kind: the same probabilities."""
+    random = np.random.default_rng(0)
+    X = random.standard_normal((60, 6))
+    cases = [
+        (X[:2], np.array(["ä", "猫"])),
+        (np.hstack([X, X, 0 * X[:, :1]]), np.array([10, -5, 10**12])[random.integers(0, 3, 60)]),
+        ((X * 5).astype(int)[::-1, ::2], X[:, 1] > 0.3),
+    ]
+    for rows, labels in cases:
+        wide = np.asarray(rows, np.float64)
+        model = make_pipeline(StandardScaler(), LogisticRegression(C=C, tol=1e-9, max_iter=10_000)).fit(wide, labels)
+        head = LogisticHead(C).fit(rows, labels)
+        np.testing.assert_allclose(head.predict_proba(rows), model.predict_proba(wide), atol=1e-3)
+        assert head.gap_ >= 0
