@@ -187,7 +187,7 @@ def _check_arguments(
     names = [*ids, *(failure.id for failure in failures), *(failure.reason for failure in failures)]
     hashes = [*content, *(failure.content for failure in failures)]
     # All at once: one by one, a large shard's would take as long as its bytes take to the disk.
-    if any(len(text) != 32 for text in hashes) or not _CONTENT.fullmatch("".join(hashes)):
+    if set(map(len, hashes)) - {32} or not _CONTENT.fullmatch("".join(hashes)):
         bad = next(text for text in hashes if len(text) != 32 or not _CONTENT.fullmatch(text))
         raise ValueError(f"unit {unit}: content hash {bad!r} is not 32 lower-case hex digits")
     if not all(names) or "\0" in "".join(names):

@@ -73,7 +73,7 @@ def build_shard(
         file.attrs["version"] = np.int64(VERSION)
         _set_text(file, "spec", spec.to_json())
         # Everything else comes first: what follows the features in the file is then nothing.
-        _write(file, "content", np.array([text.encode() for text in content], "S32"))
+        _write(file, "content", np.frombuffer("".join(content).encode(), "S32"))
         _write_text(file, "id", ids)
         _write_text(file, "failed_id", [failure.id for failure in failures])
         _write(file, "failed_content", np.array([failure.content.encode() for failure in failures], "S32"))
@@ -131,8 +131,8 @@ def _write(parent: h5py.Group, name: str, values: npt.NDArray[Any]) -> None:
 
 
 def _write_text(parent: h5py.Group, name: str, texts: Sequence[str]) -> None:
-    encoded = [text.encode() for text in texts]
-    width = max((len(text) for text in encoded), default=1)
+    encoded = list(map(str.encode, texts))
+    width = max(map(len, encoded), default=1)
     _write(parent, name, np.array(encoded, h5py.string_dtype("utf-8", max(width, 1))))
 
 
