@@ -16,6 +16,7 @@ from headrace.heads.ensemble import (
 from headrace.heads.estimators import CentroidHead, KNNHead, LogisticHead, MLPHead, RidgeHead
 from headrace.heads.features import load_rows
 from headrace.heads.folds import BadSplit, make_folds, split_test
+from headrace.heads.lookup import FeatureLookup
 from headrace.heads.metrics import (
     DEFAULT_METRIC,
     METRICS,
@@ -95,6 +96,7 @@ __all__ = [
     "ClassWeight",
     "ConvSpec",
     "EnsembleLimits",
+    "FeatureLookup",
     "FineTuneSpec",
     "Halving",
     "HeadFit",

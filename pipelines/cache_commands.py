@@ -188,6 +188,7 @@ def gc_command(
     used = None
     if recipes:
         used = {spec.fingerprint for recipe in recipes for _, specs in _networks(recipe) for spec in specs}
+        used |= {fingerprint for recipe in recipes for fingerprint in _imported(recipe)}
     _require_cache(cache)
     garbage = find_garbage(cache, used)
     for path in (*garbage.feature_sets, *garbage.temporaries, *garbage.trash):
@@ -247,6 +248,51 @@ def _directories(cache: Path, name: str | None) -> list[Path]:
         return [_find(cache, name)]
     _require_cache(cache)
     return feature_set_directories(cache)
+
+
+@app.command("import")
+def import_command(
+    source: Annotated[Path, typer.Argument(help="Features of other programs: .npy, .npz, .parquet, .csv, .h5.")],
+    name: Annotated[str, typer.Option(help="What to call them; a recipe uses them as `imported: [NAME]`.")],
+    cache: CacheOption = DEFAULT_CACHE,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(help="Whose images the ids belong to, and whose cache is used; not needed for our exports."),
+    ] = None,
+    ids: Annotated[
+        Path | None, typer.Option(help="The ids, one per row: .csv, .parquet, .txt or .npy; default: in the file.")
+    ] = None,
+    key: Annotated[str | None, typer.Option(help="The array, column or data set of the features.")] = None,
+    id_key: Annotated[str | None, typer.Option(help="The column or data set of the ids.")] = None,
+    dtype: Annotated[str, typer.Option(help="How they are stored: float32, float16 or bfloat16.")] = "float32",
+) -> None:
+    """Keep features that other programs made, by the ids of their images, as inputs of a recipe.
+
+    Example: headrace cache import dino.npy --ids names.csv --name dino --recipe recipe.yaml
+    """
+    from headrace.cache.foreign import import_features, read_foreign
+
+    foreign = read_foreign(source, ids=ids, key=key, id_key=id_key)
+    known = None
+    if recipe is not None:
+        from headrace.extract import content_hashes
+        from headrace.pipelines.dataset import list_samples
+        from headrace.pipelines.paths import content_index
+        from headrace.pipelines.recipe import load_recipe
+
+        loaded = load_recipe(recipe)
+        cache = loaded.cache
+        samples = list_samples(loaded)
+        hashes = content_hashes(samples, content_index(cache)).hashes
+        named = zip(samples["id"].astype(str), hashes, strict=True)
+        known = {sample: content for sample, content in named if content is not None}
+    done = import_features(cache, name, foreign, known, dtype=dtype)
+    said = f"{done.rows:,} rows of shape {done.features.spec.shape} kept as {name} in {done.features.path}"
+    if done.copies:
+        said += f"; {done.copies:,} are of exact copies of other images, which share a row"
+    if done.unknown:
+        said += f"; {done.unknown:,} have ids that no image has, and were left out"
+    _say(f"{said}. In a recipe: imported: [{name}]")
 
 
 def _find(cache: Path, name: str) -> Path:
@@ -345,6 +391,15 @@ def _extract_again(
     for job in plan_networks(samples[samples["content"].isin(content)], [network], cache_root=scratch):
         run_unit(job)
     return open_feature_set(feature_set_path(scratch, network.specs[0])).load(content)
+
+
+def _imported(recipe_path: Path) -> list[str]:
+    """Fingerprints of the features of other programs that a recipe uses."""
+    from headrace.cache.foreign import imported_sets
+    from headrace.pipelines.recipe import load_recipe
+
+    recipe = load_recipe(recipe_path)
+    return [each.spec.fingerprint for name in recipe.imported for each in imported_sets(recipe.cache, name)]
 
 
 def _networks(recipe_path: Path) -> "list[tuple[BackboneSpec, tuple[FeatureSpec, ...]]]":

@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from headrace.cache import FeatureSpec, feature_set_path, open_feature_set, require_hdf5plugin
+from headrace.cache.foreign import imported_sets
 from headrace.extract import (
     BackboneSpec,
     Network,
@@ -90,6 +91,7 @@ def survey(recipe: Recipe, *, write: bool = True, retry_failed: bool = False) ->
         compression=None if recipe.storage.compression == "none" else recipe.storage.compression,
         strict=recipe.compute.strict,
     )
+    _check_imported(recipe, inputs, needed)
     # All heads are compared on the rows that all inputs have; a row that is mended comes back, as another task.
     dataset = drop_rows(dataset, _failed(recipe.cache, networks))
     images = set(needed["content"])
@@ -116,7 +118,8 @@ def survey(recipe: Recipe, *, write: bool = True, retry_failed: bool = False) ->
         feature.name: tuple(feature_set_path(recipe.cache, spec) for spec in feature.specs) for feature in features
     }
     notes = (*_changes(paths.listing, samples), *dataset.notes)
-    backbones = {name: network.backbone for name, (network, _) in _named(recipe, networks)}
+    backbones: dict[str, BackboneSpec | None] = dict.fromkeys(inputs)  # imported features have none
+    backbones |= {name: network.backbone for name, (network, _) in _named(recipe, networks)}
     return Survey(paths, samples, contents.unreadable, dataset, notes, metric, directories, backbones, plan)
 
 
@@ -155,7 +158,38 @@ def _inputs(recipe: Recipe, networks: Sequence[Network]) -> dict[str, list[tuple
     inputs: dict[str, list[tuple[FeatureSpec, Collection[str]]]] = {}
     for name, (network, place) in _named(recipe, networks):
         inputs.setdefault(name, []).append((network.specs[place], network.known[place]))
+    for name in recipe.imported:
+        if name in inputs:
+            raise RecipeError(
+                f"imported: {name!r} is also the name of a tap, or stands twice: import it under another name"
+            )
+        inputs[name] = [_imported(recipe, name)]
     return inputs
+
+
+def _imported(recipe: Recipe, name: str) -> tuple[FeatureSpec, Collection[str]]:
+    found = imported_sets(recipe.cache, name)
+    if len(found) != 1:
+        there = ", ".join(sorted({each.spec.tap for each in imported_sets(recipe.cache)})) or "none"
+        raise RecipeError(
+            f"imported: there are {len(found)} feature sets {name!r} in {recipe.cache}; imported are: {there}. "
+            f"Import it first: headrace cache import FILE --name {name} --recipe recipe.yaml"
+        )
+    return found[0].spec, found[0].known()
+
+
+def _check_imported(
+    recipe: Recipe, inputs: Mapping[str, Sequence[tuple[FeatureSpec, Collection[str]]]], needed: pd.DataFrame
+) -> None:
+    """Nothing here can make up for rows that an import lacks. Raises RecipeError, naming the first image."""
+    for name in recipe.imported:
+        ((_, known),) = inputs[name]
+        absent = needed[~needed["content"].isin(known)]
+        if len(absent):
+            raise RecipeError(
+                f"imported: {name!r} has no row for {len(absent):,} of {len(needed):,} images, first {absent['id'].iloc[0]!r}: "
+                "import features of them all, or leave these images out of the table"
+            )
 
 
 def _named(recipe: Recipe, networks: Sequence[Network]) -> Iterator[tuple[str, tuple[Network, int]]]:

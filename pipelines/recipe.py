@@ -322,9 +322,10 @@ class Recipe(_Model):
 
     images: Images
     task: TaskSection = TaskSection()
-    backbones: Annotated[tuple[Backbone, ...], pydantic.Field(min_length=1)]
+    backbones: tuple[Backbone, ...] = ()
     heads: Heads = Heads(logistic=LogisticGrid(), mlp=MLPGrid())
     thaw: ThawSection | None = None  # `thaw: {}` takes the defaults
+    imported: tuple[str, ...] = ()  # features of other programs, under the names that `headrace cache import` gave them
     ensemble: EnsembleSection | None = None  # `ensemble: {}` takes the defaults
     storage: Storage = Storage()
     cache: Path = Path("headrace-cache")
@@ -347,6 +348,8 @@ class Recipe(_Model):
         twice = {name for name in names if names.count(name) > 1}
         if twice:
             raise ValueError(f"two backbones are called {twice.pop()!r}: give each its own `alias`")
+        if not names and not self.imported:
+            raise ValueError("the key 'backbones' is missing: name at least one network (or `imported` features)")
         return self
 
 
