@@ -33,16 +33,16 @@ class _Model(pydantic.BaseModel):
 class Images(_Model):
     """Where the images are: a folder per class, a table with a path column, WebDataset shards, or an array file."""
 
-    folder: Path | None = None
+    folder: Path | None = None  # one sub-folder per class; or train/, val/ and test/ with the classes below them
     table: Path | None = None  # CSV or Parquet
-    path_column: str = "path"
+    path_column: str = "path"  # the table's column with the paths
     id_column: str | None = None  # default: the path as written in the table
     root: Path | None = None  # what relative paths in the table start from; default: the table's folder
     tar: Path | None = None  # an archive, a folder of them, or a pattern: train-{000..031}.tar
     array: Path | None = None  # .npy, .npz, HDF5 or idx (.gz too)
     array_key: str | None = None  # the array in a .npz or HDF5 file
     labels: Path | None = None  # the array's labels: another such file
-    labels_key: str | None = None
+    labels_key: str | None = None  # the array in that file
 
     @pydantic.model_validator(mode="after")
     def _one_source(self) -> "Images":
@@ -57,15 +57,15 @@ class Images(_Model):
 class TaskSection(_Model):
     """What to predict, and which rows may be seen when."""
 
-    target: str | tuple[str, ...] = "label"
-    kind: Literal["single", "multi", "regression"] = "single"
+    target: str | tuple[str, ...] = "label"  # the column to predict; several columns for several labels or numbers
+    kind: Literal["single", "multi", "regression"] = "single"  # one class for each image; 0/1 columns; numbers
     group: str | None = None  # rows of one group (patient, module, scene) never stand on two sides of a split
     split: str | None = None  # a column with train / validation / test
     fold: str | None = None  # a column with fold numbers
-    test_fraction: Fraction = 0.25
-    folds: Annotated[int, pydantic.Field(ge=2, le=100)] = 5
+    test_fraction: Fraction = 0.25  # set aside at random where no column marks test rows; 0: no test split
+    folds: Annotated[int, pydantic.Field(ge=2, le=100)] = 5  # the winner is chosen on these
     metric: str | None = None  # default: accuracy (single), average_precision (multi), r2 (regression)
-    seed: Seed = 0
+    seed: Seed = 0  # of the test split and the folds
 
     @pydantic.field_validator("target")
     @classmethod
@@ -82,15 +82,19 @@ class TaskSection(_Model):
 class Backbone(_Model):
     """A frozen network and the taps to keep."""
 
-    name: str
+    name: str  # torchvision:…, timm:…, or python:module:function; `headrace backbones` lists them
     weights: str | None = None  # default: the library's own pretrained weights; a tag, a file, or random:SEED
-    weights_match: Literal["name", "order"] = "name"
+    weights_match: Literal["name", "order"] = "name"  # order: tensors are taken in order, and every shape is checked
     alias: str | None = None  # how the leaderboard calls it when there are several backbones
+    # nodes with their reduction, such as layer4.avg; auto: the last node at each resolution
     taps: Literal["auto"] | Annotated[tuple[str, ...], pydantic.Field(min_length=1)] = "auto"
+    # pixels; default: what the weights were trained with
     image_size: Annotated[int, pydantic.Field(ge=16, le=4096)] | None = None
-    crop_fraction: Share | None = None
+    crop_fraction: Share | None = None  # share of the shorter edge that the crop keeps; default: the weights' own
+    # of the normalisation; default: the weights' own
     mean: tuple[pydantic.FiniteFloat, pydantic.FiniteFloat, pydantic.FiniteFloat] | None = None
-    std: tuple[Positive, Positive, Positive] | None = None
+    std: tuple[Positive, Positive, Positive] | None = None  # of the normalisation; default: the weights' own
+    # of the resizing; default: the weights' own
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] | None = None
     views: Annotated[int, pydantic.Field(ge=1, le=64)] = 1  # 1: the evaluation crop; more: augmented renderings as well
 
@@ -98,73 +102,92 @@ class Backbone(_Model):
 class LogisticGrid(_Model):
     """Logistic regression: the product of these lists."""
 
+    # inverse strength of the L2 penalty, as in scikit-learn
     C: NonEmptyFloats = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 10.0)
+    # balanced: every class counts the same
     class_weight: Annotated[tuple[Literal["none", "balanced"], ...], pydantic.Field(min_length=1)] = ("none",)
+    # each: every tap alone; all: side by side; a list: these taps side by side
     inputs: tuple[HeadInput, ...] = ("each", "all")
 
 
 class RidgeGrid(_Model):
     """Ridge classification or regression: the product of these lists."""
 
-    alpha: NonEmptyFloats = (1.0, 10.0, 100.0, 1e3, 1e4)
+    alpha: NonEmptyFloats = (1.0, 10.0, 100.0, 1e3, 1e4)  # strength of the L2 penalty, as in scikit-learn
+    # balanced: every class counts the same
     class_weight: Annotated[tuple[Literal["none", "balanced"], ...], pydantic.Field(min_length=1)] = ("none",)
+    # each: every tap alone; all: side by side; a list: these taps side by side
     inputs: tuple[HeadInput, ...] = ("each", "all")
 
 
 class HalvingSection(_Model):
     """Successive halving inside a bank: after these epochs only the best share of the settings goes on."""
 
+    # epochs after which settings are dropped
     after: Annotated[tuple[pydantic.PositiveInt, ...], pydantic.Field(min_length=1)] = (3,)
-    keep: Share = 0.25
+    keep: Share = 0.25  # share of the settings that goes on
 
 
 class MLPGrid(_Model):
     """Multi-layer perceptrons: the product of these lists."""
 
+    # widths of the hidden layers
     hidden: Annotated[
         tuple[Annotated[tuple[pydantic.PositiveInt, ...], pydantic.Field(min_length=1)], ...],
         pydantic.Field(min_length=1),
     ] = ((64,), (256,))
-    learning_rate: NonEmptyFloats = (1e-3,)
+    learning_rate: NonEmptyFloats = (1e-3,)  # of AdamW
     weight_decay: Annotated[tuple[NonNegative, ...], pydantic.Field(min_length=1)] = (1e-2,)
+    # share of units that is left out in training
     dropout: Annotated[tuple[Fraction, ...], pydantic.Field(min_length=1)] = (0.0, 0.5)
     label_smoothing: Annotated[tuple[Fraction, ...], pydantic.Field(min_length=1)] = (0.0,)
+    # balanced: every class counts the same
     class_weight: Annotated[tuple[Literal["none", "balanced"], ...], pydantic.Field(min_length=1)] = ("none",)
+    # of the first weights and of dropout
     seed: Annotated[tuple[Seed, ...], pydantic.Field(min_length=1)] = (0,)
     batch_size: pydantic.PositiveInt = 256
-    epochs: pydantic.PositiveInt = 50
-    patience: pydantic.PositiveInt = 8
-    halving: HalvingSection | None = None
+    epochs: pydantic.PositiveInt = 50  # at most
+    patience: pydantic.PositiveInt = 8  # epochs without improvement after which a network stops
+    halving: HalvingSection | None = None  # default: every setting is trained to its end
+    # each: every tap alone; all: side by side; a list: these taps side by side
     inputs: tuple[HeadInput, ...] = ("all",)
 
 
 class ConvGrid(_Model):
     """New convolution layers and an MLP on a spatial tap (`layer3.map`): the product of these lists."""
 
+    # of the 3 x 3 convolutions
     channels: Annotated[
         tuple[Annotated[tuple[pydantic.PositiveInt, ...], pydantic.Field(min_length=1)], ...],
         pydantic.Field(min_length=1),
     ] = ((64,),)
+    # widths of the hidden layers after the convolutions
     hidden: Annotated[tuple[tuple[pydantic.PositiveInt, ...], ...], pydantic.Field(min_length=1)] = ((),)
-    learning_rate: NonEmptyFloats = (1e-3,)
+    learning_rate: NonEmptyFloats = (1e-3,)  # of AdamW
     weight_decay: Annotated[tuple[NonNegative, ...], pydantic.Field(min_length=1)] = (1e-2,)
+    # share of units that is left out in training
     dropout: Annotated[tuple[Fraction, ...], pydantic.Field(min_length=1)] = (0.0,)
     label_smoothing: Annotated[tuple[Fraction, ...], pydantic.Field(min_length=1)] = (0.0,)
+    # balanced: every class counts the same
     class_weight: Annotated[tuple[Literal["none", "balanced"], ...], pydantic.Field(min_length=1)] = ("none",)
+    # of the first weights and of dropout
     seed: Annotated[tuple[Seed, ...], pydantic.Field(min_length=1)] = (0,)
     batch_size: pydantic.PositiveInt = 128
-    epochs: pydantic.PositiveInt = 30
-    patience: pydantic.PositiveInt = 6
-    halving: HalvingSection | None = None
+    epochs: pydantic.PositiveInt = 30  # at most
+    patience: pydantic.PositiveInt = 6  # epochs without improvement after which a network stops
+    halving: HalvingSection | None = None  # default: every setting is trained to its end
+    # each: every tap alone; all: side by side; a list: these taps side by side
     inputs: tuple[HeadInput, ...] = ("each",)
 
 
 class KNNGrid(_Model):
     """k nearest neighbours: the product of these lists."""
 
-    k: Annotated[tuple[pydantic.PositiveInt, ...], pydantic.Field(min_length=1)] = (1, 5, 20)
+    k: Annotated[tuple[pydantic.PositiveInt, ...], pydantic.Field(min_length=1)] = (1, 5, 20)  # neighbours
     metric: Annotated[tuple[Literal["cosine", "euclidean"], ...], pydantic.Field(min_length=1)] = ("cosine",)
+    # distance: nearer neighbours count more
     weighting: Annotated[tuple[Literal["uniform", "distance"], ...], pydantic.Field(min_length=1)] = ("uniform",)
+    # each: every tap alone; all: side by side; a list: these taps side by side
     inputs: tuple[HeadInput, ...] = ("each",)
 
 
@@ -172,15 +195,17 @@ class CentroidGrid(_Model):
     """Nearest class mean."""
 
     metric: Annotated[tuple[Literal["cosine", "euclidean"], ...], pydantic.Field(min_length=1)] = ("cosine",)
+    # each: every tap alone; all: side by side; a list: these taps side by side
     inputs: tuple[HeadInput, ...] = ("each",)
 
 
 class SklearnGrid(_Model):
     """One scikit-learn estimator by import path, with the product of its parameter lists."""
 
-    estimator: str
-    parameters: dict[str, tuple[Any, ...]] = {}
-    standardize: bool = False
+    estimator: str  # import path, such as sklearn.svm.SVC
+    parameters: dict[str, tuple[Any, ...]] = {}  # lists of values by the estimator's parameter names
+    standardize: bool = False  # scale features by their means and spreads on the training rows first
+    # each: every tap alone; all: side by side; a list: these taps side by side
     inputs: tuple[HeadInput, ...] = ("all",)
 
 
@@ -311,6 +336,7 @@ class ClusterSection(_Model):
 class Storage(_Model):
     """How features are computed and kept. All of it is part of what a feature set is."""
 
+    # how features are kept; uint8 is a quarter of float32
     dtype: Literal["float16", "float32", "bfloat16", "uint8"] = "float16"
     precision: Literal["float32", "bfloat16", "float16"] = "float32"  # of the forward pass; GPUs are faster in bfloat16
     compression: Literal["none", "bitshuffle-lz4"] = "none"  # for maps with many zeros; reading is slower
