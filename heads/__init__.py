@@ -53,6 +53,7 @@ from headrace.heads.spec import (
     spec_to_json,
 )
 from headrace.heads.task import TEST, TRAIN_ONLY, Task, load_task, save_task
+from headrace.heads.transfer import bayes_bounds, h_score, log_me, negative_conditional_entropy
 from headrace.heads.weighted import weighted_scores
 
 if TYPE_CHECKING:
@@ -117,6 +118,7 @@ __all__ = [
     "UnknownMetric",
     "all_metrics",
     "average",
+    "bayes_bounds",
     "bootstrap_interval",
     "element_loss",
     "fit_bank",
@@ -127,12 +129,15 @@ __all__ = [
     "fit_sklearn_bank",
     "fit_temperature",
     "greedy_weights",
+    "h_score",
     "load_head",
     "load_rows",
     "load_task",
+    "log_me",
     "loss_elements",
     "make_folds",
     "metric_interval",
+    "negative_conditional_entropy",
     "predict_head",
     "publish_failure",
     "read_bank",
