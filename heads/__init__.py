@@ -17,6 +17,7 @@ from headrace.heads.estimators import CentroidHead, KNNHead, LogisticHead, MLPHe
 from headrace.heads.features import load_rows
 from headrace.heads.folds import BadSplit, make_folds, split_test
 from headrace.heads.lookup import FeatureLookup
+from headrace.heads.folds import BadSplit, make_folds, split_test, strata
 from headrace.heads.metrics import (
     DEFAULT_METRIC,
     METRICS,
@@ -149,6 +150,7 @@ __all__ = [
     "spec_from_json",
     "spec_to_json",
     "split_test",
+    "strata",
     "train_bank",
     "weighted_scores",
     "with_temperature",

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from headrace.cache import HeadraceError
+from headrace.pipelines.advise_command import advise_command
 from headrace.pipelines.backbone_commands import backbones_command
 from headrace.pipelines.cache_commands import app as cache_app
 from headrace.pipelines.cluster_commands import app as cluster_app
@@ -26,6 +27,7 @@ app.add_typer(cache_app, name="cache")
 app.add_typer(cluster_app, name="cluster")
 app.command("backbones")(backbones_command)
 app.command("report")(report_command)
+app.command("advise")(advise_command)
 
 
 def _version(wanted: bool) -> None:

@@ -118,6 +118,19 @@ class RunPaths:
         """The directory of the network that was trained on all rows."""
         return self.thaw / "models" / key
 
+    @property
+    def evidence(self) -> Path:
+        """What advice rests on: learning curves, transfer scores, advice.json. May be removed; it is then measured again."""
+        return self.root / "evidence"
+
+    @property
+    def advice(self) -> Path:
+        return self.evidence / "advice.json"
+
+    def groups(self, digest: str) -> Path:
+        """Of each row of a task, the number of its group."""
+        return self.root / "tasks" / f"{digest}.groups.npy"
+
     def task(self, digest: str) -> Path:
         return self.root / "tasks" / f"{digest}.npz"
 

@@ -11,6 +11,7 @@ from functools import partial
 from math import prod
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from dask.distributed import Client
 from rich.console import Console
@@ -157,6 +158,9 @@ def write_inputs(found: Survey) -> None:
     stored = io.BytesIO()
     save_task(task, stored)
     publish_replace(paths.task(task.digest), stored.getvalue())
+    groups = io.BytesIO()
+    np.save(groups, found.dataset.groups, allow_pickle=False)
+    publish_replace(paths.groups(task.digest), groups.getvalue())
     write_listing(paths.listing, listing(found.samples))
 
 

@@ -1,12 +1,28 @@
 """Made heads and made feature sets, stored as a run stores them, for the tests of what the numbers mean."""
 
 import hashlib
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
 from headrace.cache import FeatureSpec, create_feature_set, publish_shard
-from headrace.heads import FULL, HeadFit, RidgeSpec, Task, all_metrics, make_folds, results_bytes, spec_to_json
+from headrace.heads import (
+    FULL,
+    BankJob,
+    HeadFit,
+    LogisticSpec,
+    RidgeSpec,
+    Task,
+    all_metrics,
+    make_folds,
+    read_bank,
+    results_bytes,
+    save_task,
+    spec_to_json,
+    train_bank,
+)
+from headrace.pipelines.leaderboard import rank_heads
 
 
 def stored(folder, kind, metric, outputs=None, target=None, rows=80, folds=4):
@@ -72,3 +88,49 @@ def task_of(target, classes=None, folds=5, seed=0):
     labels = tuple(classes or (f"class {c}" for c in range(count)))
     content = np.array(content_of(len(target)), "S32")
     return Task("single", labels, names, content, target, fold, np.ones(len(target)))
+
+
+@dataclass(frozen=True)
+class World:
+    """A made world in which it is known what would help.
+
+    The truth of a class is a direction; a tap shows it with a strength (in units of its noise), in some dimensions of many.
+    """
+
+    images: int
+    classes: int
+    strengths: tuple[float, ...]  # of each tap, early to late
+    width: int = 24
+    flipped: float = 0.0  # share of labels that are another class's
+    starved: int = 0  # images of the last class; 0: as many as of the others
+    blurred: float = 0.0  # noise that the images themselves have in all taps, which no more images remove
+
+
+def live_in(world, root, seed=0, folds=3):
+    """A finished run of linear heads on each tap of a world: (board, task, directories), made without worker processes."""
+    rng = np.random.default_rng(seed)
+    target = rng.integers(0, world.classes, world.images)
+    if world.starved:
+        target = rng.integers(0, world.classes - 1, world.images)
+        target[: world.starved] = world.classes - 1
+    means = rng.normal(size=(world.classes, world.width))
+    means /= np.linalg.norm(means, axis=1, keepdims=True)
+    seen = means[target] + rng.normal(0, world.blurred, (world.images, world.width))
+    taps = {
+        f"block{place}.avg": strength * seen + rng.normal(size=(world.images, world.width))
+        for place, strength in enumerate(world.strengths)
+    }
+    flips = rng.random(world.images) < world.flipped
+    target[flips] = (target[flips] + rng.integers(1, world.classes, int(flips.sum()))) % world.classes
+    directories = store_taps(root / "cache", taps)
+    task = task_of(target, folds=folds)
+    save_task(task, root / "task.npz")
+    specs = tuple(LogisticSpec(strength) for strength in (0.01, 0.1, 1.0))
+    heads = []
+    for name, (directory,) in directories.items():
+        path = str(root / f"{name}.h5")
+        train_bank(BankJob(str(root / "task.npz"), (str(directory),), specs, path))
+        table = read_bank(path).table
+        heads.append(table.assign(path=path, inputs=pd.Series([(name,)] * len(table))))
+    board = rank_heads(pd.concat(heads, ignore_index=True), "accuracy", dict.fromkeys(taps, world.width), folds)
+    return board, task, directories

@@ -1,0 +1,67 @@
+"""`headrace advise RUN`: what would help most, measured on what the run has kept."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from headrace.pipelines.evidence.advice import Advice
+
+
+def advise_command(
+    run: Annotated[Path, typer.Argument(help="The directory of a finished run, headrace-runs/NAME.")],
+    workers: Annotated[int | None, typer.Option(help="Worker processes; default: one per core.", min=1)] = None,
+) -> None:
+    """Say what would help most: a head, training deeper, from scratch, or more images, with the evidence for it.
+
+    Trains small heads on subsets of the cached features, once; no image is read. Example: headrace advise
+    headrace-runs/recipe
+    """
+    from headrace.pipelines.evidence.advise_run import advise_run
+
+    console = Console()
+    show_advice(console, advise_run(run, console=console, workers=workers))
+
+
+def show_advice(console: Console, advice: "Advice") -> None:
+    """The advice, its reasons, and the numbers behind them."""
+    console.print(advice.sentence, style="bold", highlight=False)
+    for reason in advice.reasons:
+        console.print(f"- {reason}", highlight=False)
+    evidence = advice.evidence
+    if evidence is None:
+        return
+    console.print()
+    if evidence.curve:
+        table = Table(title="Learning curve", title_justify="left")
+        table.add_column("images", justify="right")
+        table.add_column("error", justify="right")
+        for images, error in zip(evidence.curve["images"], evidence.curve["error"], strict=True):
+            table.add_row(f"{images:,.0f}", f"{error * 100:.2f} %")
+        for times, gain in sorted(evidence.gain.items()):
+            last_images, last = evidence.curve["images"][-1], evidence.curve["error"][-1]
+            table.add_row(
+                f"{times * last_images:,.0f}",
+                f"{(last - gain.value) * 100:.2f} % ({(last - gain.high) * 100:.2f} to {(last - gain.low) * 100:.2f}), by the fit",
+                style="dim",
+            )
+        console.print(table)
+    if evidence.scores:
+        console.print(_scores_table(evidence.scores))
+
+
+def _scores_table(scores: tuple[dict[str, Any], ...]) -> Table:
+    table = Table(title=f"Feature sets, scored on {scores[0]['images']:,} images", title_justify="left")
+    table.add_column("features")
+    for column in ("width", "LogME", "H-score", "NCE", "neighbours", "Bayes error between"):
+        table.add_column(column, justify="right")
+    for each in scores:
+        bounds = "–" if each["bayes_low"] is None else f"{each['bayes_low']:.3f} and {each['bayes_high']:.3f}"
+        numbers = [
+            "–" if each[key] is None else f"{each[key]:.3f}" for key in ("logme", "h_score", "nce", "neighbours")
+        ]
+        table.add_row(each["name"], f"{each['width']:,}", *numbers, bounds)
+    return table

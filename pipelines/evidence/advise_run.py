@@ -1,0 +1,73 @@
+"""The advice for a run directory: what is missing is measured once and kept in it."""
+
+import contextlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from headrace.cache import HeadraceError, open_feature_set, publish_replace
+from headrace.extract import describe_backbone
+from headrace.heads import BankJob, train_bank
+from headrace.pipelines.cluster import local_client
+from headrace.pipelines.evidence.advice import Advice, advice_summary
+from headrace.pipelines.evidence.advise import advise_on
+from headrace.pipelines.evidence.run_directory import RunFiles, read_run_files
+from headrace.pipelines.prepare import backbone_spec
+from headrace.pipelines.progress import stage
+from headrace.pipelines.submit import run_tasks
+
+
+def advise_run(run: Path, *, console: Console | None = None, workers: int | None = None) -> Advice:
+    """The advice for a run directory, also written to evidence/advice.json in it. A second call trains nothing.
+
+    Raises NotARun; HeadraceError where features are missing.
+    """
+    files = read_run_files(run.absolute())
+
+    def train_all(jobs: Sequence[BankJob]) -> None:
+        if jobs:
+            _train(jobs, console or Console(quiet=True), workers)
+
+    advice = advise_on(
+        files.board,
+        files.task,
+        files.directories,
+        files.paths.evidence,
+        train_all,
+        groups=files.groups,
+        deeper=lambda names: _early_to_late(names, files),
+    )
+    files.paths.evidence.mkdir(parents=True, exist_ok=True)
+    publish_replace(files.paths.advice, json.dumps(advice_summary(advice), indent=2).encode())
+    return advice
+
+
+def _train(jobs: Sequence[BankJob], console: Console, workers: int | None) -> None:
+    with local_client(workers) as client, stage(console, "learning curve", len(jobs), "banks") as advance:
+        named = ((f"curve-{Path(job.result).parent.name}-{Path(job.result).stem}", job) for job in jobs)
+        for outcome in run_tasks(client, train_bank, named):
+            if outcome.error:
+                raise HeadraceError(f"a head of the learning curve failed: {outcome.error}. The others are kept")
+            advance(1)
+
+
+def _early_to_late(names: Sequence[str], files: RunFiles) -> list[str]:
+    """Feature sets of one network in running order; as they are where the network cannot be built here."""
+    specs = {name: open_feature_set(files.directories[name][0]).spec for name in names}
+    memo = files.paths.evidence / "running-order.json"
+    order: dict[str, list[str]] = {}
+    with contextlib.suppress(OSError, ValueError):
+        order = json.loads(memo.read_text())
+    network = specs[names[0]].backbone if names else ""
+    if network not in order:
+        for backbone in files.recipe.backbones:
+            spec = backbone_spec(backbone)
+            with contextlib.suppress(HeadraceError, OSError):
+                if spec.name == network:
+                    order[network] = [tap.node for tap in describe_backbone(spec, weights=False).taps]
+                    files.paths.evidence.mkdir(parents=True, exist_ok=True)
+                    publish_replace(memo, json.dumps(order).encode())
+    place = {node: number for number, node in enumerate(order.get(network, []))}
+    return sorted(names, key=lambda name: place.get(specs[name].tap, len(place)))

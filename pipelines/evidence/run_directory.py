@@ -1,0 +1,87 @@
+"""A finished run's directory, read for advice: its leaderboard, task and feature sets, without looking at an image."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import pydantic
+
+from headrace.cache import FeatureSpec, HeadraceError, feature_set_path
+from headrace.heads import Task, load_task, read_bank
+from headrace.pipelines.paths import RunPaths
+from headrace.pipelines.recipe import Recipe
+
+
+class NotARun(HeadraceError, ValueError):
+    """The folder is no finished run: says what is missing and how to make it."""
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """What advice needs of a finished run."""
+
+    paths: RunPaths
+    recipe: Recipe
+    board: pd.DataFrame  # best first; `inputs` are tuples of names
+    task: Task
+    groups: npt.NDArray[Any] | None
+    directories: Mapping[str, tuple[Path, ...]]  # of the feature sets, view by view, in the recipe's order
+
+
+def read_run_files(run: Path) -> RunFiles:
+    """Raises NotARun, saying what is missing."""
+    paths = RunPaths(run)
+    for file in (paths.recipe, paths.leaderboard):
+        if not file.is_file():
+            raise NotARun(
+                f"{run} is not a finished run: it has no {file.name}. Give the directory that `headrace run RECIPE` wrote "
+                "(headrace-runs/NAME)"
+            )
+    try:
+        recipe = Recipe.model_validate_json(paths.recipe.read_text())
+    except pydantic.ValidationError as error:
+        raise NotARun(
+            f"{paths.recipe} is of another version of headrace ({error.error_count()} keys): run again"
+        ) from None
+    board = pd.read_csv(paths.leaderboard, keep_default_na=False, na_values={"standard_error": [""]})
+    board["inputs"] = [tuple(text.split(" + ")) for text in board["inputs"]]
+    board["path"] = [str(_moved(Path(path), run)) for path in board["path"]]
+    first = read_bank(board["path"].iloc[0])
+    groups = paths.groups(first.task)
+    return RunFiles(
+        paths,
+        recipe,
+        board,
+        load_task(paths.task(first.task)),
+        np.load(groups, allow_pickle=False) if groups.exists() else None,
+        _feature_sets(board, recipe.cache),
+    )
+
+
+def _moved(path: Path, run: Path) -> Path:
+    """A results file of the leaderboard; of a run directory that was moved, where it is now."""
+    if path.exists():
+        return path
+    for place in range(len(path.parts)):
+        if (inside := run.joinpath(*path.parts[place + 1 :])).is_file():
+            return inside
+    return path
+
+
+def _feature_sets(board: pd.DataFrame, cache: Path) -> dict[str, tuple[Path, ...]]:
+    """By name, in the order of the widest head's inputs: those are in the recipe's order."""
+    found: dict[str, tuple[Path, ...]] = {}
+    rows = board.drop_duplicates("inputs")
+    for inputs, path in sorted(zip(rows["inputs"], rows["path"], strict=True), key=lambda each: -len(each[0])):
+        specs = [FeatureSpec.from_json(json.dumps(feature["spec"])) for feature in read_bank(path).features]
+        views = max(1, len(specs) // len(inputs))
+        for place, name in enumerate(inputs):
+            own: Sequence[FeatureSpec] = specs[place * views : (place + 1) * views]
+            if name not in found and own:
+                found[name] = tuple(feature_set_path(cache, spec) for spec in own)
+    return found

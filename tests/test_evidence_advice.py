@@ -1,0 +1,213 @@
+"""Advice is right where the answer is known, abstains where the evidence is thin, and its curves are curves."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from evidence_cases import World, live_in, store_taps, task_of
+
+from headrace.heads import BankJob, LogisticSpec, RidgeSpec, Task, save_task, train_bank
+from headrace.pipelines.evidence.advice import (
+    ClassEvidence,
+    Evidence,
+    PilotEvidence,
+    TapEvidence,
+    advice_summary,
+    decide,
+)
+from headrace.pipelines.evidence.advise import NothingToWeigh, advise_on
+from headrace.pipelines.evidence.curves import fit_power_law, gain_from_more, row_draws, subset
+from headrace.pipelines.evidence.estimate import Estimate
+from headrace.pipelines.evidence.taps import transfer_scores
+from headrace.pipelines.leaderboard import rank_heads
+
+# What would help is known from how each world is made: late taps show the classes (near) or lose them (far); few images
+# leave a linear head of many features far from its best, many do not; flipped labels cannot be learned by anything.
+WORLDS = [
+    ("few images, near", World(160, 3, (0.5, 1.5, 6.0)), "head"),
+    ("few images, near", World(240, 4, (1.0, 3.0, 5.0), width=32), "head"),
+    ("few images, far", World(220, 3, (2.2, 1.2, 0.5), width=96), "collect"),
+    ("few images, far", World(300, 5, (3.0, 2.0, 0.8), width=96), "collect"),
+    ("many images, near", World(2400, 3, (0.7, 1.4, 2.2)), "fine-tune"),
+    ("many images, near", World(3000, 5, (1.0, 2.0, 2.8), width=16), "fine-tune"),
+    ("many images, far", World(2400, 3, (2.2, 1.3, 0.6)), "scratch"),
+    ("many images, far", World(2800, 4, (2.6, 1.6, 0.8), width=16), "scratch"),
+    ("label noise at the Bayes error", World(1200, 3, (1.0, 3.0, 8.0), width=12, flipped=0.2), "head"),
+    ("label noise at the Bayes error", World(1000, 2, (1.0, 4.0, 8.0), width=12, flipped=0.3), "head"),
+    ("a starved class", World(800, 3, (1.0, 2.0, 4.0), width=48, starved=14), "collect one"),
+    ("a starved class", World(1200, 5, (1.0, 2.0, 3.0), width=64, starved=12), "collect one"),
+]
+
+
+def in_this_process(jobs):
+    for job in jobs:
+        train_bank(job)
+
+
+def asked(world, folder):
+    board, task, directories = live_in(world, folder)
+    return advise_on(board, task, directories, folder / "evidence", in_this_process)
+
+
+def test_the_advice_is_right_in_made_worlds(tmp_path):
+    """At least 11 of 12, with the tap, the class and the number of images that go with it."""
+    wrong = []
+    for number, (name, world, expected) in enumerate(WORLDS):
+        advice = asked(world, tmp_path / str(number))
+        given = "collect one" if advice.class_name else advice.action
+        if given != expected:
+            wrong.append(f"{name}: {advice.sentence} {' '.join(advice.reasons)}")
+            continue
+        if given == "fine-tune":
+            assert advice.tap == "block1.avg"  # the last tap is the best, so what lies above the one before it trains
+        if given == "collect one":
+            assert advice.class_name == f"class {world.classes - 1}"
+            assert advice.more.value >= world.starved / 2
+        json.dumps(advice_summary(advice))
+    assert len(wrong) <= 1, "\n".join(wrong)
+
+
+def test_a_second_call_trains_nothing_and_says_the_same(tmp_path):
+    """The curve's banks and the transfer scores are kept."""
+    board, task, directories = live_in(World(120, 2, (1.0, 3.0)), tmp_path)
+    trained = []
+
+    def counted(jobs):
+        trained.append(len(jobs))
+        in_this_process(jobs)
+
+    first, again = (advise_on(board, task, directories, tmp_path / "evidence", counted) for _ in range(2))
+    assert trained == [6 * 3, 0]
+    assert json.dumps(advice_summary(first)) == json.dumps(advice_summary(again))
+
+
+def test_too_few_images_are_told_so(tmp_path):
+    """No curve is drawn."""
+    advice = asked(World(40, 2, (1.0, 3.0)), tmp_path)
+    assert advice.action == "abstain"
+    assert "40 images" in " ".join(advice.reasons)
+
+
+@pytest.mark.parametrize("kind", ["regression", "multi"])
+def test_other_tasks_are_advised_on_by_their_curve(tmp_path, kind):
+    """A regression that needs more rows, labels that need none; nothing that only single labels have is claimed."""
+    rng = np.random.default_rng(0)
+    rows, width = (150, 60) if kind == "regression" else (200, 4)
+    X = rng.normal(size=(rows, width))
+    values = X @ rng.normal(size=(width, 2)) / np.sqrt(width)
+    target = values + rng.normal(0, 0.3, values.shape) if kind == "regression" else (values > 0).astype(np.uint8)
+    directories = store_taps(tmp_path / "cache", {"block0.avg": X})
+    single = task_of(rng.integers(0, 2, rows), folds=3)
+    task = Task(kind, ("a", "b"), single.ids, single.content, target, single.fold, single.weight)
+    save_task(task, tmp_path / "task.npz")
+    specs = (RidgeSpec(10.0),) if kind == "regression" else (LogisticSpec(1.0),)
+    path = str(tmp_path / "b.h5")
+    train_bank(BankJob(str(tmp_path / "task.npz"), (str(directories["block0.avg"][0]),), specs, path))
+    from headrace.heads import read_bank
+
+    table = read_bank(path).table
+    metric = "r2" if kind == "regression" else "average_precision"
+    heads = table.assign(path=path, inputs=pd.Series([("block0.avg",)] * len(table)))
+    board = rank_heads(heads, metric, {"block0.avg": width}, 3)
+    advice = advise_on(board, task, directories, tmp_path / "evidence", in_this_process)
+    assert advice.action == "collect" if kind == "regression" else advice.action in ("head", "abstain")
+    assert advice.evidence.surest is None
+    assert advice.evidence.per_class == ()
+    (scores,) = transfer_scores(task, directories, tmp_path / "evidence")
+    assert scores.logme is not None
+    assert (scores.h_score, scores.nce, scores.bayes_low) == (None, None, None)
+
+
+def test_no_whole_head_is_an_error_that_says_what_to_do(tmp_path):
+    """Not a traceback."""
+    board, task, directories = live_in(World(80, 2, (1.0,)), tmp_path)
+    with pytest.raises(NothingToWeigh, match="headrace run"):
+        advise_on(board.assign(failed=1), task, directories, tmp_path / "evidence", in_this_process)
+
+
+def sure(value, spread=0.0, draws=200):
+    return Estimate(value, value + spread * np.linspace(-1, 1, draws))
+
+
+def evidence(**changes):
+    """A flat curve on many images, near, with errors that are not noise: fine-tune above the tap before the last."""
+    taps = tuple(TapEvidence(f"t{k}", sure(e), sure(e - 0.1)) for k, e in enumerate((0.3, 0.2, 0.1)))
+    gain = {2: sure(0.001), 4: sure(0.002)}
+    return Evidence(**({"images": 2000, "classes": 2, "error": sure(0.1), "surest": sure(0.01), "gain": gain,
+                        "curve": {"images": [1], "error": [1]}, "taps": taps} | changes))  # fmt: skip
+
+
+def test_pilots_outweigh_guesses():
+    """One that is better is followed; one that was tried and is not better rules training deeper out."""
+    assert decide(evidence()).tap == "t1"
+    better = decide(evidence(pilots=(PilotEvidence("a pilot", "t0", False, sure(0.02, 0.01)),)))
+    assert (better.action, better.tap) == ("fine-tune", "t0")
+    assert decide(evidence(pilots=(PilotEvidence("scratch", None, True, sure(0.02, 0.01)),))).action == "scratch"
+    assert decide(evidence(pilots=(PilotEvidence("a pilot", "t0", False, sure(0.0, 0.02)),))).action == "head"
+
+
+def test_it_abstains_where_the_evidence_does_not_tell():
+    """An uncertain curve; an uncertain share of noise; unknown depth. Each with its reason."""
+    uncertain = decide(evidence(gain={2: sure(0.011, 0.02), 4: sure(0.02, 0.04)}))
+    assert uncertain.action == "abstain"
+    assert "resamples" in uncertain.reasons[-1]
+    noise = decide(evidence(surest=sure(0.065, 0.02)))
+    assert noise.action == "abstain"
+    assert "pilot" in noise.reasons[-1]
+    assert decide(evidence(taps=())).action == "abstain"
+
+
+def test_few_images_per_class_are_not_sent_into_deep_training():
+    """Whatever the room."""
+    assert decide(evidence(images=150)).action == "head"
+    far = tuple(TapEvidence(f"t{k}", sure(e), sure(e - 0.1)) for k, e in enumerate((0.1, 0.2, 0.3)))
+    assert decide(evidence(taps=far)).action == "scratch"
+    assert decide(evidence(taps=far, images=600)).action == "fine-tune"
+
+
+def test_a_class_that_is_only_hard_is_not_starved():
+    """It has as many images as the others."""
+    common = {"error": sure(0.5), "gap": sure(0.4), "gain": sure(0.1), "needed": sure(50)}
+    easy = ClassEvidence("easy", 1000, sure(0.05), sure(-0.4), sure(0.0), sure(0))
+    assert decide(evidence(per_class=(easy, easy, ClassEvidence("hard", 900, **common)))).action == "fine-tune"
+    starved = decide(evidence(per_class=(easy, easy, ClassEvidence("rare", 60, **common))))
+    assert (starved.action, starved.class_name) == ("collect", "rare")
+
+
+def test_the_power_law_is_found_and_extrapolated():
+    """Exactly without noise, within its interval with it; floors and scales are never negative."""
+    sizes = np.array([100, 160, 250, 400, 630, 1000.0])
+    law = fit_power_law(sizes, (0.05 + 2 * sizes**-0.5)[:, None])
+    assert law.at(4000)[0] == pytest.approx(0.05 + 2 * 4000**-0.5, abs=2e-3)
+    assert law.images_for(0.05 + 2 * 2000**-0.5)[0] == pytest.approx(2000, rel=0.1)
+    assert np.isinf(law.images_for(0.01)[0])
+    rng = np.random.default_rng(0)
+    noisy = (0.05 + 2 * sizes**-0.5)[:, None] + rng.normal(0, 0.004, (6, 301))
+    gain = gain_from_more(fit_power_law(sizes, noisy), 1000, 2)
+    assert gain.low < 2 * 1000**-0.5 - 2 * 2000**-0.5 < gain.high
+    rising = fit_power_law(sizes, np.linspace(0.1, 0.2, 6)[:, None])
+    assert rising.at(2000)[0] == pytest.approx(rising.at(1000)[0])
+    assert (fit_power_law(sizes, rng.normal(0, 0.1, (6, 50))).scale >= 0).all()
+
+
+def test_subsets_are_nested_stratified_and_apart_from_the_held_out_fold():
+    """Each smaller one lies in each larger one, and every class is in each."""
+    task = task_of(np.arange(200) % 10 // 9)  # one image in ten is of class 1
+    smaller, larger = (subset(task, 1, fraction, seed=0) for fraction in (0.1, 0.4))
+    trains = [set(each.ids[each.fold == -2].tolist()) for each in (smaller, larger)]
+    assert trains[0] < trains[1]
+    assert not trains[1] & set(task.ids[task.fold == 1].tolist())
+    assert (larger.ids[larger.fold == 0] == task.ids[task.fold == 1]).all()
+    assert np.bincount(smaller.target[smaller.fold == -2]).tolist() == [14, 2]
+    whole = subset(task, 1, 1.0, seed=0)
+    assert (whole.ids == task.ids).all()
+
+
+def test_draws_resample_folds_and_groups():
+    """Rows of one group are drawn together; the first weighting is that of the rows as they are."""
+    fold, groups = np.repeat([0, 1, 2], 20), np.repeat(np.arange(30), 2)
+    drawn = row_draws(fold, groups, 40)
+    assert (drawn[:, 0] == 1).all()
+    assert (drawn[::2] == drawn[1::2]).all()
+    assert (drawn[:20].sum(0) == 0).any()  # a fold that was not drawn
