@@ -285,3 +285,23 @@ def test_failed_heads_are_kept_until_asked_to_be_tried_again(tmp_path, monkeypat
     assert again.failed_heads == 0
     assert len(set(again.heads["path"]) - set(first.heads["path"])) == 1  # one new file; the others stay
     assert survey(recipe).plan.banks == ()
+
+
+@pytest.mark.slow
+def test_advice_for_a_finished_run(finished):
+    """From its directory alone; the second call trains nothing; a folder that is no run is told so."""
+    folder, result = finished
+    done = headrace("advise", result.paths.root, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "LogME" in done.stdout
+    said = json.loads(result.paths.advice.read_text())
+    assert said["action"] == "head"  # 45 images of two classes that are told apart without an error
+    assert [tap["name"] for tap in said["evidence"]["taps"]] == ["layer1.avg", "layer2.max", "layer4.avg"]
+    files = {path: path.stat().st_mtime_ns for path in result.paths.evidence.rglob("*.h5")}
+    assert len(files) in (6 * 3, 6 * 3 * 2)  # sizes, folds, and the winner when it is no linear head
+    said_first = [line for line in done.stdout.splitlines() if not line.startswith('{"stage"')]
+    assert headrace("advise", result.paths.root, cwd=folder).stdout.splitlines() == said_first
+    assert {path: path.stat().st_mtime_ns for path in result.paths.evidence.rglob("*.h5")} == files
+    refused = headrace("advise", folder / "photos", cwd=folder)
+    assert refused.returncode == 2
+    assert "not a finished run" in refused.stderr
