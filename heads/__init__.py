@@ -15,9 +15,8 @@ from headrace.heads.ensemble import (
 )
 from headrace.heads.estimators import CentroidHead, KNNHead, LogisticHead, MLPHead, RidgeHead
 from headrace.heads.features import load_rows
-from headrace.heads.folds import BadSplit, make_folds, split_test
-from headrace.heads.lookup import FeatureLookup
 from headrace.heads.folds import BadSplit, make_folds, split_test, strata
+from headrace.heads.lookup import FeatureLookup
 from headrace.heads.metrics import (
     DEFAULT_METRIC,
     METRICS,
