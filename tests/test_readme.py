@@ -1,5 +1,6 @@
 """The README does what it says: its commands, its recipe and its Python run as written, and its tree is the tree."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -116,3 +117,11 @@ def test_every_command_and_option_has_help():
 def test_every_example_recipe_is_valid(recipe):
     """Every key of every example is one that headrace knows."""
     load_recipe(recipe)
+
+
+def test_the_shell_completes_commands():
+    """What `headrace --install-completion` puts into the shell asks the program, and it answers."""
+    environment = os.environ | {"_HEADRACE_COMPLETE": "complete_bash", "COMP_WORDS": "headrace pre", "COMP_CWORD": "1"}
+    headrace = Path(sys.executable).with_name("headrace")
+    done = subprocess.run([headrace], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["predict"]

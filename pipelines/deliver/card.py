@@ -125,22 +125,28 @@ def _metrics(model: Model, run: RunPaths) -> str:
 
 def _test(model: Model, run: RunPaths) -> dict[str, Any] | None:
     """The recorded opening of the test split for this very model."""
-    heads = [member for member in model.members if isinstance(member, Member)]
-    if len(heads) < len(model.members):
-        return None
-    ours = [
-        (spec_to_json(member.head.spec), [feature.fingerprint for feature in member.head.features]) for member in heads
-    ]
+    ours = [_identity(member) for member in model.members]
     found = None
     try:
         for line in run.openings.read_text().splitlines():
             opening = json.loads(line)
             shown = opening["winner"].get("ensemble") or [opening["winner"]]
-            if [(each["spec"], each["features"]) for each in shown] == ours:
+            if [(json.loads(each["spec"]), each["features"]) for each in shown] == ours or (
+                len(shown) == 1
+                and isinstance(model.members[0], NetworkMember)
+                and [json.loads(shown[0]["spec"])] == ours
+            ):
                 found = opening["result"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return found
+
+
+def _identity(member: Member | NetworkMember) -> Any:
+    """As winner.py records it; a network's settings alone, for its features are not the cache's."""
+    if isinstance(member, NetworkMember):
+        return read_network(member.directory)[1]["spec"]
+    return json.loads(spec_to_json(member.head.spec)), [feature.fingerprint for feature in member.head.features]
 
 
 def _classes(model: Model) -> str:
