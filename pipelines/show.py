@@ -253,7 +253,7 @@ def show_files(console: Console, result: RunResult) -> None:
     )
     console.print("Files", style="italic")
     for what, path in rows:
-        console.print(f"  {what:<28} {path}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"  {what:<32} {path}", highlight=False, markup=False, soft_wrap=True)
 
 
 def number_text(value: float, metric: str) -> str:
