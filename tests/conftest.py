@@ -7,3 +7,16 @@ import pytest
 def own_state_directory(tmp_path_factory, monkeypatch):
     """What a test remembers about this machine (verified shards) stays its own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("state")))
+
+
+@pytest.fixture(scope="session")
+def hostile_run(tmp_path_factory):
+    """A folder with a finished run (runs/single) whose data are out to break a page; nobody changes the run."""
+    from report_cases import finished_run, make_data
+
+    folder = tmp_path_factory.mktemp("hostile")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder / "state"))
+        make_data(folder)
+        finished_run(folder)
+    return folder

@@ -1,11 +1,14 @@
 """What a page is made of, as plain values: sections of tables, figures, pictures and remarks. Nothing here is HTML."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import pandas as pd
 
+# What neither XML nor a reader can do with: control characters, lone surrogates, and marks that turn the order of text.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ufffe\uffff\ud800-\udfff]")
 # How a number is written: `page.py` and `report.js` know these, and write them alike.
 Format = Literal["text", "count", "share", "number", "seconds", "bytes", "yes"]
 
@@ -118,3 +121,8 @@ def tables_of(sections: tuple[Section, ...]) -> Mapping[str, Table]:
             if isinstance(table, Table):
                 found[table.name] = table
     return found
+
+
+def plain(text: object) -> str:
+    """Text without what cannot be shown: control characters become the sign for that."""
+    return _UNPRINTABLE.sub("\ufffd", str(text))

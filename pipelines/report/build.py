@@ -15,6 +15,7 @@ from headrace.pipelines.leaderboard import inputs_text
 from headrace.pipelines.report.blocks import Headline, Section, Table, tables_of
 from headrace.pipelines.report.cost import cost, seconds_text
 from headrace.pipelines.report.data import data
+from headrace.pipelines.report.evidence import advice, choice, ensemble, expected_text
 from headrace.pipelines.report.leaders import leaderboard, metric_title, taps
 from headrace.pipelines.report.leakage import leakage
 from headrace.pipelines.report.outcome import predictions, test_split
@@ -60,9 +61,12 @@ def make_sections(run: FinishedRun, thumbnails: Thumbnails, watts: float | None)
         taps(run),
         predictions(run),
         test_split(run),
+        choice(run),
         suspects(run, thumbnails),
         leakage(run, thumbnails),
         data(run),
+        ensemble(run),
+        advice(run),
         cost(run, watts),
         provenance(run),
     )
@@ -83,6 +87,8 @@ def headline(run: FinishedRun) -> Headline:
             f"± {number_text(winner['standard_error'], metric)} over {winner['folds']} folds; it was chosen by this",
         ),
     ]
+    if (expected := expected_text(run)) is not None:
+        values.append(("expected on new images", *expected))
     if run.answer is None:
         values.append((f"test {metric_title(metric)}", "–", "no test split was opened"))
     else:

@@ -16,6 +16,8 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from headrace.pipelines.report.blocks import plain
+
 WIDTH = 360  # CSS pixels
 # Colours that stand in the drawing for the page's variables. Series are Okabe and Ito's, which colour-blind people tell
 # apart; kinds differ by their mark as well.
@@ -210,7 +212,7 @@ def _svg(figure: Figure) -> str:
             transparent=True,
             metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
         )
-    text = stored.getvalue()
+    text = plain(stored.getvalue())
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
     text = re.sub(

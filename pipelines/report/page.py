@@ -18,7 +18,7 @@ import numpy as np
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from headrace.pipelines.report.blocks import Column, Format, Headline, Note, Section, Table
+from headrace.pipelines.report.blocks import Column, Format, Headline, Note, Section, Table, plain
 from headrace.pipelines.show import bytes_text
 
 # A table of at most so many columns stands beside another on a wide screen.
@@ -26,8 +26,6 @@ _NARROW = 7
 # A page with more rows than this in one table would be slow to open; all of them are in the files of `--tables`.
 MAX_ROWS = 20_000
 _NONE = "–"
-# What neither XML nor a reader can do with: control characters, lone surrogates, and marks that turn the order of text.
-_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ufffe\uffff\ud800-\udfff]")
 
 
 def render(title: str, made: str, headline: Headline, sections: Sequence[Section]) -> str:
@@ -55,11 +53,6 @@ def render(title: str, made: str, headline: Headline, sections: Sequence[Section
         safe=Markup,
         kind=lambda block: type(block).__name__,
     )
-
-
-def plain(text: object) -> str:
-    """Text without what cannot be shown: control characters become the sign for that."""
-    return _UNPRINTABLE.sub("\ufffd", str(text))
 
 
 def _finalize(value: Any) -> Any:
