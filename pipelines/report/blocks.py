@@ -36,6 +36,7 @@ class Table:
     search: bool = False
     sortable: bool = True
     page: int = 10  # rows shown at a time, where the table is sortable
+    wide: bool = False  # never beside another, however few columns it has
     shade: str | None = None  # "rows": cells are shaded by their share of the row's sum (a confusion matrix)
     # Which class a row has, by its position in the frame: "marked" is drawn with an edge.
     marked: frozenset[int] = frozenset()

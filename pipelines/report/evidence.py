@@ -170,7 +170,7 @@ def _ensemble(run: FinishedRun, found: Found) -> list[Block]:
             )
         ),
         Note(answer, "good" if nested["chosen"] else "note"),
-        Table("ensemble", "Its heads", columns, frame, sortable=False),
+        Table("ensemble", "Its heads", columns, frame, sortable=False, wide=True),
     ]
 
 

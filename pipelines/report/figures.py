@@ -35,7 +35,7 @@ _STYLE: dict[Any, Any] = {
     "svg.hashsalt": "headrace",  # the same data give the same bytes
     "text.parse_math": False,  # a class called "$x" is no formula
     "font.family": "DejaVu Sans",
-    "font.size": 9,
+    "font.size": 10,
     "axes.edgecolor": _RULE,
     "axes.labelcolor": _MUTED,
     "axes.spines.top": False,
@@ -50,7 +50,7 @@ _STYLE: dict[Any, Any] = {
     "xtick.labelcolor": _MUTED,
     "ytick.labelcolor": _INK,
     "legend.frameon": False,
-    "legend.fontsize": 8,
+    "legend.fontsize": 9,
 }
 
 

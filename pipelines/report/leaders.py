@@ -31,15 +31,15 @@ def leaderboard(run: FinishedRun) -> Section:
     better = "higher" if METRICS[metric].higher_is_better else "lower"
     columns = (
         Column("rank", "rank", "count"),
-        Column("inputs", "inputs"),
-        Column("kind", "kind"),
-        Column("settings", "settings"),
         Column(metric, metric_title(metric), metric_format(metric), f"mean over validation folds; {better} is better"),
         Column("standard_error", "± s.e.", metric_format(metric), "standard error of that mean over the folds"),
+        Column("kind", "kind"),
+        Column("inputs", "inputs"),
+        Column("settings", "settings"),
         *(Column(name, metric_title(name), metric_format(name), "mean over validation folds") for name in others),
         Column("features", "features", "count", "numbers that the head reads per image"),
         Column("train_seconds", "seconds", "seconds", "training, all folds together"),
-        Column("failed", "failed folds", "count"),
+        *((Column("failed", "failed folds", "count"),) if frame["failed"].any() else ()),
     )
     table = Table(
         "leaderboard",

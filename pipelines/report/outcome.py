@@ -128,7 +128,12 @@ def _openings(run: FinishedRun) -> Table | None:
         Column("images", "images", "count"),
     )
     return Table(
-        "test-openings", "Every opening of the test split, oldest first", columns, pd.DataFrame(rows), sortable=False
+        "test-openings",
+        "Every opening of the test split, oldest first",
+        columns,
+        pd.DataFrame(rows),
+        sortable=False,
+        wide=True,
     )
 
 

@@ -70,7 +70,7 @@ class _TableView:
         self.rows = len(self.values[0]) if self.values else 0
         self.interactive = table.sortable and self.rows > 1
         self.paged = self.interactive and self.rows > table.page
-        self.narrow = len(self.columns) <= _NARROW and not (table.search or table.filters)
+        self.narrow = len(self.columns) <= _NARROW and not (table.wide or table.search or table.filters)
         # Small tables are sorted too, but need no filter and no pages.
         self.tools = self.paged or (self.rows > 8 and bool(table.filters or table.search or table.switch))
 

@@ -48,7 +48,9 @@ def _machines(run: FinishedRun) -> list[Block]:
         Column("machine", "machine"),
         Column("used", "used"),
     )
-    return [Table("versions", "Versions and machines of the calls", columns, pd.DataFrame(rows), sortable=False)]
+    return [
+        Table("versions", "Versions and machines of the calls", columns, pd.DataFrame(rows), sortable=False, wide=True)
+    ]
 
 
 def _features(run: FinishedRun) -> list[Block]:

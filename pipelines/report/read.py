@@ -72,7 +72,8 @@ class FinishedRun:
     def feature_sets(self) -> Mapping[str, tuple[FeatureSpec, ...]]:
         """The feature sets of the run, view by view, by the names that the leaderboard gives them."""
         found: dict[str, tuple[FeatureSpec, ...]] = {}
-        for inputs, path in self.heads.drop_duplicates("inputs")[["inputs", "path"]].itertuples(index=False):
+        heads = self.heads[self.heads["kind"] != "finetune"]  # networks read images
+        for inputs, path in heads.drop_duplicates("inputs")[["inputs", "path"]].itertuples(index=False):
             specs = [FeatureSpec.from_json(json.dumps(feature["spec"])) for feature in self.open_bank(path).features]
             names = inputs.split(" + ")
             views = max(1, len(specs) // len(names))
@@ -147,7 +148,8 @@ class FinishedRun:
         if opening["winner"]["test"] != test.digest:
             return "the test images have changed since the winner was shown them"
         try:
-            features = [view for name in opening["winner"]["inputs"] for view in self.features(name)]
+            network = self.winner["kind"] == "finetune"  # reads the images, no features
+            features = [] if network else [view for name in opening["winner"]["inputs"] for view in self.features(name)]
             winner = self.winner.copy()
             winner["path"] = str(self.bank.path)
             return test, *predict_test(winner, features, test)
@@ -207,5 +209,5 @@ def _find(run: Path) -> RunPaths:
 
 
 def _moved(path: Path, paths: RunPaths) -> Path:
-    here = paths.banks / path.name
+    here = (paths.thaw if path.parent.name == paths.thaw.name else paths.banks) / path.name
     return here if here.exists() else path

@@ -88,7 +88,7 @@
         const line = make("tr", { className: marked.has(row) ? "marked" : "" });
         for (const column of columns) {
           const text = say(column.values[row], column.format), right = !["text", "yes"].includes(column.format);
-          line.append(make("td", { className: right ? "number" : "" }, column.format === "text" ? make("bdi", {}, text) : text));
+          line.append(make("td", { className: right ? "number" : text.length <= 44 ? "short" : "" }, column.format === "text" ? make("bdi", {}, text) : text));
         }
         return line;
       }));
