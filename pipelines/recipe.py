@@ -276,6 +276,17 @@ class ThawSection(_Model):
     budget_minutes: Positive | None = None  # of training, over all workers side by side; default: no limit
 
 
+class ScreenSection(_Model):
+    """Successive halving of the inputs: all start on few images, the promising ones go on, and only they get all heads."""
+
+    images: Annotated[tuple[Share, ...], pydantic.Field(min_length=1)] = (
+        0.1,
+        0.3,
+    )  # of the training images, round by round
+    keep: Share = 0.5  # of the inputs, after each round
+    least: pydantic.PositiveInt = 2  # inputs that stay whatever their rank
+
+
 class Compute(_Model):
     """How the work is done. Nothing here changes a result beyond floating-point tolerance."""
 
@@ -352,6 +363,7 @@ class Recipe(_Model):
     heads: Heads = Heads(logistic=LogisticGrid(), mlp=MLPGrid())
     thaw: ThawSection | None = None  # `thaw: {}` takes the defaults
     imported: tuple[str, ...] = ()  # features of other programs, under the names that `headrace cache import` gave them
+    screen: ScreenSection | None = None  # `screen: {}` takes the defaults; default: every input gets every head
     ensemble: EnsembleSection | None = None  # `ensemble: {}` takes the defaults
     storage: Storage = Storage()
     cache: Path = Path("headrace-cache")

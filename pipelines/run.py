@@ -4,7 +4,7 @@ import datetime
 import io
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -18,19 +18,21 @@ from rich.console import Console
 
 from headrace.cache import FeatureSet, lease, open_feature_set, publish_replace
 from headrace.extract import write_listing
-from headrace.heads import save_task
+from headrace.heads import BankJob, save_task
 from headrace.pipelines.cluster import Role, open_client
 from headrace.pipelines.environment import environment, note_environment
 from headrace.pipelines.evidence.ensemble import Ensemble, build_ensemble
 from headrace.pipelines.evidence.ensemble_store import save_ensemble, show_test
 from headrace.pipelines.evidence.predictions import held_out, whole_heads
+from headrace.pipelines.evidence.screen import screen_inputs, screened_plan
 from headrace.pipelines.evidence.selection import Selection, assess_selection
+from headrace.pipelines.evidence.train import train_banks
 from headrace.pipelines.extraction import extract_missing
 from headrace.pipelines.leaderboard import collect_heads, rank_heads
 from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.plan import Plan, check_space, fingerprints_of
 from headrace.pipelines.prepare import Survey, find_device, listing, run_paths, survey
-from headrace.pipelines.recipe import EnsembleSection, Recipe
+from headrace.pipelines.recipe import EnsembleSection, Recipe, ScreenSection
 from headrace.pipelines.submit import RunIncomplete, TaskOptions
 from headrace.pipelines.task_log import TaskLog, task_log
 from headrace.pipelines.thaw.stage import Thawed, ThawInputs, pending, thaw
@@ -118,6 +120,17 @@ def run_recipe(
                     f"{found.paths.failed_images}. Mend or remove them, or run without --strict"
                 )
             done(_extracted(plan))
+        if recipe.screen is not None:
+            with _timed(stages, "screen") as done:
+
+                def train_all(jobs: Sequence[BankJob]) -> None:
+                    nonlocal client
+                    if jobs:
+                        client = client or stack.enter_context(opened("train"))
+                        train_banks(jobs, client, console, "screen")
+
+                found, said = screen(found, recipe.screen, train_all)
+                done(said)
         with _timed(stages, "train heads") as done:
             if found.plan.banks:
                 client = client or stack.enter_context(opened("train"))
@@ -182,6 +195,15 @@ def _trained_heads(found: Survey) -> tuple[pd.DataFrame, str, dict[str, int], in
     plan, task = found.plan, found.dataset.train
     heads = collect_heads(found.paths.banks, plan.wanted, fingerprints_of(plan.features), task.digest)
     return heads, found.metric, {feature.name: prod(feature.shape) for feature in plan.features}, task.n_folds
+
+
+def screen(found: Survey, section: ScreenSection, train_all: Callable[[Sequence[BankJob]], None]) -> tuple[Survey, str]:
+    """The survey with the heads on promising inputs only, and which those are."""
+    wanted = list(dict.fromkeys(each.inputs for each in found.plan.wanted))
+    folder = found.paths.evidence / "screen"
+    kept = screen_inputs(wanted, found.dataset.train, found.directories, section, folder, train_all).kept
+    said = f"{len(kept):,} of {len(wanted):,} inputs go on: {'; '.join(' + '.join(inputs) for inputs in kept)}"
+    return replace(found, plan=screened_plan(found.plan, kept)), said
 
 
 def conclude(found: Survey, ensemble_section: EnsembleSection | None = None, thawed: Thawed | None = None) -> RunResult:

@@ -19,8 +19,10 @@ from headrace.pipelines.evidence.advice import (
 from headrace.pipelines.evidence.advise import NothingToWeigh, advise_on
 from headrace.pipelines.evidence.curves import fit_power_law, gain_from_more, row_draws, subset
 from headrace.pipelines.evidence.estimate import Estimate
+from headrace.pipelines.evidence.screen import screen_inputs
 from headrace.pipelines.evidence.taps import transfer_scores
 from headrace.pipelines.leaderboard import rank_heads
+from headrace.pipelines.recipe import ScreenSection
 
 # What would help is known from how each world is made: late taps show the classes (near) or lose them (far); few images
 # leave a linear head of many features far from its best, many do not; flipped labels cannot be learned by anything.
@@ -211,3 +213,26 @@ def test_draws_resample_folds_and_groups():
     assert (drawn[:, 0] == 1).all()
     assert (drawn[::2] == drawn[1::2]).all()
     assert (drawn[:20].sum(0) == 0).any()  # a fold that was not drawn
+
+
+def test_screening_keeps_what_is_promising(tmp_path):
+    """The best tap of six survives two rounds, each on half as many inputs; a second call trains nothing; maps stay."""
+    world = World(600, 3, (0.4, 0.8, 1.2, 3.0, 0.6, 0.2))
+    _, task, directories = live_in(world, tmp_path)
+    directories = {**directories, "m.map": ()}
+    wanted = [(name,) for name in directories]
+    trained = []
+
+    def counted(jobs):
+        trained.append(len(jobs))
+        in_this_process(jobs)
+
+    section = ScreenSection(images=(0.2, 0.5), keep=0.5, least=1)
+    first, again = (screen_inputs(wanted, task, directories, section, tmp_path / "s", counted) for _ in range(2))
+    assert first == again
+    assert first.kept[-1] == ("m.map",)
+    assert ("block3.avg",) in first.kept
+    assert [len(errors) for _, errors in first.rounds] == [6, 3]
+    assert len(first.kept) == 2 + 1
+    assert sum(trained[: len(trained) // 2]) == (6 + 3) * 3
+    assert sum(trained[len(trained) // 2 :]) == 0

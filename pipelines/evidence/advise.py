@@ -112,13 +112,15 @@ def advise_on(
 def curve_specs(task: Task, winner: pd.Series) -> list[HeadSpec]:
     """The heads of the learning curve: linear ones of several strengths, and the winner's own."""
     own = spec_from_json(winner["spec"])
-    weight: ClassWeight = getattr(own, "class_weight", "none")
-    linear: list[HeadSpec] = (
-        [RidgeSpec(alpha) for alpha in ALPHAS]
-        if task.kind == "regression"
-        else [LogisticSpec(strength, weight) for strength in STRENGTHS]
-    )
+    linear = linear_specs(task, getattr(own, "class_weight", "none"))
     return list(dict.fromkeys([*linear, *([own] if own.kind in _CURVED else [])]))
+
+
+def linear_specs(task: Task, class_weight: ClassWeight = "none") -> list[HeadSpec]:
+    """Linear heads from strong to weak regularisation."""
+    if task.kind == "regression":
+        return [RidgeSpec(alpha) for alpha in ALPHAS]
+    return [LogisticSpec(strength, class_weight) for strength in STRENGTHS]
 
 
 def class_evidence(

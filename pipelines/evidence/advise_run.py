@@ -9,14 +9,13 @@ from rich.console import Console
 
 from headrace.cache import HeadraceError, open_feature_set, publish_replace
 from headrace.extract import describe_backbone
-from headrace.heads import BankJob, train_bank
+from headrace.heads import BankJob
 from headrace.pipelines.cluster import local_client
 from headrace.pipelines.evidence.advice import Advice, advice_summary
 from headrace.pipelines.evidence.advise import advise_on
 from headrace.pipelines.evidence.run_directory import RunFiles, read_run_files
+from headrace.pipelines.evidence.train import train_banks
 from headrace.pipelines.prepare import backbone_spec
-from headrace.pipelines.progress import stage
-from headrace.pipelines.submit import run_tasks
 
 
 def advise_run(run: Path, *, console: Console | None = None, workers: int | None = None) -> Advice:
@@ -28,7 +27,8 @@ def advise_run(run: Path, *, console: Console | None = None, workers: int | None
 
     def train_all(jobs: Sequence[BankJob]) -> None:
         if jobs:
-            _train(jobs, console or Console(quiet=True), workers)
+            with local_client(workers) as client:
+                train_banks(jobs, client, console or Console(quiet=True), "learning curve")
 
     advice = advise_on(
         files.board,
@@ -42,15 +42,6 @@ def advise_run(run: Path, *, console: Console | None = None, workers: int | None
     files.paths.evidence.mkdir(parents=True, exist_ok=True)
     publish_replace(files.paths.advice, json.dumps(advice_summary(advice), indent=2).encode())
     return advice
-
-
-def _train(jobs: Sequence[BankJob], console: Console, workers: int | None) -> None:
-    with local_client(workers) as client, stage(console, "learning curve", len(jobs), "banks") as advance:
-        named = ((f"curve-{Path(job.result).parent.name}-{Path(job.result).stem}", job) for job in jobs)
-        for outcome in run_tasks(client, train_bank, named):
-            if outcome.error:
-                raise HeadraceError(f"a head of the learning curve failed: {outcome.error}. The others are kept")
-            advance(1)
 
 
 def _early_to_late(names: Sequence[str], files: RunFiles) -> list[str]:

@@ -1,0 +1,70 @@
+"""Successive halving across feature sets and sizes of training data: all inputs start on few images, the promising go on.
+
+Jamieson and Talwalkar 2016, with the share of the images as the resource. Which inputs stay depends on validation folds of
+the training rows alone, as everything that chooses does.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import ceil
+from pathlib import Path
+
+from headrace.heads import BankJob, Task
+from headrace.pipelines.evidence.advise import linear_specs
+from headrace.pipelines.evidence.curves import learning_curve
+from headrace.pipelines.plan import Plan
+from headrace.pipelines.recipe import ScreenSection
+
+Inputs = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Screening:
+    """Which inputs went on, and what each round said."""
+
+    kept: tuple[Inputs, ...]
+    rounds: tuple[tuple[float, Mapping[Inputs, float]], ...]  # share of the images, error of each input that took part
+
+
+def screen_inputs(
+    wanted: Sequence[Inputs],
+    task: Task,
+    directories: Mapping[str, Sequence[Path]],
+    section: ScreenSection,
+    folder: Path,
+    train_all: Callable[[Sequence[BankJob]], None],
+) -> Screening:
+    """Linear heads on a share of the images for each input; the best share of the inputs goes on to the next round.
+
+    Inputs with a map are not screened: they stay. Results are kept in `folder`; a second call trains nothing.
+    """
+    alive = [inputs for inputs in dict.fromkeys(wanted) if not any(name.endswith(".map") for name in inputs)]
+    maps = [inputs for inputs in dict.fromkeys(wanted) if inputs not in alive]
+    rounds = []
+    for fraction in section.images:
+        if len(alive) <= section.least:
+            break
+        errors = {}
+        for inputs in alive:
+            features = [path for name in inputs for path in directories[name]]
+            curve = learning_curve(task, features, linear_specs(task), folder, train_all, fractions=(fraction,))
+            errors[inputs] = float(curve.errors[0])
+        rounds.append((fraction, errors))
+        # A tie goes to the narrower input, then to the recipe's order.
+        ranked = sorted(alive, key=lambda inputs: (errors[inputs], len(inputs)))
+        most = max(section.least, ceil(section.keep * len(alive)))
+        alive = [inputs for inputs in alive if inputs in ranked[:most]]
+    return Screening((*alive, *maps), tuple(rounds))
+
+
+def screened_plan(plan: Plan, kept: Sequence[Inputs]) -> Plan:
+    """The plan with the heads on these inputs only."""
+    wanted = tuple(each for each in plan.wanted if each.inputs in kept)
+    banks = tuple(bank for bank in plan.banks if bank.inputs in kept)
+    return replace(
+        plan,
+        wanted=wanted,
+        banks=banks,
+        heads_total=plan.folds * sum(len(each.specs) for each in wanted),
+        heads_new=plan.folds * sum(len(bank.specs) for bank in banks),
+    )
