@@ -21,6 +21,7 @@ import numpy.typing as npt
 from headrace.heads.loss import sigmoid, softmax
 
 Array = npt.NDArray[Any]
+CLASSES_WORTH_EIGENVECTORS = 1024  # beyond, they cost more than the iterations that they save
 INTERCEPT_FLOOR = 1e-4  # of the rows' mass
 SAMPLED_ROWS, SAMPLED_ROWS_PER_CLASS = 1024, 40
 
@@ -59,11 +60,7 @@ def frame(u: Array, values: Array, squares: Array, weight: Array, mu: float) -> 
         curvature = weight * p * (1 - p)
     else:
         p = softmax(decision)
-        spread = np.diag((p * weight).sum(axis=1)) - (p * weight) @ p.T
-        basis = np.linalg.eigh(spread.astype(np.float64))[1][:, 1:].astype(u.dtype)
-        # The dropped eigenvector is 1/sqrt(C) up to rounding and up to other classes without mass: make that exact.
-        basis -= basis.mean(axis=0)
-        basis = np.linalg.qr(basis)[0]
+        basis = _class_basis(p, weight)
         curvature = weight * np.maximum((basis**2).T @ p - (basis.T @ p) ** 2, 0)
     h = curvature @ squares
     # The intercept is not penalised, but a class that is certain has no curvature there either: a little keeps steps
@@ -72,3 +69,19 @@ def frame(u: Array, values: Array, squares: Array, weight: Array, mu: float) -> 
     floor = np.full(h.shape[1], mu, u.dtype)
     floor[-1] = min(mu, INTERCEPT_FLOOR * float(weight.sum()))
     return Frame(basis, np.sqrt(h + floor))
+
+
+def _class_basis(p: Array, weight: Array) -> Array:
+    """E (C, C - 1) of probabilities p (C, n) and weights (n,), without the direction of all classes alike."""
+    classes = len(p)
+    if classes > CLASSES_WORTH_EIGENVECTORS:
+        # The reflection that takes the first axis to that direction: its other columns are orthogonal to it.
+        v = np.full(classes, -1 / np.sqrt(classes))
+        v[0] += 1
+        reflection = np.eye(classes) - np.outer(v, v) * (2 / (v @ v))
+        return np.asarray(reflection[:, 1:].astype(p.dtype))
+    spread = np.diag((p * weight).sum(axis=1)) - (p * weight) @ p.T
+    basis = np.linalg.eigh(spread.astype(np.float64))[1][:, 1:].astype(p.dtype)
+    # The dropped eigenvector is 1/sqrt(C) up to rounding and up to other classes without mass: make that exact.
+    basis -= basis.mean(axis=0)
+    return np.asarray(np.linalg.qr(basis)[0])
