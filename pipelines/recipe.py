@@ -354,6 +354,15 @@ class Storage(_Model):
     budget_gb: Positive | None = None  # what new features may take; default: what the disk has, less a reserve
 
 
+class LogSection(_Model):
+    """Programs that are told of the finished run too. Nothing is read from them."""
+
+    mlflow: str | None = None  # a folder (a SQLite file is made in it), or a tracking URI: http://server:5000
+    tensorboard: Path | None = None  # a folder for its event files
+    experiment: str = "headrace"
+    settings: Annotated[int, pydantic.Field(ge=0, le=1000)] = 20  # the best settings, each as a run of its own
+
+
 class Recipe(_Model):
     """A run. Relative paths start from the recipe's own folder."""
 
@@ -370,6 +379,7 @@ class Recipe(_Model):
     out: Path | None = None  # default: headrace-runs/<name of the recipe>
     compute: Compute = Compute()
     cluster: ClusterSection = ClusterSection()
+    log: LogSection | None = None
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -493,8 +503,17 @@ def _absolute(recipe: Recipe, path: Path) -> Recipe:
             "cache": resolve(recipe.cache),
             "out": out,
             "cluster": cluster,
+            "log": _absolute_log(recipe.log, base),
         }
     )
+
+
+def _absolute_log(log: LogSection | None, base: Path) -> LogSection | None:
+    if log is None:
+        return None
+    mlflow = log.mlflow if log.mlflow is None or "://" in log.mlflow else str(base / Path(log.mlflow).expanduser())
+    board = None if log.tensorboard is None else base / log.tensorboard.expanduser()
+    return log.model_copy(update={"mlflow": mlflow, "tensorboard": board})
 
 
 def _weights_file(weights: str | None, base: Path) -> str | None:

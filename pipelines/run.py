@@ -29,6 +29,7 @@ from headrace.pipelines.evidence.selection import Selection, assess_selection
 from headrace.pipelines.evidence.train import train_banks
 from headrace.pipelines.extraction import extract_missing
 from headrace.pipelines.leaderboard import collect_heads, rank_heads
+from headrace.pipelines.logs import log_run, require_log
 from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.plan import Plan, check_space, fingerprints_of
 from headrace.pipelines.prepare import Survey, find_device, listing, run_paths, survey
@@ -86,6 +87,8 @@ def run_recipe(
     Interrupted at any moment, the next call goes on where it was: finished units and banks are on disk.
     Raises HeadraceError for what the user can mend; finished work stays.
     """
+    if recipe.log is not None:
+        require_log(recipe.log)
     console = console or Console()
     stages: list[StageRecord] = []
     paths = run_paths(recipe)
@@ -147,6 +150,10 @@ def run_recipe(
     with _timed(stages, "rank and test") as done, lease(paths.root / "conclude.lock"):
         result = conclude(found, recipe.ensemble, thawed)
         done(f"{len(result.board):,} settings ranked")
+    if recipe.log is not None:
+        with _timed(stages, "log") as done:
+            # mypy reads this file as `pipelines.…` and the import as `headrace.pipelines.…`
+            done(log_run(recipe.log, result))  # type: ignore[arg-type]
     _record_stages(found.paths.stages, stages)
     device = plan.units[0].device if plan.units else "cpu"
     note_environment(found.paths.environments, environment(workers, device))
