@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -10,9 +11,11 @@ import pytest
 from report_cases import COPIES, FLIPPED, HOSTILE, finished_run
 from run_cases import headrace
 
+from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.report import read_run, write_report
 from headrace.pipelines.report.blocks import Column, Headline, Section, Table, plain
 from headrace.pipelines.report.duplicates import like_pairs, standardised
+from headrace.pipelines.report.evidence import advice, choice, ensemble, expected_text
 from headrace.pipelines.report.label_errors import confident_classes, likely_errors_by_label, likely_label_errors
 from headrace.pipelines.report.page import cell, render
 
@@ -176,6 +179,35 @@ def test_what_is_no_run_is_said(folder, tmp_path):
     assert done.returncode == 2
     assert "has not come to its end" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_what_was_not_measured_names_the_command_that_does(tmp_path):
+    """An absent file is a line with the command; one of another version, or damaged, is a line too; never an error."""
+    run = SimpleNamespace(paths=RunPaths(tmp_path), metric="accuracy", feature_sets={"a.avg": ()})
+    assert "headrace run" in choice(run).blocks[0].text
+    assert "ensemble:" in ensemble(run).blocks[0].text
+    assert "headrace advise" in advice(run).blocks[0].text
+    assert expected_text(run) is None
+    run.paths.evidence.mkdir()
+    run.paths.advice.write_text('{"half": ')
+    assert "headrace advise" in advice(run).blocks[0].text
+    run.paths.advice.write_text('{"other": 1}')
+    assert "another version" in advice(run).blocks[0].text
+
+
+def test_the_advice_is_shown_with_its_curve(tmp_path):
+    """The sentence, its reasons, and the learning curve: measured sizes, then two and four times as many images."""
+    run = SimpleNamespace(paths=RunPaths(tmp_path), metric="accuracy", feature_sets={"a.avg": ()})
+    run.paths.evidence.mkdir()
+    gain = {"2": {"value": 0.02, "low": 0.01, "high": 0.03}, "4": {"value": 0.03, "low": 0.01, "high": 0.05}}
+    curve = {"images": [100.0, 200.0], "error": [0.2, 0.15]}
+    evidence = {"curve": curve, "gain": gain, "scores": [{"name": "a.avg", "logme": -0.4}]}
+    run.paths.advice.write_text(json.dumps({"sentence": "Collect.", "reasons": ["So."], "evidence": evidence}))
+    first, reason, figure, scores = advice(run).blocks
+    assert (first.text, reason.text) == ("Collect.", "So.")
+    assert figure.table.frame["images"].tolist() == [100, 200, 400, 800]
+    assert figure.table.frame["error"].tolist() == pytest.approx([0.2, 0.15, 0.13, 0.12])
+    assert scores.frame["logme"].tolist() == [-0.4]
 
 
 def test_confident_learning_by_hand():
