@@ -18,6 +18,9 @@ assert importlib.resources.files("headrace.cache").joinpath("FORMAT.md").is_file
     "the format's page is not in the wheel"
 )
 
+for asset in ("page.html.j2", "report.css", "report.js"):
+    assert importlib.resources.files("headrace.pipelines.report").joinpath(asset).is_file(), f"the wheel lost {asset}"
+
 from headrace.heads import LogisticHead  # noqa: E402
 
 X = np.random.default_rng(0).normal(size=(60, 4))
