@@ -194,7 +194,7 @@ def ensemble_sentences(result: RunResult) -> list[str]:
     )
     verdict = "it is the answer" if found.chosen else "not better beyond doubt: the winner stays the answer"
     return [
-        f"Ensemble of {len(found.members)} heads, {len(found.networks)} network(s): {found.metric} {value} "
+        f"Ensemble of {len(found.members)} model(s), {len(found.networks)} network(s): {found.metric} {value} "
         f"(95 % interval {low} to {high}, on images that did not pick it), against the winner {gain} "
         f"(95 % interval {least} to {most}): {verdict}"
     ]

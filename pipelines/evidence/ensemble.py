@@ -178,7 +178,7 @@ def _networks(row: pd.Series) -> frozenset[str]:
     """The forward passes that a head needs: a network with other weights or another preprocessing is another one."""
     features = [feature["spec"] for feature in read_bank(row["path"]).features]
     if row["kind"] == "finetune":  # its own weights, whatever it started from
-        return frozenset([f"fine-tuned: {row['spec']}"])
+        return frozenset([f"fine-tuned {hashlib.sha256(row['spec'].encode()).hexdigest()[:8]}"])
     looks = [hashlib.sha256(spec["preprocessing"].encode()).hexdigest()[:8] for spec in features]
     return frozenset(
         f"{spec['backbone']} ({spec['weights'][:8]}/{look})" for spec, look in zip(features, looks, strict=True)
