@@ -17,8 +17,9 @@ def advise_command(
 ) -> None:
     """Say what would help most: a head, training deeper, from scratch, or more images, with the evidence for it.
 
-    Trains small heads on subsets of the cached features, once; no image is read. Example: headrace advise
-    headrace-runs/recipe
+    Trains small heads on subsets of the cached features, once; no image is read.
+
+    Example: headrace advise headrace-runs/recipe
     """
     from headrace.pipelines.evidence.advise_run import advise_run
 

@@ -19,7 +19,9 @@ AllOption = Annotated[bool, typer.Option("--all", help="Every name found; every 
 
 
 def backbones_command(name: NameArgument = None, image_size: SizeOption = None, every: AllOption = False) -> None:
-    """List and search the backbones, or show one's taps. Example: headrace backbones torchvision:resnet50
+    """List and search the backbones, or show one's taps.
+
+    Example: headrace backbones torchvision:resnet50
 
     Nothing is downloaded: shapes and costs need no weights.
     """

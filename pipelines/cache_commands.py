@@ -45,7 +45,10 @@ class ExportKind(StrEnum):
 
 @app.command("ls")
 def list_command(cache: CacheOption = DEFAULT_CACHE) -> None:
-    """List the feature sets: samples, tap, bytes, backbone, when, by what version. Example: headrace cache ls"""
+    """List the feature sets: samples, tap, bytes, backbone, when, by what version.
+
+    Example: headrace cache ls
+    """
     table = Table(box=None, pad_edge=False)
     for column in ("feature set", "backbone", "tap", "row", "dtype"):
         table.add_column(column)
@@ -84,7 +87,10 @@ def show_command(
     name: Annotated[str, typer.Argument(help="A fingerprint (or its beginning), or a tap such as blocks.4.avg.")],
     cache: CacheOption = DEFAULT_CACHE,
 ) -> None:
-    """Everything about one feature set: spec, shards, measured round-off, failures. Example: headrace cache show 3fa9"""
+    """Everything about one feature set: spec, shards, measured round-off, failures.
+
+    Example: headrace cache show 3fa9
+    """
     import dataclasses
 
     features = open_feature_set(_find(cache, name))
@@ -156,7 +162,10 @@ def repair_command(
     name: Annotated[str | None, typer.Argument(help="One feature set (fingerprint or tap); default: all.")] = None,
     cache: CacheOption = DEFAULT_CACHE,
 ) -> None:
-    """Remove broken shards and list whole ones; the next run extracts just what is missing. Example: headrace cache repair"""
+    """Remove broken shards and list whole ones; the next run extracts just what is missing.
+
+    Example: headrace cache repair
+    """
     from headrace.cache.repair import repair
 
     for directory in _directories(cache, name):
@@ -204,7 +213,10 @@ def remove_command(
     cache: CacheOption = DEFAULT_CACHE,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
-    """Remove one feature set. Example: headrace cache rm 3fa9 --yes"""
+    """Remove one feature set.
+
+    Example: headrace cache rm 3fa9 --yes
+    """
     from headrace.cache.collect import remove_feature_set, tree_bytes
 
     directory = _find(cache, name)

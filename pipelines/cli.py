@@ -22,12 +22,10 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Extract deep features once, train hundreds of classifier heads on them, fine-tune only the winners.",
+    epilog="Your own images: headrace init photos, then headrace run recipe.yaml. Each command has an example: headrace run "
+    "--help. The Tab key completes commands and options after headrace --install-completion.",
 )
-app.add_typer(cache_app, name="cache")
-app.add_typer(cluster_app, name="cluster")
-app.command("backbones")(backbones_command)
-app.command("report")(report_command)
-app.command("advise")(advise_command)
+_AFTER, _AROUND = "After a run", "What there is"
 
 
 def _version(wanted: bool) -> None:
@@ -45,19 +43,6 @@ def _options(
     pass
 
 
-@app.command()
-def status(
-    run: Annotated[Path, typer.Argument(help="The run's directory; it may be on a file system that nodes share.")],
-) -> None:
-    """How far a run is: its stage, tasks, workers, failures, time left. Also while it runs, from any shell or node.
-
-    Example: headrace status headrace-runs/recipe
-    """
-    from headrace.pipelines.status import show_status
-
-    show_status(Console(), run)
-
-
 Workers = Annotated[int | None, typer.Option(help="Worker processes; default: one per core.", min=1)]
 
 
@@ -68,7 +53,9 @@ def demo(
 ) -> None:
     """Real solar cells, a pretrained network, hundreds of heads, a leaderboard.
 
-    Interrupt it at any moment and call it again: it goes on where it was. Example: headrace demo
+    Interrupt it at any moment and call it again: it goes on where it was.
+
+    Example: headrace demo
     """
     from headrace.pipelines.demo import REFERENCE, write_demo
 
@@ -84,37 +71,6 @@ def demo(
         f"  headrace cache ls --cache {folder / 'headrace-cache'}     # the features that were kept\n"
         "  headrace init FOLDER     # a recipe for your own images",
     )
-
-
-@app.command()
-def run(
-    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file; `headrace init` writes one.")],
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop; nothing is written.")] = False,
-    workers: Workers = None,
-    strict: Annotated[
-        bool, typer.Option("--strict", help="Stop at an image that cannot be decoded, instead of listing it.")
-    ] = False,
-    retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="Train the heads that failed in an earlier call once more.")
-    ] = False,
-    cluster: Annotated[
-        str | None,
-        typer.Option(
-            help="Where tasks run, instead of the recipe's cluster.where: local, cuda, slurm, kubernetes, or tls://HOST:PORT."
-        ),
-    ] = None,
-) -> None:
-    """Extract what is missing, train what is missing, rank, and show the winner the test split once.
-
-    Example: headrace run recipe.yaml --dry-run
-    """
-    console = _console()
-    _run(recipe, console, workers=workers, dry_run=dry_run, strict=strict, retry_failed=retry_failed)
-    if not dry_run:
-        _say(
-            console,
-            f"Next: headrace report {recipe}     # one page to look at: mistakes, likely label errors, near-duplicates",
-        )
 
 
 @app.command()
@@ -139,9 +95,68 @@ def init(
     _say(console, f"Found {finding.sentence}. Wrote {out}.\nNext: headrace run {out} --dry-run")
 
 
-app.command("predict")(predict_command)
-app.command("export")(export_command)
-app.command("doctor")(doctor_command)
+@app.command()
+def run(
+    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file; `headrace init` writes one.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop; nothing is written.")] = False,
+    workers: Workers = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Stop at an image that cannot be decoded, instead of listing it.")
+    ] = False,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Train the heads that failed in an earlier call once more.")
+    ] = False,
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            help="Where tasks run, instead of the recipe's cluster.where: local, cuda, slurm, kubernetes, or tls://HOST:PORT."
+        ),
+    ] = None,
+) -> None:
+    """Extract what is missing, train what is missing, rank, and show the winner the test split once.
+
+    Interrupted at any moment, the same command goes on where it was. --dry-run shows first what it would do.
+
+    Example: headrace run recipe.yaml --dry-run
+    """
+    console = _console()
+    _run(
+        recipe,
+        console,
+        workers=workers,
+        dry_run=dry_run,
+        strict=strict,
+        retry_failed=retry_failed,
+        cluster=cluster,
+    )
+    if not dry_run:
+        _say(
+            console,
+            f"Next: headrace report {recipe}     # one page to look at: mistakes, likely label errors, near-duplicates",
+        )
+
+
+@app.command(rich_help_panel=_AFTER)
+def status(
+    run: Annotated[Path, typer.Argument(help="The run's directory; it may be on a file system that nodes share.")],
+) -> None:
+    """How far a run is: its stage, tasks, workers, failures, time left. Also while it runs, from any shell or node.
+
+    Example: headrace status headrace-runs/recipe
+    """
+    from headrace.pipelines.status import show_status
+
+    show_status(Console(), run)
+
+
+app.command("report", rich_help_panel=_AFTER)(report_command)
+app.command("advise", rich_help_panel=_AFTER)(advise_command)
+app.command("predict", rich_help_panel=_AFTER)(predict_command)
+app.command("export", rich_help_panel=_AFTER)(export_command)
+app.command("backbones", rich_help_panel=_AROUND)(backbones_command)
+app.add_typer(cache_app, name="cache", rich_help_panel=_AROUND)
+app.add_typer(cluster_app, name="cluster", rich_help_panel=_AROUND)
+app.command("doctor", rich_help_panel=_AROUND)(doctor_command)
 
 
 def _run(

@@ -132,6 +132,14 @@ def test_every_command_and_option_is_documented_and_every_documented_one_exists(
         assert listed == HELPED[name], name
 
 
+def test_every_command_shows_an_example_in_a_line_of_its_own():
+    """And the example is of that command, with options that it has (as `headrace --help` shows them in its reference)."""
+    for name, text in re.findall(r"^## (headrace [^\n]*)\n(.*?)(?=^## |\Z)", CLI, re.S | re.M):
+        (example,) = re.findall(r"^```sh\n(.*?)\n```", text, re.S | re.M)
+        assert example.startswith(name), name
+        assert {word for word in shlex.split(example) if word.startswith("--")} <= HELPED[name], name
+
+
 def test_every_recipe_key_is_documented_and_every_documented_one_exists():
     """reference/recipe.md against the recipe's JSON schema."""
     schema = Recipe.model_json_schema()

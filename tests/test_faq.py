@@ -138,6 +138,10 @@ def over_budget():
     return "run recipe.yaml"
 
 
+def no_such_place():
+    return "run recipe.yaml --cluster nowhere"
+
+
 def no_feature_set():
     return "cache show layer4.avg"
 
@@ -168,6 +172,7 @@ CASES = {
     "no such weights file": no_weights_file,
     "the file does not fit the network": other_weights,
     "no tap fits": over_budget,
+    "expected local, cuda, slurm": no_such_place,
     "no feature set": no_feature_set,
     "need the images": verify_without_recipe,
     "cannot be downloaded": no_network,

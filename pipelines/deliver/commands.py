@@ -58,8 +58,10 @@ def predict_command(
 ) -> None:
     """Predict the class of images, with probabilities: one row per image, in the order given.
 
-    Interrupted at any moment, the same command goes on where it was. An image that cannot be decoded has its reason in
-    its row. Example: headrace predict headrace-runs/recipe new-photos/ --out predictions.csv
+    Interrupted at any moment, the same command goes on where it was. An image that cannot be decoded has its reason
+    in its row.
+
+    Example: headrace predict headrace-runs/recipe new-photos/ --out predictions.csv
     """
     chosen = _format(out, kind)
     from headrace.pipelines.deliver.bulk import predict_stream, predict_table
@@ -106,6 +108,7 @@ def export_command(
     """Take the model away: a torch.export program, ONNX, or safetensors, with a model card and its preprocessing.
 
     Each is loaded again and compared with headrace's own predictions before the folder appears.
+
     Example: headrace export headrace-runs/recipe my-model --format onnx --format torch
     """
     from headrace.pipelines.deliver.model import load_model

@@ -22,7 +22,9 @@ def report_command(
 ) -> None:
     """Write one self-contained HTML page about a run: leaderboard, mistakes as pictures, leaks, cost, recipe.
 
-    The page opens from the disk, without a server or a network. Example: headrace report recipe.yaml --tables
+    The page opens from the disk, without a server or a network.
+
+    Example: headrace report recipe.yaml --tables
     """
     from headrace.pipelines.report.build import write_report
     from headrace.pipelines.show import bytes_text
