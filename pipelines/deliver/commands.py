@@ -86,7 +86,7 @@ def predict_command(
     said = f"{summary.images:,} images"
     if summary.new < summary.images:
         said += f", {summary.new:,} of them predicted now"
-    if summary.counts:
+    if any(summary.counts.values()):
         common = sorted(summary.counts.items(), key=lambda item: -item[1])
         said += ": " + ", ".join(f"{count:,} {name}" for name, count in common[:10] if count)
     if summary.failed:
