@@ -1,0 +1,118 @@
+"""The whole pipeline on ELPV: head, partial reuse, fine-tuned and ensemble side by side on a 75/25 split, over seeds.
+
+    python benchmarks/elpv.py --cache CACHE --out RUNS [--seeds 5] [--no-thaw] [--quick]
+
+Runs examples/solar-cells-thaw.yaml for each seed of the split; features are extracted once, into the cache. What each
+approach has to offer is chosen on validation folds; then each is shown that seed's test split once, on record. --quick: one
+seed. Published: 82.44 % (hand-crafted features and an SVM) and 88.42 % (a VGG-19, fine-tuned; Deitsch et al. 2019).
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from rich.console import Console
+from rich.table import Table
+
+from headrace.cache import open_feature_set
+from headrace.pipelines.demo import solar_cells
+from headrace.pipelines.evidence.ensemble_store import show_test
+from headrace.pipelines.prepare import survey
+from headrace.pipelines.recipe import Recipe, load_recipe
+from headrace.pipelines.run import RunResult, run_recipe
+from headrace.pipelines.winner import open_test
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "solar-cells-thaw.yaml"
+PUBLISHED = 88.42
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cache", type=Path, default=Path("headrace-elpv/cache"))
+    parser.add_argument("--out", type=Path, default=Path("headrace-elpv/runs"))
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--no-thaw", action="store_true", help="heads and ensemble only")
+    parser.add_argument("--quick", action="store_true", help="one seed")
+    parser.add_argument("--case", default="elpv", choices=["elpv"])
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    table = options.out.absolute() / "solar-cells.csv"
+    solar_cells().to_csv(table, index=False)
+    rows = []
+    for seed in range(1 if options.quick else options.seeds):
+        recipe = recipe_of(seed, table, options.cache.absolute(), options.out.absolute(), thaw=not options.no_thaw)
+        result = run_recipe(recipe, console=Console(stderr=True), workers=options.workers)
+        rows += scores(seed, recipe, result)
+        print(pd.DataFrame(rows).query("seed == @seed").to_string(index=False), flush=True)
+    report(pd.DataFrame(rows))
+
+
+def recipe_of(seed: int, table: Path, cache: Path, out: Path, *, thaw: bool) -> Recipe:
+    """The example for one split."""
+    recipe = load_recipe(EXAMPLE)
+    return recipe.model_copy(
+        update={
+            "images": recipe.images.model_copy(update={"table": table}),
+            "task": recipe.task.model_copy(update={"seed": seed}),
+            "thaw": recipe.thaw if thaw else None,
+            "cache": cache,
+            "out": out / f"seed{seed}",
+        }
+    )
+
+
+def scores(seed: int, recipe: Recipe, result: RunResult) -> list[dict[str, object]]:
+    """Validation and test accuracy of the best of each approach, and of the answer that the run gave."""
+    found = survey(recipe)
+    test, digest = found.dataset.test, found.dataset.train.digest
+    rows: list[dict[str, object]] = []
+
+    def add(approach: str, validation: float, tested: object) -> None:
+        accuracy = 100 * tested.value  # type: ignore[attr-defined]
+        rows.append({"seed": seed, "approach": approach, "validation": 100 * validation, "test": accuracy})
+
+    whole = result.board[(result.board["failed"] == 0) & result.board["final"]]
+    text = whole["settings"]
+    for approach, chosen in (
+        ("head", whole["kind"] != "finetune"),
+        ("partial reuse", text.str.startswith("reused")),
+        ("fine-tuned", text.str.startswith("fine-tuned")),
+    ):
+        if chosen.any():
+            best = whole[chosen].iloc[0]
+            features = [open_feature_set(path) for name in best["inputs"] for path in found.directories[name]]
+            tested = open_test(found.paths.openings, best, features, test, digest, found.metric)
+            add(approach, best[found.metric], tested)
+    if result.ensemble is not None:
+        tested = show_test(found.paths.openings, result.ensemble, found.directories, test, digest)
+        add("ensemble", result.ensemble.value, tested)
+    validation = result.ensemble.value if result.ensemble and result.ensemble.chosen else result.winner[found.metric]
+    add("the run's answer", validation, result.test)
+    return rows
+
+
+def report(rows: pd.DataFrame) -> None:
+    """Means over seeds with the seeds' spread; the last line is JSON."""
+    console = Console(width=120)
+    table = Table(title=f"ELPV, 75/25 split: accuracy in %, mean over seeds (published fine-tuned VGG-19: {PUBLISHED})")
+    for column in ("approach", "seeds", "validation", "test", "95 % of the mean", "of each seed"):
+        table.add_column(column)
+    figures = {}
+    for approach, own in rows.groupby("approach", sort=False):
+        tests = own["test"].to_numpy(np.float64)
+        half = (
+            2.776 * tests.std(ddof=1) / np.sqrt(len(tests)) if len(tests) == 5 else float("nan")
+        )  # Student, 4 degrees
+        each = " ".join(f"{value:.2f}" for value in tests)
+        cells = (f"{own['validation'].mean():.2f}", f"{tests.mean():.2f}", f"± {half:.2f}", each)
+        table.add_row(str(approach), str(len(own)), *cells)
+        figures[f"{str(approach).replace(' ', '_')}_test_accuracy"] = round(float(tests.mean()), 2)
+    console.print(table)
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()
