@@ -244,7 +244,9 @@ def client_of(cluster: Any) -> Iterator[Client]:
         with Client(cluster) as client:
             yield client
     finally:
-        cluster.close(timeout=10)
+        # What does not end in time, as workers that are being started on a busy machine, ends with this process.
+        with contextlib.suppress(TimeoutError):
+            cluster.close(timeout=30)
 
 
 @contextlib.contextmanager

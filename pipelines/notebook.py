@@ -21,6 +21,7 @@ from headrace.extract import (
     remembered_backbone,
 )
 from headrace.pipelines.cluster import local_client
+from headrace.pipelines.costs import measured_rates
 from headrace.pipelines.dataset import drop_rows, make_dataset
 from headrace.pipelines.extraction import extract_missing
 from headrace.pipelines.grid import check_kinds, wanted_heads
@@ -127,6 +128,9 @@ def train_heads(
             wanted=wanted_heads(grid, list(features)),
             task_digest=dataset.train.digest,
             folds=dataset.train.n_folds,
+            rows=len(dataset.train.ids),
+            outputs=max(2, len(dataset.train.classes)),
+            rates=measured_rates(paths.logs),
             trained=lambda group: trained_in(paths.banks, group),
         ),
     )

@@ -3,20 +3,22 @@
 import hashlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 
 from headrace.cache import DiskTooSmall, FeatureSpec, plan_taps, require_space, stored_bytes
 from headrace.extract import ExtractJob
 from headrace.heads import Halving, HeadSpec, spec_to_json
+from headrace.pipelines.costs import MAX_BANK_SPECS, Estimate, Rates, bank_s, specs_per_bank, units_s
 from headrace.pipelines.grid import Wanted
 
 # The published heads of one (task, features, kind): the specs in each of its results files.
 Trained = Mapping[str, frozenset[HeadSpec]]
 # Part of every bank's name: bump when a change to training changes what the same spec gives.
 SOLVER_VERSION = 1
-# Heads in one bank: enough columns for wide products, few enough that a death loses little.
-MAX_BANK_SPECS = 64
+
+_UNMEASURED = Rates()
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,8 @@ class BankPlan:
     group: str  # names (task, features, kind): the first half of the results file's name
     specs: tuple[HeadSpec, ...]
     halving: Halving | None = None
-    attempt: int = 0  # results files of this group that are there already: failed heads are trained again beside them
+    assumed_s: float = 0.0  # core-seconds, as assumed before anything was measured; no part of what the bank is
+    attempt: int = 0  # of these very specs: those that failed are trained again, beside the results that say so
 
     @property
     def kind(self) -> str:
@@ -84,6 +87,8 @@ class Plan:
     heads_total: int  # specs × folds
     heads_new: int
     folds: int
+    estimate: Estimate
+    unmeasured: frozenset[str]  # kinds of heads to train whose cost is only assumed
 
 
 def bank_group(task_digest: str, wanted: Wanted, fingerprints: Mapping[str, Sequence[str]]) -> str:
@@ -111,13 +116,39 @@ def plan_run(
     task_digest: str,
     folds: int,
     trained: Callable[[str], Trained],
+    rows: int,
+    outputs: int,
+    rates: Rates = _UNMEASURED,
 ) -> Plan:
     """The plan, from what there is.
 
-    `trained` maps a group to the specs in each of its published results files. Pure but for it.
+    `trained` maps a group to the specs in each of its published results files. rows, outputs: of the task. rates: what
+    has been measured, which decides how large banks are. Pure but for `trained`.
     """
-    banks = list(_missing_banks(wanted, fingerprints_of(features), task_digest, trained))
+    widths = {feature.name: len(feature.specs) * prod(feature.shape) for feature in features}
+
+    def width(inputs: Sequence[str]) -> int:
+        return sum(widths[name] for name in inputs)
+
+    def size(each: Wanted) -> int:
+        return specs_per_bank(each.specs, rows, width(each.inputs), outputs, folds, rates)
+
+    banks = list(_missing_banks(wanted, fingerprints_of(features), task_digest, trained, size))
+    banks = [
+        replace(bank, assumed_s=bank_s(bank.specs, rows, width(bank.inputs), outputs, folds, _UNMEASURED))
+        for bank in banks
+    ]
+    heads_s = [bank_s(bank.specs, rows, width(bank.inputs), outputs, folds, rates) for bank in banks]
+    extraction_s = units_s(units, rates)
+    on_gpu = bool(units) and units[0].device != "cpu"
+    kinds = {bank.kind for bank in banks}
     return Plan(
+        estimate=Estimate(
+            core_s=sum(heads_s) + (0.0 if on_gpu else extraction_s),
+            gpu_s=extraction_s if on_gpu else 0.0,
+            measured=kinds <= rates.kinds.keys() and (not units or rates.image_s is not None),
+        ),
+        unmeasured=frozenset(kinds - rates.kinds.keys()),
         features=tuple(features),
         units=tuple(units),
         images=images,
@@ -160,11 +191,20 @@ def _missing_banks(
     fingerprints: Mapping[str, Sequence[str]],
     task_digest: str,
     trained: Callable[[str], Trained],
+    size: Callable[[Wanted], int],
 ) -> Iterator[BankPlan]:
-    for each in wanted:
+    """Banks in the order of their inputs, so that workers read one feature set after the other."""
+    for each in sorted(wanted, key=lambda each: each.inputs):
         group = bank_group(task_digest, each, fingerprints)
         files = trained(group)
+        names = {Path(file).stem for file in files}
         there = frozenset[HeadSpec]().union(*files.values())
-        missing = [spec for spec in each.specs if spec not in there]
-        for start in range(0, len(missing), MAX_BANK_SPECS):
-            yield BankPlan(each.inputs, group, tuple(missing[start : start + MAX_BANK_SPECS]), each.halving, len(files))
+        # Cut before what is there is left out: another driver, or a later call, then makes the same banks.
+        count = MAX_BANK_SPECS if each.halving else size(each)
+        for start in range(0, len(each.specs), count):
+            missing = tuple(spec for spec in each.specs[start : start + count] if spec not in there)
+            if missing:
+                bank = BankPlan(each.inputs, group, missing, each.halving)
+                while f"{bank.group}-{bank.key}" in names:
+                    bank = replace(bank, attempt=bank.attempt + 1)
+                yield bank

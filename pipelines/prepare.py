@@ -23,6 +23,7 @@ from headrace.extract import (
     remember_features,
 )
 from headrace.heads import DEFAULT_METRIC, METRICS
+from headrace.pipelines.costs import measured_rates
 from headrace.pipelines.dataset import DataError, Dataset, drop_rows, list_samples, make_dataset
 from headrace.pipelines.grid import check_kinds, wanted_heads
 from headrace.pipelines.leaderboard import trained_in
@@ -107,6 +108,9 @@ def survey(recipe: Recipe, *, write: bool = True, retry_failed: bool = False) ->
         wanted=wanted,
         task_digest=dataset.train.digest,
         folds=dataset.train.n_folds,
+        rows=len(dataset.train.ids),
+        outputs=max(2, len(dataset.train.classes)),
+        rates=measured_rates(paths.logs),
         trained=lambda group: trained_in(paths.banks, group, retry_failed=retry_failed),
     )
     if write:

@@ -37,7 +37,7 @@ from headrace.pipelines.recipe import EnsembleSection, Recipe, ScreenSection
 from headrace.pipelines.submit import RunIncomplete, TaskOptions
 from headrace.pipelines.task_log import TaskLog, task_log
 from headrace.pipelines.thaw.stage import Thawed, ThawInputs, pending, thaw
-from headrace.pipelines.training import train_missing
+from headrace.pipelines.training import probe, train_missing
 from headrace.pipelines.winner import TestResult, choose_winner, open_test, save_winner
 
 
@@ -137,6 +137,11 @@ def run_recipe(
         with _timed(stages, "train heads") as done:
             if found.plan.banks:
                 client = client or stack.enter_context(opened("train"))
+                if first := probe(found):  # a large run begins with a little of everything, to know how to cut the rest
+                    train_missing(first, client, console, options)
+                    kept = [each.inputs for each in found.plan.wanted]
+                    found = replace(survey(recipe, retry_failed=retry_failed), notes=notes)
+                    found = replace(found, plan=screened_plan(found.plan, kept))
                 train_missing(found, client, console, options)
             done(_trained(found.plan))
         thawed = None

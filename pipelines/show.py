@@ -65,6 +65,22 @@ def show_plan(console: Console, plan: Plan, cache: object, out: object) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    estimate = plan.estimate
+    basis = (
+        "measured in earlier calls of this run" if estimate.measured else "assumed until a first call has measured it"
+    )
+    gpu = f" and {hours_text(estimate.gpu_s)} GPU-hours" if estimate.gpu_s else ""
+    console.print(
+        f"Tasks: {len(plan.units):,} units and {len(plan.banks):,} banks; about {hours_text(estimate.core_s)} core-hours{gpu} "
+        f"({basis}). Done already: {plan.images - plan.images_new:,} images, {plan.heads_total - plan.heads_new:,} heads",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def hours_text(seconds: float) -> str:
+    """Hours with two digits that mean something."""
+    return f"{seconds / 3600:.2g}" if seconds < 36000 else f"{seconds / 3600:,.0f}"
 
 
 def show_result(console: Console, result: RunResult, *, reference: str | None = None, files: bool = True) -> None:

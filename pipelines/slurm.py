@@ -21,6 +21,8 @@ _LOOK_S = 10.0  # how often the queue is asked about our jobs
 _ALIVE = "PENDING,CONFIGURING,RUNNING,SUSPENDED,STOPPED"
 # Workers end by themselves this long before SLURM would kill them, or a tenth of the wall time if that is less.
 _MARGIN_S = 120
+_PATIENCE = 5
+_stillborn: dict[str, int] = {}  # looks in a row at which a cluster had lost jobs and no worker
 _looked: dict[str, float] = {}  # when each cluster's jobs were last looked at, by the cluster's name
 
 
@@ -61,7 +63,7 @@ def slurm_client(
             job_script_prologue=[*exports, *wanted.prologue],
             # Staggered, so that the jobs of a run do not all end, and queue again, at one moment.
             worker_extra_args=[
-                *("--lifetime", f"{lifetime} seconds", "--lifetime-stagger", f"{lifetime // 10} seconds"),
+                *("--lifetime", f"{lifetime}s", "--lifetime-stagger", f"{lifetime // 10}s"),
                 *([] if on_gpu else ["--preload", PRELOAD]),
             ],
             scheduler_options={"dashboard_address": "127.0.0.1:0"},
@@ -91,8 +93,22 @@ def replace_lost_jobs(cluster: Any) -> None:
     except (OSError, subprocess.SubprocessError):
         return  # a queue that does not answer now does later
     lost = [name for name, job_id in ours.items() if job_id not in queue]
+    if cluster.scheduler_info["workers"]:
+        _stillborn.pop(cluster.name, None)
+    elif lost:
+        _stillborn[cluster.name] = _stillborn.get(cluster.name, 0) + 1
+        if _stillborn[cluster.name] >= _PATIENCE:
+            raise ClusterError(
+                f"{_PATIENCE} times in a row, SLURM jobs ended before a worker of theirs had come. What they said is in "
+                f"{job_logs(cluster)}"
+            )
     if lost:
         cluster.loop.add_callback(_replace, cluster, lost)
+
+
+def job_logs(cluster: Any) -> str:
+    """Where a cluster's jobs write what they say."""
+    return str(cluster._job_kwargs["log_directory"])  # the library keeps it nowhere else
 
 
 async def _replace(cluster: Any, names: list[str]) -> None:

@@ -131,7 +131,9 @@ def run_tasks(
             workers = client.nthreads()
             _launch(window, workers)
             for name in _next(window):
-                flight = window.flying.pop(name)
+                flight = window.flying.pop(name, None)
+                if flight is None:  # its worker was found gone, and letting go of its future told us so once more
+                    continue
                 outcome = _land(window, flight)
                 flight.future.release()
                 if outcome is None:

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from headrace.heads import BankJob, publish_failure, spec_to_json, train_bank
 from headrace.pipelines.claims import claims
+from headrace.pipelines.costs import PROBE_S, PROBE_SPECS
 from headrace.pipelines.prepare import Survey
 from headrace.pipelines.progress import stage
 from headrace.pipelines.submit import RunIncomplete, TaskOptions, run_tasks
@@ -22,6 +23,7 @@ def train_missing(found: Survey, client: Client, console: Console, options: Task
     """
     plan, options = found.plan, options or TaskOptions()
     jobs = bank_jobs(found)
+    assumed = {job.result: (bank.kind, bank.assumed_s) for job, bank in zip(jobs, plan.banks, strict=True)}
     failures: list[str] = []
     done = failed = 0
     options.tell("stage", stage="train", total=plan.heads_new, unit="heads", tasks=len(jobs))
@@ -35,6 +37,9 @@ def train_missing(found: Survey, client: Client, console: Console, options: Task
                 failures.append(outcome.error or "")
             else:
                 failed += outcome.result["failed"]
+                if outcome.job.result in assumed and not outcome.result["skipped"]:
+                    kind, seconds = assumed[outcome.job.result]
+                    options.tell("cost", kind=kind, assumed_s=seconds, seconds=outcome.result["seconds"])
             heads = len(outcome.job.specs) * plan.folds
             done += heads
             advance(heads, {"failed": failed})
@@ -44,6 +49,21 @@ def train_missing(found: Survey, client: Client, console: Console, options: Task
             f"{len(failures):,} of {len(jobs):,} banks failed; the others are kept, and the same command tries these again. "
             f"The first reason: {failures[0]}"
         )
+
+
+def probe(found: Survey) -> Survey | None:
+    """A survey with a small bank of each kind whose cost nobody has measured; None where the run is too small to care."""
+    plan = found.plan
+    unknown = [bank for bank in plan.banks if bank.kind in plan.unmeasured and not bank.halving]
+    if sum(bank.assumed_s for bank in unknown) < PROBE_S:
+        return None
+    small = tuple(
+        replace(bank, specs=bank.specs[:PROBE_SPECS], assumed_s=bank.assumed_s * PROBE_SPECS / len(bank.specs))
+        for bank in {bank.kind: bank for bank in reversed(unknown)}.values()
+        if len(bank.specs) > PROBE_SPECS
+    )
+    heads = plan.folds * sum(len(bank.specs) for bank in small)
+    return replace(found, plan=replace(plan, banks=small, heads_new=heads)) if small else None
 
 
 def bank_jobs(found: Survey) -> list[BankJob]:

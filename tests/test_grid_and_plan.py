@@ -28,6 +28,8 @@ def planned(heads, trained=None):
         wanted=wanted_heads(Heads.model_validate(heads), NAMES),
         task_digest="t",
         folds=5,
+        rows=75,
+        outputs=2,
         trained=lambda group: (trained or {}).get(group, {}),
     )
 
