@@ -14,6 +14,7 @@ import pytest
 from fault_cases import FITS, fits, misbehaving, number_of, slow, train
 
 from headrace.heads import FULL, BankJob, LogisticSpec, read_bank
+from headrace.pipelines import cluster
 from headrace.pipelines.submit import TaskOptions
 from headrace.pipelines.training import halves
 
@@ -70,8 +71,9 @@ def test_workers_killed_once_a_second_lose_nothing(tmp_path):
     assert len(fits(tmp_path)) <= FITS * (300 + kills) + 1  # the winner is fitted once more, to be shown the test split
 
 
-def test_heads_that_misbehave_fail_alone(tmp_path):
+def test_heads_that_misbehave_fail_alone(tmp_path, monkeypatch):
     """A segfault, an endless loop and a hunger for memory are failed rows with their reasons; a freeze is tried again."""
+    monkeypatch.setattr(cluster, "MEMORY_LIMIT", 4 << 30)  # 2 GiB for each of two workers
     heads = [
         misbehaving("Segfault"),
         misbehaving("Hog"),
