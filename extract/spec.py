@@ -99,7 +99,9 @@ def require_file(path: Path) -> None:
     """Raises BackboneError, naming what is there instead."""
     if not path.is_file():
         folder = path.absolute().parent
-        near = nearest(path.name, (entry.name for entry in folder.iterdir())) if folder.is_dir() else "(no such folder)"
+        near = "(no such folder)"
+        if folder.is_dir():
+            near = nearest(path.name, sorted(entry.name for entry in folder.iterdir() if entry.is_file()))
         raise BackboneError(f"{path}: no such weights file. Files there: {near}.")
 
 
