@@ -31,10 +31,13 @@ def collect_heads(
     and path (its results file).
     """
     frames = []
+    read: dict[str, list[pd.DataFrame]] = {}  # by group: estimators of scikit-learn's share one, setting by setting
     for each in wanted:
         group = bank_group(task_digest, each, fingerprints)
         asked = {spec_to_json(spec) for spec in each.specs}
-        tables = [read_bank(path).table.assign(path=str(path)) for path in sorted(banks.glob(f"{group}-*.h5"))]
+        if group not in read:
+            read[group] = [read_bank(path).table.assign(path=str(path)) for path in sorted(banks.glob(f"{group}-*.h5"))]
+        tables = read[group]
         if not tables:
             continue
         table = pd.concat([table for table in tables if len(table)], ignore_index=True)

@@ -194,9 +194,12 @@ def _missing_banks(
     size: Callable[[Wanted], int],
 ) -> Iterator[BankPlan]:
     """Banks in the order of their inputs, so that workers read one feature set after the other."""
+    known: dict[str, Trained] = {}
     for each in sorted(wanted, key=lambda each: each.inputs):
         group = bank_group(task_digest, each, fingerprints)
-        files = trained(group)
+        if group not in known:
+            known[group] = trained(group)
+        files = known[group]
         names = {Path(file).stem for file in files}
         there = frozenset[HeadSpec]().union(*files.values())
         # Cut before what is there is left out: another driver, or a later call, then makes the same banks.
