@@ -31,16 +31,15 @@ def collect_heads(
     and path (its results file).
     """
     frames = []
-    read: dict[str, list[pd.DataFrame]] = {}  # by group: estimators of scikit-learn's share one, setting by setting
+    read: dict[str, pd.DataFrame] = {}  # by group: estimators of scikit-learn's share one, setting by setting
     for each in wanted:
         group = bank_group(task_digest, each, fingerprints)
         asked = {spec_to_json(spec) for spec in each.specs}
         if group not in read:
-            read[group] = [read_bank(path).table.assign(path=str(path)) for path in sorted(banks.glob(f"{group}-*.h5"))]
-        tables = read[group]
-        if not tables:
+            read[group] = _group_table(banks, group)
+        table = read[group]
+        if not len(table):
             continue
-        table = pd.concat([table for table in tables if len(table)], ignore_index=True)
         table = table[table["spec"].isin(asked)]
         # A spec that several files hold counts once: from the file where it failed least.
         failures = table["error"].notna().groupby([table["spec"], table["path"]]).sum().reset_index()
@@ -48,6 +47,13 @@ def collect_heads(
         table = table.merge(chosen[["spec", "path"]], on=["spec", "path"])
         frames.append(table.assign(inputs=pd.Series([each.inputs] * len(table), index=table.index, dtype=object)))
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+
+
+def _group_table(banks: Path, group: str) -> pd.DataFrame:
+    """The heads of all results files of a group."""
+    tables = [read_bank(path).table.assign(path=str(path)) for path in sorted(banks.glob(f"{group}-*.h5"))]
+    filled = [table for table in tables if len(table)]
+    return pd.concat(filled, ignore_index=True) if filled else pd.DataFrame()
 
 
 def rank_heads(heads: pd.DataFrame, metric: str, widths: Mapping[str, int], n_folds: int) -> pd.DataFrame:
