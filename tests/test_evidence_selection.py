@@ -118,6 +118,17 @@ def test_any_metric_of_any_task(tmp_path, kind, metric):
     assert found.summary() == assess_selection(board, held_out(task), metric).summary()
 
 
+def test_r2_of_few_rows_is_not_judged_by_two_or_three_of_them(tmp_path):
+    """Forty held-out images in five folds: what a good head is expected to score is near what it scores."""
+    rng = np.random.default_rng(0)
+    target = rng.normal(size=(48, 2))
+    outputs = [target + rng.normal(0, 0.15 + 0.02 * k, target.shape) for k in range(6)]
+    board, task = stored(tmp_path, "regression", "r2", outputs=outputs, target=target, folds=5)
+    found = assess_selection(board, held_out(task), "r2")
+    assert abs(found.expected - found.validation) < 0.05
+    assert found.low > 0.8
+
+
 def test_results_of_other_rows_are_matched_by_id_or_left_out(tmp_path):
     """Never by position."""
     board, task = stored(tmp_path, "single", "accuracy")

@@ -68,11 +68,17 @@ def assess_selection(board: pd.DataFrame, held: HeldOut, metric: str, *, seed: i
     left = (drawn == 0).astype(np.float64)
     if not left.any():
         return None
-    weightings = np.concatenate([np.ones((len(drawn), 1)), drawn, left], axis=1)
+    seen = np.concatenate([np.ones((len(drawn), 1)), drawn], axis=1)
+    # The few rows of one fold that were not drawn may hardly differ, and R² among them is then far below anything real.
+    left_fold = np.zeros_like(held.fold) if metric == "r2" else held.fold
     places, parts, wins = [], [], []
     for block, predicted in read_predictions(board, held):
         places.append(block)
-        parts.append(weighted_scores(kind, held.target, predicted, held.fold, metric, weightings))
+        scored = [
+            weighted_scores(kind, held.target, predicted, fold, metric, weights)
+            for fold, weights in ((held.fold, seen), (left_fold, left))
+        ]
+        parts.append(np.concatenate(scored, axis=1))
         wins.append(_right(kind, held.target, predicted) if metric == "accuracy" else None)
     if not places:
         return None
