@@ -92,13 +92,14 @@ def run_recipe(
     console = console or Console()
     stages: list[StageRecord] = []
     paths = run_paths(recipe)
-    with ExitStack() as stack, task_log(paths) as log:
-        opened = partial(_opened, recipe, paths, log, workers)
+    with ExitStack() as stack:
         with _timed(stages, "survey") as done:
             found = survey(recipe, retry_failed=retry_failed)
             plan, notes = found.plan, found.notes
             done(f"{plan.images:,} images, {len(plan.features)} feature sets, {plan.heads_total:,} heads wanted")
         check_space(plan, recipe.cache, recipe.storage.budget_gb)
+        log = stack.enter_context(task_log(paths))  # what is refused until here leaves no folder behind
+        opened = partial(_opened, recipe, paths, log, workers)
         write_inputs(found)
         publish_replace(found.paths.recipe, recipe.model_dump_json(indent=2).encode())
         options = TaskOptions(recipe.cluster.deadline_s, tell=log)
