@@ -9,16 +9,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-import pydantic
 
-from headrace.cache import FeatureSpec, HeadraceError, feature_set_path
+from headrace.cache import FeatureSpec, feature_set_path
 from headrace.heads import Task, load_task, read_bank
+from headrace.pipelines.finished import NotARun, stored_recipe
 from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.recipe import Recipe
-
-
-class NotARun(HeadraceError, ValueError):
-    """The folder is no finished run: says what is missing and how to make it."""
 
 
 @dataclass(frozen=True)
@@ -42,12 +38,7 @@ def read_run_files(run: Path) -> RunFiles:
                 f"{run} is not a finished run: it has no {file.name}. Give the directory that `headrace run RECIPE` wrote "
                 "(headrace-runs/NAME)"
             )
-    try:
-        recipe = Recipe.model_validate_json(paths.recipe.read_text())
-    except pydantic.ValidationError as error:
-        raise NotARun(
-            f"{paths.recipe} is of another version of headrace ({error.error_count()} keys): run again"
-        ) from None
+    recipe = stored_recipe(paths)
     board = pd.read_csv(paths.leaderboard, keep_default_na=False, na_values={"standard_error": [""]})
     board["inputs"] = [tuple(text.split(" + ")) for text in board["inputs"]]
     board["path"] = [str(_moved(Path(path), run)) for path in board["path"]]

@@ -3,8 +3,9 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from headrace.pipelines.finished import NotARun
     from headrace.pipelines.report.build import Report, write_report
-    from headrace.pipelines.report.read import FinishedRun, NotARun, read_run
+    from headrace.pipelines.report.read import FinishedRun, read_run
 
 _LAZY = {"Report": "build", "write_report": "build", "FinishedRun": "read", "NotARun": "read", "read_run": "read"}
 

@@ -10,23 +10,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-import pydantic
 
 from headrace.cache import FeatureSet, HeadraceError, feature_set_path, open_feature_set
 from headrace.cache.spec import FeatureSpec
 from headrace.extract import read_listing
 from headrace.heads import BankResult, Task, read_bank
 from headrace.pipelines.dataset import Dataset, drop_rows, list_samples, make_dataset
+from headrace.pipelines.finished import NotARun, stored_recipe
 from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.prepare import check_metric
 from headrace.pipelines.recipe import Recipe, load_recipe
 from headrace.pipelines.winner import choose_winner, predict_test, read_openings
 
 _TEXTS = {"inputs": str, "kind": str, "settings": str, "spec": str, "path": str}
-
-
-class NotARun(HeadraceError, ValueError):
-    """The folder is no finished run: says what is missing and how to make it."""
 
 
 @dataclass(frozen=True)
@@ -178,12 +174,7 @@ def read_run(run: Path) -> FinishedRun:
             raise NotARun(
                 f"{paths.root} has no {needed.name}: the run has not come to its end. Go on with: headrace run RECIPE"
             )
-    try:
-        recipe = Recipe.model_validate_json(paths.recipe.read_text())
-    except pydantic.ValidationError as error:
-        raise NotARun(
-            f"{paths.recipe} is not of this version of headrace ({error.error_count()} keys differ): run the recipe again"
-        ) from None
+    recipe = stored_recipe(paths)
     board = pd.read_csv(paths.leaderboard, dtype=_TEXTS, keep_default_na=False, na_values=[""])
     board = board.assign(settings=board["settings"].fillna(""))
     heads = pd.read_parquet(paths.heads)

@@ -1,0 +1,21 @@
+"""What every reader of a finished run asks first: is it one, and with which recipe was it made."""
+
+import pydantic
+
+from headrace.cache import HeadraceError
+from headrace.pipelines.paths import RunPaths
+from headrace.pipelines.recipe import Recipe
+
+
+class NotARun(HeadraceError, ValueError):
+    """The folder is no finished run: says what is missing and how to make it."""
+
+
+def stored_recipe(paths: RunPaths) -> Recipe:
+    """The recipe that a run was made with. Raises NotARun for one of another version of headrace."""
+    try:
+        return Recipe.model_validate_json(paths.recipe.read_text())
+    except pydantic.ValidationError as error:
+        raise NotARun(
+            f"{paths.recipe} is not of this version of headrace ({error.error_count()} keys differ): run the recipe again"
+        ) from None
