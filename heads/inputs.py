@@ -5,6 +5,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from headrace.heads.checks import row_weights
 from headrace.heads.standardize import Features
 
 Array = npt.NDArray[Any]
@@ -36,9 +37,7 @@ def check_rows(
         raise ValueError(f"class indices must lie in 0..{n_classes - 1}, found {target.min()}..{target.max()}")
     if kind == "regression" and not np.isfinite(target).all():
         raise ValueError("regression targets must be finite: leave rows without a target out of the task")
-    if sample_weight is not None and not (np.isfinite(sample_weight).all() and (np.asarray(sample_weight) >= 0).all()):
-        raise ValueError("sample weights must be finite and not negative; give a row weight 0 to leave it out")
-    weight = np.ones(len(X)) if sample_weight is None else np.asarray(sample_weight)
+    weight = row_weights(sample_weight, len(X))
     for number in np.unique(fold).tolist():
         if number >= 0 and not weight[fold != number].any():
             raise ValueError(f"fold {number} leaves no row with a weight to train on: use fewer folds, or add images")

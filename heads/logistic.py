@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from headrace.heads.checks import check_specs
 from headrace.heads.design import ROWS_PER_TILE, Design, Tile, make_design, stream_design
 from headrace.heads.inputs import check_rows
 from headrace.heads.loss import sigmoid, softmax
@@ -65,7 +66,8 @@ def fit_logistic_bank(
     deadline: time.monotonic() seconds at which to stop early.
 
     Returns the heads spec by spec, for each its folds in order, then FULL. Raises NotFinite (a ValueError) for NaN or
-    infinite features, ValueError for shapes that do not fit, labels out of range and strengths that are not positive.
+    infinite features, ValueError for shapes that do not fit, labels out of range, no spec at all, strengths that are not
+    positive, and sample weights that are negative or beyond 1e-30..1e15.
     """
     _check(X, target, n_classes, fold, specs, sample_weight)
     fold = np.asarray(fold, np.int64)
@@ -346,6 +348,7 @@ def _predict_held_out(X: Features, rows: npt.NDArray[np.intp], fits: list[HeadFi
 def _check(
     X: Features, target: Array, n_classes: int, fold: Array, specs: Sequence[LogisticSpec], sample_weight: Array | None
 ) -> None:
+    check_specs(specs, "LogisticSpec(C=1.0)")
     check_rows(X, target, n_classes, fold, sample_weight, "multi" if target.ndim == 2 else "single")
     for spec in specs:
         if not (np.isfinite(spec.C) and spec.C > 0):

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from headrace.heads.checks import check_finite
+from headrace.heads.checks import check_finite, check_specs, row_weights
 from headrace.heads.metrics import TaskKind
 from headrace.heads.spec import FULL, CentroidSpec, HeadFit, KNNSpec
 from headrace.heads.standardize import Features, sweep
@@ -113,10 +113,11 @@ def fit_knn_bank(
     whose k exceeds the training rows of a fold has an error there.
     Raises BadFeatures (a ValueError) for features that are not finite.
     """
+    check_specs(specs, "KNNSpec(5)")
     if not isinstance(X, Streamed):
         check_finite(X)
     started = time.perf_counter()
-    weight = np.ones(len(X)) if sample_weight is None else np.asarray(sample_weight, np.float64)
+    weight = row_weights(sample_weight, len(X))
     values = encoded(target, n_classes, task)
     usable = np.flatnonzero((fold != TEST) & (weight > 0))
     rows = StreamedReferences.of(X) if isinstance(X, Streamed) else References.of(np.asarray(X, np.float32))
@@ -298,13 +299,14 @@ def fit_centroid_bank(
     features, as a nearest mean under one diagonal covariance; cosine heads on features centred on the mean of the
     training rows.
     """
+    check_specs(specs, "CentroidSpec()")
     if not isinstance(X, Streamed):
         check_finite(X)
     if task != "single":
         reason = f"a class mean needs one class per row, this is a {task} task: use knn, ridge or mlp"
         folds = sorted({int(number) for number in fold[fold >= 0]}) + [FULL] * full
         return [_fit(spec, number, {}, None, reason, 0.0) for spec in specs for number in folds]
-    weight = np.ones(len(X)) if sample_weight is None else np.asarray(sample_weight, np.float64)
+    weight = row_weights(sample_weight, len(X))
     usable = np.where(fold != TEST, weight, 0.0)
     folds = sorted(int(number) for number in np.unique(fold[fold >= 0]))
     for number in folds:

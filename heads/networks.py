@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from headrace.heads.checks import check_finite
+from headrace.heads.checks import check_finite, check_specs, row_weights
 from headrace.heads.metrics import TaskKind
 from headrace.heads.mlp_batch import StreamedTensor
 from headrace.heads.mlp_data import FoldData, prepare
@@ -134,6 +134,8 @@ def fit_networks(
 ) -> list[HeadFit]:
     """As `fit_mlp_bank`; stacked is (V, N, D, …)."""
     views, n = stacked.shape[:2]
+    check_specs(specs, "MLPSpec((64,))")
+    weight = row_weights(sample_weight, n)
     features: torch.Tensor | StreamedTensor
     if isinstance(stacked, StreamedStack):
         features = StreamedTensor(stacked.rows, torch.device(device))
@@ -146,7 +148,7 @@ def fit_networks(
         target,
         n_classes,
         fold,
-        np.ones(n) if sample_weight is None else np.asarray(sample_weight, np.float64),
+        weight,
         task,
         specs,
         family,

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import scipy.linalg
 
+from headrace.heads.checks import check_specs
 from headrace.heads.gram import Products, add_up, group_products
 from headrace.heads.inputs import check_rows
 from headrace.heads.predict import ROWS_AT_ONCE, ridge_link
@@ -272,6 +273,7 @@ def _check(
     sample_weight: Array | None,
     kind: TaskKind,
 ) -> None:
+    check_specs(specs, "RidgeSpec(alpha=1.0)")
     check_rows(X, target, n_classes, fold, sample_weight, kind)
     for spec in specs:
         if not (np.isfinite(spec.alpha) and spec.alpha >= 0):

@@ -20,7 +20,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from headrace.cache.errors import HeadraceError
-from headrace.heads.checks import check_finite
+from headrace.heads.checks import check_finite, check_specs, row_weights
 from headrace.heads.metrics import TaskKind
 from headrace.heads.neighbours import STORED_ROWS_BYTES
 from headrace.heads.predict import CannotPredict, sigmoid, softmax
@@ -76,8 +76,9 @@ def fit_sklearn_bank(
     task: TaskKind = "single",
 ) -> list[HeadFit]:
     """One fit per spec and fold. X (N, D), target, fold as in `Task`. What an estimator raises is its head's error."""
+    check_specs(specs, 'SklearnSpec("sklearn.svm.SVC")')
     check_finite(X)
-    weight = np.ones(len(X)) if sample_weight is None else np.asarray(sample_weight, np.float64)
+    weight = row_weights(sample_weight, len(X))
     folds = sorted(int(number) for number in np.unique(fold[fold >= 0]))
     everything = np.flatnonzero((fold != TEST) & (weight > 0))
     stored: dict[str, npt.NDArray[Any]] = {}

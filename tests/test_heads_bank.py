@@ -539,3 +539,29 @@ def test_weights_that_leave_nothing_are_reasons(work: Path) -> None:
     for kind in ("logistic", "ridge", "mlp", "centroid"):
         fits = fit_bank(X, task, SPECS[kind][:1])
         assert all("fold 0 leaves no row" in str(fit.error) for fit in fits)
+
+
+@pytest.mark.parametrize("kind", ["logistic", "ridge", "mlp", "conv", "knn", "centroid", "sklearn"])
+def test_every_bank_refuses_no_heads_and_weights_beyond_its_numbers(kind: str) -> None:
+    """An empty list of specs, and weights that no float32 product can hold, are answered with what to do instead."""
+    from headrace.heads import conv, logistic, mlp, neighbours, ridge, sklearn_bank
+
+    banks: dict[str, Any] = {
+        "logistic": logistic.fit_logistic_bank,
+        "ridge": ridge.fit_ridge_bank,
+        "mlp": mlp.fit_mlp_bank,
+        "conv": conv.fit_conv_bank,
+        "knn": neighbours.fit_knn_bank,
+        "centroid": neighbours.fit_centroid_bank,
+        "sklearn": sklearn_bank.fit_sklearn_bank,
+    }
+    generator = np.random.default_rng(0)
+    X = generator.normal(size=(20, 3, 2, 2) if kind == "conv" else (20, 3)).astype(np.float32)
+    rows = {"target": np.arange(20) % 2, "n_classes": 2, "fold": (np.arange(20) // 2 % 2).astype(np.int16)}
+    with pytest.raises(ValueError, match="give at least one, such as"):
+        banks[kind](X, specs=[], **rows)
+    for weight in (1e-300, 1e16):
+        weights = np.ones(20)
+        weights[7] = weight
+        with pytest.raises(ValueError, match=r"1e-30\.\.1e\+15, found 1e.* for row 7: divide them"):
+            banks[kind](X, specs=(SPECS | {"conv": (ConvSpec((4,)),)})[kind][:1], sample_weight=weights, **rows)
