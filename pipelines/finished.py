@@ -1,4 +1,6 @@
-"""What every reader of a finished run asks first: is it one, and with which recipe was it made."""
+"""What every reader of a finished run asks first: is it one, with which recipe was it made, where are its files now."""
+
+from pathlib import Path
 
 import pydantic
 
@@ -19,3 +21,15 @@ def stored_recipe(paths: RunPaths) -> Recipe:
         raise NotARun(
             f"{paths.recipe} is not of this version of headrace ({error.error_count()} keys differ): run the recipe again"
         ) from None
+
+
+def results_file(paths: RunPaths, stored: str | Path) -> Path:
+    """A results file by the path that the leaderboard has of it.
+
+    The run's own directory counts first: of a run that was moved it holds the file, and of one that was copied the
+    original may have changed since.
+    """
+    stored = Path(stored)
+    folder = paths.thaw if stored.parent.name == paths.thaw.name else paths.banks
+    here = folder / stored.name
+    return here if here.exists() else stored

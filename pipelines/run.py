@@ -149,9 +149,9 @@ def run_recipe(
         if recipe.thaw is not None:
             with _timed(stages, "thaw") as done:
                 inputs, board = thaw_inputs(found, recipe), rank_heads(*_trained_heads(found))
-                if pending(inputs, board, recipe.thaw):
+                if pending(inputs, board, recipe.thaw, retry_failed=retry_failed):
                     client = client or stack.enter_context(opened("train"))
-                thawed = thaw(inputs, board, recipe.thaw, client, console)
+                thawed = thaw(inputs, board, recipe.thaw, client, console, retry_failed=retry_failed)
                 done(f"{thawed.trained:,} networks trained" if thawed.trained else "nothing missing")
     with _timed(stages, "rank and test") as done, lease(paths.root / "conclude.lock"):
         result = conclude(found, recipe.ensemble, thawed)

@@ -9,6 +9,17 @@ def own_state_directory(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("state")))
 
 
+@pytest.fixture
+def one_thread():
+    """Torch on one thread, as a worker has it: sums are then the same from call to call."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def hostile_run(tmp_path_factory):
     """A folder with a finished run (runs/single) whose data are out to break a page; nobody changes the run."""

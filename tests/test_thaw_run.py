@@ -8,7 +8,6 @@ from typing import Any
 
 import pandas as pd
 import pytest
-import torch
 from rich.console import Console
 from run_cases import headrace, make_photos
 from test_structure import loaded_after
@@ -22,17 +21,14 @@ from headrace.pipelines.recipe import RecipeError, ReuseSection, ThawSection, lo
 from headrace.pipelines.submit import Outcome
 from headrace.pipelines.thaw import stage as stage_module
 from headrace.pipelines.thaw.candidates import list_candidates, predicted_gain, training_seconds
+from headrace.pipelines.thaw.errors import TrainingFailed
 from headrace.pipelines.thaw.stage import ThawInputs, compare, pending, thaw
+from headrace.pipelines.thaw.train import Training
 
 QUIET = Console(quiet=True)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class HereClient:
@@ -159,15 +155,44 @@ def test_partial_reuse_is_compared_from_both_starts(case: Case, tmp_path: Path, 
         list_candidates(board, wrong, case.directories, dict.fromkeys(case.directories, SMALL))
 
 
-def test_a_failure_is_a_row_and_the_head_stays(case: Case, tmp_path: Path, here: list[str]) -> None:
-    """A rate that ends in NaN: a failed row with its reason; the best head still leads the board."""
+def test_a_failure_is_a_row_and_the_head_stays(
+    case: Case, tmp_path: Path, here: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A loss that ends in NaN: a failed row with its reason, and the best head still leads the board. The next call leaves it
+    so; asked to try what failed again, it trains the folds that are missing."""
+    board = board_of(case, (WEAK, ("layer4.avg",)))
+    inputs = inputs_of(case, tmp_path)
+
+    def fails(_training: Training, _epoch: int) -> float:
+        raise TrainingFailed("the training loss of epoch 1 is not finite: lower learning_rate (it is 0.001)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "_epoch", fails)
+        result = thaw(inputs, board, SECTION, HereClient(), QUIET)  # type: ignore[arg-type]
+    ranked = rank_heads(pd.concat([_heads(board), result.rows]), "log_loss", dict.fromkeys(case.directories, 1), 2)
+    assert ranked["kind"].tolist() == ["logistic", "finetune"]
+    assert ranked["failed"].tolist() == [0, 2]
+    assert result.compared["decision"].tolist() == ["", "failed"]
+    assert any("lower learning_rate" in note for note in result.notes)
+    assert read_bank(board.iloc[0]["path"]).table["error"].isna().all()
+    ran = len(here)
+    assert not pending(inputs, board, SECTION)
+    again = thaw(inputs, board, SECTION, None, QUIET)
+    assert len(here) == ran, "a failure is not tried again unasked"
+    pd.testing.assert_frame_equal(again.compared, result.compared)
+    assert pending(inputs, board, SECTION, retry_failed=True)
+    result = thaw(inputs, board, SECTION, HereClient(), QUIET, retry_failed=True)  # type: ignore[arg-type]
+    assert result.compared["decision"].tolist() == ["", "kept"]
+    assert result.rows["error"].isna().all()
+
+
+def test_a_rate_that_is_far_too_large_is_told(case: Case, tmp_path: Path, here: list[str]) -> None:
+    """Where already the pilot's steps end in NaN, nothing is trained, and the note says what to lower."""
     board = board_of(case, (WEAK, ("layer4.avg",)))
     section = SECTION.model_copy(update={"learning_rate": (1e30,), "clip": 1e30, "warm_up": 0.0})
     result = thaw(inputs_of(case, tmp_path), board, section, HereClient(), QUIET)  # type: ignore[arg-type]
-    ranked = rank_heads(pd.concat([_heads(board), result.rows]), "log_loss", dict.fromkeys(case.directories, 1), 2)
-    assert ranked["kind"].tolist() == ["logistic", "finetune"] or "refused" in result.compared["decision"].tolist()
+    assert result.compared["decision"].tolist()[1] in ("failed", "refused")
     assert any("lower learning_rate" in note for note in result.notes)
-    assert read_bank(board.iloc[0]["path"]).table["error"].isna().all()
 
 
 def test_a_network_that_is_not_the_heads_is_refused_on_record(case: Case, tmp_path: Path, here: list[str]) -> None:

@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,19 +24,14 @@ from headrace.pipelines.thaw.checkpoint import load_checkpoint
 from headrace.pipelines.thaw.data import random_flips
 from headrace.pipelines.thaw.errors import TrainingFailed
 from headrace.pipelines.thaw.persist import BadNetworkFile, load_network
-from headrace.pipelines.thaw.task import FoldJob, part_path, publish_result, train_fold
+from headrace.pipelines.thaw.task import FoldJob, part_path, pilot, publish_result, train_fold
 from headrace.pipelines.thaw.train import _schedule
 
 SAME_CURVE = 1e-6  # relative: a training that was killed against one that was not, on one machine with as many threads
 NEW = MLPSpec(hidden=(8,))
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +85,19 @@ def test_training_from_maps_is_training_from_images(case: Case) -> None:
     by_map = train_fold(FoldJob(case.job(out="by-map"), 0))
     by_image = train_fold(FoldJob(case.job(cut=None, out="by-image"), 0))
     np.testing.assert_allclose(losses(by_map), losses(by_image), rtol=0.02)
+
+
+def test_where_the_network_cannot_be_cut_training_runs_from_the_images(tmp_path: Path) -> None:
+    """Inside a residual block the map is not all there is: the pilot says so, and the folds train as without the map."""
+    case = make_case(tmp_path, images=24, taps=("layer3.0.conv1.map", "layer4.avg"))
+    curves = []
+    for cut in ("layer3.0.conv1.map", None):
+        job = case.job(cut=cut, depth="layer3.0.conv1", epochs=1, out=f"cut {cut}")
+        found = pilot(job)
+        assert found["cut_parity"] is None
+        assert ("also reads what lies below it" in str(found["uncut"])) == bool(cut)
+        curves.append([row["validation_loss"] for row in train_fold(FoldJob(job, 0))["curve"]])
+    assert curves[0] == pytest.approx(curves[1], rel=SAME_CURVE)
 
 
 def test_rates_fall_with_depth_and_time(case: Case) -> None:

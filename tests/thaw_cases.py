@@ -1,6 +1,7 @@
 """A small run's worth of files for thawing: striped images, a small random network, its features, and trained heads."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,14 +84,22 @@ class Case:
         )
 
 
-def make_case(root: Path, *, images: int = 48, folds: int = 2, views: int = 1, backbone: BackboneSpec = SMALL) -> Case:
-    """Images, features of TAPS, a task of two classes and folds; all in this process."""
+def make_case(
+    root: Path,
+    *,
+    images: int = 48,
+    folds: int = 2,
+    views: int = 1,
+    backbone: BackboneSpec = SMALL,
+    taps: Sequence[str] = TAPS,
+) -> Case:
+    """Images, features of the taps, a task of two classes and folds; all in this process."""
     make_photos(root / "photos", n=images)
     samples = list_folder(root / "photos")
     contents = content_hashes(samples, root / "contents.parquet").hashes
     samples = samples.assign(content=list(contents))
     loaded = load_backbone(backbone)
-    specs = feature_specs(loaded, resolve_taps(loaded, TAPS), views=views)
+    specs = feature_specs(loaded, resolve_taps(loaded, taps), views=views)
     for unit in plan_networks(samples, [_network(backbone, specs)], cache_root=root / "cache", unit_rows=64):
         run_unit(unit)
     directories: dict[str, list[Path]] = {}

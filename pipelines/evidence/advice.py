@@ -280,13 +280,19 @@ def _depth_text(evidence: Evidence) -> list[str]:
     if len(evidence.taps) < 2:
         return []
     profile = ", ".join(f"{tap.name} {100 * tap.error.value:.1f}" for tap in evidence.taps)
-    last = evidence.taps[-1]
-    verdict = (
-        f"the last is worse than the best by {points(last.lag)}: these images are far from what the network was trained on"
-        if is_far(evidence)
-        else "the last is as good as any: the network sees what matters here"
-    )
+    verdict = _last_tap_text(evidence.taps[-1], far=is_far(evidence))
     return [f"Errors in points of the best head on each tap, early to late: {profile}; {verdict}."]
+
+
+def _last_tap_text(last: TapEvidence, *, far: bool) -> str:
+    if far:
+        return f"the last is worse than the best by {points(last.lag)}: these images are far from what the network was trained on"
+    if last.lag.above(MATERIAL) <= 1 - SURE:
+        return "the last is as good as any: the network sees what matters here"
+    return (
+        f"the last is worse than the best by {points(last.lag)}, not surely by more than the {100 * FAR:.0f} from which on "
+        "images count as far from what the network was trained on"
+    )
 
 
 def _starved_text(starved: ClassEvidence) -> list[str]:

@@ -12,7 +12,7 @@ import pandas as pd
 
 from headrace.cache import FeatureSpec, feature_set_path
 from headrace.heads import Task, load_task, read_bank
-from headrace.pipelines.finished import NotARun, stored_recipe
+from headrace.pipelines.finished import NotARun, results_file, stored_recipe
 from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.recipe import Recipe
 
@@ -41,7 +41,7 @@ def read_run_files(run: Path) -> RunFiles:
     recipe = stored_recipe(paths)
     board = pd.read_csv(paths.leaderboard, keep_default_na=False, na_values={"standard_error": [""]})
     board["inputs"] = [tuple(text.split(" + ")) for text in board["inputs"]]
-    board["path"] = [str(_moved(Path(path), run)) for path in board["path"]]
+    board["path"] = [str(results_file(paths, path)) for path in board["path"]]
     first = read_bank(board["path"].iloc[0])
     groups = paths.groups(first.task)
     return RunFiles(
@@ -52,16 +52,6 @@ def read_run_files(run: Path) -> RunFiles:
         np.load(groups, allow_pickle=False) if groups.exists() else None,
         _feature_sets(board, recipe.cache),
     )
-
-
-def _moved(path: Path, run: Path) -> Path:
-    """A results file of the leaderboard; of a run directory that was moved, where it is now."""
-    if path.exists():
-        return path
-    for place in range(len(path.parts)):
-        if (inside := run.joinpath(*path.parts[place + 1 :])).is_file():
-            return inside
-    return path
 
 
 def _feature_sets(board: pd.DataFrame, cache: Path) -> dict[str, tuple[Path, ...]]:

@@ -16,7 +16,7 @@ from headrace.cache.spec import FeatureSpec
 from headrace.extract import read_listing
 from headrace.heads import BankResult, Task, read_bank
 from headrace.pipelines.dataset import Dataset, drop_rows, list_samples, make_dataset
-from headrace.pipelines.finished import NotARun, stored_recipe
+from headrace.pipelines.finished import NotARun, results_file, stored_recipe
 from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.prepare import check_metric
 from headrace.pipelines.recipe import Recipe, load_recipe
@@ -83,7 +83,7 @@ class FinishedRun:
 
     def open_bank(self, path: str) -> BankResult:
         """A results file by the path that it had when the run ended; the run's directory may have moved since."""
-        return read_bank(_moved(Path(path), self.paths))
+        return read_bank(results_file(self.paths, path))
 
     @cached_property
     def rows(self) -> Rows | str:
@@ -179,7 +179,7 @@ def read_run(run: Path) -> FinishedRun:
     board = board.assign(settings=board["settings"].fillna(""))
     heads = pd.read_parquet(paths.heads)
     winner = choose_winner(board, heads)
-    bank = read_bank(_moved(Path(winner["path"]), paths))
+    bank = read_bank(results_file(paths, winner["path"]))
     return FinishedRun(paths, recipe, check_metric(recipe.task), board, heads, winner, bank)
 
 
@@ -197,8 +197,3 @@ def _find(run: Path) -> RunPaths:
         hint = f"Did you mean {below[0]}?" if below else "A run's directory is made by: headrace run RECIPE"
         raise NotARun(f"{run} is not a run's directory: it has no recipe.json. {hint}")
     return RunPaths(run)
-
-
-def _moved(path: Path, paths: RunPaths) -> Path:
-    here = (paths.thaw if path.parent.name == paths.thaw.name else paths.banks) / path.name
-    return here if here.exists() else path

@@ -54,11 +54,13 @@ class Thawed:
     trained: int  # candidates that this call trained
 
 
-def pending(inputs: ThawInputs, board: pd.DataFrame, section: ThawSection) -> list[Candidate]:
-    """The candidates about which nothing has been decided yet."""
+def pending(
+    inputs: ThawInputs, board: pd.DataFrame, section: ThawSection, *, retry_failed: bool = False
+) -> list[Candidate]:
+    """The candidates about which nothing has been decided yet; with `retry_failed`, those that failed too."""
     decided = _read(inputs.paths.thaw_decisions)
     candidates, _ = list_candidates(board, section, inputs.directories, inputs.backbones)
-    return [one for one in candidates if not _settled(decided.get(one.key), section)]
+    return [one for one in candidates if not _settled(decided.get(one.key), section, retry_failed)]
 
 
 def thaw(
@@ -67,11 +69,16 @@ def thaw(
     section: ThawSection,
     client: Client | None,
     console: Console,
+    *,
+    retry_failed: bool = False,
 ) -> Thawed:
-    """Train what promises most per hour while the budget lasts, and compare. client: None where nothing is pending."""
+    """Train what promises most per hour while the budget lasts, and compare. client: None where nothing is pending.
+
+    A candidate that failed stays a failed row, as a head does, until a call with `retry_failed`.
+    """
     decided = _read(inputs.paths.thaw_decisions)
     candidates, notes = list_candidates(board, section, inputs.directories, inputs.backbones)
-    waiting = [one for one in candidates if not _settled(decided.get(one.key), section)]
+    waiting = [one for one in candidates if not _settled(decided.get(one.key), section, retry_failed)]
     trained = 0
     if waiting:
         assert client is not None
@@ -87,9 +94,11 @@ def thaw(
     )
 
 
-def _settled(record: Mapping[str, Any] | None, section: ThawSection) -> bool:
-    """Whether a candidate is not to be looked at again: done or refused; one that did not fit may fit a larger budget."""
-    if record is None or record["decision"] == "failed":
+def _settled(record: Mapping[str, Any] | None, section: ThawSection, retry_failed: bool) -> bool:
+    """Whether a candidate is not to be looked at again: done, failed or refused; what did not fit may fit a larger budget."""
+    if record is None:
+        return False
+    if record["decision"] in ("failed", "refused") and retry_failed:
         return False
     return record["decision"] != "over budget" or record.get("budget_minutes") == section.budget_minutes
 
@@ -304,6 +313,10 @@ def _notes(candidates: Sequence[Candidate], decided: Mapping[str, Any]) -> list[
     notes = []
     for one in candidates:
         record = decided.get(one.key, {})
+        if reason := record.get("pilot", {}).get("uncut"):
+            notes.append(
+                f"{one.label}, {settings_text(one.spec)}: runs from the images, not from the cached map: {reason}"
+            )
         if record.get("decision") in ("refused", "failed"):
             notes.append(f"{one.label}, {settings_text(one.spec)}: {record['decision']}: {record.get('reason')}")
     return notes

@@ -6,6 +6,7 @@ From paths and specs to files and a small dictionary; what is on disk already is
 import dataclasses
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 from headrace.cache import FeatureSet, HeadraceError, SpecMismatch, publish_bytes, publish_replace
 from headrace.extract import BackboneError, BackboneSpec, Tap, load_backbone
 from headrace.extract.backbone import Backbone
+from headrace.extract.taps import backbone_nodes, tap_shape
 from headrace.heads import (
     FULL,
     FineTuneSpec,
@@ -39,7 +41,7 @@ from headrace.pipelines.thaw.data import (
     image_paths,
     open_all,
 )
-from headrace.pipelines.thaw.errors import ThawRefused
+from headrace.pipelines.thaw.errors import CannotCut, ThawRefused
 from headrace.pipelines.thaw.head import head_module, new_head, require_differentiable, standardise
 from headrace.pipelines.thaw.network import Network, trainable_blocks
 from headrace.pipelines.thaw.parity import check_parity
@@ -92,21 +94,23 @@ class _Opened:
     backbone: Backbone
     taps: list[Tap]
     views: dict[str, list[FeatureSet]]  # of the head's inputs, by view
-    maps: dict[str, FeatureSet]  # of the cut, by view
+    maps: dict[str, FeatureSet]  # of the cut, by view; none: from the images
+    uncut: str | None = None  # why the job's maps are not used
 
 
 def pilot(job: ThawJob) -> dict[str, Any]:
     """The parity check and the measured time of a step.
 
-    Returns {"parity": {rows, largest, mean} or None for a new head, "cut_parity": the same from the cached maps,
-    "step_seconds", "steps" (per epoch and fold), "blocks" (how many train)}. Raises ThawRefused, CannotCut, SpecMismatch.
+    Returns {"parity": {rows, largest, mean} or None for a new head, "cut_parity": the same from the cached maps, "uncut":
+    why they are not used, where the network cannot be cut there and runs from the images instead, "step_seconds", "steps"
+    (per epoch and fold), "blocks" (how many train)}. Raises ThawRefused, CannotCut, SpecMismatch.
     """
     torch.set_num_threads(job.threads)
     opened = _open(job)
-    found: dict[str, Any] = {"parity": None, "cut_parity": None}
+    found: dict[str, Any] = {"parity": None, "cut_parity": None, "uncut": opened.uncut}
     if job.spec.start == "head":
         found["parity"] = dataclasses.asdict(_parity(job, opened, cut=False))
-        if job.cut:
+        if opened.maps:
             found["cut_parity"] = dataclasses.asdict(_parity(job, opened, cut=True))
     training = _training(FoldJob(job, int(opened.task.fold.max())), opened)
     found |= {
@@ -217,7 +221,21 @@ def _open(job: ThawJob, *, light: bool = False) -> _Opened:
                     f"{job.backbone.name}: the {name} here are {here}, but {feature.spec.name} was made with {stored}: "
                     "run the recipe again, so that features and network agree"
                 )
-    return _Opened(task, backbone, taps, views, maps)
+    reason = _uncuttable(backbone, taps, maps)
+    return _Opened(task, backbone, taps, views, {} if reason else maps, reason)
+
+
+def _uncuttable(backbone: Backbone, taps: list[Tap], maps: dict[str, FeatureSet]) -> str | None:
+    """Why the network cannot be run from these maps on; None where it can, or where there are none."""
+    if not maps:
+        return None
+    nodes = backbone_nodes(backbone)
+    width = sum(math.prod(tap_shape(tap, nodes[tap.node])) for tap in taps)
+    try:
+        Network(backbone, taps, new_head(MLPSpec(hidden=()), width, 1), cut=next(iter(maps.values())).spec.tap)
+    except CannotCut as error:
+        return str(error)
+    return None
 
 
 def _parity(job: ThawJob, opened: _Opened, *, cut: bool) -> Any:
@@ -254,7 +272,7 @@ def _parity(job: ThawJob, opened: _Opened, *, cut: bool) -> Any:
 
 def _training(fold_job: FoldJob, opened: _Opened) -> Training:
     job, fold, task, spec = fold_job.job, fold_job.fold, opened.task, fold_job.job.spec
-    cut = _cut(opened) if job.cut else None
+    cut = _cut(opened) if opened.maps else None
     outputs = 1 if task.kind == "single" and len(task.classes) == 2 else len(task.classes)
     head_spec = spec_from_json(spec.head)
     if spec.start == "head":
