@@ -273,7 +273,7 @@ class ThawSection(_Model):
     augment: Literal["none", "flip", "flips", "views"] = "none"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     seed: Seed = 0
-    budget_minutes: Positive | None = None  # of training, over all workers side by side; default: no limit
+    budget_minutes: Positive | None = None  # of training, computing time on each worker; default: no limit
 
 
 class ScreenSection(_Model):

@@ -168,6 +168,23 @@ def test_few_images_per_class_are_not_sent_into_deep_training():
     assert decide(evidence(taps=far, images=600)).action == "fine-tune"
 
 
+@pytest.mark.parametrize(
+    ("lag", "spread", "said"),
+    [
+        (0.0, 0.005, "the last is as good as any"),
+        (0.05, 0.2, "the last is worse than the best by 5.0 points"),  # most resamples say so, not enough of them
+        (0.015, 0.001, "not surely by more than the 2 from which on"),
+        (0.1, 0.01, "these images are far from"),
+    ],
+)
+def test_what_is_said_of_the_last_tap_is_what_was_measured(lag, spread, said):
+    """As good as any, worse, or so much worse that the images are far: by how sure each is."""
+    taps = (TapEvidence("t0", sure(0.1), sure(0.0)), TapEvidence("t1", sure(0.1 + lag), sure(lag, spread)))
+    (reason,) = [text for text in decide(evidence(taps=taps)).reasons if "early to late" in text]
+    assert said in reason
+    assert ("as good as any" in reason) == (lag == 0)
+
+
 def test_a_class_that_is_only_hard_is_not_starved():
     """It has as many images as the others."""
     common = {"error": sure(0.5), "gap": sure(0.4), "gain": sure(0.1), "needed": sure(50)}

@@ -111,6 +111,26 @@ def test_only_what_is_new_is_done(finished, tmp_path):
         (folder / "photos" / "fine" / "new.png").unlink()
 
 
+def test_a_screen_leaves_the_promising_inputs(finished, tmp_path):
+    """Only they get all heads, the first stage says which, and a second call screens nothing anew."""
+    folder, whole = finished
+    text = RECIPE.replace("folder: photos", f"folder: {folder / 'photos'}")
+    text += f"screen:\n  images: [0.5]\n  keep: 0.1\n  least: 1\ncache: {folder / 'headrace-cache'}\nout: {tmp_path / 'out'}\n"
+    (tmp_path / "screened.yaml").write_text(text)
+    recipe = load_recipe(tmp_path / "screened.yaml")
+    first = run_recipe(recipe, console=Console(quiet=True))
+    assert first.board["inputs"].nunique() == 1
+    assert set(first.board["inputs"]) < set(whole.board["inputs"])
+    assert first.test.images == 15
+    assert next(stage.did for stage in first.stages if stage.name == "screen").startswith("1 of 4 inputs go on: ")
+    files = {path: path.stat().st_mtime_ns for path in (first.paths.evidence / "screen").rglob("*.h5")}
+    assert files
+    again = run_recipe(recipe, console=Console(quiet=True))
+    assert {path: path.stat().st_mtime_ns for path in (first.paths.evidence / "screen").rglob("*.h5")} == files
+    assert next(stage.did for stage in again.stages if stage.name == "train heads") == "nothing missing"
+    pd.testing.assert_frame_equal(again.board, first.board)
+
+
 def test_init_writes_a_recipe_that_runs(finished, tmp_path):
     """For a folder per class; the recipe is valid, and says what was found."""
     folder, _ = finished

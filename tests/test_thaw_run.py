@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 from rich.console import Console
@@ -13,17 +14,23 @@ from run_cases import headrace, make_photos
 from test_structure import loaded_after
 from thaw_cases import LOGISTIC, SMALL, Case, make_case
 
+from headrace.cache import open_feature_set
 from headrace.extract import BackboneSpec
-from headrace.heads import KNNSpec, LogisticSpec, MLPSpec, read_bank
+from headrace.heads import KNNSpec, LogisticSpec, MLPSpec, read_bank, score, with_temperature
+from headrace.pipelines import load_model
+from headrace.pipelines.evidence.ensemble import Ensemble, Member
+from headrace.pipelines.evidence.ensemble_store import save_ensemble, show_test
 from headrace.pipelines.leaderboard import rank_heads
 from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.recipe import RecipeError, ReuseSection, ThawSection, load_recipe
 from headrace.pipelines.submit import Outcome
 from headrace.pipelines.thaw import stage as stage_module
 from headrace.pipelines.thaw.candidates import list_candidates, predicted_gain, training_seconds
+from headrace.pipelines.thaw.data import image_paths
 from headrace.pipelines.thaw.errors import TrainingFailed
 from headrace.pipelines.thaw.stage import ThawInputs, compare, pending, thaw
 from headrace.pipelines.thaw.train import Training
+from headrace.pipelines.winner import predict_test
 
 QUIET = Console(quiet=True)
 
@@ -122,6 +129,41 @@ def _heads(board: pd.DataFrame) -> pd.DataFrame:
         table = read_bank(row["path"]).table
         parts.append(table.assign(path=row["path"], inputs=pd.Series([row["inputs"]] * len(table), dtype=object)))
     return pd.concat(parts, ignore_index=True)
+
+
+def test_an_ensemble_with_a_network_is_shown_the_test_split_and_can_be_taken_away(
+    case: Case, tmp_path: Path, here: list[str]
+) -> None:
+    """What is on record is the members' weighted mean, the network's part from the images; the stored directory predicts
+    the same."""
+    inputs = inputs_of(case, tmp_path)
+    test = dataclasses.replace(
+        case.task, ids=case.task.ids[::3], content=case.task.content[::3], target=case.task.target[::3],
+        fold=case.task.fold[::3], weight=case.task.weight[::3],
+    )  # fmt: skip
+    board = board_of(case, (WEAK, ("layer4.avg",)))
+    thawed = thaw(inputs, board, SECTION, HereClient(), QUIET)  # type: ignore[arg-type]
+    ranked = rank_heads(pd.concat([_heads(board), thawed.rows]), "log_loss", dict.fromkeys(case.directories, 1), 2)
+    assert set(ranked["kind"]) == {"logistic", "finetune"}
+    weights = {"logistic": 0.25, "finetune": 0.75}
+    members = tuple(Member(weights[row["kind"]], row, ("a network",)) for _, row in ranked.iterrows())
+    numbers = dict.fromkeys(("value", "low", "high", "single", "gain", "gain_low", "gain_high", "sure"), 0.5)
+    ensemble = Ensemble("log_loss", members, 1.3, 2, 48, **numbers, chosen=True, metrics={})  # type: ignore[arg-type]
+    openings = tmp_path / "openings.jsonl"
+    shown = show_test(openings, ensemble, case.directories, test, case.task.digest)
+    mean = np.zeros((len(test.ids), 2))
+    for member in members:
+        features = [open_feature_set(path) for name in member.row["inputs"] for path in case.directories[name]]
+        mean += member.weight * predict_test(member.row, features, test)[1]
+    expected = with_temperature("single", mean, 1.3)
+    assert shown.metrics["log_loss"] == pytest.approx(score("single", test.target, expected, "log_loss"), rel=1e-6)
+    assert shown.images == len(test.ids)
+    assert len(openings.read_text().splitlines()) == 1
+    stored = save_ensemble(tmp_path / "ensemble", ensemble, case.directories, inputs.backbones, case.task)
+    assert sum((stored.parent / one["model"] / "network.safetensors").exists()
+               for one in json.loads(stored.read_text())["members"]) == 1  # fmt: skip
+    taken = load_model(stored.parent).predict_proba(image_paths(case.root / "images.parquet", test.content))
+    np.testing.assert_allclose(taken, expected, atol=2e-3)
 
 
 def test_the_budget_is_kept_and_a_larger_one_is_used(case: Case, tmp_path: Path, here: list[str]) -> None:

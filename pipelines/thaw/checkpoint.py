@@ -22,7 +22,7 @@ class Progress:
     epoch: int
     best_epoch: int
     best_loss: float
-    seconds: float  # of training, over all calls
+    seconds: float  # of training over all calls, by `train.clock`
     curve: list[dict[str, float]]  # per epoch: epoch, train_loss, validation_loss, and the learning rate at its end
 
 
