@@ -107,24 +107,29 @@ def open_test(
 
 def open_ensemble_test(
     openings: Path,
-    members: Sequence[tuple[float, pd.Series, Sequence[FeatureSet]]],
+    members: Sequence[tuple[float, float, pd.Series, Sequence[FeatureSet]]],
     temperature: float,
     test: Task,
     train_digest: str,
     metric: str,
 ) -> TestResult:
-    """As `open_test`, for an ensemble of (weight, row of the leaderboard, its features)."""
+    """As `open_test`, for an ensemble of (weight, own temperature, row of the leaderboard, its features)."""
     ensemble_is = {
         "train": train_digest,
         "test": test.digest,
-        "ensemble": [{"weight": weight, **_identity(row, features)} for weight, row, features in members],
+        "ensemble": [
+            {"weight": weight, "temperature": own, **_identity(row, features)} for weight, own, row, features in members
+        ],
         "temperature": temperature,
     }
 
     def predict() -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-        found = [predict_test(row, features, test) for _, row, features in members]
-        weights = np.array([weight for weight, _, _ in members])
-        mean = average(weights, np.stack([predicted for _, predicted in found]))
+        found = [predict_test(row, features, test) for _, _, row, features in members]
+        told = [
+            with_temperature(test.kind, predicted, own)
+            for (_, predicted), (_, own, _, _) in zip(found, members, strict=True)
+        ]
+        mean = average(np.array([weight for weight, *_ in members]), np.stack(told))
         return found[0][0], with_temperature(test.kind, mean, temperature)
 
     return _opened(openings, ensemble_is, test, metric, predict)

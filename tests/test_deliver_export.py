@@ -196,8 +196,8 @@ def test_an_ensemble_is_the_same_where_headrace_is_not(photos, features, tmp_pat
     listed = []
     for place, (spec, names, weight) in enumerate(members):
         model_directory(tmp_path / "model" / "members" / str(place), photos, features, spec, names)
-        listed.append({"model": f"members/{place}", "weight": weight})
-    about = {"format": 1, "kind": "ensemble", "members": listed, "temperature": 0.7, "task_kind": "single",
+        listed.append({"model": f"members/{place}", "weight": weight, "temperature": 0.5 + place / 2})
+    about = {"format": 2, "kind": "ensemble", "members": listed, "temperature": 0.7, "task_kind": "single",
              "classes": ["coarse", "fine"], "metrics": {}}  # fmt: skip
     (tmp_path / "model" / "ensemble.json").write_text(json.dumps(about))
     model = load_model(tmp_path / "model")

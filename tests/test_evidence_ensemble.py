@@ -52,6 +52,22 @@ def test_heads_that_err_apart_are_combined(tmp_path, metric):
     assert found.networks == ("b (00000000/44136fa3)",)
 
 
+def test_heads_that_are_right_but_unsure_have_their_say(tmp_path):
+    """Half of them tell which side an image is on and hardly how surely, as support vectors do: they are picked as if they
+    had told honest probabilities, which is what their own temperatures make of them."""
+    target, outputs = independent_heads(np.random.default_rng(0), 8, 0.8)
+    board, task = stored(tmp_path, "single", "accuracy", outputs, target)
+    honest = build_ensemble(board, held_out(task), "accuracy", EnsembleSection())
+    (tmp_path / "unsure").mkdir()
+    unsure = [with_temperature("single", each, 4.0 if k % 2 else 1.0) for k, each in enumerate(outputs)]
+    board, task = stored(tmp_path / "unsure", "single", "accuracy", unsure, target)
+    found = build_ensemble(board, held_out(task), "accuracy", EnsembleSection())
+    assert {member.row["spec"] for member in found.members} == {member.row["spec"] for member in honest.members}
+    assert found.value == pytest.approx(honest.value, abs=0.01)
+    told = {int(json.loads(member.row["spec"])["alpha"]) - 1: member.temperature for member in found.members}
+    assert max(told[k] for k in told if k % 2) < 0.5 * min(told[k] for k in told if not k % 2)
+
+
 def test_heads_that_know_nothing_are_not_combined(tmp_path):
     """Thirty of them, in five worlds: an ensemble fits their noise, its nested score knows that it is worth nothing, and
     it is never the answer."""
@@ -63,7 +79,14 @@ def test_heads_that_know_nothing_are_not_combined(tmp_path):
         assert not found.chosen
         values.append(found.value)
         held = held_out(task)
-        inside = np.stack([outputs[int(json.loads(member.row["spec"])["alpha"]) - 1] for member in found.members])
+        inside = np.stack(
+            [
+                with_temperature(
+                    "single", outputs[int(json.loads(member.row["spec"])["alpha"]) - 1], member.temperature
+                )
+                for member in found.members
+            ]
+        )
         weights = [member.weight for member in found.members]
         assert score("single", held.target, np.tensordot(weights, inside, 1)[held.rows], "accuracy") > found.value
     assert np.mean(values) == pytest.approx(0.5, abs=3 * 0.5 / np.sqrt(5 * ROWS))
@@ -114,7 +137,9 @@ def trained(tmp_path_factory):
 
 
 def combined(board, weights, metric="accuracy"):
-    members = tuple(Member(weight, row, ("b",)) for weight, (_, row) in zip(weights, board.iterrows(), strict=True))
+    members = tuple(
+        Member(weight, 0.5 + weight, row, ("b",)) for weight, (_, row) in zip(weights, board.iterrows(), strict=True)
+    )
     numbers = dict.fromkeys(("value", "low", "high", "single", "gain", "gain_low", "gain_high", "sure"), 0.5)
     return Ensemble(metric, members, 1.5, 2, 180, **numbers, chosen=True, metrics={metric: 0.5})
 
@@ -127,11 +152,14 @@ def test_the_stored_ensemble_predicts_what_was_tested(trained):
     ensemble = combined(board, (0.25, 0.75))
     path = save_ensemble(folder / "ensemble", ensemble, directories, backbones, train)
     described = json.loads(path.read_text())
-    assert (described["format"], described["kind"], described["task_kind"]) == (1, "ensemble", "single")
+    assert (described["format"], described["kind"], described["task_kind"]) == (2, "ensemble", "single")
     heads = [(load_head(path.parent / member["model"]), member) for member in described["members"]]
     assert [head.backbones[0]["name"] for head, _ in heads] == ["torchvision:resnet18"] * 2
     mean = sum(
-        member["weight"] * head.predict_proba(taps[member["inputs"][0]][180:].astype(np.float32))
+        member["weight"]
+        * with_temperature(
+            "single", head.predict_proba(taps[member["inputs"][0]][180:].astype(np.float32)), member["temperature"]
+        )
         for head, member in heads
     )
     predicted = with_temperature("single", mean, described["temperature"])

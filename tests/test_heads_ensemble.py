@@ -8,6 +8,7 @@ from headrace.heads import (
     average,
     element_loss,
     fit_temperature,
+    fit_temperatures,
     greedy_weights,
     loss_elements,
     score,
@@ -113,6 +114,21 @@ def test_the_temperature_undoes_what_was_multiplied(kind, factor):
         assert (mended.argmax(1) == told.argmax(1)).all()
     else:
         assert ((mended >= 0.5) == (told >= 0.5)).all()
+
+
+@pytest.mark.parametrize("kind", ["single", "multi"])
+def test_heads_get_the_temperatures_that_they_would_get_alone(kind):
+    """Newton's method finds what the grid finds, to within its steps; wherever the best lies outside, the nearest end."""
+    rng = np.random.default_rng(3)
+    logits = rng.normal(0, 2, (400, 3))
+    odds = 1 / (1 + np.exp(-logits)) if kind == "multi" else np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    drawn = rng.random((400, 3)) < odds
+    target = drawn.astype(np.int64) if kind == "multi" else np.array([rng.choice(3, p=p) for p in odds])
+    heads = np.stack([with_temperature(kind, odds, t) for t in (0.3, 1.0, 3.0, 40.0)])
+    found = fit_temperatures(kind, target, heads)
+    np.testing.assert_allclose(found, [fit_temperature(kind, target, head) for head in heads], rtol=0.04)
+    assert found[-1] == pytest.approx(0.2, rel=1e-3)
+    assert fit_temperatures("regression", logits, heads).tolist() == [1.0] * 4
 
 
 def test_regression_has_no_temperature():

@@ -146,7 +146,7 @@ def test_an_ensemble_with_a_network_is_shown_the_test_split_and_can_be_taken_awa
     ranked = rank_heads(pd.concat([_heads(board), thawed.rows]), "log_loss", dict.fromkeys(case.directories, 1), 2)
     assert set(ranked["kind"]) == {"logistic", "finetune"}
     weights = {"logistic": 0.25, "finetune": 0.75}
-    members = tuple(Member(weights[row["kind"]], row, ("a network",)) for _, row in ranked.iterrows())
+    members = tuple(Member(weights[row["kind"]], 0.8, row, ("a network",)) for _, row in ranked.iterrows())
     numbers = dict.fromkeys(("value", "low", "high", "single", "gain", "gain_low", "gain_high", "sure"), 0.5)
     ensemble = Ensemble("log_loss", members, 1.3, 2, 48, **numbers, chosen=True, metrics={})  # type: ignore[arg-type]
     openings = tmp_path / "openings.jsonl"
@@ -154,7 +154,7 @@ def test_an_ensemble_with_a_network_is_shown_the_test_split_and_can_be_taken_awa
     mean = np.zeros((len(test.ids), 2))
     for member in members:
         features = [open_feature_set(path) for name in member.row["inputs"] for path in case.directories[name]]
-        mean += member.weight * predict_test(member.row, features, test)[1]
+        mean += member.weight * with_temperature("single", predict_test(member.row, features, test)[1], 0.8)
     expected = with_temperature("single", mean, 1.3)
     assert shown.metrics["log_loss"] == pytest.approx(score("single", test.target, expected, "log_loss"), rel=1e-6)
     assert shown.images == len(test.ids)

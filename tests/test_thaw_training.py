@@ -20,6 +20,7 @@ from headrace.extract.preprocess import render
 from headrace.heads import FULL, FineTuneSpec, MLPSpec, read_bank, spec_from_json, spec_to_json
 from headrace.pipelines.thaw import checkpoint as checkpoint_module
 from headrace.pipelines.thaw import task as task_module
+from headrace.pipelines.thaw import train as train_module
 from headrace.pipelines.thaw.checkpoint import load_checkpoint
 from headrace.pipelines.thaw.data import random_flips
 from headrace.pipelines.thaw.errors import TrainingFailed
@@ -113,6 +114,21 @@ def test_rates_fall_with_depth_and_time(case: Case) -> None:
     assert factors[0] < factors[5] < factors[10] == max(factors)
     assert factors[10:] == sorted(factors[10:], reverse=True)
     assert factors[-1] < 0.01
+
+
+def test_a_wide_head_moves_as_slowly_as_a_narrow_one(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its rate falls with the number of its inputs, so that a step moves its output by as much; the blocks keep theirs."""
+    rates = {}
+    for wide in (512, 16):
+        monkeypatch.setattr(train_module, "WIDE", wide)
+        job = case.job(cut=None, depth="all", layer_decay=0.5)
+        training = task_module._training(FoldJob(job, 0), task_module._open(job))
+        rates[wide] = training.rates
+    inputs = training.network.head.layers[0].weight.shape[1]
+    assert inputs > 16
+    assert rates[512][:2] == [1e-3, 1e-3]  # weights and biases
+    np.testing.assert_allclose(rates[16][:2], 1e-3 * 16 / inputs)
+    assert rates[16][2:] == rates[512][2:]
 
 
 def test_the_start_of_fine_tuning_is_the_head(case: Case) -> None:

@@ -273,13 +273,13 @@ def _write_directory(model: Model, folder: Path) -> None:
             std=how.std,
             interpolation=how.interpolation,
         )
-    if len(model.members) == 1 and model.temperature == 1:
+    if len(model.members) == 1 and model.temperature == model.members[0].temperature == 1:
         _save_member(model.members[0], folder, stored, "")
         return
     members = []
     for place, member in enumerate(model.members):
         _save_member(member, folder / "members" / str(place), stored, "../../")
-        members.append({"model": f"members/{place}", "weight": member.weight})
+        members.append({"model": f"members/{place}", "weight": member.weight, "temperature": member.temperature})
     about = {
         "format": FORMAT,
         "kind": "ensemble",

@@ -157,7 +157,7 @@ class Graph(nn.Module):
         self.heads = nn.ModuleList([_head(member) for member in model.members])
         self.columns = [_columns(member) for member in model.members]
         self.spatial = [member.spatial for member in model.members]
-        self.weights = [member.weight for member in model.members]
+        self.shares = [(member.weight, member.temperature) for member in model.members]
         self.temperature, self.task_kind = model.temperature, model.task_kind
         if len(self.inputs) > 1:
             self.inputs = [replace(each, name=f"images_{place}") for place, each in enumerate(self.inputs)]
@@ -168,9 +168,10 @@ class Graph(nn.Module):
         for network, source, keys in zip(self.networks, self.sources, self.keys, strict=True):
             features |= zip(keys, network(images[source]), strict=True)
         total: Tensor | None = None
-        for head, columns, spatial, weight in zip(self.heads, self.columns, self.spatial, self.weights, strict=True):
+        for head, columns, spatial, share in zip(self.heads, self.columns, self.spatial, self.shares, strict=True):
             parts = [features[key] if spatial else features[key].flatten(1) for key in columns]
-            part = head(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
+            weight, own = share
+            part = tempered(head(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)), self.task_kind, own)
             part = part if weight == 1 else part * weight
             total = part if total is None else total + part
         assert total is not None

@@ -157,8 +157,12 @@ def ready(member: "Member | NetworkMember") -> Callable[[Floats], Floats]:
 
 
 def combine(model: "Model", parts: Sequence[Floats]) -> Floats:
-    """(n, C) of the members' predictions: their weighted average, tempered."""
-    mean = average(np.array([member.weight for member in model.members]), np.stack(parts))
+    """(n, C) of the members' predictions: each tempered, their weighted average, tempered."""
+    told = [
+        with_temperature(model.task_kind, part, member.temperature)
+        for member, part in zip(model.members, parts, strict=True)
+    ]
+    mean = average(np.array([member.weight for member in model.members]), np.stack(told))
     return np.asarray(with_temperature(model.task_kind, mean, model.temperature), np.float32)
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from headrace.pipelines.deliver.images import ImageLike
 
 HEAD, ENSEMBLE = "head.json", "ensemble.json"
-FORMAT = 1
+FORMAT = 2  # of an ensemble; 1 had no temperatures of its members
 
 
 class ModelError(HeadraceError, ValueError):
@@ -35,6 +35,7 @@ class Member:
     head: TrainedHead
     backbones: tuple[BackboneSpec, ...]
     weight: float = 1.0
+    temperature: float = 1.0  # its own log-odds are divided by it before they are averaged
 
     @property
     def kind(self) -> str:
@@ -117,9 +118,12 @@ def _load_ensemble(place: Path) -> Model:
     path = place / ENSEMBLE
     try:
         about = json.loads(path.read_text())
-        if about["format"] != FORMAT or about["kind"] != "ensemble":
+        if about["format"] not in (1, FORMAT) or about["kind"] != "ensemble":
             raise ModelError(f"{path}: format {about['format']}, this version reads {FORMAT}: update headrace")
-        shares = [(place / entry["model"], float(entry["weight"])) for entry in about["members"]]
+        shares = [
+            (place / entry["model"], float(entry["weight"]), float(entry.get("temperature", 1.0)))
+            for entry in about["members"]
+        ]
         temperature, classes = float(about["temperature"]), tuple(about["classes"])
         metrics = {name: float(value) for name, value in about["metrics"].items()}
     except (ValueError, KeyError, TypeError) as error:
@@ -129,11 +133,11 @@ def _load_ensemble(place: Path) -> Model:
             f"{path} does not describe an ensemble ({type(error).__name__}: {error}): run again"
         ) from error
     members: list[Member | NetworkMember] = []
-    for directory, weight in shares:
+    for directory, weight, own in shares:
         model = _load_single(directory)
         if (model.classes, model.task_kind) != (classes, about["task_kind"]):
             raise ModelError(f"{path}: the member {directory} has other classes than the ensemble: run again")
-        members += [dataclasses.replace(member, weight=member.weight * weight) for member in model.members]
+        members += [dataclasses.replace(member, weight=weight, temperature=own) for member in model.members]
     if not members or abs(sum(member.weight for member in members) - 1) > 1e-6:
         raise ModelError(f"{path}: the weights of {len(members)} members do not sum to 1: run again")
     digest = _digest(tuple(members), temperature)
@@ -186,7 +190,9 @@ def _backbones(head: TrainedHead, place: Path) -> tuple[BackboneSpec, ...]:
 
 
 def _digest(members: tuple[Member | NetworkMember, ...], temperature: float) -> str:
-    hasher = hashlib.sha256(json.dumps([temperature, *(member.weight for member in members)]).encode())
+    hasher = hashlib.sha256(
+        json.dumps([temperature, *((member.weight, member.temperature) for member in members)]).encode()
+    )
     for member in members:
         if isinstance(member, NetworkMember):
             hasher.update(member.digest.encode())

@@ -36,6 +36,7 @@ class NetworkMember:
     spatial: bool  # whether its head takes maps
     digest: str  # of the weights file
     weight: float = 1.0
+    temperature: float = 1.0  # its own log-odds are divided by it before they are averaged
     kind: str = "finetune"
 
 

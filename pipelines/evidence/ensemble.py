@@ -1,7 +1,9 @@
 """The ensemble of a run: picked from stored predictions, scored on rows that had no part in picking it, kept only if better.
 
-K candidates, N held-out rows. The score is nested: for each part of the rows, heads are picked, weighted and calibrated on
-the other parts alone, and that ensemble predicts the part. The ensemble that is kept is picked on all rows.
+K candidates, N held-out rows. Each head first gets a temperature of its own, so that heads that are too unsure (support
+vectors, ridge) or too sure have their say; the average gets another. The score is nested: for each part of the rows, heads
+are calibrated, picked and weighted on the other parts alone, and that ensemble predicts the part. The ensemble that is kept
+is picked on all rows.
 """
 
 import hashlib
@@ -16,10 +18,12 @@ import pandas as pd
 from headrace.heads import (
     METRICS,
     EnsembleLimits,
+    TaskKind,
     all_metrics,
     average,
     element_loss,
     fit_temperature,
+    fit_temperatures,
     greedy_weights,
     loss_elements,
     read_bank,
@@ -40,6 +44,7 @@ class Member:
     """One head of an ensemble."""
 
     weight: float
+    temperature: float  # of its own predictions, before they are averaged
     row: pd.Series  # of the leaderboard: inputs, kind, settings, spec, path, …
     networks: tuple[str, ...]  # the forward passes that it needs
 
@@ -89,21 +94,26 @@ def build_ensemble(
     if len(found) < 2:
         return None
     networks = [_networks(row) for _, row in found.iterrows()]
-    elements = loss_elements(kind, held.target, predicted)
     plain = np.zeros(predicted.shape[1:])
     nested = plain.copy()
     part = _parts(held, seed)
     for number in np.unique(part):
         inside, outside = np.flatnonzero(part != number), np.flatnonzero(part == number)
-        weights = greedy_weights(kind, _of_rows(elements, inside, len(part)), networks, limits)
+        told = _calibrated(kind, predicted, fit_temperatures(kind, held.target[inside], predicted[:, inside]))
+        elements = loss_elements(kind, held.target[inside], told[:, inside])
+        weights = greedy_weights(kind, elements, networks, limits)
         used = np.flatnonzero(weights)
-        own = average(weights[used], predicted[used])
+        own = average(weights[used], told[used])
         temperature = fit_temperature(kind, held.target[inside], own[inside])
         plain[outside] = own[outside]
         nested[outside] = with_temperature(kind, own[outside], temperature)
-    weights = greedy_weights(kind, elements, networks, limits)
+    temperatures = fit_temperatures(kind, held.target, predicted)
+    told = _calibrated(kind, predicted, temperatures)
+    weights = greedy_weights(kind, loss_elements(kind, held.target, told), networks, limits)
     order = sorted(np.flatnonzero(weights), key=lambda place: -weights[place])
-    members = [Member(float(weights[k]), found.iloc[k], tuple(sorted(networks[k]))) for k in order]
+    members = [
+        Member(float(weights[k]), float(temperatures[k]), found.iloc[k], tuple(sorted(networks[k]))) for k in order
+    ]
     first = predicted[int(found["rank"].argmin())]
     return _judged(held, metric, section, np.stack([nested, first.astype(np.float64)]), members, len(found), seed,
                    temperature=fit_temperature(kind, held.target, plain))  # fmt: skip
@@ -193,6 +203,11 @@ def _parts(held: HeldOut, seed: int) -> npt.NDArray[np.int64]:
     return np.asarray(dealt[held.groups], np.int64)
 
 
-def _of_rows(elements: npt.NDArray[np.float32], rows: npt.NDArray[np.int64], count: int) -> npt.NDArray[np.float32]:
-    """The elements (K, E) of some of `count` rows."""
-    return elements.reshape(len(elements), count, -1)[:, rows].reshape(len(elements), -1)
+def _calibrated(
+    kind: TaskKind, predicted: npt.NDArray[np.float32], temperatures: npt.NDArray[np.float64]
+) -> npt.NDArray[np.float32]:
+    """(K, N, C) each head's predictions at its own temperature."""
+    told = np.empty_like(predicted)
+    for place, temperature in enumerate(temperatures):
+        told[place] = with_temperature(kind, predicted[place], float(temperature))
+    return told

@@ -15,7 +15,7 @@ from headrace.heads import Task
 from headrace.pipelines.evidence.ensemble import Ensemble
 from headrace.pipelines.winner import TestResult, open_ensemble_test, save_winner
 
-FORMAT = 1
+FORMAT = 2
 DESCRIPTION = "ensemble.json"
 
 
@@ -41,6 +41,7 @@ def save_ensemble(
             {
                 "model": f"members/{key}",
                 "weight": member.weight,
+                "temperature": member.temperature,
                 "rank": int(row["rank"]),
                 "inputs": list(row["inputs"]),
                 "kind": row["kind"],
@@ -71,7 +72,10 @@ def show_test(
     openings: Path, ensemble: Ensemble, directories: Mapping[str, Sequence[Path]], test: Task, train_digest: str
 ) -> TestResult:
     """Show the ensemble the test split, once and on record."""
-    members = [(member.weight, member.row, _features(member.row, directories)) for member in ensemble.members]
+    members = [
+        (member.weight, member.temperature, member.row, _features(member.row, directories))
+        for member in ensemble.members
+    ]
     return open_ensemble_test(openings, members, ensemble.temperature, test, train_digest, ensemble.metric)
 
 

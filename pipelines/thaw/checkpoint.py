@@ -12,7 +12,7 @@ from torch import Tensor
 
 from headrace.cache import publish_replace
 
-FORMAT = 1
+FORMAT = 2  # 1 had one rate for all layers of a head
 
 
 @dataclass

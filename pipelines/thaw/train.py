@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +31,9 @@ from headrace.pipelines.thaw.errors import TrainingFailed
 from headrace.pipelines.thaw.network import Network
 
 EVALUATION_ROWS = 64
+# A step of Adam moves every weight by the rate, and so the output of a layer by as much more as the layer is wider: from this
+# many inputs on, the head's rate falls with their number (Yang et al. 2021), or a wide head forgets in a few steps what it was.
+WIDE = 512
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
@@ -283,7 +287,10 @@ def _trained_modules(network: Network, blocks: list[list[str]]) -> list[tuple[st
 def _optimiser(network: Network, plan: Plan) -> tuple[torch.optim.Optimizer, list[float]]:
     """AdamW over the trained parameters, one group per block with and one without weight decay (gains and biases)."""
     spec = plan.spec
-    layers: list[tuple[float, list[nn.Parameter]]] = [(spec.learning_rate, list(network.head.parameters()))]
+    layers: list[tuple[float, list[nn.Parameter]]] = []
+    for layer in (*network.head.convolutions, *network.head.layers):
+        inputs = math.prod(cast(nn.Linear | nn.Conv2d, layer).weight.shape[1:])
+        layers.append((spec.learning_rate * min(1.0, WIDE / inputs), list(layer.parameters())))
     decay = 1.0 if spec.start == "random" else spec.layer_decay
     for height, block in enumerate(reversed(plan.blocks)):
         own = [p for name in block for p in network.backbone.get_submodule(name).parameters(recurse=False)]
