@@ -13,6 +13,12 @@ if TYPE_CHECKING:
 
 def advise_command(
     run: Annotated[Path, typer.Argument(help="The directory of a finished run, headrace-runs/NAME.")],
+    reference: Annotated[
+        Path | None,
+        typer.Option(
+            help="Another run on the same backbones: how far this one's images lie from that one's is said too."
+        ),
+    ] = None,
     workers: Annotated[int | None, typer.Option(help="Worker processes; default: one per core.", min=1)] = None,
 ) -> None:
     """Say what would help most: a head, training deeper, from scratch, or more images, with the evidence for it.
@@ -24,7 +30,7 @@ def advise_command(
     from headrace.pipelines.evidence.advise_run import advise_run
 
     console = Console()
-    show_advice(console, advise_run(run, console=console, workers=workers))
+    show_advice(console, advise_run(run, reference=reference, console=console, workers=workers))
 
 
 def show_advice(console: Console, advice: "Advice") -> None:

@@ -5,8 +5,9 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-from evidence_cases import World, live_in, store_taps, task_of
+from evidence_cases import World, content_of, live_in, store_taps, task_of
 
+from headrace.cache import open_feature_set
 from headrace.heads import BankJob, LogisticSpec, RidgeSpec, Task, save_task, train_bank
 from headrace.pipelines.evidence.advice import (
     ClassEvidence,
@@ -19,6 +20,7 @@ from headrace.pipelines.evidence.advice import (
 from headrace.pipelines.evidence.advise import NothingToWeigh, advise_on
 from headrace.pipelines.evidence.curves import fit_power_law, gain_from_more, row_draws, subset
 from headrace.pipelines.evidence.estimate import Estimate
+from headrace.pipelines.evidence.reference import NoReference, reference_evidence, reference_text
 from headrace.pipelines.evidence.screen import screen_inputs
 from headrace.pipelines.evidence.taps import transfer_scores
 from headrace.pipelines.leaderboard import rank_heads
@@ -126,6 +128,48 @@ def test_no_whole_head_is_an_error_that_says_what_to_do(tmp_path):
     board, task, directories = live_in(World(80, 2, (1.0,)), tmp_path)
     with pytest.raises(NothingToWeigh, match="headrace run"):
         advise_on(board.assign(failed=1), task, directories, tmp_path / "evidence", in_this_process)
+
+
+def test_the_distance_to_reference_images_is_told(tmp_path):
+    """About one for images of the same kind, more for others, on the feature sets that both runs have; images of both runs
+    are no reference; what is said decides nothing."""
+    world = World(320, 3, (0.5, 6.0))
+    board, task, directories = live_in(world, tmp_path)
+    own = {name: open_feature_set(path).load(task.content, np.float64) for name, (path,) in directories.items()}
+    for shift, spread in ((0.0, 1.0), (3.0, 1.0), (0.0, 2.0)):
+        other = {}
+        for name, X in own.items():
+            late = X[160:]  # of the same world, and then moved
+            other[name] = np.concatenate([X[:160], late.mean(0) + spread * (late - late.mean(0)) + shift * X.std(0)])
+        other["block9.avg"] = np.ones((320, 4))
+        there = store_taps(tmp_path / f"there {shift} {spread}", other)
+        found = reference_evidence(directories, task.content[:160], there, content_of(320))
+        assert [each.name for each in found] == ["block0.avg", "block1.avg"]
+        assert {each.images for each in found} == {160}
+        for each in found:
+            assert each.ratio.low <= each.ratio.value <= each.ratio.high
+            assert (each.ratio.low > 1.2) == (shift > 0), each
+            assert (each.ratio.high < 0.9) == (spread > 1), each
+            assert ("further out" in reference_text([each])) == (shift > 0)
+    evidence = tmp_path / "evidence"
+    far = {name: np.concatenate([X, X[:160] + 3 * X.std(0)]) for name, X in own.items()}
+    plain = advise_on(board, task, directories, evidence, in_this_process)
+    reference = store_taps(tmp_path / "far", far), content_of(480)
+    asked = advise_on(board, task, directories, evidence, in_this_process, reference=reference)
+    assert asked.sentence == plain.sentence
+    assert asked.reasons[:-1] == plain.reasons
+    assert asked.reasons[-1].startswith("On block1.avg an image is ")
+    assert len(advice_summary(asked)["evidence"]["reference"]) == 2
+
+
+def test_a_reference_that_cannot_be_compared_says_why(tmp_path):
+    """No feature set in common, or no images that only the reference has."""
+    _, task, directories = live_in(World(60, 2, (1.0,)), tmp_path)
+    elsewhere = store_taps(tmp_path / "there", {"block0.avg": np.zeros((60, 4))}, backbone="python:another")
+    with pytest.raises(NoReference, match="same backbones"):
+        reference_evidence(directories, task.content, elsewhere, content_of(60))
+    with pytest.raises(NoReference, match="at least 20"):
+        reference_evidence(directories, task.content, directories, task.content)
 
 
 def sure(value, spread=0.0, draws=200):

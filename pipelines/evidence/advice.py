@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from headrace.pipelines.evidence.estimate import Estimate
+from headrace.pipelines.evidence.reference import ReferenceEvidence, reference_text
 
 Action = Literal["head", "fine-tune", "scratch", "collect", "abstain"]
 
@@ -78,6 +79,7 @@ class Evidence:
     per_class: tuple[ClassEvidence, ...] = ()
     pilots: tuple[PilotEvidence, ...] = ()
     scores: tuple[dict[str, Any], ...] = ()  # transfer scores by feature set
+    reference: tuple[ReferenceEvidence, ...] = ()  # distances to the images of another run, where one is given
 
     @property
     def per_class_images(self) -> float:
@@ -228,6 +230,8 @@ def _best_pilot(evidence: Evidence) -> PilotEvidence | None:
 
 
 def _advice(action: Action, sentence: str, evidence: Evidence, reasons: list[str], **rest: Any) -> Advice:
+    if evidence.reference:  # said, and not decided by: whether a distance matters is what the taps' errors show
+        reasons = [*reasons, reference_text(evidence.reference)]
     return Advice(action, sentence, tuple(reasons), evidence=evidence, **rest)
 
 

@@ -33,6 +33,7 @@ from headrace.pipelines.evidence.curves import (
 )
 from headrace.pipelines.evidence.estimate import Estimate
 from headrace.pipelines.evidence.predictions import HeldOut, held_out, read_predictions, whole_heads
+from headrace.pipelines.evidence.reference import reference_evidence
 from headrace.pipelines.evidence.taps import transfer_scores
 
 Floats = npt.NDArray[np.float64]
@@ -57,12 +58,13 @@ def advise_on(
     *,
     groups: npt.NDArray[Any] | None = None,
     deeper: Callable[[Sequence[str]], Sequence[str]] = list,
+    reference: tuple[Mapping[str, Sequence[Path]], npt.NDArray[np.bytes_]] | None = None,
 ) -> Advice:
     """The advice for a ranked leaderboard (best first) of a task.
 
     directories: of the feature sets by the names that `inputs` of the board use. folder: where what is measured is kept.
     train_all: runs the bank jobs of the learning curve. deeper: sorts names of feature sets of one network, early to late;
-    by default they are in that order.
+    by default they are in that order. reference: feature sets and images of another run to measure the distance to.
     """
     held = held_out(task, groups)
     whole = whole_heads(board).reset_index(drop=True)
@@ -96,6 +98,7 @@ def advise_on(
     if task.kind == "single":
         sure = predicted.max(1) >= np.median(predicted.max(1))
         evidence["surest"] = _estimate(wrong[sure], draws[sure])
+    by_depth = {name: directories[name] for name in _deepest_last(directories, deeper)} if reference else {}
     return decide(
         Evidence(
             images=len(task.ids),
@@ -105,8 +108,20 @@ def advise_on(
             taps=tap_evidence(heads, held, directories, draws, deeper),
             pilots=pilot_evidence(networks, held, error, draws),
             scores=tuple(asdict(each) for each in scores),
+            reference=() if reference is None else reference_evidence(by_depth, task.content, *reference),
         )
     )
+
+
+def _deepest_last(
+    directories: Mapping[str, Sequence[Path]], deeper: Callable[[Sequence[str]], Sequence[str]]
+) -> list[str]:
+    """All names, network by network, each early to late."""
+    networks: dict[tuple[str, ...], list[str]] = {}
+    for name, views in directories.items():
+        spec = open_feature_set(views[0]).spec
+        networks.setdefault((spec.backbone, spec.weights, spec.preprocessing), []).append(name)
+    return [name for names in networks.values() for name in deeper(names)]
 
 
 def curve_specs(task: Task, winner: pd.Series) -> list[HeadSpec]:

@@ -18,12 +18,16 @@ from headrace.pipelines.evidence.train import train_banks
 from headrace.pipelines.prepare import backbone_spec
 
 
-def advise_run(run: Path, *, console: Console | None = None, workers: int | None = None) -> Advice:
+def advise_run(
+    run: Path, *, reference: Path | None = None, console: Console | None = None, workers: int | None = None
+) -> Advice:
     """The advice for a run directory, also written to evidence/advice.json in it. A second call trains nothing.
 
-    Raises NotARun; HeadraceError where features are missing.
+    reference: another run's directory; how far the images of the one lie from those of the other is then part of it.
+    Raises NotARun; NoReference; HeadraceError where features are missing.
     """
     files = read_run_files(run.absolute())
+    other = None if reference is None else read_run_files(reference.absolute())
 
     def train_all(jobs: Sequence[BankJob]) -> None:
         if jobs:
@@ -38,6 +42,7 @@ def advise_run(run: Path, *, console: Console | None = None, workers: int | None
         train_all,
         groups=files.groups,
         deeper=lambda names: _early_to_late(names, files),
+        reference=None if other is None else (other.directories, other.task.content),
     )
     files.paths.evidence.mkdir(parents=True, exist_ok=True)
     publish_replace(files.paths.advice, json.dumps(advice_summary(advice), indent=2).encode())
