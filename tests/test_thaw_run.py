@@ -20,6 +20,7 @@ from headrace.heads import KNNSpec, LogisticSpec, MLPSpec, read_bank, score, wit
 from headrace.pipelines import load_model
 from headrace.pipelines.evidence.ensemble import Ensemble, Member
 from headrace.pipelines.evidence.ensemble_store import save_ensemble, show_test
+from headrace.pipelines.finished import results_file
 from headrace.pipelines.leaderboard import rank_heads
 from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.recipe import RecipeError, ReuseSection, ThawSection, load_recipe
@@ -340,3 +341,18 @@ def test_a_network_can_win_a_run(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert {path: path.stat().st_mtime_ns for path in (run / "thaw").rglob("*") if path.is_file()} == before
     assert len((run / "test-openings.jsonl").read_text().splitlines()) == 1
+
+
+def test_results_of_a_moved_or_copied_run_are_its_own(tmp_path: Path) -> None:
+    """The run's directory counts first, whatever path the leaderboard has stored; what is not there is where it was."""
+    paths = RunPaths(tmp_path / "here")
+    for folder in (paths.banks, paths.thaw, tmp_path / "there" / "banks"):
+        folder.mkdir(parents=True)
+    stored = tmp_path / "there" / "banks" / "a.h5"
+    stored.touch()
+    assert results_file(paths, str(stored)) == stored
+    (paths.banks / "a.h5").touch()
+    assert results_file(paths, str(stored)) == paths.banks / "a.h5", "of a copied run, the copy"
+    (paths.thaw / "b.h5").touch()
+    assert results_file(paths, tmp_path / "gone" / "thaw" / "b.h5") == paths.thaw / "b.h5"
+    assert results_file(paths, tmp_path / "gone" / "banks" / "b.h5") == tmp_path / "gone" / "banks" / "b.h5"
