@@ -4,9 +4,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 FOLDERS := extract cache heads pipelines
-# A strict editable install links every file by name, so it is repeated when the list of files changes, and only then.
+# A strict editable install links every file by name, so it is repeated when the list of files changes, or
+# what is compiled, and only then.
 FILES := $(sort $(filter-out %.pyc,$(wildcard $(FOLDERS:%=%/*.py) $(FOLDERS:%=%/*/*.*))))
-STATE := $(shell (echo $(FILES); cat pyproject.toml constraints.txt) | cksum | cut -d' ' -f1)
+STATE := $(shell (echo $(FILES); cat pyproject.toml constraints.txt heads/*.c) | cksum | cut -d' ' -f1)
 INSTALL = $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -c constraints.txt --config-settings editable_mode=strict
 
 .PHONY: demo test quick lint types docs wheel dev bench clean help

@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import scipy.linalg
 
+from headrace.heads.compiled_tiles import compiled
 from headrace.heads.spec import FULL
 from headrace.heads.standardize import Features, Moments, chunks
 from headrace.heads.streamed import Streamed
@@ -180,7 +181,9 @@ def make_design(
     rotation = np.ascontiguousarray(rotation[:, ::-1])  # the largest first
     del train
     tiles = []
-    twice = sum(len(rows) for _, rows in groups) * rotation.shape[1] * rotation.itemsize < BYTES_WORTH_A_SECOND_COPY
+    # The compiled pass reads rows as they are.
+    plain = compiled() is None or np.dtype(dtype) != np.float32
+    twice = plain and sum(len(rows) for _, rows in groups) * dim * rotation.itemsize < BYTES_WORTH_A_SECOND_COPY
     for index, (group, rows) in enumerate(groups):
         part, parts[index] = parts[index], np.empty((0, 0), dtype)  # scaled rows go as the rotated ones come
         for where in chunks(np.arange(len(rows)), ROWS_PER_TILE):

@@ -13,20 +13,28 @@ import itertools
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from headrace.heads.compiled_tiles import compiled
 from headrace.heads.design import Design, Tile
 from headrace.heads.lbfgs import Stopped, minimise
-from headrace.heads.loss import sigmoid_loss, softmax_loss
-from headrace.heads.precondition import SAMPLED_ROWS, SAMPLED_ROWS_PER_CLASS, Frame, frame
+from headrace.heads.passes import CompiledPass, Elsewhere, PlainPass, Weighting, blas_threads
+from headrace.heads.precondition import (
+    SAMPLED_ROWS,
+    SAMPLED_ROWS_PER_CLASS,
+    Frame,
+    dense_coordinates,
+    frame,
+    row_products,
+)
 
 Array = npt.NDArray[Any]
-PAIRS = 12
+PAIRS = 8
 MOST_ITERATIONS = 600
 COLUMNS_IN_FLIGHT = 512
 ITERATIONS_PER_FRAME = 12
@@ -102,7 +110,7 @@ def solve_lines(
             start = starts[head]
         else:
             start = _predict(solved[i], mu, (rows, design.width), design.dtype)
-        flight.load(slot, i, mu, start, again=head in paused)
+        flight.load(slot, i, mu, start, paused[head].iterations if head in paused else 0)
         return flight.frames[slot].scaled(start).ravel(), None if before is None else flight.carried(slot, before)
 
     def done(slot: int, stopped: Stopped) -> None:
@@ -140,6 +148,8 @@ def solve_lines(
     )
     heads = [(i, mu) for i, line in enumerate(lines) for mu in line.strengths]
     bounds = batch.bounds([(i, solved[i][mu]) for i, mu in heads])
+    if batch.threads is not None:
+        batch.threads.shutdown()
     share = (time.perf_counter() - began) / max(sum(solved[i][mu].iterations for i, mu in heads), 1)
     return {
         (i, mu): Solution(one.u, one.value, bound, one.iterations, share * one.iterations, one.converged)
@@ -239,15 +249,18 @@ class _Batch:
 
     def __init__(self, design: Design, lines: list[Line], rows: int, device: str) -> None:
         self.design, self.lines, self.rows = design, lines, rows
-        self.elsewhere: Callable[[Tile, Array, Array, Array | None, Array | None], tuple[Array, Array]] | None = None
+        self.elsewhere: Elsewhere | None = None
+        self.compiled = compiled() if device == "cpu" and design.dtype == np.float32 else None
+        self.parts = 1 if self.compiled is None else blas_threads()
+        self.threads = ThreadPoolExecutor(self.parts) if self.parts > 1 else None
         if device != "cpu":
             from headrace.heads.torch_tiles import TorchTiles  # a bank on the CPU does not import torch
 
             self.elsewhere = TorchTiles(design.tiles, rows, device, keep=design.source is None)
         self.folds = np.array([line.fold for line in lines])
-        self.multipliers = np.stack([line.multiplier for line in lines]).astype(design.dtype)  # (lines, C or 2)
-        self.weighted = bool((self.multipliers != 1).any()) or any(tile.weight is not None for tile in design.tiles)
-        self.labels = np.array([line.label for line in lines])
+        multipliers = np.stack([line.multiplier for line in lines]).astype(design.dtype)
+        weighted = bool((multipliers != 1).any()) or any(tile.weight is not None for tile in design.tiles)
+        self.weighting = Weighting(rows, multipliers, np.array([line.label for line in lines]), weighted)
         # Weighted class sums of the rows, (lines, C or 2, R + 1) float64; the last column holds the weights' sums.
         wanted = max(SAMPLED_ROWS, SAMPLED_ROWS_PER_CLASS * rows)
         every = max(sum(len(tile.rows) for tile in design.tiles) // wanted, 1)
@@ -265,41 +278,35 @@ class _Batch:
         self.sums = np.stack([design.from_tiles(np.asarray(one)) for one in sums])
         self.values = design.from_tiles(np.concatenate(sampled))
         self.squares = self.values**2
+        self.products = row_products(self.values, dense_coordinates(rows, design.width))
 
     def _tile_sums(self, tile: Tile, values: Array, i: int) -> Array:
         n = len(tile.rows)
         weight = np.ones(n, self.design.dtype) if tile.weight is None else tile.weight
-        if self.labels[i] < 0:
+        if self.weighting.labels[i] < 0:
             member = np.zeros((self.rows, n), self.design.dtype)
             for k in range(self.rows):
                 member[k, tile.bounds[k] : tile.bounds[k + 1]] = 1
         else:
-            label = tile.labels[self.labels[i]]
+            label = tile.labels[self.weighting.labels[i]]
             member = np.stack([1 - label, label])
-        return np.asarray(((member * weight) @ values).astype(np.float64) * self.multipliers[i][:, None])
+        return np.asarray(((member * weight) @ values).astype(np.float64) * self.weighting.multipliers[i][:, None])
 
     def frame(self, u: Array, i: int, mu: float) -> Frame:
         """Frame at u for line i and those that differ from it in fold only."""
         parts = []
         for tile, rows in zip(self.design.tiles, self.sampled, strict=True):
-            weight = self.row_weights(tile, np.array([i]))
+            weight = self.weighting.of_rows(tile, np.array([i]))
             parts.append(np.ones(len(tile.rows), self.design.dtype)[rows] if weight is None else weight[0, rows])
         weight = np.concatenate(parts)
         weight *= self.sums[i][:, -1].sum() / weight.sum()
-        return frame(u, self.values, self.squares, weight, mu)
+        return frame(u, self.values, self.squares, self.products, weight, mu)
 
-    def row_weights(self, tile: Tile, lines: npt.NDArray[np.intp]) -> Array | None:
-        """(A, n) weights of a tile's rows for the given lines, or None where all are one."""
-        if not self.weighted:
-            return None
-        multiplier = self.multipliers[lines]
-        if self.rows > 1:
-            by_class = np.repeat(np.arange(self.rows), np.diff(tile.bounds))
-            weight = multiplier[:, by_class]
-        else:
-            label = tile.labels[self.labels[lines]]
-            weight = multiplier[:, :1] * (1 - label) + multiplier[:, 1:] * label
-        return np.asarray(weight if tile.weight is None else weight * tile.weight)
+    def begin(self, lines: npt.NDArray[np.intp], u: Array) -> PlainPass | CompiledPass:
+        """A pass of heads u (A, c, W) of the given lines."""
+        if self.compiled is None:
+            return PlainPass(self.design, self.weighting, lines, u, self.elsewhere)
+        return CompiledPass(self.design, self.weighting, lines, u, self.compiled, self.threads, self.parts)
 
     def bounds(self, heads: list[tuple[int, _Solved]]) -> list[float]:
         """Upper bounds of value - optimum: Fenchel duality gaps at feasible dual points near the heads' residuals.
@@ -343,14 +350,15 @@ class _Flight:
         self.lines = np.zeros(slots, np.intp)
         self.mu = np.zeros(slots)
         self.frames: dict[int, Frame] = {}
-        self.made: dict[tuple[int, str, float], Frame] = {}
+        self.made: dict[tuple[int, str, float, int], Frame] = {}
         self.shape = (max(batch.rows - 1, 1), batch.design.width)
 
-    def load(self, slot: int, i: int, mu: float, start: Array, *, again: bool) -> None:
-        """Put line i's head at strength mu into the slot. Folds differ little: the first one's frame serves all."""
+    def load(self, slot: int, i: int, mu: float, start: Array, iterations: int) -> None:
+        """Put line i's head at strength mu, so many iterations old, into the slot. Folds differ little: the frame of the first
+        to be as old serves all."""
         line = self.batch.lines[i]
-        key = (line.label, line.kind, mu)
-        if again or key not in self.made:
+        key = (line.label, line.kind, mu, iterations // ITERATIONS_PER_FRAME)
+        if key not in self.made:
             self.made[key] = self.batch.frame(start, i, mu)
         self.lines[slot], self.mu[slot], self.frames[slot] = i, mu, self.made[key]
 
@@ -383,44 +391,23 @@ class _Flight:
         if batch.rows > 1:
             gradient[:, -1, :-1] = -pull.sum(axis=1)
             value += 0.5 * np.einsum("ar,ar->a", u[:, -1, :-1], gradient[:, -1, :-1])
-        by_class = np.ascontiguousarray(u[:, :columns].transpose(1, 0, 2))  # (C - 1, A, R + 1)
         groups = dict.fromkeys(tile.group for tile in design.tiles)
         seen = {group: sees for group in groups if (sees := np.flatnonzero(folds != group)).size}
-        weights = {
-            group: design.to_tiles(by_class[:, sees].reshape(columns * len(sees), -1)) for group, sees in seen.items()
-        }
-        totals = {group: np.zeros_like(own) for group, own in weights.items()}
+        inner = design.to_tiles(np.ascontiguousarray(u[:, :columns]).reshape(len(u) * columns, -1))
+        inner = inner.reshape(len(u), columns, -1)
+        passes = {group: batch.begin(lines[sees], inner[sees]) for group, sees in seen.items()}
         for place, tile in enumerate(design.tiles):
             if design.source is not None and place % TILES_AHEAD == 0:
                 ahead = design.tiles[place + TILES_AHEAD : place + 2 * TILES_AHEAD]
                 if ahead:
                     design.source.prefetch(np.concatenate([one.rows for one in ahead]))
             if tile.group in seen:
-                sees = seen[tile.group]
-                value[sees] += self._tile(tile, lines[sees], weights[tile.group], totals[tile.group])
+                value[seen[tile.group]] += passes[tile.group].add(tile)
+        total = np.zeros_like(inner)
         for group, sees in seen.items():
-            part = design.from_tiles(totals[group]).reshape(columns, len(sees), -1).transpose(1, 0, 2)
-            gradient[sees, :columns] += part
-            if batch.rows > 1:
-                gradient[sees, -1] -= part.sum(axis=1)
-        return value, np.stack([f.scaled_gradient(g).ravel() for f, g in zip(frames, gradient, strict=True)])
-
-    def _tile(self, tile: Tile, lines: npt.NDArray[np.intp], weights: Array, total: Array) -> Array:
-        """Add a tile's part of the gradient to `total`; return its part of the losses."""
-        batch, n, heads = self.batch, len(tile.rows), len(lines)
-        values, across = batch.design.read(tile)
-        if batch.elsewhere is not None:
-            own = None if batch.rows > 1 else tile.labels[batch.labels[lines]]
-            loss, gradient = batch.elsewhere(tile, values, weights, own, batch.row_weights(tile, lines))
-            total += gradient
-            return loss
-        decision = np.empty((batch.rows, heads, n), weights.dtype)
-        columns = len(weights) // heads
-        np.matmul(weights, across, out=decision[:columns].reshape(len(weights), n))
-        row_weights = batch.row_weights(tile, lines)
+            total[sees] += passes[group].gradient()
+        total = design.from_tiles(total.reshape(len(u) * columns, -1)).reshape(len(u), columns, -1)
+        gradient[:, :columns] += total
         if batch.rows > 1:
-            loss = softmax_loss(decision, tile.bounds, row_weights)
-        else:
-            loss = sigmoid_loss(decision, tile.labels[batch.labels[lines]], row_weights)
-        total += decision[:columns].reshape(len(weights), n) @ values
-        return np.asarray(loss)
+            gradient[:, -1] -= total.sum(axis=1)
+        return value, np.stack([f.scaled_gradient(g).ravel() for f, g in zip(frames, gradient, strict=True)])

@@ -129,7 +129,9 @@ def test_streamed_heads_are_those_of_memory(tmp_path: Path, kind: str, task: str
     memory_bank, streamed_bank = found
     for spec in specs:
         # Of neighbours: products in blocks of other sizes round otherwise, and may break a tie the other way.
-        near = np.isclose(streamed_bank.out_of_fold(spec), memory_bank.out_of_fold(spec), 2e-2, 1e-3, equal_nan=True)
+        # Of logistic heads: rounding decides whether a last step is taken, and the gap leaves that much open.
+        atol = 2e-2 if kind == "logistic" else 1e-3
+        near = np.isclose(streamed_bank.out_of_fold(spec), memory_bank.out_of_fold(spec), 2e-2, atol, equal_nan=True)
         assert near.mean() > 0.99 if kind == "knn" else near.all()
         ours, theirs = streamed_bank.arrays(spec), memory_bank.arrays(spec)
         assert {name: array.shape for name, array in ours.items()} == {n: array.shape for n, array in theirs.items()}

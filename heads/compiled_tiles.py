@@ -1,0 +1,107 @@
+"""The compiled pass over a tile (logistic_tiles.c), where it was built and the processor has the instructions for it.
+
+A heads, C classes (1: a sigmoid), c = C - 1 columns of a head (1 for a sigmoid), n rows, k coordinates of a row.
+"""
+
+import ctypes
+import functools
+import importlib.util
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+_LONG, _POINTER = ctypes.c_long, ctypes.c_void_p
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """The functions of logistic_tiles.c for this processor. They release Python's lock while they run."""
+
+    library: Any
+    lanes: int  # floats of a vector
+
+    def packed(self, weights: Array) -> Array:
+        """Weights (A c, k) float32 in the pass's own layout."""
+        weights = np.ascontiguousarray(weights, np.float32)
+        out = self.room(*weights.shape)
+        self.library.logistic_pack(self.lanes, *weights.shape, weights.ctypes.data, out.ctypes.data)
+        return out
+
+    def room(self, columns: int, k: int) -> Array:
+        """Zero gradients of `columns` columns, in the pass's own layout."""
+        return np.zeros(self.library.logistic_packed(self.lanes, columns, k), np.float32)
+
+    def unpacked(self, gradients: Array, columns: int, k: int) -> Array:
+        """Gradients (columns, k) float32 from the pass's own layout."""
+        out = np.empty((columns, k), np.float32)
+        self.library.logistic_unpack(self.lanes, columns, k, gradients.ctypes.data, out.ctypes.data)
+        return out
+
+    def run(
+        self,
+        rows: Array,
+        heads: int,
+        classes: int,
+        weights: Array,
+        labels: Array,
+        row_weight: Array | None,
+        multiplier: Array | None,
+        loss: Array,
+        gradients: Array,
+    ) -> None:
+        """Add the losses and gradients of `heads` heads on rows (n, k) to loss (A,) float64 and to packed gradients.
+
+        weights: packed. labels: int32, the class of each row (n,), or for sigmoids (classes = 1) 0 or 1 (A, n), whose rows may
+        be apart. row_weight: (n,) float32; multiplier: (A, C), or (A, 2) for sigmoids, float32; None: all one. Raises
+        MemoryError.
+        """
+        assert rows.dtype == np.float32
+        assert labels.dtype == np.int32
+        assert rows.flags.c_contiguous
+        assert labels.strides[-1] == 4
+        failed = self.library.logistic_pass(
+            self.lanes,
+            *rows.shape,
+            rows.ctypes.data,
+            heads,
+            classes,
+            weights.ctypes.data,
+            labels.ctypes.data,
+            labels.strides[0] // 4,
+            None if row_weight is None else row_weight.ctypes.data,
+            None if multiplier is None else multiplier.ctypes.data,
+            loss.ctypes.data,
+            gradients.ctypes.data,
+        )
+        if failed:
+            raise MemoryError(f"no memory for the decisions of {heads} heads on a block of rows")
+
+
+@functools.cache
+def compiled() -> Compiled | None:
+    """The compiled pass, or None where no C compiler was there to build it or the processor lacks the instructions."""
+    spec = importlib.util.find_spec("headrace.heads._logistic_tiles")
+    if spec is None or spec.origin is None:
+        return None
+    try:
+        library = ctypes.CDLL(spec.origin)
+    except OSError:  # built for another machine
+        return None
+    library.logistic_lanes.restype = _LONG
+    library.logistic_packed.argtypes, library.logistic_packed.restype = [_LONG] * 3, _LONG
+    for move in (library.logistic_pack, library.logistic_unpack):
+        move.argtypes, move.restype = [*[_LONG] * 3, _POINTER, _POINTER], None
+    library.logistic_pass.argtypes = [
+        *[_LONG] * 3,
+        _POINTER,
+        *[_LONG] * 2,
+        *[_POINTER] * 2,
+        _LONG,
+        *[_POINTER] * 4,
+    ]
+    library.logistic_pass.restype = _LONG
+    lanes = int(library.logistic_lanes())
+    return Compiled(library, lanes) if lanes else None

@@ -1,0 +1,331 @@
+/* Losses and gradients of many logistic heads over some rows, in one pass that reads every row once.
+
+   A heads, C classes, c columns of a head (C - 1 for a softmax, whose last class is minus the sum of the others; 1 for a
+   sigmoid), P = A c columns in all, head by head; k coordinates of a row (the intercept's 1 is one of them), n rows.
+
+   BLAS would be called twice, on a tall matrix and a sliver of P columns: it then copies the tall one into its own layout
+   for every product, which costs as much as 40 columns of arithmetic, and the decisions between the two products go
+   through memory several times. Here ROWS rows at a time stay in the nearer caches for the product with the weights,
+   the losses, and the product back. Weights and gradients lie in panels of WIDE columns, (P / WIDE, k, WIDE), so that a
+   product reads them in order; rows are read as they are.
+
+   The file includes itself once per instruction set, with the vector's length L defined; which one runs is asked of the
+   processor. It needs no header of Python's, so that a C compiler is all that building it asks for. */
+
+#ifndef L
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define ROWS 48      /* of a block; a multiple of every number of rows that a product takes at once */
+#define DEPTH 512    /* coordinates of a block: weights of a panel are 32 kB then */
+#define INLINE static inline __attribute__((always_inline))
+
+#if defined(__x86_64__)
+#define L 8
+#define NAME(x) x##_8
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#include "logistic_tiles.c"
+#pragma GCC pop_options
+#undef L
+#undef NAME
+#define L 16
+#define NAME(x) x##_16
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512dq,fma,prefer-vector-width=512")
+#include "logistic_tiles.c"
+#pragma GCC pop_options
+#undef L
+#undef NAME
+#define CALL(function, ...) (lanes == 16 ? function##_16(__VA_ARGS__) : function##_8(__VA_ARGS__))
+#define BEST (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") ? 16 \
+              : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 8 : 0)
+#elif defined(__aarch64__)
+#define L 4
+#define NAME(x) x##_4
+#include "logistic_tiles.c"
+#undef L
+#undef NAME
+#define CALL(function, ...) function##_4(__VA_ARGS__)
+#define BEST 4
+#else
+#define CALL(function, ...) ((void)0)
+#define BEST 0
+#endif
+
+/* Floats of the processor's vectors that this file can use; 0: none, call nothing else. */
+long logistic_lanes(void) { return BEST; }
+
+/* Floats of P columns of k coordinates in panels. */
+long logistic_packed(long lanes, long P, long k)
+{
+    return (P + lanes - 1) / lanes * lanes * k;
+}
+
+/* Weights (P, k) into panels; columns that fill up the last panel are zero. */
+void logistic_pack(long lanes, long P, long k, const float *weights, float *packed)
+{
+    (void)lanes, (void)P, (void)k, (void)weights, (void)packed;
+    CALL(pack, P, k, weights, packed);
+}
+
+/* Gradients in panels into (P, k). */
+void logistic_unpack(long lanes, long P, long k, const float *packed, float *gradients)
+{
+    (void)lanes, (void)P, (void)k, (void)packed, (void)gradients;
+    CALL(unpack, P, k, packed, gradients);
+}
+
+/* One pass over rows (n, k). Adds to loss (A,) and to gradients, in panels.
+
+   softmax (C > 1): label (n,) is the class. sigmoid (C = 1): label (A, n), `stride` apart, is 0 or 1 of each head.
+   weight (n,) or NULL: of rows. multiplier (A, C), or (A, 2) for a sigmoid, or NULL: of classes.
+   Returns 0, or -1 where memory for a block's decisions cannot be had (nothing is changed then). */
+long logistic_pass(long lanes, long n, long k, const float *rows, long A, long C, const float *packed,
+                   const int32_t *label, long stride, const float *weight, const float *multiplier, double *loss,
+                   float *gradients)
+{
+    long c = C > 1 ? C - 1 : 1, padded = logistic_packed(lanes, A * c, 1);
+    /* Decisions in panels, and again with rows last, and a row of room for the last class. */
+    float *room = NULL;
+    if (posix_memalign((void **)&room, 64, sizeof(float) * ROWS * (padded + A * c + 1)) != 0) return -1;
+    (void)rows, (void)packed, (void)label, (void)stride, (void)weight, (void)multiplier, (void)loss, (void)gradients;
+    for (long start = 0; start < n; start += ROWS) {
+        long count = n - start < ROWS ? n - start : ROWS;
+        CALL(block, count, k, rows + start * k, A, C, packed, label + start, stride, weight ? weight + start : NULL,
+             multiplier, loss, gradients, room, room + ROWS * padded);
+    }
+    free(room);
+    return 0;
+}
+
+#else /* once per instruction set */
+
+#define Vector NAME(Vector)
+#define Loose NAME(Loose)
+#define Integers NAME(Integers)
+#define WIDE (2 * L)
+#define TALL (L == 8 ? 6 : 12) /* rows of a product at a time: 12, 24 (of 32) and 24 (of 32) sums stay in registers */
+
+typedef float Vector __attribute__((vector_size(4 * L)));
+typedef float Loose __attribute__((vector_size(4 * L), aligned(4), may_alias)); /* wherever it lies */
+typedef int32_t Integers __attribute__((vector_size(4 * L)));
+
+INLINE Vector NAME(load)(const float *from) { return *(const Loose *)from; }
+INLINE void NAME(store)(float *to, Vector value) { *(Loose *)to = value; }
+INLINE Vector NAME(all)(float value) { return value - (Vector){0}; } /* minus: x - 0 is x, x + 0 is not where x is -0 */
+INLINE Vector NAME(choose)(Integers which, Vector a, Vector b)
+{
+    return (Vector)((which & (Integers)a) | (~which & (Integers)b));
+}
+
+/* e^x for x <= 0 within 2 units in the last place (the reduction and polynomial of Cephes' expf). */
+INLINE Vector NAME(exponential)(Vector x)
+{
+    x = NAME(choose)(x > -87.0f, x, NAME(all)(-87.0f));
+    Integers power = __builtin_convertvector(x * 1.44269504088896341f - 0.5f, Integers);
+    Vector whole = __builtin_convertvector(power, Vector);
+    x = x - whole * 0.693359375f;
+    x = x - whole * -2.12194440e-4f;
+    Vector y = NAME(all)(1.9875691500e-4f);
+    y = y * x + 1.3981999507e-3f;
+    y = y * x + 8.3334519073e-3f;
+    y = y * x + 4.1665795894e-2f;
+    y = y * x + 1.6666665459e-1f;
+    y = y * x + 5.0000001201e-1f;
+    y = y * x * x + x + 1.0f;
+    return y * (Vector)((power + 127) << 23);
+}
+
+/* Natural logarithm of normal positive numbers within 2 units in the last place (Cephes' logf). */
+INLINE Vector NAME(logarithm)(Vector x)
+{
+    Integers bits = (Integers)x;
+    Integers power = (bits >> 23) - 126;
+    Vector part = (Vector)((bits & 0x007fffff) | 0x3f000000); /* in [1/2, 1) */
+    Integers low = part < 0.707106781186547524f;
+    power += low; /* minus one where true */
+    Vector m = part - 1.0f + (Vector)(low & (Integers)part);
+    Vector e = __builtin_convertvector(power, Vector), z = m * m;
+    Vector y = NAME(all)(7.0376836292e-2f);
+    y = y * m - 1.1514610310e-1f;
+    y = y * m + 1.1676998740e-1f;
+    y = y * m - 1.2420140846e-1f;
+    y = y * m + 1.4249322787e-1f;
+    y = y * m - 1.6668057665e-1f;
+    y = y * m + 2.0000714765e-1f;
+    y = y * m - 2.4999993993e-1f;
+    y = y * m + 3.3333331174e-1f;
+    y = y * m * z;
+    y = y + e * -2.12194440e-4f - 0.5f * z;
+    return m + y + e * 0.693359375f;
+}
+
+static void NAME(pack)(long P, long k, const float *weights, float *packed)
+{
+    for (long first = 0; first < P; first += WIDE) {
+        long width = P - first > L ? WIDE : L, used = P - first < width ? P - first : width;
+        float *panel = packed + first * k;
+        for (long j = 0; j < k; j++) {
+            for (long p = 0; p < used; p++) panel[j * width + p] = weights[(first + p) * k + j];
+            for (long p = used; p < width; p++) panel[j * width + p] = 0;
+        }
+    }
+}
+
+static void NAME(unpack)(long P, long k, const float *packed, float *gradients)
+{
+    for (long first = 0; first < P; first += WIDE) {
+        long width = P - first > L ? WIDE : L, used = P - first < width ? P - first : width;
+        const float *panel = packed + first * k;
+        for (long p = 0; p < used; p++)
+            for (long j = 0; j < k; j++) gradients[(first + p) * k + j] = panel[j * width + p];
+    }
+}
+
+/* sums (tall, wide vectors) += a (tall, depth) b (depth, wide vectors); element (i, d) of a is a[i * across + d * along]. */
+INLINE void NAME(product)(const int tall, const int wide, long depth, const float *a, long across, long along,
+                          const float *b, float *sums)
+{
+    Vector sum[12][2];
+#pragma GCC unroll 12
+    for (int i = 0; i < tall; i++)
+#pragma GCC unroll 2
+        for (int v = 0; v < wide; v++) sum[i][v] = NAME(load)(sums + (i * wide + v) * L);
+    for (long d = 0; d < depth; d++) {
+        Vector right[2];
+#pragma GCC unroll 2
+        for (int v = 0; v < wide; v++) right[v] = NAME(load)(b + (d * wide + v) * L);
+#pragma GCC unroll 12
+        for (int i = 0; i < tall; i++) {
+            Vector left = NAME(all)(a[i * across + d * along]);
+#pragma GCC unroll 2
+            for (int v = 0; v < wide; v++) sum[i][v] += left * right[v];
+        }
+    }
+#pragma GCC unroll 12
+    for (int i = 0; i < tall; i++)
+#pragma GCC unroll 2
+        for (int v = 0; v < wide; v++) NAME(store)(sums + (i * wide + v) * L, sum[i][v]);
+}
+
+/* The same for any number of rows of a: as many as fit into registers at a time. */
+INLINE void NAME(products)(const int wide, long tall, long depth, const float *a, long across, long along,
+                           const float *b, float *sums)
+{
+    const int most = wide == 1 ? 12 : TALL;
+    long i = 0;
+    for (; i + most <= tall; i += most)
+        NAME(product)(most, wide, depth, a + i * across, across, along, b, sums + i * wide * L);
+    for (; i + 3 <= tall; i += 3) NAME(product)(3, wide, depth, a + i * across, across, along, b, sums + i * wide * L);
+    for (; i < tall; i++) NAME(product)(1, wide, depth, a + i * across, across, along, b, sums + i * wide * L);
+}
+
+/* Decisions s (C - 1, ROWS) of one head become weight (p - y); returns the weighted loss. `last` is room for a class. */
+INLINE double NAME(softmax)(long count, long C, float *s, float *last, const int32_t *label, const float *weight)
+{
+    float own[ROWS], losses[ROWS];
+    for (long r = 0; r < ROWS; r += L) {
+        Vector sum = NAME(all)(0);
+        for (long c = 0; c < C - 1; c++) sum += NAME(load)(s + c * ROWS + r);
+        NAME(store)(last + r, -sum);
+    }
+    for (long r = 0; r < ROWS; r++)
+        own[r] = r >= count ? 0 : label[r] == C - 1 ? last[r] : s[label[r] * ROWS + r];
+    for (long r = 0; r < ROWS; r += L) {
+        Vector top = NAME(load)(last + r), total, w = NAME(load)(weight + r);
+        for (long c = 0; c < C - 1; c++) {
+            Vector one = NAME(load)(s + c * ROWS + r);
+            top = NAME(choose)(one > top, one, top);
+        }
+        total = NAME(exponential)(NAME(load)(last + r) - top);
+        for (long c = 0; c < C - 1; c++) {
+            Vector e = NAME(exponential)(NAME(load)(s + c * ROWS + r) - top);
+            total += e;
+            NAME(store)(s + c * ROWS + r, e);
+        }
+        NAME(store)(losses + r, w * (NAME(logarithm)(total) + (top - NAME(load)(own + r))));
+        Vector scale = w / total;
+        for (long c = 0; c < C - 1; c++) NAME(store)(s + c * ROWS + r, scale * NAME(load)(s + c * ROWS + r));
+    }
+    double loss = 0;
+    for (long r = 0; r < count; r++) {
+        if (label[r] < C - 1) s[label[r] * ROWS + r] -= weight[r];
+        loss += losses[r];
+    }
+    return loss;
+}
+
+/* The same for a sigmoid: s (ROWS), label 0 or 1. */
+INLINE double NAME(sigmoid)(long count, float *s, const int32_t *label, const float *weight)
+{
+    float wanted[ROWS], losses[ROWS];
+    for (long r = 0; r < ROWS; r++) wanted[r] = r < count ? (float)label[r] : 0;
+    for (long r = 0; r < ROWS; r += L) {
+        Vector x = NAME(load)(s + r), y = NAME(load)(wanted + r), w = NAME(load)(weight + r);
+        Vector size = NAME(choose)(x > 0.0f, x, -x), small = NAME(exponential)(-size), more = 1.0f + small;
+        /* log(1 + small) without losing what is small (Kahan) */
+        Vector rest = more - 1.0f, close = NAME(logarithm)(more) * small / NAME(choose)(rest > 0.0f, rest, NAME(all)(1));
+        Vector soft = NAME(choose)(rest > 0.0f, close, small);
+        NAME(store)(losses + r, w * (soft + NAME(choose)(x > 0.0f, x, NAME(all)(0)) - y * x));
+        NAME(store)(s + r, w * (NAME(choose)(x >= 0.0f, NAME(all)(1), small) / more - y));
+    }
+    double loss = 0;
+    for (long r = 0; r < count; r++) loss += losses[r];
+    return loss;
+}
+
+static void NAME(block)(long count, long k, const float *rows, long A, long C, const float *packed,
+                        const int32_t *label, long stride, const float *weight, const float *multiplier, double *loss,
+                        float *gradients, float *panels, float *s)
+{
+    const long c = C > 1 ? C - 1 : 1, P = A * c;
+    memset(panels, 0, sizeof(float) * ROWS * ((P + L - 1) / L * L));
+    for (long from = 0; from < k; from += DEPTH) {
+        long depth = k - from < DEPTH ? k - from : DEPTH;
+        for (long first = 0; first < P; first += WIDE) {
+            const float *panel = packed + first * k;
+            float *sums = panels + first * ROWS;
+            if (P - first > L)
+                NAME(products)(2, count, depth, rows + from, k, 1, panel + from * WIDE, sums);
+            else
+                NAME(products)(1, count, depth, rows + from, k, 1, panel + from * L, sums);
+        }
+    }
+    for (long p = 0; p < P; p++) {
+        long first = p / WIDE * WIDE, width = P - first > L ? WIDE : L;
+        for (long r = 0; r < ROWS; r++) s[p * ROWS + r] = panels[first * ROWS + r * width + p - first];
+    }
+    for (long a = 0; a < A; a++) {
+        const int32_t *own = C > 1 ? label : label + a * stride;
+        float w[ROWS] __attribute__((aligned(64)));
+        for (long r = 0; r < ROWS; r++) {
+            w[r] = r >= count ? 0 : weight ? weight[r] : 1;
+            if (multiplier && r < count) w[r] *= multiplier[a * (C > 1 ? C : 2) + own[r]];
+        }
+        loss[a] += C > 1 ? NAME(softmax)(count, C, s + a * c * ROWS, s + P * ROWS, own, w)
+                         : NAME(sigmoid)(count, s + a * ROWS, own, w);
+    }
+    for (long p = 0; p < P; p++) {
+        long first = p / WIDE * WIDE, width = P - first > L ? WIDE : L;
+        for (long r = 0; r < ROWS; r++) panels[first * ROWS + r * width + p - first] = s[p * ROWS + r];
+    }
+    for (long j = 0; j < k; j += 12)
+        for (long first = 0; first < P; first += WIDE) {
+            long tall = k - j < 12 ? k - j : 12;
+            if (P - first > L)
+                NAME(products)(2, tall, count, rows + j, 1, k, panels + first * ROWS, gradients + first * k + j * WIDE);
+            else
+                NAME(products)(1, tall, count, rows + j, 1, k, panels + first * ROWS, gradients + first * k + j * L);
+        }
+}
+
+#undef Vector
+#undef Loose
+#undef Integers
+#undef WIDE
+#undef TALL
+#endif

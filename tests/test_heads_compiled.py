@@ -1,0 +1,99 @@
+"""The compiled pass over a tile is the plain one: same losses, same gradients, for any shape, label and weight."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from headrace.heads import design as design_module
+from headrace.heads import softmax_path
+from headrace.heads.compiled_tiles import compiled
+from headrace.heads.design import Design, Tile
+from headrace.heads.logistic import fit_logistic_bank
+from headrace.heads.passes import CompiledPass, PlainPass, Weighting
+from headrace.heads.spec import LogisticSpec
+
+needs_compiler = pytest.mark.skipif(compiled() is None, reason="no C compiler built the pass, or no AVX2 to run it")
+
+
+def made(rng: np.random.Generator, n: int, width: int, classes: int, *, weighted: bool) -> tuple[Design, Tile]:
+    """One tile of random rows, sorted by class, some classes perhaps without any; two labels for sigmoids."""
+    values = rng.standard_normal((n, width)).astype(np.float32)
+    values[:, -1] = 1
+    bounds = np.searchsorted(np.sort(rng.integers(0, classes, n)), np.arange(classes + 1))
+    labels = rng.integers(0, 2, (2, n)).astype(np.float32)
+    weight = rng.uniform(0, 3, n).astype(np.float32) if weighted else None
+    tile = Tile(0, np.arange(n), values, values.T, bounds, labels, weight)
+    basis = np.eye(width - 1, dtype=np.float32)
+    empty = np.zeros(width - 1)
+    return Design([tile], (1,), basis, empty, empty + 1, {}, basis, {}, 1.0), tile
+
+
+@needs_compiler
+@settings(max_examples=150, deadline=None)
+@given(
+    seed=st.integers(0, 1 << 30),
+    n=st.integers(1, 150),
+    width=st.sampled_from([2, 3, 7, 16, 65, 513, 1030]),
+    classes=st.sampled_from([1, 3, 4, 10, 17, 40]),
+    heads=st.integers(1, 7),
+    size=st.sampled_from([0.0, 0.1, 3.0, 100.0]),
+    weighted=st.booleans(),
+    balanced=st.booleans(),
+    threads=st.sampled_from([1, 3]),
+)
+def test_a_compiled_pass_is_the_plain_one(seed, n, width, classes, heads, size, weighted, balanced, threads):
+    """Losses to 1e-5 and gradients to 1e-5 of their largest element, against the plain pass in float64."""
+    rng = np.random.default_rng(seed)
+    design, tile = made(rng, n, width, max(classes, 2), weighted=weighted)
+    columns = max(classes - 1, 1)
+    u = (size * rng.standard_normal((heads, columns, width)) / np.sqrt(width)).astype(np.float32)
+    multipliers = np.ones((2, max(classes, 2)), np.float32)
+    if balanced:
+        multipliers = rng.uniform(0.1, 4, multipliers.shape).astype(np.float32)
+    lines = rng.integers(0, 2, heads)
+    weighting = Weighting(classes, multipliers, np.array([-1, -1] if classes > 1 else [0, 1]), weighted or balanced)
+    library = compiled()
+    assert library is not None
+    with ThreadPoolExecutor(threads) as pool:
+        quick = CompiledPass(design, weighting, lines, u, library, pool if threads > 1 else None, threads)
+        losses = quick.add(tile) + quick.add(tile)
+    plain = PlainPass(design, weighting, lines, u.astype(np.float64), None)
+    expected = plain.add(tile) + plain.add(tile)
+    np.testing.assert_allclose(losses, expected, rtol=1e-5, atol=1e-5 * n)
+    gradient = plain.gradient()
+    np.testing.assert_allclose(quick.gradient(), gradient, rtol=0, atol=1e-5 * np.abs(gradient).max() + 1e-5)
+
+
+@needs_compiler
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_weights_that_overflowed_have_no_finite_loss(bad):
+    """A line search that went too far must see it."""
+    design, tile = made(np.random.default_rng(0), 60, 20, 5, weighted=False)
+    u = np.zeros((1, 4, 20), np.float32)
+    u[0, 2, 3] = bad
+    weighting = Weighting(5, np.ones((1, 5), np.float32), np.array([-1]), False)
+    library = compiled()
+    assert library is not None
+    assert not np.isfinite(CompiledPass(design, weighting, np.array([0]), u, library).add(tile)).any()
+
+
+@needs_compiler
+@pytest.mark.parametrize("multi", [False, True])
+def test_a_bank_is_the_same_without_a_compiler(monkeypatch, multi):
+    """Objectives agree to the gap that was asked for, and so do the predictions to what that leaves open."""
+    rng = np.random.default_rng(5)
+    X = rng.standard_normal((300, 40)).astype(np.float32) @ rng.standard_normal((40, 40)).astype(np.float32)
+    target = (X[:, :3] > 0).astype(np.int64) if multi else np.digitize(X[:, 0] + X[:, 1], [-5, 0, 5])
+    options = {"n_classes": 3 if multi else 4, "fold": np.arange(300) % 3, "gap": 1e-6}
+    specs = [LogisticSpec(C) for C in (0.01, 0.1, 1.0)] + [LogisticSpec(0.1, class_weight="balanced")]
+    quick = fit_logistic_bank(X, target, specs=specs, **options)
+    for module in (softmax_path, design_module):
+        monkeypatch.setattr(module, "compiled", lambda: None)
+    plain = fit_logistic_bank(X, target, specs=specs, **options)
+    for one, other in zip(quick, plain, strict=True):
+        assert one.objective == pytest.approx(other.objective, rel=1e-5)
+        if one.validation is not None:
+            np.testing.assert_allclose(one.validation, other.validation, atol=5e-3)
