@@ -14,6 +14,9 @@ from headrace.pipelines.deliver.model import Member, Model
 from headrace.pipelines.deliver.network import NetworkMember, read_network
 from headrace.pipelines.paths import RunPaths
 
+_FLOAT16 = (
+    "- A feature beyond the range of float16 (65,504) is reported by headrace and becomes infinite in the graphs."
+)
 _LIBRARIES = ("headrace", "torch", "torchvision", "timm", "pillow", "numpy")
 
 
@@ -56,7 +59,7 @@ def _title(model: Model) -> str:
 def _what(model: Model) -> str:
     lines = ["## What it is", ""]
     if len(model.members) > 1:
-        lines += [f"The weighted average of {len(model.members)} heads, temperature {model.temperature:.3g}:", ""]
+        lines += [f"The weighted average of {len(model.members)} models, temperature {model.temperature:.3g}:", ""]
     for member in model.members:
         share = f"{member.weight:.2f} × " if len(model.members) > 1 else ""
         lines.append(f"- {share}{_member(member)}")
@@ -65,12 +68,7 @@ def _what(model: Model) -> str:
 
 def _member(member: Member | NetworkMember) -> str:
     if isinstance(member, NetworkMember):
-        _, about = read_network(member.directory)
-        settings = {
-            name: value for name, value in about["spec"].items() if name != "kind" and not isinstance(value, dict)
-        }
-        taps = ", ".join(f"`{tap}`" for tap in about["tap"])
-        return f"the network `{about['backbone']['name']}`, trained further ({_settings(settings)}), with its head on {taps}"
+        return _network(read_network(member.directory)[1])
     head = member.head
     settings = {name: value for name, value in json.loads(spec_to_json(head.spec)).items() if name != "kind"}
     taps = ", ".join(dict.fromkeys(f"`{feature.name}`" for feature in head.features))
@@ -80,6 +78,21 @@ def _member(member: Member | NetworkMember) -> str:
         for backbone, feature in zip(member.backbones, head.features, strict=True)
     )
     return f"a {head.spec.kind} head ({_settings(settings)}) on {taps} of the frozen network {' and '.join(networks)}"
+
+
+def _network(about: dict[str, Any]) -> str:
+    """A trained network: which part of which network was trained, from where it started, and what lies on it."""
+    spec = dict(about["spec"])
+    head = json.loads(spec.pop("head"))
+    depth, start = spec.pop("depth"), spec.pop("start")
+    settings = {name: value for name, value in spec.items() if name != "kind"}
+    part = {"head": "its head alone", "all": "all of it", "scratch": "all of it, from a random start"}.get(
+        depth, f"everything above `{depth}`"
+    )
+    begun = {"random": ", which started at random", "pretrained": ", which started pretrained"}.get(start, "")
+    kind = f"a {'' if start == 'head' else 'new '}{head.pop('kind')} head ({_settings(head)})"
+    taps = ", ".join(f"`{tap}`" for tap in about["tap"])
+    return f"the network `{about['backbone']['name']}` with {kind} on {taps}, trained further: {part}{begun} ({_settings(settings)})"
 
 
 def _settings(settings: dict[str, Any]) -> str:
@@ -130,23 +143,28 @@ def _test(model: Model, run: RunPaths) -> dict[str, Any] | None:
     try:
         for line in run.openings.read_text().splitlines():
             opening = json.loads(line)
-            shown = opening["winner"].get("ensemble") or [opening["winner"]]
-            if [(json.loads(each["spec"]), each["features"]) for each in shown] == ours or (
-                len(shown) == 1
-                and isinstance(model.members[0], NetworkMember)
-                and [json.loads(shown[0]["spec"])] == ours
-            ):
-                found = opening["result"]
+            winner = opening["winner"]
+            shown = winner.get("ensemble") or [winner]
+            same = [_recorded(each) for each in shown] == ours and winner.get("temperature", 1.0) == model.temperature
+            found = opening["result"] if same else found
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return found
 
 
-def _identity(member: Member | NetworkMember) -> Any:
-    """As winner.py records it; a network's settings alone, for its features are not the cache's."""
+def _identity(member: Member | NetworkMember) -> tuple[Any, ...]:
+    """As winner.py records it; of a network its settings alone, for its features are not the cache's."""
     if isinstance(member, NetworkMember):
-        return read_network(member.directory)[1]["spec"]
-    return json.loads(spec_to_json(member.head.spec)), [feature.fingerprint for feature in member.head.features]
+        return round(member.weight, 9), read_network(member.directory)[1]["spec"]
+    features = [feature.fingerprint for feature in member.head.features]
+    return round(member.weight, 9), json.loads(spec_to_json(member.head.spec)), features
+
+
+def _recorded(shown: dict[str, Any]) -> tuple[Any, ...]:
+    """What `_identity` says of a head or network of an opening's record."""
+    spec = json.loads(shown["spec"])
+    weight = round(float(shown.get("weight", 1.0)), 9)
+    return (weight, spec) if spec["kind"] == "finetune" else (weight, spec, shown["features"])
 
 
 def _classes(model: Model) -> str:
@@ -253,7 +271,7 @@ def _limits(exported: Exported) -> str:
         "- It answers with one of its classes whatever it is shown: an image of something else, or from another camera, gets "
         "an answer too.",
         "- The scores hold for images like those it was trained and tested on. Nothing is said about other places or times.",
-        "- A feature beyond the range of float16 (65,504) is reported by headrace and becomes infinite in the graphs.",
+        *([_FLOAT16] if any(isinstance(member, Member) for member in exported.model.members) else []),
         "- The networks' weights keep the licence that they came with.",
     ]
     if not exported.one_view:

@@ -32,7 +32,10 @@ class OutputError(HeadraceError, ValueError):
 
 
 ModelArgument = Annotated[
-    Path, typer.Argument(help="A run directory (its winner is used), a model directory, or what headrace export wrote.")
+    Path,
+    typer.Argument(
+        help="A run directory (its answer is used: winner or ensemble), a model directory, or what headrace export wrote."
+    ),
 ]
 DeviceOption = Annotated[str, typer.Option(help="Where the networks run: auto, cpu, cuda or cuda:N.")]
 

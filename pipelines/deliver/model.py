@@ -147,7 +147,7 @@ def _load_ensemble(place: Path) -> Model:
 def _model_directory(path: Path) -> Path:
     run = RunPaths(path)
     places = [path, run.winner]
-    if _ensemble_is_answer(run):
+    if ensemble_is_answer(run):
         places.insert(1, run.ensemble)
     for place in places:
         if any((place / name).is_file() for name in (HEAD, ENSEMBLE, NETWORK)):
@@ -163,7 +163,7 @@ def _model_directory(path: Path) -> Path:
     )
 
 
-def _ensemble_is_answer(run: RunPaths) -> bool:
+def ensemble_is_answer(run: RunPaths) -> bool:
     """Whether the run's last recipe asks for an ensemble, and it is better than the winner beyond doubt."""
     try:
         asked = json.loads(run.recipe.read_text()).get("ensemble") is not None

@@ -12,13 +12,16 @@ import pandas as pd
 from headrace.cache import publish_replace
 from headrace.heads import FULL
 from headrace.pipelines.leaderboard import inputs_text
+from headrace.pipelines.report.answer import find_answer
 from headrace.pipelines.report.blocks import Headline, Section, Table, tables_of
 from headrace.pipelines.report.cost import cost, seconds_text
 from headrace.pipelines.report.data import data
 from headrace.pipelines.report.evidence import advice, choice, ensemble, expected_text
 from headrace.pipelines.report.leaders import leaderboard, metric_title, taps
 from headrace.pipelines.report.leakage import leakage
-from headrace.pipelines.report.outcome import predictions, test_split
+from headrace.pipelines.report.networks import networks
+from headrace.pipelines.report.opening import test_split
+from headrace.pipelines.report.outcome import predictions
 from headrace.pipelines.report.page import render
 from headrace.pipelines.report.provenance import provenance
 from headrace.pipelines.report.read import FinishedRun, read_run
@@ -65,6 +68,7 @@ def make_sections(run: FinishedRun, thumbnails: Thumbnails, watts: float | None)
         suspects(run, thumbnails),
         leakage(run, thumbnails),
         data(run),
+        *networks(run),
         ensemble(run),
         advice(run),
         cost(run, watts),
@@ -89,16 +93,22 @@ def headline(run: FinishedRun) -> Headline:
     ]
     if (expected := expected_text(run)) is not None:
         values.append(("expected on new images", *expected))
-    if run.answer is None:
+    answer = find_answer(run)
+    if answer.ensemble is not None:
+        nested = answer.ensemble["nested"]
+        better = f"validation {metric_title(nested['metric'])} {number_text(nested['value'], nested['metric'])}, better than the winner"
+        values.append(("the run's answer", "ensemble", f"{answer.heads}; {better}"))
+    if answer.opening is None:
         values.append((f"test {metric_title(metric)}", "–", "no test split was opened"))
     else:
-        result = run.answer["result"]
+        result = answer.opening["result"]
         interval = f"{number_text(result['low'], result['metric'])} to {number_text(result['high'], result['metric'])}"
         values.append(
             (
                 f"test {metric_title(result['metric'])}",
                 number_text(result["value"], result["metric"]),
-                f"95 % interval {interval}, {result['images']:,} images never seen before",
+                f"{'of the ensemble; ' if answer.ensemble is not None else ''}95 % interval {interval}, "
+                f"{result['images']:,} images never seen before",
             )
         )
     stages = run.records(run.paths.stages)

@@ -111,14 +111,18 @@ def bars(labels: Sequence[str], parts: Mapping[str, Sequence[float]], *, xlabel:
 
 
 def reliability(
-    confidence: npt.NDArray[np.float64], correct: npt.NDArray[np.float64], rows: npt.NDArray[np.int64], unit: str
+    confidence: npt.NDArray[np.float64],
+    correct: npt.NDArray[np.float64],
+    rows: npt.NDArray[np.int64],
+    unit: str,
+    who: str,
 ) -> str:
     """Share of right predictions against confidence, bin by bin, over the counts of the bins."""
     with rc_context(_STYLE):
         figure = Figure(figsize=(WIDTH / 72, 4.4), layout="constrained")
         axes, counts = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
         axes.plot([0, 1], [0, 1], color=_MUTED, linestyle=(0, (4, 3)), linewidth=1, label="perfect")
-        axes.plot(confidence, correct, marker="o", color=series(0), linewidth=1.5, markersize=5, label="the winner")
+        axes.plot(confidence, correct, marker="o", color=series(0), linewidth=1.5, markersize=5, label=who)
         axes.set(xlim=(0, 1), ylim=(0, 1), ylabel="share right")
         axes.legend(loc="upper left")
         counts.bar(confidence, rows, width=0.045, color=series(0))

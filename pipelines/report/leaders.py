@@ -52,9 +52,12 @@ def leaderboard(run: FinishedRun) -> Section:
         page=25,
         marked=frozenset({0}),
     )
+    whole = (
+        "and once on all training rows" if frame["final"].all() else "and, where it was kept, once on all training rows"
+    )
     lead = (
-        f"{len(frame):,} settings, each trained once per fold and once on all training rows. Heads were chosen on validation "
-        "folds alone; the test split plays no part in this table."
+        f"{len(frame):,} settings, each trained once per fold {whole}. Heads were chosen on validation folds alone; the test "
+        "split plays no part in this table."
     )
     return Section("leaderboard", "Leaderboard", lead, (table, *_failed_note(run)))
 

@@ -1,19 +1,17 @@
-"""What the winner gets right and wrong: confusions, classes, calibration, on validation folds and on an opened test split.
+"""What predictions get right and wrong: confusions, classes, calibration; and the winner's on its validation folds.
 
 N rows, C classes (or label columns, or regression targets).
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from headrace.heads import FULL, METRICS, score, spec_from_json
-from headrace.pipelines.leaderboard import settings_text
+from headrace.heads import METRICS, score
 from headrace.pipelines.report import figures
-from headrace.pipelines.report.blocks import Block, Column, Figure, Note, Section, Table
+from headrace.pipelines.report.blocks import Block, Column, Figure, Section, Table
 from headrace.pipelines.report.leaders import metric_format, metric_title
 from headrace.pipelines.report.read import FinishedRun
 
@@ -28,135 +26,39 @@ def predictions(run: FinishedRun) -> Section:
     blocks = outcome(run.task_kind, run.classes, run.bank.target[rows], run.predicted[rows], "validation")
     lead = (
         f"The winner, {run.winner['kind']} {run.winner['settings']}, on {len(rows):,} validation images: each predicted by the "
-        "head that was trained without its fold."
+        f"{'network' if run.winner['kind'] == 'finetune' else 'head'} that was trained without its fold."
     )
     return Section("predictions", "What the winner gets right and wrong", lead, tuple(blocks))
 
 
-def test_split(run: FinishedRun) -> Section:
-    """The winner's test score, every opening on record, and the winner's confusions there."""
-    opening = run.answer
-    frame = _openings(run)
-    if opening is None:
-        text = "The winner has not been shown a test split: set task.test_fraction, or a split column with test rows, and run again."
-        return Section("test", "Test split", "", (Note(text), *([frame] if frame else ())))
-    result = opening["result"]
-    blocks: list[Block] = [_times_opened(run, opening)]
-    if frame is not None:
-        blocks.append(frame)
-    blocks.append(_metrics(run, result["metrics"]))
-    made = run.test_predictions()
-    if isinstance(made, str):
-        blocks.append(Note(f"No confusions of the test split: {made}."))
-    else:
-        _, target, predicted = made
-        blocks += outcome(run.task_kind, run.classes, target, predicted, "test")
-    lead = (
-        f"{result['images']:,} images that no head was trained or chosen on. The rows and predictions below are those of the "
-        "opening on record; this report opens nothing."
-    )
-    return Section("test", "Test split", lead, tuple(blocks))
-
-
-def _metrics(run: FinishedRun, test: Mapping[str, float]) -> Table:
-    """Every metric of the winner: mean and spread over validation folds, and the test images' own."""
-    own = run.heads[(run.heads["spec"] == run.winner["spec"]) & (run.heads["inputs"] == run.winner["inputs"])]
-    folds = own[own["fold"] != FULL]
-    names = [name for name in test if name in folds.columns]
-    frame = pd.DataFrame(
-        {
-            "metric": [metric_title(name) for name in names],
-            "validation": [float(folds[name].mean()) for name in names],
-            "spread": [
-                float(folds[name].std(ddof=1) / np.sqrt(len(folds))) if len(folds) > 1 else np.nan for name in names
-            ],
-            "test": [test[name] for name in names],
-        }
-    )
-    columns = (
-        Column("metric", "metric"),
-        Column("validation", "validation mean", "number"),
-        Column("spread", "± s.e.", "number", "standard error of the mean over the folds"),
-        Column("test", "test", "number"),
-    )
-    return Table("metrics", "Every metric of the winner", columns, frame, sortable=False)
-
-
-def _shown_text(winner: Mapping[str, Any]) -> str:
-    if "ensemble" in winner:
-        return f"an ensemble of {len(winner['ensemble'])} heads"
-    if "spec" not in winner:
-        return "a network"
-    spec = spec_from_json(winner["spec"])
-    return f"{spec.kind} {settings_text(spec)} on {' + '.join(winner['inputs'])}"
-
-
-def _times_opened(run: FinishedRun, opening: Any) -> Note:
-    images = set(opening["images"])
-    winners = {str(past["winner"]) for past in run.openings if not images.isdisjoint(past["images"])}
-    if len(winners) == 1:
-        return Note("The test split has been opened once, for this winner.", "good")
-    return Note(
-        f"{len(winners)} different winners have been shown these test images. Each time, the score says a little less about "
-        "new images: whoever picks the best of them has chosen on the test split.",
-        "warning",
-    )
-
-
-def _openings(run: FinishedRun) -> Table | None:
-    if not run.openings:
-        return None
-    rows = [
-        {
-            "opened": opening.get("opened", ""),
-            "shown": _shown_text(opening["winner"]),
-            "metric": metric_title(opening["result"]["metric"]),
-            "value": opening["result"]["value"],
-            "low": opening["result"]["low"],
-            "high": opening["result"]["high"],
-            "images": opening["result"]["images"],
-        }
-        for opening in run.openings
-    ]
-    columns = (
-        Column("opened", "opened"),
-        Column("shown", "what was shown it"),
-        Column("metric", "metric"),
-        Column("value", "value", "number"),
-        Column("low", "95 % from", "number"),
-        Column("high", "to", "number"),
-        Column("images", "images", "count"),
-    )
-    return Table(
-        "test-openings",
-        "Every opening of the test split, oldest first",
-        columns,
-        pd.DataFrame(rows),
-        sortable=False,
-        wide=True,
-    )
-
-
 def outcome(
-    kind: str, classes: tuple[str, ...], target: npt.NDArray[Any], predicted: npt.NDArray[Any], which: str
+    kind: str,
+    classes: tuple[str, ...],
+    target: npt.NDArray[Any],
+    predicted: npt.NDArray[Any],
+    which: str,
+    who: str = "the winner",
 ) -> list[Block]:
-    """The blocks that a kind of task has, of these rows; `which` ("validation", "test") is in captions and table names."""
+    """The blocks that a kind of task has, of these rows; `which` ("validation", "test") is in captions and table names.
+
+    who: whose predictions they are.
+    """
     if kind == "single":
         return [
-            *_confusion(classes, target, predicted, which),
-            _classes(classes, target, predicted, which),
-            _reliability(predicted.max(1), predicted.argmax(1) == target, which, "images"),
+            *_confusion(classes, target, predicted, which, who),
+            _classes(classes, target, predicted, which, who),
+            _reliability(predicted.max(1), predicted.argmax(1) == target, which, "images", who),
         ]
     if kind == "multi":
         return [
             _labels(classes, target, predicted, which),
-            _reliability(predicted.ravel(), target.ravel() > 0, which, "labels"),
+            _reliability(predicted.ravel(), target.ravel() > 0, which, "labels", who),
         ]
     return _regression(classes, target, predicted, which)
 
 
 def _confusion(
-    classes: tuple[str, ...], target: npt.NDArray[Any], predicted: npt.NDArray[Any], which: str
+    classes: tuple[str, ...], target: npt.NDArray[Any], predicted: npt.NDArray[Any], which: str, who: str
 ) -> list[Block]:
     C = len(classes)
     guess = predicted.argmax(1)
@@ -168,7 +70,7 @@ def _confusion(
             Column("actual", "actual ↓ predicted →"),
             *(Column(f"c{i}", name, "count") for i, name in enumerate(classes)),
         )
-        caption = f"Confusion matrix, {which} images: rows are what the label says, columns what the winner says"
+        caption = f"Confusion matrix, {which} images: rows are what the label says, columns what {who} says"
         return [Table(f"confusion-{which}", caption, columns, frame, sortable=False, shade="rows")]
     wrong = counts.copy()
     np.fill_diagonal(wrong, 0)
@@ -196,7 +98,9 @@ def _confusion(
     return [Figure(svg, alt, f"Confusion matrix, {which} images; classes in alphabetical order.", table)]
 
 
-def _classes(classes: tuple[str, ...], target: npt.NDArray[Any], predicted: npt.NDArray[Any], which: str) -> Table:
+def _classes(
+    classes: tuple[str, ...], target: npt.NDArray[Any], predicted: npt.NDArray[Any], which: str, who: str
+) -> Table:
     C = len(classes)
     guess = predicted.argmax(1)
     support, said = np.bincount(target, minlength=C), np.bincount(guess, minlength=C)
@@ -216,7 +120,7 @@ def _classes(classes: tuple[str, ...], target: npt.NDArray[Any], predicted: npt.
     columns = (
         Column("class", "class"),
         Column("images", "images", "count"),
-        Column("predicted", "predicted", "count", "images that the winner says are of this class"),
+        Column("predicted", "predicted", "count", f"images that {who} says are of this class"),
         Column("recall", "recall", "share", "share of the class's images that are found"),
         Column("precision", "precision", "share", "share of the images said to be of the class that are"),
         Column("f1", "F1", "number", "harmonic mean of recall and precision"),
@@ -256,7 +160,7 @@ def _labels(classes: tuple[str, ...], target: npt.NDArray[Any], predicted: npt.N
     )
 
 
-def _reliability(confidence: npt.NDArray[Any], correct: npt.NDArray[Any], which: str, unit: str) -> Figure:
+def _reliability(confidence: npt.NDArray[Any], correct: npt.NDArray[Any], which: str, unit: str, who: str) -> Figure:
     bins = np.clip((confidence * BINS).astype(int), 0, BINS - 1)
     rows = np.bincount(bins, minlength=BINS)
     there = rows > 0
@@ -278,11 +182,11 @@ def _reliability(confidence: npt.NDArray[Any], correct: npt.NDArray[Any], which:
         Column("rows", unit, "count"),
     )
     return Figure(
-        figures.reliability(mean, right, rows[there], unit),
-        f"Reliability diagram: share of right predictions against predicted probability in {BINS} bins. The winner is {tends}; "
+        figures.reliability(mean, right, rows[there], unit, who),
+        f"Reliability diagram: share of right predictions against predicted probability in {BINS} bins. {who.capitalize()} is {tends}; "
         f"the expected calibration error is {error:.3f}.",
         f"Reliability, {which} images: on the dashed line, 80 % sure is right 80 % of the time. "
-        f"The winner is {tends} (expected calibration error {error:.3f}).",
+        f"{who.capitalize()} is {tends} (expected calibration error {error:.3f}).",
         Table(f"reliability-{which}", f"Reliability, bin by bin ({which})", columns, frame, sortable=False),
     )
 

@@ -14,13 +14,13 @@ import pandas as pd
 from headrace.cache import FeatureSet, HeadraceError, feature_set_path, open_feature_set
 from headrace.cache.spec import FeatureSpec
 from headrace.extract import read_listing
-from headrace.heads import BankResult, Task, read_bank
+from headrace.heads import BankResult, read_bank
 from headrace.pipelines.dataset import Dataset, drop_rows, list_samples, make_dataset
 from headrace.pipelines.finished import NotARun, results_file, stored_recipe
 from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.prepare import check_metric
 from headrace.pipelines.recipe import Recipe, load_recipe
-from headrace.pipelines.winner import choose_winner, predict_test, read_openings
+from headrace.pipelines.winner import choose_winner, read_openings
 
 _TEXTS = {"inputs": str, "kind": str, "settings": str, "spec": str, "path": str}
 
@@ -122,35 +122,6 @@ class FinishedRun:
             if shown == (self.bank.task, self.bank.path.name, self.winner["spec"]):
                 return opening
         return None
-
-    @property
-    def answer(self) -> Mapping[str, Any] | None:
-        """The newest opening on this run's task: of the winner, or of the ensemble or network that was chosen before it."""
-        own = [opening for opening in self.openings if opening["winner"]["train"] == self.bank.task]
-        return own[-1] if own else None
-
-    def test_predictions(self) -> tuple[Task, npt.NDArray[Any], npt.NDArray[Any]] | str:
-        """The test task, the targets (n,) and the winner's predictions (n, C) of its rows: what its opening has scored.
-
-        Only for a winner whose opening is on record, on the very rows of that record: nothing new is learned of the test
-        split. Otherwise the reason why not.
-        """
-        opening = self.opening
-        if opening is None:
-            return "the winner has not been shown the test split"
-        if isinstance(self.rows, str):
-            return self.rows
-        test = self.rows.dataset.test
-        if opening["winner"]["test"] != test.digest:
-            return "the test images have changed since the winner was shown them"
-        try:
-            network = self.winner["kind"] == "finetune"  # reads the images, no features
-            features = [] if network else [view for name in opening["winner"]["inputs"] for view in self.features(name)]
-            winner = self.winner.copy()
-            winner["path"] = str(self.bank.path)
-            return test, *predict_test(winner, features, test)
-        except (HeadraceError, OSError, KeyError) as error:
-            return f"the winner's predictions of the test images cannot be made again: {error}"
 
     def records(self, path: Path) -> pd.DataFrame:
         """The lines of a JSON-lines file as a table; a line that a killed process left unfinished is passed over."""

@@ -1,0 +1,100 @@
+"""What the run answers with, the winner or the ensemble that is better beyond doubt, and how it did on the test split."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from headrace.cache import HeadraceError
+from headrace.heads import Task, average, spec_from_json, with_temperature
+from headrace.pipelines.deliver.model import ENSEMBLE, ensemble_is_answer
+from headrace.pipelines.report.read import FinishedRun
+from headrace.pipelines.winner import predict_test
+
+Found = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The answer, and the record of its being shown the test split."""
+
+    ensemble: Found | None  # what ensemble.json says, where the ensemble is the answer
+    opening: Found | None  # None: it has not been shown the test split
+
+    @property
+    def name(self) -> str:
+        """As a sentence names it."""
+        return "the winner" if self.ensemble is None else "the ensemble"
+
+    @property
+    def heads(self) -> str:
+        """What it consists of, in a few words."""
+        if self.ensemble is None:
+            return "the winner"
+        kinds = [member["kind"] for member in self.ensemble["members"]]
+        networks = kinds.count("finetune")
+        heads = len(kinds) - networks
+        words = [f"{count} {word}{'s' if count > 1 else ''}" for count, word in ((heads, "head"), (networks, "network"))
+                 if count]  # fmt: skip
+        return " and ".join(words)
+
+
+def find_answer(run: FinishedRun) -> Answer:
+    """The answer of the run's last call."""
+    if not ensemble_is_answer(run.paths):
+        return Answer(None, run.opening)
+    ensemble = json.loads((run.paths.ensemble / ENSEMBLE).read_text())
+    own = [opening for opening in run.openings if _is_ensemble(opening["winner"], ensemble, run.bank.task)]
+    return Answer(ensemble, own[-1] if own else None)
+
+
+def _is_ensemble(shown: Found, ensemble: Found, task: str) -> bool:
+    if "ensemble" not in shown or shown["train"] != task or shown["temperature"] != ensemble["temperature"]:
+        return False
+    # As the ensemble's members are named where they are stored.
+    names = [hashlib.sha256(f"{each['bank']} {each['spec']}".encode()).hexdigest()[:16] for each in shown["ensemble"]]
+    return [(f"members/{name}", each["weight"]) for name, each in zip(names, shown["ensemble"], strict=True)] == [
+        (member["model"], member["weight"]) for member in ensemble["members"]
+    ]
+
+
+def test_predictions(run: FinishedRun, answer: Answer) -> tuple[Task, npt.NDArray[Any], npt.NDArray[Any]] | str:
+    """The test task, the targets (n,) and the answer's predictions (n, C) of its rows: what its opening has scored.
+
+    Only for an answer whose opening is on record, on the very rows of that record: nothing new is learned of the test
+    split. Otherwise the reason why not.
+    """
+    opening = answer.opening
+    if opening is None:
+        return f"{answer.name} has not been shown the test split"
+    if isinstance(run.rows, str):
+        return run.rows
+    test = run.rows.dataset.test
+    if opening["winner"]["test"] != test.digest:
+        return f"the test images have changed since {answer.name} was shown them"
+    members = opening["winner"].get("ensemble") or [opening["winner"]]
+    try:
+        found = [_predict(run, member, test) for member in members]
+    except (HeadraceError, OSError, KeyError) as error:
+        return f"the predictions of the test images cannot be made again: {error}"
+    target, predicted = found[0]
+    if answer.ensemble is not None:
+        weights = np.array([member["weight"] for member in members])
+        predicted = with_temperature(
+            test.kind, average(weights, np.stack([own for _, own in found])), opening["winner"]["temperature"]
+        )
+    return test, target, predicted
+
+
+def _predict(run: FinishedRun, member: Found, test: Task) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """Targets and predictions of one head or network of an opening's record."""
+    kind = spec_from_json(member["spec"]).kind
+    network = kind == "finetune"  # reads the images, no features
+    path = (run.paths.thaw if network else run.paths.banks) / member["bank"]
+    features = [] if network else [view for name in member["inputs"] for view in run.features(name)]
+    return predict_test(pd.Series({"kind": kind, "spec": member["spec"], "path": str(path)}), features, test)

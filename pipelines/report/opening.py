@@ -1,0 +1,137 @@
+"""The test split: what the answer scores there, every opening on record, and its confusions."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from headrace.heads import FULL, spec_from_json
+from headrace.pipelines.leaderboard import settings_text
+from headrace.pipelines.report.answer import Answer, find_answer, test_predictions
+from headrace.pipelines.report.blocks import Block, Column, Note, Section, Table
+from headrace.pipelines.report.leaders import metric_title
+from headrace.pipelines.report.outcome import outcome
+from headrace.pipelines.report.read import FinishedRun
+
+
+def test_split(run: FinishedRun) -> Section:
+    """The answer's test score, every opening on record, and its confusions there."""
+    answer = find_answer(run)
+    opening = answer.opening
+    frame = _openings(run)
+    if opening is None:
+        text = (
+            f"{answer.name.capitalize()} has not been shown a test split: set task.test_fraction, or a split column with test "
+            "rows, and run again."
+        )
+        return Section("test", "Test split", "", (Note(text), *([frame] if frame else ())))
+    result = opening["result"]
+    blocks: list[Block] = [_times_opened(run, opening, answer)]
+    if frame is not None:
+        blocks.append(frame)
+    blocks.append(_metrics(run, answer, result["metrics"]))
+    made = test_predictions(run, answer)
+    if isinstance(made, str):
+        blocks.append(Note(f"No confusions of the test split: {made}."))
+    else:
+        _, target, predicted = made
+        blocks += outcome(run.task_kind, run.classes, target, predicted, "test", answer.name)
+    shown = "" if answer.ensemble is None else f"They were shown to the ensemble of {answer.heads}, not to the winner. "
+    lead = (
+        f"{result['images']:,} images that no head was trained or chosen on. {shown}The rows and predictions below are those "
+        "of the opening on record; this report opens nothing."
+    )
+    return Section("test", "Test split", lead, tuple(blocks))
+
+
+def _metrics(run: FinishedRun, answer: Answer, test: Mapping[str, float]) -> Table:
+    """Every metric of the answer: on validation rows and on the test images."""
+    if answer.ensemble is None:
+        own = run.heads[(run.heads["spec"] == run.winner["spec"]) & (run.heads["inputs"] == run.winner["inputs"])]
+        folds = own[own["fold"] != FULL]
+        means = {name: float(folds[name].mean()) for name in test if name in folds.columns}
+        errors = {
+            name: float(folds[name].std(ddof=1) / np.sqrt(len(folds))) if len(folds) > 1 else np.nan for name in means
+        }
+        spread: tuple[Column, ...] = (
+            Column("spread", "± s.e.", "number", "standard error of the mean over the folds"),
+        )
+        hint = "mean over the validation folds"
+    else:
+        scored = answer.ensemble["metrics"]
+        means = {name: float(scored[f"validation_{name}"]) for name in test if f"validation_{name}" in scored}
+        errors, spread = {}, ()
+        hint = "on validation images that had no part in picking its heads, all folds together"
+    frame = pd.DataFrame(
+        {
+            "metric": [metric_title(name) for name in means],
+            "validation": list(means.values()),
+            "spread": [errors.get(name, np.nan) for name in means],
+            "test": [test[name] for name in means],
+        }
+    )
+    columns = (
+        Column("metric", "metric"),
+        Column("validation", "validation", "number", hint),
+        *spread,
+        Column("test", "test", "number"),
+    )
+    return Table("metrics", f"Every metric of {answer.name}", columns, frame, sortable=False)
+
+
+def _shown_text(winner: Mapping[str, Any]) -> str:
+    if "ensemble" in winner:
+        return f"an ensemble of {len(winner['ensemble'])} members"
+    spec = spec_from_json(winner["spec"])
+    return f"{spec.kind} {settings_text(spec)} on {' + '.join(winner['inputs'])}"
+
+
+def _times_opened(run: FinishedRun, opening: Any, answer: Answer) -> Note:
+    images = set(opening["images"])
+    winners = {str(past["winner"]) for past in run.openings if not images.isdisjoint(past["images"])}
+    if len(winners) == 1:
+        return Note(
+            "The test split has been opened once, for "
+            + ("this winner." if answer.ensemble is None else "this ensemble."),
+            "good",
+        )
+    return Note(
+        f"{len(winners)} different winners have been shown these test images. Each time, the score says a little less about "
+        "new images: whoever picks the best of them has chosen on the test split.",
+        "warning",
+    )
+
+
+def _openings(run: FinishedRun) -> Table | None:
+    if not run.openings:
+        return None
+    rows = [
+        {
+            "opened": opening.get("opened", ""),
+            "shown": _shown_text(opening["winner"]),
+            "metric": metric_title(opening["result"]["metric"]),
+            "value": opening["result"]["value"],
+            "low": opening["result"]["low"],
+            "high": opening["result"]["high"],
+            "images": opening["result"]["images"],
+        }
+        for opening in run.openings
+    ]
+    columns = (
+        Column("opened", "opened"),
+        Column("shown", "what was shown it"),
+        Column("metric", "metric"),
+        Column("value", "value", "number"),
+        Column("low", "95 % from", "number"),
+        Column("high", "to", "number"),
+        Column("images", "images", "count"),
+    )
+    return Table(
+        "test-openings",
+        "Every opening of the test split, oldest first",
+        columns,
+        pd.DataFrame(rows),
+        sortable=False,
+        wide=True,
+    )

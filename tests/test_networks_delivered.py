@@ -1,0 +1,189 @@
+"""Runs that a network has won, and one whose answer is an ensemble with a network in it: their report in a browser, their
+predictions, and what is exported of them where headrace is not installed."""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from deliver_cases import run_here
+from PIL import Image
+from rich.console import Console
+from run_cases import make_photos
+from test_deliver_export import run_alone
+from test_report_browser import BROWSER
+
+from headrace.pipelines.deliver import export
+from headrace.pipelines.deliver.bulk import predict_table
+from headrace.pipelines.deliver.export import export_model
+from headrace.pipelines.deliver.listing import list_images
+from headrace.pipelines.deliver.model import load_model
+from headrace.pipelines.deliver.network import NetworkMember
+from headrace.pipelines.report import write_report
+
+pytestmark = pytest.mark.slow  # three runs with networks, and their exports
+
+RECIPE = """\
+images:
+  folder: {photos}
+task:
+  folds: 2
+  metric: log_loss
+backbones:
+  - name: timm:test_resnet
+    weights: random:0
+    image_size: 64
+    crop_fraction: 1.0
+    taps: [layer3.map, layer4.avg, layer4.max]
+heads:
+  logistic:
+    C: [{C}]
+    inputs: [[layer4.avg], [layer4.max]]
+thaw:
+  learning_rate: [{rate}]
+  epochs: {epochs}
+  patience: {epochs}
+  batch_size: 16
+  {networks}
+{rest}cache: cache
+out: runs/{name}
+"""
+REUSE = "promote: 0\n  reuse: [{cut: layer3, inputs: [layer4.avg], hidden: [%d], start: [pretrained]}]"
+RUNS = {
+    "fine-tuned": {
+        "photos": "clear",
+        "C": 0.0001,
+        "rate": 0.001,
+        "epochs": 4,
+        "networks": "depths: [layer3]",
+        "rest": "",
+    },
+    "reused": {"photos": "clear", "C": 0.0001, "rate": 0.001, "epochs": 6, "networks": REUSE % 8, "rest": ""},
+    # Heads too sure of themselves on images that are hard to tell: an average is better beyond doubt.
+    "ensemble": {
+        "photos": "noisy",
+        "C": 3.0,
+        "rate": 0.003,
+        "epochs": 10,
+        "networks": REUSE % 16,
+        "rest": "ensemble: {confidence: 0.5, members: 4, network_price: 0}\n",
+    },
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """The images, the cache, and the runs."""
+    folder = tmp_path_factory.mktemp("networks")
+    make_photos(folder / "clear", n=48)
+    generator = np.random.default_rng(0)
+    for number in range(96):
+        name, period = (("coarse", 16), ("fine", 4))[number % 2]
+        stripes = 40 * np.sign(np.sin(np.arange(40) * 2 * np.pi / period + generator.uniform(0, 6)))
+        pixels = np.clip(128 + stripes[None, :, None] + generator.normal(0, 200, (40, 40, 3)), 0, 255).astype(np.uint8)
+        (folder / "noisy" / name).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(folder / "noisy" / name / f"{number:03}.png")
+    return folder
+
+
+@pytest.fixture(scope="module", params=RUNS)
+def run(request, root) -> Path:
+    """The directory of a finished run."""
+    recipe = root / f"{request.param}.yaml"
+    recipe.write_text(RECIPE.format(name=request.param, **RUNS[request.param]))
+    result = run_here(recipe)
+    assert result.winner["kind"] == "finetune"
+    assert (result.ensemble is not None and result.ensemble.chosen) == (request.param == "ensemble")
+    return result.paths.root
+
+
+@pytest.fixture(scope="module")
+def exported(run) -> Path:
+    """Its answer in every format."""
+    out = run.parent / f"{run.name}-exported"
+    found = export_model(load_model(run), out, ["torch", "onnx", "safetensors"])
+    assert max(found.differences.values()) < 1e-4
+    return out
+
+
+def test_the_answer_predicts_alike_everywhere(run, exported, root):
+    """By `headrace predict`, as safetensors, and as ONNX without headrace; the torch program was compared when it was made."""
+    model = load_model(run)
+    assert any(isinstance(member, NetworkMember) for member in model.members)
+    assert (len(model.members) > 1) == (run.name == "ensemble")
+    paths = sorted((root / RUNS[run.name]["photos"]).rglob("*.png"))[::9]
+    expected = model.predict_proba(paths)
+    assert np.ptp(expected[:, 0]) > 0.01
+    np.testing.assert_allclose(run_alone(exported, paths, "onnx"), expected, atol=export.TOLERANCE)
+    np.testing.assert_allclose(load_model(exported).predict_proba(paths), expected, atol=1e-6)
+    predict_table(model, list_images(paths), exported.with_suffix(".csv"), "csv", console=Console(quiet=True))
+    table = pd.read_csv(exported.with_suffix(".csv"))
+    np.testing.assert_allclose(table[["p_coarse", "p_fine"]], expected, atol=1e-5)
+
+
+def test_the_card_says_which_network_it_is_and_what_it_scored(run, exported):
+    """The trained part and its start in words, and the test score of this very model."""
+    card = (exported / "MODEL_CARD.md").read_text()
+    result = json.loads((run / "test-openings.jsonl").read_text())["result"]
+    assert f"**test log_loss** | {result['value']:.4f}" in card
+    assert "everything above `layer3`" in card
+    assert ("which started pretrained" in card) == (run.name != "fine-tuned")
+    assert '"hidden"' not in card
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """One Chromium for the tests of this file."""
+    if BROWSER is None:
+        pytest.skip("needs Chromium: apt-get install chromium")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as player:
+        chromium = player.chromium.launch(executable_path=BROWSER, timeout=120_000)
+        yield chromium
+        chromium.close()
+
+
+def test_the_report_tells_of_the_network(run, browser):
+    """A page without an error, with what each network gained, and with the test score beside the name of what has it."""
+    report = write_report(run, tables=True)
+    page, said = browser.new_page(), []
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.goto(report.page.as_uri())
+    page.wait_for_selector("html[data-ready=yes]", state="attached")
+    assert said == []
+    text = page.inner_text("body")
+    page.close()
+    assert "of another version" not in text
+    assert re.search(r"1 of 1 networks kept", text)
+    tables = {path.stem: path for path in report.tables if path.suffix == ".csv"}
+    assert pd.read_csv(tables["networks"])["decision"].tolist() == ["kept"]
+    opening = json.loads((run / "test-openings.jsonl").read_text())
+    counts = pd.read_csv(tables["confusion-test"]).iloc[:, 1:].to_numpy()
+    assert counts.sum() == opening["result"]["images"]
+    assert np.trace(counts) / counts.sum() == pytest.approx(opening["result"]["metrics"]["accuracy"])
+    scored = pd.read_csv(tables["metrics"]).set_index("metric")
+    if run.name == "ensemble":
+        about = json.loads((run / "ensemble" / "ensemble.json").read_text())
+        assert scored.loc["log loss", "validation"] == pytest.approx(about["nested"]["value"])
+        assert "Every metric of the ensemble" in text
+        assert "for this ensemble" in text
+    else:
+        board = pd.read_csv(run / "leaderboard.csv")
+        assert scored.loc["log loss", "validation"] == pytest.approx(board["log_loss"][0])
+        assert "for this winner" in text
+    shutil.rmtree(run / "report-tables")
