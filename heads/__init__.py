@@ -14,7 +14,15 @@ from headrace.heads.ensemble import (
     loss_elements,
     with_temperature,
 )
-from headrace.heads.estimators import CentroidHead, KNNHead, LogisticHead, MLPHead, RidgeHead
+from headrace.heads.estimators import (
+    CentroidHead,
+    KNNHead,
+    LogisticHead,
+    MLPHead,
+    MLPRegressionHead,
+    RidgeHead,
+    RidgeRegressionHead,
+)
 from headrace.heads.features import load_rows
 from headrace.heads.folds import BadSplit, make_folds, split_test, strata
 from headrace.heads.lookup import FeatureLookup
@@ -108,9 +116,11 @@ __all__ = [
     "LogisticHead",
     "LogisticSpec",
     "MLPHead",
+    "MLPRegressionHead",
     "MLPSpec",
     "Metric",
     "RidgeHead",
+    "RidgeRegressionHead",
     "RidgeSpec",
     "SklearnSpec",
     "Task",

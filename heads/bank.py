@@ -29,6 +29,7 @@ from headrace.heads.standardize import Features
 from headrace.heads.streamed import Streamed
 from headrace.heads.task import Task, load_task
 
+GPU_KINDS = ("logistic", "mlp", "conv")  # whose banks multiply on the job's device; the others stay on the CPU
 # What a bank needs beside the features themselves, as a multiple of them: a logistic bank keeps a rotated copy and, while
 # it is made, a scaled one; a neighbour search a centred one and the training rows of a fold.
 COPIES = {"logistic": 3, "knn": 3}
@@ -192,7 +193,8 @@ def check_device(device: str) -> None:
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # one for each way of not having it
         reason = str(error).splitlines()[0].split(". ")[0]
         raise BadBank(
-            f"device {device!r} cannot be used on this machine ({reason}): give cpu, or run where torch.cuda.is_available()"
+            f"device {device!r} cannot be used on this machine ({reason}): give cpu (in a recipe, compute.heads_device: cpu), "
+            "or run where torch.cuda.is_available()"
         ) from error
 
 

@@ -44,6 +44,16 @@ heads:                           # every list is tried in every combination
     inputs: [all]
   # knn: {{k: [1, 5, 20]}}
 
+# Each of these stages is left out unless it is asked for: take the # away.
+# screen:                        # for many inputs: all start on few images, and only the promising ones get all heads
+#   images: [0.1, 0.3]           # shares of the training images, round by round
+#   keep: 0.5                    # of the inputs, after each round
+# thaw:                          # the best head becomes a network that is trained further, and is kept if that is better
+#   depths: [all]                # or head, scratch, or a node: everything above it
+#   budget_minutes: 30
+# ensemble:                      # heads averaged: the answer only where that is better beyond doubt
+#   members: 8
+
 # cache: headrace-cache          # features; share one cache between recipes
 # out: headrace-runs/{stem}      # results
 """

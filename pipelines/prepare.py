@@ -23,6 +23,7 @@ from headrace.extract import (
     remember_features,
 )
 from headrace.heads import DEFAULT_METRIC, METRICS
+from headrace.heads.bank import check_device
 from headrace.pipelines.costs import measured_rates
 from headrace.pipelines.dataset import DataError, Dataset, drop_rows, list_samples, make_dataset
 from headrace.pipelines.grid import check_kinds, wanted_heads
@@ -56,6 +57,7 @@ def survey(recipe: Recipe, *, write: bool = True, retry_failed: bool = False) ->
     paths = run_paths(recipe)
     metric = check_metric(recipe.task)
     check_kinds(recipe.heads, recipe.task.kind)
+    find_heads_device(recipe)  # refuses a GPU that is not there
     if recipe.storage.compression != "none":
         require_hdf5plugin("storage.compression needs a library")
     for key, folder in (("out", paths.root), ("cache", recipe.cache)):
@@ -213,6 +215,20 @@ def find_device(wanted: str) -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def find_heads_device(recipe: Recipe, workers: int | None = None) -> str:
+    """Where this run's workers train heads; `workers` overrides the recipe's.
+
+    "auto" is a GPU for the one worker of this machine: several would each want its memory, and workers of a cluster are
+    given none for heads. Raises BadBank where a GPU is asked for by name and this machine, which would train, has none.
+    """
+    wanted, here = recipe.compute.heads_device, recipe.cluster.where in ("local", "cuda")
+    if wanted == "auto":
+        return find_device("auto") if here and (workers or recipe.compute.workers) == 1 else "cpu"
+    if here:
+        check_device(wanted)
+    return wanted
 
 
 def storing(backbone: Backbone, recipe: Recipe) -> Storing:

@@ -295,6 +295,8 @@ class Compute(_Model):
         None  # per work unit, and so rows per shard; default: 128, on a GPU 1,024
     )
     device: Literal["auto", "cpu", "cuda"] = "auto"  # of the forward pass
+    # of logistic, mlp and conv heads; auto: a GPU where `workers` is 1, so that no other process wants it
+    heads_device: Literal["auto", "cpu", "cuda"] = "auto"
     batch_size: pydantic.PositiveInt | None = None  # images per forward pass; default: found by trying
     compile: bool = False  # PyTorch's compiler, on a GPU: minutes once per network, for long runs
     strict: bool = False  # stop at an image that cannot be decoded, instead of listing it and going on

@@ -32,7 +32,7 @@ from headrace.pipelines.leaderboard import collect_heads, rank_heads
 from headrace.pipelines.logs import log_run, require_log
 from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.plan import Plan, check_space, fingerprints_of
-from headrace.pipelines.prepare import Survey, find_device, listing, run_paths, survey
+from headrace.pipelines.prepare import Survey, find_device, find_heads_device, listing, run_paths, survey
 from headrace.pipelines.recipe import EnsembleSection, Recipe, ScreenSection
 from headrace.pipelines.submit import RunIncomplete, TaskOptions
 from headrace.pipelines.task_log import TaskLog, task_log
@@ -94,6 +94,7 @@ def run_recipe(
     paths = run_paths(recipe)
     with ExitStack() as stack:
         with _timed(stages, "survey") as done:
+            on = find_heads_device(recipe, workers)
             found = survey(recipe, retry_failed=retry_failed)
             plan, notes = found.plan, found.notes
             done(f"{plan.images:,} images, {len(plan.features)} feature sets, {plan.heads_total:,} heads wanted")
@@ -139,11 +140,11 @@ def run_recipe(
             if found.plan.banks:
                 client = client or stack.enter_context(opened("train"))
                 if first := probe(found):  # a large run begins with a little of everything, to know how to cut the rest
-                    train_missing(first, client, console, options)
+                    train_missing(first, client, console, options, on)
                     kept = [each.inputs for each in found.plan.wanted]
                     found = replace(survey(recipe, retry_failed=retry_failed), notes=notes)
                     found = replace(found, plan=screened_plan(found.plan, kept))
-                train_missing(found, client, console, options)
+                train_missing(found, client, console, options, on)
             done(_trained(found.plan))
         thawed = None
         if recipe.thaw is not None:

@@ -9,6 +9,7 @@ from dask.distributed import Client
 from rich.console import Console
 
 from headrace.heads import BankJob, publish_failure, spec_to_json, train_bank
+from headrace.heads.bank import GPU_KINDS
 from headrace.pipelines.claims import claims
 from headrace.pipelines.costs import PROBE_S, PROBE_SPECS
 from headrace.pipelines.prepare import Survey
@@ -16,13 +17,15 @@ from headrace.pipelines.progress import stage
 from headrace.pipelines.submit import RunIncomplete, TaskOptions, run_tasks
 
 
-def train_missing(found: Survey, client: Client, console: Console, options: TaskOptions | None = None) -> None:
+def train_missing(
+    found: Survey, client: Client, console: Console, options: TaskOptions | None = None, device: str = "cpu"
+) -> None:
     """Train the banks that are missing. Raises RunIncomplete when a bank failed.
 
     A head that fails is a row with its error, also one that takes its worker down or never ends.
     """
     plan, options = found.plan, options or TaskOptions()
-    jobs = bank_jobs(found)
+    jobs = bank_jobs(found, device)
     assumed = {job.result: (bank.kind, bank.assumed_s) for job, bank in zip(jobs, plan.banks, strict=True)}
     failures: list[str] = []
     done = failed = 0
@@ -66,8 +69,8 @@ def probe(found: Survey) -> Survey | None:
     return replace(found, plan=replace(plan, banks=small, heads_new=heads)) if small else None
 
 
-def bank_jobs(found: Survey) -> list[BankJob]:
-    """What workers are given for the banks of the plan."""
+def bank_jobs(found: Survey, device: str = "cpu") -> list[BankJob]:
+    """What workers are given for the banks of the plan. device: of the kinds that can make use of a GPU."""
     task = str(found.paths.task(found.dataset.train.digest))
     return [
         BankJob(
@@ -75,6 +78,7 @@ def bank_jobs(found: Survey) -> list[BankJob]:
             features=tuple(str(path) for name in bank.inputs for path in found.directories[name]),
             halving=bank.halving,
             specs=bank.specs,
+            device=device if bank.kind in GPU_KINDS else "cpu",
             result=str(found.paths.bank(bank.group, bank.key)),
         )
         for bank in found.plan.banks

@@ -102,6 +102,19 @@ def test_every_public_name_is_documented_and_every_documented_one_is_public(site
     assert documented == public, f"a constant needs a line of its own in {page}: {sorted(public - documented)}"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("package", ["evidence", "thaw", "report", "deliver"])
+def test_the_sub_packages_have_their_functions_in_the_reference(site, package):
+    """Several each, with what they take and what they raise: no documented function is without a docstring."""
+    inventory = InventoryFile.loads((site / "objects.inv").read_bytes(), uri="").data
+    home = f"headrace.pipelines.{package}."
+    names = [name for name in inventory["py:function"] if name.startswith(home)]
+    assert len(names) >= 2
+    for name in names:
+        module, _, function = name.rpartition(".")
+        assert getattr(importlib.import_module(module), function).__doc__, name
+
+
 def helped():
     """What `--help` itself shows: {full name of a command: its options}."""
     runner, found = CliRunner(), {}

@@ -175,3 +175,22 @@ def test_the_demos_recipe_lists_its_table(tmp_path):
     samples = list_samples(recipe)
     assert len(samples) == 2624
     assert samples["id"].tolist() == solar_cells()["id"].tolist()
+
+
+def test_every_stage_that_the_recipe_mentions_can_be_asked_for(tmp_path, photos):
+    """screen, thaw and ensemble are written as comments; with the marks taken away they are valid, alone and together."""
+    out = tmp_path / "r.yaml"
+    write_recipe(photos, out)
+    text = out.read_text()
+    for wanted in (("screen",), ("thaw",), ("ensemble",), ("screen", "thaw", "ensemble")):
+        lines, within = [], False
+        for line in text.splitlines():
+            bare = line.removeprefix("# ")
+            if bare != line and bare.split(":")[0] in wanted:
+                within = True
+            elif not line.startswith("#   "):
+                within = False
+            lines.append(bare if within else line)
+        out.write_text("\n".join(lines))
+        recipe = load_recipe(out)
+        assert {name for name in ("screen", "thaw", "ensemble") if getattr(recipe, name) is not None} == set(wanted)

@@ -167,6 +167,8 @@ def test_the_report_tells_of_the_network(run, browser):
     page.wait_for_selector("html[data-ready=yes]", state="attached")
     assert said == []
     text = page.inner_text("body")
+    page.set_viewport_size({"width": 360, "height": 900})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360, "nothing but tables scrolls sideways"
     page.close()
     assert "of another version" not in text
     assert re.search(r"1 of 1 networks kept", text)
