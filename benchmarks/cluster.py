@@ -38,7 +38,7 @@ from headrace.pipelines.cluster import local_client  # noqa: E402
 from headrace.pipelines.costs import Rates, bank_s  # noqa: E402
 from headrace.pipelines.grid import wanted_heads  # noqa: E402
 from headrace.pipelines.plan import FeaturePlan, plan_run  # noqa: E402
-from headrace.pipelines.recipe import Heads  # noqa: E402
+from headrace.pipelines.recipe_heads import Heads  # noqa: E402
 from headrace.pipelines.submit import run_tasks  # noqa: E402
 
 FOLDS = 5

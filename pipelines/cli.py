@@ -15,7 +15,7 @@ from headrace.pipelines.backbone_commands import backbones_command
 from headrace.pipelines.cache_commands import app as cache_app
 from headrace.pipelines.cluster_commands import app as cluster_app
 from headrace.pipelines.deliver.commands import export_command, predict_command
-from headrace.pipelines.doctor import doctor_command
+from headrace.pipelines.doctor.command import doctor_command
 from headrace.pipelines.report.command import report_command
 
 app = typer.Typer(

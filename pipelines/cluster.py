@@ -19,7 +19,7 @@ from dask.distributed import Client, LocalCluster
 from distributed.system import MEMORY_LIMIT
 
 from headrace.cache import HeadraceError
-from headrace.pipelines.recipe import ClusterSection
+from headrace.pipelines.recipe_sections import ClusterSection
 from headrace.pipelines.tls import TLSMissing, security
 
 Role = Literal["extract", "train"]

@@ -17,7 +17,8 @@ from scipy.sparse.csgraph import connected_components
 from headrace.cache import HeadraceError
 from headrace.extract import SPLIT_WORDS, list_array, list_folder, list_tar, read_table
 from headrace.heads import TEST, TRAIN_ONLY, Task, make_folds, split_test
-from headrace.pipelines.recipe import Recipe, TaskSection
+from headrace.pipelines.recipe import Recipe
+from headrace.pipelines.recipe_sections import TaskSection
 
 _NAMED = 10  # classes in one note
 

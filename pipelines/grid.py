@@ -17,7 +17,8 @@ from headrace.heads import (
     RidgeSpec,
     SklearnSpec,
 )
-from headrace.pipelines.recipe import ConvGrid, HalvingSection, HeadInput, Heads, MLPGrid, RecipeError
+from headrace.pipelines.recipe import RecipeError
+from headrace.pipelines.recipe_heads import ConvGrid, HalvingSection, HeadInput, Heads, MLPGrid
 
 # What a network's settings are tried in, outermost first; also the names of the recipe's lists and of the spec's fields.
 _NETWORK_AXES = (

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headrace.cache import ExtraMissing
-from headrace.pipelines.recipe import LogSection
+from headrace.pipelines.recipe_sections import LogSection
 
 if TYPE_CHECKING:
     import pandas as pd

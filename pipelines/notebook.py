@@ -29,7 +29,8 @@ from headrace.pipelines.leaderboard import trained_in
 from headrace.pipelines.paths import RunPaths, content_index
 from headrace.pipelines.plan import feature_plan, plan_run
 from headrace.pipelines.prepare import Survey, check_metric, find_device
-from headrace.pipelines.recipe import Heads, TaskSection
+from headrace.pipelines.recipe_heads import Heads
+from headrace.pipelines.recipe_sections import TaskSection
 from headrace.pipelines.run import RunResult, conclude, write_inputs
 from headrace.pipelines.submit import TaskOptions
 from headrace.pipelines.training import train_missing

@@ -30,7 +30,8 @@ from headrace.pipelines.grid import check_kinds, wanted_heads
 from headrace.pipelines.leaderboard import trained_in
 from headrace.pipelines.paths import RunPaths, content_index
 from headrace.pipelines.plan import Plan, feature_plan, plan_run
-from headrace.pipelines.recipe import Backbone, Recipe, RecipeError, TaskSection
+from headrace.pipelines.recipe import Recipe, RecipeError
+from headrace.pipelines.recipe_sections import Backbone, TaskSection
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,8 @@ from headrace.pipelines.logs import log_run, require_log
 from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.plan import Plan, check_space, fingerprints_of
 from headrace.pipelines.prepare import Survey, find_device, find_heads_device, listing, run_paths, survey
-from headrace.pipelines.recipe import EnsembleSection, Recipe, ScreenSection
+from headrace.pipelines.recipe import Recipe
+from headrace.pipelines.recipe_sections import EnsembleSection, ScreenSection
 from headrace.pipelines.submit import RunIncomplete, TaskOptions
 from headrace.pipelines.task_log import TaskLog, task_log
 from headrace.pipelines.thaw.stage import Thawed, ThawInputs, pending, thaw

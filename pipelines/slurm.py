@@ -14,7 +14,7 @@ from dask.distributed import Client
 
 from headrace.pipelines.cluster import PRELOAD, SETTINGS, ClusterError, client_of, environment, needed, quiet
 from headrace.pipelines.paths import RunPaths
-from headrace.pipelines.recipe import ClusterSection
+from headrace.pipelines.recipe_sections import ClusterSection
 from headrace.pipelines.tls import security, write_tls
 
 _LOOK_S = 10.0  # how often the queue is asked about our jobs

@@ -8,7 +8,7 @@ from run_cases import HEADS, RECIPE, make_photos
 from slurm_cases import jobs, slurm, why_not
 
 from headrace.pipelines import load_recipe, run_recipe
-from headrace.pipelines.recipe import ClusterSection, SlurmSection
+from headrace.pipelines.recipe_sections import ClusterSection, SlurmSection
 from headrace.pipelines.submit import TaskOptions, run_tasks
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from headrace.cache import HeadraceError
 from headrace.heads import TRAIN_ONLY
 from headrace.pipelines.dataset import DataError, drop_rows, make_dataset
-from headrace.pipelines.recipe import TaskSection
+from headrace.pipelines.recipe_sections import TaskSection
 
 
 def content_of(text):

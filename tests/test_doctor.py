@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from headrace.pipelines import doctor
 from headrace.pipelines.cli import main
+from headrace.pipelines.doctor import command, disk, machine, network, software
 
 
 def fails(error):
@@ -35,38 +35,38 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
 DENIED = PermissionError(errno.EACCES, "Permission denied")
 
 CASES = {
-    "an old Python": (lambda _: doctor.check_python((3, 9, 1)), "fail", "3.9.1", "3.11"),
-    "a 32-bit Python": (lambda _: doctor.check_python((3, 12, 0), 32), "fail", "32 bit", "64-bit"),
-    "an old library": (lambda _: doctor.check_libraries(older), "fail", "timm 1.0, expected >=1.0.12", "pip install"),
-    "an absent library": (lambda _: doctor.check_libraries(absent), "fail", "xxhash (absent)", "pip install"),
+    "an old Python": (lambda _: software.check_python((3, 9, 1)), "fail", "3.9.1", "3.11"),
+    "a 32-bit Python": (lambda _: software.check_python((3, 12, 0), 32), "fail", "32 bit", "64-bit"),
+    "an old library": (lambda _: software.check_libraries(older), "fail", "timm 1.0, expected >=1.0.12", "pip install"),
+    "an absent library": (lambda _: software.check_libraries(absent), "fail", "xxhash (absent)", "pip install"),
     "a torchvision of another torch": (
-        lambda _: doctor.check_torch(fails(NMS)), "fail", "nms", "pip install --force-reinstall torch torchvision",
+        lambda _: software.check_torch(fails(NMS)), "fail", "nms", "pip install --force-reinstall torch torchvision",
     ),
-    "a broken torch": (lambda _: doctor.check_torch(fails(ImportError("libc10.so"))), "fail", "libc10.so", "torch"),
-    "a GPU that torch does not see": (lambda _: doctor.check_cuda(lambda: (2, False, "2.15.0+cpu")), "fail", "2 there", "+cpu"),
-    "a torch that cannot be asked": (lambda _: doctor.check_cuda(fails(NMS)), "note", "RuntimeError", "torch"),
-    "a container with a quota": (lambda _: doctor.check_threads(16, 3.5, {}), "note", "3.5", "--workers 3"),
+    "a broken torch": (lambda _: software.check_torch(fails(ImportError("libc10.so"))), "fail", "libc10.so", "torch"),
+    "a GPU that torch does not see": (lambda _: software.check_cuda(lambda: (2, False, "2.15.0+cpu")), "fail", "2 there", "+cpu"),
+    "a torch that cannot be asked": (lambda _: software.check_cuda(fails(NMS)), "note", "RuntimeError", "torch"),
+    "a container with a quota": (lambda _: machine.check_threads(16, 3.5, {}), "note", "3.5", "--workers 3"),
     "more OpenMP threads than cores": (
-        lambda _: doctor.check_threads(2, 8.0, {"OMP_NUM_THREADS": "64"}), "note", "64", "unset OMP_NUM_THREADS",
+        lambda _: machine.check_threads(2, 8.0, {"OMP_NUM_THREADS": "64"}), "note", "64", "unset OMP_NUM_THREADS",
     ),
-    "no memory": (lambda _: doctor.check_memory(1e9, 2), "fail", "1.0 GB", "1.5 GB"),
-    "memory for some workers": (lambda _: doctor.check_memory(8e9, 16), "note", "8.0 GB", "--workers 5"),
-    "a folder that cannot be written": (lambda at: doctor.check_disk(at, fails(DENIED)), "fail", "Permission denied", "--folder"),
-    "a full disk": (lambda at: doctor.check_disk(at, lambda _: (1e9, 1e9), lambda _: 1e6), "fail", "0 GB", "make room"),
-    "a slow disk": (lambda at: doctor.check_disk(at, lambda _: (5e6, 1e9), lambda _: 1e12), "note", "5 MB/s", "local disk"),
-    "no hard links": (lambda at: doctor.check_locking(at, fails(OSError(errno.EPERM, "no"))), "note", "no hard links", "nothing"),
-    "a clock that is off": (lambda at: doctor.check_locking(at, clock=lambda: time.time() - 60), "note", "+60 s", "NTP"),
-    "a folder that is gone": (lambda at: doctor.check_locking(at / "gone"), "fail", "ENOENT", "file system"),
-    "no loopback": (lambda _: doctor.check_ports(fails(DENIED)), "fail", "Permission denied", "loopback"),
+    "no memory": (lambda _: machine.check_memory(1e9, 2), "fail", "1.0 GB", "1.5 GB"),
+    "memory for some workers": (lambda _: machine.check_memory(8e9, 16), "note", "8.0 GB", "--workers 5"),
+    "a folder that cannot be written": (lambda at: disk.check_disk(at, fails(DENIED)), "fail", "Permission denied", "--folder"),
+    "a full disk": (lambda at: disk.check_disk(at, lambda _: (1e9, 1e9), lambda _: 1e6), "fail", "0 GB", "make room"),
+    "a slow disk": (lambda at: disk.check_disk(at, lambda _: (5e6, 1e9), lambda _: 1e12), "note", "5 MB/s", "local disk"),
+    "no hard links": (lambda at: disk.check_locking(at, fails(OSError(errno.EPERM, "no"))), "note", "no hard links", "nothing"),
+    "a clock that is off": (lambda at: disk.check_locking(at, clock=lambda: time.time() - 60), "note", "+60 s", "NTP"),
+    "a folder that is gone": (lambda at: disk.check_locking(at / "gone"), "fail", "ENOENT", "file system"),
+    "no loopback": (lambda _: network.check_ports(fails(DENIED)), "fail", "Permission denied", "loopback"),
     "a file system without locks": (
-        lambda at: doctor.check_hdf5(at, fails(BlockingIOError(errno.EAGAIN, "unable to lock file"))),
+        lambda at: disk.check_hdf5(at, fails(BlockingIOError(errno.EAGAIN, "unable to lock file"))),
         "fail", "unable to lock file", "HDF5_USE_FILE_LOCKING=FALSE",
     ),
-    "other plugins": (lambda at: doctor.check_hdf5(at, environment={"HDF5_PLUGIN_PATH": "x"}), "note", "plugins", "unset"),
+    "other plugins": (lambda at: disk.check_hdf5(at, environment={"HDF5_PLUGIN_PATH": "x"}), "note", "plugins", "unset"),
     "a server out of reach": (
-        lambda _: doctor.check_weights(fails(DENIED), lambda: ["https://weights.example/a"]), "note", "weights.example", "pypi:",
+        lambda _: network.check_weights(fails(DENIED), lambda: ["https://weights.example/a"]), "note", "weights.example", "pypi:",
     ),
-    "a recipe with a mistake": (lambda at: doctor.check_recipe(at / "recipe.yaml"), "fail", "no such recipe", "--dry-run"),
+    "a recipe with a mistake": (lambda at: command.check_recipe(at / "recipe.yaml"), "fail", "no such recipe", "--dry-run"),
 }  # fmt: skip
 
 
@@ -80,8 +80,8 @@ def test_a_failure_says_what_to_do(tmp_path, what):
 
 def test_a_server_that_never_answers_is_not_waited_for(monkeypatch):
     """The check ends, and says so."""
-    monkeypatch.setattr(doctor, "_ASK_S", 0.05)
-    found = doctor.check_weights(lambda _: time.sleep(30), lambda: ["https://weights.example/a"])
+    monkeypatch.setattr(network, "_ASK_S", 0.05)
+    found = network.check_weights(lambda _: time.sleep(30), lambda: ["https://weights.example/a"])
     assert (found.state, "no answer" in found.said) == ("note", True)
 
 
@@ -92,14 +92,14 @@ def test_two_holders_of_one_lock_are_found(tmp_path, monkeypatch):
     import headrace.cache
 
     monkeypatch.setattr(headrace.cache, "lease", lambda path: nullcontext())
-    found = doctor.check_locking(tmp_path)
+    found = disk.check_locking(tmp_path)
     assert (found.state, found.said) == ("fail", "two threads held one lock")
 
 
 def run_doctor(monkeypatch, capsys, *arguments):
     """(exit code, what was printed) of the command."""
     monkeypatch.setattr(sys, "argv", ["headrace", "doctor", *map(str, arguments)])
-    monkeypatch.setattr(doctor, "_ask", fails(OSError("no network in tests")))
+    monkeypatch.setattr(network, "_ask", fails(OSError("no network in tests")))
     code = 0
     try:
         main()
@@ -110,8 +110,8 @@ def run_doctor(monkeypatch, capsys, *arguments):
 
 def test_this_machine_passes(tmp_path, monkeypatch, capsys):
     """Every line is there; notes do not fail, and nothing is left behind."""
-    monkeypatch.setattr(doctor, "_available_bytes", lambda: 64e9)
-    monkeypatch.setattr(doctor, "_gpus", lambda: (0, False, ""))
+    monkeypatch.setattr(machine, "_available_bytes", lambda: 64e9)
+    monkeypatch.setattr(software, "_gpus", lambda: (0, False, ""))
     code, out = run_doctor(monkeypatch, capsys, "--folder", tmp_path)
     assert code in (0, None), out
     names = ["Python", "libraries", "torch", "GPU", "threads", "memory", "disk", "locking", "ports", "HDF5", "weights"]
@@ -121,7 +121,7 @@ def test_this_machine_passes(tmp_path, monkeypatch, capsys):
 
 def test_a_failing_line_ends_in_exit_code_one(tmp_path, monkeypatch, capsys):
     """So that a job script can stop; the arrow says what to do."""
-    monkeypatch.setattr(doctor, "_talk", fails(DENIED))
+    monkeypatch.setattr(network, "_talk", fails(DENIED))
     code, out = run_doctor(monkeypatch, capsys, tmp_path / "absent.yaml", "--folder", tmp_path)
     assert code == 1
     assert "FAIL  ports" in out

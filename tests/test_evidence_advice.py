@@ -24,7 +24,7 @@ from headrace.pipelines.evidence.reference import NoReference, reference_evidenc
 from headrace.pipelines.evidence.screen import screen_inputs
 from headrace.pipelines.evidence.taps import transfer_scores
 from headrace.pipelines.leaderboard import rank_heads
-from headrace.pipelines.recipe import ScreenSection
+from headrace.pipelines.recipe_sections import ScreenSection
 
 # What would help is known from how each world is made: late taps show the classes (near) or lose them (far); few images
 # leave a linear head of many features far from its best, many do not; flipped labels cannot be learned by anything.

@@ -24,7 +24,7 @@ from headrace.heads import (
 from headrace.pipelines.evidence.ensemble import Ensemble, Member, build_ensemble
 from headrace.pipelines.evidence.ensemble_store import save_ensemble, show_test
 from headrace.pipelines.evidence.predictions import held_out
-from headrace.pipelines.recipe import EnsembleSection
+from headrace.pipelines.recipe_sections import EnsembleSection
 
 ROWS = 240
 

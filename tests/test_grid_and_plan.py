@@ -8,7 +8,8 @@ from headrace.cache import DiskTooSmall, FeatureSpec
 from headrace.heads import Halving, LogisticSpec, MLPSpec
 from headrace.pipelines.grid import Wanted, wanted_heads
 from headrace.pipelines.plan import FeaturePlan, bank_group, check_space, feature_plan, fingerprints_of, plan_run
-from headrace.pipelines.recipe import Heads, RecipeError
+from headrace.pipelines.recipe import RecipeError
+from headrace.pipelines.recipe_heads import Heads
 
 NAMES = ["early.avg", "late.avg"]
 

@@ -7,7 +7,7 @@ import pytest
 from headrace.heads import FULL, LogisticSpec, spec_to_json
 from headrace.pipelines.grid import wanted_heads
 from headrace.pipelines.leaderboard import rank_heads
-from headrace.pipelines.recipe import Heads
+from headrace.pipelines.recipe_heads import Heads
 from headrace.pipelines.winner import NoWinner, choose_winner
 
 WIDTHS = {"a.avg": 4, "b.avg": 8}

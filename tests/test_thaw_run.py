@@ -23,7 +23,8 @@ from headrace.pipelines.evidence.ensemble_store import save_ensemble, show_test
 from headrace.pipelines.finished import results_file
 from headrace.pipelines.leaderboard import rank_heads
 from headrace.pipelines.paths import RunPaths
-from headrace.pipelines.recipe import RecipeError, ReuseSection, ThawSection, load_recipe
+from headrace.pipelines.recipe import RecipeError, load_recipe
+from headrace.pipelines.recipe_sections import ReuseSection, ThawSection
 from headrace.pipelines.submit import Outcome
 from headrace.pipelines.thaw import stage as stage_module
 from headrace.pipelines.thaw.candidates import list_candidates, predicted_gain, training_seconds

@@ -32,7 +32,7 @@ from headrace.heads import (
 )
 from headrace.pipelines.evidence.predictions import HeldOut, read_predictions
 from headrace.pipelines.evidence.selection import LEVEL, resampled_rows
-from headrace.pipelines.recipe import EnsembleSection
+from headrace.pipelines.recipe_sections import EnsembleSection
 
 PARTS = 5  # of the rows, where the run has fewer than three folds of its own
 BUDGET = 4e8  # elements that all rounds may look at together: a few seconds

@@ -13,7 +13,7 @@ from headrace.heads import BankJob, Task
 from headrace.pipelines.evidence.advise import linear_specs
 from headrace.pipelines.evidence.curves import learning_curve
 from headrace.pipelines.plan import Plan
-from headrace.pipelines.recipe import ScreenSection
+from headrace.pipelines.recipe_sections import ScreenSection
 
 Inputs = tuple[str, ...]
 

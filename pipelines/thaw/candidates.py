@@ -11,7 +11,8 @@ import pandas as pd
 
 from headrace.extract import BackboneSpec
 from headrace.heads import METRICS, FineTuneSpec, MLPSpec, spec_from_json, spec_to_json
-from headrace.pipelines.recipe import RecipeError, ThawSection
+from headrace.pipelines.recipe import RecipeError
+from headrace.pipelines.recipe_sections import ThawSection
 from headrace.pipelines.thaw.errors import DIFFERENTIABLE
 
 # The share of what the head still gets wrong that training is expected to remove, before anything is known of these

@@ -22,7 +22,7 @@ from headrace.heads import FULL, METRICS, Task, read_bank, score, spec_to_json
 from headrace.pipelines.leaderboard import settings_text
 from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.progress import stage
-from headrace.pipelines.recipe import ThawSection
+from headrace.pipelines.recipe_sections import ThawSection
 from headrace.pipelines.submit import run_tasks
 from headrace.pipelines.thaw.candidates import Candidate, list_candidates, predicted_gain, training_seconds
 

@@ -1,0 +1,1 @@
+"""`headrace doctor`: is this machine fit for a run?"""

