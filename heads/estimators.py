@@ -353,7 +353,7 @@ def _counts(sample_weight: Any, n: int) -> npt.NDArray[np.float64] | None:
         raise ValueError(f"sample_weight has the shape {counts.shape}, expected ({n},): one weight for each row of X")
     counts = row_weights(counts, n)
     if not counts.any():
-        raise ValueError("every sample weight is 0, so that no row is left to train on: give some rows a weight")
+        raise ValueError("every sample weight is zero, so that no row is left to train on: give some rows a weight")
     return counts
 
 
@@ -389,7 +389,9 @@ def _keep(head: Any, fits: list[HeadFit]) -> None:
 def _values(head: Any, X: Any) -> npt.NDArray[np.float64]:
     check_is_fitted(head)
     rows = validate_data(head, X, dtype=(np.float32, np.float64), reset=False)
-    found = np.asarray(predict_head(head.spec_, head.arrays_, rows, "regression"), np.float64)
+    # In float64, so that a row's last digit does not depend on the rows beside it.
+    arrays = {name: value.astype(np.float64) for name, value in head.arrays_.items()}
+    found = np.asarray(predict_head(head.spec_, arrays, rows, "regression"), np.float64)
     return found[:, 0] if head.flat_ else found
 
 

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -92,7 +93,7 @@ def init(
 
     console = _console()
     finding = write_recipe(source, out, force=force)
-    _say(console, f"Found {finding.sentence}. Wrote {out}.\nNext: headrace run {out} --dry-run")
+    _say(console, f"Found {finding.sentence}. Wrote {out}.\nNext: headrace run {shlex.quote(str(out))} --dry-run")
 
 
 @app.command()
@@ -132,7 +133,8 @@ def run(
     if not dry_run:
         _say(
             console,
-            f"Next: headrace report {recipe}     # one page to look at: mistakes, likely label errors, near-duplicates",
+            f"Next: headrace report {shlex.quote(str(recipe))}     # one page to look at: mistakes, likely label errors, "
+            "near-duplicates",
         )
 
 

@@ -204,8 +204,9 @@ def _duplicates(frame: pd.DataFrame, target: npt.NDArray[Any]) -> list[str]:
     notes = [f"{int(repeated.sum()):,} images are exact copies of one another; copies stay on one side of every split"]
     flat = pd.DataFrame(target.reshape(len(target), -1))[repeated]
     disagreeing = flat.groupby(frame["_content"].to_numpy()[repeated]).nunique().gt(1).any(axis=1)
-    if disagreeing.any():
-        notes.append(f"{int(disagreeing.sum()):,} of the copied images carry different targets: check their labels")
+    if odd := int(disagreeing.sum()):
+        carry = "carries" if odd == 1 else "carry"
+        notes.append(f"{odd:,} of the copied images {carry} different targets: check their labels")
     return notes
 
 

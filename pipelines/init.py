@@ -1,6 +1,7 @@
 """`headrace init`: writes a commented recipe for the images that it is shown."""
 
 import importlib.metadata
+import shlex
 from pathlib import Path
 
 from headrace.cache import publish_replace
@@ -67,7 +68,9 @@ def write_recipe(source: Path, out: Path, *, force: bool = False) -> Finding:
     """
     _check_out(out, force=force)
     finding = look(source, out.absolute().parent)
-    text = _RECIPE.format(name=out, stem=out.stem, images=finding.images, task=finding.task, weights=_weights_lines())
+    text = _RECIPE.format(
+        name=shlex.quote(str(out)), stem=out.stem, images=finding.images, task=finding.task, weights=_weights_lines()
+    )
     publish_replace(out, text.encode())
     return finding
 

@@ -24,6 +24,7 @@ _TABLE_SUFFIXES = (".csv", ".tsv", ".parquet", ".pq")
 _TARGET_NAMES = ("label", "class", "target", "category", "diagnosis", "species", "y")
 _GROUP_NAMES = ("group", "patient", "patient_id", "subject", "subject_id", "slide", "scene", "site")
 _SPLIT_NAMES = ("split", "set", "subset", "partition")
+_PATHS_LOOKED_AT = 100
 _ARRAY_SUFFIXES = (".npy", ".npz", ".h5", ".hdf5", ".hdf")
 
 
@@ -166,8 +167,24 @@ def _look_at_table(table: Path, base: Path) -> Finding:
             + "  # root: images      # what relative paths start from\n"
         ),
         task=task,
-        sentence=f"{len(samples):,} images in {table.name}, {frame[target].nunique():,} classes in column {target!r}",
+        sentence=f"{len(samples):,} images in {table.name}, {frame[target].nunique():,} classes in column {target!r}"
+        + _doubts(samples["path"], frame[target]),
     )
+
+
+def _doubts(paths: "pd.Series[Any]", labels: "pd.Series[Any]") -> str:
+    """What a person should know of a table before the first run: rows without a label, and paths that lead nowhere."""
+    said = ""
+    if empty := int(labels.isna().sum()):
+        said += f"; {empty:,} rows have no label, and a run leaves them out"
+    looked = paths.head(_PATHS_LOOKED_AT).astype(str)
+    gone = [path for path in looked if not Path(path).is_file()]
+    if gone:
+        said += (
+            f"; {len(gone):,} of the first {len(looked):,} files are not there, such as {gone[0]} (relative paths start from "
+            "images.root, by default the table's folder)"
+        )
+    return said
 
 
 def _task(frame: pd.DataFrame, columns: list[str], where: Path) -> tuple[str, str]:

@@ -128,3 +128,21 @@ def test_a_failing_line_ends_in_exit_code_one(tmp_path, monkeypatch, capsys):
     assert "→ Dask needs to listen" in out
     assert "FAIL  recipe" in out
     assert "2 things to mend" in out
+
+
+def test_the_pair_that_is_installed_is_tried_as_an_import_would():
+    """The versions are the packages' own, the operator is torchvision's compiled one, and so is the weights' address."""
+    import torch
+    import torchvision
+    from torchvision.models import ResNet18_Weights
+
+    assert software.check_torch().said == f"torch {torch.__version__}, torchvision {torchvision.__version__}"
+    assert ResNet18_Weights.DEFAULT.url.startswith(network.WEIGHTS_SERVER)
+
+
+def test_a_torchvision_for_another_torch_is_found_by_what_it_says(monkeypatch):
+    """Before anything of it is loaded."""
+    monkeypatch.setattr(software.importlib.metadata, "requires", lambda name: ["torch==1.0.0"])
+    found = software.check_torch()
+    assert (found.state, "built for torch==1.0.0" in found.said) == ("fail", True)
+    assert "together" in found.advice

@@ -194,3 +194,17 @@ def test_every_stage_that_the_recipe_mentions_can_be_asked_for(tmp_path, photos)
         out.write_text("\n".join(lines))
         recipe = load_recipe(out)
         assert {name for name in ("screen", "thaw", "ensemble") if getattr(recipe, name) is not None} == set(wanted)
+
+
+def test_a_table_says_what_a_run_will_leave_out(tmp_path, photos):
+    """Rows without a label are counted; paths that lead nowhere are named, with where they start from."""
+    frame = rows()
+    frame.loc[1, "label"] = None
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    said = write_recipe(tmp_path / "t.csv", tmp_path / "r.yaml").sentence
+    assert "1 rows have no label" in said
+    assert "6 of the first 6 files are not there, such as" in said
+    assert "images.root" in said
+    frame = pd.DataFrame({"path": sorted(map(str, photos.rglob("*.png"))), "label": ["x", "y"] * 3})
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    assert write_recipe(tmp_path / "t.csv", tmp_path / "r.yaml", force=True).sentence.endswith("'label'")

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 from headrace.pipelines.doctor.finding import Finding
 
+WEIGHTS_SERVER = "https://download.pytorch.org/models/"  # of torchvision, whose import takes seconds
 _ASK_S = 3.0  # how long a server may take to answer
 
 
@@ -69,11 +70,10 @@ def _talk() -> None:
 
 
 def _servers() -> list[str]:
-    """Where the libraries themselves say that their weights are."""
+    """Where torchvision's weights lie, and where timm's library says that its own do."""
     from huggingface_hub import constants
-    from torchvision.models import ResNet18_Weights
 
-    return [str(ResNet18_Weights.DEFAULT.url), str(constants.ENDPOINT)]
+    return [WEIGHTS_SERVER, str(constants.ENDPOINT)]
 
 
 def _in_time(ask: Callable[[str], None], address: str) -> "queue.SimpleQueue[str]":

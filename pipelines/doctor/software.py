@@ -2,6 +2,8 @@
 
 import ctypes
 import importlib.metadata
+import importlib.util
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -42,16 +44,39 @@ def check_libraries(installed: Callable[[str], str] = importlib.metadata.version
     return Finding("libraries", "ok", "all that headrace requires")
 
 
-def _import_pair() -> tuple[str, str]:
-    """The versions of torch and torchvision, after one operator of the latter has run."""
+def _load_pair() -> tuple[str, str]:
+    """The versions of torch and torchvision, after one compiled operator of the latter has run.
+
+    The operators' library is loaded by itself, and torchvision's own word on its torch is read from its metadata:
+    importing torchvision brings in torch's compilers, which takes as long as everything else together.
+    """
     import torch
-    import torchvision
+    from packaging.requirements import Requirement
 
-    torchvision.ops.nms(torch.tensor([[0.0, 0.0, 1.0, 1.0]]), torch.tensor([1.0]), 0.5)
-    return str(torch.__version__), str(torchvision.__version__)
+    spec = importlib.util.find_spec("torchvision")  # looks for it, and imports nothing
+    if spec is None or spec.origin is None:
+        raise ImportError("torchvision is not installed")
+    folder = Path(spec.origin).parent
+    built_for = str(torch.__version__)
+    # Its own version says the build too (+cpu, +cu128), which the package's metadata does not.
+    said = re.search(r"^__version__ = ['\"](.+)['\"]", (folder / "version.py").read_text(), re.M)
+    version = said[1] if said else importlib.metadata.version("torchvision")
+    for each in map(Requirement, importlib.metadata.requires("torchvision") or ()):
+        if each.name == "torch" and not each.specifier.contains(built_for, prereleases=True):
+            raise RuntimeError(f"torchvision {version} is built for torch{each.specifier}, found {built_for}")
+    libraries = [path for path in folder.glob("_C*") if path.suffix in (".so", ".pyd", ".dylib")]
+    if libraries:
+        torch.ops.load_library(str(libraries[0]))  # type: ignore[no-untyped-call]
+    else:
+        importlib.import_module("torchvision")
+    torch.ops.torchvision.nms(torch.tensor([[0.0, 0.0, 1.0, 1.0]]), torch.tensor([1.0]), 0.5)
+    cuda = int(torch.ops.torchvision._cuda_version())  # 12080; -1: built without
+    if cuda != -1 and torch.version.cuda and torch.version.cuda.split(".")[0] != str(cuda // 1000):
+        raise RuntimeError(f"torchvision {version} is built for CUDA {cuda // 1000}, torch for {torch.version.cuda}")
+    return built_for, version
 
 
-def check_torch(load: Callable[[], tuple[str, str]] = _import_pair) -> Finding:
+def check_torch(load: Callable[[], tuple[str, str]] = _load_pair) -> Finding:
     """torch and torchvision, which have to be built for each other."""
     try:
         torch_version, vision_version = load()
