@@ -61,8 +61,9 @@ def _what(model: Model) -> str:
     if len(model.members) > 1:
         lines += [f"The weighted average of {len(model.members)} models, temperature {model.temperature:.3g}:", ""]
     for member in model.members:
+        own = "" if member.temperature == 1 else f", at temperature {member.temperature:.3g}"
         share = f"{member.weight:.2f} × " if len(model.members) > 1 else ""
-        lines.append(f"- {share}{_member(member)}")
+        lines.append(f"- {share}{_member(member)}{own}")
     return "\n".join(lines)
 
 
@@ -145,7 +146,8 @@ def _test(model: Model, run: RunPaths) -> dict[str, Any] | None:
             opening = json.loads(line)
             winner = opening["winner"]
             shown = winner.get("ensemble") or [winner]
-            same = [_recorded(each) for each in shown] == ours and winner.get("temperature", 1.0) == model.temperature
+            same = [_recorded(each, "ensemble" not in winner) for each in shown] == ours
+            same = same and winner.get("temperature", 1.0) == model.temperature
             found = opening["result"] if same else found
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -154,17 +156,19 @@ def _test(model: Model, run: RunPaths) -> dict[str, Any] | None:
 
 def _identity(member: Member | NetworkMember) -> tuple[Any, ...]:
     """As winner.py records it; of a network its settings alone, for its features are not the cache's."""
+    shares = round(member.weight, 9), round(member.temperature, 9)
     if isinstance(member, NetworkMember):
-        return round(member.weight, 9), read_network(member.directory)[1]["spec"]
+        return *shares, read_network(member.directory)[1]["spec"]
     features = [feature.fingerprint for feature in member.head.features]
-    return round(member.weight, 9), json.loads(spec_to_json(member.head.spec)), features
+    return *shares, json.loads(spec_to_json(member.head.spec)), features
 
 
-def _recorded(shown: dict[str, Any]) -> tuple[Any, ...]:
-    """What `_identity` says of a head or network of an opening's record."""
+def _recorded(shown: dict[str, Any], lone: bool) -> tuple[Any, ...]:
+    """What `_identity` says of a head or network of an opening's record; a lone winner has its whole weight."""
     spec = json.loads(shown["spec"])
-    weight = round(float(shown.get("weight", 1.0)), 9)
-    return (weight, spec) if spec["kind"] == "finetune" else (weight, spec, shown["features"])
+    weight, temperature = (1.0, 1.0) if lone else (shown["weight"], shown.get("temperature", 1.0))
+    shares = round(float(weight), 9), round(float(temperature), 9)
+    return (*shares, spec) if spec["kind"] == "finetune" else (*shares, spec, shown["features"])
 
 
 def _classes(model: Model) -> str:

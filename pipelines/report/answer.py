@@ -58,8 +58,12 @@ def _is_ensemble(shown: Found, ensemble: Found, task: str) -> bool:
         return False
     # As the ensemble's members are named where they are stored.
     names = [hashlib.sha256(f"{each['bank']} {each['spec']}".encode()).hexdigest()[:16] for each in shown["ensemble"]]
-    return [(f"members/{name}", each["weight"]) for name, each in zip(names, shown["ensemble"], strict=True)] == [
-        (member["model"], member["weight"]) for member in ensemble["members"]
+    recorded = [
+        (f"members/{name}", each["weight"], each.get("temperature", 1.0))
+        for name, each in zip(names, shown["ensemble"], strict=True)
+    ]
+    return recorded == [
+        (member["model"], member["weight"], member.get("temperature", 1.0)) for member in ensemble["members"]
     ]
 
 
@@ -85,9 +89,11 @@ def test_predictions(run: FinishedRun, answer: Answer) -> tuple[Task, npt.NDArra
     target, predicted = found[0]
     if answer.ensemble is not None:
         weights = np.array([member["weight"] for member in members])
-        predicted = with_temperature(
-            test.kind, average(weights, np.stack([own for _, own in found])), opening["winner"]["temperature"]
-        )
+        told = [
+            with_temperature(test.kind, own, member.get("temperature", 1.0))
+            for member, (_, own) in zip(members, found, strict=True)
+        ]
+        predicted = with_temperature(test.kind, average(weights, np.stack(told)), opening["winner"]["temperature"])
     return test, target, predicted
 
 
