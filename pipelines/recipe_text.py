@@ -117,11 +117,15 @@ def explain(problem: typing.Any, root: yaml.MappingNode, path: Path, model: type
     key = ".".join(str(part) for part in location)
     if problem["type"] == "extra_forbidden":
         valid = _keys_at(model, location[:-1])
-        nearest = difflib.get_close_matches(str(location[-1]), valid, n=1, cutoff=0.4)
+        lower = {name.lower(): name for name in valid}
+        close = difflib.get_close_matches(str(location[-1]).lower(), lower, n=1, cutoff=0.4)
+        nearest = [lower[name] for name in close]
         hint = f"did you mean {nearest[0]!r}? " if nearest else ""
         return f"{where}: unknown key {key!r}: {hint}Valid here: {', '.join(valid)}"
     if problem["type"] == "missing":
         return f"{where}: the key {key!r} is missing"
+    if problem["type"] == "tuple_type" and found and not isinstance(problem["input"], dict):
+        return f"{where}: {key}: a list is expected, found {problem['input']}: write [{problem['input']}]"
     message = str(problem["msg"]).removeprefix("Value error, ")
     value = "" if not found or isinstance(problem["input"], dict | list) else f" (found {problem['input']!r})"
     return f"{where}: {key}: {message}{value}" if key else f"{where}: {message}"

@@ -39,6 +39,8 @@ def test_relative_paths_start_from_the_recipe(tmp_path):
         ("    taps:", "    tap:", 6, "did you mean 'taps'"),
         ("  logistic:", "  logistik:", 8, "did you mean 'logistic'"),
         ("images:", "image:", 1, "did you mean 'images'"),
+        ("    C: [1e-3", "    c: [1e-3", 9, "did you mean 'C'"),
+        ("[1e-3, 1]", "0.1", 9, "a list is expected, found 0.1: write [0.1]"),
         ("[1e-3, 1]", "[1e-3, -1]", 9, "greater than 0 (found -1)"),
         ("[1e-3, 1]", "[]", 9, "at least 1 item"),
         ("    C: [1e-3, 1]", "    C: [1e-3, 1]\n    inputs: some", 10, "heads.logistic.inputs"),
