@@ -79,15 +79,16 @@ class Memory:
         """Slot k has no pair at the newest position."""
         self.gram[k, self.newest, self.size + self.newest] = -1.0
 
-    def add(self, k: int, step: Array, change: Array) -> None:
-        """Slot k's newest pair."""
+    def add(self, k: int, step: Array, change: Array, gradient: Array) -> Array:
+        """Slot k's newest pair; returns the inner products (2m,) of its pairs with the gradient, from the same look at them."""
         m, slot, rows = self.size, self.newest, self.pairs[k]
         rows[slot], rows[m + slot] = step, change
-        products: Array = rows @ np.stack([step, change], axis=1)
+        products: Array = rows @ np.stack([step, change, gradient]).T
         self.gram[k][:, slot] = self.gram[k][slot] = products[:, 0]
         self.gram[k][:, m + slot] = self.gram[k][m + slot] = products[:, 1]
         if not products[slot, 1] > np.finfo(rows.dtype).eps * products[m + slot, 1]:
             self.skip(k)
+        return products[:, 2]
 
 
 def _direction_coefficients(gram: Array, against_gradient: Array, newest: int) -> Array:
@@ -181,11 +182,14 @@ def minimise(
                 stalled[k] += int(length[k] < 1e-10)
                 continue
             else:
-                remembered.add(k, trial[row] - point[k], trial_gradient[row] - gradient[k])
+                change = trial_gradient[row] - gradient[k]
+                products[k] = remembered.add(k, trial[row] - point[k], change, trial_gradient[row])
                 decrease[k] = value[k] - trial_value[row], *decrease[k, :-1]
                 stalled[k] = stalled[k] + 1 if decrease[k, 0] <= slack[row] else 0
             point[k], value[k], gradient[k] = trial[row], trial_value[row], trial_gradient[row]
-            products[k], squared[k] = remembered.pairs[k] @ gradient[k], gradient[k] @ gradient[k]
+            if starting[k]:
+                products[k] = remembered.pairs[k] @ gradient[k]
+            squared[k] = gradient[k] @ gradient[k]
             starting[k], fresh[k] = False, True
         converged = np.zeros(slots, bool)
         new = np.flatnonzero(fresh)

@@ -380,8 +380,13 @@ class _Flight:
         batch, design = self.batch, self.batch.design
         lines = self.lines[which]
         mu = self.mu[which].astype(design.dtype)
-        frames = [self.frames[row] for row in which]
-        u = np.stack([f.unscaled(one.reshape(self.shape)) for f, one in zip(frames, x, strict=True)])
+        shared: dict[int, list[int]] = {}  # heads of a frame go through it together
+        for row, slot in enumerate(which.tolist()):
+            shared.setdefault(id(self.frames[slot]), []).append(row)
+        frames = [(self.frames[int(which[rows[0]])], rows) for rows in shared.values()]
+        u = np.empty((len(which), batch.rows, design.width), design.dtype)
+        for own, rows in frames:
+            u[rows] = own.unscaled(x[rows].reshape(-1, *self.shape))
         folds = batch.folds[lines]
         columns = max(batch.rows - 1, 1)  # the last class's row is minus the sum of the others', in all that follows
         pull = mu[:, None, None] * design.penalised(np.ascontiguousarray(u[:, :columns, :-1]), folds)
@@ -410,4 +415,7 @@ class _Flight:
         gradient[:, :columns] += total
         if batch.rows > 1:
             gradient[:, -1] -= total.sum(axis=1)
-        return value, np.stack([f.scaled_gradient(g).ravel() for f, g in zip(frames, gradient, strict=True)])
+        scaled = np.empty_like(x)
+        for own, rows in frames:
+            scaled[rows] = own.scaled_gradient(gradient[rows]).reshape(len(rows), -1)
+        return value, scaled

@@ -45,7 +45,8 @@ def made(rng: np.random.Generator, n: int, width: int, classes: int, *, weighted
     threads=st.sampled_from([1, 3]),
 )
 def test_a_compiled_pass_is_the_plain_one(seed, n, width, classes, heads, size, weighted, balanced, threads):
-    """Losses to 1e-5 and gradients to 1e-5 of their largest element, against the plain pass in float64."""
+    """Losses to 1e-5 and gradients to 1e-5 of their largest element, against the plain pass in float64; more where decisions
+    are of the order of hundreds, which float32 rounds to 1e-5."""
     rng = np.random.default_rng(seed)
     design, tile = made(rng, n, width, max(classes, 2), weighted=weighted)
     columns = max(classes - 1, 1)
@@ -62,9 +63,10 @@ def test_a_compiled_pass_is_the_plain_one(seed, n, width, classes, heads, size, 
         losses = quick.add(tile) + quick.add(tile)
     plain = PlainPass(design, weighting, lines, u.astype(np.float64), None)
     expected = plain.add(tile) + plain.add(tile)
-    np.testing.assert_allclose(losses, expected, rtol=1e-5, atol=1e-5 * n)
+    np.testing.assert_allclose(losses, expected, rtol=1e-5, atol=1e-5 * n * (1 + size))
     gradient = plain.gradient()
-    np.testing.assert_allclose(quick.gradient(), gradient, rtol=0, atol=1e-5 * np.abs(gradient).max() + 1e-5)
+    atol = (1e-5 + 4e-6 * size) * np.abs(gradient).max() + 1e-5
+    np.testing.assert_allclose(quick.gradient(), gradient, rtol=0, atol=atol)
 
 
 @needs_compiler
