@@ -49,6 +49,7 @@ CASES = {
     "more OpenMP threads than cores": (
         lambda _: machine.check_threads(2, 8.0, {"OMP_NUM_THREADS": "64"}), "note", "64", "unset OMP_NUM_THREADS",
     ),
+    "no compiler": (lambda _: machine.check_heads(lambda: None), "note", "NumPy", "C compiler"),
     "no memory": (lambda _: machine.check_memory(1e9, 2), "fail", "1.0 GB", "1.5 GB"),
     "memory for some workers": (lambda _: machine.check_memory(8e9, 16), "note", "8.0 GB", "--workers 5"),
     "a folder that cannot be written": (lambda at: disk.check_disk(at, fails(DENIED)), "fail", "Permission denied", "--folder"),
@@ -114,7 +115,7 @@ def test_this_machine_passes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(software, "_gpus", lambda: (0, False, ""))
     code, out = run_doctor(monkeypatch, capsys, "--folder", tmp_path)
     assert code in (0, None), out
-    names = ["Python", "libraries", "torch", "GPU", "threads", "memory", "disk", "locking", "ports", "HDF5", "weights"]
+    names = "Python libraries torch GPU threads heads memory disk locking ports HDF5 weights".split()
     assert [line.split()[1] for line in out.splitlines() if line.startswith(("ok", "note", "FAIL"))] == names
     assert list(tmp_path.iterdir()) == []
 

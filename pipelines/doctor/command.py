@@ -16,7 +16,7 @@ from rich.console import Console
 from headrace.cache import HeadraceError
 from headrace.pipelines.doctor.disk import check_disk, check_hdf5, check_locking
 from headrace.pipelines.doctor.finding import Finding
-from headrace.pipelines.doctor.machine import check_memory, check_threads
+from headrace.pipelines.doctor.machine import check_heads, check_memory, check_threads
 from headrace.pipelines.doctor.network import check_ports, check_weights
 from headrace.pipelines.doctor.software import check_cuda, check_libraries, check_python, check_torch
 
@@ -48,6 +48,7 @@ def examine(folder: Path, recipe: Path | None = None) -> Iterator[Finding]:
         weights_line = pool.submit(check_weights)
         yield check_cuda()
         yield check_threads()
+        yield check_heads()
         yield check_memory()
         yield disk_line.result()
         yield check_locking(folder)
