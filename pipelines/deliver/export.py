@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -64,7 +65,8 @@ def export_model(model: Model, out: Path, formats: Sequence[str], *, force: bool
     """Write `out`: the model in these formats (torch, onnx, safetensors), preprocess.py, model.json and MODEL_CARD.md.
 
     Every format is loaded again and its predictions compared with headrace's own before the directory appears.
-    Raises ExportError where they differ, where `out` is there (unless `force`), and for heads that have no such form.
+    Raises ExportError where they differ, where `out` is there (unless `force`) or cannot be written, and for heads that have
+    no such form.
     """
     if unknown := sorted(set(formats) - set(FORMATS)):
         raise ExportError(f"format {unknown[0]!r}: expected one or several of {', '.join(FORMATS)}")
@@ -77,6 +79,9 @@ def export_model(model: Model, out: Path, formats: Sequence[str], *, force: bool
     try:
         exported = _write(model, temporary, list(dict.fromkeys(formats)))
         _replace(temporary, out.absolute())
+    except (OSError, SafetensorError) as error:  # safetensors has its own for a disk that is full
+        where, reason = getattr(error, "filename", None) or temporary.parent, getattr(error, "strerror", None) or error
+        raise ExportError(f"{where}: {reason}. Nothing was written: make room, or give another folder") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return exported
@@ -102,7 +107,10 @@ def _write(model: Model, folder: Path, formats: list[str]) -> Exported:
         else:
             inputs = _inputs_of(model)
         if "torch" in formats:
-            torch.export.save(program, folder / "model.pt2")
+            # By way of memory: torch's own writer ends the process where the disk is full.
+            packed = io.BytesIO()
+            torch.export.save(program, packed)
+            (folder / "model.pt2").write_bytes(packed.getbuffer())
             loaded = torch.export.load(folder / "model.pt2").module()
             differences["torch"] = _compare(
                 check, lambda pixels: np.asarray(loaded(*pixels).numpy()), "model.pt2", model
