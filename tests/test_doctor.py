@@ -115,7 +115,20 @@ def test_this_machine_passes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(software, "_gpus", lambda: (0, False, ""))
     code, out = run_doctor(monkeypatch, capsys, "--folder", tmp_path)
     assert code in (0, None), out
-    names = "Python libraries torch GPU threads heads memory disk locking ports HDF5 weights".split()
+    names = [
+        "Python",
+        "libraries",
+        "torch",
+        "GPU",
+        "threads",
+        "heads",
+        "memory",
+        "disk",
+        "locking",
+        "ports",
+        "HDF5",
+        "weights",
+    ]
     assert [line.split()[1] for line in out.splitlines() if line.startswith(("ok", "note", "FAIL"))] == names
     assert list(tmp_path.iterdir()) == []
 
