@@ -9,8 +9,11 @@ name. What a process that dies leaves behind:
 """
 
 import contextlib
+import ctypes
 import errno
+import functools
 import os
+import sys
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -29,6 +32,8 @@ LEASE_S = 30.0
 
 # What file systems answer that know no hard links (FAT, some FUSE and cluster file systems).
 _NO_LINKS = {errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK}
+_PIECE_BYTES = 1 << 21  # large enough for the disk, small enough for it to begin early
+_SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
 _NO_DIRECTORY_SYNC = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EBADF}
 
 
@@ -125,11 +130,23 @@ def write_all(descriptor: int, data: bytes | memoryview) -> None:
     """`os.write` until everything is written: a write to a nearly full disk may be short without being an error."""
     rest = memoryview(data).cast("B")
     while rest.nbytes:
-        # In pieces, because Linux writes at most 2 GiB at once.
-        written = os.write(descriptor, rest[: 1 << 26])
+        written = os.write(descriptor, rest[:_PIECE_BYTES])
         if written == 0:
             raise OSError(errno.ENOSPC, "the operating system wrote nothing")
         rest = rest[written:]
+        if rest.nbytes:
+            _begin_writing_out(descriptor)
+
+
+def _begin_writing_out(descriptor: int) -> None:
+    """Let the disk begin with what is written so far (Linux), where it would begin at fsync. Promises nothing."""
+    if sys.platform == "linux":
+        _libc().sync_file_range(descriptor, ctypes.c_int64(0), ctypes.c_int64(0), _SYNC_FILE_RANGE_WRITE)
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
 
 
 def sync_directory(directory: Path) -> None:

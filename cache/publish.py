@@ -27,7 +27,7 @@ SPEC = "spec.json"
 
 # Unit names become file names and are compared as text; the leading letter or digit keeps them visible and relative.
 _UNIT = re.compile(r"[0-9a-z][0-9a-z_-]{0,63}")
-_CONTENT = re.compile(r"[0-9a-f]*")
+_HEX = b"0123456789abcdef"
 _WRITTEN_BY = f"headrace {version('headrace')}"
 _COMPRESSIONS = (None, "bitshuffle-lz4")
 
@@ -187,11 +187,15 @@ def _check_arguments(
     names = [*ids, *(failure.id for failure in failures), *(failure.reason for failure in failures)]
     hashes = [*content, *(failure.content for failure in failures)]
     # All at once: one by one, a large shard's would take as long as its bytes take to the disk.
-    if set(map(len, hashes)) - {32} or not _CONTENT.fullmatch("".join(hashes)):
-        bad = next(text for text in hashes if len(text) != 32 or not _CONTENT.fullmatch(text))
+    if set(map(len, hashes)) - {32} or not _is_hex("".join(hashes)):
+        bad = next(text for text in hashes if len(text) != 32 or not _is_hex(text))
         raise ValueError(f"unit {unit}: content hash {bad!r} is not 32 lower-case hex digits")
     if not all(names) or "\0" in "".join(names):
         bad = next(text for text in names if not text or "\0" in text)
         raise ValueError(f"unit {unit}: {bad!r} is empty or holds a NUL, which fixed-length text in HDF5 cannot store")
     if compression not in _COMPRESSIONS:
         raise ValueError(f"compression {compression!r} is not one of {_COMPRESSIONS}")
+
+
+def _is_hex(text: str) -> bool:
+    return text.isascii() and not text.encode().translate(None, _HEX)
