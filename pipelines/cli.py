@@ -180,9 +180,10 @@ def _run(
     if strict:
         recipe = recipe.model_copy(update={"compute": recipe.compute.model_copy(update={"strict": True})})
     from headrace.pipelines.plan import check_space
-    from headrace.pipelines.prepare import survey
+    from headrace.pipelines.prepare import run_paths, survey
     from headrace.pipelines.run import run_recipe
     from headrace.pipelines.show import show_plan, show_result
+    from headrace.pipelines.terminal import outlive_terminal
 
     try:
         if dry_run:
@@ -190,6 +191,7 @@ def _run(
             show_plan(console, plan, recipe.cache, recipe.out)
             check_space(plan, recipe.cache, recipe.storage.budget_gb)
         else:
+            outlive_terminal(run_paths(recipe).terminal)
             result = run_recipe(recipe, console=console, workers=workers, retry_failed=retry_failed)
             show_result(console, result, reference=reference)
     except KeyboardInterrupt:

@@ -84,6 +84,11 @@ class RunPaths:
         return self.root / "claims"
 
     @property
+    def terminal(self) -> Path:
+        """What calls said after their terminal was gone."""
+        return self.logs / "terminal.txt"
+
+    @property
     def logs(self) -> Path:
         """What happened to every task, one file of JSON lines per driver."""
         return self.root / "logs"

@@ -1,0 +1,68 @@
+"""A run that outlives its terminal: a laptop that closes, an ssh connection that breaks.
+
+A terminal that goes away sends SIGHUP to every process of its session, and answers whoever writes to it with EIO. The
+signal is ignored, by us and by all that we start, and what would have been written goes to a file of the run from then on.
+"""
+
+import contextlib
+import datetime
+import errno
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+
+def outlive_terminal(log: Path) -> None:
+    """From now to the end of this process, let nothing of it end with its terminal; does nothing where there is none.
+
+    log: what is written to the terminal after it is gone is appended here.
+    """
+    terminals = [stream for stream in (sys.stdout, sys.stderr) if stream.isatty()]
+    if not terminals or not hasattr(signal, "SIGHUP"):
+        return
+    # Only the main thread may; where a notebook's thread runs us, the terminal is not ours.
+    with contextlib.suppress(ValueError):
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # workers inherit it
+    descriptors = [stream.fileno() for stream in terminals]
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream in terminals:
+            setattr(sys, name, _Outliving(stream, descriptors, log))
+
+
+class _Outliving:
+    """A text stream of a terminal; of the log, once writing to the terminal fails."""
+
+    def __init__(self, stream: TextIO, descriptors: list[int], log: Path) -> None:
+        self._stream, self._descriptors, self._log = stream, descriptors, log
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with self._to_log_if_gone():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._to_log_if_gone():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _to_log_if_gone(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            self._log.parent.mkdir(parents=True, exist_ok=True)
+            now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+            descriptor = os.open(self._log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+            os.write(descriptor, f"{now} process {os.getpid()}: its terminal is gone; it goes on here\n".encode())
+            for each in self._descriptors:
+                os.dup2(descriptor, each)
+            os.close(descriptor)
+            self._stream.flush()  # what the terminal did not take is still in the stream
