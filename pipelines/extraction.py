@@ -7,10 +7,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 from dask.distributed import Client
 from rich.console import Console
 
-from headrace.cache import feature_set_path, open_feature_set, shard_path
+from headrace.cache import (
+    Failure,
+    create_feature_set,
+    feature_set_path,
+    open_feature_set,
+    publish_shard,
+    shard_path,
+)
 from headrace.extract import ExtractJob, unit_name
 from headrace.pipelines.claims import Claims, claims
 from headrace.pipelines.paths import unit_claims
@@ -28,12 +36,15 @@ def extract_missing(
 ) -> None:
     """Run units of work; what each publishes stays. Raises RunIncomplete when a unit failed or an image went away.
 
+    An image that takes its worker down, or never ends, is found by dividing its unit, and recorded as a failed image.
+
     client: None for a device of this process's own (a GPU), which is then fed without a pause between units.
     """
     from headrace.extract import figures  # imports torch: a call with nothing to extract does without
 
     options = options or TaskOptions()
     failures: list[str] = []
+    fatal: list[tuple[ExtractJob, str]] = []  # single images that end whoever decodes them
     reports: list[UnitReport] = []
     images = sum(len(job.samples) for job in units)
     started = time.monotonic()
@@ -43,7 +54,10 @@ def extract_missing(
         done = 0
         for outcome in outcomes:
             done += len(outcome.job.samples)
-            if outcome.result is None:
+            if outcome.fatal and not outcome.job.strict:
+                fatal.append((outcome.job, outcome.error or ""))
+                advance(len(outcome.job.samples))
+            elif outcome.result is None:
                 failures.append(_blamed(outcome))
                 advance(len(outcome.job.samples))
                 if outcome.job.strict:
@@ -58,7 +72,8 @@ def extract_missing(
                     "failed": now.failed,
                 }
                 advance(len(outcome.job.samples), details)
-            options.tell("progress", done=done, failed=sum(len(report.failed) for report in reports))
+            options.tell("progress", done=done, failed=len(fatal) + sum(len(report.failed) for report in reports))
+        failures += _record(fatal, sum(report.rows for report in reports))
     unread = [image for report in reports for image in report.unread]
     if failures:
         raise RunIncomplete(
@@ -71,6 +86,28 @@ def extract_missing(
             f"{len(unread):,} images went away or changed while they were read, first {name} ({reason}); the features of "
             "the others are kept. Call again when the images stand still"
         )
+
+
+def _record(fatal: Sequence[tuple[ExtractJob, str]], went_well: int) -> list[str]:
+    """List images that end their workers as failed, each with its reason; returns why that was not done, if so.
+
+    Where most images do, it is the network or the machine, and a record in the cache would outlast what is wrong with them.
+    """
+    if len(fatal) > went_well:
+        return [_blamed_image(job, error) for job, error in fatal]
+    for job, error in fatal:
+        failures = [Failure(sample.id, sample.content, error) for sample in job.samples]
+        for spec in (spec for _, specs in job.networks for spec in specs):
+            publish_shard(
+                create_feature_set(Path(job.cache_root), spec),
+                job.unit,
+                features=np.empty((0, *spec.shape), np.float32),
+                ids=[],
+                content=[],
+                failures=failures,
+                compression=job.compression,
+            )
+    return []
 
 
 def extract_unit(job: ExtractJob) -> "UnitReport":
@@ -138,7 +175,8 @@ def _here(units: Sequence[ExtractJob], ours: Claims) -> Iterator[Outcome[Extract
 
 
 def _blamed(outcome: "Outcome[ExtractJob, UnitReport]") -> str:
-    if outcome.fatal and len(outcome.job.samples) == 1:
-        (sample,) = outcome.job.samples
-        return f"{sample.path}: {outcome.error}. Remove this image, or look at what is wrong with it"
-    return outcome.error or ""
+    return _blamed_image(outcome.job, outcome.error or "") if outcome.fatal else outcome.error or ""
+
+
+def _blamed_image(job: ExtractJob, error: str) -> str:
+    return f"{job.samples[0].path}: {error}. Remove this image, or look at what is wrong with it"

@@ -1,6 +1,6 @@
 """Runs of many small heads on made features, without images or networks, and heads that misbehave.
 
-As a script, `python fault_cases.py FOLDER BANKS WORKERS` is a driver that can be killed.
+As a script, `python fault_cases.py FOLDER BANKS WORKERS SECONDS` is a driver that can be killed.
 """
 
 import hashlib
@@ -147,5 +147,5 @@ def number_of(spec):
 
 
 if __name__ == "__main__":
-    place, count, processes = sys.argv[1:4]
-    train(place, slow(place, int(count)), int(processes))
+    place, count, processes, seconds = sys.argv[1:5]
+    train(place, slow(place, int(count), float(seconds)), int(processes))
