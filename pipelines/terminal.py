@@ -10,9 +10,9 @@ import errno
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from io import TextIOWrapper
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 
 def outlive_terminal(log: Path) -> None:
@@ -36,33 +36,34 @@ def outlive_terminal(log: Path) -> None:
 class _Outliving:
     """A text stream of a terminal; of the log, once writing to the terminal fails."""
 
-    def __init__(self, stream: TextIO, descriptors: list[int], log: Path) -> None:
+    def __init__(self, stream: TextIOWrapper, descriptors: list[int], log: Path) -> None:
         self._stream, self._descriptors, self._log = stream, descriptors, log
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        with self._to_log_if_gone():
-            self._stream.write(text)
-        return len(text)
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            self._go_on_in_log(error)
+            # Under PYTHONUNBUFFERED nothing has kept the text; otherwise the stream has.
+            return self._stream.write(text if self._stream.write_through else "")
 
     def flush(self) -> None:
-        with self._to_log_if_gone():
-            self._stream.flush()
-
-    @contextlib.contextmanager
-    def _to_log_if_gone(self) -> Iterator[None]:
         try:
-            yield
+            self._stream.flush()
         except OSError as error:
-            if error.errno != errno.EIO:
-                raise
-            self._log.parent.mkdir(parents=True, exist_ok=True)
-            now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-            descriptor = os.open(self._log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-            os.write(descriptor, f"{now} process {os.getpid()}: its terminal is gone; it goes on here\n".encode())
-            for each in self._descriptors:
-                os.dup2(descriptor, each)
-            os.close(descriptor)
-            self._stream.flush()  # what the terminal did not take is still in the stream
+            self._go_on_in_log(error)
+
+    def _go_on_in_log(self, error: OSError) -> None:
+        if error.errno != errno.EIO:
+            raise error
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        descriptor = os.open(self._log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        os.write(descriptor, f"{now} process {os.getpid()}: its terminal is gone; it goes on here\n".encode())
+        for each in self._descriptors:
+            os.dup2(descriptor, each)
+        os.close(descriptor)
+        self._stream.flush()

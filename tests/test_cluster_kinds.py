@@ -12,7 +12,7 @@ from run_cases import RECIPE, headrace, make_photos
 
 from headrace.pipelines import load_recipe, run_recipe
 from headrace.pipelines.cluster import ClusterError, open_client
-from headrace.pipelines.recipe import ClusterSection
+from headrace.pipelines.recipe_sections import ClusterSection
 from headrace.pipelines.tls import TLSMissing, write_tls
 
 

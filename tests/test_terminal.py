@@ -47,20 +47,22 @@ def exit_of(pid, timeout_s=180.0):
     raise AssertionError("it did not end")
 
 
-def test_what_a_lost_terminal_does_not_take_goes_to_the_log(tmp_path):
+@pytest.mark.parametrize("buffering", [[], ["-u"]], ids=["buffered", "unbuffered"])
+def test_what_a_lost_terminal_does_not_take_goes_to_the_log(tmp_path, monkeypatch, buffering):
     """Neither the signal nor the error of a closed terminal ends the process; every line after that is in the log."""
     script = (
-        "import sys, time\n"
+        "import os, sys, time\n"
         "from pathlib import Path\n"
         "from headrace.pipelines.terminal import outlive_terminal\n"
         f"outlive_terminal(Path({str(tmp_path)!r}) / 'logs' / 'terminal.txt')\n"
         "print('before', flush=True)\n"
-        "sys.stdin.read(1)\n"  # nothing comes: the terminal goes away
+        "while os.isatty(1): time.sleep(0.01)\n"
         "for line in range(3): print('after', line)\n"
         "print('and errors', file=sys.stderr)\n"
     )
-    pid, ours = in_terminal(lambda: os.execv(sys.executable, [sys.executable, "-c", script]))
-    read_until(ours, b"before")
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    pid, ours = in_terminal(lambda: os.execv(sys.executable, [sys.executable, *buffering, "-c", script]))
+    read_until(ours, b"before\r\n")  # all of it, or its end is in the log
     os.close(ours)
     assert exit_of(pid) == 0
     lines = (tmp_path / "logs" / "terminal.txt").read_text().splitlines()
