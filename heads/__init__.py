@@ -14,18 +14,8 @@ from headrace.heads.ensemble import (
     loss_elements,
     with_temperature,
 )
-from headrace.heads.estimators import (
-    CentroidHead,
-    KNNHead,
-    LogisticHead,
-    MLPHead,
-    MLPRegressionHead,
-    RidgeHead,
-    RidgeRegressionHead,
-)
 from headrace.heads.features import load_rows
 from headrace.heads.folds import BadSplit, make_folds, split_test, strata
-from headrace.heads.lookup import FeatureLookup
 from headrace.heads.metrics import (
     DEFAULT_METRIC,
     METRICS,
@@ -42,7 +32,6 @@ from headrace.heads.neighbours import fit_centroid_bank, fit_knn_bank
 from headrace.heads.persist import BadHeadFile, TrainedHead, load_head, save_head
 from headrace.heads.predict import CannotPredict, predict_head
 from headrace.heads.results import BadResults, BankResult, read_bank, results_bytes
-from headrace.heads.sklearn_bank import fit_sklearn_bank
 from headrace.heads.spec import (
     FULL,
     KINDS,
@@ -67,10 +56,33 @@ from headrace.heads.weighted import weighted_scores
 
 if TYPE_CHECKING:
     from headrace.heads.conv import fit_conv_bank
+    from headrace.heads.estimators import (
+        CentroidHead,
+        KNNHead,
+        LogisticHead,
+        MLPHead,
+        MLPRegressionHead,
+        RidgeHead,
+        RidgeRegressionHead,
+    )
+    from headrace.heads.lookup import FeatureLookup
     from headrace.heads.mlp import fit_mlp_bank
+    from headrace.heads.sklearn_bank import fit_sklearn_bank
 
-# Names whose modules import torch: imported when first asked for.
-_LAZY = {"fit_mlp_bank": "mlp", "fit_conv_bank": "conv"}
+# Names whose modules import torch or scikit-learn, which takes seconds: imported when first asked for.
+_LAZY = {
+    "CentroidHead": "estimators",
+    "FeatureLookup": "lookup",
+    "KNNHead": "estimators",
+    "LogisticHead": "estimators",
+    "MLPHead": "estimators",
+    "MLPRegressionHead": "estimators",
+    "RidgeHead": "estimators",
+    "RidgeRegressionHead": "estimators",
+    "fit_conv_bank": "conv",
+    "fit_mlp_bank": "mlp",
+    "fit_sklearn_bank": "sklearn_bank",
+}
 
 
 def __getattr__(name: str) -> Any:

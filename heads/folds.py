@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.model_selection import StratifiedGroupKFold
 
 from headrace.cache.errors import HeadraceError
 from headrace.heads.task import TEST, TRAIN_ONLY
@@ -158,6 +157,8 @@ def _grouped_folds(
         known[known == 0] = np.argmax(counts) + 1
     if np.bincount(known).max() < n_folds:
         known = np.zeros_like(known)
+    from sklearn.model_selection import StratifiedGroupKFold  # its import takes seconds
+
     splitter = StratifiedGroupKFold(n_folds, shuffle=True, random_state=seed)
     fold = np.empty(len(stratum), np.int16)
     with warnings.catch_warnings():

@@ -166,7 +166,7 @@ def test_copies_with_different_labels_are_pointed_out():
     frame = table()
     content = [content_of(name) for name in frame["id"]]
     content[1] = content[0]
-    assert any("carry different targets" in note for note in dataset(frame, content).notes)
+    assert any("carries different targets" in note for note in dataset(frame, content).notes)
 
 
 @given(st.data())

@@ -77,4 +77,6 @@ def test_a_logistic_head_needs_neither_torch_nor_torchvision():
 
 def test_help_needs_no_heavy_import():
     """`headrace --help` and bad input answer at once."""
-    assert not {"torch", "torchvision", "timm", "distributed"} & loaded_after("import headrace.pipelines.cli")
+    heavy = {"torch", "torchvision", "timm", "distributed", "sklearn", "scipy", "pandas"}
+    assert not heavy & loaded_after("import headrace.pipelines.cli")
+    assert not {"torch", "sklearn", "scipy"} & loaded_after("import headrace.heads")

@@ -4,7 +4,6 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from headrace.heads.compiled_tiles import compiled
 from headrace.pipelines.doctor.finding import Finding
 
 _WORKER_BYTES = 1.5e9  # of a worker that runs a small network: torch itself, and a batch
@@ -45,6 +44,8 @@ def check_heads(lanes: Callable[[], int | None] | None = None) -> Finding:
 
 
 def _lanes() -> int | None:
+    from headrace.heads.compiled_tiles import compiled
+
     library = compiled()
     return None if library is None else library.lanes
 
