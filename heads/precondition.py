@@ -75,8 +75,8 @@ class Frame:
 
 
 def frame(u: Array, values: Array, squares: Array, products: Array, weight: Array, mu: float) -> Frame:
-    """Frame at the point u (C, R + 1), C = 1 a sigmoid, from sampled rows `values` (n, R + 1), their squares, the `products` of
-    their dense coordinates, and weights (n,) that sum to the mass of all training rows."""
+    """Frame at the point u (C, R + 1), C = 1 a sigmoid, from sampled rows `values` (n, R + 1), their squares, their
+    `row_products`, and weights (n,) that sum to the mass of all training rows."""
     decision = u @ values.T
     if len(u) == 1:
         p = sigmoid(decision)
@@ -95,6 +95,9 @@ def frame(u: Array, values: Array, squares: Array, products: Array, weight: Arra
     floor[-1] = min(mu, INTERCEPT_FLOOR * float(weight.sum()))
     scale = np.sqrt(h + floor)
     dense = dense_coordinates(len(u), h.shape[1])
+    if len(dense) == 0:
+        none = np.zeros((0, 0), u.dtype)
+        return Frame(basis, scale, dense, none, none)
     root = _root(_crossed(p, basis, weight, products), basis.shape[1], len(dense), floor[dense], scale[:, dense])
     inverse = scipy.linalg.solve_triangular(root, np.eye(len(root)), lower=True, check_finite=False)
     return Frame(basis, scale, dense, root.astype(u.dtype), inverse.astype(u.dtype))
@@ -102,8 +105,9 @@ def frame(u: Array, values: Array, squares: Array, products: Array, weight: Arra
 
 def dense_coordinates(classes: int, width: int) -> npt.NDArray[np.intp]:
     """(J,) the coordinates that are taken together over all classes: the rows' largest, and the intercept; or none."""
-    free = max(classes - 1, 1)
-    if free > CLASSES_WORTH_DENSE:
+    free = classes - 1
+    # What the diagonal misses lies between classes: sigmoids take as many iterations without (344) as with it (338).
+    if not 0 < free <= CLASSES_WORTH_DENSE:
         return np.zeros(0, np.intp)
     count = min(max(min(max(DENSE, 10 * free), MOST_DENSE) // free, 1), width)
     return np.append(np.arange(count - 1), width - 1)
@@ -113,13 +117,11 @@ def row_products(values: Array, dense: npt.NDArray[np.intp]) -> Array:
     """(n, J (J + 1) / 2) products of every two dense coordinates of rows (n, R + 1)."""
     one, other = np.triu_indices(len(dense))
     part = values[:, dense]
-    return part[:, one] * part[:, other]
+    return np.asarray(part[:, one] * part[:, other])
 
 
 def _crossed(p: Array, basis: Array, weight: Array, products: Array) -> Array:
     """(c (c + 1) / 2, J (J + 1) / 2) sums over rows of weight (e_a' S e_b) times products of coordinates, a <= b."""
-    if len(p) == 1:
-        return np.asarray((weight * p * (1 - p)) @ products)
     one, other = np.triu_indices(basis.shape[1])
     both, mixed = (basis[:, one] * basis[:, other]).T, basis.T @ p
     total = np.zeros((len(one), products.shape[1]), p.dtype)

@@ -40,6 +40,7 @@ COLUMNS_IN_FLIGHT = 512
 ITERATIONS_PER_FRAME = 12
 # Streamed rows are worth more columns a pass than one head of each line has, even for more passes.
 COLUMNS_WORTH_A_PASS, MOST_CHAINS = 24, 4
+MOST_THREADS = 8  # share a tile: fewer rows each than a hundred or so are not worth waking a thread
 TILES_AHEAD = 8  # of streamed rows, asked for while as many are multiplied
 
 
@@ -251,7 +252,7 @@ class _Batch:
         self.design, self.lines, self.rows = design, lines, rows
         self.elsewhere: Elsewhere | None = None
         self.compiled = compiled() if device == "cpu" and design.dtype == np.float32 else None
-        self.parts = 1 if self.compiled is None else blas_threads()
+        self.parts = 1 if self.compiled is None else min(blas_threads(), MOST_THREADS)
         self.threads = ThreadPoolExecutor(self.parts) if self.parts > 1 else None
         if device != "cpu":
             from headrace.heads.torch_tiles import TorchTiles  # a bank on the CPU does not import torch
