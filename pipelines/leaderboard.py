@@ -71,15 +71,13 @@ def rank_heads(heads: pd.DataFrame, metric: str, widths: Mapping[str, int], n_fo
     board = grouped.agg(
         kind=("kind", "first"),
         **{metric: (metric, "mean")},
-        standard_error=(
-            metric,
-            lambda values: values.std(ddof=1) / np.sqrt(values.count()) if values.count() > 1 else np.nan,
-        ),
+        standard_error=(metric, "sem"),
         folds=("fold", "size"),
         train_seconds=("seconds", "sum"),
-        failed=("_whole", lambda whole: n_folds - int(whole.sum())),
+        failed=("_whole", "sum"),
         path=("path", "first"),
     ).reset_index()
+    board["failed"] = n_folds - board["failed"].astype(int)
     whole = heads[(heads["fold"] == FULL) & heads["error"].isna()]
     final = set(zip(whole["inputs"], whole["spec"], strict=True))
     board["final"] = [key in final for key in zip(board["inputs"], board["spec"], strict=True)]
