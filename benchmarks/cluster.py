@@ -111,12 +111,14 @@ def memory(quick: bool) -> dict[str, float]:
     """Memory of driver and scheduler by the number of tasks that have gone through."""
     figures: dict[str, float] = {}
     with local_client(2) as client:
-        list(run_tasks(client, abs, [(f"warm{i}", -i) for i in range(50)]))
+        # Keys as banks have them: the scheduler keeps a record of each name in front of a hash.
+        keys = [f"bank-{hashlib.sha256(b'%d' % number).hexdigest()[:16]}" for number in range(2_050)]
+        list(run_tasks(client, abs, [(key, -1) for key in keys[2_000:]]))
         process = psutil.Process()
         done = 0
         for heads in (1_000, 10_000) if quick else (1_000, 10_000, 100_000):
             tasks = heads // 50  # ten specs in five folds make a bank
-            for outcome in run_tasks(client, abs, ((f"task{i}", -i) for i in range(done, tasks))):
+            for outcome in run_tasks(client, abs, ((keys[i], -i) for i in range(done, tasks))):
                 assert outcome.error is None
             done = tasks
             megabytes = process.memory_info().rss / 1e6

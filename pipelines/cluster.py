@@ -35,6 +35,8 @@ SETTINGS: Mapping[str, Any] = {
     "distributed.worker.memory.spill": False,
     "distributed.worker.memory.pause": False,
     "distributed.worker.memory.terminate": _ENDS_AT,
+    # What the dashboard remembers of tasks that are done; by default a hundred thousand of them.
+    "distributed.scheduler.dashboard.tasks.task-stream-length": 1000,
     # Work is retried by us, with a count of our own, after looking at what was published.
     "distributed.scheduler.allowed-failures": 0,
     # Copying a running bank elsewhere would train it twice.
