@@ -40,6 +40,9 @@ COLUMNS_IN_FLIGHT = 512
 ITERATIONS_PER_FRAME = 12
 # Streamed rows are worth more columns a pass than one head of each line has, even for more passes.
 COLUMNS_WORTH_A_PASS, MOST_CHAINS = 24, 4
+# In memory it pays for sigmoids, whose heads are one column each: five folds and twenty strengths take 0.55 s instead of 0.85.
+# A softmax head is wide enough, and needs its neighbours more.
+MOST_CHAINS_IN_MEMORY = 2
 MOST_THREADS = 8  # share a tile: fewer rows each than a hundred or so are not worth waking a thread
 TILES_AHEAD = 8  # of streamed rows, asked for while as many are multiplied
 
@@ -88,8 +91,9 @@ def solve_lines(
     slots = min(sum(len(line.strengths) for line in lines), max(COLUMNS_IN_FLIGHT // free, 1))
     flight = _Flight(batch, slots)
     chains = 1
-    if design.source is not None:
-        chains = max(1, min(COLUMNS_WORTH_A_PASS // (len(lines) * free), MOST_CHAINS))
+    if design.source is not None or rows == 1:
+        most = MOST_CHAINS if design.source is not None else MOST_CHAINS_IN_MEMORY
+        chains = max(1, min(COLUMNS_WORTH_A_PASS // (len(lines) * free), most))
     plan = _Plan(lines, chains)
     solved: list[dict[float, _Solved]] = [{} for _ in lines]
     paused: dict[tuple[int, float], _Solved] = {}
