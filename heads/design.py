@@ -15,6 +15,7 @@ With fewer training rows than features each fold has its own, smaller design ins
 weights lie in the span of its own standardised training rows, so D shrinks to the rank of those rows, exactly.
 """
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,6 +48,11 @@ class Tile:
     bounds: npt.NDArray[np.intp]  # (C + 1,) single label: class k is rows bounds[k]:bounds[k+1]
     labels: Array  # (L, n) 0/1: binary and multi-label
     weight: Array | None  # (n,) sample weights; None: all one
+
+    @functools.cached_property
+    def classes(self) -> npt.NDArray[np.int32]:
+        """(n,) single label: the class of each row."""
+        return np.repeat(np.arange(len(self.bounds) - 1, dtype=np.int32), np.diff(self.bounds))
 
 
 @dataclass(frozen=True)
@@ -183,7 +189,8 @@ def make_design(
     tiles = []
     # The compiled pass reads rows as they are.
     plain = compiled() is None or np.dtype(dtype) != np.float32
-    twice = plain and sum(len(rows) for _, rows in groups) * dim * rotation.itemsize < BYTES_WORTH_A_SECOND_COPY
+    rotated_bytes = sum(len(rows) for _, rows in groups) * rotation.shape[1] * rotation.itemsize
+    twice = plain and rotated_bytes < BYTES_WORTH_A_SECOND_COPY
     for index, (group, rows) in enumerate(groups):
         part, parts[index] = parts[index], np.empty((0, 0), dtype)  # scaled rows go as the rotated ones come
         for where in chunks(np.arange(len(rows)), ROWS_PER_TILE):

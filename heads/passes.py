@@ -41,16 +41,11 @@ class Weighting:
             return None
         multiplier = self.multipliers[lines]
         if self.rows > 1:
-            weight = multiplier[:, classes(tile)]
+            weight = multiplier[:, tile.classes]
         else:
             label = tile.labels[self.labels[lines]]
             weight = multiplier[:, :1] * (1 - label) + multiplier[:, 1:] * label
         return np.asarray(weight if tile.weight is None else weight * tile.weight)
-
-
-def classes(tile: Tile) -> npt.NDArray[np.int32]:
-    """(n,) the class of each row of a tile."""
-    return np.repeat(np.arange(len(tile.bounds) - 1, dtype=np.int32), np.diff(tile.bounds))
 
 
 class PlainPass:
@@ -116,7 +111,7 @@ class CompiledPass:
         """Losses (A,) float64 on a tile, whose part of the gradient is kept."""
         values = self.design.read(tile)[0]
         if self.weighting.rows > 1:
-            labels = classes(tile)
+            labels = tile.classes
         else:
             labels = tile.labels[self.weighting.labels[self.lines]].astype(np.int32)
         weight = None if tile.weight is None else np.ascontiguousarray(tile.weight, np.float32)

@@ -23,9 +23,7 @@ class TorchTiles:
         kept = tiles if keep else []
         self.values = {id(tile): torch.from_numpy(tile.values).to(self.device) for tile in kept}
         self.classes = {
-            id(tile): torch.from_numpy(np.repeat(np.arange(rows), np.diff(tile.bounds))).to(self.device)
-            for tile in tiles
-            if rows > 1
+            id(tile): torch.from_numpy(tile.classes.astype(np.int64)).to(self.device) for tile in tiles if rows > 1
         }
 
     def __call__(
