@@ -15,6 +15,7 @@ from rich.console import Console
 from run_cases import make_photos
 from test_deliver_export import run_alone
 from test_report_browser import BROWSER
+from thaw_cases import WEAK_HEAD_RECIPE
 
 from headrace.pipelines.deliver import export
 from headrace.pipelines.deliver.bulk import predict_table
@@ -27,22 +28,9 @@ from headrace.pipelines.report import write_report
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]  # three runs with networks, and their exports
 
-RECIPE = """\
-images:
-  folder: photos
-task:
-  folds: 2
-  metric: log_loss
-backbones:
-  - name: timm:test_resnet
-    weights: random:0
-    image_size: 64
-    crop_fraction: 1.0
-    taps: [layer3.map, layer4.avg]
-heads:
-  logistic:
-    C: [0.0001]
-    inputs: [[layer4.avg]]
+RECIPE = (
+    WEAK_HEAD_RECIPE
+    + """\
 thaw:
   learning_rate: [0.001]
   epochs: {epochs}
@@ -52,6 +40,7 @@ thaw:
 {rest}cache: cache
 out: runs/{name}
 """
+)
 REUSE = "promote: 0\n  reuse: [{cut: layer3, inputs: [layer4.avg], hidden: [8], start: [pretrained]}]"
 RUNS = {
     "fine-tuned": {"epochs": 4, "networks": "depths: [layer3]", "rest": ""},

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 from run_cases import headrace, make_photos
 from test_structure import loaded_after
-from thaw_cases import LOGISTIC, SMALL, Case, make_case
+from thaw_cases import LOGISTIC, SMALL, WEAK_HEAD_RECIPE, Case, make_case
 
 from headrace.cache import open_feature_set
 from headrace.extract import BackboneSpec
@@ -292,22 +292,9 @@ def test_the_stage_imports_no_torch_until_something_is_to_be_trained() -> None:
     assert "torch" not in loaded_after("import headrace.pipelines.thaw.stage")
 
 
-RECIPE = """\
-images:
-  folder: photos
-task:
-  folds: 2
-  metric: log_loss
-backbones:
-  - name: timm:test_resnet
-    weights: random:0
-    image_size: 64
-    crop_fraction: 1.0
-    taps: [layer3.map, layer4.avg]
-heads:
-  logistic:
-    C: [0.0001]
-    inputs: [[layer4.avg]]
+RECIPE = (
+    WEAK_HEAD_RECIPE
+    + """\
 thaw:
   depths: [layer3]
   learning_rate: [0.001]
@@ -317,6 +304,7 @@ thaw:
 compute:
   workers: 2
 """
+)
 
 
 @pytest.mark.slow

@@ -37,6 +37,24 @@ from headrace.pipelines.thaw.task import ThawJob
 SMALL = BackboneSpec("timm:test_resnet", "random:0", image_size=64, crop_fraction=1.0)
 TAPS = ("layer2.avg", "layer3.map", "layer3.avg", "layer4.avg", "layer4.max")
 LOGISTIC = LogisticSpec(C=1.0)
+# A run whose only head is held back, so that a network has something to win; the thaw section follows.
+WEAK_HEAD_RECIPE = """\
+images:
+  folder: photos
+task:
+  folds: 2
+  metric: log_loss
+backbones:
+  - name: timm:test_resnet
+    weights: random:0
+    image_size: 64
+    crop_fraction: 1.0
+    taps: [layer3.map, layer4.avg]
+heads:
+  logistic:
+    C: [0.0001]
+    inputs: [[layer4.avg]]
+"""
 
 
 @dataclasses.dataclass
