@@ -211,7 +211,7 @@ def ensemble_sentences(result: RunResult) -> list[str]:
     verdict = "it is the answer" if found.chosen else "not better beyond doubt: the winner stays the answer"
     return [
         f"Ensemble of {len(found.members)} model(s), {len(found.networks)} network(s): {found.metric} {value} "
-        f"(95 % interval {low} to {high}, on images that did not pick it), against the winner {gain} "
+        f"(95 % interval {low} to {high}, on images that did not pick it), against the best single head, picked the same way, {gain} "
         f"(95 % interval {least} to {most}): {verdict}"
     ]
 

@@ -23,7 +23,8 @@ from headrace.heads import (
 )
 from headrace.pipelines.evidence.ensemble import Ensemble, Member, build_ensemble
 from headrace.pipelines.evidence.ensemble_store import save_ensemble, show_test
-from headrace.pipelines.evidence.predictions import held_out
+from headrace.pipelines.evidence.predictions import held_out, stacked_predictions
+from headrace.pipelines.evidence.selection import nested_choice
 from headrace.pipelines.recipe_sections import EnsembleSection
 
 ROWS = 240
@@ -47,7 +48,7 @@ def test_heads_that_err_apart_are_combined(tmp_path, metric):
     assert found.gain_low > 0
     assert len(found.members) >= 4
     assert sum(member.weight for member in found.members) == pytest.approx(1)
-    assert found.single == pytest.approx(board[metric].iloc[0], abs=1e-6)
+    assert found.winner == pytest.approx(board[metric].iloc[0], abs=1e-6)
     assert found.low < found.value < found.high
     assert found.networks == ("b (00000000/44136fa3)",)
 
@@ -70,14 +71,16 @@ def test_heads_that_are_right_but_unsure_have_their_say(tmp_path):
 
 def test_heads_that_know_nothing_are_not_combined(tmp_path):
     """Thirty of them, in five worlds: an ensemble fits their noise, its nested score knows that it is worth nothing, and
-    it is never the answer."""
-    values = []
+    it is never the answer. The best single head is worth nothing either, though the leaderboard's winner looks better."""
+    values, singles, winners = [], [], []
     for seed in range(5):
         target, outputs = independent_heads(np.random.default_rng(seed), 30, 0.0)
         board, task = stored(tmp_path, "single", "accuracy", outputs, target)
         found = build_ensemble(board, held_out(task), "accuracy", EnsembleSection())
         assert not found.chosen
         values.append(found.value)
+        singles.append(found.single)
+        winners.append(found.winner)
         held = held_out(task)
         inside = np.stack(
             [
@@ -89,7 +92,31 @@ def test_heads_that_know_nothing_are_not_combined(tmp_path):
         )
         weights = [member.weight for member in found.members]
         assert score("single", held.target, np.tensordot(weights, inside, 1)[held.rows], "accuracy") > found.value
-    assert np.mean(values) == pytest.approx(0.5, abs=3 * 0.5 / np.sqrt(5 * ROWS))
+    chance = 3 * 0.5 / np.sqrt(5 * ROWS)
+    assert np.mean(values) == pytest.approx(0.5, abs=chance)
+    assert np.mean(singles) == pytest.approx(0.5, abs=chance)
+    assert np.mean(winners) > 0.5 + chance
+
+
+@pytest.mark.parametrize(
+    ("kind", "metric"), [("single", "accuracy"), ("single", "log_loss"), ("multi", "auc"), ("regression", "rmse")]
+)
+def test_a_choice_is_nested_part_by_part(tmp_path, kind, metric):
+    """Each part is predicted by the head that a plain loop finds best on the other parts."""
+    board, task = stored(tmp_path, kind, metric, rows=120)
+    held = held_out(task)
+    part = np.random.default_rng(1).integers(0, 5, len(held.rows))
+    nested = nested_choice(board, held, metric, part)
+    predicted = dict(zip(*stacked_predictions(board, held), strict=True))
+    for number in range(5):
+        inside = part != number
+        scores = {
+            place: np.mean([score(kind, held.target[rows], own[rows], metric)
+                            for rows in (inside & (held.fold == fold) for fold in range(4))])
+            for place, own in predicted.items()
+        }  # fmt: skip
+        best = (min if metric in ("log_loss", "rmse") else max)(scores, key=scores.get)
+        np.testing.assert_allclose(nested[~inside], predicted[best][~inside], rtol=1e-6)
 
 
 @pytest.mark.parametrize(("kind", "metric"), [("multi", "average_precision"), ("regression", "r2")])
@@ -140,7 +167,7 @@ def combined(board, weights, metric="accuracy"):
     members = tuple(
         Member(weight, 0.5 + weight, row, ("b",)) for weight, (_, row) in zip(weights, board.iterrows(), strict=True)
     )
-    numbers = dict.fromkeys(("value", "low", "high", "single", "gain", "gain_low", "gain_high", "sure"), 0.5)
+    numbers = dict.fromkeys(("value", "low", "high", "winner", "single", "gain", "gain_low", "gain_high", "sure"), 0.5)
     return Ensemble(metric, members, 1.5, 2, 180, **numbers, chosen=True, metrics={metric: 0.5})
 
 

@@ -2,8 +2,8 @@
 
 K candidates, N held-out rows. Each head first gets a temperature of its own, so that heads that are too unsure (support
 vectors, ridge) or too sure have their say; the average gets another. The score is nested: for each part of the rows, heads
-are calibrated, picked and weighted on the other parts alone, and that ensemble predicts the part. The ensemble that is kept
-is picked on all rows.
+are calibrated, picked and weighted on the other parts alone, and that ensemble predicts the part. What it has to beat is nested
+just so: for each part, the head that is best on the other parts. The ensemble that is kept is picked on all rows.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ from headrace.heads import (
     with_temperature,
 )
 from headrace.pipelines.evidence.predictions import HeldOut, read_predictions
-from headrace.pipelines.evidence.selection import LEVEL, resampled_rows
+from headrace.pipelines.evidence.selection import LEVEL, nested_choice, resampled_rows
 from headrace.pipelines.recipe_sections import EnsembleSection
 
 PARTS = 5  # of the rows, where the run has fewer than three folds of its own
@@ -61,8 +61,9 @@ class Ensemble:
     value: float  # nested
     low: float  # 95 % interval of `value`
     high: float
-    single: float  # the leaderboard's winner on the same rows, its luck included
-    gain: float  # by how much the ensemble is better than it, positive = better
+    winner: float  # the leaderboard's winner on the same rows, the luck of having been picked on them included
+    single: float  # nested too: on each part of the rows, the head that is best on the others
+    gain: float  # by how much the ensemble is better than `single`, positive = better
     gain_low: float  # 95 % paired interval of `gain`
     gain_high: float
     sure: float  # share of the resamples in which it is better
@@ -85,8 +86,8 @@ def build_ensemble(
 ) -> Ensemble | None:
     """Pick an ensemble from the whole heads of a leaderboard (best first); None where there are fewer than two.
 
-    Deterministic in the seed. It is `chosen` when it has several members and, on the same rows, is better than the winner
-    in at least `section.confidence` of the resamples; the winner is compared with its luck, the ensemble without.
+    Deterministic in the seed. It is `chosen` when it has several members and, on the same rows, is better than choosing the
+    best head in at least `section.confidence` of the resamples, both without the luck of the rows that they were picked on.
     """
     kind = held.task.kind
     limits = EnsembleLimits(section.members, section.networks, section.network_price, section.rounds)
@@ -115,7 +116,8 @@ def build_ensemble(
         Member(float(weights[k]), float(temperatures[k]), found.iloc[k], tuple(sorted(networks[k]))) for k in order
     ]
     first = predicted[int(found["rank"].argmin())]
-    return _judged(held, metric, section, np.stack([nested, first.astype(np.float64)]), members, len(found), seed,
+    single = nested_choice(board.reset_index(drop=True), held, metric, part)
+    return _judged(held, metric, section, np.stack([nested, single, first.astype(np.float64)]), members, len(found), seed,
                    temperature=fit_temperature(kind, held.target, plain))  # fmt: skip
 
 
@@ -129,7 +131,7 @@ def _judged(
     seed: int,
     temperature: float,
 ) -> Ensemble:
-    """predicted: (2, N, C), the nested ensemble's and the winner's."""
+    """predicted: (3, N, C), the nested ensemble's, the nested single heads' and the winner's."""
     kind = held.task.kind
     drawn = resampled_rows(held.fold, held.groups, RESAMPLES, seed + 1)
     weightings = np.concatenate([np.ones((len(drawn), 1)), drawn], axis=1)
@@ -148,6 +150,7 @@ def _judged(
         value=float(scores[0, 0]),
         low=float(low),
         high=float(high),
+        winner=float(scores[2, 0]),
         single=float(scores[1, 0]),
         gain=float(gains[0]),
         gain_low=float(gain_low),

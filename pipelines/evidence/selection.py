@@ -15,7 +15,7 @@ import pandas as pd
 
 from headrace.heads import METRICS, TaskKind, weighted_scores
 from headrace.heads.weighted import SORTED_METRICS
-from headrace.pipelines.evidence.predictions import HeldOut, read_predictions
+from headrace.pipelines.evidence.predictions import HeldOut, read_predictions, stacked_predictions
 
 Floats = npt.NDArray[np.float64]
 
@@ -131,11 +131,43 @@ def chosen_scores(inside: Floats, outside: Floats, cost: npt.NDArray[Any]) -> Fl
 
     inside, outside: (K, B). Ties go to the cheaper head. nan where nothing is defined.
     """
+    best = best_heads(inside, cost)
+    return np.asarray(outside[best, np.arange(inside.shape[1])])
+
+
+def best_heads(scores: Floats, cost: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    """(B,) the head that is best by each column of scores (K, B), higher is better; ties go to the cheaper head."""
     by_cost = np.argsort(cost, kind="stable")
     # The leaderboard's order would break ties by the very rows that are left out.
-    ranked = np.round(np.where(np.isfinite(inside), inside, -np.inf)[by_cost], 6)
-    best = by_cost[ranked.argmax(0)]
-    return np.asarray(outside[best, np.arange(inside.shape[1])])
+    ranked = np.round(np.where(np.isfinite(scores), scores, -np.inf)[by_cost], 6)
+    return np.asarray(by_cost[ranked.argmax(0)], np.int64)
+
+
+def nested_choice(board: pd.DataFrame, held: HeldOut, metric: str, part: npt.NDArray[np.int64]) -> Floats:
+    """(N, C) predictions of each part of the rows by the head that is best on the other parts: what choosing the best of
+    the board is worth, without the luck of the rows that it was chosen on.
+
+    part: (N,) which part a row is in. Only rows of the board whose predictions are whole can be chosen.
+    """
+    if metric in SORTED_METRICS:
+        elements = len(held.rows) * max(1, len(held.task.classes)) * (int(part.max()) + 1)
+        board = board.head(max(int(SORTED_BUDGET / elements), 2))
+    numbers = np.unique(part)
+    others = (part[:, None] != numbers).astype(np.float64)
+    places, scores = [], []
+    for block, predicted in read_predictions(board, held):
+        places.append(block)
+        scores.append(weighted_scores(held.task.kind, held.target, predicted, held.fold, metric, others))
+    place = np.concatenate(places)
+    sign = 1 if METRICS[metric].higher_is_better else -1
+    best = place[best_heads(sign * np.concatenate(scores), board["features"].to_numpy()[place])]
+    told, chosen = stacked_predictions(board.iloc[np.unique(best)], held)
+    assert len(told) == len(np.unique(best))  # they were whole a moment ago
+    position = np.searchsorted(np.unique(best), best)
+    nested = np.zeros(chosen.shape[1:])
+    for number, own in zip(numbers, position, strict=True):
+        nested[part == number] = chosen[own][part == number]
+    return nested
 
 
 def corrected(values: Floats, share: float, level: float = LEVEL) -> tuple[float, float, float]:

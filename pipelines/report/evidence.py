@@ -137,7 +137,7 @@ def _ensemble(run: FinishedRun, found: Found) -> list[Block]:
     answer = (
         "It is the run's answer."
         if nested["chosen"]
-        else "It is not better than the winner beyond doubt: the winner stays the answer."
+        else "It is not better than a single head beyond doubt: the winner stays the answer."
     )
     gain = f"{nested['gain']:+.4f} (95 % interval {nested['gain_low']:+.4f} to {nested['gain_high']:+.4f})"
     names = list(run.feature_sets)
@@ -164,7 +164,7 @@ def _ensemble(run: FinishedRun, found: Found) -> list[Block]:
         Facts(
             (
                 (f"validation {metric_title(metric)}", f"{value} (95 % interval {low} to {high})"),
-                ("the winner alone", single),
+                ("the best single head, picked on other images too", single),
                 ("better by", gain),
                 ("temperature", f"{found['temperature']:.3f}"),
             )
