@@ -24,13 +24,14 @@ if TYPE_CHECKING:
     from headrace.extract.library import backbone_names, backbone_tags
     from headrace.extract.taps import Tap, parse_tap, resolve_taps
     from headrace.extract.unit import UnitReport, run_unit, run_units
-    from headrace.extract.views import Augmentation
+    from headrace.extract.views import Augmentation, Symmetries
 
 # Names whose modules import torch.
 _LAZY = {
     "Augmentation": "views",
     "Backbone": "backbone",
     "BackboneInfo": "describe",
+    "Symmetries": "views",
     "Tap": "taps",
     "TapInfo": "describe",
     "UnitReport": "unit",
@@ -77,6 +78,7 @@ __all__ = [
     "Sample",
     "SourceError",
     "Storing",
+    "Symmetries",
     "Tap",
     "TapInfo",
     "UnitReport",

@@ -14,7 +14,7 @@ from headrace.extract.images import decode_image
 from headrace.extract.locate import read_bytes
 from headrace.extract.preprocess import Preprocessing
 from headrace.extract.spec import Sample
-from headrace.extract.views import Augmentation, render_view
+from headrace.extract.views import Drawing, render_view
 
 AHEAD = 2  # batches decoded or being decoded beyond the one in use: bounds the memory, however many images there are
 
@@ -25,7 +25,7 @@ class Rendering:
 
     preprocessing: Preprocessing
     index: int
-    augmentation: Augmentation
+    augmentation: Drawing
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from headrace.extract.images import DECODER
 from headrace.extract.nodes import Layout, find_nodes
 from headrace.extract.spec import BackboneSpec
 from headrace.extract.taps import Tap, auto_taps, backbone_nodes, tap_shape
-from headrace.extract.views import Augmentation, view_json
+from headrace.extract.views import Augmentation, Drawing, Symmetries, view_json
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,13 @@ def feature_specs(
     compute_dtype: str = "float32",
     views: int = 1,
     augmentation: Augmentation | None = None,
+    symmetric: bool = False,
 ) -> tuple[FeatureSpec, ...]:
-    """The feature sets of these taps, tap by tap, and within a tap view by view; `views` counts the evaluation crop."""
+    """The feature sets of these taps, tap by tap, and within a tap view by view; `views` counts the evaluation crop.
+
+    symmetric: the others are not drawn at random but are the crop mirrored (up to 4 views) and turned (up to 8). Raises
+    BackboneError.
+    """
     for name, given, valid in (
         ("dtype", dtype, STORAGE_DTYPES),
         ("compute_dtype", compute_dtype, COMPUTE_DTYPES),
@@ -88,6 +93,9 @@ def feature_specs(
             raise BackboneError(f"{name} is {given!r}; expected one of {', '.join(valid)}")
     if views < 1:
         raise BackboneError(f"views is {views}; expected at least 1, the evaluation crop")
+    if symmetric:
+        _check_symmetric(backbone.preprocessing.crop, views)
+    drawing: Drawing = Symmetries() if symmetric else augmentation or Augmentation()
     nodes = backbone_nodes(backbone)
     return tuple(
         FeatureSpec(
@@ -96,7 +104,7 @@ def feature_specs(
             tap=tap.node,
             reduction=tap.reduction,
             preprocessing=backbone.preprocessing.to_json(),
-            view=view_json(view, augmentation or Augmentation()),
+            view=view_json(view, drawing),
             decoder=DECODER,
             compute_dtype=compute_dtype,
             dtype=dtype,
@@ -105,3 +113,13 @@ def feature_specs(
         for tap in taps
         for view in range(views)
     )
+
+
+def _check_symmetric(crop: tuple[int, int], views: int) -> None:
+    if views > 8:
+        raise BackboneError(f"views is {views}; expected at most 8, so many symmetries has a square")
+    if views > 4 and crop[0] != crop[1]:
+        raise BackboneError(
+            f"a crop of {crop[0]} × {crop[1]} pixels (height × width) cannot be turned by a quarter: ask for the four mirrored "
+            "views (views: flips), or for a square crop (image_size)"
+        )

@@ -27,6 +27,7 @@ class Storing(TypedDict, total=False):
     dtype: str
     compute_dtype: str
     views: int
+    symmetric: bool
 
 
 def backbone_features(

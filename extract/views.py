@@ -1,7 +1,8 @@
-"""Views: view 0 is the evaluation crop; views 1, 2, … are random augmentations that are the same every time.
+"""Views: view 0 is the evaluation crop; views 1, 2, … are random augmentations that are the same every time, or the crop
+mirrored and turned.
 
-They are drawn from the image's content hash and the view's number, not from its id or its place: a renamed image keeps
-its features, and no order of work, worker or batch changes a pixel.
+Augmentations are drawn from the image's content hash and the view's number, not from its id or its place: a renamed image
+keeps its features, and no order of work, worker or batch changes a pixel.
 """
 
 import dataclasses
@@ -32,26 +33,46 @@ class Augmentation:
     saturation: float = 0.2
 
 
-def view_json(index: int, augmentation: Augmentation) -> str:
+@dataclass(frozen=True)
+class Symmetries:
+    """Views 1 to 7 are the evaluation crop's other symmetries, for images without an up or a left: cells, tissue, land.
+
+    With the view's number in binary, 1 mirrors left-right, 2 upside-down, and 4, first of all, swaps rows and columns, which
+    takes a square crop. Four views are the mirrored ones (3 is half a turn), eight all symmetries of the square.
+    """
+
+
+Drawing = Augmentation | Symmetries  # how views 1, 2, … are made
+
+
+def view_json(index: int, drawing: Drawing) -> str:
     """FeatureSpec.view: canonical JSON of everything that makes the view."""
-    recipe = {} if index == 0 else {"augmentation": dataclasses.asdict(augmentation)}
+    recipe: dict[str, Any] = {}
+    if index and isinstance(drawing, Symmetries):
+        recipe = {"symmetry": True}
+    elif index:
+        recipe = {"augmentation": dataclasses.asdict(drawing)}
     return json.dumps({"index": index, **recipe}, sort_keys=True, separators=(",", ":"))
 
 
-def parse_view(text: str) -> tuple[int, Augmentation]:
+def parse_view(text: str) -> tuple[int, Drawing]:
     """Inverse of `view_json`."""
     values = json.loads(text)
+    if values.get("symmetry"):
+        return values["index"], Symmetries()
     fields: dict[str, Any] = values.get("augmentation", {})
     listed = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
     return values["index"], Augmentation(**{**fields, **listed})
 
 
 def render_view(
-    image: Image.Image, content: str, index: int, augmentation: Augmentation, how: Preprocessing
+    image: Image.Image, content: str, index: int, augmentation: Drawing, how: Preprocessing
 ) -> npt.NDArray[np.uint8]:
     """View `index` of an upright "RGB" or "L" image with that content hash: uint8, shape (*how.crop, 3)."""
     if index == 0:
         return render(image, how)
+    if isinstance(augmentation, Symmetries):
+        return mirrored(render(image, how), index)
     digest = hashlib.sha256(f"{augmentation.seed}|{index}|{content}".encode()).digest()
     draw = random.Random(int.from_bytes(digest, "big"))  # its random() is the same in every version of Python
     box = _crop(image, draw, augmentation)
@@ -68,6 +89,12 @@ def render_view(
         if strength:
             view = enhance(view).enhance(factor)
     return pixels(view)
+
+
+def mirrored(image: npt.NDArray[Any], index: int) -> npt.NDArray[Any]:
+    """A symmetry (see `Symmetries`) of an image (H, W, ...)."""
+    turned = image.swapaxes(0, 1) if index & 4 else image
+    return turned[:: -1 if index & 2 else 1, :: -1 if index & 1 else 1]
 
 
 def _crop(image: Image.Image, draw: random.Random, augmentation: Augmentation) -> tuple[float, float, float, float]:

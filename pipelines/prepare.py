@@ -234,7 +234,10 @@ def find_heads_device(recipe: Recipe, workers: int | None = None) -> str:
 
 def storing(backbone: Backbone, recipe: Recipe) -> Storing:
     """How the recipe has features computed and stored, as `backbone_features` takes it."""
-    return Storing(dtype=recipe.storage.dtype, compute_dtype=recipe.storage.precision, views=backbone.views)
+    views = backbone.views
+    number = {"flips": 4, "dihedral": 8}[views] if isinstance(views, str) else views
+    stored = Storing(dtype=recipe.storage.dtype, compute_dtype=recipe.storage.precision, views=number)
+    return Storing(**stored, symmetric=True) if isinstance(views, str) else stored
 
 
 def backbone_spec(backbone: Backbone) -> BackboneSpec:

@@ -74,7 +74,9 @@ class Backbone(Section):
     std: tuple[Positive, Positive, Positive] | None = None  # of the normalisation; default: the weights' own
     # of the resizing; default: the weights' own
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] | None = None
-    views: Annotated[int, pydantic.Field(ge=1, le=64)] = 1  # 1: the evaluation crop; more: augmented renderings as well
+    # 1: the evaluation crop; more: augmented renderings as well; flips: the crop and its 3 mirror images; dihedral: turned by
+    # quarters too, 8 in all
+    views: Literal["flips", "dihedral"] | Annotated[int, pydantic.Field(ge=1, le=64)] = 1
 
 
 class EnsembleSection(Section):

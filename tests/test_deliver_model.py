@@ -22,7 +22,7 @@ def run(tmp_path_factory):
     """A finished run with views, and a heads' input of two taps. The tests leave it as it is."""
     folder = tmp_path_factory.mktemp("deliver")
     make_photos(folder / "photos", n=40)
-    text = RECIPE.replace("[layer1.avg, layer2.max, layer4.avg]", "[layer1.avg, layer2.max]\n    views: 2")
+    text = RECIPE.replace("[layer1.avg, layer2.max, layer4.avg]", "[layer1.avg, layer2.max]\n    views: flips")
     (folder / "recipe.yaml").write_text(text)
     return folder, run_here(folder / "recipe.yaml")
 

@@ -1,5 +1,6 @@
 """Every tap is what a forward hook on the untouched network gives, whatever the form in which the network is run."""
 
+import dataclasses
 import warnings
 
 import pytest
@@ -242,6 +243,10 @@ def test_dtypes_and_views_that_are_not() -> None:
         ({"dtype": "int4"}, "dtype is 'int4'; expected one of float16"),
         ({"compute_dtype": "uint8"}, "compute_dtype is 'uint8'; expected one of float32"),
         ({"views": 0}, "views is 0; expected at least 1"),
+        ({"views": 9, "symmetric": True}, "views is 9; expected at most 8"),
     ):
         with pytest.raises(BackboneError, match=message):
             feature_specs(backbone, taps, **options)
+    wide = dataclasses.replace(backbone, preprocessing=dataclasses.replace(backbone.preprocessing, crop=(64, 96)))
+    with pytest.raises(BackboneError, match="64 × 96 pixels"):
+        feature_specs(wide, taps, views=8, symmetric=True)

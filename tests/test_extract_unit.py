@@ -1,5 +1,6 @@
 """Units of work: nothing lost, nothing twice, no row shifted; views, devices, and what may fail in between."""
 
+import dataclasses
 import io
 import pickle
 import threading
@@ -36,7 +37,7 @@ from headrace.extract import decode as decode_module
 from headrace.extract.device import Limit, launch, try_batch_sizes
 from headrace.extract.forward import make_forward
 from headrace.extract.images import decode_image
-from headrace.extract.views import parse_view, render_view, view_json
+from headrace.extract.views import Symmetries, parse_view, render_view, view_json
 
 SMALL = BackboneSpec("timm:mobilenetv3_small_050", "random:0", image_size=32, crop_fraction=1.0)
 TAPS = ["blocks.1.avg", "blocks.3.max", "pre_logits"]
@@ -390,6 +391,25 @@ def test_views_depend_on_content_and_number_alone(tmp_path: Path) -> None:
     for index in (0, 3):
         assert parse_view(view_json(index, augmentation)) == (index, augmentation)
     assert view_json(0, Augmentation(seed=5)) == view_json(0, Augmentation())
+
+
+def test_symmetric_views_are_those_of_the_square() -> None:
+    """Eight different pictures, closed under mirroring and turning; the first four need no square crop; the name says which."""
+    image = decode_image(make_png(1))
+    how = load_backbone(SMALL).preprocessing
+    views = [render_view(image, "a", index, Symmetries(), how) for index in range(8)]
+    crop = render_view(image, "a", 0, Augmentation(), how)
+    turned = [np.rot90(each, quarters) for each in (crop, crop[:, ::-1]) for quarters in range(4)]
+    assert {view.tobytes() for view in views} == {np.ascontiguousarray(each).tobytes() for each in turned}
+    assert len({view.tobytes() for view in views}) == 8
+    for view, expected in zip(views, (crop, crop[:, ::-1], crop[::-1], crop[::-1, ::-1]), strict=False):
+        assert np.array_equal(view, expected)
+    for index in range(8):
+        assert parse_view(view_json(index, Symmetries()))[0] == index
+    assert parse_view(view_json(5, Symmetries())) == (5, Symmetries())
+    assert view_json(0, Symmetries()) == view_json(0, Augmentation()), "the evaluation crop is extracted once for all"
+    wide = dataclasses.replace(how, crop=(16, 32))
+    assert render_view(image, "a", 3, Symmetries(), wide).shape == (16, 32, 3)
 
 
 def test_views_of_extreme_shapes() -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from headrace.cache import FeatureSet, open_feature_set
-from headrace.extract import Augmentation, Preprocessing, Sample
+from headrace.extract import Augmentation, Preprocessing, Sample, Symmetries
 from headrace.extract.decode import Rendering, decoded_batches
 from headrace.extract.errors import SourceError
 from headrace.extract.views import parse_view
@@ -77,7 +77,9 @@ class ImageSource:
     ) -> Iterator[Batch]:
         index, augmentation = parse_view(self.views[view])
         if draw is not None:
-            index, augmentation = int(draw.integers(1, 2**31)), Augmentation()
+            drawn = parse_view(self.views[int(draw.integers(len(self.views)))])
+            symmetric = any(isinstance(parse_view(each)[1], Symmetries) for each in self.views)
+            index, augmentation = drawn if symmetric else (int(draw.integers(1, 2**31)), Augmentation())
         samples = [Sample(self.paths[row], self.paths[row], self.content[row].decode()) for row in order]
         done = 0
         with ThreadPoolExecutor(max(self.threads, 1), "decode") as pool:
