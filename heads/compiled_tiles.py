@@ -80,6 +80,31 @@ class Compiled:
             raise MemoryError(f"no memory for the decisions of {heads} heads on a block of rows")
 
 
+    def scaled(self, rows: Array, weights: Array, scale: Array) -> Array:
+        """rows' diag(scale_p) rows w_p for each of the weights w_p (P, k), of rows (n, k) and scale (n, P), all float32.
+
+        Raises MemoryError.
+        """
+        assert rows.dtype == scale.dtype == np.float32
+        assert rows.flags.c_contiguous
+        assert scale.flags.c_contiguous
+        assert scale.shape == (len(rows), len(weights))
+        gradients = self.room(*weights.shape)
+        packed = self.packed(weights)
+        failed = self.library.logistic_scaled(
+            self.lanes,
+            *rows.shape,
+            rows.ctypes.data,
+            len(weights),
+            packed.ctypes.data,
+            scale.ctypes.data,
+            gradients.ctypes.data,
+        )
+        if failed:
+            raise MemoryError(f"no memory for the products of {len(weights)} weights with a block of rows")
+        return self.unpacked(gradients, *weights.shape)
+
+
 @functools.cache
 def compiled() -> Compiled | None:
     """The compiled pass, or None where no C compiler was there to build it or the processor lacks the instructions."""
@@ -103,5 +128,7 @@ def compiled() -> Compiled | None:
         *[_POINTER] * 4,
     ]
     library.logistic_pass.restype = _LONG
+    library.logistic_scaled.argtypes = [*[_LONG] * 3, _POINTER, _LONG, *[_POINTER] * 3]
+    library.logistic_scaled.restype = _LONG
     lanes = int(library.logistic_lanes())
     return Compiled(library, lanes) if lanes else None

@@ -125,6 +125,13 @@ class Design:
                     own = u[folds == fold]
                     out[folds == fold] = (own.reshape(-1, own.shape[-1]) @ self.metrics[fold]).reshape(own.shape)
             return out
+        own_pass = compiled() if self.dtype == np.float32 else None
+        if own_pass is not None:
+            squares = np.ones((len(folds), self.rotation.shape[0]), np.float32)
+            for fold, ratio in self.ratio.items():
+                squares[folds == fold] = ratio**2
+            scale = np.repeat(squares.T, u.shape[1], axis=1)
+            return own_pass.scaled(self.rotation, u.reshape(-1, u.shape[-1]), scale).reshape(u.shape)
         back = (u.reshape(-1, u.shape[-1]) @ self.rotation.T).reshape(*u.shape[:2], -1)
         for fold, ratio in self.ratio.items():
             back[folds == fold] *= ratio**2

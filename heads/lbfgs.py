@@ -22,6 +22,7 @@ Array = npt.NDArray[Any]
 Evaluate = Callable[[npt.NDArray[np.intp], Array], tuple[Array, Array]]
 
 ARMIJO = 1e-4
+FAR_BELOW = 3e-3  # of the gap: there a problem ends whatever else is asked of it
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class Stopped:
 # slot -> the problem that now occupies it: its start (P,) and pairs (2m, P), oldest first, to begin with; None: no more
 Load = Callable[[int], tuple[Array, Array | None] | None]
 Done = Callable[[int, Stopped], None]
+# (slot, its gradient (P,)) -> whether a problem whose gap is small enough may end
+Settled = Callable[[int, Array], bool]
 
 
 @dataclass
@@ -136,12 +139,14 @@ def minimise(
     gap: float,
     max_iterations: int,
     out_of_time: Callable[[], bool] = lambda: False,
+    settled: Settled = lambda slot, gradient: True,
 ) -> None:
     """Minimise every problem that `load` gives, at most `slots` at a time; a slot that falls free is loaded again at
     once, so that the products in `evaluate` stay wide.
 
-    A problem is done when its estimated relative gap is below `gap`. The estimate steers the effort only: the caller
-    reports a proven bound. A problem whose value no longer moves by more than rounding is stopped as not converged.
+    A problem is done when its estimated relative gap is below `gap` and `settled` agrees, or the gap is far below. The
+    estimate steers the effort only: the caller reports a proven bound. A problem whose value no longer moves by more than
+    rounding is stopped, as not converged unless its gap was small enough.
     """
     eps = float(np.finfo(dtype).eps)
     point, gradient, direction = (np.zeros((slots, parameters), dtype) for _ in range(3))
@@ -150,7 +155,7 @@ def minimise(
     products = np.zeros((slots, 2 * memory))
     decrease = np.zeros((slots, 4))  # of the last accepted steps, newest first
     iterations, stalled = np.zeros(slots, np.int64), np.zeros(slots, np.int64)
-    occupied, starting, fresh = (np.zeros(slots, bool) for _ in range(3))
+    occupied, starting, fresh, close = (np.zeros(slots, bool) for _ in range(4))
 
     while True:
         for k in np.flatnonzero(~occupied).tolist():
@@ -160,6 +165,7 @@ def minimise(
             point[k] = problem[0]
             remembered.load(k, problem[1])
             occupied[k] = starting[k] = True
+            close[k] = False
             direction[k], length[k], iterations[k], stalled[k], decrease[k] = 0, 0.0, 0, 0, np.nan
         running = np.flatnonzero(occupied)
         if not running.size:
@@ -191,7 +197,7 @@ def minimise(
                 products[k] = remembered.pairs[k] @ gradient[k]
             squared[k] = gradient[k] @ gradient[k]
             starting[k], fresh[k] = False, True
-        converged = np.zeros(slots, bool)
+        done_with = np.zeros(slots, bool)
         new = np.flatnonzero(fresh)
         if new.size:
             coefficients = _direction_coefficients(remembered.gram[new], products[new], remembered.newest)
@@ -202,13 +208,16 @@ def minimise(
             direction[uphill], slope[uphill] = -gradient[uphill], -squared[uphill]
             length[new], fresh[new] = 1.0, False
             scale = np.maximum(np.abs(value[new]), np.finfo(np.float64).tiny)
-            converged[new] = _remaining(-0.5 * slope[new], decrease[new]) <= gap * scale
+            remaining = _remaining(-0.5 * slope[new], decrease[new]) / scale
+            close[new] = remaining <= gap
+            for k, left in zip(new[close[new]].tolist(), remaining[close[new]].tolist(), strict=True):
+                done_with[k] = left <= FAR_BELOW * gap or settled(k, gradient[k])
         late = out_of_time()
-        stop = converged[running] | (stalled[running] >= 3) | (iterations[running] >= max_iterations) | late
+        stop = done_with[running] | (stalled[running] >= 3) | (iterations[running] >= max_iterations) | late
         for k in running[stop].tolist():
             pairs = remembered.unload(k)
             stopped = Stopped(
-                point[k].copy(), float(value[k]), gradient[k].copy(), pairs, int(iterations[k]), bool(converged[k])
+                point[k].copy(), float(value[k]), gradient[k].copy(), pairs, int(iterations[k]), bool(close[k])
             )
             occupied[k] = False
             done(k, stopped)

@@ -6,8 +6,8 @@
    BLAS would be called twice, on a tall matrix and a sliver of P columns: it then copies the tall one into its own layout
    for every product, which costs as much as 40 columns of arithmetic, and the decisions between the two products go
    through memory several times. Here ROWS rows at a time stay in the nearer caches for the product with the weights,
-   the losses, and the product back. Weights and gradients lie in panels of WIDE columns, (P / WIDE, k, WIDE), so that a
-   product reads them in order; rows are read as they are.
+   the losses, and the product back. Weights and gradients lie in panels, mostly of two vectors' columns, (k, columns) each,
+   so that a product reads them in order; rows are read as they are.
 
    The file includes itself once per instruction set, with the vector's length L defined; which one runs is asked of the
    processor. It needs no header of Python's, so that a C compiler is all that building it asks for. */
@@ -35,14 +35,14 @@
 #define L 16
 #define NAME(x) x##_16
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512dq,fma,prefer-vector-width=512")
+#pragma GCC target("avx512f,avx512dq,avx512vl,fma,prefer-vector-width=512")
 #include "logistic_tiles.c"
 #pragma GCC pop_options
 #undef L
 #undef NAME
 #define CALL(function, ...) (lanes == 16 ? function##_16(__VA_ARGS__) : function##_8(__VA_ARGS__))
-#define BEST (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") ? 16 \
-              : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 8 : 0)
+#define BEST (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && \
+              __builtin_cpu_supports("avx512vl") ? 16 : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 8 : 0)
 #elif defined(__aarch64__)
 #define L 4
 #define NAME(x) x##_4
@@ -52,7 +52,7 @@
 #define CALL(function, ...) function##_4(__VA_ARGS__)
 #define BEST 4
 #else
-#define CALL(function, ...) ((void)0)
+#define CALL(function, ...) 0
 #define BEST 0
 #endif
 
@@ -62,7 +62,8 @@ long logistic_lanes(void) { return BEST; }
 /* Floats of P columns of k coordinates in panels. */
 long logistic_packed(long lanes, long P, long k)
 {
-    return (P + lanes - 1) / lanes * lanes * k;
+    (void)lanes;
+    return CALL(columns, P) * k;
 }
 
 /* Weights (P, k) into panels; columns that fill up the last panel are zero. */
@@ -102,12 +103,27 @@ long logistic_pass(long lanes, long n, long k, const float *rows, long A, long C
     return 0;
 }
 
+/* gradients += rows' diag(scale) rows weights, column by column: rows (n, k), scale (n, P), weights and gradients in panels.
+   Returns as `logistic_pass` does. */
+long logistic_scaled(long lanes, long n, long k, const float *rows, long P, const float *packed, const float *scale,
+                     float *gradients)
+{
+    float *room = NULL;
+    if (posix_memalign((void **)&room, 64, sizeof(float) * ROWS * (logistic_packed(lanes, P, 1) + 1)) != 0) return -1;
+    (void)rows, (void)packed, (void)scale, (void)gradients;
+    for (long start = 0; start < n; start += ROWS) {
+        long count = n - start < ROWS ? n - start : ROWS;
+        CALL(scaled, count, k, rows + start * k, P, packed, scale + start * P, gradients, room);
+    }
+    free(room);
+    return 0;
+}
+
 #else /* once per instruction set */
 
 #define Vector NAME(Vector)
 #define Loose NAME(Loose)
 #define Integers NAME(Integers)
-#define WIDE (2 * L)
 #define TALL (L == 8 ? 6 : 12) /* rows of a product at a time: 12, 24 (of 32) and 24 (of 32) sums stay in registers */
 
 typedef float Vector __attribute__((vector_size(4 * L)));
@@ -164,10 +180,26 @@ INLINE Vector NAME(logarithm)(Vector x)
     return m + y + e * 0.693359375f;
 }
 
+/* Columns of the next panel, of `rest` that are left. Half a vector is as dear as a whole one where the processor has units
+   for whole ones, and half as dear where it puts them through twice (Zen 4): five panels of eight for 36 columns, not six. */
+INLINE long NAME(width)(long rest)
+{
+    if (L == 16) return rest > 24 ? 32 : rest > 8 ? 16 : 8;
+    return rest > L ? 2 * L : L;
+}
+
+static long NAME(columns)(long P)
+{
+    long first = 0;
+    while (first < P) first += NAME(width)(P - first);
+    return first;
+}
+
 static void NAME(pack)(long P, long k, const float *weights, float *packed)
 {
-    for (long first = 0; first < P; first += WIDE) {
-        long width = P - first > L ? WIDE : L, used = P - first < width ? P - first : width;
+    for (long first = 0, width; first < P; first += width) {
+        width = NAME(width)(P - first);
+        long used = P - first < width ? P - first : width;
         float *panel = packed + first * k;
         for (long j = 0; j < k; j++) {
             for (long p = 0; p < used; p++) panel[j * width + p] = weights[(first + p) * k + j];
@@ -178,8 +210,9 @@ static void NAME(pack)(long P, long k, const float *weights, float *packed)
 
 static void NAME(unpack)(long P, long k, const float *packed, float *gradients)
 {
-    for (long first = 0; first < P; first += WIDE) {
-        long width = P - first > L ? WIDE : L, used = P - first < width ? P - first : width;
+    for (long first = 0, width; first < P; first += width) {
+        width = NAME(width)(P - first);
+        long used = P - first < width ? P - first : width;
         const float *panel = packed + first * k;
         for (long p = 0; p < used; p++)
             for (long j = 0; j < k; j++) gradients[(first + p) * k + j] = panel[j * width + p];
@@ -222,6 +255,20 @@ INLINE void NAME(products)(const int wide, long tall, long depth, const float *a
         NAME(product)(most, wide, depth, a + i * across, across, along, b, sums + i * wide * L);
     for (; i + 3 <= tall; i += 3) NAME(product)(3, wide, depth, a + i * across, across, along, b, sums + i * wide * L);
     for (; i < tall; i++) NAME(product)(1, wide, depth, a + i * across, across, along, b, sums + i * wide * L);
+}
+
+/* The same for a panel of `width` columns. */
+INLINE void NAME(panel)(long width, long tall, long depth, const float *a, long across, long along, const float *b,
+                        float *sums)
+{
+    if (width == 2 * L)
+        NAME(products)(2, tall, depth, a, across, along, b, sums);
+    else if (width == L)
+        NAME(products)(1, tall, depth, a, across, along, b, sums);
+#if L == 16
+    else
+        products_8(1, tall, depth, a, across, along, b, sums);
+#endif
 }
 
 /* Decisions s (C - 1, ROWS) of one head become weight (p - y); returns the weighted loss. `last` is room for a class. */
@@ -278,26 +325,40 @@ INLINE double NAME(sigmoid)(long count, float *s, const int32_t *label, const fl
     return loss;
 }
 
+/* Products of a block of rows with all panels of weights: decisions in panels, (ROWS, width) each. */
+INLINE void NAME(forward)(long count, long k, const float *rows, long P, const float *packed, float *panels)
+{
+    memset(panels, 0, sizeof(float) * ROWS * NAME(columns)(P));
+    for (long from = 0; from < k; from += DEPTH) {
+        long depth = k - from < DEPTH ? k - from : DEPTH;
+        for (long first = 0, width; first < P; first += width) {
+            width = NAME(width)(P - first);
+            NAME(panel)(width, count, depth, rows + from, k, 1, packed + first * k + from * width, panels + first * ROWS);
+        }
+    }
+}
+
+/* gradients += the rows times what the panels hold by now. */
+INLINE void NAME(back)(long count, long k, const float *rows, long P, const float *panels, float *gradients)
+{
+    for (long j = 0; j < k; j += 12)
+        for (long first = 0, width; first < P; first += width) {
+            width = NAME(width)(P - first);
+            long tall = k - j < 12 ? k - j : 12;
+            NAME(panel)(width, tall, count, rows + j, 1, k, panels + first * ROWS, gradients + first * k + j * width);
+        }
+}
+
 static void NAME(block)(long count, long k, const float *rows, long A, long C, const float *packed,
                         const int32_t *label, long stride, const float *weight, const float *multiplier, double *loss,
                         float *gradients, float *panels, float *s)
 {
     const long c = C > 1 ? C - 1 : 1, P = A * c;
-    memset(panels, 0, sizeof(float) * ROWS * ((P + L - 1) / L * L));
-    for (long from = 0; from < k; from += DEPTH) {
-        long depth = k - from < DEPTH ? k - from : DEPTH;
-        for (long first = 0; first < P; first += WIDE) {
-            const float *panel = packed + first * k;
-            float *sums = panels + first * ROWS;
-            if (P - first > L)
-                NAME(products)(2, count, depth, rows + from, k, 1, panel + from * WIDE, sums);
-            else
-                NAME(products)(1, count, depth, rows + from, k, 1, panel + from * L, sums);
-        }
-    }
-    for (long p = 0; p < P; p++) {
-        long first = p / WIDE * WIDE, width = P - first > L ? WIDE : L;
-        for (long r = 0; r < ROWS; r++) s[p * ROWS + r] = panels[first * ROWS + r * width + p - first];
+    NAME(forward)(count, k, rows, P, packed, panels);
+    for (long first = 0, width; first < P; first += width) {
+        width = NAME(width)(P - first);
+        for (long p = first; p < first + width && p < P; p++)
+            for (long r = 0; r < ROWS; r++) s[p * ROWS + r] = panels[first * ROWS + r * width + p - first];
     }
     for (long a = 0; a < A; a++) {
         const int32_t *own = C > 1 ? label : label + a * stride;
@@ -309,23 +370,28 @@ static void NAME(block)(long count, long k, const float *rows, long A, long C, c
         loss[a] += C > 1 ? NAME(softmax)(count, C, s + a * c * ROWS, s + P * ROWS, own, w)
                          : NAME(sigmoid)(count, s + a * ROWS, own, w);
     }
-    for (long p = 0; p < P; p++) {
-        long first = p / WIDE * WIDE, width = P - first > L ? WIDE : L;
-        for (long r = 0; r < ROWS; r++) panels[first * ROWS + r * width + p - first] = s[p * ROWS + r];
+    for (long first = 0, width; first < P; first += width) {
+        width = NAME(width)(P - first);
+        for (long p = first; p < first + width && p < P; p++)
+            for (long r = 0; r < ROWS; r++) panels[first * ROWS + r * width + p - first] = s[p * ROWS + r];
     }
-    for (long j = 0; j < k; j += 12)
-        for (long first = 0; first < P; first += WIDE) {
-            long tall = k - j < 12 ? k - j : 12;
-            if (P - first > L)
-                NAME(products)(2, tall, count, rows + j, 1, k, panels + first * ROWS, gradients + first * k + j * WIDE);
-            else
-                NAME(products)(1, tall, count, rows + j, 1, k, panels + first * ROWS, gradients + first * k + j * L);
-        }
+    NAME(back)(count, k, rows, P, panels, gradients);
+}
+
+static void NAME(scaled)(long count, long k, const float *rows, long P, const float *packed, const float *scale,
+                         float *gradients, float *panels)
+{
+    NAME(forward)(count, k, rows, P, packed, panels);
+    for (long first = 0, width; first < P; first += width) {
+        width = NAME(width)(P - first);
+        for (long r = 0; r < count; r++)
+            for (long p = first; p < first + width && p < P; p++) panels[first * ROWS + r * width + p - first] *= scale[r * P + p];
+    }
+    NAME(back)(count, k, rows, P, panels, gradients);
 }
 
 #undef Vector
 #undef Loose
 #undef Integers
-#undef WIDE
 #undef TALL
 #endif
