@@ -265,5 +265,8 @@ def _scaled(X: Features, rows: npt.NDArray[np.intp], mean: Array, factor: Array,
     """Rows of X, centred and scaled in float64 a few at a time, stored as `dtype`."""
     out = np.empty((len(rows), X.shape[1]), dtype)
     for where in chunks(np.arange(len(rows))):
-        out[where[0] : where[-1] + 1] = (X[rows[where]] - mean) * factor
+        wide = X[rows[where]].astype(np.float64)
+        wide -= mean
+        wide *= factor
+        out[where[0] : where[-1] + 1] = wide
     return out

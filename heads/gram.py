@@ -65,7 +65,9 @@ def group_products(
     groups = {int(group): nothing() for group in np.unique(fold)}
     for group, rows in sweep(X, fold):
         own = groups[group]
-        z = (X[rows] - centre) * factor
+        z = X[rows].astype(np.float64)
+        z -= centre
+        z *= factor
         y = Y[rows].astype(np.float64)
         w = np.ones(len(rows)) if weight is None else weight[rows]
         own.total[...] += w @ z

@@ -40,7 +40,7 @@ COLUMNS_IN_FLIGHT = 512
 ITERATIONS_PER_FRAME = 20
 # Of a head's mean loss, root mean square over its weights of standardised features. scikit-learn's default is 1e-4 for the
 # largest, some 1e-5 by this measure: at strong regularisation that is a gap below 1e-6, two more iterations.
-GRADIENT = 4e-6
+GRADIENT = 8e-6
 # Streamed rows are worth more columns a pass than one head of each line has, even for more passes.
 COLUMNS_WORTH_A_PASS, MOST_CHAINS = 24, 4
 # In memory it pays for sigmoids, whose heads are one column each: five folds and twenty strengths take 0.55 s instead of 0.85.

@@ -49,7 +49,8 @@ class Moments:
 
 def moments(rows: Array, first_row: int | npt.NDArray[np.intp] = 0) -> Moments:
     """Moments of rows (n, D). Raises NotFinite, naming the first bad row (counted from `first_row`) and column."""
-    mean = rows.mean(axis=0, dtype=np.float64)
+    wide = rows.astype(np.float64)
+    mean = wide.mean(axis=0)
     if not np.isfinite(mean).all() and not np.isfinite(rows).all():
         row, column = np.argwhere(~np.isfinite(rows))[0]
         name = first_row + row if isinstance(first_row, int) else first_row[row]
@@ -57,8 +58,8 @@ def moments(rows: Array, first_row: int | npt.NDArray[np.intp] = 0) -> Moments:
             f"feature {column} of row {name} is {rows[row, column]}: features must be finite. "
             "Find out which image it is (the task's ids, in order) and extract it again, or leave it out of the task."
         )
-    deviation = rows - mean
-    return Moments(len(rows), mean, np.einsum("nd,nd->d", deviation, deviation))
+    wide -= mean
+    return Moments(len(rows), mean, np.einsum("nd,nd->d", wide, wide))
 
 
 def merge(parts: list[Moments]) -> Moments:
