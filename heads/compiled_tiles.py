@@ -79,7 +79,6 @@ class Compiled:
         if failed:
             raise MemoryError(f"no memory for the decisions of {heads} heads on a block of rows")
 
-
     def scaled(self, rows: Array, weights: Array, scale: Array) -> Array:
         """rows' diag(scale_p) rows w_p for each of the weights w_p (P, k), of rows (n, k) and scale (n, P), all float32.
 

@@ -56,29 +56,64 @@ class Tile:
 
 
 @dataclass(frozen=True)
+class Rotation:
+    """Orthonormal Q (D, R) as a matrix."""
+
+    matrix: Array
+
+    @property
+    def rank(self) -> int:
+        return int(self.matrix.shape[1])
+
+    def out(self, u: Array) -> Array:
+        """u Q' (k, D) of u (k, R)."""
+        return np.asarray(u @ self.matrix.T)
+
+    def back(self, v: Array) -> Array:
+        """v Q (k, R) of v (k, D)."""
+        return np.asarray(v @ self.matrix)
+
+
+@dataclass(frozen=True)
+class Span:
+    """Orthonormal Q = Z' T in the span of few rows Z (n, D), with T (n, R): never formed, which would cost more than it saves."""
+
+    rows: Array  # Z, in the design's type
+    combined: Array  # T, float64: directions that are hardly there are divided by next to nothing
+
+    @property
+    def rank(self) -> int:
+        return int(self.combined.shape[1])
+
+    def out(self, u: Array) -> Array:
+        """As `Rotation`."""
+        return np.asarray((u @ self.combined.T).astype(self.rows.dtype) @ self.rows)
+
+    def back(self, v: Array) -> Array:
+        """As `Rotation`."""
+        return np.asarray((v.astype(np.float64) @ self.rows.T) @ self.combined)
+
+
+@dataclass(frozen=True)
 class Design:
     """Rotated rows and the way back to raw coordinates."""
 
     tiles: list[Tile]
     folds: tuple[int, ...]  # whose heads it serves
-    basis: Array  # (D, R), raw weight = basis @ u: the scale is divided out already
+    dtype: np.dtype[Any]
+    rotation: Rotation | Span  # Q
     centre: Array  # (D,) float64
     factor: Array  # (D,) float64, 1 / scale, 0 for constant features
     ratio: dict[int, Array]  # fold -> (D,) s_f / s; empty where the design was made for one fold
-    rotation: Array  # (D, R) orthonormal Q
     metrics: dict[int, Array]  # fold -> P (R, R), filled in when first needed
     unit: float  # unstandardised features are divided by this one number; 1 for standardised ones
     source: Streamed | None = None  # where tiles read their rows on every pass
     buffer: dict[int, Array] = field(default_factory=dict)  # rows of a tile -> room for its values
 
     @property
-    def dtype(self) -> np.dtype[Any]:
-        return self.basis.dtype
-
-    @property
     def width(self) -> int:
         """R + 1: rotated coordinates and the intercept."""
-        return int(self.basis.shape[1]) + 1
+        return self.rotation.rank + 1
 
     def read(self, tile: Tile) -> tuple[Array, Array]:
         """A tile's values (n, W) and the same across (W, n), the intercept's 1 last. W is R + 1; of a streamed tile it is
@@ -98,13 +133,13 @@ class Design:
         """Weights (k, R + 1) as tiles multiply them, (k, W)."""
         if self.source is None:
             return weights
-        return np.concatenate([weights[:, :-1] @ self.rotation.T, weights[:, -1:]], axis=1)
+        return np.concatenate([self.rotation.out(weights[:, :-1]), weights[:, -1:]], axis=1)
 
     def from_tiles(self, gradients: Array) -> Array:
         """Gradients (k, W), or rows, with respect to the R + 1 coordinates."""
         if self.source is None:
             return gradients
-        return np.concatenate([gradients[:, :-1] @ self.rotation, gradients[:, -1:]], axis=1)
+        return np.concatenate([self.rotation.back(gradients[:, :-1]), gradients[:, -1:]], axis=1)
 
     def penalised(self, u: Array, folds: Array) -> Array:
         """u P (A, C, R) for heads u (A, C, R) of the given folds (A,).
@@ -115,34 +150,36 @@ class Design:
         """
         if not self.ratio:
             return u
+        assert isinstance(self.rotation, Rotation)
+        matrix = self.rotation.matrix
         if u.shape[1] >= ROWS_WORTH_A_METRIC:
             out = u.copy()
             for fold, ratio in self.ratio.items():
                 if (folds == fold).any():
                     if fold not in self.metrics:
-                        scaled = self.rotation * ratio[:, None]
+                        scaled = matrix * ratio[:, None]
                         self.metrics[fold] = scaled.T @ scaled
                     own = u[folds == fold]
                     out[folds == fold] = (own.reshape(-1, own.shape[-1]) @ self.metrics[fold]).reshape(own.shape)
             return out
         own_pass = compiled() if self.dtype == np.float32 else None
         if own_pass is not None:
-            squares = np.ones((len(folds), self.rotation.shape[0]), np.float32)
+            squares = np.ones((len(folds), len(matrix)), np.float32)
             for fold, ratio in self.ratio.items():
                 squares[folds == fold] = ratio**2
             scale = np.repeat(squares.T, u.shape[1], axis=1)
-            return own_pass.scaled(self.rotation, u.reshape(-1, u.shape[-1]), scale).reshape(u.shape)
-        back = (u.reshape(-1, u.shape[-1]) @ self.rotation.T).reshape(*u.shape[:2], -1)
+            return own_pass.scaled(matrix, u.reshape(-1, u.shape[-1]), scale).reshape(u.shape)
+        back = (u.reshape(-1, u.shape[-1]) @ matrix.T).reshape(*u.shape[:2], -1)
         for fold, ratio in self.ratio.items():
             back[folds == fold] *= ratio**2
-        return np.asarray((back.reshape(-1, back.shape[-1]) @ self.rotation).reshape(u.shape))
+        return np.asarray((back.reshape(-1, back.shape[-1]) @ matrix).reshape(u.shape))
 
     def dual_products(self, g: Array, folds: Array) -> Array:
         """(A, k, k) float64 sums of g_i P^-1 g_j' over the rows of g (A, k, C, R): the products that bound the gap."""
         flat = g.reshape(*g.shape[:2], -1)
         if self.ratio:
-            back = (g.reshape(-1, g.shape[-1]).astype(self.dtype) @ self.rotation.T).reshape(*flat.shape[:2], -1)
-            width = self.rotation.shape[0]
+            back = self.rotation.out(g.reshape(-1, g.shape[-1]).astype(self.dtype)).reshape(*flat.shape[:2], -1)
+            width = len(self.factor)
             for fold, ratio in self.ratio.items():
                 own = back[folds == fold]
                 back[folds == fold] = (own.reshape(-1, width) / ratio).reshape(own.shape)
@@ -150,13 +187,14 @@ class Design:
         return np.asarray(flat @ flat.transpose(0, 2, 1))
 
     def to_raw(self, u: Array) -> tuple[Array, Array]:
-        """Weights (C, D) and biases (C,) in raw feature coordinates, float64, of u (C, R + 1)."""
-        weight = (u[:, :-1] @ self.basis.T).astype(np.float64)
+        """Weights (k, D) and biases (k,) in raw feature coordinates, float64, of u (k, R + 1)."""
+        weight = self.rotation.out(u[:, :-1]).astype(np.float64)
+        weight *= self.factor
         return weight, u[:, -1].astype(np.float64) - weight @ self.centre
 
     def from_raw(self, weight: Array, bias: Array) -> Array:
         """Inverse of `to_raw`, as far as the weights lie in the design's span."""
-        inside = (weight / np.where(self.factor > 0, self.factor, 1.0)) @ self.rotation
+        inside = self.rotation.back(weight / np.where(self.factor > 0, self.factor, 1.0))
         return np.concatenate([inside, (bias + weight @ self.centre)[:, None]], axis=1).astype(self.dtype)
 
 
@@ -180,35 +218,45 @@ def make_design(
     dim = X.shape[1]
     train = [part for (group, _), part in zip(groups, parts, strict=True) if shared or group != folds[0]]
     total = sum(len(part) for part in train)
+    rotation: Rotation | Span
+    values: list[Array | None] = [None] * len(groups)  # the groups' rotated rows, where they are known
     if total >= dim:
         gram = sum((part.T @ part for part in train), np.zeros((dim, dim), dtype))
-        _, rotation = scipy.linalg.eigh(gram, driver="evd", overwrite_a=True, check_finite=False)
+        _, vectors = scipy.linalg.eigh(gram, driver="evd", overwrite_a=True, check_finite=False)
+        rotation = Rotation(np.ascontiguousarray(vectors[:, ::-1]))  # the largest first
     else:
         # The rows' own span: eigenvectors of the small matrix of their products, carried over to features. In float64:
         # a direction is divided by the root of its eigenvalue, and all but those lost in rounding are kept.
-        stacked = np.concatenate(train).astype(np.float64)
-        eigenvalues, left = scipy.linalg.eigh(stacked @ stacked.T, driver="evd", overwrite_a=True, check_finite=False)
-        keep = eigenvalues > eigenvalues.max(initial=0.0) * max(total, 1) * np.finfo(np.float64).eps
-        eigenvalues = eigenvalues[keep]
-        rotation = (stacked.T @ (left[:, keep] / np.sqrt(eigenvalues))).astype(dtype)
-    rotation = np.ascontiguousarray(rotation[:, ::-1])  # the largest first
+        stacked = np.concatenate(train)
+        wide = stacked.astype(np.float64)
+        eigenvalues, left = scipy.linalg.eigh(wide @ wide.T, driver="evd", overwrite_a=True, check_finite=False)
+        keep = np.flatnonzero(eigenvalues > eigenvalues.max(initial=0.0) * max(total, 1) * np.finfo(np.float64).eps)[
+            ::-1
+        ]
+        left, roots = left[:, keep], np.sqrt(eigenvalues[keep])
+        rotation = Span(stacked, left / roots)
+        if shared:  # the penalties of several folds need the matrix
+            rotation = Rotation((wide.T @ rotation.combined).astype(dtype))
+        else:
+            values = list(np.split((left * roots).astype(dtype), np.cumsum([len(part) for part in parts])[:-1]))
     del train
     tiles = []
     # The compiled pass reads rows as they are.
     plain = compiled() is None or np.dtype(dtype) != np.float32
-    rotated_bytes = sum(len(rows) for _, rows in groups) * rotation.shape[1] * rotation.itemsize
+    rotated_bytes = sum(len(rows) for _, rows in groups) * rotation.rank * np.dtype(dtype).itemsize
     twice = plain and rotated_bytes < BYTES_WORTH_A_SECOND_COPY
     for index, (group, rows) in enumerate(groups):
         part, parts[index] = parts[index], np.empty((0, 0), dtype)  # scaled rows go as the rotated ones come
+        own = values[index]
         for where in chunks(np.arange(len(rows)), ROWS_PER_TILE):
-            values = np.ones((len(where), rotation.shape[1] + 1), dtype)
-            values[:, :-1] = part[where[0] : where[-1] + 1] @ rotation
-            across = np.ascontiguousarray(values.T) if twice else values.T
+            some = slice(int(where[0]), int(where[-1]) + 1)
+            rotated = np.ones((len(where), rotation.rank + 1), dtype)
+            rotated[:, :-1] = rotation.back(part[some]) if own is None else own[some]
+            across = np.ascontiguousarray(rotated.T) if twice else rotated.T
             tiles.append(
-                Tile(group, rows[where], values, across, np.zeros(0, np.intp), np.zeros((0, len(where))), None)
+                Tile(group, rows[where], rotated, across, np.zeros(0, np.intp), np.zeros((0, len(where))), None)
             )
-    basis = rotation * factor.astype(dtype)[:, None]
-    return Design(tiles, folds, basis, whole.mean, factor, ratio, rotation, {}, unit)
+    return Design(tiles, folds, np.dtype(dtype), rotation, whole.mean, factor, ratio, {}, unit)
 
 
 def stream_design(
@@ -229,7 +277,7 @@ def stream_design(
     ]
     dim = X.shape[1]
     identity = np.eye(dim, dtype=dtype)
-    plain = Design(tiles, tuple(scaling), identity, centre, factor, ratio, identity, {}, unit, X)
+    plain = Design(tiles, tuple(scaling), np.dtype(dtype), Rotation(identity), centre, factor, ratio, {}, unit, X)
     # The basis is only a preconditioner here, and a sample of the rows shows it as well as all of them do.
     total = sum(len(rows) for _, rows in runs)
     every = max(total // max(ROWS_OF_A_BASIS, 16 * dim), 1)
@@ -237,10 +285,9 @@ def stream_design(
     for tile in tiles[::every]:
         rows = plain.read(tile)[0][:, :-1]
         gram += rows.T @ rows
-    _, rotation = scipy.linalg.eigh(gram, driver="evd", overwrite_a=True, check_finite=False)
-    rotation = np.ascontiguousarray(rotation[:, ::-1])
-    basis = rotation * factor.astype(dtype)[:, None]
-    return Design(tiles, tuple(scaling), basis, centre, factor, ratio, rotation, {}, unit, X, plain.buffer)
+    _, vectors = scipy.linalg.eigh(gram, driver="evd", overwrite_a=True, check_finite=False)
+    rotation = Rotation(np.ascontiguousarray(vectors[:, ::-1]))
+    return Design(tiles, tuple(scaling), np.dtype(dtype), rotation, centre, factor, ratio, {}, unit, X, plain.buffer)
 
 
 def _coordinates(

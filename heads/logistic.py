@@ -196,10 +196,12 @@ def _solve(
                 if (i, mu) in found:
                     starts[new, mu * unit] = design.from_raw(*found[i, mu][:2])
         solved = solve_lines(design, part, rows, gap=gap, deadline=deadline, starts=starts, device=device)
-        for head, solution in solved.items():
+        weight, bias = design.to_raw(np.concatenate([solution.u for solution in solved.values()]))
+        for place, (head, solution) in enumerate(solved.items()):
             before = found[names[head]][2].iterations if names[head] in found else 0
             better = dataclasses.replace(solution, iterations=solution.iterations + before)
-            found[names[head]] = *design.to_raw(solution.u), better
+            own = slice(place * rows, (place + 1) * rows)
+            found[names[head]] = weight[own], bias[own], better
     return found
 
 

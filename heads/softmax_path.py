@@ -118,7 +118,10 @@ def solve_lines(
             start = starts[head]
         else:
             start = _predict(solved[i], mu, (rows, design.width), design.dtype)
-        flight.load(slot, i, mu, start, paused[head].iterations if head in paused else 0)
+        # Between two solved heads a few iterations are left: fewer than a frame of its own would cost.
+        between = head not in paused and before is not None and min(solved[i]) < mu < max(solved[i])
+        given = before.frame if before is not None and between else None
+        flight.load(slot, i, mu, start, paused[head].iterations if head in paused else 0, given)
         return flight.frames[slot].scaled(start).ravel(), None if before is None else flight.carried(slot, before)
 
     def done(slot: int, stopped: Stopped) -> None:
@@ -362,9 +365,12 @@ class _Flight:
         self.made: dict[tuple[int, str, float, int], Frame] = {}
         self.shape = (max(batch.rows - 1, 1), batch.design.width)
 
-    def load(self, slot: int, i: int, mu: float, start: Array, iterations: int) -> None:
+    def load(self, slot: int, i: int, mu: float, start: Array, iterations: int, given: Frame | None = None) -> None:
         """Put line i's head at strength mu, so many iterations old, into the slot. Folds differ little: the frame of the first
-        to be as old serves all."""
+        to be as old serves all, unless one is given."""
+        if given is not None:
+            self.lines[slot], self.mu[slot], self.frames[slot] = i, mu, given
+            return
         line = self.batch.lines[i]
         key = (line.label, line.kind, mu, iterations // ITERATIONS_PER_FRAME)
         if key not in self.made:

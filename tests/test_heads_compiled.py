@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from headrace.heads import design as design_module
 from headrace.heads import softmax_path
 from headrace.heads.compiled_tiles import compiled
-from headrace.heads.design import Design, Tile
+from headrace.heads.design import Design, Rotation, Tile
 from headrace.heads.logistic import fit_logistic_bank
 from headrace.heads.passes import CompiledPass, PlainPass, Weighting
 from headrace.heads.spec import LogisticSpec
@@ -26,9 +26,9 @@ def made(rng: np.random.Generator, n: int, width: int, classes: int, *, weighted
     labels = rng.integers(0, 2, (2, n)).astype(np.float32)
     weight = rng.uniform(0, 3, n).astype(np.float32) if weighted else None
     tile = Tile(0, np.arange(n), values, values.T, bounds, labels, weight)
-    basis = np.eye(width - 1, dtype=np.float32)
+    rotation = Rotation(np.eye(width - 1, dtype=np.float32))
     empty = np.zeros(width - 1)
-    return Design([tile], (1,), basis, empty, empty + 1, {}, basis, {}, 1.0), tile
+    return Design([tile], (1,), np.dtype(np.float32), rotation, empty, empty + 1, {}, {}, 1.0), tile
 
 
 @needs_compiler
