@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import scipy.linalg
 
-from headrace.heads.compiled_tiles import compiled
+from headrace.heads.compiled_tiles import Compiled, compiled
 from headrace.heads.spec import FULL
 from headrace.heads.standardize import Features, Moments, chunks
 from headrace.heads.streamed import Streamed
@@ -141,8 +141,9 @@ class Design:
             return gradients
         return np.concatenate([self.rotation.back(gradients[:, :-1]), gradients[:, -1:]], axis=1)
 
-    def penalised(self, u: Array, folds: Array) -> Array:
-        """u P (A, C, R) for heads u (A, C, R) of the given folds (A,).
+    def penalised(self, u: Array, folds: Array, quick: Compiled | None = None) -> Array:
+        """u P (A, C, R) for heads u (A, C, R) of the given folds (A,). quick: the compiled products, where one thread is all
+        that there is; BLAS shares them out among more.
 
         Heads of few rows apply P through features, Q' (s_f/s)^2 Q: twice the flops of a stored P, but one product for
         the heads of all folds, as wide as there are heads. At 1,280 features, five folds and ten classes that is twice
@@ -162,13 +163,12 @@ class Design:
                     own = u[folds == fold]
                     out[folds == fold] = (own.reshape(-1, own.shape[-1]) @ self.metrics[fold]).reshape(own.shape)
             return out
-        own_pass = compiled() if self.dtype == np.float32 else None
-        if own_pass is not None:
+        if quick is not None:
             squares = np.ones((len(folds), len(matrix)), np.float32)
             for fold, ratio in self.ratio.items():
                 squares[folds == fold] = ratio**2
             scale = np.repeat(squares.T, u.shape[1], axis=1)
-            return own_pass.scaled(matrix, u.reshape(-1, u.shape[-1]), scale).reshape(u.shape)
+            return quick.scaled(matrix, u.reshape(-1, u.shape[-1]), scale).reshape(u.shape)
         back = (u.reshape(-1, u.shape[-1]) @ matrix.T).reshape(*u.shape[:2], -1)
         for fold, ratio in self.ratio.items():
             back[folds == fold] *= ratio**2

@@ -264,6 +264,7 @@ class _Batch:
         self.elsewhere: Elsewhere | None = None
         self.compiled = compiled() if device == "cpu" and design.dtype == np.float32 else None
         self.parts = 1 if self.compiled is None else min(blas_threads(), MOST_THREADS)
+        self.alone = self.compiled if self.parts == 1 else None
         self.threads = ThreadPoolExecutor(self.parts) if self.parts > 1 else None
         if device != "cpu":
             from headrace.heads.torch_tiles import TorchTiles  # a bank on the CPU does not import torch
@@ -411,7 +412,7 @@ class _Flight:
             u[rows] = own.unscaled(x[rows].reshape(-1, *self.shape))
         folds = batch.folds[lines]
         columns = max(batch.rows - 1, 1)  # the last class's row is minus the sum of the others', in all that follows
-        pull = mu[:, None, None] * design.penalised(np.ascontiguousarray(u[:, :columns, :-1]), folds)
+        pull = mu[:, None, None] * design.penalised(np.ascontiguousarray(u[:, :columns, :-1]), folds, batch.alone)
         gradient = np.zeros_like(u)
         gradient[:, :columns, :-1] = pull
         value = 0.5 * np.einsum("acr,acr->a", u[:, :columns, :-1], pull).astype(np.float64)

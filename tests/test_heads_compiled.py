@@ -70,6 +70,27 @@ def test_a_compiled_pass_is_the_plain_one(seed, n, width, classes, heads, size, 
 
 
 @needs_compiler
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 1 << 30),
+    n=st.integers(1, 150),
+    width=st.sampled_from([1, 2, 16, 65, 513, 1030]),
+    columns=st.integers(1, 75),
+)
+def test_scaled_products_are_the_plain_ones(seed, n, width, columns):
+    """rows' diag(scale) rows weights, to 1e-5 of the largest element; the columns end in panels of every width."""
+    rng = np.random.default_rng(seed)
+    rows, weights = (rng.standard_normal((each, width)).astype(np.float32) for each in (n, columns))
+    scale = rng.uniform(0, 2, (n, columns)).astype(np.float32)
+    library = compiled()
+    assert library is not None
+    expected = ((rows.astype(np.float64) @ weights.T) * scale).T @ rows
+    np.testing.assert_allclose(
+        library.scaled(rows, weights, scale), expected, rtol=0, atol=1e-5 * np.abs(expected).max()
+    )
+
+
+@needs_compiler
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_weights_that_overflowed_have_no_finite_loss(bad):
     """A line search that went too far must see it."""
