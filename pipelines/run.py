@@ -133,7 +133,7 @@ def run_recipe(
                     nonlocal client
                     if jobs:
                         client = client or stack.enter_context(opened("train"))
-                        train_banks(jobs, client, console, "screen")
+                        train_banks(jobs, client, console, "screen", options, paths.claims)
 
                 found, said = screen(found, recipe.screen, train_all)
                 done(said)
@@ -153,7 +153,7 @@ def run_recipe(
                 inputs, board = thaw_inputs(found, recipe), rank_heads(*_trained_heads(found))
                 if pending(inputs, board, recipe.thaw, retry_failed=retry_failed):
                     client = client or stack.enter_context(opened("train"))
-                thawed = thaw(inputs, board, recipe.thaw, client, console, retry_failed=retry_failed)
+                thawed = thaw(inputs, board, recipe.thaw, client, console, options, retry_failed=retry_failed)
                 done(f"{thawed.trained:,} networks trained" if thawed.trained else "nothing missing")
     with _timed(stages, "rank and test") as done, lease(paths.root / "conclude.lock"):
         result = conclude(found, recipe.ensemble, thawed)

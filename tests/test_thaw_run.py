@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,8 @@ from headrace.pipelines.leaderboard import rank_heads
 from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.recipe import RecipeError, load_recipe
 from headrace.pipelines.recipe_sections import ReuseSection, ThawSection
-from headrace.pipelines.submit import Outcome
+from headrace.pipelines.submit import Outcome, TaskOptions
+from headrace.pipelines.task_log import read_log
 from headrace.pipelines.thaw import stage as stage_module
 from headrace.pipelines.thaw.candidates import list_candidates, predicted_gain, training_seconds
 from headrace.pipelines.thaw.data import image_paths
@@ -52,7 +55,8 @@ def here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Tasks run in this process, one after the other; the keys of those that ran."""
     keys: list[str] = []
 
-    def run_tasks(_client: object, function: Any, jobs: Any) -> Iterator[Outcome[Any, Any]]:
+    def run_tasks(_client: object, function: Any, jobs: Any, *, options: TaskOptions) -> Iterator[Outcome[Any, Any]]:
+        assert options.claims is not None
         for key, job in jobs:
             keys.append(key)
             try:
@@ -149,7 +153,7 @@ def test_an_ensemble_with_a_network_is_shown_the_test_split_and_can_be_taken_awa
     assert set(ranked["kind"]) == {"logistic", "finetune"}
     weights = {"logistic": 0.25, "finetune": 0.75}
     members = tuple(Member(weights[row["kind"]], 0.8, row, ("a network",)) for _, row in ranked.iterrows())
-    numbers = dict.fromkeys(("value", "low", "high", "single", "gain", "gain_low", "gain_high", "sure"), 0.5)
+    numbers = dict.fromkeys(("value", "low", "high", "winner", "single", "gain", "gain_low", "gain_high", "sure"), 0.5)
     ensemble = Ensemble("log_loss", members, 1.3, 2, 48, **numbers, chosen=True, metrics={})  # type: ignore[arg-type]
     openings = tmp_path / "openings.jsonl"
     shown = show_test(openings, ensemble, case.directories, test, case.task.digest)
@@ -330,6 +334,29 @@ def test_a_network_can_win_a_run(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert {path: path.stat().st_mtime_ns for path in (run / "thaw").rglob("*") if path.is_file()} == before
     assert len((run / "test-openings.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_two_drivers_share_the_networks_of_a_run(tmp_path: Path) -> None:
+    """Started together, both end well with the same winner; every fold is trained once, whichever of them trained it, and
+    every task is in the logs."""
+    make_photos(tmp_path / "photos", n=48)
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    command = [sys.executable, "-m", "headrace.pipelines", "run", "recipe.yaml", "--workers", "1"]
+    drivers = [
+        subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for _ in range(2)
+    ]
+    said = [driver.communicate(timeout=300)[0] for driver in drivers]
+    assert [driver.returncode for driver in drivers] == [0, 0], said
+    assert all("Winner: finetune fine-tuned above layer3" in each for each in said)
+    run = tmp_path / "headrace-runs" / "recipe"
+    events = [event for log in (run / "logs").glob("*.jsonl") for event in read_log(log)]
+    folds = [event for event in events if event["event"] == "finished" and event["task"].startswith("thaw-")]
+    trained = [event["task"] for event in folds if not event["result"]["skipped"]]
+    assert len(trained) == len(set(trained)) == len({event["task"] for event in folds}) == 3  # two folds, all rows
+    assert {event["stage"] for event in events if event["event"] == "stage"} >= {"thaw: pilots", "thaw: train"}
+    assert not list((run / "claims").glob("*.claim"))
 
 
 def test_results_of_a_moved_or_copied_run_are_its_own(tmp_path: Path) -> None:

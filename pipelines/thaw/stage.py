@@ -6,7 +6,7 @@ The head stays the answer unless a network is better on the same validation rows
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,17 @@ from rich.console import Console
 from headrace.cache import publish_replace
 from headrace.extract import BackboneSpec
 from headrace.heads import FULL, METRICS, Task, read_bank, score, spec_to_json
+from headrace.pipelines.claims import claims
 from headrace.pipelines.leaderboard import settings_text
 from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.progress import stage
 from headrace.pipelines.recipe_sections import ThawSection
-from headrace.pipelines.submit import run_tasks
+from headrace.pipelines.submit import TaskOptions, run_tasks
 from headrace.pipelines.thaw.candidates import Candidate, list_candidates, predicted_gain, training_seconds
 
 RESAMPLES = 1000
+# A fold that takes so many times as long as its pilot predicted, and longer than any task may, is taken for hung.
+HUNG = 4
 
 
 @dataclass(frozen=True)
@@ -69,12 +72,14 @@ def thaw(
     section: ThawSection,
     client: Client | None,
     console: Console,
+    options: TaskOptions | None = None,
     *,
     retry_failed: bool = False,
 ) -> Thawed:
     """Train what promises most per hour while the budget lasts, and compare. client: None where nothing is pending.
 
-    A candidate that failed stays a failed row, as a head does, until a call with `retry_failed`.
+    options: how tasks are watched over; folds that other drivers on this run have are left to them. A candidate that failed
+    stays a failed row, as a head does, until a call with `retry_failed`.
     """
     decided = _read(inputs.paths.thaw_decisions)
     candidates, notes = list_candidates(board, section, inputs.directories, inputs.backbones)
@@ -85,7 +90,9 @@ def thaw(
         inputs.paths.thaw.mkdir(parents=True, exist_ok=True)
         columns = inputs.images[["content", "path"]].dropna().drop_duplicates("content").astype(str)
         publish_replace(inputs.paths.thaw_images, columns.to_parquet(index=False))
-        trained = _work(inputs, waiting, decided, section, client, console)
+        with claims(inputs.paths.claims) as ours:
+            watched = replace(options or TaskOptions(), claims=ours)
+            trained = _work(inputs, waiting, decided, section, client, console, watched)
     return Thawed(
         rows=_rows(inputs, candidates),
         compared=_compared(inputs, board, candidates, decided),
@@ -110,6 +117,7 @@ def _work(
     section: ThawSection,
     client: Client,
     console: Console,
+    options: TaskOptions,
 ) -> int:
     from headrace.pipelines.thaw.task import pilot  # imports torch
 
@@ -117,9 +125,12 @@ def _work(
     folds = inputs.task.n_folds
     pilots: dict[str, Any] = {}
     jobs = {one.key: _job(inputs, one) for one in waiting}
+    options.tell("stage", stage="thaw: pilots", total=len(waiting), unit="networks", tasks=len(waiting))
     with stage(console, "thaw: pilots", len(waiting), "networks") as advance:
-        for outcome in run_tasks(client, pilot, ((f"pilot-{key}", job) for key, job in jobs.items())):
+        named = ((f"pilot-{key}", job) for key, job in jobs.items())
+        for done, outcome in enumerate(run_tasks(client, pilot, named, options=options), 1):
             advance(1)
+            options.tell("progress", done=done, failed=done - len(pilots))
             key = next(key for key, job in jobs.items() if job == outcome.job)
             if outcome.result is None:
                 # Not thawed: the head stays as it is, and the reason is on record.
@@ -130,7 +141,9 @@ def _work(
     allowed = None if section.budget_minutes is None else 60 * section.budget_minutes * workers
     measured: dict[str, list[float]] = {}
     left = {one.key: one for one in waiting if one.key in pilots}
-    with stage(console, "thaw: train", len(left), "networks") as advance:
+    total = len(left)
+    options.tell("stage", stage="thaw: train", total=total, unit="networks", tasks=total * (folds + 1))
+    with stage(console, "thaw: train", total, "networks") as advance:
         while left:
             costs = {key: training_seconds(one, pilots[key], folds) for key, one in left.items()}
             worth = {key: predicted_gain(one, inputs.metric, measured) / costs[key] for key, one in left.items()}
@@ -149,7 +162,8 @@ def _work(
             else:
                 # Its own share of what is left, so that a candidate that is slower than its pilot cannot take all.
                 limit = None if allowed is None else (allowed - spent) / (folds + 1)
-                record |= _train(inputs, candidate, client, limit)
+                patience = max(options.deadline_s, HUNG * costs[key] / (folds + 1))
+                record |= _train(inputs, candidate, client, limit, replace(options, deadline_s=patience))
                 spent += record["seconds"]
                 if "gain" in record:
                     headroom = abs(
@@ -159,11 +173,15 @@ def _work(
             decided[key] = record
             publish_replace(inputs.paths.thaw_decisions, json.dumps(decided, indent=1).encode())
             advance(1)
+            failed = sum(decided[one]["decision"] in ("failed", "refused") for one in pilots if one not in left)
+            options.tell("progress", done=total - len(left), failed=failed)
     publish_replace(inputs.paths.thaw_decisions, json.dumps(decided, indent=1).encode())
     return len(pilots)
 
 
-def _train(inputs: ThawInputs, candidate: Candidate, client: Client, limit: float | None) -> dict[str, Any]:
+def _train(
+    inputs: ThawInputs, candidate: Candidate, client: Client, limit: float | None, options: TaskOptions
+) -> dict[str, Any]:
     """All folds; then, if the folds are better than the head, the network on all rows."""
     from headrace.pipelines.thaw.task import FoldJob, publish_result, train_fold
 
@@ -173,7 +191,8 @@ def _train(inputs: ThawInputs, candidate: Candidate, client: Client, limit: floa
     failures: dict[int, str] = {}
 
     def run(fold_jobs: Sequence[FoldJob]) -> None:
-        for outcome in run_tasks(client, train_fold, ((f"thaw-{candidate.key}-{one.fold}", one) for one in fold_jobs)):
+        named = ((f"thaw-{candidate.key}-{one.fold}", one) for one in fold_jobs)
+        for outcome in run_tasks(client, train_fold, named, options=options):
             if outcome.result is None:
                 failures[outcome.job.fold] = outcome.error or "its worker died"
             else:
