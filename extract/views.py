@@ -91,6 +91,12 @@ def render_view(
     return pixels(view)
 
 
+def is_exact(text: str) -> bool:
+    """Whether a view (FeatureSpec.view) is made of the evaluation crop's pixels alone: that crop, or a symmetry of it."""
+    index, drawing = parse_view(text)
+    return index == 0 or isinstance(drawing, Symmetries)
+
+
 def mirrored(image: npt.NDArray[Any], index: int) -> npt.NDArray[Any]:
     """A symmetry (see `Symmetries`) of an image (H, W, ...)."""
     turned = image.swapaxes(0, 1) if index & 4 else image

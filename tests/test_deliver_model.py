@@ -1,18 +1,23 @@
 """Model directories, loaded away from their run: the same predictions as the run's, from any form of image."""
 
+import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from deliver_cases import here, run_here
 from PIL import Image
 from run_cases import RECIPE, make_photos
 
 from headrace.cache import SpecMismatch, open_feature_set
-from headrace.extract import BackboneSpec, list_folder
+from headrace.extract import BackboneSpec, decode_image, list_folder, load_backbone
+from headrace.extract.preprocess import render
 from headrace.heads import load_head, load_rows
 from headrace.pipelines import extract_features, train_heads
+from headrace.pipelines.deliver.export import export_model
 from headrace.pipelines.deliver.images import ImageUnusable
 from headrace.pipelines.deliver.model import ModelError, load_model
 
@@ -52,6 +57,34 @@ def test_a_model_directory_predicts_as_its_run(run, away):
     np.testing.assert_allclose(model.predict_proba(samples["path"]), expected, atol=2e-3)
     right = model.predict(samples["path"]) == samples["label"].to_numpy()
     assert right.mean() > 0.9
+
+
+def test_mirrored_views_are_part_of_an_exported_graph(run, tmp_path):
+    """One network in it, run on four images; what it says of the photos is what headrace says, and not what the crop alone says."""
+    model = load_model(run[1].paths.winner)
+    assert len({feature.view for feature in model.members[0].features}) == 4
+    exported = export_model(model, tmp_path / "out", ["torch"])
+    assert exported.all_views
+    program = torch.export.load(tmp_path / "out" / "model.pt2").module()
+    paths = list_folder(run[0] / "photos")["path"].tolist()[:12]
+    with torch.no_grad():
+        how = exported.inputs[0].preprocessing
+        pixels = [torch.from_numpy(np.array(render(decode_image(Path(path).read_bytes()), how))) for path in paths]
+        found = program(torch.stack(pixels)).numpy()
+    expected = model.predict_proba(paths)
+    np.testing.assert_allclose(found, expected, atol=2e-3)
+    assert np.abs(one_view(model).predict_proba(paths) - expected).max() > 5e-3
+    sizes = sum(value.numel() for value in program.state_dict().values())
+    assert sizes < 1.5 * sum(p.numel() for p in load_backbone(model.members[0].backbones[0]).module.parameters())
+
+
+def one_view(model):
+    """The model on the evaluation crop alone."""
+    member = model.members[0]
+    kept = [place for place, feature in enumerate(member.features) if feature.view == '{"index":0}']
+    head = dataclasses.replace(member.head, features=tuple(member.features[place] for place in kept))
+    alone = dataclasses.replace(member, head=head, backbones=tuple(member.backbones[place] for place in kept))
+    return dataclasses.replace(model, members=(alone,))
 
 
 def test_images_come_in_any_form(run, away):

@@ -28,7 +28,7 @@ class Exported:
     inputs: tuple[Input, ...]
     differences: dict[str, float]  # by format: the largest difference from headrace's predictions on the test pictures
     tolerance: float
-    one_view: bool  # otherwise the graphs see the evaluation crop, and headrace averages augmented views too
+    all_views: bool  # otherwise the graphs see the evaluation crop, and headrace averages random views too
 
 
 def model_card(exported: Exported) -> str:
@@ -278,9 +278,9 @@ def _limits(exported: Exported) -> str:
         *([_FLOAT16] if any(isinstance(member, Member) for member in exported.model.members) else []),
         "- The networks' weights keep the licence that they came with.",
     ]
-    if not exported.one_view:
+    if not exported.all_views:
         lines.append(
-            "- It was trained on augmented views, and headrace averages over them. The graphs see the evaluation crop alone, so "
+            "- It was trained on random views, and headrace averages over them. The graphs see the evaluation crop alone, so "
             "that they differ from `headrace predict`; they were compared with headrace on that crop."
         )
     return "\n".join(lines)

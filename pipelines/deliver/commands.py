@@ -124,8 +124,8 @@ def export_command(
     console = Console(highlight=False, soft_wrap=True, markup=False)
     for name, difference in exported.differences.items():
         console.print(f"{name}: differs from headrace by at most {difference:.1e} ({exported.tolerance:g} is allowed)")
-    if not exported.one_view:
-        console.print("note: the graphs see the evaluation crop alone; headrace averages over augmented views too")
+    if not exported.all_views:
+        console.print("note: the graphs see the evaluation crop alone; headrace averages over random views too")
     console.print(f"Wrote {out}. How to use it: {out / 'MODEL_CARD.md'}")
 
 

@@ -26,10 +26,10 @@ from headrace.cache.files import PARTIAL_SUFFIX
 from headrace.extract import BackboneSpec
 from headrace.extract.backbone import load_backbone
 from headrace.extract.decode import Batch
-from headrace.extract.views import parse_view
+from headrace.extract.views import Symmetries, is_exact, mirrored
 from headrace.heads import save_head
 from headrace.pipelines.deliver.card import Exported, model_card
-from headrace.pipelines.deliver.graph import Graph, Input, pixels_of, sees_one_view
+from headrace.pipelines.deliver.graph import Graph, Input, fits_graph, pixels_of
 from headrace.pipelines.deliver.images import open_engine, predict_batch
 from headrace.pipelines.deliver.model import ENSEMBLE, FORMAT, Member, Model, load_model
 from headrace.pipelines.deliver.network import NETWORK, WEIGHTS, NetworkMember, network_backbone
@@ -130,7 +130,7 @@ def _write(model: Model, folder: Path, formats: list[str]) -> Exported:
     version = importlib.metadata.version("headrace")
     (folder / NAME).write_text(preprocess_file(inputs, version), encoding="utf-8")
     tolerance = _tolerance(model)
-    exported = Exported(model, tuple(inputs), differences, tolerance, sees_one_view(model))
+    exported = Exported(model, tuple(inputs), differences, tolerance, fits_graph(model))
     about = {
         "headrace": version,
         "formats": formats,
@@ -152,14 +152,14 @@ def _write(model: Model, folder: Path, formats: list[str]) -> Exported:
 
 
 def evaluation_only(model: Model) -> Model:
-    """The model on the evaluation crop alone, without the augmented views that it may average over."""
+    """The model on the evaluation crop (and its symmetries) alone, without the random views that it may average over."""
     members: list[Member | NetworkMember] = []
     for member in model.members:
         if isinstance(member, NetworkMember):
             members.append(member)
             continue
         head = member.head
-        kept = [place for place, feature in enumerate(head.features) if parse_view(feature.view)[0] == 0]
+        kept = [place for place, feature in enumerate(head.features) if is_exact(feature.view)]
         features = tuple(head.features[place] for place in kept)
         backbones = tuple(member.backbones[place] for place in kept)
         members.append(replace(member, head=replace(head, features=features), backbones=backbones))
@@ -179,11 +179,17 @@ def check_pixels(inputs: Sequence[Input], count: int = _CHECKED) -> list[Tensor]
 
 
 def _check(model: Model, inputs: Sequence[Input]) -> _Check:
-    """Through the same passes as `headrace predict`. A model's own views all see the same pixels here."""
+    """Through the same passes as `headrace predict`. Random views all see the same pixels here."""
     pixels = check_pixels(inputs)
     engine = open_engine(model)
     by_pixels = {pixels_of(each.preprocessing): value for each, value in zip(inputs, pixels, strict=True)}
-    batch = Batch(list(range(_CHECKED)), [by_pixels[pixels_of(each.preprocessing)] for each in engine.renderings])
+    seen = []
+    for each in engine.renderings:
+        own = by_pixels[pixels_of(each.preprocessing)]
+        if isinstance(each.augmentation, Symmetries):
+            own = torch.from_numpy(np.stack([mirrored(image, each.index) for image in own.numpy()]))
+        seen.append(own)
+    batch = Batch(list(range(_CHECKED)), seen)
     predicted = predict_batch(engine, batch)
     if predicted.failed:
         raise ExportError(f"the model cannot be compared on test pictures: {predicted.failed[0][1]}")

@@ -19,12 +19,13 @@ from headrace.extract.backbone import Backbone, load_backbone
 from headrace.extract.nodes import LOGITS, PRE_LOGITS
 from headrace.extract.taps import backbone_nodes, reduce_output
 from headrace.extract.unit import check_identity
-from headrace.extract.views import parse_view
+from headrace.extract.views import is_exact, parse_view
 from headrace.heads import TaskKind
 from headrace.pipelines.deliver.layers import Linked, head_module
 from headrace.pipelines.deliver.model import Member, Model
 from headrace.pipelines.deliver.network import NetworkMember, network_backbone, open_network
 
+_CROP = '{"index":0}'  # the view that is the evaluation crop
 _ROUND_OFF = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -133,25 +134,29 @@ class Graph(nn.Module):
     def __init__(self, model: Model) -> None:
         super().__init__()
         wanted: dict[BackboneSpec, dict[FeatureSpec, None]] = {}
-        loaded: list[tuple[Backbone, list[FeatureSpec]]] = []
+        turns: dict[BackboneSpec, dict[int, None]] = {}
+        loaded: list[tuple[Backbone, list[FeatureSpec], list[int]]] = []
         for member in model.members:
             if isinstance(member, NetworkMember):
-                loaded.append((network_backbone(member.directory, member.digest), list(member.features)))
+                loaded.append((network_backbone(member.directory, member.digest), list(member.features), [0]))
                 continue
             for made_by, feature in zip(member.backbones, member.features, strict=True):
-                if parse_view(feature.view)[0] == 0:
-                    wanted.setdefault(made_by, {})[feature] = None
+                if is_exact(feature.view):
+                    wanted.setdefault(made_by, {})[replace(feature, view=_CROP)] = None
+                    turns.setdefault(made_by, {})[parse_view(feature.view)[0]] = None
         self.inputs: list[Input] = []
         self.sources: list[int] = []  # which input each network reads
+        self.turns: list[list[int]] = []  # and which symmetries of it
         self.keys: list[list[str]] = []  # the features that each network gives
         networks = []
         for made_by, features in wanted.items():
-            loaded.append((load_backbone(made_by), list(features)))
+            loaded.append((load_backbone(made_by), list(features), list(turns[made_by])))
             for feature in features:
                 check_identity(loaded[-1][0], feature)
-        for backbone, given in loaded:
+        for backbone, given, turned in loaded:
             self.sources.append(self._input(backbone.preprocessing))
-            self.keys.append([feature.to_json() for feature in given])
+            self.turns.append(turned)
+            self.keys.append([replace(feature, view=_CROP).to_json() for feature in given])
             networks.append(_lean(_Taps(backbone, given), backbone))
         self.networks = nn.ModuleList(networks)
         self.heads = nn.ModuleList([_head(member) for member in model.members])
@@ -164,14 +169,19 @@ class Graph(nn.Module):
         self.eval().requires_grad_(False)
 
     def forward(self, *images: Tensor) -> Tensor:
-        features: dict[str, Tensor] = {}
-        for network, source, keys in zip(self.networks, self.sources, self.keys, strict=True):
-            features |= zip(keys, network(images[source]), strict=True)
+        features: dict[tuple[str, int], Tensor] = {}
+        for network, source, turns, keys in zip(self.networks, self.sources, self.turns, self.keys, strict=True):
+            for turn in turns:
+                given = network(_turned(images[source], turn))
+                features |= {(key, turn): value for key, value in zip(keys, given, strict=True)}
         total: Tensor | None = None
         for head, columns, spatial, share in zip(self.heads, self.columns, self.spatial, self.shares, strict=True):
-            parts = [features[key] if spatial else features[key].flatten(1) for key in columns]
+            seen = []
+            for view in columns:
+                parts = [features[key] if spatial else features[key].flatten(1) for key in view]
+                seen.append(head(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)))
             weight, own = share
-            part = tempered(head(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)), self.task_kind, own)
+            part = tempered(seen[0] if len(seen) == 1 else torch.stack(seen).mean(0), self.task_kind, own)
             part = part if weight == 1 else part * weight
             total = part if total is None else total + part
         assert total is not None
@@ -197,9 +207,16 @@ def tempered(probabilities: Tensor, task_kind: TaskKind, temperature: float) -> 
     return torch.softmax(torch.log(probabilities.clamp(min=1e-30)) / temperature, dim=1)
 
 
-def sees_one_view(model: Model) -> bool:
-    """Whether the model was trained on the evaluation crop alone; augmented views have no place in a graph."""
-    return all(parse_view(feature.view)[0] == 0 for member in model.members for feature in member.features)
+def _turned(pixels: Tensor, index: int) -> Tensor:
+    """As extract.views.mirrored, of pixels (n, H, W, 3)."""
+    turned = pixels.transpose(1, 2) if index & 4 else pixels
+    axes = [axis for axis, bit in ((1, 2), (2, 1)) if index & bit]
+    return torch.flip(turned, axes) if axes else turned
+
+
+def fits_graph(model: Model) -> bool:
+    """Whether all views that the model averages over are made of the evaluation crop; others have no place in a graph."""
+    return all(is_exact(feature.view) for member in model.members for feature in member.features)
 
 
 def _head(member: Member | NetworkMember) -> nn.Module:
@@ -209,8 +226,14 @@ def _head(member: Member | NetworkMember) -> nn.Module:
     return head_module(member.head)
 
 
-def _columns(member: Member | NetworkMember) -> list[str]:
-    return [feature.to_json() for feature in member.features if parse_view(feature.view)[0] == 0]
+def _columns(member: Member | NetworkMember) -> list[list[tuple[str, int]]]:
+    """For each view the features that make its columns."""
+    views: dict[int, list[tuple[str, int]]] = {}
+    for feature in member.features:
+        if is_exact(feature.view):
+            turn = parse_view(feature.view)[0]
+            views.setdefault(turn, []).append((replace(feature, view=_CROP).to_json(), turn))
+    return list(views.values())
 
 
 def pixels_of(how: Preprocessing) -> tuple[Any, ...]:
