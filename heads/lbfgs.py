@@ -53,6 +53,7 @@ class Memory:
 
     pairs: Array  # (K, 2m, P)
     gram: Array  # (K, 2m, 2m) float64, the inner products of the rows of `pairs`
+    room: Array  # (3, P): new memory for every pair would cost more than its arithmetic
     newest: int = -1
 
     @property
@@ -86,7 +87,8 @@ class Memory:
         """Slot k's newest pair; returns the inner products (2m,) of its pairs with the gradient, from the same look at them."""
         m, slot, rows = self.size, self.newest, self.pairs[k]
         rows[slot], rows[m + slot] = step, change
-        products: Array = rows @ np.stack([step, change, gradient]).T
+        self.room[:] = step, change, gradient
+        products: Array = rows @ self.room.T
         self.gram[k][:, slot] = self.gram[k][slot] = products[:, 0]
         self.gram[k][:, m + slot] = self.gram[k][m + slot] = products[:, 1]
         if not products[slot, 1] > np.finfo(rows.dtype).eps * products[m + slot, 1]:
@@ -150,7 +152,11 @@ def minimise(
     """
     eps = float(np.finfo(dtype).eps)
     point, gradient, direction = (np.zeros((slots, parameters), dtype) for _ in range(3))
-    remembered = Memory(np.zeros((slots, 2 * memory, parameters), dtype), np.zeros((slots, 2 * memory, 2 * memory)))
+    remembered = Memory(
+        np.zeros((slots, 2 * memory, parameters), dtype),
+        np.zeros((slots, 2 * memory, 2 * memory)),
+        np.zeros((3, parameters), dtype),
+    )
     value, slope, length, squared = (np.zeros(slots) for _ in range(4))
     products = np.zeros((slots, 2 * memory))
     decrease = np.zeros((slots, 4))  # of the last accepted steps, newest first

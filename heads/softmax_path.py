@@ -385,6 +385,10 @@ class _Flight:
         """
         m, own = len(other.pairs) // 2, self.frames[slot]
         steps = other.frame.unscaled(other.pairs[:m].reshape(m, *self.shape))
+        if own is other.frame:
+            steps[..., -1] = 0
+            more = own.scaled_gradient(steps).reshape(m, -1)
+            return np.concatenate([other.pairs[:m], other.pairs[m:] + more.dtype.type(self.mu[slot] - other.mu) * more])
         changes = other.frame.unscaled_gradient(other.pairs[m:].reshape(m, *self.shape))
         if self.mu[slot] != other.mu:
             changes[..., :-1] += changes.dtype.type(self.mu[slot] - other.mu) * steps[..., :-1]
