@@ -32,6 +32,7 @@ TaskKind = Literal["single", "multi", "regression"]
 
 # An eigendecomposition costs about as much as this many Cholesky factorisations (float64: 17 at D = 512, 20 at 1,280).
 STRENGTHS_WORTH_EIGENVALUES = 16
+OFFSET_SEEN = 100.0  # means of so many scales lose two digits of float32's seven, and the order of sums a third
 
 
 def fit_ridge_bank(
@@ -85,7 +86,7 @@ def fit_ridge_bank(
             joined = _join(solved)
             held = np.flatnonzero(fold == f)
             weight, bias = _raw(joined, scaling[FULL])
-            scores = None if f == FULL else _scores(X, held, weight, bias)
+            scores = None if f == FULL else _scores(X, held, weight, bias, scaling[FULL])
             seconds = (time.perf_counter() - began) / len(chosen)
             for row, i in enumerate(chosen):
                 own = None if scores is None else scores[row]
@@ -213,15 +214,21 @@ def _raw(solved: _Solved, whole: Moments) -> tuple[Array, Array]:
     return weight.astype(np.float32), (solved.bias - weight @ whole.mean).astype(np.float32)
 
 
-def _scores(X: Features, rows: npt.NDArray[np.intp], weight: Array, bias: Array) -> Array:
+def _scores(X: Features, rows: npt.NDArray[np.intp], weight: Array, bias: Array, whole: Moments) -> Array:
     """(A, n, T) float32 scores of the given rows by the stored arrays.
 
-    In the blocks of `predict_head` and head by head: one product of all heads sums in another order, and at large
-    offsets the order is seen in the fourth digit.
+    In the blocks of `predict_head`, and where means are far larger than their features' scales, head by head: one product
+    of all heads, three times as fast, sums in another order, and there the order is seen in the fourth digit.
     """
-    scores = np.empty((len(weight), len(rows), weight.shape[1]), np.float32)
+    heads, targets, _ = weight.shape
+    scores = np.empty((heads, len(rows), targets), np.float32)
+    together = bool((np.abs(whole.mean) <= OFFSET_SEEN * whole.scale).all())
     for where in chunks(np.arange(len(rows)), ROWS_AT_ONCE):
         z = X[rows[where]].astype(np.float32, copy=False)
+        if together:
+            product = weight.reshape(heads * targets, -1) @ z.T
+            scores[:, where] = product.reshape(heads, targets, -1).transpose(0, 2, 1) + bias[:, None]
+            continue
         for row, own in enumerate(weight):
             scores[row, where] = z @ own.T + bias[row]
     return scores
