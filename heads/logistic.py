@@ -21,8 +21,9 @@ import numpy.typing as npt
 from headrace.heads.checks import check_specs
 from headrace.heads.design import ROWS_PER_TILE, Design, Tile, make_design, stream_design
 from headrace.heads.inputs import check_rows
+from headrace.heads.lines import Line
 from headrace.heads.loss import sigmoid, softmax
-from headrace.heads.softmax_path import Line, Solution, solve_lines
+from headrace.heads.softmax_path import Solution, solve_lines
 from headrace.heads.spec import FULL, HeadFit, LogisticSpec
 from headrace.heads.standardize import Features, Moments, chunks, group_moments, sweep, training_moments
 from headrace.heads.streamed import Streamed

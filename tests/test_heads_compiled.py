@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headrace.heads import design as design_module
-from headrace.heads import softmax_path
+from headrace.heads import flight
 from headrace.heads.compiled_tiles import compiled
 from headrace.heads.design import Design, Rotation, Tile
 from headrace.heads.logistic import fit_logistic_bank
@@ -113,7 +113,7 @@ def test_a_bank_is_the_same_without_a_compiler(monkeypatch, multi):
     options = {"n_classes": 3 if multi else 4, "fold": np.arange(300) % 3, "gap": 1e-6}
     specs = [LogisticSpec(C) for C in (0.01, 0.1, 1.0)] + [LogisticSpec(0.1, class_weight="balanced")]
     quick = fit_logistic_bank(X, target, specs=specs, **options)
-    for module in (softmax_path, design_module):
+    for module in (flight, design_module):
         monkeypatch.setattr(module, "compiled", lambda: None)
     plain = fit_logistic_bank(X, target, specs=specs, **options)
     for one, other in zip(quick, plain, strict=True):

@@ -1,0 +1,225 @@
+"""The heads in flight: what one evaluation of all of them costs is one pass over the rows.
+
+A heads in flight, C classes (rows of a head: C for a softmax, 1 for a sigmoid), R + 1 coordinates (the intercept last),
+n rows of a tile.
+"""
+
+import math
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from headrace.heads.compiled_tiles import compiled
+from headrace.heads.design import Design, Tile
+from headrace.heads.lines import Line, Solved
+from headrace.heads.passes import CompiledPass, Elsewhere, PlainPass, Weighting, blas_threads
+from headrace.heads.precondition import (
+    SAMPLED_ROWS,
+    SAMPLED_ROWS_PER_CLASS,
+    Frame,
+    dense_coordinates,
+    frame,
+    row_products,
+)
+
+Array = npt.NDArray[Any]
+ITERATIONS_PER_FRAME = 20
+# Of a head's mean loss, root mean square over its weights of standardised features. scikit-learn's default is 1e-4 for the
+# largest, some 1e-5 by this measure: at strong regularisation that is a gap below 1e-6, two more iterations.
+GRADIENT = 8e-6
+MOST_THREADS = 8  # share a tile: fewer rows each than a hundred or so are not worth waking a thread
+TILES_AHEAD = 8  # of streamed rows, asked for while as many are multiplied
+
+
+class Batch:
+    """What is the same at every strength: rows, class weights, and the sums that the bounds need."""
+
+    def __init__(self, design: Design, lines: list[Line], rows: int, device: str) -> None:
+        self.design, self.lines, self.rows = design, lines, rows
+        self.elsewhere: Elsewhere | None = None
+        self.compiled = compiled() if device == "cpu" and design.dtype == np.float32 else None
+        self.parts = 1 if self.compiled is None else min(blas_threads(), MOST_THREADS)
+        self.alone = self.compiled if self.parts == 1 else None
+        self.threads = ThreadPoolExecutor(self.parts) if self.parts > 1 else None
+        if device != "cpu":
+            from headrace.heads.torch_tiles import TorchTiles  # a bank on the CPU does not import torch
+
+            self.elsewhere = TorchTiles(design.tiles, rows, device, keep=design.source is None)
+        self.folds = np.array([line.fold for line in lines])
+        multipliers = np.stack([line.multiplier for line in lines]).astype(design.dtype)
+        weighted = bool((multipliers != 1).any()) or any(tile.weight is not None for tile in design.tiles)
+        self.weighting = Weighting(rows, multipliers, np.array([line.label for line in lines]), weighted)
+        # Weighted class sums of the rows, (lines, C or 2, R + 1) float64; the last column holds the weights' sums.
+        wanted = max(SAMPLED_ROWS, SAMPLED_ROWS_PER_CLASS * rows)
+        every = max(sum(len(tile.rows) for tile in design.tiles) // wanted, 1)
+        self.sampled, sampled = [], []
+        sums: list[Array | float] = [0.0] * len(lines)
+        passed = 0
+        for tile in design.tiles:
+            values, _ = design.read(tile)
+            # Every so many-th row of all, wherever tiles begin: a tile may hold fewer than that.
+            self.sampled.append(slice(-passed % every, None, every))
+            passed += len(tile.rows)
+            sampled.append(values[self.sampled[-1]].copy())
+            for i in np.flatnonzero(self.folds != tile.group).tolist():
+                sums[i] = sums[i] + self._tile_sums(tile, values, i)
+        self.sums = np.stack([design.from_tiles(np.asarray(one)) for one in sums])
+        self.values = design.from_tiles(np.concatenate(sampled))
+        self.squares = self.values**2
+        self.products = row_products(self.values, dense_coordinates(rows, design.width))
+
+    def _tile_sums(self, tile: Tile, values: Array, i: int) -> Array:
+        n = len(tile.rows)
+        weight = np.ones(n, self.design.dtype) if tile.weight is None else tile.weight
+        if self.weighting.labels[i] < 0:
+            member = np.zeros((self.rows, n), self.design.dtype)
+            for k in range(self.rows):
+                member[k, tile.bounds[k] : tile.bounds[k + 1]] = 1
+        else:
+            label = tile.labels[self.weighting.labels[i]]
+            member = np.stack([1 - label, label])
+        return np.asarray(((member * weight) @ values).astype(np.float64) * self.weighting.multipliers[i][:, None])
+
+    def frame(self, u: Array, i: int, mu: float) -> Frame:
+        """Frame at u for line i and those that differ from it in fold only."""
+        parts = []
+        for tile, rows in zip(self.design.tiles, self.sampled, strict=True):
+            weight = self.weighting.of_rows(tile, np.array([i]))
+            parts.append(np.ones(len(tile.rows), self.design.dtype)[rows] if weight is None else weight[0, rows])
+        weight = np.concatenate(parts)
+        weight *= self.sums[i][:, -1].sum() / weight.sum()
+        return frame(u, self.values, self.squares, self.products, weight, mu)
+
+    def begin(self, lines: npt.NDArray[np.intp], u: Array) -> PlainPass | CompiledPass:
+        """A pass of heads u (A, c, W) of the given lines."""
+        if self.compiled is None:
+            return PlainPass(self.design, self.weighting, lines, u, self.elsewhere)
+        return CompiledPass(self.design, self.weighting, lines, u, self.compiled, self.threads, self.parts)
+
+    def bounds(self, heads: list[tuple[int, Solved]]) -> list[float]:
+        """Upper bounds of value - optimum: Fenchel duality gaps at feasible dual points near the heads' residuals.
+
+        With residuals w(p - y) as dual point the gap is |g|^2 / (2 mu), but the free intercept makes that point
+        feasible only where the intercept's gradient g_b is zero. So p is mixed with a constant q, p' = (1 - e) p + e q,
+        e just large enough that the classes' masses are right and q >= 0; the entropy's concavity then gives, with G
+        the loss's gradient and d = -e (G + sum_i w_i (y_i - q) z_i):
+            gap <= |g|^2/(2 mu) + b.g_b + e (loss - V.G - b.g_b) + (G.d + |d|^2/2) / mu,
+        norms and products over features being those of P^-1.
+        """
+        folds = np.array([self.lines[i].fold for i, _ in heads])
+        V = np.stack([one.u[:, :-1] for _, one in heads])
+        pulls = self.design.penalised(V, folds).astype(np.float64)
+        vectors, rest = [], []
+        for (i, one), pull in zip(heads, pulls, strict=True):
+            u, g = one.u.astype(np.float64), one.gradient.astype(np.float64)
+            b, g_b = u[:, -1], g[:, -1]
+            loss = one.value - 0.5 * one.mu * float(np.vdot(u[:, :-1], pull))
+            G = g[:, :-1] - one.mu * pull
+            mass, class_sums = self.sums[i][:, -1], self.sums[i][:, :-1]
+            excess = g_b if self.rows > 1 else np.array([-g_b[0], g_b[0]])
+            ratio = float((excess / mass).max(initial=0.0))
+            e = ratio / (1 + ratio)
+            q = mass / mass.sum() - (excess / (mass.sum() * ratio) if ratio > 0 else 0.0)
+            drift = class_sums - q[:, None] * class_sums.sum(axis=0)
+            vectors.append(np.stack([g[:, :-1], G, -e * (G + (drift[1:] if self.rows == 1 else drift))]))
+            rest.append(float(b @ g_b) + e * (loss - float(np.vdot(u[:, :-1], G)) - float(b @ g_b)))
+        norms = self.design.dual_products(np.stack(vectors), folds)
+        return [
+            max(own[0, 0] / (2 * one.mu) + more + (own[1, 2] + own[2, 2] / 2) / one.mu, 0.0)
+            for (_, one), own, more in zip(heads, norms, rest, strict=True)
+        ]
+
+
+class Flight:
+    """The heads in flight: in each slot a line, a strength and the frame whose scaled coordinates it is solved in."""
+
+    def __init__(self, batch: Batch, slots: int) -> None:
+        self.batch = batch
+        self.lines = np.zeros(slots, np.intp)
+        self.mu = np.zeros(slots)
+        self.frames: dict[int, Frame] = {}
+        self.made: dict[tuple[int, str, float, int], Frame] = {}
+        self.shape = (max(batch.rows - 1, 1), batch.design.width)
+
+    def load(self, slot: int, i: int, mu: float, start: Array, iterations: int, given: Frame | None = None) -> None:
+        """Put line i's head at strength mu, so many iterations old, into the slot. Folds differ little: the frame of the first
+        to be as old serves all, unless one is given."""
+        if given is not None:
+            self.lines[slot], self.mu[slot], self.frames[slot] = i, mu, given
+            return
+        line = self.batch.lines[i]
+        key = (line.label, line.kind, mu, iterations // ITERATIONS_PER_FRAME)
+        if key not in self.made:
+            self.made[key] = self.batch.frame(start, i, mu)
+        self.lines[slot], self.mu[slot], self.frames[slot] = i, mu, self.made[key]
+
+    def carried(self, slot: int, other: Solved) -> Array:
+        """Another strength's pairs for this slot: to u coordinates, y += (mu' - mu) s, to its coordinates.
+
+        P is taken for the identity here: pairs only steer, and with 100 classes the product would cost a pass.
+        """
+        m, own = len(other.pairs) // 2, self.frames[slot]
+        steps = other.frame.unscaled(other.pairs[:m].reshape(m, *self.shape))
+        if own is other.frame:
+            steps[..., -1] = 0
+            more = own.scaled_gradient(steps).reshape(m, -1)
+            return np.concatenate([other.pairs[:m], other.pairs[m:] + more.dtype.type(self.mu[slot] - other.mu) * more])
+        changes = other.frame.unscaled_gradient(other.pairs[m:].reshape(m, *self.shape))
+        if self.mu[slot] != other.mu:
+            changes[..., :-1] += changes.dtype.type(self.mu[slot] - other.mu) * steps[..., :-1]
+        both = np.concatenate([own.scaled(steps), own.scaled_gradient(changes)])
+        return both.reshape(2 * m, -1)
+
+    def settled(self, slot: int, gradient: Array) -> bool:
+        """Whether a head's gradient, in scaled coordinates, is as small as those that scikit-learn ends with."""
+        own = self.frames[slot].unscaled_gradient(gradient.reshape(self.shape))
+        entries = self.batch.rows * len(self.batch.design.centre)
+        mass = self.batch.sums[self.lines[slot]][:, -1].sum()
+        return float(np.linalg.norm(own)) <= GRADIENT * float(mass) * math.sqrt(entries)
+
+    def evaluate(self, which: npt.NDArray[np.intp], x: Array) -> tuple[Array, Array]:
+        """Objectives (A,) float64 and gradients, in scaled coordinates, of the problems `which`."""
+        batch, design = self.batch, self.batch.design
+        lines = self.lines[which]
+        mu = self.mu[which].astype(design.dtype)
+        shared: dict[int, list[int]] = {}  # heads of a frame go through it together
+        for row, slot in enumerate(which.tolist()):
+            shared.setdefault(id(self.frames[slot]), []).append(row)
+        frames = [(self.frames[int(which[rows[0]])], rows) for rows in shared.values()]
+        u = np.empty((len(which), batch.rows, design.width), design.dtype)
+        for own, rows in frames:
+            u[rows] = own.unscaled(x[rows].reshape(-1, *self.shape))
+        folds = batch.folds[lines]
+        columns = max(batch.rows - 1, 1)  # the last class's row is minus the sum of the others', in all that follows
+        pull = mu[:, None, None] * design.penalised(np.ascontiguousarray(u[:, :columns, :-1]), folds, batch.alone)
+        gradient = np.zeros_like(u)
+        gradient[:, :columns, :-1] = pull
+        value = 0.5 * np.einsum("acr,acr->a", u[:, :columns, :-1], pull).astype(np.float64)
+        if batch.rows > 1:
+            gradient[:, -1, :-1] = -pull.sum(axis=1)
+            value += 0.5 * np.einsum("ar,ar->a", u[:, -1, :-1], gradient[:, -1, :-1])
+        groups = dict.fromkeys(tile.group for tile in design.tiles)
+        seen = {group: sees for group in groups if (sees := np.flatnonzero(folds != group)).size}
+        inner = design.to_tiles(np.ascontiguousarray(u[:, :columns]).reshape(len(u) * columns, -1))
+        inner = inner.reshape(len(u), columns, -1)
+        passes = {group: batch.begin(lines[sees], inner[sees]) for group, sees in seen.items()}
+        for place, tile in enumerate(design.tiles):
+            if design.source is not None and place % TILES_AHEAD == 0:
+                ahead = design.tiles[place + TILES_AHEAD : place + 2 * TILES_AHEAD]
+                if ahead:
+                    design.source.prefetch(np.concatenate([one.rows for one in ahead]))
+            if tile.group in seen:
+                value[seen[tile.group]] += passes[tile.group].add(tile)
+        total = np.zeros_like(inner)
+        for group, sees in seen.items():
+            total[sees] += passes[group].gradient()
+        total = design.from_tiles(total.reshape(len(u) * columns, -1)).reshape(len(u), columns, -1)
+        gradient[:, :columns] += total
+        if batch.rows > 1:
+            gradient[:, -1] -= total.sum(axis=1)
+        scaled = np.empty_like(x)
+        for own, rows in frames:
+            scaled[rows] = own.scaled_gradient(gradient[rows]).reshape(len(rows), -1)
+        return value, scaled
