@@ -6,6 +6,7 @@ none warms the caches or the thread pools of another. The last line is JSON: {me
 """
 
 import argparse
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -23,12 +24,24 @@ def main() -> int:
     parser.add_argument("--case", choices=every, action="append", help="only these (default: all)")
     parser.add_argument("--quick", action="store_true", help="smaller samples of the slow side")
     options = parser.parse_args()
+    figures = {}
     for case in options.case or every:
         script = next(name for name, cases in CASES.items() if case in cases)
         command = [sys.executable, str(Path(__file__).with_name(script)), "--case", case]
-        done = subprocess.run([*command, "--quick"] if options.quick else command, check=False)
-        if done.returncode:
-            return done.returncode
+        last = ""
+        with subprocess.Popen(
+            [*command, "--quick"] if options.quick else command, stdout=subprocess.PIPE, text=True
+        ) as running:
+            assert running.stdout is not None
+            for line in running.stdout:
+                print(line, end="", flush=True)
+                last = line
+        if running.returncode:
+            return running.returncode
+        figures |= {
+            name if name.startswith(case) else f"{case} {name}": value for name, value in json.loads(last).items()
+        }
+    print(json.dumps(figures))
     return 0
 
 

@@ -45,6 +45,7 @@ CASES = {  # rows, features, classes
     "ridge": (20_000, 1_280, 10),
     "ridge-1000": (20_000, 1_280, 10),
 }
+GAPS = {"logistic-100": (1e-4, 1e-5, 1e-7)}  # that the bank is asked for, where not 1e-5 and 3e-7
 STRENGTHS = np.logspace(-4, 2, 20)
 Timed = tuple[float, float]  # CPU and wall seconds
 
@@ -130,7 +131,8 @@ def logistic_case(name: str, quick: bool) -> dict[str, float]:
         return fit_logistic_bank(X, y, n_classes=classes, fold=fold, specs=specs, full=False, gap=gap)
 
     bank(1e-1)  # warm
-    for label, gap in (("bank 1e-5", 1e-5), ("bank 3e-7", 3e-7)):
+    for gap in GAPS.get(name, (1e-5, 3e-7)):
+        label = f"bank {gap:.0e}".replace("e-0", "e-")
         runs = [timed(lambda gap=gap: bank(gap)) for _ in range(1 if quick else 5)]
         fits = {(specs.index(fit.spec), fit.fold): fit for fit in runs[0][0]}
         seconds[label] = median([run[1] for run in runs])
@@ -176,7 +178,7 @@ def logistic_case(name: str, quick: bool) -> dict[str, float]:
             text += f"{np.median(gaps):12.1e}{np.quantile(gaps, 0.9):10.1e}{gaps.max():10.1e}"
             figures[f"max_gap {label}"] = float(gaps.max())
         print(text)
-    for ours in ("bank 1e-5", "bank 3e-7"):
+    for ours in [side for side in seconds if side.startswith("bank")]:
         for theirs in [side for side in seconds if not side.startswith("bank")]:
             ratio = seconds[theirs][0] / seconds[ours][0]
             figures[f"{ours} vs {theirs}"] = ratio

@@ -310,7 +310,21 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     chosen = list(CASES) if options.case == "all" else [options.case]
-    print(json.dumps([CASES[name](quick=options.quick) for name in chosen]))
+    figures = {}
+    for name in chosen:
+        figures |= {f"{name} {measure}": value for measure, value in flat(CASES[name](quick=options.quick)).items()}
+    print(json.dumps(figures))
+
+
+def flat(found: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    """Numbers of nested dictionaries by their joined names; texts are left out."""
+    figures: dict[str, float] = {}
+    for name, value in found.items():
+        if isinstance(value, dict):
+            figures |= flat(value, f"{prefix}{name} ")
+        elif isinstance(value, int | float):
+            figures[prefix + name] = float(f"{value:.4g}")
+    return figures
 
 
 if __name__ == "__main__":

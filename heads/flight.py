@@ -26,9 +26,10 @@ from headrace.heads.precondition import (
 
 Array = npt.NDArray[Any]
 ITERATIONS_PER_FRAME = 20
-# Of a head's mean loss, root mean square over its weights of standardised features. scikit-learn's default is 1e-4 for the
-# largest, some 1e-5 by this measure: at strong regularisation that is a gap below 1e-6, two more iterations.
-GRADIENT = 8e-6
+# Of a head's mean loss with ten classes, root mean square over its weights of standardised features; with others it goes with
+# the root of their number, as gradients do. scikit-learn's default is 1e-4 for the largest, some 1e-5 by this measure:
+# at strong regularisation that is a gap below 1e-6, two more iterations.
+GRADIENT, AT_CLASSES = 8e-6, 10
 MOST_THREADS = 8  # share a tile: fewer rows each than a hundred or so are not worth waking a thread
 TILES_AHEAD = 8  # of streamed rows, asked for while as many are multiplied
 
@@ -175,9 +176,11 @@ class Flight:
     def settled(self, slot: int, gradient: Array) -> bool:
         """Whether a head's gradient, in scaled coordinates, is as small as those that scikit-learn ends with."""
         own = self.frames[slot].unscaled_gradient(gradient.reshape(self.shape))
-        entries = self.batch.rows * len(self.batch.design.centre)
+        classes = self.batch.rows
+        limit = GRADIENT * math.sqrt(AT_CLASSES / max(classes, AT_CLASSES))
+        entries = classes * len(self.batch.design.centre)
         mass = self.batch.sums[self.lines[slot]][:, -1].sum()
-        return float(np.linalg.norm(own)) <= GRADIENT * float(mass) * math.sqrt(entries)
+        return float(np.linalg.norm(own)) <= limit * float(mass) * math.sqrt(entries)
 
     def evaluate(self, which: npt.NDArray[np.intp], x: Array) -> tuple[Array, Array]:
         """Objectives (A,) float64 and gradients, in scaled coordinates, of the problems `which`."""

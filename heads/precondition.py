@@ -30,7 +30,7 @@ from headrace.heads.loss import sigmoid, softmax
 Array = npt.NDArray[Any]
 CLASSES_WORTH_EIGENVECTORS = 1024  # beyond, they cost more than the iterations that they save
 INTERCEPT_FLOOR = 1e-4  # of the rows' mass
-SAMPLED_ROWS, SAMPLED_ROWS_PER_CLASS = 2048, 40
+SAMPLED_ROWS, SAMPLED_ROWS_PER_CLASS = 2048, 20
 DENSE, MOST_DENSE = 160, 1024  # coordinates taken together, over all classes; as many where classes are many
 CLASSES_WORTH_DENSE = 128  # beyond, the products of pairs of classes cost more than the iterations that they save
 

@@ -23,7 +23,7 @@ from headrace.heads.lbfgs import Stopped, minimise
 from headrace.heads.lines import Line, Plan, Solved, nearest, predict_start
 
 Array = npt.NDArray[Any]
-PAIRS = 8
+PAIRS, PARAMETERS_OF_FEWER_PAIRS, FEWER_PAIRS = 8, 1 << 16, 6  # at 100 classes reading eight costs more than they save
 MOST_ITERATIONS = 600
 COLUMNS_IN_FLIGHT = 512
 # Streamed rows are worth more columns a pass than one head of each line has, even for more passes.
@@ -123,7 +123,7 @@ def solve_lines(
         done,
         slots=slots,
         parameters=math.prod(flight.shape),
-        memory=PAIRS,
+        memory=PAIRS if math.prod(flight.shape) < PARAMETERS_OF_FEWER_PAIRS else FEWER_PAIRS,
         dtype=design.dtype,
         gap=gap,
         max_iterations=ITERATIONS_PER_FRAME,
