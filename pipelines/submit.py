@@ -12,6 +12,7 @@ import math
 import queue
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
@@ -215,18 +216,21 @@ def _land(window: _Window[Job, Result], flight: _Flight[Job]) -> Outcome[Job, Re
     task, future, tell = flight.task, flight.future, window.options.tell
     seconds = round(time.monotonic() - flight.since, 3)
     error: BaseException | None = None
+    where = ""
     try:
         if future.status == "finished":
             result = future.result(timeout=_FETCH_S)
             window.innocent += task.deaths
             tell("finished", task=task.key, seconds=seconds, result=_plain(result))
             return Outcome(task.job, result, None)
-        error = future.exception(timeout=_FETCH_S) if future.status == "error" else None
+        if future.status == "error":
+            error = future.exception(timeout=_FETCH_S)
+            where = "".join(traceback.format_tb(future.traceback(timeout=_FETCH_S)))
     except (TimeoutError, CancelledError):
         pass  # the worker is gone, and the result with it
     if error is not None and type(error).__name__ != "KilledWorker":
         window.innocent += task.deaths
-        tell("failed", task=task.key, seconds=seconds, error=f"{type(error).__name__}: {error}")
+        tell("failed", task=task.key, seconds=seconds, error=f"{type(error).__name__}: {error}", traceback=where)
         return Outcome(task.job, None, f"{type(error).__name__}: {error}")
     # To run for ever twice is proof enough: every further time would cost as long again.
     task.deaths += 2 if flight.worker in window.ended else 1

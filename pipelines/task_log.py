@@ -7,7 +7,7 @@ Each line has `time` (UTC) and `event`:
     stage     a stage starts: `stage`, `total` of its `unit`, in so many `tasks`
     started   a task is given to a worker: `task`, `worker`, `attempt`
     finished  its results are published: `task`, `seconds`, and the `result` that it returned
-    failed    it raised: `task`, `seconds`, `error`
+    failed    it raised: `task`, `seconds`, `error`, and the `traceback`
     died      its worker died or had to be ended while it ran: `error`; it is tried again
     divided   it was found guilty of that, and its `parts` take its place
     guilty    it was found guilty, and has no parts

@@ -10,14 +10,20 @@ LOG = "open({path!r}, 'a').write('{name}\\n') and "
 
 
 @pytest.mark.slow
-def test_results_errors_and_deaths_all_come_back(tmp_path):
-    """A task that raises is not tried again; one that kills its worker is, a few times; the others are done exactly once."""
+def test_results_errors_and_deaths_all_come_back(tmp_path, capfd):
+    """A task that raises is not tried again; one that kills its worker is, a few times; the others are done exactly once.
+    Where it was raised is told to the log, and the terminal sees no traceback."""
     path = str(tmp_path / "log")
     jobs = {f"good{i}": LOG.format(path=path, name=f"good{i}") + f"{i} * {i}" for i in range(20)}
     jobs["raises"] = LOG.format(path=path, name="raises") + "1 / 0"
     jobs["kills"] = LOG.format(path=path, name="kills") + "__import__('os')._exit(1)"
+    told = []
+    options = TaskOptions(tell=lambda event, **details: told.append((event, details)))
     with local_client(2) as client:
-        outcomes = list(run_tasks(client, eval, sorted(jobs.items())))
+        outcomes = list(run_tasks(client, eval, sorted(jobs.items()), options=options))
+    assert "Traceback" not in capfd.readouterr().err
+    (failed,) = [details for event, details in told if event == "failed"]
+    assert 'File "<string>", line 1' in failed["traceback"]
     assert sorted(outcome.job for outcome in outcomes) == sorted(jobs.values())
     results = {outcome.job: outcome for outcome in outcomes}
     assert [results[jobs[f"good{i}"]].result for i in range(20)] == [i * i for i in range(20)]
