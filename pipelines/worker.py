@@ -6,7 +6,6 @@ Dask runs `dask_setup` when it starts a worker with `--preload headrace.pipeline
 import contextlib
 import ctypes
 import importlib
-import logging
 import signal
 import sys
 from typing import Any
@@ -17,8 +16,6 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 def dask_setup(worker: Any) -> None:
     """Arm the process of a new worker."""
     importlib.import_module("headrace.heads")  # now, so that no task's time is spent on it
-    # A task that raises is an outcome: its reason is told by the driver, and where it was raised is in the run's log.
-    logging.getLogger("distributed.worker").addFilter(lambda record: not str(record.msg).startswith("Compute Failed"))
     die_with_parent()
     limit = worker.memory_manager.memory_limit
     if limit:
