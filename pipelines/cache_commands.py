@@ -153,7 +153,7 @@ def verify_command(
         if recompute:
             wrong += _verify_recompute(recipe, directories, recompute)
     if wrong:
-        _say(f"{wrong} problems. Broken shards: `headrace cache repair`, then run again")
+        _say(f"{wrong} problem{'s' * (wrong > 1)}. Broken shards: `headrace cache repair`, then run again")
         raise typer.Exit(1)
 
 
@@ -356,7 +356,7 @@ def _verify_sources(recipe_path: Path, directories: list[Path]) -> int:
         for problem in problems:
             _say(f"source: {problem.message}")
         wrong += len(problems)
-    _say(f"{len(current):,} source images hashed, {wrong} problems")
+    _say(f"{len(current):,} source images hashed, {wrong} problem{'s' * (wrong != 1)}")
     return wrong
 
 

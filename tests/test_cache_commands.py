@@ -73,7 +73,7 @@ def test_verify_repair_verify(cache):
     output = run("verify", "--cache", cache, code=1)
     assert "corrupt: " in output
     assert f"{unit_name(1)}.h5" in output
-    assert "1 problems" in output
+    assert "1 problem." in output
     assert f"1 removed ({unit_name(1)})" in run("repair", "--cache", cache)
     assert "nothing to repair" in run("repair", "blocks.4.avg", "--cache", cache)
     assert "every byte of 16 rows" in run("verify", "blocks.4.avg", "--cache", cache)
