@@ -73,8 +73,8 @@ def scores(seed: int, recipe: Recipe, result: RunResult) -> list[dict[str, objec
     test, digest = found.dataset.test, found.dataset.train.digest
     rows: list[dict[str, object]] = []
 
-    def add(approach: str, validation: float, tested: object) -> None:
-        accuracy = 100 * tested.value  # type: ignore[attr-defined]
+    def add(approach: str, validation: float, tested: object | None) -> None:
+        accuracy = float("nan") if tested is None else 100 * tested.value  # type: ignore[attr-defined]
         rows.append({"seed": seed, "approach": approach, "validation": 100 * validation, "test": accuracy})
 
     whole = result.board[(result.board["failed"] == 0) & result.board["final"]]
@@ -89,6 +89,11 @@ def scores(seed: int, recipe: Recipe, result: RunResult) -> list[dict[str, objec
             features = [open_feature_set(path) for name in best["inputs"] for path in found.directories[name]]
             tested = open_test(found.paths.openings, best, features, test, digest, found.metric)
             add(approach, best[found.metric], tested)
+        elif result.thawed is not None:  # rolled back: never trained on all rows, and so never shown the test split
+            compared = result.thawed.compared
+            tried = compared[(compared["approach"] == approach) & compared[found.metric].notna()]
+            if len(tried):
+                add(approach, tried[found.metric].max(), None)
     if result.ensemble is not None:
         tested = show_test(found.paths.openings, result.ensemble, found.directories, test, digest)
         add("ensemble", result.ensemble.value, tested)
@@ -105,14 +110,17 @@ def report(rows: pd.DataFrame) -> None:
         table.add_column(column)
     figures = {}
     for approach, own in rows.groupby("approach", sort=False):
-        tests = own["test"].to_numpy(np.float64)
+        tests = own["test"].dropna().to_numpy(np.float64)
         half = (
             2.776 * tests.std(ddof=1) / np.sqrt(len(tests)) if len(tests) == 5 else float("nan")
         )  # Student, 4 degrees
         each = " ".join(f"{value:.2f}" for value in tests)
-        cells = (f"{own['validation'].mean():.2f}", f"{tests.mean():.2f}", f"± {half:.2f}", each)
-        table.add_row(str(approach), str(len(own)), *cells)
-        figures[f"{str(approach).replace(' ', '_')}_test_accuracy"] = round(float(tests.mean()), 2)
+        shown = (f"{tests.mean():.2f}", f"± {half:.2f}", each) if len(tests) else ("rolled back", "", "")
+        table.add_row(str(approach), str(len(own)), f"{own['validation'].mean():.2f}", *shown)
+        name = str(approach).replace(" ", "_")
+        figures[f"{name}_validation_accuracy"] = round(float(own["validation"].mean()), 2)
+        if len(tests):
+            figures[f"{name}_test_accuracy"] = round(float(tests.mean()), 2)
     console.print(table)
     print(json.dumps(figures))
 
