@@ -27,7 +27,7 @@ def main() -> int:
     figures = {}
     for case in options.case or every:
         script = next(name for name, cases in CASES.items() if case in cases)
-        command = [sys.executable, str(Path(__file__).with_name(script)), "--case", case]
+        command = [sys.executable, "-u", str(Path(__file__).with_name(script)), "--case", case]
         last = ""
         with subprocess.Popen(
             [*command, "--quick"] if options.quick else command, stdout=subprocess.PIPE, text=True

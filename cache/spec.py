@@ -24,7 +24,7 @@ class FeatureSpec:
     tap: str  # node of the network, "blocks.4"
     reduction: str  # "avg", "max", "gem", "grid2", "map", "cls", ...
     preprocessing: str  # canonical JSON: resize, interpolation, antialias, crop, colour, mean, std
-    view: str  # canonical JSON: {"index": 0} is the evaluation crop, otherwise the augmentation recipe and its seed
+    view: str  # canonical JSON: {"index": 0} is the evaluation crop, otherwise an augmentation, or a symmetry of it
     decoder: str  # "pillow 13.0.0"
     compute_dtype: str  # dtype of the forward pass, "float32"
     dtype: str  # storage dtype, one of STORAGE_DTYPES

@@ -79,7 +79,9 @@ class Span:
     """Orthonormal Q = Z' T in the span of few rows Z (n, D), with T (n, R): never formed, which would cost more than it saves."""
 
     rows: Array  # Z, in the design's type
-    combined: Array  # T, float64: directions that are hardly there are divided by next to nothing
+    combined: (
+        Array  # T, float64: directions that are hardly there are divided by next to nothing, and their sums cancel
+    )
 
     @property
     def rank(self) -> int:
@@ -87,7 +89,7 @@ class Span:
 
     def out(self, u: Array) -> Array:
         """As `Rotation`."""
-        return np.asarray((u @ self.combined.T).astype(self.rows.dtype) @ self.rows)
+        return np.asarray((u @ self.combined.T) @ self.rows.astype(np.float64))
 
     def back(self, v: Array) -> Array:
         """As `Rotation`."""

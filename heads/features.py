@@ -64,11 +64,11 @@ def _opened(
                 "(channels, h, w): give a tap with the reduction map"
             )
     groups = _by_columns(sets)
-    depths = {len(views) for views in groups}
-    if len(depths) > 1:
-        raise BadFeatures(
-            f"the parts of a head's input have {sorted(depths)} views: extract the same views of each tap"
-        )
+    seen = {tuple(feature.spec.view for feature in views) for views in groups}
+    if len(seen) > 1:
+        depths = sorted({len(views) for views in seen})
+        found = f"{depths} views" if len(depths) > 1 else f"{depths[0]} views each, but not the same ones"
+        raise BadFeatures(f"the parts of a head's input have {found}: extract the same views of each tap")
     if spatial and len({views[0].spec.shape[1:] for views in groups}) > 1:
         maps = ", ".join("×".join(map(str, views[0].spec.shape[1:])) for views in groups)
         raise BadFeatures(f"maps of {maps} positions cannot be concatenated: give taps of one resolution")

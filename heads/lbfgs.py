@@ -34,7 +34,8 @@ class Stopped:
     gradient: Array  # (P,), at `point`
     pairs: Array  # (2m, P), oldest first, zero where there is none
     iterations: int  # evaluations spent
-    converged: bool
+    converged: bool  # its estimated gap is small enough
+    ended: bool  # by that, and not for want of iterations or of progress
 
 
 # slot -> the problem that now occupies it: its start (P,) and pairs (2m, P), oldest first, to begin with; None: no more
@@ -223,7 +224,13 @@ def minimise(
         for k in running[stop].tolist():
             pairs = remembered.unload(k)
             stopped = Stopped(
-                point[k].copy(), float(value[k]), gradient[k].copy(), pairs, int(iterations[k]), bool(close[k])
+                point[k].copy(),
+                float(value[k]),
+                gradient[k].copy(),
+                pairs,
+                int(iterations[k]),
+                bool(close[k]),
+                bool(done_with[k]),
             )
             occupied[k] = False
             done(k, stopped)

@@ -105,12 +105,7 @@ def solve_lines(
         meaningful = stopped.value > 1e3 * float(np.finfo(design.dtype).eps) * float(batch.sums[i][:, -1].sum())
         converged = stopped.converged and meaningful
         now = Solved(u, gradient, stopped.value, stopped.pairs, frame, mu, spent, converged)
-        if (
-            stopped.iterations >= ITERATIONS_PER_FRAME
-            and not stopped.converged
-            and spent < MOST_ITERATIONS
-            and not late()
-        ):
+        if stopped.iterations >= ITERATIONS_PER_FRAME and not stopped.ended and spent < MOST_ITERATIONS and not late():
             paused[i, mu] = now  # go on in a frame made for where it is now
             plan.again(i, mu)
         else:

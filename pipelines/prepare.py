@@ -26,7 +26,7 @@ from headrace.heads import DEFAULT_METRIC, METRICS
 from headrace.heads.bank import check_device
 from headrace.pipelines.costs import measured_rates
 from headrace.pipelines.dataset import DataError, Dataset, drop_rows, list_samples, make_dataset
-from headrace.pipelines.grid import check_kinds, wanted_heads
+from headrace.pipelines.grid import Wanted, check_kinds, wanted_heads
 from headrace.pipelines.leaderboard import trained_in
 from headrace.pipelines.paths import RunPaths, content_index
 from headrace.pipelines.plan import Plan, feature_plan, plan_run
@@ -70,6 +70,7 @@ def survey(recipe: Recipe, *, write: bool = True, retry_failed: bool = False) ->
     networks = [_network(backbone, recipe) for backbone in recipe.backbones]
     inputs = _inputs(recipe, networks)
     wanted = wanted_heads(recipe.heads, list(inputs))
+    _check_views(wanted, {name: [spec for spec, _ in views] for name, views in inputs.items()})
     with tempfile.TemporaryDirectory() as scratch:
         # A first dry run leaves no cache behind; afterwards the index is worth keeping.
         index = content_index(recipe.cache) if write or recipe.cache.exists() else Path(scratch) / "contents.parquet"
@@ -243,6 +244,17 @@ def storing(backbone: Backbone, recipe: Recipe) -> Storing:
 def backbone_spec(backbone: Backbone) -> BackboneSpec:
     """The recipe's backbone as `headrace.extract` takes it: the same fields, less those about taps, views and names."""
     return BackboneSpec(**backbone.model_dump(exclude={"alias", "taps", "views"}))
+
+
+def _check_views(wanted: Sequence[Wanted], specs: Mapping[str, Sequence[FeatureSpec]]) -> None:
+    """Raises RecipeError for a head's input whose parts have different views: their rows could not stand side by side."""
+    for each in wanted:
+        if len({tuple(spec.view for spec in specs[name]) for name in each.inputs}) > 1:
+            found = ", ".join(f"{name} has {len(specs[name])}" for name in each.inputs)
+            raise RecipeError(
+                f"heads: the taps of an input have different views ({found}) and cannot stand side by side: give their backbones the "
+                "same views, or take each tap alone, inputs: [each]"
+            )
 
 
 def _network(backbone: Backbone, recipe: Recipe) -> Network:

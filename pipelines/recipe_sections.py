@@ -5,7 +5,16 @@ from typing import Annotated, Literal
 
 import pydantic
 
-from headrace.pipelines.recipe_values import Fraction, NonEmptyFloats, NonNegative, Positive, Section, Seed, Share
+from headrace.pipelines.recipe_values import (
+    Fraction,
+    NonEmptyFloats,
+    NonNegative,
+    Positive,
+    Section,
+    Seed,
+    Share,
+    check_views,
+)
 
 
 class Images(Section):
@@ -76,7 +85,7 @@ class Backbone(Section):
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] | None = None
     # 1: the evaluation crop; more: augmented renderings as well; flips: the crop and its 3 mirror images; dihedral: turned by
     # quarters too, 8 in all
-    views: Literal["flips", "dihedral"] | Annotated[int, pydantic.Field(ge=1, le=64)] = 1
+    views: Annotated[int | Literal["flips", "dihedral"], pydantic.BeforeValidator(check_views)] = 1
 
 
 class EnsembleSection(Section):
@@ -87,7 +96,7 @@ class EnsembleSection(Section):
     network_price: Fraction = 0.01  # each backbone beyond the first must lower the loss by this share
     rounds: Annotated[int, pydantic.Field(ge=1, le=1000)] = 30  # picks; a head picked twice weighs twice
     candidates: Annotated[int, pydantic.Field(ge=2)] = 200  # heads to pick from, the best ones
-    confidence: Share = 0.9  # the answer only if better than the winner in this share of the resamples
+    confidence: Share = 0.9  # the answer only if better than a single head in this share of the resamples
 
 
 class ReuseSection(Section):

@@ -314,6 +314,9 @@ def test_bad_features_are_refused_before_training(work: Path, monkeypatch: pytes
     other = store(work, X, content, tap="other")
     with pytest.raises(BadFeatures, match="same views"):
         train_bank(BankJob(path, (good, view, other), (CentroidSpec(),), str(work / "a.h5")))
+    mirrored = store(work, X, content, tap="other", view=3)
+    with pytest.raises(BadFeatures, match="2 views each, but not the same ones"):
+        train_bank(BankJob(path, (good, view, other, mirrored), (CentroidSpec(),), str(work / "a.h5")))
     with pytest.raises(BadFeatures, match="at least one"):
         train_bank(BankJob(path, (), (CentroidSpec(),), str(work / "a.h5")))
     with pytest.raises(BadBank, match="all of one kind"):

@@ -27,6 +27,18 @@ def blobs(n, d, classes, seed, spread=1.0):
     return X.astype(np.float32), y.astype(np.int64)
 
 
+@pytest.mark.parametrize(("jitter", "dtype"), [(3e-4, np.float16), (1e-6, np.float32)])
+def test_nearly_equal_rows_keep_their_digits(jitter, dtype):
+    """Fewer rows than features, each with a twin that differs in the last digits and has a label of its own: what is stored has
+    the objective that is reported, although directions are divided by next to nothing on the way."""
+    rng = np.random.default_rng(0)
+    half = rng.standard_normal((60, 300))
+    X = np.concatenate([half, half + jitter * rng.standard_normal(half.shape)]).astype(dtype)
+    y, fold = rng.integers(0, 3, 120), np.full(120, TRAIN_ONLY)
+    for fit in fit_logistic_bank(X, y, n_classes=3, fold=fold, specs=[LogisticSpec(1e2), LogisticSpec(1e4)], gap=1e-6):
+        assert objective(fit, X, y, fold) == pytest.approx(fit.objective, rel=2e-5)
+
+
 def folds(n, k, seed=0):
     return np.random.default_rng(seed).permutation(np.arange(n) % k).astype(np.int16)
 

@@ -46,6 +46,8 @@ def test_relative_paths_start_from_the_recipe(tmp_path):
         ("    C: [1e-3, 1]", "    C: [1e-3, 1]\n    inputs: some", 10, "heads.logistic.inputs"),
         ("  folder: photos", "  folder: photos\n  table: t.csv", 1, "exactly one of `folder`"),
         ("heads:", "heads: 3\nx:", 7, "heads"),
+        ("    taps:", "    views: flip\n    taps:", 6, "or dihedral (quarter turns too) (found 'flip')"),
+        ("    taps:", "    views: 65\n    taps:", 6, "from 1 to 64"),
         ("backbones:", "storage: float8\nbackbones:", 3, "found 'float8'"),
         ("  folder: photos", "  folder: photos\n  folder: other", 3, "stands already in line 2"),
         ("  - name: torchvision:resnet18\n", "  - weights_match: order\n", 4, "'backbones.0.name' is missing"),

@@ -13,6 +13,8 @@ from run_cases import make_photos
 
 from headrace.extract import BackboneSpec, list_folder
 from headrace.pipelines import extract_features, load_recipe, run_recipe, train_heads
+from headrace.pipelines.prepare import survey
+from headrace.pipelines.recipe import RecipeError
 
 BACKBONE = """\
 backbones:
@@ -136,3 +138,22 @@ def test_the_stages_as_functions(tmp_path, monkeypatch):
     assert len(more.board) == 2 * len(first.board)
     same = more.heads.merge(first.heads, on=["inputs", "spec", "fold", "path"])
     assert len(same) == len(first.heads)  # the first heads are the ones of the first call, in their own files
+
+
+def test_inputs_of_different_views_are_refused_before_anything_is_extracted(tmp_path):
+    """Mirror images of one network cannot stand beside the crop of another, and the message says what to write."""
+    make_photos(tmp_path / "photos", n=20)
+    text = (
+        "images:\n  folder: photos\ntask:\n  folds: 2\n"
+        + BACKBONE.format(taps="layer2.avg")
+        + "    alias: first\n    views: flips\n"
+        + "  - name: torchvision:squeezenet1_1\n    weights: random:0\n    image_size: 64\n    alias: second\n"
+        + "    taps: [features.12.avg]\n    views: 4\n"
+        + "heads:\n  centroid: {inputs: [INPUTS]}\n"
+    )
+    (tmp_path / "recipe.yaml").write_text(text.replace("INPUTS", "all"))
+    with pytest.raises(RecipeError, match=r"first:layer2.avg has 4, second:features.12.avg has 4.*inputs: \[each\]"):
+        survey(load_recipe(tmp_path / "recipe.yaml"))
+    (tmp_path / "recipe.yaml").write_text(text.replace("INPUTS", "each"))
+    assert survey(load_recipe(tmp_path / "recipe.yaml")).plan.heads_total > 0
+    assert not (tmp_path / "headrace-cache" / "features").exists()

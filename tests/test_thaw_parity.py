@@ -11,6 +11,7 @@ from thaw_cases import LOGISTIC, SMALL, Case, make_case
 from headrace.cache import SpecMismatch
 from headrace.extract import BackboneSpec, Tap, load_backbone
 from headrace.extract.taps import backbone_nodes
+from headrace.extract.views import Symmetries, mirrored, view_json
 from headrace.heads import (
     ConvSpec,
     HeadSpec,
@@ -72,6 +73,24 @@ def parity(
     cached, _ = load_rows(case.features("layer4.avg"), case.task.content)
     expected = bank.out_of_fold(LOGISTIC)
     return check_parity(network, heads, [batch.inputs], case.task.fold, expected, [cached], "single")
+
+
+def test_symmetric_views_are_drawn_row_by_row(case: Case) -> None:
+    """Where mirror images are cached, an epoch sees each image in a turn of its own, and evaluation sees none."""
+    loaded = load_backbone(SMALL)
+    paths = image_paths(Path(case.job(cut=None, backbone=SMALL).images), case.task.content)
+    views = [view_json(index, Symmetries()) for index in range(4)]
+    source = ImageSource(case.task.content, paths, loaded.preprocessing, views)
+    order = np.arange(48)
+    crop = np.concatenate([batch.inputs.numpy() for batch in source.batches(order, 20)])
+    batches = list(source.batches(order, 20, draw=np.random.default_rng(0)))
+    drawn = np.concatenate([batch.inputs.numpy() for batch in batches])
+    turns = [
+        next(index for index in range(4) if np.array_equal(seen, mirrored(image, index)))
+        for image, seen in zip(crop, drawn, strict=True)
+    ]
+    assert set(turns) == {0, 1, 2, 3}
+    assert np.array_equal(np.concatenate([batch.rows for batch in batches]), order)
 
 
 def test_the_network_as_it_was_passes_by_a_wide_margin(case: Case) -> None:

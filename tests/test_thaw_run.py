@@ -336,6 +336,19 @@ def test_a_network_can_win_a_run(tmp_path: Path) -> None:
     assert len((run / "test-openings.jsonl").read_text().splitlines()) == 1
 
 
+def test_what_another_driver_has_trained_is_not_over_budget(tmp_path: Path) -> None:
+    """Decisions of several drivers stand side by side, and none that was paid for is lost."""
+    paths = RunPaths(tmp_path)
+    paths.thaw.mkdir(parents=True)
+    decide = stage_module._decide
+    decide(paths, "a", {"decision": "kept", "seconds": 3.0})
+    decide(paths, "b", {"decision": "over budget"})
+    found = decide(paths, "a", {"decision": "over budget"})
+    assert found == json.loads(paths.thaw_decisions.read_text())
+    assert {key: record["decision"] for key, record in found.items()} == {"a": "kept", "b": "over budget"}
+    assert decide(paths, "b", {"decision": "rolled back"})["b"]["decision"] == "rolled back"
+
+
 @pytest.mark.slow
 def test_two_drivers_share_the_networks_of_a_run(tmp_path: Path) -> None:
     """Started together, both end well with the same winner; every fold is trained once, whichever of them trained it, and

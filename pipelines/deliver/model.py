@@ -164,7 +164,7 @@ def _model_directory(path: Path) -> Path:
 
 
 def ensemble_is_answer(run: RunPaths) -> bool:
-    """Whether the run's last recipe asks for an ensemble, and it is better than the winner beyond doubt."""
+    """Whether the run's last recipe asks for an ensemble, and it is better than a single head beyond doubt."""
     try:
         asked = json.loads(run.recipe.read_text()).get("ensemble") is not None
         return asked and bool(json.loads((run.ensemble / ENSEMBLE).read_text())["nested"]["chosen"])

@@ -96,7 +96,8 @@ def headline(run: FinishedRun) -> Headline:
     answer = find_answer(run)
     if answer.ensemble is not None:
         nested = answer.ensemble["nested"]
-        better = f"validation {metric_title(nested['metric'])} {number_text(nested['value'], nested['metric'])}, better than the winner"
+        score = number_text(nested["value"], nested["metric"])
+        better = f"validation {metric_title(nested['metric'])} {score}, better than a single head"
         values.append(("the run's answer", "ensemble", f"{answer.heads}; {better}"))
     if answer.opening is None:
         values.append((f"test {metric_title(metric)}", "–", "no test split was opened"))

@@ -20,7 +20,7 @@ from headrace.cache import FeatureSet, open_feature_set
 from headrace.extract import Augmentation, Preprocessing, Sample, Symmetries
 from headrace.extract.decode import Rendering, decoded_batches
 from headrace.extract.errors import SourceError
-from headrace.extract.views import parse_view
+from headrace.extract.views import mirrored, parse_view
 
 Rows = npt.NDArray[np.int64]
 
@@ -76,10 +76,12 @@ class ImageSource:
         self, order: Rows, size: int, *, view: int = 0, draw: np.random.Generator | None = None
     ) -> Iterator[Batch]:
         index, augmentation = parse_view(self.views[view])
-        if draw is not None:
-            drawn = parse_view(self.views[int(draw.integers(len(self.views)))])
-            symmetric = any(isinstance(parse_view(each)[1], Symmetries) for each in self.views)
-            index, augmentation = drawn if symmetric else (int(draw.integers(1, 2**31)), Augmentation())
+        turns: npt.NDArray[np.int64] | None = None
+        if draw is not None and any(isinstance(parse_view(each)[1], Symmetries) for each in self.views):
+            # A symmetry is the same for every image, and so each row draws its own.
+            turns, index = draw.integers(len(self.views), size=len(order)), 0
+        elif draw is not None:
+            index, augmentation = int(draw.integers(1, 2**31)), Augmentation()
         samples = [Sample(self.paths[row], self.paths[row], self.content[row].decode()) for row in order]
         done = 0
         with ThreadPoolExecutor(max(self.threads, 1), "decode") as pool:
@@ -90,7 +92,12 @@ class ImageSource:
                         f"{samples[place].path}: {reason}. Its features were extracted, so it could be read then: bring it back, "
                         "or run again so that it is left out"
                     )
-                yield Batch(order[done : done + len(batch.rows)], batch.pixels[0], None)
+                pixels = batch.pixels[0]
+                if turns is not None:
+                    own = turns[done : done + len(batch.rows)].tolist()
+                    turned = [mirrored(image, turn) for image, turn in zip(pixels.numpy(), own, strict=True)]
+                    pixels = torch.from_numpy(np.stack(turned))
+                yield Batch(order[done : done + len(batch.rows)], pixels, None)
                 done += len(batch.rows)
 
 

@@ -16,7 +16,7 @@ import pandas as pd
 from dask.distributed import Client
 from rich.console import Console
 
-from headrace.cache import publish_replace
+from headrace.cache import lease, publish_replace
 from headrace.extract import BackboneSpec
 from headrace.heads import FULL, METRICS, Task, read_bank, score, spec_to_json
 from headrace.pipelines.claims import claims
@@ -130,14 +130,13 @@ def _work(
         named = ((f"pilot-{key}", job) for key, job in jobs.items())
         for done, outcome in enumerate(run_tasks(client, pilot, named, options=options), 1):
             advance(1)
-            options.tell("progress", done=done, failed=done - len(pilots))
             key = next(key for key, job in jobs.items() if job == outcome.job)
             if outcome.result is None:
                 # Not thawed: the head stays as it is, and the reason is on record.
-                decided[key] = {"decision": "refused", "reason": outcome.error}
+                decided.update(_decide(inputs.paths, key, {"decision": "refused", "reason": outcome.error}))
             else:
                 pilots[key] = outcome.result
-    spent = sum(record.get("seconds", 0.0) for record in decided.values())
+            options.tell("progress", done=done, failed=done - len(pilots))
     allowed = None if section.budget_minutes is None else 60 * section.budget_minutes * workers
     measured: dict[str, list[float]] = {}
     left = {one.key: one for one in waiting if one.key in pilots}
@@ -149,6 +148,8 @@ def _work(
             worth = {key: predicted_gain(one, inputs.metric, measured) / costs[key] for key, one in left.items()}
             key = max(left, key=lambda one: (worth[one], one))
             candidate = left.pop(key)
+            # Other drivers on this run decide too, and what they spent is spent.
+            spent = sum(one.get("seconds", 0.0) for one in _read(inputs.paths.thaw_decisions).values())
             record: dict[str, Any] = {
                 "label": candidate.label,
                 "inputs": list(candidate.inputs),
@@ -164,19 +165,28 @@ def _work(
                 limit = None if allowed is None else (allowed - spent) / (folds + 1)
                 patience = max(options.deadline_s, HUNG * costs[key] / (folds + 1))
                 record |= _train(inputs, candidate, client, limit, replace(options, deadline_s=patience))
-                spent += record["seconds"]
                 if "gain" in record:
                     headroom = abs(
                         (1.0 if METRICS[inputs.metric].higher_is_better else 0.0) - float(candidate.head[inputs.metric])
                     )
                     measured.setdefault(candidate.start, []).append(record["gain"] / max(headroom, 1e-9))
-            decided[key] = record
-            publish_replace(inputs.paths.thaw_decisions, json.dumps(decided, indent=1).encode())
+            decided.update(_decide(inputs.paths, key, record))
             advance(1)
             failed = sum(decided[one]["decision"] in ("failed", "refused") for one in pilots if one not in left)
             options.tell("progress", done=total - len(left), failed=failed)
-    publish_replace(inputs.paths.thaw_decisions, json.dumps(decided, indent=1).encode())
     return len(pilots)
+
+
+def _decide(paths: RunPaths, key: str, record: dict[str, Any]) -> dict[str, Any]:
+    """Put a decision on record, beside those of other drivers; returns all. What was trained elsewhere meanwhile is not over
+    budget here."""
+    with lease(paths.thaw / "decisions.lock"):
+        known = _read(paths.thaw_decisions)
+        trained = known.get(key, {}).get("decision") in ("kept", "rolled back")
+        if not (trained and record["decision"] in ("over budget", "refused")):
+            known[key] = record
+            publish_replace(paths.thaw_decisions, json.dumps(known, indent=1).encode())
+    return known
 
 
 def _train(
