@@ -6,8 +6,8 @@ Runs examples/solar-cells-thaw.yaml for each seed of the split; features are ext
 approach has to offer is chosen on validation folds; then each is shown that seed's test split once, on record. --quick: one
 seed. Published: 82.44 % (hand-crafted features and an SVM) and 88.42 % (a VGG-19, fine-tuned; Deitsch et al. 2019).
 
-Measured with --no-thaw, five seeds, 95 % intervals of the means: head 88.29 % ± 1.07 (the run's answer each time), ensemble of
-heads on three networks 89.24 % ± 1.06. docs/thaw.md says what these figures depend on.
+Measured, five seeds, 95 % intervals of the means: head 88.29 % ± 1.07, ensemble of heads on three networks 89.21 % ± 1.11, the run's
+answer 88.75 % ± 1.14; fine-tuned above blocks.5 87.56 % on validation folds. docs/thaw.md says what these figures depend on.
 """
 
 import argparse
