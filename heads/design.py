@@ -25,7 +25,7 @@ import scipy.linalg
 
 from headrace.heads.compiled_tiles import Compiled, compiled
 from headrace.heads.spec import FULL
-from headrace.heads.standardize import Features, Moments, chunks
+from headrace.heads.standardize import Features, Moments, chunks, scaled
 from headrace.heads.streamed import Streamed
 
 Array = npt.NDArray[Any]
@@ -79,9 +79,7 @@ class Span:
     """Orthonormal Q = Z' T in the span of few rows Z (n, D), with T (n, R): never formed, which would cost more than it saves."""
 
     rows: Array  # Z, in the design's type
-    combined: (
-        Array  # T, float64: directions that are hardly there are divided by next to nothing, and their sums cancel
-    )
+    combined: Array  # T, float64: directions that are hardly there are divided by next to nothing, and cancel
 
     @property
     def rank(self) -> int:
@@ -160,8 +158,8 @@ class Design:
             for fold, ratio in self.ratio.items():
                 if (folds == fold).any():
                     if fold not in self.metrics:
-                        scaled = matrix * ratio[:, None]
-                        self.metrics[fold] = scaled.T @ scaled
+                        stretched = matrix * ratio[:, None]
+                        self.metrics[fold] = stretched.T @ stretched
                     own = u[folds == fold]
                     out[folds == fold] = (own.reshape(-1, own.shape[-1]) @ self.metrics[fold]).reshape(own.shape)
             return out
@@ -232,9 +230,8 @@ def make_design(
         stacked = np.concatenate(train)
         wide = stacked.astype(np.float64)
         eigenvalues, left = scipy.linalg.eigh(wide @ wide.T, driver="evd", overwrite_a=True, check_finite=False)
-        keep = np.flatnonzero(eigenvalues > eigenvalues.max(initial=0.0) * max(total, 1) * np.finfo(np.float64).eps)[
-            ::-1
-        ]
+        floor = eigenvalues.max(initial=0.0) * max(total, 1) * np.finfo(np.float64).eps
+        keep = np.flatnonzero(eigenvalues > floor)[::-1]  # the largest first
         left, roots = left[:, keep], np.sqrt(eigenvalues[keep])
         rotation = Span(stacked, left / roots)
         if shared:  # the penalties of several folds need the matrix
@@ -314,8 +311,5 @@ def _scaled(X: Features, rows: npt.NDArray[np.intp], mean: Array, factor: Array,
     """Rows of X, centred and scaled in float64 a few at a time, stored as `dtype`."""
     out = np.empty((len(rows), X.shape[1]), dtype)
     for where in chunks(np.arange(len(rows))):
-        wide = X[rows[where]].astype(np.float64)
-        wide -= mean
-        wide *= factor
-        out[where[0] : where[-1] + 1] = wide
+        out[where[0] : where[-1] + 1] = scaled(X[rows[where]], mean, factor)
     return out

@@ -147,14 +147,13 @@ class Flight:
     def load(self, slot: int, i: int, mu: float, start: Array, iterations: int, given: Frame | None = None) -> None:
         """Put line i's head at strength mu, so many iterations old, into the slot. Folds differ little: the frame of the first
         to be as old serves all, unless one is given."""
-        if given is not None:
-            self.lines[slot], self.mu[slot], self.frames[slot] = i, mu, given
-            return
-        line = self.batch.lines[i]
-        key = (line.label, line.kind, mu, iterations // ITERATIONS_PER_FRAME)
-        if key not in self.made:
-            self.made[key] = self.batch.frame(start, i, mu)
-        self.lines[slot], self.mu[slot], self.frames[slot] = i, mu, self.made[key]
+        if given is None:
+            line = self.batch.lines[i]
+            key = (line.label, line.kind, mu, iterations // ITERATIONS_PER_FRAME)
+            if key not in self.made:
+                self.made[key] = self.batch.frame(start, i, mu)
+            given = self.made[key]
+        self.lines[slot], self.mu[slot], self.frames[slot] = i, mu, given
 
     def carried(self, slot: int, other: Solved) -> Array:
         """Another strength's pairs for this slot: to u coordinates, y += (mu' - mu) s, to its coordinates.

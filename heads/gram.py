@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from headrace.heads.standardize import Features, sweep
+from headrace.heads.standardize import Features, scaled, sweep
 
 Array = npt.NDArray[Any]
 
@@ -65,9 +65,7 @@ def group_products(
     groups = {int(group): nothing() for group in np.unique(fold)}
     for group, rows in sweep(X, fold):
         own = groups[group]
-        z = X[rows].astype(np.float64)
-        z -= centre
-        z *= factor
+        z = scaled(X[rows], centre, factor)
         y = Y[rows].astype(np.float64)
         w = np.ones(len(rows)) if weight is None else weight[rows]
         own.total[...] += w @ z

@@ -32,7 +32,7 @@ CLASSES_WORTH_EIGENVECTORS = 1024  # beyond, they cost more than the iterations 
 INTERCEPT_FLOOR = 1e-4  # of the rows' mass
 SAMPLED_ROWS, SAMPLED_ROWS_PER_CLASS = 2048, 20
 DENSE, MOST_DENSE = 160, 1024  # coordinates taken together, over all classes; as many where classes are many
-ROWS_AT_ONCE = 512
+ROWS_AT_ONCE = 512  # of so many classes' pairs, 4 MB
 CLASSES_WORTH_LINEAR_SUMS = 64  # with fewer, the loop over coordinates costs more, and the difference of sums cancels
 CLASSES_WORTH_DENSE = 128  # beyond, the products of pairs of classes cost more than the iterations that they save
 
@@ -124,8 +124,8 @@ def row_products(values: Array, dense: npt.NDArray[np.intp]) -> Array:
 def _crossed(p: Array, basis: Array, weight: Array, products: Array) -> Array:
     """(c (c + 1) / 2, J (J + 1) / 2) sums over rows of weight (e_a' S e_b) times products of coordinates, a <= b."""
     one, other = np.triu_indices(basis.shape[1])
+    both, mixed = (basis[:, one] * basis[:, other]).T, basis.T @ p
     if basis.shape[1] < CLASSES_WORTH_LINEAR_SUMS:
-        both, mixed = (basis[:, one] * basis[:, other]).T, basis.T @ p
         total = np.zeros((len(one), products.shape[1]), p.dtype)
         for first in range(0, len(products), ROWS_AT_ONCE):
             rows = slice(first, first + ROWS_AT_ONCE)
@@ -133,8 +133,7 @@ def _crossed(p: Array, basis: Array, weight: Array, products: Array) -> Array:
             total += (own * weight[rows]) @ products[rows]
         return total
     # e_a' S e_b is p' (e_a e_b) less (e_a' p) (e_b' p): the first is linear in p, and its sums are few.
-    total = (basis[:, one] * basis[:, other]).T @ ((p * weight) @ products)
-    mixed = basis.T @ p
+    total = both @ ((p * weight) @ products)
     room = np.empty_like(mixed)
     for place, product in enumerate(products.T):
         np.multiply(mixed, weight * product, out=room)

@@ -25,7 +25,7 @@ from headrace.heads.gram import Products, add_up, group_products
 from headrace.heads.inputs import check_rows
 from headrace.heads.predict import ROWS_AT_ONCE, ridge_link
 from headrace.heads.spec import FULL, HeadFit, RidgeSpec
-from headrace.heads.standardize import Features, Moments, chunks, group_moments, training_moments
+from headrace.heads.standardize import Features, Moments, chunks, group_moments, scaled, training_moments
 
 Array = npt.NDArray[Any]
 TaskKind = Literal["single", "multi", "regression"]
@@ -145,7 +145,7 @@ class _Rows:
         rows = np.flatnonzero(self.fold != f)
         root = np.sqrt(np.ones(len(rows)) if self.weight is None else self.weight[rows])
         mass = float(root @ root) or 1.0
-        Z = (self.X[rows] - self.scaling[FULL].mean) * (factor * ratio)
+        Z = scaled(self.X[rows], self.scaling[FULL].mean, factor * ratio)
         mean, target_mean = root**2 @ Z / mass, root**2 @ self.Y[rows] / mass
         Z = (Z - mean) * root[:, None]
         y = (self.Y[rows] - target_mean) * root[:, None]

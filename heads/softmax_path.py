@@ -91,8 +91,9 @@ def solve_lines(
         else:
             start = predict_start(solved[i], mu, (rows, design.width), design.dtype)
         # Between two solved heads a few iterations are left: fewer than a frame of its own would cost.
-        between = head not in paused and before is not None and min(solved[i]) < mu < max(solved[i])
-        given = before.frame if before is not None and between else None
+        given = None
+        if before is not None and head not in paused and min(solved[i]) < mu < max(solved[i]):
+            given = before.frame
         flight.load(slot, i, mu, start, paused[head].iterations if head in paused else 0, given)
         return flight.frames[slot].scaled(start).ravel(), None if before is None else flight.carried(slot, before)
 

@@ -62,6 +62,14 @@ def moments(rows: Array, first_row: int | npt.NDArray[np.intp] = 0) -> Moments:
     return Moments(len(rows), mean, np.einsum("nd,nd->d", wide, wide))
 
 
+def scaled(rows: Array, centre: Array, factor: Array) -> Array:
+    """(rows - centre) * factor of rows (n, D) of any float type, float64: widened once, not element by element twice."""
+    wide = rows.astype(np.float64)
+    wide -= centre
+    wide *= factor
+    return wide
+
+
 def merge(parts: list[Moments]) -> Moments:
     """Moments of the union of disjoint groups of rows."""
     total = sum(part.count for part in parts)

@@ -37,9 +37,9 @@ SETTINGS: Mapping[str, Any] = {
     "distributed.worker.memory.terminate": _ENDS_AT,
     # What the dashboard remembers of tasks that are done; by default a hundred thousand of them.
     "distributed.scheduler.dashboard.tasks.task-stream-length": 1000,
-    # Work is retried by us, with a count of our own, after looking at what was published.
     # Looking at a worker's stack a hundred times a second, for one page of the dashboard, costs a twentieth of its time.
     "distributed.worker.profile.enabled": False,
+    # Work is retried by us, with a count of our own, after looking at what was published.
     "distributed.scheduler.allowed-failures": 0,
     # Copying a running bank elsewhere would train it twice.
     "distributed.scheduler.work-stealing": False,

@@ -27,7 +27,7 @@ def run(tmp_path_factory):
     """A finished run with views, and a heads' input of two taps. The tests leave it as it is."""
     folder = tmp_path_factory.mktemp("deliver")
     make_photos(folder / "photos", n=40)
-    text = RECIPE.replace("[layer1.avg, layer2.max, layer4.avg]", "[layer1.avg, layer2.max]\n    views: flips")
+    text = RECIPE.replace("[layer1.avg, layer2.max, layer4.avg]", "[layer1.avg, layer2.max]\n    views: 2")
     (folder / "recipe.yaml").write_text(text)
     return folder, run_here(folder / "recipe.yaml")
 
@@ -59,14 +59,17 @@ def test_a_model_directory_predicts_as_its_run(run, away):
     assert right.mean() > 0.9
 
 
-def test_mirrored_views_are_part_of_an_exported_graph(run, tmp_path):
+def test_mirrored_views_are_part_of_an_exported_graph(tmp_path):
     """One network in it, run on four images; what it says of the photos is what headrace says, and not what the crop alone says."""
-    model = load_model(run[1].paths.winner)
+    make_photos(tmp_path / "photos", n=40)
+    text = RECIPE.replace("[layer1.avg, layer2.max, layer4.avg]", "[layer1.avg, layer2.max]\n    views: flips")
+    (tmp_path / "recipe.yaml").write_text(text)
+    model = load_model(run_here(tmp_path / "recipe.yaml").paths.winner)
     assert len({feature.view for feature in model.members[0].features}) == 4
     exported = export_model(model, tmp_path / "out", ["torch"])
     assert exported.all_views
     program = torch.export.load(tmp_path / "out" / "model.pt2").module()
-    paths = list_folder(run[0] / "photos")["path"].tolist()[:12]
+    paths = list_folder(tmp_path / "photos")["path"].tolist()[:12]
     with torch.no_grad():
         how = exported.inputs[0].preprocessing
         pixels = [torch.from_numpy(np.array(render(decode_image(Path(path).read_bytes()), how))) for path in paths]

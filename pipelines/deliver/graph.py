@@ -19,13 +19,13 @@ from headrace.extract.backbone import Backbone, load_backbone
 from headrace.extract.nodes import LOGITS, PRE_LOGITS
 from headrace.extract.taps import backbone_nodes, reduce_output
 from headrace.extract.unit import check_identity
-from headrace.extract.views import is_exact, parse_view
+from headrace.extract.views import Symmetries, is_exact, parse_view, view_json
 from headrace.heads import TaskKind
 from headrace.pipelines.deliver.layers import Linked, head_module
 from headrace.pipelines.deliver.model import Member, Model
 from headrace.pipelines.deliver.network import NetworkMember, network_backbone, open_network
 
-_CROP = '{"index":0}'  # the view that is the evaluation crop
+_CROP = view_json(0, Symmetries())  # the view that is the evaluation crop
 _ROUND_OFF = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -129,7 +129,7 @@ def _lean(taps: _Taps, backbone: Backbone) -> _Taps:
 
 
 class Graph(nn.Module):
-    """Pixels, one tensor per input, to probabilities (n, C) float32, for regression values."""
+    """Pixels, one tensor per input, to probabilities (n, C) float32, for regression values. The model has no random views."""
 
     def __init__(self, model: Model) -> None:
         super().__init__()
@@ -141,9 +141,8 @@ class Graph(nn.Module):
                 loaded.append((network_backbone(member.directory, member.digest), list(member.features), [0]))
                 continue
             for made_by, feature in zip(member.backbones, member.features, strict=True):
-                if is_exact(feature.view):
-                    wanted.setdefault(made_by, {})[replace(feature, view=_CROP)] = None
-                    turns.setdefault(made_by, {})[parse_view(feature.view)[0]] = None
+                wanted.setdefault(made_by, {})[replace(feature, view=_CROP)] = None
+                turns.setdefault(made_by, {})[parse_view(feature.view)[0]] = None
         self.inputs: list[Input] = []
         self.sources: list[int] = []  # which input each network reads
         self.turns: list[list[int]] = []  # and which symmetries of it
@@ -230,9 +229,8 @@ def _columns(member: Member | NetworkMember) -> list[list[tuple[str, int]]]:
     """For each view the features that make its columns."""
     views: dict[int, list[tuple[str, int]]] = {}
     for feature in member.features:
-        if is_exact(feature.view):
-            turn = parse_view(feature.view)[0]
-            views.setdefault(turn, []).append((replace(feature, view=_CROP).to_json(), turn))
+        turn = parse_view(feature.view)[0]
+        views.setdefault(turn, []).append((replace(feature, view=_CROP).to_json(), turn))
     return list(views.values())
 
 

@@ -32,8 +32,8 @@ def advise_run(
     def train_all(jobs: Sequence[BankJob]) -> None:
         if jobs:
             with local_client(workers) as client:
-                quiet = console or Console(quiet=True)
-                train_banks(jobs, client, quiet, "learning curve", shared=files.paths.claims)
+                shown = console or Console(quiet=True)
+                train_banks(jobs, client, shown, "learning curve", shared=files.paths.claims)
 
     advice = advise_on(
         files.board,

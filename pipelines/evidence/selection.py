@@ -166,9 +166,9 @@ def nested_choice(board: pd.DataFrame, held: HeldOut, metric: str, part: npt.NDA
     place = np.concatenate(places)
     sign = 1 if METRICS[metric].higher_is_better else -1
     best = place[best_heads(sign * np.concatenate(scores), board["features"].to_numpy()[place])]
-    told, chosen = stacked_predictions(board.iloc[np.unique(best)], held)
-    assert len(told) == len(np.unique(best))  # they were whole a moment ago
-    position = np.searchsorted(np.unique(best), best)
+    few, position = np.unique(best, return_inverse=True)
+    told, chosen = stacked_predictions(board.iloc[few], held)
+    assert len(told) == len(few)  # they were whole a moment ago
     nested = np.zeros(chosen.shape[1:])
     for number, own in zip(numbers, position, strict=True):
         nested[part == number] = chosen[own][part == number]
