@@ -11,11 +11,11 @@ free and absorbs every mean). So all folds share one copy of the rows and differ
 Rows that do not fit into memory are read from their shards on every pass instead, centred and scaled but not rotated: it
 is the weights that are rotated there and the gradients back, which costs as much as a few rows do.
 
-With fewer training rows than features each fold has its own, smaller design instead: by the representer theorem its
-weights lie in the span of its own standardised training rows, so D shrinks to the rank of those rows, exactly.
+With fewer rows than features the coordinates are those of the rows' span instead, fewer and exact: `few_rows.py`.
 """
 
 import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,24 +24,24 @@ import numpy.typing as npt
 import scipy.linalg
 
 from headrace.heads.compiled_tiles import Compiled, compiled
+from headrace.heads.rotation import Rotation, Span
 from headrace.heads.spec import FULL
 from headrace.heads.standardize import Features, Moments, chunks, scaled
 from headrace.heads.streamed import Streamed
 
 Array = npt.NDArray[Any]
+Group = tuple[tuple[int, ...], npt.NDArray[np.intp]]  # rows, and the folds that train on them
 ROWS_PER_TILE = 1024  # a tile of 450 decisions by this many rows is 1.8 MB: it stays in the caches between two products
-
-
 ROWS_OF_A_BASIS = 1 << 15
 ROWS_WORTH_A_METRIC = 48
 BYTES_WORTH_A_SECOND_COPY = 1 << 29  # of rotated rows: beyond, memory is dearer than a faster layout
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Tile:
-    """Some rows of one group (one fold's held-out rows, or those that always train), sorted by class."""
+    """Some rows that the same folds train on, sorted by class."""
 
-    group: int
+    folds: tuple[int, ...]
     rows: npt.NDArray[np.intp]  # (n,) which rows of the task
     values: Array  # (n, R + 1), the last column 1: the intercept's; empty where rows are streamed
     across: Array  # (R + 1, n), the same: BLAS multiplies 36 columns by it at 80 GF/s, by values.T at 48
@@ -56,50 +56,10 @@ class Tile:
 
 
 @dataclass(frozen=True)
-class Rotation:
-    """Orthonormal Q (D, R) as a matrix."""
-
-    matrix: Array
-
-    @property
-    def rank(self) -> int:
-        return int(self.matrix.shape[1])
-
-    def out(self, u: Array) -> Array:
-        """u Q' (k, D) of u (k, R)."""
-        return np.asarray(u @ self.matrix.T)
-
-    def back(self, v: Array) -> Array:
-        """v Q (k, R) of v (k, D)."""
-        return np.asarray(v @ self.matrix)
-
-
-@dataclass(frozen=True)
-class Span:
-    """Orthonormal Q = Z' T in the span of few rows Z (n, D), with T (n, R): never formed, which would cost more than it saves."""
-
-    rows: Array  # Z, in the design's type
-    combined: Array  # T, float64: directions that are hardly there are divided by next to nothing, and cancel
-
-    @property
-    def rank(self) -> int:
-        return int(self.combined.shape[1])
-
-    def out(self, u: Array) -> Array:
-        """As `Rotation`."""
-        return np.asarray((u @ self.combined.T) @ self.rows.astype(np.float64))
-
-    def back(self, v: Array) -> Array:
-        """As `Rotation`."""
-        return np.asarray((v.astype(np.float64) @ self.rows.T) @ self.combined)
-
-
-@dataclass(frozen=True)
 class Design:
     """Rotated rows and the way back to raw coordinates."""
 
     tiles: list[Tile]
-    folds: tuple[int, ...]  # whose heads it serves
     dtype: np.dtype[Any]
     rotation: Rotation | Span  # Q
     centre: Array  # (D,) float64
@@ -114,6 +74,11 @@ class Design:
     def width(self) -> int:
         """R + 1: rotated coordinates and the intercept."""
         return self.rotation.rank + 1
+
+    @property
+    def apart(self) -> bool:
+        """Whether every fold has a copy of its rows, in coordinates of its own."""
+        return isinstance(self.rotation, Span) and bool(self.rotation.roots)
 
     def read(self, tile: Tile) -> tuple[Array, Array]:
         """A tile's values (n, W) and the same across (W, n), the intercept's 1 last. W is R + 1; of a streamed tile it is
@@ -133,12 +98,14 @@ class Design:
         """Weights (k, R + 1) as tiles multiply them, (k, W)."""
         if self.source is None:
             return weights
+        assert isinstance(self.rotation, Rotation)
         return np.concatenate([self.rotation.out(weights[:, :-1]), weights[:, -1:]], axis=1)
 
     def from_tiles(self, gradients: Array) -> Array:
         """Gradients (k, W), or rows, with respect to the R + 1 coordinates."""
         if self.source is None:
             return gradients
+        assert isinstance(self.rotation, Rotation)
         return np.concatenate([self.rotation.back(gradients[:, :-1]), gradients[:, -1:]], axis=1)
 
     def penalised(self, u: Array, folds: Array, quick: Compiled | None = None) -> Array:
@@ -178,6 +145,7 @@ class Design:
         """(A, k, k) float64 sums of g_i P^-1 g_j' over the rows of g (A, k, C, R): the products that bound the gap."""
         flat = g.reshape(*g.shape[:2], -1)
         if self.ratio:
+            assert isinstance(self.rotation, Rotation)
             back = self.rotation.out(g.reshape(-1, g.shape[-1]).astype(self.dtype)).reshape(*flat.shape[:2], -1)
             width = len(self.factor)
             for fold, ratio in self.ratio.items():
@@ -186,97 +154,89 @@ class Design:
             flat = back.astype(np.float64)
         return np.asarray(flat @ flat.transpose(0, 2, 1))
 
-    def to_raw(self, u: Array) -> tuple[Array, Array]:
-        """Weights (k, D) and biases (k,) in raw feature coordinates, float64, of u (k, R + 1)."""
-        weight = self.rotation.out(u[:, :-1]).astype(np.float64)
+    def to_raw(self, u: Array, folds: Array) -> tuple[Array, Array]:
+        """Weights (k, D) and biases (k,) in raw feature coordinates, float64, of u (k, R + 1) of heads of folds (k,)."""
+        own = u[:, :-1]
+        out = self.rotation.out(own, folds) if isinstance(self.rotation, Span) else self.rotation.out(own)
+        weight = out.astype(np.float64, copy=False)
         weight *= self.factor
         return weight, u[:, -1].astype(np.float64) - weight @ self.centre
 
-    def from_raw(self, weight: Array, bias: Array) -> Array:
+    def from_raw(self, weight: Array, bias: Array, folds: Array) -> Array:
         """Inverse of `to_raw`, as far as the weights lie in the design's span."""
-        inside = self.rotation.back(weight / np.where(self.factor > 0, self.factor, 1.0))
+        v = weight / np.where(self.factor > 0, self.factor, 1.0)
+        inside = self.rotation.back(v, folds) if isinstance(self.rotation, Span) else self.rotation.back(v)
         return np.concatenate([inside, (bias + weight @ self.centre)[:, None]], axis=1).astype(self.dtype)
 
 
 def make_design(
-    X: Features,
-    groups: list[tuple[int, npt.NDArray[np.intp]]],
-    scaling: dict[int, Moments],
-    *,
-    standardize: bool,
-    dtype: Any,
+    X: Features, groups: Sequence[Group], scaling: dict[int, Moments], *, standardize: bool, dtype: Any
 ) -> Design:
     """Design of the given groups of rows of X (N, D), for the folds in `scaling` (fold: moments of its training rows).
 
     The tiles come without labels, which the caller adds. For one fold P is the identity, and the groups are its
     training rows.
     """
-    folds = tuple(scaling)
-    shared = len(folds) > 1
-    whole, factor, ratio, unit = _coordinates(scaling, standardize=standardize, dtype=dtype)
-    parts = [_scaled(X, rows, whole.mean, factor, dtype) for _, rows in groups]
+    whole, factor, ratio, unit = coordinates(scaling, standardize=standardize, dtype=dtype)
+    parts = [scaled_rows(X, rows, whole.mean, factor, dtype) for _, rows in groups]
     dim = X.shape[1]
-    train = [part for (group, _), part in zip(groups, parts, strict=True) if shared or group != folds[0]]
-    total = sum(len(part) for part in train)
-    rotation: Rotation | Span
-    values: list[Array | None] = [None] * len(groups)  # the groups' rotated rows, where they are known
-    if total >= dim:
-        gram = sum((part.T @ part for part in train), np.zeros((dim, dim), dtype))
-        _, vectors = scipy.linalg.eigh(gram, driver="evd", overwrite_a=True, check_finite=False)
-        rotation = Rotation(np.ascontiguousarray(vectors[:, ::-1]))  # the largest first
-    else:
-        # The rows' own span: eigenvectors of the small matrix of their products, carried over to features. In float64:
-        # a direction is divided by the root of its eigenvalue, and all but those lost in rounding are kept.
-        stacked = np.concatenate(train)
-        wide = stacked.astype(np.float64)
-        eigenvalues, left = scipy.linalg.eigh(wide @ wide.T, driver="evd", overwrite_a=True, check_finite=False)
-        floor = eigenvalues.max(initial=0.0) * max(total, 1) * np.finfo(np.float64).eps
-        keep = np.flatnonzero(eigenvalues > floor)[::-1]  # the largest first
-        left, roots = left[:, keep], np.sqrt(eigenvalues[keep])
-        rotation = Span(stacked, left / roots)
-        if shared:  # the penalties of several folds need the matrix
-            rotation = Rotation((wide.T @ rotation.combined).astype(dtype))
-        else:
-            values = list(np.split((left * roots).astype(dtype), np.cumsum([len(part) for part in parts])[:-1]))
-    del train
+    gram = sum((part.T @ part for part in parts), np.zeros((dim, dim), dtype))
+    _, vectors = scipy.linalg.eigh(gram, driver="evd", overwrite_a=True, check_finite=False)
+    rotation = Rotation(np.ascontiguousarray(vectors[:, ::-1]))  # the largest first
     tiles = []
     # The compiled pass reads rows as they are.
     plain = compiled() is None or np.dtype(dtype) != np.float32
-    rotated_bytes = sum(len(rows) for _, rows in groups) * rotation.rank * np.dtype(dtype).itemsize
-    twice = plain and rotated_bytes < BYTES_WORTH_A_SECOND_COPY
-    for index, (group, rows) in enumerate(groups):
+    bytes_of_rows = sum(len(rows) for _, rows in groups) * dim * np.dtype(dtype).itemsize
+    for index, (folds, rows) in enumerate(groups):
         part, parts[index] = parts[index], np.empty((0, 0), dtype)  # scaled rows go as the rotated ones come
-        own = values[index]
-        for where in chunks(np.arange(len(rows)), ROWS_PER_TILE):
-            some = slice(int(where[0]), int(where[-1]) + 1)
-            rotated = np.ones((len(where), rotation.rank + 1), dtype)
-            rotated[:, :-1] = rotation.back(part[some]) if own is None else own[some]
-            across = np.ascontiguousarray(rotated.T) if twice else rotated.T
-            tiles.append(
-                Tile(group, rows[where], rotated, across, np.zeros(0, np.intp), np.zeros((0, len(where))), None)
-            )
-    return Design(tiles, folds, np.dtype(dtype), rotation, whole.mean, factor, ratio, {}, unit)
+        twice = plain and bytes_of_rows < BYTES_WORTH_A_SECOND_COPY
+        rotated = functools.partial(_rotated, rotation, part)
+        tiles += make_tiles(folds, rows, rotated, dim, dtype, twice=twice)
+    return Design(tiles, np.dtype(dtype), rotation, whole.mean, factor, ratio, {}, unit)
+
+
+def _rotated(rotation: Rotation, part: Array, some: slice) -> Array:
+    return rotation.back(part[some])
+
+
+def make_tiles(
+    folds: tuple[int, ...],
+    rows: npt.NDArray[np.intp],
+    rotated: Callable[[slice], Array],
+    rank: int,
+    dtype: Any,
+    *,
+    twice: bool,
+) -> list[Tile]:
+    """Tiles of a group of rows, whose rotated values (n, R) `rotated` gives for a slice of them; `twice`: across, too."""
+    tiles = []
+    for where in chunks(np.arange(len(rows)), ROWS_PER_TILE):
+        values = np.ones((len(where), rank + 1), dtype)
+        values[:, :-1] = rotated(slice(int(where[0]), int(where[-1]) + 1))
+        across = np.ascontiguousarray(values.T) if twice else values.T
+        tiles.append(Tile(folds, rows[where], values, across, np.zeros(0, np.intp), np.zeros((0, len(where))), None))
+    return tiles
 
 
 def stream_design(
     X: Streamed,
-    runs: list[tuple[int, npt.NDArray[np.intp]]],
+    runs: Sequence[Group],
     scaling: dict[int, Moments],
     *,
     standardize: bool,
     dtype: Any,
 ) -> Design:
     """As `make_design`, for rows (N, D) that are read again on every pass; `runs` are its tiles in the order of reading."""
-    whole, factor, ratio, unit = _coordinates(scaling, standardize=standardize, dtype=dtype)
+    whole, factor, ratio, unit = coordinates(scaling, standardize=standardize, dtype=dtype)
     # As the tiles subtract it: the intercepts then stand for the very numbers that were subtracted.
     centre = whole.mean.astype(np.float32).astype(np.float64)
     none = np.empty((0, 0), dtype)
     tiles = [
-        Tile(group, rows, none, none, np.zeros(0, np.intp), np.zeros((0, len(rows))), None) for group, rows in runs
+        Tile(folds, rows, none, none, np.zeros(0, np.intp), np.zeros((0, len(rows))), None) for folds, rows in runs
     ]
     dim = X.shape[1]
     identity = np.eye(dim, dtype=dtype)
-    plain = Design(tiles, tuple(scaling), np.dtype(dtype), Rotation(identity), centre, factor, ratio, {}, unit, X)
+    plain = Design(tiles, np.dtype(dtype), Rotation(identity), centre, factor, ratio, {}, unit, X)
     # The basis is only a preconditioner here, and a sample of the rows shows it as well as all of them do.
     total = sum(len(rows) for _, rows in runs)
     every = max(total // max(ROWS_OF_A_BASIS, 16 * dim), 1)
@@ -286,10 +246,10 @@ def stream_design(
         gram += rows.T @ rows
     _, vectors = scipy.linalg.eigh(gram, driver="evd", overwrite_a=True, check_finite=False)
     rotation = Rotation(np.ascontiguousarray(vectors[:, ::-1]))
-    return Design(tiles, tuple(scaling), np.dtype(dtype), rotation, centre, factor, ratio, {}, unit, X, plain.buffer)
+    return Design(tiles, np.dtype(dtype), rotation, centre, factor, ratio, {}, unit, X, plain.buffer)
 
 
-def _coordinates(
+def coordinates(
     scaling: dict[int, Moments], *, standardize: bool, dtype: Any
 ) -> tuple[Moments, Array, dict[int, Array], float]:
     """Moments that the rows are centred with, the factor that scales them, each fold's ratio, and the unit."""
@@ -307,7 +267,7 @@ def _coordinates(
     return whole, np.where(constant, 0.0, 1.0 / scale), ratio, unit
 
 
-def _scaled(X: Features, rows: npt.NDArray[np.intp], mean: Array, factor: Array, dtype: Any) -> Array:
+def scaled_rows(X: Features, rows: npt.NDArray[np.intp], mean: Array, factor: Array, dtype: Any) -> Array:
     """Rows of X, centred and scaled in float64 a few at a time, stored as `dtype`."""
     out = np.empty((len(rows), X.shape[1]), dtype)
     for where in chunks(np.arange(len(rows))):

@@ -54,17 +54,20 @@ class Batch:
         self.weighting = Weighting(rows, multipliers, np.array([line.label for line in lines]), weighted)
         # Weighted class sums of the rows, (lines, C or 2, R + 1) float64; the last column holds the weights' sums.
         wanted = max(SAMPLED_ROWS, SAMPLED_ROWS_PER_CLASS * rows)
-        every = max(sum(len(tile.rows) for tile in design.tiles) // wanted, 1)
+        # Where folds have copies of the rows, one fold's stand for all.
+        self.shown = [tile for tile in design.tiles if lines[0].fold in tile.folds or not design.apart]
+        every = max(sum(len(tile.rows) for tile in self.shown) // wanted, 1)
         self.sampled, sampled = [], []
         sums: list[Array | float] = [0.0] * len(lines)
         passed = 0
         for tile in design.tiles:
             values, _ = design.read(tile)
-            # Every so many-th row of all, wherever tiles begin: a tile may hold fewer than that.
-            self.sampled.append(slice(-passed % every, None, every))
-            passed += len(tile.rows)
-            sampled.append(values[self.sampled[-1]].copy())
-            for i in np.flatnonzero(self.folds != tile.group).tolist():
+            if tile in self.shown:
+                # Every so many-th row of all, wherever tiles begin: a tile may hold fewer than that.
+                self.sampled.append(slice(-passed % every, None, every))
+                passed += len(tile.rows)
+                sampled.append(values[self.sampled[-1]].copy())
+            for i in np.flatnonzero(np.isin(self.folds, tile.folds)).tolist():
                 sums[i] = sums[i] + self._tile_sums(tile, values, i)
         self.sums = np.stack([design.from_tiles(np.asarray(one)) for one in sums])
         self.values = design.from_tiles(np.concatenate(sampled))
@@ -86,7 +89,7 @@ class Batch:
     def frame(self, u: Array, i: int, mu: float) -> Frame:
         """Frame at u for line i and those that differ from it in fold only."""
         parts = []
-        for tile, rows in zip(self.design.tiles, self.sampled, strict=True):
+        for tile, rows in zip(self.shown, self.sampled, strict=True):
             weight = self.weighting.of_rows(tile, np.array([i]))
             parts.append(np.ones(len(tile.rows), self.design.dtype)[rows] if weight is None else weight[0, rows])
         weight = np.concatenate(parts)
@@ -202,8 +205,8 @@ class Flight:
         if batch.rows > 1:
             gradient[:, -1, :-1] = -pull.sum(axis=1)
             value += 0.5 * np.einsum("ar,ar->a", u[:, -1, :-1], gradient[:, -1, :-1])
-        groups = dict.fromkeys(tile.group for tile in design.tiles)
-        seen = {group: sees for group in groups if (sees := np.flatnonzero(folds != group)).size}
+        groups = dict.fromkeys(tile.folds for tile in design.tiles)
+        seen = {group: sees for group in groups if (sees := np.flatnonzero(np.isin(folds, group))).size}
         inner = design.to_tiles(np.ascontiguousarray(u[:, :columns]).reshape(len(u) * columns, -1))
         inner = inner.reshape(len(u), columns, -1)
         passes = {group: batch.begin(lines[sees], inner[sees]) for group, sees in seen.items()}
@@ -212,8 +215,8 @@ class Flight:
                 ahead = design.tiles[place + TILES_AHEAD : place + 2 * TILES_AHEAD]
                 if ahead:
                     design.source.prefetch(np.concatenate([one.rows for one in ahead]))
-            if tile.group in seen:
-                value[seen[tile.group]] += passes[tile.group].add(tile)
+            if tile.folds in seen:
+                value[seen[tile.folds]] += passes[tile.folds].add(tile)
         total = np.zeros_like(inner)
         for group, sees in seen.items():
             total[sees] += passes[group].gradient()

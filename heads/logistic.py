@@ -19,7 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from headrace.heads.checks import check_specs
-from headrace.heads.design import ROWS_PER_TILE, Design, Tile, make_design, stream_design
+from headrace.heads.design import ROWS_PER_TILE, Design, make_design, stream_design
+from headrace.heads.few_rows import few_rows_design, folds_together
 from headrace.heads.inputs import check_rows
 from headrace.heads.lines import Line
 from headrace.heads.loss import sigmoid, softmax
@@ -135,12 +136,10 @@ def _fit_problem(
             for f in problem.folds:
                 parts[i, f, 0] = _Part(np.zeros((1, X.shape[1])), np.zeros(1), 0.0, 0.0, 0, 0.0)
         return
-    smallest = min(scaling[f].count for f in problem.folds)
     began = time.perf_counter()
-    if X.shape[1] <= smallest:
-        batches = [problem.folds]
-    else:
-        batches = [(f,) for f in problem.folds]
+    known = len(fold) if multi else int((problem.target >= 0).sum())
+    together = X.shape[1] <= known or not standardize or folds_together(scaling, problem.folds, known)
+    batches = [problem.folds] if together else [(f,) for f in problem.folds]
     for folds in batches:
         used = {f: scaling[f] for f in folds}
         if len(folds) > 1:
@@ -195,9 +194,10 @@ def _solve(
             for mu in left:
                 names[new, mu * unit] = i, mu
                 if (i, mu) in found:
-                    starts[new, mu * unit] = design.from_raw(*found[i, mu][:2])
+                    starts[new, mu * unit] = design.from_raw(*found[i, mu][:2], np.full(rows, lines[i].fold))
         solved = solve_lines(design, part, rows, gap=gap, deadline=deadline, starts=starts, device=device)
-        weight, bias = design.to_raw(np.concatenate([solution.u for solution in solved.values()]))
+        folds = np.repeat([part[i].fold for i, _ in solved], rows)
+        weight, bias = design.to_raw(np.concatenate([solution.u for solution in solved.values()]), folds)
         for place, (head, solution) in enumerate(solved.items()):
             before = found[names[head]][2].iterations if names[head] in found else 0
             better = dataclasses.replace(solution, iterations=solution.iterations + before)
@@ -265,20 +265,29 @@ def _design(
     wanted = problem.target >= 0 if problem.target.ndim == 1 else np.ones(len(fold), bool)
     if len(folds) == 1:
         wanted &= fold != folds[0]  # a design of its own fold needs no held-out rows
-    if isinstance(X, Streamed) and X.shape[1] <= min(scaling[f].count for f in folds):
+
+    def seen_by(group: int) -> tuple[int, ...]:
+        return tuple(f for f in folds if f != group)
+
+    few = X.shape[1] > int(wanted.sum())
+    if few and standardize and len(folds) > 1:
+        own = [((f,), by_class(np.flatnonzero(wanted & (fold != f)))) for f in folds]
+        design = few_rows_design(X, own, scaling, standardize=standardize, dtype=dtype)
+    elif isinstance(X, Streamed) and not few:
         # By class within a tile only: tiles are read in the order in which their rows lie on disk.
-        runs = [(group, by_class(part)) for group, part in sweep(X, fold, ROWS_PER_TILE, wanted)]
+        runs = [(seen_by(group), by_class(part)) for group, part in sweep(X, fold, ROWS_PER_TILE, wanted)]
         design = stream_design(X, runs, scaling, standardize=standardize, dtype=dtype)
     else:
         members = {int(group): by_class(np.flatnonzero(wanted & (fold == group))) for group in np.unique(fold)}
-        groups = [(group, member) for group, member in members.items() if member.size]
-        design = make_design(X, groups, scaling, standardize=standardize, dtype=dtype)
+        groups = [(seen_by(group), member) for group, member in members.items() if member.size]
+        make = few_rows_design if few else make_design
+        design = make(X, groups, scaling, standardize=standardize, dtype=dtype)
     tiles = []
     for tile in design.tiles:
         bounds = np.searchsorted(problem.target[tile.rows], np.arange(rows + 1)) if rows > 1 else tile.bounds
-        own = np.ascontiguousarray(labels[tile.rows].T, dtype) if labels is not None else tile.labels
+        known = np.ascontiguousarray(labels[tile.rows].T, dtype) if labels is not None else tile.labels
         weight = None if sw is None else sw[tile.rows].astype(dtype)
-        tiles.append(Tile(tile.group, tile.rows, tile.values, tile.across, bounds, own, weight))
+        tiles.append(dataclasses.replace(tile, bounds=bounds, labels=known, weight=weight))
     return dataclasses.replace(design, tiles=tiles)
 
 

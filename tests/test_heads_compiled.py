@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from headrace.heads import design as design_module
 from headrace.heads import flight
 from headrace.heads.compiled_tiles import compiled
-from headrace.heads.design import Design, Rotation, Tile
+from headrace.heads.design import Design, Tile
 from headrace.heads.logistic import fit_logistic_bank
 from headrace.heads.passes import CompiledPass, PlainPass, Weighting
+from headrace.heads.rotation import Rotation
 from headrace.heads.spec import LogisticSpec
 
 needs_compiler = pytest.mark.skipif(compiled() is None, reason="no C compiler built the pass, or no AVX2 to run it")
@@ -25,10 +26,10 @@ def made(rng: np.random.Generator, n: int, width: int, classes: int, *, weighted
     bounds = np.searchsorted(np.sort(rng.integers(0, classes, n)), np.arange(classes + 1))
     labels = rng.integers(0, 2, (2, n)).astype(np.float32)
     weight = rng.uniform(0, 3, n).astype(np.float32) if weighted else None
-    tile = Tile(0, np.arange(n), values, values.T, bounds, labels, weight)
+    tile = Tile((1,), np.arange(n), values, values.T, bounds, labels, weight)
     rotation = Rotation(np.eye(width - 1, dtype=np.float32))
     empty = np.zeros(width - 1)
-    return Design([tile], (1,), np.dtype(np.float32), rotation, empty, empty + 1, {}, {}, 1.0), tile
+    return Design([tile], np.dtype(np.float32), rotation, empty, empty + 1, {}, {}, 1.0), tile
 
 
 @needs_compiler

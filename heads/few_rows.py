@@ -1,0 +1,71 @@
+"""The design of fewer rows than features: by the representer theorem heads lie in the span of their rows, exactly.
+
+n rows, D features, R <= n coordinates, F folds.
+
+One eigendecomposition of all rows' products serves every fold. What a fold's own standardisation changes, its penalty, becomes a
+triangular factor near the identity (`rotation.Span`), with which its copy of the rows is multiplied: that costs a tenth of an
+eigendecomposition of its own, coordinates mean nearly the same in all folds, and all heads can be in flight together. Where the
+folds' scales differ too much for float32, or their copies of the rows do not fit, `folds_together` sends each fold its own way.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import scipy.linalg
+
+from headrace.heads.design import Design, Group, coordinates, make_tiles, scaled_rows
+from headrace.heads.rotation import Span
+from headrace.heads.spec import FULL
+from headrace.heads.standardize import Features, Moments
+
+Array = npt.NDArray[Any]
+WIDEST_SPREAD = 30.0  # of a fold's scales over the common ones: its square is the condition number of L L' at most
+MOST_BYTES = 1 << 29  # of the folds' copies of the rows
+THINNEST = 1e-3  # direction of rows, over the thickest, whose division by its length float32 bears: three of its seven digits
+
+
+def folds_together(scaling: dict[int, Moments], folds: Sequence[int], rows: int) -> bool:
+    """Whether standardised heads of these folds can share a design of so many rows."""
+    whole = scaling[FULL]
+    for fold in folds:
+        ratio = np.where(scaling[fold].constant | whole.constant, 1.0, scaling[fold].scale / whole.scale)
+        if ratio.max() > WIDEST_SPREAD * ratio.min():
+            return False
+    return sum(scaling[fold].count for fold in folds) * rows * 4 <= MOST_BYTES
+
+
+def few_rows_design(
+    X: Features, groups: Sequence[Group], scaling: dict[int, Moments], *, standardize: bool, dtype: Any
+) -> Design:
+    """Design of the given groups of rows of X (N, D), for the folds in `scaling` (fold: moments of its training rows).
+
+    Standardised heads of several folds take one group for each fold, of its own training rows; others share their groups. The
+    tiles come without labels, which the caller adds.
+    """
+    whole, factor, ratio, unit = coordinates(scaling, standardize=standardize, dtype=dtype)
+    every = np.unique(np.concatenate([rows for _, rows in groups]))
+    Z = scaled_rows(X, every, whole.mean, factor, dtype)
+    wide = Z.astype(np.float64)
+    # In float64: a direction is divided by the root of its eigenvalue, and all but those lost in rounding are kept.
+    eigenvalues, left = scipy.linalg.eigh(wide @ wide.T, driver="evd", overwrite_a=True, check_finite=False)
+    floor = eigenvalues.max(initial=0.0) * max(len(every), 1) * np.finfo(np.float64).eps
+    keep = np.flatnonzero(eigenvalues > floor)[::-1]  # the largest first
+    left, lengths = left[:, keep], np.sqrt(eigenvalues[keep])
+    thick = lengths.size and lengths[-1] > THINNEST * lengths[0]
+    exact = np.dtype(dtype) if thick else np.dtype(np.float64)
+    span = Span(Z, (left / lengths).astype(exact), {}, {fold: own.astype(np.float64) for fold, own in ratio.items()})
+    rotated = (left * lengths).astype(dtype)
+    if ratio:
+        Q = ((Z if exact == Z.dtype else wide).T @ span.combined).astype(dtype)
+        for fold, own in ratio.items():
+            stretched = Q / own[:, None]
+            span.roots[fold] = scipy.linalg.cholesky(stretched.T @ stretched, lower=True, check_finite=False)
+    tiles = []
+    for folds, rows in groups:
+        values = rotated[np.searchsorted(every, rows)]
+        if folds[0] in span.roots:
+            values = values @ span.roots[folds[0]]
+        tiles += make_tiles(folds, rows, values.__getitem__, span.rank, dtype, twice=False)
+    return Design(tiles, np.dtype(dtype), span, whole.mean, factor, {}, {}, unit)
