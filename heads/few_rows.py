@@ -23,7 +23,7 @@ from headrace.heads.standardize import Features, Moments
 Array = npt.NDArray[Any]
 WIDEST_SPREAD = 30.0  # of a fold's scales over the common ones: its square is the condition number of L L' at most
 MOST_BYTES = 1 << 29  # of the folds' copies of the rows
-THINNEST = 1e-3  # direction of rows, over the thickest, whose division by its length float32 bears: three of its seven digits
+THINNEST = 1e-3  # direction of rows, over the thickest, that float32 can be divided by: three of its seven digits
 
 
 def folds_together(scaling: dict[int, Moments], folds: Sequence[int], rows: int) -> bool:

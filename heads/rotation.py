@@ -43,7 +43,7 @@ class Span:
     """
 
     rows: Array  # Z, in the design's type
-    combined: Array  # T, float64 where some directions are hardly there: they are divided by next to nothing, and cancel
+    combined: Array  # T; float64 where directions are hardly there: divided by next to nothing, they cancel
     roots: dict[int, Array] = field(default_factory=dict)  # fold -> L (R, R), lower triangular; none: the identity
     ratio: dict[int, Array] = field(default_factory=dict)  # fold -> r (D,); none: one
 
