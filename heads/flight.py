@@ -6,6 +6,7 @@ n rows of a tile.
 
 import math
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,19 @@ MOST_THREADS = 8  # share a tile: fewer rows each than a hundred or so are not w
 TILES_AHEAD = 8  # of streamed rows, asked for while as many are multiplied
 
 
+EVERY = -9  # no fold's
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Some rows, from which frames are made."""
+
+    parts: list[tuple[Tile, slice]]  # where they come from
+    values: Array  # (n, R + 1)
+    squares: Array  # of the values
+    products: Array  # `precondition.row_products`
+
+
 class Batch:
     """What is the same at every strength: rows, class weights, and the sums that the bounds need."""
 
@@ -54,25 +68,29 @@ class Batch:
         self.weighting = Weighting(rows, multipliers, np.array([line.label for line in lines]), weighted)
         # Weighted class sums of the rows, (lines, C or 2, R + 1) float64; the last column holds the weights' sums.
         wanted = max(SAMPLED_ROWS, SAMPLED_ROWS_PER_CLASS * rows)
-        # Where folds have copies of the rows, one fold's stand for all.
-        self.shown = [tile for tile in design.tiles if lines[0].fold in tile.folds or not design.apart]
-        every = max(sum(len(tile.rows) for tile in self.shown) // wanted, 1)
-        self.sampled, sampled = [], []
         sums: list[Array | float] = [0.0] * len(lines)
-        passed = 0
-        for tile in design.tiles:
-            values, _ = design.read(tile)
-            if tile in self.shown:
+        # What frames are made from: some of all rows or, where folds have rows of their own, of each fold's. There rows are
+        # nearly orthogonal, and a fold's frame knows nothing of the directions of those that another trains on.
+        self.samples: dict[int, Sample] = {}
+        for fold in np.unique(self.folds).tolist() if design.apart else [EVERY]:
+            tiles = [tile for tile in design.tiles if fold in tile.folds or fold == EVERY]
+            every = max(sum(len(tile.rows) for tile in tiles) // wanted, 1)
+            parts, taken = [], []
+            passed = 0
+            for tile in tiles:
+                values, _ = design.read(tile)
                 # Every so many-th row of all, wherever tiles begin: a tile may hold fewer than that.
-                self.sampled.append(slice(-passed % every, None, every))
+                some = slice(-passed % every, None, every)
                 passed += len(tile.rows)
-                sampled.append(values[self.sampled[-1]].copy())
-            for i in np.flatnonzero(np.isin(self.folds, tile.folds)).tolist():
-                sums[i] = sums[i] + self._tile_sums(tile, values, i)
+                parts.append((tile, some))
+                taken.append(values[some].copy())
+                for i in np.flatnonzero(np.isin(self.folds, tile.folds)).tolist():
+                    sums[i] = sums[i] + self._tile_sums(tile, values, i)
+            values = design.from_tiles(np.concatenate(taken))
+            self.samples[fold] = Sample(
+                parts, values, values**2, row_products(values, dense_coordinates(rows, design.width))
+            )
         self.sums = np.stack([design.from_tiles(np.asarray(one)) for one in sums])
-        self.values = design.from_tiles(np.concatenate(sampled))
-        self.squares = self.values**2
-        self.products = row_products(self.values, dense_coordinates(rows, design.width))
 
     def _tile_sums(self, tile: Tile, values: Array, i: int) -> Array:
         n = len(tile.rows)
@@ -86,15 +104,21 @@ class Batch:
             member = np.stack([1 - label, label])
         return np.asarray(((member * weight) @ values).astype(np.float64) * self.weighting.multipliers[i][:, None])
 
+    def frame_kind(self, i: int) -> tuple[int, str, int]:
+        """Lines of a kind share their frames."""
+        line = self.lines[i]
+        return line.label, line.kind, line.fold if self.design.apart else EVERY
+
     def frame(self, u: Array, i: int, mu: float) -> Frame:
-        """Frame at u for line i and those that differ from it in fold only."""
+        """Frame at u for line i and those of its kind."""
+        sample = self.samples[self.frame_kind(i)[-1]]
         parts = []
-        for tile, rows in zip(self.shown, self.sampled, strict=True):
+        for tile, rows in sample.parts:
             weight = self.weighting.of_rows(tile, np.array([i]))
             parts.append(np.ones(len(tile.rows), self.design.dtype)[rows] if weight is None else weight[0, rows])
         weight = np.concatenate(parts)
         weight *= self.sums[i][:, -1].sum() / weight.sum()
-        return frame(u, self.values, self.squares, self.products, weight, mu)
+        return frame(u, sample.values, sample.squares, sample.products, weight, mu)
 
     def begin(self, lines: npt.NDArray[np.intp], u: Array) -> PlainPass | CompiledPass:
         """A pass of heads u (A, c, W) of the given lines."""
@@ -144,15 +168,14 @@ class Flight:
         self.lines = np.zeros(slots, np.intp)
         self.mu = np.zeros(slots)
         self.frames: dict[int, Frame] = {}
-        self.made: dict[tuple[int, str, float, int], Frame] = {}
+        self.made: dict[tuple[int, str, int, float, int], Frame] = {}
         self.shape = (max(batch.rows - 1, 1), batch.design.width)
 
     def load(self, slot: int, i: int, mu: float, start: Array, iterations: int, given: Frame | None = None) -> None:
-        """Put line i's head at strength mu, so many iterations old, into the slot. Folds differ little: the frame of the first
-        to be as old serves all, unless one is given."""
+        """Put line i's head at strength mu, so many iterations old, into the slot. The frame of the first of its kind to be as
+        old serves all, unless one is given."""
         if given is None:
-            line = self.batch.lines[i]
-            key = (line.label, line.kind, mu, iterations // ITERATIONS_PER_FRAME)
+            key = (*self.batch.frame_kind(i), mu, iterations // ITERATIONS_PER_FRAME)
             if key not in self.made:
                 self.made[key] = self.batch.frame(start, i, mu)
             given = self.made[key]
