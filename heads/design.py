@@ -8,8 +8,8 @@ The fold's own standardisation changes neither the rows nor the decision, only w
 deviations s_f of the fold's training rows the penalty is |W s_f|^2 = u' P u,  P = Q' diag(s_f/s)^2 Q (the intercept is
 free and absorbs every mean). So all folds share one copy of the rows and differ in P, which is near the identity.
 
-Rows that do not fit into memory are read from their shards on every pass instead, centred and scaled but not rotated: it
-is the weights that are rotated there and the gradients back, which costs as much as a few rows do.
+Rows that do not fit into memory are read from their shards on every pass instead, and centred there; it is the weights that
+are scaled and rotated, and the gradients back, which costs as much as a few rows do.
 
 With fewer rows than features the coordinates are those of the rows' span instead, fewer and exact: `few_rows.py`.
 """
@@ -82,7 +82,7 @@ class Design:
 
     def read(self, tile: Tile) -> tuple[Array, Array]:
         """A tile's values (n, W) and the same across (W, n), the intercept's 1 last. W is R + 1; of a streamed tile it is
-        D + 1, before the rotation, and the arrays are overwritten by the next call."""
+        D + 1, centred and no more, and the arrays are overwritten by the next call."""
         if self.source is None:
             return tile.values, tile.across
         n, dim = len(tile.rows), self.source.shape[1]
@@ -91,7 +91,6 @@ class Design:
             self.buffer[-n] = np.empty((n, dim), np.float32)
         values, raw = self.buffer[n], self.source.read(tile.rows, self.buffer[-n])
         np.subtract(raw, self.centre.astype(self.dtype), out=values[:, :-1])
-        values[:, :-1] *= self.factor.astype(self.dtype)
         return values, values.T
 
     def to_tiles(self, weights: Array) -> Array:
@@ -99,14 +98,16 @@ class Design:
         if self.source is None:
             return weights
         assert isinstance(self.rotation, Rotation)
-        return np.concatenate([self.rotation.out(weights[:, :-1]), weights[:, -1:]], axis=1)
+        scaled = self.rotation.out(weights[:, :-1]) * self.factor.astype(self.dtype)
+        return np.concatenate([scaled, weights[:, -1:]], axis=1)
 
     def from_tiles(self, gradients: Array) -> Array:
         """Gradients (k, W), or rows, with respect to the R + 1 coordinates."""
         if self.source is None:
             return gradients
         assert isinstance(self.rotation, Rotation)
-        return np.concatenate([self.rotation.back(gradients[:, :-1]), gradients[:, -1:]], axis=1)
+        inside = self.rotation.back(gradients[:, :-1] * self.factor.astype(self.dtype))
+        return np.concatenate([inside, gradients[:, -1:]], axis=1)
 
     def penalised(self, u: Array, folds: Array, quick: Compiled | None = None) -> Array:
         """u P (A, C, R) for heads u (A, C, R) of the given folds (A,). quick: the compiled products, where one thread is all
@@ -242,7 +243,7 @@ def stream_design(
     every = max(total // max(ROWS_OF_A_BASIS, 16 * dim), 1)
     gram = np.zeros((dim, dim), dtype)
     for tile in tiles[::every]:
-        rows = plain.read(tile)[0][:, :-1]
+        rows = plain.read(tile)[0][:, :-1] * factor.astype(dtype)
         gram += rows.T @ rows
     _, vectors = scipy.linalg.eigh(gram, driver="evd", overwrite_a=True, check_finite=False)
     rotation = Rotation(np.ascontiguousarray(vectors[:, ::-1]))

@@ -66,6 +66,12 @@ def few_rows_design(
     for folds, rows in groups:
         values = rotated[np.searchsorted(every, rows)]
         if folds[0] in span.roots:
-            values = values @ span.roots[folds[0]]
+            values = _times_lower(values, span.roots[folds[0]])
         tiles += make_tiles(folds, rows, values.__getitem__, span.rank, dtype, twice=False)
     return Design(tiles, np.dtype(dtype), span, whole.mean, factor, {}, {}, unit)
+
+
+def _times_lower(values: Array, root: Array) -> Array:
+    """values (n, R) root, lower triangular (R, R) of the same type: half of a product's work."""
+    (multiply,) = scipy.linalg.get_blas_funcs(("trmm",), (values, root))
+    return np.ascontiguousarray(multiply(1.0, root.T, values.T).T)

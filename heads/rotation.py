@@ -53,12 +53,12 @@ class Span:
 
     def out(self, u: Array, folds: Array) -> Array:
         """v (k, D) float64 of u (k, R) of heads of the given folds (k,)."""
-        q = u.astype(np.float64)
+        exact = self.combined.dtype
+        q = u.astype(exact)
         for fold, root in self.roots.items():
             own = folds == fold
             q[own] = scipy.linalg.solve_triangular(root, q[own].T, lower=True, trans=1, check_finite=False).T
-        exact = self.combined.dtype
-        v = ((q.astype(exact) @ self.combined.T) @ self.rows.astype(exact, copy=False)).astype(np.float64)
+        v = ((q @ self.combined.T) @ self.rows.astype(exact, copy=False)).astype(np.float64)
         for fold, ratio in self.ratio.items():
             v[folds == fold] /= ratio**2
         return np.asarray(v)
