@@ -82,10 +82,8 @@ def assert_readable(directory):
     return len(units)
 
 
-SLOW = pytest.mark.slow
-
-
-@pytest.mark.parametrize("moment", ["before", pytest.param("middle", marks=SLOW), pytest.param("after", marks=SLOW)])
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["before", "middle", "after"])
 def test_death_at_every_system_call(tmp_path, moment):
     """An extraction is killed at each system call in turn: what it acknowledged stays, resuming gives equal bytes.
 
@@ -136,7 +134,7 @@ def failure_of(work):
 
 
 @pytest.mark.parametrize(
-    "code", [ERRNOS[0], *(pytest.param(code, marks=SLOW) for code in ERRNOS[1:])], ids=errno.errorcode.get
+    "code", [ERRNOS[0], *(pytest.param(code, marks=pytest.mark.slow) for code in ERRNOS[1:])], ids=errno.errorcode.get
 )
 @pytest.mark.parametrize("call", ["open", "write", "fsync", "link"])
 def test_error_at_every_system_call(tmp_path, call, code):
@@ -307,6 +305,7 @@ def kill_loop(root, units, kills, seed, longest_s):
     return died, started, (finished + 1) * units
 
 
+@pytest.mark.slow
 def test_kills_at_random(tmp_path):
     """25 kills: no acknowledged row is lost, bytes end up equal, and a kill costs at most the unit it interrupted."""
     died, started, units = kill_loop(tmp_path, 30, 25, 0, 0.06)

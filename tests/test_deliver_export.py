@@ -167,6 +167,7 @@ def run_alone(folder, paths, what):
     return np.array(json.loads(done.stdout.splitlines()[-1]))
 
 
+@pytest.mark.slow
 def test_a_head_is_the_same_where_headrace_is_not(photos, features, tmp_path):
     """A program, an ONNX file and safetensors of one head; the first two with torch and onnxruntime alone."""
     place = model_directory(tmp_path / "model", photos, features, LogisticSpec(0.1), ["avg"])
@@ -295,6 +296,7 @@ def network_directory(place, kind="logistic"):
     return place
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["logistic", "conv"])
 def test_a_fine_tuned_network_is_the_same_everywhere(photos, tmp_path, kind):
     """From images through headrace, as a torch program, as safetensors, as a copy elsewhere: what its own module says."""

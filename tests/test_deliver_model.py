@@ -59,6 +59,7 @@ def test_a_model_directory_predicts_as_its_run(run, away):
     assert right.mean() > 0.9
 
 
+@pytest.mark.slow
 def test_mirrored_views_are_part_of_an_exported_graph(tmp_path):
     """One network in it, run on four images; what it says of the photos is what headrace says, and not what the crop alone says."""
     make_photos(tmp_path / "photos", n=40)

@@ -30,6 +30,7 @@ def told(tmp_path_factory):
         return folder, run_here(folder / "recipe.yaml")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_mlflow_is_told_once(told):
     """The scores of the run, its files, the three best settings below it; a second telling changes nothing."""

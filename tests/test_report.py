@@ -153,6 +153,7 @@ def test_what_is_gone_is_said(folder, tmp_path):
     assert "not there any more" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["multi", "regression"])
 def test_other_tasks_have_what_makes_sense_for_them(folder, kind):
     """Labels one by one; targets with their errors. Neither has a confusion matrix."""

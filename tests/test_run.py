@@ -111,6 +111,7 @@ def test_only_what_is_new_is_done(finished, tmp_path):
         (folder / "photos" / "fine" / "new.png").unlink()
 
 
+@pytest.mark.slow
 def test_a_screen_leaves_the_promising_inputs(finished, tmp_path):
     """Only they get all heads, the first stage says which, and a second call screens nothing anew."""
     folder, whole = finished
