@@ -185,15 +185,18 @@ def make_design(
     _, vectors = scipy.linalg.eigh(gram, driver="evd", overwrite_a=True, check_finite=False)
     rotation = Rotation(np.ascontiguousarray(vectors[:, ::-1]))  # the largest first
     tiles = []
-    # The compiled pass reads rows as they are.
-    plain = compiled() is None or np.dtype(dtype) != np.float32
-    bytes_of_rows = sum(len(rows) for _, rows in groups) * dim * np.dtype(dtype).itemsize
+    twice = worth_copies(sum(len(rows) for _, rows in groups) * dim, dtype)
     for index, (folds, rows) in enumerate(groups):
         part, parts[index] = parts[index], np.empty((0, 0), dtype)  # scaled rows go as the rotated ones come
-        twice = plain and bytes_of_rows < BYTES_WORTH_A_SECOND_COPY
         rotated = functools.partial(_rotated, rotation, part)
         tiles += make_tiles(folds, rows, rotated, dim, dtype, twice=twice)
     return Design(tiles, np.dtype(dtype), rotation, whole.mean, factor, ratio, {}, unit)
+
+
+def worth_copies(values: int, dtype: Any) -> bool:
+    """Whether so many values of tiles are kept across, too. The compiled pass reads rows as they are."""
+    plain = compiled() is None or np.dtype(dtype) != np.float32
+    return plain and values * np.dtype(dtype).itemsize < BYTES_WORTH_A_SECOND_COPY
 
 
 def _rotated(rotation: Rotation, part: Array, some: slice) -> Array:

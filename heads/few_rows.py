@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import scipy.linalg
 
-from headrace.heads.design import Design, Group, coordinates, make_tiles, scaled_rows
+from headrace.heads.design import Design, Group, coordinates, make_tiles, scaled_rows, worth_copies
 from headrace.heads.rotation import Span
 from headrace.heads.spec import FULL
 from headrace.heads.standardize import Features, Moments
@@ -63,11 +63,12 @@ def few_rows_design(
             stretched = Q / own[:, None]
             span.roots[fold] = scipy.linalg.cholesky(stretched.T @ stretched, lower=True, check_finite=False)
     tiles = []
+    twice = worth_copies(sum(len(rows) for _, rows in groups) * span.rank, dtype)
     for folds, rows in groups:
         values = rotated[np.searchsorted(every, rows)]
         if folds[0] in span.roots:
             values = _times_lower(values, span.roots[folds[0]])
-        tiles += make_tiles(folds, rows, values.__getitem__, span.rank, dtype, twice=False)
+        tiles += make_tiles(folds, rows, values.__getitem__, span.rank, dtype, twice=twice)
     return Design(tiles, np.dtype(dtype), span, whole.mean, factor, {}, {}, unit)
 
 
