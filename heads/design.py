@@ -196,7 +196,7 @@ def make_design(
 def worth_copies(values: int, dtype: Any) -> bool:
     """Whether so many values of tiles are kept across, too. The compiled pass reads rows as they are."""
     plain = compiled() is None or np.dtype(dtype) != np.float32
-    return plain and values * np.dtype(dtype).itemsize < BYTES_WORTH_A_SECOND_COPY
+    return bool(plain and values * np.dtype(dtype).itemsize < BYTES_WORTH_A_SECOND_COPY)
 
 
 def _rotated(rotation: Rotation, part: Array, some: slice) -> Array:
