@@ -157,16 +157,13 @@ class Design:
 
     def to_raw(self, u: Array, folds: Array) -> tuple[Array, Array]:
         """Weights (k, D) and biases (k,) in raw feature coordinates, float64, of u (k, R + 1) of heads of folds (k,)."""
-        own = u[:, :-1]
-        out = self.rotation.out(own, folds) if isinstance(self.rotation, Span) else self.rotation.out(own)
-        weight = out.astype(np.float64, copy=False)
+        weight = self.rotation.out(u[:, :-1], folds).astype(np.float64, copy=False)
         weight *= self.factor
         return weight, u[:, -1].astype(np.float64) - weight @ self.centre
 
     def from_raw(self, weight: Array, bias: Array, folds: Array) -> Array:
         """Inverse of `to_raw`, as far as the weights lie in the design's span."""
-        v = weight / np.where(self.factor > 0, self.factor, 1.0)
-        inside = self.rotation.back(v, folds) if isinstance(self.rotation, Span) else self.rotation.back(v)
+        inside = self.rotation.back(weight / np.where(self.factor > 0, self.factor, 1.0), folds)
         return np.concatenate([inside, (bias + weight @ self.centre)[:, None]], axis=1).astype(self.dtype)
 
 
@@ -267,8 +264,13 @@ def coordinates(
     if shared and standardize:
         for fold, own in scaling.items():
             if fold != FULL:
-                ratio[fold] = np.where(own.constant | constant, 1.0, own.scale / scale).astype(dtype)
+                ratio[fold] = scale_ratio(own, whole).astype(dtype)
     return whole, np.where(constant, 0.0, 1.0 / scale), ratio, unit
+
+
+def scale_ratio(own: Moments, whole: Moments) -> Array:
+    """(D,) a fold's scales over the common ones, 1 where a feature is constant in either."""
+    return np.where(own.constant | whole.constant, 1.0, own.scale / whole.scale)
 
 
 def scaled_rows(X: Features, rows: npt.NDArray[np.intp], mean: Array, factor: Array, dtype: Any) -> Array:

@@ -15,14 +15,14 @@ import numpy as np
 import numpy.typing as npt
 import scipy.linalg
 
-from headrace.heads.design import Design, Group, coordinates, make_tiles, scaled_rows, worth_copies
+from headrace.heads.design import Design, Group, coordinates, make_tiles, scale_ratio, scaled_rows, worth_copies
 from headrace.heads.rotation import Span
 from headrace.heads.spec import FULL
 from headrace.heads.standardize import Features, Moments
 
 Array = npt.NDArray[Any]
 WIDEST_SPREAD = 30.0  # of a fold's scales over the common ones: its square is the condition number of L L' at most
-MOST_BYTES = 1 << 29  # of the folds' copies of the rows
+MOST_BYTES = 1 << 29  # of the folds' copies of the rows, float32
 THINNEST = 1e-3  # direction of rows, over the thickest, that float32 can be divided by: three of its seven digits
 
 
@@ -30,7 +30,7 @@ def folds_together(scaling: dict[int, Moments], folds: Sequence[int], rows: int)
     """Whether standardised heads of these folds can share a design of so many rows."""
     whole = scaling[FULL]
     for fold in folds:
-        ratio = np.where(scaling[fold].constant | whole.constant, 1.0, scaling[fold].scale / whole.scale)
+        ratio = scale_ratio(scaling[fold], whole)
         if ratio.max() > WIDEST_SPREAD * ratio.min():
             return False
     return sum(scaling[fold].count for fold in folds) * rows * 4 <= MOST_BYTES
@@ -55,19 +55,20 @@ def few_rows_design(
     left, lengths = left[:, keep], np.sqrt(eigenvalues[keep])
     thick = lengths.size and lengths[-1] > THINNEST * lengths[0]
     exact = np.dtype(dtype) if thick else np.dtype(np.float64)
-    span = Span(Z, (left / lengths).astype(exact), {}, {fold: own.astype(np.float64) for fold, own in ratio.items()})
-    rotated = (left * lengths).astype(dtype)
+    combined, rotated = (left / lengths).astype(exact), (left * lengths).astype(dtype)
+    roots = {}
     if ratio:
-        Q = ((Z if exact == Z.dtype else wide).T @ span.combined).astype(dtype)
+        Q = ((Z if exact == Z.dtype else wide).T @ combined).astype(dtype)
         for fold, own in ratio.items():
             stretched = Q / own[:, None]
-            span.roots[fold] = scipy.linalg.cholesky(stretched.T @ stretched, lower=True, check_finite=False)
+            roots[fold] = scipy.linalg.cholesky(stretched.T @ stretched, lower=True, check_finite=False)
+    span = Span(Z, combined, roots, {fold: own.astype(np.float64) for fold, own in ratio.items()})
     tiles = []
     twice = worth_copies(sum(len(rows) for _, rows in groups) * span.rank, dtype)
     for folds, rows in groups:
         values = rotated[np.searchsorted(every, rows)]
-        if folds[0] in span.roots:
-            values = _times_lower(values, span.roots[folds[0]])
+        if folds[0] in roots:
+            values = _times_lower(values, roots[folds[0]])
         tiles += make_tiles(folds, rows, values.__getitem__, span.rank, dtype, twice=twice)
     return Design(tiles, np.dtype(dtype), span, whole.mean, factor, {}, {}, unit)
 

@@ -35,9 +35,6 @@ MOST_THREADS = 8  # share a tile: fewer rows each than a hundred or so are not w
 TILES_AHEAD = 8  # of streamed rows, asked for while as many are multiplied
 
 
-EVERY = -9  # no fold's
-
-
 @dataclass(frozen=True)
 class Sample:
     """Some rows, from which frames are made."""
@@ -66,14 +63,15 @@ class Batch:
         multipliers = np.stack([line.multiplier for line in lines]).astype(design.dtype)
         weighted = bool((multipliers != 1).any()) or any(tile.weight is not None for tile in design.tiles)
         self.weighting = Weighting(rows, multipliers, np.array([line.label for line in lines]), weighted)
-        # Weighted class sums of the rows, (lines, C or 2, R + 1) float64; the last column holds the weights' sums.
+        # Which lines (lines,) bool train on the rows of a tile, by its folds.
+        self.trained = {own: np.isin(self.folds, own) for own in dict.fromkeys(tile.folds for tile in design.tiles)}
         wanted = max(SAMPLED_ROWS, SAMPLED_ROWS_PER_CLASS * rows)
         sums: list[Array | float] = [0.0] * len(lines)
         # What frames are made from: some of all rows or, where folds have rows of their own, of each fold's. There rows are
         # nearly orthogonal, and a fold's frame knows nothing of the directions of those that another trains on.
-        self.samples: dict[int, Sample] = {}
-        for fold in np.unique(self.folds).tolist() if design.apart else [EVERY]:
-            tiles = [tile for tile in design.tiles if fold in tile.folds or fold == EVERY]
+        self.samples: dict[int | None, Sample] = {}
+        for fold in np.unique(self.folds).tolist() if design.apart else [None]:
+            tiles = [tile for tile in design.tiles if fold is None or fold in tile.folds]
             every = max(sum(len(tile.rows) for tile in tiles) // wanted, 1)
             parts, taken = [], []
             passed = 0
@@ -84,12 +82,13 @@ class Batch:
                 passed += len(tile.rows)
                 parts.append((tile, some))
                 taken.append(values[some].copy())
-                for i in np.flatnonzero(np.isin(self.folds, tile.folds)).tolist():
+                for i in np.flatnonzero(self.trained[tile.folds]).tolist():
                     sums[i] = sums[i] + self._tile_sums(tile, values, i)
             values = design.from_tiles(np.concatenate(taken))
             self.samples[fold] = Sample(
                 parts, values, values**2, row_products(values, dense_coordinates(rows, design.width))
             )
+        # Weighted class sums of the rows, (lines, C or 2, R + 1) float64; the last column holds the weights' sums.
         self.sums = np.stack([design.from_tiles(np.asarray(one)) for one in sums])
 
     def _tile_sums(self, tile: Tile, values: Array, i: int) -> Array:
@@ -104,10 +103,10 @@ class Batch:
             member = np.stack([1 - label, label])
         return np.asarray(((member * weight) @ values).astype(np.float64) * self.weighting.multipliers[i][:, None])
 
-    def frame_kind(self, i: int) -> tuple[int, str, int]:
+    def frame_kind(self, i: int) -> tuple[int, str, int | None]:
         """Lines of a kind share their frames."""
         line = self.lines[i]
-        return line.label, line.kind, line.fold if self.design.apart else EVERY
+        return line.label, line.kind, line.fold if self.design.apart else None
 
     def frame(self, u: Array, i: int, mu: float) -> Frame:
         """Frame at u for line i and those of its kind."""
@@ -168,7 +167,7 @@ class Flight:
         self.lines = np.zeros(slots, np.intp)
         self.mu = np.zeros(slots)
         self.frames: dict[int, Frame] = {}
-        self.made: dict[tuple[int, str, int, float, int], Frame] = {}
+        self.made: dict[tuple[int, str, int | None, float, int], Frame] = {}
         self.shape = (max(batch.rows - 1, 1), batch.design.width)
 
     def load(self, slot: int, i: int, mu: float, start: Array, iterations: int, given: Frame | None = None) -> None:
@@ -228,8 +227,7 @@ class Flight:
         if batch.rows > 1:
             gradient[:, -1, :-1] = -pull.sum(axis=1)
             value += 0.5 * np.einsum("ar,ar->a", u[:, -1, :-1], gradient[:, -1, :-1])
-        groups = dict.fromkeys(tile.folds for tile in design.tiles)
-        seen = {group: sees for group in groups if (sees := np.flatnonzero(np.isin(folds, group))).size}
+        seen = {group: sees for group, of in batch.trained.items() if (sees := np.flatnonzero(of[lines])).size}
         inner = design.to_tiles(np.ascontiguousarray(u[:, :columns]).reshape(len(u) * columns, -1))
         inner = inner.reshape(len(u), columns, -1)
         passes = {group: batch.begin(lines[sees], inner[sees]) for group, sees in seen.items()}

@@ -93,6 +93,11 @@ class _Problem:
     classes: npt.NDArray[np.intp]  # single label: the classes present; multi-label: empty
     target: Array  # (N,) position in `classes`, -1 where absent; or (N, L)
 
+    @property
+    def known(self) -> npt.NDArray[np.bool_]:
+        """(N,) rows that have a class of the problem."""
+        return self.target >= 0 if self.target.ndim == 1 else np.ones(len(self.target), bool)
+
 
 def _problems(target: Array, n_classes: int, fold: Array, folds: list[int], sw: Array | None) -> list[_Problem]:
     """Group the folds by the classes that their training rows hold. A class without training rows has no optimum: its
@@ -137,8 +142,8 @@ def _fit_problem(
                 parts[i, f, 0] = _Part(np.zeros((1, X.shape[1])), np.zeros(1), 0.0, 0.0, 0, 0.0)
         return
     began = time.perf_counter()
-    known = len(fold) if multi else int((problem.target >= 0).sum())
-    together = X.shape[1] <= known or not standardize or folds_together(scaling, problem.folds, known)
+    count = int(problem.known.sum())
+    together = X.shape[1] <= count or not standardize or folds_together(scaling, problem.folds, count)
     batches = [problem.folds] if together else [(f,) for f in problem.folds]
     for folds in batches:
         used = {f: scaling[f] for f in folds}
@@ -220,10 +225,9 @@ def _lines(
 ) -> tuple[list[Line], list[dict[float, list[int]]]]:
     """One line per fold, kind of class weight and label; beside each, which specs want which strength."""
     lines, owners = [], []
-    multi = problem.target.ndim == 2
     weights = np.ones(len(fold)) if sw is None else sw
     for f in folds:
-        train = (fold != f) & ((problem.target >= 0) if not multi else True)
+        train = (fold != f) & problem.known
         for kind in sorted({specs[i].class_weight for i in chosen}):
             wanted: dict[float, list[int]] = {}
             for i in chosen:
@@ -262,7 +266,7 @@ def _design(
     def by_class(member: npt.NDArray[np.intp]) -> npt.NDArray[np.intp]:
         return member[np.argsort(problem.target[member], kind="stable")] if rows > 1 else member
 
-    wanted = problem.target >= 0 if problem.target.ndim == 1 else np.ones(len(fold), bool)
+    wanted = problem.known
     if len(folds) == 1:
         wanted &= fold != folds[0]  # a design of its own fold needs no held-out rows
 
@@ -285,9 +289,9 @@ def _design(
     tiles = []
     for tile in design.tiles:
         bounds = np.searchsorted(problem.target[tile.rows], np.arange(rows + 1)) if rows > 1 else tile.bounds
-        known = np.ascontiguousarray(labels[tile.rows].T, dtype) if labels is not None else tile.labels
+        given = np.ascontiguousarray(labels[tile.rows].T, dtype) if labels is not None else tile.labels
         weight = None if sw is None else sw[tile.rows].astype(dtype)
-        tiles.append(dataclasses.replace(tile, bounds=bounds, labels=known, weight=weight))
+        tiles.append(dataclasses.replace(tile, bounds=bounds, labels=given, weight=weight))
     return dataclasses.replace(design, tiles=tiles)
 
 

@@ -24,12 +24,12 @@ class Rotation:
     def rank(self) -> int:
         return int(self.matrix.shape[1])
 
-    def out(self, u: Array) -> Array:
-        """u Q' (k, D) of u (k, R)."""
+    def out(self, u: Array, folds: Array | None = None) -> Array:
+        """u Q' (k, D) of u (k, R), whatever their folds."""
         return np.asarray(u @ self.matrix.T)
 
-    def back(self, v: Array) -> Array:
-        """v Q (k, R) of v (k, D)."""
+    def back(self, v: Array, folds: Array | None = None) -> Array:
+        """v Q (k, R) of v (k, D), whatever their folds."""
         return np.asarray(v @ self.matrix)
 
 

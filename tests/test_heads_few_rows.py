@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_heads_logistic import blobs, folds
 
 from headrace.heads import logistic
 from headrace.heads.few_rows import few_rows_design, folds_together
@@ -15,12 +16,8 @@ SLOWLY = settings(deadline=None, max_examples=8, suppress_health_check=list(Heal
 
 
 def few(n, d, classes, seed):
-    """Rows of classes, features of many scales and offsets, and folds (n,)."""
-    rng = np.random.default_rng(seed)
-    y = np.concatenate([np.arange(classes), rng.integers(0, classes, n - classes)])
-    X = rng.standard_normal((n, d)) + rng.standard_normal((classes, d))[y]
-    X = X * 10 ** rng.uniform(-2, 2, d) + rng.standard_normal(d)
-    return X.astype(np.float32), y.astype(np.int64), rng.permutation(np.arange(n) % 4).astype(np.int16)
+    """Rows, their classes, and which of four folds holds them out."""
+    return *blobs(n, d, classes, seed), folds(n, 4, seed)
 
 
 def moments_of(X, fold):
