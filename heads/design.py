@@ -31,6 +31,9 @@ from headrace.heads.streamed import Streamed
 
 Array = npt.NDArray[Any]
 Group = tuple[tuple[int, ...], npt.NDArray[np.intp]]  # rows, and the folds that train on them
+# Of a fold's scales over the common ones, either way: beyond, float32 rows in common units lose the fold's digits, and with few
+# rows its square is the condition number of a factor.
+WIDEST_SPREAD = 30.0
 ROWS_PER_TILE = 1024  # a tile of 450 decisions by this many rows is 1.8 MB: it stays in the caches between two products
 ROWS_OF_A_BASIS = 1 << 15
 ROWS_WORTH_A_METRIC = 48
@@ -64,7 +67,7 @@ class Design:
     rotation: Rotation | Span  # Q
     centre: Array  # (D,) float64
     factor: Array  # (D,) float64, 1 / scale, 0 for constant features
-    ratio: dict[int, Array]  # fold -> (D,) s_f / s; empty where the design was made for one fold
+    ratio: dict[int, Array]  # fold -> (D,) s_f / s; empty where no fold needs it: few rows, unstandardised, one fold
     metrics: dict[int, Array]  # fold -> P (R, R), filled in when first needed
     unit: float  # unstandardised features are divided by this one number; 1 for standardised ones
     source: Streamed | None = None  # where tiles read their rows on every pass
@@ -271,6 +274,16 @@ def coordinates(
 def scale_ratio(own: Moments, whole: Moments) -> Array:
     """(D,) a fold's scales over the common ones, 1 where a feature is constant in either."""
     return np.where(own.constant | whole.constant, 1.0, own.scale / whole.scale)
+
+
+def same_scales(own: Moments, whole: Moments, *, standardize: bool) -> bool:
+    """Whether a fold's training rows, whose moments are `own`, are at home in the units of all rows. One row may forbid it, so
+    far out that the fold which holds it out sees next to nothing beside it."""
+    ratio = scale_ratio(own, whole)
+    if not standardize:
+        units = [float(one.scale[~one.constant].max(initial=0.0)) or 1.0 for one in (own, whole)]
+        ratio = np.array([units[0] / units[1]])
+    return bool(WIDEST_SPREAD * ratio.min() >= 1 and ratio.max() <= WIDEST_SPREAD)
 
 
 def scaled_rows(X: Features, rows: npt.NDArray[np.intp], mean: Array, factor: Array, dtype: Any) -> Array:

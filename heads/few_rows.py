@@ -5,7 +5,8 @@ n rows, D features, R <= n coordinates, F folds.
 One eigendecomposition of all rows' products serves every fold. What a fold's own standardisation changes, its penalty, becomes a
 triangular factor near the identity (`rotation.Span`), with which its copy of the rows is multiplied: that costs a tenth of an
 eigendecomposition of its own, coordinates mean nearly the same in all folds, and all heads can be in flight together. Where the
-folds' scales differ too much for float32, or their copies of the rows do not fit, `folds_together` sends each fold its own way.
+folds' scales differ too much for float32 (`design.same_scales`), or their copies of the rows do not fit (`worth_a_copy`), each
+fold goes its own way.
 """
 
 from collections.abc import Sequence
@@ -15,24 +16,17 @@ import numpy as np
 import numpy.typing as npt
 import scipy.linalg
 
-from headrace.heads.design import Design, Group, coordinates, make_tiles, scale_ratio, scaled_rows, worth_copies
+from headrace.heads.design import Design, Group, coordinates, make_tiles, scaled_rows, worth_copies
 from headrace.heads.rotation import Span
-from headrace.heads.spec import FULL
 from headrace.heads.standardize import Features, Moments
 
 Array = npt.NDArray[Any]
-WIDEST_SPREAD = 30.0  # of a fold's scales over the common ones: its square is the condition number of L L' at most
 MOST_BYTES = 1 << 29  # of the folds' copies of the rows, float32
 THINNEST = 1e-3  # direction of rows, over the thickest, that float32 can be divided by: three of its seven digits
 
 
-def folds_together(scaling: dict[int, Moments], folds: Sequence[int], rows: int) -> bool:
-    """Whether standardised heads of these folds can share a design of so many rows."""
-    whole = scaling[FULL]
-    for fold in folds:
-        ratio = scale_ratio(scaling[fold], whole)
-        if ratio.max() > WIDEST_SPREAD * ratio.min():
-            return False
+def worth_a_copy(scaling: dict[int, Moments], folds: Sequence[int], rows: int) -> bool:
+    """Whether the copies that standardised heads of these folds keep in a design of so many rows fit."""
     return sum(scaling[fold].count for fold in folds) * rows * 4 <= MOST_BYTES
 
 
@@ -58,7 +52,11 @@ def few_rows_design(
     combined, rotated = (left / lengths).astype(exact), (left * lengths).astype(dtype)
     roots = {}
     if ratio:
-        Q = ((Z if exact == Z.dtype else wide).T @ combined).astype(dtype)
+        Q = (Z if exact == Z.dtype else wide).T @ combined
+        real = np.einsum("dr,dr->r", Q, Q) > 0.5  # what is rounding alone may pass the floor: no row lies along it
+        if not real.all():
+            Q, combined, rotated = Q[:, real], combined[:, real], np.ascontiguousarray(rotated[:, real])
+        Q = Q.astype(dtype, copy=False)
         for fold, own in ratio.items():
             stretched = Q / own[:, None]
             roots[fold] = scipy.linalg.cholesky(stretched.T @ stretched, lower=True, check_finite=False)

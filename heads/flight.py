@@ -116,6 +116,8 @@ class Batch:
             weight = self.weighting.of_rows(tile, np.array([i]))
             parts.append(np.ones(len(tile.rows), self.design.dtype)[rows] if weight is None else weight[0, rows])
         weight = np.concatenate(parts)
+        if not weight.any():  # the sample met none of the rows that weigh something
+            weight += 1
         weight *= self.sums[i][:, -1].sum() / weight.sum()
         return frame(u, sample.values, sample.squares, sample.products, weight, mu)
 
@@ -227,10 +229,11 @@ class Flight:
         if batch.rows > 1:
             gradient[:, -1, :-1] = -pull.sum(axis=1)
             value += 0.5 * np.einsum("ar,ar->a", u[:, -1, :-1], gradient[:, -1, :-1])
-        seen = {group: sees for group, of in batch.trained.items() if (sees := np.flatnonzero(of[lines])).size}
+        # By a tile's folds: which heads train on it.
+        seen = {key: sees for key, trains in batch.trained.items() if (sees := np.flatnonzero(trains[lines])).size}
         inner = design.to_tiles(np.ascontiguousarray(u[:, :columns]).reshape(len(u) * columns, -1))
         inner = inner.reshape(len(u), columns, -1)
-        passes = {group: batch.begin(lines[sees], inner[sees]) for group, sees in seen.items()}
+        passes = {key: batch.begin(lines[sees], inner[sees]) for key, sees in seen.items()}
         for place, tile in enumerate(design.tiles):
             if design.source is not None and place % TILES_AHEAD == 0:
                 ahead = design.tiles[place + TILES_AHEAD : place + 2 * TILES_AHEAD]
@@ -239,8 +242,8 @@ class Flight:
             if tile.folds in seen:
                 value[seen[tile.folds]] += passes[tile.folds].add(tile)
         total = np.zeros_like(inner)
-        for group, sees in seen.items():
-            total[sees] += passes[group].gradient()
+        for key, sees in seen.items():
+            total[sees] += passes[key].gradient()
         total = design.from_tiles(total.reshape(len(u) * columns, -1)).reshape(len(u), columns, -1)
         gradient[:, :columns] += total
         if batch.rows > 1:

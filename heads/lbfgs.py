@@ -22,6 +22,10 @@ Array = npt.NDArray[Any]
 Evaluate = Callable[[npt.NDArray[np.intp], Array], tuple[Array, Array]]
 
 ARMIJO = 1e-4
+SEEN = 8.0  # times what rounding may be: a decrease of that much is taken from the values
+PATIENCE = (
+    8  # steps without such a decrease that do not halve the squared gradient either, whose way down is not steady
+)
 FAR_BELOW = 3e-3  # of the gap: there a problem ends whatever else is asked of it
 
 
@@ -148,8 +152,10 @@ def minimise(
     once, so that the products in `evaluate` stay wide.
 
     A problem is done when its estimated relative gap is below `gap` and `settled` agrees, or the gap is far below. The
-    estimate steers the effort only: the caller reports a proven bound. A problem whose value no longer moves by more than
-    rounding is stopped, as not converged unless its gap was small enough.
+    estimate steers the effort only: the caller reports a proven bound. Where a decrease drowns in the value's rounding the
+    slopes at both ends of the step tell it (as in Hager & Zhang's approximate Wolfe conditions, SIAM J. Optim. 2005): float32
+    goes on to gaps far below its rounding. A problem whose gradients no longer shrink there is stopped, as not converged unless
+    its gap was small enough.
     """
     eps = float(np.finfo(dtype).eps)
     point, gradient, direction = (np.zeros((slots, parameters), dtype) for _ in range(3))
@@ -161,6 +167,7 @@ def minimise(
     value, slope, length, squared = (np.zeros(slots) for _ in range(4))
     products = np.zeros((slots, 2 * memory))
     decrease = np.zeros((slots, 4))  # of the last accepted steps, newest first
+    lowest = np.zeros(slots)  # squared gradient of a problem since it last made progress
     iterations, stalled = np.zeros(slots, np.int64), np.zeros(slots, np.int64)
     occupied, starting, fresh, close = (np.zeros(slots, bool) for _ in range(4))
 
@@ -197,12 +204,19 @@ def minimise(
             else:
                 change = trial_gradient[row] - gradient[k]
                 products[k] = remembered.add(k, trial[row] - point[k], change, trial_gradient[row])
-                decrease[k] = value[k] - trial_value[row], *decrease[k, :-1]
-                stalled[k] = stalled[k] + 1 if decrease[k, 0] <= slack[row] else 0
+                less = value[k] - trial_value[row]
+                visible = less > SEEN * slack[row]
+                if not visible:  # but gradients still tell, by the trapezoid rule
+                    less = -0.5 * length[k] * (slope[k] + float(trial_gradient[row] @ direction[k]))
+                decrease[k] = less, *decrease[k, :-1]
             point[k], value[k], gradient[k] = trial[row], trial_value[row], trial_gradient[row]
+            squared[k] = gradient[k] @ gradient[k]
             if starting[k]:
                 products[k] = remembered.pairs[k] @ gradient[k]
-            squared[k] = gradient[k] @ gradient[k]
+            if starting[k] or visible or squared[k] < 0.5 * lowest[k]:
+                lowest[k], stalled[k] = squared[k], 0
+            else:
+                stalled[k] += 1
             starting[k], fresh[k] = False, True
         done_with = np.zeros(slots, bool)
         new = np.flatnonzero(fresh)
@@ -220,7 +234,7 @@ def minimise(
             for k, left in zip(new[close[new]].tolist(), remaining[close[new]].tolist(), strict=True):
                 done_with[k] = left <= FAR_BELOW * gap or settled(k, gradient[k])
         late = out_of_time()
-        stop = done_with[running] | (stalled[running] >= 3) | (iterations[running] >= max_iterations) | late
+        stop = done_with[running] | (stalled[running] >= PATIENCE) | (iterations[running] >= max_iterations) | late
         for k in running[stop].tolist():
             pairs = remembered.unload(k)
             stopped = Stopped(

@@ -19,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from headrace.heads.checks import check_specs
-from headrace.heads.design import ROWS_PER_TILE, Design, make_design, stream_design
-from headrace.heads.few_rows import few_rows_design, folds_together
+from headrace.heads.design import ROWS_PER_TILE, Design, make_design, same_scales, stream_design
+from headrace.heads.few_rows import few_rows_design, worth_a_copy
 from headrace.heads.inputs import check_rows
 from headrace.heads.lines import Line
 from headrace.heads.loss import sigmoid, softmax
@@ -142,10 +142,7 @@ def _fit_problem(
                 parts[i, f, 0] = _Part(np.zeros((1, X.shape[1])), np.zeros(1), 0.0, 0.0, 0, 0.0)
         return
     began = time.perf_counter()
-    count = int(problem.known.sum())
-    together = X.shape[1] <= count or not standardize or folds_together(scaling, problem.folds, count)
-    batches = [problem.folds] if together else [(f,) for f in problem.folds]
-    for folds in batches:
+    for folds in _batches(problem, scaling, X.shape[1], standardize):
         used = {f: scaling[f] for f in folds}
         if len(folds) > 1:
             used[FULL] = scaling[FULL]
@@ -169,6 +166,16 @@ def _fit_problem(
                     parts[i, line.fold, max(line.label, 0) if multi else 0] = _Part(
                         weight, bias, solution.objective, solution.bound, solution.iterations, seconds
                     )
+
+
+def _batches(problem: _Problem, scaling: dict[int, Moments], dim: int, standardize: bool) -> list[tuple[int, ...]]:
+    """The problem's folds, those in one tuple that can share a design."""
+    whole, count = scaling[FULL], int(problem.known.sum())
+    alike = tuple(f for f in problem.folds if same_scales(scaling[f], whole, standardize=standardize))
+    if dim > count and standardize and not worth_a_copy(scaling, alike, count):
+        alike = ()
+    alone: list[tuple[int, ...]] = [(f,) for f in problem.folds if f not in alike]
+    return [alike, *alone] if alike else alone
 
 
 def _solve(

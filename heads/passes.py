@@ -5,7 +5,7 @@ of a tile, W coordinates of a row as tiles have them.
 
 A pass has a head's weights for all its tiles and adds up the gradient over them: `add(tile)` returns the tile's losses (A,)
 float64, `gradient()` the sum (A, c, W). One pass per group of tiles is open at a time, because a group is seen by the heads of
-other folds only. Which class of pass it is is a matter of speed.
+some folds only. Which class of pass it is is a matter of speed.
 """
 
 from collections.abc import Callable

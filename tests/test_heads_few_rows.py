@@ -7,10 +7,12 @@ from hypothesis import strategies as st
 from test_heads_logistic import blobs, folds
 
 from headrace.heads import logistic
-from headrace.heads.few_rows import few_rows_design, folds_together
+from headrace.heads.design import same_scales
+from headrace.heads.few_rows import few_rows_design
 from headrace.heads.logistic import fit_logistic_bank
 from headrace.heads.spec import FULL, LogisticSpec
 from headrace.heads.standardize import group_moments, training_moments
+from headrace.heads.task import TRAIN_ONLY
 
 SLOWLY = settings(deadline=None, max_examples=8, suppress_health_check=list(HealthCheck), derandomize=True)
 
@@ -37,7 +39,7 @@ def both_ways(X, y, fold, specs, **options):
         patch.setattr(logistic, "few_rows_design", counted)
         together = fit_logistic_bank(X, y, **options)
         shared, calls[:] = max(calls), []
-        patch.setattr(logistic, "folds_together", lambda *_: False)
+        patch.setattr(logistic, "worth_a_copy", lambda *_: False)
         apart = fit_logistic_bank(X, y, **options)
     assert shared > 1
     return together, apart
@@ -103,9 +105,46 @@ def test_a_feature_that_only_one_row_shows_sends_folds_apart():
     X[:, 4] = 1e-3 * np.random.default_rng(0).standard_normal(40)
     X[7, 4] = 50.0
     moments = moments_of(X, fold)
-    assert not folds_together(moments, (0, 1, 2, 3, FULL), 40)
+    alike = [f for f in (0, 1, 2, 3) if same_scales(moments[f], moments[FULL], standardize=True)]
+    assert alike == [f for f in (0, 1, 2, 3) if f != fold[7]]
     X[7, 4] = 0.0
-    assert folds_together(moments_of(X, fold), (0, 1, 2, 3, FULL), 40)
+    moments = moments_of(X, fold)
+    assert all(same_scales(moments[f], moments[FULL], standardize=True) for f in (0, 1, 2, 3))
+
+
+@pytest.mark.parametrize("standardize", [True, False])
+@pytest.mark.parametrize(
+    "n", [60, 100, 200]
+)  # fewer rows than features, in all and in a fold's training rows, and more
+@pytest.mark.parametrize("feature", [4, slice(None)])
+def test_a_fold_does_not_feel_how_far_out_a_row_lies_that_it_holds_out(n, standardize, feature):
+    rng = np.random.default_rng(5)
+    X, y, fold = rng.standard_normal((n, 90)), np.arange(n) % 3, folds(n, 4, 5)
+    X[:, :5] += rng.standard_normal((3, 5))[y]
+    X = X.astype(np.float32)
+    specs = [LogisticSpec(C, standardize=standardize) for C in (1e-3, 1e-1, 10.0)]
+    row = int(np.flatnonzero(fold == 1)[0])
+    X[row, feature] = 1e7
+    with_it = [
+        fit for fit in fit_logistic_bank(X, y, n_classes=3, fold=fold, specs=specs, gap=1e-7) if fit.fold == fold[row]
+    ]
+    train = fold != fold[row]
+    none = np.full(int(train.sum()), TRAIN_ONLY, np.int16)
+    without = fit_logistic_bank(X[train], y[train], n_classes=3, fold=none, specs=specs, gap=1e-7)
+    for one, other in zip(with_it, without, strict=True):
+        assert one.objective == pytest.approx(other.objective, rel=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_directions_of_rounding_alone_are_left_out(dtype):
+    """All rows along one direction: the products' second eigenvalue is rounding, above the floor in some of these."""
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        n = int(rng.integers(4, 13))
+        X = np.repeat(rng.standard_normal((n, 1)), 3000, axis=1).astype(dtype)
+        y, fold = (np.arange(n) // 2) % 2, (np.arange(n) % 2).astype(np.int16)
+        for fit in fit_logistic_bank(X, y, n_classes=2, fold=fold, specs=[LogisticSpec(1.0)]):
+            assert np.isfinite(fit.objective)
 
 
 def test_the_least_penalised_weights_are_the_ones_that_come_back():

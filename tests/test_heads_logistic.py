@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
+from headrace.heads.lbfgs import minimise
 from headrace.heads.logistic import fit_logistic_bank
 from headrace.heads.spec import FULL, LogisticSpec
 from headrace.heads.standardize import NotFinite
@@ -346,3 +347,43 @@ def test_torch_products_give_the_same_heads(labels):
     for one, other in zip(here, there, strict=True):
         assert other.objective == pytest.approx(one.objective, rel=1e-6)
         np.testing.assert_allclose(other.arrays["weight"], one.arrays["weight"], rtol=0.02, atol=2e-4)
+
+
+def test_weights_that_a_sample_of_rows_never_meets():
+    """Every second row weighs nothing, and those are the ones that steps are scaled by: heads are those of the other rows."""
+    X, y = blobs(8192, 8, 2, 0)
+    fold, weight = (np.arange(8192) // 2 % 4).astype(np.int16), (np.arange(8192) % 2).astype(np.float64)
+    specs = [LogisticSpec(1.0, standardize=False)]
+    weighted = fit_logistic_bank(X, y, n_classes=2, fold=fold, specs=specs, sample_weight=weight, gap=1e-8)
+    odd = fit_logistic_bank(X[1::2], y[1::2], n_classes=2, fold=fold[1::2], specs=specs, gap=1e-8)
+    for one, other in zip(weighted, odd, strict=True):
+        assert one.objective == pytest.approx(other.objective, rel=1e-6)
+
+
+def test_float32_goes_on_below_the_rounding_of_its_values():
+    """A least squares problem whose value at the optimum hides all that is left to gain: gradients still show the way."""
+    rng = np.random.default_rng(0)
+    scales = np.geomspace(0.1, 1.0, 40).astype(np.float32)
+    optimum = rng.standard_normal(40).astype(np.float32)
+
+    def evaluate(which, x):
+        off = (x - optimum) * scales
+        return np.float32(1e4) + 0.5 * np.einsum("ap,ap->a", off, off).astype(np.float64).round(2), off * scales
+
+    starts, ends = [(np.zeros(40, np.float32), None)], []
+    minimise(
+        evaluate,
+        lambda slot: starts.pop() if starts else None,
+        lambda slot, stopped: ends.append(stopped),
+        slots=1,
+        parameters=40,
+        memory=8,
+        dtype=np.float32,
+        gap=1e-12,
+        max_iterations=200,
+    )
+    (end,) = ends
+    assert end.converged
+    assert (
+        0.5 * float((((end.point - optimum) * scales) ** 2).sum()) < 1e-7
+    )  # 1e-11 of the value: rounding is 1e-7 of it
