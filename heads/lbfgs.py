@@ -23,9 +23,8 @@ Evaluate = Callable[[npt.NDArray[np.intp], Array], tuple[Array, Array]]
 
 ARMIJO = 1e-4
 SEEN = 8.0  # times what rounding may be: a decrease of that much is taken from the values
-PATIENCE = (
-    8  # steps without such a decrease that do not halve the squared gradient either, whose way down is not steady
-)
+# Steps without such a decrease that do not halve the squared gradient either; its way down is not steady.
+PATIENCE = 14
 FAR_BELOW = 3e-3  # of the gap: there a problem ends whatever else is asked of it
 
 
