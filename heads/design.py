@@ -261,7 +261,7 @@ def coordinates(
     whole = scaling[FULL] if shared else next(iter(scaling.values()))
     constant = whole.constant
     # Unstandardised features still need a unit: one number for all of them keeps squares inside float32's range.
-    unit = 1.0 if standardize else float(whole.scale[~constant].max(initial=0.0)) or 1.0
+    unit = 1.0 if standardize else largest_scale(whole)
     scale = whole.scale if standardize else np.full(len(whole.mean), unit)
     ratio = {}
     if shared and standardize:
@@ -269,6 +269,11 @@ def coordinates(
             if fold != FULL:
                 ratio[fold] = scale_ratio(own, whole).astype(dtype)
     return whole, np.where(constant, 0.0, 1.0 / scale), ratio, unit
+
+
+def largest_scale(some: Moments) -> float:
+    """Of the features that vary; 1 where none does."""
+    return float(some.scale[~some.constant].max(initial=0.0)) or 1.0
 
 
 def scale_ratio(own: Moments, whole: Moments) -> Array:
@@ -279,10 +284,7 @@ def scale_ratio(own: Moments, whole: Moments) -> Array:
 def same_scales(own: Moments, whole: Moments, *, standardize: bool) -> bool:
     """Whether a fold's training rows, whose moments are `own`, are at home in the units of all rows. One row may forbid it, so
     far out that the fold which holds it out sees next to nothing beside it."""
-    ratio = scale_ratio(own, whole)
-    if not standardize:
-        units = [float(one.scale[~one.constant].max(initial=0.0)) or 1.0 for one in (own, whole)]
-        ratio = np.array([units[0] / units[1]])
+    ratio = scale_ratio(own, whole) if standardize else np.array([largest_scale(own) / largest_scale(whole)])
     return bool(WIDEST_SPREAD * ratio.min() >= 1 and ratio.max() <= WIDEST_SPREAD)
 
 

@@ -113,11 +113,10 @@ def test_a_feature_that_only_one_row_shows_sends_folds_apart():
 
 
 @pytest.mark.parametrize("standardize", [True, False])
-@pytest.mark.parametrize(
-    "n", [60, 100, 200]
-)  # fewer rows than features, in all and in a fold's training rows, and more
+@pytest.mark.parametrize("n", [60, 100, 200])
 @pytest.mark.parametrize("feature", [4, slice(None)])
 def test_a_fold_does_not_feel_how_far_out_a_row_lies_that_it_holds_out(n, standardize, feature):
+    """With fewer rows than features in all, with fewer in a fold's training rows only, and with more."""
     rng = np.random.default_rng(5)
     X, y, fold = rng.standard_normal((n, 90)), np.arange(n) % 3, folds(n, 4, 5)
     X[:, :5] += rng.standard_normal((3, 5))[y]

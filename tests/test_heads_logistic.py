@@ -384,6 +384,5 @@ def test_float32_goes_on_below_the_rounding_of_its_values():
     )
     (end,) = ends
     assert end.converged
-    assert (
-        0.5 * float((((end.point - optimum) * scales) ** 2).sum()) < 1e-7
-    )  # 1e-11 of the value: rounding is 1e-7 of it
+    # 1e-11 of the value, whose rounding is 1e-7 of it
+    assert 0.5 * float((((end.point - optimum) * scales) ** 2).sum()) < 1e-7

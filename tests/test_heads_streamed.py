@@ -120,9 +120,8 @@ def test_streamed_heads_are_those_of_memory(tmp_path: Path, kind: str, task: str
         "maps": lambda: [store(tmp_path, X.reshape(ROWS, 1, 8, 8), "map")],
     }[shape]()
     specs = SPECS[kind]
-    if (
-        shape == "a row far out"
-    ):  # without scales it leaves the folds that train on it far from their optimum, either way
+    if shape == "a row far out":
+        # Without scales it leaves the folds that train on it far from their optimum, either way.
         specs = specs[:2]
     if task != "single" and kind == "mlp":
         specs = (MLPSpec((16,), 1e-2, batch_size=64, epochs=3),)
