@@ -81,7 +81,7 @@ class Design:
     @property
     def apart(self) -> bool:
         """Whether every fold has a copy of its rows, in coordinates of its own."""
-        return isinstance(self.rotation, Span) and bool(self.rotation.roots)
+        return isinstance(self.rotation, Span) and None not in self.rotation.bases
 
     def read(self, tile: Tile) -> tuple[Array, Array]:
         """A tile's values (n, W) and the same across (W, n), the intercept's 1 last. W is R + 1; of a streamed tile it is

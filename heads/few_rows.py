@@ -2,11 +2,11 @@
 
 n rows, D features, R <= n coordinates, F folds.
 
-One eigendecomposition of all rows' products serves every fold. What a fold's own standardisation changes, its penalty, becomes a
-triangular factor near the identity (`rotation.Span`), with which its copy of the rows is multiplied: that costs a tenth of an
-eigendecomposition of its own, coordinates mean nearly the same in all folds, and all heads can be in flight together. Where the
-folds' scales differ too much for float32 (`design.same_scales`), or their copies of the rows do not fit (`worth_a_copy`), each
-fold goes its own way.
+The coordinates are a Cholesky factor of the rows' products, in float64 and with pivots, turned so that the rows' longest
+directions come first. Whole eigenvectors would take several times as long and save no iterations: frames (`precondition.py`) look
+at the longest directions and at the diagonal of the rest. Standardised folds have coordinates of their own, of their own scales
+and training rows, and all their heads can be in flight together. Where the folds' scales differ too much for float32
+(`design.same_scales`), or their copies of the rows do not fit (`worth_a_copy`), each fold goes its own way.
 """
 
 from collections.abc import Sequence
@@ -17,12 +17,14 @@ import numpy.typing as npt
 import scipy.linalg
 
 from headrace.heads.design import Design, Group, coordinates, make_tiles, scaled_rows, worth_copies
-from headrace.heads.rotation import Span
+from headrace.heads.rotation import Basis, Span, turn
 from headrace.heads.standardize import Features, Moments
 
 Array = npt.NDArray[Any]
 MOST_BYTES = 1 << 29  # of the folds' copies of the rows, float32
 THINNEST = 1e-3  # direction of rows, over the thickest, that float32 can be divided by: three of its seven digits
+LONGEST, ROUNDS = 64, 2  # directions that are looked for, and how often rows are multiplied to find them
+COLUMNS_AT_ONCE = 4096  # of rows in float64
 
 
 def worth_a_copy(scaling: dict[int, Moments], folds: Sequence[int], rows: int) -> bool:
@@ -41,37 +43,58 @@ def few_rows_design(
     whole, factor, ratio, unit = coordinates(scaling, standardize=standardize, dtype=dtype)
     every = np.unique(np.concatenate([rows for _, rows in groups]))
     Z = scaled_rows(X, every, whole.mean, factor, dtype)
-    wide = Z.astype(np.float64)
-    # In float64: a direction is divided by the root of its eigenvalue, and all but those lost in rounding are kept.
-    eigenvalues, left = scipy.linalg.eigh(wide @ wide.T, driver="evd", overwrite_a=True, check_finite=False)
-    floor = eigenvalues.max(initial=0.0) * max(len(every), 1) * np.finfo(np.float64).eps
-    keep = np.flatnonzero(eigenvalues > floor)[::-1]  # the largest first
-    left, lengths = left[:, keep], np.sqrt(eigenvalues[keep])
-    thick = lengths.size and lengths[-1] > THINNEST * lengths[0]
-    exact = np.dtype(dtype) if thick else np.dtype(np.float64)
-    combined, rotated = (left / lengths).astype(exact), (left * lengths).astype(dtype)
-    roots = {}
+    bases: dict[int | None, Basis] = {}
+    rotated = []  # each group's coordinates
+    thinnest = 1.0
+    places = [np.searchsorted(every, rows) for _, rows in groups]
     if ratio:
-        Q = (Z if exact == Z.dtype else wide).T @ combined
-        real = np.einsum("dr,dr->r", Q, Q) > 0.5  # what is rounding alone may pass the floor: no row lies along it
-        if not real.all():
-            Q, combined, rotated = Q[:, real], combined[:, real], np.ascontiguousarray(rotated[:, real])
-        Q = Q.astype(dtype, copy=False)
-        for fold, own in ratio.items():
-            stretched = Q / own[:, None]
-            roots[fold] = scipy.linalg.cholesky(stretched.T @ stretched, lower=True, check_finite=False)
-    span = Span(Z, combined, roots, {fold: own.astype(np.float64) for fold, own in ratio.items()})
+        for (folds, _), own in zip(groups, places, strict=True):
+            values, bases[folds[0]], thin = _own_basis(Z, own, ratio.get(folds[0]))
+            rotated.append(values)
+            thinnest = min(thinnest, thin)
+    else:
+        values, bases[None], thinnest = _own_basis(Z, np.arange(len(every)), None)
+        rotated = [values[own] for own in places]
+    span = Span(Z, bases, np.dtype(dtype) if thinnest > THINNEST else np.dtype(np.float64))
     tiles = []
     twice = worth_copies(sum(len(rows) for _, rows in groups) * span.rank, dtype)
-    for folds, rows in groups:
-        values = rotated[np.searchsorted(every, rows)]
-        if folds[0] in roots:
-            values = _times_lower(values, roots[folds[0]])
-        tiles += make_tiles(folds, rows, values.__getitem__, span.rank, dtype, twice=twice)
+    for (folds, rows), values in zip(groups, rotated, strict=True):
+        padded = np.zeros((len(rows), span.rank), dtype)
+        padded[:, : values.shape[1]] = values
+        tiles += make_tiles(folds, rows, padded.__getitem__, span.rank, dtype, twice=twice)
     return Design(tiles, np.dtype(dtype), span, whole.mean, factor, {}, {}, unit)
 
 
-def _times_lower(values: Array, root: Array) -> Array:
-    """values (n, R) root, lower triangular (R, R) of the same type: half of a product's work."""
-    (multiply,) = scipy.linalg.get_blas_funcs(("trmm",), (values, root))
-    return np.ascontiguousarray(multiply(1.0, root.T, values.T).T)
+def _own_basis(Z: Array, own: npt.NDArray[np.intp], ratio: Array | None) -> tuple[Array, Basis, float]:
+    """Coordinates (n, R) of the rows Z[own] in Z's type, their basis, and how thin their last direction is by its pivot."""
+    products = np.zeros((len(own), len(own)), order="F")
+    for first in range(0, Z.shape[1], COLUMNS_AT_ONCE):
+        some = slice(first, first + COLUMNS_AT_ONCE)
+        part = Z[own, some].astype(np.float64)
+        if ratio is not None:
+            part /= ratio[some]
+        products = scipy.linalg.blas.dsyrk(1.0, part.T, beta=1.0, c=products, trans=1, lower=1, overwrite_c=1)
+    # Ends where what is left is rounding alone.
+    floor = len(own) * np.finfo(np.float64).eps * products.diagonal().max(initial=0.0)
+    factor, order, rank, _ = scipy.linalg.lapack.dpstrf(products, tol=floor, lower=1, overwrite_a=1)
+    order, lower = order - 1, np.tril(factor[:, :rank])
+    pivots = lower.diagonal()
+    reflectors, lengths = _longest(lower.astype(Z.dtype))
+    values = np.empty((len(own), rank), Z.dtype)
+    values[order] = turn(reflectors.astype(Z.dtype), lengths.astype(Z.dtype), lower.astype(Z.dtype), side="R")
+    basis = Basis(own[order[:rank]], lower[:rank], reflectors, lengths, None if ratio is None else ratio.astype(np.float64))
+    return values, basis, float(pivots.min(initial=1.0) / pivots.max(initial=1.0))
+
+
+def _longest(lower: Array) -> tuple[Array, Array]:
+    """Orthogonal V (R, R), as LAPACK's geqrf leaves it, float64, whose first columns are the longest directions of the rows
+    `lower` (n, R), the longest first: a subspace iteration (Halko, Martinsson & Tropp, SIAM Review 2011, algorithm 4.4) that
+    starts from the first pivots, rows that are long and point apart."""
+    span = lower.T @ lower[:, : min(LONGEST, lower.shape[1])]
+    for _ in range(ROUNDS):
+        span = lower.T @ (lower @ np.linalg.qr(span)[0])
+    span = np.linalg.qr(span)[0]
+    seen = lower @ span
+    span = span @ np.linalg.eigh(seen.T @ seen)[1][:, ::-1]
+    (reflectors, lengths), _ = scipy.linalg.qr(span.astype(np.float64), mode="raw", check_finite=False)
+    return reflectors, lengths

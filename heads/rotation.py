@@ -4,7 +4,8 @@ D features, R coordinates, n rows, F folds. With v a head's weights of scaled fe
 decision is z . v = y . u, y the rotated row, and the penalty of v is that of u.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -34,40 +35,75 @@ class Rotation:
 
 
 @dataclass(frozen=True)
-class Span:
-    """Orthonormal Q = Z' T in the span of few rows Z (n, D), with T (n, R): never formed here, for to use it would cost more.
+class Basis:
+    """Coordinates in the span of some rows S = Z r^-1, r (D,) the ratio of their folds' scales to the common ones.
 
-    Folds that penalise |r v|^2, r (D,) the ratio of their scales to the common ones, have coordinates of their own. Of all v with
-    the decisions u = Q'v, the least penalised is r^-2 Q G^-1 u, with penalty u' G^-1 u, G = Q' r^-2 Q = L L': a penalty of plain
-    squares in L^-1 u. Rows are then Z Q L, a head's v is r^-2 Q L'^-1 u.
+    S S' = L L' with L (n, R), lower triangular in its pivots' order; the rows' coordinates are Y = L V, V orthogonal. Of all v
+    with the decisions Z v = Y u, the least penalised, |r v| = |u|, is r^-1 S' a with a on the R pivots: L' a = V u there.
     """
 
+    pivots: npt.NDArray[np.intp]  # (R,) rows of the span
+    root: Array  # (R, R) float64, L of the pivots
+    reflectors: Array  # (R, K) float64 and
+    lengths: Array  # (K,): V as LAPACK's geqrf has it
+    ratio: Array | None  # r; None: one
+
+    def combination(self, u: Array) -> Array:
+        """a (k, R) float64 of u (k, R)."""
+        turned = turn(self.reflectors, self.lengths, u.T.astype(np.float64), side="L")
+        return np.asarray(scipy.linalg.solve_triangular(self.root, turned, lower=True, trans=1, check_finite=False).T)
+
+    def back(self, decisions: Array) -> Array:
+        """u (k, R) float64 of decisions (k, R) on the pivots."""
+        inside = scipy.linalg.solve_triangular(self.root, decisions.T, lower=True, check_finite=False)
+        return np.asarray(turn(self.reflectors, self.lengths, inside, side="L", transposed=True).T)
+
+
+@dataclass(frozen=True)
+class Span:
+    """Coordinates in the span of few rows Z (n, D): every fold's own, or of all folds the same."""
+
     rows: Array  # Z, in the design's type
-    combined: Array  # T; float64 where directions are hardly there: divided by next to nothing, they cancel
-    roots: dict[int, Array] = field(default_factory=dict)  # fold -> L (R, R), lower triangular; none: the identity
-    ratio: dict[int, Array] = field(default_factory=dict)  # fold -> r (D,); none: one
+    bases: dict[int | None, Basis]  # by fold; None: of every fold
+    exact: np.dtype[Any]  # float64 where directions are hardly there: divided by next to nothing, they cancel
 
     @property
     def rank(self) -> int:
-        return int(self.combined.shape[1])
+        """R of the largest basis: the others' coordinates are followed by some that are always zero."""
+        return max(len(basis.pivots) for basis in self.bases.values())
 
     def out(self, u: Array, folds: Array) -> Array:
         """v (k, D) float64 of u (k, R) of heads of the given folds (k,)."""
-        exact = self.combined.dtype
-        q = u.astype(exact)
-        for fold, root in self.roots.items():
-            own = folds == fold
-            q[own] = scipy.linalg.solve_triangular(root, q[own].T, lower=True, trans=1, check_finite=False).T
-        v = ((q @ self.combined.T) @ self.rows.astype(exact, copy=False)).astype(np.float64)
-        for fold, ratio in self.ratio.items():
-            v[folds == fold] /= ratio**2
-        return np.asarray(v)
+        combined = np.zeros((len(u), len(self.rows)), self.exact)
+        for own, basis in self._owners(folds):
+            combined[np.ix_(own, basis.pivots)] = basis.combination(u[own, : len(basis.pivots)])
+        v = (combined @ self.rows.astype(self.exact, copy=False)).astype(np.float64)
+        for own, basis in self._owners(folds):
+            if basis.ratio is not None:
+                v[own] /= basis.ratio**2
+        return v
 
     def back(self, v: Array, folds: Array) -> Array:
         """u (k, R) float64 of v (k, D), as far as v lies in the span."""
-        exact = self.combined.dtype
-        u = ((v.astype(exact) @ self.rows.T) @ self.combined).astype(np.float64)
-        for fold, root in self.roots.items():
-            own = folds == fold
-            u[own] = scipy.linalg.solve_triangular(root, u[own].T, lower=True, check_finite=False).T
-        return np.asarray(u)
+        decisions = (v.astype(self.exact) @ self.rows.T).astype(np.float64)
+        u = np.zeros((len(v), self.rank))
+        for own, basis in self._owners(folds):
+            u[own, : len(basis.pivots)] = basis.back(decisions[np.ix_(own, basis.pivots)])
+        return u
+
+    def _owners(self, folds: Array) -> Iterator[tuple[npt.NDArray[np.intp], Basis]]:
+        for fold, basis in self.bases.items():
+            own = np.arange(len(folds)) if fold is None else np.flatnonzero(folds == fold)
+            if own.size:
+                yield own, basis
+
+
+def turn(reflectors: Array, lengths: Array, values: Array, *, side: str, transposed: bool = False) -> Array:
+    """V values (side "L") or values V ("R"), V' for V where transposed, of V as LAPACK's geqrf leaves it."""
+    if not values.size or not lengths.size:
+        return values
+    (multiply,) = scipy.linalg.get_lapack_funcs(("ormqr",), (reflectors, values))
+    room = 64 * max(values.shape)
+    turned, _, info = multiply(side, "T" if transposed else "N", reflectors, lengths, values, lwork=room)
+    assert info == 0
+    return np.asarray(turned)
