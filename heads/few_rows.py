@@ -82,7 +82,9 @@ def _own_basis(Z: Array, own: npt.NDArray[np.intp], ratio: Array | None) -> tupl
     reflectors, lengths = _longest(lower.astype(Z.dtype))
     values = np.empty((len(own), rank), Z.dtype)
     values[order] = turn(reflectors.astype(Z.dtype), lengths.astype(Z.dtype), lower.astype(Z.dtype), side="R")
-    basis = Basis(own[order[:rank]], lower[:rank], reflectors, lengths, None if ratio is None else ratio.astype(np.float64))
+    basis = Basis(
+        own[order[:rank]], lower[:rank], reflectors, lengths, None if ratio is None else ratio.astype(np.float64)
+    )
     return values, basis, float(pivots.min(initial=1.0) / pivots.max(initial=1.0))
 
 

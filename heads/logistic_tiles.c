@@ -7,7 +7,8 @@
    for every product, which costs as much as 40 columns of arithmetic, and the decisions between the two products go
    through memory several times. Here ROWS rows at a time stay in the nearer caches for the product with the weights,
    the losses, and the product back. Weights and gradients lie in panels, mostly of two vectors' columns, (k, columns) each,
-   so that a product reads them in order; rows are read as they are.
+   so that a product reads them in order; rows are read as they are. A few columns that would leave most of a panel empty are
+   lines instead, (columns, k): vectors run along the coordinates there.
 
    The file includes itself once per instruction set, with the vector's length L defined; which one runs is asked of the
    processor. It needs no header of Python's, so that a C compiler is all that building it asks for. */
@@ -180,12 +181,17 @@ INLINE Vector NAME(logarithm)(Vector x)
     return m + y + e * 0.693359375f;
 }
 
-/* Columns of the next panel, of `rest` that are left. Half a vector is as dear as a whole one where the processor has units
-   for whole ones, and half as dear where it puts them through twice (Zen 4): five panels of eight for 36 columns, not six. */
+/* Columns of the next panel, of `rest` that are left, or of the lines that follow the panels: fewer than UNIT. Half a vector is
+   as dear as a whole one where the processor has units for whole ones, and half as dear where it puts them through twice
+   (Zen 4): there 36 columns are a panel of 32 and four lines. */
+#define UNIT (L == 4 ? 4 : 8)
+#define MOST_LINES (L == 4 ? 2 : 5) /* more of them cost as much as the panel that they are too few for */
 INLINE long NAME(width)(long rest)
 {
-    if (L == 16) return rest > 24 ? 32 : rest > 8 ? 16 : 8;
-    return rest > L ? 2 * L : L;
+    long full = rest % UNIT <= MOST_LINES ? rest - rest % UNIT : rest - rest % UNIT + UNIT;
+    if (full == 0) return rest;
+    if (L == 16) return full > 24 ? 32 : full > 8 ? 16 : 8;
+    return full > L ? 2 * L : L;
 }
 
 static long NAME(columns)(long P)
@@ -201,6 +207,10 @@ static void NAME(pack)(long P, long k, const float *weights, float *packed)
         width = NAME(width)(P - first);
         long used = P - first < width ? P - first : width;
         float *panel = packed + first * k;
+        if (width < UNIT) {
+            memcpy(panel, weights + first * k, sizeof(float) * width * k);
+            continue;
+        }
         for (long j = 0; j < k; j++) {
             for (long p = 0; p < used; p++) panel[j * width + p] = weights[(first + p) * k + j];
             for (long p = used; p < width; p++) panel[j * width + p] = 0;
@@ -214,6 +224,10 @@ static void NAME(unpack)(long P, long k, const float *packed, float *gradients)
         width = NAME(width)(P - first);
         long used = P - first < width ? P - first : width;
         const float *panel = packed + first * k;
+        if (width < UNIT) {
+            memcpy(gradients + first * k, panel, sizeof(float) * width * k);
+            continue;
+        }
         for (long p = 0; p < used; p++)
             for (long j = 0; j < k; j++) gradients[(first + p) * k + j] = panel[j * width + p];
     }
@@ -271,6 +285,115 @@ INLINE void NAME(panel)(long width, long tall, long depth, const float *a, long 
 #endif
 }
 
+/* The sum of a vector's elements. */
+INLINE float NAME(across)(Vector value)
+{
+    float half[L];
+    NAME(store)(half, value);
+#pragma GCC unroll 4
+    for (int step = L / 2; step > 0; step /= 2)
+        for (int i = 0; i < step; i++) half[i] += half[i + step];
+    return half[0];
+}
+
+/* sums (lines, ROWS) += lines (lines, k) times rows (tall, k). */
+INLINE void NAME(dots)(const int lines, const int tall, long k, const float *rows, const float *weights, float *sums)
+{
+    Vector sum[4][8];
+#pragma GCC unroll 4
+    for (int p = 0; p < lines; p++)
+#pragma GCC unroll 8
+        for (int i = 0; i < tall; i++) sum[p][i] = NAME(all)(0);
+    long j = 0;
+    for (; j + L <= k; j += L) {
+        Vector right[4];
+#pragma GCC unroll 4
+        for (int p = 0; p < lines; p++) right[p] = NAME(load)(weights + p * k + j);
+#pragma GCC unroll 8
+        for (int i = 0; i < tall; i++) {
+            Vector left = NAME(load)(rows + i * k + j);
+#pragma GCC unroll 4
+            for (int p = 0; p < lines; p++) sum[p][i] += left * right[p];
+        }
+    }
+#pragma GCC unroll 4
+    for (int p = 0; p < lines; p++)
+#pragma GCC unroll 8
+        for (int i = 0; i < tall; i++) {
+            float rest = NAME(across)(sum[p][i]);
+            for (long d = j; d < k; d++) rest += rows[i * k + d] * weights[p * k + d];
+            sums[p * ROWS + i] += rest;
+        }
+}
+
+/* The same for any number of rows, and of lines below UNIT. */
+INLINE void NAME(forward_lines)(long lines, long count, long k, const float *rows, const float *weights, float *sums)
+{
+    for (long p = 0, few; p < lines; p += few) {
+        few = lines - p >= 4 && L == 16 ? 4 : lines - p >= 2 ? 2 : 1;
+        const float *own = weights + p * k;
+        float *to = sums + p * ROWS;
+        long i = 0;
+        if (few == 4)
+            for (; i + 6 <= count; i += 6) NAME(dots)(4, 6, k, rows + i * k, own, to + i);
+        else if (few == 2)
+            for (; i + 6 <= count; i += 6) NAME(dots)(2, 6, k, rows + i * k, own, to + i);
+        else
+            for (; i + 8 <= count; i += 8) NAME(dots)(1, 8, k, rows + i * k, own, to + i);
+        for (; i < count; i++)
+            for (long q = 0; q < few; q++) NAME(dots)(1, 1, k, rows + i * k, own + q * k, to + q * ROWS + i);
+    }
+}
+
+/* gradients (lines, k), from one coordinate on for `wide` vectors, += sums (lines, ROWS) times rows (count, k). */
+INLINE void NAME(outer)(const int lines, const int wide, long count, long k, const float *rows, const float *sums,
+                        float *gradients)
+{
+    Vector sum[4][8];
+#pragma GCC unroll 4
+    for (int p = 0; p < lines; p++)
+#pragma GCC unroll 8
+        for (int v = 0; v < wide; v++) sum[p][v] = NAME(load)(gradients + p * k + v * L);
+    for (long r = 0; r < count; r++) {
+        Vector left[4];
+#pragma GCC unroll 4
+        for (int p = 0; p < lines; p++) left[p] = NAME(all)(sums[p * ROWS + r]);
+#pragma GCC unroll 8
+        for (int v = 0; v < wide; v++) {
+            Vector right = NAME(load)(rows + r * k + v * L);
+#pragma GCC unroll 4
+            for (int p = 0; p < lines; p++) sum[p][v] += left[p] * right;
+        }
+    }
+#pragma GCC unroll 4
+    for (int p = 0; p < lines; p++)
+#pragma GCC unroll 8
+        for (int v = 0; v < wide; v++) NAME(store)(gradients + p * k + v * L, sum[p][v]);
+}
+
+/* The same for all coordinates, and any number of lines below UNIT. */
+INLINE void NAME(back_lines)(long lines, long count, long k, const float *rows, const float *sums, float *gradients)
+{
+    for (long p = 0, few; p < lines; p += few) {
+        few = lines - p >= 4 && L == 16 ? 4 : lines - p >= 2 ? 2 : 1;
+        const float *own = sums + p * ROWS;
+        float *to = gradients + p * k;
+        long j = 0;
+        if (few == 4)
+            for (; j + 6 * L <= k; j += 6 * L) NAME(outer)(4, 6, count, k, rows + j, own, to + j);
+        else if (few == 2)
+            for (; j + 6 * L <= k; j += 6 * L) NAME(outer)(2, 6, count, k, rows + j, own, to + j);
+        else
+            for (; j + 8 * L <= k; j += 8 * L) NAME(outer)(1, 8, count, k, rows + j, own, to + j);
+        for (long q = 0; q < few; q++) {
+            long d = j;
+            for (; d + L <= k; d += L) NAME(outer)(1, 1, count, k, rows + d, own + q * ROWS, to + q * k + d);
+            for (; d < k; d++)
+                for (long r = 0; r < count; r++) to[q * k + d] += own[q * ROWS + r] * rows[r * k + d];
+        }
+    }
+}
+
 /* Decisions s (C - 1, ROWS) of one head become weight (p - y); returns the weighted loss. `last` is room for a class. */
 INLINE double NAME(softmax)(long count, long C, float *s, float *last, const int32_t *label, const float *weight)
 {
@@ -325,28 +448,40 @@ INLINE double NAME(sigmoid)(long count, float *s, const int32_t *label, const fl
     return loss;
 }
 
-/* Products of a block of rows with all panels of weights: decisions in panels, (ROWS, width) each. */
+/* Products of a block of rows with all weights: decisions in panels, (ROWS, width) each, and lines, (lines, ROWS). */
 INLINE void NAME(forward)(long count, long k, const float *rows, long P, const float *packed, float *panels)
 {
     memset(panels, 0, sizeof(float) * ROWS * NAME(columns)(P));
+    long first = 0, width;
     for (long from = 0; from < k; from += DEPTH) {
         long depth = k - from < DEPTH ? k - from : DEPTH;
-        for (long first = 0, width; first < P; first += width) {
+        for (first = 0; first < P; first += width) {
             width = NAME(width)(P - first);
+            if (width < UNIT) break;
             NAME(panel)(width, count, depth, rows + from, k, 1, packed + first * k + from * width, panels + first * ROWS);
         }
     }
+    if (first < P) NAME(forward_lines)(P - first, count, k, rows, packed + first * k, panels + first * ROWS);
 }
 
-/* gradients += the rows times what the panels hold by now. */
+/* gradients += the rows times what the panels and the lines hold by now. */
 INLINE void NAME(back)(long count, long k, const float *rows, long P, const float *panels, float *gradients)
 {
+    long first = 0, width;
     for (long j = 0; j < k; j += 12)
-        for (long first = 0, width; first < P; first += width) {
+        for (first = 0; first < P; first += width) {
             width = NAME(width)(P - first);
+            if (width < UNIT) break;
             long tall = k - j < 12 ? k - j : 12;
             NAME(panel)(width, tall, count, rows + j, 1, k, panels + first * ROWS, gradients + first * k + j * width);
         }
+    if (first < P) NAME(back_lines)(P - first, count, k, rows, panels + first * ROWS, gradients + first * k);
+}
+
+/* Where the decision of a row and a column lies, in a panel or line of `width` columns from `first` on. */
+INLINE long NAME(place)(long first, long width, long p, long r)
+{
+    return first * ROWS + (width < UNIT ? (p - first) * ROWS + r : r * width + p - first);
 }
 
 static void NAME(block)(long count, long k, const float *rows, long A, long C, const float *packed,
@@ -358,7 +493,7 @@ static void NAME(block)(long count, long k, const float *rows, long A, long C, c
     for (long first = 0, width; first < P; first += width) {
         width = NAME(width)(P - first);
         for (long p = first; p < first + width && p < P; p++)
-            for (long r = 0; r < ROWS; r++) s[p * ROWS + r] = panels[first * ROWS + r * width + p - first];
+            for (long r = 0; r < ROWS; r++) s[p * ROWS + r] = panels[NAME(place)(first, width, p, r)];
     }
     for (long a = 0; a < A; a++) {
         const int32_t *own = C > 1 ? label : label + a * stride;
@@ -373,7 +508,7 @@ static void NAME(block)(long count, long k, const float *rows, long A, long C, c
     for (long first = 0, width; first < P; first += width) {
         width = NAME(width)(P - first);
         for (long p = first; p < first + width && p < P; p++)
-            for (long r = 0; r < ROWS; r++) panels[first * ROWS + r * width + p - first] = s[p * ROWS + r];
+            for (long r = 0; r < ROWS; r++) panels[NAME(place)(first, width, p, r)] = s[p * ROWS + r];
     }
     NAME(back)(count, k, rows, P, panels, gradients);
 }
@@ -385,7 +520,7 @@ static void NAME(scaled)(long count, long k, const float *rows, long P, const fl
     for (long first = 0, width; first < P; first += width) {
         width = NAME(width)(P - first);
         for (long r = 0; r < count; r++)
-            for (long p = first; p < first + width && p < P; p++) panels[first * ROWS + r * width + p - first] *= scale[r * P + p];
+            for (long p = first; p < first + width && p < P; p++) panels[NAME(place)(first, width, p, r)] *= scale[r * P + p];
     }
     NAME(back)(count, k, rows, P, panels, gradients);
 }
@@ -394,4 +529,6 @@ static void NAME(scaled)(long count, long k, const float *rows, long P, const fl
 #undef Loose
 #undef Integers
 #undef TALL
+#undef UNIT
+#undef MOST_LINES
 #endif

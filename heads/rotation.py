@@ -70,7 +70,7 @@ class Span:
     @property
     def rank(self) -> int:
         """R of the largest basis: the others' coordinates are followed by some that are always zero."""
-        return max(len(basis.pivots) for basis in self.bases.values())
+        return int(max(len(basis.pivots) for basis in self.bases.values()))
 
     def out(self, u: Array, folds: Array) -> Array:
         """v (k, D) float64 of u (k, R) of heads of the given folds (k,)."""
