@@ -125,11 +125,13 @@ long logistic_scaled(long lanes, long n, long k, const float *rows, long P, cons
 #define Vector NAME(Vector)
 #define Loose NAME(Loose)
 #define Integers NAME(Integers)
+#define Quad NAME(Quad)
 #define TALL (L == 8 ? 6 : 12) /* rows of a product at a time: 12, 24 (of 32) and 24 (of 32) sums stay in registers */
 
 typedef float Vector __attribute__((vector_size(4 * L)));
 typedef float Loose __attribute__((vector_size(4 * L), aligned(4), may_alias)); /* wherever it lies */
 typedef int32_t Integers __attribute__((vector_size(4 * L)));
+typedef float Quad __attribute__((vector_size(16)));
 
 INLINE Vector NAME(load)(const float *from) { return *(const Loose *)from; }
 INLINE void NAME(store)(float *to, Vector value) { *(Loose *)to = value; }
@@ -184,13 +186,13 @@ INLINE Vector NAME(logarithm)(Vector x)
 /* Columns of the next panel, of `rest` that are left, or of the lines that follow the panels: fewer than UNIT. Half a vector is
    as dear as a whole one where the processor has units for whole ones, and half as dear where it puts them through twice
    (Zen 4): there 36 columns are a panel of 32 and four lines. */
-#define UNIT (L == 4 ? 4 : 8)
-#define MOST_LINES (L == 4 ? 2 : 5) /* more of them cost as much as the panel that they are too few for */
+#define UNIT (L == 4 ? 4 : L)
+#define MOST_LINES (L == 4 ? 2 : L == 8 ? 5 : 12) /* more of them cost as much as the panel that they are too few for */
 INLINE long NAME(width)(long rest)
 {
     long full = rest % UNIT <= MOST_LINES ? rest - rest % UNIT : rest - rest % UNIT + UNIT;
     if (full == 0) return rest;
-    if (L == 16) return full > 24 ? 32 : full > 8 ? 16 : 8;
+    if (L == 16) return full > 16 ? 32 : 16;
     return full > L ? 2 * L : L;
 }
 
@@ -285,40 +287,49 @@ INLINE void NAME(panel)(long width, long tall, long depth, const float *a, long 
 #endif
 }
 
+/* How many lines go together, and with how many rows or vectors of coordinates: as many sums as registers hold. */
+#if L == 8
+#define LINES TAKE(1, 8) TAKE(2, 4) TAKE(3, 3)
+INLINE long NAME(together)(long left) { return left == 4 ? 2 : left < 3 ? left : 3; }
+#else
+#define LINES TAKE(1, 12) TAKE(2, 12) TAKE(3, 8) TAKE(4, 6) TAKE(5, 4)
+INLINE long NAME(together)(long left) { return left == 6 ? 3 : left < 6 ? left : left < 9 ? 4 : left < 11 ? 5 : 4; }
+#endif
+
 /* The sum of a vector's elements. */
 INLINE float NAME(across)(Vector value)
 {
-    float half[L];
-    NAME(store)(half, value);
+    union { Vector whole; Quad parts[L / 4]; } sum = {value};
 #pragma GCC unroll 4
-    for (int step = L / 2; step > 0; step /= 2)
-        for (int i = 0; i < step; i++) half[i] += half[i + step];
-    return half[0];
+    for (int step = L / 8; step > 0; step /= 2)
+#pragma GCC unroll 4
+        for (int i = 0; i < step; i++) sum.parts[i] += sum.parts[i + step];
+    return (sum.parts[0][0] + sum.parts[0][1]) + (sum.parts[0][2] + sum.parts[0][3]);
 }
 
 /* sums (lines, ROWS) += lines (lines, k) times rows (tall, k). */
 INLINE void NAME(dots)(const int lines, const int tall, long k, const float *rows, const float *weights, float *sums)
 {
-    Vector sum[4][8];
-#pragma GCC unroll 4
+    Vector sum[5][12];
+#pragma GCC unroll 5
     for (int p = 0; p < lines; p++)
-#pragma GCC unroll 8
+#pragma GCC unroll 12
         for (int i = 0; i < tall; i++) sum[p][i] = NAME(all)(0);
     long j = 0;
     for (; j + L <= k; j += L) {
-        Vector right[4];
-#pragma GCC unroll 4
+        Vector right[5];
+#pragma GCC unroll 5
         for (int p = 0; p < lines; p++) right[p] = NAME(load)(weights + p * k + j);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
         for (int i = 0; i < tall; i++) {
             Vector left = NAME(load)(rows + i * k + j);
-#pragma GCC unroll 4
+#pragma GCC unroll 5
             for (int p = 0; p < lines; p++) sum[p][i] += left * right[p];
         }
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 5
     for (int p = 0; p < lines; p++)
-#pragma GCC unroll 8
+#pragma GCC unroll 12
         for (int i = 0; i < tall; i++) {
             float rest = NAME(across)(sum[p][i]);
             for (long d = j; d < k; d++) rest += rows[i * k + d] * weights[p * k + d];
@@ -330,16 +341,16 @@ INLINE void NAME(dots)(const int lines, const int tall, long k, const float *row
 INLINE void NAME(forward_lines)(long lines, long count, long k, const float *rows, const float *weights, float *sums)
 {
     for (long p = 0, few; p < lines; p += few) {
-        few = lines - p >= 4 && L == 16 ? 4 : lines - p >= 2 ? 2 : 1;
+        few = NAME(together)(lines - p);
         const float *own = weights + p * k;
         float *to = sums + p * ROWS;
         long i = 0;
-        if (few == 4)
-            for (; i + 6 <= count; i += 6) NAME(dots)(4, 6, k, rows + i * k, own, to + i);
-        else if (few == 2)
-            for (; i + 6 <= count; i += 6) NAME(dots)(2, 6, k, rows + i * k, own, to + i);
-        else
-            for (; i + 8 <= count; i += 8) NAME(dots)(1, 8, k, rows + i * k, own, to + i);
+#define TAKE(few, tall) \
+    case few: \
+        for (; i + tall <= count; i += tall) NAME(dots)(few, tall, k, rows + i * k, own, to + i); \
+        break;
+        switch (few) { LINES }
+#undef TAKE
         for (; i < count; i++)
             for (long q = 0; q < few; q++) NAME(dots)(1, 1, k, rows + i * k, own + q * k, to + q * ROWS + i);
     }
@@ -349,25 +360,25 @@ INLINE void NAME(forward_lines)(long lines, long count, long k, const float *row
 INLINE void NAME(outer)(const int lines, const int wide, long count, long k, const float *rows, const float *sums,
                         float *gradients)
 {
-    Vector sum[4][8];
-#pragma GCC unroll 4
+    Vector sum[5][12];
+#pragma GCC unroll 5
     for (int p = 0; p < lines; p++)
-#pragma GCC unroll 8
+#pragma GCC unroll 12
         for (int v = 0; v < wide; v++) sum[p][v] = NAME(load)(gradients + p * k + v * L);
     for (long r = 0; r < count; r++) {
-        Vector left[4];
-#pragma GCC unroll 4
+        Vector left[5];
+#pragma GCC unroll 5
         for (int p = 0; p < lines; p++) left[p] = NAME(all)(sums[p * ROWS + r]);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
         for (int v = 0; v < wide; v++) {
             Vector right = NAME(load)(rows + r * k + v * L);
-#pragma GCC unroll 4
+#pragma GCC unroll 5
             for (int p = 0; p < lines; p++) sum[p][v] += left[p] * right;
         }
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 5
     for (int p = 0; p < lines; p++)
-#pragma GCC unroll 8
+#pragma GCC unroll 12
         for (int v = 0; v < wide; v++) NAME(store)(gradients + p * k + v * L, sum[p][v]);
 }
 
@@ -375,16 +386,16 @@ INLINE void NAME(outer)(const int lines, const int wide, long count, long k, con
 INLINE void NAME(back_lines)(long lines, long count, long k, const float *rows, const float *sums, float *gradients)
 {
     for (long p = 0, few; p < lines; p += few) {
-        few = lines - p >= 4 && L == 16 ? 4 : lines - p >= 2 ? 2 : 1;
+        few = NAME(together)(lines - p);
         const float *own = sums + p * ROWS;
         float *to = gradients + p * k;
         long j = 0;
-        if (few == 4)
-            for (; j + 6 * L <= k; j += 6 * L) NAME(outer)(4, 6, count, k, rows + j, own, to + j);
-        else if (few == 2)
-            for (; j + 6 * L <= k; j += 6 * L) NAME(outer)(2, 6, count, k, rows + j, own, to + j);
-        else
-            for (; j + 8 * L <= k; j += 8 * L) NAME(outer)(1, 8, count, k, rows + j, own, to + j);
+#define TAKE(few, wide) \
+    case few: \
+        for (; j + wide * L <= k; j += wide * L) NAME(outer)(few, wide, count, k, rows + j, own, to + j); \
+        break;
+        switch (few) { LINES }
+#undef TAKE
         for (long q = 0; q < few; q++) {
             long d = j;
             for (; d + L <= k; d += L) NAME(outer)(1, 1, count, k, rows + d, own + q * ROWS, to + q * k + d);
@@ -529,6 +540,8 @@ static void NAME(scaled)(long count, long k, const float *rows, long P, const fl
 #undef Loose
 #undef Integers
 #undef TALL
+#undef Quad
 #undef UNIT
 #undef MOST_LINES
+#undef LINES
 #endif
