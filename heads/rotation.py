@@ -81,7 +81,7 @@ class Span:
         for own, basis in self._owners(folds):
             if basis.ratio is not None:
                 v[own] /= basis.ratio**2
-        return v
+        return np.asarray(v)
 
     def back(self, v: Array, folds: Array) -> Array:
         """u (k, R) float64 of v (k, D), as far as v lies in the span."""
