@@ -1,5 +1,6 @@
 """The compiled pass over a tile is the plain one: same losses, same gradients, for any shape, label and weight."""
 
+import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -92,6 +93,27 @@ def test_scaled_products_are_the_plain_ones(seed, n, width, columns):
 
 
 @needs_compiler
+@pytest.mark.parametrize("classes", [1, 2, 3, 6, 10])
+@pytest.mark.parametrize("heads", range(1, 8))
+def test_shorter_vectors_give_the_same(classes, heads):
+    """A processor that has long vectors has the shorter ones, too: their panels and lines divide the columns otherwise."""
+    long = compiled()
+    if long is None or long.lanes != 16:
+        pytest.skip("this processor has one length of vectors")
+    rng = np.random.default_rng(heads)
+    columns = heads * max(classes - 1, 1)
+    rows = (rng.standard_normal((101, 531)) / 20).astype(np.float32)
+    weights = rng.standard_normal((columns, 531)).astype(np.float32)
+    labels = rng.integers(0, max(classes, 2), (heads, 101) if classes == 1 else 101).astype(np.int32)
+    found = []
+    for one in (long, dataclasses.replace(long, lanes=8)):
+        losses, gradients = np.zeros(heads), one.room(columns, 531)
+        one.run(rows, heads, classes, one.packed(weights), labels, None, None, losses, gradients)
+        found.append((losses, one.unpacked(gradients, columns, 531)))
+    np.testing.assert_allclose(found[0][0], found[1][0], rtol=1e-5)
+    np.testing.assert_allclose(found[0][1], found[1][1], atol=1e-5 * np.abs(found[0][1]).max())
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_weights_that_overflowed_have_no_finite_loss(bad):
     """A line search that went too far must see it."""
