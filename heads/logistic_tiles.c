@@ -183,16 +183,14 @@ INLINE Vector NAME(logarithm)(Vector x)
     return m + y + e * 0.693359375f;
 }
 
-/* Columns of the next panel, of `rest` that are left, or of the lines that follow the panels: fewer than UNIT. Half a vector is
-   as dear as a whole one where the processor has units for whole ones, and half as dear where it puts them through twice
-   (Zen 4): there 36 columns are a panel of 32 and four lines. */
-#define UNIT (L == 4 ? 4 : L)
+/* Columns of the next panel, of `rest` that are left, or of the lines that follow the panels, fewer than a vector has: 36 columns
+   are a panel of 32 and four lines. */
+#define UNIT L
 #define MOST_LINES (L == 4 ? 2 : L == 8 ? 5 : 12) /* more of them cost as much as the panel that they are too few for */
 INLINE long NAME(width)(long rest)
 {
     long full = rest % UNIT <= MOST_LINES ? rest - rest % UNIT : rest - rest % UNIT + UNIT;
     if (full == 0) return rest;
-    if (L == 16) return full > 16 ? 32 : 16;
     return full > L ? 2 * L : L;
 }
 
@@ -279,12 +277,8 @@ INLINE void NAME(panel)(long width, long tall, long depth, const float *a, long 
 {
     if (width == 2 * L)
         NAME(products)(2, tall, depth, a, across, along, b, sums);
-    else if (width == L)
-        NAME(products)(1, tall, depth, a, across, along, b, sums);
-#if L == 16
     else
-        products_8(1, tall, depth, a, across, along, b, sums);
-#endif
+        NAME(products)(1, tall, depth, a, across, along, b, sums);
 }
 
 /* How many lines go together, and with how many rows or vectors of coordinates: as many sums as registers hold. */
