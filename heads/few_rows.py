@@ -59,8 +59,7 @@ def few_rows_design(
     tiles = []
     twice = worth_copies(sum(len(rows) for _, rows in groups) * span.rank, dtype)
     for (folds, rows), values in zip(groups, rotated, strict=True):
-        padded = np.zeros((len(rows), span.rank), dtype)
-        padded[:, : values.shape[1]] = values
+        padded = np.pad(values, ((0, 0), (0, span.rank - values.shape[1])))
         tiles += make_tiles(folds, rows, padded.__getitem__, span.rank, dtype, twice=twice)
     return Design(tiles, np.dtype(dtype), span, whole.mean, factor, {}, {}, unit)
 
@@ -78,14 +77,14 @@ def _own_basis(Z: Array, own: npt.NDArray[np.intp], ratio: Array | None) -> tupl
     floor = len(own) * np.finfo(np.float64).eps * products.diagonal().max(initial=0.0)
     factor, order, rank, _ = scipy.linalg.lapack.dpstrf(products, tol=floor, lower=1, overwrite_a=1)
     order, lower = order - 1, np.tril(factor[:, :rank])
-    pivots = lower.diagonal()
-    reflectors, lengths = _longest(lower.astype(Z.dtype))
+    pivots, narrow = lower.diagonal(), lower.astype(Z.dtype)
+    reflectors, lengths = _longest(narrow)
     values = np.empty((len(own), rank), Z.dtype)
-    values[order] = turn(reflectors.astype(Z.dtype), lengths.astype(Z.dtype), lower.astype(Z.dtype), side="R")
+    values[order] = turn(reflectors.astype(Z.dtype), lengths.astype(Z.dtype), narrow, side="R")
     basis = Basis(
         own[order[:rank]], lower[:rank], reflectors, lengths, None if ratio is None else ratio.astype(np.float64)
     )
-    return values, basis, float(pivots.min(initial=1.0) / pivots.max(initial=1.0))
+    return values, basis, float(pivots[-1] / pivots[0]) if rank else 1.0
 
 
 def _longest(lower: Array) -> tuple[Array, Array]:

@@ -114,6 +114,7 @@ def test_shorter_vectors_give_the_same(classes, heads):
     np.testing.assert_allclose(found[0][1], found[1][1], atol=1e-5 * np.abs(found[0][1]).max())
 
 
+@needs_compiler
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_weights_that_overflowed_have_no_finite_loss(bad):
     """A line search that went too far must see it."""
