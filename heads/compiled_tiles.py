@@ -1,6 +1,6 @@
 """The compiled pass over a tile (logistic_tiles.c), where it was built and the processor has the instructions for it.
 
-A heads, C classes (1: a sigmoid), c = C - 1 columns of a head (1 for a sigmoid), n rows, k coordinates of a row.
+A heads, C classes (1: a sigmoid), c = C - 1 columns of a head (1 for a sigmoid), n rows, k coordinates of a row, P columns.
 """
 
 import ctypes
@@ -14,6 +14,22 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 _LONG, _POINTER = ctypes.c_long, ctypes.c_void_p
+CACHE_LINE = 64  # bytes: a vector that lies across two is loaded at half the speed
+
+
+def aligned_rows(n: int, k: int, dtype: Any) -> Array:
+    """(n, k) zeros, every row at the beginning of a cache line. What lies between rows is zero and has to stay so."""
+    size = np.dtype(dtype).itemsize
+    width = _width(k, size)
+    room = np.zeros(n * width + CACHE_LINE // size, dtype)
+    first = -room.ctypes.data % CACHE_LINE // size
+    return room[first : first + n * width].reshape(n, width)[:, :k]
+
+
+def _width(k: int, size: int = 4) -> int:
+    """Numbers of so many bytes from one row of k to the next."""
+    step = CACHE_LINE // size
+    return -(-k // step) * step
 
 
 @dataclass(frozen=True)
@@ -24,20 +40,22 @@ class Compiled:
     lanes: int  # floats of a vector
 
     def packed(self, weights: Array) -> Array:
-        """Weights (A c, k) float32 in the pass's own layout."""
+        """Weights (P, k) float32 in the pass's own layout."""
         weights = np.ascontiguousarray(weights, np.float32)
         out = self.room(*weights.shape)
-        self.library.logistic_pack(self.lanes, *weights.shape, weights.ctypes.data, out.ctypes.data)
+        width = _width(weights.shape[1])
+        self.library.logistic_pack(self.lanes, *weights.shape, width, weights.ctypes.data, out.ctypes.data)
         return out
 
     def room(self, columns: int, k: int) -> Array:
         """Zero gradients of `columns` columns, in the pass's own layout."""
-        return np.zeros(self.library.logistic_packed(self.lanes, columns, k), np.float32)
+        size: int = self.library.logistic_packed(self.lanes, columns, _width(k))
+        return np.asarray(aligned_rows(1, size, np.float32)[0])
 
     def unpacked(self, gradients: Array, columns: int, k: int) -> Array:
         """Gradients (columns, k) float32 from the pass's own layout."""
         out = np.empty((columns, k), np.float32)
-        self.library.logistic_unpack(self.lanes, columns, k, gradients.ctypes.data, out.ctypes.data)
+        self.library.logistic_unpack(self.lanes, columns, k, _width(k), gradients.ctypes.data, out.ctypes.data)
         return out
 
     def run(
@@ -52,19 +70,22 @@ class Compiled:
         loss: Array,
         gradients: Array,
     ) -> None:
-        """Add the losses and gradients of `heads` heads on rows (n, k) to loss (A,) float64 and to packed gradients.
+        """Add the losses and gradients of `heads` heads on rows (n, k), made by `aligned_rows`, to loss (A,) float64 and to packed
+        gradients.
 
         weights: packed. labels: int32, the class of each row (n,), or for sigmoids (classes = 1) 0 or 1 (A, n), whose rows may
         be apart. row_weight: (n,) float32; multiplier: (A, C), or (A, 2) for sigmoids, float32; None: all one. Raises
         MemoryError.
         """
+        width = _width(rows.shape[1])
         assert rows.dtype == np.float32
+        assert rows.strides == (4 * width, 4)
         assert labels.dtype == np.int32
-        assert rows.flags.c_contiguous
         assert labels.strides[-1] == 4
         failed = self.library.logistic_pass(
             self.lanes,
-            *rows.shape,
+            len(rows),
+            width,
             rows.ctypes.data,
             heads,
             classes,
@@ -80,19 +101,22 @@ class Compiled:
             raise MemoryError(f"no memory for the decisions of {heads} heads on a block of rows")
 
     def scaled(self, rows: Array, weights: Array, scale: Array) -> Array:
-        """rows' diag(scale_p) rows w_p for each of the weights w_p (P, k), of rows (n, k) and scale (n, P), all float32.
+        """rows' diag(scale_p) rows w_p for each of the weights w_p (P, k), of rows (n, k), made by `aligned_rows`, and scale
+        (n, P), all float32.
 
         Raises MemoryError.
         """
         assert rows.dtype == scale.dtype == np.float32
-        assert rows.flags.c_contiguous
+        width = _width(rows.shape[1])
+        assert rows.strides == (4 * width, 4)
         assert scale.flags.c_contiguous
         assert scale.shape == (len(rows), len(weights))
         gradients = self.room(*weights.shape)
         packed = self.packed(weights)
         failed = self.library.logistic_scaled(
             self.lanes,
-            *rows.shape,
+            len(rows),
+            width,
             rows.ctypes.data,
             len(weights),
             packed.ctypes.data,
@@ -117,7 +141,7 @@ def compiled() -> Compiled | None:
     library.logistic_lanes.restype = _LONG
     library.logistic_packed.argtypes, library.logistic_packed.restype = [_LONG] * 3, _LONG
     for move in (library.logistic_pack, library.logistic_unpack):
-        move.argtypes, move.restype = [*[_LONG] * 3, _POINTER, _POINTER], None
+        move.argtypes, move.restype = [*[_LONG] * 4, _POINTER, _POINTER], None
     library.logistic_pass.argtypes = [
         *[_LONG] * 3,
         _POINTER,

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import scipy.linalg
 
-from headrace.heads.compiled_tiles import Compiled, compiled
+from headrace.heads.compiled_tiles import Compiled, aligned_rows, compiled
 from headrace.heads.rotation import Rotation, Span
 from headrace.heads.spec import FULL
 from headrace.heads.standardize import Features, Moments, chunks, scaled
@@ -90,7 +90,8 @@ class Design:
             return tile.values, tile.across
         n, dim = len(tile.rows), self.source.shape[1]
         if n not in self.buffer:
-            self.buffer[n] = np.ones((n, dim + 1), self.dtype)
+            self.buffer[n] = aligned_rows(n, dim + 1, self.dtype)
+            self.buffer[n][:, -1] = 1
             self.buffer[-n] = np.empty((n, dim), np.float32)
         values, raw = self.buffer[n], self.source.read(tile.rows, self.buffer[-n])
         np.subtract(raw, self.centre.astype(self.dtype), out=values[:, :-1])
@@ -183,7 +184,7 @@ def make_design(
     dim = X.shape[1]
     gram = sum((part.T @ part for part in parts), np.zeros((dim, dim), dtype))
     _, vectors = scipy.linalg.eigh(gram, driver="evd", overwrite_a=True, check_finite=False)
-    rotation = Rotation(np.ascontiguousarray(vectors[:, ::-1]))  # the largest first
+    rotation = _rotation(vectors)
     tiles = []
     twice = worth_copies(sum(len(rows) for _, rows in groups) * dim, dtype)
     for index, (folds, rows) in enumerate(groups):
@@ -191,6 +192,13 @@ def make_design(
         rotated = functools.partial(_rotated, rotation, part)
         tiles += make_tiles(folds, rows, rotated, dim, dtype, twice=twice)
     return Design(tiles, np.dtype(dtype), rotation, whole.mean, factor, ratio, {}, unit)
+
+
+def _rotation(vectors: Array) -> Rotation:
+    """The rotation into eigenvectors (D, R) that come in the order of growing eigenvalues: the largest first."""
+    matrix = aligned_rows(*vectors.shape, vectors.dtype)
+    matrix[:] = vectors[:, ::-1]
+    return Rotation(matrix)
 
 
 def worth_copies(values: int, dtype: Any) -> bool:
@@ -215,7 +223,8 @@ def make_tiles(
     """Tiles of a group of rows, whose rotated values (n, R) `rotated` gives for a slice of them; `twice`: across, too."""
     tiles = []
     for where in chunks(np.arange(len(rows)), ROWS_PER_TILE):
-        values = np.ones((len(where), rank + 1), dtype)
+        values = aligned_rows(len(where), rank + 1, dtype)
+        values[:, -1] = 1
         values[:, :-1] = rotated(slice(int(where[0]), int(where[-1]) + 1))
         across = np.ascontiguousarray(values.T) if twice else values.T
         tiles.append(Tile(folds, rows[where], values, across, np.zeros(0, np.intp), np.zeros((0, len(where))), None))
@@ -249,7 +258,7 @@ def stream_design(
         rows = plain.read(tile)[0][:, :-1] * factor.astype(dtype)
         gram += rows.T @ rows
     _, vectors = scipy.linalg.eigh(gram, driver="evd", overwrite_a=True, check_finite=False)
-    rotation = Rotation(np.ascontiguousarray(vectors[:, ::-1]))
+    rotation = _rotation(vectors)
     return Design(tiles, np.dtype(dtype), rotation, centre, factor, ratio, {}, unit, X, plain.buffer)
 
 

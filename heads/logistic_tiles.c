@@ -1,7 +1,8 @@
 /* Losses and gradients of many logistic heads over some rows, in one pass that reads every row once.
 
    A heads, C classes, c columns of a head (C - 1 for a softmax, whose last class is minus the sum of the others; 1 for a
-   sigmoid), P = A c columns in all, head by head; k coordinates of a row (the intercept's 1 is one of them), n rows.
+   sigmoid), P = A c columns in all, head by head; k coordinates of a row (the intercept's 1 is one of them), a multiple of 16 by
+   zeros at the end, n rows.
 
    BLAS would be called twice, on a tall matrix and a sliver of P columns: it then copies the tall one into its own layout
    for every product, which costs as much as 40 columns of arithmetic, and the decisions between the two products go
@@ -22,6 +23,11 @@
 
 #define ROWS 48      /* of a block; a multiple of every number of rows that a product takes at once */
 #define DEPTH 512    /* coordinates of a block: weights of a panel are 32 kB then */
+#ifdef __has_builtin
+#if __has_builtin(__builtin_shufflevector)
+#define SHUFFLEVECTOR
+#endif
+#endif
 #define INLINE static inline __attribute__((always_inline))
 
 #if defined(__x86_64__)
@@ -67,21 +73,21 @@ long logistic_packed(long lanes, long P, long k)
     return CALL(columns, P) * k;
 }
 
-/* Weights (P, k) into panels; columns that fill up the last panel are zero. */
-void logistic_pack(long lanes, long P, long k, const float *weights, float *packed)
+/* Weights (P, used) into panels of k >= used coordinates that hold zeros. */
+void logistic_pack(long lanes, long P, long used, long k, const float *weights, float *packed)
 {
-    (void)lanes, (void)P, (void)k, (void)weights, (void)packed;
-    CALL(pack, P, k, weights, packed);
+    (void)lanes, (void)P, (void)used, (void)k, (void)weights, (void)packed;
+    CALL(pack, P, used, k, weights, packed);
 }
 
-/* Gradients in panels into (P, k). */
-void logistic_unpack(long lanes, long P, long k, const float *packed, float *gradients)
+/* Gradients in panels of k coordinates into (P, used). */
+void logistic_unpack(long lanes, long P, long used, long k, const float *packed, float *gradients)
 {
-    (void)lanes, (void)P, (void)k, (void)packed, (void)gradients;
-    CALL(unpack, P, k, packed, gradients);
+    (void)lanes, (void)P, (void)used, (void)k, (void)packed, (void)gradients;
+    CALL(unpack, P, used, k, packed, gradients);
 }
 
-/* One pass over rows (n, k). Adds to loss (A,) and to gradients, in panels.
+/* One pass over rows (n, k). Adds to loss (A,) and to gradients, in panels. Rows that begin at cache lines are read fastest.
 
    softmax (C > 1): label (n,) is the class. sigmoid (C = 1): label (A, n), `stride` apart, is 0 or 1 of each head.
    weight (n,) or NULL: of rows. multiplier (A, C), or (A, 2) for a sigmoid, or NULL: of classes.
@@ -93,7 +99,7 @@ long logistic_pass(long lanes, long n, long k, const float *rows, long A, long C
     long c = C > 1 ? C - 1 : 1, padded = logistic_packed(lanes, A * c, 1);
     /* Decisions in panels, and again with rows last, and a row of room for the last class. */
     float *room = NULL;
-    if (posix_memalign((void **)&room, 64, sizeof(float) * ROWS * (padded + A * c + 1)) != 0) return -1;
+    if (posix_memalign((void **)&room, 64, sizeof(float) * ROWS * (2 * padded + 1)) != 0) return -1;
     (void)rows, (void)packed, (void)label, (void)stride, (void)weight, (void)multiplier, (void)loss, (void)gradients;
     for (long start = 0; start < n; start += ROWS) {
         long count = n - start < ROWS ? n - start : ROWS;
@@ -136,6 +142,46 @@ typedef float Quad __attribute__((vector_size(16)));
 INLINE Vector NAME(load)(const float *from) { return *(const Loose *)from; }
 INLINE void NAME(store)(float *to, Vector value) { *(Loose *)to = value; }
 INLINE Vector NAME(all)(float value) { return value - (Vector){0}; } /* minus: x - 0 is x, x + 0 is not where x is -0 */
+/* Elements of two vectors by turns of s: the first s of both, the third s of both, ...; or the second, the fourth, ... */
+#define FIRST(i, s) ((i) % (2 * (s)) < (s) ? (i) : L + (i) - (s))
+#define SECOND(i, s) ((i) % (2 * (s)) < (s) ? (i) + (s) : L + (i))
+#if L == 4
+#define LIST(f, s) f(0, s), f(1, s), f(2, s), f(3, s)
+#elif L == 8
+#define LIST(f, s) f(0, s), f(1, s), f(2, s), f(3, s), f(4, s), f(5, s), f(6, s), f(7, s)
+#else
+#define LIST(f, s) f(0, s), f(1, s), f(2, s), f(3, s), f(4, s), f(5, s), f(6, s), f(7, s), f(8, s), f(9, s), f(10, s), \
+                   f(11, s), f(12, s), f(13, s), f(14, s), f(15, s)
+#endif
+#ifdef SHUFFLEVECTOR
+#define MIXED(f, s, a, b) __builtin_shufflevector(a, b, LIST(f, s))
+#else
+#define MIXED(f, s, a, b) __builtin_shuffle(a, b, (Integers){LIST(f, s)})
+#endif
+#define EXCHANGE(s) \
+    for (int i = 0; i < L; i++) \
+        if (!(i & s)) { \
+            Vector first = MIXED(FIRST, s, x[i], x[i + s]), second = MIXED(SECOND, s, x[i], x[i + s]); \
+            x[i] = first, x[i + s] = second; \
+        }
+
+/* x (L, L) becomes its transpose. */
+INLINE void NAME(transpose)(Vector *x)
+{
+#pragma GCC unroll 16
+    EXCHANGE(1)
+#pragma GCC unroll 16
+    EXCHANGE(2)
+#if L > 4
+#pragma GCC unroll 16
+    EXCHANGE(4)
+#endif
+#if L > 8
+#pragma GCC unroll 16
+    EXCHANGE(8)
+#endif
+}
+
 INLINE Vector NAME(choose)(Integers which, Vector a, Vector b)
 {
     return (Vector)((which & (Integers)a) | (~which & (Integers)b));
@@ -201,41 +247,53 @@ static long NAME(columns)(long P)
     return first;
 }
 
-static void NAME(pack)(long P, long k, const float *weights, float *packed)
+static void NAME(pack)(long P, long used, long k, const float *weights, float *packed)
 {
     for (long first = 0, width; first < P; first += width) {
         width = NAME(width)(P - first);
-        long used = P - first < width ? P - first : width;
         float *panel = packed + first * k;
-        if (width < UNIT) {
-            memcpy(panel, weights + first * k, sizeof(float) * width * k);
-            continue;
-        }
-        for (long j = 0; j < k; j++) {
-            for (long p = 0; p < used; p++) panel[j * width + p] = weights[(first + p) * k + j];
-            for (long p = used; p < width; p++) panel[j * width + p] = 0;
+        for (long p = 0, group; p < width && first + p < P; p += group) {
+            const float *own = weights + (first + p) * used;
+            group = width < UNIT || first + p + L > P ? 1 : L;
+            long j = 0;
+            for (; group == L && j + L <= used; j += L) {
+                Vector square[L];
+                for (long i = 0; i < L; i++) square[i] = NAME(load)(own + i * used + j);
+                NAME(transpose)(square);
+                for (long i = 0; i < L; i++) NAME(store)(panel + (j + i) * width + p, square[i]);
+            }
+            for (long i = 0; i < group; i++)
+                for (long d = j; d < used; d++)
+                    panel[width < UNIT ? (p + i) * k + d : d * width + p + i] = own[i * used + d];
         }
     }
 }
 
-static void NAME(unpack)(long P, long k, const float *packed, float *gradients)
+static void NAME(unpack)(long P, long used, long k, const float *packed, float *gradients)
 {
     for (long first = 0, width; first < P; first += width) {
         width = NAME(width)(P - first);
-        long used = P - first < width ? P - first : width;
         const float *panel = packed + first * k;
-        if (width < UNIT) {
-            memcpy(gradients + first * k, panel, sizeof(float) * width * k);
-            continue;
+        for (long p = 0, group; p < width && first + p < P; p += group) {
+            float *own = gradients + (first + p) * used;
+            group = width < UNIT || first + p + L > P ? 1 : L;
+            long j = 0;
+            for (; group == L && j + L <= used; j += L) {
+                Vector square[L];
+                for (long i = 0; i < L; i++) square[i] = NAME(load)(panel + (j + i) * width + p);
+                NAME(transpose)(square);
+                for (long i = 0; i < L; i++) NAME(store)(own + i * used + j, square[i]);
+            }
+            for (long i = 0; i < group; i++)
+                for (long d = j; d < used; d++)
+                    own[i * used + d] = panel[width < UNIT ? (p + i) * k + d : d * width + p + i];
         }
-        for (long p = 0; p < used; p++)
-            for (long j = 0; j < k; j++) gradients[(first + p) * k + j] = panel[j * width + p];
     }
 }
 
 /* sums (tall, wide vectors) += a (tall, depth) b (depth, wide vectors); element (i, d) of a is a[i * across + d * along]. */
 INLINE void NAME(product)(const int tall, const int wide, long depth, const float *a, long across, long along,
-                          const float *b, float *sums)
+                          const float *b, float *sums, const long ahead)
 {
     Vector sum[12][2];
 #pragma GCC unroll 12
@@ -244,6 +302,7 @@ INLINE void NAME(product)(const int tall, const int wide, long depth, const floa
         for (int v = 0; v < wide; v++) sum[i][v] = NAME(load)(sums + (i * wide + v) * L);
     for (long d = 0; d < depth; d++) {
         Vector right[2];
+        if (ahead) __builtin_prefetch(a + ahead + d * along, 0, 2);
 #pragma GCC unroll 2
         for (int v = 0; v < wide; v++) right[v] = NAME(load)(b + (d * wide + v) * L);
 #pragma GCC unroll 12
@@ -261,24 +320,24 @@ INLINE void NAME(product)(const int tall, const int wide, long depth, const floa
 
 /* The same for any number of rows of a: as many as fit into registers at a time. */
 INLINE void NAME(products)(const int wide, long tall, long depth, const float *a, long across, long along,
-                           const float *b, float *sums)
+                           const float *b, float *sums, const long ahead)
 {
     const int most = wide == 1 ? 12 : TALL;
     long i = 0;
     for (; i + most <= tall; i += most)
-        NAME(product)(most, wide, depth, a + i * across, across, along, b, sums + i * wide * L);
-    for (; i + 3 <= tall; i += 3) NAME(product)(3, wide, depth, a + i * across, across, along, b, sums + i * wide * L);
-    for (; i < tall; i++) NAME(product)(1, wide, depth, a + i * across, across, along, b, sums + i * wide * L);
+        NAME(product)(most, wide, depth, a + i * across, across, along, b, sums + i * wide * L, ahead);
+    for (; i + 3 <= tall; i += 3) NAME(product)(3, wide, depth, a + i * across, across, along, b, sums + i * wide * L, ahead);
+    for (; i < tall; i++) NAME(product)(1, wide, depth, a + i * across, across, along, b, sums + i * wide * L, ahead);
 }
 
 /* The same for a panel of `width` columns. */
 INLINE void NAME(panel)(long width, long tall, long depth, const float *a, long across, long along, const float *b,
-                        float *sums)
+                        float *sums, const long ahead)
 {
     if (width == 2 * L)
-        NAME(products)(2, tall, depth, a, across, along, b, sums);
+        NAME(products)(2, tall, depth, a, across, along, b, sums, ahead);
     else
-        NAME(products)(1, tall, depth, a, across, along, b, sums);
+        NAME(products)(1, tall, depth, a, across, along, b, sums, ahead);
 }
 
 /* How many lines go together, and with how many rows or vectors of coordinates: as many sums as registers hold. */
@@ -309,8 +368,7 @@ INLINE void NAME(dots)(const int lines, const int tall, long k, const float *row
     for (int p = 0; p < lines; p++)
 #pragma GCC unroll 12
         for (int i = 0; i < tall; i++) sum[p][i] = NAME(all)(0);
-    long j = 0;
-    for (; j + L <= k; j += L) {
+    for (long j = 0; j < k; j += L) {
         Vector right[5];
 #pragma GCC unroll 5
         for (int p = 0; p < lines; p++) right[p] = NAME(load)(weights + p * k + j);
@@ -324,11 +382,7 @@ INLINE void NAME(dots)(const int lines, const int tall, long k, const float *row
 #pragma GCC unroll 5
     for (int p = 0; p < lines; p++)
 #pragma GCC unroll 12
-        for (int i = 0; i < tall; i++) {
-            float rest = NAME(across)(sum[p][i]);
-            for (long d = j; d < k; d++) rest += rows[i * k + d] * weights[p * k + d];
-            sums[p * ROWS + i] += rest;
-        }
+        for (int i = 0; i < tall; i++) sums[p * ROWS + i] += NAME(across)(sum[p][i]);
 }
 
 /* The same for any number of rows, and of lines below UNIT. */
@@ -390,12 +444,8 @@ INLINE void NAME(back_lines)(long lines, long count, long k, const float *rows, 
         break;
         switch (few) { LINES }
 #undef TAKE
-        for (long q = 0; q < few; q++) {
-            long d = j;
-            for (; d + L <= k; d += L) NAME(outer)(1, 1, count, k, rows + d, own + q * ROWS, to + q * k + d);
-            for (; d < k; d++)
-                for (long r = 0; r < count; r++) to[q * k + d] += own[q * ROWS + r] * rows[r * k + d];
-        }
+        for (; j < k; j += L)
+            for (long q = 0; q < few; q++) NAME(outer)(1, 1, count, k, rows + j, own + q * ROWS, to + q * k + j);
     }
 }
 
@@ -463,7 +513,7 @@ INLINE void NAME(forward)(long count, long k, const float *rows, long P, const f
         for (first = 0; first < P; first += width) {
             width = NAME(width)(P - first);
             if (width < UNIT) break;
-            NAME(panel)(width, count, depth, rows + from, k, 1, packed + first * k + from * width, panels + first * ROWS);
+            NAME(panel)(width, count, depth, rows + from, k, 1, packed + first * k + from * width, panels + first * ROWS, 0);
         }
     }
     if (first < P) NAME(forward_lines)(P - first, count, k, rows, packed + first * k, panels + first * ROWS);
@@ -478,7 +528,7 @@ INLINE void NAME(back)(long count, long k, const float *rows, long P, const floa
             width = NAME(width)(P - first);
             if (width < UNIT) break;
             long tall = k - j < 12 ? k - j : 12;
-            NAME(panel)(width, tall, count, rows + j, 1, k, panels + first * ROWS, gradients + first * k + j * width);
+            NAME(panel)(width, tall, count, rows + j, 1, k, panels + first * ROWS, gradients + first * k + j * width, first == 0 ? ROWS * k : 0);
         }
     if (first < P) NAME(back_lines)(P - first, count, k, rows, panels + first * ROWS, gradients + first * k);
 }
@@ -489,17 +539,36 @@ INLINE long NAME(place)(long first, long width, long p, long r)
     return first * ROWS + (width < UNIT ? (p - first) * ROWS + r : r * width + p - first);
 }
 
+/* Decisions in panels and lines to s (P, ROWS), or back. */
+INLINE void NAME(turn)(long P, float *panels, float *s, const int out)
+{
+    for (long first = 0, width; first < P; first += width) {
+        width = NAME(width)(P - first);
+        if (width < UNIT) {
+            if (out)
+                memcpy(s + first * ROWS, panels + first * ROWS, sizeof(float) * width * ROWS);
+            else
+                memcpy(panels + first * ROWS, s + first * ROWS, sizeof(float) * width * ROWS);
+            continue;
+        }
+        for (long p = 0; p < width; p += L)
+            for (long r = 0; r < ROWS; r += L) {
+                Vector square[L];
+                float *panel = panels + first * ROWS + r * width + p, *own = s + (first + p) * ROWS + r;
+                for (long i = 0; i < L; i++) square[i] = NAME(load)(out ? panel + i * width : own + i * ROWS);
+                NAME(transpose)(square);
+                for (long i = 0; i < L; i++) NAME(store)(out ? own + i * ROWS : panel + i * width, square[i]);
+            }
+    }
+}
+
 static void NAME(block)(long count, long k, const float *rows, long A, long C, const float *packed,
                         const int32_t *label, long stride, const float *weight, const float *multiplier, double *loss,
                         float *gradients, float *panels, float *s)
 {
     const long c = C > 1 ? C - 1 : 1, P = A * c;
     NAME(forward)(count, k, rows, P, packed, panels);
-    for (long first = 0, width; first < P; first += width) {
-        width = NAME(width)(P - first);
-        for (long p = first; p < first + width && p < P; p++)
-            for (long r = 0; r < ROWS; r++) s[p * ROWS + r] = panels[NAME(place)(first, width, p, r)];
-    }
+    NAME(turn)(P, panels, s, 1);
     for (long a = 0; a < A; a++) {
         const int32_t *own = C > 1 ? label : label + a * stride;
         float w[ROWS] __attribute__((aligned(64)));
@@ -507,14 +576,10 @@ static void NAME(block)(long count, long k, const float *rows, long A, long C, c
             w[r] = r >= count ? 0 : weight ? weight[r] : 1;
             if (multiplier && r < count) w[r] *= multiplier[a * (C > 1 ? C : 2) + own[r]];
         }
-        loss[a] += C > 1 ? NAME(softmax)(count, C, s + a * c * ROWS, s + P * ROWS, own, w)
+        loss[a] += C > 1 ? NAME(softmax)(count, C, s + a * c * ROWS, s + NAME(columns)(P) * ROWS, own, w)
                          : NAME(sigmoid)(count, s + a * ROWS, own, w);
     }
-    for (long first = 0, width; first < P; first += width) {
-        width = NAME(width)(P - first);
-        for (long p = first; p < first + width && p < P; p++)
-            for (long r = 0; r < ROWS; r++) panels[NAME(place)(first, width, p, r)] = s[p * ROWS + r];
-    }
+    NAME(turn)(P, panels, s, 0);
     NAME(back)(count, k, rows, P, panels, gradients);
 }
 
@@ -538,4 +603,9 @@ static void NAME(scaled)(long count, long k, const float *rows, long P, const fl
 #undef UNIT
 #undef MOST_LINES
 #undef LINES
+#undef MIXED
+#undef EXCHANGE
+#undef LIST
+#undef SECOND
+#undef FIRST
 #endif

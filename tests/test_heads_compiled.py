@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from headrace.heads import design as design_module
 from headrace.heads import flight
-from headrace.heads.compiled_tiles import compiled
+from headrace.heads.compiled_tiles import aligned_rows, compiled
 from headrace.heads.design import Design, Tile
 from headrace.heads.logistic import fit_logistic_bank
 from headrace.heads.passes import CompiledPass, PlainPass, Weighting
@@ -22,7 +22,8 @@ needs_compiler = pytest.mark.skipif(compiled() is None, reason="no C compiler bu
 
 def made(rng: np.random.Generator, n: int, width: int, classes: int, *, weighted: bool) -> tuple[Design, Tile]:
     """One tile of random rows, sorted by class, some classes perhaps without any; two labels for sigmoids."""
-    values = rng.standard_normal((n, width)).astype(np.float32)
+    values = aligned_rows(n, width, np.float32)
+    values[:] = rng.standard_normal((n, width))
     values[:, -1] = 1
     bounds = np.searchsorted(np.sort(rng.integers(0, classes, n)), np.arange(classes + 1))
     labels = rng.integers(0, 2, (2, n)).astype(np.float32)
@@ -82,7 +83,9 @@ def test_a_compiled_pass_is_the_plain_one(seed, n, width, classes, heads, size, 
 def test_scaled_products_are_the_plain_ones(seed, n, width, columns):
     """rows' diag(scale) rows weights, to 1e-5 of the largest element; the columns end in panels of every width."""
     rng = np.random.default_rng(seed)
-    rows, weights = (rng.standard_normal((each, width)).astype(np.float32) for each in (n, columns))
+    weights = rng.standard_normal((columns, width)).astype(np.float32)
+    rows = aligned_rows(n, width, np.float32)
+    rows[:] = rng.standard_normal((n, width))
     scale = rng.uniform(0, 2, (n, columns)).astype(np.float32)
     library = compiled()
     assert library is not None
@@ -102,7 +105,8 @@ def test_shorter_vectors_give_the_same(classes, heads):
         pytest.skip("this processor has one length of vectors")
     rng = np.random.default_rng(heads)
     columns = heads * max(classes - 1, 1)
-    rows = (rng.standard_normal((101, 531)) / 20).astype(np.float32)
+    rows = aligned_rows(101, 531, np.float32)
+    rows[:] = rng.standard_normal((101, 531)) / 20
     weights = rng.standard_normal((columns, 531)).astype(np.float32)
     labels = rng.integers(0, max(classes, 2), (heads, 101) if classes == 1 else 101).astype(np.int32)
     found = []
