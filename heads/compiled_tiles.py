@@ -52,11 +52,12 @@ class Compiled:
         size: int = self.library.logistic_packed(self.lanes, columns, _width(k))
         return np.asarray(aligned_rows(1, size, np.float32)[0])
 
-    def unpacked(self, gradients: Array, columns: int, k: int) -> Array:
-        """Gradients (columns, k) float32 from the pass's own layout."""
-        out = np.empty((columns, k), np.float32)
-        self.library.logistic_unpack(self.lanes, columns, k, _width(k), gradients.ctypes.data, out.ctypes.data)
-        return out
+    def unpack(self, gradients: Array, out: Array) -> None:
+        """Gradients from the pass's own layout into out (columns, k), float32 and contiguous."""
+        assert out.dtype == np.float32
+        assert out.flags.c_contiguous
+        width = _width(out.shape[1])
+        self.library.logistic_unpack(self.lanes, *out.shape, width, gradients.ctypes.data, out.ctypes.data)
 
     def run(
         self,
@@ -125,7 +126,9 @@ class Compiled:
         )
         if failed:
             raise MemoryError(f"no memory for the products of {len(weights)} weights with a block of rows")
-        return self.unpacked(gradients, *weights.shape)
+        out = np.empty(weights.shape, np.float32)
+        self.unpack(gradients, out)
+        return out
 
 
 @functools.cache

@@ -8,6 +8,7 @@ float64, `gradient()` the sum (A, c, W). One pass per group of tiles is open at 
 some folds only. Which class of pass it is is a matter of speed.
 """
 
+import itertools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from headrace.heads.design import Design, Tile
 from headrace.heads.loss import sigmoid_loss, softmax_loss
 
 Array = npt.NDArray[Any]
+NEAR_BYTES = 1 << 20
 # (tile, its values, weights, labels, row weights) -> losses and gradient, somewhere else than in NumPy
 Elsewhere = Callable[[Tile, Array, Array, Array | None, Array | None], tuple[Array, Array]]
 
@@ -101,9 +103,13 @@ class CompiledPass:
     ) -> None:
         self.design, self.weighting, self.lines = design, weighting, lines
         self.compiled, self.threads, self.shape = compiled, threads, u.shape
-        columns, width = u.shape[0] * u.shape[1], u.shape[2]
-        self.weights = compiled.packed(u.reshape(columns, width))
-        self.totals = [compiled.room(columns, width) for _ in range(parts)]
+        heads, columns, width = u.shape
+        # Heads that pass over a tile together: their weights and gradients stay in the second cache from block to block.
+        most = max(NEAR_BYTES // (8 * columns * width), 1)
+        bounds = np.linspace(0, heads, -(-heads // most) + 1).astype(int).tolist()
+        self.groups = [slice(first, last) for first, last in itertools.pairwise(bounds)]
+        self.weights = [compiled.packed(u[group].reshape(-1, width)) for group in self.groups]
+        self.totals = [[compiled.room(len(u[group]) * columns, width) for group in self.groups] for _ in range(parts)]
         plain = bool((weighting.multipliers[lines] == 1).all())
         self.multiplier = None if plain else np.ascontiguousarray(weighting.multipliers[lines], np.float32)
 
@@ -119,17 +125,18 @@ class CompiledPass:
 
         def part(number: int) -> None:
             first, last = (len(values) * i // len(self.totals) for i in (number, number + 1))
-            self.compiled.run(
-                values[first:last],
-                self.shape[0],
-                self.weighting.rows,
-                self.weights,
-                labels[..., first:last],
-                None if weight is None else weight[first:last],
-                self.multiplier,
-                losses[number],
-                self.totals[number],
-            )
+            for group, weights, total in zip(self.groups, self.weights, self.totals[number], strict=True):
+                self.compiled.run(
+                    values[first:last],
+                    group.stop - group.start,
+                    self.weighting.rows,
+                    weights,
+                    (labels if labels.ndim == 1 else labels[group])[..., first:last],
+                    None if weight is None else weight[first:last],
+                    None if self.multiplier is None else self.multiplier[group],
+                    losses[number, group],
+                    total,
+                )
 
         if self.threads is None:
             part(0)
@@ -139,10 +146,14 @@ class CompiledPass:
 
     def gradient(self) -> Array:
         """(A, c, W) over the tiles so far."""
-        total = self.totals[0]
-        for other in self.totals[1:]:
-            total = total + other
-        return self.compiled.unpacked(total, self.shape[0] * self.shape[1], self.shape[2]).reshape(self.shape)
+        out = np.empty(self.shape, np.float32)
+        for place, group in enumerate(self.groups):
+            total = self.totals[0][place]
+            for other in self.totals[1:]:
+                total = total + other[place]
+            own = out[group]
+            self.compiled.unpack(total, own.reshape(-1, self.shape[2]))
+        return out
 
 
 def blas_threads() -> int:
