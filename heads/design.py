@@ -35,6 +35,7 @@ Group = tuple[tuple[int, ...], npt.NDArray[np.intp]]  # rows, and the folds that
 # rows its square is the condition number of a factor.
 WIDEST_SPREAD = 30.0
 ROWS_PER_TILE = 1024  # a tile of 450 decisions by this many rows is 1.8 MB: it stays in the caches between two products
+ROWS_PER_COMPILED_TILE = 8192  # which takes a few of them at a time by itself
 ROWS_OF_A_BASIS = 1 << 15
 ROWS_WORTH_A_METRIC = 48
 BYTES_WORTH_A_SECOND_COPY = 1 << 29  # of rotated rows: beyond, memory is dearer than a faster layout
@@ -196,7 +197,7 @@ def make_design(
 
 def _rotation(vectors: Array) -> Rotation:
     """The rotation into eigenvectors (D, R) that come in the order of growing eigenvalues: the largest first."""
-    matrix = aligned_rows(*vectors.shape, vectors.dtype)
+    matrix = aligned_rows(len(vectors), vectors.shape[1], vectors.dtype)
     matrix[:] = vectors[:, ::-1]
     return Rotation(matrix)
 
@@ -222,7 +223,8 @@ def make_tiles(
 ) -> list[Tile]:
     """Tiles of a group of rows, whose rotated values (n, R) `rotated` gives for a slice of them; `twice`: across, too."""
     tiles = []
-    for where in chunks(np.arange(len(rows)), ROWS_PER_TILE):
+    quick = compiled() is not None and np.dtype(dtype) == np.float32
+    for where in chunks(np.arange(len(rows)), ROWS_PER_COMPILED_TILE if quick else ROWS_PER_TILE):
         values = aligned_rows(len(where), rank + 1, dtype)
         values[:, -1] = 1
         values[:, :-1] = rotated(slice(int(where[0]), int(where[-1]) + 1))

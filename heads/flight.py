@@ -217,23 +217,20 @@ class Flight:
         for row, slot in enumerate(which.tolist()):
             shared.setdefault(id(self.frames[slot]), []).append(row)
         frames = [(self.frames[int(which[rows[0]])], rows) for rows in shared.values()]
-        u = np.empty((len(which), batch.rows, design.width), design.dtype)
+        # In all that follows the last class's row is left out: it is minus the sum of the others'.
+        u = np.empty((len(which), *self.shape), design.dtype)
         for own, rows in frames:
-            u[rows] = own.unscaled(x[rows].reshape(-1, *self.shape))
-        folds = batch.folds[lines]
-        columns = max(batch.rows - 1, 1)  # the last class's row is minus the sum of the others', in all that follows
-        pull = mu[:, None, None] * design.penalised(np.ascontiguousarray(u[:, :columns, :-1]), folds, batch.alone)
-        gradient = np.zeros_like(u)
-        gradient[:, :columns, :-1] = pull
-        value = 0.5 * np.einsum("acr,acr->a", u[:, :columns, :-1], pull).astype(np.float64)
+            u[rows] = own.free(x[rows].reshape(-1, *self.shape))
+        inner = np.ascontiguousarray(u[..., :-1])
+        pull = design.penalised(inner, batch.folds[lines], batch.alone)
+        pull = mu[:, None, None] * pull
+        value = 0.5 * np.einsum("acr,acr->a", inner, pull).astype(np.float64)
         if batch.rows > 1:
-            gradient[:, -1, :-1] = -pull.sum(axis=1)
-            value += 0.5 * np.einsum("ar,ar->a", u[:, -1, :-1], gradient[:, -1, :-1])
+            value += 0.5 * np.einsum("ar,ar->a", inner.sum(axis=1), pull.sum(axis=1))
         # By a tile's folds: which heads train on it.
         seen = {key: sees for key, trains in batch.trained.items() if (sees := np.flatnonzero(trains[lines])).size}
-        inner = design.to_tiles(np.ascontiguousarray(u[:, :columns]).reshape(len(u) * columns, -1))
-        inner = inner.reshape(len(u), columns, -1)
-        passes = {key: batch.begin(lines[sees], inner[sees]) for key, sees in seen.items()}
+        weights = design.to_tiles(u.reshape(-1, design.width)).reshape(*u.shape[:2], -1)
+        passes = {key: batch.begin(lines[sees], weights[sees]) for key, sees in seen.items()}
         for place, tile in enumerate(design.tiles):
             if design.source is not None and place % TILES_AHEAD == 0:
                 ahead = design.tiles[place + TILES_AHEAD : place + 2 * TILES_AHEAD]
@@ -241,13 +238,11 @@ class Flight:
                     design.source.prefetch(np.concatenate([one.rows for one in ahead]))
             if tile.folds in seen:
                 value[seen[tile.folds]] += passes[tile.folds].add(tile)
-        total = np.zeros_like(inner)
+        total = np.zeros_like(weights)
         for key, sees in seen.items():
             total[sees] += passes[key].gradient()
-        total = design.from_tiles(total.reshape(len(u) * columns, -1)).reshape(len(u), columns, -1)
-        gradient[:, :columns] += total
-        if batch.rows > 1:
-            gradient[:, -1] -= total.sum(axis=1)
+        gradient = design.from_tiles(total.reshape(-1, total.shape[-1])).reshape(u.shape)
+        gradient[..., :-1] += pull
         scaled = np.empty_like(x)
         for own, rows in frames:
             scaled[rows] = own.scaled_gradient(gradient[rows]).reshape(len(rows), -1)

@@ -87,11 +87,13 @@ class Memory:
         """Slot k has no pair at the newest position."""
         self.gram[k, self.newest, self.size + self.newest] = -1.0
 
-    def add(self, k: int, step: Array, change: Array, gradient: Array) -> Array:
-        """Slot k's newest pair; returns the inner products (2m,) of its pairs with the gradient, from the same look at them."""
+    def add(self, k: int, points: tuple[Array, Array], gradients: tuple[Array, Array]) -> Array:
+        """Slot k's newest pair, of points and gradients before and after a step; returns the inner products (2m,) of its pairs
+        with the gradient after it, from the same look at them."""
         m, slot, rows = self.size, self.newest, self.pairs[k]
-        rows[slot], rows[m + slot] = step, change
-        self.room[:] = step, change, gradient
+        np.subtract(points[1], points[0], out=rows[slot])
+        np.subtract(gradients[1], gradients[0], out=rows[m + slot])
+        self.room[:] = rows[slot], rows[m + slot], gradients[1]
         products: Array = rows @ self.room.T
         self.gram[k][:, slot] = self.gram[k][slot] = products[:, 0]
         self.gram[k][:, m + slot] = self.gram[k][m + slot] = products[:, 1]
@@ -201,8 +203,7 @@ def minimise(
                 stalled[k] += int(length[k] < 1e-10)
                 continue
             else:
-                change = trial_gradient[row] - gradient[k]
-                products[k] = remembered.add(k, trial[row] - point[k], change, trial_gradient[row])
+                products[k] = remembered.add(k, (point[k], trial[row]), (gradient[k], trial_gradient[row]))
                 less = value[k] - trial_value[row]
                 visible = less > SEEN * slack[row]
                 if not visible:  # but gradients still tell, by the trapezoid rule

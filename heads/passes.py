@@ -8,7 +8,6 @@ float64, `gradient()` the sum (A, c, W). One pass per group of tiles is open at 
 some folds only. Which class of pass it is is a matter of speed.
 """
 
-import itertools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -106,8 +105,8 @@ class CompiledPass:
         heads, columns, width = u.shape
         # Heads that pass over a tile together: their weights and gradients stay in the second cache from block to block.
         most = max(NEAR_BYTES // (8 * columns * width), 1)
-        bounds = np.linspace(0, heads, -(-heads // most) + 1).astype(int).tolist()
-        self.groups = [slice(first, last) for first, last in itertools.pairwise(bounds)]
+        count = -(-heads // most)
+        self.groups = [slice(heads * i // count, heads * (i + 1) // count) for i in range(count)]
         self.weights = [compiled.packed(u[group].reshape(-1, width)) for group in self.groups]
         self.totals = [[compiled.room(len(u[group]) * columns, width) for group in self.groups] for _ in range(parts)]
         plain = bool((weighting.multipliers[lines] == 1).all())

@@ -57,9 +57,17 @@ class Frame:
         """u of x (..., c, R + 1)."""
         return np.asarray(self.classes @ self._replaced(x / self.scale, x, self.inverse))
 
+    def free(self, x: Array) -> Array:
+        """The rows of u (..., C - 1, R + 1) but the last, which is minus their sum; of a sigmoid its only one."""
+        return np.asarray(self.classes[: self.classes.shape[1]] @ self._replaced(x / self.scale, x, self.inverse))
+
     def scaled_gradient(self, g: Array) -> Array:
-        """Gradients with respect to x, of gradients g (..., C, R + 1) with respect to u."""
-        v = self.classes.T @ g
+        """Gradients with respect to x, of gradients g with respect to u (..., C, R + 1) or, where the last row of g is minus the
+        sum of the others, of those alone (..., C - 1, R + 1)."""
+        classes = self.classes
+        if g.shape[-2] < len(classes):
+            classes = classes[:-1] - classes[-1]
+        v = classes.T @ g
         return self._replaced(v / self.scale, v, self.inverse.T)
 
     def unscaled_gradient(self, g: Array) -> Array:
