@@ -147,18 +147,24 @@ class Design:
             back[folds == fold] *= ratio**2
         return np.asarray((back.reshape(-1, back.shape[-1]) @ matrix).reshape(u.shape))
 
-    def dual_products(self, g: Array, folds: Array) -> Array:
-        """(A, k, k) float64 sums of g_i P^-1 g_j' over the rows of g (A, k, C, R): the products that bound the gap."""
-        flat = g.reshape(*g.shape[:2], -1)
-        if self.ratio:
-            assert isinstance(self.rotation, Rotation)
-            back = self.rotation.out(g.reshape(-1, g.shape[-1]).astype(self.dtype)).reshape(*flat.shape[:2], -1)
-            width = len(self.factor)
-            for fold, ratio in self.ratio.items():
-                own = back[folds == fold]
-                back[folds == fold] = (own.reshape(-1, width) / ratio).reshape(own.shape)
-            flat = back.astype(np.float64)
-        return np.asarray(flat @ flat.transpose(0, 2, 1))
+    def primal(self, u: Array, folds: Array) -> Array:
+        """(A, C, D or R) float64 r Q u of heads u (A, C, R), with P = (r Q)' r Q; R where P is the identity."""
+        return self._through(u, folds, np.multiply)
+
+    def dual(self, g: Array, folds: Array) -> Array:
+        """(A, C, D or R) float64 Q g / r of gradients g (A, C, R): their inner products are those of P^-1."""
+        return self._through(g, folds, np.divide)
+
+    def _through(self, u: Array, folds: Array, scaled: np.ufunc) -> Array:
+        if not self.ratio:
+            return u.astype(np.float64)
+        assert isinstance(self.rotation, Rotation)
+        flat = u.reshape(-1, u.shape[-1]).astype(self.dtype, copy=False)
+        out = self.rotation.out(flat).astype(np.float64).reshape(*u.shape[:2], -1)
+        for fold, ratio in self.ratio.items():
+            own = folds == fold
+            out[own] = scaled(out[own], ratio)
+        return out
 
     def to_raw(self, u: Array, folds: Array) -> tuple[Array, Array]:
         """Weights (k, D) and biases (k,) in raw feature coordinates, float64, of u (k, R + 1) of heads of folds (k,)."""

@@ -32,6 +32,7 @@ ITERATIONS_PER_FRAME = 20
 # at strong regularisation that is a gap below 1e-6, two more iterations.
 GRADIENT, AT_CLASSES = 8e-6, 10
 MOST_THREADS = 8  # share a tile: fewer rows each than a hundred or so are not worth waking a thread
+VALUES_OF_BOUNDS = 1 << 22  # of heads whose bounds are computed together: 32 MB for each of a few arrays
 TILES_AHEAD = 8  # of streamed rows, asked for while as many are multiplied
 
 
@@ -137,28 +138,36 @@ class Batch:
             gap <= |g|^2/(2 mu) + b.g_b + e (loss - V.G - b.g_b) + (G.d + |d|^2/2) / mu,
         norms and products over features being those of P^-1.
         """
-        folds = np.array([self.lines[i].fold for i, _ in heads])
-        V = np.stack([one.u[:, :-1] for _, one in heads])
-        pulls = self.design.penalised(V, folds).astype(np.float64)
-        vectors, rest = [], []
-        for (i, one), pull in zip(heads, pulls, strict=True):
-            u, g = one.u.astype(np.float64), one.gradient.astype(np.float64)
-            b, g_b = u[:, -1], g[:, -1]
-            loss = one.value - 0.5 * one.mu * float(np.vdot(u[:, :-1], pull))
-            G = g[:, :-1] - one.mu * pull
-            mass, class_sums = self.sums[i][:, -1], self.sums[i][:, :-1]
-            excess = g_b if self.rows > 1 else np.array([-g_b[0], g_b[0]])
-            ratio = float((excess / mass).max(initial=0.0))
+        at_once = max(VALUES_OF_BOUNDS // (self.rows * self.design.width), 1)
+        lines = np.array([i for i, _ in heads])
+        kinds, place = np.unique(lines, return_inverse=True)
+        sums = self.design.dual(self.sums[kinds][..., :-1], self.folds[kinds])
+        found = []
+        for first in range(0, len(heads), at_once):
+            some = slice(first, first + at_once)
+            folds = self.folds[lines[some]]
+            pulls = self.design.primal(np.stack([one.u[:, :-1] for _, one in heads[some]]), folds)
+            gradients = self.design.dual(np.stack([one.gradient[:, :-1] for _, one in heads[some]]), folds)
+            for (i, one), own, pull, g in zip(heads[some], place[some].tolist(), pulls, gradients, strict=True):
+                found.append(self._bound(one, self.sums[i][:, -1], sums[own], pull, g))
+        return found
+
+    def _bound(self, one: Solved, mass: Array, class_sums: Array, pull: Array, g: Array) -> float:
+        """A head's bound, of `Design.primal` of its weights and `Design.dual` of its gradient and its line's class sums."""
+        b, g_b = one.u[:, -1].astype(np.float64), one.gradient[:, -1].astype(np.float64)
+        G = g - one.mu * pull
+        excess = g_b if self.rows > 1 else np.array([-g_b[0], g_b[0]])
+        ratio = float((excess / mass).max(initial=0.0))
+        bound = float(np.vdot(g, g)) / (2 * one.mu) + float(b @ g_b)
+        if ratio > 0:
             e = ratio / (1 + ratio)
-            q = mass / mass.sum() - (excess / (mass.sum() * ratio) if ratio > 0 else 0.0)
+            q = mass / mass.sum() - excess / (mass.sum() * ratio)
             drift = class_sums - q[:, None] * class_sums.sum(axis=0)
-            vectors.append(np.stack([g[:, :-1], G, -e * (G + (drift[1:] if self.rows == 1 else drift))]))
-            rest.append(float(b @ g_b) + e * (loss - float(np.vdot(u[:, :-1], G)) - float(b @ g_b)))
-        norms = self.design.dual_products(np.stack(vectors), folds)
-        return [
-            max(own[0, 0] / (2 * one.mu) + more + (own[1, 2] + own[2, 2] / 2) / one.mu, 0.0)
-            for (_, one), own, more in zip(heads, norms, rest, strict=True)
-        ]
+            d = -e * (G + (drift[1:] if self.rows == 1 else drift))
+            loss = one.value - 0.5 * one.mu * float(np.vdot(pull, pull))
+            bound += e * (loss - float(np.vdot(pull, G)) - float(b @ g_b))
+            bound += float(np.vdot(G, d) + np.vdot(d, d) / 2) / one.mu
+        return max(bound, 0.0)
 
 
 class Flight:
