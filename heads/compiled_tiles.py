@@ -101,6 +101,22 @@ class Compiled:
         if failed:
             raise MemoryError(f"no memory for the decisions of {heads} heads on a block of rows")
 
+    def multiplied(self, weights: Array, rows: Array) -> Array:
+        """weights rows' (P, n) of weights (P, k) and rows (n, k), made by `aligned_rows`, float32. Raises MemoryError.
+
+        BLAS would copy the rows first, which takes as long as the product with some forty weights."""
+        assert rows.dtype == np.float32
+        width = _width(rows.shape[1])
+        assert rows.strides == (4 * width, 4)
+        packed = self.packed(weights)
+        out = np.empty((len(weights), len(rows)), np.float32)
+        failed = self.library.logistic_multiplied(
+            self.lanes, len(rows), width, rows.ctypes.data, len(weights), packed.ctypes.data, out.ctypes.data
+        )
+        if failed:
+            raise MemoryError(f"no memory for the products of {len(weights)} weights with a block of rows")
+        return out
+
     def scaled(self, rows: Array, weights: Array, scale: Array) -> Array:
         """rows' diag(scale_p) rows w_p for each of the weights w_p (P, k), of rows (n, k), made by `aligned_rows`, and scale
         (n, P), all float32.
@@ -154,6 +170,8 @@ def compiled() -> Compiled | None:
         *[_POINTER] * 4,
     ]
     library.logistic_pass.restype = _LONG
+    library.logistic_multiplied.argtypes = [*[_LONG] * 3, _POINTER, _LONG, *[_POINTER] * 2]
+    library.logistic_multiplied.restype = _LONG
     library.logistic_scaled.argtypes = [*[_LONG] * 3, _POINTER, _LONG, *[_POINTER] * 3]
     library.logistic_scaled.restype = _LONG
     lanes = int(library.logistic_lanes())

@@ -132,9 +132,12 @@ class Design:
                 if (folds == fold).any():
                     if fold not in self.metrics:
                         stretched = matrix * ratio[:, None]
-                        self.metrics[fold] = stretched.T @ stretched
+                        self.metrics[fold] = aligned_rows(matrix.shape[1], matrix.shape[1], self.dtype)
+                        np.matmul(stretched.T, stretched, out=self.metrics[fold])
                     own = u[folds == fold]
-                    out[folds == fold] = (own.reshape(-1, own.shape[-1]) @ self.metrics[fold]).reshape(own.shape)
+                    flat, metric = own.reshape(-1, own.shape[-1]), self.metrics[fold]
+                    product = flat @ metric if quick is None else quick.multiplied(flat, metric)
+                    out[folds == fold] = product.reshape(own.shape)
             return out
         if quick is not None:
             squares = np.ones((len(folds), len(matrix)), np.float32)

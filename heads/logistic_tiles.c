@@ -110,6 +110,20 @@ long logistic_pass(long lanes, long n, long k, const float *rows, long A, long C
     return 0;
 }
 
+/* out (P, n) = weights rows', rows (n, k), weights in panels. Returns as `logistic_pass` does. */
+long logistic_multiplied(long lanes, long n, long k, const float *rows, long P, const float *packed, float *out)
+{
+    float *room = NULL;
+    if (posix_memalign((void **)&room, 64, sizeof(float) * ROWS * 2 * logistic_packed(lanes, P, 1)) != 0) return -1;
+    (void)rows, (void)packed, (void)out;
+    for (long start = 0; start < n; start += ROWS) {
+        long count = n - start < ROWS ? n - start : ROWS;
+        CALL(multiplied, count, k, rows + start * k, P, packed, out + start, n, room);
+    }
+    free(room);
+    return 0;
+}
+
 /* gradients += rows' diag(scale) rows weights, column by column: rows (n, k), scale (n, P), weights and gradients in panels.
    Returns as `logistic_pass` does. */
 long logistic_scaled(long lanes, long n, long k, const float *rows, long P, const float *packed, const float *scale,
@@ -581,6 +595,15 @@ static void NAME(block)(long count, long k, const float *rows, long A, long C, c
     }
     NAME(turn)(P, panels, s, 0);
     NAME(back)(count, k, rows, P, panels, gradients);
+}
+
+static void NAME(multiplied)(long count, long k, const float *rows, long P, const float *packed, float *out, long stride,
+                             float *panels)
+{
+    float *s = panels + ROWS * NAME(columns)(P);
+    NAME(forward)(count, k, rows, P, packed, panels);
+    NAME(turn)(P, panels, s, 1);
+    for (long p = 0; p < P; p++) memcpy(out + p * stride, s + p * ROWS, sizeof(float) * count);
 }
 
 static void NAME(scaled)(long count, long k, const float *rows, long P, const float *packed, const float *scale,

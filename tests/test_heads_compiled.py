@@ -2,6 +2,7 @@
 
 import dataclasses
 from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headrace.heads import design as design_module
-from headrace.heads import flight
+from headrace.heads import flight, passes
 from headrace.heads.compiled_tiles import aligned_rows, compiled
 from headrace.heads.design import Design, Tile
 from headrace.heads.logistic import fit_logistic_bank
@@ -46,8 +47,9 @@ def made(rng: np.random.Generator, n: int, width: int, classes: int, *, weighted
     weighted=st.booleans(),
     balanced=st.booleans(),
     threads=st.sampled_from([1, 3]),
+    near=st.sampled_from([1, 100_000, passes.NEAR_BYTES]),
 )
-def test_a_compiled_pass_is_the_plain_one(seed, n, width, classes, heads, size, weighted, balanced, threads):
+def test_a_compiled_pass_is_the_plain_one(seed, n, width, classes, heads, size, weighted, balanced, threads, near):
     """Losses to 1e-5 and gradients to 1e-5 of their largest element, against the plain pass in float64; more where decisions
     are of the order of hundreds, which float32 rounds to 1e-5."""
     rng = np.random.default_rng(seed)
@@ -61,7 +63,7 @@ def test_a_compiled_pass_is_the_plain_one(seed, n, width, classes, heads, size, 
     weighting = Weighting(classes, multipliers, np.array([-1, -1] if classes > 1 else [0, 1]), weighted or balanced)
     library = compiled()
     assert library is not None
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(threads) as pool, mock.patch.object(passes, "NEAR_BYTES", near):
         quick = CompiledPass(design, weighting, lines, u, library, pool if threads > 1 else None, threads)
         losses = quick.add(tile) + quick.add(tile)
     plain = PlainPass(design, weighting, lines, u.astype(np.float64), None)
@@ -80,8 +82,9 @@ def test_a_compiled_pass_is_the_plain_one(seed, n, width, classes, heads, size, 
     width=st.sampled_from([1, 2, 16, 65, 513, 1030]),
     columns=st.integers(1, 75),
 )
-def test_scaled_products_are_the_plain_ones(seed, n, width, columns):
-    """rows' diag(scale) rows weights, to 1e-5 of the largest element; the columns end in panels of every width."""
+def test_products_are_the_plain_ones(seed, n, width, columns):
+    """weights rows' and rows' diag(scale) rows weights, to 1e-5 of the largest element; the columns end in panels of every
+    width."""
     rng = np.random.default_rng(seed)
     weights = rng.standard_normal((columns, width)).astype(np.float32)
     rows = aligned_rows(n, width, np.float32)
@@ -89,7 +92,9 @@ def test_scaled_products_are_the_plain_ones(seed, n, width, columns):
     scale = rng.uniform(0, 2, (n, columns)).astype(np.float32)
     library = compiled()
     assert library is not None
-    expected = ((rows.astype(np.float64) @ weights.T) * scale).T @ rows
+    product = rows.astype(np.float64) @ weights.T
+    np.testing.assert_allclose(library.multiplied(weights, rows), product.T, rtol=0, atol=1e-5 * np.abs(product).max())
+    expected = (product * scale).T @ rows
     np.testing.assert_allclose(
         library.scaled(rows, weights, scale), expected, rtol=0, atol=1e-5 * np.abs(expected).max()
     )
