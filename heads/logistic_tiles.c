@@ -243,6 +243,14 @@ INLINE Vector NAME(logarithm)(Vector x)
     return m + y + e * 0.693359375f;
 }
 
+/* log(1 + x) of x >= 0 without losing what is small (Kahan). */
+INLINE Vector NAME(logarithm1)(Vector x)
+{
+    Vector more = 1.0f + x, rest = more - 1.0f;
+    Vector close = NAME(logarithm)(more) * x / NAME(choose)(rest > 0.0f, rest, NAME(all)(1));
+    return NAME(choose)(rest > 0.0f, close, x);
+}
+
 /* Columns of the next panel, of `rest` that are left, or of the lines that follow the panels, fewer than a vector has: 36 columns
    are a panel of 32 and four lines. */
 #define UNIT L
@@ -463,36 +471,48 @@ INLINE void NAME(back_lines)(long lines, long count, long k, const float *rows, 
     }
 }
 
-/* Decisions s (C - 1, ROWS) of one head become weight (p - y); returns the weighted loss. `last` is room for a class. */
+/* Decisions s (C - 1, ROWS) of one head become weight (p - y); returns the weighted loss. `last` is room for a class.
+
+   A row that is all but sure has a loss and residuals as small as the other classes' probabilities: they are sums of those, since
+   1 - p and log(1 + their sum) with the sum rounded beside the one would be rounding alone. */
 INLINE double NAME(softmax)(long count, long C, float *s, float *last, const int32_t *label, const float *weight)
 {
-    float own[ROWS], losses[ROWS];
+    float own[ROWS], losses[ROWS], residual[ROWS];
+    int32_t labels[ROWS];
     for (long r = 0; r < ROWS; r += L) {
         Vector sum = NAME(all)(0);
         for (long c = 0; c < C - 1; c++) sum += NAME(load)(s + c * ROWS + r);
         NAME(store)(last + r, -sum);
     }
-    for (long r = 0; r < ROWS; r++)
-        own[r] = r >= count ? 0 : label[r] == C - 1 ? last[r] : s[label[r] * ROWS + r];
+    for (long r = 0; r < ROWS; r++) {
+        labels[r] = r < count ? label[r] : (int32_t)C - 1;
+        own[r] = labels[r] == C - 1 ? last[r] : s[labels[r] * ROWS + r];
+    }
     for (long r = 0; r < ROWS; r += L) {
-        Vector top = NAME(load)(last + r), total, w = NAME(load)(weight + r);
+        Vector top = NAME(load)(last + r), mine = NAME(load)(own + r), w = NAME(load)(weight + r), others;
+        Integers which;
+        memcpy(&which, labels + r, sizeof which);
         for (long c = 0; c < C - 1; c++) {
             Vector one = NAME(load)(s + c * ROWS + r);
             top = NAME(choose)(one > top, one, top);
         }
-        total = NAME(exponential)(NAME(load)(last + r) - top);
+        others = NAME(exponential)(NAME(load)(last + r) - top);
+        others = (Vector)((Integers)others & (which != (int32_t)C - 1));
         for (long c = 0; c < C - 1; c++) {
             Vector e = NAME(exponential)(NAME(load)(s + c * ROWS + r) - top);
-            total += e;
+            others += (Vector)((Integers)e & (which != (int32_t)c));
             NAME(store)(s + c * ROWS + r, e);
         }
-        NAME(store)(losses + r, w * (NAME(logarithm)(total) + (top - NAME(load)(own + r))));
+        Vector total = others + NAME(exponential)(mine - top);
+        Vector size = NAME(choose)(mine >= top, NAME(logarithm1)(others), NAME(logarithm)(total));
+        NAME(store)(losses + r, w * (size + (top - mine))); /* infinite decisions have no finite loss */
         Vector scale = w / total;
+        NAME(store)(residual + r, -scale * others);
         for (long c = 0; c < C - 1; c++) NAME(store)(s + c * ROWS + r, scale * NAME(load)(s + c * ROWS + r));
     }
     double loss = 0;
     for (long r = 0; r < count; r++) {
-        if (label[r] < C - 1) s[label[r] * ROWS + r] -= weight[r];
+        if (label[r] < C - 1) s[label[r] * ROWS + r] = residual[r];
         loss += losses[r];
     }
     return loss;
@@ -505,12 +525,11 @@ INLINE double NAME(sigmoid)(long count, float *s, const int32_t *label, const fl
     for (long r = 0; r < ROWS; r++) wanted[r] = r < count ? (float)label[r] : 0;
     for (long r = 0; r < ROWS; r += L) {
         Vector x = NAME(load)(s + r), y = NAME(load)(wanted + r), w = NAME(load)(weight + r);
-        Vector size = NAME(choose)(x > 0.0f, x, -x), small = NAME(exponential)(-size), more = 1.0f + small;
-        /* log(1 + small) without losing what is small (Kahan) */
-        Vector rest = more - 1.0f, close = NAME(logarithm)(more) * small / NAME(choose)(rest > 0.0f, rest, NAME(all)(1));
-        Vector soft = NAME(choose)(rest > 0.0f, close, small);
-        NAME(store)(losses + r, w * (soft + NAME(choose)(x > 0.0f, x, NAME(all)(0)) - y * x));
-        NAME(store)(s + r, w * (NAME(choose)(x >= 0.0f, NAME(all)(1), small) / more - y));
+        Vector one = NAME(all)(1), small = NAME(exponential)(NAME(choose)(x > 0.0f, -x, x));
+        NAME(store)(losses + r, w * (NAME(logarithm1)(small) + (NAME(choose)(x > 0.0f, x, NAME(all)(0)) - y * x)));
+        /* of p - y, whichever is not rounded beside a one */
+        Vector part = NAME(choose)(x >= 0.0f, NAME(choose)(y > 0.0f, -small, one), NAME(choose)(y > 0.0f, -one, small));
+        NAME(store)(s + r, w * (part / (1.0f + small)));
     }
     double loss = 0;
     for (long r = 0; r < count; r++) loss += losses[r];

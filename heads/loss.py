@@ -25,20 +25,25 @@ def softmax_loss(decision: Array, bounds: npt.NDArray[np.intp], weight: Array | 
     np.negative(decision[-1], out=decision[-1])
     decision -= decision.max(axis=0)
     own = np.empty_like(decision[0])
-    for k in range(classes):
-        own[:, bounds[k] : bounds[k + 1]] = decision[k, :, bounds[k] : bounds[k + 1]]
+    owners = [(k, slice(bounds[k], bounds[k + 1])) for k in range(classes)]
+    for k, rows in owners:
+        own[:, rows] = decision[k, :, rows]
+        decision[k, :, rows] = -np.inf
     np.exp(decision, out=decision)
-    total = decision.sum(axis=0)
-    own = np.log(total) - own
+    # A row that is all but sure has a loss and residuals as small as the other classes' probabilities: they are sums of those,
+    # since 1 - p and log(total) would be rounding alone.
+    others = decision.sum(axis=0)
+    total = others + np.exp(own)
+    loss = np.where(own == 0, np.log1p(others), np.log(total)) - own
     np.reciprocal(total, out=total)
     if weight is not None:
-        own *= weight
+        loss *= weight
         total *= weight
     decision *= total
-    for k in range(classes):
-        rows = slice(bounds[k], bounds[k + 1])
-        decision[k, :, rows] -= 1 if weight is None else weight[:, rows]
-    return np.asarray(own.sum(axis=1, dtype=np.float64))
+    others *= total
+    for k, rows in owners:
+        decision[k, :, rows] = -others[:, rows]
+    return np.asarray(loss.sum(axis=1, dtype=np.float64))
 
 
 def sigmoid_loss(decision: Array, labels: Array, weight: Array | None) -> Array:
@@ -48,8 +53,10 @@ def sigmoid_loss(decision: Array, labels: Array, weight: Array | None) -> Array:
     """
     s = decision[0]
     small = np.exp(-np.abs(s))  # never overflows
-    loss = np.log1p(small) + np.maximum(s, 0) - labels * s
-    s[...] = np.where(s >= 0, 1, small) / (1 + small) - labels
+    loss = np.log1p(small) + (np.maximum(s, 0) - labels * s)
+    # Of p - y, whichever is not rounded beside a one.
+    part = np.where(s >= 0, np.where(labels > 0, -small, 1), np.where(labels > 0, -1, small))
+    s[...] = part / (1 + small)
     if weight is not None:
         loss *= weight
         s *= weight

@@ -39,14 +39,15 @@ class TorchTiles:
         w = None if weight is None else torch.from_numpy(np.ascontiguousarray(weight)).to(self.device)
         if labels is not None:
             own = torch.from_numpy(labels).to(self.device)
-            loss = torch.nn.functional.softplus(decision[0]) - own * decision[0]
-            residual = (torch.sigmoid(decision[0]) - own)[None]
+            towards = (1 - 2 * own) * decision[0]  # the wrong label; sums of small numbers, as in `loss`
+            loss = torch.nn.functional.softplus(towards)
+            residual = ((1 - 2 * own) * torch.sigmoid(towards))[None]
         else:
             every = torch.cat([decision, -decision.sum(0, keepdim=True)])
-            log_p = torch.log_softmax(every, dim=0)
             label = self.classes[id(tile)].expand(1, every.shape[1], -1)
-            loss = -log_p.gather(0, label)[0]
-            residual = (log_p.exp() - torch.zeros_like(log_p).scatter_(0, label, 1.0))[:columns]
+            towards = torch.logsumexp(every.scatter(0, label, -torch.inf), 0) - every.gather(0, label)[0]
+            loss = torch.nn.functional.softplus(towards)
+            residual = torch.softmax(every, 0).scatter(0, label, -torch.sigmoid(towards)[None])[:columns]
         if w is not None:
             loss, residual = loss * w, residual * w
         gradient = residual.reshape(len(weights), -1) @ values
