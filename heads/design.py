@@ -82,7 +82,7 @@ class Design:
     @property
     def apart(self) -> bool:
         """Whether every fold has a copy of its rows, in coordinates of its own."""
-        return isinstance(self.rotation, Span) and None not in self.rotation.bases
+        return isinstance(self.rotation, Span)
 
     def read(self, tile: Tile) -> tuple[Array, Array]:
         """A tile's values (n, W) and the same across (W, n), the intercept's 1 last. W is R + 1; of a streamed tile it is
@@ -171,14 +171,19 @@ class Design:
 
     def to_raw(self, u: Array, folds: Array) -> tuple[Array, Array]:
         """Weights (k, D) and biases (k,) in raw feature coordinates, float64, of u (k, R + 1) of heads of folds (k,)."""
-        weight = self.rotation.out(u[:, :-1], folds).astype(np.float64, copy=False)
-        weight *= self.factor
-        return weight, u[:, -1].astype(np.float64) - weight @ self.centre
+        scaled = self.rotation.out(u[:, :-1], folds).astype(np.float64, copy=False)
+        weight = scaled * self.factor
+        return weight, u[:, -1].astype(np.float64) - weight @ self.centre - self._shift(scaled, folds)
 
     def from_raw(self, weight: Array, bias: Array, folds: Array) -> Array:
         """Inverse of `to_raw`, as far as the weights lie in the design's span."""
-        inside = self.rotation.back(weight / np.where(self.factor > 0, self.factor, 1.0), folds)
-        return np.concatenate([inside, (bias + weight @ self.centre)[:, None]], axis=1).astype(self.dtype)
+        scaled = weight / np.where(self.factor > 0, self.factor, 1.0)
+        intercept = bias + weight @ self.centre + self._shift(scaled, folds)
+        return np.concatenate([self.rotation.back(scaled, folds), intercept[:, None]], axis=1).astype(self.dtype)
+
+    def _shift(self, scaled: Array, folds: Array) -> Array | float:
+        """(k,) what weights of scaled features say to the centre of their fold's coordinates; it is `centre` but for few rows."""
+        return self.rotation.shift(scaled, folds) if isinstance(self.rotation, Span) else 0.0
 
 
 def make_design(

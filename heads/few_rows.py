@@ -4,8 +4,8 @@ n rows, D features, R <= n coordinates, F folds.
 
 The coordinates are a Cholesky factor of the rows' products, in float64 and with pivots, turned so that the rows' longest
 directions come first. Whole eigenvectors would take several times as long and save no iterations: frames (`precondition.py`) look
-at the longest directions and at the diagonal of the rest. Standardised folds have coordinates of their own, of their own scales
-and training rows, and all their heads can be in flight together. Where the folds' scales differ too much for float32
+at the longest directions and at the diagonal of the rest. Folds have coordinates of their own, of their own training rows, centre
+and scales, and all their heads can be in flight together. Where the folds' scales differ too much for float32
 (`design.same_scales`), or their copies of the rows do not fit (`worth_a_copy`), each fold goes its own way.
 """
 
@@ -28,33 +28,26 @@ COLUMNS_AT_ONCE = 4096  # of rows in float64
 
 
 def worth_a_copy(scaling: dict[int, Moments], folds: Sequence[int], rows: int) -> bool:
-    """Whether the copies that standardised heads of these folds keep in a design of so many rows fit."""
+    """Whether the copies that these folds keep in a design of so many rows fit."""
     return sum(scaling[fold].count for fold in folds) * rows * 4 <= MOST_BYTES
 
 
 def few_rows_design(
     X: Features, groups: Sequence[Group], scaling: dict[int, Moments], *, standardize: bool, dtype: Any
 ) -> Design:
-    """Design of the given groups of rows of X (N, D), for the folds in `scaling` (fold: moments of its training rows).
-
-    Standardised heads of several folds take one group for each fold, of its own training rows; others share their groups. The
-    tiles come without labels, which the caller adds.
+    """Design of rows of X (N, D) for the folds in `scaling` (fold: moments of its training rows), one group for each fold: its own
+    training rows. The tiles come without labels, which the caller adds.
     """
     whole, factor, ratio, unit = coordinates(scaling, standardize=standardize, dtype=dtype)
     every = np.unique(np.concatenate([rows for _, rows in groups]))
     Z = scaled_rows(X, every, whole.mean, factor, dtype)
-    bases: dict[int | None, Basis] = {}
+    bases: dict[int, Basis] = {}
     rotated = []  # each group's coordinates
     thinnest = 1.0
-    places = [np.searchsorted(every, rows) for _, rows in groups]
-    if ratio:
-        for (folds, _), own in zip(groups, places, strict=True):
-            values, bases[folds[0]], thin = _own_basis(Z, own, ratio.get(folds[0]))
-            rotated.append(values)
-            thinnest = min(thinnest, thin)
-    else:
-        values, bases[None], thinnest = _own_basis(Z, np.arange(len(every)), None)
-        rotated = [values[own] for own in places]
+    for (fold,), rows in groups:
+        values, bases[fold], thin = _own_basis(Z, np.searchsorted(every, rows), ratio.get(fold))
+        rotated.append(values)
+        thinnest = min(thinnest, thin)
     span = Span(Z, bases, np.dtype(dtype) if thinnest > THINNEST else np.dtype(np.float64))
     tiles = []
     twice = worth_copies(sum(len(rows) for _, rows in groups) * span.rank, dtype)
@@ -66,10 +59,11 @@ def few_rows_design(
 
 def _own_basis(Z: Array, own: npt.NDArray[np.intp], ratio: Array | None) -> tuple[Array, Basis, float]:
     """Coordinates (n, R) of the rows Z[own] in Z's type, their basis, and how thin their last direction is by its pivot."""
+    centre = Z[own].mean(axis=0, dtype=np.float64)
     products = np.zeros((len(own), len(own)), order="F")
     for first in range(0, Z.shape[1], COLUMNS_AT_ONCE):
         some = slice(first, first + COLUMNS_AT_ONCE)
-        part = Z[own, some].astype(np.float64)
+        part = Z[own, some] - centre[some]
         if ratio is not None:
             part /= ratio[some]
         products = scipy.linalg.blas.dsyrk(1.0, part.T, beta=1.0, c=products, trans=1, lower=1, overwrite_c=1)
@@ -81,9 +75,8 @@ def _own_basis(Z: Array, own: npt.NDArray[np.intp], ratio: Array | None) -> tupl
     reflectors, lengths = _longest(narrow)
     values = np.empty((len(own), rank), Z.dtype)
     values[order] = turn(reflectors.astype(Z.dtype), lengths.astype(Z.dtype), narrow, side="R")
-    basis = Basis(
-        own[order[:rank]], lower[:rank], reflectors, lengths, None if ratio is None else ratio.astype(np.float64)
-    )
+    wide = None if ratio is None else ratio.astype(np.float64)
+    basis = Basis(own[order[:rank]], lower[:rank], reflectors, lengths, centre, wide)
     return values, basis, float(pivots[-1] / pivots[0]) if rank else 1.0
 
 

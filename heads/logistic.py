@@ -172,7 +172,7 @@ def _batches(problem: _Problem, scaling: dict[int, Moments], dim: int, standardi
     """The problem's folds, those in one tuple that can share a design."""
     whole, count = scaling[FULL], int(problem.known.sum())
     alike = tuple(f for f in problem.folds if same_scales(scaling[f], whole, standardize=standardize))
-    if dim > count and standardize and not worth_a_copy(scaling, alike, count):
+    if dim > count and not worth_a_copy(scaling, alike, count):
         alike = ()
     alone: list[tuple[int, ...]] = [(f,) for f in problem.folds if f not in alike]
     return [alike, *alone] if alike else alone
@@ -281,18 +281,17 @@ def _design(
         return tuple(f for f in folds if f != group)
 
     few = X.shape[1] > int(wanted.sum())
-    if few and standardize and len(folds) > 1:
+    if few:
         own = [((f,), by_class(np.flatnonzero(wanted & (fold != f)))) for f in folds]
         design = few_rows_design(X, own, scaling, standardize=standardize, dtype=dtype)
-    elif isinstance(X, Streamed) and not few:
+    elif isinstance(X, Streamed):
         # By class within a tile only: tiles are read in the order in which their rows lie on disk.
         runs = [(seen_by(group), by_class(part)) for group, part in sweep(X, fold, ROWS_PER_TILE, wanted)]
         design = stream_design(X, runs, scaling, standardize=standardize, dtype=dtype)
     else:
         members = {int(group): by_class(np.flatnonzero(wanted & (fold == group))) for group in np.unique(fold)}
         groups = [(seen_by(group), member) for group, member in members.items() if member.size]
-        make = few_rows_design if few else make_design
-        design = make(X, groups, scaling, standardize=standardize, dtype=dtype)
+        design = make_design(X, groups, scaling, standardize=standardize, dtype=dtype)
     tiles = []
     for tile in design.tiles:
         bounds = np.searchsorted(problem.target[tile.rows], np.arange(rows + 1)) if rows > 1 else tile.bounds

@@ -36,16 +36,19 @@ class Rotation:
 
 @dataclass(frozen=True)
 class Basis:
-    """Coordinates in the span of some rows S = Z r^-1, r (D,) the ratio of their folds' scales to the common ones.
+    """Coordinates in the span of a fold's rows S = (Z - c) r^-1, c (D,) their mean and r (D,) the ratio of the fold's scales to
+    the common ones. Not centred on their own mean, n rows would have a direction along which they all have the same decision,
+    which the intercept undoes: an optimum that hardly curves, and that no diagonal sees.
 
     S S' = L L' with L (n, R), lower triangular in its pivots' order; the rows' coordinates are Y = L V, V orthogonal. Of all v
-    with the decisions Z v = Y u, the least penalised, |r v| = |u|, is r^-1 S' a with a on the R pivots: L' a = V u there.
+    with the decisions (Z - c) v = Y u, the least penalised, |r v| = |u|, is r^-1 S' a with a on the R pivots: L' a = V u there.
     """
 
     pivots: npt.NDArray[np.intp]  # (R,) rows of the span
     root: Array  # (R, R) float64, L of the pivots
     reflectors: Array  # (R, K) float64 and
     lengths: Array  # (K,): V as LAPACK's geqrf has it
+    centre: Array  # c, float64
     ratio: Array | None  # r; None: one
 
     def combination(self, u: Array) -> Array:
@@ -61,10 +64,10 @@ class Basis:
 
 @dataclass(frozen=True)
 class Span:
-    """Coordinates in the span of few rows Z (n, D): every fold's own, or of all folds the same."""
+    """Coordinates in the span of few rows Z (n, D), every fold's own."""
 
     rows: Array  # Z, in the design's type
-    bases: dict[int | None, Basis]  # by fold; None: of every fold
+    bases: dict[int, Basis]  # by fold
     exact: np.dtype[Any]  # float64 where directions are hardly there: divided by next to nothing, they cancel
 
     @property
@@ -74,11 +77,13 @@ class Span:
 
     def out(self, u: Array, folds: Array) -> Array:
         """v (k, D) float64 of u (k, R) of heads of the given folds (k,)."""
-        combined = np.zeros((len(u), len(self.rows)), self.exact)
+        combined = np.zeros((len(u), len(self.rows)))
         for own, basis in self._owners(folds):
             combined[np.ix_(own, basis.pivots)] = basis.combination(u[own, : len(basis.pivots)])
-        v = (combined @ self.rows.astype(self.exact, copy=False)).astype(np.float64)
+        narrow = combined.astype(self.exact, copy=False)
+        v = (narrow @ self.rows.astype(self.exact, copy=False)).astype(np.float64)
         for own, basis in self._owners(folds):
+            v[own] -= np.outer(combined[own].sum(axis=1), basis.centre)
             if basis.ratio is not None:
                 v[own] /= basis.ratio**2
         return np.asarray(v)
@@ -88,12 +93,20 @@ class Span:
         decisions = (v.astype(self.exact) @ self.rows.T).astype(np.float64)
         u = np.zeros((len(v), self.rank))
         for own, basis in self._owners(folds):
-            u[own, : len(basis.pivots)] = basis.back(decisions[np.ix_(own, basis.pivots)])
+            centred = decisions[np.ix_(own, basis.pivots)] - v[own] @ basis.centre[:, None]
+            u[own, : len(basis.pivots)] = basis.back(centred)
         return u
+
+    def shift(self, v: Array, folds: Array) -> Array:
+        """(k,) float64 decisions of v (k, D) at their folds' means."""
+        out = np.zeros(len(v))
+        for own, basis in self._owners(folds):
+            out[own] = v[own] @ basis.centre
+        return out
 
     def _owners(self, folds: Array) -> Iterator[tuple[npt.NDArray[np.intp], Basis]]:
         for fold, basis in self.bases.items():
-            own = np.arange(len(folds)) if fold is None else np.flatnonzero(folds == fold)
+            own = np.flatnonzero(folds == fold)
             if own.size:
                 yield own, basis
 
