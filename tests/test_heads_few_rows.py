@@ -5,6 +5,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_heads_logistic import blobs, folds
+from test_heads_sure_rows import relative_gap
 
 from headrace.heads import logistic
 from headrace.heads.design import same_scales
@@ -53,6 +54,35 @@ def assert_same(together, apart, X):
         ours, theirs = (X @ fit.arrays["weight"].T + fit.arrays["bias"] for fit in (one, other))
         # Decisions differ by the root of what objectives do.
         np.testing.assert_allclose(ours, theirs, atol=5e-3 * np.abs(theirs).max())
+
+
+def test_rows_that_contradict_each_other_reach_the_gap():
+    """Pairs of equal rows, each with a label of its own: nothing is separable, and the optimum is where the intercept says so."""
+    rng = np.random.default_rng(0)
+    X, y = rng.standard_normal((40, 300)), rng.integers(0, 2, 40)
+    X[:, :3] += rng.standard_normal((2, 3))[y]
+    X = X[np.arange(40) // 2].astype(np.float32)
+    fold = (np.arange(40) // 2 % 10).astype(np.int16)
+    specs = [LogisticSpec(C) for C in (1.0, 10.0, 100.0)]
+    fits = fit_logistic_bank(X, y, n_classes=2, fold=fold, specs=specs, full=False, gap=1e-5)
+    assert max(relative_gap(fit, X[fold != fit.fold], y[fold != fit.fold]) for fit in fits) < 3e-5
+
+
+@pytest.mark.parametrize("standardize", [True, False])
+def test_a_small_fold_beside_a_large_one_is_as_it_is_alone(standardize):
+    """Its coordinates and its frames come from its own 18 rows, not from the 52 that it holds out."""
+    rng = np.random.default_rng(51)
+    X, y = rng.standard_normal((70, 513)), rng.integers(0, 5, 70)
+    X[:, :2] += 2 * rng.standard_normal((5, 2))[y]
+    X = X.astype(np.float32)
+    fold = np.where(np.arange(70) < 52, 0, np.arange(70) % 3 + 1)
+    own = fold != 0
+    specs = [LogisticSpec(10.0, standardize=standardize)]
+    beside = fit_logistic_bank(X, y, n_classes=5, fold=fold, specs=specs, full=False)[0]
+    (alone,) = fit_logistic_bank(X[own], y[own], n_classes=5, fold=np.full(18, TRAIN_ONLY), specs=specs)
+    assert beside.fold == 0
+    assert beside.objective == pytest.approx(alone.objective, rel=2e-5)
+    assert beside.iterations <= 1.3 * alone.iterations + 2
 
 
 @SLOWLY
