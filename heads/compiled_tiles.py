@@ -101,6 +101,18 @@ class Compiled:
         if failed:
             raise MemoryError(f"no memory for the decisions of {heads} heads on a block of rows")
 
+    def centred(self, rows: Array, centre: Array, out: Array) -> None:
+        """out (n, k) float32 = rows (n, k) float16 - centre (k,) float32, without a copy in between: NumPy takes four times as long."""
+        assert rows.dtype == np.float16
+        assert centre.dtype == out.dtype == np.float32
+        assert rows.flags.c_contiguous
+        assert centre.flags.c_contiguous
+        assert out.shape == rows.shape == (len(rows), len(centre))
+        assert out.strides[1] == 4
+        self.library.logistic_centred(
+            self.lanes, *rows.shape, rows.ctypes.data, centre.ctypes.data, out.strides[0] // 4, out.ctypes.data
+        )
+
     def multiplied(self, weights: Array, rows: Array) -> Array:
         """weights rows' (P, n) of weights (P, k) and rows (n, k), made by `aligned_rows`, float32. Raises MemoryError.
 
@@ -170,6 +182,8 @@ def compiled() -> Compiled | None:
         *[_POINTER] * 4,
     ]
     library.logistic_pass.restype = _LONG
+    library.logistic_centred.argtypes = [*[_LONG] * 3, _POINTER, _POINTER, _LONG, _POINTER]
+    library.logistic_centred.restype = None
     library.logistic_multiplied.argtypes = [*[_LONG] * 3, _POINTER, _LONG, *[_POINTER] * 2]
     library.logistic_multiplied.restype = _LONG
     library.logistic_scaled.argtypes = [*[_LONG] * 3, _POINTER, _LONG, *[_POINTER] * 3]

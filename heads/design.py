@@ -72,7 +72,7 @@ class Design:
     metrics: dict[int, Array]  # fold -> P (R, R), filled in when first needed
     unit: float  # unstandardised features are divided by this one number; 1 for standardised ones
     source: Streamed | None = None  # where tiles read their rows on every pass
-    buffer: dict[int, Array] = field(default_factory=dict)  # rows of a tile -> room for its values
+    buffer: dict[int, Array] = field(default_factory=dict)  # how many rows a tile has -> room for their values
 
     @property
     def width(self) -> int:
@@ -93,9 +93,12 @@ class Design:
         if n not in self.buffer:
             self.buffer[n] = aligned_rows(n, dim + 1, self.dtype)
             self.buffer[n][:, -1] = 1
-            self.buffer[-n] = np.empty((n, dim), np.float32)
-        values, raw = self.buffer[n], self.source.read(tile.rows, self.buffer[-n])
-        np.subtract(raw, self.centre.astype(self.dtype), out=values[:, :-1])
+        values, raw = self.buffer[n], self.source.stored(tile.rows)
+        quick, centre = compiled(), self.centre.astype(self.dtype)
+        if quick is not None and self.dtype == np.float32 and raw.dtype == np.float16:
+            quick.centred(raw, centre, values[:, :-1])
+        else:
+            np.subtract(raw, centre, out=values[:, :-1])
         return values, values.T
 
     def to_tiles(self, weights: Array) -> Array:

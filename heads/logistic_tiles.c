@@ -110,6 +110,13 @@ long logistic_pass(long lanes, long n, long k, const float *rows, long A, long C
     return 0;
 }
 
+/* out (n, k), rows `stride` apart, = rows (n, k) in half precision (IEEE 754 binary16, finite) less centre (k,). */
+void logistic_centred(long lanes, long n, long k, const uint16_t *rows, const float *centre, long stride, float *out)
+{
+    (void)lanes, (void)n, (void)k, (void)rows, (void)centre, (void)stride, (void)out;
+    for (long r = 0; r < n; r++) CALL(centred, k, rows + r * k, centre, out + r * stride);
+}
+
 /* out (P, n) = weights rows', rows (n, k), weights in panels. Returns as `logistic_pass` does. */
 long logistic_multiplied(long lanes, long n, long k, const float *rows, long P, const float *packed, float *out)
 {
@@ -145,12 +152,14 @@ long logistic_scaled(long lanes, long n, long k, const float *rows, long P, cons
 #define Vector NAME(Vector)
 #define Loose NAME(Loose)
 #define Integers NAME(Integers)
+#define Halves NAME(Halves)
 #define Quad NAME(Quad)
 #define TALL (L == 8 ? 6 : 12) /* rows of a product at a time: 12, 24 (of 32) and 24 (of 32) sums stay in registers */
 
 typedef float Vector __attribute__((vector_size(4 * L)));
 typedef float Loose __attribute__((vector_size(4 * L), aligned(4), may_alias)); /* wherever it lies */
 typedef int32_t Integers __attribute__((vector_size(4 * L)));
+typedef uint16_t Halves __attribute__((vector_size(2 * L)));
 typedef float Quad __attribute__((vector_size(16)));
 
 INLINE Vector NAME(load)(const float *from) { return *(const Loose *)from; }
@@ -616,6 +625,28 @@ static void NAME(block)(long count, long k, const float *rows, long A, long C, c
     NAME(back)(count, k, rows, P, panels, gradients);
 }
 
+static void NAME(centred)(long k, const uint16_t *row, const float *centre, float *out)
+{
+    for (long j = 0; j < k; j += L) {
+        long count = k - j < L ? k - j : L;
+        Halves halves = {0};
+        if (count == L)
+            memcpy(&halves, row + j, sizeof halves);
+        else
+            for (long i = 0; i < count; i++) halves[i] = row[j + i];
+        Integers bits = __builtin_convertvector(halves, Integers), size = (bits & 0x7fff) << 13;
+        /* The exponent's offset goes from 15 to 127; a subnormal is taken for 2^-14 and what it has beyond. */
+        Vector normal = (Vector)(size + (112 << 23));
+        Vector tiny = (Vector)(size + (113 << 23)) - 6.103515625e-5f;
+        Vector value = NAME(choose)(size < 1 << 23, tiny, normal);
+        value = (Vector)((Integers)value | (bits & 0x8000) << 16);
+        if (count == L)
+            NAME(store)(out + j, value - NAME(load)(centre + j));
+        else
+            for (long i = 0; i < count; i++) out[j + i] = value[i] - centre[j + i];
+    }
+}
+
 static void NAME(multiplied)(long count, long k, const float *rows, long P, const float *packed, float *out, long stride,
                              float *panels)
 {
@@ -641,6 +672,7 @@ static void NAME(scaled)(long count, long k, const float *rows, long P, const fl
 #undef Loose
 #undef Integers
 #undef TALL
+#undef Halves
 #undef Quad
 #undef UNIT
 #undef MOST_LINES

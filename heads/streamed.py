@@ -61,6 +61,14 @@ class Streamed:
                     into[mine, first:last] = found.reshape(len(found), last - first, *self.shape[2:])
         return into
 
+    def stored(self, rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """(n, D) rows by number, as a copy: of the type in which they are stored where all columns come from one feature set,
+        else float32."""
+        if len(self._parts) > 1 or self.views > 1:
+            return self.read(rows)
+        feature, positions = self._parts[0][0]
+        return feature.read(positions[rows], None).reshape(len(rows), -1)
+
     def view(self, number: int) -> "StreamedView":
         """The rows of one view."""
         return StreamedView(self, number)

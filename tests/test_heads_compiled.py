@@ -102,6 +102,22 @@ def test_products_are_the_plain_ones(seed, n, width, columns):
 
 
 @needs_compiler
+@pytest.mark.parametrize("left_out", [0, 5])
+def test_every_half_is_widened_exactly(left_out):
+    """Subnormals and both zeros, too; the last ones are fewer than a vector."""
+    library = compiled()
+    assert library is not None
+    every = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    rows = np.stack([every[np.isfinite(every)]] * 2)[:, : 63488 - left_out].copy()
+    centre = np.random.default_rng(0).standard_normal(rows.shape[1]).astype(np.float32)
+    for lanes in {library.lanes, min(library.lanes, 8)}:
+        out = aligned_rows(2, rows.shape[1] + 1, np.float32)
+        dataclasses.replace(library, lanes=lanes).centred(rows, centre, out[:, :-1])
+        assert np.array_equal(out[:, :-1], rows.astype(np.float32) - centre)
+        assert (out[:, -1] == 0).all()
+
+
+@needs_compiler
 @pytest.mark.parametrize("classes", [1, 2, 3, 6, 10])
 @pytest.mark.parametrize("heads", range(1, 8))
 def test_shorter_vectors_give_the_same(classes, heads):
