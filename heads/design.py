@@ -174,9 +174,10 @@ class Design:
 
     def to_raw(self, u: Array, folds: Array) -> tuple[Array, Array]:
         """Weights (k, D) and biases (k,) in raw feature coordinates, float64, of u (k, R + 1) of heads of folds (k,)."""
-        scaled = self.rotation.out(u[:, :-1], folds).astype(np.float64, copy=False)
-        weight = scaled * self.factor
-        return weight, u[:, -1].astype(np.float64) - weight @ self.centre - self._shift(scaled, folds)
+        weight = self.rotation.out(u[:, :-1], folds).astype(np.float64, copy=False)
+        bias = u[:, -1] - self._shift(weight, folds)
+        weight *= self.factor
+        return weight, bias - weight @ self.centre
 
     def from_raw(self, weight: Array, bias: Array, folds: Array) -> Array:
         """Inverse of `to_raw`, as far as the weights lie in the design's span."""

@@ -22,7 +22,7 @@
 #include <string.h>
 
 #define ROWS 48      /* of a block; a multiple of every number of rows that a product takes at once */
-#define DEPTH 512    /* coordinates of a block: weights of a panel are 32 kB then */
+#define DEPTH 512    /* coordinates of a block: weights of a panel are 64 kB then */
 #ifdef __has_builtin
 #if __has_builtin(__builtin_shufflevector)
 #define SHUFFLEVECTOR
@@ -33,18 +33,34 @@
 #if defined(__x86_64__)
 #define L 8
 #define NAME(x) x##_8
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
+#endif
 #include "logistic_tiles.c"
+#ifdef __clang__
+#pragma clang attribute pop
+#else
 #pragma GCC pop_options
+#endif
 #undef L
 #undef NAME
 #define L 16
 #define NAME(x) x##_16
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx512f,avx512dq,avx512vl,fma"))), apply_to = function)
+#else
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512dq,avx512vl,fma,prefer-vector-width=512")
+#endif
 #include "logistic_tiles.c"
+#ifdef __clang__
+#pragma clang attribute pop
+#else
 #pragma GCC pop_options
+#endif
 #undef L
 #undef NAME
 #define CALL(function, ...) (lanes == 16 ? function##_16(__VA_ARGS__) : function##_8(__VA_ARGS__))
