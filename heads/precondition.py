@@ -108,7 +108,7 @@ def frame(u: Array, values: Array, squares: Array, products: Array, weight: Arra
         none = np.zeros((0, 0), u.dtype)
         return Frame(basis, scale, dense, none, none)
     root = _root(_crossed(p, basis, weight, products), basis.shape[1], len(dense), floor[dense], scale[:, dense])
-    inverse = scipy.linalg.solve_triangular(root, np.eye(len(root)), lower=True, check_finite=False)
+    inverse, _ = scipy.linalg.lapack.dtrtri(root, lower=1)
     return Frame(basis, scale, dense, root.astype(u.dtype), inverse.astype(u.dtype))
 
 
