@@ -187,6 +187,6 @@ def test_anything_can_happen():
 
 @pytest.mark.slow
 def test_anything_can_happen_for_long():
-    """Sixty longer ones."""
+    """Thirty longer ones."""
     random.seed(0)
-    run(60, 25)
+    run(30, 25)

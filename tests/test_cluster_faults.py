@@ -55,7 +55,7 @@ def failures(result):
 
 
 def test_workers_killed_once_a_second_lose_nothing(tmp_path):
-    """SIGKILL of a random worker every second during 300 banks: all results, and no more executions than banks and kills."""
+    """SIGKILL of a random worker every second during 180 banks: all results, and no more executions than banks and kills."""
     kills, over = 0, threading.Event()
 
     def kill():
@@ -69,14 +69,14 @@ def test_workers_killed_once_a_second_lose_nothing(tmp_path):
     killer = threading.Thread(target=kill)
     killer.start()
     try:
-        result = train(tmp_path, slow(tmp_path, 300), workers=4)
+        result = train(tmp_path, slow(tmp_path, 180), workers=4)
     finally:
         over.set()
         killer.join()
     assert kills > 3
     assert result.failed_heads == 0
-    assert {number_of(spec) for spec in result.board["spec"]} == set(range(300))
-    assert len(fits(tmp_path)) <= FITS * (300 + kills) + 1  # the winner is fitted once more, to be shown the test split
+    assert {number_of(spec) for spec in result.board["spec"]} == set(range(180))
+    assert len(fits(tmp_path)) <= FITS * (180 + kills) + 1  # the winner is fitted once more, to be shown the test split
 
 
 def test_heads_that_misbehave_fail_alone(tmp_path, monkeypatch):
@@ -192,9 +192,9 @@ def published(folder):
 
 
 def test_a_driver_killed_at_any_moment_leaves_no_orphan_and_repeats_nothing(tmp_path):
-    """SIGKILL of the driver at 14 random moments: a bank whose results are published is never trained again."""
+    """SIGKILL of the driver at 10 random moments: a bank whose results are published is never trained again."""
     rng = random.Random(0)
-    banks, kills = 112, 14
+    banks, kills = 80, 10
     done = {}
     began: list[tuple[int, set[int]]] = []  # how many fits had begun, and which heads were published, at each kill
     while len(began) < kills:
