@@ -149,10 +149,8 @@ def logistic_case(name: str, quick: bool) -> dict[str, float]:
         # Against the peak as it was before and after each run: on a shared machine it moves by half within seconds.
         beside = [(before + after) / 2 for before, after in itertools.pairwise(peaks)]
         shares = [work / run[1][0] / 1e9 / own for run, own in zip(runs, beside, strict=True)]
-        figures[f"of_peak {label}"], figures[f"peak_gflops {label}"] = (
-            float(np.median(shares)),
-            float(np.median(beside)),
-        )
+        figures[f"of_peak {label}"] = float(np.median(shares))
+        figures[f"peak_gflops {label}"] = float(np.median(beside))
         figures[f"head_iterations {label}"] = sum(fit.iterations for fit in fits.values())
     for label, options in (("defaults", {}), ("tol 1e-6", {"tol": 1e-6, "max_iter": 10_000})):
         cpu = wall = 0.0

@@ -32,6 +32,14 @@ def _width(k: int, size: int = 4) -> int:
     return -(-k // step) * step
 
 
+def _apart(rows: Array) -> int:
+    """Floats from one of the rows (n, k) to the next, which must have been made by `aligned_rows`."""
+    width = _width(rows.shape[1])
+    assert rows.dtype == np.float32
+    assert rows.strides == (4 * width, 4)
+    return width
+
+
 @dataclass(frozen=True)
 class Compiled:
     """The functions of logistic_tiles.c for this processor. They release Python's lock while they run."""
@@ -78,9 +86,7 @@ class Compiled:
         be apart. row_weight: (n,) float32; multiplier: (A, C), or (A, 2) for sigmoids, float32; None: all one. Raises
         MemoryError.
         """
-        width = _width(rows.shape[1])
-        assert rows.dtype == np.float32
-        assert rows.strides == (4 * width, 4)
+        width = _apart(rows)
         assert labels.dtype == np.int32
         assert labels.strides[-1] == 4
         failed = self.library.logistic_pass(
@@ -117,9 +123,7 @@ class Compiled:
         """weights rows' (P, n) of weights (P, k) and rows (n, k), made by `aligned_rows`, float32. Raises MemoryError.
 
         BLAS would copy the rows first, which takes as long as the product with some forty weights."""
-        assert rows.dtype == np.float32
-        width = _width(rows.shape[1])
-        assert rows.strides == (4 * width, 4)
+        width = _apart(rows)
         packed = self.packed(weights)
         out = np.empty((len(weights), len(rows)), np.float32)
         failed = self.library.logistic_multiplied(
@@ -135,9 +139,8 @@ class Compiled:
 
         Raises MemoryError.
         """
-        assert rows.dtype == scale.dtype == np.float32
-        width = _width(rows.shape[1])
-        assert rows.strides == (4 * width, 4)
+        width = _apart(rows)
+        assert scale.dtype == np.float32
         assert scale.flags.c_contiguous
         assert scale.shape == (len(rows), len(weights))
         gradients = self.room(*weights.shape)

@@ -94,8 +94,8 @@ class Design:
             self.buffer[n] = aligned_rows(n, dim + 1, self.dtype)
             self.buffer[n][:, -1] = 1
         values, raw = self.buffer[n], self.source.stored(tile.rows)
-        quick, centre = compiled(), self.centre.astype(self.dtype)
-        if quick is not None and self.dtype == np.float32 and raw.dtype == np.float16:
+        quick, centre = compiled_for(self.dtype), self.centre.astype(self.dtype)
+        if quick is not None and raw.dtype == np.float16:
             quick.centred(raw, centre, values[:, :-1])
         else:
             np.subtract(raw, centre, out=values[:, :-1])
@@ -175,19 +175,15 @@ class Design:
     def to_raw(self, u: Array, folds: Array) -> tuple[Array, Array]:
         """Weights (k, D) and biases (k,) in raw feature coordinates, float64, of u (k, R + 1) of heads of folds (k,)."""
         weight = self.rotation.out(u[:, :-1], folds).astype(np.float64, copy=False)
-        bias = u[:, -1] - self._shift(weight, folds)
+        bias = u[:, -1] - self.rotation.shift(weight, folds)
         weight *= self.factor
         return weight, bias - weight @ self.centre
 
     def from_raw(self, weight: Array, bias: Array, folds: Array) -> Array:
         """Inverse of `to_raw`, as far as the weights lie in the design's span."""
         scaled = weight / np.where(self.factor > 0, self.factor, 1.0)
-        intercept = bias + weight @ self.centre + self._shift(scaled, folds)
+        intercept = bias + weight @ self.centre + self.rotation.shift(scaled, folds)
         return np.concatenate([self.rotation.back(scaled, folds), intercept[:, None]], axis=1).astype(self.dtype)
-
-    def _shift(self, scaled: Array, folds: Array) -> Array | float:
-        """(k,) what weights of scaled features say to the centre of their fold's coordinates; it is `centre` but for few rows."""
-        return self.rotation.shift(scaled, folds) if isinstance(self.rotation, Span) else 0.0
 
 
 def make_design(
@@ -220,10 +216,14 @@ def _rotation(vectors: Array) -> Rotation:
     return Rotation(matrix)
 
 
+def compiled_for(dtype: Any) -> Compiled | None:
+    """The compiled pass, if it is there and takes numbers of this type."""
+    return compiled() if np.dtype(dtype) == np.float32 else None
+
+
 def worth_copies(values: int, dtype: Any) -> bool:
     """Whether so many values of tiles are kept across, too. The compiled pass reads rows as they are."""
-    plain = compiled() is None or np.dtype(dtype) != np.float32
-    return bool(plain and values * np.dtype(dtype).itemsize < BYTES_WORTH_A_SECOND_COPY)
+    return bool(compiled_for(dtype) is None and values * np.dtype(dtype).itemsize < BYTES_WORTH_A_SECOND_COPY)
 
 
 def _rotated(rotation: Rotation, part: Array, some: slice) -> Array:
@@ -241,8 +241,8 @@ def make_tiles(
 ) -> list[Tile]:
     """Tiles of a group of rows, whose rotated values (n, R) `rotated` gives for a slice of them; `twice`: across, too."""
     tiles = []
-    quick = compiled() is not None and np.dtype(dtype) == np.float32
-    for where in chunks(np.arange(len(rows)), ROWS_PER_COMPILED_TILE if quick else ROWS_PER_TILE):
+    at_once = ROWS_PER_TILE if compiled_for(dtype) is None else ROWS_PER_COMPILED_TILE
+    for where in chunks(np.arange(len(rows)), at_once):
         values = aligned_rows(len(where), rank + 1, dtype)
         values[:, -1] = 1
         values[:, :-1] = rotated(slice(int(where[0]), int(where[-1]) + 1))

@@ -22,7 +22,7 @@ from headrace.heads.design import Design, Tile
 from headrace.heads.loss import sigmoid_loss, softmax_loss
 
 Array = npt.NDArray[Any]
-NEAR_BYTES = 1 << 20
+NEAR_BYTES = 1 << 20  # of the second cache, for weights and gradients
 # (tile, its values, weights, labels, row weights) -> losses and gradient, somewhere else than in NumPy
 Elsewhere = Callable[[Tile, Array, Array, Array | None, Array | None], tuple[Array, Array]]
 

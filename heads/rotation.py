@@ -33,6 +33,10 @@ class Rotation:
         """v Q (k, R) of v (k, D), whatever their folds."""
         return np.asarray(v @ self.matrix)
 
+    def shift(self, v: Array, folds: Array) -> Array:
+        """(k,) zeros: rows are centred alike for all folds."""
+        return np.zeros(len(v))
+
 
 @dataclass(frozen=True)
 class Basis:

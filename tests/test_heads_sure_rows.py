@@ -73,7 +73,8 @@ def test_a_softmaxs_loss_and_residual_have_all_their_digits(way, label, z):
 
 def relative_gap(fit, X, y):
     """By which the head's objective lies above the optimum, both in float64 on standardised rows."""
-    Z, scaler = StandardScaler().fit_transform(X.astype(float)), StandardScaler().fit(X.astype(float))
+    scaler = StandardScaler().fit(X.astype(float))
+    Z = scaler.transform(X.astype(float))
     best = LogisticRegression(C=fit.spec.C, tol=1e-10, max_iter=20_000, solver="newton-cg").fit(Z, y)
     W, b = fit.arrays["weight"].astype(float), fit.arrays["bias"].astype(float)
     coefficients, intercepts = best.coef_, best.intercept_
