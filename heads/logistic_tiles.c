@@ -294,48 +294,42 @@ static long NAME(columns)(long P)
     return first;
 }
 
-static void NAME(pack)(long P, long used, long k, const float *weights, float *packed)
+/* Columns (P, used) into panels and lines of k coordinates, or back. */
+INLINE void NAME(moved)(long P, long used, long k, float *columns, float *packed, const int in)
 {
     for (long first = 0, width; first < P; first += width) {
         width = NAME(width)(P - first);
         float *panel = packed + first * k;
         for (long p = 0, group; p < width && first + p < P; p += group) {
-            const float *own = weights + (first + p) * used;
+            float *own = columns + (first + p) * used;
             group = width < UNIT || first + p + L > P ? 1 : L;
             long j = 0;
             for (; group == L && j + L <= used; j += L) {
                 Vector square[L];
-                for (long i = 0; i < L; i++) square[i] = NAME(load)(own + i * used + j);
+                for (long i = 0; i < L; i++) square[i] = NAME(load)(in ? own + i * used + j : panel + (j + i) * width + p);
                 NAME(transpose)(square);
-                for (long i = 0; i < L; i++) NAME(store)(panel + (j + i) * width + p, square[i]);
+                for (long i = 0; i < L; i++) NAME(store)(in ? panel + (j + i) * width + p : own + i * used + j, square[i]);
             }
             for (long i = 0; i < group; i++)
-                for (long d = j; d < used; d++)
-                    panel[width < UNIT ? (p + i) * k + d : d * width + p + i] = own[i * used + d];
+                for (long d = j; d < used; d++) {
+                    float *one = own + i * used + d, *other = panel + (width < UNIT ? (p + i) * k + d : d * width + p + i);
+                    if (in)
+                        *other = *one;
+                    else
+                        *one = *other;
+                }
         }
     }
 }
 
+static void NAME(pack)(long P, long used, long k, const float *weights, float *packed)
+{
+    NAME(moved)(P, used, k, (float *)weights, packed, 1);
+}
+
 static void NAME(unpack)(long P, long used, long k, const float *packed, float *gradients)
 {
-    for (long first = 0, width; first < P; first += width) {
-        width = NAME(width)(P - first);
-        const float *panel = packed + first * k;
-        for (long p = 0, group; p < width && first + p < P; p += group) {
-            float *own = gradients + (first + p) * used;
-            group = width < UNIT || first + p + L > P ? 1 : L;
-            long j = 0;
-            for (; group == L && j + L <= used; j += L) {
-                Vector square[L];
-                for (long i = 0; i < L; i++) square[i] = NAME(load)(panel + (j + i) * width + p);
-                NAME(transpose)(square);
-                for (long i = 0; i < L; i++) NAME(store)(own + i * used + j, square[i]);
-            }
-            for (long i = 0; i < group; i++)
-                for (long d = j; d < used; d++)
-                    own[i * used + d] = panel[width < UNIT ? (p + i) * k + d : d * width + p + i];
-        }
-    }
+    NAME(moved)(P, used, k, gradients, (float *)packed, 0);
 }
 
 /* sums (tall, wide vectors) += a (tall, depth) b (depth, wide vectors); element (i, d) of a is a[i * across + d * along]. */
