@@ -3,9 +3,9 @@
 A heads, C classes (rows of a head: C for a softmax, 1 for a sigmoid), c = C - 1 columns of a head (1 for a sigmoid), n rows
 of a tile, W coordinates of a row as tiles have them.
 
-A pass has a head's weights for all its tiles and adds up the gradient over them: `add(tile)` returns the tile's losses (A,)
-float64, `gradient()` the sum (A, c, W). One pass per group of tiles is open at a time, because a group is seen by the heads of
-some folds only. Which class of pass it is is a matter of speed.
+A pass has the heads' weights for all tiles and adds up their gradients: `add(tile)` returns the losses (A',) float64 of the
+heads that see the tile, `gradient()` the sums (A, c, W). A tile is seen by the heads of some folds only: `seen` says of which
+heads (A',), by a tile's folds. Which class of pass it is is a matter of speed.
 """
 
 from collections.abc import Callable
@@ -23,6 +23,8 @@ from headrace.heads.loss import sigmoid_loss, softmax_loss
 
 Array = npt.NDArray[Any]
 NEAR_BYTES = 1 << 20  # of the second cache, for weights and gradients
+COLUMNS_WORTH_A_PASS_OF_ITS_OWN = 64
+Seen = dict[tuple[int, ...], npt.NDArray[np.intp]]
 # (tile, its values, weights, labels, row weights) -> losses and gradient, somewhere else than in NumPy
 Elsewhere = Callable[[Tile, Array, Array, Array | None, Array | None], tuple[Array, Array]]
 
@@ -53,35 +55,56 @@ class PlainPass:
     """The pass in NumPy, any float type; the products, the losses and the products back one after the other."""
 
     def __init__(
-        self, design: Design, weighting: Weighting, lines: npt.NDArray[np.intp], u: Array, elsewhere: Elsewhere | None
+        self,
+        design: Design,
+        weighting: Weighting,
+        lines: npt.NDArray[np.intp],
+        u: Array,
+        seen: Seen,
+        elsewhere: Elsewhere | None,
     ) -> None:
         self.design, self.weighting, self.lines, self.elsewhere = design, weighting, lines, elsewhere
-        self.shape = u.shape
+        self.shape, self.seen = u.shape, seen
         # Class first: a reduction over classes is then a sum of contiguous runs.
-        self.weights = np.ascontiguousarray(u.transpose(1, 0, 2)).reshape(-1, u.shape[-1])
-        self.total = np.zeros_like(self.weights)
+        self.weights = {
+            folds: np.ascontiguousarray(u[heads].transpose(1, 0, 2)).reshape(-1, u.shape[-1])
+            for folds, heads in seen.items()
+        }
+        self.totals = {folds: np.zeros_like(weights) for folds, weights in self.weights.items()}
 
     def add(self, tile: Tile) -> Array:
-        """Losses (A,) float64 on a tile, whose part of the gradient is kept."""
-        heads, columns, _ = self.shape
-        rows, n = self.weighting.rows, len(tile.rows)
+        """Losses (A',) float64 on a tile, whose part of the gradients is kept."""
+        rows, n, columns = self.weighting.rows, len(tile.rows), self.shape[1]
+        weights, lines = self.weights[tile.folds], self.lines[self.seen[tile.folds]]
         values, across = self.design.read(tile)
-        own = None if rows > 1 else tile.labels[self.weighting.labels[self.lines]]
-        weight = self.weighting.of_rows(tile, self.lines)
+        own = None if rows > 1 else tile.labels[self.weighting.labels[lines]]
+        weight = self.weighting.of_rows(tile, lines)
         if self.elsewhere is not None:
-            loss, gradient = self.elsewhere(tile, values, self.weights, own, weight)
-            self.total += gradient
+            loss, gradient = self.elsewhere(tile, values, weights, own, weight)
+            self.totals[tile.folds] += gradient
             return loss
-        decision = np.empty((rows, heads, n), self.weights.dtype)
-        np.matmul(self.weights, across, out=decision[:columns].reshape(-1, n))
+        decision = np.empty((rows, len(lines), n), weights.dtype)
+        np.matmul(weights, across, out=decision[:columns].reshape(-1, n))
         loss = softmax_loss(decision, tile.bounds, weight) if own is None else sigmoid_loss(decision, own, weight)
-        self.total += decision[:columns].reshape(-1, n) @ values
+        self.totals[tile.folds] += decision[:columns].reshape(-1, n) @ values
         return loss
 
     def gradient(self) -> Array:
         """(A, c, W) over the tiles so far."""
-        heads, columns, width = self.shape
-        return self.total.reshape(columns, heads, width).transpose(1, 0, 2)
+        _, columns, width = self.shape
+        out = np.zeros(self.shape, next(iter(self.weights.values())).dtype)
+        for folds, heads in self.seen.items():
+            out[heads] += self.totals[folds].reshape(columns, len(heads), width).transpose(1, 0, 2)
+        return out
+
+
+@dataclass(frozen=True)
+class Group:
+    """Heads that pass over a tile together, in the compiled pass's own layout."""
+
+    heads: npt.NDArray[np.intp]  # (a,) of all
+    weights: Array
+    totals: list[Array]  # gradients, of each thread's rows
 
 
 class CompiledPass:
@@ -96,62 +119,79 @@ class CompiledPass:
         weighting: Weighting,
         lines: npt.NDArray[np.intp],
         u: Array,
+        seen: Seen,
         compiled: Compiled,
         threads: ThreadPoolExecutor | None = None,
         parts: int = 1,
     ) -> None:
-        self.design, self.weighting, self.lines = design, weighting, lines
-        self.compiled, self.threads, self.shape = compiled, threads, u.shape
+        self.design, self.weighting, self.lines, self.seen = design, weighting, lines, seen
+        self.compiled, self.threads, self.parts, self.shape = compiled, threads, parts, u.shape
         heads, columns, width = u.shape
+
+        def group(some: npt.NDArray[np.intp]) -> Group:
+            packed = compiled.packed(u[some].reshape(-1, width))
+            return Group(some, packed, [compiled.room(len(some) * columns, width) for _ in range(parts)])
+
         # Heads that pass over a tile together: their weights and gradients stay in the second cache from block to block.
         most = max(NEAR_BYTES // (8 * columns * width), 1)
-        count = -(-heads // most)
-        self.groups = [slice(heads * i // count, heads * (i + 1) // count) for i in range(count)]
-        self.weights = [compiled.packed(u[group].reshape(-1, width)) for group in self.groups]
-        self.totals = [[compiled.room(len(u[group]) * columns, width) for group in self.groups] for _ in range(parts)]
+        self.groups: dict[tuple[int, ...], list[Group]]
+        if most == 1 or columns >= COLUMNS_WORTH_A_PASS_OF_ITS_OWN:
+            # A head that is wide by itself is laid out once for all tiles.
+            alone = [group(np.array([head])) for head in range(heads)]
+            self.groups = {folds: [alone[head] for head in own.tolist()] for folds, own in seen.items()}
+        else:
+            self.groups = {
+                folds: [group(some) for some in np.array_split(own, -(-len(own) // most))]
+                for folds, own in seen.items()
+            }
         plain = bool((weighting.multipliers[lines] == 1).all())
         self.multiplier = None if plain else np.ascontiguousarray(weighting.multipliers[lines], np.float32)
 
     def add(self, tile: Tile) -> Array:
-        """Losses (A,) float64 on a tile, whose part of the gradient is kept."""
+        """Losses (A',) float64 on a tile, whose part of the gradients is kept."""
         values = self.design.read(tile)[0]
-        if self.weighting.rows > 1:
-            labels = tile.classes
-        else:
-            labels = tile.labels[self.weighting.labels[self.lines]].astype(np.int32)
         weight = None if tile.weight is None else np.ascontiguousarray(tile.weight, np.float32)
-        losses = np.zeros((len(self.totals), self.shape[0]))
+        losses = np.zeros((self.parts, self.shape[0]))
 
         def part(number: int) -> None:
-            first, last = (len(values) * i // len(self.totals) for i in (number, number + 1))
-            for group, weights, total in zip(self.groups, self.weights, self.totals[number], strict=True):
+            rows = slice(*(len(values) * i // self.parts for i in (number, number + 1)))
+            for group in self.groups[tile.folds]:
+                if self.weighting.rows > 1:
+                    labels = tile.classes
+                else:
+                    labels = tile.labels[self.weighting.labels[self.lines[group.heads]]].astype(np.int32)
+                own = np.zeros(len(group.heads))
                 self.compiled.run(
-                    values[first:last],
-                    group.stop - group.start,
+                    values[rows],
+                    len(group.heads),
                     self.weighting.rows,
-                    weights,
-                    (labels if labels.ndim == 1 else labels[group])[..., first:last],
-                    None if weight is None else weight[first:last],
-                    None if self.multiplier is None else self.multiplier[group],
-                    losses[number, group],
-                    total,
+                    group.weights,
+                    labels[..., rows],
+                    None if weight is None else weight[rows],
+                    None if self.multiplier is None else self.multiplier[group.heads],
+                    own,
+                    group.totals[number],
                 )
+                losses[number, group.heads] = own
 
         if self.threads is None:
             part(0)
         else:
-            list(self.threads.map(part, range(len(self.totals))))
-        return np.asarray(losses.sum(axis=0))
+            list(self.threads.map(part, range(self.parts)))
+        return np.asarray(losses[:, self.seen[tile.folds]].sum(axis=0))
 
     def gradient(self) -> Array:
         """(A, c, W) over the tiles so far."""
-        out = np.empty(self.shape, np.float32)
-        for place, group in enumerate(self.groups):
-            total = self.totals[0][place]
-            for other in self.totals[1:]:
-                total = total + other[place]
-            own = out[group]
-            self.compiled.unpack(total, own.reshape(-1, self.shape[2]))
+        _, columns, width = self.shape
+        out = np.zeros(self.shape, np.float32)
+        groups = {id(group): group for own in self.groups.values() for group in own}
+        for group in groups.values():
+            total = group.totals[0]
+            for other in group.totals[1:]:
+                total = total + other
+            gradients = np.empty((len(group.heads), columns, width), np.float32)
+            self.compiled.unpack(total, gradients.reshape(-1, width))
+            out[group.heads] += gradients
         return out
 
 

@@ -61,6 +61,10 @@ class Frame:
         """The rows of u (..., C - 1, R + 1) but the last, which is minus their sum; of a sigmoid its only one."""
         return np.asarray(self.classes[: self.classes.shape[1]] @ self._replaced(x / self.scale, x, self.inverse))
 
+    def turned(self, x: Array, other: "Frame") -> Array:
+        """x (..., c, R + 1) of another frame, with its directions among classes instead of this one's, and scaled as it was."""
+        return np.asarray((self.classes.T @ other.classes) @ x)
+
     def scaled_gradient(self, g: Array) -> Array:
         """Gradients with respect to x, of gradients g with respect to u (..., C, R + 1) or, where the last row of g is minus the
         sum of the others, of those alone (..., C - 1, R + 1)."""

@@ -63,10 +63,11 @@ def test_a_compiled_pass_is_the_plain_one(seed, n, width, classes, heads, size, 
     weighting = Weighting(classes, multipliers, np.array([-1, -1] if classes > 1 else [0, 1]), weighted or balanced)
     library = compiled()
     assert library is not None
+    seen = {tile.folds: np.arange(heads)}
     with ThreadPoolExecutor(threads) as pool, mock.patch.object(passes, "NEAR_BYTES", near):
-        quick = CompiledPass(design, weighting, lines, u, library, pool if threads > 1 else None, threads)
+        quick = CompiledPass(design, weighting, lines, u, seen, library, pool if threads > 1 else None, threads)
         losses = quick.add(tile) + quick.add(tile)
-    plain = PlainPass(design, weighting, lines, u.astype(np.float64), None)
+    plain = PlainPass(design, weighting, lines, u.astype(np.float64), seen, None)
     expected = plain.add(tile) + plain.add(tile)
     np.testing.assert_allclose(losses, expected, rtol=1e-5, atol=1e-5 * n * (1 + size))
     gradient = plain.gradient()
@@ -152,7 +153,8 @@ def test_weights_that_overflowed_have_no_finite_loss(bad):
     weighting = Weighting(5, np.ones((1, 5), np.float32), np.array([-1]), False)
     library = compiled()
     assert library is not None
-    assert not np.isfinite(CompiledPass(design, weighting, np.array([0]), u, library).add(tile)).any()
+    one = np.array([0])
+    assert not np.isfinite(CompiledPass(design, weighting, one, u, {tile.folds: one}, library).add(tile)).any()
 
 
 @needs_compiler

@@ -32,10 +32,10 @@ def passed(way, tile, classes, u):
     if way == "compiled":
         library = compiled()
         assert library is not None
-        run = CompiledPass(design, weighting, lines, heads, library)
+        run = CompiledPass(design, weighting, lines, heads, {tile.folds: lines}, library)
     else:
         elsewhere = TorchTiles([tile], classes, "cpu", keep=True) if way == "torch" else None
-        run = PlainPass(design, weighting, lines, heads, elsewhere)
+        run = PlainPass(design, weighting, lines, heads, {tile.folds: lines}, elsewhere)
     loss = run.add(tile)
     return float(loss[0]), run.gradient()[0, :, 0]
 
