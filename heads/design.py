@@ -130,17 +130,10 @@ class Design:
         assert isinstance(self.rotation, Rotation)
         matrix = self.rotation.matrix
         if u.shape[1] >= ROWS_WORTH_A_METRIC:
-            out = u.copy()
-            for fold, ratio in self.ratio.items():
-                if (folds == fold).any():
-                    if fold not in self.metrics:
-                        stretched = matrix * ratio[:, None]
-                        self.metrics[fold] = aligned_rows(matrix.shape[1], matrix.shape[1], self.dtype)
-                        np.matmul(stretched.T, stretched, out=self.metrics[fold])
-                    own = u[folds == fold]
-                    flat, metric = own.reshape(-1, own.shape[-1]), self.metrics[fold]
-                    product = flat @ metric if quick is None else quick.multiplied(flat, metric)
-                    out[folds == fold] = product.reshape(own.shape)
+            out = np.empty_like(u)
+            for one, to, fold in zip(u, out, folds.tolist(), strict=True):
+                metric = self._metric(fold)
+                to[:] = one if metric is None else one @ metric if quick is None else quick.multiplied(one, metric)
             return out
         if quick is not None:
             squares = np.ones((len(folds), len(matrix)), np.float32)
@@ -152,6 +145,15 @@ class Design:
         for fold, ratio in self.ratio.items():
             back[folds == fold] *= ratio**2
         return np.asarray((back.reshape(-1, back.shape[-1]) @ matrix).reshape(u.shape))
+
+    def _metric(self, fold: int) -> Array | None:
+        """P (R, R) of a fold, or None where it is the identity."""
+        if fold in self.ratio and fold not in self.metrics:
+            assert isinstance(self.rotation, Rotation)
+            stretched = self.rotation.matrix * self.ratio[fold][:, None]
+            self.metrics[fold] = aligned_rows(stretched.shape[1], stretched.shape[1], self.dtype)
+            np.matmul(stretched.T, stretched, out=self.metrics[fold])
+        return self.metrics.get(fold)
 
     def primal(self, u: Array, folds: Array) -> Array:
         """(A, C, D or R) float64 r Q u of heads u (A, C, R), with P = (r Q)' r Q; R where P is the identity."""

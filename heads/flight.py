@@ -227,7 +227,10 @@ class Flight:
         shared: dict[int, list[int]] = {}  # heads of a frame go through it together
         for row, slot in enumerate(which.tolist()):
             shared.setdefault(id(self.frames[slot]), []).append(row)
-        frames = [(self.frames[int(which[rows[0]])], rows) for rows in shared.values()]
+        frames = [
+            (self.frames[int(which[rows[0]])], rows if len(rows) > 1 else slice(rows[0], rows[0] + 1))
+            for rows in shared.values()
+        ]
         # In all that follows the last class's row is left out: it is minus the sum of the others'.
         u = np.empty((len(which), *self.shape), design.dtype)
         for own, rows in frames:
@@ -254,5 +257,5 @@ class Flight:
         gradient[..., :-1] += pull
         scaled = np.empty_like(x)
         for own, rows in frames:
-            scaled[rows] = own.scaled_gradient(gradient[rows]).reshape(len(rows), -1)
+            scaled[rows] = own.scaled_gradient(gradient[rows]).reshape(-1, x.shape[1])
         return value, scaled

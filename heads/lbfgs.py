@@ -25,6 +25,7 @@ ARMIJO = 1e-4
 SEEN = 8.0  # times what rounding may be: a decrease of that much is taken from the values
 # Steps without such a decrease that do not halve the squared gradient either; its way down is not steady.
 PATIENCE = 14
+VALUES_AT_ONCE = 1 << 14  # of every pair: new ones are multiplied while they are in the nearer caches
 FAR_BELOW = 3e-3  # of the gap: there a problem ends whatever else is asked of it
 
 
@@ -57,7 +58,6 @@ class Memory:
 
     pairs: Array  # (K, 2m, P)
     gram: Array  # (K, 2m, 2m) float64, the inner products of the rows of `pairs`
-    room: Array  # (3, P): new memory for every pair would cost more than its arithmetic
     newest: int = -1
 
     @property
@@ -80,8 +80,10 @@ class Memory:
     def unload(self, k: int) -> Array:
         """The pairs of slot k, oldest first, those that are not usable zero."""
         m, order = self.size, self._order()
-        usable = self.gram[k, range(m), range(m, 2 * m)] > 0
-        return np.asarray(np.where(np.concatenate([usable, usable])[order, None], self.pairs[k, order], 0))
+        useless = ~(self.gram[k, range(m), range(m, 2 * m)] > 0)
+        out: Array = self.pairs[k, order]
+        out[np.concatenate([useless, useless])[order]] = 0
+        return out
 
     def skip(self, k: int) -> None:
         """Slot k has no pair at the newest position."""
@@ -91,10 +93,13 @@ class Memory:
         """Slot k's newest pair, of points and gradients before and after a step; returns the inner products (2m,) of its pairs
         with the gradient after it, from the same look at them."""
         m, slot, rows = self.size, self.newest, self.pairs[k]
-        np.subtract(points[1], points[0], out=rows[slot])
-        np.subtract(gradients[1], gradients[0], out=rows[m + slot])
-        self.room[:] = rows[slot], rows[m + slot], gradients[1]
-        products: Array = rows @ self.room.T
+        products = np.zeros((2 * m, 3))
+        for first in range(0, rows.shape[1], VALUES_AT_ONCE):
+            some = slice(first, first + VALUES_AT_ONCE)
+            part = rows[:, some]
+            np.subtract(points[1][some], points[0][some], out=part[slot])
+            np.subtract(gradients[1][some], gradients[0][some], out=part[m + slot])
+            products += part @ np.stack([part[slot], part[m + slot], gradients[1][some]]).T
         self.gram[k][:, slot] = self.gram[k][slot] = products[:, 0]
         self.gram[k][:, m + slot] = self.gram[k][m + slot] = products[:, 1]
         if not products[slot, 1] > np.finfo(rows.dtype).eps * products[m + slot, 1]:
@@ -163,7 +168,6 @@ def minimise(
     remembered = Memory(
         np.zeros((slots, 2 * memory, parameters), dtype),
         np.zeros((slots, 2 * memory, 2 * memory)),
-        np.zeros((3, parameters), dtype),
     )
     value, slope, length, squared = (np.zeros(slots) for _ in range(4))
     products = np.zeros((slots, 2 * memory))
@@ -185,7 +189,10 @@ def minimise(
         running = np.flatnonzero(occupied)
         if not running.size:
             return
-        trial = point[running] + length[running, None].astype(dtype) * direction[running]
+        trial = np.empty((len(running), parameters), dtype)
+        for row, (k, far) in enumerate(zip(running.tolist(), length[running].astype(dtype), strict=True)):
+            np.multiply(direction[k], far, out=trial[row])
+            trial[row] += point[k]
         trial_value, trial_gradient = evaluate(running, trial)
         iterations[running] += 1
         # Rounding of a sum of N terms in the narrow type: below it, "no decrease" says nothing.
@@ -224,7 +231,8 @@ def minimise(
             coefficients = _direction_coefficients(remembered.gram[new], products[new], remembered.newest)
             slope[new] = np.einsum("ar,ar->a", coefficients[:, :-1], products[new]) + coefficients[:, -1] * squared[new]
             for k, own in zip(new.tolist(), coefficients.astype(dtype), strict=True):
-                direction[k] = own[:-1] @ remembered.pairs[k] + own[-1] * gradient[k]
+                np.dot(own[:-1], remembered.pairs[k], out=direction[k])
+                direction[k] += own[-1] * gradient[k]
             uphill = new[~(slope[new] < 0)]
             direction[uphill], slope[uphill] = -gradient[uphill], -squared[uphill]
             length[new], fresh[new] = 1.0, False

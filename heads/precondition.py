@@ -82,8 +82,10 @@ class Frame:
         """`out` with its dense coordinates those of v times the matrix."""
         if len(self.dense) == 0:
             return out
-        part = v[..., self.dense]
-        out[..., self.dense] = (part.reshape(*part.shape[:-2], -1) @ matrix).reshape(part.shape)
+        first = len(self.dense) - 1  # and the last: `dense_coordinates`
+        part = np.concatenate([v[..., :first], v[..., -1:]], axis=-1)
+        part = (part.reshape(*part.shape[:-2], -1) @ matrix).reshape(part.shape)
+        out[..., :first], out[..., -1] = part[..., :-1], part[..., -1]
         return out
 
 
