@@ -47,6 +47,7 @@ class Frame:
     dense: npt.NDArray[np.intp]  # (J,)
     root: Array  # L (c J, c J), lower triangular
     inverse: Array  # of L
+    curvature: float  # of the loss, summed over all coordinates but the intercept's
 
     def scaled(self, u: Array) -> Array:
         """x of u (..., C, R + 1)."""
@@ -103,6 +104,7 @@ def frame(u: Array, values: Array, squares: Array, products: Array, weight: Arra
         mixed = basis.T @ p
         curvature = weight * np.maximum((basis**2).T @ p - mixed**2, 0)
     h = curvature @ squares
+    total = float(h[:, :-1].sum(dtype=np.float64))
     # The intercept is not penalised, but a class that is certain has no curvature there either: a little keeps steps
     # finite. More would hide the intercept's distance to its optimum from the estimate that ends the iterations: at
     # C = 1e-12 heads ended with intercepts near zero.
@@ -112,10 +114,10 @@ def frame(u: Array, values: Array, squares: Array, products: Array, weight: Arra
     dense = dense_coordinates(len(u), h.shape[1])
     if len(dense) == 0:
         none = np.zeros((0, 0), u.dtype)
-        return Frame(basis, scale, dense, none, none)
+        return Frame(basis, scale, dense, none, none, total)
     root = _root(_crossed(p, basis, weight, products), basis.shape[1], len(dense), floor[dense], scale[:, dense])
     inverse, _ = scipy.linalg.lapack.dtrtri(root, lower=1)
-    return Frame(basis, scale, dense, root.astype(u.dtype), inverse.astype(u.dtype))
+    return Frame(basis, scale, dense, root.astype(u.dtype), inverse.astype(u.dtype), total)
 
 
 def dense_coordinates(classes: int, width: int) -> npt.NDArray[np.intp]:

@@ -18,12 +18,12 @@ import numpy as np
 import numpy.typing as npt
 
 from headrace.heads.design import Design
-from headrace.heads.flight import ITERATIONS_PER_FRAME, Batch, Flight
+from headrace.heads.flight import ITERATIONS_PER_FRAME, PARAMETERS_OF_WIDE_HEADS, Batch, Flight
 from headrace.heads.lbfgs import Stopped, minimise
 from headrace.heads.lines import Line, Plan, Solved, nearest, predict_start
 
 Array = npt.NDArray[Any]
-PAIRS, PARAMETERS_OF_FEWER_PAIRS, FEWER_PAIRS = 8, 1 << 16, 6  # at 100 classes reading eight costs more than they save
+PAIRS, PAIRS_OF_WIDE_HEADS = 8, 6  # at 100 classes reading eight costs more than they save
 MOST_ITERATIONS = 600
 COLUMNS_IN_FLIGHT = 512
 # Streamed rows are worth more columns a pass than one head of each line has, even for more passes.
@@ -119,7 +119,7 @@ def solve_lines(
         done,
         slots=slots,
         parameters=math.prod(flight.shape),
-        memory=PAIRS if math.prod(flight.shape) < PARAMETERS_OF_FEWER_PAIRS else FEWER_PAIRS,
+        memory=PAIRS if math.prod(flight.shape) < PARAMETERS_OF_WIDE_HEADS else PAIRS_OF_WIDE_HEADS,
         dtype=design.dtype,
         gap=gap,
         max_iterations=ITERATIONS_PER_FRAME,
