@@ -64,7 +64,7 @@ class PlainPass:
         elsewhere: Elsewhere | None,
     ) -> None:
         self.design, self.weighting, self.lines, self.elsewhere = design, weighting, lines, elsewhere
-        self.shape, self.seen = u.shape, seen
+        self.shape, self.dtype, self.seen = u.shape, u.dtype, seen
         # Class first: a reduction over classes is then a sum of contiguous runs.
         self.weights = {
             folds: np.ascontiguousarray(u[heads].transpose(1, 0, 2)).reshape(-1, u.shape[-1])
@@ -92,7 +92,7 @@ class PlainPass:
     def gradient(self) -> Array:
         """(A, c, W) over the tiles so far."""
         _, columns, width = self.shape
-        out = np.zeros(self.shape, next(iter(self.weights.values())).dtype)
+        out = np.zeros(self.shape, self.dtype)
         for folds, heads in self.seen.items():
             out[heads] += self.totals[folds].reshape(columns, len(heads), width).transpose(1, 0, 2)
         return out

@@ -6,7 +6,7 @@ n rows of a tile.
 A line is heads that differ in strength only. Along a line every second strength is solved in turn, from strong to weak,
 each start extrapolated in log C from the line's previous solutions; the heads between are interpolated. Heads of all lines
 are in flight together, and one that is done makes room for the next. A head takes over the curvature pairs of its nearest
-solved neighbour, corrected for the new strength: y = H s, and H changes by a multiple of P.
+solved neighbour, corrected for the new strength (`Flight.carried`).
 """
 
 import math

@@ -1,7 +1,9 @@
 """What a head is before and after training, as plain frozen values."""
 
 import dataclasses
+import functools
 import json
+import typing
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,6 +13,22 @@ import numpy.typing as npt
 FULL = -1  # "fold" of a head trained on every training row, none held out
 
 ClassWeight = Literal["none", "balanced"]
+
+
+def check_choices(spec: Any) -> None:
+    """Raises ValueError naming a field of a spec whose value is none of those that it may have: a misspelt class weight would
+    otherwise be none."""
+    for name, choices in _choices(type(spec)).items():  # type: ignore[arg-type]  # classes are hashable
+        found = getattr(spec, name)
+        if found not in choices:
+            wanted = " or ".join(map(repr, choices))
+            raise ValueError(f"{name} of a {type(spec).__name__} is {found!r}; write {wanted}")
+
+
+@functools.cache
+def _choices(kind: type) -> dict[str, tuple[object, ...]]:
+    hints = typing.get_type_hints(kind)
+    return {name: typing.get_args(hint) for name, hint in hints.items() if typing.get_origin(hint) is Literal}
 
 
 @dataclass(frozen=True)
@@ -26,6 +44,9 @@ class LogisticSpec:
     standardize: bool = True
     kind: Literal["logistic"] = "logistic"
 
+    def __post_init__(self) -> None:
+        check_choices(self)
+
 
 @dataclass(frozen=True)
 class RidgeSpec:
@@ -35,6 +56,9 @@ class RidgeSpec:
     class_weight: ClassWeight = "none"
     standardize: bool = True
     kind: Literal["ridge"] = "ridge"
+
+    def __post_init__(self) -> None:
+        check_choices(self)
 
 
 @dataclass(frozen=True)
@@ -54,6 +78,9 @@ class MLPSpec:
     standardize: bool = True
     kind: Literal["mlp"] = "mlp"
 
+    def __post_init__(self) -> None:
+        check_choices(self)
+
 
 @dataclass(frozen=True)
 class KNNSpec:
@@ -64,6 +91,9 @@ class KNNSpec:
     weighting: Literal["uniform", "distance"] = "uniform"
     kind: Literal["knn"] = "knn"
 
+    def __post_init__(self) -> None:
+        check_choices(self)
+
 
 @dataclass(frozen=True)
 class CentroidSpec:
@@ -71,6 +101,9 @@ class CentroidSpec:
 
     metric: Literal["cosine", "euclidean"] = "cosine"
     kind: Literal["centroid"] = "centroid"
+
+    def __post_init__(self) -> None:
+        check_choices(self)
 
 
 @dataclass(frozen=True)
@@ -81,6 +114,9 @@ class SklearnSpec:
     parameters: str = "{}"
     standardize: bool = False
     kind: Literal["sklearn"] = "sklearn"
+
+    def __post_init__(self) -> None:
+        check_choices(self)
 
 
 @dataclass(frozen=True)
@@ -102,6 +138,9 @@ class ConvSpec:
     patience: int = 6
     seed: int = 0
     kind: Literal["conv"] = "conv"
+
+    def __post_init__(self) -> None:
+        check_choices(self)
 
 
 @dataclass(frozen=True)
@@ -133,6 +172,9 @@ class FineTuneSpec:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     seed: int = 0
     kind: Literal["finetune"] = "finetune"
+
+    def __post_init__(self) -> None:
+        check_choices(self)
 
 
 @dataclass(frozen=True)

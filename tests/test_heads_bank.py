@@ -6,9 +6,9 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_origin, get_type_hints
 
 import h5py
 import numpy as np
@@ -19,6 +19,7 @@ from sklearn.datasets import load_digits
 from headrace.cache import Failure, FeatureSpec, create_feature_set, open_feature_set, publish_shard
 from headrace.heads import (
     FULL,
+    KINDS,
     TRAIN_ONLY,
     BadBank,
     BadFeatures,
@@ -515,6 +516,20 @@ def test_every_spec_survives_json() -> None:
     for spec in [*(s for specs in SPECS.values() for s in specs), ConvSpec((3, 4), (5,)), MLPSpec(())]:
         assert spec_from_json(spec_to_json(spec)) == spec
         assert replace(spec) == spec
+
+
+@pytest.mark.parametrize("kind", list(KINDS.values()))
+def test_a_choice_that_there_is_not_is_refused(kind: type) -> None:
+    """A misspelt class weight, metric or start would be taken for another; the message has the field and what it may be."""
+    hints = get_type_hints(kind)
+    choices = {field.name: field.default for field in fields(kind) if get_origin(hints[field.name]) is Literal}
+    required = {"C": 1.0, "alpha": 1.0, "k": 1, "estimator": "sklearn.svm.SVC", "head": "", "depth": "all"}
+    given = {field.name: required[field.name] for field in fields(kind) if field.name in required}
+    kind(**given, **choices)
+    for name, usual in choices.items():
+        for wrong in (None, "misspelt"):
+            with pytest.raises(ValueError, match=f"^{name} of a {kind.__name__} is {wrong!r}; write .*{usual}"):
+                kind(**given, **{name: wrong})
 
 
 def test_importing_heads_imports_no_torch() -> None:
