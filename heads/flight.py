@@ -159,16 +159,17 @@ class Batch:
         G = g - one.mu * pull
         excess = g_b if self.rows > 1 else np.array([-g_b[0], g_b[0]])
         ratio = float((excess / mass).max(initial=0.0))
-        bound = float(np.vdot(g, g)) / (2 * one.mu) + float(b @ g_b)
+        terms = [float(np.vdot(g, g)) / (2 * one.mu), *(b * g_b).tolist()]
         if ratio > 0:
             e = ratio / (1 + ratio)
             q = mass / mass.sum() - excess / (mass.sum() * ratio)
             drift = class_sums - q[:, None] * class_sums.sum(axis=0)
             d = -e * (G + (drift[1:] if self.rows == 1 else drift))
             loss = one.value - 0.5 * one.mu * float(np.vdot(pull, pull))
-            bound += e * (loss - float(np.vdot(pull, G)) - float(b @ g_b))
-            bound += float(np.vdot(G, d) + np.vdot(d, d) / 2) / one.mu
-        return max(bound, 0.0)
+            terms += [e * loss, -e * float(np.vdot(pull, G)), *(-e * b * g_b).tolist()]
+            terms += [float(np.vdot(G, d)) / one.mu, float(np.vdot(d, d)) / (2 * one.mu)]
+        # What cancels between terms is known to their rounding only, which may be more than is left.
+        return max(math.fsum(terms) + float(np.finfo(self.design.dtype).eps) * math.fsum(map(abs, terms)), 0.0)
 
 
 class Flight:
