@@ -34,6 +34,8 @@ GRADIENT, AT_CLASSES = 8e-6, 10
 MOST_THREADS = 8  # share a tile: fewer rows each than a hundred or so are not worth waking a thread
 VALUES_OF_BOUNDS = 1 << 22  # of heads whose bounds are computed together: 32 MB for each of a few arrays
 PARAMETERS_OF_WIDE_HEADS = 1 << 16  # beyond, what is done to pairs of steps shows beside the passes
+NEAR_STRENGTHS = 300.0  # one over the other: between anchors of a usual path lies a factor of four
+MOST_RATIO = 1e6  # of curvatures that pairs are corrected by
 TILES_AHEAD = 8  # of streamed rows, asked for while as many are multiplied
 
 
@@ -169,7 +171,8 @@ class Batch:
             terms += [e * loss, -e * float(np.vdot(pull, G)), *(-e * b * g_b).tolist()]
             terms += [float(np.vdot(G, d)) / one.mu, float(np.vdot(d, d)) / (2 * one.mu)]
         # What cancels between terms is known to their rounding only, which may be more than is left.
-        return max(math.fsum(terms) + float(np.finfo(self.design.dtype).eps) * math.fsum(map(abs, terms)), 0.0)
+        bound = sum(terms) + float(np.finfo(self.design.dtype).eps) * sum(map(abs, terms))
+        return max(bound, 0.0) if math.isfinite(bound) else math.inf
 
 
 class Flight:
@@ -193,30 +196,35 @@ class Flight:
             given = self.made[key]
         self.lines[slot], self.mu[slot], self.frames[slot] = i, mu, given
 
-    def carried(self, slot: int, other: Solved) -> Array:
-        """Another head's pairs for this slot.
+    def carried(self, slot: int, other: Solved) -> Array | None:
+        """Another head's pairs for this slot, or None where they are of no use.
 
-        Along a line the Hessian's two parts change each by a factor: the penalty's by the strengths, the loss's, towards weak
-        regularisation, by nearly as much. In u, pairs become s and y' = r (y - mu s) + mu' s, r the ratio of the frames' loss
-        curvatures. Wide heads' pairs stay as they are in scaled coordinates, where all Hessians are near the identity, but for
-        the eigenvectors of classes, which are turned: that is cheaper, and with 100 classes takes 3 % fewer iterations; with ten
-        4 % more. P is taken for the identity: with 100 classes the product would cost a pass.
+        A head that goes on in a new frame has the same Hessian: its pairs are taken to u and back. Along a line the Hessian's two
+        parts change each by a factor: the penalty's by the strengths, the loss's, towards weak regularisation, by nearly as
+        much. In u, pairs become s and y' = r (y - mu s) + mu' s, r the ratio of the frames' loss curvatures. Wide heads' pairs, of
+        a strength that is not far off, stay as they are in scaled coordinates, where all Hessians are near the identity, but
+        for the eigenvectors of classes, which are turned: that is cheaper, and with 100 classes takes 3 % fewer iterations; with
+        ten 4 % more. P is taken for the identity: with 100 classes the product would cost a pass.
         """
         m, own, frame = len(other.pairs) // 2, self.frames[slot], other.frame
-        if own is frame and self.mu[slot] == other.mu:
+        before, now = other.mu, float(self.mu[slot])
+        if own is frame and now == before:
             return other.pairs
-        if own is not frame and math.prod(self.shape) >= PARAMETERS_OF_WIDE_HEADS:
+        if own is not frame and now != before and math.prod(self.shape) >= PARAMETERS_OF_WIDE_HEADS:
+            if abs(math.log(now / before)) > math.log(NEAR_STRENGTHS):
+                return None
             return own.turned(other.pairs.reshape(2 * m, *self.shape), frame).reshape(2 * m, -1)
         steps = frame.unscaled(other.pairs[:m].reshape(m, *self.shape))
         if own is frame:
             steps[..., -1] = 0
             more = own.scaled_gradient(steps).reshape(m, -1)
-            return np.concatenate([other.pairs[:m], other.pairs[m:] + more.dtype.type(self.mu[slot] - other.mu) * more])
-        ratio = own.curvature / frame.curvature if frame.curvature > 0 else 1.0
+            return np.concatenate([other.pairs[:m], other.pairs[m:] + more.dtype.type(now - before) * more])
         changes = frame.unscaled_gradient(other.pairs[m:].reshape(m, *self.shape))
-        number = changes.dtype.type
-        changes *= number(ratio)
-        changes[..., :-1] += number(self.mu[slot] - ratio * other.mu) * steps[..., :-1]
+        if now != before:
+            ratio = float(np.clip(own.curvature / max(frame.curvature, 1e-30), 1 / MOST_RATIO, MOST_RATIO))
+            number = changes.dtype.type
+            changes *= number(ratio)
+            changes[..., :-1] += number(now - ratio * before) * steps[..., :-1]
         both = np.concatenate([own.scaled(steps), own.scaled_gradient(changes)])
         return both.reshape(2 * m, -1)
 

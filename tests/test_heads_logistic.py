@@ -2,6 +2,7 @@
 
 import time
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,8 +11,12 @@ from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
+from headrace.heads import flight as flight_module
+from headrace.heads.flight import Flight
 from headrace.heads.lbfgs import minimise
+from headrace.heads.lines import Solved
 from headrace.heads.logistic import fit_logistic_bank
+from headrace.heads.precondition import dense_coordinates, frame, row_products
 from headrace.heads.spec import FULL, LogisticSpec
 from headrace.heads.standardize import NotFinite
 from headrace.heads.task import TRAIN_ONLY
@@ -386,3 +391,29 @@ def test_float32_goes_on_below_the_rounding_of_its_values():
     assert end.converged
     # 1e-11 of the value, whose rounding is 1e-7 of it
     assert 0.5 * float((((end.point - optimum) * scales) ** 2).sum()) < 1e-7
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_a_head_that_goes_on_keeps_its_pairs(monkeypatch, wide):
+    """In a new frame a paused head has the steps and changes of gradient that it had in the old one: corrected as another
+    strength's are, heads at weak regularisation ended a hundredth above the optimum."""
+    if wide:
+        monkeypatch.setattr(flight_module, "PARAMETERS_OF_WIDE_HEADS", 1)
+    rng = np.random.default_rng(0)
+    classes, width, m = 5, 40, 3
+    values, weight = rng.standard_normal((200, width)), np.ones(200)
+    products = row_products(values, dense_coordinates(classes, width))
+    first, second = (
+        frame(size * rng.standard_normal((classes, width)), values, values**2, products, weight, 0.1)
+        for size in (0.1, 1)
+    )
+    flight = Flight(SimpleNamespace(rows=classes, design=SimpleNamespace(width=width)), 1)
+    flight.frames[0], flight.mu[0] = second, 0.1
+    pairs = rng.standard_normal((2 * m, (classes - 1) * width))
+    nothing = np.zeros((classes, width))
+    carried = flight.carried(0, Solved(nothing, nothing, 0.0, pairs, first, 0.1, 20, False))
+    then, now = (both.reshape(2 * m, classes - 1, width) for both in (pairs, carried))
+    np.testing.assert_allclose(second.unscaled(now[:m]), first.unscaled(then[:m]), rtol=1e-6, atol=1e-8)
+    np.testing.assert_allclose(
+        second.unscaled_gradient(now[m:]), first.unscaled_gradient(then[m:]), rtol=1e-6, atol=1e-6
+    )
