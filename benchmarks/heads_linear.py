@@ -34,6 +34,7 @@ from sklearn.model_selection import StratifiedKFold  # noqa: E402
 from sklearn.pipeline import make_pipeline  # noqa: E402
 from sklearn.preprocessing import StandardScaler  # noqa: E402
 
+from headrace.heads.design import ROWS_WORTH_A_METRIC  # noqa: E402
 from headrace.heads.logistic import fit_logistic_bank  # noqa: E402
 from headrace.heads.ridge import fit_ridge_bank  # noqa: E402
 from headrace.heads.spec import HeadFit, LogisticSpec, RidgeSpec  # noqa: E402
@@ -151,7 +152,7 @@ def logistic_case(name: str, quick: bool) -> dict[str, float]:
         # there are fewer rows than features, the folds' factors are left out.
         products = work
         if rows >= width:
-            through = 4 if classes - 1 < 48 else 2
+            through = 4 if classes - 1 < ROWS_WORTH_A_METRIC else 2
             products += sum(fit.iterations for fit in fits.values()) * through * width**2 * (classes - 1)
             products += 3 * rows * width**2 + 2 * rows * width * classes * len(STRENGTHS)
         # Against the peak as it was before and after each run: on a shared machine it moves by half within seconds.

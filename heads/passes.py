@@ -152,14 +152,11 @@ class CompiledPass:
         values = self.design.read(tile)[0]
         weight = None if tile.weight is None else np.ascontiguousarray(tile.weight, np.float32)
         losses = np.zeros((self.parts, self.shape[0]))
+        groups = [(group, self._labels(tile, group)) for group in self.groups[tile.folds]]
 
         def part(number: int) -> None:
             rows = slice(*(len(values) * i // self.parts for i in (number, number + 1)))
-            for group in self.groups[tile.folds]:
-                if self.weighting.rows > 1:
-                    labels = tile.classes
-                else:
-                    labels = tile.labels[self.weighting.labels[self.lines[group.heads]]].astype(np.int32)
+            for group, labels in groups:
                 own = np.zeros(len(group.heads))
                 self.compiled.run(
                     values[rows],
@@ -179,6 +176,12 @@ class CompiledPass:
         else:
             list(self.threads.map(part, range(self.parts)))
         return np.asarray(losses[:, self.seen[tile.folds]].sum(axis=0))
+
+    def _labels(self, tile: Tile, group: Group) -> npt.NDArray[np.int32]:
+        """What a group's heads learn of a tile's rows: (n,) classes, or (a, n) 0 and 1 for sigmoids."""
+        if self.weighting.rows > 1:
+            return tile.classes
+        return tile.labels[self.weighting.labels[self.lines[group.heads]]].astype(np.int32)
 
     def gradient(self) -> Array:
         """(A, c, W) over the tiles so far."""
