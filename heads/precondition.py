@@ -33,6 +33,7 @@ INTERCEPT_FLOOR = 1e-4  # of the rows' mass
 SAMPLED_ROWS, SAMPLED_ROWS_PER_CLASS = 2048, 20
 DENSE, MOST_DENSE = 160, 1024  # coordinates taken together, over all classes; as many where classes are many
 ROWS_AT_ONCE = 512  # of so many classes' pairs, 4 MB
+ROWS_WORTH_A_PRODUCT = 4
 CLASSES_WORTH_LINEAR_SUMS = 64  # with fewer, the loop over coordinates costs more, and the difference of sums cancels
 CLASSES_WORTH_DENSE = 128  # beyond, the products of pairs of classes cost more than the iterations that they save
 
@@ -45,22 +46,22 @@ class Frame:
     classes: Array  # E (C, c), orthonormal columns
     scale: Array  # (c, R + 1)
     dense: npt.NDArray[np.intp]  # (J,)
-    root: Array  # L (c J, c J), lower triangular
-    inverse: Array  # of L
+    root: Array  # L (c J, c J), lower triangular, in Fortran's order
+    inverse: Array  # of L, likewise
     curvature: float  # of the loss, summed over all coordinates but the intercept's
 
     def scaled(self, u: Array) -> Array:
         """x of u (..., C, R + 1)."""
         v = self.classes.T @ u
-        return self._replaced(v * self.scale, v, self.root)
+        return self._changed(v, np.multiply, self.root, out=v)
 
     def unscaled(self, x: Array) -> Array:
         """u of x (..., c, R + 1)."""
-        return np.asarray(self.classes @ self._replaced(x / self.scale, x, self.inverse))
+        return np.asarray(self.classes @ self._changed(x, np.divide, self.inverse))
 
     def free(self, x: Array) -> Array:
         """The rows of u (..., C - 1, R + 1) but the last, which is minus their sum; of a sigmoid its only one."""
-        return np.asarray(self.classes[: self.classes.shape[1]] @ self._replaced(x / self.scale, x, self.inverse))
+        return np.asarray(self.classes[: self.classes.shape[1]] @ self._changed(x, np.divide, self.inverse))
 
     def turned(self, x: Array, other: "Frame") -> Array:
         """x (..., c, R + 1) of another frame, with its directions among classes instead of this one's, and scaled as it was."""
@@ -73,21 +74,37 @@ class Frame:
         if g.shape[-2] < len(classes):
             classes = classes[:-1] - classes[-1]
         v = classes.T @ g
-        return self._replaced(v / self.scale, v, self.inverse.T)
+        return self._changed(v, np.divide, self.inverse, transposed=True, out=v)
 
     def unscaled_gradient(self, g: Array) -> Array:
         """Inverse of `scaled_gradient`."""
-        return np.asarray(self.classes @ self._replaced(g * self.scale, g, self.root.T))
+        return np.asarray(self.classes @ self._changed(g, np.multiply, self.root, transposed=True))
 
-    def _replaced(self, out: Array, v: Array, matrix: Array) -> Array:
-        """`out` with its dense coordinates those of v times the matrix."""
+    def _changed(
+        self, v: Array, change: np.ufunc, matrix: Array, *, transposed: bool = False, out: Array | None = None
+    ) -> Array:
+        """v times or over the scales, its dense coordinates times the matrix or its transpose instead; in `out`, which may be v."""
         if len(self.dense) == 0:
-            return out
+            return np.asarray(change(v, self.scale, out=out))
         first = len(self.dense) - 1  # and the last: `dense_coordinates`
         part = np.concatenate([v[..., :first], v[..., -1:]], axis=-1)
-        part = (part.reshape(*part.shape[:-2], -1) @ matrix).reshape(part.shape)
-        out[..., :first], out[..., -1] = part[..., :-1], part[..., -1]
-        return out
+        shape = part.shape
+        part = _times_triangle(part.reshape(-1, len(matrix)), matrix, transposed=transposed).reshape(shape)
+        changed = np.asarray(change(v, self.scale, out=out))
+        changed[..., :first], changed[..., -1] = part[..., :-1], part[..., -1]
+        return changed
+
+
+def _times_triangle(rows: Array, matrix: Array, *, transposed: bool) -> Array:
+    """Rows (k, n) times a lower triangle (n, n), or its transpose: one reads half a matrix, and a few are faster one by one."""
+    trans = int(not transposed)
+    if len(rows) > ROWS_WORTH_A_PRODUCT:
+        (multiply,) = scipy.linalg.get_blas_funcs(("trmm",), (matrix,))
+        return np.asarray(multiply(1.0, matrix, rows.T, lower=1, trans_a=trans).T)
+    (multiply,) = scipy.linalg.get_blas_funcs(("trmv",), (matrix,))
+    for row in rows:
+        row[:] = multiply(matrix, row, lower=1, trans=trans)
+    return rows
 
 
 def frame(u: Array, values: Array, squares: Array, products: Array, weight: Array, mu: float) -> Frame:
@@ -115,7 +132,8 @@ def frame(u: Array, values: Array, squares: Array, products: Array, weight: Arra
     if len(dense) == 0:
         none = np.zeros((0, 0), u.dtype)
         return Frame(basis, scale, dense, none, none, total)
-    root = _root(_crossed(p, basis, weight, products), basis.shape[1], len(dense), floor[dense], scale[:, dense])
+    hessian = _dense_hessian(p, basis, weight, values[:, dense], products)
+    root = _root(hessian, np.tile(floor[dense], basis.shape[1]), scale[:, dense].ravel())
     inverse, _ = scipy.linalg.lapack.dtrtri(root, lower=1)
     return Frame(basis, scale, dense, root.astype(u.dtype), inverse.astype(u.dtype), total)
 
@@ -137,41 +155,42 @@ def row_products(values: Array, dense: npt.NDArray[np.intp]) -> Array:
     return np.asarray(part[:, one] * part[:, other])
 
 
-def _crossed(p: Array, basis: Array, weight: Array, products: Array) -> Array:
-    """(c (c + 1) / 2, J (J + 1) / 2) sums over rows of weight (e_a' S e_b) times products of coordinates, a <= b."""
-    one, other = np.triu_indices(basis.shape[1])
-    both, mixed = (basis[:, one] * basis[:, other]).T, basis.T @ p
-    if basis.shape[1] < CLASSES_WORTH_LINEAR_SUMS:
-        total = np.zeros((len(one), products.shape[1]), p.dtype)
-        for first in range(0, len(products), ROWS_AT_ONCE):
-            rows = slice(first, first + ROWS_AT_ONCE)
-            own = both @ p[:, rows] - mixed[one, rows] * mixed[other, rows]
-            total += (own * weight[rows]) @ products[rows]
-        return total
-    # e_a' S e_b is p' (e_a e_b) less (e_a' p) (e_b' p): the first is linear in p, and its sums are few.
-    total = both @ ((p * weight) @ products)
-    room = np.empty_like(mixed)
-    for place, product in enumerate(products.T):
-        np.multiply(mixed, weight * product, out=room)
-        total[:, place] -= (room @ mixed.T)[one, other]
-    return np.asarray(total)
-
-
-def _root(sums: Array, c: int, size: int, floor: Array, scale: Array) -> Array:
-    """L (c J, c J) float64 with L L' the Hessian in the dense coordinates, of its sums (c (c + 1) / 2, J (J + 1) / 2)."""
-    pairs = np.empty((len(sums), size, size))
+def _dense_hessian(p: Array, basis: Array, weight: Array, values: Array, products: Array) -> Array:
+    """(c J, c J) float64, in Fortran's order, its lower triangle sums over rows of weight (e_a' S e_b) z_j z_k, class directions a
+    and b, dense coordinates j and k of the rows `values` (n, J)."""
+    c, size = basis.shape[1], values.shape[1]
     one, other = np.triu_indices(size)
-    pairs[:, one, other] = pairs[:, other, one] = sums
     blocks = np.empty((c, size, c, size))
-    first, second = np.triu_indices(c)
-    blocks[first, :, second] = blocks[second, :, first] = pairs
-    hessian = blocks.reshape(c * size, c * size)
+    mixed = basis.T @ p
+    if c < CLASSES_WORTH_LINEAR_SUMS:
+        first, second = np.triu_indices(c)
+        both = (basis[:, first] * basis[:, second]).T
+        total = np.zeros((len(first), products.shape[1]), p.dtype)
+        for start in range(0, len(products), ROWS_AT_ONCE):
+            rows = slice(start, start + ROWS_AT_ONCE)
+            own = both @ p[:, rows] - mixed[first, rows] * mixed[second, rows]
+            total += (own * weight[rows]) @ products[rows]
+        pairs = np.empty((len(first), size, size))
+        pairs[:, one, other] = pairs[:, other, one] = total
+        blocks[first, :, second] = blocks[second, :, first] = pairs
+        return blocks.reshape(c * size, c * size).T
+    # e_a' S e_b is p' (e_a e_b) less (e_a' p) (e_b' p): the first is linear in p, and its sums are few; the second is a Gram matrix
+    # of rows times class directions.
+    linear = (basis.T * ((p * weight) @ products).T[:, None]) @ basis
+    blocks[:, one, :, other] = blocks[:, other, :, one] = linear
+    crossed = (mixed[:, None] * (np.sqrt(weight) * values.T)).reshape(c * size, -1)
+    (gram,) = scipy.linalg.get_blas_funcs(("syrk",), (crossed,))
+    hessian = blocks.reshape(c * size, c * size).T
+    hessian -= gram(1.0, crossed.T, trans=1, lower=1)
+    return hessian
+
+
+def _root(hessian: Array, floor: Array, scale: Array) -> Array:
+    """L (c J, c J) float64, in Fortran's order, with L L' the Hessian, which is overwritten, and the floor on its diagonal."""
     # A sum of float32 products is positive definite up to rounding only.
-    hessian[np.diag_indices(c * size)] += np.tile(floor, c) + 1e-5 * hessian.diagonal()
-    try:
-        return np.linalg.cholesky(hessian)
-    except np.linalg.LinAlgError:
-        return np.diag(scale.ravel().astype(np.float64))
+    hessian[np.diag_indices(len(hessian))] += floor + 1e-5 * hessian.diagonal()
+    root, failed = scipy.linalg.lapack.dpotrf(hessian, lower=1, overwrite_a=1)
+    return np.asfortranarray(np.diag(scale.astype(np.float64))) if failed else root
 
 
 def _class_basis(p: Array, weight: Array) -> Array:
