@@ -34,7 +34,7 @@ from sklearn.model_selection import StratifiedKFold  # noqa: E402
 from sklearn.pipeline import make_pipeline  # noqa: E402
 from sklearn.preprocessing import StandardScaler  # noqa: E402
 
-from headrace.heads.design import ROWS_WORTH_A_METRIC  # noqa: E402
+from headrace.heads.design import COLUMNS_OF_A_WIDE_HEAD  # noqa: E402
 from headrace.heads.logistic import fit_logistic_bank  # noqa: E402
 from headrace.heads.ridge import fit_ridge_bank  # noqa: E402
 from headrace.heads.spec import HeadFit, LogisticSpec, RidgeSpec  # noqa: E402
@@ -118,6 +118,23 @@ def one_head(X: np.ndarray, y: np.ndarray, fold: np.ndarray, held: int, C: float
     return W, head.intercept_ - W @ scaler.mean_
 
 
+def products_beside(rows: int, width: int, classes: int, iterations: int) -> float:
+    """Flops of the matrix products around the passes over the rows, those of frames and pairs left out and, where there are fewer
+    rows than features, everything."""
+    if rows < width:
+        return 0.0
+    columns, heads = classes - 1, 5 * len(STRENGTHS)
+    wide = columns >= COLUMNS_OF_A_WIDE_HEAD
+    # Rows into their eigenbasis, of wide heads for each fold its own; their Gram matrix, of which half is computed.
+    rotation = (2 * (4 if wide else 1) + 1) * rows * width**2
+    # Of wide heads each fold's rows have its scales, and penalties and bounds need no product.
+    penalties = 0 if wide else 4 * iterations * width**2 * columns
+    to_raw_and_bounds = 2 * (1 if wide else 3) * heads * classes * width**2
+    among_classes = 4 * iterations * columns**2 * width
+    held_out = 2 * rows * width * classes * len(STRENGTHS)
+    return float(rotation + penalties + to_raw_and_bounds + among_classes + held_out)
+
+
 def logistic_case(name: str, quick: bool) -> dict[str, float]:
     rows, width, classes = CASES[name]
     X, y = digit_features(rows, width, classes)
@@ -147,14 +164,7 @@ def logistic_case(name: str, quick: bool) -> dict[str, float]:
             for i, f in sampled
         ]
         work = sum(fit.iterations for fit in fits.values()) * 4 * 0.8 * rows * width * (classes - 1)
-        # All matrix products: the passes over the rows; the penalties, in features or, of wide heads, by a stored matrix; all
-        # rows into their eigenbasis, their Gram matrix (half of it), and the held-out rows' decisions. Frames, bounds and, where
-        # there are fewer rows than features, the folds' factors are left out.
-        products = work
-        if rows >= width:
-            through = 4 if classes - 1 < ROWS_WORTH_A_METRIC else 2
-            products += sum(fit.iterations for fit in fits.values()) * through * width**2 * (classes - 1)
-            products += 3 * rows * width**2 + 2 * rows * width * classes * len(STRENGTHS)
+        products = work + products_beside(rows, width, classes, sum(fit.iterations for fit in fits.values()))
         # Against the peak as it was before and after each run: on a shared machine it moves by half within seconds.
         beside = [(before + after) / 2 for before, after in itertools.pairwise(peaks)]
         shares = [work / run[1][0] / 1e9 / own for run, own in zip(runs, beside, strict=True)]

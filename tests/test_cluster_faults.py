@@ -192,9 +192,9 @@ def published(folder):
 
 
 def test_a_driver_killed_at_any_moment_leaves_no_orphan_and_repeats_nothing(tmp_path):
-    """SIGKILL of the driver at 10 random moments: a bank whose results are published is never trained again."""
+    """SIGKILL of the driver at seven random moments: a bank whose results are published is never trained again."""
     rng = random.Random(0)
-    banks, kills = 80, 10
+    banks, kills = 80, 7
     done = {}
     began: list[tuple[int, set[int]]] = []  # how many fits had begun, and which heads were published, at each kill
     while len(began) < kills:
