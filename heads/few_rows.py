@@ -6,7 +6,7 @@ The coordinates are a Cholesky factor of the rows' products, in float64 and with
 directions come first. Whole eigenvectors would take several times as long and save no iterations: frames (`precondition.py`) look
 at the longest directions and at the diagonal of the rest. Folds have coordinates of their own, of their own training rows, centre
 and scales, and all their heads can be in flight together. Where the folds' scales differ too much for float32
-(`design.same_scales`), or their copies of the rows do not fit (`design.copies_fit`), each fold goes its own way.
+(`design.same_scales`), or their copies of the rows do not fit (`worth_a_copy`), each fold goes its own way.
 """
 
 from collections.abc import Sequence
@@ -21,9 +21,15 @@ from headrace.heads.rotation import Basis, Span, turn
 from headrace.heads.standardize import Features, Moments
 
 Array = npt.NDArray[Any]
+MOST_BYTES = 1 << 29  # of the folds' copies of the rows, float32
 THINNEST = 1e-3  # direction of rows, over the thickest, that float32 can be divided by: three of its seven digits
 LONGEST, ROUNDS = 64, 2  # directions that are looked for, and how often rows are multiplied to find them
 COLUMNS_AT_ONCE = 4096  # of rows in float64
+
+
+def worth_a_copy(scaling: dict[int, Moments], folds: Sequence[int], rows: int) -> bool:
+    """Whether the copies that these folds keep in a design of so many rows fit."""
+    return sum(scaling[fold].count for fold in folds) * rows * 4 <= MOST_BYTES
 
 
 def few_rows_design(

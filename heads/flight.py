@@ -76,19 +76,16 @@ class Batch:
         self.samples: dict[int | None, Sample] = {}
         for fold in np.unique(self.folds).tolist() if design.apart else [None]:
             tiles = [tile for tile in design.tiles if fold is None or fold in tile.folds]
-            # Of rows that several folds have copies of, one is sampled.
-            first = {int(tile.rows[0]): tile for tile in reversed(tiles)}
-            every = max(sum(len(tile.rows) for tile in first.values()) // wanted, 1)
+            every = max(sum(len(tile.rows) for tile in tiles) // wanted, 1)
             parts, taken = [], []
             passed = 0
             for tile in tiles:
                 values, _ = design.read(tile)
-                if first[int(tile.rows[0])] is tile:
-                    # Every so many-th row of all, wherever tiles begin: a tile may hold fewer than that.
-                    some = slice(-passed % every, None, every)
-                    passed += len(tile.rows)
-                    parts.append((tile, some))
-                    taken.append(values[some].copy())
+                # Every so many-th row of all, wherever tiles begin: a tile may hold fewer than that.
+                some = slice(-passed % every, None, every)
+                passed += len(tile.rows)
+                parts.append((tile, some))
+                taken.append(values[some].copy())
                 for i in np.flatnonzero(self.trained[tile.folds]).tolist():
                     sums[i] = sums[i] + self._tile_sums(tile, values, i)
             values = design.from_tiles(np.concatenate(taken))
@@ -256,13 +253,9 @@ class Flight:
         u = np.empty((len(which), *self.shape), design.dtype)
         for own, rows in frames:
             u[rows] = own.free(x[rows].reshape(-1, *self.shape))
-        inner = u[..., :-1]
-        if design.ratio:
-            inner = np.ascontiguousarray(inner)
-            pull = design.penalised(inner, batch.folds[lines], batch.alone)
-            pull *= mu[:, None, None]
-        else:
-            pull = inner * mu[:, None, None]
+        inner = np.ascontiguousarray(u[..., :-1])
+        pull = design.penalised(inner, batch.folds[lines], batch.alone)
+        pull = mu[:, None, None] * pull
         value = 0.5 * np.einsum("acr,acr->a", inner, pull).astype(np.float64)
         if batch.rows > 1:
             value += 0.5 * np.einsum("ar,ar->a", inner.sum(axis=1), pull.sum(axis=1))

@@ -19,16 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from headrace.heads.checks import check_specs
-from headrace.heads.design import (
-    ROWS_PER_TILE,
-    Design,
-    copies_fit,
-    make_design,
-    same_scales,
-    stream_design,
-    worth_own_rows,
-)
-from headrace.heads.few_rows import few_rows_design
+from headrace.heads.design import ROWS_PER_TILE, Design, make_design, same_scales, stream_design
+from headrace.heads.few_rows import few_rows_design, worth_a_copy
 from headrace.heads.inputs import check_rows
 from headrace.heads.lines import Line
 from headrace.heads.loss import sigmoid, softmax
@@ -160,12 +152,8 @@ def _fit_problem(
         if not lines:
             continue
         own_labels = labels if binary else None
-        heads = sum(len(line.strengths) for line in lines)
-        own_rows = copies_fit(scaling, folds, X.shape[1]) and worth_own_rows(scaling, folds, rows - 1, heads)
         narrow, wide = (
-            functools.partial(
-                _design, X, problem, fold, used, folds, own_labels, rows, sw, standardize, own_rows, dtype
-            )
+            functools.partial(_design, X, problem, fold, used, folds, own_labels, rows, sw, standardize, dtype)
             for dtype in (np.float32, np.float64)
         )
         solutions = _solve(narrow, wide, lines, rows, gap, deadline, device)
@@ -184,7 +172,7 @@ def _batches(problem: _Problem, scaling: dict[int, Moments], dim: int, standardi
     """The problem's folds, those in one tuple that can share a design."""
     whole, count = scaling[FULL], int(problem.known.sum())
     alike = tuple(f for f in problem.folds if same_scales(scaling[f], whole, standardize=standardize))
-    if dim > count and not copies_fit(scaling, alike, count):
+    if dim > count and not worth_a_copy(scaling, alike, count):
         alike = ()
     alone: list[tuple[int, ...]] = [(f,) for f in problem.folds if f not in alike]
     return [alike, *alone] if alike else alone
@@ -278,7 +266,6 @@ def _design(
     rows: int,
     sw: Array | None,
     standardize: bool,
-    own_rows: bool,
     dtype: Any,
 ) -> Design:
     """The design, its tiles' rows sorted by class and labelled; rows without a class in the problem are left out."""
@@ -304,7 +291,7 @@ def _design(
     else:
         members = {int(group): by_class(np.flatnonzero(wanted & (fold == group))) for group in np.unique(fold)}
         groups = [(seen_by(group), member) for group, member in members.items() if member.size]
-        design = make_design(X, groups, scaling, standardize=standardize, dtype=dtype, own_rows=own_rows)
+        design = make_design(X, groups, scaling, standardize=standardize, dtype=dtype)
     tiles = []
     for tile in design.tiles:
         bounds = np.searchsorted(problem.target[tile.rows], np.arange(rows + 1)) if rows > 1 else tile.bounds

@@ -40,7 +40,7 @@ def both_ways(X, y, fold, specs, **options):
         patch.setattr(logistic, "few_rows_design", counted)
         together = fit_logistic_bank(X, y, **options)
         shared, calls[:] = max(calls), []
-        patch.setattr(logistic, "copies_fit", lambda *_: False)
+        patch.setattr(logistic, "worth_a_copy", lambda *_: False)
         apart = fit_logistic_bank(X, y, **options)
     assert shared > 1
     return together, apart
