@@ -34,7 +34,7 @@ from sklearn.model_selection import StratifiedKFold  # noqa: E402
 from sklearn.pipeline import make_pipeline  # noqa: E402
 from sklearn.preprocessing import StandardScaler  # noqa: E402
 
-from headrace.heads.design import ROWS_WORTH_A_METRIC  # noqa: E402
+from headrace.heads.design import COLUMNS_OF_A_WIDE_HEAD  # noqa: E402
 from headrace.heads.logistic import fit_logistic_bank  # noqa: E402
 from headrace.heads.ridge import fit_ridge_bank  # noqa: E402
 from headrace.heads.spec import HeadFit, LogisticSpec, RidgeSpec  # noqa: E402
@@ -124,10 +124,12 @@ def products_beside(rows: int, width: int, classes: int, iterations: int) -> flo
     if rows < width:
         return 0.0
     columns, heads = classes - 1, 5 * len(STRENGTHS)
-    rotation = 3 * rows * width**2  # rows into their eigenbasis, and their Gram matrix, of which half is computed
-    through = 4 if columns < ROWS_WORTH_A_METRIC else 2  # in features or, of wide heads, by a stored matrix
-    penalties = through * iterations * width**2 * columns
-    to_raw_and_bounds = 2 * 3 * heads * classes * width**2
+    wide = columns >= COLUMNS_OF_A_WIDE_HEAD
+    # Rows into their eigenbasis, of wide heads for each fold its own; their Gram matrix, of which half is computed.
+    rotation = (2 * (4 if wide else 1) + 1) * rows * width**2
+    # Of wide heads each fold's rows have its scales, and penalties and bounds need no product.
+    penalties = 0 if wide else 4 * iterations * width**2 * columns
+    to_raw_and_bounds = 2 * (1 if wide else 3) * heads * classes * width**2
     among_classes = 4 * iterations * columns**2 * width
     held_out = 2 * rows * width * classes * len(STRENGTHS)
     return float(rotation + penalties + to_raw_and_bounds + among_classes + held_out)

@@ -6,7 +6,9 @@ Coordinates. Let s be the scale of every feature over all rows and Q (D, R) an o
 Gram matrix of the scaled rows. A head's raw weights are  W = (Q u) / s,  its decision  u . Q'((x - m)/s) + b.
 The fold's own standardisation changes neither the rows nor the decision, only what is penalised: with the standard
 deviations s_f of the fold's training rows the penalty is |W s_f|^2 = u' P u,  P = Q' diag(s_f/s)^2 Q (the intercept is
-free and absorbs every mean). So all folds share one copy of the rows and differ in P, which is near the identity.
+free and absorbs every mean). So all folds share one copy of the rows and differ in P, which is near the identity. Wide heads do
+not gain by sharing: where it is worth it (`worth_own_rows`), each fold has a copy of its rows in its own scales, rotated by the same
+Q, and P is the identity.
 
 Rows that do not fit into memory are read from their shards on every pass instead, and centred there; it is the weights that
 are scaled and rotated, and the gradients back, which costs as much as a few rows do.
@@ -24,7 +26,7 @@ import numpy.typing as npt
 import scipy.linalg
 
 from headrace.heads.compiled_tiles import Compiled, aligned_rows, compiled
-from headrace.heads.rotation import Rotation, Span
+from headrace.heads.rotation import OwnScales, Rotation, Span
 from headrace.heads.spec import FULL
 from headrace.heads.standardize import Features, Moments, chunks, scaled
 from headrace.heads.streamed import Streamed
@@ -38,6 +40,10 @@ ROWS_PER_TILE = 1024  # a tile of 450 decisions by this many rows is 1.8 MB: it 
 ROWS_PER_COMPILED_TILE = 8192  # which takes a few of them at a time by itself
 ROWS_OF_A_BASIS = 1 << 15
 ROWS_WORTH_A_METRIC = 48
+COLUMNS_OF_A_WIDE_HEAD = 64  # a head of so many gains nothing from others that see the same rows
+EVALUATIONS = 7  # of a head, as far as its penalty goes: some five, and two products more for its bound
+MOST_BYTES_OF_OWN_ROWS = 1 << 28
+OWN_SPREAD = 3.0  # of a fold's scales over the common ones, either way
 BYTES_WORTH_A_SECOND_COPY = 1 << 29  # of rotated rows: beyond, memory is dearer than a faster layout
 
 
@@ -65,10 +71,10 @@ class Design:
 
     tiles: list[Tile]
     dtype: np.dtype[Any]
-    rotation: Rotation | Span  # Q
+    rotation: Rotation | OwnScales | Span  # Q, or what is in its place
     centre: Array  # (D,) float64
     factor: Array  # (D,) float64, 1 / scale, 0 for constant features
-    ratio: dict[int, Array]  # fold -> (D,) s_f / s; empty where no fold needs it: few rows, unstandardised, one fold
+    ratio: dict[int, Array]  # fold -> (D,) s_f / s; empty where P is the identity: own rows, unstandardised, one fold
     metrics: dict[int, Array]  # fold -> P (R, R), filled in when first needed
     unit: float  # unstandardised features are divided by this one number; 1 for standardised ones
     source: Streamed | None = None  # where tiles read their rows on every pass
@@ -81,7 +87,7 @@ class Design:
 
     @property
     def apart(self) -> bool:
-        """Whether every fold has a copy of its rows, in coordinates of its own."""
+        """Whether folds have coordinates that have nothing to do with one another."""
         return isinstance(self.rotation, Span)
 
     def read(self, tile: Tile) -> tuple[Array, Array]:
@@ -188,13 +194,37 @@ class Design:
         return np.concatenate([self.rotation.back(scaled, folds), intercept[:, None]], axis=1).astype(self.dtype)
 
 
+def worth_own_rows(scaling: dict[int, Moments], folds: Sequence[int], columns: int, heads: int) -> bool:
+    """Whether folds are better off with float32 copies of their rows, each in its own scales, for so many heads of so many columns.
+
+    P is the identity then, which spares every evaluation a product of D x D, a sixth of what 4,000 rows of 1,280 features cost, and
+    the bounds two; and no frame has to pretend that it is: at a gap of 1e-7 heads of 100 classes take 1,572 iterations instead of
+    2,201. But every fold's rows are rotated, no two folds' heads share a pass, which wide heads do not miss, and frames see rows in
+    one fold's scales: with one row 400 times as far out as the others heads took twice the iterations.
+    """
+    if len(folds) < 2 or columns < COLUMNS_OF_A_WIDE_HEAD or compiled_for(np.float32) is None:
+        return False
+    whole = scaling[FULL]
+    copied = sum(scaling[fold].count for fold in folds)
+    ratios = [scale_ratio(scaling[fold], whole) for fold in folds]
+    alike = all(OWN_SPREAD * ratio.min() >= 1 and ratio.max() <= OWN_SPREAD for ratio in ratios)
+    fits = copied * len(whole.mean) * 4 <= MOST_BYTES_OF_OWN_ROWS
+    return alike and fits and copied <= EVALUATIONS * heads * columns
+
+
 def make_design(
-    X: Features, groups: Sequence[Group], scaling: dict[int, Moments], *, standardize: bool, dtype: Any
+    X: Features,
+    groups: Sequence[Group],
+    scaling: dict[int, Moments],
+    *,
+    standardize: bool,
+    dtype: Any,
+    own_rows: bool = False,
 ) -> Design:
     """Design of the given groups of rows of X (N, D), for the folds in `scaling` (fold: moments of its training rows).
 
     The tiles come without labels, which the caller adds. For one fold P is the identity, and the groups are its
-    training rows.
+    training rows; so it is with `own_rows`, where each fold has a copy of its rows in its own scales.
     """
     whole, factor, ratio, unit = coordinates(scaling, standardize=standardize, dtype=dtype)
     parts = [scaled_rows(X, rows, whole.mean, factor, dtype) for _, rows in groups]
@@ -202,12 +232,16 @@ def make_design(
     gram = sum((part.T @ part for part in parts), np.zeros((dim, dim), dtype))
     _, vectors = scipy.linalg.eigh(gram, driver="evd", overwrite_a=True, check_finite=False)
     rotation = _rotation(vectors)
+    own_scales = OwnScales(rotation, ratio) if own_rows and ratio else None
     tiles = []
-    twice = worth_copies(sum(len(rows) for _, rows in groups) * dim, dtype)
+    twice = worth_copies(sum(len(rows) * (len(folds) if own_scales else 1) for folds, rows in groups) * dim, dtype)
     for index, (folds, rows) in enumerate(groups):
         part, parts[index] = parts[index], np.empty((0, 0), dtype)  # scaled rows go as the rotated ones come
-        rotated = functools.partial(_rotated, rotation, part)
-        tiles += make_tiles(folds, rows, rotated, dim, dtype, twice=twice)
+        for own in [(fold,) for fold in folds] if own_scales else [folds]:
+            rotated = functools.partial(_rotated, rotation if own_scales is None else own_scales, part, own)
+            tiles += make_tiles(own, rows, rotated, dim, dtype, twice=twice)
+    if own_scales is not None:
+        return Design(tiles, np.dtype(dtype), own_scales, whole.mean, factor, {}, {}, unit)
     return Design(tiles, np.dtype(dtype), rotation, whole.mean, factor, ratio, {}, unit)
 
 
@@ -228,8 +262,8 @@ def worth_copies(values: int, dtype: Any) -> bool:
     return bool(compiled_for(dtype) is None and values * np.dtype(dtype).itemsize < BYTES_WORTH_A_SECOND_COPY)
 
 
-def _rotated(rotation: Rotation, part: Array, some: slice) -> Array:
-    return rotation.back(part[some])
+def _rotated(rotation: Rotation | OwnScales, part: Array, folds: tuple[int, ...], some: slice) -> Array:
+    return rotation.back(part[some]) if isinstance(rotation, Rotation) else rotation.rows(part[some], folds[0])
 
 
 def make_tiles(

@@ -71,21 +71,24 @@ class Batch:
         self.trained = {own: np.isin(self.folds, own) for own in dict.fromkeys(tile.folds for tile in design.tiles)}
         wanted = max(SAMPLED_ROWS, SAMPLED_ROWS_PER_CLASS * rows)
         sums: list[Array | float] = [0.0] * len(lines)
-        # What frames are made from: some of all rows or, where folds have rows of their own, of each fold's. There rows are
+        # What frames are made from: some of all rows or, where folds are apart, of each fold's. There rows are
         # nearly orthogonal, and a fold's frame knows nothing of the directions of those that another trains on.
         self.samples: dict[int | None, Sample] = {}
         for fold in np.unique(self.folds).tolist() if design.apart else [None]:
             tiles = [tile for tile in design.tiles if fold is None or fold in tile.folds]
-            every = max(sum(len(tile.rows) for tile in tiles) // wanted, 1)
+            # Of rows that several folds have copies of, the last is sampled: where heads train on all rows, theirs.
+            sampled = {int(tile.rows[0]): tile for tile in tiles}
+            every = max(sum(len(tile.rows) for tile in sampled.values()) // wanted, 1)
             parts, taken = [], []
             passed = 0
             for tile in tiles:
                 values, _ = design.read(tile)
-                # Every so many-th row of all, wherever tiles begin: a tile may hold fewer than that.
-                some = slice(-passed % every, None, every)
-                passed += len(tile.rows)
-                parts.append((tile, some))
-                taken.append(values[some].copy())
+                if sampled[int(tile.rows[0])] is tile:
+                    # Every so many-th row of all, wherever tiles begin: a tile may hold fewer than that.
+                    some = slice(-passed % every, None, every)
+                    passed += len(tile.rows)
+                    parts.append((tile, some))
+                    taken.append(values[some].copy())
                 for i in np.flatnonzero(self.trained[tile.folds]).tolist():
                     sums[i] = sums[i] + self._tile_sums(tile, values, i)
             values = design.from_tiles(np.concatenate(taken))
@@ -253,9 +256,13 @@ class Flight:
         u = np.empty((len(which), *self.shape), design.dtype)
         for own, rows in frames:
             u[rows] = own.free(x[rows].reshape(-1, *self.shape))
-        inner = np.ascontiguousarray(u[..., :-1])
-        pull = design.penalised(inner, batch.folds[lines], batch.alone)
-        pull = mu[:, None, None] * pull
+        inner = u[..., :-1]
+        if design.ratio:
+            inner = np.ascontiguousarray(inner)
+            pull = design.penalised(inner, batch.folds[lines], batch.alone)
+            pull *= mu[:, None, None]
+        else:
+            pull = inner * mu[:, None, None]
         value = 0.5 * np.einsum("acr,acr->a", inner, pull).astype(np.float64)
         if batch.rows > 1:
             value += 0.5 * np.einsum("ar,ar->a", inner.sum(axis=1), pull.sum(axis=1))

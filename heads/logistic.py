@@ -19,7 +19,14 @@ import numpy as np
 import numpy.typing as npt
 
 from headrace.heads.checks import check_specs
-from headrace.heads.design import ROWS_PER_TILE, Design, make_design, same_scales, stream_design
+from headrace.heads.design import (
+    ROWS_PER_TILE,
+    Design,
+    make_design,
+    same_scales,
+    stream_design,
+    worth_own_rows,
+)
 from headrace.heads.few_rows import few_rows_design, worth_a_copy
 from headrace.heads.inputs import check_rows
 from headrace.heads.lines import Line
@@ -152,9 +159,12 @@ def _fit_problem(
         if not lines:
             continue
         own_labels = labels if binary else None
+        heads = sum(len(line.strengths) for line in lines)
+        own_rows = device == "cpu" and standardize and worth_own_rows(scaling, folds, rows - 1, heads)
         narrow, wide = (
-            functools.partial(_design, X, problem, fold, used, folds, own_labels, rows, sw, standardize, dtype)
-            for dtype in (np.float32, np.float64)
+            functools.partial(_design, X, problem, fold, used, folds, own_labels, rows, sw, standardize, own, dtype)
+            # What is left for float64 is a few heads: not worth rows of their own.
+            for dtype, own in ((np.float32, own_rows), (np.float64, False))
         )
         solutions = _solve(narrow, wide, lines, rows, gap, deadline, device)
         seconds = (time.perf_counter() - began) / max(len(solutions), 1)
@@ -266,6 +276,7 @@ def _design(
     rows: int,
     sw: Array | None,
     standardize: bool,
+    own_rows: bool,
     dtype: Any,
 ) -> Design:
     """The design, its tiles' rows sorted by class and labelled; rows without a class in the problem are left out."""
@@ -291,7 +302,7 @@ def _design(
     else:
         members = {int(group): by_class(np.flatnonzero(wanted & (fold == group))) for group in np.unique(fold)}
         groups = [(seen_by(group), member) for group, member in members.items() if member.size]
-        design = make_design(X, groups, scaling, standardize=standardize, dtype=dtype)
+        design = make_design(X, groups, scaling, standardize=standardize, dtype=dtype, own_rows=own_rows)
     tiles = []
     for tile in design.tiles:
         bounds = np.searchsorted(problem.target[tile.rows], np.arange(rows + 1)) if rows > 1 else tile.bounds

@@ -18,12 +18,11 @@ import numpy.typing as npt
 from threadpoolctl import threadpool_info  # type: ignore[import-untyped]
 
 from headrace.heads.compiled_tiles import Compiled
-from headrace.heads.design import Design, Tile
+from headrace.heads.design import COLUMNS_OF_A_WIDE_HEAD, Design, Tile
 from headrace.heads.loss import sigmoid_loss, softmax_loss
 
 Array = npt.NDArray[Any]
 NEAR_BYTES = 1 << 20  # of the second cache, for weights and gradients
-COLUMNS_WORTH_A_PASS_OF_ITS_OWN = 64
 Seen = dict[tuple[int, ...], npt.NDArray[np.intp]]
 # (tile, its values, weights, labels, row weights) -> losses and gradient, somewhere else than in NumPy
 Elsewhere = Callable[[Tile, Array, Array, Array | None, Array | None], tuple[Array, Array]]
@@ -135,7 +134,7 @@ class CompiledPass:
         # Heads that pass over a tile together: their weights and gradients stay in the second cache from block to block.
         most = max(NEAR_BYTES // (8 * columns * width), 1)
         self.groups: dict[tuple[int, ...], list[Group]]
-        if most == 1 or columns >= COLUMNS_WORTH_A_PASS_OF_ITS_OWN:
+        if most == 1 or columns >= COLUMNS_OF_A_WIDE_HEAD:
             # A head that is wide by itself is laid out once for all tiles.
             alone = [group(np.array([head])) for head in range(heads)]
             self.groups = {folds: [alone[head] for head in own.tolist()] for folds, own in seen.items()}

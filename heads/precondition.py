@@ -96,7 +96,8 @@ class Frame:
 
 
 def _times_triangle(rows: Array, matrix: Array, *, transposed: bool) -> Array:
-    """Rows (k, n) times a lower triangle (n, n), or its transpose: one reads half a matrix, and a few are faster one by one."""
+    """Rows (k, n), which may be overwritten, times a lower triangle (n, n) or its transpose: that reads half a matrix, and a few are
+    faster one by one."""
     trans = int(not transposed)
     if len(rows) > ROWS_WORTH_A_PRODUCT:
         (multiply,) = scipy.linalg.get_blas_funcs(("trmm",), (matrix,))

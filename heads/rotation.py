@@ -39,6 +39,42 @@ class Rotation:
 
 
 @dataclass(frozen=True)
+class OwnScales:
+    """A rotation behind each fold's own scales, r (D,) over the common ones: v = r^-1 Q u, so that what is penalised, |r v|, is
+    |u|. A fold's rows z are z r^-1 Q, which are copies of its own."""
+
+    rotation: Rotation
+    ratio: dict[int, Array]  # fold -> r
+
+    @property
+    def rank(self) -> int:
+        return self.rotation.rank
+
+    def out(self, u: Array, folds: Array) -> Array:
+        """v (k, D) of u (k, R) of heads of the given folds (k,)."""
+        v = self.rotation.out(u)
+        for fold, ratio in self.ratio.items():
+            own = folds == fold
+            v[own] = v[own] / ratio
+        return v
+
+    def back(self, v: Array, folds: Array) -> Array:
+        """u (k, R) of v (k, D)."""
+        stretched = v.copy()
+        for fold, ratio in self.ratio.items():
+            stretched[folds == fold] *= ratio
+        return self.rotation.back(stretched)
+
+    def shift(self, v: Array, folds: Array) -> Array:
+        """(k,) zeros: rows are centred alike for all folds."""
+        return np.zeros(len(v))
+
+    def rows(self, z: Array, fold: int) -> Array:
+        """(n, R) a fold's own of rows z (n, D) in the common scales."""
+        return self.rotation.back(z / self.ratio[fold] if fold in self.ratio else z)
+
+
+@dataclass(frozen=True)
 class Basis:
     """Coordinates in the span of a fold's rows S = (Z - c) r^-1, c (D,) their mean and r (D,) the ratio of the fold's scales to
     the common ones. Not centred on their own mean, n rows would have a direction along which they all have the same decision,

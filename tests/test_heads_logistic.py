@@ -1,6 +1,7 @@
 """Logistic banks: every head equals scikit-learn's optimum and the head trained alone, whatever the data."""
 
 import time
+from contextlib import contextmanager
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -11,12 +12,16 @@ from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
+from headrace.heads import design as design_module
 from headrace.heads import flight as flight_module
+from headrace.heads import logistic as logistic_module
+from headrace.heads.design import make_design
 from headrace.heads.flight import Flight
 from headrace.heads.lbfgs import minimise
 from headrace.heads.lines import Solved
 from headrace.heads.logistic import fit_logistic_bank
 from headrace.heads.precondition import dense_coordinates, frame, row_products
+from headrace.heads.rotation import OwnScales, Rotation
 from headrace.heads.spec import FULL, LogisticSpec
 from headrace.heads.standardize import NotFinite
 from headrace.heads.task import TRAIN_ONLY
@@ -43,6 +48,17 @@ def test_nearly_equal_rows_keep_their_digits(jitter, dtype):
     y, fold = rng.integers(0, 3, 120), np.full(120, TRAIN_ONLY)
     for fit in fit_logistic_bank(X, y, n_classes=3, fold=fold, specs=[LogisticSpec(1e2), LogisticSpec(1e4)], gap=1e-6):
         assert objective(fit, X, y, fold) == pytest.approx(fit.objective, rel=2e-5)
+
+
+@contextmanager
+def rows_of_their_own(wanted):
+    """Folds have copies of their rows, as those of wide heads have, whatever it costs."""
+    with pytest.MonkeyPatch.context() as patch:
+        if wanted:
+            patch.setattr(design_module, "COLUMNS_OF_A_WIDE_HEAD", 1)
+            patch.setattr(design_module, "EVALUATIONS", 10**6)
+            patch.setattr(design_module, "OWN_SPREAD", 30.0)
+        yield
 
 
 def folds(n, k, seed=0):
@@ -82,6 +98,7 @@ def scikit_learn(spec, X, y, sample_weight=None):
     return scaler, model.fit(scaler.transform(X.astype(np.float64)), y, sample_weight=sample_weight)
 
 
+@pytest.mark.parametrize("own_rows", [False, True])
 @SLOWLY
 @given(
     n=st.integers(40, 160),
@@ -92,7 +109,7 @@ def scikit_learn(spec, X, y, sample_weight=None):
     weighted=st.booleans(),
     train_only=st.booleans(),
 )
-def test_equals_scikit_learn(n, d, classes, seed, class_weight, weighted, train_only):
+def test_equals_scikit_learn(own_rows, n, d, classes, seed, class_weight, weighted, train_only):
     """Objective, probabilities and coefficients are scikit-learn's, for D below and above N, weights of both kinds."""
     X, y = blobs(n, d, classes, seed)
     fold = folds(n, 3, seed)
@@ -100,7 +117,9 @@ def test_equals_scikit_learn(n, d, classes, seed, class_weight, weighted, train_
         fold[fold == 2] = TRAIN_ONLY
     sw = np.random.default_rng(seed).uniform(0.2, 3, n) if weighted else None
     specs = [LogisticSpec(C, class_weight) for C in (0.01, 1.0)]
-    for fit in fit_logistic_bank(X, y, n_classes=classes, fold=fold, specs=specs, sample_weight=sw, gap=1e-9):
+    with rows_of_their_own(own_rows):
+        fits = fit_logistic_bank(X, y, n_classes=classes, fold=fold, specs=specs, sample_weight=sw, gap=1e-9)
+    for fit in fits:
         train = fold != fit.fold
         if len(np.unique(y[train])) < classes:
             continue
@@ -118,8 +137,14 @@ def test_equals_scikit_learn(n, d, classes, seed, class_weight, weighted, train_
 
 
 @SLOWLY
-@given(n=st.integers(60, 120), d=st.integers(2, 80), classes=st.integers(2, 4), seed=st.integers(0, 10_000))
-def test_the_gap_is_a_bound(n, d, classes, seed):
+@given(
+    n=st.integers(60, 120),
+    d=st.integers(2, 80),
+    classes=st.integers(2, 4),
+    own_rows=st.booleans(),
+    seed=st.integers(0, 10_000),
+)
+def test_the_gap_is_a_bound(n, d, classes, own_rows, seed):
     """The reported gap is at least the true one, at any accuracy that was asked for."""
     X, y = blobs(n, d, classes, seed)
     fold = folds(n, 2, seed)
@@ -127,9 +152,36 @@ def test_the_gap_is_a_bound(n, d, classes, seed):
     arguments = {"n_classes": classes, "fold": fold, "specs": specs}
     best = fit_logistic_bank(X, y, gap=1e-11, **arguments)
     for gap in (1e-1, 1e-3, 1e-6):
-        for fit, optimum in zip(fit_logistic_bank(X, y, gap=gap, **arguments), best, strict=True):
+        with rows_of_their_own(own_rows):
+            fits = fit_logistic_bank(X, y, gap=gap, **arguments)
+        for fit, optimum in zip(fits, best, strict=True):
             assert fit.objective - optimum.objective <= (fit.gap + 1e-5) * optimum.objective
             assert fit.objective >= optimum.objective * (1 - 1e-5)
+
+
+@pytest.mark.parametrize("far", [1.0, 150.0])
+def test_wide_heads_have_rows_in_their_folds_scales(monkeypatch, far):
+    """Heads of 66 classes, which share no pass, are the same with a copy of its rows for each fold, and have one unless a row is
+    so far out that the fold which holds it out has other scales."""
+    made = []
+
+    def recorded(*arguments, **options):
+        made.append(make_design(*arguments, **options))
+        return made[-1]
+
+    monkeypatch.setattr(logistic_module, "make_design", recorded)
+    X, y = blobs(66 * 9, 20, 66, seed=2, spread=3.0)
+    fold = folds(len(y), 3)
+    X[np.flatnonzero(fold == 0)[0]] = X.mean(0) + far * X.std(0)
+    arguments = {"n_classes": 66, "fold": fold, "specs": [LogisticSpec(0.1), LogisticSpec(10.0)], "gap": 1e-7}
+    own = fit_logistic_bank(X, y, **arguments)
+    assert isinstance(made[0].rotation, OwnScales) == (far == 1)
+    monkeypatch.setattr(design_module, "COLUMNS_OF_A_WIDE_HEAD", 1000)
+    shared = fit_logistic_bank(X, y, **arguments)
+    assert isinstance(made[-1].rotation, Rotation)
+    for one, other in zip(own, shared, strict=True):
+        assert one.objective == pytest.approx(other.objective, rel=3e-6)
+        assert objective(one, X, y, fold) == pytest.approx(one.objective, rel=2e-5)
 
 
 def test_batched_equals_one_at_a_time():
