@@ -31,7 +31,8 @@ from headrace.heads.task import Task, load_task
 
 GPU_KINDS = ("logistic", "mlp", "conv")  # whose banks multiply on the job's device; the others stay on the CPU
 # What a bank needs beside the features themselves, as a multiple of them: a logistic bank keeps a rotated copy and, while
-# it is made, a scaled one; a neighbour search a centred one and the training rows of a fold.
+# it is made, a scaled one; a neighbour search a centred one and the training rows of a fold. A logistic bank's copies for each
+# fold, 512 MB at most and made by few rows or wide heads only, come out of the half that `worker_memory` leaves.
 COPIES = {"logistic": 3, "knn": 3}
 
 

@@ -1,4 +1,4 @@
-"""The features as a logistic bank multiplies them: centred, scaled, rotated, rows sorted, one copy for many heads.
+"""The features as a logistic bank multiplies them: centred, scaled, rotated, rows sorted, mostly one copy for all heads.
 
 N rows, D features, R rotated coordinates, C classes, F folds.
 
