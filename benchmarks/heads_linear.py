@@ -163,8 +163,9 @@ def logistic_case(name: str, quick: bool) -> dict[str, float]:
             )
             for i, f in sampled
         ]
-        work = sum(fit.iterations for fit in fits.values()) * 4 * 0.8 * rows * width * (classes - 1)
-        products = work + products_beside(rows, width, classes, sum(fit.iterations for fit in fits.values()))
+        iterations = sum(fit.iterations for fit in fits.values())
+        work = iterations * 4 * 0.8 * rows * width * (classes - 1)
+        products = work + products_beside(rows, width, classes, iterations)
         # Against the peak as it was before and after each run: on a shared machine it moves by half within seconds.
         beside = [(before + after) / 2 for before, after in itertools.pairwise(peaks)]
         shares = [work / run[1][0] / 1e9 / own for run, own in zip(runs, beside, strict=True)]
@@ -172,7 +173,7 @@ def logistic_case(name: str, quick: bool) -> dict[str, float]:
         every = [products / run[1][0] / 1e9 / own for run, own in zip(runs, beside, strict=True)]
         figures[f"products_of_peak {label}"] = float(np.median(every))
         figures[f"peak_gflops {label}"] = float(np.median(beside))
-        figures[f"head_iterations {label}"] = sum(fit.iterations for fit in fits.values())
+        figures[f"head_iterations {label}"] = iterations
     for label, options in (("defaults", {}), ("tol 1e-6", {"tol": 1e-6, "max_iter": 10_000})):
         cpu = wall = 0.0
         objectives[label] = []

@@ -206,8 +206,7 @@ def worth_own_rows(scaling: dict[int, Moments], folds: Sequence[int], columns: i
         return False
     whole = scaling[FULL]
     copied = sum(scaling[fold].count for fold in folds)
-    ratios = [scale_ratio(scaling[fold], whole) for fold in folds]
-    alike = all(OWN_SPREAD * ratio.min() >= 1 and ratio.max() <= OWN_SPREAD for ratio in ratios)
+    alike = all(same_scales(scaling[fold], whole, standardize=True, spread=OWN_SPREAD) for fold in folds)
     fits = copied * len(whole.mean) * 4 <= MOST_BYTES_OF_OWN_ROWS
     return alike and fits and copied <= EVALUATIONS * heads * columns
 
@@ -232,16 +231,18 @@ def make_design(
     gram = sum((part.T @ part for part in parts), np.zeros((dim, dim), dtype))
     _, vectors = scipy.linalg.eigh(gram, driver="evd", overwrite_a=True, check_finite=False)
     rotation = _rotation(vectors)
-    own_scales = OwnScales(rotation, ratio) if own_rows and ratio else None
     tiles = []
     twice = worth_copies(sum(len(rows) for _, rows in groups) * dim, dtype)
     for index, (folds, rows) in enumerate(groups):
         part, parts[index] = parts[index], np.empty((0, 0), dtype)  # scaled rows go as the rotated ones come
-        for own in [(fold,) for fold in folds] if own_scales else [folds]:
-            rotated = functools.partial(_rotated, rotation if own_scales is None else own_scales, part, own)
-            tiles += make_tiles(own, rows, rotated, dim, dtype, twice=twice)
-    if own_scales is not None:
-        return Design(tiles, np.dtype(dtype), own_scales, whole.mean, factor, {}, {}, unit)
+        if not own_rows:
+            tiles += make_tiles(folds, rows, functools.partial(_rotated, rotation, part, None), dim, dtype, twice=twice)
+            continue
+        for fold in folds:
+            rotated = functools.partial(_rotated, rotation, part, ratio.get(fold))
+            tiles += make_tiles((fold,), rows, rotated, dim, dtype, twice=twice)
+    if own_rows:
+        return Design(tiles, np.dtype(dtype), OwnScales(rotation, ratio), whole.mean, factor, {}, {}, unit)
     return Design(tiles, np.dtype(dtype), rotation, whole.mean, factor, ratio, {}, unit)
 
 
@@ -262,8 +263,8 @@ def worth_copies(values: int, dtype: Any) -> bool:
     return bool(compiled_for(dtype) is None and values * np.dtype(dtype).itemsize < BYTES_WORTH_A_SECOND_COPY)
 
 
-def _rotated(rotation: Rotation | OwnScales, part: Array, folds: tuple[int, ...], some: slice) -> Array:
-    return rotation.back(part[some]) if isinstance(rotation, Rotation) else rotation.rows(part[some], folds[0])
+def _rotated(rotation: Rotation, part: Array, ratio: Array | None, some: slice) -> Array:
+    return rotation.back(part[some] if ratio is None else part[some] / ratio)
 
 
 def make_tiles(
@@ -346,11 +347,11 @@ def scale_ratio(own: Moments, whole: Moments) -> Array:
     return np.where(own.constant | whole.constant, 1.0, own.scale / whole.scale)
 
 
-def same_scales(own: Moments, whole: Moments, *, standardize: bool) -> bool:
+def same_scales(own: Moments, whole: Moments, *, standardize: bool, spread: float = WIDEST_SPREAD) -> bool:
     """Whether a fold's training rows, whose moments are `own`, are at home in the units of all rows. One row may forbid it, so
     far out that the fold which holds it out sees next to nothing beside it."""
     ratio = scale_ratio(own, whole) if standardize else np.array([largest_scale(own) / largest_scale(whole)])
-    return bool(WIDEST_SPREAD * ratio.min() >= 1 and ratio.max() <= WIDEST_SPREAD)
+    return bool(spread * ratio.min() >= 1 and ratio.max() <= spread)
 
 
 def scaled_rows(X: Features, rows: npt.NDArray[np.intp], mean: Array, factor: Array, dtype: Any) -> Array:

@@ -114,7 +114,7 @@ def frame(u: Array, values: Array, squares: Array, products: Array, weight: Arra
     decision = u @ values.T
     if len(u) == 1:
         p = sigmoid(decision)
-        basis = np.ones((1, 1), u.dtype)
+        basis, mixed = np.ones((1, 1), u.dtype), p
         curvature = weight * p * (1 - p)
     else:
         p = softmax(decision)
@@ -133,7 +133,7 @@ def frame(u: Array, values: Array, squares: Array, products: Array, weight: Arra
     if len(dense) == 0:
         none = np.zeros((0, 0), u.dtype)
         return Frame(basis, scale, dense, none, none, total)
-    hessian = _dense_hessian(p, basis, weight, values[:, dense], products)
+    hessian = _dense_hessian(p, mixed, basis, weight, values[:, dense], products)
     root = _root(hessian, np.tile(floor[dense], basis.shape[1]), scale[:, dense].ravel())
     inverse, _ = scipy.linalg.lapack.dtrtri(root, lower=1)
     return Frame(basis, scale, dense, root.astype(u.dtype), inverse.astype(u.dtype), total)
@@ -156,13 +156,12 @@ def row_products(values: Array, dense: npt.NDArray[np.intp]) -> Array:
     return np.asarray(part[:, one] * part[:, other])
 
 
-def _dense_hessian(p: Array, basis: Array, weight: Array, values: Array, products: Array) -> Array:
+def _dense_hessian(p: Array, mixed: Array, basis: Array, weight: Array, values: Array, products: Array) -> Array:
     """(c J, c J) float64, in Fortran's order, its lower triangle sums over rows of weight (e_a' S e_b) z_j z_k, class directions a
-    and b, dense coordinates j and k of the rows `values` (n, J)."""
+    and b, dense coordinates j and k of the rows `values` (n, J). mixed: E' p (c, n)."""
     c, size = basis.shape[1], values.shape[1]
     one, other = np.triu_indices(size)
     blocks = np.empty((c, size, c, size))
-    mixed = basis.T @ p
     if c < CLASSES_WORTH_LINEAR_SUMS:
         first, second = np.triu_indices(c)
         both = (basis[:, first] * basis[:, second]).T

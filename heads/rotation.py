@@ -69,10 +69,6 @@ class OwnScales:
         """(k,) zeros: rows are centred alike for all folds."""
         return np.zeros(len(v))
 
-    def rows(self, z: Array, fold: int) -> Array:
-        """(n, R) a fold's own of rows z (n, D) in the common scales."""
-        return self.rotation.back(z / self.ratio[fold] if fold in self.ratio else z)
-
 
 @dataclass(frozen=True)
 class Basis:
