@@ -1,0 +1,78 @@
+"""Text as it is compared: one written form for the ids and labels that tables, arrays and other programs give."""
+
+import unicodedata
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+# pandas' default holds text as UTF-8, which has no room for file names that are no UTF-8 (Python's lone surrogates).
+_ANY_TEXT = pd.StringDtype(storage="python", na_value=np.nan)
+
+
+def normalize_text(text: str) -> str:
+    """The text without white space around it, in the Unicode normal form NFC.
+
+    One name written by two programs differs in just these: macOS decomposes accents (NFD), and tables pad cells.
+    """
+    text = text.strip()
+    # An ASCII text is its own normal form; asking is ten times cheaper than normalising.
+    return text if text.isascii() else unicodedata.normalize("NFC", text)
+
+
+def as_text(column: pd.Series) -> pd.Series:
+    """A column of any dtype as text, with its index and name; a missing value (None, NaN, NaT, NA) stays missing.
+
+    Text is as `normalize_text` leaves it: `007`, `None`, `NA` and an empty cell are texts like others. Bytes are decoded
+    as UTF-8. Integers are written with all their digits, floats that are whole numbers as integers (a column of integers
+    with a gap is read as floats), other floats in the fewest digits that give them back, booleans as `True` and `False`;
+    everything else as `str` writes it. Text that is no UTF-8 keeps its bytes as `os.fsdecode` does.
+    """
+    if isinstance(column.dtype, pd.CategoricalDtype):
+        categories = as_text(pd.Series(column.cat.categories)).astype(object).to_numpy()
+        codes = column.cat.codes.to_numpy()
+        texts = np.empty(len(column), object)
+        texts[codes >= 0] = categories[codes[codes >= 0]]  # code -1: missing
+    elif isinstance(column.dtype, np.dtype) and column.dtype.kind in "iu":
+        texts = column.to_numpy().astype(str).astype(object)
+    elif isinstance(column.dtype, np.dtype) and column.dtype.kind == "f":
+        texts = _float_texts(column.to_numpy())
+    else:
+        texts = np.empty(len(column), object)
+        values = column.astype(object)
+        given = values.notna().to_numpy()
+        # Strings are by far the most frequent, and the call is worth a branch at a million rows.
+        texts[given] = [
+            normalize_text(value) if type(value) is str else _value_text(value)
+            for value in values.to_numpy()[given].tolist()
+        ]
+    return _series(texts, column)
+
+
+def _value_text(value: object) -> str:
+    if isinstance(value, str):
+        return normalize_text(str(value))
+    if isinstance(value, bytes):
+        return normalize_text(value.decode("utf-8", "surrogateescape"))
+    if isinstance(value, float | np.floating):  # np.float64 is a float; the others write themselves shortest
+        return str(int(value)) if value.is_integer() else str(value)
+    return normalize_text(str(value))
+
+
+def _float_texts(values: npt.NDArray[np.floating]) -> npt.NDArray[np.object_]:
+    """(N,) texts of floats (N,); None for NaN."""
+    texts = np.empty(len(values), object)
+    whole = np.isfinite(values) & (values == np.trunc(values))
+    small = whole & (np.abs(values) < 2.0**63)
+    texts[small] = values[small].astype(np.int64).astype(str)
+    texts[whole & ~small] = [str(int(value)) for value in values[whole & ~small]]
+    fractions = ~whole & ~np.isnan(values)
+    texts[fractions] = values[fractions].astype(str)  # the shortest in their own precision: a float32 0.1 is 0.1
+    return texts
+
+
+def _series(texts: npt.NDArray[np.object_], column: pd.Series) -> pd.Series:
+    try:
+        return pd.Series(texts, index=column.index, name=column.name, dtype="str")
+    except UnicodeEncodeError:
+        return pd.Series(texts, index=column.index, name=column.name, dtype=_ANY_TEXT)
