@@ -2,23 +2,26 @@
 
 import hashlib
 import io
-import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
-from pyarrow import ArrowInvalid
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from headrace.cache import publish_replace
 from headrace.extract.locate import file_of, read_bytes
+from headrace.extract.stamps import FileStamp, file_stamps
 
 HASH_DIGITS = 32
-# A file written in the same clock tick as it was hashed could change again under the same time stamp. File systems
-# tick at up to 2 s (FAT, old NFS), so younger files are hashed again next time.
-SETTLED_NS = 2_000_000_000
+_COLUMNS = ("path", "stamp", "content")
+_DIGEST = b"headrace-digest"  # in the index file's metadata
+
+# path as bytes -> (stamp as text, content hash) of the file when it was last read
+_Index = dict[bytes, tuple[str, str]]
 
 
 @dataclass(frozen=True)
@@ -49,28 +52,28 @@ def content_hashes(
 ) -> Contents:
     """Content hashes of `samples` (columns `id`, `path`), reading only files that `index` does not know.
 
-    `index` is a Parquet file keyed by (path, size, modification time); it is created, updated and replaced atomically,
-    and a damaged one is rebuilt. `progress(done, total)` is called from this thread as files are read.
+    `index` is a Parquet file with one entry per path: the stamp of the file when it was last read, and its hash. It is
+    created, updated and replaced atomically, and one that is damaged or of another version is rebuilt. A path may be a
+    locator; its file is asked for once. What a stamp cannot tell is in `FileStamp`. `progress(done, total)` is called
+    from this thread as files are read.
     """
     known = _read_index(index)
     paths = [str(path) for path in samples["path"]]
     ids = [str(name) for name in samples["id"]]
     started_ns = time.time_ns()
-    hashes: list[str | None] = []
-    keys: list[tuple[str, int, int] | None] = []
+    stamps = file_stamps(map(file_of, paths))
+    hashes: list[str | None] = [None] * len(paths)
     reasons: dict[int, str] = {}
-    for row, path in enumerate(paths):
-        try:
-            status = os.stat(file_of(path))
-        except (OSError, ValueError) as error:
-            keys.append(None)
-            hashes.append(None)
-            reasons[row] = _reason(error)
+    missing: list[int] = []
+    for row, (path, stamp) in enumerate(zip(paths, stamps, strict=True)):
+        if not isinstance(stamp, FileStamp):
+            reasons[row] = _reason(stamp)
             continue
-        key = (path, status.st_size, status.st_mtime_ns)
-        keys.append(key)
-        hashes.append(known.get(key))
-    missing = [row for row, key in enumerate(keys) if key is not None and hashes[row] is None]
+        entry = known.get(_key(path))
+        if entry is not None and entry[0] == stamp.text:
+            hashes[row] = entry[1]
+        else:
+            missing.append(row)
     with ThreadPoolExecutor(threads) as pool:  # hashing releases the GIL
         for done, (row, outcome) in enumerate(
             zip(missing, pool.map(_hash, (paths[row] for row in missing)), strict=True)
@@ -81,13 +84,20 @@ def content_hashes(
                 reasons[row] = _reason(outcome)
             if progress is not None:
                 progress(done + 1, len(missing))
-    fresh = {
-        key: name
-        for key, name in ((keys[row], hashes[row]) for row in missing)
-        if key is not None and name is not None and key[2] < started_ns - SETTLED_NS
-    }
+    # A file that was replaced between its stamp and its reading would be known under the stamp of the earlier one.
+    stamps_after = file_stamps(file_of(paths[row]) for row in missing)
+    fresh: _Index = {}
+    for row, after in zip(missing, stamps_after, strict=True):
+        content = hashes[row]
+        if (
+            content is not None
+            and isinstance(after, FileStamp)
+            and after == stamps[row]
+            and after.is_settled(started_ns)
+        ):
+            fresh[_key(paths[row])] = (after.text, content)
     if fresh:
-        _write_index(index, {**known, **fresh})
+        _write_index(index, known | fresh)
     unreadable = tuple(Unreadable(ids[row], paths[row], reason) for row, reason in sorted(reasons.items()))
     return Contents(tuple(hashes), unreadable, len(missing))
 
@@ -103,27 +113,39 @@ def _reason(error: OSError | ValueError) -> str:
     return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
 
 
-def _read_index(index: Path) -> dict[tuple[str, int, int], str]:
+def _read_index(index: Path) -> _Index:
+    """The entries of an index file; none where it is absent, damaged or of another version: it only saves time."""
     try:
-        frame = pd.read_parquet(index, columns=["path", "size", "mtime_ns", "content"])
-    except FileNotFoundError:
+        table = pq.read_table(io.BytesIO(index.read_bytes()))
+        if table.column_names != list(_COLUMNS) or any(column.null_count for column in table.columns):
+            return {}
+        columns = [table[name].to_pylist() for name in _COLUMNS]
+        entries = {path: (stamp, content) for path, stamp, content in zip(*columns, strict=True)}
+        # Parquet has no checksum of its own here: one changed digit of a hash would be believed for ever.
+        return entries if (table.schema.metadata or {}).get(_DIGEST) == _digest(entries) else {}
+    except (OSError, ValueError, TypeError, AttributeError, pa.ArrowException):  # of damaged bytes, types and schemas
         return {}
-    except (OSError, ValueError, ArrowInvalid):
-        return {}  # damaged: it only saves time, so it is rebuilt
-    columns = (frame[name].tolist() for name in ("path", "size", "mtime_ns", "content"))
-    return {(path, size, mtime): content for path, size, mtime, content in zip(*columns, strict=True)}
 
 
-def _write_index(index: Path, entries: dict[tuple[str, int, int], str]) -> None:
-    frame = pd.DataFrame(
-        {
-            "path": [key[0] for key in entries],
-            "size": [key[1] for key in entries],
-            "mtime_ns": [key[2] for key in entries],
-            "content": list(entries.values()),
-        }
-    )
+def _write_index(index: Path, entries: _Index) -> None:
+    values = list(entries.values())
+    columns = {
+        "path": pa.array(list(entries), pa.binary()),
+        "stamp": pa.array([stamp for stamp, _ in values], pa.string()),
+        "content": pa.array([content for _, content in values], pa.string()),
+    }
     buffer = io.BytesIO()
-    frame.to_parquet(buffer, index=False)
+    pq.write_table(pa.table(columns).replace_schema_metadata({_DIGEST: _digest(entries)}), buffer)
     index.parent.mkdir(parents=True, exist_ok=True)
     publish_replace(index, buffer.getvalue())
+
+
+def _key(path: str) -> bytes:
+    return path.encode("utf-8", "surrogatepass")  # names of files, and of members of archives, need not be UTF-8
+
+
+def _digest(entries: Mapping[bytes, tuple[str, str]]) -> bytes:
+    hasher = hashlib.sha256()
+    for path, (stamp, content) in entries.items():
+        hasher.update(b"%b\0%b\0%b\n" % (path, stamp.encode(), content.encode()))
+    return hasher.hexdigest().encode()

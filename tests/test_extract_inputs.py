@@ -44,7 +44,7 @@ def png(value: int) -> bytes:
 
 
 def old(path: Path) -> None:
-    """As if written an hour ago: the index does not trust files that could still change within one clock tick."""
+    """As if its content had been written an hour ago."""
     stamp = time.time() - 3600
     os.utime(path, (stamp, stamp))
 
@@ -217,8 +217,9 @@ def test_what_a_damaged_memo_says_is_not_remembered(tmp_path: Path, monkeypatch:
     memo.remember_features(spec, "auto", [feature], cache_root=tmp_path)
 
 
-def test_hashes_are_read_once(tmp_path: Path) -> None:
+def test_hashes_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A second call reads nothing, a changed file is read again, a missing one is reported and stops nobody."""
+    monkeypatch.setattr("headrace.extract.stamps._CLOCK_TICK_NS", 0)  # what has just been written is settled
     for value in range(3):
         write(tmp_path / f"{value}.png", png(value))
     samples = pd.DataFrame({"id": ["0", "1", "2", "gone"], "path": [str(tmp_path / f"{n}.png") for n in (0, 1, 2, 9)]})
@@ -264,8 +265,9 @@ def shard(path: Path, members: dict[str, bytes]) -> Path:
     return path
 
 
-def test_tar_shards(tmp_path: Path) -> None:
+def test_tar_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Members group by name; labels and scalars come from the side files; a member hashes like the file it was."""
+    monkeypatch.setattr("headrace.extract.stamps._CLOCK_TICK_NS", 0)  # what has just been written is settled
     meta = json.dumps({"width": 12, "tags": ["x"], "id": 5}).encode()
     shard(tmp_path / "s-000.tar", {"a.png": png(1), "a.cls": b"3\n", "a.json": meta, "dir/b.png": png(2)})
     shard(tmp_path / "s-001.tar", {"c.cls": b"4", "c.seg.png": png(3), "readme.md": b"hello"})

@@ -28,6 +28,7 @@ from rich.console import Console
 from headrace.cache import HeadraceError, publish_replace
 from headrace.extract import Sample
 from headrace.extract.locate import file_of
+from headrace.extract.stamps import FileStamp, file_stamps, wait_until_settled
 from headrace.pipelines.cluster import available_cores, local_client
 from headrace.pipelines.deliver.model import Model, load_model
 from headrace.pipelines.deliver.tables import Block, table_writer
@@ -39,7 +40,7 @@ PART_IMAGES = 256  # some seconds of a small network on one core: little is lost
 _WORTH_WORKERS = 1024
 _BLOCK = 4096  # rows of the table written at a time
 
-_Key = tuple[str, int, int]  # path, size and modification time in ns: the file that was predicted
+_Key = tuple[str, str]  # path, and the stamp of the file that was predicted; "" where there is no file
 
 
 class PredictionsThere(HeadraceError, FileExistsError):
@@ -165,9 +166,8 @@ def predict_part(job: PartJob) -> int:
         unread[list(predicted.unread)] = True
     table = pa.table(
         {
-            "path": [key[0] for key in job.keys],
-            "size": pa.array([key[1] for key in job.keys], pa.int64()),
-            "mtime_ns": pa.array([key[2] for key in job.keys], pa.int64()),
+            "path": pa.array([_path_bytes(path) for path, _ in job.keys], pa.binary()),
+            "stamp": [stamp for _, stamp in job.keys],
             "error": pa.array(errors, pa.string()),
             "unread": unread,
             "probabilities": pa.FixedSizeListArray.from_arrays(pa.array(found.reshape(-1)), found.shape[1]),
@@ -180,19 +180,18 @@ def predict_part(job: PartJob) -> int:
 
 
 def file_keys(paths: Sequence[str]) -> list[_Key]:
-    """What tells whether a file is still the one that was predicted; size -1 for one that is not there."""
-    keys = []
-    status: dict[str, tuple[int, int]] = {}
-    for path in paths:
-        file = file_of(path)
-        if file not in status:
-            try:
-                found = os.stat(file)
-                status[file] = (found.st_size, found.st_mtime_ns)
-            except (OSError, ValueError):
-                status[file] = (-1, -1)
-        keys.append((path, *status[file]))
-    return keys
+    """What tells whether a file is still the one that was predicted: its path and its stamp (see FileStamp).
+
+    Files written a moment ago are waited for, some seconds at most, so that a change after this call has another stamp.
+    """
+    stamps = file_stamps(map(file_of, paths))
+    wait_until_settled(stamp for stamp in stamps if isinstance(stamp, FileStamp))
+    texts = (stamp.text if isinstance(stamp, FileStamp) else "" for stamp in stamps)
+    return list(zip(paths, texts, strict=True))
+
+
+def _path_bytes(path: str) -> bytes:
+    return path.encode("utf-8", "surrogatepass")  # names of files need not be UTF-8
 
 
 def _predict(
@@ -238,12 +237,12 @@ def _known(parts: Path, model: Model, *, final: bool) -> dict[_Key, tuple[Path, 
             file = pq.ParquetFile(part)
             if (file.schema_arrow.metadata or {}).get(b"headrace") != model.digest.encode():
                 continue  # of another model
-            table = file.read(["path", "size", "mtime_ns", "unread"])
+            table = file.read(["path", "stamp", "unread"])
         except (pa.ArrowException, OSError, KeyError):
             continue  # damaged: its images are predicted again
         columns = (table[name].to_pylist() for name in table.column_names)
-        for row, (path, size, mtime_ns, unread) in enumerate(zip(*columns, strict=True)):
-            key = (path, size, mtime_ns)
+        for row, (path, stamp, unread) in enumerate(zip(*columns, strict=True)):
+            key = (path.decode("utf-8", "surrogatepass"), stamp)
             if not unread or (final and key not in known):
                 known[key] = (part, row)
     return known
@@ -318,7 +317,7 @@ def _set_threads(threads: int) -> None:
 
 def _read_record(path: Path) -> dict[str, Any] | None:
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
         return found if isinstance(found, dict) and {"failed", "counts"} <= set(found) else None
     except (OSError, ValueError):
         return None
