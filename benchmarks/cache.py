@@ -459,7 +459,7 @@ def solar_features(folder: Path, tap: str, limit: int | None) -> tuple[np.ndarra
     if limit:
         samples = samples.sample(limit, random_state=0)
     samples = samples.assign(content=content_hashes(samples, folder / "contents.parquet").hashes)
-    backbone = backbone_spec(recipe.backbones[0])
+    backbone = backbone_spec(recipe.backbones[0], recipe)
     specs = backbone_features(backbone, [tap], dtype="float32", cache_root=folder)
     for job in plan_networks(samples, [Network(backbone, specs, [()])], cache_root=folder):
         run_unit(job)

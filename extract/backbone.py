@@ -68,6 +68,7 @@ def override(preprocessing: Preprocessing, spec: BackboneSpec) -> Preprocessing:
         mean=spec.mean or preprocessing.mean,
         std=spec.std or preprocessing.std,
         interpolation=spec.interpolation or preprocessing.interpolation,
+        pixel_range=spec.pixel_range if spec.pixel_range is not None else preprocessing.pixel_range,
     )
 
 

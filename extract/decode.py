@@ -1,16 +1,17 @@
 """Decoding ahead: batches of pixels, made by threads while the network is busy, in the order of the samples."""
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from headrace.extract.contents import hash_bytes
 from headrace.extract.errors import ImageError
-from headrace.extract.images import decode_image
+from headrace.extract.images import PixelRange, decode_image
 from headrace.extract.locate import read_bytes
 from headrace.extract.preprocess import Preprocessing
 from headrace.extract.spec import Sample
@@ -106,13 +107,27 @@ def _decode_into(
         # Features stored under this hash would be another image's.
         return False, "the file has changed since it was hashed"
     try:
-        image = decode_image(data)
-        for rendering, buffer in zip(renderings, buffers, strict=True):
-            view = render_view(image, content, rendering.index, rendering.augmentation, rendering.preprocessing)
-            buffer.numpy()[slot] = view
+        render_into(lambda pixel_range: decode_image(data, pixel_range), content, renderings, buffers, slot)
     except ImageError as error:
         return True, str(error)
     return None
+
+
+def render_into(
+    decode: Callable[[PixelRange | None], Image.Image],
+    content: str,
+    renderings: Sequence[Rendering],
+    buffers: Sequence[Tensor],
+    slot: int,
+) -> None:
+    """Fill a slot of every buffer with its rendering of one image, decoded once for each pixel_range. Raises ImageError."""
+    images: dict[PixelRange | None, Image.Image] = {}
+    for rendering, buffer in zip(renderings, buffers, strict=True):
+        how = rendering.preprocessing
+        if how.pixel_range not in images:
+            images[how.pixel_range] = decode(how.pixel_range)
+        view = render_view(images[how.pixel_range], content, rendering.index, rendering.augmentation, how)
+        buffer.numpy()[slot] = view
 
 
 def _finish(pending: _Pending) -> Batch:

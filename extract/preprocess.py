@@ -1,4 +1,7 @@
-"""Preprocessing: pixels of any size to the square that a network was trained on."""
+"""Preprocessing: pixels of any size to the square that a network was trained on.
+
+`headrace export` copies this module into `preprocess.py`, so that it needs Pillow and NumPy alone.
+"""
 
 import dataclasses
 import json
@@ -9,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from headrace.extract.images import COLOUR
+from headrace.extract.errors import ImageError
+from headrace.extract.images import COLOUR, MAX_PIXELS, PixelRange, check_pixel_range
 
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
 
@@ -25,7 +29,10 @@ _RESAMPLING = {
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How an image becomes a network's input. Sizes are (height, width); Pillow's resize always antialiases."""
+    """How an image becomes a network's input. Sizes are (height, width); Pillow's resize always antialiases.
+
+    Raises ValueError for an interpolation that there is not, and for a pixel_range that is none.
+    """
 
     resize: tuple[int, int]
     crop: tuple[int, int]
@@ -33,10 +40,16 @@ class Preprocessing:
     interpolation: Interpolation
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    pixel_range: PixelRange | None = None  # as `decode_image` takes it
 
     def __post_init__(self) -> None:
         if self.interpolation not in _RESAMPLING:
             raise ValueError(f"interpolation {self.interpolation!r} is not one of {', '.join(_RESAMPLING)}")
+        if self.pixel_range is not None:
+            check_pixel_range(self.pixel_range)
+            low, high = self.pixel_range
+            # (0, 1) and [0.0, 1.0] are one range, and have one fingerprint.
+            object.__setattr__(self, "pixel_range", (float(low), float(high)))
 
     def to_json(self) -> str:
         """Canonical JSON of everything between the decoded file and the network's input."""
@@ -45,9 +58,19 @@ class Preprocessing:
 
 
 def render(image: Image.Image, how: Preprocessing) -> npt.NDArray[np.uint8]:
-    """The evaluation crop of an upright "RGB" or "L" image: uint8, shape (*how.crop, 3)."""
+    """The evaluation crop of an upright "RGB" or "L" image: uint8, shape (*how.crop, 3).
+
+    Raises ImageError for one so long and narrow that it would be enlarged beyond MAX_PIXELS.
+    """
     width, height = image.size
     scaled_height, scaled_width = _scaled(height, width, how)
+    # The shorter edge of a line of pixels is enlarged a hundredfold, and the longer one with it: gigabytes from some kB. No
+    # image may take more memory resized than it may decoded. At 256 pixels that is a panorama of 1365 : 1, at 1024 of 85 : 1.
+    if scaled_height * scaled_width > MAX_PIXELS:
+        raise ImageError(
+            f"{width} x {height} pixels would be resized to {scaled_width} x {scaled_height}, so that the shorter edge has "
+            f"the network's size: more than the limit of {MAX_PIXELS} pixels. Cut the image into pieces, or leave it out"
+        )
     if (scaled_height, scaled_width) != (height, width):
         image = image.resize((scaled_width, scaled_height), _RESAMPLING[how.interpolation])
     return pixels(_centre(image, how))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from headrace.extract.errors import BackboneError, nearest
+from headrace.extract.images import check_pixel_range
 from headrace.extract.preprocess import Interpolation
 
 WeightsMatch = Literal["name", "order"]
@@ -27,6 +28,8 @@ class BackboneSpec:
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
     interpolation: Interpolation | None = None
+    # (black, white) of images of more than 8 bits, in their own numbers; None: by their depth or header
+    pixel_range: tuple[float, float] | None = None
 
 
 def backbone_from_fields(fields: Mapping[str, Any]) -> BackboneSpec:
@@ -81,9 +84,14 @@ def absolute(spec: BackboneSpec) -> BackboneSpec:
 
 
 def check_spec(spec: BackboneSpec) -> None:
-    """Raises BackboneError for what is wrong at first sight, before torch is imported: prefix, seed, absent file."""
+    """Raises BackboneError for what is wrong at first sight, before torch is imported: prefix, range, seed, absent file."""
     if not spec.name.startswith(("torchvision:", "timm:", "python:")):
         raise BackboneError(unknown_prefix(spec.name))
+    if spec.pixel_range is not None:
+        try:
+            check_pixel_range(spec.pixel_range)
+        except ValueError as error:
+            raise BackboneError(f"{spec.name}: {error}") from None
     if spec.weights is None:
         return
     if spec.weights.startswith("random:"):

@@ -423,7 +423,7 @@ def _networks(recipe_path: Path) -> "list[tuple[BackboneSpec, tuple[FeatureSpec,
     recipe = load_recipe(recipe_path)
     found = []
     for backbone in recipe.backbones:
-        spec = backbone_spec(backbone)
+        spec = backbone_spec(backbone, recipe)
         features = backbone_features(spec, backbone.taps, cache_root=recipe.cache, **storing(backbone, recipe))
         found.append((spec, features))
     return found

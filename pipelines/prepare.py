@@ -241,9 +241,10 @@ def storing(backbone: Backbone, recipe: Recipe) -> Storing:
     return Storing(**stored, symmetric=True) if isinstance(views, str) else stored
 
 
-def backbone_spec(backbone: Backbone) -> BackboneSpec:
-    """The recipe's backbone as `headrace.extract` takes it: the same fields, less those about taps, views and names."""
-    return BackboneSpec(**backbone.model_dump(exclude={"alias", "taps", "views"}))
+def backbone_spec(backbone: Backbone, recipe: Recipe) -> BackboneSpec:
+    """The recipe's backbone as `headrace.extract` takes it: its fields, less taps, views and names, and the images' range."""
+    fields = backbone.model_dump(exclude={"alias", "taps", "views"})
+    return BackboneSpec(**fields, pixel_range=recipe.images.pixel_range)
 
 
 def _check_views(wanted: Sequence[Wanted], specs: Mapping[str, Sequence[FeatureSpec]]) -> None:
@@ -258,7 +259,7 @@ def _check_views(wanted: Sequence[Wanted], specs: Mapping[str, Sequence[FeatureS
 
 
 def _network(backbone: Backbone, recipe: Recipe) -> Network:
-    spec = backbone_spec(backbone)
+    spec = backbone_spec(backbone, recipe)
     specs = backbone_features(spec, backbone.taps, cache_root=recipe.cache, **storing(backbone, recipe))
     return Network(spec, specs, [_known(recipe.cache, feature) for feature in specs])
 

@@ -30,6 +30,8 @@ class Images(Section):
     array_key: str | None = None  # the array in a .npz or HDF5 file
     labels: Path | None = None  # the array's labels: another such file
     labels_key: str | None = None  # the array in that file
+    # black and white of pixels of more than 8 bits, such as [0, 4095]; default: what the file's format says
+    pixel_range: tuple[pydantic.FiniteFloat, pydantic.FiniteFloat] | None = None
 
     @pydantic.model_validator(mode="after")
     def _one_source(self) -> "Images":
@@ -39,6 +41,13 @@ class Images(Section):
                 "`tar` (WebDataset shards) and `array` (npy, npz, HDF5, idx)"
             )
         return self
+
+    @pydantic.field_validator("pixel_range")
+    @classmethod
+    def _black_is_below_white(cls, values: tuple[float, float] | None) -> tuple[float, float] | None:
+        if values is not None and values[0] >= values[1]:
+            raise ValueError(f"expected [black, white] with black below white, such as [0, 4095]; found {list(values)}")
+        return values
 
 
 class TaskSection(Section):

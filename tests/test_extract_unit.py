@@ -218,9 +218,9 @@ def test_several_backbones_decode_once(tmp_path: Path, monkeypatch: pytest.Monke
     ]
     decoded: list[int] = []
 
-    def counting(data: bytes) -> Image.Image:
+    def counting(data: bytes, pixel_range: tuple[float, float] | None) -> Image.Image:
         decoded.append(len(data))
-        return decode_image(data)
+        return decode_image(data, pixel_range)
 
     monkeypatch.setattr(decode_module, "decode_image", counting)
     jobs = plan_networks(samples, networks, cache_root=tmp_path / "cache")

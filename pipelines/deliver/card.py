@@ -142,7 +142,7 @@ def _test(model: Model, run: RunPaths) -> dict[str, Any] | None:
     ours = [_identity(member) for member in model.members]
     found = None
     try:
-        for line in run.openings.read_text().splitlines():
+        for line in run.openings.read_text(encoding="utf-8").splitlines():
             opening = json.loads(line)
             winner = opening["winner"]
             shown = winner.get("ensemble") or [winner]
@@ -185,7 +185,8 @@ def _preprocessing(exported: Exported) -> str:
         "## Preprocessing",
         "",
         "In the graphs: pixels to numbers, normalisation, everything after it. Outside, in `preprocess.py` (Pillow and NumPy "
-        "alone): decoding, EXIF orientation, transparency over white, resizing, cropping. Each input is uint8 RGB:",
+        "alone): decoding, EXIF orientation, transparency over white, black and white of pixels of more than 8 bits, resizing, "
+        "cropping. It is headrace's own code for that, and refuses the images that headrace refuses. Each input is uint8 RGB:",
         "",
         "| input | shape | resize | interpolation | crop |",
         "|---|---|---|---|---|",
@@ -197,6 +198,18 @@ def _preprocessing(exported: Exported) -> str:
             f"| `{each.name}` | (n, {height}, {width}, 3) | {_resize(how)} | {how.interpolation}, antialiased (Pillow) | "
             f"{height} × {width}, centre |"
         )
+    ranges = sorted({each.preprocessing.pixel_range for each in exported.inputs if each.preprocessing.pixel_range})
+    for black, white in ranges:
+        lines += [
+            "",
+            f"Of images of more than 8 bits, {black:g} is black and {white:g} is white; what lies beyond is clipped.",
+        ]
+    if not ranges:
+        lines += [
+            "",
+            "16-bit images are black at 0 and white at 65535, PGM and PPM files at what their header says. Floats, signed and "
+            "32-bit integers are refused: the model was trained without a `pixel_range`.",
+        ]
     return "\n".join(lines)
 
 
@@ -288,7 +301,7 @@ def _limits(exported: Exported) -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
         return found if isinstance(found, dict) else {}
     except (OSError, ValueError):
         return {}

@@ -286,6 +286,7 @@ def _write_directory(model: Model, folder: Path) -> None:
             mean=how.mean,
             std=how.std,
             interpolation=how.interpolation,
+            pixel_range=how.pixel_range,
         )
     if len(model.members) == 1 and model.temperature == model.members[0].temperature == 1:
         _save_member(model.members[0], folder, stored, "")

@@ -237,4 +237,4 @@ def _columns(member: Member | NetworkMember) -> list[list[tuple[str, int]]]:
 def pixels_of(how: Preprocessing) -> tuple[Any, ...]:
     """What two preprocessings share when they make the same pixels of an image."""
     mean = how.mean if how.mode == "border" else None  # the colour of the border
-    return how.resize, how.crop, how.mode, how.interpolation, mean
+    return how.resize, how.crop, how.mode, how.interpolation, mean, how.pixel_range

@@ -1,8 +1,12 @@
-"""From images to probabilities: each decoded once, one pass per network, every member's prediction from what came out."""
+"""From images to probabilities: each decoded once, one pass per network, every member's prediction from what came out.
+
+Letters of shapes: N images, H rows, W columns, C channels (1, 3 or 4).
+"""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from os import PathLike
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,14 +19,13 @@ from headrace.cache import FeatureSpec, HeadraceError
 from headrace.cache.encoding import decode, encode
 from headrace.extract import BackboneSpec, Sample
 from headrace.extract.contents import hash_bytes
-from headrace.extract.decode import Batch, Rendering, decoded_batches
+from headrace.extract.decode import Batch, Rendering, decoded_batches, render_into
 from headrace.extract.device import Limit, check_device, launch
 from headrace.extract.errors import ImageError
 from headrace.extract.fuse import keep_memory
-from headrace.extract.images import decode_image, to_rgb
+from headrace.extract.images import PixelRange, decode_image, to_rgb
 from headrace.extract.locate import array_bytes, read_bytes
 from headrace.extract.unit import Pass, feature_passes, pass_limit, quiet_decoding, unstorable
-from headrace.extract.views import render_view
 from headrace.heads import SklearnSpec, average, with_temperature
 from headrace.heads.sklearn_bank import fitted_sklearn
 from headrace.pipelines.cluster import available_cores
@@ -31,13 +34,16 @@ from headrace.pipelines.deliver.network import NetworkMember, network_head, netw
 if TYPE_CHECKING:
     from headrace.pipelines.deliver.model import Member, Model
 
-ImageLike = str | PathLike[str] | Image.Image | npt.NDArray[Any]
+ImageLike = str | PathLike[str] | Image.Image | npt.NDArray[Any] | torch.Tensor
 Floats = npt.NDArray[np.float32]
 _BATCH = 32  # images decoded together; passes take as many at a time as is fast on their device
+_CHANNELS = (1, 3, 4)
+_UNIT: PixelRange = (0.0, 1.0)  # of floats in memory, as torchvision and scikit-image have them
+_HALF_STEP = 0.5 / 255  # what a float may lie beyond them: it is rounded to black or white in any case
 
 
 class ImageUnusable(HeadraceError, ValueError):
-    """An image cannot be decoded, or the network's output for it cannot be used."""
+    """An image cannot be decoded or read in one way only, or the network's output for it cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -196,28 +202,130 @@ def _render_into(
     image: ImageLike, row: int, renderings: Sequence[Rendering], buffers: Sequence[torch.Tensor], slot: int
 ) -> None:
     try:
-        if isinstance(image, str | PathLike):
-            data = read_bytes(str(image))
-            content, upright = hash_bytes(data), decode_image(data)
-        elif isinstance(image, Image.Image):
-            upright = to_rgb(ImageOps.exif_transpose(image))
-            content = hash_bytes(upright.tobytes())
-        else:
-            data = array_bytes(np.asarray(image))
-            content, upright = hash_bytes(data), decode_image(data)
+        decode, content = _decoder(image)
+        render_into(decode, content, renderings, buffers, slot)
     except (ImageError, OSError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise ImageUnusable(f"{_name(image, row)}: {reason}") from error
-    for rendering, buffer in zip(renderings, buffers, strict=True):
-        buffer.numpy()[slot] = render_view(
-            upright, content, rendering.index, rendering.augmentation, rendering.preprocessing
-        )
+
+
+def _decoder(image: ImageLike) -> tuple[Callable[[PixelRange | None], Image.Image], str]:
+    """What decodes the image with a pixel_range, and the image's content hash. Raises ImageError and OSError."""
+    if isinstance(image, Image.Image) and not (data := _unread_file(image)):
+        upright = ImageOps.exif_transpose(image)
+        return partial(to_rgb, upright), hash_bytes(upright.tobytes())
+    if isinstance(image, str | PathLike):
+        data = read_bytes(str(image))
+    elif not isinstance(image, Image.Image):
+        array = _one_image(_as_array(image))
+        data = array_bytes(array)
+        if array.dtype.kind == "f":
+            return partial(_decode_floats, array, data), hash_bytes(data)
+    return partial(decode_image, data), hash_bytes(data)
+
+
+def _decode_floats(array: npt.NDArray[Any], data: bytes, pixel_range: PixelRange | None) -> Image.Image:
+    """Floats in memory, which are from 0 to 1 unless the model has a pixel_range. Raises ImageError for others."""
+    if pixel_range is None:
+        low, high = float(array.min(initial=0)), float(array.max(initial=0))
+        if low < -_HALF_STEP or high > 1 + _HALF_STEP:
+            raise ImageError(
+                f"{array.dtype} values from {low:g} to {high:g}; expected 0 to 1, as torchvision and scikit-image have it. "
+                "Divide them by the value that is white, leave a normalisation out, or give uint8. A model whose recipe "
+                "says images.pixel_range: [0, 255] takes floats from 0 to 255"
+            )
+    return decode_image(data, pixel_range or _UNIT)
+
+
+def _unread_file(image: Image.Image) -> bytes:
+    """The bytes of the file of an image that is opened and not read yet; empty where it has been read, or made.
+
+    Pillow's pixels of more than 8 bits have lost what their file says of them: a PGM's white, the low byte of colours.
+    """
+    file = getattr(image, "fp", None)
+    if not (getattr(image, "tile", None) and file is not None and image.format in ("PNG", "PPM", "TIFF")):
+        return b""
+    if image.tell() != 0:  # another page than the first
+        return b""
+    place = file.tell()
+    file.seek(0)
+    data: bytes = file.read()
+    file.seek(place)
+    return data
 
 
 def _many(images: ImageLike | Iterable[ImageLike]) -> list[ImageLike]:
-    if isinstance(images, str | PathLike | Image.Image) or (isinstance(images, np.ndarray) and images.ndim < 4):
-        return [cast(ImageLike, images)]
-    return list(images)
+    """Each image by itself: of an array or tensor the first axis is cut up where it counts images. Raises ImageUnusable."""
+    if isinstance(images, str | PathLike | Image.Image):
+        return [images]
+    if not isinstance(images, np.ndarray | torch.Tensor):
+        return list(images)
+    if isinstance(images, np.ndarray) and images.ndim == 1:
+        return cast(list[ImageLike], images.tolist())  # of paths, as a column of a table gives them
+    try:
+        array = _as_array(images)
+        if array.ndim == 4:
+            _channels_first(array.shape, "a batch")
+        elif array.ndim != 3 or isinstance(images, torch.Tensor) or not _is_grey_batch(array.shape):
+            return [array]  # torch has no images without channels: a tensor of three axes is (C, H, W)
+        return list(array)
+    except ImageError as error:
+        raise ImageUnusable(str(error)) from None
+
+
+def _is_grey_batch(shape: tuple[int, ...]) -> bool:
+    """Whether an array is (N, H, W), N grey images, and not (H, W, C). Raises ImageError where it could be (C, H, W) too."""
+    count, height, width = shape
+    if width in _CHANNELS or count == 1:
+        return False
+    if count in _CHANNELS:
+        raise ImageError(
+            f"an array of shape {shape} is one image of {count} channels and {height} x {width} pixels, (C, H, W), or "
+            f"{count} grey images of {height} x {width} pixels, (N, H, W). Give [array] for the one image, and list(array) "
+            "for the many"
+        )
+    return True
+
+
+def _as_array(image: object) -> npt.NDArray[Any]:
+    if isinstance(image, torch.Tensor):
+        tensor = image.detach().cpu()
+        # NumPy has no bfloat16
+        return np.asarray((tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy())
+    if isinstance(image, np.ndarray):
+        if image.dtype.kind in "OV":
+            raise ImageError(f"pixels of type {image.dtype}; expected numbers")
+        return image
+    raise ImageError(
+        f"an image is given as {type(image).__name__}; expected a path, a Pillow image, a NumPy array or a torch tensor"
+    )
+
+
+def _one_image(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """The array as (H, W) or (H, W, C). Raises ImageError where it is neither it nor (C, H, W), or could be both."""
+    if array.ndim == 2:
+        return array
+    if array.ndim != 3:
+        raise ImageError(f"an array of shape {array.shape} is no image; expected (H, W), (H, W, C) or (C, H, W)")
+    return np.moveaxis(array, 0, 2) if _channels_first(array.shape, "an image") else array
+
+
+def _channels_first(shape: tuple[int, ...], what: str) -> bool:
+    """Whether an image's channels stand before its rows. Raises ImageError where both readings are possible, or none."""
+    first, last = shape[-3] in _CHANNELS, shape[-1] in _CHANNELS
+    if first and last:
+        rows, columns = shape[-3:-1], shape[-2:]
+        raise ImageError(
+            f"{what} of shape {shape} has {shape[-1]} channels and {rows[0]} x {rows[1]} pixels, if the channels come last, or "
+            f"{shape[-3]} channels and {columns[0]} x {columns[1]} pixels, if they come first. Put them where they cannot be "
+            "mistaken: np.moveaxis(array, -1, -3) where they are last now, np.moveaxis(array, -3, -1) where they are first"
+        )
+    if not (first or last):
+        raise ImageError(
+            f"{what} of shape {shape} has no axis of 1, 3 or 4 channels; expected (H, W, C) or (C, H, W) for an image, "
+            "(N, H, W, C) or (N, C, H, W) for many"
+        )
+    return first
 
 
 def _name(image: ImageLike, row: int) -> str:

@@ -30,7 +30,7 @@ def check_recipe(path: Path) -> Finding:
     try:
         recipe = load_recipe(path)
         for backbone in recipe.backbones:
-            check_spec(backbone_spec(backbone))
+            check_spec(backbone_spec(backbone, recipe))
     except HeadraceError as error:
         return Finding("recipe", "fail", str(error), f"mend {path}, then: headrace run {path} --dry-run")
     names = ", ".join(backbone.name for backbone in recipe.backbones)

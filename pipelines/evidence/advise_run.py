@@ -60,7 +60,7 @@ def _early_to_late(names: Sequence[str], files: RunFiles) -> list[str]:
     network = specs[names[0]].backbone if names else ""
     if network not in order:
         for backbone in files.recipe.backbones:
-            spec = backbone_spec(backbone)
+            spec = backbone_spec(backbone, files.recipe)
             with contextlib.suppress(HeadraceError, OSError):
                 if spec.name == network:
                     order[network] = [tap.node for tap in describe_backbone(spec, weights=False).taps]
