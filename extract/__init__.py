@@ -6,7 +6,6 @@ Importing this imports no torch: what needs it is imported when it is first aske
 from typing import TYPE_CHECKING, Any
 
 from headrace.extract.changes import Changes, compare_listings, read_listing, write_listing
-from headrace.extract.containers import array_labels, idx_pairs, list_array, list_tar
 from headrace.extract.contents import Contents, Unreadable, content_hashes, hash_bytes
 from headrace.extract.errors import BackboneError, ImageError, SourceError
 from headrace.extract.figures import Figures, figures
@@ -15,7 +14,20 @@ from headrace.extract.locate import read_bytes
 from headrace.extract.memo import Storing, backbone_features, remember_features, remembered_backbone
 from headrace.extract.plan import ExtractJob, Network, plan_networks, plan_units, unit_name
 from headrace.extract.preprocess import Preprocessing
-from headrace.extract.samples import IMAGE_SUFFIXES, SPLIT_WORDS, list_folder, read_frame, read_table
+from headrace.extract.sources import (
+    IMAGE_SUFFIXES,
+    SPLIT_WORDS,
+    ImageSource,
+    LeftOut,
+    Listing,
+    SourceWarning,
+    detect_source,
+    list_array,
+    list_folder,
+    list_tar,
+    read_source,
+    read_table,
+)
 from headrace.extract.spec import BackboneSpec, Sample, backbone_from_fields
 
 if TYPE_CHECKING:
@@ -73,17 +85,20 @@ __all__ = [
     "ExtractJob",
     "Figures",
     "ImageError",
+    "ImageSource",
+    "LeftOut",
+    "Listing",
     "Network",
     "Preprocessing",
     "Sample",
     "SourceError",
+    "SourceWarning",
     "Storing",
     "Symmetries",
     "Tap",
     "TapInfo",
     "UnitReport",
     "Unreadable",
-    "array_labels",
     "backbone_features",
     "backbone_from_fields",
     "backbone_names",
@@ -92,10 +107,10 @@ __all__ = [
     "content_hashes",
     "decode_image",
     "describe_backbone",
+    "detect_source",
     "feature_specs",
     "figures",
     "hash_bytes",
-    "idx_pairs",
     "list_array",
     "list_folder",
     "list_tar",
@@ -104,8 +119,8 @@ __all__ = [
     "plan_networks",
     "plan_units",
     "read_bytes",
-    "read_frame",
     "read_listing",
+    "read_source",
     "read_table",
     "remember_features",
     "remembered_backbone",

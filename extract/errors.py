@@ -1,7 +1,9 @@
 """What a user can get wrong about images and networks."""
 
 import difflib
+from collections import Counter
 from collections.abc import Iterable
+from pathlib import Path
 
 from headrace.cache.errors import HeadraceError
 
@@ -23,3 +25,25 @@ def nearest(word: str, options: Iterable[str], count: int = 4) -> str:
     choices = list(dict.fromkeys(options))
     close = difflib.get_close_matches(word, choices, n=count, cutoff=0.5)
     return ", ".join(close or choices[:count]) or "(none)"
+
+
+def absent(path: Path, expected: str) -> str:
+    """The message for a path that does not exist or is of the other kind, with the nearest name in its parent."""
+    if path.exists():
+        return f"{path} is {'a folder' if path.is_dir() else 'a file'}; expected {expected}."
+    parent = path.absolute().parent
+    while not parent.is_dir():
+        parent = parent.parent
+    close = difflib.get_close_matches(path.name, [entry.name for entry in parent.iterdir()], n=1)
+    hint = f" Did you mean {parent / close[0]}?" if close else f" The nearest folder that exists is {parent}."
+    return f"{path}: no such file or folder.{hint}"
+
+
+def check_unique(ids: Iterable[str], source: str) -> None:
+    """Raises SourceError naming the ids that occur more than once."""
+    repeated = [name for name, count in Counter(ids).items() if count > 1]
+    if repeated:
+        raise SourceError(
+            f"{source}: {len(repeated)} ids occur more than once, for example {', '.join(map(repr, repeated[:3]))}. "
+            "Each row needs its own id: name a column that has one with id_column, or drop the duplicates."
+        )

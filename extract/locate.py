@@ -1,62 +1,114 @@
-"""Locators: where a sample's bytes are. A plain path is a file; `FILE::KIND:DETAILS` is one item inside a file.
+"""Locators: where a sample's bytes are, as text. A plain path is a file; `FILE::KIND:DETAILS` is one item inside a file.
 
-    shard-000.tar::tar:OFFSET:SIZE:NAME     a member of an uncompressed tar archive
-    images.npy::npy:INDEX                   one image of an array
+    shard-000.tar::tar:OFFSET:SIZE:NAME                     a member of a tar archive
+    shard-000.tar.gz::tgz:OFFSET:SIZE:NAME                  of a compressed one; the offset is in what it decompresses to
+    photos.zip::zip:HEADER:COMPRESSED:SIZE:METHOD:CRC:NAME  a member of a zip archive
+    images.npy::npy:INDEX                                   one image of an array
     images.npz::npz:KEY:INDEX
     images.h5::h5:DATASET:INDEX
     train-images-idx3-ubyte.gz::idx:INDEX
+    train-00000.parquet::parquet:COLUMN:ROW                 an encoded image in a cell of a table
+    data-00000.arrow::arrow:COLUMN:ROW
 
 The bytes of an array's item are those of an `.npy` file that holds it alone, so that it has a content hash as any
-file has.
+file has. A path that is no UTF-8, or that reads like a locator, is written as `bytes:` and its bytes, percent-encoded.
 """
 
+import bz2
 import functools
 import gzip
 import io
+import lzma
 import os
 import re
+import struct
 import threading
+import urllib.parse
+import zlib
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import h5py
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from headrace.extract.errors import SourceError
+from headrace.extract.stamps import file_stamp
 
-_LOCATOR = re.compile(r"(?P<file>.+?)::(?P<kind>tar|npy|npz|h5|idx):(?P<rest>.*)", re.DOTALL)
+_LOCATOR = re.compile(r"(?P<file>.+?)::(?P<kind>tar|tgz|zip|npy|npz|h5|idx|parquet|arrow):(?P<details>.*)", re.DOTALL)
+_ENCODED = "bytes:"
 # HDF5 allows one caller at a time, and an archive that must be decompressed whole should be so once.
 _LOCK = threading.Lock()
+_DECOMPRESSORS = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}
+_ZIP_LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, …, lengths of the name and of the extra field
+_ZIP_STORED, _ZIP_DEFLATED = 0, 8
+
+
+def path_text(path: str | Path) -> str:
+    """A file's path as text that UTF-8 can hold and that is no locator; `file_of` gives the path back."""
+    text = str(path)
+    if text.startswith(_ENCODED) or _LOCATOR.fullmatch(text) or not _is_utf8(text):
+        return _ENCODED + urllib.parse.quote(os.fsencode(text))
+    return text
+
+
+def printable(name: str) -> str:
+    r"""A file's name as text that UTF-8 can hold: bytes that are no UTF-8 are written as \xNN."""
+    return name if _is_utf8(name) else os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def file_of(path: str) -> str:
-    """The file that a locator points into; a plain path is its own."""
+    """The file that a locator points into, as the system takes it; a plain path is its own."""
     match = _LOCATOR.fullmatch(path)
-    return match["file"] if match else path
+    file = match["file"] if match else path
+    if file.startswith(_ENCODED):
+        return os.fsdecode(urllib.parse.unquote_to_bytes(file.removeprefix(_ENCODED)))
+    return file
 
 
 def read_bytes(path: str) -> bytes:
-    """The bytes of one sample. Raises OSError when they are not there."""
+    """The bytes of one sample. Raises OSError when they are not there, whatever is wrong with the file around them."""
     match = _LOCATOR.fullmatch(path)
-    if match is None:
-        with open(path, "rb") as file:
-            return file.read()
-    if match["kind"] == "tar":
-        offset, size, _ = match["rest"].split(":", 2)
-        with open(match["file"], "rb") as file:
-            file.seek(int(offset))
-            data = file.read(int(size))
-        if len(data) != int(size):
-            raise OSError(f"the archive ends after {len(data)} of the member's {size} bytes")
-        return data
-    key, _, index = match["rest"].rpartition(":")
+    file = file_of(path)
     try:
+        if match is None:
+            return Path(file).read_bytes()
+        kind, details = match["kind"], match["details"]
+        if kind == "tar":
+            return _read_tar_member(file, details)
+        if kind == "tgz":
+            return _read_compressed_tar_member(file, details)
+        if kind == "zip":
+            return _read_zip_member(file, details)
+        key, _, index = details.rpartition(":")
+        if kind in ("parquet", "arrow"):
+            return _read_cell(file, kind, key, int(index))
         with _LOCK:
-            item = np.asarray(open_array(match["file"], match["kind"], key)[int(index)])
-    except (IndexError, ValueError, SourceError) as error:
+            return array_bytes(np.asarray(open_array(file, kind, key)[int(index)]))
+    except OSError:
+        raise
+    # Damaged containers make their libraries raise anything; for the caller the bytes are not there.
+    except (
+        SourceError,
+        ValueError,
+        IndexError,
+        KeyError,
+        EOFError,
+        zlib.error,
+        lzma.LZMAError,
+        pa.ArrowException,
+    ) as error:
         raise OSError(str(error)) from error
-    return array_bytes(item)
 
 
 def array_bytes(item: npt.NDArray[Any]) -> bytes:
@@ -68,12 +120,11 @@ def array_bytes(item: npt.NDArray[Any]) -> bytes:
 
 def open_array(file: str, kind: str, key: str) -> Any:
     """Something with `shape`, `dtype` and `[index]` that reads images from the file. Raises SourceError, OSError."""
-    status = os.stat(file)
-    return _open(file, kind, key, status.st_size, status.st_mtime_ns)
+    return _open_array(file, kind, key, file_stamp(file))
 
 
 @functools.lru_cache(maxsize=8)
-def _open(file: str, kind: str, key: str, size: int, mtime_ns: int) -> Any:
+def _open_array(file: str, kind: str, key: str, stamp: object) -> Any:
     try:
         if kind == "npy":
             return np.load(file, mmap_mode="r", allow_pickle=False)
@@ -83,13 +134,117 @@ def _open(file: str, kind: str, key: str, size: int, mtime_ns: int) -> Any:
                     raise SourceError(f"{file} has no array {key!r}; it has {', '.join(archive.files)}")
                 return archive[key]  # decompressed whole, once per process
         if kind == "h5":
-            found = h5py.File(file, "r").get(key)
-            if not isinstance(found, h5py.Dataset):
+            dataset = h5py.File(file, "r").get(key)
+            if not isinstance(dataset, h5py.Dataset):
                 raise SourceError(f"{file} has no data set {key!r}")
-            return found
+            return dataset
         return _read_idx(Path(file))
     except ValueError as error:  # damaged headers, and arrays of Python objects
         raise SourceError(f"{file}: cannot be read as {kind}: {error}") from error
+
+
+def _read_tar_member(file: str, details: str) -> bytes:
+    offset, size, _ = details.split(":", 2)
+    with open(file, "rb") as archive:
+        # A declared size beyond the file's end must not ask for memory.
+        if int(offset) + int(size) > (length := os.fstat(archive.fileno()).st_size):
+            raise OSError(f"the archive ends after {max(0, length - int(offset))} of the member's {size} bytes")
+        archive.seek(int(offset))
+        return archive.read(int(size))
+
+
+def _read_compressed_tar_member(file: str, details: str) -> bytes:
+    """Members are read in about the order of the archive, so that its stream mostly goes forward."""
+    offset, size, _ = details.split(":", 2)
+    with _LOCK:
+        stream = _open_compressed(file, file_stamp(file))
+        stream.seek(int(offset))
+        data = stream.read(int(size))
+    if len(data) != int(size):
+        raise OSError(f"the archive ends after {len(data)} of the member's {size} bytes")
+    return data
+
+
+@functools.lru_cache(maxsize=4)
+def _open_compressed(file: str, stamp: object) -> IO[bytes]:
+    return open_compressed(file)
+
+
+def open_compressed(file: str | Path) -> IO[bytes]:
+    """A gzip, bzip2 or xz file as the stream that it decompresses to. Raises SourceError for another one."""
+    with open(file, "rb") as opened:
+        magic = opened.read(2)
+    if magic not in _DECOMPRESSORS:
+        raise SourceError(f"{file}: expected a file that gzip, bzip2 or xz compressed")
+    return _DECOMPRESSORS[magic](file, "rb")  # type: ignore[operator,no-any-return]
+
+
+def _read_zip_member(file: str, details: str) -> bytes:
+    header, compressed_size, size, method, crc, _ = details.split(":", 5)
+    with open(file, "rb") as archive:
+        archive.seek(int(header))
+        signature, name_length, extra_length = _ZIP_LOCAL_HEADER.unpack(archive.read(_ZIP_LOCAL_HEADER.size))
+        if signature != b"PK\3\4":
+            raise OSError("the archive has changed: there is no member where there was one")
+        archive.seek(name_length + extra_length, io.SEEK_CUR)
+        data = archive.read(int(compressed_size))
+    if len(data) != int(compressed_size):
+        raise OSError(f"the archive ends after {len(data)} of the member's {compressed_size} bytes")
+    if int(method) == _ZIP_DEFLATED:
+        # No more than the archive says, so that a few bytes cannot become gigabytes
+        data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, int(size) + 1)
+    if zlib.crc32(data) != int(crc):
+        raise OSError("the member's bytes do not have its checksum (CRC-32)")
+    return data
+
+
+def _read_cell(file: str, kind: str, column: str, row: int) -> bytes:
+    """The encoded image in a cell: bytes, or a struct with a field `bytes` as Hugging Face writes them."""
+    with _LOCK:
+        cells, start = _image_cells(file, kind, column, row)
+    value = cells[row - start].as_py()
+    data = value.get("bytes") if isinstance(value, dict) else value
+    if not isinstance(data, bytes):
+        raise OSError("the cell holds no image")
+    return data
+
+
+def _image_cells(file: str, kind: str, column: str, row: int) -> tuple[Any, int]:
+    """The cells of the row group that holds the row, and its first row."""
+    if kind == "arrow":
+        return _arrow_column(file, column, file_stamp(file)), 0
+    starts = _row_group_starts(file, file_stamp(file))
+    group = int(np.searchsorted(starts, row, side="right")) - 1
+    return _row_group(file, column, group, file_stamp(file)), int(starts[group])
+
+
+@functools.lru_cache(maxsize=64)
+def _row_group_starts(file: str, stamp: object) -> npt.NDArray[np.int64]:
+    metadata = pq.ParquetFile(file).metadata
+    counts = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
+    return np.cumsum([0, *counts])[:-1]
+
+
+@functools.lru_cache(maxsize=2)  # rows are read in order, so that each group is decompressed once
+def _row_group(file: str, column: str, group: int, stamp: object) -> Any:
+    return pq.ParquetFile(file).read_row_group(group, columns=[column])[column].combine_chunks()
+
+
+@functools.lru_cache(maxsize=8)
+def _arrow_column(file: str, column: str, stamp: object) -> Any:
+    return open_arrow(file)[column]
+
+
+def open_arrow(file: str | Path) -> pa.Table:
+    """An Arrow file, stream (as `datasets` writes) or IPC file, mapped into memory and not read. Raises SourceError."""
+    try:
+        source = pa.memory_map(str(file))
+        try:
+            return pa.ipc.open_stream(source).read_all()
+        except pa.ArrowInvalid:
+            return pa.ipc.open_file(source).read_all()
+    except pa.ArrowException as error:
+        raise SourceError(f"{file}: cannot be read as Arrow: {error}") from error
 
 
 _IDX_TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}

@@ -4,7 +4,9 @@ A test row never enters the task that banks read: the two are separate values, a
 """
 
 import difflib
-from collections.abc import Sequence, Set
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +17,8 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from headrace.cache import HeadraceError
-from headrace.extract import SPLIT_WORDS, list_array, list_folder, list_tar, read_table
+from headrace.cache.text import as_text
+from headrace.extract import SPLIT_WORDS, Listing, read_source
 from headrace.heads import TEST, TRAIN_ONLY, Task, make_folds, split_test
 from headrace.pipelines.recipe import Recipe
 from headrace.pipelines.recipe_sections import TaskSection
@@ -35,30 +38,27 @@ class Dataset:
     test: Task  # every row that nobody sees before the winner is chosen; may be empty
     notes: tuple[str, ...]  # what a careful person would want to be told about the rows
     groups: npt.NDArray[np.int64]  # of each row of `train`: rows of one group, or copies of one image, share a number
+    unlabelled: int  # images that can be read and have no target
 
 
-def list_samples(recipe: Recipe) -> pd.DataFrame:
-    """The recipe's images: columns `id`, `path` and the user's own, one row per image that has a target.
+def read_samples(recipe: Recipe) -> Listing:
+    """The recipe's images, with the user's columns, and a count of what is left out.
 
-    Raises DataError when a column that the task names is absent.
+    Raises SourceError for images that cannot be listed, DataError when a column that the task names is absent.
     """
-    images, task = recipe.images, recipe.task
-    source = images.folder or images.table or images.tar or images.array
-    if images.folder is not None:
-        samples = list_folder(images.folder)
-    elif images.table is not None:
-        samples = read_table(images.table, path_column=images.path_column, id_column=images.id_column, root=images.root)
-    elif images.tar is not None:
-        samples = list_tar(images.tar)
-    else:
-        assert images.array is not None  # the recipe has exactly one of the four
-        samples = list_array(images.array, key=images.array_key, labels=images.labels, labels_key=images.labels_key)
+    listing = read_source(recipe.images.source())
+    task = recipe.task
     for key in ("target", "group", "split", "fold"):
         named = getattr(task, key)
         for column in () if named is None else (named,) if isinstance(named, str) else named:
-            if column not in samples.columns:
-                raise DataError(_absent(f"task.{key}", column, source, samples))
-    return samples
+            if column not in listing.samples.columns:
+                raise DataError(_absent(f"task.{key}", column, recipe.images.source().location, listing.samples))
+    return listing
+
+
+def list_samples(recipe: Recipe) -> pd.DataFrame:
+    """The samples of `read_samples`: columns `id`, `path` and the user's own, one row per image."""
+    return read_samples(recipe).samples
 
 
 def _absent(key: str, column: str, source: object, samples: pd.DataFrame) -> str:
@@ -82,7 +82,12 @@ def make_dataset(samples: pd.DataFrame, content: Sequence[str | None], section: 
     unlabelled -= len(frame)
     if unlabelled:
         notes.append(f"{unlabelled:,} images have no {' / '.join(_columns(section))} and are left out")
-    groups = None if section.group is None else _groups(frame, section.group)
+    notes += _alike(classes, "classes")
+    groups = None
+    if section.group is not None:
+        names = _group_names(frame, section.group)
+        groups = np.asarray(pd.factorize(names)[0], dtype=np.int64)
+        notes += _alike(names.unique(), f"values of {section.group!r}")
     notes += _unused_split(frame, section)
     notes += _duplicates(frame, target)
     fold = _assign_folds(frame, target, groups, section, notes)
@@ -100,7 +105,7 @@ def make_dataset(samples: pd.DataFrame, content: Sequence[str | None], section: 
     )
     copies = pd.factorize(frame["_content"])[0].astype(np.int64)
     together = copies if groups is None else _joined_by_copies(groups, frame["_content"])
-    return Dataset(task.without_test(), _rows(task, fold == TEST), tuple(notes), together[fold != TEST])
+    return Dataset(task.without_test(), _rows(task, fold == TEST), tuple(notes), together[fold != TEST], unlabelled)
 
 
 def check_targets(
@@ -111,10 +116,31 @@ def check_targets(
     Raises DataError for targets that cannot be learned.
     """
     columns = _columns(section)
-    labelled = samples[samples[columns].notna().all(axis=1)].reset_index(drop=True)
+    values = samples[columns].apply(_empty_as_missing)
+    if section.kind != "single" and not (section.kind == "multi" and _holds_labels(values, section)):
+        values = values.apply(lambda column: _numbers(column, samples["id"], section))
+    given = values.notna().all(axis=1)
+    labelled = samples[given].reset_index(drop=True)
     if labelled.empty:
         raise DataError(f"no image has a value in {' / '.join(columns)}: there is nothing to learn")
-    return labelled, *_encode(labelled[columns], section)
+    return labelled, *_encode(values[given].reset_index(drop=True), section)
+
+
+def _empty_as_missing(column: pd.Series) -> pd.Series:
+    """An empty text is a missing value, wherever the column comes from."""
+    if column.dtype.kind in "biuf":
+        return column
+    return column.mask(column.map(lambda value: isinstance(value, str) and not value.strip()).astype(bool))
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, list | tuple | set | np.ndarray)
+
+
+def _holds_labels(values: pd.DataFrame, section: TaskSection) -> bool:
+    """Whether one column holds several labels in each cell: a list, or text with a separator."""
+    column = values.iloc[:, 0]
+    return values.shape[1] == 1 and (section.separator is not None or bool(column.map(_is_list).any()))
 
 
 def _columns(section: TaskSection) -> list[str]:
@@ -140,38 +166,11 @@ def _encode(columns: pd.DataFrame, section: TaskSection) -> tuple[tuple[str, ...
                 f"task.target {name!r} is infinite in {int(np.isinf(columns[name]).sum()):,} rows: mend or empty them"
             )
     if section.kind == "single":
-        if columns.shape[1] != 1:
-            raise DataError("task.target names several columns: set task.kind to multi or regression, or name one")
-        labels = columns.iloc[:, 0]
-        if labels.map(lambda value: isinstance(value, list | dict | np.ndarray)).any():
-            raise DataError(f"task.target {columns.columns[0]!r} holds lists; expected one label in each row")
-        if labels.dtype.kind == "f" and (labels == labels.round()).all():
-            labels = labels.astype("int64")  # a column of whole numbers with a gap was read as floats
-        # Numbers sort as numbers: class "10" comes after class "9".
-        values = sorted(labels.unique().tolist(), key=lambda value: (isinstance(value, str), value))
-        classes = tuple(str(value) for value in values)
-        if len(set(classes)) < len(classes):
-            raise DataError(
-                f"task.target {columns.columns[0]!r} holds values that read alike but are not, such as 1 and '1': "
-                f"{', '.join(map(repr, values[:10]))}. Write each class one way"
-            )
-        if len(classes) < 2:
-            raise DataError(
-                f"task.target {columns.columns[0]!r} holds one class only, {classes[0]!r}, in all {len(labels):,} images; "
-                "a classifier needs at least two. In a folder, each class is a sub-folder: FOLDER/cat/1.jpg, FOLDER/dog/2.jpg"
-            )
-        if len(classes) > max(20, len(labels) // 2):
-            raise DataError(
-                f"task.target {columns.columns[0]!r} has {len(classes):,} different values in {len(labels):,} images; "
-                "if it is a number to predict, set task.kind: regression"
-            )
-        index = {value: number for number, value in enumerate(values)}
-        return classes, labels.map(index).to_numpy(dtype=np.int64)
+        return _encode_classes(columns, section)
+    if section.kind == "multi" and _holds_labels(columns, section):
+        return _encode_label_sets(columns.iloc[:, 0], section.separator)
     names = tuple(str(name) for name in columns.columns)
-    try:
-        numbers = columns.to_numpy(dtype=np.float64)
-    except ValueError:
-        raise DataError(f"task.kind {section.kind} needs numbers in {', '.join(names)}") from None
+    numbers = columns.to_numpy(dtype=np.float64)
     if section.kind == "regression":
         return names, numbers
     if not np.isin(numbers, (0, 1)).all():
@@ -179,17 +178,110 @@ def _encode(columns: pd.DataFrame, section: TaskSection) -> tuple[tuple[str, ...
     return names, numbers.astype(np.uint8)
 
 
-def _groups(frame: pd.DataFrame, column: str) -> npt.NDArray[np.int64]:
-    if frame[column].isna().any():
-        first = frame.loc[frame[column].isna(), "id"].iloc[0]
+def _encode_classes(columns: pd.DataFrame, section: TaskSection) -> tuple[tuple[str, ...], npt.NDArray[np.int64]]:
+    """One class for each row. Labels are text as written: `01` is not `1`, and `None` is a class like others."""
+    if columns.shape[1] != 1:
+        raise DataError("task.target names several columns: set task.kind to multi or regression, or name one")
+    name = columns.columns[0]
+    if columns.iloc[:, 0].map(lambda value: _is_list(value) or isinstance(value, dict)).any():
+        raise DataError(
+            f"task.target {name!r} holds lists; expected one label in each row. For several labels in a row: task.kind: multi"
+        )
+    labels = as_text(columns.iloc[:, 0])
+    classes = tuple(sorted(labels.unique().tolist(), key=_class_order(labels.unique())))
+    if len(classes) < 2:
+        raise DataError(
+            f"task.target {name!r} holds one class only, {classes[0]!r}, in all {len(labels):,} images; "
+            "a classifier needs at least two. In a folder, each class is a sub-folder: FOLDER/cat/1.jpg, FOLDER/dog/2.jpg"
+        )
+    if len(classes) > max(20, len(labels) // 2):
+        raise DataError(
+            f"task.target {name!r} has {len(classes):,} different values in {len(labels):,} images; "
+            "if it is a number to predict, set task.kind: regression"
+        )
+    numbers = {label: number for number, label in enumerate(classes)}
+    return classes, labels.map(numbers).to_numpy(dtype=np.int64)
+
+
+def _class_order(labels: Iterable[str]) -> Any:
+    """A sort key: numbers sort as numbers where all labels are such, so that class "10" comes after class "9"."""
+    try:
+        values = {label: float(label) for label in labels}
+    except ValueError:
+        return lambda label: label
+    return lambda label: (values[label], label) if all(map(np.isfinite, values.values())) else label
+
+
+def _encode_label_sets(column: pd.Series, separator: str | None) -> tuple[tuple[str, ...], npt.NDArray[np.uint8]]:
+    """(classes, (N, classes) 0/1) of a column with several labels in each cell."""
+
+    def labels_of(value: object) -> list[str]:
+        parts = list(value) if _is_list(value) else str(value).split(separator)  # type: ignore[call-overload]
+        texts = as_text(pd.Series(parts, dtype=object)).dropna().tolist()
+        return [text for text in texts if text]
+
+    sets = column.map(labels_of).tolist()
+    names = {label for labels in sets for label in labels}
+    if len(names) < 2:
+        raise DataError(
+            f"task.target {column.name!r} holds {len(names)} different labels; several were expected. "
+            "Look at task.separator, which stands between the labels of a cell"
+        )
+    classes = tuple(sorted(names, key=_class_order(names)))
+    place = {label: number for number, label in enumerate(classes)}
+    target = np.zeros((len(sets), len(classes)), np.uint8)
+    for row, labels in enumerate(sets):
+        target[row, [place[label] for label in labels]] = 1
+    return classes, target
+
+
+def _numbers(column: pd.Series, ids: pd.Series, section: TaskSection) -> pd.Series:
+    """A column as float64; missing stays missing. Raises DataError naming the first value that is no number."""
+    if column.dtype.kind in "biuf":
+        return column.astype(np.float64)
+    text = as_text(column)
+    numbers = pd.to_numeric(text.replace({"True": "1", "False": "0"}), errors="coerce").astype(np.float64)
+    wrong = text.notna() & numbers.isna() & (text.str.lower() != "nan")
+    if wrong.any():
+        first, name = int(wrong.to_numpy().argmax()), ids.iloc[int(wrong.to_numpy().argmax())]
+        cure = ""
+        if section.kind == "multi":
+            cure = ". For labels by name, say what stands between them in a cell: task.separator: ';'"
+        elif str(text.iloc[first]).replace(",", "", 1).lstrip("-").isdigit():
+            cure = ". Write decimals with a point"
+        raise DataError(
+            f"task.kind {section.kind} needs numbers in {column.name}; found {text.iloc[first]!r} for {name!r} "
+            f"({int(wrong.sum()):,} such rows){cure}"
+        )
+    return numbers
+
+
+def _alike(names: Iterable[str], what: str) -> list[str]:
+    """A note on names that a person would take for one: they differ in case, blanks, or the marks of letters alone."""
+    folded: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        plain = "".join(
+            letter for letter in unicodedata.normalize("NFKD", str(name)) if not unicodedata.combining(letter)
+        )
+        folded["".join(letter for letter in plain.casefold() if letter.isalnum()) or str(name)].append(str(name))
+    pairs = [" and ".join(map(repr, sorted(alike))) for alike in folded.values() if len(alike) > 1]
+    if not pairs:
+        return []
+    return [f"{what} that differ in case, blanks, punctuation or accents alone, and count as different: {_some(pairs)}"]
+
+
+def _group_names(frame: pd.DataFrame, column: str) -> pd.Series:
+    names = as_text(_empty_as_missing(frame[column]))
+    if names.isna().any():
+        first = frame.loc[names.isna(), "id"].iloc[0]
         raise DataError(f"task.group {column!r} is empty for {first!r}: every image needs a group, or none has one")
-    return np.asarray(pd.factorize(frame[column])[0], dtype=np.int64)
+    return names
 
 
 def _unused_split(frame: pd.DataFrame, section: TaskSection) -> list[str]:
     if section.split is not None or section.fold is not None or "split" not in frame:
         return []
-    words = set(frame["split"].astype(str).str.strip().str.lower())
+    words = set(as_text(frame["split"]).dropna().str.lower())
     if not words <= set(SPLIT_WORDS):
         return []
     return [
@@ -217,11 +309,72 @@ def _assign_folds(
     section: TaskSection,
     notes: list[str],
 ) -> npt.NDArray[np.int16]:
-    """(N,) folds. Copies of one image are split as one row, and groups that share a copy as one group."""
+    """(N,) folds. Copies of one image are split as one row, and groups that share a copy as one group.
+
+    Where the user's own column puts copies on different sides, the run is refused, or the column wins: task.copies.
+    """
+    if _copies_across_sides(frame, section, notes):
+        return _draw_folds(frame, target, groups, section, notes)
     if groups is None:
         first, copy_of = _first_copies(frame["_content"])
         return _draw_folds(frame.iloc[first], target[first], None, section, notes)[copy_of]
-    return _draw_folds(frame, target, _joined_by_copies(groups, frame["_content"]), section, notes)
+    joined = _joined_by_copies(groups, frame["_content"])
+    notes += _joined_groups(frame, groups, joined, section)
+    return _draw_folds(frame, target, joined, section, notes)
+
+
+def _copies_across_sides(frame: pd.DataFrame, section: TaskSection, notes: list[str]) -> bool:
+    """Whether the split or fold column has copies of an image on different sides and is followed all the same.
+
+    Raises DataError, naming the rows, unless task.copies says so.
+    """
+    column = section.split or section.fold
+    if column is None:
+        return False
+    sides = pd.Series(_read_split(frame, column) if section.split else _read_folds(frame, column), index=frame.index)
+    mixed = sides.groupby(frame["_content"].to_numpy()).transform("nunique") > 1
+    if not mixed.any():
+        return False
+    content = frame.loc[mixed, "_content"].iloc[0]
+    names = frame.loc[frame["_content"] == content, "id"].tolist()
+    found = (
+        f"column {column!r} puts exact copies of an image on different sides: {int(mixed.sum()):,} images, first "
+        f"{' and '.join(map(repr, names[:2]))}"
+    )
+    if section.copies == "keep":
+        notes.append(f"{found}. The column is followed (task.copies: keep); what is tested was trained on there")
+        return True
+    raise DataError(
+        f"{found}. Mend the column, leave one of them out (images.exclude: [{names[0]}]), or follow the column as it is: "
+        "task.copies: keep"
+    )
+
+
+def _joined_groups(
+    frame: pd.DataFrame, groups: npt.NDArray[np.int64], joined: npt.NDArray[np.int64], section: TaskSection
+) -> list[str]:
+    """A note on groups that copies of images join. Raises DataError where they make most of the images one group."""
+    table = pd.DataFrame({"group": groups, "joined": joined, "content": frame["_content"].to_numpy()})
+    sizes = table.groupby("joined")["group"].nunique()
+    if sizes.max() < 2:
+        return []
+    shared = table.groupby("content")["group"].nunique()
+    worst = shared.idxmax()
+    names = frame.loc[frame["_content"] == worst, "id"].tolist()
+    rows = int((joined == sizes.idxmax()).sum())
+    total = table["group"].nunique()
+    found = (
+        f"copies of one image are in several groups, which are joined, for else one would be tested on what it was trained on: "
+        f"{names[0]!r} and its copies are in {int(shared.max()):,} of the {total:,} groups of {section.group!r}, and the largest "
+        f"joined group has {int(sizes.max()):,} of them, {rows:,} of {len(frame):,} images"
+    )
+    if rows > len(frame) / 2:
+        some = ", ".join(names[:3])
+        raise DataError(
+            f"{found}. No fair split is left. Leave these copies out (a placeholder shows nothing of its patient): "
+            f"images.exclude: [{some}{', …' if len(names) > 3 else ''}], or mend {section.group!r}"
+        )
+    return [found]
 
 
 def _draw_folds(
@@ -294,14 +447,15 @@ def _refuse_split_groups(
 
 
 def _read_folds(frame: pd.DataFrame, column: str) -> npt.NDArray[Any]:
-    values = frame[column]
+    values = _empty_as_missing(frame[column])
     if values.isna().any():
         raise DataError(
             f"task.fold {column!r} is empty for {frame.loc[values.isna(), 'id'].iloc[0]!r}: every image needs one"
         )
-    if values.dtype.kind == "f" and (values == values.round()).all():
-        values = values.astype("int64")
-    return values.to_numpy()
+    texts = as_text(values)
+    if texts.str.fullmatch(r"-?\d+").all() and (numbers := texts.astype("int64")).min() <= 0:
+        return numbers.to_numpy()
+    return texts.to_numpy(dtype=np.str_)  # names; folds that are counted from 1 are such
 
 
 def drop_rows(dataset: Dataset, failed: Set[str]) -> Dataset:
@@ -320,7 +474,7 @@ def drop_rows(dataset: Dataset, failed: Set[str]) -> Dataset:
             f"every image of fold {empty[0]} failed: the reasons are in `headrace cache` and in failed-images.csv"
         )
     test = _rows(dataset.test, ~np.isin(dataset.test.content, bad))
-    return Dataset(train, test, dataset.notes, dataset.groups[kept])
+    return Dataset(train, test, dataset.notes, dataset.groups[kept], dataset.unlabelled)
 
 
 def _first_copies(content: pd.Series) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
@@ -330,7 +484,13 @@ def _first_copies(content: pd.Series) -> tuple[npt.NDArray[np.intp], npt.NDArray
 
 
 def _read_split(frame: pd.DataFrame, column: str) -> npt.NDArray[np.str_]:
-    words = frame[column].astype(str).str.strip().str.lower()
+    texts = as_text(_empty_as_missing(frame[column]))
+    if texts.isna().any():
+        raise DataError(
+            f"task.split {column!r} is empty in {int(texts.isna().sum()):,} rows, first {frame.loc[texts.isna(), 'id'].iloc[0]!r}; "
+            "expected train, validation or test"
+        )
+    words = texts.str.lower()
     unknown = sorted(set(words) - set(SPLIT_WORDS))
     if unknown:
         raise DataError(

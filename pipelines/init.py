@@ -17,7 +17,7 @@ images:
 {images}
 task:
 {task}
-  # kind: single                 # or multi (0/1 columns), regression (numbers)
+  # kind: single                 # or multi (0/1 columns, or labels in a cell), regression (numbers)
   # group: patient               # rows of one group never stand on two sides of a split
   # split: split                 # a column with train / validation / test; otherwise drawn:
   test_fraction: 0.25            # opened once, for the winner only

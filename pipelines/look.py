@@ -1,7 +1,8 @@
 """What a folder, a table, archives or an array of images hold, as the lines of a recipe."""
 
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,23 +10,23 @@ import pandas as pd
 import yaml
 
 from headrace.cache import HeadraceError
-from headrace.extract import (
-    IMAGE_SUFFIXES,
-    array_labels,
-    idx_pairs,
-    list_array,
-    list_folder,
-    list_tar,
-    read_frame,
-    read_table,
-)
+from headrace.cache.text import as_text
+from headrace.extract import ImageSource, Listing, SourceError, detect_source, read_source
+from headrace.extract.locate import file_of
+from headrace.extract.sources.archive import is_archive
+from headrace.extract.sources.array import array_labels, measure_range
+from headrace.extract.sources.folder import has_images
+from headrace.extract.sources.formats import ARRAY_KINDS
+from headrace.extract.sources.table import read_table_file
+from headrace.extract.sources.tabular import find_images, is_table, table_files
 
-_TABLE_SUFFIXES = (".csv", ".tsv", ".parquet", ".pq")
-_TARGET_NAMES = ("label", "class", "target", "category", "diagnosis", "species", "y")
+_TARGET_NAMES = ("label", "labels", "class", "target", "category", "diagnosis", "species", "y")
 _GROUP_NAMES = ("group", "patient", "patient_id", "subject", "subject_id", "slide", "scene", "site")
 _SPLIT_NAMES = ("split", "set", "subset", "partition")
 _PATHS_LOOKED_AT = 100
-_ARRAY_SUFFIXES = (".npy", ".npz", ".h5", ".hdf5", ".hdf")
+_CLASSES_NAMED = 8
+_PREDICTION_COLUMNS = {"file", "class", "error"}  # of the tables that `headrace predict` writes
+_SEPARATORS = (";", "|", ",", " ")
 
 
 class InitError(HeadraceError, ValueError):
@@ -34,142 +35,215 @@ class InitError(HeadraceError, ValueError):
 
 @dataclass(frozen=True)
 class Finding:
-    """What `init` found: the lines of the recipe's images and task sections, and a sentence for the user."""
+    """What `init` found: the lines of the recipe's images and task sections, and sentences for the user."""
 
     images: str
     task: str
     sentence: str
+    notes: tuple[str, ...] = ()  # what was assumed, and what is left out
 
 
-def look(source: Path, base: Path) -> Finding:
-    """The recipe's lines for what `source` holds; paths in them start from `base`, the recipe's folder.
+def look(location: Path, base: Path) -> Finding:
+    """The recipe's lines for what `location` holds; paths in them start from `base`, the recipe's folder.
 
     Raises InitError when there is nothing to train on, SourceError for a file that cannot be read.
     """
-    if source.is_file() and source.suffix.lower() == ".tar":
-        return _look_at_tar(source, base)
-    if source.is_file() and (source.suffix.lower() in _ARRAY_SUFFIXES or "idx" in source.name):
-        return _look_at_array(source, base)
-    if source.is_file():
-        return _look_at_table(source, base)
-    if not source.is_dir():
+    source = detect_source(location)
+    if source.kind == "image":
         raise InitError(
-            f"{source}: no such folder or file. Give a folder with one sub-folder per class, a CSV or Parquet table, "
-            "WebDataset shards (.tar) or an array file (.npy, .npz, .h5, idx)"
+            f"{location} is one image. Give the folder of images, with one sub-folder per class, or a table of them"
         )
-    tables = sorted(path for path in source.iterdir() if path.suffix.lower() in _TABLE_SUFFIXES and path.is_file())
+    if source.kind == "folder":
+        return _look_at_folder(location, source, base)
+    if source.kind == "archive":
+        return _look_at_archives(location, source, base)
+    if source.kind == "array":
+        return _look_at_array(location, source, base)
+    return _look_at_table(Path(source.location), source, base)
+
+
+def _look_at_folder(folder: Path, source: ImageSource, base: Path) -> Finding:
+    """Class folders, unless they are none and a table beside the images says more; both readings are told."""
+    tables = [path for path in sorted(folder.iterdir()) if is_table(path) and path.is_file()]
+    predictions = [path for path in tables if _is_predictions(path)]
+    readings: list[Finding] = []
     refusals: list[str] = []
     for table in tables:
-        try:
-            return _look_at_table(table, base)
-        except HeadraceError as refusal:
-            refusals.append(str(refusal))  # a table of something else, unless the folder is no use either
+        if table not in predictions:
+            try:
+                readings.append(_look_at_table(table, replace(source, kind="table", location=table), base))
+            except HeadraceError as refusal:
+                refusals.append(str(refusal))  # a table of something else, unless the folder is no use either
+    notes = [f"{path.name} is a table of predictions and was not read" for path in predictions]
     try:
-        return _look_at_folder(source, base)
+        finding = _look_at_class_folders(folder, source, base)
     except HeadraceError as error:
-        if (inside := _look_inside(source, base)) is not None:
-            return inside
+        if len(readings) == 1:
+            return replace(readings[0], notes=(*readings[0].notes, *notes))
+        if len(readings) > 1:
+            names = ", ".join(path.name for path in tables if path not in predictions)
+            raise InitError(
+                f"{folder} holds several tables that could name the images ({names}): name one. Try: headrace init {tables[0]}"
+            ) from None
+        arrays = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in ARRAY_KINDS]
+        if arrays and not has_images(folder):
+            if len(arrays) > 1:
+                raise InitError(
+                    f"{folder} holds {len(arrays)} array files: name one. Try: headrace init {arrays[0]}"
+                ) from None
+            return look(arrays[0], base)
         if not refusals:
             raise
         raise InitError("\n".join([str(error), *refusals])) from None
+    if readings:
+        named = [path.name for path in tables if path not in predictions]
+        notes.append(
+            f"the sub-folders are taken for the classes. {', '.join(named)} could name the images and their labels, too: for that, "
+            f"headrace init {folder / named[0]}"
+        )
+    return replace(finding, notes=(*finding.notes, *notes))
 
 
-def _look_inside(folder: Path, base: Path) -> Finding | None:
-    """For a folder that holds no images itself: its tar shards, its idx files, or the one array file in it."""
-    if any(folder.glob("*.tar")):
-        return _look_at_tar(folder, base)
-    if idx_pairs(folder):
-        return _look_at_array(folder, base)
-    arrays = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in _ARRAY_SUFFIXES]
-    if not arrays:
-        return None
-    if len(arrays) > 1:
-        raise InitError(f"{folder} holds {len(arrays)} array files: name one. Try: headrace init {arrays[0]}")
-    return _look_at_array(arrays[0], base)
+def _is_predictions(table: Path) -> bool:
+    """Whether a table is one that `headrace predict` wrote."""
+    try:
+        return set(read_table_file(table).frame.columns) >= _PREDICTION_COLUMNS
+    except SourceError:
+        return False
 
 
-def _look_at_folder(source: Path, base: Path) -> Finding:
-    samples = list_folder(source)
+def _look_at_class_folders(folder: Path, source: ImageSource, base: Path) -> Finding:
+    listing = read_source(source)
+    samples = listing.samples
     counts = samples["label"].value_counts()
     if len(counts) < 2:
         found = f"one class only, {counts.index[0]!r}" if len(counts) else "images, but no sub-folder for a class"
+        inner = sorted(path.name for path in folder.joinpath(str(counts.index[0])).glob("*/")) if len(counts) else []
+        hint = (
+            f". If the folders in it are the classes, try: headrace init {folder / str(counts.index[0])}"
+            if len(inner) > 1
+            else ""
+        )
         raise InitError(
-            f"{source}: found {found} ({len(samples):,} images). A classifier needs two classes or more: "
-            "one sub-folder each, or a CSV with the columns path and label"
+            f"{folder}: found {found} ({len(samples):,} images). A classifier needs two classes or more: "
+            f"one sub-folder each, or a CSV with the columns path and label{hint}"
         )
     has_split = "split" in samples
     layout = "train, val or test, and in it one sub-folder per class" if has_split else "one sub-folder per class"
     split = "\n  split: split                  # the names of the outer folders" if has_split else ""
     name = "inner folder" if has_split else "sub-folder"
     return Finding(
-        images=f"  folder: {_relative(source, base)}      # {layout}\n",
+        images=f"  folder: {_relative(folder, base)}      # {layout}\n",
         task=f"  target: label                  # the name of the {name}{split}",
-        sentence=f"{len(samples):,} images in {len(counts):,} classes, {counts.min():,} to {counts.max():,} each"
+        sentence=f"{len(samples):,} images in {_named_classes(counts)}, {counts.min():,} to {counts.max():,} each"
         + (f"; {_sizes(samples['split'])}" if has_split else ""),
+        notes=_notes(listing),
     )
 
 
-def _look_at_tar(source: Path, base: Path) -> Finding:
-    samples = list_tar(source)
+def _look_at_archives(location: Path, source: ImageSource, base: Path) -> Finding:
+    listing = read_source(source)
+    samples = listing.samples
     columns = [str(column) for column in samples.columns if column not in ("id", "path")]
-    task, target = _task(samples, columns, source)
+    task, target = _task(samples, columns, location)
+    key = "zip" if _holds_zip(location) else "tar"
     return Finding(
-        images=f"  tar: {_relative(source, base)}      # WebDataset shards; or a pattern: train-{{000..031}}.tar\n",
+        images=f"  {key}: {_relative(location, base)}      # archives; or a pattern: train-{{000..031}}.tar\n",
         task=task,
-        sentence=f"{len(samples):,} images in tar shards, {samples[target].nunique():,} classes in {target!r}",
+        sentence=f"{len(samples):,} images in archives, {samples[target].nunique():,} classes in {target!r}",
+        notes=_notes(listing),
     )
 
 
-def _look_at_array(source: Path, base: Path) -> Finding:
-    images = f"  array: {_relative(source, base)}\n"
-    if source.is_dir():
-        samples = list_array(source)
-    else:
-        key, labels, labels_key = array_labels(source)
-        samples = list_array(source, key=key, labels=labels, labels_key=labels_key)
+def _named_classes(counts: "pd.Series[Any]") -> str:
+    """ "3 classes (crane, heron, stork)"."""
+    names = sorted(map(str, counts.index))
+    more = ", …" if len(names) > _CLASSES_NAMED else ""
+    return f"{len(names):,} classes ({', '.join(names[:_CLASSES_NAMED])}{more})"
+
+
+def _holds_zip(location: Path) -> bool:
+    files = [path for path in location.iterdir() if is_archive(path)] if location.is_dir() else [location]
+    return all(file.suffix.lower() == ".zip" for file in files)
+
+
+def _look_at_array(location: Path, source: ImageSource, base: Path) -> Finding:
+    images = f"  array: {_relative(location, base)}\n"
+    notes: list[str] = []
+    if location.is_file():
+        key, labels, labels_key = array_labels(location)
+        pixel_range = measure_range(location, key)
+        source = replace(source, array_key=key, labels=labels, labels_key=labels_key, pixel_range=pixel_range)
         images += "" if key is None else f"  array_key: {_scalar(key)}\n"
         images += "" if labels is None else f"  labels: {_relative(labels, base)}\n"
         images += "" if labels_key is None else f"  labels_key: {_scalar(labels_key)}\n"
+        if pixel_range is not None:
+            images += f"  pixel_range: [{pixel_range[0]:g}, {pixel_range[1]:g}]      # black and white, measured on all images\n"
+            notes.append(
+                f"the pixels have no range of their own; all values lie in {pixel_range[0]:g} to {pixel_range[1]:g}, which is "
+                "taken for black and white (images.pixel_range)"
+            )
+    listing = read_source(source)
+    samples = listing.samples
     if samples["label"].isna().all():
         raise InitError(
-            f"{source}: {len(samples):,} images, and no labels beside them. Write the recipe by hand, with\n"
+            f"{location}: {len(samples):,} images, and no labels beside them. Write the recipe by hand, with\n"
             f"images:\n{images}  labels: FILE      # .npy, .npz, HDF5 or idx, one value per image"
         )
-    task, _ = _task(samples, ["label", *(["split"] if "split" in samples else [])], source)
+    task, _ = _task(samples, ["label", *(["split"] if "split" in samples else [])], location)
     split = f"; {_sizes(samples['split'])}" if "split" in samples else ""
-    return Finding(images, task, f"{len(samples):,} images in {samples['label'].nunique():,} classes{split}")
+    return Finding(
+        images,
+        task,
+        f"{len(samples):,} images in {samples['label'].nunique():,} classes{split}",
+        (*notes, *_notes(listing)),
+    )
 
 
 def _sizes(split: "pd.Series[Any]") -> str:
     return ", ".join(f"{count:,} in {name}" for name, count in split.value_counts().items())
 
 
-def _look_at_table(table: Path, base: Path) -> Finding:
-    frame = read_frame(table)
-    path_column = _path_column(frame)
-    if path_column is None:
-        raise InitError(
-            f"{table}: no column holds image paths. It has: {', '.join(map(str, frame.columns))}. "
-            "Name the column `path`, or write the recipe by hand with images.path_column"
-        )
-    id_column = "id" if "id" in frame.columns else None
-    samples = read_table(table, path_column=path_column, id_column=id_column)
+def _look_at_table(table: Path, source: ImageSource, base: Path) -> Finding:
+    file = table_files(table)[0]
+    read = read_table_file(file)
+    lines = f"  table: {_relative(table, base)}\n"
+    where, is_pattern = find_images(read, file, file.parent)
+    if is_pattern:
+        lines += f"  path_pattern: {_scalar(where)}      # where the images are, by the column in braces\n"
+        source = replace(source, path_pattern=where)
+    else:
+        lines += f"  path_column: {_scalar(where)}\n"
+        source = replace(source, path_column=where)
+    used = [where]
+    if "id" in read.frame.columns and "id" not in used:
+        lines += "  id_column: id\n"
+        used.append("id")
+        source = replace(source, id_column="id")
+    listing = read_source(source)
+    samples = listing.samples
     others = [
         column
-        for column in frame.columns
-        if column not in (path_column, id_column) and isinstance(column, str) and _values(frame[column]) is not None
+        for column in samples.columns
+        if column not in (*used, "id", "path") and not column.endswith(".path") and _values(samples[column]) is not None
     ]
-    task, target = _task(frame, others, table)
+    task, target = _task(samples, others, table)
     return Finding(
-        images=(
-            f"  table: {_relative(table, base)}\n  path_column: {_scalar(path_column)}\n"
-            + ("" if id_column is None else f"  id_column: {id_column}\n")
-            + "  # root: images      # what relative paths start from\n"
-        ),
+        images=f"{lines}  # root: images      # what relative paths start from\n",
         task=task,
-        sentence=f"{len(samples):,} images in {table.name}, {frame[target].nunique():,} classes in column {target!r}"
-        + _doubts(samples["path"], frame[target]),
+        sentence=f"{len(samples):,} images in {table.name}, {_classes(samples[target])} in column {target!r}"
+        + _doubts(samples["path"], samples[target]),
+        notes=_notes(listing),
     )
+
+
+def _notes(listing: Listing) -> tuple[str, ...]:
+    return (*listing.notes, *(f"left out: {item}" for item in listing.left_out))
+
+
+def _classes(column: "pd.Series[Any]") -> str:
+    count = _values(column)
+    return "lists of classes" if count is None else f"{count:,} classes"
 
 
 def _doubts(paths: "pd.Series[Any]", labels: "pd.Series[Any]") -> str:
@@ -177,7 +251,7 @@ def _doubts(paths: "pd.Series[Any]", labels: "pd.Series[Any]") -> str:
     said = ""
     if empty := int(labels.isna().sum()):
         said += f"; {empty:,} rows have no label, and a run leaves them out"
-    looked = paths.head(_PATHS_LOOKED_AT).astype(str)
+    looked = [file_of(path) for path in paths.head(_PATHS_LOOKED_AT).astype(str)]
     gone = [path for path in looked if not Path(path).is_file()]
     if gone:
         said += (
@@ -187,22 +261,30 @@ def _doubts(paths: "pd.Series[Any]", labels: "pd.Series[Any]") -> str:
     return said
 
 
-def _task(frame: pd.DataFrame, columns: list[str], where: Path) -> tuple[str, str]:
+def _task(frame: pd.DataFrame, columns: Sequence[str], where: Path) -> tuple[str, str]:
     """The lines of the recipe's task section, and the target's column."""
     split = _first_named(_SPLIT_NAMES, columns)
     group = _first_named(_GROUP_NAMES, columns)
-    target = _first_named(_TARGET_NAMES, columns) or _few_valued(frame, [c for c in columns if c not in (split, group)])
+    lists = [column for column in ("label", "labels") if column in frame and _values(frame[column]) is None]
+    target = _first_named(_TARGET_NAMES, [*columns, *lists]) or _few_valued(
+        frame, [c for c in columns if c not in (split, group)]
+    )
     if target is None:
         raise InitError(
             f"{where}: no column looks like a label (2 to 1,000 different values). It has: "
             f"{', '.join(map(str, frame.columns))}. To predict a number, write the recipe by hand: "
             "task: {target: COLUMN, kind: regression}"
         )
-    values = frame[target].dropna().unique()
-    if len(values) < 2:
-        found = f"one class only, {values[0]!r}" if len(values) else "no value"
-        raise InitError(f"{where}: column {target!r} holds {found}. A classifier needs two classes or more")
     task = f"  target: {_scalar(target)}"
+    if target in lists:
+        task += "\n  kind: multi                    # several labels in a cell"
+    elif (separator := _separator(frame[target])) is not None:
+        task += f"\n  kind: multi                    # several labels in a cell\n  separator: {_scalar(separator)}"
+    else:
+        values = frame[target].dropna().unique()
+        if len(values) < 2:
+            found = f"one class only, {values[0]!r}" if len(values) else "no value"
+            raise InitError(f"{where}: column {target!r} holds {found}. A classifier needs two classes or more")
     if split:
         task += f"\n  split: {_scalar(split)}"
     if group:
@@ -210,20 +292,18 @@ def _task(frame: pd.DataFrame, columns: list[str], where: Path) -> tuple[str, st
     return task, target
 
 
-def _path_column(frame: pd.DataFrame) -> str | None:
-    # `path` first: ids can look like files too.
-    for column in sorted(frame.columns, key=lambda column: column != "path"):
-        values = frame[column].dropna()
-        if values.dtype.kind in "OTU" and len(values) and values.head(100).map(_looks_like_an_image).all():
-            return str(column)
+def _separator(column: "pd.Series[Any]") -> str | None:
+    """What stands between several labels in the cells of a column: parts recur, and stand alone in some cells."""
+    cells = as_text(column).dropna().unique().tolist()
+    for separator in _SEPARATORS:
+        parts = {part.strip() for cell in cells if separator in cell for part in cell.split(separator)}
+        alone = {cell for cell in cells if separator not in cell}
+        if parts and len(parts | alone) < len(cells) and len(parts & alone) * 2 >= len(parts):
+            return separator
     return None
 
 
-def _looks_like_an_image(value: object) -> bool:
-    return Path(str(value)).suffix.lower() in IMAGE_SUFFIXES
-
-
-def _first_named(names: tuple[str, ...], columns: list[str]) -> str | None:
+def _first_named(names: tuple[str, ...], columns: Sequence[str]) -> str | None:
     lower = {str(column).lower(): str(column) for column in columns}
     return next((lower[name] for name in names if name in lower), None)
 

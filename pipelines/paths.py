@@ -32,6 +32,11 @@ class RunPaths:
         return self.root / "failed-images.csv"
 
     @property
+    def accounting(self) -> Path:
+        """Where every entry of the source went: how many are used, and how many are not, by reason."""
+        return self.root / "accounting.json"
+
+    @property
     def selection(self) -> Path:
         """What the choice of the winner is worth: the corrected score with its interval."""
         return self.root / "selection.json"

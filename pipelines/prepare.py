@@ -24,8 +24,9 @@ from headrace.extract import (
 )
 from headrace.heads import DEFAULT_METRIC, METRICS
 from headrace.heads.bank import check_device
+from headrace.pipelines.accounting import Accounting, account
 from headrace.pipelines.costs import measured_rates
-from headrace.pipelines.dataset import DataError, Dataset, drop_rows, list_samples, make_dataset
+from headrace.pipelines.dataset import DataError, Dataset, drop_rows, make_dataset, read_samples
 from headrace.pipelines.grid import Wanted, check_kinds, wanted_heads
 from headrace.pipelines.leaderboard import trained_in
 from headrace.pipelines.paths import RunPaths, content_index
@@ -43,6 +44,7 @@ class Survey:
     unreadable: tuple[Unreadable, ...]
     dataset: Dataset
     notes: tuple[str, ...]  # what a careful person would want to be told
+    accounting: Accounting | None  # where every entry of the source went; None for samples that a program gave
     metric: str
     # Of the feature sets, view by view, by the names that the leaderboard gives them.
     directories: Mapping[str, tuple[Path, ...]]
@@ -63,7 +65,8 @@ def survey(recipe: Recipe, *, write: bool = True, retry_failed: bool = False) ->
         require_hdf5plugin("storage.compression needs a library")
     for key, folder in (("out", paths.root), ("cache", recipe.cache)):
         _check_writable(key, folder)
-    samples = list_samples(recipe)
+    listed = read_samples(recipe)
+    samples = listed.samples
     # Before anything is read or built, as if every image were there and none a copy: targets, groups and folds that
     # cannot work are the commonest mistakes.
     make_dataset(samples, [f"{row:032}" for row in range(len(samples))], recipe.task)
@@ -98,7 +101,7 @@ def survey(recipe: Recipe, *, write: bool = True, retry_failed: bool = False) ->
     )
     _check_imported(recipe, inputs, needed)
     # All heads are compared on the rows that all inputs have; a row that is mended comes back, as another task.
-    dataset = drop_rows(dataset, _failed(recipe.cache, networks))
+    whole, dataset = dataset, drop_rows(dataset, _failed(recipe.cache, networks))
     images = set(needed["content"])
     features = [
         feature_plan(name, [spec for spec, _ in views], images, [known for _, known in views])
@@ -125,10 +128,13 @@ def survey(recipe: Recipe, *, write: bool = True, retry_failed: bool = False) ->
     directories = {
         feature.name: tuple(feature_set_path(recipe.cache, spec) for spec in feature.specs) for feature in features
     }
-    notes = (*_changes(paths.listing, samples), *dataset.notes)
+    accounting = account(listed, len(contents.unreadable), whole, dataset)
+    notes = (*_changes(paths.listing, samples), *listed.notes, *accounting.lines(), *dataset.notes)
     backbones: dict[str, BackboneSpec | None] = dict.fromkeys(inputs)  # imported features have none
     backbones |= {name: network.backbone for name, (network, _) in _named(recipe, networks)}
-    return Survey(paths, samples, contents.unreadable, dataset, notes, metric, directories, backbones, plan)
+    return Survey(
+        paths, samples, contents.unreadable, dataset, notes, accounting, metric, directories, backbones, plan
+    )
 
 
 def run_paths(recipe: Recipe) -> RunPaths:

@@ -106,7 +106,7 @@ def _absolute(recipe: Recipe, path: Path) -> Recipe:
     def resolve(value: Path | None) -> Path | None:
         return None if value is None else (base / value.expanduser())
 
-    files = ("folder", "table", "root", "tar", "array", "labels")
+    files = ("folder", "table", "root", "tar", "zip", "array", "labels")
     images = recipe.images.model_copy(update={name: resolve(getattr(recipe.images, name)) for name in files})
     backbones = tuple(
         backbone.model_copy(update={"weights": _weights_file(backbone.weights, base)}) for backbone in recipe.backbones

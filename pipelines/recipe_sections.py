@@ -1,7 +1,7 @@
 """The recipe's sections but for `heads`: images, task, backbones, and how and where the work is done."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import pydantic
 
@@ -16,17 +16,25 @@ from headrace.pipelines.recipe_values import (
     check_views,
 )
 
+if TYPE_CHECKING:
+    from headrace.extract.sources import ImageSource
+
 
 class Images(Section):
-    """Where the images are: a folder per class, a table with a path column, WebDataset shards, or an array file."""
+    """Where the images are: a folder per class, a table that names or holds them, archives, or an array file."""
 
     folder: Path | None = None  # one sub-folder per class; or train/, val/ and test/ with the classes below them
-    table: Path | None = None  # CSV or Parquet
-    path_column: str = "path"  # the table's column with the paths
-    id_column: str | None = None  # default: the path as written in the table
-    root: Path | None = None  # what relative paths in the table start from; default: the table's folder
-    tar: Path | None = None  # an archive, a folder of them, or a pattern: train-{000..031}.tar
+    # CSV, JSON lines, JSON (COCO too), Parquet or Arrow; a pattern, or a folder that `datasets` saved
+    table: Path | None = None
+    tar: Path | None = None  # tar archives, compressed or not: one, a folder of them, or a pattern, train-{000..031}.tar
+    zip: Path | None = None  # as `tar`
     array: Path | None = None  # .npy, .npz, HDF5 or idx (.gz too)
+    layout: Literal["auto", "classes", "split"] = "auto"  # what the outer folders are; auto: as their names say
+    exclude: tuple[str, ...] = ()  # ids, or folders that they lie in, to leave out; * and ? match
+    path_column: str | None = None  # the table's column with the paths, or the images; default: found by what it holds
+    id_column: str | None = None  # default: `id` where there is such a column, else the path as written in the table
+    root: Path | None = None  # what relative paths in the table start from; default: the table's folder
+    path_pattern: str | None = None  # the paths, from columns of the table: train/{id}.jpg
     array_key: str | None = None  # the array in a .npz or HDF5 file
     labels: Path | None = None  # the array's labels: another such file
     labels_key: str | None = None  # the array in that file
@@ -35,10 +43,10 @@ class Images(Section):
 
     @pydantic.model_validator(mode="after")
     def _one_source(self) -> "Images":
-        if sum(source is not None for source in (self.folder, self.table, self.tar, self.array)) != 1:
+        if sum(source is not None for source in (self.folder, self.table, self.tar, self.zip, self.array)) != 1:
             raise ValueError(
-                "give exactly one of `folder` (one sub-folder per class), `table` (CSV or Parquet), "
-                "`tar` (WebDataset shards) and `array` (npy, npz, HDF5, idx)"
+                "give exactly one of `folder` (one sub-folder per class), `table` (CSV, JSON lines or Parquet), "
+                "`tar`, `zip` and `array` (npy, npz, HDF5, idx)"
             )
         return self
 
@@ -49,6 +57,23 @@ class Images(Section):
             raise ValueError(f"expected [black, white] with black below white, such as [0, 4095]; found {list(values)}")
         return values
 
+    def source(self) -> "ImageSource":
+        """The section as `headrace.extract` takes it."""
+        from headrace.extract.sources import ImageSource  # imports pandas, which checking a recipe does without
+
+        kind, location = next(
+            (kind, location)
+            for kind, location in (
+                ("folder", self.folder),
+                ("table", self.table),
+                ("archive", self.tar or self.zip),
+                ("array", self.array),
+            )
+            if location is not None
+        )
+        options = self.model_dump(exclude={"folder", "table", "tar", "zip", "array"})
+        return ImageSource(kind, location, **options)  # type: ignore[arg-type]
+
 
 class TaskSection(Section):
     """What to predict, and which rows may be seen when."""
@@ -58,6 +83,9 @@ class TaskSection(Section):
     group: str | None = None  # rows of one group (patient, module, scene) never stand on two sides of a split
     split: str | None = None  # a column with train / validation / test
     fold: str | None = None  # a column with fold numbers
+    # where the split or fold column puts copies of an image on different sides: refuse, or keep it as it is
+    copies: Literal["refuse", "keep"] = "refuse"
+    separator: str | None = None  # between several labels in one cell, as in `cat;dog`; for kind: multi
     test_fraction: Fraction = 0.25  # set aside at random where no column marks test rows; 0: no test split
     folds: Annotated[int, pydantic.Field(ge=2, le=100)] = 5  # the winner is chosen on these
     metric: str | None = None  # default: accuracy (single), average_precision (multi), r2 (regression)

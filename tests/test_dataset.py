@@ -235,7 +235,7 @@ def test_rows_that_a_feature_set_lost_are_left_out_for_all_heads():
             "one class",
         ),
         ({"age": [np.inf] + [1.0] * 79}, {"kind": "regression", "target": "age"}, "infinite in 1 rows"),
-        ({"label": [1, "1"] * 40}, {}, "read alike"),
+        ({"label": [1, "1"] * 40}, {}, "one class only, '1'"),
     ],
 )
 def test_splits_and_targets_that_cannot_work_are_refused_before_anything_is_extracted(columns, section, said):

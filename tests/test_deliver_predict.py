@@ -46,7 +46,7 @@ def model(run):
 
 def test_one_row_per_image_in_the_order_given(run, model, tmp_path):
     """Also for the image that cannot be decoded, with its reason; the others have what the model says of them."""
-    images = list_images([run / "new"])
+    images = list_images([run / "new"]).samples
     summary = bulk.predict_table(model, images, tmp_path / "p.csv", "csv", console=QUIET)
     table = pd.read_csv(tmp_path / "p.csv")
     assert table["file"].tolist() == images["file"].tolist()
@@ -65,7 +65,7 @@ def test_one_row_per_image_in_the_order_given(run, model, tmp_path):
 
 def test_every_format_says_the_same(run, model, tmp_path):
     """CSV, Parquet and JSON lines hold the same numbers, to the last digit of a float32."""
-    images = list_images([run / "new"])
+    images = list_images([run / "new"]).samples
     for kind in ("csv", "parquet", "jsonl"):
         bulk.predict_table(model, images, tmp_path / f"p.{kind}", kind, console=QUIET)
     parquet = pd.read_parquet(tmp_path / "p.parquet")
@@ -88,7 +88,7 @@ def test_images_come_from_folders_tables_archives_arrays_and_files(run, model, t
         archive.add(photo, "a.png")
     images = list_images(
         [str(photo), tmp_path / "table.csv", tmp_path / "shard.tar", tmp_path / "stack.npy"], path_column="photo"
-    )
+    ).samples
     assert images["file"].tolist() == [
         str(photo), str(photo), "absent.png", "shard.tar/a.png", "stack.npy/0", "stack.npy/1",
     ]  # fmt: skip
@@ -103,7 +103,7 @@ def test_images_come_from_folders_tables_archives_arrays_and_files(run, model, t
 
 def test_a_second_call_does_nothing_and_other_images_are_refused(run, model, tmp_path):
     """What is there and right is left alone, to the byte; a table of other images is replaced only when asked."""
-    images = list_images([run / "new"])
+    images = list_images([run / "new"]).samples
     out = tmp_path / "p.csv"
     bulk.predict_table(model, images, out, "csv", console=QUIET)
     stamp = out.stat().st_mtime_ns
@@ -122,7 +122,7 @@ def test_only_what_is_left_is_predicted(run, model, tmp_path, monkeypatch):
     photos = tmp_path / "photos"
     make_photos(photos, n=12, seed=2)
     paths = sorted(photos.rglob("*.png"))
-    images = list_images([*map(str, paths[:4]), *map(str, paths)])  # some twice
+    images = list_images([*map(str, paths[:4]), *map(str, paths)]).samples  # some twice
     images.loc[len(images)] = ["gone", str(photos / "gone.png")]
     whole, stop = bulk.predict_part, iter([False, False, True])
 
@@ -155,7 +155,7 @@ def test_workers_predict_the_same(run, model, tmp_path, monkeypatch):
     """Parts that Dask tasks publish are put together in the order of the images."""
     monkeypatch.setattr(bulk, "_WORTH_WORKERS", 1)
     monkeypatch.setattr(bulk, "local_client", client_here)
-    images = list_images([run / "photos"])
+    images = list_images([run / "photos"]).samples
     bulk.predict_table(model, images, tmp_path / "p.parquet", "parquet", workers=2, console=QUIET)
     table = pd.read_parquet(tmp_path / "p.parquet")
     np.testing.assert_allclose(table[["p_coarse", "p_fine"]], model.predict_proba(images["path"]), atol=1e-3)
@@ -163,7 +163,7 @@ def test_workers_predict_the_same(run, model, tmp_path, monkeypatch):
 
 def test_the_screen_gets_a_table_too(run, model):
     """With --out -: the same rows as text, as they come."""
-    images = list_images([run / "new"])
+    images = list_images([run / "new"]).samples
     stream = io.StringIO()
     summary = bulk.predict_stream(model, images, stream, "csv", console=QUIET)
     table = pd.read_csv(io.StringIO(stream.getvalue()))
@@ -186,7 +186,7 @@ def test_tables_of_other_tasks():
 def test_bad_input_is_one_clear_error(run, tmp_path, monkeypatch, capsys):
     """No model, no image, no such format: exit code 2, what was found, what to type."""
     cases = [
-        (["predict", tmp_path, run / "new"], "holds no model"),
+        (["predict", tmp_path, run / "new"], "is not a run's directory"),
         (["predict", "headrace-runs/recipe", "absent.png"], "no such file or folder"),
         (["predict", "headrace-runs/recipe", "new", "-o", "p.xlsx"], ".parquet"),
     ]
@@ -221,6 +221,6 @@ def test_a_killed_prediction_goes_on_where_it_was(run, model, tmp_path):
     assert f"{600 - 256 * len(kept):,} of them predicted now" in done.stderr
     assert not parts.exists()
     table = pd.read_csv(tmp_path / "p.csv")
-    images = list_images([tmp_path / "many"])
+    images = list_images([tmp_path / "many"]).samples
     assert table["file"].tolist() == [f"many/{name.split('many/')[1]}" for name in images["file"]]
     np.testing.assert_allclose(table["p_fine"], model.predict_proba(images["path"])[:, 1], atol=1e-3)

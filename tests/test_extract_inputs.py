@@ -18,19 +18,24 @@ from headrace.cache import FeatureSpec
 from headrace.extract import (
     BackboneSpec,
     SourceError,
+    SourceWarning,
     compare_listings,
     content_hashes,
+    detect_source,
     list_array,
     list_folder,
     list_tar,
     memo,
-    read_frame,
     read_listing,
+    read_source,
     read_table,
     write_listing,
 )
 from headrace.extract.images import decode_image
 from headrace.extract.locate import read_bytes
+from headrace.extract.sources.archive import read_archives
+from headrace.extract.sources.folder import read_folder
+from headrace.extract.sources.table import read_table_file
 
 
 def picture(value: int, size: int = 12) -> np.ndarray:
@@ -60,8 +65,10 @@ def test_folder(tmp_path: Path) -> None:
     """The label is the first directory, the id the relative path, in the order of ids; other files are left out."""
     for name in ("b/2.png", "a/deep/1.JPG", "a/3.png", "loose.png", "a/notes.txt", ".hidden/4.png", "a/.5.png"):
         write(tmp_path / name, png(1))
-    samples = list_folder(tmp_path)
+    listing = read_folder(tmp_path)
+    samples = listing.samples
     assert samples["id"].tolist() == ["a/3.png", "a/deep/1.JPG", "b/2.png", "loose.png"]
+    assert listing.found == len(samples) + sum(item.count for item in listing.left_out) == 7
     assert samples["label"].tolist()[:3] == ["a", "a", "b"]
     assert pd.isna(samples["label"].iloc[3])
     assert all(Path(path).is_file() for path in samples["path"])
@@ -74,10 +81,14 @@ def test_folder_of_a_split(tmp_path: Path) -> None:
     samples = list_folder(tmp_path)
     assert samples["split"].tolist() == ["test", "train", "train", "valid"]
     assert samples["label"].fillna("").tolist() == ["", "a", "b", "a"]
-    write(tmp_path / "train/5.png", png(2))  # a training image without a class: they are classes after all
-    samples = list_folder(tmp_path)
-    assert "split" not in samples
-    assert set(samples["label"]) == {"train", "valid", "test"}
+    write(tmp_path / "train/5.png", png(2))  # neither a training image without a class nor a stray one changes that
+    write(tmp_path / "cover.png", png(2))
+    assert list_folder(tmp_path)["label"].value_counts().to_dict() == {"a": 2, "b": 1}
+    write(tmp_path / "other/6.png", png(2))
+    with pytest.raises(SourceError, match=r"test, train, valid, which are words for the sides of a split, and other"):
+        list_folder(tmp_path)
+    assert set(list_folder(tmp_path, layout="classes")["label"].dropna()) == {"train", "valid", "test", "other"}
+    assert list_folder(tmp_path, exclude=["other"])["split"].nunique() == 3
 
 
 def test_folder_with_a_link_to_itself(tmp_path: Path) -> None:
@@ -109,7 +120,7 @@ def test_folders_that_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"no images found .found: no files"):
         list_folder(tmp_path / "images")
     write(tmp_path / "images/a.txt", b"x")
-    with pytest.raises(SourceError, match=r"found: 1 \.txt"):
+    with pytest.raises(SourceError, match=r"found: 1 \.txt files"):
         list_folder(tmp_path / "images")
     with pytest.raises(SourceError, match=r"is a file"):
         list_folder(tmp_path / "images/a.txt")
@@ -126,7 +137,8 @@ def test_tables(tmp_path: Path) -> None:
         samples = read_table(tmp_path / table)
         assert samples["path"].tolist() == [str(tmp_path / "x/1.png"), "/abs/2.png"]
         assert samples["id"].tolist() == ["x/1.png", "/abs/2.png"]
-        assert samples[["label", "fold", "name"]].to_dict("list") == frame[["label", "fold", "name"]].to_dict("list")
+        assert samples[["label", "name"]].to_dict("list") == frame[["label", "name"]].to_dict("list")
+        assert samples["fold"].astype(str).tolist() == ["1", "0"]  # Parquet has types, CSV has text
     assert read_table(tmp_path / "t.csv", id_column="name")["id"].tolist() == ["one", "two"]
     assert read_table(tmp_path / "t.csv", root="/data")["path"].tolist() == ["/data/x/1.png", "/abs/2.png"]
 
@@ -134,19 +146,19 @@ def test_tables(tmp_path: Path) -> None:
 def test_tables_that_cannot_be(tmp_path: Path) -> None:
     pd.DataFrame({"file": ["a", "a"], "label": [1, 2]}).to_csv(tmp_path / "t.csv", index=False)
     with pytest.raises(SourceError, match=r"no column 'path'.*The columns are: file, label"):
-        read_table(tmp_path / "t.csv")
+        read_table(tmp_path / "t.csv", path_column="path")
     with pytest.raises(SourceError, match=r"no column 'flie'.*Nearest: file"):
         read_table(tmp_path / "t.csv", path_column="flie")
     with pytest.raises(SourceError, match=r"1 ids occur more than once, for example 'a'"):
         read_table(tmp_path / "t.csv", path_column="file")
     pd.DataFrame({"path": ["a", None]}).to_csv(tmp_path / "e.csv", index=False)
-    with pytest.raises(SourceError, match=r"empty in 1 rows, first in row 2"):
-        read_table(tmp_path / "e.csv")
+    with pytest.warns(SourceWarning, match=r"1 rows that name no image: e.csv, row 2"):
+        assert read_table(tmp_path / "e.csv")["id"].tolist() == ["a"]
     write(tmp_path / "bad.parquet", b"not parquet")
     with pytest.raises(SourceError, match=r"cannot be read as parquet"):
         read_table(tmp_path / "bad.parquet")
     write(tmp_path / "t.xlsx", b"")
-    with pytest.raises(SourceError, match=r"ends in .csv, .tsv or .parquet; found .xlsx"):
+    with pytest.raises(SourceError, match=r"is a spreadsheet, which is not read here: save it as CSV"):
         read_table(tmp_path / "t.xlsx")
     write(tmp_path / "none.csv", b"path\n")
     with pytest.raises(SourceError, match=r"no rows"):
@@ -161,8 +173,7 @@ def test_columns_that_would_be_replaced(tmp_path: Path) -> None:
         pd.DataFrame({name: [f"{name}1.png", f"{name}2.png"] for name in names}).to_csv(table, index=False)
 
     columns("path", "id", "label")
-    with pytest.raises(SourceError, match=r"column 'id'.*Rename the column.*images\.id_column: id"):
-        read_table(table)
+    assert read_table(table)["id"].tolist() == ["id1.png", "id2.png"]
     assert read_table(table, id_column="id")["id"].tolist() == ["id1.png", "id2.png"]
     with pytest.raises(SourceError, match=r"column 'id'"):
         read_table(table, id_column="label")
@@ -192,7 +203,7 @@ def test_columns_that_would_be_replaced(tmp_path: Path) -> None:
 def test_tables_that_cannot_be_read(tmp_path: Path, name: str, data: bytes, said: str) -> None:
     """One error that names the file."""
     with pytest.raises(SourceError, match=said) as refusal:
-        read_frame(write(tmp_path / name, data))
+        read_table_file(write(tmp_path / name, data))
     assert str(tmp_path / name) in str(refusal.value)
 
 
@@ -271,13 +282,14 @@ def test_tar_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     meta = json.dumps({"width": 12, "tags": ["x"], "id": 5}).encode()
     shard(tmp_path / "s-000.tar", {"a.png": png(1), "a.cls": b"3\n", "a.json": meta, "dir/b.png": png(2)})
     shard(tmp_path / "s-001.tar", {"c.cls": b"4", "c.seg.png": png(3), "readme.md": b"hello"})
-    samples = list_tar(f"{tmp_path}/s-{{000..001}}.tar")
+    with pytest.warns(SourceWarning, match=r"left out 1 .md files .no image.: s-001.tar/readme.md"):
+        samples = list_tar(f"{tmp_path}/s-{{000..001}}.tar")
     assert samples["id"].tolist() == ["s-000.tar/a.png", "s-000.tar/dir/b.png", "s-001.tar/c.seg.png"]
     assert samples["label"].tolist()[::2] == ["3", "4"]
     assert samples["width"].iloc[0] == 12
     assert "tags" not in samples
-    assert list_tar(tmp_path).equals(samples)
-    assert list_tar(str(tmp_path / "s-*.tar")).equals(samples)
+    for same in (tmp_path, tmp_path / "s-*.tar"):
+        assert read_archives(same).samples.equals(samples)
     assert [read_bytes(path) for path in samples["path"]] == [png(1), png(2), png(3)]
     loose = pd.DataFrame({"id": ["x"], "path": [str(write(tmp_path / "x.png", png(2)))]})
     index = tmp_path / "index.parquet"
@@ -287,15 +299,15 @@ def test_tar_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_tar_shards_that_cannot_be(tmp_path: Path) -> None:
     whole = shard(tmp_path / "s.tar", {"a.png": png(1), "b.png": png(2)})
-    (tmp_path / "s.tar.gz").write_bytes(gzip.compress(whole.read_bytes()))
-    with pytest.raises(SourceError, match=r"compressed archive.*gunzip"):
-        list_tar(tmp_path / "s.tar.gz")
+    (tmp_path / "misnamed.tar").write_bytes(gzip.compress(whole.read_bytes()))
+    with pytest.raises(SourceError, match=r"compressed archive.*Rename it, for example to FILE.tar.gz"):
+        list_tar(tmp_path / "misnamed.tar")
     (tmp_path / "bad.tar").write_bytes(b"x" * 2000)
     with pytest.raises(SourceError, match=r"not a whole tar archive"):
         list_tar(tmp_path / "bad.tar")
     with pytest.raises(SourceError, match=r"no such archive"):
         list_tar(tmp_path / "absent-{000..003}.tar")
-    with pytest.raises(SourceError, match=r"hold no images"):
+    with pytest.raises(SourceError, match=r"no images .found: 1 side files of no image"):
         list_tar(shard(tmp_path / "empty.tar", {"a.txt": b""}))
     samples = list_tar(whole)
     whole.write_bytes(whole.read_bytes()[:1100])  # cut after it was listed
@@ -353,6 +365,9 @@ def test_arrays_that_cannot_be(tmp_path: Path) -> None:
         list_array(tmp_path / "objects.npy")
     with pytest.raises(SourceError, match=r"no such file"):
         list_array(tmp_path / "absent.npy")
+    np.save(tmp_path / "float.npy", np.zeros((2, 4, 4)))
+    with pytest.raises(SourceError, match=r"float64 have no range of their own.*images.pixel_range"):
+        read_source(detect_source(tmp_path / "float.npy"))
     with pytest.raises(SourceError, match=r"found .bin"):
         list_array(write(tmp_path / "x.bin", b""))
 

@@ -96,7 +96,7 @@ def test_the_answer_predicts_alike_everywhere(run, exported, root):
     assert np.ptp(expected[:, 0]) > 0.01
     np.testing.assert_allclose(run_alone(exported, paths, "onnx"), expected, atol=export.TOLERANCE)
     np.testing.assert_allclose(load_model(exported).predict_proba(paths), expected, atol=1e-6)
-    predict_table(model, list_images(paths), exported.with_suffix(".csv"), "csv", console=Console(quiet=True))
+    predict_table(model, list_images(paths).samples, exported.with_suffix(".csv"), "csv", console=Console(quiet=True))
     table = pd.read_csv(exported.with_suffix(".csv"))
     np.testing.assert_allclose(table[["p_coarse", "p_fine"]], expected, atol=1e-5)
 

@@ -1,54 +1,44 @@
-"""The images that are named on the command line: folders, tables, archives, array files, single files."""
+"""The images that are named on the command line: whatever a recipe can name, single files, and recipes themselves."""
 
-import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
-from headrace.extract import SourceError, list_array, list_folder, list_tar, read_table
+from headrace.extract import Listing, detect_source, read_source
+from headrace.extract.sources.listing import join_listings
+from headrace.pipelines.recipe import load_recipe
 
-_TABLES = (".csv", ".tsv", ".parquet", ".pq")
-_ARRAYS = (".npy", ".npz", ".h5", ".hdf5", ".hdf")
 
-
-def list_images(
-    sources: Sequence[str | Path],
-    *,
-    path_column: str = "path",
-    root: Path | None = None,
-    array_key: str | None = None,
-) -> pd.DataFrame:
+def list_images(sources: Sequence[str | Path], **options: Any) -> Listing:
     """One row per image, in the order given: `file`, as a person would name it, and `path`, a file or a locator.
 
-    A folder's images are named by their path below it, behind the folder's own name; a table's as they stand in it; those
-    of an archive or an array file by the file and their place in it. Raises SourceError for what is not there.
+    sources: image files, folders, tables, archives, array files, or recipes, whose images are read with the recipe's options.
+    options: fields of ImageSource, such as path_column. A folder's images are named by their path below it, behind the
+    folder's own name; all others by their ids, and where two sources would give two images one name, behind the folder that
+    the source lies in. Raises SourceError for what is not there, RecipeError for a broken recipe.
     """
-    frames = [_list(str(source), path_column, root, array_key) for source in sources]
-    return pd.concat(frames, ignore_index=True)
+    listings = [_list(str(source), options) for source in sources]
+    joined = join_listings(listings)
+    images = joined.samples.groupby("file")["path"].nunique()
+    if (images > 1).any():
+        for source, listing in zip(sources, listings, strict=True):
+            shared = listing.samples["file"].map(images) > 1
+            listing.samples.loc[shared, "file"] = f"{Path(source).parent}/" + listing.samples.loc[shared, "file"]
+        joined = join_listings(listings)
+    return joined
 
 
-def _list(source: str, path_column: str, root: Path | None, array_key: str | None) -> pd.DataFrame:
-    path = Path(source).expanduser()
-    suffix = path.suffix.lower()
-    if path.is_dir():
-        if any(path.glob("*.tar")):
-            return _named(list_tar(path))
-        found = list_folder(path)
-        return _named(found.assign(id=[f"{source.rstrip('/')}/{name}" for name in found["id"]]))
-    if suffix == ".tar" or (suffix != "" and re.search(r"[*{].*\.tar$", source)):
-        return _named(list_tar(source))
-    if suffix in _TABLES:
-        return _named(read_table(path, path_column=path_column, root=root))
-    if suffix in _ARRAYS or (path.is_file() and re.search(r"idx\d|\.idx", path.name)):
-        return _named(list_array(path, key=array_key))
-    if not path.exists():
-        raise SourceError(
-            f"{path}: no such file or folder. Give image files, folders, tables (.csv, .tsv, .parquet with a column "
-            f"{path_column!r}), .tar archives or array files (.npy, .npz, .h5)"
-        )
-    return pd.DataFrame({"file": [source], "path": [str(path.absolute())]})
-
-
-def _named(found: pd.DataFrame) -> pd.DataFrame:
-    return pd.DataFrame({"file": found["id"].astype(str), "path": found["path"].astype(str)})
+def _list(location: str, options: dict[str, Any]) -> Listing:
+    if Path(location).suffix.lower() in (".yaml", ".yml"):
+        source = load_recipe(location).images.source()
+        location = str(source.location)
+    else:
+        source = detect_source(location, **options)
+    listing = read_source(source, labelled=False)
+    names = listing.samples["id"].astype(str)
+    if source.kind == "folder":
+        names = f"{location.rstrip('/')}/" + names
+    return replace(listing, samples=pd.DataFrame({"file": names, "path": listing.samples["path"].astype(str)}))

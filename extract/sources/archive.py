@@ -1,0 +1,371 @@
+"""Images as members of archives: tar (WebDataset shards, or class folders), compressed tar, and zip.
+
+Side files are matched to images by name: first the image's name without its suffix (`a.b.jpg`: `a.b.cls`), then, as
+WebDataset has it, the name up to the first dot (`a.cls`). Of members of one name the last counts, as `tar -x` has it.
+"""
+
+import glob
+import itertools
+import json
+import os
+import posixpath
+import re
+import tarfile
+import zipfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from headrace.cache.text import normalize_text
+from headrace.extract.errors import SourceError, check_unique
+from headrace.extract.locate import open_compressed, path_text, printable
+from headrace.extract.sources.folder import EXCLUDED, HIDDEN
+from headrace.extract.sources.formats import (
+    HEIF_SUFFIXES,
+    IMAGE_SUFFIXES,
+    TAR_ENDINGS,
+    describe_suffix,
+    has_image_signature,
+    reads_heif,
+)
+from headrace.extract.sources.layout import Folders, Layout, read_layout, split_word
+from headrace.extract.sources.listing import Listing, Tally, is_excluded
+
+_SIDE_FILES = frozenset({"cls", "txt", "json"})
+_MAX_SIDE_FILE_BYTES = 2**20
+_MAX_MEMBER_BYTES = 2**31
+RESERVED_COLUMNS = frozenset({"id", "path", "content", "_content"})
+
+
+@dataclass(frozen=True)
+class _Member:
+    """A file in an archive."""
+
+    name: str
+    locator: str
+    size: int
+    head: bytes  # its first bytes, where its suffix does not tell what it is
+    side_file: bytes | None  # what it holds, where it is the side file of a sample
+
+
+@dataclass(frozen=True)
+class _Image:
+    """An image in an archive, with what its side files say of it."""
+
+    archive: str
+    member: _Member
+    columns: dict[str, Any]
+
+
+def read_archives(
+    archives: str | Path | Sequence[str | Path],
+    *,
+    layout: Layout = "auto",
+    exclude: Sequence[str] = (),
+    labelled: bool = True,
+) -> Listing:
+    """One row per image: `id`, `path` (a locator), `label`, and the scalars of `.json` side files.
+
+    archives: a tar or zip file, a folder of such, a pattern (`train-*.tar`, `train-{000..031}.tar`) or a list of these.
+    The label is what `.cls`, `.txt` or the key `label` of `.json` says; where no image has such a side file, that of
+    the folders in the archive, as for folders on disk. Only headers and side files are read.
+    Raises SourceError for damaged archives, and when there are no images.
+    """
+    files = _expand([archives] if isinstance(archives, (str, Path)) else list(archives))
+    tally = Tally()
+    images: list[_Image] = []
+    others: set[Folders] = set()  # folders in the archives that hold other files
+    for file, name in zip(files, _names(files), strict=True):
+        images += _read_archive(file, name, exclude, tally, others)
+    source = str(files[0]) if len(files) == 1 else f"{len(files)} archives ({files[0]}, …)"
+    if not images:
+        found = "; ".join(map(str, tally.left_out()[:5])) or "nothing"
+        raise SourceError(
+            f"{source}: no images (found: {found}). Expected members that end in {', '.join(sorted(IMAGE_SUFFIXES))}"
+        )
+    rows = [
+        {
+            "id": normalize_text(printable(f"{image.archive}/{image.member.name}")),
+            "path": image.member.locator,
+            **image.columns,
+        }
+        for image in images
+    ]
+    check_unique((row["id"] for row in rows), source)
+    frame = pd.DataFrame(rows)
+    notes: list[str] = []
+    if "label" not in frame:
+        folders = [_folders(image.member.name) for image in images]
+        wrapper = folders[0]
+        while any(inside[: len(wrapper)] != wrapper for inside in folders):
+            wrapper = wrapper[:-1]
+        if len({inside[len(wrapper)] for inside in folders if len(inside) > len(wrapper)}) > 1:  # `tar -c photos`
+            folders = [inside[len(wrapper) :] for inside in folders]
+            others = {inside[len(wrapper) :] for inside in others if inside[: len(wrapper)] == wrapper}
+        read = read_layout(folders, others, layout, source, labelled=labelled)
+        frame.insert(2, "label", pd.Series(read.labels, dtype=object))
+        if read.splits is not None and "split" not in frame:
+            frame["split"] = read.splits
+        notes += read.notes
+    sides = {file.name: split_word(file.name) for file in files}
+    if "split" not in frame and None not in sides.values() and len(set(sides.values())) > 1:
+        frame["split"] = [sides[Path(image.archive).name] for image in images]
+        notes.append("the archives' names are those of the sides of a split")
+    keys = Counter(f"{image.archive}/{_sample_key(image.member.name)}" for image in images)
+    if several := sum(count > 1 for count in keys.values()):
+        key = next(key for key, count in keys.items() if count > 1)
+        notes.append(
+            f"{several:,} samples (names up to the first dot) have more than one image, such as {printable(key)}: each image is a row"
+        )
+    return tally.listing(frame, notes)
+
+
+def is_archive(path: str | Path) -> bool:
+    """Whether a file, by its name, is a tar, compressed tar or zip archive."""
+    return str(path).lower().endswith((*TAR_ENDINGS, ".zip"))
+
+
+def _names(files: Sequence[Path]) -> list[str]:
+    """What the archives are called in ids: their names, or where two are alike their paths below what they share."""
+    names = [file.name for file in files]
+    if len(set(names)) == len(names):
+        return names
+    base = os.path.commonpath([file.parent for file in files])
+    return [file.relative_to(base).as_posix() for file in files]
+
+
+def _folders(member: str) -> Folders:
+    return tuple(member.split("/")[:-1])
+
+
+def _read_archive(file: Path, name: str, exclude: Sequence[str], tally: Tally, others: set[Folders]) -> list[_Image]:
+    """The archive's images, in its order; the last member of a name counts."""
+    read = _zip_members if file.suffix.lower() == ".zip" else _tar_members
+    members: dict[str, _Member] = {}
+    for member in read(file, name, exclude, tally):
+        if member.name in members:
+            tally.leave_out("members that a later one of the same name replaces", printable(f"{name}/{member.name}"))
+            del members[member.name]  # the later one has its own place, too
+        members[member.name] = member
+    side_files = {member.name: member.side_file for member in members.values() if member.side_file is not None}
+    images = [member for member in members.values() if member.side_file is None and _is_image(member)]
+    used: set[str] = set()
+    found = []
+    for member in images:
+        columns: dict[str, Any] = {}
+        for key in dict.fromkeys((_sample_key(member.name), posixpath.splitext(member.name)[0])):
+            for extension in ("json", "txt", "cls"):  # the last one that speaks of a column counts
+                if (data := side_files.get(f"{key}.{extension}")) is not None:
+                    used.add(f"{key}.{extension}")
+                    columns |= _side_columns(extension, data)
+        found.append(_Image(name, member, columns))
+    tally.annotations += len(used)
+    for member in members.values():
+        if member.name not in used and (member.side_file is not None or not _is_image(member)):
+            what = "side files of no image" if member.side_file is not None else describe_suffix(member.name)
+            tally.leave_out(what, printable(f"{name}/{member.name}"))
+            others.add(_folders(member.name))
+    return found
+
+
+def _sample_key(name: str) -> str:
+    """WebDataset's key: up to the first dot of the last part of the name."""
+    folder, _, base = name.rpartition("/")
+    stem = base.partition(".")[0]
+    return f"{folder}/{stem}" if folder else stem
+
+
+def _is_image(member: _Member) -> bool:
+    suffix = posixpath.splitext(member.name)[1].lower()
+    return suffix in IMAGE_SUFFIXES or (suffix in HEIF_SUFFIXES and reads_heif()) or has_image_signature(member.head)
+
+
+def _is_side_file(name: str, size: int) -> bool:
+    return name.rpartition(".")[2] in _SIDE_FILES and size < _MAX_SIDE_FILE_BYTES
+
+
+def _needs_head(name: str) -> bool:
+    return posixpath.splitext(name)[1].lower() not in IMAGE_SUFFIXES
+
+
+def _side_columns(extension: str, data: bytes) -> dict[str, Any]:
+    text = normalize_text(data.decode("utf-8-sig", errors="replace"))
+    if extension != "json":
+        return {"label": text or None}
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    if not isinstance(values, dict):
+        return {}
+    return {
+        name: value
+        for name, value in values.items()
+        if name not in RESERVED_COLUMNS and isinstance(value, (str, int, float, bool))
+    }
+
+
+def _tar_members(file: Path, name: str, exclude: Sequence[str], tally: Tally) -> Iterator[_Member]:
+    compressed = file.suffix.lower() != ".tar"
+    members: dict[str, _Member] = {}  # so far, for the links to them
+
+    def read(archive: tarfile.TarFile, member: str, offset: int, size: int) -> _Member:
+        head, side_file = b"", None
+        if _is_side_file(member, size):
+            side_file = _read_at(archive, offset, size)
+        elif _needs_head(member):
+            head = _read_at(archive, offset, min(32, size))
+        kind = "tgz" if compressed else "tar"
+        locator = f"{path_text(file)}::{kind}:{offset}:{size}:{printable(member)}"
+        members[member] = _Member(member, locator, size, head, side_file)
+        return members[member]
+
+    links: list[tuple[str, str]] = []  # (name, name of what it links to), resolved when every member is known
+    try:
+        with _open_tar(file, compressed) as archive:
+            for entry in archive:
+                if entry.isdir():
+                    continue
+                tally.found += 1
+                member = _member_name(entry.name)
+                reason = _left_out(member, name, exclude) or _unreadable_tar_member(entry)
+                if reason is not None:
+                    tally.leave_out(reason, printable(f"{name}/{member}"))
+                elif entry.issym():
+                    links.append((member, _member_name(posixpath.join(posixpath.dirname(member), entry.linkname))))
+                elif entry.islnk():
+                    links.append((member, _member_name(entry.linkname)))
+                else:
+                    yield read(archive, member, entry.offset_data, entry.size)
+        for link, target in links:
+            if target in members:
+                yield replace(members[target], name=link)
+            else:
+                tally.leave_out("links to what is not in the archive", printable(f"{name}/{link}"))
+    # A damaged archive makes tarfile, and what decompresses it, raise any of these.
+    except (tarfile.TarError, OSError, EOFError, ValueError, SourceError) as error:
+        raise SourceError(f"{file}: {_tar_problem(file, error)}") from error
+
+
+def _open_tar(file: Path, compressed: bool) -> tarfile.TarFile:
+    if compressed:
+        return tarfile.open(fileobj=open_compressed(file), mode="r:")
+    return tarfile.open(file, "r:")
+
+
+def _unreadable_tar_member(entry: tarfile.TarInfo) -> str | None:
+    if not (entry.isreg() or entry.islnk() or entry.issym()):
+        return "members that are no files"
+    if entry.issparse():
+        return "sparse members (pack them without --sparse)"
+    return "members of more than 2 GiB" if entry.size > _MAX_MEMBER_BYTES else None
+
+
+def _read_at(archive: tarfile.TarFile, offset: int, size: int) -> bytes:
+    stream = archive.fileobj
+    assert stream is not None  # an archive that is open for reading
+    stream.seek(offset)  # tarfile finds its own place again, and a compressed stream should never go back
+    data: bytes = stream.read(size)
+    return data
+
+
+def _zip_members(file: Path, name: str, exclude: Sequence[str], tally: Tally) -> Iterator[_Member]:
+    try:
+        with zipfile.ZipFile(file) as archive:
+            for entry in archive.infolist():
+                if entry.is_dir():
+                    continue
+                tally.found += 1
+                member = _member_name(_zip_name(entry))
+                reason = _left_out(member, name, exclude) or _unreadable_zip_member(entry)
+                if reason is not None:
+                    tally.leave_out(reason, printable(f"{name}/{member}"))
+                    continue
+                head, side_file = b"", None
+                if _is_side_file(member, entry.file_size):
+                    side_file = archive.read(entry)
+                elif _needs_head(member):
+                    with archive.open(entry) as opened:
+                        head = opened.read(32)
+                numbers = (entry.header_offset, entry.compress_size, entry.file_size, entry.compress_type, entry.CRC)
+                locator = f"{path_text(file)}::zip:{':'.join(map(str, numbers))}:{printable(member)}"
+                yield _Member(member, locator, entry.file_size, head, side_file)
+    except (zipfile.BadZipFile, OSError, EOFError, ValueError, RuntimeError, NotImplementedError) as error:
+        raise SourceError(f"{file}: not a whole zip archive ({error}). Fetch it again, or leave it out.") from error
+
+
+def _zip_name(entry: zipfile.ZipInfo) -> str:
+    """The member's name. Without the flag for UTF-8 it is in any encoding; most programs write UTF-8 all the same."""
+    if entry.flag_bits & 0x800:
+        return entry.filename
+    raw = entry.filename.encode("cp437")
+    return os.fsdecode(raw)
+
+
+def _unreadable_zip_member(entry: zipfile.ZipInfo) -> str | None:
+    if entry.flag_bits & 0x1:
+        return "encrypted members"
+    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        return "members compressed in another way than deflate (pack the archive again: zip -r)"
+    return "members of more than 2 GiB" if entry.file_size > _MAX_MEMBER_BYTES else None
+
+
+def _member_name(name: str) -> str:
+    """One spelling of `./a/b.png`, `/a/b.png` and `a//b.png`, which unpack to one file."""
+    return posixpath.normpath(name.replace("\\", "/")).lstrip("/")
+
+
+def _left_out(member: str, archive: str, exclude: Sequence[str]) -> str | None:
+    """Why a member is not looked at."""
+    if any(part.startswith((".", "__MACOSX")) for part in member.split("/")):
+        return HIDDEN
+    shown = printable(member)
+    return EXCLUDED if is_excluded(shown, exclude) or is_excluded(f"{archive}/{shown}", exclude) else None
+
+
+def _tar_problem(file: Path, error: Exception) -> str:
+    try:
+        with file.open("rb") as opened:
+            magic = opened.read(4)
+    except OSError:
+        return str(error)
+    if magic == b"\x28\xb5\x2f\xfd":
+        return "Zstandard compressed it, which is not read here. Decompress it first: zstd -d FILE"
+    if file.suffix.lower() == ".tar" and (magic[:2] in (b"\x1f\x8b", b"BZ") or magic[:3] == b"\xfd7z"):
+        return "a compressed archive under the name of an uncompressed one. Rename it, for example to FILE.tar.gz"
+    return f"not a whole tar archive ({error}). Fetch it again, or leave it out."
+
+
+def _expand(archives: Sequence[str | Path]) -> list[Path]:
+    files: list[Path] = []
+    for entry in archives:
+        path = Path(entry).expanduser()
+        if path.is_dir():
+            found = sorted(
+                inside for inside in path.iterdir() if is_archive(inside) and not inside.name.startswith(".")
+            )
+        else:
+            found = [Path(match) for text in _braces(str(path)) for match in (sorted(glob.glob(text)) or [text])]
+        if not found:
+            raise SourceError(f"{entry}: a folder without archives ({', '.join((*TAR_ENDINGS, '.zip'))})")
+        files += found
+    missing = [file for file in files if not file.is_file()]
+    if missing:
+        raise SourceError(f"{missing[0]}: no such archive ({len(missing)} of {len(files)} are missing)")
+    return [file.absolute() for file in files]
+
+
+def _braces(text: str) -> list[str]:
+    """Expand "a-{000..003}.tar" to the four shards that it names, as WebDataset writes them."""
+    parts: list[list[str]] = []
+    last = 0
+    for match in re.finditer(r"\{(\d+)\.\.(\d+)\}", text):
+        first, final = match[1], match[2]
+        parts += [[text[last : match.start()]], [f"{n:0{len(first)}d}" for n in range(int(first), int(final) + 1)]]
+        last = match.end()
+    parts.append([text[last:]])
+    return ["".join(chosen) for chosen in itertools.product(*parts)]

@@ -1,0 +1,76 @@
+"""What reading a source gives: the samples that can be used, and a count of everything that cannot."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+import pandas as pd
+
+_EXAMPLES = 3
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Entries of a source that are not used, for one reason."""
+
+    reason: str
+    count: int
+    examples: tuple[str, ...]  # the first few names
+
+    def __str__(self) -> str:
+        more = ", …" if self.count > len(self.examples) else ""
+        return f"{self.count:,} {self.reason}: {', '.join(self.examples)}{more}"
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The images of a source. `found` is counted as entries are met: found = len(samples) + annotations + left out."""
+
+    samples: pd.DataFrame  # one row per image: `id`, `path` (a file or a locator), then the user's columns
+    found: int  # files of a folder, rows of a table, members of an archive, images of an array
+    left_out: tuple[LeftOut, ...] = ()
+    annotations: int = 0  # entries that hold labels of the samples: side files of an archive
+    notes: tuple[str, ...] = ()  # what was assumed in reading, for a person
+
+
+@dataclass
+class Tally:
+    """Counts entries and, by reason, those that are left out, as a reader meets them."""
+
+    found: int = 0
+    annotations: int = 0
+    examples: dict[str, list[str]] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def leave_out(self, reason: str, *names: str, count: int = 1) -> None:
+        """Count entries under a reason, which reads well after a number: "files without a suffix"."""
+        self.counts[reason] = self.counts.get(reason, 0) + count
+        self.examples[reason] = [*self.examples.get(reason, []), *names][:_EXAMPLES]
+
+    def left_out(self) -> tuple[LeftOut, ...]:
+        """The reasons, the commonest first."""
+        ordered = sorted(self.counts.items(), key=lambda item: (-item[1], item[0]))
+        return tuple(LeftOut(reason, count, tuple(self.examples[reason])) for reason, count in ordered)
+
+    def listing(self, samples: pd.DataFrame, notes: Iterable[str] = ()) -> Listing:
+        """What was read, as one value."""
+        return Listing(samples, self.found, self.left_out(), self.annotations, tuple(notes))
+
+
+def is_excluded(name: str, patterns: Iterable[str]) -> bool:
+    """Whether an id, or a folder that it lies in, matches one of the shell patterns of `images.exclude`."""
+    parts = name.split("/")
+    prefixes = ["/".join(parts[: count + 1]) for count in range(len(parts))]
+    return any(fnmatchcase(prefix, pattern.rstrip("/")) for pattern in patterns for prefix in prefixes)
+
+
+def join_listings(listings: Iterable[Listing]) -> Listing:
+    """Several sources as one, in their order."""
+    parts = list(listings)
+    tally = Tally(sum(part.found for part in parts), sum(part.annotations for part in parts))
+    for part in parts:
+        for item in part.left_out:
+            tally.leave_out(item.reason, *item.examples, count=item.count)
+    notes = dict.fromkeys(note for part in parts for note in part.notes)
+    samples = pd.concat([part.samples for part in parts], ignore_index=True)
+    return tally.listing(samples, notes)

@@ -1,0 +1,147 @@
+"""One reader for all commands: what holds images, as a value, and the listing that it gives."""
+
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+
+from headrace.extract.errors import SourceError
+from headrace.extract.locate import path_text, printable
+from headrace.extract.sources.archive import is_archive, read_archives
+from headrace.extract.sources.array import idx_pairs, read_array
+from headrace.extract.sources.folder import EXCLUDED, HIDDEN, has_images, read_folder
+from headrace.extract.sources.formats import ARRAY_KINDS, OTHER_FORMATS, is_image
+from headrace.extract.sources.layout import Layout
+from headrace.extract.sources.listing import Listing
+from headrace.extract.sources.tabular import (
+    TableOptions,
+    is_table,
+    metadata_table,
+    read_tables,
+    saved_dataset_files,
+)
+
+SourceKind = Literal["folder", "table", "archive", "array", "image"]
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """Where images are and how they are read; the recipe's section `images`. None means the reader's own choice."""
+
+    kind: SourceKind
+    location: str | Path
+    layout: Layout = "auto"  # of folders, on disk or in archives
+    exclude: tuple[str, ...] = ()  # shell patterns of ids, or of folders that they lie in
+    path_column: str | None = None  # of a table
+    id_column: str | None = None
+    root: Path | None = None
+    path_pattern: str | None = None
+    array_key: str | None = None  # of an array file
+    labels: Path | None = None
+    labels_key: str | None = None
+    pixel_range: tuple[float, float] | None = None  # of pixels of more than 8 bits
+
+
+class SourceWarning(UserWarning):
+    """Some entries of a source are not used."""
+
+
+def read_source(source: ImageSource, *, labelled: bool = True) -> Listing:
+    """List the images.
+
+    labelled: labels are wanted, so that folders which could be classes or sides of a split, a class that would be missing
+    whole, and pixels without a range are refused. Who predicts has a model that knows, and a reason for each image.
+
+    Raises SourceError for what cannot be read as asked.
+    """
+    location = source.location
+    match source.kind:
+        case "folder":
+            return read_folder(location, layout=source.layout, exclude=source.exclude, labelled=labelled)
+        case "table":
+            options = TableOptions(
+                source.path_column, source.id_column, source.root, source.path_pattern, source.exclude
+            )
+            return read_tables(location, options)
+        case "archive":
+            return read_archives(location, layout=source.layout, exclude=source.exclude, labelled=labelled)
+        case "array":
+            return read_array(
+                location,
+                key=source.array_key,
+                labels=source.labels,
+                labels_key=source.labels_key,
+                exclude=source.exclude,
+                ranged=not labelled or source.pixel_range is not None,
+            )
+        case "image":
+            file = Path(location).expanduser().absolute()
+            samples = pd.DataFrame({"id": [printable(str(location))], "path": [path_text(file)], "label": [None]})
+            return Listing(samples, found=1)
+
+
+def detect_kind(location: str | Path) -> SourceKind:
+    """What a path holds, by its name and, for a folder, by what lies in it.
+
+    A folder is one of images where it has any, however deep, unless `datasets` saved it or Hugging Face's metadata lies beside them;
+    else one of archives, tables of images, or an array. Raises SourceError for what is not there and what is not read.
+    """
+    path = Path(location).expanduser()
+    name = path.name.lower()
+    if path.is_dir():
+        return _detect_in_folder(path)
+    if is_archive(path):
+        return "archive"
+    if is_table(path):
+        return "table"
+    if path.suffix.lower() in ARRAY_KINDS or (path.is_file() and re.search(r"idx\d|\.idx", name)):
+        return "array"
+    if path.is_symlink() or (path.is_file() and is_image(path)):
+        return "image"
+    if not path.exists():
+        raise SourceError(
+            f"{path}: no such file or folder. Give a folder of images, a table (.csv, .tsv, .jsonl, .json, .parquet), "
+            "an archive (.tar, .tar.gz, .zip), an array file (.npy, .npz, .h5, idx), or an image"
+        )
+    suffix = path.suffix.lower()
+    if suffix in OTHER_FORMATS:
+        kind, cure = OTHER_FORMATS[suffix]
+        raise SourceError(f"{path} is a {kind}, which is not read here: {cure}")
+    raise SourceError(
+        f"{path}: neither an image nor anything that holds images (found {suffix or 'no suffix'}). Expected a table (.csv, "
+        ".tsv, .jsonl, .json, .parquet), an archive (.tar, .tar.gz, .zip), an array file (.npy, .npz, .h5, idx), or an image"
+    )
+
+
+def _detect_in_folder(folder: Path) -> SourceKind:
+    if saved_dataset_files(folder) or metadata_table(folder):
+        return "table"
+    if has_images(folder):
+        return "folder"
+    entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    if any(is_archive(entry) for entry in entries):
+        return "archive"
+    if idx_pairs(folder):
+        return "array"
+    if any(folder.glob("*.parquet")) or any(folder.glob("*/*.parquet")):
+        return "table"
+    return "folder"  # whose reader says what was found instead
+
+
+def detect_source(location: str | Path, **options: Any) -> ImageSource:
+    """A path as a source; options: fields of ImageSource. Raises SourceError."""
+    kind = detect_kind(location)
+    path = Path(location).expanduser()
+    if kind == "table" and path.is_dir() and not saved_dataset_files(path):
+        location = metadata_table(path) or location
+    return ImageSource(kind, location, **options)
+
+
+def warn_of_left_out(listing: Listing, source: str | Path) -> None:
+    """Tell a program, which has no terminal, what of a source is not used, but for hidden entries and what was excluded."""
+    told = [str(item) for item in listing.left_out if item.reason not in (HIDDEN, EXCLUDED)]
+    if told:
+        warnings.warn(f"{source}: left out {'; '.join(told)}", SourceWarning, stacklevel=3)

@@ -1,0 +1,48 @@
+"""The samples of a source alone, for notebooks and scripts; what is left out is a warning (SourceWarning)."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from headrace.extract.sources.archive import read_archives
+from headrace.extract.sources.array import read_array
+from headrace.extract.sources.folder import read_folder
+from headrace.extract.sources.layout import Layout
+from headrace.extract.sources.read import warn_of_left_out
+from headrace.extract.sources.tabular import TableOptions, read_tables
+
+
+def list_folder(folder: str | Path, *, layout: Layout = "auto", exclude: Sequence[str] = ()) -> pd.DataFrame:
+    """The samples of `read_folder`: columns `id`, `path`, `label`, and `split` where the outer folders are its sides."""
+    listing = read_folder(folder, layout=layout, exclude=exclude)
+    warn_of_left_out(listing, folder)
+    return listing.samples
+
+
+def list_tar(archives: str | Path | Sequence[str | Path], *, layout: Layout = "auto") -> pd.DataFrame:
+    """The samples of `read_archives`, tar or zip: columns `id`, `path` (a locator), `label`, and those of side files."""
+    listing = read_archives(archives, layout=layout)
+    warn_of_left_out(listing, str(archives))
+    return listing.samples
+
+
+def list_array(
+    images: str | Path, *, key: str | None = None, labels: str | Path | None = None, labels_key: str | None = None
+) -> pd.DataFrame:
+    """The samples of `read_array`: columns `id`, `path` (a locator) and `label`."""
+    return read_array(images, key=key, labels=labels, labels_key=labels_key).samples
+
+
+def read_table(
+    table: str | Path,
+    *,
+    path_column: str | None = None,
+    id_column: str | None = None,
+    root: str | Path | None = None,
+    path_pattern: str | None = None,
+) -> pd.DataFrame:
+    """The samples of `read_tables`: columns `id`, `path`, then those of the table."""
+    listing = read_tables(table, TableOptions(path_column, id_column, root, path_pattern))
+    warn_of_left_out(listing, table)
+    return listing.samples

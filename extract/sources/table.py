@@ -1,0 +1,243 @@
+"""Tables: CSV, TSV, JSON lines, JSON, Parquet and Arrow files as data frames whose text is as written."""
+
+import csv
+import gzip
+import io
+import itertools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from headrace.cache.text import as_text, normalize_text
+from headrace.extract.errors import SourceError, absent
+from headrace.extract.locate import open_arrow
+from headrace.extract.sources.coco import coco_rows
+from headrace.extract.sources.formats import IMAGE_SUFFIXES, OTHER_FORMATS
+
+_DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
+_LINES_LOOKED_AT = 20
+_TEXT_SUFFIXES = (".csv", ".tsv", ".tab", ".txt")
+_EXPECTED = "a table ends in .csv, .tsv, .jsonl, .json, .parquet or .arrow"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table as it is: text trimmed and in one Unicode form, empty cells missing, numbers only where the file has types."""
+
+    frame: pd.DataFrame
+    image_columns: tuple[str, ...] = ()  # columns of encoded images, which are not in `frame`
+    notes: tuple[str, ...] = ()
+
+
+def read_table_file(file: Path) -> Table:
+    """Read a table by what its name says it is. Raises SourceError when it cannot be read so."""
+    if not file.is_file():
+        raise SourceError(absent(file, "a table: .csv, .tsv, .jsonl, .json or .parquet"))
+    suffixes = [suffix.lower() for suffix in file.suffixes]
+    compressed = suffixes[-1:] == [".gz"]
+    suffix = (suffixes[-2:-1] if compressed else suffixes[-1:] or [""])[0] if suffixes else ""
+    try:
+        if suffix in (".parquet", ".pq"):
+            return _read_parquet(file)
+        if suffix == ".arrow":
+            return _from_arrow(open_arrow(file))
+        if suffix in _TEXT_SUFFIXES:
+            return _read_csv(_read_text(file, compressed), suffix, file)
+        if suffix in (".jsonl", ".ndjson"):
+            return _read_json_lines(_read_text(file, compressed), file)
+        if suffix == ".json":
+            return _read_json(_read_text(file, compressed), file)
+    except UnicodeDecodeError as error:
+        raise SourceError(
+            f"{file}: cannot be read as {suffix[1:]}: {error}. Expected text in UTF-8 whose first line names the "
+            "columns; save it as UTF-8 (iconv -f latin1 -t utf-8), or give a Parquet file the suffix .parquet."
+        ) from error
+    except SourceError:
+        raise
+    # Parsers of foreign files raise anything, and nesting without end a RecursionError.
+    except (OSError, ValueError, RuntimeError, EOFError, pa.ArrowException) as error:
+        expected = "a Parquet file" if suffix in (".parquet", ".pq") else "one line of column names, then one per image"
+        raise SourceError(
+            f"{file}: cannot be read as {suffix[1:]}: {str(error).strip()}. Expected {expected}."
+        ) from error
+    if suffix in OTHER_FORMATS:
+        kind, cure = OTHER_FORMATS[suffix]
+        raise SourceError(f"{file} is a {kind}, which is not read here: {cure}. ({_EXPECTED}.)")
+    raise SourceError(f"{file}: {_EXPECTED}; found {suffix or 'no suffix'}.")
+
+
+def _read_text(file: Path, compressed: bool) -> str:
+    data = gzip.decompress(file.read_bytes()) if compressed else file.read_bytes()
+    # Spreadsheets write UTF-16 with its mark; without one it cannot be told from other bytes.
+    encoding = "utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
+    return data.decode(encoding)
+
+
+def _read_csv(text: str, suffix: str, file: Path) -> Table:
+    default = "\t" if suffix in (".tsv", ".tab") else ","
+    delimiter = _delimiter(text, default)
+    names = next(csv.reader(io.StringIO(text), delimiter=delimiter, skipinitialspace=delimiter != "\t"), [])
+    _check_header([normalize_text(name) for name in names], file)
+    frame = pd.read_csv(
+        io.StringIO(text),
+        sep=delimiter,
+        dtype=str,
+        keep_default_na=False,
+        skipinitialspace=delimiter != "\t",
+        low_memory=False,
+    )
+    if not isinstance(frame.index, pd.RangeIndex):  # pandas would take the first values for the rows' names
+        raise SourceError(
+            f"{file}: the rows have more values than the header has names ({len(frame.columns)}). "
+            "Give every column a name in the first line, or delete what ends the rows."
+        )
+    notes = () if delimiter == default else (f"{file.name}: the columns are separated by {_DELIMITERS[delimiter]}",)
+    return Table(_clean(frame), notes=notes)
+
+
+def _delimiter(text: str, default: str) -> str:
+    """What separates the columns: the default where the header has it, else what divides the first lines alike."""
+    lines = list(itertools.islice(io.StringIO(text), _LINES_LOOKED_AT))
+    if not lines:
+        return default
+    for delimiter in (default, *(other for other in _DELIMITERS if other != default)):
+        widths = [len(row) for row in csv.reader(lines, delimiter=delimiter) if row]
+        if widths and widths[0] > 1 and (delimiter == default or len(set(widths)) == 1):
+            return delimiter
+    return default
+
+
+def _check_header(names: list[str], file: Path) -> None:
+    """Raises SourceError where the first line is no line of names, or gives two columns one name."""
+    images = [name for name in names if Path(name).suffix.lower() in IMAGE_SUFFIXES]
+    if images:
+        raise SourceError(
+            f"{file}: the first line looks like an image and what belongs to it ({', '.join(names[:4])}), not like the names "
+            "of columns, and would be lost. Put a line of names above it, for example: path,label"
+        )
+    repeated = sorted({name for name in names if name and names.count(name) > 1})
+    if repeated:
+        raise SourceError(
+            f"{file}: {len(repeated)} names stand over several columns, first {repeated[0]!r}. Give each its own."
+        )
+
+
+def _read_json_lines(text: str, file: Path) -> Table:
+    records = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise SourceError(f"{file}, line {number}: no JSON ({error}). Expected one object per line.") from error
+        if not isinstance(record, dict):
+            raise SourceError(f'{file}, line {number}: expected an object such as {{"path": …}}; found {line[:40]}')
+        records.append(record)
+    return Table(_clean(pd.DataFrame(records, dtype=object)))
+
+
+def _read_json(text: str, file: Path) -> Table:
+    values = json.loads(text)
+    if isinstance(values, dict) and isinstance(values.get("images"), list):
+        frame, notes = coco_rows(values, file)
+        return Table(_clean(frame), notes=notes)
+    if isinstance(values, list) and all(isinstance(value, dict) for value in values):
+        return Table(_clean(pd.DataFrame(values, dtype=object)))
+    if isinstance(values, dict) and all(isinstance(value, (str, int)) for value in values.values()):
+        frame = pd.DataFrame({"path": list(values), "label": list(values.values())}, dtype=object)
+        return Table(_clean(frame), notes=(f"{file.name}: its keys are the paths, and its values the labels",))
+    raise SourceError(
+        f"{file}: expected a list of objects, an object of paths and labels, or COCO (the keys images, annotations and "
+        f"categories); found {text[:40].strip()}…"
+    )
+
+
+def _read_parquet(file: Path) -> Table:
+    schema = pq.read_schema(file)
+    images = _image_columns(schema)
+    columns = [field.name for field in schema if field.name not in images]
+    # Of a struct of bytes and path, the path alone: the images stay on disk.
+    columns += [f"{name}.path" for name in images if _has_path(schema.field(name).type)]
+    return _from_arrow(pq.read_table(file, columns=columns).replace_schema_metadata(schema.metadata), images)
+
+
+def _has_path(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_struct(kind) and kind.get_field_index("path") >= 0)
+
+
+def _image_columns(schema: pa.Schema) -> tuple[str, ...]:
+    """Columns of bytes, or of structs with a field `bytes`, as Hugging Face's Image feature is stored."""
+    return tuple(field.name for field in schema if _is_binary(field.type) or _holds_bytes(field.type))
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+    if not pa.types.is_struct(kind):
+        return False
+    place = kind.get_field_index("bytes")
+    return place >= 0 and _is_binary(kind.field(place).type)
+
+
+def _from_arrow(table: pa.Table, images: tuple[str, ...] = ()) -> Table:
+    """The columns that are no images; what `datasets` stores as the path of one is the column `NAME.path`."""
+    images = images or _image_columns(table.schema)
+    class_names = _class_names(table.schema)
+    for name in set(images) & set(table.column_names):
+        cells = table[name]
+        table = table.drop_columns([name])
+        if _has_path(cells.type):
+            table = table.append_column(f"{name}.path", pc.struct_field(cells, "path"))
+    # Python's integers where there are gaps: as floats, large ones would become others.
+    frame = table.to_pandas(integer_object_nulls=True)
+    if not isinstance(frame.index, pd.RangeIndex):
+        frame = frame.reset_index(drop=frame.index.name is None)
+    for name, names in class_names.items():
+        if name in frame:
+            frame[name] = [names[int(value)] if _is_class(value, names) else None for value in frame[name]]
+    notes = tuple(f"the numbers of {name!r} are classes, named in the file" for name in class_names if name in frame)
+    return Table(_clean(frame), images, notes)
+
+
+def _is_class(value: Any, names: list[str]) -> bool:
+    return value is not None and value == value and 0 <= int(value) < len(names)  # ClassLabel has -1 for none
+
+
+def _class_names(schema: pa.Schema) -> dict[str, list[str]]:
+    """The names of the classes of integer columns, from what `datasets` writes into a file's metadata."""
+    try:
+        features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
+        return {
+            name: [str(label) for label in feature["names"]]
+            for name, feature in features.items()
+            if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
+        }
+    except (ValueError, KeyError, TypeError):
+        return {}
+
+
+def _clean(frame: pd.DataFrame) -> pd.DataFrame:
+    """Names of columns and text in one form, empty text missing. Typed columns and lists stay."""
+    frame = frame.rename(columns={name: normalize_text(str(name)) for name in frame.columns})
+    for name in frame.columns:
+        if _is_text(frame[name]):
+            text = as_text(frame[name])
+            frame[name] = text.mask(text == "")
+    return frame
+
+
+def _is_text(column: pd.Series) -> bool:
+    if isinstance(column.dtype, pd.CategoricalDtype):
+        return True
+    if isinstance(column.dtype, pd.StringDtype):
+        return True
+    return column.dtype == object and all(isinstance(value, str) or value is None or value != value for value in column)

@@ -1,0 +1,352 @@
+"""Images that tables name or hold: one row per image."""
+
+import glob
+import json
+import os
+import string
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from headrace.cache.text import as_text
+from headrace.extract.errors import SourceError, absent, check_unique, nearest
+from headrace.extract.locate import path_text
+from headrace.extract.sources.archive import RESERVED_COLUMNS
+from headrace.extract.sources.folder import EXCLUDED
+from headrace.extract.sources.formats import IMAGE_SUFFIXES, TABLE_SUFFIXES
+from headrace.extract.sources.layout import split_word
+from headrace.extract.sources.listing import Listing, Tally, is_excluded
+from headrace.extract.sources.table import Table, read_table_file
+
+# What people call the column that names the image, the likeliest first; `file_name` is Hugging Face's and COCO's.
+PATH_NAMES = (
+    "path",
+    "file_name",
+    "filename",
+    "filepath",
+    "file_path",
+    "image_path",
+    "image",
+    "file",
+    "img",
+    "img_path",
+)
+HUGGING_FACE_METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+_MEANINGS = {"path": "where the image is", "id": "what tells rows apart"} | dict.fromkeys(
+    ("content", "_content"), "the hash of an image's bytes"
+)
+_PATHS_LOOKED_AT = 100
+
+
+@dataclass(frozen=True)
+class TableOptions:
+    """How a table names its images; see the recipe's section `images`."""
+
+    path_column: str | None = None  # default: found, see `find_path_column`
+    id_column: str | None = None  # default: `id` where there is such a column, else the path as written
+    root: str | Path | None = None  # what relative paths start from; default: the table's own folder
+    path_pattern: str | None = None  # a path with columns in braces: train/{id}.jpg
+    exclude: tuple[str, ...] = ()
+
+
+def read_tables(table: str | Path, options: TableOptions | None = None) -> Listing:
+    """The rows of tables, in their order: `id`, `path`, then every column that the tables have.
+
+    table: a CSV, TSV, JSON lines, JSON (COCO too), Parquet or Arrow file, a pattern (`data/train-*.parquet`), a folder of
+    Parquet files, or one that `datasets` saved. Parquet and Arrow may hold the images themselves. Where the tables' or
+    their folders' names are the sides of a split and no column says so, a column `split` has them. Files are not looked
+    for here: a missing one becomes a recorded failure of its sample. Raises SourceError.
+    """
+    options = options or TableOptions()
+    files = table_files(Path(table).expanduser())
+    tally = Tally()
+    parts: list[pd.DataFrame] = []
+    notes: list[str] = []
+    sides = _sides(files)
+    several = len(files) > 1
+    base = os.path.commonpath([file.parent for file in files])
+    for file in files:
+        read = read_table_file(file)
+        notes += read.notes
+        samples = _samples(file, read, options, tally, notes)
+        if sides is not None and "split" not in samples:
+            samples["split"] = sides[file]
+        parts.append(samples)
+    if sides is not None:
+        notes.append(f"the names {', '.join(dict.fromkeys(sides.values()))} are those of the sides of a split")
+    if several and pd.concat([part["id"] for part in parts]).duplicated().any():
+        for file, part in zip(files, parts, strict=True):  # names that are unique in one table only
+            part["id"] = f"{file.relative_to(base).as_posix()}/" + part["id"].astype(str)
+    samples = pd.concat(parts, ignore_index=True) if several else parts[0]
+    source = str(files[0]) if not several else f"{len(files)} tables ({files[0]}, …)"
+    if samples.empty:
+        found = "; ".join(map(str, tally.left_out()))
+        raise SourceError(
+            f"{source}: the table has no rows{f' that can be used ({found})' if found else ''}. Expected one row per image."
+        )
+    check_unique(samples["id"], source)
+    return tally.listing(samples, dict.fromkeys(notes))
+
+
+def table_files(table: Path) -> list[Path]:
+    """The files that a table's name means, absolute. Raises SourceError where there are none."""
+    if table.is_file():
+        return [table.absolute()]
+    if table.is_dir():
+        files = saved_dataset_files(table) or sorted(
+            file for pattern in ("*.parquet", "*/*.parquet") for file in table.glob(pattern)
+        )
+        if not files:
+            raise SourceError(
+                f"{table} is a folder without Parquet files, and none that `datasets` saved. Name a table in it"
+            )
+        return [file.absolute() for file in files]
+    matches = sorted(glob.glob(str(table)))
+    if not matches:
+        raise SourceError(absent(table, "a table"))
+    return [Path(match).absolute() for match in matches]
+
+
+def saved_dataset_files(folder: Path) -> list[Path]:
+    """The Arrow files of a folder that `datasets` saved (save_to_disk), in their order; empty for any other folder."""
+    try:
+        if (folder / "dataset_dict.json").is_file():
+            names = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+            return [file for name in names for file in saved_dataset_files(folder / name)]
+        if (folder / "state.json").is_file():
+            state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            if state.get("_indices_data_files"):
+                raise SourceError(
+                    f"{folder}: some rows of these files are selected by a second file, as old versions of `datasets` saved filters. "
+                    "Save it again: load_from_disk(FOLDER).flatten_indices().save_to_disk(OTHER)"
+                )
+            return [folder / Path(entry["filename"]).name for entry in state["_data_files"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise SourceError(
+            f"{folder}: not a whole folder of `datasets` ({type(error).__name__}: {error}). Save it again"
+        ) from error
+    return []
+
+
+def find_images(table: Table, file: Path, base: Path) -> tuple[str, bool]:
+    """What names, or holds, the images: (a column, False), or (a pattern of paths such as `train/{id}.jpg`, True).
+
+    A column counts by its name and what it holds, then by what it holds alone; ids without an ending are looked for among the
+    images below `base`. Raises SourceError where nothing fits, or several columns could be the images.
+    """
+    frame, held = table.frame, table.image_columns
+    named = [str(name) for wanted in PATH_NAMES for name in (*frame.columns, *held) if str(name).lower() == wanted]
+    for name in named:
+        if name in held or _names_images(frame[name]):
+            return name, False
+    others = [str(name) for name in frame.columns if _names_images(frame[name])]
+    for candidates in (held, others):
+        if len(candidates) == 1:
+            return candidates[0], False
+    if (pattern := _find_pattern(frame, base)) is not None:
+        return pattern, True
+    if named:
+        return named[0], False
+    columns = ", ".join([*frame.columns, *held])
+    if len(others) + len(held) > 1:
+        raise SourceError(
+            f"{file}: {', '.join([*others, *held])} could each be the images; name one: images.path_column. "
+            f"The columns are: {columns}."
+        )
+    example = frame.columns[0] if len(frame.columns) else "id"
+    raise SourceError(
+        f"{file}: no column names image files. Name it: images.path_column; or, for ids without an ending, say where their "
+        f"images are: images.path_pattern: folder/{{{example}}}.jpg. The columns are: {columns}."
+    )
+
+
+def _find_pattern(frame: pd.DataFrame, folder: Path) -> str | None:
+    """The pattern by which a column of ids names images below a folder, as in Kaggle's tables; None where none does."""
+    files: dict[str, str] = {}
+    for file in sorted(folder.rglob("*")):
+        if file.suffix.lower() in IMAGE_SUFFIXES:
+            files.setdefault(file.stem, file.relative_to(folder).as_posix())
+    for name in frame.columns:
+        ids = as_text(frame[name]).dropna().head(_PATHS_LOOKED_AT)
+        found = [files[value] for value in ids if value in files]
+        places = {(Path(file).parent.as_posix(), Path(file).suffix) for file in found}
+        if len(places) == 1 and 2 * len(found) >= len(ids):
+            (parent, suffix) = places.pop()
+            return f"{'' if parent == '.' else f'{parent}/'}{{{name}}}{suffix}"
+    return None
+
+
+def _names_images(column: pd.Series) -> bool:
+    values = column.dropna().head(_PATHS_LOOKED_AT)
+    return bool(len(values)) and all(
+        isinstance(value, str) and Path(value).suffix.lower() in IMAGE_SUFFIXES for value in values
+    )
+
+
+def _sides(files: Sequence[Path]) -> dict[Path, str] | None:
+    """The side of a split that each table's name, or else its folder's, says; None where some say none, or all the same."""
+    for names in ([file.name for file in files], [file.parent.name for file in files]):
+        sides = dict(zip(files, map(split_word, names), strict=True))
+        if None not in sides.values() and len({side.lower() for side in sides.values() if side}) > 1:
+            return {file: side for file, side in sides.items() if side is not None}
+    return None
+
+
+def _samples(file: Path, table: Table, options: TableOptions, tally: Tally, notes: list[str]) -> pd.DataFrame:
+    frame = table.frame
+    if frame.empty and not table.image_columns:
+        return pd.DataFrame(columns=["id", "path"], dtype=object)
+    tally.found += len(frame)
+    for wanted, setting in ((options.path_column, "path_column"), (options.id_column, "id_column")):
+        if wanted is not None and wanted not in (*frame.columns, *table.image_columns):
+            columns = [*frame.columns, *table.image_columns]
+            raise SourceError(
+                f"{file}: there is no column {wanted!r} ({setting}). Nearest: {nearest(wanted, columns, 1)}. "
+                f"The columns are: {', '.join(columns)}."
+            )
+    base = (Path(options.root).expanduser() if options.root is not None else file.parent).absolute()
+    where, is_pattern = _image_column(table, file, base, options, notes)
+    id_column = options.id_column
+    if id_column is None and "id" in frame.columns and where != "id":
+        id_column = "id"
+        notes.append(f"{file.name}: the column 'id' tells the rows apart (images.id_column)")
+    _refuse_reserved(frame, file, where, id_column)
+    if where in table.image_columns:
+        ids, paths = _cells(file, frame, where)
+    else:
+        ids = _fill_pattern(frame, where, file) if is_pattern else as_text(frame[where])
+        paths = ids.map(lambda value: _find(base, str(value)), na_action="ignore")
+    if id_column is not None:
+        ids = as_text(frame[id_column])
+    kept = frame.drop(columns=[name for name in frame.columns if name in ("id", "path") or name == f"{where}.path"])
+    samples = pd.concat([ids.rename("id"), paths.rename("path"), kept], axis=1).astype({"id": object, "path": object})
+    return _leave_out(samples, file, options, tally)
+
+
+def _image_column(table: Table, file: Path, base: Path, options: TableOptions, notes: list[str]) -> tuple[str, bool]:
+    """As `find_images`, but for what the options say."""
+    if options.path_pattern is not None:
+        return options.path_pattern, True
+    if options.path_column is not None:
+        return options.path_column, False
+    found, is_pattern = find_images(table, file, base)
+    if is_pattern:
+        notes.append(f"{file.name}: the images are {found}, by the column in braces (images.path_pattern)")
+    elif found != "path":
+        notes.append(f"{file.name}: the images are those of the column {found!r} (images.path_column)")
+    return found, is_pattern
+
+
+def _leave_out(samples: pd.DataFrame, file: Path, options: TableOptions, tally: Tally) -> pd.DataFrame:
+    """The rows that can be used; the others are counted."""
+    number = pd.Series([f"{file.name}, row {row + 1}" for row in range(len(samples))], index=samples.index)
+    for reason, column in (("rows that name no image", "path"), ("rows without an id", "id")):
+        empty = samples[column].isna()
+        if empty.any():
+            tally.leave_out(reason, *number[empty].head(3), count=int(empty.sum()))
+            samples, number = samples[~empty], number[~empty]
+    try:
+        again = samples.duplicated()
+    except TypeError:  # cells of lists
+        again = samples.astype(str).duplicated()
+    if again.any():
+        tally.leave_out("rows that are another row once more", *samples["id"][again].head(3), count=int(again.sum()))
+        samples = samples[~again]
+    if options.exclude:
+        excluded = samples["id"].map(lambda name: is_excluded(name, options.exclude)).astype(bool)
+        if excluded.any():
+            tally.leave_out(EXCLUDED, *samples["id"][excluded].head(3), count=int(excluded.sum()))
+            samples = samples[~excluded]
+    return samples.reset_index(drop=True)
+
+
+def _fill_pattern(frame: pd.DataFrame, pattern: str, file: Path) -> pd.Series:
+    """The pattern with each row's values in it; missing where one of them is."""
+    try:
+        names = [name for _, name, _, _ in string.Formatter().parse(pattern) if name is not None]
+    except ValueError as error:
+        raise SourceError(
+            f"images.path_pattern {pattern!r}: {error}. Expected a path such as train/{{id}}.jpg"
+        ) from error
+    absent_names = [name for name in names if name not in frame.columns]
+    if absent_names or not names:
+        raise SourceError(
+            f"images.path_pattern {pattern!r}: {file} has no column {', '.join(map(repr, absent_names)) or 'in braces'}. "
+            f"The columns are: {', '.join(frame.columns)}."
+        )
+    texts = frame[names].apply(as_text)
+    filled = texts.apply(lambda row: pattern.format_map(row), axis=1)
+    return filled.astype(object).where(texts.notna().all(axis=1), None)
+
+
+def _cells(file: Path, frame: pd.DataFrame, column: str) -> tuple[pd.Series, pd.Series]:
+    """Ids and locators of images that are cells: called by the paths that they came from where those tell them apart."""
+    kind = "arrow" if file.suffix.lower() == ".arrow" else "parquet"
+    paths = pd.Series(
+        [f"{path_text(file)}::{kind}:{column}:{row}" for row in range(len(frame))], index=frame.index, dtype=object
+    )
+    width = len(str(max(0, len(frame) - 1)))
+    ids = pd.Series([f"{file.name}/{row:0{width}d}" for row in range(len(frame))], index=frame.index, dtype=object)
+    written = frame.get(f"{column}.path")
+    if written is not None and written.notna().all() and not written.duplicated().any():
+        ids = as_text(written)
+    return ids, paths
+
+
+def _find(base: Path, written: str) -> str:
+    """The path that a table's text means: an absolute path stays; on disk it may be in another Unicode form or of Windows."""
+    if "://" in written[:12]:
+        if not written.startswith("file://"):
+            raise SourceError(f"{written}: images are read from disk. Download them, and name the files in the table")
+        written = written.removeprefix("file://")
+    path = base / written
+    if written.isascii() and "\\" not in written:
+        return path_text(path)
+    forms = [written, *(unicodedata.normalize(form, written) for form in ("NFC", "NFD"))]
+    candidates = [form for text in forms for form in (text, text.replace("\\", "/"))]
+    return path_text(next((base / text for text in candidates if (base / text).exists()), path))
+
+
+def _refuse_reserved(frame: pd.DataFrame, file: Path, path_column: str | None, id_column: str | None) -> None:
+    """Columns that headrace's own would replace: a task that names one would get other values than the table's."""
+    taken = {"id"} if "id" in (id_column, path_column) else set()
+    taken |= {"path"} if "path" in (path_column, id_column) else set()
+    for name in frame.columns:
+        if name in RESERVED_COLUMNS - taken:
+            other = {
+                "id": ", or take the ids from it: images.id_column: id (in Python: id_column='id')",
+                "path": f", or read the images from it: images.path_column: path (now: {path_column})",
+            }.get(name, "")
+            raise SourceError(
+                f"{file}: the table has a column {name!r}, and headrace keeps {_MEANINGS[name]} under this name. "
+                f"Rename the column, for example to {'image' if name.startswith('_') else 'image_'}{name}{other}."
+            )
+
+
+def is_table(path: str | Path) -> bool:
+    """Whether a file's name is that of a table."""
+    name = Path(path).name.lower().removesuffix(".gz")
+    return Path(name).suffix in (TABLE_SUFFIXES | {".arrow"})
+
+
+def metadata_table(folder: Path) -> Path | None:
+    """The table of an `imagefolder` as Hugging Face has it: metadata.csv or .jsonl with a column file_name, beside the images.
+
+    Where each side of a split has its own, a pattern that names them all; None where there is none.
+    """
+    for name in HUGGING_FACE_METADATA:
+        inside = sorted(folder.glob(f"*/{name}"))
+        for place, files in ((folder / name, [folder / name]), (folder / "*" / name, inside)):
+            if all(file.is_file() for file in files) and files and _is_metadata(files[0]):
+                return place
+    return None
+
+
+def _is_metadata(file: Path) -> bool:
+    try:
+        return "file_name" in read_table_file(file).frame.columns
+    except SourceError:
+        return False
