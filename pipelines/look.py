@@ -13,10 +13,9 @@ from headrace.cache import HeadraceError
 from headrace.cache.text import as_text
 from headrace.extract import ImageSource, Listing, SourceError, detect_source, read_source
 from headrace.extract.locate import file_of
-from headrace.extract.sources.archive import is_archive
 from headrace.extract.sources.array import array_labels, measure_range
 from headrace.extract.sources.folder import has_images
-from headrace.extract.sources.formats import ARRAY_KINDS
+from headrace.extract.sources.formats import ARRAY_KINDS, is_archive
 from headrace.extract.sources.table import read_table_file
 from headrace.extract.sources.tabular import find_images, is_table, table_files
 

@@ -30,6 +30,7 @@ from headrace.extract.sources.formats import (
     TAR_ENDINGS,
     describe_suffix,
     has_image_signature,
+    is_archive,
     reads_heif,
 )
 from headrace.extract.sources.layout import Folders, Layout, read_layout, split_word
@@ -122,11 +123,6 @@ def read_archives(
             f"{several:,} samples (names up to the first dot) have more than one image, such as {printable(key)}: each image is a row"
         )
     return tally.listing(frame, notes)
-
-
-def is_archive(path: str | Path) -> bool:
-    """Whether a file, by its name, is a tar, compressed tar or zip archive."""
-    return str(path).lower().endswith((*TAR_ENDINGS, ".zip"))
 
 
 def _names(files: Sequence[Path]) -> list[str]:

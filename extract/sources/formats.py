@@ -54,13 +54,20 @@ OTHER_FORMATS = {
 }
 
 
+def is_archive(path: str | Path) -> bool:
+    """Whether a file, by its name, is a tar, compressed tar or zip archive."""
+    return str(path).lower().endswith((*TAR_ENDINGS, ".zip"))
+
+
 def is_image(path: str | Path) -> bool:
     """Whether a file is an image: by its suffix, else by its first bytes (`photo.jpg.1`, names without a suffix)."""
     suffix = Path(path).suffix.lower()
     if suffix in IMAGE_SUFFIXES:
         return True
-    if suffix in OTHER_FORMATS or suffix in TABLE_SUFFIXES or suffix in ARRAY_KINDS:
-        return suffix in HEIF_SUFFIXES and reads_heif()
+    if suffix in HEIF_SUFFIXES:
+        return reads_heif()
+    if suffix in OTHER_FORMATS or suffix in TABLE_SUFFIXES or suffix in ARRAY_KINDS or is_archive(path):
+        return False
     try:
         with open(path, "rb") as file:
             return has_image_signature(file.read(32))
@@ -95,7 +102,7 @@ def describe_suffix(name: str) -> str:
     if suffix in OTHER_FORMATS:
         kind, cure = OTHER_FORMATS[suffix]
         return f"{suffix} files ({kind}: {cure})"
-    if name.lower().endswith((*TAR_ENDINGS, ".zip")):
+    if is_archive(name):
         return f"{suffix} archives (name the archive itself to read the images in it)"
     if suffix in ARRAY_KINDS:
         return f"{suffix} arrays (name the file itself to read the images in it)"

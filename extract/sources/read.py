@@ -10,10 +10,10 @@ import pandas as pd
 
 from headrace.extract.errors import SourceError
 from headrace.extract.locate import path_text, printable
-from headrace.extract.sources.archive import is_archive, read_archives
+from headrace.extract.sources.archive import read_archives
 from headrace.extract.sources.array import idx_pairs, read_array
 from headrace.extract.sources.folder import EXCLUDED, HIDDEN, has_images, read_folder
-from headrace.extract.sources.formats import ARRAY_KINDS, OTHER_FORMATS, is_image
+from headrace.extract.sources.formats import ARRAY_KINDS, OTHER_FORMATS, is_archive, is_image
 from headrace.extract.sources.layout import Layout
 from headrace.extract.sources.listing import Listing
 from headrace.extract.sources.tabular import (

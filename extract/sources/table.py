@@ -165,7 +165,7 @@ def _read_parquet(file: Path) -> Table:
     columns = [field.name for field in schema if field.name not in images]
     # Of a struct of bytes and path, the path alone: the images stay on disk.
     columns += [f"{name}.path" for name in images if _has_path(schema.field(name).type)]
-    return _from_arrow(pq.read_table(file, columns=columns).replace_schema_metadata(schema.metadata), images)
+    return _from_arrow(pq.ParquetFile(file).read(columns=columns).replace_schema_metadata(schema.metadata), images)
 
 
 def _has_path(kind: pa.DataType) -> bool:
