@@ -21,6 +21,7 @@ import xxhash
 
 from headrace.cache.encoding import RoundOff
 from headrace.cache.errors import ShardCorrupt, ShardMissing, ShardUnreadable
+from headrace.cache.home import state_directory
 from headrace.cache.lines import LineCorrupt, from_line, to_line
 from headrace.cache.manifest import ShardEntry
 from headrace.cache.shard import USER_BLOCK_BYTES, user_block
@@ -118,10 +119,11 @@ class Verified:
     """The shards of one feature set that this machine has checked already, with their layouts."""
 
     def __init__(self, directory: Path) -> None:
-        state = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "headrace" / "verified"
-        # Inode numbers mean something on one machine only.
-        name = hashlib.sha256(f"{socket.gethostname()}\0{directory.resolve()}".encode()).hexdigest()[:24]
-        self._path = state / f"{name}.jsonl"
+        state = state_directory()
+        # Inode numbers mean something on one machine only. A path that is no UTF-8 has lone surrogates.
+        key = f"{socket.gethostname()}\0{directory.resolve()}".encode("utf-8", "surrogatepass")
+        name = f"{hashlib.sha256(key).hexdigest()[:24]}.jsonl"
+        self._path = None if state is None else state / "verified" / name  # None: each process checks again
         self._records: dict[str, dict[str, Any]] | None = None
 
     def check(self, path: Path, spec: FeatureSpec, entry: ShardEntry) -> Layout:
@@ -145,6 +147,8 @@ class Verified:
         return layout
 
     def _append(self, record: dict[str, Any]) -> None:
+        if self._path is None:
+            return
         # Failing to note it is no error: it only costs time.
         with contextlib.suppress(OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -155,6 +159,8 @@ class Verified:
                 os.close(descriptor)
 
     def _read(self) -> dict[str, dict[str, Any]]:
+        if self._path is None:
+            return {}
         try:
             lines = self._path.read_bytes().splitlines()
         except OSError:

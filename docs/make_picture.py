@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.terminal_theme import MONOKAI
 
 from headrace.pipelines import load_recipe, run_recipe
+from headrace.pipelines.console import make_console
 from headrace.pipelines.demo import REFERENCE, write_demo
 from headrace.pipelines.show import show_result
 
@@ -37,8 +38,8 @@ FRAME = """<svg class="rich-terminal" viewBox="0 0 {width} {height}" xmlns="http
 
 if __name__ == "__main__":
     recipe = load_recipe(write_demo(Path(sys.argv[1])))
-    result = run_recipe(recipe, console=Console(stderr=True))
-    console = Console(record=True, width=112, file=io.StringIO(), force_terminal=True)
+    result = run_recipe(recipe, console=make_console(stderr=True))
+    console = Console(record=True, width=112, file=io.StringIO(), force_terminal=True, markup=False, highlight=False)
     show_result(console, result, reference=REFERENCE, files=False)
     picture = console.export_svg(title="make demo", theme=MONOKAI, code_format=FRAME, unique_id="demo")
     lines = (line.rstrip() for line in picture.splitlines())

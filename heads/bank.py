@@ -132,7 +132,7 @@ def worker_memory() -> int:
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:
-            total = min(total, int(Path(limit).read_text()))
+            total = min(total, int(Path(limit).read_text(encoding="utf-8")))
         except (OSError, ValueError):  # no such file, or "max"
             continue
     share = total // (os.cpu_count() or 1)

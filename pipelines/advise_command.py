@@ -7,16 +7,20 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from headrace.pipelines.console import make_console
+
 if TYPE_CHECKING:
     from headrace.pipelines.evidence.advice import Advice
 
 
 def advise_command(
-    run: Annotated[Path, typer.Argument(help="The directory of a finished run, headrace-runs/NAME.")],
+    run: Annotated[
+        Path, typer.Argument(help="A finished run: the recipe that made it, or its directory, headrace-runs/NAME.")
+    ],
     reference: Annotated[
         Path | None,
         typer.Option(
-            help="Another run on the same backbones: how far this one's images lie from that one's is said too."
+            help="Another run on the same backbones, given likewise: how far this one's images lie from that one's is said too."
         ),
     ] = None,
     workers: Annotated[int | None, typer.Option(help="Worker processes; default: one per core.", min=1)] = None,
@@ -25,19 +29,19 @@ def advise_command(
 
     Trains small heads on subsets of the cached features, once; no image is read.
 
-    Example: headrace advise headrace-runs/recipe
+    Example: headrace advise recipe.yaml
     """
     from headrace.pipelines.evidence.advise_run import advise_run
 
-    console = Console()
+    console = make_console()
     show_advice(console, advise_run(run, reference=reference, console=console, workers=workers))
 
 
 def show_advice(console: Console, advice: "Advice") -> None:
     """The advice, its reasons, and the numbers behind them."""
-    console.print(advice.sentence, style="bold", highlight=False)
+    console.print(advice.sentence, style="bold")
     for reason in advice.reasons:
-        console.print(f"- {reason}", highlight=False)
+        console.print(f"- {reason}")
     evidence = advice.evidence
     if evidence is None:
         return

@@ -7,6 +7,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from headrace.pipelines.console import make_console
+
 if TYPE_CHECKING:
     from headrace.extract import BackboneInfo
 
@@ -27,7 +29,7 @@ def backbones_command(name: NameArgument = None, image_size: SizeOption = None, 
     """
     from headrace.extract import BackboneSpec, backbone_names, backbone_tags, describe_backbone
 
-    console = Console()
+    console = make_console()
     known = backbone_names()
     if name is not None and (name in known or name.startswith("python:")):
         info = describe_backbone(BackboneSpec(name, image_size=image_size), weights=False)
@@ -39,15 +41,13 @@ def backbones_command(name: NameArgument = None, image_size: SizeOption = None, 
         describe_backbone(BackboneSpec(name if ":" in name else f"timm:{name}"), weights=False)
     shown = found if every else found[:_MANY]
     for entry in shown:
-        console.print(entry, highlight=False, markup=False, soft_wrap=True)
+        console.print(entry, soft_wrap=True)
     if len(shown) < len(found):
         console.print(
             f"… {len(found) - len(shown):,} more of {len(found):,}. Narrow it: headrace backbones resnet; or --all"
         )
     elif len(found) > 0:
-        console.print(
-            f"{len(found):,} backbones. Its taps: headrace backbones {found[0]}", highlight=False, soft_wrap=True
-        )
+        console.print(f"{len(found):,} backbones. Its taps: headrace backbones {found[0]}", soft_wrap=True)
 
 
 def _show(console: Console, info: "BackboneInfo", tags: list[str], every: bool) -> None:
@@ -60,7 +60,7 @@ def _show(console: Console, info: "BackboneInfo", tags: list[str], every: bool) 
         f"weights: {', '.join(tags) if tags else 'none of its own: name a file'}",
     ]
     for line in lines:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
     table = Table(box=None, pad_edge=False)
     table.add_column("node", no_wrap=True)
     for column in ("output", ".map bytes", ".avg bytes", "cost"):
@@ -86,4 +86,4 @@ def _show(console: Console, info: "BackboneInfo", tags: list[str], every: bool) 
     )
     if hidden:
         console.print(f"{hidden:,} layers within blocks are not shown: --all", soft_wrap=True)
-    console.print(f"taps: auto is [{', '.join(map(str, info.auto))}]", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"taps: auto is [{', '.join(map(str, info.auto))}]", soft_wrap=True)

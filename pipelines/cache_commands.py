@@ -10,16 +10,18 @@ from typing import TYPE_CHECKING, Annotated
 import numpy as np
 import numpy.typing as npt
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from headrace.cache import CacheError, FeatureSet, FeatureSpec, feature_set_path, open_feature_set, shard_path
 from headrace.cache.feature_set import feature_set_directories
+from headrace.pipelines.console import make_console
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from headrace.cache.export import Selection
     from headrace.extract import BackboneSpec, Network
+    from headrace.pipelines.recipe import Recipe
 
 Rows = npt.NDArray[np.float32]
 
@@ -79,7 +81,7 @@ def list_command(cache: CacheOption = DEFAULT_CACHE) -> None:
     if not directories:
         _say(f"{cache} holds no feature sets. `headrace run RECIPE` makes some.")
         return
-    Console(width=None if Console().is_terminal else 200).print(table)
+    make_console(pipe_columns=200).print(table)
 
 
 @app.command("show")
@@ -233,18 +235,38 @@ def export_command(
     target: Annotated[Path, typer.Argument(help="The file to write; its suffix says the format unless --format does.")],
     cache: CacheOption = DEFAULT_CACHE,
     kind: Annotated[ExportKind | None, typer.Option("--format", help="npy, parquet or zarr.")] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(
+            help="Export the rows of this recipe's images, in its order, under its ids; default: all in the cache."
+        ),
+    ] = None,
 ) -> None:
     """Write one feature set as .npy (with a table of rows beside it), Parquet or Zarr.
 
-    Example: headrace cache export blocks.4.avg features.parquet
+    Example: headrace cache export blocks.4.avg features.parquet --recipe recipe.yaml
     """
-    from headrace.cache.export import EXPORTS
+    from headrace.cache.export import EXPORTS, ambiguous_ids
 
     chosen = kind.value if kind else target.suffix.lstrip(".")
     if chosen not in EXPORTS:
         raise CacheError(f"{target}: give --format, one of {', '.join(EXPORTS)}, or a name that ends in one of these")
-    for path in EXPORTS[chosen](open_feature_set(_find(cache, name)), target):
+    if recipe is not None:
+        features, selection = _rows_of_recipe(recipe, name)
+    else:
+        features, selection = open_feature_set(_find(cache, name)), None
+    for path in EXPORTS[chosen](features, target, selection):
         _say(f"wrote {path}")
+    if selection is not None and selection.missing:
+        _say(
+            f"{len(selection.missing):,} images of the recipe have no row and are left out: {_some(selection.missing)}. "
+            "`headrace run` makes the rows of images that can be read"
+        )
+    if selection is None and (several := ambiguous_ids(features)):
+        _say(
+            f"{len(several):,} ids stand for several images (folders with the same names, images before and after they were "
+            f"edited), first {several[0]!r}: the column `content` tells them apart, and --recipe exports the images of one recipe"
+        )
 
 
 def _require_cache(cache: Path) -> None:
@@ -274,7 +296,13 @@ def import_command(
     ids: Annotated[
         Path | None, typer.Option(help="The ids, one per row: .csv, .parquet, .txt or .npy; default: in the file.")
     ] = None,
-    key: Annotated[str | None, typer.Option(help="The array, column or data set of the features.")] = None,
+    key: Annotated[str | None, typer.Option(help="The array, column of lists or data set of the features.")] = None,
+    columns: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="The columns of a table that are features: names, a pattern such as 'f*', a range such as f0:f767."
+        ),
+    ] = None,
     id_key: Annotated[str | None, typer.Option(help="The column or data set of the ids.")] = None,
     dtype: Annotated[str, typer.Option(help="How they are stored: float32, float16 or bfloat16.")] = "float32",
 ) -> None:
@@ -284,27 +312,67 @@ def import_command(
     """
     from headrace.cache.foreign import import_features, read_foreign
 
-    foreign = read_foreign(source, ids=ids, key=key, id_key=id_key)
-    known = None
+    loaded = None
     if recipe is not None:
-        from headrace.extract import content_hashes
-        from headrace.pipelines.dataset import list_samples
-        from headrace.pipelines.paths import content_index
         from headrace.pipelines.recipe import load_recipe
 
         loaded = load_recipe(recipe)
         cache = loaded.cache
-        samples = list_samples(loaded)
-        hashes = content_hashes(samples, content_index(cache)).hashes
-        named = zip(samples["id"].astype(str), hashes, strict=True)
-        known = {sample: content for sample, content in named if content is not None}
-    done = import_features(cache, name, foreign, known, dtype=dtype)
+    forbidden = _no_features(loaded) if loaded else {}
+    foreign = read_foreign(source, ids=ids, key=key, id_key=id_key, columns=columns or (), forbidden=forbidden)
+    known, targets = None, None
+    if loaded is not None:
+        samples, content = _samples_with_content(loaded)
+        known = {sample: value for sample, value in zip(samples["id"], content, strict=True) if value is not None}
+        target = loaded.task.target
+        targets = samples[[target] if isinstance(target, str) else list(target)].set_axis(content, axis=0)
+    done = import_features(cache, name, foreign, known, dtype=dtype, targets=targets)
     said = f"{done.rows:,} rows of shape {done.features.spec.shape} kept as {name} in {done.features.path}"
     if done.copies:
         said += f"; {done.copies:,} are of exact copies of other images, which share a row"
     if done.unknown:
         said += f"; {done.unknown:,} have ids that no image has, and were left out"
     _say(f"{said}. In a recipe: imported: [{name}]")
+
+
+def _rows_of_recipe(recipe_path: Path, name: str) -> "tuple[FeatureSet, Selection]":
+    """A feature set of the recipe's cache, and its rows of the recipe's images."""
+    from headrace.cache.export import select_rows
+    from headrace.pipelines.recipe import load_recipe
+
+    recipe = load_recipe(recipe_path)
+    features = open_feature_set(_find(recipe.cache, name))
+    samples, content = _samples_with_content(recipe)
+    selection = select_rows(features, [str(sample) for sample in samples["id"]], content)
+    if not selection.ids:
+        raise CacheError(
+            f"{features.path} has no row of any of the {len(samples):,} images of {recipe_path}, the first is "
+            f"{selection.missing[0]!r}. `headrace run {recipe_path}` makes them"
+        )
+    return features, selection
+
+
+def _some(names: list[str]) -> str:
+    return f"{', '.join(names[:3])}{', …' if len(names) > 3 else ''}"
+
+
+def _no_features(recipe: "Recipe") -> dict[str, str]:
+    """{column: what it is} of the columns that the recipe knows to be no features: a head would learn its own answer."""
+    roles = {"task.target": recipe.task.target}
+    roles |= {f"task.{key}": getattr(recipe.task, key) for key in ("group", "split", "fold")}
+    roles |= {f"images.{key}": getattr(recipe.images, key) for key in ("path_column", "id_column")}
+    named = {role: (columns,) if isinstance(columns, str) else columns or () for role, columns in roles.items()}
+    return {column: f"the recipe's {role}" for role, columns in named.items() for column in columns}
+
+
+def _samples_with_content(recipe: "Recipe") -> "tuple[pd.DataFrame, list[str | None]]":
+    """The recipe's images in its order, and the content hash of each; None where it cannot be read."""
+    from headrace.extract import content_hashes
+    from headrace.pipelines.dataset import list_samples
+    from headrace.pipelines.paths import content_index
+
+    samples = list_samples(recipe)
+    return samples, list(content_hashes(samples, content_index(recipe.cache)).hashes)
 
 
 def _find(cache: Path, name: str) -> Path:
@@ -349,7 +417,7 @@ def _verify_sources(recipe_path: Path, directories: list[Path]) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         # An index of its own: the run's would answer from sizes and times without reading.
         contents = content_hashes(samples, Path(scratch) / "contents.parquet")
-    current = dict(zip(samples["id"].astype(str), contents.hashes, strict=True))
+    current = dict(zip(samples["id"].astype(str), contents.hashes, strict=True))  # ids of one recipe are unique
     wrong = 0
     for directory in directories:
         problems = verify_sources(open_feature_set(directory), current)
@@ -430,4 +498,4 @@ def _networks(recipe_path: Path) -> "list[tuple[BackboneSpec, tuple[FeatureSpec,
 
 
 def _say(text: str) -> None:
-    Console(highlight=False, soft_wrap=True, markup=False).print(text)
+    make_console().print(text, soft_wrap=True)

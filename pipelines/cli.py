@@ -1,20 +1,21 @@
 """The command `headrace`. Imports what a command needs when it runs, so that `--help` and bad input answer at once."""
 
 import importlib.metadata
-import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
 
 from headrace.cache import HeadraceError
+from headrace.cache.home import unknown_home
 from headrace.pipelines.advise_command import advise_command
 from headrace.pipelines.backbone_commands import backbones_command
 from headrace.pipelines.cache_commands import app as cache_app
 from headrace.pipelines.cluster_commands import app as cluster_app
+from headrace.pipelines.console import escape_unencodable, make_console, valid_text
 from headrace.pipelines.deliver.commands import export_command, predict_command
 from headrace.pipelines.doctor.command import doctor_command
 from headrace.pipelines.report.command import report_command
@@ -27,6 +28,10 @@ app = typer.Typer(
     "--help. The Tab key completes commands and options after headrace --install-completion.",
 )
 _AFTER, _AROUND = "After a run", "What there is"
+
+
+class PathNotUTF8(HeadraceError, ValueError):
+    """A run cannot be kept where its path cannot be written down."""
 
 
 def _version(wanted: bool) -> None:
@@ -61,7 +66,7 @@ def demo(
     from headrace.pipelines.demo import REFERENCE, write_demo
 
     recipe = write_demo(folder)
-    console = _console()
+    console = make_console()
     _say(console, f"2,624 photographs of solar cells: which are defective? The recipe is {recipe}")
     _run(recipe, console, workers=workers, reference=REFERENCE)
     _say(
@@ -91,8 +96,10 @@ def init(
     """
     from headrace.pipelines.init import write_recipe
 
-    console = _console()
+    console = make_console()
     finding = write_recipe(source, out, force=force)
+    for note in finding.notes:
+        _say(console, f"note: {note}")
     _say(console, f"Found {finding.sentence}. Wrote {out}.\nNext: headrace run {shlex.quote(str(out))} --dry-run")
 
 
@@ -120,7 +127,7 @@ def run(
 
     Example: headrace run recipe.yaml --dry-run
     """
-    console = _console()
+    console = make_console()
     _run(
         recipe,
         console,
@@ -140,15 +147,20 @@ def run(
 
 @app.command(rich_help_panel=_AFTER)
 def status(
-    run: Annotated[Path, typer.Argument(help="The run's directory; it may be on a file system that nodes share.")],
+    run: Annotated[
+        Path,
+        typer.Argument(
+            help="A run: its recipe, or its directory, headrace-runs/NAME, which may be on a file system that nodes share."
+        ),
+    ],
 ) -> None:
     """How far a run is: its stage, tasks, workers, failures, time left. Also while it runs, from any shell or node.
 
-    Example: headrace status headrace-runs/recipe
+    Example: headrace status recipe.yaml
     """
     from headrace.pipelines.status import show_status
 
-    show_status(Console(), run)
+    show_status(make_console(), run)
 
 
 app.command("report", rich_help_panel=_AFTER)(report_command)
@@ -174,6 +186,7 @@ def _run(
 ) -> None:
     from headrace.pipelines.recipe import elsewhere, load_recipe
 
+    _require_utf8(path.absolute())
     recipe = load_recipe(path)
     if cluster:
         recipe = elsewhere(recipe, cluster)
@@ -182,12 +195,14 @@ def _run(
     from headrace.pipelines.plan import check_space
     from headrace.pipelines.prepare import run_paths, survey
     from headrace.pipelines.run import run_recipe
-    from headrace.pipelines.show import show_plan, show_result
+    from headrace.pipelines.show import show_images, show_plan, show_result
     from headrace.pipelines.terminal import outlive_terminal
 
     try:
         if dry_run:
-            plan = survey(recipe, write=False, retry_failed=retry_failed).plan
+            surveyed = survey(recipe, write=False, retry_failed=retry_failed)
+            plan = surveyed.plan
+            show_images(console, surveyed.accounting, surveyed.notes)
             show_plan(console, plan, recipe.cache, recipe.out)
             check_space(plan, recipe.cache, recipe.storage.budget_gb)
         else:
@@ -195,28 +210,42 @@ def _run(
             result = run_recipe(recipe, console=console, workers=workers, retry_failed=retry_failed)
             show_result(console, result, reference=reference)
     except KeyboardInterrupt:
-        _say(Console(stderr=True), "\nInterrupted. What is finished is kept; the same command goes on from here.")
+        _say(make_console(stderr=True), "\nInterrupted. What is finished is kept; the same command goes on from here.")
         raise typer.Exit(130) from None  # the shell's word for Ctrl-C
 
 
-def _console() -> Console:
-    """The terminal; in a file or a pipe, which have no width, wide enough for tables to show whole words."""
-    return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 132)
+def _require_utf8(path: Path) -> None:
+    # A run keeps its paths in JSON, CSV and Parquet, whose text is UTF-8.
+    if valid_text(str(path)) != str(path):
+        raise PathNotUTF8(
+            f"{path}: a name in this path is no UTF-8, which results are written in. Rename it; or, if the name is right and "
+            "the locale is not, set LC_ALL=C.UTF-8"
+        )
 
 
 def _say(console: Console, text: str) -> None:
-    """Print as it is: no wrapping of commands that are to be copied, no colouring of numbers."""
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
+    """Print without wrapping commands that are to be copied."""
+    console.print(text, soft_wrap=True)
 
 
 def main() -> None:
     """Run the command line. An error that the user or the machine caused is printed alone, with exit code 2."""
-    errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    escape_unencodable()
     try:
         app()
     except (HeadraceError, OSError) as error:
-        errors.print("[bold red]Error:[/] ", end="")
-        errors.print(str(error), markup=False)
-        sys.exit(2)
+        _end_with(str(error))
+    except RuntimeError as error:
+        # What pathlib says, without the path, of a `~` that only a library or a rare option meets.
+        if str(error) != "Could not determine home directory.":
+            raise
+        _end_with(unknown_home())
     except KeyboardInterrupt:
         sys.exit(130)  # before anything was started
+
+
+def _end_with(message: str) -> NoReturn:
+    errors = make_console(stderr=True)
+    errors.print("Error: ", style="bold red", end="")
+    errors.print(message, soft_wrap=True)
+    sys.exit(2)

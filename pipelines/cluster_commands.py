@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+
+from headrace.pipelines.console import make_console
 
 app = typer.Typer(no_args_is_help=True, help="Prepare a cluster: certificates for encrypted traffic.")
 
@@ -39,4 +40,4 @@ def tls_command(
         f"  cluster:\n    where: tls://HOST:8786\n    tls: {made}\n"
         "SLURM needs none of this: a run makes its own certificate in its directory."
     )
-    Console().print(text, highlight=False, markup=False, soft_wrap=True)
+    make_console().print(text, soft_wrap=True)

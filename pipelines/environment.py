@@ -41,7 +41,7 @@ def environment(workers: int | None, device: str) -> dict[str, Any]:
 
 def note_environment(path: Path, found: dict[str, Any]) -> None:
     """Append a line of JSON to `path` unless the last line says the same."""
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     try:
         last = {key: value for key, value in json.loads(lines[-1]).items() if key != "since"} if lines else {}
     except (ValueError, AttributeError):
@@ -60,7 +60,7 @@ def _version(name: str) -> str | None:
 
 def _processor() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor()
     return next(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headrace.cache import ExtraMissing
+from headrace.cache.home import home_directory
 from headrace.pipelines.recipe_sections import LogSection
 
 if TYPE_CHECKING:
@@ -58,6 +59,8 @@ def run_digest(result: "RunResult") -> str:
 def _to_mlflow(section: LogSection, result: "RunResult") -> bool:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # nobody asked for it
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+    if home_directory() is None:
+        os.environ["HOME"] = str(result.paths.root)  # MLflow is not imported without one; it keeps nothing there
     from mlflow import MlflowClient
 
     assert section.mlflow is not None

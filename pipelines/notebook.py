@@ -14,13 +14,15 @@ from headrace.extract import (
     Network,
     backbone_features,
     content_hashes,
-    list_folder,
+    detect_source,
     plan_networks,
-    read_table,
+    read_source,
     remember_features,
     remembered_backbone,
 )
+from headrace.extract.sources import warn_of_left_out
 from headrace.pipelines.cluster import local_client
+from headrace.pipelines.console import make_console
 from headrace.pipelines.costs import measured_rates
 from headrace.pipelines.dataset import drop_rows, make_dataset
 from headrace.pipelines.extraction import extract_missing
@@ -35,7 +37,7 @@ from headrace.pipelines.run import RunResult, conclude, write_inputs
 from headrace.pipelines.submit import TaskOptions
 from headrace.pipelines.training import train_missing
 
-_QUIET = Console(quiet=True)
+_QUIET = make_console(quiet=True)
 
 
 class MissingFeatures(HeadraceError, ValueError):
@@ -56,14 +58,14 @@ def extract_features(
 ) -> dict[str, FeatureSet]:
     """Run a frozen network over images once, keep the taps in the cache, and open them: {"blocks.4.avg": FeatureSet, ...}.
 
-    images: a folder, a CSV or Parquet table with a column `path`, or a DataFrame with the columns `id` and `path`.
+    images: a folder, a table, an archive, an array file, or a DataFrame with the columns `id` and `path`.
     Only images that the cache lacks go through the network. Images that cannot be decoded have no row; each FeatureSet
     lists them with their reasons in `failures()`. device: "auto" is a GPU where there is one. Raises HeadraceError.
 
     A script that calls this needs the usual `if __name__ == "__main__":`, for it starts worker processes.
     """
     cache = Path(cache).absolute()
-    samples = _with_content(_listed(images), cache)
+    samples = _with_content(_listed(images, labelled=False), cache)
     spec = BackboneSpec(backbone) if isinstance(backbone, str) else backbone
     specs = backbone_features(spec, taps, cache_root=cache, dtype=dtype)
     remember_features(spec, taps, specs, dtype=dtype, cache_root=cache)
@@ -101,7 +103,7 @@ def train_heads(
     grid = heads if isinstance(heads, Heads) else Heads.model_validate(dict(heads))
     check_kinds(grid, section.kind)
     paths = RunPaths(Path(out).absolute())
-    listed = _with_content(_listed(samples), paths.root)
+    listed = _with_content(_listed(samples, labelled=True), paths.root)
     dataset = make_dataset(listed, listed["content"].tolist(), section)
     lost = frozenset(failure.content for feature in features.values() for failure in feature.failures())
     dataset = drop_rows(dataset, lost)
@@ -118,6 +120,7 @@ def train_heads(
         unreadable=(),
         dataset=dataset,
         notes=dataset.notes,
+        accounting=None,
         metric=check_metric(section),
         directories={name: (feature.path,) for name, feature in features.items()},
         backbones={name: remembered_backbone(_cache_of(feature), feature.spec) for name, feature in features.items()},
@@ -146,10 +149,12 @@ def _cache_of(feature: FeatureSet) -> Path:
     return feature.path.parent.parent
 
 
-def _listed(images: pd.DataFrame | str | Path) -> pd.DataFrame:
+def _listed(images: pd.DataFrame | str | Path, *, labelled: bool) -> pd.DataFrame:
     if isinstance(images, pd.DataFrame):
         return images
-    return list_folder(images) if Path(images).is_dir() else read_table(images)
+    listing = read_source(detect_source(images), labelled=labelled)
+    warn_of_left_out(listing, images)
+    return listing.samples
 
 
 def _with_content(samples: pd.DataFrame, root: Path) -> pd.DataFrame:

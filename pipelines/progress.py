@@ -43,12 +43,12 @@ def stage(console: Console, title: str, total: int, unit: str) -> Iterator[Advan
         yield _log_lines(console, title, total, unit)
         return
     columns = (
-        TextColumn("{task.description:<8}"),
+        TextColumn("{task.description:<8}", markup=False),
         BarColumn(bar_width=20),
-        TextColumn("{task.completed:>7,.0f}/{task.total:,.0f} {task.fields[unit]}"),
+        TextColumn("{task.completed:>7,.0f}/{task.total:,.0f} {task.fields[unit]}", markup=False),
         TimeElapsedColumn(),
         _RateColumn(),
-        TextColumn("{task.fields[details]}", style="dim"),
+        TextColumn("{task.fields[details]}", style="dim", markup=False),
     )
     with Progress(*columns, console=console, refresh_per_second=4) as progress:
         bar = progress.add_task(title, total=total, unit=unit, details="")
@@ -88,6 +88,6 @@ def _log_lines(console: Console, title: str, total: int, unit: str) -> Advance:
                     for key, value in (line | dict(details or {})).items()
                 }
             )
-            console.print(text, highlight=False, markup=False, soft_wrap=True)
+            console.print(text, soft_wrap=True)
 
     return advance

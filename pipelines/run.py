@@ -19,7 +19,9 @@ from rich.console import Console
 from headrace.cache import FeatureSet, lease, open_feature_set, publish_replace
 from headrace.extract import write_listing
 from headrace.heads import BankJob, save_task
+from headrace.pipelines.accounting import Accounting
 from headrace.pipelines.cluster import Role, open_client
+from headrace.pipelines.console import make_console
 from headrace.pipelines.environment import environment, note_environment
 from headrace.pipelines.evidence.ensemble import Ensemble, build_ensemble
 from headrace.pipelines.evidence.ensemble_store import save_ensemble, show_test
@@ -66,6 +68,7 @@ class RunResult:
     selection: Selection | None  # what the winner is expected to score, and who cannot be told apart from it
     thawed: Thawed | None  # networks trained by gradients, beside the head; where the recipe asks for them
     notes: tuple[str, ...]
+    accounting: Accounting | None  # where every entry of the source went; None for samples that a program gave
     failed_images: int
     failed_heads: int
     stages: tuple[StageRecord, ...]
@@ -90,7 +93,7 @@ def run_recipe(
     """
     if recipe.log is not None:
         require_log(recipe.log)
-    console = console or Console()
+    console = console or make_console()
     stages: list[StageRecord] = []
     paths = run_paths(recipe)
     with ExitStack() as stack:
@@ -190,6 +193,8 @@ def write_inputs(found: Survey) -> None:
     np.save(groups, found.dataset.groups, allow_pickle=False)
     publish_replace(paths.groups(task.digest), groups.getvalue())
     write_listing(paths.listing, listing(found.samples))
+    if found.accounting is not None:
+        publish_replace(paths.accounting, json.dumps(found.accounting.to_json(), indent=2).encode())
 
 
 def thaw_inputs(found: Survey, recipe: Recipe) -> ThawInputs:
@@ -259,6 +264,7 @@ def conclude(found: Survey, ensemble_section: EnsembleSection | None = None, tha
         ensemble=ensemble,
         thawed=thawed,
         notes=(*found.notes, *(thawed.notes if thawed is not None else ())),
+        accounting=found.accounting,
         failed_images=failed_images,
         failed_heads=int((heads["error"].fillna("") != "").sum()),
         stages=(),
@@ -299,7 +305,7 @@ def write_failed_images(found: Survey) -> int:
     columns = (bad[name].astype(str) for name in ("id", "path", "content"))
     rows += [(name, path, reasons[content]) for name, path, content in zip(*columns, strict=True)]
     table = pd.DataFrame(sorted(rows), columns=["id", "path", "reason"])
-    publish_replace(found.paths.failed_images, table.to_csv(index=False).encode())
+    publish_replace(found.paths.failed_images, table.to_csv(index=False).encode("utf-8", "backslashreplace"))
     return len(rows)
 
 

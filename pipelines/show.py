@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from headrace.heads import METRICS
+from headrace.pipelines.accounting import Accounting
 from headrace.pipelines.leaderboard import grouped_board, inputs_text
 from headrace.pipelines.plan import Plan
 from headrace.pipelines.run import RunResult
@@ -38,7 +39,6 @@ def show_plan(console: Console, plan: Plan, cache: object, out: object) -> None:
     console.print(
         f"{plan.images_new:,} of {plan.images:,} images go through a network, in {len(plan.units):,} units; "
         f"{bytes_text(sum(feature.bytes_new for feature in plan.features))} to write in {cache}",
-        highlight=False,
         soft_wrap=True,
     )
     everything = [feature.name for feature in plan.features]
@@ -62,7 +62,6 @@ def show_plan(console: Console, plan: Plan, cache: object, out: object) -> None:
     console.print(
         f"{plan.heads_new:,} of {plan.heads_total:,} heads to train ({plan.folds} folds each), in {len(plan.banks):,} banks; "
         f"results in {out}",
-        highlight=False,
         soft_wrap=True,
     )
     estimate = plan.estimate
@@ -73,9 +72,16 @@ def show_plan(console: Console, plan: Plan, cache: object, out: object) -> None:
     console.print(
         f"Tasks: {len(plan.units):,} units and {len(plan.banks):,} banks; about {hours_text(estimate.core_s)} core-hours{gpu} "
         f"({basis}). Done already: {plan.images - plan.images_new:,} images, {plan.heads_total - plan.heads_new:,} heads",
-        highlight=False,
         soft_wrap=True,
     )
+
+
+def show_images(console: Console, accounting: Accounting | None, notes: Sequence[str] = ()) -> None:
+    """Where every entry of the source went, and what a careful person would want to be told."""
+    if accounting is not None:
+        console.print(accounting.sentence(), soft_wrap=True)
+    for note in notes:
+        console.print(f"note: {note}", style="yellow", soft_wrap=True)
 
 
 def hours_text(seconds: float) -> str:
@@ -86,13 +92,11 @@ def hours_text(seconds: float) -> str:
 def show_result(console: Console, result: RunResult, *, reference: str | None = None, files: bool = True) -> None:
     """The leaderboard by inputs and kind, the winner, its test score, where every file lies, how long it took."""
     console.print(leaderboard_table(result.board, result.metric, result.names))
-    for note in result.notes:
-        console.print(f"note: {note}", style="yellow", highlight=False)
+    show_images(console, result.accounting, result.notes)
     if result.failed_images:
         console.print(
             f"note: {result.failed_images:,} images could not be read; each is listed with its reason in {result.paths.failed_images}",
             style="yellow",
-            highlight=False,
             soft_wrap=True,
         )
     if result.failed_heads:
@@ -100,7 +104,6 @@ def show_result(console: Console, result: RunResult, *, reference: str | None = 
             f"note: {result.failed_heads:,} heads failed; each has its reason in the column `error` of {result.paths.heads}; "
             "--retry-failed tries them again",
             style="yellow",
-            highlight=False,
             soft_wrap=True,
         )
     if result.thawed is not None and len(result.thawed.compared) > 1:
@@ -111,12 +114,11 @@ def show_result(console: Console, result: RunResult, *, reference: str | None = 
         f"Winner: {winner['kind']} {winner['settings']} on {inputs_text(winner['inputs'], result.names)}, "
         f"chosen on {winner['folds']} validation folds alone: {result.metric} {number_text(winner[result.metric], result.metric)}",
         style="bold",
-        highlight=False,
     )
     for sentence in (*selection_sentences(result), *ensemble_sentences(result)):
-        console.print(sentence, highlight=False)
+        console.print(sentence)
     if result.test is None:
-        console.print("No test split: set task.test_fraction, or a split column with test rows", highlight=False)
+        console.print("No test split: set task.test_fraction, or a split column with test rows")
     else:
         test = result.test
         line = Text(
@@ -131,10 +133,9 @@ def show_result(console: Console, result: RunResult, *, reference: str | None = 
                 f"note: {test.openings} different winners have now been shown this test split; "
                 "each time, its score says a little less about new images",
                 style="yellow",
-                highlight=False,
             )
     if reference:
-        console.print(reference, highlight=False)
+        console.print(reference)
     console.print()
     console.print(stages_table(result))
     if files:
@@ -269,7 +270,7 @@ def show_files(console: Console, result: RunResult) -> None:
     )
     console.print("Files", style="italic")
     for what, path in rows:
-        console.print(f"  {what:<32} {path}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"  {what:<32} {path}", soft_wrap=True)
 
 
 def number_text(value: float, metric: str) -> str:

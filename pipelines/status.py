@@ -11,17 +11,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from headrace.cache import HeadraceError
 from headrace.pipelines.claims import driver_lives
-from headrace.pipelines.paths import RunPaths
+from headrace.pipelines.finished import NotARun, find_run
 from headrace.pipelines.progress import rate_and_left
 from headrace.pipelines.task_log import read_log
 
 _DRIVERS = 5  # the latest ones are shown
-
-
-class NoRun(HeadraceError, FileNotFoundError):
-    """The directory holds no run."""
 
 
 @dataclass(frozen=True)
@@ -45,14 +40,11 @@ class DriverStatus:
 
 
 def run_status(run: Path) -> list[DriverStatus]:
-    """The run's drivers, the latest last. Raises NoRun."""
-    paths = RunPaths(run)
-    logs = sorted(paths.logs.glob("*.jsonl")) if paths.logs.is_dir() else []
+    """The run's drivers, the latest last. run: its directory, or its recipe. Raises NotARun."""
+    paths = find_run(run)
+    logs = sorted(paths.logs.glob("*.jsonl"))
     if not logs:
-        raise NoRun(
-            f"{run} holds no logs of a run. Give the run's directory: `out` in the recipe, by default headrace-runs/NAME "
-            "beside it"
-        )
+        raise NotARun(f"{paths.root} holds no logs: no call of `headrace run` has worked on it, or logs/ was removed")
     found = [_driver_status(read_log(log), log.stem) for log in logs]
     return [
         status if status.state != "running" or driver_lives(paths.claims, status.driver) else _gone(status)
@@ -112,9 +104,10 @@ def _gone(status: DriverStatus) -> DriverStatus:
 
 
 def show_status(console: Console, run: Path) -> None:
-    """Print the latest drivers of a run. Raises NoRun."""
-    drivers = run_status(run)
-    table = Table(title=f"Run {run}", title_justify="left")
+    """Print the latest drivers of a run, given by its directory or its recipe. Raises NotARun."""
+    paths = find_run(run)
+    drivers = run_status(paths.root)
+    table = Table(title=f"Run {paths.root}", title_justify="left")
     for column in ("started (UTC)", "driver", "state", "stage", "done", "failed", "at work", "worker deaths", "left"):
         table.add_column(
             column, justify="right" if column in ("done", "failed", "at work", "worker deaths") else "left"
@@ -134,13 +127,11 @@ def show_status(console: Console, run: Path) -> None:
         )
     console.print(table)
     if len(drivers) > _DRIVERS:
-        console.print(f"and {len(drivers) - _DRIVERS} earlier calls; logs of all are in {RunPaths(run).logs}")
+        console.print(f"and {len(drivers) - _DRIVERS} earlier calls; logs of all are in {paths.logs}")
     for status in drivers[-_DRIVERS:]:
         if status.dashboard:
-            console.print(f"dashboard: {status.dashboard}", highlight=False, soft_wrap=True)
+            console.print(f"dashboard: {status.dashboard}", soft_wrap=True)
         if status.error:
-            console.print(
-                f"{status.driver}: {status.error}", style="red", highlight=False, markup=False, soft_wrap=True
-            )
+            console.print(f"{status.driver}: {status.error}", style="red", soft_wrap=True)
     if drivers[-1].state == "gone":
         console.print("The last driver was killed. What is finished is kept; the same command goes on from there.")

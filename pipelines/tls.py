@@ -29,7 +29,7 @@ def write_tls(folder: Path) -> Path:
         for name, text in ((KEY, made.tls_client_key), (CERTIFICATE, made.tls_client_cert)):
             (folder / name).unlink(missing_ok=True)
             descriptor = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(descriptor, "w") as file:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
                 file.write(text)
     return folder
 

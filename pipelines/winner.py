@@ -171,7 +171,7 @@ def _opened(
             "result": {name: value for name, value in dataclasses.asdict(result).items() if name != "openings"},
             "images": _sketch(test),
         }
-        lines = openings.read_text() if openings.exists() else ""
+        lines = openings.read_text(encoding="utf-8") if openings.exists() else ""
         publish_replace(openings, (lines + json.dumps(opening) + "\n").encode())
     return result
 
@@ -223,7 +223,7 @@ def read_openings(path: Path) -> list[Mapping[str, Any]]:
     if not path.exists():
         return []
     try:
-        openings = [json.loads(line) for line in path.read_text().splitlines()]
+        openings = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         if any(not {"winner", "result", "images"} <= set(opening) for opening in openings):
             raise ValueError("a line is not an opening of this version")
     except (ValueError, TypeError) as error:

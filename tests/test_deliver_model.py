@@ -19,7 +19,8 @@ from headrace.heads import load_head, load_rows
 from headrace.pipelines import extract_features, train_heads
 from headrace.pipelines.deliver.export import export_model
 from headrace.pipelines.deliver.images import ImageUnusable
-from headrace.pipelines.deliver.model import ModelError, load_model
+from headrace.pipelines.deliver.model import load_model
+from headrace.pipelines.finished import NotARun
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +135,7 @@ def test_what_is_no_model_is_told(tmp_path, what):
         place.mkdir()
     if what == "file":
         place.write_text("x")
-    with pytest.raises(ModelError, match=r"Expected a run"):
+    with pytest.raises(NotARun, match=r"Expected a recipe .*, or a directory with a model"):
         load_model(place)
 
 

@@ -325,4 +325,4 @@ def test_advice_for_a_finished_run(finished):
     assert {path: path.stat().st_mtime_ns for path in result.paths.evidence.rglob("*.h5")} == files
     refused = headrace("advise", folder / "photos", cwd=folder)
     assert refused.returncode == 2
-    assert "not a finished run" in refused.stderr
+    assert "is not a run's directory" in refused.stderr

@@ -8,13 +8,15 @@ import sys
 import pytest
 from rich.console import Console
 
+from headrace.pipelines.finished import NotARun
 from headrace.pipelines.paths import RunPaths
-from headrace.pipelines.status import NoRun, run_status, show_status
+from headrace.pipelines.status import run_status, show_status
 from headrace.pipelines.task_log import task_log
 
 DRIVER = """
 import sys
 from pathlib import Path
+from headrace.pipelines.finished import NotARun
 from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.task_log import task_log
 with task_log(RunPaths(Path(sys.argv[1]))) as log:
@@ -72,6 +74,6 @@ def test_a_driver_that_was_killed_is_gone(tmp_path):
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):
-    """The message says which folder is meant."""
-    with pytest.raises(NoRun, match="Give the run's directory"):
+    """The message says what is expected."""
+    with pytest.raises(NotARun, match=r"Expected a recipe .* or the directory of its run"):
         run_status(tmp_path)

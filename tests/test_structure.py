@@ -1,9 +1,11 @@
 """The shape of the tree: the packages listed are the folders on disk, arrows run one way, imports stay light."""
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,7 @@ ALLOWED = {
 def imports(file: Path) -> set[str]:
     """Every module that a file imports, wherever in it, fully named."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -46,7 +48,7 @@ def test_no_module_is_imported_by_its_bare_folder_name():
 
 def test_listed_packages_are_the_folders_on_disk():
     """A folder that is not listed would be missing from the wheel."""
-    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
     on_disk = {
         "headrace." + ".".join(file.parent.relative_to(ROOT).parts)
         for package in ALLOWED
@@ -54,6 +56,56 @@ def test_listed_packages_are_the_folders_on_disk():
     }
     assert set(listed) == on_disk
     assert all((ROOT.joinpath(*name.split(".")[1:]) / "py.typed").exists() for name in listed)
+
+
+def calls(file: Path) -> Iterator[tuple[str, ast.Call]]:
+    """Every call in a file with the name that is called, without what stands before the last dot."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name | ast.Attribute):
+            yield (node.func.id if isinstance(node.func, ast.Name) else node.func.attr), node
+
+
+def sources() -> list[Path]:
+    """The files of the four packages."""
+    return [file for package in ALLOWED for file in sorted((ROOT / package).rglob("*.py"))]
+
+
+def test_consoles_are_made_in_one_place():
+    """There text is text. A console of rich's own takes brackets in a folder's name for colours, and `:dog:` for a picture."""
+    for file in sources():
+        for name, call in calls(file):
+            where = f"{file.relative_to(ROOT)}, line {call.lineno}"
+            keywords = {keyword.arg for keyword in call.keywords}
+            assert name != "Console", f"{where}: use pipelines.console.make_console"
+            assert name != "from_markup", f"{where}: give the text a style"
+            assert name != "TextColumn" or "markup" in keywords, f"{where}: markup=False"
+        assert "rich.print" not in imports(file)
+
+
+def opens_text(name: str, call: ast.Call) -> bool:
+    """Whether a call opens, reads or writes a text file: open(FILE, MODE), PATH.open(MODE), os.fdopen(NUMBER, MODE), …
+
+    Image.open(FILE) and other libraries' have an argument that is no mode.
+    """
+    if name in ("read_text", "write_text"):
+        return True
+    if name not in ("open", "fdopen"):
+        return False
+    at = 1 if name == "fdopen" or isinstance(call.func, ast.Name) else 0
+    mode = next((keyword.value for keyword in call.keywords if keyword.arg == "mode"), None)
+    mode = mode or next(iter(call.args[at : at + 1]), ast.Constant("r"))
+    return isinstance(mode, ast.Constant) and re.fullmatch("[rwxat+]+", str(mode.value)) is not None
+
+
+def test_text_files_name_their_encoding():
+    """What is written on one machine is read on another, whatever the locales are: UTF-8, and said so."""
+    for file in sources():
+        if file == ROOT / "extract" / "changes.py":  # its only text is JSON in ASCII
+            continue
+        for name, call in calls(file):
+            named = any(keyword.arg == "encoding" for keyword in call.keywords)
+            where = f"{file.relative_to(ROOT)}, line {call.lineno}"
+            assert named or not opens_text(name, call), f'{where}: {name}(…, encoding="utf-8")'
 
 
 def loaded_after(code: str) -> set[str]:

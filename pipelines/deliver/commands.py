@@ -1,14 +1,13 @@
 """`headrace predict` and `headrace export`."""
 
-import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from headrace.cache import HeadraceError
+from headrace.pipelines.console import make_console, utf8_stdout
 
 
 class TableFormat(StrEnum):
@@ -34,7 +33,8 @@ class OutputError(HeadraceError, ValueError):
 ModelArgument = Annotated[
     Path,
     typer.Argument(
-        help="A run directory (its answer is used: winner or ensemble), a model directory, or what headrace export wrote."
+        help="A run, by its recipe or its directory (the answer is used: winner or ensemble); a model directory; what "
+        "headrace export wrote."
     ),
 ]
 DeviceOption = Annotated[str, typer.Option(help="Where the networks run: auto, cpu, cuda or cuda:N.")]
@@ -44,18 +44,33 @@ def predict_command(
     model: ModelArgument,
     images: Annotated[
         list[str],
-        typer.Argument(help="Image files, folders, tables with a path column, .tar archives, .npy/.npz/.h5 arrays."),
+        typer.Argument(
+            help="Image files, folders, tables, archives (.tar, .tar.gz, .zip), arrays (.npy, .npz, .h5); or a recipe, whose "
+            "images are read as it says."
+        ),
     ],
     out: Annotated[
         str, typer.Option("--out", "-o", help="The table to write (.csv, .parquet, .jsonl); - is the screen.")
     ] = "predictions.csv",
     kind: Annotated[TableFormat | None, typer.Option("--format", help="Default: as --out's name ends.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a table that is there.")] = False,
-    path_column: Annotated[str, typer.Option(help="The column of a table that holds the paths.")] = "path",
+    path_column: Annotated[
+        str | None, typer.Option(help="The column of a table that names or holds the images; default: found.")
+    ] = None,
+    id_column: Annotated[
+        str | None, typer.Option(help="The column of a table that names its rows; default: id, else the path.")
+    ] = None,
+    path_pattern: Annotated[
+        str | None, typer.Option(help="Where a table's images are, by its columns: train/{id}.jpg.")
+    ] = None,
     root: Annotated[
         Path | None, typer.Option(help="Where a table's relative paths start; default: the table's folder.")
     ] = None,
     array_key: Annotated[str | None, typer.Option(help="Which array of a .npz or .h5 file holds the images.")] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(help="Images, or folders of them, to leave out; * and ? match. May be given several times."),
+    ] = None,
     workers: Annotated[int | None, typer.Option(help="Worker processes; default: one per core.", min=1)] = None,
     device: DeviceOption = "auto",
 ) -> None:
@@ -73,18 +88,30 @@ def predict_command(
     from headrace.pipelines.prepare import find_device
 
     loaded = load_model(model)
-    listed = list_images(images, path_column=path_column, root=root, array_key=array_key)
-    console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+    listing = list_images(
+        images,
+        path_column=path_column,
+        id_column=id_column,
+        path_pattern=path_pattern,
+        root=root,
+        array_key=array_key,
+        exclude=tuple(exclude or ()),
+    )
+    listed = listing.samples
+    console = make_console(stderr=True)
+    for note in (*listing.notes, *(f"left out: {item}" for item in listing.left_out)):
+        console.print(f"note: {note}", soft_wrap=True)
     where = find_device(device)
     try:
         if out == "-":
-            summary = predict_stream(loaded, listed, sys.stdout, chosen, device=where, console=Console(quiet=True))
+            with utf8_stdout() as table:
+                summary = predict_stream(loaded, listed, table, chosen, device=where, console=make_console(quiet=True))
         else:
             summary = predict_table(
                 loaded, listed, Path(out), chosen, force=force, workers=workers, device=where, console=console
             )
     except KeyboardInterrupt:
-        console.print("\nInterrupted. What is finished is kept; the same command goes on from here.")
+        console.print("\nInterrupted. What is finished is kept; the same command goes on from here.", soft_wrap=True)
         raise typer.Exit(130) from None
     said = f"{summary.images:,} images"
     if summary.new < summary.images:
@@ -94,7 +121,7 @@ def predict_command(
         said += ": " + ", ".join(f"{count:,} {name}" for name, count in common[:10] if count)
     if summary.failed:
         said += f". {summary.failed:,} could not be used: the column `error` says why"
-    console.print(said if out == "-" else f"{said}. Wrote {out}")
+    console.print(said if out == "-" else f"{said}. Wrote {out}", soft_wrap=True)
     if summary.failed == summary.images:
         raise typer.Exit(1)
 
@@ -121,12 +148,14 @@ def export_command(
 
     chosen = [each.value for each in formats or [ExportFormat.torch, ExportFormat.safetensors]]
     exported = export_model(loaded, out, chosen, force=force)
-    console = Console(highlight=False, soft_wrap=True, markup=False)
+    console = make_console()
     for name, difference in exported.differences.items():
-        console.print(f"{name}: differs from headrace by at most {difference:.1e} ({exported.tolerance:g} is allowed)")
+        said = f"{name}: differs from headrace by at most {difference:.1e} ({exported.tolerance:g} is allowed)"
+        console.print(said, soft_wrap=True)
     if not exported.all_views:
-        console.print("note: the graphs see the evaluation crop alone; headrace averages over random views too")
-    console.print(f"Wrote {out}. How to use it: {out / 'MODEL_CARD.md'}")
+        said = "note: the graphs see the evaluation crop alone; headrace averages over random views too"
+        console.print(said, soft_wrap=True)
+    console.print(f"Wrote {out}. How to use it: {out / 'MODEL_CARD.md'}", soft_wrap=True)
 
 
 def _format(out: str, kind: TableFormat | None) -> str:

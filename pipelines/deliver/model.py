@@ -12,9 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from headrace.cache import FeatureSpec, HeadraceError
+from headrace.cache.home import expand_home
 from headrace.extract import BackboneSpec, backbone_from_fields
 from headrace.heads import TaskKind, TrainedHead, load_head, spec_to_json
 from headrace.pipelines.deliver.network import NETWORK, NetworkMember, read_network
+from headrace.pipelines.finished import find_run, moved_with_run, require_finished
 from headrace.pipelines.paths import RunPaths
 
 if TYPE_CHECKING:
@@ -95,11 +97,12 @@ def decide(probabilities: npt.NDArray[np.float32], task_kind: TaskKind, classes:
 
 
 def load_model(directory: Path | str) -> Model:
-    """Load a model directory; of a run directory its answer: the winner, or the ensemble where that is better beyond doubt.
+    """Load a model directory; of a run (its directory or its recipe) the answer: winner, or ensemble where that is better
+    beyond doubt.
 
-    Raises ModelError, saying what is there instead; BadHeadFile for a damaged head.
+    Raises NotARun, saying what is there instead; ModelError for a model that cannot be used; BadHeadFile for a damaged head.
     """
-    place = _model_directory(Path(directory).expanduser())
+    place = _model_directory(directory)
     return _load_ensemble(place) if (place / ENSEMBLE).is_file() else _load_single(place)
 
 
@@ -117,7 +120,7 @@ def _load_single(place: Path) -> Model:
 def _load_ensemble(place: Path) -> Model:
     path = place / ENSEMBLE
     try:
-        about = json.loads(path.read_text())
+        about = json.loads(path.read_text(encoding="utf-8"))
         if about["format"] not in (1, FORMAT) or about["kind"] != "ensemble":
             raise ModelError(f"{path}: format {about['format']}, this version reads {FORMAT}: update headrace")
         shares = [
@@ -144,30 +147,26 @@ def _load_ensemble(place: Path) -> Model:
     return Model(place, about["task_kind"], classes, metrics, tuple(members), temperature, digest)
 
 
-def _model_directory(path: Path) -> Path:
-    run = RunPaths(path)
-    places = [path, run.winner]
-    if ensemble_is_answer(run):
-        places.insert(1, run.ensemble)
-    for place in places:
-        if any((place / name).is_file() for name in (HEAD, ENSEMBLE, NETWORK)):
-            return place
-    if not path.exists():
-        raise ModelError(
-            f"{path}: no such directory. Expected a run (headrace-runs/NAME), its winner, or an exported model"
-        )
-    there = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) if path.is_dir() else "it is a file"
-    raise ModelError(
-        f"{path} holds no model ({there or 'it is empty'}). Expected a run directory (headrace-runs/NAME) whose run has "
-        f"ended, its winner/, or what headrace export --format safetensors wrote: a directory with {HEAD}, {NETWORK} or {ENSEMBLE}"
-    )
+def _model_directory(given: Path | str) -> Path:
+    place = expand_home(given)
+    if _holds_model(place):
+        return place
+    run = find_run(place, or_model=True)
+    answer = run.ensemble if ensemble_is_answer(run) and _holds_model(run.ensemble) else run.winner
+    if not _holds_model(answer):
+        require_finished(run, answer)
+    return answer
+
+
+def _holds_model(place: Path) -> bool:
+    return any((place / name).is_file() for name in (HEAD, ENSEMBLE, NETWORK))
 
 
 def ensemble_is_answer(run: RunPaths) -> bool:
     """Whether the run's last recipe asks for an ensemble, and it is better than a single head beyond doubt."""
     try:
-        asked = json.loads(run.recipe.read_text()).get("ensemble") is not None
-        return asked and bool(json.loads((run.ensemble / ENSEMBLE).read_text())["nested"]["chosen"])
+        asked = json.loads(run.recipe.read_text(encoding="utf-8")).get("ensemble") is not None
+        return asked and bool(json.loads((run.ensemble / ENSEMBLE).read_text(encoding="utf-8"))["nested"]["chosen"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
@@ -183,8 +182,10 @@ def _backbones(head: TrainedHead, place: Path) -> tuple[BackboneSpec, ...]:
                 "features, headrace.heads.load_head(DIRECTORY).predict_proba(X)"
             )
         backbone = backbone_from_fields(fields)
-        if backbone.weights and (place / backbone.weights).is_file():
-            backbone = dataclasses.replace(backbone, weights=str((place / backbone.weights).absolute()))
+        if backbone.weights:
+            beside = place / backbone.weights
+            weights = str(beside.absolute()) if beside.is_file() else moved_with_run(backbone.weights, place)
+            backbone = dataclasses.replace(backbone, weights=weights)
         found.append(backbone)
     return tuple(found)
 

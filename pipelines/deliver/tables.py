@@ -5,12 +5,17 @@ class        the most probable class; multi-label: those of at least 0.5, joined
 probability  of that class (single-label only)
 p_<class>    one column per class; for regression the predicted values, under the targets' own names
 error        why there is no prediction; empty where there is one
+
+No two columns have one name: where the name of a class or target is taken, as by a target called `file` or `error`, `_` is
+added to it until it is free (`file_`). JSON lines need none of that: there the names stand in an object of their own.
+
+All text is UTF-8. A file name that is no UTF-8 is written with an escape (`caf\\xe9.png`) for each byte that is none.
 """
 
 import csv
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from headrace.heads import TaskKind
+from headrace.pipelines.console import valid_text
 from headrace.pipelines.deliver.model import decide
 
 FORMATS = {".csv": "csv", ".parquet": "parquet", ".pq": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl"}
@@ -45,6 +51,7 @@ class Write(Protocol):
 @contextmanager
 def table_writer(target: Path | IO[str], kind: str, task_kind: TaskKind, classes: tuple[str, ...]) -> Iterator[Write]:
     """Write blocks of rows as `kind` (csv, parquet, jsonl); text formats also to an open stream."""
+    classes = tuple(_free_names([valid_text(name) for name in classes]))
     if kind == "parquet":
         assert isinstance(target, Path)
         schema = pa.schema([(name, type_) for name, type_, _ in _columns(_empty(len(classes)), task_kind, classes)])
@@ -91,10 +98,10 @@ def json_lines(block: Block, task_kind: TaskKind, classes: tuple[str, ...], *, h
     decided = decide(block.probabilities, task_kind, classes)
     lines = []
     for row, (file, error) in enumerate(zip(block.files, block.errors, strict=True)):
-        entry: dict[str, Any] = {"file": file}
+        entry: dict[str, Any] = {"file": valid_text(file)}
         numbers = {name: _number(value) for name, value in zip(classes, block.probabilities[row], strict=True)}
         if error is not None:
-            entry["error"] = error
+            entry["error"] = valid_text(error)
         elif task_kind == "regression":
             entry["values"] = numbers
         else:
@@ -109,23 +116,35 @@ def _columns(
     block: Block, task_kind: TaskKind, classes: tuple[str, ...]
 ) -> list[tuple[str, pa.DataType, Iterable[Any]]]:
     failed = [error is not None for error in block.errors]
-    columns: list[tuple[str, pa.DataType, Iterable[Any]]] = [("file", pa.string(), block.files)]
+    columns: list[tuple[str, pa.DataType, Iterable[Any]]] = [("file", pa.string(), map(valid_text, block.files))]
     if task_kind != "regression":
         decided = decide(block.probabilities, task_kind, classes)
-        names = [
+        labels = [
             None if bad else str(chosen) if task_kind == "single" else ";".join(_labels(chosen, classes))
             for bad, chosen in zip(failed, decided, strict=True)
         ]
-        columns.append(("class", pa.string(), names))
+        columns.append(("class", pa.string(), labels))
         if task_kind == "single":
             columns.append(("probability", pa.float32(), _blanked(block.probabilities.max(1, initial=0), failed)))
-    prefix = "" if task_kind == "regression" else "p_"
+    names = classes if task_kind == "regression" else tuple(f"p_{name}" for name in classes)
     columns += [
-        (f"{prefix}{name}", pa.float32(), _blanked(block.probabilities[:, place], failed))
-        for place, name in enumerate(classes)
+        (name, pa.float32(), _blanked(block.probabilities[:, place], failed))
+        for place, name in enumerate(_free_names(names, taken=("error", *(name for name, _, _ in columns))))
     ]
-    columns.append(("error", pa.string(), block.errors))
+    columns.append(("error", pa.string(), [None if error is None else valid_text(error) for error in block.errors]))
     return columns
+
+
+def _free_names(names: Sequence[str], taken: Iterable[str] = ()) -> list[str]:
+    """The names, those with `_` after them that are taken already; a name that is free is never given to another."""
+    used, free = set(taken), []
+    for name in names:
+        chosen = name
+        while chosen in used or (chosen != name and chosen in names):
+            chosen += "_"
+        used.add(chosen)
+        free.append(chosen)
+    return free
 
 
 def _blanked(values: npt.NDArray[np.float32], failed: list[bool]) -> list[float | None]:

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from headrace.cache import HeadraceError
+from headrace.cache.home import expand_home
+from headrace.pipelines.console import make_console
 from headrace.pipelines.doctor.disk import check_disk, check_hdf5, check_locking
 from headrace.pipelines.doctor.finding import Finding
 from headrace.pipelines.doctor.machine import check_heads, check_memory, check_threads
@@ -71,20 +72,21 @@ def doctor_command(
 
     Example: headrace doctor recipe.yaml
     """
-    console = Console(highlight=False, soft_wrap=True)
-    marks = {"ok": "[green]ok  [/]", "note": "[yellow]note[/]", "fail": "[bold red]FAIL[/]"}
-    console.print(f"headrace {importlib.metadata.version('headrace')} on {platform.platform()}", markup=False)
+    console = make_console()
+    marks = {"ok": ("ok", "green"), "note": ("note", "yellow"), "fail": ("FAIL", "bold red")}
+    console.print(f"headrace {importlib.metadata.version('headrace')} on {platform.platform()}", soft_wrap=True)
     failed = 0
     for finding in examine(_folder(folder, recipe), recipe):
         failed += finding.state == "fail"
-        console.print(f"{marks[finding.state]}  {finding.name:<10}", end="")
-        console.print(finding.said, markup=False)
+        mark, style = marks[finding.state]
+        console.print(f"{mark:<4}", style=style, end="")
+        console.print(f"  {finding.name:<10}{finding.said}", soft_wrap=True)
         if finding.advice and finding.state != "ok":
-            console.print(f"{'':<16}→ {finding.advice}", markup=False)
+            console.print(f"{'':<16}→ {finding.advice}", soft_wrap=True)
     if failed:
-        console.print(f"{failed} {'thing' if failed == 1 else 'things'} to mend; the arrows say how", markup=False)
+        console.print(f"{failed} {'thing' if failed == 1 else 'things'} to mend; the arrows say how", soft_wrap=True)
         raise typer.Exit(1)
-    console.print("Everything that a run needs is here", markup=False)
+    console.print("Everything that a run needs is here")
 
 
 def _folder(folder: Path | None, recipe: Path | None) -> Path:
@@ -97,5 +99,5 @@ def _folder(folder: Path | None, recipe: Path | None) -> Path:
             place = load_recipe(recipe).cache
         except HeadraceError:
             place = recipe.parent  # its own line says what is wrong
-    place = place.expanduser().absolute()
+    place = expand_home(place).absolute()
     return next(each for each in (place, *place.parents) if each.is_dir())

@@ -77,7 +77,7 @@ def _cores() -> int:
 def _cpu_quota() -> float | None:
     """Cores that the container's control group allows; None where it does not say."""
     try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="utf-8").split()
         return None if quota == "max" else int(quota) / int(period)
     except (OSError, ValueError):
         return None
@@ -87,14 +87,14 @@ def _available_bytes() -> float:
     """Memory that can be had, of the machine or of the container, whichever is less."""
     available = float("inf")
     try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
+        for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("MemAvailable:"):
                 available = float(line.split()[1]) * 1024
     except OSError:
         available = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     try:
-        limit = float(Path("/sys/fs/cgroup/memory.max").read_text())
-        used = float(Path("/sys/fs/cgroup/memory.current").read_text())
+        limit = float(Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8"))
+        used = float(Path("/sys/fs/cgroup/memory.current").read_text(encoding="utf-8"))
         available = min(available, limit - used)
     except (OSError, ValueError):
         pass  # no limit

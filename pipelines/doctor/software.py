@@ -59,7 +59,7 @@ def _load_pair() -> tuple[str, str]:
     folder = Path(spec.origin).parent
     built_for = str(torch.__version__)
     # Its own version says the build too (+cpu, +cu128), which the package's metadata does not.
-    said = re.search(r"^__version__ = ['\"](.+)['\"]", (folder / "version.py").read_text(), re.M)
+    said = re.search(r"^__version__ = ['\"](.+)['\"]", (folder / "version.py").read_text(encoding="utf-8"), re.M)
     version = said[1] if said else importlib.metadata.version("torchvision")
     for each in map(Requirement, importlib.metadata.requires("torchvision") or ()):
         if each.name == "torch" and not each.specifier.contains(built_for, prereleases=True):

@@ -11,6 +11,7 @@ from headrace.cache import HeadraceError, open_feature_set, publish_replace
 from headrace.extract import describe_backbone
 from headrace.heads import BankJob
 from headrace.pipelines.cluster import local_client
+from headrace.pipelines.console import make_console
 from headrace.pipelines.evidence.advice import Advice, advice_summary
 from headrace.pipelines.evidence.advise import advise_on
 from headrace.pipelines.evidence.run_directory import RunFiles, read_run_files
@@ -21,18 +22,19 @@ from headrace.pipelines.prepare import backbone_spec
 def advise_run(
     run: Path, *, reference: Path | None = None, console: Console | None = None, workers: int | None = None
 ) -> Advice:
-    """The advice for a run directory, also written to evidence/advice.json in it. A second call trains nothing.
+    """The advice for a run, also written to evidence/advice.json in its directory. A second call trains nothing.
 
-    reference: another run's directory; how far the images of the one lie from those of the other is then part of it.
+    run: its directory, or its recipe. reference: another run, given likewise; how far the images of the one lie from those
+    of the other is then part of the advice.
     Raises NotARun; NoReference; HeadraceError where features are missing.
     """
-    files = read_run_files(run.absolute())
-    other = None if reference is None else read_run_files(reference.absolute())
+    files = read_run_files(run)
+    other = None if reference is None else read_run_files(reference)
 
     def train_all(jobs: Sequence[BankJob]) -> None:
         if jobs:
             with local_client(workers) as client:
-                shown = console or Console(quiet=True)
+                shown = console or make_console(quiet=True)
                 train_banks(jobs, client, shown, "learning curve", shared=files.paths.claims)
 
     advice = advise_on(
@@ -56,7 +58,7 @@ def _early_to_late(names: Sequence[str], files: RunFiles) -> list[str]:
     memo = files.paths.evidence / "running-order.json"
     order: dict[str, list[str]] = {}
     with contextlib.suppress(OSError, ValueError):
-        order = json.loads(memo.read_text())
+        order = json.loads(memo.read_text(encoding="utf-8"))
     network = specs[names[0]].backbone if names else ""
     if network not in order:
         for backbone in files.recipe.backbones:

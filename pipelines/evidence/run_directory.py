@@ -12,7 +12,7 @@ import pandas as pd
 
 from headrace.cache import FeatureSpec, feature_set_path
 from headrace.heads import Task, load_task, read_bank
-from headrace.pipelines.finished import NotARun, results_file, stored_recipe
+from headrace.pipelines.finished import find_run, require_finished, results_file, stored_recipe
 from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.recipe import Recipe
 
@@ -30,14 +30,9 @@ class RunFiles:
 
 
 def read_run_files(run: Path) -> RunFiles:
-    """Raises NotARun, saying what is missing."""
-    paths = RunPaths(run)
-    for file in (paths.recipe, paths.leaderboard):
-        if not file.is_file():
-            raise NotARun(
-                f"{run} is not a finished run: it has no {file.name}. Give the directory that `headrace run RECIPE` wrote "
-                "(headrace-runs/NAME)"
-            )
+    """Read a finished run, given by its directory or its recipe. Raises NotARun, saying what is missing."""
+    paths = RunPaths(find_run(run).root.absolute())  # workers are told where things lie
+    require_finished(paths, paths.recipe, paths.leaderboard)
     recipe = stored_recipe(paths)
     board = pd.read_csv(paths.leaderboard, keep_default_na=False, na_values={"standard_error": [""]})
     board["inputs"] = [tuple(text.split(" + ")) for text in board["inputs"]]

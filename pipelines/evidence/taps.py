@@ -107,6 +107,6 @@ def _drawn(task: Task) -> npt.NDArray[np.int64]:
 def _read(path: Path) -> TransferScores | None:
     """What was kept; None where there is nothing, or nothing readable: it only saves time."""
     try:
-        return TransferScores(**json.loads(path.read_text()))
+        return TransferScores(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None

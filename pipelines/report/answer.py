@@ -48,7 +48,7 @@ def find_answer(run: FinishedRun) -> Answer:
     """The answer of the run's last call."""
     if not ensemble_is_answer(run.paths):
         return Answer(None, run.opening)
-    ensemble = json.loads((run.paths.ensemble / ENSEMBLE).read_text())
+    ensemble = json.loads((run.paths.ensemble / ENSEMBLE).read_text(encoding="utf-8"))
     own = [opening for opening in run.openings if _is_ensemble(opening["winner"], ensemble, run.bank.task)]
     return Answer(ensemble, own[-1] if own else None)
 

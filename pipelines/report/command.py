@@ -4,11 +4,14 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+
+from headrace.pipelines.console import make_console
 
 
 def report_command(
-    run: Annotated[Path, typer.Argument(help="A finished run: its directory, or the recipe that made it.")],
+    run: Annotated[
+        Path, typer.Argument(help="A finished run: the recipe that made it, or its directory, headrace-runs/NAME.")
+    ],
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="The page to write; default: report.html in the run's directory.")
     ] = None,
@@ -30,10 +33,10 @@ def report_command(
     from headrace.pipelines.show import bytes_text
 
     report = write_report(run, out, tables=tables, watts=watts)
-    console = Console()
+    console = make_console()
 
     def say(text: str) -> None:
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
+        console.print(text, soft_wrap=True)
 
     say(f"Wrote {report.page} ({bytes_text(report.bytes)}). Open it in a browser; it needs nothing else.")
     if report.tables:

@@ -69,7 +69,7 @@ def expected_text(run: FinishedRun) -> tuple[str, str] | None:
 def read_json(path: Path) -> Found | None:
     """None where the file is not there or is no JSON object."""
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None

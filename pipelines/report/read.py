@@ -16,10 +16,11 @@ from headrace.cache.spec import FeatureSpec
 from headrace.extract import read_listing
 from headrace.heads import BankResult, read_bank
 from headrace.pipelines.dataset import Dataset, drop_rows, list_samples, make_dataset
-from headrace.pipelines.finished import NotARun, results_file, stored_recipe
+from headrace.pipelines.finished import NotARun as NotARun
+from headrace.pipelines.finished import find_run, require_finished, results_file, stored_recipe
 from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.prepare import check_metric
-from headrace.pipelines.recipe import Recipe, load_recipe
+from headrace.pipelines.recipe import Recipe
 from headrace.pipelines.winner import choose_winner, read_openings
 
 _TEXTS = {"inputs": str, "kind": str, "settings": str, "spec": str, "path": str}
@@ -126,7 +127,7 @@ class FinishedRun:
     def records(self, path: Path) -> pd.DataFrame:
         """The lines of a JSON-lines file as a table; a line that a killed process left unfinished is passed over."""
         found = []
-        for line in path.read_text().splitlines() if path.exists() else ():
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
             try:
                 found.append(json.loads(line))
             except ValueError:
@@ -135,16 +136,12 @@ class FinishedRun:
 
 
 def read_run(run: Path) -> FinishedRun:
-    """Read the directory of a finished run, or that of a recipe's run.
+    """Read a finished run, given by its directory or its recipe.
 
     Raises NotARun for anything else, NoWinner for a run in which no head is whole.
     """
-    paths = _find(run)
-    for needed in (paths.recipe, paths.leaderboard, paths.heads):
-        if not needed.exists():
-            raise NotARun(
-                f"{paths.root} has no {needed.name}: the run has not come to its end. Go on with: headrace run RECIPE"
-            )
+    paths = find_run(run)
+    require_finished(paths, paths.recipe, paths.leaderboard, paths.heads)
     recipe = stored_recipe(paths)
     board = pd.read_csv(paths.leaderboard, dtype=_TEXTS, keep_default_na=False, na_values=[""])
     board = board.assign(settings=board["settings"].fillna(""))
@@ -152,19 +149,3 @@ def read_run(run: Path) -> FinishedRun:
     winner = choose_winner(board, heads)
     bank = read_bank(results_file(paths, winner["path"]))
     return FinishedRun(paths, recipe, check_metric(recipe.task), board, heads, winner, bank)
-
-
-def _find(run: Path) -> RunPaths:
-    if run.is_file() and run.suffix in (".yaml", ".yml"):
-        out = load_recipe(run).out
-        assert out is not None  # load_recipe gives it a default
-        return RunPaths(out)
-    if not run.is_dir():
-        raise NotARun(
-            f"{run}: no such run. Give a run's directory, or the recipe that made it: headrace report recipe.yaml"
-        )
-    if not RunPaths(run).recipe.exists():
-        below = sorted(path.parent for path in run.glob("**/recipe.json") if RunPaths(path.parent).leaderboard.exists())
-        hint = f"Did you mean {below[0]}?" if below else "A run's directory is made by: headrace run RECIPE"
-        raise NotARun(f"{run} is not a run's directory: it has no recipe.json. {hint}")
-    return RunPaths(run)

@@ -353,7 +353,7 @@ def _notes(candidates: Sequence[Candidate], decided: Mapping[str, Any]) -> list[
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}  # what was decided is found again from the results; a pilot takes seconds
     return found if isinstance(found, dict) else {}

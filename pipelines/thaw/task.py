@@ -132,7 +132,7 @@ def train_fold(fold_job: FoldJob) -> dict[str, Any]:
     path = part_path(job, fold)
     curve = path.with_suffix(".json")
     if path.exists() and curve.exists():
-        about: dict[str, Any] = json.loads(curve.read_text())
+        about: dict[str, Any] = json.loads(curve.read_text(encoding="utf-8"))
         return about | {"skipped": True}
     torch.set_num_threads(job.threads)
     opened = _open(job)
