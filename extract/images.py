@@ -94,6 +94,7 @@ def decode_image(data: bytes, pixel_range: PixelRange | None = None) -> Image.Im
 
 def to_rgb(image: Image.Image, pixel_range: PixelRange | None = None) -> Image.Image:
     """`image` in mode "RGB" or "L": see COLOUR and `decode_image`. Raises ImageError for modes whose range is not known."""
+    _check_size(*image.size)
     mode = image.mode
     if mode in ("RGB", "L", "1"):
         shown = image.convert("L") if mode == "1" else image
@@ -173,7 +174,7 @@ def _pnm_samples(image: ImageFile.ImageFile, data: bytes) -> _Samples | None:
 
 
 def _png_samples(image: ImageFile.ImageFile, data: bytes) -> _Samples | None:
-    raw = _raw_mode(image)
+    raw = raw_mode(image)
     transparent = image.info.get("transparency")
     if raw in ("L;2", "L;4") and isinstance(transparent, int):
         # Pillow scales the pixels to 0..255, and leaves the transparent value (PNG tRNS) as it is in the file.
@@ -200,7 +201,7 @@ def _tiff_samples(image: ImageFile.ImageFile, data: bytes) -> _Samples | None:
         if raw_modes is None:
             return None
         return _Samples(_both_bytes(image, data, *raw_modes), "16-bit values of a TIFF", _SIXTEEN_BITS, _SIXTEEN_BITS)
-    raw = _raw_mode(image)
+    raw = raw_mode(image)
     if image.tile[0].codec_name == "libtiff" and (match := re.fullmatch(r"(I;16|I;32|F;32)B?([SF])", raw)):
         # libtiff gives numbers in this machine's byte order; Pillow takes them for the file's, and turns them round.
         raw = f"{match[1]}{'' if sys.byteorder == 'little' else 'B'}{match[2]}"
@@ -221,7 +222,7 @@ def _byte_raw_modes(image: ImageFile.ImageFile, order: str, *, planes: bool) -> 
     order: the file's bytes, L or B. planes: whether the colours lie one after the other.
     Pillow keeps the high byte of a sample; told that the bytes are in the other order it keeps the low one.
     """
-    raw, libtiff = _raw_mode(image), image.tile[0].codec_name == "libtiff"
+    raw, libtiff = raw_mode(image), image.tile[0].codec_name == "libtiff"
     colours = re.fullmatch(r"(RGB[AX]?);16[LBN]", raw)
     if libtiff:
         if colours is None or planes:
@@ -263,7 +264,7 @@ def _load_raw(image: ImageFile.ImageFile, raw: str) -> npt.NDArray[Any]:
     return np.asarray(image)
 
 
-def _raw_mode(image: ImageFile.ImageFile) -> str:
+def raw_mode(image: ImageFile.ImageFile) -> str:
     """How Pillow unpacks the file's pixels ("RGB;16B"); empty for formats that have other means."""
     args = image.tile[0].args if image.tile else ""
     return str(args[0] if isinstance(args, tuple) and args else args)
@@ -276,7 +277,7 @@ def _reduced_by_pillow(image: ImageFile.ImageFile, data: bytes) -> bool:
         return start < 0 or len(data) < start + 43 or (data[start + 42] & 0x7F) >= 8
     if image.format == "TIFF":
         return bool(max(image.tag_v2.get(_BITS_TAG, (1,))) > 8)  # type: ignore[attr-defined]
-    return re.fullmatch(r"(L|RGB[AXa]?|CMYK);16[LBN]", _raw_mode(image)) is not None
+    return re.fullmatch(r"(L|RGB[AXa]?|CMYK);16[LBN]", raw_mode(image)) is not None
 
 
 def _decode_array(data: bytes, pixel_range: PixelRange | None) -> Image.Image:

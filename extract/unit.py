@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -229,7 +230,9 @@ def _publish_set(
 
 def unstorable(features: npt.NDArray[Any], spec: FeatureSpec) -> dict[int, str]:
     """{row: reason} of the rows of features (n, *spec.shape) that the storage dtype cannot hold."""
-    flat = features.reshape(len(features), -1)
+    flat = features.reshape(
+        len(features), prod(features.shape[1:])
+    )  # -1 is no number of columns where no image decodes
     peaks = np.maximum(flat.max(axis=1, initial=0), -flat.min(axis=1, initial=0))
     bad = ~(peaks < _LARGEST[spec.dtype])  # also true for NaN
     return {

@@ -101,7 +101,9 @@ def survey(recipe: Recipe, *, write: bool = True, retry_failed: bool = False) ->
     )
     _check_imported(recipe, inputs, needed)
     # All heads are compared on the rows that all inputs have; a row that is mended comes back, as another task.
-    whole, dataset = dataset, drop_rows(dataset, _failed(recipe.cache, networks))
+    failed = _failed(recipe.cache, networks)
+    _require_decodable(needed, failed)
+    whole, dataset = dataset, drop_rows(dataset, frozenset(failed))
     images = set(needed["content"])
     features = [
         feature_plan(name, [spec for spec, _ in views], images, [known for _, known in views])
@@ -270,12 +272,20 @@ def _network(backbone: Backbone, recipe: Recipe) -> Network:
     return Network(spec, specs, [_known(recipe.cache, feature) for feature in specs])
 
 
-def _failed(cache: Path, networks: Sequence[Network]) -> frozenset[str]:
-    """Content hashes of the images that some feature set of the run has recorded as failed."""
+def _failed(cache: Path, networks: Sequence[Network]) -> dict[str, str]:
+    """{content hash: reason} of the images that some feature set of the run has recorded as failed."""
     paths = [feature_set_path(cache, spec) for network in networks for spec in network.specs]
-    return frozenset(
-        failure.content for path in paths if path.exists() for failure in open_feature_set(path).failures()
-    )
+    failures = (failure for path in paths if path.exists() for failure in open_feature_set(path).failures())
+    return {failure.content: failure.reason for failure in failures}
+
+
+def _require_decodable(needed: pd.DataFrame, failed: Mapping[str, str]) -> None:
+    """Raises DataError, with the first reason, where no image is left: it is the same one for all of them, as a rule."""
+    if len(needed) and needed["content"].isin(list(failed)).all():
+        first = needed.iloc[0]
+        raise DataError(
+            f"none of the {len(needed):,} images can be used; the first is {first['path']}: {failed[first['content']]}"
+        )
 
 
 def _known(cache: Path, spec: FeatureSpec) -> set[str]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 
 from headrace.cache import FeatureSpec, HeadraceError
 from headrace.cache.encoding import decode, encode
@@ -23,7 +23,7 @@ from headrace.extract.decode import Batch, Rendering, decoded_batches, render_in
 from headrace.extract.device import Limit, check_device, launch
 from headrace.extract.errors import ImageError
 from headrace.extract.fuse import keep_memory
-from headrace.extract.images import PixelRange, decode_image, to_rgb
+from headrace.extract.images import PixelRange, decode_image, raw_mode, to_rgb
 from headrace.extract.locate import array_bytes, read_bytes
 from headrace.extract.unit import Pass, feature_passes, pass_limit, quiet_decoding, unstorable
 from headrace.heads import SklearnSpec, average, with_temperature
@@ -227,7 +227,7 @@ def _decoder(image: ImageLike) -> tuple[Callable[[PixelRange | None], Image.Imag
 def _decode_floats(array: npt.NDArray[Any], data: bytes, pixel_range: PixelRange | None) -> Image.Image:
     """Floats in memory, which are from 0 to 1 unless the model has a pixel_range. Raises ImageError for others."""
     if pixel_range is None:
-        low, high = float(array.min(initial=0)), float(array.max(initial=0))
+        low, high = (float(array.min()), float(array.max())) if array.size else _UNIT
         if low < -_HALF_STEP or high > 1 + _HALF_STEP:
             raise ImageError(
                 f"{array.dtype} values from {low:g} to {high:g}; expected 0 to 1, as torchvision and scikit-image have it. "
@@ -242,15 +242,15 @@ def _unread_file(image: Image.Image) -> bytes:
 
     Pillow's pixels of more than 8 bits have lost what their file says of them: a PGM's white, the low byte of colours.
     """
-    file = getattr(image, "fp", None)
-    if not (getattr(image, "tile", None) and file is not None and image.format in ("PNG", "PPM", "TIFF")):
-        return b""
-    if image.tell() != 0:  # another page than the first
-        return b""
-    place = file.tell()
-    file.seek(0)
-    data: bytes = file.read()
-    file.seek(place)
+    if not isinstance(image, ImageFile.ImageFile) or not image.tile or image.fp is None or image.tell() != 0:
+        return b""  # read or made already, or another page than the first
+    if not (image.format == "PPM" or (image.format in ("PNG", "TIFF") and ";" in raw_mode(image))):
+        return b""  # of 8 bits, which Pillow keeps
+    place = image.fp.tell()
+    image.fp.seek(0)
+    data = image.fp.read()
+    image.fp.seek(place)
+    image.load()  # which closes the file, as every other use of the image does
     return data
 
 

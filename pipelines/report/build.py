@@ -48,7 +48,8 @@ def write_report(run: Path, out: Path | None = None, *, tables: bool = False, wa
     """
     found = read_run(run)
     page = out or found.paths.report
-    thumbnails = Thumbnails({} if isinstance(found.rows, str) else found.rows.paths)
+    paths = {} if isinstance(found.rows, str) else found.rows.paths
+    thumbnails = Thumbnails(paths, found.recipe.images.pixel_range)
     sections = make_sections(found, thumbnails, watts)
     text = render(f"headrace report: {found.paths.root.name}", _made(found), headline(found), sections)
     page.parent.mkdir(parents=True, exist_ok=True)

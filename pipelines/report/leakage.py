@@ -82,7 +82,7 @@ def _pairs(
     found: list[tuple[str, LikePairs, npt.NDArray[np.int64]]] = []
     vectors: dict[str, tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]] = {}
     assert not isinstance(run.rows, str)
-    grey, there = signatures(run.rows.paths, content.tolist(), run.paths.signatures)
+    grey, there = signatures(run.rows.paths, content.tolist(), run.paths.signatures, run.recipe.images.pixel_range)
     if len(there) < len(content):
         remarks.append(
             Note(

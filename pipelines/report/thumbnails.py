@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 
 from headrace.cache import publish_replace
 from headrace.extract import ImageError, decode_image, hash_bytes, read_bytes
+from headrace.extract.images import PixelRange
 
 SIDE = 144  # pixels
 # An image of no more pixels than this is enlarged, pixel by pixel, and looks like what it is.
@@ -26,6 +27,7 @@ class Thumbnails:
     """The images of a run by content hash, each read once. `missing` counts those that are no longer there."""
 
     paths: Mapping[str, str]
+    pixel_range: PixelRange | None = None  # the run's, so that a picture looks as the network saw it
     missing: int = 0
     _made: dict[str, str | None] = field(default_factory=dict)
 
@@ -41,7 +43,7 @@ class Thumbnails:
             data = read_bytes(self.paths[content])
             if hash_bytes(data) != content:
                 return None
-            image = decode_image(data)
+            image = decode_image(data, self.pixel_range)
         except (KeyError, OSError, ImageError):
             return None
         if max(image.size) <= _SMALL:
@@ -55,37 +57,40 @@ class Thumbnails:
 
 
 def signatures(
-    paths: Mapping[str, str], contents: Sequence[str], stored: Path
+    paths: Mapping[str, str], contents: Sequence[str], stored: Path, pixel_range: PixelRange | None = None
 ) -> tuple[npt.NDArray[np.uint8], list[int]]:
     """(n, 256) grey copies of 16 x 16 pixels, and which positions of `contents` they are of: images that are gone have none.
 
-    stored: the signatures of an earlier call, by content hash; those that are new are added.
+    stored: the signatures of an earlier call with this pixel_range, by content hash; those that are new are added.
     """
-    known = _load(stored)
+    ends = np.array(pixel_range or (np.nan, np.nan))
+    known = _load(stored, ends)
     missing = [content for content in contents if content not in known]
     with ThreadPoolExecutor(_THREADS) as pool:  # decoders release the GIL
-        for content, grey in zip(missing, pool.map(lambda name: _signature(paths.get(name, "")), missing), strict=True):
+        made = pool.map(lambda name: _signature(paths.get(name, ""), pixel_range), missing)
+        for content, grey in zip(missing, made, strict=True):
             if grey is not None:
                 known[content] = grey
     if missing and known:
         names = sorted(known)
         buffer = io.BytesIO()
-        np.savez(buffer, content=np.array(names, "S32"), grey=np.stack([known[name] for name in names]))
+        grey = np.stack([known[name] for name in names])
+        np.savez(buffer, content=np.array(names, "S32"), grey=grey, pixel_range=ends)
         publish_replace(stored, buffer.getvalue())
     there = [number for number, content in enumerate(contents) if content in known]
     empty = np.empty((0, SIGNATURE**2), np.uint8)
     return np.stack([known[contents[number]] for number in there]) if there else empty, there
 
 
-def _signature(path: str) -> npt.NDArray[np.uint8] | None:
+def _signature(path: str, pixel_range: PixelRange | None) -> npt.NDArray[np.uint8] | None:
     try:
         data = read_bytes(path)
-        return np.asarray(_small_grey(data), np.uint8).ravel()
+        return np.asarray(_small_grey(data, pixel_range), np.uint8).ravel()
     except (OSError, ImageError):
         return None
 
 
-def _small_grey(data: bytes) -> Image.Image:
+def _small_grey(data: bytes, pixel_range: PixelRange | None) -> Image.Image:
     size = (SIGNATURE, SIGNATURE)
     if data.startswith(b"\xff\xd8"):  # a JPEG decodes at an eighth of its size in a fraction of the time
         try:
@@ -94,14 +99,15 @@ def _small_grey(data: bytes) -> Image.Image:
                 return ImageOps.exif_transpose(image).convert("L").resize(size, Image.Resampling.BOX)
         except Exception:  # noqa: BLE001 - decoders raise anything; the careful decoder has the last word
             pass
-    return decode_image(data).convert("L").resize(size, Image.Resampling.BOX)
+    return decode_image(data, pixel_range).convert("L").resize(size, Image.Resampling.BOX)
 
 
-def _load(stored: Path) -> dict[str, npt.NDArray[np.uint8]]:
+def _load(stored: Path, ends: npt.NDArray[np.float64]) -> dict[str, npt.NDArray[np.uint8]]:
     try:
         with np.load(stored, allow_pickle=False) as found:
             names, grey = found["content"].astype("U32").tolist(), found["grey"]
-        if grey.shape != (len(names), SIGNATURE**2):
+            same = np.array_equal(found["pixel_range"], ends, equal_nan=True)
+        if not same or grey.shape != (len(names), SIGNATURE**2):
             return {}
         return dict(zip(names, grey, strict=True))
     except (OSError, ValueError, KeyError, EOFError):
