@@ -41,6 +41,14 @@ class RowsMissing(CacheError, KeyError):
         return str(self.args[0])
 
 
+class ForeignFeatures(CacheError, ValueError):
+    """A file of another program does not hold features with ids, as asked."""
+
+
+class IdsAmbiguous(CacheError, ValueError):
+    """A sample id stands for several images in a feature set, so that it finds none of them."""
+
+
 class NotStorable(CacheError, ValueError):
     """A feature is NaN or infinite, or does not fit the storage dtype; names the sample."""
 

@@ -4,47 +4,77 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from headrace.cache.errors import CacheError, ExtraMissing
 from headrace.cache.feature_set import FeatureSet
 from headrace.cache.files import PARTIAL_SUFFIX, publish_bytes
+from headrace.cache.rows import contents_by_id
+
+_CHUNK_ROWS = 4096  # of a selection, read and written together
 
 
-def export_npy(features: FeatureSet, target: Path) -> list[Path]:
+@dataclass(frozen=True)
+class Selection:
+    """Some rows of a feature set under the ids of those who ask, in their order; an image with copies may stand there twice."""
+
+    rows: npt.NDArray[np.int64]  # (n,) positions
+    ids: list[str]  # n
+    missing: list[str]  # ids of images that have no row
+
+
+def select_rows(features: FeatureSet, ids: Sequence[str], content: Sequence[str | None]) -> Selection:
+    """The rows of images by their content hashes (None: an image that cannot be read), with the ids that they have now."""
+    hashes = np.array([value or "" for value in content], "S32")
+    rows = features.locate(hashes) if len(hashes) else np.zeros(0, np.int64)
+    found = rows >= 0
+    return Selection(
+        rows[found],
+        [name for name, there in zip(ids, found.tolist(), strict=True) if there],
+        [name for name, there in zip(ids, found.tolist(), strict=True) if not there],
+    )
+
+
+def ambiguous_ids(features: FeatureSet) -> list[str]:
+    """The ids that stand for several images in a feature set; `content` tells these apart."""
+    return [name for name, found in contents_by_id(features.ids(), features.content()).items() if len(found) > 1]
+
+
+def export_npy(features: FeatureSet, target: Path, selection: Selection | None = None) -> list[Path]:
     """`target`: features (N, *shape) as `FeatureSet.dtype`; beside it `<stem>.rows.csv`: row, id, content.
 
-    Returns the files written. Raises CacheError when one of them is there, and then writes nothing.
+    selection: these rows, in their order; default: all. Returns the files written. Raises CacheError when one of them is
+    there, and then writes nothing.
     """
     rows_file = target.with_suffix(".rows.csv")
     for path in (target, rows_file):
         _refuse_existing(path)
+    ids, content = _ids_and_content(features, selection)
 
     def write(temporary: Path) -> None:
-        array = np.lib.format.open_memmap(temporary, "w+", features.dtype, features.shape)
-        for start, stop in _shard_runs(features):
-            array[start:stop] = features[start:stop]
+        array = np.lib.format.open_memmap(temporary, "w+", features.dtype, (len(ids), *features.spec.shape))
+        for start, stop, rows in _chunks(features, selection):
+            array[start:stop] = rows
         array.flush()
 
     _write_then_rename(target, write)
-    content = [value.decode() for value in features.content().tolist()]
-    lines = [
-        f"{row},{_csv(sample)},{value}\n"
-        for row, (sample, value) in enumerate(zip(features.ids(), content, strict=True))
-    ]
+    lines = [f"{row},{_csv(sample)},{value}\n" for row, (sample, value) in enumerate(zip(ids, content, strict=True))]
     publish_bytes(rows_file, "".join(["row,id,content\n", *lines]).encode())
     return [target, rows_file]
 
 
-def export_parquet(features: FeatureSet, target: Path) -> list[Path]:
+def export_parquet(features: FeatureSet, target: Path, selection: Selection | None = None) -> list[Path]:
     """One Parquet file: id, content, and `features` as a fixed-size list, a row group per shard.
 
-    The shape of a row and the spec are in the file's metadata under `headrace`. Raises CacheError when it is there.
+    The shape of a row and the spec are in the file's metadata under `headrace`. selection: these rows, in their order;
+    default: all. Raises CacheError when the file is there.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -56,12 +86,12 @@ def export_parquet(features: FeatureSet, target: Path) -> list[Path]:
         [("id", pa.string()), ("content", pa.string()), ("features", pa.list_(value_type, values))],
         metadata={"headrace": features.spec.to_json()},
     )
-    ids, content = features.ids(), features.content().astype("U32").tolist()
+    ids, content = _ids_and_content(features, selection)
 
     def write(temporary: Path) -> None:
         with pq.ParquetWriter(temporary, schema) as writer:
-            for start, stop in _shard_runs(features):
-                flat = pa.array(features[start:stop].reshape(-1), value_type)
+            for start, stop, rows in _chunks(features, selection):
+                flat = pa.array(rows.reshape(-1), value_type)
                 lists = pa.FixedSizeListArray.from_arrays(flat, values)
                 table = pa.Table.from_arrays(
                     [pa.array(ids[start:stop]), pa.array(content[start:stop]), lists], schema=schema
@@ -72,10 +102,11 @@ def export_parquet(features: FeatureSet, target: Path) -> list[Path]:
     return [target]
 
 
-def export_zarr(features: FeatureSet, target: Path) -> list[Path]:
+def export_zarr(features: FeatureSet, target: Path, selection: Selection | None = None) -> list[Path]:
     """A Zarr group with the arrays features (N, *shape), id and content, and the spec as attribute `headrace`.
 
-    Raises CacheError when it is there; ExtraMissing without the library zarr.
+    selection: these rows, in their order; default: all. Raises CacheError when it is there; ExtraMissing without the
+    library zarr.
     """
     try:
         import zarr
@@ -84,20 +115,25 @@ def export_zarr(features: FeatureSet, target: Path) -> list[Path]:
             "exporting to Zarr needs the library zarr, which is not installed: pip install 'headrace[export]'"
         ) from error
     _refuse_existing(target)
+    ids, content = _ids_and_content(features, selection)
     chunk_rows = max([stop - start for start, stop in _shard_runs(features)], default=1)
 
     def write(temporary: Path) -> None:
         group = zarr.create_group(temporary)
         group.attrs["headrace"] = json.loads(features.spec.to_json())
         array = group.create_array(
-            "features", shape=features.shape, chunks=(chunk_rows, *features.spec.shape), dtype=features.dtype
+            "features",
+            shape=(len(ids), *features.spec.shape),
+            chunks=(chunk_rows, *features.spec.shape),
+            dtype=features.dtype,
         )
-        for start in range(0, features.n_rows, chunk_rows):
-            array[start : start + chunk_rows] = features[start : start + chunk_rows]
+        for start in range(0, len(ids), chunk_rows):
+            rows = slice(start, start + chunk_rows)
+            array[rows] = features[rows] if selection is None else features.read(selection.rows[rows], None)
         # As bytes: fixed-length text is outside the Zarr 3 specification.
         for name, texts in (
-            ("id", [text.encode() for text in features.ids()]),
-            ("content", features.content().tolist()),
+            ("id", [text.encode() for text in ids]),
+            ("content", [text.encode() for text in content]),
         ):
             width = max((len(text) for text in texts), default=1)
             padded = b"".join(text.ljust(width, b"\0") for text in texts)
@@ -111,11 +147,29 @@ def export_zarr(features: FeatureSet, target: Path) -> list[Path]:
     return [target]
 
 
-EXPORTS: dict[str, Callable[[FeatureSet, Path], list[Path]]] = {
+EXPORTS: dict[str, Callable[[FeatureSet, Path, Selection | None], list[Path]]] = {
     "npy": export_npy,
     "parquet": export_parquet,
     "zarr": export_zarr,
 }
+
+
+def _ids_and_content(features: FeatureSet, selection: Selection | None) -> tuple[list[str], list[str]]:
+    content = features.content()
+    if selection is None:
+        return features.ids(), content.astype("U32").tolist()
+    return selection.ids, content[selection.rows].astype("U32").tolist()
+
+
+def _chunks(features: FeatureSet, selection: Selection | None) -> Iterator[tuple[int, int, npt.NDArray[Any]]]:
+    """First and past-the-end row of the file, and the features there: shard by shard, or some rows of a selection."""
+    if selection is None:
+        for start, stop in _shard_runs(features):
+            yield start, stop, features[start:stop]
+        return
+    for start in range(0, len(selection.rows), _CHUNK_ROWS):
+        stop = min(len(selection.rows), start + _CHUNK_ROWS)
+        yield start, stop, features.read(selection.rows[start:stop], None)
 
 
 def _shard_runs(features: FeatureSet) -> list[tuple[int, int]]:

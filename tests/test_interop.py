@@ -72,7 +72,7 @@ def test_every_form_of_foreign_features_is_read_by_its_ids(folder, tmp_path, kin
             with h5py.File(source, "w") as file:
                 file["deep/features"] = values
                 file["names"] = np.array(ids, dtype=h5py.string_dtype())
-    read = read_foreign(source, ids=table)
+    read = read_foreign(source, ids=table, columns=["a,b"] if kind == "csv" else ())
     assert read.ids == ids
     np.testing.assert_allclose(read.features, values, rtol=1e-6)
     known = {name: f"{place:032x}" for place, name in enumerate(ids[:-1])}
