@@ -19,6 +19,7 @@ import PIL
 from PIL import Image, ImageFile
 
 from headrace.extract.errors import ImageError
+from headrace.extract.heif import is_heif, register_heif
 
 # Part of every fingerprint: another Pillow can round a resize or a JPEG differently.
 DECODER = f"pillow {PIL.__version__}"
@@ -78,6 +79,8 @@ def decode_image(data: bytes, pixel_range: PixelRange | None = None) -> Image.Im
         return _decode_array(data, pixel_range)
     # Some libraries switch this on for the whole process, and truncated files then decode to grey bars in silence.
     ImageFile.LOAD_TRUNCATED_IMAGES = False
+    if is_heif(data[:12]):
+        register_heif()
     try:
         with Image.open(io.BytesIO(data)) as image:
             _check_size(*image.size)

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from headrace.extract import SourceError, content_hashes, detect_source, list_folder, read_source
+from headrace.extract.images import decode_image
 from headrace.extract.locate import file_of, path_text, printable, read_bytes
 from headrace.extract.sources.archive import read_archives
 from headrace.extract.sources.folder import read_folder
@@ -96,7 +97,12 @@ def test_what_is_left_out_says_what_it_is_and_how_to_use_it(tmp_path):
     for name in ("cat/1.png", "dog/1.png", "dog/2.nef", "dog/3.heif", "dog/4.mp4", "dog/5.dcm", "all.zip", "all.npy"):
         write(tmp_path / name, png(1) if name.endswith("png") else b"0123456789")
     said = "\n".join(map(str, read_folder(tmp_path).left_out))
-    for words in ("1 .nef files (camera raw: develop", ".mp4 files (video", ".dcm files (DICOM", "name the archive itself"):
+    for words in (
+        "1 .nef files (camera raw: develop",
+        ".mp4 files (video",
+        ".dcm files (DICOM",
+        "name the archive itself",
+    ):
         assert words in said
     assert "all.npy" in said
 
@@ -130,7 +136,9 @@ def test_words_for_the_sides_of_a_split(tmp_path):
     assert set(read_folder(tmp_path / "vehicles").samples["label"]) == {"train", "tram"}
     for name in ("train/1.png", "test/2.png"):
         write(tmp_path / "flat" / name, png(1))
-    with pytest.raises(SourceError, match=r"without a class's folder in train. Are these the classes.*images.layout: classes"):
+    with pytest.raises(
+        SourceError, match=r"without a class's folder in train. Are these the classes.*images.layout: classes"
+    ):
         read_folder(tmp_path / "flat")
     assert set(read_folder(tmp_path / "flat", layout="classes").samples["label"]) == {"train", "test"}
 
@@ -145,7 +153,9 @@ def test_entries_that_would_block_or_cannot_be_read(tmp_path):
     server.close()
     (tmp_path / "b/gone.png").symlink_to(tmp_path / "nowhere.png")
     listing = read_folder(tmp_path)
-    assert [(item.count, item.reason) for item in listing.left_out] == [(2, "entries that are no files (pipes, devices)")]
+    assert [(item.count, item.reason) for item in listing.left_out] == [
+        (2, "entries that are no files (pipes, devices)")
+    ]
     assert listing.samples["id"].tolist() == ["a/1.png", "a::tar:b/2.png", "b/1.png", "b/gone.png", "b/x::npy:3.png"]
     found = content_hashes(listing.samples, tmp_path / "index.parquet")
     assert [item.id for item in found.unreadable] == ["b/gone.png"]
@@ -174,11 +184,31 @@ def test_any_name_of_a_file_comes_back(name):
 
 def test_folders_that_differ_in_blanks_or_the_form_of_accents(tmp_path):
     """One class, as people read it, and told."""
-    for name in ("a /1.png", "a/2.png", unicodedata.normalize("NFD", "café/1.png"), unicodedata.normalize("NFC", "café/2.png")):
+    for name in (
+        "a /1.png",
+        "a/2.png",
+        unicodedata.normalize("NFD", "café/1.png"),
+        unicodedata.normalize("NFC", "café/2.png"),
+    ):
         write(tmp_path / name, png(1))
     listing = read_folder(tmp_path)
     assert set(listing.samples["label"]) == {"a", unicodedata.normalize("NFC", "café")}
     assert len([note for note in listing.notes if "are one class" in note]) == 2
+
+
+def test_heif_images_of_a_phone(tmp_path):
+    """With the plug-in they are images as others, also under the name of a JPEG."""
+    heif = pytest.importorskip("pillow_heif")
+    buffer = io.BytesIO()
+    heif.from_pillow(Image.new("RGB", (64, 48), (200, 30, 30))).save(buffer)
+    for name in ("a/1.HEIC", "b/2.jpg", "b/without"):
+        write(tmp_path / name, buffer.getvalue())
+    samples = list_folder(tmp_path)
+    assert samples["label"].tolist() == ["a", "b", "b"]
+    for path in samples["path"]:
+        image = decode_image(read_bytes(path))
+        assert image.size == (64, 48)
+        assert abs(int(np.asarray(image)[..., 0].mean()) - 200) < 12
 
 
 # ---- archives
@@ -190,7 +220,9 @@ CLASS_FOLDERS = [(f"{label}/{n}.png", png(n + 10 * len(label))) for label in ("c
 @pytest.mark.parametrize("wrapper", ["", "photos/", "./"])
 def test_archives_of_class_folders(tmp_path, name, wrapper):
     """The labels are the folders, also in a folder around them, and a member's bytes are those of the file it was."""
-    members = [(wrapper + member, data) for member, data in [*CLASS_FOLDERS, ("notes.txt", b"hello"), ("cat/._0.png", b"mac")]]
+    members = [
+        (wrapper + member, data) for member, data in [*CLASS_FOLDERS, ("notes.txt", b"hello"), ("cat/._0.png", b"mac")]
+    ]
     if name.endswith("zip"):
         pack_zip(tmp_path / name, members)
     else:
@@ -225,12 +257,21 @@ def test_of_members_of_one_name_the_last_counts(tmp_path):
     """As `tar -x` has it, for images and labels alike, whatever way the name is written."""
     pack_tar(
         tmp_path / "s.tar",
-        [("a.png", png(1)), ("a.cls", b"old"), ("b.png", png(2)), ("b.cls", b"kept"), ("./a.png", png(9)), ("a.cls", b"new")],
+        [
+            ("a.png", png(1)),
+            ("a.cls", b"old"),
+            ("b.png", png(2)),
+            ("b.cls", b"kept"),
+            ("./a.png", png(9)),
+            ("a.cls", b"new"),
+        ],
     )
     listing = read_archives(tmp_path / "s.tar")
     assert labels(listing) == {"s.tar/b.png": "kept", "s.tar/a.png": "new"}
     assert read_bytes(listing.samples["path"].iloc[1]) == png(9)
-    assert [(item.count, item.reason) for item in listing.left_out] == [(2, "members that a later one of the same name replaces")]
+    assert [(item.count, item.reason) for item in listing.left_out] == [
+        (2, "members that a later one of the same name replaces")
+    ]
     assert listing.found == counted(listing) == 6
 
 
@@ -272,11 +313,17 @@ def test_archives_that_lie(tmp_path):
     with pytest.raises(OSError, match="checksum"):
         read_bytes(lying)
     whole = pack_tar(tmp_path / "t.tar", [("a/1.png", png(1)), ("b/2.png", png(2))])
-    offset, size, name = read_archives(whole).samples["path"].iloc[0].partition("::tar:")[2].split(":", 2)
+    offset, _, name = read_archives(whole).samples["path"].iloc[0].partition("::tar:")[2].split(":", 2)
     with pytest.raises(OSError, match="the archive ends"):
         read_bytes(f"{whole}::tar:{offset}:{10**18}:{name}")
-    for broken in ("x::tar:1", f"{whole}::tar:a:b:c", f"{packed}::zip:1:2:3:4:5:n", f"{packed}::parquet:c:0", f"{packed}::arrow:c:0"):
-        with pytest.raises(OSError):  # noqa: PT011 - never another error
+    for broken in (
+        "x::tar:1",
+        f"{whole}::tar:a:b:c",
+        f"{packed}::zip:1:2:3:4:5:n",
+        f"{packed}::parquet:c:0",
+        f"{packed}::arrow:c:0",
+    ):
+        with pytest.raises(OSError):
             read_bytes(broken)
 
 
@@ -315,9 +362,9 @@ def test_text_stays_as_written(tmp_path):
 @pytest.mark.parametrize(
     ("data", "note"),
     [
-        ("path;label\na.png;x, y\nb.png;z\n".encode(), "semicolons"),
-        ("path\tlabel\na.png\tx, y\nb.png\tz\n".encode(), "tabs"),
-        ('path|label\na.png|x, y\nb.png|z\n'.encode(), "vertical bars"),
+        (b"path;label\na.png;x, y\nb.png;z\n", "semicolons"),
+        (b"path\tlabel\na.png\tx, y\nb.png\tz\n", "tabs"),
+        (b"path|label\na.png|x, y\nb.png|z\n", "vertical bars"),
         ("\ufeffpath;label\r\na.png;x, y\r\nb.png;z\r\n".encode(), "semicolons"),
         ("path\tlabel\na.png\tx, y\nb.png\tz\n".encode("utf-16"), "tabs"),
         (b'path, label\n"a.png", "x, y"\n"b.png", "z"\n', None),
@@ -387,7 +434,10 @@ def test_ids_without_an_ending(tmp_path):
 
 def test_json_tables(tmp_path):
     """One object a line, a list of objects, paths and labels; numbers keep their digits."""
-    rows = [{"path": "a.png", "label": "01", "code": 123456789012345678}, {"path": "b.png", "label": None, "code": None}]
+    rows = [
+        {"path": "a.png", "label": "01", "code": 123456789012345678},
+        {"path": "b.png", "label": None, "code": None},
+    ]
     lines = read_text(tmp_path, "".join(json.dumps(row) + "\n" for row in rows), "t.jsonl").samples
     listed = read_text(tmp_path, json.dumps(rows), "t.json").samples
     for samples in (lines, listed):
@@ -406,7 +456,11 @@ def test_coco(tmp_path):
     coco = {
         "images": [{"id": 5, "file_name": "a.png"}, {"id": 9, "file_name": "b.png"}, {"id": 11, "file_name": "c.png"}],
         "categories": [{"id": 1, "name": "cat"}, {"id": 44, "name": "dog"}],
-        "annotations": [{"image_id": 5, "category_id": 44}, {"image_id": 5, "category_id": 44}, {"image_id": 9, "category_id": 1}],
+        "annotations": [
+            {"image_id": 5, "category_id": 44},
+            {"image_id": 5, "category_id": 44},
+            {"image_id": 9, "category_id": 1},
+        ],
     }
     samples = read_text(tmp_path, json.dumps(coco), "c.json").samples
     assert samples["label"].fillna("").tolist() == ["dog", "cat", ""]
@@ -424,7 +478,10 @@ def hugging_face_table(rows: int, first: int = 0) -> pa.Table:
     features = {"image": {"_type": "Image"}, "label": {"names": ["cat", "dog", "01"], "_type": "ClassLabel"}}
     images = [{"bytes": png(n), "path": f"{n}.png"} for n in range(first, first + rows)]
     table = pa.table(
-        {"image": pa.array(images, pa.struct([("bytes", pa.binary()), ("path", pa.string())])), "label": [n % 3 for n in range(rows)]}
+        {
+            "image": pa.array(images, pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
+            "label": [n % 3 for n in range(rows)],
+        }
     )
     return table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
 

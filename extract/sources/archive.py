@@ -22,6 +22,7 @@ import pandas as pd
 
 from headrace.cache.text import normalize_text
 from headrace.extract.errors import SourceError, check_unique
+from headrace.extract.heif import reads_heif
 from headrace.extract.locate import open_compressed, path_text, printable
 from headrace.extract.sources.folder import EXCLUDED, HIDDEN
 from headrace.extract.sources.formats import (
@@ -31,7 +32,6 @@ from headrace.extract.sources.formats import (
     describe_suffix,
     has_image_signature,
     is_archive,
-    reads_heif,
 )
 from headrace.extract.sources.layout import Folders, Layout, read_layout, split_word
 from headrace.extract.sources.listing import Listing, Tally, is_excluded

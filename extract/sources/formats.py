@@ -1,8 +1,8 @@
 """Which files are images, by suffix or by their first bytes, and what other files are called."""
 
-import functools
-import importlib.util
 from pathlib import Path
+
+from headrace.extract.heif import is_heif, reads_heif
 
 # What Pillow decodes and people keep data sets in.
 IMAGE_SUFFIXES = frozenset(
@@ -12,7 +12,6 @@ IMAGE_SUFFIXES = frozenset(
     }
 )
 HEIF_SUFFIXES = frozenset({".heic", ".heif", ".hif"})
-HEIF_PLUGIN = "pillow_heif"
 
 TABLE_SUFFIXES = frozenset({".csv", ".tsv", ".tab", ".txt", ".parquet", ".pq", ".jsonl", ".ndjson", ".json"})
 ARRAY_KINDS = {".npy": "npy", ".npz": "npz", ".h5": "h5", ".hdf5": "h5", ".hdf": "h5"}
@@ -86,14 +85,8 @@ def has_image_signature(head: bytes) -> bool:
     if head[:2] == b"BM":  # two letters are too few: the size of the next header must be one that there is
         return head[14:18] in {size.to_bytes(4, "little") for size in (12, 40, 52, 56, 64, 108, 124)}
     if head[4:8] == b"ftyp":
-        return head[8:12] in (b"avif", b"avis") or (head[8:12] in (b"heic", b"heix", b"mif1") and reads_heif())
+        return head[8:12] in (b"avif", b"avis") or (is_heif(head) and reads_heif())
     return False
-
-
-@functools.cache
-def reads_heif() -> bool:
-    """Whether the plug-in for HEIF images is installed; asking does not import it."""
-    return importlib.util.find_spec(HEIF_PLUGIN) is not None
 
 
 def describe_suffix(name: str) -> str:

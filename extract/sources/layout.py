@@ -95,9 +95,9 @@ def _split_depth(images: Sequence[Folders], layout: Layout, source: str) -> int:
                 f"holds {', '.join(sides)}, which are words for the sides of a split, and {', '.join(others[:5])}",
             )
         )
+    if len(outer) == 1 and len(inner) < 2:
+        return 0  # one folder that happens to have this name; a class too few is told elsewhere
     if not inner:
-        if len(outer) == 1:
-            return 0  # one folder that happens to have this name; a class too few is told elsewhere
         raise SourceError(
             _ambiguous(
                 source,

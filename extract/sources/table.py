@@ -5,6 +5,7 @@ import gzip
 import io
 import itertools
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -160,12 +161,25 @@ def _read_json(text: str, file: Path) -> Table:
 
 
 def _read_parquet(file: Path) -> Table:
-    schema = pq.read_schema(file)
+    opened = pq.ParquetFile(file)
+    schema = opened.schema_arrow
     images = _image_columns(schema)
     columns = [field.name for field in schema if field.name not in images]
     # Of a struct of bytes and path, the path alone: the images stay on disk.
     columns += [f"{name}.path" for name in images if _has_path(schema.field(name).type)]
-    return _from_arrow(pq.ParquetFile(file).read(columns=columns).replace_schema_metadata(schema.metadata), images)
+    table = opened.read(columns=columns).replace_schema_metadata(schema.metadata)
+    return _from_arrow(table, images, [name for name in images if _is_empty(opened.metadata, f"{name}.bytes")])
+
+
+def _is_empty(metadata: Any, column: str) -> bool:
+    """Whether a Parquet column holds nothing but missing values, by the file's own statistics."""
+    counts = [
+        chunk.statistics.null_count if chunk.is_stats_set else -1
+        for group in map(metadata.row_group, range(metadata.num_row_groups))
+        for chunk in map(group.column, range(group.num_columns))
+        if chunk.path_in_schema == column
+    ]
+    return bool(counts) and sum(counts) == metadata.num_rows and min(counts) >= 0
 
 
 def _has_path(kind: pa.DataType) -> bool:
@@ -188,15 +202,25 @@ def _holds_bytes(kind: pa.DataType) -> bool:
     return place >= 0 and _is_binary(kind.field(place).type)
 
 
-def _from_arrow(table: pa.Table, images: tuple[str, ...] = ()) -> Table:
-    """The columns that are no images; what `datasets` stores as the path of one is the column `NAME.path`."""
-    images = images or _image_columns(table.schema)
+def _from_arrow(table: pa.Table, images: tuple[str, ...] = (), empty: Sequence[str] = ()) -> Table:
+    """The columns that are no images; what `datasets` stores as the path of one is the column `NAME.path`.
+
+    empty: columns of images without bytes. They name files, and the column `NAME` has their paths.
+    """
+    if not images:
+        images = _image_columns(table.schema)
+        empty = [
+            name
+            for name in images
+            if pa.types.is_struct(table[name].type) and pc.struct_field(table[name], "bytes").null_count == len(table)
+        ]
     class_names = _class_names(table.schema)
     for name in set(images) & set(table.column_names):
         cells = table[name]
         table = table.drop_columns([name])
         if _has_path(cells.type):
-            table = table.append_column(f"{name}.path", pc.struct_field(cells, "path"))
+            table = table.append_column(name if name in empty else f"{name}.path", pc.struct_field(cells, "path"))
+    images = tuple(name for name in images if name not in empty)
     # Python's integers where there are gaps: as floats, large ones would become others.
     frame = table.to_pandas(integer_object_nulls=True)
     if not isinstance(frame.index, pd.RangeIndex):
