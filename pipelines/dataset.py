@@ -257,17 +257,21 @@ def _numbers(column: pd.Series, ids: pd.Series, section: TaskSection) -> pd.Seri
 
 
 def _alike(names: Iterable[str], what: str) -> list[str]:
-    """A note on names that a person would take for one: they differ in case, blanks, or the marks of letters alone."""
+    """A note on names that a person would take for one: they differ in case, blanks, hyphens or accents alone."""
     folded: dict[str, list[str]] = defaultdict(list)
     for name in names:
-        plain = "".join(
-            letter for letter in unicodedata.normalize("NFKD", str(name)) if not unicodedata.combining(letter)
-        )
-        folded["".join(letter for letter in plain.casefold() if letter.isalnum()) or str(name)].append(str(name))
+        folded[_folded(name)].append(name)
     pairs = [" and ".join(map(repr, sorted(alike))) for alike in folded.values() if len(alike) > 1]
     if not pairs:
         return []
-    return [f"{what} that differ in case, blanks, punctuation or accents alone, and count as different: {_some(pairs)}"]
+    return [f"{what} that differ in case, blanks, hyphens or accents alone, and count as different: {_some(pairs)}"]
+
+
+def _folded(name: str) -> str:
+    if any(letter.isdigit() for letter in name) and not any(letter.isalpha() for letter in name):
+        return name  # -1 is not 1
+    letters = (letter for letter in unicodedata.normalize("NFKD", name) if not unicodedata.combining(letter))
+    return "".join(letter for letter in letters if not letter.isspace() and letter not in "-_").casefold()
 
 
 def _group_names(frame: pd.DataFrame, column: str) -> pd.Series:

@@ -243,3 +243,99 @@ def test_splits_and_targets_that_cannot_work_are_refused_before_anything_is_extr
     with pytest.raises(DataError) as refusal:
         dataset(table().assign(**columns), **section)
     assert said in str(refusal.value)
+
+
+def test_labels_are_text_as_written():
+    """Codes with zeros and words that mean nothing elsewhere are classes; blanks and the form of accents are not."""
+    words = ["1.10", "1.1", "01", "1", "None", "NA", " é ", "e\u0301"]
+    made = dataset(table(80, label=[words[i % 8] for i in range(80)]), folds=2)
+    assert sorted(made.train.classes) == sorted({"1.10", "1.1", "01", "1", "None", "NA", "é"})
+    assert dataset(table(80, label=["x", "  "] * 20 + ["y", None] * 20), folds=2).unlabelled == 40
+
+
+def test_classes_and_groups_that_a_person_would_take_for_one_are_told():
+    """They stay different, for nobody knows better; a note names them."""
+    notes = " ".join(dataset(table(80, label=["Cat", "cat", "Käfer", "kafer"] * 20)).notes)
+    assert "'Cat' and 'cat'" in notes
+    assert "'Käfer' and 'kafer'" in notes
+    notes = " ".join(
+        dataset(table(80, site=[["P1", "p 1", "q", "r"][i // 2 % 4] for i in range(80)]), group="site", folds=2).notes
+    )
+    assert "'P1' and 'p 1'" in notes
+    assert not any("differ in case" in note for note in dataset(table(80, label=["1.1", "1.10", "-1", "1"] * 20)).notes)
+
+
+def test_copies_on_two_sides_of_the_users_split():
+    """The run is refused with the rows named, or the column is followed to the letter: none is moved in silence."""
+    frame = table(split=["train"] * 60 + ["test"] * 20)
+    content = [content_of(name) for name in frame["id"]]
+    content[70] = content[10]
+    with pytest.raises(DataError, match=r"2 images, first '0010.png' and '0070.png'.*task.copies: keep"):
+        dataset(frame, content, split="split")
+    made = dataset(frame, content, split="split", copies="keep", folds=3)
+    assert set(made.test.ids) == set(frame["id"][60:])
+    assert set(made.train.ids) == set(frame["id"][:60])
+    assert any("what is tested was trained on" in note for note in made.notes)
+    assert made.train.n_folds == 3
+    frame["split"] = frame["id"].isin(["0010.png", "0070.png"]).map({True: "test", False: "train"})
+    assert set(dataset(frame, content, split="split").test.ids) == {
+        "0010.png",
+        "0070.png",
+    }  # on one side: nothing to say
+    folds = table(fold=[i % 4 for i in range(80)])
+    with pytest.raises(DataError, match="exact copies of an image on different sides"):
+        dataset(folds, [content_of(str(i // 2)) for i in range(80)], fold="fold", test_fraction=0)
+
+
+def test_an_image_that_many_groups_share():
+    """It joins them, and that is told with its name; where most images would be one group, the run is refused."""
+    frame = table(160, patient=[f"p{i // 4:02}" for i in range(160)])
+    content = [content_of("blank" if i % 4 == 0 and i < 40 else name) for i, name in enumerate(frame["id"])]
+    (note,) = [note for note in dataset(frame, content, group="patient").notes if "joined" in note]
+    assert "'0000.png' and its copies are in 10 of the 40 groups of 'patient'" in note
+    assert "40 of 160 images" in note
+    content = [content_of("blank" if i % 4 == 0 and i < 120 else name) for i, name in enumerate(frame["id"])]
+    with pytest.raises(DataError, match=r"No fair split is left.*images.exclude: \[0000.png, 0004.png, 0008.png, …\]"):
+        dataset(frame, content, group="patient")
+
+
+def test_several_labels_in_a_cell():
+    """By a named separator, or as lists; an empty list is an image without any, an empty cell an image without an answer."""
+    frame = table(80, tags=["a; b", "b", "c ;a", None] * 20)
+    made = dataset(frame, kind="multi", target="tags", separator=";", folds=2)
+    assert made.train.classes == ("a", "b", "c")
+    assert made.unlabelled == 20
+    row = (
+        made.train.target[made.train.ids == "0000.png"]
+        if "0000.png" in made.train.ids
+        else made.test.target[made.test.ids == "0000.png"]
+    )
+    assert row.tolist() == [[1, 1, 0]]
+    lists = table(80, tags=[["a", "b"], ["b"], [], ["a"]] * 20)
+    made = dataset(lists, kind="multi", target="tags", folds=2)
+    assert made.unlabelled == 0
+    assert (made.train.target.sum(1) == 0).any()
+    with pytest.raises(DataError, match=r"holds lists.*task.kind: multi"):
+        dataset(lists, target="tags")
+    with pytest.raises(DataError, match=r"needs numbers in tags; found 'a; b' for '0000.png'.*task.separator: ';'"):
+        dataset(frame, kind="multi", target="tags")
+
+
+def test_numbers_are_numbers_only_where_the_task_says_so():
+    """A table's text is read as numbers for regression and 0/1 columns; what is none is named with its row."""
+    frame = table(80, age=[f" {i}.5 " for i in range(79)] + [None])
+    made = dataset(frame, kind="regression", target="age")
+    assert made.unlabelled == 1
+    assert made.train.target.max() < 80
+    with pytest.raises(DataError, match=r"found '1,5' for '0000.png' \(80 such rows\). Write decimals with a point"):
+        dataset(table(80, age=["1,5"] * 80), kind="regression", target="age")
+    multi = dataset(table(80, a=["0", "1"] * 40, b=["True", "False"] * 40), kind="multi", target=["a", "b"])
+    assert multi.train.target.shape[1] == 2
+
+
+def test_folds_of_a_text_table():
+    """Numbers of folds are numbers, also where the table has only text; folds counted from one are names."""
+    for column in ([str(i % 4) for i in range(80)], [str(1 + i % 4) for i in range(80)], [i % 4 for i in range(80)]):
+        assert dataset(table(fold=column), fold="fold", test_fraction=0).train.n_folds == 4
+    with pytest.raises(DataError, match=r"empty in 1 rows, first '0079.png'"):
+        dataset(table(split=["train"] * 40 + ["test"] * 39 + [" "]), split="split")

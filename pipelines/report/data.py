@@ -41,9 +41,26 @@ def data(run: FinishedRun) -> Section:
                 )
             ),
         )
+    blocks += _left_out(run)
     blocks += _failed(run)
     blocks += _balance(run, None if isinstance(rows, str) else rows.dataset.test)
     return Section("data", "Data", "Which images the numbers are about, and what was wrong with some.", tuple(blocks))
+
+
+def _left_out(run: FinishedRun) -> list[Block]:
+    """Where every entry of the source went, and why some are not used."""
+    accounting = run.accounting
+    if accounting is None:
+        return []
+    blocks: list[Block] = [Note(f"{accounting.sentence()}.")]
+    if accounting.left_out:
+        frame = pd.DataFrame(
+            [(item.count, item.reason, ", ".join(item.examples)) for item in accounting.left_out],
+            columns=["count", "reason", "examples"],
+        )
+        columns = (Column("count", "entries", "integer"), Column("reason", "what they are"), Column("examples", "such as"))
+        blocks.append(Table("left-out", "Left out", columns, frame))
+    return blocks
 
 
 def _failed(run: FinishedRun) -> list[Block]:

@@ -15,6 +15,7 @@ from headrace.cache import FeatureSet, HeadraceError, feature_set_path, open_fea
 from headrace.cache.spec import FeatureSpec
 from headrace.extract import read_listing
 from headrace.heads import BankResult, read_bank
+from headrace.pipelines.accounting import Accounting, accounting_from_json
 from headrace.pipelines.dataset import Dataset, drop_rows, list_samples, make_dataset
 from headrace.pipelines.finished import NotARun as NotARun
 from headrace.pipelines.finished import find_run, require_finished, results_file, stored_recipe
@@ -108,6 +109,14 @@ class FinishedRun:
         for name in self.feature_sets:
             found |= {failure.content for view in self.features(name) for failure in view.failures()}
         return frozenset(found)
+
+    @cached_property
+    def accounting(self) -> Accounting | None:
+        """Where every entry of the source went; None where the run did not say, or its file is damaged."""
+        try:
+            return accounting_from_json(json.loads(self.paths.accounting.read_text(encoding="utf-8")))
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
     @cached_property
     def openings(self) -> Sequence[Mapping[str, Any]]:
