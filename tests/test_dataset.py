@@ -5,7 +5,7 @@ import hashlib
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headrace.cache import HeadraceError
@@ -57,6 +57,7 @@ def test_rows_without_target_or_content_are_left_out():
     assert any("1 images have no label" in note for note in made.notes)
 
 
+@settings(deadline=None)  # the first call imports scikit-learn
 @given(st.lists(st.integers(0, 12), min_size=40, max_size=80), st.integers(0, 5))
 def test_copies_of_an_image_stay_on_one_side(copies, seed):
     """The same bytes under several names are one row to every split: none is trained on and tested on."""
@@ -169,6 +170,7 @@ def test_copies_with_different_labels_are_pointed_out():
     assert any("carries different targets" in note for note in dataset(frame, content).notes)
 
 
+@settings(deadline=None)  # the first call imports scikit-learn
 @given(st.data())
 def test_groups_that_share_a_copy_are_one_group(data):
     """Neither a group nor a copy stands on two sides, also where copies tie groups together."""
