@@ -15,12 +15,14 @@ from run_cases import make_photos
 
 from headrace.cache import open_feature_set
 from headrace.cache.home import HomeUnknown, expand_home, state_directory
+from headrace.extract import hash_bytes
 from headrace.pipelines import cli, load_model, load_recipe
 from headrace.pipelines.evidence.run_directory import read_run_files
 from headrace.pipelines.finished import NotARun
 from headrace.pipelines.recipe import RecipeError
 from headrace.pipelines.report.build import write_report
 from headrace.pipelines.report.read import read_run
+from headrace.pipelines.report.thumbnails import signatures
 from headrace.pipelines.status import run_status
 
 RECIPE = """\
@@ -217,6 +219,14 @@ def test_a_library_that_asks_for_a_home_does_not_end_the_run(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "MLflow told" in done.stdout
+
+
+def test_what_only_saves_the_report_time_need_not_be_kept(project, tmp_path):
+    """The run may be somebody else's, in a folder that cannot be written."""
+    paths = {hash_bytes(path.read_bytes()): str(path) for path in (project / "photos").rglob("*.png")}
+    grey, positions = signatures(paths, list(paths), tmp_path / "absent" / "signatures.npz")
+    assert grey.shape == (24, 256)
+    assert positions == list(range(24))
 
 
 def test_a_home_is_found_or_refused(monkeypatch, tmp_path):
