@@ -16,7 +16,7 @@ import numpy.typing as npt
 from headrace.cache.errors import CacheError, ExtraMissing
 from headrace.cache.feature_set import FeatureSet
 from headrace.cache.files import PARTIAL_SUFFIX, publish_bytes
-from headrace.cache.rows import contents_by_id
+from headrace.cache.ids import contents_by_id
 
 _CHUNK_ROWS = 4096  # of a selection, read and written together
 

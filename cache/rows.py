@@ -1,12 +1,9 @@
-"""Finding rows by content hash, and content hashes by sample id."""
+"""Finding rows by content hash."""
 
 from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
-
-from headrace.cache.text import as_text
 
 # Odd constants with well-mixed bits (of splitmix64 and xxhash), one per 8 of the 32 characters.
 _MIX = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0x27D4EB2F165667C5], np.uint64)
@@ -25,20 +22,6 @@ def as_hashes(content: Sequence[str] | npt.NDArray[np.bytes_]) -> npt.NDArray[np
             "the first half of a SHA-256"
         )
     return np.ascontiguousarray(hashes)
-
-
-def contents_by_id(ids: Sequence[str], content: npt.NDArray[np.bytes_]) -> dict[str, tuple[str, ...]]:
-    """{id: the different content hashes that stand under it, in the order of the rows} of N ids and hashes (N,) S32.
-
-    An id need not be unique: a cache serves several folders, whose images may have the same names, and keeps the rows of
-    an image that has been edited. Ids are compared as text, in the form of `as_text`.
-    """
-    rows = pd.DataFrame({"id": as_text(pd.Series(list(ids), dtype=object)), "content": content.astype("U32")})
-    rows = rows.drop_duplicates()
-    several = rows["id"].duplicated(keep=False)
-    single = rows[~several]
-    found = {name: (value,) for name, value in zip(single["id"], single["content"], strict=True)}
-    return found | {str(name): tuple(values) for name, values in rows[several].groupby("id", sort=False)["content"]}
 
 
 class RowIndex:

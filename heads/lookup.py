@@ -11,7 +11,7 @@ from sklearn.base import BaseEstimator, TransformerMixin
 
 from headrace.cache.errors import IdsAmbiguous, RowsMissing
 from headrace.cache.feature_set import FeatureSet, open_feature_set
-from headrace.cache.rows import contents_by_id
+from headrace.cache.ids import contents_by_id
 from headrace.cache.text import as_text
 
 _WHICH = (
@@ -46,7 +46,7 @@ class FeatureLookup(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         Raises RowsMissing, naming the first ids that have no row; IdsAmbiguous, naming one that stands for several images.
         """
         rows = [
-            feature.read(positions).reshape(len(positions), -1)
+            feature.read(positions).reshape(len(positions), int(np.prod(feature.spec.shape)))
             for feature, positions in zip(self._sets(), self._positions(X), strict=True)
         ]
         return np.asarray(rows[0] if len(rows) == 1 else np.concatenate(rows, axis=1), np.float32)

@@ -312,6 +312,24 @@ def test_lists_that_are_none(table):
         read(str(np.save("a.npy", np.ones((3, 2))) or "a.npy"), "f0")
 
 
+def test_an_array_that_is_called_as_the_target_is_refused(tmp_path, table):
+    (tmp_path / "ids.txt").write_text("\n".join(table["id"]))
+    values = np.random.default_rng(0).normal(size=(N, 2))
+    np.savez(tmp_path / "a.npz", label=values)
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["train/label"] = values
+    for name in ("a.npz", "a.h5"):
+        with pytest.raises(ForeignFeatures, match=r"'label' is the recipe's task\.target: not a feature"):
+            read(name, ids=tmp_path / "ids.txt", forbidden={"label": "the recipe's task.target"})
+
+
+def test_ids_that_are_python_objects_are_not_unpickled(tmp_path):
+    np.save(tmp_path / "f.npy", np.ones((2, 2)))
+    np.save(tmp_path / "ids.npy", np.array(["a", "b"], dtype=object), allow_pickle=True)
+    with pytest.raises(ForeignFeatures, match=r"dtype=str"):
+        read_foreign(tmp_path / "f.npy", ids=tmp_path / "ids.npy")
+
+
 def test_a_header_with_a_name_twice_is_refused(table):
     """pandas would call the second one `label.1`, which no list of forbidden names holds."""
     text = io.StringIO()

@@ -13,9 +13,10 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.validation import check_is_fitted
 
 from headrace.cache import RowsMissing, open_feature_set
+from headrace.cache.errors import IdsAmbiguous
 from headrace.cache.export import EXPORTS
 from headrace.cache.foreign import ForeignFeatures, import_features, imported_sets, read_foreign
-from headrace.extract import BackboneSpec, list_folder
+from headrace.extract import BackboneSpec, content_hashes, list_folder, read_table
 from headrace.heads import FeatureLookup
 from headrace.pipelines import RecipeError, extract_features, load_recipe, survey
 from headrace.pipelines.deliver.model import ModelError, load_model
@@ -192,3 +193,121 @@ def test_a_pipeline_reads_features_by_id(folder, ours):
     check_is_fitted(lookup)
     with pytest.raises(RowsMissing, match="'nobody'"):
         pipeline.fit(ids, labels).predict(["nobody"])
+
+
+@pytest.fixture
+def two_folders(tmp_path):
+    """Two folders of images with the same names, and others, in one cache; and of one image the state before an edit."""
+    make_photos(tmp_path / "one", n=8)
+    make_photos(tmp_path / "two", n=6, seed=1)
+    with here():
+        for name in ("one", "two"):
+            features = extract_features(tmp_path / name, NETWORK, ["layer1.avg"], cache=tmp_path / "cache", workers=1)
+    return tmp_path, features["layer1.avg"]
+
+
+def test_an_id_that_stands_for_two_images_is_refused(two_folders):
+    """Which image is meant is said by content: as hashes, or in a DataFrame, which cross-validation can slice."""
+    folder, features = two_folders
+    samples = list_folder(folder / "one")
+    samples["content"] = list(content_hashes(samples, folder / "index.parquet").hashes)
+    own = features.load(samples["content"].tolist())
+    with pytest.raises(
+        IdsAmbiguous, match=r"'coarse/000.png' stands for 2 images .*6 of 8 ids.*columns id and content"
+    ):
+        FeatureLookup(features).fit(samples["id"])
+    np.testing.assert_array_equal(FeatureLookup(features).fit_transform(samples["content"]), own)
+    np.testing.assert_array_equal(FeatureLookup(features).fit_transform(samples[["id", "content"]]), own)
+    only_here = samples["id"].isin(["coarse/006.png", "fine/007.png"])
+    np.testing.assert_array_equal(FeatureLookup(features).fit_transform(samples["id"][only_here]), own[only_here])
+    pipeline = make_pipeline(FeatureLookup(features), StandardScaler(), LogisticRegression())
+    assert cross_val_score(pipeline, samples, samples["label"], cv=2).shape == (2,)
+
+
+def test_an_edited_image_is_refused_by_its_id(two_folders):
+    """Its rows before and after have one id; across feature sets too, where one of them knows the old image alone."""
+    folder, _ = two_folders
+    with here():
+        old = extract_features(folder / "one", NETWORK, ["layer1.avg"], cache=folder / "other", workers=1)["layer1.avg"]
+        edited = folder / "one" / "fine" / "007.png"
+        edited.write_bytes((folder / "two" / "fine" / "001.png").read_bytes())
+        new = extract_features(folder / "one", NETWORK, ["layer1.avg", "layer2.avg"], cache=folder / "other", workers=1)
+    with pytest.raises(IdsAmbiguous, match=r"'fine/007.png' stands for 2 images"):
+        FeatureLookup(new["layer1.avg"]).fit(["fine/007.png"])
+    with pytest.raises(IdsAmbiguous, match=r"'fine/007.png' stands for one image in layer2.avg and for another"):
+        FeatureLookup([old, new["layer2.avg"]]).fit(["fine/007.png"])
+    assert FeatureLookup([old, new["layer2.avg"]]).fit_transform(["fine/005.png"]).shape == (1, 64 + 128)
+
+
+def test_what_is_no_id_is_refused(ours):
+    features = ours["layer1.avg"]
+    with pytest.raises(RowsMissing, match="'a'"):
+        FeatureLookup(features).fit(pd.DataFrame({"id": ["a"], "content": [None]}))
+    with pytest.raises(RowsMissing, match="'a'"):
+        FeatureLookup(features).fit(pd.DataFrame({"id": ["a"], "content": ["0" * 32]}))
+    for wrong in (np.array([["a", "b"]]), pd.DataFrame({"id": ["a"], "path": ["b"]})):
+        with pytest.raises(ValueError, match=r"shape \(1, 2\).*columns id and content"):
+            FeatureLookup(features).fit(wrong)
+    assert FeatureLookup(features).fit_transform([]).shape == (0, 64)
+
+
+@pytest.mark.parametrize("kind", EXPORTS)
+def test_an_export_by_recipe_has_its_images_in_its_order_under_its_ids(two_folders, kind):
+    """Of a cache that serves two folders; an image that has no row is counted and named."""
+    folder, features = two_folders
+    if kind == "zarr":
+        pytest.importorskip("zarr")
+    order = ["fine/005.png", "coarse/000.png", "fine/001.png", "coarse/004.png", "new/1.png", "coarse/002.png"]
+    (folder / "two" / "new").mkdir()
+    make_photos(folder / "new", n=2, seed=9)
+    (folder / "new" / "fine" / "001.png").rename(folder / "two" / "new" / "1.png")
+    table = pd.DataFrame({"path": order, "name": list("fedcba"), "label": list("xyxyxy")})
+    table.to_csv(folder / "two" / "t.csv", index=False)
+    text = RECIPE.replace("folder: photos", "table: two/t.csv\n  id_column: name") + "cache: cache\n"
+    (folder / "recipe.yaml").write_text(text)
+    done = headrace("cache", "export", "layer1.avg", f"out.{kind}", "--recipe", "recipe.yaml", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "1 images of the recipe have no row and are left out: b." in done.stdout
+    ids, values = read_export(folder / f"out.{kind}")
+    assert ids == list("fedca")
+    hashes = content_hashes(read_table(folder / "two" / "t.csv", id_column="name"), folder / "index.parquet").hashes
+    np.testing.assert_array_equal(values, features.load([name for name in hashes if features.locate([name])[0] >= 0]))
+
+
+def read_export(path):
+    """Ids and features of an exported file, as another program reads them."""
+    match path.suffix:
+        case ".npy":
+            return pd.read_csv(path.with_suffix(".rows.csv"), dtype=str)["id"].tolist(), np.load(path)
+        case ".parquet":
+            frame = pd.read_parquet(path)
+            return frame["id"].tolist(), np.stack(frame["features"])
+        case ".zarr":
+            import zarr
+
+            group = zarr.open_group(path, mode="r")
+            return [bytes(row).rstrip(b"\0").decode() for row in group["id"][:]], group["features"][:]
+
+
+def test_an_export_says_which_ids_stand_for_several_images(two_folders):
+    """All rows are written, and `content` tells them apart; what is exported so comes back whole."""
+    folder, features = two_folders
+    done = headrace("cache", "export", "layer1.avg", "all.parquet", "--cache", "cache", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "6 ids stand for several images" in done.stdout
+    assert "`content` tells them apart" in done.stdout
+    assert len(pd.read_parquet(folder / "all.parquet")) == features.n_rows == 14
+    back = import_features(folder / "back", "x", read_foreign(folder / "all.parquet"), dtype="float16").features
+    np.testing.assert_array_equal(back.load(features.content()), features.load(features.content()))
+    (folder / "recipe.yaml").write_text(RECIPE.replace("folder: photos", "folder: empty") + "cache: cache\n")
+    make_photos(folder / "empty", n=2, seed=7)
+    done = headrace("cache", "export", "layer1.avg", "none.npy", "--recipe", "recipe.yaml", cwd=folder)
+    assert done.returncode == 2
+    assert "has no row of any of the 2 images" in done.stderr
+    assert not (folder / "none.npy").exists()
+
+
+def test_an_export_without_double_ids_says_nothing_of_them(folder, ours):
+    done = headrace("cache", "export", "layer1.avg", "plain.npy", "--cache", "ours", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "stand for several" not in done.stdout
