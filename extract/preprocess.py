@@ -60,16 +60,17 @@ class Preprocessing:
 def render(image: Image.Image, how: Preprocessing) -> npt.NDArray[np.uint8]:
     """The evaluation crop of an upright "RGB" or "L" image: uint8, shape (*how.crop, 3).
 
-    Raises ImageError for one so long and narrow that it would be enlarged beyond MAX_PIXELS.
+    Raises ImageError for one so long and narrow that resizing it would take more than MAX_PIXELS.
     """
     width, height = image.size
     scaled_height, scaled_width = _scaled(height, width, how)
-    # The shorter edge of a line of pixels is enlarged a hundredfold, and the longer one with it: gigabytes from some kB. No
-    # image may take more memory resized than it may decoded. At 256 pixels that is a panorama of 1365 : 1, at 1024 of 85 : 1.
-    if scaled_height * scaled_width > MAX_PIXELS:
+    # The shorter edge of a line of pixels is enlarged a hundredfold, and in mode "shortest" the longer one with it: gigabytes
+    # from some kB. No image may take more memory resized than it may decoded. At 256 pixels that is a panorama of 1365 : 1, at
+    # 1024 of 85 : 1. Pillow changes the width first, so that a tall line is wide for a moment in every mode.
+    if scaled_width * max(scaled_height, height) > MAX_PIXELS:
         raise ImageError(
-            f"{width} x {height} pixels would be resized to {scaled_width} x {scaled_height}, so that the shorter edge has "
-            f"the network's size: more than the limit of {MAX_PIXELS} pixels. Cut the image into pieces, or leave it out"
+            f"{width} x {height} pixels would be resized to {scaled_width} x {scaled_height} by way of {scaled_width} x {height}: "
+            f"more than the limit of {MAX_PIXELS} pixels. Cut the image into pieces, or leave it out"
         )
     if (scaled_height, scaled_width) != (height, width):
         image = image.resize((scaled_width, scaled_height), _RESAMPLING[how.interpolation])

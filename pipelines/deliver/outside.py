@@ -5,11 +5,12 @@ The file holds headrace's own source text for decoding and resizing: a second ve
 
 import ast
 import dataclasses
+import importlib
 import inspect
 import pprint
 from types import ModuleType
 
-from headrace.extract import images, preprocess
+from headrace.extract import errors, preprocess
 from headrace.pipelines.deliver.graph import Input
 
 NAME = "preprocess.py"
@@ -53,9 +54,9 @@ def preprocess_file(inputs: list[Input], version: str) -> str:
     """The text of the file."""
     imports: set[str] = set()
     bodies = []
-    for module in (images, preprocess):
-        needed, body = _split(module)
-        imports |= needed
+    for module in _needed(preprocess):
+        outside, body = _split(module)
+        imports |= outside
         bodies.append(body)
     described = {each.name: dataclasses.asdict(each.preprocessing) for each in inputs}
     parts = {
@@ -71,10 +72,27 @@ def preprocess_file(inputs: list[Input], version: str) -> str:
     return text
 
 
+def _needed(module: ModuleType) -> list[ModuleType]:
+    """The module and those of headrace that it imports, each behind what it needs itself."""
+    found: dict[ModuleType, None] = {}
+    for node in _imports(inspect.getsource(module)):
+        if isinstance(node, ast.ImportFrom) and _is_ours(node) and node.module != errors.__name__:
+            found |= dict.fromkeys(_needed(importlib.import_module(str(node.module))))
+    return [*found, module]
+
+
 def _split(module: ModuleType) -> tuple[set[str], str]:
     """A module's imports from elsewhere than headrace, and its text below them."""
     source = inspect.getsource(module)
-    imports = [node for node in ast.parse(source).body if isinstance(node, ast.Import | ast.ImportFrom)]
-    outside = {ast.unparse(node) for node in imports if not getattr(node, "module", "").startswith("headrace.")}
+    imports = _imports(source)
     end = max(node.end_lineno or 0 for node in imports)
+    outside = {ast.unparse(node) for node in imports if not _is_ours(node)}
     return outside, "\n".join(source.splitlines()[end:]).strip()
+
+
+def _imports(source: str) -> list[ast.Import | ast.ImportFrom]:
+    return [node for node in ast.parse(source).body if isinstance(node, ast.Import | ast.ImportFrom)]
+
+
+def _is_ours(node: ast.Import | ast.ImportFrom) -> bool:
+    return isinstance(node, ast.ImportFrom) and str(node.module).startswith("headrace.")
