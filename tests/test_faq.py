@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from PIL import Image
 from run_cases import RECIPE, headrace, make_photos
 
 from headrace.pipelines.cli import main
@@ -231,6 +232,18 @@ def test_notes_of_a_run_and_a_damaged_shard_are_as_quoted(home):
 
 
 @pytest.mark.slow
+def test_images_without_a_range_are_told_what_to_write(home):
+    """A run in which no image can be used ends with the first reason."""
+    for path in Path("photos").rglob("*.png"):
+        with Image.open(path) as image:
+            image.convert("F").save(path.with_suffix(".tif"))
+        path.unlink()
+    done = headrace("run", "recipe.yaml", cwd=home)
+    assert done.returncode == 2
+    assert quoted("no range of their own") in words(done.stderr.replace(str(home), HOME))
+
+
+@pytest.mark.slow
 def test_a_script_without_its_main_line_is_told_so(home):
     """Instead of starting workers that start workers."""
     Path("script.py").write_text(
@@ -249,6 +262,7 @@ def test_every_quoted_message_is_made_here():
     titles = set(re.findall(r"^### ([^\n]*)", PAGE, re.M))
     slow = {
         "images could not be read",
+        "no range of their own",
         "exact copies",
         "its bytes have changed since they were written",
         "This script starts worker processes",
