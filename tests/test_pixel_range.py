@@ -506,9 +506,13 @@ def test_the_report_shows_what_the_network_saw(frames: Path, tmp_path: Path) -> 
     assert shown[0] != shown[1]
 
 
-def test_everything_in_memory_is_the_image_that_it_is_in_a_file(frames: Path, camera: object, plain: object) -> None:
+def test_everything_in_memory_is_the_image_that_it_is_in_a_file(
+    frames: Path, camera: object, plain: object, tmp_path: Path
+) -> None:
     """Paths, Pillow images, arrays and tensors, in any mixture and order of axes: the same picture, the same prediction."""
     path = sorted((frames / "frames").rglob("*.png"))[0]
+    odd = tmp_path / "x::tar:0:9:a.png"  # a name that reads like a place in an archive
+    odd.write_bytes(path.read_bytes())
     with Image.open(path) as image:
         values = np.array(image)
     for model, unit in ((camera, 4095), (plain, 65535)):
@@ -516,6 +520,7 @@ def test_everything_in_memory_is_the_image_that_it_is_in_a_file(frames: Path, ca
         floats = (values / unit).astype(np.float32) if model is plain else values.astype(np.float32)
         mixture = [
             path,
+            odd,
             str(path),
             Image.open(path),
             values,

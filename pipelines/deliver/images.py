@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -24,7 +25,7 @@ from headrace.extract.device import Limit, check_device, launch
 from headrace.extract.errors import ImageError
 from headrace.extract.fuse import keep_memory
 from headrace.extract.images import PixelRange, decode_image, raw_mode, to_rgb
-from headrace.extract.locate import array_bytes, read_bytes
+from headrace.extract.locate import array_bytes, path_text, read_bytes
 from headrace.extract.unit import Pass, feature_passes, pass_limit, quiet_decoding, unstorable
 from headrace.heads import SklearnSpec, average, with_temperature
 from headrace.heads.sklearn_bank import fitted_sklearn
@@ -215,7 +216,7 @@ def _decoder(image: ImageLike) -> tuple[Callable[[PixelRange | None], Image.Imag
         upright = ImageOps.exif_transpose(image)
         return partial(to_rgb, upright), hash_bytes(upright.tobytes())
     if isinstance(image, str | PathLike):
-        data = read_bytes(str(image))
+        data = read_bytes(image if isinstance(image, str) else path_text(Path(image)))
     elif not isinstance(image, Image.Image):
         array = _one_image(_as_array(image))
         data = array_bytes(array)

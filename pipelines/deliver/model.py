@@ -75,9 +75,11 @@ class Model:
     ) -> npt.NDArray[np.float32]:
         """(n, C) float32 probabilities of n images in the order of `classes`; for regression the values.
 
-        images: paths, Pillow images or arrays (H, W, 3), one or many; an array (n, H, W, 3) is n images. Every image is
-        decoded, resized, normalised and stored exactly as in the run. Raises ImageUnusable for one that cannot be
-        decoded; `headrace predict` lists such and goes on.
+        images: a path, a Pillow image, a NumPy array or a torch tensor, or several of these. An array or tensor (H, W),
+        (H, W, C) or (C, H, W) with C of 1, 3 or 4 is one image; (n, H, W, C), (n, C, H, W) and of NumPy (n, H, W) are n. uint8,
+        uint16 and bool are as in a file; floats are from 0 (black) to 1, unless the model has a pixel_range. Every image
+        is decoded, resized, normalised and stored exactly as in the run. Raises ImageUnusable for one that cannot be
+        decoded or can be read in two ways; `headrace predict` lists such and goes on.
         """
         from headrace.pipelines.deliver.images import predict_images
 
