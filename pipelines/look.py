@@ -15,7 +15,8 @@ from headrace.extract import ImageSource, Listing, SourceError, detect_source, r
 from headrace.extract.locate import file_of
 from headrace.extract.sources.array import array_labels, measure_range
 from headrace.extract.sources.folder import has_images
-from headrace.extract.sources.formats import ARRAY_KINDS, is_archive
+from headrace.extract.sources.formats import ARRAY_KINDS, MAYBE_TABLES, is_archive
+from headrace.extract.sources.layout import Layout
 from headrace.extract.sources.table import read_table_file
 from headrace.extract.sources.tabular import find_images, is_table, table_files
 
@@ -42,12 +43,21 @@ class Finding:
     notes: tuple[str, ...] = ()  # what was assumed, and what is left out
 
 
-def look(location: Path, base: Path) -> Finding:
+def look(location: Path, base: Path, *, layout: Layout = "auto", exclude: tuple[str, ...] = ()) -> Finding:
     """The recipe's lines for what `location` holds; paths in them start from `base`, the recipe's folder.
+
+    layout, exclude: as in the recipe's section `images`, into which they are written.
 
     Raises InitError when there is nothing to train on, SourceError for a file that cannot be read.
     """
-    source = detect_source(location)
+    source = detect_source(location, layout=layout, exclude=exclude)
+    finding = _look_at(location, source, base)
+    asked = f"  layout: {layout}\n" if layout != "auto" else ""
+    asked += f"  exclude: [{', '.join(map(_scalar, exclude))}]\n" if exclude else ""
+    return replace(finding, images=finding.images + asked)
+
+
+def _look_at(location: Path, source: ImageSource, base: Path) -> Finding:
     if source.kind == "image":
         raise InitError(
             f"{location} is one image. Give the folder of images, with one sub-folder per class, or a table of them"
@@ -71,8 +81,9 @@ def _look_at_folder(folder: Path, source: ImageSource, base: Path) -> Finding:
         if table not in predictions:
             try:
                 readings.append(_look_at_table(table, replace(source, kind="table", location=table), base))
-            except HeadraceError as refusal:
-                refusals.append(str(refusal))  # a table of something else, unless the folder is no use either
+            except HeadraceError as refusal:  # a table of something else, unless the folder is no use either
+                if table.suffix.lower() not in MAYBE_TABLES:
+                    refusals.append(str(refusal))
     notes = [f"{path.name} is a table of predictions and was not read" for path in predictions]
     try:
         finding = _look_at_class_folders(folder, source, base)
@@ -90,7 +101,7 @@ def _look_at_folder(folder: Path, source: ImageSource, base: Path) -> Finding:
                 raise InitError(
                     f"{folder} holds {len(arrays)} array files: name one. Try: headrace init {arrays[0]}"
                 ) from None
-            return look(arrays[0], base)
+            return _look_at(arrays[0], replace(source, kind="array", location=arrays[0]), base)
         if not refusals:
             raise
         raise InitError("\n".join([str(error), *refusals])) from None

@@ -89,6 +89,48 @@ def a_number():
     return "run recipe.yaml"
 
 
+def a_class_of_raw_files():
+    Path("photos/owl").mkdir()
+    for number in range(3):
+        Path(f"photos/owl/{number}.nef").touch()
+    return "run recipe.yaml"
+
+
+def a_folder_beside_train_and_test():
+    for side in ("train", "test"):
+        shutil.copytree("photos", f"sides/{side}")
+    shutil.copytree("photos", "sides/old")
+    return "init sides --out sides.yaml"
+
+
+def no_header():
+    table(label=["a", "b"] * 6)
+    text = Path("labels.csv").read_text()
+    Path("labels.csv").write_text(text[text.index("\n") + 1 :].replace(f"{Path.cwd()}/", ""))
+    return "init labels.csv --out labels.yaml"
+
+
+def no_images_in_a_table():
+    pd.DataFrame({"number": range(12), "label": ["a", "b"] * 6}).to_csv("labels.csv", index=False)
+    return "init labels.csv --out labels.yaml"
+
+
+def copies_on_two_sides():
+    table(label=["a", "a", "b", "b"] * 3, split=["train", "test"] * 6)
+    shutil.copy(sorted(Path("photos").rglob("*.png"))[0], sorted(Path("photos").rglob("*.png"))[1])
+    replace("task:", "task:\n  split: split")
+    return "run recipe.yaml"
+
+
+def a_placeholder():
+    table(label=["a", "b"] * 6, patient=[*"abcdefghijkl"])
+    files = sorted(Path("photos").rglob("*.png"))
+    for file in files[1:8]:
+        shutil.copy(files[0], file)
+    replace("task:", "task:\n  group: patient")
+    return "run recipe.yaml"
+
+
 def not_a_metric():
     replace("task:", "task:\n  metric: rmse")
     return "run recipe.yaml"
@@ -168,6 +210,12 @@ CASES = {
     "many different values": a_number,
     "is no metric of": not_a_metric,
     "on different sides": split_patient,
+    "a class would be missing": a_class_of_raw_files,
+    "Are these the classes": a_folder_beside_train_and_test,
+    "the first line looks like an image": no_header,
+    "no column names image files": no_images_in_a_table,
+    "exact copies on different sides": copies_on_two_sides,
+    "no fair split is left": a_placeholder,
     "no classification model": unknown_network,
     "no node": unknown_tap,
     "no such weights file": no_weights_file,

@@ -14,6 +14,7 @@ IMAGE_SUFFIXES = frozenset(
 HEIF_SUFFIXES = frozenset({".heic", ".heif", ".hif"})
 
 TABLE_SUFFIXES = frozenset({".csv", ".tsv", ".tab", ".txt", ".parquet", ".pq", ".jsonl", ".ndjson", ".json"})
+MAYBE_TABLES = frozenset({".txt", ".json"})  # more often something else
 ARRAY_KINDS = {".npy": "npy", ".npz": "npz", ".h5": "h5", ".hdf5": "h5", ".hdf": "h5"}
 TAR_ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz", ".tbz2", ".tar.xz", ".txz")
 
@@ -99,6 +100,6 @@ def describe_suffix(name: str) -> str:
         return f"{suffix} archives (name the archive itself to read the images in it)"
     if suffix in ARRAY_KINDS:
         return f"{suffix} arrays (name the file itself to read the images in it)"
-    if suffix in TABLE_SUFFIXES:
-        return f"{suffix} files (no image; name the file itself to read it as a table)"
+    if suffix in TABLE_SUFFIXES - MAYBE_TABLES:
+        return f"{suffix} tables (name the file itself to read it)"
     return f"{suffix} files (no image)" if suffix else "files without a suffix (no image)"

@@ -1,13 +1,14 @@
 """What the folders that images lie in mean: classes, or the sides of a split with the classes in them."""
 
 import re
+import shlex
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from headrace.cache.text import normalize_text
-from headrace.extract.errors import SourceError
+from headrace.extract.errors import SourceError, yaml_list
 from headrace.extract.locate import printable
 
 Layout = Literal["auto", "classes", "split"]
@@ -110,8 +111,8 @@ def _split_depth(images: Sequence[Folders], layout: Layout, source: str) -> int:
 def _ambiguous(source: str, found: str) -> str:
     return (
         f"{source} {found}. Are these the classes, or a split with the classes in them? "
-        "Say which in the recipe, images.layout: classes or images.layout: split; or move away what does not belong, "
-        "or leave it out: images.exclude: [NAME]"
+        "Say which in the recipe, images.layout: classes or images.layout: split (headrace init: --layout split); or move away what "
+        "does not belong, or leave it out: images.exclude: [NAME] (headrace init: --exclude NAME)"
     )
 
 
@@ -127,5 +128,7 @@ def _refuse_vanished(images: Sequence[Folders], others: Collection[Folders], dep
             what = "class" if level == depth else "side of the split"
             raise SourceError(
                 f"{source}: no file in the folder {names} can be used as an image, so that this {what} would be missing. "
-                f"Add images that can be read, or leave it out: images.exclude: [{names}] in the recipe"
+                f"Add images that can be read, or leave it out: "
+                f"images.exclude: {yaml_list(map(printable, vanished[:5]))} in the recipe "
+                f"(headrace init: --exclude {shlex.quote(printable(vanished[0]))})"
             )

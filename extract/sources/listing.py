@@ -61,7 +61,12 @@ def is_excluded(name: str, patterns: Iterable[str]) -> bool:
     """Whether an id, or a folder that it lies in, matches one of the shell patterns of `images.exclude`."""
     parts = name.split("/")
     prefixes = ["/".join(parts[: count + 1]) for count in range(len(parts))]
-    return any(fnmatchcase(prefix, pattern.rstrip("/")) for pattern in patterns for prefix in prefixes)
+    # A name is its own pattern, also where it has brackets.
+    return any(
+        prefix == pattern or fnmatchcase(prefix, pattern)
+        for pattern in (text.rstrip("/") for text in patterns)
+        for prefix in prefixes
+    )
 
 
 def join_listings(listings: Iterable[Listing]) -> Listing:
