@@ -35,6 +35,7 @@ from headrace.cache.text import as_text
 
 _TEXT_KINDS = "OSU"
 _HASH = re.compile(r"[0-9a-f]{32}")
+_EXACT_INTEGERS = 2.0**53
 _NO_COLUMNS = FeatureColumns()
 _FINITE_ROWS = 1 << 14  # looked at together for values that are no numbers
 
@@ -267,6 +268,11 @@ def _checked(
         )
     if not len(ids):
         raise ForeignFeatures(f"{source}: there are no rows")
+    if ids.dtype.kind == "f" and (ids.abs() > _EXACT_INTEGERS).any():
+        raise ForeignFeatures(
+            f"{source}: the ids are floating-point numbers beyond 2^53, which have lost their last digits (pandas makes them of "
+            "integers where it meets a gap). Write them again as integers or as text"
+        )
     names = as_text(ids).reset_index(drop=True)
     nameless = names.isna() | (names == "")
     if nameless.any():
@@ -284,7 +290,7 @@ def _checked(
         )
     _refuse_infinite(source, names, features, columns)
     if features.ndim == 2 and (counting := row_numbers(features)):
-        first = ", ".join(str(int(value)) for value in features[:3, counting[0]])
+        first = ", ".join(f"{float(value):g}" for value in features[:3, counting[0]])
         raise ForeignFeatures(
             f"{source}: {columns.describe(counting[0])} counts the rows ({first}, …): not a feature. {columns.leave_out(counting)}"
         )

@@ -14,22 +14,31 @@ from headrace.cache.text import as_text
 Rows = npt.NDArray[np.generic]
 # Fewer rows or values could agree by chance: 0, 1 and 2 with three numbered rows, six numbers that happen to rise.
 _LEAST_ROWS = 3
+_LEAST_STEPS = 8
 _LEAST_VALUES = 12
 _LEAST_PER_VALUE = 5
 _FIRST_ROWS = 1024  # rule out nearly every column before all rows are read
 
 
 def row_numbers(features: Rows) -> list[int]:
-    """The columns of features (N, D) that count the rows, from 0 or from 1."""
+    """The columns of features (N, D) that count the rows: 0, 1, 2, …, or by any other step from any other number.
+
+    The mean of a time series' own index is such a column, as is the time of frames.
+    """
     if len(features) < _LEAST_ROWS:
         return []
-    columns = np.flatnonzero(np.isin(features[0], (0, 1)))
-    starts = np.asarray(features[0], np.float64)
+    first, last = np.asarray(features[0], np.float64), np.asarray(features[-1], np.float64)
+    steps = (last - first) / (len(features) - 1)
+    # float32 has seven digits: of the largest number, and so of the difference of two. Less than that is no step.
+    digits = 4 * np.finfo(np.float32).eps * np.maximum(np.abs(first), np.abs(last))
+    is_rising = np.abs(last - first) > 16 * digits
+    columns = np.flatnonzero(is_rising if len(features) >= _LEAST_STEPS else (steps == 1) & np.isin(first, (0, 1)))
     for start, stop in _blocks(len(features)):
         if not len(columns):
             break
-        counted = np.arange(start, stop)[:, None] + starts[columns]
-        columns = columns[(features[start:stop][:, columns] == counted).all(axis=0)]
+        expected = first[columns] + np.arange(start, stop)[:, None] * steps[columns]
+        difference = np.abs(np.asarray(features[start:stop][:, columns], np.float64) - expected)
+        columns = columns[(difference <= digits[columns] + 1e-3 * np.abs(steps[columns])).all(axis=0)]
     return [int(column) for column in columns]
 
 

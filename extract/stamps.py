@@ -20,8 +20,8 @@ class FileStamp(NamedTuple):
     No file system tells of: a second write within one tick of its clock (see `is_settled`); a write while the clock
     stood back at the very time of the earlier one; a write that another computer has made and the attribute cache of this
     NFS client does not show yet (up to a minute by default); and, on FAT, exFAT and some network drives, which keep no
-    ctime and number files as they like, a replacement of the same size and modification time. Device numbers are left
-    out, since they differ from one mounting of a disk to the next.
+    ctime of their own and number files anew at each mounting, a replacement of the same size and modification time.
+    Device numbers are left out, since they differ from one mounting of a disk to the next.
     """
 
     size: int  # bytes

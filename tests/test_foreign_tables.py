@@ -166,6 +166,17 @@ def test_a_column_that_counts_the_rows_is_refused(table, suffix, start):
     assert read(write(table, suffix), "f*").columns.chosen == ("f0", "f1", "f2", "f3")
 
 
+@pytest.mark.parametrize("dtype", ["float64", "float32", "int64"])
+def test_a_mean_of_row_numbers_counts_the_rows(dtype):
+    """tsfresh#162: statistics of a column that was the index of the rows; 100 % accuracy of whatever series."""
+    rows = np.arange(3000.0)
+    counted = [rows + 0.705882, -rows, 1_700_000_000 + 40 * rows, rows * 1e-3, 1e6 - rows / 4]
+    noise = np.random.default_rng(0).normal(size=3000)
+    features = np.stack([noise, *counted, np.sqrt(rows), np.cumsum(np.abs(noise))], axis=1).astype(dtype)
+    expected = [1, 2, 3, 4, 5] if dtype != "int64" else [1, 2, 3]
+    assert row_numbers(features) == expected
+
+
 def test_an_array_that_begins_with_the_rows_numbers_is_refused(table, tmp_path):
     """`np.save(f, frame.reset_index().to_numpy())` keeps the index."""
     (tmp_path / "ids.txt").write_text("\n".join(table["id"]))
@@ -245,6 +256,8 @@ def test_row_numbers_in_large_arrays(tmp_path):
     features[69_999, 1] = 0
     assert row_numbers(features) == []
     assert row_numbers(np.array([[0.0], [1.0]])) == []
+    assert row_numbers(np.array([[5.0], [6.0], [7.0]])) == []  # by chance
+    assert row_numbers(np.ones((20, 2))) == []
     assert row_numbers(np.zeros((0, 3))) == []
 
 
@@ -450,6 +463,27 @@ def test_a_line_without_an_id_is_refused(tmp_path):
     (tmp_path / "ids.txt").write_text("a\n\nc")
     with pytest.raises(ForeignFeatures, match="1 rows have no id, first row 2"):
         read_foreign(tmp_path / "f.npy", ids=tmp_path / "ids.txt")
+
+
+def test_what_clip_retrieval_writes_is_read_by_its_paths(tmp_path):
+    """Half-precision embeddings and, beside them, a Parquet table whose index counts on where another shard ended."""
+    values = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float16)
+    np.save(tmp_path / "img_emb_0.npy", values)
+    paths = ["b/1.png", "a/1.png", "a/01.png", "a/2.png"]  # keyed by their last part they were three (clip-retrieval#321)
+    pd.DataFrame({"image_path": paths}, index=range(90, 94)).to_parquet(tmp_path / "metadata_0.parquet")
+    found = read_foreign(tmp_path / "img_emb_0.npy", ids=tmp_path / "metadata_0.parquet", id_key="image_path")
+    assert found.ids == paths
+    np.testing.assert_array_equal(found.features, values)
+
+
+def test_ids_that_have_lost_digits_are_refused(tmp_path):
+    """pandas#8596: an outer merge makes floats of integers; beyond 2^53 two ids are one then."""
+    frame = pd.DataFrame({"id": [2.0**53 + 2, 7.0], "f": [0.5, 1.5]})
+    frame.to_parquet(tmp_path / "t.parquet")
+    with pytest.raises(ForeignFeatures, match="beyond 2"):
+        read_foreign(tmp_path / "t.parquet")
+    frame.assign(id=[7.0, 8.0]).to_parquet(tmp_path / "t.parquet")
+    assert read_foreign(tmp_path / "t.parquet").ids == ["7", "8"]
 
 
 def test_an_integer_id_with_a_gap_keeps_its_digits(tmp_path):

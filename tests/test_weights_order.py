@@ -137,13 +137,52 @@ def test_roles_must_agree_pair_by_pair(weight, bias, mean, variance, join):
         fit({name: theirs[name] for name in kept})
 
 
-def test_values_below_zero_are_no_variance():
-    """Where names say nothing and the shapes agree, the values do not."""
+@pytest.mark.parametrize(("one", "other"), [(2, 4), (3, 4)])
+def test_values_below_zero_are_no_variance(one, other):
+    """Where names say nothing and the shapes agree, the values do not; pytorch2keras#120 swaps mean and variance so."""
     network = make_network()
     values = list(renamed(network).values())
-    values[2], values[4] = values[4], values[2]
+    values[one], values[other] = values[other], values[one]
     with pytest.raises(BackboneError, match=r"running_var, and has values below zero"):
         fit({f"tensor_{place}": value for place, value in enumerate(values)})
+
+
+def test_a_prefix_taken_off_by_pytorch_leaves_no_wrong_order():
+    """pytorch#106942: `consume_prefix_in_state_dict_if_present` sorts the names on the way."""
+    network = make_network()
+    theirs = {f"module.{name}": tensor for name, tensor in renamed(network).items()}
+    nn.modules.utils.consume_prefix_in_state_dict_if_present(theirs, "module.")
+    if list(theirs) == list(renamed(network)):
+        assert is_equal(fit(theirs), network)
+    else:
+        with pytest.raises(BackboneError, match=r"a bias\) meets|sorted by name"):
+            fit(theirs)
+
+
+def test_layers_whose_weight_comes_last_are_refused():
+    """pytorch#91304: after `remove_weight_norm` a layer has its bias first."""
+
+    def make():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.GroupNorm(2, 8), nn.Conv1d(1, 1, 1, bias=True))
+
+    theirs = {f"x{name}": tensor for name, tensor in make().state_dict().items()}
+    turned = {name: theirs[name] for name in sorted(theirs, key=lambda name: (name[1], name.endswith("weight")))}
+    assert list(turned)[:2] == ["x0.bias", "x0.weight"]
+    with pytest.raises(
+        BackboneError, match=r"x0\.bias \(a bias\) meets the network's 0\.weight \(a weight\)|sorted by name"
+    ):
+        fit(turned, make())
+
+
+def test_keras_order_is_refused():
+    """Trained tensors of all layers first, moving ones after them, as `model.weights` of Keras lists them."""
+    network = make_network()
+    theirs = renamed(network)
+    trained = [name for name in theirs if "running" not in name]
+    moving = [name for name in theirs if "running" in name]
+    with pytest.raises(BackboneError, match="meets the network's"):
+        fit({name: theirs[name] for name in [*trained, *moving]})
 
 
 @pytest.mark.parametrize(
