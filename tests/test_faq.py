@@ -8,11 +8,15 @@ import sys
 import urllib.error
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
 from run_cases import RECIPE, headrace, make_photos
 
+from headrace.cache import FeatureSpec, create_feature_set, publish_shard
+from headrace.cache.errors import IdsAmbiguous
+from headrace.heads import FeatureLookup
 from headrace.pipelines.cli import main
 
 PAGE = (Path(__file__).parent.parent / "docs" / "faq.md").read_text()
@@ -166,6 +170,16 @@ def other_weights():
     return "run recipe.yaml"
 
 
+def sorted_weights():
+    import torch
+    import torchvision
+
+    theirs = torchvision.models.resnet18(weights=None).state_dict()
+    torch.save({f"net.{name}": theirs[name] for name in sorted(theirs)}, "resnet18.pth")
+    replace("random:0", "resnet18.pth\n    weights_match: order")
+    return "run recipe.yaml"
+
+
 def no_network(monkeypatch):
     def unreachable(*_arguments, **_options):
         raise urllib.error.URLError("[Errno -2] Name or service not known")
@@ -183,6 +197,22 @@ def over_budget():
 
 def no_such_place():
     return "run recipe.yaml --cluster nowhere"
+
+
+def embeddings(**columns):
+    """A table of another program: ids, three features, and further columns."""
+    ids = sorted(path.relative_to("photos").as_posix() for path in Path("photos").rglob("*.png"))
+    features = {f"f{number}": [((7 * row + number) % 12) / 7 for row in range(12)] for number in range(3)}
+    pd.DataFrame({"id": ids, **features, **columns}).to_csv("theirs.csv", index=False)
+    return "cache import theirs.csv --name theirs --recipe recipe.yaml"
+
+
+def unnamed_columns():
+    return embeddings(label=[row // 6 for row in range(12)])
+
+
+def target_among_the_features():
+    return embeddings(is_fine=[row // 6 for row in range(12)]) + " --columns f0:is_fine"
 
 
 def no_feature_set():
@@ -225,6 +255,9 @@ CASES = {
     "no feature set": no_feature_set,
     "need the images": verify_without_recipe,
     "cannot be downloaded": no_network,
+    "sorted by name": sorted_weights,
+    "columns hold numbers": unnamed_columns,
+    "under another name": target_among_the_features,
     "the demo needs": demo_not_installed,
 }
 
@@ -305,6 +338,19 @@ def test_a_script_without_its_main_line_is_told_so(home):
     assert quoted("This script starts worker processes") in words(done.stderr)
 
 
+def test_an_id_of_two_images_is_refused_as_quoted(home):
+    """In a feature set of a cache that serves two folders."""
+    spec = FeatureSpec(
+        "torchvision:resnet18", "0" * 64, "layer4", "avg", "{}", "{}", "pillow", "float32", "float32", (2,)
+    )
+    directory = create_feature_set(home, spec)
+    for unit, content in (("a", "1" * 32), ("b", "2" * 32)):
+        publish_shard(directory, unit, features=np.ones((1, 2)), ids=["fine/001.png"], content=[content])
+    with pytest.raises(IdsAmbiguous) as refused:
+        FeatureLookup(directory).fit(["fine/001.png"])
+    assert words(f"IdsAmbiguous: {refused.value}") == quoted("stands for 2 images")
+
+
 def test_every_quoted_message_is_made_here():
     """No section of the page is left untried."""
     titles = set(re.findall(r"^### ([^\n]*)", PAGE, re.M))
@@ -315,4 +361,4 @@ def test_every_quoted_message_is_made_here():
         "its bytes have changed since they were written",
         "This script starts worker processes",
     }
-    assert titles == set(CASES) | slow
+    assert titles == set(CASES) | slow | {"stands for 2 images"}
