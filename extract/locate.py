@@ -49,6 +49,8 @@ _ZIP_STORED, _ZIP_DEFLATED = 0, 8
 def path_text(path: str | Path) -> str:
     """A file's path as text that UTF-8 can hold and that is no locator; `file_of` gives the path back."""
     text = str(path)
+    if text.isascii() and "::" not in text and not text.startswith(_ENCODED):
+        return text  # nearly all, and a listing has millions
     if text.startswith(_ENCODED) or _LOCATOR.fullmatch(text) or not _is_utf8(text):
         return _ENCODED + urllib.parse.quote(os.fsencode(text))
     return text
@@ -60,6 +62,8 @@ def printable(name: str) -> str:
 
 
 def _is_utf8(text: str) -> bool:
+    if text.isascii():
+        return True
     try:
         text.encode()
     except UnicodeEncodeError:

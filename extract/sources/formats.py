@@ -1,5 +1,6 @@
 """Which files are images, by suffix or by their first bytes, and what other files are called."""
 
+import os
 from pathlib import Path
 
 from headrace.extract.heif import is_heif, reads_heif
@@ -61,7 +62,7 @@ def is_archive(path: str | Path) -> bool:
 
 def is_image(path: str | Path) -> bool:
     """Whether a file is an image: by its suffix, else by its first bytes (`photo.jpg.1`, names without a suffix)."""
-    suffix = Path(path).suffix.lower()
+    suffix = os.path.splitext(path)[1].lower()  # as Path has it, without parsing the rest
     if suffix in IMAGE_SUFFIXES:
         return True
     if suffix in HEIF_SUFFIXES:

@@ -1,6 +1,6 @@
 """What reading a source gives: the samples that can be used, and a count of everything that cannot."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
@@ -57,8 +57,10 @@ class Tally:
         return Listing(samples, self.found, self.left_out(), self.annotations, tuple(notes))
 
 
-def is_excluded(name: str, patterns: Iterable[str]) -> bool:
+def is_excluded(name: str, patterns: Collection[str]) -> bool:
     """Whether an id, or a folder that it lies in, matches one of the shell patterns of `images.exclude`."""
+    if not patterns:
+        return False
     parts = name.split("/")
     prefixes = ["/".join(parts[: count + 1]) for count in range(len(parts))]
     # A name is its own pattern, also where it has brackets.

@@ -218,7 +218,7 @@ def _samples(file: Path, table: Table, options: TableOptions, tally: Tally, note
         ids, paths = _cells(file, frame, where)
     else:
         ids = _fill_pattern(frame, where, file) if is_pattern else as_text(frame[where])
-        paths = ids.map(lambda value: _find(base, str(value)), na_action="ignore")
+        paths = ids.map(lambda value: _find(str(base), value), na_action="ignore")
     if id_column is not None:
         ids = as_text(frame[id_column])
     kept = frame.drop(columns=[name for name in frame.columns if name in ("id", "path") or name == f"{where}.path"])
@@ -242,12 +242,12 @@ def _image_column(table: Table, file: Path, base: Path, options: TableOptions, n
 
 def _leave_out(samples: pd.DataFrame, file: Path, options: TableOptions, tally: Tally) -> pd.DataFrame:
     """The rows that can be used; the others are counted."""
-    number = pd.Series([f"{file.name}, row {row + 1}" for row in range(len(samples))], index=samples.index)
     for reason, column in (("rows that name no image", "path"), ("rows without an id", "id")):
         empty = samples[column].isna()
         if empty.any():
-            tally.leave_out(reason, *number[empty].head(3), count=int(empty.sum()))
-            samples, number = samples[~empty], number[~empty]
+            rows = [f"{file.name}, row {row + 1}" for row in samples.index[empty][:3]]
+            tally.leave_out(reason, *rows, count=int(empty.sum()))
+            samples = samples[~empty]
     try:
         again = samples.duplicated()
     except TypeError:  # cells of lists
@@ -296,18 +296,20 @@ def _cells(file: Path, frame: pd.DataFrame, column: str) -> tuple[pd.Series, pd.
     return ids, paths
 
 
-def _find(base: Path, written: str) -> str:
+def _find(base: str, written: str) -> str:
     """The path that a table's text means: an absolute path stays; on disk it may be in another Unicode form or of Windows."""
     if "://" in written[:12]:
         if not written.startswith("file://"):
             raise SourceError(f"{written}: images are read from disk. Download them, and name the files in the table")
         written = written.removeprefix("file://")
-    path = base / written
+    if written.isascii() and "\\" not in written and "/." not in written and "//" not in written and written[:1] != ".":
+        return path_text(os.path.join(base, written))  # nearly all, and a table has millions
+    path = Path(base, written)
     if written.isascii() and "\\" not in written:
         return path_text(path)
     forms = [written, *(unicodedata.normalize(form, written) for form in ("NFC", "NFD"))]
-    candidates = [form for text in forms for form in (text, text.replace("\\", "/"))]
-    return path_text(next((base / text for text in candidates if (base / text).exists()), path))
+    candidates = [Path(base, form) for text in forms for form in (text, text.replace("\\", "/"))]
+    return path_text(next((candidate for candidate in candidates if candidate.exists()), path))
 
 
 def _refuse_reserved(frame: pd.DataFrame, file: Path, path_column: str | None, id_column: str | None) -> None:
