@@ -32,7 +32,7 @@ _AFTER, _AROUND = "After a run", "What there is"
 
 
 class PathNotUTF8(HeadraceError, ValueError):
-    """A run cannot be kept where its path cannot be written down."""
+    """A run cannot be kept where its path cannot be written into a table."""
 
 
 def _version(wanted: bool) -> None:
@@ -55,7 +55,7 @@ class FolderLayout(StrEnum):
 
     auto = "auto"
     classes = "classes"
-    split = "split"
+    sides = "split"  # `split` is a method of text
 
 
 Workers = Annotated[int | None, typer.Option(help="Worker processes; default: one per core.", min=1)]
@@ -203,8 +203,8 @@ def _run(
 ) -> None:
     from headrace.pipelines.recipe import elsewhere, load_recipe
 
-    _require_utf8(path.absolute())
     recipe = load_recipe(path)
+    _require_utf8(recipe.out)
     if cluster:
         recipe = elsewhere(recipe, cluster)
     if strict:
@@ -231,12 +231,12 @@ def _run(
         raise typer.Exit(130) from None  # the shell's word for Ctrl-C
 
 
-def _require_utf8(path: Path) -> None:
-    # A run keeps its paths in JSON, CSV and Parquet, whose text is UTF-8.
-    if valid_text(str(path)) != str(path):
+def _require_utf8(out: Path | None) -> None:
+    # Tables of results hold paths of other results, and their text is UTF-8.
+    if valid_text(str(out)) != str(out):
         raise PathNotUTF8(
-            f"{path}: a name in this path is no UTF-8, which results are written in. Rename it; or, if the name is right and "
-            "the locale is not, set LC_ALL=C.UTF-8"
+            f"out: {out}: a name in this path is no UTF-8, so that results cannot be kept there. Rename it, or set `out` in the "
+            "recipe to another folder; if the name is right and the locale is not, set LC_ALL=C.UTF-8"
         )
 
 
