@@ -103,11 +103,13 @@ def stored_recipe(paths: RunPaths) -> Recipe:
     Raises NotARun for one of another version of headrace.
     """
     try:
-        recipe = Recipe.model_validate_json(paths.recipe.read_bytes())
+        recipe = Recipe.model_validate(json.loads(paths.recipe.read_bytes()))
     except pydantic.ValidationError as error:
         raise NotARun(
             f"{paths.recipe} is not of this version of headrace ({error.error_count()} keys differ): run the recipe again"
         ) from None
+    except ValueError as error:
+        raise NotARun(f"{paths.recipe} is damaged ({error}): run the recipe again") from None
     if recipe.out is None:
         return recipe
     before, now = recipe.out, paths.root.absolute()

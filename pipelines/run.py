@@ -106,7 +106,8 @@ def run_recipe(
         log = stack.enter_context(task_log(paths))  # what is refused until here leaves no folder behind
         opened = partial(_opened, recipe, paths, log, workers)
         write_inputs(found)
-        publish_replace(found.paths.recipe, recipe.model_dump_json(indent=2).encode())
+        # Python's json, for pydantic's knows no file names that are no UTF-8.
+        publish_replace(found.paths.recipe, json.dumps(recipe.model_dump(mode="json"), indent=2).encode())
         options = TaskOptions(recipe.cluster.deadline_s, tell=log)
         client = None
         with _timed(stages, "extract") as done:

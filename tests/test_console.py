@@ -19,6 +19,7 @@ from headrace.pipelines import cli
 from headrace.pipelines.console import escape_unencodable, make_console, valid_text
 from headrace.pipelines.deliver.tables import Block, table_writer
 from headrace.pipelines.paths import RunPaths
+from headrace.pipelines.report.read import read_run
 from headrace.pipelines.status import show_status
 from headrace.pipelines.task_log import task_log
 
@@ -134,7 +135,7 @@ def test_an_error_shows_the_name_that_was_given(run, monkeypatch, capsys):
 
 
 def test_a_project_whose_name_is_no_utf8_is_told(tmp_path, monkeypatch, capsys):
-    """Tables and recipes hold paths as UTF-8: the name is said before anything is written."""
+    """Tables of results hold paths as UTF-8: the name is said before anything is written, and what to do."""
     folder = tmp_path / os.fsdecode(b"caf\xe9")
     make_photos(folder / "photos", n=4)
     (folder / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
@@ -145,7 +146,21 @@ def test_a_project_whose_name_is_no_utf8_is_told(tmp_path, monkeypatch, capsys):
     assert ended.value.code == 2
     assert "caf\\xe9" in (said := capsys.readouterr().err)
     assert "is no UTF-8" in said
+    assert "`out`" in said
     assert sorted(path.name for path in folder.iterdir()) == ["photos", "recipe.yaml"]
+
+
+def test_images_may_lie_in_folders_whose_names_are_no_utf8(tmp_path):
+    """And their classes may be called so; the run knows its recipe again."""
+    photos = tmp_path / os.fsdecode(b"ph\xe9")
+    make_photos(photos, n=24)
+    (photos / "fine").rename(photos / os.fsdecode(b"fin\xe9"))
+    (tmp_path / "recipe.yaml").write_text(RECIPE.replace("photos", '"ph\\uDCE9"'), encoding="utf-8")
+    run_here(tmp_path / "recipe.yaml")
+    report = read_run(tmp_path / "recipe.yaml")
+    assert report.recipe.images.folder == photos
+    assert not isinstance(report.rows, str), report.rows
+    assert [valid_text(name) for name in report.classes] == ["coarse", "fin\\xe9"]
 
 
 def test_status_shows_an_error_as_it_was(tmp_path, capsys):
