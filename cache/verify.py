@@ -91,8 +91,10 @@ class SourceProblem:
 def verify_sources(features: FeatureSet, current: Mapping[str, str | None]) -> list[SourceProblem]:
     """Compare the images of today with those whose features (or failures) are stored, by sample id.
 
-    current: from sample id to the content hash its image has now, None where it cannot be read. An image that was
-    extracted, changed and extracted again is found under both hashes, and is no problem; nor is a new one.
+    current: from sample id to the content hash its image has now, None where it cannot be read; ids are unique there, and
+    need not be in the feature set. There an id may stand for several images: one that was extracted, changed and extracted
+    again is found under both hashes, and is no problem; nor is a new one. Images of another data set that shares the cache
+    are told as not in this one.
     """
     stored: dict[str, set[str]] = {}
     for sample, content in zip(features.ids(), features.content().astype("U32").tolist(), strict=True):
@@ -106,10 +108,11 @@ def verify_sources(features: FeatureSet, current: Mapping[str, str | None]) -> l
             continue
         if now:
             message = f"the image has changed since it was extracted: its hash is {now}, was {before}"
+            message += " (or another data set's, of this name)" if len(contents) > 1 else ""
         elif now is None:
             message = f"the image can no longer be read; features are stored under {before}"
         else:
-            message = f"the image is no longer in the data set; features are stored under {before}"
+            message = f"the image is no longer in the data set, or in another one of this cache; features are stored under {before}"
         problems.append(SourceProblem(sample, f"{sample}: {message}"))
     return problems
 

@@ -172,6 +172,8 @@ def test_verify_sources(tmp_path):
     publish_shard(directory, "b", features=np.ones((1, 12)), ids=[names[1]], content=[changed[names[1]]])
     again = verify_sources(open_feature_set(directory), changed)
     assert [problem.id for problem in again] == [names[3], names[4], names[5]]
+    third = {**changed, names[1]: hashes(62, 1)[0]}  # neither of the two images that have had this name
+    assert "or another data set's, of this name" in verify_sources(open_feature_set(directory), third)[0].message
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "uint8"])
