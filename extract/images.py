@@ -34,6 +34,10 @@ MAX_PIXELS = 1024**3 // 4 // 3
 # the 90 million pixels in one line that MAX_PIXELS would allow. Cameras and scanners end below 100,000 pixels.
 MAX_EDGE = 2**20
 
+# What Pillow is asked for: the formats that listings know (IMAGE_SUFFIXES), and none of its others. Nobody keeps data sets in
+# those, and some hand the bytes to other programs (EPS to Ghostscript). HEIF's plug-in is asked for HEIF alone.
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "DIB", "GIF", "AVIF", "JPEG2000", "PPM")
+
 PixelRange = tuple[float, float]  # (the value that is black, the value that is white), in the file's own numbers
 
 _NUMPY = b"\x93NUMPY"
@@ -79,10 +83,8 @@ def decode_image(data: bytes, pixel_range: PixelRange | None = None) -> Image.Im
         return _decode_array(data, pixel_range)
     # Some libraries switch this on for the whole process, and truncated files then decode to grey bars in silence.
     ImageFile.LOAD_TRUNCATED_IMAGES = False
-    if is_heif(data[:12]):
-        register_heif()
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with open_image(data) as image:
             _check_size(*image.size)
             samples = _file_samples(image, data, pixel_range)
             if samples is not None:
@@ -93,6 +95,21 @@ def decode_image(data: bytes, pixel_range: PixelRange | None = None) -> Image.Im
         raise  # too little memory is no fault of the image, and must not be recorded as one
     except Exception as error:  # decoders raise anything on malformed input, and a run must go on
         raise ImageError(_reason(error, data)) from error
+
+
+def open_image(data: bytes) -> ImageFile.ImageFile:
+    """The image in `data`, its pixels not yet decoded, where it is in one of FORMATS; raises whatever its decoder does."""
+    if is_heif(data[:12]):
+        register_heif()
+        return Image.open(io.BytesIO(data), formats=_available("HEIF"))
+    return Image.open(io.BytesIO(data), formats=_available(*FORMATS))
+
+
+@functools.cache
+def _available(*formats: str) -> tuple[str, ...]:
+    """Those that this build of Pillow, with its plug-ins, can open; of another name it makes a KeyError."""
+    Image.init()
+    return tuple(name for name in formats if name in Image.OPEN)
 
 
 def to_rgb(image: Image.Image, pixel_range: PixelRange | None = None) -> Image.Image:
@@ -139,8 +156,6 @@ def _file_samples(image: ImageFile.ImageFile, data: bytes, pixel_range: PixelRan
         samples = _png_samples(image, data)
     elif image.format == "TIFF":
         samples = _tiff_samples(image, data)
-    elif image.format == "FITS" and image.mode != "L":
-        raise ImageError("a FITS image of more than 8 bits: Pillow applies no BZERO and BSCALE. Save it as .npy")
     if samples is None and pixel_range is not None and _reduced_by_pillow(image, data):
         raise ImageError(
             "more than 8 bits per sample, of which Pillow hands over 8: pixel_range cannot be applied. "
@@ -165,7 +180,7 @@ def _pnm_samples(image: ImageFile.ImageFile, data: bytes) -> _Samples | None:
     if plain:
         # As a grey image Pillow keeps all digits of the three colours, scaled to 65535, and that is undone exactly.
         grey = b"P2 %d %d %d\n" % (width * channels, height, white) + data[offset:]
-        with Image.open(io.BytesIO(grey)) as scaled:
+        with Image.open(io.BytesIO(grey), formats=["PPM"]) as scaled:
             values = np.rint(np.asarray(scaled) * (white / 65535)).astype(np.uint16)
     else:
         stored = np.dtype(">u2" if white > 255 else "u1")
@@ -243,7 +258,7 @@ def _byte_raw_modes(image: ImageFile.ImageFile, order: str, *, planes: bool) -> 
 
 def _both_bytes(image: ImageFile.ImageFile, data: bytes, high: str, low: str) -> npt.NDArray[Any]:
     """(H, W, C) uint16 of an image of several 16-bit channels, for which Pillow has no mode: decoded twice."""
-    with Image.open(io.BytesIO(data)) as again:
+    with open_image(data) as again:
         lower = _load_raw(again, low)
     return _join_bytes(_load_raw(image, high), lower)
 
@@ -413,7 +428,7 @@ def _reason(error: Exception, data: bytes) -> str:
     if isinstance(error, PIL.UnidentifiedImageError):
         if data.startswith((b"II*\0", b"MM\0*")):
             return "a TIFF whose layout Pillow does not know (bits, type or number of samples). Save it as PNG or .npy"
-        return "not an image in a format that Pillow knows"
+        return f"not an image in a format that is read here ({', '.join(FORMATS)}). Save it as PNG, or as .npy"
     if isinstance(error, Image.DecompressionBombError):
         return f"decompression bomb: more than {2 * MAX_PIXELS} pixels declared"
     # Where an object lies in memory is another place each time, and reasons are part of what a shard holds.

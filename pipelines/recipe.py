@@ -18,7 +18,7 @@ from headrace.pipelines.recipe_sections import (
     TaskSection,
     ThawSection,
 )
-from headrace.pipelines.recipe_text import RecipeError, explain, own_problems, read_yaml
+from headrace.pipelines.recipe_text import MAX_CHARACTERS, RecipeError, explain_all, read_yaml
 from headrace.pipelines.recipe_values import Section
 
 __all__ = ["Recipe", "RecipeError", "elsewhere", "load_recipe", "parse_recipe"]
@@ -69,7 +69,8 @@ def load_recipe(path: str | Path) -> Recipe:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:  # no more of it than a recipe can have
+            text = file.read(4 * MAX_CHARACTERS + 4).decode("utf-8")
     except (FileNotFoundError, NotADirectoryError):
         raise RecipeError(f"{path}: no such recipe. Write one with: headrace init FOLDER") from None
     except (IsADirectoryError, UnicodeDecodeError):
@@ -94,9 +95,7 @@ def parse_recipe(text: str, path: Path) -> Recipe:
     try:
         recipe = Recipe.model_validate(values)
     except pydantic.ValidationError as error:
-        raise RecipeError(
-            "\n".join(explain(problem, root, path, Recipe) for problem in own_problems(error.errors()))
-        ) from None
+        raise RecipeError(explain_all(error.errors(), root, path, Recipe)) from None
     return _absolute(recipe, path)
 
 

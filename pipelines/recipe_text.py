@@ -13,6 +13,13 @@ from headrace.cache import HeadraceError
 # pydantic keeps its own messages for what a union was tried as; these parts of an error's location are no keys of the file.
 _UNION_TAGS = ("literal", "tuple", "function", "constrained", "str", "float", "int", "bool", "list")
 
+# Far above any recipe (the longest of ours has 4 kB), and what PyYAML reads in some seconds.
+MAX_CHARACTERS = 256 * 1024
+_MAX_VALUES = 50_000  # keys and values, an anchor's as often as it is used
+_MAX_NUMBER = 400  # characters: Python takes quadratic time for longer ones, and refuses to print them
+_MAX_PROBLEMS = 20  # that are explained; the others are counted
+_MERGE, _TEXT = "tag:yaml.org,2002:merge", "tag:yaml.org,2002:str"
+
 
 class RecipeError(HeadraceError, ValueError):
     """The recipe cannot be used: names the file, the line, and the nearest valid key or value."""
@@ -32,12 +39,20 @@ class _Loader(yaml.SafeLoader):
 def read_yaml(text: str, path: Path, valid: typing.Iterable[str]) -> tuple[yaml.MappingNode, Any]:
     """The nodes, which know their lines, and the values. valid: the keys of a recipe. Raises RecipeError."""
     loader: _Loader | None = None
+    if len(text) > MAX_CHARACTERS:
+        raise RecipeError(
+            f"{path}: {len(text):,} characters; a recipe has {MAX_CHARACTERS:,} at most. Long lists of images belong into a "
+            "table: images: {table: images.csv}"
+        )
     try:
         loader = _Loader(text)
         root = loader.get_single_node()
         if not isinstance(root, yaml.MappingNode):
             raise RecipeError(f"{path}: a recipe is a mapping with the keys {', '.join(valid)}")
-        _refuse_odd_nodes(root, path, above=set(), seen=set())
+        if _refuse_odd_nodes(root, path, above=set(), sizes={}) > _MAX_VALUES:
+            raise RecipeError(
+                f"{path}: its anchors (&…, *…) stand for more than {_MAX_VALUES:,} keys and values; write what is meant"
+            )
         return root, loader.construct_document(root)
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
@@ -64,21 +79,25 @@ def read_yaml(text: str, path: Path, valid: typing.Iterable[str]) -> tuple[yaml.
             loader.dispose()
 
 
-def _refuse_odd_nodes(node: yaml.Node, path: Path, *, above: set[int], seen: set[int]) -> None:
-    """Refuses repeated keys, keys that are no words, and anchors inside themselves.
+def _refuse_odd_nodes(node: yaml.Node, path: Path, *, above: set[int], sizes: dict[int, int]) -> int:
+    """Refuses repeated keys, keys that are no words, merge keys, overlong numbers, and anchors inside themselves.
 
-    above: ids of the nodes that this one stands in; seen: of those that are known to be good, as an anchor's may be.
+    above: ids of the nodes that this one stands in; sizes: of those that are known to be good, as an anchor's may be.
+    Returns how many keys and values the node stands for, written out.
     """
-    if isinstance(node, yaml.ScalarNode) or id(node) in seen:
-        return
+    line = node.start_mark.line + 1
+    if isinstance(node, yaml.ScalarNode):
+        if node.tag != _TEXT and len(node.value) > _MAX_NUMBER:
+            raise RecipeError(f"{path}, line {line}: a number of {len(node.value):,} characters; put text in quotes")
+        return 1
+    if id(node) in sizes:
+        return sizes[id(node)]
     if id(node) in above:
-        raise RecipeError(
-            f"{path}, line {node.start_mark.line + 1}: what stands here holds itself, by its anchor (&…). Write it out"
-        )
+        raise RecipeError(f"{path}, line {line}: what stands here holds itself, by its anchor (&…). Write it out")
     above.add(id(node))
+    size = 1
     if isinstance(node, yaml.SequenceNode):
-        for item in node.value:
-            _refuse_odd_nodes(item, path, above=above, seen=seen)
+        size += sum(_refuse_odd_nodes(item, path, above=above, sizes=sizes) for item in node.value)
     elif isinstance(node, yaml.MappingNode):
         lines: dict[str, int] = {}
         for key, value in node.value:
@@ -86,27 +105,44 @@ def _refuse_odd_nodes(node: yaml.Node, path: Path, *, above: set[int], seen: set
             if not isinstance(key, yaml.ScalarNode):
                 kind = "list" if isinstance(key, yaml.SequenceNode) else "mapping"
                 raise RecipeError(f"{path}, line {line}: a {kind} stands where a key is expected. Write: key: value")
+            # PyYAML unfolds them before anything can be counted, and a few lines of them fill the memory.
+            if key.tag == _MERGE:
+                raise RecipeError(
+                    f"{path}, line {line}: merge keys (<<) are not read in a recipe. Write the keys that are meant here; a "
+                    "list or mapping as a whole can be used again: C: &grid [0.1, 1], and C: *grid"
+                )
             # YAML's loader lets the last of two equal keys win in silence: half of what the user wrote would be lost.
             if key.value in lines:
                 raise RecipeError(
-                    f"{path}, line {line}: the key {key.value!r} stands already in line {lines[key.value]}"
+                    f"{path}, line {line}: the key {_short(key.value)!r} stands already in line {lines[key.value]}"
                 )
             lines[key.value] = line
-            _refuse_odd_nodes(value, path, above=above, seen=seen)
+            size += _refuse_odd_nodes(key, path, above=above, sizes=sizes)
+            size += _refuse_odd_nodes(value, path, above=above, sizes=sizes)
     above.remove(id(node))
-    seen.add(id(node))
+    sizes[id(node)] = size
+    return size
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:80]}…"
 
 
 def own_problems(problems: typing.Sequence[typing.Any]) -> list[typing.Any]:
     """Without the complaints that a list is too short where one of its items was refused: the user's list is not."""
+    inside = {problem["loc"][:depth] for problem in problems for depth in range(len(problem["loc"]))}
+    return [problem for problem in problems if problem["type"] != "too_short" or problem["loc"] not in inside]
 
-    def follows(problem: typing.Any) -> bool:
-        loc = problem["loc"]
-        return problem["type"] == "too_short" and any(
-            len(other["loc"]) > len(loc) and other["loc"][: len(loc)] == loc for other in problems
-        )
 
-    return [problem for problem in problems if not follows(problem)]
+def explain_all(
+    problems: typing.Sequence[typing.Any], root: yaml.MappingNode, path: Path, model: type[pydantic.BaseModel]
+) -> str:
+    """A line for each of the first pydantic errors, and one that counts the others: a million keys get no million hints."""
+    own = own_problems(problems)
+    lines = [explain(problem, root, path, model) for problem in own[:_MAX_PROBLEMS]]
+    if len(own) > _MAX_PROBLEMS:
+        lines.append(f"{path}: and {len(own) - _MAX_PROBLEMS:,} more of such")
+    return "\n".join(lines)
 
 
 def explain(problem: typing.Any, root: yaml.MappingNode, path: Path, model: type[pydantic.BaseModel]) -> str:
@@ -114,20 +150,22 @@ def explain(problem: typing.Any, root: yaml.MappingNode, path: Path, model: type
     location = [part for part in problem["loc"] if not _is_union_tag(part)]
     line, found = _line_of(root, location)
     where = f"{path}, line {line}"
-    key = ".".join(str(part) for part in location)
+    key = ".".join(_short(str(part)) for part in location)
     if problem["type"] == "extra_forbidden":
         valid = _keys_at(model, location[:-1])
         lower = {name.lower(): name for name in valid}
-        close = difflib.get_close_matches(str(location[-1]).lower(), lower, n=1, cutoff=0.4)
+        close = difflib.get_close_matches(str(location[-1]).lower()[:80], lower, n=1, cutoff=0.4)
         nearest = [lower[name] for name in close]
         hint = f"did you mean {nearest[0]!r}? " if nearest else ""
         return f"{where}: unknown key {key!r}: {hint}Valid here: {', '.join(valid)}"
     if problem["type"] == "missing":
         return f"{where}: the key {key!r} is missing"
     if problem["type"] == "tuple_type" and found and not isinstance(problem["input"], dict):
-        return f"{where}: {key}: a list is expected, found {problem['input']}: write [{problem['input']}]"
+        return f"{where}: {key}: a list is expected, found {_short(str(problem['input']))}: write [{_short(str(problem['input']))}]"
     message = str(problem["msg"]).removeprefix("Value error, ")
-    value = "" if not found or isinstance(problem["input"], dict | list) else f" (found {problem['input']!r})"
+    value = (
+        "" if not found or isinstance(problem["input"], dict | list) else f" (found {_short(repr(problem['input']))})"
+    )
     return f"{where}: {key}: {message}{value}" if key else f"{where}: {message}"
 
 

@@ -52,7 +52,7 @@ def test_one_row_per_image_in_the_order_given(run, model, tmp_path):
     assert table["file"].tolist() == images["file"].tolist()
     assert list(table.columns) == ["file", "class", "probability", "p_coarse", "p_fine", "error"]
     bad = table["file"].str.endswith("coarse/001.png")
-    assert table.loc[bad, "error"].tolist() == ["not an image in a format that Pillow knows"]
+    assert table.loc[bad, "error"].str.startswith("not an image in a format that is read here").all()
     assert table.loc[bad, ["class", "probability", "p_coarse", "p_fine"]].isna().all(axis=None)
     good = table[~bad]
     expected = model.predict_proba(images["path"][~bad].tolist())

@@ -12,8 +12,9 @@ import pytest
 from PIL import Image, ImageFile
 
 from headrace.extract.errors import ImageError
-from headrace.extract.images import decode_image
+from headrace.extract.images import FORMATS, decode_image
 from headrace.extract.locate import array_bytes
+from headrace.extract.sources.formats import IMAGE_SUFFIXES
 
 
 def gradient(width: int = 40, height: int = 24) -> Image.Image:
@@ -263,3 +264,28 @@ def test_malformed_files_decode_or_say_why() -> None:
                 assert image.width * image.height > 0
     assert all(reason.strip() for reason in reasons)
     assert 30 < decoded < len(corpus) - 100, "both kinds must be there for this to test anything"
+
+
+EPS = b"""%!PS-Adobe-3.0 EPSF-3.0
+%%BoundingBox: 0 0 8 8
+%%EndComments
+showpage
+"""
+
+
+def test_formats_beyond_those_that_listings_know_are_not_decoded():
+    """EPS, which Pillow hands to Ghostscript, and all that nobody keeps data sets in, are no images, whatever their name."""
+    with pytest.raises(ImageError, match="not an image in a format that is read here"):
+        decode_image(EPS)
+    for name in ("TGA", "PCX", "ICO", "PDF", "SGI"):
+        stored = io.BytesIO()
+        Image.new("RGB", (8, 8)).save(stored, name)
+        with pytest.raises(ImageError, match="not an image in a format that is read here"):
+            decode_image(stored.getvalue())
+
+
+def test_the_formats_are_those_of_the_suffixes():
+    """Every suffix that a listing takes for an image is of a format that is decoded, and no format is without a suffix."""
+    known = Image.registered_extensions()
+    asked = {known.get(suffix, "JPEG" if suffix == ".jif" else None) for suffix in IMAGE_SUFFIXES}
+    assert asked == set(FORMATS)

@@ -1,5 +1,7 @@
 """The recipe: what it accepts, and the lesson it gives when it refuses."""
 
+import time
+
 import pytest
 
 from headrace.pipelines import RecipeError, load_recipe
@@ -126,12 +128,49 @@ def test_what_yaml_can_say_and_a_recipe_cannot(tmp_path, old, new, line, said):
     assert message.count("\n") == 0
 
 
+def _merges(levels):
+    lines = [f"x{i}: &x{i} {{<<: [*x{i - 1}, *x{i - 1}]}}\n" for i in range(1, levels)]
+    return "x0: &x0 {k: v}\n" + "".join(lines)
+
+
+BOMBS = {
+    "merge keys of merge keys": (_merges(40) + GOOD, "line 2: merge keys"),
+    "twenty thousand unknown keys": (GOOD + "".join(f"key{i}: 1\n" for i in range(20_000)), "and 19,980 more"),
+    "a list a thousand deep": (GOOD + "x: " + "[" * 1000 + "]" * 1000, "too deep"),
+    "a number of 200,000 digits": (GOOD + "x: " + "1" * 200_000, "a number of 200,000 characters"),
+    "a number to the base of sixty": (GOOD + "x: 1" + ":1" * 100_000, "a number of"),
+    "a key of 200,000 letters": (GOOD + "? " + "x" * 200_000 + "\n: 1", "unknown key 'x{80}…'"),
+    "a text of 200,000 letters": (GOOD + "metric: [" + "x" * 200_000 + "]", "unknown key 'metric'"),
+    "a megabyte": (GOOD + "#" * 2**20, "at most"),
+    "three gigabytes": (None, "not YAML|at most"),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_recipe_that_would_fill_time_or_memory_is_told_so(tmp_path, name):
+    """Each has one short message within seconds; none is unfolded, measured or printed in full."""
+    text, said = BOMBS[name]
+    path = tmp_path / "recipe.yaml"
+    if text is None:
+        with path.open("wb") as file:
+            file.truncate(3 << 30)
+    else:
+        path.write_text(text)
+    began = time.process_time()
+    with pytest.raises(RecipeError, match=said) as refusal:
+        load_recipe(path)
+    assert time.process_time() - began < 30
+    assert len(str(refusal.value)) < 6000
+
+
 def test_anchors_are_looked_at_once(tmp_path):
     """An anchor used twice is fine; thirty lists of two anchors each are not followed a billion times."""
     shared = GOOD.replace("C: [1e-3, 1]", "C: &c [1e-3, 1]\n  ridge:\n    alpha: *c")
     assert load_recipe(write(tmp_path, shared)).heads.ridge.alpha == (1e-3, 1.0)
-    lines = ["a0: &a0 [1]"] + [f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 30)]
     with pytest.raises(RecipeError, match="unknown key 'a0'"):
+        load_recipe(write(tmp_path, GOOD + "a0: &a0 [1]\na1: [*a0, *a0]"))
+    lines = ["a0: &a0 [1]"] + [f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 30)]
+    with pytest.raises(RecipeError, match="stand for more than 50,000"):
         load_recipe(write(tmp_path, GOOD + "\n".join(lines)))
 
 

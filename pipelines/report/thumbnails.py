@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 
 from headrace.cache import publish_replace
 from headrace.extract import ImageError, decode_image, hash_bytes, read_bytes
-from headrace.extract.images import PixelRange
+from headrace.extract.images import PixelRange, open_image
 
 SIDE = 144  # pixels
 # An image of no more pixels than this is enlarged, pixel by pixel, and looks like what it is.
@@ -96,7 +96,7 @@ def _small_grey(data: bytes, pixel_range: PixelRange | None) -> Image.Image:
     size = (SIGNATURE, SIGNATURE)
     if data.startswith(b"\xff\xd8"):  # a JPEG decodes at an eighth of its size in a fraction of the time
         try:
-            with Image.open(io.BytesIO(data)) as image:
+            with open_image(data) as image:
                 image.draft("L", (8 * SIGNATURE, 8 * SIGNATURE))
                 return ImageOps.exif_transpose(image).convert("L").resize(size, Image.Resampling.BOX)
         except Exception:  # noqa: BLE001 - decoders raise anything; the careful decoder has the last word
