@@ -407,6 +407,23 @@ def test_rows_that_cannot_be_used_are_counted(tmp_path):
     ]  # fmt: skip
 
 
+def test_rows_that_are_predicted_stay_in_their_places(tmp_path):
+    """A row that stands twice, or names no image, has its row all the same: people join predictions by position, too."""
+    write(tmp_path / "t.csv", b"path,id\na.png,1\n,2\na.png,1\nb.png,\n")
+    listing = read_source(detect_source(tmp_path / "t.csv"), labelled=False)
+    assert listing.samples["id"].tolist() == ["1", "2", "1", "row 4 names no image"]
+    assert [Path(path).name for path in listing.samples["path"]] == ["a.png", "row 2 names no image", "a.png", "b.png"]
+    assert listing.found == counted(listing) == 4
+
+
+def test_a_table_of_nothing_but_images(tmp_path):
+    pq.write_table(hugging_face_table(3).drop_columns(["label"]), tmp_path / "t.parquet")
+    assert len(read_source(detect_source(tmp_path / "t.parquet"), labelled=False).samples) == 3
+    pq.write_table(pa.table({"image": pa.array([png(1), png(2)], pa.binary())}), tmp_path / "t.parquet")
+    samples = read_source(detect_source(tmp_path / "t.parquet"), labelled=False).samples
+    assert [read_bytes(path) for path in samples["path"]] == [png(1), png(2)]
+
+
 def test_paths_of_other_systems(tmp_path):
     """Backslashes, file URLs, and names whose accents the disk has in the other form."""
     name = unicodedata.normalize("NFD", "é.png")
@@ -428,6 +445,12 @@ def test_ids_without_an_ending(tmp_path):
     assert any("the images are train/{id}.jpg" in note for note in listing.notes)
     explicit = read_text(tmp_path, "code,breed\n0001,x\n", path_pattern="train/{code}.jpg")
     assert explicit.samples["path"].tolist() == [str(tmp_path / "train/0001.jpg")]
+    for number in range(4):
+        write(tmp_path / f"masks/000{number}.png", png(number))
+    with pytest.raises(
+        SourceError, match=r"could name the images (masks/\{id\}.png or train|train/\{id\}.jpg or masks)"
+    ):
+        read_text(tmp_path, "id,breed\n0001,x\n0002,y\n")
     with pytest.raises(SourceError, match=r"has no column 'cod'. The columns are: code, breed"):
         read_text(tmp_path, "code,breed\n0001,x\n", path_pattern="train/{cod}.jpg")
 

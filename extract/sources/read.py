@@ -65,7 +65,7 @@ def read_source(source: ImageSource, *, labelled: bool = True) -> Listing:
             options = TableOptions(
                 source.path_column, source.id_column, source.root, source.path_pattern, source.exclude
             )
-            return read_tables(location, options)
+            return read_tables(location, options, labelled=labelled)
         case "archive":
             return read_archives(location, layout=source.layout, exclude=source.exclude, labelled=labelled)
         case "array":

@@ -47,7 +47,8 @@ def read_table_file(file: Path) -> Table:
         if suffix in (".parquet", ".pq"):
             return _read_parquet(file)
         if suffix == ".arrow":
-            return _from_arrow(open_arrow(file))
+            opened = open_arrow(file)
+            return _from_arrow(opened, opened.num_rows)
         if suffix in _TEXT_SUFFIXES:
             return _read_csv(_read_text(file, compressed), suffix, file)
         if suffix in (".jsonl", ".ndjson"):
@@ -168,7 +169,8 @@ def _read_parquet(file: Path) -> Table:
     # Of a struct of bytes and path, the path alone: the images stay on disk.
     columns += [f"{name}.path" for name in images if _has_path(schema.field(name).type)]
     table = opened.read(columns=columns).replace_schema_metadata(schema.metadata)
-    return _from_arrow(table, images, [name for name in images if _is_empty(opened.metadata, f"{name}.bytes")])
+    empty = [name for name in images if _is_empty(opened.metadata, f"{name}.bytes")]
+    return _from_arrow(table, opened.metadata.num_rows, images, empty)
 
 
 def _is_empty(metadata: Any, column: str) -> bool:
@@ -202,7 +204,7 @@ def _holds_bytes(kind: pa.DataType) -> bool:
     return place >= 0 and _is_binary(kind.field(place).type)
 
 
-def _from_arrow(table: pa.Table, images: tuple[str, ...] = (), empty: Sequence[str] = ()) -> Table:
+def _from_arrow(table: pa.Table, rows: int, images: tuple[str, ...] = (), empty: Sequence[str] = ()) -> Table:
     """The columns that are no images; what `datasets` stores as the path of one is the column `NAME.path`.
 
     empty: columns of images without bytes. They name files, and the column `NAME` has their paths.
@@ -223,6 +225,8 @@ def _from_arrow(table: pa.Table, images: tuple[str, ...] = (), empty: Sequence[s
     images = tuple(name for name in images if name not in empty)
     # Python's integers where there are gaps: as floats, large ones would become others.
     frame = table.to_pandas(integer_object_nulls=True)
+    if not table.column_names:  # of nothing but images; the rows are counted all the same
+        frame = pd.DataFrame(index=pd.RangeIndex(rows))
     if not isinstance(frame.index, pd.RangeIndex):
         frame = frame.reset_index(drop=frame.index.name is None)
     for name, names in class_names.items():

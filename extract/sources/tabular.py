@@ -5,6 +5,7 @@ import json
 import os
 import string
 import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,26 +40,28 @@ _MEANINGS = {"path": "where the image is", "id": "what tells rows apart"} | dict
     ("content", "_content"), "the hash of an image's bytes"
 )
 _PATHS_LOOKED_AT = 100
+_DEEPEST_FOLDER = 3  # below a table, of images that ids name
 
 
 @dataclass(frozen=True)
 class TableOptions:
     """How a table names its images; see the recipe's section `images`."""
 
-    path_column: str | None = None  # default: found, see `find_path_column`
+    path_column: str | None = None  # default: found, see `find_images`
     id_column: str | None = None  # default: `id` where there is such a column, else the path as written
     root: str | Path | None = None  # what relative paths start from; default: the table's own folder
     path_pattern: str | None = None  # a path with columns in braces: train/{id}.jpg
     exclude: tuple[str, ...] = ()
 
 
-def read_tables(table: str | Path, options: TableOptions | None = None) -> Listing:
+def read_tables(table: str | Path, options: TableOptions | None = None, *, labelled: bool = True) -> Listing:
     """The rows of tables, in their order: `id`, `path`, then every column that the tables have.
 
     table: a CSV, TSV, JSON lines, JSON (COCO too), Parquet or Arrow file, a pattern (`data/train-*.parquet`), a folder of
     Parquet files, or one that `datasets` saved. Parquet and Arrow may hold the images themselves. Where the tables' or
     their folders' names are the sides of a split and no column says so, a column `split` has them. Files are not looked
-    for here: a missing one becomes a recorded failure of its sample. Raises SourceError.
+    for here: a missing one becomes a recorded failure of its sample. labelled: rows are to be learned from, so that each needs
+    an id of its own; else every row stays in its place, also one that stands twice or names no image. Raises SourceError.
     """
     options = options or TableOptions()
     files = table_files(Path(table).expanduser())
@@ -71,13 +74,13 @@ def read_tables(table: str | Path, options: TableOptions | None = None) -> Listi
     for file in files:
         read = read_table_file(file)
         notes += read.notes
-        samples = _samples(file, read, options, tally, notes)
+        samples = _samples(file, read, options, tally, notes, labelled)
         if sides is not None and "split" not in samples:
             samples["split"] = sides[file]
         parts.append(samples)
     if sides is not None:
         notes.append(f"the names {', '.join(dict.fromkeys(sides.values()))} are those of the sides of a split")
-    if several and pd.concat([part["id"] for part in parts]).duplicated().any():
+    if labelled and several and pd.concat([part["id"] for part in parts]).duplicated().any():
         for file, part in zip(files, parts, strict=True):  # names that are unique in one table only
             part["id"] = f"{file.relative_to(base).as_posix()}/" + part["id"].astype(str)
     samples = pd.concat(parts, ignore_index=True) if several else parts[0]
@@ -87,7 +90,8 @@ def read_tables(table: str | Path, options: TableOptions | None = None) -> Listi
         raise SourceError(
             f"{source}: the table has no rows{f' that can be used ({found})' if found else ''}. Expected one row per image."
         )
-    check_unique(samples["id"], source)
+    if labelled:
+        check_unique(samples["id"], source)
     return tally.listing(samples, dict.fromkeys(notes))
 
 
@@ -146,7 +150,7 @@ def find_images(table: Table, file: Path, base: Path) -> tuple[str, bool]:
     for candidates in (held, others):
         if len(candidates) == 1:
             return candidates[0], False
-    if (pattern := _find_pattern(frame, base)) is not None:
+    if (pattern := _find_pattern(frame, file, base)) is not None:
         return pattern, True
     if named:
         return named[0], False
@@ -163,19 +167,30 @@ def find_images(table: Table, file: Path, base: Path) -> tuple[str, bool]:
     )
 
 
-def _find_pattern(frame: pd.DataFrame, folder: Path) -> str | None:
-    """The pattern by which a column of ids names images below a folder, as in Kaggle's tables; None where none does."""
-    files: dict[str, str] = {}
-    for file in sorted(folder.rglob("*")):
-        if file.suffix.lower() in IMAGE_SUFFIXES:
-            files.setdefault(file.stem, file.relative_to(folder).as_posix())
-    for name in frame.columns:
-        ids = as_text(frame[name]).dropna().head(_PATHS_LOOKED_AT)
-        found = [files[value] for value in ids if value in files]
-        places = {(Path(file).parent.as_posix(), Path(file).suffix) for file in found}
-        if len(places) == 1 and 2 * len(found) >= len(ids):
-            (parent, suffix) = places.pop()
-            return f"{'' if parent == '.' else f'{parent}/'}{{{name}}}{suffix}"
+def _find_pattern(frame: pd.DataFrame, file: Path, folder: Path) -> str | None:
+    """The pattern by which a column of ids names images below a folder, as in Kaggle's tables; None where none does.
+
+    Raises SourceError where several do: `images/{id}.jpg` and `masks/{id}.png`.
+    """
+    places: dict[str, list[str]] = {}  # patterns by the stems of the images that they could name
+    for parent, folders, names in os.walk(folder):
+        depth = Path(parent).relative_to(folder).parts
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and len(depth) < _DEEPEST_FOLDER)
+        for name in sorted(names):
+            stem, suffix = os.path.splitext(name)
+            if suffix.lower() in IMAGE_SUFFIXES:
+                places.setdefault(stem, []).append("/".join((*depth, "{}" + suffix)))
+    for column in frame.columns:
+        ids = as_text(frame[column]).dropna().head(_PATHS_LOOKED_AT)
+        counts = Counter(place for value in ids for place in places.get(value, ()))
+        patterns = [place.replace("{}", f"{{{column}}}") for place, count in counts.items() if 2 * count >= len(ids)]
+        if len(patterns) > 1:
+            raise SourceError(
+                f"{file}: the column {column!r} could name the images {' or '.join(patterns)}. "
+                f"Say which: images.path_pattern: {patterns[0]}"
+            )
+        if patterns:
+            return patterns[0]
     return None
 
 
@@ -195,7 +210,9 @@ def _sides(files: Sequence[Path]) -> dict[Path, str] | None:
     return None
 
 
-def _samples(file: Path, table: Table, options: TableOptions, tally: Tally, notes: list[str]) -> pd.DataFrame:
+def _samples(
+    file: Path, table: Table, options: TableOptions, tally: Tally, notes: list[str], labelled: bool
+) -> pd.DataFrame:
     frame = table.frame
     if frame.empty and not table.image_columns:
         return pd.DataFrame(columns=["id", "path"], dtype=object)
@@ -222,8 +239,13 @@ def _samples(file: Path, table: Table, options: TableOptions, tally: Tally, note
     if id_column is not None:
         ids = as_text(frame[id_column])
     kept = frame.drop(columns=[name for name in frame.columns if name in ("id", "path") or name == f"{where}.path"])
-    samples = pd.concat([ids.rename("id"), paths.rename("path"), kept], axis=1).astype({"id": object, "path": object})
-    return _leave_out(samples, file, options, tally)
+    samples = pd.DataFrame({"id": ids, "path": paths}, dtype=object)
+    samples[list(kept.columns)] = kept
+    if not labelled:
+        nothing = pd.Series([f"row {row + 1} names no image" for row in range(len(samples))], index=samples.index)
+        paths = samples["path"].where(samples["path"].notna(), str(base) + "/" + nothing)
+        samples = samples.assign(path=paths, id=samples["id"].where(samples["id"].notna(), nothing))
+    return _leave_out(samples, file, options, tally, repeated=not labelled)
 
 
 def _image_column(table: Table, file: Path, base: Path, options: TableOptions, notes: list[str]) -> tuple[str, bool]:
@@ -240,18 +262,22 @@ def _image_column(table: Table, file: Path, base: Path, options: TableOptions, n
     return found, is_pattern
 
 
-def _leave_out(samples: pd.DataFrame, file: Path, options: TableOptions, tally: Tally) -> pd.DataFrame:
-    """The rows that can be used; the others are counted."""
+def _leave_out(
+    samples: pd.DataFrame, file: Path, options: TableOptions, tally: Tally, *, repeated: bool
+) -> pd.DataFrame:
+    """The rows that can be used; the others are counted. repeated: also rows that stand twice."""
     for reason, column in (("rows that name no image", "path"), ("rows without an id", "id")):
         empty = samples[column].isna()
         if empty.any():
             rows = [f"{file.name}, row {row + 1}" for row in samples.index[empty][:3]]
             tally.leave_out(reason, *rows, count=int(empty.sum()))
             samples = samples[~empty]
-    try:
-        again = samples.duplicated()
-    except TypeError:  # cells of lists
-        again = samples.astype(str).duplicated()
+    again = pd.Series(False, index=samples.index)
+    if not repeated:
+        try:
+            again = samples.duplicated()
+        except TypeError:  # cells of lists
+            again = samples.astype(str).duplicated()
     if again.any():
         tally.leave_out("rows that are another row once more", *samples["id"][again].head(3), count=int(again.sum()))
         samples = samples[~again]
