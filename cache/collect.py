@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from headrace.cache.errors import CacheError
-from headrace.cache.feature_set import feature_set_directories
-from headrace.cache.publish import FEATURES, SPEC
+from headrace.cache.feature_set import begun_directories, feature_set_directories
+from headrace.cache.files import PARTIAL_SUFFIX
+from headrace.cache.publish import FEATURES, SHARDS, is_feature_set
 from headrace.cache.repair import stale_temporaries
 
 # A writer that is alive touches its temporary far more often than this.
@@ -23,13 +24,16 @@ class Garbage:
 
     feature_sets: tuple[Path, ...]
     temporaries: tuple[Path, ...]
-    trash: tuple[Path, ...]  # feature sets whose removal was interrupted
+    trash: tuple[Path, ...]  # feature sets whose removal, or whose making, was interrupted
     bytes: int
 
     def remove(self) -> None:
         """Remove all of it."""
         for path in self.temporaries:
-            path.unlink(missing_ok=True)
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
         for path in self.feature_sets:
             remove_feature_set(path)
         for path in self.trash:
@@ -49,22 +53,34 @@ def find_garbage(
         if not any(path.is_relative_to(directory) for directory in unused)
     ]
     trash = sorted((cache_root / FEATURES).glob(f"{_TRASH}*"))
-    total = sum(path.stat().st_size for path in temporaries) + sum(map(tree_bytes, [*unused, *trash]))
+    trash += [path for path in begun_directories(cache_root) if now - path.stat().st_mtime >= stale_s]
+    total = sum(map(tree_bytes, [*temporaries, *unused, *trash]))
     return Garbage(tuple(unused), tuple(temporaries), tuple(trash), total)
 
 
 def remove_feature_set(directory: Path) -> None:
     """Remove a feature set. It disappears at once, by a rename; then its files are deleted.
 
-    Raises CacheError when the directory is no feature set: nothing else is ever deleted.
+    Raises CacheError when the directory is no feature set, nor one that was begun: nothing else is ever deleted.
     """
-    if not (directory / SPEC).is_file():
-        raise CacheError(f"{directory} is not a feature set (it has no {SPEC}); nothing was removed")
+    if not (is_feature_set(directory) or _is_begun(directory)):
+        raise CacheError(
+            f"{directory} is not a feature set; nothing was removed. `headrace cache ls --cache CACHE` lists those of a cache"
+        )
     doomed = directory.with_name(f"{_TRASH}{directory.name}-{uuid.uuid4().hex[:8]}")
     directory.rename(doomed)
     shutil.rmtree(doomed)
 
 
+def _is_begun(directory: Path) -> bool:
+    """Whether nothing is in it but what a writer makes before the spec: a temporary of its own, an empty folder for shards."""
+    if directory.parent.name != FEATURES or not directory.is_dir():
+        return False
+    return all(path.name == SHARDS or path.name.endswith(PARTIAL_SUFFIX) for path in directory.rglob("*"))
+
+
 def tree_bytes(directory: Path) -> int:
-    """Bytes of all files below a directory."""
+    """Bytes of a file, or of all files below a directory."""
+    if directory.is_file():
+        return directory.stat().st_size
     return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())

@@ -15,7 +15,7 @@ from headrace.cache.batches import Batch, iter_batches
 from headrace.cache.encoding import RoundOff
 from headrace.cache.errors import RowsMissing
 from headrace.cache.manifest import ShardEntry, read_manifest
-from headrace.cache.publish import FEATURES, SPEC, read_spec
+from headrace.cache.publish import FEATURES, is_feature_set, read_spec
 from headrace.cache.reader import Reader
 from headrace.cache.rows import RowIndex, as_hashes
 from headrace.cache.shard import Failure
@@ -50,9 +50,13 @@ def list_feature_sets(cache_root: Path | str) -> list["FeatureSet"]:
 
 def feature_set_directories(cache_root: Path | str) -> list[Path]:
     """Where the feature sets of a cache are, readable or broken."""
-    found = (Path(cache_root) / FEATURES).glob(f"*/{SPEC}")
-    # A leading dot: being removed.
-    return sorted(path.parent for path in found if not path.parent.name.startswith("."))
+    return sorted(path for path in (Path(cache_root) / FEATURES).glob("*") if is_feature_set(path))
+
+
+def begun_directories(cache_root: Path | str) -> list[Path]:
+    """Directories that writers of earlier versions began and were killed in: nothing is in them, and no reader sees them."""
+    found = (path for path in (Path(cache_root) / FEATURES).glob("*") if path.is_dir())
+    return sorted(path for path in found if not path.name.startswith(".") and not is_feature_set(path))
 
 
 class FeatureSet:
@@ -260,7 +264,7 @@ class FeatureSet:
         return (
             f"{self.path}: {self.spec.name} of {self.spec.backbone} has no row for {', '.join(shown)}{more}. "
             f"It holds {self.n_rows} rows and {len(failed)} recorded failures. "
-            "Extract what is missing with `headrace extract`, or leave these samples out"
+            "`headrace run RECIPE` extracts what is missing of the recipe's images; or leave these samples out"
         )
 
 

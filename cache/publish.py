@@ -2,9 +2,16 @@
 
 What a reader finds if the writer dies: before the link, nothing; between the link and the manifest's line, a shard
 that is not listed and so does not exist (the next writer of the unit checks and lists it); after the line, the shard.
+
+A feature set's directory gets its name when its spec.json is in it. One without spec.json and without shards, as killed
+writers of earlier versions left them, is absent for every reader, and the next writer completes it.
 """
 
+import errno
+import os
 import re
+import shutil
+import uuid
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -16,8 +23,8 @@ import numpy.typing as npt
 from headrace.cache.check import check_shard
 from headrace.cache.encoding import encode
 from headrace.cache.errors import FeatureSetMissing, ManifestCorrupt, ShardCorrupt, SpecMismatch
-from headrace.cache.files import explained, publish_bytes, publish_parts
-from headrace.cache.manifest import ShardEntry, append_entry, read_manifest
+from headrace.cache.files import PARTIAL_SUFFIX, explained, publish_bytes, publish_parts, sync_directory
+from headrace.cache.manifest import MANIFEST, ShardEntry, append_entry, read_manifest
 from headrace.cache.shard import Failure, build_shard
 from headrace.cache.spec import FeatureSpec, spec_difference
 
@@ -42,6 +49,18 @@ def shard_path(directory: Path, unit: str) -> Path:
     return directory / SHARDS / f"{unit}.h5"
 
 
+def is_feature_set(directory: Path) -> bool:
+    """Whether there is something to open or to repair: a spec.json, or shards that have outlived theirs.
+
+    That the directory exists says neither.
+    """
+    if directory.name.startswith("."):  # being made, or being removed
+        return False
+    if (directory / SPEC).exists() or (directory / MANIFEST).exists():
+        return True
+    return next((directory / SHARDS).glob("*.h5"), None) is not None
+
+
 def create_feature_set(cache_root: Path, spec: FeatureSpec) -> Path:
     """The directory of the spec's feature set, made if it is not there. Any number of processes may do this at once.
 
@@ -49,6 +68,8 @@ def create_feature_set(cache_root: Path, spec: FeatureSpec) -> Path:
     """
     directory = feature_set_path(cache_root, spec)
     with explained(directory):
+        if not directory.exists():
+            _make_with_spec(directory, spec)
         (directory / SHARDS).mkdir(parents=True, exist_ok=True)
     if not publish_bytes(directory / SPEC, _spec_bytes(spec)):
         found = read_spec(directory, check_name=False)
@@ -60,6 +81,21 @@ def create_feature_set(cache_root: Path, spec: FeatureSpec) -> Path:
     return directory
 
 
+def _make_with_spec(directory: Path, spec: FeatureSpec) -> None:
+    """Make the directory with its spec.json in it, in one step for everyone who looks; nothing if another was faster."""
+    temporary = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
+    try:
+        (temporary / SHARDS).mkdir(parents=True)
+        publish_bytes(temporary / SPEC, _spec_bytes(spec))
+        os.rename(temporary, directory)
+        sync_directory(directory.parent)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def read_spec(directory: Path, *, check_name: bool = True) -> FeatureSpec:
     """The spec of a feature set.
 
@@ -69,9 +105,8 @@ def read_spec(directory: Path, *, check_name: bool = True) -> FeatureSpec:
     try:
         data = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise FeatureSetMissing(
-            f"{directory} is not a feature set (it has no {SPEC}). `headrace cache ls` lists those of a cache"
-        ) from error
+        advice = _SPEC_ADVICE if is_feature_set(directory) else "`headrace cache ls` lists those of a cache"
+        raise FeatureSetMissing(f"{directory} is not a feature set (it has no {SPEC}). {advice}") from error
     try:
         spec = FeatureSpec.from_json(data.decode())
     except SpecMismatch as error:

@@ -8,7 +8,14 @@ from pathlib import Path
 import h5py
 
 from headrace.cache.check import shard_digest
-from headrace.cache.errors import CacheError, ManifestCorrupt, ShardCorrupt, ShardMissing, SpecMismatch
+from headrace.cache.errors import (
+    CacheError,
+    FeatureSetMissing,
+    ManifestCorrupt,
+    ShardCorrupt,
+    ShardMissing,
+    SpecMismatch,
+)
 from headrace.cache.files import PARTIAL_SUFFIX, lease, publish_replace
 from headrace.cache.manifest import LOCK, MANIFEST, ShardEntry, manifest_bytes, read_manifest
 from headrace.cache.publish import SHARDS, SPEC, describe_shard, read_spec, shard_path
@@ -42,7 +49,7 @@ def repair(directory: Path) -> Repair:
     rewritten = []
     try:
         spec = read_spec(directory)
-    except (ManifestCorrupt, SpecMismatch):
+    except (FeatureSetMissing, ManifestCorrupt, SpecMismatch):
         spec = _spec_from_shards(directory)
         publish_replace(directory / SPEC, f"{spec.to_json()}\n".encode())
         rewritten.append(SPEC)
@@ -105,7 +112,7 @@ def _spec_from_shards(directory: Path) -> FeatureSpec:
                 if spec.fingerprint == directory.name:
                     return spec
     raise CacheError(
-        f"{directory}: {SPEC} is broken, and no whole shard is left to write it again from. "
+        f"{directory}: {SPEC} is broken or gone, and no whole shard is left to write it again from. "
         "Remove the feature set with `headrace cache rm` and extract it again"
     )
 

@@ -13,7 +13,7 @@ import typer
 from rich.table import Table
 
 from headrace.cache import CacheError, FeatureSet, FeatureSpec, feature_set_path, open_feature_set, shard_path
-from headrace.cache.feature_set import feature_set_directories
+from headrace.cache.feature_set import begun_directories, feature_set_directories
 from headrace.pipelines.console import make_console
 
 if TYPE_CHECKING:
@@ -221,7 +221,7 @@ def remove_command(
     """
     from headrace.cache.collect import remove_feature_set, tree_bytes
 
-    directory = _find(cache, name)
+    directory = _find(cache, name, begun=True)
     size = tree_bytes(directory)
     if not yes:
         typer.confirm(f"Remove {directory} ({size / 1e6:,.1f} MB)?", abort=True)
@@ -375,9 +375,9 @@ def _samples_with_content(recipe: "Recipe") -> "tuple[pd.DataFrame, list[str | N
     return samples, list(content_hashes(samples, content_index(recipe.cache)).hashes)
 
 
-def _find(cache: Path, name: str) -> Path:
-    """The one feature set whose fingerprint begins with `name` or whose tap it is."""
-    directories = feature_set_directories(cache)
+def _find(cache: Path, name: str, *, begun: bool = False) -> Path:
+    """The one feature set whose fingerprint begins with `name` or whose tap it is; with `begun`, also what a kill left of one."""
+    directories = feature_set_directories(cache) + (begun_directories(cache) if begun else [])
     by_fingerprint = [path for path in directories if path.name.startswith(name)]
     found = by_fingerprint or [path for path in directories if _tap(path) == name]
     if len(found) == 1:

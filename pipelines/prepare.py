@@ -10,6 +10,7 @@ import pandas as pd
 
 from headrace.cache import FeatureSpec, feature_set_path, open_feature_set, require_hdf5plugin
 from headrace.cache.foreign import imported_sets
+from headrace.cache.publish import is_feature_set
 from headrace.extract import (
     BackboneSpec,
     Network,
@@ -134,9 +135,7 @@ def survey(recipe: Recipe, *, write: bool = True, retry_failed: bool = False) ->
     notes = (*_changes(paths.listing, samples), *listed.notes, *accounting.lines(), *dataset.notes)
     backbones: dict[str, BackboneSpec | None] = dict.fromkeys(inputs)  # imported features have none
     backbones |= {name: network.backbone for name, (network, _) in _named(recipe, networks)}
-    return Survey(
-        paths, samples, contents.unreadable, dataset, notes, accounting, metric, directories, backbones, plan
-    )
+    return Survey(paths, samples, contents.unreadable, dataset, notes, accounting, metric, directories, backbones, plan)
 
 
 def run_paths(recipe: Recipe) -> RunPaths:
@@ -275,7 +274,7 @@ def _network(backbone: Backbone, recipe: Recipe) -> Network:
 def _failed(cache: Path, networks: Sequence[Network]) -> dict[str, str]:
     """{content hash: reason} of the images that some feature set of the run has recorded as failed."""
     paths = [feature_set_path(cache, spec) for network in networks for spec in network.specs]
-    failures = (failure for path in paths if path.exists() for failure in open_feature_set(path).failures())
+    failures = (failure for path in paths if is_feature_set(path) for failure in open_feature_set(path).failures())
     return {failure.content: failure.reason for failure in failures}
 
 
@@ -290,7 +289,7 @@ def _require_decodable(needed: pd.DataFrame, failed: Mapping[str, str]) -> None:
 
 def _known(cache: Path, spec: FeatureSpec) -> set[str]:
     path = feature_set_path(cache, spec)
-    return set(open_feature_set(path).known()) if path.exists() else set()
+    return set(open_feature_set(path).known()) if is_feature_set(path) else set()
 
 
 def check_metric(section: TaskSection) -> str:

@@ -196,7 +196,7 @@ def test_missing_rows_are_named(tmp_path):
     features = open_feature_set(make_feature_set(tmp_path, 1))
     wanted = hashes(0, 2) + hashes(5000, 9)
     assert features.locate(wanted).tolist() == [0, 1] + [-1] * 9
-    with pytest.raises(RowsMissing, match=f"no row for {hashes(5000, 1)[0]}.* and 6 more.*headrace extract"):
+    with pytest.raises(RowsMissing, match=f"no row for {hashes(5000, 1)[0]}.* and 6 more.*headrace run RECIPE"):
         features.load(wanted)
 
 
