@@ -8,6 +8,7 @@ random_state, and the same rows give the same estimator.
 import importlib
 import inspect
 import json
+import os
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.base import BaseEstimator
+from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -28,6 +29,35 @@ from headrace.heads.spec import FULL, HeadFit, SklearnSpec
 from headrace.heads.task import TEST
 
 Floats = npt.NDArray[Any]
+
+# The public modules whose classes are estimators and nothing else: importing them runs scikit-learn's own code alone.
+_MODULES = {
+    *(
+        "calibration",
+        "cross_decomposition",
+        "discriminant_analysis",
+        "dummy",
+        "ensemble",
+        "gaussian_process",
+        "isotonic",
+    ),
+    *("kernel_ridge", "linear_model", "naive_bayes", "neighbors", "neural_network", "svm", "tree"),
+}
+# Parameters that stand for other code or for files: nested estimators, functions, joblib's cache of pickles.
+_PREDICTORS = (ClassifierMixin, RegressorMixin)
+_CODE_PARAMETERS = {
+    *(
+        "estimator",
+        "estimators",
+        "base_estimator",
+        "final_estimator",
+        "regressor",
+        "transformer",
+        "steps",
+        "kernel_params",
+    ),
+    *("func", "inverse_func", "memory", "metric_params"),
+}
 
 
 class BadEstimator(HeadraceError, ValueError):
@@ -62,6 +92,33 @@ def make_estimator(spec: SklearnSpec) -> Any:
             f"{', '.join(inspect.signature(kind).parameters)}"
         ) from error
     return make_pipeline(StandardScaler(), estimator) if spec.standardize else estimator
+
+
+def estimator_code(spec: SklearnSpec) -> str | None:
+    """The "module:class" that the spec has imported and called; None for what only scikit-learn's own code can come of.
+
+    That is a classifier or regressor in a public module of the installed scikit-learn, whose parameters are values.
+    Nothing is imported but those modules.
+    """
+    module, _, name = spec.estimator.rpartition(".")
+    asked = f"{module}:{name}"
+    package, _, rest = module.partition(".")
+    if package != "sklearn" or rest not in _MODULES or name.startswith("_"):
+        return asked
+    kind = getattr(importlib.import_module(module), name, None)
+    if not (inspect.isclass(kind) and issubclass(kind, BaseEstimator) and issubclass(kind, _PREDICTORS)):
+        return asked
+    if not f"{kind.__module__}.".startswith(f"{module}."):  # a name that the module has imported from elsewhere
+        return asked
+    try:
+        parameters = json.loads(spec.parameters)
+    except ValueError:
+        return asked
+    if not isinstance(parameters, dict) or not _CODE_PARAMETERS.isdisjoint(parameters):
+        return asked
+    jobs = parameters.get("n_jobs")  # each may be a process
+    few = jobs is None or (isinstance(jobs, int) and abs(jobs) <= (os.cpu_count() or 1))
+    return None if few else asked
 
 
 def fit_sklearn_bank(

@@ -1,6 +1,7 @@
 """`headrace export`: heads as graphs, files that predict the same where headrace is not installed, and their card."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import asdict
@@ -241,6 +242,27 @@ def test_refusals_say_what_to_do(photos, features, tmp_path, monkeypatch):
     with pytest.raises(ExtraMissing, match=r"headrace\[onnx\]"):
         export_model(model, tmp_path / "other", ["onnx"])
     assert not (tmp_path / "other").exists()
+
+
+def test_an_exported_file_is_as_readable_as_any(photos, features, tmp_path):
+    """As the umask says; the weights too, which safetensors' own writer keeps from everybody else."""
+    model = load_model(model_directory(tmp_path / "ridge", photos, features, RidgeSpec(1.0), ["avg"]))
+    before = os.umask(0o027)
+    try:
+        export_model(model, tmp_path / "out", ["safetensors"])
+    finally:
+        os.umask(before)
+    modes = {file.name: file.stat().st_mode & 0o777 for file in (tmp_path / "out").iterdir()}
+    assert "backbone_0.safetensors" in modes
+    assert set(modes.values()) == {0o640}
+
+
+def test_words_of_a_model_are_no_placeholders(tmp_path):
+    """What a model directory says of its preprocessing stays text in the file that is run later."""
+    how = Preprocessing((40, 40), (36, 32), "{source} {first}", "bicubic", (0.4, 0.5, 0.6), (0.2, 0.2, 0.2))
+    namespace = {"__name__": "preprocess_case"}
+    exec(preprocess_file([Input("images", how)], "0"), namespace)
+    assert namespace["INPUTS"]["images"]["mode"] == "{source} {first}"
 
 
 @pytest.mark.parametrize("mode", ["shortest", "squash", "border"])

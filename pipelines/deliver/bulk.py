@@ -62,6 +62,7 @@ class PartJob:
     part: str
     device: str = "cpu"
     threads: int = 1
+    trust_code: tuple[str, ...] = ()  # as the caller's
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ def predict_part(job: PartJob) -> int:
     from headrace.pipelines.deliver.images import predict_samples
 
     _set_threads(job.threads)
-    engine = _engine(job.model, job.digest, job.device)
+    engine = _engine(job.model, job.digest, job.device, job.trust_code)
     found = np.full((len(job.samples), len(engine.model.classes)), np.nan, np.float32)
     errors: list[str | None] = [None] * len(job.samples)
     unread = np.zeros(len(job.samples), np.bool_)
@@ -210,7 +211,8 @@ def _predict(
         part = str((parts / f"{name}.parquet").absolute())
         threads = 1 if shared else cores
         place = str(model.path.absolute())
-        jobs.append(PartJob(place, model.digest, tuple(_samples(key[0] for key in keys)), keys, part, device, threads))
+        samples = tuple(_samples(key[0] for key in keys))
+        jobs.append(PartJob(place, model.digest, samples, keys, part, device, threads, model.trust_code))
     with stage(console, "predict", len(left), "images") as advance:
         if not shared:
             for job in jobs:
@@ -300,10 +302,10 @@ def _samples(paths: Iterable[str]) -> list[Sample]:
 
 
 @lru_cache(maxsize=1)
-def _engine(path: str, digest: str, device: str) -> Any:
+def _engine(path: str, digest: str, device: str, trust_code: tuple[str, ...]) -> Any:
     from headrace.pipelines.deliver.images import open_engine
 
-    model = load_model(path)
+    model = load_model(path, trust_code=trust_code)
     if model.digest != digest:
         raise PredictIncomplete(f"{path} has changed since this call began: call again")
     return open_engine(model, device)

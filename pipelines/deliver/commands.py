@@ -37,6 +37,15 @@ ModelArgument = Annotated[
         "headrace export wrote."
     ),
 ]
+TrustOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--trust-code",
+        metavar="MODULE:FUNCTION",
+        help="Import this code, which a model or run asks for by its directory; nothing else is imported. May be given several "
+        "times.",
+    ),
+]
 DeviceOption = Annotated[str, typer.Option(help="Where the networks run: auto, cpu, cuda or cuda:N.")]
 
 
@@ -73,6 +82,7 @@ def predict_command(
     ] = None,
     workers: Annotated[int | None, typer.Option(help="Worker processes; default: one per core.", min=1)] = None,
     device: DeviceOption = "auto",
+    trust_code: TrustOption = None,
 ) -> None:
     """Predict the class of images, with probabilities: one row per image, in the order given.
 
@@ -87,7 +97,7 @@ def predict_command(
     from headrace.pipelines.deliver.model import load_model
     from headrace.pipelines.prepare import find_device
 
-    loaded = load_model(model)
+    loaded = load_model(model, trust_code=trust_code or ())
     listing = list_images(
         images,
         path_column=path_column,
@@ -133,7 +143,10 @@ def export_command(
         list[ExportFormat] | None,
         typer.Option("--format", "-f", help="May be given several times; default: torch and safetensors."),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a folder that is there.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace a folder that an earlier export wrote; no other is.")
+    ] = False,
+    trust_code: TrustOption = None,
 ) -> None:
     """Take the model away: a torch.export program, ONNX, or safetensors, with a model card and its preprocessing.
 
@@ -143,7 +156,7 @@ def export_command(
     """
     from headrace.pipelines.deliver.model import load_model
 
-    loaded = load_model(model)
+    loaded = load_model(model, trust_code=trust_code or ())
     from headrace.pipelines.deliver.export import export_model
 
     chosen = [each.value for each in formats or [ExportFormat.torch, ExportFormat.safetensors]]

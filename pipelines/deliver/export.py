@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import io
 import json
+import os
 import shutil
 import uuid
 import warnings
@@ -17,8 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from headrace.cache import ExtraMissing, HeadraceError
@@ -40,6 +40,8 @@ FORMATS = ("torch", "onnx", "safetensors")
 # 1e-7 of its size, and now and then over the edge of its float16, by 5e-4.
 TOLERANCE = 2e-3
 HALF_TOLERANCE = 3e-2  # of networks that were run in half precision: an exported graph runs in float32
+MARKER = ".headrace-export"  # by which a folder is known that --force may replace
+_MARKER_TEXT = "This folder was written by `headrace export`, which replaces it as a whole when it is told --force.\n"
 _CHECKED = 8  # images that the comparison uses
 
 
@@ -65,13 +67,12 @@ def export_model(model: Model, out: Path, formats: Sequence[str], *, force: bool
     """Write `out`: the model in these formats (torch, onnx, safetensors), preprocess.py, model.json and MODEL_CARD.md.
 
     Every format is loaded again and its predictions compared with headrace's own before the directory appears.
-    Raises ExportError where they differ, where `out` is there (unless `force`) or cannot be written, and for heads that have
-    no such form.
+    Raises ExportError where they differ, where `out` is there or cannot be written, and for heads that have no such form.
+    force: replace what an earlier export wrote; nothing else is ever deleted.
     """
     if unknown := sorted(set(formats) - set(FORMATS)):
         raise ExportError(f"format {unknown[0]!r}: expected one or several of {', '.join(FORMATS)}")
-    if out.exists() and not force and not (out.is_dir() and not any(out.iterdir())):
-        raise ExportError(f"{out} is there: give another name, or --force to replace it")
+    _require_replaceable(out, force=force)
     if "onnx" in formats:
         _require_onnx()
     temporary = out.absolute().with_name(f".{out.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
@@ -79,7 +80,7 @@ def export_model(model: Model, out: Path, formats: Sequence[str], *, force: bool
     try:
         exported = _write(model, temporary, list(dict.fromkeys(formats)))
         _replace(temporary, out.absolute())
-    except (OSError, SafetensorError) as error:  # safetensors has its own for a disk that is full
+    except OSError as error:
         where, reason = getattr(error, "filename", None) or temporary.parent, getattr(error, "strerror", None) or error
         raise ExportError(f"{where}: {reason}. Nothing was written: make room, or give another folder") from error
     finally:
@@ -121,7 +122,7 @@ def _write(model: Model, folder: Path, formats: list[str]) -> Exported:
         if "safetensors" in formats:
             _write_directory(model, folder)
             whole = _check(model, inputs)
-            again = _check(load_model(folder), inputs)
+            again = _check(load_model(folder, trust_code=model.trust_code), inputs)
             differences["safetensors"] = whole.difference(again.expected)
             if differences["safetensors"] > whole.tolerance:
                 raise ExportError(
@@ -146,6 +147,7 @@ def _write(model: Model, folder: Path, formats: list[str]) -> Exported:
         "tolerance": tolerance,
         "differences": differences,
     }
+    (folder / MARKER).write_text(_MARKER_TEXT, encoding="utf-8")
     (folder / "model.json").write_text(json.dumps(about, indent=2), encoding="utf-8")
     (folder / "MODEL_CARD.md").write_text(model_card(exported), encoding="utf-8")
     return exported
@@ -274,7 +276,7 @@ def _write_directory(model: Model, folder: Path) -> None:
         loaded = load_backbone(backbone)
         name = f"backbone_{len(stored)}.safetensors"
         tensors = {key: value.detach().contiguous().clone() for key, value in loaded.module.state_dict().items()}
-        save_file(tensors, folder / name)
+        (folder / name).write_bytes(save(tensors))  # save_file makes files that nobody else can read
         how = loaded.preprocessing
         # Said in full: without its tag, a network would come with its library's preprocessing of today.
         stored[backbone] = replace(
@@ -347,11 +349,63 @@ def _inputs_of(model: Model) -> list[Input]:
     return [replace(each, name=f"images_{place}") for place, each in enumerate(inputs)]
 
 
+def _require_replaceable(out: Path, *, force: bool) -> None:
+    """Raises ExportError for what an export must not replace: everything but an empty folder and, with force, an export."""
+    if out.is_symlink() or not out.exists():
+        if out.is_symlink():
+            raise ExportError(f"{out} is a link: give the folder that it leads to, or another name")
+        return
+    here, place = Path.cwd().resolve(), out.resolve()
+    if place == here or place in here.parents:
+        raise ExportError(
+            f"{out} is the working directory, or holds it: give the name of a new folder, {out / 'model'}"
+        )
+    if os.path.ismount(place):
+        raise ExportError(f"{out} is where a disk is mounted: give the name of a new folder in it, {out / 'model'}")
+    if not out.is_dir():
+        raise ExportError(f"{out} is a file: give another name, or delete it yourself")
+    if not any(out.iterdir()):
+        return
+    if not _is_export(out):
+        raise ExportError(
+            f"{out} is a folder that headrace export did not write (it has no {MARKER}): it is not replaced, with --force "
+            f"neither. Give another name, such as {out / 'model'}, or delete it yourself"
+        )
+    if not force:
+        raise ExportError(f"{out} is there: give another name, or --force to replace it")
+
+
+def _is_export(folder: Path) -> bool:
+    """Whether an export wrote the folder. Those of earlier versions have no marker, but their own two files."""
+    try:
+        if (folder / MARKER).read_text(encoding="utf-8") == _MARKER_TEXT:
+            return True
+    except (OSError, ValueError):
+        pass
+    try:
+        about = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+        card = (folder / "MODEL_CARD.md").read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return False
+    return isinstance(about, dict) and {"headrace", "formats"} <= set(about) and "Written by `headrace export`." in card
+
+
 def _replace(temporary: Path, out: Path) -> None:
-    """Put the finished directory in its place; what was there goes only when the new one is whole."""
-    old = out.with_name(f".{out.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}") if out.exists() else None
-    if old is not None:
-        out.rename(old)
-    temporary.rename(out)
-    if old is not None:
-        shutil.rmtree(old) if old.is_dir() else old.unlink()
+    """Put the finished directory in its place; what was there goes only when the new one is whole, if an export wrote it.
+
+    A folder of somebody else, put there meanwhile, is kept beside it: here alone something is deleted.
+    """
+    if not out.exists():
+        temporary.rename(out)
+        return
+    ours = out.is_dir() and (_is_export(out) or not any(out.iterdir()))
+    unique = uuid.uuid4().hex
+    old = out.with_name(f".{out.name}.{unique}{PARTIAL_SUFFIX}" if ours else f"{out.name}.kept-{unique[:8]}")
+    out.rename(old)
+    try:
+        temporary.rename(out)
+    except OSError:
+        old.rename(out)
+        raise
+    if ours:
+        shutil.rmtree(old)

@@ -3,7 +3,8 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable
+import shlex
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,10 +15,12 @@ import numpy.typing as npt
 from headrace.cache import FeatureSpec, HeadraceError
 from headrace.cache.home import expand_home
 from headrace.extract import BackboneSpec, backbone_from_fields
-from headrace.heads import TaskKind, TrainedHead, load_head, spec_to_json
+from headrace.extract.spec import PACKAGED, is_weights_file
+from headrace.heads import SklearnSpec, TaskKind, TrainedHead, load_head, spec_to_json
 from headrace.pipelines.deliver.network import NETWORK, NetworkMember, read_network
 from headrace.pipelines.finished import find_run, moved_with_run, require_finished
 from headrace.pipelines.paths import RunPaths
+from headrace.pipelines.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
     from headrace.pipelines.deliver.images import ImageLike
@@ -28,6 +31,10 @@ FORMAT = 2  # of an ensemble; 1 had no temperatures of its members
 
 class ModelError(HeadraceError, ValueError):
     """The directory holds no model that this version can use, or the model cannot be used on images."""
+
+
+class CodeNotTrusted(ModelError):
+    """A file asks for code, or a file, that its reader has not allowed: says what, and the option to type."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +76,7 @@ class Model:
     members: tuple[Member | NetworkMember, ...]  # their weights sum to 1
     temperature: float  # the averaged log-odds are divided by it
     digest: str  # of everything that a prediction depends on, weights included
+    trust_code: tuple[str, ...] = ()  # what the caller allows it to import, "module:function"; nothing else is
 
     def predict_proba(
         self, images: "ImageLike | Iterable[ImageLike]", *, device: str = "cpu"
@@ -98,28 +106,74 @@ def decide(probabilities: npt.NDArray[np.float32], task_kind: TaskKind, classes:
     return np.asarray(probabilities >= 0.5, np.uint8) if task_kind == "multi" else probabilities
 
 
-def load_model(directory: Path | str) -> Model:
+def load_model(directory: Path | str, *, trust_code: Collection[str] = ()) -> Model:
     """Load a model directory; of a run (its directory or its recipe) the answer: winner, or ensemble where that is better
     beyond doubt.
 
-    Raises NotARun, saying what is there instead; ModelError for a model that cannot be used; BadHeadFile for a damaged head.
+    A model may ask for code: a network of its own ("python:module:function"), or an estimator by import path. None is
+    imported but what `trust_code` names ("module:function"), and what the recipe names where the run is given by its recipe.
+    Raises NotARun, saying what is there instead; CodeNotTrusted; ModelError for a model that cannot be used; BadHeadFile for a
+    damaged head.
     """
     place = _model_directory(directory)
-    return _load_ensemble(place) if (place / ENSEMBLE).is_file() else _load_single(place)
+    trusted = {_code_name(name) for name in trust_code} | _code_of_recipe(directory)
+    model = _load_ensemble(place, trusted) if (place / ENSEMBLE).is_file() else _load_single(place, place, trusted)
+    return dataclasses.replace(model, trust_code=tuple(sorted(trusted)))
 
 
-def _load_single(place: Path) -> Model:
+def _load_single(place: Path, root: Path, trusted: Collection[str]) -> Model:
+    """root: the model directory that the caller gave, in which this one is. Raises CodeNotTrusted before anything is built."""
     if (place / NETWORK).is_file():
         network, about = read_network(place)
+        _require_trusted(backbone_code(str(about["backbone"]["name"])), place, trusted)
         metrics = {name: float(value) for name, value in about["metrics"].items()}
         digest = _digest((network,), 1.0)
         return Model(place, about["task_kind"], tuple(about["classes"]), metrics, (network,), 1.0, digest)
     head = load_head(place)
-    member = Member(head, _backbones(head, place))
+    if isinstance(head.spec, SklearnSpec):
+        from headrace.heads.sklearn_bank import estimator_code
+
+        _require_trusted(estimator_code(head.spec), place, trusted)
+    member = Member(head, _backbones(head, place, root, trusted))
+    for backbone in member.backbones:
+        _require_trusted(backbone_code(backbone.name), place, trusted)
     return Model(place, head.task_kind, head.classes, head.metrics, (member,), 1.0, _digest((member,), 1.0))
 
 
-def _load_ensemble(place: Path) -> Model:
+def backbone_code(name: str) -> str | None:
+    """The "module:function" that a backbone of this name has imported and called; None for the libraries' own networks."""
+    return name.removeprefix("python:") if name.startswith("python:") else None
+
+
+def _require_trusted(code: str | None, place: Path, trusted: Collection[str]) -> None:
+    if code is None or code in trusted:
+        return
+    raise CodeNotTrusted(
+        f"{place} asks for code: {code} would be imported and called in this process, and could do whatever you can: read, "
+        "change and send files. Nothing was imported. If you know that code and where the model comes from, type: "
+        f"--trust-code {shlex.quote(code)} (in Python: load_model(..., trust_code=[{code!r}]))"
+    )
+
+
+def _code_name(name: str) -> str:
+    """ "module:function", also where a class is named by its import path, "module.Class"; a weights file as it is."""
+    if ":" in name or "/" in name or "." not in name:
+        return name
+    module, _, last = name.rpartition(".")
+    return f"{module}:{last}"
+
+
+def _code_of_recipe(given: Path | str) -> set[str]:
+    """What a recipe that the user has named asks for: the user's own words. A directory says nothing of the kind."""
+    file = expand_home(given)
+    if not file.is_file():
+        return set()
+    recipe: Recipe = load_recipe(file)
+    code = {backbone_code(backbone.name) for backbone in recipe.backbones}
+    return {name for name in code if name} | {_code_name(each.estimator) for each in recipe.heads.sklearn}
+
+
+def _load_ensemble(place: Path, trusted: Collection[str]) -> Model:
     path = place / ENSEMBLE
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
@@ -139,7 +193,9 @@ def _load_ensemble(place: Path) -> Model:
         ) from error
     members: list[Member | NetworkMember] = []
     for directory, weight, own in shares:
-        model = _load_single(directory)
+        if not directory.resolve().is_relative_to(place.resolve()):
+            raise ModelError(f"{path}: the member {directory} lies outside of the model's directory: run again")
+        model = _load_single(directory, place, trusted)
         if (model.classes, model.task_kind) != (classes, about["task_kind"]):
             raise ModelError(f"{path}: the member {directory} has other classes than the ensemble: run again")
         members += [dataclasses.replace(member, weight=weight, temperature=own) for member in model.members]
@@ -173,7 +229,7 @@ def ensemble_is_answer(run: RunPaths) -> bool:
         return False
 
 
-def _backbones(head: TrainedHead, place: Path) -> tuple[BackboneSpec, ...]:
+def _backbones(head: TrainedHead, place: Path, root: Path, trusted: Collection[str]) -> tuple[BackboneSpec, ...]:
     """The networks behind the head's feature sets; weights files of relative names lie in the model's own directory."""
     found = []
     for feature, fields in zip(head.features, head.backbones, strict=True):
@@ -184,12 +240,32 @@ def _backbones(head: TrainedHead, place: Path) -> tuple[BackboneSpec, ...]:
                 "features, headrace.heads.load_head(DIRECTORY).predict_proba(X)"
             )
         backbone = backbone_from_fields(fields)
-        if backbone.weights:
+        if backbone.weights and is_weights_file(backbone.weights) and not backbone.weights.startswith(PACKAGED):
             beside = place / backbone.weights
             weights = str(beside.absolute()) if beside.is_file() else moved_with_run(backbone.weights, place)
+            _require_own_file(backbone.weights, Path(weights), place, root, trusted)
             backbone = dataclasses.replace(backbone, weights=weights)
         found.append(backbone)
     return tuple(found)
+
+
+def _require_own_file(named: str, file: Path, place: Path, root: Path, trusted: Collection[str]) -> None:
+    """Raises CodeNotTrusted for a weights file that is neither in the model's directory nor one that its run's recipe names."""
+    file = file.expanduser()
+    if file.resolve().is_relative_to(root.resolve()) or not {named, str(file)}.isdisjoint(trusted):
+        return
+    for folder in list(place.absolute().parents)[:4]:
+        try:
+            recipe = json.loads(RunPaths(folder).recipe.read_bytes())
+            if named in [backbone["weights"] for backbone in recipe["backbones"]]:
+                return
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    raise CodeNotTrusted(
+        f"{place} asks for the weights file {file}, which lies outside of the model's directory. Copy the file into that "
+        f"directory as {file.name} and name it so, take the model away with `headrace export --format safetensors`, or, if "
+        f"you know the file, type: --trust-code {shlex.quote(str(file))}"
+    )
 
 
 def _digest(members: tuple[Member | NetworkMember, ...], temperature: float) -> str:

@@ -8,6 +8,7 @@ import dataclasses
 import importlib
 import inspect
 import pprint
+import re
 from types import ModuleType
 
 from headrace.extract import errors, preprocess
@@ -66,10 +67,8 @@ def preprocess_file(inputs: list[Input], version: str) -> str:
         "first": inputs[0].name,
         "source": "\n\n\n".join(bodies),
     }
-    text = _TEXT
-    for name, value in parts.items():
-        text = text.replace(f"{{{name}}}", value, 1)
-    return text
+    # All at once: what a model says of its preprocessing may read like a placeholder, and is not filled in.
+    return re.sub(rf"\{{({'|'.join(parts)})\}}", lambda match: parts[match[1]], _TEXT)
 
 
 def _needed(module: ModuleType) -> list[ModuleType]:

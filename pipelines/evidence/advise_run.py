@@ -64,7 +64,8 @@ def _early_to_late(names: Sequence[str], files: RunFiles) -> list[str]:
         for backbone in files.recipe.backbones:
             spec = backbone_spec(backbone, files.recipe)
             with contextlib.suppress(HeadraceError, OSError):
-                if spec.name == network:
+                # A run's directory does not choose what is imported here: its own functions keep the recipe's order.
+                if spec.name == network and not spec.name.startswith("python:"):
                     order[network] = [tap.node for tap in describe_backbone(spec, weights=False).taps]
                     files.paths.evidence.mkdir(parents=True, exist_ok=True)
                     publish_replace(memo, json.dumps(order).encode())

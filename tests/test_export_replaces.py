@@ -1,0 +1,91 @@
+"""What `headrace export OUT --force` replaces: what an export wrote, and nothing else that a user can type."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from headrace.pipelines.deliver import export
+from headrace.pipelines.deliver.export import ExportError, export_model
+
+
+def asked(out, *, force=True):
+    """The export of a model that is looked at only after OUT: what is refused is refused before."""
+    return export_model(None, out, ["safetensors"], force=force)
+
+
+def everything(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def photos(tmp_path, monkeypatch):
+    """A project that is the working directory, with a folder of photos in it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.png").write_bytes(b"a")
+    return tmp_path / "photos"
+
+
+@pytest.mark.parametrize(
+    ("out", "said"),
+    [
+        ("photos", "did not write"),
+        ("photos/", "did not write"),
+        (".", "working directory"),
+        ("..", "working directory"),
+        ("photos/..", "working directory"),
+        ("/", "working directory"),
+        ("photos/a.png", "is a file"),
+    ],
+)
+@pytest.mark.parametrize("force", [False, True])
+def test_no_folder_of_the_users_is_replaced(photos, out, said, force):
+    """Photos, the working directory, what holds it: refused before anything is computed, and nothing is touched."""
+    before = everything(photos.parent)
+    with pytest.raises(ExportError, match=said):
+        asked(Path(out), force=force)
+    assert everything(photos.parent) == before
+
+
+def test_a_link_is_not_followed(photos):
+    """What it leads to would go, or the link would."""
+    link = photos.parent / "link"
+    link.symlink_to(photos)
+    with pytest.raises(ExportError, match="is a link"):
+        asked(link)
+
+
+def test_a_mount_point_is_not_replaced():
+    """A whole disk is no export, even where a file of that name lies on it."""
+    with pytest.raises(ExportError, match="mounted"):
+        asked(Path("/proc"))
+
+
+@pytest.mark.parametrize("name", [export.MARKER, "model.json", "MODEL_CARD.md"])
+def test_a_file_of_the_name_alone_is_no_marker(photos, name):
+    """The marker has its own content, and old exports have both of their files."""
+    (photos / name).write_text("{}")
+    with pytest.raises(ExportError, match="did not write"):
+        asked(photos)
+
+
+def test_exports_of_earlier_versions_are_known(photos):
+    """By model.json and MODEL_CARD.md together; without --force even they stay."""
+    (photos / "model.json").write_text(json.dumps({"headrace": "0.1.0", "formats": ["torch"]}))
+    (photos / "MODEL_CARD.md").write_text("# Image classifier\n\nWritten by `headrace export`.\n")
+    with pytest.raises(ExportError, match="--force"):
+        asked(photos, force=False)
+    with pytest.raises(AttributeError):  # it is replaced: the model, which is None here, is looked at
+        asked(photos)
+
+
+def test_what_was_put_there_meanwhile_is_kept(photos, tmp_path):
+    """Between the first look and the end lies a computation of minutes: a folder of somebody else is set aside, not deleted."""
+    new = tmp_path / "new"
+    new.mkdir()
+    export._replace(new, photos)
+    (kept,) = tmp_path.glob("photos.kept-*")
+    assert (kept / "a.png").read_bytes() == b"a"
+    assert photos.is_dir()
+    assert not new.exists()
