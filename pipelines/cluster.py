@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import dask
+import yaml
 from dask.distributed import Client, LocalCluster
 from distributed.system import MEMORY_LIMIT
 
-from headrace.cache import HeadraceError
+from headrace.cache import HeadraceError, publish_replace
 from headrace.pipelines.recipe_sections import ClusterSection
-from headrace.pipelines.tls import TLSMissing, security
+from headrace.pipelines.tls import TLSMissing, own_security, security
 
 Role = Literal["extract", "train"]
 
@@ -35,8 +36,9 @@ SETTINGS: Mapping[str, Any] = {
     "distributed.worker.memory.spill": False,
     "distributed.worker.memory.pause": False,
     "distributed.worker.memory.terminate": _ENDS_AT,
-    # What the dashboard remembers of tasks that are done; by default a hundred thousand of them.
-    "distributed.scheduler.dashboard.tasks.task-stream-length": 1000,
+    # Pages over plain HTTP, of paths and errors, for every user of the machine: Dask opens a port for them in any case.
+    "distributed.scheduler.http.routes": [],
+    "distributed.worker.http.routes": [],
     # Looking at a worker's stack a hundred times a second, for one page of the dashboard, costs a twentieth of its time.
     "distributed.worker.profile.enabled": False,
     # Work is retried by us, with a count of our own, after looking at what was published.
@@ -49,6 +51,14 @@ SETTINGS: Mapping[str, Any] = {
     "distributed.deploy.lost-worker-timeout": "10 minutes",
 }
 PRELOAD = "headrace.pipelines.worker"
+# Of a cluster on this machine. Its scheduler's pages get any free port (a fixed one would let only one run start on a
+# machine) until `close_pages` takes it away.
+_PRIVATE: Mapping[str, Any] = {
+    "host": "127.0.0.1",
+    "protocol": "tls://",
+    "dashboard_address": "127.0.0.1:0",
+    "scheduler_kwargs": {"dashboard": False},
+}
 
 
 class ClusterError(HeadraceError, RuntimeError):
@@ -92,9 +102,9 @@ def open_client(
 
 @contextlib.contextmanager
 def local_client(workers: int | None = None, memory: str | None = None) -> Iterator[Client]:
-    """A client of a new cluster on this machine: one process of one thread per worker, on loopback only.
+    """A client of a new cluster on this machine: one process of one thread per worker, on loopback and over TLS.
 
-    Raises WorkersDidNotStart.
+    Nobody else is let in: the certificate is the cluster's own, and ends with it. Raises WorkersDidNotStart.
     """
     _refuse_while_importing()
     count = workers or available_cores()
@@ -105,8 +115,8 @@ def local_client(workers: int | None = None, memory: str | None = None) -> Itera
                     n_workers=count,
                     threads_per_worker=1,
                     processes=True,
-                    host="127.0.0.1",
-                    dashboard_address="127.0.0.1:0",  # any free port: a fixed one would let only one run start on a machine
+                    **_PRIVATE,
+                    security=own_security(),
                     memory_limit=memory or int(MEMORY_LIMIT / count),
                     silence_logs=logging.CRITICAL,
                 )
@@ -127,8 +137,9 @@ def cuda_client(workers: int | None = None) -> Iterator[Client]:
             cluster = dask_cuda.LocalCUDACluster(
                 n_workers=workers,
                 threads_per_worker=1,
-                host="127.0.0.1",
-                dashboard_address="127.0.0.1:0",
+                **_PRIVATE,
+                security=own_security(),
+                preload=[PRELOAD],
                 silence_logs=logging.CRITICAL,
             )
         with client_of(cluster) as client:
@@ -219,6 +230,14 @@ def environment(settings: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
+def write_settings(folder: Path) -> Path:
+    """Write our settings into a folder, as a file for DASK_CONFIG: for schedulers and workers that others start."""
+    nested: dict[str, Any] = {}
+    dask.config.set(SETTINGS, config=nested)
+    publish_replace(folder / "dask.yaml", yaml.safe_dump(nested).encode())
+    return folder / "dask.yaml"
+
+
 def _on_this_machine(address: str) -> bool:
     host = urllib.parse.urlsplit(address).hostname or ""
     if address.startswith("inproc://") or host == "localhost":
@@ -245,12 +264,27 @@ def _mount(spec: dict[str, Any], claim: str, section: ClusterSection) -> None:
 def client_of(cluster: Any) -> Iterator[Client]:
     """A client of a cluster of ours, both gone after the block."""
     try:
+        close_pages(cluster)
         with Client(cluster) as client:
             yield client
     finally:
         # What does not end in time, as workers that are being started on a busy machine, ends with this process.
         with contextlib.suppress(TimeoutError):
             cluster.close(timeout=30)
+
+
+def close_pages(cluster: Any) -> None:
+    """Close the port that a scheduler in this process has for its pages; nothing is served there."""
+    scheduler: Any = getattr(cluster, "scheduler", None)
+    if not hasattr(scheduler, "http_server"):  # it runs elsewhere
+        return
+
+    async def close() -> None:
+        scheduler.http_server.stop()
+        scheduler.services.pop("dashboard", None)
+        cluster.scheduler_info.get("services", {}).pop("dashboard", None)  # or there would still be a link to it
+
+    cluster.sync(close)
 
 
 @contextlib.contextmanager

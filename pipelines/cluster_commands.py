@@ -1,5 +1,6 @@
 """`headrace cluster …`: what a cluster off this machine needs before a run."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -25,17 +26,19 @@ def tls_command(
 
     Example: headrace cluster tls ~/headrace-tls
     """
-    from headrace.pipelines.cluster import PRELOAD
+    from headrace.pipelines.cluster import PRELOAD, write_settings
     from headrace.pipelines.tls import CERTIFICATE, KEY, write_tls
 
     made = write_tls(folder).absolute()
-    files = f"--tls-ca-file {made / CERTIFICATE} --tls-cert {made / CERTIFICATE} --tls-key {made / KEY}"
+    certificate, key = (shlex.quote(str(made / name)) for name in (CERTIFICATE, KEY))
+    files = f"--tls-ca-file {certificate} --tls-cert {certificate} --tls-key {key}"
+    settings = f"DASK_CONFIG={shlex.quote(str(write_settings(made)))}"
     text = (
         f"Wrote {made}. Whoever can read it can run code on the cluster: keep it to yourself.\n\n"
         "A scheduler, on one machine:\n"
-        f"  dask scheduler --protocol tls --port 8786 --dashboard-address 127.0.0.1:8787 {files}\n"
+        f"  {settings} dask scheduler --protocol tls --port 8786 --no-dashboard {files}\n"
         "Workers, on each machine (one process per core, one thread each):\n"
-        f"  dask worker tls://HOST:8786 --nworkers auto --nthreads 1 --preload {PRELOAD} {files}\n"
+        f"  {settings} dask worker tls://HOST:8786 --nworkers auto --nthreads 1 --preload {PRELOAD} {files}\n"
         "Runs, in the recipe:\n"
         f"  cluster:\n    where: tls://HOST:8786\n    tls: {made}\n"
         "SLURM needs none of this: a run makes its own certificate in its directory."

@@ -15,6 +15,8 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 def dask_setup(worker: Any) -> None:
     """Arm the process of a new worker."""
+    worker.http_server.stop()  # Dask opens a port for pages that nobody is shown
+    worker.services.pop("dashboard", None)
     importlib.import_module("headrace.heads")  # now, so that no task's time is spent on it
     die_with_parent()
     limit = worker.memory_manager.memory_limit

@@ -1,17 +1,19 @@
 """Clusters that are not this machine's cores: what they need, what they refuse, and a run on a scheduler over TLS."""
 
+import os
 import shlex
 import subprocess
 import sys
 import time
 
+import dask
 import pytest
 from dask.distributed import Client, Security
 from rich.console import Console
 from run_cases import RECIPE, headrace, make_photos
 
 from headrace.pipelines import load_recipe, run_recipe
-from headrace.pipelines.cluster import ClusterError, open_client
+from headrace.pipelines.cluster import SETTINGS, ClusterError, open_client
 from headrace.pipelines.recipe_sections import ClusterSection
 from headrace.pipelines.tls import TLSMissing, write_tls
 
@@ -50,19 +52,20 @@ def over_tls(tmp_path):
     """(address, folder) of a scheduler with two workers, started with the commands that `headrace cluster tls` prints."""
     folder = tmp_path / "tls"
     said = headrace("cluster", "tls", folder, cwd=tmp_path).stdout.splitlines()
-    commands = [shlex.split(line) for line in said if line.startswith("  dask ")]
+    commands = [shlex.split(line) for line in said if " dask " in line]
     started = []
 
     def start(command):
+        settings = dict([command.pop(0).split("=", 1)])
         log = tmp_path / f"{command[1]}.log"
         with log.open("w") as file:
             program = [sys.executable, "-m", f"distributed.cli.dask_{command[1]}", *command[2:]]
-            started.append(subprocess.Popen(program, stderr=file))
+            started.append(subprocess.Popen(program, stderr=file, env=os.environ | settings))
         return log
 
     scheduler, worker = commands
     scheduler[scheduler.index("8786")] = "0"
-    scheduler[scheduler.index("127.0.0.1:8787")] = "127.0.0.1:0"
+    scheduler += ["--dashboard-address", "127.0.0.1:0"]  # any port, of pages that are off
     log = start([*scheduler, "--host", "127.0.0.1"])
     address, until = "", time.monotonic() + 60
     while not address and time.monotonic() < until:
@@ -97,3 +100,6 @@ def test_a_run_on_a_scheduler_over_tls(over_tls, tmp_path):
     assert "tcp://" not in log.read_text()
     with open_client(ClusterSection(where=address, tls=folder), "train", run=tmp_path) as client:
         assert len(client.nthreads()) == 2  # the run left them where they were
+        # They have the settings of workers that a run starts itself: they are never paused, and only the kernel limits them.
+        for key in [key for key in SETTINGS if key.startswith("distributed.worker")]:
+            assert set(map(str, client.run(dask.config.get, key).values())) == {str(SETTINGS[key])}
