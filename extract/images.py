@@ -293,9 +293,7 @@ def _reduced_by_pillow(image: ImageFile.ImageFile, data: bytes) -> bool:
     if image.format == "JPEG2000":
         start = data.find(b"\xff\x4f\xff\x51")  # the codestream; the depth of its first component stands 42 bytes on
         return start < 0 or len(data) < start + 43 or (data[start + 42] & 0x7F) >= 8
-    if image.format == "TIFF":
-        return bool(max(image.tag_v2.get(_BITS_TAG, (1,))) > 8)  # type: ignore[attr-defined]
-    return re.fullmatch(r"(L|RGB[AXa]?|CMYK);16[LBN]", raw_mode(image)) is not None
+    return image.format == "TIFF" and bool(max(image.tag_v2.get(_BITS_TAG, (1,))) > 8)  # type: ignore[attr-defined]
 
 
 def _decode_array(data: bytes, pixel_range: PixelRange | None) -> Image.Image:
