@@ -469,7 +469,8 @@ def test_what_clip_retrieval_writes_is_read_by_its_paths(tmp_path):
     """Half-precision embeddings and, beside them, a Parquet table whose index counts on where another shard ended."""
     values = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float16)
     np.save(tmp_path / "img_emb_0.npy", values)
-    paths = ["b/1.png", "a/1.png", "a/01.png", "a/2.png"]  # keyed by their last part they were three (clip-retrieval#321)
+    # Keyed by the last part of their paths, two of these were one (clip-retrieval#321).
+    paths = ["b/1.png", "a/1.png", "a/01.png", "a/2.png"]
     pd.DataFrame({"image_path": paths}, index=range(90, 94)).to_parquet(tmp_path / "metadata_0.parquet")
     found = read_foreign(tmp_path / "img_emb_0.npy", ids=tmp_path / "metadata_0.parquet", id_key="image_path")
     assert found.ids == paths
