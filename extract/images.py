@@ -97,6 +97,14 @@ def decode_image(data: bytes, pixel_range: PixelRange | None = None) -> Image.Im
         raise ImageError(_reason(error, data)) from error
 
 
+def is_deep(data: bytes) -> bool:
+    """Whether an image file's pixels have more than 8 bits, so that a `pixel_range` applies. Raises whatever its decoder does."""
+    if data.startswith(_NUMPY):
+        return _array_header(data)[2] not in (np.uint8, np.bool_)
+    with open_image(data) as image:
+        return _file_samples(image, data, None) is not None
+
+
 def open_image(data: bytes) -> ImageFile.ImageFile:
     """The image in `data`, its pixels not yet decoded, where it is in one of FORMATS; raises whatever its decoder does."""
     if is_heif(data[:12]):

@@ -1,5 +1,6 @@
 """What a folder, a table, archives or an array of images hold, as the lines of a recipe."""
 
+import contextlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +13,8 @@ import yaml
 from headrace.cache import HeadraceError
 from headrace.cache.text import as_text
 from headrace.extract import ImageSource, Listing, SourceError, detect_source, read_source
-from headrace.extract.locate import file_of
+from headrace.extract.images import is_deep
+from headrace.extract.locate import file_of, read_bytes
 from headrace.extract.sources.array import array_labels, measure_range
 from headrace.extract.sources.folder import has_images
 from headrace.extract.sources.formats import ARRAY_KINDS, MAYBE_TABLES, is_archive
@@ -25,6 +27,7 @@ _GROUP_NAMES = ("group", "patient", "patient_id", "subject", "subject_id", "slid
 _SPLIT_NAMES = ("split", "set", "subset", "partition")
 _PATHS_LOOKED_AT = 100
 _CLASSES_NAMED = 8
+_IMAGES_OPENED = 60
 _PREDICTION_COLUMNS = {"file", "class", "error"}  # of the tables that `headrace predict` writes
 _SEPARATORS = (";", "|", ",", " ")
 
@@ -248,7 +251,21 @@ def _look_at_table(table: Path, source: ImageSource, base: Path) -> Finding:
 
 
 def _notes(listing: Listing) -> tuple[str, ...]:
-    return (*listing.notes, *(f"left out: {item}" for item in listing.left_out))
+    return (*listing.notes, *(f"left out: {item}" for item in listing.left_out), *_mixed_depths(listing.samples))
+
+
+def _mixed_depths(samples: pd.DataFrame) -> list[str]:
+    """A note where some images have 8 bits and some more, by a few of them: their scales differ, and may tell classes apart."""
+    depths: dict[bool, str] = {}
+    for name, path in samples[["id", "path"]].iloc[:: max(1, len(samples) // _IMAGES_OPENED)].itertuples(index=False):
+        with contextlib.suppress(Exception):  # what cannot be opened is told by the run, with its reason
+            depths.setdefault(is_deep(read_bytes(path)), name)
+    if len(depths) < 2:
+        return []
+    return [
+        f"some images have 8 bits ({depths[False]}) and some more ({depths[True]}): white is 255 in the ones and, without "
+        "images.pixel_range, 65535 or what the file says in the others. If they come of one sensor, their brightness differs by that"
+    ]
 
 
 def _classes(column: "pd.Series[Any]") -> str:

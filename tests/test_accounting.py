@@ -10,6 +10,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 from run_cases import make_photos
 from typer.testing import CliRunner
 
@@ -155,6 +156,17 @@ def test_a_folder_that_holds_our_predictions_or_other_tables(tmp_path):
     assert load_recipe(shorten(tmp_path / "r.yaml")).images.folder == tmp_path / "photos"
     command("init", tmp_path / "photos/labels.csv", "--out", tmp_path / "r.yaml", "--force")
     assert set(list_samples(load_recipe(shorten(tmp_path / "r.yaml")))["label"]) == {"x", "y"}
+
+
+def test_images_of_two_depths_are_told(tmp_path):
+    """One sensor's frames in 8 and in 16 bits are told apart by their scale alone."""
+    make_photos(tmp_path / "photos", n=12)
+    assert "some more" not in command("init", tmp_path / "photos", "--out", tmp_path / "r.yaml")
+    for number in range(6):
+        Image.fromarray(np.full((8, 8), 800, np.uint16)).save(tmp_path / f"photos/fine/deep{number}.png")
+    said = command("init", tmp_path / "photos", "--out", tmp_path / "r.yaml", "--force")
+    assert "some images have 8 bits (coarse/000.png) and some more (fine/deep" in said
+    assert "images.pixel_range" in said
 
 
 def test_several_labels_in_a_cell_are_found(tmp_path):
