@@ -16,6 +16,7 @@ from headrace.extract.forward import Forward
 # Measured with EfficientNet-Lite0 at 300 px on one core: 1 image at a time 36/s, 4 40/s, 8 41/s, 16 42/s.
 CPU_BATCH = 8
 _CUDA_BATCHES = (32, 64, 128, 256, 512, 1024)
+_SMALL_BATCHES = (16, 8, 4, 2)  # where not even the smallest of those fits
 _WORTH_DOUBLING = 1.05  # a larger batch must be this much faster, or its memory is better left free
 
 # Waits for a batch's outputs and returns them, per tap, (N, ...) float16 or float32
@@ -51,17 +52,16 @@ def launch(forward: Forward, pixels: Tensor, device: str, limit: Limit) -> Resul
         part = pixels[start : start + limit.images]
         try:
             parts.append(_to_host(forward(part.to(device, non_blocking=True))))
+            start += len(part)
+            continue
         except torch.OutOfMemoryError:
             if len(part) == 1:
                 raise
-            limit.images = len(part) // 2
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            continue
-        start += len(part)
-    done = torch.cuda.Event() if torch.device(device).type == "cuda" else None  # type: ignore[no-untyped-call]
-    if done is not None:
-        done.record()
+        # Here, for the exception holds on to what the pass had allocated.
+        limit.images = len(part) // 2
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    done = _event(device) if torch.device(device).type == "cuda" else None
 
     def result() -> list[npt.NDArray[Any]]:
         if done is not None:
@@ -69,6 +69,14 @@ def launch(forward: Forward, pixels: Tensor, device: str, limit: Limit) -> Resul
         return [np.concatenate([output.numpy() for output in outputs]) for outputs in zip(*parts, strict=True)]
 
     return result
+
+
+def _event(device: str) -> "torch.cuda.Event":
+    """What has happened once the device has done all that it was given so far."""
+    done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    # Of this device: without a stream, that of the process's current one is meant, which is the first GPU's.
+    done.record(torch.cuda.current_stream(device))
+    return done
 
 
 def _to_host(outputs: list[Tensor]) -> list[Tensor]:
@@ -90,18 +98,26 @@ def find_batch_size(forward: Forward, crop: tuple[int, int], device: str) -> int
 
 
 def try_batch_sizes(images_per_s: Callable[[int], float]) -> int:
-    """The last of doubling batch sizes that was worth it. `images_per_s` may raise OutOfMemoryError."""
-    best, rate = 1, 0.0
+    """The last of doubling batch sizes that was worth it; where none fits, the largest below that does.
+
+    `images_per_s` may raise OutOfMemoryError.
+    """
+    best, rate = 0, 0.0
     for count in _CUDA_BATCHES:
-        try:
-            here = images_per_s(count)
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
-            break
-        if here < rate * _WORTH_DOUBLING:
+        here = _if_it_fits(images_per_s, count)
+        if here is None or here < rate * _WORTH_DOUBLING:
             break
         best, rate = count, here
-    return best
+    return best or next((count for count in _SMALL_BATCHES if _if_it_fits(images_per_s, count) is not None), 1)
+
+
+def _if_it_fits(images_per_s: Callable[[int], float], count: int) -> float | None:
+    try:
+        return images_per_s(count)
+    except torch.OutOfMemoryError:
+        pass
+    torch.cuda.empty_cache()
+    return None
 
 
 def _images_per_s(forward: Forward, crop: tuple[int, int], device: str, count: int) -> float:

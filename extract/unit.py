@@ -1,16 +1,16 @@
 """Units of work: decode each image once, one forward pass per network and view, one shard per feature set."""
 
-import functools
 import os
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +30,10 @@ from headrace.extract.views import parse_view
 
 # Beyond these a value becomes infinite in the storage dtype.
 _LARGEST = {"float16": 65520.0, "bfloat16": 3.39e38, "float32": float("inf"), "uint8": float("inf")}
+_NETWORKS = 4  # networks that a process keeps at least, whatever is asked for next
 _PUBLISHERS = 8  # shards of a unit published at once: each waits for the disk, and the waits overlap
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,7 @@ def _decoders() -> Iterator[dict[int, ThreadPoolExecutor]]:
 
 def _start(job: ExtractJob, pools: dict[int, ThreadPoolExecutor]) -> _Started:
     check_device(job.device)
+    _make_room(job)
     on_cpu = torch.device(job.device).type == "cpu"
     # Both are of the process; a worker runs one unit at a time.
     torch.set_num_threads(job.threads)
@@ -248,10 +252,11 @@ def feature_passes(
 
     Raises SpecMismatch when the weights or the preprocessing here are not those that they were made with.
     """
-    backbone = load_backbone(spec)
+    # The feature sets name the weights that are asked for, so those of a file that has changed since are not mistaken for them.
+    backbone = _backbones.get((spec, features[0].weights), lambda: _checked(load_backbone(spec), features[0]))
     by_view: dict[tuple[str, str], list[FeatureSpec]] = {}
     for feature in features:
-        check_identity(backbone, feature)
+        _checked(backbone, feature)
         by_view.setdefault((feature.view, feature.compute_dtype), []).append(feature)
     passes = []
     for (view, compute_dtype), group in by_view.items():
@@ -261,16 +266,54 @@ def feature_passes(
     return passes
 
 
-@functools.lru_cache(maxsize=4)
+class _Latest(Generic[Made]):
+    """What was made last, by what it was made of; with `room` for all that one unit of work needs."""
+
+    def __init__(self) -> None:
+        self.room = _NETWORKS
+        self._made: dict[Hashable, Made] = {}
+
+    def get(self, key: Hashable, make: Callable[[], Made]) -> Made:
+        made = self._made.pop(key) if key in self._made else make()
+        self._made[key] = made  # as the last
+        for old in list(self._made)[: -self.room]:
+            del self._made[old]
+        return made
+
+
+_backbones: _Latest[Backbone] = _Latest()
+_forwards: _Latest[Forward] = _Latest()
+# Forgotten with their passes, which hold (a GPU's) memory.
+_limits: "weakref.WeakKeyDictionary[Forward, dict[Hashable, Limit]]" = weakref.WeakKeyDictionary()
+
+
+def _make_room(job: ExtractJob) -> None:
+    """Have the networks of a job kept for the next one, however many they are, and as many others of the same run."""
+    passes = {(network, spec.view, spec.compute_dtype) for network, specs in job.networks for spec in specs}
+    _backbones.room = max(_NETWORKS, 2 * len(job.networks))
+    _forwards.room = max(_NETWORKS, 2 * len(passes))
+
+
 def _forward(backbone: Backbone, taps: tuple[Tap, ...], device: str, compute_dtype: str, compiled: bool) -> Forward:
     """Kept between the units of a process: copying a network costs as much as dozens of images."""
-    return make_forward(backbone, taps, device=device, compute_dtype=compute_dtype, compiled=compiled)
+    return _forwards.get(
+        (backbone, taps, device, compute_dtype, compiled),
+        lambda: make_forward(backbone, taps, device=device, compute_dtype=compute_dtype, compiled=compiled),
+    )
 
 
-@functools.lru_cache(maxsize=16)
 def pass_limit(forward: Forward, crop: tuple[int, int], device: str, batch_size: int | None) -> Limit:
     """The batch size of a pass. Kept as long as it, so that a size that was too large is not tried again in the next unit."""
-    return Limit(batch_size or find_batch_size(forward, crop, device))
+    limits = _limits.setdefault(forward, {})
+    key = (crop, device, batch_size)
+    if key not in limits:
+        limits[key] = Limit(batch_size or find_batch_size(forward, crop, device))
+    return limits[key]
+
+
+def _checked(backbone: Backbone, feature: FeatureSpec) -> Backbone:
+    check_identity(backbone, feature)
+    return backbone
 
 
 def check_identity(backbone: Backbone, feature: FeatureSpec) -> None:
