@@ -60,17 +60,17 @@ class Preprocessing:
 def render(image: Image.Image, how: Preprocessing) -> npt.NDArray[np.uint8]:
     """The evaluation crop of an upright "RGB" or "L" image: uint8, shape (*how.crop, 3).
 
-    Raises ImageError for one so long and narrow that resizing it would take more than MAX_PIXELS.
+    Raises ImageError for one so long and narrow that resizing it would take hundreds of MB.
     """
     width, height = image.size
     scaled_height, scaled_width = _scaled(height, width, how)
     # The shorter edge of a line of pixels is enlarged a hundredfold, and in mode "shortest" the longer one with it: gigabytes
-    # from some kB. No image may take more memory resized than it may decoded. At 256 pixels that is a panorama of 1365 : 1, at
-    # 1024 of 85 : 1. Pillow changes the width first, so that a tall line is wide for a moment in every mode.
-    if scaled_width * max(scaled_height, height) > MAX_PIXELS:
+    # from some kB. Pillow changes the width first, so that a tall line is wide for a moment in every mode.
+    limit = _most_pixels(height, width, how)
+    if scaled_width * max(scaled_height, height) > limit:
         raise ImageError(
             f"{width} x {height} pixels would be resized to {scaled_width} x {scaled_height} by way of {scaled_width} x {height}: "
-            f"more than the limit of {MAX_PIXELS} pixels. Cut the image into pieces, or leave it out"
+            f"more than the limit of {limit} pixels. Cut the image into pieces, or leave it out"
         )
     if (scaled_height, scaled_width) != (height, width):
         image = image.resize((scaled_width, scaled_height), _RESAMPLING[how.interpolation])
@@ -86,6 +86,16 @@ def pixels(image: Image.Image) -> npt.NDArray[np.uint8]:
 def resampling(how: Preprocessing) -> Image.Resampling:
     """Pillow's name of the interpolation."""
     return _RESAMPLING[how.interpolation]
+
+
+def _most_pixels(height: int, width: int, how: Preprocessing) -> int:
+    """How many pixels an image may have while it is resized: never more than MAX_PIXELS, and no fewer than it has itself.
+
+    Beyond that 64 times the network's input, and 2^24 (64 MB) in any case: panoramas of 64 : 1, of 256 : 1 at 256 pixels. A
+    batch is resized by one thread per core, and twice MAX_PIXELS with the network took 1.8 GB on two.
+    """
+    rows, columns = how.resize
+    return min(MAX_PIXELS, max(height * width, 64 * rows * columns, 2**24))
 
 
 def _scaled(height: int, width: int, how: Preprocessing) -> tuple[int, int]:
