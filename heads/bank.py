@@ -29,6 +29,7 @@ from headrace.heads.standardize import Features
 from headrace.heads.streamed import Streamed
 from headrace.heads.task import Task, load_task
 
+Fit = Callable[[Sequence[HeadSpec]], list[HeadFit]]
 GPU_KINDS = ("logistic", "mlp", "conv")  # whose banks multiply on the job's device; the others stay on the CPU
 # What a bank needs beside the features themselves, as a multiple of them: a logistic bank keeps a rotated copy and, while
 # it is made, a scaled one; a neighbour search a centred one and the training rows of a fold. A logistic bank's copies for each
@@ -170,10 +171,15 @@ def fit_bank(
     """Train specs of one kind on features X (N, D), (V, N, D) with views, maps, or streamed rows; every head comes back.
 
     A bank that raises is trained again spec by spec, so that the guilty one is alone in failing; a head whose
-    predictions are not finite has failed.
+    predictions are not finite has failed. A bank that does not fit a GPU's memory is trained there in smaller groups, and
+    on the CPU where a single spec does not fit.
     """
     check_device(device)
-    fit = _fitter(X, task, full=full, threads=threads, device=device, halving=halving)
+    on_device, on_cpu = (
+        _fitter(X, task, full=full, threads=threads, device=where, halving=halving) for where in (device, "cpu")
+    )
+    # Specs that compete in successive halving stay together.
+    fit = on_device if device == "cpu" else lambda some: _as_fits(on_device, on_cpu, some, divide=halving is None)
     try:
         fits = fit(specs)
     except HeadraceError:
@@ -181,6 +187,33 @@ def fit_bank(
     except Exception as error:  # noqa: BLE001 (whatever a head does, the others finish)
         fits = [failed for spec in specs for failed in _alone(fit, spec, task, full, error, len(specs))]
     return [_finite(one) for one in fits]
+
+
+def _as_fits(on_device: Fit, on_cpu: Fit, specs: Sequence[HeadSpec], *, divide: bool) -> list[HeadFit]:
+    """Specs trained on a GPU, in halves where its memory is too small for them, and on the CPU where halves do not help."""
+    try:
+        return on_device(specs)
+    except RuntimeError as error:
+        if not _out_of_memory(error):
+            raise
+    import torch
+
+    # Here, for the exception holds on to what had been allocated.
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if not divide or len(specs) == 1:
+        return on_cpu(specs)
+    middle = len(specs) // 2
+    return [
+        fit for part in (specs[:middle], specs[middle:]) for fit in _as_fits(on_device, on_cpu, part, divide=divide)
+    ]
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    import torch
+
+    # CUDA's libraries, which find no room for their own, have no exception for it.
+    return isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(error)
 
 
 def check_device(device: str) -> None:
@@ -200,7 +233,7 @@ def check_device(device: str) -> None:
 
 
 def _alone(
-    fit: Callable[[Sequence[HeadSpec]], list[HeadFit]],
+    fit: Fit,
     spec: HeadSpec,
     task: Task,
     full: bool,
@@ -231,9 +264,7 @@ def _finite(fit: HeadFit) -> HeadFit:
     return fit
 
 
-def _fitter(
-    X: Features, task: Task, *, full: bool, threads: int, device: str, halving: Halving | None
-) -> Callable[[Sequence[HeadSpec]], list[HeadFit]]:
+def _fitter(X: Features, task: Task, *, full: bool, threads: int, device: str, halving: Halving | None) -> Fit:
     """What trains specs on this task. Modules are imported here, so that a linear bank doesn't import torch."""
     common: dict[str, Any] = {"n_classes": len(task.classes), "full": full}
 

@@ -22,6 +22,7 @@ from distributed.system import MEMORY_LIMIT
 from headrace.cache import HeadraceError, publish_replace
 from headrace.pipelines.recipe_sections import ClusterSection
 from headrace.pipelines.tls import TLSMissing, own_security, security
+from headrace.pipelines.worker import GPUS
 
 Role = Literal["extract", "train"]
 
@@ -130,12 +131,21 @@ def local_client(workers: int | None = None, memory: str | None = None) -> Itera
 
 @contextlib.contextmanager
 def cuda_client(workers: int | None = None) -> Iterator[Client]:
-    """A client of one worker per GPU of this machine (or of the first `workers` GPUs). Needs the extra `cuda`."""
+    """A client of one worker per GPU of this machine (or of the first `workers` GPUs). Needs the extra `cuda`.
+
+    Raises ClusterError where there is no GPU.
+    """
     dask_cuda = needed("dask_cuda", "cuda")
-    with dask.config.set(SETTINGS), quiet("distributed"):
+    gpus = _visible_gpus()
+    if not gpus:
+        raise ClusterError(
+            "cluster.where: cuda gives each GPU of this machine a worker, and PyTorch sees none here: say `where: local`, or "
+            "look at what `nvidia-smi` and CUDA_VISIBLE_DEVICES show"
+        )
+    with dask.config.set({**SETTINGS, GPUS: 1}), quiet("distributed"):
         with _sigint_held_back():
             cluster = dask_cuda.LocalCUDACluster(
-                n_workers=workers,
+                n_workers=min(workers or gpus, gpus),  # `workers` also says how many processes train heads
                 threads_per_worker=1,
                 **_PRIVATE,
                 security=own_security(),
@@ -144,6 +154,12 @@ def cuda_client(workers: int | None = None) -> Iterator[Client]:
             )
         with client_of(cluster) as client:
             yield client
+
+
+def _visible_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
 
 
 @contextlib.contextmanager
@@ -226,7 +242,7 @@ def environment(settings: Mapping[str, Any]) -> dict[str, str]:
     return {
         "DASK_" + key.replace(".", "__").replace("-", "_").upper(): str(value)
         for key, value in settings.items()
-        if key.startswith(("distributed.worker", "distributed.comm"))
+        if key.startswith(("distributed.worker", "distributed.comm", "headrace"))
     }
 
 

@@ -6,10 +6,14 @@ Dask runs `dask_setup` when it starts a worker with `--preload headrace.pipeline
 import contextlib
 import ctypes
 import importlib
+import os
 import signal
 import sys
 from typing import Any
 
+import dask
+
+GPUS = "headrace.gpus"  # a setting of Dask's: how many GPUs the workers of this node share; 0 or absent: they use none
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -19,9 +23,23 @@ def dask_setup(worker: Any) -> None:
     worker.services.pop("dashboard", None)
     importlib.import_module("headrace.heads")  # now, so that no task's time is spent on it
     die_with_parent()
+    gpus = dask.config.get(GPUS, 0)
     limit = worker.memory_manager.memory_limit
-    if limit:
+    if gpus:
+        choose_gpu(str(worker.name), gpus)
+    elif limit:  # not beside a GPU: its driver reserves more address space than there is memory
         limit_memory(int(limit))
+
+
+def choose_gpu(name: str, gpus: int) -> None:
+    """Show this process only its own of a job's GPUs, before it uses one. name: of the worker, which ends in its number.
+
+    A job's workers all see all of its GPUs, and each would use the first.
+    """
+    if gpus > 1:
+        shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+        visible = shown.split(",") if shown else [str(index) for index in range(gpus)]
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible[int(name.rpartition("-")[2]) % len(visible)]
 
 
 def die_with_parent() -> None:

@@ -19,6 +19,7 @@ from headrace.extract import (
 )
 from headrace.extract import unit as unit_module
 from headrace.extract.device import Limit, launch, try_batch_sizes
+from headrace.heads import Halving, LogisticSpec, Task, bank
 
 
 def test_the_event_of_a_pass_is_recorded_on_the_stream_of_its_device(monkeypatch):
@@ -89,3 +90,38 @@ def test_networks_are_made_once_however_many_a_run_has(tmp_path, monkeypatch):
     assert len(unit_module._forwards._made) == 6
     run_unit(job_of(tmp_path, [7], 3))
     assert len(unit_module._forwards._made) == unit_module._NETWORKS
+
+
+@pytest.mark.parametrize(
+    ("room", "halving", "where"),
+    [
+        (9, None, [("cuda", 5)]),
+        (2, None, [("cuda", 5), ("cuda", 2), ("cuda", 3), ("cuda", 1), ("cuda", 2)]),
+        (0, None, [("cuda", 5), ("cuda", 2), *[("cuda", 1), ("cpu", 1)] * 2]),
+        (2, Halving(), [("cuda", 5), ("cpu", 5)]),
+    ],
+)
+def test_heads_that_do_not_fit_a_gpu_are_trained_in_smaller_groups_then_on_the_cpu(monkeypatch, room, halving, where):
+    """None of them fails for it; those that compete with one another stay together."""
+    tried = []
+
+    def fitter(X, task, *, device, **_):
+        def fit(specs):
+            tried.append((device, len(specs)))
+            if device == "cuda" and len(specs) > room:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return [bank.HeadFit(spec, 0, {}, 0.0, 0.0, 1, 0.0, None, None) for spec in specs]
+
+        return fit
+
+    monkeypatch.setattr(bank, "_fitter", fitter)
+    monkeypatch.setattr(bank, "check_device", lambda device: None)
+    rows = np.arange(4)
+    task = Task(
+        "single", ("a", "b"), rows.astype(str), rows.astype("S32"), rows % 2, rows.astype(np.int16) % 2, rows * 1.0
+    )
+    specs = [LogisticSpec(C=float(c)) for c in range(1, 6)]
+    fits = bank.fit_bank(np.zeros((4, 2)), task, specs, device="cuda", halving=halving)
+    assert [fit.spec for fit in fits] == specs
+    assert all(fit.error is None for fit in fits)
+    assert tried[: len(where)] == where
