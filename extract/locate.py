@@ -19,6 +19,7 @@ import functools
 import gzip
 import io
 import lzma
+import math
 import os
 import re
 import struct
@@ -35,6 +36,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from headrace.extract.errors import SourceError
+from headrace.extract.images import MAX_PIXELS
 from headrace.extract.stamps import file_stamp
 
 _LOCATOR = re.compile(r"(?P<file>.+?)::(?P<kind>tar|tgz|zip|npy|npz|h5|idx|parquet|arrow):(?P<details>.*)", re.DOTALL)
@@ -42,6 +44,11 @@ _ENCODED = "bytes:"
 # HDF5 allows one caller at a time, and an archive that must be decompressed whole should be so once.
 _LOCK = threading.Lock()
 _DECOMPRESSORS = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}
+_H5_CURE = (
+    "Links, external storage and virtual data sets are not followed, for they can name any file. Copy the values into one file: "
+    "h5repack, or h5py: new['images'] = old['images'][:]"
+)
+_MOST_COMPRESSED = 1032  # deflate's bound; no other filter of HDF5's own does better on images
 _ZIP_LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, …, lengths of the name and of the extra field
 _ZIP_STORED, _ZIP_DEFLATED = 0, 8
 
@@ -98,20 +105,14 @@ def read_bytes(path: str) -> bytes:
         if kind in ("parquet", "arrow"):
             return _read_cell(file, kind, key, int(index))
         with _LOCK:
-            return array_bytes(np.asarray(open_array(file, kind, key)[int(index)]))
-    except OSError:
+            array = open_array(file, kind, key)
+            if math.prod(array.shape[1:]) > 4 * MAX_PIXELS:
+                raise OSError(f"an image of shape {array.shape[1:]}: more than the limit of {MAX_PIXELS} pixels")
+            return array_bytes(np.asarray(array[int(index)]))
+    except (OSError, MemoryError):
         raise
     # Damaged containers make their libraries raise anything; for the caller the bytes are not there.
-    except (
-        SourceError,
-        ValueError,
-        IndexError,
-        KeyError,
-        EOFError,
-        zlib.error,
-        lzma.LZMAError,
-        pa.ArrowException,
-    ) as error:
+    except Exception as error:
         raise OSError(str(error)) from error
 
 
@@ -136,15 +137,43 @@ def _open_array(file: str, kind: str, key: str, stamp: object) -> Any:
             with np.load(file, allow_pickle=False) as archive:
                 if key not in archive.files:
                     raise SourceError(f"{file} has no array {key!r}; it has {', '.join(archive.files)}")
+                _require_held(archive.zip.getinfo(f"{key}.npy").file_size, os.path.getsize(file), file)
                 return archive[key]  # decompressed whole, once per process
         if kind == "h5":
-            dataset = h5py.File(file, "r").get(key)
-            if not isinstance(dataset, h5py.Dataset):
-                raise SourceError(f"{file} has no data set {key!r}")
-            return dataset
+            return _own_dataset(h5py.File(file, "r"), file, key)
         return _read_idx(Path(file))
-    except ValueError as error:  # damaged headers, and arrays of Python objects
+    except (SourceError, OSError):
+        raise
+    # Damaged headers, arrays of Python objects, and whatever else NumPy, zipfile and h5py make of bytes that are not theirs.
+    except Exception as error:
         raise SourceError(f"{file}: cannot be read as {kind}: {error}") from error
+
+
+def _own_dataset(opened: h5py.File, file: str, key: str) -> h5py.Dataset:
+    """The data set of that name, whose values are in this very file. Raises SourceError.
+
+    Links, external storage and virtual data sets can name any file of whoever opens this one, and its bytes would be images.
+    """
+    place: Any = opened
+    for part in [part for part in key.split("/") if part]:
+        link = place.get(part, getlink=True) if isinstance(place, h5py.Group) else None
+        if link is None:
+            raise SourceError(f"{file} has no data set {key!r}")
+        if not isinstance(link, h5py.HardLink):
+            raise SourceError(f"{file}: {key!r} is a link, to another place or file. {_H5_CURE}")
+        place = place[part]
+    if not isinstance(place, h5py.Dataset):
+        raise SourceError(f"{file} has no data set {key!r}")
+    if place.external or place.is_virtual:
+        raise SourceError(f"{file}: the values of {key!r} lie in other files. {_H5_CURE}")
+    _require_held(place.nbytes, os.path.getsize(file), file)
+    return place
+
+
+def _require_held(declared: int, size: int, file: str) -> None:
+    """Raises SourceError for values that a file of that size cannot hold, however well they are compressed."""
+    if declared > _MOST_COMPRESSED * size:
+        raise SourceError(f"{file}: it has {size:,} bytes, and declares {declared:,} bytes of values. Fetch it again")
 
 
 def _read_tar_member(file: str, details: str) -> bytes:
@@ -244,10 +273,12 @@ def open_arrow(file: str | Path) -> pa.Table:
     try:
         source = pa.memory_map(str(file))
         try:
-            return pa.ipc.open_stream(source).read_all()
+            table = pa.ipc.open_stream(source).read_all()
         except pa.ArrowInvalid:
-            return pa.ipc.open_file(source).read_all()
-    except pa.ArrowException as error:
+            table = pa.ipc.open_file(source).read_all()
+        table.validate(full=True)  # Arrow believes lengths and offsets otherwise, and reads where there is no memory
+        return table
+    except Exception as error:
         raise SourceError(f"{file}: cannot be read as Arrow: {error}") from error
 
 
@@ -257,15 +288,22 @@ _IDX_TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0
 def _read_idx(file: Path) -> npt.NDArray[Any]:
     """The array of an idx file (the format of MNIST), gzipped or not. Raises ValueError."""
     try:
-        data = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
-    except (gzip.BadGzipFile, EOFError) as error:
+        with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
+            data = stream.read(4 + 4 * 255)
+            if len(data) > 4 and data[2] in _IDX_TYPES:  # no more than the header says, and one byte that is too much
+                bytes_each = np.dtype(_IDX_TYPES[data[2]]).itemsize
+                sizes = [int.from_bytes(data[at : at + 4], "big") for at in range(4, 4 + 4 * data[3], 4)]
+                _require_held(math.prod(sizes) * bytes_each, max(1, file.stat().st_size), str(file))
+                rest = 4 + 4 * data[3] + math.prod(sizes) * bytes_each - len(data) + 1
+                data += stream.read(max(1, rest))
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"not a whole gzip file ({error})") from error
     if len(data) < 4 or data[:2] != b"\0\0" or data[2] not in _IDX_TYPES:
         raise ValueError("the first four bytes are not those of an idx file")
     dtype, dimensions = np.dtype(_IDX_TYPES[data[2]]), data[3]
     shape = tuple(int.from_bytes(data[4 + 4 * axis : 8 + 4 * axis], "big") for axis in range(dimensions))
     start = 4 + 4 * dimensions
-    expected = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    expected = math.prod(shape) * dtype.itemsize
     if len(data) - start != expected:
         raise ValueError(f"its header says {shape}, {expected} bytes, but {len(data) - start} follow")
     return np.frombuffer(data, dtype, offset=start).reshape(shape)

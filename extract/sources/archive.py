@@ -242,8 +242,8 @@ def _tar_members(file: Path, name: str, exclude: Sequence[str], tally: Tally) ->
                 yield replace(members[target], name=link)
             else:
                 tally.leave_out("links to what is not in the archive", printable(f"{name}/{link}"))
-    # A damaged archive makes tarfile, and what decompresses it, raise any of these.
-    except (tarfile.TarError, OSError, EOFError, ValueError, SourceError) as error:
+    # A damaged archive makes tarfile, and what decompresses it, raise anything: zlib and lzma have errors of their own.
+    except Exception as error:
         raise SourceError(f"{file}: {_tar_problem(file, error)}") from error
 
 
@@ -290,7 +290,7 @@ def _zip_members(file: Path, name: str, exclude: Sequence[str], tally: Tally) ->
                 numbers = (entry.header_offset, entry.compress_size, entry.file_size, entry.compress_type, entry.CRC)
                 locator = f"{path_text(file)}::zip:{':'.join(map(str, numbers))}:{printable(member)}"
                 yield _Member(member, locator, entry.file_size, head, side_file)
-    except (zipfile.BadZipFile, OSError, EOFError, ValueError, RuntimeError, NotImplementedError) as error:
+    except Exception as error:  # zipfile and its decompressors raise anything on a damaged archive
         raise SourceError(f"{file}: not a whole zip archive ({error}). Fetch it again, or leave it out.") from error
 
 

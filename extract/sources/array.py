@@ -191,6 +191,8 @@ def _kind(file: Path) -> str:
 
 
 def _is_images(shape: tuple[int, ...]) -> bool:
+    if min(shape, default=0) < 1:  # no bytes would stand for any number of them
+        return False
     if len(shape) == 3:  # (H, W, 3) is one colour image, not many grey ones of three columns
         return not (shape[2] in (3, 4) and shape[1] > shape[2])
     return len(shape) == 4 and (shape[3] in _IMAGE_CHANNELS or shape[1] in _IMAGE_CHANNELS)
@@ -220,7 +222,7 @@ def _shapes(file: Path, kind: str) -> dict[str, tuple[int, ...]]:
                 lambda name, item: found.update({name: item.shape} if isinstance(item, h5py.Dataset) else {})
             )
         return found
-    except (OSError, ValueError) as error:
+    except Exception as error:  # zipfile, NumPy and h5py raise anything on bytes that are not theirs
         raise SourceError(f"{file}: cannot be read as {kind}: {error}") from error
 
 

@@ -5,6 +5,7 @@ import gzip
 import io
 import itertools
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,10 @@ _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical ba
 _LINES_LOOKED_AT = 20
 _TEXT_SUFFIXES = (".csv", ".tsv", ".tab", ".txt")
 _EXPECTED = "a table ends in .csv, .tsv, .jsonl, .json, .parquet or .arrow"
+
+# What a compressed table may become: repeated rows reach some fifty times, and deflate a thousand.
+_GZIP_RATIO, _GZIP_FLOOR_BYTES = 200, 1 << 26
+_MOST_COLUMNS = 20_000  # each takes a millisecond or so
 
 
 @dataclass(frozen=True)
@@ -62,8 +67,8 @@ def read_table_file(file: Path) -> Table:
         ) from error
     except SourceError:
         raise
-    # Parsers of foreign files raise anything, and nesting without end a RecursionError.
-    except (OSError, ValueError, RuntimeError, EOFError, pa.ArrowException) as error:
+    # Parsers of foreign files raise anything, zlib's errors and RecursionError among it.
+    except Exception as error:
         expected = "a Parquet file" if suffix in (".parquet", ".pq") else "one line of column names, then one per image"
         raise SourceError(
             f"{file}: cannot be read as {suffix[1:]}: {str(error).strip()}. Expected {expected}."
@@ -75,7 +80,17 @@ def read_table_file(file: Path) -> Table:
 
 
 def _read_text(file: Path, compressed: bool) -> str:
-    data = gzip.decompress(file.read_bytes()) if compressed else file.read_bytes()
+    if compressed:
+        most = max(_GZIP_FLOOR_BYTES, _GZIP_RATIO * file.stat().st_size)
+        with gzip.open(file) as stream:
+            data = stream.read(most + 1)
+        if len(data) > most:
+            raise SourceError(
+                f"{file}: it decompresses to more than {_GZIP_RATIO} times its size, which no table does. Decompress it yourself "
+                "if it is one: gunzip FILE"
+            )
+    else:
+        data = file.read_bytes()
     # Spreadsheets write UTF-16 with its mark; without one it cannot be told from other bytes.
     encoding = "utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
     return data.decode(encoding)
@@ -123,7 +138,9 @@ def _check_header(names: list[str], file: Path) -> None:
             f"{file}: the first line looks like an image and what belongs to it ({', '.join(names[:4])}), not like the names "
             "of columns, and would be lost. Put a line of names above it, for example: path,label"
         )
-    repeated = sorted({name for name in names if name and names.count(name) > 1})
+    if len(names) > _MOST_COLUMNS:
+        raise SourceError(f"{file}: {len(names):,} columns; a table of images has {_MOST_COLUMNS:,} at most.")
+    repeated = sorted(name for name, count in Counter(names).items() if name and count > 1)
     if repeated:
         raise SourceError(
             f"{file}: {len(repeated)} names stand over several columns, first {repeated[0]!r}. Give each its own."
@@ -137,7 +154,7 @@ def _read_json_lines(text: str, file: Path) -> Table:
             continue
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise SourceError(f"{file}, line {number}: no JSON ({error}). Expected one object per line.") from error
         if not isinstance(record, dict):
             raise SourceError(f'{file}, line {number}: expected an object such as {{"path": …}}; found {line[:40]}')

@@ -129,7 +129,10 @@ def _load_single(place: Path, root: Path, trusted: Collection[str]) -> Model:
         metrics = {name: float(value) for name, value in about["metrics"].items()}
         digest = _digest((network,), 1.0)
         return Model(place, about["task_kind"], tuple(about["classes"]), metrics, (network,), 1.0, digest)
-    head = load_head(place)
+    try:
+        head = load_head(place)
+    except RecursionError as error:
+        raise ModelError(f"{place}: its description is nested without end: fetch it again") from error
     if isinstance(head.spec, SklearnSpec):
         from headrace.heads.sklearn_bank import estimator_code
 
@@ -185,9 +188,9 @@ def _load_ensemble(place: Path, trusted: Collection[str]) -> Model:
         ]
         temperature, classes = float(about["temperature"]), tuple(about["classes"])
         metrics = {name: float(value) for name, value in about["metrics"].items()}
-    except (ValueError, KeyError, TypeError) as error:
-        if isinstance(error, ModelError):
-            raise
+    except ModelError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(
             f"{path} does not describe an ensemble ({type(error).__name__}: {error}): run again"
         ) from error

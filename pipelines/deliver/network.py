@@ -51,7 +51,16 @@ def read_network(directory: Path) -> tuple[NetworkMember, dict[str, Any]]:
         spatial = bool(about["head"]["convolutions"])
         member = NetworkMember(directory, features, spatial, digest, kind=str(about["spec"]["kind"]))
         assert {"task_kind", "classes", "metrics", "backbone"} <= set(about)
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, AssertionError) as error:
+    except (
+        SafetensorError,
+        OSError,
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        AssertionError,
+        RecursionError,
+    ) as error:
         raise BadNetwork(
             f"{path} is not a network of this version ({type(error).__name__}: {str(error)[:200]}): run the recipe again"
         ) from error

@@ -1,0 +1,646 @@
+"""Damaged and hostile files against every parser of foreign bytes: a thousand flips, cuts and bombs per format.
+
+    python benchmarks/fuzz_parsers.py [--quick] [--case NAME] [--count N] [--seed N]
+
+Each format is parsed in a process of its own, with bounded memory and time. Only ImageError, HeadraceError and OSError may
+come out; anything else, a crash, a hang or a MemoryError is a fault, and is printed with the number of its input, which
+`--case NAME --only NUMBER` repeats. The last line is one JSON object with the counts; the exit status is 1 after a fault.
+"""
+
+import argparse
+import collections
+import contextlib
+import gzip
+import io
+import json
+import os
+import queue
+import resource
+import struct
+import subprocess
+import sys
+import tarfile
+import tempfile
+import threading
+import time
+import traceback
+import warnings
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+COUNT, QUICK = 1000, 100
+MEMORY_BYTES = 3 << 30  # beyond what the process has mapped once everything is imported
+TIME_S = 60  # for one input; most take milliseconds
+
+
+class Case(NamedTuple):
+    """A format: files that are whole, files that are bombs, and what reads them."""
+
+    suffix: str
+    whole: Callable[[], list[bytes]]
+    parse: Callable[[Path], None]
+    bombs: Callable[[], list[bytes]] = list
+
+
+# --- What reads them
+
+
+def parse_image(path: Path) -> None:
+    from headrace.extract import decode_image
+
+    decode_image(path.read_bytes())
+
+
+def parse_table(path: Path) -> None:
+    from headrace.extract.locate import read_bytes
+    from headrace.extract.sources.table import read_table_file
+
+    table = read_table_file(path)
+    kind = {".parquet": "parquet", ".arrow": "arrow"}.get(path.suffix)
+    for column in table.frame.columns if kind else ():
+        with contextlib.suppress(OSError):
+            read_bytes(f"{path}::{kind}:{column}:0")
+
+
+def parse_members(listing: Any) -> None:
+    from headrace.extract import ImageError, decode_image
+    from headrace.extract.locate import read_bytes
+
+    for path in listing.samples["path"].head(4):
+        with contextlib.suppress(OSError, ImageError):
+            decode_image(read_bytes(path))
+
+
+def parse_archive(path: Path) -> None:
+    from headrace.extract.sources.archive import read_archives
+
+    parse_members(read_archives([path]))
+
+
+def parse_array(path: Path) -> None:
+    from headrace.extract.sources.array import array_labels, read_array
+
+    array_labels(path)
+    parse_members(read_array(path))
+
+
+def parse_recipe(path: Path) -> None:
+    from headrace.pipelines import load_recipe
+
+    load_recipe(path)
+
+
+def parse_weights(path: Path) -> None:
+    from headrace.extract.weights import read_weights
+
+    read_weights(path)
+
+
+def parse_model(path: Path) -> None:
+    from headrace.pipelines import load_model
+
+    place = path.with_suffix("")
+    place.mkdir()
+    path.rename(place / "head.safetensors")
+    (place / "head.json").write_text("{}")
+    try:
+        for member in load_model(place).members:
+            member.head.predict_proba(np.zeros((2, 4), np.float32))
+    finally:
+        for file in place.iterdir():
+            file.unlink()
+        place.rmdir()
+
+
+# --- Whole files
+
+
+def pixels() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (24, 20, 3), np.uint8)
+
+
+def image(kind: str, modes: tuple[str, ...] = ("RGB",), **options: Any) -> Callable[[], list[bytes]]:
+    def made() -> list[bytes]:
+        from PIL import Image
+
+        found = []
+        for mode in modes:
+            stored = io.BytesIO()
+            shown = Image.fromarray(pixels())
+            if mode == "I;16":
+                shown = Image.fromarray(pixels()[:, :, 0].astype(np.uint16) * 257)
+            elif mode != "RGB":
+                shown = shown.convert(mode)
+            shown.save(stored, kind, **options)
+            found.append(stored.getvalue())
+        return found
+
+    return made
+
+
+def array_file(array: np.ndarray) -> bytes:
+    stored = io.BytesIO()
+    np.save(stored, array)
+    return stored.getvalue()
+
+
+def frame() -> Any:
+    import pandas as pd
+
+    return pd.DataFrame({"path": [f"{n}.png" for n in range(12)], "label": list("abc") * 4, "n": range(12)})
+
+
+def csv_file() -> list[bytes]:
+    return [frame().to_csv(index=False).encode()]
+
+
+def json_file(lines: bool) -> Callable[[], list[bytes]]:
+    return lambda: [frame().to_json(orient="records", lines=lines).encode()]
+
+
+def table_of_images() -> Any:
+    import pyarrow as pa
+
+    data = image("PNG")()[0]
+    cells = [{"bytes": data, "path": f"{n}.png"} for n in range(3)]
+    return pa.table({"image": pa.array(cells), "label": ["a", "b", "a"], "list": [[1], [2, 3], []]})
+
+
+def parquet_file() -> list[bytes]:
+    import pyarrow.parquet as pq
+
+    stored = io.BytesIO()
+    pq.write_table(table_of_images(), stored)
+    return [stored.getvalue()]
+
+
+def arrow_file() -> list[bytes]:
+    import pyarrow as pa
+
+    found = []
+    for writer in (pa.ipc.new_stream, pa.ipc.new_file):
+        stored = io.BytesIO()
+        with writer(stored, table_of_images().schema) as opened:
+            opened.write_table(table_of_images())
+        found.append(stored.getvalue())
+    return found
+
+
+def members() -> dict[str, bytes]:
+    data = image("PNG")()[0]
+    return {"a/1.png": data, "b/2.png": data, "b/2.json": b'{"label": 1}', "b/2.cls": b"1"}
+
+
+def tar_file(mode: str) -> Callable[[], list[bytes]]:
+    def made() -> list[bytes]:
+        stored = io.BytesIO()
+        with tarfile.open(fileobj=stored, mode=mode) as archive:  # type: ignore[call-overload]
+            for name, data in members().items():
+                entry = tarfile.TarInfo(name)
+                entry.size = len(data)
+                archive.addfile(entry, io.BytesIO(data))
+        return [stored.getvalue()]
+
+    return made
+
+
+def zip_file() -> list[bytes]:
+    found = []
+    for method in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        stored = io.BytesIO()
+        with zipfile.ZipFile(stored, "w", method) as archive:
+            for name, data in members().items():
+                archive.writestr(name, data)
+        found.append(stored.getvalue())
+    return found
+
+
+def npz_file() -> list[bytes]:
+    images, labels = np.stack([pixels()] * 3), np.arange(3)
+    found = []
+    for save in (np.savez, np.savez_compressed):
+        stored = io.BytesIO()
+        save(stored, images=images, labels=labels)
+        found.append(stored.getvalue())
+    return found
+
+
+def h5_file() -> list[bytes]:
+    import h5py
+
+    found = []
+    for options in ({}, {"chunks": (1, 24, 20, 3), "compression": "gzip"}):
+        stored = io.BytesIO()
+        with h5py.File(stored, "w") as file:
+            file.create_dataset("images", data=np.stack([pixels()] * 3), **options)
+            file["labels"] = np.arange(3)
+        found.append(stored.getvalue())
+    return found
+
+
+def idx_file() -> list[bytes]:
+    images = np.stack([pixels()[:, :, 0]] * 3)
+    return [b"\0\0\x08\x03" + struct.pack(">3I", *images.shape) + images.tobytes()]
+
+
+RECIPE = b"""\
+images: {folder: photos, exclude: [a, b]}
+task: {folds: 2, target: label}
+backbones:
+  - {name: "timm:test_resnet", weights: "random:0", image_size: 64, taps: [layer2.avg, layer4.avg]}
+heads:
+  logistic: {C: &grid [0.01, 1e-3, 0x10], inputs: [each, all]}
+  ridge: {alpha: *grid}
+compute: {workers: 1, unit_images: 16}
+"""
+
+
+def pth_file() -> list[bytes]:
+    import torch
+
+    found = []
+    for zipped in (True, False):
+        stored = io.BytesIO()
+        state = {"a.weight": torch.ones(3, 4), "a.bias": torch.zeros(3, dtype=torch.float16)}
+        torch.save({"state_dict": state}, stored, _use_new_zipfile_serialization=zipped)
+        found.append(stored.getvalue())
+    return found
+
+
+def safetensors_file() -> list[bytes]:
+    from safetensors.numpy import save
+
+    return [save({"a.weight": np.ones((3, 4), np.float32), "a.bias": np.zeros(3, np.float16)})]
+
+
+def model_file() -> list[bytes]:
+    from safetensors.numpy import save
+
+    from headrace.cache import FeatureSpec
+    from headrace.heads import RidgeSpec, SklearnSpec, spec_to_json
+
+    feature = FeatureSpec(
+        "timm:test_resnet", "w" * 64, "fc", "avg", "{}", '{"index": 0}', "p", "float32", "float16", (4,)
+    )
+    found = []
+    for spec in (RidgeSpec(1.0), SklearnSpec("sklearn.naive_bayes.GaussianNB", "{}")):
+        about = {
+            "format": 1,
+            "spec": json.loads(spec_to_json(spec)),
+            "task_kind": "single",
+            "classes": ["a", "b"],
+            "features": [json.loads(feature.to_json())],
+            "backbones": [{"name": "timm:test_resnet", "weights": "random:0"}],
+            "metrics": {"validation_accuracy": 0.5},
+        }
+        arrays = {"weight": np.ones((1, 4), np.float32), "bias": np.zeros(1, np.float32)}
+        if isinstance(spec, SklearnSpec):
+            arrays = {"features": np.eye(4, dtype=np.float32), "target": np.array([0, 1, 0, 1])}
+            arrays |= {"sample_weight": np.ones(4), "outputs": np.array([2])}
+        found.append(save(arrays, metadata={"headrace": json.dumps(about)}))
+    return found
+
+
+# --- Bombs: few bytes that ask for much
+
+
+def png_bombs() -> list[bytes]:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    def png(width: int, height: int, *chunks: bytes, depth: int = 8, colour: int = 2) -> bytes:
+        head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
+        return b"\x89PNG\r\n\x1a\n" + head + b"".join(chunks) + chunk(b"IEND", b"")
+
+    zeros = zlib.compress(bytes(1 << 28), 9)
+    return [
+        png(2**31 - 1, 2**31 - 1),
+        png(2**31 - 1, 1),
+        png(9000, 9000, chunk(b"IDAT", zeros[:4096]), depth=16, colour=6),
+        png(8, 8, chunk(b"IDAT", zeros)),
+        png(8, 8, chunk(b"zTXt", b"a\0\0" + zeros), chunk(b"IDAT", zeros)),
+        png(8, 8, chunk(b"iCCP", b"a\0\0" + zeros), chunk(b"IDAT", zeros)),
+        png(8, 8, *[chunk(b"tEXt", b"a\0" + bytes(1000))] * 5000),
+    ]
+
+
+def npy_bombs() -> list[bytes]:
+    def npy(header: str, data: bytes = b"") -> bytes:
+        text = header.encode() + b"\n"
+        return b"\x93NUMPY\1\0" + struct.pack("<H", len(text)) + text + data
+
+    shapes = (
+        "(9999999999, 8, 8)",
+        "(0, 8)",
+        "(99999999999, 0, 3)",
+        "(2, 99999999, 99999999)",
+        "(" * 5000,
+        "(1,)*9999999",
+    )
+    found = [npy(f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}", bytes(64)) for shape in shapes]
+    return [
+        *found,
+        npy("{'descr': '|O', 'fortran_order': False, 'shape': (2, 8, 8), }", b"cos\nsystem\n"),
+        npy("[" * 9000),
+    ]
+
+
+def npz_bombs() -> list[bytes]:
+    found = []
+    for data in (*npy_bombs(), array_file(np.zeros((1000, 600, 600), np.uint8))):
+        stored = io.BytesIO()
+        with zipfile.ZipFile(stored, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("images.npy", data)
+        found.append(stored.getvalue())
+    return found
+
+
+def h5_bombs() -> list[bytes]:
+    import h5py
+
+    def h5(make: Callable[[Any], object]) -> bytes:
+        stored = io.BytesIO()
+        with h5py.File(stored, "w") as file:
+            make(file)
+        return stored.getvalue()
+
+    def link(kind: Any) -> Callable[[Any], object]:
+        return lambda file: file.__setitem__("images", kind)
+
+    def chunked(shape: tuple[int, ...], chunks: tuple[int, ...]) -> Callable[[Any], object]:
+        return lambda file: file.create_dataset("images", shape=shape, dtype="u1", chunks=chunks)
+
+    return [
+        h5(chunked((2**40, 8, 8), (1, 8, 8))),
+        h5(chunked((2, 2**20, 2**20), (1, 64, 64))),
+        h5(chunked((2**40, 1, 3), (1, 1, 3))),
+        h5(link(h5py.ExternalLink("/etc/passwd", "x"))),
+        h5(link(h5py.SoftLink("/images"))),
+        h5(lambda f: f.create_dataset("images", (5, 8, 8), "u1", external=[("/etc/passwd", 0, h5py.h5f.UNLIMITED)])),
+    ]
+
+
+def text_bombs() -> list[bytes]:
+    deep = b"[" * 200_000
+    return [
+        deep,
+        b'{"a":' * 100_000,
+        b"path" + b"," * 1_000_000 + b"\n",
+        b"path\n" + b'"' * 1_000_001,
+        b"\0" * 1_000_000,
+        b"9" * 1_000_000,
+        b'[{"path": ' + b"9" * 100_000 + b"}]",
+        b'{"path": ' + deep + b"}",
+        b"\xff\xfe" + b"a\0" * 1000,
+        b"",
+    ]
+
+
+def recipe_bombs() -> list[bytes]:
+    merges = "x0: &x0 {k: v}\n" + "".join(f"x{i}: &x{i} {{<<: [*x{i - 1}, *x{i - 1}]}}\n" for i in range(1, 40))
+    lists = "x0: &x0 [1]\n" + "".join(f"x{i}: &x{i} [*x{i - 1}, *x{i - 1}]\n" for i in range(1, 40))
+    keys = "".join(f"key{i}: 1\n" for i in range(20_000))
+    return [merges.encode() + RECIPE, lists.encode() + RECIPE, RECIPE + keys.encode(), *text_bombs()]
+
+
+def gzip_bombs() -> list[bytes]:
+    return [gzip.compress(bytes(1 << 26)) * 64, gzip.compress(idx_file()[0])]  # the first: 4 GiB in 4 MB
+
+
+def tar_bombs() -> list[bytes]:
+    head = tarfile.TarInfo("a/1.png")
+    head.size = 2**33 - 1
+    return [head.tobuf() + bytes(2048), tarfile.TarInfo("x" * 90 + ".png").tobuf() * 20_000]
+
+
+def zip_bombs() -> list[bytes]:
+    stored = io.BytesIO()
+    with zipfile.ZipFile(stored, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/1.png", bytes(1 << 28))
+    lied = stored.getvalue().replace(struct.pack("<I", 1 << 28), struct.pack("<I", 1000))
+    return [stored.getvalue(), lied]
+
+
+def weights_bombs() -> list[bytes]:
+    import pickle
+
+    class Call:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.system, ("false",)
+
+    header = b'{"a": {"dtype": "F32", "shape": [4294967296, 4294967296], "data_offsets": [0, 4]}}'
+    return [
+        pickle.dumps(Call()),
+        b"\x80\x02" + b"(" * 500_000 + b".",
+        b"\x80\x04\x8d" + struct.pack("<Q", 1 << 40),
+        struct.pack("<Q", 2**62) + b"{}",
+        struct.pack("<Q", len(header)) + header + bytes(4),
+        struct.pack("<Q", 200_000) + b"[" * 200_000,
+        b"",
+    ]
+
+
+CASES = {
+    "png": Case(".png", image("PNG", ("RGB", "RGBA", "P", "I;16", "1")), parse_image, png_bombs),
+    "jpg": Case(".jpg", image("JPEG", ("RGB", "L", "CMYK")), parse_image),
+    "webp": Case(".webp", image("WEBP", ("RGB", "RGBA")), parse_image),
+    "tiff": Case(".tif", image("TIFF", ("RGB", "I;16", "F", "CMYK", "1")), parse_image),
+    "tiff-lzw": Case(".tif", image("TIFF", ("RGB", "I;16"), compression="tiff_lzw"), parse_image),
+    "gif": Case(".gif", image("GIF"), parse_image, lambda: [b"GIF89a\xff\xff\xff\xff\x80\0\0" + bytes(6) + b",;"]),
+    "bmp": Case(".bmp", image("BMP", ("RGB", "L")), parse_image),
+    "jp2": Case(".jp2", image("JPEG2000"), parse_image),
+    "avif": Case(".avif", image("AVIF"), parse_image),
+    "ppm": Case(
+        ".ppm",
+        image("PPM", ("RGB", "L")),
+        parse_image,
+        lambda: [b"P6 999999999 9 255\n", b"P3 2 2 65535 " + b"9" * 10**6],
+    ),
+    "npy-image": Case(".npy", lambda: [array_file(pixels())], parse_image, npy_bombs),
+    "csv": Case(".csv", csv_file, parse_table, text_bombs),
+    "csv.gz": Case(".csv.gz", lambda: [gzip.compress(csv_file()[0])], parse_table, gzip_bombs),
+    "jsonl": Case(".jsonl", json_file(lines=True), parse_table, text_bombs),
+    "json": Case(".json", json_file(lines=False), parse_table, text_bombs),
+    "parquet": Case(".parquet", parquet_file, parse_table),
+    "arrow": Case(".arrow", arrow_file, parse_table),
+    "tar": Case(".tar", tar_file("w"), parse_archive, tar_bombs),
+    "tgz": Case(".tgz", tar_file("w:gz"), parse_archive, gzip_bombs),
+    "zip": Case(".zip", zip_file, parse_archive, zip_bombs),
+    "npy": Case(".npy", lambda: [array_file(np.stack([pixels()] * 3))], parse_array, npy_bombs),
+    "npz": Case(".npz", npz_file, parse_array, npz_bombs),
+    "h5": Case(".h5", h5_file, parse_array, h5_bombs),
+    "idx": Case(
+        "-idx3-ubyte", idx_file, parse_array, lambda: [b"\0\0\x08\x03" + b"\xff" * 12, b"\0\0\x08\xff" + bytes(1020)]
+    ),
+    "idx.gz": Case("-idx3-ubyte.gz", lambda: [gzip.compress(idx_file()[0])], parse_array, gzip_bombs),
+    "recipe": Case(".yaml", lambda: [RECIPE], parse_recipe, recipe_bombs),
+    "pth": Case(".pth", pth_file, parse_weights, weights_bombs),
+    "safetensors": Case(".safetensors", safetensors_file, parse_weights, weights_bombs),
+    "model": Case(".safetensors", model_file, parse_model, weights_bombs),
+}
+
+
+# --- Damage
+
+
+def inputs(case: Case, count: int, seed: int) -> Iterator[bytes]:
+    """The bombs, then whole files with damage: bytes flipped, cut, repeated, numbers made large, parts of another file."""
+    yield from case.bombs()
+    whole = case.whole()
+    yield from whole
+    for number in range(count):
+        rng = np.random.default_rng([seed, number])
+        yield damaged(whole, number, rng)
+
+
+def damaged(whole: list[bytes], number: int, rng: np.random.Generator) -> bytes:
+    data = bytearray(whole[number % len(whole)])
+    # Headers, at the ends, are where the interesting numbers are.
+    near = min(len(data), 256) if rng.random() < 0.6 else len(data)
+    for _ in range(int(rng.choice([1, 1, 2, 4, 16]))):
+        place = int(rng.integers(near)) if rng.random() < 0.7 else len(data) - 1 - int(rng.integers(near))
+        kind = rng.integers(7)
+        if kind == 0:
+            data[place] ^= 1 << int(rng.integers(8))
+        elif kind == 1:
+            data[place] = int(rng.integers(256))
+        elif kind == 2:
+            data[place : place + 4] = rng.choice(
+                [b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\xff\xff\xff\x7f", bytes(4)]
+            )
+        elif kind == 3 and rng.random() < 0.3:
+            del data[place:]
+        elif kind == 4:
+            data[place:place] = data[place : place + int(rng.integers(1, 64))] * int(rng.choice([1, 2, 100]))
+        elif kind == 5:
+            del data[place : place + int(rng.integers(1, 16))]
+        else:
+            data[place : place + 1] = rng.choice([b"9", b"[", b"{", b'"', b"\n", b"-", b"\0"])
+        if not data:
+            return b""
+        near = min(near, len(data))
+    return bytes(data)
+
+
+def outcome(case: Case, path: Path) -> str:
+    """parsed, refused, or what went wrong."""
+    from headrace.cache import HeadraceError
+    from headrace.extract import ImageError
+
+    try:
+        case.parse(path)
+    except (ImageError, HeadraceError, OSError):
+        return "refused"
+    except BaseException as error:  # noqa: BLE001 (whatever else comes out is what is looked for)
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        ours = [each for each in traceback.extract_tb(error.__traceback__) if "headrace" in each.filename][-1:]
+        where = ", called by ".join(f"{Path(each.filename).name}:{each.lineno}" for each in (last, *ours))
+        return f"{type(error).__name__}: {str(error)[:100]} ({where})"
+    return "parsed"
+
+
+def child(name: str, count: int, seed: int, start: int, stop: int | None) -> None:
+    """Parse the inputs from `start` on; a line before each, and one with what came of it."""
+    case = CASES[name]
+    warnings.simplefilter("ignore")
+    with tempfile.TemporaryDirectory() as folder:
+        for data in case.whole():  # everything is imported before memory is counted
+            path = Path(folder) / f"whole{case.suffix}"
+            path.write_bytes(data)
+            outcome(case, path)
+            path.unlink(missing_ok=True)
+        mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (mapped + MEMORY_BYTES, mapped + MEMORY_BYTES))
+        for number, data in enumerate(inputs(case, count, seed)):
+            if number < start or (stop is not None and number >= stop):
+                continue
+            print(json.dumps([number, None]), flush=True)
+            path = Path(folder) / f"{number}{case.suffix}"
+            path.write_bytes(data)
+            print(json.dumps([number, outcome(case, path)]), flush=True)
+            path.unlink(missing_ok=True)
+
+
+def fuzz(name: str, count: int, seed: int, start: int = 0, stop: int | None = None) -> dict[int, str]:
+    """What came of each input by its number. After a crash or a hang a new process goes on with the next one."""
+    found: dict[int, str] = {}
+    while True:
+        command = [sys.executable, __file__, "--child", name, str(count), str(seed), str(start), str(stop or "")]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        lines: queue.Queue[str | None] = queue.Queue()
+        threading.Thread(target=_feed, args=(process, lines), daemon=True).start()
+        current, problem = None, None
+        while problem is None:
+            try:
+                line = lines.get(timeout=TIME_S * 2 if current is None else TIME_S)
+            except queue.Empty:
+                process.kill()
+                problem = f"no end within {TIME_S} s"
+                break
+            if line is None:
+                status = process.wait()
+                if status == 0:
+                    return found
+                problem = f"the process ended with {status}"
+                break
+            current, what = json.loads(line)
+            if what is not None:
+                found[current] = what
+        if current is None:
+            raise SystemExit(f"{name}: {problem}, before the first input")
+        found[current] = problem
+        start = current + 1
+
+
+def _feed(process: "subprocess.Popen[str]", lines: "queue.Queue[str | None]") -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("["):  # parsers print too
+            lines.put(line)
+    process.stdout.close()
+    lines.put(None)
+
+
+def main() -> None:
+    """Fuzz, and print a table."""
+    if sys.argv[1:2] == ["--child"]:
+        name, count, seed, start, stop = sys.argv[2:]
+        child(name, int(count), int(seed), int(start), int(stop) if stop else None)
+        return
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK} inputs per format instead of {COUNT}")
+    parser.add_argument("--case", choices=CASES, action="append", help="this format alone; may be given several times")
+    parser.add_argument("--count", type=int, help="damaged inputs per format")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", type=int, help="this input alone")
+    asked = parser.parse_args()
+    count = asked.count or (QUICK if asked.quick else COUNT)
+    only = (0, None) if asked.only is None else (asked.only, asked.only + 1)
+    totals: collections.Counter[str] = collections.Counter()
+    print(f"{'format':12} {'inputs':>7} {'parsed':>7} {'refused':>8} {'faults':>7} {'seconds':>8}")
+    for name in asked.case or CASES:
+        began = time.perf_counter()
+        found = fuzz(name, count, asked.seed, *only)
+        faults = {number: what for number, what in found.items() if what not in ("parsed", "refused")}
+        kinds = collections.Counter(found.values())
+        row = {"inputs": len(found), "parsed": kinds["parsed"], "refused": kinds["refused"], "faults": len(faults)}
+        totals.update(row)
+        seconds = time.perf_counter() - began
+        print(f"{name:12} {len(found):7} {row['parsed']:7} {row['refused']:8} {row['faults']:7} {seconds:8.1f}")
+        shown: set[str] = set()
+        for number, what in faults.items():
+            if what not in shown and len(shown) < 12:
+                shown.add(what)
+                print(f"    {number}: {what}")
+        sys.stdout.flush()
+    print(json.dumps({"formats": len(asked.case or CASES), **totals, "seed": asked.seed}))
+    sys.exit(1 if totals["faults"] else 0)
+
+
+if __name__ == "__main__":
+    main()
