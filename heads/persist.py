@@ -8,11 +8,12 @@ from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
 
 from headrace.cache.errors import HeadraceError
 from headrace.cache.files import publish_replace
+from headrace.cache.sealed import SEAL, UNSEALED, SealBroken, check_seal, seal, tensor_metadata
 from headrace.cache.spec import FeatureSpec
 from headrace.heads.metrics import TaskKind
 from headrace.heads.predict import Arrays, CannotPredict, predict_head
@@ -21,6 +22,11 @@ from headrace.heads.spec import FULL, HeadSpec, spec_from_json, spec_to_json
 FORMAT = 1
 WEIGHTS = "head.safetensors"
 DESCRIPTION = "head.json"
+
+WRITE_AGAIN = (
+    "In a run's directory, `headrace run RECIPE` writes it again, and trains nothing for that; an exported model is written "
+    "again by `headrace export RUN --format safetensors`, one that was copied by copying it again"
+)
 
 
 class BadHeadFile(HeadraceError, ValueError):
@@ -93,7 +99,7 @@ def save_head(
     weights = Path(directory) / WEIGHTS
     weights.parent.mkdir(parents=True, exist_ok=True)
     plain = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    publish_replace(weights, save(plain, metadata={"headrace": text}))
+    publish_replace(weights, seal(save(plain, metadata={"headrace": text, SEAL: UNSEALED})))
     publish_replace(weights.parent / DESCRIPTION, text.encode())
     return weights
 
@@ -101,15 +107,16 @@ def save_head(
 def load_head(directory: Path | str) -> TrainedHead:
     """Read what `save_head` wrote. The description inside the safetensors file counts, the .json is for people.
 
-    Raises BadHeadFile.
+    Raises BadHeadFile, also where one byte is not the one that was written.
     """
     path = Path(directory) / WEIGHTS
     if not path.exists():
         raise BadHeadFile(f"{path} is not there: give the directory that save_head wrote")
     try:
-        with safe_open(path, framework="numpy") as stored:
-            description = json.loads((stored.metadata() or {})["headrace"])
-            arrays = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (not a dictionary)
+        data = path.read_bytes()
+        check_seal(data)
+        description = json.loads(tensor_metadata(data)["headrace"])
+        arrays = load(data)
         if description["format"] != FORMAT:
             raise BadHeadFile(
                 f"{path}: format {description['format']}, this version of headrace reads {FORMAT}: update headrace"
@@ -124,7 +131,10 @@ def load_head(directory: Path | str) -> TrainedHead:
             # Heads of earlier versions have none.
             backbones=tuple(description.get("backbones") or [None] * len(description["features"])),
         )
-    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise BadHeadFile(
-            f"{path} is not a saved head ({type(error).__name__}: {error}): save the head again with save_head"
-        ) from error
+    except SealBroken as error:
+        raise BadHeadFile(f"{path} has changed since it was written: {error}. {WRITE_AGAIN}") from error
+    # ValueError: also no JSON and no UTF-8
+    except (SafetensorError, KeyError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, HeadraceError):
+            raise
+        raise BadHeadFile(f"{path} is not a saved head ({type(error).__name__}: {error}). {WRITE_AGAIN}") from error

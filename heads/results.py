@@ -50,6 +50,10 @@ class BadResults(HeadraceError, ValueError):
     """The file is not a bank's results, or has no such head."""
 
 
+class _Unreadable(BadResults):
+    """The operating system does not let it be read; it may be whole."""
+
+
 def results_bytes(
     task: Task,
     task_digest: str,
@@ -234,6 +238,20 @@ def read_bank(path: Path | str) -> BankResult:
         )
 
 
+def remove_damaged(path: Path | str) -> bool:
+    """Remove a results file whose bytes are not those that were written, where it only saves time; whether one was removed."""
+    try:
+        _check(Path(path))
+    except FileNotFoundError:
+        return False
+    except _Unreadable:
+        raise
+    except BadResults:
+        Path(path).unlink(missing_ok=True)
+        return True
+    return False
+
+
 @contextmanager
 def _open(path: Path) -> Iterator[h5py.File]:
     """The file, whole and self-contained; whatever else keeps it from being read is a BadResults."""
@@ -268,7 +286,7 @@ def _check(path: Path) -> _State:
     try:
         _, digest, block = shard_digest(path)
     except ShardUnreadable as error:
-        raise BadResults(str(error)) from error
+        raise _Unreadable(str(error)) from error
     if block.startswith(_HDF5):
         raise BadResults(
             f"{path} has no digest: it is of format 1 or not a bank's results, this version of headrace reads format "

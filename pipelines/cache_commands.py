@@ -195,6 +195,8 @@ def gc_command(
     Example: headrace cache gc recipe.yaml other.yaml --yes
     """
     from headrace.cache.collect import find_garbage
+    from headrace.pipelines.claims import remove_dead
+    from headrace.pipelines.paths import unit_claims
 
     used = None
     if recipes:
@@ -206,6 +208,8 @@ def gc_command(
         _say(str(path))
     if yes:
         garbage.remove()
+        if dead := remove_dead(unit_claims(cache)):
+            _say(f"{dead:,} claims and locks of drivers that are no more: removed")
     _say(f"{garbage.bytes / 1e6:,.1f} MB {'removed' if yes else 'would go; --yes removes them'}")
 
 

@@ -46,14 +46,7 @@ class Claims:
                 return True
             if owner is not None and self._lives(owner):
                 return False
-            # Moved before it is removed: of two drivers that find it abandoned, one moves it, and both try again.
-            abandoned = claim.with_name(f"{claim.name}.{uuid.uuid4().hex}")
-            with contextlib.suppress(FileNotFoundError):
-                os.rename(claim, abandoned)
-                if _owner(abandoned) not in (owner, None):  # another driver was faster, and this is its claim
-                    with contextlib.suppress(FileExistsError):
-                        os.symlink(_owner(abandoned) or "", claim)
-                os.unlink(abandoned)
+            _remove_abandoned(claim, owner)
 
     def drop(self, task: str) -> None:
         """Give a claim back, once the task's results are published or it has failed."""
@@ -72,15 +65,50 @@ class Claims:
 
 @contextlib.contextmanager
 def claims(directory: Path) -> Iterator[Claims]:
-    """This process's claims in a directory, from now to the end of the block."""
+    """This process's claims in a directory, from now to the end of the block. What dead drivers left there goes."""
     driver = driver_name()
     with driver_lock(directory, driver):
+        remove_dead(directory)
         try:
             yield Claims(directory, driver)
         finally:
             for claim in directory.glob("*.claim"):
                 if _owner(claim) == driver:
                     claim.unlink(missing_ok=True)
+
+
+def remove_dead(directory: Path) -> int:
+    """Remove the claims and the locks of drivers that are not alive; returns how many files that were."""
+    drivers, removed = sorted(directory.glob("*.driver")), 0
+    dead = []
+    for path in drivers:
+        with contextlib.suppress(FileNotFoundError):
+            status = path.stat()
+            # filelock waits for ever for a lock whose holder died before it wrote its name, microseconds after making it.
+            if not status.st_size and time.time() - status.st_mtime > LEASE_S:
+                path.unlink()
+        if not driver_lives(directory, path.stem):
+            dead.append(path.stem)
+    alive = {path.stem for path in drivers} - set(dead)
+    # Their locks are older than their claims: a claim whose driver has no lock is a dead driver's. Looked at again, for
+    # a driver may have begun since.
+    for claim in (*directory.glob("*.claim"), *directory.glob("*.claim.*")):
+        owner = _owner(claim)
+        if owner is not None and owner not in alive and not driver_lives(directory, owner):
+            removed += 1
+            _remove_abandoned(claim, owner)
+    return removed + len(dead)
+
+
+def _remove_abandoned(claim: Path, owner: str | None) -> None:
+    # Moved before it is removed: of two drivers that find it abandoned, one moves it, and both try again.
+    abandoned = claim.with_name(f"{claim.name}.{uuid.uuid4().hex}")
+    with contextlib.suppress(FileNotFoundError):
+        os.rename(claim, abandoned)
+        if _owner(abandoned) not in (owner, None):  # another driver was faster, and this is its claim
+            with contextlib.suppress(FileExistsError):
+                os.symlink(_owner(abandoned) or "", claim)
+        os.unlink(abandoned)
 
 
 def driver_name() -> str:

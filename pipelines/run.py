@@ -3,7 +3,9 @@
 import datetime
 import io
 import json
+import shutil
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -17,9 +19,13 @@ from dask.distributed import Client
 from rich.console import Console
 
 from headrace.cache import FeatureSet, lease, open_feature_set, publish_replace
+from headrace.cache.collect import STALE_S
+from headrace.cache.files import PARTIAL_SUFFIX, sync_directory
+from headrace.cache.repair import stale_temporaries
 from headrace.extract import write_listing
 from headrace.heads import BankJob, save_task
 from headrace.pipelines.accounting import Accounting
+from headrace.pipelines.claims import remove_dead
 from headrace.pipelines.cluster import Role, open_client
 from headrace.pipelines.console import make_console
 from headrace.pipelines.environment import environment, note_environment
@@ -32,7 +38,7 @@ from headrace.pipelines.evidence.train import train_banks
 from headrace.pipelines.extraction import extract_missing
 from headrace.pipelines.leaderboard import collect_heads, rank_heads
 from headrace.pipelines.logs import log_run, require_log
-from headrace.pipelines.paths import RunPaths
+from headrace.pipelines.paths import RunPaths, unit_claims
 from headrace.pipelines.plan import Plan, check_space, fingerprints_of
 from headrace.pipelines.prepare import Survey, find_device, find_heads_device, listing, run_paths, survey
 from headrace.pipelines.recipe import Recipe
@@ -41,7 +47,7 @@ from headrace.pipelines.submit import RunIncomplete, TaskOptions
 from headrace.pipelines.task_log import TaskLog, task_log
 from headrace.pipelines.thaw.stage import Thawed, ThawInputs, pending, thaw
 from headrace.pipelines.training import probe, train_missing
-from headrace.pipelines.winner import TestResult, choose_winner, open_test, save_winner
+from headrace.pipelines.winner import NoWinner, TestResult, choose_winner, mend_openings, open_test, save_winner
 
 
 @dataclass(frozen=True)
@@ -166,6 +172,7 @@ def run_recipe(
         with _timed(stages, "log") as done:
             # mypy reads this file as `pipelines.…` and the import as `headrace.pipelines.…`
             done(log_run(recipe.log, result))  # type: ignore[arg-type]
+    remove_leftovers(paths, recipe.cache)
     _record_stages(found.paths.stages, stages)
     device = plan.units[0].device if plan.units else "cpu"
     note_environment(found.paths.environments, environment(workers, device))
@@ -240,12 +247,19 @@ def conclude(found: Survey, ensemble_section: EnsembleSection | None = None, tha
     failed_images = write_failed_images(found)
     publish_replace(paths.leaderboard, _flat(board).to_csv(index=False).encode())
     publish_replace(paths.heads, _flat(heads).to_parquet(index=False))
-    winner = choose_winner(board, heads)
+    try:
+        winner = choose_winner(board, heads)
+    except NoWinner:
+        withdraw(paths.winner, paths.ensemble)  # of an earlier call, of which this leaderboard knows nothing
+        raise
     selection = weigh_selection(found, board)
     features = [open_feature_set(path) for name in winner["inputs"] for path in found.directories[name]]
     backbones = [found.backbones[name] for name in winner["inputs"] for _ in found.directories[name]]
     save_winner(paths.winner, winner, features, backbones, task, found.metric)
     ensemble = None if ensemble_section is None else combine_heads(found, board, ensemble_section)
+    if ensemble is None:
+        withdraw(paths.ensemble)
+    notes = mend_openings(paths.openings)
     test = found.dataset.test
     if not len(test.ids):
         tested = None
@@ -264,7 +278,7 @@ def conclude(found: Survey, ensemble_section: EnsembleSection | None = None, tha
         selection=selection,
         ensemble=ensemble,
         thawed=thawed,
-        notes=(*found.notes, *(thawed.notes if thawed is not None else ())),
+        notes=(*found.notes, *(thawed.notes if thawed is not None else ()), *notes),
         accounting=found.accounting,
         failed_images=failed_images,
         failed_heads=int((heads["error"].fillna("") != "").sum()),
@@ -276,12 +290,41 @@ def weigh_selection(found: Survey, board: pd.DataFrame) -> Selection | None:
     """What the choice of the best is worth, from stored predictions; written beside the leaderboard."""
     held = held_out(found.dataset.train, found.dataset.groups)
     selection = assess_selection(whole_heads(board), held, found.metric)
-    if selection is not None:
+    if selection is None:
+        withdraw(found.paths.selection, found.paths.comparisons)
+    else:
         columns = ["rank", "inputs", "kind", "settings", found.metric]
         table = _flat(board)[columns].merge(selection.table, on="rank", how="left")
         publish_replace(found.paths.selection, json.dumps(selection.summary(), indent=2).encode())
         publish_replace(found.paths.comparisons, table.to_csv(index=False).encode())
     return selection
+
+
+def remove_leftovers(paths: RunPaths, cache: Path) -> None:
+    """Remove what calls that were killed left behind: claims and locks of dead drivers, temporaries that nobody writes to."""
+    for folder in (paths.claims, unit_claims(cache)):
+        remove_dead(folder)
+    for path in stale_temporaries(paths.root, STALE_S, time.time()):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def withdraw(*results: Path) -> None:
+    """Remove results of an earlier call that are true no more; a directory disappears at once, by a rename.
+
+    What a process that dies on the way leaves has no name that anyone reads, and goes with the next withdrawal.
+    """
+    for path in results:
+        if path.is_dir():
+            path.rename(path.with_name(f".{path.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}"))
+            sync_directory(path.parent)
+        else:
+            path.unlink(missing_ok=True)
+        for left in path.parent.glob(f".{path.name}.*{PARTIAL_SUFFIX}"):
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def combine_heads(found: Survey, board: pd.DataFrame, section: EnsembleSection) -> Ensemble | None:

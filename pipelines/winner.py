@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import json
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from headrace.cache import FeatureSet, HeadraceError, lease, publish_replace
+from headrace.cache.sealed import SealBroken, read_sealed_json, sealed_json
 from headrace.extract import BackboneSpec
 from headrace.heads import (
     FULL,
@@ -51,7 +53,7 @@ class TestResult:
 
 
 class OpeningsDamaged(HeadraceError, ValueError):
-    """The record of test openings cannot be read."""
+    """The record of test openings is not the one that was written, and neither is its copy."""
 
 
 def choose_winner(board: pd.DataFrame, heads: pd.DataFrame) -> pd.Series:
@@ -152,8 +154,9 @@ def _opened(
     predict: Callable[[], tuple[npt.NDArray[Any], npt.NDArray[Any]]],
 ) -> TestResult:
     """The record of this opening; if there is none, `predict` gives targets and predictions, and it is made."""
-    with lease(openings.with_suffix(".lock")):  # two runs that end at once both count
-        past = [opening for opening in read_openings(openings) if _overlaps(opening, test)]
+    with lease(_lock(openings)):  # two runs that end at once both count
+        recorded = read_openings(openings)
+        past = [opening for opening in recorded if _overlaps(opening, test)]
         same = [opening for opening in past if opening["winner"] == winner_is]
         others = {json.dumps(opening["winner"], sort_keys=True) for opening in past} - {
             json.dumps(winner_is, sort_keys=True)
@@ -171,8 +174,7 @@ def _opened(
             "result": {name: value for name, value in dataclasses.asdict(result).items() if name != "openings"},
             "images": _sketch(test),
         }
-        lines = openings.read_text(encoding="utf-8") if openings.exists() else ""
-        publish_replace(openings, (lines + json.dumps(opening) + "\n").encode())
+        _write_openings(openings, [*recorded, opening])
     return result
 
 
@@ -219,16 +221,78 @@ def _overlaps(opening: Mapping[str, Any], test: Task) -> bool:
 
 
 def read_openings(path: Path) -> list[Mapping[str, Any]]:
-    """The record of openings, oldest first. Raises OpeningsDamaged."""
-    if not path.exists():
+    """The record of openings, oldest first, from its copy where it is damaged, emptied or gone. Raises OpeningsDamaged."""
+    return _read_twice(path)[0]
+
+
+def mend_openings(path: Path) -> list[str]:
+    """Write the record of openings again where it, or its copy, is not as it was written; what a careful person is told then.
+
+    An opening cannot be undone, so its record is kept twice: with one file lost, neither another score nor a second
+    opening that looks like the first can come of it. Raises OpeningsDamaged where both are.
+    """
+    with lease(_lock(path)):
+        openings, wrong = _read_twice(path)
+        if wrong or (openings and not _copy(path).exists()):
+            _write_openings(path, openings)
+    if not wrong:
         return []
-    try:
-        openings = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        if any(not {"winner", "result", "images"} <= set(opening) for opening in openings):
-            raise ValueError("a line is not an opening of this version")
-    except (ValueError, TypeError) as error:
+    return [
+        f"{path} {wrong}: it was written again from its copy, with {len(openings):,} openings of the test split. To start the "
+        f"count again, knowing that the test images have been seen, remove both: rm {shlex.quote(str(path))} "
+        f"{shlex.quote(str(_copy(path)))}"
+    ]
+
+
+def _read_twice(path: Path) -> tuple[list[Mapping[str, Any]], str]:
+    """The openings, and what was wrong with the record, "" where nothing was."""
+    record, copy = _read_record(path), _read_record(_copy(path))
+    if isinstance(copy, list) and copy:
+        if isinstance(record, str):
+            return copy, record
+        # A process that died between the two writes leaves the copy one line behind.
+        if copy[: len(record)] == record and len(copy) > len(record):
+            return copy, f"lacks {len(copy) - len(record)} of {len(copy)} lines" if record else "is gone"
+        return record, ""
+    if isinstance(record, str):
         raise OpeningsDamaged(
-            f"{path} is damaged ({error}). It says how often the test split was opened: restore it, or remove it "
-            "knowing that the count starts again"
-        ) from None
+            f"{path} {record}{', and its copy ' + copy if isinstance(copy, str) else ', and it has no copy'}. It says how "
+            "often the test split was opened, and how the winner scored: restore it from a backup. Without one, the count starts "
+            "again, and the next score is of images that a winner may have seen; if you accept that, type: "
+            f"rm {shlex.quote(str(path))} {shlex.quote(str(_copy(path)))}"
+        )
+    return record, ""
+
+
+def _read_record(path: Path) -> list[Mapping[str, Any]] | str:
+    """The openings in a file, none where it is not there; or what is wrong with it."""
+    try:
+        lines = path.read_bytes().splitlines()
+    except FileNotFoundError:
+        return []
+    if not lines:
+        return "is empty"
+    openings: list[Mapping[str, Any]] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            opening = read_sealed_json(line)
+        except SealBroken as error:
+            return f"has changed since it was written (line {number}: {error})"
+        if not {"winner", "result", "images"} <= set(opening):
+            return f"has changed since it was written, or is of another version (line {number} is no opening)"
+        openings.append(opening)
     return openings
+
+
+def _write_openings(path: Path, openings: Sequence[Mapping[str, Any]]) -> None:
+    data = b"".join(sealed_json(opening) + b"\n" for opening in openings)
+    publish_replace(path, data)
+    publish_replace(_copy(path), data)
+
+
+def _copy(path: Path) -> Path:
+    return path.with_name(f".{path.name}")
+
+
+def _lock(path: Path) -> Path:
+    return path.with_suffix(".lock")

@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 
-from headrace.pipelines.claims import claims, driver_lives
+from headrace.pipelines.claims import claims, driver_lives, remove_dead
 
 HOLD = """
 import sys
@@ -43,3 +43,24 @@ def test_what_a_dead_driver_had_is_free(tmp_path):
         ours._seen.clear()
         assert ours.take("bank")
         assert os.readlink(tmp_path / "bank.claim") == ours.driver
+
+
+def test_what_dead_drivers_left_goes_by_itself(tmp_path):
+    """Claims, locks, and locks without a name in them; what a living driver has stays."""
+    code = "import os, sys; from pathlib import Path; from headrace.pipelines.claims import claims\n"
+    code += "with claims(Path(sys.argv[1])) as ours: ours.take('bank-x'); os._exit(9)"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
+    assert len(list(tmp_path.iterdir())) == 2
+    blank = tmp_path / "20261124T181500Z-node-1-abcd.driver"
+    blank.touch()
+    os.utime(blank, (1, 1))
+    os.symlink("20261124T181500Z-node-2-abcd", tmp_path / "bank-z.claim.0f")
+    with claims(tmp_path) as living:
+        assert living.take("bank-y")
+        names = {f"{living.driver}.driver", "bank-y.claim"}
+        assert {path.name for path in tmp_path.iterdir()} == names
+        with claims(tmp_path):
+            pass
+        assert remove_dead(tmp_path) == 0
+        assert {path.name for path in tmp_path.iterdir()} == names
+    assert list(tmp_path.iterdir()) == []

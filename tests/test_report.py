@@ -121,7 +121,8 @@ def test_a_winner_that_was_not_shown_the_test_split_has_no_confusions_there(fold
     """Without its record there is no test score and no test prediction, though the features are there."""
     root = tmp_path / "run"
     shutil.copytree(folder / "runs" / "single", root)
-    (root / "test-openings.jsonl").unlink()
+    for name in ("test-openings.jsonl", ".test-openings.jsonl"):  # it is kept twice
+        (root / name).unlink()
     report = write_report(root, tables=True)
     names = {path.stem for path in report.tables}
     assert "confusion-validation" in names

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from headrace.cache import publish_replace
 from headrace.heads import TRAIN_ONLY, BankJob, HeadSpec, Task, read_bank, save_task, spec_to_json, strata
+from headrace.heads.results import remove_damaged
 from headrace.pipelines.evidence.estimate import Estimate
 from headrace.pipelines.evidence.selection import resampled_rows
 
@@ -88,14 +89,17 @@ def learning_curve(
     jobs = []
     for (place, fold), small in subtasks.items():
         path = folder / f"{place}-{fold}.npz"
-        if not path.exists():
-            stored = io.BytesIO()
-            save_task(small, stored)
-            publish_replace(path, stored.getvalue())
+        stored = io.BytesIO()
+        save_task(small, stored)
+        publish_replace(
+            path, stored.getvalue()
+        )  # every time: one that was damaged would stop all that is trained on it
         for kind in kinds:
             chosen = tuple(spec for spec in specs if spec.kind == kind)
             result = str(folder / f"{place}-{fold}-{kind}.h5")
             jobs.append(BankJob(str(path), tuple(map(str, features)), chosen, result, full=False))
+    for job in jobs:
+        remove_damaged(job.result)
     train_all([job for job in jobs if not Path(job.result).exists()])
     rows = np.flatnonzero(np.isin(task.fold, folds))
     wrong = np.zeros((len(fractions), len(rows)))

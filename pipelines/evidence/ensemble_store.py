@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from headrace.cache import FeatureSet, open_feature_set, publish_replace
+from headrace.cache.sealed import sealed_json
 from headrace.extract import BackboneSpec
 from headrace.heads import Task
 from headrace.pipelines.evidence.ensemble import Ensemble
@@ -60,7 +60,7 @@ def save_ensemble(
         "nested": ensemble.summary(),
     }
     path = directory / DESCRIPTION
-    publish_replace(path, json.dumps(description, indent=2).encode())
+    publish_replace(path, sealed_json(description, indent=2))
     for old in (directory / "members").iterdir():
         if f"members/{old.name}" not in {member["model"] for member in members}:
             with contextlib.suppress(OSError):  # it only takes space

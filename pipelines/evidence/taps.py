@@ -4,8 +4,8 @@ Transfer scores are of at most ROWS images, drawn alike for all feature sets; th
 """
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from headrace.cache import open_feature_set, publish_replace
+from headrace.cache.sealed import read_sealed_json, sealed_json
 from headrace.heads import (
     KNNSpec,
     Task,
@@ -58,8 +59,9 @@ def transfer_scores(task: Task, directories: Mapping[str, Sequence[Path]], folde
         scores = _read(path)
         if scores is None:
             scores = _measure(name, task, rows, views[0])
-            folder.mkdir(parents=True, exist_ok=True)
-            publish_replace(path, json.dumps(asdict(scores)).encode())
+            with suppress(OSError):  # it only saves time
+                folder.mkdir(parents=True, exist_ok=True)
+                publish_replace(path, sealed_json(asdict(scores)))
         found.append(scores)
     return found
 
@@ -107,6 +109,6 @@ def _drawn(task: Task) -> npt.NDArray[np.int64]:
 def _read(path: Path) -> TransferScores | None:
     """What was kept; None where there is nothing, or nothing readable: it only saves time."""
     try:
-        return TransferScores(**json.loads(path.read_text(encoding="utf-8")))
+        return TransferScores(**read_sealed_json(path.read_bytes()))
     except (OSError, ValueError, TypeError):
         return None

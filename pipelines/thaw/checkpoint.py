@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from headrace.cache import publish_replace
+from headrace.cache.sealed import SEAL, UNSEALED, check_seal, seal, tensor_metadata
 
 FORMAT = 2  # 1 had one rate for all layers of a head
 
@@ -31,19 +32,19 @@ def save_checkpoint(path: Path, key: str, progress: Progress, tensors: dict[str,
     about = {"format": FORMAT, "key": key, "progress": progress.__dict__}
     path.parent.mkdir(parents=True, exist_ok=True)
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    publish_replace(path, save(plain, metadata={"headrace": json.dumps(about)}))
+    publish_replace(path, seal(save(plain, metadata={"headrace": json.dumps(about), SEAL: UNSEALED})))
 
 
 def load_checkpoint(path: Path, key: str) -> tuple[Progress, dict[str, Tensor]] | None:
     """What `save_checkpoint` wrote; None where there is none, or one that is damaged or of another training."""
     try:
-        with safe_open(path, framework="pt") as stored:
-            about: dict[str, Any] = json.loads((stored.metadata() or {})["headrace"])
-            if about["format"] != FORMAT or about["key"] != key:
-                return None
-            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (not a dictionary)
-        return Progress(**about["progress"]), tensors
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        data = path.read_bytes()
+        check_seal(data)
+        about: dict[str, Any] = json.loads(tensor_metadata(data)["headrace"])
+        if about["format"] != FORMAT or about["key"] != key:
+            return None
+        return Progress(**about["progress"]), load(data)
+    except (OSError, SafetensorError, KeyError, TypeError, AttributeError, ValueError):
         return None
 
 

@@ -10,16 +10,18 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from headrace.cache import HeadraceError, publish_replace
+from headrace.cache.sealed import SEAL, UNSEALED, SealBroken, check_seal, seal, tensor_metadata
 from headrace.extract import BackboneSpec, Preprocessing, parse_tap
 from headrace.extract.backbone import Backbone
 from headrace.extract.library import build
 from headrace.extract.weights import weights_digest
 from headrace.heads import FineTuneSpec, TaskKind, spec_from_json, spec_to_json
+from headrace.heads.persist import WRITE_AGAIN
 from headrace.heads.predict import link
 from headrace.pipelines.thaw.head import Head
 from headrace.pipelines.thaw.network import Network
@@ -91,7 +93,7 @@ def save_network(
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     weights = directory / WEIGHTS
     directory.mkdir(parents=True, exist_ok=True)
-    publish_replace(weights, save(plain, metadata={"headrace": text}))
+    publish_replace(weights, seal(save(plain, metadata={"headrace": text, SEAL: UNSEALED})))
     publish_replace(directory / DESCRIPTION, text.encode())
     return weights
 
@@ -99,25 +101,32 @@ def save_network(
 def load_network(directory: Path | str) -> TrainedNetwork:
     """Read what `save_network` wrote. The description inside the safetensors file counts, the .json is for people.
 
-    Raises BadNetworkFile, and BackboneError where the backbone's library does not know its name.
+    Raises BadNetworkFile, also where one byte is not the one that was written; BackboneError where
+    the backbone's library does not know its name.
     """
     path = Path(directory) / WEIGHTS
     if not path.exists():
         raise BadNetworkFile(f"{path} is not there: give the directory of a fine-tuned network, RUN/thaw/models/KEY")
     try:
-        with safe_open(path, framework="pt") as stored:
-            about: dict[str, Any] = json.loads((stored.metadata() or {})["headrace"])
-            if about["format"] != FORMAT:
-                raise BadNetworkFile(
-                    f"{path}: format {about['format']}, this version of headrace reads {FORMAT}: update headrace"
-                )
-            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (not a dictionary)
+        data = path.read_bytes()
+        check_seal(data)
+        about: dict[str, Any] = json.loads(tensor_metadata(data)["headrace"])
+        if about["format"] != FORMAT:
+            raise BadNetworkFile(
+                f"{path}: format {about['format']}, this version of headrace reads {FORMAT}: update headrace"
+            )
+        tensors = load(data)
         spec = BackboneSpec(**{name: _tuple(value) for name, value in about["backbone"].items()})
         preprocessing = Preprocessing(**{name: _tuple(value) for name, value in about["preprocess"].items()})
         return _rebuild(about, spec, preprocessing, tensors)
-    except (SafetensorError, KeyError, TypeError, RuntimeError, json.JSONDecodeError) as error:
+    except SealBroken as error:
+        raise BadNetworkFile(f"{path} has changed since it was written: {error}. {WRITE_AGAIN}") from error
+    # ValueError: also no JSON and no UTF-8
+    except (SafetensorError, KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+        if isinstance(error, HeadraceError):
+            raise
         raise BadNetworkFile(
-            f"{path} is not a saved network ({type(error).__name__}: {str(error)[:300]}): run the recipe again to write it anew"
+            f"{path} is not a saved network ({type(error).__name__}: {str(error)[:300]}). {WRITE_AGAIN}"
         ) from error
 
 

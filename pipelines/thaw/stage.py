@@ -17,8 +17,10 @@ from dask.distributed import Client
 from rich.console import Console
 
 from headrace.cache import lease, publish_replace
+from headrace.cache.sealed import checked, is_checked, is_sealed_file
 from headrace.extract import BackboneSpec
 from headrace.heads import FULL, METRICS, Task, read_bank, score, spec_to_json
+from headrace.heads.results import remove_damaged
 from headrace.pipelines.claims import claims
 from headrace.pipelines.leaderboard import settings_text
 from headrace.pipelines.paths import RunPaths
@@ -28,6 +30,7 @@ from headrace.pipelines.submit import TaskOptions, run_tasks
 from headrace.pipelines.thaw.candidates import Candidate, list_candidates, predicted_gain, training_seconds
 
 RESAMPLES = 1000
+WEIGHTS = "network.safetensors"  # as persist.py, which imports torch
 # A fold that takes so many times as long as its pilot predicted, and longer than any task may, is taken for hung.
 HUNG = 4
 
@@ -63,7 +66,7 @@ def pending(
     """The candidates about which nothing has been decided yet; with `retry_failed`, those that failed too."""
     decided = _read(inputs.paths.thaw_decisions)
     candidates, _ = list_candidates(board, section, inputs.directories, inputs.backbones)
-    return [one for one in candidates if not _settled(decided.get(one.key), section, retry_failed)]
+    return [one for one in candidates if not _settled(inputs.paths, one.key, decided, section, retry_failed)]
 
 
 def thaw(
@@ -83,7 +86,7 @@ def thaw(
     """
     decided = _read(inputs.paths.thaw_decisions)
     candidates, notes = list_candidates(board, section, inputs.directories, inputs.backbones)
-    waiting = [one for one in candidates if not _settled(decided.get(one.key), section, retry_failed)]
+    waiting = [one for one in candidates if not _settled(inputs.paths, one.key, decided, section, retry_failed)]
     trained = 0
     if waiting:
         assert client is not None
@@ -101,13 +104,37 @@ def thaw(
     )
 
 
-def _settled(record: Mapping[str, Any] | None, section: ThawSection, retry_failed: bool) -> bool:
-    """Whether a candidate is not to be looked at again: done, failed or refused; what did not fit may fit a larger budget."""
+def _settled(paths: RunPaths, key: str, decided: dict[str, Any], section: ThawSection, retry_failed: bool) -> bool:
+    """Whether a candidate is not to be looked at again: done, failed or refused; what did not fit may fit a larger budget.
+
+    A decision whose network or results are gone or damaged is about nothing any more, and leaves `decided`: what is left of
+    the training is used, the rest is trained again.
+    """
+    record = decided.get(key)
     if record is None:
+        return False
+    if not _has_its_files(paths, key, record["decision"]):
+        del decided[key]
         return False
     if record["decision"] in ("failed", "refused") and retry_failed:
         return False
-    return record["decision"] != "over budget" or record.get("budget_minutes") == section.budget_minutes
+    return bool(record["decision"] != "over budget" or record.get("budget_minutes") == section.budget_minutes)
+
+
+def _has_its_files(paths: RunPaths, key: str, decision: str) -> bool:
+    """Whether what a decision is about is whole; what is damaged is removed, so that nobody takes it for trained."""
+    if decision not in ("kept", "rolled back"):
+        return not remove_damaged(paths.thaw_result(key))  # of one that failed: its failed rows
+    for part in sorted(paths.thaw_parts(key).glob("fold*.h5")):
+        remove_damaged(part)
+    remove_damaged(paths.thaw_result(key))
+    network = paths.thaw_model(key) / WEIGHTS
+    if not network.exists() or is_sealed_file(network):
+        there = network.exists() or decision == "rolled back"
+    else:
+        there = False
+        network.unlink(missing_ok=True)
+    return there and paths.thaw_result(key).exists()
 
 
 def _work(
@@ -184,7 +211,7 @@ def _decide(paths: RunPaths, key: str, record: dict[str, Any]) -> dict[str, Any]
         known = _read(paths.thaw_decisions)
         trained = known.get(key, {}).get("decision") in ("kept", "rolled back")
         if not (trained and record["decision"] in ("over budget", "refused")):
-            known[key] = record
+            known[key] = checked(record)
             publish_replace(paths.thaw_decisions, json.dumps(known, indent=1).encode())
     return known
 
@@ -352,8 +379,9 @@ def _notes(candidates: Sequence[Candidate], decided: Mapping[str, Any]) -> list[
 
 
 def _read(path: Path) -> dict[str, Any]:
+    """What was decided. Of a damaged record nothing is believed: it is found again from the results, after a pilot of seconds."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}  # what was decided is found again from the results; a pilot takes seconds
-    return found if isinstance(found, dict) else {}
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return {key: record for key, record in found.items() if is_checked(record)} if isinstance(found, dict) else {}

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from headrace.cache import FeatureSet, HeadraceError, SpecMismatch, publish_bytes, publish_replace
+from headrace.cache.sealed import SealBroken, is_sealed_file, read_sealed_json, sealed_json
 from headrace.extract import BackboneError, BackboneSpec, Tap, load_backbone
 from headrace.extract.backbone import Backbone
 from headrace.extract.taps import backbone_nodes, tap_shape
@@ -32,6 +33,7 @@ from headrace.heads import (
     spec_from_json,
     spec_to_json,
 )
+from headrace.heads.results import remove_damaged
 from headrace.pipelines.thaw.data import (
     ImageSource,
     MapSource,
@@ -45,7 +47,7 @@ from headrace.pipelines.thaw.errors import CannotCut, ThawRefused
 from headrace.pipelines.thaw.head import head_module, new_head, require_differentiable, standardise
 from headrace.pipelines.thaw.network import Network, trainable_blocks
 from headrace.pipelines.thaw.parity import check_parity
-from headrace.pipelines.thaw.persist import save_network
+from headrace.pipelines.thaw.persist import WEIGHTS, save_network
 from headrace.pipelines.thaw.train import Plan, Trained, Training
 
 PARITY_ROWS = 48
@@ -131,15 +133,20 @@ def train_fold(fold_job: FoldJob) -> dict[str, Any]:
     job, fold = fold_job.job, fold_job.fold
     path = part_path(job, fold)
     curve = path.with_suffix(".json")
-    if path.exists() and curve.exists():
-        about: dict[str, Any] = json.loads(curve.read_text(encoding="utf-8"))
-        return about | {"skipped": True}
+    remove_damaged(path)
+    known = _curve(curve)
+    has_network = fold != FULL or is_sealed_file(
+        Path(job.model) / WEIGHTS
+    )  # the part says how; the network is what is needed
+    if known is not None and path.exists() and has_network:
+        return known | {"skipped": True}
+    path.unlink(missing_ok=True)  # the first to publish wins: one without its network, or without its curve, would stay
     torch.set_num_threads(job.threads)
     opened = _open(job)
     training = _training(fold_job, opened)
     checkpoint = Path(job.folder) / f"checkpoint{_name(fold)}.safetensors"
     trained = training.run(checkpoint, f"{job.key} {fold}")
-    about = {
+    about: dict[str, Any] = {
         "fold": fold,
         "best_epoch": trained.progress.best_epoch,
         "epochs": trained.progress.epoch,
@@ -165,7 +172,7 @@ def train_fold(fold_job: FoldJob) -> dict[str, Any]:
             metrics={},
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    publish_replace(curve, json.dumps(about, indent=1).encode())
+    publish_replace(curve, sealed_json(about, indent=1))
     publish_bytes(path, _results(job, opened, [fit]))
     checkpoint.unlink(missing_ok=True)
     return about | {"skipped": False}
@@ -190,6 +197,14 @@ def publish_result(job: ThawJob, failures: dict[int, str]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     publish_replace(path, _results(job, opened, fits))
     return path
+
+
+def _curve(path: Path) -> dict[str, Any] | None:
+    """What `train_fold` returned when it trained this fold; None where that is gone or damaged."""
+    try:
+        return read_sealed_json(path.read_bytes())
+    except (OSError, SealBroken):
+        return None
 
 
 def part_path(job: ThawJob, fold: int) -> Path:

@@ -1,0 +1,108 @@
+"""Files that carry their own digest: no byte of them can change unseen."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from cache_cases import make_spec
+
+from headrace.cache.sealed import (
+    UNSEALED,
+    SealBroken,
+    check_seal,
+    checked,
+    is_checked,
+    read_sealed_json,
+    seal,
+    sealed_json,
+)
+from headrace.heads import BadHeadFile, LogisticSpec, load_head, save_head
+from headrace.pipelines.thaw.checkpoint import Progress, load_checkpoint, save_checkpoint
+
+
+def damages(good, n=80, seed=0):
+    """Single bits that have flipped, ends that are missing, and nothing at all."""
+    draw = random.Random(seed)
+    for _ in range(n):
+        data, bit = bytearray(good), draw.randrange(8 * len(good))
+        data[bit // 8] ^= 1 << bit % 8
+        yield bytes(data)
+    yield from (good[: len(good) // 2], good[:-1], b"")
+
+
+def test_every_flip_of_a_sealed_object_is_seen_or_changes_no_value():
+    """In values, keys and the digest alike; what stands between them carries nothing."""
+    values = {"score": 0.125, "names": ["é", "b"], "nested": {"n": 3}}
+    good = sealed_json(values)
+    assert read_sealed_json(good) == values
+    for bit in range(8 * len(good)):
+        data = bytearray(good)
+        data[bit // 8] ^= 1 << bit % 8
+        try:
+            found = read_sealed_json(bytes(data))
+        except SealBroken:
+            continue
+        assert {name: found[name] for name in values} == values
+
+
+def test_an_object_without_a_seal_is_one_of_an_earlier_version():
+    """It is read as it is; what is no object is not."""
+    assert read_sealed_json(b'{"a": 1}') == {"a": 1}
+    for bad in (b"", b"[1]", b"{", b"\xff"):
+        with pytest.raises(SealBroken):
+            read_sealed_json(bad)
+
+
+def test_the_seal_is_of_all_bytes():
+    """Before it and behind it."""
+    good = seal(b"before " + UNSEALED.encode() + b" behind")
+    check_seal(good)
+    for bad in (good[1:], good + b"x", good.replace(b"behind", b"behinD")):
+        with pytest.raises(SealBroken):
+            check_seal(bad)
+
+
+def test_a_record_among_others_carries_its_own_check():
+    """After a round trip through JSON; one without a check is of an earlier version."""
+    record = json.loads(json.dumps(checked({"decision": "kept", "gain": 0.1})))
+    assert is_checked(record)
+    assert checked(record) == record
+    assert is_checked({"decision": "kept"})
+    assert not is_checked(record | {"gain": 0.2})
+    assert not is_checked("kept")
+
+
+def test_a_damaged_head_is_never_loaded(tmp_path):
+    """Each damage is an error that names the file and the command, or changes nothing."""
+    arrays = {"weight": np.arange(24.0).reshape(2, 12), "intercept": np.zeros(2)}
+    path = save_head(
+        tmp_path, spec=LogisticSpec(C=1.0), arrays=arrays, classes=["a", "b"], features=[make_spec()], metrics={}
+    )
+    good, said = path.read_bytes(), []
+    for data in damages(good):
+        path.write_bytes(data)
+        try:
+            found = load_head(tmp_path)
+        except BadHeadFile as error:
+            said.append(str(error))
+        else:
+            assert (found.arrays["weight"] == arrays["weight"]).all()
+            assert found.classes == ("a", "b")
+    assert len(said) > 75
+    assert all(str(path) in text and "headrace run" in text for text in said)
+
+
+def test_a_damaged_checkpoint_is_not_trained_on(tmp_path):
+    """It is as if there were none."""
+    path, progress = tmp_path / "checkpoint.safetensors", Progress(2, 1, 0.5, 1.0, [{"epoch": 1.0}])
+    save_checkpoint(path, "key", progress, {"w": torch.arange(50.0)})
+    good = path.read_bytes()
+    found = load_checkpoint(path, "key")
+    assert found is not None
+    assert found[0] == progress
+    for data in damages(good):
+        path.write_bytes(data)
+        found = load_checkpoint(path, "key")
+        assert found is None or (found[0] == progress and torch.equal(found[1]["w"], torch.arange(50.0)))

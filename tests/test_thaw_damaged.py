@@ -1,0 +1,52 @@
+"""A decision about a network holds as long as the network and its results are there and whole."""
+
+import json
+
+from deliver_cases import run_here
+from run_cases import make_photos
+from thaw_cases import WEAK_HEAD_RECIPE
+
+from headrace.pipelines.thaw.persist import load_network
+
+THAW = """\
+thaw: {depths: [layer3], learning_rate: [0.001], epochs: 2, batch_size: 16}
+compute: {workers: 1, unit_images: 64}
+"""
+
+
+def test_what_is_damaged_is_trained_again_and_what_is_whole_is_not(tmp_path):
+    """A cut network, a flipped bit in it, damaged or removed results, a changed decision: each ends in the same run."""
+    make_photos(tmp_path / "photos", n=32)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(WEAK_HEAD_RECIPE + THAW)
+    first = run_here(recipe)
+    paths = first.paths
+    assert first.winner["kind"] == "finetune"
+    assert first.thawed.trained == 1
+    model = next((paths.thaw / "models").glob("*/network.safetensors"))
+    result = next(paths.thaw.glob("*.h5"))
+    decisions = paths.thaw_decisions
+    flip = bytearray(model.read_bytes())
+    flip[-2000] ^= 64
+    part = bytearray(result.read_bytes())
+    part[9000] ^= 1
+    changed = decisions.read_bytes().replace(b'"kept"', b'"lost"')
+    for file, data, trained in (
+        (model, model.read_bytes()[:5000], 1),
+        (model, bytes(flip), 1),
+        (result, bytes(part), 1),
+        (result, None, 1),
+        (decisions, changed, 1),
+        (decisions, decisions.read_bytes(), 0),
+    ):
+        file.unlink()
+        if data is not None:
+            file.write_bytes(data)
+        again = run_here(recipe)
+        assert again.thawed.trained == trained, file
+        assert again.board[["kind", "settings", "log_loss"]].equals(first.board[["kind", "settings", "log_loss"]]), file
+        assert again.test == first.test, file
+        load_network(model.parent)
+        load_network(paths.winner)
+    assert len(paths.openings.read_text().splitlines()) == 1
+    assert next(iter(json.loads(decisions.read_bytes()).values()))["decision"] == "kept"
