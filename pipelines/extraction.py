@@ -23,7 +23,7 @@ from headrace.extract import ExtractJob, unit_name
 from headrace.pipelines.claims import Claims, claims
 from headrace.pipelines.paths import unit_claims
 from headrace.pipelines.progress import stage
-from headrace.pipelines.submit import Outcome, RunIncomplete, TaskOptions, run_tasks
+from headrace.pipelines.submit import Outcome, RunIncomplete, TaskOptions, announced, run_tasks
 
 if TYPE_CHECKING:
     from headrace.extract import UnitReport
@@ -42,7 +42,7 @@ def extract_missing(
     """
     from headrace.extract import figures  # imports torch: a call with nothing to extract does without
 
-    options = options or TaskOptions()
+    options = announced(options or TaskOptions(), console)
     failures: list[str] = []
     fatal: list[tuple[ExtractJob, str]] = []  # single images that end whoever decodes them
     reports: list[UnitReport] = []

@@ -13,6 +13,8 @@ import queue
 import threading
 import time
 import traceback
+import urllib.parse
+import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
@@ -20,15 +22,21 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
 from dask.distributed import Client
+from rich.console import Console
 
 from headrace.cache import HeadraceError
 from headrace.pipelines.claims import Claims
-from headrace.pipelines.cluster import top_up
+from headrace.pipelines.cluster import ClusterError, top_up
+from headrace.pipelines.worker import versions
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 MAX_ATTEMPTS = 3  # a task whose worker died is given to another this often before it is found guilty
+# A host whose new workers die under so many tasks in a row, before one of them has ended any, is broken, not the tasks: it
+# gets no more of them for a while. A driver, a mount or a package that is missing looks like this.
+_STRIKES = 3
+_PAUSE_S = 300.0
 _LOOK_S = 0.5  # how often the workers are looked at while nothing is heard from them
 _ASK_S = 1.0  # how often a task that another driver has is asked for again
 # A result is a few hundred bytes. If fetching it takes longer, its worker died between finishing and handing it over.
@@ -55,6 +63,16 @@ class _Task(Generic[Job]):
     job: Job
     launched: int = 0
     deaths: int = 0  # workers that died while they ran it; one that had to be ended counts twice
+    died_on: set[str] = field(default_factory=set)  # the hosts of these workers
+
+
+@dataclass
+class _Host:
+    """What is known against a host since a task last ended there."""
+
+    strikes: set[str] = field(default_factory=set)  # tasks under which workers died that had not ended any before
+    charged: list[_Task[Any]] = field(default_factory=list)  # tasks that were blamed for it
+    paused_until: float = -math.inf
 
 
 class Tell(Protocol):
@@ -95,6 +113,13 @@ class _Window(Generic[Job, Result]):
     flying: dict[str, _Flight[Job]] = field(default_factory=dict)  # by Dask's key: the task's, and which attempt it is
     landed: queue.SimpleQueue[str] = field(default_factory=queue.SimpleQueue)
     ended: dict[str, str] = field(default_factory=dict)  # workers that are being ended, by the reason
+    here: dict[str, str] = field(default_factory=versions)  # which workers have to have too
+    greetings: dict[str, Any] = field(default_factory=dict)  # futures of what workers say they have, by worker
+    accepted: set[str] = field(default_factory=set)  # workers that have what we have
+    refused: dict[str, str] = field(default_factory=dict)  # workers that have not, by how they differ
+    proven: set[str] = field(default_factory=set)  # workers that have ended a task
+    hosts: dict[str, _Host] = field(default_factory=dict)
+    healthy: set[str] = field(default_factory=set)  # hosts that are given tasks
     innocent: int = 0  # deaths of workers under tasks that ended well afterwards
 
     @property
@@ -107,6 +132,27 @@ class _Window(Generic[Job, Result]):
 
 
 _DEFAULT = TaskOptions()
+
+
+def announced(options: TaskOptions, console: Console) -> TaskOptions:
+    """The options, with what the user should know of the cluster said on the console too."""
+
+    def tell(event: str, **details: Any) -> None:
+        options.tell(event, **details)
+        if event == "refused":
+            console.print(
+                f"Worker {details['worker']} is given no task, for its features and heads would differ: it has {details['error']}.",
+                soft_wrap=True,
+                markup=False,
+            )
+        elif event == "paused":
+            console.print(
+                f"Host {details['host']} is given no task for {details['seconds']:.0f} s: its workers die as soon as they have one.",
+                soft_wrap=True,
+                markup=False,
+            )
+
+    return dataclasses.replace(options, tell=tell)
 
 
 def run_tasks(
@@ -144,17 +190,25 @@ def run_tasks(
                 if options.claims:  # after the caller has published what it makes of the outcome
                     options.claims.drop(flight.task.key)
     finally:
-        client.cancel([flight.future for flight in window.flying.values()], force=True)
+        flying = [flight.future for flight in window.flying.values()]
+        client.cancel([*flying, *window.greetings.values()], force=True)
 
 
 def _launch(window: _Window[Job, Result], workers: Mapping[str, int]) -> None:
-    """Give every free thread a task."""
+    """Give every free thread of a worker like us a task."""
+    workers = _accepted(window, workers)
+    now = time.monotonic()
+    hosts = {_host(worker) for worker in workers if worker not in window.ended}
+    window.healthy = {host for host in hosts if window.hosts.setdefault(host, _Host()).paused_until < now}
     given: dict[str, list[_Task[Job]]] = {worker: [] for worker in workers}
     for flight in window.flying.values():
         given.setdefault(flight.worker, []).append(flight.task)
     for worker, threads in workers.items():
         running = given[worker]
-        while worker not in window.ended and len(running) < threads and (task := _claimed(window)):
+        host = _host(worker)
+        if worker in window.ended or (window.healthy and host not in window.healthy):
+            continue
+        while len(running) < threads and (task := _claimed(window, host)):
             # Of several tasks on one worker nobody knows which killed it: from then on each of them runs alone.
             if running and (task.deaths or any(other.deaths for other in running)):
                 window.waiting.appendleft(task)
@@ -163,18 +217,75 @@ def _launch(window: _Window[Job, Result], workers: Mapping[str, int]) -> None:
             _submit(window, task, worker)
 
 
-def _claimed(window: _Window[Job, Result]) -> _Task[Job] | None:
-    """The next task that no other driver has."""
+def _accepted(window: _Window[Job, Result], workers: Mapping[str, int]) -> dict[str, int]:
+    """The workers that have our versions. Each is asked once, when it joins, and the others are given nothing.
+
+    Raises ClusterError where there are workers, and none of them has.
+    """
+    for worker in workers.keys() - window.greetings.keys():
+        name = f"versions-{uuid.uuid4().hex}"
+        future = window.client.submit(
+            versions, key=name, pure=False, retries=0, workers=[worker], allow_other_workers=False
+        )
+        window.greetings[worker] = future
+        future.add_done_callback(lambda _: window.landed.put(""))  # no flight, but something to look at
+    for worker in window.greetings.keys() - workers.keys():
+        del window.greetings[worker]
+    for worker in workers.keys() - window.accepted - window.refused.keys():
+        if (difference := _difference(window, window.greetings[worker])) == "":
+            window.accepted.add(worker)
+        elif difference is None:
+            if window.greetings[worker].status in ("error", "cancelled", "lost"):
+                del window.greetings[worker]  # if it is there still, it is asked once more
+        else:
+            window.refused[worker] = f"{worker} has {difference}"
+            window.options.tell("refused", worker=worker, error=difference)
+    if workers and not window.flying and workers.keys() <= window.refused.keys():
+        raise ClusterError(
+            f"no worker of the cluster has the versions of this process, so they would not make the same features and heads: "
+            f"{window.refused[next(iter(workers))]}. Install the same here and there"
+        )
+    return {worker: threads for worker, threads in workers.items() if worker in window.accepted}
+
+
+def _difference(window: _Window[Job, Result], greeting: Any) -> str | None:
+    """How a worker differs from this process: "" where it does not, None where it has not said yet."""
+    try:
+        if greeting.status == "finished":
+            there = greeting.result(timeout=_FETCH_S)
+            return ", ".join(
+                f"{name} {there.get(name, 'unknown')} (here: {version})"
+                for name, version in window.here.items()
+                if there.get(name) != version
+            )
+        if (
+            greeting.status == "error"
+            and type(error := greeting.exception(timeout=_FETCH_S)).__name__ != "KilledWorker"
+        ):
+            return f"no headrace like this one ({type(error).__name__}: {error})"
+    except (TimeoutError, CancelledError):
+        pass  # it is gone, or will be asked for its answer again
+    return None
+
+
+def _host(worker: str) -> str:
+    return urllib.parse.urlsplit(worker).hostname or worker
+
+
+def _claimed(window: _Window[Job, Result], host: str) -> _Task[Job] | None:
+    """The next task that no other driver has, and that did not die on this host while there are others to try."""
     if window.elsewhere and not window.waiting and time.monotonic() - window.asked > _ASK_S:
         window.asked = time.monotonic()
         window.waiting.extend(window.elsewhere)
         window.elsewhere.clear()
-    while window.waiting:
-        task = window.waiting.popleft()
+    while True:
+        allowed = (task for task in window.waiting if host not in task.died_on or window.healthy <= task.died_on)
+        if (task := next(allowed, None)) is None:
+            return None
+        window.waiting.remove(task)
         if window.options.claims is None or window.options.claims.take(task.key):
             return task
         window.elsewhere.append(task)
-    return None
 
 
 def _submit(window: _Window[Job, Result], task: _Task[Job], worker: str) -> None:
@@ -190,10 +301,13 @@ def _submit(window: _Window[Job, Result], task: _Task[Job], worker: str) -> None
 
 def _next(window: _Window[Job, Result]) -> list[str]:
     """Names of flights that are over. Waits for the first, but not for long."""
-    try:
-        return [window.landed.get(timeout=_LOOK_S)]
-    except queue.Empty:
-        pass
+    names: list[str] = []
+    with contextlib.suppress(queue.Empty):
+        names.append(window.landed.get(timeout=_LOOK_S))
+        while not names[-1]:  # greetings: any number of them is one reason to look
+            names.append(window.landed.get_nowait())
+    if names:
+        return names
     top_up(window.client)
     deadline_s = window.options.deadline_s
     late = [f for f in window.flying.values() if time.monotonic() - f.since > deadline_s]
@@ -220,6 +334,7 @@ def _land(window: _Window[Job, Result], flight: _Flight[Job]) -> Outcome[Job, Re
     try:
         if future.status == "finished":
             result = future.result(timeout=_FETCH_S)
+            _absolve(window, flight.worker)
             window.innocent += task.deaths
             tell("finished", task=task.key, seconds=seconds, result=_plain(result))
             return Outcome(task.job, result, None)
@@ -229,17 +344,44 @@ def _land(window: _Window[Job, Result], flight: _Flight[Job]) -> Outcome[Job, Re
     except (TimeoutError, CancelledError):
         pass  # the worker is gone, and the result with it
     if error is not None and type(error).__name__ != "KilledWorker":
+        _absolve(window, flight.worker)
         window.innocent += task.deaths
         tell("failed", task=task.key, seconds=seconds, error=f"{type(error).__name__}: {error}", traceback=where)
         return Outcome(task.job, None, f"{type(error).__name__}: {error}")
     # To run for ever twice is proof enough: every further time would cost as long again.
     task.deaths += 2 if flight.worker in window.ended else 1
+    _suspect(window, flight)
     reason = window.ended.get(flight.worker) or "its worker died"
     tell("died", task=task.key, worker=flight.worker, seconds=seconds, error=reason)
     if task.deaths >= window.limit:
         return Outcome(task.job, None, f"{reason}, whenever it was tried ({task.launched} times)", fatal=True)
     window.waiting.appendleft(task)
     return None
+
+
+def _absolve(window: _Window[Job, Result], worker: str) -> None:
+    """A task has ended on this worker: its host works."""
+    window.proven.add(worker)
+    window.hosts[_host(worker)] = _Host()
+
+
+def _suspect(window: _Window[Job, Result], flight: _Flight[Job]) -> None:
+    """Blame the host instead of the tasks where its new workers die under one task after the other, and others are well."""
+    name, task = _host(flight.worker), flight.task
+    task.died_on.add(name)
+    if flight.worker in window.proven or flight.worker in window.ended:
+        return
+    host = window.hosts.setdefault(name, _Host())
+    host.strikes.add(task.key)
+    host.charged.append(task)
+    if len(host.strikes) >= _STRIKES and window.healthy - {name}:
+        for blamed in host.charged:
+            blamed.deaths -= 1
+        host.charged.clear()
+        if host.paused_until < (now := time.monotonic()):
+            host.paused_until = now + _PAUSE_S
+            window.healthy.discard(name)
+            window.options.tell("paused", host=name, seconds=_PAUSE_S)
 
 
 def _plain(result: object) -> object:

@@ -14,7 +14,7 @@ from headrace.pipelines.claims import claims
 from headrace.pipelines.costs import PROBE_S, PROBE_SPECS
 from headrace.pipelines.prepare import Survey
 from headrace.pipelines.progress import stage
-from headrace.pipelines.submit import RunIncomplete, TaskOptions, run_tasks
+from headrace.pipelines.submit import RunIncomplete, TaskOptions, announced, run_tasks
 
 
 def train_missing(
@@ -24,7 +24,7 @@ def train_missing(
 
     A head that fails is a row with its error, also one that takes its worker down or never ends.
     """
-    plan, options = found.plan, options or TaskOptions()
+    plan, options = found.plan, announced(options or TaskOptions(), console)
     jobs = bank_jobs(found, device)
     assumed = {job.result: (bank.kind, bank.assumed_s) for job, bank in zip(jobs, plan.banks, strict=True)}
     failures: list[str] = []

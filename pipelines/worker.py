@@ -6,6 +6,7 @@ Dask runs `dask_setup` when it starts a worker with `--preload headrace.pipeline
 import contextlib
 import ctypes
 import importlib
+import importlib.metadata
 import os
 import signal
 import sys
@@ -29,6 +30,19 @@ def dask_setup(worker: Any) -> None:
         choose_gpu(str(worker.name), gpus)
     elif limit:  # not beside a GPU: its driver reserves more address space than there is memory
         limit_memory(int(limit))
+
+
+def versions() -> dict[str, str]:
+    """What this process would make features and heads with, by name; two that differ make different ones."""
+    from headrace.extract.images import DECODER
+
+    found = {"decoder": DECODER}
+    for name in ("headrace", "numpy", "pillow", "torch"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:  # as where the code was copied and not installed
+            found[name] = "not installed"
+    return found
 
 
 def choose_gpu(name: str, gpus: int) -> None:

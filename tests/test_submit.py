@@ -1,9 +1,13 @@
 """Tasks on real Dask workers: every outcome comes back once, whatever happens to the workers."""
 
+from concurrent.futures import CancelledError
+
 import pytest
 
-from headrace.pipelines.cluster import local_client
+from headrace.extract import images
+from headrace.pipelines.cluster import ClusterError, local_client
 from headrace.pipelines.submit import MAX_ATTEMPTS, TaskOptions, run_tasks
+from headrace.pipelines.worker import versions
 
 # `eval` is a module-level function that every worker can import, and its job can be anything.
 LOG = "open({path!r}, 'a').write('{name}\\n') and "
@@ -85,3 +89,122 @@ def test_two_runs_start_on_one_machine():
             info = client.scheduler_info()
             assert "127.0.0.1" in info["address"]
             assert all("127.0.0.1" in address for address in info["workers"])
+
+
+@pytest.mark.slow
+def test_workers_of_another_decoder_are_refused(monkeypatch):
+    """The run ends with both versions, before a task is given to them."""
+    there = images.DECODER
+    with local_client(1) as client:
+        monkeypatch.setattr(images, "DECODER", "pillow 0")  # of this process; workers are others
+        with pytest.raises(ClusterError, match=rf"has decoder {there} \(here: pillow 0\)\. Install the same"):
+            list(run_tasks(client, eval, [("a", "1 + 1")]))
+
+
+class StubFuture:
+    """What a stub's task becomes."""
+
+    def __init__(self):
+        self.status, self.value, self.told = "pending", None, []
+
+    def add_done_callback(self, function):
+        self.told.append(function) if self.status == "pending" else function(self)
+
+    def end(self, status, value=None):
+        self.status, self.value = status, value
+        for function in self.told:
+            function(self)
+
+    def result(self, timeout=None):
+        return self.value
+
+    def exception(self, timeout=None):
+        raise CancelledError
+
+    def traceback(self, timeout=None):
+        return None
+
+    def release(self):
+        pass
+
+
+class StubClient:
+    """A cluster of hosts on which time passes whenever somebody looks: a good worker ends a task in `task_ticks`; one on a
+    host called bad dies in one, and is soon back at another port. Workers called old have other versions."""
+
+    cluster = None
+
+    def __init__(self, workers, task_ticks=5):
+        self.workers, self.task_ticks = dict.fromkeys(workers, 1), task_ticks
+        self.tick, self.port, self.deaths, self.running, self.back, self.ran = 0, 100, 0, [], [], set()
+
+    def nthreads(self):
+        self.tick += 1
+        for entry in [entry for entry in self.running if entry[0] <= self.tick]:
+            self.running.remove(entry)
+            _, worker, job, future = entry
+            if worker.startswith("tls://bad"):
+                del self.workers[worker]
+                self.deaths += 1
+                self.back.append(self.tick + self.task_ticks)
+                future.end("lost")
+            else:
+                self.ran.add(worker)
+                future.end("finished", job)
+        while self.back and self.back[0] <= self.tick:
+            self.port += 1
+            self.workers[f"tls://bad:{self.port}"] = 1
+            self.back.pop(0)
+        return dict(self.workers)
+
+    def submit(self, function, *jobs, key, workers, **_):
+        future = StubFuture()
+        if function is versions:
+            future.end("finished", versions() | ({"torch": "1.0"} if workers[0].startswith("tls://old") else {}))
+        else:
+            self.running.append((self.tick + (1 if "bad" in workers[0] else self.task_ticks), *workers, *jobs, future))
+        return future
+
+    def cancel(self, futures, force):
+        pass
+
+
+def halves(job):
+    """Of a tuple of images."""
+    middle = len(job) // 2
+    return [(str(part), part) for part in (job[:middle], job[middle:]) if middle]
+
+
+def test_innocent_tasks_are_not_blamed_for_a_broken_host(monkeypatch):
+    """Its workers die at once and come straight back: every task ends well elsewhere, whole, and the host is left alone."""
+    monkeypatch.setattr("headrace.pipelines.submit._LOOK_S", 0.001)
+    client = StubClient([f"tls://good{number}:1" for number in range(4)] + [f"tls://bad:{port}" for port in range(4)])
+    jobs = [tuple(range(8 * unit, 8 * unit + 8)) for unit in range(40)]
+    told = []
+    options = TaskOptions(tell=lambda event, **details: told.append(event))
+    outcomes = list(run_tasks(client, None, [(str(job), job) for job in jobs], options=options, split=halves))
+    assert sorted(outcome.result for outcome in outcomes) == jobs
+    assert not any(outcome.error for outcome in outcomes)
+    assert "divided" not in told
+    assert client.deaths <= 8
+    assert told.count("paused") == 1
+
+
+def test_a_cluster_of_one_broken_host_ends():
+    """There is nothing to compare it with: its tasks are found guilty, as they would be if they were."""
+    client = StubClient(["tls://bad:1"])
+    outcomes = list(run_tasks(client, None, [("a", (1, 2))], split=halves))
+    assert [outcome.fatal for outcome in outcomes] == [True, True]
+
+
+def test_a_worker_of_other_versions_is_given_no_task(monkeypatch):
+    """The others do its share; what it has is told, beside what is here."""
+    monkeypatch.setattr("headrace.pipelines.submit._LOOK_S", 0.001)
+    client = StubClient(["tls://good:1", "tls://old:1"])
+    told = []
+    options = TaskOptions(tell=lambda event, **details: told.append((event, details)))
+    outcomes = list(run_tasks(client, None, [(str(job), job) for job in range(6)], options=options))
+    assert [outcome.result for outcome in outcomes] == list(range(6))
+    assert client.ran == {"tls://good:1"}
+    (refused,) = [details for event, details in told if event == "refused"]
+    assert refused == {"worker": "tls://old:1", "error": f"torch 1.0 (here: {versions()['torch']})"}
