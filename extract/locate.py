@@ -219,8 +219,9 @@ def _read_zip_member(file: str, details: str) -> bytes:
         signature, name_length, extra_length = _ZIP_LOCAL_HEADER.unpack(archive.read(_ZIP_LOCAL_HEADER.size))
         if signature != b"PK\3\4":
             raise OSError("the archive has changed: there is no member where there was one")
-        archive.seek(name_length + extra_length, io.SEEK_CUR)
-        data = archive.read(int(compressed_size))
+        start = archive.seek(name_length + extra_length, io.SEEK_CUR)
+        # A declared size beyond the file's end must not ask for memory.
+        data = archive.read(min(int(compressed_size), max(0, os.fstat(archive.fileno()).st_size - start)))
     if len(data) != int(compressed_size):
         raise OSError(f"the archive ends after {len(data)} of the member's {compressed_size} bytes")
     if int(method) == _ZIP_DEFLATED:

@@ -60,6 +60,9 @@ _CODE_PARAMETERS = {
 }
 
 
+_MOST_OUTPUTS = 1_000_000
+
+
 class BadEstimator(HeadraceError, ValueError):
     """The import path or its parameters do not make a scikit-learn estimator."""
 
@@ -180,8 +183,19 @@ def fitted_sklearn(
     """The estimator, fitted again on the stored rows, as a function from features (n, D) to predictions (n, C)."""
     if "features" not in arrays:
         raise CannotPredict(f"{spec.estimator}: its training rows were not stored: train it again on them")
-    estimator = _fitted(spec, arrays["features"], arrays["target"], arrays["sample_weight"], task)
-    return lambda X: _probabilities(estimator, X, int(arrays["outputs"][0]), task)
+    try:
+        outputs = int(arrays["outputs"].item())
+        if task == "single" and not 0 <= arrays["target"].min() <= arrays["target"].max() < outputs <= _MOST_OUTPUTS:
+            raise CannotPredict(f"its rows are of other classes than its {outputs} outputs")
+        estimator = _fitted(spec, arrays["features"], arrays["target"], arrays["sample_weight"], task)
+    except BadEstimator:
+        raise
+    except Exception as error:  # the rows may be of a damaged file, on which an estimator raises anything
+        raise CannotPredict(
+            f"{spec.estimator}: it cannot be fitted again on its stored rows ({type(error).__name__}: {str(error)[:200]}): "
+            "train it again, or fetch the model again"
+        ) from error
+    return lambda X: _probabilities(estimator, X, outputs, task)
 
 
 def _fitted(spec: SklearnSpec, X: Floats, target: npt.NDArray[Any], weight: Floats, task: TaskKind) -> Any:

@@ -88,6 +88,8 @@ def _check_out(out: Path, *, force: bool) -> None:
         raise InitError(f"{out}: the folder {folder} {found}. Make it (mkdir -p), or try: --out {out.name}")
     if out.exists() and not force:
         raise InitError(f"{out} exists already. Choose another name with --out, or overwrite it with --force")
+    if out.exists() and out.suffix.lower() not in (".yaml", ".yml"):  # a photo, a table of labels
+        raise InitError(f"{out} is there and, by its name, no recipe: --force replaces .yaml and .yml files alone")
 
 
 def _weights_lines() -> str:

@@ -1,12 +1,13 @@
-"""What `headrace export OUT --force` replaces: what an export wrote, and nothing else that a user can type."""
+"""What `--force` and clean-up replace or remove: what headrace wrote, and nothing else that a user can type."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from headrace.pipelines.deliver import export
+from headrace.pipelines.deliver import bulk, export
 from headrace.pipelines.deliver.export import ExportError, export_model
+from headrace.pipelines.init import InitError, _check_out
 
 
 def asked(out, *, force=True):
@@ -89,3 +90,24 @@ def test_what_was_put_there_meanwhile_is_kept(photos, tmp_path):
     assert (kept / "a.png").read_bytes() == b"a"
     assert photos.is_dir()
     assert not new.exists()
+
+
+def test_predict_removes_its_own_parts_alone(photos):
+    """A folder that is called as predict's own is not deleted with what a user has put into it."""
+    parts = photos.parent / "p.csv.parts"
+    parts.mkdir()
+    (parts / f"{'0a' * 12}.parquet").touch()
+    (parts / "table.partial").touch()
+    (parts / "mine.parquet").touch()
+    bulk._remove_parts(parts)
+    assert [file.name for file in parts.iterdir()] == ["mine.parquet"]
+    (parts / "mine.parquet").unlink()
+    bulk._remove_parts(parts)
+    assert not parts.exists()
+
+
+def test_init_overwrites_recipes_alone(photos):
+    """`--out photos/a.png --force` is a slip."""
+    with pytest.raises(InitError, match="no recipe"):
+        _check_out(photos / "a.png", force=True)
+    assert (photos / "a.png").read_bytes() == b"a"

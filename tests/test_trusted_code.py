@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 
 from headrace.cache import FeatureSpec
 from headrace.heads import RidgeSpec, SklearnSpec, spec_to_json
-from headrace.heads.sklearn_bank import estimator_code, make_estimator
+from headrace.heads.predict import CannotPredict
+from headrace.heads.sklearn_bank import estimator_code, fitted_sklearn, make_estimator
 from headrace.pipelines.cli import app
 from headrace.pipelines.deliver.model import CodeNotTrusted, ModelError, load_model
 
@@ -212,3 +213,19 @@ def test_a_member_outside_of_an_ensemble_is_refused(tmp_path, name):
     (tmp_path / "model" / "members" / "link").symlink_to(tmp_path / "other")
     with pytest.raises(ModelError, match="outside of the model's directory"):
         load_model(ensemble(tmp_path / "model", tmp_path / "other", names=[name]))
+
+
+@pytest.mark.parametrize(
+    "damage", [{"outputs": np.array([2**60])}, {"target": np.array([0, 9, 0, 1])}, {"sample_weight": None}]
+)
+def test_stored_rows_that_fit_nothing_are_told(damage):
+    """An estimator is fitted again on rows of a file, and those may be damaged: CannotPredict, whatever it raises."""
+    arrays = {
+        "features": np.eye(4),
+        "target": np.array([0, 1, 0, 1]),
+        "sample_weight": np.ones(4),
+        "outputs": np.array([2]),
+    }
+    arrays = {name: value for name, value in (arrays | damage).items() if value is not None}
+    with pytest.raises(CannotPredict, match="fitted again"):
+        fitted_sklearn(SklearnSpec("sklearn.naive_bayes.GaussianNB", "{}"), arrays, "single")
