@@ -5,12 +5,13 @@ the predictions of some images and what tells whether they are still the same fi
 prediction, OUT is put together in the order of the images, OUT.json says what made it, and the parts go.
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
 import io
 import json
 import os
-import shutil
+import re
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ import pyarrow.parquet as pq
 from rich.console import Console
 
 from headrace.cache import HeadraceError, publish_replace
+from headrace.cache.files import PARTIAL_SUFFIX
 from headrace.extract import Sample
 from headrace.extract.locate import file_of
 from headrace.extract.stamps import FileStamp, file_stamps, wait_until_settled
@@ -118,8 +120,17 @@ def predict_table(
     os.replace(parts / "table.partial", out)
     record |= {"failed": summary.failed, "counts": summary.counts}
     publish_replace(about, json.dumps(record, indent=2).encode())
-    shutil.rmtree(parts)
+    _remove_parts(parts)
     return summary
+
+
+def _remove_parts(parts: Path) -> None:
+    """Remove what calls of predict have written there, and the folder if nothing of anybody else is in it."""
+    for file in parts.iterdir():
+        if re.fullmatch(rf"[0-9a-f]{{24}}\.parquet|table\.partial|\..*{re.escape(PARTIAL_SUFFIX)}", file.name):
+            file.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # not empty
+        parts.rmdir()
 
 
 def predict_stream(
