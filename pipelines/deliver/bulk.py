@@ -28,6 +28,7 @@ from rich.console import Console
 
 from headrace.cache import HeadraceError, publish_replace
 from headrace.cache.files import PARTIAL_SUFFIX
+from headrace.cache.sealed import SEAL, UNSEALED, check_seal, read_sealed_json, seal, sealed_json
 from headrace.extract import Sample
 from headrace.extract.locate import file_of
 from headrace.extract.stamps import FileStamp, file_stamps, wait_until_settled
@@ -119,7 +120,7 @@ def predict_table(
     summary = _assemble(model, images["file"].tolist(), keys, parts, parts / "table.partial", kind, new=len(left))
     os.replace(parts / "table.partial", out)
     record |= {"failed": summary.failed, "counts": summary.counts}
-    publish_replace(about, json.dumps(record, indent=2).encode())
+    publish_replace(about, sealed_json(record, indent=2))
     _remove_parts(parts)
     return summary
 
@@ -176,6 +177,14 @@ def predict_part(job: PartJob) -> int:
         for row, reason in predicted.failed:
             errors[row] = reason
         unread[list(predicted.unread)] = True
+    publish_replace(Path(job.part), _part_bytes(job, found, errors, unread))
+    return sum(error is not None for error in errors)
+
+
+def _part_bytes(
+    job: PartJob, found: npt.NDArray[np.float32], errors: list[str | None], unread: npt.NDArray[np.bool_]
+) -> bytes:
+    """A part as a Parquet file with a seal: Parquet's pages have no checksum, and one digit would be believed."""
     table = pa.table(
         {
             "path": pa.array([_path_bytes(path) for path, _ in job.keys], pa.binary()),
@@ -184,11 +193,10 @@ def predict_part(job: PartJob) -> int:
             "unread": unread,
             "probabilities": pa.FixedSizeListArray.from_arrays(pa.array(found.reshape(-1)), found.shape[1]),
         }
-    ).replace_schema_metadata({"headrace": job.digest})
+    ).replace_schema_metadata({"headrace": job.digest, SEAL: UNSEALED})
     buffer = io.BytesIO()
     pq.write_table(table, buffer)
-    publish_replace(Path(job.part), buffer.getvalue())
-    return sum(error is not None for error in errors)
+    return seal(buffer.getvalue())
 
 
 def file_keys(paths: Sequence[str]) -> list[_Key]:
@@ -247,11 +255,13 @@ def _known(parts: Path, model: Model, *, final: bool) -> dict[_Key, tuple[Path, 
     known: dict[_Key, tuple[Path, int]] = {}
     for part in sorted(parts.glob("*.parquet")):
         try:
-            file = pq.ParquetFile(part)
+            data = part.read_bytes()
+            check_seal(data)
+            file = pq.ParquetFile(io.BytesIO(data))
             if (file.schema_arrow.metadata or {}).get(b"headrace") != model.digest.encode():
                 continue  # of another model
             table = file.read(["path", "stamp", "unread"])
-        except (pa.ArrowException, OSError, KeyError):
+        except (pa.ArrowException, OSError, KeyError, ValueError):
             continue  # damaged: its images are predicted again
         columns = (table[name].to_pylist() for name in table.column_names)
         for row, (path, stamp, unread) in enumerate(zip(*columns, strict=True)):
@@ -330,7 +340,7 @@ def _set_threads(threads: int) -> None:
 
 def _read_record(path: Path) -> dict[str, Any] | None:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return found if isinstance(found, dict) and {"failed", "counts"} <= set(found) else None
+        found = read_sealed_json(path.read_bytes())
+        return found if {"failed", "counts"} <= set(found) else None
     except (OSError, ValueError):
         return None
