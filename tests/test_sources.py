@@ -163,12 +163,13 @@ def test_entries_that_would_block_or_cannot_be_read(tmp_path):
 
 def test_names_that_are_no_utf8(tmp_path):
     """They are images as others; ids and paths are text that every file format can hold."""
-    for name in (b"a/caf\xe9.png", b"b/na\xefve.png", b"b/plain.png"):
+    for name in (b"a/caf\xe9.png", b"b/na\xefve.png", b"b/plain.png", b"caf\xe9/4.png"):
         place = os.path.join(os.fsencode(tmp_path), name)
         os.makedirs(os.path.dirname(place), exist_ok=True)
         Path(os.fsdecode(place)).write_bytes(png(7))
     samples = list_folder(tmp_path)
-    assert samples["id"].tolist() == ["a/caf\\xe9.png", "b/na\\xefve.png", "b/plain.png"]
+    assert samples["id"].tolist() == ["a/caf\\xe9.png", "b/na\\xefve.png", "b/plain.png", "caf\\xe9/4.png"]
+    assert read_folder(tmp_path, labelled=False).samples["id"].tolist() == samples["id"].tolist()
     samples.to_parquet(tmp_path / "samples.parquet")  # surrogates could not be written
     assert all(read_bytes(path) == png(7) for path in samples["path"])
     assert content_hashes(samples, tmp_path / "index.parquet").unreadable == ()

@@ -54,7 +54,7 @@ def read_layout(
     how to say which.
     """
     if not labelled:
-        return Labels([folders[0] if folders else None for folders in images], None, ())
+        return Labels([None] * len(images), None, ())
     depth = _split_depth(images, layout, source)
     _refuse_vanished(images, others, depth, source)
     written: dict[str, set[str]] = defaultdict(set)  # the folders' own names by label

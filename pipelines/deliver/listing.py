@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 
 from headrace.extract import Listing, detect_source, read_source
+from headrace.extract.locate import printable
 from headrace.extract.sources.listing import join_listings
 from headrace.pipelines.recipe import load_recipe
 
@@ -26,7 +27,9 @@ def list_images(sources: Sequence[str | Path], **options: Any) -> Listing:
     if (images > 1).any():
         for source, listing in zip(sources, listings, strict=True):
             shared = listing.samples["file"].map(images) > 1
-            listing.samples.loc[shared, "file"] = f"{Path(source).parent}/" + listing.samples.loc[shared, "file"]
+            listing.samples.loc[shared, "file"] = (
+                f"{printable(str(Path(source).parent))}/" + listing.samples.loc[shared, "file"]
+            )
         joined = join_listings(listings)
     return joined
 
@@ -40,5 +43,5 @@ def _list(location: str, options: dict[str, Any]) -> Listing:
     listing = read_source(source, labelled=False)
     names = listing.samples["id"].astype(str)
     if source.kind == "folder":
-        names = f"{location.rstrip('/')}/" + names
+        names = f"{printable(location).rstrip('/')}/" + names
     return replace(listing, samples=pd.DataFrame({"file": names, "path": listing.samples["path"].astype(str)}))
