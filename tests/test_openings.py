@@ -7,6 +7,7 @@ from deliver_cases import run_here
 from run_cases import make_photos
 
 from headrace.pipelines.deliver.model import load_model
+from headrace.pipelines.run import withdraw
 from headrace.pipelines.winner import OpeningsDamaged, _write_openings, mend_openings, read_openings
 
 RECIPE = """\
@@ -100,3 +101,12 @@ def test_a_run_is_not_deceived_and_withdraws_what_is_true_no_more(tmp_path):
     assert after.ensemble is None
     assert not paths.ensemble.exists()
     assert [member.head.spec.alpha for member in load_model(paths.root).members] == [7.0]
+
+
+def test_a_withdrawn_directory_is_gone_with_what_an_earlier_withdrawal_left(tmp_path):
+    """And what is not there is no error."""
+    for name in ("ensemble", ".ensemble.0f.partial"):
+        (tmp_path / name / "members").mkdir(parents=True)
+    (tmp_path / "selection.json").touch()
+    withdraw(tmp_path / "ensemble", tmp_path / "selection.json", tmp_path / "winner")
+    assert list(tmp_path.iterdir()) == []
