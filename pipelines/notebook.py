@@ -9,6 +9,7 @@ import pandas as pd
 from rich.console import Console
 
 from headrace.cache import FeatureSet, HeadraceError, feature_set_path, open_feature_set
+from headrace.cache.publish import is_feature_set
 from headrace.extract import (
     BackboneSpec,
     Network,
@@ -70,7 +71,7 @@ def extract_features(
     specs = backbone_features(spec, taps, cache_root=cache, dtype=dtype)
     remember_features(spec, taps, specs, dtype=dtype, cache_root=cache)
     paths = [feature_set_path(cache, feature) for feature in specs]
-    known = [open_feature_set(path).known() if path.exists() else frozenset[str]() for path in paths]
+    known = [open_feature_set(path).known() if is_feature_set(path) else frozenset[str]() for path in paths]
     here = find_device(device)
     networks = [Network(spec, specs, known)]
     units = plan_networks(samples, networks, cache_root=cache, unit_rows=unit_images, device=here)

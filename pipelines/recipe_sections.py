@@ -26,7 +26,9 @@ class Images(Section):
     folder: Path | None = None  # one sub-folder per class; or train/, val/ and test/ with the classes below them
     # CSV, JSON lines, JSON (COCO too), Parquet or Arrow; a pattern, or a folder that `datasets` saved
     table: Path | None = None
-    tar: Path | None = None  # tar archives, compressed or not: one, a folder of them, or a pattern, train-{000..031}.tar
+    tar: Path | None = (
+        None  # tar archives, compressed or not: one, a folder of them, or a pattern, train-{000..031}.tar
+    )
     zip: Path | None = None  # as `tar`
     array: Path | None = None  # .npy, .npz, HDF5 or idx (.gz too)
     layout: Literal["auto", "classes", "split"] = "auto"  # what the outer folders are; auto: as their names say

@@ -13,6 +13,7 @@ from headrace.pipelines.deliver.graph import Input
 from headrace.pipelines.deliver.model import Member, Model
 from headrace.pipelines.deliver.network import NetworkMember, read_network
 from headrace.pipelines.paths import RunPaths
+from headrace.pipelines.winner import read_openings
 
 _FLOAT16 = (
     "- A feature beyond the range of float16 (65,504) is reported by headrace and becomes infinite in the graphs."
@@ -138,18 +139,18 @@ def _metrics(model: Model, run: RunPaths) -> str:
 
 
 def _test(model: Model, run: RunPaths) -> dict[str, Any] | None:
-    """The recorded opening of the test split for this very model."""
+    """The recorded opening of the test split for this very model. Raises OpeningsDamaged."""
     ours = [_identity(member) for member in model.members]
     found = None
+    openings = read_openings(run.openings)
     try:
-        for line in run.openings.read_text(encoding="utf-8").splitlines():
-            opening = json.loads(line)
+        for opening in openings:
             winner = opening["winner"]
             shown = winner.get("ensemble") or [winner]
             same = [_recorded(each, "ensemble" not in winner) for each in shown] == ours
             same = same and winner.get("temperature", 1.0) == model.temperature
             found = opening["result"] if same else found
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return None
     return found
 

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from headrace.cache import FeatureSpec, HeadraceError
 from headrace.cache.home import expand_home
+from headrace.cache.sealed import SealBroken, read_sealed_json
 from headrace.extract import BackboneSpec, backbone_from_fields
 from headrace.extract.spec import PACKAGED, is_weights_file
 from headrace.heads import SklearnSpec, TaskKind, TrainedHead, load_head, spec_to_json
@@ -179,7 +180,7 @@ def _code_of_recipe(given: Path | str) -> set[str]:
 def _load_ensemble(place: Path, trusted: Collection[str]) -> Model:
     path = place / ENSEMBLE
     try:
-        about = json.loads(path.read_text(encoding="utf-8"))
+        about = read_sealed_json(path.read_bytes())
         if about["format"] not in (1, FORMAT) or about["kind"] != "ensemble":
             raise ModelError(f"{path}: format {about['format']}, this version reads {FORMAT}: update headrace")
         shares = [
@@ -224,11 +225,22 @@ def _holds_model(place: Path) -> bool:
 
 
 def ensemble_is_answer(run: RunPaths) -> bool:
-    """Whether the run's last recipe asks for an ensemble, and it is better than a single head beyond doubt."""
+    """Whether the run's last recipe asks for an ensemble, and it is better than a single head beyond doubt.
+
+    Raises ModelError for a damaged ensemble.json: the winner would answer in its place, and nobody would know.
+    """
     try:
         asked = json.loads(run.recipe.read_text(encoding="utf-8")).get("ensemble") is not None
-        return asked and bool(json.loads((run.ensemble / ENSEMBLE).read_text(encoding="utf-8"))["nested"]["chosen"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, AttributeError):
+        return False
+    path = run.ensemble / ENSEMBLE
+    if not asked or not path.is_file():
+        return False
+    try:
+        return bool(read_sealed_json(path.read_bytes())["nested"]["chosen"])
+    except SealBroken as error:
+        raise ModelError(f"{path} is not as it was written ({error}): run the recipe again to write it anew") from error
+    except (KeyError, TypeError):
         return False
 
 

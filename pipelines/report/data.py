@@ -58,7 +58,11 @@ def _left_out(run: FinishedRun) -> list[Block]:
             [(item.count, item.reason, ", ".join(item.examples)) for item in accounting.left_out],
             columns=["count", "reason", "examples"],
         )
-        columns = (Column("count", "entries", "count"), Column("reason", "what they are"), Column("examples", "such as"))
+        columns = (
+            Column("count", "entries", "count"),
+            Column("reason", "what they are"),
+            Column("examples", "such as"),
+        )
         blocks.append(Table("left-out", "Left out", columns, frame))
     return blocks
 
