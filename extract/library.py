@@ -250,5 +250,5 @@ def _offline(name: str, tag: str, url: str, target: str, error: str) -> str:
         f"{name}: the pretrained weights {tag} are not on this machine and cannot be downloaded ({error[:200]}).\n"
         f"Either fetch {url} where there is a network{keep},\n"
         "or name a local file: weights: PATH.pth or PATH.safetensors (a state dict of this network; "
-        "weights_match: order if its names differ),\nor try without: weights: random:0."
+        "weights_match: order if a PATH.pth has other names),\nor try without: weights: random:0."
     )

@@ -110,7 +110,7 @@ class Backbone(Section):
 
     name: str  # torchvision:…, timm:…, or python:module:function; `headrace backbones` lists them
     weights: str | None = None  # default: the library's own pretrained weights; a tag, a file, or random:SEED
-    weights_match: Literal["name", "order"] = "name"  # order: tensors are taken in order, and every shape is checked
+    weights_match: Literal["name", "order"] = "name"  # order: as they come in a .pth; shapes and roles are checked
     alias: str | None = None  # how the leaderboard calls it when there are several backbones
     # nodes with their reduction, such as layer4.avg; auto: the last node at each resolution
     taps: Literal["auto"] | Annotated[tuple[str, ...], pydantic.Field(min_length=1)] = "auto"
