@@ -1,6 +1,7 @@
 """Whole runs on small made images: the main job, doing only what is missing, and every refusal at the command line."""
 
 import json
+import shutil
 import os
 import signal
 import subprocess
@@ -171,7 +172,9 @@ def photos(tmp_path_factory):
     folder = tmp_path_factory.mktemp("photos")
     make_photos(folder / "photos", n=20)
     make_photos(folder / "one", n=8)
-    for file in (folder / "one" / "fine").iterdir():
+    shutil.rmtree(folder / "one" / "fine")
+    make_photos(folder / "gap", n=8)
+    for file in (folder / "gap" / "fine").iterdir():
         file.unlink()
     (folder / "none").mkdir()
     (folder / "none" / "notes.txt").write_text("no image")
@@ -189,6 +192,7 @@ def photos(tmp_path_factory):
         ("folder: photos", "folder: fotos", ["fotos", "no such file or folder", "photos"]),
         ("folder: photos", "folder: none", ["no images", "1 .txt"]),
         ("folder: photos", "folder: one", ["one class only, 'coarse'"]),
+        ("folder: photos", "folder: gap", ["folder fine", "this class would be missing", "images.exclude: [fine]"]),
         ("folder: photos", "table: table.csv", ["no column 'label'", "kind"]),
         ("layer2.max", "layre2.max", ["layre2", "layer2"]),
         ("layer2.max", "layer2.maximum", ["maximum", "max"]),
