@@ -43,7 +43,7 @@ def compare_listings(before: Mapping[str, str], after: Mapping[str, str]) -> Cha
 def read_listing(path: Path) -> dict[str, str]:
     """The listing that `write_listing` left; empty where there is none or it is damaged, as everything is new then."""
     try:
-        listing = json.loads(path.read_text())
+        listing = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return {str(name): str(content) for name, content in listing.items()} if isinstance(listing, dict) else {}

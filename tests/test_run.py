@@ -1,8 +1,8 @@
 """Whole runs on small made images: the main job, doing only what is missing, and every refusal at the command line."""
 
 import json
-import shutil
 import os
+import shutil
 import signal
 import subprocess
 import sys
