@@ -91,8 +91,9 @@ def make_dataset(samples: pd.DataFrame, content: Sequence[str | None], section: 
         groups = np.asarray(pd.factorize(names)[0], dtype=np.int64)
         notes += _alike(names.unique(), f"values of {section.group!r}")
     notes += _unused_split(frame, section)
-    notes += _duplicates(frame, target)
-    fold = _assign_folds(frame, target, groups, section, notes)
+    across = _copies_across_sides(frame, section)
+    notes += _duplicates(frame, target, across=bool(across)) + across
+    fold = _assign_folds(frame, target, groups, section, notes, across=bool(across))
     if section.kind == "single":
         notes += _check_classes(classes, target, fold, section.metric)
     _check_folds(fold, target if section.kind == "single" else None)
@@ -295,11 +296,13 @@ def _unused_split(frame: pd.DataFrame, section: TaskSection) -> list[str]:
     ]
 
 
-def _duplicates(frame: pd.DataFrame, target: npt.NDArray[Any]) -> list[str]:
+def _duplicates(frame: pd.DataFrame, target: npt.NDArray[Any], *, across: bool) -> list[str]:
+    """Notes on exact copies. across: the user's column, which is followed, has some of them on several sides."""
     repeated = frame["_content"].duplicated(keep=False).to_numpy()
     if not repeated.any():
         return []
-    notes = [f"{int(repeated.sum()):,} images are exact copies of one another; copies stay on one side of every split"]
+    kept = "" if across else "; copies stay on one side of every split"
+    notes = [f"{int(repeated.sum()):,} images are exact copies of one another{kept}"]
     flat = pd.DataFrame(target.reshape(len(target), -1))[repeated]
     disagreeing = flat.groupby(frame["_content"].to_numpy()[repeated]).nunique().gt(1).any(axis=1)
     if odd := int(disagreeing.sum()):
@@ -314,13 +317,16 @@ def _assign_folds(
     groups: npt.NDArray[np.int64] | None,
     section: TaskSection,
     notes: list[str],
+    *,
+    across: bool,
 ) -> npt.NDArray[np.int16]:
     """(N,) folds. Copies of one image are split as one row, and groups that share a copy as one group.
 
-    Where the user's own column puts copies on different sides, the run is refused, or the column wins: task.copies.
+    across: the user's column has copies on several sides, and stays as it is; what it leaves to be drawn keeps them together.
     """
-    if _copies_across_sides(frame, section, notes):
-        return _draw_folds(frame, target, groups, section, notes)
+    if across:
+        own = np.arange(len(frame), dtype=np.int64) if groups is None else groups
+        return _draw_folds(frame, target, groups, section, notes, together=_joined_by_copies(own, frame["_content"]))
     if groups is None:
         first, copy_of = _first_copies(frame["_content"])
         return _draw_folds(frame.iloc[first], target[first], None, section, notes)[copy_of]
@@ -329,18 +335,18 @@ def _assign_folds(
     return _draw_folds(frame, target, joined, section, notes)
 
 
-def _copies_across_sides(frame: pd.DataFrame, section: TaskSection, notes: list[str]) -> bool:
-    """Whether the split or fold column has copies of an image on different sides and is followed all the same.
+def _copies_across_sides(frame: pd.DataFrame, section: TaskSection) -> list[str]:
+    """A note where the split or fold column has copies of an image on different sides and is followed all the same.
 
     Raises DataError, naming the rows, unless task.copies says so.
     """
     column = section.split or section.fold
     if column is None:
-        return False
+        return []
     sides = pd.Series(_read_split(frame, column) if section.split else _read_folds(frame, column), index=frame.index)
     mixed = sides.groupby(frame["_content"].to_numpy()).transform("nunique") > 1
     if not mixed.any():
-        return False
+        return []
     content = frame.loc[mixed, "_content"].iloc[0]
     names = frame.loc[frame["_content"] == content, "id"].tolist()
     found = (
@@ -348,8 +354,7 @@ def _copies_across_sides(frame: pd.DataFrame, section: TaskSection, notes: list[
         f"{' and '.join(map(repr, names[:2]))}"
     )
     if section.copies == "keep":
-        notes.append(f"{found}. The column is followed (task.copies: keep); what is tested was trained on there")
-        return True
+        return [f"{found}. The column is followed (task.copies: keep); what is tested was trained on there"]
     raise DataError(
         f"{found}. Mend the column, leave one of them out (images.exclude: {yaml_list(names[:1])}), or follow the column as it is: "
         "task.copies: keep"
@@ -389,7 +394,15 @@ def _draw_folds(
     groups: npt.NDArray[np.int64] | None,
     section: TaskSection,
     notes: list[str],
+    *,
+    together: npt.NDArray[np.int64] | None = None,
 ) -> npt.NDArray[np.int16]:
+    """(N,) folds: the user's column where it says them, and what is drawn where it does not.
+
+    groups: no side of the user's column may split one. together: what a draw keeps whole, by default the groups.
+    """
+    if together is None:
+        together = groups
     fold = np.full(len(frame), TRAIN_ONLY, np.int16)
     validation = np.zeros(len(frame), np.bool_)
     if section.split is not None:
@@ -406,12 +419,17 @@ def _draw_folds(
     if section.test_fraction > 0 and not (fold == TEST).any():
         # Rows that the user validates on stay what they are, and with them their groups; folds give up their share.
         kept = validation if section.split is not None else np.zeros(len(frame), np.bool_)
-        free = ~kept if groups is None else ~np.isin(groups, groups[kept])
+        free = ~kept if together is None else ~np.isin(together, together[kept])
+        if not free.any():
+            raise DataError(
+                f"column {column!r} has no test rows, and none can be drawn: every image is validated on, or shares a group or a "
+                "copy with one that is. Mark test rows in it, or do without a test split: task.test_fraction: 0"
+            )
         drawn = split_test(
             target[free],
             fraction=section.test_fraction,
             seed=section.seed,
-            groups=None if groups is None else groups[free],
+            groups=None if together is None else together[free],
         )
         fold[np.flatnonzero(free)[drawn]] = TEST
         if column is not None:
@@ -423,7 +441,7 @@ def _draw_folds(
     elif section.fold is None:
         rest = fold != TEST
         fold[rest] = make_folds(
-            target[rest], n_folds=section.folds, seed=section.seed, groups=None if groups is None else groups[rest]
+            target[rest], n_folds=section.folds, seed=section.seed, groups=None if together is None else together[rest]
         )
     if not (fold >= 0).any():
         raise DataError("no row is left for validation: a head cannot be chosen")

@@ -341,3 +341,30 @@ def test_folds_of_a_text_table():
         assert dataset(table(fold=column), fold="fold", test_fraction=0).train.n_folds == 4
     with pytest.raises(DataError, match=r"empty in 1 rows, first '0079.png'"):
         dataset(table(split=["train"] * 40 + ["test"] * 39 + [" "]), split="split")
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_what_is_drawn_beside_a_column_that_mixes_copies_keeps_them_together(grouped):
+    """The user's column may put copies on two sides; the test split and the folds that headrace draws may not."""
+    content = [content_of(str(i // 2)) for i in range(80)]
+    frame = table(label=["cat", "cat", "dog", "dog"] * 20, patient=[f"p{(i + (i > 55)) // 4}" for i in range(80)])
+    section = {"copies": "keep", "group": "patient" if grouped else None}
+    frame["split"] = ["train"] * 59 + ["val"] * 21  # rows 58 and 59 are copies
+    made = dataset(frame, content, split="split", **section)
+    assert set(made.train.ids[made.train.fold == 0]) == set(frame["id"][59:])
+    assert len(made.test.ids) > 0
+    assert not set(made.test.content) & set(made.train.content)
+    assert any("80 images are exact copies of one another" in note for note in made.notes)
+    assert not any("stay on one side" in note for note in made.notes)
+    frame["split"] = ["train"] * 59 + ["test"] * 21
+    made = dataset(frame, content, split="split", folds=2, **section)
+    assert set(made.test.ids) == set(frame["id"][59:])
+    folds = pd.DataFrame({"content": made.train.content, "fold": made.train.fold})
+    assert folds.groupby("content")["fold"].nunique().max() == 1
+    frame["fold"] = [i // 20 if i != 59 else 3 for i in range(80)]
+    made = dataset(frame, content, fold="fold", copies="keep")
+    assert len(made.test.ids) > 0
+    assert not set(made.test.content) & set(made.train.content)
+    frame["split"] = "val"
+    with pytest.raises(DataError, match=r"none can be drawn.*task.test_fraction: 0"):
+        dataset(frame, content, split="split")
