@@ -76,8 +76,9 @@ def shard_bytes(directory: Path) -> dict[str, bytes]:
 
 
 def leftovers(directory: Path) -> list[str]:
-    """Hidden files: temporaries and locks."""
-    return sorted(path.name for path in directory.rglob(".*"))
+    """Hidden files: temporaries and locks; what lies in a temporary folder goes with it."""
+    hidden = [path.relative_to(directory).parts for path in directory.rglob(".*")]
+    return sorted(parts[-1] for parts in hidden if not any(part.startswith(".") for part in parts[:-1]))
 
 
 def flip(path: Path, bit: int) -> None:

@@ -287,7 +287,7 @@ def test_tar_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert samples["id"].tolist() == ["s-000.tar/a.png", "s-000.tar/dir/b.png", "s-001.tar/c.seg.png"]
     assert samples["label"].tolist()[::2] == ["3", "4"]
     assert samples["width"].iloc[0] == 12
-    assert "tags" not in samples
+    assert samples["tags"].iloc[0] == ["x"]
     for same in (tmp_path, tmp_path / "s-*.tar"):
         assert read_archives(same).samples.equals(samples)
     assert [read_bytes(path) for path in samples["path"]] == [png(1), png(2), png(3)]

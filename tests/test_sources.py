@@ -107,7 +107,7 @@ def test_what_is_left_out_says_what_it_is_and_how_to_use_it(tmp_path):
     assert "all.npy" in said
 
 
-@pytest.mark.parametrize("odd", ["heron/1.nef", "heron/readme.txt", "heron/deep/x.xyz", None])
+@pytest.mark.parametrize("odd", ["heron/1.nef", "heron/readme.txt", "heron/deep/x.xyz", "heron/.gitkeep", None])
 def test_a_class_that_would_be_missing_whole_is_refused(tmp_path, odd):
     """As torchvision's ImageFolder does; where nobody wants labels, nothing is refused."""
     for name in ("crane/1.png", "stork/1.png"):
@@ -181,6 +181,28 @@ def test_any_name_of_a_file_comes_back(name):
     assert file_of(path_text(path)) == path
     path_text(path).encode()
     printable(path).encode()
+
+
+def test_links_in_folders(tmp_path):
+    """To a folder that is read already: counted; to itself: an image that fails."""
+    for name in ("cat/1.png", "dog/1.png"):
+        write(tmp_path / name, png(1))
+    (tmp_path / "tiger").symlink_to(tmp_path / "cat")
+    (tmp_path / "cat/me").symlink_to(tmp_path / "cat/me")
+    (tmp_path / "cat/me.png").symlink_to(tmp_path / "cat/me.png")
+    listing = read_folder(tmp_path)
+    assert set(listing.samples["id"]) == {"cat/1.png", "dog/1.png", "cat/me.png"}
+    assert listing.found == counted(listing) == 5
+
+
+def test_two_files_whose_names_are_one_to_people(tmp_path):
+    """As two systems write an accent: each keeps the name that the disk has."""
+    names = [unicodedata.normalize(form, "café/1.png") for form in ("NFC", "NFD")]
+    for name in names:
+        write(tmp_path / name, png(1))
+    listing = read_folder(tmp_path, labelled=False)
+    assert set(listing.samples["id"]) == set(names)
+    assert all(Path(path).is_file() for path in listing.samples["path"])
 
 
 def test_folders_that_differ_in_blanks_or_the_form_of_accents(tmp_path):
@@ -412,7 +434,7 @@ def test_rows_that_are_predicted_stay_in_their_places(tmp_path):
     """A row that stands twice, or names no image, has its row all the same: people join predictions by position, too."""
     write(tmp_path / "t.csv", b"path,id\na.png,1\n,2\na.png,1\nb.png,\n")
     listing = read_source(detect_source(tmp_path / "t.csv"), labelled=False)
-    assert listing.samples["id"].tolist() == ["1", "2", "1", "row 4 names no image"]
+    assert listing.samples["id"].tolist() == ["1", "2", "1", "b.png"]
     assert [Path(path).name for path in listing.samples["path"]] == ["a.png", "row 2 names no image", "a.png", "b.png"]
     assert listing.found == counted(listing) == 4
 
@@ -452,8 +474,58 @@ def test_ids_without_an_ending(tmp_path):
         SourceError, match=r"could name the images (masks/\{id\}.png or train|train/\{id\}.jpg or masks)"
     ):
         read_text(tmp_path, "id,breed\n0001,x\n0002,y\n")
-    with pytest.raises(SourceError, match=r"has no column 'cod'. The columns are: code, breed"):
+    with pytest.raises(SourceError, match=r"has no column 'cod'.*The columns are: code, breed"):
         read_text(tmp_path, "code,breed\n0001,x\n", path_pattern="train/{cod}.jpg")
+
+
+def test_a_column_of_classes_names_no_images(tmp_path):
+    """Labels 0 and 1 beside images 0.png and 1.png: the ids, which do not repeat, name the images."""
+    for number in range(6):
+        write(tmp_path / f"{number}.png", png(number))
+    listing = read_text(tmp_path, "label,id\n" + "".join(f"{n % 2},{n}\n" for n in range(6)))
+    assert [Path(path).name for path in listing.samples["path"]] == [f"{n}.png" for n in range(6)]
+
+
+def test_a_column_called_image_counts_before_one_of_masks(tmp_path):
+    """Also where some of its images are of another kind; ids in it are asked about, and not passed over."""
+    listing = read_text(tmp_path, "image,mask,label\ni/a.heic,m/a.png,x\ni/b.png,m/b.png,y\n")
+    assert listing.samples["id"].tolist() == ["i/a.heic", "i/b.png"]
+    with pytest.raises(SourceError, match=r"image, mask could each be the images; name one: images.path_column: image"):
+        read_text(tmp_path, "image,mask,label\n0,m/a.png,x\n1,m/b.png,y\n")
+
+
+@pytest.mark.parametrize("pattern", ["i/{code:05d}.png", "{0}", "{code!x}", "i/plain.png"])
+def test_patterns_that_name_no_column(tmp_path, pattern):
+    with pytest.raises(SourceError, match=r"images.path_pattern .*such as train/\{id\}.jpg"):
+        read_text(tmp_path, "code,im.code,label\n1,7,x\n", path_pattern=pattern)
+
+
+def test_patterns_that_name_columns_twice_or_with_dots(tmp_path):
+    listing = read_text(tmp_path, "code,im.code,label\n01,7,x\n", path_pattern="i/{code}/{code}-{im.code}.png")
+    assert listing.samples["id"].tolist() == ["i/01/01-7.png"]
+
+
+def test_a_column_id_that_repeats_is_no_id(tmp_path):
+    """A patient's number is a column like others: the paths tell the rows apart, and that is told."""
+    listing = read_text(tmp_path, "path,id,label\na.png,7,x\nb.png,7,y\n")
+    assert listing.samples["id"].tolist() == ["a.png", "b.png"]
+    assert listing.samples["image_id"].tolist() == ["7", "7"]
+    assert any("'image_id'" in note for note in listing.notes)
+
+
+def test_what_is_excluded_by_the_name_that_is_printed(tmp_path):
+    """In any Unicode form, with ./ before it, and for rows of several tables whose names have the table's."""
+    for name in (unicodedata.normalize("NFD", "é/1.png"), "b/2.png"):
+        write(tmp_path / name, png(1))
+    for pattern in (unicodedata.normalize("NFC", "é/1.png"), unicodedata.normalize("NFD", "é"), "./é/"):
+        assert read_folder(tmp_path, exclude=[pattern], labelled=False).samples["id"].tolist() == ["b/2.png"]
+    for side in ("train", "test"):
+        write(tmp_path / f"t/{side}.csv", b"id,path,label\n1,a.png,x\n2,b.png,y\n")
+    every = read_tables(tmp_path / "t/*.csv")
+    assert every.samples["id"].tolist() == ["test.csv/1", "test.csv/2", "train.csv/1", "train.csv/2"]
+    fewer = read_tables(tmp_path / "t/*.csv", TableOptions(exclude=("train.csv/1",)))
+    assert fewer.samples["id"].tolist() == ["test.csv/1", "test.csv/2", "train.csv/2"]
+    assert fewer.found == counted(fewer) == 4
 
 
 def test_json_tables(tmp_path):

@@ -1,7 +1,7 @@
 """Images as files in folders."""
 
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,13 +9,14 @@ from pathlib import Path
 import pandas as pd
 
 from headrace.cache.text import normalize_text
-from headrace.extract.errors import SourceError, absent
-from headrace.extract.locate import path_text, printable
+from headrace.extract.errors import SourceError, absent, check_unique
+from headrace.extract.locate import file_of, path_text, printable
 from headrace.extract.sources.formats import IMAGE_SUFFIXES, describe_suffix, is_image
 from headrace.extract.sources.layout import Folders, Layout, read_layout
 from headrace.extract.sources.listing import Listing, Tally, is_excluded
 
 EXCLUDED = "entries that images.exclude names"
+LINKED = "links to folders that are read under their own names"
 HIDDEN = "hidden entries (names that begin with a dot)"
 
 
@@ -66,6 +67,8 @@ def read_folder(
             f"{', '.join(sorted(IMAGE_SUFFIXES))}, or a table that names images."
         )
     rows.sort(key=lambda row: row[:2])
+    rows = _tell_apart(rows, root.absolute())
+    check_unique((name for name, _, _ in rows), str(root))
     odd = [name for name, _, _ in rows if os.path.splitext(name)[1].lower() not in IMAGE_SUFFIXES]
     read = read_layout([folders for _, _, folders in rows], others, layout, str(root), labelled=labelled)
     columns: dict[str, Sequence[str | None]] = {
@@ -79,6 +82,15 @@ def read_folder(
     if odd:
         notes.append(f"{len(odd):,} files are images by their content and not by their names, such as {odd[0]}")
     return tally.listing(pd.DataFrame(columns), notes)
+
+
+def _tell_apart(rows: list[tuple[str, str, Folders]], root: Path) -> list[tuple[str, str, Folders]]:
+    """The rows, those whose names are one in NFC under the names that the disk has: as two systems write an accent."""
+    counts = Counter(name for name, _, _ in rows)
+    return [
+        (name if counts[name] == 1 else printable(os.path.relpath(file_of(path), root)), path, folders)
+        for name, path, folders in rows
+    ]
 
 
 def has_images(folder: Path) -> bool:
@@ -97,6 +109,8 @@ def _walk(root: Path, tally: Tally) -> Iterator[_Entry]:
         try:
             status = os.stat(directory)
             if (status.st_dev, status.st_ino) in seen:
+                tally.found += 1
+                tally.leave_out(LINKED, name or str(root))
                 continue
             seen.add((status.st_dev, status.st_ino))
             with os.scandir(directory) as scanned:
@@ -105,18 +119,25 @@ def _walk(root: Path, tally: Tally) -> Iterator[_Entry]:
             tally.found += 1
             tally.leave_out(f"folders that cannot be read ({error.strerror})", name or str(root))
             continue
-        if not entries and folders:
-            yield _Entry(folders, "", directory)
+        if folders and all(entry.name.startswith(".") for entry in entries):
+            yield _Entry(folders, "", directory)  # empty, but for what tools leave in folders
         for entry in entries:
             if entry.name.startswith("."):
                 tally.found += 1
                 tally.leave_out(HIDDEN, printable("/".join((*folders, entry.name))))
-            elif entry.is_dir():
+            elif _is_folder(entry):
                 (links if entry.is_symlink() else pending).append((entry.path, (*folders, entry.name)))
-            elif entry.is_file() or entry.is_symlink():  # a broken link too: its image becomes a recorded failure
+            elif entry.is_symlink() or entry.is_file():  # a broken link too: its image becomes a recorded failure
                 yield _Entry(folders, entry.name, entry.path)
             else:  # reading a pipe or a device could wait for ever
                 tally.found += 1
                 tally.leave_out(
                     "entries that are no files (pipes, devices)", printable("/".join((*folders, entry.name)))
                 )
+
+
+def _is_folder(entry: "os.DirEntry[str]") -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself: a broken link
+        return False

@@ -6,6 +6,8 @@ from fnmatch import fnmatchcase
 
 import pandas as pd
 
+from headrace.cache.text import normalize_text
+
 _EXAMPLES = 3
 
 
@@ -61,14 +63,18 @@ def is_excluded(name: str, patterns: Collection[str]) -> bool:
     """Whether an id, or a folder that it lies in, matches one of the shell patterns of `images.exclude`."""
     if not patterns:
         return False
-    parts = name.split("/")
+    parts = normalize_text(name).split("/")
     prefixes = ["/".join(parts[: count + 1]) for count in range(len(parts))]
     # A name is its own pattern, also where it has brackets.
     return any(
         prefix == pattern or fnmatchcase(prefix, pattern)
-        for pattern in (text.rstrip("/") for text in patterns)
+        for pattern in map(_plain_pattern, patterns)
         for prefix in prefixes
     )
+
+
+def _plain_pattern(pattern: str) -> str:
+    return normalize_text(pattern).removeprefix("./").rstrip("/")
 
 
 def join_listings(listings: Iterable[Listing]) -> Listing:

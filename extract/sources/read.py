@@ -12,8 +12,15 @@ from headrace.extract.errors import SourceError
 from headrace.extract.locate import path_text, printable
 from headrace.extract.sources.archive import read_archives
 from headrace.extract.sources.array import idx_pairs, read_array
-from headrace.extract.sources.folder import EXCLUDED, HIDDEN, has_images, read_folder
-from headrace.extract.sources.formats import ARRAY_KINDS, OTHER_FORMATS, is_archive, is_image
+from headrace.extract.sources.folder import EXCLUDED, HIDDEN, LINKED, has_images, read_folder
+from headrace.extract.sources.formats import (
+    ARRAY_KINDS,
+    HEIF_SUFFIXES,
+    IMAGE_SUFFIXES,
+    OTHER_FORMATS,
+    is_archive,
+    is_image,
+)
 from headrace.extract.sources.layout import Layout
 from headrace.extract.sources.listing import Listing
 from headrace.extract.sources.tabular import (
@@ -97,7 +104,8 @@ def detect_kind(location: str | Path) -> SourceKind:
         return "archive"
     if is_table(path):
         return "table"
-    if path.suffix.lower() in ARRAY_KINDS or (path.is_file() and re.search(r"idx\d|\.idx", name)):
+    named_idx = path.suffix.lower() not in IMAGE_SUFFIXES | HEIF_SUFFIXES and re.search(r"idx\d|\.idx", name)
+    if path.suffix.lower() in ARRAY_KINDS or (named_idx and path.is_file()):
         return "array"
     if path.is_symlink() or (path.is_file() and is_image(path)):
         return "image"
@@ -141,7 +149,7 @@ def detect_source(location: str | Path, **options: Any) -> ImageSource:
 
 
 def warn_of_left_out(listing: Listing, source: str | Path) -> None:
-    """Tell a program, which has no terminal, what of a source is not used, but for hidden entries and what was excluded."""
-    told = [str(item) for item in listing.left_out if item.reason not in (HIDDEN, EXCLUDED)]
+    """Tell a program, which has no terminal, what of a source is not used, but for what is nobody's image or used all the same."""
+    told = [str(item) for item in listing.left_out if item.reason not in (HIDDEN, EXCLUDED, LINKED)]
     if told:
         warnings.warn(f"{source}: left out {'; '.join(told)}", SourceWarning, stacklevel=3)

@@ -3,12 +3,13 @@
 import glob
 import json
 import os
-import string
+import re
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -17,7 +18,7 @@ from headrace.extract.errors import SourceError, absent, check_unique, nearest
 from headrace.extract.locate import path_text
 from headrace.extract.sources.archive import RESERVED_COLUMNS
 from headrace.extract.sources.folder import EXCLUDED
-from headrace.extract.sources.formats import IMAGE_SUFFIXES, TABLE_SUFFIXES
+from headrace.extract.sources.formats import IMAGE_SUFFIXES, OTHER_FORMATS, TABLE_SUFFIXES
 from headrace.extract.sources.layout import split_word
 from headrace.extract.sources.listing import Listing, Tally, is_excluded
 from headrace.extract.sources.table import Table, read_table_file
@@ -39,6 +40,7 @@ HUGGING_FACE_METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 _MEANINGS = {"path": "where the image is", "id": "what tells rows apart"} | dict.fromkeys(
     ("content", "_content"), "the hash of an image's bytes"
 )
+_PLACE = re.compile(r"\{([^{}]*)\}")
 _PATHS_LOOKED_AT = 100
 _DEEPEST_FOLDER = 3  # below a table, of images that ids name
 
@@ -83,7 +85,7 @@ def read_tables(table: str | Path, options: TableOptions | None = None, *, label
     if labelled and several and pd.concat([part["id"] for part in parts]).duplicated().any():
         for file, part in zip(files, parts, strict=True):  # names that are unique in one table only
             part["id"] = f"{file.relative_to(base).as_posix()}/" + part["id"].astype(str)
-    samples = pd.concat(parts, ignore_index=True) if several else parts[0]
+    samples = _exclude(pd.concat(parts, ignore_index=True) if several else parts[0], options.exclude, tally)
     source = str(files[0]) if not several else f"{len(files)} tables ({files[0]}, …)"
     if samples.empty:
         found = "; ".join(map(str, tally.left_out()))
@@ -101,7 +103,10 @@ def table_files(table: Path) -> list[Path]:
         return [table.absolute()]
     if table.is_dir():
         files = saved_dataset_files(table) or sorted(
-            file for pattern in ("*.parquet", "*/*.parquet") for file in table.glob(pattern)
+            file
+            for pattern in ("*.parquet", "*/*.parquet")
+            for file in table.glob(pattern)
+            if not file.name.startswith(".")
         )
         if not files:
             raise SourceError(
@@ -144,21 +149,22 @@ def find_images(table: Table, file: Path, base: Path) -> tuple[str, bool]:
     frame, held = table.frame, table.image_columns
     named = [str(name) for wanted in PATH_NAMES for name in (*frame.columns, *held) if str(name).lower() == wanted]
     for name in named:
-        if name in held or _names_images(frame[name]):
+        if name in held or _names_images(frame[name], any):
             return name, False
-    others = [str(name) for name in frame.columns if _names_images(frame[name])]
-    for candidates in (held, others):
-        if len(candidates) == 1:
-            return candidates[0], False
+    others = [str(name) for name in frame.columns if _names_images(frame[name], all)]
+    candidates = [*held, *others]
+    if len(candidates) == 1 and not named:
+        return candidates[0], False
     if (pattern := _find_pattern(frame, file, base)) is not None:
         return pattern, True
-    if named:
+    if len(named) == 1 and not candidates:
         return named[0], False
     columns = ", ".join([*frame.columns, *held])
-    if len(others) + len(held) > 1:
+    if named or candidates:
+        could = list(dict.fromkeys([*named, *candidates]))
         raise SourceError(
-            f"{file}: {', '.join([*others, *held])} could each be the images; name one: images.path_column. "
-            f"The columns are: {columns}."
+            f"{file}: {', '.join(could)} could {'each be' if len(could) > 1 else 'be'} the images; name one: "
+            f"images.path_column: {could[0]}. The columns are: {columns}."
         )
     example = frame.columns[0] if len(frame.columns) else "id"
     raise SourceError(
@@ -180,8 +186,12 @@ def _find_pattern(frame: pd.DataFrame, file: Path, folder: Path) -> str | None:
             stem, suffix = os.path.splitext(name)
             if suffix.lower() in IMAGE_SUFFIXES:
                 places.setdefault(stem, []).append("/".join((*depth, "{}" + suffix)))
-    for column in frame.columns:
-        ids = as_text(frame[column]).dropna().head(_PATHS_LOOKED_AT)
+    # Each row names an image of its own: a column of classes, whose values repeat, cannot.
+    for column in sorted(frame.columns, key=lambda name: name != "id"):
+        ids = as_text(frame[column]).dropna()
+        if ids.duplicated().any() or any(letter in str(column) for letter in "{}"):
+            continue
+        ids = ids.head(_PATHS_LOOKED_AT)
         counts = Counter(place for value in ids for place in places.get(value, ()))
         patterns = [place.replace("{}", f"{{{column}}}") for place, count in counts.items() if 2 * count >= len(ids)]
         if len(patterns) > 1:
@@ -194,11 +204,11 @@ def _find_pattern(frame: pd.DataFrame, file: Path, folder: Path) -> str | None:
     return None
 
 
-def _names_images(column: pd.Series) -> bool:
+def _names_images(column: pd.Series, needed: Callable[[Iterable[bool]], bool]) -> bool:
+    """Whether values of a column (any of them, or all) end as images do, also those that are not read here."""
     values = column.dropna().head(_PATHS_LOOKED_AT)
-    return bool(len(values)) and all(
-        isinstance(value, str) and Path(value).suffix.lower() in IMAGE_SUFFIXES for value in values
-    )
+    suffixes = [Path(value).suffix.lower() if isinstance(value, str) else "" for value in values]
+    return bool(suffixes) and needed(suffix in IMAGE_SUFFIXES or suffix in OTHER_FORMATS for suffix in suffixes)
 
 
 def _sides(files: Sequence[Path]) -> dict[Path, str] | None:
@@ -226,26 +236,34 @@ def _samples(
             )
     base = (Path(options.root).expanduser() if options.root is not None else file.parent).absolute()
     where, is_pattern = _image_column(table, file, base, options, notes)
+    if where in table.image_columns:
+        written, paths = _cells(file, frame, where)
+    else:
+        written = _fill_pattern(frame, where, file) if is_pattern else as_text(frame[where])
+        paths = written.map(lambda value: _find(str(base), value), na_action="ignore")
     id_column = options.id_column
     if id_column is None and "id" in frame.columns and where != "id":
-        id_column = "id"
-        notes.append(f"{file.name}: the column 'id' tells the rows apart (images.id_column)")
+        images = pd.DataFrame({"id": as_text(frame["id"]), "path": paths}).dropna().drop_duplicates()
+        if labelled and images["id"].duplicated().any():
+            frame = frame.rename(
+                columns={"id": "image_id"}
+            )  # headrace's own `id` tells rows apart, and this one does not
+            notes.append(
+                f"{file.name}: the column 'id' repeats, so that the paths tell the rows apart; it is called 'image_id' here"
+            )
+        else:
+            id_column = "id"
+            notes.append(f"{file.name}: the column 'id' tells the rows apart (images.id_column)")
     _refuse_reserved(frame, file, where, id_column)
-    if where in table.image_columns:
-        ids, paths = _cells(file, frame, where)
-    else:
-        ids = _fill_pattern(frame, where, file) if is_pattern else as_text(frame[where])
-        paths = ids.map(lambda value: _find(str(base), value), na_action="ignore")
-    if id_column is not None:
-        ids = as_text(frame[id_column])
+    ids = written if id_column is None else as_text(frame[id_column])
     kept = frame.drop(columns=[name for name in frame.columns if name in ("id", "path") or name == f"{where}.path"])
+    if not labelled:
+        nothing = pd.Series([f"row {row + 1} names no image" for row in range(len(frame))], index=frame.index)
+        ids = ids.where(ids.notna(), written).where(written.notna() | ids.notna(), nothing)
+        paths = paths.where(paths.notna(), f"{base}/" + nothing)
     samples = pd.DataFrame({"id": ids, "path": paths}, dtype=object)
     samples[list(kept.columns)] = kept
-    if not labelled:
-        nothing = pd.Series([f"row {row + 1} names no image" for row in range(len(samples))], index=samples.index)
-        paths = samples["path"].where(samples["path"].notna(), str(base) + "/" + nothing)
-        samples = samples.assign(path=paths, id=samples["id"].where(samples["id"].notna(), nothing))
-    return _leave_out(samples, file, options, tally, repeated=not labelled)
+    return _leave_out(samples, file, tally, repeated=not labelled)
 
 
 def _image_column(table: Table, file: Path, base: Path, options: TableOptions, notes: list[str]) -> tuple[str, bool]:
@@ -262,9 +280,7 @@ def _image_column(table: Table, file: Path, base: Path, options: TableOptions, n
     return found, is_pattern
 
 
-def _leave_out(
-    samples: pd.DataFrame, file: Path, options: TableOptions, tally: Tally, *, repeated: bool
-) -> pd.DataFrame:
+def _leave_out(samples: pd.DataFrame, file: Path, tally: Tally, *, repeated: bool) -> pd.DataFrame:
     """The rows that can be used; the others are counted. repeated: also rows that stand twice."""
     for reason, column in (("rows that name no image", "path"), ("rows without an id", "id")):
         empty = samples[column].isna()
@@ -281,31 +297,34 @@ def _leave_out(
     if again.any():
         tally.leave_out("rows that are another row once more", *samples["id"][again].head(3), count=int(again.sum()))
         samples = samples[~again]
-    if options.exclude:
-        excluded = samples["id"].map(lambda name: is_excluded(name, options.exclude)).astype(bool)
-        if excluded.any():
-            tally.leave_out(EXCLUDED, *samples["id"][excluded].head(3), count=int(excluded.sum()))
-            samples = samples[~excluded]
     return samples.reset_index(drop=True)
 
 
+def _exclude(samples: pd.DataFrame, patterns: Sequence[str], tally: Tally) -> pd.DataFrame:
+    if not patterns:
+        return samples
+    excluded = samples["id"].map(lambda name: is_excluded(name, patterns)).astype(bool)
+    if excluded.any():
+        tally.leave_out(EXCLUDED, *samples["id"][excluded].head(3), count=int(excluded.sum()))
+    return samples[~excluded].reset_index(drop=True)
+
+
 def _fill_pattern(frame: pd.DataFrame, pattern: str, file: Path) -> pd.Series:
-    """The pattern with each row's values in it; missing where one of them is."""
-    try:
-        names = [name for _, name, _, _ in string.Formatter().parse(pattern) if name is not None]
-    except ValueError as error:
-        raise SourceError(
-            f"images.path_pattern {pattern!r}: {error}. Expected a path such as train/{{id}}.jpg"
-        ) from error
+    """The pattern with each row's values in the place of `{column}`; missing where one of them is."""
+    names = list(dict.fromkeys(_PLACE.findall(pattern)))
     absent_names = [name for name in names if name not in frame.columns]
     if absent_names or not names:
         raise SourceError(
-            f"images.path_pattern {pattern!r}: {file} has no column {', '.join(map(repr, absent_names)) or 'in braces'}. "
-            f"The columns are: {', '.join(frame.columns)}."
+            f"images.path_pattern {pattern!r}: {file} has no column {', '.join(map(repr, absent_names)) or 'in braces'}. Expected a "
+            f"path with a column's name in braces, such as train/{{id}}.jpg. The columns are: {', '.join(frame.columns)}."
         )
-    texts = frame[names].apply(as_text)
-    filled = texts.apply(lambda row: pattern.format_map(row), axis=1)
-    return filled.astype(object).where(texts.notna().all(axis=1), None)
+    texts = pd.DataFrame({name: as_text(frame[name]) for name in names})
+
+    def fill(values: Mapping[Any, Any]) -> str:
+        return _PLACE.sub(lambda place: str(values[place[1]]), pattern)
+
+    filled = pd.Series([fill(row) for row in texts.to_dict("records")], index=frame.index, dtype=object)
+    return filled.where(texts.notna().all(axis=1), None)
 
 
 def _cells(file: Path, frame: pd.DataFrame, column: str) -> tuple[pd.Series, pd.Series]:
@@ -366,14 +385,17 @@ def metadata_table(folder: Path) -> Path | None:
     Where each side of a split has its own, a pattern that names them all; None where there is none.
     """
     for name in HUGGING_FACE_METADATA:
-        inside = sorted(folder.glob(f"*/{name}"))
-        for place, files in ((folder / name, [folder / name]), (folder / "*" / name, inside)):
-            if all(file.is_file() for file in files) and files and _is_metadata(files[0]):
-                return place
+        if _is_metadata(folder / name):
+            return folder / name
+        inside = [entry for entry in sorted(folder.iterdir()) if entry.is_dir() and not entry.name.startswith(".")]
+        if inside and all(_is_metadata(entry / name) for entry in inside):
+            return folder / "*" / name
     return None
 
 
 def _is_metadata(file: Path) -> bool:
+    if not file.is_file():
+        return False
     try:
         return "file_name" in read_table_file(file).frame.columns
     except SourceError:

@@ -10,6 +10,7 @@ import pandas as pd
 from headrace.extract import Listing, detect_source, read_source
 from headrace.extract.locate import printable
 from headrace.extract.sources.listing import join_listings
+from headrace.extract.sources.tabular import is_table
 from headrace.pipelines.recipe import load_recipe
 
 
@@ -19,19 +20,16 @@ def list_images(sources: Sequence[str | Path], **options: Any) -> Listing:
     sources: image files, folders, tables, archives, array files, or recipes, whose images are read with the recipe's options.
     options: fields of ImageSource, such as path_column. A folder's images are named by their path below it, behind the
     folder's own name; all others by their ids, and where two sources would give two images one name, behind the folder that
-    the source lies in. Raises SourceError for what is not there, RecipeError for a broken recipe.
+    the source lies in, or a table's own path. Raises SourceError for what is not there, RecipeError for a broken recipe.
     """
     listings = [_list(str(source), options) for source in sources]
-    joined = join_listings(listings)
-    images = joined.samples.groupby("file")["path"].nunique()
+    images = pd.concat([listing.samples for listing in listings]).groupby("file")["path"].nunique()
     if (images > 1).any():
         for source, listing in zip(sources, listings, strict=True):
             shared = listing.samples["file"].map(images) > 1
-            listing.samples.loc[shared, "file"] = (
-                f"{printable(str(Path(source).parent))}/" + listing.samples.loc[shared, "file"]
-            )
-        joined = join_listings(listings)
-    return joined
+            prefix = printable(str(source if is_table(source) else Path(source).parent))
+            listing.samples.loc[shared, "file"] = f"{prefix}/" + listing.samples.loc[shared, "file"]
+    return join_listings(listings)
 
 
 def _list(location: str, options: dict[str, Any]) -> Listing:
