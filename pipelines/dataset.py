@@ -219,7 +219,10 @@ def _encode_label_sets(column: pd.Series, separator: str | None) -> tuple[tuple[
     """(classes, (N, classes) 0/1) of a column with several labels in each cell."""
 
     def labels_of(value: object) -> list[str]:
-        parts = list(value) if _is_list(value) else str(value).split(separator)  # type: ignore[call-overload]
+        if _is_list(value):
+            parts = list(value)  # type: ignore[call-overload]
+        else:  # beside lists and without a separator, a text is one label, blanks and all
+            parts = [value] if separator is None else str(value).split(separator)
         texts = as_text(pd.Series(parts, dtype=object)).dropna().tolist()
         return [text for text in texts if text]
 
@@ -477,8 +480,16 @@ def _read_folds(frame: pd.DataFrame, column: str) -> npt.NDArray[Any]:
             f"task.fold {column!r} is empty for {frame.loc[values.isna(), 'id'].iloc[0]!r}: every image needs one"
         )
     texts = as_text(values)
-    if texts.str.fullmatch(r"-?\d+").all() and (numbers := texts.astype("int64")).min() <= 0:
+    if (
+        texts.str.fullmatch(r"-?\d{1,18}").all() and (numbers := texts.astype("int64")).min() <= 0
+    ):  # 18 digits fit int64
         return numbers.to_numpy()
+    if texts.str.fullmatch(r"-?\d+").all() and (below := texts[texts.str.startswith("-")]).any():
+        # As a name, the -1 of a test row would be a fold to train on.
+        raise DataError(
+            f"task.fold {column!r} holds {below.iloc[0]} beside {max(texts, key=len)}: number the folds 0, 1, … without gaps, "
+            "with -1 for test rows"
+        )
     return texts.to_numpy(dtype=np.str_)  # names; folds that are counted from 1 are such
 
 

@@ -87,7 +87,8 @@ class TaskSection(Section):
     fold: str | None = None  # a column with fold numbers
     # where the split or fold column puts copies of an image on different sides: refuse, or keep it as it is
     copies: Literal["refuse", "keep"] = "refuse"
-    separator: str | None = None  # between several labels in one cell, as in `cat;dog`; for kind: multi
+    # between several labels in one cell, as in `cat;dog`; for kind: multi
+    separator: Annotated[str, pydantic.Field(min_length=1)] | None = None
     test_fraction: Fraction = 0.25  # set aside at random where no column marks test rows; 0: no test split
     folds: Annotated[int, pydantic.Field(ge=2, le=100)] = 5  # the winner is chosen on these
     metric: str | None = None  # default: accuracy (single), average_precision (multi), r2 (regression)

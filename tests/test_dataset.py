@@ -368,3 +368,25 @@ def test_what_is_drawn_beside_a_column_that_mixes_copies_keeps_them_together(gro
     frame["split"] = "val"
     with pytest.raises(DataError, match=r"none can be drawn.*task.test_fraction: 0"):
         dataset(frame, content, split="split")
+
+
+def test_a_text_beside_lists_is_one_label():
+    """Without a separator nothing is split, blanks included; a separator that is no text is refused with its key."""
+    mixed = table(80, tags=[["golden retriever", "cat"], "golden retriever", ["cat"], 7] * 20)
+    made = dataset(mixed, kind="multi", target="tags", folds=2)
+    assert made.train.classes == ("7", "cat", "golden retriever")
+    with pytest.raises(ValueError, match="separator"):
+        TaskSection.model_validate({"kind": "multi", "separator": ""})
+    words = table(80, tags=["cat dog", "cat", "dog", "cat  dog"] * 20)
+    assert dataset(words, kind="multi", target="tags", separator=" ", folds=2).train.classes == ("cat", "dog")
+
+
+def test_fold_names_of_many_digits():
+    """Numbers too long for an integer are names; beside the -1 of test rows, which no name can be, they are refused."""
+    long = "9" * 20
+    for column in ([long, "8" * 20] * 40, [long, "0"] * 40):
+        assert (
+            dataset(table(80, f=column, label=["a", "a", "b", "b"] * 20), fold="f", test_fraction=0).train.n_folds == 2
+        )
+    with pytest.raises(DataError, match=f"holds -1 beside {long}: number the folds 0, 1"):
+        dataset(table(80, f=[long, "-1"] * 40), fold="f")
