@@ -12,8 +12,8 @@ import posixpath
 import re
 import tarfile
 import zipfile
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,15 @@ class _Member:
 
 
 @dataclass(frozen=True)
+class _Link:
+    """A link in a tar archive."""
+
+    name: str
+    target: str  # the name of what it links to
+    hard: bool
+
+
+@dataclass(frozen=True)
 class _Image:
     """An image in an archive, with what its side files say of it."""
 
@@ -69,7 +78,7 @@ def read_archives(
     exclude: Sequence[str] = (),
     labelled: bool = True,
 ) -> Listing:
-    """One row per image: `id`, `path` (a locator), `label`, and the scalars of `.json` side files.
+    """One row per image: `id`, `path` (a locator), `label`, and what `.json` side files hold: scalars, and lists of them.
 
     archives: a tar or zip file, a folder of such, a pattern (`train-*.tar`, `train-{000..031}.tar`) or a list of these.
     The label is what `.cls`, `.txt` or the key `label` of `.json` says; where no image has such a side file, that of
@@ -112,6 +121,15 @@ def read_archives(
         if read.splits is not None and "split" not in frame:
             frame["split"] = read.splits
         notes += read.notes
+    elif (
+        labelled
+        and (bare := int(frame["label"].isna().sum()))
+        and len({_folders(image.member.name) for image in images}) > 1  # the folders could be meant as classes
+    ):
+        notes.append(
+            f"{bare:,} of {len(frame):,} images have no label: the side files say the labels, not the folders, and these "
+            "have none, or one without a label"
+        )
     sides = {file.name: split_word(file.name) for file in files}
     if "split" not in frame and None not in sides.values() and len(set(sides.values())) > 1:
         frame["split"] = [sides[Path(image.archive).name] for image in images]
@@ -141,31 +159,65 @@ def _folders(member: str) -> Folders:
 def _read_archive(file: Path, name: str, exclude: Sequence[str], tally: Tally, others: set[Folders]) -> list[_Image]:
     """The archive's images, in its order; the last member of a name counts."""
     read = _zip_members if file.suffix.lower() == ".zip" else _tar_members
+    entries = list(read(file, name, exclude, tally, others))
+    places: dict[str, list[int]] = defaultdict(list)  # where in the archive each name stands
+    for place, entry in enumerate(entries):
+        places[entry.name].append(place)
     members: dict[str, _Member] = {}
-    for member in read(file, name, exclude, tally):
-        if member.name in members:
-            tally.leave_out("members that a later one of the same name replaces", printable(f"{name}/{member.name}"))
-            del members[member.name]  # the later one has its own place, too
-        members[member.name] = member
+    for place, entry in enumerate(entries):
+        if place != places[entry.name][-1]:
+            tally.leave_out("members that a later one of the same name replaces", printable(f"{name}/{entry.name}"))
+        elif (member := _follow(entries, places, place)) is not None:
+            members[entry.name] = replace(member, name=entry.name)
+        else:
+            tally.leave_out("links to what is not in the archive", printable(f"{name}/{entry.name}"))
     side_files = {member.name: member.side_file for member in members.values() if member.side_file is not None}
     images = [member for member in members.values() if member.side_file is None and _is_image(member)]
     used: set[str] = set()
+    damaged: set[str] = set()
     found = []
     for member in images:
         columns: dict[str, Any] = {}
         for key in dict.fromkeys((_sample_key(member.name), posixpath.splitext(member.name)[0])):
             for extension in ("json", "txt", "cls"):  # the last one that speaks of a column counts
                 if (data := side_files.get(f"{key}.{extension}")) is not None:
-                    used.add(f"{key}.{extension}")
-                    columns |= _side_columns(extension, data)
+                    values = _side_columns(extension, data)
+                    (damaged if values is None else used).add(f"{key}.{extension}")
+                    columns |= values or {}
         found.append(_Image(name, member, columns))
     tally.annotations += len(used)
     for member in members.values():
         if member.name not in used and (member.side_file is not None or not _is_image(member)):
-            what = "side files of no image" if member.side_file is not None else describe_suffix(member.name)
+            if member.name in damaged:
+                what = "side files that are no JSON object"
+            elif member.side_file is not None:
+                what = "side files of no image"
+            else:
+                what = describe_suffix(member.name)
             tally.leave_out(what, printable(f"{name}/{member.name}"))
             others.add(_folders(member.name))
     return found
+
+
+def _follow(
+    entries: Sequence[_Member | _Link],
+    places: Mapping[str, Sequence[int]],
+    place: int,
+    passed: frozenset[int] = frozenset(),
+) -> _Member | None:
+    """The member at a place of the archive, or the one that a link there leads to; None where it leads nowhere.
+
+    A symbolic link means the last member of a name; a hard link the one before it, which `tar -x` has unpacked by then.
+    """
+    entry = entries[place]
+    if isinstance(entry, _Member):
+        return entry
+    there = [other for other in places.get(entry.target, ()) if other != place]
+    if entry.hard:
+        there = [other for other in there if other < place] or there
+    if not there or there[-1] in passed:  # links can lead back to themselves
+        return None
+    return _follow(entries, places, there[-1], passed | {place})
 
 
 def _sample_key(name: str) -> str:
@@ -188,26 +240,30 @@ def _needs_head(name: str) -> bool:
     return posixpath.splitext(name)[1].lower() not in IMAGE_SUFFIXES
 
 
-def _side_columns(extension: str, data: bytes) -> dict[str, Any]:
+def _side_columns(extension: str, data: bytes) -> dict[str, Any] | None:
+    """What a side file says of its image; None for a `.json` that holds no JSON object."""
     text = normalize_text(data.decode("utf-8-sig", errors="replace"))
     if extension != "json":
         return {"label": text or None}
     try:
         values = json.loads(text)
     except (ValueError, RecursionError):
-        return {}
+        return None
     if not isinstance(values, dict):
-        return {}
-    return {
-        name: value
-        for name, value in values.items()
-        if name not in RESERVED_COLUMNS and isinstance(value, (str, int, float, bool))
-    }
+        return None
+    return {name: value for name, value in values.items() if name not in RESERVED_COLUMNS and _is_cell(value)}
 
 
-def _tar_members(file: Path, name: str, exclude: Sequence[str], tally: Tally) -> Iterator[_Member]:
+def _is_cell(value: Any) -> bool:
+    """Whether a value is a scalar or a list of scalars, as a table's cells are."""
+    values = value if isinstance(value, list) else [value]
+    return all(isinstance(item, (str, int, float, bool)) for item in values)
+
+
+def _tar_members(
+    file: Path, name: str, exclude: Sequence[str], tally: Tally, others: set[Folders]
+) -> Iterator[_Member | _Link]:
     compressed = file.suffix.lower() != ".tar"
-    members: dict[str, _Member] = {}  # so far, for the links to them
 
     def read(archive: tarfile.TarFile, member: str, offset: int, size: int) -> _Member:
         head, side_file = b"", None
@@ -217,10 +273,8 @@ def _tar_members(file: Path, name: str, exclude: Sequence[str], tally: Tally) ->
             head = _read_at(archive, offset, min(32, size))
         kind = "tgz" if compressed else "tar"
         locator = f"{path_text(file)}::{kind}:{offset}:{size}:{printable(member)}"
-        members[member] = _Member(member, locator, size, head, side_file)
-        return members[member]
+        return _Member(member, locator, size, head, side_file)
 
-    links: list[tuple[str, str]] = []  # (name, name of what it links to), resolved when every member is known
     try:
         with _open_tar(file, compressed) as archive:
             for entry in archive:
@@ -228,20 +282,16 @@ def _tar_members(file: Path, name: str, exclude: Sequence[str], tally: Tally) ->
                     continue
                 tally.found += 1
                 member = _member_name(entry.name)
-                reason = _left_out(member, name, exclude) or _unreadable_tar_member(entry)
+                reason = _left_out(member, name, exclude, others) or _unreadable_tar_member(entry)
                 if reason is not None:
                     tally.leave_out(reason, printable(f"{name}/{member}"))
                 elif entry.issym():
-                    links.append((member, _member_name(posixpath.join(posixpath.dirname(member), entry.linkname))))
+                    target = posixpath.join(posixpath.dirname(member), entry.linkname)
+                    yield _Link(member, _member_name(target), hard=False)
                 elif entry.islnk():
-                    links.append((member, _member_name(entry.linkname)))
+                    yield _Link(member, _member_name(entry.linkname), hard=True)
                 else:
                     yield read(archive, member, entry.offset_data, entry.size)
-        for link, target in links:
-            if target in members:
-                yield replace(members[target], name=link)
-            else:
-                tally.leave_out("links to what is not in the archive", printable(f"{name}/{link}"))
     # A damaged archive makes tarfile, and what decompresses it, raise anything: zlib and lzma have errors of their own.
     except Exception as error:
         raise SourceError(f"{file}: {_tar_problem(file, error)}") from error
@@ -269,7 +319,9 @@ def _read_at(archive: tarfile.TarFile, offset: int, size: int) -> bytes:
     return data
 
 
-def _zip_members(file: Path, name: str, exclude: Sequence[str], tally: Tally) -> Iterator[_Member]:
+def _zip_members(
+    file: Path, name: str, exclude: Sequence[str], tally: Tally, others: set[Folders]
+) -> Iterator[_Member | _Link]:
     try:
         with zipfile.ZipFile(file) as archive:
             for entry in archive.infolist():
@@ -277,7 +329,7 @@ def _zip_members(file: Path, name: str, exclude: Sequence[str], tally: Tally) ->
                     continue
                 tally.found += 1
                 member = _member_name(_zip_name(entry))
-                reason = _left_out(member, name, exclude) or _unreadable_zip_member(entry)
+                reason = _left_out(member, name, exclude, others) or _unreadable_zip_member(entry)
                 if reason is not None:
                     tally.leave_out(reason, printable(f"{name}/{member}"))
                     continue
@@ -315,12 +367,16 @@ def _member_name(name: str) -> str:
     return posixpath.normpath(name.replace("\\", "/")).lstrip("/")
 
 
-def _left_out(member: str, archive: str, exclude: Sequence[str]) -> str | None:
-    """Why a member is not looked at."""
-    if any(part.startswith((".", "__MACOSX")) for part in member.split("/")):
-        return HIDDEN
+def _left_out(member: str, archive: str, exclude: Sequence[str], others: set[Folders]) -> str | None:
+    """Why a member is not looked at. A folder that holds it, and is not hidden itself, is added to `others`."""
     shown = printable(member)
-    return EXCLUDED if is_excluded(shown, exclude) or is_excluded(f"{archive}/{shown}", exclude) else None
+    excluded = is_excluded(shown, exclude) or is_excluded(f"{archive}/{shown}", exclude)
+    hidden = [part.startswith((".", "__MACOSX")) for part in member.split("/")]
+    if any(hidden):
+        if not excluded and not any(hidden[:-1]):  # `owl/.keep` keeps a class's folder that has no images yet
+            others.add(_folders(member))
+        return HIDDEN
+    return EXCLUDED if excluded else None
 
 
 def _tar_problem(file: Path, error: Exception) -> str:
@@ -340,7 +396,9 @@ def _expand(archives: Sequence[str | Path]) -> list[Path]:
     files: list[Path] = []
     for entry in archives:
         path = Path(entry).expanduser()
-        if path.is_dir():
+        if path.is_file():  # before any pattern: `a[1].zip` is its own name
+            found = [path]
+        elif path.is_dir():
             found = sorted(
                 inside for inside in path.iterdir() if is_archive(inside) and not inside.name.startswith(".")
             )

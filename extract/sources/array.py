@@ -1,5 +1,6 @@
 """Images as items of arrays: `.npy`, `.npz`, HDF5 and idx files (the MNIST family)."""
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,11 +16,14 @@ from headrace.extract.errors import SourceError, absent
 from headrace.extract.locate import open_array, path_text
 from headrace.extract.sources.folder import EXCLUDED
 from headrace.extract.sources.formats import ARRAY_KINDS, OTHER_FORMATS
-from headrace.extract.sources.layout import SPLIT_WORDS, split_word
+from headrace.extract.sources.layout import SPLIT_WORDS
 from headrace.extract.sources.listing import Listing, Tally, is_excluded, join_listings
 
 _IMAGE_CHANNELS = (1, 3, 4)
 _IDX_IMAGES = re.compile(r"(?P<prefix>.*)images[-.]idx\d(-ubyte)?(\.gz)?", re.IGNORECASE)
+_SPLIT_IN_NAME = re.compile(
+    rf"(?<![a-z])({'|'.join(sorted(SPLIT_WORDS, key=len, reverse=True))})(?![a-z])", re.IGNORECASE
+)
 _IMAGES_AT_ONCE = 64
 
 
@@ -47,9 +51,9 @@ def read_array(
     kind = _kind(file)
     key = key if key is not None or kind not in ("npz", "h5") else _only_images(file, kind)
     array = _open(file, kind, key or "")
-    if not _is_images(array.shape):
+    if not _is_images(shape := _shape(array)):
         raise SourceError(
-            f"{file}: the array has shape {array.shape}; expected (N, H, W), (N, H, W, C) or (N, C, H, W) "
+            f"{file}: the array has shape {shape}; expected (N, H, W), (N, H, W, C) or (N, C, H, W) "
             "with 1, 3 or 4 channels. One image in a file of its own is named by a table with a column path"
         )
     if not ranged and not has_range(array.dtype):
@@ -142,12 +146,26 @@ def _read_idx_family(folder: Path, exclude: Sequence[str]) -> Listing:
             "Name an array: a .npy, .npz, HDF5 or idx file"
         )
     parts = [read_array(images, labels=labels, exclude=exclude) for images, labels in pairs]
-    for (images, _), part in zip(pairs, parts, strict=True):  # MNIST's test images are called t10k
-        part.samples["split"] = SPLIT_WORDS.get((split_word(images.name) or "test").lower())
+    sides = [_side(images.name) for images, _ in pairs]
+    for part, side in zip(parts, sides, strict=True):
+        part.samples["split"] = side
     listing = join_listings(parts)
-    if listing.samples["split"].nunique() < 2:
-        return replace(listing, samples=listing.samples.drop(columns="split"))
-    return listing
+    if None not in sides and len(set(sides)) > 1:
+        return listing
+    listing = replace(listing, samples=listing.samples.drop(columns="split"))
+    if not any(sides) or None not in sides:
+        return listing
+    unnamed = next(images.name for (images, _), side in zip(pairs, sides, strict=True) if side is None)
+    note = f"{unnamed}: its name has no word of a split (train, test, …), so that there is no column split"
+    return replace(listing, notes=(*listing.notes, note))
+
+
+def _side(name: str) -> str | None:
+    """The side of a split that an idx file's name says, anywhere in it: `emnist-letters-train-images-idx3-ubyte`."""
+    match = _SPLIT_IN_NAME.search(name)
+    if match is not None:
+        return SPLIT_WORDS[match[0].lower()]
+    return "test" if "t10k" in name.lower() else None  # MNIST's test images are called t10k
 
 
 def _labels(file: Path, kind: str, labels: str | Path | None, labels_key: str | None, count: int) -> pd.Series:
@@ -159,11 +177,14 @@ def _labels(file: Path, kind: str, labels: str | Path | None, labels_key: str | 
         raise SourceError(
             f"{source}: name the array of labels in it with labels_key; it has {_names(source, source_kind)}"
         )
-    values = np.asarray(_open(source, source_kind, labels_key or "")[:])
-    values = values.reshape(len(values), -1)
-    if values.shape != (count, 1):
-        raise SourceError(f"{source}: the labels have shape {values.shape} for {count} images; expected one for each")
-    texts = as_text(pd.Series(values[:, 0])).astype(object)
+    array = _open(source, source_kind, labels_key or "")
+    shape = _shape(array)
+    if shape[:1] != (count,) or math.prod(shape) != count:
+        raise SourceError(
+            f"{source}: the labels have shape {shape} for {count} images; expected one for each: ({count},). "
+            "Name another file or array: images.labels, images.labels_key (in Python: labels=, labels_key=)"
+        )
+    texts = as_text(pd.Series(np.asarray(array[:]).reshape(count))).astype(object)
     return texts.where(texts.notna() & (texts != ""), None)
 
 
@@ -172,6 +193,11 @@ def _open(file: Path, kind: str, key: str) -> Any:
         return open_array(str(file), kind, key)
     except OSError as error:
         raise SourceError(f"{file}: cannot be read: {error.strerror or error}") from error
+
+
+def _shape(array: Any) -> tuple[int, ...]:
+    """The shape; that of a data set of HDF5 which was made without one (`h5py.Empty`) is ()."""
+    return tuple(array.shape or ())
 
 
 def _kind(file: Path) -> str:
@@ -203,7 +229,11 @@ def _only_images(file: Path, kind: str) -> str:
     fitting = [name for name, shape in shapes.items() if _is_images(shape)]
     if len(fitting) != 1:
         listed = ", ".join(f"{name} {shape}" for name, shape in shapes.items()) or "no arrays"
-        raise SourceError(f"{file}: {len(fitting)} arrays could be images; name one with key. It has: {listed}")
+        example = fitting[0] if fitting else "NAME"
+        raise SourceError(
+            f"{file}: {len(fitting)} arrays could be images; name one with key. It has: {listed}. "
+            f"In the recipe: images.array_key: {example} (in Python: key=)"
+        )
     return fitting[0]
 
 
@@ -219,7 +249,7 @@ def _shapes(file: Path, kind: str) -> dict[str, tuple[int, ...]]:
         found: dict[str, tuple[int, ...]] = {}
         with h5py.File(file, "r") as opened:
             opened.visititems(
-                lambda name, item: found.update({name: item.shape} if isinstance(item, h5py.Dataset) else {})
+                lambda name, item: found.update({name: _shape(item)} if isinstance(item, h5py.Dataset) else {})
             )
         return found
     except Exception as error:  # zipfile, NumPy and h5py raise anything on bytes that are not theirs

@@ -1,0 +1,232 @@
+"""Sources that are odd and yet people's own: links, half-labelled shards, stray quotes, text stored as bytes."""
+
+import io
+import json
+import shutil
+import subprocess
+import tarfile
+import zipfile
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from PIL import Image
+
+from headrace.extract import SourceError
+from headrace.extract.locate import read_bytes
+from headrace.extract.sources.archive import read_archives
+from headrace.extract.sources.array import read_array
+from headrace.extract.sources.listing import Listing
+
+
+def png(value: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((4, 4), value % 256, np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def counted(listing: Listing) -> int:
+    return len(listing.samples) + listing.annotations + sum(item.count for item in listing.left_out)
+
+
+def column(listing: Listing, name: str) -> dict[str, object]:
+    return dict(zip(listing.samples["id"], listing.samples[name], strict=True))
+
+
+def pack_tar(path: Path, members: list[tuple[str, bytes | tuple[bytes, str]]]) -> Path:
+    """A tar archive of files (name, bytes) and links (name, (type of link, target)), in this order."""
+    with tarfile.open(path, "w") as archive:
+        for name, data in members:
+            entry = tarfile.TarInfo(name)
+            if isinstance(data, tuple):
+                entry.type, entry.linkname = data
+                archive.addfile(entry)
+            else:
+                entry.size = len(data)
+                archive.addfile(entry, io.BytesIO(data))
+    return path
+
+
+def soft(target: str) -> tuple[bytes, str]:
+    return tarfile.SYMTYPE, target
+
+
+def hard(target: str) -> tuple[bytes, str]:
+    return tarfile.LNKTYPE, target
+
+
+# ---- archives
+
+
+@pytest.mark.skipif(shutil.which("tar") is None, reason="tar itself is the reference")
+@pytest.mark.parametrize(
+    "members",
+    [
+        [("cat/b.png", png(1)), ("cat/a.png", soft("b.png")), ("cat/a.png", png(2)), ("dog/1.png", png(3))],
+        [("cat/a.png", png(2)), ("dog/1.png", png(3)), ("cat/b.png", png(1)), ("cat/a.png", soft("b.png"))],
+        [("cat/c.png", soft("b.png")), ("cat/b.png", soft("a.png")), ("cat/a.png", png(1)), ("dog/1.png", png(3))],
+        [("cat/a.png", png(1)), ("cat/b.png", hard("cat/a.png")), ("cat/a.png", png(2)), ("dog/1.png", png(3))],
+        [("cat/a.png", png(1)), ("cat/a.png", hard("cat/a.png")), ("dog/1.png", png(3))],
+        [("cat/a.png", soft("b.png")), ("cat/b.png", png(1)), ("cat/b.png", png(2)), ("dog/1.png", png(3))],
+        [("cat/a.png", soft("../dog/1.png")), ("dog/1.png", png(3))],
+    ],
+)
+def test_links_and_later_members_of_one_name_count_as_tar_unpacks_them(tmp_path, members):
+    file = pack_tar(tmp_path / "t.tar", members)
+    (tmp_path / "out").mkdir()
+    subprocess.run(["tar", "-xf", str(file), "-C", str(tmp_path / "out")], check=True)
+    listing = read_archives(file)
+    assert listing.found == counted(listing) == len(members)
+    read = {name.removeprefix("t.tar/"): read_bytes(path) for name, path in column(listing, "path").items()}
+    assert read == {name: (tmp_path / "out" / name).read_bytes() for name in dict(members)}
+
+
+def test_links_that_lead_nowhere_or_back_to_themselves_are_left_out(tmp_path):
+    file = pack_tar(
+        tmp_path / "t.tar",
+        [
+            ("cat/a.png", soft("b.png")),
+            ("cat/b.png", soft("c.png")),
+            ("cat/c.png", soft("a.png")),
+            ("cat/self.png", soft("self.png")),
+            ("cat/gone.png", soft("nowhere.png")),
+            ("cat/1.png", png(1)),
+            ("cat/1.png", soft("nowhere.png")),
+            ("cat/2.png", png(2)),
+        ],
+    )
+    listing = read_archives(file)
+    assert list(listing.samples["id"]) == ["t.tar/cat/2.png"]
+    assert {item.reason: item.count for item in listing.left_out} == {
+        "links to what is not in the archive": 6,
+        "members that a later one of the same name replaces": 1,
+    }
+    assert listing.found == counted(listing) == 8
+
+
+def test_an_archive_keeps_its_order_with_links_in_it(tmp_path):
+    file = pack_tar(tmp_path / "t.tar", [("b.png", png(1)), ("a.png", soft("c.png")), ("c.png", png(2))])
+    assert [name.removeprefix("t.tar/") for name in read_archives(file).samples["id"]] == ["b.png", "a.png", "c.png"]
+
+
+def test_lists_of_scalars_in_json_side_files_are_cells(tmp_path):
+    data = {"label": ["cat", "indoor"], "box": [1, 2.5], "deep": [[1]], "object": {"a": 1}, "key": 3}
+    file = pack_tar(tmp_path / "t.tar", [("1.png", png(1)), ("1.json", json.dumps(data).encode())])
+    listing = read_archives(file)
+    row = listing.samples.iloc[0].to_dict()
+    assert (row["label"], row["box"], row["key"]) == (["cat", "indoor"], [1, 2.5], 3)
+    assert {"deep", "object"}.isdisjoint(row)
+
+
+@pytest.mark.parametrize("damaged", [b'{"label": ', b"[1, 2]", b"", b'"cat"', b"[" * 100_000])
+def test_a_side_file_that_is_no_json_object_is_no_annotation(tmp_path, damaged):
+    file = pack_tar(tmp_path / "t.tar", [("cat/1.png", png(1)), ("cat/1.json", damaged), ("dog/2.png", png(2))])
+    listing = read_archives(file)
+    assert [str(item) for item in listing.left_out] == ["1 side files that are no JSON object: t.tar/cat/1.json"]
+    assert listing.annotations == 0
+    assert listing.found == counted(listing) == 3
+
+
+def test_images_without_the_side_label_that_others_have_are_told(tmp_path):
+    members = [("cat/1.png", png(1)), ("cat/1.txt", b"tom"), ("cat/2.png", png(2)), ("dog/3.png", png(3))]
+    listing = read_archives(pack_tar(tmp_path / "t.tar", members))
+    assert any(note.startswith("2 of 3 images have no label: the side files") for note in listing.notes)
+    assert listing.found == counted(listing) == 4
+    flat = [(name.rpartition("/")[2], data) for name, data in members]
+    assert not read_archives(pack_tar(tmp_path / "flat.tar", flat)).notes
+    assert not read_archives(tmp_path / "t.tar", labelled=False).notes
+
+
+@pytest.mark.parametrize("kind", ["tar", "zip"])
+def test_a_class_of_hidden_members_alone_is_refused(tmp_path, kind):
+    members = [("set/cat/1.png", png(1)), ("set/dog/1.png", png(2)), ("set/owl/.keep", b""), ("set/.git/x", b"")]
+    members += [("__MACOSX/set/cat/._1.png", b""), ("set/.DS_Store", b"")]
+    file = tmp_path / f"t.{kind}"
+    if kind == "tar":
+        pack_tar(file, members)
+    else:
+        with zipfile.ZipFile(file, "w") as archive:
+            for name, data in members:
+                archive.writestr(name, data)
+    with pytest.raises(SourceError, match=r"no file in the folder owl can be used.*images.exclude: \[owl\]"):
+        read_archives(file)
+    listing = read_archives(file, exclude=["set/owl"])
+    assert set(listing.samples["label"]) == {"cat", "dog"}
+    assert listing.found == counted(listing) == 6
+
+
+def test_an_archive_named_with_brackets_is_itself(tmp_path):
+    for name, value in (("a1.zip", 1), ("a[1].zip", 2)):
+        with zipfile.ZipFile(tmp_path / name, "w") as archive:
+            archive.writestr("1.png", png(value))
+    assert list(read_archives(tmp_path / "a[1].zip").samples["id"]) == ["a[1].zip/1.png"]
+    (tmp_path / "a[1].zip").unlink()
+    assert list(read_archives(tmp_path / "a[1].zip").samples["id"]) == ["a1.zip/1.png"]
+
+
+# ---- arrays
+
+
+@pytest.mark.parametrize("values", [np.zeros(0), np.array(3), np.zeros((0, 1)), np.zeros((2, 2)), np.zeros(3)])
+def test_labels_of_another_shape_are_refused_in_words(tmp_path, values):
+    np.save(tmp_path / "x.npy", np.zeros((2, 4, 4), np.uint8))
+    np.save(tmp_path / "y.npy", values)
+    with pytest.raises(SourceError, match=r"the labels have shape \(.*\) for 2 images; expected one for each: \(2,\)"):
+        read_array(tmp_path / "x.npy", labels=tmp_path / "y.npy")
+
+
+@pytest.mark.parametrize("shape", [(2,), (2, 1), (1, 2)])
+def test_labels_in_a_column_are_labels(tmp_path, shape):
+    np.save(tmp_path / "x.npy", np.zeros((2, 4, 4), np.uint8))
+    np.save(tmp_path / "y.npy", np.array([7, 8]).reshape(shape))
+    if shape == (1, 2):
+        with pytest.raises(SourceError, match="the labels have shape"):
+            read_array(tmp_path / "x.npy", labels=tmp_path / "y.npy")
+    else:
+        assert list(read_array(tmp_path / "x.npy", labels=tmp_path / "y.npy").samples["label"]) == ["7", "8"]
+
+
+def test_a_data_set_without_a_shape_is_no_traceback(tmp_path):
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file["images"] = np.zeros((2, 4, 4), np.uint8)
+        file["nothing"] = h5py.Empty("f4")
+    assert len(read_array(tmp_path / "x.h5").samples) == 2
+    with pytest.raises(SourceError):
+        read_array(tmp_path / "x.h5", key="nothing")
+    with pytest.raises(SourceError):
+        read_array(tmp_path / "x.h5", labels_key="nothing")
+
+
+def idx(path: Path, values: np.ndarray) -> None:
+    header = bytes([0, 0, 8, values.ndim]) + b"".join(size.to_bytes(4, "big") for size in values.shape)
+    path.write_bytes(header + values.astype(np.uint8).tobytes())
+
+
+@pytest.mark.parametrize(
+    ("names", "sides"),
+    [
+        (("emnist-letters-train", "emnist-letters-test"), ["test", "train"]),
+        (("train", "t10k"), ["test", "train"]),
+        (("kmnist_val", "kmnist_train1"), ["train", "validation"]),
+        (("train", "digits"), None),
+        (("contest", "digits"), None),
+    ],
+)
+def test_the_side_of_a_split_stands_anywhere_in_the_name_of_an_idx_file(tmp_path, names, sides):
+    for name in names:
+        idx(tmp_path / f"{name}-images-idx3-ubyte", np.zeros((1, 4, 4)))
+        idx(tmp_path / f"{name}-labels-idx1-ubyte", np.zeros(1))
+    listing = read_array(tmp_path)
+    if sides is not None:
+        assert list(listing.samples["split"]) == sides
+        assert not listing.notes
+    else:
+        assert "split" not in listing.samples
+        assert bool(listing.notes) == (names[0] == "train")
+
+
+def test_several_arrays_are_told_with_the_setting_that_chooses(tmp_path):
+    np.savez(tmp_path / "x.npz", a=np.zeros((2, 4, 4), np.uint8), b=np.zeros((2, 4, 4), np.uint8))
+    with pytest.raises(SourceError, match=r"In the recipe: images.array_key: a \(in Python: key=\)"):
+        read_array(tmp_path / "x.npz")
