@@ -1,5 +1,6 @@
 """What a user can get wrong about images and networks."""
 
+import contextlib
 import difflib
 import json
 import re
@@ -42,9 +43,20 @@ def absent(path: Path, expected: str) -> str:
 
 
 def yaml_list(names: Iterable[str]) -> str:
-    """Names as a list in a recipe, quoted where YAML needs it, for the end of an error message: `[a.png, "b: c.png"]`."""
-    plain = re.compile(r"[\w./][\w./ -]*")
-    return f"[{', '.join(name if plain.fullmatch(name) else json.dumps(name, ensure_ascii=False) for name in names)}]"
+    """Names as a list in a recipe, quoted where YAML needs it, for the end of an error message: `[a.png, "2020"]`."""
+    return f"[{', '.join(map(_yaml_text, names))}]"
+
+
+def _yaml_text(name: str) -> str:
+    import yaml
+
+    if re.fullmatch(r"[\w./ -]+", name):
+        with contextlib.suppress(yaml.YAMLError, ValueError):  # ValueError: 2020-13-45 has the form of a date
+            if yaml.safe_load(name) == name:  # 2020, no and ~ are no text in YAML
+                return name
+    quoted = json.dumps(name, ensure_ascii=False)
+    # YAML takes some characters for ends of lines and refuses others, such as the lone halves of names that are no UTF-8.
+    return "".join(letter if letter.isprintable() else f"\\U{ord(letter):08x}" for letter in quoted)
 
 
 def check_unique(ids: Iterable[str], source: str) -> None:

@@ -13,6 +13,7 @@ import yaml
 from headrace.cache import HeadraceError
 from headrace.cache.text import as_text
 from headrace.extract import ImageSource, Listing, SourceError, detect_source, read_source
+from headrace.extract.errors import yaml_list
 from headrace.extract.images import is_deep
 from headrace.extract.locate import file_of, read_bytes
 from headrace.extract.sources.array import array_labels, measure_range
@@ -56,7 +57,7 @@ def look(location: Path, base: Path, *, layout: Layout = "auto", exclude: tuple[
     source = detect_source(location, layout=layout, exclude=exclude)
     finding = _look_at(location, source, base)
     asked = f"  layout: {layout}\n" if layout != "auto" else ""
-    asked += f"  exclude: [{', '.join(map(_scalar, exclude))}]\n" if exclude else ""
+    asked += f"  exclude: {yaml_list(exclude)}\n" if exclude else ""
     return replace(finding, images=finding.images + asked)
 
 

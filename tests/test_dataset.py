@@ -5,10 +5,12 @@ import hashlib
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headrace.cache import HeadraceError
+from headrace.extract.errors import yaml_list
 from headrace.heads import TRAIN_ONLY
 from headrace.pipelines.dataset import DataError, drop_rows, make_dataset
 from headrace.pipelines.recipe_sections import TaskSection
@@ -390,3 +392,33 @@ def test_fold_names_of_many_digits():
         )
     with pytest.raises(DataError, match=f"holds -1 beside {long}: number the folds 0, 1"):
         dataset(table(80, f=[long, "-1"] * 40), fold="f")
+
+
+@given(st.lists(st.text(), max_size=3))
+def test_a_list_in_a_message_is_the_list_that_is_read(names):
+    """YAML gives back the texts, whatever they look like."""
+    assert yaml.safe_load(yaml_list(names)) == names
+
+
+def test_names_that_yaml_takes_for_something_else_are_quoted():
+    """Numbers, words for true and nothing, dates, lone surrogates; plain names are not."""
+    assert yaml_list(["a b/c-1_.png", "Käfer"]) == "[a b/c-1_.png, Käfer]"
+    assert yaml_list(["0", "no", "a, b"]) == '["0", "no", "a, b"]'
+    odd = [
+        "0",
+        "2020",
+        "no",
+        "null",
+        "1.5",
+        "~",
+        "2020-13-45",
+        "2020-01-01",
+        "- a",
+        "a: b",
+        "...",
+        "---",
+        " ",
+        "",
+        "\udcff",
+    ]
+    assert yaml.safe_load(yaml_list(odd)) == odd

@@ -208,3 +208,13 @@ def test_a_table_says_what_a_run_will_leave_out(tmp_path, photos):
     frame = pd.DataFrame({"path": sorted(map(str, photos.rglob("*.png"))), "label": ["x", "y"] * 3})
     frame.to_csv(tmp_path / "t.csv", index=False)
     assert write_recipe(tmp_path / "t.csv", tmp_path / "r.yaml", force=True).sentence.endswith("'label'")
+
+
+def test_what_is_left_out_is_written_as_it_was_asked_for(tmp_path, photos):
+    """A name with a comma stays one name, and a number a name."""
+    for name in ("a, old", "2020"):
+        shutil.copytree(photos / "a", photos / name)
+    write_recipe(photos, tmp_path / "r.yaml", exclude=("a, old", "2020"))
+    recipe = load_recipe(tmp_path / "r.yaml")
+    assert recipe.images.exclude == ("a, old", "2020")
+    assert set(list_samples(recipe)["label"]) == {"a", "b"}
