@@ -10,6 +10,9 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -18,6 +21,8 @@ from headrace.extract.locate import read_bytes
 from headrace.extract.sources.archive import read_archives
 from headrace.extract.sources.array import read_array
 from headrace.extract.sources.listing import Listing
+from headrace.extract.sources.table import read_table_file
+from headrace.extract.sources.tabular import read_tables
 
 
 def png(value: int) -> bytes:
@@ -230,3 +235,98 @@ def test_several_arrays_are_told_with_the_setting_that_chooses(tmp_path):
     np.savez(tmp_path / "x.npz", a=np.zeros((2, 4, 4), np.uint8), b=np.zeros((2, 4, 4), np.uint8))
     with pytest.raises(SourceError, match=r"In the recipe: images.array_key: a \(in Python: key=\)"):
         read_array(tmp_path / "x.npz")
+
+
+# ---- tables
+
+
+def test_cells_with_line_breaks_are_told(tmp_path):
+    file = tmp_path / "t.csv"
+    file.write_text('path,label\na.jpg,cat\nb.jpg,"cat\nc.jpg,dog\nd.jpg,"dog\ne.jpg,dog\n', encoding="utf-8")
+    read = read_table_file(file)
+    assert list(read.frame["path"]) == ["a.jpg", "b.jpg", "e.jpg"]
+    assert read.notes == ('t.csv: 1 cells hold line breaks, first in row 2: an unpaired quote (") joins lines',)
+    assert read.notes[0] in read_tables(file).notes
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'path,label\na.jpg,cat\n"b.jpg,cat\nc.jpg",dog\nd.jpg,dog\n',
+        'name,path,n\nx,a.jpg,1\ny,"b.jpg,2\nz,c.jpg",3\n',
+        'name\tpath\r\n"x\ta.jpg\r\ny"\tb.jpg\r\n',
+    ],
+)
+def test_line_breaks_in_what_names_the_rows_are_refused(tmp_path, text):
+    file = tmp_path / ("t.tsv" if "\t" in text else "t.csv")
+    file.write_bytes(text.encode())
+    with pytest.raises(SourceError, match=r"1 cells hold line breaks, first in row [12]: an unpaired quote"):
+        read_table_file(file)
+
+
+@pytest.mark.parametrize(
+    "text", ['path,label\n"a, b.jpg",cat\n', 'path,label\na.jpg,"cat\n"\n', 'path,label\n"a.jpg"\n']
+)
+def test_quotes_in_pairs_are_no_note(tmp_path, text):
+    (tmp_path / "t.csv").write_text(text, encoding="utf-8")
+    assert read_table_file(tmp_path / "t.csv").notes == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("t.json", '{"a.png": "cat", "b.png": "dog", "a.png": "dog"}'),
+        ("t.json", '[{"path": "a.png"}, {"a.png": 1, "a.png": 2}]'),
+        ("t.jsonl", '{"path": "b.png"}\n{"a.png": "x", "path": "b.png", "a.png": "y"}\n'),
+    ],
+)
+def test_a_key_that_stands_twice_is_refused(tmp_path, name, text):
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(SourceError, match=r"the key 'a.png' 2 times; expected once") as raised:
+        read_table_file(tmp_path / name)
+    assert ("line 2" in str(raised.value)) == (name == "t.jsonl")
+
+
+def test_lines_of_json_end_at_line_feeds_alone(tmp_path):
+    rows = [{"path": "a.png", "label": "one\u2028two\x85three"}, {"path": "b.png", "label": "cat"}]
+    text = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\r\n\r\n"
+    (tmp_path / "t.jsonl").write_bytes(text.encode())
+    assert list(read_table_file(tmp_path / "t.jsonl").frame["label"]) == ["one\u2028two\x85three", "cat"]
+
+
+def save(table: pa.Table, file: Path) -> Path:
+    if file.suffix == ".arrow":
+        with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table, max_chunksize=2)
+    else:
+        pq.write_table(table, file, row_group_size=2)
+    return file
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary()])
+def test_bytes_are_images_where_the_first_value_is_one_and_else_text(tmp_path, suffix, kind):
+    texts = [None, b"", None, " caf\u00e9 ".encode(), b"dog"]
+    table = pa.table(
+        {
+            "image": pa.array([None, None, None, png(1), png(2)], kind),
+            "label": pa.array(texts, kind),
+            "none": pa.array([None] * 5, kind),
+            "damaged": pa.array([b"\0\1", None, None, None, b"x"], kind),
+        }
+    )
+    read = read_table_file(save(table, tmp_path / f"t{suffix}"))
+    assert read.image_columns == ("image", "none", "damaged")
+    label = read.frame["label"].astype(object)
+    assert list(label.where(label.notna(), None)) == [None, None, None, "caf\u00e9", "dog"]
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+def test_paths_and_labels_stored_as_bytes_are_used(tmp_path, suffix):
+    table = pa.table({"path": pa.array([b"a.jpg", b"b.jpg"]), "label": pa.array([b"cat", b"dog"])})
+    listing = read_tables(save(table, tmp_path / f"t{suffix}"))
+    assert [Path(path).name for path in listing.samples["path"]] == ["a.jpg", "b.jpg"]
+    assert list(listing.samples["label"]) == ["cat", "dog"]
+    frame = pd.DataFrame({"label": [b"cat", b"dog"], "image": [png(1), png(2)]}).set_index("label")
+    frame.to_parquet(tmp_path / "indexed.parquet")
+    assert set(read_tables(tmp_path / "indexed.parquet").samples["label"]) == {"cat", "dog"}

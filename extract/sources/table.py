@@ -6,7 +6,7 @@ import io
 import itertools
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,15 +20,18 @@ from headrace.cache.text import as_text, normalize_text
 from headrace.extract.errors import SourceError, absent
 from headrace.extract.locate import open_arrow
 from headrace.extract.sources.coco import coco_rows
-from headrace.extract.sources.formats import IMAGE_SUFFIXES, OTHER_FORMATS
+from headrace.extract.sources.formats import IMAGE_SUFFIXES, OTHER_FORMATS, has_image_signature
 
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 _LINES_LOOKED_AT = 20
+_CELLS_LOOKED_AT = 100
 _TEXT_SUFFIXES = (".csv", ".tsv", ".tab", ".txt")
 _EXPECTED = "a table ends in .csv, .tsv, .jsonl, .json, .parquet or .arrow"
 
 # What a compressed table may become: repeated rows reach some fifty times, and deflate a thousand.
 _GZIP_RATIO, _GZIP_FLOOR_BYTES = 200, 1 << 26
+_BUFFER_BYTES = 1 << 16
+_SIGNATURE_BYTES = 32
 _MOST_COLUMNS = 20_000  # each takes a millisecond or so
 
 
@@ -114,8 +117,37 @@ def _read_csv(text: str, suffix: str, file: Path) -> Table:
             f"{file}: the rows have more values than the header has names ({len(frame.columns)}). "
             "Give every column a name in the first line, or delete what ends the rows."
         )
-    notes = () if delimiter == default else (f"{file.name}: the columns are separated by {_DELIMITERS[delimiter]}",)
-    return Table(_clean(frame), notes=notes)
+    notes = [] if delimiter == default else [f"{file.name}: the columns are separated by {_DELIMITERS[delimiter]}"]
+    if '"' in text:
+        notes += _joined_lines(frame, file)
+    return Table(_clean(frame), notes=tuple(notes))
+
+
+def _joined_lines(frame: pd.DataFrame, file: Path) -> list[str]:
+    """A note on cells with line breaks. Raises SourceError where they are what names the rows, or paths of images.
+
+    A quote without its pair takes all up to the next one, however many rows later, for one cell.
+    """
+    rows: list[int] = []
+    refused = False
+    for place, name in enumerate(frame.columns):
+        cells = frame[name].str.strip()
+        broken = cells.str.contains("[\r\n]", na=False).to_numpy(dtype=bool)
+        if broken.any():
+            rows += (broken.nonzero()[0] + 1).tolist()
+            others = cells[~broken]
+            others = others[others.fillna("") != ""].head(_CELLS_LOOKED_AT)
+            paths = [Path(str(value)).suffix.lower() in IMAGE_SUFFIXES for value in others]
+            refused |= place == 0 or (bool(paths) and all(paths))
+    if not rows:
+        return []
+    found = f'{len(rows):,} cells hold line breaks, first in row {min(rows):,}: an unpaired quote (") joins lines'
+    if refused:
+        raise SourceError(
+            f"{file}: {found}, and these cells are in a column that tells the rows apart. Delete the quote or write its pair; a "
+            'quote within a cell is written twice (""). Where the line breaks are meant, put a column of paths first'
+        )
+    return [f"{file.name}: {found}"]
 
 
 def _delimiter(text: str, default: str) -> str:
@@ -149,11 +181,13 @@ def _check_header(names: list[str], file: Path) -> None:
 
 def _read_json_lines(text: str, file: Path) -> Table:
     records = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # JSON may hold other line breaks as they are, such as U+2028
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = _parse_json(line, f"{file}, line {number}")
+        except SourceError:
+            raise
         except (ValueError, RecursionError) as error:
             raise SourceError(f"{file}, line {number}: no JSON ({error}). Expected one object per line.") from error
         if not isinstance(record, dict):
@@ -162,8 +196,24 @@ def _read_json_lines(text: str, file: Path) -> Table:
     return Table(_clean(pd.DataFrame(records, dtype=object)))
 
 
+def _parse_json(text: str, where: str) -> Any:
+    """The value that a JSON text holds. Raises SourceError where an object has a key twice, ValueError for other text."""
+
+    def build(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            key, count = Counter(key for key, _ in pairs).most_common(1)[0]
+            raise SourceError(
+                f"{where}: an object has the key {key!r} {count} times; expected once, as only the last value would count. Delete "
+                "the others, or give each a key of its own"
+            )
+        return values
+
+    return json.loads(text, object_pairs_hook=build)
+
+
 def _read_json(text: str, file: Path) -> Table:
-    values = json.loads(text)
+    values = _parse_json(text, str(file))
     if isinstance(values, dict) and isinstance(values.get("images"), list):
         frame, notes = coco_rows(values, file)
         return Table(_clean(frame), notes=notes)
@@ -181,13 +231,41 @@ def _read_json(text: str, file: Path) -> Table:
 def _read_parquet(file: Path) -> Table:
     opened = pq.ParquetFile(file)
     schema = opened.schema_arrow
-    images = _image_columns(schema)
+    images = tuple(
+        name
+        for name in _image_columns(schema)
+        if not _is_binary(schema.field(name).type) or _are_images(_parquet_values(file, name))
+    )
     columns = [field.name for field in schema if field.name not in images]
     # Of a struct of bytes and path, the path alone: the images stay on disk.
     columns += [f"{name}.path" for name in images if _has_path(schema.field(name).type)]
     table = opened.read(columns=columns).replace_schema_metadata(schema.metadata)
     empty = [name for name in images if _is_empty(opened.metadata, f"{name}.bytes")]
     return _from_arrow(table, opened.metadata.num_rows, images, empty)
+
+
+def _parquet_values(file: Path, column: str) -> Iterator[Any]:
+    """The values of a column, without what is missing; no more of the file is read than is asked for."""
+    with pq.ParquetFile(
+        file, buffer_size=_BUFFER_BYTES
+    ) as opened:  # else a whole row group of images would be in memory
+        for group in range(opened.metadata.num_row_groups):
+            for batch in opened.iter_batches(batch_size=16, row_groups=[group], columns=[column]):
+                yield from (cell.as_py() for cell in batch.column(0) if cell.is_valid)
+
+
+def _arrow_values(cells: pa.ChunkedArray) -> Iterator[Any]:
+    """The values of a column, without what is missing."""
+    return (cell.as_py() for chunk in cells.chunks if chunk.null_count < len(chunk) for cell in chunk if cell.is_valid)
+
+
+def _are_images(values: Iterable[bytes]) -> bool:
+    """Whether a column of bytes holds images, by its first value; else it is text, as TensorFlow's exports store it.
+
+    A value with a NUL is no text: an image all the same, damaged or of a format that is not read.
+    """
+    first = next((value for value in values if value), None)
+    return first is None or has_image_signature(first[:_SIGNATURE_BYTES]) or b"\0" in first
 
 
 def _is_empty(metadata: Any, column: str) -> bool:
@@ -206,7 +284,7 @@ def _has_path(kind: pa.DataType) -> bool:
 
 
 def _image_columns(schema: pa.Schema) -> tuple[str, ...]:
-    """Columns of bytes, or of structs with a field `bytes`, as Hugging Face's Image feature is stored."""
+    """What can hold images: columns of bytes, or of structs with a field `bytes`, as Hugging Face's Image feature is stored."""
     return tuple(field.name for field in schema if _is_binary(field.type) or _holds_bytes(field.type))
 
 
@@ -221,19 +299,25 @@ def _holds_bytes(kind: pa.DataType) -> bool:
     return place >= 0 and _is_binary(kind.field(place).type)
 
 
-def _from_arrow(table: pa.Table, rows: int, images: tuple[str, ...] = (), empty: Sequence[str] = ()) -> Table:
+def _from_arrow(table: pa.Table, rows: int, images: tuple[str, ...] | None = None, empty: Sequence[str] = ()) -> Table:
     """The columns that are no images; what `datasets` stores as the path of one is the column `NAME.path`.
 
-    empty: columns of images without bytes. They name files, and the column `NAME` has their paths.
+    images: the columns of images; None where they are to be found. empty: those without bytes. They name files, and the
+    column `NAME` has their paths.
     """
-    if not images:
-        images = _image_columns(table.schema)
+    if images is None:
+        images = tuple(
+            name
+            for name in _image_columns(table.schema)
+            if not _is_binary(table[name].type) or _are_images(_arrow_values(table[name]))
+        )
         empty = [
             name
             for name in images
             if pa.types.is_struct(table[name].type) and pc.struct_field(table[name], "bytes").null_count == len(table)
         ]
     class_names = _class_names(table.schema)
+    texts = [field.name for field in table.schema if field.name not in images and _is_binary(field.type)]
     for name in set(images) & set(table.column_names):
         cells = table[name]
         table = table.drop_columns([name])
@@ -246,6 +330,9 @@ def _from_arrow(table: pa.Table, rows: int, images: tuple[str, ...] = (), empty:
         frame = pd.DataFrame(index=pd.RangeIndex(rows))
     if not isinstance(frame.index, pd.RangeIndex):
         frame = frame.reset_index(drop=frame.index.name is None)
+    for name in texts:
+        if name in frame:
+            frame[name] = as_text(frame[name])
     for name, names in class_names.items():
         if name in frame:
             frame[name] = [names[int(value)] if _is_class(value, names) else None for value in frame[name]]
