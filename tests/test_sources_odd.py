@@ -21,6 +21,7 @@ from headrace.extract.locate import read_bytes
 from headrace.extract.sources.archive import read_archives
 from headrace.extract.sources.array import read_array
 from headrace.extract.sources.listing import Listing
+from headrace.extract.sources.read import detect_kind
 from headrace.extract.sources.table import read_table_file
 from headrace.extract.sources.tabular import read_tables
 
@@ -330,3 +331,11 @@ def test_paths_and_labels_stored_as_bytes_are_used(tmp_path, suffix):
     frame = pd.DataFrame({"label": [b"cat", b"dog"], "image": [png(1), png(2)]}).set_index("label")
     frame.to_parquet(tmp_path / "indexed.parquet")
     assert set(read_tables(tmp_path / "indexed.parquet").samples["label"]) == {"cat", "dog"}
+
+
+def test_an_image_with_idx_in_its_name_is_an_image(tmp_path):
+    for name in ("pat_idx3.png", "a.idx.jpg"):
+        (tmp_path / name).write_bytes(png(1))
+        assert detect_kind(tmp_path / name) == "image"
+    idx(tmp_path / "t-images.idx3-ubyte", np.zeros((1, 4, 4)))
+    assert detect_kind(tmp_path / "t-images.idx3-ubyte") == "array"
