@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import yaml
 
 from headrace.cache import HeadraceError
 from headrace.cache.text import as_text
-from headrace.extract import ImageSource, Listing, SourceError, detect_source, read_source
+from headrace.extract import SPLIT_WORDS, ImageSource, Listing, SourceError, detect_source, read_source
 from headrace.extract.errors import yaml_list
 from headrace.extract.images import is_deep
 from headrace.extract.locate import file_of, read_bytes
@@ -79,12 +80,12 @@ def _look_at_folder(folder: Path, source: ImageSource, base: Path) -> Finding:
     """Class folders, unless they are none and a table beside the images says more; both readings are told."""
     tables = [path for path in sorted(folder.iterdir()) if is_table(path) and path.is_file()]
     predictions = [path for path in tables if _is_predictions(path)]
-    readings: list[Finding] = []
+    readings: dict[Path, Finding] = {}
     refusals: list[str] = []
     for table in tables:
         if table not in predictions:
             try:
-                readings.append(_look_at_table(table, replace(source, kind="table", location=table), base))
+                readings[table] = _look_at_table(table, replace(source, kind="table", location=table), base)
             except HeadraceError as refusal:  # a table of something else, unless the folder is no use either
                 if table.suffix.lower() not in MAYBE_TABLES:
                     refusals.append(str(refusal))
@@ -93,27 +94,28 @@ def _look_at_folder(folder: Path, source: ImageSource, base: Path) -> Finding:
         finding = _look_at_class_folders(folder, source, base)
     except HeadraceError as error:
         if len(readings) == 1:
-            return replace(readings[0], notes=(*readings[0].notes, *notes))
-        if len(readings) > 1:
-            names = ", ".join(path.name for path in tables if path not in predictions)
+            (reading,) = readings.values()
+            return replace(reading, notes=(*reading.notes, *notes))
+        if readings:
+            names = ", ".join(path.name for path in readings)
             raise InitError(
-                f"{folder} holds several tables that could name the images ({names}): name one. Try: headrace init {tables[0]}"
+                f"{folder} holds several tables that could name the images ({names}): name one. Try: {_command(next(iter(readings)))}"
             ) from None
         arrays = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in ARRAY_KINDS]
         if arrays and not has_images(folder):
             if len(arrays) > 1:
                 raise InitError(
-                    f"{folder} holds {len(arrays)} array files: name one. Try: headrace init {arrays[0]}"
+                    f"{folder} holds {len(arrays)} array files: name one. Try: {_command(arrays[0])}"
                 ) from None
             return _look_at(arrays[0], replace(source, kind="array", location=arrays[0]), base)
         if not refusals:
             raise
         raise InitError("\n".join([str(error), *refusals])) from None
     if readings:
-        named = [path.name for path in tables if path not in predictions]
+        named = ", ".join(path.name for path in readings)
         notes.append(
-            f"the sub-folders are taken for the classes. {', '.join(named)} could name the images and their labels, too: for that, "
-            f"headrace init {folder / named[0]}"
+            f"the sub-folders are taken for the classes. {named} could name the images and their labels, too: for that, "
+            f"{_command(next(iter(readings)))}"
         )
     return replace(finding, notes=(*finding.notes, *notes))
 
@@ -134,7 +136,7 @@ def _look_at_class_folders(folder: Path, source: ImageSource, base: Path) -> Fin
         found = f"one class only, {counts.index[0]!r}" if len(counts) else "images, but no sub-folder for a class"
         inner = sorted(path.name for path in folder.joinpath(str(counts.index[0])).glob("*/")) if len(counts) else []
         hint = (
-            f". If the folders in it are the classes, try: headrace init {folder / str(counts.index[0])}"
+            f". If the folders in it are the classes, try: {_command(folder / str(counts.index[0]))}"
             if len(inner) > 1
             else ""
         )
@@ -159,13 +161,13 @@ def _look_at_archives(location: Path, source: ImageSource, base: Path) -> Findin
     listing = read_source(source)
     samples = listing.samples
     columns = [str(column) for column in samples.columns if column not in ("id", "path")]
-    task, target = _task(samples, columns, location)
+    task, target, notes = _task(samples, columns, location)
     key = "zip" if _holds_zip(location) else "tar"
     return Finding(
         images=f"  {key}: {_relative(location, base)}      # archives; or a pattern: train-{{000..031}}.tar\n",
         task=task,
         sentence=f"{len(samples):,} images in archives, {samples[target].nunique():,} classes in {target!r}",
-        notes=_notes(listing),
+        notes=(*notes, *_notes(listing)),
     )
 
 
@@ -204,13 +206,13 @@ def _look_at_array(location: Path, source: ImageSource, base: Path) -> Finding:
             f"{location}: {len(samples):,} images, and no labels beside them. Write the recipe by hand, with\n"
             f"images:\n{images}  labels: FILE      # .npy, .npz, HDF5 or idx, one value per image"
         )
-    task, _ = _task(samples, ["label", *(["split"] if "split" in samples else [])], location)
+    task, _, assumed = _task(samples, ["label", *(["split"] if "split" in samples else [])], location)
     split = f"; {_sizes(samples['split'])}" if "split" in samples else ""
     return Finding(
         images,
         task,
         f"{len(samples):,} images in {samples['label'].nunique():,} classes{split}",
-        (*notes, *_notes(listing)),
+        (*notes, *assumed, *_notes(listing)),
     )
 
 
@@ -223,7 +225,9 @@ def _look_at_table(table: Path, source: ImageSource, base: Path) -> Finding:
     read = read_table_file(file)
     lines = f"  table: {_relative(table, base)}\n"
     where, is_pattern = find_images(read, file, file.parent)
+    notes: list[str] = []
     if is_pattern:
+        notes.append(f"no column names image files; they were found by the pattern {where!r} (images.path_pattern)")
         lines += f"  path_pattern: {_scalar(where)}      # where the images are, by the column in braces\n"
         source = replace(source, path_pattern=where)
     else:
@@ -241,13 +245,13 @@ def _look_at_table(table: Path, source: ImageSource, base: Path) -> Finding:
         for column in samples.columns
         if column not in (*used, "id", "path") and not column.endswith(".path") and _values(samples[column]) is not None
     ]
-    task, target = _task(samples, others, table)
+    task, target, assumed = _task(samples, others, table)
     return Finding(
         images=f"{lines}  # root: images      # what relative paths start from\n",
         task=task,
         sentence=f"{len(samples):,} images in {table.name}, {_classes(samples[target])} in column {target!r}"
         + _doubts(samples["path"], samples[target]),
-        notes=_notes(listing),
+        notes=(*notes, *assumed, *_notes(listing)),
     )
 
 
@@ -289,13 +293,13 @@ def _doubts(paths: "pd.Series[Any]", labels: "pd.Series[Any]") -> str:
     return said
 
 
-def _task(frame: pd.DataFrame, columns: Sequence[str], where: Path) -> tuple[str, str]:
-    """The lines of the recipe's task section, and the target's column."""
-    split = _first_named(_SPLIT_NAMES, columns)
-    group = _first_named(_GROUP_NAMES, columns)
+def _task(frame: pd.DataFrame, columns: Sequence[str], where: Path) -> tuple[str, str, list[str]]:
+    """The lines of the recipe's task section, the target's column, and notes on what was assumed."""
+    notes: list[str] = []
+    named = (_first_named(_SPLIT_NAMES, columns), _first_named(_GROUP_NAMES, columns))
     lists = [column for column in ("label", "labels") if column in frame and _values(frame[column]) is None]
     target = _first_named(_TARGET_NAMES, [*columns, *lists]) or _few_valued(
-        frame, [c for c in columns if c not in (split, group)]
+        frame, [c for c in columns if c not in named]
     )
     if target is None:
         raise InitError(
@@ -308,27 +312,69 @@ def _task(frame: pd.DataFrame, columns: Sequence[str], where: Path) -> tuple[str
         task += "\n  kind: multi                    # several labels in a cell"
     elif (separator := _separator(frame[target])) is not None:
         task += f"\n  kind: multi                    # several labels in a cell\n  separator: {_scalar(separator)}"
+        notes.append(
+            f"the cells of {target!r} are taken for several labels each, separated by {separator!r} (task.separator); for one label "
+            "each: task.kind: single"
+        )
     else:
         values = frame[target].dropna().unique()
         if len(values) < 2:
             found = f"one class only, {values[0]!r}" if len(values) else "no value"
             raise InitError(f"{where}: column {target!r} holds {found}. A classifier needs two classes or more")
+    labelled = frame[frame[target].notna()]  # a run leaves the others out, whatever else they hold
+    split = _first_named(_SPLIT_NAMES, [column for column in columns if _holds_sides(labelled[column])])
+    group = _first_named(_GROUP_NAMES, [column for column in columns if _is_full(labelled[column])])
     if split:
         task += f"\n  split: {_scalar(split)}"
+    if named[0] != split:
+        notes.append(
+            f"column {named[0]!r} holds other values than train, validation and test, or none, and is not taken for a split"
+        )
     if group:
         task += f"\n  group: {_scalar(group)}"
-    return task, target
+    if named[1] != group:
+        notes.append(
+            f"column {named[1]!r} is empty for some images, and is not taken for groups: fill it, and set "
+            f"task.group: {_scalar(str(named[1]))}"
+        )
+    return task, target, notes
+
+
+def _holds_sides(column: "pd.Series[Any]") -> bool:
+    """Whether every cell of a column is a word for a side of a split."""
+    return _is_full(column) and set(as_text(column).str.lower()) <= set(SPLIT_WORDS)
+
+
+def _is_full(column: "pd.Series[Any]") -> bool:
+    """Whether no cell of a column is empty."""
+    texts = as_text(column)
+    return bool(texts.notna().all() and (texts != "").all())
 
 
 def _separator(column: "pd.Series[Any]") -> str | None:
     """What stands between several labels in the cells of a column: parts recur, and stand alone in some cells."""
     cells = as_text(column).dropna().unique().tolist()
     for separator in _SEPARATORS:
-        parts = {part.strip() for cell in cells if separator in cell for part in cell.split(separator)}
+        combined = [{part.strip() for part in cell.split(separator)} for cell in cells if separator in cell]
+        parts = {part for combination in combined for part in combination}
         alone = {cell for cell in cells if separator not in cell}
-        if parts and len(parts | alone) < len(cells) and len(parts & alone) * 2 >= len(parts):
+        if (
+            parts
+            and len(parts | alone) < len(cells)
+            and len(parts & alone) * 2 >= len(parts)
+            and (separator != " " or _are_labels(combined, parts, alone))
+        ):
             return separator
     return None
+
+
+def _are_labels(combined: list[set[str]], parts: set[str], alone: set[str]) -> bool:
+    """Whether words that stand together are labels, and not the words of one name, such as `wild cat` beside `cat`.
+
+    Each of them is a label by itself, and they are all the labels that there are, or three of them recur in combinations.
+    """
+    recurring = [part for part in parts if sum(part in combination for combination in combined) > 1]
+    return parts <= alone and (parts == alone or len(recurring) >= 3)
 
 
 def _first_named(names: tuple[str, ...], columns: Sequence[str]) -> str | None:
@@ -349,6 +395,11 @@ def _values(column: "pd.Series[Any]") -> int | None:
         return column.nunique()
     except TypeError:
         return None
+
+
+def _command(path: Path) -> str:
+    """What to type for another reading, fit to be pasted."""
+    return f"headrace init {shlex.quote(str(path))}"
 
 
 def _relative(path: Path, base: Path) -> str:

@@ -176,9 +176,15 @@ def test_several_labels_in_a_cell_are_found(tmp_path):
     for cells, separator in (
         (["scab", "rust", "scab rust"] * 4, " "),
         (["a;b", "a", "b"] * 4, ";"),
+        (["scab", "rust", "pox", "scab rust", "scab pox", "rust pox"] * 2, " "),
         (["New York", "Rome"] * 6, None),
+        (["wild cat", "wild dog", "cat", "dog"] * 3, None),
+        (["wild cat", "wild dog", "tame cat", "tame dog", "cat", "dog"] * 2, None),
+        (["fire", "truck", "fire truck", "car"] * 3, None),
     ):
         pd.DataFrame({"path": [str(file) for file in files], "label": cells}).to_csv(tmp_path / "t.csv", index=False)
-        command("init", tmp_path / "t.csv", "--out", tmp_path / "r.yaml", "--force")
+        said = command("init", tmp_path / "t.csv", "--out", tmp_path / "r.yaml", "--force")
+        told = f"'label' are taken for several labels each, separated by {separator!r} (task.separator); for one label each"
+        assert (told in " ".join(said.split())) == (separator is not None)
         task = load_recipe(shorten(tmp_path / "r.yaml")).task
         assert (task.kind, task.separator) == ("single" if separator is None else "multi", separator)

@@ -218,3 +218,51 @@ def test_what_is_left_out_is_written_as_it_was_asked_for(tmp_path, photos):
     recipe = load_recipe(tmp_path / "r.yaml")
     assert recipe.images.exclude == ("a, old", "2020")
     assert set(list_samples(recipe)["label"]) == {"a", "b"}
+
+
+def test_columns_that_no_run_could_use_are_left_out(tmp_path):
+    """A `set` of other words is no split, a `site` with gaps no group; both are told, and the recipe makes a dataset."""
+    frame = rows(set=["S1", "S2"] * 3, site=["p", None, "q", "p", "q", "q"])
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    notes = " ".join(write_recipe(tmp_path / "t.csv", tmp_path / "r.yaml").notes)
+    task = load_recipe(tmp_path / "r.yaml").task
+    assert (task.split, task.group) == (None, None)
+    assert "column 'set' holds other values than train, validation and test" in notes
+    assert "column 'site' is empty for some images" in notes
+    frame.loc[1, "label"] = None  # the only gap is in a row that a run leaves out
+    frame.assign(subset=["Train", "VAL", "test"] * 2).to_csv(tmp_path / "t.csv", index=False)
+    notes = " ".join(write_recipe(tmp_path / "t.csv", tmp_path / "r.yaml", force=True).notes)
+    task = load_recipe(tmp_path / "r.yaml").task
+    assert (task.split, task.group) == ("subset", "site")
+    assert "column 'set' holds other values" in notes
+    assert "'site'" not in notes
+
+
+def test_a_pattern_of_paths_is_told(tmp_path):
+    """What was assumed of where the images are."""
+    (tmp_path / "train").mkdir()
+    for number in range(6):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"train/k{number}.png")
+    rows(id=[f"k{n}" for n in range(6)]).drop(columns="path").to_csv(tmp_path / "t.csv", index=False)
+    notes = " ".join(write_recipe(tmp_path / "t.csv", tmp_path / "r.yaml").notes)
+    assert "found by the pattern 'train/{id}.png' (images.path_pattern)" in notes
+
+
+def test_commands_in_messages_name_what_can_be_read(tmp_path, photos):
+    """Quoted for a shell; neither our own predictions nor a table of something else is named."""
+    mine = tmp_path / "my photos"
+    photos.rename(mine)
+    paths = sorted(str(path) for path in mine.rglob("*.png"))
+    pd.DataFrame({"file": paths, "class": "a", "error": None}).to_csv(mine / "a-predictions.csv", index=False)
+    pd.DataFrame({"weather": ["rain", "sun"]}).to_csv(mine / "b-other.csv", index=False)
+    pd.DataFrame({"path": paths, "label": ["x", "y"] * 3}).to_csv(mine / "labels.csv", index=False)
+    command = f"headrace init '{mine / 'labels.csv'}'"
+    (told,) = (note for note in write_recipe(mine, tmp_path / "r.yaml").notes if "sub-folders" in note)
+    assert told.endswith(command)
+    assert "classes. labels.csv could name" in told
+    shutil.rmtree(mine / "b")
+    pd.DataFrame({"path": paths, "label": ["x", "y"] * 3}).to_csv(mine / "more.csv", index=False)
+    with pytest.raises(InitError) as refusal:
+        write_recipe(mine, tmp_path / "s.yaml")
+    assert "(labels.csv, more.csv)" in str(refusal.value)
+    assert str(refusal.value).endswith(command)
