@@ -111,6 +111,13 @@ def test_links_that_lead_nowhere_or_back_to_themselves_are_left_out(tmp_path):
     assert listing.found == counted(listing) == 8
 
 
+def test_a_long_chain_of_links_is_followed(tmp_path):
+    links = [(f"{n}.png", soft(f"{n + 1}.png")) for n in range(1500)]
+    listing = read_archives(pack_tar(tmp_path / "t.tar", [*links, ("1500.png", png(1))]))
+    assert len(listing.samples) == 1501
+    assert {read_bytes(path) for path in listing.samples["path"].iloc[[0, 700, 1500]]} == {png(1)}
+
+
 def test_an_archive_keeps_its_order_with_links_in_it(tmp_path):
     file = pack_tar(tmp_path / "t.tar", [("b.png", png(1)), ("a.png", soft("c.png")), ("c.png", png(2))])
     assert [name.removeprefix("t.tar/") for name in read_archives(file).samples["id"]] == ["b.png", "a.png", "c.png"]

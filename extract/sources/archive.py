@@ -12,6 +12,7 @@ import posixpath
 import re
 import tarfile
 import zipfile
+from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -199,25 +200,23 @@ def _read_archive(file: Path, name: str, exclude: Sequence[str], tally: Tally, o
     return found
 
 
-def _follow(
-    entries: Sequence[_Member | _Link],
-    places: Mapping[str, Sequence[int]],
-    place: int,
-    passed: frozenset[int] = frozenset(),
-) -> _Member | None:
-    """The member at a place of the archive, or the one that a link there leads to; None where it leads nowhere.
+def _follow(entries: Sequence[_Member | _Link], places: Mapping[str, Sequence[int]], place: int) -> _Member | None:
+    """The member at a place of the archive, or the one that links there lead to; None where they lead nowhere.
 
     A symbolic link means the last member of a name; a hard link the one before it, which `tar -x` has unpacked by then.
     """
-    entry = entries[place]
-    if isinstance(entry, _Member):
-        return entry
-    there = [other for other in places.get(entry.target, ()) if other != place]
-    if entry.hard:
-        there = [other for other in there if other < place] or there
-    if not there or there[-1] in passed:  # links can lead back to themselves
-        return None
-    return _follow(entries, places, there[-1], passed | {place})
+    passed: set[int] = set()  # links can lead back to themselves
+    while place not in passed:
+        entry = entries[place]
+        if isinstance(entry, _Member):
+            return entry
+        passed.add(place)
+        there = places.get(entry.target)
+        if not there:
+            return None
+        before = bisect_left(there, place) if entry.hard else 0
+        place = there[before - 1]  # the last one where there is none before
+    return None
 
 
 def _sample_key(name: str) -> str:
