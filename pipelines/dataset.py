@@ -4,9 +4,7 @@ A test row never enters the task that banks read: the two are separate values, a
 """
 
 import difflib
-import unicodedata
-from collections import defaultdict
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,20 +14,22 @@ import pandas as pd
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from headrace.cache import HeadraceError
 from headrace.cache.text import as_text
 from headrace.extract import SPLIT_WORDS, Listing, read_source
 from headrace.extract.errors import yaml_list
 from headrace.heads import TEST, TRAIN_ONLY, Task, make_folds, split_test
 from headrace.pipelines.recipe import Recipe
 from headrace.pipelines.recipe_sections import TaskSection
+from headrace.pipelines.targets import (
+    DataError,
+    alike_names,
+    check_targets,
+    empty_as_missing,
+    name_some,
+    target_columns,
+)
 
-_NAMED = 10  # classes in one note
 _EXCLUDED_NAMED = 20  # images in one message, to be copied from it
-
-
-class DataError(HeadraceError, ValueError):
-    """The images or their columns cannot serve the task: says what was found and what was expected."""
 
 
 @dataclass(frozen=True)
@@ -83,13 +83,13 @@ def make_dataset(samples: pd.DataFrame, content: Sequence[str | None], section: 
     frame, classes, target = check_targets(frame, section)
     unlabelled -= len(frame)
     if unlabelled:
-        notes.append(f"{unlabelled:,} images have no {' / '.join(_columns(section))} and are left out")
-    notes += _alike(classes, "classes")
+        notes.append(f"{unlabelled:,} images have no {' / '.join(target_columns(section))} and are left out")
+    notes += alike_names(classes, "classes")
     groups = None
     if section.group is not None:
         names = _group_names(frame, section.group)
         groups = np.asarray(pd.factorize(names)[0], dtype=np.int64)
-        notes += _alike(names.unique(), f"values of {section.group!r}")
+        notes += alike_names(names.unique(), f"values of {section.group!r}")
     notes += _unused_split(frame, section)
     across = _copies_across_sides(frame, section)
     notes += _duplicates(frame, target, across=bool(across)) + across
@@ -111,45 +111,6 @@ def make_dataset(samples: pd.DataFrame, content: Sequence[str | None], section: 
     return Dataset(task.without_test(), _rows(task, fold == TEST), tuple(notes), together[fold != TEST], unlabelled)
 
 
-def check_targets(
-    samples: pd.DataFrame, section: TaskSection
-) -> tuple[pd.DataFrame, tuple[str, ...], npt.NDArray[Any]]:
-    """The samples that have a target, the classes (or columns), and the targets as in `Task.target`.
-
-    Raises DataError for targets that cannot be learned.
-    """
-    columns = _columns(section)
-    values = samples[columns].apply(_empty_as_missing)
-    if section.kind != "single" and not (section.kind == "multi" and _holds_labels(values, section)):
-        values = values.apply(lambda column: _numbers(column, samples["id"], section))
-    given = values.notna().all(axis=1)
-    labelled = samples[given].reset_index(drop=True)
-    if labelled.empty:
-        raise DataError(f"no image has a value in {' / '.join(columns)}: there is nothing to learn")
-    return labelled, *_encode(values[given].reset_index(drop=True), section)
-
-
-def _empty_as_missing(column: pd.Series) -> pd.Series:
-    """An empty text is a missing value, wherever the column comes from."""
-    if column.dtype.kind in "biuf":
-        return column
-    return column.mask(column.map(lambda value: isinstance(value, str) and not value.strip()).astype(bool))
-
-
-def _is_list(value: object) -> bool:
-    return isinstance(value, list | tuple | set | np.ndarray)
-
-
-def _holds_labels(values: pd.DataFrame, section: TaskSection) -> bool:
-    """Whether one column holds several labels in each cell: a list, or text with a separator."""
-    column = values.iloc[:, 0]
-    return values.shape[1] == 1 and (section.separator is not None or bool(column.map(_is_list).any()))
-
-
-def _columns(section: TaskSection) -> list[str]:
-    return [section.target] if isinstance(section.target, str) else list(section.target)
-
-
 def _rows(task: Task, keep: npt.NDArray[np.bool_]) -> Task:
     return Task(
         task.kind,
@@ -162,126 +123,8 @@ def _rows(task: Task, keep: npt.NDArray[np.bool_]) -> Task:
     )
 
 
-def _encode(columns: pd.DataFrame, section: TaskSection) -> tuple[tuple[str, ...], npt.NDArray[Any]]:
-    for name in columns.columns:
-        if columns[name].dtype.kind == "f" and np.isinf(columns[name]).any():
-            raise DataError(
-                f"task.target {name!r} is infinite in {int(np.isinf(columns[name]).sum()):,} rows: mend or empty them"
-            )
-    if section.kind == "single":
-        return _encode_classes(columns, section)
-    if section.kind == "multi" and _holds_labels(columns, section):
-        return _encode_label_sets(columns.iloc[:, 0], section.separator)
-    names = tuple(str(name) for name in columns.columns)
-    numbers = columns.to_numpy(dtype=np.float64)
-    if section.kind == "regression":
-        return names, numbers
-    if not np.isin(numbers, (0, 1)).all():
-        raise DataError(f"task.kind multi needs 0 or 1 in every column of {', '.join(names)}")
-    return names, numbers.astype(np.uint8)
-
-
-def _encode_classes(columns: pd.DataFrame, section: TaskSection) -> tuple[tuple[str, ...], npt.NDArray[np.int64]]:
-    """One class for each row. Labels are text as written: `01` is not `1`, and `None` is a class like others."""
-    if columns.shape[1] != 1:
-        raise DataError("task.target names several columns: set task.kind to multi or regression, or name one")
-    name = columns.columns[0]
-    if columns.iloc[:, 0].map(lambda value: _is_list(value) or isinstance(value, dict)).any():
-        raise DataError(
-            f"task.target {name!r} holds lists; expected one label in each row. For several labels in a row: task.kind: multi"
-        )
-    labels = as_text(columns.iloc[:, 0])
-    classes = tuple(sorted(labels.unique().tolist(), key=_class_order(labels.unique())))
-    if len(classes) < 2:
-        raise DataError(
-            f"task.target {name!r} holds one class only, {classes[0]!r}, in all {len(labels):,} images; "
-            "a classifier needs at least two. In a folder, each class is a sub-folder: FOLDER/cat/1.jpg, FOLDER/dog/2.jpg"
-        )
-    if len(classes) > max(20, len(labels) // 2):
-        raise DataError(
-            f"task.target {name!r} has {len(classes):,} different values in {len(labels):,} images; "
-            "if it is a number to predict, set task.kind: regression"
-        )
-    numbers = {label: number for number, label in enumerate(classes)}
-    return classes, labels.map(numbers).to_numpy(dtype=np.int64)
-
-
-def _class_order(labels: Iterable[str]) -> Any:
-    """A sort key: numbers sort as numbers where all labels are such, so that class "10" comes after class "9"."""
-    try:
-        values = {label: float(label) for label in labels}
-    except ValueError:
-        return lambda label: label
-    return lambda label: (values[label], label) if all(map(np.isfinite, values.values())) else label
-
-
-def _encode_label_sets(column: pd.Series, separator: str | None) -> tuple[tuple[str, ...], npt.NDArray[np.uint8]]:
-    """(classes, (N, classes) 0/1) of a column with several labels in each cell."""
-
-    def labels_of(value: object) -> list[str]:
-        if _is_list(value):
-            parts = list(value)  # type: ignore[call-overload]
-        else:  # beside lists and without a separator, a text is one label, blanks and all
-            parts = [value] if separator is None else str(value).split(separator)
-        texts = as_text(pd.Series(parts, dtype=object)).dropna().tolist()
-        return [text for text in texts if text]
-
-    sets = column.map(labels_of).tolist()
-    names = {label for labels in sets for label in labels}
-    if len(names) < 2:
-        raise DataError(
-            f"task.target {column.name!r} holds {len(names)} different labels; several were expected. "
-            "Look at task.separator, which stands between the labels of a cell"
-        )
-    classes = tuple(sorted(names, key=_class_order(names)))
-    place = {label: number for number, label in enumerate(classes)}
-    target = np.zeros((len(sets), len(classes)), np.uint8)
-    for row, labels in enumerate(sets):
-        target[row, [place[label] for label in labels]] = 1
-    return classes, target
-
-
-def _numbers(column: pd.Series, ids: pd.Series, section: TaskSection) -> pd.Series:
-    """A column as float64; missing stays missing. Raises DataError naming the first value that is no number."""
-    if column.dtype.kind in "biuf":
-        return column.astype(np.float64)
-    text = as_text(column)
-    numbers = pd.to_numeric(text.replace({"True": "1", "False": "0"}), errors="coerce").astype(np.float64)
-    wrong = text.notna() & numbers.isna() & (text.str.lower() != "nan")
-    if wrong.any():
-        first, name = int(wrong.to_numpy().argmax()), ids.iloc[int(wrong.to_numpy().argmax())]
-        cure = ""
-        if section.kind == "multi":
-            cure = ". For labels by name, say what stands between them in a cell: task.separator: ';'"
-        elif str(text.iloc[first]).replace(",", "", 1).lstrip("-").isdigit():
-            cure = ". Write decimals with a point"
-        raise DataError(
-            f"task.kind {section.kind} needs numbers in {column.name}; found {text.iloc[first]!r} for {name!r} "
-            f"({int(wrong.sum()):,} such rows){cure}"
-        )
-    return numbers
-
-
-def _alike(names: Iterable[str], what: str) -> list[str]:
-    """A note on names that a person would take for one: they differ in case, blanks, hyphens or accents alone."""
-    folded: dict[str, list[str]] = defaultdict(list)
-    for name in names:
-        folded[_folded(name)].append(name)
-    pairs = [" and ".join(map(repr, sorted(alike))) for alike in folded.values() if len(alike) > 1]
-    if not pairs:
-        return []
-    return [f"{what} that differ in case, blanks, hyphens or accents alone, and count as different: {_some(pairs)}"]
-
-
-def _folded(name: str) -> str:
-    if any(letter.isdigit() for letter in name) and not any(letter.isalpha() for letter in name):
-        return name  # -1 is not 1
-    letters = (letter for letter in unicodedata.normalize("NFKD", name) if not unicodedata.combining(letter))
-    return "".join(letter for letter in letters if not letter.isspace() and letter not in "-_").casefold()
-
-
 def _group_names(frame: pd.DataFrame, column: str) -> pd.Series:
-    names = as_text(_empty_as_missing(frame[column]))
+    names = as_text(empty_as_missing(frame[column]))
     if names.isna().any():
         first = frame.loc[names.isna(), "id"].iloc[0]
         raise DataError(f"task.group {column!r} is empty for {first!r}: every image needs a group, or none has one")
@@ -474,7 +317,7 @@ def _refuse_split_groups(
 
 
 def _read_folds(frame: pd.DataFrame, column: str) -> npt.NDArray[Any]:
-    values = _empty_as_missing(frame[column])
+    values = empty_as_missing(frame[column])
     if values.isna().any():
         raise DataError(
             f"task.fold {column!r} is empty for {frame.loc[values.isna(), 'id'].iloc[0]!r}: every image needs one"
@@ -519,7 +362,7 @@ def _first_copies(content: pd.Series) -> tuple[npt.NDArray[np.intp], npt.NDArray
 
 
 def _read_split(frame: pd.DataFrame, column: str) -> npt.NDArray[np.str_]:
-    texts = as_text(_empty_as_missing(frame[column]))
+    texts = as_text(empty_as_missing(frame[column]))
     if texts.isna().any():
         raise DataError(
             f"task.split {column!r} is empty in {int(texts.isna().sum()):,} rows, first {frame.loc[texts.isna(), 'id'].iloc[0]!r}; "
@@ -565,12 +408,7 @@ def _check_classes(
     unseen = [classes[i] for i in np.flatnonzero(counts == 0)]
     rare = [f"{classes[i]} ({counts[i]})" for i in np.flatnonzero((counts > 0) & (counts < 5))]
     if unseen:
-        notes.append(f"no training image of class {_some(unseen)}: it can never be predicted")
+        notes.append(f"no training image of class {name_some(unseen)}: it can never be predicted")
     if rare:
-        notes.append(f"few training images of class {_some(rare)}: expect noise there")
+        notes.append(f"few training images of class {name_some(rare)}: expect noise there")
     return notes
-
-
-def _some(names: Sequence[str]) -> str:
-    rest = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + rest

@@ -27,13 +27,14 @@ from headrace.heads import DEFAULT_METRIC, METRICS
 from headrace.heads.bank import check_device
 from headrace.pipelines.accounting import Accounting, account
 from headrace.pipelines.costs import measured_rates
-from headrace.pipelines.dataset import DataError, Dataset, drop_rows, make_dataset, read_samples
+from headrace.pipelines.dataset import Dataset, drop_rows, make_dataset, read_samples
 from headrace.pipelines.grid import Wanted, check_kinds, wanted_heads
 from headrace.pipelines.leaderboard import trained_in
 from headrace.pipelines.paths import RunPaths, content_index
 from headrace.pipelines.plan import Plan, feature_plan, plan_run
 from headrace.pipelines.recipe import Recipe, RecipeError
 from headrace.pipelines.recipe_sections import Backbone, TaskSection
+from headrace.pipelines.targets import DataError
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from headrace.cache import HeadraceError
 from headrace.extract.errors import yaml_list
 from headrace.heads import TRAIN_ONLY
-from headrace.pipelines.dataset import DataError, drop_rows, make_dataset
+from headrace.pipelines.dataset import drop_rows, make_dataset
 from headrace.pipelines.recipe_sections import TaskSection
+from headrace.pipelines.targets import DataError
 
 
 def content_of(text):
