@@ -521,6 +521,7 @@ def test_what_is_excluded_by_the_name_that_is_printed(tmp_path):
         assert read_folder(tmp_path, exclude=[pattern], labelled=False).samples["id"].tolist() == ["b/2.png"]
     for side in ("train", "test"):
         write(tmp_path / f"t/{side}.csv", b"id,path,label\n1,a.png,x\n2,b.png,y\n")
+    assert "images.exclude: 'é/2.png' matches nothing" in read_folder(tmp_path, exclude=["é/2.png", "b"], labelled=False).notes
     every = read_tables(tmp_path / "t/*.csv")
     assert every.samples["id"].tolist() == ["test.csv/1", "test.csv/2", "train.csv/1", "train.csv/2"]
     fewer = read_tables(tmp_path / "t/*.csv", TableOptions(exclude=("train.csv/1",)))
@@ -642,6 +643,10 @@ def test_an_imagefolder_with_metadata(tmp_path, name):
         write(tmp_path / place, png(1))
     metadata(tmp_path / "one", ["a/1.png", "b/2.png"])
     assert read_source(detect_source(tmp_path / "one")).samples["label"].tolist() == ["l0", "l1"]
+    write(tmp_path / "one/b/3.png", png(1))
+    listing = read_source(detect_source(tmp_path / "one"))
+    assert [str(item) for item in listing.left_out] == ["1 images that no row names: b/3.png"]
+    assert listing.found == counted(listing) == 3
     metadata(tmp_path / "two/train", ["1.png", "2.png"])
     metadata(tmp_path / "two/test", ["1.png"])
     samples = read_source(detect_source(tmp_path / "two")).samples

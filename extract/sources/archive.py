@@ -35,7 +35,7 @@ from headrace.extract.sources.formats import (
     is_archive,
 )
 from headrace.extract.sources.layout import Folders, Layout, read_layout, split_word
-from headrace.extract.sources.listing import Listing, Tally, is_excluded
+from headrace.extract.sources.listing import Listing, Tally
 
 _SIDE_FILES = frozenset({"cls", "txt", "json"})
 _MAX_SIDE_FILE_BYTES = 2**20
@@ -281,7 +281,7 @@ def _tar_members(
                     continue
                 tally.found += 1
                 member = _member_name(entry.name)
-                reason = _left_out(member, name, exclude, others) or _unreadable_tar_member(entry)
+                reason = _left_out(member, name, exclude, others, tally) or _unreadable_tar_member(entry)
                 if reason is not None:
                     tally.leave_out(reason, printable(f"{name}/{member}"))
                 elif entry.issym():
@@ -328,7 +328,7 @@ def _zip_members(
                     continue
                 tally.found += 1
                 member = _member_name(_zip_name(entry))
-                reason = _left_out(member, name, exclude, others) or _unreadable_zip_member(entry)
+                reason = _left_out(member, name, exclude, others, tally) or _unreadable_zip_member(entry)
                 if reason is not None:
                     tally.leave_out(reason, printable(f"{name}/{member}"))
                     continue
@@ -366,10 +366,10 @@ def _member_name(name: str) -> str:
     return posixpath.normpath(name.replace("\\", "/")).lstrip("/")
 
 
-def _left_out(member: str, archive: str, exclude: Sequence[str], others: set[Folders]) -> str | None:
+def _left_out(member: str, archive: str, exclude: Sequence[str], others: set[Folders], tally: Tally) -> str | None:
     """Why a member is not looked at. A folder that holds it, and is not hidden itself, is added to `others`."""
     shown = printable(member)
-    excluded = is_excluded(shown, exclude) or is_excluded(f"{archive}/{shown}", exclude)
+    excluded = tally.excludes(exclude, shown, f"{archive}/{shown}")
     hidden = [part.startswith((".", "__MACOSX")) for part in member.split("/")]
     if any(hidden):
         if not excluded and not any(hidden[:-1]):  # `owl/.keep` keeps a class's folder that has no images yet

@@ -17,7 +17,7 @@ from headrace.extract.locate import open_array, path_text
 from headrace.extract.sources.folder import EXCLUDED
 from headrace.extract.sources.formats import ARRAY_KINDS, OTHER_FORMATS
 from headrace.extract.sources.layout import SPLIT_WORDS
-from headrace.extract.sources.listing import Listing, Tally, is_excluded, join_listings
+from headrace.extract.sources.listing import Listing, Tally, join_listings
 
 _IMAGE_CHANNELS = (1, 3, 4)
 _IDX_IMAGES = re.compile(r"(?P<prefix>.*)images[-.]idx\d(-ubyte)?(\.gz)?", re.IGNORECASE)
@@ -72,7 +72,7 @@ def read_array(
         }
     )
     tally = Tally(found=count)
-    excluded = np.array([is_excluded(name, exclude) for name in frame["id"]], bool)
+    excluded = np.array([tally.excludes(exclude, name) for name in frame["id"]], bool)
     if excluded.any():
         tally.leave_out(EXCLUDED, *frame["id"][excluded].head(3), count=int(excluded.sum()))
     return tally.listing(frame[~excluded].reset_index(drop=True))

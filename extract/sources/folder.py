@@ -13,7 +13,7 @@ from headrace.extract.errors import SourceError, absent, check_unique
 from headrace.extract.locate import file_of, path_text, printable
 from headrace.extract.sources.formats import IMAGE_SUFFIXES, describe_suffix, is_image
 from headrace.extract.sources.layout import Folders, Layout, read_layout
-from headrace.extract.sources.listing import Listing, Tally, is_excluded
+from headrace.extract.sources.listing import Listing, Tally
 
 EXCLUDED = "entries that images.exclude names"
 LINKED = "links to folders that are read under their own names"
@@ -47,7 +47,7 @@ def read_folder(
     others: set[Folders] = set()
     for entry in _walk(root.absolute(), tally):
         relative = "/".join((*entry.folders, entry.name)) if entry.name else "/".join(entry.folders)
-        excluded = is_excluded(printable(relative), exclude)
+        excluded = tally.excludes(exclude, printable(relative))
         if not entry.name:
             if not excluded:
                 others.add(entry.folders)
@@ -93,9 +93,15 @@ def _tell_apart(rows: list[tuple[str, str, Folders]], root: Path) -> list[tuple[
     ]
 
 
+def image_paths(folder: Path) -> Iterator[str]:
+    """The images anywhere below a folder, as paths of samples."""
+    entries = _walk(folder.absolute(), Tally())
+    return (path_text(entry.path) for entry in entries if entry.name and is_image(entry.path))
+
+
 def has_images(folder: Path) -> bool:
     """Whether there is an image anywhere below a folder."""
-    return any(entry.name and is_image(entry.path) for entry in _walk(folder.absolute(), Tally()))
+    return next(image_paths(folder), None) is not None
 
 
 def _walk(root: Path, tally: Tally) -> Iterator[_Entry]:

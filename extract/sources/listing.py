@@ -43,11 +43,21 @@ class Tally:
     annotations: int = 0
     examples: dict[str, list[str]] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
+    patterns: dict[str, bool] = field(default_factory=dict)  # of `images.exclude`: whether each has matched
 
     def leave_out(self, reason: str, *names: str, count: int = 1) -> None:
         """Count entries under a reason, which reads well after a number: "files without a suffix"."""
         self.counts[reason] = self.counts.get(reason, 0) + count
         self.examples[reason] = [*self.examples.get(reason, []), *names][:_EXAMPLES]
+
+    def excludes(self, patterns: Collection[str], *names: str) -> bool:
+        """Whether one of an entry's names, or a folder that it lies in, matches a pattern of `images.exclude`."""
+        if not patterns:
+            return False
+        self.patterns = dict.fromkeys(patterns, False) | self.patterns
+        matching = [pattern for pattern in patterns if any(_matches(name, pattern) for name in names)]
+        self.patterns |= dict.fromkeys(matching, True)
+        return bool(matching)
 
     def left_out(self) -> tuple[LeftOut, ...]:
         """The reasons, the commonest first."""
@@ -56,25 +66,17 @@ class Tally:
 
     def listing(self, samples: pd.DataFrame, notes: Iterable[str] = ()) -> Listing:
         """What was read, as one value."""
-        return Listing(samples, self.found, self.left_out(), self.annotations, tuple(notes))
+        idle = [pattern for pattern, matched in self.patterns.items() if not matched]
+        told = [f"images.exclude: {', '.join(map(repr, idle))} matches nothing"] if idle else []
+        return Listing(samples, self.found, self.left_out(), self.annotations, (*notes, *told))
 
 
-def is_excluded(name: str, patterns: Collection[str]) -> bool:
-    """Whether an id, or a folder that it lies in, matches one of the shell patterns of `images.exclude`."""
-    if not patterns:
-        return False
+def _matches(name: str, pattern: str) -> bool:
+    """Whether a name, or a folder that it lies in, matches a shell pattern. A name is its own pattern, also with brackets."""
+    plain = normalize_text(pattern).removeprefix("./").rstrip("/")
     parts = normalize_text(name).split("/")
-    prefixes = ["/".join(parts[: count + 1]) for count in range(len(parts))]
-    # A name is its own pattern, also where it has brackets.
-    return any(
-        prefix == pattern or fnmatchcase(prefix, pattern)
-        for pattern in map(_plain_pattern, patterns)
-        for prefix in prefixes
-    )
-
-
-def _plain_pattern(pattern: str) -> str:
-    return normalize_text(pattern).removeprefix("./").rstrip("/")
+    prefixes = ("/".join(parts[: count + 1]) for count in range(len(parts)))
+    return any(prefix == plain or fnmatchcase(prefix, plain) for prefix in prefixes)
 
 
 def join_listings(listings: Iterable[Listing]) -> Listing:

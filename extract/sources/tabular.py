@@ -15,12 +15,12 @@ import pandas as pd
 
 from headrace.cache.text import as_text
 from headrace.extract.errors import SourceError, absent, check_unique, nearest
-from headrace.extract.locate import path_text
+from headrace.extract.locate import file_of, path_text, printable
 from headrace.extract.sources.archive import RESERVED_COLUMNS
-from headrace.extract.sources.folder import EXCLUDED
+from headrace.extract.sources.folder import EXCLUDED, image_paths
 from headrace.extract.sources.formats import IMAGE_SUFFIXES, OTHER_FORMATS, TABLE_SUFFIXES
 from headrace.extract.sources.layout import split_word
-from headrace.extract.sources.listing import Listing, Tally, is_excluded
+from headrace.extract.sources.listing import Listing, Tally
 from headrace.extract.sources.table import Table, read_table_file
 
 # What people call the column that names the image, the likeliest first; `file_name` is Hugging Face's and COCO's.
@@ -85,7 +85,9 @@ def read_tables(table: str | Path, options: TableOptions | None = None, *, label
     if labelled and several and pd.concat([part["id"] for part in parts]).duplicated().any():
         for file, part in zip(files, parts, strict=True):  # names that are unique in one table only
             part["id"] = f"{file.relative_to(base).as_posix()}/" + part["id"].astype(str)
-    samples = _exclude(pd.concat(parts, ignore_index=True) if several else parts[0], options.exclude, tally)
+    samples = pd.concat(parts, ignore_index=True) if several else parts[0]
+    _count_unnamed(files, samples, tally)
+    samples = _exclude(samples, options.exclude, tally)
     source = str(files[0]) if not several else f"{len(files)} tables ({files[0]}, …)"
     if samples.empty:
         found = "; ".join(map(str, tally.left_out()))
@@ -95,6 +97,17 @@ def read_tables(table: str | Path, options: TableOptions | None = None, *, label
     if labelled:
         check_unique(samples["id"], source)
     return tally.listing(samples, dict.fromkeys(notes))
+
+
+def _count_unnamed(files: Sequence[Path], samples: pd.DataFrame, tally: Tally) -> None:
+    """Count the images beside a metadata.csv, which speaks for its whole folder, that it does not name."""
+    folders = [file.parent for file in files if file.name in HUGGING_FACE_METADATA]
+    named = set(samples["path"]) if folders else set()
+    for folder in folders:
+        for path in image_paths(folder):
+            if path not in named:
+                tally.found += 1
+                tally.leave_out("images that no row names", printable(os.path.relpath(file_of(path), folder)))
 
 
 def table_files(table: Path) -> list[Path]:
@@ -303,7 +316,7 @@ def _leave_out(samples: pd.DataFrame, file: Path, tally: Tally, *, repeated: boo
 def _exclude(samples: pd.DataFrame, patterns: Sequence[str], tally: Tally) -> pd.DataFrame:
     if not patterns:
         return samples
-    excluded = samples["id"].map(lambda name: is_excluded(name, patterns)).astype(bool)
+    excluded = samples["id"].map(lambda name: tally.excludes(patterns, name)).astype(bool)
     if excluded.any():
         tally.leave_out(EXCLUDED, *samples["id"][excluded].head(3), count=int(excluded.sum()))
     return samples[~excluded].reset_index(drop=True)
