@@ -521,7 +521,10 @@ def test_what_is_excluded_by_the_name_that_is_printed(tmp_path):
         assert read_folder(tmp_path, exclude=[pattern], labelled=False).samples["id"].tolist() == ["b/2.png"]
     for side in ("train", "test"):
         write(tmp_path / f"t/{side}.csv", b"id,path,label\n1,a.png,x\n2,b.png,y\n")
-    assert "images.exclude: 'é/2.png' matches nothing" in read_folder(tmp_path, exclude=["é/2.png", "b"], labelled=False).notes
+    assert (
+        "images.exclude: 'é/2.png' matches nothing"
+        in read_folder(tmp_path, exclude=["é/2.png", "b"], labelled=False).notes
+    )
     every = read_tables(tmp_path / "t/*.csv")
     assert every.samples["id"].tolist() == ["test.csv/1", "test.csv/2", "train.csv/1", "train.csv/2"]
     fewer = read_tables(tmp_path / "t/*.csv", TableOptions(exclude=("train.csv/1",)))
