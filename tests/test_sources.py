@@ -655,6 +655,11 @@ def test_an_imagefolder_with_metadata(tmp_path, name):
     samples = read_source(detect_source(tmp_path / "two")).samples
     assert sorted(samples["split"]) == ["test", "train", "train"]
     assert all(Path(path).is_file() for path in samples["path"])
+    (tmp_path / "two/train" / name).unlink()
+    (tmp_path / "two/test" / name).unlink()
+    metadata(tmp_path / "two", ["train/1.png", "train/2.png", "test/1.png"])  # above the sides
+    samples = read_source(detect_source(tmp_path / "two")).samples
+    assert samples["split"].tolist() == ["train", "train", "test"]
     write(tmp_path / "three/a/1.png", png(1))
     write(tmp_path / "three/metadata.csv", b"key,value\nauthor,me\n")
     assert detect_kind(tmp_path / "three") == "folder"

@@ -276,6 +276,13 @@ def _samples(
         paths = paths.where(paths.notna(), f"{base}/" + nothing)
     samples = pd.DataFrame({"id": ids, "path": paths}, dtype=object)
     samples[list(kept.columns)] = kept
+    if file.name in HUGGING_FACE_METADATA and "split" not in samples and written.notna().all():
+        sides = [split_word(path.split("/")[0]) if "/" in path else None for path in written]
+        if (
+            None not in sides and len(set(sides)) > 1
+        ):  # as Hugging Face has it, for a table above the folders of a split
+            samples["split"] = sides
+            notes.append(f"{file.name}: the first folders of the paths are the sides of a split")
     return _leave_out(samples, file, tally, repeated=not labelled)
 
 
