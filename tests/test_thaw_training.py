@@ -191,6 +191,9 @@ def test_a_saved_network_predicts_from_images_alone(case: Case) -> None:
         load_network(case.root / "nowhere")
     weights = Path(job.model) / "network.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(BadNetworkFile, match="has changed since it was written"):
+        load_network(job.model)
+    weights.write_bytes(b"another program's file" * 50)
     with pytest.raises(BadNetworkFile, match="not a saved network"):
         load_network(job.model)
 
