@@ -25,7 +25,6 @@ from headrace.extract.locate import file_of, path_text, printable, read_bytes
 from headrace.extract.sources.archive import read_archives
 from headrace.extract.sources.folder import read_folder
 from headrace.extract.sources.listing import Listing
-from headrace.extract.sources.read import detect_kind
 from headrace.extract.sources.tabular import TableOptions, read_tables
 
 
@@ -622,7 +621,7 @@ def test_a_folder_that_datasets_saved(tmp_path):
         with pa.OSFile(str(tmp_path / name), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
             writer.write_table(table)
     write(tmp_path / "state.json", json.dumps({"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}).encode())
-    assert detect_kind(tmp_path) == "table"
+    assert detect_source(tmp_path).kind == "table"
     listing = read_source(detect_source(tmp_path))
     assert listing.found == counted(listing) == 5
     write(tmp_path / "state.json", b'{"_data_files": [], "_indices_data_files": [{"filename": "i.arrow"}]}')
@@ -662,7 +661,7 @@ def test_an_imagefolder_with_metadata(tmp_path, name):
     assert samples["split"].tolist() == ["train", "train", "test"]
     write(tmp_path / "three/a/1.png", png(1))
     write(tmp_path / "three/metadata.csv", b"key,value\nauthor,me\n")
-    assert detect_kind(tmp_path / "three") == "folder"
+    assert detect_source(tmp_path / "three").kind == "folder"
 
 
 @pytest.mark.parametrize(

@@ -16,12 +16,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from headrace.extract import SourceError
+from headrace.extract import SourceError, detect_source
 from headrace.extract.locate import read_bytes
 from headrace.extract.sources.archive import read_archives
 from headrace.extract.sources.array import read_array
 from headrace.extract.sources.listing import Listing
-from headrace.extract.sources.read import detect_kind
 from headrace.extract.sources.table import read_table_file
 from headrace.extract.sources.tabular import read_tables
 
@@ -343,6 +342,6 @@ def test_paths_and_labels_stored_as_bytes_are_used(tmp_path, suffix):
 def test_an_image_with_idx_in_its_name_is_an_image(tmp_path):
     for name in ("pat_idx3.png", "a.idx.jpg"):
         (tmp_path / name).write_bytes(png(1))
-        assert detect_kind(tmp_path / name) == "image"
+        assert detect_source(tmp_path / name).kind == "image"
     idx(tmp_path / "t-images.idx3-ubyte", np.zeros((1, 4, 4)))
-    assert detect_kind(tmp_path / "t-images.idx3-ubyte") == "array"
+    assert detect_source(tmp_path / "t-images.idx3-ubyte").kind == "array"

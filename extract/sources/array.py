@@ -15,7 +15,7 @@ from headrace.cache.text import as_text
 from headrace.extract.errors import SourceError, absent
 from headrace.extract.locate import open_array, path_text
 from headrace.extract.sources.folder import EXCLUDED
-from headrace.extract.sources.formats import ARRAY_KINDS, OTHER_FORMATS
+from headrace.extract.sources.formats import ARRAY_KINDS, unread_format
 from headrace.extract.sources.layout import SPLIT_WORDS
 from headrace.extract.sources.listing import Listing, Tally, join_listings
 
@@ -208,11 +208,9 @@ def _kind(file: Path) -> str:
         return ARRAY_KINDS[suffix]
     if re.search(r"idx\d|\.idx", file.name):
         return "idx"
-    if suffix in OTHER_FORMATS:
-        kind, cure = OTHER_FORMATS[suffix]
-        raise SourceError(f"{file} is a {kind}, which is not read here: {cure}")
     raise SourceError(
-        f"{file}: arrays end in .npy, .npz, .h5 or .hdf5, or are idx files (…-idx3-ubyte, .gz); found {suffix}"
+        unread_format(file)
+        or f"{file}: arrays end in .npy, .npz, .h5 or .hdf5, or are idx files (…-idx3-ubyte, .gz); found {suffix}"
     )
 
 

@@ -91,6 +91,15 @@ def has_image_signature(head: bytes) -> bool:
     return False
 
 
+def unread_format(path: str | Path) -> str | None:
+    """What a file of a format in OTHER_FORMATS is, with how to convert it, as a sentence; None for another file."""
+    suffix = os.path.splitext(path)[1].lower()
+    if suffix not in OTHER_FORMATS:
+        return None
+    kind, cure = OTHER_FORMATS[suffix]
+    return f"{path} is a {kind}, which is not read here: {cure}"
+
+
 def describe_suffix(name: str) -> str:
     """What a file that is left out is, by its name, with how to use it: ".heic (HEIF image: pip install …)"."""
     suffix = Path(name).suffix.lower()

@@ -17,9 +17,9 @@ from headrace.extract.sources.formats import (
     ARRAY_KINDS,
     HEIF_SUFFIXES,
     IMAGE_SUFFIXES,
-    OTHER_FORMATS,
     is_archive,
     is_image,
+    unread_format,
 )
 from headrace.extract.sources.layout import Layout
 from headrace.extract.sources.listing import Listing
@@ -90,16 +90,25 @@ def read_source(source: ImageSource, *, labelled: bool = True) -> Listing:
             return Listing(samples, found=1)
 
 
-def detect_kind(location: str | Path) -> SourceKind:
-    """What a path holds, by its name and, for a folder, by what lies in it.
+def detect_source(location: str | Path, **options: Any) -> ImageSource:
+    """A path as a source, by its name and, for a folder, by what lies in it; options: fields of ImageSource.
 
     A folder is one of images where it has any, however deep, unless `datasets` saved it or Hugging Face's metadata lies beside them;
     else one of archives, tables of images, or an array. Raises SourceError for what is not there and what is not read.
     """
     path = Path(location).expanduser()
-    name = path.name.lower()
     if path.is_dir():
-        return _detect_in_folder(path)
+        metadata = None if saved_dataset_files(path) else metadata_table(path)
+        return (
+            ImageSource("table", metadata, **options)
+            if metadata
+            else ImageSource(_detect_in_folder(path), location, **options)
+        )
+    return ImageSource(_detect_file(path), location, **options)
+
+
+def _detect_file(path: Path) -> SourceKind:
+    name = path.name.lower()
     if is_archive(path):
         return "archive"
     if is_table(path):
@@ -114,18 +123,15 @@ def detect_kind(location: str | Path) -> SourceKind:
             f"{path}: no such file or folder. Give a folder of images, a table (.csv, .tsv, .jsonl, .json, .parquet), "
             "an archive (.tar, .tar.gz, .zip), an array file (.npy, .npz, .h5, idx), or an image"
         )
-    suffix = path.suffix.lower()
-    if suffix in OTHER_FORMATS:
-        kind, cure = OTHER_FORMATS[suffix]
-        raise SourceError(f"{path} is a {kind}, which is not read here: {cure}")
     raise SourceError(
-        f"{path}: neither an image nor anything that holds images (found {suffix or 'no suffix'}). Expected a table (.csv, "
-        ".tsv, .jsonl, .json, .parquet), an archive (.tar, .tar.gz, .zip), an array file (.npy, .npz, .h5, idx), or an image"
+        unread_format(path)
+        or f"{path}: neither an image nor anything that holds images (found {path.suffix.lower() or 'no suffix'}). Expected a table "
+        "(.csv, .tsv, .jsonl, .json, .parquet), an archive (.tar, .tar.gz, .zip), an array file (.npy, .npz, .h5, idx), or an image"
     )
 
 
 def _detect_in_folder(folder: Path) -> SourceKind:
-    if saved_dataset_files(folder) or metadata_table(folder):
+    if saved_dataset_files(folder):
         return "table"
     if has_images(folder):
         return "folder"
@@ -137,15 +143,6 @@ def _detect_in_folder(folder: Path) -> SourceKind:
     if any(folder.glob("*.parquet")) or any(folder.glob("*/*.parquet")):
         return "table"
     return "folder"  # whose reader says what was found instead
-
-
-def detect_source(location: str | Path, **options: Any) -> ImageSource:
-    """A path as a source; options: fields of ImageSource. Raises SourceError."""
-    kind = detect_kind(location)
-    path = Path(location).expanduser()
-    if kind == "table" and path.is_dir() and not saved_dataset_files(path):
-        location = metadata_table(path) or location
-    return ImageSource(kind, location, **options)
 
 
 def warn_of_left_out(listing: Listing, source: str | Path) -> None:

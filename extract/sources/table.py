@@ -20,7 +20,7 @@ from headrace.cache.text import as_text, normalize_text
 from headrace.extract.errors import SourceError, absent
 from headrace.extract.locate import open_arrow
 from headrace.extract.sources.coco import coco_rows
-from headrace.extract.sources.formats import IMAGE_SUFFIXES, OTHER_FORMATS, has_image_signature
+from headrace.extract.sources.formats import IMAGE_SUFFIXES, has_image_signature, unread_format
 
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 _LINES_LOOKED_AT = 20
@@ -76,9 +76,8 @@ def read_table_file(file: Path) -> Table:
         raise SourceError(
             f"{file}: cannot be read as {suffix[1:]}: {str(error).strip()}. Expected {expected}."
         ) from error
-    if suffix in OTHER_FORMATS:
-        kind, cure = OTHER_FORMATS[suffix]
-        raise SourceError(f"{file} is a {kind}, which is not read here: {cure}. ({_EXPECTED}.)")
+    if (unread := unread_format(file)) is not None:
+        raise SourceError(f"{unread}. ({_EXPECTED}.)")
     raise SourceError(f"{file}: {_EXPECTED}; found {suffix or 'no suffix'}.")
 
 
