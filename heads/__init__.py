@@ -29,7 +29,7 @@ from headrace.heads.metrics import (
     score,
 )
 from headrace.heads.neighbours import fit_centroid_bank, fit_knn_bank
-from headrace.heads.persist import BadHeadFile, TrainedHead, load_head, save_head
+from headrace.heads.persist import BadHeadFile, CodeNotTrusted, TrainedHead, load_head, save_head
 from headrace.heads.predict import CannotPredict, predict_head
 from headrace.heads.results import BadResults, BankResult, read_bank, results_bytes
 from headrace.heads.spec import (
@@ -116,6 +116,7 @@ __all__ = [
     "CentroidHead",
     "CentroidSpec",
     "ClassWeight",
+    "CodeNotTrusted",
     "ConvSpec",
     "EnsembleLimits",
     "FeatureLookup",

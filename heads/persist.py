@@ -1,7 +1,8 @@
 """One trained head as a directory: head.safetensors with its arrays, head.json with what they mean. No pickle."""
 
 import json
-from collections.abc import Mapping, Sequence
+import shlex
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -17,7 +18,7 @@ from headrace.cache.sealed import SEAL, UNSEALED, SealBroken, check_seal, seal, 
 from headrace.cache.spec import FeatureSpec
 from headrace.heads.metrics import TaskKind
 from headrace.heads.predict import Arrays, CannotPredict, predict_head
-from headrace.heads.spec import FULL, HeadSpec, spec_from_json, spec_to_json
+from headrace.heads.spec import FULL, HeadSpec, SklearnSpec, spec_from_json, spec_to_json
 
 FORMAT = 1
 WEIGHTS = "head.safetensors"
@@ -31,6 +32,10 @@ WRITE_AGAIN = (
 
 class BadHeadFile(HeadraceError, ValueError):
     """The file is not a head that this version can load."""
+
+
+class CodeNotTrusted(HeadraceError, ValueError):
+    """A file asks for code, or a file, that its reader has not allowed: says what, and the option to type."""
 
 
 @dataclass(frozen=True)
@@ -104,10 +109,12 @@ def save_head(
     return weights
 
 
-def load_head(directory: Path | str) -> TrainedHead:
+def load_head(directory: Path | str, *, trust_code: Collection[str] = ()) -> TrainedHead:
     """Read what `save_head` wrote. The description inside the safetensors file counts, the .json is for people.
 
-    Raises BadHeadFile, also where one byte is not the one that was written.
+    A scikit-learn head names its estimator by import path, and is fitted again when it predicts. Those of scikit-learn itself
+    with values for parameters need no asking; any other is only loaded where `trust_code` names it ("module:Class").
+    Raises BadHeadFile, also where one byte is not the one that was written; CodeNotTrusted, before anything is imported.
     """
     path = Path(directory) / WEIGHTS
     if not path.exists():
@@ -121,8 +128,13 @@ def load_head(directory: Path | str) -> TrainedHead:
             raise BadHeadFile(
                 f"{path}: format {description['format']}, this version of headrace reads {FORMAT}: update headrace"
             )
+        spec = spec_from_json(json.dumps(description["spec"]))
+        if isinstance(spec, SklearnSpec):
+            from headrace.heads.sklearn_bank import estimator_code
+
+            require_trusted(estimator_code(spec), path.parent, {code_name(name) for name in trust_code})
         return TrainedHead(
-            spec=spec_from_json(json.dumps(description["spec"])),
+            spec=spec,
             task_kind=cast(TaskKind, description["task_kind"]),
             classes=tuple(description["classes"]),
             features=tuple(FeatureSpec.from_json(json.dumps(feature)) for feature in description["features"]),
@@ -134,7 +146,26 @@ def load_head(directory: Path | str) -> TrainedHead:
     except SealBroken as error:
         raise BadHeadFile(f"{path} has changed since it was written: {error}. {WRITE_AGAIN}") from error
     # ValueError: also no JSON and no UTF-8
-    except (SafetensorError, KeyError, TypeError, AttributeError, ValueError) as error:
+    except (SafetensorError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         if isinstance(error, HeadraceError):
             raise
         raise BadHeadFile(f"{path} is not a saved head ({type(error).__name__}: {error}). {WRITE_AGAIN}") from error
+
+
+def require_trusted(code: str | None, place: Path, trusted: Collection[str]) -> None:
+    """Raise CodeNotTrusted unless `code`, as `code_name` writes it, is trusted or None. place: the model that asks for it."""
+    if code is None or code in trusted:
+        return
+    raise CodeNotTrusted(
+        f"{place} asks for code: {code} would be imported and called in this process, and could do whatever you can: read, "
+        "change and send files. Nothing was imported. If you know that code and where the model comes from, type: "
+        f"--trust-code {shlex.quote(code)} (in Python: trust_code=[{code!r}])"
+    )
+
+
+def code_name(name: str) -> str:
+    """ "module:function", also where a class is named by its import path, "module.Class"; a path with slashes as it is."""
+    if ":" in name or "/" in name or "." not in name:
+        return name
+    module, _, last = name.rpartition(".")
+    return f"{module}:{last}"

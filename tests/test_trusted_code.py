@@ -1,6 +1,7 @@
 """A file that somebody sends chooses no code: models name networks and estimators, and nothing is imported unasked."""
 
 import json
+import shlex
 import shutil
 
 import numpy as np
@@ -9,11 +10,11 @@ from safetensors.numpy import save
 from typer.testing import CliRunner
 
 from headrace.cache import FeatureSpec
-from headrace.heads import RidgeSpec, SklearnSpec, spec_to_json
+from headrace.heads import CodeNotTrusted, RidgeSpec, SklearnSpec, load_head, spec_to_json
 from headrace.heads.predict import CannotPredict
 from headrace.heads.sklearn_bank import estimator_code, fitted_sklearn, make_estimator
 from headrace.pipelines.cli import app
-from headrace.pipelines.deliver.model import CodeNotTrusted, ModelError, load_model
+from headrace.pipelines.deliver.model import ModelError, load_model
 
 SENT = """\
 import pathlib
@@ -106,6 +107,26 @@ def test_code_is_asked_for_and_not_imported(tmp_path, flag, asks, code):
     assert load_model(place, trust_code=[code.replace(":", ".")]).trust_code == (code,)
 
 
+def test_a_head_alone_asks_in_the_same_words(tmp_path, flag):
+    """`load_head`, the level below: an estimator that is not scikit-learn's own is loaded where it is named, and fitted then."""
+    place = model(tmp_path / "model", spec=OWN)
+    said = []
+    for load in (load_head, load_model):
+        with pytest.raises(CodeNotTrusted, match="--trust-code sent_module:Classifier") as refused:
+            load(place)
+        said.append(str(refused.value))
+    assert said[0] == said[1]
+    with pytest.raises(CodeNotTrusted):
+        load_head(place, trust_code=["sent_module:network"])
+    head = load_head(place, trust_code=["sent_module.Classifier"])
+    assert not flag.exists()
+    with pytest.raises(CannotPredict):  # it is a class without `fit`
+        head.predict(np.eye(4))
+    assert flag.exists()
+    plain = load_head(model(tmp_path / "plain", spec=SklearnSpec("sklearn.naive_bayes.GaussianNB", "{}")))
+    assert plain.predict(np.eye(4)).tolist() == ["a", "b", "a", "b"]
+
+
 @pytest.mark.parametrize("command", ["predict", "export"])
 def test_commands_pass_on_what_the_user_allows(tmp_path, flag, command, monkeypatch):
     """Without the option nothing is imported; with it, that name alone."""
@@ -184,16 +205,21 @@ def test_estimators_that_can_hold_other_code_ask(name, parameters):
 
 
 def test_a_weights_file_outside_of_the_model_is_asked_for(tmp_path, monkeypatch):
-    """By path, by `..`, by a link, by the home directory; inside the directory, and where the run's recipe names it, it is not."""
+    """By path, by `..`, by a link, by the home directory, until the message's own words are typed; inside the directory, and
+    where the run's recipe names it, it is not."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "net.pth").write_bytes(b"x")
     place = tmp_path / "model"
     for weights in (str(tmp_path / "net.pth"), "../net.pth", "link.pth", "~/net.pth", "net.pth"):
         model(place, weights=weights)
         if weights == "link.pth":
             (place / "link.pth").symlink_to(tmp_path / "net.pth")
-        with pytest.raises(CodeNotTrusted, match="outside of the model's directory"):
+        with pytest.raises(CodeNotTrusted, match="outside of the model's directory") as refused:
             load_model(place)
+        typed = shlex.split(str(refused.value).partition("--trust-code ")[2])[0]
+        assert load_model(place, trust_code=[typed])
+        assert load_model(place, trust_code=[weights])
     absolute = str(tmp_path / "net.pth")
     model(place, weights=absolute)
     assert load_model(place, trust_code=[absolute])

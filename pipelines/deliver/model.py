@@ -17,7 +17,8 @@ from headrace.cache.home import expand_home
 from headrace.cache.sealed import SealBroken, read_sealed_json
 from headrace.extract import BackboneSpec, backbone_from_fields
 from headrace.extract.spec import PACKAGED, is_weights_file
-from headrace.heads import SklearnSpec, TaskKind, TrainedHead, load_head, spec_to_json
+from headrace.heads import CodeNotTrusted, TaskKind, TrainedHead, load_head, spec_to_json
+from headrace.heads.persist import code_name, require_trusted
 from headrace.pipelines.deliver.network import NETWORK, NetworkMember, read_network
 from headrace.pipelines.finished import find_run, moved_with_run, require_finished
 from headrace.pipelines.paths import RunPaths
@@ -32,10 +33,6 @@ FORMAT = 2  # of an ensemble; 1 had no temperatures of its members
 
 class ModelError(HeadraceError, ValueError):
     """The directory holds no model that this version can use, or the model cannot be used on images."""
-
-
-class CodeNotTrusted(ModelError):
-    """A file asks for code, or a file, that its reader has not allowed: says what, and the option to type."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +114,9 @@ def load_model(directory: Path | str, *, trust_code: Collection[str] = ()) -> Mo
     damaged head.
     """
     place = _model_directory(directory)
-    trusted = {_code_name(name) for name in trust_code} | _code_of_recipe(directory)
+    # A weights file may be typed as it is named, relative and without a folder, where it reads like a class's path.
+    named = {code_name(name) for name in trust_code} | {name for name in trust_code if is_weights_file(name)}
+    trusted = named | _code_of_recipe(directory)
     model = _load_ensemble(place, trusted) if (place / ENSEMBLE).is_file() else _load_single(place, place, trusted)
     return dataclasses.replace(model, trust_code=tuple(sorted(trusted)))
 
@@ -126,45 +125,20 @@ def _load_single(place: Path, root: Path, trusted: Collection[str]) -> Model:
     """root: the model directory that the caller gave, in which this one is. Raises CodeNotTrusted before anything is built."""
     if (place / NETWORK).is_file():
         network, about = read_network(place)
-        _require_trusted(backbone_code(str(about["backbone"]["name"])), place, trusted)
+        require_trusted(backbone_code(str(about["backbone"]["name"])), place, trusted)
         metrics = {name: float(value) for name, value in about["metrics"].items()}
         digest = _digest((network,), 1.0)
         return Model(place, about["task_kind"], tuple(about["classes"]), metrics, (network,), 1.0, digest)
-    try:
-        head = load_head(place)
-    except RecursionError as error:
-        raise ModelError(f"{place}: its description is nested without end: fetch it again") from error
-    if isinstance(head.spec, SklearnSpec):
-        from headrace.heads.sklearn_bank import estimator_code
-
-        _require_trusted(estimator_code(head.spec), place, trusted)
+    head = load_head(place, trust_code=trusted)
     member = Member(head, _backbones(head, place, root, trusted))
     for backbone in member.backbones:
-        _require_trusted(backbone_code(backbone.name), place, trusted)
+        require_trusted(backbone_code(backbone.name), place, trusted)
     return Model(place, head.task_kind, head.classes, head.metrics, (member,), 1.0, _digest((member,), 1.0))
 
 
 def backbone_code(name: str) -> str | None:
     """The "module:function" that a backbone of this name has imported and called; None for the libraries' own networks."""
     return name.removeprefix("python:") if name.startswith("python:") else None
-
-
-def _require_trusted(code: str | None, place: Path, trusted: Collection[str]) -> None:
-    if code is None or code in trusted:
-        return
-    raise CodeNotTrusted(
-        f"{place} asks for code: {code} would be imported and called in this process, and could do whatever you can: read, "
-        "change and send files. Nothing was imported. If you know that code and where the model comes from, type: "
-        f"--trust-code {shlex.quote(code)} (in Python: load_model(..., trust_code=[{code!r}]))"
-    )
-
-
-def _code_name(name: str) -> str:
-    """ "module:function", also where a class is named by its import path, "module.Class"; a weights file as it is."""
-    if ":" in name or "/" in name or "." not in name:
-        return name
-    module, _, last = name.rpartition(".")
-    return f"{module}:{last}"
 
 
 def _code_of_recipe(given: Path | str) -> set[str]:
@@ -174,7 +148,7 @@ def _code_of_recipe(given: Path | str) -> set[str]:
         return set()
     recipe: Recipe = load_recipe(file)
     code = {backbone_code(backbone.name) for backbone in recipe.backbones}
-    return {name for name in code if name} | {_code_name(each.estimator) for each in recipe.heads.sklearn}
+    return {name for name in code if name} | {code_name(each.estimator) for each in recipe.heads.sklearn}
 
 
 def _load_ensemble(place: Path, trusted: Collection[str]) -> Model:
@@ -266,7 +240,7 @@ def _backbones(head: TrainedHead, place: Path, root: Path, trusted: Collection[s
 
 def _require_own_file(named: str, file: Path, place: Path, root: Path, trusted: Collection[str]) -> None:
     """Raises CodeNotTrusted for a weights file that is neither in the model's directory nor one that its run's recipe names."""
-    file = file.expanduser()
+    file = expand_home(file).absolute()
     if file.resolve().is_relative_to(root.resolve()) or not {named, str(file)}.isdisjoint(trusted):
         return
     for folder in list(place.absolute().parents)[:4]:
@@ -277,9 +251,9 @@ def _require_own_file(named: str, file: Path, place: Path, root: Path, trusted: 
         except (OSError, ValueError, KeyError, TypeError):
             continue
     raise CodeNotTrusted(
-        f"{place} asks for the weights file {file}, which lies outside of the model's directory. Copy the file into that "
-        f"directory as {file.name} and name it so, take the model away with `headrace export --format safetensors`, or, if "
-        f"you know the file, type: --trust-code {shlex.quote(str(file))}"
+        f"{place} asks for the weights file {file}, which lies outside of the model's directory. If you know the file, type: "
+        f"--trust-code {shlex.quote(str(file))} (in Python: trust_code=[{str(file)!r}]). `headrace export`, with that option "
+        "and --format safetensors, writes a model that holds its weights and asks for nothing"
     )
 
 
