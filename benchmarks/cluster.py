@@ -58,10 +58,8 @@ def made(folder: Path, rows: int, width: int, classes: int) -> tuple[Path, Path,
     fold = (np.arange(rows) // classes % FOLDS).astype(np.int16)
     names = tuple(str(number) for number in range(classes))
     task = Task("single", names, np.array(ids), np.array(content, "S32"), target, fold, np.ones(rows))
-    stored = io.BytesIO()
-    save_task(task, stored)
     path = folder / f"task-{rows}-{width}.npz"
-    path.write_bytes(stored.getvalue())
+    save_task(task, path)
     return directory, path, pd.DataFrame({"id": ids, "path": ids, "content": content, "label": target.astype(str)})
 
 

@@ -1,23 +1,26 @@
-"""A digest that a file carries in itself, whatever its format: JSON, safetensors or Parquet.
+"""A digest that a file carries in itself, whatever its format: JSON, safetensors or .npz.
 
 The writer leaves UNSEALED as a text somewhere in the file; `seal` puts in its place the XXH3-128 of all bytes as they were
 before. So no bit of the file can change unseen, but one of the mark itself, which no number depends on: a file without the
 mark is taken for one of an earlier version.
 """
 
+import io
 import json
 import re
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import xxhash
 
 _MARK = "headrace-seal:"
 UNSEALED = f"{_MARK}{'0' * 32}"
 SEAL = "seal"  # the key of a JSON object, or of a file's metadata, that holds it
 
-_CHECK = "check"
 _DIGEST = re.compile(re.escape(_MARK.encode()) + rb"([0-9a-f]{32})")
 
 
@@ -65,9 +68,11 @@ def is_sealed_file(path: Path) -> bool:
         return False
 
 
-def sealed_json(values: Mapping[str, Any], indent: int | None = None) -> bytes:
-    """The object as JSON, with its seal as the last key."""
-    return seal(json.dumps({**values, SEAL: UNSEALED}, indent=indent).encode())
+def sealed_json(
+    values: Mapping[str, Any], indent: int | None = None, default: Callable[[Any], Any] | None = None
+) -> bytes:
+    """The object as JSON, with its seal as the last key. default: as `json.dumps` takes it."""
+    return seal(json.dumps({**values, SEAL: UNSEALED}, indent=indent, default=default).encode())
 
 
 def read_sealed_json(data: bytes | str) -> dict[str, Any]:
@@ -84,19 +89,20 @@ def read_sealed_json(data: bytes | str) -> dict[str, Any]:
     return values
 
 
-def checked(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The object with its own check as the last key: for one record of several in a file whose other readers know no seal."""
-    plain = {name: value for name, value in values.items() if name != _CHECK}
-    return {**plain, _CHECK: _canonical_digest(plain)}
+def sealed_arrays(arrays: Mapping[str, npt.NDArray[Any]]) -> bytes:
+    """The arrays as an uncompressed .npz without pickles, with its seal as the comment of the zip file."""
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=False, **arrays)
+    with zipfile.ZipFile(buffer, "a") as archive:
+        archive.comment = UNSEALED.encode()
+    return seal(buffer.getvalue())
 
 
-def is_checked(values: Any) -> bool:
-    """Whether an object is as `checked` returned it; one of an earlier version has no check, and is."""
-    if not isinstance(values, dict):
-        return False
-    plain = {name: value for name, value in values.items() if name != _CHECK}
-    return _CHECK not in values or values[_CHECK] == _canonical_digest(plain)
-
-
-def _canonical_digest(values: Mapping[str, Any]) -> str:
-    return xxhash.xxh3_128_hexdigest(json.dumps(values, sort_keys=True, separators=(",", ":")).encode())
+def read_sealed_arrays(data: bytes) -> dict[str, npt.NDArray[Any]]:
+    """Inverse of `sealed_arrays`; a file of an earlier version has no seal. Raises SealBroken, also for no .npz."""
+    check_seal(data)
+    try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as stored:
+            return {name: stored[name] for name in stored.files}
+    except Exception as error:  # NumPy and zipfile raise anything for bytes that are no archive of arrays
+        raise SealBroken(f"it is no .npz ({type(error).__name__}: {error})") from error

@@ -1,12 +1,12 @@
 """What has happened to a set of images since it was last looked at: new, changed, renamed, removed."""
 
-import json
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from headrace.cache import publish_replace
+from headrace.cache.sealed import SealBroken, read_sealed_json, sealed_json
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,16 @@ def compare_listings(before: Mapping[str, str], after: Mapping[str, str]) -> Cha
 
 
 def read_listing(path: Path) -> dict[str, str]:
-    """The listing that `write_listing` left; empty where there is none or it is damaged, as everything is new then."""
+    """The listing that `write_listing` left; empty where there is none. Raises SealBroken where it is damaged."""
     try:
-        listing = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        listing: dict[str, str] = read_sealed_json(path.read_bytes())["images"]
+    except FileNotFoundError:
         return {}
-    return {str(name): str(content) for name, content in listing.items()} if isinstance(listing, dict) else {}
+    except KeyError as error:
+        raise SealBroken("it lists no images: it is of another version of headrace") from error
+    return listing
 
 
 def write_listing(path: Path, listing: Mapping[str, str]) -> None:
     """Replace the listing at `path`."""
-    publish_replace(path, json.dumps(dict(listing), indent=0).encode())
+    publish_replace(path, sealed_json({"images": dict(listing)}, indent=0))

@@ -50,7 +50,7 @@ from headrace.heads.spec import (
     spec_from_json,
     spec_to_json,
 )
-from headrace.heads.task import TEST, TRAIN_ONLY, Task, load_task, save_task
+from headrace.heads.task import TEST, TRAIN_ONLY, Task, load_task, read_task, save_task
 from headrace.heads.transfer import bayes_bounds, h_score, log_me, negative_conditional_entropy
 from headrace.heads.weighted import weighted_scores
 
@@ -166,6 +166,7 @@ __all__ = [
     "predict_head",
     "publish_failure",
     "read_bank",
+    "read_task",
     "results_bytes",
     "row_scores",
     "save_head",

@@ -4,13 +4,20 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from headrace.cache import HeadraceError, publish_replace
+from headrace.cache.sealed import read_sealed_arrays, sealed_arrays
+
 TEST = -1  # never seen by training or selection
 TRAIN_ONLY = -2  # trains in every fold, held out in none (a given training/validation split)
+
+
+class BadTaskFile(HeadraceError, ValueError):
+    """The file holds no task, or another one than was written."""
 
 
 @dataclass(frozen=True)
@@ -52,24 +59,26 @@ class Task:
         )
 
 
-def save_task(task: Task, path: Path | BinaryIO) -> None:
-    """Write the task as an uncompressed `.npz` without pickle. The caller publishes it atomically."""
+def save_task(task: Task, path: Path, **beside: npt.NDArray[Any]) -> None:
+    """Publish the task, and arrays beside it, as an `.npz` without pickles that carries its digest. Raises PublishFailed."""
     header = np.frombuffer(json.dumps([task.kind, task.classes]).encode(), np.uint8)
-    np.savez(
-        path,
-        header=header,
-        ids=task.ids.astype(np.str_),
-        content=task.content,
-        target=task.target,
-        fold=task.fold,
-        weight=task.weight,
-    )
+    fields = {name: getattr(task, name) for name in ("ids", "content", "target", "fold", "weight")}
+    publish_replace(path, sealed_arrays({"header": header, **fields, "ids": task.ids.astype(np.str_), **beside}))
 
 
 def load_task(path: Path) -> Task:
-    """Inverse of `save_task`."""
-    with np.load(path, allow_pickle=False) as stored:
-        kind, classes = json.loads(stored["header"].tobytes())
-        return Task(
-            kind, tuple(classes), stored["ids"], stored["content"], stored["target"], stored["fold"], stored["weight"]
-        )
+    """Inverse of `save_task`. Raises BadTaskFile."""
+    return read_task(path)[0]
+
+
+def read_task(path: Path) -> tuple[Task, dict[str, npt.NDArray[Any]]]:
+    """Inverse of `save_task`, with the arrays beside it by name. Raises BadTaskFile."""
+    try:
+        stored = read_sealed_arrays(path.read_bytes())
+        kind, classes = json.loads(stored.pop("header").tobytes())
+        fields = [stored.pop(name) for name in ("ids", "content", "target", "fold", "weight")]
+        return Task(kind, tuple(classes), *fields), stored
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadTaskFile(
+            f"{path} has changed since it was written, or is no task: {error}. `headrace run RECIPE` writes it again"
+        ) from error

@@ -8,7 +8,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from headrace.cache import publish_replace
+from headrace.pipelines.records import append_records, read_records
 
 _LIBRARIES = (
     "headrace",
@@ -41,14 +41,11 @@ def environment(workers: int | None, device: str) -> dict[str, Any]:
 
 def note_environment(path: Path, found: dict[str, Any]) -> None:
     """Append a line of JSON to `path` unless the last line says the same."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    try:
-        last = {key: value for key, value in json.loads(lines[-1]).items() if key != "since"} if lines else {}
-    except (ValueError, AttributeError):
-        last = {}
+    records, _ = read_records(path)
+    last = {key: value for key, value in records[-1].items() if key != "since"} if records else {}
     if last != json.loads(json.dumps(found)):
         since = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        publish_replace(path, "".join(f"{line}\n" for line in [*lines, json.dumps({"since": since, **found})]).encode())
+        append_records(path, [{"since": since, **found}])
 
 
 def _version(name: str) -> str | None:

@@ -1,6 +1,5 @@
 """What every reader of a run asks first: which run is meant, with which recipe was it made, where are its files now."""
 
-import json
 import shlex
 from collections.abc import Iterator
 from itertools import islice
@@ -12,6 +11,7 @@ from headrace.cache import HeadraceError
 from headrace.cache.home import expand_home
 from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.recipe import Recipe, RecipeError, load_recipe
+from headrace.pipelines.records import RunDamaged, read_record
 
 _RECIPE_BYTES = 1 << 20  # no recipe is larger, and a video that is given by mistake is not read
 _PATTERN = "{*?["  # in the name of a recipe's tar shards
@@ -100,16 +100,14 @@ def _below(folder: Path) -> Iterator[Path]:
 def stored_recipe(paths: RunPaths) -> Recipe:
     """The recipe that a run was made with, its paths where they are now if the run was moved with its surroundings.
 
-    Raises NotARun for one of another version of headrace.
+    Raises NotARun for one of another version of headrace, RunDamaged for one that has changed since it was written.
     """
     try:
-        recipe = Recipe.model_validate(json.loads(paths.recipe.read_bytes()))
+        recipe = Recipe.model_validate(read_record(paths.recipe))
     except pydantic.ValidationError as error:
         raise NotARun(
             f"{paths.recipe} is not of this version of headrace ({error.error_count()} keys differ): run the recipe again"
         ) from None
-    except ValueError as error:
-        raise NotARun(f"{paths.recipe} is damaged ({error}): run the recipe again") from None
     if recipe.out is None:
         return recipe
     before, now = recipe.out, paths.root.absolute()
@@ -140,8 +138,8 @@ def moved_with_run(path: str, inside: Path) -> str:
     """
     for folder in list(inside.absolute().parents)[:4]:
         try:
-            before = json.loads(RunPaths(folder).recipe.read_bytes())["out"]
-        except (OSError, ValueError, KeyError, TypeError):
+            before = read_record(RunPaths(folder).recipe)["out"]
+        except (OSError, RunDamaged, KeyError):
             continue
         return str(_moved(Path(path), Path(before), folder))
     return path

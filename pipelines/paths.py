@@ -110,8 +110,8 @@ class RunPaths:
 
     @property
     def thaw_images(self) -> Path:
-        """Content hashes and paths of the run's images, for what trains from images."""
-        return self.thaw / "images.parquet"
+        """Paths of the run's images by content hash, for what trains from images."""
+        return self.thaw / "images.json"
 
     @property
     def thaw_decisions(self) -> Path:
@@ -137,11 +137,8 @@ class RunPaths:
     def advice(self) -> Path:
         return self.evidence / "advice.json"
 
-    def groups(self, digest: str) -> Path:
-        """Of each row of a task, the number of its group."""
-        return self.root / "tasks" / f"{digest}.groups.npy"
-
     def task(self, digest: str) -> Path:
+        """The rows that heads are trained on, and beside them `groups`: of each, the number of its group."""
         return self.root / "tasks" / f"{digest}.npz"
 
     def bank(self, group: str, specs: str) -> Path:

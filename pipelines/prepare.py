@@ -11,6 +11,7 @@ import pandas as pd
 from headrace.cache import FeatureSpec, feature_set_path, open_feature_set, require_hdf5plugin
 from headrace.cache.foreign import imported_sets
 from headrace.cache.publish import is_feature_set
+from headrace.cache.sealed import SealBroken
 from headrace.extract import (
     BackboneSpec,
     Network,
@@ -160,7 +161,10 @@ def listing(samples: pd.DataFrame) -> dict[str, str]:
 
 
 def _changes(path: Path, samples: pd.DataFrame) -> list[str]:
-    before = read_listing(path)
+    try:
+        before = read_listing(path)
+    except SealBroken as error:
+        return [f"{path} has changed since it was written ({error}): what is new since the last call cannot be told"]
     if not before:
         return []
     changes = compare_listings(before, listing(samples))

@@ -1,8 +1,6 @@
 """The run, top to bottom: survey, extract what is missing, train what is missing, rank, open the test split once."""
 
 import datetime
-import io
-import json
 import shutil
 import time
 import uuid
@@ -13,12 +11,11 @@ from functools import partial
 from math import prod
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 from dask.distributed import Client
 from rich.console import Console
 
-from headrace.cache import FeatureSet, lease, open_feature_set, publish_replace
+from headrace.cache import FeatureSet, lease, open_feature_set
 from headrace.cache.collect import STALE_S
 from headrace.cache.files import PARTIAL_SUFFIX, sync_directory
 from headrace.cache.repair import stale_temporaries
@@ -43,6 +40,7 @@ from headrace.pipelines.plan import Plan, check_space, fingerprints_of
 from headrace.pipelines.prepare import Survey, find_device, find_heads_device, listing, run_paths, survey
 from headrace.pipelines.recipe import Recipe
 from headrace.pipelines.recipe_sections import EnsembleSection, ScreenSection
+from headrace.pipelines.records import append_records, publish_table, write_record
 from headrace.pipelines.submit import RunIncomplete, TaskOptions
 from headrace.pipelines.task_log import TaskLog, task_log
 from headrace.pipelines.thaw.stage import Thawed, ThawInputs, pending, thaw
@@ -112,8 +110,7 @@ def run_recipe(
         log = stack.enter_context(task_log(paths))  # what is refused until here leaves no folder behind
         opened = partial(_opened, recipe, paths, log, workers)
         write_inputs(found)
-        # Python's json, for pydantic's knows no file names that are no UTF-8.
-        publish_replace(found.paths.recipe, json.dumps(recipe.model_dump(mode="json"), indent=2).encode())
+        write_record(found.paths.recipe, recipe.model_dump(mode="json"))
         options = TaskOptions(recipe.cluster.deadline_s, tell=log)
         client = None
         with _timed(stages, "extract") as done:
@@ -130,7 +127,10 @@ def run_recipe(
                 # Which images failed is known now, and with it the rows that heads are compared on.
                 found = replace(survey(recipe, retry_failed=retry_failed), notes=notes)
                 write_inputs(found)
-            if recipe.compute.strict and (bad := write_failed_images(found)):
+            if recipe.compute.strict:
+                with lease(_conclusion(paths)):
+                    bad = write_failed_images(found)
+            if recipe.compute.strict and bad:
                 raise RunIncomplete(
                     f"{bad:,} images cannot be decoded, and this run is strict; each is listed with its reason in "
                     f"{found.paths.failed_images}. Mend or remove them, or run without --strict"
@@ -165,7 +165,7 @@ def run_recipe(
                     client = client or stack.enter_context(opened("train"))
                 thawed = thaw(inputs, board, recipe.thaw, client, console, options, retry_failed=retry_failed)
                 done(f"{thawed.trained:,} networks trained" if thawed.trained else "nothing missing")
-    with _timed(stages, "rank and test") as done, lease(paths.root / "conclude.lock"):
+    with _timed(stages, "rank and test") as done, lease(_conclusion(paths)):
         result = conclude(found, recipe.ensemble, thawed)
         done(f"{len(result.board):,} settings ranked")
     if recipe.log is not None:
@@ -194,15 +194,10 @@ def write_inputs(found: Survey) -> None:
     paths, task = found.paths, found.dataset.train
     paths.task(task.digest).parent.mkdir(parents=True, exist_ok=True)
     paths.banks.mkdir(parents=True, exist_ok=True)
-    stored = io.BytesIO()
-    save_task(task, stored)
-    publish_replace(paths.task(task.digest), stored.getvalue())
-    groups = io.BytesIO()
-    np.save(groups, found.dataset.groups, allow_pickle=False)
-    publish_replace(paths.groups(task.digest), groups.getvalue())
+    save_task(task, paths.task(task.digest), groups=found.dataset.groups)
     write_listing(paths.listing, listing(found.samples))
     if found.accounting is not None:
-        publish_replace(paths.accounting, json.dumps(found.accounting.to_json(), indent=2).encode())
+        write_record(paths.accounting, found.accounting.to_json())
 
 
 def thaw_inputs(found: Survey, recipe: Recipe) -> ThawInputs:
@@ -245,8 +240,8 @@ def conclude(found: Survey, ensemble_section: EnsembleSection | None = None, tha
         heads = pd.concat([heads, thawed.rows], ignore_index=True)
     board = rank_heads(heads, metric, widths, folds)
     failed_images = write_failed_images(found)
-    publish_replace(paths.leaderboard, _flat(board).to_csv(index=False).encode())
-    publish_replace(paths.heads, _flat(heads).to_parquet(index=False))
+    publish_table(paths.leaderboard, _flat(board).to_csv(index=False).encode())
+    publish_table(paths.heads, _flat(heads).to_parquet(index=False))
     try:
         winner = choose_winner(board, heads)
     except NoWinner:
@@ -295,8 +290,8 @@ def weigh_selection(found: Survey, board: pd.DataFrame) -> Selection | None:
     else:
         columns = ["rank", "inputs", "kind", "settings", found.metric]
         table = _flat(board)[columns].merge(selection.table, on="rank", how="left")
-        publish_replace(found.paths.selection, json.dumps(selection.summary(), indent=2).encode())
-        publish_replace(found.paths.comparisons, table.to_csv(index=False).encode())
+        write_record(found.paths.selection, selection.summary())
+        publish_table(found.paths.comparisons, table.to_csv(index=False).encode())
     return selection
 
 
@@ -349,7 +344,7 @@ def write_failed_images(found: Survey) -> int:
     columns = (bad[name].astype(str) for name in ("id", "path", "content"))
     rows += [(name, path, reasons[content]) for name, path, content in zip(*columns, strict=True)]
     table = pd.DataFrame(sorted(rows), columns=["id", "path", "reason"])
-    publish_replace(found.paths.failed_images, table.to_csv(index=False).encode("utf-8", "backslashreplace"))
+    publish_table(found.paths.failed_images, table.to_csv(index=False).encode("utf-8", "backslashreplace"))
     return len(rows)
 
 
@@ -377,10 +372,10 @@ def _timed(stages: list[StageRecord], name: str) -> Iterator:  # type: ignore[ty
     stages.append(StageRecord(name, did[-1] if did else "", time.perf_counter() - start))
 
 
+def _conclusion(paths: RunPaths) -> Path:
+    return paths.root / "conclude.lock"  # of several drivers, one at a time writes tables
+
+
 def _record_stages(path: Path, stages: list[StageRecord]) -> None:
     ended = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    before = path.read_bytes() if path.exists() else b""
-    if before and not before.endswith(b"\n"):
-        before += b"\n"
-    new = "".join(json.dumps({"ended": ended, **asdict(record)}) + "\n" for record in stages)
-    publish_replace(path, before + new.encode())
+    append_records(path, [{"ended": ended, **asdict(record)} for record in stages])

@@ -18,7 +18,6 @@ Each line has `time` (UTC) and `event`:
 
 import contextlib
 import datetime
-import json
 import os
 import socket
 import threading
@@ -26,6 +25,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from headrace.cache.sealed import SealBroken, read_sealed_json, sealed_json
 from headrace.pipelines.claims import driver_lock, driver_name
 from headrace.pipelines.paths import RunPaths
 
@@ -43,9 +43,9 @@ class TaskLog:
         if self.path is None:
             return
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
-        line = json.dumps({"time": now, "event": event, **details}, default=str) + "\n"
+        line = sealed_json({"time": now, "event": event, **details}, default=str) + b"\n"
         with self._lock, self.path.open("ab", buffering=0) as file:
-            file.write(line.encode())
+            file.write(line)
 
 
 @contextlib.contextmanager
@@ -67,8 +67,8 @@ def read_log(path: Path) -> Iterator[Mapping[str, Any]]:
     """The events of a file in their order; a line that is being written, or was cut off by a kill, is left out."""
     for line in path.read_bytes().split(b"\n"):
         try:
-            event = json.loads(line)
-        except ValueError:
+            event = read_sealed_json(line)
+        except SealBroken:
             continue
-        if isinstance(event, dict) and {"time", "event"} <= event.keys():
+        if {"time", "event"} <= event.keys():
             yield event

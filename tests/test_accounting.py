@@ -1,6 +1,5 @@
 """found = used + left out, in every command: init, a dry run, a run, its report, and predict; and each reads what the others read."""
 
-import json
 import tarfile
 import zipfile
 from pathlib import Path
@@ -21,6 +20,7 @@ from headrace.pipelines.dataset import list_samples
 from headrace.pipelines.deliver.listing import list_images
 from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.prepare import survey
+from headrace.pipelines.records import read_record
 from headrace.pipelines.report.build import write_report
 
 SMALL = """
@@ -77,7 +77,7 @@ def test_every_command_counts_the_same(photos, tmp_path):
     )
     for name in ("notes.txt", "clip.mp4", "raw.nef", ".DS_Store", "readme.md"):
         assert name in ran
-    stored = accounting_from_json(json.loads(RunPaths(tmp_path / "headrace-runs/recipe").accounting.read_text()))
+    stored = accounting_from_json(read_record(RunPaths(tmp_path / "headrace-runs/recipe").accounting))
     assert stored.counted == stored.found == 47
     page = write_report(recipe).page.read_text(encoding="utf-8")
     assert "Images: 47 found" in page

@@ -12,6 +12,7 @@ from report_cases import COPIES, FLIPPED, HOSTILE, finished_run
 from run_cases import headrace
 
 from headrace.pipelines.paths import RunPaths
+from headrace.pipelines.records import read_record, write_record
 from headrace.pipelines.report import read_run, write_report
 from headrace.pipelines.report.blocks import Column, Headline, Section, Table, plain
 from headrace.pipelines.report.duplicates import like_pairs, standardised
@@ -140,9 +141,10 @@ def test_what_is_gone_is_said(folder, tmp_path):
     """Labels that have changed, then images and features that are gone: a report all the same, with the reason."""
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
-    recipe = json.loads((copy / "runs" / "single" / "recipe.json").read_text())
+    stored = copy / "runs" / "single" / "recipe.json"
+    recipe = read_record(stored)
     recipe["images"]["table"], recipe["cache"] = str(copy / "labels.csv"), str(copy / "headrace-cache")
-    (copy / "runs" / "single" / "recipe.json").write_text(json.dumps(recipe))
+    write_record(stored, recipe)
     labels = pd.read_csv(copy / "labels.csv")
     labels.iloc[::-1].assign(label=labels["label"].to_numpy()).to_csv(copy / "labels.csv", index=False)
     text = write_report(copy / "runs" / "single").page.read_text()

@@ -27,6 +27,7 @@ from headrace.pipelines.leaderboard import rank_heads
 from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.recipe import RecipeError, load_recipe
 from headrace.pipelines.recipe_sections import ReuseSection, ThawSection
+from headrace.pipelines.records import read_record
 from headrace.pipelines.submit import Outcome, TaskOptions
 from headrace.pipelines.task_log import read_log
 from headrace.pipelines.thaw import stage as stage_module
@@ -88,7 +89,7 @@ def inputs_of(case: Case, out: Path) -> ThawInputs:
     paths = RunPaths(out)
     paths.task(case.task.digest).parent.mkdir(parents=True)
     paths.task(case.task.digest).write_bytes((case.root / "task.npz").read_bytes())
-    images = pd.read_parquet(case.root / "images.parquet")
+    images = pd.DataFrame(read_record(case.root / "images.json")["paths"].items(), columns=["content", "path"])
     backbones = dict.fromkeys(case.directories, SMALL)
     return ThawInputs(paths, case.task, "log_loss", case.directories, backbones, images, "cpu")
 
@@ -168,7 +169,7 @@ def test_an_ensemble_with_a_network_is_shown_the_test_split_and_can_be_taken_awa
     stored = save_ensemble(tmp_path / "ensemble", ensemble, case.directories, inputs.backbones, case.task)
     assert sum((stored.parent / one["model"] / "network.safetensors").exists()
                for one in json.loads(stored.read_text())["members"]) == 1  # fmt: skip
-    taken = load_model(stored.parent).predict_proba(image_paths(case.root / "images.parquet", test.content))
+    taken = load_model(stored.parent).predict_proba(image_paths(case.root / "images.json", test.content))
     np.testing.assert_allclose(taken, expected, atol=2e-3)
 
 

@@ -32,6 +32,7 @@ from headrace.heads import (
     spec_to_json,
     train_bank,
 )
+from headrace.pipelines.records import write_record
 from headrace.pipelines.thaw.task import ThawJob
 
 SMALL = BackboneSpec("timm:test_resnet", "random:0", image_size=64, crop_fraction=1.0)
@@ -90,7 +91,7 @@ class Case:
         folder = self.root / out
         return ThawJob(
             task=str(self.root / "task.npz"),
-            images=str(self.root / "images.parquet"),
+            images=str(self.root / "images.json"),
             backbone=backbone,
             features=self.features(*taps),
             cut=self.features(cut) if cut else (),
@@ -134,7 +135,9 @@ def make_case(
         np.ones(len(samples)),
     )
     save_task(task, root / "task.npz")
-    samples[["content", "path"]].to_parquet(root / "images.parquet")
+    write_record(
+        root / "images.json", {"paths": dict(zip(samples["content"], samples["path"].astype(str), strict=True))}
+    )
     return Case(root, task, directories)
 
 

@@ -13,6 +13,7 @@ from headrace.pipelines.deliver.graph import Input
 from headrace.pipelines.deliver.model import Member, Model
 from headrace.pipelines.deliver.network import NetworkMember, read_network
 from headrace.pipelines.paths import RunPaths
+from headrace.pipelines.records import read_record
 from headrace.pipelines.winner import read_openings
 
 _FLOAT16 = (
@@ -110,7 +111,7 @@ def _data(model: Model, run: RunPaths) -> str:
         lines.append("Not recorded: the model was exported away from its run. Write here what it was trained on.")
     else:
         task = recipe.get("task") or {}
-        count = len(_read(run.listing))
+        count = len(_read(run.listing).get("images", {}))
         split = task.get("split") or f"a test part of {task.get('test_fraction')}"
         lines.append(
             f"{count:,} images of `{source}`, target `{task.get('target')}`, split by {split}, {task.get('folds')} folds"
@@ -302,7 +303,6 @@ def _limits(exported: Exported) -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return found if isinstance(found, dict) else {}
-    except (OSError, ValueError):
+        return read_record(path)
+    except FileNotFoundError:
         return {}

@@ -23,6 +23,7 @@ from headrace.pipelines.deliver.network import NETWORK, NetworkMember, read_netw
 from headrace.pipelines.finished import find_run, moved_with_run, require_finished
 from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.recipe import Recipe, load_recipe
+from headrace.pipelines.records import RunDamaged, read_record
 
 if TYPE_CHECKING:
     from headrace.pipelines.deliver.images import ImageLike
@@ -201,11 +202,12 @@ def _holds_model(place: Path) -> bool:
 def ensemble_is_answer(run: RunPaths) -> bool:
     """Whether the run's last recipe asks for an ensemble, and it is better than a single head beyond doubt.
 
-    Raises ModelError for a damaged ensemble.json: the winner would answer in its place, and nobody would know.
+    Raises RunDamaged for a damaged recipe.json, ModelError for a damaged ensemble.json: the winner would answer in its place,
+    and nobody would know.
     """
     try:
-        asked = json.loads(run.recipe.read_text(encoding="utf-8")).get("ensemble") is not None
-    except (OSError, ValueError, AttributeError):
+        asked = read_record(run.recipe).get("ensemble") is not None
+    except FileNotFoundError:
         return False
     path = run.ensemble / ENSEMBLE
     if not asked or not path.is_file():
@@ -245,10 +247,10 @@ def _require_own_file(named: str, file: Path, place: Path, root: Path, trusted: 
         return
     for folder in list(place.absolute().parents)[:4]:
         try:
-            recipe = json.loads(RunPaths(folder).recipe.read_bytes())
+            recipe = read_record(RunPaths(folder).recipe)
             if named in [backbone["weights"] for backbone in recipe["backbones"]]:
                 return
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, RunDamaged, KeyError, TypeError):
             continue
     raise CodeNotTrusted(
         f"{place} asks for the weights file {file}, which lies outside of the model's directory. If you know the file, type: "

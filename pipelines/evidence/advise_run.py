@@ -1,13 +1,12 @@
 """The advice for a run directory: what is missing is measured once and kept in it."""
 
 import contextlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
-from headrace.cache import HeadraceError, open_feature_set, publish_replace
+from headrace.cache import HeadraceError, open_feature_set
 from headrace.extract import describe_backbone
 from headrace.heads import BankJob
 from headrace.pipelines.cluster import local_client
@@ -17,6 +16,7 @@ from headrace.pipelines.evidence.advise import advise_on
 from headrace.pipelines.evidence.run_directory import RunFiles, read_run_files
 from headrace.pipelines.evidence.train import train_banks
 from headrace.pipelines.prepare import backbone_spec
+from headrace.pipelines.records import RunDamaged, read_record, write_record
 
 
 def advise_run(
@@ -48,7 +48,7 @@ def advise_run(
         reference=None if other is None else (other.directories, other.task.content),
     )
     files.paths.evidence.mkdir(parents=True, exist_ok=True)
-    publish_replace(files.paths.advice, json.dumps(advice_summary(advice), indent=2).encode())
+    write_record(files.paths.advice, advice_summary(advice))
     return advice
 
 
@@ -57,8 +57,8 @@ def _early_to_late(names: Sequence[str], files: RunFiles) -> list[str]:
     specs = {name: open_feature_set(files.directories[name][0]).spec for name in names}
     memo = files.paths.evidence / "running-order.json"
     order: dict[str, list[str]] = {}
-    with contextlib.suppress(OSError, ValueError):
-        order = json.loads(memo.read_text(encoding="utf-8"))
+    with contextlib.suppress(OSError, RunDamaged):  # it only saves time
+        order = read_record(memo)
     network = specs[names[0]].backbone if names else ""
     if network not in order:
         for backbone in files.recipe.backbones:
@@ -68,6 +68,6 @@ def _early_to_late(names: Sequence[str], files: RunFiles) -> list[str]:
                 if spec.name == network and not spec.name.startswith("python:"):
                     order[network] = [tap.node for tap in describe_backbone(spec, weights=False).taps]
                     files.paths.evidence.mkdir(parents=True, exist_ok=True)
-                    publish_replace(memo, json.dumps(order).encode())
+                    write_record(memo, order)
     place = {node: number for number, node in enumerate(order.get(network, []))}
     return sorted(names, key=lambda name: place.get(specs[name].tap, len(place)))

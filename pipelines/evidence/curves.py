@@ -6,7 +6,6 @@ class; the subset of each size is a beginning of it, so that smaller ones lie wi
 """
 
 import hashlib
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from headrace.cache import publish_replace
 from headrace.heads import TRAIN_ONLY, BankJob, HeadSpec, Task, read_bank, save_task, spec_to_json, strata
 from headrace.heads.results import remove_damaged
 from headrace.pipelines.evidence.estimate import Estimate
@@ -89,11 +87,7 @@ def learning_curve(
     jobs = []
     for (place, fold), small in subtasks.items():
         path = folder / f"{place}-{fold}.npz"
-        stored = io.BytesIO()
-        save_task(small, stored)
-        publish_replace(
-            path, stored.getvalue()
-        )  # every time: one that was damaged would stop all that is trained on it
+        save_task(small, path)  # every time: one that was damaged would stop all that is trained on it
         for kind in kinds:
             chosen = tuple(spec for spec in specs if spec.kind == kind)
             result = str(folder / f"{place}-{fold}-{kind}.h5")

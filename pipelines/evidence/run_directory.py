@@ -6,15 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
 from headrace.cache import FeatureSpec, feature_set_path
-from headrace.heads import Task, load_task, read_bank
+from headrace.heads import Task, read_bank, read_task
 from headrace.pipelines.finished import find_run, require_finished, results_file, stored_recipe
 from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.recipe import Recipe
+from headrace.pipelines.records import read_table
 
 
 @dataclass(frozen=True)
@@ -34,17 +34,17 @@ def read_run_files(run: Path) -> RunFiles:
     paths = RunPaths(find_run(run).root.absolute())  # workers are told where things lie
     require_finished(paths, paths.recipe, paths.leaderboard)
     recipe = stored_recipe(paths)
-    board = pd.read_csv(paths.leaderboard, keep_default_na=False, na_values={"standard_error": [""]})
+    board = pd.read_csv(read_table(paths.leaderboard), keep_default_na=False, na_values={"standard_error": [""]})
     board["inputs"] = [tuple(text.split(" + ")) for text in board["inputs"]]
     board["path"] = [str(results_file(paths, path)) for path in board["path"]]
     first = read_bank(board["path"].iloc[0])
-    groups = paths.groups(first.task)
+    task, beside = read_task(paths.task(first.task))
     return RunFiles(
         paths,
         recipe,
         board,
-        load_task(paths.task(first.task)),
-        np.load(groups, allow_pickle=False) if groups.exists() else None,
+        task,
+        beside.get("groups"),
         _feature_sets(board, recipe.cache),
     )
 

@@ -1,7 +1,6 @@
 """What the run answers with, the winner or the ensemble that is better beyond doubt, and how it did on the test split."""
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ import pandas as pd
 from headrace.cache import HeadraceError
 from headrace.heads import Task, average, spec_from_json, with_temperature
 from headrace.pipelines.deliver.model import ENSEMBLE, ensemble_is_answer
+from headrace.pipelines.records import read_record
 from headrace.pipelines.report.read import FinishedRun
 from headrace.pipelines.winner import predict_test
 
@@ -48,7 +48,7 @@ def find_answer(run: FinishedRun) -> Answer:
     """The answer of the run's last call."""
     if not ensemble_is_answer(run.paths):
         return Answer(None, run.opening)
-    ensemble = json.loads((run.paths.ensemble / ENSEMBLE).read_text(encoding="utf-8"))
+    ensemble = read_record(run.paths.ensemble / ENSEMBLE)
     own = [opening for opening in run.openings if _is_ensemble(opening["winner"], ensemble, run.bank.task)]
     return Answer(ensemble, own[-1] if own else None)
 

@@ -113,7 +113,7 @@ def headline(run: FinishedRun) -> Headline:
                 f"{result['images']:,} images never seen before",
             )
         )
-    stages = run.records(run.paths.stages)
+    stages = run.stages
     heads = int((run.heads["fold"] != FULL).sum())
     values.append(
         ("compared", f"{heads:,} heads", f"{len(run.board):,} settings on {run.board['inputs'].nunique():,} inputs")

@@ -19,8 +19,8 @@ WATTS_PER_CORE, WATTS_PER_GPU, WATTS_PER_GB = 12.0, 200.0, 0.3725
 
 def cost(run: FinishedRun, watts: float | None = None) -> Section:
     """The section. watts: what the machine draws while it works, where the user knows it."""
-    stages = run.records(run.paths.stages)
-    blocks: list[Block] = []
+    stages = run.stages
+    blocks: list[Block] = [Note(text, "warning") for text in run.damaged_records]
     if not stages.empty:
         power, assumption = _power(run, watts)
         by_stage = (
@@ -39,7 +39,7 @@ def cost(run: FinishedRun, watts: float | None = None) -> Section:
             Column("calls", "calls", "count"),
         )
         heads = int((run.heads["fold"] != FULL).sum())
-        blocks = [
+        blocks += [
             Facts(
                 (
                     ("time, all calls together", seconds_text(total)),
@@ -82,7 +82,7 @@ def energy_text(watt_hours: float) -> str:
 def _power(run: FinishedRun, watts: float | None) -> tuple[float, str]:
     if watts is not None:
         return watts, f"Energy is an estimate: wall time × the {watts:g} W that were given with --watts."
-    records = run.records(run.paths.environments)
+    records = run.environments
     latest = records.iloc[-1].to_dict() if not records.empty else {}
     cores = int(latest.get("workers") or latest.get("cores") or os.cpu_count() or 1)
     memory = float(latest.get("memory_bytes") or 0) / 1e9

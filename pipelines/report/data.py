@@ -7,6 +7,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from headrace.heads import Task
+from headrace.pipelines.records import read_table
 from headrace.pipelines.report import figures
 from headrace.pipelines.report.blocks import Block, Column, Facts, Figure, Note, Section, Table
 from headrace.pipelines.report.read import FinishedRun
@@ -70,7 +71,7 @@ def _left_out(run: FinishedRun) -> list[Block]:
 def _failed(run: FinishedRun) -> list[Block]:
     path = run.paths.failed_images
     frame = (
-        pd.read_csv(path, dtype=str, keep_default_na=False)
+        pd.read_csv(read_table(path), dtype=str, keep_default_na=False)
         if path.exists()
         else pd.DataFrame(columns=["id", "path", "reason"])
     )

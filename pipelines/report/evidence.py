@@ -2,7 +2,6 @@
 advice. What has not been measured is a line that says which command does.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from headrace.pipelines.leaderboard import inputs_text
+from headrace.pipelines.records import RunDamaged, read_record, read_table
 from headrace.pipelines.report import figures
 from headrace.pipelines.report.blocks import Block, Column, Facts, Figure, Note, Section, Table
 from headrace.pipelines.report.leaders import metric_format, metric_title
@@ -67,16 +67,18 @@ def expected_text(run: FinishedRun) -> tuple[str, str] | None:
 
 
 def read_json(path: Path) -> Found | None:
-    """None where the file is not there or is no JSON object."""
+    """None where the file is not there. Raises RunDamaged."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_record(path)
+    except FileNotFoundError:
         return None
-    return found if isinstance(found, dict) else None
 
 
 def _blocks(path: Path, how: str, make: Callable[[Found], list[Block]]) -> tuple[Block, ...]:
-    found = read_json(path)
+    try:
+        found = read_json(path)
+    except RunDamaged as error:
+        return (Note(f"Left out: {error}. {how}.", "warning"),)
     if found is None:
         return (Note(f"Not measured: {how}."),)
     try:
@@ -105,7 +107,7 @@ def _choice(run: FinishedRun, found: Found) -> list[Block]:
     path = run.paths.comparisons
     if not path.exists():
         return [facts]
-    frame = pd.read_csv(path, dtype={"inputs": str, "kind": str, "settings": str})
+    frame = pd.read_csv(read_table(path), dtype={"inputs": str, "kind": str, "settings": str})
     names = list(run.feature_sets)
     frame = frame.assign(inputs=[inputs_text(text.split(" + "), names) for text in frame["inputs"]])
     frame["together"] = frame["together"].fillna(False).astype(bool)

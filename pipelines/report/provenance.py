@@ -27,7 +27,7 @@ def provenance(run: FinishedRun) -> Section:
 
 
 def _machines(run: FinishedRun) -> list[Block]:
-    records = run.records(run.paths.environments)
+    records = run.environments
     if records.empty:
         return [Note("The run was made by a version of headrace that did not record versions.")]
     rows = []

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from headrace.cache import FeatureSet, HeadraceError, feature_set_path, open_feature_set
+from headrace.cache.sealed import SealBroken
 from headrace.cache.spec import FeatureSpec
 from headrace.extract import read_listing
 from headrace.heads import BankResult, read_bank
@@ -22,6 +23,7 @@ from headrace.pipelines.finished import find_run, require_finished, results_file
 from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.prepare import check_metric
 from headrace.pipelines.recipe import Recipe
+from headrace.pipelines.records import RUN_AGAIN, read_record, read_records, read_table
 from headrace.pipelines.winner import choose_winner, read_openings
 
 _TEXTS = {"inputs": str, "kind": str, "settings": str, "spec": str, "path": str}
@@ -96,6 +98,8 @@ class FinishedRun:
             content = [listed.get(str(name)) for name in samples["id"]]
             dataset = make_dataset(samples, content, self.recipe.task)
             dataset = drop_rows(dataset, self._failed_content())
+        except SealBroken as error:
+            return f"{self.paths.listing} has changed since it was written ({error}): {RUN_AGAIN}"
         except (HeadraceError, OSError) as error:
             return f"the images are not where they were: {error}"
         if dataset.train.digest != self.bank.task:
@@ -112,10 +116,10 @@ class FinishedRun:
 
     @cached_property
     def accounting(self) -> Accounting | None:
-        """Where every entry of the source went; None where the run did not say, or its file is damaged."""
+        """Where every entry of the source went; None where the run did not say. Raises RunDamaged."""
         try:
-            return accounting_from_json(json.loads(self.paths.accounting.read_text(encoding="utf-8")))
-        except (OSError, ValueError, KeyError, TypeError):
+            return accounting_from_json(read_record(self.paths.accounting))
+        except FileNotFoundError:
             return None
 
     @cached_property
@@ -133,28 +137,39 @@ class FinishedRun:
                 return opening
         return None
 
-    def records(self, path: Path) -> pd.DataFrame:
-        """The lines of a JSON-lines file as a table; a line that a killed process left unfinished is passed over."""
-        found = []
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-            try:
-                found.append(json.loads(line))
-            except ValueError:
-                continue
-        return pd.DataFrame(found)
+    @cached_property
+    def stages(self) -> pd.DataFrame:
+        """Each stage of each call: name, did, seconds, ended."""
+        return pd.DataFrame(read_records(self.paths.stages)[0])
+
+    @cached_property
+    def environments(self) -> pd.DataFrame:
+        """Versions and machines, a row for each change of them."""
+        return pd.DataFrame(read_records(self.paths.environments)[0])
+
+    @property
+    def damaged_records(self) -> Sequence[str]:
+        """What is left out of the two, as sentences."""
+        counts = ((path.name, read_records(path)[1]) for path in (self.paths.stages, self.paths.environments))
+        return [
+            f"{count:,} lines of {name} have changed since they were written and are left out."
+            for name, count in counts
+            if count
+        ]
 
 
 def read_run(run: Path) -> FinishedRun:
     """Read a finished run, given by its directory or its recipe.
 
-    Raises NotARun for anything else, NoWinner for a run in which no head is whole.
+    Raises NotARun for anything else, RunDamaged for tables that are not as the run wrote them, NoWinner for a run in which
+    no head is whole.
     """
     paths = find_run(run)
     require_finished(paths, paths.recipe, paths.leaderboard, paths.heads)
     recipe = stored_recipe(paths)
-    board = pd.read_csv(paths.leaderboard, dtype=_TEXTS, keep_default_na=False, na_values=[""])
+    board = pd.read_csv(read_table(paths.leaderboard), dtype=_TEXTS, keep_default_na=False, na_values=[""])
     board = board.assign(settings=board["settings"].fillna(""))
-    heads = pd.read_parquet(paths.heads)
+    heads = pd.read_parquet(read_table(paths.heads))
     winner = choose_winner(board, heads)
     bank = read_bank(results_file(paths, winner["path"]))
     return FinishedRun(paths, recipe, check_metric(recipe.task), board, heads, winner, bank)

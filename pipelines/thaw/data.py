@@ -12,7 +12,6 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 import torch
 from torch import Tensor
 
@@ -21,6 +20,7 @@ from headrace.extract import Augmentation, Preprocessing, Sample, Symmetries
 from headrace.extract.decode import Rendering, decoded_batches
 from headrace.extract.errors import SourceError
 from headrace.extract.views import mirrored, parse_view
+from headrace.pipelines.records import read_record
 
 Rows = npt.NDArray[np.int64]
 
@@ -111,16 +111,14 @@ def by_view(features: Sequence[FeatureSet]) -> dict[str, list[FeatureSet]]:
 
 def image_paths(listing: Path, content: npt.NDArray[np.bytes_]) -> list[str]:
     """(N,) paths of the images with these content hashes. Raises SourceError for one that the listing lacks."""
-    table = (
-        pd.read_parquet(listing, columns=["content", "path"]).drop_duplicates("content").set_index("content")["path"]
-    )
-    wanted = content.astype(str)
-    absent = [text for text in wanted if text not in table.index]
+    paths = read_record(listing)["paths"]
+    wanted = content.astype(str).tolist()
+    absent = [text for text in wanted if text not in paths]
     if absent:
         raise SourceError(
             f"{listing} lists no image with the content {absent[0]} and {len(absent) - 1} more: run again"
         )
-    return [str(path) for path in table.loc[wanted]]
+    return [paths[text] for text in wanted]
 
 
 def random_flips(inputs: Tensor, how: str, draw: np.random.Generator, *, pixels: bool) -> Tensor:

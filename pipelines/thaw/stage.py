@@ -4,7 +4,6 @@ The head stays the answer unless a network is better on the same validation rows
 `thaw/candidates.json`, and nothing that is decided there is done again.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,8 +15,8 @@ import pandas as pd
 from dask.distributed import Client
 from rich.console import Console
 
-from headrace.cache import lease, publish_replace
-from headrace.cache.sealed import checked, is_checked, is_sealed_file
+from headrace.cache import lease
+from headrace.cache.sealed import is_sealed_file
 from headrace.extract import BackboneSpec
 from headrace.heads import FULL, METRICS, Task, read_bank, score, spec_to_json
 from headrace.heads.results import remove_damaged
@@ -26,6 +25,7 @@ from headrace.pipelines.leaderboard import settings_text
 from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.progress import stage
 from headrace.pipelines.recipe_sections import ThawSection
+from headrace.pipelines.records import RunDamaged, read_record, write_record
 from headrace.pipelines.submit import TaskOptions, run_tasks
 from headrace.pipelines.thaw.candidates import Candidate, list_candidates, predicted_gain, training_seconds
 
@@ -87,12 +87,12 @@ def thaw(
     decided = _read(inputs.paths.thaw_decisions)
     candidates, notes = list_candidates(board, section, inputs.directories, inputs.backbones)
     waiting = [one for one in candidates if not _settled(inputs.paths, one.key, decided, section, retry_failed)]
+    inputs.paths.thaw.mkdir(parents=True, exist_ok=True)
+    there = inputs.images[["content", "path"]].dropna().drop_duplicates("content").astype(str)
+    write_record(inputs.paths.thaw_images, {"paths": dict(zip(there["content"], there["path"], strict=True))})
     trained = 0
     if waiting:
         assert client is not None
-        inputs.paths.thaw.mkdir(parents=True, exist_ok=True)
-        columns = inputs.images[["content", "path"]].dropna().drop_duplicates("content").astype(str)
-        publish_replace(inputs.paths.thaw_images, columns.to_parquet(index=False))
         with claims(inputs.paths.claims) as ours:
             watched = replace(options or TaskOptions(), claims=ours)
             trained = _work(inputs, waiting, decided, section, client, console, watched)
@@ -211,8 +211,8 @@ def _decide(paths: RunPaths, key: str, record: dict[str, Any]) -> dict[str, Any]
         known = _read(paths.thaw_decisions)
         trained = known.get(key, {}).get("decision") in ("kept", "rolled back")
         if not (trained and record["decision"] in ("over budget", "refused")):
-            known[key] = checked(record)
-            publish_replace(paths.thaw_decisions, json.dumps(known, indent=1).encode())
+            known[key] = record
+            write_record(paths.thaw_decisions, known)
     return known
 
 
@@ -381,7 +381,6 @@ def _notes(candidates: Sequence[Candidate], decided: Mapping[str, Any]) -> list[
 def _read(path: Path) -> dict[str, Any]:
     """What was decided. Of a damaged record nothing is believed: it is found again from the results, after a pilot of seconds."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return read_record(path)
+    except (OSError, RunDamaged):
         return {}
-    return {key: record for key, record in found.items() if is_checked(record)} if isinstance(found, dict) else {}

@@ -1,0 +1,87 @@
+"""The files of a run that its readers believe: every one has a digest, which is compared before a number of it is used.
+
+JSON and arrays carry theirs inside (`headrace.cache.sealed`). Tables that people open have none of ours in them: the digests
+of all are in tables.json, each entry written after its table. So a call that was killed in between leaves a table that is
+refused, and the next call writes both.
+"""
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from headrace.cache import HeadraceError, publish_replace
+from headrace.cache.sealed import SealBroken, read_sealed_json, sealed_json
+
+_DIGESTS = "tables.json"
+RUN_AGAIN = "`headrace run RECIPE` writes it again"
+
+
+class RunDamaged(HeadraceError, ValueError):
+    """A file of a run is not as it was written: names the file, and the command that writes it again."""
+
+
+def write_record(path: Path, values: Mapping[str, Any]) -> None:
+    """Publish an object as JSON with its digest. Raises PublishFailed."""
+    publish_replace(path, sealed_json(values, indent=2))
+
+
+def read_record(path: Path, mended_by: str = RUN_AGAIN) -> dict[str, Any]:
+    """Inverse of `write_record`. Raises RunDamaged, with what mends it; FileNotFoundError where there is no file."""
+    try:
+        return read_sealed_json(path.read_bytes())
+    except SealBroken as error:
+        raise RunDamaged(f"{path} has changed since it was written: {error}. {mended_by}") from error
+
+
+def publish_table(path: Path, data: bytes) -> None:
+    """Publish a table and the digest of its bytes. Two processes must not do so in one run at once. Raises PublishFailed."""
+    publish_replace(path, data)
+    digests = path.with_name(_DIGESTS)
+    try:
+        known = read_record(digests)
+    except (FileNotFoundError, RunDamaged):
+        known = {}
+    write_record(digests, {**known, path.name: xxhash.xxh3_128_hexdigest(data)})
+
+
+def read_table(path: Path) -> io.BytesIO:
+    """The bytes that `publish_table` was given. Raises RunDamaged for other ones, FileNotFoundError for none.
+
+    A run of an earlier version has no digests, and is read without.
+    """
+    data = path.read_bytes()
+    try:
+        written = read_record(path.with_name(_DIGESTS)).get(path.name)
+    except FileNotFoundError:
+        written = None
+    if written is not None and written != xxhash.xxh3_128_hexdigest(data):
+        raise RunDamaged(
+            f"{path} is not as the run wrote it: it was changed, or a call was killed between it and {_DIGESTS}. {RUN_AGAIN}"
+        )
+    return io.BytesIO(data)
+
+
+def append_records(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Add lines of JSON, each with its own digest, to a file. Raises PublishFailed."""
+    before = path.read_bytes() if path.exists() else b""
+    if before and not before.endswith(b"\n"):
+        before += b"\n"
+    publish_replace(path, before + b"".join(sealed_json(record) + b"\n" for record in records))
+
+
+def read_records(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The records in a file of `append_records`, oldest first, and how many of its lines are damaged and left out."""
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return [], 0
+    found, damaged = [], 0
+    for line in lines:
+        try:
+            found += [read_sealed_json(line)] if line else []
+        except SealBroken:
+            damaged += 1
+    return found, damaged
