@@ -16,6 +16,7 @@ from headrace.heads.ensemble import (
 )
 from headrace.heads.features import load_rows
 from headrace.heads.folds import BadSplit, make_folds, split_test, strata
+from headrace.heads.intervals import exact_interval, metric_interval, proportion_interval
 from headrace.heads.metrics import (
     DEFAULT_METRIC,
     METRICS,
@@ -23,9 +24,8 @@ from headrace.heads.metrics import (
     TaskKind,
     UnknownMetric,
     all_metrics,
-    bootstrap_interval,
-    metric_interval,
-    row_scores,
+    row_hits,
+    row_losses,
     score,
 )
 from headrace.heads.neighbours import fit_centroid_bank, fit_knn_bank
@@ -143,8 +143,8 @@ __all__ = [
     "all_metrics",
     "average",
     "bayes_bounds",
-    "bootstrap_interval",
     "element_loss",
+    "exact_interval",
     "fit_bank",
     "fit_centroid_bank",
     "fit_conv_bank",
@@ -164,11 +164,13 @@ __all__ = [
     "metric_interval",
     "negative_conditional_entropy",
     "predict_head",
+    "proportion_interval",
     "publish_failure",
     "read_bank",
     "read_task",
     "results_bytes",
-    "row_scores",
+    "row_hits",
+    "row_losses",
     "save_head",
     "save_task",
     "score",

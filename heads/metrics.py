@@ -16,7 +16,6 @@ TaskKind = Literal["single", "multi", "regression"]
 Floats = npt.NDArray[np.float64]
 
 CALIBRATION_BINS = 15  # equal widths over [0, 1], as in Guo et al. 2017
-BOOTSTRAP_RESAMPLES = 10_000
 
 
 class UnknownMetric(HeadraceError, ValueError):
@@ -81,67 +80,30 @@ def sign(metric: str) -> int:
     return 1 if METRICS[metric].higher_is_better else -1
 
 
-def row_scores(task_kind: TaskKind, target: npt.NDArray[Any], probabilities: npt.NDArray[Any]) -> Floats:
-    """(N,) a value per row whose mean is the accuracy (single, multi) or minus the mean absolute error (regression):
-    what `bootstrap_interval` resamples.
-    """
+def row_hits(
+    task_kind: TaskKind, target: npt.NDArray[Any], probabilities: npt.NDArray[Any], metric: str = "accuracy"
+) -> Floats:
+    """0 and 1 whose mean is the metric: accuracy (N,), hamming_accuracy (N, L)."""
     predicted = np.asarray(probabilities, np.float64)
     if task_kind == "single":
         return np.asarray(predicted.argmax(1) == target, np.float64)
     wanted = np.asarray(target, np.float64).reshape(len(predicted), -1)
+    same = (predicted.reshape(len(predicted), -1) >= 0.5) == (wanted >= 0.5)
+    return np.asarray(same if metric == "hamming_accuracy" else same.all(1), np.float64)
+
+
+def row_losses(task_kind: TaskKind, target: npt.NDArray[Any], probabilities: npt.NDArray[Any], metric: str) -> Floats:
+    """(N,) losses whose mean is the metric: log_loss (nats) or mae."""
+    predicted = np.asarray(probabilities, np.float64)
+    smallest = np.finfo(np.float32).eps
+    if task_kind == "single":
+        chosen = predicted[np.arange(len(predicted)), np.asarray(target).astype(np.int64)] / predicted.sum(1)
+        return np.asarray(-np.log(np.clip(chosen, smallest, 1)))
+    wanted = np.asarray(target, np.float64).reshape(len(predicted), -1)
     predicted = predicted.reshape(len(predicted), -1)
-    if task_kind == "multi":
-        return np.asarray(((predicted >= 0.5) == (wanted >= 0.5)).all(1), np.float64)
-    return np.asarray(-np.abs(predicted - wanted).mean(1))
-
-
-def bootstrap_interval(values: npt.NDArray[Any], seed: int, level: float = 0.95) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean of `values` (N,), such as the 0/1 of right and wrong predictions.
-
-    Deterministic in the seed. Raises ValueError for no values or a level outside (0, 1).
-    """
-    sample = np.asarray(values, np.float64).ravel()
-    if len(sample) == 0 or not 0 < level < 1:
-        raise ValueError(f"a bootstrap interval needs values and a level in (0, 1), found {len(sample)} and {level}")
-    generator = np.random.default_rng(seed)
-    if np.isin(sample, (0.0, 1.0)).all():
-        # Resampling 0/1 values with replacement is a binomial draw: the same distribution without the index arrays.
-        means = generator.binomial(len(sample), sample.mean(), BOOTSTRAP_RESAMPLES) / len(sample)
-    else:
-        means = np.concatenate(
-            [
-                sample[generator.integers(0, len(sample), (100, len(sample)))].mean(1)
-                for _ in range(BOOTSTRAP_RESAMPLES // 100)
-            ]
-        )
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
-
-
-def metric_interval(
-    task_kind: TaskKind,
-    target: npt.NDArray[Any],
-    probabilities: npt.NDArray[Any],
-    metric: str,
-    *,
-    seed: int = 0,
-    level: float = 0.95,
-    resamples: int = 1000,
-) -> tuple[float, float]:
-    """Percentile bootstrap interval over rows of any metric of the task; deterministic in the seed.
-
-    Accuracy and mean absolute error are means over rows and take the quick way of `bootstrap_interval`.
-    """
-    if metric == "accuracy":
-        return bootstrap_interval(row_scores(task_kind, target, probabilities), seed, level)
-    generator = np.random.default_rng(seed)
-    rows = len(probabilities)
-    draws = (generator.integers(0, rows, rows) for _ in range(resamples))
-    values = np.array([score(task_kind, target[drawn], probabilities[drawn], metric) for drawn in draws])
-    if np.isnan(values).all():
-        return float("nan"), float("nan")
-    low, high = np.nanquantile(values, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    if metric == "mae":
+        return np.asarray(np.abs(predicted - wanted).mean(1))
+    return np.asarray(-np.log(np.clip(np.where(wanted >= 0.5, predicted, 1 - predicted), smallest, 1)).mean(1))
 
 
 def _single(metric: str, target: npt.NDArray[np.int64], predicted: Floats) -> float:

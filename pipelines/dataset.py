@@ -41,6 +41,7 @@ class Dataset:
     notes: tuple[str, ...]  # what a careful person would want to be told about the rows
     groups: npt.NDArray[np.int64]  # of each row of `train`: rows of one group, or copies of one image, share a number
     unlabelled: int  # images that can be read and have no target
+    test_groups: npt.NDArray[np.int64]  # as `groups`, of each row of `test`
 
 
 def read_samples(recipe: Recipe) -> Listing:
@@ -108,7 +109,8 @@ def make_dataset(samples: pd.DataFrame, content: Sequence[str | None], section: 
     )
     copies = pd.factorize(frame["_content"])[0].astype(np.int64)
     together = copies if groups is None else _joined_by_copies(groups, frame["_content"])
-    return Dataset(task.without_test(), _rows(task, fold == TEST), tuple(notes), together[fold != TEST], unlabelled)
+    test = fold == TEST
+    return Dataset(task.without_test(), _rows(task, test), tuple(notes), together[~test], unlabelled, together[test])
 
 
 def _rows(task: Task, keep: npt.NDArray[np.bool_]) -> Task:
@@ -351,8 +353,15 @@ def drop_rows(dataset: Dataset, failed: Set[str]) -> Dataset:
         raise DataError(
             f"every image of fold {empty[0]} failed: the reasons are in `headrace cache` and in failed-images.csv"
         )
-    test = _rows(dataset.test, ~np.isin(dataset.test.content, bad))
-    return Dataset(train, test, dataset.notes, dataset.groups[kept], dataset.unlabelled)
+    tested = ~np.isin(dataset.test.content, bad)
+    return Dataset(
+        train,
+        _rows(dataset.test, tested),
+        dataset.notes,
+        dataset.groups[kept],
+        dataset.unlabelled,
+        dataset.test_groups[tested],
+    )
 
 
 def _first_copies(content: pd.Series) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:

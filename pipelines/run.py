@@ -259,9 +259,10 @@ def conclude(found: Survey, ensemble_section: EnsembleSection | None = None, tha
     if not len(test.ids):
         tested = None
     elif ensemble is not None and ensemble.chosen:
-        tested = show_test(paths.openings, ensemble, found.directories, test, task.digest)
+        tested = show_test(paths.openings, ensemble, found.directories, test, task.digest, found.dataset.test_groups)
     else:
-        tested = open_test(paths.openings, winner, features, test, task.digest, found.metric)
+        groups = found.dataset.test_groups
+        tested = open_test(paths.openings, winner, features, test, task.digest, found.metric, groups)
     return RunResult(
         paths=paths,
         metric=found.metric,

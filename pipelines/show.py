@@ -124,7 +124,7 @@ def show_result(console: Console, result: RunResult, *, reference: str | None = 
         line = Text(
             f"Test {test.metric} {number_text(test.value, test.metric)} "
             f"(95 % interval {number_text(test.low, test.metric)} to {number_text(test.high, test.metric)}, "
-            f"{test.images:,} images never seen before)",
+            f"{images_text(test.images, test.groups)} never seen before)",
             style="bold green",
         )
         console.print(line)
@@ -271,6 +271,11 @@ def show_files(console: Console, result: RunResult) -> None:
     console.print("Files", style="italic")
     for what, path in rows:
         console.print(f"  {what:<32} {path}", soft_wrap=True)
+
+
+def images_text(images: int, groups: int | None) -> str:
+    """ "50 images", or "50 images of 12 groups" where images are not independent of each other."""
+    return f"{images:,} images" + (f" of {groups:,} groups" if groups is not None and groups < images else "")
 
 
 def number_text(value: float, metric: str) -> str:

@@ -29,6 +29,7 @@ from headrace.heads import (
     spec_from_json,
     with_temperature,
 )
+from headrace.heads.intervals import METHOD
 from headrace.pipelines.paths import RunPaths
 
 # Of the test images' hashes, kept with each opening to recognise the same images under another table.
@@ -41,7 +42,7 @@ class NoWinner(HeadraceError):
 
 @dataclass(frozen=True)
 class TestResult:
-    """The winner's score on the test split, with a 95 % bootstrap interval over the test images."""
+    """The winner's score on the test split, with a 95 % interval over the test images (their groups; `metric_interval`)."""
 
     metric: str
     value: float
@@ -50,6 +51,7 @@ class TestResult:
     images: int
     openings: int  # how many winners have been shown this test split, this one included
     metrics: dict[str, float]
+    groups: int | None = None  # the images are of so many groups, or distinct images; None: as many as images
 
 
 class OpeningsDamaged(HeadraceError, ValueError):
@@ -96,15 +98,23 @@ def save_winner(
 
 
 def open_test(
-    openings: Path, winner: pd.Series, features: Sequence[FeatureSet], test: Task, train_digest: str, metric: str
+    openings: Path,
+    winner: pd.Series,
+    features: Sequence[FeatureSet],
+    test: Task,
+    train_digest: str,
+    metric: str,
+    groups: npt.NDArray[Any] | None = None,
 ) -> TestResult:
     """Score the winner on the test rows and put the opening on record; a repeated call with the same winner reads the record.
 
+    groups: (rows of the test task,) by default the images' content. Rows of one group are not independent of each other, and
+    the interval is over groups.
     Another winner on the same test images is another opening: the more winners have been shown a test split, the less
     its score means, and so the count is part of the result.
     """
     winner_is = {"train": train_digest, "test": test.digest, **_identity(winner, features)}
-    return _opened(openings, winner_is, test, metric, lambda: predict_test(winner, features, test))
+    return _opened(openings, winner_is, test, metric, groups, lambda: predict_test(winner, features, test))
 
 
 def open_ensemble_test(
@@ -114,6 +124,7 @@ def open_ensemble_test(
     test: Task,
     train_digest: str,
     metric: str,
+    groups: npt.NDArray[Any] | None = None,
 ) -> TestResult:
     """As `open_test`, for an ensemble of (weight, own temperature, row of the leaderboard, its features)."""
     ensemble_is = {
@@ -134,7 +145,7 @@ def open_ensemble_test(
         mean = average(np.array([weight for weight, *_ in members]), np.stack(told))
         return found[0][0], with_temperature(test.kind, mean, temperature)
 
-    return _opened(openings, ensemble_is, test, metric, predict)
+    return _opened(openings, ensemble_is, test, metric, groups, predict)
 
 
 def _identity(winner: pd.Series, features: Sequence[FeatureSet]) -> dict[str, Any]:
@@ -151,9 +162,13 @@ def _opened(
     winner_is: Mapping[str, Any],
     test: Task,
     metric: str,
+    groups: npt.NDArray[Any] | None,
     predict: Callable[[], tuple[npt.NDArray[Any], npt.NDArray[Any]]],
 ) -> TestResult:
-    """The record of this opening; if there is none, `predict` gives targets and predictions, and it is made."""
+    """The record of this opening; if there is none, `predict` gives targets and predictions, and it is made.
+
+    A record whose interval is of an earlier method keeps its score and is given the interval of this one.
+    """
     with lease(_lock(openings)):  # two runs that end at once both count
         recorded = read_openings(openings)
         past = [opening for opening in recorded if _overlaps(opening, test)]
@@ -162,20 +177,43 @@ def _opened(
             json.dumps(winner_is, sort_keys=True)
         }
         for opening in same:
-            if opening["result"]["metric"] == metric:
+            if opening["result"]["metric"] == metric and opening.get("interval") == METHOD:
                 return TestResult(openings=len(others) + 1, **opening["result"])
         target, predicted = predict()
-        metrics = all_metrics(test.kind, target, predicted)
-        low, high = metric_interval(test.kind, target, predicted, metric)
-        result = TestResult(metric, metrics[metric], low, high, len(target), len(others) + 1, metrics)
+        result = _scored(test, target, predicted, metric, groups, len(others) + 1)
+        earlier = next((opening for opening in same if opening["result"]["metric"] == metric), None)
+        if earlier is not None:
+            kept = {name: earlier["result"][name] for name in ("value", "metrics")}
+            result = dataclasses.replace(result, **kept)
         opening = {
             "winner": winner_is,
             "opened": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "result": {name: value for name, value in dataclasses.asdict(result).items() if name != "openings"},
             "images": _sketch(test),
+            **(earlier or {}),
+            "result": {name: value for name, value in dataclasses.asdict(result).items() if name != "openings"},
+            "interval": METHOD,
         }
-        _write_openings(openings, [*recorded, opening])
+        if earlier is None:
+            _write_openings(openings, [*recorded, opening])
+        else:
+            _write_openings(openings, [opening if each is earlier else each for each in recorded])
     return result
+
+
+def _scored(
+    test: Task,
+    target: npt.NDArray[Any],
+    predicted: npt.NDArray[Any],
+    metric: str,
+    groups: npt.NDArray[Any] | None,
+    openings: int,
+) -> TestResult:
+    metrics = all_metrics(test.kind, target, predicted)
+    together = np.asarray(test.content if groups is None else groups)
+    assert len(together) == len(target)  # rows without features have left the task before
+    low, high = metric_interval(test.kind, target, predicted, metric, groups=together)
+    count = len(np.unique(together))
+    return TestResult(metric, metrics[metric], low, high, len(target), openings, metrics, count)
 
 
 def predict_test(

@@ -2,10 +2,13 @@
 
 import json
 
+import numpy as np
+import pandas as pd
 import pytest
 from deliver_cases import run_here
 from run_cases import make_photos
 
+from headrace.heads import proportion_interval
 from headrace.pipelines.deliver.model import load_model
 from headrace.pipelines.run import withdraw
 from headrace.pipelines.winner import OpeningsDamaged, _write_openings, mend_openings, read_openings
@@ -101,6 +104,33 @@ def test_a_run_is_not_deceived_and_withdraws_what_is_true_no_more(tmp_path):
     assert after.ensemble is None
     assert not paths.ensemble.exists()
     assert [member.head.spec.alpha for member in load_model(paths.root).members] == [7.0]
+
+
+def test_the_interval_is_over_groups_and_an_earlier_method_is_replaced(tmp_path):
+    """Photographs of one module count as one where all are right; a record with a percentile bootstrap's interval keeps its
+    score and its date, and is given the interval of this version, without another opening."""
+    make_photos(tmp_path / "photos", n=24)
+    rows = [(path, path.parent.name) for path in sorted((tmp_path / "photos").rglob("*.*"))]
+    table = pd.DataFrame(rows, columns=["path", "label"])
+    table["module"] = table.groupby("label").cumcount() // 2
+    table.to_csv(tmp_path / "photos.csv", index=False)
+    recipe = tmp_path / "recipe.yaml"
+    source = "images: {table: photos.csv}\ntask: {folds: 2, group: module}"
+    recipe.write_text(RECIPE.replace("images: {folder: photos}\ntask: {folds: 2}", source))
+    first = run_here(recipe)
+    groups = first.test.groups
+    assert groups < first.test.images
+    assert read_openings(first.paths.openings)[0]["result"]["groups"] == groups
+    (opening,) = read_openings(first.paths.openings)
+    right = np.arange(first.test.images) < round(first.test.value * first.test.images)
+    assert first.test.high - first.test.low > np.diff(proportion_interval(right))
+    old = {key: value for key, value in opening.items() if key != "interval"}
+    old["result"] = {key: value for key, value in opening["result"].items() if key != "groups"} | {"low": 1.0}
+    _write_openings(first.paths.openings, [old | {"opened": "long ago"}])
+    again = run_here(recipe)
+    assert again.test == first.test
+    (mended,) = read_openings(first.paths.openings)
+    assert mended == opening | {"opened": "long ago"}
 
 
 def test_a_withdrawn_directory_is_gone_with_what_an_earlier_withdrawal_left(tmp_path):

@@ -5,7 +5,9 @@ import hashlib
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy.typing as npt
 import pandas as pd
 
 from headrace.cache import FeatureSet, open_feature_set, publish_replace
@@ -69,14 +71,19 @@ def save_ensemble(
 
 
 def show_test(
-    openings: Path, ensemble: Ensemble, directories: Mapping[str, Sequence[Path]], test: Task, train_digest: str
+    openings: Path,
+    ensemble: Ensemble,
+    directories: Mapping[str, Sequence[Path]],
+    test: Task,
+    train_digest: str,
+    groups: npt.NDArray[Any] | None = None,
 ) -> TestResult:
-    """Show the ensemble the test split, once and on record."""
+    """Show the ensemble the test split, once and on record. groups: as in `open_test`."""
     members = [
         (member.weight, member.temperature, member.row, _features(member.row, directories))
         for member in ensemble.members
     ]
-    return open_ensemble_test(openings, members, ensemble.temperature, test, train_digest, ensemble.metric)
+    return open_ensemble_test(openings, members, ensemble.temperature, test, train_digest, ensemble.metric, groups)
 
 
 def _features(row: pd.Series, directories: Mapping[str, Sequence[Path]]) -> list[FeatureSet]:
