@@ -53,6 +53,11 @@ class Sample:
     content: str  # hash of the bytes that are expected there; empty: whatever is there
 
 
+def backbone_code(name: str) -> str | None:
+    """The "module:function" that a backbone of this name has imported and called; None for the libraries' own networks."""
+    return name.removeprefix("python:") if name.startswith("python:") else None
+
+
 def is_weights_file(weights: str) -> bool:
     """Whether a backbone's `weights` means a file rather than a tag of the library."""
     return weights.lower().endswith(SUFFIXES) or "/" in weights or weights.startswith(PACKAGED)

@@ -4,7 +4,7 @@ import dataclasses
 import datetime
 import json
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from headrace.cache.sealed import SealBroken, read_sealed_json, sealed_json
 from headrace.extract import BackboneSpec
 from headrace.heads import (
     FULL,
+    SklearnSpec,
     Task,
     all_metrics,
     average,
@@ -30,6 +31,7 @@ from headrace.heads import (
     with_temperature,
 )
 from headrace.heads.intervals import METHOD
+from headrace.heads.persist import require_trusted
 from headrace.pipelines.paths import RunPaths
 
 # Of the test images' hashes, kept with each opening to recognise the same images under another table.
@@ -217,14 +219,22 @@ def _scored(
 
 
 def predict_test(
-    winner: pd.Series, features: Sequence[FeatureSet], test: Task
+    winner: pd.Series, features: Sequence[FeatureSet], test: Task, *, trust_code: Collection[str] | None = None
 ) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """The targets (n,) and the winner's predictions (n, C) of the test rows. Whoever shows them records an opening first."""
+    """The targets (n,) and the winner's predictions (n, C) of the test rows. Whoever shows them records an opening first.
+
+    trust_code: the code that may be imported for it ("module:name"), which else raises CodeNotTrusted; None: whatever it names.
+    """
     if winner["kind"] == "finetune":
         from headrace.pipelines.thaw.predict import predict_rows  # imports torch
 
-        return test.target, predict_rows(RunPaths(Path(winner["path"]).parent.parent), Path(winner["path"]).stem, test)
+        run, key = RunPaths(Path(winner["path"]).parent.parent), Path(winner["path"]).stem
+        return test.target, predict_rows(run, key, test, trust_code=trust_code)
     spec = spec_from_json(winner["spec"])
+    if isinstance(spec, SklearnSpec) and trust_code is not None:
+        from headrace.heads.sklearn_bank import estimator_code  # imports scikit-learn
+
+        require_trusted(estimator_code(spec), Path(winner["path"]), trust_code)
     arrays = read_bank(winner["path"]).arrays(winner["spec"], FULL)
     X, kept = load_rows(features, test.content, spatial=spec.kind == "conv")
     views = X if X.ndim in (3, 5) else X[None]  # (V, n, D) or (V, n, channels, h, w): several are averaged

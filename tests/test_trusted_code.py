@@ -3,14 +3,27 @@
 import json
 import shlex
 import shutil
+import sys
 
 import numpy as np
 import pytest
-from safetensors.numpy import save
+from deliver_cases import client_here, run_here
+from run_cases import make_photos
+from safetensors.numpy import load, save
 from typer.testing import CliRunner
 
 from headrace.cache import FeatureSpec
-from headrace.heads import CodeNotTrusted, RidgeSpec, SklearnSpec, load_head, spec_to_json
+from headrace.cache.sealed import tensor_metadata
+from headrace.extract import BackboneSpec
+from headrace.heads import (
+    CodeNotTrusted,
+    FineTuneSpec,
+    LogisticSpec,
+    RidgeSpec,
+    SklearnSpec,
+    load_head,
+    spec_to_json,
+)
 from headrace.heads.predict import CannotPredict
 from headrace.heads.sklearn_bank import estimator_code, fitted_sklearn, make_estimator
 from headrace.pipelines.cli import app
@@ -27,6 +40,21 @@ def network():
 class Classifier(ClassifierMixin, BaseEstimator):
     pass
 """
+WORKING = """\
+import pathlib
+pathlib.Path(__file__).with_name("imported").touch()
+import torch
+from sklearn.neighbors import KNeighborsClassifier
+from headrace.extract import Preprocessing
+
+def network():
+    torch.manual_seed(0)
+    layers = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Conv2d(4, 8, 3))
+    return layers, Preprocessing((32, 32), (32, 32), "shortest", "bilinear", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+
+class Classifier(KNeighborsClassifier):
+    pass
+"""
 
 
 @pytest.fixture
@@ -35,8 +63,6 @@ def flag(tmp_path, monkeypatch):
     (tmp_path / "sent_module.py").write_text(SENT)
     monkeypatch.syspath_prepend(tmp_path)
     yield tmp_path / "imported"
-    import sys
-
     sys.modules.pop("sent_module", None)
 
 
@@ -111,9 +137,9 @@ def test_a_head_alone_asks_in_the_same_words(tmp_path, flag):
     """`load_head`, the level below: an estimator that is not scikit-learn's own is loaded where it is named, and fitted then."""
     place = model(tmp_path / "model", spec=OWN)
     said = []
-    for load in (load_head, load_model):
+    for read in (load_head, load_model):
         with pytest.raises(CodeNotTrusted, match="--trust-code sent_module:Classifier") as refused:
-            load(place)
+            read(place)
         said.append(str(refused.value))
     assert said[0] == said[1]
     with pytest.raises(CodeNotTrusted):
@@ -142,6 +168,115 @@ def test_commands_pass_on_what_the_user_allows(tmp_path, flag, command, monkeypa
     assert not flag.exists()
     CliRunner().invoke(app, [command, str(place), *rest, "--trust-code", "sent_module:network"])
     assert flag.exists()
+
+
+@pytest.fixture(scope="module")
+def sent_run(tmp_path_factory):
+    """A finished run on a network and with an estimator of the module `sent_module`; its recipe, and the module's folder."""
+    folder = tmp_path_factory.mktemp("sent")
+    make_photos(folder / "photos", n=48)
+    (folder / "sent_module.py").write_text(WORKING)
+    (folder / "recipe.yaml").write_text(
+        "images: {folder: photos}\ntask: {folds: 3}\n"
+        'backbones: [{name: "python:sent_module:network", taps: [1.avg, 2.avg]}]\n'
+        "heads: {sklearn: [{estimator: sent_module.Classifier}]}\ncompute: {workers: 1, unit_images: 64}\n"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        run_here(folder / "recipe.yaml")
+    sys.modules.pop("sent_module")
+    return folder
+
+
+@pytest.fixture
+def unimported(sent_run, monkeypatch):
+    """The folder of `sent_run`, whose module can be imported, and has not been since."""
+    monkeypatch.syspath_prepend(sent_run)
+    (sent_run / "imported").unlink(missing_ok=True)
+    yield sent_run
+    sys.modules.pop("sent_module", None)
+
+
+def test_no_command_on_a_runs_directory_imports_what_the_run_names(unimported, tmp_path, monkeypatch):
+    """`status`, `advise` and `report` come to their end; the page says what it lacks, and what to type."""
+    monkeypatch.setattr("headrace.pipelines.evidence.advise_run.local_client", client_here)
+    run, page = str(unimported / "headrace-runs" / "recipe"), tmp_path / "page.html"
+    for arguments in (["status", run], ["advise", run], ["report", run, "--out", str(page), "--tables"]):
+        said = CliRunner().invoke(app, arguments, catch_exceptions=False)
+        assert said.exit_code == 0, said.output
+        assert not (unimported / "imported").exists(), arguments
+    assert "type: --trust-code sent_module:Classifier" in page.read_text()
+
+
+@pytest.mark.parametrize("allowed", ["by the option", "by the recipe"])
+def test_a_report_predicts_again_what_it_may(unimported, tmp_path, allowed):
+    """With the name on the command line, or by the recipe that names it, the page is whole."""
+    given = (
+        ["headrace-runs/recipe", "--trust-code", "sent_module.Classifier"]
+        if allowed == "by the option"
+        else ["recipe.yaml"]
+    )
+    page = tmp_path / "page.html"
+    said = CliRunner().invoke(
+        app, ["report", str(unimported / given[0]), *given[1:], "--out", str(page)], catch_exceptions=False
+    )
+    assert said.exit_code == 0
+    assert (unimported / "imported").exists()
+    assert "would be imported" not in page.read_text()
+
+
+@pytest.fixture
+def network(tmp_path, monkeypatch):
+    """A fine-tuned network on a backbone of `sent_module`, which was imported to make it, and is not any more."""
+    from headrace.extract import parse_tap
+    from headrace.extract.backbone import load_backbone
+    from headrace.pipelines.thaw.head import head_module
+    from headrace.pipelines.thaw.network import Network
+    from headrace.pipelines.thaw.persist import save_network
+
+    (tmp_path / "sent_module.py").write_text(WORKING)
+    monkeypatch.syspath_prepend(tmp_path)
+    backbone = load_backbone(BackboneSpec("python:sent_module:network", weights="random:0"))
+    arrays = {"weight": np.eye(2, 8, dtype=np.float32), "bias": np.zeros(2, np.float32)}
+    head = head_module(LogisticSpec(1.0), arrays, "single")
+    made = Network(backbone, [parse_tap("2.avg")], head).eval()
+    spec = FineTuneSpec(head=spec_to_json(LogisticSpec(1.0)), depth="all")
+    save_network(tmp_path / "net", made, backbone, spec=spec, task_kind="single", classes=("a", "b"), metrics={})
+    sys.modules.pop("sent_module", None)  # a process builds a network once
+    (tmp_path / "imported").unlink(missing_ok=True)
+    yield tmp_path / "net"
+    sys.modules.pop("sent_module", None)
+
+
+def test_a_fine_tuned_network_asks_at_both_levels(network):
+    """`load_model` and `load_network`: nothing is imported before the name is there, and then it predicts."""
+    from headrace.pipelines.thaw.persist import load_network
+
+    for read in (load_model, load_network):
+        with pytest.raises(CodeNotTrusted, match="--trust-code sent_module:network"):
+            read(network)
+    assert not (network.parent / "imported").exists()
+    found = load_model(network, trust_code=["sent_module:network"])
+    assert not (network.parent / "imported").exists()
+    pixels = np.zeros((1, 32, 32, 3), np.uint8)
+    expected = load_network(network, trust_code=["sent_module.network"]).predict_proba(pixels)
+    np.testing.assert_allclose(found.predict_proba(pixels), expected, atol=1e-6)
+
+
+def test_the_network_that_was_checked_is_the_one_that_runs(network):
+    """A file that is put in its place between the two is refused, even one that is whole."""
+    from headrace.pipelines.thaw.persist import BadNetworkFile
+
+    found = load_model(network, trust_code=["sent_module:network"])
+    data = (network / "network.safetensors").read_bytes()
+    about = json.loads(tensor_metadata(data)["headrace"])
+    about["backbone"]["name"] = "python:os:getcwd"
+    (network / "network.safetensors").write_bytes(save(load(data), metadata={"headrace": json.dumps(about)}))
+    with pytest.raises(BadNetworkFile, match="has been replaced"):
+        found.predict_proba(np.zeros((1, 32, 32, 3), np.uint8))
+    assert not (network.parent / "imported").exists()
+    (network / "network.safetensors").write_bytes(data)
+    assert found.predict_proba(np.zeros((1, 32, 32, 3), np.uint8)).shape == (1, 2)
 
 
 def test_a_recipe_is_the_users_own_words(tmp_path):

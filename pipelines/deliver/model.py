@@ -16,7 +16,7 @@ from headrace.cache import FeatureSpec, HeadraceError
 from headrace.cache.home import expand_home
 from headrace.cache.sealed import SealBroken, read_sealed_json
 from headrace.extract import BackboneSpec, backbone_from_fields
-from headrace.extract.spec import PACKAGED, is_weights_file
+from headrace.extract.spec import PACKAGED, backbone_code, is_weights_file
 from headrace.heads import CodeNotTrusted, TaskKind, TrainedHead, load_head, spec_to_json
 from headrace.heads.persist import code_name, require_trusted
 from headrace.pipelines.deliver.network import NETWORK, NetworkMember, read_network
@@ -115,9 +115,7 @@ def load_model(directory: Path | str, *, trust_code: Collection[str] = ()) -> Mo
     damaged head.
     """
     place = _model_directory(directory)
-    # A weights file may be typed as it is named, relative and without a folder, where it reads like a class's path.
-    named = {code_name(name) for name in trust_code} | {name for name in trust_code if is_weights_file(name)}
-    trusted = named | _code_of_recipe(directory)
+    trusted = trusted_code(directory, trust_code)
     model = _load_ensemble(place, trusted) if (place / ENSEMBLE).is_file() else _load_single(place, place, trusted)
     return dataclasses.replace(model, trust_code=tuple(sorted(trusted)))
 
@@ -137,9 +135,11 @@ def _load_single(place: Path, root: Path, trusted: Collection[str]) -> Model:
     return Model(place, head.task_kind, head.classes, head.metrics, (member,), 1.0, _digest((member,), 1.0))
 
 
-def backbone_code(name: str) -> str | None:
-    """The "module:function" that a backbone of this name has imported and called; None for the libraries' own networks."""
-    return name.removeprefix("python:") if name.startswith("python:") else None
+def trusted_code(given: Path | str, trust_code: Collection[str] = ()) -> set[str]:
+    """What a model or run may import: what `trust_code` names and, where it is given by its recipe, what that one names."""
+    # A weights file may be typed as it is named, relative and without a folder, where it reads like a class's path.
+    named = {code_name(name) for name in trust_code} | {name for name in trust_code if is_weights_file(name)}
+    return named | _code_of_recipe(given)
 
 
 def _code_of_recipe(given: Path | str) -> set[str]:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError, safe_open
 
 from headrace.cache import FeatureSpec, HeadraceError
+from headrace.cache.sealed import check_seal, tensor_metadata
 
 if TYPE_CHECKING:
     from headrace.extract.backbone import Backbone
@@ -44,15 +44,15 @@ def read_network(directory: Path) -> tuple[NetworkMember, dict[str, Any]]:
     """The member, and what the file says of it; no torch is imported and no tensor read. Raises BadNetwork."""
     path = directory / WEIGHTS
     try:
-        with safe_open(path, framework="numpy") as stored:
-            about: dict[str, Any] = json.loads((stored.metadata() or {})["headrace"])
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        data = path.read_bytes()
+        check_seal(data)
+        about: dict[str, Any] = json.loads(tensor_metadata(data)["headrace"])
+        digest = hashlib.sha256(data).hexdigest()
         features = tuple(_feature(about, tap, digest) for tap in about["tap"])
         spatial = bool(about["head"]["convolutions"])
         member = NetworkMember(directory, features, spatial, digest, kind=str(about["spec"]["kind"]))
         assert {"task_kind", "classes", "metrics", "backbone"} <= set(about)
     except (
-        SafetensorError,
         OSError,
         LookupError,
         TypeError,
@@ -78,10 +78,14 @@ def _feature(about: dict[str, Any], tap: str, digest: str) -> FeatureSpec:
 
 @functools.lru_cache(maxsize=4)
 def open_network(directory: Path, digest: str) -> "TrainedNetwork":
-    """The network, in evaluation mode; one object per file within a process. Raises BadNetworkFile."""
+    """The network, in evaluation mode; one object per file within a process. digest: of the file that `read_network` has read.
+
+    What that file asks to be imported was allowed when it was read, or the model would not be there. Raises BadNetworkFile, also
+    for any other file.
+    """
     from headrace.pipelines.thaw.persist import load_network
 
-    return load_network(directory)
+    return load_network(directory, trust_code=None, digest=digest)
 
 
 @functools.lru_cache(maxsize=4)

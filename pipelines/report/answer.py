@@ -103,4 +103,6 @@ def _predict(run: FinishedRun, member: Found, test: Task) -> tuple[npt.NDArray[A
     network = kind == "finetune"  # reads the images, no features
     path = (run.paths.thaw if network else run.paths.banks) / member["bank"]
     features = [] if network else [view for name in member["inputs"] for view in run.features(name)]
-    return predict_test(pd.Series({"kind": kind, "spec": member["spec"], "path": str(path)}), features, test)
+    return predict_test(
+        pd.Series({"kind": kind, "spec": member["spec"], "path": str(path)}), features, test, trust_code=run.trust_code
+    )

@@ -3,7 +3,7 @@
 import datetime
 import importlib.metadata
 import io
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,13 +40,22 @@ class Report:
     missing_images: int  # thumbnails whose image is gone or has changed
 
 
-def write_report(run: Path, out: Path | None = None, *, tables: bool = False, watts: float | None = None) -> Report:
+def write_report(
+    run: Path,
+    out: Path | None = None,
+    *,
+    tables: bool = False,
+    watts: float | None = None,
+    trust_code: Collection[str] = (),
+) -> Report:
     """Write the page of a finished run to `out`, by default report.html in its directory.
 
     run: its directory, or the recipe that made it. tables: also every table of the page as CSV and Parquet, in a folder
-    beside it. watts: what the machine draws while it works. Raises NotARun, NoWinner, OSError.
+    beside it. watts: what the machine draws while it works. trust_code: "module:name" of code that may be imported to predict
+    the test images again, beside what the recipe names where the run is given by it; otherwise the page says what is missing.
+    Raises NotARun, NoWinner, OSError.
     """
-    found = read_run(run)
+    found = read_run(run, trust_code=trust_code)
     page = out or found.paths.report
     paths = {} if isinstance(found.rows, str) else found.rows.paths
     thumbnails = Thumbnails(paths, found.recipe.images.pixel_range)

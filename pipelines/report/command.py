@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from headrace.pipelines.console import make_console
+from headrace.pipelines.deliver.commands import TrustOption
 
 
 def report_command(
@@ -22,6 +23,7 @@ def report_command(
     watts: Annotated[
         float | None, typer.Option(help="What your machine draws while it works, for the estimate of energy.", min=0)
     ] = None,
+    trust_code: TrustOption = None,
 ) -> None:
     """Write one self-contained HTML page about a run: leaderboard, mistakes as pictures, leaks, cost, recipe.
 
@@ -32,7 +34,7 @@ def report_command(
     from headrace.pipelines.report.build import write_report
     from headrace.pipelines.show import bytes_text
 
-    report = write_report(run, out, tables=tables, watts=watts)
+    report = write_report(run, out, tables=tables, watts=watts, trust_code=trust_code or ())
     console = make_console()
 
     def say(text: str) -> None:

@@ -1,7 +1,7 @@
 """A finished run as its directory tells it. What is not there any more (images, features) is a reason, not an error."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +18,7 @@ from headrace.extract import read_listing
 from headrace.heads import BankResult, read_bank
 from headrace.pipelines.accounting import Accounting, accounting_from_json
 from headrace.pipelines.dataset import Dataset, drop_rows, list_samples, make_dataset
+from headrace.pipelines.deliver.model import trusted_code
 from headrace.pipelines.finished import NotARun as NotARun
 from headrace.pipelines.finished import find_run, require_finished, results_file, stored_recipe
 from headrace.pipelines.paths import RunPaths
@@ -49,6 +50,7 @@ class FinishedRun:
     heads: pd.DataFrame  # heads.parquet: one row per head and fold
     winner: pd.Series
     bank: BankResult  # the results file that the winner is in
+    trust_code: Collection[str] = ()  # what may be imported to predict the test images again; nothing else is
 
     @property
     def task_kind(self) -> str:
@@ -158,8 +160,8 @@ class FinishedRun:
         ]
 
 
-def read_run(run: Path) -> FinishedRun:
-    """Read a finished run, given by its directory or its recipe.
+def read_run(run: Path, *, trust_code: Collection[str] = ()) -> FinishedRun:
+    """Read a finished run, given by its directory or its recipe, which names what may be imported beside `trust_code`.
 
     Raises NotARun for anything else, RunDamaged for tables that are not as the run wrote them, NoWinner for a run in which
     no head is whole.
@@ -172,4 +174,6 @@ def read_run(run: Path) -> FinishedRun:
     heads = pd.read_parquet(read_table(paths.heads))
     winner = choose_winner(board, heads)
     bank = read_bank(results_file(paths, winner["path"]))
-    return FinishedRun(paths, recipe, check_metric(recipe.task), board, heads, winner, bank)
+    return FinishedRun(
+        paths, recipe, check_metric(recipe.task), board, heads, winner, bank, trusted_code(run, trust_code)
+    )

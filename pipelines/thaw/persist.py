@@ -1,8 +1,9 @@
 """A trained network as a directory: network.safetensors with its parameters, network.json with what they mean. No pickle."""
 
 import dataclasses
+import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -19,9 +20,10 @@ from headrace.cache.sealed import SEAL, UNSEALED, SealBroken, check_seal, seal, 
 from headrace.extract import BackboneSpec, Preprocessing, parse_tap
 from headrace.extract.backbone import Backbone
 from headrace.extract.library import build
+from headrace.extract.spec import backbone_code
 from headrace.extract.weights import weights_digest
 from headrace.heads import FineTuneSpec, TaskKind, spec_from_json, spec_to_json
-from headrace.heads.persist import WRITE_AGAIN
+from headrace.heads.persist import WRITE_AGAIN, code_name, require_trusted
 from headrace.heads.predict import link
 from headrace.pipelines.thaw.head import Head
 from headrace.pipelines.thaw.network import Network
@@ -98,17 +100,23 @@ def save_network(
     return weights
 
 
-def load_network(directory: Path | str) -> TrainedNetwork:
+def load_network(
+    directory: Path | str, *, trust_code: Collection[str] | None = (), digest: str | None = None
+) -> TrainedNetwork:
     """Read what `save_network` wrote. The description inside the safetensors file counts, the .json is for people.
 
-    Raises BadNetworkFile, also where one byte is not the one that was written; BackboneError where
-    the backbone's library does not know its name.
+    trust_code: the "module:function" of a network of its own ("python:module:function") that may be imported; None: whatever
+    the file asks for. digest: the SHA-256 of the file that is meant.
+    Raises CodeNotTrusted, before anything is imported; BadNetworkFile, also where one byte is not the one that was written, or
+    the file is another one; BackboneError where the backbone's library does not know its name.
     """
     path = Path(directory) / WEIGHTS
     if not path.exists():
         raise BadNetworkFile(f"{path} is not there: give the directory of a fine-tuned network, RUN/thaw/models/KEY")
     try:
         data = path.read_bytes()
+        if digest is not None and hashlib.sha256(data).hexdigest() != digest:
+            raise BadNetworkFile(f"{path} has been replaced since it was read. Type the same command again")
         check_seal(data)
         about: dict[str, Any] = json.loads(tensor_metadata(data)["headrace"])
         if about["format"] != FORMAT:
@@ -117,12 +125,14 @@ def load_network(directory: Path | str) -> TrainedNetwork:
             )
         tensors = load(data)
         spec = BackboneSpec(**{name: _tuple(value) for name, value in about["backbone"].items()})
+        if trust_code is not None:
+            require_trusted(backbone_code(spec.name), path.parent, {code_name(name) for name in trust_code})
         preprocessing = Preprocessing(**{name: _tuple(value) for name, value in about["preprocess"].items()})
         return _rebuild(about, spec, preprocessing, tensors)
     except SealBroken as error:
         raise BadNetworkFile(f"{path} has changed since it was written: {error}. {WRITE_AGAIN}") from error
     # ValueError: also no JSON and no UTF-8
-    except (SafetensorError, KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+    except (SafetensorError, LookupError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         if isinstance(error, HeadraceError):
             raise
         raise BadNetworkFile(
@@ -131,8 +141,8 @@ def load_network(directory: Path | str) -> TrainedNetwork:
 
 
 def copy_network(source: Path, directory: Path, metrics: Mapping[str, float]) -> Path:
-    """Copy a network's directory, its metrics replaced. Raises BadNetworkFile, as `load_network`."""
-    found = load_network(source)
+    """Copy the directory of a network that the run has trained, its metrics replaced. Raises BadNetworkFile, as `load_network`."""
+    found = load_network(source, trust_code=None)
     backbone = Backbone(found.backbone, found.network.backbone, found.preprocessing, "")
     return save_network(
         directory,

@@ -1,6 +1,6 @@
 """A trained network on images of a run."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -13,13 +13,15 @@ from headrace.pipelines.thaw.persist import TrainedNetwork, load_network
 ROWS_AT_ONCE = 32
 
 
-def predict_rows(paths: RunPaths, key: str, task: Task) -> npt.NDArray[np.float32]:
+def predict_rows(
+    paths: RunPaths, key: str, task: Task, *, trust_code: Collection[str] | None = None
+) -> npt.NDArray[np.float32]:
     """(N, C) predictions of a task's rows by the network that was trained on all training rows, from the images.
 
-    Raises SourceError for an image that is no longer there.
+    trust_code: as of `load_network`. Raises SourceError for an image that is no longer there.
     """
-    content = task.content
-    return predict_paths(load_network(paths.thaw_model(key)), image_paths(paths.thaw_images, content), content)
+    content, network = task.content, load_network(paths.thaw_model(key), trust_code=trust_code)
+    return predict_paths(network, image_paths(paths.thaw_images, content), content)
 
 
 def predict_paths(
