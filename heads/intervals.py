@@ -68,7 +68,7 @@ def metric_interval(
     if metric in ("log_loss", "mae"):
         losses = row_losses(task_kind, target, probabilities, metric)
         guess = 2 * float(np.log(2 if task_kind == "multi" else np.shape(probabilities)[1]))
-        return _mean_loss_interval(losses, group, guess if metric == "log_loss" else None, level)
+        return mean_loss_interval(losses, group, guess if metric == "log_loss" else None, level)
     error, count = _jackknife(task_kind, target, probabilities, metric, group, value)
     if metric in ("rmse", "calibration_error"):
         return _positive_interval(value, error, count, level)
@@ -154,10 +154,14 @@ def _positive_interval(value: float, error: float, count: int, level: float) -> 
     return value * float(np.exp(-half)), value * float(np.exp(min(half, 700.0)))
 
 
-def _mean_loss_interval(
-    losses: Floats, group: npt.NDArray[np.int64], unseen: float | None, level: float
+def mean_loss_interval(
+    losses: Floats, groups: npt.NDArray[Any], unseen: float | None = None, level: float = LEVEL
 ) -> tuple[float, float]:
-    """Of the mean of losses (N,) >= 0. unseen: the loss of a group that has not been met yet, in the upper end."""
+    """The interval of the mean of losses (N,) >= 0, in groups (N,) of any labels.
+
+    unseen: the loss of a group that has not been met yet, in the upper end.
+    """
+    group = np.unique(groups, return_inverse=True)[1]
 
     def ends(values: Floats, of: npt.NDArray[np.int64]) -> tuple[float, float]:
         count = int(of.max()) + 1

@@ -52,11 +52,10 @@ def show_advice(console: Console, advice: "Advice") -> None:
         table.add_column("error", justify="right")
         for images, error in zip(evidence.curve["images"], evidence.curve["error"], strict=True):
             table.add_row(f"{images:,.0f}", f"{error * 100:.2f} %")
-        for times, gain in sorted(evidence.gain.items()):
-            last_images, last = evidence.curve["images"][-1], evidence.curve["error"][-1]
+        for times, left in sorted(evidence.ahead.items()):
             table.add_row(
-                f"{times * last_images:,.0f}",
-                f"{(last - gain.value) * 100:.2f} % ({(last - gain.high) * 100:.2f} to {(last - gain.low) * 100:.2f}), by the fit",
+                f"{times * evidence.curve['images'][-1]:,.0f}",
+                f"{left.value * 100:.2f} % ({left.low * 100:.2f} to {left.high * 100:.2f}), by the fit",
                 style="dim",
             )
         console.print(table)

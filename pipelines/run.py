@@ -224,7 +224,8 @@ def screen(found: Survey, section: ScreenSection, train_all: Callable[[Sequence[
     """The survey with the heads on promising inputs only, and which those are."""
     wanted = list(dict.fromkeys(each.inputs for each in found.plan.wanted))
     folder = found.paths.evidence / "screen"
-    kept = screen_inputs(wanted, found.dataset.train, found.directories, section, folder, train_all).kept
+    dataset = found.dataset
+    kept = screen_inputs(wanted, dataset.train, found.directories, section, folder, train_all, dataset.groups).kept
     said = f"{len(kept):,} of {len(wanted):,} inputs go on: {'; '.join(' + '.join(inputs) for inputs in kept)}"
     return replace(found, plan=screened_plan(found.plan, kept)), said
 

@@ -1,5 +1,6 @@
 """Advice is right where the answer is known, abstains where the evidence is thin, and its curves are curves."""
 
+import itertools
 import json
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from evidence_cases import World, content_of, live_in, store_taps, task_of
 
 from headrace.cache import open_feature_set
-from headrace.heads import BankJob, LogisticSpec, RidgeSpec, Task, save_task, train_bank
+from headrace.heads import BankJob, LogisticSpec, RidgeSpec, Task, proportion_interval, save_task, train_bank
 from headrace.pipelines.evidence.advice import (
     ClassEvidence,
     Evidence,
@@ -18,7 +19,15 @@ from headrace.pipelines.evidence.advice import (
     decide,
 )
 from headrace.pipelines.evidence.advise import NothingToWeigh, advise_on
-from headrace.pipelines.evidence.curves import fit_power_law, gain_from_more, row_draws, subset
+from headrace.pipelines.evidence.curves import (
+    FRACTIONS,
+    error_with_more,
+    fit_power_law,
+    gain_from_more,
+    nested_subsets,
+    row_draws,
+    subset,
+)
 from headrace.pipelines.evidence.estimate import Estimate
 from headrace.pipelines.evidence.reference import NoReference, reference_evidence, reference_text
 from headrace.pipelines.evidence.screen import screen_inputs
@@ -180,8 +189,9 @@ def evidence(**changes):
     """A flat curve on many images, near, with errors that are not noise: fine-tune above the tap before the last."""
     taps = tuple(TapEvidence(f"t{k}", sure(e), sure(e - 0.1)) for k, e in enumerate((0.3, 0.2, 0.1)))
     gain = {2: sure(0.001), 4: sure(0.002)}
+    ahead = {2: sure(0.099), 4: sure(0.098)}
     return Evidence(**({"images": 2000, "classes": 2, "error": sure(0.1), "surest": sure(0.01), "gain": gain,
-                        "curve": {"images": [1], "error": [1]}, "taps": taps} | changes))  # fmt: skip
+                        "ahead": ahead, "curve": {"images": [1], "error": [1]}, "taps": taps} | changes))  # fmt: skip
 
 
 def test_pilots_outweigh_guesses():
@@ -265,6 +275,50 @@ def test_subsets_are_nested_stratified_and_apart_from_the_held_out_fold():
     assert np.bincount(smaller.target[smaller.fold == -2]).tolist() == [14, 2]
     whole = subset(task, 1, 1.0, seed=0)
     assert (whole.ids == task.ids).all()
+
+
+def test_a_group_is_drawn_as_a_whole():
+    """Subsets nest, and hold all images of a patient or none: half the patients, not half of each one's images."""
+    task = task_of(np.repeat(np.arange(40) % 2, 5))
+    groups = np.repeat(np.arange(40), 5)
+    fold = (groups // 8).astype(np.int16)
+    task = Task(task.kind, task.classes, task.ids, task.content, task.target, fold, task.weight)
+    trains = []
+    for fraction in (0.1, 0.25, 0.5, 1.0):
+        small = subset(task, 1, fraction, 0, groups)
+        taken = set(small.ids[small.fold == -2].tolist())
+        counts = np.bincount(groups[np.isin(task.ids, list(taken))], minlength=40)
+        assert set(counts.tolist()) <= {0, 5}
+        assert len(taken) == pytest.approx(fraction * 160, abs=10)
+        assert not trains or trains[-1] < taken
+        trains.append(taken)
+
+
+def test_shares_that_leave_the_same_images_are_one_size():
+    """Ten classes of six images: two of each class are the subset of a tenth, a sixth, a quarter and two fifths alike."""
+    task = task_of(np.arange(60) % 10)
+    kept, drawn = nested_subsets(task, range(5), FRACTIONS, 0, np.arange(60))
+    sizes = [[int((small.fold == -2).sum()) for small in smaller] for smaller in drawn]
+    assert len(kept) == len({tuple(each) for each in sizes}) < len(FRACTIONS)
+    assert kept[0] == FRACTIONS[0]
+    assert sizes[-1] == [48] * 5
+    assert all(sum(a) < sum(b) for a, b in itertools.pairwise(sizes))
+
+
+def test_an_extrapolated_error_carries_both_uncertainties():
+    """Wider than the gain's interval around today's error, never negative, and never sure of no error at all."""
+    today = Estimate(0.10, np.full(200, 0.10), (0.06, 0.15))
+    gain = Estimate(0.03, np.linspace(0.01, 0.05, 200))
+    left = error_with_more(today, gain)
+    assert left.value == pytest.approx(0.07)
+    assert left.low == pytest.approx(0.07 - np.hypot(0.04, gain.high - 0.03))
+    assert left.high == pytest.approx(0.07 + np.hypot(0.05, 0.03 - gain.low))
+    none = error_with_more(Estimate(0.0, np.zeros(200), proportion_interval(np.zeros(40))), sure(0.0))
+    assert (none.value, none.low) == (0.0, 0.0)
+    assert none.high == pytest.approx(proportion_interval(np.zeros(40))[1])
+    most = error_with_more(Estimate(0.02, np.full(200, 0.02), (0.0, 0.04)), sure(0.03, 0.01))
+    assert (most.value, most.low) == (0.0, 0.0)
+    assert (most.draws >= 0).all()
 
 
 def test_draws_resample_folds_and_groups():

@@ -74,6 +74,7 @@ class Evidence:
     error: Estimate  # of the best head
     surest: Estimate | None  # error on the half of the images of which it is surest: about what label noise leaves
     gain: dict[int, Estimate]  # by how much the error falls with 2 and 4 times as many images
+    ahead: dict[int, Estimate]  # the error itself with 2 and 4 times as many images, by the same curve
     curve: dict[str, list[float]]  # images, error
     taps: tuple[TapEvidence, ...] = ()  # of one network, early to late
     per_class: tuple[ClassEvidence, ...] = ()
@@ -262,7 +263,8 @@ def _thin(evidence: Evidence) -> list[str]:
 
 def _curve_text(evidence: Evidence) -> str:
     gains = " and ".join(f"{points(gain)} with {times} times" for times, gain in sorted(evidence.gain.items()))
-    return f"By its learning curve the error would fall by {gains} as many images."
+    left = " and ".join(f"{points(error)}" for _, error in sorted(evidence.ahead.items()))
+    return f"By its learning curve the error would fall by {gains} as many images, to {left}."
 
 
 def _unclear(evidence: Evidence) -> str:

@@ -11,7 +11,17 @@ import numpy.typing as npt
 import pandas as pd
 
 from headrace.cache import HeadraceError, open_feature_set
-from headrace.heads import BankJob, ClassWeight, HeadSpec, LogisticSpec, RidgeSpec, Task, spec_from_json
+from headrace.heads import (
+    BankJob,
+    ClassWeight,
+    HeadSpec,
+    LogisticSpec,
+    RidgeSpec,
+    Task,
+    proportion_interval,
+    spec_from_json,
+)
+from headrace.heads.intervals import mean_loss_interval
 from headrace.pipelines.evidence.advice import (
     STARVED_SHARE,
     THIN_ROWS,
@@ -24,6 +34,7 @@ from headrace.pipelines.evidence.advice import (
 )
 from headrace.pipelines.evidence.curves import (
     LearningCurve,
+    error_with_more,
     fit_power_law,
     gain_from_more,
     learning_curve,
@@ -80,24 +91,26 @@ def advise_on(
         )
     predicted = found[0]
     wrong = _wrong(task, held, predicted)
-    error = _estimate(wrong, draws)
+    error = _error(task, held, wrong, draws)
     scores = transfer_scores(task, directories, folder)
-    evidence: dict[str, Any] = {"gain": {}, "curve": {}}
+    evidence: dict[str, Any] = {"gain": {}, "ahead": {}, "curve": {}}
     if len(task.ids) >= THIN_ROWS:
         # Linear heads on all positions of a map would be very wide: the curve of the best other head says as much.
         flat = heads[[not any(name.endswith(".map") for name in inputs) for inputs in heads["inputs"]]]
         drawn = flat.iloc[0] if len(flat) else heads.iloc[0]
         features = [path for name in drawn["inputs"] for path in directories[name]]
-        curve = learning_curve(task, features, curve_specs(task, drawn), folder / "curves", train_all)
+        curve = learning_curve(task, features, curve_specs(task, drawn), folder / "curves", train_all, groups=groups)
         own = np.isin(held.rows, curve.rows)
         law = fit_power_law(curve.sizes, weighted_errors(curve.wrong, draws[own]))
         evidence["gain"] = {times: gain_from_more(law, curve.sizes[-1], times) for times in TIMES}
+        today = _error(task, held, curve.wrong[-1], draws[own], own)
+        evidence["ahead"] = {times: error_with_more(today, gain) for times, gain in evidence["gain"].items()}
         evidence["curve"] = {"images": curve.sizes.tolist(), "error": curve.errors.tolist()}
         if task.kind == "single":
             evidence["per_class"] = class_evidence(task, held, wrong, curve, draws, own)
     if task.kind == "single":
         sure = predicted.max(1) >= np.median(predicted.max(1))
-        evidence["surest"] = _estimate(wrong[sure], draws[sure])
+        evidence["surest"] = _error(task, held, wrong[sure], draws[sure], sure)
     by_depth = {name: directories[name] for name in _deepest_last(directories, deeper)} if reference else {}
     return decide(
         Evidence(
@@ -149,7 +162,7 @@ def class_evidence(
     """Each class's error, its lag behind the middle class, and its own learning curve. own: held-out rows of the curve."""
     of_class = [held.target == c for c in range(len(task.classes))]
     present = [c for c, rows in enumerate(of_class) if rows[own].any()]
-    errors = {c: _estimate(wrong[of_class[c]], draws[of_class[c]]) for c in present}
+    errors = {c: _error(held.task, held, wrong[of_class[c]], draws[of_class[c]], of_class[c]) for c in present}
     found = []
     for c in present:
         others = [errors[other] for other in present if other != c]
@@ -231,6 +244,15 @@ def _predictions(rows: pd.DataFrame, held: HeldOut) -> dict[int, npt.NDArray[np.
 
 def _wrong(task: Task, held: HeldOut, predicted: npt.NDArray[np.float32]) -> Floats:
     return np.asarray(row_errors(task, held.target, predicted[None])[0])
+
+
+def _error(
+    task: Task, held: HeldOut, wrong: Floats, draws: Floats, rows: npt.NDArray[np.bool_] | None = None
+) -> Estimate:
+    """A mean error of held-out rows (n,) with its interval over groups; rows: (N,) which of the held-out rows they are."""
+    groups = held.groups if rows is None else held.groups[rows]
+    ends = (proportion_interval if task.kind != "regression" else mean_loss_interval)(wrong, groups)
+    return replace(_estimate(wrong, draws), ends=ends)
 
 
 def _estimate(wrong: Floats, draws: Floats) -> Estimate:

@@ -1,8 +1,8 @@
 """Learning curves: the same heads on nested subsets of the cached features, a power law through their errors, and what it
 says of twice and four times as many images.
 
-S sizes, N held-out rows, B resamples, F folds. For each fold its own random order of the other rows is drawn, class by
-class; the subset of each size is a beginning of it, so that smaller ones lie within larger ones.
+S sizes, N held-out rows, B resamples, F folds. For each fold its own random order of the groups of the other rows is
+drawn, class by class; the subset of each size is a beginning of it, so that smaller ones lie within larger ones.
 """
 
 import hashlib
@@ -69,20 +69,28 @@ def learning_curve(
     folder: Path,
     train_all: TrainAll,
     *,
+    groups: npt.NDArray[Any] | None = None,
     fractions: Sequence[float] = FRACTIONS,
     seed: int = 0,
 ) -> LearningCurve:
     """Train the specs (one or more kinds) on nested subsets, and read how each held-out row fared under the best of them.
 
-    Results are kept in `folder`, by what they are results of: a second call trains nothing. train_all runs bank jobs.
+    groups: (rows of the task,) by default the images' content; a subset has a group as a whole or not at all. Shares that
+    leave the same rows (two images of a class are the least) are one size of the curve. Results are kept in `folder`, by
+    what they are results of: a second call trains nothing. train_all runs bank jobs.
     """
     folds = list(range(min(task.n_folds, MOST_FOLDS)))
     kinds = sorted({spec.kind for spec in specs})
+    together = np.unique(task.content if groups is None else np.asarray(groups), return_inverse=True)[1]
+    fractions, drawn = nested_subsets(task, folds, fractions, seed, together)
     key = repr([task.digest, [path.name for path in features], [spec_to_json(spec) for spec in specs], fractions, seed])
-    folder = folder / hashlib.sha256(key.encode()).hexdigest()[:16]
+    digest = hashlib.sha256(key.encode())
+    if len(np.unique(together)) < len(together):
+        digest.update(together.astype("<i8").tobytes())
+    folder = folder / digest.hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     subtasks = {
-        (place, fold): subset(task, fold, fractions[place], seed) for place in range(len(fractions)) for fold in folds
+        (place, fold): small for place, smaller in enumerate(drawn) for fold, small in zip(folds, smaller, strict=True)
     }
     jobs = []
     for (place, fold), small in subtasks.items():
@@ -116,16 +124,38 @@ def learning_curve(
     return LearningCurve(counts.sum(1), counts, wrong, rows)
 
 
-def subset(task: Task, fold: int, fraction: float, seed: int) -> Task:
-    """The task whose fold 0 is the given fold, and that trains on a share of the other rows: of each stratum, two at
-    least. In the order of the task."""
+def nested_subsets(
+    task: Task, folds: Sequence[int], fractions: Sequence[float], seed: int, groups: npt.NDArray[Any]
+) -> tuple[list[float], list[list[Task]]]:
+    """The shares that differ, and for each of them the subset of each fold. groups: (rows of the task,).
+
+    Several small shares of few images are one and the same subset, which would weigh several times in a fit.
+    """
+    drawn = [[subset(task, fold, fraction, seed, groups) for fold in folds] for fraction in fractions]
+    sizes = [[len(small.ids) for small in smaller] for smaller in drawn]
+    kept = [place for place in range(len(fractions)) if sizes[place] not in sizes[:place]]
+    return [fractions[place] for place in kept], [drawn[place] for place in kept]
+
+
+def subset(task: Task, fold: int, fraction: float, seed: int, groups: npt.NDArray[Any] | None = None) -> Task:
+    """The task whose fold 0 is the given fold, and that trains on a share of the other rows: of each stratum, two rows at
+    least. In the order of the task.
+
+    groups: (rows of the task,) drawn as a whole, each as of the stratum of its first row; by default each row is its own.
+    """
     others = np.flatnonzero(task.fold != fold)
     rng = np.random.default_rng([seed, fold])
-    groups = strata(task.target[others])
+    together = others if groups is None else np.asarray(groups)[others]
+    _, first, group = np.unique(together, return_index=True, return_inverse=True)
+    of_group = strata(task.target[others])[first]
+    sizes = np.bincount(group)
     taken = []
-    for stratum in np.unique(groups):
-        order = rng.permutation(others[groups == stratum])
-        taken.append(order[: max(min(2, len(order)), round(fraction * len(order)))])
+    for stratum in np.unique(of_group):
+        members = np.flatnonzero(of_group == stratum)
+        order = rng.permutation(members[np.argsort(first[members])])
+        rows = np.cumsum(sizes[order])
+        wanted = max(min(2, int(rows[-1])), round(fraction * int(rows[-1])))
+        taken.append(others[np.isin(group, order[: int(np.searchsorted(rows, wanted)) + 1])])
     rows = np.sort(np.concatenate([*taken, np.flatnonzero(task.fold == fold)]))
     folds = np.where(task.fold[rows] == fold, 0, TRAIN_ONLY).astype(np.int16)
     return Task(
@@ -198,6 +228,20 @@ def fit_power_law(sizes: Floats, errors: Floats) -> PowerLaw:
             np.where(better, new, old) for new, old in ((a, floor), (b, scale), (np.full_like(a, c), exponent))
         )
     return PowerLaw(floor, scale, exponent)
+
+
+def error_with_more(error: Estimate, gain: Estimate) -> Estimate:
+    """The error that is left of today's after a gain, >= 0, with both uncertainties in its interval.
+
+    The interval of the difference is that of two intervals of unlike tails, put together by their squares ("MOVER", method of
+    variance estimates recovery: Zou and Donner 2008, "Construction of confidence limits about effect measures", Statistics in
+    Medicine 27:1693-1702). A larger error usually comes with a larger gain, so it is rather too wide than too narrow.
+    """
+    value = error.value - gain.value
+    low = value - float(np.hypot(error.value - error.low, gain.high - gain.value))
+    high = value + float(np.hypot(error.high - error.value, gain.value - gain.low))
+    left = np.maximum(error.draws - gain.draws, 0.0)
+    return Estimate(max(value, 0.0), left, (max(low, 0.0), max(high, 0.0)))
 
 
 def gain_from_more(law: PowerLaw, size: float, times: float) -> Estimate:

@@ -13,15 +13,17 @@ class Estimate:
 
     value: float
     draws: npt.NDArray[np.float64]  # (B,)
+    # The 95 % interval where resampled rows do not give it: a share of which few rows are has no error in any resample.
+    ends: tuple[float, float] | None = None
 
     @property
     def low(self) -> float:
         """Of the 95 % interval."""
-        return self._quantile(0.025)
+        return self._quantile(0.025) if self.ends is None else self.ends[0]
 
     @property
     def high(self) -> float:
-        return self._quantile(0.975)
+        return self._quantile(0.975) if self.ends is None else self.ends[1]
 
     def above(self, threshold: float) -> float:
         """The share of resamples in which the number is above a threshold: how sure that is, 0 to 1."""

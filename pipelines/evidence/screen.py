@@ -8,6 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
 
 from headrace.heads import BankJob, Task
 from headrace.pipelines.evidence.advise import linear_specs
@@ -33,10 +36,12 @@ def screen_inputs(
     section: ScreenSection,
     folder: Path,
     train_all: Callable[[Sequence[BankJob]], None],
+    groups: npt.NDArray[Any] | None = None,
 ) -> Screening:
     """Linear heads on a share of the images for each input; the best share of the inputs goes on to the next round.
 
-    Inputs with a map are not screened: they stay. Results are kept in `folder`; a second call trains nothing.
+    groups: as in `learning_curve`. Inputs with a map are not screened: they stay. Results are kept in `folder`; a second
+    call trains nothing.
     """
     alive = [inputs for inputs in dict.fromkeys(wanted) if not any(name.endswith(".map") for name in inputs)]
     maps = [inputs for inputs in dict.fromkeys(wanted) if inputs not in alive]
@@ -47,7 +52,9 @@ def screen_inputs(
         errors = {}
         for inputs in alive:
             features = [path for name in inputs for path in directories[name]]
-            curve = learning_curve(task, features, linear_specs(task), folder, train_all, fractions=(fraction,))
+            curve = learning_curve(
+                task, features, linear_specs(task), folder, train_all, groups=groups, fractions=(fraction,)
+            )
             errors[inputs] = float(curve.errors[0])
         rounds.append((fraction, errors))
         # A tie goes to the narrower input, then to the recipe's order.

@@ -214,8 +214,8 @@ def _curve(evidence: Found) -> Figure:
     images, errors = list(map(float, evidence["curve"]["images"])), list(map(float, evidence["curve"]["error"]))
     last, error = images[-1], errors[-1]
     ahead = [
-        (last * int(times), *(error - float(gain[name]) for name in ("value", "high", "low")))
-        for times, gain in evidence["gain"].items()
+        (last * int(times), *(float(left[name]) for name in ("value", "low", "high")))
+        for times, left in evidence["ahead"].items()
     ]
     points = [(last, error, error, error), *sorted(ahead)]
     more = [point[0] for point in points]
