@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+from cache_faults import die, in_child
 
+from headrace.pipelines import claims
 from headrace.pipelines.deliver import bulk, export
 from headrace.pipelines.deliver.export import ExportError, export_model
 from headrace.pipelines.init import InitError, _check_out
@@ -90,6 +92,36 @@ def test_what_was_put_there_meanwhile_is_kept(photos, tmp_path):
     assert (kept / "a.png").read_bytes() == b"a"
     assert photos.is_dir()
     assert not new.exists()
+
+
+def test_what_killed_exports_left_goes_with_the_next(photos, tmp_path):
+    """Folders with our marker whose writer is dead, and its lock; what a living export writes, and what is no export's, stays."""
+    out = tmp_path / "model"
+    dead, living = f".model.{claims.driver_name()}", f".model.{claims.driver_name()}"
+    for name in (
+        f"{dead}.partial",
+        f"{dead}.old.partial",
+        f"{living}.partial",
+        ".model.0a.partial",
+        ".models.0b.partial",
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / export.MARKER).write_text(export._MARKER_TEXT)
+    (tmp_path / ".model.mine.partial").mkdir()
+    (tmp_path / ".model.mine.partial" / "a.png").touch()
+
+    def killed():
+        with claims.driver_lock(tmp_path, dead):
+            die()
+
+    in_child(killed)
+    assert (tmp_path / f"{dead}.driver").exists()
+    with claims.driver_lock(tmp_path, living):
+        export._remove_dead(out)
+        kept = {f"{living}.partial", f"{living}.driver", ".models.0b.partial", ".model.mine.partial", "photos"}
+        assert {path.name for path in tmp_path.iterdir()} == kept
+    export._remove_dead(out)
+    assert {path.name for path in tmp_path.iterdir()} == {".models.0b.partial", ".model.mine.partial", "photos"}
 
 
 def test_predict_removes_its_own_parts_alone(photos):

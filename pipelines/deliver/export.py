@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import glob
 import importlib.metadata
 import importlib.util
 import io
@@ -28,6 +29,7 @@ from headrace.extract.backbone import load_backbone
 from headrace.extract.decode import Batch
 from headrace.extract.views import Symmetries, is_exact, mirrored
 from headrace.heads import save_head
+from headrace.pipelines.claims import driver_lives, driver_lock, driver_name
 from headrace.pipelines.deliver.card import Exported, model_card
 from headrace.pipelines.deliver.graph import Graph, Input, fits_graph, pixels_of
 from headrace.pipelines.deliver.images import open_engine, predict_batch
@@ -75,20 +77,39 @@ def export_model(model: Model, out: Path, formats: Sequence[str], *, force: bool
     _require_replaceable(out, force=force)
     if "onnx" in formats:
         _require_onnx()
-    temporary = out.absolute().with_name(f".{out.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
-    temporary.mkdir(parents=True)
-    try:
-        exported = _write(model, temporary, list(dict.fromkeys(formats)))
-        _replace(temporary, out.absolute())
-    except OSError as error:
-        where, reason = getattr(error, "filename", None) or temporary.parent, getattr(error, "strerror", None) or error
-        raise ExportError(f"{where}: {reason}. Nothing was written: make room, or give another folder") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    out = out.absolute()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    writer = f".{out.name}.{driver_name()}"
+    temporary = out.with_name(f"{writer}{PARTIAL_SUFFIX}")
+    with driver_lock(out.parent, writer):  # by which others know that it is not what a killed export left
+        try:
+            temporary.mkdir()
+            exported = _write(model, temporary, list(dict.fromkeys(formats)))
+            _replace(temporary, out)
+        except OSError as error:
+            where = getattr(error, "filename", None) or temporary.parent
+            reason = getattr(error, "strerror", None) or error
+            raise ExportError(f"{where}: {reason}. Nothing was written: make room, or give another folder") from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        _remove_dead(out)
     return exported
 
 
+def _remove_dead(out: Path) -> None:
+    """Remove what exports to `out` that were killed have left beside it: their locks, and folders that have our marker."""
+    place = glob.escape(f".{out.name}.")
+    for lock in out.parent.glob(f"{place}*.driver"):
+        driver_lives(out.parent, lock.stem)  # removes that of a dead one
+    alive = tuple(lock.stem for lock in out.parent.glob(f"{place}*.driver"))
+    for left in out.parent.glob(f"{place}*{PARTIAL_SUFFIX}"):
+        if not left.name.startswith(alive) and left.is_dir() and (_is_export(left) or not any(left.iterdir())):
+            shutil.rmtree(left, ignore_errors=True)
+
+
 def _write(model: Model, folder: Path, formats: list[str]) -> Exported:
+    # First: if no more than this comes of the folder, it is known for ours all the same.
+    (folder / MARKER).write_text(_MARKER_TEXT, encoding="utf-8")
     differences: dict[str, float] = {}
     graphed = [name for name in formats if name != "safetensors"]
     with torch.no_grad(), warnings.catch_warnings():
@@ -147,7 +168,6 @@ def _write(model: Model, folder: Path, formats: list[str]) -> Exported:
         "tolerance": tolerance,
         "differences": differences,
     }
-    (folder / MARKER).write_text(_MARKER_TEXT, encoding="utf-8")
     (folder / "model.json").write_text(json.dumps(about, indent=2), encoding="utf-8")
     (folder / "MODEL_CARD.md").write_text(model_card(exported), encoding="utf-8")
     return exported
@@ -399,8 +419,8 @@ def _replace(temporary: Path, out: Path) -> None:
         temporary.rename(out)
         return
     ours = out.is_dir() and (_is_export(out) or not any(out.iterdir()))
-    unique = uuid.uuid4().hex
-    old = out.with_name(f".{out.name}.{unique}{PARTIAL_SUFFIX}" if ours else f"{out.name}.kept-{unique[:8]}")
+    kept = out.with_name(f"{out.name}.kept-{uuid.uuid4().hex[:8]}")
+    old = temporary.with_suffix(f".old{PARTIAL_SUFFIX}") if ours else kept
     out.rename(old)
     try:
         temporary.rename(out)
