@@ -129,7 +129,8 @@ def test_predict_removes_its_own_parts_alone(photos):
     parts = photos.parent / "p.csv.parts"
     parts.mkdir()
     (parts / f"{'0a' * 12}.parquet").touch()
-    (parts / "table.partial").touch()
+    for name in ("table.partial", "record.partial", f".record.partial.{'0a' * 16}.partial"):
+        (parts / name).touch()
     (parts / "mine.parquet").touch()
     bulk._remove_parts(parts)
     assert [file.name for file in parts.iterdir()] == ["mine.parquet"]

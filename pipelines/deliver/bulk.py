@@ -120,7 +120,9 @@ def predict_table(
     summary = _assemble(model, images["file"].tolist(), keys, parts, parts / "table.partial", kind, new=len(left))
     os.replace(parts / "table.partial", out)
     record |= {"failed": summary.failed, "counts": summary.counts}
-    publish_replace(about, sealed_json(record, indent=2))
+    # By way of the folder of parts, with which the temporary of a killed call goes too.
+    publish_replace(parts / "record.partial", sealed_json(record, indent=2))
+    os.replace(parts / "record.partial", about)
     _remove_parts(parts)
     return summary
 
@@ -128,7 +130,7 @@ def predict_table(
 def _remove_parts(parts: Path) -> None:
     """Remove what calls of predict have written there, and the folder if nothing of anybody else is in it."""
     for file in parts.iterdir():
-        if re.fullmatch(rf"[0-9a-f]{{24}}\.parquet|table\.partial|\..*{re.escape(PARTIAL_SUFFIX)}", file.name):
+        if re.fullmatch(rf"[0-9a-f]{{24}}\.parquet|(table|record)\.partial|\..*{re.escape(PARTIAL_SUFFIX)}", file.name):
             file.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # not empty
         parts.rmdir()
