@@ -15,6 +15,7 @@ it once per file, so that no flipped bit is ever read as a number.
 import io
 import json
 import os
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,7 +41,6 @@ FORMAT = 2
 COLUMNS = ("fold", "objective", "gap", "iterations", "seconds")
 
 _HDF5 = b"\x89HDF\r\n\x1a\n"
-_REMOVE = "remove it, and the bank is trained again"
 _State = tuple[int, ...]
 # Files that this process has checked, as they were then.
 _checked: dict[Path, _State] = {}
@@ -260,14 +260,14 @@ def _open(path: Path) -> Iterator[h5py.File]:
         try:
             file = h5py.File(path, "r")
         except OSError as error:
-            raise BadResults(f"{path} is not an HDF5 file ({error}): {_REMOVE}") from error
+            raise BadResults(f"{path} is not an HDF5 file ({error}): {_remove(path)}") from error
         if _state(path) == state:  # else another process has replaced it since the check
             break
         file.close()
     with file:
         try:
             if (found := int(file.attrs.get("format", 0))) != FORMAT:
-                raise BadResults(f"{path} has format {found}, this version of headrace reads {FORMAT}: {_REMOVE}")
+                raise BadResults(f"{path} has format {found}, this version of headrace reads {FORMAT}: {_remove(path)}")
             if _checked.get(path) != state:
                 _refuse_links(file, path)
                 _checked[path] = state
@@ -275,7 +275,7 @@ def _open(path: Path) -> Iterator[h5py.File]:
         except BadResults:
             raise
         except (LookupError, TypeError, ValueError, AttributeError, OSError, RuntimeError) as error:
-            raise BadResults(f"{path} is not a bank's results of this version ({error}): {_REMOVE}") from error
+            raise BadResults(f"{path} is not a bank's results of this version ({error}): {_remove(path)}") from error
 
 
 def _check(path: Path) -> _State:
@@ -290,14 +290,18 @@ def _check(path: Path) -> _State:
     if block.startswith(_HDF5):
         raise BadResults(
             f"{path} has no digest: it is of format 1 or not a bank's results, this version of headrace reads format "
-            f"{FORMAT}: {_REMOVE}"
+            f"{FORMAT}: {_remove(path)}"
         )
     if block != _user_block(digest):
         raise BadResults(
             f"{path} is not a bank's results, or its bytes have changed since they were written (their digest is "
-            f"{digest}): {_REMOVE}"
+            f"{digest}): {_remove(path)}"
         )
     return state
+
+
+def _remove(path: Path) -> str:
+    return f"type `rm {shlex.quote(str(path))}`, and the next `headrace run RECIPE` trains that bank again"
 
 
 def _state(path: Path) -> _State:

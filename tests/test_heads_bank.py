@@ -366,7 +366,7 @@ def test_results_refuse_what_is_not_theirs(work: Path) -> None:
     assert spec_from_json(bank.table["spec"][0]) == CentroidSpec()
     torn = work / "torn.h5"
     torn.write_bytes(result.read_bytes()[:500])
-    with pytest.raises(BadResults, match="remove it, and the bank is trained again"):
+    with pytest.raises(BadResults, match=r"type `rm .*`, and the next `headrace run RECIPE` trains that bank again"):
         read_bank(torn)
     sealed_text = work / "text.h5"
     sealed_text.write_bytes(sealed(b"-" * 10_000))
@@ -407,10 +407,14 @@ def test_damaged_results_are_never_read(work: Path) -> None:
     for number, image in enumerate([*damaged, *(whole[:length] for length in lengths), whole + b"\0"]):
         copy = work / f"{number}.h5"
         copy.write_bytes(image)
-        with pytest.raises(BadResults, match="remove it, and the bank is trained again"):
+        with pytest.raises(
+            BadResults, match=r"type `rm .*`, and the next `headrace run RECIPE` trains that bank again"
+        ):
             read_bank(copy)
         copy.rename(result)
-        with pytest.raises(BadResults, match="remove it, and the bank is trained again"):
+        with pytest.raises(
+            BadResults, match=r"type `rm .*`, and the next `headrace run RECIPE` trains that bank again"
+        ):
             bank.arrays(RidgeSpec(10.0))
     result.write_bytes(whole)
     np.testing.assert_array_equal(bank.arrays(RidgeSpec(10.0))["weight"], expected["weight"])

@@ -14,7 +14,7 @@ from headrace.pipelines.report import figures
 from headrace.pipelines.report.blocks import Block, Column, Facts, Figure, Note, Section, Table
 from headrace.pipelines.report.leaders import metric_format, metric_title
 from headrace.pipelines.report.read import FinishedRun
-from headrace.pipelines.show import number_text
+from headrace.pipelines.show import level_text, number_text
 
 Found = Mapping[str, Any]
 
@@ -78,11 +78,13 @@ def _blocks(path: Path, how: str, make: Callable[[Found], list[Block]]) -> tuple
     try:
         found = read_json(path)
     except RunDamaged as error:
-        return (Note(f"Left out: {error}. {how}.", "warning"),)
+        return (Note(f"Left out: {error}.", "warning"),)
     if found is None:
         return (Note(f"Not measured: {how}."),)
     try:
         return tuple(make(found))
+    except RunDamaged as error:
+        return (Note(f"Left out: {error}.", "warning"),)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         return (Note(f"{path.name} is of another version of headrace ({type(error).__name__}: {error})."),)
 
@@ -136,12 +138,13 @@ def _choice(run: FinishedRun, found: Found) -> list[Block]:
 def _ensemble(run: FinishedRun, found: Found) -> list[Block]:
     nested, metric = found["nested"], found["nested"]["metric"]
     value, low, high, single = (number_text(nested[name], metric) for name in ("value", "low", "high", "single"))
+    level = level_text(nested["level"])
     answer = (
-        "It is the run's answer."
+        f"It is the run's answer: the {level} interval of its gain over a single head lies above 0."
         if nested["chosen"]
-        else "It is not better than a single head beyond doubt: the winner stays the answer."
+        else f"The {level} interval of its gain over a single head reaches 0: the winner stays the answer."
     )
-    gain = f"{nested['gain']:+.4f} (95 % interval {nested['gain_low']:+.4f} to {nested['gain_high']:+.4f})"
+    gain = f"{nested['gain']:+.4f} ({level} interval {nested['gain_low']:+.4f} to {nested['gain_high']:+.4f})"
     names = list(run.feature_sets)
     frame = pd.DataFrame(
         [

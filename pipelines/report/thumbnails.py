@@ -13,6 +13,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 
 from headrace.cache import publish_replace
+from headrace.cache.sealed import read_sealed_arrays, sealed_arrays
 from headrace.extract import ImageError, decode_image, hash_bytes, read_bytes
 from headrace.extract.images import PixelRange, open_image
 
@@ -74,11 +75,10 @@ def signatures(
                 known[content] = grey
     if missing and known:
         names = sorted(known)
-        buffer = io.BytesIO()
         grey = np.stack([known[name] for name in names])
-        np.savez(buffer, content=np.array(names, "S32"), grey=grey, pixel_range=ends)
+        data = sealed_arrays({"content": np.array(names, "S32"), "grey": grey, "pixel_range": ends})
         with contextlib.suppress(OSError):  # they only save time; somebody else's run can be reported on too
-            publish_replace(stored, buffer.getvalue())
+            publish_replace(stored, data)
     there = [number for number, content in enumerate(contents) if content in known]
     empty = np.empty((0, SIGNATURE**2), np.uint8)
     return np.stack([known[contents[number]] for number in there]) if there else empty, there
@@ -106,11 +106,11 @@ def _small_grey(data: bytes, pixel_range: PixelRange | None) -> Image.Image:
 
 def _load(stored: Path, ends: npt.NDArray[np.float64]) -> dict[str, npt.NDArray[np.uint8]]:
     try:
-        with np.load(stored, allow_pickle=False) as found:
-            names, grey = found["content"].astype("U32").tolist(), found["grey"]
-            same = np.array_equal(found["pixel_range"], ends, equal_nan=True)
+        found = read_sealed_arrays(stored.read_bytes())
+        names, grey = found["content"].astype("U32").tolist(), found["grey"]
+        same = np.array_equal(found["pixel_range"], ends, equal_nan=True)
         if not same or grey.shape != (len(names), SIGNATURE**2):
             return {}
         return dict(zip(names, grey, strict=True))
-    except (OSError, ValueError, KeyError, EOFError):
+    except (OSError, ValueError, KeyError):
         return {}  # absent or damaged: it only saves time

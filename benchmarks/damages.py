@@ -1,0 +1,363 @@
+"""Single damages of every kind of file that headrace writes, and what its commands make of them.
+
+    python benchmarks/damages.py [--quick] [--case KIND] [--count N] [--seed N]
+
+A finished run, its cache, an exported model and a prediction that was killed half-way. One file is damaged: a bit flips, a
+stretch becomes zeros or noise, the end is missing, all is missing, the file is gone. Then one of the commands that read it is
+called. It has to end with the result that it has on whole files, or to say which file is damaged; and then the command that
+its message names has to mend it. Counted, by kind of file:
+
+    same      exit 0 and the right result: the damage does not matter, or was mended on the way
+    told      exit 0, and what is missing from the result is said in it, with the file's name
+    refused   an error that names the file; the command in it was called, and the right result came after it
+    SILENT    exit 0 and another result
+    TRACE     a traceback, or an error that does not name the file
+    BLOCKED   the command that was named does not help
+
+The commands run in forks of one process, so that a damage takes a second. The last line is one JSON object with the counts;
+the exit status is 1 after a fault.
+"""
+
+import argparse
+import collections
+import json
+import os
+import random
+import re
+import shlex
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+COUNT, QUICK = 3000, 60
+TIME_S = 300  # for one command
+
+from kill_cases import CACHE, RECIPE, RUN, contents  # noqa: E402
+from run_cases import make_photos  # noqa: E402
+
+# What is called, and which of the files afterwards are its result.
+COMMANDS: dict[str, tuple[str, ...]] = {
+    "run": ("run", "recipe.yaml"),
+    "report": ("report", "recipe.yaml"),
+    "predict": ("predict", "recipe.yaml", "../photos/coarse", "--out", "predicted.csv", "--workers", "1"),
+    "predict again": ("predict", "recipe.yaml", "../many", "--out", "half.csv", "--workers", "1"),
+    "predict from export": ("predict", "model", "../photos/coarse", "--out", "taken.csv", "--workers", "1"),
+    "export": ("export", "recipe.yaml", "again", "--format", "safetensors"),
+    "advise": ("advise", "recipe.yaml"),
+    "status": ("status", "recipe.yaml"),
+    "cache ls": ("cache", "ls"),
+    "cache verify": ("cache", "verify"),
+}
+RESULTS: dict[str, tuple[str, ...]] = {
+    "run": (f"{RUN}/*.csv", f"{RUN}/heads.parquet", f"{RUN}/selection.json", f"{RUN}/winner/*", f"{RUN}/ensemble/**/*",
+            f"{RUN}/thaw/models/*/*", f"{CACHE}/features/*/shards/*.h5"),
+    "report": (f"{RUN}/report.html",),
+    "predict": ("predicted.csv",),
+    "predict again": ("half.csv",),
+    "predict from export": ("taken.csv",),
+    "export": ("again/*.safetensors", "again/model.json", "again/preprocess.py"),
+    "advise": (f"{RUN}/evidence/advice.json",),
+}  # fmt: skip
+
+
+class Outcome(NamedTuple):
+    """What a command ended with."""
+
+    status: int
+    said: str
+    result: Mapping[str, Any]
+
+
+def call(project: Path, name: str, argv: Sequence[str] | None = None) -> Outcome:
+    """Call a command in a fork that has everything imported."""
+    argv = COMMANDS[name] if argv is None else argv
+    said = project.parent / "said.txt"
+    pid = os.fork()
+    if pid == 0:
+        _become(project, argv, said)
+    deadline = time.monotonic() + TIME_S
+    while (found := os.waitpid(pid, os.WNOHANG))[0] == 0:
+        if time.monotonic() > deadline:
+            os.killpg(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            return Outcome(-9, f"no end after {TIME_S} s\n{said.read_text(errors='replace')}", {})
+        time.sleep(0.005)
+    status = os.waitstatus_to_exitcode(found[1])
+    return Outcome(status, said.read_text(errors="replace"), result_of(project, name) if status == 0 else {})
+
+
+def _become(project: Path, argv: Sequence[str], said: Path) -> None:
+    from headrace.pipelines.cli import main
+
+    os.setsid()
+    os.chdir(project)
+    descriptor = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    sys.argv = ["headrace", *argv]
+    status = 1
+    try:
+        main()
+        status = 0
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:  # noqa: BLE001 - a fork must not return into its parent
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def result_of(project: Path, name: str) -> dict[str, Any]:
+    """What a command has made, without times."""
+    found = {}
+    for pattern in RESULTS.get(name, ()):
+        for path in sorted(project.glob(pattern)):
+            if path.is_file():
+                found[str(path.relative_to(project))] = contents(path, project)
+    if name == "report":  # what the calls took, and when
+        page = f"{RUN}/report.html"
+        found[page] = re.sub(
+            r"<dt>time</dt>.*?</div>|<section id=\"(cost|provenance)\".*?</section>", "", found[page], flags=re.S
+        )
+    return found
+
+
+def build(folder: Path) -> Path:
+    """The project with everything in it; returns it."""
+    project = folder / "project"
+    project.mkdir()
+    make_photos(folder / "photos", n=48)
+    make_photos(folder / "many", n=520, seed=1)
+    for number in range(0, 48, 7):  # in the other class's folder: no head is sure, and an average is better
+        name, other = ("coarse", "fine") if number % 2 == 0 else ("fine", "coarse")
+        (folder / "photos" / name / f"{number:03}.png").rename(folder / "photos" / other / f"{number:03}.png")
+    estimator = "  sklearn:\n    - estimator: sklearn.naive_bayes:GaussianNB\n      inputs: [[features.12.avg]]\n"
+    (project / "recipe.yaml").write_text((RECIPE % 1).replace("thaw:\n", estimator + "thaw:\n"))
+    for name in ("run", "advise", "report"):
+        _finish(project, COMMANDS[name])
+    _finish(project, ("export", "recipe.yaml", "model", "--format", "safetensors"))
+    _half_predict(project)
+    return project
+
+
+def _finish(project: Path, argv: Sequence[str]) -> None:
+    done = call(project, "", argv)
+    assert done.status == 0, done.said
+
+
+def _half_predict(project: Path) -> None:
+    """A bulk prediction that is killed when its first part is there."""
+    pid = os.fork()
+    if pid == 0:
+        _become(project, COMMANDS["predict again"], project.parent / "said.txt")
+    while not list(project.glob("half.csv.parts/*.parquet")):
+        time.sleep(0.001)
+    os.killpg(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+
+
+def readers(project: Path, files: Sequence[str], scratch: Callable[[], Path]) -> dict[str, list[str]]:
+    """Of each file, the commands that open it."""
+    found: dict[str, list[str]] = {name: [] for name in files}
+    for command in COMMANDS:
+        copy = scratch()
+        opened = copy.parent / "opened.txt"
+        pid = os.fork()
+        if pid == 0:
+            descriptor = os.open(opened, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
+
+            def note(event: str, arguments: tuple[Any, ...], descriptor: int = descriptor) -> None:
+                if event == "open" and isinstance(arguments[0], str | bytes | os.PathLike):
+                    os.write(descriptor, os.fsencode(arguments[0]) + b"\n")
+
+            sys.addaudithook(note)
+            _become(copy, COMMANDS[command], copy.parent / "said.txt")
+        os.waitpid(pid, 0)
+        lines = {
+            os.path.relpath(os.path.join(copy, line), copy) for line in opened.read_text(errors="replace").splitlines()
+        }
+        for name in files:
+            if name in lines:
+                found[name].append(command)
+    return found
+
+
+def kind_of(name: str) -> str:
+    """The file's kind: its path, with what differs from run to run left out."""
+    name = re.sub(r"[0-9a-f]{12,}", "*", name)
+    name = re.sub(r"(fold-)\d|\b\d+-\d+(?=[-.])", r"\1*", name)
+    return re.sub(r"(\*[-.])+\*|half\.csv\.parts/[\d*-]+|logs/.*(?=\.jsonl)", lambda found: found[0].split("/")[0] + "/*"
+                  if "/" in found[0] else "*", name)  # fmt: skip
+
+
+def damaged(data: bytes, draw: random.Random) -> tuple[str, bytes | None]:
+    """One damage of these bytes, with its name; None where the file is gone."""
+    how = draw.choices(("bit", "zeros", "noise", "cut", "empty", "gone"), (60, 8, 8, 12, 6, 6))[0]
+    if how == "gone" or not data:
+        return "gone", None
+    if how == "empty":
+        return how, b""
+    if how == "cut":
+        return how, data[: draw.randrange(len(data))]
+    found = bytearray(data)
+    if how == "bit":
+        bit = draw.randrange(8 * len(data))
+        found[bit // 8] ^= 1 << bit % 8
+        return f"bit {bit}", bytes(found)
+    start = draw.randrange(len(data))
+    length = min(draw.choice((1, 16, 512, 4096)), len(data) - start)
+    found[start : start + length] = bytes(length) if how == "zeros" else draw.randbytes(length)
+    return f"{how} {start}+{length}", bytes(found)
+
+
+def mending(said: str) -> list[tuple[str, ...]]:
+    """The commands that a message names, the recipe and the paths filled in; to run the recipe again where it names none."""
+    found: list[tuple[str, ...]] = []
+    for text in re.findall(r"`((?:headrace|rm) [^`]+)`|(?:[Tt]ype|with): ((?:headrace|rm) [^\n;]+)", said):
+        words = ["recipe.yaml" if word in ("RECIPE", "RUN") else word for word in shlex.split(text[0] or text[1])]
+        if words[0] == "rm" or words[1] in ("run", "cache", "advise", "export", "predict", "report"):
+            found.append(tuple(words))
+    return found
+
+
+def judge(project: Path, name: str, command: str, right: Outcome) -> tuple[str, str]:
+    """Call the command and, where it refuses, what its message names; the verdict, with why."""
+    done = call(project, command)
+    base = Path(name).name
+    if "Traceback" in done.said or done.status not in (0, 1, 2):
+        return "TRACE", done.said
+    if done.status == 0:
+        if done.result == right.result:
+            return "same", ""
+        page = project / RUN / "report.html"
+        told = base in done.said or (
+            command == "report" and base in page.read_text(errors="replace").split("<script")[0]
+        )
+        return ("told", "") if told else ("SILENT", difference(right.result, done.result))
+    if base not in done.said and Path(name).parent.name not in done.said.replace("\n", ""):
+        return "TRACE", f"the file is not named: {done.said}"
+    said = done.said
+    for words in mending(done.said) or [("headrace", *COMMANDS["run"])]:
+        if words[0] == "rm":
+            for path in words[1:]:
+                (project / path).unlink()
+            continue
+        mended = call(project, "", words[1:])
+        said += f"\n$ {shlex.join(words)} -> {mended.status}\n{mended.said}"
+        if "Traceback" in mended.said:
+            return "TRACE", said
+    again = call(project, command)
+    if again.status == 0 and again.result == right.result:
+        return "refused", ""
+    return "BLOCKED", f"{said}\n$ again -> {again.status}\n{again.said}\n{difference(right.result, again.result)}"
+
+
+def difference(right: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+    """Where two results differ."""
+    from kill_cases import _difference
+
+    return _difference(right, found)
+
+
+def main() -> int:
+    """Build, damage, count."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK} damages, not {COUNT}")
+    parser.add_argument("--case", help="only kinds of file in whose name this is")
+    parser.add_argument("--count", type=int, help="so many damages")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--show", type=int, default=2000, help="characters of a fault that are printed")
+    parser.add_argument("--folder", type=Path, help="keep the project there, for the next call")
+    options = parser.parse_args()
+    count = options.count or (QUICK if options.quick else COUNT)
+    os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = (options.folder or Path(scratch)).absolute()
+        folder.mkdir(exist_ok=True)
+        os.environ["XDG_CACHE_HOME"] = f"{folder}/state"
+        return measure(folder, count, options.seed, options.case, options.show)
+
+
+def measure(folder: Path, count: int, seed: int, only: str | None, show: int) -> int:
+    """Damage so many files, print the table; 1 after a fault."""
+    import_everything()
+    whole, project = folder / "whole", folder / "project"  # damaged always at the same path: tables have absolute ones
+    if not whole.exists():
+        build(folder).rename(whole)
+
+    def restored() -> Path:
+        shutil.rmtree(project, ignore_errors=True)
+        shutil.copytree(whole, project, symlinks=True, copy_function=os.link)
+        return project
+
+    files = sorted(str(path.relative_to(whole)) for path in whole.rglob("*") if path.is_file() and path.stat().st_size)
+    read_by = readers(project, files, restored)
+    right = {}
+    for command in COMMANDS:
+        right[command] = call(restored(), command)
+        assert right[command].status == 0, right[command].said
+    kinds = collections.defaultdict(list)
+    for name in files:
+        if read_by[name] and name != "recipe.yaml":
+            kinds[kind_of(name)].append(name)
+    unread = sorted({kind_of(name) for name in files if not read_by[name]} - kinds.keys())
+    chosen = [kind for kind in sorted(kinds) if only is None or only in kind]
+    draw, table = random.Random(seed), collections.defaultdict(collections.Counter)
+    faults: list[str] = []
+    began = time.monotonic()
+    for number in range(count):
+        kind = chosen[number % len(chosen)]
+        name = draw.choice(kinds[kind])
+        command = draw.choice(read_by[name])
+        target = restored() / name
+        how, data = damaged(target.read_bytes(), draw)
+        target.unlink()
+        if data is not None:
+            target.write_bytes(data)
+        verdict, why = judge(project, name, command, right[command])
+        table[kind][verdict] += 1
+        if verdict.isupper():
+            faults.append(kind)
+            print(f"{number}: {verdict}: {name}: {how}: {command}\n{why[-show:]}\n", flush=True)
+    shutil.rmtree(project)
+    verdicts = ("same", "told", "refused", "SILENT", "TRACE", "BLOCKED")
+    print(f"{'kind of file':<64}{'files':>6}" + "".join(f"{word:>9}" for word in verdicts))
+    for kind in chosen:
+        print(f"{kind:<64}{len(kinds[kind]):>6}" + "".join(f"{table[kind][word]:>9,}" for word in verdicts))
+    print(f"read by none of these commands: {', '.join(unread)}")
+    total = sum(table.values(), collections.Counter())
+    seconds = time.monotonic() - began
+    print(
+        json.dumps(
+            {"damages": count, "kinds": len(chosen), **{word: total[word] for word in verdicts}, "s": round(seconds)}
+        )
+    )
+    return bool(faults)
+
+
+def import_everything() -> None:
+    """So that a fork starts at once."""
+    import torch
+    import torchvision  # noqa: F401
+
+    from headrace.pipelines import cli, run  # noqa: F401
+    from headrace.pipelines.deliver import bulk, export, images  # noqa: F401
+    from headrace.pipelines.evidence import advise_run  # noqa: F401
+    from headrace.pipelines.report import build  # noqa: F401
+    from headrace.pipelines.thaw import task  # noqa: F401
+
+    torch.set_num_threads(1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
