@@ -27,8 +27,9 @@ def tls_command(
     Example: headrace cluster tls ~/headrace-tls
     """
     from headrace.pipelines.cluster import PRELOAD, write_settings
-    from headrace.pipelines.tls import CERTIFICATE, KEY, write_tls
+    from headrace.pipelines.tls import CERTIFICATE, KEY, require_own_folder, write_tls
 
+    require_own_folder(folder)
     made = write_tls(folder).absolute()
     certificate, key = (shlex.quote(str(made / name)) for name in (CERTIFICATE, KEY))
     files = f"--tls-ca-file {certificate} --tls-cert {certificate} --tls-key {key}"

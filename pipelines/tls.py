@@ -9,8 +9,13 @@ from dask.distributed import Security
 from headrace.cache import HeadraceError
 
 CERTIFICATE, KEY = "certificate.pem", "key.pem"
+SETTINGS = "dask.yaml"  # beside them, of `headrace cluster tls`
 _VALID = datetime.timedelta(days=365)
 _SKEW = datetime.timedelta(days=1)  # clocks of a cluster's nodes may differ
+
+
+class TLSFolder(HeadraceError, FileExistsError):
+    """The folder for a certificate holds files of something else."""
 
 
 class TLSMissing(HeadraceError, ValueError):
@@ -67,6 +72,16 @@ def write_tls(folder: Path) -> Path:
             with os.fdopen(descriptor, "w", encoding="utf-8") as file:
                 file.write(text)
     return folder
+
+
+def require_own_folder(folder: Path) -> None:
+    """Raise TLSFolder for a folder that is typed and is somebody else's: a key without our certificate, settings without our key."""
+    there = {name for name in (KEY, CERTIFICATE, SETTINGS) if (folder / name).exists()}
+    if there in ({KEY}, {CERTIFICATE}, {SETTINGS}, {KEY, SETTINGS}, {CERTIFICATE, SETTINGS}):
+        raise TLSFolder(
+            f"{folder} holds {' and '.join(sorted(there))} without the rest of what this command makes ({KEY}, {CERTIFICATE}, "
+            f"{SETTINGS}): they may be of something else, and are not replaced. Give a new folder, such as {folder / 'headrace-tls'}"
+        )
 
 
 def security(folder: Path | None) -> Security:

@@ -16,6 +16,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
@@ -34,7 +35,7 @@ from headrace.extract.locate import file_of
 from headrace.extract.stamps import FileStamp, file_stamps, wait_until_settled
 from headrace.pipelines.cluster import available_cores, local_client
 from headrace.pipelines.deliver.model import Model, load_model
-from headrace.pipelines.deliver.tables import Block, table_writer
+from headrace.pipelines.deliver.tables import Block, is_predictions, table_writer
 from headrace.pipelines.progress import stage
 from headrace.pipelines.submit import run_tasks
 
@@ -92,10 +93,12 @@ def predict_table(
     """Predict what is left of `images` (columns `file`, `path`) and write the table `out` as csv, parquet or jsonl.
 
     Every image has one row, in the order given; one that cannot be decoded has its reason in it.
-    Raises PredictionsThere for a table of other images or another model, unless `force` is on.
+    Raises PredictionsThere for a table of other images or another model, unless `force` is on, and for whatever `headrace predict`
+    has not written there.
     """
     about = out.with_name(f"{out.name}.json")
     parts = out.with_name(f"{out.name}.parts")
+    _require_ours(out, about, parts)
     paths = images["path"].tolist()
     keys = file_keys(paths)
     record = {
@@ -125,6 +128,28 @@ def predict_table(
     os.replace(parts / "record.partial", about)
     _remove_parts(parts)
     return summary
+
+
+def _require_ours(out: Path, about: Path, parts: Path) -> None:
+    """Raises PredictionsThere unless what is at `out` and `about` is nothing, or of `headrace predict`: a name is soon mistyped."""
+    recorded = about.is_file() and b'"model_digest"' in about.read_bytes()  # also one that is damaged
+    elsewhere = f"It is not replaced, with --force neither. Give another name with --out, such as {_free_name(out)}, or move it away"
+    if out.exists() and not out.is_file():
+        raise PredictionsThere(f"{out} is neither a table nor a name that is free. {elsewhere}")
+    if about.exists() and not recorded:
+        raise PredictionsThere(
+            f"{about} is there, where headrace predict keeps what it knows of {out.name}, and is not as it writes it. {elsewhere}"
+        )
+    # Where a call was killed as it ended, the table is there, and its record not yet.
+    if out.exists() and not is_predictions(out, values=recorded or any(parts.glob("*.parquet"))):
+        raise PredictionsThere(
+            f"{out} is there, and is no table of predictions: headrace predict did not write it. {elsewhere}"
+        )
+
+
+def _free_name(out: Path) -> Path:
+    names = (out.with_name(f"predictions{number or ''}{out.suffix or '.csv'}") for number in count())
+    return next(name for name in names if not name.exists())
 
 
 def _remove_parts(parts: Path) -> None:

@@ -30,6 +30,8 @@ from headrace.heads import TaskKind
 from headrace.pipelines.console import valid_text
 from headrace.pipelines.deliver.model import decide
 
+_FIRST_LINE = 1 << 24  # bytes; a hundred thousand classes have a line of some megabytes
+
 FORMATS = {".csv": "csv", ".parquet": "parquet", ".pq": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl"}
 
 
@@ -80,6 +82,34 @@ def table_writer(target: Path | IO[str], kind: str, task_kind: TaskKind, classes
     finally:
         if isinstance(target, Path):
             stream.close()
+
+
+def is_predictions(path: Path, *, values: bool) -> bool:
+    """Whether a file is a table as `table_writer` writes one, by its columns, or is empty.
+
+    values: whether a table of regression counts, whose columns between `file` and `error` may have any names.
+    """
+    with path.open("rb") as file:
+        first = file.readline(_FIRST_LINE)
+    try:
+        if first.startswith(b"PAR1"):
+            return _has_our_columns(pq.read_schema(path).names, values)
+        if first.startswith(b"{"):
+            entry = json.loads(first)
+            return set(entry) in ({"file", "class", "probabilities"}, {"file", "values"}, {"file", "error"})
+        return not first or _has_our_columns(next(csv.reader([first.decode()])), values)
+    except (pa.ArrowException, OSError, ValueError, RecursionError, csv.Error):
+        return False
+
+
+def _has_our_columns(names: Sequence[str], values: bool) -> bool:
+    if len(names) < 3 or names[0] != "file" or names[-1] != "error":
+        return False
+    return values or (names[1] == "class" and _all_probabilities(names))
+
+
+def _all_probabilities(names: Sequence[str]) -> bool:
+    return all(name.startswith("p_") for name in names[3 if names[2] == "probability" else 2 : -1])
 
 
 def csv_text(block: Block, task_kind: TaskKind, classes: tuple[str, ...], *, header: bool) -> str:

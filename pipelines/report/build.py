@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from headrace.cache import publish_replace
+from headrace.cache import HeadraceError, publish_replace
 from headrace.heads import FULL
 from headrace.pipelines.leaderboard import inputs_text
 from headrace.pipelines.report.answer import find_answer
@@ -28,6 +28,12 @@ from headrace.pipelines.report.read import FinishedRun, read_run
 from headrace.pipelines.report.suspects import suspects
 from headrace.pipelines.report.thumbnails import Thumbnails
 from headrace.pipelines.show import number_text
+
+_TITLE = "headrace report: "
+
+
+class ReportThere(HeadraceError, FileExistsError):
+    """A file is there that no report wrote; it is not replaced."""
 
 
 @dataclass(frozen=True)
@@ -53,17 +59,19 @@ def write_report(
     run: its directory, or the recipe that made it. tables: also every table of the page as CSV and Parquet, in a folder
     beside it. watts: what the machine draws while it works. trust_code: "module:name" of code that may be imported to predict
     the test images again, beside what the recipe names where the run is given by it; otherwise the page says what is missing.
-    Raises NotARun, NoWinner, OSError.
+    A page and tables of an earlier report are replaced. Raises NotARun, NoWinner, OSError; ReportThere for any other file there.
     """
     found = read_run(run, trust_code=trust_code)
     page = out or found.paths.report
+    _require_ours(page)
     paths = {} if isinstance(found.rows, str) else found.rows.paths
     thumbnails = Thumbnails(paths, found.recipe.images.pixel_range)
     sections = make_sections(found, thumbnails, watts)
-    text = render(f"headrace report: {found.paths.root.name}", _made(found), headline(found), sections)
+    text = render(f"{_TITLE}{found.paths.root.name}", _made(found), headline(found), sections)
     page.parent.mkdir(parents=True, exist_ok=True)
+    again = page.exists()
     publish_replace(page, text.encode("utf-8", "replace"))
-    written = write_tables(page.with_name(f"{page.stem}-tables"), sections) if tables else ()
+    written = write_tables(page.with_name(f"{page.stem}-tables"), sections, replace=again) if tables else ()
     return Report(page, page.stat().st_size, written, thumbnails.missing)
 
 
@@ -132,9 +140,29 @@ def headline(run: FinishedRun) -> Headline:
     return Headline(tuple(values))
 
 
-def write_tables(folder: Path, sections: Sequence[Section]) -> tuple[Path, ...]:
-    """Every table as NAME.csv and NAME.parquet; returns the paths."""
+def _require_ours(page: Path) -> None:
+    if not page.exists():
+        return
+    elsewhere = f"Give another name with --out, such as {page.with_name('headrace-report.html')}, or move it away"
+    if not page.is_file():
+        raise ReportThere(f"{page} is a folder, or no file of the disk; expected the name of a page. {elsewhere}")
+    with page.open("rb") as file:
+        if _TITLE.encode() not in file.read(4096):
+            raise ReportThere(f"{page} is there, and headrace report did not write it: it is not replaced. {elsewhere}")
+
+
+def write_tables(folder: Path, sections: Sequence[Section], *, replace: bool = False) -> tuple[Path, ...]:
+    """Every table as NAME.csv and NAME.parquet; returns the paths.
+
+    replace: files of these names are known for an earlier report's. Else only both of a pair are; raises ReportThere for one alone.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    for name in () if replace else tables_of(tuple(sections)):
+        pair = [path for suffix in ("csv", "parquet") if (path := folder / f"{name}.{suffix}").exists()]
+        if len(pair) == 1:
+            raise ReportThere(
+                f"{pair[0]} is there, and headrace report did not write it: it is not replaced. Move it away"
+            )
     written = []
     for name, table in tables_of(tuple(sections)).items():
         frame = plain_frame(table)
