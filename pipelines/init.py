@@ -55,7 +55,7 @@ heads:                           # every list is tried in every combination
 # thaw:                          # the best head becomes a network that is trained further, and is kept if that is better
 #   depths: [all]                # or head, scratch, or a node: everything above it
 #   budget_minutes: 30
-# ensemble:                      # heads averaged: the answer only where that is better beyond doubt
+# ensemble:                      # heads averaged: the answer only where a 95 % interval says better
 #   members: 8
 
 # cache: headrace-cache          # features; share one cache between recipes

@@ -136,7 +136,8 @@ class EnsembleSection(Section):
     network_price: Fraction = 0.01  # each backbone beyond the first must lower the loss by this share
     rounds: Annotated[int, pydantic.Field(ge=1, le=1000)] = 30  # picks; a head picked twice weighs twice
     candidates: Annotated[int, pydantic.Field(ge=2)] = 200  # heads to pick from, the best ones
-    confidence: Share = 0.9  # the answer only if better than a single head in this share of the resamples
+    # level of the interval of its gain over a single head; the answer only if all of that lies above 0
+    confidence: Annotated[float, pydantic.Field(gt=0.5, lt=1)] = 0.95
 
 
 class ReuseSection(Section):

@@ -233,7 +233,7 @@ def screen(found: Survey, section: ScreenSection, train_all: Callable[[Sequence[
 def conclude(found: Survey, ensemble_section: EnsembleSection | None = None, thawed: Thawed | None = None) -> RunResult:
     """Rank, choose the winner on validation folds, show the answer the test split, and write the tables.
 
-    The answer is the winner, or an ensemble where one is asked for and is better beyond doubt.
+    The answer is the winner, or an ensemble where one is asked for and is better at the level of its interval.
     """
     paths, task = found.paths, found.dataset.train
     heads, metric, widths, folds = _trained_heads(found)

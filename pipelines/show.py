@@ -172,7 +172,7 @@ def thaw_table(result: RunResult) -> Table:
             f"{number_text(found.low, metric)} to {number_text(found.high, metric)}",
             f"{number_text(found.gain, metric)} ({number_text(found.gain_low, metric)} to {number_text(found.gain_high, metric)})",
             "–",
-            "the answer" if found.chosen else "not better beyond doubt",
+            "the answer" if found.chosen else f"not better at {level_text(found.level)}",
         )
     return table
 
@@ -209,11 +209,12 @@ def ensemble_sentences(result: RunResult) -> list[str]:
         f"{number * 100:+.2f} points" if is_share(found.metric) else f"{number:+.4f}"
         for number in (found.gain, found.gain_low, found.gain_high)
     )
-    verdict = "it is the answer" if found.chosen else "not better beyond doubt: the winner stays the answer"
+    level = level_text(found.level)
+    verdict = "all of it above 0: it is the answer" if found.chosen else "it reaches 0: the winner stays the answer"
     return [
         f"Ensemble of {len(found.members)} model(s), {len(found.networks)} network(s): {found.metric} {value} "
         f"(95 % interval {low} to {high}, on images that did not pick it), against the best single head, picked the same way, {gain} "
-        f"(95 % interval {least} to {most}): {verdict}"
+        f"({level} interval {least} to {most}): {verdict}"
     ]
 
 
@@ -276,6 +277,11 @@ def show_files(console: Console, result: RunResult) -> None:
 def images_text(images: int, groups: int | None) -> str:
     """ "50 images", or "50 images of 12 groups" where images are not independent of each other."""
     return f"{images:,} images" + (f" of {groups:,} groups" if groups is not None and groups < images else "")
+
+
+def level_text(level: float) -> str:
+    """ "95 %"."""
+    return f"{100 * level:g} %"
 
 
 def number_text(value: float, metric: str) -> str:

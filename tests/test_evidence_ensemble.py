@@ -40,7 +40,7 @@ def independent_heads(rng, heads, strength):
 
 @pytest.mark.parametrize("metric", ["accuracy", "log_loss", "auc"])
 def test_heads_that_err_apart_are_combined(tmp_path, metric):
-    """Better beyond doubt on rows that did not pick it, and so it is the answer."""
+    """Better on rows that did not pick it, by an interval above 0, and so it is the answer."""
     target, outputs = independent_heads(np.random.default_rng(0), 8, 0.8)
     board, task = stored(tmp_path, "single", metric, outputs, target)
     found = build_ensemble(board, held_out(task), metric, EnsembleSection())
@@ -167,7 +167,9 @@ def combined(board, weights, metric="accuracy"):
     members = tuple(
         Member(weight, 0.5 + weight, row, ("b",)) for weight, (_, row) in zip(weights, board.iterrows(), strict=True)
     )
-    numbers = dict.fromkeys(("value", "low", "high", "winner", "single", "gain", "gain_low", "gain_high", "sure"), 0.5)
+    numbers = {"level": 0.95} | dict.fromkeys(
+        ("value", "low", "high", "winner", "single", "gain", "gain_low", "gain_high", "sure"), 0.5
+    )
     return Ensemble(metric, members, 1.5, 2, 180, **numbers, chosen=True, metrics={metric: 0.5})
 
 

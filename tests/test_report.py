@@ -205,12 +205,14 @@ def test_the_advice_is_shown_with_its_curve(tmp_path):
     run.paths.evidence.mkdir()
     gain = {"2": {"value": 0.02, "low": 0.01, "high": 0.03}, "4": {"value": 0.03, "low": 0.01, "high": 0.05}}
     curve = {"images": [100.0, 200.0], "error": [0.2, 0.15]}
-    evidence = {"curve": curve, "gain": gain, "scores": [{"name": "a.avg", "logme": -0.4}]}
+    ahead = {"2": {"value": 0.13, "low": 0.1, "high": 0.17}, "4": {"value": 0.12, "low": 0.0, "high": 0.17}}
+    evidence = {"curve": curve, "gain": gain, "ahead": ahead, "scores": [{"name": "a.avg", "logme": -0.4}]}
     run.paths.advice.write_text(json.dumps({"sentence": "Collect.", "reasons": ["So."], "evidence": evidence}))
     first, reason, figure, scores = advice(run).blocks
     assert (first.text, reason.text) == ("Collect.", "So.")
     assert figure.table.frame["images"].tolist() == [100, 200, 400, 800]
     assert figure.table.frame["error"].tolist() == pytest.approx([0.2, 0.15, 0.13, 0.12])
+    assert figure.table.frame["low"].tolist()[2:] == pytest.approx([0.1, 0.0])
     assert scores.frame["logme"].tolist() == [-0.4]
 
 

@@ -31,7 +31,7 @@ from headrace.heads import (
     with_temperature,
 )
 from headrace.pipelines.evidence.predictions import HeldOut, read_predictions
-from headrace.pipelines.evidence.selection import LEVEL, nested_choice, resampled_rows
+from headrace.pipelines.evidence.selection import LEVEL, nested_choice, no_narrower, resampled_rows
 from headrace.pipelines.recipe_sections import EnsembleSection
 
 PARTS = 5  # of the rows, where the run has fewer than three folds of its own
@@ -64,10 +64,11 @@ class Ensemble:
     winner: float  # the leaderboard's winner on the same rows, the luck of having been picked on them included
     single: float  # nested too: on each part of the rows, the head that is best on the others
     gain: float  # by how much the ensemble is better than `single`, positive = better
-    gain_low: float  # 95 % paired interval of `gain`
+    gain_low: float  # paired interval of `gain`, of the level `level`
     gain_high: float
+    level: float
     sure: float  # share of the resamples in which it is better
-    chosen: bool  # whether it is the run's answer
+    chosen: bool  # whether it is the run's answer: `gain_low` is above 0
     metrics: dict[str, float]  # nested, all of the task's
 
     @property
@@ -87,7 +88,8 @@ def build_ensemble(
     """Pick an ensemble from the whole heads of a leaderboard (best first); None where there are fewer than two.
 
     Deterministic in the seed. It is `chosen` when it has several members and, on the same rows, is better than choosing the
-    best head in at least `section.confidence` of the resamples, both without the luck of the rows that they were picked on.
+    best head: the interval of the gain, of the level `section.confidence`, lies above 0. Both are without the luck of the rows
+    that they were picked on.
     """
     kind = held.task.kind
     limits = EnsembleLimits(section.members, section.networks, section.network_price, section.rounds)
@@ -137,9 +139,10 @@ def _judged(
     weightings = np.concatenate([np.ones((len(drawn), 1)), drawn], axis=1)
     scores = weighted_scores(kind, held.target, predicted, held.fold, metric, weightings)
     gains = (scores[0] - scores[1]) * (1 if METRICS[metric].higher_is_better else -1)
-    ends = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
-    low, high = np.nanquantile(scores[0, 1:], ends)
-    gain_low, gain_high = np.nanquantile(gains[1:], ends)
+    low, high = np.nanquantile(scores[0, 1:], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    low, high = no_narrower(held, predicted[0], metric, float(scores[0, 0]), (float(low), float(high)))
+    level = section.confidence
+    gain_low, gain_high = np.nanquantile(gains[1:], [(1 - level) / 2, (1 + level) / 2])
     sure = float((gains[1:] > 0).mean())
     return Ensemble(
         metric=metric,
@@ -148,15 +151,16 @@ def _judged(
         candidates=candidates,
         images=len(held.rows),
         value=float(scores[0, 0]),
-        low=float(low),
-        high=float(high),
+        low=low,
+        high=high,
         winner=float(scores[2, 0]),
         single=float(scores[1, 0]),
         gain=float(gains[0]),
         gain_low=float(gain_low),
         gain_high=float(gain_high),
+        level=level,
         sure=sure,
-        chosen=bool(len(members) > 1 and gains[0] > 0 and sure >= section.confidence),
+        chosen=bool(len(members) > 1 and gain_low > 0),
         metrics=all_metrics(kind, held.target, predicted[0]),
     )
 

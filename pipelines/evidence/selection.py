@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from headrace.heads import METRICS, TaskKind, weighted_scores
+from headrace.heads import METRICS, TaskKind, metric_interval, score, weighted_scores
 from headrace.heads.weighted import SORTED_METRICS
 from headrace.pipelines.evidence.predictions import HeldOut, read_predictions, stacked_predictions
 
@@ -188,6 +188,28 @@ def corrected(values: Floats, share: float, level: float = LEVEL) -> tuple[float
     narrower = min(1.0, float(np.sqrt(share / (1 - share)))) if share < 1 else 1.0
     below, above = np.quantile(found, [(1 - level) / 2, (1 + level) / 2]) - middle
     return middle, middle + narrower * min(0.0, float(below)), middle + narrower * max(0.0, float(above))
+
+
+def no_narrower(
+    held: HeldOut,
+    predicted: npt.NDArray[Any],
+    metric: str,
+    value: float,
+    ends: tuple[float, float],
+    level: float = LEVEL,
+) -> tuple[float, float]:
+    """Ends of an interval around `value`, moved out to where those of one head's score are, predictions (N, C).
+
+    Resampled rows without a mistake have none, and would be sure of a perfect score.
+    """
+    kind = held.task.kind
+    low, high = metric_interval(kind, held.target, predicted, metric, groups=held.groups, level=level)
+    pooled = score(kind, held.target, predicted, metric)
+    if not np.isfinite([low, high, pooled, value]).all():
+        return ends
+    most = 1.0 if METRICS[metric].higher_is_better else np.inf  # of losses; R² and shares end at 1
+    least = -np.inf if metric == "r2" else 0.0
+    return max(min(ends[0], value - (pooled - low)), least), min(max(ends[1], value + (high - pooled)), most)
 
 
 def compare_with_best(

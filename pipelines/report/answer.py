@@ -1,4 +1,4 @@
-"""What the run answers with, the winner or the ensemble that is better beyond doubt, and how it did on the test split."""
+"""What the run answers with, the winner or the ensemble whose gain has an interval above 0, and how it did on the test split."""
 
 import hashlib
 from collections.abc import Mapping
