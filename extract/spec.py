@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from headrace.cache.home import expand_home
 from headrace.extract.errors import BackboneError, nearest
 from headrace.extract.images import check_pixel_range
 from headrace.extract.preprocess import Interpolation
@@ -69,7 +70,7 @@ def weights_path(weights: str) -> Path:
     Raises BackboneError when the package is not installed, or holds no weights file or several.
     """
     if not weights.startswith(PACKAGED):
-        return Path(weights).expanduser()
+        return expand_home(weights)
     package = weights.removeprefix(PACKAGED)
     try:
         files = importlib.metadata.files(package) or []

@@ -7,11 +7,10 @@ import os
 import time
 import uuid
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headrace.cache import ExtraMissing
-from headrace.cache.home import home_directory
+from headrace.cache.home import expand_home, home_directory
 from headrace.pipelines.recipe_sections import LogSection
 
 if TYPE_CHECKING:
@@ -46,7 +45,7 @@ def mlflow_uri(place: str) -> str:
     """A tracking URI as it is; a path is a folder with a SQLite file in it."""
     if "://" in place:
         return place
-    return f"sqlite:///{Path(place).expanduser().absolute() / 'mlflow.db'}"
+    return f"sqlite:///{expand_home(place).absolute() / 'mlflow.db'}"
 
 
 def run_digest(result: "RunResult") -> str:
@@ -65,7 +64,7 @@ def _to_mlflow(section: LogSection, result: "RunResult") -> bool:
 
     assert section.mlflow is not None
     uri = mlflow_uri(section.mlflow)
-    folder = None if "://" in section.mlflow else Path(section.mlflow).expanduser().absolute()
+    folder = None if "://" in section.mlflow else expand_home(section.mlflow).absolute()
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
     client = MlflowClient(tracking_uri=uri)

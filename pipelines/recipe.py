@@ -5,6 +5,7 @@ from typing import Any
 
 import pydantic
 
+from headrace.cache.home import expand_home
 from headrace.pipelines.recipe_heads import Heads, LogisticGrid, MLPGrid
 from headrace.pipelines.recipe_sections import (
     Backbone,
@@ -103,7 +104,7 @@ def _absolute(recipe: Recipe, path: Path) -> Recipe:
     base = path.absolute().parent
 
     def resolve(value: Path | None) -> Path | None:
-        return None if value is None else (base / value.expanduser())
+        return None if value is None else (base / expand_home(value))
 
     files = ("folder", "table", "root", "tar", "zip", "array", "labels")
     images = recipe.images.model_copy(update={name: resolve(getattr(recipe.images, name)) for name in files})
@@ -127,13 +128,13 @@ def _absolute(recipe: Recipe, path: Path) -> Recipe:
 def _absolute_log(log: LogSection | None, base: Path) -> LogSection | None:
     if log is None:
         return None
-    mlflow = log.mlflow if log.mlflow is None or "://" in log.mlflow else str(base / Path(log.mlflow).expanduser())
-    board = None if log.tensorboard is None else base / log.tensorboard.expanduser()
+    mlflow = log.mlflow if log.mlflow is None or "://" in log.mlflow else str(base / expand_home(log.mlflow))
+    board = None if log.tensorboard is None else base / expand_home(log.tensorboard)
     return log.model_copy(update={"mlflow": mlflow, "tensorboard": board})
 
 
 def _weights_file(weights: str | None, base: Path) -> str | None:
     """A name that ends as weights files do is a path from the recipe's folder; anything else is a tag."""
     if weights and weights.endswith((".pth", ".pt", ".bin", ".safetensors")):
-        return str(base / Path(weights).expanduser())
+        return str(base / expand_home(weights))
     return weights

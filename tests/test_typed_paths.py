@@ -7,10 +7,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from headrace.cache.home import HomeUnknown
+from headrace.extract import ImageSource, detect_source, read_source
+from headrace.extract.spec import weights_path
+from headrace.pipelines import load_recipe
 from headrace.pipelines.deliver import bulk
 from headrace.pipelines.deliver.tables import Block, table_writer
 from headrace.pipelines.demo import DemoFolder, write_demo
 from headrace.pipelines.init import InitError, _check_out
+from headrace.pipelines.logs import mlflow_uri
 from headrace.pipelines.report.blocks import Column, Headline, Section, Table
 from headrace.pipelines.report.build import ReportThere, _require_ours, write_tables
 from headrace.pipelines.report.page import render
@@ -123,3 +128,30 @@ def test_the_demo_and_a_certificate_replace_their_own_files_alone(tmp_path, monk
         (tmp_path / name / name).write_text("mine")
         with pytest.raises(TLSFolder, match=name):
             require_own_folder(tmp_path / name)
+
+
+def test_a_home_that_is_unknown_is_told_wherever_a_path_is_typed(tmp_path, monkeypatch):
+    """`~nobody/…` in every source of images, weights and logs: HomeUnknown with the name, not a RuntimeError of pathlib's."""
+    given = "~nobody-of-this-name/x"
+    readers = [
+        lambda: detect_source(given),
+        *(
+            lambda kind=kind: read_source(ImageSource(kind, given))
+            for kind in ("folder", "table", "archive", "array", "image")
+        ),
+        lambda: weights_path(f"{given}.pth"),
+        lambda: mlflow_uri(given),
+    ]
+    for read in readers:
+        with pytest.raises(HomeUnknown, match="there is no such user"):
+            read()
+    for text in (
+        f"images: {{folder: {given}}}",
+        f"images: {{folder: a}}\nout: {given}",
+        f"images: {{folder: a}}\nlog: {{mlflow: {given}}}",
+    ):
+        (tmp_path / "r.yaml").write_text(
+            f"{text}\nbackbones: [{{name: 'timm:test_resnet', taps: [a.avg]}}]\nheads: {{ridge: {{}}}}\n"
+        )
+        with pytest.raises(HomeUnknown):
+            load_recipe(tmp_path / "r.yaml")

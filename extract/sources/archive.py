@@ -21,6 +21,7 @@ from typing import Any
 
 import pandas as pd
 
+from headrace.cache.home import expand_home
 from headrace.cache.text import normalize_text
 from headrace.extract.errors import SourceError, check_unique
 from headrace.extract.heif import reads_heif
@@ -394,7 +395,7 @@ def _tar_problem(file: Path, error: Exception) -> str:
 def _expand(archives: Sequence[str | Path]) -> list[Path]:
     files: list[Path] = []
     for entry in archives:
-        path = Path(entry).expanduser()
+        path = expand_home(entry)
         if path.is_file():  # before any pattern: `a[1].zip` is its own name
             found = [path]
         elif path.is_dir():

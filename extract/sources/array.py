@@ -11,6 +11,7 @@ import h5py
 import numpy as np
 import pandas as pd
 
+from headrace.cache.home import expand_home
 from headrace.cache.text import as_text
 from headrace.extract.errors import SourceError, absent
 from headrace.extract.locate import open_array, path_text
@@ -45,7 +46,7 @@ def read_array(
     pixels is given, which floats and integers of other sizes than 8 and 16 bits do not have of themselves.
     Raises SourceError.
     """
-    file = Path(images).expanduser().absolute()
+    file = expand_home(images).absolute()
     if file.is_dir():
         return _read_idx_family(file, exclude)
     kind = _kind(file)
@@ -88,7 +89,7 @@ def measure_range(images: str | Path, key: str | None = None) -> tuple[float, fl
 
     [0, 1] or [0, 255] where all values lie in it, else the least and the greatest. Reads every image once.
     """
-    file = Path(images).expanduser().absolute()
+    file = expand_home(images).absolute()
     if file.is_dir():
         return None
     kind = _kind(file)
@@ -126,7 +127,7 @@ def array_labels(images: Path) -> tuple[str | None, Path | None, str | None]:
     In a `.npz` or HDF5 file: the one array of images, and the one array in it that has a value per image; for an idx
     file: the file of labels beside it. Raises SourceError when several arrays could be images.
     """
-    file = images.expanduser().absolute()
+    file = expand_home(images).absolute()
     kind = _kind(file)
     if kind == "idx":
         return None, dict(idx_pairs(file.parent)).get(file), None
@@ -171,7 +172,7 @@ def _side(name: str) -> str | None:
 def _labels(file: Path, kind: str, labels: str | Path | None, labels_key: str | None, count: int) -> pd.Series:
     if labels is None and labels_key is None:
         return pd.Series([None] * count, dtype=object)
-    source = Path(labels).expanduser().absolute() if labels is not None else file
+    source = expand_home(labels).absolute() if labels is not None else file
     source_kind = _kind(source) if labels is not None else kind
     if source_kind in ("npz", "h5") and labels_key is None:
         raise SourceError(

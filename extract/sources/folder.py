@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from headrace.cache.home import expand_home
 from headrace.cache.text import normalize_text
 from headrace.extract.errors import SourceError, absent, check_unique
 from headrace.extract.locate import file_of, path_text, printable
@@ -39,7 +40,7 @@ def read_folder(
     the real folders, so that what is reached on both ways has its real path's name. labelled: refuse a class without images.
     Raises SourceError when the folder is absent or has no images, saying what was found, and see `read_layout`.
     """
-    root = Path(folder).expanduser()
+    root = expand_home(folder)
     if not root.is_dir():
         raise SourceError(absent(root, "a folder of images"))
     tally = Tally()

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import pandas as pd
 
+from headrace.cache.home import expand_home
 from headrace.extract.errors import SourceError
 from headrace.extract.locate import path_text, printable
 from headrace.extract.sources.archive import read_archives
@@ -85,7 +86,7 @@ def read_source(source: ImageSource, *, labelled: bool = True) -> Listing:
                 ranged=not labelled or source.pixel_range is not None,
             )
         case "image":
-            file = Path(location).expanduser().absolute()
+            file = expand_home(location).absolute()
             samples = pd.DataFrame({"id": [printable(str(location))], "path": [path_text(file)], "label": [None]})
             return Listing(samples, found=1)
 
@@ -96,7 +97,7 @@ def detect_source(location: str | Path, **options: Any) -> ImageSource:
     A folder is one of images where it has any, however deep, unless `datasets` saved it or Hugging Face's metadata lies beside them;
     else one of archives, tables of images, or an array. Raises SourceError for what is not there and what is not read.
     """
-    path = Path(location).expanduser()
+    path = expand_home(location)
     if path.is_dir():
         metadata = None if saved_dataset_files(path) else metadata_table(path)
         return (

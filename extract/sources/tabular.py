@@ -13,6 +13,7 @@ from typing import Any
 
 import pandas as pd
 
+from headrace.cache.home import expand_home
 from headrace.cache.text import as_text
 from headrace.extract.errors import SourceError, absent, check_unique, nearest
 from headrace.extract.locate import file_of, path_text, printable
@@ -66,7 +67,7 @@ def read_tables(table: str | Path, options: TableOptions | None = None, *, label
     an id of its own; else every row stays in its place, also one that stands twice or names no image. Raises SourceError.
     """
     options = options or TableOptions()
-    files = table_files(Path(table).expanduser())
+    files = table_files(expand_home(table))
     tally = Tally()
     parts: list[pd.DataFrame] = []
     notes: list[str] = []
@@ -247,7 +248,7 @@ def _samples(
                 f"{file}: there is no column {wanted!r} ({setting}). Nearest: {nearest(wanted, columns, 1)}. "
                 f"The columns are: {', '.join(columns)}."
             )
-    base = (Path(options.root).expanduser() if options.root is not None else file.parent).absolute()
+    base = (expand_home(options.root) if options.root is not None else file.parent).absolute()
     where, is_pattern = _image_column(table, file, base, options, notes)
     if where in table.image_columns:
         written, paths = _cells(file, frame, where)

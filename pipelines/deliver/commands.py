@@ -62,7 +62,9 @@ def predict_command(
         str, typer.Option("--out", "-o", help="The table to write (.csv, .parquet, .jsonl); - is the screen.")
     ] = "predictions.csv",
     kind: Annotated[TableFormat | None, typer.Option("--format", help="Default: as --out's name ends.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a table of predictions that is there; no other file is.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace a table of predictions that is there; no other file is.")
+    ] = False,
     path_column: Annotated[
         str | None, typer.Option(help="The column of a table that names or holds the images; default: found.")
     ] = None,
