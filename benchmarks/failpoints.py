@@ -1,0 +1,296 @@
+"""A death at every kind of system call by which headrace changes a disk, and what the same command makes of it afterwards.
+
+    python benchmarks/failpoints.py [--quick] [--case COMMAND] [--count N] [--seed N]
+
+Each command runs in a fork, its tasks too, so that one process makes every call. First it is watched: every call that makes,
+writes, renames, links or removes something, by its kind (which call, on which kind of file). Then, for each kind, it is
+killed at one of them, drawn at random: before it, and for a write also when half is written. The same command is then called
+again, and has to end with the result of the uninterrupted one, with nothing left behind. The last line is one JSON object;
+the exit status is 1 after a fault.
+"""
+
+import argparse
+import collections
+import contextlib
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+sys.path[:0] = [str(Path(__file__).parents[1] / "tests"), str(Path(__file__).parent)]
+
+from damages import import_everything, kind_of  # noqa: E402
+from kill_cases import (  # noqa: E402
+    CACHE,
+    EXPORT_CALL,
+    ONE_THREAD,
+    PREDICT_CALL,
+    REPORT_CALL,
+    RUN,
+    RUN_CALL,
+    Bench,
+    _difference,
+    age_temporaries,
+    result,
+    tasks_done_twice,
+)
+
+QUICK = 40
+TIME_S = 300  # for one command
+
+# The state of the project before it, and the command. The later stages of a run first: a kind is tried once, where it is cheapest.
+CASES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "conclude": ("thawed", RUN_CALL),
+    "fine-tune": ("trained", RUN_CALL),
+    "heads": ("extracted", RUN_CALL),
+    "extract": ("empty", RUN_CALL),
+    "report": ("finished", REPORT_CALL),
+    "predict": ("finished", PREDICT_CALL),
+    "export": ("finished", EXPORT_CALL),
+    "advise": ("finished", ("advise", "recipe.yaml")),
+    "init": ("finished", ("init", "../photos", "--out", "made.yaml", "--force")),
+    "cache rm": ("finished", ("cache", "rm", "fourth.avg", "--yes")),
+    "cache export": ("finished", ("cache", "export", "fourth.avg", "features.npy")),
+}
+_AUDITED = {
+    "os.rename",
+    "os.remove",
+    "os.mkdir",
+    "os.rmdir",
+    "os.link",
+    "os.symlink",
+    "os.truncate",
+    "os.utime",
+    "os.chmod",
+}
+_WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+
+Kind = tuple[str, str]  # the call, and the kind of file
+
+
+def watch(project: Path, on_call: Callable[[Kind, Callable[[], None]], None]) -> None:
+    """Call `on_call` before each system call of this process that changes something below the project, for ever.
+
+    Its second argument writes half of what a write would write.
+    """
+
+    def noted(call: str, path: Any, half: Callable[[], None] = lambda: None) -> None:
+        if isinstance(path, str | bytes | os.PathLike):
+            name = os.path.relpath(os.path.abspath(os.fsdecode(path)), project)
+            if not name.startswith(".."):
+                on_call((call, kind_of(name)), half)
+
+    def audit(event: str, arguments: tuple[Any, ...]) -> None:
+        if event in _AUDITED:
+            noted(event.removeprefix("os."), arguments[1 if event in ("os.rename", "os.link", "os.symlink") else 0])
+        elif event == "open" and isinstance(arguments[2], int) and arguments[2] & _WRITING:
+            noted("open", arguments[0])
+
+    def standing_in(name: str) -> Callable[..., Any]:
+        original = getattr(os, name)
+
+        def stand_in(descriptor: int, *arguments: Any) -> Any:
+            def half() -> None:
+                if name == "write":
+                    data = memoryview(arguments[0]).cast("B")
+                    original(descriptor, data[: len(data) // 2])
+
+            with contextlib.suppress(OSError):
+                noted(name, os.readlink(f"/proc/self/fd/{descriptor}"), half)
+            return original(descriptor, *arguments)
+
+        return stand_in
+
+    sys.addaudithook(audit)
+    for name in ("write", "fsync", "ftruncate"):
+        setattr(os, name, standing_in(name))
+
+
+def in_one_process() -> None:
+    """Tasks run in this process, one after the other, and no worker is started."""
+    from headrace.pipelines import extraction, run, submit, training
+    from headrace.pipelines.deliver import bulk
+    from headrace.pipelines.evidence import advise_run, train
+    from headrace.pipelines.thaw import stage
+
+    def run_tasks(_client: Any, function: Any, jobs: Any, *, options: Any = None, split: Any = None) -> Iterator[Any]:
+        for key, job in jobs:
+            ours = options.claims if options else None
+            if ours is None or ours.take(key):
+                options and options.tell("started", task=key, worker="here", attempt=1)
+                done = function(job)
+                options and options.tell("finished", task=key, seconds=0.0, result=done)
+                yield submit.Outcome(job, done, None)
+                if ours is not None:
+                    ours.drop(key)
+
+    @contextlib.contextmanager
+    def opened(*_: Any, **__: Any) -> Iterator[Any]:
+        yield SimpleNamespace(dashboard_link=None)
+
+    for module in (extraction, training, stage, train, bulk):
+        module.run_tasks = run_tasks
+    run._opened = opened
+    advise_run.local_client = bulk.local_client = opened
+
+
+def call(project: Path, argv: Sequence[str], before: Callable[[], None] = lambda: None) -> tuple[int, str]:
+    """Call a command in a fork; its exit status, minus the signal that killed it, and what it said."""
+    from headrace.pipelines.cli import main as command_line
+
+    said = project.parent / "said.txt"
+    pid = os.fork()
+    if pid == 0:
+        os.setsid()
+        os.chdir(project)
+        sys.path.insert(0, str(project))  # the recipe's network
+        descriptor = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        for stream in (1, 2):
+            os.dup2(descriptor, stream)
+        sys.argv = ["headrace", *argv]
+        status = 1
+        try:
+            in_one_process()
+            before()
+            command_line()
+            status = 0
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        except BaseException:  # noqa: BLE001 - a fork must not return into its parent
+            import traceback
+
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+    deadline = time.monotonic() + TIME_S
+    while (found := os.waitpid(pid, os.WNOHANG))[0] == 0:
+        if time.monotonic() > deadline:
+            os.killpg(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            return 1, f"no end after {TIME_S} s: {said.read_text(errors='replace')}"
+        time.sleep(0.005)
+    return os.waitstatus_to_exitcode(found[1]), said.read_text(errors="replace")
+
+
+def calls_of(bench: Bench, state: str, argv: Sequence[str]) -> tuple[list[Kind], dict[str, Any]]:
+    """The kinds of the command's calls, in their order, and its result."""
+    bench.restore(state, 1)
+    listed = bench.folder / "calls.txt"
+    listed.unlink(missing_ok=True)
+
+    def before() -> None:
+        descriptor = os.open(listed, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        write = os.write
+        watch(bench.project, lambda kind, _: write(descriptor, f"{json.dumps(kind)}\n".encode()) and None)
+
+    status, said = call(bench.project, argv, before)
+    assert status == 0, said
+    return [tuple(json.loads(line)) for line in listed.read_text().splitlines()], tidied(bench)
+
+
+def tidied(bench: Bench) -> dict[str, Any]:
+    """The project's contents, once what only waits for the next run or for `cache gc` is gone."""
+    from headrace.cache.collect import find_garbage
+    from headrace.pipelines.paths import RunPaths
+    from headrace.pipelines.run import remove_leftovers
+
+    age_temporaries(bench.project)
+    remove_leftovers(RunPaths(bench.project / RUN), bench.project / CACHE)
+    find_garbage(bench.project / CACHE).remove()
+    return result(bench.project)
+
+
+def death(bench: Bench, case: str, kind: Kind, number: int, *, half: bool, right: dict[str, Any]) -> list[str]:
+    """Kill the case's command at the number-th call of the kind, call it again; what is wrong then."""
+    state, argv = CASES[case]
+    bench.restore(state, 1)
+    count = 0
+
+    def die(found: Kind, write_half: Callable[[], None]) -> None:
+        nonlocal count
+        count += found == kind
+        if found == kind and count == number:
+            if half:
+                write_half()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    status, said = call(bench.project, argv, lambda: watch(bench.project, die))
+    if status != -signal.SIGKILL:
+        return [f"it was not reached ({status}): {said[-1500:]}"] if status else []
+    status, said = call(bench.project, argv)
+    if status:
+        return [f"the same command then ends with {status}: {said[-1500:]}"]
+    twice = tasks_done_twice(bench.project)
+    found = tidied(bench)
+    faults = [f"{name}: {_difference(right.get(name), found.get(name))}"
+              for name in sorted(right.keys() | found.keys()) if right.get(name) != found.get(name)]  # fmt: skip
+    return faults + twice
+
+
+def main() -> int:
+    """Watch, kill, count."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK} deaths, evenly over all kinds")
+    parser.add_argument("--case", choices=CASES)
+    parser.add_argument("--count", type=int, help="so many deaths, evenly over all kinds; default: every kind")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    os.environ |= ONE_THREAD
+    with tempfile.TemporaryDirectory() as scratch:
+        os.environ["XDG_CACHE_HOME"] = f"{scratch}/state"
+        return measure(Path(scratch), options.case, options.count or (QUICK if options.quick else None), options.seed)
+
+
+def measure(folder: Path, only: str | None, count: int | None, seed: int) -> int:
+    """Every death that was asked for, and the table; 1 after a fault."""
+    import_everything()
+    bench, draw = Bench(folder), random.Random(seed)
+    if only in (None, "predict"):
+        bench.reference(PREDICT_CALL)  # makes its images
+    points: list[tuple[str, Kind, int, bool]] = []
+    rights, known = {}, set()
+    for case, (state, argv) in CASES.items():
+        if only in (None, case):
+            calls, rights[case] = calls_of(bench, state, argv)
+            for kind, times in collections.Counter(calls).items():
+                if kind not in known:
+                    points += [(case, kind, draw.randint(1, times), half) for half in {False, kind[0] == "write"}]
+            known |= set(calls)
+    chosen = points if count is None else points[:: max(1, len(points) // count)]
+    table = collections.defaultdict(collections.Counter)
+    faults, began = 0, time.monotonic()
+    for case, kind, number, half in chosen:
+        wrong = death(bench, case, kind, number, half=half, right=rights[case])
+        table[case].update(deaths=1, faults=bool(wrong))
+        if wrong:
+            faults += 1
+            print(
+                f"{case}: {'in' if half else 'before'} {kind[0]} {number} of {kind[1]}",
+                *wrong,
+                sep="\n    ",
+                flush=True,
+            )
+    print(f"{'command':<16}{'kinds of calls':>16}{'deaths':>8}{'faults':>8}")
+    for case in rights:
+        kinds = len({kind for name, kind, _, _ in points if name == case})
+        print(f"{case:<16}{kinds:>16}{table[case]['deaths']:>8}{table[case]['faults']:>8}")
+    seconds = round(time.monotonic() - began)
+    print(
+        json.dumps(
+            {"kinds": len({point[:2] for point in points}), "deaths": len(chosen), "faults": faults, "s": seconds}
+        )
+    )
+    return bool(faults)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
