@@ -11,6 +11,8 @@ Each line has `time` (UTC) and `event`:
     died      its worker died or had to be ended while it ran: `error`; it is tried again
     divided   it was found guilty of that, and its `parts` take its place
     guilty    it was found guilty, and has no parts
+    refused   a `worker` of other versions is given nothing: `error`
+    paused    a `host` whose workers die as soon as they have a task is given none for `seconds`
     cost      what a bank of a `kind` took: `seconds`, beside `assumed_s`
     progress  how far the stage is: `done`, and `failed` images or heads
     end       the driver is through, or has ended with an `error`
