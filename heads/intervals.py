@@ -105,12 +105,12 @@ def proportion_interval(
 
 def exact_interval(value: float, count: float, level: float = LEVEL) -> tuple[float, float]:
     """Clopper and Pearson's interval of a proportion `value` of `count` independent rows, which need not be a whole number."""
-    from scipy.stats import beta
+    from scipy.special import betaincinv  # quantiles of the beta distribution; scipy.stats takes a second to import
 
     hits, misses = value * count, (1 - value) * count
     tail = (1 - level) / 2
-    low = float(beta.ppf(tail, hits, misses + 1)) if hits > 1e-9 else 0.0
-    high = float(beta.ppf(1 - tail, hits + 1, misses)) if misses > 1e-9 else 1.0
+    low = float(betaincinv(hits, misses + 1, tail)) if hits > 1e-9 else 0.0
+    high = float(betaincinv(hits + 1, misses, 1 - tail)) if misses > 1e-9 else 1.0
     return low, high
 
 
@@ -146,11 +146,11 @@ def _jackknife(
 
 
 def _positive_interval(value: float, error: float, count: int, level: float) -> tuple[float, float]:
-    from scipy.stats import t
+    from scipy.special import stdtrit  # quantiles of Student's t
 
     if value <= 0 or not np.isfinite(error):
         return (value, value) if value <= 0 else (0.0, float("inf"))
-    half = float(t.ppf((1 + level) / 2, max(count - 1, 1))) * error / value
+    half = float(stdtrit(max(count - 1, 1), (1 + level) / 2)) * error / value
     return value * float(np.exp(-half)), value * float(np.exp(min(half, 700.0)))
 
 

@@ -23,6 +23,7 @@ from headrace.extract.sources.formats import ARRAY_KINDS, MAYBE_TABLES, is_archi
 from headrace.extract.sources.layout import Layout
 from headrace.extract.sources.table import read_table_file
 from headrace.extract.sources.tabular import find_images, is_table, table_files
+from headrace.pipelines.evidence.cautions import near_copies
 
 _TARGET_NAMES = ("label", "labels", "class", "target", "category", "diagnosis", "species", "y")
 _GROUP_NAMES = ("group", "patient", "patient_id", "subject", "subject_id", "slide", "scene", "site")
@@ -256,7 +257,21 @@ def _look_at_table(table: Path, source: ImageSource, base: Path) -> Finding:
 
 
 def _notes(listing: Listing) -> tuple[str, ...]:
-    return (*listing.notes, *(f"left out: {item}" for item in listing.left_out), *_mixed_depths(listing.samples))
+    return (
+        *listing.notes,
+        *(f"left out: {item}" for item in listing.left_out),
+        *_mixed_depths(listing.samples),
+        *_near_copies(listing.samples),
+    )
+
+
+def _near_copies(samples: pd.DataFrame) -> list[str]:
+    """A note where neighbours in the listing are nearly the same image, and no column that is taken for groups keeps them together."""
+    group = _first_named(
+        _GROUP_NAMES, [str(name) for name in samples if str(name).lower() in _GROUP_NAMES and _is_full(samples[name])]
+    )
+    found = near_copies(samples, group)
+    return [] if found is None else [found]
 
 
 def _mixed_depths(samples: pd.DataFrame) -> list[str]:

@@ -20,12 +20,14 @@ from headrace.cache.collect import STALE_S
 from headrace.cache.files import PARTIAL_SUFFIX, sync_directory
 from headrace.cache.repair import stale_temporaries
 from headrace.extract import write_listing
+from headrace.extract.images import PixelRange
 from headrace.heads import BankJob, save_task
 from headrace.pipelines.accounting import Accounting
 from headrace.pipelines.claims import remove_dead
 from headrace.pipelines.cluster import Role, open_client
 from headrace.pipelines.console import make_console
 from headrace.pipelines.environment import environment, note_environment
+from headrace.pipelines.evidence.cautions import grid_edges, hidden_classes, near_duplicates
 from headrace.pipelines.evidence.ensemble import Ensemble, build_ensemble
 from headrace.pipelines.evidence.ensemble_store import save_ensemble, show_test
 from headrace.pipelines.evidence.predictions import held_out, whole_heads
@@ -166,7 +168,7 @@ def run_recipe(
                 thawed = thaw(inputs, board, recipe.thaw, client, console, options, retry_failed=retry_failed)
                 done(f"{thawed.trained:,} networks trained" if thawed.trained else "nothing missing")
     with _timed(stages, "rank and test") as done, lease(_conclusion(paths)):
-        result = conclude(found, recipe.ensemble, thawed)
+        result = conclude(found, recipe.ensemble, thawed, recipe.images.pixel_range)
         done(f"{len(result.board):,} settings ranked")
     if recipe.log is not None:
         with _timed(stages, "log") as done:
@@ -230,9 +232,15 @@ def screen(found: Survey, section: ScreenSection, train_all: Callable[[Sequence[
     return replace(found, plan=screened_plan(found.plan, kept)), said
 
 
-def conclude(found: Survey, ensemble_section: EnsembleSection | None = None, thawed: Thawed | None = None) -> RunResult:
+def conclude(
+    found: Survey,
+    ensemble_section: EnsembleSection | None = None,
+    thawed: Thawed | None = None,
+    pixel_range: PixelRange | None = None,
+) -> RunResult:
     """Rank, choose the winner on validation folds, show the answer the test split, and write the tables.
 
+    pixel_range: as in the recipe, for the images that are compared.
     The answer is the winner, or an ensemble where one is asked for and is better at the level of its interval.
     """
     paths, task = found.paths, found.dataset.train
@@ -249,6 +257,7 @@ def conclude(found: Survey, ensemble_section: EnsembleSection | None = None, tha
         withdraw(paths.winner, paths.ensemble)  # of an earlier call, of which this leaderboard knows nothing
         raise
     selection = weigh_selection(found, board)
+    told = cautions(found, board, pixel_range)
     features = [open_feature_set(path) for name in winner["inputs"] for path in found.directories[name]]
     backbones = [found.backbones[name] for name in winner["inputs"] for _ in found.directories[name]]
     save_winner(paths.winner, winner, features, backbones, task, found.metric)
@@ -275,12 +284,22 @@ def conclude(found: Survey, ensemble_section: EnsembleSection | None = None, tha
         selection=selection,
         ensemble=ensemble,
         thawed=thawed,
-        notes=(*found.notes, *(thawed.notes if thawed is not None else ()), *notes),
+        notes=(*found.notes, *told, *(thawed.notes if thawed is not None else ()), *notes),
         accounting=found.accounting,
         failed_images=failed_images,
         failed_heads=int((heads["error"].fillna("") != "").sum()),
         stages=(),
     )
+
+
+def cautions(found: Survey, board: pd.DataFrame, pixel_range: PixelRange | None) -> list[str]:
+    """What a careful person would want to be told of this result, from stored predictions, features and a few images."""
+    held, whole = held_out(found.dataset.train, found.dataset.groups), whole_heads(board)
+    hidden = hidden_classes(whole, held, found.metric)
+    there = found.samples.dropna(subset=["content"])
+    paths = dict(zip(there["content"].astype(str), there["path"].astype(str), strict=True))
+    alike = near_duplicates(found.dataset.train, found.dataset.test, found.directories, paths, pixel_range)
+    return [*grid_edges(whole, found.metric), *(text for text in (hidden, alike) if text is not None)]
 
 
 def weigh_selection(found: Survey, board: pd.DataFrame) -> Selection | None:

@@ -5,15 +5,18 @@ import numpy.typing as npt
 import pandas as pd
 
 from headrace.cache import HeadraceError
+from headrace.pipelines.evidence.cautions import (
+    FEATURES_ALIKE,
+    PIXELS_ALIKE,
+    leaked_images,
+    near_duplicates_text,
+    sides,
+)
 from headrace.pipelines.report.blocks import Block, Column, Gallery, Note, Picture, Section, Table
 from headrace.pipelines.report.duplicates import LikePairs, like_pairs, standardised
 from headrace.pipelines.report.read import FinishedRun
 from headrace.pipelines.report.thumbnails import Thumbnails, signatures
 
-# Re-encoded, resized and brightened copies have pixels above the first. The second, for features, finds what pixels
-# cannot, such as a mirrored copy. docs/report.md has the measurement.
-PIXELS_ALIKE = 0.97
-FEATURES_ALIKE = 0.985
 SHOWN = 18
 
 
@@ -25,9 +28,7 @@ def leakage(run: FinishedRun, thumbnails: Thumbnails) -> Section:
     train, test = run.rows.dataset.train, run.rows.dataset.test
     content = np.concatenate([train.content, test.content]).astype(str)
     ids = np.concatenate([train.ids, test.ids])
-    side = np.concatenate(
-        [[f"fold {fold}" if fold >= 0 else "training" for fold in train.fold], np.full(len(test.ids), "test")]
-    )
+    side = sides(train, test)
     _, first = np.unique(content, return_index=True)  # exact copies are on one side already
     first = np.sort(first)
     content, ids, side = content[first], ids[first], side[first]
@@ -42,17 +43,9 @@ def leakage(run: FinishedRun, thumbnails: Thumbnails) -> Section:
         )
     for end in ("first", "second"):
         pairs[f"{end}_id"], pairs[f"{end}_side"] = ids[pairs[end]], side[pairs[end]]
-    touching = (pairs["first_side"] == "test") != (pairs["second_side"] == "test")
-    leaked = {
-        *pairs.loc[touching & (pairs["first_side"] == "test"), "first"],
-        *pairs.loc[touching & (pairs["second_side"] == "test"), "second"],
-    }
-    share = f"{len(leaked):,} of {len(test.ids):,} test images ({len(leaked) / max(len(test.ids), 1):.1%})"
-    text = (
-        f"{len(pairs):,} pairs of images on different sides are nearly the same; {share} have such a partner among the images "
-        "that the winner was trained on. If they show one thing twice, name what they have in common in task.group "
-        "(a patient, a scene, a module), and its images stay on one side."
-    )
+    ends = pairs["first"].to_numpy(np.int64), pairs["second"].to_numpy(np.int64)
+    leaked = leaked_images(*ends, side)
+    text = f"{near_duplicates_text(*ends, side)}."
     table = Table(
         "near-duplicates",
         "Every pair, the likest first",
@@ -71,7 +64,7 @@ def leakage(run: FinishedRun, thumbnails: Thumbnails) -> Section:
     gallery = Gallery(
         "The likest pairs", tuple(_picture(pair, content, thumbnails) for pair in pairs.head(SHOWN).to_dict("records"))
     )
-    return Section("leakage", title, lead, (Note(text, "warning" if leaked else "note"), gallery, table, *remarks))
+    return Section("leakage", title, lead, (Note(text, "warning" if len(leaked) else "note"), gallery, table, *remarks))
 
 
 def _pairs(

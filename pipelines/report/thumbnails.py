@@ -86,10 +86,14 @@ def signatures(
 
 def _signature(path: str, pixel_range: PixelRange | None) -> npt.NDArray[np.uint8] | None:
     try:
-        data = read_bytes(path)
-        return np.asarray(_small_grey(data, pixel_range), np.uint8).ravel()
+        return grey_signature(read_bytes(path), pixel_range)
     except (OSError, ImageError):
         return None
+
+
+def grey_signature(data: bytes, pixel_range: PixelRange | None = None) -> npt.NDArray[np.uint8]:
+    """(256,) a grey copy of 16 x 16 pixels of an image file. Raises ImageError."""
+    return np.asarray(_small_grey(data, pixel_range), np.uint8).ravel()
 
 
 def _small_grey(data: bytes, pixel_range: PixelRange | None) -> Image.Image:
