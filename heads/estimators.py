@@ -20,6 +20,7 @@ from headrace.heads.folds import make_folds
 from headrace.heads.predict import predict_head
 from headrace.heads.spec import (
     FULL,
+    WEIGHT_DECAY,
     CentroidSpec,
     ClassWeight,
     HeadFit,
@@ -109,7 +110,7 @@ class MLPHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         hidden: tuple[int, ...] = (256,),
         *,
         learning_rate: float = 1e-3,
-        weight_decay: float = 1e-4,
+        weight_decay: float = WEIGHT_DECAY,
         dropout: float = 0.0,
         label_smoothing: float = 0.0,
         class_weight: ClassWeights = None,
@@ -262,7 +263,7 @@ class MLPRegressionHead(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         hidden: tuple[int, ...] = (256,),
         *,
         learning_rate: float = 1e-3,
-        weight_decay: float = 1e-4,
+        weight_decay: float = WEIGHT_DECAY,
         dropout: float = 0.0,
         batch_size: int = 256,
         epochs: int = 50,

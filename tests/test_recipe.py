@@ -227,3 +227,16 @@ def test_numbers_are_predicted_by_heads_that_can(tmp_path):
     assert load_recipe(write(tmp_path, unnamed)).heads.logistic is not None
     named = load_recipe(write(tmp_path, GOOD + "task: {target: age, kind: regression}\n")).heads
     assert (named.ridge, named.logistic is not None) == (None, True)  # refused by the run, with what to type
+
+
+def test_one_default_of_weight_decay_wherever_a_network_is_asked_for():
+    """In recipes, in specs and in scikit-learn's faces; `init` writes it too."""
+    from headrace.heads import ConvSpec, MLPHead, MLPRegressionHead, MLPSpec
+    from headrace.heads.spec import WEIGHT_DECAY
+    from headrace.pipelines.init import _RECIPE
+    from headrace.pipelines.recipe_heads import ConvGrid, MLPGrid
+
+    assert MLPGrid().weight_decay == ConvGrid().weight_decay == (WEIGHT_DECAY,)
+    assert MLPSpec().weight_decay == ConvSpec().weight_decay == WEIGHT_DECAY
+    assert MLPHead().weight_decay == MLPRegressionHead().weight_decay == WEIGHT_DECAY
+    assert f"weight_decay: [{WEIGHT_DECAY}]" in _RECIPE
