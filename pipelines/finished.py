@@ -1,5 +1,6 @@
 """What every reader of a run asks first: which run is meant, with which recipe was it made, where are its files now."""
 
+import os
 import shlex
 from collections.abc import Iterator
 from itertools import islice
@@ -19,6 +20,10 @@ _PATTERN = "{*?["  # in the name of a recipe's tar shards
 
 class NotARun(HeadraceError, ValueError):
     """What was given is no run, or no finished one: says what is missing and what to type."""
+
+
+class RunReadOnly(HeadraceError, PermissionError):
+    """A result would go into a run's directory, which cannot be written to."""
 
 
 def find_run(given: str | Path, *, or_model: bool = False) -> RunPaths:
@@ -66,6 +71,12 @@ def require_finished(paths: RunPaths, *files: Path) -> None:
         raise NotARun(
             f"{paths.root} has no {file.name}: the run has not come to its end. Go on with: headrace run RECIPE"
         )
+
+
+def require_writable(paths: RunPaths, instead: str) -> None:
+    """Raise RunReadOnly, with what to type instead, where nothing can be written into the run's directory."""
+    if not os.access(paths.root, os.W_OK):
+        raise RunReadOnly(f"{paths.root} cannot be written to. Type: {instead}")
 
 
 def _recipe_out(file: Path, neither: str) -> Path:

@@ -31,3 +31,14 @@ def hostile_run(tmp_path_factory):
         make_data(folder)
         finished_run(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def whole_run(tmp_path_factory):
+    """A small project in which every stage occurs, its states, and its results by call when nothing went wrong."""
+    from kill_cases import Bench
+
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder / "state"))
+        return Bench(folder)

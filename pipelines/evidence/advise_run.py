@@ -1,6 +1,7 @@
 """The advice for a run directory: what is missing is measured once and kept in it."""
 
 import contextlib
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from headrace.pipelines.evidence.advice import Advice, advice_summary
 from headrace.pipelines.evidence.advise import advise_on
 from headrace.pipelines.evidence.run_directory import RunFiles, read_run_files
 from headrace.pipelines.evidence.train import train_banks
+from headrace.pipelines.finished import require_writable
 from headrace.pipelines.prepare import backbone_spec
 from headrace.pipelines.records import RunDamaged, read_record, write_record
 
@@ -26,9 +28,12 @@ def advise_run(
 
     run: its directory, or its recipe. reference: another run, given likewise; how far the images of the one lie from those
     of the other is then part of the advice.
-    Raises NotARun; NoReference; HeadraceError where features are missing.
+    Raises NotARun; RunReadOnly, as the heads that are trained for it are kept in the run; NoReference; HeadraceError where
+    features are missing.
     """
     files = read_run_files(run)
+    copy = shlex.quote(f"{files.paths.root.name}-copy")
+    require_writable(files.paths, f"cp -r {shlex.quote(str(files.paths.root))} {copy} && headrace advise {copy}")
     other = None if reference is None else read_run_files(reference)
 
     def train_all(jobs: Sequence[BankJob]) -> None:

@@ -3,6 +3,7 @@
 import datetime
 import importlib.metadata
 import io
+import shlex
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import pandas as pd
 
 from headrace.cache import HeadraceError, publish_replace
 from headrace.heads import FULL
+from headrace.pipelines.finished import require_writable
 from headrace.pipelines.leaderboard import inputs_text
 from headrace.pipelines.report.answer import find_answer
 from headrace.pipelines.report.blocks import Headline, Section, Table, tables_of
@@ -59,10 +61,13 @@ def write_report(
     run: its directory, or the recipe that made it. tables: also every table of the page as CSV and Parquet, in a folder
     beside it. watts: what the machine draws while it works. trust_code: "module:name" of code that may be imported to predict
     the test images again, beside what the recipe names where the run is given by it; otherwise the page says what is missing.
-    A page and tables of an earlier report are replaced. Raises NotARun, NoWinner, OSError; ReportThere for any other file there.
+    A page and tables of an earlier report are replaced. Raises NotARun, NoWinner, RunReadOnly, OSError; ReportThere for any
+    other file there.
     """
     found = read_run(run, trust_code=trust_code)
     page = out or found.paths.report
+    if out is None:
+        require_writable(found.paths, f"headrace report {shlex.quote(str(run))} --out report.html")
     _require_ours(page)
     paths = {} if isinstance(found.rows, str) else found.rows.paths
     thumbnails = Thumbnails(paths, found.recipe.images.pixel_range)
