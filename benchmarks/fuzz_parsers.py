@@ -10,6 +10,8 @@ come out; anything else, a crash, a hang or a MemoryError is a fault, and is pri
 import argparse
 import collections
 import contextlib
+import copy
+import functools
 import gzip
 import io
 import json
@@ -115,6 +117,101 @@ def parse_model(path: Path) -> None:
         for file in place.iterdir():
             file.unlink()
         place.rmdir()
+
+
+def parse_side_file(path: Path) -> None:
+    from headrace.extract.sources.archive import read_archives
+
+    archive = path.with_suffix(".tar")
+    try:
+        with tarfile.open(archive, "w") as opened:
+            for name, data in (("a/1.png", image("PNG")()[0]), (f"a/1{path.suffix}", path.read_bytes())):
+                entry = tarfile.TarInfo(name)
+                entry.size = len(data)
+                opened.addfile(entry, io.BytesIO(data))
+        read_archives([archive], labelled=True)
+    finally:
+        archive.unlink(missing_ok=True)
+
+
+def parse_features(path: Path) -> None:
+    from headrace.cache.foreign import import_features, read_foreign
+
+    names = [f"{n}.png" for n in range(8)]
+    rows = path.with_suffix(".ids.txt")
+    rows.write_text("\n".join(names))
+    try:
+        ids = rows if path.suffix in (".npy", ".npz") else None
+        found = read_foreign(path, ids=ids, columns=["f*"] if path.suffix == ".csv" else ())
+        with tempfile.TemporaryDirectory() as cache:
+            import_features(Path(cache), "x", found, {name: f"{n:032x}" for n, name in enumerate(names)})
+    finally:
+        rows.unlink()
+
+
+def parse_ids(path: Path) -> None:
+    from headrace.cache.foreign import read_foreign
+
+    features = path.with_name("features.npy")
+    np.save(features, np.random.default_rng(0).normal(size=(8, 5)).astype(np.float32))
+    try:
+        read_foreign(features, ids=path)
+    finally:
+        features.unlink()
+
+
+def in_directory(path: Path, names: dict[str, bytes], read: Callable[[Path], object]) -> None:
+    """Read a directory of these files."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        for name, data in names.items():
+            place = Path(folder) / name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(data)
+        read(Path(folder))
+
+
+def predict_pixels(place: Path) -> None:
+    """What `headrace predict` does with a model directory, on one image."""
+    from headrace.pipelines import load_model
+
+    load_model(place).predict_proba(pixels()[None])
+
+
+def parse_network(path: Path) -> None:
+    in_directory(path, {"network.safetensors": path.read_bytes(), "network.json": b"{}"}, predict_pixels)
+
+
+def parse_network_text(path: Path) -> None:
+    from safetensors.torch import save
+
+    text = path.read_text(errors="replace")
+    data = save(network_tensors(), metadata={"headrace": text})
+    in_directory(path, {"network.safetensors": data, "network.json": b"{}"}, predict_pixels)
+
+
+def parse_ensemble(path: Path) -> None:
+    members = {f"members/{n}/head.safetensors": data for n, data in enumerate(exported_heads())}
+    members |= {f"members/{n}/head.json": b"{}" for n in range(2)}
+    weights = {"backbone_0.safetensors": exported_weights()}
+    in_directory(path, {"ensemble.json": path.read_bytes(), **members, **weights}, predict_pixels)
+
+
+def parse_exported_head(path: Path) -> None:
+    files = {"head.safetensors": path.read_bytes(), "head.json": b"{}", "backbone_0.safetensors": exported_weights()}
+    in_directory(path, files, predict_pixels)
+
+
+def parse_exported_text(path: Path) -> None:
+    from safetensors.numpy import load, save
+
+    data = save(load(exported_heads("")[0]), metadata={"headrace": path.read_text(errors="replace")})
+    files = {"head.safetensors": data, "head.json": b"{}", "backbone_0.safetensors": exported_weights()}
+    in_directory(path, files, predict_pixels)
+
+
+def parse_exported_weights(path: Path) -> None:
+    files = {"head.safetensors": exported_heads("")[0], "head.json": b"{}", "backbone_0.safetensors": path.read_bytes()}
+    in_directory(path, files, predict_pixels)
 
 
 # --- Whole files
@@ -306,6 +403,158 @@ def model_file() -> list[bytes]:
     return found
 
 
+def features() -> Any:
+    import pandas as pd
+
+    values = np.random.default_rng(0).normal(size=(8, 5)).astype(np.float32)
+    return pd.DataFrame(values, columns=[f"f{n}" for n in range(5)]).assign(id=[f"{n}.png" for n in range(8)])
+
+
+def features_npz() -> list[bytes]:
+    found = []
+    for save in (np.savez, np.savez_compressed):
+        stored = io.BytesIO()
+        save(stored, features=features()[["f0", "f1"]].to_numpy())
+        found.append(stored.getvalue())
+    return found
+
+
+def features_h5() -> list[bytes]:
+    import h5py
+
+    found = []
+    for options in ({}, {"chunks": (4, 5), "compression": "gzip"}):
+        stored = io.BytesIO()
+        with h5py.File(stored, "w") as file:
+            file.create_dataset("features", data=features().drop(columns="id").to_numpy(), **options)
+            file["id"] = [name.encode() for name in features()["id"]]
+        found.append(stored.getvalue())
+    return found
+
+
+def features_parquet() -> list[bytes]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    found = []
+    lists = pa.table({"id": features()["id"], "v": [list(row) for row in features().drop(columns="id").to_numpy()]})
+    for table in (lists, pa.table({"id": features()["id"], "f": features()["f0"]})):
+        stored = io.BytesIO()
+        pq.write_table(table, stored)
+        found.append(stored.getvalue())
+    return found
+
+
+def ids_npy() -> list[bytes]:
+    return [array_file(features()["id"].to_numpy(str)), array_file(np.arange(8))]
+
+
+def side_json() -> list[bytes]:
+    return [b'{"label": "cat", "n": 1.5, "tags": ["a"], "more": {"deep": [1]}}', b"3", b'"cat"', b"[1, 2]"]
+
+
+@functools.cache
+def network_tensors() -> dict[str, Any]:
+    import torch
+
+    from headrace.extract import BackboneSpec, load_backbone
+
+    module = load_backbone(BackboneSpec("timm:test_resnet", "random:0")).module
+    tensors = {f"backbone.{name}": tensor.contiguous() for name, tensor in module.state_dict().items()}
+    width = module.state_dict()["layer4.0.bn2.weight"].shape[0]
+    tensors |= {"head.centre": torch.zeros(width), "head.scale": torch.ones(width)}
+    return tensors | {"head.layers.0.weight": torch.ones(2, width), "head.layers.0.bias": torch.zeros(2)}
+
+
+def network_text() -> list[bytes]:
+    import dataclasses
+
+    from headrace.extract import BackboneSpec, load_backbone
+    from headrace.heads import FineTuneSpec, LogisticSpec, spec_to_json
+
+    loaded = load_backbone(BackboneSpec("timm:test_resnet", "random:0"))
+    width = len(network_tensors()["head.centre"])
+    about = {
+        "format": 1,
+        "kind": "network",
+        "backbone": dataclasses.asdict(loaded.spec),
+        "preprocess": dataclasses.asdict(loaded.preprocessing),
+        "tap": ["layer4.avg"],
+        "head": {"convolutions": [], "layers": [[2, width]], "gain": 1.0, "features": width},
+        "spec": json.loads(spec_to_json(FineTuneSpec(head=spec_to_json(LogisticSpec(1.0)), depth="all"))),
+        "task_kind": "single",
+        "classes": ["a", "b"],
+        "metrics": {},
+    }
+    return [json.dumps(about).encode()]
+
+
+def network_file() -> list[bytes]:
+    from safetensors.torch import save
+
+    return [save(network_tensors(), metadata={"headrace": network_text()[0].decode()})]
+
+
+@functools.cache
+def exported_weights() -> bytes:
+    from safetensors.torch import save
+
+    from headrace.extract import BackboneSpec, load_backbone
+
+    module = load_backbone(BackboneSpec("timm:test_resnet", "random:0")).module
+    return bytes(save({name: tensor.contiguous() for name, tensor in module.state_dict().items()}))
+
+
+@functools.cache
+def exported_heads(up: str = "../../") -> tuple[bytes, bytes]:
+    """Two heads as an export writes them, on weights that lie beside the model, `up` from them."""
+    from safetensors.numpy import load, save
+
+    found = []
+    for number in range(2):
+        about = json.loads(exported_text()[0])
+        about["backbones"][0]["weights"] = f"{up}backbone_0.safetensors"
+        arrays = load(model_file()[0])
+        width = about["features"][0]["shape"][0]
+        arrays["weight"] = np.full((1, width), number + 1, np.float32)
+        found.append(save(arrays, metadata={"headrace": json.dumps(about)}))
+    return found[0], found[1]
+
+
+def exported_text() -> list[bytes]:
+    import dataclasses
+
+    from headrace.extract import BackboneSpec, backbone_features
+    from headrace.heads import RidgeSpec, spec_to_json
+
+    spec = BackboneSpec("timm:test_resnet", "random:0", image_size=32, crop_fraction=1.0)
+    with tempfile.TemporaryDirectory() as folder:
+        feature = backbone_features(spec, ["layer4.avg"], cache_root=Path(folder))[0]
+    about = {
+        "format": 1,
+        "spec": json.loads(spec_to_json(RidgeSpec(1.0))),
+        "task_kind": "single",
+        "classes": ["a", "b"],
+        "features": [json.loads(feature.to_json())],
+        "backbones": [dataclasses.asdict(dataclasses.replace(spec, weights="backbone_0.safetensors"))],
+        "metrics": {},
+    }
+    return [json.dumps(about).encode()]
+
+
+def ensemble_text() -> list[bytes]:
+    about = {
+        "format": 2,
+        "kind": "ensemble",
+        "members": [{"model": f"members/{n}", "weight": 0.5, "temperature": 1.0 + n} for n in range(2)],
+        "temperature": 1.2,
+        "task_kind": "single",
+        "classes": ["a", "b"],
+        "metrics": {"accuracy": 0.5},
+    }
+    return [json.dumps(about).encode()]
+
+
 # --- Bombs: few bytes that ask for much
 
 
@@ -445,6 +694,54 @@ def weights_bombs() -> list[bytes]:
     ]
 
 
+def network_bombs() -> list[bytes]:
+    about = json.loads(network_text()[0])
+    heads = [
+        {"features": 2**40},
+        {"features": 2**33},
+        {"layers": [[2**31, 2**31]]},
+        {"layers": [[2, 8]] * 100_000},
+        {"convolutions": [[2**20, 2**20]]},
+    ]
+    return [json.dumps({**about, "head": {**about["head"], **head}}).encode() for head in heads] + text_bombs()
+
+
+def features_h5_bombs() -> list[bytes]:
+    import h5py
+
+    def h5(make: Callable[[Any], object]) -> bytes:
+        stored = io.BytesIO()
+        with h5py.File(stored, "w") as file:
+            make(file)
+            file["id"] = [b"a", b"b"]
+        return stored.getvalue()
+
+    def virtual(file: Any) -> None:
+        layout = h5py.VirtualLayout((5, 8), "f4")
+        layout[:] = h5py.VirtualSource("/etc/passwd", "x", (5, 8))
+        file.create_virtual_dataset("features", layout)
+
+    outside = [("/etc/passwd", 0, h5py.h5f.UNLIMITED)]
+    return [
+        h5(lambda file: file.create_dataset("features", (2**40, 8), "f4", chunks=(1, 8))),
+        h5(lambda file: file.create_dataset("features", (2, 2**33), "f4", chunks=(1, 64))),
+        h5(lambda file: file.create_dataset("features", (5, 8), "f4", external=outside)),
+        h5(virtual),
+        h5(lambda file: file.__setitem__("features", h5py.ExternalLink("/etc/passwd", "x"))),
+    ]
+
+
+def features_parquet_bombs() -> list[bytes]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    stored = io.BytesIO()
+    with pq.ParquetWriter(stored, pa.schema([("id", pa.string()), ("f", pa.float32())])) as writer:
+        for _ in range(40):  # 400 million rows of one value in some kilobytes
+            writer.write_table(pa.table({"id": pa.nulls(10**7, pa.string()), "f": pa.nulls(10**7, pa.float32())}))
+    return [stored.getvalue()]
+
+
 CASES = {
     "png": Case(".png", image("PNG", ("RGB", "RGBA", "P", "I;16", "1")), parse_image, png_bombs),
     "jpg": Case(".jpg", image("JPEG", ("RGB", "L", "CMYK")), parse_image),
@@ -482,6 +779,23 @@ CASES = {
     "pth": Case(".pth", pth_file, parse_weights, weights_bombs),
     "safetensors": Case(".safetensors", safetensors_file, parse_weights, weights_bombs),
     "model": Case(".safetensors", model_file, parse_model, weights_bombs),
+    "network": Case(".safetensors", network_file, parse_network, weights_bombs),
+    "network-text": Case(".json", network_text, parse_network_text, network_bombs),
+    "exported-head": Case(".safetensors", lambda: list(exported_heads("")), parse_exported_head, weights_bombs),
+    "exported-text": Case(".json", exported_text, parse_exported_text, text_bombs),
+    "exported-weights": Case(".safetensors", lambda: [exported_weights()], parse_exported_weights, weights_bombs),
+    "ensemble": Case(".json", ensemble_text, parse_ensemble, text_bombs),
+    "side-json": Case(".json", side_json, parse_side_file, text_bombs),
+    "side-cls": Case(".cls", lambda: [b"3\n"], parse_side_file, text_bombs),
+    "side-txt": Case(".txt", lambda: ["Käse\n".encode()], parse_side_file, text_bombs),
+    "features-npy": Case(".npy", lambda: [array_file(np.eye(8, 5))], parse_features, npy_bombs),
+    "features-npz": Case(".npz", features_npz, parse_features, npz_bombs),
+    "features-h5": Case(".h5", features_h5, parse_features, features_h5_bombs),
+    "features-csv": Case(".csv", lambda: [features().to_csv(index=False).encode()], parse_features, text_bombs),
+    "features-parquet": Case(".parquet", features_parquet, parse_features, features_parquet_bombs),
+    "ids-npy": Case(".npy", ids_npy, parse_ids, npy_bombs),
+    "ids-csv": Case(".csv", lambda: [features()[["id"]].to_csv().encode()], parse_ids, text_bombs),
+    "ids-txt": Case(".txt", lambda: ["\n".join(features()["id"]).encode()], parse_ids, text_bombs),
 }
 
 
@@ -495,7 +809,36 @@ def inputs(case: Case, count: int, seed: int) -> Iterator[bytes]:
     yield from whole
     for number in range(count):
         rng = np.random.default_rng([seed, number])
-        yield damaged(whole, number, rng)
+        # Half of the damaged JSON is JSON again, with another value somewhere.
+        as_text = case.suffix == ".json" and number % 2
+        yield altered(whole[number // 2 % len(whole)], rng) if as_text else damaged(whole, number, rng)
+
+
+ODD = [None, True, -1, 0, 2**31, 2**63, 10**400, 1e308, 0.5, "", "x", "9" * 5000, "../..", "python:os:getcwd", "\0", "\ud800",
+       [], [[]], {}, [None], [1e9, 1e9], ["a"] * 1000]  # fmt: skip
+
+
+def altered(text: bytes, rng: np.random.Generator) -> bytes:
+    """A JSON text with one to three of its values replaced by odd ones, or left out."""
+    root = [json.loads(text)]
+    for _ in range(int(rng.integers(1, 4))):
+        node: Any = root
+        places: list[Any] = [0]
+        while True:
+            key = places[int(rng.integers(len(places)))]
+            below = node[key]
+            deeper = (
+                list(below) if isinstance(below, dict) else list(range(len(below))) if isinstance(below, list) else []
+            )
+            if not deeper or rng.random() < 0.2:
+                break
+            node, places = below, deeper
+        odd = int(rng.integers(len(ODD) + 1))
+        if odd < len(ODD):
+            node[key] = copy.deepcopy(ODD[odd])
+        elif isinstance(node, dict):
+            del node[key]
+    return json.dumps(root[0]).encode()
 
 
 def damaged(whole: list[bytes], number: int, rng: np.random.Generator) -> bytes:

@@ -1,6 +1,8 @@
 """Features and ids from files that other programs made, checked for what is no feature."""
 
+import math
 import re
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +12,6 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from pyarrow import ArrowException
 
 from headrace.cache.columns import (
     FeatureColumns,
@@ -29,6 +30,7 @@ from headrace.cache.foreign_tables import (
     number_columns,
     read_columns,
     read_texts,
+    require_held,
 )
 from headrace.cache.leaks import row_numbers
 from headrace.cache.text import as_text
@@ -38,6 +40,10 @@ _HASH = re.compile(r"[0-9a-f]{32}")
 _EXACT_INTEGERS = 2.0**53
 _NO_COLUMNS = FeatureColumns()
 _FINITE_ROWS = 1 << 14  # looked at together for values that are no numbers
+_ELSEWHERE = (
+    "they are not read: a file that somebody sends could name any file of yours so. Copy them with h5py: "
+    "new['x'] = old['x'][:]"
+)
 
 
 @dataclass(frozen=True)
@@ -83,9 +89,10 @@ def read_foreign(
             return _table(source, ids, key, id_key, columns, forbidden or {})
         if suffix in (".h5", ".hdf5", ".hdf"):
             return _hdf5(source, ids, key, id_key, forbidden or {})
-    except ForeignFeatures:
+    except (ForeignFeatures, MemoryError):
         raise
-    except (OSError, ValueError, KeyError, ArrowException) as error:
+    # NumPy, zipfile, h5py, PyArrow and pandas raise anything on bytes that are not theirs.
+    except Exception as error:
         raise ForeignFeatures(
             f"{source}: cannot be read as {suffix[1:]}: {' '.join(str(error).split())[:200]}"
         ) from error
@@ -127,7 +134,7 @@ def _id_table(source: Path, ids: Path | None, id_key: str | None) -> pd.DataFram
 
 def _load_ids(file: Path) -> npt.NDArray[Any]:
     try:
-        loaded: npt.NDArray[Any] = np.load(file, allow_pickle=False)
+        loaded: npt.NDArray[Any] = np.load(file, mmap_mode="r", allow_pickle=False)
     except ValueError as error:
         raise ForeignFeatures(
             f"{file}: cannot be read as ids ({error}). An array of Python objects could run code: write the ids as text, "
@@ -163,11 +170,28 @@ def _numpy(source: Path, key: str | None, forbidden: Mapping[str, str]) -> npt.N
         array: npt.NDArray[Any] = np.load(source, mmap_mode="r", allow_pickle=False)
         return array
     with np.load(source, allow_pickle=False) as archive:
+        _require_whole(archive.zip, source)
         names = [key] if key else [name for name in archive.files if archive[name].ndim in (2, 4)]
         if len(names) != 1 or names[0] not in archive.files:
             raise ForeignFeatures(f"{source}: name the array of features with --key; it has {', '.join(archive.files)}")
         refuse_columns(names, forbidden, names, "--key", source)
         return np.asarray(archive[names[0]])
+
+
+def _require_whole(archive: zipfile.ZipFile, source: Path) -> None:
+    """Raises ForeignFeatures for arrays that declare more than is there, before memory is asked for."""
+    for member in archive.infolist():
+        require_held(member.file_size, source)
+        with archive.open(member) as opened:
+            if opened.read(6) != np.lib.format.MAGIC_PREFIX:
+                continue
+            version = tuple(opened.read(2))
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, _, dtype = read(opened)
+        if math.prod(shape) * dtype.itemsize > member.file_size:
+            raise ForeignFeatures(
+                f"{source}: {member.filename} declares an array of shape {shape}, and does not hold it"
+            )
 
 
 def _table(
@@ -242,7 +266,7 @@ def _hdf5(source: Path, ids: Path | None, key: str | None, id_key: str | None, f
             raise ForeignFeatures(f"{source}: name the data set of features with --key; it has {listed}")
         # A data set in a group is called by its last name: `train/label`.
         refuse_columns([chosen.rpartition("/")[2]], forbidden, list(found), "--key", source)
-        features = np.asarray(found[chosen][()])
+        features = np.asarray(_own_values(found[chosen], source))
         if ids is not None:
             return _with_table(features, _id_table(source, ids, id_key), source, id_key)
         texts = [name for name, item in found.items() if item.ndim == 1 and item.dtype.kind in _TEXT_KINDS]
@@ -251,8 +275,17 @@ def _hdf5(source: Path, ids: Path | None, key: str | None, id_key: str | None, f
             raise ForeignFeatures(
                 f"{source}: name the data set of ids with --id-key, or a table with --ids; it has {listed}"
             )
-        content = _values(found["content"][()]) if "content" in texts else None
-        return _checked(source, _values(found[named][()]), features, content)
+        content = _values(_own_values(found["content"], source)) if "content" in texts else None
+        return _checked(source, _values(_own_values(found[named], source)), features, content)
+
+
+def _own_values(item: h5py.Dataset, source: Path) -> npt.NDArray[Any]:
+    """All values of a data set. Raises ForeignFeatures for those that lie in other files, and for more than this one can hold."""
+    if item.external or item.is_virtual:
+        raise ForeignFeatures(f"{source}: the values of {item.name!r} lie in other files; {_ELSEWHERE}")
+    require_held(item.nbytes, source)
+    values: npt.NDArray[Any] = item[()]
+    return values
 
 
 def _checked(
@@ -279,6 +312,10 @@ def _checked(
         raise ForeignFeatures(
             f"{source}: {int(nameless.sum()):,} rows have no id, first row {int(nameless.to_numpy().argmax()) + 1:,}"
         )
+    try:
+        "".join(names).encode()
+    except UnicodeEncodeError as error:
+        raise ForeignFeatures(f"{source}: ids that are no UTF-8 ({error.reason}): write them again as text") from None
     hashes = None if content is None else as_text(content).tolist()
     if hashes is not None and not all(isinstance(value, str) and _HASH.fullmatch(value) for value in hashes):
         hashes = None  # some other column of this name

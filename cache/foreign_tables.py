@@ -1,6 +1,7 @@
 """CSV, TSV and Parquet tables that other programs made: ids as they are written, features as numbers."""
 
 import csv
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,18 @@ from headrace.cache.spec import FeatureSpec
 _TEXT_TABLES = (".csv", ".tsv")
 TABLES = (".parquet", ".pq", *_TEXT_TABLES)
 _SNIFFED_ROWS = 1000  # of a CSV, to see which columns are numbers
+_MOST_COLUMNS = 100_000  # of a CSV
+_MOST_COMPRESSED = 1032  # deflate's bound
+_VALUE_BYTES = 4  # of a number, or a short text
+
+
+def require_held(declared: int, source: Path) -> None:
+    """Raises ForeignFeatures for bytes of values that a file of its size cannot hold, however well they are compressed."""
+    size = source.stat().st_size
+    if declared > _MOST_COMPRESSED * size:
+        raise ForeignFeatures(
+            f"{source}: it has {size:,} bytes, and declares {declared:,} bytes of values. Fetch it again"
+        )
 
 
 def kinds_of_columns(source: Path, id_name: str) -> tuple[list[str], list[str], list[str]]:
@@ -68,7 +81,11 @@ def _read_csv(file: Path, columns: Sequence[str] | None, rows: int | None, dtype
     separator = "\t" if file.suffix.lower() == ".tsv" else ","
     with open(file, encoding="utf-8-sig", newline="") as stream:
         header = next(csv.reader(stream, delimiter=separator), [])
-    twice = sorted({name for name in header if name and header.count(name) > 1})
+    if len(header) > _MOST_COLUMNS:
+        raise ForeignFeatures(
+            f"{file}: {len(header):,} columns; at most {_MOST_COLUMNS:,} are read. Keep them in .npy, or as lists"
+        )
+    twice = sorted(name for name, times in Counter(header).items() if name and times > 1)
     if twice:  # pandas would rename the second one, and nobody would know which is which
         raise ForeignFeatures(f"{file}: the first line has several columns {twice[0]!r}: give each its own name")
     frame = pd.read_csv(
@@ -92,9 +109,31 @@ def _read_parquet(file: Path, columns: Sequence[str] | None) -> pd.DataFrame:
 
     # Without pandas' metadata, which would hide a column of ids that has been the index. Integers with a gap would lose
     # digits as floats.
+    require_held(_VALUE_BYTES * _values_declared(file, columns), file)
     table = pq.read_table(file, columns=None if columns is None else list(columns))
     frame: pd.DataFrame = table.to_pandas(ignore_metadata=True, integer_object_nulls=True)
     return frame
+
+
+def _values_declared(file: Path, columns: Sequence[str] | None) -> int:
+    """How many values of these columns a Parquet file says that it has, those in lists one by one."""
+    import pyarrow.parquet as pq
+
+    wanted = None if columns is None else set(columns)
+    values = 0
+    with pq.ParquetFile(file) as opened:
+        metadata, paths = opened.metadata, [column.path for column in opened.schema]
+        own = [
+            number
+            for number, path in enumerate(paths)
+            # Of a list, `name.list.element`; names may have dots in them.
+            if wanted is None or path in wanted or any(path.startswith(f"{name}.") for name in wanted)
+        ]
+        for group in range(metadata.num_row_groups):
+            # A chunk whose description is damaged ends the process where it is asked for; where it is read, that is an error.
+            next(opened.iter_batches(batch_size=1, row_groups=[group], columns=[paths[number] for number in own]), None)
+            values += sum(metadata.row_group(group).column(number).num_values for number in own)
+    return values
 
 
 def number_columns(frame: pd.DataFrame, names: Sequence[str], source: Path) -> npt.NDArray[Any]:

@@ -56,7 +56,12 @@ class FeatureSpec:
         if set(values) != known:
             odd = sorted(set(values) ^ known)
             raise SpecMismatch(f"the spec has other fields than this version of headrace knows: {', '.join(odd)}")
-        return cls(**{**values, "shape": tuple(values["shape"])})
+        shape = values.pop("shape")
+        if not all(isinstance(value, str) for value in values.values()):
+            raise SpecMismatch("the spec has fields that are no text")
+        if not (isinstance(shape, list) and all(isinstance(edge, int) and edge >= 0 for edge in shape)):
+            raise SpecMismatch(f"the spec's shape is {str(shape)[:60]}, expected sizes")
+        return cls(**values, shape=tuple(shape))
 
 
 def spec_difference(found: FeatureSpec, expected: FeatureSpec) -> str | None:

@@ -13,7 +13,7 @@ from torch import nn
 from headrace.extract import library
 from headrace.extract.errors import BackboneError
 from headrace.extract.preprocess import Preprocessing
-from headrace.extract.spec import BackboneSpec, check_spec, is_weights_file, weights_path, weights_stamp
+from headrace.extract.spec import BackboneSpec, check_sizes, check_spec, is_weights_file, weights_path, weights_stamp
 from headrace.extract.weights import fit_weights, read_weights, weights_digest
 
 
@@ -61,6 +61,7 @@ def override(preprocessing: Preprocessing, spec: BackboneSpec) -> Preprocessing:
         # timm floors; the small addition keeps 224 / (224 / 256) at 256 instead of 255.99999
         edge = int(size / fraction + 1e-6)
         resize = (edge, edge)
+        check_sizes(spec.name, crop, resize)
     return dataclasses.replace(
         preprocessing,
         resize=resize,

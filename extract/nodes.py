@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from headrace.extract.errors import BackboneError
+from headrace.extract.errors import BackboneError, nearest
 
 Layout = Literal["NCHW", "NHWC", "NTC", "NC"]
 
@@ -49,7 +49,11 @@ class Nodes:
     multiply_adds: int  # of one image's whole forward
 
     def __getitem__(self, name: str) -> Node:
-        return next(node for node in self.nodes if node.name == name)
+        """The node of that name. Raises BackboneError, with the nearest ones."""
+        for node in self.nodes:
+            if node.name == name:
+                return node
+        raise BackboneError(f"the network has no node {name!r}. Nearest: {nearest(name, self.names)}")
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -2,14 +2,15 @@
 
 import dataclasses
 import importlib.metadata
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from headrace.cache.home import expand_home
 from headrace.extract.errors import BackboneError, nearest
-from headrace.extract.images import check_pixel_range
+from headrace.extract.images import MAX_PIXELS, check_pixel_range
 from headrace.extract.preprocess import Interpolation
 
 WeightsMatch = Literal["name", "order"]
@@ -36,13 +37,59 @@ class BackboneSpec:
 def backbone_from_fields(fields: Mapping[str, Any]) -> BackboneSpec:
     """Inverse of `dataclasses.asdict`, also after a journey through JSON. Raises BackboneError for other fields."""
     known = {field.name for field in dataclasses.fields(BackboneSpec)}
+    if not isinstance(fields, Mapping):
+        raise BackboneError(f"the description of a backbone is {str(fields)[:60]}, expected an object")
     if "name" not in fields or not set(fields) <= known:
         odd = ", ".join(sorted(set(fields) - known)) or "no name"
-        raise BackboneError(f"the description of a backbone has fields that this version does not know: {odd}")
+        raise BackboneError(f"the description of a backbone has fields that this version does not know: {odd[:200]}")
     values: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
     }
+    for name, value in values.items():
+        if not (_FITS[name](value) or (value is None and name not in ("name", "weights_match"))):
+            raise BackboneError(f"the description of a backbone says {name}: {str(value)[:60]}, which cannot be")
     return BackboneSpec(**values)
+
+
+def check_sizes(what: str, *sizes: object) -> None:
+    """Raise BackboneError for (height, width) that are no sizes of images, or of more pixels than an image may have."""
+    for size in sizes:
+        if not (
+            isinstance(size, tuple) and len(size) == 2 and all(isinstance(edge, int) and edge > 0 for edge in size)
+        ):
+            raise BackboneError(f"{what}: {str(size)[:60]} is no height and width")
+        if size[0] * size[1] > MAX_PIXELS:
+            raise BackboneError(f"{what}: {size[0]} x {size[1]} pixels are more than the limit of {MAX_PIXELS:,}")
+
+
+def _can_be_a_path(text: str) -> bool:
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+
+
+def _numbers(count: int) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, tuple) and len(value) == count and all(map(_is_number, value))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _LARGEST
+
+
+_LARGEST = 1e30
+# What each field of a description may hold, as a file says it that somebody has sent.
+_FITS: dict[str, Callable[[object], bool]] = {
+    "name": lambda value: isinstance(value, str),
+    "weights": lambda value: isinstance(value, str) and _can_be_a_path(value),
+    "weights_match": lambda value: value in get_args(WeightsMatch),
+    "image_size": lambda value: isinstance(value, int) and 0 < value < 1 << 20,
+    "crop_fraction": _is_number,
+    "mean": _numbers(3),
+    "std": _numbers(3),
+    "interpolation": lambda value: isinstance(value, str) and value in get_args(Interpolation),
+    "pixel_range": _numbers(2),
+}
 
 
 @dataclass(frozen=True)

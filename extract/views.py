@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageEnhance
 
+from headrace.cache import SpecMismatch
 from headrace.extract.preprocess import Preprocessing, pixels, render, resampling
 
 
@@ -56,13 +57,22 @@ def view_json(index: int, drawing: Drawing) -> str:
 
 
 def parse_view(text: str) -> tuple[int, Drawing]:
-    """Inverse of `view_json`."""
-    values = json.loads(text)
-    if values.get("symmetry"):
-        return values["index"], Symmetries()
-    fields: dict[str, Any] = values.get("augmentation", {})
-    listed = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
-    return values["index"], Augmentation(**{**fields, **listed})
+    """Inverse of `view_json`. Raises SpecMismatch for a text that is none of its."""
+    try:
+        values = json.loads(text)
+        index = values["index"]
+        if not isinstance(index, int) or index < 0:
+            raise ValueError("its index is no number of a view")
+        if values.get("symmetry"):
+            return index, Symmetries()
+        fields: dict[str, Any] = values.get("augmentation", {})
+        listed = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
+        numbers = [number for value in fields.values() for number in (value if isinstance(value, list) else [value])]
+        if not all(isinstance(number, int | float) for number in numbers):
+            raise ValueError("its augmentation is not of numbers")
+        return index, Augmentation(**{**fields, **listed})
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise SpecMismatch(f"the view {text[:80]!r} is none that this version makes ({error})") from error
 
 
 def render_view(

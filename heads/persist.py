@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -129,10 +129,15 @@ def load_head(directory: Path | str, *, trust_code: Collection[str] = ()) -> Tra
                 f"{path}: format {description['format']}, this version of headrace reads {FORMAT}: update headrace"
             )
         spec = spec_from_json(json.dumps(description["spec"]))
+        check_outputs(description["task_kind"], description["classes"])
         if isinstance(spec, SklearnSpec):
             from headrace.heads.sklearn_bank import estimator_code
 
             require_trusted(estimator_code(spec), path.parent, {code_name(name) for name in trust_code})
+        # Heads of earlier versions have none.
+        backbones = tuple(description.get("backbones") or [None] * len(description["features"]))
+        if len(backbones) != len(description["features"]):
+            raise ValueError(f"it names {len(backbones)} networks for {len(description['features'])} feature sets")
         return TrainedHead(
             spec=spec,
             task_kind=cast(TaskKind, description["task_kind"]),
@@ -140,16 +145,23 @@ def load_head(directory: Path | str, *, trust_code: Collection[str] = ()) -> Tra
             features=tuple(FeatureSpec.from_json(json.dumps(feature)) for feature in description["features"]),
             metrics={name: float(value) for name, value in description["metrics"].items()},
             arrays=arrays,
-            # Heads of earlier versions have none.
-            backbones=tuple(description.get("backbones") or [None] * len(description["features"])),
+            backbones=backbones,
         )
     except SealBroken as error:
         raise BadHeadFile(f"{path} has changed since it was written: {error}. {WRITE_AGAIN}") from error
     # ValueError: also no JSON and no UTF-8
-    except (SafetensorError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+    except (SafetensorError, KeyError, TypeError, AttributeError, ValueError, RecursionError, ArithmeticError) as error:
         if isinstance(error, HeadraceError):
             raise
         raise BadHeadFile(f"{path} is not a saved head ({type(error).__name__}: {error}). {WRITE_AGAIN}") from error
+
+
+def check_outputs(task_kind: object, classes: object) -> None:
+    """Raise ValueError unless they are a kind of task and a list of names, as a file of a model should have them."""
+    if task_kind not in get_args(TaskKind):
+        raise ValueError(f"its task is {task_kind!r}, expected one of {', '.join(get_args(TaskKind))}")
+    if not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
+        raise ValueError(f"its classes are {str(classes)[:60]}, expected a list of names")
 
 
 def require_trusted(code: str | None, place: Path, trusted: Collection[str]) -> None:

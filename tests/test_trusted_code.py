@@ -12,9 +12,11 @@ from run_cases import make_photos
 from safetensors.numpy import load, save
 from typer.testing import CliRunner
 
-from headrace.cache import FeatureSpec
+from headrace.cache import FeatureSpec, SpecMismatch
 from headrace.cache.sealed import tensor_metadata
-from headrace.extract import BackboneSpec
+from headrace.extract import BackboneError, BackboneSpec, Preprocessing, backbone_from_fields
+from headrace.extract.backbone import override
+from headrace.extract.views import Augmentation, parse_view
 from headrace.heads import (
     CodeNotTrusted,
     FineTuneSpec,
@@ -295,6 +297,44 @@ def test_a_recipe_is_the_users_own_words(tmp_path):
     model(run / "winner", backbone="python:sent_module:another")
     with pytest.raises(CodeNotTrusted, match="sent_module:another"):
         load_model(tmp_path / "recipe.yaml")
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"name": 5}, "says name: 5"),
+        ({"weights": ["a"]}, "says weights"),
+        ({"image_size": 2**31}, "says image_size"),
+        ({"image_size": 2**15}, "more than the limit"),
+        ({"mean": [0.5]}, "says mean"),
+        ({"std": ["x", 1, 1]}, "says std"),
+        ({"interpolation": "odd"}, "says interpolation"),
+        ({"unknown": 1}, "does not know: unknown"),
+    ],
+)
+def test_a_network_that_cannot_be_is_told(changed, said):
+    """Of a model's file: values of a wrong kind, and sizes that no image has, end in a sentence and take no memory."""
+    with pytest.raises(BackboneError, match=said):
+        override(
+            Preprocessing((32, 32), (32, 32), "shortest", "bilinear", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+            backbone_from_fields({"name": "timm:test_resnet", **changed}),
+        )
+
+
+def test_a_view_that_cannot_be_is_told():
+    """A model's file says which view each of its features is of."""
+    assert parse_view('{"index": 0}') == (0, Augmentation())
+    for text in (
+        "",
+        "[]",
+        "{}",
+        '{"index": -1}',
+        '{"index": "1"}',
+        '{"index": 1, "augmentation": {"area": ["x"]}}',
+        "9" * 5000,
+    ):
+        with pytest.raises(SpecMismatch, match="none that this version makes"):
+            parse_view(text)
 
 
 SAFE = [

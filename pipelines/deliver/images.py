@@ -27,7 +27,7 @@ from headrace.extract.fuse import keep_memory
 from headrace.extract.images import PixelRange, decode_image, raw_mode, to_rgb
 from headrace.extract.locate import array_bytes, path_text, read_bytes
 from headrace.extract.unit import Pass, feature_passes, pass_limit, quiet_decoding, unstorable
-from headrace.heads import SklearnSpec, average, with_temperature
+from headrace.heads import CannotPredict, SklearnSpec, average, with_temperature
 from headrace.heads.sklearn_bank import fitted_sklearn
 from headrace.pipelines.cluster import available_cores
 from headrace.pipelines.deliver.network import NetworkMember, network_head, network_pass
@@ -115,6 +115,11 @@ def predict_batch(engine: Engine, batch: Batch) -> Predicted:
     parts = [
         predict_head(member, head, stored) for member, head in zip(engine.model.members, engine.heads, strict=True)
     ]
+    classes = len(engine.model.classes)
+    if odd := [part.shape[1] for part in parts if part.shape != (len(good), classes)]:
+        raise CannotPredict(
+            f"{engine.model.path}: its head has {odd[0]} outputs for {classes} classes: fetch the model again"
+        )
     return Predicted([batch.rows[place] for place in good], combine(engine.model, parts), sorted(failed), unread)
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import shlex
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from headrace.cache.sealed import SealBroken, read_sealed_json
 from headrace.extract import BackboneSpec, backbone_from_fields
 from headrace.extract.spec import PACKAGED, backbone_code, is_weights_file
 from headrace.heads import CodeNotTrusted, TaskKind, TrainedHead, load_head, spec_to_json
-from headrace.heads.persist import code_name, require_trusted
+from headrace.heads.persist import check_outputs, code_name, require_trusted
 from headrace.pipelines.deliver.network import NETWORK, NetworkMember, read_network
 from headrace.pipelines.finished import find_run, moved_with_run, require_finished
 from headrace.pipelines.paths import RunPaths
@@ -125,9 +126,8 @@ def _load_single(place: Path, root: Path, trusted: Collection[str]) -> Model:
     if (place / NETWORK).is_file():
         network, about = read_network(place)
         require_trusted(backbone_code(str(about["backbone"]["name"])), place, trusted)
-        metrics = {name: float(value) for name, value in about["metrics"].items()}
         digest = _digest((network,), 1.0)
-        return Model(place, about["task_kind"], tuple(about["classes"]), metrics, (network,), 1.0, digest)
+        return Model(place, about["task_kind"], tuple(about["classes"]), about["metrics"], (network,), 1.0, digest)
     head = load_head(place, trust_code=trusted)
     member = Member(head, _backbones(head, place, root, trusted))
     for backbone in member.backbones:
@@ -162,26 +162,31 @@ def _load_ensemble(place: Path, trusted: Collection[str]) -> Model:
             (place / entry["model"], float(entry["weight"]), float(entry.get("temperature", 1.0)))
             for entry in about["members"]
         ]
+        places = [directory.resolve() for directory, _, _ in shares]
+        check_outputs(about["task_kind"], about["classes"])
+        task_kind: TaskKind = about["task_kind"]
         temperature, classes = float(about["temperature"]), tuple(about["classes"])
         metrics = {name: float(value) for name, value in about["metrics"].items()}
     except ModelError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, ArithmeticError) as error:
         raise ModelError(
             f"{path} does not describe an ensemble ({type(error).__name__}: {error}): run again"
         ) from error
     members: list[Member | NetworkMember] = []
-    for directory, weight, own in shares:
-        if not directory.resolve().is_relative_to(place.resolve()):
+    for (directory, weight, own), own_place in zip(shares, places, strict=True):
+        if not own_place.is_relative_to(place.resolve()):
             raise ModelError(f"{path}: the member {directory} lies outside of the model's directory: run again")
         model = _load_single(directory, place, trusted)
-        if (model.classes, model.task_kind) != (classes, about["task_kind"]):
+        if (model.classes, model.task_kind) != (classes, task_kind):
             raise ModelError(f"{path}: the member {directory} has other classes than the ensemble: run again")
         members += [dataclasses.replace(member, weight=weight, temperature=own) for member in model.members]
-    if not members or abs(sum(member.weight for member in members) - 1) > 1e-6:
+    if not all(0 < each < math.inf for each in (temperature, *(member.temperature for member in members))):
+        raise ModelError(f"{path}: its temperatures are not all above 0: run again")
+    if not abs(sum(member.weight for member in members) - 1) <= 1e-6:  # also NaN, and no members
         raise ModelError(f"{path}: the weights of {len(members)} members do not sum to 1: run again")
     digest = _digest(tuple(members), temperature)
-    return Model(place, about["task_kind"], classes, metrics, tuple(members), temperature, digest)
+    return Model(place, task_kind, classes, metrics, tuple(members), temperature, digest)
 
 
 def _model_directory(given: Path | str) -> Path:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from headrace.cache import FeatureSpec, HeadraceError
 from headrace.cache.sealed import check_seal, tensor_metadata
+from headrace.heads.persist import check_outputs
 
 if TYPE_CHECKING:
     from headrace.extract.backbone import Backbone
@@ -51,14 +52,15 @@ def read_network(directory: Path) -> tuple[NetworkMember, dict[str, Any]]:
         features = tuple(_feature(about, tap, digest) for tap in about["tap"])
         spatial = bool(about["head"]["convolutions"])
         member = NetworkMember(directory, features, spatial, digest, kind=str(about["spec"]["kind"]))
-        assert {"task_kind", "classes", "metrics", "backbone"} <= set(about)
+        check_outputs(about["task_kind"], about["classes"])
+        about["metrics"] = {str(name): float(value) for name, value in about["metrics"].items()}
     except (
         OSError,
         LookupError,
         TypeError,
         ValueError,
         AttributeError,
-        AssertionError,
+        ArithmeticError,
         RecursionError,
     ) as error:
         raise BadNetwork(

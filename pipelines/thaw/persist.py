@@ -20,7 +20,7 @@ from headrace.cache.sealed import SEAL, UNSEALED, SealBroken, check_seal, seal, 
 from headrace.extract import BackboneSpec, Preprocessing, parse_tap
 from headrace.extract.backbone import Backbone
 from headrace.extract.library import build
-from headrace.extract.spec import backbone_code
+from headrace.extract.spec import backbone_code, backbone_from_fields, check_sizes
 from headrace.extract.weights import weights_digest
 from headrace.heads import FineTuneSpec, TaskKind, spec_from_json, spec_to_json
 from headrace.heads.persist import WRITE_AGAIN, code_name, require_trusted
@@ -124,15 +124,26 @@ def load_network(
                 f"{path}: format {about['format']}, this version of headrace reads {FORMAT}: update headrace"
             )
         tensors = load(data)
-        spec = BackboneSpec(**{name: _tuple(value) for name, value in about["backbone"].items()})
+        spec = backbone_from_fields(about["backbone"])
         if trust_code is not None:
             require_trusted(backbone_code(spec.name), path.parent, {code_name(name) for name in trust_code})
         preprocessing = Preprocessing(**{name: _tuple(value) for name, value in about["preprocess"].items()})
+        check_sizes(str(path), preprocessing.resize, preprocessing.crop)
+        if len(np.array([preprocessing.mean, preprocessing.std], np.float32).T) != 3:
+            raise ValueError("its mean and std are not of three channels")
         return _rebuild(about, spec, preprocessing, tensors)
     except SealBroken as error:
         raise BadNetworkFile(f"{path} has changed since it was written: {error}. {WRITE_AGAIN}") from error
     # ValueError: also no JSON and no UTF-8
-    except (SafetensorError, LookupError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+    except (
+        SafetensorError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        RuntimeError,
+        ValueError,
+        ArithmeticError,
+    ) as error:
         if isinstance(error, HeadraceError):
             raise
         raise BadNetworkFile(
@@ -162,15 +173,20 @@ def _rebuild(
     module.load_state_dict(_under("backbone.", tensors))
     module.eval().requires_grad_(False)
     backbone = Backbone(spec, module, preprocessing, weights_digest(module))
-    shape = about["head"]
-    head = Head(
-        torch.zeros(shape["features"]),
-        torch.ones(shape["features"]),
-        [torch.nn.Conv2d(inputs, width, 3, padding=1) for width, inputs in shape["convolutions"]],
-        [torch.nn.Linear(inputs, width) for width, inputs in shape["layers"]],
-        float(shape["gain"]),
-    )
-    head.load_state_dict(_under("head.", tensors))
+    shape, own = about["head"], {name: tensor.float() for name, tensor in _under("head.", tensors).items()}
+    if len(shape["convolutions"]) + len(shape["layers"]) > len(own):
+        raise ValueError(f"{len(own)} tensors are fewer than its head has layers")
+    with torch.device(
+        "meta"
+    ):  # shapes alone: what a file declares takes no memory before its tensors are found to be so
+        head = Head(
+            torch.empty(shape["features"]),
+            torch.empty(shape["features"]),
+            [torch.nn.Conv2d(inputs, width, 3, padding=1) for width, inputs in shape["convolutions"]],
+            [torch.nn.Linear(inputs, width) for width, inputs in shape["layers"]],
+            float(shape["gain"]),
+        )
+    head.load_state_dict(own, assign=True)
     network = Network(backbone, [parse_tap(text) for text in about["tap"]], head)
     network.eval().requires_grad_(False)
     return TrainedNetwork(
