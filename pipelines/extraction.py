@@ -2,7 +2,8 @@
 
 import hashlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,8 +50,13 @@ def extract_missing(
     images = sum(len(job.samples) for job in units)
     started = time.monotonic()
     options.tell("stage", stage="extract", total=images, unit="images", tasks=len(units))
-    with claims(unit_claims(Path(units[0].cache_root))) as ours, stage(console, "extract", images, "images") as advance:
-        outcomes = _here(units, ours) if client is None else _on_workers(units, client, replace(options, claims=ours))
+    with ExitStack() as stack:
+        ours = stack.enter_context(claims(unit_claims(Path(units[0].cache_root))))
+        advance = stack.enter_context(stage(console, "extract", images, "images"))
+        watched = replace(options, claims=ours)
+        outcomes = stack.enter_context(
+            closing(_here(units, ours) if client is None else _on_workers(units, client, watched))
+        )
         done = 0
         for outcome in outcomes:
             done += len(outcome.job.samples)
@@ -144,12 +150,12 @@ def halves(job: ExtractJob) -> list[tuple[str, ExtractJob]]:
 
 def _on_workers(
     units: Sequence[ExtractJob], client: Client, options: TaskOptions
-) -> Iterator[Outcome[ExtractJob, "UnitReport"]]:
+) -> Generator[Outcome[ExtractJob, "UnitReport"], None, None]:
     jobs = ((unit_key(job), job) for job in units)
     return run_tasks(client, extract_unit, jobs, options=options, split=halves)
 
 
-def _here(units: Sequence[ExtractJob], ours: Claims) -> Iterator[Outcome[ExtractJob, "UnitReport"]]:
+def _here(units: Sequence[ExtractJob], ours: Claims) -> Generator[Outcome[ExtractJob, "UnitReport"], None, None]:
     """The units that no other driver has, in one stream; then, one by one, those that it gives back."""
     from headrace.extract import run_units
 

@@ -8,6 +8,7 @@ waiting ones too.) Tasks of seconds do not notice the few milliseconds between t
 
 import contextlib
 import dataclasses
+import errno
 import math
 import queue
 import threading
@@ -16,7 +17,7 @@ import traceback
 import urllib.parse
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
@@ -41,6 +42,8 @@ _LOOK_S = 0.5  # how often the workers are looked at while nothing is heard from
 _ASK_S = 1.0  # how often a task that another driver has is asked for again
 # A result is a few hundred bytes. If fetching it takes longer, its worker died between finishing and handing it over.
 _FETCH_S = 10.0
+# Not EIO: a file that cannot be read is its own fault for ever.
+_OF_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENOMEM, errno.EMFILE, errno.ENFILE}
 
 
 class RunIncomplete(HeadraceError):
@@ -55,6 +58,7 @@ class Outcome(Generic[Job, Result]):
     result: Result | None
     error: str | None
     fatal: bool = False  # it took its workers down, or never ended, whenever it was tried
+    of_machine: bool = False  # a full disk or the like was the reason, which says nothing about the job
 
 
 @dataclass(eq=False)
@@ -162,7 +166,7 @@ def run_tasks(
     *,
     options: TaskOptions = _DEFAULT,
     split: Callable[[Job], Sequence[tuple[str, Job]]] = lambda job: (),
-) -> Iterator[Outcome[Job, Result]]:
+) -> Generator[Outcome[Job, Result], None, None]:
     """Yield the outcome of `function(job)` for every (key, job), in the order in which they finish.
 
     The function is a module-level one, takes paths and specs, publishes what it makes, and returns something small.
@@ -347,7 +351,7 @@ def _land(window: _Window[Job, Result], flight: _Flight[Job]) -> Outcome[Job, Re
         _absolve(window, flight.worker)
         window.innocent += task.deaths
         tell("failed", task=task.key, seconds=seconds, error=f"{type(error).__name__}: {error}", traceback=where)
-        return Outcome(task.job, None, f"{type(error).__name__}: {error}")
+        return Outcome(task.job, None, f"{type(error).__name__}: {error}", of_machine=is_of_machine(error))
     # To run for ever twice is proof enough: every further time would cost as long again.
     task.deaths += 2 if flight.worker in window.ended else 1
     _suspect(window, flight)
@@ -357,6 +361,11 @@ def _land(window: _Window[Job, Result], flight: _Flight[Job]) -> Outcome[Job, Re
         return Outcome(task.job, None, f"{reason}, whenever it was tried ({task.launched} times)", fatal=True)
     window.waiting.appendleft(task)
     return None
+
+
+def is_of_machine(error: BaseException) -> bool:
+    """Whether an error is the machine's: no room, no right to write, no memory, no descriptors."""
+    return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in _OF_MACHINE)
 
 
 def _absolve(window: _Window[Job, Result], worker: str) -> None:

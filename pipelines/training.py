@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,9 +31,13 @@ def train_missing(
     failures: list[str] = []
     done = failed = 0
     options.tell("stage", stage="train", total=plan.heads_new, unit="heads", tasks=len(jobs))
-    with claims(found.paths.claims) as ours, stage(console, "train", plan.heads_new, "heads") as advance:
+    with ExitStack() as stack:
+        ours = stack.enter_context(claims(found.paths.claims))
+        advance = stack.enter_context(stage(console, "train", plan.heads_new, "heads"))
         keyed = ((bank_key(job), job) for job in jobs)
-        for outcome in run_tasks(client, train_bank, keyed, options=replace(options, claims=ours), split=halves):
+        watched = replace(options, claims=ours)
+        outcomes = stack.enter_context(closing(run_tasks(client, train_bank, keyed, options=watched, split=halves)))
+        for outcome in outcomes:
             if outcome.fatal:
                 publish_failure(outcome.job, outcome.error or "")
                 failed += len(outcome.job.specs) * plan.folds

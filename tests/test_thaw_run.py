@@ -1,7 +1,9 @@
 """A run that thaws: candidates in order of gain per hour, the budget kept, rollback, rows on the board, the network as winner."""
 
 import dataclasses
+import errno
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -28,9 +30,10 @@ from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.recipe import RecipeError, load_recipe
 from headrace.pipelines.recipe_sections import ReuseSection, ThawSection
 from headrace.pipelines.records import read_record
-from headrace.pipelines.submit import Outcome, TaskOptions
+from headrace.pipelines.submit import Outcome, RunIncomplete, TaskOptions, is_of_machine
 from headrace.pipelines.task_log import read_log
 from headrace.pipelines.thaw import stage as stage_module
+from headrace.pipelines.thaw import task as task_module
 from headrace.pipelines.thaw.candidates import list_candidates, predicted_gain, training_seconds
 from headrace.pipelines.thaw.data import image_paths
 from headrace.pipelines.thaw.errors import TrainingFailed
@@ -63,7 +66,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             try:
                 yield Outcome(job, function(job), None)
             except Exception as error:  # noqa: BLE001
-                yield Outcome(job, None, f"{type(error).__name__}: {error}")
+                yield Outcome(job, None, f"{type(error).__name__}: {error}", of_machine=is_of_machine(error))
 
     monkeypatch.setattr(stage_module, "run_tasks", run_tasks)
     return keys
@@ -154,7 +157,7 @@ def test_an_ensemble_with_a_network_is_shown_the_test_split_and_can_be_taken_awa
     assert set(ranked["kind"]) == {"logistic", "finetune"}
     weights = {"logistic": 0.25, "finetune": 0.75}
     members = tuple(Member(weights[row["kind"]], 0.8, row, ("a network",)) for _, row in ranked.iterrows())
-    numbers = dict.fromkeys(("value", "low", "high", "winner", "single", "gain", "gain_low", "gain_high", "sure"), 0.5)
+    numbers = dict.fromkeys(("value", "low", "high", "winner", "single", "gain", "gain_low", "gain_high", "sure", "level"), 0.5)
     ensemble = Ensemble("log_loss", members, 1.3, 2, 48, **numbers, chosen=True, metrics={})  # type: ignore[arg-type]
     openings = tmp_path / "openings.jsonl"
     shown = show_test(openings, ensemble, case.directories, test, case.task.digest)
@@ -233,6 +236,25 @@ def test_a_failure_is_a_row_and_the_head_stays(
     result = thaw(inputs, board, SECTION, HereClient(), QUIET, retry_failed=True)  # type: ignore[arg-type]
     assert result.compared["decision"].tolist() == ["", "kept"]
     assert result.rows["error"].isna().all()
+
+
+@pytest.mark.parametrize("name", ["pilot", "train_fold"])
+def test_a_full_disk_decides_nothing(
+    case: Case, tmp_path: Path, here: list[str], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """In a pilot and in a fold: the run ends with the reason, and the next call decides as if nothing had been."""
+    board, inputs = board_of(case, (WEAK, ("layer4.avg",))), inputs_of(case, tmp_path)
+
+    def full(_job: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(task_module, name, full)
+        with pytest.raises(RunIncomplete, match="No space left on device"):
+            thaw(inputs, board, SECTION, HereClient(), QUIET)  # type: ignore[arg-type]
+    assert not inputs.paths.thaw_decisions.exists()
+    result = thaw(inputs, board, SECTION, HereClient(), QUIET)  # type: ignore[arg-type]
+    assert result.compared["decision"].tolist() == ["", "kept"]
 
 
 def test_a_rate_that_is_far_too_large_is_told(case: Case, tmp_path: Path, here: list[str]) -> None:

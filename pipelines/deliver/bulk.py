@@ -14,6 +14,7 @@ import os
 import re
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count
@@ -266,8 +267,11 @@ def _predict(
                 advance(len(job.samples), {"failed": failed})
             return
         reasons = []
-        with local_client(min(cores, len(jobs))) as client:
-            for outcome in run_tasks(client, predict_part, ((f"predict-{Path(job.part).stem}", job) for job in jobs)):
+        with ExitStack() as stack:
+            client = stack.enter_context(local_client(min(cores, len(jobs))))
+            keyed = ((f"predict-{Path(job.part).stem}", job) for job in jobs)
+            outcomes = stack.enter_context(closing(run_tasks(client, predict_part, keyed)))
+            for outcome in outcomes:
                 reasons += [outcome.error] if outcome.error else []
                 advance(len(outcome.job.samples), {"failed": outcome.result or 0})
     if reasons:

@@ -1,7 +1,7 @@
 """Training the small banks that evidence needs and no leaderboard shows."""
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,7 +39,8 @@ def train_banks(
         advance = stack.enter_context(stage(console, what, len(jobs), "banks"))
         name = what.replace(" ", "-")
         named = ((f"{name}-{Path(job.result).parent.name}-{Path(job.result).stem}", job) for job in jobs)
-        for done, outcome in enumerate(run_tasks(client, train_bank, named, options=options), 1):
+        outcomes = stack.enter_context(closing(run_tasks(client, train_bank, named, options=options)))
+        for done, outcome in enumerate(outcomes, 1):
             if outcome.error:
                 raise EvidenceIncomplete(
                     f"a bank of the stage {what} failed: {outcome.error}. The others are kept; the same command tries again"

@@ -5,6 +5,7 @@ The head stays the answer unless a network is better on the same validation rows
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.progress import stage
 from headrace.pipelines.recipe_sections import ThawSection
 from headrace.pipelines.records import RunDamaged, read_record, write_record
-from headrace.pipelines.submit import TaskOptions, run_tasks
+from headrace.pipelines.submit import Outcome, RunIncomplete, TaskOptions, run_tasks
 from headrace.pipelines.thaw.candidates import Candidate, list_candidates, predicted_gain, training_seconds
 
 RESAMPLES = 1000
@@ -153,10 +154,13 @@ def _work(
     pilots: dict[str, Any] = {}
     jobs = {one.key: _job(inputs, one) for one in waiting}
     options.tell("stage", stage="thaw: pilots", total=len(waiting), unit="networks", tasks=len(waiting))
-    with stage(console, "thaw: pilots", len(waiting), "networks") as advance:
+    with ExitStack() as stack:
+        advance = stack.enter_context(stage(console, "thaw: pilots", len(waiting), "networks"))
         named = ((f"pilot-{key}", job) for key, job in jobs.items())
-        for done, outcome in enumerate(run_tasks(client, pilot, named, options=options), 1):
+        outcomes = stack.enter_context(closing(run_tasks(client, pilot, named, options=options)))
+        for done, outcome in enumerate(outcomes, 1):
             advance(1)
+            _require_machine(outcome)
             key = next(key for key, job in jobs.items() if job == outcome.job)
             if outcome.result is None:
                 # Not thawed: the head stays as it is, and the reason is on record.
@@ -216,6 +220,15 @@ def _decide(paths: RunPaths, key: str, record: dict[str, Any]) -> dict[str, Any]
     return known
 
 
+def _require_machine(outcome: Outcome[Any, Any]) -> None:
+    """Raise RunIncomplete where a full disk or the like ended a task: that decides nothing about the network."""
+    if outcome.of_machine:
+        raise RunIncomplete(
+            f"a network could not be trained here: {outcome.error}. Nothing was decided about it; what is finished is kept, "
+            "and the same command goes on from there"
+        )
+
+
 def _train(
     inputs: ThawInputs, candidate: Candidate, client: Client, limit: float | None, options: TaskOptions
 ) -> dict[str, Any]:
@@ -229,11 +242,13 @@ def _train(
 
     def run(fold_jobs: Sequence[FoldJob]) -> None:
         named = ((f"thaw-{candidate.key}-{one.fold}", one) for one in fold_jobs)
-        for outcome in run_tasks(client, train_fold, named, options=options):
-            if outcome.result is None:
-                failures[outcome.job.fold] = outcome.error or "its worker died"
-            else:
-                done[outcome.job.fold] = outcome.result
+        with closing(run_tasks(client, train_fold, named, options=options)) as outcomes:
+            for outcome in outcomes:
+                _require_machine(outcome)
+                if outcome.result is None:
+                    failures[outcome.job.fold] = outcome.error or "its worker died"
+                else:
+                    done[outcome.job.fold] = outcome.result
 
     run(jobs)
     record: dict[str, Any] = {"seconds": sum(one["seconds"] for one in done.values())}
