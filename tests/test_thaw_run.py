@@ -157,7 +157,9 @@ def test_an_ensemble_with_a_network_is_shown_the_test_split_and_can_be_taken_awa
     assert set(ranked["kind"]) == {"logistic", "finetune"}
     weights = {"logistic": 0.25, "finetune": 0.75}
     members = tuple(Member(weights[row["kind"]], 0.8, row, ("a network",)) for _, row in ranked.iterrows())
-    numbers = dict.fromkeys(("value", "low", "high", "winner", "single", "gain", "gain_low", "gain_high", "sure", "level"), 0.5)
+    numbers = dict.fromkeys(
+        ("value", "low", "high", "winner", "single", "gain", "gain_low", "gain_high", "sure", "level"), 0.5
+    )
     ensemble = Ensemble("log_loss", members, 1.3, 2, 48, **numbers, chosen=True, metrics={})  # type: ignore[arg-type]
     openings = tmp_path / "openings.jsonl"
     shown = show_test(openings, ensemble, case.directories, test, case.task.digest)
@@ -275,7 +277,7 @@ def test_a_network_that_is_not_the_heads_is_refused_on_record(case: Case, tmp_pa
     assert result.compared["decision"].tolist() == ["", "refused"]
     assert any("preprocessing" in note for note in result.notes)
     assert not [key for key in here if not key.startswith("pilot")]
-    record = json.loads(inputs.paths.thaw_decisions.read_text())
+    record = read_record(inputs.paths.thaw_decisions)
     assert [one["decision"] for one in record.values()] == ["refused"]
 
 
@@ -367,7 +369,7 @@ def test_what_another_driver_has_trained_is_not_over_budget(tmp_path: Path) -> N
     decide(paths, "a", {"decision": "kept", "seconds": 3.0})
     decide(paths, "b", {"decision": "over budget"})
     found = decide(paths, "a", {"decision": "over budget"})
-    assert found == json.loads(paths.thaw_decisions.read_text())
+    assert found == read_record(paths.thaw_decisions)
     assert {key: record["decision"] for key, record in found.items()} == {"a": "kept", "b": "over budget"}
     assert decide(paths, "b", {"decision": "rolled back"})["b"]["decision"] == "rolled back"
 

@@ -90,7 +90,9 @@ def thaw(
     waiting = [one for one in candidates if not _settled(inputs.paths, one.key, decided, section, retry_failed)]
     inputs.paths.thaw.mkdir(parents=True, exist_ok=True)
     there = inputs.images[["content", "path"]].dropna().drop_duplicates("content").astype(str)
-    write_record(inputs.paths.thaw_images, {"paths": dict(zip(there["content"], there["path"], strict=True))})
+    listing = {"paths": dict(zip(there["content"], there["path"], strict=True))}
+    if waiting or _read(inputs.paths.thaw_images) != listing:  # networks that are there predict by it too
+        write_record(inputs.paths.thaw_images, listing)
     trained = 0
     if waiting:
         assert client is not None
@@ -394,7 +396,8 @@ def _notes(candidates: Sequence[Candidate], decided: Mapping[str, Any]) -> list[
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """What was decided. Of a damaged record nothing is believed: it is found again from the results, after a pilot of seconds."""
+    """A record of this stage; of a damaged one nothing is believed. Decisions are found again from the results, after pilots of
+    seconds."""
     try:
         return read_record(path)
     except (OSError, RunDamaged):
