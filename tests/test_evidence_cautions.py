@@ -7,7 +7,13 @@ from evidence_cases import content_of, store_taps, stored, task_of
 from PIL import Image, ImageEnhance
 
 from headrace.heads import KNNSpec, LogisticSpec, MLPSpec, SklearnSpec, Task, spec_to_json
-from headrace.pipelines.evidence.cautions import grid_edges, hidden_classes, near_copies, near_duplicates
+from headrace.pipelines.evidence.cautions import (
+    grid_edges,
+    hidden_classes,
+    near_copies,
+    near_duplicates,
+    near_duplicates_text,
+)
 from headrace.pipelines.evidence.predictions import held_out
 from headrace.pipelines.look import look
 
@@ -143,3 +149,10 @@ def test_init_tells_of_near_copies_before_anything_is_extracted(tmp_path):
     samples = pd.DataFrame(rows, columns=["path", "patient"]).assign(id=lambda frame: frame["path"])
     assert near_copies(samples) is not None
     assert near_copies(samples, "patient") is None
+
+
+def test_pairs_without_a_test_split():
+    """Nearly the same images on two folds are told also where no image is held for testing."""
+    said = near_duplicates_text(np.array([0]), np.array([1]), np.array(["fold 0", "fold 1"]))
+    assert said.startswith("1 pairs of images on different sides")
+    assert "test images" not in said

@@ -235,7 +235,7 @@ def near_duplicates_text(
     """
     leaked, tested = leaked_images(first, second, side), int((side == "test").sum())
     share = (
-        f"; {len(leaked):,} of {tested:,} test images ({len(leaked) / tested:.1%}) have such a partner among the images that "
+        f"; {len(leaked):,} of {tested:,} test images ({len(leaked) / max(tested, 1):.1%}) have such a partner among the images that "
         "heads are trained on"
     )
     return (
