@@ -7,19 +7,23 @@ a fifth of the repetitions. docs/concepts/numbers.md has the table of a whole ru
 """
 
 import argparse
+import itertools
 import json
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 from rich.console import Console
 from rich.table import Table
 from scipy.stats import binom
 from threadpoolctl import threadpool_limits
 
-from headrace.heads import RidgeSpec, Task, fit_bank, make_folds, proportion_interval
+from headrace.heads import LogisticSpec, RidgeSpec, Task, fit_bank, make_folds, predict_head, proportion_interval
 from headrace.pipelines.evidence.curves import (
     FRACTIONS,
     error_with_more,
@@ -30,7 +34,11 @@ from headrace.pipelines.evidence.curves import (
     row_errors,
     weighted_errors,
 )
+from headrace.pipelines.evidence.ensemble import build_ensemble
 from headrace.pipelines.evidence.estimate import Estimate
+from headrace.pipelines.evidence.predictions import held_out
+from headrace.pipelines.evidence.selection import assess_selection
+from headrace.pipelines.recipe_sections import EnsembleSection
 
 Floats = npt.NDArray[np.float64]
 
@@ -38,6 +46,7 @@ ROWS = (37, 55, 100, 250, 1000)
 ACCURACIES = (0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
 CORRELATIONS = (0.0, 0.1, 0.3)
 ALPHAS = (1.0, 10.0, 100.0, 1e3, 1e4)
+STRENGTHS = (1e-4, 1e-2, 1.0)
 
 
 @dataclass(frozen=True)
@@ -135,10 +144,11 @@ def real_set(name: str) -> tuple[Floats, npt.NDArray[np.int64]]:
     return ((X - X.mean(0)) / np.where(spread > 0, spread, 1)).astype(np.float32), target.astype(np.int64)
 
 
-def make_task(target: npt.NDArray[np.int64], fold: npt.NDArray[np.int16]) -> Task:
+def make_task(target: npt.NDArray[np.int64], fold: npt.NDArray[np.int16], classes: int | None = None) -> Task:
+    """A single-label task without test rows, every row an image of its own."""
     names = np.array([f"{number:032x}" for number in range(len(target))])
-    classes = tuple(map(str, range(int(target.max()) + 1)))
-    return Task("single", classes, names, names.astype("S32"), target, fold, np.ones(len(target)))
+    labels = tuple(map(str, range(classes or int(target.max()) + 1)))
+    return Task("single", labels, names, names.astype("S32"), target, fold, np.ones(len(target)))
 
 
 def fit_errors(X: Floats, task: Task) -> npt.NDArray[np.float64]:
@@ -185,9 +195,79 @@ def curve_of(X: Floats, target: npt.NDArray[np.int64], seed: int) -> tuple[Estim
     return today, {times: gain_from_more(law, sizes[-1], times) for times in (2, 4)}
 
 
+def expected_score(repeats: float) -> Iterator[Line]:
+    """ "Expected on new images" of the best of 18 heads on three taps, ten classes whose shares are sampled; the truth is the
+    accuracy of the winner's fold heads on 20,000 new images."""
+    for name, strengths in (("noise", (0.0, 0.0, 0.0)), ("signal", (0.2, 0.35, 0.5))):
+        for rows in (150, 500, 2000):
+            found = [world_of_heads(rows, strengths, seed) for seed in range(int(60 * repeats))]
+            raw, expected, truth, inside = (np.array(values) for values in zip(*found, strict=True))
+            yield Line(
+                f"{name}, {rows:,} images",
+                {
+                    "coverage": 100 * float(inside.mean()),
+                    "bias": 100 * float((expected - truth).mean()),
+                    "± s.e.": 100 * float((expected - truth).std() / np.sqrt(len(truth))),
+                    "bias as chosen": 100 * float((raw - truth).mean()),
+                },
+            )
+
+
+def world_of_heads(rows: int, strengths: tuple[float, ...], seed: int) -> tuple[float, float, float, bool]:
+    """The winner's validation accuracy, its expected one, its true one, and whether the interval holds that."""
+    rng = np.random.default_rng([rows, seed])
+    classes, width, new = 10, 16, 20_000
+    target, later = rng.integers(0, classes, rows), rng.integers(0, classes, new)
+    task = make_task(target, make_folds(target, n_folds=5, seed=seed), classes)
+    predicted, truths = [], []
+    for strength in strengths:
+        means = strength * rng.normal(size=(classes, width))
+        X = (means[target] + rng.normal(size=(rows, width))).astype(np.float32)
+        X_new = (means[later] + rng.normal(size=(new, width))).astype(np.float32)
+        for specs in (tuple(LogisticSpec(C) for C in STRENGTHS), tuple(RidgeSpec(alpha) for alpha in ALPHAS[::2])):
+            for spec, fits in itertools.groupby(fit_bank(X, task, specs, full=False), key=lambda fit: fit.spec):
+                out, true = np.zeros((rows, classes), np.float32), []
+                for fit in fits:
+                    out[task.fold == fit.fold] = fit.validation
+                    true.append((predict_head(spec, fit.arrays, X_new, "single").argmax(1) == later).mean())
+                predicted.append(out)
+                truths.append(float(np.mean(true)))
+    held = held_out(task)
+    scores = [np.mean([(out.argmax(1) == target)[task.fold == fold].mean() for fold in range(5)]) for out in predicted]
+    order = np.argsort(-np.array(scores), kind="stable")
+    board = pd.DataFrame({"accuracy": np.array(scores)[order], "features": width, "rank": np.arange(len(order)) + 1})
+    found = assess_selection(board, held, "accuracy", blocks=[(np.arange(len(order)), np.stack(predicted)[order])])
+    assert found is not None
+    truth = truths[order[0]]
+    return found.validation, found.expected, truth, found.low <= truth <= found.high
+
+
+def false_ensembles(repeats: float) -> Iterator[Line]:
+    """Twenty heads that know nothing: how often their average becomes the answer. At most 5 % by the level that is printed."""
+    sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+    from evidence_cases import stored
+
+    for name, common in (("independent heads", 0.0), ("heads that share the hard images", 0.8)):
+        for rows in (150, 500):
+            chosen = 0
+            count = int(60 * repeats)
+            for seed in range(count):
+                rng = np.random.default_rng([rows, seed])
+                target, hard = rng.integers(0, 2, rows), rng.normal(size=rows)
+                logits = common * hard + np.sqrt(1 - common**2) * rng.normal(size=(20, rows))
+                outputs = [np.stack([1 / (1 + np.exp(1.5 * z)), 1 / (1 + np.exp(-1.5 * z))], axis=1) for z in logits]
+                with tempfile.TemporaryDirectory() as folder:
+                    board, task = stored(Path(folder), "single", "accuracy", outputs, target, folds=5)
+                    found = build_ensemble(board, held_out(task), "accuracy", EnsembleSection())
+                chosen += found is not None and found.chosen
+            yield Line(f"{name}, {rows} images", {"chosen": 100 * chosen / count})
+
+
 CASES: dict[str, tuple[str, Callable[[float], Iterator[Line]]]] = {
     "test": ("Coverage (%) of the 95 % interval of a test accuracy, by the true accuracy", test_interval),
     "groups": ("The same with images in groups, by the correlation of mistakes within a group", grouped_interval),
+    "expected": ("The expected score of the winner: coverage (%) of its 95 % interval, bias (points)", expected_score),
+    "ensembles": ("Ensembles that are chosen on labels that are noise (%)", false_ensembles),
     "advice": ("Coverage (%) of the 95 % interval of the error with more images", extrapolated_error),
 }
 
