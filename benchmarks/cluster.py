@@ -15,7 +15,6 @@ The last line is JSON: {measure: figure}.
 
 import argparse
 import hashlib
-import io
 import json
 import os
 import tempfile
