@@ -266,7 +266,8 @@ def mending(said: str) -> list[tuple[str, ...]]:
     """The commands that a message names, the recipe and the paths filled in; to run the recipe again where it names none."""
     found: list[tuple[str, ...]] = []
     for text in re.findall(r"`((?:headrace|rm) [^`]+)`|(?:[Tt]ype|with): ((?:headrace|rm) [^\n;]+)", said):
-        words = ["recipe.yaml" if word in ("RECIPE", "RUN") else word for word in shlex.split(text[0] or text[1])]
+        meant = {"RECIPE": "recipe.yaml", "RUN": "recipe.yaml", "FOLDER": "model"}
+        words = [meant.get(word, word) for word in shlex.split(text[0] or text[1])]
         if words[0] == "rm" or words[1] in ("run", "cache", "advise", "export", "predict", "report"):
             found.append(tuple(words))
     return found
@@ -282,9 +283,7 @@ def judge(project: Path, name: str, command: str, right: Outcome) -> tuple[str, 
         if done.result == right.result:
             return "same", ""
         page = project / RUN / "report.html"
-        told = base in done.said or (
-            command == "report" and base in page.read_text(errors="replace").split("<script")[0]
-        )
+        told = base in done.said or (command == "report" and base in page.read_text(errors="replace"))
         return ("told", "") if told else ("SILENT", difference(right.result, done.result))
     if base not in done.said and Path(name).parent.name not in done.said.replace("\n", ""):
         return "TRACE", f"the file is not named: {done.said}"

@@ -26,7 +26,7 @@ DESCRIPTION = "head.json"
 
 WRITE_AGAIN = (
     "In a run's directory, `headrace run RECIPE` writes it again, and trains nothing for that; an exported model is written "
-    "again by `headrace export RUN --format safetensors`, one that was copied by copying it again"
+    "again by `headrace export RUN FOLDER --format safetensors --force`, one that was copied by copying it again"
 )
 
 

@@ -19,7 +19,7 @@ from headrace.cache.sealed import SealBroken, read_sealed_json
 from headrace.extract import BackboneSpec, backbone_from_fields
 from headrace.extract.spec import PACKAGED, backbone_code, is_weights_file
 from headrace.heads import CodeNotTrusted, TaskKind, TrainedHead, load_head, spec_to_json
-from headrace.heads.persist import check_outputs, code_name, require_trusted
+from headrace.heads.persist import WRITE_AGAIN, check_outputs, code_name, require_trusted
 from headrace.pipelines.deliver.network import NETWORK, NetworkMember, read_network
 from headrace.pipelines.finished import find_run, moved_with_run, require_finished
 from headrace.pipelines.paths import RunPaths
@@ -171,7 +171,7 @@ def _load_ensemble(place: Path, trusted: Collection[str]) -> Model:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, ArithmeticError) as error:
         raise ModelError(
-            f"{path} does not describe an ensemble ({type(error).__name__}: {error}): run again"
+            f"{path} does not describe an ensemble ({type(error).__name__}: {error}). {WRITE_AGAIN}"
         ) from error
     members: list[Member | NetworkMember] = []
     for (directory, weight, own), own_place in zip(shares, places, strict=True):
@@ -220,7 +220,7 @@ def ensemble_is_answer(run: RunPaths) -> bool:
     try:
         return bool(read_sealed_json(path.read_bytes())["nested"]["chosen"])
     except SealBroken as error:
-        raise ModelError(f"{path} is not as it was written ({error}): run the recipe again to write it anew") from error
+        raise ModelError(f"{path} is not as it was written: {error}. {WRITE_AGAIN}") from error
     except (KeyError, TypeError):
         return False
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from headrace.cache import FeatureSpec, HeadraceError
 from headrace.cache.sealed import check_seal, tensor_metadata
-from headrace.heads.persist import check_outputs
+from headrace.heads.persist import WRITE_AGAIN, check_outputs
 
 if TYPE_CHECKING:
     from headrace.extract.backbone import Backbone
@@ -64,7 +64,7 @@ def read_network(directory: Path) -> tuple[NetworkMember, dict[str, Any]]:
         RecursionError,
     ) as error:
         raise BadNetwork(
-            f"{path} is not a network of this version ({type(error).__name__}: {str(error)[:200]}): run the recipe again"
+            f"{path} is not a network of this version ({type(error).__name__}: {str(error)[:200]}). {WRITE_AGAIN}"
         ) from error
     return member, about
 
