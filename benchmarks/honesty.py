@@ -199,8 +199,8 @@ def expected_score(repeats: float) -> Iterator[Line]:
     """ "Expected on new images" of the best of 18 heads on three taps, ten classes whose shares are sampled; the truth is the
     accuracy of the winner's fold heads on 20,000 new images."""
     for name, strengths in (("noise", (0.0, 0.0, 0.0)), ("signal", (0.2, 0.35, 0.5))):
-        for rows in (150, 500, 2000):
-            found = [world_of_heads(rows, strengths, seed) for seed in range(int(60 * repeats))]
+        for rows, worlds in ((150, 60), (500, 40), (2000, 25)):
+            found = [world_of_heads(rows, strengths, seed) for seed in range(int(worlds * repeats))]
             raw, expected, truth, inside = (np.array(values) for values in zip(*found, strict=True))
             yield Line(
                 f"{name}, {rows:,} images",

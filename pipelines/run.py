@@ -31,7 +31,7 @@ from headrace.pipelines.evidence.cautions import grid_edges, hidden_classes, nea
 from headrace.pipelines.evidence.ensemble import Ensemble, build_ensemble
 from headrace.pipelines.evidence.ensemble_store import save_ensemble, show_test
 from headrace.pipelines.evidence.predictions import held_out, whole_heads
-from headrace.pipelines.evidence.screen import screen_inputs, screened_plan
+from headrace.pipelines.evidence.screen import Screening, screen_inputs, screened_plan
 from headrace.pipelines.evidence.selection import Selection, assess_selection
 from headrace.pipelines.evidence.train import train_banks
 from headrace.pipelines.extraction import extract_missing
@@ -138,6 +138,7 @@ def run_recipe(
                     f"{found.paths.failed_images}. Mend or remove them, or run without --strict"
                 )
             done(_extracted(plan))
+        screening = None
         if recipe.screen is not None:
             with _timed(stages, "screen") as done:
 
@@ -147,7 +148,7 @@ def run_recipe(
                         client = client or stack.enter_context(opened("train"))
                         train_banks(jobs, client, console, "screen", options, paths.claims)
 
-                found, said = screen(found, recipe.screen, train_all)
+                found, said, screening = screen(found, recipe.screen, train_all)
                 done(said)
         with _timed(stages, "train heads") as done:
             if found.plan.banks:
@@ -168,7 +169,7 @@ def run_recipe(
                 thawed = thaw(inputs, board, recipe.thaw, client, console, options, retry_failed=retry_failed)
                 done(f"{thawed.trained:,} networks trained" if thawed.trained else "nothing missing")
     with _timed(stages, "rank and test") as done, lease(_conclusion(paths)):
-        result = conclude(found, recipe.ensemble, thawed, recipe.images.pixel_range)
+        result = conclude(found, recipe.ensemble, thawed, recipe.images.pixel_range, screening)
         done(f"{len(result.board):,} settings ranked")
     if recipe.log is not None:
         with _timed(stages, "log") as done:
@@ -222,14 +223,17 @@ def _trained_heads(found: Survey) -> tuple[pd.DataFrame, str, dict[str, int], in
     return heads, found.metric, {feature.name: prod(feature.shape) for feature in plan.features}, task.n_folds
 
 
-def screen(found: Survey, section: ScreenSection, train_all: Callable[[Sequence[BankJob]], None]) -> tuple[Survey, str]:
-    """The survey with the heads on promising inputs only, and which those are."""
+def screen(
+    found: Survey, section: ScreenSection, train_all: Callable[[Sequence[BankJob]], None]
+) -> tuple[Survey, str, Screening]:
+    """The survey with the heads on promising inputs only, which those are, and what the screening saw."""
     wanted = list(dict.fromkeys(each.inputs for each in found.plan.wanted))
     folder = found.paths.evidence / "screen"
     dataset = found.dataset
-    kept = screen_inputs(wanted, dataset.train, found.directories, section, folder, train_all, dataset.groups).kept
+    screening = screen_inputs(wanted, dataset.train, found.directories, section, folder, train_all, dataset.groups)
+    kept = screening.kept
     said = f"{len(kept):,} of {len(wanted):,} inputs go on: {'; '.join(' + '.join(inputs) for inputs in kept)}"
-    return replace(found, plan=screened_plan(found.plan, kept)), said
+    return replace(found, plan=screened_plan(found.plan, kept)), said, screening
 
 
 def conclude(
@@ -237,10 +241,11 @@ def conclude(
     ensemble_section: EnsembleSection | None = None,
     thawed: Thawed | None = None,
     pixel_range: PixelRange | None = None,
+    screening: Screening | None = None,
 ) -> RunResult:
     """Rank, choose the winner on validation folds, show the answer the test split, and write the tables.
 
-    pixel_range: as in the recipe, for the images that are compared.
+    pixel_range: as in the recipe, for the images that are compared. screening: of the inputs, on the same rows.
     The answer is the winner, or an ensemble where one is asked for and is better at the level of its interval.
     """
     paths, task = found.paths, found.dataset.train
@@ -256,7 +261,7 @@ def conclude(
     except NoWinner:
         withdraw(paths.winner, paths.ensemble)  # of an earlier call, of which this leaderboard knows nothing
         raise
-    selection = weigh_selection(found, board)
+    selection = weigh_selection(found, board, screening)
     told = cautions(found, board, pixel_range)
     features = [open_feature_set(path) for name in winner["inputs"] for path in found.directories[name]]
     backbones = [found.backbones[name] for name in winner["inputs"] for _ in found.directories[name]]
@@ -302,10 +307,13 @@ def cautions(found: Survey, board: pd.DataFrame, pixel_range: PixelRange | None)
     return [*grid_edges(whole, found.metric), *(text for text in (hidden, alike) if text is not None)]
 
 
-def weigh_selection(found: Survey, board: pd.DataFrame) -> Selection | None:
+def weigh_selection(found: Survey, board: pd.DataFrame, screening: Screening | None = None) -> Selection | None:
     """What the choice of the best is worth, from stored predictions; written beside the leaderboard."""
     held = held_out(found.dataset.train, found.dataset.groups)
-    selection = assess_selection(whole_heads(board), held, found.metric)
+    screened = None
+    if screening is not None and (wrong := screening.wrong.get(board.iloc[0]["inputs"])) is not None:
+        screened = screening.luck, wrong[held.rows]
+    selection = assess_selection(whole_heads(board), held, found.metric, screened=screened)
     if selection is None:
         withdraw(found.paths.selection, found.paths.comparisons)
     else:

@@ -349,5 +349,8 @@ def test_screening_keeps_what_is_promising(tmp_path):
     assert ("block3.avg",) in first.kept
     assert [len(errors) for _, errors in first.rounds] == [6, 3]
     assert len(first.kept) == 2 + 1
+    assert first.luck >= 0
+    assert list(first.wrong) == wanted[:-1]
+    assert all(np.isin(wrong, (0, 1)).all() for wrong in first.wrong.values())
     assert sum(trained[: len(trained) // 2]) == (6 + 3) * 3
     assert sum(trained[len(trained) // 2 :]) == 0

@@ -9,6 +9,7 @@ from headrace.heads import Task
 from headrace.pipelines.evidence.predictions import held_out, read_predictions
 from headrace.pipelines.evidence.selection import (
     assess_selection,
+    choice_luck,
     chosen_scores,
     compare_with_best,
     corrected,
@@ -86,6 +87,16 @@ def test_rows_of_one_group_are_drawn_together():
     drawn = resampled_rows(fold, groups, 50, 0)
     assert (drawn.reshape(20, 3, 50) == drawn[::3][:, None]).all()
     assert (drawn[:30].sum(0) == 30).all()
+
+
+def test_the_luck_of_a_choice_is_what_the_best_of_equals_seems_better_by():
+    """Ten heads of the same worth on 300 rows: the best is 1.5 standard errors too good; one head alone is not."""
+    found = []
+    for seed in range(20):
+        right = (np.random.default_rng(seed).random((10, 300)) < 0.5).astype(float)
+        found.append(choice_luck(right, np.arange(300) % 5, np.arange(300)))
+        assert abs(choice_luck(right[:1], np.arange(300) % 5, np.arange(300))) < 0.01
+    assert np.mean(found) == pytest.approx(1.54 * 0.5 / np.sqrt(300), abs=0.012)
 
 
 def test_ties_go_to_the_cheaper_head():

@@ -5,16 +5,18 @@ the training rows alone, as everything that chooses does.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import ceil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 from headrace.heads import BankJob, Task
 from headrace.pipelines.evidence.advise import linear_specs
 from headrace.pipelines.evidence.curves import learning_curve
+from headrace.pipelines.evidence.selection import choice_luck
 from headrace.pipelines.plan import Plan
 from headrace.pipelines.recipe_sections import ScreenSection
 
@@ -27,6 +29,11 @@ class Screening:
 
     kept: tuple[Inputs, ...]
     rounds: tuple[tuple[float, Mapping[Inputs, float]], ...]  # share of the images, error of each input that took part
+    luck: float = (
+        0.0  # by how much the error of the best of all inputs is luckier than that of the best of the kept ones
+    )
+    # (rows of the task,) of each input in the first round, nan where a row is not held out
+    wrong: Mapping[Inputs, npt.NDArray[np.float64]] = field(default_factory=dict, compare=False)
 
 
 def screen_inputs(
@@ -46,6 +53,7 @@ def screen_inputs(
     alive = [inputs for inputs in dict.fromkeys(wanted) if not any(name.endswith(".map") for name in inputs)]
     maps = [inputs for inputs in dict.fromkeys(wanted) if inputs not in alive]
     rounds = []
+    wrong: dict[Inputs, npt.NDArray[np.float64]] = {}
     for fraction in section.images:
         if len(alive) <= section.least:
             break
@@ -56,12 +64,34 @@ def screen_inputs(
                 task, features, linear_specs(task), folder, train_all, groups=groups, fractions=(fraction,)
             )
             errors[inputs] = float(curve.errors[0])
+            if inputs not in wrong:
+                wrong[inputs] = np.full(len(task.fold), np.nan)
+                wrong[inputs][curve.rows] = curve.wrong[0]
         rounds.append((fraction, errors))
         # A tie goes to the narrower input, then to the recipe's order.
         ranked = sorted(alive, key=lambda inputs: (errors[inputs], len(inputs)))
         most = max(section.least, ceil(section.keep * len(alive)))
         alive = [inputs for inputs in alive if inputs in ranked[:most]]
-    return Screening((*alive, *maps), tuple(rounds))
+    together = np.unique(task.content if groups is None else groups, return_inverse=True)[1]
+    luck = _luck(wrong, alive, task, together)
+    return Screening((*alive, *maps), tuple(rounds), luck, wrong)
+
+
+def _luck(
+    wrong: Mapping[Inputs, npt.NDArray[np.float64]],
+    kept: Sequence[Inputs],
+    task: Task,
+    groups: npt.NDArray[np.int64],
+) -> float:
+    if len(wrong) <= len(kept):
+        return 0.0
+    table = np.stack(list(wrong.values()))
+    held = np.isfinite(table).all(0)
+    stayed = np.array([inputs in kept for inputs in wrong])
+    luck = [
+        choice_luck(-table[part][:, held], task.fold[held], groups[held]) for part in (np.ones_like(stayed), stayed)
+    ]
+    return max(0.0, luck[0] - luck[1])
 
 
 def screened_plan(plan: Plan, kept: Sequence[Inputs]) -> Plan:

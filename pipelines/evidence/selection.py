@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from headrace.heads import METRICS, TaskKind, metric_interval, score, weighted_scores
+from headrace.heads import METRICS, TaskKind, metric_interval, row_hits, score, weighted_scores
 from headrace.heads.weighted import SORTED_METRICS
 from headrace.pipelines.evidence.predictions import HeldOut, read_predictions, stacked_predictions
 
@@ -65,10 +65,14 @@ def assess_selection(
     *,
     seed: int = 0,
     blocks: Iterable[tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]] | None = None,
+    screened: tuple[float, Floats] | None = None,
 ) -> Selection | None:
     """The selection among the whole heads of a leaderboard (best first); None where fewer than two rows are held out.
 
-    blocks: (places in the board, predictions (k, N, C)), by default those that are stored. Deterministic in the seed.
+    blocks: (places in the board, predictions (k, N, C)), by default those that are stored. screened: where inputs were
+    screened on the same rows, how much luckier the best of all of them was than the best of those that stayed, and the errors
+    (N,) of the winner's input there: so much of that luck is in the winner's score as its own errors are those. Deterministic
+    in the seed.
     """
     kind, classes = held.task.kind, max(1, len(held.task.classes))
     resamples = RESAMPLES
@@ -108,6 +112,8 @@ def assess_selection(
     expected, low, high = corrected(values, share=float(left.mean()))
     back = 1 if METRICS[metric].higher_is_better else -1
     optimism = share_optimism(held, first, metric) if is_stratified(held) else 0.0
+    if screened is not None and metric in ("accuracy", "hamming_accuracy"):
+        optimism += screened[0] * _likeness(screened[1], 1 - row_hits(kind, held.target, first, metric))
     expected, low, high = (back * value - optimism for value in (expected, low, high))
     low, high = no_narrower(held, first, metric, expected, (min(low, high), max(low, high)))
     table = compare_with_best(observed, inside, right)
@@ -150,6 +156,14 @@ def chosen_scores(inside: Floats, outside: Floats, cost: npt.NDArray[Any]) -> Fl
     """
     best = best_heads(inside, cost)
     return np.asarray(outside[best, np.arange(inside.shape[1])])
+
+
+def choice_luck(scores: Floats, fold: npt.NDArray[Any], groups: npt.NDArray[Any], *, seed: int = 0) -> float:
+    """By how much the best mean of row scores (K, N), higher better, is higher than what choosing it yields on other rows."""
+    drawn = resampled_rows(fold, np.unique(groups, return_inverse=True)[1], RESAMPLES, seed)
+    left = (drawn == 0).astype(np.float64)
+    inside, outside = (scores @ weights / np.maximum(weights.sum(0), 1) for weights in (drawn, left))
+    return float(scores.mean(1).max() - chosen_scores(inside, outside, np.zeros(len(scores))).mean())
 
 
 def best_heads(scores: Floats, cost: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
@@ -205,6 +219,14 @@ def corrected(values: Floats, share: float, level: float = LEVEL) -> tuple[float
     narrower = min(1.0, float(np.sqrt(share / (1 - share)))) if share < 1 else 1.0
     below, above = np.quantile(found, [(1 - level) / 2, (1 + level) / 2]) - middle
     return middle, middle + narrower * min(0.0, float(below)), middle + narrower * max(0.0, float(above))
+
+
+def _likeness(first: Floats, second: Floats) -> float:
+    """The correlation of two heads' errors on the same rows, 0 to 1."""
+    first, second = np.nan_to_num(first), second.reshape(len(second), -1).mean(1)  # nan: a fold that was not screened
+    if first.std() == 0 or second.std() == 0:
+        return 0.0
+    return max(0.0, float(np.corrcoef(first, second)[0, 1]))
 
 
 def is_stratified(held: HeldOut) -> bool:
