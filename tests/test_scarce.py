@@ -15,7 +15,6 @@ from kill_cases import (
     REPORT_CALL,
     RUN,
     RUN_CALL,
-    TRUST,
     call_headrace,
     result,
 )
@@ -45,10 +44,10 @@ def mounted(folder, *options):
 @pytest.mark.parametrize(
     ("call", "state", "first_kib", "step_kib"),
     [
-        (RUN_CALL, "empty", 200, 200),
-        (PREDICT_CALL, "finished", 16, 16),
-        (REPORT_CALL, "finished", 64, 128),
-        (EXPORT_CALL, "finished", 16, 24),
+        (RUN_CALL, "empty", 300, 300),
+        (PREDICT_CALL, "finished", 16, 40),
+        (REPORT_CALL, "finished", 64, 300),
+        (EXPORT_CALL, "finished", 16, 40),
     ],
     ids=["run", "predict", "report", "export"],
 )
@@ -74,8 +73,11 @@ def test_a_disk_that_is_full_again_and_again(whole_run, call, state, first_kib, 
             assert "Traceback" not in done.stderr
             assert refused < 40
             room += step_kib
-        assert refused >= 2
-        assert result(project) == expected
+        assert refused >= 1
+        found = result(project)
+    for name in expected.keys() | found.keys():
+        if "/thaw/parts/" not in name:  # they say from which epoch a network went on
+            assert found[name] == expected[name], name
 
 
 def test_a_finished_run_that_nobody_may_write_to(whole_run, tmp_path):
@@ -96,7 +98,7 @@ def test_a_finished_run_that_nobody_may_write_to(whole_run, tmp_path):
         done = call_headrace(project, ("report", RUN, "--out", "report.html"))
         assert done.returncode == 0, done.stderr
         assert (project / "report.html").stat().st_size > 10_000
-        done = call_headrace(project, ("advise", RUN, *TRUST))
+        done = call_headrace(project, ("advise", RUN))
         assert done.returncode == 2
         assert "cannot be written to. Type: cp -r" in done.stderr
         done = call_headrace(project, RUN_CALL)
