@@ -273,8 +273,9 @@ def mending(said: str) -> list[tuple[str, ...]]:
     return found
 
 
-def judge(project: Path, name: str, command: str, right: Outcome) -> tuple[str, str]:
+def judge(project: Path, name: str, command: str, whole: Mapping[str, Outcome]) -> tuple[str, str]:
     """Call the command and, where it refuses, what its message names; the verdict, with why."""
+    right = whole[command]
     done = call(project, command)
     base = Path(name).name
     if "Traceback" in done.said or done.status not in (0, 1, 2):
@@ -298,7 +299,9 @@ def judge(project: Path, name: str, command: str, right: Outcome) -> tuple[str, 
         if "Traceback" in mended.said:
             return "TRACE", said
     again = call(project, command)
-    if again.status == 0 and again.result == right.result:
+    # The page of heads that were trained again has other times in it.
+    tables = command == "report" and result_of(project, "run") == whole["run"].result
+    if again.status == 0 and (again.result == right.result or tables):
         return "refused", ""
     return "BLOCKED", f"{said}\n$ again -> {again.status}\n{again.said}\n{difference(right.result, again.result)}"
 
@@ -365,7 +368,7 @@ def measure(folder: Path, count: int, seed: int, only: str | None, show: int) ->
         target.unlink()
         if data is not None:
             target.write_bytes(data)
-        verdict, why = judge(project, name, command, right[command])
+        verdict, why = judge(project, name, command, right)
         table[kind][verdict] += 1
         if verdict.isupper():
             faults.append(kind)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TypedDict, Unpack
 
 from headrace.cache import FeatureSpec, publish_replace
+from headrace.cache.sealed import read_sealed_json, sealed_json
 from headrace.extract.errors import BackboneError
 from headrace.extract.spec import BackboneSpec, absolute, backbone_from_fields, check_spec, weights_stamp
 
@@ -67,7 +68,7 @@ def remember_features(
         text = {"backbone": dataclasses.asdict(absolute(spec)), "features": [feature.to_json() for feature in features]}
         with contextlib.suppress(OSError):  # it only saves time
             memo.parent.mkdir(parents=True, exist_ok=True)
-            publish_replace(memo, json.dumps(text).encode())
+            publish_replace(memo, sealed_json(text))
 
 
 def remembered_backbone(cache_root: Path, feature: FeatureSpec) -> BackboneSpec | None:
@@ -75,7 +76,7 @@ def remembered_backbone(cache_root: Path, feature: FeatureSpec) -> BackboneSpec 
     for memo in sorted((cache_root / _FOLDER).glob("*.json")):
         if feature in (_read(memo) or ()):
             with contextlib.suppress(BackboneError):  # of another version
-                return backbone_from_fields(json.loads(memo.read_bytes())["backbone"])
+                return backbone_from_fields(read_sealed_json(memo.read_bytes())["backbone"])
     return None
 
 
@@ -88,7 +89,7 @@ def _memo(spec: BackboneSpec, taps: str | Sequence[str], storing: Storing, cache
 
 def _read(memo: Path) -> tuple[FeatureSpec, ...] | None:
     try:
-        known = json.loads(memo.read_bytes())
+        known = read_sealed_json(memo.read_bytes())
         return tuple(FeatureSpec.from_json(text) for text in known["features"]) or None
     # ValueError: no UTF-8, no JSON, or the fields of another version.
     except (OSError, ValueError, TypeError, KeyError, RecursionError):

@@ -18,6 +18,8 @@ from headrace.cache.sealed import (
     sealed_arrays,
     sealed_json,
 )
+from headrace.extract import BackboneSpec, remember_features
+from headrace.extract.memo import _read
 from headrace.heads import BadHeadFile, LogisticSpec, load_head, save_head
 from headrace.pipelines.thaw.checkpoint import Progress, load_checkpoint, save_checkpoint
 
@@ -120,3 +122,17 @@ def test_a_damaged_checkpoint_is_not_trained_on(tmp_path):
         path.write_bytes(data)
         found = load_checkpoint(path, "key")
         assert found is None or (found[0] == progress and torch.equal(found[1]["w"], torch.arange(50.0)))
+
+
+def test_what_is_remembered_of_a_backbone_is_what_was_found(tmp_path):
+    """A changed memory is none: a digit of a crop in it would have all features extracted again, under another name."""
+    spec = BackboneSpec("torchvision:resnet18", weights="random:0")
+    features = [make_spec()]
+    remember_features(spec, "auto", features, cache_root=tmp_path)
+    (memory,) = (tmp_path / "backbones").iterdir()
+    good = memory.read_bytes()
+    for bad in damages(good):
+        memory.write_bytes(bad)
+        assert _read(memory) in (None, tuple(features))
+    memory.write_bytes(good)
+    assert _read(memory) == tuple(features)

@@ -52,7 +52,11 @@ def _left_out(run: FinishedRun) -> list[Block]:
     """Where every entry of the source went, and why some are not used."""
     accounting = run.accounting
     if accounting is None:
-        return []
+        return [
+            Note(
+                f"Which entries of the source were left out was not recorded: there is no {run.paths.accounting.name}."
+            )
+        ]
     blocks: list[Block] = [Note(f"{accounting.sentence()}.")]
     if accounting.left_out:
         frame = pd.DataFrame(
