@@ -78,7 +78,7 @@ def read_records(path: Path) -> tuple[list[dict[str, Any]], int]:
         lines = path.read_bytes().split(b"\n")
     except FileNotFoundError:
         return [], 0
-    found, damaged = [], 0
+    found, damaged = [], int(lines == [b""])  # an empty file is never written
     for line in lines:
         try:
             found += [read_sealed_json(line)] if line else []

@@ -58,3 +58,5 @@ def test_a_damaged_line_is_counted_and_stays(tmp_path):
     path.write_bytes(path.read_bytes().replace(b"1.5", b"9.5").removesuffix(b"\n"))
     append_records(path, [{"name": "train", "seconds": 3}])
     assert read_records(path) == ([{"name": "extract", "seconds": 20}, {"name": "train", "seconds": 3}], 1)
+    path.write_bytes(b"")
+    assert read_records(path) == ([], 1), "no call leaves an empty file"

@@ -153,11 +153,7 @@ class FinishedRun:
     def damaged_records(self) -> Sequence[str]:
         """What is left out of the two, as sentences."""
         counts = ((path.name, read_records(path)[1]) for path in (self.paths.stages, self.paths.environments))
-        return [
-            f"{count:,} lines of {name} have changed since they were written and are left out."
-            for name, count in counts
-            if count
-        ]
+        return [f"Damaged lines of {name}, left out here: {count:,}." for name, count in counts if count]
 
 
 def read_run(run: Path, *, trust_code: Collection[str] = ()) -> FinishedRun:
