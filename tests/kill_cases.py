@@ -109,9 +109,9 @@ EXPORT_CALL = ("export", RUN, "model", "--format", "safetensors", "--force", *TR
 PROGRAM_CALL = ("export", RUN, "program", "--format", "torch", "--force", *TRUST)
 # What a process holds while it lives; after a call that has ended there is none of them, whoever made it.
 HELD = re.compile(r".*\.(claim|driver|lock)(\..*)?|\.headrace-.*")
-# Fields of JSON and columns of tables that tell when, how long and where, and the digests of bytes that hold such.
+# Fields of JSON and columns of tables that tell when, how long and from which checkpoint, and digests of bytes with such.
 TIMES = {"seconds", "opened", "ended", "time", "train_seconds", "predicted_seconds", "step_seconds", "started"}
-TIMES |= {"seal", "check", "listing", "pilot", "predicted_gain", "model_digest"}
+TIMES |= {"seal", "check", "listing", "pilot", "predicted_gain", "model_digest", "resumed_from"}
 # What each call did and took, what only saves time, digests of tables that hold times, and the number of workers.
 UNCOMPARED = {"logs", "backbones", "__pycache__", "stages.jsonl", "environments.jsonl", "contents.parquet"}
 UNCOMPARED |= {"images.parquet", "tables.json", "recipe.yaml", "recipe.json"}
