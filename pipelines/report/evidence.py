@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from headrace.pipelines.leaderboard import inputs_text
-from headrace.pipelines.records import RunDamaged, read_record, read_table
+from headrace.pipelines.records import RUN_AGAIN, RunDamaged, read_record, read_table
 from headrace.pipelines.report import figures
 from headrace.pipelines.report.blocks import Block, Column, Facts, Figure, Note, Section, Table
 from headrace.pipelines.report.leaders import metric_format, metric_title
@@ -66,17 +66,17 @@ def expected_text(run: FinishedRun) -> tuple[str, str] | None:
     )
 
 
-def read_json(path: Path) -> Found | None:
+def read_json(path: Path, mended_by: str = RUN_AGAIN) -> Found | None:
     """None where the file is not there. Raises RunDamaged."""
     try:
-        return read_record(path)
+        return read_record(path, mended_by)
     except FileNotFoundError:
         return None
 
 
 def _blocks(path: Path, how: str, make: Callable[[Found], list[Block]]) -> tuple[Block, ...]:
     try:
-        found = read_json(path)
+        found = read_json(path, how)
     except RunDamaged as error:
         return (Note(f"Left out: {error}.", "warning"),)
     if found is None:
