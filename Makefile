@@ -19,7 +19,7 @@ demo: $(VENV)/.demo-$(STATE)    ## real solar cells, a pretrained network, hundr
 	$(BIN)/headrace demo
 
 test: lint types                ## lint, types, all tests, the built wheel from another folder
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile --durations 40
 	$(MAKE) --no-print-directory wheel
 
 quick: dev                      ## the fast tests

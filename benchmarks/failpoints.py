@@ -133,7 +133,7 @@ def in_one_process() -> None:
 
     @contextlib.contextmanager
     def opened(*_: Any, **__: Any) -> Iterator[Any]:
-        yield SimpleNamespace(dashboard_link=None)
+        yield SimpleNamespace(dashboard_link=None, nthreads=lambda: {"here": 1})
 
     for module in (extraction, training, stage, train, bulk):
         module.run_tasks = run_tasks
