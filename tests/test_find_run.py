@@ -18,11 +18,11 @@ from headrace.cache.home import HomeUnknown, expand_home, state_directory
 from headrace.extract import hash_bytes
 from headrace.pipelines import cli, load_model, load_recipe
 from headrace.pipelines.evidence.run_directory import read_run_files
+from headrace.pipelines.evidence.signatures import signatures
 from headrace.pipelines.finished import NotARun
 from headrace.pipelines.recipe import RecipeError
 from headrace.pipelines.report.build import write_report
 from headrace.pipelines.report.read import read_run
-from headrace.pipelines.report.thumbnails import signatures
 from headrace.pipelines.status import run_status
 
 RECIPE = """\

@@ -37,8 +37,9 @@ from headrace.pipelines.deliver.graph import Input, pixels_of
 from headrace.pipelines.deliver.images import ImageUnusable
 from headrace.pipelines.deliver.model import load_model
 from headrace.pipelines.deliver.outside import preprocess_file
+from headrace.pipelines.evidence.signatures import signatures
 from headrace.pipelines.prepare import backbone_spec
-from headrace.pipelines.report.thumbnails import Thumbnails, signatures
+from headrace.pipelines.report.thumbnails import Thumbnails
 
 CURE = r"no range of their own.*images\.pixel_range: \[0, 1\].*pixel_range=\(0, 1\)"
 RANGES = st.none() | st.tuples(st.floats(-1e5, 1e5), st.floats(1e-3, 1e5)).map(lambda pair: (pair[0], sum(pair)))

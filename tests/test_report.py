@@ -11,11 +11,11 @@ import pytest
 from report_cases import COPIES, FLIPPED, HOSTILE, finished_run
 from run_cases import headrace
 
+from headrace.pipelines.evidence.duplicates import like_pairs, standardised
 from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.records import read_record, write_record
 from headrace.pipelines.report import read_run, write_report
 from headrace.pipelines.report.blocks import Column, Headline, Section, Table, plain
-from headrace.pipelines.report.duplicates import like_pairs, standardised
 from headrace.pipelines.report.evidence import advice, choice, ensemble, expected_text
 from headrace.pipelines.report.label_errors import confident_classes, likely_errors_by_label, likely_label_errors
 from headrace.pipelines.report.page import cell, render

@@ -107,8 +107,8 @@ def decide(probabilities: npt.NDArray[np.float32], task_kind: TaskKind, classes:
 
 
 def load_model(directory: Path | str, *, trust_code: Collection[str] = ()) -> Model:
-    """Load a model directory; of a run (its directory or its recipe) the answer: winner, or ensemble where that is better
-    beyond doubt.
+    """Load a model directory; of a run (its directory or its recipe) the answer: winner, or ensemble where the interval
+    of its gain lies above 0.
 
     A model may ask for code: a network of its own ("python:module:function"), or an estimator by import path. None is
     imported but what `trust_code` names ("module:function"), and what the recipe names where the run is given by its recipe.
@@ -205,7 +205,7 @@ def _holds_model(place: Path) -> bool:
 
 
 def ensemble_is_answer(run: RunPaths) -> bool:
-    """Whether the run's last recipe asks for an ensemble, and it is better than a single head beyond doubt.
+    """Whether the run's last recipe asks for an ensemble, and the interval of its gain over a single head lies above 0.
 
     Raises RunDamaged for a damaged recipe.json, ModelError for a damaged ensemble.json: the winner would answer in its place,
     and nobody would know.

@@ -16,9 +16,9 @@ from headrace.cache import FeatureSet, HeadraceError, open_feature_set
 from headrace.extract import hash_bytes, read_bytes
 from headrace.extract.images import PixelRange
 from headrace.heads import Task, metric_interval, score
+from headrace.pipelines.evidence.duplicates import like_pairs, standardised
 from headrace.pipelines.evidence.predictions import HeldOut, read_predictions
-from headrace.pipelines.report.duplicates import like_pairs, standardised
-from headrace.pipelines.report.thumbnails import grey_signature
+from headrace.pipelines.evidence.signatures import grey_signature
 
 # A balanced accuracy that lies so much below the accuracy, and surely below it, is told.
 HIDDEN = 0.10

@@ -12,10 +12,11 @@ from headrace.pipelines.evidence.cautions import (
     near_duplicates_text,
     sides,
 )
+from headrace.pipelines.evidence.duplicates import LikePairs, like_pairs, standardised
+from headrace.pipelines.evidence.signatures import signatures
 from headrace.pipelines.report.blocks import Block, Column, Gallery, Note, Picture, Section, Table
-from headrace.pipelines.report.duplicates import LikePairs, like_pairs, standardised
 from headrace.pipelines.report.read import FinishedRun
-from headrace.pipelines.report.thumbnails import Thumbnails, signatures
+from headrace.pipelines.report.thumbnails import Thumbnails
 
 SHOWN = 18
 
