@@ -38,6 +38,24 @@ def test_arrows_run_one_way(package):
         assert ours <= ALLOWED[package], f"{file.relative_to(ROOT)} imports {ours - ALLOWED[package]}"
 
 
+ROOMS = {
+    "evidence": set(),
+    "thaw": set(),
+    "doctor": set(),
+    "deliver": {"thaw"},
+    "report": {"evidence", "deliver"},
+}
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_arrows_run_one_way_within_pipelines(room):
+    """Also those that a function follows when it runs."""
+    for file in sorted((ROOT / "pipelines" / room).glob("*.py")):
+        names = (name.split(".") for name in imports(file) if name.startswith("headrace.pipelines."))
+        others = {name[2] for name in names} & ROOMS.keys() - {room}
+        assert others <= ROOMS[room], f"{file.relative_to(ROOT)} imports {others - ROOMS[room]}"
+
+
 def test_no_module_is_imported_by_its_bare_folder_name():
     """`import cache` would give a second copy whose classes are not the same classes."""
     for package in ALLOWED:
