@@ -138,13 +138,14 @@ def train_fold(fold_job: FoldJob) -> dict[str, Any]:
     has_network = fold != FULL or is_sealed_file(
         Path(job.model) / WEIGHTS
     )  # the part says how; the network is what is needed
+    checkpoint = Path(job.folder) / f"checkpoint{_name(fold)}.safetensors"
     if known is not None and path.exists() and has_network:
+        checkpoint.unlink(missing_ok=True)  # of a process that died before it did so
         return known | {"skipped": True}
     path.unlink(missing_ok=True)  # the first to publish wins: one without its network, or without its curve, would stay
     torch.set_num_threads(job.threads)
     opened = _open(job)
     training = _training(fold_job, opened)
-    checkpoint = Path(job.folder) / f"checkpoint{_name(fold)}.safetensors"
     trained = training.run(checkpoint, f"{job.key} {fold}")
     about: dict[str, Any] = {
         "fold": fold,
