@@ -1,6 +1,10 @@
 """What every test is given without asking."""
 
+import os
+
 import pytest
+
+os.environ.pop("COLUMNS", None)  # pytest-xdist sets it: tables would be as narrow as its own terminal
 
 
 @pytest.fixture(autouse=True)

@@ -231,7 +231,8 @@ def test_features_on_disk_train_as_in_memory(tmp_path: Path) -> None:
 def test_full_heads_train_for_the_mean_best_epoch() -> None:
     """The head trained on all rows equals a torch loop over all rows for the mean best epoch of the folds."""
     X, y, fold = digits()
-    spec = MLPSpec((24,), 1e-2, batch_size=64, epochs=6, patience=2)
+    # Not seed 0: there a unit's input comes within rounding of zero, and its ReLU takes the other side.
+    spec = MLPSpec((24,), 1e-2, batch_size=64, epochs=6, patience=2, seed=1)
     fits = fit_mlp_bank(X, y, n_classes=10, fold=fold, specs=[spec], precision="float32")
     full = fits[-1]
     assert full.fold == FULL
