@@ -20,6 +20,7 @@ the exit status is 1 after a fault.
 
 import argparse
 import collections
+import contextlib
 import json
 import os
 import random
@@ -120,34 +121,43 @@ class Outcome(NamedTuple):
 
 
 def call(project: Path, name: str, argv: Sequence[str] | None = None) -> Outcome:
-    """Call a command in a fork that has everything imported."""
-    argv = COMMANDS[name] if argv is None else argv
+    """Call a command in a fork; what it ended with, and what it made."""
+    status, said = fork_command(project, COMMANDS[name] if argv is None else argv)
+    return Outcome(status, said, result_of(project, name) if status == 0 else {})
+
+
+def fork_command(project: Path, argv: Sequence[str], before: Callable[[], None] = lambda: None) -> tuple[int, str]:
+    """Call a command in a fork that has everything imported; its exit status, minus the signal that killed it, and what it said.
+
+    before: called in the fork, before the command.
+    """
     said = project.parent / "said.txt"
     pid = os.fork()
     if pid == 0:
-        _become(project, argv, said)
+        _become(project, argv, said, before)
     deadline = time.monotonic() + TIME_S
     while (found := os.waitpid(pid, os.WNOHANG))[0] == 0:
         if time.monotonic() > deadline:
             os.killpg(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
-            return Outcome(-9, f"no end after {TIME_S} s\n{said.read_text(errors='replace')}", {})
+            return 1, f"no end after {TIME_S} s\n{said.read_text(errors='replace')}"
         time.sleep(0.005)
-    status = os.waitstatus_to_exitcode(found[1])
-    return Outcome(status, said.read_text(errors="replace"), result_of(project, name) if status == 0 else {})
+    return os.waitstatus_to_exitcode(found[1]), said.read_text(errors="replace")
 
 
-def _become(project: Path, argv: Sequence[str], said: Path) -> None:
+def _become(project: Path, argv: Sequence[str], said: Path, before: Callable[[], None] = lambda: None) -> None:
     from headrace.pipelines.cli import main
 
     os.setsid()
     os.chdir(project)
+    sys.path.insert(0, str(project))  # where a recipe's own network is
     descriptor = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(descriptor, stream)
     sys.argv = ["headrace", *argv]
     status = 1
     try:
+        before()
         main()
         status = 0
     except SystemExit as end:
@@ -360,20 +370,21 @@ def measure(folder: Path, count: int, seed: int, only: str | None, show: int) ->
     draw, table = random.Random(seed), collections.defaultdict(collections.Counter)
     faults: list[str] = []
     began = time.monotonic()
-    for number in range(count):
-        kind = chosen[number % len(chosen)]
-        name = draw.choice(kinds[kind])
-        command = draw.choice(read_by[name])
-        target = restored() / name
-        how, data = damaged(target.read_bytes(), draw)
-        target.unlink()
-        if data is not None:
-            target.write_bytes(data)
-        verdict, why = judge(project, name, command, right)
-        table[kind][verdict] += 1
-        if verdict.isupper():
-            faults.append(kind)
-            print(f"{number}: {verdict}: {name}: {how}: {command}\n{why[-show:]}\n", flush=True)
+    with contextlib.suppress(KeyboardInterrupt):  # what was counted until then is printed
+        for number in range(count):
+            kind = chosen[number % len(chosen)]
+            name = draw.choice(kinds[kind])
+            command = draw.choice(read_by[name])
+            target = restored() / name
+            how, data = damaged(target.read_bytes(), draw)
+            target.unlink()
+            if data is not None:
+                target.write_bytes(data)
+            verdict, why = judge(project, name, command, right)
+            table[kind][verdict] += 1
+            if verdict.isupper():
+                faults.append(kind)
+                print(f"{number}: {verdict}: {name}: {how}: {command}\n{why[-show:]}\n", flush=True)
     shutil.rmtree(project)
     verdicts = ("same", "told", "refused", "SILENT", "TRACE", "BLOCKED")
     print(f"{'kind of file':<64}{'files':>6}" + "".join(f"{word:>9}" for word in verdicts))
@@ -384,7 +395,12 @@ def measure(folder: Path, count: int, seed: int, only: str | None, show: int) ->
     seconds = time.monotonic() - began
     print(
         json.dumps(
-            {"damages": count, "kinds": len(chosen), **{word: total[word] for word in verdicts}, "s": round(seconds)}
+            {
+                "damages": sum(total.values()),
+                "kinds": len(chosen),
+                **{word: total[word] for word in verdicts},
+                "s": round(seconds),
+            }
         )
     )
     return bool(faults)

@@ -26,7 +26,7 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).parents[1] / "tests"), str(Path(__file__).parent)]
 
-from damages import import_everything, kind_of  # noqa: E402
+from damages import fork_command, import_everything, kind_of  # noqa: E402
 from kill_cases import (  # noqa: E402
     CACHE,
     EXPORT_CALL,
@@ -43,7 +43,6 @@ from kill_cases import (  # noqa: E402
 )
 
 QUICK = 40
-TIME_S = 300  # for one command
 
 # The state of the project before it, and the command. The later stages of a run first: a kind is tried once, where it is cheapest.
 CASES: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -142,43 +141,13 @@ def in_one_process() -> None:
 
 
 def call(project: Path, argv: Sequence[str], before: Callable[[], None] = lambda: None) -> tuple[int, str]:
-    """Call a command in a fork; its exit status, minus the signal that killed it, and what it said."""
-    from headrace.pipelines.cli import main as command_line
+    """Call a command in a fork that does everything itself; its exit status, and what it said."""
 
-    said = project.parent / "said.txt"
-    pid = os.fork()
-    if pid == 0:
-        os.setsid()
-        os.chdir(project)
-        sys.path.insert(0, str(project))  # the recipe's network
-        descriptor = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        for stream in (1, 2):
-            os.dup2(descriptor, stream)
-        sys.argv = ["headrace", *argv]
-        status = 1
-        try:
-            in_one_process()
-            before()
-            command_line()
-            status = 0
-        except SystemExit as end:
-            status = end.code if isinstance(end.code, int) else int(end.code is not None)
-        except BaseException:  # noqa: BLE001 - a fork must not return into its parent
-            import traceback
+    def alone() -> None:
+        in_one_process()
+        before()
 
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
-    deadline = time.monotonic() + TIME_S
-    while (found := os.waitpid(pid, os.WNOHANG))[0] == 0:
-        if time.monotonic() > deadline:
-            os.killpg(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-            return 1, f"no end after {TIME_S} s: {said.read_text(errors='replace')}"
-        time.sleep(0.005)
-    return os.waitstatus_to_exitcode(found[1]), said.read_text(errors="replace")
+    return fork_command(project, argv, alone)
 
 
 def calls_of(bench: Bench, state: str, argv: Sequence[str]) -> tuple[list[Kind], dict[str, Any]]:
@@ -268,27 +237,25 @@ def measure(folder: Path, only: str | None, count: int | None, seed: int) -> int
     chosen = points if count is None else points[:: max(1, len(points) // count)]
     table = collections.defaultdict(collections.Counter)
     faults, began = 0, time.monotonic()
-    for case, kind, number, half in chosen:
-        wrong = death(bench, case, kind, number, half=half, right=rights[case])
-        table[case].update(deaths=1, faults=bool(wrong))
-        if wrong:
-            faults += 1
-            print(
-                f"{case}: {'in' if half else 'before'} {kind[0]} {number} of {kind[1]}",
-                *wrong,
-                sep="\n    ",
-                flush=True,
-            )
+    with contextlib.suppress(KeyboardInterrupt):  # what was counted until then is printed
+        for case, kind, number, half in chosen:
+            wrong = death(bench, case, kind, number, half=half, right=rights[case])
+            table[case].update(deaths=1, faults=bool(wrong))
+            if wrong:
+                faults += 1
+                print(
+                    f"{case}: {'in' if half else 'before'} {kind[0]} {number} of {kind[1]}",
+                    *wrong,
+                    sep="\n    ",
+                    flush=True,
+                )
     print(f"{'command':<16}{'kinds of calls':>16}{'deaths':>8}{'faults':>8}")
     for case in rights:
         kinds = len({kind for name, kind, _, _ in points if name == case})
         print(f"{case:<16}{kinds:>16}{table[case]['deaths']:>8}{table[case]['faults']:>8}")
-    seconds = round(time.monotonic() - began)
-    print(
-        json.dumps(
-            {"kinds": len({point[:2] for point in points}), "deaths": len(chosen), "faults": faults, "s": seconds}
-        )
-    )
+    seconds, deaths = round(time.monotonic() - began), sum(each["deaths"] for each in table.values())
+    kinds = len({point[:2] for point in points})
+    print(json.dumps({"kinds": kinds, "deaths": deaths, "faults": faults, "s": seconds}))
     return bool(faults)
 
 
