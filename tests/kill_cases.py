@@ -334,6 +334,9 @@ class Bench:
                 if not killed:  # it has done everything, and nothing is left that could be killed
                     break
             left = age_temporaries(self.project)
+            # A call that was killed between linking a file and removing its temporary leaves two names of one file, whose
+            # time is now the old one.
+            stamps = {path: stamp for path, stamp in published(self.project).items() if path in stamps}
             tally.leftovers.update(_kind(path) for path in left)
             done = call_headrace(self.project, case.call)
             tally.calls += 1
