@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import urllib.parse
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +20,7 @@ from dask.distributed import Client, LocalCluster
 from distributed.system import MEMORY_LIMIT
 
 from headrace.cache import HeadraceError, publish_replace
+from headrace.pipelines.fork_server import METHOD, start_server
 from headrace.pipelines.recipe_sections import ClusterSection
 from headrace.pipelines.tls import TLSMissing, own_security, security
 from headrace.pipelines.worker import GPUS
@@ -30,9 +31,10 @@ Role = Literal["extract", "train"]
 # counts mapped shards as the worker's memory.
 _ENDS_AT = False if sys.platform == "linux" else 0.95
 
-# Dask's workers are spawned: they start clean, hold no lock or thread of ours, and can use CUDA.
+# Dask's workers are spawned: they start clean, hold no lock or thread of ours, and can use CUDA. Those of this machine are
+# forked from a server that is as clean (pipelines/fork_server.py).
 SETTINGS: Mapping[str, Any] = {
-    "distributed.worker.multiprocessing-method": "spawn",
+    METHOD: "spawn",
     "distributed.worker.memory.target": False,
     "distributed.worker.memory.spill": False,
     "distributed.worker.memory.pause": False,
@@ -77,16 +79,22 @@ def available_cores() -> int:
 
 @contextlib.contextmanager
 def open_client(
-    section: ClusterSection, role: Role, *, workers: int | None = None, device: str = "cpu", run: Path
+    section: ClusterSection,
+    role: Role,
+    *,
+    workers: int | None = None,
+    device: str = "cpu",
+    run: Path,
+    imports: Sequence[str] = (),
 ) -> Iterator[Client]:
     """A client of the cluster that the recipe names, for one role; what was started for it is gone after the block.
 
     workers: how many in all; None for what the cluster's kind has by default. device: of extraction. run: the run's
-    directory, for logs and certificates. Raises HeadraceError.
+    directory, for logs and certificates. imports: modules of the tasks, see `local_client`. Raises HeadraceError.
     """
     on_gpu = role == "extract" and device != "cpu"
     if section.where == "local" or (section.where == "cuda" and not on_gpu):
-        opened = local_client(workers, section.memory)
+        opened = local_client(workers, section.memory, imports)
     elif section.where == "cuda":
         opened = cuda_client(workers)
     elif section.where == "slurm":
@@ -102,14 +110,21 @@ def open_client(
 
 
 @contextlib.contextmanager
-def local_client(workers: int | None = None, memory: str | None = None) -> Iterator[Client]:
+def local_client(
+    workers: int | None = None, memory: str | None = None, imports: Sequence[str] = ()
+) -> Iterator[Client]:
     """A client of a new cluster on this machine: one process of one thread per worker, on loopback and over TLS.
 
-    Nobody else is let in: the certificate is the cluster's own, and ends with it. Raises WorkersDidNotStart.
+    Nobody else is let in: the certificate is the cluster's own, and ends with it. imports: modules that tasks will need and
+    that take long to import; on Linux they are imported once for all workers. Raises WorkersDidNotStart.
     """
     _refuse_while_importing()
     count = workers or available_cores()
-    with dask.config.set({**SETTINGS, "distributed.worker.preload": [PRELOAD]}), quiet("distributed"):
+    variables = dict(os.environ)  # a server that is there already has those of an earlier moment
+    with _sigint_held_back():
+        method = start_server(imports)
+    ours = {METHOD: method, "distributed.worker.preload": [PRELOAD]}
+    with dask.config.set({**SETTINGS, **ours}), quiet("distributed"):
         with _sigint_held_back():
             try:
                 cluster = LocalCluster(
@@ -119,6 +134,7 @@ def local_client(workers: int | None = None, memory: str | None = None) -> Itera
                     **_PRIVATE,
                     security=own_security(),
                     memory_limit=memory or int(MEMORY_LIMIT / count),
+                    env=variables,
                     silence_logs=logging.CRITICAL,
                 )
             except RuntimeError as error:

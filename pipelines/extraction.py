@@ -116,6 +116,12 @@ def _record(fatal: Sequence[tuple[ExtractJob, str]], went_well: int) -> list[str
     return []
 
 
+def imports_of(units: Sequence[ExtractJob]) -> list[str]:
+    """Modules that workers need for these units, and that take seconds to import."""
+    libraries = {backbone.name.partition(":")[0] for job in units for backbone, _ in job.networks}
+    return ["headrace.extract.unit", *sorted(libraries & {"timm", "torchvision"})] if units else []
+
+
 def extract_unit(job: ExtractJob) -> "UnitReport":
     """What a worker runs: the unit, unless another driver has published it since the plan was made."""
     from headrace.extract import UnitReport, run_unit

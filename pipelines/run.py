@@ -34,7 +34,7 @@ from headrace.pipelines.evidence.predictions import held_out, whole_heads
 from headrace.pipelines.evidence.screen import Screening, screen_inputs, screened_plan
 from headrace.pipelines.evidence.selection import Selection, assess_selection
 from headrace.pipelines.evidence.train import train_banks
-from headrace.pipelines.extraction import extract_missing
+from headrace.pipelines.extraction import extract_missing, imports_of
 from headrace.pipelines.leaderboard import collect_heads, rank_heads
 from headrace.pipelines.logs import log_run, require_log
 from headrace.pipelines.paths import RunPaths, unit_claims
@@ -110,7 +110,7 @@ def run_recipe(
             done(f"{plan.images:,} images, {len(plan.features)} feature sets, {plan.heads_total:,} heads wanted")
         check_space(plan, recipe.cache, recipe.storage.budget_gb)
         log = stack.enter_context(task_log(paths))  # what is refused until here leaves no folder behind
-        opened = partial(_opened, recipe, paths, log, workers)
+        opened = partial(_opened, recipe, paths, log, workers, imports_of(plan.units))
         write_inputs(found)
         write_record(found.paths.recipe, recipe.model_dump(mode="json"))
         options = TaskOptions(recipe.cluster.deadline_s, tell=log)
@@ -184,10 +184,16 @@ def run_recipe(
 
 @contextmanager
 def _opened(
-    recipe: Recipe, paths: RunPaths, log: TaskLog, workers: int | None, role: Role, device: str = "cpu"
+    recipe: Recipe,
+    paths: RunPaths,
+    log: TaskLog,
+    workers: int | None,
+    imports: Sequence[str],
+    role: Role,
+    device: str = "cpu",
 ) -> Iterator[Client]:
     workers = workers or recipe.compute.workers
-    with open_client(recipe.cluster, role, workers=workers, device=device, run=paths.root) as client:
+    with open_client(recipe.cluster, role, workers=workers, device=device, run=paths.root, imports=imports) as client:
         log("cluster", where=recipe.cluster.where, role=role, dashboard=client.dashboard_link)
         yield client
 

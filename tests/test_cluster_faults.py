@@ -1,5 +1,6 @@
 """What a run promises when workers, drivers and heads go wrong, on real Dask processes."""
 
+import contextlib
 import os
 import random
 import subprocess
@@ -37,14 +38,12 @@ def importable(monkeypatch):
 
 
 def workers_of(process):
-    """The worker processes below a process."""
+    """The worker processes below a process: children of the server that they are forked from."""
     found = []
-    for child in process.children(recursive=True):
-        try:
-            if any("spawn_main" in word for word in child.cmdline()):
-                found.append(child)
-        except psutil.Error:
-            continue
+    for child in process.children():
+        with contextlib.suppress(psutil.Error):
+            if any("multiprocessing.forkserver" in word for word in child.cmdline()):
+                found += child.children()
     return found
 
 
