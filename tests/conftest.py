@@ -1,7 +1,11 @@
 """What every test is given without asking."""
 
+import multiprocessing
 import os
 
+import dask
+import distributed
+import forks
 import pytest
 
 os.environ.pop("COLUMNS", None)  # pytest-xdist sets it: tables would be as narrow as its own terminal
@@ -10,7 +14,24 @@ os.environ.pop("COLUMNS", None)  # pytest-xdist sets it: tables would be as narr
 @pytest.fixture(autouse=True)
 def own_state_directory(tmp_path_factory, monkeypatch):
     """What a test remembers about this machine (verified shards) stays its own."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("state")))
+    state = {"XDG_CACHE_HOME": str(tmp_path_factory.mktemp("state"))}
+    monkeypatch.setenv("XDG_CACHE_HOME", state["XDG_CACHE_HOME"])
+    with dask.config.set({"distributed.nanny.environ": state}):  # workers that are forked have another's environment
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def forked_workers():
+    """Dask's workers are forked from one process that has imported everything, instead of spawned; see `spawned_workers`."""
+    multiprocessing.set_forkserver_preload(forks.modules())
+    forks.use_forkserver()
+
+
+@pytest.fixture
+def spawned_workers(monkeypatch):
+    """Dask's workers are fresh interpreters, as they are for users."""
+    for module in (distributed.nanny, distributed.process):
+        monkeypatch.setattr(module, "get_mp_context", distributed.utils.get_mp_context)
 
 
 @pytest.fixture
@@ -45,4 +66,4 @@ def whole_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder / "state"))
-        return Bench(folder)
+        return Bench(folder, forked=True)

@@ -22,10 +22,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import forks
 import h5py
 import numpy as np
 import pandas as pd
-from run_cases import make_photos
+from forks import ONE_THREAD
+from run_cases import fresh_headrace, headrace, make_photos
 
 from headrace.cache.collect import STALE_S, find_garbage
 from headrace.cache.manifest import read_manifest
@@ -100,6 +102,7 @@ CACHE, RUN = "headrace-cache", "headrace-runs/recipe"
 PREDICTED = 600  # images: three parts
 SHARED = 1100  # images: enough for worker processes to be started
 DELAY_S = 0.2
+FORKED_DELAY = 0.25  # of a fresh call's
 CALL_S = 600  # no call takes so long, on whatever machine
 RUN_CALL = ("run", "recipe.yaml")
 REPORT_CALL = ("report", "recipe.yaml", "--tables")
@@ -115,8 +118,6 @@ TIMES |= {"seal", "check", "listing", "pilot", "predicted_gain", "model_digest",
 # What each call did and took, what only saves time, digests of tables that hold times, and the number of workers.
 UNCOMPARED = {"logs", "backbones", "__pycache__", "stages.jsonl", "environments.jsonl", "contents.parquet"}
 UNCOMPARED |= {"images.parquet", "tables.json", "recipe.yaml", "recipe.json"}
-# Sums are then the same from call to call, whatever else the machine does.
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
 @dataclass(frozen=True)
@@ -258,10 +259,13 @@ KILLS = sum(case.share for case in CASES.values())
 
 
 class Bench:
-    """A folder with the images, the states of an uninterrupted reference, and its results by call."""
+    """A folder with the images, the states of an uninterrupted reference, and its results by call.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    forked: calls are forks (forks.py) instead of fresh interpreters, and several times as fast, as are the moments of kills.
+    """
+
+    def __init__(self, folder: Path, *, forked: bool = False) -> None:
+        self.folder, self.forked = folder, forked
         self.project = folder / "project"  # every chain runs here: tables name their files by absolute paths
         self.results: dict[tuple[str, ...], dict[str, Any]] = {}
         self.took: dict[tuple[str, ...], float] = {}  # seconds of the calls that nobody killed
@@ -306,9 +310,24 @@ class Bench:
             self._note(call)
         return self.results[call]
 
+    def call(self, call: Sequence[str], **options: Any) -> "subprocess.CompletedProcess[str]":
+        """Call headrace and wait for the end."""
+        function = headrace if self.forked else fresh_headrace
+        return function(*call, cwd=self.project, timeout=CALL_S, env=os.environ | ONE_THREAD, **options)
+
+    def _start(self, call: Sequence[str], said: Any) -> Any:
+        """Start a call as the first process of a session of its own."""
+        environment = os.environ | ONE_THREAD
+        if self.forked:
+            return forks.start(call, cwd=self.project, stdout=said, stderr=said, env=environment)
+        command = [sys.executable, "-m", "headrace.pipelines", *call]
+        return subprocess.Popen(
+            command, cwd=self.project, stdout=said, stderr=said, start_new_session=True, env=environment
+        )
+
     def _note(self, call: tuple[str, ...]) -> None:
         began = time.monotonic()
-        done = call_headrace(self.project, call)
+        done = self.call(call)
         assert done.returncode == 0, done.stderr or done.stdout
         self.took[call] = time.monotonic() - began
         self.results[call] = result(self.project)
@@ -338,7 +357,7 @@ class Bench:
             # time is now the old one.
             stamps = {path: stamp for path, stamp in published(self.project).items() if path in stamps}
             tally.leftovers.update(_kind(path) for path in left)
-            done = call_headrace(self.project, case.call)
+            done = self.call(case.call)
             tally.calls += 1
             tally.faults += self._compare(case, expected, stamps, done)
             tally.faults += [f"a process of killed call {group} lives on" for group in groups if lives(group)]
@@ -348,9 +367,10 @@ class Bench:
     def _kill_once(self, case: Case, trigger: Trigger, draw: random.Random, tally: Tally, groups: list[int]) -> bool:
         before = seen(self.project, trigger.pattern)
         whole = draw.random() < 0.5
-        delay = draw.uniform(0, trigger.delay_s if trigger.pattern else self.took[case.call])
+        longest = trigger.delay_s * (FORKED_DELAY if self.forked else 1) if trigger.pattern else self.took[case.call]
+        delay = draw.uniform(0, longest)
         with (self.folder / "said.txt").open("wb") as said:
-            process = start(self.project, case.call, said)
+            process = self._start(case.call, said)
             appeared = not trigger.pattern or wait_until(
                 lambda: len(seen(self.project, trigger.pattern) - before) >= trigger.count, process
             )
@@ -391,22 +411,6 @@ class Bench:
         return faults
 
 
-def start(project: Path, call: Sequence[str], said: Any) -> subprocess.Popen[bytes]:
-    """Start a call as the first process of a session of its own."""
-    command = [sys.executable, "-m", "headrace.pipelines", *call]
-    return subprocess.Popen(
-        command, cwd=project, stdout=said, stderr=subprocess.STDOUT, start_new_session=True, env=os.environ | ONE_THREAD
-    )
-
-
-def call_headrace(project: Path, call: Sequence[str]) -> "subprocess.CompletedProcess[str]":
-    """Call and wait for the end."""
-    command = [sys.executable, "-m", "headrace.pipelines", *call]
-    return subprocess.run(
-        command, cwd=project, capture_output=True, text=True, timeout=CALL_S, env=os.environ | ONE_THREAD
-    )
-
-
 def seen(project: Path, pattern: str) -> set[tuple[str, int, int]]:
     """What a pattern finds now; a file that was replaced is another one."""
     found = set()
@@ -419,7 +423,7 @@ def seen(project: Path, pattern: str) -> set[tuple[str, int, int]]:
     return found
 
 
-def wait_until(is_so: Any, process: subprocess.Popen[bytes]) -> bool:
+def wait_until(is_so: Any, process: Any) -> bool:
     """Wait; False if the process ends before, or is taken for hung."""
     deadline = time.monotonic() + CALL_S
     while process.poll() is None:
@@ -431,7 +435,7 @@ def wait_until(is_so: Any, process: subprocess.Popen[bytes]) -> bool:
     return False
 
 
-def ends_within(process: subprocess.Popen[bytes], seconds: float) -> bool:
+def ends_within(process: Any, seconds: float) -> bool:
     """Whether a process ends by itself before so long."""
     try:
         process.wait(seconds)

@@ -2,7 +2,9 @@
 
 import subprocess
 import sys
+import tempfile
 
+import forks
 import numpy as np
 from PIL import Image
 
@@ -43,7 +45,27 @@ def make_photos(folder, n=60, seed=0):
         Image.fromarray(pixels).save(folder / name / f"{i:03}.png")
 
 
-def headrace(*arguments, cwd, timeout=300):
-    """The command line as a user calls it."""
+def headrace(*arguments, cwd, timeout=300, env=None, first="", text=True):
+    """The command line as a user calls it, in a process of its own that had everything imported (forks.py).
+
+    first: Python that is run in it before.
+    """
+    mode = "w+" if text else "w+b"
+    with tempfile.TemporaryFile(mode) as out, tempfile.TemporaryFile(mode) as errors:
+        call = forks.start(arguments, cwd=cwd, stdout=out, stderr=errors, env=env, first=first)
+        try:
+            call.wait(timeout)
+        except BaseException:
+            call.kill()
+            raise
+        said = []
+        for file in (out, errors):
+            file.seek(0)
+            said.append(file.read())
+    return subprocess.CompletedProcess(["headrace", *map(str, arguments)], call.returncode, *said)
+
+
+def fresh_headrace(*arguments, cwd, timeout=300, env=None):
+    """The command line in a fresh interpreter."""
     command = [sys.executable, "-m", "headrace.pipelines", *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)

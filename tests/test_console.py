@@ -13,7 +13,7 @@ import pytest
 from deliver_cases import run_here
 from PIL import Image
 from rich.table import Table
-from run_cases import make_photos
+from run_cases import headrace, make_photos
 
 from headrace.pipelines import cli
 from headrace.pipelines.console import escape_unencodable, make_console, valid_text
@@ -45,10 +45,8 @@ def run(tmp_path_factory):
     return folder
 
 
-def headrace_bytes(*arguments, cwd, **environment):
-    """The command line with its output as bytes."""
-    command = [sys.executable, "-m", "headrace.pipelines", *arguments]
-    return subprocess.run(command, cwd=cwd, env=os.environ | environment, capture_output=True, timeout=300)
+# What PYTHONIOENCODING=ascii does.
+ASCII = "import sys; sys.stdout.reconfigure(encoding='ascii'); sys.stderr.reconfigure(encoding='ascii')"
 
 
 def test_text_is_printed_as_it_is(capsys, monkeypatch):
@@ -102,21 +100,31 @@ def test_bytes_that_are_no_utf8_are_escaped_and_nothing_else():
 )
 def test_commands_end_well_where_the_output_is_ascii(run, arguments):
     """In a folder and with classes whose names are no ASCII, and full of brackets."""
-    done = headrace_bytes(*arguments, cwd=run, PYTHONIOENCODING="ascii")
+    done = headrace(*arguments, cwd=run, first=ASCII, text=False)
     assert done.returncode == 0, done.stderr.decode()
     assert done.stdout.isascii()
     assert b"Traceback" not in done.stderr
     assert arguments[0] == "report" or b"[draft] :dog: caf\\xe9" in done.stdout.replace(b"\n", b"")
 
 
+def test_an_interpreter_is_told_so_by_its_environment(run):
+    """As by a locale."""
+    command = [sys.executable, "-m", "headrace.pipelines", "status", "recipe.yaml"]
+    done = subprocess.run(
+        command, cwd=run, env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    assert b"[draft] :dog: caf\\xe9" in done.stdout.replace(b"\n", b"")
+
+
 def test_predictions_on_the_screen_are_utf8_whatever_the_locale(run, tmp_path):
     """Byte for byte the table that a file would hold; what is said beside it is the locale's."""
     new = tmp_path / "é[x].png"
     Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save(new)
-    screen = headrace_bytes("predict", "recipe.yaml", str(new), "--out", "-", cwd=run, PYTHONIOENCODING="ascii")
+    screen = headrace("predict", "recipe.yaml", new, "--out", "-", cwd=run, first=ASCII, text=False)
     assert screen.returncode == 0, screen.stderr.decode()
-    file = headrace_bytes("predict", "recipe.yaml", str(new), "--out", str(tmp_path / "p.csv"), cwd=run)
-    assert file.returncode == 0, file.stderr.decode()
+    file = headrace("predict", "recipe.yaml", new, "--out", tmp_path / "p.csv", cwd=run)
+    assert file.returncode == 0, file.stderr
     assert screen.stdout == (tmp_path / "p.csv").read_bytes()
     header, row = csv.reader(screen.stdout.decode("utf-8").splitlines())
     assert header == ["file", "class", "probability", "p_[rare] :cat: fin é", "p_coarse", "error"]

@@ -3,12 +3,11 @@
 import io
 import json
 import os
-import signal
-import subprocess
 import sys
 import tarfile
 import time
 
+import forks
 import numpy as np
 import pandas as pd
 import pytest
@@ -206,13 +205,14 @@ def test_a_killed_prediction_goes_on_where_it_was(run, model, tmp_path):
     """SIGKILL once the first part is there: the next call predicts the rest alone, and the table is that of one call."""
     make_photos(tmp_path / "many", n=600, seed=3)
     command = ["predict", str(run / "headrace-runs" / "recipe"), "many", "-o", "p.csv", "--workers", "1"]
-    process = subprocess.Popen([sys.executable, "-m", "headrace.pipelines", *command], cwd=tmp_path)
     parts = tmp_path / "p.csv.parts"
+    with (tmp_path / "said.txt").open("w") as said:
+        call = forks.start(command, cwd=tmp_path, stdout=said, stderr=said)
     while not list(parts.glob("*.parquet")):
-        assert process.poll() is None
-        time.sleep(0.05)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+        assert call.poll() is None
+        time.sleep(0.005)
+    call.kill()
+    call.wait()
     kept = {path: path.stat().st_mtime_ns for path in parts.glob("*.parquet")}
     assert kept
     assert not (tmp_path / "p.csv").exists()

@@ -3,7 +3,6 @@
 import os
 import pwd
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import pytest
 import torch
 import torchvision
 from deliver_cases import run_here
-from run_cases import make_photos
+from run_cases import headrace, make_photos
 
 from headrace.cache import open_feature_set
 from headrace.cache.home import HomeUnknown, expand_home, state_directory
@@ -207,16 +206,9 @@ def test_a_library_that_asks_for_a_home_does_not_end_the_run(tmp_path):
     make_photos(tmp_path / "photos", n=24)
     text = RECIPE.replace("net.pth", "random:0") + "log: {mlflow: mlruns}\n"
     (tmp_path / "recipe.yaml").write_text(text, encoding="utf-8")
-    script = (
-        "import pwd\n"
-        "def unknown(_): raise KeyError('uid not found')\n"
-        "pwd.getpwuid = unknown\n"
-        "from headrace.pipelines.cli import main\n"
-        "main()\n"
-    )
+    unknown = "import pwd\ndef unknown(_): raise KeyError('uid not found')\npwd.getpwuid = unknown\n"
     environment = {name: value for name, value in os.environ.items() if name not in ("HOME", "USER", "LOGNAME")}
-    command = [sys.executable, "-c", script, "run", "recipe.yaml"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    done = headrace("run", "recipe.yaml", cwd=tmp_path, env=environment, first=unknown)
     assert done.returncode == 0, done.stderr
     assert "MLflow told" in done.stdout
 

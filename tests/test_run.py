@@ -1,14 +1,9 @@
 """Whole runs on small made images: the main job, doing only what is missing, and every refusal at the command line."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
 import sys
-import time
 import zlib
-from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -237,34 +232,6 @@ def test_a_recipe_that_is_not_there_is_one_clear_error(tmp_path):
     assert done.returncode == 2
     assert "Traceback" not in done.stdout + done.stderr
     assert "headrace init" in done.stderr
-
-
-@pytest.mark.slow
-def test_a_killed_run_goes_on_where_it_was(tmp_path):
-    """SIGKILL of the driver at growing delays: published work is never done again, and the result is the same."""
-    make_photos(tmp_path / "photos", n=60)
-    (tmp_path / "recipe.yaml").write_text(RECIPE)
-    done_before: set[Path] = set()
-    for delay in (4.0, 7.0, 9.0):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "headrace.pipelines", "run", "recipe.yaml"],
-            cwd=tmp_path,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        time.sleep(delay)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        published = {path for path in tmp_path.rglob("*.h5") if ".tmp" not in path.name}
-        assert done_before <= published
-        done_before = published
-    stamps = {path: path.stat().st_mtime_ns for path in done_before}
-    finished = headrace("run", "recipe.yaml", cwd=tmp_path)
-    assert finished.returncode == 0, finished.stderr
-    assert {path: path.stat().st_mtime_ns for path in done_before} == stamps
-    again = headrace("run", "recipe.yaml", cwd=tmp_path)
-    assert "nothing missing" in again.stdout
 
 
 @pytest.mark.slow

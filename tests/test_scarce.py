@@ -4,18 +4,14 @@ import contextlib
 import os
 import shutil
 import subprocess
-import sys
 
 import pytest
 from kill_cases import (
-    CALL_S,
     EXPORT_CALL,
-    ONE_THREAD,
     PREDICT_CALL,
     REPORT_CALL,
     RUN,
     RUN_CALL,
-    call_headrace,
     result,
 )
 
@@ -64,7 +60,7 @@ def test_a_disk_that_is_full_again_and_again(whole_run, call, state, first_kib, 
         refused = 0
         while True:
             subprocess.run(["mount", "-o", f"remount,size={room}k", project], check=True)
-            done = call_headrace(project, call)
+            done = whole_run.call(call)
             if done.returncode == 0:
                 break
             refused += 1
@@ -90,18 +86,18 @@ def test_a_finished_run_that_nobody_may_write_to(whole_run, tmp_path):
     with mounted(run, "--bind", run):
         subprocess.run(["mount", "-o", "remount,ro,bind", run], check=True)
         for call in (PREDICT_CALL, EXPORT_CALL, ("status", RUN)):
-            done = call_headrace(project, call)
+            done = whole_run.call(call)
             assert done.returncode == 0, done.stderr
-        done = call_headrace(project, ("report", RUN))
+        done = whole_run.call(("report", RUN))
         assert done.returncode == 2
         assert f"Type: headrace report {RUN} --out report.html" in done.stderr
-        done = call_headrace(project, ("report", RUN, "--out", "report.html"))
+        done = whole_run.call(("report", RUN, "--out", "report.html"))
         assert done.returncode == 0, done.stderr
         assert (project / "report.html").stat().st_size > 10_000
-        done = call_headrace(project, ("advise", RUN))
+        done = whole_run.call(("advise", RUN))
         assert done.returncode == 2
         assert "cannot be written to. Type: cp -r" in done.stderr
-        done = call_headrace(project, RUN_CALL)
+        done = whole_run.call(RUN_CALL)
         assert done.returncode == 2
         assert "cannot be written to" in done.stderr
 
@@ -119,30 +115,19 @@ os.link = os.symlink = refuse
 """
 
 
-def test_a_file_system_without_links(whole_run, monkeypatch, tmp_path):
+def test_a_file_system_without_links(whole_run):
     """Neither hard nor symbolic ones, in the workers too: the same results."""
-    (tmp_path / "sitecustomize.py").write_text(NO_LINKS)
     expected = whole_run.reference(RUN_CALL)
     whole_run.restore("empty", 1)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
-    done = call_headrace(whole_run.project, RUN_CALL)
+    done = whole_run.call(RUN_CALL, first=NO_LINKS)
     assert done.returncode == 0, done.stderr
     assert result(whole_run.project) == expected
-
-
-def limited(project, limit, call):
-    """A call under a limit of the shell's."""
-    command = ["sh", "-c", f'ulimit {limit} && exec "$0" "$@"', sys.executable, "-m", "headrace.pipelines", *call]
-    environment = os.environ | ONE_THREAD
-    return subprocess.run(
-        command, cwd=project, capture_output=True, text=True, timeout=CALL_S, env=environment, check=False
-    )
 
 
 def test_sixty_four_descriptors_are_enough(whole_run):
     """What macOS gave for years is 256."""
     expected = whole_run.reference(RUN_CALL)
     whole_run.restore("empty", 1)
-    done = limited(whole_run.project, "-n 64", RUN_CALL)
+    done = whole_run.call(RUN_CALL, first="import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))")
     assert done.returncode == 0, done.stderr
     assert result(whole_run.project) == expected

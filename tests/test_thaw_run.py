@@ -4,12 +4,11 @@ import dataclasses
 import errno
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import forks
 import numpy as np
 import pandas as pd
 import pytest
@@ -380,13 +379,14 @@ def test_two_drivers_share_the_networks_of_a_run(tmp_path: Path) -> None:
     every task is in the logs."""
     make_photos(tmp_path / "photos", n=48)
     (tmp_path / "recipe.yaml").write_text(RECIPE)
-    command = [sys.executable, "-m", "headrace.pipelines", "run", "recipe.yaml", "--workers", "1"]
-    drivers = [
-        subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for _ in range(2)
-    ]
-    said = [driver.communicate(timeout=300)[0] for driver in drivers]
-    assert [driver.returncode for driver in drivers] == [0, 0], said
+    drivers = []
+    for number in range(2):
+        with (tmp_path / f"said{number}.txt").open("w") as said:
+            command = ("run", "recipe.yaml", "--workers", "1")
+            drivers.append(forks.start(command, cwd=tmp_path, stdout=said, stderr=said))
+    ended = [driver.wait(300) for driver in drivers]
+    said = [(tmp_path / f"said{number}.txt").read_text() for number in range(2)]
+    assert ended == [0, 0], said
     assert all("Winner: finetune fine-tuned above layer3" in each for each in said)
     run = tmp_path / "headrace-runs" / "recipe"
     events = [event for log in (run / "logs").glob("*.jsonl") for event in read_log(log)]
