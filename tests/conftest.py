@@ -1,37 +1,36 @@
 """What every test is given without asking."""
 
-import multiprocessing
 import os
 
-import dask
-import distributed
 import forks
 import pytest
 
+from headrace.pipelines.fork_server import start_server
+
+# The files that take longest, in this order first: then two processes end together.
+LONGEST = ("demo", "kills", "cluster_slurm", "cluster_faults", "tutorial", "notebooks", "docs", "readme", "run")
+
 os.environ.pop("COLUMNS", None)  # pytest-xdist sets it: tables would be as narrow as its own terminal
+
+
+def pytest_collection_modifyitems(items):
+    """Put the tests of the longest files first."""
+    place = {f"test_{name}": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
 @pytest.fixture(autouse=True)
 def own_state_directory(tmp_path_factory, monkeypatch):
     """What a test remembers about this machine (verified shards) stays its own."""
-    state = {"XDG_CACHE_HOME": str(tmp_path_factory.mktemp("state"))}
-    monkeypatch.setenv("XDG_CACHE_HOME", state["XDG_CACHE_HOME"])
-    with dask.config.set({"distributed.nanny.environ": state}):  # workers that are forked have another's environment
-        yield
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("state")))
 
 
 @pytest.fixture(scope="session", autouse=True)
-def forked_workers():
-    """Dask's workers are forked from one process that has imported everything, instead of spawned; see `spawned_workers`."""
-    multiprocessing.set_forkserver_preload(forks.modules())
-    forks.use_forkserver()
-
-
-@pytest.fixture
-def spawned_workers(monkeypatch):
-    """Dask's workers are fresh interpreters, as they are for users."""
-    for module in (distributed.nanny, distributed.process):
-        monkeypatch.setattr(module, "get_mp_context", distributed.utils.get_mp_context)
+def one_server_for_all_workers():
+    """The process that workers are forked from has imported everything, not only what its first cluster needs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("headrace.pipelines.cluster.start_server", lambda _: start_server(forks.modules()))
+        yield
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ import functools
 import gc
 import importlib
 import json
-import multiprocessing
 import os
 import pkgutil
 import runpy
@@ -26,8 +25,6 @@ import traceback
 from collections.abc import Callable
 from multiprocessing import connection, forkserver
 from typing import Any
-
-import distributed
 
 # Sums are then the same from call to call, whatever else the machine does; and OpenMP, which cannot be forked, has no threads.
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
@@ -99,7 +96,7 @@ def _server() -> socket.socket:
         process = subprocess.Popen(
             [sys.executable, __file__, str(its.fileno())],
             stdin=subprocess.DEVNULL,
-            env=os.environ | ONE_THREAD,
+            env=os.environ | ONE_THREAD | {"JE_ARROW_MALLOC_CONF": "background_thread:false"},  # nor has PyArrow any
             pass_fds=[its.fileno()],
         )
 
@@ -161,7 +158,7 @@ def modules() -> list[str]:
     for folder in ("extract", "cache", "heads", "pipelines"):
         package = importlib.import_module(f"headrace.{folder}")
         names = [module.name for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")]
-        found += [name for name in names if not name.rpartition(".")[2].startswith("_")]
+        found += [name for name in names if not name.rpartition(".")[2].startswith(("_", "ends_with_driver"))]
     return found
 
 
@@ -187,10 +184,9 @@ def main() -> None:
 
 
 def fork_workers() -> None:
-    """Have Dask's workers forked too, by a process that multiprocessing asks for them, instead of spawned.
+    """Start the server that workers are forked from (pipelines/fork_server.py) by a fork too, instead of an interpreter."""
+    from headrace.pipelines.worker import die_with_parent
 
-    It is forked now, before there are threads, and ends with this one; the workers end with it.
-    """
     listener = socket.socket(socket.AF_UNIX)
     address = connection.arbitrary_address("AF_UNIX")
     listener.bind(address)
@@ -199,6 +195,7 @@ def fork_workers() -> None:
     pid = os.fork()
     if pid == 0:
         os.close(held)
+        die_with_parent()
         try:
             forkserver.main(listener.fileno(), alive, [])
         finally:
@@ -207,13 +204,6 @@ def fork_workers() -> None:
     listener.close()
     server: Any = forkserver._forkserver  # type: ignore[attr-defined]
     server._forkserver_address, server._forkserver_alive_fd, server._forkserver_pid = address, held, pid
-    use_forkserver()
-
-
-def use_forkserver() -> None:
-    """Let Dask start its workers by multiprocessing's fork server."""
-    for module in (distributed.nanny, distributed.process):
-        module.get_mp_context = functools.partial(multiprocessing.get_context, "forkserver")
 
 
 def _status_of(program: Callable[[], Any]) -> int:

@@ -32,7 +32,7 @@ HERE = Path(__file__).parent
 
 
 @pytest.fixture(autouse=True)
-def importable(monkeypatch, spawned_workers):
+def importable(monkeypatch):
     """Workers and drivers find the misbehaving heads."""
     monkeypatch.setenv("PYTHONPATH", str(HERE))
 

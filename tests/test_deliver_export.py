@@ -11,7 +11,7 @@ import pytest
 import torch
 from deliver_cases import here
 from PIL import Image
-from run_cases import make_photos
+from run_cases import headrace, make_photos
 
 from headrace.cache import ExtraMissing
 from headrace.extract import BackboneSpec, Preprocessing, list_folder, load_backbone, parse_tap
@@ -355,28 +355,13 @@ def test_a_network_in_an_ensemble_is_the_same_in_onnx(photos, tmp_path):
     np.testing.assert_allclose(run_alone(tmp_path / "out", paths, "onnx"), expected, atol=export.TOLERANCE)
 
 
-FULL_DISK = """
-import resource, sys
-from pathlib import Path
-from headrace.pipelines.deliver.export import ExportError, export_model
-from headrace.pipelines.deliver.model import load_model
-model = load_model(sys.argv[1])
-resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
-try:
-    export_model(model, Path(sys.argv[2]), [sys.argv[3]])
-except ExportError as error:
-    print(error)
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["torch", "safetensors"])
 def test_a_full_disk_is_an_error_and_leaves_nothing(photos, features, tmp_path, what):
     """A file that cannot grow: the reason and what to do, where torch's own writer would end the process."""
-    place = model_directory(tmp_path / "model", photos, features, LogisticSpec(0.1), ["avg"])
-    done = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, place, tmp_path / "out", what], capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    assert "Nothing was written: make room" in done.stdout
+    model_directory(tmp_path / "model", photos, features, LogisticSpec(0.1), ["avg"])
+    full = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))"
+    done = headrace("export", "model", "out", "--format", what, cwd=tmp_path, first=full)
+    assert done.returncode == 2, done.stderr
+    assert "Nothing was written: make room" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
