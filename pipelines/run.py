@@ -27,6 +27,7 @@ from headrace.pipelines.claims import remove_dead
 from headrace.pipelines.cluster import Role, open_client
 from headrace.pipelines.console import make_console
 from headrace.pipelines.environment import environment, note_environment
+from headrace.pipelines.evidence.calibration import temperature_of
 from headrace.pipelines.evidence.cautions import grid_edges, hidden_classes, near_duplicates
 from headrace.pipelines.evidence.ensemble import Ensemble, build_ensemble
 from headrace.pipelines.evidence.ensemble_store import save_ensemble, show_test
@@ -271,7 +272,8 @@ def conclude(
     told = cautions(found, board, pixel_range)
     features = [open_feature_set(path) for name in winner["inputs"] for path in found.directories[name]]
     backbones = [found.backbones[name] for name in winner["inputs"] for _ in found.directories[name]]
-    save_winner(paths.winner, winner, features, backbones, task, found.metric)
+    temperature = temperature_of(winner, task)
+    save_winner(paths.winner, winner, features, backbones, task, found.metric, temperature)
     ensemble = None if ensemble_section is None else combine_heads(found, board, ensemble_section)
     if ensemble is None:
         withdraw(paths.ensemble)
@@ -283,7 +285,7 @@ def conclude(
         tested = show_test(paths.openings, ensemble, found.directories, test, task.digest, found.dataset.test_groups)
     else:
         groups = found.dataset.test_groups
-        tested = open_test(paths.openings, winner, features, test, task.digest, found.metric, groups)
+        tested = open_test(paths.openings, winner, features, test, task.digest, found.metric, groups, temperature)
     return RunResult(
         paths=paths,
         metric=found.metric,
