@@ -35,7 +35,8 @@ from headrace.pipelines.evidence.predictions import held_out, whole_heads
 from headrace.pipelines.evidence.screen import Screening, screen_inputs, screened_plan
 from headrace.pipelines.evidence.selection import Selection, assess_selection
 from headrace.pipelines.evidence.train import train_banks
-from headrace.pipelines.extraction import extract_missing, imports_of
+from headrace.pipelines.extraction import extract_missing
+from headrace.pipelines.fork_server import imports_of
 from headrace.pipelines.leaderboard import collect_heads, rank_heads
 from headrace.pipelines.logs import log_run, require_log
 from headrace.pipelines.paths import RunPaths, unit_claims
@@ -111,7 +112,7 @@ def run_recipe(
             done(f"{plan.images:,} images, {len(plan.features)} feature sets, {plan.heads_total:,} heads wanted")
         check_space(plan, recipe.cache, recipe.storage.budget_gb)
         log = stack.enter_context(task_log(paths))  # what is refused until here leaves no folder behind
-        opened = partial(_opened, recipe, paths, log, workers, imports_of(plan.units))
+        opened = partial(_opened, recipe, paths, log, workers, _imports(recipe, plan))
         write_inputs(found)
         write_record(found.paths.recipe, recipe.model_dump(mode="json"))
         options = TaskOptions(recipe.cluster.deadline_s, tell=log)
@@ -181,6 +182,11 @@ def run_recipe(
     device = plan.units[0].device if plan.units else "cpu"
     note_environment(found.paths.environments, environment(workers, device))
     return replace(result, stages=tuple(stages))
+
+
+def _imports(recipe: Recipe, plan: Plan) -> list[str]:
+    """What workers should find imported: what networks need, where one is run."""
+    return imports_of(backbone.name for backbone in recipe.backbones) if plan.units else []
 
 
 @contextmanager
