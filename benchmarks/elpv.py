@@ -21,6 +21,7 @@ from rich.table import Table
 
 from headrace.cache import open_feature_set
 from headrace.pipelines.demo import solar_cells
+from headrace.pipelines.evidence.calibration import temperature_of
 from headrace.pipelines.evidence.ensemble_store import show_test
 from headrace.pipelines.prepare import survey
 from headrace.pipelines.recipe import Recipe, load_recipe
@@ -87,7 +88,8 @@ def scores(seed: int, recipe: Recipe, result: RunResult) -> list[dict[str, objec
         if chosen.any():
             best = whole[chosen].iloc[0]
             features = [open_feature_set(path) for name in best["inputs"] for path in found.directories[name]]
-            tested = open_test(found.paths.openings, best, features, test, digest, found.metric)
+            own = temperature_of(best, found.dataset.train)
+            tested = open_test(found.paths.openings, best, features, test, digest, found.metric, temperature=own)
             add(approach, best[found.metric], tested)
         elif result.thawed is not None:  # rolled back: never trained on all rows, and so never shown the test split
             compared = result.thawed.compared

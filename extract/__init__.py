@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from headrace.extract.changes import Changes, compare_listings, read_listing, write_listing
 from headrace.extract.contents import Contents, Unreadable, content_hashes, hash_bytes
 from headrace.extract.errors import BackboneError, ImageError, SourceError
-from headrace.extract.figures import Figures, figures
+from headrace.extract.figures import Figures, UnitReport, figures
 from headrace.extract.images import decode_image
 from headrace.extract.locate import read_bytes
 from headrace.extract.memo import Storing, backbone_features, remember_features, remembered_backbone
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from headrace.extract.describe import BackboneInfo, TapInfo, describe_backbone, feature_specs
     from headrace.extract.library import backbone_names, backbone_tags
     from headrace.extract.taps import Tap, parse_tap, resolve_taps
-    from headrace.extract.unit import UnitReport, run_unit, run_units
+    from headrace.extract.unit import run_unit, run_units
     from headrace.extract.views import Augmentation, Symmetries
 
 # Names whose modules import torch.
@@ -46,7 +46,6 @@ _LAZY = {
     "Symmetries": "views",
     "Tap": "taps",
     "TapInfo": "describe",
-    "UnitReport": "unit",
     "backbone_names": "library",
     "backbone_tags": "library",
     "describe_backbone": "describe",

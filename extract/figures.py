@@ -1,12 +1,23 @@
-"""What an extraction says about itself while it runs."""
+"""What an extraction says about itself while it runs. Without torch: the process that gives the work out needs none."""
 
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from headrace.extract.unit import UnitReport
+from headrace.cache import Failure
+
+
+@dataclass(frozen=True)
+class UnitReport:
+    """What a unit did. Seconds are wall time of the thread that feeds the network, and add up to the unit's."""
+
+    unit: str
+    rows: int  # images that have features now
+    failed: tuple[Failure, ...]  # images whose content is no image; recorded in every shard
+    unread: tuple[tuple[str, str], ...]  # (id, reason): gone or changed since they were hashed; recorded nowhere
+    decode_s: float  # waiting for pixels
+    forward_s: float  # the network
+    publish_s: float  # waiting for the disk
 
 
 @dataclass(frozen=True)
@@ -34,7 +45,7 @@ class Figures:
         )
 
 
-def figures(reports: "Sequence[UnitReport]", elapsed_s: float, total: int) -> Figures:
+def figures(reports: Sequence[UnitReport], elapsed_s: float, total: int) -> Figures:
     """The figures of an extraction of `total` images after `elapsed_s` seconds."""
     failed = sum(len(report.failed) + len(report.unread) for report in reports)
     images = sum(report.rows for report in reports) + failed

@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypedDict, Unpack
 
@@ -31,24 +31,35 @@ class Storing(TypedDict, total=False):
     symmetric: bool
 
 
-def backbone_features(
-    spec: BackboneSpec, taps: str | Sequence[str], *, cache_root: Path, **storing: Unpack[Storing]
-) -> tuple[FeatureSpec, ...]:
-    """The feature sets that these taps of a backbone make, tap by tap and within a tap view by view; see `feature_specs`.
-
-    Read from what the cache remembers; otherwise the network is built. A backbone from the user's own Python function
-    is always built: nothing says whether its code has changed. Raises BackboneError.
-    """
-    check_spec(spec)
-    memo = _memo(spec, taps, storing, cache_root)
-    if not spec.name.startswith("python:") and (known := _read(memo)) is not None:
-        return known
+def build_features(spec: BackboneSpec, taps: str | Sequence[str], storing: Storing) -> tuple[FeatureSpec, ...]:
+    """The feature sets that these taps of a backbone make, from the network itself. Raises BackboneError."""
     from headrace.extract.backbone import load_backbone
     from headrace.extract.describe import feature_specs
     from headrace.extract.taps import resolve_taps
 
     backbone = load_backbone(spec)
     return feature_specs(backbone, resolve_taps(backbone, taps), **storing)
+
+
+def backbone_features(
+    spec: BackboneSpec,
+    taps: str | Sequence[str],
+    *,
+    cache_root: Path,
+    build: Callable[..., tuple[FeatureSpec, ...]] = build_features,
+    **storing: Unpack[Storing],
+) -> tuple[FeatureSpec, ...]:
+    """The feature sets that these taps of a backbone make, tap by tap and within a tap view by view; see `feature_specs`.
+
+    Read from what the cache remembers; otherwise the network is built, by `build`, which does what `build_features` does. A
+    backbone from the user's own Python function is always built: nothing says whether its code has changed. Raises
+    BackboneError.
+    """
+    check_spec(spec)
+    memo = _memo(spec, taps, storing, cache_root)
+    if not spec.name.startswith("python:") and (known := _read(memo)) is not None:
+        return known
+    return build(spec, taps, storing)
 
 
 def remember_features(

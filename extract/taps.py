@@ -17,6 +17,7 @@ _REDUCTION = re.compile(r"avg|mean|max|gem|map|cls|vector|grid[1-9][0-9]?")
 REDUCTIONS = "avg, max, gem, gridK (grid2 …), map, and for transformers cls"
 _GEM_POWER = 3.0  # generalised mean, as trained for retrieval by Radenovic et al. 2018
 _GEM_FLOOR = 1e-6
+MOST_FEATURES = 8192  # of all automatic taps side by side: 16 KB an image
 
 
 @dataclass(frozen=True)
@@ -94,21 +95,69 @@ def backbone_nodes(backbone: Backbone) -> Nodes:
 
 
 def auto_taps(nodes: Nodes) -> tuple[Tap, ...]:
-    """Early to late, averaged: the last stage at each resolution but the first, or each quarter of a transformer.
+    """Early to late: the last and a middle block at each resolution but the first, averages and maxima; of a plain transformer the
+    averages of each quarter and the last class token. Then what the classifier is given.
 
-    Then the class token, where there is one, and what the classifier is given.
+    Maxima and middles are what far domains gain from (docs/defaults.md). Together the taps of a convolution network have at
+    most MOST_FEATURES features, or as many as its last blocks have.
     """
-    maps = [node for node in nodes.nodes if node.layout in ("NCHW", "NHWC")]
-    picked = _quarters(nodes) or _stages(maps)
-    taps = [Tap(node.name, "avg") for node in picked]
-    if picked and picked[-1].has_class_token:
-        taps.append(Tap(picked[-1].name, "cls"))
+    quarters = _quarters(nodes)
+    taps = [Tap(node.name, "avg") for node in quarters] or _of_stages(nodes)
+    if quarters and quarters[-1].has_class_token:
+        taps.append(Tap(quarters[-1].name, "cls"))
     if PRE_LOGITS in nodes.names:
         taps.append(Tap(PRE_LOGITS, "vector"))
     return tuple(taps) or (Tap(LOGITS, "vector"),)
 
 
+def _of_stages(nodes: Nodes) -> list[Tap]:
+    """Averages and maxima of the last and a middle block at each resolution, in running order. What the classifier is given is not
+    taken twice: the average of the last map, at most normalised once more, is left out where it has as many values."""
+    maps = [node for node in nodes.nodes if node.layout in ("NCHW", "NHWC")]
+    given = nodes[PRE_LOGITS].shape[0] if PRE_LOGITS in nodes.names else 0
+    ends = _stages(maps)
+    trunk = _trunk(maps)
+    lasts, middles = [], []
+    for end in ends:
+        here = [node for node in maps if _extent(node)[:2] == _extent(end)[:2]]
+        blocks = [node for node in here if node.name in trunk] or [end]
+        own = [node for node in here if re.fullmatch(re.escape(blocks[-1].name) + r"(\.blocks)?\.\d+", node.name)]
+        lasts.append(blocks[-1])
+        if between := blocks[:-1] or own[:-1]:  # the last of its own is the block itself
+            middles.append(between[len(between) // 2])
+    if ends and _extent(ends[-1])[2] != _extent(lasts[-1])[2]:  # a convolution behind the last block
+        lasts.append(ends[-1])
+    if lasts and _extent(lasts[-1])[2] == given:
+        lasts.pop()
+    room = MOST_FEATURES - given - sum(2 * _extent(node)[2] for node in lasts)
+    for middle in reversed(middles):
+        if (width := 2 * _extent(middle)[2]) <= room:
+            lasts.append(middle)
+            room -= width
+    picked = {node.name for node in lasts}
+    return [Tap(node.name, reduction) for node in maps if node.name in picked for reduction in ("avg", "max")]
+
+
+def _trunk(maps: list[Node]) -> frozenset[str]:
+    """The names of the blocks that the network is a row of: numbered alike, at most resolutions, nested least."""
+    families: dict[str, list[Node]] = {}
+    for node in maps:
+        if (family := re.sub(r"\d+[a-z]?$", "", node.name)) != node.name:
+            families.setdefault(family, []).append(node)
+
+    def reach(family: str) -> tuple[int, int, int]:
+        return (
+            len({_extent(node)[:2] for node in families[family]}),
+            -family.count("."),
+            len(families[family]),
+        )
+
+    longest = families[max(families, key=reach)] if families else []
+    return frozenset(node.name for node in longest)
+
+
 def _stages(maps: list[Node]) -> list[Node]:
+    """The last block at each resolution, at most five of them, in running order."""
     resolutions = list(dict.fromkeys(_extent(node)[:2] for node in maps))
     largest = max((height * width for height, width in resolutions), default=0)
     picked = []

@@ -21,6 +21,7 @@ from headrace.extract.backbone import Backbone, load_backbone
 from headrace.extract.decode import Batch, Rendering, decoded_batches
 from headrace.extract.device import Limit, Result, check_device, find_batch_size, launch
 from headrace.extract.errors import SourceError
+from headrace.extract.figures import UnitReport
 from headrace.extract.forward import Forward, make_forward
 from headrace.extract.fuse import keep_memory
 from headrace.extract.plan import ExtractJob
@@ -34,19 +35,6 @@ _NETWORKS = 4  # networks that a process keeps at least, whatever is asked for n
 _PUBLISHERS = 8  # shards of a unit published at once: each waits for the disk, and the waits overlap
 
 Made = TypeVar("Made")
-
-
-@dataclass(frozen=True)
-class UnitReport:
-    """What a unit did. Seconds are wall time of the thread that feeds the network, and add up to the unit's."""
-
-    unit: str
-    rows: int  # images that have features now
-    failed: tuple[Failure, ...]  # images whose content is no image; recorded in every shard
-    unread: tuple[tuple[str, str], ...]  # (id, reason): gone or changed since they were hashed; recorded nowhere
-    decode_s: float  # waiting for pixels
-    forward_s: float  # the network
-    publish_s: float  # waiting for the disk
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,8 @@ from headrace.heads.ensemble import (
     EnsembleLimits,
     average,
     element_loss,
-    fit_temperature,
-    fit_temperatures,
     greedy_weights,
     loss_elements,
-    with_temperature,
 )
 from headrace.heads.features import load_rows
 from headrace.heads.folds import BadSplit, make_folds, split_test, strata
@@ -51,6 +48,7 @@ from headrace.heads.spec import (
     spec_to_json,
 )
 from headrace.heads.task import TEST, TRAIN_ONLY, Task, load_task, read_task, save_task
+from headrace.heads.temperature import cross_fitted, fit_temperature, fit_temperatures, with_temperature
 from headrace.heads.transfer import bayes_bounds, h_score, log_me, negative_conditional_entropy
 from headrace.heads.weighted import weighted_scores
 
@@ -143,6 +141,7 @@ __all__ = [
     "all_metrics",
     "average",
     "bayes_bounds",
+    "cross_fitted",
     "element_loss",
     "exact_interval",
     "fit_bank",

@@ -21,7 +21,7 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from headrace.cache.errors import HeadraceError
 from headrace.cache.feature_set import open_feature_set
 from headrace.cache.files import publish_bytes
-from headrace.heads.features import load_rows, loaded_bytes, rows_with_features, stream_rows
+from headrace.heads.features import load_rows, loaded_bytes, rows_with_features, stream_rows, tap_widths
 from headrace.heads.metrics import all_metrics
 from headrace.heads.results import read_bank, results_bytes
 from headrace.heads.spec import FULL, ConvSpec, Halving, HeadFit, HeadSpec, MLPSpec
@@ -92,7 +92,16 @@ def _train(job: BankJob, kind: str) -> None:
             f"none of the {len(kept)} images of {job.task} has features: look at the reasons with `headrace cache`"
         )
     rows = take_rows(task, kept)
-    fits = fit_bank(X, rows, job.specs, full=job.full, threads=job.threads, device=job.device, halving=job.halving)
+    fits = fit_bank(
+        X,
+        rows,
+        job.specs,
+        full=job.full,
+        threads=job.threads,
+        device=job.device,
+        halving=job.halving,
+        bands=tap_widths([open_feature_set(directory) for directory in job.features]),
+    )
     _publish(job, task, kept, rows, fits)
 
 
@@ -167,16 +176,18 @@ def fit_bank(
     threads: int = 1,
     device: str = "cpu",
     halving: Halving | None = None,
+    bands: Sequence[int] = (),
 ) -> list[HeadFit]:
     """Train specs of one kind on features X (N, D), (V, N, D) with views, maps, or streamed rows; every head comes back.
 
     A bank that raises is trained again spec by spec, so that the guilty one is alone in failing; a head whose
     predictions are not finite has failed. A bank that does not fit a GPU's memory is trained there in smaller groups, and
-    on the CPU where a single spec does not fit.
+    on the CPU where a single spec does not fit. bands: features of each tap that stands in X, for specs that are `banded`.
     """
     check_device(device)
     on_device, on_cpu = (
-        _fitter(X, task, full=full, threads=threads, device=where, halving=halving) for where in (device, "cpu")
+        _fitter(X, task, full=full, threads=threads, device=where, halving=halving, bands=bands)
+        for where in (device, "cpu")
     )
     # Specs that compete in successive halving stay together.
     fit = on_device if device == "cpu" else lambda some: _as_fits(on_device, on_cpu, some, divide=halving is None)
@@ -264,7 +275,16 @@ def _finite(fit: HeadFit) -> HeadFit:
     return fit
 
 
-def _fitter(X: Features, task: Task, *, full: bool, threads: int, device: str, halving: Halving | None) -> Fit:
+def _fitter(
+    X: Features,
+    task: Task,
+    *,
+    full: bool,
+    threads: int,
+    device: str,
+    halving: Halving | None,
+    bands: Sequence[int],
+) -> Fit:
     """What trains specs on this task. Modules are imported here, so that a linear bank doesn't import torch."""
     common: dict[str, Any] = {"n_classes": len(task.classes), "full": full}
 
@@ -297,23 +317,23 @@ def _fitter(X: Features, task: Task, *, full: bool, threads: int, device: str, h
         common_here = common | {"fold": task.fold[repeat], "specs": specs}
         # Each view of a row counts as a share of the row, so that strengths mean the same whatever the number of views.
         common_here["sample_weight"] = task.weight[repeat] / views
-        fits = _one_row_per_view(kind, task, device)(rows, task.target[repeat], **common_here)
+        fits = _one_row_per_view(kind, task, device, bands)(rows, task.target[repeat], **common_here)
         return [_average_views(one, task, views) for one in fits]
 
     return fit
 
 
-def _one_row_per_view(kind: str, task: Task, device: str) -> Callable[..., list[HeadFit]]:
+def _one_row_per_view(kind: str, task: Task, device: str, bands: Sequence[int]) -> Callable[..., list[HeadFit]]:
     if kind == "logistic":
         from headrace.heads.logistic import fit_logistic_bank
 
         if task.kind == "regression":
             raise BadBank("logistic heads predict classes, this is a regression task: use ridge, mlp or knn")
-        return lambda X, target, **rest: fit_logistic_bank(X, target, device=device, **rest)
+        return lambda X, target, **rest: fit_logistic_bank(X, target, device=device, bands=bands, **rest)
     if kind == "ridge":
         from headrace.heads.ridge import fit_ridge_bank
 
-        return lambda X, target, **rest: fit_ridge_bank(X, target, kind=task.kind, **rest)
+        return lambda X, target, **rest: fit_ridge_bank(X, target, kind=task.kind, bands=bands, **rest)
     if kind == "knn":
         from headrace.heads.neighbours import fit_knn_bank
 

@@ -99,8 +99,10 @@ def conv_network(spec: ConvSpec) -> Network:
     )
 
 
-def predict_conv(spec: ConvSpec, arrays: Arrays, X: Floats, task: TaskKind) -> npt.NDArray[np.float32]:
-    """(n, C) float32 predictions for maps X (n, D, h, w). Raises CannotPredict for maps of other channels."""
+def predict_conv(
+    spec: ConvSpec, arrays: Arrays, X: Floats, task: TaskKind, temperature: float = 1.0
+) -> npt.NDArray[np.float32]:
+    """(n, C) float32 predictions for maps X (n, D, h, w) at a temperature. Raises CannotPredict for maps of other channels."""
     channels = arrays["kernel0"].shape[1]
     if X.ndim != 4 or X.shape[1] != channels:
         raise CannotPredict(
@@ -108,10 +110,12 @@ def predict_conv(spec: ConvSpec, arrays: Arrays, X: Floats, task: TaskKind) -> n
         )
     parts = [X[start : start + ROWS_AT_ONCE] for start in range(0, len(X), ROWS_AT_ONCE)] or [X]
     with torch.no_grad():
-        return np.concatenate([_predict_block(spec, arrays, part, task) for part in parts])
+        return np.concatenate([_predict_block(spec, arrays, part, task, temperature) for part in parts])
 
 
-def _predict_block(spec: ConvSpec, arrays: Arrays, X: Floats, task: TaskKind) -> npt.NDArray[np.float32]:
+def _predict_block(
+    spec: ConvSpec, arrays: Arrays, X: Floats, task: TaskKind, temperature: float
+) -> npt.NDArray[np.float32]:
     # The mean is not folded into the first kernel: at the border the padding stands for standardised zeros.
     scaled = (X.astype(np.float32) - arrays["mean"][:, None, None]) * arrays["inverse_scale"][:, None, None]
     maps = torch.from_numpy(scaled)
@@ -122,7 +126,7 @@ def _predict_block(spec: ConvSpec, arrays: Arrays, X: Floats, task: TaskKind) ->
     for place in range(len(spec.hidden)):
         value = np.maximum(value @ arrays[f"weight{place}"].T + arrays[f"bias{place}"], 0)
     last = len(spec.hidden)
-    return link(value @ arrays[f"weight{last}"].T + arrays[f"bias{last}"], task)
+    return link(value @ arrays[f"weight{last}"].T + arrays[f"bias{last}"], task, temperature=temperature)
 
 
 def _with_scaling(layers: Arrays, data: FoldData) -> Arrays:

@@ -1,4 +1,4 @@
-"""Averages of heads: which heads, how often, and a temperature. Nothing is trained; only stored predictions are read.
+"""Averages of heads: which heads, and how often. Nothing is trained; only stored predictions are read.
 
 K heads, N rows, C outputs, E elements. Heads are picked greedily with replacement (Caruana, Niculescu-Mizil, Crew and
 Ksikes 2004, "Ensemble selection from libraries of models"): each round adds the head that lowers the loss of the average
@@ -22,8 +22,6 @@ from headrace.heads.metrics import TaskKind
 Array = npt.NDArray[Any]
 
 _SMALLEST = float(np.finfo(np.float32).eps)  # probabilities are clipped there, as in the metric log_loss
-_CALIBRATED = 200_000  # numbers of a head that its own temperature is fitted to
-TEMPERATURES = np.geomspace(0.2, 5.0, 97)  # 1.0 is one of them; steps of 3.4 %
 
 
 @dataclass(frozen=True)
@@ -92,75 +90,3 @@ def greedy_weights(
 def average(weights: Array, predicted: Array) -> npt.NDArray[np.float64]:
     """(N, C) the weighted mean of predictions (K, N, C)."""
     return np.asarray(np.tensordot(weights, predicted.astype(np.float64), 1))
-
-
-def fit_temperature(kind: TaskKind, target: Array, predicted: Array) -> float:
-    """The temperature that makes averaged predictions (N, C) most likely (Guo et al. 2017); 1 for regression.
-
-    Above 1 the average was too sure, below 1 not sure enough. From a grid between 1/5 and 5, so that few rows cannot drive
-    it to an extreme.
-    """
-    if kind == "regression" or len(predicted) == 0:
-        return 1.0
-    losses = [
-        float(element_loss(kind, loss_elements(kind, target, with_temperature(kind, predicted, t)[None]))[0])
-        for t in TEMPERATURES
-    ]
-    return float(TEMPERATURES[int(np.argmin(losses))])
-
-
-def fit_temperatures(kind: TaskKind, target: Array, predicted: Array) -> npt.NDArray[np.float64]:
-    """(K,) the temperature of each of the predictions (K, N, C) alone; ones for regression.
-
-    Heads that tell a side and no probability (support vectors, ridge) are far too unsure or too sure; at their own
-    temperature they can be averaged with others. The loss is convex in 1 / temperature, whose best value is found by
-    Newton's method between the ends of TEMPERATURES. At most _CALIBRATED numbers of a head are looked at.
-    """
-    if kind == "regression" or predicted.shape[1] == 0:
-        return np.ones(len(predicted))
-    step = -(-predicted.shape[1] * predicted.shape[2] // _CALIBRATED)
-    target = np.asarray(target)[::step]
-    return np.array([1 / _sharpness(*_log_odds(kind, target, own[::step])) for own in predicted])
-
-
-def _log_odds(kind: TaskKind, target: Array, predicted: Array) -> tuple[Array, Array]:
-    """Logits (n, C) and the true column (n,) of one head's predictions (N, C); of several labels each is a row of two."""
-    values = np.clip(np.asarray(predicted, np.float64), _SMALLEST, 1)
-    if kind == "single":
-        return np.log(values), np.asarray(target, np.int64)
-    values = np.minimum(values, 1 - _SMALLEST).ravel()
-    truth = (np.asarray(target, np.float64).reshape(len(predicted), -1) >= 0.5).ravel()
-    return np.stack([np.zeros_like(values), np.log(values / (1 - values))], axis=1), truth.astype(np.int64)
-
-
-def _sharpness(logits: Array, truth: Array) -> float:
-    """What logits (n, C) have to be multiplied by to be most likely."""
-    low, high = 1 / TEMPERATURES[-1], 1 / TEMPERATURES[0]
-    value = 1.0
-    told = logits[np.arange(len(truth)), truth].mean()
-    for _ in range(30):
-        odds = np.exp(value * (logits - logits.max(1, keepdims=True)))
-        odds /= odds.sum(1, keepdims=True)
-        mean = (odds * logits).sum(1)
-        slope = mean.mean() - told
-        low, high = (low, value) if slope > 0 else (value, high)
-        curvature = ((odds * logits**2).sum(1) - mean**2).mean()
-        new = value - slope / curvature if curvature > 0 else value
-        if not low < new < high:
-            new = (low + high) / 2
-        if abs(new - value) < 1e-4 * value:
-            return float(new)
-        value = new
-    return float(value)
-
-
-def with_temperature(kind: TaskKind, predicted: Array, temperature: float) -> npt.NDArray[np.float64]:
-    """(N, C) predictions with their log-odds divided by the temperature; decisions stay what they were."""
-    values = np.asarray(predicted, np.float64)
-    if kind == "regression" or temperature == 1:
-        return values
-    if kind == "multi":
-        inside = np.clip(values, 1e-12, 1 - 1e-12)
-        return np.asarray(1 / (1 + ((1 - inside) / inside) ** (1 / temperature)))
-    powers = np.clip(values, 1e-30, None) ** (1 / temperature)
-    return np.asarray(powers / powers.sum(1, keepdims=True))

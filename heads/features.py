@@ -87,6 +87,11 @@ def rows_with_features(
     return kept
 
 
+def tap_widths(sets: Sequence[FeatureSet]) -> list[int]:
+    """Features of each tap that stands side by side with the others, in order; views of a tap are one."""
+    return [math.prod(views[0].spec.shape) for views in _by_columns(sets)]
+
+
 def _by_columns(sets: Sequence[FeatureSet]) -> list[list[FeatureSet]]:
     """Feature sets grouped by everything but the view, each group in the order of its views."""
     groups: dict[str, list[FeatureSet]] = {}

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from headrace.heads.bands import with_bands
 from headrace.heads.checks import check_specs
 from headrace.heads.design import (
     ROWS_PER_TILE,
@@ -64,6 +65,7 @@ def fit_logistic_bank(
     gap: float = 1e-5,
     device: str = "cpu",
     deadline: float | None = None,
+    bands: Sequence[int] = (),
 ) -> list[HeadFit]:
     """Fit every spec on the training rows of every fold, and on all rows when `full`.
 
@@ -73,6 +75,7 @@ def fit_logistic_bank(
     gap: relative distance to the optimum at which a head stops, by estimate; `HeadFit.gap` is a proven bound.
     device: "cpu" (NumPy), or torch's name of a device ("cuda"), where the products then run.
     deadline: time.monotonic() seconds at which to stop early.
+    bands: features of each tap, in order, for specs that are `banded`; without, all features are one tap.
 
     Returns the heads spec by spec, for each its folds in order, then FULL. Raises NotFinite (a ValueError) for NaN or
     infinite features, ValueError for shapes that do not fit, labels out of range, no spec at all, strengths that are not
@@ -85,10 +88,11 @@ def fit_logistic_bank(
     groups = group_moments(X, fold)
     scaling = training_moments(groups)
     parts: dict[tuple[int, int, int], _Part] = {}  # (spec, fold, label or 0)
-    for standardize in sorted({spec.standardize for spec in specs}):
-        chosen = [i for i, spec in enumerate(specs) if spec.standardize == standardize]
+    for standardize, banded in sorted({(spec.standardize, spec.banded) for spec in specs}):
+        chosen = [i for i, spec in enumerate(specs) if (spec.standardize, spec.banded) == (standardize, banded)]
+        scales = with_bands(X, target, fold, scaling, bands or [X.shape[1]]) if banded else scaling
         for problem in _problems(target, n_classes, fold, folds, sw):
-            _fit_problem(X, problem, fold, specs, chosen, scaling, sw, gap, deadline, parts, standardize, device)
+            _fit_problem(X, problem, fold, specs, chosen, scales, sw, gap, deadline, parts, standardize, device)
     return _assemble(X, target, n_classes, fold, folds, specs, parts, sw)
 
 

@@ -21,6 +21,7 @@ from headrace.heads.spec import FULL, CentroidSpec, HeadFit, KNNSpec
 from headrace.heads.standardize import Features, sweep
 from headrace.heads.streamed import Streamed
 from headrace.heads.task import TEST
+from headrace.heads.temperature import FARTHEST, keep_decisions
 
 Metric = Literal["cosine", "euclidean"]
 Floats = npt.NDArray[Any]
@@ -342,7 +343,9 @@ def centroid_arrays(spec: CentroidSpec, sums: Floats, squares: Floats, counts: F
     }
 
 
-def predict_centroid(spec: CentroidSpec, arrays: dict[str, npt.NDArray[Any]], X: Floats) -> npt.NDArray[np.float32]:
+def predict_centroid(
+    spec: CentroidSpec, arrays: dict[str, npt.NDArray[Any]], X: Floats, temperature: float = 1.0
+) -> npt.NDArray[np.float32]:
     """(n, C) softmax over classes of the scaled similarity; a class without training rows has probability 0."""
     means = (arrays["means"] - arrays["center"]) * arrays["inverse_scale"]
     rows = (X.astype(np.float32, copy=False) - arrays["center"]) * arrays["inverse_scale"]
@@ -354,6 +357,14 @@ def predict_centroid(spec: CentroidSpec, arrays: dict[str, npt.NDArray[Any]], X:
         similar = (rows @ means.T - 0.5 * (means**2).sum(1)) / np.sqrt(rows.shape[1])
     decision = CENTROID_TEMPERATURE[spec.metric] * similar.astype(np.float64)
     decision[:, arrays["present"] == 0] = -np.inf
+    told = _softmax(decision)
+    if temperature == 1:
+        return told
+    behind = np.maximum(decision - decision.max(1, keepdims=True), -FARTHEST)
+    return keep_decisions("single", told, _softmax(behind / temperature))
+
+
+def _softmax(decision: Floats) -> npt.NDArray[np.float32]:
     shifted = np.exp(decision - decision.max(1, keepdims=True))
     return np.asarray(shifted / shifted.sum(1, keepdims=True), np.float32)
 

@@ -1,6 +1,7 @@
 """One trained head as a directory: head.safetensors with its arrays, head.json with what they mean. No pickle."""
 
 import json
+import math
 import shlex
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from headrace.heads.metrics import TaskKind
 from headrace.heads.predict import Arrays, CannotPredict, predict_head
 from headrace.heads.spec import FULL, HeadSpec, SklearnSpec, spec_from_json, spec_to_json
 
-FORMAT = 1
+FORMAT = 2  # 1 had no temperature
 WEIGHTS = "head.safetensors"
 DESCRIPTION = "head.json"
 
@@ -52,10 +53,12 @@ class TrainedHead:
     arrays: Arrays
     # The network behind each of `features`, as fields of extract's BackboneSpec; None where it is not known.
     backbones: tuple[Mapping[str, Any] | None, ...] = ()
+    temperature: float = 1.0  # its log-odds are divided by it; see heads/temperature.py
 
     def predict_proba(self, X: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-        """(n, C) float32 probabilities of features X (n, D) in the order of `classes`; for regression the values."""
-        return predict_head(self.spec, self.arrays, X, self.task_kind)
+        """(n, C) float32 probabilities of features X (n, D) in the order of `classes`, at its temperature; for regression
+        the values. Of a head trained on several views, the temperature is meant for the mean of predictions at 1."""
+        return predict_head(self.spec, self.arrays, X, self.task_kind, self.temperature)
 
     def predict(self, X: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """single: (n,) class names; multi: (n, C) 0/1; regression: (n, C) values."""
@@ -75,10 +78,12 @@ def save_head(
     metrics: Mapping[str, float],
     task_kind: TaskKind = "single",
     backbones: Sequence[Mapping[str, Any] | None] | None = None,
+    temperature: float = 1.0,
 ) -> Path:
     """Write head.safetensors and head.json into `directory`, replacing a head that is there; returns the first's path.
 
     backbones: as `TrainedHead.backbones`, one for each of `features`; without them the head predicts from features only.
+    temperature: what `fit_temperature` makes of its out-of-fold predictions.
     The arrays come first and hold the description too, so that a kill in between leaves a whole head.
     Raises CannotPredict for a head without arrays.
     """
@@ -97,6 +102,7 @@ def save_head(
             "features": [json.loads(feature.to_json()) for feature in features],
             "backbones": [None if fields is None else dict(fields) for fields in made_by],
             "metrics": {name: float(value) for name, value in metrics.items()},
+            "temperature": float(temperature),
         },
         indent=2,
         sort_keys=True,
@@ -124,7 +130,7 @@ def load_head(directory: Path | str, *, trust_code: Collection[str] = ()) -> Tra
         check_seal(data)
         description = json.loads(tensor_metadata(data)["headrace"])
         arrays = load(data)
-        if description["format"] != FORMAT:
+        if description["format"] not in (1, FORMAT):
             raise BadHeadFile(
                 f"{path}: format {description['format']}, this version of headrace reads {FORMAT}: update headrace"
             )
@@ -146,6 +152,7 @@ def load_head(directory: Path | str, *, trust_code: Collection[str] = ()) -> Tra
             metrics={name: float(value) for name, value in description["metrics"].items()},
             arrays=arrays,
             backbones=backbones,
+            temperature=check_temperature(description.get("temperature", 1.0)),
         )
     except SealBroken as error:
         raise BadHeadFile(f"{path} has changed since it was written: {error}. {WRITE_AGAIN}") from error
@@ -154,6 +161,14 @@ def load_head(directory: Path | str, *, trust_code: Collection[str] = ()) -> Tra
         if isinstance(error, HeadraceError):
             raise
         raise BadHeadFile(f"{path} is not a saved head ({type(error).__name__}: {error}). {WRITE_AGAIN}") from error
+
+
+def check_temperature(value: object) -> float:
+    """The number that a file of a model has for its temperature. Raises ValueError unless it is above 0, and finite."""
+    temperature = float(cast(Any, value))
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"its temperature is {temperature}, expected a number above 0")
+    return temperature
 
 
 def check_outputs(task_kind: object, classes: object) -> None:

@@ -20,6 +20,7 @@ from headrace.heads.spec import (
     MLPSpec,
     RidgeSpec,
 )
+from headrace.heads.temperature import FARTHEST, keep_decisions, with_temperature
 
 Floats = npt.NDArray[np.float32]
 Arrays = dict[str, npt.NDArray[Any]]
@@ -42,11 +43,15 @@ def sigmoid(decision: npt.NDArray[Any]) -> Floats:
     return np.asarray(0.5 * (1 + np.tanh(0.5 * decision)), np.float32)
 
 
-def link(decision: npt.NDArray[Any], task: TaskKind, scale: float = 1.0) -> Floats:
+def link(decision: npt.NDArray[Any], task: TaskKind, scale: float = 1.0, temperature: float = 1.0) -> Floats:
     """Probabilities (regression: the values themselves) of a decision (n, C); one column of a single-label task is the
-    log-odds of the second class."""
+    log-odds of the second class. scale: multiplies it, temperature: divides it, and keeps what it decides."""
     if task == "regression":
         return np.asarray(decision, np.float32)
+    if temperature != 1:
+        plain = link(decision, task, scale)
+        odds = within_floor(scale * decision, task) / temperature
+        return keep_decisions(task, plain, link(odds, task))
     if task == "multi":
         return sigmoid(scale * decision)
     if decision.shape[1] == 1:
@@ -55,14 +60,25 @@ def link(decision: npt.NDArray[Any], task: TaskKind, scale: float = 1.0) -> Floa
     return softmax(scale * decision)
 
 
-def ridge_link(decision: npt.NDArray[Any], task: TaskKind) -> Floats:
+def within_floor(decision: npt.NDArray[Any], task: TaskKind) -> npt.NDArray[Any]:
+    """Log-odds (n, C) no farther apart than the probabilities that a temperature is fitted to can say."""
+    if task == "multi" or decision.shape[1] == 1:
+        return np.asarray(np.clip(decision, -FARTHEST, FARTHEST))
+    return np.asarray(np.maximum(decision - decision.max(1, keepdims=True), -FARTHEST))
+
+
+def ridge_link(decision: npt.NDArray[Any], task: TaskKind, temperature: float = 1.0) -> Floats:
     """Ridge fits -1/+1, not log-odds: the softmax of twice the decision, so that a perfect fit is a sure prediction."""
-    return link(decision, task, scale=2.0)
+    return link(decision, task, scale=2.0, temperature=temperature)
 
 
-def predict_head(spec: HeadSpec, arrays: Arrays, X: npt.NDArray[Any], task: TaskKind = "single") -> Floats:
+def predict_head(
+    spec: HeadSpec, arrays: Arrays, X: npt.NDArray[Any], task: TaskKind = "single", temperature: float = 1.0
+) -> Floats:
     """(n, C) float32 probabilities, for regression values, of features X (n, D); convolution heads take (n, D, h, w).
 
+    temperature: divides the log-odds, and changes no decision. Where there are log-odds it divides these: of a float32
+    probability near one they could not be told.
     Raises CannotPredict for a head without arrays (it failed, or it is a fold's neighbour search, which is only
     stored for the head trained on every row) and for features of another width.
     """
@@ -73,7 +89,7 @@ def predict_head(spec: HeadSpec, arrays: Arrays, X: npt.NDArray[Any], task: Task
     if isinstance(spec, ConvSpec):
         from headrace.heads.conv import predict_conv
 
-        return predict_conv(spec, arrays, X, task)
+        return predict_conv(spec, arrays, X, task, temperature)
     rows = X.reshape(len(X), -1)
     expected = features_expected(arrays)
     if rows.shape[1] != expected:
@@ -83,19 +99,26 @@ def predict_head(spec: HeadSpec, arrays: Arrays, X: npt.NDArray[Any], task: Task
     if isinstance(spec, KNNSpec):
         from headrace.heads.neighbours import predict_knn
 
-        return predict_knn(spec, arrays, rows, task)
+        return tempered(predict_knn(spec, arrays, rows, task), task, temperature)
     if isinstance(spec, CentroidSpec):
         from headrace.heads.neighbours import predict_centroid
 
-        return predict_centroid(spec, arrays, rows)
+        return predict_centroid(spec, arrays, rows, temperature)
     if isinstance(spec, LogisticSpec | RidgeSpec | MLPSpec):
         blocks = [rows[start : start + ROWS_AT_ONCE] for start in range(0, len(rows), ROWS_AT_ONCE)] or [rows]
-        return np.concatenate([_dense(spec, arrays, block, task) for block in blocks])
+        return np.concatenate([_dense(spec, arrays, block, task, temperature) for block in blocks])
     if isinstance(spec, FineTuneSpec):
         raise CannotPredict("a fine-tuned network predicts from images, not from features: load its own directory")
     from headrace.heads.sklearn_bank import predict_sklearn
 
-    return predict_sklearn(spec, arrays, rows, task)
+    return tempered(predict_sklearn(spec, arrays, rows, task), task, temperature)
+
+
+def tempered(probabilities: npt.NDArray[Any], task: TaskKind, temperature: float) -> Floats:
+    """(n, C) float32 probabilities at a temperature, for what has no log-odds to divide; the decisions are kept."""
+    if temperature == 1 or task == "regression":
+        return np.asarray(probabilities, np.float32)
+    return keep_decisions(task, probabilities, with_temperature(task, probabilities, temperature))
 
 
 def features_expected(arrays: Arrays) -> int:
@@ -106,7 +129,13 @@ def features_expected(arrays: Arrays) -> int:
     raise CannotPredict(f"arrays {', '.join(sorted(arrays))} are not those of a head of this version of headrace")
 
 
-def _dense(spec: LogisticSpec | RidgeSpec | MLPSpec, arrays: Arrays, rows: npt.NDArray[Any], task: TaskKind) -> Floats:
+def _dense(
+    spec: LogisticSpec | RidgeSpec | MLPSpec,
+    arrays: Arrays,
+    rows: npt.NDArray[Any],
+    task: TaskKind,
+    temperature: float,
+) -> Floats:
     hidden = rows.astype(np.float32, copy=False)
     with np.errstate(over="ignore", invalid="ignore"):
         if isinstance(spec, MLPSpec):
@@ -115,6 +144,7 @@ def _dense(spec: LogisticSpec | RidgeSpec | MLPSpec, arrays: Arrays, rows: npt.N
                 hidden = hidden @ arrays[f"weight{layer}"].T
                 hidden += arrays[f"bias{layer}"]
                 np.maximum(hidden, 0, out=hidden)
-            return link(hidden @ arrays[f"weight{last}"].T + arrays[f"bias{last}"], task)
+            return link(hidden @ arrays[f"weight{last}"].T + arrays[f"bias{last}"], task, temperature=temperature)
         decision = hidden @ arrays["weight"].T + arrays["bias"]
-        return ridge_link(decision, task) if isinstance(spec, RidgeSpec) else link(decision, task)
+        told = ridge_link if isinstance(spec, RidgeSpec) else link
+        return told(decision, task, temperature=temperature)

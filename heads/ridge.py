@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import scipy.linalg
 
+from headrace.heads.bands import with_bands
 from headrace.heads.checks import check_specs
 from headrace.heads.gram import Products, add_up, group_products
 from headrace.heads.inputs import check_rows
@@ -45,13 +46,14 @@ def fit_ridge_bank(
     full: bool = True,
     sample_weight: Array | None = None,
     kind: TaskKind | None = None,
+    bands: Sequence[int] = (),
 ) -> list[HeadFit]:
     """Fit every spec on the training rows of every fold, and on all rows when `full`.
 
     X: (N, D) float, no test rows, in memory or streamed. target: (N,) int class indices ("single"), (N, L) integer 0/1
     labels ("multi", L independent problems), or (N, L) float values ("regression"); n_classes counts the classes or
     columns; `kind` is taken from the target's shape and dtype unless given. fold: (N,) int, the fold holding the row out,
-    or TRAIN_ONLY.
+    or TRAIN_ONLY. bands: features of each tap, in order, for specs that are `banded`; without, all features are one tap.
 
     Arrays are weight (C, D) and bias (C,), float32, raw coordinates; `validation` is probabilities by `ridge_link`, for
     regression the values. Heads come spec by spec, for each its folds in order, then FULL. Raises NotFinite (a
@@ -62,26 +64,31 @@ def fit_ridge_bank(
     fold = np.asarray(fold, np.int64)
     sample_weight = None if sample_weight is None or (sample_weight == 1).all() else sample_weight
     groups = group_moments(X, fold)
-    scaling = training_moments(groups)
-    folds = [f for f in scaling if f != FULL] + ([FULL] if full else [])
+    plain = training_moments(groups)
+    scalings = {False: plain}
+    if any(spec.banded for spec in specs):
+        scalings[True] = with_bands(X, target, fold, plain, bands or [X.shape[1]])
+    folds = [f for f in plain if f != FULL] + ([FULL] if full else [])
     coded = _coded(target, n_classes, kind)
     fits: dict[tuple[int, int], HeadFit] = {}
     for weighting in sorted({spec.class_weight for spec in specs}):
         balanced = weighting == "balanced" and kind != "regression"
         # Balanced labels are weighted label by label: each is a problem of its own.
         problems = [[c] for c in range(n_classes)] if balanced and kind == "multi" else [list(range(n_classes))]
-        shared: dict[int, Products] = {}  # of each group, where every fold weights its rows alike
-        for f, standardize in itertools.product(folds, (False, True)):
-            wanted = (weighting, standardize)
-            chosen = [i for i, spec in enumerate(specs) if (spec.class_weight, spec.standardize) == wanted]
+        # Products of each group, where every fold weights its rows alike, in units of either scaling.
+        shared: dict[bool, dict[int, Products]] = {False: {}, True: {}}
+        for f, standardize, banded in itertools.product(folds, (False, True), (False, True)):
+            wanted = (weighting, standardize, banded)
+            chosen = [i for i, spec in enumerate(specs) if (spec.class_weight, spec.standardize, spec.banded) == wanted]
             if not chosen:
                 continue
+            scaling = scalings[banded]
             began = time.perf_counter()
             alphas = np.array([specs[i].alpha for i in chosen])
             solved = []
             for columns in problems:
                 weight = _balanced(target, columns, kind, fold != f, sample_weight) if balanced else sample_weight
-                rows = _Rows(X, coded[:, columns], weight, fold, scaling, {} if balanced else shared)
+                rows = _Rows(X, coded[:, columns], weight, fold, scaling, {} if balanced else shared[banded])
                 solved.append(rows.solve(f, alphas, standardize))
             joined = _join(solved)
             held = np.flatnonzero(fold == f)

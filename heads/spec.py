@@ -46,6 +46,7 @@ class LogisticSpec:
     C: float
     class_weight: ClassWeight = "none"
     standardize: bool = True
+    banded: bool = False  # each tap of an input has a strength of its own, in proportions found on the training rows
     kind: Literal["logistic"] = "logistic"
 
     def __post_init__(self) -> None:
@@ -59,6 +60,7 @@ class RidgeSpec:
     alpha: float
     class_weight: ClassWeight = "none"
     standardize: bool = True
+    banded: bool = False  # each tap of an input has a strength of its own, in proportions found on the training rows
     kind: Literal["ridge"] = "ridge"
 
     def __post_init__(self) -> None:

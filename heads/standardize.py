@@ -27,11 +27,12 @@ class NotFinite(ValueError):
 
 @dataclass(frozen=True)
 class Moments:
-    """Count, mean (D,) and sum of squared deviations (D,), float64, of some rows."""
+    """Count, mean (D,) and sum of squared deviations (D,), float64, of some rows; and what each feature counts beside the others."""
 
     count: int
     mean: Array
     squares: Array
+    emphasis: Array | None = None  # (D,): features are standardised, then multiplied by it
 
     @property
     def constant(self) -> Array:
@@ -43,8 +44,9 @@ class Moments:
 
     @property
     def scale(self) -> Array:
-        """(D,) standard deviations, 1 where the feature is constant."""
-        return np.where(self.constant, 1.0, np.sqrt(self.squares / max(self.count, 1)))
+        """(D,) standard deviations over the emphasis, 1 where the feature is constant."""
+        deviation = np.sqrt(self.squares / max(self.count, 1))
+        return np.where(self.constant, 1.0, deviation if self.emphasis is None else deviation / self.emphasis)
 
 
 def moments(rows: Array, first_row: int | npt.NDArray[np.intp] = 0) -> Moments:

@@ -4,13 +4,10 @@ import contextlib
 import importlib
 import ipaddress
 import logging
-import multiprocessing
 import os
-import signal
 import sys
 import urllib.parse
 from collections.abc import Iterator, Mapping, Sequence
-from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +17,7 @@ from dask.distributed import Client, LocalCluster
 from distributed.system import MEMORY_LIMIT
 
 from headrace.cache import HeadraceError, publish_replace
-from headrace.pipelines.fork_server import METHOD, start_server
+from headrace.pipelines.fork_server import METHOD, is_importing_main, sigint_held_back, start_server
 from headrace.pipelines.recipe_sections import ClusterSection
 from headrace.pipelines.tls import TLSMissing, own_security, security
 from headrace.pipelines.worker import GPUS
@@ -121,11 +118,9 @@ def local_client(
     _refuse_while_importing()
     count = workers or available_cores()
     variables = dict(os.environ)  # a server that is there already has those of an earlier moment
-    with _sigint_held_back():
-        method = start_server(imports)
-    ours = {METHOD: method, "distributed.worker.preload": [PRELOAD]}
+    ours = {METHOD: start_server(imports), "distributed.worker.preload": [PRELOAD]}
     with dask.config.set({**SETTINGS, **ours}), quiet("distributed"):
-        with _sigint_held_back():
+        with sigint_held_back():
             try:
                 cluster = LocalCluster(
                     n_workers=count,
@@ -159,7 +154,7 @@ def cuda_client(workers: int | None = None) -> Iterator[Client]:
             "look at what `nvidia-smi` and CUDA_VISIBLE_DEVICES show"
         )
     with dask.config.set({**SETTINGS, GPUS: 1}), quiet("distributed"):
-        with _sigint_held_back():
+        with sigint_held_back():
             cluster = dask_cuda.LocalCUDACluster(
                 n_workers=min(workers or gpus, gpus),  # `workers` also says how many processes train heads
                 threads_per_worker=1,
@@ -227,7 +222,7 @@ def kubernetes_client(section: ClusterSection, workers: int | None = None) -> It
 def _refuse_while_importing() -> None:
     # A spawned worker first imports the script that started it. One that starts workers as it is imported, as a script
     # without the usual line does, would start workers of its own; multiprocessing then speaks of freezing executables.
-    if getattr(multiprocessing.current_process(), "_inheriting", False):
+    if is_importing_main():
         raise WorkersDidNotStart(
             "This script starts worker processes, and each of them imports the script to begin with. Put the lines that "
             'start work below a line that workers pass over: if __name__ == "__main__":'
@@ -317,22 +312,6 @@ def close_pages(cluster: Any) -> None:
         cluster.scheduler_info.get("services", {}).pop("dashboard", None)  # or there would still be a link to it
 
     cluster.sync(close)
-
-
-@contextlib.contextmanager
-def _sigint_held_back() -> Iterator[None]:
-    # A terminal sends Ctrl-C to every process of ours, and each worker would print a traceback. Processes and threads
-    # inherit the mask of the thread that starts them, so workers never see it; for us it only waits for this block's end.
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    # Started now, for starting it clears the mask of the thread that does so.
-    resource_tracker.ensure_running()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager

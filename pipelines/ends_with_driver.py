@@ -1,9 +1,12 @@
-"""Importing this has the kernel end this process when the driver ends: the first import of the server that workers are
-forked from, which has no other way to be told. Workers end with the server.
+"""Importing this into the server that workers are forked from has the kernel end it when the driver ends; workers end with it.
 
-The kernel takes the thread that started a process for its parent, so it is imported where that is the main thread.
+It is the server's first import, for there is no other way to tell it; elsewhere the import does nothing. The kernel takes the
+thread that started a process for its parent, so the driver asks for this where that is its main thread.
 """
+
+import sys
 
 from headrace.pipelines.worker import die_with_parent
 
-die_with_parent()
+if any("multiprocessing.forkserver" in word for word in sys.orig_argv):
+    die_with_parent()

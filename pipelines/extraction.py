@@ -6,7 +6,6 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from dask.distributed import Client
@@ -20,14 +19,11 @@ from headrace.cache import (
     publish_shard,
     shard_path,
 )
-from headrace.extract import ExtractJob, unit_name
+from headrace.extract import ExtractJob, UnitReport, figures, unit_name
 from headrace.pipelines.claims import Claims, claims
 from headrace.pipelines.paths import unit_claims
 from headrace.pipelines.progress import stage
 from headrace.pipelines.submit import Outcome, RunIncomplete, TaskOptions, announced, run_tasks
-
-if TYPE_CHECKING:
-    from headrace.extract import UnitReport
 
 _ASK_S = 1.0
 
@@ -41,8 +37,6 @@ def extract_missing(
 
     client: None for a device of this process's own (a GPU), which is then fed without a pause between units.
     """
-    from headrace.extract import figures  # imports torch: a call with nothing to extract does without
-
     options = announced(options or TaskOptions(), console)
     failures: list[str] = []
     fatal: list[tuple[ExtractJob, str]] = []  # single images that end whoever decodes them
@@ -116,15 +110,9 @@ def _record(fatal: Sequence[tuple[ExtractJob, str]], went_well: int) -> list[str
     return []
 
 
-def imports_of(units: Sequence[ExtractJob]) -> list[str]:
-    """Modules that workers need for these units, and that take seconds to import."""
-    libraries = {backbone.name.partition(":")[0] for job in units for backbone, _ in job.networks}
-    return ["headrace.extract.unit", *sorted(libraries & {"timm", "torchvision"})] if units else []
-
-
-def extract_unit(job: ExtractJob) -> "UnitReport":
+def extract_unit(job: ExtractJob) -> UnitReport:
     """What a worker runs: the unit, unless another driver has published it since the plan was made."""
-    from headrace.extract import UnitReport, run_unit
+    from headrace.extract import run_unit  # imports torch
 
     if is_published(job):
         return UnitReport(job.unit, len(job.samples), (), (), 0.0, 0.0, 0.0)
@@ -156,12 +144,12 @@ def halves(job: ExtractJob) -> list[tuple[str, ExtractJob]]:
 
 def _on_workers(
     units: Sequence[ExtractJob], client: Client, options: TaskOptions
-) -> Generator[Outcome[ExtractJob, "UnitReport"], None, None]:
+) -> Generator[Outcome[ExtractJob, UnitReport], None, None]:
     jobs = ((unit_key(job), job) for job in units)
     return run_tasks(client, extract_unit, jobs, options=options, split=halves)
 
 
-def _here(units: Sequence[ExtractJob], ours: Claims) -> Generator[Outcome[ExtractJob, "UnitReport"], None, None]:
+def _here(units: Sequence[ExtractJob], ours: Claims) -> Generator[Outcome[ExtractJob, UnitReport], None, None]:
     """The units that no other driver has, in one stream; then, one by one, those that it gives back."""
     from headrace.extract import run_units
 
@@ -186,7 +174,7 @@ def _here(units: Sequence[ExtractJob], ours: Claims) -> Generator[Outcome[Extrac
         ours.drop(unit_key(job))
 
 
-def _blamed(outcome: "Outcome[ExtractJob, UnitReport]") -> str:
+def _blamed(outcome: Outcome[ExtractJob, UnitReport]) -> str:
     return _blamed_image(outcome.job, outcome.error or "") if outcome.fatal else outcome.error or ""
 
 

@@ -1,5 +1,6 @@
 """From the recipe's lists to head specs: products, in a fixed order, each spec once."""
 
+import dataclasses
 import difflib
 import itertools
 import json
@@ -54,11 +55,20 @@ def wanted_heads(heads: Heads, names: Sequence[str]) -> list[Wanted]:
     """
     sections = {kind: grid.halving for kind, grid in (("mlp", heads.mlp), ("conv", heads.conv)) if grid is not None}
     wanted = (
-        Wanted(columns, tuple(dict.fromkeys(specs)), _halving(sections.get(specs[0].kind)))
+        Wanted(columns, tuple(dict.fromkeys(_of_input(specs, columns))), _halving(sections.get(specs[0].kind)))
         for inputs, specs in _grids(heads)
         for columns in _expand(inputs, names, maps=specs[0].kind == "conv")
     )
     return list(dict.fromkeys(wanted))  # a value that a list repeats counts once
+
+
+def _of_input(specs: Sequence[HeadSpec], columns: Sequence[str]) -> Iterator[HeadSpec]:
+    """The specs, none of them banded where a single tap has nothing to be banded against."""
+    for spec in specs:
+        if isinstance(spec, LogisticSpec | RidgeSpec) and len(columns) == 1:
+            yield dataclasses.replace(spec, banded=False)
+        else:
+            yield spec
 
 
 def check_kinds(heads: Heads, task_kind: str) -> None:
@@ -77,13 +87,19 @@ def _halving(section: HalvingSection | None) -> Halving | None:
 
 
 def _grids(heads: Heads) -> Iterator[tuple[tuple[HeadInput, ...], list[HeadSpec]]]:
-    # One entry per (kind, class weight): these heads share their products best in one bank.
+    # One entry per (kind, class weight, banded): these heads share their products best in one bank.
     if grid := heads.logistic:
-        for class_weight in grid.class_weight:
-            yield grid.inputs, [LogisticSpec(C=c, class_weight=class_weight) for c in sorted(grid.C)]
+        for class_weight, banded in itertools.product(grid.class_weight, sorted(set(grid.banded))):
+            yield (
+                grid.inputs,
+                [LogisticSpec(C=c, class_weight=class_weight, banded=banded) for c in sorted(grid.C)],
+            )
     if ridge := heads.ridge:
-        for class_weight in ridge.class_weight:
-            yield ridge.inputs, [RidgeSpec(alpha=alpha, class_weight=class_weight) for alpha in sorted(ridge.alpha)]
+        for class_weight, banded in itertools.product(ridge.class_weight, sorted(set(ridge.banded))):
+            yield (
+                ridge.inputs,
+                [RidgeSpec(alpha=alpha, class_weight=class_weight, banded=banded) for alpha in sorted(ridge.alpha)],
+            )
     if heads.mlp:
         yield heads.mlp.inputs, _networks(heads.mlp, MLPSpec, _NETWORK_AXES)
     if heads.conv:

@@ -98,7 +98,7 @@ def settings_text(spec: HeadSpec) -> str:
     if isinstance(spec, FineTuneSpec):
         return _network_text(spec)
     values = json.loads(spec_to_json(spec))
-    usual = {"class_weight": "none", "standardize": True, "label_smoothing": 0.0, "seed": 0}
+    usual = {"class_weight": "none", "standardize": True, "banded": False, "label_smoothing": 0.0, "seed": 0}
     hidden = {"kind", "batch_size", "epochs", "patience"}
     shown = {key: value for key, value in values.items() if key not in hidden and usual.get(key) != value}
     short = {"learning_rate": "lr", "weight_decay": "wd"}

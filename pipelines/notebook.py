@@ -27,6 +27,7 @@ from headrace.pipelines.console import make_console
 from headrace.pipelines.costs import measured_rates
 from headrace.pipelines.dataset import drop_rows, make_dataset
 from headrace.pipelines.extraction import extract_missing
+from headrace.pipelines.fork_server import imports_of
 from headrace.pipelines.grid import check_kinds, wanted_heads
 from headrace.pipelines.leaderboard import trained_in
 from headrace.pipelines.paths import RunPaths, content_index
@@ -77,7 +78,8 @@ def extract_features(
     units = plan_networks(samples, networks, cache_root=cache, unit_rows=unit_images, device=here)
     if units:
         # A GPU is fed by this process; on a CPU one process per core is faster.
-        with local_client(workers) if here == "cpu" else nullcontext() as client:
+        opened = local_client(workers, imports=imports_of([spec.name])) if here == "cpu" else nullcontext()
+        with opened as client:
             extract_missing(units, client, console or _QUIET)
     return {feature.name: open_feature_set(path) for feature, path in zip(specs, paths, strict=True)}
 

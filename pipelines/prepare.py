@@ -1,8 +1,10 @@
 """What there is: images, content hashes, networks, features in the cache, heads on disk. Ends in the plan."""
 
+import functools
 import os
+import sys
 import tempfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +26,7 @@ from headrace.extract import (
     read_listing,
     remember_features,
 )
+from headrace.extract.memo import build_features
 from headrace.heads import DEFAULT_METRIC, METRICS
 from headrace.heads.bank import check_device
 from headrace.pipelines.accounting import Accounting, account
@@ -73,7 +76,7 @@ def survey(recipe: Recipe, *, write: bool = True, retry_failed: bool = False) ->
     # Before anything is read or built, as if every image were there and none a copy: targets, groups and folds that
     # cannot work are the commonest mistakes.
     make_dataset(samples, [f"{row:032}" for row in range(len(samples))], recipe.task)
-    networks = [_network(backbone, recipe) for backbone in recipe.backbones]
+    networks = [_network(backbone, recipe, run=write) for backbone in recipe.backbones]
     inputs = _inputs(recipe, networks)
     wanted = wanted_heads(recipe.heads, list(inputs))
     _check_views(wanted, {name: [spec for spec, _ in views] for name, views in inputs.items()})
@@ -270,10 +273,24 @@ def _check_views(wanted: Sequence[Wanted], specs: Mapping[str, Sequence[FeatureS
             )
 
 
-def _network(backbone: Backbone, recipe: Recipe) -> Network:
+def _network(backbone: Backbone, recipe: Recipe, *, run: bool) -> Network:
     spec = backbone_spec(backbone, recipe)
-    specs = backbone_features(spec, backbone.taps, cache_root=recipe.cache, **storing(backbone, recipe))
+    build = _build_forked(recipe) if run and _forks(backbone, recipe) else build_features
+    specs = backbone_features(spec, backbone.taps, cache_root=recipe.cache, build=build, **storing(backbone, recipe))
     return Network(spec, specs, [_known(recipe.cache, feature) for feature in specs])
+
+
+def _forks(backbone: Backbone, recipe: Recipe) -> bool:
+    """Whether a run is spared importing PyTorch in this process, for workers will have it from the server that they are forked from."""
+    here = recipe.cluster.where == "local" and find_device(recipe.compute.device) == "cpu"
+    return here and "torch" not in sys.modules and not backbone.name.startswith("python:")
+
+
+def _build_forked(recipe: Recipe) -> Callable[..., tuple[FeatureSpec, ...]]:
+    from headrace.pipelines.fork_server import call_forked, imports_of
+
+    imports = imports_of(backbone.name for backbone in recipe.backbones)
+    return functools.partial(call_forked, imports, build_features)
 
 
 def _failed(cache: Path, networks: Sequence[Network]) -> dict[str, str]:

@@ -14,9 +14,11 @@ class LogisticGrid(Section):
     """Logistic regression: the product of these lists."""
 
     # inverse strength of the L2 penalty, as in scikit-learn
-    C: NonEmptyFloats = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 10.0)
+    C: NonEmptyFloats = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0, 1e3)
     # balanced: every class counts the same
     class_weight: Annotated[tuple[Literal["none", "balanced"], ...], pydantic.Field(min_length=1)] = ("none",)
+    # true: each of several taps side by side has a strength of its own, in proportions found on the training rows
+    banded: Annotated[tuple[bool, ...], pydantic.Field(min_length=1)] = (False,)
     # each: every tap alone; all: side by side; a list: these taps side by side
     inputs: tuple[HeadInput, ...] = ("each", "all")
 
@@ -24,9 +26,12 @@ class LogisticGrid(Section):
 class RidgeGrid(Section):
     """Ridge classification or regression: the product of these lists."""
 
-    alpha: NonEmptyFloats = (1.0, 10.0, 100.0, 1e3, 1e4)  # strength of the L2 penalty, as in scikit-learn
+    # strength of the L2 penalty, as in scikit-learn
+    alpha: NonEmptyFloats = (0.1, 1.0, 10.0, 30.0, 100.0, 300.0, 1e3, 3e3, 1e4, 1e5)
     # balanced: every class counts the same
     class_weight: Annotated[tuple[Literal["none", "balanced"], ...], pydantic.Field(min_length=1)] = ("none",)
+    # true: each of several taps side by side has a strength of its own, in proportions found on the training rows
+    banded: Annotated[tuple[bool, ...], pydantic.Field(min_length=1)] = (False,)
     # each: every tap alone; all: side by side; a list: these taps side by side
     inputs: tuple[HeadInput, ...] = ("each", "all")
 

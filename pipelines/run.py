@@ -27,6 +27,7 @@ from headrace.pipelines.claims import remove_dead
 from headrace.pipelines.cluster import Role, open_client
 from headrace.pipelines.console import make_console
 from headrace.pipelines.environment import environment, note_environment
+from headrace.pipelines.evidence.calibration import temperature_of
 from headrace.pipelines.evidence.cautions import grid_edges, hidden_classes, near_duplicates
 from headrace.pipelines.evidence.ensemble import Ensemble, build_ensemble
 from headrace.pipelines.evidence.ensemble_store import save_ensemble, show_test
@@ -34,7 +35,8 @@ from headrace.pipelines.evidence.predictions import held_out, whole_heads
 from headrace.pipelines.evidence.screen import Screening, screen_inputs, screened_plan
 from headrace.pipelines.evidence.selection import Selection, assess_selection
 from headrace.pipelines.evidence.train import train_banks
-from headrace.pipelines.extraction import extract_missing, imports_of
+from headrace.pipelines.extraction import extract_missing
+from headrace.pipelines.fork_server import imports_of
 from headrace.pipelines.leaderboard import collect_heads, rank_heads
 from headrace.pipelines.logs import log_run, require_log
 from headrace.pipelines.paths import RunPaths, unit_claims
@@ -110,7 +112,7 @@ def run_recipe(
             done(f"{plan.images:,} images, {len(plan.features)} feature sets, {plan.heads_total:,} heads wanted")
         check_space(plan, recipe.cache, recipe.storage.budget_gb)
         log = stack.enter_context(task_log(paths))  # what is refused until here leaves no folder behind
-        opened = partial(_opened, recipe, paths, log, workers, imports_of(plan.units))
+        opened = partial(_opened, recipe, paths, log, workers, _imports(recipe, plan))
         write_inputs(found)
         write_record(found.paths.recipe, recipe.model_dump(mode="json"))
         options = TaskOptions(recipe.cluster.deadline_s, tell=log)
@@ -180,6 +182,11 @@ def run_recipe(
     device = plan.units[0].device if plan.units else "cpu"
     note_environment(found.paths.environments, environment(workers, device))
     return replace(result, stages=tuple(stages))
+
+
+def _imports(recipe: Recipe, plan: Plan) -> list[str]:
+    """What workers should find imported: what networks need, where one is run."""
+    return imports_of(backbone.name for backbone in recipe.backbones) if plan.units else []
 
 
 @contextmanager
@@ -271,7 +278,8 @@ def conclude(
     told = cautions(found, board, pixel_range)
     features = [open_feature_set(path) for name in winner["inputs"] for path in found.directories[name]]
     backbones = [found.backbones[name] for name in winner["inputs"] for _ in found.directories[name]]
-    save_winner(paths.winner, winner, features, backbones, task, found.metric)
+    temperature = temperature_of(winner, task)
+    save_winner(paths.winner, winner, features, backbones, task, found.metric, temperature)
     ensemble = None if ensemble_section is None else combine_heads(found, board, ensemble_section)
     if ensemble is None:
         withdraw(paths.ensemble)
@@ -283,7 +291,7 @@ def conclude(
         tested = show_test(paths.openings, ensemble, found.directories, test, task.digest, found.dataset.test_groups)
     else:
         groups = found.dataset.test_groups
-        tested = open_test(paths.openings, winner, features, test, task.digest, found.metric, groups)
+        tested = open_test(paths.openings, winner, features, test, task.digest, found.metric, groups, temperature)
     return RunResult(
         paths=paths,
         metric=found.metric,

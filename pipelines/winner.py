@@ -6,6 +6,7 @@ import json
 import shlex
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,10 @@ from headrace.heads import (
     read_bank,
     save_head,
     spec_from_json,
-    with_temperature,
 )
 from headrace.heads.intervals import METHOD
 from headrace.heads.persist import require_trusted
+from headrace.heads.predict import tempered
 from headrace.pipelines.paths import RunPaths
 
 # Of the test images' hashes, kept with each opening to recognise the same images under another table.
@@ -78,14 +79,16 @@ def save_winner(
     backbones: Sequence[BackboneSpec | None],
     task: Task,
     metric: str,
+    temperature: float,
 ) -> Path:
     """Write the winner, trained on every training row, as head.safetensors + head.json in place of an earlier winner.
 
     backbones: the network that made each of the features, so that the directory can be used away from its run.
+    temperature: what the predictions of its fold heads give (`evidence.calibration`).
     A winner that is a network is network.safetensors + network.json instead.
     """
     if winner["kind"] == "finetune":
-        return _copy_network(directory, winner, metric)
+        return _copy_network(directory, winner, metric, temperature)
     _remove_other(directory, ("network.json", "network.safetensors"))
     return save_head(
         directory,
@@ -96,6 +99,7 @@ def save_winner(
         features=[feature.spec for feature in features],
         metrics={f"validation_{metric}": float(winner[metric])},
         backbones=[None if backbone is None else dataclasses.asdict(backbone) for backbone in backbones],
+        temperature=temperature,
     )
 
 
@@ -107,16 +111,20 @@ def open_test(
     train_digest: str,
     metric: str,
     groups: npt.NDArray[Any] | None = None,
+    temperature: float = 1.0,
 ) -> TestResult:
     """Score the winner on the test rows and put the opening on record; a repeated call with the same winner reads the record.
 
+    temperature: the winner's, as it is handed out. The same head at another one (runs of earlier versions had none) is no
+    other winner: its decisions are the same, and no test row had a part in it. It is scored again, on the same record.
     groups: (rows of the test task,) by default the images' content. Rows of one group are not independent of each other, and
     the interval is over groups.
     Another winner on the same test images is another opening: the more winners have been shown a test split, the less
     its score means, and so the count is part of the result.
     """
     winner_is = {"train": train_digest, "test": test.digest, **_identity(winner, features)}
-    return _opened(openings, winner_is, test, metric, groups, lambda: predict_test(winner, features, test))
+    predict = partial(predict_test, winner, features, test, temperature=temperature)
+    return _opened(openings, winner_is, test, metric, groups, predict, temperature)
 
 
 def open_ensemble_test(
@@ -139,15 +147,11 @@ def open_ensemble_test(
     }
 
     def predict() -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-        found = [predict_test(row, features, test) for _, _, row, features in members]
-        told = [
-            with_temperature(test.kind, predicted, own)
-            for (_, predicted), (_, own, _, _) in zip(found, members, strict=True)
-        ]
-        mean = average(np.array([weight for weight, *_ in members]), np.stack(told))
-        return found[0][0], with_temperature(test.kind, mean, temperature)
+        found = [predict_test(row, features, test, temperature=own) for _, own, row, features in members]
+        mean = average(np.array([weight for weight, *_ in members]), np.stack([predicted for _, predicted in found]))
+        return found[0][0], tempered(mean, test.kind, temperature)
 
-    return _opened(openings, ensemble_is, test, metric, groups, predict)
+    return _opened(openings, ensemble_is, test, metric, groups, predict, temperature)
 
 
 def _identity(winner: pd.Series, features: Sequence[FeatureSet]) -> dict[str, Any]:
@@ -166,10 +170,12 @@ def _opened(
     metric: str,
     groups: npt.NDArray[Any] | None,
     predict: Callable[[], tuple[npt.NDArray[Any], npt.NDArray[Any]]],
+    temperature: float,
 ) -> TestResult:
     """The record of this opening; if there is none, `predict` gives targets and predictions, and it is made.
 
-    A record whose interval is of an earlier method keeps its score and is given the interval of this one.
+    A record whose interval is of an earlier method keeps its score and is given the interval of this one; one of another
+    temperature keeps its date alone.
     """
     with lease(_lock(openings)):  # two runs that end at once both count
         recorded = read_openings(openings)
@@ -179,12 +185,13 @@ def _opened(
             json.dumps(winner_is, sort_keys=True)
         }
         for opening in same:
-            if opening["result"]["metric"] == metric and opening.get("interval") == METHOD:
+            of_now = opening.get("interval") == METHOD and _temperature_of(opening) == temperature
+            if opening["result"]["metric"] == metric and of_now:
                 return TestResult(openings=len(others) + 1, **opening["result"])
         target, predicted = predict()
         result = _scored(test, target, predicted, metric, groups, len(others) + 1)
         earlier = next((opening for opening in same if opening["result"]["metric"] == metric), None)
-        if earlier is not None:
+        if earlier is not None and _temperature_of(earlier) == temperature:
             kept = {name: earlier["result"][name] for name in ("value", "metrics")}
             result = dataclasses.replace(result, **kept)
         opening = {
@@ -194,12 +201,18 @@ def _opened(
             **(earlier or {}),
             "result": {name: value for name, value in dataclasses.asdict(result).items() if name != "openings"},
             "interval": METHOD,
+            "temperature": temperature,
         }
         if earlier is None:
             _write_openings(openings, [*recorded, opening])
         else:
             _write_openings(openings, [opening if each is earlier else each for each in recorded])
     return result
+
+
+def _temperature_of(opening: Mapping[str, Any]) -> float:
+    """Of what was scored. Records of earlier versions have that of an ensemble in its description, and of a winner none."""
+    return float(opening.get("temperature", opening["winner"].get("temperature", 1.0)))
 
 
 def _scored(
@@ -219,17 +232,23 @@ def _scored(
 
 
 def predict_test(
-    winner: pd.Series, features: Sequence[FeatureSet], test: Task, *, trust_code: Collection[str] | None = None
+    winner: pd.Series,
+    features: Sequence[FeatureSet],
+    test: Task,
+    *,
+    temperature: float = 1.0,
+    trust_code: Collection[str] | None = None,
 ) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """The targets (n,) and the winner's predictions (n, C) of the test rows. Whoever shows them records an opening first.
+    """The targets (n,) and the winner's predictions (n, C) of the test rows, at a temperature: what `headrace predict` writes.
 
+    Whoever shows them records an opening first.
     trust_code: the code that may be imported for it ("module:name"), which else raises CodeNotTrusted; None: whatever it names.
     """
     if winner["kind"] == "finetune":
         from headrace.pipelines.thaw.predict import predict_rows  # imports torch
 
         run, key = RunPaths(Path(winner["path"]).parent.parent), Path(winner["path"]).stem
-        return test.target, predict_rows(run, key, test, trust_code=trust_code)
+        return test.target, predict_rows(run, key, test, temperature=temperature, trust_code=trust_code)
     spec = spec_from_json(winner["spec"])
     if isinstance(spec, SklearnSpec) and trust_code is not None:
         from headrace.heads.sklearn_bank import estimator_code  # imports scikit-learn
@@ -238,17 +257,19 @@ def predict_test(
     arrays = read_bank(winner["path"]).arrays(winner["spec"], FULL)
     X, kept = load_rows(features, test.content, spatial=spec.kind == "conv")
     views = X if X.ndim in (3, 5) else X[None]  # (V, n, D) or (V, n, channels, h, w): several are averaged
-    return test.target[kept], np.mean([predict_head(spec, arrays, view, test.kind) for view in views], axis=0)
+    if len(views) == 1:
+        return test.target[kept], predict_head(spec, arrays, views[0], test.kind, temperature)
+    mean = np.mean([predict_head(spec, arrays, view, test.kind) for view in views], axis=0)
+    return test.target[kept], tempered(mean, test.kind, temperature)
 
 
-def _copy_network(directory: Path, winner: pd.Series, metric: str) -> Path:
+def _copy_network(directory: Path, winner: pd.Series, metric: str, temperature: float) -> Path:
     """The directory of the network that was trained on all rows, copied; its files say what they are by themselves."""
     from headrace.pipelines.thaw.persist import copy_network  # imports torch
 
     paths = RunPaths(Path(winner["path"]).parent.parent)
-    copied = copy_network(
-        paths.thaw_model(Path(winner["path"]).stem), directory, {f"validation_{metric}": float(winner[metric])}
-    )
+    metrics = {f"validation_{metric}": float(winner[metric])}
+    copied = copy_network(paths.thaw_model(Path(winner["path"]).stem), directory, metrics, temperature)
     _remove_other(directory, ("head.json", "head.safetensors"))
     return copied
 

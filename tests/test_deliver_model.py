@@ -15,7 +15,7 @@ from run_cases import RECIPE, make_photos
 from headrace.cache import SpecMismatch, open_feature_set
 from headrace.extract import BackboneSpec, decode_image, list_folder, load_backbone
 from headrace.extract.preprocess import render
-from headrace.heads import load_head, load_rows
+from headrace.heads import load_head, load_rows, predict_head, with_temperature
 from headrace.pipelines import extract_features, train_heads
 from headrace.pipelines.deliver.export import export_model
 from headrace.pipelines.deliver.images import ImageUnusable
@@ -54,7 +54,8 @@ def test_a_model_directory_predicts_as_its_run(run, away):
     samples = samples[samples["id"].isin(ids)]
     X, _ = load_rows(features, np.array([content[name] for name in samples["id"]]))
     assert X.ndim == 3 or len(result.winner["inputs"]) == 1
-    expected = np.mean([head.predict_proba(view) for view in (X if X.ndim == 3 else X[None])], axis=0)
+    views = [predict_head(head.spec, head.arrays, view) for view in (X if X.ndim == 3 else X[None])]
+    expected = with_temperature("single", np.mean(views, axis=0), head.temperature)
     np.testing.assert_allclose(model.predict_proba(samples["path"]), expected, atol=2e-3)
     right = model.predict(samples["path"]) == samples["label"].to_numpy()
     assert right.mean() > 0.9

@@ -1,6 +1,7 @@
 """Every tap is what a forward hook on the untouched network gives, whatever the form in which the network is run."""
 
 import dataclasses
+import itertools
 import warnings
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from headrace.extract import BackboneError, BackboneSpec, feature_specs, load_backbone, parse_tap, resolve_taps
 from headrace.extract.forward import make_forward, normalisation
 from headrace.extract.nodes import find_nodes
-from headrace.extract.taps import Tap, auto_taps, backbone_nodes
+from headrace.extract.taps import MOST_FEATURES, Tap, auto_taps, backbone_nodes
 
 # Small inputs of families that differ: plain, residual, inverted residual, dense, multi-branch, grouped, ConvNeXt,
 # class-token transformers of two libraries, windowed (channels last), squeeze-excite, pooling instead of attention.
@@ -163,8 +164,20 @@ def test_shape_bytes_and_cost_of_nodes() -> None:
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("torchvision:resnet18", "layer1.avg layer2.avg layer3.avg layer4.avg pre_logits.vector"),
-        ("timm:tf_efficientnet_lite0", "blocks.1.avg blocks.2.avg blocks.4.avg bn2.avg pre_logits.vector"),
+        (
+            "torchvision:resnet18",
+            "layer1.0.* layer1.* layer2.0.* layer2.* layer3.0.* layer3.* layer4.0.* pre_logits.vector",
+        ),
+        (
+            "timm:tf_efficientnet_lite0",
+            "blocks.1.0.* blocks.1.* blocks.2.0.* blocks.2.* blocks.3.* blocks.4.* blocks.5.* blocks.6.* pre_logits.vector",
+        ),
+        # its widest middles would be more than MOST_FEATURES
+        ("timm:resnet50", "layer1.1.* layer1.* layer2.* layer3.2.* layer3.* pre_logits.vector"),
+        (  # what its classifier is given is another layer's, so the last map is there too
+            "torchvision:vgg16",
+            "features.6.* features.8.* features.15.* features.22.* features.29.* features.30.* pre_logits.vector",
+        ),
         (
             "timm:vit_tiny_patch16_224",
             "blocks.2.avg blocks.5.avg blocks.8.avg blocks.11.avg blocks.11.cls pre_logits.vector",
@@ -173,7 +186,22 @@ def test_shape_bytes_and_cost_of_nodes() -> None:
 )
 def test_auto_picks_early_to_late(name: str, expected: str) -> None:
     backbone = load_backbone(BackboneSpec(name, "random:0"))
-    assert " ".join(str(tap) for tap in resolve_taps(backbone, "auto")) == expected
+    wanted = " ".join(f"{text[:-1]}avg {text[:-1]}max" if text.endswith("*") else text for text in expected.split())
+    assert " ".join(str(tap) for tap in resolve_taps(backbone, "auto")) == wanted
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["torchvision:resnet18", "timm:tf_efficientnet_lite0", "torchvision:squeezenet1_1", "timm:mobilenetv3_small_050"],
+)
+def test_no_automatic_tap_is_another_one(name: str) -> None:
+    """No column stands twice in "all", but for one that is normalised once more, which the widths show."""
+    backbone = load_backbone(BackboneSpec(name, "random:0", image_size=64))
+    taps = resolve_taps(backbone, "auto")
+    found = [tensor.flatten(1) for tensor in make_forward(backbone, taps)(random_pixels(4, 64))]
+    assert sum(tensor.shape[1] for tensor in found) <= MOST_FEATURES
+    for (first, a), (second, b) in itertools.combinations(zip(taps, found, strict=True), 2):
+        assert a.shape != b.shape or not torch.allclose(a.float(), b.float(), rtol=1e-3, atol=1e-3), (first, second)
 
 
 def test_taps_that_cannot_be() -> None:

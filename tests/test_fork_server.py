@@ -2,17 +2,18 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 
 import psutil
 import pytest
-from rich.console import Console
 from run_cases import RECIPE, make_photos
 
-from headrace.pipelines import load_recipe, run_recipe
+from headrace.extract import BackboneError
 from headrace.pipelines.cluster import local_client
+from headrace.pipelines.fork_server import call_forked
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="workers are spawned here")
 
@@ -70,13 +71,26 @@ def test_a_server_that_is_killed_is_replaced():
         assert server_of(psutil.Process()) != server
 
 
+# A whole run, in a process that ends by saying what it has imported.
+RUN = """
+import sys
+from rich.console import Console
+from headrace.pipelines import load_recipe, run_recipe
+if __name__ == "__main__":
+    run_recipe(load_recipe("recipe.yaml"), console=Console(quiet=True))
+    print(sorted({"torch", "torchvision", "sklearn", "scipy.stats"} & set(sys.modules)))
+"""
+
+
 @pytest.mark.slow
-def test_the_same_workers_extract_and_train(tmp_path):
-    """One cluster serves a whole run: no worker is started between its stages."""
+def test_the_same_workers_extract_and_train_and_the_driver_needs_no_torch(tmp_path):
+    """One cluster serves a whole run: no worker is started between its stages. The driver has no network, ever."""
     make_photos(tmp_path / "photos")
     (tmp_path / "recipe.yaml").write_text(RECIPE)
-    result = run_recipe(load_recipe(tmp_path / "recipe.yaml"), console=Console(quiet=True))
-    (log,) = result.paths.logs.glob("*.jsonl")
+    (tmp_path / "run.py").write_text(RUN)
+    done = subprocess.run([sys.executable, "run.py"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.stdout.strip() == "[]", done.stderr
+    (log,) = (tmp_path / "headrace-runs" / "recipe" / "logs").glob("*.jsonl")
     events = [json.loads(line) for line in log.read_text().splitlines()]
     assert [event["event"] for event in events].count("cluster") == 1
     workers = {stage: set() for stage in ("extract", "bank")}
@@ -85,6 +99,27 @@ def test_the_same_workers_extract_and_train(tmp_path):
             workers[event["task"].partition("-")[0]].add(event["worker"])
     assert workers["extract"] == workers["bank"]
     assert len(workers["bank"]) == 2
+
+
+def die_elsewhere(here):
+    """The caller's process, where it is called there; another one dies."""
+    if os.getpid() != here:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return "here"
+
+
+def refuse(name):
+    """As a network that is not to be had."""
+    raise BackboneError(f"no {name}")
+
+
+@pytest.mark.slow
+def test_what_a_forked_process_says_is_said_here():
+    """Its result is returned and its error raised; if it dies, the function is called by the process that waits."""
+    assert call_forked([], os.getppid) == server_of(psutil.Process()).pid
+    with pytest.raises(BackboneError, match="no network"):
+        call_forked([], refuse, "network")
+    assert call_forked([], die_elsewhere, os.getpid()) == "here"
 
 
 @pytest.mark.slow

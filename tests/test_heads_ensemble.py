@@ -1,4 +1,4 @@
-"""Averages of heads: the greedy choice, its limits, the temperature."""
+"""Averages of heads: the greedy choice and its limits."""
 
 import numpy as np
 import pytest
@@ -7,12 +7,9 @@ from headrace.heads import (
     EnsembleLimits,
     average,
     element_loss,
-    fit_temperature,
-    fit_temperatures,
     greedy_weights,
     loss_elements,
     score,
-    with_temperature,
 )
 
 FREE = EnsembleLimits(members=100, networks=None, network_price=0, rounds=12)
@@ -89,50 +86,3 @@ def test_equal_heads_leave_one():
     elements = np.repeat(loss_elements("single", target, predicted), 5, axis=0)
     weights = greedy_weights("single", elements, [frozenset("a")] * 5, FREE)
     assert weights.tolist() == [1, 0, 0, 0, 0]
-
-
-@pytest.mark.parametrize("kind", ["single", "multi"])
-@pytest.mark.parametrize("factor", [0.5, 1.0, 2.0])
-def test_the_temperature_undoes_what_was_multiplied(kind, factor):
-    """Log-odds that are `factor` times too large give a temperature of `factor`; decisions do not change."""
-    rng = np.random.default_rng(0)
-    logits = rng.normal(0, 1.5, (20_000, 3))
-    odds = np.exp(logits)
-    if kind == "single":
-        truth = odds / odds.sum(1, keepdims=True)
-        target = (truth.cumsum(1) > rng.random((len(odds), 1))).argmax(1)
-        told = np.exp(factor * logits) / np.exp(factor * logits).sum(1, keepdims=True)
-    else:
-        truth = odds / (1 + odds)
-        target = (rng.random(truth.shape) < truth).astype(np.uint8)
-        told = 1 / (1 + np.exp(-factor * logits))
-    temperature = fit_temperature(kind, target, told)
-    assert temperature == pytest.approx(factor, rel=0.07)
-    mended = with_temperature(kind, told, temperature)
-    assert np.abs(mended - truth).mean() < 0.02
-    if kind == "single":
-        assert (mended.argmax(1) == told.argmax(1)).all()
-    else:
-        assert ((mended >= 0.5) == (told >= 0.5)).all()
-
-
-@pytest.mark.parametrize("kind", ["single", "multi"])
-def test_heads_get_the_temperatures_that_they_would_get_alone(kind):
-    """Newton's method finds what the grid finds, to within its steps; wherever the best lies outside, the nearest end."""
-    rng = np.random.default_rng(3)
-    logits = rng.normal(0, 2, (400, 3))
-    odds = 1 / (1 + np.exp(-logits)) if kind == "multi" else np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-    drawn = rng.random((400, 3)) < odds
-    target = drawn.astype(np.int64) if kind == "multi" else np.array([rng.choice(3, p=p) for p in odds])
-    heads = np.stack([with_temperature(kind, odds, t) for t in (0.3, 1.0, 3.0, 40.0)])
-    found = fit_temperatures(kind, target, heads)
-    np.testing.assert_allclose(found, [fit_temperature(kind, target, head) for head in heads], rtol=0.04)
-    assert found[-1] == pytest.approx(0.2, rel=1e-3)
-    assert fit_temperatures("regression", logits, heads).tolist() == [1.0] * 4
-
-
-def test_regression_has_no_temperature():
-    """Values are left as they are."""
-    target, predicted = made("regression")
-    assert fit_temperature("regression", target, predicted[0]) == 1
-    assert (with_temperature("regression", predicted[0], 1) == predicted[0]).all()

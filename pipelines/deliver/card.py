@@ -128,6 +128,13 @@ def _metrics(model: Model, run: RunPaths) -> str:
         interval = f"{selection['low']:.4f} to {selection['high']:.4f}"
         what = f"{selection['metric']} to expect on new images (corrected for the choice of the best of {selection['tried']:,})"
         rows.append((what, f"{selection['expected']:.4f}", interval, f"{selection['images']:,}"))
+    found = selection.get("calibration")
+    if len(model.members) == 1 and found is not None and found["temperature"] == model.members[0].temperature:
+        images = f"{found['images']:,}"
+        rows.append(
+            ("validation calibration error, before the temperature", f"{found['error_before']:.4f}", "", images)
+        )
+        rows.append(("validation calibration error, with it (cross-fitted)", f"{found['error_after']:.4f}", "", images))
     test = _test(model, run)
     if test:
         interval = f"{test['low']:.4f} to {test['high']:.4f}"
@@ -148,7 +155,8 @@ def _test(model: Model, run: RunPaths) -> dict[str, Any] | None:
         for opening in openings:
             winner = opening["winner"]
             shown = winner.get("ensemble") or [winner]
-            same = [_recorded(each, "ensemble" not in winner) for each in shown] == ours
+            lone = None if "ensemble" in winner else opening.get("temperature", 1.0)
+            same = [_recorded(each, lone) for each in shown] == ours
             same = same and winner.get("temperature", 1.0) == model.temperature
             found = opening["result"] if same else found
     except (ValueError, KeyError, TypeError):
@@ -165,10 +173,10 @@ def _identity(member: Member | NetworkMember) -> tuple[Any, ...]:
     return *shares, json.loads(spec_to_json(member.head.spec)), features
 
 
-def _recorded(shown: dict[str, Any], lone: bool) -> tuple[Any, ...]:
-    """What `_identity` says of a head or network of an opening's record; a lone winner has its whole weight."""
+def _recorded(shown: dict[str, Any], lone: float | None) -> tuple[Any, ...]:
+    """What `_identity` says of a head or network of an opening's record. lone: the temperature of a winner, whose weight is 1."""
     spec = json.loads(shown["spec"])
-    weight, temperature = (1.0, 1.0) if lone else (shown["weight"], shown.get("temperature", 1.0))
+    weight, temperature = (shown["weight"], shown.get("temperature", 1.0)) if lone is None else (1.0, lone)
     shares = round(float(weight), 9), round(float(temperature), 9)
     return (*shares, spec) if spec["kind"] == "finetune" else (*shares, spec, shown["features"])
 

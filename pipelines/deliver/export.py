@@ -34,7 +34,7 @@ from headrace.pipelines.deliver.card import Exported, model_card
 from headrace.pipelines.deliver.graph import Graph, Input, fits_graph, pixels_of
 from headrace.pipelines.deliver.images import open_engine, predict_batch
 from headrace.pipelines.deliver.model import ENSEMBLE, FORMAT, Member, Model, load_model
-from headrace.pipelines.deliver.network import NETWORK, WEIGHTS, NetworkMember, network_backbone
+from headrace.pipelines.deliver.network import NETWORK, WEIGHTS, NetworkMember, network_backbone, read_network
 from headrace.pipelines.deliver.outside import NAME, preprocess_file
 
 FORMATS = ("torch", "onnx", "safetensors")
@@ -310,7 +310,7 @@ def _write_directory(model: Model, folder: Path) -> None:
             interpolation=how.interpolation,
             pixel_range=how.pixel_range,
         )
-    if len(model.members) == 1 and model.temperature == model.members[0].temperature == 1:
+    if len(model.members) == 1 and model.temperature == 1 and _own_temperature(model.members[0]):
         _save_member(model.members[0], folder, stored, "")
         return
     members = []
@@ -327,6 +327,11 @@ def _write_directory(model: Model, folder: Path) -> None:
         "metrics": model.metrics,
     }
     (folder / ENSEMBLE).write_text(json.dumps(about, indent=2), encoding="utf-8")
+
+
+def _own_temperature(member: Member | NetworkMember) -> bool:
+    """Whether its files, copied, say its temperature: a network's are copied as they are."""
+    return isinstance(member, Member) or read_network(member.directory)[0].temperature == member.temperature
 
 
 def _frozen(model: Model) -> list[BackboneSpec]:
@@ -353,6 +358,7 @@ def _save_member(
         features=head.features,
         metrics=head.metrics,
         task_kind=head.task_kind,
+        temperature=member.temperature,
         backbones=[dataclasses.asdict(replace(each, weights=f"{up}{each.weights}")) for each in backbones],
     )
 

@@ -20,8 +20,7 @@ from headrace.extract.nodes import LOGITS, PRE_LOGITS
 from headrace.extract.taps import backbone_nodes, reduce_output
 from headrace.extract.unit import check_identity
 from headrace.extract.views import Symmetries, is_exact, parse_view, view_json
-from headrace.heads import TaskKind
-from headrace.pipelines.deliver.layers import Linked, head_module
+from headrace.pipelines.deliver.layers import Linked, head_module, tempered
 from headrace.pipelines.deliver.model import Member, Model
 from headrace.pipelines.deliver.network import NetworkMember, network_backbone, open_network
 
@@ -161,7 +160,8 @@ class Graph(nn.Module):
         self.heads = nn.ModuleList([_head(member) for member in model.members])
         self.columns = [_columns(member) for member in model.members]
         self.spatial = [member.spatial for member in model.members]
-        self.shares = [(member.weight, member.temperature) for member in model.members]
+        # Of several views the mean is tempered, else the log-odds within the head.
+        self.shares = [(member.weight, member.temperature if member.views > 1 else 1.0) for member in model.members]
         self.temperature, self.task_kind = model.temperature, model.task_kind
         if len(self.inputs) > 1:
             self.inputs = [replace(each, name=f"images_{place}") for place, each in enumerate(self.inputs)]
@@ -196,16 +196,6 @@ class Graph(nn.Module):
         return len(self.inputs) - 1
 
 
-def tempered(probabilities: Tensor, task_kind: TaskKind, temperature: float) -> Tensor:
-    """As heads.with_temperature."""
-    if task_kind == "regression" or temperature == 1:
-        return probabilities
-    if task_kind == "multi":
-        inside = probabilities.clamp(1e-7, 1 - 1e-7)
-        return torch.sigmoid((torch.log(inside) - torch.log1p(-inside)) / temperature)
-    return torch.softmax(torch.log(probabilities.clamp(min=1e-30)) / temperature, dim=1)
-
-
 def _turned(pixels: Tensor, index: int) -> Tensor:
     """As extract.views.mirrored, of pixels (n, H, W, 3)."""
     turned = pixels.transpose(1, 2) if index & 4 else pixels
@@ -221,8 +211,10 @@ def fits_graph(model: Model) -> bool:
 def _head(member: Member | NetworkMember) -> nn.Module:
     if isinstance(member, NetworkMember):
         trained = open_network(member.directory, member.digest)
-        return nn.Sequential(copy.deepcopy(trained.network.head), Linked(trained.task_kind)).eval()
-    return head_module(member.head)
+        return nn.Sequential(
+            copy.deepcopy(trained.network.head), Linked(trained.task_kind, 1.0, member.temperature)
+        ).eval()
+    return head_module(member.head, member.temperature if member.views == 1 else 1.0)
 
 
 def _columns(member: Member | NetworkMember) -> list[list[tuple[str, int]]]:

@@ -27,7 +27,8 @@ from headrace.extract.fuse import keep_memory
 from headrace.extract.images import PixelRange, decode_image, raw_mode, to_rgb
 from headrace.extract.locate import array_bytes, path_text, read_bytes
 from headrace.extract.unit import Pass, feature_passes, pass_limit, quiet_decoding, unstorable
-from headrace.heads import CannotPredict, SklearnSpec, average, with_temperature
+from headrace.heads import CannotPredict, SklearnSpec, TaskKind, average, predict_head
+from headrace.heads.predict import tempered
 from headrace.heads.sklearn_bank import fitted_sklearn
 from headrace.pipelines.cluster import available_cores
 from headrace.pipelines.deliver.network import NetworkMember, network_head, network_pass
@@ -113,7 +114,8 @@ def predict_batch(engine: Engine, batch: Batch) -> Predicted:
         return Predicted([], np.empty((0, len(engine.model.classes)), np.float32), sorted(failed), unread)
     stored = {spec: as_stored(output[good], spec.dtype) for spec, output in features.items()}
     parts = [
-        predict_head(member, head, stored) for member, head in zip(engine.model.members, engine.heads, strict=True)
+        predict_member(member, head, stored, engine.model.task_kind)
+        for member, head in zip(engine.model.members, engine.heads, strict=True)
     ]
     classes = len(engine.model.classes)
     if odd := [part.shape[1] for part in parts if part.shape != (len(good), classes)]:
@@ -159,23 +161,25 @@ def predict_images(model: "Model", images: ImageLike | Iterable[ImageLike], *, d
 
 
 def ready(member: "Member | NetworkMember") -> Callable[[Floats], Floats]:
-    """The member's head as a function. A scikit-learn head is stored as its training rows: it is fitted here, once."""
+    """The member's head as a function, at its temperature unless it has several views, which are averaged before.
+
+    A scikit-learn head is stored as its training rows: it is fitted here, once.
+    """
     if isinstance(member, NetworkMember):
         return network_head(member)
-    head = member.head
+    head, temperature = member.head, member.temperature if member.views == 1 else 1.0
     if isinstance(head.spec, SklearnSpec):
-        return fitted_sklearn(head.spec, head.arrays, head.task_kind)
-    return head.predict_proba
+        fitted = fitted_sklearn(head.spec, head.arrays, head.task_kind)
+        return lambda X: tempered(fitted(X), head.task_kind, temperature)
+    return lambda X: predict_head(head.spec, head.arrays, X, head.task_kind, temperature)
 
 
 def combine(model: "Model", parts: Sequence[Floats]) -> Floats:
-    """(n, C) of the members' predictions: each tempered, their weighted average, tempered."""
-    told = [
-        with_temperature(model.task_kind, part, member.temperature)
-        for member, part in zip(model.members, parts, strict=True)
-    ]
-    mean = average(np.array([member.weight for member in model.members]), np.stack(told))
-    return np.asarray(with_temperature(model.task_kind, mean, model.temperature), np.float32)
+    """(n, C) of the members' predictions, each at its temperature: their weighted average, at the model's."""
+    if len(parts) == 1 and model.temperature == 1:
+        return parts[0]
+    mean = average(np.array([member.weight for member in model.members]), np.stack(parts))
+    return tempered(mean, model.task_kind, model.temperature)
 
 
 def as_stored(features: npt.NDArray[Any], dtype: str) -> Floats:
@@ -189,10 +193,14 @@ def as_stored(features: npt.NDArray[Any], dtype: str) -> Floats:
     return np.asarray(decode(encoded.stored, dtype), np.float32)
 
 
-def predict_head(
-    member: "Member | NetworkMember", head: Callable[[Floats], Floats], features: dict[FeatureSpec, Floats]
+def predict_member(
+    member: "Member | NetworkMember",
+    head: Callable[[Floats], Floats],
+    features: dict[FeatureSpec, Floats],
+    task_kind: TaskKind,
 ) -> Floats:
-    """(n, C) of one head, the mean over the views that it was trained on; its inputs side by side as in `load_rows`."""
+    """(n, C) of one head at its temperature, the mean over the views that it was trained on; its inputs side by side as in
+    `load_rows`. head: as `ready` makes it."""
     columns: dict[str, list[Floats]] = {}
     for spec in member.features:
         columns.setdefault(replace(spec, view="").to_json(), []).append(features[spec])
@@ -201,7 +209,9 @@ def predict_head(
         np.concatenate([part if spatial else part.reshape(len(part), -1) for part in parts], axis=1)
         for parts in zip(*columns.values(), strict=True)
     ]
-    return np.asarray(np.mean([head(view) for view in views], axis=0), np.float32)
+    if len(views) == 1:
+        return head(views[0])
+    return tempered(np.mean([head(view) for view in views], axis=0), task_kind, member.temperature)
 
 
 def _render_into(

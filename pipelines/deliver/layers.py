@@ -20,37 +20,60 @@ from headrace.heads import (
     TrainedHead,
 )
 from headrace.heads.neighbours import CENTROID_TEMPERATURE
+from headrace.heads.temperature import FARTHEST, FLOOR
 from headrace.pipelines.deliver.model import ModelError
 
 
-class Linked(nn.Module):
-    """From decisions (n, C) to probabilities, for regression values; one column of a single-label task is log-odds."""
+def tempered(probabilities: Tensor, task_kind: TaskKind, temperature: float) -> Tensor:
+    """As heads.with_temperature, and in float64 like it: near one, float32 has hardly any digits of what is left."""
+    if task_kind == "regression" or temperature == 1:
+        return probabilities
+    values = probabilities.double()
+    if task_kind == "multi":
+        inside = values.clamp(FLOOR, 1 - FLOOR)
+        return torch.sigmoid((torch.log(inside) - torch.log(1 - inside)) / temperature).float()
+    return torch.softmax(torch.log(values.clamp(min=FLOOR)) / temperature, dim=1).float()
 
-    def __init__(self, task_kind: TaskKind, scale: float = 1.0) -> None:
+
+def softmax_at(decision: Tensor, temperature: float) -> Tensor:
+    """(n, C) probabilities of decisions; at a temperature of one, whatever lies behind is as far as it is."""
+    if temperature == 1:
+        return torch.softmax(decision, dim=1)
+    behind = decision - decision.max(dim=1, keepdim=True).values
+    return torch.softmax(behind.clamp(min=-FARTHEST) / temperature, dim=1)
+
+
+class Linked(nn.Module):
+    """From decisions (n, C) to probabilities at a temperature, for regression values; one column of a single-label task is
+    log-odds."""
+
+    def __init__(self, task_kind: TaskKind, scale: float = 1.0, temperature: float = 1.0) -> None:
         super().__init__()
-        self.task_kind, self.scale = task_kind, scale
+        self.task_kind, self.scale, self.temperature = task_kind, scale, temperature
 
     def forward(self, decision: Tensor) -> Tensor:
         if self.task_kind == "regression":
             return decision
         decision = decision * self.scale
-        if self.task_kind == "multi":
-            return torch.sigmoid(decision)
-        if decision.shape[1] == 1:
-            second = torch.sigmoid(decision)
-            return torch.cat([1 - second, second], dim=1)
-        return torch.softmax(decision, dim=1)
+        if self.task_kind != "multi" and decision.shape[1] > 1:
+            return softmax_at(decision, self.temperature)
+        if self.temperature != 1:
+            decision = decision.clamp(-FARTHEST, FARTHEST) / self.temperature
+        second = torch.sigmoid(decision)
+        return second if self.task_kind == "multi" else torch.cat([1 - second, second], dim=1)
 
 
 class _Perceptron(nn.Module):
     """Linear layers with ReLU between them; before them convolutions on standardised maps, where there are any."""
 
-    def __init__(self, head: TrainedHead, convolutions: int, layers: list[str], scale: float) -> None:
+    def __init__(
+        self, head: TrainedHead, convolutions: int, layers: list[str], scale: float, temperature: float
+    ) -> None:
         super().__init__()
         for name, array in head.arrays.items():
             self.register_buffer(name, torch.from_numpy(np.array(array, np.float32)))
         self.convolutions, self.layers = convolutions, layers
-        self.link = Linked(head.task_kind, scale)
+        self.link = Linked(head.task_kind, scale, temperature)
 
     def forward(self, value: Tensor) -> Tensor:
         if self.convolutions:
@@ -74,7 +97,7 @@ class _Centroid(nn.Module):
     inverse_scale: Tensor
     absent: Tensor
 
-    def __init__(self, spec: CentroidSpec, head: TrainedHead) -> None:
+    def __init__(self, spec: CentroidSpec, head: TrainedHead, temperature: float) -> None:
         super().__init__()
         arrays = head.arrays
         self.register_buffer("center", torch.from_numpy(np.array(arrays["center"], np.float32)))
@@ -82,7 +105,8 @@ class _Centroid(nn.Module):
         means = (arrays["means"] - arrays["center"]) * arrays["inverse_scale"]
         self.register_buffer("means", torch.from_numpy(np.array(means, np.float32)))
         self.register_buffer("absent", torch.from_numpy(np.asarray(arrays["present"] == 0)))
-        self.cosine, self.temperature = spec.metric == "cosine", CENTROID_TEMPERATURE[spec.metric]
+        self.cosine, self.scale = spec.metric == "cosine", CENTROID_TEMPERATURE[spec.metric]
+        self.temperature = temperature
 
     def forward(self, value: Tensor) -> Tensor:
         rows = (value - self.center) * self.inverse_scale
@@ -91,8 +115,8 @@ class _Centroid(nn.Module):
             similar = rows @ self.means.T / torch.where(lengths > 0, lengths, torch.ones_like(lengths))
         else:
             similar = (rows @ self.means.T - 0.5 * self.means.square().sum(1)) / self.means.shape[1] ** 0.5
-        decision = (self.temperature * similar).masked_fill(self.absent, float("-inf"))
-        return torch.softmax(decision, dim=1)
+        decision = (self.scale * similar).masked_fill(self.absent, float("-inf"))
+        return softmax_at(decision, self.temperature)
 
 
 class _Neighbours(nn.Module):
@@ -104,7 +128,7 @@ class _Neighbours(nn.Module):
     values: Tensor
     share: Tensor
 
-    def __init__(self, spec: KNNSpec, head: TrainedHead) -> None:
+    def __init__(self, spec: KNNSpec, head: TrainedHead, temperature: float) -> None:
         super().__init__()
         rows = np.asarray(head.arrays["features"], np.float64)
         center = rows.mean(0)
@@ -121,6 +145,7 @@ class _Neighbours(nn.Module):
         ):
             self.register_buffer(name, torch.from_numpy(np.array(array, np.float32)))
         self.k, self.cosine, self.by_distance = spec.k, spec.metric == "cosine", spec.weighting == "distance"
+        self.task_kind, self.temperature = head.task_kind, temperature
 
     def forward(self, value: Tensor) -> Tensor:
         if self.cosine:
@@ -137,11 +162,11 @@ class _Neighbours(nn.Module):
             alone = zero.any(dim=1, keepdim=True)
             share = share * torch.where(alone, zero.float(), 1 / near.clamp(min=1e-6))
         votes = (share.unsqueeze(2) * self.values[place]).sum(1)
-        return votes / share.sum(1, keepdim=True)
+        return tempered(votes / share.sum(1, keepdim=True), self.task_kind, self.temperature)
 
 
-def head_module(head: TrainedHead) -> nn.Module:
-    """Features (n, D), for a convolution head maps (n, D, h, w), to probabilities (n, C), for regression values.
+def head_module(head: TrainedHead, temperature: float = 1.0) -> nn.Module:
+    """Features (n, D), for a convolution head maps (n, D, h, w), to probabilities (n, C) at a temperature, for regression values.
 
     Raises ModelError for a scikit-learn estimator, which has no such form.
     """
@@ -152,12 +177,12 @@ def head_module(head: TrainedHead) -> nn.Module:
             "headrace predict, --format safetensors, or the best head of another kind (logistic, mlp, …)"
         )
     if isinstance(spec, KNNSpec):
-        return _Neighbours(spec, head).eval()
+        return _Neighbours(spec, head, temperature).eval()
     if isinstance(spec, CentroidSpec):
-        return _Centroid(spec, head).eval()
+        return _Centroid(spec, head, temperature).eval()
     if isinstance(spec, LogisticSpec | RidgeSpec):
         # Ridge fits -1/+1, not log-odds; see heads.predict.ridge_link.
-        return _Perceptron(head, 0, [""], 2.0 if isinstance(spec, RidgeSpec) else 1.0).eval()
+        return _Perceptron(head, 0, [""], 2.0 if isinstance(spec, RidgeSpec) else 1.0, temperature).eval()
     assert isinstance(spec, MLPSpec | ConvSpec)
     layers = [str(place) for place in range(len(spec.hidden) + 1)]
-    return _Perceptron(head, len(spec.channels) if isinstance(spec, ConvSpec) else 0, layers, 1.0).eval()
+    return _Perceptron(head, len(spec.channels) if isinstance(spec, ConvSpec) else 0, layers, 1.0, temperature).eval()

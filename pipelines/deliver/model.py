@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import math
 import shlex
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from headrace.cache.sealed import SealBroken, read_sealed_json
 from headrace.extract import BackboneSpec, backbone_from_fields
 from headrace.extract.spec import PACKAGED, backbone_code, is_weights_file
 from headrace.heads import CodeNotTrusted, TaskKind, TrainedHead, load_head, spec_to_json
-from headrace.heads.persist import WRITE_AGAIN, check_outputs, code_name, require_trusted
+from headrace.heads.persist import WRITE_AGAIN, check_outputs, check_temperature, code_name, require_trusted
 from headrace.pipelines.deliver.network import NETWORK, NetworkMember, read_network
 from headrace.pipelines.finished import find_run, moved_with_run, require_finished
 from headrace.pipelines.paths import RunPaths
@@ -61,6 +60,11 @@ class Member:
         """Whether it takes maps."""
         return self.head.spec.kind == "conv"
 
+    @property
+    def views(self) -> int:
+        """The views of an image whose predictions it averages, before the temperature."""
+        return len({feature.view for feature in self.head.features})
+
 
 @dataclass(frozen=True, eq=False)
 class Model:
@@ -74,7 +78,7 @@ class Model:
     classes: tuple[str, ...]  # of a multi-label or regression task, the columns
     metrics: dict[str, float]
     members: tuple[Member | NetworkMember, ...]  # their weights sum to 1
-    temperature: float  # the averaged log-odds are divided by it
+    temperature: float  # the averaged log-odds are divided by it; of one member alone, which has its own, 1
     digest: str  # of everything that a prediction depends on, weights included
     trust_code: tuple[str, ...] = ()  # what the caller allows it to import, "module:function"; nothing else is
 
@@ -129,7 +133,7 @@ def _load_single(place: Path, root: Path, trusted: Collection[str]) -> Model:
         digest = _digest((network,), 1.0)
         return Model(place, about["task_kind"], tuple(about["classes"]), about["metrics"], (network,), 1.0, digest)
     head = load_head(place, trust_code=trusted)
-    member = Member(head, _backbones(head, place, root, trusted))
+    member = Member(head, _backbones(head, place, root, trusted), temperature=head.temperature)
     for backbone in member.backbones:
         require_trusted(backbone_code(backbone.name), place, trusted)
     return Model(place, head.task_kind, head.classes, head.metrics, (member,), 1.0, _digest((member,), 1.0))
@@ -159,13 +163,13 @@ def _load_ensemble(place: Path, trusted: Collection[str]) -> Model:
         if about["format"] not in (1, FORMAT) or about["kind"] != "ensemble":
             raise ModelError(f"{path}: format {about['format']}, this version reads {FORMAT}: update headrace")
         shares = [
-            (place / entry["model"], float(entry["weight"]), float(entry.get("temperature", 1.0)))
+            (place / entry["model"], float(entry["weight"]), check_temperature(entry.get("temperature", 1.0)))
             for entry in about["members"]
         ]
         places = [directory.resolve() for directory, _, _ in shares]
         check_outputs(about["task_kind"], about["classes"])
         task_kind: TaskKind = about["task_kind"]
-        temperature, classes = float(about["temperature"]), tuple(about["classes"])
+        temperature, classes = check_temperature(about["temperature"]), tuple(about["classes"])
         metrics = {name: float(value) for name, value in about["metrics"].items()}
     except ModelError:
         raise
@@ -181,8 +185,6 @@ def _load_ensemble(place: Path, trusted: Collection[str]) -> Model:
         if (model.classes, model.task_kind) != (classes, task_kind):
             raise ModelError(f"{path}: the member {directory} has other classes than the ensemble: run again")
         members += [dataclasses.replace(member, weight=weight, temperature=own) for member in model.members]
-    if not all(0 < each < math.inf for each in (temperature, *(member.temperature for member in members))):
-        raise ModelError(f"{path}: its temperatures are not all above 0: run again")
     if not abs(sum(member.weight for member in members) - 1) <= 1e-6:  # also NaN, and no members
         raise ModelError(f"{path}: the weights of {len(members)} members do not sum to 1: run again")
     digest = _digest(tuple(members), temperature)

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from headrace.cache import FeatureSpec, HeadraceError
 from headrace.cache.sealed import check_seal, tensor_metadata
-from headrace.heads.persist import WRITE_AGAIN, check_outputs
+from headrace.heads.persist import WRITE_AGAIN, check_outputs, check_temperature
 
 if TYPE_CHECKING:
     from headrace.extract.backbone import Backbone
@@ -39,6 +39,7 @@ class NetworkMember:
     weight: float = 1.0
     temperature: float = 1.0  # its own log-odds are divided by it before they are averaged
     kind: str = "finetune"
+    views: int = 1  # of an image that it looks at
 
 
 def read_network(directory: Path) -> tuple[NetworkMember, dict[str, Any]]:
@@ -51,7 +52,8 @@ def read_network(directory: Path) -> tuple[NetworkMember, dict[str, Any]]:
         digest = hashlib.sha256(data).hexdigest()
         features = tuple(_feature(about, tap, digest) for tap in about["tap"])
         spatial = bool(about["head"]["convolutions"])
-        member = NetworkMember(directory, features, spatial, digest, kind=str(about["spec"]["kind"]))
+        own = check_temperature(about.get("temperature", 1.0))
+        member = NetworkMember(directory, features, spatial, digest, temperature=own, kind=str(about["spec"]["kind"]))
         check_outputs(about["task_kind"], about["classes"])
         about["metrics"] = {str(name): float(value) for name, value in about["metrics"].items()}
     except (
@@ -113,7 +115,7 @@ def network_pass(member: NetworkMember, device: str) -> "Pass":
 
 
 def network_head(member: NetworkMember) -> Callable[[Floats], Floats]:
-    """From what the taps give, side by side, to probabilities (n, C), for regression values."""
+    """From what the taps give, side by side, to probabilities (n, C) at its temperature, for regression values."""
     import torch
 
     from headrace.heads.predict import link
@@ -123,6 +125,6 @@ def network_head(member: NetworkMember) -> Callable[[Floats], Floats]:
     def predict(features: Floats) -> Floats:
         with torch.no_grad():
             decision = trained.network.head(torch.from_numpy(np.ascontiguousarray(features))).numpy()
-        return link(decision, trained.task_kind)
+        return link(decision, trained.task_kind, temperature=member.temperature)
 
     return predict

@@ -30,11 +30,10 @@ from headrace.heads import (
     weighted_scores,
     with_temperature,
 )
-from headrace.pipelines.evidence.predictions import HeldOut, read_predictions
+from headrace.pipelines.evidence.predictions import PARTS, HeldOut, read_predictions, score_parts
 from headrace.pipelines.evidence.selection import LEVEL, nested_choice, no_narrower, resampled_rows
 from headrace.pipelines.recipe_sections import EnsembleSection
 
-PARTS = 5  # of the rows, where the run has fewer than three folds of its own
 BUDGET = 4e8  # elements that all rounds may look at together: a few seconds
 RESAMPLES = 1000
 
@@ -99,18 +98,19 @@ def build_ensemble(
     networks = [_networks(row) for _, row in found.iterrows()]
     plain = np.zeros(predicted.shape[1:])
     nested = plain.copy()
-    part = _parts(held, seed)
+    part = score_parts(held, seed)
     for number in np.unique(part):
         inside, outside = np.flatnonzero(part != number), np.flatnonzero(part == number)
-        told = _calibrated(kind, predicted, fit_temperatures(kind, held.target[inside], predicted[:, inside]))
+        own_temperatures = fit_temperatures(kind, held.target[inside], predicted[:, inside], held.weight[inside])
+        told = _calibrated(kind, predicted, own_temperatures)
         elements = loss_elements(kind, held.target[inside], told[:, inside])
         weights = greedy_weights(kind, elements, networks, limits)
         used = np.flatnonzero(weights)
         own = average(weights[used], told[used])
-        temperature = fit_temperature(kind, held.target[inside], own[inside])
+        temperature = fit_temperature(kind, held.target[inside], own[inside], held.weight[inside])
         plain[outside] = own[outside]
         nested[outside] = with_temperature(kind, own[outside], temperature)
-    temperatures = fit_temperatures(kind, held.target, predicted)
+    temperatures = fit_temperatures(kind, held.target, predicted, held.weight)
     told = _calibrated(kind, predicted, temperatures)
     weights = greedy_weights(kind, loss_elements(kind, held.target, told), networks, limits)
     order = sorted(np.flatnonzero(weights), key=lambda place: -weights[place])
@@ -120,7 +120,7 @@ def build_ensemble(
     first = predicted[int(found["rank"].argmin())]
     single = nested_choice(board.reset_index(drop=True), held, metric, part)
     return _judged(held, metric, section, np.stack([nested, single, first.astype(np.float64)]), members, len(found), seed,
-                   temperature=fit_temperature(kind, held.target, plain))  # fmt: skip
+                   temperature=fit_temperature(kind, held.target, plain, held.weight))  # fmt: skip
 
 
 def _judged(
@@ -200,14 +200,6 @@ def _networks(row: pd.Series) -> frozenset[str]:
     return frozenset(
         f"{spec['backbone']} ({spec['weights'][:8]}/{look})" for spec, look in zip(features, looks, strict=True)
     )
-
-
-def _parts(held: HeldOut, seed: int) -> npt.NDArray[np.int64]:
-    """(N,) the run's own folds where there are enough, else groups dealt at random."""
-    if len(np.unique(held.fold)) >= 3:
-        return held.fold.astype(np.int64)
-    dealt = np.random.default_rng(seed).permutation(int(held.groups.max()) + 1) % PARTS
-    return np.asarray(dealt[held.groups], np.int64)
 
 
 def _calibrated(

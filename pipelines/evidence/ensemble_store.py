@@ -38,7 +38,7 @@ def save_ensemble(
         key = hashlib.sha256(f"{Path(row['path']).name} {row['spec']}".encode()).hexdigest()[:16]
         features = _features(row, directories)
         made_by = [backbones[name] for name in row["inputs"] for _ in directories[name]]
-        save_winner(directory / "members" / key, row, features, made_by, task, ensemble.metric)
+        save_winner(directory / "members" / key, row, features, made_by, task, ensemble.metric, member.temperature)
         members.append(
             {
                 "model": f"members/{key}",

@@ -15,6 +15,7 @@ import pandas as pd
 from headrace.heads import BankResult, Task, read_bank
 
 BLOCK_BYTES = 256 * 2**20
+PARTS = 5  # of the rows, where the run has fewer than three folds of its own
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,26 @@ class HeldOut:
     fold: npt.NDArray[np.int16]  # (N,) >= 0
     groups: npt.NDArray[np.int64]  # (N,) rows that are resampled together: of one group, or copies of one image
 
+    @property
+    def weight(self) -> npt.NDArray[np.float64]:
+        """(N,) as in Task.weight."""
+        return self.task.weight[self.rows]
+
 
 def held_out(task: Task, groups: npt.NDArray[Any] | None = None) -> HeldOut:
     """The held-out rows. groups: (rows of the task,), by default the images' content, so that copies stay together."""
     rows = np.flatnonzero(task.fold >= 0)
     named = (task.content if groups is None else np.asarray(groups))[rows]
     return HeldOut(task, rows, task.target[rows], task.fold[rows], np.unique(named, return_inverse=True)[1])
+
+
+def score_parts(held: HeldOut, seed: int = 0) -> npt.NDArray[np.int64]:
+    """(N,) what of the rows is left out while the others decide: the run's own folds where there are three, else groups dealt at
+    random to PARTS."""
+    if len(np.unique(held.fold)) >= 3:
+        return held.fold.astype(np.int64)
+    dealt = np.random.default_rng(seed).permutation(int(held.groups.max(initial=0)) + 1) % PARTS
+    return np.asarray(dealt[held.groups], np.int64)
 
 
 def whole_heads(board: pd.DataFrame) -> pd.DataFrame:

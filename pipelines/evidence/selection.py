@@ -17,8 +17,18 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from headrace.heads import METRICS, TaskKind, metric_interval, row_hits, score, weighted_scores
+from headrace.heads import (
+    METRICS,
+    TaskKind,
+    fit_temperature,
+    metric_interval,
+    row_hits,
+    score,
+    weighted_scores,
+    with_temperature,
+)
 from headrace.heads.weighted import SORTED_METRICS
+from headrace.pipelines.evidence.calibration import Calibration, calibrate, calibrated
 from headrace.pipelines.evidence.predictions import HeldOut, read_predictions, stacked_predictions
 
 Floats = npt.NDArray[np.float64]
@@ -40,21 +50,24 @@ class Selection:
     images: int  # held-out rows that they were compared on
     resamples: int
     validation: float  # the winner's own validation score: the best of `tried`, and so too good
-    expected: float  # the score to expect of it on new images
+    calibrated: float  # the same at the winner's temperature, cross-fitted: only log loss and the like are others
+    expected: float  # the score to expect of it, at its temperature, on new images
     low: float  # 95 % interval of `expected`
     high: float
     together: int  # settings that cannot be told apart from the best with 95 % confidence, the winner included
     cheapest: int  # of those the rank (from 1, in the leaderboard) of the one with the fewest features
+    calibration: Calibration | None  # of the winner; None for regression
     table: pd.DataFrame  # one row per compared setting; see `compare_with_best`
 
     @property
     def optimism(self) -> float:
         """By how much the validation score is too good, >= 0 apart from resampling noise, whatever the metric."""
-        return (self.validation - self.expected) * (1 if METRICS[self.metric].higher_is_better else -1)
+        return (self.calibrated - self.expected) * (1 if METRICS[self.metric].higher_is_better else -1)
 
     def summary(self) -> dict[str, Any]:
         """Everything but the table, for JSON: an undefined number is None."""
         values = {name: value for name, value in vars(self).items() if name != "table"} | {"optimism": self.optimism}
+        values["calibration"] = None if self.calibration is None else self.calibration.summary()
         return {name: None if value != value else value for name, value in values.items()}
 
 
@@ -114,8 +127,11 @@ def assess_selection(
     optimism = share_optimism(held, first, metric) if is_stratified(held) else 0.0
     if screened is not None and metric in ("accuracy", "hamming_accuracy"):
         optimism += screened[0] * _likeness(screened[1], 1 - row_hits(kind, held.target, first, metric))
-    expected, low, high = (back * value - optimism for value in (expected, low, high))
-    low, high = no_narrower(held, first, metric, expected, (min(low, high), max(low, high)))
+    told = calibrated(held, first)
+    # What the temperature changes is the same for all rows' luck: it is added, and the choice was made without it.
+    gained = _mean_score(held, told, metric) - _mean_score(held, first, metric)
+    expected, low, high = (back * value - optimism + gained for value in (expected, low, high))
+    low, high = no_narrower(held, told, metric, expected, (min(low, high), max(low, high)))
     table = compare_with_best(observed, inside, right)
     table.insert(0, "rank", compared["rank"].to_numpy())
     together = table["together"].to_numpy()
@@ -126,13 +142,21 @@ def assess_selection(
         images=len(held.rows),
         resamples=int(np.isfinite(values).sum()),
         validation=float(compared[metric].iloc[0]),
+        calibrated=float(compared[metric].iloc[0]) + gained,
         expected=expected,
         low=low,
         high=high,
         together=int(together.sum()),
         cheapest=int(compared["rank"].iloc[cheapest]),
+        calibration=calibrate(held, first),
         table=table,
     )
+
+
+def _mean_score(held: HeldOut, predicted: npt.NDArray[Any], metric: str) -> float:
+    """The mean over folds of one head's metric (N, C), as the leaderboard has it."""
+    weights = np.ones((len(held.rows), 1))
+    return float(weighted_scores(held.task.kind, held.target, predicted[None], held.fold, metric, weights)[0, 0])
 
 
 def resampled_rows(
@@ -175,8 +199,8 @@ def best_heads(scores: Floats, cost: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
 
 
 def nested_choice(board: pd.DataFrame, held: HeldOut, metric: str, part: npt.NDArray[np.int64]) -> Floats:
-    """(N, C) predictions of each part of the rows by the head that is best on the other parts: what choosing the best of
-    the board is worth, without the luck of the rows that it was chosen on.
+    """(N, C) predictions of each part of the rows by the head that is best on the other parts, at the temperature that these
+    give it: what choosing the best of the board is worth, without the luck of the rows that it was chosen on.
 
     part: (N,) which part a row is in. Only rows of the board whose predictions are whole can be chosen; there is one. Of very
     many heads and a metric made of sorted rows only the board's best are tried, and with them some of its luck.
@@ -200,9 +224,11 @@ def nested_choice(board: pd.DataFrame, held: HeldOut, metric: str, part: npt.NDA
     few, position = np.unique(best, return_inverse=True)
     told, chosen = stacked_predictions(board.iloc[few], held)
     assert len(told) == len(few)  # they were whole a moment ago
-    nested = np.zeros(chosen.shape[1:])
+    nested, kind = np.zeros(chosen.shape[1:]), held.task.kind
     for number, own in zip(numbers, position, strict=True):
-        nested[part == number] = chosen[own][part == number]
+        inside = part != number
+        temperature = fit_temperature(kind, held.target[inside], chosen[own][inside], held.weight[inside])
+        nested[~inside] = with_temperature(kind, chosen[own][~inside], temperature)
     return nested
 
 

@@ -10,7 +10,8 @@ import numpy.typing as npt
 import pandas as pd
 
 from headrace.cache import HeadraceError
-from headrace.heads import Task, average, spec_from_json, with_temperature
+from headrace.heads import Task, average, spec_from_json
+from headrace.heads.predict import tempered
 from headrace.pipelines.deliver.model import ENSEMBLE, ensemble_is_answer
 from headrace.pipelines.records import read_record
 from headrace.pipelines.report.read import FinishedRun
@@ -81,7 +82,9 @@ def test_predictions(run: FinishedRun, answer: Answer) -> tuple[Task, npt.NDArra
     test = run.rows.dataset.test
     if opening["winner"]["test"] != test.digest:
         return f"the test images have changed since {answer.name} was shown them"
-    members = opening["winner"].get("ensemble") or [opening["winner"]]
+    shown = opening["winner"]
+    lone = {**shown, "temperature": opening.get("temperature", 1.0)}
+    members = shown.get("ensemble", [lone])
     try:
         found = [_predict(run, member, test) for member in members]
     except (HeadraceError, OSError, KeyError) as error:
@@ -89,20 +92,17 @@ def test_predictions(run: FinishedRun, answer: Answer) -> tuple[Task, npt.NDArra
     target, predicted = found[0]
     if answer.ensemble is not None:
         weights = np.array([member["weight"] for member in members])
-        told = [
-            with_temperature(test.kind, own, member.get("temperature", 1.0))
-            for member, (_, own) in zip(members, found, strict=True)
-        ]
-        predicted = with_temperature(test.kind, average(weights, np.stack(told)), opening["winner"]["temperature"])
+        mean = average(weights, np.stack([own for _, own in found]))
+        predicted = tempered(mean, test.kind, shown["temperature"])
     return test, target, predicted
 
 
 def _predict(run: FinishedRun, member: Found, test: Task) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """Targets and predictions of one head or network of an opening's record."""
+    """Targets and predictions of one head or network of an opening's record, at its temperature."""
     kind = spec_from_json(member["spec"]).kind
     network = kind == "finetune"  # reads the images, no features
     path = (run.paths.thaw if network else run.paths.banks) / member["bank"]
     features = [] if network else [view for name in member["inputs"] for view in run.features(name)]
-    return predict_test(
-        pd.Series({"kind": kind, "spec": member["spec"], "path": str(path)}), features, test, trust_code=run.trust_code
-    )
+    row = pd.Series({"kind": kind, "spec": member["spec"], "path": str(path)})
+    own = member.get("temperature", 1.0)
+    return predict_test(row, features, test, temperature=own, trust_code=run.trust_code)

@@ -93,12 +93,14 @@ def _choice(run: FinishedRun, found: Found) -> list[Block]:
     value, low, high, validation = (
         number_text(found[name], run.metric) for name in ("expected", "low", "high", "validation")
     )
+    at_temperature = number_text(found.get("calibrated", found["validation"]), run.metric)
     facts = Facts(
         (
             (f"expected {metric_title(run.metric)} on new images", f"{value} (95 % interval {low} to {high})"),
             (
                 "as chosen",
-                f"{validation}, the best of {found['tried']:,} settings on {found['images']:,} validation images",
+                f"{validation}, the best of {found['tried']:,} settings on {found['images']:,} validation images"
+                + ("" if at_temperature == validation else f"; {at_temperature} at its temperature"),
             ),
             (
                 "as good as the winner",

@@ -11,7 +11,7 @@ import pandas as pd
 
 from headrace.heads import METRICS, score
 from headrace.pipelines.report import figures
-from headrace.pipelines.report.blocks import Block, Column, Figure, Section, Table
+from headrace.pipelines.report.blocks import Block, Column, Facts, Figure, Note, Section, Table
 from headrace.pipelines.report.leaders import metric_format, metric_title
 from headrace.pipelines.report.read import FinishedRun
 
@@ -23,12 +23,41 @@ BINS = 15  # as the calibration error's
 def predictions(run: FinishedRun) -> Section:
     """The winner on its validation folds: each row predicted by the head that did not train on it."""
     rows = run.held_out
-    blocks = outcome(run.task_kind, run.classes, run.bank.target[rows], run.predicted[rows], "validation")
+    target, predicted = run.bank.target[rows], run.predicted[rows]
+    blocks = [*outcome(run.task_kind, run.classes, target, predicted, "validation"), *_calibration(run, target)]
     lead = (
         f"The winner, {run.winner['kind']} {run.winner['settings']}, on {len(rows):,} validation images: each predicted by the "
         f"{'network' if run.winner['kind'] == 'finetune' else 'head'} that was trained without its fold."
     )
     return Section("predictions", "What the winner gets right and wrong", lead, tuple(blocks))
+
+
+def _calibration(run: FinishedRun, target: npt.NDArray[Any]) -> list[Block]:
+    """The reliability diagram again at the temperature that the winner is handed out with, and both calibration errors."""
+    if run.task_kind == "regression":
+        return []
+    found = run.calibration
+    if found is None:
+        return [
+            Note(
+                "The winner has no temperature: `headrace run RECIPE` with this version gives it one, and trains nothing."
+            )
+        ]
+    facts = Facts(
+        (
+            ("temperature", f"{found['temperature']:.3f}: what `predict` and `export` divide the winner's log-odds by"),
+            ("calibration error", f"{found['error_before']:.3f} without it, {found['error_after']:.3f} with it"),
+            ("log loss", f"{found['loss_before']:.3f} without it, {found['loss_after']:.3f} with it"),
+            (
+                "fitted on",
+                f"{found['images']:,} validation images; scored fold by fold at the temperature of the other folds",
+            ),
+        )
+    )
+    told = run.calibrated
+    if told is None:
+        return [facts]
+    return [facts, _reliability_of(run.task_kind, target, told, "calibrated", "the winner at its temperature")]
 
 
 def outcome(
@@ -47,12 +76,12 @@ def outcome(
         return [
             *_confusion(classes, target, predicted, which, who),
             _classes(classes, target, predicted, which, who),
-            _reliability(predicted.max(1), predicted.argmax(1) == target, which, "images", who),
+            _reliability_of(kind, target, predicted, which, who),
         ]
     if kind == "multi":
         return [
             _labels(classes, target, predicted, which),
-            _reliability(predicted.ravel(), target.ravel() > 0, which, "labels", who),
+            _reliability_of(kind, target, predicted, which, who),
         ]
     return _regression(classes, target, predicted, which)
 
@@ -158,6 +187,12 @@ def _labels(classes: tuple[str, ...], target: npt.NDArray[Any], predicted: npt.N
     return Table(
         f"labels-{which}", f"Label by label, {which} images", columns, frame, search=len(classes) > MATRIX_CLASSES
     )
+
+
+def _reliability_of(kind: str, target: npt.NDArray[Any], predicted: npt.NDArray[Any], which: str, who: str) -> Figure:
+    if kind == "multi":
+        return _reliability(predicted.ravel(), target.ravel() > 0, which, "labels", who)
+    return _reliability(predicted.max(1), predicted.argmax(1) == target, which, "images", who)
 
 
 def _reliability(confidence: npt.NDArray[Any], correct: npt.NDArray[Any], which: str, unit: str, who: str) -> Figure:

@@ -15,16 +15,19 @@ from headrace.cache import FeatureSet, HeadraceError, feature_set_path, open_fea
 from headrace.cache.sealed import SealBroken
 from headrace.cache.spec import FeatureSpec
 from headrace.extract import read_listing
-from headrace.heads import BankResult, read_bank
+from headrace.heads import BankResult, read_bank, read_task
+from headrace.heads.task import BadTaskFile
 from headrace.pipelines.accounting import Accounting, accounting_from_json
 from headrace.pipelines.dataset import Dataset, drop_rows, list_samples, make_dataset
 from headrace.pipelines.deliver.model import trusted_code
+from headrace.pipelines.evidence.calibration import calibrated
+from headrace.pipelines.evidence.predictions import held_out
 from headrace.pipelines.finished import NotARun as NotARun
 from headrace.pipelines.finished import find_run, require_finished, results_file, stored_recipe
 from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.prepare import check_metric
 from headrace.pipelines.recipe import Recipe
-from headrace.pipelines.records import RUN_AGAIN, read_record, read_records, read_table
+from headrace.pipelines.records import RUN_AGAIN, RunDamaged, read_record, read_records, read_table
 from headrace.pipelines.winner import choose_winner, read_openings
 
 _TEXTS = {"inputs": str, "kind": str, "settings": str, "spec": str, "path": str}
@@ -69,6 +72,28 @@ class FinishedRun:
     def held_out(self) -> npt.NDArray[np.int64]:
         """Positions of the bank's rows that have an out-of-fold prediction."""
         return np.flatnonzero(np.isfinite(self.predicted).all(1))
+
+    @cached_property
+    def calibration(self) -> Mapping[str, Any] | None:
+        """What the run found when it gave its winner a temperature; None for regression and runs of earlier versions."""
+        try:
+            found: Mapping[str, Any] | None = read_record(self.paths.selection).get("calibration")
+        except (FileNotFoundError, RunDamaged):  # what else it says is asked for, and its damage told, elsewhere
+            return None
+        return found
+
+    @cached_property
+    def calibrated(self) -> npt.NDArray[np.float64] | None:
+        """(n, C) `predicted` of the rows `held_out`, each fold at the temperature that the others give; None where there is
+        no `calibration`, or the task of the run is not what its heads were trained on."""
+        try:
+            task, beside = read_task(self.paths.task(self.bank.task))
+        except (OSError, BadTaskFile):
+            return None
+        held = held_out(task, beside.get("groups"))
+        if self.calibration is None or not np.array_equal(task.ids[held.rows], self.bank.ids[self.held_out]):
+            return None
+        return calibrated(held, self.predicted[self.held_out])
 
     @cached_property
     def feature_sets(self) -> Mapping[str, tuple[FeatureSpec, ...]]:

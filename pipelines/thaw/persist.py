@@ -23,12 +23,12 @@ from headrace.extract.library import build
 from headrace.extract.spec import backbone_code, backbone_from_fields, check_sizes
 from headrace.extract.weights import weights_digest
 from headrace.heads import FineTuneSpec, TaskKind, spec_from_json, spec_to_json
-from headrace.heads.persist import WRITE_AGAIN, code_name, require_trusted
+from headrace.heads.persist import WRITE_AGAIN, check_temperature, code_name, require_trusted
 from headrace.heads.predict import link
 from headrace.pipelines.thaw.head import Head
 from headrace.pipelines.thaw.network import Network
 
-FORMAT = 1
+FORMAT = 2  # 1 had no temperature
 WEIGHTS = "network.safetensors"
 DESCRIPTION = "network.json"
 
@@ -48,13 +48,15 @@ class TrainedNetwork:
     task_kind: TaskKind
     classes: tuple[str, ...]
     metrics: dict[str, float]
+    temperature: float = 1.0  # its log-odds are divided by it; see heads/temperature.py
 
     def predict_proba(self, pixels: npt.NDArray[np.uint8] | Tensor) -> npt.NDArray[np.float32]:
-        """(n, C) float32 probabilities of uint8 pixels (n, H, W, 3) in the order of `classes`; for regression the values."""
+        """(n, C) float32 probabilities of uint8 pixels (n, H, W, 3) in the order of `classes`, at its
+        temperature; for regression the values."""
         device = next(self.network.parameters()).device
         with torch.no_grad():
             logits = self.network(torch.as_tensor(pixels).to(device)).float().cpu().numpy()
-        return link(logits, self.task_kind)
+        return link(logits, self.task_kind, temperature=self.temperature)
 
 
 def save_network(
@@ -66,6 +68,7 @@ def save_network(
     task_kind: TaskKind,
     classes: Sequence[str],
     metrics: Mapping[str, float],
+    temperature: float = 1.0,
 ) -> Path:
     """Write network.safetensors and network.json into `directory`, replacing what is there; returns the first's path.
 
@@ -88,6 +91,7 @@ def save_network(
         "task_kind": task_kind,
         "classes": list(classes),
         "metrics": {name: float(value) for name, value in metrics.items()},
+        "temperature": float(temperature),
     }
     text = json.dumps(about, indent=2, sort_keys=True)
     tensors = {f"backbone.{name}": tensor for name, tensor in network.backbone.state_dict().items()}
@@ -119,7 +123,7 @@ def load_network(
             raise BadNetworkFile(f"{path} has been replaced since it was read. Type the same command again")
         check_seal(data)
         about: dict[str, Any] = json.loads(tensor_metadata(data)["headrace"])
-        if about["format"] != FORMAT:
+        if about["format"] not in (1, FORMAT):
             raise BadNetworkFile(
                 f"{path}: format {about['format']}, this version of headrace reads {FORMAT}: update headrace"
             )
@@ -151,8 +155,9 @@ def load_network(
         ) from error
 
 
-def copy_network(source: Path, directory: Path, metrics: Mapping[str, float]) -> Path:
-    """Copy the directory of a network that the run has trained, its metrics replaced. Raises BadNetworkFile, as `load_network`."""
+def copy_network(source: Path, directory: Path, metrics: Mapping[str, float], temperature: float) -> Path:
+    """Copy the directory of a network that the run has trained, its metrics and temperature replaced. Raises BadNetworkFile, as
+    `load_network`."""
     found = load_network(source, trust_code=None)
     backbone = Backbone(found.backbone, found.network.backbone, found.preprocessing, "")
     return save_network(
@@ -163,6 +168,7 @@ def copy_network(source: Path, directory: Path, metrics: Mapping[str, float]) ->
         task_kind=found.task_kind,
         classes=found.classes,
         metrics=metrics,
+        temperature=temperature,
     )
 
 
@@ -197,6 +203,7 @@ def _rebuild(
         task_kind=about["task_kind"],
         classes=tuple(about["classes"]),
         metrics=about["metrics"],
+        temperature=check_temperature(about.get("temperature", 1.0)),
     )
 
 

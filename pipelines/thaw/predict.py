@@ -1,5 +1,6 @@
 """A trained network on images of a run."""
 
+import dataclasses
 from collections.abc import Collection, Sequence
 
 import numpy as np
@@ -14,13 +15,15 @@ ROWS_AT_ONCE = 32
 
 
 def predict_rows(
-    paths: RunPaths, key: str, task: Task, *, trust_code: Collection[str] | None = None
+    paths: RunPaths, key: str, task: Task, *, temperature: float, trust_code: Collection[str] | None = None
 ) -> npt.NDArray[np.float32]:
     """(N, C) predictions of a task's rows by the network that was trained on all training rows, from the images.
 
-    trust_code: as of `load_network`. Raises SourceError for an image that is no longer there.
+    temperature: in place of the network's own. trust_code: as of `load_network`. Raises SourceError for an image that is no
+    longer there.
     """
-    content, network = task.content, load_network(paths.thaw_model(key), trust_code=trust_code)
+    content = task.content
+    network = dataclasses.replace(load_network(paths.thaw_model(key), trust_code=trust_code), temperature=temperature)
     return predict_paths(network, image_paths(paths.thaw_images, content), content)
 
 

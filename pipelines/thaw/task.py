@@ -27,6 +27,7 @@ from headrace.heads import (
     MLPSpec,
     Task,
     all_metrics,
+    fit_temperature,
     load_task,
     read_bank,
     results_bytes,
@@ -171,12 +172,28 @@ def train_fold(fold_job: FoldJob) -> dict[str, Any]:
             task_kind=task.kind,
             classes=task.classes,
             metrics={},
+            temperature=_temperature(job, task),
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     publish_replace(curve, sealed_json(about, indent=1))
     publish_bytes(path, _results(job, opened, [fit]))
     checkpoint.unlink(missing_ok=True)
     return about | {"skipped": False}
+
+
+def _temperature(job: ThawJob, task: Task) -> float:
+    """What the predictions of the folds that are trained give to the network on all rows."""
+    rows, told = [np.empty(0, np.int64)], []
+    for fold in range(task.n_folds):
+        path = part_path(job, fold)
+        validation = read_bank(path).validation(job.spec, fold) if path.exists() else None
+        if validation is not None:
+            rows.append(np.flatnonzero(task.fold == fold))
+            told.append(validation)
+    found = np.concatenate(rows)
+    if not told:
+        return 1.0
+    return fit_temperature(task.kind, task.target[found], np.concatenate(told), task.weight[found])
 
 
 def publish_result(job: ThawJob, failures: dict[int, str]) -> Path:
