@@ -23,7 +23,21 @@ from rich.table import Table
 from scipy.stats import binom
 from threadpoolctl import threadpool_limits
 
-from headrace.heads import LogisticSpec, RidgeSpec, Task, fit_bank, make_folds, predict_head, proportion_interval
+from headrace.heads import (
+    CentroidSpec,
+    HeadSpec,
+    KNNSpec,
+    LogisticSpec,
+    RidgeSpec,
+    Task,
+    fit_bank,
+    fit_temperature,
+    floor_of,
+    make_folds,
+    predict_head,
+    proportion_interval,
+    score,
+)
 from headrace.pipelines.evidence.curves import (
     FRACTIONS,
     error_with_more,
@@ -263,11 +277,52 @@ def false_ensembles(repeats: float) -> Iterator[Line]:
             yield Line(f"{name}, {rows} images", {"chosen": 100 * chosen / count})
 
 
+def calibration(repeats: float) -> Iterator[Line]:
+    """Real sets and heads that are too sure, or not sure enough: the expected calibration error on rows that nobody has seen,
+    without a temperature and with the one that the fold heads give; and how many of the splits the temperature harms."""
+    kinds: dict[str, tuple[HeadSpec, ...]] = {
+        "logistic, C = 100": (LogisticSpec(100.0),),
+        "ridge": (RidgeSpec(10.0),),
+        "neighbours": (KNNSpec(5),),
+        "centroids": (CentroidSpec(),),
+    }
+    for name, rows in (("digits", 150), ("digits", 900), ("wine", 90), ("breast_cancer", 60), ("breast_cancer", 300)):
+        X, target = real_set(name)
+        for kind, (spec,) in kinds.items():
+            found = []
+            for seed in range(max(2, int(20 * repeats))):
+                order = np.random.default_rng([rows, seed]).permutation(len(target))
+                own, new = order[:rows], order[rows:]
+                task = make_task(target[own], make_folds(target[own], n_folds=5, seed=seed), int(target.max()) + 1)
+                fits = fit_bank(X[own], task, [spec])
+                out = np.zeros((rows, len(task.classes)), np.float32)
+                for fit in fits[:-1]:
+                    out[task.fold == fit.fold] = fit.validation
+                temperature = fit_temperature(
+                    "single", task.target, out, None, floor_of(spec, "single", len(task.classes))
+                )
+                said = [predict_head(spec, fits[-1].arrays, X[new], "single", own_t) for own_t in (1.0, temperature)]
+                found.append([score("single", target[new], each, metric)
+                              for metric in ("calibration_error", "log_loss") for each in said])  # fmt: skip
+            error, told, loss, told_loss = np.array(found).T
+            yield Line(
+                f"{name}, {rows} images, {kind}",
+                {
+                    "error without": 100 * float(error.mean()),
+                    "error with": 100 * float(told.mean()),
+                    "worst split without": 100 * float(error.max()),
+                    "worst split with": 100 * float(told.max()),
+                    "log loss is worse with it in": 100 * float((told_loss > loss).mean()),
+                },
+            )
+
+
 CASES: dict[str, tuple[str, Callable[[float], Iterator[Line]]]] = {
     "test": ("Coverage (%) of the 95 % interval of a test accuracy, by the true accuracy", test_interval),
     "groups": ("The same with images in groups, by the correlation of mistakes within a group", grouped_interval),
     "expected": ("The expected score of the winner: coverage (%) of its 95 % interval, bias (points)", expected_score),
     "ensembles": ("Ensembles that are chosen on labels that are noise (%)", false_ensembles),
+    "calibration": ("The calibration error (points) on new images, without a temperature and with it", calibration),
     "advice": ("Coverage (%) of the 95 % interval of the error with more images", extrapolated_error),
 }
 

@@ -48,7 +48,7 @@ from headrace.heads.spec import (
     spec_to_json,
 )
 from headrace.heads.task import TEST, TRAIN_ONLY, Task, load_task, read_task, save_task
-from headrace.heads.temperature import cross_fitted, fit_temperature, fit_temperatures, with_temperature
+from headrace.heads.temperature import cross_fitted, fit_temperature, fit_temperatures, floor_of, with_temperature
 from headrace.heads.transfer import bayes_bounds, h_score, log_me, negative_conditional_entropy
 from headrace.heads.weighted import weighted_scores
 
@@ -152,6 +152,7 @@ __all__ = [
     "fit_sklearn_bank",
     "fit_temperature",
     "fit_temperatures",
+    "floor_of",
     "greedy_weights",
     "h_score",
     "load_head",

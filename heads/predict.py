@@ -20,7 +20,7 @@ from headrace.heads.spec import (
     MLPSpec,
     RidgeSpec,
 )
-from headrace.heads.temperature import FARTHEST, keep_decisions, with_temperature
+from headrace.heads.temperature import FARTHEST, FLOOR, floor_of, keep_decisions, with_temperature
 
 Floats = npt.NDArray[np.float32]
 Arrays = dict[str, npt.NDArray[Any]]
@@ -99,7 +99,8 @@ def predict_head(
     if isinstance(spec, KNNSpec):
         from headrace.heads.neighbours import predict_knn
 
-        return tempered(predict_knn(spec, arrays, rows, task), task, temperature)
+        votes = predict_knn(spec, arrays, rows, task)
+        return tempered(votes, task, temperature, floor_of(spec, task, votes.shape[1]))
     if isinstance(spec, CentroidSpec):
         from headrace.heads.neighbours import predict_centroid
 
@@ -111,14 +112,15 @@ def predict_head(
         raise CannotPredict("a fine-tuned network predicts from images, not from features: load its own directory")
     from headrace.heads.sklearn_bank import predict_sklearn
 
-    return tempered(predict_sklearn(spec, arrays, rows, task), task, temperature)
+    told = predict_sklearn(spec, arrays, rows, task)
+    return tempered(told, task, temperature, floor_of(spec, task, told.shape[1]))
 
 
-def tempered(probabilities: npt.NDArray[Any], task: TaskKind, temperature: float) -> Floats:
+def tempered(probabilities: npt.NDArray[Any], task: TaskKind, temperature: float, floor: float = FLOOR) -> Floats:
     """(n, C) float32 probabilities at a temperature, for what has no log-odds to divide; the decisions are kept."""
     if temperature == 1 or task == "regression":
         return np.asarray(probabilities, np.float32)
-    return keep_decisions(task, probabilities, with_temperature(task, probabilities, temperature))
+    return keep_decisions(task, probabilities, with_temperature(task, probabilities, temperature, floor))
 
 
 def features_expected(arrays: Arrays) -> int:

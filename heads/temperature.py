@@ -9,22 +9,34 @@ that says nothing (the same share of each class for all rows). The loss is conve
 would have T = 0, one that knows nothing T = ∞, and gradient steps run away towards both; a few rows decide nothing at all. So log T
 has a normal prior around 0 (`SPREAD`), and the root is found between fixed ends.
 
-Heads that tell log-odds divide those (`predict_head`). Others tell probabilities alone, with exact zeros (a class that none of the
-neighbours has): p becomes p^(1/T), scaled to sum to one, zeros being taken for `FLOOR`.
+Heads that tell log-odds divide those (`predict_head`). Others tell probabilities alone: p becomes p^(1/T), scaled to sum to one.
+A class that none of five neighbours has is at exactly 0, which no power changes, and one such row that is of that class would
+drive T to any height: zeros of votes are taken for about one vote in a hundred (`floor_of`), others for `FLOOR`.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from headrace.heads.metrics import TaskKind
+from headrace.heads.spec import HeadSpec, KNNSpec, SklearnSpec, spec_from_json
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float64]
 
 FLOOR = 1e-12  # smaller probabilities are taken for it, by the fit and wherever a temperature is applied
+# The same of votes. On digits, wine and breast_cancer, 60 to 900 images, 1, 5 and 15 neighbours and forests of 50 trees, 0.01
+# has the least log loss of all from 1e-12 to 0.01, and nearly always the least calibration error; that of five neighbours on
+# 150 digits is 5.6 points with it, 6.4 as they are, 14.5 with 1e-12.
+VOTE_FLOOR = 0.01
+_VOTERS = frozenset(
+    f"sklearn.{name}Classifier"
+    for name in ("ensemble.RandomForest", "ensemble.ExtraTrees", "ensemble.Bagging", "tree.DecisionTree", "tree.ExtraTree",
+                 "neighbors.KNeighbors", "neighbors.RadiusNeighbors")
+)  # fmt: skip
 FARTHEST = -math.log(FLOOR)  # and log-odds, and what a class lies behind the first one, for this
 LOWEST, HIGHEST = 0.02, 50.0  # a ridge head of a thousand classes needs 0.05
 # Standard deviation of log T before anything was seen. Simulated with heads whose log-odds are 0.4, 1 and 2.5 times what they
@@ -36,36 +48,56 @@ _NUMBERS_OF_MANY = 200_000  # the same where many heads are fitted, one after th
 _FEWEST = 2_000  # rows, however many classes there are
 
 
-def fit_temperature(kind: TaskKind, target: Array, predicted: Array, weight: Array | None = None) -> float:
+def floor_of(spec: HeadSpec | str, kind: TaskKind, classes: int) -> float:
+    """The smallest probability that counts of a head of this spec (or its JSON): of all classes, a tenth at most."""
+    head = spec_from_json(spec) if isinstance(spec, str) else spec
+    votes = isinstance(head, KNNSpec) or (isinstance(head, SklearnSpec) and head.estimator in _VOTERS)
+    return (VOTE_FLOOR if kind == "multi" else min(VOTE_FLOOR, 0.1 / max(classes, 1))) if votes else FLOOR
+
+
+def fit_temperature(
+    kind: TaskKind, target: Array, predicted: Array, weight: Array | None = None, floor: float = FLOOR
+) -> float:
     """The temperature that makes out-of-fold predictions (N, C) most likely; 1 for regression and for no rows.
 
-    target: as in `Task`. weight: (N,) of the rows, >= 0, by default all alike. Between LOWEST and HIGHEST, shrunk towards 1.
+    target: as in `Task`. weight: (N,) of the rows, >= 0, by default all alike. floor: `floor_of` the head. Between LOWEST and
+    HIGHEST, shrunk towards 1.
     """
     if kind == "regression" or len(predicted) == 0:
         return 1.0
-    return _fitted(kind, target, predicted, weight, _NUMBERS)
+    return _fitted(kind, target, predicted, weight, floor, _NUMBERS)
 
 
-def fit_temperatures(kind: TaskKind, target: Array, predicted: Array, weight: Array | None = None) -> Floats:
+def fit_temperatures(
+    kind: TaskKind,
+    target: Array,
+    predicted: Array,
+    weight: Array | None = None,
+    floors: Sequence[float] | None = None,
+) -> Floats:
     """(K,) `fit_temperature` of each of the predictions (K, N, C), on fewer rows where there are many; ones for regression."""
     if kind == "regression" or predicted.shape[1] == 0:
         return np.ones(len(predicted))
-    return np.array([_fitted(kind, target, own, weight, _NUMBERS_OF_MANY) for own in predicted])
+    floors = floors or [FLOOR] * len(predicted)
+    given = zip(predicted, floors, strict=True)
+    return np.array([_fitted(kind, target, own, weight, floor, _NUMBERS_OF_MANY) for own, floor in given])
 
 
-def with_temperature(kind: TaskKind, predicted: Array, temperature: float) -> Floats:
+def with_temperature(kind: TaskKind, predicted: Array, temperature: float, floor: float = FLOOR) -> Floats:
     """(N, C) probabilities with their log-odds divided by the temperature; values of a regression as they are."""
     values = np.asarray(predicted, np.float64)
     if kind == "regression" or temperature == 1:
         return values
     if kind == "multi":
-        inside = np.clip(values, FLOOR, 1 - FLOOR)
+        inside = np.clip(values, floor, 1 - floor)
         return np.asarray(1 / (1 + ((1 - inside) / inside) ** (1 / temperature)))
-    powers = np.clip(values, FLOOR, None) ** (1 / temperature)
+    powers = np.clip(values, floor, None) ** (1 / temperature)
     return np.asarray(powers / powers.sum(1, keepdims=True))
 
 
-def cross_fitted(kind: TaskKind, target: Array, predicted: Array, part: Array, weight: Array | None = None) -> Floats:
+def cross_fitted(
+    kind: TaskKind, target: Array, predicted: Array, part: Array, weight: Array | None = None, floor: float = FLOOR
+) -> Floats:
     """(N, C) predictions, each part of the rows at the temperature that the other parts give: what a score may be computed of.
 
     part: (N,) integers, such as the folds. A temperature that has seen the rows that score it flatters itself a little.
@@ -74,8 +106,8 @@ def cross_fitted(kind: TaskKind, target: Array, predicted: Array, part: Array, w
     for number in np.unique(part):
         own, others = part == number, part != number
         given = None if weight is None else np.asarray(weight)[others]
-        temperature = fit_temperature(kind, np.asarray(target)[others], predicted[others], given)
-        found[own] = with_temperature(kind, predicted[own], temperature)
+        temperature = fit_temperature(kind, np.asarray(target)[others], predicted[others], given, floor)
+        found[own] = with_temperature(kind, predicted[own], temperature, floor)
     return found
 
 
@@ -96,21 +128,21 @@ def keep_decisions(kind: TaskKind, before: Array, after: Array) -> npt.NDArray[n
     return found
 
 
-def _fitted(kind: TaskKind, target: Array, predicted: Array, weight: Array | None, numbers: int) -> float:
+def _fitted(kind: TaskKind, target: Array, predicted: Array, weight: Array | None, floor: float, numbers: int) -> float:
     rows, width = predicted.shape
     step = max(1, min(rows * width // numbers, rows // _FEWEST))
-    log_odds, truth = _log_odds(kind, np.asarray(target)[::step], predicted[::step])
+    log_odds, truth = _log_odds(kind, np.asarray(target)[::step], predicted[::step], floor)
     share = np.ones(len(truth)) if weight is None else np.repeat(np.asarray(weight, np.float64)[::step],
                                                                   len(truth) // len(predicted[::step]))  # fmt: skip
     return float(np.exp(-_log_sharpness(log_odds, truth, share)))
 
 
-def _log_odds(kind: TaskKind, target: Array, predicted: Array) -> tuple[Array, Array]:
+def _log_odds(kind: TaskKind, target: Array, predicted: Array, floor: float) -> tuple[Array, Array]:
     """Logits (n, C) and the true column (n,) of one head's predictions (N, C); of several labels each is a row of two."""
-    values = np.clip(np.asarray(predicted, np.float64), FLOOR, 1)
+    values = np.clip(np.asarray(predicted, np.float64), floor, 1)
     if kind == "single":
         return np.log(values), np.asarray(target, np.int64)
-    values = np.minimum(values, 1 - FLOOR).ravel()
+    values = np.minimum(values, 1 - floor).ravel()
     truth = (np.asarray(target, np.float64).reshape(len(predicted), -1) >= 0.5).ravel()
     return np.stack([np.zeros_like(values), np.log(values / (1 - values))], axis=1), truth.astype(np.int64)
 

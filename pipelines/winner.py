@@ -23,6 +23,7 @@ from headrace.heads import (
     Task,
     all_metrics,
     average,
+    floor_of,
     load_rows,
     metric_interval,
     predict_head,
@@ -260,7 +261,7 @@ def predict_test(
     if len(views) == 1:
         return test.target[kept], predict_head(spec, arrays, views[0], test.kind, temperature)
     mean = np.mean([predict_head(spec, arrays, view, test.kind) for view in views], axis=0)
-    return test.target[kept], tempered(mean, test.kind, temperature)
+    return test.target[kept], tempered(mean, test.kind, temperature, floor_of(spec, test.kind, len(test.classes)))
 
 
 def _copy_network(directory: Path, winner: pd.Series, metric: str, temperature: float) -> Path:

@@ -18,6 +18,7 @@ from headrace.heads import (
     fit_bank,
     fit_temperature,
     fit_temperatures,
+    floor_of,
     predict_head,
     score,
     with_temperature,
@@ -137,6 +138,32 @@ def test_zeros_of_neighbours_are_numbers():
     assert score("single", target, told, "calibration_error") > 0.09
 
 
+def test_one_image_that_no_neighbour_is_like_does_not_decide():
+    """Votes of nought in five are one in a hundred: with numbers that are all but nothing, the few rows whose class none of
+    the neighbours has would make all others far too unsure."""
+    rng = np.random.default_rng(0)
+    share = rng.uniform(0.5, 1, 3000)
+    votes = rng.binomial(5, share) / 5
+    told = np.stack([votes, 1 - votes], axis=1)
+    target = (rng.random(3000) > share).astype(np.int64)
+    errors = {}
+    for floor in (floor_of(KNNSpec(5), "single", 2), FLOOR):
+        temperature = fit_temperature("single", target, told, None, floor)
+        mended = with_temperature("single", told, temperature, floor)
+        errors[floor] = score("single", target, mended, "calibration_error")
+    assert errors[0.01] < 0.6 * errors[FLOOR]
+
+
+def test_the_floor_is_of_votes_alone():
+    """Of a thousand classes it is a tenth in all; what tells log-odds has next to none, and boosted trees tell log-odds."""
+    assert floor_of(KNNSpec(5), "single", 10) == 0.01
+    assert floor_of(KNNSpec(5), "single", 1000) == pytest.approx(1e-4)
+    assert floor_of(KNNSpec(5), "multi", 1000) == 0.01
+    assert floor_of(SklearnSpec("sklearn.ensemble.RandomForestClassifier"), "single", 3) == 0.01
+    for spec in (SklearnSpec("sklearn.ensemble.GradientBoostingClassifier"), LogisticSpec(1.0), CentroidSpec()):
+        assert floor_of(spec, "single", 3) == FLOOR
+
+
 def test_a_weight_of_two_is_a_row_that_is_there_twice():
     """And a weight of nought one that is not there; all weights times a number are the same weights."""
     target, _, told = drawn("single", 200, 3.0)
@@ -214,7 +241,8 @@ def test_no_decision_of_any_kind_of_head_changes(spec, kind):
         else:
             assert ((told >= 0.5) == (plain >= 0.5)).all()
         clear = ((plain > 1e-3) & (plain < 1 - 1e-3)).all(1)
-        expected = with_temperature(task.kind, plain[clear], temperature)
+        floor = floor_of(spec, task.kind, len(task.classes))
+        expected = with_temperature(task.kind, plain[clear], temperature, floor)
         np.testing.assert_allclose(told[clear], expected, atol=1e-3)
 
 

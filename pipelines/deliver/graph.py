@@ -161,7 +161,9 @@ class Graph(nn.Module):
         self.columns = [_columns(member) for member in model.members]
         self.spatial = [member.spatial for member in model.members]
         # Of several views the mean is tempered, else the log-odds within the head.
-        self.shares = [(member.weight, member.temperature if member.views > 1 else 1.0) for member in model.members]
+        self.shares = [
+            (member.weight, member.temperature if member.views > 1 else 1.0, member.floor) for member in model.members
+        ]
         self.temperature, self.task_kind = model.temperature, model.task_kind
         if len(self.inputs) > 1:
             self.inputs = [replace(each, name=f"images_{place}") for place, each in enumerate(self.inputs)]
@@ -179,8 +181,8 @@ class Graph(nn.Module):
             for view in columns:
                 parts = [features[key] if spatial else features[key].flatten(1) for key in view]
                 seen.append(head(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)))
-            weight, own = share
-            part = tempered(seen[0] if len(seen) == 1 else torch.stack(seen).mean(0), self.task_kind, own)
+            weight, own, floor = share
+            part = tempered(seen[0] if len(seen) == 1 else torch.stack(seen).mean(0), self.task_kind, own, floor)
             part = part if weight == 1 else part * weight
             total = part if total is None else total + part
         assert total is not None

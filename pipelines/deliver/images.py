@@ -170,7 +170,7 @@ def ready(member: "Member | NetworkMember") -> Callable[[Floats], Floats]:
     head, temperature = member.head, member.temperature if member.views == 1 else 1.0
     if isinstance(head.spec, SklearnSpec):
         fitted = fitted_sklearn(head.spec, head.arrays, head.task_kind)
-        return lambda X: tempered(fitted(X), head.task_kind, temperature)
+        return lambda X: tempered(fitted(X), head.task_kind, temperature, member.floor)
     return lambda X: predict_head(head.spec, head.arrays, X, head.task_kind, temperature)
 
 
@@ -211,7 +211,7 @@ def predict_member(
     ]
     if len(views) == 1:
         return head(views[0])
-    return tempered(np.mean([head(view) for view in views], axis=0), task_kind, member.temperature)
+    return tempered(np.mean([head(view) for view in views], axis=0), task_kind, member.temperature, member.floor)
 
 
 def _render_into(

@@ -18,21 +18,22 @@ from headrace.heads import (
     SklearnSpec,
     TaskKind,
     TrainedHead,
+    floor_of,
 )
 from headrace.heads.neighbours import CENTROID_TEMPERATURE
 from headrace.heads.temperature import FARTHEST, FLOOR
 from headrace.pipelines.deliver.model import ModelError
 
 
-def tempered(probabilities: Tensor, task_kind: TaskKind, temperature: float) -> Tensor:
+def tempered(probabilities: Tensor, task_kind: TaskKind, temperature: float, floor: float = FLOOR) -> Tensor:
     """As heads.with_temperature, and in float64 like it: near one, float32 has hardly any digits of what is left."""
     if task_kind == "regression" or temperature == 1:
         return probabilities
     values = probabilities.double()
     if task_kind == "multi":
-        inside = values.clamp(FLOOR, 1 - FLOOR)
+        inside = values.clamp(floor, 1 - floor)
         return torch.sigmoid((torch.log(inside) - torch.log(1 - inside)) / temperature).float()
-    return torch.softmax(torch.log(values.clamp(min=FLOOR)) / temperature, dim=1).float()
+    return torch.softmax(torch.log(values.clamp(min=floor)) / temperature, dim=1).float()
 
 
 def softmax_at(decision: Tensor, temperature: float) -> Tensor:
@@ -146,6 +147,7 @@ class _Neighbours(nn.Module):
             self.register_buffer(name, torch.from_numpy(np.array(array, np.float32)))
         self.k, self.cosine, self.by_distance = spec.k, spec.metric == "cosine", spec.weighting == "distance"
         self.task_kind, self.temperature = head.task_kind, temperature
+        self.floor = floor_of(spec, head.task_kind, len(head.classes))
 
     def forward(self, value: Tensor) -> Tensor:
         if self.cosine:
@@ -162,7 +164,7 @@ class _Neighbours(nn.Module):
             alone = zero.any(dim=1, keepdim=True)
             share = share * torch.where(alone, zero.float(), 1 / near.clamp(min=1e-6))
         votes = (share.unsqueeze(2) * self.values[place]).sum(1)
-        return tempered(votes / share.sum(1, keepdim=True), self.task_kind, self.temperature)
+        return tempered(votes / share.sum(1, keepdim=True), self.task_kind, self.temperature, self.floor)
 
 
 def head_module(head: TrainedHead, temperature: float = 1.0) -> nn.Module:

@@ -17,7 +17,7 @@ from headrace.cache.home import expand_home
 from headrace.cache.sealed import SealBroken, read_sealed_json
 from headrace.extract import BackboneSpec, backbone_from_fields
 from headrace.extract.spec import PACKAGED, backbone_code, is_weights_file
-from headrace.heads import CodeNotTrusted, TaskKind, TrainedHead, load_head, spec_to_json
+from headrace.heads import CodeNotTrusted, TaskKind, TrainedHead, floor_of, load_head, spec_to_json
 from headrace.heads.persist import WRITE_AGAIN, check_outputs, check_temperature, code_name, require_trusted
 from headrace.pipelines.deliver.network import NETWORK, NetworkMember, read_network
 from headrace.pipelines.finished import find_run, moved_with_run, require_finished
@@ -64,6 +64,11 @@ class Member:
     def views(self) -> int:
         """The views of an image whose predictions it averages, before the temperature."""
         return len({feature.view for feature in self.head.features})
+
+    @property
+    def floor(self) -> float:
+        """The smallest probability that its temperature looks at."""
+        return floor_of(self.head.spec, self.head.task_kind, len(self.head.classes))
 
 
 @dataclass(frozen=True, eq=False)

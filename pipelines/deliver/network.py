@@ -14,6 +14,7 @@ import numpy.typing as npt
 from headrace.cache import FeatureSpec, HeadraceError
 from headrace.cache.sealed import check_seal, tensor_metadata
 from headrace.heads.persist import WRITE_AGAIN, check_outputs, check_temperature
+from headrace.heads.temperature import FLOOR
 
 if TYPE_CHECKING:
     from headrace.extract.backbone import Backbone
@@ -40,6 +41,7 @@ class NetworkMember:
     temperature: float = 1.0  # its own log-odds are divided by it before they are averaged
     kind: str = "finetune"
     views: int = 1  # of an image that it looks at
+    floor: float = FLOOR  # as of a head
 
 
 def read_network(directory: Path) -> tuple[NetworkMember, dict[str, Any]]:

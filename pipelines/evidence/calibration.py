@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from headrace.heads import Task, cross_fitted, fit_temperature, score
+from headrace.heads import Task, cross_fitted, fit_temperature, floor_of, score
+from headrace.heads.temperature import FLOOR
 from headrace.pipelines.evidence.predictions import HeldOut, held_out, score_parts, stacked_predictions
 
 
@@ -41,23 +42,24 @@ def temperature_of(winner: pd.Series, task: Task) -> float:
     if task.kind == "regression" or len(held.rows) == 0:
         return 1.0
     _, predicted = stacked_predictions(winner.to_frame().T, held)
-    return fit_temperature(task.kind, held.target, predicted[0], held.weight) if len(predicted) else 1.0
+    floor = floor_of(winner["spec"], task.kind, len(task.classes))
+    return fit_temperature(task.kind, held.target, predicted[0], held.weight, floor) if len(predicted) else 1.0
 
 
-def calibrate(held: HeldOut, predicted: npt.NDArray[Any]) -> Calibration | None:
-    """Of out-of-fold predictions (N, C) of the held-out rows; None for regression."""
+def calibrate(held: HeldOut, predicted: npt.NDArray[Any], floor: float = FLOOR) -> Calibration | None:
+    """Of out-of-fold predictions (N, C) of the held-out rows; None for regression. floor: `floor_of` the head."""
     kind = held.task.kind
     if kind == "regression":
         return None
-    told = calibrated(held, predicted)
+    told = calibrated(held, predicted, floor)
     before, after = (
         [score(kind, held.target, values, name) for name in ("calibration_error", "log_loss")]
         for values in (predicted, told)
     )
-    temperature = fit_temperature(kind, held.target, predicted, held.weight)
+    temperature = fit_temperature(kind, held.target, predicted, held.weight, floor)
     return Calibration(temperature, len(held.rows), before[0], after[0], before[1], after[1])
 
 
-def calibrated(held: HeldOut, predicted: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+def calibrated(held: HeldOut, predicted: npt.NDArray[Any], floor: float = FLOOR) -> npt.NDArray[np.float64]:
     """(N, C) out-of-fold predictions, those of each fold at the temperature that the other folds give."""
-    return cross_fitted(held.task.kind, held.target, predicted, score_parts(held), held.weight)
+    return cross_fitted(held.task.kind, held.target, predicted, score_parts(held), held.weight, floor)

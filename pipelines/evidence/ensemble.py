@@ -24,6 +24,7 @@ from headrace.heads import (
     element_loss,
     fit_temperature,
     fit_temperatures,
+    floor_of,
     greedy_weights,
     loss_elements,
     read_bank,
@@ -96,13 +97,16 @@ def build_ensemble(
     if len(found) < 2:
         return None
     networks = [_networks(row) for _, row in found.iterrows()]
+    floors = [floor_of(spec, kind, len(held.task.classes)) for spec in found["spec"]]
     plain = np.zeros(predicted.shape[1:])
     nested = plain.copy()
     part = score_parts(held, seed)
     for number in np.unique(part):
         inside, outside = np.flatnonzero(part != number), np.flatnonzero(part == number)
-        own_temperatures = fit_temperatures(kind, held.target[inside], predicted[:, inside], held.weight[inside])
-        told = _calibrated(kind, predicted, own_temperatures)
+        own_temperatures = fit_temperatures(
+            kind, held.target[inside], predicted[:, inside], held.weight[inside], floors
+        )
+        told = _calibrated(kind, predicted, own_temperatures, floors)
         elements = loss_elements(kind, held.target[inside], told[:, inside])
         weights = greedy_weights(kind, elements, networks, limits)
         used = np.flatnonzero(weights)
@@ -110,8 +114,8 @@ def build_ensemble(
         temperature = fit_temperature(kind, held.target[inside], own[inside], held.weight[inside])
         plain[outside] = own[outside]
         nested[outside] = with_temperature(kind, own[outside], temperature)
-    temperatures = fit_temperatures(kind, held.target, predicted, held.weight)
-    told = _calibrated(kind, predicted, temperatures)
+    temperatures = fit_temperatures(kind, held.target, predicted, held.weight, floors)
+    told = _calibrated(kind, predicted, temperatures, floors)
     weights = greedy_weights(kind, loss_elements(kind, held.target, told), networks, limits)
     order = sorted(np.flatnonzero(weights), key=lambda place: -weights[place])
     members = [
@@ -203,10 +207,13 @@ def _networks(row: pd.Series) -> frozenset[str]:
 
 
 def _calibrated(
-    kind: TaskKind, predicted: npt.NDArray[np.float32], temperatures: npt.NDArray[np.float64]
+    kind: TaskKind,
+    predicted: npt.NDArray[np.float32],
+    temperatures: npt.NDArray[np.float64],
+    floors: Sequence[float],
 ) -> npt.NDArray[np.float32]:
     """(K, N, C) each head's predictions at its own temperature."""
     told = np.empty_like(predicted)
-    for place, temperature in enumerate(temperatures):
-        told[place] = with_temperature(kind, predicted[place], float(temperature))
+    for place, (temperature, floor) in enumerate(zip(temperatures, floors, strict=True)):
+        told[place] = with_temperature(kind, predicted[place], float(temperature), floor)
     return told

@@ -21,12 +21,14 @@ from headrace.heads import (
     METRICS,
     TaskKind,
     fit_temperature,
+    floor_of,
     metric_interval,
     row_hits,
     score,
     weighted_scores,
     with_temperature,
 )
+from headrace.heads.temperature import FLOOR
 from headrace.heads.weighted import SORTED_METRICS
 from headrace.pipelines.evidence.calibration import Calibration, calibrate, calibrated
 from headrace.pipelines.evidence.predictions import HeldOut, read_predictions, stacked_predictions
@@ -127,7 +129,9 @@ def assess_selection(
     optimism = share_optimism(held, first, metric) if is_stratified(held) else 0.0
     if screened is not None and metric in ("accuracy", "hamming_accuracy"):
         optimism += screened[0] * _likeness(screened[1], 1 - row_hits(kind, held.target, first, metric))
-    told = calibrated(held, first)
+    # Of simulated boards nothing is known but scores.
+    floor = floor_of(compared["spec"].iloc[0], kind, classes) if "spec" in compared else FLOOR
+    told = calibrated(held, first, floor)
     # What the temperature changes is the same for all rows' luck: it is added, and the choice was made without it.
     gained = _mean_score(held, told, metric) - _mean_score(held, first, metric)
     expected, low, high = (back * value - optimism + gained for value in (expected, low, high))
@@ -148,7 +152,7 @@ def assess_selection(
         high=high,
         together=int(together.sum()),
         cheapest=int(compared["rank"].iloc[cheapest]),
-        calibration=calibrate(held, first),
+        calibration=calibrate(held, first, floor),
         table=table,
     )
 
@@ -225,10 +229,12 @@ def nested_choice(board: pd.DataFrame, held: HeldOut, metric: str, part: npt.NDA
     told, chosen = stacked_predictions(board.iloc[few], held)
     assert len(told) == len(few)  # they were whole a moment ago
     nested, kind = np.zeros(chosen.shape[1:]), held.task.kind
+    floors = [floor_of(spec, kind, len(held.task.classes)) for spec in board["spec"].to_numpy()[few]]
     for number, own in zip(numbers, position, strict=True):
         inside = part != number
-        temperature = fit_temperature(kind, held.target[inside], chosen[own][inside], held.weight[inside])
-        nested[~inside] = with_temperature(kind, chosen[own][~inside], temperature)
+        given = held.weight[inside]
+        temperature = fit_temperature(kind, held.target[inside], chosen[own][inside], given, floors[own])
+        nested[~inside] = with_temperature(kind, chosen[own][~inside], temperature, floors[own])
     return nested
 
 

@@ -15,7 +15,7 @@ from headrace.cache import FeatureSet, HeadraceError, feature_set_path, open_fea
 from headrace.cache.sealed import SealBroken
 from headrace.cache.spec import FeatureSpec
 from headrace.extract import read_listing
-from headrace.heads import BankResult, read_bank, read_task
+from headrace.heads import BankResult, floor_of, read_bank, read_task
 from headrace.heads.task import BadTaskFile
 from headrace.pipelines.accounting import Accounting, accounting_from_json
 from headrace.pipelines.dataset import Dataset, drop_rows, list_samples, make_dataset
@@ -93,7 +93,8 @@ class FinishedRun:
         held = held_out(task, beside.get("groups"))
         if self.calibration is None or not np.array_equal(task.ids[held.rows], self.bank.ids[self.held_out]):
             return None
-        return calibrated(held, self.predicted[self.held_out])
+        floor = floor_of(str(self.winner["spec"]), task.kind, len(task.classes))
+        return calibrated(held, self.predicted[self.held_out], floor)
 
     @cached_property
     def feature_sets(self) -> Mapping[str, tuple[FeatureSpec, ...]]:
