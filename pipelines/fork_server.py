@@ -123,6 +123,7 @@ def call_forked(imports: Sequence[str], function: Callable[..., Result], *argume
 
 def _answer(there: Connection, function: Callable[..., object], arguments: Sequence[object]) -> None:
     die_with_parent()
+    answer: tuple[object, Exception | None]
     try:
         answer = function(*arguments), None
     except Exception as error:  # noqa: BLE001 - it is raised again where the answer is waited for
