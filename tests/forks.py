@@ -82,7 +82,10 @@ def start(arguments: Any, *, cwd: Any, stdout: Any, stderr: Any, env: Any = None
         socket.send_fds(_server(), [json.dumps(request).encode() + b"\n"], [stdout.fileno(), stderr.fileno(), writer])
         os.close(writer)
     answer = os.fdopen(reader, buffering=1)
-    return Call(int(answer.readline()), answer)
+    if not (pid := answer.readline()):
+        answer.close()
+        raise RuntimeError("the process that is forked has ended; what it said stands above")
+    return Call(int(pid), answer)
 
 
 _lock = threading.Lock()
