@@ -43,7 +43,7 @@ LOWEST, HIGHEST = 0.02, 50.0  # a ridge head of a thousand classes needs 0.05
 # should be: with 150 rows and more every value from 0.3 up gives the same loss on new rows. With 20 and 50 rows 0.5 has the least
 # loss on the whole; without it a pair of rows makes the twentieth worst head of two classes twice as bad as it was.
 SPREAD = 0.5
-_NUMBERS = 20_000_000  # of a head's predictions that are looked at: a second or two
+_NUMBERS = 5_000_000  # of a head's predictions that are looked at: a second or so
 _NUMBERS_OF_MANY = 200_000  # the same where many heads are fitted, one after the other
 _FEWEST = 2_000  # rows, however many classes there are
 
