@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -120,6 +121,15 @@ def test_what_a_forked_process_says_is_said_here():
     with pytest.raises(BackboneError, match="no network"):
         call_forked([], refuse, "network")
     assert call_forked([], die_elsewhere, os.getpid()) == "here"
+
+
+@pytest.mark.slow
+def test_nobody_else_can_ask_the_server_for_a_process():
+    """Its socket is its owner's, in a folder that is its owner's: whoever is let in there runs code as the owner."""
+    call_forked([], os.getpid)
+    (socket,) = [Path(end.laddr) for end in server_of(psutil.Process()).net_connections("unix") if end.laddr]
+    assert socket.stat().st_mode & 0o077 == 0
+    assert socket.parent.stat().st_mode & 0o077 == 0
 
 
 @pytest.mark.slow

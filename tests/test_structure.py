@@ -148,3 +148,4 @@ def test_help_needs_no_heavy_import():
     heavy = {"torch", "torchvision", "timm", "distributed", "sklearn", "scipy", "pandas"}
     assert not heavy & loaded_after("import headrace.pipelines.cli")
     assert not {"torch", "sklearn", "scipy"} & loaded_after("import headrace.heads")
+    assert not {"torch", "sklearn"} & loaded_after("import headrace.pipelines.run, headrace.pipelines.status")
