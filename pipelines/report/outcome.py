@@ -57,7 +57,10 @@ def _calibration(run: FinishedRun, target: npt.NDArray[Any]) -> list[Block]:
     told = run.calibrated
     if told is None:
         return [facts]
-    return [facts, _reliability_of(run.task_kind, target, told, "calibrated", "the winner at its temperature")]
+    return [
+        facts,
+        _reliability(run.task_kind, target, told, "validation", "the winner at its temperature", "calibrated"),
+    ]
 
 
 def outcome(
@@ -76,12 +79,12 @@ def outcome(
         return [
             *_confusion(classes, target, predicted, which, who),
             _classes(classes, target, predicted, which, who),
-            _reliability_of(kind, target, predicted, which, who),
+            _reliability(kind, target, predicted, which, who),
         ]
     if kind == "multi":
         return [
             _labels(classes, target, predicted, which),
-            _reliability_of(kind, target, predicted, which, who),
+            _reliability(kind, target, predicted, which, who),
         ]
     return _regression(classes, target, predicted, which)
 
@@ -189,13 +192,19 @@ def _labels(classes: tuple[str, ...], target: npt.NDArray[Any], predicted: npt.N
     )
 
 
-def _reliability_of(kind: str, target: npt.NDArray[Any], predicted: npt.NDArray[Any], which: str, who: str) -> Figure:
+def _reliability(
+    kind: str,
+    target: npt.NDArray[Any],
+    predicted: npt.NDArray[Any],
+    which: str,
+    who: str,
+    name: str = "",
+) -> Figure:
+    """The diagram, and its table's `name`, by default `which`."""
     if kind == "multi":
-        return _reliability(predicted.ravel(), target.ravel() > 0, which, "labels", who)
-    return _reliability(predicted.max(1), predicted.argmax(1) == target, which, "images", who)
-
-
-def _reliability(confidence: npt.NDArray[Any], correct: npt.NDArray[Any], which: str, unit: str, who: str) -> Figure:
+        confidence, correct, unit = predicted.ravel(), target.ravel() > 0, "labels"
+    else:
+        confidence, correct, unit = predicted.max(1), predicted.argmax(1) == target, "images"
     bins = np.clip((confidence * BINS).astype(int), 0, BINS - 1)
     rows = np.bincount(bins, minlength=BINS)
     there = rows > 0
@@ -222,7 +231,9 @@ def _reliability(confidence: npt.NDArray[Any], correct: npt.NDArray[Any], which:
         f"the expected calibration error is {error:.3f}.",
         f"Reliability, {which} images: on the dashed line, 80 % sure is right 80 % of the time. "
         f"{who.capitalize()} is {tends} (expected calibration error {error:.3f}).",
-        Table(f"reliability-{which}", f"Reliability, bin by bin ({which})", columns, frame, sortable=False),
+        Table(
+            f"reliability-{name or which}", f"Reliability, bin by bin ({name or which})", columns, frame, sortable=False
+        ),
     )
 
 
