@@ -239,7 +239,7 @@ def _read_parquet(file: Path) -> Table:
     # Of a struct of bytes and path, the path alone: the images stay on disk.
     columns += [f"{name}.path" for name in images if _has_path(schema.field(name).type)]
     table = opened.read(columns=columns).replace_schema_metadata(schema.metadata)
-    empty = [name for name in images if _is_empty(opened.metadata, f"{name}.bytes")]
+    empty = [name for name in images if _holds_bytes(schema.field(name).type) and _is_empty(file, f"{name}.bytes")]
     return _from_arrow(table, opened.metadata.num_rows, images, empty)
 
 
@@ -267,15 +267,20 @@ def _are_images(values: Iterable[bytes]) -> bool:
     return first is None or has_image_signature(first[:_SIGNATURE_BYTES]) or b"\0" in first
 
 
-def _is_empty(metadata: Any, column: str) -> bool:
+def _is_empty(file: Path, column: str) -> bool:
     """Whether a Parquet column holds nothing but missing values, by the file's own statistics."""
-    counts = [
-        chunk.statistics.null_count if chunk.is_stats_set else -1
-        for group in map(metadata.row_group, range(metadata.num_row_groups))
-        for chunk in map(group.column, range(group.num_columns))
-        if chunk.path_in_schema == column
-    ]
-    return bool(counts) and sum(counts) == metadata.num_rows and min(counts) >= 0
+    missing = 0
+    with pq.ParquetFile(file, buffer_size=_BUFFER_BYTES) as opened:
+        for group in range(opened.metadata.num_row_groups):
+            # A chunk whose description is damaged ends the process where it is asked for; where it is read, that is an error.
+            next(opened.iter_batches(batch_size=1, row_groups=[group], columns=[column]), None)
+            described = opened.metadata.row_group(group)
+            for chunk in map(described.column, range(described.num_columns)):
+                if chunk.path_in_schema == column:
+                    if not chunk.is_stats_set or chunk.statistics.null_count is None:
+                        return False
+                    missing += chunk.statistics.null_count
+        return bool(opened.metadata.num_rows) and missing == opened.metadata.num_rows
 
 
 def _has_path(kind: pa.DataType) -> bool:
