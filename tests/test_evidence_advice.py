@@ -63,6 +63,7 @@ def asked(world, folder):
     return advise_on(board, task, directories, folder / "evidence", in_this_process)
 
 
+@pytest.mark.slow
 def test_the_advice_is_right_in_made_worlds(tmp_path):
     """At least 11 of 12, with the tap, the class and the number of images that go with it."""
     wrong = []

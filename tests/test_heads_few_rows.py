@@ -85,6 +85,7 @@ def test_a_small_fold_beside_a_large_one_is_as_it_is_alone(standardize):
     assert beside.iterations <= 1.3 * alone.iterations + 2
 
 
+@pytest.mark.slow
 @SLOWLY
 @given(
     n=st.integers(12, 60),
