@@ -44,7 +44,7 @@ wheel: dev                      ## build the wheel, install it into a clean envi
 	sh tests/try_wheel.sh $(BIN)
 
 bench: dev                      ## the small size of every benchmark
-	for file in benchmarks/extraction.py benchmarks/cache.py benchmarks/heads.py benchmarks/report.py benchmarks/cluster.py; do $(BIN)/python $$file --quick || exit 1; done
+	for file in benchmarks/extraction.py benchmarks/cache.py benchmarks/heads.py benchmarks/report.py benchmarks/cluster.py benchmarks/small_runs.py; do $(BIN)/python $$file --quick || exit 1; done
 
 $(BIN)/uv:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "headrace needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Try: make PYTHON=python3.12 ...")'
