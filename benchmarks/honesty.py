@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,10 +31,12 @@ from headrace.heads import (
     LogisticSpec,
     RidgeSpec,
     Task,
+    TaskKind,
     fit_bank,
     fit_temperature,
     floor_of,
     make_folds,
+    metric_interval,
     predict_head,
     proportion_interval,
     score,
@@ -129,6 +132,38 @@ def grouped_interval(repeats: float) -> Iterator[Line]:
                     inside += low <= truth <= high
                 figures[f"{truth:g}"] = 100 * inside / count
             yield Line(f"correlation {correlation:g}, {rows:,} images", figures)
+
+
+def other_metrics(repeats: float) -> Iterator[Line]:
+    """Three classes of .6, .3 and .1 that overlap, by their own probabilities; and numbers with noise of heavy tails. The truth is
+    what 400,000 rows score. Draws in which a metric is undefined, for a class is missing, are left out."""
+    rng = np.random.default_rng(2)
+    shares, middles = np.array([0.6, 0.3, 0.1]), np.array([[0.0, 0.0], [1.8, 0.0], [0.0, 2.2]])
+
+    def classes(rows: int) -> tuple[npt.NDArray[Any], Floats]:
+        target = rng.choice(3, rows, p=shares)
+        seen = middles[target] + rng.standard_normal((rows, 2))
+        weight = shares * np.exp(-((seen[:, None] - middles) ** 2).sum(2) / 2)
+        return target, weight / weight.sum(1, keepdims=True)
+
+    def numbers(rows: int) -> tuple[npt.NDArray[Any], Floats]:
+        told = rng.standard_normal((rows, 1))
+        return told + 0.7 * rng.standard_t(5, (rows, 1)), told
+
+    kinds: tuple[tuple[TaskKind, Any, tuple[str, ...]], ...] = (
+        ("single", classes, ("balanced_accuracy", "macro_f1", "auc", "log_loss")),
+        ("regression", numbers, ("mae", "rmse", "r2")),
+    )
+    lines: dict[int, dict[str, float]] = {rows: {} for rows in (55, 250, 1000)}
+    for kind, draw, metrics in kinds:
+        whole = draw(400_000)
+        truth = {metric: score(kind, *whole, metric) for metric in metrics}
+        for rows, metric in itertools.product(lines, metrics):
+            found = [metric_interval(kind, *draw(rows), metric) for _ in range(int(500 * repeats))]
+            inside = [low <= truth[metric] <= high for low, high in found if np.isfinite(low)]
+            lines[rows][metric] = 100 * float(np.mean(inside))
+    for rows, figures in lines.items():
+        yield Line(f"{rows:,} images", figures)
 
 
 def extrapolated_error(repeats: float) -> Iterator[Line]:
@@ -320,6 +355,7 @@ def calibration(repeats: float) -> Iterator[Line]:
 CASES: dict[str, tuple[str, Callable[[float], Iterator[Line]]]] = {
     "test": ("Coverage (%) of the 95 % interval of a test accuracy, by the true accuracy", test_interval),
     "groups": ("The same with images in groups, by the correlation of mistakes within a group", grouped_interval),
+    "metrics": ("Coverage (%) of the 95 % interval of other metrics", other_metrics),
     "expected": ("The expected score of the winner: coverage (%) of its 95 % interval, bias (points)", expected_score),
     "ensembles": ("Ensembles that are chosen on labels that are noise (%)", false_ensembles),
     "calibration": ("The calibration error (points) on new images, without a temperature and with it", calibration),
