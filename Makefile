@@ -4,8 +4,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 FOLDERS := extract cache heads pipelines
-# Tests in two processes, file by file, the longest first (tests/conftest.py).
-TOGETHER := -n 2 --dist loadfile --no-loadscope-reorder
+# Tests in two processes, file by file, the longest first (tests/conftest.py). Each with one thread: more threads than cores wait
+# for each other by spinning, and heads of small matrices take ten times as long.
+TESTS := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 # A strict editable install links every file by name, so it is repeated when the list of files changes, or
 # what is compiled, and only then.
 FILES := $(sort $(filter-out %.pyc,$(wildcard $(FOLDERS:%=%/*.py) $(FOLDERS:%=%/*/*.*))))
@@ -21,11 +22,11 @@ demo: $(VENV)/.demo-$(STATE)    ## real solar cells, a pretrained network, hundr
 	$(BIN)/headrace demo
 
 test: lint types                ## lint, types, all tests, the built wheel from another folder
-	$(BIN)/pytest $(TOGETHER) --durations 40
+	$(TESTS) --durations 40
 	$(MAKE) --no-print-directory wheel
 
 quick: dev                      ## the fast tests
-	$(BIN)/pytest $(TOGETHER) -m "not slow"
+	$(TESTS) -m "not slow"
 
 lint: dev                       ## ruff
 	$(BIN)/ruff check .
