@@ -38,15 +38,18 @@ backbones:
 
 heads:                           # every list is tried in every combination
   logistic:
-    C: [0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 10]
-    inputs: [each, all]          # every tap alone, and all of them side by side
-  mlp:
-    hidden: [[64], [256]]
-    dropout: [0.0, 0.5]
-    learning_rate: [0.001]
-    weight_decay: [0.01]
-    inputs: [all]
+    C: [0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 100, 1000]
+    banded: [false, true]        # true: each tap has a strength of its own
+    inputs: [[pre_logits.vector], all]   # a tap alone, and all of them side by side; each: every tap alone
+  ridge:
+    alpha: [0.1, 1, 10, 30, 100, 300, 1000, 3000, 10000, 100000]
+    banded: [false, true]
+    inputs: [[pre_logits.vector], all]
+  # mlp: {{hidden: [[64], [256]], dropout: [0, 0.5], weight_decay: [0.01]}}
   # knn: {{k: [1, 5, 20]}}
+
+ensemble:                        # heads averaged: the answer only where a 95 % interval says better
+  members: 8
 
 # Each of these stages is left out unless it is asked for: take the # away.
 # screen:                        # for many inputs: all start on few images, and only the promising ones get all heads
@@ -55,8 +58,6 @@ heads:                           # every list is tried in every combination
 # thaw:                          # the best head becomes a network that is trained further, and is kept if that is better
 #   depths: [all]                # or head, scratch, or a node: everything above it
 #   budget_minutes: 30
-# ensemble:                      # heads averaged: the answer only where a 95 % interval says better
-#   members: 8
 
 # cache: headrace-cache          # features; share one cache between recipes
 # out: headrace-runs/{stem}      # results

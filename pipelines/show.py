@@ -1,5 +1,6 @@
 """What the terminal shows of a plan and of a result. Nothing here decides anything."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 import pandas as pd
@@ -49,14 +50,18 @@ def show_plan(console: Console, plan: Plan, cache: object, out: object) -> None:
     table.add_column("heads", justify="right")
     table.add_column("heads to train", justify="right")
     missing = {(bank.inputs, spec) for bank in plan.banks for spec in bank.specs}
-    for inputs, specs, _ in plan.wanted:
-        new = sum((inputs, spec) in missing for spec in specs)
+    settings: Counter[tuple[tuple[str, ...], str]] = Counter()
+    new: Counter[tuple[tuple[str, ...], str]] = Counter()
+    for inputs, specs, _ in plan.wanted:  # heads with class weights, or banded, are banks of their own
+        settings[inputs, specs[0].kind] += len(specs)
+        new[inputs, specs[0].kind] += sum((inputs, spec) in missing for spec in specs)
+    for (inputs, kind), count in settings.items():
         table.add_row(
             inputs_text(inputs, everything),
-            specs[0].kind,
-            f"{len(specs):,}",
-            f"{len(specs) * plan.folds:,}",
-            f"{new * plan.folds:,}",
+            kind,
+            f"{count:,}",
+            f"{count * plan.folds:,}",
+            f"{new[inputs, kind] * plan.folds:,}",
         )
     console.print(table)
     console.print(

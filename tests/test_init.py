@@ -17,6 +17,7 @@ from headrace.pipelines import load_recipe
 from headrace.pipelines.dataset import list_samples
 from headrace.pipelines.demo import solar_cells, write_demo
 from headrace.pipelines.init import InitError, write_recipe
+from headrace.pipelines.recipe_heads import LogisticGrid, RidgeGrid
 
 
 @pytest.fixture
@@ -178,11 +179,11 @@ def test_the_demos_recipe_lists_its_table(tmp_path):
 
 
 def test_every_stage_that_the_recipe_mentions_can_be_asked_for(tmp_path, photos):
-    """screen, thaw and ensemble are written as comments; with the marks taken away they are valid, alone and together."""
+    """screen and thaw are written as comments; with the marks taken away they are valid, alone and together."""
     out = tmp_path / "r.yaml"
     write_recipe(photos, out)
     text = out.read_text()
-    for wanted in (("screen",), ("thaw",), ("ensemble",), ("screen", "thaw", "ensemble")):
+    for wanted in (("screen",), ("thaw",), ("screen", "thaw")):
         lines, within = [], False
         for line in text.splitlines():
             bare = line.removeprefix("# ")
@@ -193,7 +194,17 @@ def test_every_stage_that_the_recipe_mentions_can_be_asked_for(tmp_path, photos)
             lines.append(bare if within else line)
         out.write_text("\n".join(lines))
         recipe = load_recipe(out)
-        assert {name for name in ("screen", "thaw", "ensemble") if getattr(recipe, name) is not None} == set(wanted)
+        assert {name for name in ("screen", "thaw") if getattr(recipe, name) is not None} == set(wanted)
+        assert recipe.ensemble is not None  # is on: nothing is trained for it
+
+
+def test_the_strengths_that_are_written_are_those_of_a_recipe_that_names_none(tmp_path, photos):
+    write_recipe(photos, tmp_path / "r.yaml")
+    heads = load_recipe(tmp_path / "r.yaml").heads
+    assert heads.logistic is not None
+    assert heads.ridge is not None
+    assert heads.logistic.C == LogisticGrid().C
+    assert heads.ridge.alpha == RidgeGrid().alpha
 
 
 def test_a_table_says_what_a_run_will_leave_out(tmp_path, photos):
