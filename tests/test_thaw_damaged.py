@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from deliver_cases import run_here
 from run_cases import make_photos
 from thaw_cases import WEAK_HEAD_RECIPE
@@ -14,6 +15,7 @@ compute: {workers: 1, unit_images: 64}
 """
 
 
+@pytest.mark.slow
 def test_what_is_damaged_is_trained_again_and_what_is_whole_is_not(tmp_path):
     """A cut network, a flipped bit in it, damaged or removed results, a changed decision: each ends in the same run."""
     make_photos(tmp_path / "photos", n=32)
