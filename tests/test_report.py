@@ -156,6 +156,21 @@ def test_what_is_gone_is_said(folder, tmp_path):
     assert "not there any more" in text
 
 
+def test_a_record_that_is_gone_or_cut_is_said_where_it_would_be_shown(folder, tmp_path):
+    """No section and no picture is left out in silence."""
+    root = tmp_path / "run"
+    shutil.copytree(folder / "runs" / "single", root)
+    recipe = read_record(root / "recipe.json")
+    write_record(root / "recipe.json", recipe | {"thaw": {}})  # what a network asked for would have left is not there
+    (root / "stages.jsonl").unlink()
+    (task,) = (root / "tasks").glob("*.npz")
+    task.write_bytes(task.read_bytes()[:-100])
+    text = write_report(root).page.read_text()
+    assert "candidates.json is not there" in text
+    assert "stages.jsonl is not there" in text
+    assert f"{task.name} has changed since it was written" in text
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["multi", "regression"])
 def test_other_tasks_have_what_makes_sense_for_them(folder, kind):

@@ -2,6 +2,7 @@
 
 import pandas as pd
 
+from headrace.pipelines.records import RUN_AGAIN
 from headrace.pipelines.report.blocks import Block, Column, Note, Section, Table
 from headrace.pipelines.report.evidence import read_json
 from headrace.pipelines.report.leaders import metric_title
@@ -16,6 +17,9 @@ _LEAD = (
 def networks(run: FinishedRun) -> tuple[Section, ...]:
     """The section; none where no network was asked for."""
     found = read_json(run.paths.thaw_decisions)
+    if found is None and run.recipe.thaw is not None:
+        text = f"No decision is on record, for {run.paths.thaw_decisions.name} is not there: {RUN_AGAIN}."
+        return (Section("networks", "Head against networks", _LEAD, (Note(text, "warning"),)),)
     if not found:
         return ()
     try:

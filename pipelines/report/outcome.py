@@ -55,8 +55,8 @@ def _calibration(run: FinishedRun, target: npt.NDArray[Any]) -> list[Block]:
         )
     )
     told = run.calibrated
-    if told is None:
-        return [facts]
+    if isinstance(told, str):
+        return [facts, Note(f"The reliability at this temperature is left out: {told}.", "warning")]
     return [
         facts,
         _reliability(run.task_kind, target, told, "validation", "the winner at its temperature", "calibrated"),

@@ -83,16 +83,18 @@ class FinishedRun:
         return found
 
     @cached_property
-    def calibrated(self) -> npt.NDArray[np.float64] | None:
-        """(n, C) `predicted` of the rows `held_out`, each fold at the temperature that the others give; None where there is
-        no `calibration`, or the task of the run is not what its heads were trained on."""
+    def calibrated(self) -> npt.NDArray[np.float64] | str:
+        """(n, C) `predicted` of the rows `held_out`, each fold at the temperature that the others give; or the reason why that
+        cannot be said."""
         try:
             task, beside = read_task(self.paths.task(self.bank.task))
-        except (OSError, BadTaskFile):
-            return None
+        except FileNotFoundError as error:
+            return f"{error.filename} is not there: {RUN_AGAIN}"
+        except (OSError, BadTaskFile) as error:
+            return str(error)
         held = held_out(task, beside.get("groups"))
-        if self.calibration is None or not np.array_equal(task.ids[held.rows], self.bank.ids[self.held_out]):
-            return None
+        if not np.array_equal(task.ids[held.rows], self.bank.ids[self.held_out]):
+            return f"{self.paths.task(self.bank.task)} is not what the winner was trained on: {RUN_AGAIN}"
         floor = floor_of(str(self.winner["spec"]), task.kind, len(task.classes))
         return calibrated(held, self.predicted[self.held_out], floor)
 
@@ -178,8 +180,13 @@ class FinishedRun:
     @property
     def damaged_records(self) -> Sequence[str]:
         """What is left out of the two, as sentences."""
-        counts = ((path.name, read_records(path)[1]) for path in (self.paths.stages, self.paths.environments))
-        return [f"Damaged lines of {name}, left out here: {count:,}." for name, count in counts if count]
+        paths = (self.paths.stages, self.paths.environments)
+        counts = ((path.name, read_records(path)[1]) for path in paths)
+        damaged = [f"Damaged lines of {name}, left out here: {count:,}." for name, count in counts if count]
+        return [
+            *damaged,
+            *(f"{path.name} is not there: what it said is left out." for path in paths if not path.exists()),
+        ]
 
 
 def read_run(run: Path, *, trust_code: Collection[str] = ()) -> FinishedRun:
