@@ -5,10 +5,11 @@ import functools
 import hashlib
 import inspect
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from headrace.extract import library
 from headrace.extract.errors import BackboneError
@@ -44,7 +45,14 @@ def build_untrained(spec: BackboneSpec) -> tuple[nn.Module, Preprocessing]:
             module, preprocessing = library.build(spec.name, tag)
     except (NotImplementedError, RuntimeError):  # some networks compute with numbers while they are built
         module, preprocessing = library.build(spec.name, tag)
+    _take_size(module, preprocessing, spec)
     return module.eval(), override(preprocessing, spec)
+
+
+def _take_size(module: nn.Module, preprocessing: Preprocessing, spec: BackboneSpec) -> None:
+    """Where the spec asks for another input size than the weights' own, and the network has to be told."""
+    if spec.image_size is not None and spec.image_size != preprocessing.crop[0]:
+        library.set_input_size(module, spec.name, spec.image_size)
 
 
 def override(preprocessing: Preprocessing, spec: BackboneSpec) -> Preprocessing:
@@ -86,15 +94,24 @@ def _load(spec: BackboneSpec, stamp: tuple[int, ...] | None) -> Backbone:
         # The file is read first: a wrong path should not wait for the network to be built.
         tensors = read_weights(weights_path(spec.weights))
         module, preprocessing = library.build(spec.name, None)
+        if spec.weights_match == "name" and not _of_own_size(module, tensors):  # exported at the size that is asked for
+            _take_size(module, preprocessing, spec)
         fit_weights(module, tensors, spec.weights_match, what)
     else:
         module, preprocessing = library.build_pretrained(spec.name, spec.weights)
-    module.eval().requires_grad_(False)
+    # Before anything is resampled, which other machines may round otherwise; the size is in the preprocessing's fingerprint.
     digest = weights_digest(module)
+    _take_size(module, preprocessing, spec)
+    module.eval().requires_grad_(False)
     if spec.name.startswith("python:"):
         # Of a library's network the weights and the name say everything; of the user's own, its code may have changed.
         digest = hashlib.sha256((digest + _source(spec.name)).encode()).hexdigest()
     return Backbone(spec, module, override(preprocessing, spec), digest)
+
+
+def _of_own_size(module: nn.Module, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether the tensors have the shapes that the network is built with."""
+    return all(tensors[name].shape == value.shape for name, value in module.state_dict().items() if name in tensors)
 
 
 def _source(name: str) -> str:

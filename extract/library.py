@@ -4,6 +4,7 @@ import importlib
 import math
 import urllib.error
 import urllib.request
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -173,6 +174,44 @@ def _timm_pretrained(name: str, tag: str | None) -> tuple[nn.Module, Preprocessi
     except (OSError, RuntimeError, ValueError, errors.HfHubHTTPError) as error:
         raise BackboneError(_offline(f"timm:{full}", full, str(hub or config.url), "", str(error))) from error
     return module, _of_timm_config(_timm_config(module))
+
+
+def set_input_size(module: nn.Module, name: str, size: int) -> None:
+    """Give a network whose input has a fixed size, as most transformers' has, another one: its position embeddings, or relative
+    position tables, are resampled as timm or torchvision does it. Other networks are left as they are. Raises BackboneError."""
+    resample: Any = getattr(module, "set_input_size", None)
+    embed = getattr(module, "patch_embed", None)
+    patch = getattr(embed, "patch_size", None)
+    if (
+        patch is not None and not getattr(embed, "dynamic_img_pad", False) and size % patch[0]
+    ):  # pixels would be cut off
+        near = size // patch[0] * patch[0]
+        raise BackboneError(
+            f"{name}: image_size is {size}, and its patches are {patch[0]} x {patch[1]} pixels: take a multiple, such as "
+            f"{' or '.join(str(each) for each in (near, near + patch[0]) if each)}"
+        )
+    try:
+        if resample is not None:  # timm's vision transformers, Swin, BEiT, MaxViT and others
+            with warnings.catch_warnings():  # of timm's, on the memory layout of its own tables
+                warnings.simplefilter("ignore", UserWarning)
+                resample(img_size=(size, size))
+        elif type(module).__module__ == "torchvision.models.vision_transformer":
+            _resample_torchvision(module, size)
+    except (AssertionError, RuntimeError, ValueError, TypeError) as error:
+        raise BackboneError(
+            f"{name} cannot be given images of {size} x {size} pixels ({type(error).__name__}: {str(error)[:200]}): leave "
+            "image_size out for the weights' own size"
+        ) from error
+
+
+def _resample_torchvision(module: Any, size: int) -> None:
+    """For a torchvision VisionTransformer what `set_input_size` is for timm's."""
+    from torchvision.models.vision_transformer import interpolate_embeddings
+
+    state = interpolate_embeddings(size, module.patch_size, module.state_dict())
+    positions = nn.Parameter(state["encoder.pos_embedding"])
+    module.image_size, module.seq_length = size, positions.shape[1]
+    module.encoder.pos_embedding = positions
 
 
 def _timm_config(module: nn.Module) -> dict[str, Any]:

@@ -318,7 +318,7 @@ def test_the_backbones_command() -> None:
     assert "layer4.1.conv2" not in shown
     assert "512x7x7" in shown
     assert "50,176" in shown
-    assert "auto is [layer1.avg, layer2.avg, layer3.avg, layer4.avg, pre_logits.vector]" in shown
+    assert "layer4.0.avg, layer4.0.max, pre_logits.vector]" in shown
     assert "layer4.1.conv2" in output("torchvision:resnet18", "--all")
     assert "128x4x4" in output("torchvision:resnet18", "--image-size", "32")
     refused = CliRunner().invoke(app, ["resnetx"])
