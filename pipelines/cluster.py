@@ -20,7 +20,7 @@ from headrace.cache import HeadraceError, publish_replace
 from headrace.pipelines.fork_server import METHOD, is_importing_main, sigint_held_back, start_server
 from headrace.pipelines.recipe_sections import ClusterSection
 from headrace.pipelines.tls import TLSMissing, own_security, security
-from headrace.pipelines.worker import GPUS
+from headrace.pipelines.worker import GPUS, VARIABLES
 
 Role = Literal["extract", "train"]
 
@@ -118,7 +118,7 @@ def local_client(
     _refuse_while_importing()
     count = workers or available_cores()
     variables = dict(os.environ)  # a server that is there already has those of an earlier moment
-    ours = {METHOD: start_server(imports), "distributed.worker.preload": [PRELOAD]}
+    ours = {METHOD: start_server(imports), "distributed.worker.preload": [PRELOAD], VARIABLES: sorted(os.environ)}
     with dask.config.set({**SETTINGS, **ours}), quiet("distributed"):
         with sigint_held_back():
             try:

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import dask
 from distributed.utils import get_mp_context
 
+from headrace.pipelines.ends_with_driver import ENDS, wanted
 from headrace.pipelines.worker import die_with_parent
 
 Result = TypeVar("Result")
@@ -32,13 +33,14 @@ _IMPORTS = (
     "headrace.pipelines.extraction",
 )
 _COMMAND = "headrace.pipelines.cli"
-_ENDS = "headrace.pipelines.ends_with_driver"
+_BEGINS = "headrace.pipelines.ends_with_driver"
 
 
 def start_server(imports: Sequence[str] = ()) -> str:
     """Start the server, unless there is one; returns Dask's word for how to start workers. imports: more modules.
 
-    A module that is missing is passed over, and one that a server which is there already lacks is imported by the workers.
+    A module that is missing or fails is passed over, and one that a server which is there already lacks is imported by the
+    workers.
     """
     if sys.platform != "linux":
         return "spawn"
@@ -50,13 +52,14 @@ def start_server(imports: Sequence[str] = ()) -> str:
     }
     for name, value in settings.items():
         os.environ.setdefault(name, str(value))
-    first = [_ENDS] if threading.current_thread() is threading.main_thread() else []
+    ends = [ENDS] if threading.current_thread() is threading.main_thread() else []
     command = [_COMMAND] if _COMMAND in sys.modules else []
     with dask.config.set({METHOD: "forkserver"}):
         context = (
             get_mp_context()
         )  # the first time Dask chooses modules; ours are for the server after a killed one too
-    context.set_forkserver_preload([*first, *_IMPORTS, *command, *imports])
+    # For its modules the server begins with ours; a name that is no module's tells that one what to do.
+    context.set_forkserver_preload([_BEGINS, wanted([*ends, *_IMPORTS, *command, *imports])])
     try:
         with sigint_held_back():
             forkserver.ensure_running()
@@ -101,12 +104,17 @@ def call_forked(imports: Sequence[str], function: Callable[..., Result], *argume
     Result and arguments are plain values. Raises what the function raises. Where there can be no such process, or it dies,
     the function is called here.
     """
-    if not is_importing_main() and start_server(imports) == "forkserver":
+    daemonic = multiprocessing.current_process().daemon  # which may have no processes of its own
+    if not is_importing_main() and not daemonic and start_server(imports) == "forkserver":
         context = multiprocessing.get_context("forkserver")
         answer, there = context.Pipe(duplex=False)
         process = context.Process(target=_answer, args=(there, function, arguments), daemon=True)
-        process.start()
-        there.close()  # or its end would not be seen
+        try:
+            process.start()
+        except (OSError, EOFError):  # the server was ended
+            return function(*arguments)
+        finally:
+            there.close()  # or its end would not be seen
         try:
             result, error = answer.recv()
         except EOFError:

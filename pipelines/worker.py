@@ -15,11 +15,16 @@ from typing import Any
 import dask
 
 GPUS = "headrace.gpus"  # a setting of Dask's: how many GPUs the workers of this node share; 0 or absent: they use none
+VARIABLES = "headrace.variables"  # and names of the variables that the driver has: the server of forks may have more
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def dask_setup(worker: Any) -> None:
     """Arm the process of a new worker."""
+    from headrace.pipelines.ends_with_driver import STARTED_WITH
+
+    for name in STARTED_WITH.difference(dask.config.get(VARIABLES, STARTED_WITH)):
+        os.environ.pop(name, None)
     worker.http_server.stop()  # Dask opens a port for pages that nobody is shown
     worker.services.pop("dashboard", None)
     importlib.import_module("headrace.heads")  # now, so that no task's time is spent on it

@@ -1,10 +1,12 @@
 """Workers of this machine are forked from one process that has imported what they need, and are as good as started anew."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -30,28 +32,30 @@ DRIVER = """
 import os, sys, threading
 from headrace.pipelines.cluster import local_client
 def about():
-    return os.getppid(), os.environ.get("SAID"), "torch" in sys.modules
+    return os.getppid(), os.environ.get("SAID"), "torch" in sys.modules, os.environ.get("ONCE")
 if __name__ == "__main__":
     for said in ("first", "second"):
         os.environ["SAID"] = said
+        os.environ.pop("ONCE", None) or os.environ.update(ONCE="there")
         with local_client(2, imports=["headrace.extract.unit", "timm", "torchvision", "no_such_module"]) as client:
             answers = set(client.run(about).values())
-            (server, heard, torch), = answers
+            (server, heard, torch, once), = answers
             threads = len(os.listdir(f"/proc/{server}/task"))
-            print(server, heard, torch, threads)
+            print(server, heard, torch, threads, once)
 """
 
 
 @pytest.mark.slow
 def test_the_server_has_one_thread_and_serves_every_cluster_of_a_process(tmp_path):
-    """It has the libraries and one thread, so that forking is safe; workers see the environment of their own cluster."""
+    """It has the libraries and one thread, so that forking is safe; workers see the environment of their own cluster,
+    and no variable that is gone since."""
     script = tmp_path / "driver.py"
     script.write_text(DRIVER)
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300, check=True)
     (first, *rest), (second, *others) = (line.split() for line in done.stdout.splitlines())
     assert first == second
-    assert rest == ["first", "True", "1"]
-    assert others == ["second", "True", "1"]
+    assert rest == ["first", "True", "1", "there"]
+    assert others == ["second", "True", "1", "None"]
 
 
 @pytest.mark.slow
@@ -121,6 +125,54 @@ def test_what_a_forked_process_says_is_said_here():
     with pytest.raises(BackboneError, match="no network"):
         call_forked([], refuse, "network")
     assert call_forked([], die_elsewhere, os.getpid()) == "here"
+
+
+@pytest.mark.slow
+def test_a_server_that_is_killed_while_it_is_asked_is_none():
+    """It took the request and never answers."""
+    call_forked([], os.getpid)
+    server = server_of(psutil.Process())
+    server.suspend()
+    threading.Timer(0.5, server.kill).start()
+    assert call_forked([], os.getpid) == os.getpid()
+    while server.status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.1)
+    assert call_forked([], os.getpid) != os.getpid()
+
+
+@pytest.mark.slow
+def test_a_process_that_may_start_none_calls_the_function_itself():
+    """As those of a user's own pool, which may plan runs."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.apply_async(call_forked, ([], os.getppid)).get(120) == os.getpid()
+
+
+# Which module a process forked from the server has for a name, and whether it is another process.
+LOOK = """
+import os, sys
+from headrace.pipelines.fork_server import call_forked
+def look():
+    return os.getpid(), sys.modules["timm"].__file__, "torchvision" in sys.modules
+if __name__ == "__main__":
+    process, *found = call_forked(["torchvision", "timm"], look)
+    print(process != os.getpid(), *found)
+"""
+
+
+@pytest.mark.slow
+def test_the_server_runs_no_module_of_the_current_folder_and_outlives_a_broken_one(tmp_path):
+    """Images may come with a `timm.py`. The driver's own modules are the server's, and one that raises is passed over."""
+    for folder in ("program", "photos"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "photos" / "timm.py").write_text("raise RuntimeError('run')\n")
+    (tmp_path / "program" / "timm.py").write_text("")
+    (tmp_path / "program" / "torchvision.py").write_text("raise RuntimeError('its operators are not there')\n")
+    (tmp_path / "program" / "look.py").write_text(LOOK)
+    done = subprocess.run(
+        [sys.executable, "../program/look.py"], cwd=tmp_path / "photos", capture_output=True, text=True, timeout=300
+    )
+    assert done.stdout.split() == ["True", str(tmp_path / "program" / "timm.py"), "False"], done.stderr
+    assert done.stderr == ""
 
 
 @pytest.mark.slow
