@@ -1,7 +1,6 @@
 """One trained head as a directory: head.safetensors with its arrays, head.json with what they mean. No pickle."""
 
 import json
-import math
 import shlex
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -164,10 +163,10 @@ def load_head(directory: Path | str, *, trust_code: Collection[str] = ()) -> Tra
 
 
 def check_temperature(value: object) -> float:
-    """The number that a file of a model has for its temperature. Raises ValueError unless it is above 0, and finite."""
+    """The number that a file of a model has for its temperature. Raises ValueError unless float32 log-odds can be divided by it."""
     temperature = float(cast(Any, value))
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"its temperature is {temperature}, expected a number above 0")
+    if not 1e-6 <= temperature <= 1e6:
+        raise ValueError(f"its temperature is {temperature}, expected a number above 0, from 1e-6 to 1e6")
     return temperature
 
 

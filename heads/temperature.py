@@ -90,8 +90,10 @@ def with_temperature(kind: TaskKind, predicted: Array, temperature: float, floor
         return values
     if kind == "multi":
         inside = np.clip(values, floor, 1 - floor)
-        return np.asarray(1 / (1 + ((1 - inside) / inside) ** (1 / temperature)))
-    powers = np.clip(values, floor, None) ** (1 / temperature)
+        with np.errstate(over="ignore"):
+            return np.asarray(1 / (1 + ((1 - inside) / inside) ** (1 / temperature)))
+    inside = np.clip(values, floor, None)
+    powers = (inside / inside.max(1, keepdims=True)) ** (1 / temperature)  # the largest is 1, and not all can vanish
     return np.asarray(powers / powers.sum(1, keepdims=True))
 
 
@@ -159,6 +161,8 @@ def _log_sharpness(logits: Array, truth: Array, weight: Floats, spread: float = 
     weight = weight / total * len(truth)
     logits = logits - logits.max(1, keepdims=True)
     told = float(weight @ logits[np.arange(len(truth)), truth])
+    if not np.isfinite(told):  # a row that nothing is predicted for has no slope
+        return 0.0
     low, high = -np.log(HIGHEST), -np.log(LOWEST)
     value = 0.0
     for _ in range(60):

@@ -23,6 +23,8 @@ from headrace.heads import (
     score,
     with_temperature,
 )
+from headrace.heads.persist import check_temperature
+from headrace.heads.predict import tempered
 from headrace.heads.temperature import FLOOR, HIGHEST, LOWEST, SPREAD
 
 
@@ -264,3 +266,32 @@ def test_log_odds_beyond_float32_are_divided_themselves():
     told = predict_head(LogisticSpec(1.0), arrays, np.array([[20, -20], [90, -90]], np.float32), "multi", 10.0)
     np.testing.assert_allclose(told[0], [1 / (1 + np.exp(-2)), 1 / (1 + np.exp(2))], rtol=1e-5)
     np.testing.assert_allclose(told[1], with_temperature("multi", np.array([[1.0, 0.0]]), 10.0)[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e-3, 1e6])
+def test_far_temperatures_of_a_file_give_probabilities(temperature):
+    """A file that somebody sends may say one that no fit gives."""
+    for kind in ("single", "multi"):
+        _, _, told = drawn(kind, 200)
+        before = told.astype(np.float32)
+        found = tempered(before, kind, temperature)
+        assert np.isfinite(found).all()
+        if kind == "single":
+            np.testing.assert_allclose(found.sum(1), 1, rtol=1e-5)
+            assert (found.argmax(1) == before.argmax(1)).all()
+        else:
+            assert ((found >= 0.5) == (before >= 0.5)).all()
+
+
+@pytest.mark.parametrize("value", [0, -1, 1e-300, 1e300, float("nan"), float("inf"), None, "much", [1]])
+def test_a_temperature_that_nothing_can_be_divided_by_is_refused(value):
+    with pytest.raises((ValueError, TypeError)):
+        check_temperature(value)
+
+
+@pytest.mark.parametrize("kind", ["single", "multi"])
+def test_predictions_that_are_no_numbers_have_no_temperature(kind):
+    """And do not make all others as sure as can be."""
+    target, _, told = drawn(kind, 50)
+    told[7] = np.nan
+    assert fit_temperature(kind, target, told) == 1
