@@ -224,7 +224,7 @@ def test_what_differs_is_not_published(photos, features, tmp_path, monkeypatch):
     model = load_model(place)
     from headrace.pipelines.deliver import graph
 
-    monkeypatch.setattr(graph, "tempered", lambda found, kind, temperature: found * 0.9)
+    monkeypatch.setattr(graph, "tempered", lambda found, *_: found * 0.9)
     with pytest.raises(ExportError, match="predicts otherwise"):
         export_model(model, tmp_path / "out", ["torch"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
