@@ -117,13 +117,19 @@ def _of_stages(nodes: Nodes) -> list[Tap]:
     given = nodes[PRE_LOGITS].shape[0] if PRE_LOGITS in nodes.names else 0
     ends = _stages(maps)
     trunk = _trunk(maps)
-    lasts, middles = [], []
+    lasts: list[Node] = []
+    middles: list[Node] = []
     for end in ends:
         here = [node for node in maps if _extent(node)[:2] == _extent(end)[:2]]
         blocks = [node for node in here if node.name in trunk] or [end]
         own = [node for node in here if re.fullmatch(re.escape(blocks[-1].name) + r"(\.blocks)?\.\d+", node.name)]
-        lasts.append(blocks[-1])
-        if between := blocks[:-1] or own[:-1]:  # the last of its own is the block itself
+        last = blocks[-1]
+        if lasts and last.cost <= lasts[-1].cost:  # pooled or resized, no more: its maxima are those of the one before
+            continue
+        lasts.append(last)
+        # Without a product between the two a middle is the block itself, before its activation, or the pooled one before it.
+        before = max((node.cost for node in maps[: maps.index(here[0])]), default=0.0)
+        if between := [node for node in blocks[:-1] or own[:-1] if before < node.cost < last.cost]:
             middles.append(between[len(between) // 2])
     if ends and _extent(ends[-1])[2] != _extent(lasts[-1])[2]:  # a convolution behind the last block
         lasts.append(ends[-1])

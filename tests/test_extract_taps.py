@@ -176,7 +176,7 @@ def test_shape_bytes_and_cost_of_nodes() -> None:
         ("timm:resnet50", "layer1.1.* layer1.* layer2.* layer3.2.* layer3.* pre_logits.vector"),
         (  # what its classifier is given is another layer's, so the last map is there too
             "torchvision:vgg16",
-            "features.6.* features.8.* features.15.* features.22.* features.29.* features.30.* pre_logits.vector",
+            "features.6.* features.8.* features.15.* features.22.* features.26.* features.29.* pre_logits.vector",
         ),
         (
             "timm:vit_tiny_patch16_224",
@@ -192,7 +192,14 @@ def test_auto_picks_early_to_late(name: str, expected: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["torchvision:resnet18", "timm:tf_efficientnet_lite0", "torchvision:squeezenet1_1", "timm:mobilenetv3_small_050"],
+    [
+        "torchvision:resnet18",
+        "timm:tf_efficientnet_lite0",
+        "torchvision:squeezenet1_1",
+        "timm:mobilenetv3_small_050",
+        "timm:dla34",  # a stage that is a convolution, its normalisation and its activation
+        "torchvision:alexnet",  # convolutions, activations and poolings in one row
+    ],
 )
 def test_no_automatic_tap_is_another_one(name: str) -> None:
     """No column stands twice in "all", but for one that is normalised once more, which the widths show."""
