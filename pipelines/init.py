@@ -20,12 +20,12 @@ images:
 {images}
 task:
 {task}
-  # kind: single                 # or multi (0/1 columns, or labels in a cell), regression (numbers)
+  # kind: single                 # or multi (0/1 columns, or labels in a cell), regression (numbers: no logistic heads)
   # group: patient               # rows of one group never stand on two sides of a split
   # split: split                 # a column with train / validation / test; otherwise drawn:
   test_fraction: 0.25            # opened once, for the winner only
   folds: 5                       # the winner is chosen on these
-  metric: accuracy               # or balanced_accuracy, macro_f1, auc, log_loss
+  metric: accuracy               # or balanced_accuracy, macro_f1, auc, log_loss; of numbers r2, rmse, mae
   seed: 0
 
 backbones:
@@ -33,8 +33,8 @@ backbones:
 {weights}
     taps: auto                           # or a list, such as [blocks.4.avg, blocks.6.max]
     # image_size: 300                    # default: what the weights were trained with
-  # - name: torchvision:resnet50         # several backbones share one decoding of each image
-  #   alias: resnet
+  # - name: torchvision:resnet50         # several backbones share one decoding of each image, and `inputs` below then
+  #   alias: resnet                      # names whose tap it means: [resnet:pre_logits.vector]
 
 heads:                           # every list is tried in every combination
   logistic:

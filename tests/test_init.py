@@ -3,6 +3,7 @@
 import gzip
 import importlib.util
 import io
+import re
 import shutil
 import tarfile
 
@@ -16,6 +17,7 @@ from headrace.extract import SourceError
 from headrace.pipelines import load_recipe
 from headrace.pipelines.dataset import list_samples
 from headrace.pipelines.demo import solar_cells, write_demo
+from headrace.pipelines.grid import wanted_heads
 from headrace.pipelines.init import InitError, write_recipe
 from headrace.pipelines.recipe_heads import LogisticGrid, RidgeGrid
 
@@ -277,3 +279,18 @@ def test_commands_in_messages_name_what_can_be_read(tmp_path, photos):
         write_recipe(mine, tmp_path / "s.yaml")
     assert "(labels.csv, more.csv)" in str(refusal.value)
     assert str(refusal.value).endswith(command)
+
+
+def test_a_second_backbone_of_the_comments_is_trained_on_as_the_comment_says(tmp_path, photos):
+    """With two of them a tap's name begins with its backbone's; the comment beside the second one gives such a name."""
+    out = tmp_path / "r.yaml"
+    write_recipe(photos, out)
+    text = out.read_text()
+    marked = text[text.index("  # - name: ") : text.index("\nheads:")]
+    (said,) = re.findall(r"\[resnet:.*?\]", marked)
+    taken = re.sub("^  # ", "  ", marked, flags=re.MULTILINE)
+    out.write_text(text.replace(marked, taken).replace("[[pre_logits.vector], all]", f"[{said}, all]"))
+    recipe = load_recipe(out)
+    assert [backbone.alias for backbone in recipe.backbones] == [None, "resnet"]
+    names = ["timm:tf_efficientnet_lite0:pre_logits.vector", "resnet:layer4.avg", "resnet:pre_logits.vector"]
+    assert {each.inputs for each in wanted_heads(recipe.heads, names)} == {("resnet:pre_logits.vector",), tuple(names)}
