@@ -38,13 +38,14 @@ def with_bands(
     fold: npt.NDArray[np.int64],
     scaling: dict[int, Moments],
     widths: Sequence[int],
+    views: int = 1,
 ) -> dict[int, Moments]:
     """`scaling` (fold or FULL: moments of its training rows), with an emphasis (D,) that gives every band its own penalty.
 
     X: (N, D). target: (N,) int classes, (N, T) labels or real values. fold: (N,) the fold that holds a row out, or TRAIN_ONLY.
-    widths: (B,) features of each band, in order. The mean square of an emphasis is 1, so that strengths mean what they mean
-    without bands. The scales of a fold's head are found without the rows that it is judged by. Raises ValueError where the
-    widths do not add up to D.
+    widths: (B,) features of each band, in order. views: of each image; the rows come one view after another. The mean square
+    of an emphasis is 1, so that strengths mean what they mean without bands. The scales of a fold's head are found without the
+    rows that it is judged by. Raises ValueError where the widths do not add up to D.
     """
     if sum(widths) != X.shape[1]:
         raise ValueError(f"bands of {list(widths)} features were given for {X.shape[1]}: the widths must add up to it")
@@ -52,7 +53,7 @@ def with_bands(
         return scaling
     return {
         key: _emphasised(
-            X, target, fold, np.flatnonzero(fold != key) if key != FULL else np.arange(len(fold)), own, widths
+            X, target, fold, np.flatnonzero(fold != key) if key != FULL else np.arange(len(fold)), own, widths, views
         )
         for key, own in scaling.items()
     }
@@ -65,12 +66,15 @@ def _emphasised(
     rows: npt.NDArray[np.intp],
     own: Moments,
     widths: Sequence[int],
+    views: int,
 ) -> Moments:
     draw = np.random.default_rng(0)
     rows = np.sort(draw.choice(rows, min(ROWS, len(rows)), replace=False))
     blocks = [np.flatnonzero(fold[rows] == group) for group in np.unique(fold[rows]) if group >= 0]
     if len(blocks) < 3:  # a split of the user's own, or two folds, one of which is held out
-        blocks = np.array_split(draw.permutation(len(rows)), min(FOLDS, len(rows)))
+        image = rows % (len(fold) // views)  # never on two sides: its other views would tell
+        images = draw.permutation(np.unique(image))
+        blocks = [np.flatnonzero(np.isin(image, part)) for part in np.array_split(images, min(FOLDS, len(images)))]
     Z = (X[rows].astype(np.float64) - own.mean) * np.where(own.constant, 0.0, 1.0 / own.scale)
     Y = _columns(target[rows])
     Y -= Y.mean(axis=0)

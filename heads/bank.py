@@ -317,23 +317,25 @@ def _fitter(
         common_here = common | {"fold": task.fold[repeat], "specs": specs}
         # Each view of a row counts as a share of the row, so that strengths mean the same whatever the number of views.
         common_here["sample_weight"] = task.weight[repeat] / views
-        fits = _one_row_per_view(kind, task, device, bands)(rows, task.target[repeat], **common_here)
+        fits = _one_row_per_view(kind, task, device, bands, views)(rows, task.target[repeat], **common_here)
         return [_average_views(one, task, views) for one in fits]
 
     return fit
 
 
-def _one_row_per_view(kind: str, task: Task, device: str, bands: Sequence[int]) -> Callable[..., list[HeadFit]]:
+def _one_row_per_view(
+    kind: str, task: Task, device: str, bands: Sequence[int], views: int
+) -> Callable[..., list[HeadFit]]:
     if kind == "logistic":
         from headrace.heads.logistic import fit_logistic_bank
 
         if task.kind == "regression":
             raise BadBank("logistic heads predict classes, this is a regression task: use ridge, mlp or knn")
-        return lambda X, target, **rest: fit_logistic_bank(X, target, device=device, bands=bands, **rest)
+        return lambda X, target, **rest: fit_logistic_bank(X, target, device=device, bands=bands, views=views, **rest)
     if kind == "ridge":
         from headrace.heads.ridge import fit_ridge_bank
 
-        return lambda X, target, **rest: fit_ridge_bank(X, target, kind=task.kind, bands=bands, **rest)
+        return lambda X, target, **rest: fit_ridge_bank(X, target, kind=task.kind, bands=bands, views=views, **rest)
     if kind == "knn":
         from headrace.heads.neighbours import fit_knn_bank
 

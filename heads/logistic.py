@@ -66,6 +66,7 @@ def fit_logistic_bank(
     device: str = "cpu",
     deadline: float | None = None,
     bands: Sequence[int] = (),
+    views: int = 1,
 ) -> list[HeadFit]:
     """Fit every spec on the training rows of every fold, and on all rows when `full`.
 
@@ -76,6 +77,7 @@ def fit_logistic_bank(
     device: "cpu" (NumPy), or torch's name of a device ("cuda"), where the products then run.
     deadline: time.monotonic() seconds at which to stop early.
     bands: features of each tap, in order, for specs that are `banded`; without, all features are one tap.
+    views: of each image; the rows come one view after another.
 
     Returns the heads spec by spec, for each its folds in order, then FULL. Raises NotFinite (a ValueError) for NaN or
     infinite features, ValueError for shapes that do not fit, labels out of range, no spec at all, strengths that are not
@@ -90,7 +92,7 @@ def fit_logistic_bank(
     parts: dict[tuple[int, int, int], _Part] = {}  # (spec, fold, label or 0)
     for standardize, banded in sorted({(spec.standardize, spec.banded) for spec in specs}):
         chosen = [i for i, spec in enumerate(specs) if (spec.standardize, spec.banded) == (standardize, banded)]
-        scales = with_bands(X, target, fold, scaling, bands or [X.shape[1]]) if banded else scaling
+        scales = with_bands(X, target, fold, scaling, bands or [X.shape[1]], views) if banded else scaling
         for problem in _problems(target, n_classes, fold, folds, sw):
             _fit_problem(X, problem, fold, specs, chosen, scales, sw, gap, deadline, parts, standardize, device)
     return _assemble(X, target, n_classes, fold, folds, specs, parts, sw)

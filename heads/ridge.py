@@ -47,6 +47,7 @@ def fit_ridge_bank(
     sample_weight: Array | None = None,
     kind: TaskKind | None = None,
     bands: Sequence[int] = (),
+    views: int = 1,
 ) -> list[HeadFit]:
     """Fit every spec on the training rows of every fold, and on all rows when `full`.
 
@@ -54,6 +55,7 @@ def fit_ridge_bank(
     labels ("multi", L independent problems), or (N, L) float values ("regression"); n_classes counts the classes or
     columns; `kind` is taken from the target's shape and dtype unless given. fold: (N,) int, the fold holding the row out,
     or TRAIN_ONLY. bands: features of each tap, in order, for specs that are `banded`; without, all features are one tap.
+    views: of each image; the rows come one view after another.
 
     Arrays are weight (C, D) and bias (C,), float32, raw coordinates; `validation` is probabilities by `ridge_link`, for
     regression the values. Heads come spec by spec, for each its folds in order, then FULL. Raises NotFinite (a
@@ -67,7 +69,7 @@ def fit_ridge_bank(
     plain = training_moments(groups)
     scalings = {False: plain}
     if any(spec.banded for spec in specs):
-        scalings[True] = with_bands(X, target, fold, plain, bands or [X.shape[1]])
+        scalings[True] = with_bands(X, target, fold, plain, bands or [X.shape[1]], views)
     folds = [f for f in plain if f != FULL] + ([FULL] if full else [])
     coded = _coded(target, n_classes, kind)
     fits: dict[tuple[int, int], HeadFit] = {}

@@ -139,3 +139,16 @@ def test_a_single_tap_has_no_banded_heads() -> None:
         (("early.avg", "late.avg"), [True]),
     ]
     assert dataclasses.replace(wanted[-1].specs[0], banded=False) == wanted[0].specs[0]
+
+
+def test_views_of_an_image_do_not_tell_each_other() -> None:
+    """With a split of one's own, too: the second tap knows each image again and nothing of its class."""
+    rng = np.random.default_rng(0)
+    y, given = rng.integers(0, 3, 150), np.where(np.arange(150) < 40, 0, TRAIN_ONLY)
+    told, image = rng.standard_normal((150, 20)), rng.standard_normal((150, 200))
+    told[:, :3] += 1.2 * np.eye(3)[y]
+    views = [np.hstack([told + rng.standard_normal(told.shape), image]) for _ in range(2)]
+    X, target, fold = np.vstack(views), np.tile(y, 2), np.tile(given, 2)
+    found = with_bands(X, target, fold, training_moments(group_moments(X, fold)), (20, 200), 2)[0].emphasis
+    assert found is not None
+    assert found[0] > 2 * found[-1]
