@@ -39,11 +39,11 @@ backbones:
 heads:                           # every list is tried in every combination
   logistic:
     C: [0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 100, 1000]
-    banded: [false, true]        # true: each tap has a strength of its own
+    banded: [true]               # each tap has a strength of its own; false: one for all taps
     inputs: [[pre_logits.vector], all]   # a tap alone, and all of them side by side; each: every tap alone
   ridge:
     alpha: [0.1, 1, 10, 30, 100, 300, 1000, 3000, 10000, 100000]
-    banded: [false, true]
+    banded: [true]
     inputs: [[pre_logits.vector], all]
   # mlp: {{hidden: [[64], [256]], dropout: [0, 0.5], weight_decay: [0.01]}}
   # knn: {{k: [1, 5, 20]}}

@@ -156,6 +156,18 @@ def test_what_is_gone_is_said(folder, tmp_path):
     assert "not there any more" in text
 
 
+def test_features_that_are_gone_are_counted(folder, tmp_path):
+    """A feature set without its manifest holds no rows: the page says so, and is written."""
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    stored = copy / "runs" / "single" / "recipe.json"
+    write_record(stored, read_record(stored) | {"cache": str(copy / "headrace-cache")})
+    run = read_run(copy / "runs" / "single")
+    (run.features(list(run.feature_sets)[-1])[0].path / "manifest.jsonl").unlink()
+    text = write_report(copy / "runs" / "single").page.read_text()
+    assert re.search(r"\d+ images have no features in \S+/features/[0-9a-f]+ any more: .*headrace run RECIPE", text)
+
+
 def test_a_record_that_is_gone_or_cut_is_said_where_it_would_be_shown(folder, tmp_path):
     """No section and no picture is left out in silence."""
     root = tmp_path / "run"

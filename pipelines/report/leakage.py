@@ -4,7 +4,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from headrace.cache import HeadraceError
+from headrace.cache import FeatureSet, HeadraceError
 from headrace.pipelines.evidence.cautions import (
     FEATURES_ALIKE,
     PIXELS_ALIKE,
@@ -14,6 +14,7 @@ from headrace.pipelines.evidence.cautions import (
 )
 from headrace.pipelines.evidence.duplicates import LikePairs, like_pairs, standardised
 from headrace.pipelines.evidence.signatures import signatures
+from headrace.pipelines.records import RUN_AGAIN
 from headrace.pipelines.report.blocks import Block, Column, Gallery, Note, Picture, Section, Table
 from headrace.pipelines.report.read import FinishedRun
 from headrace.pipelines.report.thumbnails import Thumbnails
@@ -86,7 +87,14 @@ def _pairs(
     light = grey.astype(np.float32)
     vectors["pixels"] = light - light.mean(1, keepdims=True), np.asarray(there, np.int64)
     try:
-        vectors["features"] = _features(run, content)
+        features = _features(run)
+        where = np.flatnonzero((rows := features.locate(content.tolist())) >= 0)
+        if len(where) < len(content):
+            text = f"{len(content) - len(where):,} images have no features in {features.path} any more: {RUN_AGAIN}."
+            remarks.append(Note(text, "warning"))
+        if len(where):
+            X = features.read(rows[where], np.float32)
+            vectors["features"] = X.reshape(len(X), X.shape[1], -1).mean(2), where
     except (HeadraceError, OSError) as error:
         remarks.append(Note(f"Features were not compared: {error}"))
     for name, alike in (("pixels", PIXELS_ALIKE), ("features", FEATURES_ALIKE)):
@@ -120,14 +128,10 @@ def _likeness(
     return np.where(known, (X[ends[0]] * X[ends[1]]).sum(1), np.nan) if len(X) else np.full(len(frame), np.nan)
 
 
-def _features(run: FinishedRun, content: npt.NDArray[np.str_]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+def _features(run: FinishedRun) -> FeatureSet:
     """Of the last pooled tap, which is the deepest in most recipes: it knows most about what is in the picture."""
     pooled = [name for name, views in run.feature_sets.items() if len(views[0].shape) == 1] or list(run.feature_sets)
-    features = run.features(pooled[-1])[0]
-    rows = features.locate(content.tolist())
-    where = np.flatnonzero(rows >= 0)
-    X = features.read(rows[where], np.float32)
-    return X.reshape(len(X), X.shape[1], -1).mean(2), where
+    return run.features(pooled[-1])[0]
 
 
 def _picture(pair: dict[object, object], content: npt.NDArray[np.str_], thumbnails: Thumbnails) -> Picture:
