@@ -24,7 +24,7 @@ from headrace.heads.standardize import Features, Moments
 
 Array = npt.NDArray[np.float64]
 
-ROWS = 800  # of a head's training rows, drawn; with 400 instead of 800 the scales differ by a tenth
+ROWS = 800  # of a head's training rows, drawn: half a second. With 1,200 the scales differ by a tenth, or twofold where taps are alike
 FOLDS = 5  # drawn, where the head's own training rows have not three folds of their own
 STEPS = 25  # of L-BFGS; it ends after 8 to 20 evaluations
 FARTHEST = 8.0  # of a log variance from the one where all bands count the same
