@@ -17,6 +17,7 @@ _REDUCTION = re.compile(r"avg|mean|max|gem|map|cls|vector|grid[1-9][0-9]?")
 REDUCTIONS = "avg, max, gem, gridK (grid2 …), map, and for transformers cls"
 _GEM_POWER = 3.0  # generalised mean, as trained for retrieval by Radenovic et al. 2018
 _GEM_FLOOR = 1e-6
+MIDDLES = 2  # of the last resolutions; those before are large maps, dear to pool, and brought nothing
 MOST_FEATURES = 8192  # of all automatic taps side by side: 16 KB an image
 
 
@@ -95,8 +96,8 @@ def backbone_nodes(backbone: Backbone) -> Nodes:
 
 
 def auto_taps(nodes: Nodes) -> tuple[Tap, ...]:
-    """Early to late: the last and a middle block at each resolution but the first, averages and maxima; of a plain transformer the
-    averages of each quarter and the last class token. Then what the classifier is given.
+    """Early to late: the last block at each resolution but the first, and a middle one at the last two, averages and maxima; of a
+    plain transformer the averages of each quarter and the last class token. Then what the classifier is given.
 
     Maxima and middles are what far domains gain from (docs/defaults.md). Together the taps of a convolution network have at
     most MOST_FEATURES features, or as many as its last blocks have.
@@ -111,8 +112,11 @@ def auto_taps(nodes: Nodes) -> tuple[Tap, ...]:
 
 
 def _of_stages(nodes: Nodes) -> list[Tap]:
-    """Averages and maxima of the last and a middle block at each resolution, in running order. What the classifier is given is not
-    taken twice: the average of the last map, at most normalised once more, is left out where it has as many values."""
+    """Averages and maxima of the last block at each resolution and a middle one of the last two, in running order.
+
+    What the classifier is given is not taken twice: the average of the last map, at most normalised once more, is left out
+    where it has as many values.
+    """
     maps = [node for node in nodes.nodes if node.layout in ("NCHW", "NHWC")]
     given = nodes[PRE_LOGITS].shape[0] if PRE_LOGITS in nodes.names else 0
     ends = _stages(maps)
@@ -136,7 +140,7 @@ def _of_stages(nodes: Nodes) -> list[Tap]:
     if lasts and _extent(lasts[-1])[2] == given:
         lasts.pop()
     room = MOST_FEATURES - given - sum(2 * _extent(node)[2] for node in lasts)
-    for middle in reversed(middles):
+    for middle in reversed(middles[-MIDDLES:]):
         if (width := 2 * _extent(middle)[2]) <= room:
             lasts.append(middle)
             room -= width

@@ -84,7 +84,9 @@ def _emphasised(
         Y /= np.where(Y.any(axis=0), np.sqrt((Y**2).sum(axis=0)), 1.0)
     Y /= np.sqrt((Y**2).sum())
     bounds = np.cumsum([0, *widths])
-    kernels = np.stack([Z[:, a:b] @ Z[:, a:b].T / (b - a) for a, b in itertools.pairwise(bounds)])
+    rows32 = Z.astype(np.float32)  # of standardised numbers: products in half the time
+    kernels = np.stack([rows32[:, a:b] @ rows32[:, a:b].T / (b - a) for a, b in itertools.pairwise(bounds)])
+    kernels = kernels.astype(np.float64)
     variances = np.exp(_log_variances(kernels, Y, blocks)) / np.asarray(widths)
     emphasis = np.repeat(np.sqrt(variances), widths)
     return dataclasses.replace(own, emphasis=emphasis / np.sqrt((emphasis**2).mean()))

@@ -113,7 +113,7 @@ class Backbone(Section):
     weights: str | None = None  # default: the library's own pretrained weights; a tag, a file, or random:SEED
     weights_match: Literal["name", "order"] = "name"  # order: as they come in a .pth; shapes and roles are checked
     alias: str | None = None  # how the leaderboard calls it when there are several backbones
-    # nodes with their reduction, such as layer4.avg; auto: averages and maxima of the last and a middle block at each resolution
+    # nodes with their reduction, such as layer4.avg; auto: averages and maxima of the last block at each resolution, and more
     taps: Literal["auto"] | Annotated[tuple[str, ...], pydantic.Field(min_length=1)] = "auto"
     # pixels; default: what the weights were trained with
     image_size: Annotated[int, pydantic.Field(ge=16, le=4096)] | None = None

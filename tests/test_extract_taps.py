@@ -166,17 +166,17 @@ def test_shape_bytes_and_cost_of_nodes() -> None:
     [
         (
             "torchvision:resnet18",
-            "layer1.0.* layer1.* layer2.0.* layer2.* layer3.0.* layer3.* layer4.0.* pre_logits.vector",
+            "layer1.* layer2.* layer3.0.* layer3.* layer4.0.* pre_logits.vector",
         ),
         (
             "timm:tf_efficientnet_lite0",
-            "blocks.1.0.* blocks.1.* blocks.2.0.* blocks.2.* blocks.3.* blocks.4.* blocks.5.* blocks.6.* pre_logits.vector",
+            "blocks.1.* blocks.2.* blocks.3.* blocks.4.* blocks.5.* blocks.6.* pre_logits.vector",
         ),
         # its widest middles would be more than MOST_FEATURES
-        ("timm:resnet50", "layer1.1.* layer1.* layer2.* layer3.2.* layer3.* pre_logits.vector"),
+        ("timm:resnet50", "layer1.* layer2.* layer3.2.* layer3.* pre_logits.vector"),
         (  # what its classifier is given is another layer's, so the last map is there too
             "torchvision:vgg16",
-            "features.6.* features.8.* features.15.* features.22.* features.26.* features.29.* pre_logits.vector",
+            "features.8.* features.15.* features.22.* features.26.* features.29.* pre_logits.vector",
         ),
         (
             "timm:vit_tiny_patch16_224",
