@@ -19,8 +19,7 @@ import numpy.typing as npt
 import scipy.linalg
 import scipy.optimize
 
-from headrace.heads.spec import FULL
-from headrace.heads.standardize import Features, Moments
+from headrace.heads.standardize import Features, Moments, scaled
 
 Array = npt.NDArray[np.float64]
 
@@ -43,18 +42,16 @@ def with_bands(
     """`scaling` (fold or FULL: moments of its training rows), with an emphasis (D,) that gives every band its own penalty.
 
     X: (N, D). target: (N,) int classes, (N, T) labels or real values. fold: (N,) the fold that holds a row out, or TRAIN_ONLY.
-    widths: (B,) features of each band, in order. views: of each image; the rows come one view after another. The mean square
-    of an emphasis is 1, so that strengths mean what they mean without bands. The scales of a fold's head are found without the
-    rows that it is judged by. Raises ValueError where the widths do not add up to D.
+    widths: (B,) features of each band, in order; none are one band. views: of each image; the rows come one view after
+    another. The mean square of an emphasis is 1, so that strengths mean what they mean without bands. The scales of a fold's
+    head are found without the rows that it is judged by. Raises ValueError where the widths do not add up to D.
     """
-    if sum(widths) != X.shape[1]:
+    if widths and sum(widths) != X.shape[1]:
         raise ValueError(f"bands of {list(widths)} features were given for {X.shape[1]}: the widths must add up to it")
     if len(widths) < 2:
         return scaling
     return {
-        key: _emphasised(
-            X, target, fold, np.flatnonzero(fold != key) if key != FULL else np.arange(len(fold)), own, widths, views
-        )
+        key: _emphasised(X, target, fold, np.flatnonzero(fold != key), own, widths, views)
         for key, own in scaling.items()
     }
 
@@ -75,7 +72,7 @@ def _emphasised(
         image = rows % (len(fold) // views)  # never on two sides: its other views would tell
         images = draw.permutation(np.unique(image))
         blocks = [np.flatnonzero(np.isin(image, part)) for part in np.array_split(images, min(FOLDS, len(images)))]
-    Z = (X[rows].astype(np.float64) - own.mean) * np.where(own.constant, 0.0, 1.0 / own.scale)
+    Z = scaled(X[rows], own.mean, np.where(own.constant, 0.0, 1.0 / own.scale))
     Y = _columns(target[rows])
     Y -= Y.mean(axis=0)
     if len(rows) < 2 or not Y.any():  # nothing to tell apart
@@ -120,9 +117,8 @@ def held_out_error(d: Array, kernels: Array, Y: Array, blocks: Sequence[npt.NDAr
     The derivative along dM is 2 sum_F g_F' [H_F: dM (H_:F r_F - H Y)], with the errors r_F and g_F = (H_FF)^-1 r_F.
     """
     variances = np.exp(d)
-    M = (
-        np.einsum("b,bij->ij", variances, kernels) + 1.0
-    )  # the intercept's kernel, with a variance that costs next to nothing
+    # The ones are the intercept's kernel, with a variance that costs next to nothing.
+    M = np.einsum("b,bij->ij", variances, kernels) + 1.0
     M.flat[:: len(M) + 1] += 1.0
     H = scipy.linalg.inv(M, overwrite_a=True, check_finite=False)
     HY = H @ Y

@@ -86,7 +86,7 @@ def train_bank(job: BankJob) -> dict[str, Any]:
 
 def _train(job: BankJob, kind: str) -> None:
     task = load_task(Path(job.task))
-    X, kept = _rows(job, task, kind)
+    X, kept, bands = _rows(job, task, kind)
     if not kept.any():
         raise BadBank(
             f"none of the {len(kept)} images of {job.task} has features: look at the reasons with `headrace cache`"
@@ -100,7 +100,7 @@ def _train(job: BankJob, kind: str) -> None:
         threads=job.threads,
         device=job.device,
         halving=job.halving,
-        bands=tap_widths([open_feature_set(directory) for directory in job.features]),
+        bands=bands,
     )
     _publish(job, task, kept, rows, fits)
 
@@ -127,14 +127,15 @@ def _publish(job: BankJob, task: Task, kept: npt.NDArray[np.bool_], rows: Task, 
     publish_bytes(Path(job.result), data)
 
 
-def _rows(job: BankJob, task: Task, kind: str) -> tuple[Features, npt.NDArray[np.bool_]]:
-    """The features of the task's rows, loaded if there is room for what the bank makes of them, else streamed."""
+def _rows(job: BankJob, task: Task, kind: str) -> tuple[Features, npt.NDArray[np.bool_], list[int]]:
+    """The features of the task's rows, loaded if there is room for what the bank makes of them, else streamed; which rows have
+    any; and the features of each tap."""
     sets = [open_feature_set(directory) for directory in job.features]
     needed = loaded_bytes(sets, len(task.ids)) * COPIES.get(kind, 1)
     room = worker_memory() if job.memory_bytes is None else job.memory_bytes
     # An estimator of scikit-learn's takes an array, and nothing else.
     read = stream_rows if needed > room and kind != "sklearn" else load_rows
-    return read(sets, task.content, spatial=kind == "conv")
+    return *read(sets, task.content, spatial=kind == "conv"), tap_widths(sets)
 
 
 def worker_memory() -> int:

@@ -92,7 +92,7 @@ def fit_logistic_bank(
     parts: dict[tuple[int, int, int], _Part] = {}  # (spec, fold, label or 0)
     for standardize, banded in sorted({(spec.standardize, spec.banded) for spec in specs}):
         chosen = [i for i, spec in enumerate(specs) if (spec.standardize, spec.banded) == (standardize, banded)]
-        scales = with_bands(X, target, fold, scaling, bands or [X.shape[1]], views) if banded else scaling
+        scales = with_bands(X, target, fold, scaling, bands, views) if banded else scaling
         for problem in _problems(target, n_classes, fold, folds, sw):
             _fit_problem(X, problem, fold, specs, chosen, scales, sw, gap, deadline, parts, standardize, device)
     return _assemble(X, target, n_classes, fold, folds, specs, parts, sw)

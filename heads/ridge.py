@@ -69,7 +69,7 @@ def fit_ridge_bank(
     plain = training_moments(groups)
     scalings = {False: plain}
     if any(spec.banded for spec in specs):
-        scalings[True] = with_bands(X, target, fold, plain, bands or [X.shape[1]], views)
+        scalings[True] = with_bands(X, target, fold, plain, bands, views)
     folds = [f for f in plain if f != FULL] + ([FULL] if full else [])
     coded = _coded(target, n_classes, kind)
     fits: dict[tuple[int, int], HeadFit] = {}

@@ -54,10 +54,9 @@ def start_server(imports: Sequence[str] = ()) -> str:
         os.environ.setdefault(name, str(value))
     ends = [ENDS] if threading.current_thread() is threading.main_thread() else []
     command = [_COMMAND] if _COMMAND in sys.modules else []
+    # The first time Dask chooses modules; ours are for the server after a killed one too.
     with dask.config.set({METHOD: "forkserver"}):
-        context = (
-            get_mp_context()
-        )  # the first time Dask chooses modules; ours are for the server after a killed one too
+        context = get_mp_context()
     # For its modules the server begins with ours; a name that is no module's tells that one what to do.
     context.set_forkserver_preload([_BEGINS, wanted([*ends, *_IMPORTS, *command, *imports])])
     try:
