@@ -1,9 +1,11 @@
-"""The cache against the bare operating system: every case times both sides in turn, in one process, on one file system.
+"""The cache against the bare operating system: every case times both sides in turn, in one process,
+on one file system.
 
     python benchmarks/cache.py [--quick] [--case shuffled] [--folder DIR]
 
-A ratio is ours over theirs in bytes per second, the best of several rounds each; 1.0 is the speed of the bare system.
-The last line is JSON {measure: figure}. Figures of one machine stand in docs/; put --folder on the disk you mean.
+A ratio is ours over theirs in bytes per second, the best of several rounds each; 1.0 is the speed
+of the bare system. The last line is JSON {measure: figure}. Figures of one machine stand in docs/;
+put --folder on the disk you mean.
 """
 
 import argparse
@@ -46,12 +48,20 @@ Row = tuple[str, str, str, str, str]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="small sizes, a few seconds in all")
-    parser.add_argument("--case", choices=CASES, action="append", help="only this case (may be repeated)")
-    parser.add_argument("--folder", type=Path, help="where to write; default: the system's temporary folder")
+    parser.add_argument(
+        "--case", choices=CASES, action="append", help="only this case (may be repeated)"
+    )
+    parser.add_argument(
+        "--folder", type=Path, help="where to write; default: the system's temporary folder"
+    )
     arguments = parser.parse_args()
-    table = Table("case", "ours", "theirs", "ratio", "wanted", title="headrace cache", title_justify="left")
+    table = Table(
+        "case", "ours", "theirs", "ratio", "wanted", title="headrace cache", title_justify="left"
+    )
     figures: Figures = {}
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         os.environ["XDG_CACHE_HOME"] = str(Path(folder) / "state")
@@ -64,8 +74,12 @@ def main() -> None:
     print(json.dumps({name: float(f"{value:.4g}") for name, value in figures.items()}))
 
 
-def spec(dtype: str = "float16", shape: tuple[int, ...] = (COLUMNS,), tap: str = "blocks.6") -> FeatureSpec:
-    return FeatureSpec("benchmark", "0" * 64, tap, "avg", "{}", '{"index":0}', "none", "float32", dtype, shape)
+def spec(
+    dtype: str = "float16", shape: tuple[int, ...] = (COLUMNS,), tap: str = "blocks.6"
+) -> FeatureSpec:
+    return FeatureSpec(
+        "benchmark", "0" * 64, tap, "avg", "{}", '{"index":0}', "none", "float32", dtype, shape
+    )
 
 
 def fill(folder: Path, rows: int, shards: int) -> Path:
@@ -80,14 +94,19 @@ def fill(folder: Path, rows: int, shards: int) -> Path:
 
 def unit(index: int, values: np.ndarray, rows: np.ndarray) -> dict[str, Any]:
     content = [hashlib.sha256(b"%d" % row).hexdigest()[:32] for row in rows.tolist()]
-    return {"unit": f"u{index:05d}", "features": values, "ids": [f"{row}.png" for row in rows], "content": content}
+    return {
+        "unit": f"u{index:05d}",
+        "features": values,
+        "ids": [f"{row}.png" for row in rows],
+        "content": content,
+    }
 
 
 def best(sides: dict[str, Callable[[], Iterable[Any]]], rounds: int) -> dict[str, float]:
     """Seconds of each side: the sum over its steps of each step's fastest round.
 
-    The sides take turns round by round, and steps are timed one by one, so that another process on the same core spoils
-    some steps of some rounds and not the figure.
+    The sides take turns round by round, and steps are timed one by one, so that another process on
+    the same core spoils some steps of some rounds and not the figure.
     """
     fastest: dict[str, np.ndarray] = {}
     for _ in range(rounds):
@@ -118,10 +137,17 @@ def speed(amount: float, seconds: float) -> str:
 
 
 def shuffled(folder: Path, quick: bool) -> tuple[list[Row], Figures]:
-    """Random 256-row batches: `FeatureSet.read` against a bare memmap of the same rows, and against h5py."""
+    """Random 256-row batches:
+
+    `FeatureSet.read` against a bare memmap of the same rows, and against h5py.
+    """
     table: list[Row] = []
     figures: Figures = {}
-    sizes = [(20_000, 1), (20_000, 40)] if quick else [(20_000, 1), (20_000, 40), (400_000, 4), (400_000, 1600)]
+    sizes = (
+        [(20_000, 1), (20_000, 40)]
+        if quick
+        else [(20_000, 1), (20_000, 40), (400_000, 4), (400_000, 1600)]
+    )
     for rows, shards in sizes:
         features = open_feature_set(fill(folder / f"{rows}-{shards}", rows, shards))
         bare_file = folder / f"{rows}-{shards}.bin"
@@ -130,7 +156,9 @@ def shuffled(folder: Path, quick: bool) -> tuple[list[Row], Figures]:
         h5_file = folder / f"{rows}-{shards}.h5"
         with h5py.File(h5_file, "w") as file:
             file["features"] = bare
-        order = np.random.default_rng(1).permutation(rows)[: 20_000 // BATCH * BATCH].reshape(-1, BATCH)
+        order = (
+            np.random.default_rng(1).permutation(rows)[: 20_000 // BATCH * BATCH].reshape(-1, BATCH)
+        )
         amount = order.size * COLUMNS * 2
         features.check()
         seconds = best(shuffled_sides(features, bare, order), 15)
@@ -157,7 +185,13 @@ def shuffled(folder: Path, quick: bool) -> tuple[list[Row], Figures]:
                 f"{as_float32:.2f}",
                 "",
             ),
-            ("  the same", ours, f"h5py {speed(amount, seconds['h5py'])}", f"{against_h5py:.1f}", ">= 5"),
+            (
+                "  the same",
+                ours,
+                f"h5py {speed(amount, seconds['h5py'])}",
+                f"{against_h5py:.1f}",
+                ">= 5",
+            ),
         ]
         key = f"{rows}_rows_{shards}_shards"
         figures[f"shuffled_over_memmap_{key}"] = ratio
@@ -166,7 +200,9 @@ def shuffled(folder: Path, quick: bool) -> tuple[list[Row], Figures]:
     return table, figures
 
 
-def shuffled_sides(features: FeatureSet, bare: np.ndarray, order: np.ndarray) -> dict[str, Callable[[], Any]]:
+def shuffled_sides(
+    features: FeatureSet, bare: np.ndarray, order: np.ndarray
+) -> dict[str, Callable[[], Any]]:
     return {
         "ours": lambda: (features.read(batch, None) for batch in order),
         "bare": lambda: (bare[batch] for batch in order),
@@ -208,7 +244,9 @@ def batches(folder: Path, quick: bool) -> tuple[list[Row], Figures]:
 
 
 def sequential(folder: Path, quick: bool) -> tuple[list[Row], Figures]:
-    """All rows in order, 1,024 at a time into one array, against `readinto` of the same bytes into one buffer."""
+    """All rows in order, 1,024 at a time into one array, against `readinto` of the same bytes into
+    one buffer.
+    """
     rows = 20_000 if quick else 200_000
     features = open_feature_set(fill(folder, rows, max(1, rows // 10_000)))
     bare_file = folder / "bare.bin"
@@ -242,7 +280,9 @@ def sequential(folder: Path, quick: bool) -> tuple[list[Row], Figures]:
 
 
 def publish(folder: Path, quick: bool) -> tuple[list[Row], Figures]:
-    """`publish_shard` against write + fsync of as many bytes; rows in the storage dtype, and rows to be converted."""
+    """`publish_shard` against write + fsync of as many bytes; rows in the storage dtype, and rows
+    to be converted.
+    """
     table: list[Row] = []
     figures: Figures = {}
     rounds = 3 if quick else 8
@@ -267,7 +307,9 @@ def publish(folder: Path, quick: bool) -> tuple[list[Row], Figures]:
             publish_shard(directory, **{**arguments, "unit": name, "features": data[given]})
             shard_path(directory, name).unlink()
 
-        def raw(raw_bytes: bytes = raw_bytes, raw_file: Path = raw_file, name: Path | None = None) -> None:
+        def raw(
+            raw_bytes: bytes = raw_bytes, raw_file: Path = raw_file, name: Path | None = None
+        ) -> None:
             descriptor = os.open(raw_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             view = memoryview(raw_bytes)
             while view:
@@ -279,7 +321,9 @@ def publish(folder: Path, quick: bool) -> tuple[list[Row], Figures]:
             raw_file.unlink()
 
         def durable(raw_bytes: bytes = raw_bytes, place: Path = folder / "durable") -> None:
-            """What no publisher can leave out: raw, a name, the name on the disk, a line that acknowledges it on the disk."""
+            """What no publisher can leave out: raw, a name, the name on the disk, a line that
+            acknowledges it on the disk.
+            """
             place.mkdir(exist_ok=True)
             raw(raw_bytes, place / ".hidden", place / "shard")
             directory = os.open(place, os.O_RDONLY)
@@ -328,7 +372,9 @@ def verify(folder: Path, quick: bool) -> tuple[list[Row], Figures]:
         {
             "ours": once(lambda: verify_bytes(directory)),
             "one": lambda: (shard_digest(path) for path in paths),
-            "sha256": lambda: (hashlib.file_digest(path.open("rb"), "sha256") for path in paths[:1]),
+            "sha256": lambda: (
+                hashlib.file_digest(path.open("rb"), "sha256") for path in paths[:1]
+            ),
         },
         4,
     )
@@ -369,18 +415,26 @@ print(peak() - before)
 
 
 def opening(folder: Path, quick: bool) -> tuple[list[Row], Figures]:
-    """Open 10 million rows in 2,000 shards (one real shard, the manifest of 2,000) in a fresh process."""
+    """Open 10 million rows in 2,000 shards (one real shard, the manifest of 2,000) in a fresh
+    process.
+    """
     directory = create_feature_set(folder, spec(shape=(4,)))
     publish_shard(directory, **unit(0, np.zeros((5000, 4), np.float16), np.arange(5000)))
     entry = next(iter(read_manifest(directory).values())).to_dict()
     lines = [to_line({**entry, "unit": f"u{index:05d}"}) for index in range(2000)]
     (directory / "manifest.jsonl").write_bytes(b"".join(lines))
     runs = [
-        subprocess.run([sys.executable, "-c", OPEN, str(directory)], check=True, capture_output=True, text=True).stdout
+        subprocess.run(
+            [sys.executable, "-c", OPEN, str(directory)], check=True, capture_output=True, text=True
+        ).stdout
         for _ in range(1 if quick else 5)
     ]
-    rows, seconds, first = min((tuple(map(float, run.split()[:3])) for run in runs), key=lambda found: found[1])
-    megabytes = max(float(run.split()[3]) for run in runs) * (1 if sys.platform == "darwin" else 1024) / 1e6
+    rows, seconds, first = min(
+        (tuple(map(float, run.split()[:3])) for run in runs), key=lambda found: found[1]
+    )
+    megabytes = (
+        max(float(run.split()[3]) for run in runs) * (1 if sys.platform == "darwin" else 1024) / 1e6
+    )
     table: list[Row] = [
         (f"open {rows:,.0f} rows in 2,000 shards", f"{seconds * 1e3:.0f} ms", "", "", "< 1 s"),
         ("  and the first row", f"{first * 1e3:.0f} ms", "", "", ""),
@@ -390,8 +444,10 @@ def opening(folder: Path, quick: bool) -> tuple[list[Row], Figures]:
 
 
 def dtypes(folder: Path, quick: bool) -> tuple[list[Row], Figures]:
-    """What each storage dtype costs in round-off and in the accuracy of a head, and what compression gains, on real
-    features: the demo's solar cells and network (needs the extra `demo`)."""
+    """What each storage dtype costs in round-off and in the accuracy of a head, and what
+    compression gains, on real features: the demo's solar cells and network (needs the extra
+    `demo`).
+    """
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import StratifiedKFold, cross_val_predict
     from sklearn.pipeline import make_pipeline
@@ -407,7 +463,9 @@ def dtypes(folder: Path, quick: bool) -> tuple[list[Row], Figures]:
         for index, part in enumerate(np.array_split(np.arange(len(pooled)), 8)):
             publish_shard(directory, **unit(index, pooled[part], part))
         features = open_feature_set(directory)
-        accuracy = float(np.mean(cross_val_predict(head, features.read(slice(None)), labels, cv=folds) == labels))
+        accuracy = float(
+            np.mean(cross_val_predict(head, features.read(slice(None)), labels, cv=folds) == labels)
+        )
         error = features.round_off.relative_rms
         table.append(
             (
@@ -423,20 +481,29 @@ def dtypes(folder: Path, quick: bool) -> tuple[list[Row], Figures]:
         maps, _ = solar_features(folder, tap, 64 if quick else 256)
         sizes, seconds = {}, {}
         for compression in (None, "bitshuffle-lz4"):
-            directory = create_feature_set(folder / str(compression), spec("float16", maps.shape[1:], tap))
+            directory = create_feature_set(
+                folder / str(compression), spec("float16", maps.shape[1:], tap)
+            )
             arguments = unit(0, maps, np.arange(len(maps)))
-            sizes[compression] = publish_shard(directory, **arguments, compression=compression).bytes
+            sizes[compression] = publish_shard(
+                directory, **arguments, compression=compression
+            ).bytes
             features = open_feature_set(directory)
             features.check()
             seconds |= {
-                compression: best({"x": once(lambda features=features: features.read(slice(None), None))}, 3)["x"]
+                compression: best(
+                    {"x": once(lambda features=features: features.read(slice(None), None))}, 3
+                )["x"]
             }
         zeros = float((maps == 0).mean())
         ratio = sizes[None] / sizes["bitshuffle-lz4"]
         table.append(
             (
                 f"bitshuffle-LZ4, {tap}, {100 * zeros:.0f} % zeros",
-                f"{sizes['bitshuffle-lz4'] / 1e6:.1f} MB, read at {speed(sizes[None], seconds['bitshuffle-lz4'])}",
+                (
+                    f"{sizes['bitshuffle-lz4'] / 1e6:.1f} MB, read at "
+                    f"{speed(sizes[None], seconds['bitshuffle-lz4'])}"
+                ),
                 f"plain {sizes[None] / 1e6:.1f} MB, {speed(sizes[None], seconds[None])}",
                 f"{ratio:.2f}",
                 "",
@@ -447,7 +514,9 @@ def dtypes(folder: Path, quick: bool) -> tuple[list[Row], Figures]:
 
 
 def solar_features(folder: Path, tap: str, limit: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """float32 features of the demo's images by the demo's network, and whether each cell is defective."""
+    """float32 features of the demo's images by the demo's network, and whether each cell is
+    defective.
+    """
     from headrace.extract import Network, backbone_features, content_hashes, plan_networks, run_unit
     from headrace.pipelines.dataset import list_samples
     from headrace.pipelines.demo import write_demo

@@ -2,15 +2,16 @@
 
     python benchmarks/cluster.py [--case overhead|memory|planning|repeat|model] [--quick]
 
-overhead   1,000 heads in banks on two workers: the share of the workers' wall time that is not spent inside tasks (target
-           <= 5 %), and two workers' throughput over one's (target >= 1.8 on two free cores)
-memory     resident memory of the driver, which holds the scheduler, after as many tasks as a run of so many heads has
-planning   seconds to plan 100,000 heads (target <= 10 s)
-repeat     a second call of a finished run of 10,000 heads (target <= 5 s)
-model      the cost model of pipelines/costs.py, with rates measured at one size, against banks at three sizes
+overhead   1,000 heads in banks on two workers: the share of the workers' wall time that is not
+spent inside tasks (target
+           <= 5 %), and two workers' throughput over one's (target >= 1.8 on two free cores) memory
+resident memory of the driver, which holds the scheduler, after as many tasks as a run of so many
+heads has planning   seconds to plan 100,000 heads (target <= 10 s) repeat     a second call of a
+finished run of 10,000 heads (target <= 5 s) model      the cost model of pipelines/costs.py, with
+rates measured at one size, against banks at three sizes
 
-Features are random numbers with a signal. Starting workers is counted apart: it is paid once per run.
-The last line is JSON: {measure: figure}.
+Features are random numbers with a signal. Starting workers is counted apart: it is paid once per
+run. The last line is JSON: {measure: figure}.
 """
 
 import argparse
@@ -50,19 +51,29 @@ def made(folder: Path, rows: int, width: int, classes: int) -> tuple[Path, Path,
     X = generator.normal(size=(rows, width)).astype(np.float32)
     X[:, :classes] += np.eye(classes, dtype=np.float32)[target]
     content = [hashlib.sha256(f"{rows} {row}".encode()).hexdigest()[:32] for row in range(rows)]
-    spec = FeatureSpec("made", f"{rows}", "tap", "avg", "{}", "{}", "none", "float32", "float16", (width,))
+    spec = FeatureSpec(
+        "made", f"{rows}", "tap", "avg", "{}", "{}", "none", "float32", "float16", (width,)
+    )
     directory = create_feature_set(folder / "cache", spec)
     ids = [str(row) for row in range(rows)]
     publish_shard(directory, unit="u0", features=X, ids=ids, content=content, failures=[])
     fold = (np.arange(rows) // classes % FOLDS).astype(np.int16)
     names = tuple(str(number) for number in range(classes))
-    task = Task("single", names, np.array(ids), np.array(content, "S32"), target, fold, np.ones(rows))
+    task = Task(
+        "single", names, np.array(ids), np.array(content, "S32"), target, fold, np.ones(rows)
+    )
     path = folder / f"task-{rows}-{width}.npz"
     save_task(task, path)
-    return directory, path, pd.DataFrame({"id": ids, "path": ids, "content": content, "label": target.astype(str)})
+    return (
+        directory,
+        path,
+        pd.DataFrame({"id": ids, "path": ids, "content": content, "label": target.astype(str)}),
+    )
 
 
-def banks(folder: Path, name: str, features: Path, task: Path, count: int, specs: int) -> list[tuple[str, BankJob]]:
+def banks(
+    folder: Path, name: str, features: Path, task: Path, count: int, specs: int
+) -> list[tuple[str, BankJob]]:
     """So many banks of logistic heads."""
     jobs = []
     for number in range(count):
@@ -75,7 +86,8 @@ def banks(folder: Path, name: str, features: Path, task: Path, count: int, specs
 
 def overhead(quick: bool) -> dict[str, float]:
     """Wall time outside tasks, and two workers over one."""
-    # An even number of banks: the last of an odd one would leave a worker idle, which says nothing about Dask.
+    # An even number of banks: the last of an odd one would leave a worker idle, which says nothing
+    # about Dask.
     count, specs = (6, 8) if quick else (20, 10)
     figures: dict[str, float] = {}
     rates = {}
@@ -88,20 +100,29 @@ def overhead(quick: bool) -> dict[str, float]:
                 list(run_tasks(client, train_bank, warm))
                 started = time.perf_counter()
                 outcomes = list(
-                    run_tasks(client, train_bank, banks(folder, f"w{workers}", features, task, count, specs))
+                    run_tasks(
+                        client,
+                        train_bank,
+                        banks(folder, f"w{workers}", features, task, count, specs),
+                    )
                 )
                 wall = time.perf_counter() - started
             inside = sum(outcome.result["seconds"] for outcome in outcomes if outcome.result)
             rates[workers] = count / wall
             share = 1 - inside / (wall * workers)
             print(
-                f"{workers} workers: {count * specs * FOLDS:,} heads in {count} banks of {inside / count:.2f} s, wall "
-                f"{wall:.1f} s; outside tasks {share:.1%} (the last banks' waiting for each other included)",
+                f"{workers} workers: {count * specs * FOLDS:,} heads in {count} banks of "
+                f"{inside / count:.2f} s, wall "
+                f"{wall:.1f} s; outside tasks {share:.1%} (the last banks' waiting for each "
+                "other included)",
                 flush=True,
             )
             figures[f"outside_tasks_{workers}"] = round(share, 4)
     figures["two_over_one"] = round(rates[2] / rates[1], 3)
-    print(f"two workers over one: {figures['two_over_one']:.2f} x, with {psutil.getloadavg()[0]:.1f} others' load here")
+    print(
+        f"two workers over one: {figures['two_over_one']:.2f} x, with "
+        f"{psutil.getloadavg()[0]:.1f} others' load here"
+    )
     return figures
 
 
@@ -110,7 +131,9 @@ def memory(quick: bool) -> dict[str, float]:
     figures: dict[str, float] = {}
     with local_client(2) as client:
         # Keys as banks have them: the scheduler keeps a record of each name in front of a hash.
-        keys = [f"bank-{hashlib.sha256(b'%d' % number).hexdigest()[:16]}" for number in range(2_050)]
+        keys = [
+            f"bank-{hashlib.sha256(b'%d' % number).hexdigest()[:16]}" for number in range(2_050)
+        ]
         list(run_tasks(client, abs, [(key, -1) for key in keys[2_000:]]))
         process = psutil.Process()
         done = 0
@@ -122,7 +145,8 @@ def memory(quick: bool) -> dict[str, float]:
             megabytes = process.memory_info().rss / 1e6
             known = client.run_on_scheduler(lambda dask_scheduler: len(dask_scheduler.tasks))
             print(
-                f"{heads:>7,} heads, {tasks:,} tasks: {megabytes:,.0f} MB, {known} tasks known to the scheduler",
+                f"{heads:>7,} heads, {tasks:,} tasks: {megabytes:,.0f} MB, {known} tasks "
+                "known to the scheduler",
                 flush=True,
             )
             figures[f"driver_mb_{heads}"] = round(megabytes, 1)
@@ -135,7 +159,9 @@ def planning(quick: bool) -> dict[str, float]:
     names = [f"layer{number}.avg" for number in range(20)]
     values = heads // FOLDS // (len(names))
     started = time.perf_counter()
-    grid = Heads.model_validate({"ridge": {"alpha": np.geomspace(1, 1e4, values).tolist(), "inputs": ["each"]}})
+    grid = Heads.model_validate(
+        {"ridge": {"alpha": np.geomspace(1, 1e4, values).tolist(), "inputs": ["each"]}}
+    )
     features = [
         FeaturePlan(
             name,
@@ -169,12 +195,16 @@ def repeat(quick: bool) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         directory, _, table = made(folder, 500, 32, 2)
-        grid = {"ridge": {"alpha": np.geomspace(1, 1e4, heads // FOLDS).tolist(), "inputs": ["all"]}}
+        grid = {
+            "ridge": {"alpha": np.geomspace(1, 1e4, heads // FOLDS).tolist(), "inputs": ["all"]}
+        }
         seconds = []
         for _ in range(2):
             started = time.perf_counter()
             features = {"made": open_feature_set(directory)}
-            train_heads(features, table, heads=grid, task={"folds": FOLDS}, out=folder / "run", workers=2)
+            train_heads(
+                features, table, heads=grid, task={"folds": FOLDS}, out=folder / "run", workers=2
+            )
             seconds.append(time.perf_counter() - started)
     print(f"{heads:,} heads: first call {seconds[0]:.1f} s, second call {seconds[1]:.2f} s")
     return {f"second_call_{heads}_s": round(seconds[1], 2)}
@@ -207,7 +237,8 @@ def model(quick: bool) -> dict[str, float]:
                 assumed = bank_s(specs, rows, width, classes, FOLDS, Rates())
                 ratios.append(seconds / assumed)
                 print(
-                    f"{kind:<9} {rows:>6,} x {width}, {classes} classes: {seconds:.2f} s, assumed {assumed:.2f} s",
+                    f"{kind:<9} {rows:>6,} x {width}, {classes} classes: {seconds:.2f} s, "
+                    f"assumed {assumed:.2f} s",
                     flush=True,
                 )
             # What a call knows after the middle size, about the largest.
@@ -217,7 +248,10 @@ def model(quick: bool) -> dict[str, float]:
 
 
 def extraction_model(folder: Path, quick: bool) -> dict[str, float]:
-    """Units predicted from a smaller number of images, CPU seconds: ResNet-18 at 96 pixels, two taps."""
+    """Units predicted from a smaller number of images, CPU seconds:
+
+    ResNet-18 at 96 pixels, two taps.
+    """
     from PIL import Image
 
     from headrace.extract import (
@@ -246,13 +280,17 @@ def extraction_model(folder: Path, quick: bool) -> dict[str, float]:
             Image.fromarray(pixels).resize((320, 240)).save(images / f"{number}.jpg")
         samples = list_folder(images)
         samples["content"] = list(content_hashes(samples, folder / f"{count}.parquet").hashes)
-        jobs = plan_networks(samples, [Network(spec, specs, [set()] * 2)], cache_root=folder / f"cache{count}")
+        jobs = plan_networks(
+            samples, [Network(spec, specs, [set()] * 2)], cache_root=folder / f"cache{count}"
+        )
         started = time.process_time()
         for job in jobs:
             run_unit(job)
         seconds.append(time.process_time() - started)
         print(
-            f"extraction {count:>6,} images: {seconds[-1]:.2f} s, {seconds[-1] / count * 1e3:.1f} ms each", flush=True
+            f"extraction {count:>6,} images: {seconds[-1]:.2f} s, "
+            f"{seconds[-1] / count * 1e3:.1f} ms each",
+            flush=True,
         )
     predicted = seconds[2] / counts[1] * counts[2]
     return {"extraction_error_after_measuring": round(predicted / seconds[3] - 1, 3)}
@@ -268,7 +306,9 @@ CASES: dict[str, Callable[[bool], dict[str, Any]]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--case", choices=[*CASES, "all"], default="all")
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs")
     options = parser.parse_args()

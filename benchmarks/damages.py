@@ -2,20 +2,20 @@
 
     python benchmarks/damages.py [--quick] [--case KIND] [--count N] [--seed N]
 
-A finished run, its cache, an exported model and a prediction that was killed half-way. One file is damaged: a bit flips, a
-stretch becomes zeros or noise, the end is missing, all is missing, the file is gone. Then one of the commands that read it is
-called. It has to end with the result that it has on whole files, or to say which file is damaged; and then the command that
-its message names has to mend it. Counted, by kind of file:
+A finished run, its cache, an exported model and a prediction that was killed half-way. One file is
+damaged: a bit flips, a stretch becomes zeros or noise, the end is missing, all is missing, the file
+is gone. Then one of the commands that read it is called. It has to end with the result that it has
+on whole files, or to say which file is damaged; and then the command that its message names has to
+mend it. Counted, by kind of file:
 
-    same      exit 0 and the right result: the damage does not matter, or was mended on the way
-    told      exit 0, and what is missing from the result is said in it, with the file's name
-    refused   an error that names the file; the command in it was called, and the right result came after it
-    SILENT    exit 0 and another result
-    TRACE     a traceback, or an error that does not name the file
-    BLOCKED   the command that was named does not help
+    same      exit 0 and the right result: the damage does not matter, or was mended on the way told
+    exit 0, and what is missing from the result is said in it, with the file's name refused   an
+    error that names the file; the command in it was called, and the right result came after it
+    SILENT    exit 0 and another result TRACE     a traceback, or an error that does not name the
+    file BLOCKED   the command that was named does not help
 
-The commands run in forks of one process, so that a damage takes a second. The last line is one JSON object with the counts;
-the exit status is 1 after a fault.
+The commands run in forks of one process, so that a damage takes a second. The last line is one JSON
+object with the counts; the exit status is 1 after a fault.
 """
 
 import argparse
@@ -44,7 +44,8 @@ TIME_S = 300  # for one command
 from kill_cases import CACHE, RUN, contents  # noqa: E402
 from run_cases import make_photos  # noqa: E402
 
-# Heads that are held back, so that a network has something to win and an ensemble something to average.
+# Heads that are held back, so that a network has something to win and an ensemble something to
+# average.
 RECIPE = """\
 images:
   folder: ../photos
@@ -91,9 +92,25 @@ compute:
 COMMANDS: dict[str, tuple[str, ...]] = {
     "run": ("run", "recipe.yaml"),
     "report": ("report", "recipe.yaml"),
-    "predict": ("predict", "recipe.yaml", "../photos/coarse", "--out", "predicted.csv", "--workers", "1"),
+    "predict": (
+        "predict",
+        "recipe.yaml",
+        "../photos/coarse",
+        "--out",
+        "predicted.csv",
+        "--workers",
+        "1",
+    ),
     "predict again": ("predict", "recipe.yaml", "../many", "--out", "half.csv", "--workers", "1"),
-    "predict from export": ("predict", "model", "../photos/coarse", "--out", "taken.csv", "--workers", "1"),
+    "predict from export": (
+        "predict",
+        "model",
+        "../photos/coarse",
+        "--out",
+        "taken.csv",
+        "--workers",
+        "1",
+    ),
     "export": ("export", "recipe.yaml", "again", "--format", "safetensors"),
     "advise": ("advise", "recipe.yaml"),
     "status": ("status", "recipe.yaml"),
@@ -126,8 +143,11 @@ def call(project: Path, name: str, argv: Sequence[str] | None = None) -> Outcome
     return Outcome(status, said, result_of(project, name) if status == 0 else {})
 
 
-def fork_command(project: Path, argv: Sequence[str], before: Callable[[], None] = lambda: None) -> tuple[int, str]:
-    """Call a command in a fork that has everything imported; its exit status, minus the signal that killed it, and what it said.
+def fork_command(
+    project: Path, argv: Sequence[str], before: Callable[[], None] = lambda: None
+) -> tuple[int, str]:
+    """Call a command in a fork that has everything imported; its exit status, minus the signal that
+    killed it, and what it said.
 
     before: called in the fork, before the command.
     """
@@ -145,7 +165,9 @@ def fork_command(project: Path, argv: Sequence[str], before: Callable[[], None] 
     return os.waitstatus_to_exitcode(found[1]), said.read_text(errors="replace")
 
 
-def _become(project: Path, argv: Sequence[str], said: Path, before: Callable[[], None] = lambda: None) -> None:
+def _become(
+    project: Path, argv: Sequence[str], said: Path, before: Callable[[], None] = lambda: None
+) -> None:
     from headrace.pipelines.cli import main
 
     os.setsid()
@@ -180,7 +202,10 @@ def result_of(project: Path, name: str) -> dict[str, Any]:
     if name == "report":  # what the calls took, and when
         page = f"{RUN}/report.html"
         found[page] = re.sub(
-            r"<dt>time</dt>.*?</div>|<section id=\"(cost|provenance)\".*?</section>", "", found[page], flags=re.S
+            r"<dt>time</dt>.*?</div>|<section id=\"(cost|provenance)\".*?</section>",
+            "",
+            found[page],
+            flags=re.S,
         )
     return found
 
@@ -191,9 +216,13 @@ def build(folder: Path) -> Path:
     project.mkdir()
     make_photos(folder / "photos", n=48)
     make_photos(folder / "many", n=520, seed=1)
-    for number in range(0, 48, 7):  # in the other class's folder: no head is sure, and an average is better
+    for number in range(
+        0, 48, 7
+    ):  # in the other class's folder: no head is sure, and an average is better
         name, other = ("coarse", "fine") if number % 2 == 0 else ("fine", "coarse")
-        (folder / "photos" / name / f"{number:03}.png").rename(folder / "photos" / other / f"{number:03}.png")
+        (folder / "photos" / name / f"{number:03}.png").rename(
+            folder / "photos" / other / f"{number:03}.png"
+        )
     (project / "recipe.yaml").write_text(RECIPE)
     for name in ("run", "advise", "report"):
         _finish(project, COMMANDS[name])
@@ -218,7 +247,9 @@ def _half_predict(project: Path) -> None:
     os.waitpid(pid, 0)
 
 
-def readers(project: Path, files: Sequence[str], scratch: Callable[[], Path]) -> dict[str, list[str]]:
+def readers(
+    project: Path, files: Sequence[str], scratch: Callable[[], Path]
+) -> dict[str, list[str]]:
     """Of each file, the commands that open it."""
     found: dict[str, list[str]] = {name: [] for name in files}
     for command in COMMANDS:
@@ -236,7 +267,8 @@ def readers(project: Path, files: Sequence[str], scratch: Callable[[], Path]) ->
             _become(copy, COMMANDS[command], copy.parent / "said.txt")
         os.waitpid(pid, 0)
         lines = {
-            os.path.relpath(os.path.join(copy, line), copy) for line in opened.read_text(errors="replace").splitlines()
+            os.path.relpath(os.path.join(copy, line), copy)
+            for line in opened.read_text(errors="replace").splitlines()
         }
         for name in files:
             if name in lines:
@@ -273,12 +305,23 @@ def damaged(data: bytes, draw: random.Random) -> tuple[str, bytes | None]:
 
 
 def mending(said: str) -> list[tuple[str, ...]]:
-    """The commands that a message names, the recipe and the paths filled in; to run the recipe again where it names none."""
+    """The commands that a message names, the recipe and the paths filled in; to run the recipe
+    again where it names none.
+    """
     found: list[tuple[str, ...]] = []
-    for text in re.findall(r"`((?:headrace|rm) [^`]+)`|(?:[Tt]ype|with): ((?:headrace|rm) [^\n;]+)", said):
+    for text in re.findall(
+        r"`((?:headrace|rm) [^`]+)`|(?:[Tt]ype|with): ((?:headrace|rm) [^\n;]+)", said
+    ):
         meant = {"RECIPE": "recipe.yaml", "RUN": "recipe.yaml", "FOLDER": "model"}
         words = [meant.get(word, word) for word in shlex.split(text[0] or text[1])]
-        if words[0] == "rm" or words[1] in ("run", "cache", "advise", "export", "predict", "report"):
+        if words[0] == "rm" or words[1] in (
+            "run",
+            "cache",
+            "advise",
+            "export",
+            "predict",
+            "report",
+        ):
             found.append(tuple(words))
     return found
 
@@ -314,7 +357,13 @@ def judge(project: Path, name: str, command: str, whole: Mapping[str, Outcome]) 
     tables = command == "report" and result_of(project, "run") == whole["run"].result
     if again.status == 0 and (again.result == right.result or tables):
         return "refused", ""
-    return "BLOCKED", f"{said}\n$ again -> {again.status}\n{again.said}\n{difference(right.result, again.result)}"
+    return (
+        "BLOCKED",
+        (
+            f"{said}\n$ again -> "
+            f"{again.status}\n{again.said}\n{difference(right.result, again.result)}"
+        ),
+    )
 
 
 def difference(right: Mapping[str, Any], found: Mapping[str, Any]) -> str:
@@ -326,12 +375,16 @@ def difference(right: Mapping[str, Any], found: Mapping[str, Any]) -> str:
 
 def main() -> int:
     """Build, damage, count."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help=f"{QUICK} damages, not {COUNT}")
     parser.add_argument("--case", help="only kinds of file in whose name this is")
     parser.add_argument("--count", type=int, help="so many damages")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--show", type=int, default=2000, help="characters of a fault that are printed")
+    parser.add_argument(
+        "--show", type=int, default=2000, help="characters of a fault that are printed"
+    )
     parser.add_argument("--folder", type=Path, help="keep the project there, for the next call")
     options = parser.parse_args()
     count = options.count or (QUICK if options.quick else COUNT)
@@ -346,7 +399,10 @@ def main() -> int:
 def measure(folder: Path, count: int, seed: int, only: str | None, show: int) -> int:
     """Damage so many files, print the table; 1 after a fault."""
     import_everything()
-    whole, project = folder / "whole", folder / "project"  # damaged always at the same path: tables have absolute ones
+    whole, project = (
+        folder / "whole",
+        folder / "project",
+    )  # damaged always at the same path: tables have absolute ones
     if not whole.exists():
         build(folder).rename(whole)
 
@@ -355,7 +411,11 @@ def measure(folder: Path, count: int, seed: int, only: str | None, show: int) ->
         shutil.copytree(whole, project, symlinks=True, copy_function=os.link)
         return project
 
-    files = sorted(str(path.relative_to(whole)) for path in whole.rglob("*") if path.is_file() and path.stat().st_size)
+    files = sorted(
+        str(path.relative_to(whole))
+        for path in whole.rglob("*")
+        if path.is_file() and path.stat().st_size
+    )
     read_by = readers(project, files, restored)
     right = {}
     for command in COMMANDS:
@@ -389,7 +449,10 @@ def measure(folder: Path, count: int, seed: int, only: str | None, show: int) ->
     verdicts = ("same", "told", "refused", "SILENT", "TRACE", "BLOCKED")
     print(f"{'kind of file':<64}{'files':>6}" + "".join(f"{word:>9}" for word in verdicts))
     for kind in chosen:
-        print(f"{kind:<64}{len(kinds[kind]):>6}" + "".join(f"{table[kind][word]:>9,}" for word in verdicts))
+        print(
+            f"{kind:<64}{len(kinds[kind]):>6}"
+            + "".join(f"{table[kind][word]:>9,}" for word in verdicts)
+        )
     print(f"read by none of these commands: {', '.join(unread)}")
     total = sum(table.values(), collections.Counter())
     seconds = time.monotonic() - began

@@ -1,12 +1,15 @@
-"""The recipe that `headrace init` writes, beside the one that it wrote before and beside thirty lines of scikit-learn.
+"""The recipe that `headrace init` writes, beside the one that it wrote before and beside thirty
+lines of scikit-learn.
 
     python benchmarks/defaults.py SETS [--case NAME] [--seeds 3] [--work FOLDER] [--quick]
 
-SETS: folders with a table.csv (path, label, and group where rows belong together), such as image_sets.py makes. All sides see the
-same EfficientNet-Lite0 trained on ImageNet and the same draws of a quarter as test rows. The thirty lines are what people write:
-the pooled features standardised, LogisticRegressionCV and an SVC, whichever cross-validates better. Printed: test accuracy of what each
-side hands out, means over seeds, and differences to the new recipe with 95 % intervals over the test rows of all seeds. --quick: one
-seed, and the two smallest sets. The last line is JSON.
+SETS: folders with a table.csv (path, label, and group where rows belong together), such as
+image_sets.py makes. All sides see the same EfficientNet-Lite0 trained on ImageNet and the same
+draws of a quarter as test rows. The thirty lines are what people write: the pooled features
+standardised, LogisticRegressionCV and an SVC, whichever cross-validates better. Printed: test
+accuracy of what each side hands out, means over seeds, and differences to the new recipe with 95 %
+intervals over the test rows of all seeds. --quick: one seed, and the two smallest sets. The last
+line is JSON.
 """
 
 import argparse
@@ -58,7 +61,9 @@ QUICK = ("fashion150", "digits400")
 
 
 def recipes(table: Path, seed: int, work: Path) -> dict[str, Recipe]:
-    """The recipe of `headrace init` for this table and the one that it wrote before, on the same split, in one cache."""
+    """The recipe of `headrace init` for this table and the one that it wrote before, on the same
+    split, in one cache.
+    """
     written = work / "init.yaml"
     write_recipe(table, written, force=True)
     found = {"new": load_recipe(written), "before": parse_recipe(BEFORE, table)}
@@ -78,7 +83,9 @@ def recipes(table: Path, seed: int, work: Path) -> dict[str, Recipe]:
 
 
 def thirty_lines(recipe: Recipe, result: RunResult) -> float:
-    """Test accuracy of the better of LogisticRegressionCV and an SVC on the pooled features, chosen by cross-validation."""
+    """Test accuracy of the better of LogisticRegressionCV and an SVC on the pooled features, chosen
+    by cross-validation.
+    """
     dataset, groups = survey(recipe).dataset, None
     train, test = dataset.train, dataset.test
     pooled = result.features("pre_logits.vector")
@@ -90,8 +97,13 @@ def thirty_lines(recipe: Recipe, result: RunResult) -> float:
     splits = list(folds.split(X, train.target, groups))
     linear = LogisticRegressionCV(Cs=10, cv=splits, max_iter=300, n_jobs=1)
     machine = GridSearchCV(SVC(), {"C": [0.1, 1, 10, 100], "gamma": ["scale"]}, cv=splits)
-    heads = [make_pipeline(StandardScaler(), each).fit(X, train.target) for each in (linear, machine)]
-    values = (next(iter(heads[0][-1].scores_.values())).mean(axis=0).max(), heads[1][-1].best_score_)
+    heads = [
+        make_pipeline(StandardScaler(), each).fit(X, train.target) for each in (linear, machine)
+    ]
+    values = (
+        next(iter(heads[0][-1].scores_.values())).mean(axis=0).max(),
+        heads[1][-1].best_score_,
+    )
     return float(heads[int(np.argmax(values))].score(Z, test.target))
 
 
@@ -108,7 +120,9 @@ def measure(table: Path, seed: int, work: Path) -> dict[str, float]:
 
 
 def compared(rows: pd.DataFrame, side: str) -> tuple[float, float]:
-    """Points by which the new recipe is better, and half a 95 % interval, as if the sides' mistakes had nothing in common."""
+    """Points by which the new recipe is better, and half a 95 % interval, as if the sides' mistakes
+    had nothing in common.
+    """
     total = rows["rows"].sum()
     ours, theirs = ((rows[name] * rows["rows"]).sum() / total for name in ("new", side))
     variance = (ours * (1 - ours) + theirs * (1 - theirs)) / total
@@ -116,7 +130,9 @@ def compared(rows: pd.DataFrame, side: str) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("sets", type=Path)
     parser.add_argument("--case", action="append", help="only the set of this name")
     parser.add_argument("--seeds", type=int, default=3)
@@ -133,7 +149,9 @@ def main() -> None:
         for seed in range(1 if options.quick else options.seeds):
             for table in sorted(tables, key=lambda table: table.stat().st_size):  # small ones first
                 if table.parent.name in names:
-                    rows.append({"set": table.parent.name, "seed": seed, **measure(table, seed, work)})
+                    rows.append(
+                        {"set": table.parent.name, "seed": seed, **measure(table, seed, work)}
+                    )
                     print(json.dumps(rows[-1]), flush=True)
     show(pd.DataFrame(rows))
 

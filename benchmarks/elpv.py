@@ -1,13 +1,16 @@
-"""The whole pipeline on ELPV: head, partial reuse, fine-tuned and ensemble side by side on a 75/25 split, over seeds.
+"""The whole pipeline on ELPV: head, partial reuse, fine-tuned and ensemble side by side on a 75/25
+split, over seeds.
 
     python benchmarks/elpv.py --cache CACHE --out RUNS [--seeds 5] [--no-thaw] [--quick]
 
-Runs examples/solar-cells-thaw.yaml for each seed of the split; features are extracted once, into the cache. What each
-approach has to offer is chosen on validation folds; then each is shown that seed's test split once, on record. --quick: one
-seed. Published: 82.44 % (hand-crafted features and an SVM) and 88.42 % (a VGG-19, fine-tuned; Deitsch et al. 2019).
+Runs examples/solar-cells-thaw.yaml for each seed of the split; features are extracted once, into
+the cache. What each approach has to offer is chosen on validation folds; then each is shown that
+seed's test split once, on record. --quick: one seed. Published: 82.44 % (hand-crafted features and
+an SVM) and 88.42 % (a VGG-19, fine-tuned; Deitsch et al. 2019).
 
-Measured, five seeds, 95 % intervals of the means: head 88.29 % ± 1.07, ensemble of heads on three networks 89.21 % ± 1.11, the run's
-answer 88.75 % ± 1.14; fine-tuned above blocks.5 87.56 % on validation folds. docs/thaw.md says what these figures depend on.
+Measured, five seeds, 95 % intervals of the means: head 88.29 % ± 1.07, ensemble of heads on three
+networks 89.21 % ± 1.11, the run's answer 88.75 % ± 1.14; fine-tuned above blocks.5 87.56 % on
+validation folds. docs/thaw.md says what these figures depend on.
 """
 
 import argparse
@@ -33,7 +36,9 @@ PUBLISHED = 88.42
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--cache", type=Path, default=Path("headrace-elpv/cache"))
     parser.add_argument("--out", type=Path, default=Path("headrace-elpv/runs"))
     parser.add_argument("--seeds", type=int, default=5)
@@ -47,7 +52,9 @@ def main() -> None:
     solar_cells().to_csv(table, index=False)
     rows = []
     for seed in range(1 if options.quick else options.seeds):
-        recipe = recipe_of(seed, table, options.cache.absolute(), options.out.absolute(), thaw=not options.no_thaw)
+        recipe = recipe_of(
+            seed, table, options.cache.absolute(), options.out.absolute(), thaw=not options.no_thaw
+        )
         result = run_recipe(recipe, console=Console(stderr=True), workers=options.workers)
         rows += scores(seed, recipe, result)
         print(pd.DataFrame(rows).query("seed == @seed").to_string(index=False), flush=True)
@@ -69,14 +76,18 @@ def recipe_of(seed: int, table: Path, cache: Path, out: Path, *, thaw: bool) -> 
 
 
 def scores(seed: int, recipe: Recipe, result: RunResult) -> list[dict[str, object]]:
-    """Validation and test accuracy of the best of each approach, and of the answer that the run gave."""
+    """Validation and test accuracy of the best of each approach, and of the answer that the run
+    gave.
+    """
     found = survey(recipe)
     test, digest = found.dataset.test, found.dataset.train.digest
     rows: list[dict[str, object]] = []
 
     def add(approach: str, validation: float, tested: object | None) -> None:
         accuracy = float("nan") if tested is None else 100 * tested.value  # type: ignore[attr-defined]
-        rows.append({"seed": seed, "approach": approach, "validation": 100 * validation, "test": accuracy})
+        rows.append(
+            {"seed": seed, "approach": approach, "validation": 100 * validation, "test": accuracy}
+        )
 
     whole = result.board[(result.board["failed"] == 0) & result.board["final"]]
     text = whole["settings"]
@@ -87,11 +98,19 @@ def scores(seed: int, recipe: Recipe, result: RunResult) -> list[dict[str, objec
     ):
         if chosen.any():
             best = whole[chosen].iloc[0]
-            features = [open_feature_set(path) for name in best["inputs"] for path in found.directories[name]]
+            features = [
+                open_feature_set(path)
+                for name in best["inputs"]
+                for path in found.directories[name]
+            ]
             own = temperature_of(best, found.dataset.train)
-            tested = open_test(found.paths.openings, best, features, test, digest, found.metric, temperature=own)
+            tested = open_test(
+                found.paths.openings, best, features, test, digest, found.metric, temperature=own
+            )
             add(approach, best[found.metric], tested)
-        elif result.thawed is not None:  # rolled back: never trained on all rows, and so never shown the test split
+        elif (
+            result.thawed is not None
+        ):  # rolled back: never trained on all rows, and so never shown the test split
             compared = result.thawed.compared
             tried = compared[(compared["approach"] == approach) & compared[found.metric].notna()]
             if len(tried):
@@ -99,7 +118,11 @@ def scores(seed: int, recipe: Recipe, result: RunResult) -> list[dict[str, objec
     if result.ensemble is not None:
         tested = show_test(found.paths.openings, result.ensemble, found.directories, test, digest)
         add("ensemble", result.ensemble.value, tested)
-    validation = result.ensemble.value if result.ensemble and result.ensemble.chosen else result.winner[found.metric]
+    validation = (
+        result.ensemble.value
+        if result.ensemble and result.ensemble.chosen
+        else result.winner[found.metric]
+    )
     add("the run's answer", validation, result.test)
     return rows
 
@@ -107,7 +130,10 @@ def scores(seed: int, recipe: Recipe, result: RunResult) -> list[dict[str, objec
 def report(rows: pd.DataFrame) -> None:
     """Means over seeds with the seeds' spread; the last line is JSON."""
     console = Console(width=120)
-    table = Table(title=f"ELPV, 75/25 split: accuracy in %, mean over seeds (published fine-tuned VGG-19: {PUBLISHED})")
+    table = Table(
+        title="ELPV, 75/25 split: accuracy in %, mean over seeds (published fine-tuned VGG-19: "
+        f"{PUBLISHED})"
+    )
     for column in ("approach", "seeds", "validation", "test", "95 % of the mean", "of each seed"):
         table.add_column(column)
     figures = {}
@@ -117,7 +143,11 @@ def report(rows: pd.DataFrame) -> None:
             2.776 * tests.std(ddof=1) / np.sqrt(len(tests)) if len(tests) == 5 else float("nan")
         )  # Student, 4 degrees
         each = " ".join(f"{value:.2f}" for value in tests)
-        shown = (f"{tests.mean():.2f}", f"± {half:.2f}", each) if len(tests) else ("rolled back", "", "")
+        shown = (
+            (f"{tests.mean():.2f}", f"± {half:.2f}", each)
+            if len(tests)
+            else ("rolled back", "", "")
+        )
         table.add_row(str(approach), str(len(own)), f"{own['validation'].mean():.2f}", *shown)
         name = str(approach).replace(" ", "_")
         figures[f"{name}_validation_accuracy"] = round(float(own["validation"].mean()), 2)

@@ -1,24 +1,30 @@
-"""What extraction costs beyond the network itself. Run: python benchmarks/extraction.py [--case NAME] [--quick]
+"""What extraction costs beyond the network itself.
 
-    end-to-end   files on disk -> decoded -> forward -> shards published, over what the cores allow: decode and forward alone
-    gpu          the same on a GPU, over the smaller of the bare forward rate and the decode rate of all cores, and which it was
-    taps         five taps against one
-    backbones    two networks over one decode, against two extractions
-    forms        the bare forward pass in each form that this machine has
-    workers      two processes against one
-    memory       peak memory of 50,000 images against 5,000
+Run: python benchmarks/extraction.py [--case NAME] [--quick]
 
-Forms, images per CPU second of one thread on an EPYC (Zen 4) whose two cores other programs shared, with memory kept:
-EfficientNet-Lite0 at 300 px as built 24.5, bfloat16 39.4, fused 36.8 (as built and without memory kept: 6; channels_last 17);
-ResNet-50 at 224 px as built 8.7, bfloat16 19.4, fused 10.0. float32 is the default because features in bfloat16 differ by
-about a hundredth; compute_dtype="bfloat16" asks for it. There was no GPU to measure CUDA's forms or the case gpu on.
+    end-to-end   files on disk -> decoded -> forward -> shards published, over what the cores allow:
+    decode and forward alone gpu          the same on a GPU, over the smaller of the bare forward
+    rate and the decode rate of all cores, and which it was taps         five taps against one
+    backbones    two networks over one decode, against two extractions forms        the bare forward
+    pass in each form that this machine has workers      two processes against one memory       peak
+    memory of 50,000 images against 5,000
 
-The same cores, busier still, by CPU seconds: end to end 0.975 of the allowance for EfficientNet-Lite0 (decode 0.4 ms, forward
-14.0 ms) and 0.973 for ResNet-50 (1.1 ms, 64.8 ms); five taps 1.04 x one; each of two workers 0.51 of one. Both cores free, by the
-clock: 1.01 and 0.95 (0.948 and 0.954 in two runs) of the allowance, two workers 0.596 of the time of one, memory 1.06.
+Forms, images per CPU second of one thread on an EPYC (Zen 4) whose two cores other programs shared,
+with memory kept: EfficientNet-Lite0 at 300 px as built 24.5, bfloat16 39.4, fused 36.8 (as built
+and without memory kept: 6; channels_last 17); ResNet-50 at 224 px as built 8.7, bfloat16 19.4,
+fused 10.0. float32 is the default because features in bfloat16 differ by about a hundredth;
+compute_dtype="bfloat16" asks for it. There was no GPU to measure CUDA's forms or the case gpu on.
 
-The last line is JSON: {measure: figure}. Both sides of a ratio are measured in turns in one run, the best of each is taken,
-and CPU seconds stand beside wall seconds, because other programs on the machine slow down the one and not the other.
+The same cores, busier still, by CPU seconds: end to end 0.975 of the allowance for
+EfficientNet-Lite0 (decode 0.4 ms, forward
+14.0 ms) and 0.973 for ResNet-50 (1.1 ms, 64.8 ms); five taps 1.04 x one; each of two workers 0.51
+of one. Both cores free, by the
+clock: 1.01 and 0.95 (0.948 and 0.954 in two runs) of the allowance, two workers 0.596 of the time
+of one, memory 1.06.
+
+The last line is JSON: {measure: figure}. Both sides of a ratio are measured in turns in one run,
+the best of each is taken, and CPU seconds stand beside wall seconds, because other programs on the
+machine slow down the one and not the other.
 """
 
 import argparse
@@ -67,9 +73,15 @@ Row = tuple[str, str, str, str]  # what, one side, the other side, ratio
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", choices=sorted(CASES), action="append", help="only these (default: all)")
-    parser.add_argument("--quick", action="store_true", help="fewer images and repetitions: shows that it runs")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--case", choices=sorted(CASES), action="append", help="only these (default: all)"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer images and repetitions: shows that it runs"
+    )
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -80,24 +92,35 @@ def main() -> None:
         print(f"\n{name}")
         widths = [max(len(row[column]) for row in rows) for column in range(4)]
         for row in rows:
-            print("  " + "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
+            print(
+                "  "
+                + "  ".join(
+                    text.ljust(width) for text, width in zip(row, widths, strict=True)
+                ).rstrip()
+            )
     print("\n" + json.dumps({name: round(value, 4) for name, value in measures.items()}))
 
 
 def photographs(folder: Path, count: int, size: tuple[int, int], kind: str) -> pd.DataFrame:
-    """Pictures with the smoothness and the noise of photographs, so that decoding costs what it costs."""
+    """Pictures with the smoothness and the noise of photographs, so that decoding costs what it
+    costs.
+    """
     folder.mkdir(parents=True)
     random = np.random.default_rng(0)
     rows = []
     for index in range(count):
-        coarse = Image.fromarray(random.integers(0, 256, (9, 9, 3), np.uint8)).resize(size, Image.Resampling.BICUBIC)
+        coarse = Image.fromarray(random.integers(0, 256, (9, 9, 3), np.uint8)).resize(
+            size, Image.Resampling.BICUBIC
+        )
         noisy = np.asarray(coarse).astype(np.int16) + random.integers(-6, 7, (size[1], size[0], 3))
         picture = Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
         path = folder / f"{index:06}.{kind}"
         picture.save(path, quality=90)
         rows.append((path.name, str(path)))
     samples = pd.DataFrame(rows, columns=["id", "path"])
-    return samples.assign(content=list(content_hashes(samples, folder.parent / f"{folder.name}.parquet").hashes))
+    return samples.assign(
+        content=list(content_hashes(samples, folder.parent / f"{folder.name}.parquet").hashes)
+    )
 
 
 def network(spec: BackboneSpec, taps: Sequence[str], compute_dtype: str = "float32") -> Network:
@@ -134,7 +157,9 @@ def in_turns(sides: dict[str, Callable[[], None]], repeats: int) -> dict[str, tu
 
 
 def end_to_end(quick: bool, measures: dict[str, float]) -> list[Row]:
-    """One process, one thread: the allowance is one core over the CPU seconds of bare decode plus bare forward."""
+    """One process, one thread: the allowance is one core over the CPU seconds of bare decode plus
+    bare forward.
+    """
     rows: list[Row] = [("", "allowed: bare decode + forward", "end to end", "of the allowance")]
     cases = [
         ("EfficientNet-Lite0", LITE0, LITE0_TAPS, (300, 300), 0.1),
@@ -178,21 +203,30 @@ def end_to_end(quick: bool, measures: dict[str, float]) -> list[Row]:
 
 
 def gpu(quick: bool, measures: dict[str, float]) -> list[Row]:
-    """One process feeds the GPU: the allowance is the slower of the network on ready tensors and of decoding on all cores."""
+    """One process feeds the GPU: the allowance is the slower of the network on ready tensors and of
+    decoding on all cores.
+    """
     if not torch.cuda.is_available():
         return [("there is no GPU here", "", "", "")]
     return fed_device("cuda", "bfloat16", quick, measures)
 
 
-def fed_device(device: str, compute_dtype: str, quick: bool, measures: dict[str, float]) -> list[Row]:
-    """End to end on `device` over the smaller of the two bare rates, all in turns; the row names the smaller one."""
+def fed_device(
+    device: str, compute_dtype: str, quick: bool, measures: dict[str, float]
+) -> list[Row]:
+    """End to end on `device` over the smaller of the two bare rates, all in turns; the row names
+    the smaller one.
+    """
     cores = len(os.sched_getaffinity(0))
     rows: list[Row] = [("", "bare forward, decode on all cores", "end to end", "of the allowance")]
     for label, spec, taps, size in (
         ("EfficientNet-Lite0", LITE0, LITE0_TAPS, (300, 300)),
         ("ResNet-50", RESNET50, RESNET50_TAPS, (400, 300)),
     ):
-        with tempfile.TemporaryDirectory() as scratch, multiprocessing.get_context("spawn").Pool(cores) as pool:
+        with (
+            tempfile.TemporaryDirectory() as scratch,
+            multiprocessing.get_context("spawn").Pool(cores) as pool,
+        ):
             count = 64 if quick else 16_384
             few = photographs(Path(scratch) / "few", min(count, 1024), size, "jpg")
             samples = repeated(few, count, Path(scratch) / "images")
@@ -219,7 +253,9 @@ def fed_device(device: str, compute_dtype: str, quick: bool, measures: dict[str,
                 pool.map(_decode_all, parts, chunksize=1)
 
             everything = extraction(samples, [made], rows=None, device=device)
-            seconds = in_turns({"forward": bare, "decode": decode, "all": everything}, 1 if quick else 3)
+            seconds = in_turns(
+                {"forward": bare, "decode": decode, "all": everything}, 1 if quick else 3
+            )
         forward_rate = -(-count // batch) * batch / seconds["forward"][0]
         decode_rate, rate = (count / seconds[side][0] for side in ("decode", "all"))
         allowed = min(forward_rate, decode_rate)
@@ -230,7 +266,10 @@ def fed_device(device: str, compute_dtype: str, quick: bool, measures: dict[str,
         rows.append(
             (
                 label,
-                f"forward {forward_rate:,.0f}/s in batches of {batch}, decode {decode_rate:,.0f}/s on {cores} cores",
+                (
+                    f"forward {forward_rate:,.0f}/s in batches of {batch}, decode "
+                    f"{decode_rate:,.0f}/s on {cores} cores"
+                ),
                 f"{rate:,.0f}/s",
                 f"{rate / allowed:.3f}, {bound}-bound",
             )
@@ -239,15 +278,21 @@ def fed_device(device: str, compute_dtype: str, quick: bool, measures: dict[str,
 
 
 def repeated(samples: pd.DataFrame, count: int, folder: Path) -> pd.DataFrame:
-    """`count` images of different content: those of `samples` again and again, with bytes behind the end of the picture."""
+    """`count` images of different content: those of `samples` again and again, with bytes behind
+    the end of the picture.
+    """
     folder.mkdir(parents=True)
     rows = []
     for index in range(count):
         path = folder / f"{index:06}.jpg"
-        path.write_bytes(Path(samples["path"][index % len(samples)]).read_bytes() + index.to_bytes(4, "big"))
+        path.write_bytes(
+            Path(samples["path"][index % len(samples)]).read_bytes() + index.to_bytes(4, "big")
+        )
         rows.append((path.name, str(path)))
     listed = pd.DataFrame(rows, columns=["id", "path"])
-    return listed.assign(content=list(content_hashes(listed, folder.parent / f"{folder.name}.parquet").hashes))
+    return listed.assign(
+        content=list(content_hashes(listed, folder.parent / f"{folder.name}.parquet").hashes)
+    )
 
 
 def _decode_all(part: tuple[list[str], Preprocessing]) -> None:
@@ -261,13 +306,25 @@ def taps(quick: bool, measures: dict[str, float]) -> list[Row]:
     with tempfile.TemporaryDirectory() as scratch:
         samples = photographs(Path(scratch) / "images", 32 if quick else 256, (300, 300), "jpg")
         one, five = network(LITE0, LITE0_TAPS[-1:]), network(LITE0, LITE0_TAPS)
-        best = in_turns({"1": extraction(samples, [one]), "5": extraction(samples, [five])}, 1 if quick else 3)
+        best = in_turns(
+            {"1": extraction(samples, [one]), "5": extraction(samples, [five])}, 1 if quick else 3
+        )
     measures["five_taps_over_one"] = best["5"][0] / best["1"][0]
     measures["five_taps_over_one_cpu"] = best["5"][1] / best["1"][1]
     return [
         ("", "one tap", "five taps", "five / one"),
-        ("wall", f"{best['1'][0]:.2f} s", f"{best['5'][0]:.2f} s", f"{measures['five_taps_over_one']:.3f}"),
-        ("CPU", f"{best['1'][1]:.2f} s", f"{best['5'][1]:.2f} s", f"{measures['five_taps_over_one_cpu']:.3f}"),
+        (
+            "wall",
+            f"{best['1'][0]:.2f} s",
+            f"{best['5'][0]:.2f} s",
+            f"{measures['five_taps_over_one']:.3f}",
+        ),
+        (
+            "CPU",
+            f"{best['1'][1]:.2f} s",
+            f"{best['5'][1]:.2f} s",
+            f"{measures['five_taps_over_one_cpu']:.3f}",
+        ),
     ]
 
 
@@ -286,7 +343,9 @@ def backbones(quick: bool, measures: dict[str, float]) -> list[Row]:
             for each in apart:
                 each()
 
-        best = in_turns({"together": extraction(samples, networks), "apart": one_by_one}, 1 if quick else 3)
+        best = in_turns(
+            {"together": extraction(samples, networks), "apart": one_by_one}, 1 if quick else 3
+        )
     measures["two_backbones_together_over_apart_cpu"] = best["together"][1] / best["apart"][1]
     return [
         ("", "two extractions", "one decode", "together / apart"),
@@ -300,13 +359,25 @@ def backbones(quick: bool, measures: dict[str, float]) -> list[Row]:
 
 
 def forms(quick: bool, measures: dict[str, float]) -> list[Row]:
-    """The bare forward pass, images per CPU second of one thread; CUDA's forms where there is a GPU."""
+    """The bare forward pass, images per CPU second of one thread; CUDA's forms where there is a
+    GPU.
+    """
     rows: list[Row] = [("", "form", "images/s", "against the library's own")]
-    for label, spec, tap in (("EfficientNet-Lite0", LITE0, "pre_logits"), ("ResNet-50", RESNET50, "pre_logits")):
+    for label, spec, tap in (
+        ("EfficientNet-Lite0", LITE0, "pre_logits"),
+        ("ResNet-50", RESNET50, "pre_logits"),
+    ):
         backbone = load_backbone(spec)
-        placed = [(each, backbone_nodes(backbone)[each.node]) for each in resolve_taps(backbone, [tap])]
+        placed = [
+            (each, backbone_nodes(backbone)[each.node]) for each in resolve_taps(backbone, [tap])
+        ]
         wanted = [each for each, _ in placed]
-        built = hooked(copy.deepcopy(backbone.module), placed, _contiguous(normalisation(backbone, "cpu")), "float32")
+        built = hooked(
+            copy.deepcopy(backbone.module),
+            placed,
+            _contiguous(normalisation(backbone, "cpu")),
+            "float32",
+        )
         made: dict[str, tuple[Callable[[torch.Tensor], list[torch.Tensor]], str]] = {
             "as built": (built, "cpu"),
             "bfloat16": (make_forward(backbone, wanted, compute_dtype="bfloat16"), "cpu"),
@@ -314,26 +385,38 @@ def forms(quick: bool, measures: dict[str, float]) -> list[Row]:
         }
         if torch.cuda.is_available():
             for dtype in ("float32", "float16", "bfloat16"):
-                made[f"cuda {dtype}"] = (make_forward(backbone, wanted, device="cuda", compute_dtype=dtype), "cuda")
-                compiled = make_forward(backbone, wanted, device="cuda", compute_dtype=dtype, compiled=True)
+                made[f"cuda {dtype}"] = (
+                    make_forward(backbone, wanted, device="cuda", compute_dtype=dtype),
+                    "cuda",
+                )
+                compiled = make_forward(
+                    backbone, wanted, device="cuda", compute_dtype=dtype, compiled=True
+                )
                 made[f"cuda {dtype} compiled"] = (compiled, "cuda")
         rates: dict[str, float] = {}
         for _ in range(1 if quick else 3):
             for name, (forward, device) in made.items():
-                rates[name] = max(rates.get(name, 0.0), _rate(forward, backbone.preprocessing.crop, device, quick))
+                rates[name] = max(
+                    rates.get(name, 0.0), _rate(forward, backbone.preprocessing.crop, device, quick)
+                )
         for name, rate in rates.items():
             measures[f"forward_{label}_{name.split(':')[0].replace(' ', '_')}"] = rate
             rows.append((label, name, f"{rate:.1f}", f"{rate / rates['as built']:.2f} x"))
     return rows
 
 
-def _contiguous(normalise: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+def _contiguous(
+    normalise: Callable[[torch.Tensor], torch.Tensor],
+) -> Callable[[torch.Tensor], torch.Tensor]:
     """PyTorch's default memory order, as a network gets its input when nobody thinks of it."""
     return lambda pixels: normalise(pixels).contiguous()
 
 
 def _rate(
-    forward: Callable[[torch.Tensor], list[torch.Tensor]], crop: tuple[int, int], device: str, quick: bool
+    forward: Callable[[torch.Tensor], list[torch.Tensor]],
+    crop: tuple[int, int],
+    device: str,
+    quick: bool,
 ) -> float:
     count = CPU_BATCH if device == "cpu" else 256
     pixels = torch.randint(0, 256, (count, *crop, 3), dtype=torch.uint8)
@@ -343,24 +426,33 @@ def _rate(
     started = time.process_time() if device == "cpu" else time.perf_counter()
     for _ in range(repeats):
         launch(forward, pixels, device, limit)()
-    return repeats * count / ((time.process_time() if device == "cpu" else time.perf_counter()) - started)
+    return (
+        repeats
+        * count
+        / ((time.process_time() if device == "cpu" else time.perf_counter()) - started)
+    )
 
 
 def workers(quick: bool, measures: dict[str, float]) -> list[Row]:
-    """The same units by one process and by two, each with one thread, all started and warm before the clock.
+    """The same units by one process and by two, each with one thread, all started and warm before
+    the clock.
 
-    CPU: seconds of the busier of the two processes over those of the one, which is what the wall's ratio comes to where
-    two cores are free.
+    CPU: seconds of the busier of the two processes over those of the one, which is what the wall's
+    ratio comes to where two cores are free.
     """
     with tempfile.TemporaryDirectory() as scratch:
         samples = photographs(Path(scratch) / "images", 64 if quick else 384, (300, 300), "jpg")
         made = network(LITE0, LITE0_TAPS)
-        warm = plan_networks(samples.head(8), [made], cache_root=Path(scratch) / "warm", unit_rows=4)
+        warm = plan_networks(
+            samples.head(8), [made], cache_root=Path(scratch) / "warm", unit_rows=4
+        )
         best = {1: (float("inf"), float("inf")), 2: (float("inf"), float("inf"))}
         for turn in range(1 if quick else 3):
             for count in best:
                 cache = Path(scratch) / f"cache-{turn}-{count}"
-                jobs = plan_networks(samples, [made], cache_root=cache, unit_rows=16 if quick else 32)
+                jobs = plan_networks(
+                    samples, [made], cache_root=cache, unit_rows=16 if quick else 32
+                )
                 wall, cpu = _processes(warm, jobs, count)
                 best[count] = (min(best[count][0], wall), min(best[count][1], cpu))
                 shutil.rmtree(cache)
@@ -369,7 +461,12 @@ def workers(quick: bool, measures: dict[str, float]) -> list[Row]:
     return [
         ("", "one process", "two processes", "two / one"),
         ("wall", f"{best[1][0]:.2f} s", f"{best[2][0]:.2f} s", f"{best[2][0] / best[1][0]:.3f}"),
-        ("CPU", f"{best[1][1]:.2f} s", f"{best[2][1]:.2f} s each", f"{best[2][1] / best[1][1]:.3f}"),
+        (
+            "CPU",
+            f"{best[1][1]:.2f} s",
+            f"{best[2][1]:.2f} s each",
+            f"{best[2][1] / best[1][1]:.3f}",
+        ),
     ]
 
 
@@ -391,12 +488,15 @@ def _run(jobs: list[ExtractJob]) -> float:
 
 
 def memory(quick: bool, measures: dict[str, float]) -> list[Row]:
-    """Peak memory of a process that extracts all of them; the images are small, and the network smaller."""
+    """Peak memory of a process that extracts all of them; the images are small, and the network
+    smaller.
+    """
     few, many = (500, 2000) if quick else (5000, 50_000)
     peaks = {}
     with tempfile.TemporaryDirectory() as scratch:
         samples = photographs(Path(scratch) / "images", few, (48, 48), "jpg")
-        # Many are the few again and again under other names with one byte more: reading, decoding and writing are the same
+        # Many are the few again and again under other names with one byte more: reading, decoding
+        # and writing are the same
         for count in (few, many):
             folder = Path(scratch) / f"{count}"
             folder.mkdir()
@@ -405,7 +505,9 @@ def memory(quick: bool, measures: dict[str, float]) -> list[Row]:
                 (folder / f"{index:06}.jpg").write_bytes(data + index.to_bytes(4, "big"))
             context = multiprocessing.get_context("spawn")
             with context.Pool(1) as pool:
-                peaks[count] = pool.apply(_peak, (str(folder), str(Path(scratch) / f"cache-{count}")))
+                peaks[count] = pool.apply(
+                    _peak, (str(folder), str(Path(scratch) / f"cache-{count}"))
+                )
             shutil.rmtree(folder)
     measures["memory_many_over_few"] = peaks[many] / peaks[few]
     return [
@@ -423,9 +525,12 @@ def _peak(folder: str, cache: str) -> int:
     from headrace.extract import list_folder
 
     samples = list_folder(folder)
-    samples = samples.assign(content=list(content_hashes(samples, Path(cache) / "contents.parquet").hashes))
+    samples = samples.assign(
+        content=list(content_hashes(samples, Path(cache) / "contents.parquet").hashes)
+    )
     made = network(
-        BackboneSpec("timm:mobilenetv3_small_050", "random:0", image_size=32), ["blocks.1.avg", "pre_logits"]
+        BackboneSpec("timm:mobilenetv3_small_050", "random:0", image_size=32),
+        ["blocks.1.avg", "pre_logits"],
     )
     jobs = plan_networks(samples, [made], cache_root=cache)
     assert sum(report.rows for report in run_units(jobs)) == len(samples)

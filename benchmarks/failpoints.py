@@ -1,12 +1,14 @@
-"""A death at every kind of system call by which headrace changes a disk, and what the same command makes of it afterwards.
+"""A death at every kind of system call by which headrace changes a disk, and what the same command
+makes of it afterwards.
 
     python benchmarks/failpoints.py [--quick] [--case COMMAND] [--count N] [--seed N]
 
-Each command runs in a fork, its tasks too, so that one process makes every call. First it is watched: every call that makes,
-writes, renames, links or removes something, by its kind (which call, on which kind of file). Then, for each kind, it is
-killed at one of them, drawn at random: before it, and for a write also when half is written. The same command is then called
-again, and has to end with the result of the uninterrupted one, with nothing left behind. The last line is one JSON object;
-the exit status is 1 after a fault.
+Each command runs in a fork, its tasks too, so that one process makes every call. First it is
+watched: every call that makes, writes, renames, links or removes something, by its kind (which
+call, on which kind of file). Then, for each kind, it is killed at one of them, drawn at random:
+before it, and for a write also when half is written. The same command is then called again, and has
+to end with the result of the uninterrupted one, with nothing left behind. The last line is one JSON
+object; the exit status is 1 after a fault.
 """
 
 import argparse
@@ -44,7 +46,8 @@ from kill_cases import (  # noqa: E402
 
 QUICK = 40
 
-# The state of the project before it, and the command. The later stages of a run first: a kind is tried once, where it is cheapest.
+# The state of the project before it, and the command. The later stages of a run first: a kind is
+# tried once, where it is cheapest.
 CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "conclude": ("thawed", RUN_CALL),
     "fine-tune": ("trained", RUN_CALL),
@@ -75,7 +78,8 @@ Kind = tuple[str, str]  # the call, and the kind of file
 
 
 def watch(project: Path, on_call: Callable[[Kind, Callable[[], None]], None]) -> None:
-    """Call `on_call` before each system call of this process that changes something below the project, for ever.
+    """Call `on_call` before each system call of this process that changes something below the
+    project, for ever.
 
     Its second argument writes half of what a write would write.
     """
@@ -88,7 +92,10 @@ def watch(project: Path, on_call: Callable[[Kind, Callable[[], None]], None]) ->
 
     def audit(event: str, arguments: tuple[Any, ...]) -> None:
         if event in _AUDITED:
-            noted(event.removeprefix("os."), arguments[1 if event in ("os.rename", "os.link", "os.symlink") else 0])
+            noted(
+                event.removeprefix("os."),
+                arguments[1 if event in ("os.rename", "os.link", "os.symlink") else 0],
+            )
         elif event == "open" and isinstance(arguments[2], int) and arguments[2] & _WRITING:
             noted("open", arguments[0])
 
@@ -119,7 +126,9 @@ def in_one_process() -> None:
     from headrace.pipelines.evidence import advise_run, train
     from headrace.pipelines.thaw import stage
 
-    def run_tasks(_client: Any, function: Any, jobs: Any, *, options: Any = None, split: Any = None) -> Iterator[Any]:
+    def run_tasks(
+        _client: Any, function: Any, jobs: Any, *, options: Any = None, split: Any = None
+    ) -> Iterator[Any]:
         for key, job in jobs:
             ours = options.claims if options else None
             if ours is None or ours.take(key):
@@ -140,7 +149,9 @@ def in_one_process() -> None:
     advise_run.local_client = bulk.local_client = opened
 
 
-def call(project: Path, argv: Sequence[str], before: Callable[[], None] = lambda: None) -> tuple[int, str]:
+def call(
+    project: Path, argv: Sequence[str], before: Callable[[], None] = lambda: None
+) -> tuple[int, str]:
     """Call a command in a fork that does everything itself; its exit status, and what it said."""
 
     def alone() -> None:
@@ -159,7 +170,10 @@ def calls_of(bench: Bench, state: str, argv: Sequence[str]) -> tuple[list[Kind],
     def before() -> None:
         descriptor = os.open(listed, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         write = os.write
-        watch(bench.project, lambda kind, _: write(descriptor, f"{json.dumps(kind)}\n".encode()) and None)
+        watch(
+            bench.project,
+            lambda kind, _: write(descriptor, f"{json.dumps(kind)}\n".encode()) and None,
+        )
 
     status, said = call(bench.project, argv, before)
     assert status == 0, said
@@ -178,8 +192,12 @@ def tidied(bench: Bench) -> dict[str, Any]:
     return result(bench.project)
 
 
-def death(bench: Bench, case: str, kind: Kind, number: int, *, half: bool, right: dict[str, Any]) -> list[str]:
-    """Kill the case's command at the number-th call of the kind, call it again; what is wrong then."""
+def death(
+    bench: Bench, case: str, kind: Kind, number: int, *, half: bool, right: dict[str, Any]
+) -> list[str]:
+    """Kill the case's command at the number-th call of the kind, call it again; what is
+    wrong then.
+    """
     state, argv = CASES[case]
     bench.restore(state, 1)
     count = 0
@@ -207,16 +225,27 @@ def death(bench: Bench, case: str, kind: Kind, number: int, *, half: bool, right
 
 def main() -> int:
     """Watch, kill, count."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK} deaths, evenly over all kinds")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help=f"{QUICK} deaths, evenly over all kinds"
+    )
     parser.add_argument("--case", choices=CASES)
-    parser.add_argument("--count", type=int, help="so many deaths, evenly over all kinds; default: every kind")
+    parser.add_argument(
+        "--count", type=int, help="so many deaths, evenly over all kinds; default: every kind"
+    )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     os.environ |= ONE_THREAD
     with tempfile.TemporaryDirectory() as scratch:
         os.environ["XDG_CACHE_HOME"] = f"{scratch}/state"
-        return measure(Path(scratch), options.case, options.count or (QUICK if options.quick else None), options.seed)
+        return measure(
+            Path(scratch),
+            options.case,
+            options.count or (QUICK if options.quick else None),
+            options.seed,
+        )
 
 
 def measure(folder: Path, only: str | None, count: int | None, seed: int) -> int:
@@ -232,7 +261,10 @@ def measure(folder: Path, only: str | None, count: int | None, seed: int) -> int
             calls, rights[case] = calls_of(bench, state, argv)
             for kind, times in collections.Counter(calls).items():
                 if kind not in known:
-                    points += [(case, kind, draw.randint(1, times), half) for half in {False, kind[0] == "write"}]
+                    points += [
+                        (case, kind, draw.randint(1, times), half)
+                        for half in {False, kind[0] == "write"}
+                    ]
             known |= set(calls)
     chosen = points if count is None else points[:: max(1, len(points) // count)]
     table = collections.defaultdict(collections.Counter)
@@ -253,7 +285,10 @@ def measure(folder: Path, only: str | None, count: int | None, seed: int) -> int
     for case in rights:
         kinds = len({kind for name, kind, _, _ in points if name == case})
         print(f"{case:<16}{kinds:>16}{table[case]['deaths']:>8}{table[case]['faults']:>8}")
-    seconds, deaths = round(time.monotonic() - began), sum(each["deaths"] for each in table.values())
+    seconds, deaths = (
+        round(time.monotonic() - began),
+        sum(each["deaths"] for each in table.values()),
+    )
     kinds = len({point[:2] for point in points})
     print(json.dumps({"kinds": kinds, "deaths": deaths, "faults": faults, "s": seconds}))
     return bool(faults)

@@ -1,10 +1,12 @@
-"""Damaged and hostile files against every parser of foreign bytes: a thousand flips, cuts and bombs per format.
+"""Damaged and hostile files against every parser of foreign bytes: a thousand flips, cuts and bombs
+per format.
 
     python benchmarks/fuzz_parsers.py [--quick] [--case NAME] [--count N] [--seed N]
 
-Each format is parsed in a process of its own, with bounded memory and time. Only ImageError, HeadraceError and OSError may
-come out; anything else, a crash, a hang or a MemoryError is a fault, and is printed with the number of its input, which
-`--case NAME --only NUMBER` repeats. The last line is one JSON object with the counts; the exit status is 1 after a fault.
+Each format is parsed in a process of its own, with bounded memory and time. Only ImageError,
+HeadraceError and OSError may come out; anything else, a crash, a hang or a MemoryError is a fault,
+and is printed with the number of its input, which `--case NAME --only NUMBER` repeats. The last
+line is one JSON object with the counts; the exit status is 1 after a fault.
 """
 
 import argparse
@@ -125,7 +127,10 @@ def parse_side_file(path: Path) -> None:
     archive = path.with_suffix(".tar")
     try:
         with tarfile.open(archive, "w") as opened:
-            for name, data in (("a/1.png", image("PNG")()[0]), (f"a/1{path.suffix}", path.read_bytes())):
+            for name, data in (
+                ("a/1.png", image("PNG")()[0]),
+                (f"a/1{path.suffix}", path.read_bytes()),
+            ):
                 entry = tarfile.TarInfo(name)
                 entry.size = len(data)
                 opened.addfile(entry, io.BytesIO(data))
@@ -144,7 +149,9 @@ def parse_features(path: Path) -> None:
         ids = rows if path.suffix in (".npy", ".npz") else None
         found = read_foreign(path, ids=ids, columns=["f*"] if path.suffix == ".csv" else ())
         with tempfile.TemporaryDirectory() as cache:
-            import_features(Path(cache), "x", found, {name: f"{n:032x}" for n, name in enumerate(names)})
+            import_features(
+                Path(cache), "x", found, {name: f"{n:032x}" for n, name in enumerate(names)}
+            )
     finally:
         rows.unlink()
 
@@ -178,7 +185,9 @@ def predict_pixels(place: Path) -> None:
 
 
 def parse_network(path: Path) -> None:
-    in_directory(path, {"network.safetensors": path.read_bytes(), "network.json": b"{}"}, predict_pixels)
+    in_directory(
+        path, {"network.safetensors": path.read_bytes(), "network.json": b"{}"}, predict_pixels
+    )
 
 
 def parse_network_text(path: Path) -> None:
@@ -197,20 +206,34 @@ def parse_ensemble(path: Path) -> None:
 
 
 def parse_exported_head(path: Path) -> None:
-    files = {"head.safetensors": path.read_bytes(), "head.json": b"{}", "backbone_0.safetensors": exported_weights()}
+    files = {
+        "head.safetensors": path.read_bytes(),
+        "head.json": b"{}",
+        "backbone_0.safetensors": exported_weights(),
+    }
     in_directory(path, files, predict_pixels)
 
 
 def parse_exported_text(path: Path) -> None:
     from safetensors.numpy import load, save
 
-    data = save(load(exported_heads("")[0]), metadata={"headrace": path.read_text(errors="replace")})
-    files = {"head.safetensors": data, "head.json": b"{}", "backbone_0.safetensors": exported_weights()}
+    data = save(
+        load(exported_heads("")[0]), metadata={"headrace": path.read_text(errors="replace")}
+    )
+    files = {
+        "head.safetensors": data,
+        "head.json": b"{}",
+        "backbone_0.safetensors": exported_weights(),
+    }
     in_directory(path, files, predict_pixels)
 
 
 def parse_exported_weights(path: Path) -> None:
-    files = {"head.safetensors": exported_heads("")[0], "head.json": b"{}", "backbone_0.safetensors": path.read_bytes()}
+    files = {
+        "head.safetensors": exported_heads("")[0],
+        "head.json": b"{}",
+        "backbone_0.safetensors": path.read_bytes(),
+    }
     in_directory(path, files, predict_pixels)
 
 
@@ -221,7 +244,9 @@ def pixels() -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (24, 20, 3), np.uint8)
 
 
-def image(kind: str, modes: tuple[str, ...] = ("RGB",), **options: Any) -> Callable[[], list[bytes]]:
+def image(
+    kind: str, modes: tuple[str, ...] = ("RGB",), **options: Any
+) -> Callable[[], list[bytes]]:
     def made() -> list[bytes]:
         from PIL import Image
 
@@ -249,7 +274,9 @@ def array_file(array: np.ndarray) -> bytes:
 def frame() -> Any:
     import pandas as pd
 
-    return pd.DataFrame({"path": [f"{n}.png" for n in range(12)], "label": list("abc") * 4, "n": range(12)})
+    return pd.DataFrame(
+        {"path": [f"{n}.png" for n in range(12)], "label": list("abc") * 4, "n": range(12)}
+    )
 
 
 def csv_file() -> list[bytes]:
@@ -382,7 +409,16 @@ def model_file() -> list[bytes]:
     from headrace.heads import RidgeSpec, SklearnSpec, spec_to_json
 
     feature = FeatureSpec(
-        "timm:test_resnet", "w" * 64, "fc", "avg", "{}", '{"index": 0}', "p", "float32", "float16", (4,)
+        "timm:test_resnet",
+        "w" * 64,
+        "fc",
+        "avg",
+        "{}",
+        '{"index": 0}',
+        "p",
+        "float32",
+        "float16",
+        (4,),
     )
     found = []
     for spec in (RidgeSpec(1.0), SklearnSpec("sklearn.naive_bayes.GaussianNB", "{}")):
@@ -407,7 +443,9 @@ def features() -> Any:
     import pandas as pd
 
     values = np.random.default_rng(0).normal(size=(8, 5)).astype(np.float32)
-    return pd.DataFrame(values, columns=[f"f{n}" for n in range(5)]).assign(id=[f"{n}.png" for n in range(8)])
+    return pd.DataFrame(values, columns=[f"f{n}" for n in range(5)]).assign(
+        id=[f"{n}.png" for n in range(8)]
+    )
 
 
 def features_npz() -> list[bytes]:
@@ -426,7 +464,9 @@ def features_h5() -> list[bytes]:
     for options in ({}, {"chunks": (4, 5), "compression": "gzip"}):
         stored = io.BytesIO()
         with h5py.File(stored, "w") as file:
-            file.create_dataset("features", data=features().drop(columns="id").to_numpy(), **options)
+            file.create_dataset(
+                "features", data=features().drop(columns="id").to_numpy(), **options
+            )
             file["id"] = [name.encode() for name in features()["id"]]
         found.append(stored.getvalue())
     return found
@@ -437,7 +477,12 @@ def features_parquet() -> list[bytes]:
     import pyarrow.parquet as pq
 
     found = []
-    lists = pa.table({"id": features()["id"], "v": [list(row) for row in features().drop(columns="id").to_numpy()]})
+    lists = pa.table(
+        {
+            "id": features()["id"],
+            "v": [list(row) for row in features().drop(columns="id").to_numpy()],
+        }
+    )
     for table in (lists, pa.table({"id": features()["id"], "f": features()["f0"]})):
         stored = io.BytesIO()
         pq.write_table(table, stored)
@@ -450,7 +495,12 @@ def ids_npy() -> list[bytes]:
 
 
 def side_json() -> list[bytes]:
-    return [b'{"label": "cat", "n": 1.5, "tags": ["a"], "more": {"deep": [1]}}', b"3", b'"cat"', b"[1, 2]"]
+    return [
+        b'{"label": "cat", "n": 1.5, "tags": ["a"], "more": {"deep": [1]}}',
+        b"3",
+        b'"cat"',
+        b"[1, 2]",
+    ]
 
 
 @functools.cache
@@ -460,10 +510,15 @@ def network_tensors() -> dict[str, Any]:
     from headrace.extract import BackboneSpec, load_backbone
 
     module = load_backbone(BackboneSpec("timm:test_resnet", "random:0")).module
-    tensors = {f"backbone.{name}": tensor.contiguous() for name, tensor in module.state_dict().items()}
+    tensors = {
+        f"backbone.{name}": tensor.contiguous() for name, tensor in module.state_dict().items()
+    }
     width = module.state_dict()["layer4.0.bn2.weight"].shape[0]
     tensors |= {"head.centre": torch.zeros(width), "head.scale": torch.ones(width)}
-    return tensors | {"head.layers.0.weight": torch.ones(2, width), "head.layers.0.bias": torch.zeros(2)}
+    return tensors | {
+        "head.layers.0.weight": torch.ones(2, width),
+        "head.layers.0.bias": torch.zeros(2),
+    }
 
 
 def network_text() -> list[bytes]:
@@ -481,7 +536,9 @@ def network_text() -> list[bytes]:
         "preprocess": dataclasses.asdict(loaded.preprocessing),
         "tap": ["layer4.avg"],
         "head": {"convolutions": [], "layers": [[2, width]], "gain": 1.0, "features": width},
-        "spec": json.loads(spec_to_json(FineTuneSpec(head=spec_to_json(LogisticSpec(1.0)), depth="all"))),
+        "spec": json.loads(
+            spec_to_json(FineTuneSpec(head=spec_to_json(LogisticSpec(1.0)), depth="all"))
+        ),
         "task_kind": "single",
         "classes": ["a", "b"],
         "metrics": {},
@@ -536,7 +593,9 @@ def exported_text() -> list[bytes]:
         "task_kind": "single",
         "classes": ["a", "b"],
         "features": [json.loads(feature.to_json())],
-        "backbones": [dataclasses.asdict(dataclasses.replace(spec, weights="backbone_0.safetensors"))],
+        "backbones": [
+            dataclasses.asdict(dataclasses.replace(spec, weights="backbone_0.safetensors"))
+        ],
         "metrics": {},
     }
     return [json.dumps(about).encode()]
@@ -546,7 +605,9 @@ def ensemble_text() -> list[bytes]:
     about = {
         "format": 2,
         "kind": "ensemble",
-        "members": [{"model": f"members/{n}", "weight": 0.5, "temperature": 1.0 + n} for n in range(2)],
+        "members": [
+            {"model": f"members/{n}", "weight": 0.5, "temperature": 1.0 + n} for n in range(2)
+        ],
         "temperature": 1.2,
         "task_kind": "single",
         "classes": ["a", "b"],
@@ -560,7 +621,9 @@ def ensemble_text() -> list[bytes]:
 
 def png_bombs() -> list[bytes]:
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     def png(width: int, height: int, *chunks: bytes, depth: int = 8, colour: int = 2) -> bytes:
         head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
@@ -591,7 +654,10 @@ def npy_bombs() -> list[bytes]:
         "(" * 5000,
         "(1,)*9999999",
     )
-    found = [npy(f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}", bytes(64)) for shape in shapes]
+    found = [
+        npy(f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}", bytes(64))
+        for shape in shapes
+    ]
     return [
         *found,
         npy("{'descr': '|O', 'fortran_order': False, 'shape': (2, 8, 8), }", b"cos\nsystem\n"),
@@ -630,7 +696,11 @@ def h5_bombs() -> list[bytes]:
         h5(chunked((2**40, 1, 3), (1, 1, 3))),
         h5(link(h5py.ExternalLink("/etc/passwd", "x"))),
         h5(link(h5py.SoftLink("/images"))),
-        h5(lambda f: f.create_dataset("images", (5, 8, 8), "u1", external=[("/etc/passwd", 0, h5py.h5f.UNLIMITED)])),
+        h5(
+            lambda f: f.create_dataset(
+                "images", (5, 8, 8), "u1", external=[("/etc/passwd", 0, h5py.h5f.UNLIMITED)]
+            )
+        ),
     ]
 
 
@@ -651,14 +721,24 @@ def text_bombs() -> list[bytes]:
 
 
 def recipe_bombs() -> list[bytes]:
-    merges = "x0: &x0 {k: v}\n" + "".join(f"x{i}: &x{i} {{<<: [*x{i - 1}, *x{i - 1}]}}\n" for i in range(1, 40))
+    merges = "x0: &x0 {k: v}\n" + "".join(
+        f"x{i}: &x{i} {{<<: [*x{i - 1}, *x{i - 1}]}}\n" for i in range(1, 40)
+    )
     lists = "x0: &x0 [1]\n" + "".join(f"x{i}: &x{i} [*x{i - 1}, *x{i - 1}]\n" for i in range(1, 40))
     keys = "".join(f"key{i}: 1\n" for i in range(20_000))
-    return [merges.encode() + RECIPE, lists.encode() + RECIPE, RECIPE + keys.encode(), *text_bombs()]
+    return [
+        merges.encode() + RECIPE,
+        lists.encode() + RECIPE,
+        RECIPE + keys.encode(),
+        *text_bombs(),
+    ]
 
 
 def gzip_bombs() -> list[bytes]:
-    return [gzip.compress(bytes(1 << 26)) * 64, gzip.compress(idx_file()[0])]  # the first: 4 GiB in 4 MB
+    return [
+        gzip.compress(bytes(1 << 26)) * 64,
+        gzip.compress(idx_file()[0]),
+    ]  # the first: 4 GiB in 4 MB
 
 
 def tar_bombs() -> list[bytes]:
@@ -703,7 +783,9 @@ def network_bombs() -> list[bytes]:
         {"layers": [[2, 8]] * 100_000},
         {"convolutions": [[2**20, 2**20]]},
     ]
-    return [json.dumps({**about, "head": {**about["head"], **head}}).encode() for head in heads] + text_bombs()
+    return [
+        json.dumps({**about, "head": {**about["head"], **head}}).encode() for head in heads
+    ] + text_bombs()
 
 
 def features_h5_bombs() -> list[bytes]:
@@ -738,7 +820,9 @@ def features_parquet_bombs() -> list[bytes]:
     stored = io.BytesIO()
     with pq.ParquetWriter(stored, pa.schema([("id", pa.string()), ("f", pa.float32())])) as writer:
         for _ in range(40):  # 400 million rows of one value in some kilobytes
-            writer.write_table(pa.table({"id": pa.nulls(10**7, pa.string()), "f": pa.nulls(10**7, pa.float32())}))
+            writer.write_table(
+                pa.table({"id": pa.nulls(10**7, pa.string()), "f": pa.nulls(10**7, pa.float32())})
+            )
     return [stored.getvalue()]
 
 
@@ -748,7 +832,12 @@ CASES = {
     "webp": Case(".webp", image("WEBP", ("RGB", "RGBA")), parse_image),
     "tiff": Case(".tif", image("TIFF", ("RGB", "I;16", "F", "CMYK", "1")), parse_image),
     "tiff-lzw": Case(".tif", image("TIFF", ("RGB", "I;16"), compression="tiff_lzw"), parse_image),
-    "gif": Case(".gif", image("GIF"), parse_image, lambda: [b"GIF89a\xff\xff\xff\xff\x80\0\0" + bytes(6) + b",;"]),
+    "gif": Case(
+        ".gif",
+        image("GIF"),
+        parse_image,
+        lambda: [b"GIF89a\xff\xff\xff\xff\x80\0\0" + bytes(6) + b",;"],
+    ),
     "bmp": Case(".bmp", image("BMP", ("RGB", "L")), parse_image),
     "jp2": Case(".jp2", image("JPEG2000"), parse_image),
     "avif": Case(".avif", image("AVIF"), parse_image),
@@ -772,18 +861,27 @@ CASES = {
     "npz": Case(".npz", npz_file, parse_array, npz_bombs),
     "h5": Case(".h5", h5_file, parse_array, h5_bombs),
     "idx": Case(
-        "-idx3-ubyte", idx_file, parse_array, lambda: [b"\0\0\x08\x03" + b"\xff" * 12, b"\0\0\x08\xff" + bytes(1020)]
+        "-idx3-ubyte",
+        idx_file,
+        parse_array,
+        lambda: [b"\0\0\x08\x03" + b"\xff" * 12, b"\0\0\x08\xff" + bytes(1020)],
     ),
-    "idx.gz": Case("-idx3-ubyte.gz", lambda: [gzip.compress(idx_file()[0])], parse_array, gzip_bombs),
+    "idx.gz": Case(
+        "-idx3-ubyte.gz", lambda: [gzip.compress(idx_file()[0])], parse_array, gzip_bombs
+    ),
     "recipe": Case(".yaml", lambda: [RECIPE], parse_recipe, recipe_bombs),
     "pth": Case(".pth", pth_file, parse_weights, weights_bombs),
     "safetensors": Case(".safetensors", safetensors_file, parse_weights, weights_bombs),
     "model": Case(".safetensors", model_file, parse_model, weights_bombs),
     "network": Case(".safetensors", network_file, parse_network, weights_bombs),
     "network-text": Case(".json", network_text, parse_network_text, network_bombs),
-    "exported-head": Case(".safetensors", lambda: list(exported_heads("")), parse_exported_head, weights_bombs),
+    "exported-head": Case(
+        ".safetensors", lambda: list(exported_heads("")), parse_exported_head, weights_bombs
+    ),
     "exported-text": Case(".json", exported_text, parse_exported_text, text_bombs),
-    "exported-weights": Case(".safetensors", lambda: [exported_weights()], parse_exported_weights, weights_bombs),
+    "exported-weights": Case(
+        ".safetensors", lambda: [exported_weights()], parse_exported_weights, weights_bombs
+    ),
     "ensemble": Case(".json", ensemble_text, parse_ensemble, text_bombs),
     "side-json": Case(".json", side_json, parse_side_file, text_bombs),
     "side-cls": Case(".cls", lambda: [b"3\n"], parse_side_file, text_bombs),
@@ -791,7 +889,9 @@ CASES = {
     "features-npy": Case(".npy", lambda: [array_file(np.eye(8, 5))], parse_features, npy_bombs),
     "features-npz": Case(".npz", features_npz, parse_features, npz_bombs),
     "features-h5": Case(".h5", features_h5, parse_features, features_h5_bombs),
-    "features-csv": Case(".csv", lambda: [features().to_csv(index=False).encode()], parse_features, text_bombs),
+    "features-csv": Case(
+        ".csv", lambda: [features().to_csv(index=False).encode()], parse_features, text_bombs
+    ),
     "features-parquet": Case(".parquet", features_parquet, parse_features, features_parquet_bombs),
     "ids-npy": Case(".npy", ids_npy, parse_ids, npy_bombs),
     "ids-csv": Case(".csv", lambda: [features()[["id"]].to_csv().encode()], parse_ids, text_bombs),
@@ -803,7 +903,9 @@ CASES = {
 
 
 def inputs(case: Case, count: int, seed: int) -> Iterator[bytes]:
-    """The bombs, then whole files with damage: bytes flipped, cut, repeated, numbers made large, parts of another file."""
+    """The bombs, then whole files with damage: bytes flipped, cut, repeated, numbers made large,
+    parts of another file.
+    """
     yield from case.bombs()
     whole = case.whole()
     yield from whole
@@ -811,7 +913,11 @@ def inputs(case: Case, count: int, seed: int) -> Iterator[bytes]:
         rng = np.random.default_rng([seed, number])
         # Half of the damaged JSON is JSON again, with another value somewhere.
         as_text = case.suffix == ".json" and number % 2
-        yield altered(whole[number // 2 % len(whole)], rng) if as_text else damaged(whole, number, rng)
+        yield (
+            altered(whole[number // 2 % len(whole)], rng)
+            if as_text
+            else damaged(whole, number, rng)
+        )
 
 
 ODD = [None, True, -1, 0, 2**31, 2**63, 10**400, 1e308, 0.5, "", "x", "9" * 5000, "../..", "python:os:getcwd", "\0", "\ud800",
@@ -828,7 +934,11 @@ def altered(text: bytes, rng: np.random.Generator) -> bytes:
             key = places[int(rng.integers(len(places)))]
             below = node[key]
             deeper = (
-                list(below) if isinstance(below, dict) else list(range(len(below))) if isinstance(below, list) else []
+                list(below)
+                if isinstance(below, dict)
+                else list(range(len(below)))
+                if isinstance(below, list)
+                else []
             )
             if not deeper or rng.random() < 0.2:
                 break
@@ -846,7 +956,11 @@ def damaged(whole: list[bytes], number: int, rng: np.random.Generator) -> bytes:
     # Headers, at the ends, are where the interesting numbers are.
     near = min(len(data), 256) if rng.random() < 0.6 else len(data)
     for _ in range(int(rng.choice([1, 1, 2, 4, 16]))):
-        place = int(rng.integers(near)) if rng.random() < 0.7 else len(data) - 1 - int(rng.integers(near))
+        place = (
+            int(rng.integers(near))
+            if rng.random() < 0.7
+            else len(data) - 1 - int(rng.integers(near))
+        )
         kind = rng.integers(7)
         if kind == 0:
             data[place] ^= 1 << int(rng.integers(8))
@@ -859,7 +973,9 @@ def damaged(whole: list[bytes], number: int, rng: np.random.Generator) -> bytes:
         elif kind == 3 and rng.random() < 0.3:
             del data[place:]
         elif kind == 4:
-            data[place:place] = data[place : place + int(rng.integers(1, 64))] * int(rng.choice([1, 2, 100]))
+            data[place:place] = data[place : place + int(rng.integers(1, 64))] * int(
+                rng.choice([1, 2, 100])
+            )
         elif kind == 5:
             del data[place : place + int(rng.integers(1, 16))]
         else:
@@ -881,8 +997,14 @@ def outcome(case: Case, path: Path) -> str:
         return "refused"
     except BaseException as error:  # noqa: BLE001 (whatever else comes out is what is looked for)
         last = traceback.extract_tb(error.__traceback__)[-1]
-        ours = [each for each in traceback.extract_tb(error.__traceback__) if "headrace" in each.filename][-1:]
-        where = ", called by ".join(f"{Path(each.filename).name}:{each.lineno}" for each in (last, *ours))
+        ours = [
+            each
+            for each in traceback.extract_tb(error.__traceback__)
+            if "headrace" in each.filename
+        ][-1:]
+        where = ", called by ".join(
+            f"{Path(each.filename).name}:{each.lineno}" for each in (last, *ours)
+        )
         return f"{type(error).__name__}: {str(error)[:100]} ({where})"
     return "parsed"
 
@@ -909,12 +1031,28 @@ def child(name: str, count: int, seed: int, start: int, stop: int | None) -> Non
             path.unlink(missing_ok=True)
 
 
-def fuzz(name: str, count: int, seed: int, start: int = 0, stop: int | None = None) -> dict[int, str]:
-    """What came of each input by its number. After a crash or a hang a new process goes on with the next one."""
+def fuzz(
+    name: str, count: int, seed: int, start: int = 0, stop: int | None = None
+) -> dict[int, str]:
+    """What came of each input by its number.
+
+    After a crash or a hang a new process goes on with the next one.
+    """
     found: dict[int, str] = {}
     while True:
-        command = [sys.executable, __file__, "--child", name, str(count), str(seed), str(start), str(stop or "")]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        command = [
+            sys.executable,
+            __file__,
+            "--child",
+            name,
+            str(count),
+            str(seed),
+            str(start),
+            str(stop or ""),
+        ]
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
         lines: queue.Queue[str | None] = queue.Queue()
         threading.Thread(target=_feed, args=(process, lines), daemon=True).start()
         current, problem = None, None
@@ -956,8 +1094,15 @@ def main() -> None:
         child(name, int(count), int(seed), int(start), int(stop) if stop else None)
         return
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK} inputs per format instead of {COUNT}")
-    parser.add_argument("--case", choices=CASES, action="append", help="this format alone; may be given several times")
+    parser.add_argument(
+        "--quick", action="store_true", help=f"{QUICK} inputs per format instead of {COUNT}"
+    )
+    parser.add_argument(
+        "--case",
+        choices=CASES,
+        action="append",
+        help="this format alone; may be given several times",
+    )
     parser.add_argument("--count", type=int, help="damaged inputs per format")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, help="this input alone")
@@ -969,12 +1114,22 @@ def main() -> None:
     for name in asked.case or CASES:
         began = time.perf_counter()
         found = fuzz(name, count, asked.seed, *only)
-        faults = {number: what for number, what in found.items() if what not in ("parsed", "refused")}
+        faults = {
+            number: what for number, what in found.items() if what not in ("parsed", "refused")
+        }
         kinds = collections.Counter(found.values())
-        row = {"inputs": len(found), "parsed": kinds["parsed"], "refused": kinds["refused"], "faults": len(faults)}
+        row = {
+            "inputs": len(found),
+            "parsed": kinds["parsed"],
+            "refused": kinds["refused"],
+            "faults": len(faults),
+        }
         totals.update(row)
         seconds = time.perf_counter() - began
-        print(f"{name:12} {len(found):7} {row['parsed']:7} {row['refused']:8} {row['faults']:7} {seconds:8.1f}")
+        print(
+            f"{name:12} {len(found):7} {row['parsed']:7} {row['refused']:8} "
+            f"{row['faults']:7} {seconds:8.1f}"
+        )
         shown: set[str] = set()
         for number, what in faults.items():
             if what not in shown and len(shown) < 12:

@@ -1,15 +1,18 @@
 """Logistic and ridge banks against scikit-learn, one head at a time and by its own path search.
 
-    python benchmarks/heads_linear.py --case logistic-5k|logistic-20k|logistic-100|logistic-wide|ridge|ridge-1000 [--quick]
+    python benchmarks/heads_linear.py --case
+    logistic-5k|logistic-20k|logistic-100|logistic-wide|ridge|ridge-1000 [--quick]
 
-Features: the handwritten digits of scikit-learn (public, in the package), rotated, scaled, shifted and with noise, through
-fixed random convolutions, rounded to float16; `logistic-100` puts two digits side by side, 100 classes. Grid: 20 inverse
-strengths from 1e-4 to 1e2, 5 stratified folds, features standardised on each fold's training rows.
+Features: the handwritten digits of scikit-learn (public, in the package), rotated, scaled, shifted
+and with noise, through fixed random convolutions, rounded to float16; `logistic-100` puts two
+digits side by side, 100 classes. Grid: 20 inverse strengths from 1e-4 to 1e2, 5 stratified folds,
+features standardised on each fold's training rows.
 
-Everything is counted on both sides: standardising, training, predicting the held-out rows. One thread, sides in turn, CPU
-and wall seconds. Every head's objective is recomputed in float64 from the returned coefficients; gaps are relative to the
-best objective that any side, or the bank at a tight gap, found for that head. --quick measures scikit-learn on fold 0 at
-every fourth strength and multiplies its seconds by 20; without it every head is fitted, and LogisticRegressionCV too.
+Everything is counted on both sides: standardising, training, predicting the held-out rows. One
+thread, sides in turn, CPU and wall seconds. Every head's objective is recomputed in float64 from
+the returned coefficients; gaps are relative to the best objective that any side, or the bank at a
+tight gap, found for that head. --quick measures scikit-learn on fold 0 at every fourth strength and
+multiplies its seconds by 20; without it every head is fitted, and LogisticRegressionCV too.
 """
 
 import argparse
@@ -66,8 +69,12 @@ def digit_features(rows: int, width: int, classes: int) -> tuple[np.ndarray, np.
         shift = torch.tensor(rng.uniform(-0.2, 0.2, (rows, 2)), dtype=torch.float32)
         first = torch.stack([angle.cos() * size, -angle.sin() * size, shift[:, 0]], dim=1)
         second = torch.stack([angle.sin() * size, angle.cos() * size, shift[:, 1]], dim=1)
-        grid = F.affine_grid(torch.stack([first, second], dim=1), [rows, 1, 16, 16], align_corners=False)
-        return F.grid_sample(images, grid, align_corners=False), digits.target[chosen].astype(np.int64)
+        grid = F.affine_grid(
+            torch.stack([first, second], dim=1), [rows, 1, 16, 16], align_corners=False
+        )
+        return F.grid_sample(images, grid, align_corners=False), digits.target[chosen].astype(
+            np.int64
+        )
 
     images, y = draw()
     cells = (2, 2)
@@ -99,17 +106,27 @@ def gemm_peak() -> float:
     return max(2 * 1536**3 / timed(lambda: a @ a)[1][0] / 1e9 for _ in range(5))
 
 
-def logistic_objective(X: np.ndarray, y: np.ndarray, W: np.ndarray, b: np.ndarray, C: float) -> float:
-    """scikit-learn's objective of raw coefficients W (C, D), in float64, on features standardised by these rows."""
+def logistic_objective(
+    X: np.ndarray, y: np.ndarray, W: np.ndarray, b: np.ndarray, C: float
+) -> float:
+    """scikit-learn's objective of raw coefficients W (C, D), in float64, on features standardised
+    by these rows.
+    """
     wide = X.astype(np.float64)
     decision = wide @ W.T.astype(np.float64) + b
     top = decision.max(axis=1)
-    loss = np.log(np.exp(decision - top[:, None]).sum(axis=1)) + top - decision[np.arange(len(y)), y]
+    loss = (
+        np.log(np.exp(decision - top[:, None]).sum(axis=1)) + top - decision[np.arange(len(y)), y]
+    )
     return float(loss.sum() + np.sum((W * wide.std(axis=0)) ** 2) / (2 * C))
 
 
-def one_head(X: np.ndarray, y: np.ndarray, fold: np.ndarray, held: int, C: float, **options: Any) -> tuple[Any, Any]:
-    """What people write today: scale, fit, predict the held-out rows; raw coefficients come back."""
+def one_head(
+    X: np.ndarray, y: np.ndarray, fold: np.ndarray, held: int, C: float, **options: Any
+) -> tuple[Any, Any]:
+    """What people write today: scale, fit, predict the held-out rows; raw coefficients
+    come back.
+    """
     train = fold != held
     model = make_pipeline(StandardScaler(), LogisticRegression(C=C, **options))
     model.fit(X[train].astype(np.float32), y[train]).predict_proba(X[~train].astype(np.float32))
@@ -119,13 +136,15 @@ def one_head(X: np.ndarray, y: np.ndarray, fold: np.ndarray, held: int, C: float
 
 
 def products_beside(rows: int, width: int, classes: int, iterations: int) -> float:
-    """Flops of the matrix products around the passes over the rows, those of frames and pairs left out and, where there are fewer
-    rows than features, everything."""
+    """Flops of the matrix products around the passes over the rows, those of frames and pairs left
+    out and, where there are fewer rows than features, everything.
+    """
     if rows < width:
         return 0.0
     columns, heads = classes - 1, 5 * len(STRENGTHS)
     wide = columns >= COLUMNS_OF_A_WIDE_HEAD
-    # Rows into their eigenbasis, of wide heads for each fold its own; their Gram matrix, of which half is computed.
+    # Rows into their eigenbasis, of wide heads for each fold its own; their Gram matrix, of which
+    # half is computed.
     rotation = (2 * (4 if wide else 1) + 1) * rows * width**2
     # Of wide heads each fold's rows have its scales, and penalties and bounds need no product.
     penalties = 0 if wide else 4 * iterations * width**2 * columns
@@ -146,7 +165,9 @@ def logistic_case(name: str, quick: bool) -> dict[str, float]:
     figures: dict[str, float] = {}
 
     def bank(gap: float) -> list[HeadFit]:
-        return fit_logistic_bank(X, y, n_classes=classes, fold=fold, specs=specs, full=False, gap=gap)
+        return fit_logistic_bank(
+            X, y, n_classes=classes, fold=fold, specs=specs, full=False, gap=gap
+        )
 
     bank(1e-1)  # warm
     for gap in GAPS.get(name, (1e-5, 3e-7)):
@@ -159,14 +180,19 @@ def logistic_case(name: str, quick: bool) -> dict[str, float]:
         seconds[label] = median([run[1] for run in runs])
         objectives[label] = [
             logistic_objective(
-                X[fold != f], y[fold != f], fits[i, f].arrays["weight"], fits[i, f].arrays["bias"], STRENGTHS[i]
+                X[fold != f],
+                y[fold != f],
+                fits[i, f].arrays["weight"],
+                fits[i, f].arrays["bias"],
+                STRENGTHS[i],
             )
             for i, f in sampled
         ]
         iterations = sum(fit.iterations for fit in fits.values())
         work = iterations * 4 * 0.8 * rows * width * (classes - 1)
         products = work + products_beside(rows, width, classes, iterations)
-        # Against the peak as it was before and after each run: on a shared machine it moves by half within seconds.
+        # Against the peak as it was before and after each run: on a shared machine it moves by half
+        # within seconds.
         beside = [(before + after) / 2 for before, after in itertools.pairwise(peaks)]
         shares = [work / run[1][0] / 1e9 / own for run, own in zip(runs, beside, strict=True)]
         figures[f"of_peak {label}"] = float(np.median(shares))
@@ -178,25 +204,37 @@ def logistic_case(name: str, quick: bool) -> dict[str, float]:
         cpu = wall = 0.0
         objectives[label] = []
         for i, f in sampled:
-            (W, b), (c, w) = timed(lambda i=i, f=f, o=options: one_head(X, y, fold, f, STRENGTHS[i], **o))
+            (W, b), (c, w) = timed(
+                lambda i=i, f=f, o=options: one_head(X, y, fold, f, STRENGTHS[i], **o)
+            )
             cpu, wall = cpu + c, wall + w
-            objectives[label].append(logistic_objective(X[fold != f], y[fold != f], W, b, STRENGTHS[i]))
+            objectives[label].append(
+                logistic_objective(X[fold != f], y[fold != f], W, b, STRENGTHS[i])
+            )
         seconds[label] = cpu * 100 / len(sampled), wall * 100 / len(sampled)
     if not quick:
         scaled = StandardScaler().fit_transform(X.astype(np.float32))
         splits = [(np.flatnonzero(fold != f), np.flatnonzero(fold == f)) for f in range(5)]
-        search = LogisticRegressionCV(Cs=STRENGTHS, cv=splits, l1_ratios=(0.0,), use_legacy_attributes=False)
+        search = LogisticRegressionCV(
+            Cs=STRENGTHS, cv=splits, l1_ratios=(0.0,), use_legacy_attributes=False
+        )
         seconds["LogisticRegressionCV"] = timed(lambda: search.fit(scaled, y))[1]
     tight = bank(1e-8)
     fits = {(specs.index(fit.spec), fit.fold): fit for fit in tight}
     reference = [
         logistic_objective(
-            X[fold != f], y[fold != f], fits[i, f].arrays["weight"], fits[i, f].arrays["bias"], STRENGTHS[i]
+            X[fold != f],
+            y[fold != f],
+            fits[i, f].arrays["weight"],
+            fits[i, f].arrays["bias"],
+            STRENGTHS[i],
         )
         for i, f in sampled
     ]
     best = np.minimum.reduce([np.array(values) for values in (*objectives.values(), reference)])
-    print(f"{name}: {rows:,} × {width:,}, {classes} classes, 100 heads; {len(sampled)} heads checked")
+    print(
+        f"{name}: {rows:,} × {width:,}, {classes} classes, 100 heads; {len(sampled)} heads checked"
+    )
     print(f"{'side':24}{'CPU s':>9}{'wall s':>9}{'gap median':>12}{'p90':>10}{'max':>10}")
     for label, (cpu, wall) in seconds.items():
         text = f"{label:24}{cpu:9.2f}{wall:9.2f}"
@@ -211,13 +249,17 @@ def logistic_case(name: str, quick: bool) -> dict[str, float]:
             figures[f"{ours} vs {theirs}"] = ratio
             line = f"{ours}: {ratio:.1f} × {theirs}"
             if theirs in objectives:
-                worse = int((np.array(objectives[ours]) > np.array(objectives[theirs]) * (1 + 1e-6)).sum())
+                worse = int(
+                    (np.array(objectives[ours]) > np.array(objectives[theirs]) * (1 + 1e-6)).sum()
+                )
                 figures[f"{ours} worse than {theirs}"] = worse
                 line += f", {worse} of {len(sampled)} heads worse by more than 1e-6"
             print(line)
         print(
-            f"{ours}: {figures[f'products_of_peak {ours}']:.2f} of the GEMM peak ({figures[f'peak_gflops {ours}']:.0f} GF/s), "
-            f"end to end; {figures[f'of_peak {ours}']:.2f} by the products with rows in the passes alone"
+            f"{ours}: {figures[f'products_of_peak {ours}']:.2f} of the GEMM peak "
+            f"({figures[f'peak_gflops {ours}']:.0f} GF/s), "
+            f"end to end; {figures[f'of_peak {ours}']:.2f} by the products with rows in the "
+            "passes alone"
         )
     return figures
 
@@ -239,7 +281,8 @@ def ridge_case(name: str, quick: bool) -> dict[str, float]:
     ours = median([run[1] for run in runs])
     figures = {"bank_cpu": ours[0]}
     print(
-        f"{name}: {rows:,} × {width:,}, {classes} classes, {5 * count} heads; RidgeClassifier on {len(sampled)} of them, scaled up"
+        f"{name}: {rows:,} × {width:,}, {classes} classes, {5 * count} heads; "
+        f"RidgeClassifier on {len(sampled)} of them, scaled up"
     )
     print(f"{'side':28}{'CPU s':>9}{'wall s':>9}{'ratio':>8}{'max rel. difference':>22}")
     print(f"{'bank (float64 products)':28}{ours[0]:9.2f}{ours[1]:9.2f}")
@@ -264,7 +307,9 @@ def ridge_case(name: str, quick: bool) -> dict[str, float]:
         label = f"RidgeClassifier {np.dtype(dtype).name}"
         figures[f"vs {label}"] = cpu * share / ours[0]
         figures[f"max_difference {label}"] = worst
-        print(f"{label:28}{cpu * share:9.2f}{wall * share:9.2f}{cpu * share / ours[0]:8.1f}{worst:22.1e}")
+        print(
+            f"{label:28}{cpu * share:9.2f}{wall * share:9.2f}{cpu * share / ours[0]:8.1f}{worst:22.1e}"
+        )
     return figures
 
 
@@ -282,13 +327,23 @@ def median(runs: list[Timed]) -> Timed:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--case", required=True, choices=CASES)
-    parser.add_argument("--quick", action="store_true", help="a sample of scikit-learn's heads, one run of the bank")
+    parser.add_argument(
+        "--quick", action="store_true", help="a sample of scikit-learn's heads, one run of the bank"
+    )
     options = parser.parse_args()
-    warnings.simplefilter("ignore", ConvergenceWarning)  # defaults stop at 100 iterations: that is what is compared
+    warnings.simplefilter(
+        "ignore", ConvergenceWarning
+    )  # defaults stop at 100 iterations: that is what is compared
     run = ridge_case if options.case.startswith("ridge") else logistic_case
-    print(json.dumps({key: float(f"{value:.4g}") for key, value in run(options.case, options.quick).items()}))
+    print(
+        json.dumps(
+            {key: float(f"{value:.4g}") for key, value in run(options.case, options.quick).items()}
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -2,22 +2,27 @@
 
     python benchmarks/heads_mlp.py --case mlp|mlp-wide|halving|knn|all [--quick]
 
-Features: the handwritten digits of scikit-learn (1,797 images, public, in the package), shifted by up to a pixel and
-with noise, through fixed random convolutions, rounded to float16. Images are split before they are
+Features: the handwritten digits of scikit-learn (1,797 images, public, in the package), shifted by
+up to a pixel and with noise, through fixed random convolutions, rounded to float16. Images are
+split before they are
 shifted: train, validation (early stopping, choosing), test (the accuracies below).
 
-Every side runs on one thread of one process, in turn, with its own warm-up. CPU seconds and wall seconds are reported:
-on a shared machine only the first is fair. Same epochs, batch size, widths, learning rates for all; all of them are counted whole
-(standardising, training, validating).
+Every side runs on one thread of one process, in turn, with its own warm-up. CPU seconds and wall
+seconds are reported: on a shared machine only the first is fair. Same epochs, batch size, widths,
+learning rates for all; all of them are counted whole (standardising, training, validating).
 
-Measured on 2 cores of an AMD EPYC (Zen 4), shared with other work, medians over 5 seeds, CPU seconds, × is theirs / ours:
-  64 heads, 5,000 x 512, hidden 64, 10 epochs: ours 5.3 (float32 7.5), torch loop 23.2 (4.4 x), its bfloat16 autocast
-  23.7 (4.0 x), scikit-learn 16.5 (3.0 x); test accuracy 0.7152, 0.7151, 0.7144, 0.7144, 0.7101 (s.e. 0.005 each).
-  Halving, 20 epochs, a quarter kept after 2 and 6: 2.1 s against 35.1 (15.7 x torch), 29.2 (14.1 x scikit-learn);
-  regret of the winner 0.003 in accuracy, standard deviation over seeds of one configuration 0.008.
-  16 heads, 5,000 x 1,280, hidden 256, 2 epochs, 1 seed: 2.3 (float32 3.7) against 4.6 and 4.6 (1.9 x each), autocast
-  3.3 (1.4 x). Wide heads are bound by the products, which run at 190 GF/s in bfloat16 and take over half of the time.
-  knn, 16 settings x 5 folds, 5,000 x 512: 1.6 against 9.9 (6.0 x scikit-learn), equal accuracies.
+Measured on 2 cores of an AMD EPYC (Zen 4), shared with other work, medians over 5 seeds, CPU
+seconds, × is theirs / ours:
+  64 heads, 5,000 x 512, hidden 64, 10 epochs: ours 5.3 (float32 7.5), torch loop 23.2 (4.4 x), its
+  bfloat16 autocast
+  23.7 (4.0 x), scikit-learn 16.5 (3.0 x); test accuracy 0.7152, 0.7151, 0.7144, 0.7144, 0.7101
+  (s.e. 0.005 each). Halving, 20 epochs, a quarter kept after 2 and 6: 2.1 s against 35.1 (15.7 x
+  torch), 29.2 (14.1 x scikit-learn); regret of the winner 0.003 in accuracy, standard deviation
+  over seeds of one configuration 0.008. 16 heads, 5,000 x 1,280, hidden 256, 2 epochs, 1 seed: 2.3
+  (float32 3.7) against 4.6 and 4.6 (1.9 x each), autocast
+  3.3 (1.4 x). Wide heads are bound by the products, which run at 190 GF/s in bfloat16 and take over
+  half of the time. knn, 16 settings x 5 folds, 5,000 x 512: 1.6 against 9.9 (6.0 x scikit-learn),
+  equal accuracies.
 """
 
 import argparse
@@ -47,7 +52,10 @@ Rows = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
 def digit_features(rows: int, width: int, seed: int = 0) -> Rows:
-    """{"train" | "validation" | "test": (X (n, width) float32, y (n,))}; `rows` to train, a quarter for each other."""
+    """{"train" | "validation" | "test":
+
+    (X (n, width) float32, y (n,))}; `rows` to train, a quarter for each other.
+    """
     generator = np.random.default_rng(seed)
     images, labels = load_digits(return_X_y=True)
     images = images.reshape(-1, 8, 8).astype(np.float32) / 16
@@ -59,12 +67,21 @@ def digit_features(rows: int, width: int, seed: int = 0) -> Rows:
     made: Rows = {}
     for name, members in parts.items():
         chosen = generator.choice(members, sizes[name])
-        noisy = images[chosen] + 0.25 * generator.normal(size=(len(chosen), 8, 8)).astype(np.float32)
-        moved = np.stack(
-            [np.roll(i, s, (0, 1)) for i, s in zip(noisy, generator.integers(-1, 2, (len(noisy), 2)), strict=True)]
+        noisy = images[chosen] + 0.25 * generator.normal(size=(len(chosen), 8, 8)).astype(
+            np.float32
         )
-        patches = np.lib.stride_tricks.sliding_window_view(moved, (3, 3), axis=(1, 2)).reshape(len(moved), 36, 9)
-        responses = np.maximum(patches @ filters.T, 0).reshape(len(moved), 2, 3, 2, 3, 256).mean((2, 4))
+        moved = np.stack(
+            [
+                np.roll(i, s, (0, 1))
+                for i, s in zip(noisy, generator.integers(-1, 2, (len(noisy), 2)), strict=True)
+            ]
+        )
+        patches = np.lib.stride_tricks.sliding_window_view(moved, (3, 3), axis=(1, 2)).reshape(
+            len(moved), 36, 9
+        )
+        responses = (
+            np.maximum(patches @ filters.T, 0).reshape(len(moved), 2, 3, 2, 3, 256).mean((2, 4))
+        )
         features = np.maximum(responses.reshape(len(moved), -1) @ mixing, 0).astype(np.float16)
         made[name] = features.astype(np.float32), labels[chosen]
     return made
@@ -85,19 +102,25 @@ def bank(rows: Rows, specs: Sequence[MLPSpec], **options: Any) -> list[np.ndarra
     """Test predictions (n,) of every head of a bank."""
     X = np.concatenate([rows["train"][0], rows["validation"][0]])
     y = np.concatenate([rows["train"][1], rows["validation"][1]])
-    fold = np.repeat([TRAIN_ONLY, 0], [len(rows["train"][1]), len(rows["validation"][1])]).astype(np.int16)
+    fold = np.repeat([TRAIN_ONLY, 0], [len(rows["train"][1]), len(rows["validation"][1])]).astype(
+        np.int16
+    )
     fits = fit_mlp_bank(X, y, n_classes=10, fold=fold, specs=specs, full=False, **options)
     return [predict_head(fit.spec, fit.arrays, rows["test"][0]).argmax(1) for fit in fits]
 
 
 def scaling(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and deviation of the training rows; 1 where a feature is constant, as StandardScaler has it."""
+    """Mean and deviation of the training rows; 1 where a feature is constant, as StandardScaler has
+    it.
+    """
     scale = rows["train"][0].std(0)
     return rows["train"][0].mean(0), np.where(scale > 0, scale, 1)
 
 
 def torch_loop(rows: Rows, specs: Sequence[MLPSpec], *, autocast: bool = False) -> list[np.ndarray]:
-    """One head at a time, written well: tensors made once, fused AdamW, no DataLoader, the best epoch kept."""
+    """One head at a time, written well: tensors made once, fused AdamW, no DataLoader, the best
+    epoch kept.
+    """
     mean, scale = scaling(rows)
     parts = {name: torch.from_numpy((X - mean) / scale) for name, (X, _) in rows.items()}
     y = {name: torch.from_numpy(labels) for name, (_, labels) in rows.items()}
@@ -132,7 +155,9 @@ def torch_loop(rows: Rows, specs: Sequence[MLPSpec], *, autocast: bool = False) 
 
 
 def scikit_learn(rows: Rows, specs: Sequence[MLPSpec]) -> list[np.ndarray]:
-    """MLPClassifier in float32 with as many epochs; it validates nothing, which is in its favour."""
+    """MLPClassifier in float32 with as many epochs; it validates nothing, which is in
+    its favour.
+    """
     mean, scale = scaling(rows)
     X, test = (rows["train"][0] - mean) / scale, (rows["test"][0] - mean) / scale
     predictions = []
@@ -165,7 +190,9 @@ def peak() -> float:
     return 2 * 1024 * 1280 * 1024 / min(timed(lambda: a @ b)[1] for _ in range(10)) / 1e9
 
 
-def mlp_case(*, quick: bool, hidden: tuple[int, ...] = (64,), width: int = 512, epochs: int = 10) -> dict[str, Any]:
+def mlp_case(
+    *, quick: bool, hidden: tuple[int, ...] = (64,), width: int = 512, epochs: int = 10
+) -> dict[str, Any]:
     """64 heads that differ in learning rate, weight decay and seed."""
     number, epochs, seeds, train = (8, 3, 2, 2000) if quick else (64, epochs, 5, 5000)
     sides: dict[str, Callable[[Rows, Sequence[MLPSpec]], list[np.ndarray]]] = {
@@ -188,17 +215,26 @@ def mlp_case(*, quick: bool, hidden: tuple[int, ...] = (64,), width: int = 512, 
             predictions, own_cpu, own_wall = timed(side, rows, specs)
             cpu[name].append(own_cpu)
             wall[name].append(own_wall)
-            accuracy[name].append(float(np.mean([(p == rows["test"][1]).mean() for p in predictions])))
-    shape = f"{number} heads, {train:,} x {width}, hidden {hidden}, {epochs} epochs of batches of 256, {seeds} seeds"
+            accuracy[name].append(
+                float(np.mean([(p == rows["test"][1]).mean() for p in predictions]))
+            )
+    shape = (
+        f"{number} heads, {train:,} x {width}, hidden {hidden}, {epochs} epochs of batches of "
+        f"256, {seeds} seeds"
+    )
     print(f"\nmlp: {shape}; GEMM float32 {peak():.0f} GF/s")
-    print(f"{'':22}{'CPU s':>9}{'spread':>8}{'wall s':>9}{'x ours':>8}   mean test accuracy (s.e. over seeds)")
+    print(
+        f"{'':22}{'CPU s':>9}{'spread':>8}{'wall s':>9}{'x ours':>8}   mean test accuracy "
+        "(s.e. over seeds)"
+    )
     found = {}
     for name in sides:
         ratio = np.median(np.array(cpu[name]) / np.array(cpu["headrace"]))
         error = np.std(accuracy[name], ddof=1) / np.sqrt(seeds)
         spread = (max(cpu[name]) - min(cpu[name])) / np.median(cpu[name])
         print(
-            f"{name:22}{np.median(cpu[name]):9.2f}{spread:8.0%}{np.median(wall[name]):9.2f}{ratio:8.2f}   "
+            f"{name:22}{np.median(cpu[name]):9.2f}{spread:8.0%}{np.median(wall[name]):9.2f}{ratio:8.2f} "
+            "  "
             f"{np.mean(accuracy[name]):.4f} ({error:.4f})"
         )
         found[name] = {
@@ -213,10 +249,17 @@ def mlp_case(*, quick: bool, hidden: tuple[int, ...] = (64,), width: int = 512, 
 
 
 def halving_case(*, quick: bool) -> dict[str, Any]:
-    """64 configurations with and without halving; regret of the winner against the noise of its seed."""
+    """64 configurations with and without halving; regret of the winner against the noise of its
+    seed.
+    """
     number, epochs, seeds, train = (8, 4, 2, 2000) if quick else (64, 20, 5, 5000)
     schedule = Halving(after=(1, 2), keep=0.5) if quick else Halving(after=(2, 6), keep=0.25)
-    sides: dict[str, list[float]] = {"halving": [], "whole bank": [], "torch loop": [], "scikit-learn": []}
+    sides: dict[str, list[float]] = {
+        "halving": [],
+        "whole bank": [],
+        "torch loop": [],
+        "scikit-learn": [],
+    }
     regret, noise = [], []
     for seed in range(seeds):
         rows = digit_features(train, 512, seed)
@@ -226,32 +269,50 @@ def halving_case(*, quick: bool) -> dict[str, Any]:
         sides["halving"].append(cpu)
         (best, _), cpu, _ = timed(_winner, rows, specs, None)
         sides["whole bank"].append(cpu)
-        # One head in eight of the others stands for all of them: their time doesn't depend on the learning rate.
+        # One head in eight of the others stands for all of them: their time doesn't depend on the
+        # learning rate.
         share = specs[::8]
         sides["torch loop"].append(timed(torch_loop, rows, share)[1] * number / len(share))
         sides["scikit-learn"].append(timed(scikit_learn, rows, share)[1] * number / len(share))
-        # The same two winners with other seeds: the difference that is due to the choice, and what a seed alone does.
-        again = [replace(spec, seed=9000 + i) for spec in (specs[best], specs[won]) for i in range(8)]
+        # The same two winners with other seeds: the difference that is due to the choice, and what
+        # a seed alone does.
+        again = [
+            replace(spec, seed=9000 + i) for spec in (specs[best], specs[won]) for i in range(8)
+        ]
         scores = np.array([(p == y).mean() for p in bank(rows, again)]).reshape(2, 8)
         regret.append(float(scores[0].mean() - scores[1].mean()))
         noise.append(float(scores[0].std(ddof=1)))
     print(
-        f"\nhalving: {number} heads, {epochs} epochs, {schedule.keep} of them kept after {schedule.after}, {seeds} seeds"
+        f"\nhalving: {number} heads, {epochs} epochs, {schedule.keep} of them kept after "
+        f"{schedule.after}, {seeds} seeds"
     )
     print(f"{'':22}{'CPU s':>9}{'x ours':>8}")
-    ratios = {name: float(np.median(np.array(s) / np.array(sides["halving"]))) for name, s in sides.items()}
+    ratios = {
+        name: float(np.median(np.array(s) / np.array(sides["halving"])))
+        for name, s in sides.items()
+    }
     for name, seconds in sides.items():
         print(f"{name:22}{np.median(seconds):9.2f}{ratios[name]:8.2f}")
-    print(f"regret of the winner, test accuracy: mean {np.mean(regret):+.4f}, each {np.round(regret, 4).tolist()}")
+    print(
+        f"regret of the winner, test accuracy: mean {np.mean(regret):+.4f}, each "
+        f"{np.round(regret, 4).tolist()}"
+    )
     print(f"one configuration over 8 seeds: standard deviation {np.mean(noise):.4f}")
-    return {"case": "halving", "ratios": ratios, "regret": float(np.mean(regret)), "seed_noise": float(np.mean(noise))}
+    return {
+        "case": "halving",
+        "ratios": ratios,
+        "regret": float(np.mean(regret)),
+        "seed_noise": float(np.mean(noise)),
+    }
 
 
 def _winner(rows: Rows, specs: Sequence[MLPSpec], halving: Halving | None) -> tuple[int, float]:
     """The configuration with the best validation accuracy among those that ran to the end."""
     X = np.concatenate([rows["train"][0], rows["validation"][0]])
     y = np.concatenate([rows["train"][1], rows["validation"][1]])
-    fold = np.repeat([TRAIN_ONLY, 0], [len(rows["train"][1]), len(rows["validation"][1])]).astype(np.int16)
+    fold = np.repeat([TRAIN_ONLY, 0], [len(rows["train"][1]), len(rows["validation"][1])]).astype(
+        np.int16
+    )
     fits = fit_mlp_bank(X, y, n_classes=10, fold=fold, specs=specs, full=False, halving=halving)
     last = max(fit.iterations for fit in fits)
     scores = [
@@ -264,11 +325,17 @@ def _winner(rows: Rows, specs: Sequence[MLPSpec], halving: Halving | None) -> tu
 
 
 def knn_case(*, quick: bool) -> dict[str, Any]:
-    """Every k, both metrics, five folds: one pass, against scikit-learn's cross-validation of each setting."""
+    """Every k, both metrics, five folds: one pass, against scikit-learn's cross-validation of each
+    setting.
+    """
     train, width, repeats = (1000, 256, 2) if quick else (5000, 512, 5)
     X, y = digit_features(train, width)["train"]
     fold = (np.arange(train) % 5).astype(np.int16)
-    specs = [KNNSpec(k, metric) for k in (1, 3, 5, 10, 20, 50, 100, 200) for metric in ("cosine", "euclidean")]  # type: ignore[arg-type]
+    specs = [
+        KNNSpec(k, metric)
+        for k in (1, 3, 5, 10, 20, 50, 100, 200)
+        for metric in ("cosine", "euclidean")
+    ]  # type: ignore[arg-type]
 
     def ours() -> list[float]:
         fits = fit_knn_bank(X, y, n_classes=10, fold=fold, specs=specs, full=False)
@@ -290,21 +357,28 @@ def knn_case(*, quick: bool) -> dict[str, Any]:
     difference = float(np.abs(np.array(runs[0][0][0]) - np.array(runs[0][1][0])).max())
     print(f"\nknn: {len(specs)} settings x 5 folds, {train:,} x {width}")
     print(f"{'headrace, one pass':22}{np.median([a[1] for a, _ in runs]):9.2f} CPU s")
-    print(f"{'scikit-learn, each':22}{np.median([b[1] for _, b in runs]):9.2f} CPU s{ratio:8.2f} x ours")
+    print(
+        f"{'scikit-learn, each':22}{np.median([b[1] for _, b in runs]):9.2f} CPU "
+        f"s{ratio:8.2f} x ours"
+    )
     print(f"largest difference in accuracy of a setting: {difference:.4f} (ties among neighbours)")
     return {"case": "knn", "ratio": ratio, "accuracy_difference": difference}
 
 
 CASES: dict[str, Callable[..., dict[str, Any]]] = {
     "mlp": mlp_case,
-    "mlp-wide": lambda *, quick: mlp_case(quick=quick, hidden=(256,), width=1280, epochs=4) | {"case": "mlp-wide"},
+    "mlp-wide": lambda *, quick: (
+        mlp_case(quick=quick, hidden=(256,), width=1280, epochs=4) | {"case": "mlp-wide"}
+    ),
     "halving": halving_case,
     "knn": knn_case,
 }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--case", choices=[*CASES, "all"], default="all")
     parser.add_argument("--quick", action="store_true", help="small shapes, to see that it runs")
     options = parser.parse_args()
@@ -312,7 +386,10 @@ def main() -> None:
     chosen = list(CASES) if options.case == "all" else [options.case]
     figures = {}
     for name in chosen:
-        figures |= {f"{name} {measure}": value for measure, value in flat(CASES[name](quick=options.quick)).items()}
+        figures |= {
+            f"{name} {measure}": value
+            for measure, value in flat(CASES[name](quick=options.quick)).items()
+        }
     print(json.dumps(figures))
 
 

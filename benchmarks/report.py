@@ -1,8 +1,11 @@
-"""How quick the report's page is with ten thousand settings, in headless Chromium. The last line is JSON {measure: figure}.
+"""How quick the report's page is with ten thousand settings, in headless Chromium.
 
-Each figure is the median of several fresh pages, in milliseconds on the page's own clock: first contentful paint from the
-start of navigation; the time from a keystroke, a choice or a click until the new rows are laid out, which is what a user
-waits for. A filter is timed for the first keystroke too, when the text of all rows is put together.
+The last line is JSON {measure: figure}.
+
+Each figure is the median of several fresh pages, in milliseconds on the page's own clock: first
+contentful paint from the start of navigation; the time from a keystroke, a choice or a click until
+the new rows are laid out, which is what a user waits for. A filter is timed for the first keystroke
+too, when the text of all rows is put together.
 
 python benchmarks/report.py [--case NAME] [--quick]
 """
@@ -30,11 +33,15 @@ ACTIONS = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--case", choices=CASES, action="append", help="default: all")
     parser.add_argument("--quick", action="store_true", help="three pages instead of nine")
     options = parser.parse_args()
-    browser = next((found for name in ("chromium", "chromium-browser") if (found := shutil.which(name))), None)
+    browser = next(
+        (found for name in ("chromium", "chromium-browser") if (found := shutil.which(name))), None
+    )
     if browser is None:
         print("needs Chromium: apt-get install chromium")
         print(json.dumps({}))
@@ -76,7 +83,9 @@ def time_page(browser: str, page: Path, repeats: int) -> dict[str, float]:
             paint = "performance.getEntriesByName('first-contentful-paint')[0]?.startTime"
             tab.wait_for_function(f"{paint} !== undefined")
             found["first paint"].append(tab.evaluate(paint))
-            found["ready"].append(tab.evaluate("performance.getEntriesByType('navigation')[0].domComplete"))
+            found["ready"].append(
+                tab.evaluate("performance.getEntriesByType('navigation')[0].domComplete")
+            )
             for name, action in ACTIONS.items():
                 found[name].append(time_action(tab, action))
             tab.close()

@@ -1,12 +1,14 @@
-"""A whole run on few images beside thirty lines of torch and scikit-learn that do the same: CPU seconds and wall time.
+"""A whole run on few images beside thirty lines of torch and scikit-learn that do the same: CPU
+seconds and wall time.
 
     python benchmarks/small_runs.py [--case 400] [--case 2500] [--quick]
 
-Each side is a new process with nothing kept from before: 400 or 2,500 solar cells (elpv-dataset) through an EfficientNet-Lite0
-trained on ImageNet, five taps averaged, and 300 logistic heads: ten strengths, each tap alone and all together, five folds. The
-test rows are the same. CPU seconds are user and system of every process that a side started, those that outlive it included.
-The thirty lines run with the threads that libraries choose and with one, which takes more time and less CPU; ratios are
-to the better of the two. --quick: 100 images. The last line is JSON.
+Each side is a new process with nothing kept from before: 400 or 2,500 solar cells (elpv-dataset)
+through an EfficientNet-Lite0 trained on ImageNet, five taps averaged, and 300 logistic heads: ten
+strengths, each tap alone and all together, five folds. The test rows are the same. CPU seconds are
+user and system of every process that a side started, those that outlive it included. The thirty
+lines run with the threads that libraries choose and with one, which takes more time and less CPU;
+ratios are to the better of the two. --quick: 100 images. The last line is JSON.
 """
 
 import argparse
@@ -65,7 +67,9 @@ class Cost:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--case", choices=CASES, action="append", help="only these (default: all)")
     parser.add_argument("--quick", action="store_true", help="100 images, whatever the case")
     options = parser.parse_args()
@@ -77,14 +81,22 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as folder:
             costs = compare(Path(folder), images)
         plain, single, ours = costs.values()
-        cpu, wall = ours.cpu_s / min(plain.cpu_s, single.cpu_s), ours.wall_s / min(plain.wall_s, single.wall_s)
+        cpu, wall = (
+            ours.cpu_s / min(plain.cpu_s, single.cpu_s),
+            ours.wall_s / min(plain.wall_s, single.wall_s),
+        )
         shown = Table(title=f"{images:,} images, 300 heads")
         for column in ("", "CPU seconds", "wall seconds", "validation accuracy"):
             shown.add_column(column, justify="right" if column else "left")
         for name, cost in costs.items():
-            shown.add_row(name, f"{cost.cpu_s:.1f}", f"{cost.wall_s:.1f}", f"{100 * cost.validation:.1f} %")
+            shown.add_row(
+                name, f"{cost.cpu_s:.1f}", f"{cost.wall_s:.1f}", f"{100 * cost.validation:.1f} %"
+            )
             key = f"{case} {name}".replace(",", "").replace(" ", "_")
-            figures |= {f"{key}_cpu_s": round(cost.cpu_s, 2), f"{key}_wall_s": round(cost.wall_s, 2)}
+            figures |= {
+                f"{key}_cpu_s": round(cost.cpu_s, 2),
+                f"{key}_wall_s": round(cost.wall_s, 2),
+            }
         shown.add_row(f"ratio (aim: {AIMS[case]})", f"{cpu:.2f}", f"{wall:.2f}", "")
         figures |= {f"{case}_cpu_ratio": round(cpu, 3), f"{case}_wall_ratio": round(wall, 3)}
         console.print(shown)
@@ -98,7 +110,13 @@ def compare(folder: Path, images: int) -> dict[str, Cost]:
     cells["split"] = ["test" if row % 4 == 3 else "train" for row in range(images)]
     cells.to_csv(folder / "table.csv", index=False)
     (folder / "recipe.yaml").write_text(RECIPE)
-    lines = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("thirty_lines.py")), "table.csv"]
+    lines = [
+        sys.executable,
+        "-W",
+        "ignore",
+        str(Path(__file__).with_name("thirty_lines.py")),
+        "table.csv",
+    ]
     costs = {}
     for name, threads in (("thirty lines", {}), ("thirty lines, one thread", ONE_THREAD)):
         cpu_s, wall_s, said = measure(lines, folder, threads)
@@ -110,16 +128,24 @@ def compare(folder: Path, images: int) -> dict[str, Cost]:
 
 
 def adopt_orphans() -> None:
-    """Make this process the parent of what a side leaves behind, such as the servers of multiprocessing (Linux)."""
+    """Make this process the parent of what a side leaves behind, such as the servers of
+    multiprocessing (Linux).
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
-def measure(command: Sequence[str], folder: Path, variables: Mapping[str, str] = {}) -> tuple[float, float, str]:
-    """CPU seconds of all processes of a command, its wall time, and the last line of what it printed. Raises if it failed."""
+def measure(
+    command: Sequence[str], folder: Path, variables: Mapping[str, str] = {}
+) -> tuple[float, float, str]:
+    """CPU seconds of all processes of a command, its wall time, and the last line of what it
+    printed. Raises if it failed.
+    """
     before, started = os.times(), time.perf_counter()
     environment = {**os.environ, **variables, "XDG_CACHE_HOME": str(folder / "state")}
-    done = subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True, check=True
+    )
     wall_s = time.perf_counter() - started
     try:
         while True:  # until there is no child left
@@ -127,7 +153,9 @@ def measure(command: Sequence[str], folder: Path, variables: Mapping[str, str] =
     except ChildProcessError:
         pass
     after = os.times()
-    cpu_s = after.children_user + after.children_system - before.children_user - before.children_system
+    cpu_s = (
+        after.children_user + after.children_system - before.children_user - before.children_system
+    )
     return cpu_s, wall_s, done.stdout.strip().rpartition("\n")[2]
 
 

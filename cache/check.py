@@ -1,9 +1,11 @@
-"""Every byte of a shard: the digest of its contents, its user block, its structure. And remembering that this was done.
+"""Every byte of a shard: the digest of its contents, its user block, its structure.
 
-A shard is hashed once per machine and then recognised by inode, size and times, as `make` and git recognise files. What
-was verified is kept in a small file per feature set under `$XDG_CACHE_HOME/headrace` (a home on a network file system
-is fine: the inode and times are part of the record). Losing it costs one more hashing. `headrace cache verify` never
-uses it.
+And remembering that this was done.
+
+A shard is hashed once per machine and then recognised by inode, size and times, as `make` and git
+recognise files. What was verified is kept in a small file per feature set under
+`$XDG_CACHE_HOME/headrace` (a home on a network file system is fine: the inode and times are part of
+the record). Losing it costs one more hashing. `headrace cache verify` never uses it.
 """
 
 import contextlib
@@ -29,8 +31,8 @@ from headrace.cache.spec import FeatureSpec
 from headrace.cache.structure import Layout, inspect_shard
 
 _BLOCK = 1 << 20
-# A file that changed this recently may change again within the same tick of the file system's clock, and look as
-# before.
+# A file that changed this recently may change again within the same tick of the file system's
+# clock, and look as before.
 _SETTLED_NS = 2_000_000_000
 _REPAIR = "`headrace cache repair` removes it, and the next run extracts its samples again"
 
@@ -45,21 +47,28 @@ class CheckedShard:
     xxh3: str
 
 
-def check_shard(path: Path, spec: FeatureSpec, unit: str, expected_xxh3: str | None = None) -> CheckedShard:
-    """Read every byte and look at every object. Raises ShardMissing; ShardCorrupt on any flipped bit.
+def check_shard(
+    path: Path, spec: FeatureSpec, unit: str, expected_xxh3: str | None = None
+) -> CheckedShard:
+    """Read every byte and look at every object.
 
-    The user block must name the digest of the rest; `expected_xxh3`, from the manifest, must be that digest too, or
-    else the shard is a whole one in the wrong place.
+    Raises ShardMissing; ShardCorrupt on any flipped bit.
+
+    The user block must name the digest of the rest; `expected_xxh3`, from the manifest, must be
+    that digest too, or else the shard is a whole one in the wrong place.
     """
     size, found, block = shard_digest(path)
     if block != user_block(found):
         raise ShardCorrupt(
-            f"{path}: its bytes have changed since they were written: they have the digest {found}, "
-            f"and its user block says {block[:96].decode('ascii', 'replace').split(chr(10))[:2]}. {_REPAIR}"
+            f"{path}: its bytes have changed since they were written: they have the digest "
+            f"{found}, "
+            "and its user block says "
+            f"{block[:96].decode('ascii', 'replace').split(chr(10))[:2]}. {_REPAIR}"
         )
     if expected_xxh3 not in (None, found):
         raise ShardCorrupt(
-            f"{path}: this is another shard than the one that was published under this name: its digest is {found}, "
+            f"{path}: this is another shard than the one that was published under this name: "
+            f"its digest is {found}, "
             f"and the manifest says {expected_xxh3}. {_REPAIR}"
         )
     layout, round_off = inspect_shard(path, spec, unit)
@@ -67,7 +76,9 @@ def check_shard(path: Path, spec: FeatureSpec, unit: str, expected_xxh3: str | N
 
 
 def check_listed(path: Path, spec: FeatureSpec, entry: ShardEntry) -> CheckedShard:
-    """`check_shard` of a listed shard, which must also have as many rows and failures as the manifest says."""
+    """`check_shard` of a listed shard, which must also have as many rows and failures as the
+    manifest says.
+    """
     checked = check_shard(path, spec, entry.unit, entry.xxh3)
     _expect_counts(path, checked.layout, entry)
     return checked
@@ -77,7 +88,8 @@ def _expect_counts(path: Path, layout: Layout, entry: ShardEntry) -> None:
     if (layout.rows, layout.failed) != (entry.rows, entry.failed):
         raise ShardCorrupt(
             f"{path}: it holds {layout.rows} rows and {layout.failed} failures, "
-            f"and the manifest says {entry.rows} and {entry.failed}. `headrace cache repair` lists it as it is"
+            f"and the manifest says {entry.rows} and {entry.failed}. `headrace cache repair` "
+            "lists it as it is"
         )
 
 
@@ -103,7 +115,9 @@ def unreadable(path: Path, error: OSError) -> ShardUnreadable:
     """The error for a shard that cannot be read, which says nothing about the shard."""
     name = errno.errorcode.get(error.errno or 0, "unknown errno")
     return ShardUnreadable(
-        error.errno, f"{path} cannot be read: {name} ({error.strerror or error}). Look at the disk and the permissions"
+        error.errno,
+        f"{path} cannot be read: {name} ({error.strerror or error}). Look at the disk and "
+        "the permissions",
     )
 
 
@@ -120,10 +134,13 @@ class Verified:
 
     def __init__(self, directory: Path) -> None:
         state = state_directory()
-        # Inode numbers mean something on one machine only. A path that is no UTF-8 has lone surrogates.
+        # Inode numbers mean something on one machine only. A path that is no UTF-8 has lone
+        # surrogates.
         key = f"{socket.gethostname()}\0{directory.resolve()}".encode("utf-8", "surrogatepass")
         name = f"{hashlib.sha256(key).hexdigest()[:24]}.jsonl"
-        self._path = None if state is None else state / "verified" / name  # None: each process checks again
+        self._path = (
+            None if state is None else state / "verified" / name
+        )  # None: each process checks again
         self._records: dict[str, dict[str, Any]] | None = None
 
     def check(self, path: Path, spec: FeatureSpec, entry: ShardEntry) -> Layout:
@@ -137,13 +154,23 @@ class Verified:
             self._records = self._read()
         record = self._records.get(entry.unit)
         if record is not None and all(record.get(key) == value for key, value in identity.items()):
-            layout = Layout(**{field.name: record[f"layout_{field.name}"] for field in dataclasses.fields(Layout)})
+            layout = Layout(
+                **{
+                    field.name: record[f"layout_{field.name}"]
+                    for field in dataclasses.fields(Layout)
+                }
+            )
             _expect_counts(path, layout, entry)
             return layout
         layout = check_listed(path, spec, entry).layout
         if time.time_ns() - max(identity["mtime_ns"], identity["ctime_ns"]) < _SETTLED_NS:
             return layout
-        self._append({**identity, **{f"layout_{name}": value for name, value in dataclasses.asdict(layout).items()}})
+        self._append(
+            {
+                **identity,
+                **{f"layout_{name}": value for name, value in dataclasses.asdict(layout).items()},
+            }
+        )
         return layout
 
     def _append(self, record: dict[str, Any]) -> None:

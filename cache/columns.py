@@ -10,21 +10,28 @@ from itertools import groupby
 
 from headrace.cache.errors import ForeignFeatures
 
-# What pandas calls the column of its index when it reads it back, from CSV ("" in the file) and from Parquet.
+# What pandas calls the column of its index when it reads it back, from CSV ("" in the file) and
+# from Parquet.
 _UNNAMED = re.compile(r"(Unnamed: \d+(_level_\d+)?|__index_level_\d+__|)\Z")
 _SHOWN = 12
 
 
 @dataclass(frozen=True)
 class FeatureColumns:
-    """The names of the values of a row, where they have been columns of a table; none for arrays and lists."""
+    """The names of the values of a row, where they have been columns of a table; none for arrays
+    and lists.
+    """
 
     chosen: tuple[str, ...] = ()
     table: tuple[str, ...] = ()  # all columns of the table, in its order
 
     def describe(self, number: int) -> str:
         """A value of each row, for the beginning of a sentence."""
-        return f"the column {self.chosen[number]!r}" if self.chosen else f"value {number} of each row (the first is 0)"
+        return (
+            f"the column {self.chosen[number]!r}"
+            if self.chosen
+            else f"value {number} of each row (the first is 0)"
+        )
 
     def leave_out(self, numbers: Collection[int]) -> str:
         """What to do about values that are no features, with the option for those that are left."""
@@ -35,9 +42,9 @@ class FeatureColumns:
 def choose_columns(columns: Sequence[str], options: Sequence[str], source: object) -> list[str]:
     """The columns that `--columns` names, each once, in the order of the file.
 
-    An option is a column's name, a shell pattern such as `f*`, a range `f0:f767` in the order of the file, or several of
-    these with commas between them; a name is tried first, as names may hold any of these characters.
-    Raises ForeignFeatures for what fits no column, with the nearest one.
+    An option is a column's name, a shell pattern such as `f*`, a range `f0:f767` in the order of
+    the file, or several of these with commas between them; a name is tried first, as names may hold
+    any of these characters. Raises ForeignFeatures for what fits no column, with the nearest one.
     """
     chosen: set[str] = set()
     for option in options:
@@ -50,18 +57,25 @@ def choose_columns(columns: Sequence[str], options: Sequence[str], source: objec
 
 
 def refuse_columns(
-    chosen: Sequence[str], forbidden: Mapping[str, str], columns: Sequence[str], option: str, source: object
+    chosen: Sequence[str],
+    forbidden: Mapping[str, str],
+    columns: Sequence[str],
+    option: str,
+    source: object,
 ) -> None:
     """Raises ForeignFeatures when columns are among `chosen` that are no features, by their names.
 
-    forbidden: {name: what it is}, compared without regard to case; columns without a name are those of an index.
+    forbidden: {name: what it is}, compared without regard to case; columns without a name are those
+    of an index.
     option: `--columns` or `--key`, by which they were chosen; columns: all that could be.
     """
     reasons = {column: reason for column in chosen if (reason := _reason(column, forbidden))}
     if reasons:
         listed = "; ".join(f"{column!r} is {reason}" for column, reason in reasons.items())
         kept = [column for column in chosen if column not in reasons]
-        raise ForeignFeatures(f"{source}: {listed}: not a feature.{suggest_columns(columns, kept, option)}")
+        raise ForeignFeatures(
+            f"{source}: {listed}: not a feature.{suggest_columns(columns, kept, option)}"
+        )
 
 
 def suggest_columns(columns: Sequence[str], kept: Sequence[str], option: str = "--columns") -> str:
@@ -72,7 +86,9 @@ def suggest_columns(columns: Sequence[str], kept: Sequence[str], option: str = "
 
 
 def columns_option(columns: Sequence[str], chosen: Sequence[str]) -> str:
-    """The options that name exactly `chosen`, as they are typed in a shell: `--columns f0:f5,f9`."""
+    """The options that name exactly `chosen`, as they are typed in a shell: `--columns
+    f0:f5,f9`.
+    """
     wanted = set(chosen)
     terms: list[str] = []
     whole: list[str] = []  # names that another column or the syntax would take for something else
@@ -111,21 +127,28 @@ def _matching(columns: Sequence[str], term: str, source: object) -> list[str]:
             start, stop = columns.index(first), columns.index(last)
             if start > stop:
                 raise ForeignFeatures(
-                    f"{source}: --columns {term}: {first} stands after {last} in the file: {last}:{first}"
+                    f"{source}: --columns {term}: {first} stands after {last} in the file: "
+                    f"{last}:{first}"
                 )
             return list(columns[start : stop + 1])
-    if any(letter in term for letter in "*?[") and (found := [name for name in columns if fnmatchcase(name, term)]):
+    if any(letter in term for letter in "*?[") and (
+        found := [name for name in columns if fnmatchcase(name, term)]
+    ):
         return found
     near = difflib.get_close_matches(term, columns, n=1, cutoff=0.4)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise ForeignFeatures(f"{source}: --columns {term!r} fits no column.{hint} It has {shown(columns)}")
+    raise ForeignFeatures(
+        f"{source}: --columns {term!r} fits no column.{hint} It has {shown(columns)}"
+    )
 
 
 def _reason(column: str, forbidden: Mapping[str, str]) -> str | None:
     if _UNNAMED.match(column):
         return "the rows' index, as pandas writes it"
     folded = column.strip().casefold()
-    return next((reason for name, reason in forbidden.items() if name.strip().casefold() == folded), None)
+    return next(
+        (reason for name, reason in forbidden.items() if name.strip().casefold() == folded), None
+    )
 
 
 def _is_special(name: str) -> bool:

@@ -11,7 +11,10 @@ from headrace.cache.errors import ExtraMissing
 
 
 def read_compressed(path: Path, rows: Any) -> npt.NDArray[Any]:
-    """Stored rows (n, *shape) of a checked shard; rows: a slice, or increasing positions. Raises ExtraMissing."""
+    """Stored rows (n, *shape) of a checked shard; rows: a slice, or increasing positions.
+
+    Raises ExtraMissing.
+    """
     require_hdf5plugin(f"{path} is compressed")
     with path.open("rb") as bytes_of_it, h5py.File(bytes_of_it, "r") as file:
         return np.asarray(file["features"][rows])

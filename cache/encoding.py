@@ -1,9 +1,9 @@
 """Storage dtypes: what is written for a feature, and what it costs in round-off.
 
-float16    2 bytes, relative error 2^-11, largest value 65504
-bfloat16   2 bytes (as uint16: the upper half of a float32), relative error 2^-8, the range of float32
-float32    4 bytes, as computed
-uint8      1 byte, value = offset[c] + scale[c] * stored, with a scale per channel and shard: error <= scale / 2
+float16    2 bytes, relative error 2^-11, largest value 65504 bfloat16   2 bytes (as uint16: the
+upper half of a float32), relative error 2^-8, the range of float32 float32    4 bytes, as computed
+uint8      1 byte, value = offset[c] + scale[c] * stored, with a scale per channel and shard: error
+<= scale / 2
 """
 
 from collections.abc import Sequence
@@ -42,7 +42,9 @@ class RoundOff:
 
     def __add__(self, other: "RoundOff") -> "RoundOff":
         return RoundOff(
-            max(self.largest, other.largest), self.squared_error + other.squared_error, self.squared + other.squared
+            max(self.largest, other.largest),
+            self.squared_error + other.squared_error,
+            self.squared + other.squared,
         )
 
 
@@ -62,7 +64,8 @@ def encode(features: npt.NDArray[Any], ids: Sequence[str], dtype: str) -> Encode
     Raises NotStorable on NaN and infinity, in the features or by overflow of the storage dtype.
     """
     if features.dtype == STORED[dtype] and dtype in ("float16", "float32"):
-        # Nothing is converted, so nothing is lost; the squares are left out too, as no ratio needs them.
+        # Nothing is converted, so nothing is lost; the squares are left out too, as no ratio needs
+        # them.
         features = np.ascontiguousarray(features)
         for rows in _blocks(features):
             if not _all_finite(features[rows], dtype):
@@ -91,7 +94,8 @@ def decode(
 ) -> npt.NDArray[Any]:
     """Stored rows (n, *shape) as numbers: float16 and float32 as they are, the others as float32.
 
-    scale and offset: (C,), or (n, C) where rows come from several shards; C is the first axis of a row.
+    scale and offset: (C,), or (n, C) where rows come from several shards; C is the first axis of a
+    row.
     """
     if dtype == "bfloat16":
         return (stored.astype(np.uint32) << 16).view(np.float32)
@@ -120,7 +124,10 @@ def _restored(
 
 
 def _encode_block(
-    given: npt.NDArray[Any], dtype: str, scale: npt.NDArray[np.float32] | None, offset: npt.NDArray[np.float32] | None
+    given: npt.NDArray[Any],
+    dtype: str,
+    scale: npt.NDArray[np.float32] | None,
+    offset: npt.NDArray[np.float32] | None,
 ) -> npt.NDArray[Any]:
     if dtype == "bfloat16":
         bits = given.astype(np.float32).view(np.uint32)
@@ -132,7 +139,9 @@ def _encode_block(
         assert offset is not None
         trailing = (1,) * (given.ndim - 2)
         steps = np.where(scale > 0, scale, np.float32(1)).reshape(scale.shape + trailing)
-        return np.clip(np.rint((given - offset.reshape(offset.shape + trailing)) / steps), 0, 255).astype(np.uint8)
+        return np.clip(
+            np.rint((given - offset.reshape(offset.shape + trailing)) / steps), 0, 255
+        ).astype(np.uint8)
     with np.errstate(over="ignore"):
         return given.astype(STORED[dtype])
 
@@ -149,7 +158,10 @@ def _channel_range(
     axes = (0, *range(2, features.ndim))
     if not len(features):
         return np.zeros(features.shape[1:2], np.float32), np.zeros(features.shape[1:2], np.float32)
-    low, high = features.min(axis=axes).astype(np.float64), features.max(axis=axes).astype(np.float64)
+    low, high = (
+        features.min(axis=axes).astype(np.float64),
+        features.max(axis=axes).astype(np.float64),
+    )
     return ((high - low) / 255).astype(np.float32), low.astype(np.float32)
 
 
@@ -157,7 +169,8 @@ def _all_finite(values: npt.NDArray[Any], dtype: str) -> bool:
     """Whether float16 or float32 values hold no NaN and no infinity, without writing down which."""
     if dtype == "float32":
         return bool(np.isfinite(values).all())
-    # Halves of one sign are in the order of their bits, infinity and NaN last. Two maxima take half of `_not_finite`'s time.
+    # Halves of one sign are in the order of their bits, infinity and NaN last. Two maxima take half
+    # of `_not_finite`'s time.
     positive, negative = values.view(np.int16).max(initial=0), values.view(np.uint16).max(initial=0)
     return bool(positive < 0x7C00 and negative < 0xFC00)
 
@@ -165,13 +178,18 @@ def _all_finite(values: npt.NDArray[Any], dtype: str) -> bool:
 def _not_finite(values: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.bool_]:
     if dtype == "float32":
         return np.asarray(~np.isfinite(values))
-    # All exponent bits set. numpy's isfinite is ten times slower on float16 than this comparison of integers.
+    # All exponent bits set. numpy's isfinite is ten times slower on float16 than this comparison of
+    # integers.
     exponent = np.uint16(0x7C00 if dtype == "float16" else 0x7F80)
     return np.asarray((values.view(np.uint16) & exponent) == exponent)
 
 
 def _refuse(
-    bad: npt.NDArray[np.bool_], given: npt.NDArray[Any], ids: Sequence[str], first_row: int, dtype: str
+    bad: npt.NDArray[np.bool_],
+    given: npt.NDArray[Any],
+    ids: Sequence[str],
+    first_row: int,
+    dtype: str,
 ) -> None:
     if not bad.any():
         return
@@ -180,7 +198,8 @@ def _refuse(
     where = f"sample {ids[first_row + position[0]]!r}: its feature {list(position[1:])}"
     if not np.isfinite(value):
         raise NotStorable(
-            f"{where} is {value}. A network that gives NaN or infinity gives a head nothing to learn from; "
+            f"{where} is {value}. A network that gives NaN or infinity gives a head nothing to "
+            "learn from; "
             "look at the image and at the weights, or list it as failed"
         )
     if dtype == "float16":
@@ -197,10 +216,13 @@ def _refuse(
 def _blocks(features: npt.NDArray[Any]) -> list[slice]:
     row_bytes = max(1, features[:1].nbytes)
     step = max(1, _BLOCK_BYTES // row_bytes)
-    return [slice(start, min(start + step, len(features))) for start in range(0, len(features), step)]
+    return [
+        slice(start, min(start + step, len(features))) for start in range(0, len(features), step)
+    ]
 
 
 def _sum_of_squares(values: npt.NDArray[Any]) -> float:
-    # Not a dot product: BLAS adds up in an order that depends on the processor, and the sum is stored in the shard.
-    # In the block's own precision, which numpy's pairwise sum keeps to six digits.
+    # Not a dot product: BLAS adds up in an order that depends on the processor, and the sum is
+    # stored in the shard. In the block's own precision, which numpy's pairwise sum keeps to six
+    # digits.
     return float(np.square(values).sum())

@@ -1,8 +1,13 @@
-"""The errors that a user can cause. A message says what was found, what was expected, where, and what to type next."""
+"""The errors that a user can cause.
+
+A message says what was found, what was expected, where, and what to type next.
+"""
 
 
 class HeadraceError(Exception):
-    """Base of every error that the user's input or machine caused; the command line prints it and exits with 2."""
+    """Base of every error that the user's input or machine caused; the command line prints it and
+    exits with 2.
+    """
 
 
 class CacheError(HeadraceError):
@@ -18,7 +23,9 @@ class ShardMissing(CacheError, FileNotFoundError):
 
 
 class ShardCorrupt(CacheError, ValueError):
-    """A shard's bytes are not the ones that were published, or its structure is not the format's."""
+    """A shard's bytes are not the ones that were published, or its structure is not the
+    format's.
+    """
 
 
 class ShardUnreadable(CacheError, OSError):
@@ -54,7 +61,10 @@ class NotStorable(CacheError, ValueError):
 
 
 class PublishFailed(CacheError, OSError):
-    """The operating system refused a write; names the errno. Nothing was published and no temporary file is left."""
+    """The operating system refused a write; names the errno.
+
+    Nothing was published and no temporary file is left.
+    """
 
 
 class ExtraMissing(CacheError, ImportError):

@@ -1,4 +1,7 @@
-"""A feature set as files for other programs: `.npy`, Parquet, Zarr. Written under a temporary name, then renamed."""
+"""A feature set as files for other programs:
+
+`.npy`, Parquet, Zarr. Written under a temporary name, then renamed.
+"""
 
 import json
 import os
@@ -23,15 +26,21 @@ _CHUNK_ROWS = 4096  # of a selection, read and written together
 
 @dataclass(frozen=True)
 class Selection:
-    """Some rows of a feature set under the ids of those who ask, in their order; an image with copies may stand there twice."""
+    """Some rows of a feature set under the ids of those who ask, in their order; an image with
+    copies may stand there twice.
+    """
 
     rows: npt.NDArray[np.int64]  # (n,) positions
     ids: list[str]  # n
     missing: list[str]  # ids of images that have no row
 
 
-def select_rows(features: FeatureSet, ids: Sequence[str], content: Sequence[str | None]) -> Selection:
-    """The rows of images by their content hashes (None: an image that cannot be read), with the ids that they have now."""
+def select_rows(
+    features: FeatureSet, ids: Sequence[str], content: Sequence[str | None]
+) -> Selection:
+    """The rows of images by their content hashes (None: an image that cannot be read), with the ids
+    that they have now.
+    """
     hashes = np.array([value or "" for value in content], "S32")
     rows = features.locate(hashes) if len(hashes) else np.zeros(0, np.int64)
     found = rows >= 0
@@ -44,14 +53,21 @@ def select_rows(features: FeatureSet, ids: Sequence[str], content: Sequence[str 
 
 def ambiguous_ids(features: FeatureSet) -> list[str]:
     """The ids that stand for several images in a feature set; `content` tells these apart."""
-    return [name for name, found in contents_by_id(features.ids(), features.content()).items() if len(found) > 1]
+    return [
+        name
+        for name, found in contents_by_id(features.ids(), features.content()).items()
+        if len(found) > 1
+    ]
 
 
-def export_npy(features: FeatureSet, target: Path, selection: Selection | None = None) -> list[Path]:
-    """`target`: features (N, *shape) as `FeatureSet.dtype`; beside it `<stem>.rows.csv`: row, id, content.
+def export_npy(
+    features: FeatureSet, target: Path, selection: Selection | None = None
+) -> list[Path]:
+    """`target`: features (N, *shape) as `FeatureSet.dtype`; beside it `<stem>.rows.csv`: row, id,
+    content.
 
-    selection: these rows, in their order; default: all. Returns the files written. Raises CacheError when one of them is
-    there, and then writes nothing.
+    selection: these rows, in their order; default: all. Returns the files written. Raises
+    CacheError when one of them is there, and then writes nothing.
     """
     rows_file = target.with_suffix(".rows.csv")
     for path in (target, rows_file):
@@ -59,21 +75,29 @@ def export_npy(features: FeatureSet, target: Path, selection: Selection | None =
     ids, content = _ids_and_content(features, selection)
 
     def write(temporary: Path) -> None:
-        array = np.lib.format.open_memmap(temporary, "w+", features.dtype, (len(ids), *features.spec.shape))
+        array = np.lib.format.open_memmap(
+            temporary, "w+", features.dtype, (len(ids), *features.spec.shape)
+        )
         for start, stop, rows in _chunks(features, selection):
             array[start:stop] = rows
         array.flush()
 
     _write_then_rename(target, write)
-    lines = [f"{row},{_csv(sample)},{value}\n" for row, (sample, value) in enumerate(zip(ids, content, strict=True))]
+    lines = [
+        f"{row},{_csv(sample)},{value}\n"
+        for row, (sample, value) in enumerate(zip(ids, content, strict=True))
+    ]
     publish_bytes(rows_file, "".join(["row,id,content\n", *lines]).encode())
     return [target, rows_file]
 
 
-def export_parquet(features: FeatureSet, target: Path, selection: Selection | None = None) -> list[Path]:
+def export_parquet(
+    features: FeatureSet, target: Path, selection: Selection | None = None
+) -> list[Path]:
     """One Parquet file: id, content, and `features` as a fixed-size list, a row group per shard.
 
-    The shape of a row and the spec are in the file's metadata under `headrace`. selection: these rows, in their order;
+    The shape of a row and the spec are in the file's metadata under `headrace`. selection: these
+    rows, in their order;
     default: all. Raises CacheError when the file is there.
     """
     import pyarrow as pa
@@ -102,17 +126,21 @@ def export_parquet(features: FeatureSet, target: Path, selection: Selection | No
     return [target]
 
 
-def export_zarr(features: FeatureSet, target: Path, selection: Selection | None = None) -> list[Path]:
-    """A Zarr group with the arrays features (N, *shape), id and content, and the spec as attribute `headrace`.
+def export_zarr(
+    features: FeatureSet, target: Path, selection: Selection | None = None
+) -> list[Path]:
+    """A Zarr group with the arrays features (N, *shape), id and content, and the spec as attribute
+    `headrace`.
 
-    selection: these rows, in their order; default: all. Raises CacheError when it is there; ExtraMissing without the
-    library zarr.
+    selection: these rows, in their order; default: all. Raises CacheError when it is there;
+    ExtraMissing without the library zarr.
     """
     try:
         import zarr
     except ImportError as error:
         raise ExtraMissing(
-            "exporting to Zarr needs the library zarr, which is not installed: pip install 'headrace[export]'"
+            "exporting to Zarr needs the library zarr, which is not installed: pip install "
+            "'headrace[export]'"
         ) from error
     _refuse_existing(target)
     ids, content = _ids_and_content(features, selection)
@@ -129,7 +157,9 @@ def export_zarr(features: FeatureSet, target: Path, selection: Selection | None 
         )
         for start in range(0, len(ids), chunk_rows):
             rows = slice(start, start + chunk_rows)
-            array[rows] = features[rows] if selection is None else features.read(selection.rows[rows], None)
+            array[rows] = (
+                features[rows] if selection is None else features.read(selection.rows[rows], None)
+            )
         # As bytes: fixed-length text is outside the Zarr 3 specification.
         for name, texts in (
             ("id", [text.encode() for text in ids]),
@@ -138,7 +168,9 @@ def export_zarr(features: FeatureSet, target: Path, selection: Selection | None 
             width = max((len(text) for text in texts), default=1)
             padded = b"".join(text.ljust(width, b"\0") for text in texts)
             table = np.frombuffer(padded, np.uint8).reshape(len(texts), width)
-            array = group.create_array(name, shape=table.shape, chunks=(max(1, len(texts)), width), dtype="uint8")
+            array = group.create_array(
+                name, shape=table.shape, chunks=(max(1, len(texts)), width), dtype="uint8"
+            )
             array.attrs["encoding"] = "UTF-8 bytes, one text per row, padded with zeros"
             if len(texts):
                 array[:] = table
@@ -154,15 +186,21 @@ EXPORTS: dict[str, Callable[[FeatureSet, Path, Selection | None], list[Path]]] =
 }
 
 
-def _ids_and_content(features: FeatureSet, selection: Selection | None) -> tuple[list[str], list[str]]:
+def _ids_and_content(
+    features: FeatureSet, selection: Selection | None
+) -> tuple[list[str], list[str]]:
     content = features.content()
     if selection is None:
         return features.ids(), content.astype("U32").tolist()
     return selection.ids, content[selection.rows].astype("U32").tolist()
 
 
-def _chunks(features: FeatureSet, selection: Selection | None) -> Iterator[tuple[int, int, npt.NDArray[Any]]]:
-    """First and past-the-end row of the file, and the features there: shard by shard, or some rows of a selection."""
+def _chunks(
+    features: FeatureSet, selection: Selection | None
+) -> Iterator[tuple[int, int, npt.NDArray[Any]]]:
+    """First and past-the-end row of the file, and the features there: shard by shard, or some rows
+    of a selection.
+    """
     if selection is None:
         for start, stop in _shard_runs(features):
             yield start, stop, features[start:stop]

@@ -1,7 +1,7 @@
 """Files that appear whole or not at all.
 
-A file is written under a unique hidden name in its own directory, flushed to the disk, and only then linked to its
-name. What a process that dies leaves behind:
+A file is written under a unique hidden name in its own directory, flushed to the disk, and only
+then linked to its name. What a process that dies leaves behind:
 
     while writing     `.<name>.<random>.partial`, which nobody reads and `headrace cache gc` removes
     before the link   the same
@@ -26,14 +26,16 @@ from headrace.cache.errors import PublishFailed
 
 PARTIAL_SUFFIX = ".partial"
 
-# A lock whose holder shows no sign of life for this long is taken over. Only network file systems and killed
-# processes of other machines ever wait it out: a dead holder on this machine is recognised by its process id.
+# A lock whose holder shows no sign of life for this long is taken over. Only network file systems
+# and killed processes of other machines ever wait it out: a dead holder on this machine is
+# recognised by its process id.
 LEASE_S = 30.0
 
 # What file systems answer that know no hard links (FAT, some FUSE and cluster file systems).
 _NO_LINKS = {errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK}
-# Small enough for the disk to begin early. Large, and from one multiple of itself to the next, because the system keeps what
-# is written at once in pages as large: from small ones random rows come 10 to 20 % slower.
+# Small enough for the disk to begin early. Large, and from one multiple of itself to the next,
+# because the system keeps what is written at once in pages as large: from small ones random rows
+# come 10 to 20 % slower.
 _PIECE_BYTES = 1 << 24
 _SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
 _NO_DIRECTORY_SYNC = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EBADF}
@@ -41,13 +43,16 @@ _NO_DIRECTORY_SYNC = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EBADF
 
 @contextlib.contextmanager
 def lease(path: Path) -> Iterator[None]:
-    """Hold the lock file `path`: an existence lock with a heartbeat, which needs nothing of the file system but O_EXCL.
+    """Hold the lock file `path`: an existence lock with a heartbeat, which needs nothing of the
+    file system but O_EXCL.
 
-    `flock` is node-local on some cluster file systems, so it is not used. A lease can in principle be held twice (a
-    holder that was frozen for longer than LEASE_S); whatever it protects must survive that, and here it only keeps
-    lines apart.
+    `flock` is node-local on some cluster file systems, so it is not used. A lease can in principle
+    be held twice (a holder that was frozen for longer than LEASE_S); whatever it protects must
+    survive that, and here it only keeps lines apart.
     """
-    lock = SoftFileLease(path, lease_duration=LEASE_S, heartbeat_interval=LEASE_S / 6, poll_interval=0.005)
+    lock = SoftFileLease(
+        path, lease_duration=LEASE_S, heartbeat_interval=LEASE_S / 6, poll_interval=0.005
+    )
     blank: _Blank | None = None
     while not lock.is_locked:
         try:
@@ -69,9 +74,11 @@ class _Blank(NamedTuple):
 
 
 def _watch_blank(path: Path, before: _Blank | None) -> _Blank | None:
-    """Break a lock whose holder died between creating it and writing its name into it, microseconds later.
+    """Break a lock whose holder died between creating it and writing its name into it, microseconds
+    later.
 
-    filelock takes such a file for the lock of a version that wrote no names, and so would wait for it for ever.
+    filelock takes such a file for the lock of a version that wrote no names, and so would wait for
+    it for ever.
     """
     try:
         status = path.stat()
@@ -83,7 +90,8 @@ def _watch_blank(path: Path, before: _Blank | None) -> _Blank | None:
         return _Blank(status.st_ino, status.st_ctime_ns, time.monotonic())
     if time.monotonic() - before.since_s < LEASE_S:
         return before
-    # Moved before it is removed, and looked at again: another process may have broken it and made a new one meanwhile.
+    # Moved before it is removed, and looked at again: another process may have broken it and made a
+    # new one meanwhile.
     broken = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
     with contextlib.suppress(FileNotFoundError):
         os.rename(path, broken)
@@ -95,7 +103,9 @@ def _watch_blank(path: Path, before: _Blank | None) -> _Blank | None:
 
 
 def publish_bytes(path: Path, data: bytes) -> bool:
-    """Publish a file that never changes. True if this call did it, False if the file was there (the first one wins).
+    """Publish a file that never changes.
+
+    True if this call did it, False if the file was there (the first one wins).
 
     Raises PublishFailed, naming the errno, and then leaves neither the file nor a temporary.
     """
@@ -103,7 +113,10 @@ def publish_bytes(path: Path, data: bytes) -> bool:
 
 
 def publish_replace(path: Path, data: bytes) -> None:
-    """Publish a file that may be replaced: readers see the old bytes or the new ones. Raises PublishFailed."""
+    """Publish a file that may be replaced: readers see the old bytes or the new ones.
+
+    Raises PublishFailed.
+    """
     with explained(path):
         temporary = _write_temporary(path, [data])
         try:
@@ -129,7 +142,9 @@ def publish_parts(path: Path, parts: Sequence[bytes | memoryview]) -> bool:
 
 
 def write_all(descriptor: int, data: bytes | memoryview) -> None:
-    """`os.write` until everything is written: a write to a nearly full disk may be short without being an error."""
+    """`os.write` until everything is written: a write to a nearly full disk may be short without
+    being an error.
+    """
     rest = memoryview(data).cast("B")
     place = os.lseek(descriptor, 0, os.SEEK_CUR)
     while rest.nbytes:
@@ -142,9 +157,14 @@ def write_all(descriptor: int, data: bytes | memoryview) -> None:
 
 
 def _begin_writing_out(descriptor: int) -> None:
-    """Let the disk begin with what is written so far (Linux), where it would begin at fsync. Promises nothing."""
+    """Let the disk begin with what is written so far (Linux), where it would begin at fsync.
+
+    Promises nothing.
+    """
     if sys.platform == "linux":
-        _libc().sync_file_range(descriptor, ctypes.c_int64(0), ctypes.c_int64(0), _SYNC_FILE_RANGE_WRITE)
+        _libc().sync_file_range(
+            descriptor, ctypes.c_int64(0), ctypes.c_int64(0), _SYNC_FILE_RANGE_WRITE
+        )
 
 
 @functools.cache
@@ -153,7 +173,9 @@ def _libc() -> ctypes.CDLL:
 
 
 def sync_directory(directory: Path) -> None:
-    """Make the names in a directory durable; file systems that cannot do this say so, and are believed."""
+    """Make the names in a directory durable; file systems that cannot do this say so, and are
+    believed.
+    """
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -175,7 +197,8 @@ def explained(path: Path) -> Iterator[None]:
         name = errno.errorcode.get(error.errno or 0, "unknown errno")
         raise PublishFailed(
             error.errno,
-            f"{path}: {name} ({error.strerror or error}). Nothing was published and no temporary file is left. "
+            f"{path}: {name} ({error.strerror or error}). Nothing was published and no "
+            "temporary file is left. "
             "Make room or repair the disk and run the same command again; finished work is kept",
         ) from error
 
@@ -202,7 +225,8 @@ def _link_first_wins(temporary: Path, path: Path) -> bool:
     try:
         os.link(temporary, path)
     except FileExistsError:
-        # NFS may repeat a request whose answer was lost: then the name that is in the way is our own.
+        # NFS may repeat a request whose answer was lost: then the name that is in the way is our
+        # own.
         return os.path.samefile(temporary, path)
     except OSError as error:
         if error.errno not in _NO_LINKS:

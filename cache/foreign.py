@@ -1,8 +1,9 @@
-"""Features that other programs made: `.npy`, `.npz`, tables or HDF5 with ids, kept as a feature set like our own.
+"""Features that other programs made: `.npy`, `.npz`, tables or HDF5 with ids, kept as a feature set
+like our own.
 
-Rows of the cache belong to the bytes of images, and so every id needs the content hash of its image: from a column
-`content` (files that `headrace cache export` wrote have one) or from the caller, who knows where the images are. Ids are
-compared as text, in the form of `as_text`.
+Rows of the cache belong to the bytes of images, and so every id needs the content hash of its
+image: from a column `content` (files that `headrace cache export` wrote have one) or from the
+caller, who knows where the images are. Ids are compared as text, in the form of `as_text`.
 """
 
 import hashlib
@@ -23,7 +24,15 @@ from headrace.cache.publish import create_feature_set, publish_shard
 from headrace.cache.spec import STORAGE_DTYPES, FeatureSpec
 from headrace.cache.text import as_text
 
-__all__ = ["PREFIX", "Foreign", "ForeignFeatures", "Imported", "import_features", "imported_sets", "read_foreign"]
+__all__ = [
+    "PREFIX",
+    "Foreign",
+    "ForeignFeatures",
+    "Imported",
+    "import_features",
+    "imported_sets",
+    "read_foreign",
+]
 
 PREFIX = "imported:"  # of `FeatureSpec.backbone`: no network of ours made these
 _SHARD_ROWS = 4096
@@ -48,20 +57,25 @@ def import_features(
     dtype: str = "float32",
     targets: pd.DataFrame | None = None,
 ) -> Imported:
-    """Keep features under a name; `known` is {id: content hash} of the images, for a file without hashes.
+    """Keep features under a name; `known` is {id: content hash} of the images, for a file without
+    hashes.
 
-    targets: what is to be predicted, one or more columns, indexed by content hash: features that say it are refused.
-    Doing it twice changes nothing. Raises ForeignFeatures when another import has the name, when no id belongs to an image
-    or one to several, for features that are the target (see `target_columns`), and for values that cannot be stored.
+    targets: what is to be predicted, one or more columns, indexed by content hash: features that
+    say it are refused. Doing it twice changes nothing. Raises ForeignFeatures when another import
+    has the name, when no id belongs to an image or one to several, for features that are the target
+    (see `target_columns`), and for values that cannot be stored.
     """
     if not name or any(letter in name for letter in "/:\\ ") or name.startswith("."):
-        raise ForeignFeatures(f"the name {name!r}: expected a word without blanks, colons and slashes, such as dino")
+        raise ForeignFeatures(
+            f"the name {name!r}: expected a word without blanks, colons and slashes, such as dino"
+        )
     if dtype not in STORAGE_DTYPES or dtype == "uint8":
         raise ForeignFeatures(f"dtype {dtype!r}: expected float32, float16 or bfloat16")
     features = foreign.features
     if features.ndim not in (2, 4) or features.dtype.kind not in "fiub":
         raise ForeignFeatures(
-            f"the features are {features.dtype} of shape {features.shape}; expected numbers (rows, values), or maps (rows, "
+            f"the features are {features.dtype} of shape {features.shape}; expected numbers "
+            "(rows, values), or maps (rows, "
             "channels, height, width)"
         )
     content = _contents(foreign, known)
@@ -69,7 +83,10 @@ def import_features(
     unknown = sum(value is None for value in content)
     if not len(rows):
         raise ForeignFeatures(
-            f"none of the {len(foreign.ids):,} ids is that of an image, the first is {foreign.ids[0]!r}"
+            (
+                f"none of the {len(foreign.ids):,} ids is that of an image, the first is "
+                f"{foreign.ids[0]!r}"
+            )
             + (f"; those of the images look like {next(iter(known))!r}" if known else "")
         )
     if targets is not None:
@@ -78,7 +95,8 @@ def import_features(
     for other in imported_sets(cache_root, name):
         if other.spec != spec:
             raise ForeignFeatures(
-                f"{name!r} is imported already, with {other.n_rows:,} rows of shape {other.spec.shape}. Another name, or first: "
+                f"{name!r} is imported already, with {other.n_rows:,} rows of shape "
+                f"{other.spec.shape}. Another name, or first: "
                 f"headrace cache rm {other.spec.fingerprint}"
             )
     directory = create_feature_set(cache_root, spec)
@@ -101,12 +119,18 @@ def imported_sets(cache_root: Path, name: str | None = None) -> list[FeatureSet]
     found = [open_feature_set(path) for path in feature_set_directories(cache_root)]
     wanted = PREFIX + (name or "")
     return [
-        each for each in found if each.spec.backbone.startswith(wanted) and (not name or each.spec.backbone == wanted)
+        each
+        for each in found
+        if each.spec.backbone.startswith(wanted) and (not name or each.spec.backbone == wanted)
     ]
 
 
 def _spec(
-    name: str, foreign: Foreign, content: Sequence[str | None], rows: npt.NDArray[np.int64], dtype: str
+    name: str,
+    foreign: Foreign,
+    content: Sequence[str | None],
+    rows: npt.NDArray[np.int64],
+    dtype: str,
 ) -> FeatureSpec:
     hasher = hashlib.sha256()
     for row in rows:  # whole rows, whatever order they came in
@@ -131,22 +155,28 @@ def _contents(foreign: Foreign, known: Mapping[str, str] | None) -> list[str | N
     if foreign.content is not None:
         if known and not set(known.values()) & set(foreign.content):
             raise ForeignFeatures(
-                f"{foreign.source}: none of its content hashes is that of an image of the recipe: the features are of other "
-                "images, or of these before they were changed. If `content` holds something else (an MD5, say), rename the "
+                f"{foreign.source}: none of its content hashes is that of an image of the "
+                "recipe: the features are of other "
+                "images, or of these before they were changed. If `content` holds something "
+                "else (an MD5, say), rename the "
                 "column, and the ids count"
             )
         return list(foreign.content)
     if known is None:
         raise ForeignFeatures(
-            "the file has ids and no content hashes: name the images that the ids belong to, with --recipe recipe.yaml"
+            "the file has ids and no content hashes: name the images that the ids belong "
+            "to, with --recipe recipe.yaml"
         )
-    images = pd.DataFrame({"id": as_text(pd.Series(list(known), dtype=object)), "content": list(known.values())})
+    images = pd.DataFrame(
+        {"id": as_text(pd.Series(list(known), dtype=object)), "content": list(known.values())}
+    )
     images = images.drop_duplicates()
     twice = images["id"][images["id"].duplicated()]
     wanted = twice[twice.isin(foreign.ids)]
     if len(wanted):
         raise ForeignFeatures(
-            f"{foreign.source}: the id {wanted.iloc[0]!r} stands for several images of the recipe, whose names differ in "
+            f"{foreign.source}: the id {wanted.iloc[0]!r} stands for several images of the "
+            "recipe, whose names differ in "
             "blanks or in the form of their accents alone. Rename one of them"
         )
     content_of = dict(zip(images["id"], images["content"], strict=True))
@@ -159,10 +189,13 @@ def _refuse_targets(foreign: Foreign, content: Sequence[str | None], targets: pd
         return
     by_content = targets[~targets.index.duplicated() & targets.index.notna()]
     for name in by_content.columns:
-        target = by_content[name].reindex(pd.Index(list(content), dtype=object)).reset_index(drop=True)
+        target = (
+            by_content[name].reindex(pd.Index(list(content), dtype=object)).reset_index(drop=True)
+        )
         if found := target_columns(foreign.features, target):
             raise ForeignFeatures(
-                f"{foreign.source}: {foreign.columns.describe(found[0])} is the target {str(name)!r} under another name: "
+                f"{foreign.source}: {foreign.columns.describe(found[0])} is the target "
+                f"{str(name)!r} under another name: "
                 f"each of its values stands for the target's. {foreign.columns.leave_out(found)}"
             )
 

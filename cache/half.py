@@ -1,4 +1,6 @@
-"""float16 to float32, five times faster than numpy's cast, which goes number by number in software."""
+"""float16 to float32, five times faster than numpy's cast, which goes number by number
+in software.
+"""
 
 from typing import Any
 
@@ -7,13 +9,15 @@ import numpy.typing as npt
 
 # Sign and, three places too far right for a float32's exponent field, exponent and mantissa.
 _KEEP = np.uint32(0x8FFFE000).view(np.int32)
-# The two exponents' biases, 127 and 15, differ by 112; a multiplication also puts subnormal numbers right.
+# The two exponents' biases, 127 and 15, differ by 112; a multiplication also puts subnormal numbers
+# right.
 _REBIAS = np.float32(2.0**112)
 _BLOCK = 1 << 16  # values: four passes over 256 KB stay in the second-level cache
 
 
 def widen(half: npt.NDArray[Any], out: npt.NDArray[np.float32]) -> None:
-    """Write finite float16 values (any shape, C order) as float32 into `out` (same shape, C order): exact, bit for bit.
+    """Write finite float16 values (any shape, C order) as float32 into `out` (same shape, C order):
+    exact, bit for bit.
 
     Infinity and NaN, which no shard holds, would come out as large numbers.
     """

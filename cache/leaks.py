@@ -12,7 +12,8 @@ import pandas as pd
 from headrace.cache.text import as_text
 
 Rows = npt.NDArray[np.generic]
-# Fewer rows or values could agree by chance: 0, 1 and 2 with three numbered rows, six numbers that happen to rise.
+# Fewer rows or values could agree by chance: 0, 1 and 2 with three numbered rows, six numbers that
+# happen to rise.
 _LEAST_ROWS = 3
 _LEAST_STEPS = 8
 _LEAST_VALUES = 12
@@ -21,7 +22,8 @@ _FIRST_ROWS = 1024  # rule out nearly every column before all rows are read
 
 
 def row_numbers(features: Rows) -> list[int]:
-    """The columns of features (N, D) that count the rows: 0, 1, 2, …, or by any other step from any other number.
+    """The columns of features (N, D) that count the rows: 0, 1, 2, …, or by any other step from any
+    other number.
 
     The mean of a time series' own index is such a column, as is the time of frames.
     """
@@ -29,25 +31,32 @@ def row_numbers(features: Rows) -> list[int]:
         return []
     first, last = np.asarray(features[0], np.float64), np.asarray(features[-1], np.float64)
     steps = (last - first) / (len(features) - 1)
-    # float32 has seven digits: of the largest number, and so of the difference of two. Less than that is no step.
+    # float32 has seven digits: of the largest number, and so of the difference of two. Less than
+    # that is no step.
     digits = 4 * np.finfo(np.float32).eps * np.maximum(np.abs(first), np.abs(last))
     is_rising = np.abs(last - first) > 16 * digits
-    columns = np.flatnonzero(is_rising if len(features) >= _LEAST_STEPS else (steps == 1) & np.isin(first, (0, 1)))
+    columns = np.flatnonzero(
+        is_rising if len(features) >= _LEAST_STEPS else (steps == 1) & np.isin(first, (0, 1))
+    )
     for start, stop in _blocks(len(features)):
         if not len(columns):
             break
         expected = first[columns] + np.arange(start, stop)[:, None] * steps[columns]
         difference = np.abs(np.asarray(features[start:stop][:, columns], np.float64) - expected)
-        columns = columns[(difference <= digits[columns] + 1e-3 * np.abs(steps[columns])).all(axis=0)]
+        columns = columns[
+            (difference <= digits[columns] + 1e-3 * np.abs(steps[columns])).all(axis=0)
+        ]
     return [int(column) for column in columns]
 
 
 def target_columns(features: Rows, target: pd.Series) -> list[int]:
-    """The columns of features (N, D) that say the target and nothing else. target: N values, missing where unknown.
+    """The columns of features (N, D) that say the target and nothing else. target: N values,
+    missing where unknown.
 
-    Found are columns that have one value for each class and another for each other class; columns of fewer values that
-    are still the same within each class (an indicator of one class, a mean of the target), where that is no chance; and,
-    of a target of many different numbers, columns that rise or fall with it without exception.
+    Found are columns that have one value for each class and another for each other class; columns
+    of fewer values that are still the same within each class (an indicator of one class, a mean of
+    the target), where that is no chance; and, of a target of many different numbers, columns that
+    rise or fall with it without exception.
     """
     rows = np.flatnonzero(target.notna().to_numpy())
     codes, classes = pd.factorize(as_text(target.iloc[rows]))
@@ -61,7 +70,9 @@ def target_columns(features: Rows, target: pd.Series) -> list[int]:
     return _monotone(features, rows[np.argsort(numbers, kind="stable")])
 
 
-def _functions(features: Rows, rows: npt.NDArray[np.intp], codes: npt.NDArray[np.intp], n_classes: int) -> list[int]:
+def _functions(
+    features: Rows, rows: npt.NDArray[np.intp], codes: npt.NDArray[np.intp], n_classes: int
+) -> list[int]:
     """Columns that are constant within each class, and not over all."""
     first = np.zeros(n_classes, np.int64)
     first[codes[::-1]] = np.arange(len(rows))[::-1]
@@ -90,7 +101,11 @@ def _monotone(features: Rows, order: npt.NDArray[np.intp]) -> list[int]:
         columns = columns[(steps >= 0).all(axis=0) | (steps <= 0).all(axis=0)]
         if not len(columns):
             break
-    return [int(column) for column in columns if len(np.unique(features[order, column])) >= _LEAST_VALUES]
+    return [
+        int(column)
+        for column in columns
+        if len(np.unique(features[order, column])) >= _LEAST_VALUES
+    ]
 
 
 def _blocks(rows: int) -> Iterator[tuple[int, int]]:

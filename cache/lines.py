@@ -1,4 +1,6 @@
-"""Text lines that carry their own checksum: one flat JSON object per line, with `check` as its last key."""
+"""Text lines that carry their own checksum: one flat JSON object per line, with `check` as its last
+key.
+"""
 
 import json
 from typing import Any
@@ -11,13 +13,18 @@ class LineCorrupt(ValueError):
 
 
 def to_line(values: dict[str, Any]) -> bytes:
-    """One line, newline included. `check` is the XXH3-128 of the canonical JSON of the other keys."""
+    """One line, newline included. `check` is the XXH3-128 of the canonical JSON of the
+    other keys.
+    """
     text = json.dumps(values, sort_keys=True, separators=(",", ":"))
     return f'{text[:-1]},"check":"{xxhash.xxh3_128_hexdigest(text.encode())}"}}\n'.encode()
 
 
 def from_line(line: bytes) -> dict[str, Any]:
-    """Inverse of `to_line`; the newline may be missing. Raises LineCorrupt when a single bit differs."""
+    """Inverse of `to_line`; the newline may be missing.
+
+    Raises LineCorrupt when a single bit differs.
+    """
     try:
         values: dict[str, Any] = json.loads(line)
         values.pop("check")
@@ -30,9 +37,10 @@ def from_line(line: bytes) -> dict[str, Any]:
 
 
 def is_torn(tail: bytes) -> bool:
-    """Whether text after the last newline is a line whose writer died, or is still writing: a beginning without an end.
+    """Whether text after the last newline is a line whose writer died, or is still writing: a
+    beginning without an end.
 
-    The object is flat, so a closing brace can only be the last character of a whole line. (A brace inside a string
-    would make a torn line look corrupt, which is the safe side.)
+    The object is flat, so a closing brace can only be the last character of a whole line. (A brace
+    inside a string would make a torn line look corrupt, which is the safe side.)
     """
     return b"}" not in tail

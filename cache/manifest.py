@@ -1,7 +1,10 @@
-"""The manifest: which shards a feature set has. A shard that is not listed does not exist for readers.
+"""The manifest: which shards a feature set has.
 
-One checksummed line per published shard, appended after the shard is durable; the last line of a unit counts. A writer
-that dies in the middle of a line leaves a torn end, which readers pass over and the next writer cuts off.
+A shard that is not listed does not exist for readers.
+
+One checksummed line per published shard, appended after the shard is durable; the last line of a
+unit counts. A writer that dies in the middle of a line leaves a torn end, which readers pass over
+and the next writer cuts off.
 """
 
 import dataclasses
@@ -36,7 +39,9 @@ class ShardEntry:
         """As a flat dictionary of plain values."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         del values["round_off"]
-        prefixed = {f"round_off_{name}": value for name, value in dataclasses.asdict(self.round_off).items()}
+        prefixed = {
+            f"round_off_{name}": value for name, value in dataclasses.asdict(self.round_off).items()
+        }
         return {**values, **prefixed}
 
     @classmethod
@@ -44,7 +49,9 @@ class ShardEntry:
         """Inverse of `to_dict`. Raises LineCorrupt when the keys are others."""
         own = dict(values)
         try:
-            round_off = RoundOff(**{name: own.pop(f"round_off_{name}") for name in _ROUND_OFF_FIELDS})
+            round_off = RoundOff(
+                **{name: own.pop(f"round_off_{name}") for name in _ROUND_OFF_FIELDS}
+            )
             entry = cls(round_off=round_off, **own)
             if min(entry.rows, entry.failed) < 0:
                 raise LineCorrupt(f"it says {entry.rows} rows and {entry.failed} failures")
@@ -57,7 +64,10 @@ _ROUND_OFF_FIELDS = tuple(field.name for field in dataclasses.fields(RoundOff))
 
 
 def read_manifest(directory: Path) -> dict[str, ShardEntry]:
-    """Every published shard by unit. Raises ManifestCorrupt, naming the line, when one is not as it was written."""
+    """Every published shard by unit.
+
+    Raises ManifestCorrupt, naming the line, when one is not as it was written.
+    """
     path = directory / MANIFEST
     try:
         data = path.read_bytes()
@@ -73,7 +83,8 @@ def read_manifest(directory: Path) -> dict[str, ShardEntry]:
             entry = ShardEntry.from_dict(from_line(line))
         except LineCorrupt as error:
             raise ManifestCorrupt(
-                f"{path}: line {number} is not the one that was written ({error}). No shard is lost by that: "
+                f"{path}: line {number} is not the one that was written ({error}). No shard is "
+                "lost by that: "
                 f"`headrace cache repair` writes the manifest again from the shards"
             ) from error
         entries[entry.unit] = entry
@@ -81,7 +92,10 @@ def read_manifest(directory: Path) -> dict[str, ShardEntry]:
 
 
 def append_entry(directory: Path, entry: ShardEntry) -> None:
-    """Acknowledge a shard: when this returns, the line is on the disk. Raises PublishFailed, naming the errno."""
+    """Acknowledge a shard: when this returns, the line is on the disk.
+
+    Raises PublishFailed, naming the errno.
+    """
     path = directory / MANIFEST
     with explained(path), lease(directory / LOCK):
         is_new = not path.exists()
@@ -106,7 +120,9 @@ def manifest_bytes(entries: Iterable[ShardEntry]) -> bytes:
 
 
 def _cut_torn_end(descriptor: int) -> int:
-    """Cut off a line whose writer died (or end a whole one that lacks its newline); returns the size after that."""
+    """Cut off a line whose writer died (or end a whole one that lacks its newline); returns the
+    size after that.
+    """
     size = os.fstat(descriptor).st_size
     # No line is longer than this; the file itself may be megabytes.
     start = max(0, size - (1 << 16))

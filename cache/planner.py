@@ -40,7 +40,9 @@ def stored_bytes(spec: FeatureSpec, rows: int, rows_per_shard: int = 1024) -> in
 
 
 def plan_taps(wanted: Iterable[tuple[FeatureSpec, int]], budget_bytes: int | None) -> list[TapCost]:
-    """Cost of each (spec, rows still to be extracted), in the order of preference; None: no budget."""
+    """Cost of each (spec, rows still to be extracted), in the order of preference;
+    None: no budget.
+    """
     costs, left = [], budget_bytes
     for spec, rows in wanted:
         size = stored_bytes(spec, rows)
@@ -51,8 +53,11 @@ def plan_taps(wanted: Iterable[tuple[FeatureSpec, int]], budget_bytes: int | Non
     return costs
 
 
-def require_space(cache_root: Path, costs: Sequence[TapCost], free_bytes: int | None = None) -> None:
-    """Raise DiskTooSmall, naming what to leave out, unless all of it fits on `cache_root`'s disk with some to spare.
+def require_space(
+    cache_root: Path, costs: Sequence[TapCost], free_bytes: int | None = None
+) -> None:
+    """Raise DiskTooSmall, naming what to leave out, unless all of it fits on `cache_root`'s disk
+    with some to spare.
 
     free_bytes: for planning another machine's disk.
     """
@@ -64,7 +69,10 @@ def require_space(cache_root: Path, costs: Sequence[TapCost], free_bytes: int | 
     if needed > usable:
         largest = max(costs, key=lambda cost: cost.bytes)
         raise DiskTooSmall(
-            f"{cache_root}: the features need {needed / 1e9:.2f} GB and {usable / 1e9:.2f} GB are free. "
-            f"The largest tap is {largest.spec.name} with {largest.bytes / 1e9:.2f} GB; leave it out, pool it "
-            "(avg instead of map), store it as uint8, or give another cache directory. Nothing was extracted"
+            f"{cache_root}: the features need {needed / 1e9:.2f} GB and {usable / 1e9:.2f} GB "
+            "are free. "
+            f"The largest tap is {largest.spec.name} with {largest.bytes / 1e9:.2f} GB; leave "
+            "it out, pool it "
+            "(avg instead of map), store it as uint8, or give another cache directory. Nothing "
+            "was extracted"
         )

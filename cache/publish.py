@@ -1,10 +1,12 @@
 """Writing: create a feature set, publish a shard into it.
 
-What a reader finds if the writer dies: before the link, nothing; between the link and the manifest's line, a shard
-that is not listed and so does not exist (the next writer of the unit checks and lists it); after the line, the shard.
+What a reader finds if the writer dies: before the link, nothing; between the link and the
+manifest's line, a shard that is not listed and so does not exist (the next writer of the unit
+checks and lists it); after the line, the shard.
 
-A feature set's directory gets its name when its spec.json is in it. One without spec.json and without shards, as killed
-writers of earlier versions left them, is absent for every reader, and the next writer completes it.
+A feature set's directory gets its name when its spec.json is in it. One without spec.json and
+without shards, as killed writers of earlier versions left them, is absent for every reader, and the
+next writer completes it.
 """
 
 import errno
@@ -23,7 +25,13 @@ import numpy.typing as npt
 from headrace.cache.check import check_shard
 from headrace.cache.encoding import encode
 from headrace.cache.errors import FeatureSetMissing, ManifestCorrupt, ShardCorrupt, SpecMismatch
-from headrace.cache.files import PARTIAL_SUFFIX, explained, publish_bytes, publish_parts, sync_directory
+from headrace.cache.files import (
+    PARTIAL_SUFFIX,
+    explained,
+    publish_bytes,
+    publish_parts,
+    sync_directory,
+)
 from headrace.cache.manifest import MANIFEST, ShardEntry, append_entry, read_manifest
 from headrace.cache.shard import Failure, build_shard
 from headrace.cache.spec import FeatureSpec, spec_difference
@@ -32,7 +40,8 @@ FEATURES = "features"
 SHARDS = "shards"
 SPEC = "spec.json"
 
-# Unit names become file names and are compared as text; the leading letter or digit keeps them visible and relative.
+# Unit names become file names and are compared as text; the leading letter or digit keeps them
+# visible and relative.
 _UNIT = re.compile(r"[0-9a-z][0-9a-z_-]{0,63}")
 _HEX = b"0123456789abcdef"
 _WRITTEN_BY = f"headrace {version('headrace')}"
@@ -50,7 +59,8 @@ def shard_path(directory: Path, unit: str) -> Path:
 
 
 def is_feature_set(directory: Path) -> bool:
-    """Whether there is something to open or to repair: a spec.json, or shards that have outlived theirs.
+    """Whether there is something to open or to repair: a spec.json, or shards that have outlived
+    theirs.
 
     That the directory exists says neither.
     """
@@ -62,7 +72,9 @@ def is_feature_set(directory: Path) -> bool:
 
 
 def create_feature_set(cache_root: Path, spec: FeatureSpec) -> Path:
-    """The directory of the spec's feature set, made if it is not there. Any number of processes may do this at once.
+    """The directory of the spec's feature set, made if it is not there.
+
+    Any number of processes may do this at once.
 
     Raises SpecMismatch, naming the field, when the directory holds another spec; PublishFailed.
     """
@@ -82,7 +94,9 @@ def create_feature_set(cache_root: Path, spec: FeatureSpec) -> Path:
 
 
 def _make_with_spec(directory: Path, spec: FeatureSpec) -> None:
-    """Make the directory with its spec.json in it, in one step for everyone who looks; nothing if another was faster."""
+    """Make the directory with its spec.json in it, in one step for everyone who looks; nothing if
+    another was faster.
+    """
     temporary = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
     try:
         (temporary / SHARDS).mkdir(parents=True)
@@ -99,24 +113,35 @@ def _make_with_spec(directory: Path, spec: FeatureSpec) -> None:
 def read_spec(directory: Path, *, check_name: bool = True) -> FeatureSpec:
     """The spec of a feature set.
 
-    Raises FeatureSetMissing; SpecMismatch (another version's); ManifestCorrupt when a byte of it has changed.
+    Raises FeatureSetMissing; SpecMismatch (another version's); ManifestCorrupt when a byte of it
+    has changed.
     """
     path = directory / SPEC
     try:
         data = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError) as error:
-        advice = _SPEC_ADVICE if is_feature_set(directory) else "`headrace cache ls` lists those of a cache"
-        raise FeatureSetMissing(f"{directory} is not a feature set (it has no {SPEC}). {advice}") from error
+        advice = (
+            _SPEC_ADVICE
+            if is_feature_set(directory)
+            else "`headrace cache ls` lists those of a cache"
+        )
+        raise FeatureSetMissing(
+            f"{directory} is not a feature set (it has no {SPEC}). {advice}"
+        ) from error
     try:
         spec = FeatureSpec.from_json(data.decode())
     except SpecMismatch as error:
         raise SpecMismatch(f"{path}: {error}") from error
     except (ValueError, TypeError, AttributeError) as error:
-        raise ManifestCorrupt(f"{path} is not the spec that was written ({error}). {_SPEC_ADVICE}") from error
+        raise ManifestCorrupt(
+            f"{path} is not the spec that was written ({error}). {_SPEC_ADVICE}"
+        ) from error
     if _spec_bytes(spec) != data or (check_name and spec.fingerprint != directory.name):
         raise ManifestCorrupt(
-            f"{path}: its fingerprint is {spec.fingerprint}, but the directory is named {directory.name}: "
-            f"the spec has changed since it was written, or the directory was renamed. {_SPEC_ADVICE}"
+            f"{path}: its fingerprint is {spec.fingerprint}, but the directory is named "
+            f"{directory.name}: "
+            "the spec has changed since it was written, or the directory was renamed. "
+            f"{_SPEC_ADVICE}"
         )
     return spec
 
@@ -134,13 +159,17 @@ def publish_shard(
     failures: Sequence[Failure] = (),
     compression: str | None = None,
 ) -> ShardEntry:
-    """Publish the n rows of a unit, durably; the first writer wins. Returns the entry of the shard that is there then.
+    """Publish the n rows of a unit, durably; the first writer wins.
 
-    features: (n, *spec.shape), any real dtype, converted to the storage dtype. ids: n sample names. content: n SHA-256
-    prefixes of 32 hex digits. failures: the unit's samples that have no row. compression: None or "bitshuffle-lz4".
+    Returns the entry of the shard that is there then.
 
-    Nothing in the shard depends on time, host or writer. Raises NotStorable (NaN, infinity, overflow; names the
-    sample), ValueError (arguments that do not fit together), PublishFailed (names the errno).
+    features: (n, *spec.shape), any real dtype, converted to the storage dtype. ids: n sample names.
+    content: n SHA-256 prefixes of 32 hex digits. failures: the unit's samples that have no row.
+    compression: None or "bitshuffle-lz4".
+
+    Nothing in the shard depends on time, host or writer. Raises NotStorable (NaN, infinity,
+    overflow; names the sample), ValueError (arguments that do not fit together), PublishFailed
+    (names the errno).
     """
     spec = read_spec(directory)
     _check_arguments(spec, unit, features, ids, content, failures, compression)
@@ -150,7 +179,8 @@ def publish_shard(
     encoded = encode(features, ids, spec.dtype)
     parts, digest = build_shard(spec, unit, encoded, ids, content, failures, compression)
     while not publish_parts(path, parts):
-        # Another writer was faster. Its shard may differ in last bits (another machine): the entry describes that one.
+        # Another writer was faster. Its shard may differ in last bits (another machine): the entry
+        # describes that one.
         if entry := _published(directory, unit, spec):
             return entry
     entry = ShardEntry(
@@ -167,7 +197,10 @@ def publish_shard(
 
 
 def describe_shard(directory: Path, unit: str, spec: FeatureSpec) -> ShardEntry:
-    """The entry of a shard by the shard alone, which is checked whole. Raises ShardCorrupt, ShardMissing."""
+    """The entry of a shard by the shard alone, which is checked whole.
+
+    Raises ShardCorrupt, ShardMissing.
+    """
     path = shard_path(directory, unit)
     checked = check_shard(path, spec, unit)
     return ShardEntry(
@@ -182,13 +215,17 @@ def describe_shard(directory: Path, unit: str, spec: FeatureSpec) -> ShardEntry:
 
 
 def _published(directory: Path, unit: str, spec: FeatureSpec) -> ShardEntry | None:
-    """The entry of a shard whose file is there; one that no line lists is checked and listed. None if it was broken."""
+    """The entry of a shard whose file is there; one that no line lists is checked and listed.
+
+    None if it was broken.
+    """
     if entry := read_manifest(directory).get(unit):
         return entry
     try:
         entry = describe_shard(directory, unit, spec)
     except ShardCorrupt:
-        # Never acknowledged, so nobody has read it: a power cut can leave a name whose bytes did not reach the disk.
+        # Never acknowledged, so nobody has read it: a power cut can leave a name whose bytes did
+        # not reach the disk.
         shard_path(directory, unit).unlink(missing_ok=True)
         return None
     append_entry(directory, entry)
@@ -210,14 +247,18 @@ def _check_arguments(
 ) -> None:
     if not _UNIT.fullmatch(unit):
         raise ValueError(
-            f"unit {unit!r} is not 1 to 64 of the characters a-z, 0-9, _ and -, starting with a letter or digit"
+            f"unit {unit!r} is not 1 to 64 of the characters a-z, 0-9, _ and -, starting "
+            "with a letter or digit"
         )
     if features.shape != (len(ids), *spec.shape) or len(content) != len(ids):
         raise ValueError(
-            f"unit {unit}: features have shape {features.shape} for {len(ids)} ids and {len(content)} content hashes; "
+            f"unit {unit}: features have shape {features.shape} for {len(ids)} ids and "
+            f"{len(content)} content hashes; "
             f"the spec {spec.name} says ({len(ids)}, {', '.join(map(str, spec.shape))})"
         )
-    if not (np.issubdtype(features.dtype, np.floating) or np.issubdtype(features.dtype, np.integer)):
+    if not (
+        np.issubdtype(features.dtype, np.floating) or np.issubdtype(features.dtype, np.integer)
+    ):
         raise ValueError(f"unit {unit}: features are {features.dtype}, expected real numbers")
     names = [*ids, *(failure.id for failure in failures), *(failure.reason for failure in failures)]
     hashes = [*content, *(failure.content for failure in failures)]
@@ -227,7 +268,10 @@ def _check_arguments(
         raise ValueError(f"unit {unit}: content hash {bad!r} is not 32 lower-case hex digits")
     if not all(names) or "\0" in "".join(names):
         bad = next(text for text in names if not text or "\0" in text)
-        raise ValueError(f"unit {unit}: {bad!r} is empty or holds a NUL, which fixed-length text in HDF5 cannot store")
+        raise ValueError(
+            f"unit {unit}: {bad!r} is empty or holds a NUL, which fixed-length text in "
+            "HDF5 cannot store"
+        )
     if compression not in _COMPRESSIONS:
         raise ValueError(f"compression {compression!r} is not one of {_COMPRESSIONS}")
 

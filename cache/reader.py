@@ -1,4 +1,5 @@
-"""How rows get from the shards of a feature set into arrays: checked when first touched, then mapped.
+"""How rows get from the shards of a feature set into arrays: checked when first touched, then
+mapped.
 
 N rows in S shards, n rows asked for, V values per row, *shape one row's shape.
 """
@@ -25,7 +26,10 @@ from headrace.cache.structure import Layout
 
 
 class Reader:
-    """The shards of one feature set. Every method checks the shards it needs: raises ShardMissing, ShardCorrupt."""
+    """The shards of one feature set.
+
+    Every method checks the shards it needs: raises ShardMissing, ShardCorrupt.
+    """
 
     def __init__(self, path: Path, spec: FeatureSpec, entries: Sequence[ShardEntry]) -> None:
         self._path, self._spec, self._entries = path, spec, entries
@@ -40,10 +44,15 @@ class Reader:
         self._row_zero = np.zeros(
             len(entries), np.int64
         )  # the item where row 0 of the set would be, were it in this shard
-        self._shard_of_row = np.repeat(np.arange(len(entries), dtype=np.int32), counts) if self._is_small() else None
-        # Of a set that stays in memory every row is read ahead once; of a larger one only what comes next.
+        self._shard_of_row = (
+            np.repeat(np.arange(len(entries), dtype=np.int32), counts) if self._is_small() else None
+        )
+        # Of a set that stays in memory every row is read ahead once; of a larger one only what
+        # comes next.
         stored_bytes = int(self.first_row[-1]) * self._values * STORED[spec.dtype].itemsize
-        self._stays_in_memory = stored_bytes < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+        self._stays_in_memory = (
+            stored_bytes < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+        )
         self._verified = Verified(path)
         self._lock = threading.RLock()
         self._map: MappedRows | None = None
@@ -61,7 +70,9 @@ class Reader:
             if not layout.compressed:
                 mapped = self._mapped()
                 mapped.map(shard, path, layout.features, entry.rows)
-                self._row_zero[shard] = mapped.first_item[shard] - self.first_row[shard] * self._values
+                self._row_zero[shard] = (
+                    mapped.first_item[shard] - self.first_row[shard] * self._values
+                )
                 if self._stays_in_memory and entry.rows:
                     mapped.will_need(shard, 0, entry.rows)
             if self._spec.dtype == "uint8":
@@ -74,9 +85,14 @@ class Reader:
             return layout
 
     def gather(
-        self, positions: npt.NDArray[np.int64], dtype: np.dtype[Any], out: npt.NDArray[Any] | None = None
+        self,
+        positions: npt.NDArray[np.int64],
+        dtype: np.dtype[Any],
+        out: npt.NDArray[Any] | None = None,
     ) -> npt.NDArray[Any]:
-        """(n, *shape) decoded rows at positions 0..N-1, in that order: a new array of `dtype`, or written into `out`."""
+        """(n, *shape) decoded rows at positions 0..N-1, in that order: a new array of `dtype`, or
+        written into `out`.
+        """
         shards = self._shards(positions)
         shape = (len(positions), *self._spec.shape)
         # float16 and float32 that stay what they are go straight to their place.
@@ -88,7 +104,11 @@ class Reader:
         if self._is_compressed.any() and self._is_compressed[shards].any():
             stored = self._gather_compressed(positions, shards)
         else:
-            into = out.reshape(len(positions), self._values) if is_plain and out.flags.c_contiguous else None
+            into = (
+                out.reshape(len(positions), self._values)
+                if is_plain and out.flags.c_contiguous
+                else None
+            )
             stored = self._mapped().gather(self._row_zero[shards] + positions * self._values, into)
             if into is not None:
                 return out
@@ -96,17 +116,25 @@ class Reader:
         return out
 
     def run(self, start: int, stop: int, out: npt.NDArray[Any]) -> None:
-        """Write consecutive decoded rows into `out` (stop - start, *shape), shard by shard, each copied once."""
+        """Write consecutive decoded rows into `out` (stop - start, *shape), shard by shard, each
+        copied once.
+        """
         shard = int(np.searchsorted(self.first_row, start, side="right")) - 1
         done = start
         while done < stop:
             first, end = int(self.first_row[shard]), min(stop, int(self.first_row[shard + 1]))
             if done < end:
                 if self.touch(shard).compressed:
-                    stored = read_compressed(self._shard_path(shard), slice(done - first, end - first))
+                    stored = read_compressed(
+                        self._shard_path(shard), slice(done - first, end - first)
+                    )
                 else:
                     stored = self._mapped().rows(shard, done - first, end - first)
-                self._decode(stored.reshape(end - done, *self._spec.shape), shard, out[done - start : end - start])
+                self._decode(
+                    stored.reshape(end - done, *self._spec.shape),
+                    shard,
+                    out[done - start : end - start],
+                )
                 done = end
             shard += 1
 
@@ -119,7 +147,8 @@ class Reader:
         if not len(positions) or self.is_compressed(positions) or self._stays_in_memory:
             return
         ordered = np.sort(positions)
-        # One call per run of neighbours in a shard; a hole of a few rows is cheaper to read than to leave out.
+        # One call per run of neighbours in a shard; a hole of a few rows is cheaper to read than to
+        # leave out.
         cuts = np.flatnonzero(np.diff(ordered) > 64)
         starts, stops = ordered[np.r_[0, cuts + 1]], ordered[np.r_[cuts, len(ordered) - 1]] + 1
         for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
@@ -167,7 +196,9 @@ class Reader:
                 self._scales = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
             return self._scales
 
-    def _gather_compressed(self, positions: npt.NDArray[np.int64], shards: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    def _gather_compressed(
+        self, positions: npt.NDArray[np.int64], shards: npt.NDArray[Any]
+    ) -> npt.NDArray[Any]:
         """(n, V) stored rows, some of which are compressed."""
         stored = np.empty((len(positions), self._values), STORED[self._spec.dtype])
         for shard in np.unique(shards).tolist():
@@ -176,9 +207,13 @@ class Reader:
             if self.touch(shard).compressed:
                 # HDF5 wants increasing positions without repetition.
                 unique, back = np.unique(local, return_inverse=True)
-                stored[here] = read_compressed(self._shard_path(shard), unique).reshape(-1, self._values)[back]
+                stored[here] = read_compressed(self._shard_path(shard), unique).reshape(
+                    -1, self._values
+                )[back]
             else:
-                stored[here] = self._mapped().gather(self._row_zero[shard] + positions[here] * self._values)
+                stored[here] = self._mapped().gather(
+                    self._row_zero[shard] + positions[here] * self._values
+                )
         return stored
 
     def _decode(self, stored: npt.NDArray[Any], shards: Any, out: npt.NDArray[Any]) -> None:
@@ -196,7 +231,9 @@ class Reader:
 
 
 def _pread(path: Path, offset: int, count: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-    """`count` items at a byte offset, as a copy: a mapping would count the file's pages as this process's memory."""
+    """`count` items at a byte offset, as a copy: a mapping would count the file's pages as this
+    process's memory.
+    """
     if not count:
         return np.empty(0, dtype)
     try:

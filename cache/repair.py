@@ -1,4 +1,6 @@
-"""Repair: throw out what is broken, list what is whole, so that the next extraction redoes just the difference."""
+"""Repair: throw out what is broken, list what is whole, so that the next extraction redoes just the
+difference.
+"""
 
 import contextlib
 from collections.abc import Iterable
@@ -28,8 +30,12 @@ class Repair:
     """What a repair did."""
 
     kept: tuple[str, ...]  # units whose shards are whole and listed
-    listed: tuple[str, ...]  # of these, units that the manifest did not list, or listed with other bytes
-    removed: tuple[str, ...]  # units whose shards were broken; their samples are extracted by the next run
+    listed: tuple[
+        str, ...
+    ]  # of these, units that the manifest did not list, or listed with other bytes
+    removed: tuple[
+        str, ...
+    ]  # units whose shards were broken; their samples are extracted by the next run
     missing: tuple[str, ...]  # units that were listed and whose shards are gone
     rewritten: tuple[str, ...]  # files written again: spec.json, manifest.jsonl
 
@@ -40,11 +46,14 @@ class Repair:
 
 
 def repair(directory: Path) -> Repair:
-    """Make a feature set whole again, with fewer rows if some are broken. Safe while others read, extract or repair.
+    """Make a feature set whole again, with fewer rows if some are broken.
 
-    Every shard is read whole. Broken ones are deleted. The manifest and spec.json are written again when they are not
-    what the shards say. Raises CacheError when no shard is left that knows the spec; ShardUnreadable, having deleted
-    nothing that might be whole, when the operating system does not let a shard be read.
+    Safe while others read, extract or repair.
+
+    Every shard is read whole. Broken ones are deleted. The manifest and spec.json are written again
+    when they are not what the shards say. Raises CacheError when no shard is left that knows the
+    spec; ShardUnreadable, having deleted nothing that might be whole, when the operating system
+    does not let a shard be read.
     """
     rewritten = []
     try:
@@ -65,11 +74,18 @@ def repair(directory: Path) -> Repair:
             path.unlink(missing_ok=True)
             removed.append(path.stem)
 
-    # Under the lock, because an extraction may be listing shards at the same time; its lines are kept.
+    # Under the lock, because an extraction may be listing shards at the same time; its lines are
+    # kept.
     with lease(directory / LOCK):
         entries, is_readable = _readable_entries(directory)
-        gone = [unit for unit in entries if unit not in whole and not shard_path(directory, unit).exists()]
-        listed = [unit for unit, entry in whole.items() if not _same_bytes(entries.get(unit), entry)]
+        gone = [
+            unit
+            for unit in entries
+            if unit not in whole and not shard_path(directory, unit).exists()
+        ]
+        listed = [
+            unit for unit, entry in whole.items() if not _same_bytes(entries.get(unit), entry)
+        ]
         kept = {unit: entry for unit, entry in entries.items() if unit not in gone}
         kept |= {unit: whole[unit] for unit in listed}
         if gone or listed or not is_readable:
@@ -97,7 +113,11 @@ def _readable_entries(directory: Path) -> tuple[dict[str, ShardEntry], bool]:
 
 
 def _same_bytes(listed: ShardEntry | None, found: ShardEntry) -> bool:
-    return listed is not None and (listed.xxh3, listed.rows, listed.failed) == (found.xxh3, found.rows, found.failed)
+    return listed is not None and (listed.xxh3, listed.rows, listed.failed) == (
+        found.xxh3,
+        found.rows,
+        found.failed,
+    )
 
 
 def _spec_from_shards(directory: Path) -> FeatureSpec:
@@ -108,11 +128,14 @@ def _spec_from_shards(directory: Path) -> FeatureSpec:
             if block == user_block(digest):
                 with path.open("rb") as bytes_of_it, h5py.File(bytes_of_it, "r") as file:
                     text = file.attrs["spec"]
-                spec = FeatureSpec.from_json(text.decode() if isinstance(text, bytes) else str(text))
+                spec = FeatureSpec.from_json(
+                    text.decode() if isinstance(text, bytes) else str(text)
+                )
                 if spec.fingerprint == directory.name:
                     return spec
     raise CacheError(
-        f"{directory}: {SPEC} is broken or gone, and no whole shard is left to write it again from. "
+        f"{directory}: {SPEC} is broken or gone, and no whole shard is left to write it again "
+        "from. "
         "Remove the feature set with `headrace cache rm` and extract it again"
     )
 

@@ -6,11 +6,16 @@ import numpy as np
 import numpy.typing as npt
 
 # Odd constants with well-mixed bits (of splitmix64 and xxhash), one per 8 of the 32 characters.
-_MIX = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0x27D4EB2F165667C5], np.uint64)
+_MIX = np.array(
+    [0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0x27D4EB2F165667C5], np.uint64
+)
 
 
 def as_hashes(content: Sequence[str] | npt.NDArray[np.bytes_]) -> npt.NDArray[np.bytes_]:
-    """Content hashes as (n,) S32, from text, bytes, or an array of either. Raises ValueError on another length."""
+    """Content hashes as (n,) S32, from text, bytes, or an array of either.
+
+    Raises ValueError on another length.
+    """
     hashes = np.asarray(content)
     if hashes.dtype.kind == "U":
         hashes = np.char.encode(hashes, "ascii")
@@ -18,14 +23,17 @@ def as_hashes(content: Sequence[str] | npt.NDArray[np.bytes_]) -> npt.NDArray[np
         return np.empty(0, "S32")
     if hashes.ndim != 1 or hashes.dtype.kind != "S" or hashes.dtype.itemsize != 32:
         raise ValueError(
-            f"content hashes are {hashes.dtype} of shape {hashes.shape}; expected n texts of 32 hex digits, "
+            f"content hashes are {hashes.dtype} of shape {hashes.shape}; expected n texts of "
+            "32 hex digits, "
             "the first half of a SHA-256"
         )
     return np.ascontiguousarray(hashes)
 
 
 class RowIndex:
-    """Row positions by content hash; 10 million rows take about 500 MB and a few seconds to sort."""
+    """Row positions by content hash; 10 million rows take about 500 MB and a few
+    seconds to sort.
+    """
 
     def __init__(self, content: npt.NDArray[np.bytes_]) -> None:
         self._content = content
@@ -44,8 +52,8 @@ class RowIndex:
         candidates = self._order[np.where(inside, at, 0)]
         equal = inside & (self._content[candidates] == content)
         found[equal] = candidates[equal]
-        # Two hashes with one 64-bit key hide each other: one pair is expected in 6 billion rows. Look at those one by
-        # one.
+        # Two hashes with one 64-bit key hide each other: one pair is expected in 6 billion rows.
+        # Look at those one by one.
         keys = _keys(content)
         for row in np.flatnonzero(inside & ~equal):
             position = int(at[row])
@@ -58,7 +66,9 @@ class RowIndex:
 
 
 def _keys(content: npt.NDArray[np.bytes_]) -> npt.NDArray[np.uint64]:
-    """(n,) uint64 that spread over the whole range: sorting integers is ten times faster than sorting texts."""
+    """(n,) uint64 that spread over the whole range: sorting integers is ten times faster than
+    sorting texts.
+    """
     words = np.ascontiguousarray(content).view(np.uint64).reshape(-1, 4)
     keys = words[:, 0] * _MIX[0]
     for column in range(1, 4):

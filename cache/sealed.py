@@ -1,8 +1,8 @@
 """A digest that a file carries in itself, whatever its format: JSON, safetensors or .npz.
 
-The writer leaves UNSEALED as a text somewhere in the file; `seal` puts in its place the XXH3-128 of all bytes as they were
-before. So no bit of the file can change unseen, but one of the mark itself, which no number depends on: a file without the
-mark is taken for one of an earlier version.
+The writer leaves UNSEALED as a text somewhere in the file; `seal` puts in its place the XXH3-128 of
+all bytes as they were before. So no bit of the file can change unseen, but one of the mark itself,
+which no number depends on: a file without the mark is taken for one of an earlier version.
 """
 
 import io
@@ -46,37 +46,50 @@ def check_seal(data: bytes) -> None:
         hasher.update(part)
     if hasher.hexdigest() != found[1].decode():
         raise SealBroken(
-            f"its bytes have the digest {hasher.hexdigest()}, when it was written it was {found[1].decode()}"
+            f"its bytes have the digest {hasher.hexdigest()}, when it was written it was "
+            f"{found[1].decode()}"
         )
 
 
 def tensor_metadata(data: bytes) -> dict[str, str]:
-    """The texts that a safetensors file of these bytes carries. Raises ValueError, KeyError for what is no such file."""
+    """The texts that a safetensors file of these bytes carries.
+
+    Raises ValueError, KeyError for what is no such file.
+    """
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     return dict(header["__metadata__"])
 
 
 def is_sealed_file(path: Path) -> bool:
-    """Whether a safetensors file is there and as it was written; one of an earlier version, without a seal, if it has its size."""
+    """Whether a safetensors file is there and as it was written; one of an earlier version, without
+    a seal, if it has its size.
+    """
     try:
         data = path.read_bytes()
         check_seal(data)
         tensors = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        ends = [tensor["data_offsets"][1] for name, tensor in tensors.items() if name != "__metadata__"]
+        ends = [
+            tensor["data_offsets"][1] for name, tensor in tensors.items() if name != "__metadata__"
+        ]
         return 8 + int.from_bytes(data[:8], "little") + max(ends, default=0) == len(data)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, LookupError):
         return False
 
 
 def sealed_json(
-    values: Mapping[str, Any], indent: int | None = None, default: Callable[[Any], Any] | None = None
+    values: Mapping[str, Any],
+    indent: int | None = None,
+    default: Callable[[Any], Any] | None = None,
 ) -> bytes:
     """The object as JSON, with its seal as the last key. default: as `json.dumps` takes it."""
     return seal(json.dumps({**values, SEAL: UNSEALED}, indent=indent, default=default).encode())
 
 
 def read_sealed_json(data: bytes | str) -> dict[str, Any]:
-    """Inverse of `sealed_json`; an object of an earlier version has no seal. Raises SealBroken, also for no JSON object."""
+    """Inverse of `sealed_json`; an object of an earlier version has no seal.
+
+    Raises SealBroken, also for no JSON object.
+    """
     data = data.encode("utf-8", "surrogatepass") if isinstance(data, str) else data
     check_seal(data)
     try:
@@ -90,7 +103,9 @@ def read_sealed_json(data: bytes | str) -> dict[str, Any]:
 
 
 def sealed_arrays(arrays: Mapping[str, npt.NDArray[Any]]) -> bytes:
-    """The arrays as an uncompressed .npz without pickles, with its seal as the comment of the zip file."""
+    """The arrays as an uncompressed .npz without pickles, with its seal as the comment of the zip
+    file.
+    """
     buffer = io.BytesIO()
     np.savez(buffer, allow_pickle=False, **arrays)
     with zipfile.ZipFile(buffer, "a") as archive:
@@ -99,10 +114,15 @@ def sealed_arrays(arrays: Mapping[str, npt.NDArray[Any]]) -> bytes:
 
 
 def read_sealed_arrays(data: bytes) -> dict[str, npt.NDArray[Any]]:
-    """Inverse of `sealed_arrays`; a file of an earlier version has no seal. Raises SealBroken, also for no .npz."""
+    """Inverse of `sealed_arrays`; a file of an earlier version has no seal.
+
+    Raises SealBroken, also for no .npz.
+    """
     check_seal(data)
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as stored:
             return {name: stored[name] for name in stored.files}
-    except Exception as error:  # NumPy and zipfile raise anything for bytes that are no archive of arrays
+    except (
+        Exception
+    ) as error:  # NumPy and zipfile raise anything for bytes that are no archive of arrays
         raise SealBroken(f"it is no .npz ({type(error).__name__}: {error})") from error

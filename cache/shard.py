@@ -1,4 +1,6 @@
-"""A shard as bytes: building its HDF5 image in memory. `FORMAT.md` describes the result; `structure.py` reads it back.
+"""A shard as bytes: building its HDF5 image in memory.
+
+`FORMAT.md` describes the result; `structure.py` reads it back.
 
 n rows, m failures, C the first axis of a row.
 """
@@ -39,7 +41,9 @@ ENCODINGS = {
 
 @dataclass(frozen=True)
 class Failure:
-    """A sample without features: its image could not be decoded, or its features not be computed."""
+    """A sample without features: its image could not be decoded, or its features not be
+    computed.
+    """
 
     id: str
     content: str  # 32 hex digits
@@ -57,7 +61,8 @@ def build_shard(
 ) -> tuple[list[bytes | memoryview], str]:
     """The file as parts to be written one after the other, and the digest in it.
 
-    Depends on nothing but the arguments (and the HDF5 version). The features are a part of their own, never copied.
+    Depends on nothing but the arguments (and the HDF5 version). The features are a part of their
+    own, never copied.
     """
     stored = np.ascontiguousarray(encoded.stored)
     image = SparseFile()
@@ -76,7 +81,11 @@ def build_shard(
         _write(file, "content", np.frombuffer("".join(content).encode(), "S32"))
         _write_text(file, "id", ids)
         _write_text(file, "failed_id", [failure.id for failure in failures])
-        _write(file, "failed_content", np.array([failure.content.encode() for failure in failures], "S32"))
+        _write(
+            file,
+            "failed_content",
+            np.array([failure.content.encode() for failure in failures], "S32"),
+        )
         _write_text(file, "failed_reason", [failure.reason for failure in failures])
         if encoded.scale is not None and encoded.offset is not None:
             _write(file, "scale", encoded.scale)
@@ -89,7 +98,9 @@ def build_shard(
         _set_text(features, "axes", ", ".join(["sample", "channel", "y", "x"][: stored.ndim]))
         _set_text(features, "units", "activation of the network, no physical unit")
         _set_number(features, "round_off_largest", np.float64(encoded.round_off.largest))
-        _set_number(features, "round_off_squared_error", np.float64(encoded.round_off.squared_error))
+        _set_number(
+            features, "round_off_squared_error", np.float64(encoded.round_off.squared_error)
+        )
         _set_number(features, "round_off_squared", np.float64(encoded.round_off.squared))
         start = features.id.get_offset() if compression is None and stored.nbytes else None
     if start is None:
@@ -109,12 +120,15 @@ def build_shard(
 
 def user_block(digest: str) -> bytes:
     """The first 4096 bytes of a shard whose remaining bytes have this XXH3-128 (32 hex digits)."""
-    text = f"{FORMAT} {VERSION}\nxxh3_128 {digest}\nof all bytes from {USER_BLOCK_BYTES} on; the rest is HDF5\n"
+    text = (
+        f"{FORMAT} {VERSION}\nxxh3_128 {digest}\nof all bytes from {USER_BLOCK_BYTES} on; the "
+        "rest is HDF5\n"
+    )
     return text.encode().ljust(USER_BLOCK_BYTES - 1, b" ") + b"\n"
 
 
-# What follows speaks to HDF5 itself: h5py's own attributes and assignments make the same bytes and take three times as long,
-# which a shard of some megabytes feels.
+# What follows speaks to HDF5 itself: h5py's own attributes and assignments make the same bytes and
+# take three times as long, which a shard of some megabytes feels.
 
 
 def _create(parent: h5py.Group, name: str, shape: tuple[int, ...], type_id: Any) -> h5py.Dataset:
@@ -142,7 +156,8 @@ def _write_text(parent: h5py.Group, name: str, texts: Sequence[str]) -> None:
 
 
 def _set_text(target: h5py.HLObject, name: str, text: str) -> None:
-    # Fixed length: variable-length strings live in a heap that the structure check would have to follow.
+    # Fixed length: variable-length strings live in a heap that the structure check would have to
+    # follow.
     data = text.encode()
     _set(target, name, np.array(data, h5py.string_dtype("utf-8", len(data))))
 
@@ -153,7 +168,9 @@ def _set_number(target: h5py.HLObject, name: str, value: np.int64 | np.float64) 
 
 def _set(target: h5py.HLObject, name: str, value: npt.NDArray[Any]) -> None:
     type_id = h5py.h5t.py_create(value.dtype, logical=True)
-    h5py.h5a.create(target.id, name.encode(), type_id, h5py.h5s.create_simple(())).write(value, type_id)
+    h5py.h5a.create(target.id, name.encode(), type_id, h5py.h5s.create_simple(())).write(
+        value, type_id
+    )
 
 
 def _compressed(parent: h5py.Group, stored: npt.NDArray[Any]) -> h5py.Dataset:

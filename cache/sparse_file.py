@@ -1,7 +1,7 @@
 """A file in memory that holds only what was written to it.
 
-HDF5 lays a shard out in it and writes the headers, some kilobytes; the features' place stays a hole, which costs
-nothing, and their bytes go from the caller's array to the disk without a copy.
+HDF5 lays a shard out in it and writes the headers, some kilobytes; the features' place stays a
+hole, which costs nothing, and their bytes go from the caller's array to the disk without a copy.
 """
 
 import io
@@ -9,7 +9,10 @@ from typing import Any
 
 
 class SparseFile(io.RawIOBase):
-    """As much of a binary file as the HDF5 library asks of one. Bytes that were never written are zero."""
+    """As much of a binary file as the HDF5 library asks of one.
+
+    Bytes that were never written are zero.
+    """
 
     def __init__(self) -> None:
         super().__init__()

@@ -15,8 +15,8 @@ STORAGE_DTYPES = ("float16", "float32", "bfloat16", "uint8")
 class FeatureSpec:
     """What a feature set is made of: one (backbone, preprocessing, tap, view), stored in one dtype.
 
-    Batch size, device, worker count and shard size are not here: they change no bytes beyond the tolerance
-    that floating point leaves between machines.
+    Batch size, device, worker count and shard size are not here: they change no bytes beyond the
+    tolerance that floating point leaves between machines.
     """
 
     backbone: str  # "timm:tf_efficientnet_lite0", "torchvision:resnet50", "python:module:function"
@@ -24,7 +24,9 @@ class FeatureSpec:
     tap: str  # node of the network, "blocks.4"
     reduction: str  # "avg", "max", "gem", "grid2", "map", "cls", ...
     preprocessing: str  # canonical JSON: resize, interpolation, antialias, crop, colour, mean, std
-    view: str  # canonical JSON: {"index": 0} is the evaluation crop, otherwise an augmentation, or a symmetry of it
+    # canonical JSON: {"index": 0} is the evaluation crop, otherwise an augmentation, or a symmetry
+    # of it
+    view: str
     decoder: str  # "pillow 13.0.0"
     compute_dtype: str  # dtype of the forward pass, "float32"
     dtype: str  # storage dtype, one of STORAGE_DTYPES
@@ -32,7 +34,9 @@ class FeatureSpec:
 
     def __post_init__(self) -> None:
         if self.dtype not in STORAGE_DTYPES:
-            raise ValueError(f"storage dtype {self.dtype!r} is not one of {', '.join(STORAGE_DTYPES)}")
+            raise ValueError(
+                f"storage dtype {self.dtype!r} is not one of {', '.join(STORAGE_DTYPES)}"
+            )
 
     @property
     def name(self) -> str:
@@ -41,7 +45,9 @@ class FeatureSpec:
 
     @property
     def fingerprint(self) -> str:
-        """First 24 hex digits of the SHA-256 of the canonical JSON: names the feature set's directory."""
+        """First 24 hex digits of the SHA-256 of the canonical JSON: names the feature set's
+        directory.
+        """
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:24]
 
     def to_json(self) -> str:
@@ -55,17 +61,23 @@ class FeatureSpec:
         known = {field.name for field in dataclasses.fields(cls)}
         if set(values) != known:
             odd = sorted(set(values) ^ known)
-            raise SpecMismatch(f"the spec has other fields than this version of headrace knows: {', '.join(odd)}")
+            raise SpecMismatch(
+                f"the spec has other fields than this version of headrace knows: {', '.join(odd)}"
+            )
         shape = values.pop("shape")
         if not all(isinstance(value, str) for value in values.values()):
             raise SpecMismatch("the spec has fields that are no text")
-        if not (isinstance(shape, list) and all(isinstance(edge, int) and edge >= 0 for edge in shape)):
+        if not (
+            isinstance(shape, list) and all(isinstance(edge, int) and edge >= 0 for edge in shape)
+        ):
             raise SpecMismatch(f"the spec's shape is {str(shape)[:60]}, expected sizes")
         return cls(**values, shape=tuple(shape))
 
 
 def spec_difference(found: FeatureSpec, expected: FeatureSpec) -> str | None:
-    """Names the first field in which two specs differ, with both values; None when they are equal."""
+    """Names the first field in which two specs differ, with both values; None when they
+    are equal.
+    """
     for field in dataclasses.fields(FeatureSpec):
         ours, theirs = getattr(expected, field.name), getattr(found, field.name)
         if ours != theirs:

@@ -1,4 +1,6 @@
-"""Text as it is compared: one written form for the ids and labels that tables, arrays and other programs give."""
+"""Text as it is compared: one written form for the ids and labels that tables, arrays and other
+programs give.
+"""
 
 import unicodedata
 
@@ -6,14 +8,16 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-# pandas' default holds text as UTF-8, which has no room for file names that are no UTF-8 (Python's lone surrogates).
+# pandas' default holds text as UTF-8, which has no room for file names that are no UTF-8 (Python's
+# lone surrogates).
 _ANY_TEXT = pd.StringDtype(storage="python", na_value=np.nan)
 
 
 def normalize_text(text: str) -> str:
     """The text without white space around it, in the Unicode normal form NFC.
 
-    One name written by two programs differs in just these: macOS decomposes accents (NFD), and tables pad cells.
+    One name written by two programs differs in just these: macOS decomposes accents (NFD), and
+    tables pad cells.
     """
     text = text.strip()
     # An ASCII text is its own normal form; asking is ten times cheaper than normalising.
@@ -21,12 +25,14 @@ def normalize_text(text: str) -> str:
 
 
 def as_text(column: pd.Series) -> pd.Series:
-    """A column of any dtype as text, with its index and name; a missing value (None, NaN, NaT, NA) stays missing.
+    """A column of any dtype as text, with its index and name; a missing value (None, NaN, NaT, NA)
+    stays missing.
 
-    Text is as `normalize_text` leaves it: `007`, `None`, `NA` and an empty cell are texts like others. Bytes are decoded
-    as UTF-8. Integers are written with all their digits, floats that are whole numbers as integers (a column of integers
-    with a gap is read as floats), other floats in the fewest digits that give them back, booleans as `True` and `False`;
-    everything else as `str` writes it. Text that is no UTF-8 keeps its bytes as `os.fsdecode` does.
+    Text is as `normalize_text` leaves it: `007`, `None`, `NA` and an empty cell are texts like
+    others. Bytes are decoded as UTF-8. Integers are written with all their digits, floats that are
+    whole numbers as integers (a column of integers with a gap is read as floats), other floats in
+    the fewest digits that give them back, booleans as `True` and `False`; everything else as `str`
+    writes it. Text that is no UTF-8 keeps its bytes as `os.fsdecode` does.
     """
     if isinstance(column.dtype, pd.CategoricalDtype):
         categories = as_text(pd.Series(column.cat.categories)).astype(object).to_numpy()
@@ -54,7 +60,9 @@ def _value_text(value: object) -> str:
         return normalize_text(str(value))
     if isinstance(value, bytes):
         return normalize_text(value.decode("utf-8", "surrogateescape"))
-    if isinstance(value, float | np.floating):  # np.float64 is a float; the others write themselves shortest
+    if isinstance(
+        value, float | np.floating
+    ):  # np.float64 is a float; the others write themselves shortest
         return str(int(value)) if value.is_integer() else str(value)
     return normalize_text(str(value))
 
@@ -67,7 +75,9 @@ def _float_texts(values: npt.NDArray[np.floating]) -> npt.NDArray[np.object_]:
     texts[small] = values[small].astype(np.int64).astype(str)
     texts[whole & ~small] = [str(int(value)) for value in values[whole & ~small]]
     fractions = ~whole & ~np.isnan(values)
-    texts[fractions] = values[fractions].astype(str)  # the shortest in their own precision: a float32 0.1 is 0.1
+    texts[fractions] = values[fractions].astype(
+        str
+    )  # the shortest in their own precision: a float32 0.1 is 0.1
     return texts
 
 

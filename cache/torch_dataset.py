@@ -1,4 +1,7 @@
-"""A feature set as a torch Dataset. Imported only by `FeatureSet.to_torch_dataset`, because it imports torch."""
+"""A feature set as a torch Dataset.
+
+Imported only by `FeatureSet.to_torch_dataset`, because it imports torch.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,7 +15,9 @@ import torch.utils.data
 class FeatureDataset(torch.utils.data.Dataset[tuple[torch.Tensor, int]]):
     """Items (feature (*shape), row position). Labels are joined by position: `labels[rows]`."""
 
-    def __init__(self, read: Callable[..., npt.NDArray[Any]], n_rows: int, dtype: np.dtype[Any]) -> None:
+    def __init__(
+        self, read: Callable[..., npt.NDArray[Any]], n_rows: int, dtype: np.dtype[Any]
+    ) -> None:
         """read: `FeatureSet.read`, which takes row positions and a dtype."""
         self._read, self._n_rows, self._dtype = read, n_rows, dtype
 

@@ -1,4 +1,7 @@
-"""Does a feature set hold what was put into it? Every byte, every source image, and rows computed again."""
+"""Does a feature set hold what was put into it?
+
+Every byte, every source image, and rows computed again.
+"""
 
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -18,8 +21,9 @@ from headrace.cache.manifest import ShardEntry, read_manifest
 from headrace.cache.publish import SHARDS, read_spec, shard_path
 from headrace.cache.spec import FeatureSpec
 
-# Beyond the round-off of storing: what another batch size, machine or number of threads may change, as a part of the
-# root mean square of the feature. Convolutions summed in another order differ by 1e-6 to 1e-4; a wrong resize by 1e-1.
+# Beyond the round-off of storing: what another batch size, machine or number of threads may change,
+# as a part of the root mean square of the feature. Convolutions summed in another order differ by
+# 1e-6 to 1e-4; a wrong resize by 1e-1.
 RECOMPUTE_TOLERANCE = 5e-3
 
 # Half a unit in the last place, relative to the value.
@@ -41,7 +45,9 @@ class Problem:
 
 
 def verify_bytes(directory: Path) -> list[Problem]:
-    """Read every byte of a feature set, whatever this machine remembers; an empty list means that nothing is wrong."""
+    """Read every byte of a feature set, whatever this machine remembers; an empty list means that
+    nothing is wrong.
+    """
     try:
         spec = read_spec(directory)
     except (ManifestCorrupt, SpecMismatch) as error:
@@ -49,8 +55,13 @@ def verify_bytes(directory: Path) -> list[Problem]:
     try:
         entries = read_manifest(directory)
     except ManifestCorrupt as error:
-        return [Problem("manifest", directory / "manifest.jsonl", str(error)), *_leftovers(directory, None)]
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # reading and hashing release the interpreter
+        return [
+            Problem("manifest", directory / "manifest.jsonl", str(error)),
+            *_leftovers(directory, None),
+        ]
+    with ThreadPoolExecutor(
+        min(4, os.cpu_count() or 1)
+    ) as pool:  # reading and hashing release the interpreter
         found = pool.map(lambda entry: _verify_shard(directory, spec, entry), entries.values())
     return [*(problem for problem in found if problem), *_leftovers(directory, set(entries))]
 
@@ -69,13 +80,16 @@ def _verify_shard(directory: Path, spec: FeatureSpec, entry: ShardEntry) -> Prob
 def _leftovers(directory: Path, listed: set[str] | None) -> Iterator[Problem]:
     """Temporaries, and shards that no line lists (listed None: not known)."""
     for path in sorted(directory.rglob(f".*{PARTIAL_SUFFIX}")):
-        yield Problem("temporary", path, f"{path}: left by a writer that died, or still being written")
+        yield Problem(
+            "temporary", path, f"{path}: left by a writer that died, or still being written"
+        )
     for path in sorted((directory / SHARDS).glob("*.h5")):
         if listed is not None and path.stem not in listed:
             yield Problem(
                 "unlisted",
                 path,
-                f"{path}: no line of the manifest lists it, so no reader sees it: its writer died or is "
+                f"{path}: no line of the manifest lists it, so no reader sees it: its writer "
+                "died or is "
                 "about to list it. The next extraction or `headrace cache repair` lists it",
             )
 
@@ -91,13 +105,16 @@ class SourceProblem:
 def verify_sources(features: FeatureSet, current: Mapping[str, str | None]) -> list[SourceProblem]:
     """Compare the images of today with those whose features (or failures) are stored, by sample id.
 
-    current: from sample id to the content hash its image has now, None where it cannot be read; ids are unique there, and
-    need not be in the feature set. There an id may stand for several images: one that was extracted, changed and extracted
-    again is found under both hashes, and is no problem; nor is a new one. Images of another data set that shares the cache
-    are told as not in this one.
+    current: from sample id to the content hash its image has now, None where it cannot be read; ids
+    are unique there, and need not be in the feature set. There an id may stand for several images:
+    one that was extracted, changed and extracted again is found under both hashes, and is no
+    problem; nor is a new one. Images of another data set that shares the cache are told as not in
+    this one.
     """
     stored: dict[str, set[str]] = {}
-    for sample, content in zip(features.ids(), features.content().astype("U32").tolist(), strict=True):
+    for sample, content in zip(
+        features.ids(), features.content().astype("U32").tolist(), strict=True
+    ):
         stored.setdefault(sample, set()).add(content)
     for failure in features.failures():
         stored.setdefault(failure.id, set()).add(failure.content)
@@ -107,12 +124,17 @@ def verify_sources(features: FeatureSet, current: Mapping[str, str | None]) -> l
         if now in contents:
             continue
         if now:
-            message = f"the image has changed since it was extracted: its hash is {now}, was {before}"
+            message = (
+                f"the image has changed since it was extracted: its hash is {now}, was {before}"
+            )
             message += " (or another data set's, of this name)" if len(contents) > 1 else ""
         elif now is None:
             message = f"the image can no longer be read; features are stored under {before}"
         else:
-            message = f"the image is no longer in the data set, or in another one of this cache; features are stored under {before}"
+            message = (
+                "the image is no longer in the data set, or in another one of this cache; "
+                f"features are stored under {before}"
+            )
         problems.append(SourceProblem(sample, f"{sample}: {message}"))
     return problems
 
@@ -144,20 +166,28 @@ def verify_recompute(
 
     among: the rows that can be computed (whose images are still there); None: all.
 
-    The tolerance is half a unit in the last place of the largest stored value (uint8: the largest error measured when
-    it was written), plus RECOMPUTE_TOLERANCE times the root mean square of the rows.
+    The tolerance is half a unit in the last place of the largest stored value (uint8: the largest
+    error measured when it was written), plus RECOMPUTE_TOLERANCE times the root mean square of the
+    rows.
     """
     possible = np.arange(features.n_rows) if among is None else among
-    rows = np.sort(np.random.default_rng(seed).choice(possible, min(n, len(possible)), replace=False))
+    rows = np.sort(
+        np.random.default_rng(seed).choice(possible, min(n, len(possible)), replace=False)
+    )
     ids, content = features.ids(), features.content()
     chosen = [ids[row] for row in rows.tolist()]
     stored = features.read(rows).reshape(len(rows), -1).astype(np.float64)
     again = recompute(chosen, [value.decode() for value in content[rows].tolist()])
     # A NaN is further off than any number.
-    off = np.nan_to_num(np.abs(again.reshape(stored.shape) - stored), nan=np.inf).max(axis=1, initial=0)
+    off = np.nan_to_num(np.abs(again.reshape(stored.shape) - stored), nan=np.inf).max(
+        axis=1, initial=0
+    )
     scale = float(np.sqrt(np.mean(stored**2))) if stored.size else 0.0
     scale = scale or 1.0
-    round_off = max(_HALF_ULP[features.spec.dtype] * float(np.abs(stored).max(initial=0)), features.round_off.largest)
+    round_off = max(
+        _HALF_ULP[features.spec.dtype] * float(np.abs(stored).max(initial=0)),
+        features.round_off.largest,
+    )
     worst = int(off.argmax()) if len(off) else -1
     return Recomputed(
         rows=len(rows),

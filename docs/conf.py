@@ -1,4 +1,7 @@
-"""Sphinx builds the site from the Markdown in this folder: `make docs`, warnings are errors, nothing is fetched."""
+"""Sphinx builds the site from the Markdown in this folder:
+
+`make docs`, warnings are errors, nothing is fetched.
+"""
 
 import importlib.metadata
 import posixpath
@@ -27,7 +30,8 @@ autodoc_typehints = "signature"
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 100
 default_role = "code"
-# A field called `bytes` beside the type of that name: autodoc's cross-references take one for the other.
+# A field called `bytes` beside the type of that name: autodoc's cross-references take one for the
+# other.
 suppress_warnings = ["ref.python"]
 
 html_theme = "furo"
@@ -46,9 +50,11 @@ SHOWN_AS = {
 
 
 def point_into_the_site(text: str, folder: str, page: str) -> str:
-    """Links to files outside docs/ point to the page that shows the file; other files are named and not linked.
+    """Links to files outside docs/ point to the page that shows the file; other files are named and
+    not linked.
 
-    folder: where the text's own links start, from the root of the tree; page: the page that shows it, from docs/.
+    folder: where the text's own links start, from the root of the tree; page: the page that shows
+    it, from docs/.
     """
 
     def target(found: re.Match[str]) -> str:
@@ -72,12 +78,20 @@ def read_page(app: Any, name: str, source: list[str]) -> None:
 def read_included(app: Any, path: Path, name: str, source: list[str]) -> None:
     """Of a page elsewhere that one in docs/ shows."""
     file = Path(app.srcdir, path).resolve().relative_to(ROOT).as_posix()
-    source[0] = point_into_the_site(source[0], posixpath.dirname(file), SHOWN_AS[file])  # `name` lacks its folder
+    source[0] = point_into_the_site(
+        source[0], posixpath.dirname(file), SHOWN_AS[file]
+    )  # `name` lacks its folder
 
 
-def markdown_to_rst(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """Docstrings are plain text with `code` in single back-quotes; autodoc expects reStructuredText."""
-    if lines and lines[0].startswith("Alias for field number"):  # what Python itself says of a named tuple's field
+def markdown_to_rst(
+    app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]
+) -> None:
+    """Docstrings are plain text with `code` in single back-quotes; autodoc expects
+    reStructuredText.
+    """
+    if lines and lines[0].startswith(
+        "Alias for field number"
+    ):  # what Python itself says of a named tuple's field
         lines.clear()
     text = "\n".join(lines)
     parts = re.split(r"(``[^`]+``|`[^`]+`)", text)

@@ -1,4 +1,5 @@
-"""Writes the pages that the code knows best: reference/cli.md from the commands, reference/recipe.md from the recipe's model.
+"""Writes the pages that the code knows best: reference/cli.md from the commands,
+reference/recipe.md from the recipe's model.
 
 python docs/generate.py            # write them
 python docs/generate.py --check    # say which are not what the code says, exit code 1
@@ -22,12 +23,17 @@ from headrace.pipelines.cli import app
 from headrace.pipelines.recipe import Recipe
 
 FOLDER = Path(__file__).parent / "reference"
-COMPLETION = ("install_completion", "show_completion")  # Typer's own, described in the page's introduction
+COMPLETION = (
+    "install_completion",
+    "show_completion",
+)  # Typer's own, described in the page's introduction
 
 
 def main() -> int:
     """Write the pages, or compare them."""
-    stale = [page for page, text in pages().items() if not page.exists() or page.read_text() != text]
+    stale = [
+        page for page, text in pages().items() if not page.exists() or page.read_text() != text
+    ]
     if "--check" in sys.argv[1:]:
         for page in stale:
             sys.stderr.write(f"{page.name} is not what the code says. Write it again: make docs\n")
@@ -48,14 +54,24 @@ def pages() -> dict[Path, str]:
 def cli_page() -> str:
     """Every command with its help, arguments and options."""
     root = get_command(app)
-    commands = [(name, command) for name, command in walk(root, "headrace") if not hasattr(command, "commands")]
+    commands = [
+        (name, command)
+        for name, command in walk(root, "headrace")
+        if not hasattr(command, "commands")
+    ]
     parts = [
-        "<!-- Written by docs/generate.py from the commands themselves: do not edit, run `make docs`. -->\n\n# Commands\n",
+        (
+            "<!-- Written by docs/generate.py from the commands themselves: do not edit, run "
+            "`make docs`. -->\n\n# Commands\n"
+        ),
         paragraphs(root.help),
-        "Exit codes: 0 done; 1 something is wrong with what was looked at; 2 a mistake in what was asked, told in one "
+        "Exit codes: 0 done; 1 something is wrong with what was looked at; 2 a mistake in what "
+        "was asked, told in one "
         "message; 130 interrupted.\n\n"
-        "`headrace --install-completion` teaches your shell (bash, zsh, fish, PowerShell) to complete commands and options "
-        "with the Tab key; `headrace --show-completion` prints what that would add. `headrace --version` prints the "
+        "`headrace --install-completion` teaches your shell (bash, zsh, fish, PowerShell) to "
+        "complete commands and options "
+        "with the Tab key; `headrace --show-completion` prints what that would add. `headrace "
+        "--version` prints the "
         "version.\n",
         "| command | what it does |\n|---|---|\n"
         + "".join(
@@ -77,7 +93,11 @@ def walk(command: Any, name: str) -> Iterator[tuple[str, Any]]:
 def command_text(name: str, command: Any) -> str:
     """One command's section."""
     arguments = [p for p in command.params if p.param_type_name == "argument"]
-    options = [p for p in command.params if p.param_type_name == "option" and p.name not in COMPLETION and not p.hidden]
+    options = [
+        p
+        for p in command.params
+        if p.param_type_name == "option" and p.name not in COMPLETION and not p.hidden
+    ]
     usage = " ".join([name, *(["[OPTIONS]"] if options else []), *(metavar(p) for p in arguments)])
     hints = typing.get_type_hints(command.callback)
     text = f"\n## {name}\n\n```\n{usage}\n```\n\n{paragraphs(command.help)}\n"
@@ -85,7 +105,9 @@ def command_text(name: str, command: Any) -> str:
         if parameters:
             text += f"| {title} | default | what it is |\n|---|---|---|\n"
             for p in parameters:
-                text += f"| {spelling(p, hints.get(p.name))} | {default_text(p)} | {cell(p.help)} |\n"
+                text += (
+                    f"| {spelling(p, hints.get(p.name))} | {default_text(p)} | {cell(p.help)} |\n"
+                )
             text += "\n"
     return text.rstrip("\n") + "\n"
 
@@ -111,7 +133,9 @@ def value_text(annotation: Any) -> str:
     if inner:
         if typing.get_origin(annotation) is typing.Literal:
             return " \\| ".join(map(str, inner))
-        return value_text(inner[0]) + (", repeated" if typing.get_origin(annotation) in (list, tuple) else "")
+        return value_text(inner[0]) + (
+            ", repeated" if typing.get_origin(annotation) in (list, tuple) else ""
+        )
     if isinstance(annotation, type) and issubclass(annotation, enum.Enum):
         return "one of " + ", ".join(str(choice.value) for choice in annotation)
     return {int: "NUMBER", float: "NUMBER", Path: "PATH"}.get(annotation, "TEXT")
@@ -122,7 +146,13 @@ def default_text(parameter: Any) -> str:
     if parameter.required:
         return "required"
     value = parameter.default
-    if value is None or value is False or callable(value) or value == () or type(value).__name__ == "Sentinel":
+    if (
+        value is None
+        or value is False
+        or callable(value)
+        or value == ()
+        or type(value).__name__ == "Sentinel"
+    ):
         return ""
     return f"`{getattr(value, 'value', value)}`"
 
@@ -132,7 +162,9 @@ def paragraphs(text: str | None) -> str:
     out = []
     for paragraph in inspect.cleandoc(text or "").replace("\b\n", "").split("\n\n"):
         before, mark, command = " ".join(paragraph.split()).partition("Example: ")
-        out.append(f"{before.rstrip()}\n\n```sh\n{command}\n```\n".lstrip() if mark else f"{before}\n")
+        out.append(
+            f"{before.rstrip()}\n\n```sh\n{command}\n```\n".lstrip() if mark else f"{before}\n"
+        )
     return "\n".join(out)
 
 
@@ -148,9 +180,14 @@ def first_sentence(text: str | None) -> str:
 def recipe_page() -> str:
     """Every key of the recipe: type, default and the comment that stands beside it in the code."""
     text = [
-        "<!-- Written by docs/generate.py from the recipe's model: do not edit, run `make docs`. -->\n\n# Recipe keys\n",
-        "A recipe is a YAML file; `headrace init` writes one with comments. Relative paths start from the recipe's "
-        "folder. A key that does not exist, or a value that cannot be, is answered with the line and the nearest right "
+        (
+            "<!-- Written by docs/generate.py from the recipe's model: do not edit, run `make "
+            "docs`. -->\n\n# Recipe keys\n"
+        ),
+        "A recipe is a YAML file; `headrace init` writes one with comments. Relative paths "
+        "start from the recipe's "
+        "folder. A key that does not exist, or a value that cannot be, is answered with the "
+        "line and the nearest right "
         "one. Where a list is asked for, every combination of the lists of a section is tried.\n",
     ]
     for path, model, many in sections(Recipe, ()):
@@ -165,15 +202,25 @@ def recipe_page() -> str:
             child = child_model(field.annotation)
             if child:
                 link = ".".join((*path, name))
-                kind = f"{'list of sections' if child[1] else 'section'}, see [{link}](#{link.replace('.', '')})"
+                kind = (
+                    f"{'list of sections' if child[1] else 'section'}, see "
+                    f"[{link}](#{link.replace('.', '')})"
+                )
             else:
                 kind = cell(kind_text(schema["properties"][name], schema.get("$defs", {})))
-            text += [f"| `{name}` | {kind} | {field_default(field, child)} | {cell(rows.get(name, ''))} |"]
+            text += [
+                (
+                    f"| `{name}` | {kind} | {field_default(field, child)} | "
+                    f"{cell(rows.get(name, ''))} |"
+                )
+            ]
         text += [""]
     return "\n".join(text)
 
 
-def sections(model: type[pydantic.BaseModel], path: tuple[str, ...], many: bool = False) -> Iterator[Any]:
+def sections(
+    model: type[pydantic.BaseModel], path: tuple[str, ...], many: bool = False
+) -> Iterator[Any]:
     """Each section once: its place in the file, its model, and whether it is a list of them."""
     yield path, model, many
     for name, field in model.model_fields.items():
@@ -187,9 +234,13 @@ def child_model(annotation: Any) -> tuple[type[pydantic.BaseModel], bool] | None
         return annotation, False
     origin = typing.get_origin(annotation)
     if origin in (typing.Union, types.UnionType, typing.Annotated):
-        return next((found for part in typing.get_args(annotation) if (found := child_model(part))), None)
+        return next(
+            (found for part in typing.get_args(annotation) if (found := child_model(part))), None
+        )
     if origin in (tuple, list):
-        return next(((f[0], True) for part in typing.get_args(annotation) if (f := child_model(part))), None)
+        return next(
+            ((f[0], True) for part in typing.get_args(annotation) if (f := child_model(part))), None
+        )
     return None
 
 
@@ -223,12 +274,17 @@ def kind_text(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
     if "enum" in schema:
         return "one of: " + ", ".join(map(str, schema["enum"]))
     if "anyOf" in schema:
-        kinds = [kind_text(part, definitions) for part in schema["anyOf"] if part.get("type") != "null"]
+        kinds = [
+            kind_text(part, definitions) for part in schema["anyOf"] if part.get("type") != "null"
+        ]
         return ", or ".join(dict.fromkeys(kinds))
     kind = schema.get("type")
     if kind == "array":
         if "prefixItems" in schema:
-            return f"list of {len(schema['prefixItems'])}: {kind_text(schema['prefixItems'][0], definitions)}"
+            return (
+                f"list of {len(schema['prefixItems'])}: "
+                f"{kind_text(schema['prefixItems'][0], definitions)}"
+            )
         inner = kind_text(schema["items"], definitions) if schema.get("items") else "anything"
         inner = inner.replace("one of: ", "")
         return f"list of {inner}" if " " not in inner else f"list of ({inner})"
@@ -239,10 +295,17 @@ def kind_text(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
     if kind in ("number", "integer"):
         limits = [
             f"{sign} {schema[key]:g}"
-            for key, sign in (("exclusiveMinimum", ">"), ("minimum", "≥"), ("exclusiveMaximum", "<"), ("maximum", "≤"))
+            for key, sign in (
+                ("exclusiveMinimum", ">"),
+                ("minimum", "≥"),
+                ("exclusiveMaximum", "<"),
+                ("maximum", "≤"),
+            )
             if key in schema
         ]
-        return " ".join(["number" if kind == "number" else "whole number", ", ".join(limits)]).strip()
+        return " ".join(
+            ["number" if kind == "number" else "whole number", ", ".join(limits)]
+        ).strip()
     if kind == "boolean":
         return "true or false"
     if kind == "string":

@@ -1,4 +1,6 @@
-"""Draws docs/demo.svg: what the terminal shows at the end of the demo. In a fresh folder, a whole run with its times.
+"""Draws docs/demo.svg: what the terminal shows at the end of the demo.
+
+In a fresh folder, a whole run with its times.
 
 python docs/make_picture.py headrace-demo
 """
@@ -39,8 +41,17 @@ FRAME = """<svg class="rich-terminal" viewBox="0 0 {width} {height}" xmlns="http
 if __name__ == "__main__":
     recipe = load_recipe(write_demo(Path(sys.argv[1])))
     result = run_recipe(recipe, console=make_console(stderr=True))
-    console = Console(record=True, width=112, file=io.StringIO(), force_terminal=True, markup=False, highlight=False)
+    console = Console(
+        record=True,
+        width=112,
+        file=io.StringIO(),
+        force_terminal=True,
+        markup=False,
+        highlight=False,
+    )
     show_result(console, result, reference=REFERENCE, files=False)
-    picture = console.export_svg(title="make demo", theme=MONOKAI, code_format=FRAME, unique_id="demo")
+    picture = console.export_svg(
+        title="make demo", theme=MONOKAI, code_format=FRAME, unique_id="demo"
+    )
     lines = (line.rstrip() for line in picture.splitlines())
     Path(__file__).with_name("demo.svg").write_text("\n".join(lines) + "\n")

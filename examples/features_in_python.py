@@ -1,4 +1,5 @@
-"""Features of the demo's solar cells as arrays, and any scikit-learn estimator on them; run `make demo` first.
+"""Features of the demo's solar cells as arrays, and any scikit-learn estimator on them; run `make
+demo` first.
 
 python examples/features_in_python.py
 """
@@ -12,7 +13,9 @@ from headrace.pipelines import load_recipe, run_recipe
 if __name__ == "__main__":
     recipe = load_recipe("headrace-demo/recipe.yaml")
     result = run_recipe(recipe)  # the demo has been run: nothing is computed
-    print(result.board.head(10)[["rank", "inputs", "kind", "settings", "accuracy", "standard_error"]])
+    print(
+        result.board.head(10)[["rank", "inputs", "kind", "settings", "accuracy", "standard_error"]]
+    )
 
     samples = read_table("headrace-demo/solar-cells.csv", id_column="id")
     hashes = content_hashes(samples, recipe.cache / "contents.parquet").hashes

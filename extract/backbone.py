@@ -1,4 +1,6 @@
-"""Backbones: a frozen pretrained network with its own preprocessing, from torchvision, timm, or any Python function."""
+"""Backbones: a frozen pretrained network with its own preprocessing, from torchvision, timm, or any
+Python function.
+"""
 
 import dataclasses
 import functools
@@ -14,13 +16,22 @@ from torch import Tensor, nn
 from headrace.extract import library
 from headrace.extract.errors import BackboneError
 from headrace.extract.preprocess import Preprocessing
-from headrace.extract.spec import BackboneSpec, check_sizes, check_spec, is_weights_file, weights_path, weights_stamp
+from headrace.extract.spec import (
+    BackboneSpec,
+    check_sizes,
+    check_spec,
+    is_weights_file,
+    weights_path,
+    weights_stamp,
+)
 from headrace.extract.weights import fit_weights, read_weights, weights_digest
 
 
 @dataclass(frozen=True, eq=False)
 class Backbone:
-    """A network in evaluation mode whose parameters need no gradient, exactly as its library built it."""
+    """A network in evaluation mode whose parameters need no gradient, exactly as its library built
+    it.
+    """
 
     spec: BackboneSpec
     module: nn.Module
@@ -29,28 +40,37 @@ class Backbone:
 
 
 def load_backbone(spec: BackboneSpec) -> Backbone:
-    """Build the network, load its weights and freeze it; the same object for the same spec and file within a process.
+    """Build the network, load its weights and freeze it; the same object for the same spec and file
+    within a process.
 
-    Raises BackboneError: unknown names with the nearest ones, weights that do not fit, a tag that cannot be downloaded.
+    Raises BackboneError: unknown names with the nearest ones, weights that do not fit, a tag that
+    cannot be downloaded.
     """
     check_spec(spec)
     return _load(spec, weights_stamp(spec))
 
 
 def build_untrained(spec: BackboneSpec) -> tuple[nn.Module, Preprocessing]:
-    """The same network without its weights, in evaluation mode: shapes alone where the network can be built so."""
+    """The same network without its weights, in evaluation mode: shapes alone where the network can
+    be built so.
+    """
     tag = spec.weights if _is_tag(spec) else None
     try:
         with torch.device("meta"):
             module, preprocessing = library.build(spec.name, tag)
-    except (NotImplementedError, RuntimeError):  # some networks compute with numbers while they are built
+    except (
+        NotImplementedError,
+        RuntimeError,
+    ):  # some networks compute with numbers while they are built
         module, preprocessing = library.build(spec.name, tag)
     _take_size(module, preprocessing, spec)
     return module.eval(), override(preprocessing, spec)
 
 
 def _take_size(module: nn.Module, preprocessing: Preprocessing, spec: BackboneSpec) -> None:
-    """Where the spec asks for another input size than the weights' own, and the network has to be told."""
+    """Where the spec asks for another input size than the weights' own, and the network has to be
+    told.
+    """
     if spec.image_size is not None and spec.image_size != preprocessing.crop[0]:
         library.set_input_size(module, spec.name, spec.image_size)
 
@@ -61,7 +81,9 @@ def override(preprocessing: Preprocessing, spec: BackboneSpec) -> Preprocessing:
     if spec.image_size is not None or spec.crop_fraction is not None:
         fraction = spec.crop_fraction if spec.crop_fraction is not None else crop[0] / resize[0]
         if not 0 < fraction <= 1:
-            raise BackboneError(f"{spec.name}: crop_fraction is {fraction}; expected more than 0 and at most 1")
+            raise BackboneError(
+                f"{spec.name}: crop_fraction is {fraction}; expected more than 0 and at most 1"
+            )
         size = spec.image_size if spec.image_size is not None else crop[0]
         if size < 1:
             raise BackboneError(f"{spec.name}: image_size is {size}; expected at least 1")
@@ -82,7 +104,11 @@ def override(preprocessing: Preprocessing, spec: BackboneSpec) -> Preprocessing:
 
 
 def _is_tag(spec: BackboneSpec) -> bool:
-    return spec.weights is not None and not spec.weights.startswith("random:") and not is_weights_file(spec.weights)
+    return (
+        spec.weights is not None
+        and not spec.weights.startswith("random:")
+        and not is_weights_file(spec.weights)
+    )
 
 
 @functools.lru_cache(maxsize=4)
@@ -94,28 +120,38 @@ def _load(spec: BackboneSpec, stamp: tuple[int, ...] | None) -> Backbone:
         # The file is read first: a wrong path should not wait for the network to be built.
         tensors = read_weights(weights_path(spec.weights))
         module, preprocessing = library.build(spec.name, None)
-        if spec.weights_match == "name" and not _of_own_size(module, tensors):  # exported at the size that is asked for
+        if spec.weights_match == "name" and not _of_own_size(
+            module, tensors
+        ):  # exported at the size that is asked for
             _take_size(module, preprocessing, spec)
         fit_weights(module, tensors, spec.weights_match, what)
     else:
         module, preprocessing = library.build_pretrained(spec.name, spec.weights)
-    # Before anything is resampled, which other machines may round otherwise; the size is in the preprocessing's fingerprint.
+    # Before anything is resampled, which other machines may round otherwise; the size is in the
+    # preprocessing's fingerprint.
     digest = weights_digest(module)
     _take_size(module, preprocessing, spec)
     module.eval().requires_grad_(False)
     if spec.name.startswith("python:"):
-        # Of a library's network the weights and the name say everything; of the user's own, its code may have changed.
+        # Of a library's network the weights and the name say everything; of the user's own, its
+        # code may have changed.
         digest = hashlib.sha256((digest + _source(spec.name)).encode()).hexdigest()
     return Backbone(spec, module, override(preprocessing, spec), digest)
 
 
 def _of_own_size(module: nn.Module, tensors: Mapping[str, Tensor]) -> bool:
     """Whether the tensors have the shapes that the network is built with."""
-    return all(tensors[name].shape == value.shape for name, value in module.state_dict().items() if name in tensors)
+    return all(
+        tensors[name].shape == value.shape
+        for name, value in module.state_dict().items()
+        if name in tensors
+    )
 
 
 def _source(name: str) -> str:
-    """The text of the module that a "python:module:function" backbone comes from; empty where it has none."""
+    """The text of the module that a "python:module:function" backbone comes from; empty where it
+    has none.
+    """
     try:
         return inspect.getsource(sys.modules[name.split(":")[1]])
     except (KeyError, OSError, TypeError):

@@ -1,4 +1,6 @@
-"""What has happened to a set of images since it was last looked at: new, changed, renamed, removed."""
+"""What has happened to a set of images since it was last looked at: new, changed,
+renamed, removed.
+"""
 
 from collections import defaultdict
 from collections.abc import Mapping
@@ -15,13 +17,18 @@ class Changes:
 
     new: tuple[str, ...]  # content and id were not there
     changed: tuple[str, ...]  # the id was there, with other content
-    renamed: tuple[tuple[str, str], ...]  # (old id, new id): the content was there, under an id that is gone
+    renamed: tuple[
+        tuple[str, str], ...
+    ]  # (old id, new id): the content was there, under an id that is gone
     removed: tuple[str, ...]  # ids that are gone and were not renamed
     unchanged: int
 
 
 def compare_listings(before: Mapping[str, str], after: Mapping[str, str]) -> Changes:
-    """Compare two listings {id: content hash}. A copy of an image that is still there counts as new."""
+    """Compare two listings {id: content hash}.
+
+    A copy of an image that is still there counts as new.
+    """
     gone: dict[str, list[str]] = defaultdict(list)  # content -> ids that had it and are gone
     for name in sorted(before.keys() - after.keys(), reverse=True):
         gone[before[name]].append(name)
@@ -41,7 +48,10 @@ def compare_listings(before: Mapping[str, str], after: Mapping[str, str]) -> Cha
 
 
 def read_listing(path: Path) -> dict[str, str]:
-    """The listing that `write_listing` left; empty where there is none. Raises SealBroken where it is damaged."""
+    """The listing that `write_listing` left; empty where there is none.
+
+    Raises SealBroken where it is damaged.
+    """
     try:
         listing: dict[str, str] = read_sealed_json(path.read_bytes())["images"]
     except FileNotFoundError:

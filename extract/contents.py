@@ -1,4 +1,6 @@
-"""Content hashes of image files, with an index so that files that have not changed are not read again."""
+"""Content hashes of image files, with an index so that files that have not changed are not read
+again.
+"""
 
 import hashlib
 import io
@@ -37,7 +39,9 @@ class Unreadable:
 class Contents:
     """Content hashes of N samples, in their order."""
 
-    hashes: tuple[str | None, ...]  # first 32 hex digits of the SHA-256 of the file's bytes; None where unreadable
+    hashes: tuple[
+        str | None, ...
+    ]  # first 32 hex digits of the SHA-256 of the file's bytes; None where unreadable
     unreadable: tuple[Unreadable, ...]
     read: int  # files read in this call; the others were in the index
 
@@ -48,14 +52,19 @@ def hash_bytes(data: bytes | memoryview) -> str:
 
 
 def content_hashes(
-    samples: pd.DataFrame, index: Path, progress: Callable[[int, int], None] | None = None, threads: int = 8
+    samples: pd.DataFrame,
+    index: Path,
+    progress: Callable[[int, int], None] | None = None,
+    threads: int = 8,
 ) -> Contents:
-    """Content hashes of `samples` (columns `id`, `path`), reading only files that `index` does not know.
+    """Content hashes of `samples` (columns `id`, `path`), reading only files that `index` does not
+    know.
 
-    `index` is a Parquet file with one entry per path: the stamp of the file when it was last read, and its hash. It is
-    created, updated and replaced atomically, and one that is damaged or of another version is rebuilt. A path may be a
-    locator; its file is asked for once. What a stamp cannot tell is in `FileStamp`. `progress(done, total)` is called
-    from this thread as files are read.
+    `index` is a Parquet file with one entry per path: the stamp of the file when it was last read,
+    and its hash. It is created, updated and replaced atomically, and one that is damaged or of
+    another version is rebuilt. A path may be a locator; its file is asked for once. What a stamp
+    cannot tell is in `FileStamp`. `progress(done, total)` is called from this thread as files are
+    read.
     """
     known = _read_index(index)
     paths = [str(path) for path in samples["path"]]
@@ -84,7 +93,8 @@ def content_hashes(
                 reasons[row] = _reason(outcome)
             if progress is not None:
                 progress(done + 1, len(missing))
-    # A file that was replaced between its stamp and its reading would be known under the stamp of the earlier one.
+    # A file that was replaced between its stamp and its reading would be known under the stamp of
+    # the earlier one.
     stamps_after = file_stamps(file_of(paths[row]) for row in missing)
     fresh: _Index = {}
     for row, after in zip(missing, stamps_after, strict=True):
@@ -98,7 +108,9 @@ def content_hashes(
             fresh[_key(paths[row])] = (after.text, content)
     if fresh:
         _write_index(index, known | fresh)
-    unreadable = tuple(Unreadable(ids[row], paths[row], reason) for row, reason in sorted(reasons.items()))
+    unreadable = tuple(
+        Unreadable(ids[row], paths[row], reason) for row, reason in sorted(reasons.items())
+    )
     return Contents(tuple(hashes), unreadable, len(missing))
 
 
@@ -114,16 +126,27 @@ def _reason(error: OSError | ValueError) -> str:
 
 
 def _read_index(index: Path) -> _Index:
-    """The entries of an index file; none where it is absent, damaged or of another version: it only saves time."""
+    """The entries of an index file; none where it is absent, damaged or of another version: it only
+    saves time.
+    """
     try:
         table = pq.read_table(io.BytesIO(index.read_bytes()))
-        if table.column_names != list(_COLUMNS) or any(column.null_count for column in table.columns):
+        if table.column_names != list(_COLUMNS) or any(
+            column.null_count for column in table.columns
+        ):
             return {}
         columns = [table[name].to_pylist() for name in _COLUMNS]
         entries = {path: (stamp, content) for path, stamp, content in zip(*columns, strict=True)}
-        # Parquet has no checksum of its own here: one changed digit of a hash would be believed for ever.
+        # Parquet has no checksum of its own here: one changed digit of a hash would be believed for
+        # ever.
         return entries if (table.schema.metadata or {}).get(_DIGEST) == _digest(entries) else {}
-    except (OSError, ValueError, TypeError, AttributeError, pa.ArrowException):  # of damaged bytes, types and schemas
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        pa.ArrowException,
+    ):  # of damaged bytes, types and schemas
         return {}
 
 
@@ -141,7 +164,9 @@ def _write_index(index: Path, entries: _Index) -> None:
 
 
 def _key(path: str) -> bytes:
-    return path.encode("utf-8", "surrogatepass")  # names of files, and of members of archives, need not be UTF-8
+    return path.encode(
+        "utf-8", "surrogatepass"
+    )  # names of files, and of members of archives, need not be UTF-8
 
 
 def _digest(entries: Mapping[bytes, tuple[str, str]]) -> bytes:

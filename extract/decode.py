@@ -1,4 +1,6 @@
-"""Decoding ahead: batches of pixels, made by threads while the network is busy, in the order of the samples."""
+"""Decoding ahead: batches of pixels, made by threads while the network is busy, in the order of the
+samples.
+"""
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +19,9 @@ from headrace.extract.preprocess import Preprocessing
 from headrace.extract.spec import Sample
 from headrace.extract.views import Drawing, render_view
 
-AHEAD = 2  # batches decoded or being decoded beyond the one in use: bounds the memory, however many images there are
+# batches decoded or being decoded beyond the one in use: bounds the memory, however many images
+# there are
+AHEAD = 2
 
 
 @dataclass(frozen=True)
@@ -35,8 +39,12 @@ class Batch:
 
     rows: list[int]  # positions of the decoded samples, increasing
     pixels: list[Tensor]  # per rendering: uint8, shape (len(rows), H, W, 3)
-    undecodable: list[tuple[int, str]] = field(default_factory=list)  # (position, reason): the content is no image
-    unread: list[tuple[int, str]] = field(default_factory=list)  # (position, reason): not what was hashed, or not there
+    undecodable: list[tuple[int, str]] = field(
+        default_factory=list
+    )  # (position, reason): the content is no image
+    unread: list[tuple[int, str]] = field(
+        default_factory=list
+    )  # (position, reason): not what was hashed, or not there
 
 
 def decoded_batches(
@@ -47,7 +55,8 @@ def decoded_batches(
     batch_size: int,
     pin: bool = False,
 ) -> Iterator[Batch]:
-    """Batches of at most `batch_size` samples, in order, decoded by the pool at most AHEAD batches ahead.
+    """Batches of at most `batch_size` samples, in order, decoded by the pool at most AHEAD batches
+    ahead.
 
     The first ones are under way when this returns, before anything is asked for.
     """
@@ -57,7 +66,11 @@ def decoded_batches(
     def submit() -> None:
         while waiting and len(pending) < AHEAD:
             start = waiting.popleft()
-            pending.append(_submit(pool, samples, start, min(start + batch_size, len(samples)), renderings, pin))
+            pending.append(
+                _submit(
+                    pool, samples, start, min(start + batch_size, len(samples)), renderings, pin
+                )
+            )
 
     def batches() -> Iterator[Batch]:
         while pending:
@@ -85,11 +98,14 @@ def _submit(
     pin: bool,
 ) -> _Pending:
     buffers = [
-        torch.empty((stop - start, *rendering.preprocessing.crop, 3), dtype=torch.uint8, pin_memory=pin)
+        torch.empty(
+            (stop - start, *rendering.preprocessing.crop, 3), dtype=torch.uint8, pin_memory=pin
+        )
         for rendering in renderings
     ]
     outcomes = [
-        pool.submit(_decode_into, samples[start + slot], renderings, buffers, slot) for slot in range(stop - start)
+        pool.submit(_decode_into, samples[start + slot], renderings, buffers, slot)
+        for slot in range(stop - start)
     ]
     return _Pending(start, buffers, outcomes)
 
@@ -97,7 +113,9 @@ def _submit(
 def _decode_into(
     sample: Sample, renderings: Sequence[Rendering], buffers: Sequence[Tensor], slot: int
 ) -> tuple[bool, str] | None:
-    """Fill the sample's slot of every buffer; or return (whether it is the content's fault, reason)."""
+    """Fill the sample's slot of every buffer; or return (whether it is the content's fault,
+    reason).
+    """
     try:
         data = read_bytes(sample.path)
     except OSError as error:
@@ -107,7 +125,9 @@ def _decode_into(
         # Features stored under this hash would be another image's.
         return False, "the file has changed since it was hashed"
     try:
-        render_into(lambda pixel_range: decode_image(data, pixel_range), content, renderings, buffers, slot)
+        render_into(
+            lambda pixel_range: decode_image(data, pixel_range), content, renderings, buffers, slot
+        )
     except ImageError as error:
         return True, str(error)
     return None
@@ -120,21 +140,33 @@ def render_into(
     buffers: Sequence[Tensor],
     slot: int,
 ) -> None:
-    """Fill a slot of every buffer with its rendering of one image, decoded once for each pixel_range. Raises ImageError."""
+    """Fill a slot of every buffer with its rendering of one image, decoded once for each
+    pixel_range. Raises ImageError.
+    """
     images: dict[PixelRange | None, Image.Image] = {}
     for rendering, buffer in zip(renderings, buffers, strict=True):
         how = rendering.preprocessing
         if how.pixel_range not in images:
             images[how.pixel_range] = decode(how.pixel_range)
-        view = render_view(images[how.pixel_range], content, rendering.index, rendering.augmentation, how)
+        view = render_view(
+            images[how.pixel_range], content, rendering.index, rendering.augmentation, how
+        )
         buffer.numpy()[slot] = view
 
 
 def _finish(pending: _Pending) -> Batch:
     outcomes = [future.result() for future in pending.outcomes]
     good = [slot for slot, outcome in enumerate(outcomes) if outcome is None]
-    pixels = pending.pixels if len(good) == len(outcomes) else [buffer[good] for buffer in pending.pixels]
-    bad = [(pending.start + slot, *outcome) for slot, outcome in enumerate(outcomes) if outcome is not None]
+    pixels = (
+        pending.pixels
+        if len(good) == len(outcomes)
+        else [buffer[good] for buffer in pending.pixels]
+    )
+    bad = [
+        (pending.start + slot, *outcome)
+        for slot, outcome in enumerate(outcomes)
+        if outcome is not None
+    ]
     return Batch(
         rows=[pending.start + slot for slot in good],
         pixels=pixels,

@@ -1,4 +1,6 @@
-"""What a user can know about a backbone before using it, and the feature sets that its taps make."""
+"""What a user can know about a backbone before using it, and the feature sets that its
+taps make.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,7 +43,10 @@ class BackboneInfo:
 
 
 def describe_backbone(spec: BackboneSpec, *, weights: bool = True) -> BackboneInfo:
-    """Everything about a backbone; without its weights, nothing is loaded or downloaded. Raises BackboneError."""
+    """Everything about a backbone; without its weights, nothing is loaded or downloaded.
+
+    Raises BackboneError.
+    """
     if weights:
         backbone = load_backbone(spec)
         module, preprocessing, digest = backbone.module, backbone.preprocessing, backbone.weights
@@ -80,10 +85,11 @@ def feature_specs(
     augmentation: Augmentation | None = None,
     symmetric: bool = False,
 ) -> tuple[FeatureSpec, ...]:
-    """The feature sets of these taps, tap by tap, and within a tap view by view; `views` counts the evaluation crop.
+    """The feature sets of these taps, tap by tap, and within a tap view by view; `views` counts the
+    evaluation crop.
 
-    symmetric: the others are not drawn at random but are the crop mirrored (up to 4 views) and turned (up to 8). Raises
-    BackboneError.
+    symmetric: the others are not drawn at random but are the crop mirrored (up to 4 views) and
+    turned (up to 8). Raises BackboneError.
     """
     for name, given, valid in (
         ("dtype", dtype, STORAGE_DTYPES),
@@ -117,9 +123,12 @@ def feature_specs(
 
 def _check_symmetric(crop: tuple[int, int], views: int) -> None:
     if views > 8:
-        raise BackboneError(f"views is {views}; expected at most 8, so many symmetries has a square")
+        raise BackboneError(
+            f"views is {views}; expected at most 8, so many symmetries has a square"
+        )
     if views > 4 and crop[0] != crop[1]:
         raise BackboneError(
-            f"a crop of {crop[0]} × {crop[1]} pixels (height × width) cannot be turned by a quarter: ask for the four mirrored "
+            f"a crop of {crop[0]} × {crop[1]} pixels (height × width) cannot be turned by a "
+            "quarter: ask for the four mirrored "
             "views (views: flips), or for a square crop (image_size)"
         )

@@ -13,7 +13,8 @@ from torch import Tensor
 from headrace.extract.errors import BackboneError
 from headrace.extract.forward import Forward
 
-# Measured with EfficientNet-Lite0 at 300 px on one core: 1 image at a time 36/s, 4 40/s, 8 41/s, 16 42/s.
+# Measured with EfficientNet-Lite0 at 300 px on one core: 1 image at a time 36/s, 4 40/s, 8 41/s, 16
+# 42/s.
 CPU_BATCH = 8
 _CUDA_BATCHES = (32, 64, 128, 256, 512, 1024)
 _SMALL_BATCHES = (16, 8, 4, 2)  # where not even the smallest of those fits
@@ -37,14 +38,17 @@ def check_device(device: str) -> None:
     except RuntimeError as error:
         raise BackboneError(f"device {device!r}: expected cpu, cuda or cuda:N") from error
     if kind == "cuda" and not torch.cuda.is_available():
-        raise BackboneError(f"device {device!r}: PyTorch {torch.__version__} sees no GPU here. Use device cpu.")
+        raise BackboneError(
+            f"device {device!r}: PyTorch {torch.__version__} sees no GPU here. Use device cpu."
+        )
 
 
 def launch(forward: Forward, pixels: Tensor, device: str, limit: Limit) -> Result:
     """Start a pass over `pixels` (N, H, W, 3) uint8 on the host, in parts that fit.
 
-    On CUDA this returns while the device works, and the outputs come back through pinned memory. A part that runs out of
-    memory is halved and tried again, and `limit` remembers; an image that does not fit alone raises OutOfMemoryError.
+    On CUDA this returns while the device works, and the outputs come back through pinned memory. A
+    part that runs out of memory is halved and tried again, and `limit` remembers; an image that
+    does not fit alone raises OutOfMemoryError.
     """
     parts: list[list[Tensor]] = []
     start = 0
@@ -66,7 +70,10 @@ def launch(forward: Forward, pixels: Tensor, device: str, limit: Limit) -> Resul
     def result() -> list[npt.NDArray[Any]]:
         if done is not None:
             done.synchronize()
-        return [np.concatenate([output.numpy() for output in outputs]) for outputs in zip(*parts, strict=True)]
+        return [
+            np.concatenate([output.numpy() for output in outputs])
+            for outputs in zip(*parts, strict=True)
+        ]
 
     return result
 
@@ -74,13 +81,16 @@ def launch(forward: Forward, pixels: Tensor, device: str, limit: Limit) -> Resul
 def _event(device: str) -> "torch.cuda.Event":
     """What has happened once the device has done all that it was given so far."""
     done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    # Of this device: without a stream, that of the process's current one is meant, which is the first GPU's.
+    # Of this device: without a stream, that of the process's current one is meant, which is the
+    # first GPU's.
     done.record(torch.cuda.current_stream(device))
     return done
 
 
 def _to_host(outputs: list[Tensor]) -> list[Tensor]:
-    return [_copy(output.float() if output.dtype is torch.bfloat16 else output) for output in outputs]  # NumPy has none
+    return [
+        _copy(output.float() if output.dtype is torch.bfloat16 else output) for output in outputs
+    ]  # NumPy has none
 
 
 def _copy(output: Tensor) -> Tensor:
@@ -91,14 +101,17 @@ def _copy(output: Tensor) -> Tensor:
 
 
 def find_batch_size(forward: Forward, crop: tuple[int, int], device: str) -> int:
-    """The batch size to use: fixed on a CPU; on CUDA the smallest that is as fast as the fastest that fits."""
+    """The batch size to use: fixed on a CPU; on CUDA the smallest that is as fast as the fastest
+    that fits.
+    """
     if torch.device(device).type == "cpu":
         return CPU_BATCH
     return try_batch_sizes(lambda count: _images_per_s(forward, crop, device, count))
 
 
 def try_batch_sizes(images_per_s: Callable[[int], float]) -> int:
-    """The last of doubling batch sizes that was worth it; where none fits, the largest below that does.
+    """The last of doubling batch sizes that was worth it; where none fits, the largest below that
+    does.
 
     `images_per_s` may raise OutOfMemoryError.
     """
@@ -108,7 +121,9 @@ def try_batch_sizes(images_per_s: Callable[[int], float]) -> int:
         if here is None or here < rate * _WORTH_DOUBLING:
             break
         best, rate = count, here
-    return best or next((count for count in _SMALL_BATCHES if _if_it_fits(images_per_s, count) is not None), 1)
+    return best or next(
+        (count for count in _SMALL_BATCHES if _if_it_fits(images_per_s, count) is not None), 1
+    )
 
 
 def _if_it_fits(images_per_s: Callable[[int], float], count: int) -> float | None:

@@ -20,30 +20,44 @@ class BackboneError(HeadraceError, ValueError):
 
 
 class ImageError(Exception):
-    """One image cannot be decoded; the text is the reason that is recorded beside its id. It never stops a run."""
+    """One image cannot be decoded; the text is the reason that is recorded beside its id.
+
+    It never stops a run.
+    """
 
 
 def nearest(word: str, options: Iterable[str], count: int = 4) -> str:
-    """ "a, b, c": the options most like `word`, for the end of an error message; "(none)" when there are no options."""
+    """ "a, b, c": the options most like `word`, for the end of an error message; "(none)" when
+    there are no options.
+    """
     choices = list(dict.fromkeys(options))
     close = difflib.get_close_matches(word, choices, n=count, cutoff=0.5)
     return ", ".join(close or choices[:count]) or "(none)"
 
 
 def absent(path: Path, expected: str) -> str:
-    """The message for a path that does not exist or is of the other kind, with the nearest name in its parent."""
+    """The message for a path that does not exist or is of the other kind, with the nearest name in
+    its parent.
+    """
     if path.exists():
         return f"{path} is {'a folder' if path.is_dir() else 'a file'}; expected {expected}."
     parent = path.absolute().parent
     while not parent.is_dir():
         parent = parent.parent
     close = difflib.get_close_matches(path.name, [entry.name for entry in parent.iterdir()], n=1)
-    hint = f" Did you mean {parent / close[0]}?" if close else f" The nearest folder that exists is {parent}."
+    hint = (
+        f" Did you mean {parent / close[0]}?"
+        if close
+        else f" The nearest folder that exists is {parent}."
+    )
     return f"{path}: no such file or folder.{hint}"
 
 
 def yaml_list(names: Iterable[str]) -> str:
-    """Names as a list in a recipe, quoted where YAML needs it, for the end of an error message: `[a.png, "2020"]`."""
+    """Names as a list in a recipe, quoted where YAML needs it, for the end of an error message:
+
+    `[a.png, "2020"]`.
+    """
     return f"[{', '.join(map(_yaml_text, names))}]"
 
 
@@ -51,11 +65,14 @@ def _yaml_text(name: str) -> str:
     import yaml
 
     if re.fullmatch(r"[\w./ -]+", name):
-        with contextlib.suppress(yaml.YAMLError, ValueError):  # ValueError: 2020-13-45 has the form of a date
+        with contextlib.suppress(
+            yaml.YAMLError, ValueError
+        ):  # ValueError: 2020-13-45 has the form of a date
             if yaml.safe_load(name) == name:  # 2020, no and ~ are no text in YAML
                 return name
     quoted = json.dumps(name, ensure_ascii=False)
-    # YAML takes some characters for ends of lines and refuses others, such as the lone halves of names that are no UTF-8.
+    # YAML takes some characters for ends of lines and refuses others, such as the lone halves of
+    # names that are no UTF-8.
     return "".join(letter if letter.isprintable() else f"\\U{ord(letter):08x}" for letter in quoted)
 
 
@@ -64,6 +81,8 @@ def check_unique(ids: Iterable[str], source: str) -> None:
     repeated = [name for name, count in Counter(ids).items() if count > 1]
     if repeated:
         raise SourceError(
-            f"{source}: {len(repeated)} ids occur more than once, for example {', '.join(map(repr, repeated[:3]))}. "
-            "Each row needs its own id: name a column that has one with id_column, or drop the duplicates."
+            f"{source}: {len(repeated)} ids occur more than once, for example "
+            f"{', '.join(map(repr, repeated[:3]))}. "
+            "Each row needs its own id: name a column that has one with id_column, or drop the "
+            "duplicates."
         )

@@ -1,4 +1,6 @@
-"""One forward pass for many taps: hooks reduce each output as it appears, and the pass ends at the deepest of them."""
+"""One forward pass for many taps: hooks reduce each output as it appears, and the pass ends at the
+deepest of them.
+"""
 
 import contextlib
 import copy
@@ -15,12 +17,16 @@ from headrace.extract.nodes import PRE_LOGITS, Node
 from headrace.extract.taps import Tap, backbone_nodes, reduce_output
 
 COMPUTE_DTYPES = ("float32", "float16", "bfloat16")
-# (pixels: uint8, shape (N, H, W, 3), on the forward's device) -> per tap (N, *tap_shape), on that device
+# (pixels: uint8, shape (N, H, W, 3), on the forward's device) -> per tap (N, *tap_shape), on that
+# device
 Forward = Callable[[Tensor], list[Tensor]]
 
 
 class _Done(BaseException):
-    """Ends a forward pass once every tap has its output. No Exception, so that no network's own handler stops it."""
+    """Ends a forward pass once every tap has its output.
+
+    No Exception, so that no network's own handler stops it.
+    """
 
 
 def make_forward(
@@ -31,7 +37,9 @@ def make_forward(
     compute_dtype: str = "float32",
     compiled: bool = False,
 ) -> Forward:
-    """The pass from pixels to the reduced outputs of `taps`, in their order, on a copy of the backbone's network."""
+    """The pass from pixels to the reduced outputs of `taps`, in their order, on a copy of the
+    backbone's network.
+    """
     nodes = backbone_nodes(backbone)
     placed = [(tap, nodes[tap.node]) for tap in taps]
     normalise = normalisation(backbone, device)
@@ -42,7 +50,9 @@ def make_forward(
     pixels = _test_image(backbone)
     tapped = {node.module for _, node in placed}
     try:
-        faster = hooked(fused(backbone.module, tapped, normalise(pixels)), placed, normalise, compute_dtype)
+        faster = hooked(
+            fused(backbone.module, tapped, normalise(pixels)), placed, normalise, compute_dtype
+        )
         return faster if same_outputs(faster(pixels), plain(pixels)) else plain
     except (RuntimeError, AttributeError, TypeError):  # a network that reads its layers' attributes
         return plain
@@ -50,13 +60,20 @@ def make_forward(
 
 def _test_image(backbone: Backbone) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, 256, (1, *backbone.preprocessing.crop, 3), dtype=torch.uint8, generator=generator)
+    return torch.randint(
+        0, 256, (1, *backbone.preprocessing.crop, 3), dtype=torch.uint8, generator=generator
+    )
 
 
 def normalisation(backbone: Backbone, device: str) -> Callable[[Tensor], Tensor]:
-    """uint8 (N, H, W, 3) to the network's input: (x / 255 - mean) / std, float32 (N, 3, H, W) in channels_last."""
+    """uint8 (N, H, W, 3) to the network's input:
+
+    (x / 255 - mean) / std, float32 (N, 3, H, W) in channels_last.
+    """
     how = backbone.preprocessing
-    mean, std = (torch.tensor(values, dtype=torch.float64).view(1, 3, 1, 1) for values in (how.mean, how.std))
+    mean, std = (
+        torch.tensor(values, dtype=torch.float64).view(1, 3, 1, 1) for values in (how.mean, how.std)
+    )
     scale, shift = (1 / (255 * std)).float().to(device), (-mean / std).float().to(device)
 
     def normalise(pixels: Tensor) -> Tensor:
@@ -82,7 +99,8 @@ def hooked(
     def keep(node: Node, reductions: Sequence[Tap], output: Tensor) -> None:
         for tap in reductions:
             reduced = reduce_output(output, tap.reduction, node)
-            # These are views of the output itself, which the network may overwrite in place afterwards.
+            # These are views of the output itself, which the network may overwrite in place
+            # afterwards.
             found[tap] = reduced.clone() if tap.reduction in ("map", "vector", "cls") else reduced
         # A compiler sees by itself that nothing behind the deepest tap is used
         if len(found) == len(taps) and not compiled:
@@ -100,7 +118,12 @@ def hooked(
     def forward(pixels: Tensor) -> list[Tensor]:
         found.clear()
         autocast = torch.autocast(pixels.device.type, half, enabled=half is not None)
-        with contextlib.suppress(_Done), torch.inference_mode(), autocast, _exact(pixels.device.type):
+        with (
+            contextlib.suppress(_Done),
+            torch.inference_mode(),
+            autocast,
+            _exact(pixels.device.type),
+        ):
             run(normalise(pixels))
         outputs = [found[tap] for tap, _ in taps]
         found.clear()
@@ -110,10 +133,14 @@ def hooked(
 
 
 def _exact(device: str) -> contextlib.AbstractContextManager[None]:
-    """On CUDA, cuDNN's fastest kernels, but not its 10-bit TF32, which float32 would silently mean."""
+    """On CUDA, cuDNN's fastest kernels, but not its 10-bit TF32, which float32 would
+    silently mean.
+    """
     if device != "cuda":
         return contextlib.nullcontext()
-    return torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=False)
+    return torch.backends.cudnn.flags(
+        enabled=True, benchmark=True, deterministic=False, allow_tf32=False
+    )
 
 
 def _after(module: nn.Module, keep: Callable[[Tensor], None]) -> None:

@@ -1,7 +1,8 @@
-"""The fast form of a convolutional network on a CPU: convolution, batch normalisation and activation in one kernel.
+"""The fast form of a convolutional network on a CPU: convolution, batch normalisation and
+activation in one kernel.
 
-Measured with EfficientNet-Lite0 at 300 px on one core of an EPYC (Zen 4), images/s in batches of 16: as
-the library builds it 6, in channels_last 17, with `keep_memory` 33, fused as well 42.
+Measured with EfficientNet-Lite0 at 300 px on one core of an EPYC (Zen 4), images/s in batches of
+16: as the library builds it 6, in channels_last 17, with `keep_memory` 33, fused as well 42.
 """
 
 import copy
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-# What oneDNN applies to a convolution's output before it leaves the registers: (name, scalars, algorithm).
+# What oneDNN applies to a convolution's output before it leaves the registers: (name, scalars,
+# algorithm).
 _Epilogue = tuple[str, list[float], str]
 _NONE: _Epilogue = ("none", [], "")
 
@@ -24,8 +26,9 @@ _NONE: _Epilogue = ("none", [], "")
 def keep_memory() -> None:
     """Let this process keep freed memory, on glibc.
 
-    By default every large tensor is mapped from the kernel and unmapped after use, and the page faults cost as much as
-    the arithmetic. Memory stays bounded by the largest batch; above 2 GiB it is given back.
+    By default every large tensor is mapped from the kernel and unmapped after use, and the page
+    faults cost as much as the arithmetic. Memory stays bounded by the largest batch; above 2 GiB it
+    is given back.
     """
     if platform.libc_ver()[0] != "glibc":
         return
@@ -36,10 +39,12 @@ def keep_memory() -> None:
 
 
 def fused(module: nn.Module, tapped: Collection[str], image: Tensor) -> nn.Module:
-    """A copy of `module` (evaluation mode, float32, CPU) with the same outputs at the modules named in `tapped`.
+    """A copy of `module` (evaluation mode, float32, CPU) with the same outputs at the modules named
+    in `tapped`.
 
-    `image` (1, 3, H, W) is run once to see which convolution feeds which normalisation and activation. What was
-    seen can miss a second use of a value, so the caller compares the results and keeps the original if they differ.
+    `image` (1, 3, H, W) is run once to see which convolution feeds which normalisation and
+    activation. What was seen can miss a second use of a value, so the caller compares the results
+    and keeps the original if they differ.
     """
     module = copy.deepcopy(module).to(memory_format=torch.channels_last)
     chains = _chains(module, image)
@@ -63,8 +68,12 @@ def fused(module: nn.Module, tapped: Collection[str], image: Tensor) -> nn.Modul
     return _skipping(module)
 
 
-def _chains(module: nn.Module, image: Tensor) -> list[tuple[nn.Conv2d, nn.BatchNorm2d | None, nn.Module | None]]:
-    """Each convolution that runs once, with the normalisation and the activation that are given its very output."""
+def _chains(
+    module: nn.Module, image: Tensor
+) -> list[tuple[nn.Conv2d, nn.BatchNorm2d | None, nn.Module | None]]:
+    """Each convolution that runs once, with the normalisation and the activation that are given its
+    very output.
+    """
     calls: dict[nn.Module, int] = {}
     made_by: dict[int, nn.Module] = {}  # id of an output tensor -> the module that made it
     alive: list[Tensor] = []  # so that no id is used twice
@@ -76,7 +85,9 @@ def _chains(module: nn.Module, image: Tensor) -> list[tuple[nn.Conv2d, nn.BatchN
 
     def after(child: nn.Module, _args: Any, output: Any) -> None:
         calls[child] = calls.get(child, 0) + 1
-        if isinstance(output, Tensor) and id(output) not in made_by:  # an in-place activation returns what it was given
+        if (
+            isinstance(output, Tensor) and id(output) not in made_by
+        ):  # an in-place activation returns what it was given
             made_by[id(output)] = child
             alive.append(output)
 
@@ -103,7 +114,10 @@ def _chains(module: nn.Module, image: Tensor) -> list[tuple[nn.Conv2d, nn.BatchN
 
 
 def _plain(conv: nn.Conv2d) -> bool:
-    """Whether the layer is the convolution that its attributes say: PyTorch's own, or timm's of TensorFlow."""
+    """Whether the layer is the convolution that its attributes say:
+
+    PyTorch's own, or timm's of TensorFlow.
+    """
     return type(conv) is nn.Conv2d or type(conv).__name__ == "Conv2dSame"
 
 
@@ -126,10 +140,16 @@ def _epilogue(activation: nn.Module | None) -> _Epilogue | None:
 
 
 class _FusedConv(nn.Module):
-    """One convolution with its normalisation folded into the weights and its activation applied by the same kernel."""
+    """One convolution with its normalisation folded into the weights and its activation applied by
+    the same kernel.
+    """
 
     def __init__(
-        self, conv: nn.Conv2d, norm: nn.BatchNorm2d | None, epilogue: _Epilogue, activation: nn.Module | None
+        self,
+        conv: nn.Conv2d,
+        norm: nn.BatchNorm2d | None,
+        epilogue: _Epilogue,
+        activation: nn.Module | None,
     ) -> None:
         super().__init__()
         weight, bias = conv.weight, conv.bias
@@ -141,9 +161,15 @@ class _FusedConv(nn.Module):
             )
         if bias is None:
             bias = torch.zeros(weight.shape[0])
-        self.weight = nn.Parameter(weight.detach().contiguous(memory_format=torch.channels_last), requires_grad=False)
+        self.weight = nn.Parameter(
+            weight.detach().contiguous(memory_format=torch.channels_last), requires_grad=False
+        )
         self.bias = nn.Parameter(bias.detach().contiguous(), requires_grad=False)
-        self.kernel, self.stride, self.dilation = conv.kernel_size, list(conv.stride), list(conv.dilation)
+        self.kernel, self.stride, self.dilation = (
+            conv.kernel_size,
+            list(conv.stride),
+            list(conv.dilation),
+        )
         self.groups = conv.groups
         self.same = type(conv).__name__ == "Conv2dSame" or conv.padding == "same"
         self.padding = [0, 0] if isinstance(conv.padding, str) else list(conv.padding)
@@ -155,15 +181,27 @@ class _FusedConv(nn.Module):
         if self.same:
             x, padding = _pad_same(x, self.kernel, self.stride, self.dilation)
         y: Tensor = torch.ops.mkldnn._convolution_pointwise(
-            x, self.weight, self.bias, padding, self.stride, self.dilation, self.groups, *self.epilogue
+            x,
+            self.weight,
+            self.bias,
+            padding,
+            self.stride,
+            self.dilation,
+            self.groups,
+            *self.epilogue,
         )
         if self.applied is not None:
             y.headrace_applied = self.applied  # type: ignore[attr-defined]
         return y
 
 
-def _pad_same(x: Tensor, kernel: Any, stride: list[int], dilation: list[int]) -> tuple[Tensor, list[int]]:
-    """TensorFlow's padding: the odd pixel comes after. Returns (padded, padding left to the kernel)."""
+def _pad_same(
+    x: Tensor, kernel: Any, stride: list[int], dilation: list[int]
+) -> tuple[Tensor, list[int]]:
+    """TensorFlow's padding: the odd pixel comes after.
+
+    Returns (padded, padding left to the kernel).
+    """
     height, width = x.shape[-2:]
     total = [
         max((-(-size // step) - 1) * step + (edge - 1) * gap + 1 - size, 0)
@@ -173,7 +211,9 @@ def _pad_same(x: Tensor, kernel: Any, stride: list[int], dilation: list[int]) ->
         return x, [total[0] // 2, total[1] // 2]
     top, left = total[0] // 2, total[1] // 2
     padded = torch.empty(
-        (x.shape[0], x.shape[1], height + total[0], width + total[1]), dtype=x.dtype, memory_format=torch.channels_last
+        (x.shape[0], x.shape[1], height + total[0], width + total[1]),
+        dtype=x.dtype,
+        memory_format=torch.channels_last,
     )
     # Only the borders are set to zero; F.pad writes the whole of it twice
     padded[:, :, :top] = 0
@@ -202,7 +242,9 @@ class _Unless(nn.Module):
 
 
 def _skipping(module: nn.Module) -> nn.Module:
-    applied = {child.applied for child in module.modules() if isinstance(child, _FusedConv)} - {None}
+    applied = {child.applied for child in module.modules() if isinstance(child, _FusedConv)} - {
+        None
+    }
     for name, child in list(module.named_modules(remove_duplicate=False)):
         if type(child) in applied:
             _replace(module, name, _Unless(child))
@@ -217,7 +259,8 @@ def _replace(module: nn.Module, name: str, new: nn.Module) -> None:
 def same_outputs(ours: list[Tensor], theirs: list[Tensor]) -> bool:
     """Whether two passes agree to floating-point tolerance, each output on its own scale."""
     return all(
-        bool((a - b).abs().max() <= 1e-4 * b.abs().max().clamp(min=1e-6)) for a, b in zip(ours, theirs, strict=True)
+        bool((a - b).abs().max() <= 1e-4 * b.abs().max().clamp(min=1e-6))
+        for a, b in zip(ours, theirs, strict=True)
     )
 
 

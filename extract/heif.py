@@ -1,4 +1,6 @@
-"""HEIF images (`.heic`, what phones take), which Pillow reads where the plug-in pillow-heif is installed."""
+"""HEIF images (`.heic`, what phones take), which Pillow reads where the plug-in pillow-heif is
+installed.
+"""
 
 import functools
 import importlib.util

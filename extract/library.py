@@ -1,4 +1,7 @@
-"""Where networks come from: torchvision, timm, or a Python function. Each gives a module and its own preprocessing."""
+"""Where networks come from: torchvision, timm, or a Python function.
+
+Each gives a module and its own preprocessing.
+"""
 
 import importlib
 import math
@@ -15,11 +18,15 @@ from headrace.extract.preprocess import Preprocessing
 from headrace.extract.spec import unknown_prefix
 
 PREFIXES = ("torchvision:", "timm:", "python:")
-_TIMEOUT_S = 4  # libraries retry for most of a minute before they say that there is no network; we ask once
+_TIMEOUT_S = (
+    4  # libraries retry for most of a minute before they say that there is no network; we ask once
+)
 
 
 def build(name: str, tag: str | None) -> tuple[nn.Module, Preprocessing]:
-    """The network `name` without pretrained weights, with the preprocessing of `tag` (None: the default tag)."""
+    """The network `name` without pretrained weights, with the preprocessing of `tag` (None: the
+    default tag).
+    """
     kind, _, rest = name.partition(":")
     if kind == "torchvision":
         return _torchvision(rest, tag)
@@ -31,7 +38,10 @@ def build(name: str, tag: str | None) -> tuple[nn.Module, Preprocessing]:
 
 
 def build_pretrained(name: str, tag: str | None) -> tuple[nn.Module, Preprocessing]:
-    """The network with the library's weights of that tag, None for the default. Raises BackboneError when offline."""
+    """The network with the library's weights of that tag, None for the default.
+
+    Raises BackboneError when offline.
+    """
     kind, _, rest = name.partition(":")
     if kind == "torchvision":
         return _torchvision_pretrained(rest, tag)
@@ -39,7 +49,9 @@ def build_pretrained(name: str, tag: str | None) -> tuple[nn.Module, Preprocessi
         return _timm_pretrained(rest, tag)
     if kind == "python":
         if tag is not None:
-            raise BackboneError(f"{name}: weights {tag!r}: a Python function knows no tags; name a file or nothing.")
+            raise BackboneError(
+                f"{name}: weights {tag!r}: a Python function knows no tags; name a file or nothing."
+            )
         return build(name, None)
     raise BackboneError(unknown_prefix(name))
 
@@ -50,7 +62,12 @@ def backbone_names() -> list[str]:
     import torchvision.models
 
     vision = torchvision.models.list_models(module=torchvision.models)
-    return sorted([*(f"torchvision:{name}" for name in vision), *(f"timm:{name}" for name in timm.list_models())])
+    return sorted(
+        [
+            *(f"torchvision:{name}" for name in vision),
+            *(f"timm:{name}" for name in timm.list_models()),
+        ]
+    )
 
 
 def backbone_tags(name: str) -> list[str]:
@@ -84,7 +101,9 @@ def _torchvision_entry(name: str, tag: str | None) -> Any:
     if tag is None:
         return enum.DEFAULT
     if tag not in enum.__members__:
-        raise BackboneError(f"torchvision:{name} has no weights {tag!r}. It has: {', '.join(enum.__members__)}.")
+        raise BackboneError(
+            f"torchvision:{name} has no weights {tag!r}. It has: {', '.join(enum.__members__)}."
+        )
     return enum[tag]
 
 
@@ -94,11 +113,14 @@ def _torchvision(name: str, tag: str | None) -> tuple[nn.Module, Preprocessing]:
     entry = _torchvision_entry(name, tag)
     options: dict[str, Any] = {}
     if name in ("googlenet", "inception_v3"):
-        # What their pretrained weights were trained with; without `init_weights` torchvision warns and draws slowly.
+        # What their pretrained weights were trained with; without `init_weights` torchvision warns
+        # and draws slowly.
         options = {"init_weights": False, "transform_input": True, "aux_logits": True}
     preprocessing = _of_torchvision_transforms(entry.transforms())
     if name.startswith("vit_"):
-        options["image_size"] = preprocessing.crop[0]  # their position embedding has the size of the weights' input
+        options["image_size"] = preprocessing.crop[
+            0
+        ]  # their position embedding has the size of the weights' input
     return torchvision.models.get_model(name, weights=None, **options), preprocessing
 
 
@@ -112,7 +134,9 @@ def _torchvision_pretrained(name: str, tag: str | None) -> tuple[nn.Module, Prep
     try:
         module = torchvision.models.get_model(name, weights=entry)
     except (OSError, RuntimeError) as error:
-        raise BackboneError(_offline(f"torchvision:{name}", entry.name, entry.url, target, str(error))) from error
+        raise BackboneError(
+            _offline(f"torchvision:{name}", entry.name, entry.url, target, str(error))
+        ) from error
     return module, _of_torchvision_transforms(entry.transforms())
 
 
@@ -149,7 +173,8 @@ def _timm_name(name: str, tag: str | None) -> str:
     if "." in full and full not in timm.list_pretrained(f"{base}.*"):
         known = [entry.partition(".")[2] for entry in timm.list_pretrained(f"{base}.*")]
         raise BackboneError(
-            f"timm:{base} has no weights {full.partition('.')[2]!r}. It has: {', '.join(known) or 'none'}."
+            f"timm:{base} has no weights {full.partition('.')[2]!r}. It has: "
+            f"{', '.join(known) or 'none'}."
         )
     return full
 
@@ -161,7 +186,9 @@ def _timm_pretrained(name: str, tag: str | None) -> tuple[nn.Module, Preprocessi
     full = _timm_name(name, tag)
     config = timm.get_pretrained_cfg(full)
     if config is None or not config.has_weights:
-        raise BackboneError(f"timm:{full} has no pretrained weights. Name a weights file, or weights: random:0.")
+        raise BackboneError(
+            f"timm:{full} has no pretrained weights. Name a weights file, or weights: random:0."
+        )
     hub = config.hf_hub_id
     if hub:
         files = ("model.safetensors", "pytorch_model.bin")
@@ -172,13 +199,17 @@ def _timm_pretrained(name: str, tag: str | None) -> tuple[nn.Module, Preprocessi
     try:
         module = timm.create_model(full, pretrained=True)
     except (OSError, RuntimeError, ValueError, errors.HfHubHTTPError) as error:
-        raise BackboneError(_offline(f"timm:{full}", full, str(hub or config.url), "", str(error))) from error
+        raise BackboneError(
+            _offline(f"timm:{full}", full, str(hub or config.url), "", str(error))
+        ) from error
     return module, _of_timm_config(_timm_config(module))
 
 
 def set_input_size(module: nn.Module, name: str, size: int) -> None:
-    """Give a network whose input has a fixed size, as most transformers' has, another one: its position embeddings, or relative
-    position tables, are resampled as timm or torchvision does it. Other networks are left as they are. Raises BackboneError."""
+    """Give a network whose input has a fixed size, as most transformers' has, another one: its
+    position embeddings, or relative position tables, are resampled as timm or torchvision does it.
+    Other networks are left as they are. Raises BackboneError.
+    """
     resample: Any = getattr(module, "set_input_size", None)
     embed = getattr(module, "patch_embed", None)
     patch = getattr(embed, "patch_size", None)
@@ -187,7 +218,8 @@ def set_input_size(module: nn.Module, name: str, size: int) -> None:
     ):  # pixels would be cut off
         near = size // patch[0] * patch[0]
         raise BackboneError(
-            f"{name}: image_size is {size}, and its patches are {patch[0]} x {patch[1]} pixels: take a multiple, such as "
+            f"{name}: image_size is {size}, and its patches are {patch[0]} x {patch[1]} "
+            "pixels: take a multiple, such as "
             f"{' or '.join(str(each) for each in (near, near + patch[0]) if each)}"
         )
     try:
@@ -199,7 +231,8 @@ def set_input_size(module: nn.Module, name: str, size: int) -> None:
             _resample_torchvision(module, size)
     except (AssertionError, RuntimeError, ValueError, TypeError) as error:
         raise BackboneError(
-            f"{name} cannot be given images of {size} x {size} pixels ({type(error).__name__}: {str(error)[:200]}): leave "
+            f"{name} cannot be given images of {size} x {size} pixels ({type(error).__name__}: "
+            f"{str(error)[:200]}): leave "
             "image_size out for the weights' own size"
         ) from error
 
@@ -223,7 +256,9 @@ def _timm_config(module: nn.Module) -> dict[str, Any]:
 
 def _of_timm_config(config: dict[str, Any]) -> Preprocessing:
     if config["input_size"][0] != 3:
-        raise BackboneError(f"the network takes {config['input_size'][0]} channels; images here have 3")
+        raise BackboneError(
+            f"the network takes {config['input_size'][0]} channels; images here have 3"
+        )
     height, width = config["input_size"][1:]
     fraction = config["crop_pct"]
     modes = {"center": "shortest", "squash": "squash", "border": "border"}
@@ -241,7 +276,8 @@ def _python(path: str) -> tuple[nn.Module, Preprocessing]:
     made = import_function(path)()
     if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module)):
         raise BackboneError(
-            f"python:{path} returned {type(made).__name__}; expected (torch.nn.Module, headrace.extract.Preprocessing)."
+            f"python:{path} returned {type(made).__name__}; expected (torch.nn.Module, "
+            "headrace.extract.Preprocessing)."
         )
     module, preprocessing = made
     if not isinstance(preprocessing, Preprocessing):
@@ -286,8 +322,10 @@ def _require_network(name: str, tag: str, url: str, target: str) -> None:
 def _offline(name: str, tag: str, url: str, target: str, error: str) -> str:
     keep = f" and save it as {target}" if target else ""
     return (
-        f"{name}: the pretrained weights {tag} are not on this machine and cannot be downloaded ({error[:200]}).\n"
+        f"{name}: the pretrained weights {tag} are not on this machine and cannot be "
+        f"downloaded ({error[:200]}).\n"
         f"Either fetch {url} where there is a network{keep},\n"
-        "or name a local file: weights: PATH.pth or PATH.safetensors (a state dict of this network; "
+        "or name a local file: weights: PATH.pth or PATH.safetensors (a state dict of this "
+        "network; "
         "weights_match: order if a PATH.pth has other names),\nor try without: weights: random:0."
     )

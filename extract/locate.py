@@ -1,17 +1,18 @@
-"""Locators: where a sample's bytes are, as text. A plain path is a file; `FILE::KIND:DETAILS` is one item inside a file.
+"""Locators: where a sample's bytes are, as text.
+
+A plain path is a file; `FILE::KIND:DETAILS` is one item inside a file.
 
     shard-000.tar::tar:OFFSET:SIZE:NAME                     a member of a tar archive
-    shard-000.tar.gz::tgz:OFFSET:SIZE:NAME                  of a compressed one; the offset is in what it decompresses to
-    photos.zip::zip:HEADER:COMPRESSED:SIZE:METHOD:CRC:NAME  a member of a zip archive
-    images.npy::npy:INDEX                                   one image of an array
-    images.npz::npz:KEY:INDEX
-    images.h5::h5:DATASET:INDEX
-    train-images-idx3-ubyte.gz::idx:INDEX
+    shard-000.tar.gz::tgz:OFFSET:SIZE:NAME                  of a compressed one; the offset is in
+    what it decompresses to photos.zip::zip:HEADER:COMPRESSED:SIZE:METHOD:CRC:NAME  a member of a
+    zip archive images.npy::npy:INDEX                                   one image of an array
+    images.npz::npz:KEY:INDEX images.h5::h5:DATASET:INDEX train-images-idx3-ubyte.gz::idx:INDEX
     train-00000.parquet::parquet:COLUMN:ROW                 an encoded image in a cell of a table
     data-00000.arrow::arrow:COLUMN:ROW
 
-The bytes of an array's item are those of an `.npy` file that holds it alone, so that it has a content hash as any
-file has. A path that is no UTF-8, or that reads like a locator, is written as `bytes:` and its bytes, percent-encoded.
+The bytes of an array's item are those of an `.npy` file that holds it alone, so that it has a
+content hash as any file has. A path that is no UTF-8, or that reads like a locator, is written as
+`bytes:` and its bytes, percent-encoded.
 """
 
 import bz2
@@ -39,22 +40,30 @@ from headrace.extract.errors import SourceError
 from headrace.extract.images import MAX_PIXELS
 from headrace.extract.stamps import file_stamp
 
-_LOCATOR = re.compile(r"(?P<file>.+?)::(?P<kind>tar|tgz|zip|npy|npz|h5|idx|parquet|arrow):(?P<details>.*)", re.DOTALL)
+_LOCATOR = re.compile(
+    r"(?P<file>.+?)::(?P<kind>tar|tgz|zip|npy|npz|h5|idx|parquet|arrow):(?P<details>.*)", re.DOTALL
+)
 _ENCODED = "bytes:"
-# HDF5 allows one caller at a time, and an archive that must be decompressed whole should be so once.
+# HDF5 allows one caller at a time, and an archive that must be decompressed whole should be so
+# once.
 _LOCK = threading.Lock()
 _DECOMPRESSORS = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}
 _H5_CURE = (
-    "Links, external storage and virtual data sets are not followed, for they can name any file. Copy the values into one file: "
+    "Links, external storage and virtual data sets are not followed, for they can name any "
+    "file. Copy the values into one file: "
     "h5repack, or h5py: new['images'] = old['images'][:]"
 )
 _MOST_COMPRESSED = 1032  # deflate's bound; no other filter of HDF5's own does better on images
-_ZIP_LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, …, lengths of the name and of the extra field
+_ZIP_LOCAL_HEADER = struct.Struct(
+    "<4s22xHH"
+)  # signature, …, lengths of the name and of the extra field
 _ZIP_STORED, _ZIP_DEFLATED = 0, 8
 
 
 def path_text(path: str | Path) -> str:
-    """A file's path as text that UTF-8 can hold and that is no locator; `file_of` gives the path back."""
+    """A file's path as text that UTF-8 can hold and that is no locator; `file_of` gives the path
+    back.
+    """
     text = str(path)
     if text.isascii() and "::" not in text and not text.startswith(_ENCODED):
         return text  # nearly all, and a listing has millions
@@ -88,7 +97,10 @@ def file_of(path: str) -> str:
 
 
 def read_bytes(path: str) -> bytes:
-    """The bytes of one sample. Raises OSError when they are not there, whatever is wrong with the file around them."""
+    """The bytes of one sample.
+
+    Raises OSError when they are not there, whatever is wrong with the file around them.
+    """
     match = _LOCATOR.fullmatch(path)
     file = file_of(path)
     try:
@@ -107,24 +119,35 @@ def read_bytes(path: str) -> bytes:
         with _LOCK:
             array = open_array(file, kind, key)
             if math.prod(array.shape[1:]) > 4 * MAX_PIXELS:
-                raise OSError(f"an image of shape {array.shape[1:]}: more than the limit of {MAX_PIXELS} pixels")
+                raise OSError(
+                    f"an image of shape {array.shape[1:]}: more than the limit of "
+                    f"{MAX_PIXELS} pixels"
+                )
             return array_bytes(np.asarray(array[int(index)]))
     except (OSError, MemoryError):
         raise
-    # Damaged containers make their libraries raise anything; for the caller the bytes are not there.
+    # Damaged containers make their libraries raise anything; for the caller the bytes are not
+    # there.
     except Exception as error:
         raise OSError(str(error)) from error
 
 
 def array_bytes(item: npt.NDArray[Any]) -> bytes:
-    """An array as the bytes of an `.npy` file, the same bytes for the same values, type and shape."""
+    """An array as the bytes of an `.npy` file, the same bytes for the same values, type
+    and shape.
+    """
     buffer = io.BytesIO()
-    np.lib.format.write_array(buffer, np.ascontiguousarray(item), version=(1, 0), allow_pickle=False)
+    np.lib.format.write_array(
+        buffer, np.ascontiguousarray(item), version=(1, 0), allow_pickle=False
+    )
     return buffer.getvalue()
 
 
 def open_array(file: str, kind: str, key: str) -> Any:
-    """Something with `shape`, `dtype` and `[index]` that reads images from the file. Raises SourceError, OSError."""
+    """Something with `shape`, `dtype` and `[index]` that reads images from the file.
+
+    Raises SourceError, OSError.
+    """
     return _open_array(file, kind, key, file_stamp(file))
 
 
@@ -136,15 +159,20 @@ def _open_array(file: str, kind: str, key: str, stamp: object) -> Any:
         if kind == "npz":
             with np.load(file, allow_pickle=False) as archive:
                 if key not in archive.files:
-                    raise SourceError(f"{file} has no array {key!r}; it has {', '.join(archive.files)}")
-                _require_held(archive.zip.getinfo(f"{key}.npy").file_size, os.path.getsize(file), file)
+                    raise SourceError(
+                        f"{file} has no array {key!r}; it has {', '.join(archive.files)}"
+                    )
+                _require_held(
+                    archive.zip.getinfo(f"{key}.npy").file_size, os.path.getsize(file), file
+                )
                 return archive[key]  # decompressed whole, once per process
         if kind == "h5":
             return _own_dataset(h5py.File(file, "r"), file, key)
         return _read_idx(Path(file))
     except (SourceError, OSError):
         raise
-    # Damaged headers, arrays of Python objects, and whatever else NumPy, zipfile and h5py make of bytes that are not theirs.
+    # Damaged headers, arrays of Python objects, and whatever else NumPy, zipfile and h5py make of
+    # bytes that are not theirs.
     except Exception as error:
         raise SourceError(f"{file}: cannot be read as {kind}: {error}") from error
 
@@ -152,7 +180,8 @@ def _open_array(file: str, kind: str, key: str, stamp: object) -> Any:
 def _own_dataset(opened: h5py.File, file: str, key: str) -> h5py.Dataset:
     """The data set of that name, whose values are in this very file. Raises SourceError.
 
-    Links, external storage and virtual data sets can name any file of whoever opens this one, and its bytes would be images.
+    Links, external storage and virtual data sets can name any file of whoever opens this one, and
+    its bytes would be images.
     """
     place: Any = opened
     for part in [part for part in key.split("/") if part]:
@@ -171,9 +200,14 @@ def _own_dataset(opened: h5py.File, file: str, key: str) -> h5py.Dataset:
 
 
 def _require_held(declared: int, size: int, file: str) -> None:
-    """Raises SourceError for values that a file of that size cannot hold, however well they are compressed."""
+    """Raises SourceError for values that a file of that size cannot hold, however well they are
+    compressed.
+    """
     if declared > _MOST_COMPRESSED * size:
-        raise SourceError(f"{file}: it has {size:,} bytes, and declares {declared:,} bytes of values. Fetch it again")
+        raise SourceError(
+            f"{file}: it has {size:,} bytes, and declares {declared:,} bytes of values. "
+            "Fetch it again"
+        )
 
 
 def _read_tar_member(file: str, details: str) -> bytes:
@@ -181,13 +215,18 @@ def _read_tar_member(file: str, details: str) -> bytes:
     with open(file, "rb") as archive:
         # A declared size beyond the file's end must not ask for memory.
         if int(offset) + int(size) > (length := os.fstat(archive.fileno()).st_size):
-            raise OSError(f"the archive ends after {max(0, length - int(offset))} of the member's {size} bytes")
+            raise OSError(
+                f"the archive ends after {max(0, length - int(offset))} of the member's "
+                f"{size} bytes"
+            )
         archive.seek(int(offset))
         return archive.read(int(size))
 
 
 def _read_compressed_tar_member(file: str, details: str) -> bytes:
-    """Members are read in about the order of the archive, so that its stream mostly goes forward."""
+    """Members are read in about the order of the archive, so that its stream mostly
+    goes forward.
+    """
     offset, size, _ = details.split(":", 2)
     with _LOCK:
         stream = _open_compressed(file, file_stamp(file))
@@ -204,7 +243,10 @@ def _open_compressed(file: str, stamp: object) -> IO[bytes]:
 
 
 def open_compressed(file: str | Path) -> IO[bytes]:
-    """A gzip, bzip2 or xz file as the stream that it decompresses to. Raises SourceError for another one."""
+    """A gzip, bzip2 or xz file as the stream that it decompresses to.
+
+    Raises SourceError for another one.
+    """
     with open(file, "rb") as opened:
         magic = opened.read(2)
     if magic not in _DECOMPRESSORS:
@@ -216,12 +258,16 @@ def _read_zip_member(file: str, details: str) -> bytes:
     header, compressed_size, size, method, crc, _ = details.split(":", 5)
     with open(file, "rb") as archive:
         archive.seek(int(header))
-        signature, name_length, extra_length = _ZIP_LOCAL_HEADER.unpack(archive.read(_ZIP_LOCAL_HEADER.size))
+        signature, name_length, extra_length = _ZIP_LOCAL_HEADER.unpack(
+            archive.read(_ZIP_LOCAL_HEADER.size)
+        )
         if signature != b"PK\3\4":
             raise OSError("the archive has changed: there is no member where there was one")
         start = archive.seek(name_length + extra_length, io.SEEK_CUR)
         # A declared size beyond the file's end must not ask for memory.
-        data = archive.read(min(int(compressed_size), max(0, os.fstat(archive.fileno()).st_size - start)))
+        data = archive.read(
+            min(int(compressed_size), max(0, os.fstat(archive.fileno()).st_size - start))
+        )
     if len(data) != int(compressed_size):
         raise OSError(f"the archive ends after {len(data)} of the member's {compressed_size} bytes")
     if int(method) == _ZIP_DEFLATED:
@@ -233,7 +279,9 @@ def _read_zip_member(file: str, details: str) -> bytes:
 
 
 def _read_cell(file: str, kind: str, column: str, row: int) -> bytes:
-    """The encoded image in a cell: bytes, or a struct with a field `bytes` as Hugging Face writes them."""
+    """The encoded image in a cell: bytes, or a struct with a field `bytes` as Hugging Face writes
+    them.
+    """
     with _LOCK:
         cells, start = _image_cells(file, kind, column, row)
     value = cells[row - start].as_py()
@@ -270,14 +318,19 @@ def _arrow_column(file: str, column: str, stamp: object) -> Any:
 
 
 def open_arrow(file: str | Path) -> pa.Table:
-    """An Arrow file, stream (as `datasets` writes) or IPC file, mapped into memory and not read. Raises SourceError."""
+    """An Arrow file, stream (as `datasets` writes) or IPC file, mapped into memory and not read.
+
+    Raises SourceError.
+    """
     try:
         source = pa.memory_map(str(file))
         try:
             table = pa.ipc.open_stream(source).read_all()
         except pa.ArrowInvalid:
             table = pa.ipc.open_file(source).read_all()
-        table.validate(full=True)  # Arrow believes lengths and offsets otherwise, and reads where there is no memory
+        table.validate(
+            full=True
+        )  # Arrow believes lengths and offsets otherwise, and reads where there is no memory
         return table
     except Exception as error:
         raise SourceError(f"{file}: cannot be read as Arrow: {error}") from error
@@ -291,9 +344,13 @@ def _read_idx(file: Path) -> npt.NDArray[Any]:
     try:
         with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
             data = stream.read(4 + 4 * 255)
-            if len(data) > 4 and data[2] in _IDX_TYPES:  # no more than the header says, and one byte that is too much
+            if (
+                len(data) > 4 and data[2] in _IDX_TYPES
+            ):  # no more than the header says, and one byte that is too much
                 bytes_each = np.dtype(_IDX_TYPES[data[2]]).itemsize
-                sizes = [int.from_bytes(data[at : at + 4], "big") for at in range(4, 4 + 4 * data[3], 4)]
+                sizes = [
+                    int.from_bytes(data[at : at + 4], "big") for at in range(4, 4 + 4 * data[3], 4)
+                ]
                 _require_held(math.prod(sizes) * bytes_each, max(1, file.stat().st_size), str(file))
                 rest = 4 + 4 * data[3] + math.prod(sizes) * bytes_each - len(data) + 1
                 data += stream.read(max(1, rest))
@@ -302,9 +359,13 @@ def _read_idx(file: Path) -> npt.NDArray[Any]:
     if len(data) < 4 or data[:2] != b"\0\0" or data[2] not in _IDX_TYPES:
         raise ValueError("the first four bytes are not those of an idx file")
     dtype, dimensions = np.dtype(_IDX_TYPES[data[2]]), data[3]
-    shape = tuple(int.from_bytes(data[4 + 4 * axis : 8 + 4 * axis], "big") for axis in range(dimensions))
+    shape = tuple(
+        int.from_bytes(data[4 + 4 * axis : 8 + 4 * axis], "big") for axis in range(dimensions)
+    )
     start = 4 + 4 * dimensions
     expected = math.prod(shape) * dtype.itemsize
     if len(data) - start != expected:
-        raise ValueError(f"its header says {shape}, {expected} bytes, but {len(data) - start} follow")
+        raise ValueError(
+            f"its header says {shape}, {expected} bytes, but {len(data) - start} follow"
+        )
     return np.frombuffer(data, dtype, offset=start).reshape(shape)

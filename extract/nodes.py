@@ -1,7 +1,8 @@
-"""The nodes of a network: every module whose output could be a tap, in running order, with shape and cost.
+"""The nodes of a network: every module whose output could be a tap, in running order, with shape
+and cost.
 
-Found by running the network once on shapes alone (PyTorch's meta device), not by tracing its code, so that any
-module works.
+Found by running the network once on shapes alone (PyTorch's meta device), not by tracing its code,
+so that any module works.
 Legend: N images, C channels, H x W positions, T tokens.
 """
 
@@ -20,7 +21,8 @@ from headrace.extract.errors import BackboneError, nearest
 
 Layout = Literal["NCHW", "NHWC", "NTC", "NC"]
 
-# Names for two values that are no module's output everywhere: what the last linear layer is given, and what comes out.
+# Names for two values that are no module's output everywhere: what the last linear layer is given,
+# and what comes out.
 PRE_LOGITS = "pre_logits"
 LOGITS = "logits"
 
@@ -37,7 +39,8 @@ class Node:
     shape: tuple[int, ...]  # of one image, without N
     prefix: int  # NTC: class and register tokens before the patch tokens
     has_class_token: bool  # NTC: the first of them is a class token
-    cost: float  # share of the whole forward's multiply-adds that is spent once this output exists, 0 to 1
+    # share of the whole forward's multiply-adds that is spent once this output exists, 0 to 1
+    cost: float
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,9 @@ class Nodes:
     """All nodes of a network at one input size, in running order."""
 
     nodes: tuple[Node, ...]
-    repeated: frozenset[str]  # modules that run more than once per forward, and so name no single output
+    repeated: frozenset[
+        str
+    ]  # modules that run more than once per forward, and so name no single output
     multiply_adds: int  # of one image's whole forward
 
     def __getitem__(self, name: str) -> Node:
@@ -53,7 +58,9 @@ class Nodes:
         for node in self.nodes:
             if node.name == name:
                 return node
-        raise BackboneError(f"the network has no node {name!r}. Nearest: {nearest(name, self.names)}")
+        raise BackboneError(
+            f"the network has no node {name!r}. Nearest: {nearest(name, self.names)}"
+        )
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -61,7 +68,10 @@ class Nodes:
 
 
 def find_nodes(module: nn.Module, crop: tuple[int, int], what: str) -> Nodes:
-    """Run `module` on two images' shapes. Raises BackboneError when the network does not take that image size."""
+    """Run `module` on two images' shapes.
+
+    Raises BackboneError when the network does not take that image size.
+    """
     try:
         return _run(_shapes_only(module), crop, torch.device("meta"))
     except Exception:  # noqa: BLE001 - some networks compute with values of their own; what is wrong shows on real numbers
@@ -71,7 +81,8 @@ def find_nodes(module: nn.Module, crop: tuple[int, int], what: str) -> Nodes:
     except (RuntimeError, AssertionError, ValueError, IndexError, TypeError) as error:
         raise BackboneError(
             f"{what} does not run on images of {crop[0]} x {crop[1]} pixels: "
-            f"{type(error).__name__}: {str(error)[:300]}. Leave image_size out for the weights' own size."
+            f"{type(error).__name__}: {str(error)[:300]}. Leave image_size out for the "
+            "weights' own size."
         ) from error
 
 
@@ -91,17 +102,24 @@ class _CountMultiplyAdds(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _shapes_only(module: nn.Module) -> nn.Module:
-    """A copy whose parameters and buffers have shapes and no values. A copy, as networks may keep what they compute."""
+    """A copy whose parameters and buffers have shapes and no values.
+
+    A copy, as networks may keep what they compute.
+    """
     memo: dict[int, Any] = {}  # what deepcopy takes for a tensor instead of copying it
     for parameter in module.parameters():
-        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+        memo[id(parameter)] = nn.Parameter(
+            torch.empty_like(parameter, device="meta"), requires_grad=False
+        )
     for buffer in module.buffers():
         memo[id(buffer)] = torch.empty_like(buffer, device="meta")
     return copy.deepcopy(module, memo)
 
 
 def _run(module: nn.Module, crop: tuple[int, int], device: torch.device) -> Nodes:
-    fired: list[tuple[str, str, tuple[int, ...], int]] = []  # (name, module, shape with N, flops so far)
+    fired: list[
+        tuple[str, str, tuple[int, ...], int]
+    ] = []  # (name, module, shape with N, flops so far)
     calls: dict[str, int] = {}
     inputs: list[tuple[str, tuple[int, ...], int]] = []  # of linear layers
     handles = []
@@ -158,8 +176,12 @@ def _run(module: nn.Module, crop: tuple[int, int], device: torch.device) -> Node
     return Nodes(tuple(nodes), repeated, counter.flops // 2 // _BATCH)
 
 
-def _is_last(entry: tuple[str, tuple[int, ...], int], fired: list[tuple[str, str, tuple[int, ...], int]]) -> bool:
-    """Whether this linear layer's output is the network's: the same shape, so nothing but its bias came after."""
+def _is_last(
+    entry: tuple[str, tuple[int, ...], int], fired: list[tuple[str, str, tuple[int, ...], int]]
+) -> bool:
+    """Whether this linear layer's output is the network's: the same shape, so nothing but its bias
+    came after.
+    """
     output = next(shape for name, _, shape, _ in fired if name == entry[0])
     return output == fired[-1][2]
 
@@ -168,14 +190,17 @@ def _layout(shape: tuple[int, ...]) -> Layout | None:
     if not shape or shape[0] != _BATCH or 0 in shape:
         return None
     if len(shape) == 4:
-        # Inputs are near square, so the two positions are the pair of axes that agree; channels first when in doubt.
+        # Inputs are near square, so the two positions are the pair of axes that agree; channels
+        # first when in doubt.
         _, a, b, c = shape
         return "NHWC" if a == b and b != c else "NCHW"
     return {3: "NTC", 2: "NC"}.get(len(shape))  # type: ignore[return-value]
 
 
 def _prefix(module: nn.Module, tokens: int) -> int:
-    """How many of `tokens` come before the patches: what the network says, or else what is over from a square."""
+    """How many of `tokens` come before the patches: what the network says, or else what is over
+    from a square.
+    """
     declared = getattr(module, "num_prefix_tokens", None)
     if isinstance(declared, int) and 0 <= declared < tokens and is_square(tokens - declared):
         return declared
@@ -184,7 +209,9 @@ def _prefix(module: nn.Module, tokens: int) -> int:
 
 def _has_class_token(module: nn.Module) -> bool:
     # timm says cls_token (None for models without one), torchvision class_token
-    return any(isinstance(getattr(module, name, None), Tensor) for name in ("cls_token", "class_token"))
+    return any(
+        isinstance(getattr(module, name, None), Tensor) for name in ("cls_token", "class_token")
+    )
 
 
 def is_square(count: int) -> bool:

@@ -13,15 +13,19 @@ from headrace.cache import FeatureSpec
 from headrace.extract.spec import BackboneSpec, Sample
 
 SHARD_BYTES = 256 * 2**20  # of the largest tap, at most
-UNIT_ROWS = 128  # about 5 s of a small network on one core: little is lost to a kill, and little waited for at the end
-GPU_UNIT_ROWS = (
-    1024  # a GPU does them in a second or less; its batches are no larger than a unit, and each shard is flushed
-)
+# about 5 s of a small network on one core: little is lost to a kill, and little waited for at the
+# end
+UNIT_ROWS = 128
+# a GPU does them in a second or less; its batches are no larger than a unit, and each shard is
+# flushed
+GPU_UNIT_ROWS = 1024
 
 
 @dataclass(frozen=True)
 class Network:
-    """The feature sets that one backbone makes, each with the content hashes that it has or has recorded as failed."""
+    """The feature sets that one backbone makes, each with the content hashes that it has or has
+    recorded as failed.
+    """
 
     backbone: BackboneSpec
     specs: Sequence[FeatureSpec]
@@ -30,7 +34,9 @@ class Network:
 
 @dataclass(frozen=True)
 class ExtractJob:
-    """One unit of work: decode these samples once, and publish one shard of each of these feature sets."""
+    """One unit of work: decode these samples once, and publish one shard of each of these feature
+    sets.
+    """
 
     cache_root: str
     unit: str  # a hash of the content hashes: the shard's name in every feature set
@@ -39,7 +45,9 @@ class ExtractJob:
     threads: int = 1  # of the forward pass on a CPU, and of decoding
     device: str = "cpu"
     batch_size: int | None = None  # None: what is fast on the device
-    compile: bool = False  # PyTorch's compiler, on CUDA: minutes once per network and process, for long runs
+    compile: bool = (
+        False  # PyTorch's compiler, on CUDA: minutes once per network and process, for long runs
+    )
     compression: str | None = None  # of the shards: None or "bitshuffle-lz4"
     strict: bool = False  # stop at the first image that cannot be decoded
 
@@ -49,7 +57,9 @@ class ExtractJob:
 
 
 class JobOptions(TypedDict, total=False):
-    """How a unit is done, which changes none of its bytes beyond rounding; the fields of ExtractJob."""
+    """How a unit is done, which changes none of its bytes beyond rounding; the fields of
+    ExtractJob.
+    """
 
     threads: int
     device: str
@@ -71,7 +81,11 @@ def plan_units(
 ) -> list[ExtractJob]:
     """The units of one backbone that are missing; see `plan_networks`."""
     return plan_networks(
-        samples, [Network(backbone, specs, known)], cache_root=cache_root, unit_rows=unit_rows, **options
+        samples,
+        [Network(backbone, specs, known)],
+        cache_root=cache_root,
+        unit_rows=unit_rows,
+        **options,
     )
 
 
@@ -85,9 +99,10 @@ def plan_networks(
 ) -> list[ExtractJob]:
     """The units of all backbones that are missing, each image decoded once for all that lack it.
 
-    samples: columns `id`, `path`, `content`; rows whose content is missing are left out, equal contents are taken once.
-    Images that lack the same feature sets go together, in the order of the samples, `unit_rows` at a time; so a run
-    that was interrupted plans the same units again, and a tap that is new is computed alone.
+    samples: columns `id`, `path`, `content`; rows whose content is missing are left out, equal
+    contents are taken once. Images that lack the same feature sets go together, in the order of the
+    samples, `unit_rows` at a time; so a run that was interrupted plans the same units again, and a
+    tap that is new is computed alone.
     """
     wanted = [(place, spec) for place, network in enumerate(networks) for spec in network.specs]
     there = [set(known) for network in networks for known in network.known]
@@ -98,11 +113,16 @@ def plan_networks(
             continue
         lacking = tuple(index for index, known in enumerate(there) if content not in known)
         if lacking:
-            groups.setdefault(lacking, {}).setdefault(content, Sample(str(name), str(path), content))
+            groups.setdefault(lacking, {}).setdefault(
+                content, Sample(str(name), str(path), content)
+            )
     jobs = []
     for lacking, unique in groups.items():
         work = tuple(
-            (network.backbone, tuple(wanted[index][1] for index in lacking if wanted[index][0] == place))
+            (
+                network.backbone,
+                tuple(wanted[index][1] for index in lacking if wanted[index][0] == place),
+            )
             for place, network in enumerate(networks)
         )
         members = list(unique.values())
@@ -121,8 +141,14 @@ def plan_networks(
 
 
 def rows_per_unit(specs: Sequence[FeatureSpec], device: str = "cpu") -> int:
-    """UNIT_ROWS (on a GPU: GPU_UNIT_ROWS), or fewer where a shard of the largest tap would exceed SHARD_BYTES."""
-    largest = max((prod(spec.shape) * {"float32": 4, "uint8": 1}.get(spec.dtype, 2) for spec in specs), default=1)
+    """UNIT_ROWS (on a GPU:
+
+    GPU_UNIT_ROWS), or fewer where a shard of the largest tap would exceed SHARD_BYTES.
+    """
+    largest = max(
+        (prod(spec.shape) * {"float32": 4, "uint8": 1}.get(spec.dtype, 2) for spec in specs),
+        default=1,
+    )
     return max(1, min(UNIT_ROWS if device == "cpu" else GPU_UNIT_ROWS, SHARD_BYTES // largest))
 
 

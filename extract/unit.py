@@ -1,4 +1,6 @@
-"""Units of work: decode each image once, one forward pass per network and view, one shard per feature set."""
+"""Units of work: decode each image once, one forward pass per network and view, one shard per
+feature set.
+"""
 
 import os
 import time
@@ -32,14 +34,18 @@ from headrace.extract.views import parse_view
 # Beyond these a value becomes infinite in the storage dtype.
 _LARGEST = {"float16": 65520.0, "bfloat16": 3.39e38, "float32": float("inf"), "uint8": float("inf")}
 _NETWORKS = 4  # networks that a process keeps at least, whatever is asked for next
-_PUBLISHERS = 8  # shards of a unit published at once: each waits for the disk, and the waits overlap
+_PUBLISHERS = (
+    8  # shards of a unit published at once: each waits for the disk, and the waits overlap
+)
 
 Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
 class Pass:
-    """One forward pass per batch: a network on one rendering, and the feature sets that its taps fill."""
+    """One forward pass per batch: a network on one rendering, and the feature sets that its taps
+    fill.
+    """
 
     rendering: Rendering
     forward: Forward
@@ -67,18 +73,21 @@ class _Extracted:
 
 
 def run_unit(job: ExtractJob) -> UnitReport:
-    """Extract one unit and publish it; the shards are on disk when this returns. Doing it twice changes nothing.
+    """Extract one unit and publish it; the shards are on disk when this returns.
 
-    Raises SpecMismatch when the weights here are not those the feature sets are made of, SourceError at an image that
-    cannot be decoded where the job is strict, and PublishFailed.
+    Doing it twice changes nothing.
+
+    Raises SpecMismatch when the weights here are not those the feature sets are made of,
+    SourceError at an image that cannot be decoded where the job is strict, and PublishFailed.
     """
     (report,) = run_units([job])
     return report
 
 
 def run_units(jobs: Iterable[ExtractJob]) -> Iterator[UnitReport]:
-    """Extract units one after the other without a pause between them: while the network runs one, the next is decoded and
-    the last is written. A report comes out when its shards are on disk. For one process that has a device to itself.
+    """Extract units one after the other without a pause between them: while the network runs one,
+    the next is decoded and the last is written. A report comes out when its shards are on disk. For
+    one process that has a device to itself.
     """
     waiting = iter(jobs)
     with quiet_decoding(), ThreadPoolExecutor(1, "publish") as publisher, _decoders() as pools:
@@ -97,7 +106,9 @@ def run_units(jobs: Iterable[ExtractJob]) -> Iterator[UnitReport]:
 
 @contextmanager
 def quiet_decoding() -> Iterator[None]:
-    """Pillow warns of large images and damaged metadata from inside the decoding threads; what matters is recorded."""
+    """Pillow warns of large images and damaged metadata from inside the decoding threads; what
+    matters is recorded.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\.")
         yield
@@ -127,7 +138,8 @@ def _start(job: ExtractJob, pools: dict[int, ThreadPoolExecutor]) -> _Started:
         for each in feature_passes(backbone, specs, job.device, compiled=job.compile)
     ]
     limits = [
-        pass_limit(each.forward, each.rendering.preprocessing.crop, job.device, job.batch_size) for each in passes
+        pass_limit(each.forward, each.rendering.preprocessing.crop, job.device, job.batch_size)
+        for each in passes
     ]
     # With the network elsewhere every core decodes.
     threads = job.threads if on_cpu else max(job.threads, len(os.sched_getaffinity(0)))
@@ -163,7 +175,9 @@ def _extract(unit: _Started) -> _Extracted:
         unread += [(job.samples[row].id, reason) for row, reason in batch.unread]
         if job.strict and (failed or unread):
             name, reason = (failed[0].id, failed[0].reason) if failed else unread[0]
-            raise SourceError(f"{name}: {reason}. Strict extraction stops here; without it the image is recorded.")
+            raise SourceError(
+                f"{name}: {reason}. Strict extraction stops here; without it the image is recorded."
+            )
         if batch.rows:
             launched = [
                 launch(each.forward, pixels, job.device, limit)
@@ -186,7 +200,8 @@ def _extract(unit: _Started) -> _Extracted:
 
 def _publish(job: ExtractJob, unit: _Extracted) -> UnitReport:
     if not unit.samples and not unit.report.failed:
-        # Nothing could be read (a disk that is away): a shard without content would be taken for the unit's next time.
+        # Nothing could be read (a disk that is away): a shard without content would be taken for
+        # the unit's next time.
         return unit.report
     started = time.perf_counter()
     with ThreadPoolExecutor(min(_PUBLISHERS, len(unit.specs)), "shard") as pool:
@@ -200,7 +215,11 @@ def _publish(job: ExtractJob, unit: _Extracted) -> UnitReport:
 
 
 def _publish_set(
-    job: ExtractJob, spec: FeatureSpec, features: npt.NDArray[Any], samples: Sequence[Sample], failed: Sequence[Failure]
+    job: ExtractJob,
+    spec: FeatureSpec,
+    features: npt.NDArray[Any],
+    samples: Sequence[Sample],
+    failed: Sequence[Failure],
 ) -> None:
     """Publish the rows that can be stored; the others are failures of this feature set alone."""
     reasons = unstorable(features, spec)
@@ -228,7 +247,10 @@ def unstorable(features: npt.NDArray[Any], spec: FeatureSpec) -> dict[int, str]:
     peaks = np.maximum(flat.max(axis=1, initial=0), -flat.min(axis=1, initial=0))
     bad = ~(peaks < _LARGEST[spec.dtype])  # also true for NaN
     return {
-        int(row): f"{spec.name} reaches {peaks[row]:g}, which {spec.dtype} cannot hold; store it as float32"
+        int(row): (
+            f"{spec.name} reaches {peaks[row]:g}, which {spec.dtype} cannot hold; store it as "
+            "float32"
+        )
         for row in np.flatnonzero(bad)
     }
 
@@ -236,12 +258,17 @@ def unstorable(features: npt.NDArray[Any], spec: FeatureSpec) -> dict[int, str]:
 def feature_passes(
     spec: BackboneSpec, features: Sequence[FeatureSpec], device: str, *, compiled: bool = False
 ) -> list[Pass]:
-    """One pass for each view (and dtype of the network) that these feature sets of one backbone are made of.
+    """One pass for each view (and dtype of the network) that these feature sets of one backbone are
+    made of.
 
-    Raises SpecMismatch when the weights or the preprocessing here are not those that they were made with.
+    Raises SpecMismatch when the weights or the preprocessing here are not those that they were made
+    with.
     """
-    # The feature sets name the weights that are asked for, so those of a file that has changed since are not mistaken for them.
-    backbone = _backbones.get((spec, features[0].weights), lambda: _checked(load_backbone(spec), features[0]))
+    # The feature sets name the weights that are asked for, so those of a file that has changed
+    # since are not mistaken for them.
+    backbone = _backbones.get(
+        (spec, features[0].weights), lambda: _checked(load_backbone(spec), features[0])
+    )
     by_view: dict[tuple[str, str], list[FeatureSpec]] = {}
     for feature in features:
         _checked(backbone, feature)
@@ -250,12 +277,16 @@ def feature_passes(
     for (view, compute_dtype), group in by_view.items():
         taps = tuple(Tap(feature.tap, feature.reduction) for feature in group)
         rendering = Rendering(backbone.preprocessing, *parse_view(view))
-        passes.append(Pass(rendering, _forward(backbone, taps, device, compute_dtype, compiled), tuple(group)))
+        passes.append(
+            Pass(rendering, _forward(backbone, taps, device, compute_dtype, compiled), tuple(group))
+        )
     return passes
 
 
 class _Latest(Generic[Made]):
-    """What was made last, by what it was made of; with `room` for all that one unit of work needs."""
+    """What was made last, by what it was made of; with `room` for all that one unit of
+    work needs.
+    """
 
     def __init__(self) -> None:
         self.room = _NETWORKS
@@ -276,22 +307,37 @@ _limits: "weakref.WeakKeyDictionary[Forward, dict[Hashable, Limit]]" = weakref.W
 
 
 def _make_room(job: ExtractJob) -> None:
-    """Have the networks of a job kept for the next one, however many they are, and as many others of the same run."""
-    passes = {(network, spec.view, spec.compute_dtype) for network, specs in job.networks for spec in specs}
+    """Have the networks of a job kept for the next one, however many they are, and as many others
+    of the same run.
+    """
+    passes = {
+        (network, spec.view, spec.compute_dtype)
+        for network, specs in job.networks
+        for spec in specs
+    }
     _backbones.room = max(_NETWORKS, 2 * len(job.networks))
     _forwards.room = max(_NETWORKS, 2 * len(passes))
 
 
-def _forward(backbone: Backbone, taps: tuple[Tap, ...], device: str, compute_dtype: str, compiled: bool) -> Forward:
+def _forward(
+    backbone: Backbone, taps: tuple[Tap, ...], device: str, compute_dtype: str, compiled: bool
+) -> Forward:
     """Kept between the units of a process: copying a network costs as much as dozens of images."""
     return _forwards.get(
         (backbone, taps, device, compute_dtype, compiled),
-        lambda: make_forward(backbone, taps, device=device, compute_dtype=compute_dtype, compiled=compiled),
+        lambda: make_forward(
+            backbone, taps, device=device, compute_dtype=compute_dtype, compiled=compiled
+        ),
     )
 
 
-def pass_limit(forward: Forward, crop: tuple[int, int], device: str, batch_size: int | None) -> Limit:
-    """The batch size of a pass. Kept as long as it, so that a size that was too large is not tried again in the next unit."""
+def pass_limit(
+    forward: Forward, crop: tuple[int, int], device: str, batch_size: int | None
+) -> Limit:
+    """The batch size of a pass.
+
+    Kept as long as it, so that a size that was too large is not tried again in the next unit.
+    """
     limits = _limits.setdefault(forward, {})
     key = (crop, device, batch_size)
     if key not in limits:
@@ -305,15 +351,19 @@ def _checked(backbone: Backbone, feature: FeatureSpec) -> Backbone:
 
 
 def check_identity(backbone: Backbone, feature: FeatureSpec) -> None:
-    """Raises SpecMismatch when the feature set is made by other weights or preprocessing than those here."""
+    """Raises SpecMismatch when the feature set is made by other weights or preprocessing than those
+    here.
+    """
     for field, here, wanted in (
         ("weights", backbone.weights, feature.weights),
         ("preprocessing", backbone.preprocessing.to_json(), feature.preprocessing),
     ):
         if here != wanted:
             raise SpecMismatch(
-                f"{feature.backbone}: the {field} on this machine are {here}, but the feature set {feature.name} "
-                f"is made of {wanted}. Plan again (the same command), or bring the file that was planned with."
+                f"{feature.backbone}: the {field} on this machine are {here}, but the feature "
+                f"set {feature.name} "
+                f"is made of {wanted}. Plan again (the same command), or bring the file that "
+                "was planned with."
             )
 
 

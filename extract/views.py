@@ -1,8 +1,8 @@
-"""Views: view 0 is the evaluation crop; views 1, 2, … are random augmentations that are the same every time, or the crop
-mirrored and turned.
+"""Views: view 0 is the evaluation crop; views 1, 2, … are random augmentations that are the same
+every time, or the crop mirrored and turned.
 
-Augmentations are drawn from the image's content hash and the view's number, not from its id or its place: a renamed image
-keeps its features, and no order of work, worker or batch changes a pixel.
+Augmentations are drawn from the image's content hash and the view's number, not from its id or its
+place: a renamed image keeps its features, and no order of work, worker or batch changes a pixel.
 """
 
 import dataclasses
@@ -36,10 +36,12 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class Symmetries:
-    """Views 1 to 7 are the evaluation crop's other symmetries, for images without an up or a left: cells, tissue, land.
+    """Views 1 to 7 are the evaluation crop's other symmetries, for images without an up or a left:
+    cells, tissue, land.
 
-    With the view's number in binary, 1 mirrors left-right, 2 upside-down, and 4, first of all, swaps rows and columns, which
-    takes a square crop. Four views are the mirrored ones (3 is half a turn), eight all symmetries of the square.
+    With the view's number in binary, 1 mirrors left-right, 2 upside-down, and 4, first of all,
+    swaps rows and columns, which takes a square crop. Four views are the mirrored ones (3 is half a
+    turn), eight all symmetries of the square.
     """
 
 
@@ -67,24 +69,41 @@ def parse_view(text: str) -> tuple[int, Drawing]:
             return index, Symmetries()
         fields: dict[str, Any] = values.get("augmentation", {})
         listed = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
-        numbers = [number for value in fields.values() for number in (value if isinstance(value, list) else [value])]
+        numbers = [
+            number
+            for value in fields.values()
+            for number in (value if isinstance(value, list) else [value])
+        ]
         if not all(isinstance(number, int | float) for number in numbers):
             raise ValueError("its augmentation is not of numbers")
         return index, Augmentation(**{**fields, **listed})
-    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
-        raise SpecMismatch(f"the view {text[:80]!r} is none that this version makes ({error})") from error
+    except (
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
+        raise SpecMismatch(
+            f"the view {text[:80]!r} is none that this version makes ({error})"
+        ) from error
 
 
 def render_view(
     image: Image.Image, content: str, index: int, augmentation: Drawing, how: Preprocessing
 ) -> npt.NDArray[np.uint8]:
-    """View `index` of an upright "RGB" or "L" image with that content hash: uint8, shape (*how.crop, 3)."""
+    """View `index` of an upright "RGB" or "L" image with that content hash: uint8, shape
+    (*how.crop, 3).
+    """
     if index == 0:
         return render(image, how)
     if isinstance(augmentation, Symmetries):
         return mirrored(render(image, how), index)
     digest = hashlib.sha256(f"{augmentation.seed}|{index}|{content}".encode()).digest()
-    draw = random.Random(int.from_bytes(digest, "big"))  # its random() is the same in every version of Python
+    draw = random.Random(
+        int.from_bytes(digest, "big")
+    )  # its random() is the same in every version of Python
     box = _crop(image, draw, augmentation)
     crop_height, crop_width = how.crop
     view = image.resize((crop_width, crop_height), resampling(how), box=box)
@@ -102,7 +121,9 @@ def render_view(
 
 
 def is_exact(text: str) -> bool:
-    """Whether a view (FeatureSpec.view) is made of the evaluation crop's pixels alone: that crop, or a symmetry of it."""
+    """Whether a view (FeatureSpec.view) is made of the evaluation crop's pixels alone: that crop,
+    or a symmetry of it.
+    """
     index, drawing = parse_view(text)
     return index == 0 or isinstance(drawing, Symmetries)
 
@@ -113,12 +134,20 @@ def mirrored(image: npt.NDArray[Any], index: int) -> npt.NDArray[Any]:
     return turned[:: -1 if index & 2 else 1, :: -1 if index & 1 else 1]
 
 
-def _crop(image: Image.Image, draw: random.Random, augmentation: Augmentation) -> tuple[float, float, float, float]:
-    """(left, top, right, bottom): ten draws of area and ratio, as torchvision does, then the largest crop that fits."""
+def _crop(
+    image: Image.Image, draw: random.Random, augmentation: Augmentation
+) -> tuple[float, float, float, float]:
+    """(left, top, right, bottom): ten draws of area and ratio, as torchvision does, then the
+    largest crop that fits.
+    """
     width, height = image.size
     low, high = (math.log(bound) for bound in augmentation.ratio)
     for _ in range(10):
-        area = width * height * (augmentation.area[0] + (augmentation.area[1] - augmentation.area[0]) * draw.random())
+        area = (
+            width
+            * height
+            * (augmentation.area[0] + (augmentation.area[1] - augmentation.area[0]) * draw.random())
+        )
         ratio = math.exp(low + (high - low) * draw.random())
         box_width, box_height = math.sqrt(area * ratio), math.sqrt(area / ratio)
         if box_width <= width and box_height <= height:

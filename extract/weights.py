@@ -18,8 +18,9 @@ from headrace.extract.spec import WeightsMatch, require_file
 # Training scripts wrap the state dict in a dictionary with the optimiser and the epoch.
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model")
 
-# What the end of a tensor's name says about its part in a layer, in PyTorch, TensorFlow, Keras, Flax, MXNet and Paddle. The
-# tensors of a normalisation are all of one shape, so that shapes cannot tell them apart.
+# What the end of a tensor's name says about its part in a layer, in PyTorch, TensorFlow, Keras,
+# Flax, MXNet and Paddle. The tensors of a normalisation are all of one shape, so that shapes cannot
+# tell them apart.
 _ROLES = {
     "weight": ("weight", "weights", "kernel", "gamma", "scale"),
     "bias": ("bias", "biases", "beta"),
@@ -33,41 +34,53 @@ _SAVE = "torch.save(network.state_dict(), 'weights.pth') where the network itsel
 
 
 class UnorderedTensors(dict[str, Tensor]):
-    """Tensors of a format that keeps their names alone: the order of this dictionary means nothing."""
+    """Tensors of a format that keeps their names alone: the order of this dictionary
+    means nothing.
+    """
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a `.safetensors` or PyTorch file, on the CPU; those of a PyTorch file are in its order.
+    """The tensors of a `.safetensors` or PyTorch file, on the CPU; those of a PyTorch file are in
+    its order.
 
     Never unpickles anything but tensors and plain containers. Raises BackboneError.
     """
     require_file(path)
     try:
         if path.suffix.lower() == ".safetensors":
-            loaded: object = UnorderedTensors(load_file(path))  # the writer sorts them by dtype and name
+            loaded: object = UnorderedTensors(
+                load_file(path)
+            )  # the writer sorts them by dtype and name
         else:
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise BackboneError(
-            f"{path}: this file holds Python objects besides tensors, and loading those could run code from the file. "
-            "Where it was made, save the tensors alone: torch.save(model.state_dict(), ...), or use safetensors."
+            f"{path}: this file holds Python objects besides tensors, and loading those could "
+            "run code from the file. "
+            "Where it was made, save the tensors alone: torch.save(model.state_dict(), ...), "
+            "or use safetensors."
         ) from error
-    except Exception as error:  # torch's unpickler, zip reader and safetensors raise anything on damaged files
+    except (
+        Exception
+    ) as error:  # torch's unpickler, zip reader and safetensors raise anything on damaged files
         raise BackboneError(
             f"{path}: not a readable weights file ({type(error).__name__}: {str(error)[:200]})"
         ) from error
     return _state_dict(loaded, path)
 
 
-def fit_weights(module: nn.Module, tensors: Mapping[str, Tensor], match: WeightsMatch, what: str) -> None:
+def fit_weights(
+    module: nn.Module, tensors: Mapping[str, Tensor], match: WeightsMatch, what: str
+) -> None:
     """Load `tensors` into `module` strictly.
 
-    "name": every name and shape must be the network's. "order": the n-th tensor of the file belongs to the n-th of the
-    network, whatever they are called, for files from another implementation of the same network. Every shape is checked,
-    and what names say of a tensor's role (weight, bias, mean, variance); a file without an order, or whose order is that
-    of the alphabet, is refused, unless its names are the network's own. Two tensors of one shape and role that the other
-    implementation registers in another order are beyond what a file can tell.
-    Raises BackboneError listing missing and unexpected names, or the first pair that does not fit.
+    "name": every name and shape must be the network's. "order": the n-th tensor of the file belongs
+    to the n-th of the network, whatever they are called, for files from another implementation of
+    the same network. Every shape is checked, and what names say of a tensor's role (weight, bias,
+    mean, variance); a file without an order, or whose order is that of the alphabet, is refused,
+    unless its names are the network's own. Two tensors of one shape and role that the other
+    implementation registers in another order are beyond what a file can tell. Raises BackboneError
+    listing missing and unexpected names, or the first pair that does not fit.
     """
     expected = module.state_dict()
     named = _by_order(expected, tensors, what) if match == "order" else dict(tensors)
@@ -83,12 +96,16 @@ def fit_weights(module: nn.Module, tensors: Mapping[str, Tensor], match: Weights
         if name in named and named[name].shape != expected[name].shape
     ]
     if missing or unexpected or shapes:
-        raise BackboneError(_mismatch(what, missing, unexpected, shapes, len(expected), len(tensors)))
+        raise BackboneError(
+            _mismatch(what, missing, unexpected, shapes, len(expected), len(tensors))
+        )
     module.load_state_dict(named, strict=True)
 
 
 def weights_digest(module: nn.Module) -> str:
-    """SHA-256 (hex) over every tensor of the state dict, sorted by name: name, dtype, shape, bytes."""
+    """SHA-256 (hex) over every tensor of the state dict, sorted by name: name, dtype,
+    shape, bytes.
+    """
     hasher = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         hasher.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
@@ -104,10 +121,15 @@ def _state_dict(loaded: object, path: Path) -> dict[str, Tensor]:
             loaded = loaded[key]
             break
     if not isinstance(loaded, Mapping):
-        raise BackboneError(f"{path}: expected a dictionary of tensors (a state dict), found {type(loaded).__name__}.")
+        raise BackboneError(
+            f"{path}: expected a dictionary of tensors (a state dict), found "
+            f"{type(loaded).__name__}."
+        )
     odd = [str(name) for name, value in loaded.items() if not isinstance(value, Tensor)]
     if odd:
-        raise BackboneError(f"{path}: expected tensors alone, but these entries are not: {', '.join(odd[:5])}.")
+        raise BackboneError(
+            f"{path}: expected tensors alone, but these entries are not: {', '.join(odd[:5])}."
+        )
     names = [str(name) for name in loaded]
     # DistributedDataParallel and torch.compile prepend these to every name
     for prefix in ("module.", "_orig_mod."):
@@ -117,35 +139,50 @@ def _state_dict(loaded: object, path: Path) -> dict[str, Tensor]:
     return UnorderedTensors(tensors) if isinstance(loaded, UnorderedTensors) else tensors
 
 
-def _by_order(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
+def _by_order(
+    expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], what: str
+) -> dict[str, Tensor]:
     theirs, ours = list(tensors), list(expected)
     if len(theirs) != len(ours):
         theirs = [name for name in theirs if not name.endswith("num_batches_tracked")]
         ours = [name for name in ours if not name.endswith("num_batches_tracked")]
-    if set(theirs) == set(ours) and all(tensors[name].shape == expected[name].shape for name in ours):
+    if set(theirs) == set(ours) and all(
+        tensors[name].shape == expected[name].shape for name in ours
+    ):
         return dict(tensors)  # under its own names each tensor is sure of its place
     if len(theirs) != len(ours):
         raise BackboneError(
             f"{what}: weights_match 'order' needs as many tensors as the network has: "
-            f"the file has {len(tensors)}, the network {len(expected)}. These are weights of another architecture."
+            f"the file has {len(tensors)}, the network {len(expected)}. These are weights of "
+            "another architecture."
         )
     _require_order(theirs, ours, isinstance(tensors, UnorderedTensors), what)
     for theirs_name, ours_name in zip(theirs, ours, strict=True):
         if tensors[theirs_name].shape != expected[ours_name].shape:
             raise BackboneError(
-                f"{what}: in order, the file's {theirs_name} {tuple(tensors[theirs_name].shape)} meets the network's "
-                f"{ours_name} {tuple(expected[ours_name].shape)}. These are weights of another architecture."
+                f"{what}: in order, the file's {theirs_name} "
+                f"{tuple(tensors[theirs_name].shape)} meets the network's "
+                f"{ours_name} {tuple(expected[ours_name].shape)}. These are weights of another "
+                "architecture."
             )
         _require_role(theirs_name, tensors[theirs_name], ours_name, what)
-    return {ours_name: tensors[theirs_name] for theirs_name, ours_name in zip(theirs, ours, strict=True)}
+    return {
+        ours_name: tensors[theirs_name] for theirs_name, ours_name in zip(theirs, ours, strict=True)
+    }
 
 
 def _require_order(theirs: Sequence[str], ours: Sequence[str], unordered: bool, what: str) -> None:
-    """Raises BackboneError for tensors that lie in no order, or in that of the alphabet where the network's is another."""
-    cure = f"Make a .pth file in the network's order: {_SAVE}; or rename the tensors and leave weights_match out."
+    """Raises BackboneError for tensors that lie in no order, or in that of the alphabet where the
+    network's is another.
+    """
+    cure = (
+        f"Make a .pth file in the network's order: {_SAVE}; or rename the tensors and leave "
+        "weights_match out."
+    )
     if unordered:
         raise BackboneError(
-            f"{what}: weights_match 'order' needs a file that keeps the order of its tensors; a .safetensors file sorts "
+            f"{what}: weights_match 'order' needs a file that keeps the order of its tensors; "
+            "a .safetensors file sorts "
             f"them by name. {cure}"
         )
     for sort_key in (str, str.casefold, _words):
@@ -156,8 +193,10 @@ def _require_order(theirs: Sequence[str], ours: Sequence[str], unordered: bool, 
             and not _is_numbered(theirs)
         ):
             raise BackboneError(
-                f"{what}: weights_match 'order' needs the network's order, and the file's tensors are sorted by name: "
-                f"{', '.join(theirs[:3])}, … (the network begins with {', '.join(ours[:3])}). Saving through a sorted "
+                f"{what}: weights_match 'order' needs the network's order, and the file's "
+                "tensors are sorted by name: "
+                f"{', '.join(theirs[:3])}, … (the network begins with {', '.join(ours[:3])}). "
+                "Saving through a sorted "
                 f"dictionary, JAX or HDF5 does that. {cure}"
             )
 
@@ -167,14 +206,17 @@ def _require_role(theirs: str, tensor: Tensor, ours: str, what: str) -> None:
     roles = (_role(theirs), _role(ours))
     if None not in roles and roles[0] != roles[1]:
         raise BackboneError(
-            f"{what}: in order, the file's {theirs} (a {roles[0]}) meets the network's {ours} (a {roles[1]}): they are of one "
-            f"shape, and not the same. The file's order is not the network's: {_SAVE} makes one that is; or rename the "
+            f"{what}: in order, the file's {theirs} (a {roles[0]}) meets the network's {ours} "
+            f"(a {roles[1]}): they are of one "
+            f"shape, and not the same. The file's order is not the network's: {_SAVE} makes "
+            "one that is; or rename the "
             "tensors and leave weights_match out."
         )
     # Names that say nothing (w_1, b_2, 0017) leave the values: no variance is below zero.
     if roles[1] == "variance" and bool((tensor < 0).any()):
         raise BackboneError(
-            f"{what}: in order, the file's {theirs} meets the network's {ours}, and has values below zero, which no "
+            f"{what}: in order, the file's {theirs} meets the network's {ours}, and has values "
+            "below zero, which no "
             f"variance has. The file's order is not the network's: {_SAVE} makes one that is."
         )
 
@@ -193,15 +235,24 @@ def _is_sorted(names: Sequence[str], key: Callable[[str], Any]) -> bool:
 
 
 def _is_numbered(names: Sequence[str]) -> bool:
-    """Whether every name begins with one word and a number that counts the tensors: an order that the alphabet keeps."""
+    """Whether every name begins with one word and a number that counts the tensors: an order that
+    the alphabet keeps.
+    """
     matches = [re.match(r"(\D*)(\d+)", name) for name in names]
     numbers = [int(match[2]) for match in matches if match is not None]
     prefixes = {match[1] for match in matches if match is not None}
     return None not in matches and len(prefixes) == 1 and all(a < b for a, b in pairwise(numbers))
 
 
-def _mismatch(what: str, missing: list[str], unexpected: list[str], shapes: list[str], ours: int, theirs: int) -> str:
-    lines = [f"{what}: the file does not fit the network ({theirs} tensors in the file, {ours} in the network)."]
+def _mismatch(
+    what: str, missing: list[str], unexpected: list[str], shapes: list[str], ours: int, theirs: int
+) -> str:
+    lines = [
+        (
+            f"{what}: the file does not fit the network ({theirs} tensors in the file, {ours} "
+            "in the network)."
+        )
+    ]
     for label, names in (
         ("missing from the file", missing),
         ("not in the network", unexpected),
@@ -211,9 +262,17 @@ def _mismatch(what: str, missing: list[str], unexpected: list[str], shapes: list
             more = f", and {len(names) - 4} more" if len(names) > 4 else ""
             lines.append(f"  {label} ({len(names)}): {', '.join(names[:4])}{more}")
     if shapes:
-        lines.append("A network with another number of classes or another width needs its own backbone name.")
+        lines.append(
+            "A network with another number of classes or another width needs its own backbone name."
+        )
     elif ours == theirs and missing and unexpected:
-        lines.append("The counts agree: for another implementation of the same network set weights_match: order.")
+        lines.append(
+            "The counts agree: for another implementation of the same network set "
+            "weights_match: order."
+        )
     else:
-        lines.append("Check that the backbone's name is the architecture that these weights were trained for.")
+        lines.append(
+            "Check that the backbone's name is the architecture that these weights were "
+            "trained for."
+        )
     return "\n".join(lines)

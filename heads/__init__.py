@@ -1,4 +1,7 @@
-"""Features to trained heads: banks, their results, and what they are worth. Importing this imports no torch."""
+"""Features to trained heads: banks, their results, and what they are worth.
+
+Importing this imports no torch.
+"""
 
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +51,13 @@ from headrace.heads.spec import (
     spec_to_json,
 )
 from headrace.heads.task import TEST, TRAIN_ONLY, Task, load_task, read_task, save_task
-from headrace.heads.temperature import cross_fitted, fit_temperature, fit_temperatures, floor_of, with_temperature
+from headrace.heads.temperature import (
+    cross_fitted,
+    fit_temperature,
+    fit_temperatures,
+    floor_of,
+    with_temperature,
+)
 from headrace.heads.transfer import bayes_bounds, h_score, log_me, negative_conditional_entropy
 from headrace.heads.weighted import weighted_scores
 
@@ -67,7 +76,8 @@ if TYPE_CHECKING:
     from headrace.heads.mlp import fit_mlp_bank
     from headrace.heads.sklearn_bank import fit_sklearn_bank
 
-# Names whose modules import torch or scikit-learn, which takes seconds: imported when first asked for.
+# Names whose modules import torch or scikit-learn, which takes seconds: imported when first asked
+# for.
 _LAZY = {
     "CentroidHead": "estimators",
     "FeatureLookup": "lookup",

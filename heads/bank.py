@@ -1,4 +1,5 @@
-"""The unit of work of a run: train a bank of heads on a worker, from paths and specs to one results file.
+"""The unit of work of a run: train a bank of heads on a worker, from paths and specs to one results
+file.
 
 N rows, V views, D features, C outputs.
 """
@@ -21,7 +22,13 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from headrace.cache.errors import HeadraceError
 from headrace.cache.feature_set import open_feature_set
 from headrace.cache.files import publish_bytes
-from headrace.heads.features import load_rows, loaded_bytes, rows_with_features, stream_rows, tap_widths
+from headrace.heads.features import (
+    load_rows,
+    loaded_bytes,
+    rows_with_features,
+    stream_rows,
+    tap_widths,
+)
 from headrace.heads.metrics import all_metrics
 from headrace.heads.results import read_bank, results_bytes
 from headrace.heads.spec import FULL, ConvSpec, Halving, HeadFit, HeadSpec, MLPSpec
@@ -30,10 +37,15 @@ from headrace.heads.streamed import Streamed
 from headrace.heads.task import Task, load_task
 
 Fit = Callable[[Sequence[HeadSpec]], list[HeadFit]]
-GPU_KINDS = ("logistic", "mlp", "conv")  # whose banks multiply on the job's device; the others stay on the CPU
-# What a bank needs beside the features themselves, as a multiple of them: a logistic bank keeps a rotated copy and, while
-# it is made, a scaled one; a neighbour search a centred one and the training rows of a fold. A logistic bank's copies for each
-# fold, 512 MB at most and made by few rows or wide heads only, come out of the half that `worker_memory` leaves.
+GPU_KINDS = (
+    "logistic",
+    "mlp",
+    "conv",
+)  # whose banks multiply on the job's device; the others stay on the CPU
+# What a bank needs beside the features themselves, as a multiple of them: a logistic bank keeps a
+# rotated copy and, while it is made, a scaled one; a neighbour search a centred one and the
+# training rows of a fold. A logistic bank's copies for each fold, 512 MB at most and made by few
+# rows or wide heads only, come out of the half that `worker_memory` leaves.
 COPIES = {"logistic": 3, "knn": 3}
 
 
@@ -46,28 +58,37 @@ class BankJob:
     """Everything a worker needs, small enough to send: paths and specs."""
 
     task: str  # path of an .npz of `save_task`, without test rows
-    features: tuple[str, ...]  # feature-set directories: views of one another, or columns side by side
+    features: tuple[
+        str, ...
+    ]  # feature-set directories: views of one another, or columns side by side
     specs: tuple[HeadSpec, ...]  # all of one kind
     result: str  # path of the results file
     threads: int = 1
     device: str = "cpu"
     full: bool = True  # also train each spec on all rows
-    halving: Halving | None = None  # mlp, conv: stop the losers early; they get no head trained on all rows
-    memory_bytes: int | None = None  # features that need more are streamed from their shards; None: `worker_memory`
+    halving: Halving | None = (
+        None  # mlp, conv: stop the losers early; they get no head trained on all rows
+    )
+    memory_bytes: int | None = (
+        None  # features that need more are streamed from their shards; None: `worker_memory`
+    )
 
 
 def train_bank(job: BankJob) -> dict[str, Any]:
-    """Train the job's heads and publish their results; nothing is done when the results are there already.
+    """Train the job's heads and publish their results; nothing is done when the results are there
+    already.
 
-    Returns {"result": path, "heads": how many, "failed": how many of them, "seconds": wall time, "skipped": bool}.
-    A head that fails is a row with its error. Raises BadBank, and what opening the task and the features raises.
+    Returns {"result": path, "heads": how many, "failed": how many of them, "seconds": wall time,
+    "skipped": bool}. A head that fails is a row with its error. Raises BadBank, and what opening
+    the task and the features raises.
     """
     started = time.perf_counter()
     if not Path(job.result).exists():
         kinds = {spec.kind for spec in job.specs}
         if len(kinds) != 1:
             raise BadBank(
-                f"a bank's heads are all of one kind, found {sorted(kinds) or 'no head'}: make one bank of each kind"
+                f"a bank's heads are all of one kind, found {sorted(kinds) or 'no head'}: "
+                "make one bank of each kind"
             )
         with threadpool_limits(job.threads):
             _train(job, kinds.pop())
@@ -89,7 +110,8 @@ def _train(job: BankJob, kind: str) -> None:
     X, kept, bands = _rows(job, task, kind)
     if not kept.any():
         raise BadBank(
-            f"none of the {len(kept)} images of {job.task} has features: look at the reasons with `headrace cache`"
+            f"none of the {len(kept)} images of {job.task} has features: look at the "
+            "reasons with `headrace cache`"
         )
     rows = take_rows(task, kept)
     fits = fit_bank(
@@ -113,14 +135,18 @@ def publish_failure(job: BankJob, reason: str) -> None:
     _publish(job, task, kept, take_rows(task, kept), fits)
 
 
-def _publish(job: BankJob, task: Task, kept: npt.NDArray[np.bool_], rows: Task, fits: Sequence[HeadFit]) -> None:
+def _publish(
+    job: BankJob, task: Task, kept: npt.NDArray[np.bool_], rows: Task, fits: Sequence[HeadFit]
+) -> None:
     specs = [open_feature_set(directory).spec for directory in job.features]
     data = results_bytes(
         rows,
         task.digest,
         fits,
         [_metrics(rows, fit) for fit in fits],
-        features=[{"fingerprint": spec.fingerprint, "spec": json.loads(spec.to_json())} for spec in specs],
+        features=[
+            {"fingerprint": spec.fingerprint, "spec": json.loads(spec.to_json())} for spec in specs
+        ],
         dropped=task.ids[~kept].tolist(),
     )
     Path(job.result).parent.mkdir(parents=True, exist_ok=True)
@@ -128,8 +154,9 @@ def _publish(job: BankJob, task: Task, kept: npt.NDArray[np.bool_], rows: Task, 
 
 
 def _rows(job: BankJob, task: Task, kind: str) -> tuple[Features, npt.NDArray[np.bool_], list[int]]:
-    """The features of the task's rows, loaded if there is room for what the bank makes of them, else streamed; which rows have
-    any; and the features of each tap."""
+    """The features of the task's rows, loaded if there is room for what the bank makes of them,
+    else streamed; which rows have any; and the features of each tap.
+    """
     sets = [open_feature_set(directory) for directory in job.features]
     needed = loaded_bytes(sets, len(task.ids)) * COPIES.get(kind, 1)
     room = worker_memory() if job.memory_bytes is None else job.memory_bytes
@@ -139,7 +166,9 @@ def _rows(job: BankJob, task: Task, kind: str) -> tuple[Features, npt.NDArray[np
 
 
 def worker_memory() -> int:
-    """Bytes that one worker may fill with features: half of its share of the machine, or of its container."""
+    """Bytes that one worker may fill with features: half of its share of the machine, or of its
+    container.
+    """
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:
@@ -179,11 +208,13 @@ def fit_bank(
     halving: Halving | None = None,
     bands: Sequence[int] = (),
 ) -> list[HeadFit]:
-    """Train specs of one kind on features X (N, D), (V, N, D) with views, maps, or streamed rows; every head comes back.
+    """Train specs of one kind on features X (N, D), (V, N, D) with views, maps, or streamed rows;
+    every head comes back.
 
-    A bank that raises is trained again spec by spec, so that the guilty one is alone in failing; a head whose
-    predictions are not finite has failed. A bank that does not fit a GPU's memory is trained there in smaller groups, and
-    on the CPU where a single spec does not fit. bands: features of each tap that stands in X, for specs that are `banded`.
+    A bank that raises is trained again spec by spec, so that the guilty one is alone in failing; a
+    head whose predictions are not finite has failed. A bank that does not fit a GPU's memory is
+    trained there in smaller groups, and on the CPU where a single spec does not fit. bands:
+    features of each tap that stands in X, for specs that are `banded`.
     """
     check_device(device)
     on_device, on_cpu = (
@@ -191,18 +222,28 @@ def fit_bank(
         for where in (device, "cpu")
     )
     # Specs that compete in successive halving stay together.
-    fit = on_device if device == "cpu" else lambda some: _as_fits(on_device, on_cpu, some, divide=halving is None)
+    fit = (
+        on_device
+        if device == "cpu"
+        else lambda some: _as_fits(on_device, on_cpu, some, divide=halving is None)
+    )
     try:
         fits = fit(specs)
     except HeadraceError:
         raise  # of the input, which no other spec would find better
     except Exception as error:  # noqa: BLE001 (whatever a head does, the others finish)
-        fits = [failed for spec in specs for failed in _alone(fit, spec, task, full, error, len(specs))]
+        fits = [
+            failed for spec in specs for failed in _alone(fit, spec, task, full, error, len(specs))
+        ]
     return [_finite(one) for one in fits]
 
 
-def _as_fits(on_device: Fit, on_cpu: Fit, specs: Sequence[HeadSpec], *, divide: bool) -> list[HeadFit]:
-    """Specs trained on a GPU, in halves where its memory is too small for them, and on the CPU where halves do not help."""
+def _as_fits(
+    on_device: Fit, on_cpu: Fit, specs: Sequence[HeadSpec], *, divide: bool
+) -> list[HeadFit]:
+    """Specs trained on a GPU, in halves where its memory is too small for them, and on the CPU
+    where halves do not help.
+    """
     try:
         return on_device(specs)
     except RuntimeError as error:
@@ -217,7 +258,9 @@ def _as_fits(on_device: Fit, on_cpu: Fit, specs: Sequence[HeadSpec], *, divide: 
         return on_cpu(specs)
     middle = len(specs) // 2
     return [
-        fit for part in (specs[:middle], specs[middle:]) for fit in _as_fits(on_device, on_cpu, part, divide=divide)
+        fit
+        for part in (specs[:middle], specs[middle:])
+        for fit in _as_fits(on_device, on_cpu, part, divide=divide)
     ]
 
 
@@ -236,10 +279,15 @@ def check_device(device: str) -> None:
 
     try:
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # one for each way of not having it
+    except (
+        RuntimeError,
+        AssertionError,
+        NotImplementedError,
+    ) as error:  # one for each way of not having it
         reason = str(error).splitlines()[0].split(". ")[0]
         raise BadBank(
-            f"device {device!r} cannot be used on this machine ({reason}): give cpu (in a recipe, compute.heads_device: cpu), "
+            f"device {device!r} cannot be used on this machine ({reason}): give cpu (in a "
+            "recipe, compute.heads_device: cpu), "
             "or run where torch.cuda.is_available()"
         ) from error
 
@@ -259,7 +307,12 @@ def _alone(
         except Exception as own:  # noqa: BLE001
             error = own
     where = traceback.extract_tb(error.__traceback__)[-1]
-    return _failed(spec, task, full, f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})")
+    return _failed(
+        spec,
+        task,
+        full,
+        f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})",
+    )
 
 
 def _failed(spec: HeadSpec, task: Task, full: bool, reason: str) -> list[HeadFit]:
@@ -271,7 +324,10 @@ def _failed(spec: HeadSpec, task: Task, full: bool, reason: str) -> list[HeadFit
 def _finite(fit: HeadFit) -> HeadFit:
     if fit.error is None and fit.validation is not None and not np.isfinite(fit.validation).all():
         return dataclasses.replace(
-            fit, arrays={}, validation=None, error="its predictions of the held-out rows are not finite"
+            fit,
+            arrays={},
+            validation=None,
+            error="its predictions of the held-out rows are not finite",
         )
     return fit
 
@@ -286,7 +342,10 @@ def _fitter(
     halving: Halving | None,
     bands: Sequence[int],
 ) -> Fit:
-    """What trains specs on this task. Modules are imported here, so that a linear bank doesn't import torch."""
+    """What trains specs on this task.
+
+    Modules are imported here, so that a linear bank doesn't import torch.
+    """
     common: dict[str, Any] = {"n_classes": len(task.classes), "full": full}
 
     def fit(specs: Sequence[HeadSpec]) -> list[HeadFit]:
@@ -305,10 +364,14 @@ def _fitter(
             if kind == "mlp":
                 from headrace.heads.mlp import fit_mlp_bank
 
-                return fit_mlp_bank(X, task.target, specs=cast(Sequence[MLPSpec], specs), **common_here)
+                return fit_mlp_bank(
+                    X, task.target, specs=cast(Sequence[MLPSpec], specs), **common_here
+                )
             from headrace.heads.conv import fit_conv_bank
 
-            return fit_conv_bank(X, task.target, specs=cast(Sequence[ConvSpec], specs), **common_here)
+            return fit_conv_bank(
+                X, task.target, specs=cast(Sequence[ConvSpec], specs), **common_here
+            )
         rows: Features
         if isinstance(X, Streamed):
             views, rows = X.views, X
@@ -316,9 +379,12 @@ def _fitter(
             views, rows = len(X) if X.ndim == 3 else 1, X.reshape(-1, X.shape[-1])
         repeat = np.tile(np.arange(len(task.fold)), views)
         common_here = common | {"fold": task.fold[repeat], "specs": specs}
-        # Each view of a row counts as a share of the row, so that strengths mean the same whatever the number of views.
+        # Each view of a row counts as a share of the row, so that strengths mean the same whatever
+        # the number of views.
         common_here["sample_weight"] = task.weight[repeat] / views
-        fits = _one_row_per_view(kind, task, device, bands, views)(rows, task.target[repeat], **common_here)
+        fits = _one_row_per_view(kind, task, device, bands, views)(
+            rows, task.target[repeat], **common_here
+        )
         return [_average_views(one, task, views) for one in fits]
 
     return fit
@@ -331,12 +397,18 @@ def _one_row_per_view(
         from headrace.heads.logistic import fit_logistic_bank
 
         if task.kind == "regression":
-            raise BadBank("logistic heads predict classes, this is a regression task: use ridge, mlp or knn")
-        return lambda X, target, **rest: fit_logistic_bank(X, target, device=device, bands=bands, views=views, **rest)
+            raise BadBank(
+                "logistic heads predict classes, this is a regression task: use ridge, mlp or knn"
+            )
+        return lambda X, target, **rest: fit_logistic_bank(
+            X, target, device=device, bands=bands, views=views, **rest
+        )
     if kind == "ridge":
         from headrace.heads.ridge import fit_ridge_bank
 
-        return lambda X, target, **rest: fit_ridge_bank(X, target, kind=task.kind, bands=bands, views=views, **rest)
+        return lambda X, target, **rest: fit_ridge_bank(
+            X, target, kind=task.kind, bands=bands, views=views, **rest
+        )
     if kind == "knn":
         from headrace.heads.neighbours import fit_knn_bank
 

@@ -1,6 +1,8 @@
-"""The compiled pass over a tile (logistic_tiles.c), where it was built and the processor has the instructions for it.
+"""The compiled pass over a tile (logistic_tiles.c), where it was built and the processor has the
+instructions for it.
 
-A heads, C classes (1: a sigmoid), c = C - 1 columns of a head (1 for a sigmoid), n rows, k coordinates of a row, P columns.
+A heads, C classes (1: a sigmoid), c = C - 1 columns of a head (1 for a sigmoid), n rows, k
+coordinates of a row, P columns.
 """
 
 import ctypes
@@ -18,7 +20,10 @@ CACHE_LINE = 64  # bytes: a vector that lies across two is loaded at half the sp
 
 
 def aligned_rows(n: int, k: int, dtype: Any) -> Array:
-    """(n, k) zeros, every row at the beginning of a cache line. What lies between rows is zero and has to stay so."""
+    """(n, k) zeros, every row at the beginning of a cache line.
+
+    What lies between rows is zero and has to stay so.
+    """
     size = np.dtype(dtype).itemsize
     width = _width(k, size)
     room = np.zeros(n * width + CACHE_LINE // size, dtype)
@@ -33,7 +38,9 @@ def _width(k: int, size: int = 4) -> int:
 
 
 def _apart(rows: Array) -> int:
-    """Floats from one of the rows (n, k) to the next, which must have been made by `aligned_rows`."""
+    """Floats from one of the rows (n, k) to the next, which must have been made by
+    `aligned_rows`.
+    """
     width = _width(rows.shape[1])
     assert rows.dtype == np.float32
     assert rows.strides == (4 * width, 4)
@@ -42,7 +49,10 @@ def _apart(rows: Array) -> int:
 
 @dataclass(frozen=True)
 class Compiled:
-    """The functions of logistic_tiles.c for this processor. They release Python's lock while they run."""
+    """The functions of logistic_tiles.c for this processor.
+
+    They release Python's lock while they run.
+    """
 
     library: Any
     lanes: int  # floats of a vector
@@ -52,7 +62,9 @@ class Compiled:
         weights = np.ascontiguousarray(weights, np.float32)
         out = self.room(*weights.shape)
         width = _width(weights.shape[1])
-        self.library.logistic_pack(self.lanes, *weights.shape, width, weights.ctypes.data, out.ctypes.data)
+        self.library.logistic_pack(
+            self.lanes, *weights.shape, width, weights.ctypes.data, out.ctypes.data
+        )
         return out
 
     def room(self, columns: int, k: int) -> Array:
@@ -65,7 +77,9 @@ class Compiled:
         assert out.dtype == np.float32
         assert out.flags.c_contiguous
         width = _width(out.shape[1])
-        self.library.logistic_unpack(self.lanes, *out.shape, width, gradients.ctypes.data, out.ctypes.data)
+        self.library.logistic_unpack(
+            self.lanes, *out.shape, width, gradients.ctypes.data, out.ctypes.data
+        )
 
     def run(
         self,
@@ -79,12 +93,12 @@ class Compiled:
         loss: Array,
         gradients: Array,
     ) -> None:
-        """Add the losses and gradients of `heads` heads on rows (n, k), made by `aligned_rows`, to loss (A,) float64 and to packed
-        gradients.
+        """Add the losses and gradients of `heads` heads on rows (n, k), made by `aligned_rows`, to
+        loss (A,) float64 and to packed gradients.
 
-        weights: packed. labels: int32, the class of each row (n,), or for sigmoids (classes = 1) 0 or 1 (A, n), whose rows may
-        be apart. row_weight: (n,) float32; multiplier: (A, C), or (A, 2) for sigmoids, float32; None: all one. Raises
-        MemoryError.
+        weights: packed. labels: int32, the class of each row (n,), or for sigmoids (classes = 1) 0
+        or 1 (A, n), whose rows may be apart. row_weight: (n,) float32; multiplier: (A, C), or (A,
+        2) for sigmoids, float32; None: all one. Raises MemoryError.
         """
         width = _apart(rows)
         assert labels.dtype == np.int32
@@ -108,7 +122,9 @@ class Compiled:
             raise MemoryError(f"no memory for the decisions of {heads} heads on a block of rows")
 
     def centred(self, rows: Array, centre: Array, out: Array) -> None:
-        """out (n, k) float32 = rows (n, k) float16 - centre (k,) float32, without a copy in between."""
+        """out (n, k) float32 = rows (n, k) float16 - centre (k,) float32, without a copy in
+        between.
+        """
         assert rows.dtype == np.float16
         assert centre.dtype == out.dtype == np.float32
         assert rows.flags.c_contiguous
@@ -116,26 +132,42 @@ class Compiled:
         assert out.shape == rows.shape == (len(rows), len(centre))
         assert out.strides[1] == 4
         self.library.logistic_centred(
-            self.lanes, *rows.shape, rows.ctypes.data, centre.ctypes.data, out.strides[0] // 4, out.ctypes.data
+            self.lanes,
+            *rows.shape,
+            rows.ctypes.data,
+            centre.ctypes.data,
+            out.strides[0] // 4,
+            out.ctypes.data,
         )
 
     def multiplied(self, weights: Array, rows: Array) -> Array:
-        """weights rows' (P, n) of weights (P, k) and rows (n, k), made by `aligned_rows`, float32. Raises MemoryError.
+        """weights rows' (P, n) of weights (P, k) and rows (n, k), made by `aligned_rows`, float32.
 
-        BLAS would copy the rows first, which takes as long as the product with some forty weights."""
+        Raises MemoryError.
+
+        BLAS would copy the rows first, which takes as long as the product with some forty weights.
+        """
         width = _apart(rows)
         packed = self.packed(weights)
         out = np.empty((len(weights), len(rows)), np.float32)
         failed = self.library.logistic_multiplied(
-            self.lanes, len(rows), width, rows.ctypes.data, len(weights), packed.ctypes.data, out.ctypes.data
+            self.lanes,
+            len(rows),
+            width,
+            rows.ctypes.data,
+            len(weights),
+            packed.ctypes.data,
+            out.ctypes.data,
         )
         if failed:
-            raise MemoryError(f"no memory for the products of {len(weights)} weights with a block of rows")
+            raise MemoryError(
+                f"no memory for the products of {len(weights)} weights with a block of rows"
+            )
         return out
 
     def scaled(self, rows: Array, weights: Array, scale: Array) -> Array:
-        """rows' diag(scale_p) rows w_p for each of the weights w_p (P, k), of rows (n, k), made by `aligned_rows`, and scale
-        (n, P), all float32.
+        """rows' diag(scale_p) rows w_p for each of the weights w_p (P, k), of rows (n, k), made by
+        `aligned_rows`, and scale (n, P), all float32.
 
         Raises MemoryError.
         """
@@ -156,7 +188,9 @@ class Compiled:
             gradients.ctypes.data,
         )
         if failed:
-            raise MemoryError(f"no memory for the products of {len(weights)} weights with a block of rows")
+            raise MemoryError(
+                f"no memory for the products of {len(weights)} weights with a block of rows"
+            )
         out = np.empty(weights.shape, np.float32)
         self.unpack(gradients, out)
         return out
@@ -164,7 +198,9 @@ class Compiled:
 
 @functools.cache
 def compiled() -> Compiled | None:
-    """The compiled pass, or None where no C compiler was there to build it or the processor lacks the instructions."""
+    """The compiled pass, or None where no C compiler was there to build it or the processor lacks
+    the instructions.
+    """
     spec = importlib.util.find_spec("headrace.heads._logistic_tiles")
     if spec is None or spec.origin is None:
         return None

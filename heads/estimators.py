@@ -1,9 +1,12 @@
-"""scikit-learn's faces of the banks: one head on NumPy arrays, for a notebook, a pipeline or a comparison.
+"""scikit-learn's faces of the banks: one head on NumPy arrays, for a notebook, a pipeline or a
+comparison.
 
-Each is a bank of one spec trained on all rows. `spec_` and `arrays_` are what `predict_head` and `save_head` take.
+Each is a bank of one spec trained on all rows. `spec_` and `arrays_` are what `predict_head` and
+`save_head` take.
 
-`sample_weight` is how much each row counts in the loss, as the banks have it; a row of weight 0 is left out. The means and
-scales of standardisation are those of the rows, not weighted: as a StandardScaler before a weighted estimator.
+`sample_weight` is how much each row counts in the loss, as the banks have it; a row of weight 0 is
+left out. The means and scales of standardisation are those of the rows, not weighted: as a
+StandardScaler before a weighted estimator.
 """
 
 from typing import Any, Literal, Self
@@ -37,11 +40,18 @@ ClassWeights = Literal["balanced"] | dict[Any, float] | None  # as in scikit-lea
 
 
 class LogisticHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
-    """L2-regularised logistic regression: `LogisticSpec`, by the exact batched solver, to a relative `gap` of the objective
-    (by estimate; `gap_` is the proven bound). One head can afford a smaller one than a bank's 1e-5."""
+    """L2-regularised logistic regression: `LogisticSpec`, by the exact batched solver, to a
+    relative `gap` of the objective (by estimate; `gap_` is the proven bound). One head can afford a
+    smaller one than a bank's 1e-5.
+    """
 
     def __init__(
-        self, C: float = 1.0, *, class_weight: ClassWeights = None, standardize: bool = True, gap: float = 1e-8
+        self,
+        C: float = 1.0,
+        *,
+        class_weight: ClassWeights = None,
+        standardize: bool = True,
+        gap: float = 1e-8,
     ) -> None:
         self.C = C
         self.class_weight = class_weight
@@ -49,7 +59,10 @@ class LogisticHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.gap = gap
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
-        """X (N, D), y (N,) any labels, sample_weight (N,). Raises ValueError for NaN, one class only, or shapes that do not fit."""
+        """X (N, D), y (N,) any labels, sample_weight (N,).
+
+        Raises ValueError for NaN, one class only, or shapes that do not fit.
+        """
         from headrace.heads.logistic import fit_logistic_bank
 
         rows, target, classes, counts = _checked(self, X, y, sample_weight)
@@ -57,7 +70,13 @@ class LogisticHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         fold = np.full(len(rows), TRAIN_ONLY, np.int16)
         weight = _weights(self.class_weight, classes, target, counts)
         fits = fit_logistic_bank(
-            rows, target, n_classes=len(classes), fold=fold, specs=[spec], sample_weight=weight, gap=self.gap
+            rows,
+            target,
+            n_classes=len(classes),
+            fold=fold,
+            specs=[spec],
+            sample_weight=weight,
+            gap=self.gap,
         )
         _finish(self, fits, classes)
         self.gap_ = fits[-1].gap
@@ -75,25 +94,34 @@ class LogisticHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 class RidgeHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     """Ridge regression on -1/+1 targets: `RidgeSpec`, in closed form."""
 
-    def __init__(self, alpha: float = 1.0, *, class_weight: ClassWeights = None, standardize: bool = True) -> None:
+    def __init__(
+        self, alpha: float = 1.0, *, class_weight: ClassWeights = None, standardize: bool = True
+    ) -> None:
         self.alpha = alpha
         self.class_weight = class_weight
         self.standardize = standardize
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
-        """X (N, D), y (N,) any labels, sample_weight (N,). Raises ValueError for NaN, one class only, or shapes that do not fit."""
+        """X (N, D), y (N,) any labels, sample_weight (N,).
+
+        Raises ValueError for NaN, one class only, or shapes that do not fit.
+        """
         from headrace.heads.ridge import fit_ridge_bank
 
         rows, target, classes, counts = _checked(self, X, y, sample_weight)
         spec = RidgeSpec(self.alpha, _spec_weight(self.class_weight), self.standardize)
         fold = np.full(len(rows), TRAIN_ONLY, np.int16)
         weight = _weights(self.class_weight, classes, target, counts)
-        fits = fit_ridge_bank(rows, target, n_classes=len(classes), fold=fold, specs=[spec], sample_weight=weight)
+        fits = fit_ridge_bank(
+            rows, target, n_classes=len(classes), fold=fold, specs=[spec], sample_weight=weight
+        )
         _finish(self, fits, classes)
         return self
 
     def predict_proba(self, X: Any) -> npt.NDArray[np.float32]:
-        """(n, C) float32 pseudo-probabilities in the order of `classes_`: ridge has no likelihood."""
+        """(n, C) float32 pseudo-probabilities in the order of `classes_`: ridge has no
+        likelihood.
+        """
         return _probabilities(self, X)
 
     def predict(self, X: Any) -> npt.NDArray[Any]:
@@ -102,8 +130,11 @@ class RidgeHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
 
 class MLPHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
-    """A multi-layer perceptron: `MLPSpec`. With a validation fraction, the number of epochs is chosen on held-out rows
-    and the network then trained on all rows for that many."""
+    """A multi-layer perceptron: `MLPSpec`.
+
+    With a validation fraction, the number of epochs is chosen on held-out rows and the network then
+    trained on all rows for that many.
+    """
 
     def __init__(
         self,
@@ -137,22 +168,39 @@ class MLPHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.device = device
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
-        """X (N, D), y (N,) any labels, sample_weight (N,). Raises ValueError for NaN, one class only, a bad parameter, or
-        divergence."""
+        """X (N, D), y (N,) any labels, sample_weight (N,).
+
+        Raises ValueError for NaN, one class only, a bad parameter, or divergence.
+        """
         from headrace.heads.mlp import fit_mlp_bank
 
         rows, target, classes, counts = _checked(self, X, y, sample_weight)
-        own = ("hidden", "learning_rate", "weight_decay", "dropout", "label_smoothing", "batch_size")
+        own = (
+            "hidden",
+            "learning_rate",
+            "weight_decay",
+            "dropout",
+            "label_smoothing",
+            "batch_size",
+        )
         rest = ("epochs", "patience", "seed", "standardize")
         values = {name: getattr(self, name) for name in own + rest}
         spec = MLPSpec(class_weight=_spec_weight(self.class_weight), **values)
         weight = _weights(self.class_weight, classes, target, counts)
         fold = np.full(len(rows), TRAIN_ONLY, np.int16)
         if self.validation_fraction > 0:
-            parts = make_folds(target, n_folds=max(2, round(1 / self.validation_fraction)), seed=self.seed)
+            parts = make_folds(
+                target, n_folds=max(2, round(1 / self.validation_fraction)), seed=self.seed
+            )
             fold[parts == 0] = 0
         fits = fit_mlp_bank(
-            rows, target, n_classes=len(classes), fold=fold, specs=[spec], sample_weight=weight, device=self.device
+            rows,
+            target,
+            n_classes=len(classes),
+            fold=fold,
+            specs=[spec],
+            sample_weight=weight,
+            device=self.device,
         )
         _finish(self, fits, classes)
         return self
@@ -175,7 +223,10 @@ class KNNHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.weighting = weighting
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
-        """X (N, D), y (N,) any labels, sample_weight (N,). Raises ValueError for NaN, one class only, or shapes that do not fit."""
+        """X (N, D), y (N,) any labels, sample_weight (N,).
+
+        Raises ValueError for NaN, one class only, or shapes that do not fit.
+        """
         from headrace.heads.neighbours import fit_knn_bank
 
         rows, target, classes, counts = _checked(self, X, y, sample_weight)
@@ -183,7 +234,9 @@ class KNNHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         fold = np.full(len(rows), TRAIN_ONLY, np.int16)
         _finish(
             self,
-            fit_knn_bank(rows, target, n_classes=len(classes), fold=fold, specs=[spec], sample_weight=counts),
+            fit_knn_bank(
+                rows, target, n_classes=len(classes), fold=fold, specs=[spec], sample_weight=counts
+            ),
             classes,
         )
         return self
@@ -204,7 +257,10 @@ class CentroidHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.metric = metric
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
-        """X (N, D), y (N,) any labels, sample_weight (N,). Raises ValueError for NaN, one class only, or shapes that do not fit."""
+        """X (N, D), y (N,) any labels, sample_weight (N,).
+
+        Raises ValueError for NaN, one class only, or shapes that do not fit.
+        """
         from headrace.heads.neighbours import fit_centroid_bank
 
         rows, target, classes, counts = _checked(self, X, y, sample_weight)
@@ -212,7 +268,9 @@ class CentroidHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         fold = np.full(len(rows), TRAIN_ONLY, np.int16)
         _finish(
             self,
-            fit_centroid_bank(rows, target, n_classes=len(classes), fold=fold, specs=[spec], sample_weight=counts),
+            fit_centroid_bank(
+                rows, target, n_classes=len(classes), fold=fold, specs=[spec], sample_weight=counts
+            ),
             classes,
         )
         return self
@@ -234,14 +292,23 @@ class RidgeRegressionHead(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         self.standardize = standardize
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
-        """X (N, D), y (N,) or (N, T) numbers, sample_weight (N,). Raises ValueError for NaN or shapes that do not fit."""
+        """X (N, D), y (N,) or (N, T) numbers, sample_weight (N,).
+
+        Raises ValueError for NaN or shapes that do not fit.
+        """
         from headrace.heads.ridge import fit_ridge_bank
 
         rows, target, counts = _numbers(self, X, y, sample_weight)
         fold = np.full(len(rows), TRAIN_ONLY, np.int16)
         specs = [RidgeSpec(self.alpha, standardize=self.standardize)]
         fits = fit_ridge_bank(
-            rows, target, n_classes=target.shape[1], fold=fold, specs=specs, sample_weight=counts, kind="regression"
+            rows,
+            target,
+            n_classes=target.shape[1],
+            fold=fold,
+            specs=specs,
+            sample_weight=counts,
+            kind="regression",
         )
         _keep(self, fits)
         return self
@@ -256,7 +323,10 @@ class RidgeRegressionHead(RegressorMixin, BaseEstimator):  # type: ignore[misc]
 
 
 class MLPRegressionHead(RegressorMixin, BaseEstimator):  # type: ignore[misc]
-    """A multi-layer perceptron for one number or several: `MLPSpec`, on the mean squared error of standardised targets."""
+    """A multi-layer perceptron for one number or several:
+
+    `MLPSpec`, on the mean squared error of standardised targets.
+    """
 
     def __init__(
         self,
@@ -286,7 +356,10 @@ class MLPRegressionHead(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         self.device = device
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
-        """X (N, D), y (N,) or (N, T) numbers, sample_weight (N,). Raises ValueError for NaN, a bad parameter, or divergence."""
+        """X (N, D), y (N,) or (N, T) numbers, sample_weight (N,).
+
+        Raises ValueError for NaN, a bad parameter, or divergence.
+        """
         from headrace.heads.mlp import fit_mlp_bank
 
         rows, target, counts = _numbers(self, X, y, sample_weight)
@@ -330,7 +403,10 @@ def _checked(
         rows, labels, counts = rows[counts > 0], labels[counts > 0], counts[counts > 0]
     classes, target = np.unique(labels, return_inverse=True)
     if len(classes) < 2:
-        raise ValueError(f"{type(head).__name__} needs samples of at least 2 classes, found one class: {classes[0]}")
+        raise ValueError(
+            f"{type(head).__name__} needs samples of at least 2 classes, found one class: "
+            f"{classes[0]}"
+        )
     return rows, target.astype(np.int64), classes, counts
 
 
@@ -338,11 +414,17 @@ def _numbers(
     head: Any, X: Any, y: Any, sample_weight: Any
 ) -> tuple[Floats, npt.NDArray[np.float64], npt.NDArray[np.float64] | None]:
     """Rows, targets (N, T), and weights; without the rows of weight 0."""
-    rows, target = validate_data(head, X, y, dtype=(np.float32, np.float64), multi_output=True, y_numeric=True)
+    rows, target = validate_data(
+        head, X, y, dtype=(np.float32, np.float64), multi_output=True, y_numeric=True
+    )
     head.n_outputs_, head.flat_ = 1 if target.ndim == 1 else target.shape[1], target.ndim == 1
     target = np.asarray(target.reshape(len(rows), -1), np.float64)
     counts = _counts(sample_weight, len(rows))
-    return (rows, target, counts) if counts is None else (rows[counts > 0], target[counts > 0], counts[counts > 0])
+    return (
+        (rows, target, counts)
+        if counts is None
+        else (rows[counts > 0], target[counts > 0], counts[counts > 0])
+    )
 
 
 def _counts(sample_weight: Any, n: int) -> npt.NDArray[np.float64] | None:
@@ -351,10 +433,16 @@ def _counts(sample_weight: Any, n: int) -> npt.NDArray[np.float64] | None:
         return None
     counts = np.asarray(sample_weight, np.float64)
     if counts.shape != (n,):
-        raise ValueError(f"sample_weight has the shape {counts.shape}, expected ({n},): one weight for each row of X")
+        raise ValueError(
+            f"sample_weight has the shape {counts.shape}, expected ({n},): one weight for "
+            "each row of X"
+        )
     counts = row_weights(counts, n)
     if not counts.any():
-        raise ValueError("every sample weight is zero, so that no row is left to train on: give some rows a weight")
+        raise ValueError(
+            "every sample weight is zero, so that no row is left to train on: give some "
+            "rows a weight"
+        )
     return counts
 
 
@@ -368,7 +456,9 @@ def _weights(
     target: npt.NDArray[np.int64],
     counts: npt.NDArray[np.float64] | None,
 ) -> npt.NDArray[np.float64] | None:
-    """Weights of rows; weights per class as the user gave them are multiplied in, for no spec says them."""
+    """Weights of rows; weights per class as the user gave them are multiplied in, for no spec says
+    them.
+    """
     if not isinstance(class_weight, dict):
         return counts
     own = np.asarray(compute_sample_weight(class_weight, classes[target]), np.float64)
@@ -404,7 +494,9 @@ def _several(tags: Any) -> Any:
 def _probabilities(head: Any, X: Any) -> npt.NDArray[np.float32]:
     check_is_fitted(head)
     spec: HeadSpec = head.spec_
-    return predict_head(spec, head.arrays_, validate_data(head, X, dtype=(np.float32, np.float64), reset=False))
+    return predict_head(
+        spec, head.arrays_, validate_data(head, X, dtype=(np.float32, np.float64), reset=False)
+    )
 
 
 def _labels(head: Any, X: Any) -> npt.NDArray[Any]:

@@ -1,12 +1,15 @@
-"""The design of fewer rows than features: by the representer theorem heads lie in the span of their rows, exactly.
+"""The design of fewer rows than features: by the representer theorem heads lie in the span of their
+rows, exactly.
 
 n rows, D features, R <= n coordinates, F folds.
 
-The coordinates are a Cholesky factor of the rows' products, in float64 and with pivots, turned so that the rows' longest
-directions come first. Whole eigenvectors would take several times as long and save no iterations: frames (`precondition.py`) look
-at the longest directions and at the diagonal of the rest. Folds have coordinates of their own, of their own training rows, centre
-and scales, and all their heads can be in flight together. Where the folds' scales differ too much for float32
-(`design.same_scales`), or their copies of the rows do not fit (`worth_a_copy`), each fold goes its own way.
+The coordinates are a Cholesky factor of the rows' products, in float64 and with pivots, turned so
+that the rows' longest directions come first. Whole eigenvectors would take several times as long
+and save no iterations: frames (`precondition.py`) look at the longest directions and at the
+diagonal of the rest. Folds have coordinates of their own, of their own training rows, centre and
+scales, and all their heads can be in flight together. Where the folds' scales differ too much for
+float32 (`design.same_scales`), or their copies of the rows do not fit (`worth_a_copy`), each fold
+goes its own way.
 """
 
 from collections.abc import Sequence
@@ -22,8 +25,12 @@ from headrace.heads.standardize import Features, Moments
 
 Array = npt.NDArray[Any]
 MOST_BYTES = 1 << 29  # of the folds' copies of the rows, float32
-THINNEST = 1e-3  # direction of rows, over the thickest, that float32 can be divided by: three of its seven digits
-LONGEST, ROUNDS = 64, 2  # directions that are looked for, and how often rows are multiplied to find them
+# direction of rows, over the thickest, that float32 can be divided by: three of its seven digits
+THINNEST = 1e-3
+LONGEST, ROUNDS = (
+    64,
+    2,
+)  # directions that are looked for, and how often rows are multiplied to find them
 COLUMNS_AT_ONCE = 4096  # of rows in float64
 
 
@@ -33,10 +40,16 @@ def worth_a_copy(scaling: dict[int, Moments], folds: Sequence[int], rows: int) -
 
 
 def few_rows_design(
-    X: Features, groups: Sequence[Group], scaling: dict[int, Moments], *, standardize: bool, dtype: Any
+    X: Features,
+    groups: Sequence[Group],
+    scaling: dict[int, Moments],
+    *,
+    standardize: bool,
+    dtype: Any,
 ) -> Design:
-    """Design of rows of X (N, D) for the folds in `scaling` (fold: moments of its training rows), one group for each fold: its own
-    training rows. The tiles come without labels, which the caller adds.
+    """Design of rows of X (N, D) for the folds in `scaling` (fold: moments of its training rows),
+    one group for each fold: its own training rows. The tiles come without labels, which the caller
+    adds.
     """
     whole, factor, ratio, unit = coordinates(scaling, standardize=standardize, dtype=dtype)
     every = np.unique(np.concatenate([rows for _, rows in groups]))
@@ -57,8 +70,12 @@ def few_rows_design(
     return Design(tiles, np.dtype(dtype), span, whole.mean, factor, {}, {}, unit)
 
 
-def _own_basis(Z: Array, own: npt.NDArray[np.intp], ratio: Array | None) -> tuple[Array, Basis, float]:
-    """Coordinates (n, R) of the rows Z[own] in Z's type, their basis, and how thin their last direction is by its pivot."""
+def _own_basis(
+    Z: Array, own: npt.NDArray[np.intp], ratio: Array | None
+) -> tuple[Array, Basis, float]:
+    """Coordinates (n, R) of the rows Z[own] in Z's type, their basis, and how thin their last
+    direction is by its pivot.
+    """
     centre = Z[own].mean(axis=0, dtype=np.float64)
     products = np.zeros((len(own), len(own)), order="F")
     for first in range(0, Z.shape[1], COLUMNS_AT_ONCE):
@@ -66,7 +83,9 @@ def _own_basis(Z: Array, own: npt.NDArray[np.intp], ratio: Array | None) -> tupl
         part = Z[own, some] - centre[some]
         if ratio is not None:
             part /= ratio[some]
-        products = scipy.linalg.blas.dsyrk(1.0, part.T, beta=1.0, c=products, trans=1, lower=1, overwrite_c=1)
+        products = scipy.linalg.blas.dsyrk(
+            1.0, part.T, beta=1.0, c=products, trans=1, lower=1, overwrite_c=1
+        )
     # Ends where what is left is rounding alone.
     floor = len(own) * np.finfo(np.float64).eps * products.diagonal().max(initial=0.0)
     factor, order, rank, _ = scipy.linalg.lapack.dpstrf(products, tol=floor, lower=1, overwrite_a=1)
@@ -81,14 +100,18 @@ def _own_basis(Z: Array, own: npt.NDArray[np.intp], ratio: Array | None) -> tupl
 
 
 def _longest(lower: Array) -> tuple[Array, Array]:
-    """Orthogonal V (R, R), as LAPACK's geqrf leaves it, float64, whose first columns are the longest directions of the rows
-    `lower` (n, R), the longest first: a subspace iteration (Halko, Martinsson & Tropp, SIAM Review 2011, algorithm 4.4) that
-    starts from the first pivots, rows that are long and point apart."""
+    """Orthogonal V (R, R), as LAPACK's geqrf leaves it, float64, whose first columns are the
+    longest directions of the rows `lower` (n, R), the longest first: a subspace iteration (Halko,
+    Martinsson & Tropp, SIAM Review 2011, algorithm 4.4) that starts from the first pivots, rows
+    that are long and point apart.
+    """
     span = lower.T @ lower[:, : min(LONGEST, lower.shape[1])]
     for _ in range(ROUNDS):
         span = lower.T @ (lower @ np.linalg.qr(span)[0])
     span = np.linalg.qr(span)[0]
     seen = lower @ span
     span = span @ np.linalg.eigh(seen.T @ seen)[1][:, ::-1]
-    (reflectors, lengths), _ = scipy.linalg.qr(span.astype(np.float64), mode="raw", check_finite=False)
+    (reflectors, lengths), _ = scipy.linalg.qr(
+        span.astype(np.float64), mode="raw", check_finite=False
+    )
     return reflectors, lengths

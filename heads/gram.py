@@ -1,8 +1,9 @@
-"""Weighted products of features and targets, group by group: all that ridge regression needs to know of the rows.
+"""Weighted products of features and targets, group by group: all that ridge regression needs to
+know of the rows.
 
-N rows, D features, T target columns. Rows are centred and scaled once with the moments of all rows, so that the sums of
-squares keep their digits. A fold's products are the sum of the other groups' (added, not subtracted: a difference of
-Gram matrices can lose positive definiteness).
+N rows, D features, T target columns. Rows are centred and scaled once with the moments of all rows,
+so that the sums of squares keep their digits. A fold's products are the sum of the other groups'
+(added, not subtracted: a difference of Gram matrices can lose positive definiteness).
 """
 
 from collections.abc import Iterable
@@ -40,7 +41,9 @@ class Products:
         )
 
     def centred(self) -> "Products":
-        """The same with the weighted means of x and y taken out; `total` and `targets` keep the sums that were."""
+        """The same with the weighted means of x and y taken out; `total` and `targets` keep the
+        sums that were.
+        """
         mass = self.mass or 1.0
         return Products(
             self.gram - np.outer(self.total, self.total) / mass,
@@ -55,7 +58,9 @@ class Products:
 def group_products(
     X: Features, Y: Array, weight: Array | None, fold: Array, centre: Array, factor: Array
 ) -> dict[int, Products]:
-    """Products of each group of rows of X (N, D), as (x - centre) * factor, and Y (N, T), with weight (N,) or all one."""
+    """Products of each group of rows of X (N, D), as (x - centre) * factor, and Y (N, T), with
+    weight (N,) or all one.
+    """
     dim, targets = X.shape[1], Y.shape[1]
 
     def nothing() -> Products:

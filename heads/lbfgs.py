@@ -1,13 +1,15 @@
 """L-BFGS for many independent smooth convex problems at once.
 
-K problems, P parameters each, m remembered pairs (s, y). One call of `evaluate` serves every problem that is still
-running: that is where the work is, and where a bank turns K slivers into one wide matrix product. What is left per
-problem is two matrix-vector products with its own (2m, P) memory, by the "vector-free" form of the two-loop recursion
-(Chen, Wang & Zhou, NIPS 2014): the recursion only ever needs inner products among the pairs and the gradient, so it
-runs on (2m+1)-vectors of coefficients and touches the long vectors once to read their products and once to form the
-step.
+K problems, P parameters each, m remembered pairs (s, y). One call of `evaluate` serves every
+problem that is still
+running: that is where the work is, and where a bank turns K slivers into one wide matrix product.
+What is left per problem is two matrix-vector products with its own (2m, P) memory, by the
+"vector-free" form of the two-loop recursion (Chen, Wang & Zhou, NIPS 2014): the recursion only ever
+needs inner products among the pairs and the gradient, so it runs on (2m+1)-vectors of coefficients
+and touches the long vectors once to read their products and once to form the step.
 
-The caller scales its coordinates so that the identity majorises the Hessian; a first step of length one is then safe.
+The caller scales its coordinates so that the identity majorises the Hessian; a first step of length
+one is then safe.
 """
 
 from collections.abc import Callable
@@ -23,9 +25,12 @@ Evaluate = Callable[[npt.NDArray[np.intp], Array], tuple[Array, Array]]
 
 ARMIJO = 1e-4
 SEEN = 8.0  # times what rounding may be: a decrease of that much is taken from the values
-# Steps without such a decrease that do not halve the squared gradient either; its way down is not steady.
+# Steps without such a decrease that do not halve the squared gradient either; its way down is not
+# steady.
 PATIENCE = 14
-VALUES_AT_ONCE = 1 << 14  # of every pair: new ones are multiplied while they are in the nearer caches
+VALUES_AT_ONCE = (
+    1 << 14
+)  # of every pair: new ones are multiplied while they are in the nearer caches
 FAR_BELOW = 3e-3  # of the gap: there a problem ends whatever else is asked of it
 
 
@@ -42,7 +47,8 @@ class Stopped:
     ended: bool  # by that, and not for want of iterations or of progress
 
 
-# slot -> the problem that now occupies it: its start (P,) and pairs (2m, P), oldest first, to begin with; None: no more
+# slot -> the problem that now occupies it: its start (P,) and pairs (2m, P), oldest first, to begin
+# with; None: no more
 Load = Callable[[int], tuple[Array, Array | None] | None]
 Done = Callable[[int, Stopped], None]
 # (slot, its gradient (P,)) -> whether a problem whose gap is small enough may end
@@ -51,9 +57,11 @@ Settled = Callable[[int, Array], bool]
 
 @dataclass
 class Memory:
-    """Curvature pairs of K slots: `pairs[k, :m]` the steps s, `pairs[k, m:]` the gradient differences y.
+    """Curvature pairs of K slots: `pairs[k, :m]` the steps s, `pairs[k, m:]` the gradient
+    differences y.
 
-    All slots write their next pair at the same position; one that has none to write leaves a gap there.
+    All slots write their next pair at the same position; one that has none to write leaves a gap
+    there.
     """
 
     pairs: Array  # (K, 2m, P)
@@ -90,8 +98,9 @@ class Memory:
         self.gram[k, self.newest, self.size + self.newest] = -1.0
 
     def add(self, k: int, points: tuple[Array, Array], gradients: tuple[Array, Array]) -> Array:
-        """Slot k's newest pair, of points and gradients before and after a step; returns the inner products (2m,) of its pairs
-        with the gradient after it, from the same look at them."""
+        """Slot k's newest pair, of points and gradients before and after a step; returns the inner
+        products (2m,) of its pairs with the gradient after it, from the same look at them.
+        """
         m, slot, rows = self.size, self.newest, self.pairs[k]
         products = np.zeros((2 * m, 3))
         for first in range(0, rows.shape[1], VALUES_AT_ONCE):
@@ -108,12 +117,13 @@ class Memory:
 
 
 def _direction_coefficients(gram: Array, against_gradient: Array, newest: int) -> Array:
-    """(A, 2m + 1) such that the quasi-Newton step is their combination of [steps, changes, gradient].
+    """(A, 2m + 1) such that the quasi-Newton step is their combination of [steps, changes,
+    gradient].
 
-    The compact form of the inverse (Byrd, Nocedal & Schnabel 1994, eq. 2.6) with H0 = h I: with R the upper triangle of
-    S'Y (pairs from old to new), D its diagonal and p = R^-1 S'g,
-        H g = h g + S R^-T ((D + h Y'Y) p - h Y'g) - h Y p.
-    gram (A, 2m, 2m) and against_gradient (A, 2m) are inner products. A slot without a usable pair has s.y <= 0.
+    The compact form of the inverse (Byrd, Nocedal & Schnabel 1994, eq. 2.6) with H0 = h I: with R
+    the upper triangle of S'Y (pairs from old to new), D its diagonal and p = R^-1 S'g,
+        H g = h g + S R^-T ((D + h Y'Y) p - h Y'g) - h Y p. gram (A, 2m, 2m) and against_gradient
+    (A, 2m) are inner products. A slot without a usable pair has s.y <= 0.
     """
     a, rows = against_gradient.shape
     m = rows // 2
@@ -127,12 +137,16 @@ def _direction_coefficients(gram: Array, against_gradient: Array, newest: int) -
     upper = np.triu(np.where(both, sy, 0.0), 1)
     upper[:, range(m), range(m)] = diagonal
     inverse = np.linalg.inv(upper)
-    latest = m - 1 - np.argmax(usable[:, ::-1], axis=1)  # H0 from the newest usable pair (Nocedal & Wright, eq. 7.20)
+    latest = (
+        m - 1 - np.argmax(usable[:, ::-1], axis=1)
+    )  # H0 from the newest usable pair (Nocedal & Wright, eq. 7.20)
     every = np.arange(a)
     h = diagonal[every, latest] / np.maximum(yy[every, latest, latest], np.finfo(np.float64).tiny)
     h = np.where(usable.any(axis=1), h, 1.0)[:, None]
     p = np.einsum("aij,aj->ai", inverse, np.where(usable, sg, 0.0))
-    inner = diagonal * p + h * (np.einsum("aij,aj->ai", np.where(both, yy, 0.0), p) - np.where(usable, yg, 0.0))
+    inner = diagonal * p + h * (
+        np.einsum("aij,aj->ai", np.where(both, yy, 0.0), p) - np.where(usable, yg, 0.0)
+    )
     coefficients = np.empty((a, rows + 1))
     coefficients[:, order] = np.einsum("aji,aj->ai", inverse, np.where(usable, inner, 0.0))
     coefficients[:, m + order] = -h * p
@@ -154,14 +168,15 @@ def minimise(
     out_of_time: Callable[[], bool] = lambda: False,
     settled: Settled = lambda slot, gradient: True,
 ) -> None:
-    """Minimise every problem that `load` gives, at most `slots` at a time; a slot that falls free is loaded again at
-    once, so that the products in `evaluate` stay wide.
+    """Minimise every problem that `load` gives, at most `slots` at a time; a slot that falls free
+    is loaded again at once, so that the products in `evaluate` stay wide.
 
-    A problem is done when its estimated relative gap is below `gap` and `settled` agrees, or the gap is far below. The
-    estimate steers the effort only: the caller reports a proven bound. Where a decrease drowns in the value's rounding the
-    slopes at both ends of the step tell it (as in Hager & Zhang's approximate Wolfe conditions, SIAM J. Optim. 2005): float32
-    goes on to gaps far below its rounding. A problem whose gradients no longer shrink there is stopped, as not converged unless
-    its gap was small enough.
+    A problem is done when its estimated relative gap is below `gap` and `settled` agrees, or the
+    gap is far below. The estimate steers the effort only: the caller reports a proven bound. Where
+    a decrease drowns in the value's rounding the slopes at both ends of the step tell it (as in
+    Hager & Zhang's approximate Wolfe conditions, SIAM J. Optim. 2005): float32 goes on to gaps far
+    below its rounding. A problem whose gradients no longer shrink there is stopped, as not
+    converged unless its gap was small enough.
     """
     eps = float(np.finfo(dtype).eps)
     point, gradient, direction = (np.zeros((slots, parameters), dtype) for _ in range(3))
@@ -190,7 +205,9 @@ def minimise(
         if not running.size:
             return
         trial = np.empty((len(running), parameters), dtype)
-        for row, (k, far) in enumerate(zip(running.tolist(), length[running].astype(dtype), strict=True)):
+        for row, (k, far) in enumerate(
+            zip(running.tolist(), length[running].astype(dtype), strict=True)
+        ):
             np.multiply(direction[k], far, out=trial[row])
             trial[row] += point[k]
         trial_value, trial_gradient = evaluate(running, trial)
@@ -205,12 +222,18 @@ def minimise(
             elif not good[row]:
                 remembered.skip(k)
                 length[k] = _shorten(
-                    length[k], value[k], slope[k], trial_value[row], trial_gradient[row] @ direction[k]
+                    length[k],
+                    value[k],
+                    slope[k],
+                    trial_value[row],
+                    trial_gradient[row] @ direction[k],
                 )
                 stalled[k] += int(length[k] < 1e-10)
                 continue
             else:
-                products[k] = remembered.add(k, (point[k], trial[row]), (gradient[k], trial_gradient[row]))
+                products[k] = remembered.add(
+                    k, (point[k], trial[row]), (gradient[k], trial_gradient[row])
+                )
                 less = value[k] - trial_value[row]
                 visible = less > SEEN * slack[row]
                 if not visible:  # but gradients still tell, by the trapezoid rule
@@ -228,8 +251,13 @@ def minimise(
         done_with = np.zeros(slots, bool)
         new = np.flatnonzero(fresh)
         if new.size:
-            coefficients = _direction_coefficients(remembered.gram[new], products[new], remembered.newest)
-            slope[new] = np.einsum("ar,ar->a", coefficients[:, :-1], products[new]) + coefficients[:, -1] * squared[new]
+            coefficients = _direction_coefficients(
+                remembered.gram[new], products[new], remembered.newest
+            )
+            slope[new] = (
+                np.einsum("ar,ar->a", coefficients[:, :-1], products[new])
+                + coefficients[:, -1] * squared[new]
+            )
             for k, own in zip(new.tolist(), coefficients.astype(dtype), strict=True):
                 np.dot(own[:-1], remembered.pairs[k], out=direction[k])
                 direction[k] += own[-1] * gradient[k]
@@ -239,10 +267,17 @@ def minimise(
             scale = np.maximum(np.abs(value[new]), np.finfo(np.float64).tiny)
             remaining = _remaining(-0.5 * slope[new], decrease[new]) / scale
             close[new] = remaining <= gap
-            for k, left in zip(new[close[new]].tolist(), remaining[close[new]].tolist(), strict=True):
+            for k, left in zip(
+                new[close[new]].tolist(), remaining[close[new]].tolist(), strict=True
+            ):
                 done_with[k] = left <= FAR_BELOW * gap or settled(k, gradient[k])
         late = out_of_time()
-        stop = done_with[running] | (stalled[running] >= PATIENCE) | (iterations[running] >= max_iterations) | late
+        stop = (
+            done_with[running]
+            | (stalled[running] >= PATIENCE)
+            | (iterations[running] >= max_iterations)
+            | late
+        )
         for k in running[stop].tolist():
             pairs = remembered.unload(k)
             stopped = Stopped(
@@ -259,9 +294,11 @@ def minimise(
 
 
 def _remaining(model: Array, decrease: Array) -> Array:
-    """Estimated distance to the optimum (A,): the model's, or what a geometric series of the last decreases (A, 4) adds up to.
+    """Estimated distance to the optimum (A,): the model's, or what a geometric series of the last
+    decreases (A, 4) adds up to.
 
-    The model alone is optimistic where it has not yet seen the flat directions: up to 20 x in the tests' hardest cases.
+    The model alone is optimistic where it has not yet seen the flat directions: up to 20 x in the
+    tests' hardest cases.
     """
     newest = np.maximum(np.nan_to_num(decrease[:, 0], nan=0.0), 0.0)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -271,7 +308,9 @@ def _remaining(model: Array, decrease: Array) -> Array:
 
 
 def _shorten(length: float, f0: float, slope0: float, f1: float, slope1: float) -> float:
-    """A step shorter than the refused one: the minimiser of the cubic through both ends, kept away from both."""
+    """A step shorter than the refused one: the minimiser of the cubic through both ends, kept away
+    from both.
+    """
     if not np.isfinite(f1) or not np.isfinite(slope1):
         return 0.1 * length
     d1 = slope0 + slope1 - 3 * (f0 - f1) / (0 - length)

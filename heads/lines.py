@@ -1,6 +1,8 @@
-"""Lines of logistic heads, those that differ in strength only: in which order they are solved, and where each starts.
+"""Lines of logistic heads, those that differ in strength only: in which order they are solved, and
+where each starts.
 
-C classes (rows of a head: C for a softmax, 1 for a sigmoid), R + 1 coordinates (the intercept last).
+C classes (rows of a head: C for a softmax, 1 for a sigmoid), R + 1 coordinates (the intercept
+last).
 """
 
 import itertools
@@ -45,25 +47,33 @@ class Solved:
 class Plan:
     """Which head to start next.
 
-    Along a line every second strength is solved in turn, each started from the previous ones (in `number` turns side by
-    side, each over a part of the strengths). The others lie between
-    two solved neighbours; their starts are interpolated, which is far more accurate than to extrapolate (at weak
-    regularisation they are often done after one evaluation), and they fill the products while the turns go on.
+    Along a line every second strength is solved in turn, each started from the previous ones (in
+    `number` turns side by side, each over a part of the strengths). The others lie between two
+    solved neighbours; their starts are interpolated, which is far more accurate than to extrapolate
+    (at weak regularisation they are often done after one evaluation), and they fill the products
+    while the turns go on.
     """
 
     def __init__(self, lines: list[Line], number: int) -> None:
         self.ready: deque[tuple[int, float]] = deque()
-        self.waiting: dict[int, list[tuple[float, set[float]]]] = {}  # line -> heads and what they wait for
+        self.waiting: dict[
+            int, list[tuple[float, set[float]]]
+        ] = {}  # line -> heads and what they wait for
         for i, line in enumerate(lines):
             count = len(line.strengths)
             anchors = sorted({*range(0, count, 2), count - 1})
             chains = [list(part) for part in np.array_split(anchors, number) if len(part)]
             waiting = [
-                (line.strengths[b], {line.strengths[a]}) for chain in chains for a, b in itertools.pairwise(chain)
+                (line.strengths[b], {line.strengths[a]})
+                for chain in chains
+                for a, b in itertools.pairwise(chain)
             ]
-            # The others wait for both neighbours and one beyond: two nodes on either side make a cubic.
+            # The others wait for both neighbours and one beyond: two nodes on either side make a
+            # cubic.
             others = [k for k in range(count) if k not in anchors]
-            waiting += [(line.strengths[k], {line.strengths[min(k + 3, count - 1)]}) for k in others]
+            waiting += [
+                (line.strengths[k], {line.strengths[min(k + 3, count - 1)]}) for k in others
+            ]
             self.waiting[i] = waiting
             self.ready.extend((i, line.strengths[chain[0]]) for chain in chains)
 
@@ -89,11 +99,14 @@ def nearest(known: list[float], mu: float) -> list[float]:
     return sorted(known, key=lambda other: abs(math.log(other / mu)))
 
 
-def predict_start(solved: dict[float, Solved], mu: float, shape: tuple[int, int], dtype: Any) -> Array:
-    """The start at strength mu: a polynomial in log mu through known solutions, zero where there is none.
+def predict_start(
+    solved: dict[float, Solved], mu: float, shape: tuple[int, int], dtype: Any
+) -> Array:
+    """The start at strength mu: a polynomial in log mu through known solutions, zero where there is
+    none.
 
-    Four nodes where mu lies between known strengths; three or two where it lies outside, and only if no further from
-    them than they are apart.
+    Four nodes where mu lies between known strengths; three or two where it lies outside, and only
+    if no further from them than they are apart.
     """
     if not solved:
         return np.zeros(shape, dtype)

@@ -1,4 +1,6 @@
-"""Features of a feature set as the first step of a scikit-learn pipeline: ids go in, rows come out."""
+"""Features of a feature set as the first step of a scikit-learn pipeline: ids go in,
+rows come out.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +17,8 @@ from headrace.cache.ids import contents_by_id
 from headrace.cache.text import as_text
 
 _WHICH = (
-    "Say which image is meant: give content hashes (headrace.extract.content_hashes(samples, index).hashes), or a DataFrame "
+    "Say which image is meant: give content hashes (headrace.extract.content_hashes(samples, "
+    "index).hashes), or a DataFrame "
     "with columns id and content"
 )
 
@@ -23,15 +26,19 @@ _WHICH = (
 class FeatureLookup(TransformerMixin, BaseEstimator):  # type: ignore[misc]
     """From sample ids, or content hashes, to their features, side by side for several feature sets.
 
-    features: a FeatureSet, its directory, or several of either. Ids are those under which the rows were extracted; of
-    exact copies only the first has an id, and the content hash finds it for all. An id that stands for several images
-    (two folders in one cache, an image before and after it was edited) is refused; a DataFrame with the columns `id` and
-    `content` tells them apart. Nothing is learned in `fit`.
+    features: a FeatureSet, its directory, or several of either. Ids are those under which the rows
+    were extracted; of exact copies only the first has an id, and the content hash finds it for all.
+    An id that stands for several images (two folders in one cache, an image before and after it was
+    edited) is refused; a DataFrame with the columns `id` and `content` tells them apart. Nothing is
+    learned in `fit`.
 
-        make_pipeline(FeatureLookup(features["blocks.4.avg"]), StandardScaler(), SVC()).fit(ids, labels)
+        make_pipeline(FeatureLookup(features["blocks.4.avg"]), StandardScaler(), SVC()).fit(ids,
+        labels)
     """
 
-    def __init__(self, features: FeatureSet | str | Path | Sequence[FeatureSet | str | Path]) -> None:
+    def __init__(
+        self, features: FeatureSet | str | Path | Sequence[FeatureSet | str | Path]
+    ) -> None:
         self.features = features
 
     def fit(self, X: Any, y: Any = None) -> Self:
@@ -41,9 +48,11 @@ class FeatureLookup(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         return self
 
     def transform(self, X: Any) -> npt.NDArray[np.float32]:
-        """(n, D) float32 features of X: n ids or content hashes, (n,) or (n, 1), or a DataFrame with `id` and `content`.
+        """(n, D) float32 features of X: n ids or content hashes, (n,) or (n, 1), or a DataFrame
+        with `id` and `content`.
 
-        Raises RowsMissing, naming the first ids that have no row; IdsAmbiguous, naming one that stands for several images.
+        Raises RowsMissing, naming the first ids that have no row; IdsAmbiguous, naming one that
+        stands for several images.
         """
         rows = [
             feature.read(positions).reshape(len(positions), int(np.prod(feature.spec.shape)))
@@ -57,7 +66,9 @@ class FeatureLookup(TransformerMixin, BaseEstimator):  # type: ignore[misc]
     def _sets(self) -> list[FeatureSet]:
         given = self.features
         several = [given] if isinstance(given, FeatureSet | str | Path) else list(given)
-        return [each if isinstance(each, FeatureSet) else open_feature_set(each) for each in several]
+        return [
+            each if isinstance(each, FeatureSet) else open_feature_set(each) for each in several
+        ]
 
     def _positions(self, X: Any) -> list[npt.NDArray[np.int64]]:
         names, content = _names_and_content(X)
@@ -75,15 +86,21 @@ def _names_and_content(X: Any) -> tuple[list[str], list[str] | None]:
         return names.fillna("").tolist(), content.fillna("").tolist()
     values = np.asarray(X, dtype=object)
     if values.ndim > 2 or (values.ndim == 2 and values.shape[1] != 1):
-        columns = f" with the columns {', '.join(map(str, X.columns))}" if isinstance(X, pd.DataFrame) else ""
+        columns = (
+            f" with the columns {', '.join(map(str, X.columns))}"
+            if isinstance(X, pd.DataFrame)
+            else ""
+        )
         raise ValueError(
-            f"ids have shape {values.shape}{columns}; expected (n,) or (n, 1), or a DataFrame with the columns id and content"
+            f"ids have shape {values.shape}{columns}; expected (n,) or (n, 1), or a "
+            "DataFrame with the columns id and content"
         )
     return as_text(pd.Series(values.reshape(-1), dtype=object)).fillna("").tolist(), None
 
 
 def _content_of_names(names: list[str], sets: list[FeatureSet]) -> list[str]:
-    """The content hash of each id, by any of the feature sets that knows it; a name that is no id, as it is.
+    """The content hash of each id, by any of the feature sets that knows it; a name that is no id,
+    as it is.
 
     Raises IdsAmbiguous.
     """
@@ -93,15 +110,19 @@ def _content_of_names(names: list[str], sets: list[FeatureSet]) -> list[str]:
         ambiguous = [name for name in dict.fromkeys(names) if len(by_id.get(name, ())) > 1]
         if ambiguous:
             raise IdsAmbiguous(
-                f"the id {ambiguous[0]!r} stands for {len(by_id[ambiguous[0]])} images in {feature.spec.name} of "
-                f"{feature.spec.backbone} ({len(ambiguous):,} of {len(names):,} ids stand for several): the cache holds "
-                f"several folders with such names, or images before and after they were edited. {_WHICH}"
+                f"the id {ambiguous[0]!r} stands for {len(by_id[ambiguous[0]])} images in "
+                f"{feature.spec.name} of "
+                f"{feature.spec.backbone} ({len(ambiguous):,} of {len(names):,} ids stand for "
+                "several): the cache holds "
+                "several folders with such names, or images before and after they were "
+                f"edited. {_WHICH}"
             )
         for row, name in enumerate(names):
             (found,) = by_id.get(name, (name,))
             if found != name and content[row] not in (name, found):
                 raise IdsAmbiguous(
-                    f"the id {name!r} stands for one image in {feature.spec.name} and for another in the feature sets before "
+                    f"the id {name!r} stands for one image in {feature.spec.name} and for "
+                    "another in the feature sets before "
                     f"it: one of them was extracted before the image was edited. {_WHICH}"
                 )
             content[row] = found if found != name else content[row]
@@ -110,12 +131,20 @@ def _content_of_names(names: list[str], sets: list[FeatureSet]) -> list[str]:
 
 def _rows(feature: FeatureSet, names: list[str], content: list[str]) -> npt.NDArray[np.int64]:
     """(n,) positions of content hashes. Raises RowsMissing, by their names."""
-    hashes = np.array([text if len(text) == 32 and text.isascii() else "" for text in content], "S32")
-    rows = np.where(hashes == b"", -1, feature.locate(hashes)) if len(hashes) else np.zeros(0, np.int64)
+    hashes = np.array(
+        [text if len(text) == 32 and text.isascii() else "" for text in content], "S32"
+    )
+    rows = (
+        np.where(hashes == b"", -1, feature.locate(hashes))
+        if len(hashes)
+        else np.zeros(0, np.int64)
+    )
     missing = [name for name, row in zip(names, rows.tolist(), strict=True) if row < 0]
     if missing:
         raise RowsMissing(
-            f"{feature.spec.name} of {feature.spec.backbone} has no row for {', '.join(map(repr, missing[:3]))}"
-            f" ({len(missing):,} of {len(names):,}). Its ids look like {next(iter(feature.ids()), None)!r}"
+            f"{feature.spec.name} of {feature.spec.backbone} has no row for "
+            f"{', '.join(map(repr, missing[:3]))}"
+            f" ({len(missing):,} of {len(names):,}). Its ids look like "
+            f"{next(iter(feature.ids()), None)!r}"
         )
     return rows.astype(np.int64)

@@ -1,8 +1,9 @@
 """Logistic losses and their residuals for many heads on one tile of rows.
 
-A heads, C classes, n rows. Arrays are class first and rows last, (C, A, n): a reduction over classes is then a sum of
-contiguous runs, and a class's rows (tiles are sorted by class) are a slice. In the layout (n, A, C) the same operations
-took several times as long as the matrix product that they follow, at 10 classes.
+A heads, C classes, n rows. Arrays are class first and rows last, (C, A, n): a reduction over
+classes is then a sum of contiguous runs, and a class's rows (tiles are sorted by class) are a
+slice. In the layout (n, A, C) the same operations took several times as long as the matrix product
+that they follow, at 10 classes.
 """
 
 from typing import Any
@@ -14,11 +15,12 @@ Array = npt.NDArray[Any]
 
 
 def softmax_loss(decision: Array, bounds: npt.NDArray[np.intp], weight: Array | None) -> Array:
-    """Weighted cross-entropy (A,) float64 of decision (C, A, n), which becomes the residual: weight * (p - y).
+    """Weighted cross-entropy (A,) float64 of decision (C, A, n), which becomes the residual: weight
+    * (p - y).
 
-    The last class's decision is computed here as minus the sum of the others': at an optimum of the L2 penalty the
-    classes' weights sum to zero, so products are made for C - 1 classes only and the pivot is free.
-    bounds (C + 1,): class k is rows bounds[k]:bounds[k + 1]. weight (A, n) or None.
+    The last class's decision is computed here as minus the sum of the others': at an optimum of the
+    L2 penalty the classes' weights sum to zero, so products are made for C - 1 classes only and the
+    pivot is free. bounds (C + 1,): class k is rows bounds[k]:bounds[k + 1]. weight (A, n) or None.
     """
     classes = len(decision)
     np.sum(decision[:-1], axis=0, out=decision[-1])
@@ -30,8 +32,8 @@ def softmax_loss(decision: Array, bounds: npt.NDArray[np.intp], weight: Array | 
         own[:, rows] = decision[k, :, rows]
         decision[k, :, rows] = -np.inf
     np.exp(decision, out=decision)
-    # A row that is all but sure has a loss and residuals as small as the other classes' probabilities: they are sums of those,
-    # since 1 - p and log(total) would be rounding alone.
+    # A row that is all but sure has a loss and residuals as small as the other classes'
+    # probabilities: they are sums of those, since 1 - p and log(total) would be rounding alone.
     others = decision.sum(axis=0)
     total = others + np.exp(own)
     loss = np.where(own == 0, np.log1p(others), np.log(total)) - own
@@ -47,7 +49,8 @@ def softmax_loss(decision: Array, bounds: npt.NDArray[np.intp], weight: Array | 
 
 
 def sigmoid_loss(decision: Array, labels: Array, weight: Array | None) -> Array:
-    """Weighted binary cross-entropy (A,) float64 of decision (1, A, n), which becomes weight * (p - y).
+    """Weighted binary cross-entropy (A,) float64 of decision (1, A, n), which becomes weight * (p -
+    y).
 
     labels (A, n) are 0 or 1, weight is (A, n) or None.
     """

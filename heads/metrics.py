@@ -1,7 +1,8 @@
 """What a head's predictions are worth: every metric of a task, computed with array operations only.
 
-N rows, C classes (or label columns, or regression targets). scikit-learn's definitions; the tests compare with it.
-Written out here because a run scores thousands of heads and scikit-learn validates its input anew for each metric.
+N rows, C classes (or label columns, or regression targets). scikit-learn's definitions; the tests
+compare with it. Written out here because a run scores thousands of heads and scikit-learn validates
+its input anew for each metric.
 """
 
 from dataclasses import dataclass
@@ -34,7 +35,9 @@ METRICS: dict[str, Metric] = {
     "accuracy": Metric(True, ("single", "multi")),  # multi: every label of the row right
     "balanced_accuracy": Metric(True, ("single", "multi")),  # multi: mean over labels
     "log_loss": Metric(False, ("single", "multi")),  # nats; multi: mean over labels
-    "auc": Metric(True, ("single", "multi")),  # one against the rest, mean over classes that have both
+    "auc": Metric(
+        True, ("single", "multi")
+    ),  # one against the rest, mean over classes that have both
     "macro_f1": Metric(True, ("single", "multi")),
     "average_precision": Metric(True, ("multi",)),  # mean over labels that occur ("mAP")
     "hamming_accuracy": Metric(True, ("multi",)),  # share of single labels right
@@ -44,7 +47,11 @@ METRICS: dict[str, Metric] = {
     "mae": Metric(False, ("regression",)),
 }
 
-DEFAULT_METRIC: dict[TaskKind, str] = {"single": "accuracy", "multi": "average_precision", "regression": "r2"}
+DEFAULT_METRIC: dict[TaskKind, str] = {
+    "single": "accuracy",
+    "multi": "average_precision",
+    "regression": "r2",
+}
 
 
 def metric_names(task_kind: TaskKind) -> tuple[str, ...]:
@@ -52,25 +59,35 @@ def metric_names(task_kind: TaskKind) -> tuple[str, ...]:
     return tuple(name for name, metric in METRICS.items() if task_kind in metric.tasks)
 
 
-def score(task_kind: TaskKind, target: npt.NDArray[Any], probabilities: npt.NDArray[Any], metric: str) -> float:
-    """One metric of one head. target: single (N,) class index; multi (N, L) 0/1; regression (N, L) or (N,).
+def score(
+    task_kind: TaskKind, target: npt.NDArray[Any], probabilities: npt.NDArray[Any], metric: str
+) -> float:
+    """One metric of one head. target: single (N,) class index; multi (N, L) 0/1; regression (N, L)
+    or (N,).
 
-    probabilities: (N, C), for regression the predicted values. nan where the metric is undefined (AUC with one class).
-    Raises UnknownMetric, naming the metrics of this kind of task.
+    probabilities: (N, C), for regression the predicted values. nan where the metric is undefined
+    (AUC with one class). Raises UnknownMetric, naming the metrics of this kind of task.
     """
     if metric not in METRICS or task_kind not in METRICS[metric].tasks:
         raise UnknownMetric(
-            f"metric {metric!r} is not one of a {task_kind} task: choose from {', '.join(metric_names(task_kind))}"
+            f"metric {metric!r} is not one of a {task_kind} task: choose from "
+            f"{', '.join(metric_names(task_kind))}"
         )
     predicted = np.asarray(probabilities, np.float64)
     if task_kind == "single":
         return _single(metric, np.asarray(target).astype(np.int64), predicted)
     wanted = np.asarray(target, np.float64)
     wanted, predicted = wanted.reshape(len(wanted), -1), predicted.reshape(len(predicted), -1)
-    return _multi(metric, wanted, predicted) if task_kind == "multi" else _regression(metric, wanted, predicted)
+    return (
+        _multi(metric, wanted, predicted)
+        if task_kind == "multi"
+        else _regression(metric, wanted, predicted)
+    )
 
 
-def all_metrics(task_kind: TaskKind, target: npt.NDArray[Any], probabilities: npt.NDArray[Any]) -> dict[str, float]:
+def all_metrics(
+    task_kind: TaskKind, target: npt.NDArray[Any], probabilities: npt.NDArray[Any]
+) -> dict[str, float]:
     """Every metric of the task, by name."""
     return {name: score(task_kind, target, probabilities, name) for name in metric_names(task_kind)}
 
@@ -81,7 +98,10 @@ def sign(metric: str) -> int:
 
 
 def row_hits(
-    task_kind: TaskKind, target: npt.NDArray[Any], probabilities: npt.NDArray[Any], metric: str = "accuracy"
+    task_kind: TaskKind,
+    target: npt.NDArray[Any],
+    probabilities: npt.NDArray[Any],
+    metric: str = "accuracy",
 ) -> Floats:
     """0 and 1 whose mean is the metric: accuracy (N,), hamming_accuracy (N, L)."""
     predicted = np.asarray(probabilities, np.float64)
@@ -92,18 +112,24 @@ def row_hits(
     return np.asarray(same if metric == "hamming_accuracy" else same.all(1), np.float64)
 
 
-def row_losses(task_kind: TaskKind, target: npt.NDArray[Any], probabilities: npt.NDArray[Any], metric: str) -> Floats:
+def row_losses(
+    task_kind: TaskKind, target: npt.NDArray[Any], probabilities: npt.NDArray[Any], metric: str
+) -> Floats:
     """(N,) losses whose mean is the metric: log_loss (nats) or mae."""
     predicted = np.asarray(probabilities, np.float64)
     smallest = np.finfo(np.float32).eps
     if task_kind == "single":
-        chosen = predicted[np.arange(len(predicted)), np.asarray(target).astype(np.int64)] / predicted.sum(1)
+        chosen = predicted[
+            np.arange(len(predicted)), np.asarray(target).astype(np.int64)
+        ] / predicted.sum(1)
         return np.asarray(-np.log(np.clip(chosen, smallest, 1)))
     wanted = np.asarray(target, np.float64).reshape(len(predicted), -1)
     predicted = predicted.reshape(len(predicted), -1)
     if metric == "mae":
         return np.asarray(np.abs(predicted - wanted).mean(1))
-    return np.asarray(-np.log(np.clip(np.where(wanted >= 0.5, predicted, 1 - predicted), smallest, 1)).mean(1))
+    return np.asarray(
+        -np.log(np.clip(np.where(wanted >= 0.5, predicted, 1 - predicted), smallest, 1)).mean(1)
+    )
 
 
 def _single(metric: str, target: npt.NDArray[np.int64], predicted: Floats) -> float:
@@ -127,7 +153,9 @@ def _single(metric: str, target: npt.NDArray[np.int64], predicted: Floats) -> fl
     hits = np.bincount(target[guess == target], minlength=classes)
     if metric == "balanced_accuracy":
         return float((hits[support > 0] / support[support > 0]).mean())
-    seen = support + np.bincount(guess, minlength=classes)  # macro_f1: classes that occur in target or prediction
+    seen = support + np.bincount(
+        guess, minlength=classes
+    )  # macro_f1: classes that occur in target or prediction
     return float((2 * hits[seen > 0] / seen[seen > 0]).mean())
 
 
@@ -169,13 +197,16 @@ def _regression(metric: str, target: Floats, predicted: Floats) -> float:
         return float(np.abs(error).mean())
     residual, total = (error**2).sum(0), ((target - target.mean(0)) ** 2).sum(0)
     # scikit-learn's convention for a constant target: 1 if predicted exactly, else 0.
-    per_target = np.where(total > 0, 1 - residual / np.where(total > 0, total, 1), np.where(residual > 0, 0.0, 1.0))
+    per_target = np.where(
+        total > 0, 1 - residual / np.where(total > 0, total, 1), np.where(residual > 0, 0.0, 1.0)
+    )
     return float(per_target.mean())
 
 
 def _area(truth: npt.NDArray[np.bool_], predicted: Floats) -> float:
-    """Mean over columns of the area under the ROC curve, by ranks (Mann-Whitney), ties counted half; nan without a
-    column that has both positives and negatives."""
+    """Mean over columns of the area under the ROC curve, by ranks (Mann-Whitney), ties counted
+    half; nan without a column that has both positives and negatives.
+    """
     positives = truth.sum(0)
     usable = (positives > 0) & (positives < len(truth))
     if not usable.any() or not np.isfinite(predicted).all():
@@ -187,7 +218,10 @@ def _area(truth: npt.NDArray[np.bool_], predicted: Floats) -> float:
 
 
 def _ranks(values: Floats) -> npt.NDArray[np.float64]:
-    """Ranks from 1, those of equal values their mean. (scipy.stats has a function for it, and takes a second to import.)"""
+    """Ranks from 1, those of equal values their mean.
+
+    (scipy.stats has a function for it, and takes a second to import.)
+    """
     _, place, count = np.unique(values, return_inverse=True, return_counts=True)
     ranks: npt.NDArray[np.float64] = (np.cumsum(count) - (count - 1) / 2)[place]
     return ranks

@@ -2,10 +2,11 @@
 
 N rows, V views, D features, C outputs (classes, labels or targets), K heads.
 
-Heads that share a fold, depth, width and batch size share their minibatches (`mlp_batch.py`); since every head of such
-a batch trains on the same rows, nothing is masked and no product is spent on held-out rows. A seed decides a head's
-first weights and its dropout; the order of rows depends on N and the epoch alone. So a head's result doesn't depend on
-which other heads are in the bank, up to rounding.
+Heads that share a fold, depth, width and batch size share their minibatches (`mlp_batch.py`); since
+every head of such a batch trains on the same rows, nothing is masked and no product is spent on
+held-out rows. A seed decides a head's first weights and its dropout; the order of rows depends on N
+and the epoch alone. So a head's result doesn't depend on which other heads are in the bank, up to
+rounding.
 """
 
 import itertools
@@ -26,8 +27,9 @@ from headrace.heads.streamed import Streamed
 Floats = npt.NDArray[Any]
 Precision = Literal["auto", "float32", "bfloat16"]
 
-# Parameters and moments of the heads that are trained side by side on a CPU. Measured with 64 heads of 512 × 64: 1 MB
-# takes 2.1 times as long as 48 MB, 8 MB 1.15 times; beyond, nothing is gained and memory grows.
+# Parameters and moments of the heads that are trained side by side on a CPU. Measured with 64 heads
+# of 512 × 64: 1 MB takes 2.1 times as long as 48 MB, 8 MB 1.15 times; beyond, nothing is gained and
+# memory grows.
 CPU_BATCH_BYTES = 64 << 20
 # Below this many weights per head the products are too small for reduced precision to pay.
 REDUCED_PRECISION_WEIGHTS = 1 << 14
@@ -47,17 +49,20 @@ def fit_mlp_bank(
     halving: Halving | None = None,
     precision: Precision = "auto",
 ) -> list[HeadFit]:
-    """Train every spec on every fold, and with `full` on all rows; returns the fits spec by spec, FULL last.
+    """Train every spec on every fold, and with `full` on all rows; returns the fits spec by spec,
+    FULL last.
 
-    X: (N, D), or (V, N, D) for V views of each row, or such rows streamed from shards: training picks one view per row
-    and epoch, prediction averages.
-    target: single (N,) class index; multi (N, C) 0/1; regression (N, C). n_classes: C. fold: (N,) as in `Task.fold`.
-    Each fold's heads stop early on the loss of its held-out rows and keep their best epoch; FULL heads train for the
-    mean best epoch of their spec. With `halving` the losers have fits of fewer epochs and no FULL one.
-    precision: "bfloat16" multiplies the first layer's inputs and weights in bfloat16 and adds in float32 (master
-    weights, optimiser and every other layer are float32); "auto" does so where the processor is faster at it.
-    A head that fails (a bad spec, a loss that is not finite) has an `error`; the others are unaffected.
-    Raises ValueError for features that are not finite, naming the row.
+    X: (N, D), or (V, N, D) for V views of each row, or such rows streamed from shards: training
+    picks one view per row and epoch, prediction averages.
+    target: single (N,) class index; multi (N, C) 0/1; regression (N, C). n_classes: C. fold: (N,)
+    as in `Task.fold`. Each fold's heads stop early on the loss of its held-out rows and keep their
+    best epoch; FULL heads train for the mean best epoch of their spec. With `halving` the losers
+    have fits of fewer epochs and no FULL one.
+    precision: "bfloat16" multiplies the first layer's inputs and weights in bfloat16 and adds in
+    float32 (master weights, optimiser and every other layer are float32); "auto" does so where the
+    processor is faster at it. A head that fails (a bad spec, a loss that is not finite) has an
+    `error`; the others are unaffected. Raises ValueError for features that are not finite, naming
+    the row.
     """
     stacked = stack(X, 2)
     width = stacked.shape[2]
@@ -67,7 +72,9 @@ def fit_mlp_bank(
 
     def head_bytes(spec: MLPSpec) -> int:
         # Parameters and two moments, float32.
-        return 12 * int(sum((i + 1) * o for i, o in itertools.pairwise((width, *widths(spec), n_classes))))
+        return 12 * int(
+            sum((i + 1) * o for i, o in itertools.pairwise((width, *widths(spec), n_classes)))
+        )
 
     def make(chunk: list[MLPSpec], data: FoldData, number: int) -> NetworkBatch:
         reduced = reduced_precision(chunk[0], width, task, torch.device(device), precision)
@@ -84,7 +91,9 @@ def fit_mlp_bank(
         head_bytes=head_bytes,
         batch_bytes=CPU_BATCH_BYTES,
         make=make,
-        arrays=lambda layers, data: folded_arrays(layers, data.mean, data.scale, data.target_mean, data.target_scale),
+        arrays=lambda layers, data: folded_arrays(
+            layers, data.mean, data.scale, data.target_mean, data.target_scale
+        ),
     )
     return fit_networks(
         stacked,
@@ -114,17 +123,27 @@ def network(spec: MLPSpec) -> Network:
     )
 
 
-def reduced_precision(spec: MLPSpec, features: int, task: TaskKind, device: torch.device, precision: Precision) -> bool:
-    """Whether this head's first layer multiplies in bfloat16; depends on the head and the machine only."""
+def reduced_precision(
+    spec: MLPSpec, features: int, task: TaskKind, device: torch.device, precision: Precision
+) -> bool:
+    """Whether this head's first layer multiplies in bfloat16; depends on the head and the machine
+    only.
+    """
     if precision != "auto":
         return precision == "bfloat16"
-    if task == "regression" or not spec.hidden or features * padded_width(spec.hidden[0]) < REDUCED_PRECISION_WEIGHTS:
+    if (
+        task == "regression"
+        or not spec.hidden
+        or features * padded_width(spec.hidden[0]) < REDUCED_PRECISION_WEIGHTS
+    ):
         return False
     if device.type != "cpu":
         return bool(torch.cuda.is_bf16_supported())
     if not hasattr(torch.cpu, "get_capabilities"):
         return False
     able = torch.cpu.get_capabilities()
-    # AMD's Zen 4 multiplies bfloat16 at twice the rate of float32 (measured here: 200 against 97 GF/s); Intel does
-    # only with AMX, its AVX-512 instruction alone was slower than float32.
-    return bool(able.get("amx_bf16")) or (bool(able.get("avx512_bf16")) and "AMD" in str(able.get("cpu_name")))
+    # AMD's Zen 4 multiplies bfloat16 at twice the rate of float32 (measured here: 200 against 97
+    # GF/s); Intel does only with AMX, its AVX-512 instruction alone was slower than float32.
+    return bool(able.get("amx_bf16")) or (
+        bool(able.get("avx512_bf16")) and "AMD" in str(able.get("cpu_name"))
+    )

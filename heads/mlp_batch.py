@@ -2,12 +2,13 @@
 
 K heads, D features, H hidden width, C outputs, B rows of a minibatch, L layers.
 
-Samples come last: activations are (K, H, B), weights (K, out, in). The first layer of all heads is then one product of
-(K·H, D) by (D, B), the others are batched products, and every head's slice of every array is contiguous.
+Samples come last: activations are (K, H, B), weights (K, out, in). The first layer of all heads is
+then one product of (K·H, D) by (D, B), the others are batched products, and every head's slice of
+every array is contiguous.
 
-Heads narrower than H are padded with units whose weights start at zero. Such a unit outputs relu(0) = 0, so its
-outgoing gradient is 0, and its incoming one too because relu'(0) = 0: AdamW leaves it at zero for ever, and no mask
-is needed.
+Heads narrower than H are padded with units whose weights start at zero. Such a unit outputs relu(0)
+= 0, so its outgoing gradient is 0, and its incoming one too because relu'(0) = 0: AdamW leaves it
+at zero for ever, and no mask is needed.
 """
 
 import itertools
@@ -26,8 +27,8 @@ from headrace.heads.streamed import Streamed
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # torch.optim.AdamW's defaults
 EVALUATION_ROWS = 2048  # rows of one block when no gradient is needed
-# Rows of one product for the first layer's gradients: enough for the full rate (64 rows: 0.8 of it), few enough that a
-# head's gradient is still in the cache when the optimiser reads it.
+# Rows of one product for the first layer's gradients: enough for the full rate (64 rows: 0.8 of
+# it), few enough that a head's gradient is still in the cache when the optimiser reads it.
 GRADIENT_ROWS = 512
 
 
@@ -45,7 +46,9 @@ class Network:
 
 
 class StreamedTensor:
-    """Rows of a feature set (V·n, D, …) that are read when a minibatch needs them: as much of a tensor as `Rows` uses."""
+    """Rows of a feature set (V·n, D, …) that are read when a minibatch needs them: as much of a
+    tensor as `Rows` uses.
+    """
 
     def __init__(self, rows: Streamed, device: torch.device) -> None:
         self.rows, self.device, self.shape = rows, device, rows.shape
@@ -57,12 +60,16 @@ class StreamedTensor:
 
 @dataclass(frozen=True)
 class Rows:
-    """What the networks see of the data, on the device. Row r in view v is row v·n + r of `features`."""
+    """What the networks see of the data, on the device.
+
+    Row r in view v is row v·n + r of `features`.
+    """
 
     features: "Tensor | StreamedTensor"  # (V·n, D), any floating dtype, not standardised
     n: int
     target: Tensor  # single: (n,) int64; multi and regression: (L, n) float32
-    weight: Tensor  # (2, n) float32 sample weight, plain and class-balanced (single), mean 1 over the training rows
+    # (2, n) float32 sample weight, plain and class-balanced (single), mean 1 over the training rows
+    weight: Tensor
     label_weight: Tensor | None  # multi: (2, L), balanced weight of absent and of present labels
     mean: Tensor  # (D,) float32, of the training rows
     inverse_scale: Tensor  # (D,) float32
@@ -75,7 +82,9 @@ class Rows:
 
 
 def padded_width(width: int) -> int:
-    """The next of 8, 12, 16, 24, 32, 48, 64, …: heads of nearly equal width share a batch at most a third wider."""
+    """The next of 8, 12, 16, 24, 32, 48, 64, …: heads of nearly equal width share a batch at most a
+    third wider.
+    """
     power = 8
     while power < width:
         if power * 3 // 2 >= width:
@@ -84,9 +93,12 @@ def padded_width(width: int) -> int:
     return power
 
 
-def initial_layers(network: Network, inputs: int, outputs: int) -> list[tuple[npt.NDArray[Any], npt.NDArray[Any]]]:
-    """[(weight (out, in), bias (out,))] float32 for the head's true widths: torch.nn.Linear's distribution,
-    uniform within ±1/sqrt(in), from a generator that depends on the seed alone."""
+def initial_layers(
+    network: Network, inputs: int, outputs: int
+) -> list[tuple[npt.NDArray[Any], npt.NDArray[Any]]]:
+    """[(weight (out, in), bias (out,))] float32 for the head's true widths: torch.nn.Linear's
+    distribution, uniform within ±1/sqrt(in), from a generator that depends on the seed alone.
+    """
     generator = np.random.default_rng([network.seed, 0])
     layers = []
     for fan_in, fan_out in zip((inputs, *network.hidden), (*network.hidden, outputs), strict=True):
@@ -98,9 +110,11 @@ def initial_layers(network: Network, inputs: int, outputs: int) -> list[tuple[np
 
 
 class DropoutBits:
-    """Random bytes, one stream per seed: heads of one seed see the same noise, whatever else is in the batch.
+    """Random bytes, one stream per seed: heads of one seed see the same noise, whatever else is in
+    the batch.
 
-    A unit is dropped where its byte is below round(256 · dropout); the kept ones are scaled by exactly what that keeps.
+    A unit is dropped where its byte is below round(256 · dropout); the kept ones are scaled by
+    exactly what that keeps.
     """
 
     def __init__(self, seeds: Sequence[int], fold: int, device: torch.device) -> None:
@@ -109,10 +123,13 @@ class DropoutBits:
         entropy = {seed: [seed, 1, fold + 2] for seed in sorted(set(seeds))}
         if device.type == "cpu":  # four times faster than torch's own generator on a CPU
             self.numpy = {
-                s: np.random.Generator(np.random.SFC64(np.random.SeedSequence(e))) for s, e in entropy.items()
+                s: np.random.Generator(np.random.SFC64(np.random.SeedSequence(e)))
+                for s, e in entropy.items()
             }
         else:
-            words = {s: int(np.random.SeedSequence(e).generate_state(1)[0]) for s, e in entropy.items()}
+            words = {
+                s: int(np.random.SeedSequence(e).generate_state(1)[0]) for s, e in entropy.items()
+            }
             self.torch = {s: torch.Generator(device).manual_seed(word) for s, word in words.items()}
 
     def draw(self, units: int, batch: int) -> Tensor:
@@ -124,16 +141,29 @@ class DropoutBits:
                 drawn[seed] = torch.frombuffer(raw, dtype=torch.uint8).view(units, batch)
             else:
                 drawn[seed] = torch.randint(
-                    0, 256, (units, batch), dtype=torch.uint8, device=self.device, generator=self.torch[seed]
+                    0,
+                    256,
+                    (units, batch),
+                    dtype=torch.uint8,
+                    device=self.device,
+                    generator=self.torch[seed],
                 )
         return torch.stack([drawn[seed] for seed in self.of_head])
 
 
 class NetworkBatch:
-    """The state of K networks of equal depth and padded width; heads leave it when they are done."""
+    """The state of K networks of equal depth and padded width; heads leave it when they
+    are done.
+    """
 
     def __init__(
-        self, networks: Sequence[Network], rows: Rows, *, fold: int, device: torch.device, dtype: torch.dtype
+        self,
+        networks: Sequence[Network],
+        rows: Rows,
+        *,
+        fold: int,
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> None:
         self.rows, self.device, self.dtype = rows, device, dtype
         self.networks = list(networks)
@@ -145,10 +175,13 @@ class NetworkBatch:
         self.biases = [torch.zeros(len(networks), o) for o in sizes[1:]]
         for head, network in enumerate(networks):
             for layer, (weight, bias) in enumerate(initial_layers(network, inputs, rows.outputs)):
-                self.weights[layer][head, : weight.shape[0], : weight.shape[1]] = torch.from_numpy(weight)
+                self.weights[layer][head, : weight.shape[0], : weight.shape[1]] = torch.from_numpy(
+                    weight
+                )
                 self.biases[layer][head, : len(bias)] = torch.from_numpy(bias)
-        # The first layer's weights are kept in units of their head's learning rate: an AdamW step is then the same for
-        # every rate, and one fused call does it for many heads. `cast` holds the weights as they are, to multiply with.
+        # The first layer's weights are kept in units of their head's learning rate: an AdamW step
+        # is then the same for every rate, and one fused call does it for many heads. `cast` holds
+        # the weights as they are, to multiply with.
         self.weights[0] /= torch.tensor([net.learning_rate for net in networks]).view(-1, 1, 1)
         self.weights = [w.to(device) for w in self.weights]
         self.biases = [b.to(device) for b in self.biases]
@@ -195,11 +228,15 @@ class NetworkBatch:
                 best[head].copy_(now[head])
 
     def best_layers(self, head: int) -> list[tuple[npt.NDArray[Any], npt.NDArray[Any]]]:
-        """[(weight, bias)] float32 of the remembered parameters, padding cut off, in standardised coordinates."""
+        """[(weight, bias)] float32 of the remembered parameters, padding cut off, in standardised
+        coordinates.
+        """
         inputs = int(self.weights[0].shape[2])
         hidden = self.networks[head].hidden
         layers = []
-        for layer, (i, o) in enumerate(zip((inputs, *hidden), (*hidden, self.rows.outputs), strict=True)):
+        for layer, (i, o) in enumerate(
+            zip((inputs, *hidden), (*hidden, self.rows.outputs), strict=True)
+        ):
             weight = self.best[layer][head, :o, :i].cpu().numpy().copy()
             if layer == 0:
                 weight *= np.float32(self.networks[head].learning_rate)
@@ -210,8 +247,10 @@ class NetworkBatch:
     def train_epoch(
         self, order: npt.NDArray[np.int64], view: npt.NDArray[np.int64], batch_size: int
     ) -> npt.NDArray[Any]:
-        """One pass over the training rows `order` (n,), each in the given view (n,); returns the mean training loss of
-        each head (K,) float64, taken before each step. Not finite for a head that diverged."""
+        """One pass over the training rows `order` (n,), each in the given view (n,); returns the
+        mean training loss of each head (K,) float64, taken before each step. Not finite for a head
+        that diverged.
+        """
         total = torch.zeros(len(self), dtype=torch.float64, device=self.device)
         with torch.no_grad(), np.errstate(all="ignore"):
             for start in range(0, len(order), batch_size):
@@ -231,26 +270,38 @@ class NetworkBatch:
         return torch.cat(blocks, dim=2)
 
     def losses(self, decision: Tensor, index: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
-        """(K,) float64 mean loss of the decisions (K, C, n) on rows (n,), without label smoothing or class weights."""
+        """(K,) float64 mean loss of the decisions (K, C, n) on rows (n,), without label smoothing
+        or class weights.
+        """
         rows = torch.from_numpy(index).to(self.device)
         weight = self.rows.weight[:1].index_select(1, rows)
         loss, _ = loss_and_slope(self.rows, decision, rows, weight, None, None)
         return (loss.sum(1) / weight.sum()).cpu().numpy()
 
     def _forward(self, columns: Tensor, *, train: bool) -> list[Tensor]:
-        """Activations of every layer, the decisions (K, C, B) last; hidden ones after dropout. columns (D, B)."""
+        """Activations of every layer, the decisions (K, C, B) last; hidden ones after dropout.
+        columns (D, B).
+        """
         heads, last = len(self), len(self.weights) - 1
         values: list[Tensor] = []
         for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             if layer == 0:
-                wide = product(self.cast.view(-1, columns.shape[0]), columns).view(heads, -1, columns.shape[1])
-                value = wide.add_(bias.unsqueeze(2)) if wide.dtype == torch.float32 else wide + bias.unsqueeze(2)
+                wide = product(self.cast.view(-1, columns.shape[0]), columns).view(
+                    heads, -1, columns.shape[1]
+                )
+                value = (
+                    wide.add_(bias.unsqueeze(2))
+                    if wide.dtype == torch.float32
+                    else wide + bias.unsqueeze(2)
+                )
             else:
                 value = torch.baddbmm(bias.unsqueeze(2), weight, values[-1])
             if layer < last:
                 value.relu_()
                 if train and self.drops:
-                    value.mul_(self.bits.draw(value.shape[1], value.shape[2]) >= self.drop_below).mul_(self.drop_scale)
+                    value.mul_(
+                        self.bits.draw(value.shape[1], value.shape[2]) >= self.drop_below
+                    ).mul_(self.drop_scale)
             values.append(value)
         return values
 
@@ -259,7 +310,9 @@ class NetworkBatch:
         batch = self.rows.minibatch(feature_index).to(self.dtype)
         values = self._forward(batch.t().contiguous(), train=True)
         weight = self.rows.weight.index_select(1, index).index_select(0, self.balanced)
-        loss, slope = loss_and_slope(self.rows, values[-1], index, weight, self.smoothing, self.balanced)
+        loss, slope = loss_and_slope(
+            self.rows, values[-1], index, weight, self.smoothing, self.balanced
+        )
         slope.div_(len(index))
         self.step += 1
         gradients: list[tuple[int, Tensor]] = []
@@ -267,7 +320,9 @@ class NetworkBatch:
             below = values[layer - 1]
             gradients.append((layer, torch.bmm(slope, below.transpose(1, 2))))
             gradients.append((len(self.weights) + layer, slope.sum(2)))
-            slope = torch.ops.aten.threshold_backward(torch.bmm(self.weights[layer].transpose(1, 2), slope), below, 0.0)
+            slope = torch.ops.aten.threshold_backward(
+                torch.bmm(self.weights[layer].transpose(1, 2), slope), below, 0.0
+            )
             if self.drops:
                 slope.mul_(self.drop_scale)
         gradients.append((len(self.weights), slope.sum(2)))
@@ -286,10 +341,19 @@ class NetworkBatch:
                 self.shrink,
                 self.step,
             )
-        # A few heads at a time: their gradient is used while it is in the cache, and one fused pass reads it, the
-        # parameters and the moments, where broadcast operations make six passes through memory.
+        # A few heads at a time: their gradient is used while it is in the cache, and one fused pass
+        # reads it, the parameters and the moments, where broadcast operations make six passes
+        # through memory.
         step = [torch.tensor(float(self.step), device=self.device)]
-        tensors = (slope, self.weights[0], self.first[0], self.second[0], self.shrink, self.rates, self.cast)
+        tensors = (
+            slope,
+            self.weights[0],
+            self.first[0],
+            self.second[0],
+            self.shrink,
+            self.rates,
+            self.cast,
+        )
         for own, units, first, second, shrink, rates, cast in zip(
             *(torch.split(tensor, self.heads_at_once) for tensor in tensors), strict=True
         ):
@@ -314,7 +378,10 @@ class NetworkBatch:
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b, in float32 on a CPU by OpenBLAS: 95-104 GF/s a core on AMD Zen 4, where torch's MKL reached 66-95."""
+    """a @ b, in float32 on a CPU by OpenBLAS:
+
+    95-104 GF/s a core on AMD Zen 4, where torch's MKL reached 66-95.
+    """
     if a.device.type == "cpu" and a.dtype == torch.float32:
         out = torch.empty(a.shape[0], b.shape[1])
         np.matmul(a.numpy(), b.numpy(), out=out.numpy())
@@ -323,10 +390,17 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def adamw_broadcast(
-    parameter: Tensor, gradient: Tensor, first: Tensor, second: Tensor, rates: Tensor, shrink: Tensor, step: int
+    parameter: Tensor,
+    gradient: Tensor,
+    first: Tensor,
+    second: Tensor,
+    rates: Tensor,
+    shrink: Tensor,
+    step: int,
 ) -> None:
-    """One AdamW step on (K, …) in place, each head with its own learning rate `rates` (K, 1, 1) and with its weights
-    shrunk by 1 - rate · decay, `shrink` (K, 1, 1)."""
+    """One AdamW step on (K, …) in place, each head with its own learning rate `rates` (K, 1, 1) and
+    with its weights shrunk by 1 - rate · decay, `shrink` (K, 1, 1).
+    """
     shape = (-1,) + (1,) * (parameter.dim() - 1)
     parameter.mul_(shrink.view(shape))
     first.lerp_(gradient, 1 - BETA1)
@@ -345,7 +419,8 @@ def loss_and_slope(
 ) -> tuple[Tensor, Tensor]:
     """Weighted loss (K, B) float64 and its derivative by the decisions (K, C, B) float32.
 
-    single: cross-entropy; multi: mean binary cross-entropy over labels; regression: half the mean squared error.
+    single: cross-entropy; multi: mean binary cross-entropy over labels; regression: half the mean
+    squared error.
     weight: (K or 1, B).
     """
     outputs = decision.shape[1]
@@ -360,19 +435,25 @@ def loss_and_slope(
         else:
             flat = smoothing.view(-1, 1)
             loss = (1 - flat) * loss - flat * log_p.mean(1)
-            slope.scatter_add_(1, place, (smoothing - 1).expand(-1, 1, len(index)).contiguous()).sub_(
-                smoothing / outputs
-            )
+            slope.scatter_add_(
+                1, place, (smoothing - 1).expand(-1, 1, len(index)).contiguous()
+            ).sub_(smoothing / outputs)
     else:
         wanted = rows.target.index_select(1, index)
         scale = 1 / outputs
         if rows.task == "multi":
             per_label = torch.ones_like(wanted).unsqueeze(0)
             if rows.label_weight is not None and balanced is not None:
-                heavy = rows.label_weight[0].view(-1, 1) * (1 - wanted) + rows.label_weight[1].view(-1, 1) * wanted
+                heavy = (
+                    rows.label_weight[0].view(-1, 1) * (1 - wanted)
+                    + rows.label_weight[1].view(-1, 1) * wanted
+                )
                 per_label = torch.stack([torch.ones_like(wanted), heavy]).index_select(0, balanced)
             soft = wanted if smoothing is None else wanted * (1 - smoothing) + smoothing / 2
-            loss = torch.nn.functional.softplus(decision).sub_(soft * decision).mul_(per_label).sum(1) * scale
+            loss = (
+                torch.nn.functional.softplus(decision).sub_(soft * decision).mul_(per_label).sum(1)
+                * scale
+            )
             slope = (torch.sigmoid(decision) - soft).mul_(per_label).mul_(scale)
         else:
             slope = decision - wanted

@@ -50,7 +50,11 @@ def prepare(
     train = np.flatnonzero((fold != TEST) & ((fold != number) | (number == FULL)) & (weight > 0))
     if len(train) == 0:
         raise ValueError(f"fold {number} leaves no row to train on: use fewer folds, or add images")
-    mean, scale = moments(stacked, train) if standardize else (np.zeros(stacked.shape[2]), np.ones(stacked.shape[2]))
+    mean, scale = (
+        moments(stacked, train)
+        if standardize
+        else (np.zeros(stacked.shape[2]), np.ones(stacked.shape[2]))
+    )
     shape = (-1,) + (1,) * (stacked.ndim - 3)  # of maps, (D, 1, 1)
     target_mean, target_scale = np.zeros(outputs), np.ones(outputs)
     plain = weight / weight[train].mean()
@@ -92,9 +96,11 @@ def prepare(
 def moments(
     stacked: Floats | StreamedStack, train: npt.NDArray[np.int64]
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Mean and deviation (D,) float64 of the training rows over views and positions; deviation 1 for a constant.
+    """Mean and deviation (D,) float64 of the training rows over views and positions; deviation 1
+    for a constant.
 
-    Two passes in blocks: a difference of sums of squares loses a feature whose mean is large beside its deviation.
+    Two passes in blocks: a difference of sums of squares loses a feature whose mean is large beside
+    its deviation.
     """
     positions = int(np.prod(stacked.shape[3:], dtype=np.int64))
     step = max(1, 4096 // positions)
@@ -116,9 +122,15 @@ def moments(
 
 
 def folded_arrays(
-    layers: Sequence[tuple[Floats, Floats]], mean: Floats, scale: Floats, target_mean: Floats, target_scale: Floats
+    layers: Sequence[tuple[Floats, Floats]],
+    mean: Floats,
+    scale: Floats,
+    target_mean: Floats,
+    target_scale: Floats,
 ) -> dict[str, npt.NDArray[Any]]:
-    """weight0, bias0, weight1, … float32 in raw coordinates: the standardisation of inputs and targets folded in."""
+    """weight0, bias0, weight1, … float32 in raw coordinates: the standardisation of inputs and
+    targets folded in.
+    """
     exact = [(weight.astype(np.float64), bias.astype(np.float64)) for weight, bias in layers]
     first, shift = exact[0]
     first = first / scale

@@ -1,4 +1,5 @@
-"""The epochs of one batch of networks: train, validate, remember the best, let the finished ones go.
+"""The epochs of one batch of networks: train, validate, remember the best, let the finished ones
+go.
 
 K heads, N rows, V views.
 """
@@ -24,7 +25,9 @@ class Batch(Protocol):
     def train_epoch(
         self, order: npt.NDArray[np.int64], view: npt.NDArray[np.int64], batch_size: int
     ) -> npt.NDArray[Any]:
-        """Mean training loss (K,) of one pass over rows `order` (n,), each in the given view (n,)."""
+        """Mean training loss (K,) of one pass over rows `order` (n,), each in the given
+        view (n,).
+        """
 
     def outputs(self, index: npt.NDArray[np.int64]) -> torch.Tensor:
         """(K, C, n) decisions for rows of the stacked features."""
@@ -92,7 +95,10 @@ class Run:
                 trace.epochs = self.epoch
                 if not np.isfinite(train_loss[head]):
                     rate = self.specs[head].learning_rate
-                    trace.error = f"diverged: the loss of epoch {self.epoch} is not finite (learning rate {rate:g})"
+                    trace.error = (
+                        f"diverged: the loss of epoch {self.epoch} is not finite (learning "
+                        f"rate {rate:g})"
+                    )
                 elif len(self.data.held) == 0 or loss[head] < trace.best_loss:
                     better.append(head)
                     trace.best_loss, trace.best_epoch = float(loss[head]), self.epoch
@@ -114,9 +120,16 @@ class Run:
             self.batch.remember(places)
         for head in places:
             if self.traces[head].error is None:
-                self.traces[head].best, self.traces[head].data = self.batch.best_layers(head), self.data
+                self.traces[head].best, self.traces[head].data = (
+                    self.batch.best_layers(head),
+                    self.data,
+                )
                 if self.traces[head].best_epoch == 0:
-                    self.traces[head].error = "the loss of the held-out rows was never finite: lower the learning rate"
+                    self.traces[
+                        head
+                    ].error = (
+                        "the loss of the held-out rows was never finite: lower the learning rate"
+                    )
         stay = [head for head in range(len(self.traces)) if head not in places]
         self.batch.keep(stay)
         self.traces = [self.traces[head] for head in stay]
@@ -132,7 +145,9 @@ class Run:
             trace.seconds += (time.perf_counter() - started) / len(self.traces)
 
     def _order(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """The training rows in this epoch's order and the view of each: all folds share one permutation."""
+        """The training rows in this epoch's order and the view of each: all folds share one
+        permutation.
+        """
         n = self.data.rows.n
         generator = np.random.default_rng([self.epoch, n])
         order = generator.permutation(n)

@@ -2,9 +2,9 @@
 
 N rows, D features, C outputs, q query rows of one block, m the largest k.
 
-One product of the held-out rows with the training rows serves every k, both metrics and both weightings: a squared
-distance and a cosine are both functions of inner products and norms. Every row is held out once, so all folds together
-cost one pass.
+One product of the held-out rows with the training rows serves every k, both metrics and both
+weightings: a squared distance and a cosine are both functions of inner products and norms. Every
+row is held out once, so all folds together cost one pass.
 """
 
 import time
@@ -30,7 +30,8 @@ METRICS_OF_DISTANCE: tuple[Metric, ...] = ("cosine", "euclidean")
 QUERY_ROWS = 1024  # rows of one block of inner products
 REFERENCE_ROWS = 1 << 14  # its columns: the block and what is made of it take half a gigabyte
 STORED_ROWS_BYTES = 1 << 30  # more training rows than this are not copied into a results file
-EXACT_BELOW = 1e-4  # distances this small beside the norms are computed again: float32 products err by about 1e-6
+# distances this small beside the norms are computed again: float32 products err by about 1e-6
+EXACT_BELOW = 1e-4
 SUM_ROWS = 4096  # rows of one sum of a class mean
 CENTROID_TEMPERATURE = {"cosine": 10.0, "euclidean": 1.0}
 
@@ -39,8 +40,9 @@ CENTROID_TEMPERATURE = {"cosine": 10.0, "euclidean": 1.0}
 class References:
     """The rows that may be neighbours, n of them, in the form that distances are computed from.
 
-    Rows are centred: a squared distance is a difference of numbers as large as the norms, and loses the digits that a
-    common offset takes. The cosine is not free of the offset, which comes back in float64.
+    Rows are centred: a squared distance is a difference of numbers as large as the norms, and loses
+    the digits that a common offset takes. The cosine is not free of the offset, which comes back in
+    float64.
     """
 
     rows: npt.NDArray[np.float32]  # (n, D) centred
@@ -56,7 +58,8 @@ class References:
         square = np.einsum("nd,nd->n", centred, centred, dtype=np.float64)
         offset = centred @ middle
         length = np.sqrt(np.maximum(square + 2 * offset + middle @ middle, 0))
-        # A row of zeros has length 0 exactly, and so cosine 0 with everything, which rounding would lose.
+        # A row of zeros has length 0 exactly, and so cosine 0 with everything, which rounding would
+        # lose.
         return cls(centred, middle, square, offset, np.where((rows == 0).all(1), 0.0, length))
 
     def __len__(self) -> int:
@@ -64,7 +67,13 @@ class References:
 
     def take(self, chosen: npt.NDArray[Any] | slice) -> "References":
         """Some of the rows."""
-        return References(self.rows[chosen], self.center, self.square[chosen], self.offset[chosen], self.length[chosen])
+        return References(
+            self.rows[chosen],
+            self.center,
+            self.square[chosen],
+            self.offset[chosen],
+            self.length[chosen],
+        )
 
 
 @dataclass(frozen=True)
@@ -108,11 +117,12 @@ def fit_knn_bank(
 ) -> list[HeadFit]:
     """Every k, metric and weighting on every fold from one pass over the inner products.
 
-    X (N, D), in memory or streamed, target and fold as in `Task`. Fold heads have predictions and no arrays; the FULL
-    head's arrays are the training rows themselves, the same objects for all specs (a results file stores them once), and
-    it has an error where they are more than a results file is meant for. A neighbour votes with its sample weight. A spec
-    whose k exceeds the training rows of a fold has an error there.
-    Raises BadFeatures (a ValueError) for features that are not finite.
+    X (N, D), in memory or streamed, target and fold as in `Task`. Fold heads have predictions and
+    no arrays; the FULL head's arrays are the training rows themselves, the same objects for all
+    specs (a results file stores them once), and it has an error where they are more than a results
+    file is meant for. A neighbour votes with its sample weight. A spec whose k exceeds the training
+    rows of a fold has an error there. Raises BadFeatures (a ValueError) for features that are not
+    finite.
     """
     check_specs(specs, "KNNSpec(5)")
     if not isinstance(X, Streamed):
@@ -121,7 +131,11 @@ def fit_knn_bank(
     weight = row_weights(sample_weight, len(X))
     values = encoded(target, n_classes, task)
     usable = np.flatnonzero((fold != TEST) & (weight > 0))
-    rows = StreamedReferences.of(X) if isinstance(X, Streamed) else References.of(np.asarray(X, np.float32))
+    rows = (
+        StreamedReferences.of(X)
+        if isinstance(X, Streamed)
+        else References.of(np.asarray(X, np.float32))
+    )
     folds = sorted(int(number) for number in np.unique(fold[fold >= 0]))
     found: dict[tuple[int, int], npt.NDArray[np.float32]] = {}
     error: dict[tuple[int, int], str | None] = {}
@@ -130,11 +144,14 @@ def fit_knn_bank(
         asked = [place for place, spec in enumerate(specs) if knn_error(spec, len(others)) is None]
         held = np.flatnonzero(fold == number)
         queries, references = (
-            rows.only(which) if isinstance(rows, StreamedReferences) else rows.take(which) for which in (held, others)
+            rows.only(which) if isinstance(rows, StreamedReferences) else rows.take(which)
+            for which in (held, others)
         )
         neighbours = search(queries, references, [specs[place] for place in asked])
         for place, (near, distance) in zip(asked, neighbours, strict=True):
-            found[place, number] = vote(specs[place], distance, values[others[near]], weight[others[near]])
+            found[place, number] = vote(
+                specs[place], distance, values[others[near]], weight[others[near]]
+            )
         error |= {(place, number): knn_error(spec, len(others)) for place, spec in enumerate(specs)}
     share = (time.perf_counter() - started) / max(1, len(specs) * len(folds))
     room = len(usable) * X.shape[1] * 4
@@ -154,8 +171,10 @@ def fit_knn_bank(
             reason = knn_error(spec, len(usable))
             if not stored and reason is None:
                 reason = (
-                    f"a neighbour head is its training rows, here {room / 1e9:.1f} GB, more than the "
-                    f"{STORED_ROWS_BYTES / 1e9:.1f} GB that are copied into a results file: predict with another kind"
+                    f"a neighbour head is its training rows, here {room / 1e9:.1f} GB, more "
+                    "than the "
+                    f"{STORED_ROWS_BYTES / 1e9:.1f} GB that are copied into a results file: "
+                    "predict with another kind"
                 )
             fits.append(_fit(spec, FULL, {} if reason else stored, None, reason, 0.0))
     return fits
@@ -174,17 +193,30 @@ def predict_knn(
 def knn_error(spec: KNNSpec, available: int) -> str | None:
     """Why a search among so many rows cannot be done, or None."""
     if not 1 <= spec.k <= available:
-        return f"k = {spec.k} neighbours, but there are {available} training rows: k must be between 1 and {available}"
+        return (
+            f"k = {spec.k} neighbours, but there are {available} training rows: k must be "
+            f"between 1 and {available}"
+        )
     return None
 
 
 def search(
-    queries: References | StreamedReferences, references: References | StreamedReferences, specs: Sequence[KNNSpec]
+    queries: References | StreamedReferences,
+    references: References | StreamedReferences,
+    specs: Sequence[KNNSpec],
 ) -> list[tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]]:
-    """For each spec the k nearest references of each query, nearest first, ties by position: indices and distances,
-    both (q, k). One product per block of queries and of references serves all specs."""
-    largest = {metric: max((s.k for s in specs if s.metric == metric), default=0) for metric in METRICS_OF_DISTANCE}
-    parts: dict[Metric, list[tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]]] = {"cosine": [], "euclidean": []}
+    """For each spec the k nearest references of each query, nearest first, ties by position:
+    indices and distances, both (q, k). One product per block of queries and of references serves
+    all specs.
+    """
+    largest = {
+        metric: max((s.k for s in specs if s.metric == metric), default=0)
+        for metric in METRICS_OF_DISTANCE
+    }
+    parts: dict[Metric, list[tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]]] = {
+        "cosine": [],
+        "euclidean": [],
+    }
     for start in range(0, len(queries), QUERY_ROWS):
         block = queries.take(slice(start, start + QUERY_ROWS))
         best: dict[Metric, tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]] = {}
@@ -193,7 +225,9 @@ def search(
             product = block.rows @ some.rows.T
             for metric in METRICS_OF_DISTANCE:
                 if largest[metric]:
-                    near, distance = nearest(product, block, some, metric, min(largest[metric], len(some)))
+                    near, distance = nearest(
+                        product, block, some, metric, min(largest[metric], len(some))
+                    )
                     found = near + first, distance
                     best[metric] = _merged(best[metric], found, largest[metric]) if first else found
         for metric, found in best.items():
@@ -201,8 +235,12 @@ def search(
     joined = {}
     for metric in METRICS_OF_DISTANCE:
         empty = (np.zeros((0, largest[metric]), np.int64), np.zeros((0, largest[metric])))
-        joined[metric] = [np.concatenate(arrays) for arrays in zip(empty, *parts[metric], strict=True)]
-    return [(joined[spec.metric][0][:, : spec.k], joined[spec.metric][1][:, : spec.k]) for spec in specs]
+        joined[metric] = [
+            np.concatenate(arrays) for arrays in zip(empty, *parts[metric], strict=True)
+        ]
+    return [
+        (joined[spec.metric][0][:, : spec.k], joined[spec.metric][1][:, : spec.k]) for spec in specs
+    ]
 
 
 def _merged(
@@ -224,9 +262,12 @@ def nearest(
     Cosine distance is 1 - cosine; a zero row has cosine 0 with everything.
     """
     if metric == "cosine":
-        raw = product + (queries.offset[:, None] + (references.offset + references.center @ references.center))
+        raw = product + (
+            queries.offset[:, None] + (references.offset + references.center @ references.center)
+        )
         lengths = np.outer(
-            np.where(queries.length > 0, queries.length, 1), np.where(references.length > 0, references.length, 1)
+            np.where(queries.length > 0, queries.length, 1),
+            np.where(references.length > 0, references.length, 1),
         )
         zero = (queries.length == 0)[:, None] | (references.length == 0)
         distance = np.where(zero, 1.0, 1 - raw / lengths)
@@ -251,9 +292,16 @@ def nearest(
 
 
 def _exact(
-    queries: References, references: References, row: npt.NDArray[Any], near: npt.NDArray[Any], metric: Metric
+    queries: References,
+    references: References,
+    row: npt.NDArray[Any],
+    near: npt.NDArray[Any],
+    metric: Metric,
 ) -> Floats:
-    """Distances of single pairs in float64, from differences: 0 for equal rows, where products leave rounding."""
+    """Distances of single pairs in float64, from differences:
+
+    0 for equal rows, where products leave rounding.
+    """
     a, b = queries.rows[row].astype(np.float64), references.rows[near].astype(np.float64)
     if metric == "cosine":
         a = (a + queries.center) / np.maximum(queries.length[row], 1e-300)[:, None]
@@ -262,8 +310,11 @@ def _exact(
     return np.asarray(np.square(a - b).sum(1))
 
 
-def vote(spec: KNNSpec, distance: Floats, values: Floats, weight: Floats) -> npt.NDArray[np.float32]:
-    """(q, C) mean of the neighbours' values (q, k, C) by sample weight (q, k), over distance where the spec says so.
+def vote(
+    spec: KNNSpec, distance: Floats, values: Floats, weight: Floats
+) -> npt.NDArray[np.float32]:
+    """(q, C) mean of the neighbours' values (q, k, C) by sample weight (q, k), over distance where
+    the spec says so.
 
     As in scikit-learn, neighbours at distance zero then decide alone.
     """
@@ -296,15 +347,17 @@ def fit_centroid_bank(
 ) -> list[HeadFit]:
     """Class means of every fold as differences of one sum: the total minus the fold's own share.
 
-    X (N, D), in memory or streamed, single-label target (N,), fold as in `Task`. Euclidean heads work on standardised
-    features, as a nearest mean under one diagonal covariance; cosine heads on features centred on the mean of the
-    training rows.
+    X (N, D), in memory or streamed, single-label target (N,), fold as in `Task`. Euclidean heads
+    work on standardised features, as a nearest mean under one diagonal covariance; cosine heads on
+    features centred on the mean of the training rows.
     """
     check_specs(specs, "CentroidSpec()")
     if not isinstance(X, Streamed):
         check_finite(X)
     if task != "single":
-        reason = f"a class mean needs one class per row, this is a {task} task: use knn, ridge or mlp"
+        reason = (
+            f"a class mean needs one class per row, this is a {task} task: use knn, ridge or mlp"
+        )
         folds = sorted({int(number) for number in fold[fold >= 0]}) + [FULL] * full
         return [_fit(spec, number, {}, None, reason, 0.0) for spec in specs for number in folds]
     weight = row_weights(sample_weight, len(X))
@@ -312,28 +365,47 @@ def fit_centroid_bank(
     folds = sorted(int(number) for number in np.unique(fold[fold >= 0]))
     for number in folds:
         if not usable[fold != number].any():
-            raise ValueError(f"fold {number} leaves no row with a weight to train on: use fewer folds, or add images")
+            raise ValueError(
+                f"fold {number} leaves no row with a weight to train on: use fewer folds, "
+                "or add images"
+            )
     started = time.perf_counter()
     parts = _sums(X, target, fold, usable, n_classes)
     total = tuple(np.sum([part[place] for part in parts.values()], axis=0) for place in range(3))
     fits = []
     for spec in specs:
         for number in [*folds, FULL] if full else folds:
-            sums = total if number == FULL else tuple(t - p for t, p in zip(total, parts[number], strict=True))
+            sums = (
+                total
+                if number == FULL
+                else tuple(t - p for t, p in zip(total, parts[number], strict=True))
+            )
             arrays = centroid_arrays(spec, *sums)
-            own = None if number == FULL else _predict_rows(spec, arrays, X, np.flatnonzero(fold == number))
+            own = (
+                None
+                if number == FULL
+                else _predict_rows(spec, arrays, X, np.flatnonzero(fold == number))
+            )
             seconds, started = time.perf_counter() - started, time.perf_counter()
             fits.append(_fit(spec, number, arrays, own, None, seconds))
     return fits
 
 
-def centroid_arrays(spec: CentroidSpec, sums: Floats, squares: Floats, counts: Floats) -> dict[str, npt.NDArray[Any]]:
-    """means (C, D), center (D,), inverse_scale (D,), present (C,) of class sums (C, D), squares (D,), counts (C,)."""
+def centroid_arrays(
+    spec: CentroidSpec, sums: Floats, squares: Floats, counts: Floats
+) -> dict[str, npt.NDArray[Any]]:
+    """means (C, D), center (D,), inverse_scale (D,), present (C,) of class sums (C, D), squares
+    (D,), counts (C,).
+    """
     weight = counts.sum()
     center = sums.sum(0) / weight
     variance = np.maximum(squares / weight - center**2, 0)
     deviation = np.sqrt(np.where(variance > 1e-12 * center**2, variance, 0))
-    scale = np.where(deviation > 0, deviation, 1.0) if spec.metric == "euclidean" else np.ones_like(center)
+    scale = (
+        np.where(deviation > 0, deviation, 1.0)
+        if spec.metric == "euclidean"
+        else np.ones_like(center)
+    )
     means = sums / np.maximum(counts, np.finfo(np.float64).tiny)[:, None]
     return {
         "means": means.astype(np.float32),
@@ -346,14 +418,17 @@ def centroid_arrays(spec: CentroidSpec, sums: Floats, squares: Floats, counts: F
 def predict_centroid(
     spec: CentroidSpec, arrays: dict[str, npt.NDArray[Any]], X: Floats, temperature: float = 1.0
 ) -> npt.NDArray[np.float32]:
-    """(n, C) softmax over classes of the scaled similarity; a class without training rows has probability 0."""
+    """(n, C) softmax over classes of the scaled similarity; a class without training rows has
+    probability 0.
+    """
     means = (arrays["means"] - arrays["center"]) * arrays["inverse_scale"]
     rows = (X.astype(np.float32, copy=False) - arrays["center"]) * arrays["inverse_scale"]
     if spec.metric == "cosine":
         lengths = np.linalg.norm(rows, axis=1, keepdims=True) * np.linalg.norm(means, axis=1)
         similar = rows @ means.T / np.where(lengths > 0, lengths, 1)
     else:
-        # Minus half the mean squared distance over features; the row's own norm is the same for every class.
+        # Minus half the mean squared distance over features; the row's own norm is the same for
+        # every class.
         similar = (rows @ means.T - 0.5 * (means**2).sum(1)) / np.sqrt(rows.shape[1])
     decision = CENTROID_TEMPERATURE[spec.metric] * similar.astype(np.float64)
     decision[:, arrays["present"] == 0] = -np.inf
@@ -385,7 +460,9 @@ def _sums(
         int(number): (
             np.zeros((outputs, dim)),
             np.zeros(dim),
-            np.bincount(target, np.where(fold == number, weight, 0.0), minlength=outputs).astype(np.float64),
+            np.bincount(target, np.where(fold == number, weight, 0.0), minlength=outputs).astype(
+                np.float64
+            ),
         )
         for number in np.unique(fold)
     }

@@ -1,11 +1,12 @@
 """One pass of logistic heads over the rows of their tiles: losses and gradients.
 
-A heads, C classes (rows of a head: C for a softmax, 1 for a sigmoid), c = C - 1 columns of a head (1 for a sigmoid), n rows
-of a tile, W coordinates of a row as tiles have them.
+A heads, C classes (rows of a head: C for a softmax, 1 for a sigmoid), c = C - 1 columns of a head
+(1 for a sigmoid), n rows of a tile, W coordinates of a row as tiles have them.
 
-A pass has the heads' weights for all tiles and adds up their gradients: `add(tile)` returns the losses (A',) float64 of the
-heads that see the tile, `gradient()` the sums (A, c, W). A tile is seen by the heads of some folds only: `seen` says of which
-heads (A',), by a tile's folds. Which class of pass it is is a matter of speed.
+A pass has the heads' weights for all tiles and adds up their gradients: `add(tile)` returns the
+losses (A',) float64 of the heads that see the tile, `gradient()` the sums (A, c, W). A tile is seen
+by the heads of some folds only: `seen` says of which heads (A',), by a tile's folds. Which class of
+pass it is is a matter of speed.
 """
 
 from collections.abc import Callable
@@ -24,7 +25,8 @@ from headrace.heads.loss import sigmoid_loss, softmax_loss
 Array = npt.NDArray[Any]
 NEAR_BYTES = 1 << 20  # of the second cache, for weights and gradients
 Seen = dict[tuple[int, ...], npt.NDArray[np.intp]]
-# (tile, its values, weights, labels, row weights) -> losses and gradient, somewhere else than in NumPy
+# (tile, its values, weights, labels, row weights) -> losses and gradient, somewhere else than in
+# NumPy
 Elsewhere = Callable[[Tile, Array, Array, Array | None, Array | None], tuple[Array, Array]]
 
 
@@ -51,7 +53,9 @@ class Weighting:
 
 
 class PlainPass:
-    """The pass in NumPy, any float type; the products, the losses and the products back one after the other."""
+    """The pass in NumPy, any float type; the products, the losses and the products back one after
+    the other.
+    """
 
     def __init__(
         self,
@@ -62,7 +66,12 @@ class PlainPass:
         seen: Seen,
         elsewhere: Elsewhere | None,
     ) -> None:
-        self.design, self.weighting, self.lines, self.elsewhere = design, weighting, lines, elsewhere
+        self.design, self.weighting, self.lines, self.elsewhere = (
+            design,
+            weighting,
+            lines,
+            elsewhere,
+        )
         self.shape, self.dtype, self.seen = u.shape, u.dtype, seen
         # Class first: a reduction over classes is then a sum of contiguous runs.
         self.weights = {
@@ -84,7 +93,11 @@ class PlainPass:
             return loss
         decision = np.empty((rows, len(lines), n), weights.dtype)
         np.matmul(weights, across, out=decision[:columns].reshape(-1, n))
-        loss = softmax_loss(decision, tile.bounds, weight) if own is None else sigmoid_loss(decision, own, weight)
+        loss = (
+            softmax_loss(decision, tile.bounds, weight)
+            if own is None
+            else sigmoid_loss(decision, own, weight)
+        )
         self.totals[tile.folds] += decision[:columns].reshape(-1, n) @ values
         return loss
 
@@ -107,7 +120,8 @@ class Group:
 
 
 class CompiledPass:
-    """The same in float32, compiled: a row is read once, and decisions never leave the nearer caches.
+    """The same in float32, compiled: a row is read once, and decisions never leave the nearer
+    caches.
 
     Threads share a tile by rows; each has its own sums, which are added in order.
     """
@@ -129,22 +143,29 @@ class CompiledPass:
 
         def group(some: npt.NDArray[np.intp]) -> Group:
             packed = compiled.packed(u[some].reshape(-1, width))
-            return Group(some, packed, [compiled.room(len(some) * columns, width) for _ in range(parts)])
+            return Group(
+                some, packed, [compiled.room(len(some) * columns, width) for _ in range(parts)]
+            )
 
-        # Heads that pass over a tile together: their weights and gradients stay in the second cache from block to block.
+        # Heads that pass over a tile together: their weights and gradients stay in the second cache
+        # from block to block.
         most = max(NEAR_BYTES // (8 * columns * width), 1)
         self.groups: dict[tuple[int, ...], list[Group]]
         if most == 1 or columns >= COLUMNS_OF_A_WIDE_HEAD:
             # A head that is wide by itself is laid out once for all tiles.
             alone = [group(np.array([head])) for head in range(heads)]
-            self.groups = {folds: [alone[head] for head in own.tolist()] for folds, own in seen.items()}
+            self.groups = {
+                folds: [alone[head] for head in own.tolist()] for folds, own in seen.items()
+            }
         else:
             self.groups = {
                 folds: [group(some) for some in np.array_split(own, -(-len(own) // most))]
                 for folds, own in seen.items()
             }
         plain = bool((weighting.multipliers[lines] == 1).all())
-        self.multiplier = None if plain else np.ascontiguousarray(weighting.multipliers[lines], np.float32)
+        self.multiplier = (
+            None if plain else np.ascontiguousarray(weighting.multipliers[lines], np.float32)
+        )
 
     def add(self, tile: Tile) -> Array:
         """Losses (A',) float64 on a tile, whose part of the gradients is kept."""
@@ -177,7 +198,10 @@ class CompiledPass:
         return np.asarray(losses[:, self.seen[tile.folds]].sum(axis=0))
 
     def _labels(self, tile: Tile, group: Group) -> npt.NDArray[np.int32]:
-        """What a group's heads learn of a tile's rows: (n,) classes, or (a, n) 0 and 1 for sigmoids."""
+        """What a group's heads learn of a tile's rows:
+
+        (n,) classes, or (a, n) 0 and 1 for sigmoids.
+        """
         if self.weighting.rows > 1:
             return tile.classes
         return tile.labels[self.weighting.labels[self.lines[group.heads]]].astype(np.int32)
@@ -198,5 +222,10 @@ class CompiledPass:
 
 
 def blas_threads() -> int:
-    """How many threads BLAS may use here: a worker of a run is given one, a notebook has all cores."""
-    return max((int(pool["num_threads"]) for pool in threadpool_info() if pool["user_api"] == "blas"), default=1)
+    """How many threads BLAS may use here: a worker of a run is given one, a notebook
+    has all cores.
+    """
+    return max(
+        (int(pool["num_threads"]) for pool in threadpool_info() if pool["user_api"] == "blas"),
+        default=1,
+    )

@@ -1,4 +1,7 @@
-"""One trained head as a directory: head.safetensors with its arrays, head.json with what they mean. No pickle."""
+"""One trained head as a directory: head.safetensors with its arrays, head.json with what they mean.
+
+No pickle.
+"""
 
 import json
 import shlex
@@ -25,8 +28,10 @@ WEIGHTS = "head.safetensors"
 DESCRIPTION = "head.json"
 
 WRITE_AGAIN = (
-    "In a run's directory, `headrace run RECIPE` writes it again, and trains nothing for that; an exported model is written "
-    "again by `headrace export RUN FOLDER --format safetensors --force`, one that was copied by copying it again"
+    "In a run's directory, `headrace run RECIPE` writes it again, and trains nothing for that; "
+    "an exported model is written "
+    "again by `headrace export RUN FOLDER --format safetensors --force`, one that was copied "
+    "by copying it again"
 )
 
 
@@ -35,7 +40,9 @@ class BadHeadFile(HeadraceError, ValueError):
 
 
 class CodeNotTrusted(HeadraceError, ValueError):
-    """A file asks for code, or a file, that its reader has not allowed: says what, and the option to type."""
+    """A file asks for code, or a file, that its reader has not allowed: says what, and the option
+    to type.
+    """
 
 
 @dataclass(frozen=True)
@@ -50,13 +57,16 @@ class TrainedHead:
     ]  # the feature sets whose rows are concatenated, in order; views of one stand together
     metrics: dict[str, float]
     arrays: Arrays
-    # The network behind each of `features`, as fields of extract's BackboneSpec; None where it is not known.
+    # The network behind each of `features`, as fields of extract's BackboneSpec; None where it is
+    # not known.
     backbones: tuple[Mapping[str, Any] | None, ...] = ()
     temperature: float = 1.0  # its log-odds are divided by it; see heads/temperature.py
 
     def predict_proba(self, X: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-        """(n, C) float32 probabilities of features X (n, D) in the order of `classes`, at its temperature; for regression
-        the values. Of a head trained on several views, the temperature is meant for the mean of predictions at 1."""
+        """(n, C) float32 probabilities of features X (n, D) in the order of `classes`, at its
+        temperature; for regression the values. Of a head trained on several views, the temperature
+        is meant for the mean of predictions at 1.
+        """
         return predict_head(self.spec, self.arrays, X, self.task_kind, self.temperature)
 
     def predict(self, X: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -79,16 +89,19 @@ def save_head(
     backbones: Sequence[Mapping[str, Any] | None] | None = None,
     temperature: float = 1.0,
 ) -> Path:
-    """Write head.safetensors and head.json into `directory`, replacing a head that is there; returns the first's path.
+    """Write head.safetensors and head.json into `directory`, replacing a head that is there;
+    returns the first's path.
 
-    backbones: as `TrainedHead.backbones`, one for each of `features`; without them the head predicts from features only.
-    temperature: what `fit_temperature` makes of its out-of-fold predictions.
-    The arrays come first and hold the description too, so that a kill in between leaves a whole head.
-    Raises CannotPredict for a head without arrays.
+    backbones: as `TrainedHead.backbones`, one for each of `features`; without them the head
+    predicts from features only.
+    temperature: what `fit_temperature` makes of its out-of-fold predictions. The arrays come first
+    and hold the description too, so that a kill in between leaves a whole head. Raises
+    CannotPredict for a head without arrays.
     """
     if not arrays:
         raise CannotPredict(
-            f"this {spec.kind} head has no arrays to save: save the head trained on all rows (fold {FULL})"
+            f"this {spec.kind} head has no arrays to save: save the head trained on all "
+            f"rows (fold {FULL})"
         )
     made_by = list(backbones) if backbones is not None else [None] * len(features)
     assert len(made_by) == len(features)
@@ -115,11 +128,14 @@ def save_head(
 
 
 def load_head(directory: Path | str, *, trust_code: Collection[str] = ()) -> TrainedHead:
-    """Read what `save_head` wrote. The description inside the safetensors file counts, the .json is for people.
+    """Read what `save_head` wrote.
 
-    A scikit-learn head names its estimator by import path, and is fitted again when it predicts. Those of scikit-learn itself
-    with values for parameters need no asking; any other is only loaded where `trust_code` names it ("module:Class").
-    Raises BadHeadFile, also where one byte is not the one that was written; CodeNotTrusted, before anything is imported.
+    The description inside the safetensors file counts, the .json is for people.
+
+    A scikit-learn head names its estimator by import path, and is fitted again when it predicts.
+    Those of scikit-learn itself with values for parameters need no asking; any other is only loaded
+    where `trust_code` names it ("module:Class"). Raises BadHeadFile, also where one byte is not the
+    one that was written; CodeNotTrusted, before anything is imported.
     """
     path = Path(directory) / WEIGHTS
     if not path.exists():
@@ -131,66 +147,101 @@ def load_head(directory: Path | str, *, trust_code: Collection[str] = ()) -> Tra
         arrays = load(data)
         if description["format"] not in (1, FORMAT):
             raise BadHeadFile(
-                f"{path}: format {description['format']}, this version of headrace reads {FORMAT}: update headrace"
+                f"{path}: format {description['format']}, this version of headrace reads "
+                f"{FORMAT}: update headrace"
             )
         spec = spec_from_json(json.dumps(description["spec"]))
         check_outputs(description["task_kind"], description["classes"])
         if isinstance(spec, SklearnSpec):
             from headrace.heads.sklearn_bank import estimator_code
 
-            require_trusted(estimator_code(spec), path.parent, {code_name(name) for name in trust_code})
+            require_trusted(
+                estimator_code(spec), path.parent, {code_name(name) for name in trust_code}
+            )
         # Heads of earlier versions have none.
         backbones = tuple(description.get("backbones") or [None] * len(description["features"]))
         if len(backbones) != len(description["features"]):
-            raise ValueError(f"it names {len(backbones)} networks for {len(description['features'])} feature sets")
+            raise ValueError(
+                f"it names {len(backbones)} networks for {len(description['features'])} "
+                "feature sets"
+            )
         return TrainedHead(
             spec=spec,
             task_kind=cast(TaskKind, description["task_kind"]),
             classes=tuple(description["classes"]),
-            features=tuple(FeatureSpec.from_json(json.dumps(feature)) for feature in description["features"]),
+            features=tuple(
+                FeatureSpec.from_json(json.dumps(feature)) for feature in description["features"]
+            ),
             metrics={name: float(value) for name, value in description["metrics"].items()},
             arrays=arrays,
             backbones=backbones,
             temperature=check_temperature(description.get("temperature", 1.0)),
         )
     except SealBroken as error:
-        raise BadHeadFile(f"{path} has changed since it was written: {error}. {WRITE_AGAIN}") from error
+        raise BadHeadFile(
+            f"{path} has changed since it was written: {error}. {WRITE_AGAIN}"
+        ) from error
     # ValueError: also no JSON and no UTF-8
-    except (SafetensorError, KeyError, TypeError, AttributeError, ValueError, RecursionError, ArithmeticError) as error:
+    except (
+        SafetensorError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        ValueError,
+        RecursionError,
+        ArithmeticError,
+    ) as error:
         if isinstance(error, HeadraceError):
             raise
-        raise BadHeadFile(f"{path} is not a saved head ({type(error).__name__}: {error}). {WRITE_AGAIN}") from error
+        raise BadHeadFile(
+            f"{path} is not a saved head ({type(error).__name__}: {error}). {WRITE_AGAIN}"
+        ) from error
 
 
 def check_temperature(value: object) -> float:
-    """The number that a file of a model has for its temperature. Raises ValueError unless float32 log-odds can be divided by it."""
+    """The number that a file of a model has for its temperature.
+
+    Raises ValueError unless float32 log-odds can be divided by it.
+    """
     temperature = float(cast(Any, value))
     if not 1e-6 <= temperature <= 1e6:
-        raise ValueError(f"its temperature is {temperature}, expected a number above 0, from 1e-6 to 1e6")
+        raise ValueError(
+            f"its temperature is {temperature}, expected a number above 0, from 1e-6 to 1e6"
+        )
     return temperature
 
 
 def check_outputs(task_kind: object, classes: object) -> None:
-    """Raise ValueError unless they are a kind of task and a list of names, as a file of a model should have them."""
+    """Raise ValueError unless they are a kind of task and a list of names, as a file of a model
+    should have them.
+    """
     if task_kind not in get_args(TaskKind):
-        raise ValueError(f"its task is {task_kind!r}, expected one of {', '.join(get_args(TaskKind))}")
+        raise ValueError(
+            f"its task is {task_kind!r}, expected one of {', '.join(get_args(TaskKind))}"
+        )
     if not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
         raise ValueError(f"its classes are {str(classes)[:60]}, expected a list of names")
 
 
 def require_trusted(code: str | None, place: Path, trusted: Collection[str]) -> None:
-    """Raise CodeNotTrusted unless `code`, as `code_name` writes it, is trusted or None. place: the model that asks for it."""
+    """Raise CodeNotTrusted unless `code`, as `code_name` writes it, is trusted or None. place: the
+    model that asks for it.
+    """
     if code is None or code in trusted:
         return
     raise CodeNotTrusted(
-        f"{place} asks for code: {code} would be imported and called in this process, and could do whatever you can: read, "
-        "change and send files. Nothing was imported. If you know that code and where the model comes from, type: "
+        f"{place} asks for code: {code} would be imported and called in this process, and "
+        "could do whatever you can: read, "
+        "change and send files. Nothing was imported. If you know that code and where the "
+        "model comes from, type: "
         f"--trust-code {shlex.quote(code)} (in Python: trust_code=[{code!r}])"
     )
 
 
 def code_name(name: str) -> str:
-    """ "module:function", also where a class is named by its import path, "module.Class"; a path with slashes as it is."""
+    """ "module:function", also where a class is named by its import path, "module.Class"; a path
+    with slashes as it is.
+    """
     if ":" in name or "/" in name or "." not in name:
         return name
     module, _, last = name.rpartition(".")

@@ -1,7 +1,8 @@
-"""A support vector machine with a Gaussian kernel for wide features: the kernel is one matrix product.
+"""A support vector machine with a Gaussian kernel for wide features: the kernel is one matrix
+product.
 
-scikit-learn's `SVC(kernel="rbf")` takes one dot product per pair of rows; on 1,500 rows of 12,000 features the product of
-all pairs at once is many times faster, and the machine is the same.
+scikit-learn's `SVC(kernel="rbf")` takes one dot product per pair of rows; on 1,500 rows of 12,000
+features the product of all pairs at once is many times faster, and the machine is the same.
 """
 
 from typing import Any, Self

@@ -1,15 +1,17 @@
-"""A bank's results: one HDF5 file, published whole, read by what ranks, predicts and combines. No pickle.
+"""A bank's results: one HDF5 file, published whole, read by what ranks, predicts and combines.
+
+No pickle.
 
 K heads (spec × fold), N rows, C outputs.
 
-Layout: the root's attributes hold the format's number and one JSON text that is true of the whole bank; `specs`,
-`errors` and `metric_names` are UTF-8 texts; one array (K,) or (K, M) per column of the table; `ids`, `content`, `fold`,
-`target` describe the N rows; `head/<k>/arrays/<name>` and `head/<k>/validation` (n_held_out, C) float32. Heads that
-share an array (a neighbour search is its training rows) share one data set by hard link. Soft and external links are
-refused.
+Layout: the root's attributes hold the format's number and one JSON text that is true of the whole
+bank; `specs`, `errors` and `metric_names` are UTF-8 texts; one array (K,) or (K, M) per column of
+the table; `ids`, `content`, `fold`, `target` describe the N rows; `head/<k>/arrays/<name>` and
+`head/<k>/validation` (n_held_out, C) float32. Heads that share an array (a neighbour search is its
+training rows) share one data set by hard link. Soft and external links are refused.
 
-The HDF5 user block, the first 4096 bytes, holds the XXH3-128 of all bytes behind it, as a shard's does: a process checks
-it once per file, so that no flipped bit is ever read as a number.
+The HDF5 user block, the first 4096 bytes, holds the XXH3-128 of all bytes behind it, as a shard's
+does: a process checks it once per file, so that no flipped bit is ever read as a number.
 """
 
 import io
@@ -65,9 +67,9 @@ def results_bytes(
 ) -> bytes:
     """The results file of a bank.
 
-    task: the rows that were trained on, in order. task_digest: of the task as it was given. metrics: one mapping per
-    fit, empty where it has no held-out rows. features: {"fingerprint", "spec"} per feature set. dropped: ids of rows
-    without features.
+    task: the rows that were trained on, in order. task_digest: of the task as it was given.
+    metrics: one mapping per fit, empty where it has no held-out rows. features: {"fingerprint",
+    "spec"} per feature set. dropped: ids of rows without features.
     """
     names = metric_names(task.kind)
     about = {
@@ -85,10 +87,13 @@ def results_bytes(
         file["specs"] = np.array([spec_to_json(fit.spec) for fit in fits], dtype=text)
         file["errors"] = np.array([fit.error or "" for fit in fits], dtype=text)
         file["metric_names"] = np.array(names, dtype=text)
-        file["metrics"] = np.array([[own.get(name, np.nan) for name in names] for own in metrics], np.float64)
+        file["metrics"] = np.array(
+            [[own.get(name, np.nan) for name in names] for own in metrics], np.float64
+        )
         for column in COLUMNS:
             file[column] = np.array(
-                [getattr(fit, column) for fit in fits], np.int64 if column in ("fold", "iterations") else np.float64
+                [getattr(fit, column) for fit in fits],
+                np.int64 if column in ("fold", "iterations") else np.float64,
             )
         file["ids"] = np.array(task.ids.astype(object), dtype=text)
         file["content"], file["row_fold"], file["target"] = task.content, task.fold, task.target
@@ -108,19 +113,27 @@ def results_bytes(
 
 
 def sealed(file: bytes | memoryview) -> bytes:
-    """An HDF5 file with a user block of 4096 bytes, the block now naming the digest of what is behind it."""
+    """An HDF5 file with a user block of 4096 bytes, the block now naming the digest of what is
+    behind it.
+    """
     body = memoryview(file)[USER_BLOCK_BYTES:]
     return b"".join((_user_block(xxhash.xxh3_128_hexdigest(body)), body))
 
 
 def _user_block(digest: str) -> bytes:
-    text = f"headrace bank results\nxxh3_128 {digest}\nof all bytes from {USER_BLOCK_BYTES} on; the rest is HDF5\n"
+    text = (
+        f"headrace bank results\nxxh3_128 {digest}\nof all bytes from {USER_BLOCK_BYTES} on; "
+        "the rest is HDF5\n"
+    )
     return text.encode().ljust(USER_BLOCK_BYTES - 1, b" ") + b"\n"
 
 
 @dataclass(frozen=True)
 class BankResult:
-    """What a results file says. Opened anew for each large array, so that it holds no handle and can be pickled."""
+    """What a results file says.
+
+    Opened anew for each large array, so that it holds no handle and can be pickled.
+    """
 
     path: Path
     task: str  # digest of the task
@@ -132,18 +145,27 @@ class BankResult:
     content: npt.NDArray[np.bytes_]  # (N,)
     fold: npt.NDArray[np.int16]  # (N,) as in Task.fold
     target: npt.NDArray[Any]  # as in Task.target
-    table: (
-        pd.DataFrame
-    )  # one row per head: kind, spec (JSON), fold, the metrics, objective, gap, iterations, seconds, error
+    # one row per head: kind, spec (JSON), fold, the metrics, objective, gap, iterations, seconds,
+    # error
+    table: pd.DataFrame
 
     def arrays(self, spec: HeadSpec | str, fold: int = FULL) -> Arrays:
-        """The arrays that `predict_head` needs; empty where a head stores none. Raises BadResults for no such head."""
+        """The arrays that `predict_head` needs; empty where a head stores none.
+
+        Raises BadResults for no such head.
+        """
         with _open(self.path) as file:
             group = file[f"head/{self.place(spec, fold)}"]
-            return {name: group["arrays"][name][()] for name in group["arrays"]} if "arrays" in group else {}
+            return (
+                {name: group["arrays"][name][()] for name in group["arrays"]}
+                if "arrays" in group
+                else {}
+            )
 
     def validation(self, spec: HeadSpec | str, fold: int) -> npt.NDArray[np.float32] | None:
-        """(n_held_out, C) predictions of the rows of that fold, in the order of `ids`; None where there are none."""
+        """(n_held_out, C) predictions of the rows of that fold, in the order of `ids`; None where
+        there are none.
+        """
         with _open(self.path) as file:
             group = file[f"head/{self.place(spec, fold)}"]
             return group["validation"][()] if "validation" in group else None
@@ -153,8 +175,9 @@ class BankResult:
         return np.flatnonzero(self.fold == fold)
 
     def out_of_fold(self, spec: HeadSpec | str) -> npt.NDArray[np.float32]:
-        """(N, C) each row predicted by the head that did not train on it; nan for rows that are never held out and for
-        those of a fold whose head failed."""
+        """(N, C) each row predicted by the head that did not train on it; nan for rows that are
+        never held out and for those of a fold whose head failed.
+        """
         folds = sorted(int(number) for number in np.unique(self.fold[self.fold >= 0]))
         parts = [(number, self.validation(spec, number)) for number in folds]
         found = [(number, part) for number, part in parts if part is not None]
@@ -165,14 +188,19 @@ class BankResult:
         return predicted
 
     def out_of_fold_stack(self, specs: Sequence[str]) -> npt.NDArray[np.float32]:
-        """(K, N, C) `out_of_fold` of many specs (as JSON) at once: the file is opened once, not once per fold."""
-        folds = [(number, self.rows(number)) for number in range(int(self.fold.max(initial=-1)) + 1)]
+        """(K, N, C) `out_of_fold` of many specs (as JSON) at once: the file is opened once, not
+        once per fold.
+        """
+        folds = [
+            (number, self.rows(number)) for number in range(int(self.fold.max(initial=-1)) + 1)
+        ]
         stack: npt.NDArray[np.float32] | None = None
         with _open(self.path) as file:
             heads = file["head"].id
             for position, spec in enumerate(specs):
                 for number, rows in folds:
-                    # HDF5 itself: through h5py's objects ten thousand heads take three times as long.
+                    # HDF5 itself: through h5py's objects ten thousand heads take three times as
+                    # long.
                     group = h5py.h5g.open(heads, str(self.place(spec, number)).encode())
                     if not group.links.exists(b"validation"):
                         continue
@@ -180,7 +208,9 @@ class BankResult:
                     part = np.empty(stored.shape, np.float32)
                     stored.read(h5py.h5s.ALL, h5py.h5s.ALL, part)
                     if stack is None:
-                        stack = np.full((len(specs), len(self.fold), part.shape[1]), np.nan, np.float32)
+                        stack = np.full(
+                            (len(specs), len(self.fold), part.shape[1]), np.nan, np.float32
+                        )
                     stack[position, rows] = part
         if stack is None:
             return np.full((len(specs), len(self.fold), len(self.classes)), np.nan, np.float32)
@@ -191,7 +221,8 @@ class BankResult:
         text = spec if isinstance(spec, str) else spec_to_json(spec)
         if (text, fold) not in self._places:
             raise BadResults(
-                f"{self.path} has no head {text} of fold {fold}: it has {self.table['spec'].nunique()} specs, folds "
+                f"{self.path} has no head {text} of fold {fold}: it has "
+                f"{self.table['spec'].nunique()} specs, folds "
                 f"{sorted(self.table['fold'].unique().tolist())}"
             )
         return self._places[text, fold]
@@ -211,7 +242,9 @@ def read_bank(path: Path | str) -> BankResult:
     with _open(path) as file:
         about = json.loads(file.attrs["headrace"])
         specs = [text.decode() for text in file["specs"][()]]
-        kinds = {text: spec_from_json(text).kind for text in set(specs)}  # each spec is there once per fold
+        kinds = {
+            text: spec_from_json(text).kind for text in set(specs)
+        }  # each spec is there once per fold
         columns: dict[str, Any] = {
             "kind": [kinds[text] for text in specs],
             "spec": specs,
@@ -239,7 +272,9 @@ def read_bank(path: Path | str) -> BankResult:
 
 
 def remove_damaged(path: Path | str) -> bool:
-    """Remove a results file whose bytes are not those that were written, where it only saves time; whether one was removed."""
+    """Remove a results file whose bytes are not those that were written, where it only saves time;
+    whether one was removed.
+    """
     try:
         _check(Path(path))
     except FileNotFoundError:
@@ -254,7 +289,9 @@ def remove_damaged(path: Path | str) -> bool:
 
 @contextmanager
 def _open(path: Path) -> Iterator[h5py.File]:
-    """The file, whole and self-contained; whatever else keeps it from being read is a BadResults."""
+    """The file, whole and self-contained; whatever else keeps it from being read is a
+    BadResults.
+    """
     while True:
         state = _check(path)
         try:
@@ -267,7 +304,10 @@ def _open(path: Path) -> Iterator[h5py.File]:
     with file:
         try:
             if (found := int(file.attrs.get("format", 0))) != FORMAT:
-                raise BadResults(f"{path} has format {found}, this version of headrace reads {FORMAT}: {_remove(path)}")
+                raise BadResults(
+                    f"{path} has format {found}, this version of headrace reads {FORMAT}: "
+                    f"{_remove(path)}"
+                )
             if _checked.get(path) != state:
                 _refuse_links(file, path)
                 _checked[path] = state
@@ -275,11 +315,16 @@ def _open(path: Path) -> Iterator[h5py.File]:
         except BadResults:
             raise
         except (LookupError, TypeError, ValueError, AttributeError, OSError, RuntimeError) as error:
-            raise BadResults(f"{path} is not a bank's results of this version ({error}): {_remove(path)}") from error
+            raise BadResults(
+                f"{path} is not a bank's results of this version ({error}): {_remove(path)}"
+            ) from error
 
 
 def _check(path: Path) -> _State:
-    """What the file is now, its bytes being those that were written. Read whole unless this process has done so."""
+    """What the file is now, its bytes being those that were written.
+
+    Read whole unless this process has done so.
+    """
     state = _state(path)
     if _checked.get(path) == state:
         return state
@@ -289,19 +334,24 @@ def _check(path: Path) -> _State:
         raise _Unreadable(str(error)) from error
     if block.startswith(_HDF5):
         raise BadResults(
-            f"{path} has no digest: it is of format 1 or not a bank's results, this version of headrace reads format "
+            f"{path} has no digest: it is of format 1 or not a bank's results, this version of "
+            "headrace reads format "
             f"{FORMAT}: {_remove(path)}"
         )
     if block != _user_block(digest):
         raise BadResults(
-            f"{path} is not a bank's results, or its bytes have changed since they were written (their digest is "
+            f"{path} is not a bank's results, or its bytes have changed since they were "
+            "written (their digest is "
             f"{digest}): {_remove(path)}"
         )
     return state
 
 
 def _remove(path: Path) -> str:
-    return f"type `rm {shlex.quote(str(path))}`, and the next `headrace run RECIPE` trains that bank again"
+    return (
+        f"type `rm {shlex.quote(str(path))}`, and the next `headrace run RECIPE` trains that "
+        "bank again"
+    )
 
 
 def _state(path: Path) -> _State:
@@ -313,7 +363,8 @@ def _state(path: Path) -> _State:
 
 
 def _refuse_links(file: h5py.File, path: Path) -> None:
-    # HDF5 walks through the file by itself, along hard links: h5py's objects take ten times as long for ten thousand heads.
+    # HDF5 walks through the file by itself, along hard links: h5py's objects take ten times as long
+    # for ten thousand heads.
     def is_odd(name: bytes, info: Any) -> str | None:
         return None if info.type == h5py.h5l.TYPE_HARD else name.decode(errors="replace")
 
@@ -325,8 +376,12 @@ def _refuse_links(file: h5py.File, path: Path) -> None:
         return name.decode(errors="replace") if outside else None
 
     if odd := file.id.links.visit(is_odd, info=True):
-        raise BadResults(f"{path}: /{odd} is a link out of the file, which headrace never writes: nothing was read")
+        raise BadResults(
+            f"{path}: /{odd} is a link out of the file, which headrace never writes: "
+            "nothing was read"
+        )
     if elsewhere := h5py.h5o.visit(file.id, is_elsewhere, info=True):
         raise BadResults(
-            f"{path}: /{elsewhere} is stored in another file, which headrace never writes: nothing was read"
+            f"{path}: /{elsewhere} is stored in another file, which headrace never writes: "
+            "nothing was read"
         )

@@ -1,7 +1,8 @@
 """From features to the coordinates that a logistic bank solves in, and back.
 
-D features, R coordinates, n rows, F folds. With v a head's weights of scaled features and u those of its coordinates, a row z's
-decision is z . v = y . u, y the rotated row, and the penalty of v is that of u.
+D features, R coordinates, n rows, F folds. With v a head's weights of scaled features and u those
+of its coordinates, a row z's decision is z . v = y . u, y the rotated row, and the penalty of v is
+that of u.
 """
 
 from collections.abc import Iterator
@@ -40,8 +41,9 @@ class Rotation:
 
 @dataclass(frozen=True)
 class OwnScales:
-    """A rotation behind each fold's own scales, r (D,) over the common ones: v = r^-1 Q u, so that what is penalised, |r v|, is
-    |u|. A fold's rows z are z r^-1 Q, which are copies of its own."""
+    """A rotation behind each fold's own scales, r (D,) over the common ones: v = r^-1 Q u, so that
+    what is penalised, |r v|, is |u|. A fold's rows z are z r^-1 Q, which are copies of its own.
+    """
 
     rotation: Rotation
     ratio: dict[int, Array]  # fold -> r
@@ -72,12 +74,14 @@ class OwnScales:
 
 @dataclass(frozen=True)
 class Basis:
-    """Coordinates in the span of a fold's rows S = (Z - c) r^-1, c (D,) their mean and r (D,) the ratio of the fold's scales to
-    the common ones. Not centred on their own mean, n rows would have a direction along which they all have the same decision,
-    which the intercept undoes: an optimum that hardly curves, and that no diagonal sees.
+    """Coordinates in the span of a fold's rows S = (Z - c) r^-1, c (D,) their mean and r (D,) the
+    ratio of the fold's scales to the common ones. Not centred on their own mean, n rows would have
+    a direction along which they all have the same decision, which the intercept undoes: an optimum
+    that hardly curves, and that no diagonal sees.
 
-    S S' = L L' with L (n, R), lower triangular in its pivots' order; the rows' coordinates are Y = L V, V orthogonal. Of all v
-    with the decisions (Z - c) v = Y u, the least penalised, |r v| = |u|, is r^-1 S' a with a on the R pivots: L' a = V u there.
+    S S' = L L' with L (n, R), lower triangular in its pivots' order; the rows' coordinates are Y =
+    L V, V orthogonal. Of all v with the decisions (Z - c) v = Y u, the least penalised, |r v| =
+    |u|, is r^-1 S' a with a on the R pivots: L' a = V u there.
     """
 
     pivots: npt.NDArray[np.intp]  # (R,) rows of the span
@@ -90,11 +94,17 @@ class Basis:
     def combination(self, u: Array) -> Array:
         """a (k, R) float64 of u (k, R)."""
         turned = turn(self.reflectors, self.lengths, u.T.astype(np.float64), side="L")
-        return np.asarray(scipy.linalg.solve_triangular(self.root, turned, lower=True, trans=1, check_finite=False).T)
+        return np.asarray(
+            scipy.linalg.solve_triangular(
+                self.root, turned, lower=True, trans=1, check_finite=False
+            ).T
+        )
 
     def back(self, decisions: Array) -> Array:
         """u (k, R) float64 of decisions (k, R) on the pivots."""
-        inside = scipy.linalg.solve_triangular(self.root, decisions.T, lower=True, check_finite=False)
+        inside = scipy.linalg.solve_triangular(
+            self.root, decisions.T, lower=True, check_finite=False
+        )
         return np.asarray(turn(self.reflectors, self.lengths, inside, side="L", transposed=True).T)
 
 
@@ -104,11 +114,15 @@ class Span:
 
     rows: Array  # Z, in the design's type
     bases: dict[int, Basis]  # by fold
-    exact: np.dtype[Any]  # float64 where directions are hardly there: divided by next to nothing, they cancel
+    exact: np.dtype[
+        Any
+    ]  # float64 where directions are hardly there: divided by next to nothing, they cancel
 
     @property
     def rank(self) -> int:
-        """R of the largest basis: the others' coordinates are followed by some that are always zero."""
+        """R of the largest basis: the others' coordinates are followed by some that are always
+        zero.
+        """
         return int(max(len(basis.pivots) for basis in self.bases.values()))
 
     def out(self, u: Array, folds: Array) -> Array:
@@ -147,12 +161,18 @@ class Span:
                 yield own, basis
 
 
-def turn(reflectors: Array, lengths: Array, values: Array, *, side: str, transposed: bool = False) -> Array:
-    """V values (side "L") or values V ("R"), V' for V where transposed, of V as LAPACK's geqrf leaves it."""
+def turn(
+    reflectors: Array, lengths: Array, values: Array, *, side: str, transposed: bool = False
+) -> Array:
+    """V values (side "L") or values V ("R"), V' for V where transposed, of V as LAPACK's geqrf
+    leaves it.
+    """
     if not values.size or not lengths.size:
         return values
     (multiply,) = scipy.linalg.get_lapack_funcs(("ormqr",), (reflectors, values))
     room = 64 * max(values.shape)
-    turned, _, info = multiply(side, "T" if transposed else "N", reflectors, lengths, values, lwork=room)
+    turned, _, info = multiply(
+        side, "T" if transposed else "N", reflectors, lengths, values, lwork=room
+    )
     assert info == 0
     return np.asarray(turned)

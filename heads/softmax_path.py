@@ -1,12 +1,13 @@
 """Whole regularisation paths of logistic heads on one design, all folds and class weights at once.
 
-A heads in flight, C classes (rows of a head: C for a softmax, 1 for a sigmoid), R + 1 coordinates (the intercept last),
-n rows of a tile.
+A heads in flight, C classes (rows of a head: C for a softmax, 1 for a sigmoid), R + 1 coordinates
+(the intercept last), n rows of a tile.
 
-A line is heads that differ in strength only. Along a line every second strength is solved in turn, from strong to weak,
-each start extrapolated in log C from the line's previous solutions; the heads between are interpolated. Heads of all lines
-are in flight together, and one that is done makes room for the next. A head takes over the curvature pairs of its nearest
-solved neighbour, corrected for the new strength (`Flight.carried`).
+A line is heads that differ in strength only. Along a line every second strength is solved in turn,
+from strong to weak, each start extrapolated in log C from the line's previous solutions; the heads
+between are interpolated. Heads of all lines are in flight together, and one that is done makes room
+for the next. A head takes over the curvature pairs of its nearest solved neighbour, corrected for
+the new strength (`Flight.carried`).
 """
 
 import math
@@ -28,8 +29,8 @@ MOST_ITERATIONS = 600
 COLUMNS_IN_FLIGHT = 512
 # Streamed rows are worth more columns a pass than one head of each line has, even for more passes.
 COLUMNS_WORTH_A_PASS, MOST_CHAINS = 24, 4
-# In memory it pays for sigmoids, whose heads are one column each: five folds and twenty strengths take 0.55 s instead of 0.85.
-# A softmax head is wide enough, and needs its neighbours more.
+# In memory it pays for sigmoids, whose heads are one column each: five folds and twenty strengths
+# take 0.55 s instead of 0.85. A softmax head is wide enough, and needs its neighbours more.
 MOST_CHAINS_IN_MEMORY = 2
 
 
@@ -55,10 +56,13 @@ def solve_lines(
     starts: dict[tuple[int, float], Array] | None = None,
     device: str = "cpu",
 ) -> dict[tuple[int, float], Solution]:
-    """Solutions by (line, mu). `rows` is C for softmax lines (all with label -1) and 1 for sigmoid lines.
+    """Solutions by (line, mu).
 
-    deadline, in time.monotonic() seconds, ends the iterations early; every bound stays true. starts: points (C, R + 1)
-    of heads that need not be predicted. device: "cpu" for NumPy, otherwise torch's name of where the products run.
+    `rows` is C for softmax lines (all with label -1) and 1 for sigmoid lines.
+
+    deadline, in time.monotonic() seconds, ends the iterations early; every bound stays true.
+    starts: points (C, R + 1) of heads that need not be predicted. device: "cpu" for NumPy,
+    otherwise torch's name of where the products run.
     """
     began = time.perf_counter()
     batch = Batch(design, lines, rows, device)
@@ -90,23 +94,34 @@ def solve_lines(
             start = starts[head]
         else:
             start = predict_start(solved[i], mu, (rows, design.width), design.dtype)
-        # Between two solved heads a few iterations are left: fewer than a frame of its own would cost.
+        # Between two solved heads a few iterations are left: fewer than a frame of its own would
+        # cost.
         given = None
         if before is not None and head not in paused and min(solved[i]) < mu < max(solved[i]):
             given = before.frame
         flight.load(slot, i, mu, start, paused[head].iterations if head in paused else 0, given)
-        return flight.frames[slot].scaled(start).ravel(), None if before is None else flight.carried(slot, before)
+        return flight.frames[slot].scaled(
+            start
+        ).ravel(), None if before is None else flight.carried(slot, before)
 
     def done(slot: int, stopped: Stopped) -> None:
         i, mu, frame = int(flight.lines[slot]), float(flight.mu[slot]), flight.frames[slot]
         u = frame.unscaled(stopped.point.reshape(flight.shape))
         gradient = frame.unscaled_gradient(stopped.gradient.reshape(flight.shape))
         spent = stopped.iterations + (paused[i, mu].iterations if (i, mu) in paused else 0)
-        # A mean loss near the rounding of one row's loss (which is of the order of 1) says nothing about convergence.
-        meaningful = stopped.value > 1e3 * float(np.finfo(design.dtype).eps) * float(batch.sums[i][:, -1].sum())
+        # A mean loss near the rounding of one row's loss (which is of the order of 1) says nothing
+        # about convergence.
+        meaningful = stopped.value > 1e3 * float(np.finfo(design.dtype).eps) * float(
+            batch.sums[i][:, -1].sum()
+        )
         converged = stopped.converged and meaningful
         now = Solved(u, gradient, stopped.value, stopped.pairs, frame, mu, spent, converged)
-        if stopped.iterations >= ITERATIONS_PER_FRAME and not stopped.ended and spent < MOST_ITERATIONS and not late():
+        if (
+            stopped.iterations >= ITERATIONS_PER_FRAME
+            and not stopped.ended
+            and spent < MOST_ITERATIONS
+            and not late()
+        ):
             paused[i, mu] = now  # go on in a frame made for where it is now
             plan.again(i, mu)
         else:
@@ -132,7 +147,9 @@ def solve_lines(
         batch.threads.shutdown()
     share = (time.perf_counter() - began) / max(sum(solved[i][mu].iterations for i, mu in heads), 1)
     return {
-        (i, mu): Solution(one.u, one.value, bound, one.iterations, share * one.iterations, one.converged)
+        (i, mu): Solution(
+            one.u, one.value, bound, one.iterations, share * one.iterations, one.converged
+        )
         for (i, mu), bound in zip(heads, bounds, strict=True)
         for one in [solved[i][mu]]
     }

@@ -10,9 +10,9 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-# Of MLP and convolution heads: AdamW's own default. Measured on held-out rows of digits, wine, breast_cancer and two made sets,
-# 10 draws of each, hidden 64 and 256, dropout 0 and 0.5: from 0 to 1e-2 accuracies differ by 0.01 points; 1e-1 and 1 lose up to
-# 0.1 points and 0.03 nats.
+# Of MLP and convolution heads: AdamW's own default. Measured on held-out rows of digits, wine,
+# breast_cancer and two made sets, 10 draws of each, hidden 64 and 256, dropout 0 and 0.5: from 0 to
+# 1e-2 accuracies differ by 0.01 points; 1e-1 and 1 lose up to 0.1 points and 0.03 nats.
 WEIGHT_DECAY = 1e-2
 FULL = -1  # "fold" of a head trained on every training row, none held out
 
@@ -20,8 +20,9 @@ ClassWeight = Literal["none", "balanced"]
 
 
 def check_choices(spec: Any) -> None:
-    """Raises ValueError naming a field of a spec whose value is none of those that it may have: a misspelt class weight would
-    otherwise be none."""
+    """Raises ValueError naming a field of a spec whose value is none of those that it may have: a
+    misspelt class weight would otherwise be none.
+    """
     for name, choices in _choices(type(spec)).items():  # type: ignore[arg-type]  # classes are hashable
         found = getattr(spec, name)
         if found not in choices:
@@ -32,21 +33,27 @@ def check_choices(spec: Any) -> None:
 @functools.cache
 def _choices(kind: type) -> dict[str, tuple[object, ...]]:
     hints = typing.get_type_hints(kind)
-    return {name: typing.get_args(hint) for name, hint in hints.items() if typing.get_origin(hint) is Literal}
+    return {
+        name: typing.get_args(hint)
+        for name, hint in hints.items()
+        if typing.get_origin(hint) is Literal
+    }
 
 
 @dataclass(frozen=True)
 class LogisticSpec:
-    """L2-regularised (multinomial) logistic regression; scikit-learn's objective, intercept unpenalised.
+    """L2-regularised (multinomial) logistic regression; scikit-learn's objective, intercept
+    unpenalised.
 
-    C is scikit-learn's inverse strength: minimise sum_i w_i loss_i + |W|^2 / (2 C), on features standardised with the
-    mean and standard deviation of the head's own training rows.
+    C is scikit-learn's inverse strength: minimise sum_i w_i loss_i + |W|^2 / (2 C), on features
+    standardised with the mean and standard deviation of the head's own training rows.
     """
 
     C: float
     class_weight: ClassWeight = "none"
     standardize: bool = True
-    banded: bool = False  # each tap of an input has a strength of its own, in proportions found on the training rows
+    # each tap of an input has a strength of its own, in proportions found on the training rows
+    banded: bool = False
     kind: Literal["logistic"] = "logistic"
 
     def __post_init__(self) -> None:
@@ -55,12 +62,15 @@ class LogisticSpec:
 
 @dataclass(frozen=True)
 class RidgeSpec:
-    """Ridge regression: minimise |XW - Y|^2 + alpha |W|^2, on real targets or classes coded -1/+1 (RidgeClassifier)."""
+    """Ridge regression: minimise |XW - Y|^2 + alpha |W|^2, on real targets or classes coded -1/+1
+    (RidgeClassifier).
+    """
 
     alpha: float
     class_weight: ClassWeight = "none"
     standardize: bool = True
-    banded: bool = False  # each tap of an input has a strength of its own, in proportions found on the training rows
+    # each tap of an input has a strength of its own, in proportions found on the training rows
+    banded: bool = False
     kind: Literal["ridge"] = "ridge"
 
     def __post_init__(self) -> None:
@@ -69,7 +79,9 @@ class RidgeSpec:
 
 @dataclass(frozen=True)
 class MLPSpec:
-    """Multi-layer perceptron trained by AdamW on standardised features, early-stopped on its validation fold."""
+    """Multi-layer perceptron trained by AdamW on standardised features, early-stopped on its
+    validation fold.
+    """
 
     hidden: tuple[int, ...] = (256,)
     learning_rate: float = 1e-3
@@ -127,9 +139,11 @@ class SklearnSpec:
 
 @dataclass(frozen=True)
 class ConvSpec:
-    """New convolution layers and an MLP on a spatial tap (D, h, w), from a random start; otherwise as MLPSpec.
+    """New convolution layers and an MLP on a spatial tap (D, h, w), from a random start; otherwise
+    as MLPSpec.
 
-    Each convolution is 3 × 3, stride 1, with batch normalisation and ReLU; then the mean over positions, then the MLP.
+    Each convolution is 3 × 3, stride 1, with batch normalisation and ReLU; then the mean over
+    positions, then the MLP.
     """
 
     channels: tuple[int, ...] = (64,)
@@ -153,10 +167,11 @@ class ConvSpec:
 class FineTuneSpec:
     """A network trained by gradients: a head together with as much of its backbone as `depth` says.
 
-    start "head" is fine-tuning: the trained head on the pretrained backbone. "pretrained" and "random" are partial reuse:
-    a new head on what lies above the cut, which keeps its pretrained parameters or is drawn anew; random with depth "all"
-    is training from scratch. Rates: the head and the top block learn at `learning_rate`, each block below at
-    `layer_decay` times the one above; linear warm-up, then a half cosine to zero (AdamW, Loshchilov and Hutter 2019).
+    start "head" is fine-tuning: the trained head on the pretrained backbone. "pretrained" and
+    "random" are partial reuse: a new head on what lies above the cut, which keeps its pretrained
+    parameters or is drawn anew; random with depth "all" is training from scratch. Rates: the head
+    and the top block learn at `learning_rate`, each block below at `layer_decay` times the one
+    above; linear warm-up, then a half cosine to zero (AdamW, Loshchilov and Hutter 2019).
     """
 
     head: str  # canonical JSON of the spec of the head on top
@@ -174,7 +189,9 @@ class FineTuneSpec:
     dropout: float = 0.0  # before the head
     clip: float = 1.0  # norm of the gradient, at most
     batch_norm: Literal["held", "trained"] = "held"  # the running statistics of the backbone
-    augment: Literal["none", "flip", "flips", "views"] = "none"  # left-right; also upside-down; random renderings
+    augment: Literal["none", "flip", "flips", "views"] = (
+        "none"  # left-right; also upside-down; random renderings
+    )
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     seed: int = 0
     kind: Literal["finetune"] = "finetune"
@@ -185,9 +202,11 @@ class FineTuneSpec:
 
 @dataclass(frozen=True)
 class Halving:
-    """Successive halving: after each of the epochs `after` only the best share `keep` of the specs goes on.
+    """Successive halving: after each of the epochs `after` only the best share `keep` of the specs
+    goes on.
 
-    Specs are ranked by the mean over folds of their best validation accuracy (multi-label, regression: loss) so far.
+    Specs are ranked by the mean over folds of their best validation accuracy (multi-label,
+    regression: loss) so far.
     """
 
     after: tuple[int, ...] = (3,)
@@ -200,11 +219,21 @@ class Halving:
             or list(self.after) != sorted(set(self.after))
         ):
             raise ValueError(
-                f"halving needs rising epochs from 1 on and a share in (0, 1], found {self.after} and {self.keep}"
+                "halving needs rising epochs from 1 on and a share in (0, 1], found "
+                f"{self.after} and {self.keep}"
             )
 
 
-HeadSpec = LogisticSpec | RidgeSpec | MLPSpec | KNNSpec | CentroidSpec | SklearnSpec | ConvSpec | FineTuneSpec
+HeadSpec = (
+    LogisticSpec
+    | RidgeSpec
+    | MLPSpec
+    | KNNSpec
+    | CentroidSpec
+    | SklearnSpec
+    | ConvSpec
+    | FineTuneSpec
+)
 
 KINDS: dict[str, type[HeadSpec]] = {
     "logistic": LogisticSpec,
@@ -234,14 +263,21 @@ def spec_from_json(text: str) -> HeadSpec:
 
 @dataclass(frozen=True)
 class HeadFit:
-    """One trained head. `arrays` is all that prediction needs besides the spec; a failed head has an `error`."""
+    """One trained head.
+
+    `arrays` is all that prediction needs besides the spec; a failed head has an `error`.
+    """
 
     spec: HeadSpec
     fold: int  # the fold held out of its training; FULL: none
-    arrays: dict[str, npt.NDArray[Any]]  # linear: weight (C, D) and bias (C,), float32, in raw feature coordinates
+    arrays: dict[
+        str, npt.NDArray[Any]
+    ]  # linear: weight (C, D) and bias (C,), float32, in raw feature coordinates
     objective: float  # of the training rows, in the spec's own terms, float64
     gap: float  # a bound on (objective - optimum) / optimum; nan where no bound is known (mlp)
     iterations: int  # solver iterations, or epochs
     seconds: float  # this head's share of the bank's wall time
-    validation: npt.NDArray[np.float32] | None  # (n_held_out, C) probabilities (regression: values), rows in task order
+    validation: (
+        npt.NDArray[np.float32] | None
+    )  # (n_held_out, C) probabilities (regression: values), rows in task order
     error: str | None = None

@@ -1,8 +1,9 @@
 """Means and scales of every fold's training rows, from one look at each row.
 
-N rows, D features, F folds. Rows fall into F + 1 groups: one per fold, and those that always train. A fold's training
-rows are all groups but its own, so its moments are a merge of F groups' moments (Chan, Golub & LeVeque 1983, eq. 2.1:
-sums are merged, never subtracted, because a difference of sums of squares loses all digits at large offsets).
+N rows, D features, F folds. Rows fall into F + 1 groups: one per fold, and those that always train.
+A fold's training rows are all groups but its own, so its moments are a merge of F groups' moments
+(Chan, Golub & LeVeque 1983, eq. 2.1: sums are merged, never subtracted, because a difference of
+sums of squares loses all digits at large offsets).
 """
 
 from collections.abc import Iterator
@@ -27,7 +28,9 @@ class NotFinite(ValueError):
 
 @dataclass(frozen=True)
 class Moments:
-    """Count, mean (D,) and sum of squared deviations (D,), float64, of some rows; and what each feature counts beside the others."""
+    """Count, mean (D,) and sum of squared deviations (D,), float64, of some rows; and what each
+    feature counts beside the others.
+    """
 
     count: int
     mean: Array
@@ -36,7 +39,9 @@ class Moments:
 
     @property
     def constant(self) -> Array:
-        """(D,) bool: features whose variation is rounding of their mean (scikit-learn's StandardScaler's rule)."""
+        """(D,) bool: features whose variation is rounding of their mean (scikit-learn's
+        StandardScaler's rule).
+        """
         eps, count = np.finfo(np.float64).eps, max(self.count, 1)
         variance = self.squares / count
         bound: Array = variance <= count * eps * variance + (count * self.mean * eps) ** 2
@@ -46,11 +51,16 @@ class Moments:
     def scale(self) -> Array:
         """(D,) standard deviations over the emphasis, 1 where the feature is constant."""
         deviation = np.sqrt(self.squares / max(self.count, 1))
-        return np.where(self.constant, 1.0, deviation if self.emphasis is None else deviation / self.emphasis)
+        return np.where(
+            self.constant, 1.0, deviation if self.emphasis is None else deviation / self.emphasis
+        )
 
 
 def moments(rows: Array, first_row: int | npt.NDArray[np.intp] = 0) -> Moments:
-    """Moments of rows (n, D). Raises NotFinite, naming the first bad row (counted from `first_row`) and column."""
+    """Moments of rows (n, D).
+
+    Raises NotFinite, naming the first bad row (counted from `first_row`) and column.
+    """
     wide = rows.astype(np.float64)
     mean = wide.mean(axis=0)
     if not np.isfinite(mean).all() and not np.isfinite(rows).all():
@@ -58,14 +68,17 @@ def moments(rows: Array, first_row: int | npt.NDArray[np.intp] = 0) -> Moments:
         name = first_row + row if isinstance(first_row, int) else first_row[row]
         raise NotFinite(
             f"feature {column} of row {name} is {rows[row, column]}: features must be finite. "
-            "Find out which image it is (the task's ids, in order) and extract it again, or leave it out of the task."
+            "Find out which image it is (the task's ids, in order) and extract it again, or "
+            "leave it out of the task."
         )
     wide -= mean
     return Moments(len(rows), mean, np.einsum("nd,nd->d", wide, wide))
 
 
 def scaled(rows: Array, centre: Array, factor: Array) -> Array:
-    """(rows - centre) * factor of rows (n, D) of any float type, float64: widened once, not element by element twice."""
+    """(rows - centre) * factor of rows (n, D) of any float type, float64: widened once, not element
+    by element twice.
+    """
     wide = rows.astype(np.float64)
     wide -= centre
     wide *= factor
@@ -75,8 +88,12 @@ def scaled(rows: Array, centre: Array, factor: Array) -> Array:
 def merge(parts: list[Moments]) -> Moments:
     """Moments of the union of disjoint groups of rows."""
     total = sum(part.count for part in parts)
-    mean = sum((part.mean * (part.count / max(total, 1)) for part in parts), np.zeros_like(parts[0].mean))
-    squares = sum((part.squares + part.count * (part.mean - mean) ** 2 for part in parts), np.zeros_like(mean))
+    mean = sum(
+        (part.mean * (part.count / max(total, 1)) for part in parts), np.zeros_like(parts[0].mean)
+    )
+    squares = sum(
+        (part.squares + part.count * (part.mean - mean) ** 2 for part in parts), np.zeros_like(mean)
+    )
     return Moments(total, mean, squares)
 
 
@@ -89,9 +106,11 @@ def chunks(rows: npt.NDArray[np.intp], size: int = ROWS_AT_ONCE) -> Iterator[npt
 def sweep(
     X: Features, fold: Array, size: int = ROWS_AT_ONCE, which: Array | None = None
 ) -> Iterator[tuple[int, npt.NDArray[np.intp]]]:
-    """(group, row numbers) in runs of at most `size` rows of one group, every row (or those `which`, a mask) once.
+    """(group, row numbers) in runs of at most `size` rows of one group, every row (or those
+    `which`, a mask) once.
 
-    Runs and the rows in them come in the order in which X lies on disk, so that all groups together read it once.
+    Runs and the rows in them come in the order in which X lies on disk, so that all groups together
+    read it once.
     """
     order = X.order if isinstance(X, Streamed) else np.arange(len(X))
     if which is not None:
@@ -106,7 +125,10 @@ def sweep(
 
 
 def group_moments(X: Features, fold: Array) -> dict[int, Moments]:
-    """Moments of each group of rows of X (N, D): a fold's held-out rows, or TRAIN_ONLY. Raises NotFinite."""
+    """Moments of each group of rows of X (N, D): a fold's held-out rows, or TRAIN_ONLY.
+
+    Raises NotFinite.
+    """
     parts: dict[int, list[Moments]] = {int(group): [] for group in np.unique(fold)}
     for group, rows in sweep(X, fold):
         parts[group].append(moments(X[rows], rows))

@@ -20,16 +20,23 @@ _EXPONENT = np.uint16(0x7C00)  # of a float16: all ones in infinity and NaN
 class Streamed:
     """Rows of several feature sets side by side, read when they are asked for, always float32.
 
-    `parts` are columns, each the views of one feature set; `positions` the rows that are meant, in their order. What a
-    bank computes from it is what it computes from the array, for it reads the same numbers in the same order.
+    `parts` are columns, each the views of one feature set; `positions` the rows that are meant, in
+    their order. What a bank computes from it is what it computes from the array, for it reads the
+    same numbers in the same order.
     """
 
     dtype = np.dtype(np.float32)
 
     def __init__(
-        self, parts: Sequence[Sequence[FeatureSet]], content: npt.NDArray[np.bytes_], *, spatial: bool
+        self,
+        parts: Sequence[Sequence[FeatureSet]],
+        content: npt.NDArray[np.bytes_],
+        *,
+        spatial: bool,
     ) -> None:
-        self._parts = [[(feature, _positions(feature, content)) for feature in views] for views in parts]
+        self._parts = [
+            [(feature, _positions(feature, content)) for feature in views] for views in parts
+        ]
         self._rows, self.views = len(content), len(self._parts[0])
         shapes = [views[0].spec.shape for views in parts]
         tail = tuple(shapes[0][1:]) if spatial else ()
@@ -46,24 +53,35 @@ class Streamed:
         rows = np.arange(*key.indices(len(self))) if isinstance(key, slice) else np.asarray(key)
         return self.read(np.flatnonzero(rows) if rows.dtype == np.bool_ else rows)
 
-    def read(self, rows: npt.NDArray[Any], out: npt.NDArray[np.float32] | None = None) -> npt.NDArray[np.float32]:
+    def read(
+        self, rows: npt.NDArray[Any], out: npt.NDArray[np.float32] | None = None
+    ) -> npt.NDArray[np.float32]:
         """Rows by number, as a copy or written into `out` (n, D)."""
         into = np.empty((len(rows), *self.shape[1:]), np.float32) if out is None else out
         for view in range(self.views) if self.views > 1 else (0,):
             mine = np.flatnonzero(rows // self._rows == view) if self.views > 1 else slice(None)
             local = rows[mine] - view * self._rows
-            for part, first, last in zip(self._parts, self._columns[:-1], self._columns[1:], strict=True):
+            for part, first, last in zip(
+                self._parts, self._columns[:-1], self._columns[1:], strict=True
+            ):
                 feature, positions = part[view]
                 if len(self._parts) == 1 and self.views == 1:
-                    feature.read(positions[local], np.float32, out=into.reshape(len(rows), *feature.spec.shape))
+                    feature.read(
+                        positions[local],
+                        np.float32,
+                        out=into.reshape(len(rows), *feature.spec.shape),
+                    )
                 else:
                     found = feature.read(positions[local], np.float32)
-                    into[mine, first:last] = found.reshape(len(found), last - first, *self.shape[2:])
+                    into[mine, first:last] = found.reshape(
+                        len(found), last - first, *self.shape[2:]
+                    )
         return into
 
     def stored(self, rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """(n, D) rows by number, as a copy: of the type in which they are stored where all columns come from one feature set,
-        else float32."""
+        """(n, D) rows by number, as a copy: of the type in which they are stored where all columns
+        come from one feature set, else float32.
+        """
         if len(self._parts) > 1 or self.views > 1:
             return self.read(rows)
         feature, positions = self._parts[0][0]
@@ -77,7 +95,9 @@ class Streamed:
     def order(self) -> npt.NDArray[np.intp]:
         """(V * N,) row numbers as the rows of the first columns lie on disk."""
         first = self._parts[0]
-        return np.concatenate([view * self._rows + np.argsort(first[view][1]) for view in range(self.views)])
+        return np.concatenate(
+            [view * self._rows + np.argsort(first[view][1]) for view in range(self.views)]
+        )
 
     def prefetch(self, rows: npt.NDArray[np.intp]) -> None:
         """Have the operating system read these rows, without waiting."""
@@ -86,7 +106,9 @@ class Streamed:
                 feature.prefetch(positions[rows[rows // self._rows == view] - view * self._rows])
 
     def check_finite(self) -> None:
-        """Raises BadFeatures naming the feature set and the first image with a feature that is NaN or infinite."""
+        """Raises BadFeatures naming the feature set and the first image with a feature that is NaN
+        or infinite.
+        """
         for part in self._parts:
             for feature, positions in part:
                 if feature.spec.dtype == "uint8":
@@ -99,7 +121,9 @@ class Streamed:
                     else:
                         bad = ~np.isfinite(rows).all(1)
                     if bad.any():
-                        raise not_finite(feature, feature.content()[at[np.argmax(bad)]], int(bad.sum()))
+                        raise not_finite(
+                            feature, feature.content()[at[np.argmax(bad)]], int(bad.sum())
+                        )
 
 
 class StreamedView:
@@ -130,7 +154,8 @@ class StreamedStack:
 def not_finite(feature: FeatureSet, content: bytes, rows: int) -> BadFeatures:
     """The error for rows that hold NaN or infinity, the first being that of the image `content`."""
     return BadFeatures(
-        f"{feature.path} ({feature.spec.name}): the row of image {content.decode()} and {rows - 1} more hold NaN or "
+        f"{feature.path} ({feature.spec.name}): the row of image {content.decode()} and "
+        f"{rows - 1} more hold NaN or "
         "infinite features: extract them again"
     )
 

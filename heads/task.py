@@ -22,13 +22,20 @@ class BadTaskFile(HeadraceError, ValueError):
 
 @dataclass(frozen=True)
 class Task:
-    """What to predict, row by row. N rows, in the order that every bank and every stored prediction uses."""
+    """What to predict, row by row.
+
+    N rows, in the order that every bank and every stored prediction uses.
+    """
 
     kind: Literal["single", "multi", "regression"]
-    classes: tuple[str, ...]  # single: class names; multi: label columns; regression: target columns
+    classes: tuple[
+        str, ...
+    ]  # single: class names; multi: label columns; regression: target columns
     ids: npt.NDArray[np.str_]  # (N,) sample ids
     content: npt.NDArray[np.bytes_]  # (N,) content hashes, the key into every feature set
-    target: npt.NDArray[Any]  # single: (N,) int64 class index; multi: (N, L) uint8; regression: (N, L) float64
+    target: npt.NDArray[
+        Any
+    ]  # single: (N,) int64 class index; multi: (N, L) uint8; regression: (N, L) float64
     fold: npt.NDArray[np.int16]  # (N,) 0..F-1: held out in that fold; TEST; TRAIN_ONLY
     weight: npt.NDArray[np.float64]  # (N,) sample weights, 1.0 by default
 
@@ -46,7 +53,9 @@ class Task:
         return hasher.hexdigest()[:24]
 
     def without_test(self) -> "Task":
-        """The same task with the test rows left out: what banks are given, so that no bank can see a test row."""
+        """The same task with the test rows left out: what banks are given, so that no bank can see
+        a test row.
+        """
         keep = self.fold != TEST
         return Task(
             self.kind,
@@ -60,10 +69,15 @@ class Task:
 
 
 def save_task(task: Task, path: Path, **beside: npt.NDArray[Any]) -> None:
-    """Publish the task, and arrays beside it, as an `.npz` without pickles that carries its digest. Raises PublishFailed."""
+    """Publish the task, and arrays beside it, as an `.npz` without pickles that carries its digest.
+
+    Raises PublishFailed.
+    """
     header = np.frombuffer(json.dumps([task.kind, task.classes]).encode(), np.uint8)
     fields = {name: getattr(task, name) for name in ("ids", "content", "target", "fold", "weight")}
-    publish_replace(path, sealed_arrays({"header": header, **fields, "ids": task.ids.astype(np.str_), **beside}))
+    publish_replace(
+        path, sealed_arrays({"header": header, **fields, "ids": task.ids.astype(np.str_), **beside})
+    )
 
 
 def load_task(path: Path) -> Task:
@@ -80,5 +94,6 @@ def read_task(path: Path) -> tuple[Task, dict[str, npt.NDArray[Any]]]:
         return Task(kind, tuple(classes), *fields), stored
     except (ValueError, KeyError, TypeError) as error:
         raise BadTaskFile(
-            f"{path} has changed since it was written, or is no task: {error}. `headrace run RECIPE` writes it again"
+            f"{path} has changed since it was written, or is no task: {error}. `headrace "
+            "run RECIPE` writes it again"
         ) from error

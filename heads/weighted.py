@@ -1,8 +1,9 @@
-"""Metrics of many heads under many weightings of the same rows, for resampling: matrix products instead of loops.
+"""Metrics of many heads under many weightings of the same rows, for resampling: matrix products
+instead of loops.
 
-K heads, N rows, C classes (labels, targets), B weightings. A metric that is a mean over rows is one product of a (K, N)
-table of row values with an (N, B) table of weights; those that are not are made of a few such products, or, for areas
-under curves, of sums along rows that are sorted once.
+K heads, N rows, C classes (labels, targets), B weightings. A metric that is a mean over rows is one
+product of a (K, N) table of row values with an (N, B) table of weights; those that are not are made
+of a few such products, or, for areas under curves, of sums along rows that are sorted once.
 """
 
 from typing import Any
@@ -22,17 +23,22 @@ _SMALLEST = float(np.finfo(np.float32).eps)  # probabilities are clipped there, 
 def weighted_scores(
     task_kind: TaskKind, target: Array, predicted: Array, fold: Array, metric: str, weights: Array
 ) -> Floats:
-    """(K, B) the mean over folds of `metric` within each fold, every row counting as often as its weight says.
+    """(K, B) the mean over folds of `metric` within each fold, every row counting as often as its
+    weight says.
 
-    target: as in `Task`, N rows; predicted: (K, N, C); fold: (N,) integers >= 0; weights: (N, B) >= 0. With weights of
-    one it is what the leaderboard ranks by. A fold in which the metric is undefined is left out of the mean; nan where
-    it is undefined in all. Raises UnknownMetric.
+    target: as in `Task`, N rows; predicted: (K, N, C); fold: (N,) integers >= 0; weights: (N, B) >=
+    0. With weights of one it is what the leaderboard ranks by. A fold in which the metric is
+    undefined is left out of the mean; nan where it is undefined in all. Raises UnknownMetric.
     """
     if metric not in METRICS or task_kind not in METRICS[metric].tasks:
         raise UnknownMetric(
-            f"metric {metric!r} is not one of a {task_kind} task: choose from {', '.join(metric_names(task_kind))}"
+            f"metric {metric!r} is not one of a {task_kind} task: choose from "
+            f"{', '.join(metric_names(task_kind))}"
         )
-    total, defined = np.zeros((len(predicted), weights.shape[1])), np.zeros((len(predicted), weights.shape[1]))
+    total, defined = (
+        np.zeros((len(predicted), weights.shape[1])),
+        np.zeros((len(predicted), weights.shape[1])),
+    )
     for number in np.unique(fold):
         rows = np.flatnonzero(fold == number)
         own = weights[rows].astype(np.float64)
@@ -52,7 +58,8 @@ def weighted_scores(
 def _mean(values: Array, weights: Floats) -> Floats:
     """(K, B) weighted means of row values (K, n) under weights (n, B)."""
     mass = weights.sum(0)
-    # Sums before division: whole weights of right and wrong give exact counts, so that equal heads are exactly equal.
+    # Sums before division: whole weights of right and wrong give exact counts, so that equal heads
+    # are exactly equal.
     sums = values.astype(np.float64, copy=False) @ weights
     return np.where(mass > 0, sums / np.where(mass > 0, mass, 1), np.nan)
 
@@ -69,7 +76,9 @@ def _mean_over(parts: list[Floats]) -> Floats:
     return np.where(count > 0, np.where(finite, stacked, 0).sum(0) / np.maximum(count, 1), np.nan)
 
 
-def _single(metric: str, target: npt.NDArray[np.int64], predicted: Array, weights: Floats) -> Floats:
+def _single(
+    metric: str, target: npt.NDArray[np.int64], predicted: Array, weights: Floats
+) -> Floats:
     classes = predicted.shape[2]
     if metric == "log_loss":
         chosen = np.take_along_axis(predicted, target[None, :, None], 2)[..., 0] / predicted.sum(2)
@@ -116,7 +125,9 @@ def _multi(metric: str, target: Floats, predicted: Array, weights: Floats) -> Fl
     return _mean_over([_label(metric, truth[:, c], guess[:, :, c], weights) for c in labels])
 
 
-def _label(metric: str, truth: npt.NDArray[np.bool_], guess: npt.NDArray[np.bool_], weights: Floats) -> Floats:
+def _label(
+    metric: str, truth: npt.NDArray[np.bool_], guess: npt.NDArray[np.bool_], weights: Floats
+) -> Floats:
     """(K, B) balanced accuracy or F1 of one label."""
     hits = guess[:, truth].astype(np.float64) @ weights[truth]
     positives = np.broadcast_to(weights[truth].sum(0), hits.shape)
@@ -175,8 +186,12 @@ def _precisions(truth: npt.NDArray[np.bool_], predicted: Array, weights: Floats)
     return areas
 
 
-def _by_value(values: Array, truth: npt.NDArray[np.bool_], weights: Floats, *, rising: bool) -> tuple[Floats, Floats]:
-    """(V, B) twice: the weight of positives and of negatives at each of the V distinct values, in order."""
+def _by_value(
+    values: Array, truth: npt.NDArray[np.bool_], weights: Floats, *, rising: bool
+) -> tuple[Floats, Floats]:
+    """(V, B) twice: the weight of positives and of negatives at each of the V distinct values, in
+    order.
+    """
     order = np.argsort(values if rising else -values, kind="stable")
     ordered = values[order]
     starts = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1]))
@@ -188,4 +203,6 @@ def _by_value(values: Array, truth: npt.NDArray[np.bool_], weights: Floats, *, r
 def _calibration(confidence: Array, correct: Array, weights: Floats) -> Floats:
     bins = np.clip((confidence * CALIBRATION_BINS).astype(np.int64), 0, CALIBRATION_BINS - 1)
     excess = confidence.astype(np.float64) - correct
-    return np.asarray(sum(np.abs(_mean(np.where(bins == b, excess, 0), weights)) for b in range(CALIBRATION_BINS)))
+    return np.asarray(
+        sum(np.abs(_mean(np.where(bins == b, excess, 0), weights)) for b in range(CALIBRATION_BINS))
+    )

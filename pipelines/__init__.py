@@ -1,4 +1,7 @@
-"""The run: from a recipe to a ranked leaderboard. Names are imported when first used, so that `--help` is quick."""
+"""The run: from a recipe to a ranked leaderboard.
+
+Names are imported when first used, so that `--help` is quick.
+"""
 
 import importlib
 from typing import TYPE_CHECKING, Any

@@ -24,10 +24,21 @@ class Accounting:
     def counted(self) -> int:
         """The sum of all counts, which is `found`."""
         listed = sum(item.count for item in self.left_out)
-        return listed + self.annotations + self.unreadable + self.unlabelled + self.failed + self.train + self.test
+        return (
+            listed
+            + self.annotations
+            + self.unreadable
+            + self.unlabelled
+            + self.failed
+            + self.train
+            + self.test
+        )
 
     def sentence(self) -> str:
-        """All counts that are not zero: "Images: 52 found = 30 to train on + 10 to test on + 12 left out"."""
+        """All counts that are not zero:
+
+        "Images: 52 found = 30 to train on + 10 to test on + 12 left out".
+        """
         counts = (
             (self.train, "to train on"),
             (self.test, "to test on"),
@@ -37,7 +48,9 @@ class Accounting:
             (self.annotations, "side files with labels"),
             (sum(item.count for item in self.left_out), "left out"),
         )
-        return f"Images: {self.found:,} found = " + " + ".join(f"{count:,} {what}" for count, what in counts if count)
+        return f"Images: {self.found:,} found = " + " + ".join(
+            f"{count:,} {what}" for count, what in counts if count
+        )
 
     def lines(self) -> list[str]:
         """What is left out, a line for each reason."""
@@ -49,7 +62,9 @@ class Accounting:
 
 
 def account(listing: Listing, unreadable: int, dataset: Dataset, kept: Dataset) -> Accounting:
-    """The counts of a run; `kept` is `dataset` without the images that some feature set cannot hold."""
+    """The counts of a run; `kept` is `dataset` without the images that some feature set cannot
+    hold.
+    """
     lost = len(dataset.train.ids) + len(dataset.test.ids) - len(kept.train.ids) - len(kept.test.ids)
     return Accounting(
         listing.found,
@@ -65,5 +80,8 @@ def account(listing: Listing, unreadable: int, dataset: Dataset, kept: Dataset) 
 
 def accounting_from_json(values: dict[str, Any]) -> Accounting:
     """Inverse of `Accounting.to_json`. Raises TypeError or KeyError for other values."""
-    left_out = tuple(LeftOut(item["reason"], item["count"], tuple(item["examples"])) for item in values["left_out"])
+    left_out = tuple(
+        LeftOut(item["reason"], item["count"], tuple(item["examples"]))
+        for item in values["left_out"]
+    )
     return Accounting(**{**values, "left_out": left_out})

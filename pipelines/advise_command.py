@@ -15,17 +15,24 @@ if TYPE_CHECKING:
 
 def advise_command(
     run: Annotated[
-        Path, typer.Argument(help="A finished run: the recipe that made it, or its directory, headrace-runs/NAME.")
+        Path,
+        typer.Argument(
+            help="A finished run: the recipe that made it, or its directory, headrace-runs/NAME."
+        ),
     ],
     reference: Annotated[
         Path | None,
         typer.Option(
-            help="Another run on the same backbones, given likewise: how far this one's images lie from that one's is said too."
+            help="Another run on the same backbones, given likewise: how far this one's images "
+            "lie from that one's is said too."
         ),
     ] = None,
-    workers: Annotated[int | None, typer.Option(help="Worker processes; default: one per core.", min=1)] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Worker processes; default: one per core.", min=1)
+    ] = None,
 ) -> None:
-    """Say what would help most: a head, training deeper, from scratch, or more images, with the evidence for it.
+    """Say what would help most: a head, training deeper, from scratch, or more images, with the
+    evidence for it.
 
     Trains small heads on subsets of the cached features, once; no image is read.
 
@@ -55,7 +62,8 @@ def show_advice(console: Console, advice: "Advice") -> None:
         for times, left in sorted(evidence.ahead.items()):
             table.add_row(
                 f"{times * evidence.curve['images'][-1]:,.0f}",
-                f"{left.value * 100:.2f} % ({left.low * 100:.2f} to {left.high * 100:.2f}), by the fit",
+                f"{left.value * 100:.2f} % ({left.low * 100:.2f} to "
+                f"{left.high * 100:.2f}), by the fit",
                 style="dim",
             )
         console.print(table)
@@ -64,14 +72,21 @@ def show_advice(console: Console, advice: "Advice") -> None:
 
 
 def _scores_table(scores: tuple[dict[str, Any], ...]) -> Table:
-    table = Table(title=f"Feature sets, scored on {scores[0]['images']:,} images", title_justify="left")
+    table = Table(
+        title=f"Feature sets, scored on {scores[0]['images']:,} images", title_justify="left"
+    )
     table.add_column("features")
     for column in ("width", "LogME", "H-score", "NCE", "neighbours", "Bayes error between"):
         table.add_column(column, justify="right")
     for each in scores:
-        bounds = "–" if each["bayes_low"] is None else f"{each['bayes_low']:.3f} and {each['bayes_high']:.3f}"
+        bounds = (
+            "–"
+            if each["bayes_low"] is None
+            else f"{each['bayes_low']:.3f} and {each['bayes_high']:.3f}"
+        )
         numbers = [
-            "–" if each[key] is None else f"{each[key]:.3f}" for key in ("logme", "h_score", "nce", "neighbours")
+            "–" if each[key] is None else f"{each[key]:.3f}"
+            for key in ("logme", "h_score", "nce", "neighbours")
         ]
         table.add_row(each["name"], f"{each['width']:,}", *numbers, bounds)
     return table

@@ -1,4 +1,6 @@
-"""`headrace backbones [NAME]`: search the networks that there are; show one's taps with their shapes, bytes and cost."""
+"""`headrace backbones [NAME]`: search the networks that there are; show one's taps with their
+shapes, bytes and cost.
+"""
 
 import json
 from typing import TYPE_CHECKING, Annotated
@@ -12,15 +14,24 @@ from headrace.pipelines.console import make_console
 if TYPE_CHECKING:
     from headrace.extract import BackboneInfo
 
-_DEPTH = 1  # dots in a node's name that are shown without --all: stages and blocks, not the layers inside them
+# dots in a node's name that are shown without --all: stages and blocks, not the layers inside them
+_DEPTH = 1
 _MANY = 40
 
-NameArgument = Annotated[str | None, typer.Argument(help="Part of a name to search for, or a whole name to show.")]
-SizeOption = Annotated[int | None, typer.Option("--image-size", help="Shapes at this input size instead of its own.")]
-AllOption = Annotated[bool, typer.Option("--all", help="Every name found; every node, layers within blocks too.")]
+NameArgument = Annotated[
+    str | None, typer.Argument(help="Part of a name to search for, or a whole name to show.")
+]
+SizeOption = Annotated[
+    int | None, typer.Option("--image-size", help="Shapes at this input size instead of its own.")
+]
+AllOption = Annotated[
+    bool, typer.Option("--all", help="Every name found; every node, layers within blocks too.")
+]
 
 
-def backbones_command(name: NameArgument = None, image_size: SizeOption = None, every: AllOption = False) -> None:
+def backbones_command(
+    name: NameArgument = None, image_size: SizeOption = None, every: AllOption = False
+) -> None:
     """List and search the backbones, or show one's taps.
 
     Example: headrace backbones torchvision:resnet50
@@ -44,10 +55,13 @@ def backbones_command(name: NameArgument = None, image_size: SizeOption = None, 
         console.print(entry, soft_wrap=True)
     if len(shown) < len(found):
         console.print(
-            f"… {len(found) - len(shown):,} more of {len(found):,}. Narrow it: headrace backbones resnet; or --all"
+            f"… {len(found) - len(shown):,} more of {len(found):,}. Narrow it: headrace "
+            "backbones resnet; or --all"
         )
     elif len(found) > 0:
-        console.print(f"{len(found):,} backbones. Its taps: headrace backbones {found[0]}", soft_wrap=True)
+        console.print(
+            f"{len(found):,} backbones. Its taps: headrace backbones {found[0]}", soft_wrap=True
+        )
 
 
 def _show(console: Console, info: "BackboneInfo", tags: list[str], every: bool) -> None:
@@ -55,7 +69,10 @@ def _show(console: Console, info: "BackboneInfo", tags: list[str], every: bool) 
     resize = "x".join(map(str, how["resize"]))
     crop = "x".join(map(str, how["crop"]))
     lines = [
-        f"{info.name}: {info.parameters / 1e6:,.1f} M parameters, {info.multiply_adds / 1e9:,.2f} G multiply-adds per image",
+        (
+            f"{info.name}: {info.parameters / 1e6:,.1f} M parameters, "
+            f"{info.multiply_adds / 1e9:,.2f} G multiply-adds per image"
+        ),
         f"input: {how['mode']} resize to {resize} ({how['interpolation']}), crop {crop}",
         f"weights: {', '.join(tags) if tags else 'none of its own: name a file'}",
     ]
@@ -82,7 +99,9 @@ def _show(console: Console, info: "BackboneInfo", tags: list[str], every: bool) 
         )
     console.print(table)
     console.print(
-        "bytes: per image as float16. cost: share of the whole forward that is spent to reach the node.", soft_wrap=True
+        "bytes: per image as float16. cost: share of the whole forward that is spent to "
+        "reach the node.",
+        soft_wrap=True,
     )
     if hidden:
         console.print(f"{hidden:,} layers within blocks are not shown: --all", soft_wrap=True)

@@ -12,7 +12,14 @@ import numpy.typing as npt
 import typer
 from rich.table import Table
 
-from headrace.cache import CacheError, FeatureSet, FeatureSpec, feature_set_path, open_feature_set, shard_path
+from headrace.cache import (
+    CacheError,
+    FeatureSet,
+    FeatureSpec,
+    feature_set_path,
+    open_feature_set,
+    shard_path,
+)
 from headrace.cache.feature_set import begun_directories, feature_set_directories
 from headrace.pipelines.console import make_console
 
@@ -25,9 +32,13 @@ if TYPE_CHECKING:
 
 Rows = npt.NDArray[np.float32]
 
-app = typer.Typer(no_args_is_help=True, help="What is in a feature cache; verify, repair, clean, export.")
+app = typer.Typer(
+    no_args_is_help=True, help="What is in a feature cache; verify, repair, clean, export."
+)
 
-CacheOption = Annotated[Path, typer.Option("--cache", help="The cache directory, as in the recipe.")]
+CacheOption = Annotated[
+    Path, typer.Option("--cache", help="The cache directory, as in the recipe.")
+]
 DEFAULT_CACHE = Path("headrace-cache")
 _HALF = {
     "float16": "2^-11",
@@ -63,7 +74,10 @@ def list_command(cache: CacheOption = DEFAULT_CACHE) -> None:
         try:
             features = open_feature_set(directory)
         except CacheError:
-            table.add_row(directory.name, "broken: headrace cache verify says what, headrace cache repair repairs it")
+            table.add_row(
+                directory.name,
+                "broken: headrace cache verify says what, headrace cache repair repairs it",
+            )
             continue
         spec = features.spec
         table.add_row(
@@ -86,7 +100,9 @@ def list_command(cache: CacheOption = DEFAULT_CACHE) -> None:
 
 @app.command("show")
 def show_command(
-    name: Annotated[str, typer.Argument(help="A fingerprint (or its beginning), or a tap such as blocks.4.avg.")],
+    name: Annotated[
+        str, typer.Argument(help="A fingerprint (or its beginning), or a tap such as blocks.4.avg.")
+    ],
     cache: CacheOption = DEFAULT_CACHE,
 ) -> None:
     """Everything about one feature set: spec, shards, measured round-off, failures.
@@ -99,16 +115,23 @@ def show_command(
     for field, value in dataclasses.asdict(features.spec).items():
         _say(f"{field:>14}  {value}")
     rows = [entry.rows for entry in features.entries]
-    _say(f"{'rows':>14}  {features.n_rows:,} in {len(rows)} shards of {min(rows, default=0)} to {max(rows, default=0)}")
+    _say(
+        f"{'rows':>14}  {features.n_rows:,} in {len(rows)} shards of "
+        f"{min(rows, default=0)} to {max(rows, default=0)}"
+    )
     _say(f"{'bytes':>14}  {features.stored_bytes:,} in {features.path}")
     _say(f"{'last written':>14}  {_last_written(features)}")
     round_off = features.round_off
     if round_off.squared:
-        measured = f"largest {round_off.largest:.3g}, root mean square {round_off.relative_rms:.2e} of the values'"
+        measured = (
+            f"largest {round_off.largest:.3g}, root mean square {round_off.relative_rms:.2e} "
+            "of the values'"
+        )
     else:
         measured = "none, the features were given in this dtype"
     _say(
-        f"{'round-off':>14}  {measured} (bound of {features.spec.dtype}: {_HALF[features.spec.dtype]}, measured when written)"
+        f"{'round-off':>14}  {measured} (bound of {features.spec.dtype}: "
+        f"{_HALF[features.spec.dtype]}, measured when written)"
     )
     failures = features.failures()
     _say(f"{'failed':>14}  {len(failures)} samples")
@@ -120,11 +143,19 @@ def show_command(
 
 @app.command("verify")
 def verify_command(
-    name: Annotated[str | None, typer.Argument(help="One feature set (fingerprint or tap); default: all.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="One feature set (fingerprint or tap); default: all.")
+    ] = None,
     cache: CacheOption = DEFAULT_CACHE,
-    recipe: Annotated[Path | None, typer.Option(help="The recipe, for --sources and --recompute.")] = None,
-    sources: Annotated[bool, typer.Option("--sources", help="Hash every source image again.")] = False,
-    recompute: Annotated[int, typer.Option(help="Extract so many random rows again and compare.", min=0)] = 0,
+    recipe: Annotated[
+        Path | None, typer.Option(help="The recipe, for --sources and --recompute.")
+    ] = None,
+    sources: Annotated[
+        bool, typer.Option("--sources", help="Hash every source image again.")
+    ] = False,
+    recompute: Annotated[
+        int, typer.Option(help="Extract so many random rows again and compare.", min=0)
+    ] = 0,
 ) -> None:
     """Read every byte, whatever was verified before. Exit code 1 when something is wrong.
 
@@ -133,7 +164,9 @@ def verify_command(
     from headrace.cache.verify import verify_bytes
 
     if (sources or recompute) and recipe is None:
-        raise CacheError("--sources and --recompute need the images: give the recipe, as in --recipe recipe.yaml")
+        raise CacheError(
+            "--sources and --recompute need the images: give the recipe, as in --recipe recipe.yaml"
+        )
     if recipe is not None:
         from headrace.pipelines.recipe import load_recipe
 
@@ -148,20 +181,28 @@ def verify_command(
         wrong += len(serious)
         if not serious:
             features = open_feature_set(directory)
-            _say(f"{directory.name} {features.spec.name}: every byte of {features.n_rows:,} rows is as written")
+            _say(
+                f"{directory.name} {features.spec.name}: every byte of {features.n_rows:,} "
+                "rows is as written"
+            )
     if recipe is not None and not wrong:
         if sources:
             wrong += _verify_sources(recipe, directories)
         if recompute:
             wrong += _verify_recompute(recipe, directories, recompute)
     if wrong:
-        _say(f"{wrong} problem{'s' * (wrong > 1)}. Broken shards: `headrace cache repair`, then run again")
+        _say(
+            f"{wrong} problem{'s' * (wrong > 1)}. Broken shards: `headrace cache repair`, "
+            "then run again"
+        )
         raise typer.Exit(1)
 
 
 @app.command("repair")
 def repair_command(
-    name: Annotated[str | None, typer.Argument(help="One feature set (fingerprint or tap); default: all.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="One feature set (fingerprint or tap); default: all.")
+    ] = None,
     cache: CacheOption = DEFAULT_CACHE,
 ) -> None:
     """Remove broken shards and list whole ones; the next run extracts just what is missing.
@@ -176,8 +217,16 @@ def repair_command(
             _say(f"{directory.name}: nothing to repair")
             continue
         parts = [f"{len(done.kept)} shards kept"]
-        for what, units in (("removed", done.removed), ("missing", done.missing), ("listed again", done.listed)):
-            parts += [f"{len(units)} {what} ({', '.join(units[:5])}{', …' if len(units) > 5 else ''})"] if units else []
+        for what, units in (
+            ("removed", done.removed),
+            ("missing", done.missing),
+            ("listed again", done.listed),
+        ):
+            parts += (
+                [f"{len(units)} {what} ({', '.join(units[:5])}{', …' if len(units) > 5 else ''})"]
+                if units
+                else []
+            )
         parts += [f"{file} written again" for file in done.rewritten]
         _say(f"{directory.name}: {'; '.join(parts)}")
 
@@ -188,9 +237,12 @@ def gc_command(
         list[Path] | None, typer.Argument(help="Feature sets that none of these uses are removed.")
     ] = None,
     cache: CacheOption = DEFAULT_CACHE,
-    yes: Annotated[bool, typer.Option("--yes", help="Remove; otherwise only say what would go.")] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Remove; otherwise only say what would go.")
+    ] = False,
 ) -> None:
-    """Remove what killed processes left behind and, given recipes, the feature sets that none of them uses.
+    """Remove what killed processes left behind and, given recipes, the feature sets that none of
+    them uses.
 
     Example: headrace cache gc recipe.yaml other.yaml --yes
     """
@@ -200,7 +252,12 @@ def gc_command(
 
     used = None
     if recipes:
-        used = {spec.fingerprint for recipe in recipes for _, specs in _networks(recipe) for spec in specs}
+        used = {
+            spec.fingerprint
+            for recipe in recipes
+            for _, specs in _networks(recipe)
+            for spec in specs
+        }
         used |= {fingerprint for recipe in recipes for fingerprint in _imported(recipe)}
     _require_cache(cache)
     garbage = find_garbage(cache, used)
@@ -236,13 +293,19 @@ def remove_command(
 @app.command("export")
 def export_command(
     name: Annotated[str, typer.Argument(help="A fingerprint (or its beginning), or a tap.")],
-    target: Annotated[Path, typer.Argument(help="The file to write; its suffix says the format unless --format does.")],
+    target: Annotated[
+        Path,
+        typer.Argument(help="The file to write; its suffix says the format unless --format does."),
+    ],
     cache: CacheOption = DEFAULT_CACHE,
-    kind: Annotated[ExportKind | None, typer.Option("--format", help="npy, parquet or zarr.")] = None,
+    kind: Annotated[
+        ExportKind | None, typer.Option("--format", help="npy, parquet or zarr.")
+    ] = None,
     recipe: Annotated[
         Path | None,
         typer.Option(
-            help="Export the rows of this recipe's images, in its order, under its ids; default: all in the cache."
+            help="Export the rows of this recipe's images, in its order, under its ids; "
+            "default: all in the cache."
         ),
     ] = None,
 ) -> None:
@@ -254,7 +317,10 @@ def export_command(
 
     chosen = kind.value if kind else target.suffix.lstrip(".")
     if chosen not in EXPORTS:
-        raise CacheError(f"{target}: give --format, one of {', '.join(EXPORTS)}, or a name that ends in one of these")
+        raise CacheError(
+            f"{target}: give --format, one of {', '.join(EXPORTS)}, or a name that ends in "
+            "one of these"
+        )
     if recipe is not None:
         features, selection = _rows_of_recipe(recipe, name)
     else:
@@ -263,13 +329,16 @@ def export_command(
         _say(f"wrote {path}")
     if selection is not None and selection.missing:
         _say(
-            f"{len(selection.missing):,} images of the recipe have no row and are left out: {_some(selection.missing)}. "
+            f"{len(selection.missing):,} images of the recipe have no row and are left out: "
+            f"{_some(selection.missing)}. "
             "`headrace run` makes the rows of images that can be read"
         )
     if selection is None and (several := ambiguous_ids(features)):
         _say(
-            f"{len(several):,} ids stand for several images (folders with the same names, images before and after they were "
-            f"edited), first {several[0]!r}: the column `content` tells them apart, and --recipe exports the images of one recipe"
+            f"{len(several):,} ids stand for several images (folders with the same names, "
+            "images before and after they were "
+            f"edited), first {several[0]!r}: the column `content` tells them apart, and "
+            "--recipe exports the images of one recipe"
         )
 
 
@@ -277,11 +346,16 @@ def _require_cache(cache: Path) -> None:
     """A mistyped path must not read as a cache with nothing wrong in it."""
     if not cache.is_dir():
         found = "it is a file" if cache.exists() else "there is no such folder"
-        raise CacheError(f"{cache} is no cache: {found}. A recipe says where its cache is; name it with --cache")
+        raise CacheError(
+            f"{cache} is no cache: {found}. A recipe says where its cache is; name it with --cache"
+        )
 
 
 def _directories(cache: Path, name: str | None) -> list[Path]:
-    """The feature set that is named, or all of them. Raises CacheError where there is no cache, or none of that name."""
+    """The feature set that is named, or all of them.
+
+    Raises CacheError where there is no cache, or none of that name.
+    """
     if name:
         return [_find(cache, name)]
     _require_cache(cache)
@@ -290,25 +364,40 @@ def _directories(cache: Path, name: str | None) -> list[Path]:
 
 @app.command("import")
 def import_command(
-    source: Annotated[Path, typer.Argument(help="Features of other programs: .npy, .npz, .parquet, .csv, .h5.")],
-    name: Annotated[str, typer.Option(help="What to call them; a recipe uses them as `imported: [NAME]`.")],
+    source: Annotated[
+        Path, typer.Argument(help="Features of other programs: .npy, .npz, .parquet, .csv, .h5.")
+    ],
+    name: Annotated[
+        str, typer.Option(help="What to call them; a recipe uses them as `imported: [NAME]`.")
+    ],
     cache: CacheOption = DEFAULT_CACHE,
     recipe: Annotated[
         Path | None,
-        typer.Option(help="Whose images the ids belong to, and whose cache is used; not needed for our exports."),
+        typer.Option(
+            help="Whose images the ids belong to, and whose cache is used; not needed for our "
+            "exports."
+        ),
     ] = None,
     ids: Annotated[
-        Path | None, typer.Option(help="The ids, one per row: .csv, .parquet, .txt or .npy; default: in the file.")
+        Path | None,
+        typer.Option(
+            help="The ids, one per row: .csv, .parquet, .txt or .npy; default: in the file."
+        ),
     ] = None,
-    key: Annotated[str | None, typer.Option(help="The array, column of lists or data set of the features.")] = None,
+    key: Annotated[
+        str | None, typer.Option(help="The array, column of lists or data set of the features.")
+    ] = None,
     columns: Annotated[
         list[str] | None,
         typer.Option(
-            help="The columns of a table that are features: names, a pattern such as 'f*', a range such as f0:f767."
+            help="The columns of a table that are features: names, a pattern such as 'f*', a "
+            "range such as f0:f767."
         ),
     ] = None,
     id_key: Annotated[str | None, typer.Option(help="The column or data set of the ids.")] = None,
-    dtype: Annotated[str, typer.Option(help="How they are stored: float32, float16 or bfloat16.")] = "float32",
+    dtype: Annotated[
+        str, typer.Option(help="How they are stored: float32, float16 or bfloat16.")
+    ] = "float32",
 ) -> None:
     """Keep features that other programs made, by the ids of their images, as inputs of a recipe.
 
@@ -323,15 +412,26 @@ def import_command(
         loaded = load_recipe(recipe)
         cache = loaded.cache
     forbidden = _no_features(loaded) if loaded else {}
-    foreign = read_foreign(source, ids=ids, key=key, id_key=id_key, columns=columns or (), forbidden=forbidden)
+    foreign = read_foreign(
+        source, ids=ids, key=key, id_key=id_key, columns=columns or (), forbidden=forbidden
+    )
     known, targets = None, None
     if loaded is not None:
         samples, content = _samples_with_content(loaded)
-        known = {sample: value for sample, value in zip(samples["id"], content, strict=True) if value is not None}
+        known = {
+            sample: value
+            for sample, value in zip(samples["id"], content, strict=True)
+            if value is not None
+        }
         target = loaded.task.target
-        targets = samples[[target] if isinstance(target, str) else list(target)].set_axis(content, axis=0)
+        targets = samples[[target] if isinstance(target, str) else list(target)].set_axis(
+            content, axis=0
+        )
     done = import_features(cache, name, foreign, known, dtype=dtype, targets=targets)
-    said = f"{done.rows:,} rows of shape {done.features.spec.shape} kept as {name} in {done.features.path}"
+    said = (
+        f"{done.rows:,} rows of shape {done.features.spec.shape} kept as {name} in "
+        f"{done.features.path}"
+    )
     if done.copies:
         said += f"; {done.copies:,} are of exact copies of other images, which share a row"
     if done.unknown:
@@ -350,7 +450,8 @@ def _rows_of_recipe(recipe_path: Path, name: str) -> "tuple[FeatureSet, Selectio
     selection = select_rows(features, [str(sample) for sample in samples["id"]], content)
     if not selection.ids:
         raise CacheError(
-            f"{features.path} has no row of any of the {len(samples):,} images of {recipe_path}, the first is "
+            f"{features.path} has no row of any of the {len(samples):,} images of "
+            f"{recipe_path}, the first is "
             f"{selection.missing[0]!r}. `headrace run {recipe_path}` makes them"
         )
     return features, selection
@@ -361,16 +462,23 @@ def _some(names: list[str]) -> str:
 
 
 def _no_features(recipe: "Recipe") -> dict[str, str]:
-    """{column: what it is} of the columns that the recipe knows to be no features: a head would learn its own answer."""
+    """{column: what it is} of the columns that the recipe knows to be no features: a head would
+    learn its own answer.
+    """
     roles = {"task.target": recipe.task.target}
     roles |= {f"task.{key}": getattr(recipe.task, key) for key in ("group", "split", "fold")}
     roles |= {f"images.{key}": getattr(recipe.images, key) for key in ("path_column", "id_column")}
-    named = {role: (columns,) if isinstance(columns, str) else columns or () for role, columns in roles.items()}
+    named = {
+        role: (columns,) if isinstance(columns, str) else columns or ()
+        for role, columns in roles.items()
+    }
     return {column: f"the recipe's {role}" for role, columns in named.items() for column in columns}
 
 
 def _samples_with_content(recipe: "Recipe") -> "tuple[pd.DataFrame, list[str | None]]":
-    """The recipe's images in its order, and the content hash of each; None where it cannot be read."""
+    """The recipe's images in its order, and the content hash of each; None where it
+    cannot be read.
+    """
     from headrace.extract import content_hashes
     from headrace.pipelines.dataset import list_samples
     from headrace.pipelines.paths import content_index
@@ -380,7 +488,9 @@ def _samples_with_content(recipe: "Recipe") -> "tuple[pd.DataFrame, list[str | N
 
 
 def _find(cache: Path, name: str, *, begun: bool = False) -> Path:
-    """The one feature set whose fingerprint begins with `name` or whose tap it is; with `begun`, also what a kill left of one."""
+    """The one feature set whose fingerprint begins with `name` or whose tap it is; with `begun`,
+    also what a kill left of one.
+    """
     directories = feature_set_directories(cache) + (begun_directories(cache) if begun else [])
     by_fingerprint = [path for path in directories if path.name.startswith(name)]
     found = by_fingerprint or [path for path in directories if _tap(path) == name]
@@ -388,10 +498,13 @@ def _find(cache: Path, name: str, *, begun: bool = False) -> Path:
         return found[0]
     if found:
         raise CacheError(
-            f"{name!r} fits {len(found)} feature sets; give a fingerprint: {', '.join(p.name for p in found)}"
+            f"{name!r} fits {len(found)} feature sets; give a fingerprint: "
+            f"{', '.join(p.name for p in found)}"
         )
     there = ", ".join(f"{path.name} ({_tap(path)})" for path in directories) or "none"
-    raise CacheError(f"{cache} has no feature set {name!r}. There are: {there}. The cache is chosen by --cache")
+    raise CacheError(
+        f"{cache} has no feature set {name!r}. There are: {there}. The cache is chosen by --cache"
+    )
 
 
 def _tap(directory: Path) -> str:
@@ -402,13 +515,19 @@ def _tap(directory: Path) -> str:
 
 
 def _last_written(features: FeatureSet) -> str:
-    """From the files: shards hold no times, so that an interrupted extraction and an uninterrupted one are equal."""
+    """From the files: shards hold no times, so that an interrupted extraction and an uninterrupted
+    one are equal.
+    """
     times = []
     for entry in features.entries:
         path = shard_path(features.path, entry.unit)
         if path.exists():
             times.append(path.stat().st_mtime)
-    return datetime.fromtimestamp(max(times)).astimezone().isoformat(" ", "minutes") if times else "never"
+    return (
+        datetime.fromtimestamp(max(times)).astimezone().isoformat(" ", "minutes")
+        if times
+        else "never"
+    )
 
 
 def _verify_sources(recipe_path: Path, directories: list[Path]) -> int:
@@ -421,7 +540,9 @@ def _verify_sources(recipe_path: Path, directories: list[Path]) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         # An index of its own: the run's would answer from sizes and times without reading.
         contents = content_hashes(samples, Path(scratch) / "contents.parquet")
-    current = dict(zip(samples["id"].astype(str), contents.hashes, strict=True))  # ids of one recipe are unique
+    current = dict(
+        zip(samples["id"].astype(str), contents.hashes, strict=True)
+    )  # ids of one recipe are unique
     wrong = 0
     for directory in directories:
         problems = verify_sources(open_feature_set(directory), current)
@@ -453,13 +574,19 @@ def _verify_recompute(recipe_path: Path, directories: list[Path], count: int) ->
                     continue
                 features = open_feature_set(feature_set_path(recipe.cache, spec))
 
-                again = functools.partial(_extract_again, samples, Network(backbone, [spec], [()]), Path(scratch))
-                present = np.isin(features.content().astype("U32"), [value for value in hashes if value])
+                again = functools.partial(
+                    _extract_again, samples, Network(backbone, [spec], [()]), Path(scratch)
+                )
+                present = np.isin(
+                    features.content().astype("U32"), [value for value in hashes if value]
+                )
                 report = verify_recompute(features, again, count, among=np.flatnonzero(present))
                 verdict = "within" if report.is_equal else "BEYOND"
                 _say(
-                    f"{spec.name}: {report.rows} rows extracted again differ by at most {report.largest:.2e} of the root mean "
-                    f"square, {verdict} the tolerance of {report.tolerance:.2e} ({RECOMPUTE_TOLERANCE:g} for another machine "
+                    f"{spec.name}: {report.rows} rows extracted again differ by at most "
+                    f"{report.largest:.2e} of the root mean "
+                    f"square, {verdict} the tolerance of {report.tolerance:.2e} "
+                    f"({RECOMPUTE_TOLERANCE:g} for another machine "
                     f"or batch size, the rest round-off); the furthest is {report.worst_id}"
                 )
                 wrong += not report.is_equal
@@ -469,10 +596,14 @@ def _verify_recompute(recipe_path: Path, directories: list[Path], count: int) ->
 def _extract_again(
     samples: "pd.DataFrame", network: "Network", scratch: Path, _ids: list[str], content: list[str]
 ) -> Rows:
-    """(n, *shape) features of n images, by the same units of work as in a run, into a cache of its own."""
+    """(n, *shape) features of n images, by the same units of work as in a run, into a cache of its
+    own.
+    """
     from headrace.extract import plan_networks, run_unit
 
-    for job in plan_networks(samples[samples["content"].isin(content)], [network], cache_root=scratch):
+    for job in plan_networks(
+        samples[samples["content"].isin(content)], [network], cache_root=scratch
+    ):
         run_unit(job)
     return open_feature_set(feature_set_path(scratch, network.specs[0])).load(content)
 
@@ -483,7 +614,11 @@ def _imported(recipe_path: Path) -> list[str]:
     from headrace.pipelines.recipe import load_recipe
 
     recipe = load_recipe(recipe_path)
-    return [each.spec.fingerprint for name in recipe.imported for each in imported_sets(recipe.cache, name)]
+    return [
+        each.spec.fingerprint
+        for name in recipe.imported
+        for each in imported_sets(recipe.cache, name)
+    ]
 
 
 def _networks(recipe_path: Path) -> "list[tuple[BackboneSpec, tuple[FeatureSpec, ...]]]":
@@ -496,7 +631,9 @@ def _networks(recipe_path: Path) -> "list[tuple[BackboneSpec, tuple[FeatureSpec,
     found = []
     for backbone in recipe.backbones:
         spec = backbone_spec(backbone, recipe)
-        features = backbone_features(spec, backbone.taps, cache_root=recipe.cache, **storing(backbone, recipe))
+        features = backbone_features(
+            spec, backbone.taps, cache_root=recipe.cache, **storing(backbone, recipe)
+        )
         found.append((spec, features))
     return found
 

@@ -1,9 +1,11 @@
-"""Claims: which of several drivers on one run does a task, so that two of them share the work instead of doing it twice.
+"""Claims: which of several drivers on one run does a task, so that two of them share the work
+instead of doing it twice.
 
-A claim is a symbolic link `<task>.claim` whose target names its driver: made in one step that only one process can win,
-never half written, and readable from every node. A driver is alive while it holds its own lock with a heartbeat,
-`<driver>.driver`; the claims of one that is not are free. That a claim can be held twice for a moment (a driver that was
-frozen for longer than its lock lives) costs double work and nothing else: results are published by the first.
+A claim is a symbolic link `<task>.claim` whose target names its driver: made in one step that only
+one process can win, never half written, and readable from every node. A driver is alive while it
+holds its own lock with a heartbeat, `<driver>.driver`; the claims of one that is not are free. That
+a claim can be held twice for a moment (a driver that was frozen for longer than its lock lives)
+costs double work and nothing else: results are published by the first.
 """
 
 import contextlib
@@ -41,7 +43,8 @@ class Claims:
             except FileExistsError:
                 owner = _owner(claim)
             except OSError:
-                return True  # a file system without symbolic links: several drivers then do the same work twice
+                # a file system without symbolic links: several drivers then do the same work twice
+                return True
             if owner == self.driver:
                 return True
             if owner is not None and self._lives(owner):
@@ -65,7 +68,10 @@ class Claims:
 
 @contextlib.contextmanager
 def claims(directory: Path) -> Iterator[Claims]:
-    """This process's claims in a directory, from now to the end of the block. What dead drivers left there goes."""
+    """This process's claims in a directory, from now to the end of the block.
+
+    What dead drivers left there goes.
+    """
     driver = driver_name()
     with driver_lock(directory, driver):
         remove_dead(directory)
@@ -78,20 +84,23 @@ def claims(directory: Path) -> Iterator[Claims]:
 
 
 def remove_dead(directory: Path) -> int:
-    """Remove the claims and the locks of drivers that are not alive; returns how many files that were."""
+    """Remove the claims and the locks of drivers that are not alive; returns how many files that
+    were.
+    """
     drivers, removed = sorted(directory.glob("*.driver")), 0
     dead = []
     for path in drivers:
         with contextlib.suppress(FileNotFoundError):
             status = path.stat()
-            # filelock waits for ever for a lock whose holder died before it wrote its name, microseconds after making it.
+            # filelock waits for ever for a lock whose holder died before it wrote its name,
+            # microseconds after making it.
             if not status.st_size and time.time() - status.st_mtime > LEASE_S:
                 path.unlink()
         if not driver_lives(directory, path.stem):
             dead.append(path.stem)
     alive = {path.stem for path in drivers} - set(dead)
-    # Their locks are older than their claims: a claim whose driver has no lock is a dead driver's. Looked at again, for
-    # a driver may have begun since.
+    # Their locks are older than their claims: a claim whose driver has no lock is a dead driver's.
+    # Looked at again, for a driver may have begun since.
     for claim in (*directory.glob("*.claim"), *directory.glob("*.claim.*")):
         owner = _owner(claim)
         if owner is not None and owner not in alive and not driver_lives(directory, owner):
@@ -101,18 +110,25 @@ def remove_dead(directory: Path) -> int:
 
 
 def _remove_abandoned(claim: Path, owner: str | None) -> None:
-    # Moved before it is removed: of two drivers that find it abandoned, one moves it, and both try again.
+    # Moved before it is removed: of two drivers that find it abandoned, one moves it, and both try
+    # again.
     abandoned = claim.with_name(f"{claim.name}.{uuid.uuid4().hex}")
     with contextlib.suppress(FileNotFoundError):
         os.rename(claim, abandoned)
-        if _owner(abandoned) not in (owner, None):  # another driver was faster, and this is its claim
+        if _owner(abandoned) not in (
+            owner,
+            None,
+        ):  # another driver was faster, and this is its claim
             with contextlib.suppress(FileExistsError):
                 os.symlink(_owner(abandoned) or "", claim)
         os.unlink(abandoned)
 
 
 def driver_name() -> str:
-    """A name that no other driver has, and that says when it started and where: "20261124T181500Z-node7-4321-9f3a"."""
+    """A name that no other driver has, and that says when it started and where:
+
+    "20261124T181500Z-node7-4321-9f3a".
+    """
     now = datetime.datetime.now(datetime.UTC)
     return f"{now:%Y%m%dT%H%M%SZ}-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:4]}"
 
@@ -130,7 +146,9 @@ def driver_lock(directory: Path, driver: str) -> Iterator[None]:
 
 
 def driver_lives(directory: Path, driver: str) -> bool:
-    """Whether a driver holds its lock: its process is there, or, on another node, its heartbeat is recent."""
+    """Whether a driver holds its lock: its process is there, or, on another node, its heartbeat is
+    recent.
+    """
     path = directory / f"{driver}.driver"
     if not path.exists():
         return False
@@ -146,7 +164,10 @@ def driver_lives(directory: Path, driver: str) -> bool:
 
 def _lock(directory: Path, driver: str) -> SoftFileLease:
     return SoftFileLease(
-        directory / f"{driver}.driver", lease_duration=LEASE_S, heartbeat_interval=LEASE_S / 6, poll_interval=0.05
+        directory / f"{driver}.driver",
+        lease_duration=LEASE_S,
+        heartbeat_interval=LEASE_S / 6,
+        poll_interval=0.05,
     )
 
 

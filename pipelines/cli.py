@@ -1,4 +1,7 @@
-"""The command `headrace`. Imports what a command needs when it runs, so that `--help` and bad input answer at once."""
+"""The command `headrace`.
+
+Imports what a command needs when it runs, so that `--help` and bad input answer at once.
+"""
 
 import importlib.metadata
 import shlex
@@ -24,8 +27,10 @@ from headrace.pipelines.report.command import report_command
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Extract deep features once, train hundreds of classifier heads on them, fine-tune only the winners.",
-    epilog="Your own images: headrace init photos, then headrace run recipe.yaml. Each command has an example: headrace run "
+    help="Extract deep features once, train hundreds of classifier heads on them, fine-tune "
+    "only the winners.",
+    epilog="Your own images: headrace init photos, then headrace run recipe.yaml. Each command has an "
+    "example: headrace run "
     "--help. The Tab key completes commands and options after headrace --install-completion.",
 )
 _AFTER, _AROUND = "After a run", "What there is"
@@ -44,7 +49,10 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", help="Print the version and stop.", callback=_version, is_eager=True)
+        bool,
+        typer.Option(
+            "--version", help="Print the version and stop.", callback=_version, is_eager=True
+        ),
     ] = False,
 ) -> None:
     pass
@@ -58,12 +66,16 @@ class FolderLayout(StrEnum):
     sides = "split"  # `split` is a method of text
 
 
-Workers = Annotated[int | None, typer.Option(help="Worker processes; default: one per core.", min=1)]
+Workers = Annotated[
+    int | None, typer.Option(help="Worker processes; default: one per core.", min=1)
+]
 
 
 @app.command()
 def demo(
-    folder: Annotated[Path, typer.Argument(help="Where its recipe, features and results go.")] = Path("headrace-demo"),
+    folder: Annotated[
+        Path, typer.Argument(help="Where its recipe, features and results go.")
+    ] = Path("headrace-demo"),
     workers: Workers = None,
 ) -> None:
     """Real solar cells, a pretrained network, hundreds of heads, a leaderboard.
@@ -81,9 +93,11 @@ def demo(
     _say(
         console,
         "Next, try:\n"
-        f"  headrace report {recipe}     # one page to look at: mistakes, likely label errors, near-duplicates\n"
+        f"  headrace report {recipe}     # one page to look at: mistakes, likely label errors, "
+        "near-duplicates\n"
         f"  headrace run {recipe} --dry-run     # what a run would do, and what is there already\n"
-        f"  headrace cache ls --cache {folder / 'headrace-cache'}     # the features that were kept\n"
+        f"  headrace cache ls --cache {folder / 'headrace-cache'}     # the features that were "
+        "kept\n"
         "  headrace init FOLDER     # a recipe for your own images",
     )
 
@@ -93,18 +107,29 @@ def init(
     source: Annotated[
         Path,
         typer.Argument(
-            help="A folder with one sub-folder per class, a table, archives (tar, zip), or an array file (npz, HDF5, idx)."
+            help="A folder with one sub-folder per class, a table, archives (tar, zip), or an "
+            "array file (npz, HDF5, idx)."
         ),
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The recipe to write.")] = Path("recipe.yaml"),
-    force: Annotated[bool, typer.Option("--force", help="Overwrite a recipe that is there.")] = False,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The recipe to write.")] = Path(
+        "recipe.yaml"
+    ),
+    force: Annotated[
+        bool, typer.Option("--force", help="Overwrite a recipe that is there.")
+    ] = False,
     layout: Annotated[
         FolderLayout,
-        typer.Option(help="What the outer folders are: classes, or the sides of a split with the classes in them."),
+        typer.Option(
+            help="What the outer folders are: classes, or the sides of a split with the classes "
+            "in them."
+        ),
     ] = FolderLayout.auto,
     exclude: Annotated[
         list[str] | None,
-        typer.Option(help="Images, or folders of them, to leave out; * and ? match. May be given several times."),
+        typer.Option(
+            help="Images, or folders of them, to leave out; * and ? match. May be given several "
+            "times."
+        ),
     ] = None,
 ) -> None:
     """Write a commented recipe for the images that are there.
@@ -114,33 +139,52 @@ def init(
     from headrace.pipelines.init import write_recipe
 
     console = make_console()
-    finding = write_recipe(source, out, force=force, layout=layout.value, exclude=tuple(exclude or ()))
+    finding = write_recipe(
+        source, out, force=force, layout=layout.value, exclude=tuple(exclude or ())
+    )
     for note in finding.notes:
         _say(console, f"note: {note}")
-    _say(console, f"Found {finding.sentence}. Wrote {out}.\nNext: headrace run {shlex.quote(str(out))} --dry-run")
+    _say(
+        console,
+        f"Found {finding.sentence}. Wrote {out}.\nNext: headrace run "
+        f"{shlex.quote(str(out))} --dry-run",
+    )
 
 
 @app.command()
 def run(
-    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file; `headrace init` writes one.")],
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop; nothing is written.")] = False,
+    recipe: Annotated[
+        Path, typer.Argument(help="The recipe, a YAML file; `headrace init` writes one.")
+    ],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan and stop; nothing is written.")
+    ] = False,
     workers: Workers = None,
     strict: Annotated[
-        bool, typer.Option("--strict", help="Stop at an image that cannot be decoded, instead of listing it.")
+        bool,
+        typer.Option(
+            "--strict", help="Stop at an image that cannot be decoded, instead of listing it."
+        ),
     ] = False,
     retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="Train the heads that failed in an earlier call once more.")
+        bool,
+        typer.Option(
+            "--retry-failed", help="Train the heads that failed in an earlier call once more."
+        ),
     ] = False,
     cluster: Annotated[
         str | None,
         typer.Option(
-            help="Where tasks run, instead of the recipe's cluster.where: local, cuda, slurm, kubernetes, or tls://HOST:PORT."
+            help="Where tasks run, instead of the recipe's cluster.where: local, cuda, slurm, "
+            "kubernetes, or tls://HOST:PORT."
         ),
     ] = None,
 ) -> None:
-    """Extract what is missing, train what is missing, rank, and show the winner the test split once.
+    """Extract what is missing, train what is missing, rank, and show the winner the test split
+    once.
 
-    Interrupted at any moment, the same command goes on where it was. --dry-run shows first what it would do.
+    Interrupted at any moment, the same command goes on where it was. --dry-run shows first what it
+    would do.
 
     Example: headrace run recipe.yaml --dry-run
     """
@@ -157,7 +201,8 @@ def run(
     if not dry_run:
         _say(
             console,
-            f"Next: headrace report {shlex.quote(str(recipe))}     # one page to look at: mistakes, likely label errors, "
+            f"Next: headrace report {shlex.quote(str(recipe))}     # one page to look at: "
+            "mistakes, likely label errors, "
             "near-duplicates",
         )
 
@@ -167,11 +212,14 @@ def status(
     run: Annotated[
         Path,
         typer.Argument(
-            help="A run: its recipe, or its directory, headrace-runs/NAME, which may be on a file system that nodes share."
+            help="A run: its recipe, or its directory, headrace-runs/NAME, which may be on a "
+            "file system that nodes share."
         ),
     ],
 ) -> None:
-    """How far a run is: its stage, tasks, workers, failures, time left. Also while it runs, from any shell or node.
+    """How far a run is: its stage, tasks, workers, failures, time left.
+
+    Also while it runs, from any shell or node.
 
     Example: headrace status recipe.yaml
     """
@@ -208,7 +256,9 @@ def _run(
     if cluster:
         recipe = elsewhere(recipe, cluster)
     if strict:
-        recipe = recipe.model_copy(update={"compute": recipe.compute.model_copy(update={"strict": True})})
+        recipe = recipe.model_copy(
+            update={"compute": recipe.compute.model_copy(update={"strict": True})}
+        )
     from headrace.pipelines.plan import check_space
     from headrace.pipelines.prepare import run_paths, survey
     from headrace.pipelines.run import run_recipe
@@ -227,7 +277,10 @@ def _run(
             result = run_recipe(recipe, console=console, workers=workers, retry_failed=retry_failed)
             show_result(console, result, reference=reference)
     except KeyboardInterrupt:
-        _say(make_console(stderr=True), "\nInterrupted. What is finished is kept; the same command goes on from here.")
+        _say(
+            make_console(stderr=True),
+            "\nInterrupted. What is finished is kept; the same command goes on from here.",
+        )
         raise typer.Exit(130) from None  # the shell's word for Ctrl-C
 
 
@@ -235,8 +288,10 @@ def _require_utf8(out: Path | None) -> None:
     # Tables of results hold paths of other results, and their text is UTF-8.
     if valid_text(str(out)) != str(out):
         raise PathNotUTF8(
-            f"out: {out}: a name in this path is no UTF-8, so that results cannot be kept there. Rename it, or set `out` in the "
-            "recipe to another folder; if the name is right and the locale is not, set LC_ALL=C.UTF-8"
+            f"out: {out}: a name in this path is no UTF-8, so that results cannot be kept "
+            "there. Rename it, or set `out` in the "
+            "recipe to another folder; if the name is right and the locale is not, set "
+            "LC_ALL=C.UTF-8"
         )
 
 
@@ -246,7 +301,10 @@ def _say(console: Console, text: str) -> None:
 
 
 def main() -> None:
-    """Run the command line. An error that the user or the machine caused is printed alone, with exit code 2."""
+    """Run the command line.
+
+    An error that the user or the machine caused is printed alone, with exit code 2.
+    """
     escape_unencodable()
     try:
         app()

@@ -8,7 +8,9 @@ import typer
 
 from headrace.pipelines.console import make_console
 
-app = typer.Typer(no_args_is_help=True, help="Prepare a cluster: certificates for encrypted traffic.")
+app = typer.Typer(
+    no_args_is_help=True, help="Prepare a cluster: certificates for encrypted traffic."
+)
 
 
 @app.callback()
@@ -19,10 +21,12 @@ def _group() -> None:
 @app.command("tls")
 def tls_command(
     folder: Annotated[
-        Path, typer.Argument(help="Where key and certificate go; every node of the cluster must see it.")
+        Path,
+        typer.Argument(help="Where key and certificate go; every node of the cluster must see it."),
     ],
 ) -> None:
-    """Make the certificate that scheduler, workers and runs of one cluster show each other; what is there is kept.
+    """Make the certificate that scheduler, workers and runs of one cluster show each other; what is
+    there is kept.
 
     Example: headrace cluster tls ~/headrace-tls
     """
@@ -39,7 +43,8 @@ def tls_command(
         "A scheduler, on one machine:\n"
         f"  {settings} dask scheduler --protocol tls --port 8786 --no-dashboard {files}\n"
         "Workers, on each machine (one process per core, one thread each):\n"
-        f"  {settings} dask worker tls://HOST:8786 --nworkers auto --nthreads 1 --preload {PRELOAD} {files}\n"
+        f"  {settings} dask worker tls://HOST:8786 --nworkers auto --nthreads 1 --preload "
+        f"{PRELOAD} {files}\n"
         "Runs, in the recipe:\n"
         f"  cluster:\n    where: tls://HOST:8786\n    tls: {made}\n"
         "SLURM needs none of this: a run makes its own certificate in its directory."

@@ -1,8 +1,8 @@
 """The terminal, as everything of headrace writes to it: the only place where a console is made.
 
-Names of folders, classes, columns and settings are the user's, and stand in most sentences. They appear as they are:
-`[draft]` is no colour, `:dog:` is no picture, a name with control characters moves no cursor, and what the output cannot
-encode is written as an escape.
+Names of folders, classes, columns and settings are the user's, and stand in most sentences. They
+appear as they are: `[draft]` is no colour, `:dog:` is no picture, a name with control characters
+moves no cursor, and what the output cannot encode is written as an escape.
 """
 
 import contextlib
@@ -17,15 +17,18 @@ from rich.console import Console
 from rich.text import Text
 
 _PIPE_COLUMNS = 132
-# What a terminal obeys instead of showing it (all but line ends and tabs), and what reverses the text after it.
+# What a terminal obeys instead of showing it (all but line ends and tabs), and what reverses the
+# text after it.
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
-def make_console(*, stderr: bool = False, quiet: bool = False, pipe_columns: int = _PIPE_COLUMNS) -> Console:
+def make_console(
+    *, stderr: bool = False, quiet: bool = False, pipe_columns: int = _PIPE_COLUMNS
+) -> Console:
     """A console of the standard output, or of the standard error, for which all text is plain text.
 
-    What is to stand out is given a `style`. pipe_columns: the width of tables in a file or a pipe, which have none of
-    their own; wide enough to show whole words.
+    What is to stand out is given a `style`. pipe_columns: the width of tables in a file or a pipe,
+    which have none of their own; wide enough to show whole words.
     """
     has_width = (sys.stderr if stderr else sys.stdout).isatty() or "COLUMNS" in os.environ
     return _PlainConsole(
@@ -42,28 +45,36 @@ class _PlainConsole(Console):
     """A console on which control characters are shown as escapes (`\\x1b`)."""
 
     def render_str(self, text: str, **options: Any) -> Text:
-        shown = _CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), valid_text(text))
+        shown = _CONTROLS.sub(
+            lambda match: match[0].encode("unicode_escape").decode(), valid_text(text)
+        )
         return super().render_str(shown, **options)
 
 
 def valid_text(text: str) -> str:
-    """The text as any UTF-8 output can hold it: a byte of a file name that is no UTF-8 becomes an escape (`caf\\xe9.png`).
+    """The text as any UTF-8 output can hold it: a byte of a file name that is no UTF-8 becomes an
+    escape (`caf\\xe9.png`).
 
-    Python holds such bytes as lone surrogates; under an ASCII locale those of every name, which are whole UTF-8 here again.
+    Python holds such bytes as lone surrogates; under an ASCII locale those of every name, which are
+    whole UTF-8 here again.
     """
     if text.isascii():
         return text
     try:
         named = text.encode("utf-8", "surrogateescape")
-    except UnicodeEncodeError:  # surrogates that stand for no byte, which only a program can have made
+    except (
+        UnicodeEncodeError
+    ):  # surrogates that stand for no byte, which only a program can have made
         named = text.encode("utf-8", "backslashreplace")
     return named.decode("utf-8", "backslashreplace")
 
 
 def escape_unencodable() -> None:
-    """Let the standard output and error write what their encoding lacks as an escape (`\\xe9`), and never raise for it.
+    """Let the standard output and error write what their encoding lacks as an escape (`\\xe9`), and
+    never raise for it.
 
-    Their encoding is ASCII in many a pipe, container and cron job, and a file name that is no UTF-8 fits no encoding.
+    Their encoding is ASCII in many a pipe, container and cron job, and a file name that is no UTF-8
+    fits no encoding.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -72,7 +83,10 @@ def escape_unencodable() -> None:
 
 @contextlib.contextmanager
 def utf8_stdout() -> Iterator[TextIO]:
-    """The standard output for data: UTF-8 whatever the locale is, with the line ends that are written."""
+    """The standard output for data:
+
+    UTF-8 whatever the locale is, with the line ends that are written.
+    """
     sys.stdout.flush()
     stream = io.TextIOWrapper(sys.stdout.buffer, encoding="utf-8", newline="")
     try:

@@ -1,7 +1,9 @@
-"""What work will cost: assumed at first, measured as soon as anything like it has been done in the run.
+"""What work will cost: assumed at first, measured as soon as anything like it has been done in the
+run.
 
-The assumptions are for one core of 2020s hardware (docs/scale.md says where they were measured). N rows, D features,
-C outputs. A run that is large by them begins with a small bank of each kind, and is then planned by what that took.
+The assumptions are for one core of 2020s hardware (docs/scale.md says where they were measured). N
+rows, D features, C outputs. A run that is large by them begins with a small bank of each kind, and
+is then planned by what that took.
 """
 
 import json
@@ -15,8 +17,10 @@ from headrace.extract import ExtractJob
 from headrace.heads import ConvSpec, HeadSpec, MLPSpec
 from headrace.pipelines.task_log import read_log
 
-TARGET_S = 30.0  # of a bank: tasks of 5 to 60 s are long beside the milliseconds between them, and little to lose
-PROBE_S = 600.0  # a run of more core-seconds than this in kinds never measured begins with a probe of each
+# of a bank: tasks of 5 to 60 s are long beside the milliseconds between them, and little to lose
+TARGET_S = 30.0
+# a run of more core-seconds than this in kinds never measured begins with a probe of each
+PROBE_S = 600.0
 PROBE_SPECS = 2
 MAX_BANK_SPECS = 64  # enough columns for wide products
 _IMAGE_S = {"cpu": 0.03, "cuda": 0.0005}  # per network of a unit, at 224 pixels
@@ -28,7 +32,9 @@ class Rates:
     """What has been measured in a run: nothing at first."""
 
     image_s: float | None = None  # of a worker, per image, all networks of a unit together
-    kinds: Mapping[str, float] = field(default_factory=dict)  # measured over assumed seconds, by the heads' kind
+    kinds: Mapping[str, float] = field(
+        default_factory=dict
+    )  # measured over assumed seconds, by the heads' kind
 
 
 @dataclass(frozen=True)
@@ -54,29 +60,45 @@ def measured_rates(logs: Path) -> Rates:
             elif event["event"] == "cost":
                 assumed[event["kind"]] += event["assumed_s"]
                 taken[event["kind"]] += event["seconds"]
-    return Rates(image_s / images if images else None, {kind: taken[kind] / assumed[kind] for kind in assumed})
+    return Rates(
+        image_s / images if images else None,
+        {kind: taken[kind] / assumed[kind] for kind in assumed},
+    )
 
 
-def bank_s(specs: Sequence[HeadSpec], rows: int, features: int, outputs: int, folds: int, rates: Rates) -> float:
+def bank_s(
+    specs: Sequence[HeadSpec], rows: int, features: int, outputs: int, folds: int, rates: Rates
+) -> float:
     """Core-seconds that a bank will take: a fit of each spec per fold, and one on all rows."""
     shared, each = _parts(specs[0], rows, features, outputs, folds + 1)
     return (_BANK_S + shared + len(specs) * each) * rates.kinds.get(specs[0].kind, 1.0)
 
 
-def specs_per_bank(specs: Sequence[HeadSpec], rows: int, features: int, outputs: int, folds: int, rates: Rates) -> int:
-    """How many specs make a bank of about TARGET_S: a power of two, so that a little more knowledge changes nothing."""
+def specs_per_bank(
+    specs: Sequence[HeadSpec], rows: int, features: int, outputs: int, folds: int, rates: Rates
+) -> int:
+    """How many specs make a bank of about TARGET_S: a power of two, so that a little more knowledge
+    changes nothing.
+    """
     count = MAX_BANK_SPECS
-    while count > 1 and bank_s(list(specs[:1]) * count, rows, features, outputs, folds, rates) > TARGET_S:
+    while (
+        count > 1
+        and bank_s(list(specs[:1]) * count, rows, features, outputs, folds, rates) > TARGET_S
+    ):
         count //= 2
     return count
 
 
-def _parts(spec: HeadSpec, rows: int, features: int, outputs: int, fits: int) -> tuple[float, float]:
+def _parts(
+    spec: HeadSpec, rows: int, features: int, outputs: int, fits: int
+) -> tuple[float, float]:
     """Assumed core-seconds that a bank takes whatever its specs, and that each spec adds."""
     cells = rows * features
     if isinstance(spec, MLPSpec | ConvSpec):
         # A 3 × 3 convolution meets each feature nine times for each of its channels.
-        width = sum(spec.hidden) + outputs + (9 * spec.channels[0] if isinstance(spec, ConvSpec) else 0)
+        width = (
+            sum(spec.hidden) + outputs + (9 * spec.channels[0] if isinstance(spec, ConvSpec) else 0)
+        )
         return 0.0, fits * 3.6e-11 * cells * spec.epochs * width
     if spec.kind in ("logistic", "ridge"):
         # Gram matrices of the features, made once; then every spec works on matrices of D × C.
@@ -93,7 +115,9 @@ def units_s(units: Sequence[ExtractJob], rates: Rates) -> float:
     """Seconds of the devices that the units run on."""
     total = 0.0
     for job in units:
-        side = max(1.0, max(_side(spec.preprocessing) for _, specs in job.networks for spec in specs) / 224)
+        side = max(
+            1.0, max(_side(spec.preprocessing) for _, specs in job.networks for spec in specs) / 224
+        )
         assumed = _IMAGE_S["cpu" if job.device == "cpu" else "cuda"] * len(job.networks) * side**2
         total += len(job.samples) * (rates.image_s or assumed)
     return total

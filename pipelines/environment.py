@@ -1,4 +1,6 @@
-"""Where a run was computed: versions and machine, one line per change, so that a report can say it later."""
+"""Where a run was computed: versions and machine, one line per change, so that a report can say it
+later.
+"""
 
 import datetime
 import importlib.metadata
@@ -26,13 +28,19 @@ _LIBRARIES = (
 
 
 def environment(workers: int | None, device: str) -> dict[str, Any]:
-    """Versions, processor, cores, memory; `workers` processes and the `device` of the forward pass as the run had them."""
+    """Versions, processor, cores, memory; `workers` processes and the `device` of the forward pass
+    as the run had them.
+    """
     return {
         "python": platform.python_version(),
-        "versions": {name: version for name in _LIBRARIES if (version := _version(name)) is not None},
+        "versions": {
+            name: version for name in _LIBRARIES if (version := _version(name)) is not None
+        },
         "system": f"{platform.system()} {platform.machine()}",
         "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count() or 1,
         "memory_bytes": _memory_bytes(),
         "workers": workers,
         "device": device,
@@ -61,7 +69,8 @@ def _processor() -> str:
     except OSError:
         return platform.processor()
     return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
+        platform.processor(),
     )
 
 

@@ -1,4 +1,6 @@
-"""The stage that extracts: units of images as tasks, each published by the worker that computed it."""
+"""The stage that extracts: units of images as tasks, each published by the worker that
+computed it.
+"""
 
 import hashlib
 import time
@@ -29,13 +31,20 @@ _ASK_S = 1.0
 
 
 def extract_missing(
-    units: Sequence[ExtractJob], client: Client | None, console: Console, options: TaskOptions | None = None
+    units: Sequence[ExtractJob],
+    client: Client | None,
+    console: Console,
+    options: TaskOptions | None = None,
 ) -> None:
-    """Run units of work; what each publishes stays. Raises RunIncomplete when a unit failed or an image went away.
+    """Run units of work; what each publishes stays.
 
-    An image that takes its worker down, or never ends, is found by dividing its unit, and recorded as a failed image.
+    Raises RunIncomplete when a unit failed or an image went away.
 
-    client: None for a device of this process's own (a GPU), which is then fed without a pause between units.
+    An image that takes its worker down, or never ends, is found by dividing its unit, and recorded
+    as a failed image.
+
+    client: None for a device of this process's own (a GPU), which is then fed without a pause
+    between units.
     """
     options = announced(options or TaskOptions(), console)
     failures: list[str] = []
@@ -72,26 +81,34 @@ def extract_missing(
                     "failed": now.failed,
                 }
                 advance(len(outcome.job.samples), details)
-            options.tell("progress", done=done, failed=len(fatal) + sum(len(report.failed) for report in reports))
+            options.tell(
+                "progress",
+                done=done,
+                failed=len(fatal) + sum(len(report.failed) for report in reports),
+            )
         failures += _record(fatal, sum(report.rows for report in reports))
     unread = [image for report in reports for image in report.unread]
     if failures:
         raise RunIncomplete(
-            f"{len(failures):,} of {len(units):,} units of images failed; the others are kept, and the same command "
+            f"{len(failures):,} of {len(units):,} units of images failed; the others are kept, "
+            "and the same command "
             f"tries these again. The first reason: {failures[0]}"
         )
     if unread:
         name, reason = unread[0]
         raise RunIncomplete(
-            f"{len(unread):,} images went away or changed while they were read, first {name} ({reason}); the features of "
+            f"{len(unread):,} images went away or changed while they were read, first {name} "
+            f"({reason}); the features of "
             "the others are kept. Call again when the images stand still"
         )
 
 
 def _record(fatal: Sequence[tuple[ExtractJob, str]], went_well: int) -> list[str]:
-    """List images that end their workers as failed, each with its reason; returns why that was not done, if so.
+    """List images that end their workers as failed, each with its reason; returns why that was not
+    done, if so.
 
-    Where most images do, it is the network or the machine, and a record in the cache would outlast what is wrong with them.
+    Where most images do, it is the network or the machine, and a record in the cache would outlast
+    what is wrong with them.
     """
     if len(fatal) > went_well:
         return [_blamed_image(job, error) for job, error in fatal]
@@ -111,7 +128,9 @@ def _record(fatal: Sequence[tuple[ExtractJob, str]], went_well: int) -> list[str
 
 
 def extract_unit(job: ExtractJob) -> UnitReport:
-    """What a worker runs: the unit, unless another driver has published it since the plan was made."""
+    """What a worker runs: the unit, unless another driver has published it since the
+    plan was made.
+    """
     from headrace.extract import run_unit  # imports torch
 
     if is_published(job):
@@ -121,11 +140,16 @@ def extract_unit(job: ExtractJob) -> UnitReport:
 
 def is_published(job: ExtractJob) -> bool:
     """Whether every feature set of the unit has all its images, as rows or as recorded failures."""
-    directories = [feature_set_path(Path(job.cache_root), spec) for _, specs in job.networks for spec in specs]
-    # The shards' names are looked for first: reading what feature sets hold takes longer, and is seldom needed.
+    directories = [
+        feature_set_path(Path(job.cache_root), spec) for _, specs in job.networks for spec in specs
+    ]
+    # The shards' names are looked for first: reading what feature sets hold takes longer, and is
+    # seldom needed.
     if not all(shard_path(directory, job.unit).exists() for directory in directories):
         return False
-    return all(open_feature_set(directory).known().issuperset(job.contents) for directory in directories)
+    return all(
+        open_feature_set(directory).known().issuperset(job.contents) for directory in directories
+    )
 
 
 def unit_key(job: ExtractJob) -> str:
@@ -138,7 +162,10 @@ def halves(job: ExtractJob) -> list[tuple[str, ExtractJob]]:
     """A unit's two halves, with their names; nothing for a unit of one image."""
     middle = len(job.samples) // 2
     parts = [part for part in (job.samples[:middle], job.samples[middle:]) if middle]
-    made = [replace(job, samples=part, unit=unit_name([sample.content for sample in part])) for part in parts]
+    made = [
+        replace(job, samples=part, unit=unit_name([sample.content for sample in part]))
+        for part in parts
+    ]
     return [(unit_key(half), half) for half in made]
 
 
@@ -149,8 +176,12 @@ def _on_workers(
     return run_tasks(client, extract_unit, jobs, options=options, split=halves)
 
 
-def _here(units: Sequence[ExtractJob], ours: Claims) -> Generator[Outcome[ExtractJob, UnitReport], None, None]:
-    """The units that no other driver has, in one stream; then, one by one, those that it gives back."""
+def _here(
+    units: Sequence[ExtractJob], ours: Claims
+) -> Generator[Outcome[ExtractJob, UnitReport], None, None]:
+    """The units that no other driver has, in one stream; then, one by one, those that it gives
+    back.
+    """
     from headrace.extract import run_units
 
     mine: list[ExtractJob] = []

@@ -1,4 +1,6 @@
-"""What every reader of a run asks first: which run is meant, with which recipe was it made, where are its files now."""
+"""What every reader of a run asks first: which run is meant, with which recipe was it made, where
+are its files now.
+"""
 
 import os
 import shlex
@@ -27,28 +29,40 @@ class RunReadOnly(HeadraceError, PermissionError):
 
 
 def find_run(given: str | Path, *, or_model: bool = False) -> RunPaths:
-    """The run that is meant, by its recipe or by its directory; a run that has not ended is one too.
+    """The run that is meant, by its recipe or by its directory; a run that has not ended is one
+    too.
 
-    or_model: the caller takes a model directory as well, which the message then says. Raises NotARun, saying what to
-    type; RecipeError for a recipe with a mistake in it.
+    or_model: the caller takes a model directory as well, which the message then says. Raises
+    NotARun, saying what to type; RecipeError for a recipe with a mistake in it.
     """
     place = expand_home(given)
-    expected = "Expected a recipe (recipe.yaml) or the directory of its run (headrace-runs/NAME)" + (
-        ", or a directory with a model: RUN/winner, or what `headrace export --format safetensors` wrote"
-        if or_model
-        else ""
+    expected = (
+        "Expected a recipe (recipe.yaml) or the directory of its run (headrace-runs/NAME)"
+        + (
+            (
+                ", or a directory with a model: RUN/winner, or what `headrace export --format "
+                "safetensors` wrote"
+            )
+            if or_model
+            else ""
+        )
     )
     if place.is_dir():
         if is_run(RunPaths(place)):
             return RunPaths(place)
-        raise NotARun(f"{given} is not a run's directory: it has no recipe.json. {_meant(place) or expected}")
+        raise NotARun(
+            f"{given} is not a run's directory: it has no recipe.json. {_meant(place) or expected}"
+        )
     if not place.is_file():
         wrong = "it is neither a file nor a folder" if place.exists() else "no such file or folder"
         raise NotARun(f"{given}: {wrong}. {_meant(place) or expected}")
-    paths = RunPaths(_recipe_out(place, f"{given} is neither a recipe nor a run. {_meant(place) or expected}"))
+    paths = RunPaths(
+        _recipe_out(place, f"{given} is neither a recipe nor a run. {_meant(place) or expected}")
+    )
     if not is_run(paths):
         raise NotARun(
-            f"{given} has not been run yet: {paths.root} holds no run. Type: headrace run {shlex.quote(str(given))}"
+            f"{given} has not been run yet: {paths.root} holds no run. Type: headrace run "
+            f"{shlex.quote(str(given))}"
         )
     return paths
 
@@ -59,30 +73,40 @@ def is_run(paths: RunPaths) -> bool:
 
 
 def require_finished(paths: RunPaths, *files: Path) -> None:
-    """Raise NotARun, naming what is missing and what to type, unless the run has left these files of its end."""
+    """Raise NotARun, naming what is missing and what to type, unless the run has left these files
+    of its end.
+    """
     for file in files:
         if file.exists():
             continue
         if file == paths.recipe and paths.heads.is_file():
             raise NotARun(
-                f"{paths.root} has no {file.name}: its heads were trained from Python, by train_heads, and without a recipe "
+                f"{paths.root} has no {file.name}: its heads were trained from Python, by "
+                "train_heads, and without a recipe "
                 "it is not known where its images are. Write one, and type: headrace run RECIPE"
             )
         raise NotARun(
-            f"{paths.root} has no {file.name}: the run has not come to its end. Go on with: headrace run RECIPE"
+            f"{paths.root} has no {file.name}: the run has not come to its end. Go on "
+            "with: headrace run RECIPE"
         )
 
 
 def require_writable(paths: RunPaths, instead: str) -> None:
-    """Raise RunReadOnly, with what to type instead, where nothing can be written into the run's directory."""
+    """Raise RunReadOnly, with what to type instead, where nothing can be written into the run's
+    directory.
+    """
     if not os.access(paths.root, os.W_OK):
         raise RunReadOnly(f"{paths.root} cannot be written to. Type: {instead}")
 
 
 def _recipe_out(file: Path, neither: str) -> Path:
-    """Where the run of a recipe is. A recipe may have any name; what has the name of one is told its mistakes."""
+    """Where the run of a recipe is.
+
+    A recipe may have any name; what has the name of one is told its mistakes.
+    """
     named = file.suffix in (".yaml", ".yml")
-    # recipe.json of a run is no recipe to go by: it says where the run was made, and the run may have been moved.
+    # recipe.json of a run is no recipe to go by: it says where the run was made, and the run may
+    # have been moved.
     if not named and (is_run(RunPaths(file.parent)) or file.stat().st_size > _RECIPE_BYTES):
         raise NotARun(neither)
     try:
@@ -96,9 +120,15 @@ def _recipe_out(file: Path, neither: str) -> Path:
 
 
 def _meant(place: Path) -> str:
-    """A question that names the run that was perhaps meant: around the place, in it, or called like it."""
+    """A question that names the run that was perhaps meant: around the place, in it, or called like
+    it.
+    """
     around = (above for above in list(place.parents)[:3] if above.name)
-    runs = (path for path in (*around, *_below(place), Path("headrace-runs") / place.stem) if is_run(RunPaths(path)))
+    runs = (
+        path
+        for path in (*around, *_below(place), Path("headrace-runs") / place.stem)
+        if is_run(RunPaths(path))
+    )
     found = list(dict.fromkeys(islice(runs, 3)))
     return f"Did you mean {' or '.join(map(str, found))}?" if found else ""
 
@@ -109,15 +139,18 @@ def _below(folder: Path) -> Iterator[Path]:
 
 
 def stored_recipe(paths: RunPaths) -> Recipe:
-    """The recipe that a run was made with, its paths where they are now if the run was moved with its surroundings.
+    """The recipe that a run was made with, its paths where they are now if the run was moved with
+    its surroundings.
 
-    Raises NotARun for one of another version of headrace, RunDamaged for one that has changed since it was written.
+    Raises NotARun for one of another version of headrace, RunDamaged for one that has changed since
+    it was written.
     """
     try:
         recipe = Recipe.model_validate(read_record(paths.recipe))
     except pydantic.ValidationError as error:
         raise NotARun(
-            f"{paths.recipe} is not of this version of headrace ({error.error_count()} keys differ): run the recipe again"
+            f"{paths.recipe} is not of this version of headrace ({error.error_count()} "
+            "keys differ): run the recipe again"
         ) from None
     if recipe.out is None:
         return recipe
@@ -128,7 +161,11 @@ def stored_recipe(paths: RunPaths) -> Recipe:
 
     images = {name: here(value) for name, value in recipe.images if isinstance(value, Path)}
     backbones = (
-        each.model_copy(update={"weights": str(_moved(Path(each.weights), before, now)) if each.weights else None})
+        each.model_copy(
+            update={
+                "weights": str(_moved(Path(each.weights), before, now)) if each.weights else None
+            }
+        )
         for each in recipe.backbones
     )
     return recipe.model_copy(
@@ -145,7 +182,8 @@ def stored_recipe(paths: RunPaths) -> Recipe:
 def moved_with_run(path: str, inside: Path) -> str:
     """A path that a file of a run names, as it is now if the run was moved with its surroundings.
 
-    inside: the directory of that file, such as RUN/winner. One that is in no run leaves the path as it is.
+    inside: the directory of that file, such as RUN/winner. One that is in no run leaves the path as
+    it is.
     """
     for folder in list(inside.absolute().parents)[:4]:
         try:
@@ -157,10 +195,11 @@ def moved_with_run(path: str, inside: Path) -> str:
 
 
 def _moved(path: Path, before: Path, now: Path) -> Path:
-    """The path, or where it is since the run went from `before` to `now`; a copy uses what was copied with it.
+    """The path, or where it is since the run went from `before` to `now`; a copy uses what was
+    copied with it.
 
-    What the two ends share has kept its order: of a project that was moved as a whole, cache, images and weights files
-    stand beside the run as they did.
+    What the two ends share has kept its order: of a project that was moved as a whole, cache,
+    images and weights files stand beside the run as they did.
     """
     while before.name and before.name == now.name:
         before, now = before.parent, now.parent
@@ -174,8 +213,8 @@ def _moved(path: Path, before: Path, now: Path) -> Path:
 def results_file(paths: RunPaths, stored: str | Path) -> Path:
     """A results file by the path that the leaderboard has of it.
 
-    The run's own directory counts first: of a run that was moved it holds the file, and of one that was copied the
-    original may have changed since.
+    The run's own directory counts first: of a run that was moved it holds the file, and of one that
+    was copied the original may have changed since.
     """
     stored = Path(stored)
     folder = paths.thaw if stored.parent.name == paths.thaw.name else paths.banks

@@ -1,8 +1,10 @@
-"""The process that the workers of this machine are forked from: what they import is imported once, by this process.
+"""The process that the workers of this machine are forked from: what they import is imported once,
+by this process.
 
-It is multiprocessing's fork server. It has one thread and opens nothing, so that what is forked from it starts as clean as
-what is spawned, without the seconds of CPU that PyTorch takes to import. It stays until the program ends, for its next
-cluster. Elsewhere than on Linux, where some libraries of the system do not bear a fork, workers are spawned.
+It is multiprocessing's fork server. It has one thread and opens nothing, so that what is forked
+from it starts as clean as what is spawned, without the seconds of CPU that PyTorch takes to import.
+It stays until the program ends, for its next cluster. Elsewhere than on Linux, where some libraries
+of the system do not bear a fork, workers are spawned.
 """
 
 import contextlib
@@ -25,7 +27,8 @@ from headrace.pipelines.worker import die_with_parent
 Result = TypeVar("Result")
 
 METHOD = "distributed.worker.multiprocessing-method"  # Dask's setting: how workers are started
-# What every worker needs before its first task. The command line is what a worker of the command imports as its main module.
+# What every worker needs before its first task. The command line is what a worker of the command
+# imports as its main module.
 _IMPORTS = (
     "headrace.pipelines.worker",
     "headrace.heads",
@@ -37,15 +40,17 @@ _BEGINS = "headrace.pipelines.ends_with_driver"
 
 
 def start_server(imports: Sequence[str] = ()) -> str:
-    """Start the server, unless there is one; returns Dask's word for how to start workers. imports: more modules.
+    """Start the server, unless there is one; returns Dask's word for how to start workers. imports:
+    more modules.
 
-    A module that is missing or fails is passed over, and one that a server which is there already lacks is imported by the
-    workers.
+    A module that is missing or fails is passed over, and one that a server which is there already
+    lacks is imported by the workers.
     """
     if sys.platform != "linux":
         return "spawn"
-    # As a nanny does before it starts a worker, for the number of threads is read when NumPy is imported. PyArrow's allocator
-    # would start a thread as it is loaded, and a process is to be forked only while it has one.
+    # As a nanny does before it starts a worker, for the number of threads is read when NumPy is
+    # imported. PyArrow's allocator would start a thread as it is loaded, and a process is to be
+    # forked only while it has one.
     settings = {
         **dask.config.get("distributed.nanny.pre-spawn-environ"),
         "JE_ARROW_MALLOC_CONF": "background_thread:false",
@@ -57,7 +62,8 @@ def start_server(imports: Sequence[str] = ()) -> str:
     # The first time Dask chooses modules; ours are for the server after a killed one too.
     with dask.config.set({METHOD: "forkserver"}):
         context = get_mp_context()
-    # For its modules the server begins with ours; a name that is no module's tells that one what to do.
+    # For its modules the server begins with ours; a name that is no module's tells that one what to
+    # do.
     context.set_forkserver_preload([_BEGINS, wanted([*ends, *_IMPORTS, *command, *imports])])
     try:
         with sigint_held_back():
@@ -71,8 +77,8 @@ def start_server(imports: Sequence[str] = ()) -> str:
 def sigint_held_back() -> Iterator[None]:
     """Ctrl-C does not reach what is started in the block, and waits for the block's end here.
 
-    A terminal sends it to every process of ours, and each worker would print a traceback. Processes and threads inherit the
-    mask of the thread that starts them.
+    A terminal sends it to every process of ours, and each worker would print a traceback. Processes
+    and threads inherit the mask of the thread that starts them.
     """
     if not hasattr(signal, "pthread_sigmask"):
         yield
@@ -87,21 +93,26 @@ def sigint_held_back() -> Iterator[None]:
 
 
 def is_importing_main() -> bool:
-    """Whether this is a new process that imports the script of the one that started it: it may start none of its own."""
+    """Whether this is a new process that imports the script of the one that started it: it may
+    start none of its own.
+    """
     return getattr(multiprocessing.current_process(), "_inheriting", False)
 
 
 def imports_of(backbones: Iterable[str]) -> list[str]:
-    """Modules that take seconds to import and that networks need. backbones: their names, "timm:…" and the like."""
+    """Modules that take seconds to import and that networks need. backbones: their names, "timm:…"
+    and the like.
+    """
     libraries = {name.partition(":")[0] for name in backbones} & {"timm", "torchvision"}
     return ["headrace.extract.unit", *sorted(libraries)]
 
 
 def call_forked(imports: Sequence[str], function: Callable[..., Result], *arguments: Any) -> Result:
-    """`function(*arguments)`, called in a process forked from the server, so that this one need not import what it needs.
+    """`function(*arguments)`, called in a process forked from the server, so that this one need not
+    import what it needs.
 
-    Result and arguments are plain values. Raises what the function raises. Where there can be no such process, or it dies,
-    the function is called here.
+    Result and arguments are plain values. Raises what the function raises. Where there can be no
+    such process, or it dies, the function is called here.
     """
     daemonic = multiprocessing.current_process().daemon  # which may have no processes of its own
     if not is_importing_main() and not daemonic and start_server(imports) == "forkserver":
@@ -128,7 +139,9 @@ def call_forked(imports: Sequence[str], function: Callable[..., Result], *argume
     return function(*arguments)
 
 
-def _answer(there: Connection, function: Callable[..., object], arguments: Sequence[object]) -> None:
+def _answer(
+    there: Connection, function: Callable[..., object], arguments: Sequence[object]
+) -> None:
     die_with_parent()
     answer: tuple[object, Exception | None]
     try:

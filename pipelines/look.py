@@ -13,7 +13,14 @@ import yaml
 
 from headrace.cache import HeadraceError
 from headrace.cache.text import as_text
-from headrace.extract import SPLIT_WORDS, ImageSource, Listing, SourceError, detect_source, read_source
+from headrace.extract import (
+    SPLIT_WORDS,
+    ImageSource,
+    Listing,
+    SourceError,
+    detect_source,
+    read_source,
+)
 from headrace.extract.errors import yaml_list
 from headrace.extract.images import is_deep
 from headrace.extract.locate import file_of, read_bytes
@@ -41,7 +48,9 @@ class InitError(HeadraceError, ValueError):
 
 @dataclass(frozen=True)
 class Finding:
-    """What `init` found: the lines of the recipe's images and task sections, and sentences for the user."""
+    """What `init` found: the lines of the recipe's images and task sections, and sentences for the
+    user.
+    """
 
     images: str
     task: str
@@ -49,8 +58,11 @@ class Finding:
     notes: tuple[str, ...] = ()  # what was assumed, and what is left out
 
 
-def look(location: Path, base: Path, *, layout: Layout = "auto", exclude: tuple[str, ...] = ()) -> Finding:
-    """The recipe's lines for what `location` holds; paths in them start from `base`, the recipe's folder.
+def look(
+    location: Path, base: Path, *, layout: Layout = "auto", exclude: tuple[str, ...] = ()
+) -> Finding:
+    """The recipe's lines for what `location` holds; paths in them start from `base`, the recipe's
+    folder.
 
     layout, exclude: as in the recipe's section `images`, into which they are written.
 
@@ -66,7 +78,8 @@ def look(location: Path, base: Path, *, layout: Layout = "auto", exclude: tuple[
 def _look_at(location: Path, source: ImageSource, base: Path) -> Finding:
     if source.kind == "image":
         raise InitError(
-            f"{location} is one image. Give the folder of images, with one sub-folder per class, or a table of them"
+            f"{location} is one image. Give the folder of images, with one sub-folder per "
+            "class, or a table of them"
         )
     if source.kind == "folder":
         return _look_at_folder(location, source, base)
@@ -78,7 +91,9 @@ def _look_at(location: Path, source: ImageSource, base: Path) -> Finding:
 
 
 def _look_at_folder(folder: Path, source: ImageSource, base: Path) -> Finding:
-    """Class folders, unless they are none and a table beside the images says more; both readings are told."""
+    """Class folders, unless they are none and a table beside the images says more; both readings
+    are told.
+    """
     tables = [path for path in sorted(folder.iterdir()) if is_table(path) and path.is_file()]
     predictions = [path for path in tables if _is_predictions(path)]
     readings: dict[Path, Finding] = {}
@@ -86,8 +101,12 @@ def _look_at_folder(folder: Path, source: ImageSource, base: Path) -> Finding:
     for table in tables:
         if table not in predictions:
             try:
-                readings[table] = _look_at_table(table, replace(source, kind="table", location=table), base)
-            except HeadraceError as refusal:  # a table of something else, unless the folder is no use either
+                readings[table] = _look_at_table(
+                    table, replace(source, kind="table", location=table), base
+                )
+            except (
+                HeadraceError
+            ) as refusal:  # a table of something else, unless the folder is no use either
                 if table.suffix.lower() not in MAYBE_TABLES:
                     refusals.append(str(refusal))
     notes = [f"{path.name} is a table of predictions and was not read" for path in predictions]
@@ -100,13 +119,15 @@ def _look_at_folder(folder: Path, source: ImageSource, base: Path) -> Finding:
         if readings:
             names = ", ".join(path.name for path in readings)
             raise InitError(
-                f"{folder} holds several tables that could name the images ({names}): name one. Try: {_command(next(iter(readings)))}"
+                f"{folder} holds several tables that could name the images ({names}): name "
+                f"one. Try: {_command(next(iter(readings)))}"
             ) from None
         arrays = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in ARRAY_KINDS]
         if arrays and not has_images(folder):
             if len(arrays) > 1:
                 raise InitError(
-                    f"{folder} holds {len(arrays)} array files: name one. Try: {_command(arrays[0])}"
+                    f"{folder} holds {len(arrays)} array files: name one. Try: "
+                    f"{_command(arrays[0])}"
                 ) from None
             return _look_at(arrays[0], replace(source, kind="array", location=arrays[0]), base)
         if not refusals:
@@ -115,7 +136,8 @@ def _look_at_folder(folder: Path, source: ImageSource, base: Path) -> Finding:
     if readings:
         named = ", ".join(path.name for path in readings)
         notes.append(
-            f"the sub-folders are taken for the classes. {named} could name the images and their labels, too: for that, "
+            f"the sub-folders are taken for the classes. {named} could name the images and "
+            "their labels, too: for that, "
             f"{_command(next(iter(readings)))}"
         )
     return replace(finding, notes=(*finding.notes, *notes))
@@ -134,25 +156,46 @@ def _look_at_class_folders(folder: Path, source: ImageSource, base: Path) -> Fin
     samples = listing.samples
     counts = samples["label"].value_counts()
     if len(counts) < 2:
-        found = f"one class only, {counts.index[0]!r}" if len(counts) else "images, but no sub-folder for a class"
-        inner = sorted(path.name for path in folder.joinpath(str(counts.index[0])).glob("*/")) if len(counts) else []
+        found = (
+            f"one class only, {counts.index[0]!r}"
+            if len(counts)
+            else "images, but no sub-folder for a class"
+        )
+        inner = (
+            sorted(path.name for path in folder.joinpath(str(counts.index[0])).glob("*/"))
+            if len(counts)
+            else []
+        )
         hint = (
-            f". If the folders in it are the classes, try: {_command(folder / str(counts.index[0]))}"
+            (
+                ". If the folders in it are the classes, try: "
+                f"{_command(folder / str(counts.index[0]))}"
+            )
             if len(inner) > 1
             else ""
         )
         raise InitError(
-            f"{folder}: found {found} ({len(samples):,} images). A classifier needs two classes or more: "
+            f"{folder}: found {found} ({len(samples):,} images). A classifier needs two "
+            "classes or more: "
             f"one sub-folder each, or a CSV with the columns path and label{hint}"
         )
     has_split = "split" in samples
-    layout = "train, val or test, and in it one sub-folder per class" if has_split else "one sub-folder per class"
-    split = "\n  split: split                  # the names of the outer folders" if has_split else ""
+    layout = (
+        "train, val or test, and in it one sub-folder per class"
+        if has_split
+        else "one sub-folder per class"
+    )
+    split = (
+        "\n  split: split                  # the names of the outer folders" if has_split else ""
+    )
     name = "inner folder" if has_split else "sub-folder"
     return Finding(
         images=f"  folder: {_relative(folder, base)}      # {layout}\n",
         task=f"  target: label                  # the name of the {name}{split}",
-        sentence=f"{len(samples):,} images in {_named_classes(counts)}, {counts.min():,} to {counts.max():,} each"
+        sentence=(
+            f"{len(samples):,} images in {_named_classes(counts)}, {counts.min():,} to "
+            f"{counts.max():,} each"
+        )
         + (f"; {_sizes(samples['split'])}" if has_split else ""),
         notes=_notes(listing),
     )
@@ -165,9 +208,11 @@ def _look_at_archives(location: Path, source: ImageSource, base: Path) -> Findin
     task, target, notes = _task(samples, columns, location)
     key = "zip" if _holds_zip(location) else "tar"
     return Finding(
-        images=f"  {key}: {_relative(location, base)}      # archives; or a pattern: train-{{000..031}}.tar\n",
+        images=f"  {key}: {_relative(location, base)}      # archives; or a pattern: "
+        "train-{000..031}.tar\n",
         task=task,
-        sentence=f"{len(samples):,} images in archives, {samples[target].nunique():,} classes in {target!r}",
+        sentence=f"{len(samples):,} images in archives, {samples[target].nunique():,} classes in "
+        f"{target!r}",
         notes=(*notes, *_notes(listing)),
     )
 
@@ -180,7 +225,11 @@ def _named_classes(counts: "pd.Series[Any]") -> str:
 
 
 def _holds_zip(location: Path) -> bool:
-    files = [path for path in location.iterdir() if is_archive(path)] if location.is_dir() else [location]
+    files = (
+        [path for path in location.iterdir() if is_archive(path)]
+        if location.is_dir()
+        else [location]
+    )
     return all(file.suffix.lower() == ".zip" for file in files)
 
 
@@ -190,24 +239,33 @@ def _look_at_array(location: Path, source: ImageSource, base: Path) -> Finding:
     if location.is_file():
         key, labels, labels_key = array_labels(location)
         pixel_range = measure_range(location, key)
-        source = replace(source, array_key=key, labels=labels, labels_key=labels_key, pixel_range=pixel_range)
+        source = replace(
+            source, array_key=key, labels=labels, labels_key=labels_key, pixel_range=pixel_range
+        )
         images += "" if key is None else f"  array_key: {_scalar(key)}\n"
         images += "" if labels is None else f"  labels: {_relative(labels, base)}\n"
         images += "" if labels_key is None else f"  labels_key: {_scalar(labels_key)}\n"
         if pixel_range is not None:
-            images += f"  pixel_range: [{pixel_range[0]:g}, {pixel_range[1]:g}]      # black and white, measured on all images\n"
+            images += (
+                f"  pixel_range: [{pixel_range[0]:g}, {pixel_range[1]:g}]      # black and "
+                "white, measured on all images\n"
+            )
             notes.append(
-                f"the pixels have no range of their own; all values lie in {pixel_range[0]:g} to {pixel_range[1]:g}, which is "
+                f"the pixels have no range of their own; all values lie in {pixel_range[0]:g} "
+                f"to {pixel_range[1]:g}, which is "
                 "taken for black and white (images.pixel_range)"
             )
     listing = read_source(source)
     samples = listing.samples
     if samples["label"].isna().all():
         raise InitError(
-            f"{location}: {len(samples):,} images, and no labels beside them. Write the recipe by hand, with\n"
+            f"{location}: {len(samples):,} images, and no labels beside them. Write the recipe "
+            "by hand, with\n"
             f"images:\n{images}  labels: FILE      # .npy, .npz, HDF5 or idx, one value per image"
         )
-    task, _, assumed = _task(samples, ["label", *(["split"] if "split" in samples else [])], location)
+    task, _, assumed = _task(
+        samples, ["label", *(["split"] if "split" in samples else [])], location
+    )
     split = f"; {_sizes(samples['split'])}" if "split" in samples else ""
     return Finding(
         images,
@@ -228,8 +286,14 @@ def _look_at_table(table: Path, source: ImageSource, base: Path) -> Finding:
     where, is_pattern = find_images(read, file, file.parent)
     notes: list[str] = []
     if is_pattern:
-        notes.append(f"no column names image files; they were found by the pattern {where!r} (images.path_pattern)")
-        lines += f"  path_pattern: {_scalar(where)}      # where the images are, by the column in braces\n"
+        notes.append(
+            f"no column names image files; they were found by the pattern {where!r} "
+            "(images.path_pattern)"
+        )
+        lines += (
+            f"  path_pattern: {_scalar(where)}      # where the images are, by the column in "
+            "braces\n"
+        )
         source = replace(source, path_pattern=where)
     else:
         lines += f"  path_column: {_scalar(where)}\n"
@@ -244,13 +308,18 @@ def _look_at_table(table: Path, source: ImageSource, base: Path) -> Finding:
     others = [
         column
         for column in samples.columns
-        if column not in (*used, "id", "path") and not column.endswith(".path") and _values(samples[column]) is not None
+        if column not in (*used, "id", "path")
+        and not column.endswith(".path")
+        and _values(samples[column]) is not None
     ]
     task, target, assumed = _task(samples, others, table)
     return Finding(
         images=f"{lines}  # root: images      # what relative paths start from\n",
         task=task,
-        sentence=f"{len(samples):,} images in {table.name}, {_classes(samples[target])} in column {target!r}"
+        sentence=(
+            f"{len(samples):,} images in {table.name}, {_classes(samples[target])} in column "
+            f"{target!r}"
+        )
         + _doubts(samples["path"], samples[target]),
         notes=(*notes, *assumed, *_notes(listing)),
     )
@@ -266,25 +335,42 @@ def _notes(listing: Listing) -> tuple[str, ...]:
 
 
 def _near_copies(samples: pd.DataFrame) -> list[str]:
-    """A note where neighbours in the listing are nearly the same image, and no column that is taken for groups keeps them together."""
+    """A note where neighbours in the listing are nearly the same image, and no column that is taken
+    for groups keeps them together.
+    """
     group = _first_named(
-        _GROUP_NAMES, [str(name) for name in samples if str(name).lower() in _GROUP_NAMES and _is_full(samples[name])]
+        _GROUP_NAMES,
+        [
+            str(name)
+            for name in samples
+            if str(name).lower() in _GROUP_NAMES and _is_full(samples[name])
+        ],
     )
     found = near_copies(samples, group)
     return [] if found is None else [found]
 
 
 def _mixed_depths(samples: pd.DataFrame) -> list[str]:
-    """A note where some images have 8 bits and some more, by a few of them: their scales differ, and may tell classes apart."""
+    """A note where some images have 8 bits and some more, by a few of them: their scales differ,
+    and may tell classes apart.
+    """
     depths: dict[bool, str] = {}
-    for name, path in samples[["id", "path"]].iloc[:: max(1, len(samples) // _IMAGES_OPENED)].itertuples(index=False):
-        with contextlib.suppress(Exception):  # what cannot be opened is told by the run, with its reason
+    for name, path in (
+        samples[["id", "path"]]
+        .iloc[:: max(1, len(samples) // _IMAGES_OPENED)]
+        .itertuples(index=False)
+    ):
+        with contextlib.suppress(
+            Exception
+        ):  # what cannot be opened is told by the run, with its reason
             depths.setdefault(is_deep(read_bytes(path)), name)
     if len(depths) < 2:
         return []
     return [
-        f"some images have 8 bits ({depths[False]}) and some more ({depths[True]}): white is 255 in the ones and, without "
-        "images.pixel_range, 65535 or what the file says in the others. If they come of one sensor, their brightness differs by that"
+        f"some images have 8 bits ({depths[False]}) and some more ({depths[True]}): white is "
+        "255 in the ones and, without "
+        "images.pixel_range, 65535 or what the file says in the others. If they come of one "
+        "sensor, their brightness differs by that"
     ]
 
 
@@ -294,7 +380,9 @@ def _classes(column: "pd.Series[Any]") -> str:
 
 
 def _doubts(paths: "pd.Series[Any]", labels: "pd.Series[Any]") -> str:
-    """What a person should know of a table before the first run: rows without a label, and paths that lead nowhere."""
+    """What a person should know of a table before the first run: rows without a label, and paths
+    that lead nowhere.
+    """
     said = ""
     if empty := int(labels.isna().sum()):
         said += f"; {empty:,} rows have no label, and a run leaves them out"
@@ -302,17 +390,24 @@ def _doubts(paths: "pd.Series[Any]", labels: "pd.Series[Any]") -> str:
     gone = [path for path in looked if not Path(path).is_file()]
     if gone:
         said += (
-            f"; {len(gone):,} of the first {len(looked):,} files are not there, such as {gone[0]} (relative paths start from "
+            f"; {len(gone):,} of the first {len(looked):,} files are not there, such as "
+            f"{gone[0]} (relative paths start from "
             "images.root, by default the table's folder)"
         )
     return said
 
 
 def _task(frame: pd.DataFrame, columns: Sequence[str], where: Path) -> tuple[str, str, list[str]]:
-    """The lines of the recipe's task section, the target's column, and notes on what was assumed."""
+    """The lines of the recipe's task section, the target's column, and notes on what
+    was assumed.
+    """
     notes: list[str] = []
     named = (_first_named(_SPLIT_NAMES, columns), _first_named(_GROUP_NAMES, columns))
-    lists = [column for column in ("label", "labels") if column in frame and _values(frame[column]) is None]
+    lists = [
+        column
+        for column in ("label", "labels")
+        if column in frame and _values(frame[column]) is None
+    ]
     target = _first_named(_TARGET_NAMES, [*columns, *lists]) or _few_valued(
         frame, [c for c in columns if c not in named]
     )
@@ -326,30 +421,40 @@ def _task(frame: pd.DataFrame, columns: Sequence[str], where: Path) -> tuple[str
     if target in lists:
         task += "\n  kind: multi                    # several labels in a cell"
     elif (separator := _separator(frame[target])) is not None:
-        task += f"\n  kind: multi                    # several labels in a cell\n  separator: {_scalar(separator)}"
+        task += (
+            "\n  kind: multi                    # several labels in a cell\n  separator: "
+            f"{_scalar(separator)}"
+        )
         notes.append(
-            f"the cells of {target!r} are taken for several labels each, separated by {separator!r} (task.separator); for one label "
+            f"the cells of {target!r} are taken for several labels each, separated by "
+            f"{separator!r} (task.separator); for one label "
             "each: task.kind: single"
         )
     else:
         values = frame[target].dropna().unique()
         if len(values) < 2:
             found = f"one class only, {values[0]!r}" if len(values) else "no value"
-            raise InitError(f"{where}: column {target!r} holds {found}. A classifier needs two classes or more")
+            raise InitError(
+                f"{where}: column {target!r} holds {found}. A classifier needs two classes or more"
+            )
     labelled = frame[frame[target].notna()]  # a run leaves the others out, whatever else they hold
-    split = _first_named(_SPLIT_NAMES, [column for column in columns if _holds_sides(labelled[column])])
+    split = _first_named(
+        _SPLIT_NAMES, [column for column in columns if _holds_sides(labelled[column])]
+    )
     group = _first_named(_GROUP_NAMES, [column for column in columns if _is_full(labelled[column])])
     if split:
         task += f"\n  split: {_scalar(split)}"
     if named[0] != split:
         notes.append(
-            f"column {named[0]!r} holds other values than train, validation and test, or none, and is not taken for a split"
+            f"column {named[0]!r} holds other values than train, validation and test, or "
+            "none, and is not taken for a split"
         )
     if group:
         task += f"\n  group: {_scalar(group)}"
     if named[1] != group:
         notes.append(
-            f"column {named[1]!r} is empty for some images, and is not taken for groups: fill it, and set "
+            f"column {named[1]!r} is empty for some images, and is not taken for groups: fill "
+            "it, and set "
             f"task.group: {_scalar(str(named[1]))}"
         )
     return task, target, notes
@@ -367,10 +472,14 @@ def _is_full(column: "pd.Series[Any]") -> bool:
 
 
 def _separator(column: "pd.Series[Any]") -> str | None:
-    """What stands between several labels in the cells of a column: parts recur, and stand alone in some cells."""
+    """What stands between several labels in the cells of a column: parts recur, and stand alone in
+    some cells.
+    """
     cells = as_text(column).dropna().unique().tolist()
     for separator in _SEPARATORS:
-        combined = [{part.strip() for part in cell.split(separator)} for cell in cells if separator in cell]
+        combined = [
+            {part.strip() for part in cell.split(separator)} for cell in cells if separator in cell
+        ]
         parts = {part for combination in combined for part in combination}
         alone = {cell for cell in cells if separator not in cell}
         if (
@@ -384,9 +493,11 @@ def _separator(column: "pd.Series[Any]") -> str | None:
 
 
 def _are_labels(combined: list[set[str]], parts: set[str], alone: set[str]) -> bool:
-    """Whether words that stand together are labels, and not the words of one name, such as `wild cat` beside `cat`.
+    """Whether words that stand together are labels, and not the words of one name, such as `wild
+    cat` beside `cat`.
 
-    Each of them is a label by itself, and they are all the labels that there are, or three of them recur in combinations.
+    Each of them is a label by itself, and they are all the labels that there are, or three of them
+    recur in combinations.
     """
     recurring = [part for part in parts if sum(part in combination for combination in combined) > 1]
     return parts <= alone and (parts == alone or len(recurring) >= 3)
@@ -405,7 +516,9 @@ def _few_valued(frame: pd.DataFrame, columns: list[str]) -> str | None:
 
 
 def _values(column: "pd.Series[Any]") -> int | None:
-    """How many different values a column has; None where it holds lists or the like, as Parquet can."""
+    """How many different values a column has; None where it holds lists or the like, as Parquet
+    can.
+    """
     try:
         return column.nunique()
     except TypeError:

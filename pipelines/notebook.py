@@ -1,4 +1,6 @@
-"""The stages as functions over plain values, for notebooks and scripts: images to features, features to a leaderboard."""
+"""The stages as functions over plain values, for notebooks and scripts: images to features,
+features to a leaderboard.
+"""
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -58,13 +60,16 @@ def extract_features(
     workers: int | None = None,
     console: Console | None = None,
 ) -> dict[str, FeatureSet]:
-    """Run a frozen network over images once, keep the taps in the cache, and open them: {"blocks.4.avg": FeatureSet, ...}.
+    """Run a frozen network over images once, keep the taps in the cache, and open them:
+    {"blocks.4.avg": FeatureSet, ...}.
 
-    images: a folder, a table, an archive, an array file, or a DataFrame with the columns `id` and `path`.
-    Only images that the cache lacks go through the network. Images that cannot be decoded have no row; each FeatureSet
-    lists them with their reasons in `failures()`. device: "auto" is a GPU where there is one. Raises HeadraceError.
+    images: a folder, a table, an archive, an array file, or a DataFrame with the columns `id` and
+    `path`. Only images that the cache lacks go through the network. Images that cannot be decoded
+    have no row; each FeatureSet lists them with their reasons in `failures()`. device: "auto" is a
+    GPU where there is one. Raises HeadraceError.
 
-    A script that calls this needs the usual `if __name__ == "__main__":`, for it starts worker processes.
+    A script that calls this needs the usual `if __name__ == "__main__":`, for it starts worker
+    processes.
     """
     cache = Path(cache).absolute()
     samples = _with_content(_listed(images, labelled=False), cache)
@@ -72,16 +77,25 @@ def extract_features(
     specs = backbone_features(spec, taps, cache_root=cache, dtype=dtype)
     remember_features(spec, taps, specs, dtype=dtype, cache_root=cache)
     paths = [feature_set_path(cache, feature) for feature in specs]
-    known = [open_feature_set(path).known() if is_feature_set(path) else frozenset[str]() for path in paths]
+    known = [
+        open_feature_set(path).known() if is_feature_set(path) else frozenset[str]()
+        for path in paths
+    ]
     here = find_device(device)
     networks = [Network(spec, specs, known)]
     units = plan_networks(samples, networks, cache_root=cache, unit_rows=unit_images, device=here)
     if units:
         # A GPU is fed by this process; on a CPU one process per core is faster.
-        opened = local_client(workers, imports=imports_of([spec.name])) if here == "cpu" else nullcontext()
+        opened = (
+            local_client(workers, imports=imports_of([spec.name]))
+            if here == "cpu"
+            else nullcontext()
+        )
         with opened as client:
             extract_missing(units, client, console or _QUIET)
-    return {feature.name: open_feature_set(path) for feature, path in zip(specs, paths, strict=True)}
+    return {
+        feature.name: open_feature_set(path) for feature, path in zip(specs, paths, strict=True)
+    }
 
 
 def train_heads(
@@ -95,27 +109,38 @@ def train_heads(
     console: Console | None = None,
     options: TaskOptions | None = None,
 ) -> RunResult:
-    """Train a grid of heads on features that are there, rank them on validation folds, and score the winner on the test split.
+    """Train a grid of heads on features that are there, rank them on validation folds, and score
+    the winner on the test split.
 
-    samples: as `images` of `extract_features`, with the columns that the task names (`label` by default).
+    samples: as `images` of `extract_features`, with the columns that the task names (`label` by
+    default).
     heads, task: as in a recipe: {"logistic": {"C": [0.01, 1]}}, {"target": "label", "folds": 5}.
-    The result's `board` is the leaderboard and `heads` every single head, both as DataFrames; calling again with more
-    heads trains only the new ones. options: how tasks are watched over, such as their deadline. Raises HeadraceError.
+    The result's `board` is the leaderboard and `heads` every single head, both as DataFrames;
+    calling again with more heads trains only the new ones. options: how tasks are watched over,
+    such as their deadline. Raises HeadraceError.
     """
-    section = task if isinstance(task, TaskSection) else TaskSection.model_validate(dict(task or {}))
+    section = (
+        task if isinstance(task, TaskSection) else TaskSection.model_validate(dict(task or {}))
+    )
     grid = heads if isinstance(heads, Heads) else Heads.model_validate(dict(heads))
     check_kinds(grid, section.kind)
     paths = RunPaths(Path(out).absolute())
     listed = _with_content(_listed(samples, labelled=True), paths.root)
     dataset = make_dataset(listed, listed["content"].tolist(), section)
-    lost = frozenset(failure.content for feature in features.values() for failure in feature.failures())
+    lost = frozenset(
+        failure.content for feature in features.values() for failure in feature.failures()
+    )
     dataset = drop_rows(dataset, lost)
     rows = {*dataset.train.content.astype(str), *dataset.test.content.astype(str)}
-    plans = [feature_plan(name, [feature.spec], rows, [feature.known()]) for name, feature in features.items()]
+    plans = [
+        feature_plan(name, [feature.spec], rows, [feature.known()])
+        for name, feature in features.items()
+    ]
     for plan in plans:
         if plan.rows_known < plan.rows_total:
             raise MissingFeatures(
-                f"{plan.name} has features of {plan.rows_known:,} of these {plan.rows_total:,} images: extract_features first"
+                f"{plan.name} has features of {plan.rows_known:,} of these "
+                f"{plan.rows_total:,} images: extract_features first"
             )
     found = Survey(
         paths=paths,
@@ -126,7 +151,10 @@ def train_heads(
         accounting=None,
         metric=check_metric(section),
         directories={name: (feature.path,) for name, feature in features.items()},
-        backbones={name: remembered_backbone(_cache_of(feature), feature.spec) for name, feature in features.items()},
+        backbones={
+            name: remembered_backbone(_cache_of(feature), feature.spec)
+            for name, feature in features.items()
+        },
         plan=plan_run(
             features=plans,
             units=[],

@@ -16,7 +16,9 @@ class RunPaths:
 
     @property
     def listing(self) -> Path:
-        """The images of the last call, {id: content hash}: tells new, changed, renamed and removed ones apart."""
+        """The images of the last call, {id: content hash}: tells new, changed, renamed and removed
+        ones apart.
+        """
         return self.root / "images.json"
 
     @property
@@ -33,7 +35,9 @@ class RunPaths:
 
     @property
     def accounting(self) -> Path:
-        """Where every entry of the source went: how many are used, and how many are not, by reason."""
+        """Where every entry of the source went: how many are used, and how many are
+        not, by reason.
+        """
         return self.root / "accounting.json"
 
     @property
@@ -67,7 +71,9 @@ class RunPaths:
 
     @property
     def signatures(self) -> Path:
-        """Grey copies of the images, 16 x 16 pixels, that the report has compared: they only save time."""
+        """Grey copies of the images, 16 x 16 pixels, that the report has compared: they only save
+        time.
+        """
         return self.root / "signatures.npz"
 
     @property
@@ -105,7 +111,9 @@ class RunPaths:
 
     @property
     def thaw(self) -> Path:
-        """Networks trained by gradients: results files as banks have, and beside them folds, checkpoints and decisions."""
+        """Networks trained by gradients: results files as banks have, and beside them folds,
+        checkpoints and decisions.
+        """
         return self.root / "thaw"
 
     @property
@@ -115,7 +123,9 @@ class RunPaths:
 
     @property
     def thaw_decisions(self) -> Path:
-        """Each candidate: parity, measured cost, predicted and measured gain, and what was decided."""
+        """Each candidate: parity, measured cost, predicted and measured gain, and what
+        was decided.
+        """
         return self.thaw / "candidates.json"
 
     def thaw_result(self, key: str) -> Path:
@@ -130,7 +140,10 @@ class RunPaths:
 
     @property
     def evidence(self) -> Path:
-        """What advice rests on: learning curves, transfer scores, advice.json. May be removed; it is then measured again."""
+        """What advice rests on: learning curves, transfer scores, advice.json.
+
+        May be removed; it is then measured again.
+        """
         return self.root / "evidence"
 
     @property
@@ -138,7 +151,9 @@ class RunPaths:
         return self.evidence / "advice.json"
 
     def task(self, digest: str) -> Path:
-        """The rows that heads are trained on, and beside them `groups`: of each, the number of its group."""
+        """The rows that heads are trained on, and beside them `groups`: of each, the number of its
+        group.
+        """
         return self.root / "tasks" / f"{digest}.npz"
 
     def bank(self, group: str, specs: str) -> Path:

@@ -1,4 +1,7 @@
-"""What a run has to do, computed and not done: `--dry-run` prints it, `run` does it, resuming is planning again."""
+"""What a run has to do, computed and not done:
+
+`--dry-run` prints it, `run` does it, resuming is planning again.
+"""
 
 import hashlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -10,7 +13,14 @@ from pathlib import Path
 from headrace.cache import DiskTooSmall, FeatureSpec, plan_taps, require_space, stored_bytes
 from headrace.extract import ExtractJob
 from headrace.heads import Halving, HeadSpec, spec_to_json
-from headrace.pipelines.costs import MAX_BANK_SPECS, Estimate, Rates, bank_s, specs_per_bank, units_s
+from headrace.pipelines.costs import (
+    MAX_BANK_SPECS,
+    Estimate,
+    Rates,
+    bank_s,
+    specs_per_bank,
+    units_s,
+)
 from headrace.pipelines.grid import Wanted
 
 # The published heads of one (task, features, kind): the specs in each of its results files.
@@ -25,7 +35,8 @@ _UNMEASURED = Rates()
 class FeaturePlan:
     """One input that heads can be given: a tap of a backbone, in all its views."""
 
-    # As the leaderboard writes it: "blocks.4.avg", with the backbone's alias before it when there are several.
+    # As the leaderboard writes it: "blocks.4.avg", with the backbone's alias before it when there
+    # are several.
     name: str
     specs: tuple[FeatureSpec, ...]  # one feature set per view
     rows_known: int  # images of this run that have every view, or a recorded failure, already
@@ -44,7 +55,10 @@ class FeaturePlan:
 
 
 def feature_plan(
-    name: str, specs: Sequence[FeatureSpec], images: AbstractSet[str], known: Sequence[Collection[str]]
+    name: str,
+    specs: Sequence[FeatureSpec],
+    images: AbstractSet[str],
+    known: Sequence[Collection[str]],
 ) -> FeaturePlan:
     """How much of these views of a tap is there, given the content hashes that each view has."""
     there = [frozenset(images).intersection(contents) for contents in known]
@@ -61,8 +75,11 @@ class BankPlan:
     group: str  # names (task, features, kind): the first half of the results file's name
     specs: tuple[HeadSpec, ...]
     halving: Halving | None = None
-    assumed_s: float = 0.0  # core-seconds, as assumed before anything was measured; no part of what the bank is
-    attempt: int = 0  # of these very specs: those that failed are trained again, beside the results that say so
+    assumed_s: float = (
+        0.0  # core-seconds, as assumed before anything was measured; no part of what the bank is
+    )
+    # of these very specs: those that failed are trained again, beside the results that say so
+    attempt: int = 0
 
     @property
     def kind(self) -> str:
@@ -98,7 +115,9 @@ def bank_group(task_digest: str, wanted: Wanted, fingerprints: Mapping[str, Sequ
     """
     inputs = [fingerprint for name in wanted.inputs for fingerprint in fingerprints[name]]
     # Who survives halving depends on everyone that took part.
-    rivals = repr(wanted.halving) + "".join(spec_to_json(spec) for spec in wanted.specs if wanted.halving)
+    rivals = repr(wanted.halving) + "".join(
+        spec_to_json(spec) for spec in wanted.specs if wanted.halving
+    )
     return _hash(str(SOLVER_VERSION), task_digest, wanted.specs[0].kind, rivals, *inputs)
 
 
@@ -122,8 +141,9 @@ def plan_run(
 ) -> Plan:
     """The plan, from what there is.
 
-    `trained` maps a group to the specs in each of its published results files. rows, outputs: of the task. rates: what
-    has been measured, which decides how large banks are. Pure but for `trained`.
+    `trained` maps a group to the specs in each of its published results files. rows, outputs: of
+    the task. rates: what has been measured, which decides how large banks are. Pure but for
+    `trained`.
     """
     widths = {feature.name: len(feature.specs) * prod(feature.shape) for feature in features}
 
@@ -135,10 +155,15 @@ def plan_run(
 
     banks = list(_missing_banks(wanted, fingerprints_of(features), task_digest, trained, size))
     banks = [
-        replace(bank, assumed_s=bank_s(bank.specs, rows, width(bank.inputs), outputs, folds, _UNMEASURED))
+        replace(
+            bank,
+            assumed_s=bank_s(bank.specs, rows, width(bank.inputs), outputs, folds, _UNMEASURED),
+        )
         for bank in banks
     ]
-    heads_s = [bank_s(bank.specs, rows, width(bank.inputs), outputs, folds, rates) for bank in banks]
+    heads_s = [
+        bank_s(bank.specs, rows, width(bank.inputs), outputs, folds, rates) for bank in banks
+    ]
     extraction_s = units_s(units, rates)
     on_gpu = bool(units) and units[0].device != "cpu"
     kinds = {bank.kind for bank in banks}
@@ -174,8 +199,10 @@ def check_space(plan: Plan, cache_root: Path, budget_gb: float | None) -> None:
     ]
     if refused:
         raise DiskTooSmall(
-            f"storage.budget_gb is {budget_gb:g}: in the recipe's order, {', '.join(fitting) or 'no tap'} fits, and "
-            f"{', '.join(refused)} does not. Leave it out, reduce it (avg instead of map), or raise the budget. "
+            f"storage.budget_gb is {budget_gb:g}: in the recipe's order, "
+            f"{', '.join(fitting) or 'no tap'} fits, and "
+            f"{', '.join(refused)} does not. Leave it out, reduce it (avg instead of map), or "
+            "raise the budget. "
             "Nothing was extracted"
         )
     require_space(cache_root, costs)
@@ -202,7 +229,8 @@ def _missing_banks(
         files = known[group]
         names = {Path(file).stem for file in files}
         there = frozenset[HeadSpec]().union(*files.values())
-        # Cut before what is there is left out: another driver, or a later call, then makes the same banks.
+        # Cut before what is there is left out: another driver, or a later call, then makes the same
+        # banks.
         count = MAX_BANK_SPECS if each.halving else size(each)
         for start in range(0, len(each.specs), count):
             missing = tuple(spec for spec in each.specs[start : start + count] if spec not in there)

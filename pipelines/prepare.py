@@ -1,4 +1,7 @@
-"""What there is: images, content hashes, networks, features in the cache, heads on disk. Ends in the plan."""
+"""What there is: images, content hashes, networks, features in the cache, heads on disk.
+
+Ends in the plan.
+"""
 
 import functools
 import os
@@ -46,11 +49,15 @@ class Survey:
     """Everything that a run knows before it starts."""
 
     paths: RunPaths
-    samples: pd.DataFrame  # id, path, content (None where the file cannot be read), and the user's columns
+    samples: (
+        pd.DataFrame
+    )  # id, path, content (None where the file cannot be read), and the user's columns
     unreadable: tuple[Unreadable, ...]
     dataset: Dataset
     notes: tuple[str, ...]  # what a careful person would want to be told
-    accounting: Accounting | None  # where every entry of the source went; None for samples that a program gave
+    accounting: (
+        Accounting | None
+    )  # where every entry of the source went; None for samples that a program gave
     metric: str
     # Of the feature sets, view by view, by the names that the leaderboard gives them.
     directories: Mapping[str, tuple[Path, ...]]
@@ -59,7 +66,8 @@ class Survey:
 
 
 def survey(recipe: Recipe, *, write: bool = True, retry_failed: bool = False) -> Survey:
-    """Look at everything and plan; with `write` off, nothing is written, not even the index of content hashes.
+    """Look at everything and plan; with `write` off, nothing is written, not even the index of
+    content hashes.
 
     Raises HeadraceError, before anything costly, for whatever in the recipe cannot work.
     """
@@ -73,8 +81,8 @@ def survey(recipe: Recipe, *, write: bool = True, retry_failed: bool = False) ->
         _check_writable(key, folder)
     listed = read_samples(recipe)
     samples = listed.samples
-    # Before anything is read or built, as if every image were there and none a copy: targets, groups and folds that
-    # cannot work are the commonest mistakes.
+    # Before anything is read or built, as if every image were there and none a copy: targets,
+    # groups and folds that cannot work are the commonest mistakes.
     make_dataset(samples, [f"{row:032}" for row in range(len(samples))], recipe.task)
     networks = [_network(backbone, recipe, run=write) for backbone in recipe.backbones]
     inputs = _inputs(recipe, networks)
@@ -82,18 +90,29 @@ def survey(recipe: Recipe, *, write: bool = True, retry_failed: bool = False) ->
     _check_views(wanted, {name: [spec for spec, _ in views] for name, views in inputs.items()})
     with tempfile.TemporaryDirectory() as scratch:
         # A first dry run leaves no cache behind; afterwards the index is worth keeping.
-        index = content_index(recipe.cache) if write or recipe.cache.exists() else Path(scratch) / "contents.parquet"
+        index = (
+            content_index(recipe.cache)
+            if write or recipe.cache.exists()
+            else Path(scratch) / "contents.parquet"
+        )
         contents = content_hashes(samples, index)
     if len(contents.unreadable) == len(samples):
         first = contents.unreadable[0]
         raise DataError(
-            f"none of the {len(samples):,} images can be read; the first is {first.path} ({first.reason}). "
+            f"none of the {len(samples):,} images can be read; the first is {first.path} "
+            f"({first.reason}). "
             "Relative paths start from images.root, by default the table's own folder"
         )
-    samples = samples.assign(content=pd.Series(list(contents.hashes), index=samples.index, dtype=object))
+    samples = samples.assign(
+        content=pd.Series(list(contents.hashes), index=samples.index, dtype=object)
+    )
     dataset = make_dataset(samples, contents.hashes, recipe.task)
     readable = samples[samples["content"].notna()]
-    needed = readable[readable["content"].isin({*dataset.train.content.astype(str), *dataset.test.content.astype(str)})]
+    needed = readable[
+        readable["content"].isin(
+            {*dataset.train.content.astype(str), *dataset.test.content.astype(str)}
+        )
+    ]
     units = plan_networks(
         needed,
         networks,
@@ -106,7 +125,8 @@ def survey(recipe: Recipe, *, write: bool = True, retry_failed: bool = False) ->
         strict=recipe.compute.strict,
     )
     _check_imported(recipe, inputs, needed)
-    # All heads are compared on the rows that all inputs have; a row that is mended comes back, as another task.
+    # All heads are compared on the rows that all inputs have; a row that is mended comes back, as
+    # another task.
     failed = _failed(recipe.cache, networks)
     _require_decodable(needed, failed)
     whole, dataset = dataset, drop_rows(dataset, frozenset(failed))
@@ -131,16 +151,32 @@ def survey(recipe: Recipe, *, write: bool = True, retry_failed: bool = False) ->
     if write:
         for backbone, network in zip(recipe.backbones, networks, strict=True):
             remember_features(
-                network.backbone, backbone.taps, network.specs, cache_root=recipe.cache, **storing(backbone, recipe)
+                network.backbone,
+                backbone.taps,
+                network.specs,
+                cache_root=recipe.cache,
+                **storing(backbone, recipe),
             )
     directories = {
-        feature.name: tuple(feature_set_path(recipe.cache, spec) for spec in feature.specs) for feature in features
+        feature.name: tuple(feature_set_path(recipe.cache, spec) for spec in feature.specs)
+        for feature in features
     }
     accounting = account(listed, len(contents.unreadable), whole, dataset)
     notes = (*_changes(paths.listing, samples), *listed.notes, *accounting.lines(), *dataset.notes)
     backbones: dict[str, BackboneSpec | None] = dict.fromkeys(inputs)  # imported features have none
     backbones |= {name: network.backbone for name, (network, _) in _named(recipe, networks)}
-    return Survey(paths, samples, contents.unreadable, dataset, notes, accounting, metric, directories, backbones, plan)
+    return Survey(
+        paths,
+        samples,
+        contents.unreadable,
+        dataset,
+        notes,
+        accounting,
+        metric,
+        directories,
+        backbones,
+        plan,
+    )
 
 
 def run_paths(recipe: Recipe) -> RunPaths:
@@ -152,9 +188,14 @@ def run_paths(recipe: Recipe) -> RunPaths:
 def _check_writable(key: str, folder: Path) -> None:
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     if not existing.is_dir():
-        raise RecipeError(f"{key}: {existing} is a file; expected a folder, or a path where one can be made")
+        raise RecipeError(
+            f"{key}: {existing} is a file; expected a folder, or a path where one can be made"
+        )
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise RecipeError(f"{key}: {existing} cannot be written to. Set `{key}` in the recipe to a folder that can")
+        raise RecipeError(
+            f"{key}: {existing} cannot be written to. Set `{key}` in the recipe to a "
+            "folder that can"
+        )
 
 
 def listing(samples: pd.DataFrame) -> dict[str, str]:
@@ -167,24 +208,36 @@ def _changes(path: Path, samples: pd.DataFrame) -> list[str]:
     try:
         before = read_listing(path)
     except SealBroken as error:
-        return [f"{path} has changed since it was written ({error}): what is new since the last call cannot be told"]
+        return [
+            (
+                f"{path} has changed since it was written ({error}): what is new since the "
+                "last call cannot be told"
+            )
+        ]
     if not before:
         return []
     changes = compare_listings(before, listing(samples))
-    counts = {kind: len(getattr(changes, kind)) for kind in ("new", "changed", "renamed", "removed")}
+    counts = {
+        kind: len(getattr(changes, kind)) for kind in ("new", "changed", "renamed", "removed")
+    }
     found = ", ".join(f"{count:,} {kind}" for kind, count in counts.items() if count)
     return [f"images since the last call: {found}"] if found else []
 
 
-def _inputs(recipe: Recipe, networks: Sequence[Network]) -> dict[str, list[tuple[FeatureSpec, Collection[str]]]]:
-    """By the name that the leaderboard gives it: each tap's views, with the content hashes that each has."""
+def _inputs(
+    recipe: Recipe, networks: Sequence[Network]
+) -> dict[str, list[tuple[FeatureSpec, Collection[str]]]]:
+    """By the name that the leaderboard gives it: each tap's views, with the content hashes that
+    each has.
+    """
     inputs: dict[str, list[tuple[FeatureSpec, Collection[str]]]] = {}
     for name, (network, place) in _named(recipe, networks):
         inputs.setdefault(name, []).append((network.specs[place], network.known[place]))
     for name in recipe.imported:
         if name in inputs:
             raise RecipeError(
-                f"imported: {name!r} is also the name of a tap, or stands twice: import it under another name"
+                f"imported: {name!r} is also the name of a tap, or stands twice: import it "
+                "under another name"
             )
         inputs[name] = [_imported(recipe, name)]
     return inputs
@@ -195,28 +248,40 @@ def _imported(recipe: Recipe, name: str) -> tuple[FeatureSpec, Collection[str]]:
     if len(found) != 1:
         there = ", ".join(sorted({each.spec.tap for each in imported_sets(recipe.cache)})) or "none"
         raise RecipeError(
-            f"imported: there are {len(found)} feature sets {name!r} in {recipe.cache}; imported are: {there}. "
+            f"imported: there are {len(found)} feature sets {name!r} in {recipe.cache}; "
+            f"imported are: {there}. "
             f"Import it first: headrace cache import FILE --name {name} --recipe recipe.yaml"
         )
     return found[0].spec, found[0].known()
 
 
 def _check_imported(
-    recipe: Recipe, inputs: Mapping[str, Sequence[tuple[FeatureSpec, Collection[str]]]], needed: pd.DataFrame
+    recipe: Recipe,
+    inputs: Mapping[str, Sequence[tuple[FeatureSpec, Collection[str]]]],
+    needed: pd.DataFrame,
 ) -> None:
-    """Nothing here can make up for rows that an import lacks. Raises RecipeError, naming the first image."""
+    """Nothing here can make up for rows that an import lacks.
+
+    Raises RecipeError, naming the first image.
+    """
     for name in recipe.imported:
         ((_, known),) = inputs[name]
         absent = needed[~needed["content"].isin(known)]
         if len(absent):
             raise RecipeError(
-                f"imported: {name!r} has no row for {len(absent):,} of {len(needed):,} images, first {absent['id'].iloc[0]!r}: "
+                f"imported: {name!r} has no row for {len(absent):,} of {len(needed):,} images, "
+                f"first {absent['id'].iloc[0]!r}: "
                 "import features of them all, or leave these images out of the table"
             )
 
 
-def _named(recipe: Recipe, networks: Sequence[Network]) -> Iterator[tuple[str, tuple[Network, int]]]:
-    """Every feature set with the name that the leaderboard gives it: (name, (its network, its place there))."""
+def _named(
+    recipe: Recipe, networks: Sequence[Network]
+) -> Iterator[tuple[str, tuple[Network, int]]]:
+    """Every feature set with the name that the leaderboard gives it:
+
+    (name, (its network, its place there)).
+    """
     for backbone, network in zip(recipe.backbones, networks, strict=True):
         prefix = f"{backbone.alias or backbone.name}:" if len(networks) > 1 else ""
         for place, spec in enumerate(network.specs):
@@ -224,7 +289,9 @@ def _named(recipe: Recipe, networks: Sequence[Network]) -> Iterator[tuple[str, t
 
 
 def find_device(wanted: str) -> str:
-    """ "auto" is a GPU where PyTorch sees one. It is asked only then, because asking imports torch."""
+    """ "auto" is a GPU where PyTorch sees one. It is asked only then, because asking
+    imports torch.
+    """
     if wanted != "auto":
         return wanted
     if not any(Path("/dev").glob("nvidia[0-9]*")):
@@ -237,8 +304,9 @@ def find_device(wanted: str) -> str:
 def find_heads_device(recipe: Recipe, workers: int | None = None) -> str:
     """Where this run's workers train heads; `workers` overrides the recipe's.
 
-    "auto" is a GPU for the one worker of this machine: several would each want its memory, and workers of a cluster are
-    given none for heads. Raises BadBank where a GPU is asked for by name and this machine, which would train, has none.
+    "auto" is a GPU for the one worker of this machine: several would each want its memory, and
+    workers of a cluster are given none for heads. Raises BadBank where a GPU is asked for by name
+    and this machine, which would train, has none.
     """
     wanted, here = recipe.compute.heads_device, recipe.cluster.where in ("local", "cuda")
     if wanted == "auto":
@@ -252,23 +320,30 @@ def storing(backbone: Backbone, recipe: Recipe) -> Storing:
     """How the recipe has features computed and stored, as `backbone_features` takes it."""
     views = backbone.views
     number = {"flips": 4, "dihedral": 8}[views] if isinstance(views, str) else views
-    stored = Storing(dtype=recipe.storage.dtype, compute_dtype=recipe.storage.precision, views=number)
+    stored = Storing(
+        dtype=recipe.storage.dtype, compute_dtype=recipe.storage.precision, views=number
+    )
     return Storing(**stored, symmetric=True) if isinstance(views, str) else stored
 
 
 def backbone_spec(backbone: Backbone, recipe: Recipe) -> BackboneSpec:
-    """The recipe's backbone as `headrace.extract` takes it: its fields, less taps, views and names, and the images' range."""
+    """The recipe's backbone as `headrace.extract` takes it: its fields, less taps, views and names,
+    and the images' range.
+    """
     fields = backbone.model_dump(exclude={"alias", "taps", "views"})
     return BackboneSpec(**fields, pixel_range=recipe.images.pixel_range)
 
 
 def _check_views(wanted: Sequence[Wanted], specs: Mapping[str, Sequence[FeatureSpec]]) -> None:
-    """Raises RecipeError for a head's input whose parts have different views: their rows could not stand side by side."""
+    """Raises RecipeError for a head's input whose parts have different views: their rows could not
+    stand side by side.
+    """
     for each in wanted:
         if len({tuple(spec.view for spec in specs[name]) for name in each.inputs}) > 1:
             found = ", ".join(f"{name} has {len(specs[name])}" for name in each.inputs)
             raise RecipeError(
-                f"heads: the taps of an input have different views ({found}) and cannot stand side by side: give their backbones the "
+                f"heads: the taps of an input have different views ({found}) and cannot stand "
+                "side by side: give their backbones the "
                 "same views, or take each tap alone, inputs: [each]"
             )
 
@@ -276,12 +351,16 @@ def _check_views(wanted: Sequence[Wanted], specs: Mapping[str, Sequence[FeatureS
 def _network(backbone: Backbone, recipe: Recipe, *, run: bool) -> Network:
     spec = backbone_spec(backbone, recipe)
     build = _build_forked(recipe) if run and _forks(backbone, recipe) else build_features
-    specs = backbone_features(spec, backbone.taps, cache_root=recipe.cache, build=build, **storing(backbone, recipe))
+    specs = backbone_features(
+        spec, backbone.taps, cache_root=recipe.cache, build=build, **storing(backbone, recipe)
+    )
     return Network(spec, specs, [_known(recipe.cache, feature) for feature in specs])
 
 
 def _forks(backbone: Backbone, recipe: Recipe) -> bool:
-    """Whether a run is spared importing PyTorch in this process, for workers will have it from the server that they are forked from."""
+    """Whether a run is spared importing PyTorch in this process, for workers will have it from the
+    server that they are forked from.
+    """
     here = recipe.cluster.where == "local" and find_device(recipe.compute.device) == "cpu"
     return here and "torch" not in sys.modules and not backbone.name.startswith("python:")
 
@@ -294,18 +373,28 @@ def _build_forked(recipe: Recipe) -> Callable[..., tuple[FeatureSpec, ...]]:
 
 
 def _failed(cache: Path, networks: Sequence[Network]) -> dict[str, str]:
-    """{content hash: reason} of the images that some feature set of the run has recorded as failed."""
+    """{content hash: reason} of the images that some feature set of the run has
+    recorded as failed.
+    """
     paths = [feature_set_path(cache, spec) for network in networks for spec in network.specs]
-    failures = (failure for path in paths if is_feature_set(path) for failure in open_feature_set(path).failures())
+    failures = (
+        failure
+        for path in paths
+        if is_feature_set(path)
+        for failure in open_feature_set(path).failures()
+    )
     return {failure.content: failure.reason for failure in failures}
 
 
 def _require_decodable(needed: pd.DataFrame, failed: Mapping[str, str]) -> None:
-    """Raises DataError, with the first reason, where no image is left: it is the same one for all of them, as a rule."""
+    """Raises DataError, with the first reason, where no image is left: it is the same one for all
+    of them, as a rule.
+    """
     if len(needed) and needed["content"].isin(list(failed)).all():
         first = needed.iloc[0]
         raise DataError(
-            f"none of the {len(needed):,} images can be used; the first is {first['path']}: {failed[first['content']]}"
+            f"none of the {len(needed):,} images can be used; the first is "
+            f"{first['path']}: {failed[first['content']]}"
         )
 
 
@@ -315,10 +404,15 @@ def _known(cache: Path, spec: FeatureSpec) -> set[str]:
 
 
 def check_metric(section: TaskSection) -> str:
-    """The metric that ranks, by default that of the task's kind. Raises RecipeError for one that the task does not have."""
+    """The metric that ranks, by default that of the task's kind.
+
+    Raises RecipeError for one that the task does not have.
+    """
     kind = section.kind
     metric = section.metric or DEFAULT_METRIC[kind]
     if metric not in METRICS or kind not in METRICS[metric].tasks:
         valid = [name for name, known in METRICS.items() if kind in known.tasks]
-        raise RecipeError(f"task.metric {metric!r} is no metric of a {kind} task. There are: {', '.join(valid)}")
+        raise RecipeError(
+            f"task.metric {metric!r} is no metric of a {kind} task. There are: {', '.join(valid)}"
+        )
     return metric

@@ -1,4 +1,6 @@
-"""Progress for people (a live view) and for machines (lines of JSON where there is no terminal), from the same calls."""
+"""Progress for people (a live view) and for machines (lines of JSON where there is no terminal),
+from the same calls.
+"""
 
 import contextlib
 import json
@@ -15,7 +17,9 @@ _LOG_INTERVAL_S = 5.0
 
 
 class Advance(Protocol):
-    """What a stage's block calls: how many things were just done, and what else is worth showing."""
+    """What a stage's block calls: how many things were just done, and what else is
+    worth showing.
+    """
 
     def __call__(self, count: int, details: Mapping[str, float] | None = None) -> None: ...
 
@@ -25,7 +29,11 @@ class _RateColumn(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         rate, left = rate_and_left(task.completed, task.total or 0, task.elapsed or 0.0)
-        return Text(f"{rate:,.1f} {task.fields['unit']}/s, {left // 60:.0f}:{left % 60:02.0f} left" if rate else "")
+        return Text(
+            f"{rate:,.1f} {task.fields['unit']}/s, {left // 60:.0f}:{left % 60:02.0f} left"
+            if rate
+            else ""
+        )
 
 
 def rate_and_left(done: float, total: float, elapsed_s: float) -> tuple[float, float]:
@@ -60,7 +68,9 @@ def stage(console: Console, title: str, total: int, unit: str) -> Iterator[Advan
 
 
 def _details_text(details: Mapping[str, float]) -> str:
-    """ "decode 3 % · network 95 % · 2 failed": shares as per cent, counts as they are, zeros left out."""
+    """ "decode 3 % · network 95 % · 2 failed": shares as per cent, counts as they are, zeros left
+    out.
+    """
     parts = []
     for name, value in details.items():
         if name.endswith("_share"):
@@ -81,7 +91,14 @@ def _log_lines(console: Console, title: str, total: int, unit: str) -> Advance:
         if now - last >= _LOG_INTERVAL_S or done >= total:
             last = now
             rate, left = rate_and_left(done, total, now - start)
-            line = {"stage": title, "done": done, "total": total, "unit": unit, "per_s": rate, "left_s": left}
+            line = {
+                "stage": title,
+                "done": done,
+                "total": total,
+                "unit": unit,
+                "per_s": rate,
+                "left_s": left,
+            }
             text = json.dumps(
                 {
                     key: round(value, 3) if isinstance(value, float) else value

@@ -4,9 +4,17 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 
-from headrace.pipelines.recipe_values import Fraction, NonEmptyFloats, NonNegative, Section, Seed, Share
+from headrace.pipelines.recipe_values import (
+    Fraction,
+    NonEmptyFloats,
+    NonNegative,
+    Section,
+    Seed,
+    Share,
+)
 
-# "each": every feature set alone; "all": all of them side by side; a list: these feature sets side by side.
+# "each": every feature set alone; "all": all of them side by side; a list: these feature sets side
+# by side.
 HeadInput = Literal["each", "all"] | tuple[str, ...]
 
 
@@ -16,8 +24,11 @@ class LogisticGrid(Section):
     # inverse strength of the L2 penalty, as in scikit-learn
     C: NonEmptyFloats = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0, 1e3)
     # balanced: every class counts the same
-    class_weight: Annotated[tuple[Literal["none", "balanced"], ...], pydantic.Field(min_length=1)] = ("none",)
-    # true: each of several taps side by side has a strength of its own, in proportions found on the training rows
+    class_weight: Annotated[
+        tuple[Literal["none", "balanced"], ...], pydantic.Field(min_length=1)
+    ] = ("none",)
+    # true: each of several taps side by side has a strength of its own, in proportions found on the
+    # training rows
     banded: Annotated[tuple[bool, ...], pydantic.Field(min_length=1)] = (False,)
     # each: every tap alone; all: side by side; a list: these taps side by side
     inputs: tuple[HeadInput, ...] = ("each", "all")
@@ -29,15 +40,20 @@ class RidgeGrid(Section):
     # strength of the L2 penalty, as in scikit-learn
     alpha: NonEmptyFloats = (0.1, 1.0, 10.0, 30.0, 100.0, 300.0, 1e3, 3e3, 1e4, 1e5)
     # balanced: every class counts the same
-    class_weight: Annotated[tuple[Literal["none", "balanced"], ...], pydantic.Field(min_length=1)] = ("none",)
-    # true: each of several taps side by side has a strength of its own, in proportions found on the training rows
+    class_weight: Annotated[
+        tuple[Literal["none", "balanced"], ...], pydantic.Field(min_length=1)
+    ] = ("none",)
+    # true: each of several taps side by side has a strength of its own, in proportions found on the
+    # training rows
     banded: Annotated[tuple[bool, ...], pydantic.Field(min_length=1)] = (False,)
     # each: every tap alone; all: side by side; a list: these taps side by side
     inputs: tuple[HeadInput, ...] = ("each", "all")
 
 
 class HalvingSection(Section):
-    """Successive halving inside a bank: after these epochs only the best share of the settings goes on."""
+    """Successive halving inside a bank: after these epochs only the best share of the settings goes
+    on.
+    """
 
     # epochs after which settings are dropped
     after: Annotated[tuple[pydantic.PositiveInt, ...], pydantic.Field(min_length=1)] = (3,)
@@ -58,7 +74,9 @@ class MLPGrid(Section):
     dropout: Annotated[tuple[Fraction, ...], pydantic.Field(min_length=1)] = (0.0, 0.5)
     label_smoothing: Annotated[tuple[Fraction, ...], pydantic.Field(min_length=1)] = (0.0,)
     # balanced: every class counts the same
-    class_weight: Annotated[tuple[Literal["none", "balanced"], ...], pydantic.Field(min_length=1)] = ("none",)
+    class_weight: Annotated[
+        tuple[Literal["none", "balanced"], ...], pydantic.Field(min_length=1)
+    ] = ("none",)
     # of the first weights and of dropout
     seed: Annotated[tuple[Seed, ...], pydantic.Field(min_length=1)] = (0,)
     batch_size: pydantic.PositiveInt = 256
@@ -70,7 +88,9 @@ class MLPGrid(Section):
 
 
 class ConvGrid(Section):
-    """New convolution layers and an MLP on a spatial tap (`layer3.map`): the product of these lists."""
+    """New convolution layers and an MLP on a spatial tap (`layer3.map`): the product of these
+    lists.
+    """
 
     # of the 3 x 3 convolutions
     channels: Annotated[
@@ -78,14 +98,18 @@ class ConvGrid(Section):
         pydantic.Field(min_length=1),
     ] = ((64,),)
     # widths of the hidden layers after the convolutions
-    hidden: Annotated[tuple[tuple[pydantic.PositiveInt, ...], ...], pydantic.Field(min_length=1)] = ((),)
+    hidden: Annotated[
+        tuple[tuple[pydantic.PositiveInt, ...], ...], pydantic.Field(min_length=1)
+    ] = ((),)
     learning_rate: NonEmptyFloats = (1e-3,)  # of AdamW
     weight_decay: Annotated[tuple[NonNegative, ...], pydantic.Field(min_length=1)] = (1e-2,)
     # share of units that is left out in training
     dropout: Annotated[tuple[Fraction, ...], pydantic.Field(min_length=1)] = (0.0,)
     label_smoothing: Annotated[tuple[Fraction, ...], pydantic.Field(min_length=1)] = (0.0,)
     # balanced: every class counts the same
-    class_weight: Annotated[tuple[Literal["none", "balanced"], ...], pydantic.Field(min_length=1)] = ("none",)
+    class_weight: Annotated[
+        tuple[Literal["none", "balanced"], ...], pydantic.Field(min_length=1)
+    ] = ("none",)
     # of the first weights and of dropout
     seed: Annotated[tuple[Seed, ...], pydantic.Field(min_length=1)] = (0,)
     batch_size: pydantic.PositiveInt = 128
@@ -99,10 +123,18 @@ class ConvGrid(Section):
 class KNNGrid(Section):
     """k nearest neighbours: the product of these lists."""
 
-    k: Annotated[tuple[pydantic.PositiveInt, ...], pydantic.Field(min_length=1)] = (1, 5, 20)  # neighbours
-    metric: Annotated[tuple[Literal["cosine", "euclidean"], ...], pydantic.Field(min_length=1)] = ("cosine",)
+    k: Annotated[tuple[pydantic.PositiveInt, ...], pydantic.Field(min_length=1)] = (
+        1,
+        5,
+        20,
+    )  # neighbours
+    metric: Annotated[tuple[Literal["cosine", "euclidean"], ...], pydantic.Field(min_length=1)] = (
+        "cosine",
+    )
     # distance: nearer neighbours count more
-    weighting: Annotated[tuple[Literal["uniform", "distance"], ...], pydantic.Field(min_length=1)] = ("uniform",)
+    weighting: Annotated[
+        tuple[Literal["uniform", "distance"], ...], pydantic.Field(min_length=1)
+    ] = ("uniform",)
     # each: every tap alone; all: side by side; a list: these taps side by side
     inputs: tuple[HeadInput, ...] = ("each",)
 
@@ -110,7 +142,9 @@ class KNNGrid(Section):
 class CentroidGrid(Section):
     """Nearest class mean."""
 
-    metric: Annotated[tuple[Literal["cosine", "euclidean"], ...], pydantic.Field(min_length=1)] = ("cosine",)
+    metric: Annotated[tuple[Literal["cosine", "euclidean"], ...], pydantic.Field(min_length=1)] = (
+        "cosine",
+    )
     # each: every tap alone; all: side by side; a list: these taps side by side
     inputs: tuple[HeadInput, ...] = ("each",)
 
@@ -119,8 +153,12 @@ class SklearnGrid(Section):
     """One scikit-learn estimator by import path, with the product of its parameter lists."""
 
     estimator: str  # import path, such as sklearn.svm.SVC
-    parameters: dict[str, tuple[Any, ...]] = pydantic.Field({})  # lists of values by the estimator's parameter names
-    standardize: bool = False  # scale features by their means and spreads on the training rows first
+    parameters: dict[str, tuple[Any, ...]] = pydantic.Field(
+        {}
+    )  # lists of values by the estimator's parameter names
+    standardize: bool = (
+        False  # scale features by their means and spreads on the training rows first
+    )
     # each: every tap alone; all: side by side; a list: these taps side by side
     inputs: tuple[HeadInput, ...] = ("all",)
 

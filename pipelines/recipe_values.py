@@ -1,4 +1,6 @@
-"""What the values of a recipe are made of: numbers in their ranges, and sections that refuse unknown keys."""
+"""What the values of a recipe are made of: numbers in their ranges, and sections that refuse
+unknown keys.
+"""
 
 from typing import Annotated
 
@@ -13,12 +15,16 @@ NonEmptyFloats = Annotated[tuple[Positive, ...], pydantic.Field(min_length=1)]
 
 
 def check_views(value: object) -> object:
-    """A backbone's views as they are. Raises ValueError for what is no number of views and no word for them."""
+    """A backbone's views as they are.
+
+    Raises ValueError for what is no number of views and no word for them.
+    """
     counted = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 64
     if counted or value in ("flips", "dihedral"):
         return value
     raise ValueError(
-        "views is a whole number from 1 to 64, or flips (the crop and its mirror images), or dihedral (quarter turns too)"
+        "views is a whole number from 1 to 64, or flips (the crop and its mirror images), "
+        "or dihedral (quarter turns too)"
     )
 
 

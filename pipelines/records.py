@@ -1,8 +1,9 @@
-"""The files of a run that its readers believe: every one has a digest, which is compared before a number of it is used.
+"""The files of a run that its readers believe: every one has a digest, which is compared before a
+number of it is used.
 
-JSON and arrays carry theirs inside (`headrace.cache.sealed`). Tables that people open have none of ours in them: the digests
-of all are in tables.json, each entry written after its table. So a call that was killed in between leaves a table that is
-refused, and the next call writes both.
+JSON and arrays carry theirs inside (`headrace.cache.sealed`). Tables that people open have none of
+ours in them: the digests of all are in tables.json, each entry written after its table. So a call
+that was killed in between leaves a table that is refused, and the next call writes both.
 """
 
 import io
@@ -20,7 +21,9 @@ RUN_AGAIN = "`headrace run RECIPE` writes it again"
 
 
 class RunDamaged(HeadraceError, ValueError):
-    """A file of a run is not as it was written: names the file, and the command that writes it again."""
+    """A file of a run is not as it was written: names the file, and the command that writes it
+    again.
+    """
 
 
 def write_record(path: Path, values: Mapping[str, Any]) -> None:
@@ -29,15 +32,23 @@ def write_record(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def read_record(path: Path, mended_by: str = RUN_AGAIN) -> dict[str, Any]:
-    """Inverse of `write_record`. Raises RunDamaged, with what mends it; FileNotFoundError where there is no file."""
+    """Inverse of `write_record`.
+
+    Raises RunDamaged, with what mends it; FileNotFoundError where there is no file.
+    """
     try:
         return read_sealed_json(path.read_bytes())
     except SealBroken as error:
-        raise RunDamaged(f"{path} has changed since it was written: {error}. {mended_by}") from error
+        raise RunDamaged(
+            f"{path} has changed since it was written: {error}. {mended_by}"
+        ) from error
 
 
 def publish_table(path: Path, data: bytes) -> None:
-    """Publish a table and the digest of its bytes. Two processes must not do so in one run at once. Raises PublishFailed."""
+    """Publish a table and the digest of its bytes.
+
+    Two processes must not do so in one run at once. Raises PublishFailed.
+    """
     publish_replace(path, data)
     digests = path.with_name(_DIGESTS)
     try:
@@ -48,7 +59,9 @@ def publish_table(path: Path, data: bytes) -> None:
 
 
 def read_table(path: Path) -> io.BytesIO:
-    """The bytes that `publish_table` was given. Raises RunDamaged for other ones, FileNotFoundError for none.
+    """The bytes that `publish_table` was given.
+
+    Raises RunDamaged for other ones, FileNotFoundError for none.
 
     A run of an earlier version has no digests, and is read without.
     """
@@ -59,7 +72,8 @@ def read_table(path: Path) -> io.BytesIO:
         written = None
     if written is not None and written != xxhash.xxh3_128_hexdigest(data):
         raise RunDamaged(
-            f"{path} is not as the run wrote it: it was changed, or a call was killed between it and {_DIGESTS}. {RUN_AGAIN}"
+            f"{path} is not as the run wrote it: it was changed, or a call was killed "
+            f"between it and {_DIGESTS}. {RUN_AGAIN}"
         )
     return io.BytesIO(data)
 
@@ -73,7 +87,9 @@ def append_records(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
 
 
 def read_records(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The records in a file of `append_records`, oldest first, and how many of its lines are damaged and left out."""
+    """The records in a file of `append_records`, oldest first, and how many of its lines are
+    damaged and left out.
+    """
     try:
         lines = path.read_bytes().split(b"\n")
     except FileNotFoundError:

@@ -1,4 +1,6 @@
-"""The run, top to bottom: survey, extract what is missing, train what is missing, rank, open the test split once."""
+"""The run, top to bottom: survey, extract what is missing, train what is missing, rank, open the
+test split once.
+"""
 
 import datetime
 import shutil
@@ -41,7 +43,14 @@ from headrace.pipelines.leaderboard import collect_heads, rank_heads
 from headrace.pipelines.logs import log_run, require_log
 from headrace.pipelines.paths import RunPaths, unit_claims
 from headrace.pipelines.plan import Plan, check_space, fingerprints_of
-from headrace.pipelines.prepare import Survey, find_device, find_heads_device, listing, run_paths, survey
+from headrace.pipelines.prepare import (
+    Survey,
+    find_device,
+    find_heads_device,
+    listing,
+    run_paths,
+    survey,
+)
 from headrace.pipelines.recipe import Recipe
 from headrace.pipelines.recipe_sections import EnsembleSection, ScreenSection
 from headrace.pipelines.records import append_records, publish_table, write_record
@@ -49,7 +58,14 @@ from headrace.pipelines.submit import RunIncomplete, TaskOptions
 from headrace.pipelines.task_log import TaskLog, task_log
 from headrace.pipelines.thaw.stage import Thawed, ThawInputs, pending, thaw
 from headrace.pipelines.training import probe, train_missing
-from headrace.pipelines.winner import NoWinner, TestResult, choose_winner, mend_openings, open_test, save_winner
+from headrace.pipelines.winner import (
+    NoWinner,
+    TestResult,
+    choose_winner,
+    mend_openings,
+    open_test,
+    save_winner,
+)
 
 
 @dataclass(frozen=True)
@@ -72,11 +88,19 @@ class RunResult:
     board: pd.DataFrame  # one row per (inputs, spec), best first; see leaderboard.rank_heads
     winner: pd.Series
     test: TestResult | None  # of the answer
-    ensemble: Ensemble | None  # where the recipe asks for one; the answer, and what was tested, if it is `chosen`
-    selection: Selection | None  # what the winner is expected to score, and who cannot be told apart from it
-    thawed: Thawed | None  # networks trained by gradients, beside the head; where the recipe asks for them
+    ensemble: (
+        Ensemble | None
+    )  # where the recipe asks for one; the answer, and what was tested, if it is `chosen`
+    selection: (
+        Selection | None
+    )  # what the winner is expected to score, and who cannot be told apart from it
+    thawed: (
+        Thawed | None
+    )  # networks trained by gradients, beside the head; where the recipe asks for them
     notes: tuple[str, ...]
-    accounting: Accounting | None  # where every entry of the source went; None for samples that a program gave
+    accounting: (
+        Accounting | None
+    )  # where every entry of the source went; None for samples that a program gave
     failed_images: int
     failed_heads: int
     stages: tuple[StageRecord, ...]
@@ -92,12 +116,17 @@ class RunResult:
 
 
 def run_recipe(
-    recipe: Recipe, *, console: Console | None = None, workers: int | None = None, retry_failed: bool = False
+    recipe: Recipe,
+    *,
+    console: Console | None = None,
+    workers: int | None = None,
+    retry_failed: bool = False,
 ) -> RunResult:
-    """Do what the recipe asks and is not done yet; with `retry_failed`, train the heads that failed once more.
+    """Do what the recipe asks and is not done yet; with `retry_failed`, train the heads that failed
+    once more.
 
-    Interrupted at any moment, the next call goes on where it was: finished units and banks are on disk.
-    Raises HeadraceError for what the user can mend; finished work stays.
+    Interrupted at any moment, the next call goes on where it was: finished units and banks are on
+    disk. Raises HeadraceError for what the user can mend; finished work stays.
     """
     if recipe.log is not None:
         require_log(recipe.log)
@@ -109,9 +138,14 @@ def run_recipe(
             on = find_heads_device(recipe, workers)
             found = survey(recipe, retry_failed=retry_failed)
             plan, notes = found.plan, found.notes
-            done(f"{plan.images:,} images, {len(plan.features)} feature sets, {plan.heads_total:,} heads wanted")
+            done(
+                f"{plan.images:,} images, {len(plan.features)} feature sets, "
+                f"{plan.heads_total:,} heads wanted"
+            )
         check_space(plan, recipe.cache, recipe.storage.budget_gb)
-        log = stack.enter_context(task_log(paths))  # what is refused until here leaves no folder behind
+        log = stack.enter_context(
+            task_log(paths)
+        )  # what is refused until here leaves no folder behind
         opened = partial(_opened, recipe, paths, log, workers, _imports(recipe, plan))
         write_inputs(found)
         write_record(found.paths.recipe, recipe.model_dump(mode="json"))
@@ -136,7 +170,8 @@ def run_recipe(
                     bad = write_failed_images(found)
             if recipe.compute.strict and bad:
                 raise RunIncomplete(
-                    f"{bad:,} images cannot be decoded, and this run is strict; each is listed with its reason in "
+                    f"{bad:,} images cannot be decoded, and this run is strict; each is listed "
+                    "with its reason in "
                     f"{found.paths.failed_images}. Mend or remove them, or run without --strict"
                 )
             done(_extracted(plan))
@@ -155,7 +190,9 @@ def run_recipe(
         with _timed(stages, "train heads") as done:
             if found.plan.banks:
                 client = client or stack.enter_context(opened("train"))
-                if first := probe(found):  # a large run begins with a little of everything, to know how to cut the rest
+                if first := probe(
+                    found
+                ):  # a large run begins with a little of everything, to know how to cut the rest
                     train_missing(first, client, console, options, on)
                     kept = [each.inputs for each in found.plan.wanted]
                     found = replace(survey(recipe, retry_failed=retry_failed), notes=notes)
@@ -168,8 +205,12 @@ def run_recipe(
                 inputs, board = thaw_inputs(found, recipe), rank_heads(*_trained_heads(found))
                 if pending(inputs, board, recipe.thaw, retry_failed=retry_failed):
                     client = client or stack.enter_context(opened("train"))
-                thawed = thaw(inputs, board, recipe.thaw, client, console, options, retry_failed=retry_failed)
-                done(f"{thawed.trained:,} networks trained" if thawed.trained else "nothing missing")
+                thawed = thaw(
+                    inputs, board, recipe.thaw, client, console, options, retry_failed=retry_failed
+                )
+                done(
+                    f"{thawed.trained:,} networks trained" if thawed.trained else "nothing missing"
+                )
     with _timed(stages, "rank and test") as done, lease(_conclusion(paths)):
         result = conclude(found, recipe.ensemble, thawed, recipe.images.pixel_range, screening)
         done(f"{len(result.board):,} settings ranked")
@@ -200,13 +241,17 @@ def _opened(
     device: str = "cpu",
 ) -> Iterator[Client]:
     workers = workers or recipe.compute.workers
-    with open_client(recipe.cluster, role, workers=workers, device=device, run=paths.root, imports=imports) as client:
+    with open_client(
+        recipe.cluster, role, workers=workers, device=device, run=paths.root, imports=imports
+    ) as client:
         log("cluster", where=recipe.cluster.where, role=role, dashboard=client.dashboard_link)
         yield client
 
 
 def write_inputs(found: Survey) -> None:
-    """The task that banks read, which holds no test row, and the list of images for the next call to compare with."""
+    """The task that banks read, which holds no test row, and the list of images for the next call
+    to compare with.
+    """
     paths, task = found.paths, found.dataset.train
     paths.task(task.digest).parent.mkdir(parents=True, exist_ok=True)
     paths.banks.mkdir(parents=True, exist_ok=True)
@@ -232,20 +277,34 @@ def thaw_inputs(found: Survey, recipe: Recipe) -> ThawInputs:
 def _trained_heads(found: Survey) -> tuple[pd.DataFrame, str, dict[str, int], int]:
     """As `rank_heads` takes them."""
     plan, task = found.plan, found.dataset.train
-    heads = collect_heads(found.paths.banks, plan.wanted, fingerprints_of(plan.features), task.digest)
-    return heads, found.metric, {feature.name: prod(feature.shape) for feature in plan.features}, task.n_folds
+    heads = collect_heads(
+        found.paths.banks, plan.wanted, fingerprints_of(plan.features), task.digest
+    )
+    return (
+        heads,
+        found.metric,
+        {feature.name: prod(feature.shape) for feature in plan.features},
+        task.n_folds,
+    )
 
 
 def screen(
     found: Survey, section: ScreenSection, train_all: Callable[[Sequence[BankJob]], None]
 ) -> tuple[Survey, str, Screening]:
-    """The survey with the heads on promising inputs only, which those are, and what the screening saw."""
+    """The survey with the heads on promising inputs only, which those are, and what the screening
+    saw.
+    """
     wanted = list(dict.fromkeys(each.inputs for each in found.plan.wanted))
     folder = found.paths.evidence / "screen"
     dataset = found.dataset
-    screening = screen_inputs(wanted, dataset.train, found.directories, section, folder, train_all, dataset.groups)
+    screening = screen_inputs(
+        wanted, dataset.train, found.directories, section, folder, train_all, dataset.groups
+    )
     kept = screening.kept
-    said = f"{len(kept):,} of {len(wanted):,} inputs go on: {'; '.join(' + '.join(inputs) for inputs in kept)}"
+    said = (
+        f"{len(kept):,} of {len(wanted):,} inputs go on: "
+        f"{'; '.join(' + '.join(inputs) for inputs in kept)}"
+    )
     return replace(found, plan=screened_plan(found.plan, kept)), said, screening
 
 
@@ -256,10 +315,12 @@ def conclude(
     pixel_range: PixelRange | None = None,
     screening: Screening | None = None,
 ) -> RunResult:
-    """Rank, choose the winner on validation folds, show the answer the test split, and write the tables.
+    """Rank, choose the winner on validation folds, show the answer the test split, and write the
+    tables.
 
-    pixel_range: as in the recipe, for the images that are compared. screening: of the inputs, on the same rows.
-    The answer is the winner, or an ensemble where one is asked for and is better at the level of its interval.
+    pixel_range: as in the recipe, for the images that are compared. screening: of the inputs, on
+    the same rows. The answer is the winner, or an ensemble where one is asked for and is better at
+    the level of its interval.
     """
     paths, task = found.paths, found.dataset.train
     heads, metric, widths, folds = _trained_heads(found)
@@ -272,12 +333,18 @@ def conclude(
     try:
         winner = choose_winner(board, heads)
     except NoWinner:
-        withdraw(paths.winner, paths.ensemble)  # of an earlier call, of which this leaderboard knows nothing
+        withdraw(
+            paths.winner, paths.ensemble
+        )  # of an earlier call, of which this leaderboard knows nothing
         raise
     selection = weigh_selection(found, board, screening)
     told = cautions(found, board, pixel_range)
-    features = [open_feature_set(path) for name in winner["inputs"] for path in found.directories[name]]
-    backbones = [found.backbones[name] for name in winner["inputs"] for _ in found.directories[name]]
+    features = [
+        open_feature_set(path) for name in winner["inputs"] for path in found.directories[name]
+    ]
+    backbones = [
+        found.backbones[name] for name in winner["inputs"] for _ in found.directories[name]
+    ]
     temperature = temperature_of(winner, task)
     save_winner(paths.winner, winner, features, backbones, task, found.metric, temperature)
     ensemble = None if ensemble_section is None else combine_heads(found, board, ensemble_section)
@@ -288,10 +355,19 @@ def conclude(
     if not len(test.ids):
         tested = None
     elif ensemble is not None and ensemble.chosen:
-        tested = show_test(paths.openings, ensemble, found.directories, test, task.digest, found.dataset.test_groups)
+        tested = show_test(
+            paths.openings,
+            ensemble,
+            found.directories,
+            test,
+            task.digest,
+            found.dataset.test_groups,
+        )
     else:
         groups = found.dataset.test_groups
-        tested = open_test(paths.openings, winner, features, test, task.digest, found.metric, groups, temperature)
+        tested = open_test(
+            paths.openings, winner, features, test, task.digest, found.metric, groups, temperature
+        )
     return RunResult(
         paths=paths,
         metric=found.metric,
@@ -312,20 +388,34 @@ def conclude(
 
 
 def cautions(found: Survey, board: pd.DataFrame, pixel_range: PixelRange | None) -> list[str]:
-    """What a careful person would want to be told of this result, from stored predictions, features and a few images."""
+    """What a careful person would want to be told of this result, from stored predictions, features
+    and a few images.
+    """
     held, whole = held_out(found.dataset.train, found.dataset.groups), whole_heads(board)
     hidden = hidden_classes(whole, held, found.metric)
     there = found.samples.dropna(subset=["content"])
     paths = dict(zip(there["content"].astype(str), there["path"].astype(str), strict=True))
-    alike = near_duplicates(found.dataset.train, found.dataset.test, found.directories, paths, pixel_range)
-    return [*grid_edges(whole, found.metric), *(text for text in (hidden, alike) if text is not None)]
+    alike = near_duplicates(
+        found.dataset.train, found.dataset.test, found.directories, paths, pixel_range
+    )
+    return [
+        *grid_edges(whole, found.metric),
+        *(text for text in (hidden, alike) if text is not None),
+    ]
 
 
-def weigh_selection(found: Survey, board: pd.DataFrame, screening: Screening | None = None) -> Selection | None:
-    """What the choice of the best is worth, from stored predictions; written beside the leaderboard."""
+def weigh_selection(
+    found: Survey, board: pd.DataFrame, screening: Screening | None = None
+) -> Selection | None:
+    """What the choice of the best is worth, from stored predictions; written beside the
+    leaderboard.
+    """
     held = held_out(found.dataset.train, found.dataset.groups)
     screened = None
-    if screening is not None and (wrong := screening.wrong.get(board.iloc[0]["inputs"])) is not None:
+    if (
+        screening is not None
+        and (wrong := screening.wrong.get(board.iloc[0]["inputs"])) is not None
+    ):
         screened = screening.luck, wrong[held.rows]
     selection = assess_selection(whole_heads(board), held, found.metric, screened=screened)
     if selection is None:
@@ -339,7 +429,9 @@ def weigh_selection(found: Survey, board: pd.DataFrame, screening: Screening | N
 
 
 def remove_leftovers(paths: RunPaths, cache: Path) -> None:
-    """Remove what calls that were killed left behind: claims and locks of dead drivers, temporaries that nobody writes to."""
+    """Remove what calls that were killed left behind: claims and locks of dead drivers, temporaries
+    that nobody writes to.
+    """
     for folder in (paths.claims, unit_claims(cache)):
         remove_dead(folder)
     for path in stale_temporaries(paths.root, STALE_S, time.time()):
@@ -350,9 +442,11 @@ def remove_leftovers(paths: RunPaths, cache: Path) -> None:
 
 
 def withdraw(*results: Path) -> None:
-    """Remove results of an earlier call that are true no more; a directory disappears at once, by a rename.
+    """Remove results of an earlier call that are true no more; a directory disappears at once, by a
+    rename.
 
-    What a process that dies on the way leaves has no name that anyone reads, and goes with the next withdrawal.
+    What a process that dies on the way leaves has no name that anyone reads, and goes with the next
+    withdrawal.
     """
     for path in results:
         if path.is_dir():
@@ -370,12 +464,16 @@ def combine_heads(found: Survey, board: pd.DataFrame, section: EnsembleSection) 
     held = held_out(found.dataset.train, found.dataset.groups)
     ensemble = build_ensemble(whole_heads(board), held, found.metric, section)
     if ensemble is not None:
-        save_ensemble(found.paths.ensemble, ensemble, found.directories, found.backbones, found.dataset.train)
+        save_ensemble(
+            found.paths.ensemble, ensemble, found.directories, found.backbones, found.dataset.train
+        )
     return ensemble
 
 
 def write_failed_images(found: Survey) -> int:
-    """List every image of this run that has no features, with its reason; returns how many there are."""
+    """List every image of this run that has no features, with its reason; returns how many there
+    are.
+    """
     rows = [(item.id, item.path, item.reason) for item in found.unreadable]
     reasons = {
         failure.content: failure.reason
@@ -387,7 +485,9 @@ def write_failed_images(found: Survey) -> int:
     columns = (bad[name].astype(str) for name in ("id", "path", "content"))
     rows += [(name, path, reasons[content]) for name, path, content in zip(*columns, strict=True)]
     table = pd.DataFrame(sorted(rows), columns=["id", "path", "reason"])
-    publish_table(found.paths.failed_images, table.to_csv(index=False).encode("utf-8", "backslashreplace"))
+    publish_table(
+        found.paths.failed_images, table.to_csv(index=False).encode("utf-8", "backslashreplace")
+    )
     return len(rows)
 
 
@@ -400,7 +500,10 @@ def _extracted(plan: Plan) -> str:
 def _trained(plan: Plan) -> str:
     if not plan.banks:
         return "nothing missing"
-    return f"{plan.heads_new:,} heads in {len(plan.banks):,} banks, and each setting once on all training rows"
+    return (
+        f"{plan.heads_new:,} heads in {len(plan.banks):,} banks, and each setting once on all "
+        "training rows"
+    )
 
 
 def _flat(table: pd.DataFrame) -> pd.DataFrame:

@@ -38,7 +38,8 @@ def show_plan(console: Console, plan: Plan, cache: object, out: object) -> None:
         )
     console.print(table)
     console.print(
-        f"{plan.images_new:,} of {plan.images:,} images go through a network, in {len(plan.units):,} units; "
+        f"{plan.images_new:,} of {plan.images:,} images go through a network, in "
+        f"{len(plan.units):,} units; "
         f"{bytes_text(sum(feature.bytes_new for feature in plan.features))} to write in {cache}",
         soft_wrap=True,
     )
@@ -52,7 +53,11 @@ def show_plan(console: Console, plan: Plan, cache: object, out: object) -> None:
     missing = {(bank.inputs, spec) for bank in plan.banks for spec in bank.specs}
     settings: Counter[tuple[tuple[str, ...], str]] = Counter()
     new: Counter[tuple[tuple[str, ...], str]] = Counter()
-    for inputs, specs, _ in plan.wanted:  # heads with class weights, or banded, are banks of their own
+    for (
+        inputs,
+        specs,
+        _,
+    ) in plan.wanted:  # heads with class weights, or banded, are banks of their own
         settings[inputs, specs[0].kind] += len(specs)
         new[inputs, specs[0].kind] += sum((inputs, spec) in missing for spec in specs)
     for (inputs, kind), count in settings.items():
@@ -65,18 +70,23 @@ def show_plan(console: Console, plan: Plan, cache: object, out: object) -> None:
         )
     console.print(table)
     console.print(
-        f"{plan.heads_new:,} of {plan.heads_total:,} heads to train ({plan.folds} folds each), in {len(plan.banks):,} banks; "
+        f"{plan.heads_new:,} of {plan.heads_total:,} heads to train ({plan.folds} folds each), "
+        f"in {len(plan.banks):,} banks; "
         f"results in {out}",
         soft_wrap=True,
     )
     estimate = plan.estimate
     basis = (
-        "measured in earlier calls of this run" if estimate.measured else "assumed until a first call has measured it"
+        "measured in earlier calls of this run"
+        if estimate.measured
+        else "assumed until a first call has measured it"
     )
     gpu = f" and {hours_text(estimate.gpu_s)} GPU-hours" if estimate.gpu_s else ""
     console.print(
-        f"Tasks: {len(plan.units):,} units and {len(plan.banks):,} banks; about {hours_text(estimate.core_s)} core-hours{gpu} "
-        f"({basis}). Done already: {plan.images - plan.images_new:,} images, {plan.heads_total - plan.heads_new:,} heads",
+        f"Tasks: {len(plan.units):,} units and {len(plan.banks):,} banks; about "
+        f"{hours_text(estimate.core_s)} core-hours{gpu} "
+        f"({basis}). Done already: {plan.images - plan.images_new:,} images, "
+        f"{plan.heads_total - plan.heads_new:,} heads",
         soft_wrap=True,
     )
 
@@ -94,19 +104,25 @@ def hours_text(seconds: float) -> str:
     return f"{seconds / 3600:.2g}" if seconds < 36000 else f"{seconds / 3600:,.0f}"
 
 
-def show_result(console: Console, result: RunResult, *, reference: str | None = None, files: bool = True) -> None:
-    """The leaderboard by inputs and kind, the winner, its test score, where every file lies, how long it took."""
+def show_result(
+    console: Console, result: RunResult, *, reference: str | None = None, files: bool = True
+) -> None:
+    """The leaderboard by inputs and kind, the winner, its test score, where every file lies, how
+    long it took.
+    """
     console.print(leaderboard_table(result.board, result.metric, result.names))
     show_images(console, result.accounting, result.notes)
     if result.failed_images:
         console.print(
-            f"note: {result.failed_images:,} images could not be read; each is listed with its reason in {result.paths.failed_images}",
+            f"note: {result.failed_images:,} images could not be read; each is listed with "
+            f"its reason in {result.paths.failed_images}",
             style="yellow",
             soft_wrap=True,
         )
     if result.failed_heads:
         console.print(
-            f"note: {result.failed_heads:,} heads failed; each has its reason in the column `error` of {result.paths.heads}; "
+            f"note: {result.failed_heads:,} heads failed; each has its reason in the column "
+            f"`error` of {result.paths.heads}; "
             "--retry-failed tries them again",
             style="yellow",
             soft_wrap=True,
@@ -116,8 +132,10 @@ def show_result(console: Console, result: RunResult, *, reference: str | None = 
     winner = result.winner
     console.print()
     console.print(
-        f"Winner: {winner['kind']} {winner['settings']} on {inputs_text(winner['inputs'], result.names)}, "
-        f"chosen on {winner['folds']} validation folds alone: {result.metric} {number_text(winner[result.metric], result.metric)}",
+        f"Winner: {winner['kind']} {winner['settings']} on "
+        f"{inputs_text(winner['inputs'], result.names)}, "
+        f"chosen on {winner['folds']} validation folds alone: {result.metric} "
+        f"{number_text(winner[result.metric], result.metric)}",
         style="bold",
     )
     for sentence in (*selection_sentences(result), *ensemble_sentences(result)):
@@ -128,7 +146,8 @@ def show_result(console: Console, result: RunResult, *, reference: str | None = 
         test = result.test
         line = Text(
             f"Test {test.metric} {number_text(test.value, test.metric)} "
-            f"(95 % interval {number_text(test.low, test.metric)} to {number_text(test.high, test.metric)}, "
+            f"(95 % interval {number_text(test.low, test.metric)} to "
+            f"{number_text(test.high, test.metric)}, "
             f"{images_text(test.images, test.groups)} never seen before)",
             style="bold green",
         )
@@ -148,9 +167,14 @@ def show_result(console: Console, result: RunResult, *, reference: str | None = 
 
 
 def thaw_table(result: RunResult) -> Table:
-    """Head, partial reuse, fine-tuned and the ensemble side by side, on the same validation rows."""
+    """Head, partial reuse, fine-tuned and the ensemble side by side, on the same
+    validation rows.
+    """
     metric = result.metric
-    table = Table(title=f"Head against networks: validation {metric}, same rows, 95 % intervals", title_justify="left")
+    table = Table(
+        title=f"Head against networks: validation {metric}, same rows, 95 % intervals",
+        title_justify="left",
+    )
     for column in ("approach", "what"):
         table.add_column(column)
     for column in (metric, "interval", "gain over its head", "minutes", "decision"):
@@ -158,7 +182,11 @@ def thaw_table(result: RunResult) -> Table:
     assert result.thawed is not None
     for _, row in result.thawed.compared.iterrows():
         ends = [number_text(row[name], metric) for name in ("gain_low", "gain_high")]
-        gain = f"{number_text(row['gain'], metric)} ({ends[0]} to {ends[1]})" if row["gain"] == row["gain"] else "–"
+        gain = (
+            f"{number_text(row['gain'], metric)} ({ends[0]} to {ends[1]})"
+            if row["gain"] == row["gain"]
+            else "–"
+        )
         table.add_row(
             row["approach"],
             f"{row['settings']} on {inputs_text(row['inputs'], result.names)}",
@@ -175,7 +203,8 @@ def thaw_table(result: RunResult) -> Table:
             f"{len(found.members)} members",
             number_text(found.value, metric),
             f"{number_text(found.low, metric)} to {number_text(found.high, metric)}",
-            f"{number_text(found.gain, metric)} ({number_text(found.gain_low, metric)} to {number_text(found.gain_high, metric)})",
+            f"{number_text(found.gain, metric)} ({number_text(found.gain_low, metric)} to "
+            f"{number_text(found.gain_high, metric)})",
             "–",
             "the answer" if found.chosen else f"not better at {level_text(found.level)}",
         )
@@ -183,22 +212,36 @@ def thaw_table(result: RunResult) -> Table:
 
 
 def selection_sentences(result: RunResult) -> list[str]:
-    """What the validation score is worth once it is known to be the best of many, and who is as good."""
+    """What the validation score is worth once it is known to be the best of many, and who is as
+    good.
+    """
     found = result.selection
     if found is None:
         return []
     texts = [number_text(value, found.metric) for value in (found.expected, found.low, found.high)]
     lines = [
-        f"Expected on new images: {found.metric} {texts[0]} (95 % interval {texts[1]} to {texts[2]}), "
-        + (f"corrected for being the best of {found.tried:,} settings" if found.tried > 1 else "the only setting")
+        (
+            f"Expected on new images: {found.metric} {texts[0]} (95 % interval {texts[1]} to "
+            f"{texts[2]}), "
+        )
+        + (
+            f"corrected for being the best of {found.tried:,} settings"
+            if found.tried > 1
+            else "the only setting"
+        )
     ]
     if found.together > 1:
-        line = f"{found.together:,} of {found.tried:,} settings cannot be told apart on these {found.images:,} images"
+        line = (
+            f"{found.together:,} of {found.tried:,} settings cannot be told apart on these "
+            f"{found.images:,} images"
+        )
         if found.cheapest > 1:
             cheapest = result.board[result.board["rank"] == found.cheapest].iloc[0]
             line += (
-                f"; the one with the fewest features of them: {cheapest['kind']} {cheapest['settings']} on "
-                f"{inputs_text(cheapest['inputs'], result.names)} (rank {found.cheapest}, {cheapest['features']:,} features)"
+                f"; the one with the fewest features of them: {cheapest['kind']} "
+                f"{cheapest['settings']} on "
+                f"{inputs_text(cheapest['inputs'], result.names)} (rank {found.cheapest}, "
+                f"{cheapest['features']:,} features)"
             )
         lines.append(line)
     return lines
@@ -209,16 +252,24 @@ def ensemble_sentences(result: RunResult) -> list[str]:
     found = result.ensemble
     if found is None:
         return []
-    value, low, high = (number_text(number, found.metric) for number in (found.value, found.low, found.high))
+    value, low, high = (
+        number_text(number, found.metric) for number in (found.value, found.low, found.high)
+    )
     gain, least, most = (
         f"{number * 100:+.2f} points" if is_share(found.metric) else f"{number:+.4f}"
         for number in (found.gain, found.gain_low, found.gain_high)
     )
     level = level_text(found.level)
-    verdict = "all of it above 0: it is the answer" if found.chosen else "it reaches 0: the winner stays the answer"
+    verdict = (
+        "all of it above 0: it is the answer"
+        if found.chosen
+        else "it reaches 0: the winner stays the answer"
+    )
     return [
-        f"Ensemble of {len(found.members)} model(s), {len(found.networks)} network(s): {found.metric} {value} "
-        f"(95 % interval {low} to {high}, on images that did not pick it), against the best single head, picked the same way, {gain} "
+        f"Ensemble of {len(found.members)} model(s), {len(found.networks)} network(s): "
+        f"{found.metric} {value} "
+        f"(95 % interval {low} to {high}, on images that did not pick it), against the best "
+        f"single head, picked the same way, {gain} "
         f"({level} interval {least} to {most}): {verdict}"
     ]
 
@@ -228,7 +279,8 @@ def leaderboard_table(board: pd.DataFrame, metric: str, names: Sequence[str]) ->
     grouped = grouped_board(board, metric)
     arrow = "higher" if METRICS[metric].higher_is_better else "lower"
     table = Table(
-        title=f"Leaderboard: best of each tap and kind by mean validation {metric} ({arrow} is better), of {len(board):,} settings",
+        title=f"Leaderboard: best of each tap and kind by mean validation {metric} ({arrow} is "
+        f"better), of {len(board):,} settings",
         title_justify="left",
     )
     for column in ("rank", "inputs", "kind", "best setting", "of"):
@@ -260,7 +312,9 @@ def stages_table(result: RunResult) -> Table:
     table.add_column("seconds", justify="right")
     for record in result.stages:
         table.add_row(record.name, record.did, f"{record.seconds:,.1f}")
-    table.add_row("total", "", f"{sum(record.seconds for record in result.stages):,.1f}", style="bold")
+    table.add_row(
+        "total", "", f"{sum(record.seconds for record in result.stages):,.1f}", style="bold"
+    )
     return table
 
 
@@ -281,7 +335,9 @@ def show_files(console: Console, result: RunResult) -> None:
 
 def images_text(images: int, groups: int | None) -> str:
     """ "50 images", or "50 images of 12 groups" where images are not independent of each other."""
-    return f"{images:,} images" + (f" of {groups:,} groups" if groups is not None and groups < images else "")
+    return f"{images:,} images" + (
+        f" of {groups:,} groups" if groups is not None and groups < images else ""
+    )
 
 
 def level_text(level: float) -> str:

@@ -1,4 +1,6 @@
-"""A Dask cluster of SLURM jobs, over TLS, that outlives its jobs: one that ended is replaced while there is work."""
+"""A Dask cluster of SLURM jobs, over TLS, that outlives its jobs: one that ended is replaced while
+there is work.
+"""
 
 import contextlib
 import os
@@ -14,7 +16,15 @@ from dask.distributed import Client
 from dask.utils import parse_bytes
 from distributed.core import Status
 
-from headrace.pipelines.cluster import PRELOAD, SETTINGS, ClusterError, client_of, environment, needed, quiet
+from headrace.pipelines.cluster import (
+    PRELOAD,
+    SETTINGS,
+    ClusterError,
+    client_of,
+    environment,
+    needed,
+    quiet,
+)
 from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.recipe_sections import ClusterSection, SlurmSection
 from headrace.pipelines.tls import security, write_tls
@@ -22,14 +32,19 @@ from headrace.pipelines.worker import GPUS
 
 _LOOK_S = 10.0  # how often the queue is asked about our jobs
 _ALIVE = "PENDING,CONFIGURING,RUNNING,SUSPENDED,STOPPED"
-# Workers end by themselves this long before SLURM would kill them, or a tenth of the wall time if that is less.
+# Workers end by themselves this long before SLURM would kill them, or a tenth of the wall time if
+# that is less.
 _MARGIN_S = 120
 _PATIENCE = 5
-# Of a job of the GPU partition. Decoding limits: one core decodes some 300 images a second. Other numbers go into
-# `directives`, which come later in the job's script and so are what counts.
+# Of a job of the GPU partition. Decoding limits: one core decodes some 300 images a second. Other
+# numbers go into `directives`, which come later in the job's script and so are what counts.
 _CORES_PER_GPU = 8
 _MEMORY_PER_GPU = "16 GB"
-_PASSING = ("Unable to contact", "timed out", "Connection refused")  # a controller that is being started again
+_PASSING = (
+    "Unable to contact",
+    "timed out",
+    "Connection refused",
+)  # a controller that is being started again
 # What SLURM speaks of when it refuses, and the key that says it.
 _KEYS = {
     "partition": "partition (of GPUs: gpu_partition)",
@@ -42,18 +57,22 @@ _KEYS = {
     "qos": "directives",
 }
 _stillborn: dict[str, int] = {}  # looks in a row at which a cluster had lost jobs and no worker
-_looked: dict[str, float] = {}  # when each cluster's jobs were last looked at, by the cluster's name
+_looked: dict[
+    str, float
+] = {}  # when each cluster's jobs were last looked at, by the cluster's name
 
 
 @contextlib.contextmanager
 def slurm_client(
     section: ClusterSection, workers: int | None = None, *, on_gpu: bool = False, run: Path
 ) -> Iterator[Client]:
-    """A client of a cluster whose workers are SLURM jobs; the scheduler runs here. Needs the extra `slurm`.
+    """A client of a cluster whose workers are SLURM jobs; the scheduler runs here.
 
-    Each job is one node's share, `workers_per_job` processes of one core. on_gpu: jobs of the GPU partition, a worker per
-    GPU, with several cores to decode on. run: where certificates (unless the recipe names some) and the jobs' logs go;
-    every node must see it.
+    Needs the extra `slurm`.
+
+    Each job is one node's share, `workers_per_job` processes of one core. on_gpu: jobs of the GPU
+    partition, a worker per GPU, with several cores to decode on. run: where certificates (unless
+    the recipe names some) and the jobs' logs go; every node must see it.
     """
     jobqueue = needed("dask_jobqueue", "slurm")
     wanted = section.slurm
@@ -82,7 +101,10 @@ def slurm_client(
             death_timeout=60,
             security=keys,
             protocol="tls://",
-            job_extra_directives=[*([f"--gres=gpu:{per_job}"] if on_gpu else []), *wanted.directives],
+            job_extra_directives=[
+                *([f"--gres=gpu:{per_job}"] if on_gpu else []),
+                *wanted.directives,
+            ],
             job_script_prologue=[*exports, *wanted.prologue],
             # Staggered, so that the jobs of a run do not all end, and queue again, at one moment.
             worker_extra_args=[
@@ -97,14 +119,17 @@ def slurm_client(
 
 
 def _memory(wanted: SlurmSection, on_gpu: bool) -> str:
-    """Of a job: what the recipe says, and for GPUs at least what decoding for each of them takes."""
+    """Of a job: what the recipe says, and for GPUs at least what decoding for each of
+    them takes.
+    """
     if on_gpu and "memory_per_job" not in wanted.model_fields_set:
         return str(wanted.gpus_per_job * parse_bytes(_MEMORY_PER_GPU))
     return wanted.memory_per_job
 
 
 def _recording_job(job_class: type) -> type:
-    """The library's job, which is submitted in the background, but what sbatch says when it refuses is kept.
+    """The library's job, which is submitted in the background, but what sbatch says when it refuses
+    is kept.
 
     The library prints it, and waits for workers that never come.
     """
@@ -117,7 +142,9 @@ def _recording_job(job_class: type) -> type:
                 await super().start()
             except (RuntimeError, OSError) as error:
                 self.refusals.append(error.with_traceback(None))  # which would keep this job
-                self.status = Status.running  # a job without an id: it counts as lost, and the cluster can be closed
+                self.status = (
+                    Status.running
+                )  # a job without an id: it counts as lost, and the cluster can be closed
 
     return RecordingJob
 
@@ -131,14 +158,18 @@ def lifetime_s(walltime: str) -> int:
 
 
 def replace_lost_jobs(cluster: Any) -> None:
-    """Submit a job again for every one that is in the queue no more: it hit its wall time, was cancelled, or its node died."""
+    """Submit a job again for every one that is in the queue no more: it hit its wall time, was
+    cancelled, or its node died.
+    """
     if time.monotonic() - _looked.get(cluster.name, 0.0) < _LOOK_S:
         return
     _looked[cluster.name] = time.monotonic()
     ours = {name: job.job_id for name, job in list(cluster.workers.items())}
     command = ["squeue", "--noheader", "--format=%A", f"--user={os.getuid()}", f"--states={_ALIVE}"]
     try:
-        queue = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.split()
+        queue = subprocess.run(
+            command, capture_output=True, text=True, timeout=60, check=True
+        ).stdout.split()
     except (OSError, subprocess.SubprocessError):
         return  # a queue that does not answer now does later
     lost = [name for name, job_id in ours.items() if job_id not in queue]
@@ -150,7 +181,8 @@ def replace_lost_jobs(cluster: Any) -> None:
         _stillborn[cluster.name] = _stillborn.get(cluster.name, 0) + 1
         if _stillborn[cluster.name] >= _PATIENCE:
             raise ClusterError(
-                f"{_PATIENCE} times in a row, SLURM jobs ended before a worker of theirs had come. What they said is in "
+                f"{_PATIENCE} times in a row, SLURM jobs ended before a worker of theirs had "
+                "come. What they said is in "
                 f"{job_logs(cluster)}"
             )
     if lost:
@@ -169,16 +201,21 @@ async def _replace(cluster: Any, names: list[str]) -> None:
 
 
 def _end_if_refused(cluster: Any) -> None:
-    """Raises ClusterError, with SLURM's words, where it takes no job and will not take the same one later."""
+    """Raises ClusterError, with SLURM's words, where it takes no job and will not take the same one
+    later.
+    """
     error = cluster.job_cls.refusals[-1]
     said = str(error).partition("stderr:")[2].strip() or str(error)
     _stillborn[cluster.name] = _stillborn.get(cluster.name, 0) + 1
     if isinstance(error, FileNotFoundError):
-        raise ClusterError("there is no sbatch on this machine: start the run on a node that submits jobs") from error
+        raise ClusterError(
+            "there is no sbatch on this machine: start the run on a node that submits jobs"
+        ) from error
     if any(word in said for word in _PASSING) and _stillborn[cluster.name] < _PATIENCE:
         return
     keys = [f"cluster.slurm.{key}" for word, key in _KEYS.items() if word in said.lower()]
     raise ClusterError(
-        f"SLURM did not take a job: {' '.join(said.split())}. Look at {', '.join(keys) or 'cluster.slurm'} in the recipe, and "
+        f"SLURM did not take a job: {' '.join(said.split())}. Look at "
+        f"{', '.join(keys) or 'cluster.slurm'} in the recipe, and "
         "at what `sinfo` and `sacctmgr show associations` say there is"
     ) from error

@@ -1,4 +1,6 @@
-"""`headrace status RUN`: how far a run is, read from its logs, from any shell or node that sees its directory."""
+"""`headrace status RUN`: how far a run is, read from its logs, from any shell or node that sees its
+directory.
+"""
 
 import dataclasses
 import datetime
@@ -44,10 +46,15 @@ def run_status(run: Path) -> list[DriverStatus]:
     paths = find_run(run)
     logs = sorted(paths.logs.glob("*.jsonl"))
     if not logs:
-        raise NotARun(f"{paths.root} holds no logs: no call of `headrace run` has worked on it, or logs/ was removed")
+        raise NotARun(
+            f"{paths.root} holds no logs: no call of `headrace run` has worked on it, or "
+            "logs/ was removed"
+        )
     found = [_driver_status(read_log(log), log.stem) for log in logs]
     return [
-        status if status.state != "running" or driver_lives(paths.claims, status.driver) else _gone(status)
+        status
+        if status.state != "running" or driver_lives(paths.claims, status.driver)
+        else _gone(status)
         for status in found
     ]
 
@@ -108,12 +115,27 @@ def show_status(console: Console, run: Path) -> None:
     paths = find_run(run)
     drivers = run_status(paths.root)
     table = Table(title=f"Run {paths.root}", title_justify="left")
-    for column in ("started (UTC)", "driver", "state", "stage", "done", "failed", "at work", "worker deaths", "left"):
+    for column in (
+        "started (UTC)",
+        "driver",
+        "state",
+        "stage",
+        "done",
+        "failed",
+        "at work",
+        "worker deaths",
+        "left",
+    ):
         table.add_column(
-            column, justify="right" if column in ("done", "failed", "at work", "worker deaths") else "left"
+            column,
+            justify="right" if column in ("done", "failed", "at work", "worker deaths") else "left",
         )
     for status in drivers[-_DRIVERS:]:
-        left = f"{status.left_s // 60:.0f}:{status.left_s % 60:02.0f}" if status.left_s == status.left_s else ""
+        left = (
+            f"{status.left_s // 60:.0f}:{status.left_s % 60:02.0f}"
+            if status.left_s == status.left_s
+            else ""
+        )
         table.add_row(
             f"{status.started:%Y-%m-%d %H:%M:%S}",
             status.driver.partition("-")[2],
@@ -127,11 +149,16 @@ def show_status(console: Console, run: Path) -> None:
         )
     console.print(table)
     if len(drivers) > _DRIVERS:
-        console.print(f"and {len(drivers) - _DRIVERS} earlier calls; logs of all are in {paths.logs}")
+        console.print(
+            f"and {len(drivers) - _DRIVERS} earlier calls; logs of all are in {paths.logs}"
+        )
     for status in drivers[-_DRIVERS:]:
         if status.dashboard:
             console.print(f"dashboard: {status.dashboard}", soft_wrap=True)
         if status.error:
             console.print(f"{status.driver}: {status.error}", style="red", soft_wrap=True)
     if drivers[-1].state == "gone":
-        console.print("The last driver was killed. What is finished is kept; the same command goes on from there.")
+        console.print(
+            "The last driver was killed. What is finished is kept; the same command goes "
+            "on from there."
+        )

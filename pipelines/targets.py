@@ -1,4 +1,6 @@
-"""From the user's columns to targets: labels as text, several labels in a cell, numbers where the task is one of numbers."""
+"""From the user's columns to targets: labels as text, several labels in a cell, numbers where the
+task is one of numbers.
+"""
 
 import unicodedata
 from collections import defaultdict
@@ -17,19 +19,24 @@ _NAMED = 10  # names in one note
 
 
 class DataError(HeadraceError, ValueError):
-    """The images or their columns cannot serve the task: says what was found and what was expected."""
+    """The images or their columns cannot serve the task: says what was found and what
+    was expected.
+    """
 
 
 def check_targets(
     samples: pd.DataFrame, section: TaskSection
 ) -> tuple[pd.DataFrame, tuple[str, ...], npt.NDArray[Any]]:
-    """The samples that have a target, the classes (or columns), and the targets as in `Task.target`.
+    """The samples that have a target, the classes (or columns), and the targets as in
+    `Task.target`.
 
     Raises DataError for targets that cannot be learned.
     """
     columns = target_columns(section)
     values = samples[columns].apply(empty_as_missing)
-    if section.kind != "single" and not (section.kind == "multi" and _holds_labels(values, section)):
+    if section.kind != "single" and not (
+        section.kind == "multi" and _holds_labels(values, section)
+    ):
         values = values.apply(lambda column: _numbers(column, samples["id"], section))
     given = values.notna().all(axis=1)
     labelled = samples[given].reset_index(drop=True)
@@ -42,7 +49,9 @@ def empty_as_missing(column: pd.Series) -> pd.Series:
     """An empty text is a missing value, wherever the column comes from."""
     if column.dtype.kind in "biuf":
         return column
-    return column.mask(column.map(lambda value: isinstance(value, str) and not value.strip()).astype(bool))
+    return column.mask(
+        column.map(lambda value: isinstance(value, str) and not value.strip()).astype(bool)
+    )
 
 
 def _is_list(value: object) -> bool:
@@ -52,7 +61,9 @@ def _is_list(value: object) -> bool:
 def _holds_labels(values: pd.DataFrame, section: TaskSection) -> bool:
     """Whether one column holds several labels in each cell: a list, or text with a separator."""
     column = values.iloc[:, 0]
-    return values.shape[1] == 1 and (section.separator is not None or bool(column.map(_is_list).any()))
+    return values.shape[1] == 1 and (
+        section.separator is not None or bool(column.map(_is_list).any())
+    )
 
 
 def target_columns(section: TaskSection) -> list[str]:
@@ -60,11 +71,14 @@ def target_columns(section: TaskSection) -> list[str]:
     return [section.target] if isinstance(section.target, str) else list(section.target)
 
 
-def _encode(columns: pd.DataFrame, section: TaskSection) -> tuple[tuple[str, ...], npt.NDArray[Any]]:
+def _encode(
+    columns: pd.DataFrame, section: TaskSection
+) -> tuple[tuple[str, ...], npt.NDArray[Any]]:
     for name in columns.columns:
         if columns[name].dtype.kind == "f" and np.isinf(columns[name]).any():
             raise DataError(
-                f"task.target {name!r} is infinite in {int(np.isinf(columns[name]).sum()):,} rows: mend or empty them"
+                f"task.target {name!r} is infinite in "
+                f"{int(np.isinf(columns[name]).sum()):,} rows: mend or empty them"
             )
     if section.kind == "single":
         return _encode_classes(columns, section)
@@ -79,25 +93,36 @@ def _encode(columns: pd.DataFrame, section: TaskSection) -> tuple[tuple[str, ...
     return names, numbers.astype(np.uint8)
 
 
-def _encode_classes(columns: pd.DataFrame, section: TaskSection) -> tuple[tuple[str, ...], npt.NDArray[np.int64]]:
-    """One class for each row. Labels are text as written: `01` is not `1`, and `None` is a class like others."""
+def _encode_classes(
+    columns: pd.DataFrame, section: TaskSection
+) -> tuple[tuple[str, ...], npt.NDArray[np.int64]]:
+    """One class for each row.
+
+    Labels are text as written: `01` is not `1`, and `None` is a class like others.
+    """
     if columns.shape[1] != 1:
-        raise DataError("task.target names several columns: set task.kind to multi or regression, or name one")
+        raise DataError(
+            "task.target names several columns: set task.kind to multi or regression, or name one"
+        )
     name = columns.columns[0]
     if columns.iloc[:, 0].map(lambda value: _is_list(value) or isinstance(value, dict)).any():
         raise DataError(
-            f"task.target {name!r} holds lists; expected one label in each row. For several labels in a row: task.kind: multi"
+            f"task.target {name!r} holds lists; expected one label in each row. For "
+            "several labels in a row: task.kind: multi"
         )
     labels = as_text(columns.iloc[:, 0])
     classes = tuple(sorted(labels.unique().tolist(), key=_class_order(labels.unique())))
     if len(classes) < 2:
         raise DataError(
-            f"task.target {name!r} holds one class only, {classes[0]!r}, in all {len(labels):,} images; "
-            "a classifier needs at least two. In a folder, each class is a sub-folder: FOLDER/cat/1.jpg, FOLDER/dog/2.jpg"
+            f"task.target {name!r} holds one class only, {classes[0]!r}, in all "
+            f"{len(labels):,} images; "
+            "a classifier needs at least two. In a folder, each class is a sub-folder: "
+            "FOLDER/cat/1.jpg, FOLDER/dog/2.jpg"
         )
     if len(classes) > max(20, len(labels) // 2):
         raise DataError(
-            f"task.target {name!r} has {len(classes):,} different values in {len(labels):,} images; "
+            f"task.target {name!r} has {len(classes):,} different values in {len(labels):,} "
+            "images; "
             "if it is a number to predict, set task.kind: regression"
         )
     numbers = {label: number for number, label in enumerate(classes)}
@@ -105,7 +130,9 @@ def _encode_classes(columns: pd.DataFrame, section: TaskSection) -> tuple[tuple[
 
 
 def _class_order(labels: Iterable[str]) -> Any:
-    """A sort key: numbers sort as numbers where all labels are such, so that class "10" comes after class "9"."""
+    """A sort key: numbers sort as numbers where all labels are such, so that class "10" comes after
+    class "9".
+    """
     try:
         values = {label: float(label) for label in labels}
     except ValueError:
@@ -113,7 +140,9 @@ def _class_order(labels: Iterable[str]) -> Any:
     return lambda label: (values[label], label) if all(map(np.isfinite, values.values())) else label
 
 
-def _encode_label_sets(column: pd.Series, separator: str | None) -> tuple[tuple[str, ...], npt.NDArray[np.uint8]]:
+def _encode_label_sets(
+    column: pd.Series, separator: str | None
+) -> tuple[tuple[str, ...], npt.NDArray[np.uint8]]:
     """(classes, (N, classes) 0/1) of a column with several labels in each cell."""
 
     def labels_of(value: object) -> list[str]:
@@ -128,7 +157,8 @@ def _encode_label_sets(column: pd.Series, separator: str | None) -> tuple[tuple[
     names = {label for labels in sets for label in labels}
     if len(names) < 2:
         raise DataError(
-            f"task.target {column.name!r} holds {len(names)} different labels; several were expected. "
+            f"task.target {column.name!r} holds {len(names)} different labels; several were "
+            "expected. "
             "Look at task.separator, which stands between the labels of a cell"
         )
     classes = tuple(sorted(names, key=_class_order(names)))
@@ -140,42 +170,63 @@ def _encode_label_sets(column: pd.Series, separator: str | None) -> tuple[tuple[
 
 
 def _numbers(column: pd.Series, ids: pd.Series, section: TaskSection) -> pd.Series:
-    """A column as float64; missing stays missing. Raises DataError naming the first value that is no number."""
+    """A column as float64; missing stays missing.
+
+    Raises DataError naming the first value that is no number.
+    """
     if column.dtype.kind in "biuf":
         return column.astype(np.float64)
     text = as_text(column)
-    numbers = pd.to_numeric(text.replace({"True": "1", "False": "0"}), errors="coerce").astype(np.float64)
+    numbers = pd.to_numeric(text.replace({"True": "1", "False": "0"}), errors="coerce").astype(
+        np.float64
+    )
     wrong = text.notna() & numbers.isna() & (text.str.lower() != "nan")
     if wrong.any():
         first, name = int(wrong.to_numpy().argmax()), ids.iloc[int(wrong.to_numpy().argmax())]
         cure = ""
         if section.kind == "multi":
-            cure = ". For labels by name, say what stands between them in a cell: task.separator: ';'"
+            cure = (
+                ". For labels by name, say what stands between them in a cell: task.separator: ';'"
+            )
         elif str(text.iloc[first]).replace(",", "", 1).lstrip("-").isdigit():
             cure = ". Write decimals with a point"
         raise DataError(
-            f"task.kind {section.kind} needs numbers in {column.name}; found {text.iloc[first]!r} for {name!r} "
+            f"task.kind {section.kind} needs numbers in {column.name}; found "
+            f"{text.iloc[first]!r} for {name!r} "
             f"({int(wrong.sum()):,} such rows){cure}"
         )
     return numbers
 
 
 def alike_names(names: Iterable[str], what: str) -> list[str]:
-    """A note on names that a person would take for one: they differ in case, blanks, hyphens or accents alone."""
+    """A note on names that a person would take for one: they differ in case, blanks, hyphens or
+    accents alone.
+    """
     folded: dict[str, list[str]] = defaultdict(list)
     for name in names:
         folded[_folded(name)].append(name)
     pairs = [" and ".join(map(repr, sorted(alike))) for alike in folded.values() if len(alike) > 1]
     if not pairs:
         return []
-    return [f"{what} that differ in case, blanks, hyphens or accents alone, and count as different: {name_some(pairs)}"]
+    return [
+        (
+            f"{what} that differ in case, blanks, hyphens or accents alone, and count as "
+            f"different: {name_some(pairs)}"
+        )
+    ]
 
 
 def _folded(name: str) -> str:
     if any(letter.isdigit() for letter in name) and not any(letter.isalpha() for letter in name):
         return name  # -1 is not 1
-    letters = (letter for letter in unicodedata.normalize("NFKD", name) if not unicodedata.combining(letter))
-    return "".join(letter for letter in letters if not letter.isspace() and letter not in "-_").casefold()
+    letters = (
+        letter
+        for letter in unicodedata.normalize("NFKD", name)
+        if not unicodedata.combining(letter)
+    )
+    return "".join(
+        letter for letter in letters if not letter.isspace() and letter not in "-_"
+    ).casefold()
 
 
 def name_some(names: Sequence[str]) -> str:

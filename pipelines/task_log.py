@@ -1,4 +1,5 @@
-"""What happened to every task, as lines of JSON kept with the run: one file per driver, written as things happen.
+"""What happened to every task, as lines of JSON kept with the run: one file per driver, written as
+things happen.
 
 Each line has `time` (UTC) and `event`:
 
@@ -33,7 +34,10 @@ from headrace.pipelines.paths import RunPaths
 
 
 class TaskLog:
-    """Appends events to a file. Each is one write, so that a reader never sees half a line for long."""
+    """Appends events to a file.
+
+    Each is one write, so that a reader never sees half a line for long.
+    """
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
@@ -66,7 +70,9 @@ def task_log(paths: RunPaths) -> Iterator[TaskLog]:
 
 
 def read_log(path: Path) -> Iterator[Mapping[str, Any]]:
-    """The events of a file in their order; a line that is being written, or was cut off by a kill, is left out."""
+    """The events of a file in their order; a line that is being written, or was cut off by a kill,
+    is left out.
+    """
     for line in path.read_bytes().split(b"\n"):
         try:
             event = read_sealed_json(line)

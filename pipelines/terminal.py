@@ -1,7 +1,8 @@
 """A run that outlives its terminal: a laptop that closes, an ssh connection that breaks.
 
-A terminal that goes away sends SIGHUP to every process of its session, and answers whoever writes to it with EIO. The
-signal is ignored, by us and by all that we start, and what would have been written goes to a file of the run from then on.
+A terminal that goes away sends SIGHUP to every process of its session, and answers whoever writes
+to it with EIO. The signal is ignored, by us and by all that we start, and what would have been
+written goes to a file of the run from then on.
 """
 
 import contextlib
@@ -16,7 +17,8 @@ from typing import Any
 
 
 def outlive_terminal(log: Path) -> None:
-    """From now to the end of this process, let nothing of it end with its terminal; does nothing where there is none.
+    """From now to the end of this process, let nothing of it end with its terminal; does nothing
+    where there is none.
 
     log: what is written to the terminal after it is gone is appended here.
     """
@@ -62,7 +64,10 @@ class _Outliving:
         self._log.parent.mkdir(parents=True, exist_ok=True)
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         descriptor = os.open(self._log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-        os.write(descriptor, f"{now} process {os.getpid()}: its terminal is gone; it goes on here\n".encode())
+        os.write(
+            descriptor,
+            f"{now} process {os.getpid()}: its terminal is gone; it goes on here\n".encode(),
+        )
         for each in self._descriptors:
             os.dup2(descriptor, each)
         os.close(descriptor)

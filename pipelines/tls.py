@@ -1,4 +1,6 @@
-"""Encryption between the processes of a cluster: they all show one certificate, made for one run or by `headrace cluster tls`."""
+"""Encryption between the processes of a cluster: they all show one certificate, made for one run or
+by `headrace cluster tls`.
+"""
 
 import datetime
 import os
@@ -23,7 +25,10 @@ class TLSMissing(HeadraceError, ValueError):
 
 
 def make_certificate() -> tuple[str, str]:
-    """A new private key and a certificate that it has signed itself, both as PEM text. Takes milliseconds."""
+    """A new private key and a certificate that it has signed itself, both as PEM text.
+
+    Takes milliseconds.
+    """
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
@@ -49,20 +54,22 @@ def make_certificate() -> tuple[str, str]:
 
 
 def own_security() -> Security:
-    """What Dask takes for a cluster that one process starts and ends: a certificate of its own, in no file.
+    """What Dask takes for a cluster that one process starts and ends: a certificate of its own, in
+    no file.
 
-    Loopback is not private: every user of a machine can connect to it, and whoever a scheduler lets in can run code as its
-    user. Worker processes are handed the key when they are started.
+    Loopback is not private: every user of a machine can connect to it, and whoever a scheduler lets
+    in can run code as its user. Worker processes are handed the key when they are started.
     """
     key, certificate = make_certificate()
     return _security(key, certificate)
 
 
 def write_tls(folder: Path) -> Path:
-    """Make a key and a self-signed certificate in a folder that only its owner can read; what is there is kept.
+    """Make a key and a self-signed certificate in a folder that only its owner can read; what is
+    there is kept.
 
-    Whoever holds the key is let in: scheduler, workers and clients show the same certificate, and accept no other.
-    Valid for a year.
+    Whoever holds the key is let in: scheduler, workers and clients show the same certificate, and
+    accept no other. Valid for a year.
     """
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     if not (folder / KEY).exists() or not (folder / CERTIFICATE).exists():
@@ -75,12 +82,16 @@ def write_tls(folder: Path) -> Path:
 
 
 def require_own_folder(folder: Path) -> None:
-    """Raise TLSFolder for a folder that is typed and is somebody else's: a key without our certificate, settings without our key."""
+    """Raise TLSFolder for a folder that is typed and is somebody else's: a key without our
+    certificate, settings without our key.
+    """
     there = {name for name in (KEY, CERTIFICATE, SETTINGS) if (folder / name).exists()}
     if there in ({KEY}, {CERTIFICATE}, {SETTINGS}, {KEY, SETTINGS}, {CERTIFICATE, SETTINGS}):
         raise TLSFolder(
-            f"{folder} holds {' and '.join(sorted(there))} without the rest of what this command makes ({KEY}, {CERTIFICATE}, "
-            f"{SETTINGS}): they may be of something else, and are not replaced. Give a new folder, such as {folder / 'headrace-tls'}"
+            f"{folder} holds {' and '.join(sorted(there))} without the rest of what this "
+            f"command makes ({KEY}, {CERTIFICATE}, "
+            f"{SETTINGS}): they may be of something else, and are not replaced. Give a new "
+            f"folder, such as {folder / 'headrace-tls'}"
         )
 
 
@@ -88,7 +99,8 @@ def security(folder: Path | None) -> Security:
     """What Dask takes, from a folder that `write_tls` made. Raises TLSMissing."""
     if folder is None or not (folder / KEY).exists() or not (folder / CERTIFICATE).exists():
         raise TLSMissing(
-            f"cluster.tls: {folder or 'no folder'} holds no {KEY} and {CERTIFICATE}. Off this machine headrace talks over "
+            f"cluster.tls: {folder or 'no folder'} holds no {KEY} and {CERTIFICATE}. Off this "
+            "machine headrace talks over "
             "TLS only. Make them with: headrace cluster tls FOLDER"
         )
     return _security(str(folder / KEY), str(folder / CERTIFICATE))

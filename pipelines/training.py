@@ -19,7 +19,11 @@ from headrace.pipelines.submit import RunIncomplete, TaskOptions, announced, run
 
 
 def train_missing(
-    found: Survey, client: Client, console: Console, options: TaskOptions | None = None, device: str = "cpu"
+    found: Survey,
+    client: Client,
+    console: Console,
+    options: TaskOptions | None = None,
+    device: str = "cpu",
 ) -> None:
     """Train the banks that are missing. Raises RunIncomplete when a bank failed.
 
@@ -27,7 +31,9 @@ def train_missing(
     """
     plan, options = found.plan, announced(options or TaskOptions(), console)
     jobs = bank_jobs(found, device)
-    assumed = {job.result: (bank.kind, bank.assumed_s) for job, bank in zip(jobs, plan.banks, strict=True)}
+    assumed = {
+        job.result: (bank.kind, bank.assumed_s) for job, bank in zip(jobs, plan.banks, strict=True)
+    }
     failures: list[str] = []
     done = failed = 0
     options.tell("stage", stage="train", total=plan.heads_new, unit="heads", tasks=len(jobs))
@@ -36,7 +42,9 @@ def train_missing(
         advance = stack.enter_context(stage(console, "train", plan.heads_new, "heads"))
         keyed = ((bank_key(job), job) for job in jobs)
         watched = replace(options, claims=ours)
-        outcomes = stack.enter_context(closing(run_tasks(client, train_bank, keyed, options=watched, split=halves)))
+        outcomes = stack.enter_context(
+            closing(run_tasks(client, train_bank, keyed, options=watched, split=halves))
+        )
         for outcome in outcomes:
             if outcome.fatal:
                 publish_failure(outcome.job, outcome.error or "")
@@ -47,26 +55,35 @@ def train_missing(
                 failed += outcome.result["failed"]
                 if outcome.job.result in assumed and not outcome.result["skipped"]:
                     kind, seconds = assumed[outcome.job.result]
-                    options.tell("cost", kind=kind, assumed_s=seconds, seconds=outcome.result["seconds"])
+                    options.tell(
+                        "cost", kind=kind, assumed_s=seconds, seconds=outcome.result["seconds"]
+                    )
             heads = len(outcome.job.specs) * plan.folds
             done += heads
             advance(heads, {"failed": failed})
             options.tell("progress", done=done, failed=failed)
     if failures:
         raise RunIncomplete(
-            f"{len(failures):,} of {len(jobs):,} banks failed; the others are kept, and the same command tries these again. "
+            f"{len(failures):,} of {len(jobs):,} banks failed; the others are kept, and the "
+            "same command tries these again. "
             f"The first reason: {failures[0]}"
         )
 
 
 def probe(found: Survey) -> Survey | None:
-    """A survey with a small bank of each kind whose cost nobody has measured; None where the run is too small to care."""
+    """A survey with a small bank of each kind whose cost nobody has measured; None where the run is
+    too small to care.
+    """
     plan = found.plan
     unknown = [bank for bank in plan.banks if bank.kind in plan.unmeasured and not bank.halving]
     if sum(bank.assumed_s for bank in unknown) < PROBE_S:
         return None
     small = tuple(
-        replace(bank, specs=bank.specs[:PROBE_SPECS], assumed_s=bank.assumed_s * PROBE_SPECS / len(bank.specs))
+        replace(
+            bank,
+            specs=bank.specs[:PROBE_SPECS],
+            assumed_s=bank.assumed_s * PROBE_SPECS / len(bank.specs),
+        )
         for bank in {bank.kind: bank for bank in reversed(unknown)}.values()
         if len(bank.specs) > PROBE_SPECS
     )
@@ -75,7 +92,9 @@ def probe(found: Survey) -> Survey | None:
 
 
 def bank_jobs(found: Survey, device: str = "cpu") -> list[BankJob]:
-    """What workers are given for the banks of the plan. device: of the kinds that can make use of a GPU."""
+    """What workers are given for the banks of the plan. device: of the kinds that can make use of a
+    GPU.
+    """
     task = str(found.paths.task(found.dataset.train.digest))
     return [
         BankJob(
@@ -104,7 +123,9 @@ def halves(job: BankJob) -> Sequence[tuple[str, BankJob]]:
 
 
 def _part_of(result: str, specs: Sequence[object]) -> str:
-    """The results file of a part: of the same group, so that it is found, under a name that says what it is part of."""
+    """The results file of a part: of the same group, so that it is found, under a name that says
+    what it is part of.
+    """
     path = Path(result)
     group, _, key = path.stem.rpartition("-")
     text = "\0".join([key, *(spec_to_json(spec) for spec in specs)])  # type: ignore[arg-type]

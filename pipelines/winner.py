@@ -1,4 +1,6 @@
-"""The winner: chosen on validation folds alone, then shown the test split, which is opened once and on record."""
+"""The winner: chosen on validation folds alone, then shown the test split, which is opened once and
+on record.
+"""
 
 import dataclasses
 import datetime
@@ -36,7 +38,8 @@ from headrace.heads.persist import require_trusted
 from headrace.heads.predict import tempered
 from headrace.pipelines.paths import RunPaths
 
-# Of the test images' hashes, kept with each opening to recognise the same images under another table.
+# Of the test images' hashes, kept with each opening to recognise the same images under another
+# table.
 SKETCH = 256
 
 
@@ -46,7 +49,9 @@ class NoWinner(HeadraceError):
 
 @dataclass(frozen=True)
 class TestResult:
-    """The winner's score on the test split, with a 95 % interval over the test images (their groups; `metric_interval`)."""
+    """The winner's score on the test split, with a 95 % interval over the test images (their
+    groups; `metric_interval`).
+    """
 
     metric: str
     value: float
@@ -55,7 +60,9 @@ class TestResult:
     images: int
     openings: int  # how many winners have been shown this test split, this one included
     metrics: dict[str, float]
-    groups: int | None = None  # the images are of so many groups, or distinct images; None: as many as images
+    groups: int | None = (
+        None  # the images are of so many groups, or distinct images; None: as many as images
+    )
 
 
 class OpeningsDamaged(HeadraceError, ValueError):
@@ -63,12 +70,20 @@ class OpeningsDamaged(HeadraceError, ValueError):
 
 
 def choose_winner(board: pd.DataFrame, heads: pd.DataFrame) -> pd.Series:
-    """The first row of the leaderboard. Raises NoWinner, with the commonest reason, when no head is whole."""
+    """The first row of the leaderboard.
+
+    Raises NoWinner, with the commonest reason, when no head is whole.
+    """
     if board.empty or board.iloc[0]["failed"] or not board.iloc[0]["final"]:
         reasons = heads["error"].dropna().value_counts()
-        reason = f"The commonest reason: {reasons.index[0]}" if len(reasons) else "The metric is undefined in some fold"
+        reason = (
+            f"The commonest reason: {reasons.index[0]}"
+            if len(reasons)
+            else "The metric is undefined in some fold"
+        )
         raise NoWinner(
-            f"no head is whole, with the metric defined in every fold. {reason}. Every head is in heads.parquet and leaderboard.csv"
+            f"no head is whole, with the metric defined in every fold. {reason}. Every "
+            "head is in heads.parquet and leaderboard.csv"
         )
     return board.iloc[0]
 
@@ -82,9 +97,11 @@ def save_winner(
     metric: str,
     temperature: float,
 ) -> Path:
-    """Write the winner, trained on every training row, as head.safetensors + head.json in place of an earlier winner.
+    """Write the winner, trained on every training row, as head.safetensors + head.json in place of
+    an earlier winner.
 
-    backbones: the network that made each of the features, so that the directory can be used away from its run.
+    backbones: the network that made each of the features, so that the directory can be used away
+    from its run.
     temperature: what the predictions of its fold heads give (`evidence.calibration`).
     A winner that is a network is network.safetensors + network.json instead.
     """
@@ -99,7 +116,9 @@ def save_winner(
         classes=task.classes,
         features=[feature.spec for feature in features],
         metrics={f"validation_{metric}": float(winner[metric])},
-        backbones=[None if backbone is None else dataclasses.asdict(backbone) for backbone in backbones],
+        backbones=[
+            None if backbone is None else dataclasses.asdict(backbone) for backbone in backbones
+        ],
         temperature=temperature,
     )
 
@@ -114,14 +133,16 @@ def open_test(
     groups: npt.NDArray[Any] | None = None,
     temperature: float = 1.0,
 ) -> TestResult:
-    """Score the winner on the test rows and put the opening on record; a repeated call with the same winner reads the record.
+    """Score the winner on the test rows and put the opening on record; a repeated call with the
+    same winner reads the record.
 
-    temperature: the winner's, as it is handed out. The same head at another one (runs of earlier versions had none) is no
-    other winner: its decisions are the same, and no test row had a part in it. It is scored again, on the same record.
-    groups: (rows of the test task,) by default the images' content. Rows of one group are not independent of each other, and
-    the interval is over groups.
-    Another winner on the same test images is another opening: the more winners have been shown a test split, the less
-    its score means, and so the count is part of the result.
+    temperature: the winner's, as it is handed out. The same head at another one (runs of earlier
+    versions had none) is no other winner: its decisions are the same, and no test row had a part in
+    it. It is scored again, on the same record.
+    groups: (rows of the test task,) by default the images' content. Rows of one group are not
+    independent of each other, and the interval is over groups. Another winner on the same test
+    images is another opening: the more winners have been shown a test split, the less its score
+    means, and so the count is part of the result.
     """
     winner_is = {"train": train_digest, "test": test.digest, **_identity(winner, features)}
     predict = partial(predict_test, winner, features, test, temperature=temperature)
@@ -137,19 +158,27 @@ def open_ensemble_test(
     metric: str,
     groups: npt.NDArray[Any] | None = None,
 ) -> TestResult:
-    """As `open_test`, for an ensemble of (weight, own temperature, row of the leaderboard, its features)."""
+    """As `open_test`, for an ensemble of (weight, own temperature, row of the leaderboard, its
+    features).
+    """
     ensemble_is = {
         "train": train_digest,
         "test": test.digest,
         "ensemble": [
-            {"weight": weight, "temperature": own, **_identity(row, features)} for weight, own, row, features in members
+            {"weight": weight, "temperature": own, **_identity(row, features)}
+            for weight, own, row, features in members
         ],
         "temperature": temperature,
     }
 
     def predict() -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-        found = [predict_test(row, features, test, temperature=own) for _, own, row, features in members]
-        mean = average(np.array([weight for weight, *_ in members]), np.stack([predicted for _, predicted in found]))
+        found = [
+            predict_test(row, features, test, temperature=own) for _, own, row, features in members
+        ]
+        mean = average(
+            np.array([weight for weight, *_ in members]),
+            np.stack([predicted for _, predicted in found]),
+        )
         return found[0][0], tempered(mean, test.kind, temperature)
 
     return _opened(openings, ensemble_is, test, metric, groups, predict, temperature)
@@ -173,10 +202,11 @@ def _opened(
     predict: Callable[[], tuple[npt.NDArray[Any], npt.NDArray[Any]]],
     temperature: float,
 ) -> TestResult:
-    """The record of this opening; if there is none, `predict` gives targets and predictions, and it is made.
+    """The record of this opening; if there is none, `predict` gives targets and predictions, and it
+    is made.
 
-    A record whose interval is of an earlier method keeps its score and is given the interval of this one; one of another
-    temperature keeps its date alone.
+    A record whose interval is of an earlier method keeps its score and is given the interval of
+    this one; one of another temperature keeps its date alone.
     """
     with lease(_lock(openings)):  # two runs that end at once both count
         recorded = read_openings(openings)
@@ -200,7 +230,11 @@ def _opened(
             "opened": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "images": _sketch(test),
             **(earlier or {}),
-            "result": {name: value for name, value in dataclasses.asdict(result).items() if name != "openings"},
+            "result": {
+                name: value
+                for name, value in dataclasses.asdict(result).items()
+                if name != "openings"
+            },
             "interval": METHOD,
             "temperature": temperature,
         }
@@ -212,7 +246,10 @@ def _opened(
 
 
 def _temperature_of(opening: Mapping[str, Any]) -> float:
-    """Of what was scored. Records of earlier versions have that of an ensemble in its description, and of a winner none."""
+    """Of what was scored.
+
+    Records of earlier versions have that of an ensemble in its description, and of a winner none.
+    """
     return float(opening.get("temperature", opening["winner"].get("temperature", 1.0)))
 
 
@@ -240,16 +277,20 @@ def predict_test(
     temperature: float = 1.0,
     trust_code: Collection[str] | None = None,
 ) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """The targets (n,) and the winner's predictions (n, C) of the test rows, at a temperature: what `headrace predict` writes.
+    """The targets (n,) and the winner's predictions (n, C) of the test rows, at a temperature: what
+    `headrace predict` writes.
 
     Whoever shows them records an opening first.
-    trust_code: the code that may be imported for it ("module:name"), which else raises CodeNotTrusted; None: whatever it names.
+    trust_code: the code that may be imported for it ("module:name"), which else raises
+    CodeNotTrusted; None: whatever it names.
     """
     if winner["kind"] == "finetune":
         from headrace.pipelines.thaw.predict import predict_rows  # imports torch
 
         run, key = RunPaths(Path(winner["path"]).parent.parent), Path(winner["path"]).stem
-        return test.target, predict_rows(run, key, test, temperature=temperature, trust_code=trust_code)
+        return test.target, predict_rows(
+            run, key, test, temperature=temperature, trust_code=trust_code
+        )
     spec = spec_from_json(winner["spec"])
     if isinstance(spec, SklearnSpec) and trust_code is not None:
         from headrace.heads.sklearn_bank import estimator_code  # imports scikit-learn
@@ -257,20 +298,28 @@ def predict_test(
         require_trusted(estimator_code(spec), Path(winner["path"]), trust_code)
     arrays = read_bank(winner["path"]).arrays(winner["spec"], FULL)
     X, kept = load_rows(features, test.content, spatial=spec.kind == "conv")
-    views = X if X.ndim in (3, 5) else X[None]  # (V, n, D) or (V, n, channels, h, w): several are averaged
+    views = (
+        X if X.ndim in (3, 5) else X[None]
+    )  # (V, n, D) or (V, n, channels, h, w): several are averaged
     if len(views) == 1:
         return test.target[kept], predict_head(spec, arrays, views[0], test.kind, temperature)
     mean = np.mean([predict_head(spec, arrays, view, test.kind) for view in views], axis=0)
-    return test.target[kept], tempered(mean, test.kind, temperature, floor_of(spec, test.kind, len(test.classes)))
+    return test.target[kept], tempered(
+        mean, test.kind, temperature, floor_of(spec, test.kind, len(test.classes))
+    )
 
 
 def _copy_network(directory: Path, winner: pd.Series, metric: str, temperature: float) -> Path:
-    """The directory of the network that was trained on all rows, copied; its files say what they are by themselves."""
+    """The directory of the network that was trained on all rows, copied; its files say what they
+    are by themselves.
+    """
     from headrace.pipelines.thaw.persist import copy_network  # imports torch
 
     paths = RunPaths(Path(winner["path"]).parent.parent)
     metrics = {f"validation_{metric}": float(winner[metric])}
-    copied = copy_network(paths.thaw_model(Path(winner["path"]).stem), directory, metrics, temperature)
+    copied = copy_network(
+        paths.thaw_model(Path(winner["path"]).stem), directory, metrics, temperature
+    )
     _remove_other(directory, ("head.json", "head.safetensors"))
     return copied
 
@@ -282,7 +331,9 @@ def _remove_other(directory: Path, names: Sequence[str]) -> None:
 
 
 def _sketch(test: Task) -> list[str]:
-    """The smallest content hashes of the test images: two test splits that share a good part of their images share some."""
+    """The smallest content hashes of the test images: two test splits that share a good part of
+    their images share some.
+    """
     return sorted(test.content.astype(str).tolist())[:SKETCH]
 
 
@@ -291,15 +342,20 @@ def _overlaps(opening: Mapping[str, Any], test: Task) -> bool:
 
 
 def read_openings(path: Path) -> list[Mapping[str, Any]]:
-    """The record of openings, oldest first, from its copy where it is damaged, emptied or gone. Raises OpeningsDamaged."""
+    """The record of openings, oldest first, from its copy where it is damaged, emptied or gone.
+
+    Raises OpeningsDamaged.
+    """
     return _read_twice(path)[0]
 
 
 def mend_openings(path: Path) -> list[str]:
-    """Write the record of openings again where it, or its copy, is not as it was written; what a careful person is told then.
+    """Write the record of openings again where it, or its copy, is not as it was written; what a
+    careful person is told then.
 
-    An opening cannot be undone, so its record is kept twice: with one file lost, neither another score nor a second
-    opening that looks like the first can come of it. Raises OpeningsDamaged where both are.
+    An opening cannot be undone, so its record is kept twice: with one file lost, neither another
+    score nor a second opening that looks like the first can come of it. Raises OpeningsDamaged
+    where both are.
     """
     with lease(_lock(path)):
         openings, wrong = _read_twice(path)
@@ -308,8 +364,10 @@ def mend_openings(path: Path) -> list[str]:
     if not wrong:
         return []
     return [
-        f"{path} {wrong}: it was written again from its copy, with {len(openings):,} openings of the test split. To start the "
-        f"count again, knowing that the test images have been seen, remove both: rm {shlex.quote(str(path))} "
+        f"{path} {wrong}: it was written again from its copy, with {len(openings):,} openings "
+        "of the test split. To start the "
+        "count again, knowing that the test images have been seen, remove both: rm "
+        f"{shlex.quote(str(path))} "
         f"{shlex.quote(str(_copy(path)))}"
     ]
 
@@ -322,13 +380,20 @@ def _read_twice(path: Path) -> tuple[list[Mapping[str, Any]], str]:
             return copy, record
         # A process that died between the two writes leaves the copy one line behind.
         if copy[: len(record)] == record and len(copy) > len(record):
-            return copy, f"lacks {len(copy) - len(record)} of {len(copy)} lines" if record else "is gone"
+            return (
+                copy,
+                f"lacks {len(copy) - len(record)} of {len(copy)} lines" if record else "is gone",
+            )
         return record, ""
     if isinstance(record, str):
         raise OpeningsDamaged(
-            f"{path} {record}{', and its copy ' + copy if isinstance(copy, str) else ', and it has no copy'}. It says how "
-            "often the test split was opened, and how the winner scored: restore it from a backup. Without one, the count starts "
-            "again, and the next score is of images that a winner may have seen; if you accept that, type: "
+            f"{path} "
+            f"{record}{', and its copy ' + copy if isinstance(copy, str) else ', and it has no copy'}. "
+            "It says how "
+            "often the test split was opened, and how the winner scored: restore it from a "
+            "backup. Without one, the count starts "
+            "again, and the next score is of images that a winner may have seen; if you accept "
+            "that, type: "
             f"rm {shlex.quote(str(path))} {shlex.quote(str(_copy(path)))}"
         )
     return record, ""
@@ -349,7 +414,10 @@ def _read_record(path: Path) -> list[Mapping[str, Any]] | str:
         except SealBroken as error:
             return f"has changed since it was written (line {number}: {error})"
         if not {"winner", "result", "images"} <= set(opening):
-            return f"has changed since it was written, or is of another version (line {number} is no opening)"
+            return (
+                f"has changed since it was written, or is of another version (line {number} is "
+                "no opening)"
+            )
         openings.append(opening)
     return openings
 

@@ -1,4 +1,5 @@
-"""What every worker process of ours does first: it will not outlive its parent, and it takes no more memory than it has.
+"""What every worker process of ours does first: it will not outlive its parent, and it takes no
+more memory than it has.
 
 Dask runs `dask_setup` when it starts a worker with `--preload headrace.pipelines.worker`.
 """
@@ -14,8 +15,10 @@ from typing import Any
 
 import dask
 
-GPUS = "headrace.gpus"  # a setting of Dask's: how many GPUs the workers of this node share; 0 or absent: they use none
-VARIABLES = "headrace.variables"  # and names of the variables that the driver has: the server of forks may have more
+# a setting of Dask's: how many GPUs the workers of this node share; 0 or absent: they use none
+GPUS = "headrace.gpus"
+# and names of the variables that the driver has: the server of forks may have more
+VARIABLES = "headrace.variables"
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -38,20 +41,25 @@ def dask_setup(worker: Any) -> None:
 
 
 def versions() -> dict[str, str]:
-    """What this process would make features and heads with, by name; two that differ make different ones."""
+    """What this process would make features and heads with, by name; two that differ make different
+    ones.
+    """
     from headrace.extract.images import DECODER
 
     found = {"decoder": DECODER}
     for name in ("headrace", "numpy", "pillow", "torch"):
         try:
             found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:  # as where the code was copied and not installed
+        except (
+            importlib.metadata.PackageNotFoundError
+        ):  # as where the code was copied and not installed
             found[name] = "not installed"
     return found
 
 
 def choose_gpu(name: str, gpus: int) -> None:
-    """Show this process only its own of a job's GPUs, before it uses one. name: of the worker, which ends in its number.
+    """Show this process only its own of a job's GPUs, before it uses one. name: of the worker,
+    which ends in its number.
 
     A job's workers all see all of its GPUs, and each would use the first.
     """
@@ -71,14 +79,18 @@ def die_with_parent() -> None:
 
 
 def limit_memory(limit_bytes: int) -> None:
-    """Refuse allocations beyond a limit (Linux), so that a head that wants too much fails with its reason.
+    """Refuse allocations beyond a limit (Linux), so that a head that wants too much fails with its
+    reason.
 
-    Dask's own limit counts the pages of mapped shards as the worker's memory, though the system takes them back whenever it
-    needs them, and it kills. Here only what a process allocates counts, and it meets a MemoryError.
+    Dask's own limit counts the pages of mapped shards as the worker's memory, though the system
+    takes them back whenever it needs them, and it kills. Here only what a process allocates counts,
+    and it meets a MemoryError.
     """
     if sys.platform == "linux":
         import resource
 
         _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-        with contextlib.suppress(ValueError, OSError):  # a system that has set a lower limit keeps it
+        with contextlib.suppress(
+            ValueError, OSError
+        ):  # a system that has set a lower limit keeps it
             resource.setrlimit(resource.RLIMIT_DATA, (limit_bytes, hard))

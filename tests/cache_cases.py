@@ -10,7 +10,9 @@ import numpy as np
 from headrace.cache import Failure, FeatureSpec, create_feature_set, publish_shard
 
 
-def make_spec(dtype: str = "float16", shape: tuple[int, ...] = (12,), **changes: Any) -> FeatureSpec:
+def make_spec(
+    dtype: str = "float16", shape: tuple[int, ...] = (12,), **changes: Any
+) -> FeatureSpec:
     fields: dict[str, Any] = {
         "backbone": "timm:tf_efficientnet_lite0",
         "weights": "5" * 64,
@@ -28,10 +30,15 @@ def make_spec(dtype: str = "float16", shape: tuple[int, ...] = (12,), **changes:
 
 def hashes(first: int, n: int) -> list[str]:
     """Content hashes of n made-up images."""
-    return [hashlib.sha256(f"image {index}".encode()).hexdigest()[:32] for index in range(first, first + n)]
+    return [
+        hashlib.sha256(f"image {index}".encode()).hexdigest()[:32]
+        for index in range(first, first + n)
+    ]
 
 
-def unit_arguments(spec: FeatureSpec, number: int, rows: int = 8, failed: int = 1) -> dict[str, Any]:
+def unit_arguments(
+    spec: FeatureSpec, number: int, rows: int = 8, failed: int = 1
+) -> dict[str, Any]:
     """What extraction hands to `publish_shard` for unit `number`: the same every time."""
     values = np.random.default_rng(number).normal(size=(rows, *spec.shape)).astype(np.float32)
     first = number * 1000
@@ -41,7 +48,11 @@ def unit_arguments(spec: FeatureSpec, number: int, rows: int = 8, failed: int = 
         "ids": [f"Zelle {index} è.png" for index in range(first, first + rows)],
         "content": hashes(first, rows),
         "failures": [
-            Failure(f"bad {number}/{index}", hashes(first + 500 + index, 1)[0], "truncated: 12 bytes are missing")
+            Failure(
+                f"bad {number}/{index}",
+                hashes(first + 500 + index, 1)[0],
+                "truncated: 12 bytes are missing",
+            )
             for index in range(failed)
         ],
     }
@@ -51,7 +62,9 @@ def unit_name(number: int) -> str:
     return f"u{number:04d}"
 
 
-def make_feature_set(root: Path, units: int = 3, spec: FeatureSpec | None = None, **arguments: Any) -> Path:
+def make_feature_set(
+    root: Path, units: int = 3, spec: FeatureSpec | None = None, **arguments: Any
+) -> Path:
     """A published feature set of `units` units."""
     spec = spec or make_spec()
     directory = create_feature_set(root, spec)
@@ -78,7 +91,9 @@ def shard_bytes(directory: Path) -> dict[str, bytes]:
 def leftovers(directory: Path) -> list[str]:
     """Hidden files: temporaries and locks; what lies in a temporary folder goes with it."""
     hidden = [path.relative_to(directory).parts for path in directory.rglob(".*")]
-    return sorted(parts[-1] for parts in hidden if not any(part.startswith(".") for part in parts[:-1]))
+    return sorted(
+        parts[-1] for parts in hidden if not any(part.startswith(".") for part in parts[:-1])
+    )
 
 
 def flip(path: Path, bit: int) -> None:

@@ -9,12 +9,27 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-# Every system call of ours and of filelock's that changes something on disk goes through one of these names.
-CALLS = ("open", "write", "fsync", "close", "link", "unlink", "rename", "replace", "ftruncate", "mkdir", "utime")
+# Every system call of ours and of filelock's that changes something on disk goes through one of
+# these names.
+CALLS = (
+    "open",
+    "write",
+    "fsync",
+    "close",
+    "link",
+    "unlink",
+    "rename",
+    "replace",
+    "ftruncate",
+    "mkdir",
+    "utime",
+)
 
 
 @contextmanager
-def intercepted(on_call: Callable[[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]) -> Iterator[None]:
+def intercepted(
+    on_call: Callable[[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any],
+) -> Iterator[None]:
     """Let `on_call(name, original, args, kwargs)` stand in for each of CALLS."""
     originals = {name: getattr(os, name) for name in CALLS}
 
@@ -35,7 +50,9 @@ def die() -> None:
 
 
 def dying_at(target: int, moment: str) -> Any:
-    """Interception that kills this process at its target-th call: before, in the middle (of a write) or after it."""
+    """Interception that kills this process at its target-th call: before, in the middle (of a
+    write) or after it.
+    """
     count = 0
 
     def on_call(name, original, args, kwargs):
@@ -58,7 +75,9 @@ def dying_at(target: int, moment: str) -> Any:
 
 
 def failing_at(target: int, code: int, names: tuple[str, ...]) -> Any:
-    """Interception that lets the target-th call of `names` fail; a write first writes half, as full disks do."""
+    """Interception that lets the target-th call of `names` fail; a write first writes half, as full
+    disks do.
+    """
     count = 0
 
     def on_call(name, original, args, kwargs):
@@ -76,13 +95,18 @@ def failing_at(target: int, code: int, names: tuple[str, ...]) -> Any:
 
 
 def in_child(work: Callable[[], Any]) -> int:
-    """Run `work` in a forked child, its imports done; returns its exit status: 0, or minus the signal."""
+    """Run `work` in a forked child, its imports done; returns its exit status:
+
+    0, or minus the signal.
+    """
     pid = start_child(work)
     return wait_for(pid)
 
 
 def start_child(work: Callable[[], Any]) -> int:
-    """Fork a child that runs `work` and exits, with 1 and a traceback if it raised; returns its process id."""
+    """Fork a child that runs `work` and exits, with 1 and a traceback if it raised; returns its
+    process id.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()

@@ -8,9 +8,21 @@ import pytest
 from headrace.pipelines.fork_server import start_server
 
 # The files that take longest, in this order first: then two processes end together.
-LONGEST = ("demo", "kills", "cluster_slurm", "cluster_faults", "tutorial", "notebooks", "docs", "readme", "run")
+LONGEST = (
+    "demo",
+    "kills",
+    "cluster_slurm",
+    "cluster_faults",
+    "tutorial",
+    "notebooks",
+    "docs",
+    "readme",
+    "run",
+)
 
-os.environ.pop("COLUMNS", None)  # pytest-xdist sets it: tables would be as narrow as its own terminal
+os.environ.pop(
+    "COLUMNS", None
+)  # pytest-xdist sets it: tables would be as narrow as its own terminal
 
 
 def pytest_collection_modifyitems(items):
@@ -27,9 +39,13 @@ def own_state_directory(tmp_path_factory, monkeypatch):
 
 @pytest.fixture(scope="session", autouse=True)
 def one_server_for_all_workers():
-    """The process that workers are forked from has imported everything, not only what its first cluster needs."""
+    """The process that workers are forked from has imported everything, not only what its first
+    cluster needs.
+    """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("headrace.pipelines.cluster.start_server", lambda _: start_server(forks.modules()))
+        patch.setattr(
+            "headrace.pipelines.cluster.start_server", lambda _: start_server(forks.modules())
+        )
         yield
 
 
@@ -46,7 +62,9 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def hostile_run(tmp_path_factory):
-    """A folder with a finished run (runs/single) whose data are out to break a page; nobody changes the run."""
+    """A folder with a finished run (runs/single) whose data are out to break a page; nobody changes
+    the run.
+    """
     from report_cases import finished_run, make_data
 
     folder = tmp_path_factory.mktemp("hostile")
@@ -59,7 +77,9 @@ def hostile_run(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def whole_run(tmp_path_factory):
-    """A small project in which every stage occurs, its states, and its results by call when nothing went wrong."""
+    """A small project in which every stage occurs, its states, and its results by call when nothing
+    went wrong.
+    """
     from kill_cases import Bench
 
     folder = tmp_path_factory.mktemp("whole")

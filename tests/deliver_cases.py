@@ -11,7 +11,9 @@ from headrace.pipelines import load_recipe, run_recipe
 
 @contextmanager
 def client_here(*_, **__):
-    with Client(processes=False, n_workers=1, threads_per_worker=1, dashboard_address="127.0.0.1:0") as client:
+    with Client(
+        processes=False, n_workers=1, threads_per_worker=1, dashboard_address="127.0.0.1:0"
+    ) as client:
         yield client
 
 

@@ -1,4 +1,6 @@
-"""Made heads and made feature sets, stored as a run stores them, for the tests of what the numbers mean."""
+"""Made heads and made feature sets, stored as a run stores them, for the tests of what the numbers
+mean.
+"""
 
 import hashlib
 from dataclasses import dataclass
@@ -26,7 +28,9 @@ from headrace.pipelines.leaderboard import rank_heads
 
 
 def stored(folder, kind, metric, outputs=None, target=None, rows=80, folds=4):
-    """A leaderboard of made heads (predictions K × (N, C)), by default some better than others, with their results file."""
+    """A leaderboard of made heads (predictions K × (N, C)), by default some better than others,
+    with their results file.
+    """
     rng = np.random.default_rng(0)
     if outputs is None:
         target = {"single": rng.integers(0, 2, rows), "multi": rng.integers(0, 2, (rows, 2))}.get(
@@ -35,12 +39,16 @@ def stored(folder, kind, metric, outputs=None, target=None, rows=80, folds=4):
         spread = [0.4 + 0.1 * k for k in range(6)]
         sides = np.eye(2)[target] if kind == "single" else target
         outputs = [sides + rng.normal(0, each, (rows, 2)) for each in spread]
-        outputs = outputs if kind == "regression" else [np.clip(each, 0.01, 0.99) for each in outputs]
+        outputs = (
+            outputs if kind == "regression" else [np.clip(each, 0.01, 0.99) for each in outputs]
+        )
     rows = len(target)
     names = [f"{i:032x}" for i in range(rows)]
     fold = (np.arange(rows) % folds).astype(np.int16)
     fold[:8] = -2  # only trains
-    task = Task(kind, ("a", "b"), np.array(names), np.array(names, "S32"), target, fold, np.ones(rows))
+    task = Task(
+        kind, ("a", "b"), np.array(names), np.array(names, "S32"), target, fold, np.ones(rows)
+    )
     fits, metrics, board = [], [], []
     for k, output in enumerate(outputs):
         spec = RidgeSpec(alpha=float(k + 1))
@@ -50,11 +58,25 @@ def stored(folder, kind, metric, outputs=None, target=None, rows=80, folds=4):
             fits.append(HeadFit(spec, number, {}, 0.0, 0.0, 1, 0.0, held))
             metrics.append({} if held is None else all_metrics(kind, target[fold == number], held))
             own += [metrics[-1][metric]] if held is not None else []
-        row = {metric: np.mean(own), "features": 2 + k % 5, "spec": spec_to_json(spec), "path": str(folder / "b.h5")}
-        board.append(row | {"inputs": (f"tap{k % 3}",), "kind": "ridge", "settings": f"alpha={k + 1}"})
-    feature = {"fingerprint": "f", "spec": {"backbone": "b", "weights": "0" * 64, "preprocessing": "{}"}}
-    (folder / "b.h5").write_bytes(results_bytes(task, task.digest, fits, metrics, features=[feature], dropped=[]))
-    board = pd.DataFrame(board).sort_values(metric, ascending=metric in ("log_loss", "rmse"), ignore_index=True)
+        row = {
+            metric: np.mean(own),
+            "features": 2 + k % 5,
+            "spec": spec_to_json(spec),
+            "path": str(folder / "b.h5"),
+        }
+        board.append(
+            row | {"inputs": (f"tap{k % 3}",), "kind": "ridge", "settings": f"alpha={k + 1}"}
+        )
+    feature = {
+        "fingerprint": "f",
+        "spec": {"backbone": "b", "weights": "0" * 64, "preprocessing": "{}"},
+    }
+    (folder / "b.h5").write_bytes(
+        results_bytes(task, task.digest, fits, metrics, features=[feature], dropped=[])
+    )
+    board = pd.DataFrame(board).sort_values(
+        metric, ascending=metric in ("log_loss", "rmse"), ignore_index=True
+    )
     return board.assign(rank=np.arange(1, len(board) + 1)), task
 
 
@@ -69,12 +91,26 @@ def store_taps(root, taps, backbone="python:b"):
     for name, X in taps.items():
         tap, _, reduction = name.rpartition(".")
         spec = FeatureSpec(
-            backbone, "0" * 64, tap, reduction, "{}", '{"index": 0}', "pillow", "float32", "float32", X.shape[1:]
+            backbone,
+            "0" * 64,
+            tap,
+            reduction,
+            "{}",
+            '{"index": 0}',
+            "pillow",
+            "float32",
+            "float32",
+            X.shape[1:],
         )
         directory = create_feature_set(root, spec)
         names = [f"image {i}" for i in range(len(X))]
         publish_shard(
-            directory, "aa", features=X.astype(np.float32), ids=names, content=content_of(len(X)), failures=[]
+            directory,
+            "aa",
+            features=X.astype(np.float32),
+            ids=names,
+            content=content_of(len(X)),
+            failures=[],
         )
         directories[name] = (directory,)
     return directories
@@ -94,7 +130,8 @@ def task_of(target, classes=None, folds=5, seed=0):
 class World:
     """A made world in which it is known what would help.
 
-    The truth of a class is a direction; a tap shows it with a strength (in units of its noise), in some dimensions of many.
+    The truth of a class is a direction; a tap shows it with a strength (in units of its noise), in
+    some dimensions of many.
     """
 
     images: int
@@ -103,11 +140,16 @@ class World:
     width: int = 24
     flipped: float = 0.0  # share of labels that are another class's
     starved: int = 0  # images of the last class; 0: as many as of the others
-    blurred: float = 0.0  # noise that the images themselves have in all taps, which no more images remove
+    blurred: float = (
+        0.0  # noise that the images themselves have in all taps, which no more images remove
+    )
 
 
 def live_in(world, root, seed=0, folds=3):
-    """A finished run of linear heads on each tap of a world: (board, task, directories), made without worker processes."""
+    """A finished run of linear heads on each tap of a world:
+
+    (board, task, directories), made without worker processes.
+    """
     rng = np.random.default_rng(seed)
     target = rng.integers(0, world.classes, world.images)
     if world.starved:
@@ -121,7 +163,9 @@ def live_in(world, root, seed=0, folds=3):
         for place, strength in enumerate(world.strengths)
     }
     flips = rng.random(world.images) < world.flipped
-    target[flips] = (target[flips] + rng.integers(1, world.classes, int(flips.sum()))) % world.classes
+    target[flips] = (
+        target[flips] + rng.integers(1, world.classes, int(flips.sum()))
+    ) % world.classes
     directories = store_taps(root / "cache", taps)
     task = task_of(target, folds=folds)
     save_task(task, root / "task.npz")
@@ -132,5 +176,7 @@ def live_in(world, root, seed=0, folds=3):
         train_bank(BankJob(str(root / "task.npz"), (str(directory),), specs, path))
         table = read_bank(path).table
         heads.append(table.assign(path=path, inputs=pd.Series([(name,)] * len(table))))
-    board = rank_heads(pd.concat(heads, ignore_index=True), "accuracy", dict.fromkeys(taps, world.width), folds)
+    board = rank_heads(
+        pd.concat(heads, ignore_index=True), "accuracy", dict.fromkeys(taps, world.width), folds
+    )
     return board, task, directories

@@ -24,7 +24,9 @@ FITS = 2  # of one bank of one spec: one per fold
 
 
 class Slow(DecisionTreeClassifier):
-    """Takes a moment, and writes down that it was fitted: one line per fit, with its number and process."""
+    """Takes a moment, and writes down that it was fitted: one line per fit, with its number and
+    process.
+    """
 
     def __init__(self, number=0, log="", seconds=0.03, random_state=0):
         super().__init__(random_state=random_state)
@@ -62,7 +64,9 @@ class Endless(DecisionTreeClassifier):
 
 
 class Frozen(DecisionTreeClassifier):
-    """Stops its process, as a machine does that swaps or hangs, the first time that it is fitted."""
+    """Stops its process, as a machine does that swaps or hangs, the first time that it
+    is fitted.
+    """
 
     def __init__(self, mark=""):
         super().__init__()
@@ -95,7 +99,12 @@ def features(folder):
     values = np.random.default_rng(0).normal(size=(ROWS, 4)).astype(np.float32)
     values[:, 0] += np.arange(ROWS) % 2
     publish_shard(
-        directory, unit="u0", features=values, ids=table["id"].tolist(), content=table["content"].tolist(), failures=[]
+        directory,
+        unit="u0",
+        features=values,
+        ids=table["id"].tolist(),
+        content=table["content"].tolist(),
+        failures=[],
     )
     return {"made": open_feature_set(directory)}
 

@@ -1,10 +1,12 @@
-"""The command line without what importing it costs: each call is a fork of one process that has imported everything.
+"""The command line without what importing it costs: each call is a fork of one process that has
+imported everything.
 
-It is a process of its own all the same, with its own folder, environment, arguments, threads, signals and children, which can
-be killed. What is a fact of a fresh interpreter (what it imports, the encoding of its output, `ulimit`) is no fact of a fork:
-`run_cases.fresh_headrace` starts one.
+It is a process of its own all the same, with its own folder, environment, arguments, threads,
+signals and children, which can be killed. What is a fact of a fresh interpreter (what it imports,
+the encoding of its output, `ulimit`) is no fact of a fork: `run_cases.fresh_headrace` starts one.
 
-As a script: the process that is forked. It reads requests from a socket until its other end is closed.
+As a script: the process that is forked. It reads requests from a socket until its other end is
+closed.
 """
 
 import atexit
@@ -26,7 +28,8 @@ from collections.abc import Callable
 from multiprocessing import connection, forkserver
 from typing import Any
 
-# Sums are then the same from call to call, whatever else the machine does; and OpenMP, which cannot be forked, has no threads.
+# Sums are then the same from call to call, whatever else the machine does; and OpenMP, which cannot
+# be forked, has no threads.
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 PROGRAM = "headrace.pipelines"  # as in python -m
 # What its functions import themselves.
@@ -70,16 +73,23 @@ class Call:
         self.send_signal(signal.SIGKILL)
 
 
-def start(arguments: Any, *, cwd: Any, stdout: Any, stderr: Any, env: Any = None, first: str = "") -> Call:
+def start(
+    arguments: Any, *, cwd: Any, stdout: Any, stderr: Any, env: Any = None, first: str = ""
+) -> Call:
     """Start `headrace` with these arguments, as the first process of a session of its own.
 
-    stdout, stderr: open files. first: Python that is run in it before, as `sitecustomize` would be; for its workers too.
+    stdout, stderr: open files. first: Python that is run in it before, as `sitecustomize` would be;
+    for its workers too.
     """
     reader, writer = os.pipe()
     words = [str(word) for word in arguments]
     request = {"arguments": words, "cwd": str(cwd), "env": dict(env or os.environ), "first": first}
     with _lock:
-        socket.send_fds(_server(), [json.dumps(request).encode() + b"\n"], [stdout.fileno(), stderr.fileno(), writer])
+        socket.send_fds(
+            _server(),
+            [json.dumps(request).encode() + b"\n"],
+            [stdout.fileno(), stderr.fileno(), writer],
+        )
         os.close(writer)
     answer = os.fdopen(reader, buffering=1)
     if not (pid := answer.readline()):
@@ -99,7 +109,9 @@ def _server() -> socket.socket:
         process = subprocess.Popen(
             [sys.executable, __file__, str(its.fileno())],
             stdin=subprocess.DEVNULL,
-            env=os.environ | ONE_THREAD | {"JE_ARROW_MALLOC_CONF": "background_thread:false"},  # nor has PyArrow any
+            env=os.environ
+            | ONE_THREAD
+            | {"JE_ARROW_MALLOC_CONF": "background_thread:false"},  # nor has PyArrow any
             pass_fds=[its.fileno()],
         )
 
@@ -112,7 +124,9 @@ def _server() -> socket.socket:
 
 
 def serve(requests: socket.socket) -> dict[str, Any] | None:
-    """Fork for each request; returns the request in the fork, nothing when there will be no more of them."""
+    """Fork for each request; returns the request in the fork, nothing when there will be no more of
+    them.
+    """
     signal.signal(signal.SIGCHLD, _reap)
     text, files = b"", []
     while True:
@@ -160,8 +174,15 @@ def modules() -> list[str]:
     found = list(IMPORTED)
     for folder in ("extract", "cache", "heads", "pipelines"):
         package = importlib.import_module(f"headrace.{folder}")
-        names = [module.name for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")]
-        found += [name for name in names if not name.rpartition(".")[2].startswith(("_", "ends_with_driver"))]
+        names = [
+            module.name
+            for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
+        ]
+        found += [
+            name
+            for name in names
+            if not name.rpartition(".")[2].startswith(("_", "ends_with_driver"))
+        ]
     return found
 
 
@@ -183,11 +204,17 @@ def main() -> None:
     sys.argv = ["headrace", *request["arguments"]]
     exec(request["first"], {})
     fork_workers()
-    _end(_status_of(functools.partial(runpy.run_module, PROGRAM, run_name="__main__", alter_sys=True)))
+    _end(
+        _status_of(
+            functools.partial(runpy.run_module, PROGRAM, run_name="__main__", alter_sys=True)
+        )
+    )
 
 
 def fork_workers() -> None:
-    """Start the server that workers are forked from (pipelines/fork_server.py) by a fork too, instead of an interpreter."""
+    """Start the server that workers are forked from (pipelines/fork_server.py) by a fork too,
+    instead of an interpreter.
+    """
     from headrace.pipelines.worker import die_with_parent
 
     listener = socket.socket(socket.AF_UNIX)
@@ -206,7 +233,11 @@ def fork_workers() -> None:
     os.close(alive)
     listener.close()
     server: Any = forkserver._forkserver  # type: ignore[attr-defined]
-    server._forkserver_address, server._forkserver_alive_fd, server._forkserver_pid = address, held, pid
+    server._forkserver_address, server._forkserver_alive_fd, server._forkserver_pid = (
+        address,
+        held,
+        pid,
+    )
 
 
 def _status_of(program: Callable[[], Any]) -> int:

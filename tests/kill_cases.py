@@ -1,7 +1,8 @@
-"""Calls of the command line that are killed: a project in which every stage occurs, what kills, and when two results are equal.
+"""Calls of the command line that are killed: a project in which every stage occurs, what kills, and
+when two results are equal.
 
-A call is started in a session of its own. A watcher waits until the k-th new file of a pattern appears, then for a random
-moment, and sends SIGKILL: to the driver alone, or to all its processes.
+A call is started in a session of its own. A watcher waits until the k-th new file of a pattern
+appears, then for a random moment, and sends SIGKILL: to the driver alone, or to all its processes.
 """
 
 import csv
@@ -35,7 +36,8 @@ from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.run import remove_leftovers
 from headrace.pipelines.task_log import read_log
 
-# A network that is small and needs no library: what a kill costs is little more than starting processes.
+# A network that is small and needs no library: what a kill costs is little more than starting
+# processes.
 NETWORK = """\
 import torch
 from headrace.extract import Preprocessing
@@ -62,7 +64,8 @@ def make():
     return made, Preprocessing(**size, mean=(0.5,) * 3, std=(0.25,) * 3)
 """
 TRUST = ("--trust-code", "small_network:make")
-# Heads that are held back, so that a network has something to win and an ensemble something to average.
+# Heads that are held back, so that a network has something to win and an ensemble something to
+# average.
 RECIPE = """\
 images:
   folder: ../photos
@@ -110,13 +113,32 @@ PREDICT_CALL = ("predict", RUN, "../many", "--out", "predictions.csv", "--worker
 SHARED_CALL = ("predict", RUN, "../more", "--out", "shared.csv", "--workers", "2", *TRUST)
 EXPORT_CALL = ("export", RUN, "model", "--format", "safetensors", "--force", *TRUST)
 PROGRAM_CALL = ("export", RUN, "program", "--format", "torch", "--force", *TRUST)
-# What a process holds while it lives; after a call that has ended there is none of them, whoever made it.
+# What a process holds while it lives; after a call that has ended there is none of them, whoever
+# made it.
 HELD = re.compile(r".*\.(claim|driver|lock)(\..*)?|\.headrace-.*")
-# Fields of JSON and columns of tables that tell when, how long and from which checkpoint, and digests of bytes with such.
-TIMES = {"seconds", "opened", "ended", "time", "train_seconds", "predicted_seconds", "step_seconds", "started"}
+# Fields of JSON and columns of tables that tell when, how long and from which checkpoint, and
+# digests of bytes with such.
+TIMES = {
+    "seconds",
+    "opened",
+    "ended",
+    "time",
+    "train_seconds",
+    "predicted_seconds",
+    "step_seconds",
+    "started",
+}
 TIMES |= {"seal", "check", "listing", "pilot", "predicted_gain", "model_digest", "resumed_from"}
-# What each call did and took, what only saves time, digests of tables that hold times, and the number of workers.
-UNCOMPARED = {"logs", "backbones", "__pycache__", "stages.jsonl", "environments.jsonl", "contents.parquet"}
+# What each call did and took, what only saves time, digests of tables that hold times, and the
+# number of workers.
+UNCOMPARED = {
+    "logs",
+    "backbones",
+    "__pycache__",
+    "stages.jsonl",
+    "environments.jsonl",
+    "contents.parquet",
+}
 UNCOMPARED |= {"images.parquet", "tables.json", "recipe.yaml", "recipe.json"}
 
 
@@ -131,7 +153,9 @@ class Trigger:
 
 @dataclass(frozen=True)
 class Case:
-    """A call, what is there before it, and the moments at which it is killed, one after the other."""
+    """A call, what is there before it, and the moments at which it is killed, one after
+    the other.
+    """
 
     call: tuple[str, ...]
     start: str  # which of the reference's states
@@ -149,7 +173,9 @@ class Tally:
     group: int = 0  # of them, of all processes
     calls: int = 0  # that were left to end
     missed: int = 0  # calls that ended before they were killed
-    leftovers: Counter[str] = field(default_factory=Counter)  # temporaries of killed calls, by kind; gone afterwards
+    leftovers: Counter[str] = field(
+        default_factory=Counter
+    )  # temporaries of killed calls, by kind; gone afterwards
     faults: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -261,16 +287,21 @@ KILLS = sum(case.share for case in CASES.values())
 class Bench:
     """A folder with the images, the states of an uninterrupted reference, and its results by call.
 
-    forked: calls are forks (forks.py) instead of fresh interpreters, and several times as fast, as are the moments of kills.
+    forked: calls are forks (forks.py) instead of fresh interpreters, and several times as fast, as
+    are the moments of kills.
     """
 
     def __init__(self, folder: Path, *, forked: bool = False) -> None:
         self.folder, self.forked = folder, forked
-        self.project = folder / "project"  # every chain runs here: tables name their files by absolute paths
+        self.project = (
+            folder / "project"
+        )  # every chain runs here: tables name their files by absolute paths
         self.results: dict[tuple[str, ...], dict[str, Any]] = {}
         self.took: dict[tuple[str, ...], float] = {}  # seconds of the calls that nobody killed
         make_photos(folder / "photos", n=48)
-        for number in range(0, 48, 7):  # in the other class's folder: no head is sure, and an average is better
+        for number in range(
+            0, 48, 7
+        ):  # in the other class's folder: no head is sure, and an average is better
             name = ("coarse", "fine")[number % 2]
             (folder / "photos" / name / f"{number:03}.png").rename(
                 folder / "photos" / ("fine", "coarse")[number % 2] / f"{number:03}.png"
@@ -287,7 +318,9 @@ class Bench:
         self._keep("thawed", (*heads, "thaw"))
 
     def _keep(self, name: str, of_run: Sequence[str] | None) -> None:
-        """Keep the project as it is; of the run's directory only what has these names, if there are any."""
+        """Keep the project as it is; of the run's directory only what has these names, if there are
+        any.
+        """
         kept = self.folder / "states" / name
         shutil.copytree(self.project, kept, symlinks=True)
         for path in [] if of_run is None else list((kept / RUN).iterdir()):
@@ -313,7 +346,9 @@ class Bench:
     def call(self, call: Sequence[str], **options: Any) -> "subprocess.CompletedProcess[str]":
         """Call headrace and wait for the end."""
         function = headrace if self.forked else fresh_headrace
-        return function(*call, cwd=self.project, timeout=CALL_S, env=os.environ | ONE_THREAD, **options)
+        return function(
+            *call, cwd=self.project, timeout=CALL_S, env=os.environ | ONE_THREAD, **options
+        )
 
     def _start(self, call: Sequence[str], said: Any) -> Any:
         """Start a call as the first process of a session of its own."""
@@ -322,7 +357,12 @@ class Bench:
             return forks.start(call, cwd=self.project, stdout=said, stderr=said, env=environment)
         command = [sys.executable, "-m", "headrace.pipelines", *call]
         return subprocess.Popen(
-            command, cwd=self.project, stdout=said, stderr=said, start_new_session=True, env=environment
+            command,
+            cwd=self.project,
+            stdout=said,
+            stderr=said,
+            start_new_session=True,
+            env=environment,
         )
 
     def _note(self, call: tuple[str, ...]) -> None:
@@ -333,7 +373,8 @@ class Bench:
         self.results[call] = result(self.project)
 
     def kill(self, case: Case, kills: int, seed: int, first: int = 0) -> Tally:
-        """Kill the case's call so often, in chains: killed, called again and killed again, and in the end left to end.
+        """Kill the case's call so often, in chains: killed, called again and killed again, and in
+        the end left to end.
 
         first: the trigger to begin with.
         """
@@ -348,26 +389,38 @@ class Bench:
                 order = order or list(case.triggers)
                 trigger = order.pop(0)
                 killed = self._kill_once(case, trigger, draw, tally, groups)
-                tally.faults += [f"{trigger.pattern}: {fault}" for fault in redone(self.project, stamps)]
+                tally.faults += [
+                    f"{trigger.pattern}: {fault}" for fault in redone(self.project, stamps)
+                ]
                 stamps |= published(self.project)
                 if not killed:  # it has done everything, and nothing is left that could be killed
                     break
             left = age_temporaries(self.project)
-            # A call that was killed between linking a file and removing its temporary leaves two names of one file, whose
-            # time is now the old one.
-            stamps = {path: stamp for path, stamp in published(self.project).items() if path in stamps}
+            # A call that was killed between linking a file and removing its temporary leaves two
+            # names of one file, whose time is now the old one.
+            stamps = {
+                path: stamp for path, stamp in published(self.project).items() if path in stamps
+            }
             tally.leftovers.update(_kind(path) for path in left)
             done = self.call(case.call)
             tally.calls += 1
             tally.faults += self._compare(case, expected, stamps, done)
-            tally.faults += [f"a process of killed call {group} lives on" for group in groups if lives(group)]
+            tally.faults += [
+                f"a process of killed call {group} lives on" for group in groups if lives(group)
+            ]
         tally.seconds = time.monotonic() - began
         return tally
 
-    def _kill_once(self, case: Case, trigger: Trigger, draw: random.Random, tally: Tally, groups: list[int]) -> bool:
+    def _kill_once(
+        self, case: Case, trigger: Trigger, draw: random.Random, tally: Tally, groups: list[int]
+    ) -> bool:
         before = seen(self.project, trigger.pattern)
         whole = draw.random() < 0.5
-        longest = trigger.delay_s * (FORKED_DELAY if self.forked else 1) if trigger.pattern else self.took[case.call]
+        longest = (
+            trigger.delay_s * (FORKED_DELAY if self.forked else 1)
+            if trigger.pattern
+            else self.took[case.call]
+        )
         delay = draw.uniform(0, longest)
         with (self.folder / "said.txt").open("wb") as said:
             process = self._start(case.call, said)
@@ -385,18 +438,29 @@ class Bench:
             tally.missed += 1
             if status:
                 tally.faults.append(
-                    f"it ended by itself with {status}: {(self.folder / 'said.txt').read_text()[-2000:]}"
+                    f"it ended by itself with {status}: "
+                    f"{(self.folder / 'said.txt').read_text()[-2000:]}"
                 )
         return status == -signal.SIGKILL
 
     def _compare(
-        self, case: Case, expected: Mapping[str, Any], stamps: dict[Path, int], done: subprocess.CompletedProcess[str]
+        self,
+        case: Case,
+        expected: Mapping[str, Any],
+        stamps: dict[Path, int],
+        done: subprocess.CompletedProcess[str],
     ) -> list[str]:
         """What is wrong after a chain's last call, which was left to end."""
         if done.returncode:
-            return [f"the call after it ended with {done.returncode}: {(done.stderr or done.stdout)[-2000:]}"]
+            return [
+                (
+                    f"the call after it ended with {done.returncode}: "
+                    f"{(done.stderr or done.stdout)[-2000:]}"
+                )
+            ]
         faults = redone(self.project, stamps) + tasks_done_twice(self.project)
-        # What is left in a run's directory is for the next run, what is left in a cache for `headrace cache gc`.
+        # What is left in a run's directory is for the next run, what is left in a cache for
+        # `headrace cache gc`.
         if case.call != RUN_CALL:
             remove_leftovers(RunPaths(self.project / RUN), self.project / CACHE)
         find_garbage(self.project / CACHE).remove()
@@ -445,7 +509,10 @@ def ends_within(process: Any, seconds: float) -> bool:
 
 
 def lives(group: int) -> bool:
-    """Whether a process of a group lives on for a minute. (One that nobody has waited for yet does not.)"""
+    """Whether a process of a group lives on for a minute.
+
+    (One that nobody has waited for yet does not.)
+    """
     deadline = time.monotonic() + 60
     while any(_is_in(group, stat) for stat in Path("/proc").glob("[0-9]*/stat")):
         if time.monotonic() > deadline:
@@ -464,7 +531,11 @@ def _is_in(group: int, stat: Path) -> bool:
 
 def published(project: Path) -> dict[Path, int]:
     """The files that are published once and never again, with their stamps."""
-    patterns = (f"{CACHE}/features/*/shards/*.h5", f"{RUN}/banks/*.h5", f"{RUN}/thaw/parts/*/fold-[0-9].h5")
+    patterns = (
+        f"{CACHE}/features/*/shards/*.h5",
+        f"{RUN}/banks/*.h5",
+        f"{RUN}/thaw/parts/*/fold-[0-9].h5",
+    )
     return {path: path.stat().st_mtime_ns for pattern in patterns for path in project.glob(pattern)}
 
 
@@ -479,12 +550,19 @@ def redone(project: Path, stamps: Mapping[Path, int]) -> list[str]:
 
 
 def tasks_done_twice(project: Path) -> list[str]:
-    """Tasks that more than one call has finished. A pilot measures, and is work in flight until its network is decided on."""
+    """Tasks that more than one call has finished.
+
+    A pilot measures, and is work in flight until its network is decided on.
+    """
     finished: Counter[str] = Counter()
     for path in (project / RUN / "logs").glob("*.jsonl"):
         for event in read_log(path):
             skipped = isinstance(event.get("result"), dict) and event["result"].get("skipped")
-            if event["event"] == "finished" and not skipped and not event["task"].startswith("pilot-"):
+            if (
+                event["event"] == "finished"
+                and not skipped
+                and not event["task"].startswith("pilot-")
+            ):
                 finished[event["task"]] += 1
             if event["event"] in ("failed", "died", "guilty"):
                 finished[f"{event['task']} ({event['event']})"] += 2
@@ -506,7 +584,9 @@ def _kind(path: Path) -> str:
 
 
 def result(project: Path) -> dict[str, Any]:
-    """What a user has of a project: every file but logs, by its contents, without times and digests of them."""
+    """What a user has of a project: every file but logs, by its contents, without times and digests
+    of them.
+    """
     found: dict[str, Any] = {}
     for path in sorted(project.rglob("*")):
         name = str(path.relative_to(project))
@@ -577,7 +657,9 @@ def _digest(value: Any) -> str:
 
 
 def _rows(text: str, path: Path) -> list[dict[str, str]]:
-    """Rows of a table without the columns of times; of the report's tables of times, what they are about."""
+    """Rows of a table without the columns of times; of the report's tables of times, what they are
+    about.
+    """
     if path.stem in ("stages", "calls", "versions", "bytes", "cost"):
         return []
     rows = csv.DictReader(io.StringIO(text))
@@ -593,20 +675,35 @@ def _program(path: Path) -> dict[str, str]:
     """Weights of a torch.export program; its text holds paths of a temporary folder."""
     import torch
 
-    return {name: _digest(value.detach().numpy()) for name, value in torch.export.load(path).state_dict.items()}
+    return {
+        name: _digest(value.detach().numpy())
+        for name, value in torch.export.load(path).state_dict.items()
+    }
 
 
 def _difference(expected: Any, found: Any) -> str:
     if isinstance(expected, dict) and isinstance(found, dict):
-        names = [name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)]
-        return "; ".join(f"{name}: {_difference(expected.get(name), found.get(name))}" for name in sorted(names)[:4])
+        names = [
+            name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)
+        ]
+        return "; ".join(
+            f"{name}: {_difference(expected.get(name), found.get(name))}"
+            for name in sorted(names)[:4]
+        )
     if isinstance(expected, list) and isinstance(found, list):
         if len(expected) != len(found):
             return f"{len(expected)} rows, then {len(found)}"
-        return next(_difference(one, other) for one, other in zip(expected, found, strict=True) if one != other)
+        return next(
+            _difference(one, other)
+            for one, other in zip(expected, found, strict=True)
+            if one != other
+        )
     one, other = str(expected), str(found)
     place = next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), 0)
-    return f"{one[max(0, place - 60) : place + 60]!r} became {other[max(0, place - 60) : place + 60]!r}"
+    return (
+        f"{one[max(0, place - 60) : place + 60]!r} became "
+        f"{other[max(0, place - 60) : place + 60]!r}"
+    )
 
 
 def shares(kills: int) -> Iterator[tuple[str, int]]:

@@ -1,4 +1,6 @@
-"""Image files written sample by sample, of every depth and type that a test needs; no library writes them all."""
+"""Image files written sample by sample, of every depth and type that a test needs; no library
+writes them all.
+"""
 
 import io
 import struct
@@ -13,11 +15,15 @@ from headrace.extract.locate import array_bytes
 Range = tuple[float, float]
 
 
-def png(values: np.ndarray, depth: int, colour: int, transparent: Sequence[int] | None = None) -> bytes:
+def png(
+    values: np.ndarray, depth: int, colour: int, transparent: Sequence[int] | None = None
+) -> bytes:
     """A PNG of (H, W) or (H, W, C) samples; colour: 0 grey, 2 RGB, 4 grey and alpha, 6 RGBA."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        return (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
 
     height, width = values.shape[:2]
     rows = values.reshape(height, -1)
@@ -25,7 +31,10 @@ def png(values: np.ndarray, depth: int, colour: int, transparent: Sequence[int] 
         lines = [row.astype(f">u{depth // 8}").tobytes() for row in rows]
     else:
         bits = (rows[:, :, None] >> np.arange(depth - 1, -1, -1)) & 1
-        lines = [line.tobytes() for line in np.packbits(bits.reshape(height, -1).astype(np.uint8), axis=1)]
+        lines = [
+            line.tobytes()
+            for line in np.packbits(bits.reshape(height, -1).astype(np.uint8), axis=1)
+        ]
     body = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
     if transparent is not None:
         body += chunk(b"tRNS", struct.pack(f">{len(transparent)}H", *transparent))
@@ -46,13 +55,18 @@ def tiff(
 ) -> bytes:
     """A TIFF of one strip (or one for each plane); the type of `values` is the type of its samples.
 
-    photometric: 0 white is zero, 1 black is zero, 2 RGB, 5 CMYK. bits: 12 packs two values into three bytes.
+    photometric: 0 white is zero, 1 black is zero, 2 RGB, 5 CMYK. bits: 12 packs two values into
+    three bytes.
     """
     height, width = values.shape[:2]
     samples = 1 if values.ndim == 2 else values.shape[2]
     sample_format = {"u": 1, "i": 2, "f": 3}[values.dtype.kind]
     stored = values.astype(values.dtype.newbyteorder(order))
-    strips = [stored[:, :, channel].tobytes() for channel in range(samples)] if planes else [stored.tobytes()]
+    strips = (
+        [stored[:, :, channel].tobytes() for channel in range(samples)]
+        if planes
+        else [stored.tobytes()]
+    )
     if bits == 12:
         packed = ((values.reshape(-1, 1) >> np.arange(11, -1, -1)) & 1).astype(np.uint8)
         strips = [np.packbits(packed.reshape(-1)).tobytes()]
@@ -84,9 +98,18 @@ def tiff(
         body = struct.pack(f"{order}{len(numbers)}{kind}", *numbers)
         if len(body) > 4:
             beyond, body = beyond + body, struct.pack(f"{order}I", place + len(beyond))
-        entries += struct.pack(f"{order}HHI", tag, {"H": 3, "I": 4}[kind], len(numbers)) + body.ljust(4, b"\0")
+        entries += struct.pack(
+            f"{order}HHI", tag, {"H": 3, "I": 4}[kind], len(numbers)
+        ) + body.ljust(4, b"\0")
     head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}I", start)
-    return head + blob + struct.pack(f"{order}H", len(tags)) + entries + struct.pack(f"{order}I", 0) + beyond
+    return (
+        head
+        + blob
+        + struct.pack(f"{order}H", len(tags))
+        + entries
+        + struct.pack(f"{order}I", 0)
+        + beyond
+    )
 
 
 def pnm(values: np.ndarray, magic: str, white: int) -> bytes:
@@ -110,7 +133,9 @@ class Kind:
     reaches: bool = True  # whether pixel_range applies: not to 8 bits and fewer
 
     def draw(self, seed: int, height: int = 5, width: int = 7) -> np.ndarray:
-        """Samples over the whole of the kind's range, with both ends; of floats and wide integers some around zero."""
+        """Samples over the whole of the kind's range, with both ends; of floats and wide integers
+        some around zero.
+        """
         rng = np.random.default_rng(seed)
         shape = (height, width) if self.channels == 1 else (height, width, self.channels)
         if self.own is not None:
@@ -126,13 +151,19 @@ class Kind:
 
 def _kinds() -> dict[str, Kind]:
     kinds = {
-        f"PNG grey {depth}": Kind(lambda v, d=depth: png(v, d, 0), "u1", (0, 2**depth - 1), reaches=False)
+        f"PNG grey {depth}": Kind(
+            lambda v, d=depth: png(v, d, 0), "u1", (0, 2**depth - 1), reaches=False
+        )
         for depth in (1, 2, 4, 8)
     }
     kinds["PNG grey 16"] = Kind(lambda v: png(v, 16, 0), "u2", (0, 65535))
     for name, colour, channels in (("RGB", 2, 3), ("grey and alpha", 4, 2), ("RGBA", 6, 4)):
-        kinds[f"PNG {name} 8"] = Kind(lambda v, c=colour: png(v, 8, c), "u1", (0, 255), channels, reaches=False)
-        kinds[f"PNG {name} 16"] = Kind(lambda v, c=colour: png(v, 16, c), "u2", (0, 65535), channels)
+        kinds[f"PNG {name} 8"] = Kind(
+            lambda v, c=colour: png(v, 8, c), "u1", (0, 255), channels, reaches=False
+        )
+        kinds[f"PNG {name} 16"] = Kind(
+            lambda v, c=colour: png(v, 16, c), "u2", (0, 65535), channels
+        )
     for white in (1, 15, 100, 254, 255, 256, 1023, 4095, 65535):
         dtype, wide = ("u2", True) if white > 255 else ("u1", False)
         for magic, channels in (("P2", 1), ("P5", 1), ("P3", 3), ("P6", 3)):
@@ -143,18 +174,32 @@ def _kinds() -> dict[str, Kind]:
         for deflate in (False, True):
             name = f"TIFF {'little' if order == '<' else 'big'} endian{', deflate' * deflate}"
             options = {"order": order, "deflate": deflate}
-            kinds[f"{name}, uint8"] = Kind(lambda v, o=options: tiff(v, **o), "u1", (0, 255), reaches=False)
+            kinds[f"{name}, uint8"] = Kind(
+                lambda v, o=options: tiff(v, **o), "u1", (0, 255), reaches=False
+            )
             kinds[f"{name}, uint16"] = Kind(lambda v, o=options: tiff(v, **o), "u2", (0, 65535))
             for dtype in ("i1", "i2", "i4", "f4", *(["u4"] if order == "<" else [])):
-                kinds[f"{name}, {np.dtype(dtype).name}"] = Kind(lambda v, o=options: tiff(v, **o), dtype, None)
-            for dtype, own in (("u1", (0, 255)), ("f4", None), *([("u2", (0, 65535))] if order == "<" else [])):
+                kinds[f"{name}, {np.dtype(dtype).name}"] = Kind(
+                    lambda v, o=options: tiff(v, **o), dtype, None
+                )
+            for dtype, own in (
+                ("u1", (0, 255)),
+                ("f4", None),
+                *([("u2", (0, 65535))] if order == "<" else []),
+            ):
                 kinds[f"{name}, white is zero, {np.dtype(dtype).name}"] = Kind(
-                    lambda v, o=options: tiff(v, photometric=0, **o), dtype, own, inverted=True, reaches=dtype != "u1"
+                    lambda v, o=options: tiff(v, photometric=0, **o),
+                    dtype,
+                    own,
+                    inverted=True,
+                    reaches=dtype != "u1",
                 )
             for planes in (False, *([] if deflate else [True])):
                 for channels, extra in ((3, ()), (4, (2,))):
                     kinds[f"{name}, {channels} x uint16{', planes' * planes}"] = Kind(
-                        lambda v, o=options, p=planes, e=extra: tiff(v, photometric=2, planes=p, extra=e, **o),
+                        lambda v, o=options, p=planes, e=extra: tiff(
+                            v, photometric=2, planes=p, extra=e, **o
+                        ),
                         "u2",
                         (0, 65535),
                         channels,
@@ -164,7 +209,11 @@ def _kinds() -> dict[str, Kind]:
     for dtype in ("?", "u1", "<u2", ">u2", "i1", "<i2", ">i4", "u4", "i8", "u8", "f2", ">f4", "f8"):
         for channels in (1, 3, 4):
             kinds[f"npy {np.dtype(dtype).name} {dtype} x {channels}"] = Kind(
-                array_bytes, dtype, own_ranges.get(dtype), channels, reaches=dtype not in ("?", "u1")
+                array_bytes,
+                dtype,
+                own_ranges.get(dtype),
+                channels,
+                reaches=dtype not in ("?", "u1"),
             )
     return kinds
 

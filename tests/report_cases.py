@@ -1,4 +1,6 @@
-"""A finished run whose data are out to break the page that is made of it, and a leaderboard of ten thousand settings."""
+"""A finished run whose data are out to break the page that is made of it, and a leaderboard of ten
+thousand settings.
+"""
 
 import json
 
@@ -11,8 +13,12 @@ from run_cases import make_photos
 from headrace.pipelines import load_recipe, run_recipe
 from headrace.pipelines.records import publish_table
 
-# Class names as nobody should have them. Each would do harm where it is taken for HTML, for a formula, or for JSON.
-HOSTILE = ("<script>window.pwned = 1</script>", '"><img src=x onerror="window.pwned=2"> $\\frac{ \u202eevil\x07 \u2028')
+# Class names as nobody should have them. Each would do harm where it is taken for HTML, for a
+# formula, or for JSON.
+HOSTILE = (
+    "<script>window.pwned = 1</script>",
+    '"><img src=x onerror="window.pwned=2"> $\\frac{ \u202eevil\x07 \u2028',
+)
 COPIES = 12
 FLIPPED = 3
 
@@ -46,12 +52,16 @@ TARGETS = {"single": "label", "multi": "['<i>stripes</i>', bright]", "regression
 
 
 def make_data(folder):
-    """60 striped photos, some as re-encoded copies, some with the other class's label, one broken; a hostile table."""
+    """60 striped photos, some as re-encoded copies, some with the other class's label, one broken;
+    a hostile table.
+    """
     make_photos(folder / "photos", n=60)
     rows = []
     for number, path in enumerate(sorted((folder / "photos").rglob("*.png"))):
         fine = path.parent.name == "fine"
-        rows.append({"id": f"<b>{path.name}</b>", "path": str(path), "fine": fine ^ (number < FLIPPED)})
+        rows.append(
+            {"id": f"<b>{path.name}</b>", "path": str(path), "fine": fine ^ (number < FLIPPED)}
+        )
         if number % (60 // COPIES) == 4:
             copy = path.with_suffix(".jpg")
             Image.open(path).save(copy, quality=92)
@@ -75,7 +85,9 @@ def finished_run(folder, kind="single"):
 
 
 def inflate(root, settings, seed=0):
-    """Give a finished run the leaderboard of a run with so many settings, on twelve inputs and of four kinds."""
+    """Give a finished run the leaderboard of a run with so many settings, on twelve inputs and of
+    four kinds.
+    """
     rng = np.random.default_rng(seed)
     board, heads = pd.read_csv(root / "leaderboard.csv"), pd.read_parquet(root / "heads.parquet")
     folds = sorted(heads["fold"].unique())
@@ -84,14 +96,23 @@ def inflate(root, settings, seed=0):
     number = np.arange(len(more))
     kinds = np.array(["logistic", "mlp", "ridge", "knn"])[number % 4]
     more["kind"], more["inputs"] = kinds, [f"blocks.{n % 12}.avg" for n in number]
-    more["accuracy"] = np.sort(rng.uniform(0.3, float(first["accuracy"].iloc[0]) - 1e-6, len(more)))[::-1]
+    more["accuracy"] = np.sort(
+        rng.uniform(0.3, float(first["accuracy"].iloc[0]) - 1e-6, len(more))
+    )[::-1]
     more["settings"] = [f"C={n}e-4 lr=0.00{n % 7}" for n in number]
-    more["spec"] = [json.dumps({"kind": "logistic", "C": float(n + 1)}, sort_keys=True) for n in number]
+    more["spec"] = [
+        json.dumps({"kind": "logistic", "C": float(n + 1)}, sort_keys=True) for n in number
+    ]
     more["train_seconds"] = rng.uniform(0.01, 20, len(more))
     more["rank"] = number + 2
-    publish_table(root / "leaderboard.csv", pd.concat([first, more], ignore_index=True).to_csv(index=False).encode())
+    publish_table(
+        root / "leaderboard.csv",
+        pd.concat([first, more], ignore_index=True).to_csv(index=False).encode(),
+    )
     own = heads[heads["spec"] == first["spec"].iloc[0]].drop_duplicates("fold")
     grown = own.loc[own.index.repeat(len(more))].reset_index(drop=True)
     for name in ("spec", "inputs", "kind"):
         grown[name] = np.tile(more[name].to_numpy(), len(folds))
-    publish_table(root / "heads.parquet", pd.concat([heads, grown], ignore_index=True).to_parquet(index=False))
+    publish_table(
+        root / "heads.parquet", pd.concat([heads, grown], ignore_index=True).to_parquet(index=False)
+    )

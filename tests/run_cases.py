@@ -40,13 +40,16 @@ def make_photos(folder, n=60, seed=0):
         name = ("coarse", "fine")[i % 2]
         period = (16, 4)[i % 2]
         stripes = 128 + 80 * np.sign(np.sin(np.arange(40) * 2 * np.pi / period + rng.uniform(0, 6)))
-        pixels = np.clip(stripes[None, :, None] + rng.normal(0, 20, (40, 40, 3)), 0, 255).astype(np.uint8)
+        pixels = np.clip(stripes[None, :, None] + rng.normal(0, 20, (40, 40, 3)), 0, 255).astype(
+            np.uint8
+        )
         (folder / name).mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(folder / name / f"{i:03}.png")
 
 
 def headrace(*arguments, cwd, timeout=300, env=None, first="", text=True):
-    """The command line as a user calls it, in a process of its own that had everything imported (forks.py).
+    """The command line as a user calls it, in a process of its own that had everything imported
+    (forks.py).
 
     first: Python that is run in it before.
     """
@@ -68,4 +71,6 @@ def headrace(*arguments, cwd, timeout=300, env=None, first="", text=True):
 def fresh_headrace(*arguments, cwd, timeout=300, env=None):
     """The command line in a fresh interpreter."""
     command = [sys.executable, "-m", "headrace.pipelines", *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(
+        command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout
+    )

@@ -1,4 +1,7 @@
-"""A real SLURM on this machine, from Debian's packages, for as long as a test module runs. It needs no systemd."""
+"""A real SLURM on this machine, from Debian's packages, for as long as a test module runs.
+
+It needs no systemd.
+"""
 
 import contextlib
 import os
@@ -36,7 +39,12 @@ def munge():
     Path("/run/munge").chmod(0o755)
     daemon = subprocess.Popen(["munged", "--foreground", "--force"], user="munge", group="munge")
     try:
-        _wait(lambda: subprocess.run(["munge", "-n"], capture_output=True, check=False).returncode == 0, "munged")
+        _wait(
+            lambda: (
+                subprocess.run(["munge", "-n"], capture_output=True, check=False).returncode == 0
+            ),
+            "munged",
+        )
         yield
     finally:
         daemon.terminate()
@@ -45,7 +53,9 @@ def munge():
 
 @contextlib.contextmanager
 def slurm(folder):
-    """A controller and one node; yields the path of the configuration, which is in SLURM_CONF meanwhile."""
+    """A controller and one node; yields the path of the configuration, which is in SLURM_CONF
+    meanwhile.
+    """
     host = socket.gethostname().partition(".")[0]
     for name in ("state", "spool"):
         (folder / name).mkdir()
@@ -84,7 +94,9 @@ PartitionName=images Nodes={host} MaxTime=INFINITE State=UP
         with munge():
             for command in (["slurmctld", "-D"], ["slurmd", "-D"]):
                 with (folder / f"{command[0]}.out").open("wb") as out:
-                    daemons.append(subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True))
+                    daemons.append(
+                        subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
+                    )
             try:
                 _wait(_idle, f"slurmd, see {folder}")
                 yield configuration
@@ -112,7 +124,9 @@ def jobs(states="all"):
 
 
 def _idle():
-    answer = subprocess.run(["sinfo", "--noheader", "--format=%T"], capture_output=True, text=True, check=False)
+    answer = subprocess.run(
+        ["sinfo", "--noheader", "--format=%T"], capture_output=True, text=True, check=False
+    )
     return "idle" in answer.stdout
 
 

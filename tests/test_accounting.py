@@ -1,4 +1,6 @@
-"""found = used + left out, in every command: init, a dry run, a run, its report, and predict; and each reads what the others read."""
+"""found = used + left out, in every command: init, a dry run, a run, its report, and predict; and
+each reads what the others read.
+"""
 
 import tarfile
 import zipfile
@@ -37,7 +39,9 @@ compute: {workers: 1}
 
 def command(*arguments: object) -> str:
     """Run the command line in this process; its output."""
-    done = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    done = CliRunner().invoke(
+        app, [str(argument) for argument in arguments], catch_exceptions=False
+    )
     assert done.exit_code == 0, done.output
     return done.output
 
@@ -56,28 +60,43 @@ def photos(tmp_path, monkeypatch):
     make_photos(tmp_path / "photos", n=40)
     (tmp_path / "photos/fine/broken.png").write_bytes(b"this is no image")
     (tmp_path / "photos/fine/gone.png").symlink_to("nowhere.png")
-    for name in ("fine/notes.txt", "fine/clip.mp4", "coarse/raw.nef", "coarse/.DS_Store", "readme.md"):
+    for name in (
+        "fine/notes.txt",
+        "fine/clip.mp4",
+        "coarse/raw.nef",
+        "coarse/.DS_Store",
+        "readme.md",
+    ):
         (tmp_path / "photos" / name).write_bytes(b"no image")
     return tmp_path / "photos"
 
 
 @pytest.mark.slow
 def test_every_command_counts_the_same(photos, tmp_path):
-    """47 files: 40 used, one damaged, one gone, five left out by four reasons, told by each command and in the report."""
+    """47 files:
+
+    40 used, one damaged, one gone, five left out by four reasons, told by each command and in the
+    report.
+    """
     said = command("init", photos)
     assert "left out: 1 .mp4 files (video" in said
     assert "42 images in 2 classes (coarse, fine)" in said
     recipe = shorten(tmp_path / "recipe.yaml")
     dry = command("run", recipe, "--dry-run")
-    assert "Images: 47 found = 31 to train on + 10 to test on + 1 that cannot be read + 5 left out" in dry
+    assert (
+        "Images: 47 found = 31 to train on + 10 to test on + 1 that cannot be read + 5 left out"
+        in dry
+    )
     ran = command("run", recipe)
     assert (
-        "Images: 47 found = 30 to train on + 10 to test on + 1 that cannot be read + 1 that cannot be used + 5 left out"
-        in ran
-    )
+        "Images: 47 found = 30 to train on + 10 to test on + 1 that cannot be read + 1 "
+        "that cannot be used + 5 left out"
+    ) in ran
     for name in ("notes.txt", "clip.mp4", "raw.nef", ".DS_Store", "readme.md"):
         assert name in ran
-    stored = accounting_from_json(read_record(RunPaths(tmp_path / "headrace-runs/recipe").accounting))
+    stored = accounting_from_json(
+        read_record(RunPaths(tmp_path / "headrace-runs/recipe").accounting)
+    )
     assert stored.counted == stored.found == 47
     page = write_report(recipe).page.read_text(encoding="utf-8")
     assert "Images: 47 found" in page
@@ -91,7 +110,10 @@ def make_sources(root: Path) -> dict[str, Path]:
     """The same twelve images in every kind of source."""
     make_photos(root / "photos", n=12)
     files = sorted((root / "photos").rglob("*.png"))
-    rows = [{"path": f"photos/{file.parent.name}/{file.name}", "label": file.parent.name} for file in files]
+    rows = [
+        {"path": f"photos/{file.parent.name}/{file.name}", "label": file.parent.name}
+        for file in files
+    ]
     frame = pd.DataFrame(rows)
     frame.to_csv(root / "t.csv", index=False)
     frame.assign(id=[f"row{n}" for n in range(12)]).to_csv(root / "ids.tsv", index=False, sep="\t")
@@ -105,7 +127,10 @@ def make_sources(root: Path) -> dict[str, Path]:
         [{"bytes": file.read_bytes(), "path": None} for file in files],
         pa.struct([("bytes", pa.binary()), ("path", pa.string())]),
     )
-    pq.write_table(pa.table({"image": images, "label": [file.parent.name for file in files]}), root / "p.parquet")
+    pq.write_table(
+        pa.table({"image": images, "label": [file.parent.name for file in files]}),
+        root / "p.parquet",
+    )
     np.savez(
         root / "a.npz",
         images=np.zeros((12, 8, 8), np.float32) + np.arange(12)[:, None, None] / 12,
@@ -118,12 +143,24 @@ def make_sources(root: Path) -> dict[str, Path]:
     pd.DataFrame({"id": [f"{n:04}" for n in range(12)], "label": frame["label"]}).to_csv(
         kaggle / "train.csv", index=False
     )
-    names = ("photos", "t.csv", "ids.tsv", "t.jsonl", "p.tar.gz", "p.zip", "p.parquet", "a.npz", "kaggle/train.csv")
+    names = (
+        "photos",
+        "t.csv",
+        "ids.tsv",
+        "t.jsonl",
+        "p.tar.gz",
+        "p.zip",
+        "p.parquet",
+        "a.npz",
+        "kaggle/train.csv",
+    )
     return {name: root / name for name in names}
 
 
 def test_what_run_reads_predict_reads(tmp_path):
-    """init, run and predict list the same images in the same order, from the source and from the recipe."""
+    """init, run and predict list the same images in the same order, from the source and from the
+    recipe.
+    """
     for name, source in make_sources(tmp_path).items():
         recipe = tmp_path / "r.yaml"
         command("init", source, "--out", recipe, "--force")
@@ -144,7 +181,9 @@ def test_a_folder_that_holds_our_predictions_or_other_tables(tmp_path):
     """The sub-folders stay the classes, and the other reading is told with the command for it."""
     make_photos(tmp_path / "photos", n=12)
     files = sorted((tmp_path / "photos").rglob("*.png"))
-    predictions = pd.DataFrame({"file": [str(file) for file in files], "class": "fine", "p_fine": 1.0, "error": None})
+    predictions = pd.DataFrame(
+        {"file": [str(file) for file in files], "class": "fine", "p_fine": 1.0, "error": None}
+    )
     predictions.to_csv(tmp_path / "photos/predictions.csv", index=False)
     said = command("init", tmp_path / "photos", "--out", tmp_path / "r.yaml")
     assert "predictions.csv is a table of predictions and was not read" in said
@@ -163,7 +202,9 @@ def test_images_of_two_depths_are_told(tmp_path):
     make_photos(tmp_path / "photos", n=12)
     assert "some more" not in command("init", tmp_path / "photos", "--out", tmp_path / "r.yaml")
     for number in range(6):
-        Image.fromarray(np.full((8, 8), 800, np.uint16)).save(tmp_path / f"photos/fine/deep{number}.png")
+        Image.fromarray(np.full((8, 8), 800, np.uint16)).save(
+            tmp_path / f"photos/fine/deep{number}.png"
+        )
     said = command("init", tmp_path / "photos", "--out", tmp_path / "r.yaml", "--force")
     assert "some images have 8 bits (coarse/000.png) and some more (fine/deep" in said
     assert "images.pixel_range" in said
@@ -182,9 +223,17 @@ def test_several_labels_in_a_cell_are_found(tmp_path):
         (["wild cat", "wild dog", "tame cat", "tame dog", "cat", "dog"] * 2, None),
         (["fire", "truck", "fire truck", "car"] * 3, None),
     ):
-        pd.DataFrame({"path": [str(file) for file in files], "label": cells}).to_csv(tmp_path / "t.csv", index=False)
+        pd.DataFrame({"path": [str(file) for file in files], "label": cells}).to_csv(
+            tmp_path / "t.csv", index=False
+        )
         said = command("init", tmp_path / "t.csv", "--out", tmp_path / "r.yaml", "--force")
-        told = f"'label' are taken for several labels each, separated by {separator!r} (task.separator); for one label each"
+        told = (
+            f"'label' are taken for several labels each, separated by {separator!r} "
+            "(task.separator); for one label each"
+        )
         assert (told in " ".join(said.split())) == (separator is not None)
         task = load_recipe(shorten(tmp_path / "r.yaml")).task
-        assert (task.kind, task.separator) == ("single" if separator is None else "multi", separator)
+        assert (task.kind, task.separator) == (
+            "single" if separator is None else "multi",
+            separator,
+        )

@@ -1,4 +1,6 @@
-"""A directory's being there says nothing of what is in it: feature sets that a killed writer began."""
+"""A directory's being there says nothing of what is in it: feature sets that a killed
+writer began.
+"""
 
 import os
 import shutil
@@ -40,7 +42,9 @@ def begin(root, half):
 
 @pytest.mark.parametrize("half", HALVES)
 def test_a_begun_feature_set_is_absent_for_readers_and_completed_by_writers(tmp_path, half):
-    """No reader stumbles over it, no command is refused, and the next writer makes a whole one of it."""
+    """No reader stumbles over it, no command is refused, and the next writer makes a whole one of
+    it.
+    """
     other = make_feature_set(tmp_path, 1, make_spec("float32"))
     directory = begin(tmp_path, half)
     assert _known(tmp_path, SPEC) == set()
@@ -76,7 +80,9 @@ def test_what_is_no_feature_set_is_never_removed(tmp_path):
 
 
 def test_shards_whose_spec_is_gone_are_repaired(tmp_path):
-    """They are not taken for absent: the error names the command, and the command brings every row back."""
+    """They are not taken for absent: the error names the command, and the command brings every row
+    back.
+    """
     directory = make_feature_set(tmp_path, 2)
     (directory / "spec.json").unlink()
     with pytest.raises(FeatureSetMissing, match="headrace cache repair"):
@@ -87,7 +93,9 @@ def test_shards_whose_spec_is_gone_are_repaired(tmp_path):
 
 
 def test_a_directory_appears_with_its_spec(tmp_path, monkeypatch):
-    """At no system call is there a directory of that name without spec.json, and what a kill leaves is collected."""
+    """At no system call is there a directory of that name without spec.json, and what a kill leaves
+    is collected.
+    """
     directory = feature_set_path(tmp_path, SPEC)
     real, seen = os.link, []
 

@@ -26,9 +26,19 @@ def cache(tmp_path):
 
 
 def test_ls(cache, tmp_path):
-    """Each feature set with its tap, backbone, rows, failures, dtype and version; an empty cache says how to fill it."""
+    """Each feature set with its tap, backbone, rows, failures, dtype and version; an empty cache
+    says how to fill it.
+    """
     output = run("ls", "--cache", cache)
-    for text in ("blocks.4.avg", "blocks.6.map", "timm:tf_efficientnet_lite0", "4x3x3", "24", "uint8", "headrace 0."):
+    for text in (
+        "blocks.4.avg",
+        "blocks.6.map",
+        "timm:tf_efficientnet_lite0",
+        "4x3x3",
+        "24",
+        "uint8",
+        "headrace 0.",
+    ):
         assert text in output
     assert "holds no feature sets" in run("ls", "--cache", tmp_path / "none")
 
@@ -44,7 +54,11 @@ def test_show(cache):
     """Spec, shards, failures with their reasons, and the round-off that was measured."""
     output = run("show", "blocks.6.map", "--cache", cache)
     assert "bad 0/0: truncated: 12 bytes are missing" in output
-    features = next(f for f in (open_feature_set(p) for p in (cache / "features").iterdir()) if f.spec.dtype == "uint8")
+    features = next(
+        f
+        for f in (open_feature_set(p) for p in (cache / "features").iterdir())
+        if f.spec.dtype == "uint8"
+    )
     assert f"largest {features.round_off.largest:.3g}" in output
     assert f"{features.round_off.relative_rms:.2e}" in output
     assert "16 in 2 shards" in output
@@ -53,7 +67,8 @@ def test_show(cache):
 def test_a_wrong_name_lists_the_right_ones(cache):
     """The error names what there is."""
     with pytest.raises(
-        CacheError, match=r"no feature set 'blocks.5.avg'. There are: .*\(blocks.6.map\), .*\(blocks.4.avg\)"
+        CacheError,
+        match=r"no feature set 'blocks.5.avg'. There are: .*\(blocks.6.map\), .*\(blocks.4.avg\)",
     ):
         run("show", "blocks.5.avg", "--cache", cache)
 
@@ -66,9 +81,13 @@ def test_no_cache_is_not_a_whole_one(tmp_path, command):
 
 
 def test_verify_repair_verify(cache):
-    """A flipped bit: verify says so and exits with 1, repair removes the shard, verify is content."""
+    """A flipped bit: verify says so and exits with 1, repair removes the shard, verify
+    is content.
+    """
     assert "every byte of 24 rows" in run("verify", "--cache", cache)
-    directory = next(p for p in (cache / "features").iterdir() if open_feature_set(p).spec.tap == "blocks.4")
+    directory = next(
+        p for p in (cache / "features").iterdir() if open_feature_set(p).spec.tap == "blocks.4"
+    )
     flip(shard_path(directory, unit_name(1)), 50_000)
     output = run("verify", "--cache", cache, code=1)
     assert "corrupt: " in output

@@ -1,4 +1,6 @@
-"""Flipped bits, truncated, missing, swapped and forged files: found before a single row is used, and named."""
+"""Flipped bits, truncated, missing, swapped and forged files: found before a single row is used,
+and named.
+"""
 
 import os
 import random
@@ -9,7 +11,15 @@ import hdf5plugin
 import numpy as np
 import pytest
 import xxhash
-from cache_cases import flip, given, make_feature_set, make_spec, shard_bytes, unit_arguments, unit_name
+from cache_cases import (
+    flip,
+    given,
+    make_feature_set,
+    make_spec,
+    shard_bytes,
+    unit_arguments,
+    unit_name,
+)
 
 from headrace.cache import (
     CacheError,
@@ -29,7 +39,9 @@ from headrace.cache.verify import verify_bytes
 
 
 def detected(directory):
-    """Whether reading all rows fails (as training would), and what `verify` says. Both must agree."""
+    """Whether reading all rows fails (as training would), and what `verify` says. Both
+    must agree.
+    """
     try:
         features = open_feature_set(directory)
         features.check()
@@ -39,7 +51,9 @@ def detected(directory):
 
 
 def flip_many(directory, flips, seed):
-    """Flip one bit after another, in shards (data and metadata), manifest and spec; each must be found and named."""
+    """Flip one bit after another, in shards (data and metadata), manifest and spec; each must be
+    found and named.
+    """
     generator = random.Random(seed)
     files = [path for path in sorted(directory.rglob("*")) if path.is_file()]
     for path in files:
@@ -54,7 +68,9 @@ def flip_many(directory, flips, seed):
             message, problems = detected(directory)
             where = f"{path.name} bit {bit} of {len(data) * 8}"
             assert message is not None, f"{where}: read without an error"
-            assert any(not problem.is_harmless for problem in problems), f"{where}: not found by verify"
+            assert any(not problem.is_harmless for problem in problems), (
+                f"{where}: not found by verify"
+            )
             assert path.name in message, f"{where}: the message does not name the file: {message}"
             assert path.name in {problem.path.name for problem in problems}
             path.write_bytes(data)
@@ -74,7 +90,12 @@ def test_flipped_bits(tmp_path):
 def test_many_flipped_bits(tmp_path, compression):
     """1,800 flips in plain and 1,800 in compressed shards, data and metadata: 100 % found."""
     assert (
-        flip_many(make_feature_set(tmp_path, 2, make_spec(shape=(40, 3, 3)), compression=compression), 1800, 1) >= 1800
+        flip_many(
+            make_feature_set(tmp_path, 2, make_spec(shape=(40, 3, 3)), compression=compression),
+            1800,
+            1,
+        )
+        >= 1800
     )
 
 
@@ -93,7 +114,9 @@ def test_every_bit_of_manifest_and_spec(tmp_path):
 
 
 def test_truncated_at_every_length(tmp_path):
-    """A shard cut off anywhere is found: by its size in the file system, its digest, its structure."""
+    """A shard cut off anywhere is found: by its size in the file system, its digest,
+    its structure.
+    """
     directory = make_feature_set(tmp_path, 1)
     path = shard_path(directory, unit_name(0))
     data = path.read_bytes()
@@ -107,7 +130,9 @@ def test_truncated_at_every_length(tmp_path):
 
 
 def test_truncated_manifest(tmp_path):
-    """A manifest that lost lines is short of rows, never wrong; `verify` names the shards it does not list."""
+    """A manifest that lost lines is short of rows, never wrong; `verify` names the shards it does
+    not list.
+    """
     directory = make_feature_set(tmp_path, 3)
     path = directory / "manifest.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
@@ -125,9 +150,13 @@ def test_missing_shard(tmp_path):
     shard_path(directory, unit_name(1)).unlink()
     features = open_feature_set(directory)
     assert len(features.read(range(8))) == 8
-    with pytest.raises(ShardMissing, match=r"u0001\.h5 is listed in the manifest and is not there.*cache repair"):
+    with pytest.raises(
+        ShardMissing, match=r"u0001\.h5 is listed in the manifest and is not there.*cache repair"
+    ):
         features.read([8])
-    assert [(problem.kind, problem.path.stem) for problem in verify_bytes(directory)] == [("missing", unit_name(1))]
+    assert [(problem.kind, problem.path.stem) for problem in verify_bytes(directory)] == [
+        ("missing", unit_name(1))
+    ]
 
 
 def test_swapped_shards(tmp_path):
@@ -137,13 +166,20 @@ def test_swapped_shards(tmp_path):
     one.rename(tmp_path / "x")
     other.rename(one)
     (tmp_path / "x").rename(other)
-    with pytest.raises(ShardCorrupt, match="another shard than the one that was published under this name"):
+    with pytest.raises(
+        ShardCorrupt, match="another shard than the one that was published under this name"
+    ):
         open_feature_set(directory)[0]
-    assert [problem.path.stem for problem in verify_bytes(directory)] == [unit_name(0), unit_name(2)]
+    assert [problem.path.stem for problem in verify_bytes(directory)] == [
+        unit_name(0),
+        unit_name(2),
+    ]
 
 
 def test_shard_of_another_feature_set(tmp_path):
-    """A shard of the same unit of another tap, listed with its own digest: refused by its fingerprint."""
+    """A shard of the same unit of another tap, listed with its own digest: refused by its
+    fingerprint.
+    """
     directory = make_feature_set(tmp_path, 1)
     other = make_feature_set(tmp_path, 1, make_spec(tap="blocks.3"))
     for name in ("shards/u0000.h5", "manifest.jsonl"):
@@ -172,7 +208,9 @@ def test_renamed_feature_set(tmp_path):
 
 
 def test_a_change_after_verification_is_noticed(tmp_path):
-    """This machine remembers what it verified; a byte changed since then, times set back, is noticed all the same."""
+    """This machine remembers what it verified; a byte changed since then, times set back, is
+    noticed all the same.
+    """
     directory = make_feature_set(tmp_path, 1)
     path = shard_path(directory, unit_name(0))
     long_ago = path.stat().st_mtime - 1000
@@ -187,13 +225,17 @@ def test_a_change_after_verification_is_noticed(tmp_path):
 
 
 def test_a_shard_is_hashed_once(tmp_path, monkeypatch):
-    """The second opening recognises a settled shard without reading it; a new one is not trusted to its time stamp."""
+    """The second opening recognises a settled shard without reading it; a new one is not trusted to
+    its time stamp.
+    """
     import headrace.cache.check as check
 
     directory = make_feature_set(tmp_path, 2)
     hashed = []
     original = check.check_shard
-    monkeypatch.setattr(check, "check_shard", lambda *args: hashed.append(args[0]) or original(*args))
+    monkeypatch.setattr(
+        check, "check_shard", lambda *args: hashed.append(args[0]) or original(*args)
+    )
     for _ in range(2):
         open_feature_set(directory).check()
     assert len(hashed) == 4
@@ -217,7 +259,9 @@ def test_without_a_home(tmp_path, monkeypatch):
     data = memory.read_bytes()
     for bit in range(0, len(data) * 8, 53):
         flip(memory, bit)
-        assert np.array_equal(open_feature_set(directory)[:], given(make_spec(), [0])[0].astype(np.float16))
+        assert np.array_equal(
+            open_feature_set(directory)[:], given(make_spec(), [0])[0].astype(np.float16)
+        )
         memory.write_bytes(data)
 
 
@@ -225,7 +269,9 @@ def test_without_a_home(tmp_path, monkeypatch):
 
 
 def forge(directory, change):
-    """Let `change(h5py.File)` rewrite the shard of unit 0, and make digests and manifest agree with the result."""
+    """Let `change(h5py.File)` rewrite the shard of unit 0, and make digests and manifest agree with
+    the result.
+    """
     path = shard_path(directory, unit_name(0))
     entry = read_manifest(directory)[unit_name(0)]
     image = directory / "image.h5"
@@ -280,13 +326,18 @@ HOSTILE = {
         replace("features", lambda f: f.__setitem__("features", h5py.ExternalLink("/x.h5", "/a"))),
         "link",
     ),
-    "soft link": (replace("features", lambda f: f.__setitem__("features", h5py.SoftLink("/content"))), "link"),
+    "soft link": (
+        replace("features", lambda f: f.__setitem__("features", h5py.SoftLink("/content"))),
+        "link",
+    ),
     "external storage": (replace("features", external_storage), "stored in other files"),
     "virtual": (replace("features", virtual), "virtual"),
     "4 TB": (replace("features", terabytes), "shape"),
     "4 TB in chunks": (replace("features", chunked_terabytes), "shape"),
     "gzip": (
-        replace("features", lambda f: f.create_dataset("features", (8, 12), "<f2", compression="gzip")),
+        replace(
+            "features", lambda f: f.create_dataset("features", (8, 12), "<f2", compression="gzip")
+        ),
         r"filters \[1\]",
     ),
     "chunks that are missing": (
@@ -297,7 +348,11 @@ HOSTILE = {
         replace(
             "features",
             lambda f: f.create_dataset(
-                "features", (8, 12), "<f2", chunks=(1, 12), compression=hdf5plugin.Bitshuffle.filter_id
+                "features",
+                (8, 12),
+                "<f2",
+                chunks=(1, 12),
+                compression=hdf5plugin.Bitshuffle.filter_id,
             ),
         ),
         "0 stored chunks, expected 8",
@@ -317,12 +372,18 @@ HOSTILE = {
     "a group": (replace("features", lambda f: f.create_group("features")), "is not a data set"),
     "missing list": (replace("failed_id", lambda f: None), "expected exactly"),
     "something more": (lambda f: f.create_dataset("__code__", data=[1]), "expected exactly"),
-    "many things more": (lambda f: [f.create_group(f"g{index}") for index in range(2000)], "2006 objects"),
+    "many things more": (
+        lambda f: [f.create_group(f"g{index}") for index in range(2000)],
+        "2006 objects",
+    ),
     "text that points into a heap": (
         replace("id", lambda f: f.create_dataset("id", (8,), h5py.string_dtype())),
         "text of another kind",
     ),
-    "fewer ids": (replace("id", lambda f: f.create_dataset("id", data=np.zeros(7, "S4"))), r"shape \(7,\)"),
+    "fewer ids": (
+        replace("id", lambda f: f.create_dataset("id", data=np.zeros(7, "S4"))),
+        r"shape \(7,\)",
+    ),
     "more rows": (
         replace("content", lambda f: f.create_dataset("content", data=np.zeros(9, "S32"))),
         r"expected \(9, ",
@@ -344,26 +405,39 @@ HOSTILE = {
 
 @pytest.mark.parametrize("case", HOSTILE)
 def test_hostile_shard(tmp_path, case):
-    """A forged shard whose digests agree is refused by its structure, by reading, `verify`, and repair's adoption."""
+    """A forged shard whose digests agree is refused by its structure, by reading, `verify`, and
+    repair's adoption.
+    """
     change, message = HOSTILE[case]
     directory = make_feature_set(tmp_path, 1)
     forge(directory, change)
     features = open_feature_set(directory)
-    for read in (lambda: features[0], lambda: features.content(), lambda: features.ids(), features.check):
+    for read in (
+        lambda: features[0],
+        lambda: features.content(),
+        lambda: features.ids(),
+        features.check,
+    ):
         with pytest.raises(ShardCorrupt, match=f"u0000\\.h5: .*{message}.*cache repair"):
             read()
     assert [problem.kind for problem in verify_bytes(directory)] == ["corrupt"]
 
 
 def test_forging_changes_nothing_else(tmp_path):
-    """The forger itself makes shards that are accepted when the change is none, so the refusals above are for the change."""
+    """The forger itself makes shards that are accepted when the change is none, so the refusals
+    above are for the change.
+    """
     directory = make_feature_set(tmp_path, 1)
     forge(directory, lambda file: None)
-    assert np.array_equal(open_feature_set(directory)[:], given(make_spec(), [0])[0].astype(np.float16))
+    assert np.array_equal(
+        open_feature_set(directory)[:], given(make_spec(), [0])[0].astype(np.float16)
+    )
 
 
 def test_data_outside_the_file(tmp_path):
-    """An HDF5 image whose data lie behind the end of the file (cut, digests made to agree) is refused."""
+    """An HDF5 image whose data lie behind the end of the file (cut, digests made to agree) is
+    refused.
+    """
     directory = make_feature_set(tmp_path, 1, make_spec(shape=(5000,)))
     path = shard_path(directory, unit_name(0))
     entry = read_manifest(directory)[unit_name(0)]
@@ -376,7 +450,9 @@ def test_data_outside_the_file(tmp_path):
 
 
 def test_manifest_lies_about_rows(tmp_path):
-    """A manifest that declares other counts than its shards hold is refused before anything is addressed by them."""
+    """A manifest that declares other counts than its shards hold is refused before anything is
+    addressed by them.
+    """
     directory = make_feature_set(tmp_path, 1)
     entry = read_manifest(directory)[unit_name(0)].to_dict()
     for change in ({"rows": 10**9}, {"rows": 7}, {"rows": -1}, {"failed": 2}):

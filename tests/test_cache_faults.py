@@ -1,4 +1,7 @@
-"""The fault matrix: processes that die, disks that fill up, writers that race. Nothing acknowledged is ever lost."""
+"""The fault matrix: processes that die, disks that fill up, writers that race.
+
+Nothing acknowledged is ever lost.
+"""
 
 import errno
 import json
@@ -38,13 +41,18 @@ from headrace.cache.manifest import read_manifest
 from headrace.cache.verify import verify_bytes
 
 SPEC = make_spec()
-# A forked child of a process with threads (torch, once a test has imported it) is a deprecation in later Pythons.
-pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+# A forked child of a process with threads (torch, once a test has imported it) is a deprecation in
+# later Pythons.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:This process .* is multi-threaded:DeprecationWarning"
+)
 
 
 @pytest.fixture(autouse=True)
 def short_lease(monkeypatch):
-    """A death between creating a lock and writing its owner into it leaves a lock that only time can break."""
+    """A death between creating a lock and writing its owner into it leaves a lock that only time
+    can break.
+    """
     monkeypatch.setattr("headrace.cache.files.LEASE_S", 0.15)
 
 
@@ -85,7 +93,8 @@ def assert_readable(directory):
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", ["before", "middle", "after"])
 def test_death_at_every_system_call(tmp_path, moment):
-    """An extraction is killed at each system call in turn: what it acknowledged stays, resuming gives equal bytes.
+    """An extraction is killed at each system call in turn: what it acknowledged stays, resuming
+    gives equal bytes.
 
     The loop ends when the target lies behind the last call, so no step is left out.
     """
@@ -134,18 +143,24 @@ def failure_of(work):
 
 
 @pytest.mark.parametrize(
-    "code", [ERRNOS[0], *(pytest.param(code, marks=pytest.mark.slow) for code in ERRNOS[1:])], ids=errno.errorcode.get
+    "code",
+    [ERRNOS[0], *(pytest.param(code, marks=pytest.mark.slow) for code in ERRNOS[1:])],
+    ids=errno.errorcode.get,
 )
 @pytest.mark.parametrize("call", ["open", "write", "fsync", "link"])
 def test_error_at_every_system_call(tmp_path, call, code):
-    """Each open, write, fsync and link fails in turn: the errno is named, no temporary stays, a rerun completes."""
+    """Each open, write, fsync and link fails in turn: the errno is named, no temporary stays, a
+    rerun completes.
+    """
     whole = shard_bytes(extract(tmp_path / "whole", 2))
     target, failed = 0, 0
     while True:
         target += 1
         root = tmp_path / str(target)
         directory = feature_set_path(root, SPEC)
-        error = failure_of(lambda root=root, target=target: extract_failing(root, target, code, call))
+        error = failure_of(
+            lambda root=root, target=target: extract_failing(root, target, code, call)
+        )
         if error is None:
             break
         failed += 1
@@ -160,7 +175,9 @@ def test_error_at_every_system_call(tmp_path, call, code):
 
 
 def test_file_size_limit(tmp_path):
-    """A disk that is full (a file that may not grow): the errno is named, nothing is published, nothing is left."""
+    """A disk that is full (a file that may not grow): the errno is named, nothing is published,
+    nothing is left.
+    """
 
     def work():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -176,10 +193,14 @@ def test_file_size_limit(tmp_path):
 
 
 def test_full_disk(tmp_path):
-    """On a real full file system: units are published until it is full, the next fails whole, room lets it go on."""
+    """On a real full file system: units are published until it is full, the next fails whole, room
+    lets it go on.
+    """
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "none", disk], capture_output=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "none", disk], capture_output=True
+    )
     if mounted.returncode:
         pytest.skip("mounting a small tmpfs needs root")
     try:
@@ -196,7 +217,9 @@ def test_full_disk(tmp_path):
 
 
 def test_no_hard_links(tmp_path, monkeypatch):
-    """Where the file system knows no links, a rename under a lock publishes, and the first one still wins."""
+    """Where the file system knows no links, a rename under a lock publishes, and the first one
+    still wins.
+    """
 
     def refuse(*_):
         raise OSError(errno.EPERM, "Operation not permitted")
@@ -212,7 +235,9 @@ def test_no_hard_links(tmp_path, monkeypatch):
 
 def test_no_hard_links_and_many_writers(tmp_path, monkeypatch):
     """The rename under a lock keeps one winner too."""
-    monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(errno.EOPNOTSUPP, "no links")))
+    monkeypatch.setattr(
+        os, "link", lambda *_: (_ for _ in ()).throw(OSError(errno.EOPNOTSUPP, "no links"))
+    )
     for attempt in range(5):
         target = tmp_path / str(attempt)
         pipes = os.pipe()
@@ -232,7 +257,9 @@ def test_no_hard_links_and_many_writers(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("writers", [2, 4, 8])
 def test_writers_at_once(tmp_path, writers):
-    """The same extraction started several times: one shard per unit, no row lost, none twice, all are told the same."""
+    """The same extraction started several times: one shard per unit, no row lost, none twice, all
+    are told the same.
+    """
     directory = create_feature_set(tmp_path, SPEC)
     whole = shard_bytes(extract(tmp_path / "whole", 12))
     told = [tmp_path / f"told{writer}.json" for writer in range(writers)]
@@ -252,7 +279,9 @@ def test_writers_at_once(tmp_path, writers):
 
 
 def test_writers_that_disagree(tmp_path):
-    """Two machines whose last bits differ race for every unit: each shard is wholly one's or the other's."""
+    """Two machines whose last bits differ race for every unit: each shard is wholly one's or the
+    other's.
+    """
     directory = create_feature_set(tmp_path, SPEC)
 
     def work(writer):
@@ -307,7 +336,9 @@ def kill_loop(root, units, kills, seed, longest_s):
 
 @pytest.mark.slow
 def test_kills_at_random(tmp_path):
-    """25 kills: no acknowledged row is lost, bytes end up equal, and a kill costs at most the unit it interrupted."""
+    """25 kills: no acknowledged row is lost, bytes end up equal, and a kill costs at most the unit
+    it interrupted.
+    """
     died, started, units = kill_loop(tmp_path, 30, 25, 0, 0.06)
     assert started <= units + died
 
@@ -321,7 +352,9 @@ def test_many_kills_at_random(tmp_path):
 
 
 def test_torn_line_is_cut_off(tmp_path):
-    """Every prefix of a line that a death can leave is passed over by readers and cut off by the next writer."""
+    """Every prefix of a line that a death can leave is passed over by readers and cut off by the
+    next writer.
+    """
     directory = extract(tmp_path, 2)
     manifest = directory / "manifest.jsonl"
     data = manifest.read_bytes()
@@ -339,7 +372,9 @@ def test_torn_line_is_cut_off(tmp_path):
 
 
 def test_unlisted_shard_is_adopted(tmp_path):
-    """A shard whose writer died before listing it is checked and listed by the next writer, not written again."""
+    """A shard whose writer died before listing it is checked and listed by the next writer, not
+    written again.
+    """
     directory = extract(tmp_path, 2)
     manifest = directory / "manifest.jsonl"
     data = manifest.read_bytes()
@@ -368,7 +403,9 @@ def test_broken_unlisted_shard_is_replaced(tmp_path):
 
 
 def test_stale_lock_of_this_machine(tmp_path):
-    """A lock whose holder was killed is taken over at once, without waiting for its lease to run out."""
+    """A lock whose holder was killed is taken over at once, without waiting for its lease to run
+    out.
+    """
     directory = create_feature_set(tmp_path, SPEC)
     pid = start_child(lambda: hold_for_ever(directory / ".manifest.lock"))
     wait_until((directory / ".manifest.lock").exists)
@@ -380,7 +417,9 @@ def test_stale_lock_of_this_machine(tmp_path):
 
 
 def test_stale_lock_of_another_machine(tmp_path, monkeypatch):
-    """A lock that names another machine, whose holder is dead, is taken over when its lease has run out."""
+    """A lock that names another machine, whose holder is dead, is taken over when its lease has run
+    out.
+    """
     directory = create_feature_set(tmp_path, SPEC)
 
     def work():
@@ -389,7 +428,9 @@ def test_stale_lock_of_another_machine(tmp_path, monkeypatch):
 
     pid = start_child(work)
     lock = directory / ".manifest.lock"
-    wait_until(lambda: lock.exists() and "another-machine" in lock.read_text())  # made first, signed a moment later
+    wait_until(
+        lambda: lock.exists() and "another-machine" in lock.read_text()
+    )  # made first, signed a moment later
     os.kill(pid, signal.SIGKILL)
     wait_for(pid)
     assert "another-machine" in (directory / ".manifest.lock").read_text()
@@ -408,7 +449,9 @@ def wait_until(condition):
 
 
 def test_a_file_that_may_be_replaced(tmp_path):
-    """Killed or failing at each system call of a replacement: the old bytes or the new ones, never a mixture."""
+    """Killed or failing at each system call of a replacement: the old bytes or the new ones, never
+    a mixture.
+    """
     path = tmp_path / "status.json"
     for moment in ("before", "middle", "after"):
         status, target = -signal.SIGKILL, 0

@@ -22,7 +22,9 @@ CASES = [*STORAGE_DTYPES, "compressed"]
 
 
 def golden_set(root, case):
-    """The feature set whose bytes are under `golden/<case>`: exact numbers, so that any machine makes the same."""
+    """The feature set whose bytes are under `golden/<case>`: exact numbers, so that any machine
+    makes the same.
+    """
     compression = "bitshuffle-lz4" if case == "compressed" else None
     spec = make_spec("float16" if compression else case, (3, 2, 2))
     return make_feature_set(root, 1, spec, compression=compression)
@@ -30,12 +32,20 @@ def golden_set(root, case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_golden_bytes_are_read(case):
-    """A feature set written by the first version of this format is read by today's code, every byte checked."""
+    """A feature set written by the first version of this format is read by today's code, every byte
+    checked.
+    """
     (directory,) = (GOLDEN / case / "features").iterdir()
     assert verify_bytes(directory) == []
     features = open_feature_set(directory)
     expected = np.array(json.loads((GOLDEN / "expected.json").read_text()), np.float32)
-    bound = {"float32": 0, "float16": 2**-10, "bfloat16": 2**-7, "compressed": 2**-10, "uint8": 0.013}[case]
+    bound = {
+        "float32": 0,
+        "float16": 2**-10,
+        "bfloat16": 2**-7,
+        "compressed": 2**-10,
+        "uint8": 0.013,
+    }[case]
     assert np.abs(features.read(slice(None)) - expected).max() <= bound
     assert features.ids()[3] == "Zelle 3 è.png"
     assert features.failures()[0].reason == "truncated: 12 bytes are missing"
@@ -53,7 +63,10 @@ def test_golden_bytes_are_written(tmp_path, case):
         pytest.skip(f"the golden shards were laid out by HDF5 {version}")
     assert shard_bytes(written) == shard_bytes(golden)
     entries = [
-        {unit: dataclasses.replace(entry, written_by="") for unit, entry in read_manifest(path).items()}
+        {
+            unit: dataclasses.replace(entry, written_by="")
+            for unit, entry in read_manifest(path).items()
+        }
         for path in (written, golden)
     ]
     assert entries[0] == entries[1]
@@ -68,7 +81,9 @@ def test_bytes_do_not_depend_on_the_clock(tmp_path):
 
 @pytest.mark.parametrize("dtype", STORAGE_DTYPES)
 def test_a_stranger_can_read_a_shard(tmp_path, dtype):
-    """With h5py alone, by what FORMAT.md says: names, attributes, the digest in the user block, and the numbers."""
+    """With h5py alone, by what FORMAT.md says: names, attributes, the digest in the user block, and
+    the numbers.
+    """
     features = open_feature_set(make_feature_set(tmp_path, 1, make_spec(dtype, (4, 3, 3))))
     path = shard_path(features.path, unit_name(0))
     data = path.read_bytes()
@@ -87,7 +102,9 @@ def test_a_stranger_can_read_a_shard(tmp_path, dtype):
             assert "float32 = bits << 16" in table.attrs["encoding"].decode()
             stored = (stored.astype("u4") << 16).view("f4")
         if dtype == "uint8":
-            stored = file["offset"][:].reshape(-1, 1, 1) + file["scale"][:].reshape(-1, 1, 1) * stored
+            stored = (
+                file["offset"][:].reshape(-1, 1, 1) + file["scale"][:].reshape(-1, 1, 1) * stored
+            )
         assert [value.decode() for value in file["id"][:]] == features.ids()
         assert np.array_equal(file["content"][:], features.content())
         assert file["failed_reason"][0].decode() == features.failures()[0].reason
@@ -95,7 +112,9 @@ def test_a_stranger_can_read_a_shard(tmp_path, dtype):
 
 
 def test_format_page_names_what_is_there(tmp_path):
-    """Every data set and attribute of a shard, and every key of a manifest's line, stands in FORMAT.md; nothing else."""
+    """Every data set and attribute of a shard, and every key of a manifest's line, stands in
+    FORMAT.md; nothing else.
+    """
     page = (CACHE / "FORMAT.md").read_text()
     directory = make_feature_set(tmp_path, 1, make_spec("uint8", (4, 3, 3)))
     with h5py.File(shard_path(directory, unit_name(0))) as file:

@@ -1,4 +1,6 @@
-"""A random sequence of everything that can happen to a cache, against a model of what must be in it."""
+"""A random sequence of everything that can happen to a cache, against a model of what must be in
+it.
+"""
 
 import random
 import shutil
@@ -14,7 +16,13 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from headrace.cache import CacheError, create_feature_set, open_feature_set, publish_shard, shard_path
+from headrace.cache import (
+    CacheError,
+    create_feature_set,
+    open_feature_set,
+    publish_shard,
+    shard_path,
+)
 from headrace.cache.manifest import read_manifest
 from headrace.cache.repair import repair
 from headrace.cache.verify import verify_bytes
@@ -24,7 +32,9 @@ UNITS = 5
 
 
 class Cache(RuleBasedStateMachine):
-    """The model: which units are listed, which of these are broken, and whether the manifest or the spec is."""
+    """The model: which units are listed, which of these are broken, and whether the manifest or the
+    spec is.
+    """
 
     @initialize()
     def start(self):
@@ -43,7 +53,9 @@ class Cache(RuleBasedStateMachine):
     @precondition(lambda self: self.readable)
     @rule(number=st.integers(0, UNITS - 1))
     def extract(self, number):
-        """Publishing a listed unit changes nothing, even when its shard is broken: that is for repair to say."""
+        """Publishing a listed unit changes nothing, even when its shard is broken: that is for
+        repair to say.
+        """
         if number in self.broken and shard_path(self.directory, unit_name(number)).exists():
             return
         publish_shard(self.directory, **unit_arguments(SPEC, number))
@@ -51,7 +63,11 @@ class Cache(RuleBasedStateMachine):
         self.broken.discard(number)
 
     @precondition(lambda self: self.readable)
-    @rule(number=st.integers(0, UNITS - 1), step=st.integers(1, 45), moment=st.sampled_from(["before", "after"]))
+    @rule(
+        number=st.integers(0, UNITS - 1),
+        step=st.integers(1, 45),
+        moment=st.sampled_from(["before", "after"]),
+    )
     def extract_and_die(self, number, step, moment):
         """A death at any step either listed the unit whole or did not list it."""
         if number in self.broken:
@@ -107,7 +123,9 @@ class Cache(RuleBasedStateMachine):
     @precondition(lambda self: self.readable or self.listed - self.broken)
     @rule()
     def repair(self):
-        """After a repair everything that is whole is listed, everything else is gone, and nothing is wrong."""
+        """After a repair everything that is whole is listed, everything else is gone, and nothing
+        is wrong.
+        """
         done = repair(self.directory)
         self.listed -= self.broken
         self.broken, self.small = set(), set()
@@ -119,7 +137,9 @@ class Cache(RuleBasedStateMachine):
 
     @rule()
     def resume(self):
-        """Repair and extract: whatever happened before, everything is there, byte for byte as if nothing had."""
+        """Repair and extract: whatever happened before, everything is there, byte for byte as if
+        nothing had.
+        """
         if self.readable or self.listed - self.broken:
             self.repair()
             for number in range(UNITS):
@@ -137,7 +157,9 @@ class Cache(RuleBasedStateMachine):
         if self.small:
             assert {problem.kind for problem in problems} == self.small
         else:
-            assert {problem.path.stem for problem in problems} == {unit_name(number) for number in self.broken}
+            assert {problem.path.stem for problem in problems} == {
+                unit_name(number) for number in self.broken
+            }
 
     @invariant()
     def readers_see_whole_units_or_an_error(self):
@@ -148,7 +170,9 @@ class Cache(RuleBasedStateMachine):
                 open_feature_set(self.directory)
             return
         features = open_feature_set(self.directory)
-        assert {entry.unit for entry in features.entries} == {unit_name(number) for number in self.listed}
+        assert {entry.unit for entry in features.entries} == {
+            unit_name(number) for number in self.listed
+        }
         for position, number in enumerate(sorted(self.listed)):
             rows = np.arange(8) + 8 * position
             if number in self.broken:

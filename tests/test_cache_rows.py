@@ -1,4 +1,6 @@
-"""What is published is what is read: by position, by content, in batches, in every dtype, through every door."""
+"""What is published is what is read: by position, by content, in batches, in every dtype, through
+every door.
+"""
 
 import multiprocessing
 import pickle
@@ -46,7 +48,9 @@ def dtype(request):
 
 @pytest.mark.parametrize("shape", [(12,), (5, 3, 2)])
 def test_rows_come_back(tmp_path, dtype, compression, shape):
-    """Every row, id and content hash comes back, within the round-off that the feature set itself reports."""
+    """Every row, id and content hash comes back, within the round-off that the feature set itself
+    reports.
+    """
     spec = make_spec(dtype, shape)
     features = open_feature_set(make_feature_set(tmp_path, 3, spec, compression=compression))
     values, ids, content = given(spec, range(3))
@@ -64,7 +68,9 @@ def test_rows_come_back(tmp_path, dtype, compression, shape):
 
 
 def test_every_way_of_reading_agrees(tmp_path, dtype, compression):
-    """Slices, positions, masks, negative positions, content, batches, dask and torch give the same numbers."""
+    """Slices, positions, masks, negative positions, content, batches, dask and torch give the same
+    numbers.
+    """
     spec = make_spec(dtype, (4, 2, 2))
     features = open_feature_set(make_feature_set(tmp_path, 4, spec, compression=compression))
     everything = features[:]
@@ -81,7 +87,9 @@ def test_every_way_of_reading_agrees(tmp_path, dtype, compression):
     assert np.array_equal(np.asarray(features), everything)
     content = features.content()
     assert np.array_equal(features.load(content[order], None), everything[order])
-    assert np.array_equal(features.load(content[order].astype(str).tolist(), None), everything[order])
+    assert np.array_equal(
+        features.load(content[order].astype(str).tolist(), None), everything[order]
+    )
     for batch in features.iter_batches(5, seed=3, block_rows=4, buffer_rows=12, dtype=None):
         assert np.array_equal(batch.features, everything[batch.rows])
     as_dask = features.to_dask_array()
@@ -98,9 +106,11 @@ def test_every_way_of_reading_agrees(tmp_path, dtype, compression):
 
 @pytest.mark.parametrize("shape", [(5,), (600,), (700, 3), (4096,)])
 def test_the_fast_gather_equals_the_general_one(tmp_path, monkeypatch, shape):
-    """One table over all shards and windows at any item give the same rows as the units that were written.
+    """One table over all shards and windows at any item give the same rows as the units that were
+    written.
 
-    Rows of a page or more start on a page, and a table is used; smaller shards, or data anywhere else, use windows.
+    Rows of a page or more start on a page, and a table is used; smaller shards, or data anywhere
+    else, use windows.
     """
     spec = make_spec(shape=shape)
     directory = make_feature_set(tmp_path, 5, spec)
@@ -120,7 +130,9 @@ def test_the_fast_gather_equals_the_general_one(tmp_path, monkeypatch, shape):
 
 
 def test_rows_that_start_anywhere(tmp_path):
-    """A file whose data start in the middle of a page, as another writer might lay them out, reads right."""
+    """A file whose data start in the middle of a page, as another writer might lay them out, reads
+    right.
+    """
     values = np.arange(3 * 2000 * 5, dtype=np.float32).reshape(3, 2000, 5)
     mapped = MappedRows([2000] * 3, 5, np.dtype(np.float32))
     for index, offset in enumerate((4096, 4196, 0)):
@@ -133,8 +145,12 @@ def test_rows_that_start_anywhere(tmp_path):
 
 
 def test_reading_into_an_array(tmp_path, dtype, compression):
-    """`out` takes slices and positions, in any dtype and memory order, and nothing of another shape."""
-    features = open_feature_set(make_feature_set(tmp_path, 3, make_spec(dtype, (3, 2)), compression=compression))
+    """`out` takes slices and positions, in any dtype and memory order, and nothing of another
+    shape.
+    """
+    features = open_feature_set(
+        make_feature_set(tmp_path, 3, make_spec(dtype, (3, 2)), compression=compression)
+    )
     expected = features.read(slice(None))
     for rows in (slice(2, 20), [5, 1, 23], slice(None, None, 4)):
         for wanted in (np.float16, np.float32, np.float64):
@@ -142,14 +158,20 @@ def test_reading_into_an_array(tmp_path, dtype, compression):
                 out = np.empty(expected[rows].shape, wanted, order)
                 assert features.read(rows, out=out) is out
                 assert np.array_equal(out, expected[rows].astype(wanted))
-    with pytest.raises(ValueError, match=r"`out` has shape \(2, 3, 2\), and the rows have \(3, 3, 2\)"):
+    with pytest.raises(
+        ValueError, match=r"`out` has shape \(2, 3, 2\), and the rows have \(3, 3, 2\)"
+    ):
         features.read([0, 1, 2], out=np.empty((2, 3, 2)))
 
 
 def test_copies_belong_to_the_caller(tmp_path, compression):
     """What is returned can be written to, and changing it changes nothing that is read later."""
     features = open_feature_set(make_feature_set(tmp_path, 2, compression=compression))
-    for first in (features[:], features.read([0, 9], None), next(features.iter_batches(4, seed=1)).features):
+    for first in (
+        features[:],
+        features.read([0, 9], None),
+        next(features.iter_batches(4, seed=1)).features,
+    ):
         before = features[:].copy()
         first[...] = 7
         assert np.array_equal(features[:], before)
@@ -162,7 +184,9 @@ def test_dask_tasks_carry_no_array(tmp_path):
 
 
 def test_no_rows(tmp_path):
-    """A feature set without shards, and one whose every sample failed, can be read like any other."""
+    """A feature set without shards, and one whose every sample failed, can be read like
+    any other.
+    """
     spec = make_spec("uint8", (4, 2))
     directory = create_feature_set(tmp_path, spec)
     for failed in (0, 3):
@@ -187,16 +211,22 @@ def test_failures_keep_id_and_reason(tmp_path):
     assert failure.id == "bad 1/0"
     assert failure.reason == "truncated: 12 bytes are missing"
     assert failure.content in features.known()
-    with pytest.raises(RowsMissing, match=r"no row for bad 1/0 \(truncated: 12 bytes are missing\)"):
+    with pytest.raises(
+        RowsMissing, match=r"no row for bad 1/0 \(truncated: 12 bytes are missing\)"
+    ):
         features.load([failure.content])
 
 
 def test_missing_rows_are_named(tmp_path):
-    """The message holds the first content hashes that are not there, how many more, and what to type."""
+    """The message holds the first content hashes that are not there, how many more, and what to
+    type.
+    """
     features = open_feature_set(make_feature_set(tmp_path, 1))
     wanted = hashes(0, 2) + hashes(5000, 9)
     assert features.locate(wanted).tolist() == [0, 1] + [-1] * 9
-    with pytest.raises(RowsMissing, match=f"no row for {hashes(5000, 1)[0]}.* and 6 more.*headrace run RECIPE"):
+    with pytest.raises(
+        RowsMissing, match=f"no row for {hashes(5000, 1)[0]}.* and 6 more.*headrace run RECIPE"
+    ):
         features.load(wanted)
 
 
@@ -211,7 +241,9 @@ def test_positions_outside_are_refused(tmp_path, rows):
 
 
 def test_order_of_publication_does_not_matter(tmp_path):
-    """Two caches with the same units, published in another order, read alike, and their shards are equal bytes."""
+    """Two caches with the same units, published in another order, read alike, and their shards are
+    equal bytes.
+    """
     spec = make_spec()
     one = make_feature_set(tmp_path / "a", 4, spec)
     other = create_feature_set(tmp_path / "b", spec)
@@ -234,16 +266,25 @@ def test_order_of_publication_does_not_matter(tmp_path):
     seed=st.none() | st.integers(0, 2**32) | st.tuples(st.integers(0, 5), st.integers(0, 5)),
 )
 def test_batches_hold_every_row_once(open_set, n, batch_size, block_rows, extra, seed):
-    """Whatever the sizes: each row once, all batches full but the last, the features those of the rows."""
+    """Whatever the sizes: each row once, all batches full but the last, the features those of the
+    rows.
+    """
     everything = open_set[:]
     rows = np.random.default_rng(n).permutation(open_set.n_rows)[:n]
     batches = list(
         open_set.iter_batches(
-            batch_size, seed=seed, rows=rows, dtype=None, block_rows=block_rows, buffer_rows=block_rows + extra
+            batch_size,
+            seed=seed,
+            rows=rows,
+            dtype=None,
+            block_rows=block_rows,
+            buffer_rows=block_rows + extra,
         )
     )
     seen = np.concatenate([batch.rows for batch in batches] or [np.empty(0, int)])
-    assert np.array_equal(seen if seed is None else np.sort(seen), rows if seed is None else np.sort(rows))
+    assert np.array_equal(
+        seen if seed is None else np.sort(seen), rows if seed is None else np.sort(rows)
+    )
     assert all(len(batch.rows) == batch_size for batch in batches[:-1])
     assert all(np.array_equal(batch.features, everything[batch.rows]) for batch in batches)
 
@@ -255,7 +296,9 @@ def open_set(tmp_path_factory):
 
 
 def test_batches_are_seeded(open_set):
-    """The same seed gives the same order, another seed another one, and an epoch is part of the seed."""
+    """The same seed gives the same order, another seed another one, and an epoch is part of the
+    seed.
+    """
 
     def order(seed):
         batches = open_set.iter_batches(16, seed=seed, block_rows=8, buffer_rows=64)
@@ -267,13 +310,17 @@ def test_batches_are_seeded(open_set):
 
 
 def test_a_batch_mixes_blocks(open_set):
-    """A batch holds rows of most of the blocks of its buffer, so neighbours in the data set do not stay together."""
+    """A batch holds rows of most of the blocks of its buffer, so neighbours in the data set do not
+    stay together.
+    """
     batch = next(open_set.iter_batches(64, seed=0, block_rows=8, buffer_rows=128))
     assert len(np.unique(batch.rows // 8)) > 10
 
 
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@property_of(st.lists(st.integers(0, 300), max_size=200), st.lists(st.integers(0, 400), max_size=100))
+@property_of(
+    st.lists(st.integers(0, 300), max_size=200), st.lists(st.integers(0, 400), max_size=100)
+)
 def test_index_finds_the_first_of_each(held, wanted):
     """`locate` is a dictionary look-up, also with duplicates, of which it gives the first."""
     names = hashes(0, 401)
@@ -281,7 +328,9 @@ def test_index_finds_the_first_of_each(held, wanted):
     for row, number in enumerate(held):
         first.setdefault(number, row)
     index = RowIndex(as_hashes([names[number] for number in held]))
-    assert index.locate(as_hashes([names[number] for number in wanted])).tolist() == [first.get(n, -1) for n in wanted]
+    assert index.locate(as_hashes([names[number] for number in wanted])).tolist() == [
+        first.get(n, -1) for n in wanted
+    ]
 
 
 def test_index_survives_colliding_keys(monkeypatch):
@@ -301,10 +350,19 @@ def test_index_survives_colliding_keys(monkeypatch):
     st.floats(1e-6, 1e4),
 )
 def test_round_off_is_bounded(dtype, given_dtype, n, shape, scale):
-    """No stored value is further off than half a unit in its last place (uint8: half a step of its channel)."""
-    values = (np.random.default_rng(n).normal(size=(n, *shape)) * scale).clip(-6e4, 6e4).astype(given_dtype)
+    """No stored value is further off than half a unit in its last place (uint8: half a step of its
+    channel).
+    """
+    values = (
+        (np.random.default_rng(n).normal(size=(n, *shape)) * scale)
+        .clip(-6e4, 6e4)
+        .astype(given_dtype)
+    )
     encoded = encode(values, [str(row) for row in range(n)], dtype)
-    off = np.abs(decode(encoded.stored, dtype, encoded.scale, encoded.offset).astype(float) - values.astype(float))
+    off = np.abs(
+        decode(encoded.stored, dtype, encoded.scale, encoded.offset).astype(float)
+        - values.astype(float)
+    )
     size = np.abs(values.astype(float))
     if dtype == "uint8":
         steps = encoded.scale.reshape(-1, *(1 for _ in shape[1:])).astype(float)
@@ -313,11 +371,15 @@ def test_round_off_is_bounded(dtype, given_dtype, n, shape, scale):
         bits, smallest = {"float16": (11, 2.0**-25), "bfloat16": (8, 0), "float32": (24, 0)}[dtype]
         bound = np.maximum(size * 2.0**-bits, smallest) * 1.0001
     assert (off <= bound).all()
-    assert encoded.round_off.largest == pytest.approx(off.max(initial=0), rel=1e-3, abs=1e-7 * max(scale, 1))
+    assert encoded.round_off.largest == pytest.approx(
+        off.max(initial=0), rel=1e-3, abs=1e-7 * max(scale, 1)
+    )
 
 
 def test_widening_is_exact():
-    """All 63,488 finite float16 values become the float32 that numpy's cast makes of them, bit for bit."""
+    """All 63,488 finite float16 values become the float32 that numpy's cast makes of them, bit for
+    bit.
+    """
     half = np.arange(65536, dtype=np.uint16).view(np.float16)
     half = np.tile(half[np.isfinite(half)], 3).reshape(3, -1)  # more than one block
     out = np.empty(half.shape, np.float32)
@@ -328,7 +390,9 @@ def test_widening_is_exact():
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("given_dtype", ["f2", "f4", "f8"])
 def test_nan_and_infinity_are_refused(tmp_path, dtype, bad, given_dtype):
-    """A feature that is no number is refused at write, by the name of its sample, and nothing is published."""
+    """A feature that is no number is refused at write, by the name of its sample, and nothing is
+    published.
+    """
     spec = make_spec(dtype, (3, 2))
     directory = create_feature_set(tmp_path, spec)
     arguments = unit_arguments(spec, 0)
@@ -340,10 +404,13 @@ def test_nan_and_infinity_are_refused(tmp_path, dtype, bad, given_dtype):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "value"), [("float16", 65520.0), ("bfloat16", 3.4e38), ("float32", 1e39), ("uint8", 1e39)]
+    ("dtype", "value"),
+    [("float16", 65520.0), ("bfloat16", 3.4e38), ("float32", 1e39), ("uint8", 1e39)],
 )
 def test_overflow_is_refused(tmp_path, dtype, value):
-    """A value that the storage dtype would turn into infinity is refused, by the name of its sample."""
+    """A value that the storage dtype would turn into infinity is refused, by the name of its
+    sample.
+    """
     spec = make_spec(dtype)
     arguments = unit_arguments(spec, 0)
     arguments["features"] = arguments["features"].astype(np.float64)
@@ -393,10 +460,14 @@ def test_no_feature_set(tmp_path):
 
 
 def test_reading_while_another_extracts(tmp_path):
-    """A reader sees exactly the units that were published when it opened, whatever is published while it reads."""
+    """A reader sees exactly the units that were published when it opened, whatever is published
+    while it reads.
+    """
     spec = make_spec()
     directory = create_feature_set(tmp_path, spec)
-    process = multiprocessing.get_context("fork").Process(target=_publish_units, args=(directory, spec, 40))
+    process = multiprocessing.get_context("fork").Process(
+        target=_publish_units, args=(directory, spec, 40)
+    )
     process.start()
     seen = [0]
     while process.is_alive() or seen[-1] < 40:
@@ -440,7 +511,9 @@ def test_threads_share_a_feature_set(tmp_path):
 
 
 def test_a_feature_set_travels(tmp_path):
-    """Pickled to another process it opens the same shards, though more have been published since."""
+    """Pickled to another process it opens the same shards, though more have been
+    published since.
+    """
     directory = make_feature_set(tmp_path, 2)
     features = open_feature_set(directory)
     publish_shard(directory, **unit_arguments(make_spec(), 5))
@@ -476,4 +549,6 @@ def test_dask_array_computes_with_workers(tmp_path):
     features = open_feature_set(make_feature_set(tmp_path, 5))
     array = features.to_dask_array(np.float32)
     assert isinstance(array, dask.array.Array)
-    assert np.allclose(array.mean(axis=0).compute(scheduler="threads"), features.read(slice(None)).mean(axis=0))
+    assert np.allclose(
+        array.mean(axis=0).compute(scheduler="threads"), features.read(slice(None)).mean(axis=0)
+    )

@@ -51,18 +51,24 @@ def test_verify_finds_nothing_in_a_whole_cache(tmp_path):
     for dtype in ("float16", "bfloat16", "uint8"):
         for compression in (None, "bitshuffle-lz4"):
             root = tmp_path / f"{dtype}{compression}"
-            directory = make_feature_set(root, 2, make_spec(dtype, (3, 2, 2)), compression=compression)
+            directory = make_feature_set(
+                root, 2, make_spec(dtype, (3, 2, 2)), compression=compression
+            )
             assert verify_bytes(directory) == []
 
 
 def test_repair_redoes_only_what_is_broken(tmp_path):
-    """One flipped, one deleted, one truncated of six: these three go, and extracting them gives the first cache again."""
+    """One flipped, one deleted, one truncated of six: these three go, and extracting them gives the
+    first cache again.
+    """
     directory = make_feature_set(tmp_path, 6)
     whole = shard_bytes(directory)
     flip(shard_path(directory, unit_name(1)), 40_000)
     shard_path(directory, unit_name(3)).unlink()
     os.truncate(shard_path(directory, unit_name(4)), 5000)
-    inodes = {number: shard_path(directory, unit_name(number)).stat().st_ino for number in (0, 2, 5)}
+    inodes = {
+        number: shard_path(directory, unit_name(number)).stat().st_ino for number in (0, 2, 5)
+    }
     done = repair(directory)
     assert done.removed == (unit_name(1), unit_name(4))
     assert done.missing == (unit_name(3),)
@@ -72,11 +78,15 @@ def test_repair_redoes_only_what_is_broken(tmp_path):
     assert open_feature_set(directory).n_rows == 24
     make_feature_set(tmp_path, 6)
     assert shard_bytes(directory) == whole
-    assert {number: shard_path(directory, unit_name(number)).stat().st_ino for number in inodes} == inodes
+    assert {
+        number: shard_path(directory, unit_name(number)).stat().st_ino for number in inodes
+    } == inodes
 
 
 def test_repair_of_the_small_files(tmp_path):
-    """A lost or broken manifest and spec are written again from the shards, byte for byte, without computing a row."""
+    """A lost or broken manifest and spec are written again from the shards, byte for byte, without
+    computing a row.
+    """
     directory = make_feature_set(tmp_path, 4)
     names = ("manifest.jsonl", "spec.json")
     before = {name: (directory / name).read_bytes() for name in names}
@@ -100,7 +110,9 @@ def test_repair_without_a_whole_shard(tmp_path):
 
 
 def test_repair_deletes_nothing_that_might_be_whole(tmp_path, monkeypatch):
-    """A shard that the operating system does not let be read is named, by verify and by repair, and stays."""
+    """A shard that the operating system does not let be read is named, by verify and by repair, and
+    stays.
+    """
     directory = make_feature_set(tmp_path, 2)
     whole = shard_bytes(directory)
     original = open
@@ -131,7 +143,9 @@ def test_a_shard_that_somebody_has_open_is_whole(tmp_path):
 def test_repair_while_others_extract(tmp_path):
     """Repairing again and again during an extraction loses no unit that was published meanwhile."""
     directory = create_feature_set(tmp_path, SPEC)
-    child = start_child(lambda: [publish_shard(directory, **unit_arguments(SPEC, number)) for number in range(60)])
+    child = start_child(
+        lambda: [publish_shard(directory, **unit_arguments(SPEC, number)) for number in range(60)]
+    )
     seen = 0
     while os.waitpid(child, os.WNOHANG) == (0, 0):
         done = repair(directory)
@@ -154,11 +168,20 @@ def test_repairs_at_once(tmp_path):
 
 
 def test_verify_sources(tmp_path):
-    """A source image that has changed by a byte, or is gone, is named; also one that could not be decoded."""
+    """A source image that has changed by a byte, or is gone, is named; also one that could not be
+    decoded.
+    """
     directory = create_feature_set(tmp_path, SPEC)
     names, content = [f"{index}.png" for index in range(6)], hashes(0, 6)
     failure = Failure(names[5], content[5], "not an image")
-    publish_shard(directory, "a", features=np.ones((5, 12)), ids=names[:5], content=content[:5], failures=[failure])
+    publish_shard(
+        directory,
+        "a",
+        features=np.ones((5, 12)),
+        ids=names[:5],
+        content=content[:5],
+        failures=[failure],
+    )
     features = open_feature_set(directory)
     current = {**dict(zip(names, content, strict=True)), "new.png": hashes(50, 1)[0]}
     assert verify_sources(features, current) == []
@@ -169,16 +192,26 @@ def test_verify_sources(tmp_path):
     assert f"its hash is {hashes(60, 1)[0]}, was {content[1]}" in problems[0].message
     assert "can no longer be read" in problems[1].message
     assert "no longer in the data set" in problems[2].message
-    publish_shard(directory, "b", features=np.ones((1, 12)), ids=[names[1]], content=[changed[names[1]]])
+    publish_shard(
+        directory, "b", features=np.ones((1, 12)), ids=[names[1]], content=[changed[names[1]]]
+    )
     again = verify_sources(open_feature_set(directory), changed)
     assert [problem.id for problem in again] == [names[3], names[4], names[5]]
-    third = {**changed, names[1]: hashes(62, 1)[0]}  # neither of the two images that have had this name
-    assert "or another data set's, of this name" in verify_sources(open_feature_set(directory), third)[0].message
+    third = {
+        **changed,
+        names[1]: hashes(62, 1)[0],
+    }  # neither of the two images that have had this name
+    assert (
+        "or another data set's, of this name"
+        in verify_sources(open_feature_set(directory), third)[0].message
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "uint8"])
 def test_verify_recompute(tmp_path, dtype):
-    """Rows computed again agree within the tolerance; another resize, a NaN, or rows of other samples do not."""
+    """Rows computed again agree within the tolerance; another resize, a NaN, or rows of other
+    samples do not.
+    """
     spec = make_spec(dtype)
     features = open_feature_set(make_feature_set(tmp_path, 4, spec))
     values, _, content = given(spec, range(4))
@@ -203,7 +236,9 @@ def test_verify_recompute(tmp_path, dtype):
 
 
 def test_gc_removes_what_no_recipe_uses(tmp_path):
-    """Only the feature sets that are not named go, and only when names are given; stale temporaries go, fresh ones stay."""
+    """Only the feature sets that are not named go, and only when names are given; stale temporaries
+    go, fresh ones stay.
+    """
     keep, drop = make_feature_set(tmp_path, 1), make_feature_set(tmp_path, 1, make_spec(tap="x"))
     old, fresh = keep / "shards" / ".u.h5.1.partial", keep / "shards" / ".u.h5.2.partial"
     for path in (old, fresh):
@@ -225,7 +260,9 @@ def test_gc_removes_what_no_recipe_uses(tmp_path):
 
 
 def test_an_interrupted_removal_is_finished(tmp_path):
-    """A removed feature set disappears at once; what an interruption leaves of it is garbage, and not listed."""
+    """A removed feature set disappears at once; what an interruption leaves of it is garbage, and
+    not listed.
+    """
     directory = make_feature_set(tmp_path, 1)
 
     def work():
@@ -253,7 +290,9 @@ def test_only_feature_sets_are_removed(tmp_path):
 @pytest.mark.parametrize("dtype", ["float16", "uint8"])
 @pytest.mark.parametrize("kind", EXPORTS)
 def test_exports_hold_the_rows(tmp_path, kind, dtype):
-    """What other programs read is what the feature set holds, with ids and content hashes, and the spec where it fits."""
+    """What other programs read is what the feature set holds, with ids and content hashes, and the
+    spec where it fits.
+    """
     spec = make_spec(dtype, (3, 2, 2))
     features = open_feature_set(make_feature_set(tmp_path, 3, spec))
     target = tmp_path / "out" / f"features.{kind}"
@@ -271,7 +310,10 @@ def test_exports_hold_the_rows(tmp_path, kind, dtype):
     else:
         group = zarr.open_group(target, mode="r")
         values = group["features"][:]
-        ids, content = ([bytes(row).rstrip(b"\0").decode() for row in group[name][:]] for name in ("id", "content"))
+        ids, content = (
+            [bytes(row).rstrip(b"\0").decode() for row in group[name][:]]
+            for name in ("id", "content")
+        )
         assert group.attrs["headrace"] == json.loads(spec.to_json())
     assert np.array_equal(values, features[:])
     assert values.dtype == features.dtype
@@ -306,7 +348,9 @@ def test_a_missing_extra_is_named(tmp_path, monkeypatch, module, extra):
     """Without the optional library the error says what to install, and nothing is written."""
     monkeypatch.setitem(sys.modules, module, None)
     needs = {
-        "zarr": lambda: EXPORTS["zarr"](open_feature_set(make_feature_set(tmp_path, 1)), tmp_path / "x.zarr"),
+        "zarr": lambda: EXPORTS["zarr"](
+            open_feature_set(make_feature_set(tmp_path, 1)), tmp_path / "x.zarr"
+        ),
         "hdf5plugin": lambda: make_feature_set(tmp_path, 1, compression="bitshuffle-lz4"),
     }
     with pytest.raises(ExtraMissing, match=rf"pip install 'headrace\[{extra}\]'"):
@@ -315,7 +359,9 @@ def test_a_missing_extra_is_named(tmp_path, monkeypatch, module, extra):
 
 
 def test_compression_pays_on_sparse_maps(tmp_path):
-    """A spatial map after a ReLU, nine tenths of it zero, takes less than two thirds of the bytes."""
+    """A spatial map after a ReLU, nine tenths of it zero, takes less than two thirds of
+    the bytes.
+    """
     spec = make_spec(shape=(64, 7, 7))
     values = np.random.default_rng(0).normal(size=(64, 64, 7, 7)).astype(np.float32)
     values = np.maximum(values - 1.28, 0)
@@ -331,7 +377,9 @@ def test_compression_pays_on_sparse_maps(tmp_path):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "uint8"])
 @pytest.mark.parametrize("shape", [(4,), (320,), (16, 7, 7)])
 def test_planned_bytes_are_enough(tmp_path, dtype, shape):
-    """What the planner says is never less than what is written, and for large rows not much more."""
+    """What the planner says is never less than what is written, and for large rows not
+    much more.
+    """
     spec = make_spec(dtype, shape)
     directory = create_feature_set(tmp_path, spec)
     for number in range(3):
@@ -342,13 +390,17 @@ def test_planned_bytes_are_enough(tmp_path, dtype, shape):
 
 
 def test_taps_that_fit(tmp_path):
-    """Taps are taken in order while they fit; what is too large is said to be, and smaller ones after it still fit."""
+    """Taps are taken in order while they fit; what is too large is said to be, and smaller ones
+    after it still fit.
+    """
     small, large = make_spec(shape=(100,)), make_spec(shape=(1000, 14, 14), tap="y")
     costs = plan_taps([(small, 1000), (large, 1000), (small, 500)], 10_000_000)
     assert [cost.fits for cost in costs] == [True, False, True]
     assert all(cost.fits for cost in plan_taps([(large, 10**9)], None))
     require_space(tmp_path / "not" / "yet", costs[:1])
-    with pytest.raises(DiskTooSmall, match=r"0\.39 GB and 0\.10 GB are free.*y\.map.*Nothing was extracted"):
+    with pytest.raises(
+        DiskTooSmall, match=r"0\.39 GB and 0\.10 GB are free.*y\.map.*Nothing was extracted"
+    ):
         require_space(tmp_path, costs, free_bytes=100_000_000)
     assert issubclass(DiskTooSmall, OSError)
 
@@ -369,7 +421,9 @@ print(features.n_rows, peak() - before)
 
 
 def test_ten_million_rows(tmp_path):
-    """10 million rows in 2,000 shards: opening and reading one row takes less than 200 MB beyond the imports."""
+    """10 million rows in 2,000 shards: opening and reading one row takes less than 200 MB beyond
+    the imports.
+    """
     from headrace.cache.lines import to_line
     from headrace.cache.manifest import read_manifest
 
@@ -391,7 +445,9 @@ def test_ten_million_rows(tmp_path):
 
 def test_messages_name_the_errno(tmp_path, monkeypatch):
     """A directory that cannot be written to is an error that says so."""
-    monkeypatch.setattr(os, "mkdir", lambda *_: (_ for _ in ()).throw(OSError(errno.EROFS, "Read-only file system")))
+    monkeypatch.setattr(
+        os, "mkdir", lambda *_: (_ for _ in ()).throw(OSError(errno.EROFS, "Read-only file system"))
+    )
     with pytest.raises(CacheError, match="EROFS"):
         create_feature_set(tmp_path, SPEC)
     assert not feature_set_path(tmp_path, SPEC).exists()

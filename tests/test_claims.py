@@ -31,7 +31,10 @@ def test_a_claim_is_one_drivers_until_it_is_dropped(tmp_path):
 def test_what_a_dead_driver_had_is_free(tmp_path):
     """A driver that was killed holds its claims no longer, and says nothing of it."""
     holder = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", HOLD, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert holder.stdout.readline() == "True\n"
     (name,) = {path.stem for path in tmp_path.glob("*.driver")}
@@ -47,7 +50,9 @@ def test_what_a_dead_driver_had_is_free(tmp_path):
 
 def test_what_dead_drivers_left_goes_by_itself(tmp_path):
     """Claims, locks, and locks without a name in them; what a living driver has stays."""
-    code = "import os, sys; from pathlib import Path; from headrace.pipelines.claims import claims\n"
+    code = (
+        "import os, sys; from pathlib import Path; from headrace.pipelines.claims import claims\n"
+    )
     code += "with claims(Path(sys.argv[1])) as ours: ours.take('bank-x'); os._exit(9)"
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
     assert len(list(tmp_path.iterdir())) == 2

@@ -36,7 +36,12 @@ def test_the_event_of_a_pass_is_recorded_on_the_stream_of_its_device(monkeypatch
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: f"stream of {device}")
     monkeypatch.setattr(torch.Tensor, "to", lambda self, *_, **__: self)
-    result = launch(lambda pixels: [pixels.float()], torch.zeros(3, 2, 2, 3, dtype=torch.uint8), "cuda:1", Limit(2))
+    result = launch(
+        lambda pixels: [pixels.float()],
+        torch.zeros(3, 2, 2, 3, dtype=torch.uint8),
+        "cuda:1",
+        Limit(2),
+    )
     assert recorded == ["stream of cuda:1"]
     assert result()[0].shape == (3, 2, 2, 3)
 
@@ -65,12 +70,16 @@ def job_of(folder, seeds, number):
     for seed in seeds:
         spec = BackboneSpec("timm:test_resnet", f"random:{seed}", image_size=32)
         backbone = load_backbone(spec)
-        networks.append((spec, tuple(feature_specs(backbone, resolve_taps(backbone, ["layer2.avg"])))))
+        networks.append(
+            (spec, tuple(feature_specs(backbone, resolve_taps(backbone, ["layer2.avg"]))))
+        )
     return ExtractJob(str(folder / "cache"), f"unit{number}", tuple(networks), tuple(samples))
 
 
 def test_networks_are_made_once_however_many_a_run_has(tmp_path, monkeypatch):
-    """Six networks, three units: each is copied and tuned once; a run of other networks takes their place."""
+    """Six networks, three units: each is copied and tuned once; a run of other networks takes their
+    place.
+    """
     made = Counter()
     real = unit_module.make_forward
 
@@ -82,7 +91,11 @@ def test_networks_are_made_once_however_many_a_run_has(tmp_path, monkeypatch):
     for name in ("_backbones", "_forwards"):
         monkeypatch.setattr(unit_module, name, unit_module._Latest())
     loaded = Counter()
-    monkeypatch.setattr(unit_module, "load_backbone", lambda spec: loaded.update([spec.weights]) or load_backbone(spec))
+    monkeypatch.setattr(
+        unit_module,
+        "load_backbone",
+        lambda spec: loaded.update([spec.weights]) or load_backbone(spec),
+    )
     jobs = [job_of(tmp_path, range(6), number) for number in range(3)]
     for job in jobs:
         run_unit(job)
@@ -101,7 +114,9 @@ def test_networks_are_made_once_however_many_a_run_has(tmp_path, monkeypatch):
         (2, Halving(), [("cuda", 5), ("cpu", 5)]),
     ],
 )
-def test_heads_that_do_not_fit_a_gpu_are_trained_in_smaller_groups_then_on_the_cpu(monkeypatch, room, halving, where):
+def test_heads_that_do_not_fit_a_gpu_are_trained_in_smaller_groups_then_on_the_cpu(
+    monkeypatch, room, halving, where
+):
     """None of them fails for it; those that compete with one another stay together."""
     tried = []
 
@@ -118,7 +133,13 @@ def test_heads_that_do_not_fit_a_gpu_are_trained_in_smaller_groups_then_on_the_c
     monkeypatch.setattr(bank, "check_device", lambda device: None)
     rows = np.arange(4)
     task = Task(
-        "single", ("a", "b"), rows.astype(str), rows.astype("S32"), rows % 2, rows.astype(np.int16) % 2, rows * 1.0
+        "single",
+        ("a", "b"),
+        rows.astype(str),
+        rows.astype("S32"),
+        rows % 2,
+        rows.astype(np.int16) % 2,
+        rows * 1.0,
     )
     specs = [LogisticSpec(C=float(c)) for c in range(1, 6)]
     fits = bank.fit_bank(np.zeros((4, 2)), task, specs, device="cuda", halving=halving)

@@ -1,4 +1,6 @@
-"""What SLURM and GPUs refuse is said in a sentence, tried with stand-ins for SLURM's commands and for dask-cuda."""
+"""What SLURM and GPUs refuse is said in a sentence, tried with stand-ins for SLURM's commands and
+for dask-cuda.
+"""
 
 import os
 import sys
@@ -18,7 +20,9 @@ GPUS = {"gpu_partition": "gpu", "gpus_per_job": 4}
 
 @pytest.fixture
 def commands(tmp_path, monkeypatch):
-    """Makes a folder of commands that stand in for SLURM's; sbatch keeps the script that it is given."""
+    """Makes a folder of commands that stand in for SLURM's; sbatch keeps the script that it is
+    given.
+    """
     folder = tmp_path / "bin"
     folder.mkdir()
 
@@ -40,7 +44,9 @@ def commands(tmp_path, monkeypatch):
     ],
 )
 def test_a_job_that_slurm_refuses_ends_the_run(tmp_path, commands, said, key):
-    """SLURM's own words and the recipe's key, within seconds, instead of waiting for workers that never come."""
+    """SLURM's own words and the recipe's key, within seconds, instead of waiting for workers that
+    never come.
+    """
     pytest.importorskip("dask_jobqueue")
     commands(f"echo 'sbatch: error: {said}' >&2; exit 1")
     section = ClusterSection(where="slurm", slurm=SlurmSection(partition="nosuch", interface="lo"))
@@ -53,9 +59,13 @@ def test_a_job_that_slurm_refuses_ends_the_run(tmp_path, commands, said, key):
     assert time.monotonic() - started < 60
 
 
-@pytest.mark.parametrize("changes", [{}, {"memory_per_job": "200 GB", "directives": ("--cpus-per-task=3",)}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"memory_per_job": "200 GB", "directives": ("--cpus-per-task=3",)}]
+)
 def test_a_gpu_job_asks_for_cores_and_memory_of_each_gpu(tmp_path, commands, changes):
-    """Eight cores and 16 GB for each GPU by default; what the recipe says comes last, and counts."""
+    """Eight cores and 16 GB for each GPU by default; what the recipe says comes last,
+    and counts.
+    """
     pytest.importorskip("dask_jobqueue")
     script = tmp_path / "script"
     commands(f"cp $1 {script}.part; mv {script}.part {script}; echo Submitted batch job 7")
@@ -77,7 +87,9 @@ def test_a_gpu_job_asks_for_cores_and_memory_of_each_gpu(tmp_path, commands, cha
 
 @pytest.mark.parametrize(("shown", "seen"), [(None, ["0", "1", "2"]), ("4,6,7", ["4", "6", "7"])])
 def test_each_worker_of_a_job_sees_its_own_gpu(monkeypatch, shown, seen):
-    """Whatever names SLURM gives the GPUs of a job, or none; a worker that is started again has the same one."""
+    """Whatever names SLURM gives the GPUs of a job, or none; a worker that is started again has the
+    same one.
+    """
     chosen = []
     for number in (0, 1, 2):
         if shown is None:
@@ -97,7 +109,9 @@ def test_a_job_of_one_gpu_is_left_as_it_is(monkeypatch):
 
 
 def test_workers_are_at_most_the_gpus(tmp_path, monkeypatch):
-    """`compute.workers` is a number of processes for heads: more of them than GPUs is no error; no GPU is a sentence."""
+    """`compute.workers` is a number of processes for heads: more of them than GPUs is no error; no
+    GPU is a sentence.
+    """
     asked = []
 
     class LocalCUDACluster:
@@ -105,11 +119,16 @@ def test_workers_are_at_most_the_gpus(tmp_path, monkeypatch):
             asked.append((n_workers, options["protocol"], options["security"].require_encryption))
             raise ClusterError("enough seen")
 
-    monkeypatch.setitem(sys.modules, "dask_cuda", types.SimpleNamespace(LocalCUDACluster=LocalCUDACluster))
+    monkeypatch.setitem(
+        sys.modules, "dask_cuda", types.SimpleNamespace(LocalCUDACluster=LocalCUDACluster)
+    )
     section = ClusterSection(where="cuda")
     for gpus, workers in ((2, 16), (2, 1), (2, None)):
         monkeypatch.setattr(cluster, "_visible_gpus", lambda gpus=gpus: gpus)
-        with pytest.raises(ClusterError), open_client(section, "extract", workers=workers, device="cuda", run=tmp_path):
+        with (
+            pytest.raises(ClusterError),
+            open_client(section, "extract", workers=workers, device="cuda", run=tmp_path),
+        ):
             pass
     assert asked == [(2, "tls://", True), (1, "tls://", True), (2, "tls://", True)]
     monkeypatch.setattr(cluster, "_visible_gpus", lambda: 0)

@@ -32,7 +32,9 @@ def controller(tmp_path_factory):
 
 
 def test_images_become_a_leaderboard_on_slurm(controller, tmp_path):
-    """Extraction and heads run as jobs of two workers each, over TLS, and no job is left when the run ends."""
+    """Extraction and heads run as jobs of two workers each, over TLS, and no job is left when the
+    run ends.
+    """
     make_photos(tmp_path / "photos", n=40)
     (tmp_path / "recipe.yaml").write_text(RECIPE + SECTION)
     result = run_recipe(load_recipe(tmp_path / "recipe.yaml"), console=Console(quiet=True))
@@ -53,7 +55,10 @@ def test_a_job_that_ends_in_mid_run_is_replaced(controller, tmp_path):
     from headrace.pipelines.slurm import slurm_client
 
     section = ClusterSection(
-        where="slurm", slurm=SlurmSection(walltime="00:01:00", workers_per_job=2, memory_per_job="2 GB", interface="lo")
+        where="slurm",
+        slurm=SlurmSection(
+            walltime="00:01:00", workers_per_job=2, memory_per_job="2 GB", interface="lo"
+        ),
     )
     before = set(jobs())
     tasks = [(f"task{i}", f"__import__('time').sleep(2) or {i}") for i in range(70)]

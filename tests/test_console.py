@@ -1,4 +1,6 @@
-"""What is printed: the user's text as it is, whatever the output can encode; tables whose columns and bytes can be relied on."""
+"""What is printed: the user's text as it is, whatever the output can encode; tables whose columns
+and bytes can be relied on.
+"""
 
 import csv
 import io
@@ -23,7 +25,8 @@ from headrace.pipelines.report.read import read_run
 from headrace.pipelines.status import show_status
 from headrace.pipelines.task_log import task_log
 
-HOSTILE = "[draft] [/rare] :dog: [link=x]y[/link] 42 'a'"  # markup, an emoji code, and what is highlighted
+# markup, an emoji code, and what is highlighted
+HOSTILE = "[draft] [/rare] :dog: [link=x]y[/link] 42 'a'"
 NO_UTF8 = os.fsdecode(b"caf\xe9.png")
 RECIPE = """\
 images: {folder: photos}
@@ -36,7 +39,9 @@ compute: {workers: 1}
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A folder with a finished run, whose name and classes are out to be taken for something else."""
+    """A folder with a finished run, whose name and classes are out to be taken for
+    something else.
+    """
     folder = tmp_path_factory.mktemp("console") / "[draft] :dog: café"
     make_photos(folder / "photos", n=24)
     (folder / "photos" / "fine").rename(folder / "photos" / "[rare] :cat: fin é")
@@ -46,11 +51,15 @@ def run(tmp_path_factory):
 
 
 # What PYTHONIOENCODING=ascii does.
-ASCII = "import sys; sys.stdout.reconfigure(encoding='ascii'); sys.stderr.reconfigure(encoding='ascii')"
+ASCII = (
+    "import sys; sys.stdout.reconfigure(encoding='ascii'); sys.stderr.reconfigure(encoding='ascii')"
+)
 
 
 def test_text_is_printed_as_it_is(capsys, monkeypatch):
-    """No markup, no emoji, no highlighting: in lines, in cells and in titles, also on a terminal with colours."""
+    """No markup, no emoji, no highlighting: in lines, in cells and in titles, also on a terminal
+    with colours.
+    """
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setenv("FORCE_COLOR", "1")
     console = make_console()
@@ -73,7 +82,9 @@ def test_what_a_terminal_would_obey_is_shown(capsys):
     ("encoding", "shown"), [("ascii", "\\xe9 \\u2013"), ("latin-1", "é \\u2013"), ("utf-8", "é –")]
 )
 def test_no_output_is_too_narrow_for_a_character(monkeypatch, encoding, shown):
-    """What an encoding lacks becomes an escape, and so do the bytes of a file name that is no UTF-8."""
+    """What an encoding lacks becomes an escape, and so do the bytes of a file name that is no
+    UTF-8.
+    """
     written = io.BytesIO()
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding))
@@ -86,7 +97,9 @@ def test_no_output_is_too_narrow_for_a_character(monkeypatch, encoding, shown):
 
 
 def test_bytes_that_are_no_utf8_are_escaped_and_nothing_else():
-    """Under an ASCII locale Python holds every byte of a name as a surrogate; those that are UTF-8 together are text again."""
+    """Under an ASCII locale Python holds every byte of a name as a surrogate; those that are UTF-8
+    together are text again.
+    """
     assert valid_text("café") == "café"
     assert valid_text(NO_UTF8) == "caf\\xe9.png"
     assert valid_text(b"caf\xc3\xa9".decode("ascii", "surrogateescape")) == "café"
@@ -95,7 +108,12 @@ def test_bytes_that_are_no_utf8_are_escaped_and_nothing_else():
 
 @pytest.mark.parametrize(
     "arguments",
-    [("run", "recipe.yaml"), ("run", "recipe.yaml", "--dry-run"), ("report", "recipe.yaml"), ("status", "recipe.yaml")],
+    [
+        ("run", "recipe.yaml"),
+        ("run", "recipe.yaml", "--dry-run"),
+        ("report", "recipe.yaml"),
+        ("status", "recipe.yaml"),
+    ],
     ids=" ".join,
 )
 def test_commands_end_well_where_the_output_is_ascii(run, arguments):
@@ -111,7 +129,11 @@ def test_an_interpreter_is_told_so_by_its_environment(run):
     """As by a locale."""
     command = [sys.executable, "-m", "headrace.pipelines", "status", "recipe.yaml"]
     done = subprocess.run(
-        command, cwd=run, env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True, timeout=300
+        command,
+        cwd=run,
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr.decode()
     assert b"[draft] :dog: caf\\xe9" in done.stdout.replace(b"\n", b"")
@@ -139,11 +161,15 @@ def test_an_error_shows_the_name_that_was_given(run, monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 2
-    assert capsys.readouterr().err.startswith("Error: [/x] :dog: caf\\xe9.png: no such file or folder.")
+    assert capsys.readouterr().err.startswith(
+        "Error: [/x] :dog: caf\\xe9.png: no such file or folder."
+    )
 
 
 def test_a_project_whose_name_is_no_utf8_is_told(tmp_path, monkeypatch, capsys):
-    """Tables of results hold paths as UTF-8: the name is said before anything is written, and what to do."""
+    """Tables of results hold paths as UTF-8: the name is said before anything is written, and what
+    to do.
+    """
     folder = tmp_path / os.fsdecode(b"caf\xe9")
     make_photos(folder / "photos", n=4)
     (folder / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
@@ -190,14 +216,28 @@ def write_table(path, task_kind, classes, files=("a.png",), errors=(None,)):
     ("task_kind", "classes", "expected"),
     [
         ("regression", ("file", "y", "error"), ["file", "file_", "y", "error_", "error"]),
-        ("regression", ("error_", "error", "class"), ["file", "error_", "error__", "class", "error"]),
-        ("single", ("robability", "x"), ["file", "class", "probability", "p_robability", "p_x", "error"]),
-        ("multi", (NO_UTF8, "caf\\xe9.png"), ["file", "class", "p_caf\\xe9.png", "p_caf\\xe9.png_", "error"]),
+        (
+            "regression",
+            ("error_", "error", "class"),
+            ["file", "error_", "error__", "class", "error"],
+        ),
+        (
+            "single",
+            ("robability", "x"),
+            ["file", "class", "probability", "p_robability", "p_x", "error"],
+        ),
+        (
+            "multi",
+            (NO_UTF8, "caf\\xe9.png"),
+            ["file", "class", "p_caf\\xe9.png", "p_caf\\xe9.png_", "error"],
+        ),
         ("multi", ("class", "error"), ["file", "class", "p_class", "p_error", "error"]),
     ],
 )
 def test_no_two_columns_have_one_name(tmp_path, task_kind, classes, expected):
-    """A target or class whose column's name is taken has `_` after it; nothing is lost, in any format."""
+    """A target or class whose column's name is taken has `_` after it; nothing is lost, in any
+    format.
+    """
     for kind in ("csv", "parquet", "jsonl"):
         write_table(tmp_path / f"p.{kind}", task_kind, classes)
     (header, _) = csv.reader((tmp_path / "p.csv").read_text(encoding="utf-8").splitlines())
@@ -216,11 +256,18 @@ def test_tables_name_files_whose_names_are_no_utf8(tmp_path, kind):
     files = [NO_UTF8, "é\n[x].png"]
     write_table(tmp_path / f"p.{kind}", "regression", (NO_UTF8,), files, [None, f"{NO_UTF8}: gone"])
     if kind == "jsonl":
-        lines = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text(encoding="utf-8").splitlines()]
+        lines = [
+            json.loads(line)
+            for line in (tmp_path / "p.jsonl").read_text(encoding="utf-8").splitlines()
+        ]
         assert [line["file"] for line in lines] == ["caf\\xe9.png", "é\n[x].png"]
         assert [line.get("error") for line in lines] == [None, "caf\\xe9.png: gone"]
         return
-    table = pd.read_csv(tmp_path / "p.csv") if kind == "csv" else pd.read_parquet(tmp_path / "p.parquet")
+    table = (
+        pd.read_csv(tmp_path / "p.csv")
+        if kind == "csv"
+        else pd.read_parquet(tmp_path / "p.parquet")
+    )
     assert list(table.columns) == ["file", "caf\\xe9.png", "error"]
     assert table["file"].tolist() == ["caf\\xe9.png", "é\n[x].png"]
     assert table["error"].tolist()[1] == "caf\\xe9.png: gone"

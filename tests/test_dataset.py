@@ -23,7 +23,11 @@ def content_of(text):
 
 def table(n=80, classes=("cat", "dog"), **columns):
     return pd.DataFrame(
-        {"id": [f"{i:04}.png" for i in range(n)], "label": [classes[i % len(classes)] for i in range(n)], **columns}
+        {
+            "id": [f"{i:04}.png" for i in range(n)],
+            "label": [classes[i % len(classes)] for i in range(n)],
+            **columns,
+        }
     )
 
 
@@ -63,7 +67,9 @@ def test_rows_without_target_or_content_are_left_out():
 @settings(deadline=None)  # the first call imports scikit-learn
 @given(st.lists(st.integers(0, 12), min_size=40, max_size=80), st.integers(0, 5))
 def test_copies_of_an_image_stay_on_one_side(copies, seed):
-    """The same bytes under several names are one row to every split: none is trained on and tested on."""
+    """The same bytes under several names are one row to every split: none is trained on and tested
+    on.
+    """
     frame = table(len(copies))
     frame["label"] = ["cat" if copy % 2 else "dog" for copy in copies]
     if frame["label"].nunique() < 2 or len(set(copies)) < 8:
@@ -94,7 +100,9 @@ def test_a_split_column_is_followed():
 
 
 def test_a_share_that_accuracy_hides_is_pointed_out():
-    """49 of 50 images of one class: ignoring the other is worth 97.9 % of 375 training images; other metrics need no note."""
+    """49 of 50 images of one class: ignoring the other is worth 97.9 % of 375 training images;
+    other metrics need no note.
+    """
     frame = table(500, classes=("no",) * 49 + ("yes",))
     assert "97.9% of the images are no" in " ".join(dataset(frame).notes)
     assert dataset(frame, metric="balanced_accuracy").notes == ()
@@ -102,13 +110,17 @@ def test_a_share_that_accuracy_hides_is_pointed_out():
 
 def test_notes_of_a_thousand_classes_stay_short():
     """Ten names, and how many more."""
-    (note,) = dataset(table(2000, classes=tuple(f"k{i}" for i in range(1000))), folds=2, test_fraction=0).notes
+    (note,) = dataset(
+        table(2000, classes=tuple(f"k{i}" for i in range(1000))), folds=2, test_fraction=0
+    ).notes
     assert "and 990 more" in note
     assert len(note) < 300
 
 
 def test_a_split_that_is_not_asked_for_is_pointed_out():
-    """A column `split` of train / test beside a drawn split is told of; one of other words is the user's own affair."""
+    """A column `split` of train / test beside a drawn split is told of; one of other words is the
+    user's own affair.
+    """
     assert "task.split: split" in " ".join(dataset(table(split=["train", "test"] * 40)).notes)
     assert dataset(table(split=["left", "right"] * 40)).notes == ()
 
@@ -154,7 +166,11 @@ def test_multi_label_and_regression_targets():
         ({"label": [None] * 80}, {}, "nothing to learn"),
         ({"a": ["x"] * 80}, {"kind": "multi", "target": "a"}, "needs numbers in a"),
         ({"a": [2] * 80}, {"kind": "multi", "target": "a"}, "0 or 1"),
-        ({"split": ["train", "exam"] * 40}, {"split": "split"}, "'exam'; expected train, validation or test"),
+        (
+            {"split": ["train", "exam"] * 40},
+            {"split": "split"},
+            "'exam'; expected train, validation or test",
+        ),
         ({"patient": ["p", None] * 40}, {"group": "patient"}, "is empty for '0001.png'"),
     ],
 )
@@ -191,12 +207,20 @@ def test_groups_that_share_a_copy_are_one_group(data):
     assert not set(patient[made.train.ids]) & set(patient[made.test.ids])
     assert not set(made.train.content) & set(made.test.content)
     for column in (patient[made.train.ids].to_numpy(), made.train.content):
-        assert pd.DataFrame({"column": column, "fold": made.train.fold}).groupby("column")["fold"].nunique().max() == 1
+        assert (
+            pd.DataFrame({"column": column, "fold": made.train.fold})
+            .groupby("column")["fold"]
+            .nunique()
+            .max()
+            == 1
+        )
 
 
 def test_a_test_split_drawn_beside_given_validation_rows_keeps_groups_whole():
     """Groups with a validation row give no test row."""
-    frame = table(80, patient=[f"p{i // 4}" for i in range(80)], split=["train"] * 50 + ["val"] * 30)
+    frame = table(
+        80, patient=[f"p{i // 4}" for i in range(80)], split=["train"] * 50 + ["val"] * 30
+    )
     with pytest.raises(DataError, match="p12"):  # rows 48 to 51 are on both sides
         dataset(frame, group="patient", split="split")
     frame["split"] = ["train"] * 48 + ["val"] * 32
@@ -207,8 +231,12 @@ def test_a_test_split_drawn_beside_given_validation_rows_keeps_groups_whole():
 
 
 def test_a_fold_column_with_gaps_is_refused_and_its_test_rows_are_the_test_split():
-    """Whole numbers that were read as floats are fold numbers; -1 is a test row, and no more are drawn."""
-    frame = table(80, f=[-1.0, 0.0, 1.0, 2.0] * 20).assign(label=["cat", "dog"] * 20 + ["dog", "cat"] * 20)
+    """Whole numbers that were read as floats are fold numbers; -1 is a test row, and no more are
+    drawn.
+    """
+    frame = table(80, f=[-1.0, 0.0, 1.0, 2.0] * 20).assign(
+        label=["cat", "dog"] * 20 + ["dog", "cat"] * 20
+    )
     made = dataset(frame, fold="f")
     assert set(made.test.ids) == set(frame["id"][::4])
     assert made.train.n_folds == 3
@@ -218,7 +246,9 @@ def test_a_fold_column_with_gaps_is_refused_and_its_test_rows_are_the_test_split
 
 
 def test_rows_that_a_feature_set_lost_are_left_out_for_all_heads():
-    """The others keep their folds, and the task is another one; a fold that loses all its rows is refused."""
+    """The others keep their folds, and the task is another one; a fold that loses all its rows is
+    refused.
+    """
     made = dataset(table())
     lost = frozenset(made.train.content[:3].astype(str).tolist()) | {content_of("elsewhere")}
     kept = drop_rows(made, lost)
@@ -239,11 +269,17 @@ def test_rows_that_a_feature_set_lost_are_left_out_for_all_heads():
             {"split": "split"},
             "one class",
         ),
-        ({"age": [np.inf] + [1.0] * 79}, {"kind": "regression", "target": "age"}, "infinite in 1 rows"),
+        (
+            {"age": [np.inf] + [1.0] * 79},
+            {"kind": "regression", "target": "age"},
+            "infinite in 1 rows",
+        ),
         ({"label": [1, "1"] * 40}, {}, "one class only, '1'"),
     ],
 )
-def test_splits_and_targets_that_cannot_work_are_refused_before_anything_is_extracted(columns, section, said):
+def test_splits_and_targets_that_cannot_work_are_refused_before_anything_is_extracted(
+    columns, section, said
+):
     """Each would have failed, or misled, after the work."""
     with pytest.raises(DataError) as refusal:
         dataset(table().assign(**columns), **section)
@@ -251,7 +287,9 @@ def test_splits_and_targets_that_cannot_work_are_refused_before_anything_is_extr
 
 
 def test_labels_are_text_as_written():
-    """Codes with zeros and words that mean nothing elsewhere are classes; blanks and the form of accents are not."""
+    """Codes with zeros and words that mean nothing elsewhere are classes; blanks and the form of
+    accents are not.
+    """
     words = ["1.10", "1.1", "01", "1", "None", "NA", " é ", "e\u0301"]
     made = dataset(table(80, label=[words[i % 8] for i in range(80)]), folds=2)
     assert sorted(made.train.classes) == sorted({"1.10", "1.1", "01", "1", "None", "NA", "é"})
@@ -264,18 +302,29 @@ def test_classes_and_groups_that_a_person_would_take_for_one_are_told():
     assert "'Cat' and 'cat'" in notes
     assert "'Käfer' and 'kafer'" in notes
     notes = " ".join(
-        dataset(table(80, site=[["P1", "p 1", "q", "r"][i // 2 % 4] for i in range(80)]), group="site", folds=2).notes
+        dataset(
+            table(80, site=[["P1", "p 1", "q", "r"][i // 2 % 4] for i in range(80)]),
+            group="site",
+            folds=2,
+        ).notes
     )
     assert "'P1' and 'p 1'" in notes
-    assert not any("differ in case" in note for note in dataset(table(80, label=["1.1", "1.10", "-1", "1"] * 20)).notes)
+    assert not any(
+        "differ in case" in note
+        for note in dataset(table(80, label=["1.1", "1.10", "-1", "1"] * 20)).notes
+    )
 
 
 def test_copies_on_two_sides_of_the_users_split():
-    """The run is refused with the rows named, or the column is followed to the letter: none is moved in silence."""
+    """The run is refused with the rows named, or the column is followed to the letter: none is
+    moved in silence.
+    """
     frame = table(split=["train"] * 60 + ["test"] * 20)
     content = [content_of(name) for name in frame["id"]]
     content[70] = content[10]
-    with pytest.raises(DataError, match=r"2 images, first '0010.png' and '0070.png'.*task.copies: keep"):
+    with pytest.raises(
+        DataError, match=r"2 images, first '0010.png' and '0070.png'.*task.copies: keep"
+    ):
         dataset(frame, content, split="split")
     made = dataset(frame, content, split="split", copies="keep", folds=3)
     assert set(made.test.ids) == set(frame["id"][60:])
@@ -293,19 +342,31 @@ def test_copies_on_two_sides_of_the_users_split():
 
 
 def test_an_image_that_many_groups_share():
-    """It joins them, and that is told with its name; where most images would be one group, the run is refused."""
+    """It joins them, and that is told with its name; where most images would be one group, the run
+    is refused.
+    """
     frame = table(160, patient=[f"p{i // 4:02}" for i in range(160)])
-    content = [content_of("blank" if i % 4 == 0 and i < 40 else name) for i, name in enumerate(frame["id"])]
+    content = [
+        content_of("blank" if i % 4 == 0 and i < 40 else name) for i, name in enumerate(frame["id"])
+    ]
     (note,) = [note for note in dataset(frame, content, group="patient").notes if "joined" in note]
     assert "'0000.png' and its copies are in 10 of the 40 groups of 'patient'" in note
     assert "40 of 160 images" in note
-    content = [content_of("blank" if i % 4 == 0 and i < 120 else name) for i, name in enumerate(frame["id"])]
-    with pytest.raises(DataError, match=r"No fair split is left.*images.exclude: \[0000.png, 0004.png, .* and 10 more"):
+    content = [
+        content_of("blank" if i % 4 == 0 and i < 120 else name)
+        for i, name in enumerate(frame["id"])
+    ]
+    with pytest.raises(
+        DataError,
+        match=r"No fair split is left.*images.exclude: \[0000.png, 0004.png, .* and 10 more",
+    ):
         dataset(frame, content, group="patient")
 
 
 def test_several_labels_in_a_cell():
-    """By a named separator, or as lists; an empty list is an image without any, an empty cell an image without an answer."""
+    """By a named separator, or as lists; an empty list is an image without any, an empty cell an
+    image without an answer.
+    """
     frame = table(80, tags=["a; b", "b", "c ;a", None] * 20)
     made = dataset(frame, kind="multi", target="tags", separator=";", folds=2)
     assert made.train.classes == ("a", "b", "c")
@@ -322,25 +383,39 @@ def test_several_labels_in_a_cell():
     assert (made.train.target.sum(1) == 0).any()
     with pytest.raises(DataError, match=r"holds lists.*task.kind: multi"):
         dataset(lists, target="tags")
-    with pytest.raises(DataError, match=r"needs numbers in tags; found 'a; b' for '0000.png'.*task.separator: ';'"):
+    with pytest.raises(
+        DataError, match=r"needs numbers in tags; found 'a; b' for '0000.png'.*task.separator: ';'"
+    ):
         dataset(frame, kind="multi", target="tags")
 
 
 def test_numbers_are_numbers_only_where_the_task_says_so():
-    """A table's text is read as numbers for regression and 0/1 columns; what is none is named with its row."""
+    """A table's text is read as numbers for regression and 0/1 columns; what is none is named with
+    its row.
+    """
     frame = table(80, age=[f" {i}.5 " for i in range(79)] + [None])
     made = dataset(frame, kind="regression", target="age")
     assert made.unlabelled == 1
     assert made.train.target.max() < 80
-    with pytest.raises(DataError, match=r"found '1,5' for '0000.png' \(80 such rows\). Write decimals with a point"):
+    with pytest.raises(
+        DataError, match=r"found '1,5' for '0000.png' \(80 such rows\). Write decimals with a point"
+    ):
         dataset(table(80, age=["1,5"] * 80), kind="regression", target="age")
-    multi = dataset(table(80, a=["0", "1"] * 40, b=["True", "False"] * 40), kind="multi", target=["a", "b"])
+    multi = dataset(
+        table(80, a=["0", "1"] * 40, b=["True", "False"] * 40), kind="multi", target=["a", "b"]
+    )
     assert multi.train.target.shape[1] == 2
 
 
 def test_folds_of_a_text_table():
-    """Numbers of folds are numbers, also where the table has only text; folds counted from one are names."""
-    for column in ([str(i % 4) for i in range(80)], [str(1 + i % 4) for i in range(80)], [i % 4 for i in range(80)]):
+    """Numbers of folds are numbers, also where the table has only text; folds counted from one are
+    names.
+    """
+    for column in (
+        [str(i % 4) for i in range(80)],
+        [str(1 + i % 4) for i in range(80)],
+        [i % 4 for i in range(80)],
+    ):
         assert dataset(table(fold=column), fold="fold", test_fraction=0).train.n_folds == 4
     with pytest.raises(DataError, match=r"empty in 1 rows, first '0079.png'"):
         dataset(table(split=["train"] * 40 + ["test"] * 39 + [" "]), split="split")
@@ -348,9 +423,14 @@ def test_folds_of_a_text_table():
 
 @pytest.mark.parametrize("grouped", [False, True])
 def test_what_is_drawn_beside_a_column_that_mixes_copies_keeps_them_together(grouped):
-    """The user's column may put copies on two sides; the test split and the folds that headrace draws may not."""
+    """The user's column may put copies on two sides; the test split and the folds that headrace
+    draws may not.
+    """
     content = [content_of(str(i // 2)) for i in range(80)]
-    frame = table(label=["cat", "cat", "dog", "dog"] * 20, patient=[f"p{(i + (i > 55)) // 4}" for i in range(80)])
+    frame = table(
+        label=["cat", "cat", "dog", "dog"] * 20,
+        patient=[f"p{(i + (i > 55)) // 4}" for i in range(80)],
+    )
     section = {"copies": "keep", "group": "patient" if grouped else None}
     frame["split"] = ["train"] * 59 + ["val"] * 21  # rows 58 and 59 are copies
     made = dataset(frame, content, split="split", **section)
@@ -374,22 +454,32 @@ def test_what_is_drawn_beside_a_column_that_mixes_copies_keeps_them_together(gro
 
 
 def test_a_text_beside_lists_is_one_label():
-    """Without a separator nothing is split, blanks included; a separator that is no text is refused with its key."""
+    """Without a separator nothing is split, blanks included; a separator that is no text is refused
+    with its key.
+    """
     mixed = table(80, tags=[["golden retriever", "cat"], "golden retriever", ["cat"], 7] * 20)
     made = dataset(mixed, kind="multi", target="tags", folds=2)
     assert made.train.classes == ("7", "cat", "golden retriever")
     with pytest.raises(ValueError, match="separator"):
         TaskSection.model_validate({"kind": "multi", "separator": ""})
     words = table(80, tags=["cat dog", "cat", "dog", "cat  dog"] * 20)
-    assert dataset(words, kind="multi", target="tags", separator=" ", folds=2).train.classes == ("cat", "dog")
+    assert dataset(words, kind="multi", target="tags", separator=" ", folds=2).train.classes == (
+        "cat",
+        "dog",
+    )
 
 
 def test_fold_names_of_many_digits():
-    """Numbers too long for an integer are names; beside the -1 of test rows, which no name can be, they are refused."""
+    """Numbers too long for an integer are names; beside the -1 of test rows, which no name can be,
+    they are refused.
+    """
     long = "9" * 20
     for column in ([long, "8" * 20] * 40, [long, "0"] * 40):
         assert (
-            dataset(table(80, f=column, label=["a", "a", "b", "b"] * 20), fold="f", test_fraction=0).train.n_folds == 2
+            dataset(
+                table(80, f=column, label=["a", "a", "b", "b"] * 20), fold="f", test_fraction=0
+            ).train.n_folds
+            == 2
         )
     with pytest.raises(DataError, match=f"holds -1 beside {long}: number the folds 0, 1"):
         dataset(table(80, f=[long, "-1"] * 40), fold="f")

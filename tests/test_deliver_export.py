@@ -1,4 +1,6 @@
-"""`headrace export`: heads as graphs, files that predict the same where headrace is not installed, and their card."""
+"""`headrace export`: heads as graphs, files that predict the same where headrace is not installed,
+and their card.
+"""
 
 import json
 import os
@@ -50,7 +52,8 @@ from headrace.pipelines.thaw.persist import load_network, save_network
 NETWORK = BackboneSpec("torchvision:resnet18", weights="random:0", image_size=32, crop_fraction=1.0)
 OTHER = BackboneSpec("torchvision:squeezenet1_1", weights="random:0", image_size=48)
 
-# Runs where nothing of headrace can be found: -I leaves out the folder and the user's paths, and the finder is taken out.
+# Runs where nothing of headrace can be found: -I leaves out the folder and the user's paths, and
+# the finder is taken out.
 ALONE = """
 import sys, json
 sys.meta_path = [finder for finder in sys.meta_path if "editable" not in type(finder).__module__ + getattr(finder, "__name__", "")]
@@ -89,7 +92,9 @@ def features(photos):
     """Of two networks, for every photo."""
     cache = photos.parent / "cache"
     with here():
-        one = extract_features(photos, NETWORK, ["layer1.avg", "layer2.map"], cache=cache, workers=1)
+        one = extract_features(
+            photos, NETWORK, ["layer1.avg", "layer2.map"], cache=cache, workers=1
+        )
         two = extract_features(photos, OTHER, ["features.6.max"], cache=cache, workers=1)
     return {"avg": one["layer1.avg"], "map": one["layer2.map"], "max": two["features.6.max"]}
 
@@ -101,7 +106,15 @@ def model_directory(place, photos, features, spec, names):
     ids = sets[0].ids()
     target = (labels[ids] == "fine").to_numpy().astype(np.int64)
     fold = (np.arange(len(ids)) % 3).astype(np.int16)
-    task = Task("single", ("coarse", "fine"), np.array(ids), sets[0].content(), target, fold, np.ones(len(ids)))
+    task = Task(
+        "single",
+        ("coarse", "fine"),
+        np.array(ids),
+        sets[0].content(),
+        target,
+        fold,
+        np.ones(len(ids)),
+    )
     X, _ = load_rows(sets, task.content, spatial=spec.kind == "conv")
     (full,) = [fit for fit in fit_bank(X, task, [spec]) if fit.fold == FULL]
     assert full.error is None
@@ -152,7 +165,9 @@ def fitted(spec, kind):
     return head, rng.normal(3, 2, (20, *shape[1:])).astype(np.float32)
 
 
-@pytest.mark.parametrize(("spec", "kind"), CASES, ids=[f"{spec.kind}-{kind}" for spec, kind in CASES])
+@pytest.mark.parametrize(
+    ("spec", "kind"), CASES, ids=[f"{spec.kind}-{kind}" for spec, kind in CASES]
+)
 def test_a_head_as_a_module_is_the_same_function(spec, kind):
     """Of every kind and task that has arrays, on rows that it was not trained on."""
     head, unseen = fitted(spec, kind)
@@ -175,7 +190,9 @@ def run_alone(folder, paths, what):
 
 @pytest.mark.slow
 def test_a_head_is_the_same_where_headrace_is_not(photos, features, tmp_path):
-    """A program, an ONNX file and safetensors of one head; the first two with torch and onnxruntime alone."""
+    """A program, an ONNX file and safetensors of one head; the first two with torch and onnxruntime
+    alone.
+    """
     place = model_directory(tmp_path / "model", photos, features, LogisticSpec(0.1), ["avg"])
     model = load_model(place)
     exported = export_model(model, tmp_path / "out", ["torch", "onnx", "safetensors"])
@@ -183,17 +200,33 @@ def test_a_head_is_the_same_where_headrace_is_not(photos, features, tmp_path):
     paths = sorted(photos.rglob("*.png"))[::5]
     expected = model.predict_proba(paths)
     for what in ("torch", "onnx"):
-        np.testing.assert_allclose(run_alone(tmp_path / "out", paths, what), expected, atol=export.TOLERANCE)
-    np.testing.assert_allclose(load_model(tmp_path / "out").predict_proba(paths), expected, atol=1e-6)
-    assert (tmp_path / "out" / "model.pt2").stat().st_size < 2e6  # without the network behind the tap
+        np.testing.assert_allclose(
+            run_alone(tmp_path / "out", paths, what), expected, atol=export.TOLERANCE
+        )
+    np.testing.assert_allclose(
+        load_model(tmp_path / "out").predict_proba(paths), expected, atol=1e-6
+    )
+    assert (
+        tmp_path / "out" / "model.pt2"
+    ).stat().st_size < 2e6  # without the network behind the tap
     card = (tmp_path / "out" / "MODEL_CARD.md").read_text()
-    for said in ("0. coarse", "1. fine", "logistic", "model.pt2", "model.onnx", "validation accuracy", "headrace"):
+    for said in (
+        "0. coarse",
+        "1. fine",
+        "logistic",
+        "model.pt2",
+        "model.onnx",
+        "validation accuracy",
+        "headrace",
+    ):
         assert said in card
 
 
 @pytest.mark.slow
 def test_an_ensemble_is_the_same_where_headrace_is_not(photos, features, tmp_path):
-    """Heads of four kinds on two networks of different input sizes, weighted and tempered: two inputs, one output."""
+    """Heads of four kinds on two networks of different input sizes, weighted and tempered: two
+    inputs, one output.
+    """
     members = [
         (MLPSpec((8,), epochs=3), ["avg", "max"], 0.4),
         (ConvSpec((4,), epochs=2), ["map"], 0.3),
@@ -203,7 +236,9 @@ def test_an_ensemble_is_the_same_where_headrace_is_not(photos, features, tmp_pat
     listed = []
     for place, (spec, names, weight) in enumerate(members):
         model_directory(tmp_path / "model" / "members" / str(place), photos, features, spec, names)
-        listed.append({"model": f"members/{place}", "weight": weight, "temperature": 0.5 + place / 2})
+        listed.append(
+            {"model": f"members/{place}", "weight": weight, "temperature": 0.5 + place / 2}
+        )
     about = {"format": 2, "kind": "ensemble", "members": listed, "temperature": 0.7, "task_kind": "single",
              "classes": ["coarse", "fine"], "metrics": {}}  # fmt: skip
     (tmp_path / "model" / "ensemble.json").write_text(json.dumps(about))
@@ -214,8 +249,12 @@ def test_an_ensemble_is_the_same_where_headrace_is_not(photos, features, tmp_pat
     expected = model.predict_proba(paths)
     np.testing.assert_allclose(expected.sum(1), 1, atol=1e-5)
     for what in ("torch", "onnx"):
-        np.testing.assert_allclose(run_alone(tmp_path / "out", paths, what), expected, atol=export.TOLERANCE)
-    np.testing.assert_allclose(load_model(tmp_path / "out").predict_proba(paths), expected, atol=1e-6)
+        np.testing.assert_allclose(
+            run_alone(tmp_path / "out", paths, what), expected, atol=export.TOLERANCE
+        )
+    np.testing.assert_allclose(
+        load_model(tmp_path / "out").predict_proba(paths), expected, atol=1e-6
+    )
 
 
 def test_what_differs_is_not_published(photos, features, tmp_path, monkeypatch):
@@ -231,7 +270,9 @@ def test_what_differs_is_not_published(photos, features, tmp_path, monkeypatch):
 
 
 def test_refusals_say_what_to_do(photos, features, tmp_path, monkeypatch):
-    """A head that is code, a folder that is there, a format that is none, a library that is missing."""
+    """A head that is code, a folder that is there, a format that is none, a library that is
+    missing.
+    """
     svc = SklearnSpec("sklearn.naive_bayes.GaussianNB")
     model = load_model(model_directory(tmp_path / "svc", photos, features, svc, ["avg"]))
     with pytest.raises(ModelError, match="safetensors"):
@@ -250,8 +291,12 @@ def test_refusals_say_what_to_do(photos, features, tmp_path, monkeypatch):
 
 
 def test_an_exported_file_is_as_readable_as_any(photos, features, tmp_path):
-    """As the umask says; the weights too, which safetensors' own writer keeps from everybody else."""
-    model = load_model(model_directory(tmp_path / "ridge", photos, features, RidgeSpec(1.0), ["avg"]))
+    """As the umask says; the weights too, which safetensors' own writer keeps from
+    everybody else.
+    """
+    model = load_model(
+        model_directory(tmp_path / "ridge", photos, features, RidgeSpec(1.0), ["avg"])
+    )
     before = os.umask(0o027)
     try:
         export_model(model, tmp_path / "out", ["safetensors"])
@@ -264,7 +309,9 @@ def test_an_exported_file_is_as_readable_as_any(photos, features, tmp_path):
 
 def test_words_of_a_model_are_no_placeholders(tmp_path):
     """What a model directory says of its preprocessing stays text in the file that is run later."""
-    how = Preprocessing((40, 40), (36, 32), "{source} {first}", "bicubic", (0.4, 0.5, 0.6), (0.2, 0.2, 0.2))
+    how = Preprocessing(
+        (40, 40), (36, 32), "{source} {first}", "bicubic", (0.4, 0.5, 0.6), (0.2, 0.2, 0.2)
+    )
     namespace = {"__name__": "preprocess_case"}
     exec(preprocess_file([Input("images", how)], "0"), namespace)
     assert namespace["INPUTS"]["images"]["mode"] == "{source} {first}"
@@ -272,7 +319,9 @@ def test_words_of_a_model_are_no_placeholders(tmp_path):
 
 @pytest.mark.parametrize("mode", ["shortest", "squash", "border"])
 def test_the_preprocessing_file_makes_headraces_pixels(tmp_path, mode):
-    """To the last bit: odd sizes, grey, transparency, 16 bit, orientation, images smaller than the crop."""
+    """To the last bit: odd sizes, grey, transparency, 16 bit, orientation, images smaller than the
+    crop.
+    """
     how = Preprocessing((40, 40), (36, 32), mode, "bicubic", (0.4, 0.5, 0.6), (0.2, 0.2, 0.2))
     (tmp_path / "preprocess_case.py").write_text(preprocess_file([Input("images", how)], "0"))
     namespace = {"__name__": "preprocess_case"}
@@ -300,8 +349,12 @@ def test_the_preprocessing_file_makes_headraces_pixels(tmp_path, mode):
 
 
 def network_directory(place, kind="logistic"):
-    """A small network with other weights than its library's, and a head on two of its taps, as thawing stores it."""
-    backbone = load_backbone(BackboneSpec("timm:test_resnet", "random:0", image_size=64, crop_fraction=1.0))
+    """A small network with other weights than its library's, and a head on two of its taps, as
+    thawing stores it.
+    """
+    backbone = load_backbone(
+        BackboneSpec("timm:test_resnet", "random:0", image_size=64, crop_fraction=1.0)
+    )
     torch.manual_seed(0)
     if kind == "conv":
         taps, head_spec = ["layer3.map"], ConvSpec((4,))
@@ -319,27 +372,43 @@ def network_directory(place, kind="logistic"):
     for parameter in network.backbone.parameters():
         parameter.data += 0.02 * torch.randn_like(parameter)
     spec = FineTuneSpec(head=spec_to_json(head_spec), depth="all")
-    save_network(place, network, backbone, spec=spec, task_kind="single", classes=("a", "b", "c"), metrics={"x": 0.5})
+    save_network(
+        place,
+        network,
+        backbone,
+        spec=spec,
+        task_kind="single",
+        classes=("a", "b", "c"),
+        metrics={"x": 0.5},
+    )
     return place
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["logistic", "conv"])
 def test_a_fine_tuned_network_is_the_same_everywhere(photos, tmp_path, kind):
-    """From images through headrace, as a torch program, as safetensors, as a copy elsewhere: what its own module says."""
+    """From images through headrace, as a torch program, as safetensors, as a copy elsewhere: what
+    its own module says.
+    """
     model = load_model(network_directory(tmp_path / "model", kind))
     assert model.classes == ("a", "b", "c")
     trained = load_network(tmp_path / "model")
     paths = sorted(photos.rglob("*.png"))[::5]
-    pixels = np.stack([render(decode_image(path.read_bytes()), trained.preprocessing) for path in paths])
+    pixels = np.stack(
+        [render(decode_image(path.read_bytes()), trained.preprocessing) for path in paths]
+    )
     expected = trained.predict_proba(pixels)
     assert np.ptp(expected, axis=0).max() > 1e-3
     np.testing.assert_allclose(model.predict_proba(paths), expected, atol=1e-4)
     exported = export_model(model, tmp_path / "out", ["torch", "safetensors"])
     assert max(exported.differences.values()) < export.TOLERANCE
-    np.testing.assert_allclose(load_model(tmp_path / "out").predict_proba(paths), expected, atol=1e-4)
+    np.testing.assert_allclose(
+        load_model(tmp_path / "out").predict_proba(paths), expected, atol=1e-4
+    )
     if kind == "logistic":
-        np.testing.assert_allclose(run_alone(tmp_path / "out", paths, "torch"), expected, atol=export.TOLERANCE)
+        np.testing.assert_allclose(
+            run_alone(tmp_path / "out", paths, "torch"), expected, atol=export.TOLERANCE
+        )
 
 
 @pytest.mark.slow
@@ -353,19 +422,29 @@ def test_a_network_in_an_ensemble_is_the_same_in_onnx(photos, tmp_path):
     (tmp_path / "model" / "ensemble.json").write_text(json.dumps(about))
     model = load_model(tmp_path / "model")
     paths = sorted(photos.rglob("*.png"))[::5]
-    parts = [load_model(tmp_path / "model" / "members" / str(place)).predict_proba(paths) for place in (0, 1)]
+    parts = [
+        load_model(tmp_path / "model" / "members" / str(place)).predict_proba(paths)
+        for place in (0, 1)
+    ]
     expected = with_temperature("single", 0.75 * parts[0] + 0.25 * parts[1], 1.2)
     np.testing.assert_allclose(model.predict_proba(paths), expected, atol=1e-5)
     export_model(model, tmp_path / "out", ["onnx"])
-    np.testing.assert_allclose(run_alone(tmp_path / "out", paths, "onnx"), expected, atol=export.TOLERANCE)
+    np.testing.assert_allclose(
+        run_alone(tmp_path / "out", paths, "onnx"), expected, atol=export.TOLERANCE
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["torch", "safetensors"])
 def test_a_full_disk_is_an_error_and_leaves_nothing(photos, features, tmp_path, what):
-    """A file that cannot grow: the reason and what to do, where torch's own writer would end the process."""
+    """A file that cannot grow: the reason and what to do, where torch's own writer would end the
+    process.
+    """
     model_directory(tmp_path / "model", photos, features, LogisticSpec(0.1), ["avg"])
-    full = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))"
+    full = (
+        "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, "
+        "resource.RLIM_INFINITY))"
+    )
     done = headrace("export", "model", "out", "--format", what, cwd=tmp_path, first=full)
     assert done.returncode == 2, done.stderr
     assert "Nothing was written: make room" in done.stderr

@@ -1,4 +1,6 @@
-"""Model directories, loaded away from their run: the same predictions as the run's, from any form of image."""
+"""Model directories, loaded away from their run: the same predictions as the run's, from any form
+of image.
+"""
 
 import dataclasses
 import json
@@ -28,7 +30,9 @@ def run(tmp_path_factory):
     """A finished run with views, and a heads' input of two taps. The tests leave it as it is."""
     folder = tmp_path_factory.mktemp("deliver")
     make_photos(folder / "photos", n=40)
-    text = RECIPE.replace("[layer1.avg, layer2.max, layer4.avg]", "[layer1.avg, layer2.max]\n    views: 2")
+    text = RECIPE.replace(
+        "[layer1.avg, layer2.max, layer4.avg]", "[layer1.avg, layer2.max]\n    views: 2"
+    )
     (folder / "recipe.yaml").write_text(text)
     return folder, run_here(folder / "recipe.yaml")
 
@@ -42,7 +46,9 @@ def away(run, tmp_path_factory):
 
 
 def test_a_model_directory_predicts_as_its_run(run, away):
-    """From the files alone: what the head says of the features in the run's cache, to the round-off of storing them."""
+    """From the files alone: what the head says of the features in the run's cache, to the round-off
+    of storing them.
+    """
     _, result = run
     model = load_model(away)
     directories = [path for name in result.winner["inputs"] for path in result.directories[name]]
@@ -63,9 +69,13 @@ def test_a_model_directory_predicts_as_its_run(run, away):
 
 @pytest.mark.slow
 def test_mirrored_views_are_part_of_an_exported_graph(tmp_path):
-    """One network in it, run on four images; what it says of the photos is what headrace says, and not what the crop alone says."""
+    """One network in it, run on four images; what it says of the photos is what headrace says, and
+    not what the crop alone says.
+    """
     make_photos(tmp_path / "photos", n=40)
-    text = RECIPE.replace("[layer1.avg, layer2.max, layer4.avg]", "[layer1.avg, layer2.max]\n    views: flips")
+    text = RECIPE.replace(
+        "[layer1.avg, layer2.max, layer4.avg]", "[layer1.avg, layer2.max]\n    views: flips"
+    )
     (tmp_path / "recipe.yaml").write_text(text)
     model = load_model(run_here(tmp_path / "recipe.yaml").paths.winner)
     assert len({feature.view for feature in model.members[0].features}) == 4
@@ -75,21 +85,30 @@ def test_mirrored_views_are_part_of_an_exported_graph(tmp_path):
     paths = list_folder(tmp_path / "photos")["path"].tolist()[:12]
     with torch.no_grad():
         how = exported.inputs[0].preprocessing
-        pixels = [torch.from_numpy(np.array(render(decode_image(Path(path).read_bytes()), how))) for path in paths]
+        pixels = [
+            torch.from_numpy(np.array(render(decode_image(Path(path).read_bytes()), how)))
+            for path in paths
+        ]
         found = program(torch.stack(pixels)).numpy()
     expected = model.predict_proba(paths)
     np.testing.assert_allclose(found, expected, atol=2e-3)
     assert np.abs(one_view(model).predict_proba(paths) - expected).max() > 5e-3
     sizes = sum(value.numel() for value in program.state_dict().values())
-    assert sizes < 1.5 * sum(p.numel() for p in load_backbone(model.members[0].backbones[0]).module.parameters())
+    assert sizes < 1.5 * sum(
+        p.numel() for p in load_backbone(model.members[0].backbones[0]).module.parameters()
+    )
 
 
 def one_view(model):
     """The model on the evaluation crop alone."""
     member = model.members[0]
     kept = [place for place, feature in enumerate(member.features) if feature.view == '{"index":0}']
-    head = dataclasses.replace(member.head, features=tuple(member.features[place] for place in kept))
-    alone = dataclasses.replace(member, head=head, backbones=tuple(member.backbones[place] for place in kept))
+    head = dataclasses.replace(
+        member.head, features=tuple(member.features[place] for place in kept)
+    )
+    alone = dataclasses.replace(
+        member, head=head, backbones=tuple(member.backbones[place] for place in kept)
+    )
     return dataclasses.replace(model, members=(alone,))
 
 
@@ -114,7 +133,9 @@ def test_an_image_that_cannot_be_used_is_named(run, away, tmp_path):
     """No row is left out in silence: the caller gets one error with the path and the reason."""
     (tmp_path / "broken.png").write_bytes(b"no image")
     with pytest.raises(ImageUnusable, match=r"broken\.png.*not an image"):
-        load_model(away).predict_proba([run[0] / "photos" / "fine" / "001.png", tmp_path / "broken.png"])
+        load_model(away).predict_proba(
+            [run[0] / "photos" / "fine" / "001.png", tmp_path / "broken.png"]
+        )
 
 
 def test_other_weights_are_refused(away, tmp_path):
@@ -141,10 +162,16 @@ def test_what_is_no_model_is_told(tmp_path, what):
 
 
 def test_a_head_from_a_notebook_knows_its_network_too(run, tmp_path):
-    """extract_features remembers in the cache what made the features, and train_heads finds it there."""
-    spec = BackboneSpec("torchvision:resnet18", weights="random:0", image_size=32, crop_fraction=1.0)
+    """extract_features remembers in the cache what made the features, and train_heads finds it
+    there.
+    """
+    spec = BackboneSpec(
+        "torchvision:resnet18", weights="random:0", image_size=32, crop_fraction=1.0
+    )
     with here():
-        features = extract_features(run[0] / "photos", spec, ["layer1.avg"], cache=tmp_path / "cache", workers=1)
+        features = extract_features(
+            run[0] / "photos", spec, ["layer1.avg"], cache=tmp_path / "cache", workers=1
+        )
         result = train_heads(
             features,
             run[0] / "photos",

@@ -9,7 +9,9 @@ from headrace.pipelines.deliver.bulk import PartJob, _known, _open_part, _part_b
 
 
 def test_a_damaged_part_is_predicted_again(tmp_path):
-    """Whatever bit of it has changed: its images are not known, or its numbers are those that were written."""
+    """Whatever bit of it has changed: its images are not known, or its numbers are those that were
+    written.
+    """
     keys = tuple((f"photos/{number}.png", f"stamp {number}") for number in range(20))
     part = tmp_path / "part.parquet"
     job = PartJob("model", "digest", (), keys, str(part))
@@ -17,7 +19,9 @@ def test_a_damaged_part_is_predicted_again(tmp_path):
     good = _part_bytes(job, numbers, [None] * 20, np.zeros(20, np.bool_))
     model, draw, damaged = SimpleNamespace(digest="digest"), random.Random(0), 0
     part.write_bytes(good)
-    assert _known(tmp_path, model, final=False) == {key: (part, row) for row, key in enumerate(keys)}
+    assert _known(tmp_path, model, final=False) == {
+        key: (part, row) for row, key in enumerate(keys)
+    }
     for bit in [draw.randrange(8 * len(good)) for _ in range(200)]:
         data = bytearray(good)
         data[bit // 8] ^= 1 << bit % 8

@@ -1,4 +1,6 @@
-"""`headrace predict`: one row per image in the order given, in three formats, continued after a kill."""
+"""`headrace predict`: one row per image in the order given, in three formats, continued after a
+kill.
+"""
 
 import io
 import json
@@ -44,14 +46,18 @@ def model(run):
 
 
 def test_one_row_per_image_in_the_order_given(run, model, tmp_path):
-    """Also for the image that cannot be decoded, with its reason; the others have what the model says of them."""
+    """Also for the image that cannot be decoded, with its reason; the others have what the model
+    says of them.
+    """
     images = list_images([run / "new"]).samples
     summary = bulk.predict_table(model, images, tmp_path / "p.csv", "csv", console=QUIET)
     table = pd.read_csv(tmp_path / "p.csv")
     assert table["file"].tolist() == images["file"].tolist()
     assert list(table.columns) == ["file", "class", "probability", "p_coarse", "p_fine", "error"]
     bad = table["file"].str.endswith("coarse/001.png")
-    assert table.loc[bad, "error"].str.startswith("not an image in a format that is read here").all()
+    assert (
+        table.loc[bad, "error"].str.startswith("not an image in a format that is read here").all()
+    )
     assert table.loc[bad, ["class", "probability", "p_coarse", "p_fine"]].isna().all(axis=None)
     good = table[~bad]
     expected = model.predict_proba(images["path"][~bad].tolist())
@@ -72,13 +78,19 @@ def test_every_format_says_the_same(run, model, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
     assert parquet["file"].tolist() == text["file"].tolist() == [line["file"] for line in lines]
     np.testing.assert_array_equal(parquet["p_fine"], text["p_fine"].astype(np.float32))
-    assert [line.get("error") for line in lines] == [None if pd.isna(e) else e for e in parquet["error"]]
-    assert [line["probabilities"]["fine"] for line in lines if "class" in line] == text["p_fine"].dropna().tolist()
+    assert [line.get("error") for line in lines] == [
+        None if pd.isna(e) else e for e in parquet["error"]
+    ]
+    assert [line["probabilities"]["fine"] for line in lines if "class" in line] == text[
+        "p_fine"
+    ].dropna().tolist()
     assert [line["class"] for line in lines if "class" in line] == text["class"].dropna().tolist()
 
 
 def test_images_come_from_folders_tables_archives_arrays_and_files(run, model, tmp_path):
-    """Each named as a person would, in the order given, with the same prediction for the same picture."""
+    """Each named as a person would, in the order given, with the same prediction for the same
+    picture.
+    """
     photo = run / "photos" / "fine" / "001.png"
     pixels = np.asarray(Image.open(photo))
     np.save(tmp_path / "stack.npy", np.stack([pixels, pixels]))
@@ -86,7 +98,8 @@ def test_images_come_from_folders_tables_archives_arrays_and_files(run, model, t
     with tarfile.open(tmp_path / "shard.tar", "w") as archive:
         archive.add(photo, "a.png")
     images = list_images(
-        [str(photo), tmp_path / "table.csv", tmp_path / "shard.tar", tmp_path / "stack.npy"], path_column="photo"
+        [str(photo), tmp_path / "table.csv", tmp_path / "shard.tar", tmp_path / "stack.npy"],
+        path_column="photo",
     ).samples
     assert images["file"].tolist() == [
         str(photo), str(photo), "absent.png", "shard.tar/a.png", "stack.npy/0", "stack.npy/1",
@@ -101,7 +114,9 @@ def test_images_come_from_folders_tables_archives_arrays_and_files(run, model, t
 
 
 def test_a_second_call_does_nothing_and_other_images_are_refused(run, model, tmp_path):
-    """What is there and right is left alone, to the byte; a table of other images is replaced only when asked."""
+    """What is there and right is left alone, to the byte; a table of other images is replaced only
+    when asked.
+    """
     images = list_images([run / "new"]).samples
     out = tmp_path / "p.csv"
     bulk.predict_table(model, images, out, "csv", console=QUIET)
@@ -116,7 +131,9 @@ def test_a_second_call_does_nothing_and_other_images_are_refused(run, model, tmp
 
 
 def test_only_what_is_left_is_predicted(run, model, tmp_path, monkeypatch):
-    """After a stop in the middle: finished parts stay, a changed, a new and an unreadable file are predicted, no other is."""
+    """After a stop in the middle: finished parts stay, a changed, a new and an unreadable file are
+    predicted, no other is.
+    """
     monkeypatch.setattr(bulk, "PART_IMAGES", 4)
     photos = tmp_path / "photos"
     make_photos(photos, n=12, seed=2)
@@ -147,7 +164,9 @@ def test_only_what_is_left_is_predicted(run, model, tmp_path, monkeypatch):
     assert (summary.images, summary.failed) == (17, 1)
     table = pd.read_csv(tmp_path / "p.csv")
     np.testing.assert_array_equal(table["p_fine"][:4], table["p_fine"][4:8])
-    np.testing.assert_allclose(table["p_fine"][:-1], model.predict_proba(images["path"][:-1])[:, 1], atol=1e-3)
+    np.testing.assert_allclose(
+        table["p_fine"][:-1], model.predict_proba(images["path"][:-1])[:, 1], atol=1e-3
+    )
 
 
 def test_workers_predict_the_same(run, model, tmp_path, monkeypatch):
@@ -157,7 +176,9 @@ def test_workers_predict_the_same(run, model, tmp_path, monkeypatch):
     images = list_images([run / "photos"]).samples
     bulk.predict_table(model, images, tmp_path / "p.parquet", "parquet", workers=2, console=QUIET)
     table = pd.read_parquet(tmp_path / "p.parquet")
-    np.testing.assert_allclose(table[["p_coarse", "p_fine"]], model.predict_proba(images["path"]), atol=1e-3)
+    np.testing.assert_allclose(
+        table[["p_coarse", "p_fine"]], model.predict_proba(images["path"]), atol=1e-3
+    )
 
 
 def test_the_screen_gets_a_table_too(run, model):
@@ -171,12 +192,23 @@ def test_the_screen_gets_a_table_too(run, model):
 
 
 def test_tables_of_other_tasks():
-    """Multi-label names every label of at least one half; regression has the targets' own columns."""
-    block = Block(["a.png", "b,\n.png"], np.array([[0.9, 0.5], [np.nan, np.nan]], np.float32), [None, "broken"])
+    """Multi-label names every label of at least one half; regression has the targets'
+    own columns.
+    """
+    block = Block(
+        ["a.png", "b,\n.png"],
+        np.array([[0.9, 0.5], [np.nan, np.nan]], np.float32),
+        [None, "broken"],
+    )
     text = csv_text(block, "multi", ("x", "y"), header=True)
     assert text == 'file,class,p_x,p_y,error\na.png,x;y,0.9,0.5,\n"b,\n.png",,,,broken\n'
-    assert csv_text(block, "regression", ("x", "y"), header=False) == 'a.png,0.9,0.5,\n"b,\n.png",,,broken\n'
-    assert [json.loads(line) for line in json_lines(block, "regression", ("x", "y")).splitlines()] == [
+    assert (
+        csv_text(block, "regression", ("x", "y"), header=False)
+        == 'a.png,0.9,0.5,\n"b,\n.png",,,broken\n'
+    )
+    assert [
+        json.loads(line) for line in json_lines(block, "regression", ("x", "y")).splitlines()
+    ] == [
         {"file": "a.png", "values": {"x": 0.9, "y": 0.5}},
         {"file": "b,\n.png", "error": "broken"},
     ]
@@ -202,9 +234,19 @@ def test_bad_input_is_one_clear_error(run, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_a_killed_prediction_goes_on_where_it_was(run, model, tmp_path):
-    """SIGKILL once the first part is there: the next call predicts the rest alone, and the table is that of one call."""
+    """SIGKILL once the first part is there: the next call predicts the rest alone, and the table is
+    that of one call.
+    """
     make_photos(tmp_path / "many", n=600, seed=3)
-    command = ["predict", str(run / "headrace-runs" / "recipe"), "many", "-o", "p.csv", "--workers", "1"]
+    command = [
+        "predict",
+        str(run / "headrace-runs" / "recipe"),
+        "many",
+        "-o",
+        "p.csv",
+        "--workers",
+        "1",
+    ]
     parts = tmp_path / "p.csv.parts"
     with (tmp_path / "said.txt").open("w") as said:
         call = forks.start(command, cwd=tmp_path, stdout=said, stderr=said)
@@ -223,4 +265,6 @@ def test_a_killed_prediction_goes_on_where_it_was(run, model, tmp_path):
     table = pd.read_csv(tmp_path / "p.csv")
     images = list_images([tmp_path / "many"]).samples
     assert table["file"].tolist() == [f"many/{name.split('many/')[1]}" for name in images["file"]]
-    np.testing.assert_allclose(table["p_fine"], model.predict_proba(images["path"])[:, 1], atol=1e-3)
+    np.testing.assert_allclose(
+        table["p_fine"], model.predict_proba(images["path"])[:, 1], atol=1e-3
+    )

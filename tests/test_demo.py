@@ -1,4 +1,6 @@
-"""The demo, whole: real images and weights, killed on the way, going on where it was, and beating the published SVM."""
+"""The demo, whole: real images and weights, killed on the way, going on where it was, and beating
+the published SVM.
+"""
 
 import json
 import os
@@ -32,13 +34,19 @@ def processes_of(folder):
 
 @pytest.mark.slow
 def test_the_demo_survives_kills_and_beats_the_published_svm(tmp_path):
-    """SIGKILL in the middle of extraction, Ctrl-C later, then to the end; a further call does nothing again."""
+    """SIGKILL in the middle of extraction, Ctrl-C later, then to the end; a further call does
+    nothing again.
+    """
     command = [sys.executable, "-m", "headrace.pipelines", "demo"]
     for interrupt, after in ((signal.SIGKILL, 1), (signal.SIGINT, 6)):
         log = tmp_path / "stderr.txt"
         with log.open("w") as stderr:
             process = subprocess.Popen(
-                command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=stderr, start_new_session=True
+                command,
+                cwd=tmp_path,
+                stdout=subprocess.DEVNULL,
+                stderr=stderr,
+                start_new_session=True,
             )
         shards = tmp_path / "headrace-demo" / "headrace-cache"
         waiting = time.monotonic()

@@ -1,4 +1,6 @@
-"""The pages: built without a warning and read without a network, complete, and without a name that does not exist."""
+"""The pages: built without a warning and read without a network, complete, and without a name that
+does not exist.
+"""
 
 import ast
 import html.parser
@@ -23,7 +25,11 @@ ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = [
     ROOT / "README.md",
-    *sorted(page for page in DOCS.rglob("*.md") if "_site" not in page.parts and page.parent.name != "reference"),
+    *sorted(
+        page
+        for page in DOCS.rglob("*.md")
+        if "_site" not in page.parts and page.parent.name != "reference"
+    ),
 ]
 PACKAGES = ("cache", "extract", "heads", "pipelines")
 CLI = (DOCS / "reference" / "cli.md").read_text()
@@ -44,14 +50,28 @@ def blocks(page, language):
 def site(tmp_path_factory):
     """The built site."""
     folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", "-d", folder / "trees", DOCS]
+    command = [
+        sys.executable,
+        "-m",
+        "sphinx",
+        "-W",
+        "--keep-going",
+        "-q",
+        "-b",
+        "html",
+        "-d",
+        folder / "trees",
+        DOCS,
+    ]
     done = subprocess.run([*command, folder / "html"], capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder / "html"
 
 
 class Links(html.parser.HTMLParser):
-    """What a page points to, what it loads by itself, and the places in it that can be pointed to."""
+    """What a page points to, what it loads by itself, and the places in it that can be
+    pointed to.
+    """
 
     def __init__(self, text):
         super().__init__()
@@ -96,16 +116,22 @@ def test_every_public_name_is_documented_and_every_documented_one_is_public(site
     inventory = InventoryFile.loads((site / "objects.inv").read_bytes(), uri="").data
     names = {name for kind, names in inventory.items() if kind.startswith("py:") for name in names}
     # Without what stands below a name, and without the places where the code of these names lies.
-    documented = {name.removeprefix(f"{module}.") for name in names if re.fullmatch(rf"{module}\.\w+", name)}
+    documented = {
+        name.removeprefix(f"{module}.") for name in names if re.fullmatch(rf"{module}\.\w+", name)
+    }
     public = set(importlib.import_module(module).__all__)
     page = f"docs/reference/python/{package}.md"
-    assert documented == public, f"a constant needs a line of its own in {page}: {sorted(public - documented)}"
+    assert documented == public, (
+        f"a constant needs a line of its own in {page}: {sorted(public - documented)}"
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("package", ["evidence", "thaw", "report", "deliver"])
 def test_the_sub_packages_have_their_functions_in_the_reference(site, package):
-    """Several each, with what they take and what they raise: no documented function is without a docstring."""
+    """Several each, with what they take and what they raise: no documented function is without a
+    docstring.
+    """
     inventory = InventoryFile.loads((site / "objects.inv").read_bytes(), uri="").data
     home = f"headrace.pipelines.{package}."
     names = [name for name in inventory["py:function"] if name.startswith(home)]
@@ -121,7 +147,11 @@ def helped():
 
     def walk(command, words):
         text = runner.invoke(app, [*words, "--help"], env={"COLUMNS": "200", "TERM": "dumb"}).output
-        options = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", "\n".join(re.findall(r"^│ [ *]*(--.*)$", text, re.M))))
+        options = set(
+            re.findall(
+                r"(?<![\w-])--[a-z][a-z-]+", "\n".join(re.findall(r"^│ [ *]*(--.*)$", text, re.M))
+            )
+        )
         children = getattr(command, "commands", {})
         if not children:
             found[" ".join(["headrace", *words])] = options - {"--help"}
@@ -141,16 +171,22 @@ def test_every_command_and_option_is_documented_and_every_documented_one_exists(
     assert set(sections) == set(HELPED)
     assert any(HELPED.values())
     for name, text in sections.items():
-        listed = set(re.findall(r"`(--[a-z][a-z-]+)`", "\n".join(re.findall(r"^\| (`-.*?) \|", text, re.M))))
+        listed = set(
+            re.findall(r"`(--[a-z][a-z-]+)`", "\n".join(re.findall(r"^\| (`-.*?) \|", text, re.M)))
+        )
         assert listed == HELPED[name], name
 
 
 def test_every_command_shows_an_example_in_a_line_of_its_own():
-    """And the example is of that command, with options that it has (as `headrace --help` shows them in its reference)."""
+    """And the example is of that command, with options that it has (as `headrace --help` shows them
+    in its reference).
+    """
     for name, text in re.findall(r"^## (headrace [^\n]*)\n(.*?)(?=^## |\Z)", CLI, re.S | re.M):
         (example,) = re.findall(r"^```sh\n(.*?)\n```", text, re.S | re.M)
         assert example.startswith(name), name
-        assert {word for word in shlex.split(example) if word.startswith("--")} <= HELPED[name], name
+        assert {word for word in shlex.split(example) if word.startswith("--")} <= HELPED[name], (
+            name
+        )
 
 
 def test_every_recipe_key_is_documented_and_every_documented_one_exists():
@@ -182,7 +218,11 @@ def test_commands_in_the_pages_exist(page):
     """Each `headrace …` in a block of commands is a command with options that it has."""
     for line in "\n".join(blocks(page, "sh")).replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
-        if words[:1] != ["headrace"] or words[1:2] in (["--help"], ["--version"], ["--install-completion"]):
+        if words[:1] != ["headrace"] or words[1:2] in (
+            ["--help"],
+            ["--version"],
+            ["--install-completion"],
+        ):
             continue
         names = [" ".join(words[:size]) for size in (2, 3)]
         name = next((name for name in names if name in HELPED), None)
@@ -196,7 +236,9 @@ def test_recipes_in_the_pages_are_valid(page):
     """Each block of YAML is a recipe, or a part of one with right keys and values."""
     for block in blocks(page, "yaml"):
         values = yaml.safe_load(block)
-        Recipe.model_validate({"images": {"folder": "photos"}, "backbones": [{"name": "timm:resnet18"}], **values})
+        Recipe.model_validate(
+            {"images": {"folder": "photos"}, "backbones": [{"name": "timm:resnet18"}], **values}
+        )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
@@ -207,4 +249,6 @@ def test_python_in_the_pages_imports_what_there_is(page):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("headrace"):
                 module = importlib.import_module(node.module)
                 for alias in node.names:
-                    assert hasattr(module, alias.name), f"{page.name}: {node.module} has no {alias.name}"
+                    assert hasattr(module, alias.name), (
+                        f"{page.name}: {node.module} has no {alias.name}"
+                    )

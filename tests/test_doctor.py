@@ -129,7 +129,9 @@ def test_this_machine_passes(tmp_path, monkeypatch, capsys):
         "HDF5",
         "weights",
     ]
-    assert [line.split()[1] for line in out.splitlines() if line.startswith(("ok", "note", "FAIL"))] == names
+    assert [
+        line.split()[1] for line in out.splitlines() if line.startswith(("ok", "note", "FAIL"))
+    ] == names
     assert list(tmp_path.iterdir()) == []
 
 
@@ -145,12 +147,17 @@ def test_a_failing_line_ends_in_exit_code_one(tmp_path, monkeypatch, capsys):
 
 
 def test_the_pair_that_is_installed_is_tried_as_an_import_would():
-    """The versions are the packages' own, the operator is torchvision's compiled one, and so is the weights' address."""
+    """The versions are the packages' own, the operator is torchvision's compiled one, and so is the
+    weights' address.
+    """
     import torch
     import torchvision
     from torchvision.models import ResNet18_Weights
 
-    assert software.check_torch().said == f"torch {torch.__version__}, torchvision {torchvision.__version__}"
+    assert (
+        software.check_torch().said
+        == f"torch {torch.__version__}, torchvision {torchvision.__version__}"
+    )
     assert ResNet18_Weights.DEFAULT.url.startswith(network.WEIGHTS_SERVER)
 
 

@@ -1,4 +1,6 @@
-"""Advice is right where the answer is known, abstains where the evidence is thin, and its curves are curves."""
+"""Advice is right where the answer is known, abstains where the evidence is thin, and its curves
+are curves.
+"""
 
 import itertools
 import json
@@ -9,7 +11,15 @@ import pytest
 from evidence_cases import World, content_of, live_in, store_taps, task_of
 
 from headrace.cache import open_feature_set
-from headrace.heads import BankJob, LogisticSpec, RidgeSpec, Task, proportion_interval, save_task, train_bank
+from headrace.heads import (
+    BankJob,
+    LogisticSpec,
+    RidgeSpec,
+    Task,
+    proportion_interval,
+    save_task,
+    train_bank,
+)
 from headrace.pipelines.evidence.advice import (
     ClassEvidence,
     Evidence,
@@ -35,8 +45,9 @@ from headrace.pipelines.evidence.taps import transfer_scores
 from headrace.pipelines.leaderboard import rank_heads
 from headrace.pipelines.recipe_sections import ScreenSection
 
-# What would help is known from how each world is made: late taps show the classes (near) or lose them (far); few images
-# leave a linear head of many features far from its best, many do not; flipped labels cannot be learned by anything.
+# What would help is known from how each world is made: late taps show the classes (near) or lose
+# them (far); few images leave a linear head of many features far from its best, many do not;
+# flipped labels cannot be learned by anything.
 WORLDS = [
     ("few images, near", World(160, 3, (0.5, 1.5, 6.0)), "head"),
     ("few images, near", World(240, 4, (1.0, 3.0, 5.0), width=32), "head"),
@@ -46,8 +57,16 @@ WORLDS = [
     ("many images, near", World(3000, 5, (1.0, 2.0, 2.8), width=16), "fine-tune"),
     ("many images, far", World(2400, 3, (2.2, 1.3, 0.6)), "scratch"),
     ("many images, far", World(2800, 4, (2.6, 1.6, 0.8), width=16), "scratch"),
-    ("label noise at the Bayes error", World(1200, 3, (1.0, 3.0, 8.0), width=12, flipped=0.2), "head"),
-    ("label noise at the Bayes error", World(1000, 2, (1.0, 4.0, 8.0), width=12, flipped=0.3), "head"),
+    (
+        "label noise at the Bayes error",
+        World(1200, 3, (1.0, 3.0, 8.0), width=12, flipped=0.2),
+        "head",
+    ),
+    (
+        "label noise at the Bayes error",
+        World(1000, 2, (1.0, 4.0, 8.0), width=12, flipped=0.3),
+        "head",
+    ),
     ("a starved class", World(800, 3, (1.0, 2.0, 4.0), width=48, starved=14), "collect one"),
     ("a starved class", World(1200, 5, (1.0, 2.0, 3.0), width=64, starved=12), "collect one"),
 ]
@@ -74,7 +93,9 @@ def test_the_advice_is_right_in_made_worlds(tmp_path):
             wrong.append(f"{name}: {advice.sentence} {' '.join(advice.reasons)}")
             continue
         if given == "fine-tune":
-            assert advice.tap == "block1.avg"  # the last tap is the best, so what lies above the one before it trains
+            assert (
+                advice.tap == "block1.avg"
+            )  # the last tap is the best, so what lies above the one before it trains
         if given == "collect one":
             assert advice.class_name == f"class {world.classes - 1}"
             assert advice.more.value >= world.starved / 2
@@ -91,7 +112,9 @@ def test_a_second_call_trains_nothing_and_says_the_same(tmp_path):
         trained.append(len(jobs))
         in_this_process(jobs)
 
-    first, again = (advise_on(board, task, directories, tmp_path / "evidence", counted) for _ in range(2))
+    first, again = (
+        advise_on(board, task, directories, tmp_path / "evidence", counted) for _ in range(2)
+    )
     assert trained == [6 * 3, 0]
     assert json.dumps(advice_summary(first)) == json.dumps(advice_summary(again))
 
@@ -105,19 +128,27 @@ def test_too_few_images_are_told_so(tmp_path):
 
 @pytest.mark.parametrize("kind", ["regression", "multi"])
 def test_other_tasks_are_advised_on_by_their_curve(tmp_path, kind):
-    """A regression that needs more rows, labels that need none; nothing that only single labels have is claimed."""
+    """A regression that needs more rows, labels that need none; nothing that only single labels
+    have is claimed.
+    """
     rng = np.random.default_rng(0)
     rows, width = (150, 60) if kind == "regression" else (200, 4)
     X = rng.normal(size=(rows, width))
     values = X @ rng.normal(size=(width, 2)) / np.sqrt(width)
-    target = values + rng.normal(0, 0.3, values.shape) if kind == "regression" else (values > 0).astype(np.uint8)
+    target = (
+        values + rng.normal(0, 0.3, values.shape)
+        if kind == "regression"
+        else (values > 0).astype(np.uint8)
+    )
     directories = store_taps(tmp_path / "cache", {"block0.avg": X})
     single = task_of(rng.integers(0, 2, rows), folds=3)
     task = Task(kind, ("a", "b"), single.ids, single.content, target, single.fold, single.weight)
     save_task(task, tmp_path / "task.npz")
     specs = (RidgeSpec(10.0),) if kind == "regression" else (LogisticSpec(1.0),)
     path = str(tmp_path / "b.h5")
-    train_bank(BankJob(str(tmp_path / "task.npz"), (str(directories["block0.avg"][0]),), specs, path))
+    train_bank(
+        BankJob(str(tmp_path / "task.npz"), (str(directories["block0.avg"][0]),), specs, path)
+    )
     from headrace.heads import read_bank
 
     table = read_bank(path).table
@@ -125,7 +156,9 @@ def test_other_tasks_are_advised_on_by_their_curve(tmp_path, kind):
     heads = table.assign(path=path, inputs=pd.Series([("block0.avg",)] * len(table)))
     board = rank_heads(heads, metric, {"block0.avg": width}, 3)
     advice = advise_on(board, task, directories, tmp_path / "evidence", in_this_process)
-    assert advice.action == "collect" if kind == "regression" else advice.action in ("head", "abstain")
+    assert (
+        advice.action == "collect" if kind == "regression" else advice.action in ("head", "abstain")
+    )
     assert advice.evidence.surest is None
     assert advice.evidence.per_class == ()
     (scores,) = transfer_scores(task, directories, tmp_path / "evidence")
@@ -141,16 +174,22 @@ def test_no_whole_head_is_an_error_that_says_what_to_do(tmp_path):
 
 
 def test_the_distance_to_reference_images_is_told(tmp_path):
-    """About one for images of the same kind, more for others, on the feature sets that both runs have; images of both runs
-    are no reference; what is said decides nothing."""
+    """About one for images of the same kind, more for others, on the feature sets that both runs
+    have; images of both runs are no reference; what is said decides nothing.
+    """
     world = World(320, 3, (0.5, 6.0))
     board, task, directories = live_in(world, tmp_path)
-    own = {name: open_feature_set(path).load(task.content, np.float64) for name, (path,) in directories.items()}
+    own = {
+        name: open_feature_set(path).load(task.content, np.float64)
+        for name, (path,) in directories.items()
+    }
     for shift, spread in ((0.0, 1.0), (3.0, 1.0), (0.0, 2.0)):
         other = {}
         for name, X in own.items():
             late = X[160:]  # of the same world, and then moved
-            other[name] = np.concatenate([X[:160], late.mean(0) + spread * (late - late.mean(0)) + shift * X.std(0)])
+            other[name] = np.concatenate(
+                [X[:160], late.mean(0) + spread * (late - late.mean(0)) + shift * X.std(0)]
+            )
         other["block9.avg"] = np.ones((320, 4))
         there = store_taps(tmp_path / f"there {shift} {spread}", other)
         found = reference_evidence(directories, task.content[:160], there, content_of(320))
@@ -175,7 +214,9 @@ def test_the_distance_to_reference_images_is_told(tmp_path):
 def test_a_reference_that_cannot_be_compared_says_why(tmp_path):
     """No feature set in common, or no images that only the reference has."""
     _, task, directories = live_in(World(60, 2, (1.0,)), tmp_path)
-    elsewhere = store_taps(tmp_path / "there", {"block0.avg": np.zeros((60, 4))}, backbone="python:another")
+    elsewhere = store_taps(
+        tmp_path / "there", {"block0.avg": np.zeros((60, 4))}, backbone="python:another"
+    )
     with pytest.raises(NoReference, match="same backbones"):
         reference_evidence(directories, task.content, elsewhere, content_of(60))
     with pytest.raises(NoReference, match="at least 20"):
@@ -187,8 +228,12 @@ def sure(value, spread=0.0, draws=200):
 
 
 def evidence(**changes):
-    """A flat curve on many images, near, with errors that are not noise: fine-tune above the tap before the last."""
-    taps = tuple(TapEvidence(f"t{k}", sure(e), sure(e - 0.1)) for k, e in enumerate((0.3, 0.2, 0.1)))
+    """A flat curve on many images, near, with errors that are not noise: fine-tune above the tap
+    before the last.
+    """
+    taps = tuple(
+        TapEvidence(f"t{k}", sure(e), sure(e - 0.1)) for k, e in enumerate((0.3, 0.2, 0.1))
+    )
     gain = {2: sure(0.001), 4: sure(0.002)}
     ahead = {2: sure(0.099), 4: sure(0.098)}
     return Evidence(**({"images": 2000, "classes": 2, "error": sure(0.1), "surest": sure(0.01), "gain": gain,
@@ -196,12 +241,20 @@ def evidence(**changes):
 
 
 def test_pilots_outweigh_guesses():
-    """One that is better is followed; one that was tried and is not better rules training deeper out."""
+    """One that is better is followed; one that was tried and is not better rules training deeper
+    out.
+    """
     assert decide(evidence()).tap == "t1"
     better = decide(evidence(pilots=(PilotEvidence("a pilot", "t0", False, sure(0.02, 0.01)),)))
     assert (better.action, better.tap) == ("fine-tune", "t0")
-    assert decide(evidence(pilots=(PilotEvidence("scratch", None, True, sure(0.02, 0.01)),))).action == "scratch"
-    assert decide(evidence(pilots=(PilotEvidence("a pilot", "t0", False, sure(0.0, 0.02)),))).action == "head"
+    assert (
+        decide(evidence(pilots=(PilotEvidence("scratch", None, True, sure(0.02, 0.01)),))).action
+        == "scratch"
+    )
+    assert (
+        decide(evidence(pilots=(PilotEvidence("a pilot", "t0", False, sure(0.0, 0.02)),))).action
+        == "head"
+    )
 
 
 def test_it_abstains_where_the_evidence_does_not_tell():
@@ -227,14 +280,21 @@ def test_few_images_per_class_are_not_sent_into_deep_training():
     ("lag", "spread", "said"),
     [
         (0.0, 0.005, "the last is as good as any"),
-        (0.05, 0.2, "the last is worse than the best by 5.0 points"),  # most resamples say so, not enough of them
+        (
+            0.05,
+            0.2,
+            "the last is worse than the best by 5.0 points",
+        ),  # most resamples say so, not enough of them
         (0.015, 0.001, "not surely by more than the 2 from which on"),
         (0.1, 0.01, "these images are far from"),
     ],
 )
 def test_what_is_said_of_the_last_tap_is_what_was_measured(lag, spread, said):
     """As good as any, worse, or so much worse that the images are far: by how sure each is."""
-    taps = (TapEvidence("t0", sure(0.1), sure(0.0)), TapEvidence("t1", sure(0.1 + lag), sure(lag, spread)))
+    taps = (
+        TapEvidence("t0", sure(0.1), sure(0.0)),
+        TapEvidence("t1", sure(0.1 + lag), sure(lag, spread)),
+    )
     (reason,) = [text for text in decide(evidence(taps=taps)).reasons if "early to late" in text]
     assert said in reason
     assert ("as good as any" in reason) == (lag == 0)
@@ -244,7 +304,10 @@ def test_a_class_that_is_only_hard_is_not_starved():
     """It has as many images as the others."""
     common = {"error": sure(0.5), "gap": sure(0.4), "gain": sure(0.1), "needed": sure(50)}
     easy = ClassEvidence("easy", 1000, sure(0.05), sure(-0.4), sure(0.0), sure(0))
-    assert decide(evidence(per_class=(easy, easy, ClassEvidence("hard", 900, **common)))).action == "fine-tune"
+    assert (
+        decide(evidence(per_class=(easy, easy, ClassEvidence("hard", 900, **common)))).action
+        == "fine-tune"
+    )
     starved = decide(evidence(per_class=(easy, easy, ClassEvidence("rare", 60, **common))))
     assert (starved.action, starved.class_name) == ("collect", "rare")
 
@@ -279,7 +342,9 @@ def test_subsets_are_nested_stratified_and_apart_from_the_held_out_fold():
 
 
 def test_a_group_is_drawn_as_a_whole():
-    """Subsets nest, and hold all images of a patient or none: half the patients, not half of each one's images."""
+    """Subsets nest, and hold all images of a patient or none: half the patients, not half of each
+    one's images.
+    """
     task = task_of(np.repeat(np.arange(40) % 2, 5))
     groups = np.repeat(np.arange(40), 5)
     fold = (groups // 8).astype(np.int16)
@@ -296,7 +361,9 @@ def test_a_group_is_drawn_as_a_whole():
 
 
 def test_shares_that_leave_the_same_images_are_one_size():
-    """Ten classes of six images: two of each class are the subset of a tenth, a sixth, a quarter and two fifths alike."""
+    """Ten classes of six images: two of each class are the subset of a tenth, a sixth, a quarter
+    and two fifths alike.
+    """
     task = task_of(np.arange(60) % 10)
     kept, drawn = nested_subsets(task, range(5), FRACTIONS, 0, np.arange(60))
     sizes = [[int((small.fold == -2).sum()) for small in smaller] for smaller in drawn]
@@ -307,14 +374,18 @@ def test_shares_that_leave_the_same_images_are_one_size():
 
 
 def test_an_extrapolated_error_carries_both_uncertainties():
-    """Wider than the gain's interval around today's error, never negative, and never sure of no error at all."""
+    """Wider than the gain's interval around today's error, never negative, and never sure of no
+    error at all.
+    """
     today = Estimate(0.10, np.full(200, 0.10), (0.06, 0.15))
     gain = Estimate(0.03, np.linspace(0.01, 0.05, 200))
     left = error_with_more(today, gain)
     assert left.value == pytest.approx(0.07)
     assert left.low == pytest.approx(0.07 - np.hypot(0.04, gain.high - 0.03))
     assert left.high == pytest.approx(0.07 + np.hypot(0.05, 0.03 - gain.low))
-    none = error_with_more(Estimate(0.0, np.zeros(200), proportion_interval(np.zeros(40))), sure(0.0))
+    none = error_with_more(
+        Estimate(0.0, np.zeros(200), proportion_interval(np.zeros(40))), sure(0.0)
+    )
     assert (none.value, none.low) == (0.0, 0.0)
     assert none.high == pytest.approx(proportion_interval(np.zeros(40))[1])
     most = error_with_more(Estimate(0.02, np.full(200, 0.02), (0.0, 0.04)), sure(0.03, 0.01))
@@ -332,7 +403,9 @@ def test_draws_resample_folds_and_groups():
 
 
 def test_screening_keeps_what_is_promising(tmp_path):
-    """The best tap of six survives two rounds, each on half as many inputs; a second call trains nothing; maps stay."""
+    """The best tap of six survives two rounds, each on half as many inputs; a second call trains
+    nothing; maps stay.
+    """
     world = World(600, 3, (0.4, 0.8, 1.2, 3.0, 0.6, 0.2))
     _, task, directories = live_in(world, tmp_path)
     directories = {**directories, "m.map": ()}
@@ -344,7 +417,9 @@ def test_screening_keeps_what_is_promising(tmp_path):
         in_this_process(jobs)
 
     section = ScreenSection(images=(0.2, 0.5), keep=0.5, least=1)
-    first, again = (screen_inputs(wanted, task, directories, section, tmp_path / "s", counted) for _ in range(2))
+    first, again = (
+        screen_inputs(wanted, task, directories, section, tmp_path / "s", counted) for _ in range(2)
+    )
     assert first == again
     assert first.kept[-1] == ("m.map",)
     assert ("block3.avg",) in first.kept

@@ -1,4 +1,6 @@
-"""What a run and `init` tell of a result: classes that accuracy hides, a winner on the edge, images on both sides."""
+"""What a run and `init` tell of a result: classes that accuracy hides, a winner on the edge, images
+on both sides.
+"""
 
 import numpy as np
 import pandas as pd
@@ -29,7 +31,9 @@ def told(folder, rare, found, rows=400):
 
 
 def test_an_accuracy_that_hides_a_class_is_told(tmp_path):
-    """Nine in ten images right, and the rare class found in two of five: long before one class is nine tenths of all."""
+    """Nine in ten images right, and the rare class found in two of five: long before one class is
+    nine tenths of all.
+    """
     text, board, task = told(tmp_path, rare=17, found=0.4)
     assert "balanced accuracy is much lower than accuracy: 70" in text
     assert "class b is found in 4" in text
@@ -46,7 +50,13 @@ def test_a_few_images_of_a_class_prove_nothing(tmp_path):
 def board_of(specs, scores, inputs=("a",)):
     order = np.argsort(-np.array(scores), kind="stable")
     rows = [
-        {"inputs": inputs, "kind": specs[k].kind, "spec": spec_to_json(specs[k]), "accuracy": scores[k]} for k in order
+        {
+            "inputs": inputs,
+            "kind": specs[k].kind,
+            "spec": spec_to_json(specs[k]),
+            "accuracy": scores[k],
+        }
+        for k in order
     ]
     return pd.DataFrame(rows)
 
@@ -54,8 +64,16 @@ def board_of(specs, scores, inputs=("a",)):
 @pytest.mark.parametrize(
     ("values", "scores", "said"),
     [
-        ([0.1, 1.0, 10.0], [0.7, 0.8, 0.9], "C=10 is the largest of 3 .* heads.logistic.C: [0.1, 1, 10, 100]"),
-        ([0.001, 0.003, 0.01], [0.9, 0.8, 0.7], "C=0.001 is the smallest of 3 .* heads.logistic.C: [0.0003, 0.001,"),
+        (
+            [0.1, 1.0, 10.0],
+            [0.7, 0.8, 0.9],
+            "C=10 is the largest of 3 .* heads.logistic.C: [0.1, 1, 10, 100]",
+        ),
+        (
+            [0.001, 0.003, 0.01],
+            [0.9, 0.8, 0.7],
+            "C=0.001 is the smallest of 3 .* heads.logistic.C: [0.0003, 0.001,",
+        ),
         ([0.1, 1.0, 10.0], [0.7, 0.9, 0.8], None),
         ([0.1, 1.0, 10.0], [0.7, 0.9, 0.9], None),  # a tie is no sign that more would be better
         ([1.0], [0.9], None),
@@ -73,14 +91,22 @@ def test_a_winner_on_the_edge_of_its_grid_is_told_what_to_type(values, scores, s
 
 
 def test_edges_are_looked_for_setting_by_setting():
-    """On the line of the winner's other settings; one neighbour has nothing beyond it; an estimator's parameters count too."""
+    """On the line of the winner's other settings; one neighbour has nothing beyond it; an
+    estimator's parameters count too.
+    """
     nets = [MLPSpec((64,), rate, decay) for rate in (1e-3, 1e-2) for decay in (1e-2, 1e-1)]
-    (text,) = grid_edges(board_of([*nets, MLPSpec((256,), 1.0, 10.0)], [0.7, 0.8, 0.95, 0.9, 0.6]), "accuracy")[:1]
+    (text,) = grid_edges(
+        board_of([*nets, MLPSpec((256,), 1.0, 10.0)], [0.7, 0.8, 0.95, 0.9, 0.6]), "accuracy"
+    )[:1]
     assert "learning_rate=0.01 is the largest of 2" in text
     assert grid_edges(board_of([KNNSpec(1), KNNSpec(5)], [0.9, 0.8]), "accuracy") == []
-    (text,) = grid_edges(board_of([KNNSpec(1), KNNSpec(5), KNNSpec(20)], [0.7, 0.8, 0.9]), "accuracy")
+    (text,) = grid_edges(
+        board_of([KNNSpec(1), KNNSpec(5), KNNSpec(20)], [0.7, 0.8, 0.9]), "accuracy"
+    )
     assert "heads.knn.k: [1, 5, 20, 80]" in text
-    machines = [SklearnSpec("sklearn.svm.SVC", f'{{"C": {value}, "kernel": "rbf"}}') for value in (1, 10)]
+    machines = [
+        SklearnSpec("sklearn.svm.SVC", f'{{"C": {value}, "kernel": "rbf"}}') for value in (1, 10)
+    ]
     (text,) = grid_edges(board_of(machines, [0.8, 0.9]), "accuracy")
     assert "parameters: C: [1, 10, 100]" in text
 
@@ -101,7 +127,9 @@ def test_near_duplicates_across_the_split_are_told(tmp_path):
     train_task, test_task = split_of(rng.integers(0, 2, 200), test)
     clean = store_taps(tmp_path / "clean", {"a.avg": X})
     assert near_duplicates(train_task, test_task, clean, {}) is None
-    X[100:108] = X[:8] + 0.01 * rng.normal(size=(8, 16))  # eight test images have a partner in training
+    X[100:108] = X[:8] + 0.01 * rng.normal(
+        size=(8, 16)
+    )  # eight test images have a partner in training
     X[39] = X[38] + 0.01 * rng.normal(size=16)  # both in the test split
     text = near_duplicates(train_task, test_task, store_taps(tmp_path / "leaky", {"a.avg": X}), {})
     assert "at least 8 pairs of images on different sides" in text
@@ -129,20 +157,28 @@ def test_pixels_find_what_features_only_make_likely(tmp_path):
 def write_photos(folder, copies):
     rng = np.random.default_rng(0)
     for number in range(40):
-        image = Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).resize((64, 64), Image.Resampling.BICUBIC)
+        image = Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).resize(
+            (64, 64), Image.Resampling.BICUBIC
+        )
         path = folder / "ab"[number % 2] / f"{number:02d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         image.save(path)
         if number < copies:
-            ImageEnhance.Brightness(image).enhance(1.05).save(path.with_name(f"{number:02d}-again.png"))
+            ImageEnhance.Brightness(image).enhance(1.05).save(
+                path.with_name(f"{number:02d}-again.png")
+            )
 
 
 def test_init_tells_of_near_copies_before_anything_is_extracted(tmp_path):
-    """By small grey copies of what lies side by side in the listing; a column of groups settles it."""
+    """By small grey copies of what lies side by side in the listing; a column of groups
+    settles it.
+    """
     write_photos(tmp_path / "clean", 0)
     assert not any("nearly the same" in note for note in look(tmp_path / "clean", tmp_path).notes)
     write_photos(tmp_path / "twice", 6)
-    (note,) = (note for note in look(tmp_path / "twice", tmp_path).notes if "nearly the same" in note)
+    (note,) = (
+        note for note in look(tmp_path / "twice", tmp_path).notes if "nearly the same" in note
+    )
     assert "12 of 46 images that were looked at" in note
     assert "task.group" in note
     rows = [(str(path), path.stem[:2]) for path in sorted((tmp_path / "twice").rglob("*.png"))]

@@ -1,4 +1,6 @@
-"""The winner's corrected score is honest where the raw one is not, and the best head is among those not told apart."""
+"""The winner's corrected score is honest where the raw one is not, and the best head is among those
+not told apart.
+"""
 
 import numpy as np
 import pytest
@@ -29,10 +31,14 @@ def world(kind, rng):
     return truth, rng.random((HEADS, ROWS)) < truth[:, None]
 
 
-@pytest.mark.parametrize("kind", ["equal heads", "equal heads that share the hard images", "heads of different worth"])
+@pytest.mark.parametrize(
+    "kind", ["equal heads", "equal heads that share the hard images", "heads of different worth"]
+)
 def test_the_corrected_score_is_unbiased_where_the_raw_one_is_optimistic(kind):
-    """Over many worlds: raw too good by points, corrected within its own error (if anything, too low); and the interval
-    holds the truth in at least 93 % of them, the set of heads not told apart the best one."""
+    """Over many worlds: raw too good by points, corrected within its own error (if anything, too
+    low); and the interval holds the truth in at least 93 % of them, the set of heads not told apart
+    the best one.
+    """
     raw, new, inside, kept = [], [], [], []
     fold = np.arange(ROWS) % 5
     for seed in range(WORLDS):
@@ -90,7 +96,9 @@ def test_rows_of_one_group_are_drawn_together():
 
 
 def test_the_luck_of_a_choice_is_what_the_best_of_equals_seems_better_by():
-    """Ten heads of the same worth on 300 rows: the best is 1.5 standard errors too good; one head alone is not."""
+    """Ten heads of the same worth on 300 rows: the best is 1.5 standard errors too good; one head
+    alone is not.
+    """
     found = []
     for seed in range(20):
         right = (np.random.default_rng(seed).random((10, 300)) < 0.5).astype(float)
@@ -111,8 +119,9 @@ def test_ties_go_to_the_cheaper_head():
      ("regression", "r2"), ("regression", "rmse")],
 )  # fmt: skip
 def test_any_metric_of_any_task(tmp_path, kind, metric):
-    """From results on disk: the winner's own score as the leaderboard has it, less its luck; the winner is among its
-    equals, and the cheapest of them is one of them."""
+    """From results on disk: the winner's own score as the leaderboard has it, less its luck; the
+    winner is among its equals, and the cheapest of them is one of them.
+    """
     board, task = stored(tmp_path, kind, metric)
     found = assess_selection(board, held_out(task), metric)
     assert found.validation == board[metric].iloc[0]
@@ -130,7 +139,9 @@ def test_any_metric_of_any_task(tmp_path, kind, metric):
 
 
 def test_r2_of_few_rows_is_not_judged_by_two_or_three_of_them(tmp_path):
-    """Forty held-out images in five folds: what a good head is expected to score is near what it scores."""
+    """Forty held-out images in five folds: what a good head is expected to score is near what it
+    scores.
+    """
     rng = np.random.default_rng(0)
     target = rng.normal(size=(48, 2))
     outputs = [target + rng.normal(0, 0.15 + 0.02 * k, target.shape) for k in range(6)]
@@ -146,12 +157,24 @@ def test_results_of_other_rows_are_matched_by_id_or_left_out(tmp_path):
     (places, straight), *_ = read_predictions(board, held_out(task))
     order = np.random.default_rng(0).permutation(len(task.ids))
     mixed = Task(
-        task.kind, task.classes, task.ids[order], task.content[order], task.target[order], task.fold[order], task.weight
+        task.kind,
+        task.classes,
+        task.ids[order],
+        task.content[order],
+        task.target[order],
+        task.fold[order],
+        task.weight,
     )
     held = held_out(mixed)
     (again, turned), *_ = read_predictions(board, held)
     assert (places == again).all()
     rank = {row: place for place, row in enumerate(held_out(task).rows)}
     assert (turned == straight[:, [rank[order[row]] for row in held.rows]]).all()
-    stranger = Task(*[*vars(mixed).values()][:3], np.roll(mixed.content, 1), mixed.target, mixed.fold, mixed.weight)
+    stranger = Task(
+        *[*vars(mixed).values()][:3],
+        np.roll(mixed.content, 1),
+        mixed.target,
+        mixed.fold,
+        mixed.weight,
+    )
     assert list(read_predictions(board, held_out(stranger))) == []

@@ -1,4 +1,6 @@
-"""What `--force` and clean-up replace or remove: what headrace wrote, and nothing else that a user can type."""
+"""What `--force` and clean-up replace or remove: what headrace wrote, and nothing else that a user
+can type.
+"""
 
 import json
 from pathlib import Path
@@ -44,7 +46,9 @@ def photos(tmp_path, monkeypatch):
 )
 @pytest.mark.parametrize("force", [False, True])
 def test_no_folder_of_the_users_is_replaced(photos, out, said, force):
-    """Photos, the working directory, what holds it: refused before anything is computed, and nothing is touched."""
+    """Photos, the working directory, what holds it: refused before anything is computed, and
+    nothing is touched.
+    """
     before = everything(photos.parent)
     with pytest.raises(ExportError, match=said):
         asked(Path(out), force=force)
@@ -79,12 +83,16 @@ def test_exports_of_earlier_versions_are_known(photos):
     (photos / "MODEL_CARD.md").write_text("# Image classifier\n\nWritten by `headrace export`.\n")
     with pytest.raises(ExportError, match="--force"):
         asked(photos, force=False)
-    with pytest.raises(AttributeError):  # it is replaced: the model, which is None here, is looked at
+    with pytest.raises(
+        AttributeError
+    ):  # it is replaced: the model, which is None here, is looked at
         asked(photos)
 
 
 def test_what_was_put_there_meanwhile_is_kept(photos, tmp_path):
-    """Between the first look and the end lies a computation of minutes: a folder of somebody else is set aside, not deleted."""
+    """Between the first look and the end lies a computation of minutes: a folder of somebody else
+    is set aside, not deleted.
+    """
     new = tmp_path / "new"
     new.mkdir()
     export._replace(new, photos)
@@ -95,7 +103,9 @@ def test_what_was_put_there_meanwhile_is_kept(photos, tmp_path):
 
 
 def test_what_killed_exports_left_goes_with_the_next(photos, tmp_path):
-    """Folders with our marker whose writer is dead, and its lock; what a living export writes, and what is no export's, stays."""
+    """Folders with our marker whose writer is dead, and its lock; what a living export writes, and
+    what is no export's, stays.
+    """
     out = tmp_path / "model"
     dead, living = f".model.{claims.driver_name()}", f".model.{claims.driver_name()}"
     for name in (
@@ -118,10 +128,20 @@ def test_what_killed_exports_left_goes_with_the_next(photos, tmp_path):
     assert (tmp_path / f"{dead}.driver").exists()
     with claims.driver_lock(tmp_path, living):
         export._remove_dead(out)
-        kept = {f"{living}.partial", f"{living}.driver", ".models.0b.partial", ".model.mine.partial", "photos"}
+        kept = {
+            f"{living}.partial",
+            f"{living}.driver",
+            ".models.0b.partial",
+            ".model.mine.partial",
+            "photos",
+        }
         assert {path.name for path in tmp_path.iterdir()} == kept
     export._remove_dead(out)
-    assert {path.name for path in tmp_path.iterdir()} == {".models.0b.partial", ".model.mine.partial", "photos"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        ".models.0b.partial",
+        ".model.mine.partial",
+        "photos",
+    }
 
 
 def test_predict_removes_its_own_parts_alone(photos):

@@ -1,4 +1,6 @@
-"""Backbones: built, loaded, described, and refused with an answer; preprocessing is the weights' own."""
+"""Backbones: built, loaded, described, and refused with an answer; preprocessing is the weights'
+own.
+"""
 
 import urllib.error
 import urllib.request
@@ -10,7 +12,14 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from headrace.extract import BackboneError, BackboneSpec, Preprocessing, describe_backbone, library, load_backbone
+from headrace.extract import (
+    BackboneError,
+    BackboneSpec,
+    Preprocessing,
+    describe_backbone,
+    library,
+    load_backbone,
+)
 from headrace.extract.backbone import build_untrained
 from headrace.extract.forward import normalisation
 from headrace.extract.preprocess import render
@@ -58,12 +67,42 @@ def test_preprocessing_is_torchvisions_own(name: str, tag: str | None) -> None:
 @pytest.mark.parametrize(
     "config",
     [
-        {"input_size": (3, 224, 224), "crop_pct": 0.875, "crop_mode": "center", "interpolation": "bicubic"},
-        {"input_size": (3, 224, 224), "crop_pct": 0.9, "crop_mode": "center", "interpolation": "bilinear"},
-        {"input_size": (3, 300, 300), "crop_pct": 1.0, "crop_mode": "center", "interpolation": "bicubic"},
-        {"input_size": (3, 160, 192), "crop_pct": 0.9, "crop_mode": "center", "interpolation": "bicubic"},
-        {"input_size": (3, 224, 224), "crop_pct": 1.0, "crop_mode": "squash", "interpolation": "bicubic"},
-        {"input_size": (3, 224, 224), "crop_pct": 0.95, "crop_mode": "border", "interpolation": "bicubic"},
+        {
+            "input_size": (3, 224, 224),
+            "crop_pct": 0.875,
+            "crop_mode": "center",
+            "interpolation": "bicubic",
+        },
+        {
+            "input_size": (3, 224, 224),
+            "crop_pct": 0.9,
+            "crop_mode": "center",
+            "interpolation": "bilinear",
+        },
+        {
+            "input_size": (3, 300, 300),
+            "crop_pct": 1.0,
+            "crop_mode": "center",
+            "interpolation": "bicubic",
+        },
+        {
+            "input_size": (3, 160, 192),
+            "crop_pct": 0.9,
+            "crop_mode": "center",
+            "interpolation": "bicubic",
+        },
+        {
+            "input_size": (3, 224, 224),
+            "crop_pct": 1.0,
+            "crop_mode": "squash",
+            "interpolation": "bicubic",
+        },
+        {
+            "input_size": (3, 224, 224),
+            "crop_pct": 0.95,
+            "crop_mode": "border",
+            "interpolation": "bicubic",
+        },
     ],
 )
 def test_preprocessing_is_timms_own(config: dict[str, object]) -> None:
@@ -91,14 +130,20 @@ def test_overrides() -> None:
     """None keeps the weights' own value; a size alone keeps their ratio of crop to resize."""
 
     def how(**changes: object) -> Preprocessing:
-        return load_backbone(BackboneSpec("torchvision:resnet18", "random:0", **changes)).preprocessing  # type: ignore[arg-type]
+        return load_backbone(
+            BackboneSpec("torchvision:resnet18", "random:0", **changes)
+        ).preprocessing  # type: ignore[arg-type]
 
     assert (how().resize, how().crop) == ((256, 256), (224, 224))
     assert (how(image_size=112).resize, how(image_size=112).crop) == ((128, 128), (112, 112))
     assert (how(image_size=300, crop_fraction=1.0).resize) == (300, 300)
     assert how(crop_fraction=0.5).resize == (448, 448)
     changed = how(mean=(0.5,) * 3, std=(0.25,) * 3, interpolation="bicubic")
-    assert (changed.mean, changed.std, changed.interpolation) == ((0.5,) * 3, (0.25,) * 3, "bicubic")
+    assert (changed.mean, changed.std, changed.interpolation) == (
+        (0.5,) * 3,
+        (0.25,) * 3,
+        "bicubic",
+    )
     with pytest.raises(BackboneError, match=r"crop_fraction is 1.5"):
         how(crop_fraction=1.5)
     with pytest.raises(BackboneError, match=r"does not run on images of 7 x 7"):
@@ -111,7 +156,9 @@ def test_random_weights_are_the_same_for_a_seed() -> None:
     torch.manual_seed(5)
     drawn = torch.rand(3)
     torch.manual_seed(5)
-    again = load_backbone(BackboneSpec(TINY, "random:7", image_size=64))  # another spec, so built anew
+    again = load_backbone(
+        BackboneSpec(TINY, "random:7", image_size=64)
+    )  # another spec, so built anew
     assert torch.equal(torch.rand(3), drawn)
     assert again.weights == one.weights
     assert load_backbone(BackboneSpec(TINY, "random:8")).weights != one.weights
@@ -122,20 +169,34 @@ def test_random_weights_are_the_same_for_a_seed() -> None:
 
 
 def test_weights_files(tmp_path: Path) -> None:
-    """PyTorch, safetensors, wrapped by a trainer, prefixed by a wrapper, or renamed but in order: the same weights."""
+    """PyTorch, safetensors, wrapped by a trainer, prefixed by a wrapper, or renamed but in order:
+    the same weights.
+    """
     state = load_backbone(BackboneSpec(TINY, "random:1")).module.state_dict()
     digest = load_backbone(BackboneSpec(TINY, "random:1")).weights
     torch.save(state, tmp_path / "plain.pth")
     torch.save(
-        {"state_dict": {f"module.{name}": value for name, value in state.items()}, "epoch": 3}, tmp_path / "wrapped.pth"
+        {"state_dict": {f"module.{name}": value for name, value in state.items()}, "epoch": 3},
+        tmp_path / "wrapped.pth",
     )
-    save_file({name: value.contiguous() for name, value in state.items()}, tmp_path / "plain.safetensors")
-    torch.save({f"tensor_{place}": value for place, value in enumerate(state.values())}, tmp_path / "renamed.pth")
-    torch.save({k: v for k, v in state.items() if "num_batches" not in k}, tmp_path / "uncounted.pth")
+    save_file(
+        {name: value.contiguous() for name, value in state.items()}, tmp_path / "plain.safetensors"
+    )
+    torch.save(
+        {f"tensor_{place}": value for place, value in enumerate(state.values())},
+        tmp_path / "renamed.pth",
+    )
+    torch.save(
+        {k: v for k, v in state.items() if "num_batches" not in k}, tmp_path / "uncounted.pth"
+    )
     for name in ("plain.pth", "wrapped.pth", "plain.safetensors"):
         assert load_backbone(BackboneSpec(TINY, str(tmp_path / name))).weights == digest, name
-    assert load_backbone(BackboneSpec(TINY, str(tmp_path / "renamed.pth"), "order")).weights == digest
-    uncounted = load_backbone(BackboneSpec(TINY, str(tmp_path / "uncounted.pth"))).module.state_dict()
+    assert (
+        load_backbone(BackboneSpec(TINY, str(tmp_path / "renamed.pth"), "order")).weights == digest
+    )
+    uncounted = load_backbone(
+        BackboneSpec(TINY, str(tmp_path / "uncounted.pth"))
+    ).module.state_dict()
     assert all(torch.equal(uncounted[name], value) for name, value in state.items())
 
 
@@ -145,7 +206,8 @@ def test_a_replaced_file_is_seen(tmp_path: Path) -> None:
     digests = []
     for seed in (1, 2):
         torch.save(
-            {**load_backbone(BackboneSpec(TINY, f"random:{seed}")).module.state_dict()}, tmp_path / "weights.pth"
+            {**load_backbone(BackboneSpec(TINY, f"random:{seed}")).module.state_dict()},
+            tmp_path / "weights.pth",
         )
         digests.append(load_backbone(spec).weights)
     assert digests[0] != digests[1]
@@ -169,7 +231,11 @@ def test_weights_that_do_not_fit(tmp_path: Path) -> None:
             r"classifier.weight: file \(5, 1024\)",
         ),
         "fewer.pth": ({first: state[first]}, "order", "needs as many tensors"),
-        "swapped.pth": ({**state, first: torch.zeros(2)}, "order", r"in order, the file's .* meets the network's"),
+        "swapped.pth": (
+            {**state, first: torch.zeros(2)},
+            "order",
+            r"in order, the file's .* meets the network's",
+        ),
         "list.pth": ([torch.zeros(2)], "name", "expected a dictionary of tensors"),
         "mixed.pth": ({**state, "note": "hello"}, "name", "these entries are not: note"),
     }
@@ -180,9 +246,13 @@ def test_weights_that_do_not_fit(tmp_path: Path) -> None:
     (tmp_path / "text.pth").write_text("not weights")
     (tmp_path / "text.safetensors").write_text("not weights")
     for name in ("text.pth", "text.safetensors"):
-        with pytest.raises(BackboneError, match=r"not a readable weights file|holds Python objects"):
+        with pytest.raises(
+            BackboneError, match=r"not a readable weights file|holds Python objects"
+        ):
             load_backbone(BackboneSpec(TINY, str(tmp_path / name)))
-    with pytest.raises(BackboneError, match=r"no such weights file. Files there: .*plain|no such weights file"):
+    with pytest.raises(
+        BackboneError, match=r"no such weights file. Files there: .*plain|no such weights file"
+    ):
         load_backbone(BackboneSpec(TINY, str(tmp_path / "absent.pth")))
 
 
@@ -228,11 +298,15 @@ def own_network() -> tuple[torch.nn.Module, Preprocessing]:
     module = torch.nn.Sequential(
         torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(3600, 5)
     )
-    return module, Preprocessing((32, 32), (32, 32), "squash", "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    return module, Preprocessing(
+        (32, 32), (32, 32), "squash", "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+    )
 
 
 def test_a_network_of_ones_own() -> None:
-    """Any function that returns a module and its preprocessing; its taps are found like any other's."""
+    """Any function that returns a module and its preprocessing; its taps are found like any
+    other's.
+    """
     info = describe_backbone(BackboneSpec("python:test_extract_backbone:own_network"))
     assert [tap.node for tap in info.taps] == ["0", "1", "2", "pre_logits", "3", "logits"]
     assert [tap.shape for tap in info.taps][:2] == [(4, 30, 30)] * 2
@@ -242,10 +316,15 @@ def test_a_network_of_ones_own() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "tag"), [("torchvision:resnet50", None), ("timm:resnet50", "a1_in1k"), ("timm:resnet50", None)]
+    ("name", "tag"),
+    [("torchvision:resnet50", None), ("timm:resnet50", "a1_in1k"), ("timm:resnet50", None)],
 )
-def test_without_a_network(name: str, tag: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The network is asked once, and the library, which would retry for most of a minute, not at all."""
+def test_without_a_network(
+    name: str, tag: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The network is asked once, and the library, which would retry for most of a minute, not at
+    all.
+    """
     import huggingface_hub
     import timm
     import torchvision.models
@@ -264,19 +343,32 @@ def test_without_a_network(name: str, tag: str | None, monkeypatch: pytest.Monke
     monkeypatch.setattr(timm, "create_model", not_to_be_called)
     monkeypatch.setattr(torchvision.models, "get_model", not_to_be_called)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with pytest.raises(BackboneError, match=r"(?s)cannot be downloaded.*Name or service.*weights: PATH.pth.*random:0"):
+    with pytest.raises(
+        BackboneError,
+        match=r"(?s)cannot be downloaded.*Name or service.*weights: PATH.pth.*random:0",
+    ):
         load_backbone(BackboneSpec(name, tag))
     assert len(asked) == 1
 
 
 def test_every_model_has_a_name_and_every_family_builds() -> None:
-    """All torchvision classifiers and all of timm are listed; one of each family is built without weights."""
+    """All torchvision classifiers and all of timm are listed; one of each family is built without
+    weights.
+    """
     names = library.backbone_names()
-    assert {"torchvision:vgg16", "torchvision:inception_v3", "timm:vit_base_patch16_224", "timm:convnext_base"} <= set(
-        names
-    )
+    assert {
+        "torchvision:vgg16",
+        "torchvision:inception_v3",
+        "timm:vit_base_patch16_224",
+        "timm:convnext_base",
+    } <= set(names)
     assert len(names) > 1000
-    for name in ("torchvision:vgg16", "torchvision:vit_b_16", "timm:convnext_base", "timm:vit_base_patch16_dinov3"):
+    for name in (
+        "torchvision:vgg16",
+        "torchvision:vit_b_16",
+        "timm:convnext_base",
+        "timm:vit_base_patch16_dinov3",
+    ):
         module, preprocessing = build_untrained(BackboneSpec(name))
         assert sum(parameter.numel() for parameter in module.parameters()) > 1e7
         assert next(module.parameters()).is_meta, "nothing is allocated to look at a network"
@@ -296,7 +388,9 @@ def test_all_torchvision_models_describe() -> None:
 
 
 def test_the_backbones_command() -> None:
-    """Searches by part of a name; shows a whole name's taps; answers a wrong one with the nearest."""
+    """Searches by part of a name; shows a whole name's taps; answers a wrong one with
+    the nearest.
+    """
     import typer
     from typer.testing import CliRunner
 

@@ -21,7 +21,9 @@ def how() -> Preprocessing:
 
 
 class UsedTwice(nn.Module):
-    """The convolution's output goes into the normalisation and, before it, into a sum: folding would change the sum."""
+    """The convolution's output goes into the normalisation and, before it, into a sum: folding
+    would change the sum.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,7 +43,9 @@ def used_twice() -> tuple[nn.Module, Preprocessing]:
 
 
 class SharedActivation(nn.Module):
-    """One activation module in two places: after a convolution, and after a sum that no kernel has activated."""
+    """One activation module in two places: after a convolution, and after a sum that no kernel has
+    activated.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,7 +88,9 @@ def test_a_value_that_is_used_twice() -> None:
     x = torch.randn(1, 3, 32, 32)
     with torch.inference_mode():
         wrongly = fused(backbone.module, {"head"}, x)
-        assert not same_outputs([wrongly(x)], [backbone.module(x)]), "else this network tests nothing"
+        assert not same_outputs([wrongly(x)], [backbone.module(x)]), (
+            "else this network tests nothing"
+        )
 
 
 def test_an_activation_in_two_places() -> None:
@@ -95,19 +101,27 @@ def test_an_activation_in_two_places() -> None:
 
 
 def test_taps_inside_what_could_be_fused() -> None:
-    """A tapped convolution is before its normalisation, a tapped normalisation before its activation."""
+    """A tapped convolution is before its normalisation, a tapped normalisation before its
+    activation.
+    """
     for tap in ("first", "norm", "second"):
         (found,), wanted = outputs("shared_activation", [f"{tap}.map"])
         assert same_outputs([found], [wanted[tap]]), tap
         assert float(wanted[tap].min()) < 0
 
 
-@pytest.mark.parametrize("name", ["timm:tf_efficientnet_lite0", "torchvision:resnet18", "timm:mobilenetv4_conv_small"])
+@pytest.mark.parametrize(
+    "name", ["timm:tf_efficientnet_lite0", "torchvision:resnet18", "timm:mobilenetv4_conv_small"]
+)
 def test_ordinary_networks_are_fused(name: str) -> None:
-    """Every convolution with a normalisation becomes one kernel; without this the form would be quietly unused."""
+    """Every convolution with a normalisation becomes one kernel; without this the form would be
+    quietly unused.
+    """
     backbone = load_backbone(BackboneSpec(name, "random:0", image_size=64))
     module = fused(backbone.module, set(), torch.zeros(1, 3, 64, 64))
     norms = [child for child in module.modules() if isinstance(child, nn.BatchNorm2d)]
     assert norms == []
     assert sum(isinstance(child, _FusedConv) for child in module.modules()) >= 20
-    assert any(isinstance(child, nn.BatchNorm2d) for child in backbone.module.modules()), "the original is untouched"
+    assert any(isinstance(child, nn.BatchNorm2d) for child in backbone.module.modules()), (
+        "the original is untouched"
+    )

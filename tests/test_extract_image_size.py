@@ -1,4 +1,6 @@
-"""A transformer at another input size than its weights': what timm and torchvision make of the same tensors, to the last bit."""
+"""A transformer at another input size than its weights': what timm and torchvision make of the same
+tensors, to the last bit.
+"""
 
 from pathlib import Path
 
@@ -14,7 +16,9 @@ from headrace.extract.describe import describe_backbone
 from headrace.extract.forward import make_forward, normalisation
 from headrace.extract.taps import backbone_nodes
 
-PIXELS = torch.randint(0, 256, (2, 96, 96, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+PIXELS = torch.randint(
+    0, 256, (2, 96, 96, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+)
 
 
 def features(spec: BackboneSpec, taps: list[str]) -> list[Tensor]:
@@ -58,7 +62,9 @@ def test_the_number_of_tokens_is_that_of_the_size(name: str, size: int, tokens: 
 
 
 def test_a_file_of_either_size_loads(tmp_path: Path) -> None:
-    """The weights' own, and those of a network that was saved at the size that is asked for, as an export does it."""
+    """The weights' own, and those of a network that was saved at the size that is asked for, as an
+    export does it.
+    """
     name = "timm:vit_tiny_patch16_224"
     plain = load_backbone(BackboneSpec(name, "random:2"))
     resized = load_backbone(BackboneSpec(name, "random:2", image_size=96))
@@ -72,7 +78,9 @@ def test_a_file_of_either_size_loads(tmp_path: Path) -> None:
 
 def test_windows_and_tables_follow() -> None:
     """Swin's relative position tables, at a size that its windows do not divide."""
-    (found,) = features(BackboneSpec("timm:swin_tiny_patch4_window7_224", "random:0", image_size=64), ["norm.avg"])
+    (found,) = features(
+        BackboneSpec("timm:swin_tiny_patch4_window7_224", "random:0", image_size=64), ["norm.avg"]
+    )
     assert found.shape == (2, 768)
     assert torch.isfinite(found).all()
 
@@ -83,7 +91,10 @@ def test_torchvisions_transformers_too() -> None:
     from torchvision.models.vision_transformer import interpolate_embeddings
 
     spec = BackboneSpec("torchvision:vit_b_32", "random:3", image_size=96)
-    own, plain = load_backbone(spec), load_backbone(BackboneSpec("torchvision:vit_b_32", "random:3"))
+    own, plain = (
+        load_backbone(spec),
+        load_backbone(BackboneSpec("torchvision:vit_b_32", "random:3")),
+    )
     theirs = vit_b_32(image_size=96).eval()
     theirs.load_state_dict(interpolate_embeddings(96, 32, plain.module.state_dict()))
     with torch.inference_mode():
@@ -94,5 +105,7 @@ def test_torchvisions_transformers_too() -> None:
 
 def test_a_size_that_its_patches_do_not_divide_is_refused() -> None:
     """Its last pixels would be cut off in silence."""
-    with pytest.raises(BackboneError, match=r"image_size is 100, and its patches are 16 x 16 pixels: .* 96 or 112"):
+    with pytest.raises(
+        BackboneError, match=r"image_size is 100, and its patches are 16 x 16 pixels: .* 96 or 112"
+    ):
         load_backbone(BackboneSpec("timm:vit_tiny_patch16_224", "random:0", image_size=100))

@@ -1,4 +1,6 @@
-"""Decoding: every kind of image file comes out as the pixels it shows, and whatever cannot be decoded says why."""
+"""Decoding: every kind of image file comes out as the pixels it shows, and whatever cannot be
+decoded says why.
+"""
 
 import gzip
 import io
@@ -18,7 +20,9 @@ from headrace.extract.sources.formats import IMAGE_SUFFIXES
 
 
 def gradient(width: int = 40, height: int = 24) -> Image.Image:
-    """Smooth, and different in every corner and channel, so that lossy formats stay close and turns are seen."""
+    """Smooth, and different in every corner and channel, so that lossy formats stay close and turns
+    are seen.
+    """
     x, y = np.meshgrid(np.linspace(20, 235, width), np.linspace(20, 235, height))
     return Image.fromarray(np.stack([x, y, (x + y) / 2], axis=2).astype(np.uint8))
 
@@ -96,7 +100,9 @@ def test_sixteen_bits_are_scaled() -> None:
 
 
 def test_alpha_is_laid_over_white() -> None:
-    """Transparent is white, half transparent is half way, whether the alpha is a channel or a palette's entry."""
+    """Transparent is white, half transparent is half way, whether the alpha is a channel or a
+    palette's entry.
+    """
     pixels = np.zeros((2, 2, 4), np.uint8)
     pixels[0, 0] = (200, 0, 0, 255)
     pixels[0, 1] = (200, 0, 0, 0)
@@ -108,9 +114,15 @@ def test_alpha_is_laid_over_white() -> None:
     palette = Image.new("P", (2, 1))
     palette.putpalette([10, 20, 30, 40, 50, 60])
     palette.putdata([0, 1])
-    assert rgb(decode_image(encoded(palette, "PNG", transparency=1)))[0].tolist() == [[10, 20, 30], [255, 255, 255]]
+    assert rgb(decode_image(encoded(palette, "PNG", transparency=1)))[0].tolist() == [
+        [10, 20, 30],
+        [255, 255, 255],
+    ]
     grey = Image.fromarray(np.array([[0, 100]], np.uint8))
-    assert rgb(decode_image(encoded(grey, "PNG", transparency=0)))[0].tolist() == [[255] * 3, [100] * 3]
+    assert rgb(decode_image(encoded(grey, "PNG", transparency=0)))[0].tolist() == [
+        [255] * 3,
+        [100] * 3,
+    ]
 
 
 def test_other_modes() -> None:
@@ -132,13 +144,19 @@ def test_first_frame_of_an_animation() -> None:
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "lime", "blue")]
     for kind in ("GIF", "WEBP", "TIFF"):
         data = encoded(
-            frames[0], kind, save_all=True, append_images=frames[1:], **({"lossless": True} if kind == "WEBP" else {})
+            frames[0],
+            kind,
+            save_all=True,
+            append_images=frames[1:],
+            **({"lossless": True} if kind == "WEBP" else {}),
         )
         assert rgb(decode_image(data))[4, 4].tolist() == [255, 0, 0], kind
 
 
 def test_arrays() -> None:
-    """Channels first or last, one channel or none, 8 and 16 bits, and with their range said other numbers: the same picture."""
+    """Channels first or last, one channel or none, 8 and 16 bits, and with their range said other
+    numbers: the same picture.
+    """
     picture = np.asarray(gradient())
     for array, pixel_range in (
         (picture, None),
@@ -150,7 +168,10 @@ def test_arrays() -> None:
     ):
         assert np.array_equal(rgb(decode_image(array_bytes(array), pixel_range)), picture)
     assert decode_image(array_bytes(picture[:, :, :1])).mode == "L"
-    assert np.array_equal(np.asarray(decode_image(array_bytes(picture[:, :, 0] > 100))), (picture[:, :, 0] > 100) * 255)
+    assert np.array_equal(
+        np.asarray(decode_image(array_bytes(picture[:, :, 0] > 100))),
+        (picture[:, :, 0] > 100) * 255,
+    )
 
 
 @pytest.mark.parametrize(
@@ -163,7 +184,10 @@ def test_arrays() -> None:
         (encoded(gradient(400, 300), "JPEG")[:2000], "truncated"),
         (encoded(gradient(400, 300), "PNG")[:300], "truncated|Truncated"),
         (array_bytes(np.zeros((3, 4, 5, 6), np.uint8)), "no image"),
-        (array_bytes(np.full((4, 4), 0.5)), r"float64 values .* no range .* images.pixel_range: \[0, 1\]"),
+        (
+            array_bytes(np.full((4, 4), 0.5)),
+            r"float64 values .* no range .* images.pixel_range: \[0, 1\]",
+        ),
         (array_bytes(np.full((4, 4), -1)), "int64 values .* no range"),
         (array_bytes(np.zeros((0, 4), np.uint8)), "no image"),
         (array_bytes(np.array([["a", "b"]])), "expected numbers"),
@@ -178,10 +202,17 @@ def bomb(width: int, height: int) -> bytes:
     """A PNG of a few bytes that declares width x height pixels."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        return (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b""))
+        + chunk(b"IEND", b"")
+    )
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
@@ -201,7 +232,9 @@ def test_truncation_is_never_hidden() -> None:
 
 
 def malformed_corpus() -> list[bytes]:
-    """At least 300 files that are broken, odd, or neither: cut, flipped, spliced, mislabelled and strange."""
+    """At least 300 files that are broken, odd, or neither: cut, flipped, spliced, mislabelled and
+    strange.
+    """
     draw = random.Random(0)
     picture = gradient(64, 48)
     wholes = [
@@ -235,13 +268,24 @@ def malformed_corpus() -> list[bytes]:
         corpus.append(whole[: len(whole) // 2] + other[len(other) // 2 :])
         corpus.append(whole + draw.randbytes(100))
         corpus.append(whole)
-    corpus += [b"", b"\0" * 1000, b"GIF89a", b"BM", b"RIFF\0\0\0\0WEBP", bomb(60_000, 60_000), bomb(1, 1), bomb(0, 5)]
+    corpus += [
+        b"",
+        b"\0" * 1000,
+        b"GIF89a",
+        b"BM",
+        b"RIFF\0\0\0\0WEBP",
+        bomb(60_000, 60_000),
+        bomb(1, 1),
+        bomb(0, 5),
+    ]
     corpus += [draw.randbytes(size) for size in (1, 10, 100, 1000, 10_000)]
     corpus += [
         encoded(Image.new(mode, (3, 5)), "TIFF")
         for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I", "F", "LAB")
     ]
-    corpus += [encoded(Image.new("RGB", size), "PNG") for size in ((1, 1), (1, 500), (500, 1), (7, 3))]
+    corpus += [
+        encoded(Image.new("RGB", size), "PNG") for size in ((1, 1), (1, 500), (500, 1), (7, 3))
+    ]
     return list(dict.fromkeys(corpus))
 
 
@@ -274,7 +318,9 @@ showpage
 
 
 def test_formats_beyond_those_that_listings_know_are_not_decoded():
-    """EPS, which Pillow hands to Ghostscript, and all that nobody keeps data sets in, are no images, whatever their name."""
+    """EPS, which Pillow hands to Ghostscript, and all that nobody keeps data sets in, are no
+    images, whatever their name.
+    """
     with pytest.raises(ImageError, match="not an image in a format that is read here"):
         decode_image(EPS)
     for name in ("TGA", "PCX", "ICO", "PDF", "SGI"):
@@ -285,7 +331,9 @@ def test_formats_beyond_those_that_listings_know_are_not_decoded():
 
 
 def test_the_formats_are_those_of_the_suffixes():
-    """Every suffix that a listing takes for an image is of a format that is decoded, and no format is without a suffix."""
+    """Every suffix that a listing takes for an image is of a format that is decoded, and no format
+    is without a suffix.
+    """
     known = Image.registered_extensions()
     asked = {known.get(suffix, "JPEG" if suffix == ".jif" else None) for suffix in IMAGE_SUFFIXES}
     assert asked == set(FORMATS)

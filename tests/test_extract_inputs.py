@@ -1,4 +1,6 @@
-"""Listing samples: folders, tables, tar shards, arrays; their content hashes; and what changed between two listings."""
+"""Listing samples: folders, tables, tar shards, arrays; their content hashes; and what changed
+between two listings.
+"""
 
 import gzip
 import io
@@ -62,8 +64,18 @@ def write(path: Path, data: bytes) -> Path:
 
 
 def test_folder(tmp_path: Path) -> None:
-    """The label is the first directory, the id the relative path, in the order of ids; other files are left out."""
-    for name in ("b/2.png", "a/deep/1.JPG", "a/3.png", "loose.png", "a/notes.txt", ".hidden/4.png", "a/.5.png"):
+    """The label is the first directory, the id the relative path, in the order of ids; other files
+    are left out.
+    """
+    for name in (
+        "b/2.png",
+        "a/deep/1.JPG",
+        "a/3.png",
+        "loose.png",
+        "a/notes.txt",
+        ".hidden/4.png",
+        "a/.5.png",
+    ):
         write(tmp_path / name, png(1))
     listing = read_folder(tmp_path)
     samples = listing.samples
@@ -75,19 +87,31 @@ def test_folder(tmp_path: Path) -> None:
 
 
 def test_folder_of_a_split(tmp_path: Path) -> None:
-    """Outer folders train, val, test are a split, unless a class of that name would be lost by it."""
+    """Outer folders train, val, test are a split, unless a class of that name would be
+    lost by it.
+    """
     for name in ("train/a/1.png", "train/b/2.png", "valid/a/3.png", "test/4.png"):
         write(tmp_path / name, png(1))
     samples = list_folder(tmp_path)
     assert samples["split"].tolist() == ["test", "train", "train", "valid"]
     assert samples["label"].fillna("").tolist() == ["", "a", "b", "a"]
-    write(tmp_path / "train/5.png", png(2))  # neither a training image without a class nor a stray one changes that
+    write(
+        tmp_path / "train/5.png", png(2)
+    )  # neither a training image without a class nor a stray one changes that
     write(tmp_path / "cover.png", png(2))
     assert list_folder(tmp_path)["label"].value_counts().to_dict() == {"a": 2, "b": 1}
     write(tmp_path / "other/6.png", png(2))
-    with pytest.raises(SourceError, match=r"test, train, valid, which are words for the sides of a split, and other"):
+    with pytest.raises(
+        SourceError,
+        match=r"test, train, valid, which are words for the sides of a split, and other",
+    ):
         list_folder(tmp_path)
-    assert set(list_folder(tmp_path, layout="classes")["label"].dropna()) == {"train", "valid", "test", "other"}
+    assert set(list_folder(tmp_path, layout="classes")["label"].dropna()) == {
+        "train",
+        "valid",
+        "test",
+        "other",
+    }
     assert list_folder(tmp_path, exclude=["other"])["split"].nunique() == 3
 
 
@@ -98,7 +122,9 @@ def test_folder_with_a_link_to_itself(tmp_path: Path) -> None:
 
 
 def test_a_link_takes_no_class_from_its_folder(tmp_path: Path) -> None:
-    """The real path keeps its name, wherever the link stands; what only a link reaches has the link's name."""
+    """The real path keeps its name, wherever the link stands; what only a link reaches has the
+    link's name.
+    """
     write(tmp_path / "photos/2020/1.png", png(1))
     write(tmp_path / "photos/2021/deep/2.png", png(2))
     write(tmp_path / "elsewhere/3.png", png(3))
@@ -110,7 +136,9 @@ def test_a_link_takes_no_class_from_its_folder(tmp_path: Path) -> None:
     assert samples["id"].tolist() == ["2020/1.png", "2020/gone.png", "2021/deep/2.png", "far/3.png"]
     assert samples["label"].tolist() == ["2020", "2020", "2021", "far"]
     found = content_hashes(samples, tmp_path / "index.parquet")
-    assert [item.id for item in found.unreadable] == ["2020/gone.png"]  # a broken link is told, not lost
+    assert [item.id for item in found.unreadable] == [
+        "2020/gone.png"
+    ]  # a broken link is told, not lost
 
 
 def test_folders_that_cannot_be(tmp_path: Path) -> None:
@@ -127,9 +155,16 @@ def test_folders_that_cannot_be(tmp_path: Path) -> None:
 
 
 def test_tables(tmp_path: Path) -> None:
-    """CSV and Parquet alike: paths become absolute, every column stays, the order is the table's."""
+    """CSV and Parquet alike: paths become absolute, every column stays, the order is
+    the table's.
+    """
     frame = pd.DataFrame(
-        {"path": ["x/1.png", "/abs/2.png"], "label": ["b", "a"], "fold": [1, 0], "name": ["one", "two"]}
+        {
+            "path": ["x/1.png", "/abs/2.png"],
+            "label": ["b", "a"],
+            "fold": [1, 0],
+            "name": ["one", "two"],
+        }
     )
     frame.to_csv(tmp_path / "t.csv", index=False)
     frame.to_parquet(tmp_path / "t.parquet")
@@ -137,10 +172,15 @@ def test_tables(tmp_path: Path) -> None:
         samples = read_table(tmp_path / table)
         assert samples["path"].tolist() == [str(tmp_path / "x/1.png"), "/abs/2.png"]
         assert samples["id"].tolist() == ["x/1.png", "/abs/2.png"]
-        assert samples[["label", "name"]].to_dict("list") == frame[["label", "name"]].to_dict("list")
+        assert samples[["label", "name"]].to_dict("list") == frame[["label", "name"]].to_dict(
+            "list"
+        )
         assert samples["fold"].astype(str).tolist() == ["1", "0"]  # Parquet has types, CSV has text
     assert read_table(tmp_path / "t.csv", id_column="name")["id"].tolist() == ["one", "two"]
-    assert read_table(tmp_path / "t.csv", root="/data")["path"].tolist() == ["/data/x/1.png", "/abs/2.png"]
+    assert read_table(tmp_path / "t.csv", root="/data")["path"].tolist() == [
+        "/data/x/1.png",
+        "/abs/2.png",
+    ]
 
 
 def test_tables_that_cannot_be(tmp_path: Path) -> None:
@@ -158,7 +198,9 @@ def test_tables_that_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"cannot be read as parquet"):
         read_table(tmp_path / "bad.parquet")
     write(tmp_path / "t.xlsx", b"")
-    with pytest.raises(SourceError, match=r"is a spreadsheet, which is not read here: save it as CSV"):
+    with pytest.raises(
+        SourceError, match=r"is a spreadsheet, which is not read here: save it as CSV"
+    ):
         read_table(tmp_path / "t.xlsx")
     write(tmp_path / "none.csv", b"path\n")
     with pytest.raises(SourceError, match=r"no rows"):
@@ -166,11 +208,15 @@ def test_tables_that_cannot_be(tmp_path: Path) -> None:
 
 
 def test_columns_that_would_be_replaced(tmp_path: Path) -> None:
-    """`task.group: id` with the file's path in place of the table's own ids would let patients leak."""
+    """`task.group: id` with the file's path in place of the table's own ids would let patients
+    leak.
+    """
     table = tmp_path / "t.csv"
 
     def columns(*names: str) -> None:
-        pd.DataFrame({name: [f"{name}1.png", f"{name}2.png"] for name in names}).to_csv(table, index=False)
+        pd.DataFrame({name: [f"{name}1.png", f"{name}2.png"] for name in names}).to_csv(
+            table, index=False
+        )
 
     columns("path", "id", "label")
     assert read_table(table)["id"].tolist() == ["id1.png", "id2.png"]
@@ -207,20 +253,33 @@ def test_tables_that_cannot_be_read(tmp_path: Path, name: str, data: bytes, said
     assert str(tmp_path / name) in str(refusal.value)
 
 
-def test_what_a_damaged_memo_says_is_not_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_damaged_memo_says_is_not_remembered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Damage of any kind means that the network is built, and that the memo is written anew."""
     feature = FeatureSpec("b", "w", "t", "avg", "p", "v", "pillow", "float32", "float16", (3,))
     path = tmp_path / "cache/backbones/memo.json"
     monkeypatch.setattr(memo, "_memo", lambda *args: path)
     spec = BackboneSpec("torchvision:resnet18", weights="random:0")
-    for damage in (b"{}", b"[]", b"[3]", b'["3"]', b"\xff\xfe", b"nothing", b"null", b"[" * 100_000):
+    for damage in (
+        b"{}",
+        b"[]",
+        b"[3]",
+        b'["3"]',
+        b"\xff\xfe",
+        b"nothing",
+        b"null",
+        b"[" * 100_000,
+    ):
         assert memo._read(write(path, damage)) is None, damage[:20]
         memo.remember_features(spec, "auto", [feature], cache_root=tmp_path)
         assert memo.backbone_features(spec, "auto", cache_root=tmp_path) == (feature,)
     path.unlink()
     path.mkdir()
     assert memo._read(path) is None
-    memo.remember_features(spec, "auto", [feature], cache_root=tmp_path)  # cannot be written, and stops nobody
+    memo.remember_features(
+        spec, "auto", [feature], cache_root=tmp_path
+    )  # cannot be written, and stops nobody
     path.rmdir()
     path.parent.rmdir()
     path.parent.write_bytes(b"a file")
@@ -229,18 +288,26 @@ def test_what_a_damaged_memo_says_is_not_remembered(tmp_path: Path, monkeypatch:
 
 
 def test_hashes_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second call reads nothing, a changed file is read again, a missing one is reported and stops nobody."""
-    monkeypatch.setattr("headrace.extract.stamps._CLOCK_TICK_NS", 0)  # what has just been written is settled
+    """A second call reads nothing, a changed file is read again, a missing one is reported and
+    stops nobody.
+    """
+    monkeypatch.setattr(
+        "headrace.extract.stamps._CLOCK_TICK_NS", 0
+    )  # what has just been written is settled
     for value in range(3):
         write(tmp_path / f"{value}.png", png(value))
-    samples = pd.DataFrame({"id": ["0", "1", "2", "gone"], "path": [str(tmp_path / f"{n}.png") for n in (0, 1, 2, 9)]})
+    samples = pd.DataFrame(
+        {"id": ["0", "1", "2", "gone"], "path": [str(tmp_path / f"{n}.png") for n in (0, 1, 2, 9)]}
+    )
     index = tmp_path / "cache/contents.parquet"
     seen: list[tuple[int, int]] = []
     first = content_hashes(samples, index, lambda done, total: seen.append((done, total)))
     assert first.read == 3
     assert seen == [(1, 3), (2, 3), (3, 3)]
     assert first.hashes[3] is None
-    assert [(item.id, item.reason) for item in first.unreadable] == [("gone", "No such file or directory")]
+    assert [(item.id, item.reason) for item in first.unreadable] == [
+        ("gone", "No such file or directory")
+    ]
     assert len({*first.hashes}) == 4
     again = content_hashes(samples, index)
     assert (again.read, again.hashes) == (0, first.hashes)
@@ -277,14 +344,25 @@ def shard(path: Path, members: dict[str, bytes]) -> Path:
 
 
 def test_tar_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Members group by name; labels and scalars come from the side files; a member hashes like the file it was."""
-    monkeypatch.setattr("headrace.extract.stamps._CLOCK_TICK_NS", 0)  # what has just been written is settled
+    """Members group by name; labels and scalars come from the side files; a member hashes like the
+    file it was.
+    """
+    monkeypatch.setattr(
+        "headrace.extract.stamps._CLOCK_TICK_NS", 0
+    )  # what has just been written is settled
     meta = json.dumps({"width": 12, "tags": ["x"], "id": 5}).encode()
-    shard(tmp_path / "s-000.tar", {"a.png": png(1), "a.cls": b"3\n", "a.json": meta, "dir/b.png": png(2)})
+    shard(
+        tmp_path / "s-000.tar",
+        {"a.png": png(1), "a.cls": b"3\n", "a.json": meta, "dir/b.png": png(2)},
+    )
     shard(tmp_path / "s-001.tar", {"c.cls": b"4", "c.seg.png": png(3), "readme.md": b"hello"})
     with pytest.warns(SourceWarning, match=r"left out 1 .md files .no image.: s-001.tar/readme.md"):
         samples = list_tar(f"{tmp_path}/s-{{000..001}}.tar")
-    assert samples["id"].tolist() == ["s-000.tar/a.png", "s-000.tar/dir/b.png", "s-001.tar/c.seg.png"]
+    assert samples["id"].tolist() == [
+        "s-000.tar/a.png",
+        "s-000.tar/dir/b.png",
+        "s-001.tar/c.seg.png",
+    ]
     assert samples["label"].tolist()[::2] == ["3", "4"]
     assert samples["width"].iloc[0] == 12
     assert samples["tags"].iloc[0] == ["x"]
@@ -300,7 +378,9 @@ def test_tar_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_tar_shards_that_cannot_be(tmp_path: Path) -> None:
     whole = shard(tmp_path / "s.tar", {"a.png": png(1), "b.png": png(2)})
     (tmp_path / "misnamed.tar").write_bytes(gzip.compress(whole.read_bytes()))
-    with pytest.raises(SourceError, match=r"compressed archive.*Rename it, for example to FILE.tar.gz"):
+    with pytest.raises(
+        SourceError, match=r"compressed archive.*Rename it, for example to FILE.tar.gz"
+    ):
         list_tar(tmp_path / "misnamed.tar")
     (tmp_path / "bad.tar").write_bytes(b"x" * 2000)
     with pytest.raises(SourceError, match=r"not a whole tar archive"):
@@ -316,7 +396,9 @@ def test_tar_shards_that_cannot_be(tmp_path: Path) -> None:
 
 
 def test_arrays(tmp_path: Path) -> None:
-    """The same pictures in five containers: the same pixels, the same content hashes, labels beside or inside."""
+    """The same pictures in five containers: the same pixels, the same content hashes, labels beside
+    or inside.
+    """
     images = np.stack([picture(value) for value in (10, 20, 30)])
     labels = np.array([2, 0, 1])
     np.save(tmp_path / "x.npy", images)
@@ -327,12 +409,16 @@ def test_arrays(tmp_path: Path) -> None:
         file["labels"] = np.array([b"two", b"nil", b"one"])
     header = b"\0\0\x08\x04" + b"".join(size.to_bytes(4, "big") for size in images.shape)
     (tmp_path / "train-images-idx4-ubyte.gz").write_bytes(gzip.compress(header + images.tobytes()))
-    (tmp_path / "train-labels-idx1-ubyte").write_bytes(b"\0\0\x08\x01" + (3).to_bytes(4, "big") + bytes([2, 0, 1]))
+    (tmp_path / "train-labels-idx1-ubyte").write_bytes(
+        b"\0\0\x08\x01" + (3).to_bytes(4, "big") + bytes([2, 0, 1])
+    )
     listings = [
         list_array(tmp_path / "x.npy", labels=tmp_path / "y.npy"),
         list_array(tmp_path / "xy.npz", labels_key="train_labels"),
         list_array(tmp_path / "xy.h5", labels_key="labels"),
-        list_array(tmp_path / "train-images-idx4-ubyte.gz", labels=tmp_path / "train-labels-idx1-ubyte"),
+        list_array(
+            tmp_path / "train-images-idx4-ubyte.gz", labels=tmp_path / "train-labels-idx1-ubyte"
+        ),
         list_array(tmp_path / "xy.h5", key="group/images"),
     ]
     assert [listing["label"].tolist() for listing in listings[:2]] == [["2", "0", "1"]] * 2
@@ -351,7 +437,9 @@ def test_arrays_that_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"shape \(5, 784\); expected \(N, H, W\)"):
         list_array(tmp_path / "flat.npy")
     np.savez(tmp_path / "two.npz", a=np.zeros((2, 4, 4)), b=np.zeros((2, 4, 4)))
-    with pytest.raises(SourceError, match=r"2 arrays could be images; name one with key. It has: a \(2, 4, 4\)"):
+    with pytest.raises(
+        SourceError, match=r"2 arrays could be images; name one with key. It has: a \(2, 4, 4\)"
+    ):
         list_array(tmp_path / "two.npz")
     with pytest.raises(SourceError, match=r"no array 'c'; it has a, b"):
         list_array(tmp_path / "two.npz", key="c")
@@ -366,16 +454,27 @@ def test_arrays_that_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"no such file"):
         list_array(tmp_path / "absent.npy")
     np.save(tmp_path / "float.npy", np.zeros((2, 4, 4)))
-    with pytest.raises(SourceError, match=r"float64 have no range of their own.*images.pixel_range"):
+    with pytest.raises(
+        SourceError, match=r"float64 have no range of their own.*images.pixel_range"
+    ):
         read_source(detect_source(tmp_path / "float.npy"))
     with pytest.raises(SourceError, match=r"found .bin"):
         list_array(write(tmp_path / "x.bin", b""))
 
 
 def test_changes_are_told_apart(tmp_path: Path) -> None:
-    """New, changed, renamed and removed, in one comparison; a copy of an image that stays is new."""
+    """New, changed, renamed and removed, in one comparison; a copy of an image that
+    stays is new.
+    """
     before = {"same": "1", "edited": "2", "old-name": "3", "gone": "4", "kept": "5"}
-    after = {"same": "1", "edited": "9", "new-name": "3", "fresh": "7", "kept": "5", "copy-of-kept": "5"}
+    after = {
+        "same": "1",
+        "edited": "9",
+        "new-name": "3",
+        "fresh": "7",
+        "kept": "5",
+        "copy-of-kept": "5",
+    }
     changes = compare_listings(before, after)
     assert changes.new == ("fresh", "copy-of-kept")
     assert changes.changed == ("edited",)

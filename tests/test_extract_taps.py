@@ -1,4 +1,6 @@
-"""Every tap is what a forward hook on the untouched network gives, whatever the form in which the network is run."""
+"""Every tap is what a forward hook on the untouched network gives, whatever the form in which the
+network is run.
+"""
 
 import dataclasses
 import itertools
@@ -7,15 +9,25 @@ import warnings
 import pytest
 import torch
 
-from headrace.extract import BackboneError, BackboneSpec, feature_specs, load_backbone, parse_tap, resolve_taps
+from headrace.extract import (
+    BackboneError,
+    BackboneSpec,
+    feature_specs,
+    load_backbone,
+    parse_tap,
+    resolve_taps,
+)
 from headrace.extract.forward import make_forward, normalisation
 from headrace.extract.nodes import find_nodes
 from headrace.extract.taps import MOST_FEATURES, Tap, auto_taps, backbone_nodes
 
-# Small inputs of families that differ: plain, residual, inverted residual, dense, multi-branch, grouped, ConvNeXt,
-# class-token transformers of two libraries, windowed (channels last), squeeze-excite, pooling instead of attention.
+# Small inputs of families that differ: plain, residual, inverted residual, dense, multi-branch,
+# grouped, ConvNeXt, class-token transformers of two libraries, windowed (channels last),
+# squeeze-excite, pooling instead of attention.
 ARCHITECTURES = [
-    pytest.param("torchvision:vgg11_bn", 64, marks=pytest.mark.slow),  # half a gigabyte of random weights
+    pytest.param(
+        "torchvision:vgg11_bn", 64, marks=pytest.mark.slow
+    ),  # half a gigabyte of random weights
     ("torchvision:resnet18", 64),
     ("torchvision:inception_v3", 96),
     ("torchvision:googlenet", 64),
@@ -41,10 +53,18 @@ def _one_thread() -> None:
 
 
 def random_pixels(count: int, size: int) -> torch.Tensor:
-    return torch.randint(0, 256, (count, size, size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
+    return torch.randint(
+        0,
+        256,
+        (count, size, size, 3),
+        dtype=torch.uint8,
+        generator=torch.Generator().manual_seed(3),
+    )
 
 
-def hooked_outputs(module: torch.nn.Module, names: set[str], x: torch.Tensor) -> dict[str, torch.Tensor]:
+def hooked_outputs(
+    module: torch.nn.Module, names: set[str], x: torch.Tensor
+) -> dict[str, torch.Tensor]:
     """The reference: plain forward hooks, outputs copied before anything can overwrite them."""
     outputs: dict[str, torch.Tensor] = {}
     handles = [
@@ -62,7 +82,9 @@ def hooked_outputs(module: torch.nn.Module, names: set[str], x: torch.Tensor) ->
 
 @pytest.mark.parametrize(("name", "size"), ARCHITECTURES)
 def test_taps_equal_forward_hooks_on_the_untouched_network(name: str, size: int) -> None:
-    """For taps spread over the network, reduced in every way, in batches of 1 and 3; and the network's state stays."""
+    """For taps spread over the network, reduced in every way, in batches of 1 and 3; and the
+    network's state stays.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # libraries' own deprecations
         backbone = load_backbone(BackboneSpec(name, "random:0", image_size=size))
@@ -71,7 +93,11 @@ def test_taps_equal_forward_hooks_on_the_untouched_network(name: str, size: int)
     maps = [node for node in nodes.nodes if node.layout in ("NCHW", "NHWC") and min(node.shape) > 1]
     tokens = [node for node in nodes.nodes if node.layout == "NTC"]
     spread = (maps or tokens)[:: max(1, len(maps or tokens) // 9)]
-    taps = [Tap(node.name, reduction) for node in spread for reduction in ("avg", "max", "gem", "grid2", "map")]
+    taps = [
+        Tap(node.name, reduction)
+        for node in spread
+        for reduction in ("avg", "max", "gem", "grid2", "map")
+    ]
     taps += [Tap(node.name, "cls") for node in spread if node.has_class_token]
     taps += [tap for tap in auto_taps(nodes) if tap not in taps and tap.node != "pre_logits"]
     pixels = random_pixels(3, size)
@@ -92,7 +118,9 @@ def test_taps_equal_forward_hooks_on_the_untouched_network(name: str, size: int)
                 raw = raw[:, node.prefix :].transpose(1, 2).unflatten(2, (side, side))
             assert_close(found, plainly_reduced(raw, tap.reduction), tap)
     after = backbone.module.state_dict()
-    assert all(torch.equal(value, after[key]) for key, value in before.items()), "the network's state has changed"
+    assert all(torch.equal(value, after[key]) for key, value in before.items()), (
+        "the network's state has changed"
+    )
 
 
 def plainly_reduced(raw: torch.Tensor, reduction: str) -> torch.Tensor:
@@ -126,7 +154,9 @@ def test_pre_logits_are_what_the_classifier_is_given() -> None:
             if expected == "flatten":
                 wanted = torch.nn.Sequential(*list(backbone.module.children())[:-1])(x).flatten(1)
             else:
-                wanted = backbone.module.forward_head(backbone.module.forward_features(x), pre_logits=True)  # type: ignore[operator]
+                wanted = backbone.module.forward_head(
+                    backbone.module.forward_features(x), pre_logits=True
+                )  # type: ignore[operator]
         (found,) = make_forward(backbone, resolve_taps(backbone, ["pre_logits"]))(pixels)
         assert_close(found, wanted, Tap("pre_logits", "vector"))
 
@@ -139,7 +169,9 @@ def test_the_pass_ends_at_the_deepest_tap() -> None:
         child.register_forward_pre_hook(lambda _m, _a, name=name: called.append(name))
         for name, child in backbone.module.named_children()
     ]
-    forward = make_forward(backbone, [Tap("layer2", "avg"), Tap("layer1", "max")])  # copies the hooks too
+    forward = make_forward(
+        backbone, [Tap("layer2", "avg"), Tap("layer1", "max")]
+    )  # copies the hooks too
     called.clear()
     forward(random_pixels(1, 64))
     for handle in handles:
@@ -157,8 +189,11 @@ def test_shape_bytes_and_cost_of_nodes() -> None:
     costs = [node.cost for node in nodes.nodes]
     assert costs == sorted(costs)
     assert costs[-1] == 1.0
-    # 1.81 G multiply-adds at 224 x 224 in the literature, and 49 / 4 = 12.25 times fewer positions at 64 x 64
-    assert find_nodes(backbone.module, (224, 224), "resnet18").multiply_adds == pytest.approx(1.814e9, rel=0.01)
+    # 1.81 G multiply-adds at 224 x 224 in the literature, and 49 / 4 = 12.25 times fewer positions
+    # at 64 x 64
+    assert find_nodes(backbone.module, (224, 224), "resnet18").multiply_adds == pytest.approx(
+        1.814e9, rel=0.01
+    )
 
 
 @pytest.mark.parametrize(
@@ -176,7 +211,10 @@ def test_shape_bytes_and_cost_of_nodes() -> None:
         ("timm:resnet50", "layer1.* layer2.* layer3.2.* layer3.* pre_logits.vector"),
         (  # what its classifier is given is another layer's, so the last map is there too
             "torchvision:vgg16",
-            "features.8.* features.15.* features.22.* features.26.* features.29.* pre_logits.vector",
+            (
+                "features.8.* features.15.* features.22.* features.26.* features.29.* "
+                "pre_logits.vector"
+            ),
         ),
         (
             "timm:vit_tiny_patch16_224",
@@ -186,7 +224,10 @@ def test_shape_bytes_and_cost_of_nodes() -> None:
 )
 def test_auto_picks_early_to_late(name: str, expected: str) -> None:
     backbone = load_backbone(BackboneSpec(name, "random:0"))
-    wanted = " ".join(f"{text[:-1]}avg {text[:-1]}max" if text.endswith("*") else text for text in expected.split())
+    wanted = " ".join(
+        f"{text[:-1]}avg {text[:-1]}max" if text.endswith("*") else text
+        for text in expected.split()
+    )
     assert " ".join(str(tap) for tap in resolve_taps(backbone, "auto")) == wanted
 
 
@@ -202,20 +243,27 @@ def test_auto_picks_early_to_late(name: str, expected: str) -> None:
     ],
 )
 def test_no_automatic_tap_is_another_one(name: str) -> None:
-    """No column stands twice in "all", but for one that is normalised once more, which the widths show."""
+    """No column stands twice in "all", but for one that is normalised once more, which the widths
+    show.
+    """
     backbone = load_backbone(BackboneSpec(name, "random:0", image_size=64))
     taps = resolve_taps(backbone, "auto")
     found = [tensor.flatten(1) for tensor in make_forward(backbone, taps)(random_pixels(4, 64))]
     assert sum(tensor.shape[1] for tensor in found) <= MOST_FEATURES
     for (first, a), (second, b) in itertools.combinations(zip(taps, found, strict=True), 2):
-        assert a.shape != b.shape or not torch.allclose(a.float(), b.float(), rtol=1e-3, atol=1e-3), (first, second)
+        assert a.shape != b.shape or not torch.allclose(
+            a.float(), b.float(), rtol=1e-3, atol=1e-3
+        ), (first, second)
 
 
 def test_taps_that_cannot_be() -> None:
     """Each mistake is answered with what would be right."""
     resnet = load_backbone(BackboneSpec("torchvision:resnet18", "random:0", image_size=64))
     for text, message in (
-        ("layer9.avg", r"no node 'layer9'. Nearest: layer\d.*headrace backbones torchvision:resnet18"),
+        (
+            "layer9.avg",
+            r"no node 'layer9'. Nearest: layer\d.*headrace backbones torchvision:resnet18",
+        ),
         ("layer1.median", r"no node 'layer1.median'.*The reductions of layer1 are avg, max, gem"),
         ("layer1.0.relu.avg", r"runs more than once.*Tap the block around it: layer1.0"),
         ("layer4.cls", "has no class token; try layer4.avg"),
@@ -232,14 +280,24 @@ def test_taps_that_cannot_be() -> None:
 
 def test_tap_words() -> None:
     """No reduction and "mean" are the average, and the same tap twice is one tap."""
-    assert parse_tap("layer4") == parse_tap("layer4.mean") == parse_tap("layer4.avg") == Tap("layer4", "avg")
+    assert (
+        parse_tap("layer4")
+        == parse_tap("layer4.mean")
+        == parse_tap("layer4.avg")
+        == Tap("layer4", "avg")
+    )
     assert parse_tap("features.12.grid3") == Tap("features.12", "grid3")
     resnet = load_backbone(BackboneSpec("torchvision:resnet18", "random:0", image_size=64))
-    assert resolve_taps(resnet, ["layer4", "layer4.avg", "fc.avg"]) == (Tap("layer4", "avg"), Tap("fc", "vector"))
+    assert resolve_taps(resnet, ["layer4", "layer4.avg", "fc.avg"]) == (
+        Tap("layer4", "avg"),
+        Tap("fc", "vector"),
+    )
 
 
 def test_feature_specs_tell_everything_apart() -> None:
-    """Another tap, reduction, view, size, weight or dtype is another feature set; the same again is the same."""
+    """Another tap, reduction, view, size, weight or dtype is another feature set; the same again is
+    the same.
+    """
     spec = BackboneSpec("torchvision:resnet18", "random:0", image_size=64)
     backbone = load_backbone(spec)
     taps = resolve_taps(backbone, ["layer1.avg", "layer1.max", "layer2.avg"])
@@ -259,7 +317,9 @@ def test_feature_specs_tell_everything_apart() -> None:
 
 
 def test_half_precision_passes_stay_close() -> None:
-    """bfloat16 has 8 bits: the averaged features agree to some percent, and are not the float32 ones."""
+    """bfloat16 has 8 bits: the averaged features agree to some percent, and are not the float32
+    ones.
+    """
     backbone = load_backbone(BackboneSpec("torchvision:resnet18", "random:0", image_size=64))
     taps = resolve_taps(backbone, ["layer3.avg"])
     pixels = random_pixels(2, 64)
@@ -282,6 +342,8 @@ def test_dtypes_and_views_that_are_not() -> None:
     ):
         with pytest.raises(BackboneError, match=message):
             feature_specs(backbone, taps, **options)
-    wide = dataclasses.replace(backbone, preprocessing=dataclasses.replace(backbone.preprocessing, crop=(64, 96)))
+    wide = dataclasses.replace(
+        backbone, preprocessing=dataclasses.replace(backbone.preprocessing, crop=(64, 96))
+    )
     with pytest.raises(BackboneError, match="64 × 96 pixels"):
         feature_specs(wide, taps, views=8, symmetric=True)

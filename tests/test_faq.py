@@ -1,4 +1,6 @@
-"""The messages that docs/faq.md quotes are those that the code gives: each is made here, by what its section says."""
+"""The messages that docs/faq.md quotes are those that the code gives: each is made here, by what
+its section says.
+"""
 
 import inspect
 import re
@@ -141,7 +143,11 @@ def not_a_metric():
 
 
 def split_patient():
-    table(label=["a", "b"] * 6, patient=["p1", "p1", *"cdefghijkl"], split=["train", "test", *["train", "test"] * 5])
+    table(
+        label=["a", "b"] * 6,
+        patient=["p1", "p1", *"cdefghijkl"],
+        split=["train", "test", *["train", "test"] * 5],
+    )
     replace("task:", "task:\n  group: patient\n  split: split")
     return "run recipe.yaml"
 
@@ -202,7 +208,9 @@ def no_such_place():
 def embeddings(**columns):
     """A table of another program: ids, three features, and further columns."""
     ids = sorted(path.relative_to("photos").as_posix() for path in Path("photos").rglob("*.png"))
-    features = {f"f{number}": [((7 * row + number) % 12) / 7 for row in range(12)] for number in range(3)}
+    features = {
+        f"f{number}": [((7 * row + number) % 12) / 7 for row in range(12)] for number in range(3)
+    }
     pd.DataFrame({"id": ids, **features, **columns}).to_csv("theirs.csv", index=False)
     return "cache import theirs.csv --name theirs --recipe recipe.yaml"
 
@@ -333,7 +341,9 @@ def test_a_script_without_its_main_line_is_told_so(home):
         'network = BackboneSpec("torchvision:resnet18", weights="random:0", image_size=32)\n'
         'extract_features("photos", network, taps=["layer1.avg"], workers=1)\n'
     )
-    done = subprocess.run([sys.executable, "script.py"], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "script.py"], capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 1
     assert quoted("This script starts worker processes") in words(done.stderr)
 
@@ -341,11 +351,22 @@ def test_a_script_without_its_main_line_is_told_so(home):
 def test_an_id_of_two_images_is_refused_as_quoted(home):
     """In a feature set of a cache that serves two folders."""
     spec = FeatureSpec(
-        "torchvision:resnet18", "0" * 64, "layer4", "avg", "{}", "{}", "pillow", "float32", "float32", (2,)
+        "torchvision:resnet18",
+        "0" * 64,
+        "layer4",
+        "avg",
+        "{}",
+        "{}",
+        "pillow",
+        "float32",
+        "float32",
+        (2,),
     )
     directory = create_feature_set(home, spec)
     for unit, content in (("a", "1" * 32), ("b", "2" * 32)):
-        publish_shard(directory, unit, features=np.ones((1, 2)), ids=["fine/001.png"], content=[content])
+        publish_shard(
+            directory, unit, features=np.ones((1, 2)), ids=["fine/001.png"], content=[content]
+        )
     with pytest.raises(IdsAmbiguous) as refused:
         FeatureLookup(directory).fit(["fine/001.png"])
     assert words(f"IdsAmbiguous: {refused.value}") == quoted("stands for 2 images")

@@ -1,4 +1,6 @@
-"""Which run is meant: by its recipe or its directory, for every command, wherever it was moved, also for a user without a home."""
+"""Which run is meant: by its recipe or its directory, for every command, wherever it was moved,
+also for a user without a home.
+"""
 
 import os
 import pwd
@@ -31,13 +33,22 @@ backbones: [{name: "torchvision:resnet18", weights: net.pth, image_size: 32, tap
 heads: {logistic: {C: [1], inputs: [each]}}
 compute: {workers: 1}
 """
-# What each command asks of the run that it is given; `headrace export` and `headrace predict` both load the model.
-READERS = {"report": read_run, "status": run_status, "advise": read_run_files, "predict": load_model}
+# What each command asks of the run that it is given; `headrace export` and `headrace predict` both
+# load the model.
+READERS = {
+    "report": read_run,
+    "status": run_status,
+    "advise": read_run_files,
+    "predict": load_model,
+}
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
-    """A folder with photos, a weights file, a recipe and its finished run. The tests leave it as it is."""
+    """A folder with photos, a weights file, a recipe and its finished run.
+
+    The tests leave it as it is.
+    """
     folder = tmp_path_factory.mktemp("find") / "project"
     make_photos(folder / "photos", n=24)
     torch.manual_seed(0)
@@ -115,7 +126,9 @@ def test_the_run_that_was_perhaps_meant_is_named(project, monkeypatch):
         assert f"Did you mean {run}?" in said_of(read_run, given), given
 
 
-@pytest.mark.parametrize(("gone", "commands"), [("leaderboard.csv", ["report", "advise"]), ("winner", ["predict"])])
+@pytest.mark.parametrize(
+    ("gone", "commands"), [("leaderboard.csv", ["report", "advise"]), ("winner", ["predict"])]
+)
 def test_a_run_that_has_not_ended_says_so(project, tmp_path, gone, commands):
     """And what to type; its status can be asked for all the same."""
     run = tmp_path / "run"
@@ -123,13 +136,17 @@ def test_a_run_that_has_not_ended_says_so(project, tmp_path, gone, commands):
     shutil.rmtree(run / gone) if (run / gone).is_dir() else (run / gone).unlink()
     for command in commands:
         said = said_of(READERS[command], run)
-        assert said == f"{run} has no {gone}: the run has not come to its end. Go on with: headrace run RECIPE"
+        assert said == (
+            f"{run} has no {gone}: the run has not come to its end. Go on with: headrace run RECIPE"
+        )
     assert run_status(run)[-1].state == "finished"
 
 
 @pytest.mark.parametrize("given", ["recipe.yaml", "headrace-runs/recipe"])
 def test_a_project_that_was_moved_is_whole(project, tmp_path, given):
-    """Images, cache and weights file are found where they are now, though the run has noted where they were."""
+    """Images, cache and weights file are found where they are now, though the run has noted where
+    they were.
+    """
     aside = project.with_name("aside")
     moved = tmp_path / "moved"
     shutil.copytree(project, moved)
@@ -139,7 +156,11 @@ def test_a_project_that_was_moved_is_whole(project, tmp_path, given):
         assert report.recipe.cache == moved / "headrace-cache"
         assert not isinstance(report.rows, str), report.rows
         files = read_run_files(moved / given)
-        assert [len(open_feature_set(path).ids()) for paths in files.directories.values() for path in paths] == [24]
+        assert [
+            len(open_feature_set(path).ids())
+            for paths in files.directories.values()
+            for path in paths
+        ] == [24]
         photo = moved / "photos" / "fine" / "001.png"
         for place in (moved / given, moved / "headrace-runs" / "recipe" / "winner"):
             assert load_model(place).predict(photo).tolist() == ["fine"]
@@ -149,12 +170,19 @@ def test_a_project_that_was_moved_is_whole(project, tmp_path, given):
 
 
 def test_a_copied_run_uses_what_was_copied_with_it(project, tmp_path):
-    """A run alone goes on with the cache that it was made with; a copied project has a cache of its own."""
+    """A run alone goes on with the cache that it was made with; a copied project has a cache of its
+    own.
+    """
     shutil.copytree(project / "headrace-runs" / "recipe", tmp_path / "alone" / "recipe")
     assert read_run(tmp_path / "alone" / "recipe").recipe.cache == project / "headrace-cache"
-    assert load_model(tmp_path / "alone" / "recipe").members[0].backbones[0].weights == str(project / "net.pth")
+    assert load_model(tmp_path / "alone" / "recipe").members[0].backbones[0].weights == str(
+        project / "net.pth"
+    )
     shutil.copytree(project, tmp_path / "copy")
-    assert read_run(tmp_path / "copy" / "headrace-runs" / "recipe").recipe.cache == tmp_path / "copy" / "headrace-cache"
+    assert (
+        read_run(tmp_path / "copy" / "headrace-runs" / "recipe").recipe.cache
+        == tmp_path / "copy" / "headrace-cache"
+    )
 
 
 @pytest.fixture
@@ -188,7 +216,9 @@ def test_a_user_without_a_home_runs_reports_and_predicts(tmp_path):
 
 
 @pytest.mark.usefixtures("homeless")
-@pytest.mark.parametrize("arguments", [("status", "~/run"), ("predict", "~/run", "new"), ("run", "r.yaml")])
+@pytest.mark.parametrize(
+    "arguments", [("status", "~/run"), ("predict", "~/run", "new"), ("run", "r.yaml")]
+)
 def test_a_home_that_is_not_known_is_a_sentence(tmp_path, monkeypatch, capsys, arguments):
     """On the command line and in a recipe; exit code 2."""
     (tmp_path / "r.yaml").write_text(RECIPE.replace("photos", "~/photos"), encoding="utf-8")
@@ -206,8 +236,12 @@ def test_a_library_that_asks_for_a_home_does_not_end_the_run(tmp_path):
     make_photos(tmp_path / "photos", n=24)
     text = RECIPE.replace("net.pth", "random:0") + "log: {mlflow: mlruns}\n"
     (tmp_path / "recipe.yaml").write_text(text, encoding="utf-8")
-    unknown = "import pwd\ndef unknown(_): raise KeyError('uid not found')\npwd.getpwuid = unknown\n"
-    environment = {name: value for name, value in os.environ.items() if name not in ("HOME", "USER", "LOGNAME")}
+    unknown = (
+        "import pwd\ndef unknown(_): raise KeyError('uid not found')\npwd.getpwuid = unknown\n"
+    )
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("HOME", "USER", "LOGNAME")
+    }
     done = headrace("run", "recipe.yaml", cwd=tmp_path, env=environment, first=unknown)
     assert done.returncode == 0, done.stderr
     assert "MLflow told" in done.stdout
@@ -215,7 +249,9 @@ def test_a_library_that_asks_for_a_home_does_not_end_the_run(tmp_path):
 
 def test_what_only_saves_the_report_time_need_not_be_kept(project, tmp_path):
     """The run may be somebody else's, in a folder that cannot be written."""
-    paths = {hash_bytes(path.read_bytes()): str(path) for path in (project / "photos").rglob("*.png")}
+    paths = {
+        hash_bytes(path.read_bytes()): str(path) for path in (project / "photos").rglob("*.png")
+    }
     grey, positions = signatures(paths, list(paths), tmp_path / "absent" / "signatures.npz")
     assert grey.shape == (24, 256)
     assert positions == list(range(24))
@@ -223,7 +259,10 @@ def test_what_only_saves_the_report_time_need_not_be_kept(project, tmp_path):
 
 def test_a_home_is_found_or_refused(monkeypatch, tmp_path):
     """Of this user and of others; what only saves time is kept nowhere then."""
-    with pytest.raises(HomeUnknown, match=r"~nobody-here/x: ~nobody-here stands for the home of the user nobody-here"):
+    with pytest.raises(
+        HomeUnknown,
+        match=r"~nobody-here/x: ~nobody-here stands for the home of the user nobody-here",
+    ):
         expand_home("~nobody-here/x")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert expand_home("~/x") == tmp_path / "x"

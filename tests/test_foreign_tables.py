@@ -1,4 +1,6 @@
-"""Tables of features of other programs: what is a feature is said, what is the target never gets in, ids are text."""
+"""Tables of features of other programs: what is a feature is said, what is the target never gets
+in, ids are text.
+"""
 
 import io
 import unicodedata
@@ -21,7 +23,9 @@ N = 24
 
 @pytest.fixture
 def table(tmp_path, monkeypatch):
-    """A table of four features, with the id and the label of each image, that can be written as CSV or Parquet."""
+    """A table of four features, with the id and the label of each image, that can be written as CSV
+    or Parquet.
+    """
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
     frame = pd.DataFrame(rng.normal(size=(N, 4)), columns=["f0", "f1", "f2", "f3"])
@@ -59,19 +63,27 @@ def imported(tmp_path, foreign, target):
 
 @pytest.mark.parametrize("suffix", ["csv", "tsv", "parquet"])
 def test_columns_are_named_or_nothing_is_read(table, suffix):
-    """The message lists the numeric columns and can be typed: an option that leaves the target out."""
+    """The message lists the numeric columns and can be typed: an option that leaves the
+    target out.
+    """
     file = write(table, suffix)
-    with pytest.raises(ForeignFeatures, match=r"5 columns hold numbers, f0, f1, f2, f3, label.*--columns f0:f3$"):
+    with pytest.raises(
+        ForeignFeatures, match=r"5 columns hold numbers, f0, f1, f2, f3, label.*--columns f0:f3$"
+    ):
         read(file, forbidden={"label": "the recipe's task.target"})
     named = read(file, "f0:f3")
-    np.testing.assert_allclose(named.features, table[["f0", "f1", "f2", "f3"]].to_numpy(), rtol=1e-6)
+    np.testing.assert_allclose(
+        named.features, table[["f0", "f1", "f2", "f3"]].to_numpy(), rtol=1e-6
+    )
     assert named.columns.chosen == ("f0", "f1", "f2", "f3")
     assert named.ids == table["id"].tolist()
 
 
 def test_a_single_column_of_numbers_needs_no_name(table):
     assert read(write(table[["id", "f0"]], "csv")).columns.chosen == ("f0",)
-    with pytest.raises(ForeignFeatures, match=r"'label' is the recipe's task\.target: not a feature"):
+    with pytest.raises(
+        ForeignFeatures, match=r"'label' is the recipe's task\.target: not a feature"
+    ):
         read(write(table[["id", "label"]], "csv"), forbidden={"label": "the recipe's task.target"})
 
 
@@ -91,7 +103,9 @@ def test_a_single_column_of_numbers_needs_no_name(table):
     ],
 )
 def test_what_the_option_may_say(options, expected):
-    """Names first, then ranges in the order of the file and shell patterns; whole options first, then commas."""
+    """Names first, then ranges in the order of the file and shell patterns; whole options first,
+    then commas.
+    """
     columns = ["f0", "f1", "f2", "f10", "a,b", "a:b", "x[1]"]
     if options == ["a:b:f0"]:
         with pytest.raises(ForeignFeatures, match=r"a:b stands after f0 in the file: f0:a:b"):
@@ -104,7 +118,9 @@ def test_what_the_option_may_say(options, expected):
 
 
 def test_what_fits_no_column_is_answered_with_the_nearest():
-    with pytest.raises(ForeignFeatures, match=r"'embeding_1' fits no column\. Did you mean 'embedding_1'"):
+    with pytest.raises(
+        ForeignFeatures, match=r"'embeding_1' fits no column\. Did you mean 'embedding_1'"
+    ):
         choose_columns(["embedding_1", "x"], ["embeding_1"], "t")
     with pytest.raises(ForeignFeatures, match=r"'g\*' fits no column"):
         choose_columns(["f0", "f1"], ["g*"], "t")
@@ -131,10 +147,16 @@ def test_the_columns_of_the_task_are_refused_even_when_named(table, suffix, spel
         "fold": "the recipe's task.fold",
     }
     with pytest.raises(
-        ForeignFeatures, match=rf"{spelling!r} is the recipe's task.target.*'patient' .*--columns f0:f3$"
+        ForeignFeatures,
+        match=rf"{spelling!r} is the recipe's task.target.*'patient' .*--columns f0:f3$",
     ):
         read(write(table, suffix), "*", forbidden={**forbidden, "id": "the column of ids"})
-    assert read(write(table, suffix), "f*[0-9]", forbidden=forbidden).columns.chosen == ("f0", "f1", "f2", "f3")
+    assert read(write(table, suffix), "f*[0-9]", forbidden=forbidden).columns.chosen == (
+        "f0",
+        "f1",
+        "f2",
+        "f3",
+    )
 
 
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])
@@ -145,7 +167,9 @@ def test_an_index_without_a_name_is_refused(table, suffix):
         file = write(table, "csv", index=True)
     else:
         file = write(table, "parquet", index=True)
-    with pytest.raises(ForeignFeatures, match=r"is the rows' index, as pandas writes it.*--columns f0:label$"):
+    with pytest.raises(
+        ForeignFeatures, match=r"is the rows' index, as pandas writes it.*--columns f0:label$"
+    ):
         read(file, "[!i]*")
     table.reset_index().rename(columns={"index": ""}).to_csv(file, index=False)
     if suffix == "csv":
@@ -160,7 +184,8 @@ def test_a_column_that_counts_the_rows_is_refused(table, suffix, start):
     table.insert(3, "nr", range(start, start + N))
     with pytest.raises(
         ForeignFeatures,
-        match=rf"the column 'nr' counts the rows \({start}, .*Leave it out: --columns f0:f1,f2:f3|f0,f1",
+        match=rf"the column 'nr' counts the rows \({start}, .*Leave it out: --columns "
+        r"f0:f1,f2:f3|f0,f1",
     ):
         read(write(table, suffix), "f0:f3")
     assert read(write(table, suffix), "f*").columns.chosen == ("f0", "f1", "f2", "f3")
@@ -168,11 +193,15 @@ def test_a_column_that_counts_the_rows_is_refused(table, suffix, start):
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "int64"])
 def test_a_mean_of_row_numbers_counts_the_rows(dtype):
-    """tsfresh#162: statistics of a column that was the index of the rows; 100 % accuracy of whatever series."""
+    """tsfresh#162: statistics of a column that was the index of the rows; 100 % accuracy of
+    whatever series.
+    """
     rows = np.arange(3000.0)
     counted = [rows + 0.705882, -rows, 1_700_000_000 + 40 * rows, rows * 1e-3, 1e6 - rows / 4]
     noise = np.random.default_rng(0).normal(size=3000)
-    features = np.stack([noise, *counted, np.sqrt(rows), np.cumsum(np.abs(noise))], axis=1).astype(dtype)
+    features = np.stack([noise, *counted, np.sqrt(rows), np.cumsum(np.abs(noise))], axis=1).astype(
+        dtype
+    )
     expected = [1, 2, 3, 4, 5] if dtype != "int64" else [1, 2, 3]
     assert row_numbers(features) == expected
 
@@ -181,17 +210,26 @@ def test_an_array_that_begins_with_the_rows_numbers_is_refused(table, tmp_path):
     """`np.save(f, frame.reset_index().to_numpy())` keeps the index."""
     (tmp_path / "ids.txt").write_text("\n".join(table["id"]))
     np.save("a.npy", table[["f0", "f1"]].reset_index().to_numpy())
-    with pytest.raises(ForeignFeatures, match=r"value 0 of each row \(the first is 0\) counts the rows \(0, 1, 2, …\)"):
+    with pytest.raises(
+        ForeignFeatures,
+        match=r"value 0 of each row \(the first is 0\) counts the rows \(0, 1, 2, …\)",
+    ):
         read("a.npy", ids=tmp_path / "ids.txt")
 
 
 @pytest.mark.parametrize("target", ["class", "text", "number"])
 @pytest.mark.parametrize("kind", ["csv", "npy", "npz", "h5", "list"])
 def test_the_target_under_another_name_is_refused(table, tmp_path, kind, target):
-    """In columns of a table, in a column of lists, in arrays: a value that stands for the target is the target."""
+    """In columns of a table, in a column of lists, in arrays: a value that stands for the target is
+    the target.
+    """
     rng = np.random.default_rng(1)
     codes = rng.integers(0, 3, N) if target != "number" else rng.normal(size=N)
-    labels = {"class": codes, "text": np.array(["a", "b", "c"])[codes.astype(int) % 3], "number": codes}[target]
+    labels = {
+        "class": codes,
+        "text": np.array(["a", "b", "c"])[codes.astype(int) % 3],
+        "number": codes,
+    }[target]
     secret = np.exp(codes / 7) * -2  # no longer the numbers themselves
     values = table[["f0", "f1", "f2", "f3"]].to_numpy().copy()
     values[:, 2] = secret
@@ -213,7 +251,9 @@ def test_the_target_under_another_name_is_refused(table, tmp_path, kind, target)
         case "list":
             foreign = read(write(pd.DataFrame({"id": table["id"], "v": list(values)}), "parquet"))
     named = (
-        r"the column 'f2' .*--columns f0,f1,f3$" if kind == "csv" else r"value 2 of each row .* is the target 'label'"
+        r"the column 'f2' .*--columns f0,f1,f3$"
+        if kind == "csv"
+        else r"value 2 of each row .* is the target 'label'"
     )
     with pytest.raises(ForeignFeatures, match=named):
         imported(tmp_path, foreign, labels)
@@ -227,7 +267,9 @@ def test_what_is_no_target_is_kept():
     codes = np.repeat([0.0, 1, 2, 3], 20)
     nearly = codes.copy()
     nearly[7] = 1
-    features = np.stack([nearly, rng.normal(size=80), np.zeros(80), codes + rng.normal(0, 1e-6, 80)], axis=1)
+    features = np.stack(
+        [nearly, rng.normal(size=80), np.zeros(80), codes + rng.normal(0, 1e-6, 80)], axis=1
+    )
     assert target_columns(features, labels) == []
     assert target_columns(features, pd.Series([None] * 80, dtype=object)) == []
     assert target_columns(features, pd.Series(["a"] * 80)) == []
@@ -240,7 +282,9 @@ def test_what_is_no_target_is_kept():
 
 
 def test_indicators_and_means_of_classes_are_the_target():
-    """One-hot labels, target encodings: constant within each class, which no feature of an image is."""
+    """One-hot labels, target encodings: constant within each class, which no feature of an image
+    is.
+    """
     labels = pd.Series(np.tile(["a", "b", "c"], 20))
     one_hot = pd.get_dummies(labels).to_numpy(float)
     mean = labels.map({"a": 0.3, "b": 0.3, "c": 0.7}).to_numpy()[:, None]
@@ -295,7 +339,9 @@ def test_nan_and_infinity_are_refused_in_every_format(table, tmp_path, kind, val
             values = table[["f0", "f1", "f2", "f3"]].to_numpy()
             np.save("a.npy", values if kind == "npy" else values.reshape(N, 1, 2, 2))
             file, options = "a.npy", {"ids": tmp_path / "ids.txt"}
-    with pytest.raises(ForeignFeatures, match=r"in row 6 \(id '005.png'\); expected finite numbers"):
+    with pytest.raises(
+        ForeignFeatures, match=r"in row 6 \(id '005.png'\); expected finite numbers"
+    ):
         read(file, *options.pop("columns", ()), **options)
 
 
@@ -311,7 +357,9 @@ def test_lists_that_are_none(table):
     lists = pd.DataFrame({"id": table["id"], "v": [[0.5, float(n)] for n in range(N)]})
     with pytest.raises(ForeignFeatures, match=r"holds text in row 1, '\[0.5, 0.0\]'.*Parquet"):
         read(write(lists, "csv"), key="v")
-    with pytest.raises(ForeignFeatures, match=r"holds .* in row 1; expected a list of numbers; .*--columns f0$"):
+    with pytest.raises(
+        ForeignFeatures, match=r"holds .* in row 1; expected a list of numbers; .*--columns f0$"
+    ):
         read(write(table, "csv"), key="f0")
     with pytest.raises(ForeignFeatures, match=r"holds None in row 4"):
         read(write(lists.assign(v=[*lists["v"][:3], None, *lists["v"][4:]]), "parquet"))
@@ -332,7 +380,9 @@ def test_an_array_that_is_called_as_the_target_is_refused(tmp_path, table):
     with h5py.File(tmp_path / "a.h5", "w") as file:
         file["train/label"] = values
     for name in ("a.npz", "a.h5"):
-        with pytest.raises(ForeignFeatures, match=r"'label' is the recipe's task\.target: not a feature"):
+        with pytest.raises(
+            ForeignFeatures, match=r"'label' is the recipe's task\.target: not a feature"
+        ):
             read(name, ids=tmp_path / "ids.txt", forbidden={"label": "the recipe's task.target"})
 
 
@@ -402,7 +452,10 @@ def ids_files(tmp_path, ids, values):
         name: ("f.npy", {"ids": tmp_path / name})
         for name in ("ids.csv", "ids.tsv", "ids.parquet", "ids.txt", "ids.npy", "bytes.npy")
     }
-    tables = {name: (name, {"columns": ["f0,f1"]}) for name in ("t.csv", "t.tsv", "t.parquet", "index.parquet")}
+    tables = {
+        name: (name, {"columns": ["f0,f1"]})
+        for name in ("t.csv", "t.tsv", "t.parquet", "index.parquet")
+    }
     return {**named, **tables, "f.h5": ("f.h5", {}), "fixed.h5": ("fixed.h5", {})}
 
 
@@ -435,7 +488,10 @@ def test_ids_are_compared_without_blanks_and_in_one_form_of_accents(tmp_path):
 @pytest.mark.parametrize("ids", [[7, 8, 2**62 + 1], [True, False, True], [b"7", b"8", b"9"]])
 def test_ids_that_are_numbers_in_parquet_keep_their_digits(tmp_path, ids):
     frame = pd.DataFrame(
-        {"id": pd.Series(ids, dtype=object if isinstance(ids[0], bytes) else None), "f": [0.5, 1.5, 3.5]}
+        {
+            "id": pd.Series(ids, dtype=object if isinstance(ids[0], bytes) else None),
+            "f": [0.5, 1.5, 3.5],
+        }
     )
     frame.to_parquet(tmp_path / "t.parquet")
     expected = [value.decode() if isinstance(value, bytes) else str(value) for value in ids]
@@ -466,13 +522,19 @@ def test_a_line_without_an_id_is_refused(tmp_path):
 
 
 def test_what_clip_retrieval_writes_is_read_by_its_paths(tmp_path):
-    """Half-precision embeddings and, beside them, a Parquet table whose index counts on where another shard ended."""
+    """Half-precision embeddings and, beside them, a Parquet table whose index counts on where
+    another shard ended.
+    """
     values = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float16)
     np.save(tmp_path / "img_emb_0.npy", values)
     # Keyed by the last part of their paths, two of these were one (clip-retrieval#321).
     paths = ["b/1.png", "a/1.png", "a/01.png", "a/2.png"]
-    pd.DataFrame({"image_path": paths}, index=range(90, 94)).to_parquet(tmp_path / "metadata_0.parquet")
-    found = read_foreign(tmp_path / "img_emb_0.npy", ids=tmp_path / "metadata_0.parquet", id_key="image_path")
+    pd.DataFrame({"image_path": paths}, index=range(90, 94)).to_parquet(
+        tmp_path / "metadata_0.parquet"
+    )
+    found = read_foreign(
+        tmp_path / "img_emb_0.npy", ids=tmp_path / "metadata_0.parquet", id_key="image_path"
+    )
     assert found.ids == paths
     np.testing.assert_array_equal(found.features, values)
 
@@ -492,10 +554,16 @@ def test_an_integer_id_with_a_gap_keeps_its_digits(tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    pq.write_table(pa.table({"id": pa.array([2**53 + 1, None], pa.int64()), "f": [0.5, 1.5]}), tmp_path / "t.parquet")
+    pq.write_table(
+        pa.table({"id": pa.array([2**53 + 1, None], pa.int64()), "f": [0.5, 1.5]}),
+        tmp_path / "t.parquet",
+    )
     with pytest.raises(ForeignFeatures, match="1 rows have no id, first row 2"):
         read_foreign(tmp_path / "t.parquet")
-    pq.write_table(pa.table({"id": pa.array([2**53 + 1, 2], pa.int64()), "f": [0.5, 1.5]}), tmp_path / "t.parquet")
+    pq.write_table(
+        pa.table({"id": pa.array([2**53 + 1, 2], pa.int64()), "f": [0.5, 1.5]}),
+        tmp_path / "t.parquet",
+    )
     assert read_foreign(tmp_path / "t.parquet").ids == [str(2**53 + 1), "2"]
 
 
@@ -510,30 +578,42 @@ def test_two_images_that_differ_in_accents_alone_are_told(tmp_path):
 
 
 def test_rows_of_an_export_go_back_to_their_features(tmp_path):
-    """The table beside an exported array counts its rows: sorting it in a spreadsheet moves no feature to another image."""
+    """The table beside an exported array counts its rows: sorting it in a spreadsheet moves no
+    feature to another image.
+    """
     values = np.random.default_rng(0).normal(size=(4, 2)).astype(np.float32)
     np.save(tmp_path / "f.npy", values)
-    rows = pd.DataFrame({"row": range(4), "id": list("dbca"), "content": [f"{n:032x}" for n in range(4)]})
+    rows = pd.DataFrame(
+        {"row": range(4), "id": list("dbca"), "content": [f"{n:032x}" for n in range(4)]}
+    )
     rows.sort_values("id").to_csv(tmp_path / "f.rows.csv", index=False)
     found = read_foreign(tmp_path / "f.npy")
     assert found.ids == list("dbca")
     assert found.content == rows["content"].tolist()
     rows.assign(row=[1, 2, 3, 4]).to_csv(tmp_path / "f.rows.csv", index=False)
-    with pytest.raises(ForeignFeatures, match="`row` does not count the rows of the features from 0 to 3"):
+    with pytest.raises(
+        ForeignFeatures, match="`row` does not count the rows of the features from 0 to 3"
+    ):
         read_foreign(tmp_path / "f.npy")
 
 
 def test_content_hashes_that_belong_to_no_image_are_not_believed(tmp_path):
     """A column of MD5 sums looks like one of ours."""
-    foreign = Foreign(["a", "b"], np.random.default_rng(0).normal(size=(2, 2)), ["f" * 32, "e" * 32])
+    foreign = Foreign(
+        ["a", "b"], np.random.default_rng(0).normal(size=(2, 2)), ["f" * 32, "e" * 32]
+    )
     with pytest.raises(ForeignFeatures, match="none of its content hashes is that of an image"):
         import_features(tmp_path, "x", foreign, {"a": "0" * 32})
     assert import_features(tmp_path, "x", foreign).rows == 2
 
 
 def test_ids_need_not_be_unique_where_content_is(tmp_path):
-    """One cache may hold two folders whose images have the same names; its export comes back whole."""
-    foreign_table = pd.DataFrame({"id": ["a", "a"], "content": ["0" * 32, "1" * 32], "f": [0.5, 1.5]})
+    """One cache may hold two folders whose images have the same names; its export comes
+    back whole.
+    """
+    foreign_table = pd.DataFrame(
+        {"id": ["a", "a"], "content": ["0" * 32, "1" * 32], "f": [0.5, 1.5]}
+    )
     foreign_table.to_parquet(tmp_path / "t.parquet")
     found = read_foreign(tmp_path / "t.parquet")
     assert import_features(tmp_path / "cache", "x", found).rows == 2
@@ -554,7 +634,11 @@ def test_ids_need_not_be_unique_where_content_is(tmp_path):
 def test_any_names_are_the_same_from_any_table(tmp_path_factory, names):
     tmp_path = tmp_path_factory.mktemp("names")
     expected = [unicodedata.normalize("NFC", name.strip()) for name in names]
-    if len(set(expected)) < len(names) or "" in expected or any("\x85" in n or "\u2028" in n for n in names):
+    if (
+        len(set(expected)) < len(names)
+        or "" in expected
+        or any("\x85" in n or "\u2028" in n for n in names)
+    ):
         return
     values = np.random.default_rng(0).normal(size=(len(names), 2))
     for form, (file, options) in ids_files(tmp_path, names, values).items():
@@ -562,7 +646,9 @@ def test_any_names_are_the_same_from_any_table(tmp_path_factory, names):
 
 
 def test_the_command_refuses_the_target_and_says_what_to_type(tmp_path):
-    """As people write such tables: with pandas' index, the id and the label; typing what the message says works."""
+    """As people write such tables: with pandas' index, the id and the label; typing what the
+    message says works.
+    """
     make_photos(tmp_path / "photos", n=30)
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     ids = [f"{('coarse', 'fine')[n % 2]}/{n:03}.png" for n in range(30)]
@@ -576,7 +662,15 @@ def test_the_command_refuses_the_target_and_says_what_to_type(tmp_path):
 
     def command(*options):
         return headrace(
-            "cache", "import", "theirs.csv", "--name", "x", "--recipe", "recipe.yaml", *options, cwd=tmp_path
+            "cache",
+            "import",
+            "theirs.csv",
+            "--name",
+            "x",
+            "--recipe",
+            "recipe.yaml",
+            *options,
+            cwd=tmp_path,
         )
 
     done = command()

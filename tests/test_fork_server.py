@@ -1,4 +1,6 @@
-"""Workers of this machine are forked from one process that has imported what they need, and are as good as started anew."""
+"""Workers of this machine are forked from one process that has imported what they need, and are as
+good as started anew.
+"""
 
 import json
 import multiprocessing
@@ -23,7 +25,11 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="workers are spa
 
 def server_of(process):
     """The process that the workers of a driver are forked from."""
-    (server,) = [child for child in process.children() if "multiprocessing.forkserver" in " ".join(child.cmdline())]
+    (server,) = [
+        child
+        for child in process.children()
+        if "multiprocessing.forkserver" in " ".join(child.cmdline())
+    ]
     return server
 
 
@@ -47,11 +53,14 @@ if __name__ == "__main__":
 
 @pytest.mark.slow
 def test_the_server_has_one_thread_and_serves_every_cluster_of_a_process(tmp_path):
-    """It has the libraries and one thread, so that forking is safe; workers see the environment of their own cluster,
-    and no variable that is gone since."""
+    """It has the libraries and one thread, so that forking is safe; workers see the environment of
+    their own cluster, and no variable that is gone since.
+    """
     script = tmp_path / "driver.py"
     script.write_text(DRIVER)
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300, check=True)
+    done = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, timeout=300, check=True
+    )
     (first, *rest), (second, *others) = (line.split() for line in done.stdout.splitlines())
     assert first == second
     assert rest == ["first", "True", "1", "there"]
@@ -89,11 +98,16 @@ if __name__ == "__main__":
 
 @pytest.mark.slow
 def test_the_same_workers_extract_and_train_and_the_driver_needs_no_torch(tmp_path):
-    """One cluster serves a whole run: no worker is started between its stages. The driver has no network, ever."""
+    """One cluster serves a whole run: no worker is started between its stages.
+
+    The driver has no network, ever.
+    """
     make_photos(tmp_path / "photos")
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     (tmp_path / "run.py").write_text(RUN)
-    done = subprocess.run([sys.executable, "run.py"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "run.py"], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
     assert done.stdout.strip() == "[]", done.stderr
     (log,) = (tmp_path / "headrace-runs" / "recipe" / "logs").glob("*.jsonl")
     events = [json.loads(line) for line in log.read_text().splitlines()]
@@ -120,7 +134,9 @@ def refuse(name):
 
 @pytest.mark.slow
 def test_what_a_forked_process_says_is_said_here():
-    """Its result is returned and its error raised; if it dies, the function is called by the process that waits."""
+    """Its result is returned and its error raised; if it dies, the function is called by the
+    process that waits.
+    """
     assert call_forked([], os.getppid) == server_of(psutil.Process()).pid
     with pytest.raises(BackboneError, match="no network"):
         call_forked([], refuse, "network")
@@ -161,25 +177,40 @@ if __name__ == "__main__":
 
 @pytest.mark.slow
 def test_the_server_runs_no_module_of_the_current_folder_and_outlives_a_broken_one(tmp_path):
-    """Images may come with a `timm.py`. The driver's own modules are the server's, and one that raises is passed over."""
+    """Images may come with a `timm.py`.
+
+    The driver's own modules are the server's, and one that raises is passed over.
+    """
     for folder in ("program", "photos"):
         (tmp_path / folder).mkdir()
     (tmp_path / "photos" / "timm.py").write_text("raise RuntimeError('run')\n")
     (tmp_path / "program" / "timm.py").write_text("")
-    (tmp_path / "program" / "torchvision.py").write_text("raise RuntimeError('its operators are not there')\n")
+    (tmp_path / "program" / "torchvision.py").write_text(
+        "raise RuntimeError('its operators are not there')\n"
+    )
     (tmp_path / "program" / "look.py").write_text(LOOK)
     done = subprocess.run(
-        [sys.executable, "../program/look.py"], cwd=tmp_path / "photos", capture_output=True, text=True, timeout=300
+        [sys.executable, "../program/look.py"],
+        cwd=tmp_path / "photos",
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
-    assert done.stdout.split() == ["True", str(tmp_path / "program" / "timm.py"), "False"], done.stderr
+    assert done.stdout.split() == ["True", str(tmp_path / "program" / "timm.py"), "False"], (
+        done.stderr
+    )
     assert done.stderr == ""
 
 
 @pytest.mark.slow
 def test_nobody_else_can_ask_the_server_for_a_process():
-    """Its socket is its owner's, in a folder that is its owner's: whoever is let in there runs code as the owner."""
+    """Its socket is its owner's, in a folder that is its owner's: whoever is let in there runs code
+    as the owner.
+    """
     call_forked([], os.getpid)
-    (socket,) = [Path(end.laddr) for end in server_of(psutil.Process()).net_connections("unix") if end.laddr]
+    (socket,) = [
+        Path(end.laddr) for end in server_of(psutil.Process()).net_connections("unix") if end.laddr
+    ]
     assert socket.stat().st_mode & 0o077 == 0
     assert socket.parent.stat().st_mode & 0o077 == 0
 
@@ -194,5 +225,7 @@ def test_where_no_server_can_listen_workers_are_spawned(tmp_path):
         "with local_client(1) as client: print(client.submit(sum, [1, 2]).result())\n"
     )
     variables = {**os.environ, "TMPDIR": str(folder)}
-    done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=variables, capture_output=True, text=True, timeout=300
+    )
     assert done.stdout.split() == ["3"], done.stderr

@@ -1,4 +1,6 @@
-"""Damaged and hostile files: a seeded share of benchmarks/fuzz_parsers.py, and the bombs that it has found, one by one."""
+"""Damaged and hostile files: a seeded share of benchmarks/fuzz_parsers.py, and the bombs that it
+has found, one by one.
+"""
 
 import gzip
 import importlib.util
@@ -29,11 +31,15 @@ SLOW = ("network", "network-text", "exported-head", "exported-text", "exported-w
 
 @pytest.mark.parametrize("name", fuzz_parsers.CASES)
 def test_damage_is_refused_or_harmless(tmp_path, name):
-    """Every format: what comes out of its parser is a result, an ImageError, a HeadraceError or an OSError."""
+    """Every format: what comes out of its parser is a result, an ImageError, a HeadraceError or an
+    OSError.
+    """
     case = fuzz_parsers.CASES[name]._replace(bombs=list)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for number, data in enumerate(fuzz_parsers.inputs(case, FEW if name in SLOW else SHARE, seed=7)):
+        for number, data in enumerate(
+            fuzz_parsers.inputs(case, FEW if name in SLOW else SHARE, seed=7)
+        ):
             path = tmp_path / f"{number}{case.suffix}"
             path.write_bytes(data)
             assert fuzz_parsers.outcome(case, path) in ("parsed", "refused"), number
@@ -42,12 +48,34 @@ def test_damage_is_refused_or_harmless(tmp_path, name):
 @pytest.mark.parametrize(
     "name",
     [
-        *("png", "npy-image", "npy", "npz", "h5", "ppm", "gif", "idx", "pth", "safetensors", "model", "network-text"),
-        *("features-npy", "features-npz", "features-h5", "features-parquet", "ids-npy", "side-json"),
+        *(
+            "png",
+            "npy-image",
+            "npy",
+            "npz",
+            "h5",
+            "ppm",
+            "gif",
+            "idx",
+            "pth",
+            "safetensors",
+            "model",
+            "network-text",
+        ),
+        *(
+            "features-npy",
+            "features-npz",
+            "features-h5",
+            "features-parquet",
+            "ids-npy",
+            "side-json",
+        ),
     ],
 )
 def test_bombs_are_refused_soon(tmp_path, name):
-    """Terabytes that are declared, links to other files, pickles that call: each is refused, and nothing is computed for it."""
+    """Terabytes that are declared, links to other files, pickles that call: each is refused, and
+    nothing is computed for it.
+    """
     case = fuzz_parsers.CASES[name]
     began = time.process_time()
     with warnings.catch_warnings():
@@ -59,15 +87,21 @@ def test_bombs_are_refused_soon(tmp_path, name):
     assert time.process_time() - began < 60
 
 
-@pytest.mark.parametrize("how", ["external storage", "external link", "soft link", "virtual", "soft group"])
+@pytest.mark.parametrize(
+    "how", ["external storage", "external link", "soft link", "virtual", "soft group"]
+)
 def test_an_array_file_reads_no_other_file(tmp_path, how):
-    """HDF5 that points out of itself is refused when it is listed, and by its locator; no byte of another file is an image."""
+    """HDF5 that points out of itself is refused when it is listed, and by its locator; no byte of
+    another file is an image.
+    """
     secret, sent = tmp_path / "secret.h5", tmp_path / "sent.h5"
     with h5py.File(secret, "w") as file:
         file["own/x"] = np.frombuffer(b"SECRET!!" * 40, np.uint8).reshape(5, 8, 8)
     with h5py.File(sent, "w") as file:
         if how == "external storage":
-            file.create_dataset("x", (5, 8, 8), "u1", external=[(str(secret), 0, h5py.h5f.UNLIMITED)])
+            file.create_dataset(
+                "x", (5, 8, 8), "u1", external=[(str(secret), 0, h5py.h5f.UNLIMITED)]
+            )
         elif how == "external link":
             file["x"] = h5py.ExternalLink(str(secret), "own/x")
         elif how == "soft link":
@@ -88,14 +122,18 @@ def test_an_array_file_reads_no_other_file(tmp_path, how):
 
 @pytest.mark.parametrize("how", ["external storage", "external link", "soft link", "virtual"])
 def test_imported_features_come_from_their_own_file(tmp_path, how):
-    """As with images: an HDF5 file that is imported names no other file; what it names is not there, or is refused."""
+    """As with images: an HDF5 file that is imported names no other file; what it names is not
+    there, or is refused.
+    """
     secret, sent = tmp_path / "secret.h5", tmp_path / "sent.h5"
     with h5py.File(secret, "w") as file:
         file["own/x"] = np.linspace(0, 1, 40, dtype=np.float32).reshape(5, 8)
     with h5py.File(sent, "w") as file:
         file["id"] = [b"a", b"b", b"c", b"d", b"e"]
         if how == "external storage":
-            file.create_dataset("features", (5, 8), "f4", external=[(str(secret), 0, h5py.h5f.UNLIMITED)])
+            file.create_dataset(
+                "features", (5, 8), "f4", external=[(str(secret), 0, h5py.h5f.UNLIMITED)]
+            )
         elif how == "external link":
             file["features"] = h5py.ExternalLink(str(secret), "own/x")
         elif how == "soft link":
@@ -136,7 +174,9 @@ def test_a_table_does_not_decompress_without_end(tmp_path):
     (tmp_path / "bomb.csv.gz").write_bytes(gzip.compress(bytes(1 << 24)) * 64)
     with pytest.raises(SourceError, match="more than 200 times its size"):
         read_table_file(tmp_path / "bomb.csv.gz")
-    (tmp_path / "rows.csv.gz").write_bytes(gzip.compress(b"path,label\n" + b"a.png,cat\n" * 100_000))
+    (tmp_path / "rows.csv.gz").write_bytes(
+        gzip.compress(b"path,label\n" + b"a.png,cat\n" * 100_000)
+    )
     assert len(read_table_file(tmp_path / "rows.csv.gz").frame) == 100_000
 
 
@@ -151,7 +191,9 @@ def test_a_table_of_a_million_columns_is_refused(tmp_path):
 
 @pytest.mark.slow
 def test_the_whole_share_runs_in_processes_of_its_own(capsys, monkeypatch):
-    """What the command does: a process per format with bounded memory, a table, one JSON object, exit status 0."""
+    """What the command does: a process per format with bounded memory, a table, one JSON object,
+    exit status 0.
+    """
     monkeypatch.setattr(sys, "argv", ["fuzz_parsers.py", "--count", "5", "--case", "ppm"])
     with pytest.raises(SystemExit) as end:
         fuzz_parsers.main()

@@ -7,7 +7,14 @@ import pytest
 from headrace.cache import DiskTooSmall, FeatureSpec
 from headrace.heads import Halving, LogisticSpec, MLPSpec
 from headrace.pipelines.grid import Wanted, wanted_heads
-from headrace.pipelines.plan import FeaturePlan, bank_group, check_space, feature_plan, fingerprints_of, plan_run
+from headrace.pipelines.plan import (
+    FeaturePlan,
+    bank_group,
+    check_space,
+    feature_plan,
+    fingerprints_of,
+    plan_run,
+)
 from headrace.pipelines.recipe import RecipeError
 from headrace.pipelines.recipe_heads import Heads
 
@@ -37,10 +44,17 @@ def planned(heads, trained=None):
 
 def test_heads_are_the_product_of_the_lists_on_every_input():
     """each: every feature set alone; all: side by side; nothing twice."""
-    heads = {"logistic": {"C": [1, 0.1, 1], "class_weight": ["none", "balanced"]}, "mlp": {"seed": [0, 1]}}
+    heads = {
+        "logistic": {"C": [1, 0.1, 1], "class_weight": ["none", "balanced"]},
+        "mlp": {"seed": [0, 1]},
+    }
     wanted = wanted_heads(Heads.model_validate(heads), NAMES)
     logistic = [(inputs, specs) for inputs, specs, _ in wanted if specs[0].kind == "logistic"]
-    assert [inputs for inputs, _ in logistic] == 2 * [("early.avg",), ("late.avg",), ("early.avg", "late.avg")]
+    assert [inputs for inputs, _ in logistic] == 2 * [
+        ("early.avg",),
+        ("late.avg",),
+        ("early.avg", "late.avg"),
+    ]
     assert logistic[0][1] == (LogisticSpec(C=0.1), LogisticSpec(C=1.0))
     (inputs, specs, _), *rest = [item for item in wanted if item.specs[0].kind == "mlp"]
     assert not rest
@@ -87,11 +101,21 @@ def test_another_task_features_kind_or_halving_is_another_group():
 
 def test_convolution_heads_are_given_maps_and_the_others_are_not():
     """`each` and `all` mean what a kind can use; a name means itself."""
-    heads = Heads.model_validate({"conv": {}, "logistic": {"inputs": ["each", "all", ["late.map"]]}})
+    heads = Heads.model_validate(
+        {"conv": {}, "logistic": {"inputs": ["each", "all", ["late.map"]]}}
+    )
     wanted = wanted_heads(heads, ["early.avg", "late.avg", "late.map"])
-    inputs = {kind: [each.inputs for each in wanted if each.specs[0].kind == kind] for kind in ("conv", "logistic")}
+    inputs = {
+        kind: [each.inputs for each in wanted if each.specs[0].kind == kind]
+        for kind in ("conv", "logistic")
+    }
     assert inputs["conv"] == [("late.map",)]
-    assert inputs["logistic"] == [("early.avg",), ("late.avg",), ("early.avg", "late.avg"), ("late.map",)]
+    assert inputs["logistic"] == [
+        ("early.avg",),
+        ("late.avg",),
+        ("early.avg", "late.avg"),
+        ("late.map",),
+    ]
     with pytest.raises(RecipeError, match=r"layer3\.map"):
         wanted_heads(Heads.model_validate({"conv": {}}), ["early.avg"])
     with pytest.raises(RecipeError, match=r"late\.avg"):
@@ -118,7 +142,9 @@ def test_bytes_to_come_are_rows_times_shape_times_item():
     for dtype, item in (("float16", 2), ("float32", 4), ("uint8", 1)):
         values = 6000 * 8 * 49 * item
         assert (
-            values < feature("a.map", known=4000, total=10_000, shape=(8, 7, 7), dtype=dtype).bytes_new < 1.4 * values
+            values
+            < feature("a.map", known=4000, total=10_000, shape=(8, 7, 7), dtype=dtype).bytes_new
+            < 1.4 * values
         )
 
 

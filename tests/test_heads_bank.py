@@ -1,4 +1,6 @@
-"""The unit of work of a run: from feature sets and a task on disk to one results file, with every kind of head."""
+"""The unit of work of a run: from feature sets and a task on disk to one results file, with every
+kind of head.
+"""
 
 import dataclasses
 import hashlib
@@ -88,7 +90,12 @@ def images() -> tuple[Arrays, Arrays, list[str], list[str]]:
     """Features, classes, ids and content hashes of ROWS digits."""
     X, y = load_digits(return_X_y=True)
     ids = [f"digit {number}" for number in range(ROWS)]
-    return X[:ROWS].astype(np.float32), y[:ROWS], ids, [hashlib.sha256(name.encode()).hexdigest()[:32] for name in ids]
+    return (
+        X[:ROWS].astype(np.float32),
+        y[:ROWS],
+        ids,
+        [hashlib.sha256(name.encode()).hexdigest()[:32] for name in ids],
+    )
 
 
 def store(
@@ -101,9 +108,20 @@ def store(
     broken: tuple[int, ...] = (),
     seed: int = 0,
 ) -> str:
-    """A feature set of two shards, rows in an order of its own; `broken` rows could not be decoded."""
+    """A feature set of two shards, rows in an order of its own; `broken` rows could not
+    be decoded.
+    """
     spec = FeatureSpec(
-        "python:b", "0" * 64, tap, "avg", "{}", f'{{"index": {view}}}', "pillow", "float32", "float32", X.shape[1:]
+        "python:b",
+        "0" * 64,
+        tap,
+        "avg",
+        "{}",
+        f'{{"index": {view}}}',
+        "pillow",
+        "float32",
+        "float32",
+        X.shape[1:],
     )
     directory = create_feature_set(root / "cache", spec)
     order = np.random.default_rng(seed).permutation(len(X))
@@ -115,12 +133,16 @@ def store(
             features=X[good],
             ids=[str(row) for row in good],
             content=[content[row] for row in good],
-            failures=[Failure(str(row), content[row], "truncated") for row in part if row in broken],
+            failures=[
+                Failure(str(row), content[row], "truncated") for row in part if row in broken
+            ],
         )
     return str(directory)
 
 
-def write_task(root: Path, target: Arrays, kind: str = "single", classes: int = 10) -> tuple[str, Task]:
+def write_task(
+    root: Path, target: Arrays, kind: str = "single", classes: int = 10
+) -> tuple[str, Task]:
     X, y, ids, content = images()
     fold = make_folds(y, n_folds=3, seed=0)
     fold[:5] = TRAIN_ONLY
@@ -132,8 +154,9 @@ def write_task(root: Path, target: Arrays, kind: str = "single", classes: int = 
 
 @pytest.mark.parametrize("kind", SPECS)
 def test_a_bank_of_every_kind(work: Path, kind: str) -> None:
-    """Heads learn, failures are rows with reasons, stored predictions are those of the arrays, and the second call
-    does nothing."""
+    """Heads learn, failures are rows with reasons, stored predictions are those of the arrays, and
+    the second call does nothing.
+    """
     X, y, _, content = images()
     path, task = write_task(work, y)
     job = BankJob(path, (store(work, X, content),), SPECS[kind], str(work / "banks" / "bank.h5"))
@@ -163,7 +186,9 @@ def test_a_bank_of_every_kind(work: Path, kind: str) -> None:
         assert (full.argmax(1) == y).mean() > 0.85
         if arrays := bank.arrays(spec, 0):
             held = X[bank.rows(0)]
-            np.testing.assert_allclose(bank.validation(spec, 0), predict_head(spec, arrays, held), atol=2e-5)
+            np.testing.assert_allclose(
+                bank.validation(spec, 0), predict_head(spec, arrays, held), atol=2e-5
+            )
     assert train_bank(job)["skipped"]
     assert pickle.loads(pickle.dumps(bank)).table.equals(bank.table)
 
@@ -184,7 +209,9 @@ def test_failing_heads_say_why(work: Path) -> None:
 
 
 def test_rows_are_found_by_content_and_sets_are_joined(work: Path) -> None:
-    """Two taps stored in different orders are put side by side, row by row; a row broken in any of them is left out."""
+    """Two taps stored in different orders are put side by side, row by row; a row broken in any of
+    them is left out.
+    """
     X, y, ids, content = images()
     first = store(work, X[:, :30], content, tap="a", broken=(7,), seed=1)
     second = store(work, X[:, 30:], content, tap="b", broken=(7, 20), seed=2)
@@ -211,7 +238,9 @@ def replace_rows(path: str, kept: Arrays) -> Task:
 
 @pytest.mark.parametrize("kind", ["logistic", "ridge", "mlp", "knn", "centroid", "sklearn"])
 def test_views_are_found_and_averaged(work: Path, kind: str) -> None:
-    """Feature sets that differ only in the view are views of the same columns: a prediction is the mean over them."""
+    """Feature sets that differ only in the view are views of the same columns: a prediction is the
+    mean over them.
+    """
     X, y, _, content = images()
     noisy = X + np.random.default_rng(0).normal(size=X.shape).astype(np.float32)
     views = (store(work, X, content), store(work, noisy, content, view=1, seed=5))
@@ -229,7 +258,9 @@ def test_views_are_found_and_averaged(work: Path, kind: str) -> None:
 
 
 def test_a_view_twice_is_the_same_head_as_once(work: Path) -> None:
-    """Views share a row's weight: with the same image in both, strengths mean what they mean with one view."""
+    """Views share a row's weight: with the same image in both, strengths mean what they mean with
+    one view.
+    """
     X, y, _, _ = images()
     _, task = write_task(work, y)
     for spec in (LogisticSpec(0.01), RidgeSpec(100.0)):
@@ -242,7 +273,9 @@ def test_a_view_twice_is_the_same_head_as_once(work: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["multi", "regression"])
 def test_other_tasks(work: Path, kind: str) -> None:
-    """Multi-label and regression tasks train with the kinds that can; the others say which to use instead."""
+    """Multi-label and regression tasks train with the kinds that can; the others say which to use
+    instead.
+    """
     X, y, _, content = images()
     if kind == "multi":
         target: Arrays = np.stack([y % 2 == 0, y > 4], axis=1).astype(np.uint8)
@@ -267,7 +300,9 @@ def test_other_tasks(work: Path, kind: str) -> None:
         train_bank(job)
         bank = read_bank(job.result)
         assert bank.table["error"].isna().all(), bank.table["error"][0]
-        assert bank.table["hamming_accuracy" if kind == "multi" else "r2"].mean() > (0.75 if kind == "multi" else 0.3)
+        assert bank.table["hamming_accuracy" if kind == "multi" else "r2"].mean() > (
+            0.75 if kind == "multi" else 0.3
+        )
         full = predict_head(spec, bank.arrays(spec), X, task.kind)
         assert full.shape == (ROWS, 2)
         directory = work / spec.kind
@@ -292,7 +327,9 @@ def test_other_tasks(work: Path, kind: str) -> None:
 
 
 def test_convolution_heads_read_maps(work: Path) -> None:
-    """A `.map` tap trains convolution heads; other kinds flatten it; a flat tap is refused with the cure."""
+    """A `.map` tap trains convolution heads; other kinds flatten it; a flat tap is refused with the
+    cure.
+    """
     X, y, _, content = images()
     path, _ = write_task(work, y)
     maps = store(work, X.reshape(-1, 1, 8, 8), content, tap="map")
@@ -307,8 +344,12 @@ def test_convolution_heads_read_maps(work: Path) -> None:
         train_bank(BankJob(path, (store(work, X, content),), (spec,), str(work / "no.h5")))
 
 
-def test_bad_features_are_refused_before_training(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """NaN names the feature set and the row; views of one part only, no features at all, mixed kinds."""
+def test_bad_features_are_refused_before_training(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NaN names the feature set and the row; views of one part only, no features at all, mixed
+    kinds.
+    """
     X, y, _, content = images()
     path, _ = write_task(work, y)
     good, view = store(work, X, content), store(work, X, content, view=1)
@@ -317,7 +358,9 @@ def test_bad_features_are_refused_before_training(work: Path, monkeypatch: pytes
         train_bank(BankJob(path, (good, view, other), (CentroidSpec(),), str(work / "a.h5")))
     mirrored = store(work, X, content, tap="other", view=3)
     with pytest.raises(BadFeatures, match="2 views each, but not the same ones"):
-        train_bank(BankJob(path, (good, view, other, mirrored), (CentroidSpec(),), str(work / "a.h5")))
+        train_bank(
+            BankJob(path, (good, view, other, mirrored), (CentroidSpec(),), str(work / "a.h5"))
+        )
     with pytest.raises(BadFeatures, match="at least one"):
         train_bank(BankJob(path, (), (CentroidSpec(),), str(work / "a.h5")))
     with pytest.raises(BadBank, match="all of one kind"):
@@ -341,7 +384,9 @@ def test_bad_features_are_refused_before_training(work: Path, monkeypatch: pytes
 
 
 def test_a_bank_that_raises_is_trained_spec_by_spec(work: Path) -> None:
-    """When one spec makes the whole bank raise, it alone becomes a failed row with the place of its error."""
+    """When one spec makes the whole bank raise, it alone becomes a failed row with the place of its
+    error.
+    """
     X, y, _, _ = images()
     _, task = write_task(work, y)
     specs = [LogisticSpec(0.1), LogisticSpec(-1.0), LogisticSpec(1.0)]
@@ -353,7 +398,9 @@ def test_a_bank_that_raises_is_trained_spec_by_spec(work: Path) -> None:
 
 
 def test_results_refuse_what_is_not_theirs(work: Path) -> None:
-    """A head that is not there, a file of another format, a link out of the file, a torn file: each a clear error."""
+    """A head that is not there, a file of another format, a link out of the file, a torn file: each
+    a clear error.
+    """
     X, y, _, content = images()
     path, _ = write_task(work, y)
     result = work / "bank.h5"
@@ -366,7 +413,9 @@ def test_results_refuse_what_is_not_theirs(work: Path) -> None:
     assert spec_from_json(bank.table["spec"][0]) == CentroidSpec()
     torn = work / "torn.h5"
     torn.write_bytes(result.read_bytes()[:500])
-    with pytest.raises(BadResults, match=r"type `rm .*`, and the next `headrace run RECIPE` trains that bank again"):
+    with pytest.raises(
+        BadResults, match=r"type `rm .*`, and the next `headrace run RECIPE` trains that bank again"
+    ):
         read_bank(torn)
     sealed_text = work / "text.h5"
     sealed_text.write_bytes(sealed(b"-" * 10_000))
@@ -389,11 +438,16 @@ def test_results_refuse_what_is_not_theirs(work: Path) -> None:
 
 
 def test_damaged_results_are_never_read(work: Path) -> None:
-    """Any flipped bit, any missing end, before or after the file was opened: BadResults, which says what to do."""
+    """Any flipped bit, any missing end, before or after the file was opened:
+
+    BadResults, which says what to do.
+    """
     X, y, _, content = images()
     path, _ = write_task(work, y)
     result = work / "bank.h5"
-    train_bank(BankJob(path, (store(work, X, content),), (RidgeSpec(10.0), RidgeSpec(1.0)), str(result)))
+    train_bank(
+        BankJob(path, (store(work, X, content),), (RidgeSpec(10.0), RidgeSpec(1.0)), str(result))
+    )
     whole = result.read_bytes()
     bank = read_bank(result)
     expected = bank.arrays(RidgeSpec(10.0))
@@ -404,16 +458,20 @@ def test_damaged_results_are_never_read(work: Path) -> None:
     damaged = [bytearray(whole) for _ in bits]
     for image, bit in zip(damaged, bits.tolist(), strict=True):
         image[bit // 8] ^= 1 << bit % 8
-    for number, image in enumerate([*damaged, *(whole[:length] for length in lengths), whole + b"\0"]):
+    for number, image in enumerate(
+        [*damaged, *(whole[:length] for length in lengths), whole + b"\0"]
+    ):
         copy = work / f"{number}.h5"
         copy.write_bytes(image)
         with pytest.raises(
-            BadResults, match=r"type `rm .*`, and the next `headrace run RECIPE` trains that bank again"
+            BadResults,
+            match=r"type `rm .*`, and the next `headrace run RECIPE` trains that bank again",
         ):
             read_bank(copy)
         copy.rename(result)
         with pytest.raises(
-            BadResults, match=r"type `rm .*`, and the next `headrace run RECIPE` trains that bank again"
+            BadResults,
+            match=r"type `rm .*`, and the next `headrace run RECIPE` trains that bank again",
         ):
             bank.arrays(RidgeSpec(10.0))
     result.write_bytes(whole)
@@ -421,7 +479,9 @@ def test_damaged_results_are_never_read(work: Path) -> None:
 
 
 def test_a_file_is_checked_once(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its bytes and its links, however often arrays are read from it; once more when it has been replaced."""
+    """Its bytes and its links, however often arrays are read from it; once more when it has been
+    replaced.
+    """
     X, y, _, content = images()
     path, _ = write_task(work, y)
     result = work / "bank.h5"
@@ -447,7 +507,9 @@ def test_a_shared_array_is_stored_once(work: Path) -> None:
     features = (store(work, X, content),)
     sizes = []
     for number in (1, 20):
-        job = BankJob(path, features, tuple(KNNSpec(k + 1) for k in range(number)), str(work / f"{number}.h5"))
+        job = BankJob(
+            path, features, tuple(KNNSpec(k + 1) for k in range(number)), str(work / f"{number}.h5")
+        )
         train_bank(job)
         sizes.append(Path(job.result).stat().st_size)
     predictions = 19 * ROWS * 10 * 4
@@ -470,10 +532,18 @@ def test_the_same_bank_gives_the_same_bytes_but_for_its_times(work: Path) -> Non
 
 
 def test_a_saved_head_predicts_as_before(tmp_path: Path) -> None:
-    """safetensors and JSON hold all: a loaded head gives equal probabilities and class names; other files are refused."""
+    """safetensors and JSON hold all: a loaded head gives equal probabilities and class names; other
+    files are refused.
+    """
     X, y, _, _ = images()
     task = Task(
-        "single", tuple("abcdefghij"), np.array([]), np.array([]), y, make_folds(y, n_folds=2, seed=0), np.ones(ROWS)
+        "single",
+        tuple("abcdefghij"),
+        np.array([]),
+        np.array([]),
+        y,
+        make_folds(y, n_folds=2, seed=0),
+        np.ones(ROWS),
     )
     feature = FeatureSpec("b", "w", "t", "avg", "{}", "{}", "p", "float32", "float16", (64,))
     for kind, specs in SPECS.items():
@@ -504,41 +574,76 @@ def test_a_saved_head_predicts_as_before(tmp_path: Path) -> None:
 
 
 def test_a_bank_can_halve(work: Path) -> None:
-    """With halving in the job the losers' rows show fewer epochs, and only the survivors have a head of all rows."""
+    """With halving in the job the losers' rows show fewer epochs, and only the survivors have a
+    head of all rows.
+    """
     X, y, _, content = images()
     path, _ = write_task(work, y)
-    specs = tuple(MLPSpec((16,), rate, batch_size=64, epochs=6, patience=9) for rate in (1e-2, 1e-7, 1e-6, 1e-8))
-    job = BankJob(path, (store(work, X, content),), specs, str(work / "b.h5"), halving=Halving(after=(2,), keep=0.25))
+    specs = tuple(
+        MLPSpec((16,), rate, batch_size=64, epochs=6, patience=9)
+        for rate in (1e-2, 1e-7, 1e-6, 1e-8)
+    )
+    job = BankJob(
+        path,
+        (store(work, X, content),),
+        specs,
+        str(work / "b.h5"),
+        halving=Halving(after=(2,), keep=0.25),
+    )
     assert train_bank(job)["heads"] == 13
     table = read_bank(job.result).table
-    assert table[table["fold"] != FULL].groupby("spec", sort=False)["iterations"].max().tolist() == [6, 2, 2, 2]
+    assert table[table["fold"] != FULL].groupby("spec", sort=False)[
+        "iterations"
+    ].max().tolist() == [6, 2, 2, 2]
     assert table[table["fold"] == FULL]["spec"].tolist() == [spec_to_json(specs[0])]
 
 
 def test_every_spec_survives_json() -> None:
     """Specs, with their tuples, come back equal."""
-    for spec in [*(s for specs in SPECS.values() for s in specs), ConvSpec((3, 4), (5,)), MLPSpec(())]:
+    for spec in [
+        *(s for specs in SPECS.values() for s in specs),
+        ConvSpec((3, 4), (5,)),
+        MLPSpec(()),
+    ]:
         assert spec_from_json(spec_to_json(spec)) == spec
         assert replace(spec) == spec
 
 
 @pytest.mark.parametrize("kind", list(KINDS.values()))
 def test_a_choice_that_there_is_not_is_refused(kind: type) -> None:
-    """A misspelt class weight, metric or start would be taken for another; the message has the field and what it may be."""
+    """A misspelt class weight, metric or start would be taken for another; the message has the
+    field and what it may be.
+    """
     hints = get_type_hints(kind)
-    choices = {field.name: field.default for field in fields(kind) if get_origin(hints[field.name]) is Literal}
-    required = {"C": 1.0, "alpha": 1.0, "k": 1, "estimator": "sklearn.svm.SVC", "head": "", "depth": "all"}
+    choices = {
+        field.name: field.default
+        for field in fields(kind)
+        if get_origin(hints[field.name]) is Literal
+    }
+    required = {
+        "C": 1.0,
+        "alpha": 1.0,
+        "k": 1,
+        "estimator": "sklearn.svm.SVC",
+        "head": "",
+        "depth": "all",
+    }
     given = {field.name: required[field.name] for field in fields(kind) if field.name in required}
     kind(**given, **choices)
     for name, usual in choices.items():
         for wrong in (None, "misspelt"):
-            with pytest.raises(ValueError, match=f"^{name} of a {kind.__name__} is {wrong!r}; write .*{usual}"):
+            with pytest.raises(
+                ValueError, match=f"^{name} of a {kind.__name__} is {wrong!r}; write .*{usual}"
+            ):
                 kind(**given, **{name: wrong})
 
 
 def test_importing_heads_imports_no_torch() -> None:
     """A worker that trains linear heads never pays for it."""
-    code = "import sys, headrace.heads; sys.exit('torch' in sys.modules or 'torchvision' in sys.modules)"
+    code = (
+        "import sys, headrace.heads; sys.exit('torch' in sys.modules or 'torchvision' in "
+        "sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -565,7 +670,9 @@ def test_weights_that_leave_nothing_are_reasons(work: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["logistic", "ridge", "mlp", "conv", "knn", "centroid", "sklearn"])
 def test_every_bank_refuses_no_heads_and_weights_beyond_its_numbers(kind: str) -> None:
-    """An empty list of specs, and weights that no float32 product can hold, are answered with what to do instead."""
+    """An empty list of specs, and weights that no float32 product can hold, are answered with what
+    to do instead.
+    """
     from headrace.heads import conv, logistic, mlp, neighbours, ridge, sklearn_bank
 
     banks: dict[str, Any] = {
@@ -579,11 +686,20 @@ def test_every_bank_refuses_no_heads_and_weights_beyond_its_numbers(kind: str) -
     }
     generator = np.random.default_rng(0)
     X = generator.normal(size=(20, 3, 2, 2) if kind == "conv" else (20, 3)).astype(np.float32)
-    rows = {"target": np.arange(20) % 2, "n_classes": 2, "fold": (np.arange(20) // 2 % 2).astype(np.int16)}
+    rows = {
+        "target": np.arange(20) % 2,
+        "n_classes": 2,
+        "fold": (np.arange(20) // 2 % 2).astype(np.int16),
+    }
     with pytest.raises(ValueError, match="give at least one, such as"):
         banks[kind](X, specs=[], **rows)
     for weight in (1e-300, 1e16):
         weights = np.ones(20)
         weights[7] = weight
         with pytest.raises(ValueError, match=r"1e-30\.\.1e\+15, found 1e.* for row 7: divide them"):
-            banks[kind](X, specs=(SPECS | {"conv": (ConvSpec((4,)),)})[kind][:1], sample_weight=weights, **rows)
+            banks[kind](
+                X,
+                specs=(SPECS | {"conv": (ConvSpec((4,)),)})[kind][:1],
+                sample_weight=weights,
+                **rows,
+            )

@@ -1,4 +1,6 @@
-"""The compiled pass over a tile is the plain one: same losses, same gradients, for any shape, label and weight."""
+"""The compiled pass over a tile is the plain one: same losses, same gradients, for any shape, label
+and weight.
+"""
 
 import dataclasses
 from concurrent.futures import ThreadPoolExecutor
@@ -18,11 +20,17 @@ from headrace.heads.passes import CompiledPass, PlainPass, Weighting
 from headrace.heads.rotation import Rotation
 from headrace.heads.spec import LogisticSpec
 
-needs_compiler = pytest.mark.skipif(compiled() is None, reason="no C compiler built the pass, or no AVX2 to run it")
+needs_compiler = pytest.mark.skipif(
+    compiled() is None, reason="no C compiler built the pass, or no AVX2 to run it"
+)
 
 
-def made(rng: np.random.Generator, n: int, width: int, classes: int, *, weighted: bool) -> tuple[Design, Tile]:
-    """One tile of random rows, sorted by class, some classes perhaps without any; two labels for sigmoids."""
+def made(
+    rng: np.random.Generator, n: int, width: int, classes: int, *, weighted: bool
+) -> tuple[Design, Tile]:
+    """One tile of random rows, sorted by class, some classes perhaps without any; two labels for
+    sigmoids.
+    """
     values = aligned_rows(n, width, np.float32)
     values[:] = rng.standard_normal((n, width))
     values[:, -1] = 1
@@ -49,9 +57,12 @@ def made(rng: np.random.Generator, n: int, width: int, classes: int, *, weighted
     threads=st.sampled_from([1, 3]),
     near=st.sampled_from([1, 100_000, passes.NEAR_BYTES]),
 )
-def test_a_compiled_pass_is_the_plain_one(seed, n, width, classes, heads, size, weighted, balanced, threads, near):
-    """Losses to 1e-5 and gradients to 1e-5 of their largest element, against the plain pass in float64; more where decisions
-    are of the order of hundreds, which float32 rounds to 1e-5."""
+def test_a_compiled_pass_is_the_plain_one(
+    seed, n, width, classes, heads, size, weighted, balanced, threads, near
+):
+    """Losses to 1e-5 and gradients to 1e-5 of their largest element, against the plain pass in
+    float64; more where decisions are of the order of hundreds, which float32 rounds to 1e-5.
+    """
     rng = np.random.default_rng(seed)
     design, tile = made(rng, n, width, max(classes, 2), weighted=weighted)
     columns = max(classes - 1, 1)
@@ -60,12 +71,16 @@ def test_a_compiled_pass_is_the_plain_one(seed, n, width, classes, heads, size, 
     if balanced:
         multipliers = rng.uniform(0.1, 4, multipliers.shape).astype(np.float32)
     lines = rng.integers(0, 2, heads)
-    weighting = Weighting(classes, multipliers, np.array([-1, -1] if classes > 1 else [0, 1]), weighted or balanced)
+    weighting = Weighting(
+        classes, multipliers, np.array([-1, -1] if classes > 1 else [0, 1]), weighted or balanced
+    )
     library = compiled()
     assert library is not None
     seen = {tile.folds: np.arange(heads)}
     with ThreadPoolExecutor(threads) as pool, mock.patch.object(passes, "NEAR_BYTES", near):
-        quick = CompiledPass(design, weighting, lines, u, seen, library, pool if threads > 1 else None, threads)
+        quick = CompiledPass(
+            design, weighting, lines, u, seen, library, pool if threads > 1 else None, threads
+        )
         losses = quick.add(tile) + quick.add(tile)
     plain = PlainPass(design, weighting, lines, u.astype(np.float64), seen, None)
     expected = plain.add(tile) + plain.add(tile)
@@ -84,8 +99,9 @@ def test_a_compiled_pass_is_the_plain_one(seed, n, width, classes, heads, size, 
     columns=st.integers(1, 75),
 )
 def test_products_are_the_plain_ones(seed, n, width, columns):
-    """weights rows' and rows' diag(scale) rows weights, to 1e-6 of the largest sum of absolute values (sums themselves cancel);
-    the columns end in panels of every width."""
+    """weights rows' and rows' diag(scale) rows weights, to 1e-6 of the largest sum of absolute
+    values (sums themselves cancel); the columns end in panels of every width.
+    """
     rng = np.random.default_rng(seed)
     weights = rng.standard_normal((columns, width)).astype(np.float32)
     rows = aligned_rows(n, width, np.float32)
@@ -95,7 +111,9 @@ def test_products_are_the_plain_ones(seed, n, width, columns):
     assert library is not None
     product = rows.astype(np.float64) @ weights.T
     size = np.abs(rows) @ np.abs(weights.T)
-    np.testing.assert_allclose(library.multiplied(weights, rows), product.T, rtol=0, atol=1e-6 * size.max())
+    np.testing.assert_allclose(
+        library.multiplied(weights, rows), product.T, rtol=0, atol=1e-6 * size.max()
+    )
     twice = ((size * scale).T @ np.abs(rows)).max()
     np.testing.assert_allclose(
         library.scaled(rows, weights, scale), (product * scale).T @ rows, rtol=0, atol=1e-6 * twice
@@ -122,7 +140,9 @@ def test_every_half_is_widened_exactly(left_out):
 @pytest.mark.parametrize("classes", [1, 2, 3, 6, 10])
 @pytest.mark.parametrize("heads", range(1, 8))
 def test_shorter_vectors_give_the_same(classes, heads):
-    """A processor that has long vectors has the shorter ones, too: their panels and lines divide the columns otherwise."""
+    """A processor that has long vectors has the shorter ones, too: their panels and lines divide
+    the columns otherwise.
+    """
     long = compiled()
     if long is None or long.lanes != 16:
         pytest.skip("this processor has one length of vectors")
@@ -131,7 +151,9 @@ def test_shorter_vectors_give_the_same(classes, heads):
     rows = aligned_rows(101, 531, np.float32)
     rows[:] = rng.standard_normal((101, 531)) / 20
     weights = rng.standard_normal((columns, 531)).astype(np.float32)
-    labels = rng.integers(0, max(classes, 2), (heads, 101) if classes == 1 else 101).astype(np.int32)
+    labels = rng.integers(0, max(classes, 2), (heads, 101) if classes == 1 else 101).astype(
+        np.int32
+    )
     found = []
     for one in (long, dataclasses.replace(long, lanes=8)):
         losses, gradients = np.zeros(heads), one.room(columns, 531)
@@ -154,18 +176,28 @@ def test_weights_that_overflowed_have_no_finite_loss(bad):
     library = compiled()
     assert library is not None
     one = np.array([0])
-    assert not np.isfinite(CompiledPass(design, weighting, one, u, {tile.folds: one}, library).add(tile)).any()
+    assert not np.isfinite(
+        CompiledPass(design, weighting, one, u, {tile.folds: one}, library).add(tile)
+    ).any()
 
 
 @needs_compiler
 @pytest.mark.parametrize("multi", [False, True])
 def test_a_bank_is_the_same_without_a_compiler(monkeypatch, multi):
-    """Objectives agree to the gap that was asked for, and so do the predictions to what that leaves open."""
+    """Objectives agree to the gap that was asked for, and so do the predictions to what that leaves
+    open.
+    """
     rng = np.random.default_rng(5)
-    X = rng.standard_normal((300, 40)).astype(np.float32) @ rng.standard_normal((40, 40)).astype(np.float32)
-    target = (X[:, :3] > 0).astype(np.int64) if multi else np.digitize(X[:, 0] + X[:, 1], [-5, 0, 5])
+    X = rng.standard_normal((300, 40)).astype(np.float32) @ rng.standard_normal((40, 40)).astype(
+        np.float32
+    )
+    target = (
+        (X[:, :3] > 0).astype(np.int64) if multi else np.digitize(X[:, 0] + X[:, 1], [-5, 0, 5])
+    )
     options = {"n_classes": 3 if multi else 4, "fold": np.arange(300) % 3, "gap": 1e-6}
-    specs = [LogisticSpec(C) for C in (0.01, 0.1, 1.0)] + [LogisticSpec(0.1, class_weight="balanced")]
+    specs = [LogisticSpec(C) for C in (0.01, 0.1, 1.0)] + [
+        LogisticSpec(0.1, class_weight="balanced")
+    ]
     quick = fit_logistic_bank(X, target, specs=specs, **options)
     for module in (flight, design_module):
         monkeypatch.setattr(module, "compiled", lambda: None)

@@ -8,7 +8,15 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from headrace.heads import FULL, CannotPredict, ConvSpec, fit_conv_bank, make_folds, predict_head, score
+from headrace.heads import (
+    FULL,
+    CannotPredict,
+    ConvSpec,
+    fit_conv_bank,
+    make_folds,
+    predict_head,
+    score,
+)
 from headrace.heads.conv import conv_network
 from headrace.heads.conv_batch import random_start
 
@@ -27,11 +35,17 @@ def maps(rows: int = 240) -> tuple[Arrays, Arrays, Arrays]:
     """Digits as maps of two channels with an offset and unlike scales."""
     X, y = load_digits(return_X_y=True)
     images = X[:rows].reshape(-1, 1, 8, 8).astype(np.float32)
-    return np.concatenate([images, 5 + images**2 / 100], axis=1), y[:rows], make_folds(y[:rows], n_folds=2, seed=0)
+    return (
+        np.concatenate([images, 5 + images**2 / 100], axis=1),
+        y[:rows],
+        make_folds(y[:rows], n_folds=2, seed=0),
+    )
 
 
 def one_at_a_time(X: Arrays, y: Arrays, fold: Arrays, number: int, spec: ConvSpec) -> list[Arrays]:
-    """Predictions (n, C) of the held-out rows after every epoch, by torch's own modules and optimiser."""
+    """Predictions (n, C) of the held-out rows after every epoch, by torch's own modules and
+    optimiser.
+    """
     train, held = np.flatnonzero(fold != number), np.flatnonzero(fold == number)
     mean, scale = X[train].mean((0, 2, 3)), X[train].std((0, 2, 3))
     rows = torch.from_numpy((X - mean[:, None, None]) / scale[:, None, None])
@@ -47,12 +61,16 @@ def one_at_a_time(X: Arrays, y: Arrays, fold: Arrays, number: int, spec: ConvSpe
         linear.weight.data, linear.bias.data = torch.from_numpy(weight), torch.from_numpy(bias)
         modules += [linear] + [torch.nn.ReLU()] * (place < len(start.layers) - 1)
     net = torch.nn.Sequential(*modules)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=spec.learning_rate, weight_decay=spec.weight_decay)
+    optimizer = torch.optim.AdamW(
+        net.parameters(), lr=spec.learning_rate, weight_decay=spec.weight_decay
+    )
     after = []
     for epoch in range(spec.epochs):
         order = np.random.default_rng([epoch, len(X)]).permutation(len(X))
         net.train()
-        for index in np.split(order[np.isin(order, train)], range(spec.batch_size, len(train), spec.batch_size)):
+        for index in np.split(
+            order[np.isin(order, train)], range(spec.batch_size, len(train), spec.batch_size)
+        ):
             loss = torch.nn.functional.cross_entropy(
                 net(rows[index]), torch.from_numpy(y[index]), label_smoothing=spec.label_smoothing
             )
@@ -65,11 +83,15 @@ def one_at_a_time(X: Arrays, y: Arrays, fold: Arrays, number: int, spec: ConvSpe
 
 
 def test_a_bank_equals_networks_trained_one_at_a_time() -> None:
-    """Heads side by side, by wide and grouped convolutions, have the predictions of torch's modules trained alone."""
+    """Heads side by side, by wide and grouped convolutions, have the predictions of torch's modules
+    trained alone.
+    """
     X, y, fold = maps()
     specs = [
         ConvSpec((6,), (), 1e-2, 1e-2, seed=1, batch_size=40, epochs=3, patience=9),
-        ConvSpec((6,), (), 1e-3, 0.0, label_smoothing=0.1, seed=2, batch_size=40, epochs=3, patience=9),
+        ConvSpec(
+            (6,), (), 1e-3, 0.0, label_smoothing=0.1, seed=2, batch_size=40, epochs=3, patience=9
+        ),
         ConvSpec((4, 5), (7,), 3e-3, 1e-1, seed=3, batch_size=40, epochs=3, patience=9),
         ConvSpec((4, 5), (7,), 1e-2, 0.0, seed=4, batch_size=40, epochs=3, patience=9),
     ]
@@ -102,18 +124,27 @@ def test_views_and_other_targets() -> None:
     target = np.stack([X[:, 0].mean((1, 2)) * 1e4 + 3e5], axis=1).astype(np.float64)
     spec = ConvSpec((8,), (), 3e-2, batch_size=20, epochs=25, patience=25)
     stacked = np.stack([X, X[:, :, :, ::-1]])
-    fit = fit_conv_bank(stacked, target, n_classes=1, fold=fold, specs=[spec], full=False, task="regression")[0]
-    mean = np.mean([predict_head(spec, fit.arrays, view[fold == 0], "regression") for view in stacked], axis=0)
+    fit = fit_conv_bank(
+        stacked, target, n_classes=1, fold=fold, specs=[spec], full=False, task="regression"
+    )[0]
+    mean = np.mean(
+        [predict_head(spec, fit.arrays, view[fold == 0], "regression") for view in stacked], axis=0
+    )
     np.testing.assert_allclose(fit.validation, mean, rtol=1e-5)
     assert fit.validation is not None
     assert score("regression", target[fold == 0], fit.validation, "r2") > 0.8
 
 
 def test_failures_are_rows() -> None:
-    """No channels, or a learning rate of 1e30, fail alone; vectors instead of maps are refused with the cure."""
+    """No channels, or a learning rate of 1e30, fail alone; vectors instead of maps are refused with
+    the cure.
+    """
     X, y, fold = maps()
     specs = [ConvSpec(()), ConvSpec((4,), learning_rate=1e30), ConvSpec((4,), epochs=2)]
-    errors = {fit.spec: fit.error for fit in fit_conv_bank(X, y, n_classes=10, fold=fold, specs=specs, full=False)}
+    errors = {
+        fit.spec: fit.error
+        for fit in fit_conv_bank(X, y, n_classes=10, fold=fold, specs=specs, full=False)
+    }
     assert "at least one layer" in (errors[specs[0]] or "")
     assert errors[specs[1]] is not None
     assert errors[specs[2]] is None

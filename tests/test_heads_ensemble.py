@@ -22,7 +22,9 @@ def made(kind, heads=7, rows=90, noise=1.0, seed=0):
         target = rng.normal(size=(rows, 2)) * [1, 50]
         return target, target + rng.normal(0, noise, (heads, rows, 2)) * [1, 50]
     target = rng.integers(0, 3, rows) if kind == "single" else rng.integers(0, 2, (rows, 3))
-    logits = (np.eye(3)[target] if kind == "single" else 2 * target - 1) + rng.normal(0, noise, (heads, rows, 3))
+    logits = (np.eye(3)[target] if kind == "single" else 2 * target - 1) + rng.normal(
+        0, noise, (heads, rows, 3)
+    )
     odds = np.exp(2 * logits)
     return target, odds / odds.sum(2, keepdims=True) if kind == "single" else odds / (1 + odds)
 
@@ -32,7 +34,9 @@ def one_at_a_time(kind, target, predicted, rounds):
     picked, best = [], (np.inf, [])
     for _ in range(rounds):
         losses = [
-            element_loss(kind, loss_elements(kind, target, predicted[[*picked, k]].mean(0)[None]))[0]
+            element_loss(kind, loss_elements(kind, target, predicted[[*picked, k]].mean(0)[None]))[
+                0
+            ]
             for k in range(len(predicted))
         ]
         picked = [*picked, int(np.argmin(losses))]
@@ -59,7 +63,9 @@ def test_the_loss_is_the_metric_log_loss():
     for kind in ("single", "multi"):
         target, predicted = made(kind)
         losses = element_loss(kind, loss_elements(kind, target, predicted))
-        assert losses == pytest.approx([score(kind, target, each, "log_loss") for each in predicted], rel=1e-5)
+        assert losses == pytest.approx(
+            [score(kind, target, each, "log_loss") for each in predicted], rel=1e-5
+        )
 
 
 def test_limits_are_kept():
@@ -69,7 +75,9 @@ def test_limits_are_kept():
     own = [frozenset([f"network {k}"]) for k in range(12)]
 
     def used(**limits):
-        weights = greedy_weights("single", elements, own, EnsembleLimits(**{"network_price": 0, **limits}))
+        weights = greedy_weights(
+            "single", elements, own, EnsembleLimits(**{"network_price": 0, **limits})
+        )
         return np.count_nonzero(weights)
 
     assert used(members=3) == 3

@@ -15,7 +15,9 @@ from headrace.heads.spec import FULL, LogisticSpec
 from headrace.heads.standardize import group_moments, training_moments
 from headrace.heads.task import TRAIN_ONLY
 
-SLOWLY = settings(deadline=None, max_examples=8, suppress_health_check=list(HealthCheck), derandomize=True)
+SLOWLY = settings(
+    deadline=None, max_examples=8, suppress_health_check=list(HealthCheck), derandomize=True
+)
 
 
 def few(n, d, classes, seed):
@@ -57,7 +59,9 @@ def assert_same(together, apart, X):
 
 
 def test_rows_that_contradict_each_other_reach_the_gap():
-    """Pairs of equal rows, each with a label of its own: nothing is separable, and the optimum is where the intercept says so."""
+    """Pairs of equal rows, each with a label of its own: nothing is separable, and the optimum is
+    where the intercept says so.
+    """
     rng = np.random.default_rng(0)
     X, y = rng.standard_normal((40, 300)), rng.integers(0, 2, 40)
     X[:, :3] += rng.standard_normal((2, 3))[y]
@@ -70,7 +74,9 @@ def test_rows_that_contradict_each_other_reach_the_gap():
 
 @pytest.mark.parametrize("standardize", [True, False])
 def test_a_small_fold_beside_a_large_one_is_as_it_is_alone(standardize):
-    """Its coordinates and its frames come from its own 18 rows, not from the 52 that it holds out."""
+    """Its coordinates and its frames come from its own 18 rows, not from the 52 that it
+    holds out.
+    """
     rng = np.random.default_rng(51)
     X, y = rng.standard_normal((70, 513)), rng.integers(0, 5, 70)
     X[:, :2] += 2 * rng.standard_normal((5, 2))[y]
@@ -79,7 +85,9 @@ def test_a_small_fold_beside_a_large_one_is_as_it_is_alone(standardize):
     own = fold != 0
     specs = [LogisticSpec(10.0, standardize=standardize)]
     beside = fit_logistic_bank(X, y, n_classes=5, fold=fold, specs=specs, full=False)[0]
-    (alone,) = fit_logistic_bank(X[own], y[own], n_classes=5, fold=np.full(18, TRAIN_ONLY), specs=specs)
+    (alone,) = fit_logistic_bank(
+        X[own], y[own], n_classes=5, fold=np.full(18, TRAIN_ONLY), specs=specs
+    )
     assert beside.fold == 0
     assert beside.objective == pytest.approx(alone.objective, rel=2e-5)
     assert beside.iterations <= 1.3 * alone.iterations + 2
@@ -111,9 +119,13 @@ def test_labels_of_many_kinds_share_a_design():
 
 
 def test_twins_share_a_design():
-    """Directions that are hardly there: rows in pairs that differ in their last digits, and have labels of their own."""
+    """Directions that are hardly there: rows in pairs that differ in their last digits, and have
+    labels of their own.
+    """
     X, y, _ = few(40, 300, 3, 1)
-    X = np.concatenate([X, X * (1 + 1e-4 * np.random.default_rng(2).standard_normal(X.shape).astype(np.float32))])
+    X = np.concatenate(
+        [X, X * (1 + 1e-4 * np.random.default_rng(2).standard_normal(X.shape).astype(np.float32))]
+    )
     y = np.concatenate([y, (y + 1) % 3])
     fold = (np.arange(80) % 4).astype(np.int16)
     assert_same(*both_ways(X, y, fold, [LogisticSpec(C) for C in (1e-2, 1.0)], n_classes=3), X)
@@ -125,13 +137,17 @@ def test_units_do_not_matter(scale):
     specs = [LogisticSpec(C) for C in (1e-2, 1.0)]
     plain = fit_logistic_bank(X, y, n_classes=3, fold=fold, specs=specs, gap=1e-8)
     for one, other in zip(
-        plain, fit_logistic_bank(X * np.float32(scale), y, n_classes=3, fold=fold, specs=specs, gap=1e-8), strict=True
+        plain,
+        fit_logistic_bank(X * np.float32(scale), y, n_classes=3, fold=fold, specs=specs, gap=1e-8),
+        strict=True,
     ):
         assert one.objective == pytest.approx(other.objective, rel=1e-6)
 
 
 def test_a_feature_that_only_one_row_shows_sends_folds_apart():
-    """Its scale in the fold that holds this row out is a thousandth of the common one: float32 could not bear the square."""
+    """Its scale in the fold that holds this row out is a thousandth of the common one: float32
+    could not bear the square.
+    """
     X, _, fold = few(40, 90, 3, 3)
     X[:, 4] = 1e-3 * np.random.default_rng(0).standard_normal(40)
     X[7, 4] = 50.0
@@ -147,7 +163,9 @@ def test_a_feature_that_only_one_row_shows_sends_folds_apart():
 @pytest.mark.parametrize("n", [60, 100, 200])
 @pytest.mark.parametrize("feature", [4, slice(None)])
 def test_a_fold_does_not_feel_how_far_out_a_row_lies_that_it_holds_out(n, standardize, feature):
-    """With fewer rows than features in all, with fewer in a fold's training rows only, and with more."""
+    """With fewer rows than features in all, with fewer in a fold's training rows only, and with
+    more.
+    """
     rng = np.random.default_rng(5)
     X, y, fold = rng.standard_normal((n, 90)), np.arange(n) % 3, folds(n, 4, 5)
     X[:, :5] += rng.standard_normal((3, 5))[y]
@@ -156,7 +174,9 @@ def test_a_fold_does_not_feel_how_far_out_a_row_lies_that_it_holds_out(n, standa
     row = int(np.flatnonzero(fold == 1)[0])
     X[row, feature] = 1e7
     with_it = [
-        fit for fit in fit_logistic_bank(X, y, n_classes=3, fold=fold, specs=specs, gap=1e-7) if fit.fold == fold[row]
+        fit
+        for fit in fit_logistic_bank(X, y, n_classes=3, fold=fold, specs=specs, gap=1e-7)
+        if fit.fold == fold[row]
     ]
     train = fold != fold[row]
     none = np.full(int(train.sum()), TRAIN_ONLY, np.int16)
@@ -167,7 +187,9 @@ def test_a_fold_does_not_feel_how_far_out_a_row_lies_that_it_holds_out(n, standa
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_directions_of_rounding_alone_are_left_out(dtype):
-    """All rows along one direction: the products' second eigenvalue is rounding, above the floor in some of these."""
+    """All rows along one direction: the products' second eigenvalue is rounding, above the floor in
+    some of these.
+    """
     for seed in range(60):
         rng = np.random.default_rng(seed)
         n = int(rng.integers(4, 13))
@@ -188,7 +210,9 @@ def test_the_least_penalised_weights_are_the_ones_that_come_back():
     for tile in design.tiles:
         (f,) = tile.folds
         u = rng.standard_normal((3, design.width))
-        u[:, len(design.rotation.bases[f].pivots) : -1] = 0  # a fold of fewer rows than another has fewer coordinates
+        u[:, len(design.rotation.bases[f].pivots) : -1] = (
+            0  # a fold of fewer rows than another has fewer coordinates
+        )
         weight, bias = design.to_raw(u, np.full(3, f))
         np.testing.assert_allclose(X[tile.rows] @ weight.T + bias, tile.values @ u.T, atol=1e-9)
         own = weight * moments[f].scale

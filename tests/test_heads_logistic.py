@@ -1,4 +1,6 @@
-"""Logistic banks: every head equals scikit-learn's optimum and the head trained alone, whatever the data."""
+"""Logistic banks: every head equals scikit-learn's optimum and the head trained alone, whatever the
+data.
+"""
 
 import time
 from contextlib import contextmanager
@@ -26,7 +28,9 @@ from headrace.heads.spec import FULL, LogisticSpec
 from headrace.heads.standardize import NotFinite
 from headrace.heads.task import TRAIN_ONLY
 
-SLOWLY = settings(deadline=None, max_examples=10, suppress_health_check=list(HealthCheck), derandomize=True)
+SLOWLY = settings(
+    deadline=None, max_examples=10, suppress_health_check=list(HealthCheck), derandomize=True
+)
 
 
 def blobs(n, d, classes, seed, spread=1.0):
@@ -40,13 +44,17 @@ def blobs(n, d, classes, seed, spread=1.0):
 
 @pytest.mark.parametrize(("jitter", "dtype"), [(3e-4, np.float16), (1e-6, np.float32)])
 def test_nearly_equal_rows_keep_their_digits(jitter, dtype):
-    """Fewer rows than features, each with a twin that differs in the last digits and has a label of its own: what is stored has
-    the objective that is reported, although directions are divided by next to nothing on the way."""
+    """Fewer rows than features, each with a twin that differs in the last digits and has a label of
+    its own: what is stored has the objective that is reported, although directions are divided by
+    next to nothing on the way.
+    """
     rng = np.random.default_rng(0)
     half = rng.standard_normal((60, 300))
     X = np.concatenate([half, half + jitter * rng.standard_normal(half.shape)]).astype(dtype)
     y, fold = rng.integers(0, 3, 120), np.full(120, TRAIN_ONLY)
-    for fit in fit_logistic_bank(X, y, n_classes=3, fold=fold, specs=[LogisticSpec(1e2), LogisticSpec(1e4)], gap=1e-6):
+    for fit in fit_logistic_bank(
+        X, y, n_classes=3, fold=fold, specs=[LogisticSpec(1e2), LogisticSpec(1e4)], gap=1e-6
+    ):
         assert objective(fit, X, y, fold) == pytest.approx(fit.objective, rel=2e-5)
 
 
@@ -79,14 +87,18 @@ def objective(fit, X, y, fold, sample_weight=None, spec=None):
     W, b = fit.arrays["weight"].astype(np.float64), fit.arrays["bias"].astype(np.float64)
     decision = Z @ W.T + b
     top = decision.max(1)
-    loss = np.log(np.exp(decision - top[:, None]).sum(1)) + top - decision[np.arange(len(Z)), target]
+    loss = (
+        np.log(np.exp(decision - top[:, None]).sum(1)) + top - decision[np.arange(len(Z)), target]
+    )
     V = W[present] * scale
     penalty = np.sum((V[1] - V[0]) ** 2) if len(present) == 2 else np.sum(V**2)
     return w @ loss + penalty / (2 * spec.C)
 
 
 def scikit_learn(spec, X, y, sample_weight=None):
-    """The scaler and the model that one would fit without a bank, to a tight tolerance in float64."""
+    """The scaler and the model that one would fit without a bank, to a tight tolerance
+    in float64.
+    """
     scaler = StandardScaler(with_std=spec.standardize).fit(X.astype(np.float64))
     model = LogisticRegression(
         C=spec.C,
@@ -110,7 +122,9 @@ def scikit_learn(spec, X, y, sample_weight=None):
     train_only=st.booleans(),
 )
 def test_equals_scikit_learn(own_rows, n, d, classes, seed, class_weight, weighted, train_only):
-    """Objective, probabilities and coefficients are scikit-learn's, for D below and above N, weights of both kinds."""
+    """Objective, probabilities and coefficients are scikit-learn's, for D below and above N,
+    weights of both kinds.
+    """
     X, y = blobs(n, d, classes, seed)
     fold = folds(n, 3, seed)
     if train_only:
@@ -118,12 +132,16 @@ def test_equals_scikit_learn(own_rows, n, d, classes, seed, class_weight, weight
     sw = np.random.default_rng(seed).uniform(0.2, 3, n) if weighted else None
     specs = [LogisticSpec(C, class_weight) for C in (0.01, 1.0)]
     with rows_of_their_own(own_rows):
-        fits = fit_logistic_bank(X, y, n_classes=classes, fold=fold, specs=specs, sample_weight=sw, gap=1e-9)
+        fits = fit_logistic_bank(
+            X, y, n_classes=classes, fold=fold, specs=specs, sample_weight=sw, gap=1e-9
+        )
     for fit in fits:
         train = fold != fit.fold
         if len(np.unique(y[train])) < classes:
             continue
-        scaler, model = scikit_learn(fit.spec, X[train], y[train], None if sw is None else sw[train])
+        scaler, model = scikit_learn(
+            fit.spec, X[train], y[train], None if sw is None else sw[train]
+        )
         theirs = model.coef_ / scaler.scale_
         own = fit.arrays["weight"].astype(np.float64)
         own = own if classes > 2 else own[1:] - own[:1]
@@ -161,8 +179,9 @@ def test_the_gap_is_a_bound(n, d, classes, own_rows, seed):
 
 @pytest.mark.parametrize("far", [1.0, 150.0])
 def test_wide_heads_have_rows_in_their_folds_scales(monkeypatch, far):
-    """Heads of 66 classes, which share no pass, are the same with a copy of its rows for each fold, and have one unless a row is
-    so far out that the fold which holds it out has other scales."""
+    """Heads of 66 classes, which share no pass, are the same with a copy of its rows for each fold,
+    and have one unless a row is so far out that the fold which holds it out has other scales.
+    """
     made = []
 
     def recorded(*arguments, **options):
@@ -173,7 +192,12 @@ def test_wide_heads_have_rows_in_their_folds_scales(monkeypatch, far):
     X, y = blobs(66 * 9, 20, 66, seed=2, spread=3.0)
     fold = folds(len(y), 3)
     X[np.flatnonzero(fold == 0)[0]] = X.mean(0) + far * X.std(0)
-    arguments = {"n_classes": 66, "fold": fold, "specs": [LogisticSpec(0.1), LogisticSpec(10.0)], "gap": 1e-7}
+    arguments = {
+        "n_classes": 66,
+        "fold": fold,
+        "specs": [LogisticSpec(0.1), LogisticSpec(10.0)],
+        "gap": 1e-7,
+    }
     own = fit_logistic_bank(X, y, **arguments)
     assert isinstance(made[0].rotation, OwnScales) == (far == 1)
     monkeypatch.setattr(design_module, "COLUMNS_OF_A_WIDE_HEAD", 1000)
@@ -188,20 +212,31 @@ def test_batched_equals_one_at_a_time():
     """A bank of strengths, class weights and folds gives what each head gives alone."""
     X, y = blobs(150, 20, 3, seed=1)
     fold = folds(150, 3)
-    specs = [LogisticSpec(float(C), kind) for C in np.logspace(-3, 1, 7) for kind in ("none", "balanced")]
-    bank = {(f.spec, f.fold): f for f in fit_logistic_bank(X, y, n_classes=3, fold=fold, specs=specs, gap=1e-9)}
+    specs = [
+        LogisticSpec(float(C), kind) for C in np.logspace(-3, 1, 7) for kind in ("none", "balanced")
+    ]
+    bank = {
+        (f.spec, f.fold): f
+        for f in fit_logistic_bank(X, y, n_classes=3, fold=fold, specs=specs, gap=1e-9)
+    }
     assert len(bank) == len(specs) * 4
     for spec in specs[::3]:
         for held in (0, FULL):
             only = np.where(fold == held, 0, TRAIN_ONLY)
-            alone = fit_logistic_bank(X, y, n_classes=3, fold=only, specs=[spec], full=held == FULL, gap=1e-9)[-1]
+            alone = fit_logistic_bank(
+                X, y, n_classes=3, fold=only, specs=[spec], full=held == FULL, gap=1e-9
+            )[-1]
             assert alone.objective == pytest.approx(bank[spec, held].objective, rel=1e-6)
-            np.testing.assert_allclose(alone.arrays["weight"], bank[spec, held].arrays["weight"], rtol=0.02, atol=2e-4)
+            np.testing.assert_allclose(
+                alone.arrays["weight"], bank[spec, held].arrays["weight"], rtol=0.02, atol=2e-4
+            )
 
 
 @pytest.mark.parametrize(("n", "d"), [(400, 30), (80, 200)])
 def test_a_whole_path_is_solved_to_the_gap(n, d):
-    """Twenty strengths: the objective grows less regularised monotonically, and each head is near its float64 optimum."""
+    """Twenty strengths: the objective grows less regularised monotonically, and each head is near
+    its float64 optimum.
+    """
     X, y = blobs(n, d, 4, seed=3, spread=2.0)
     fold = folds(n, 2)
     specs = [LogisticSpec(float(C)) for C in np.logspace(-4, 2, 20)]
@@ -215,7 +250,12 @@ def test_a_whole_path_is_solved_to_the_gap(n, d):
 
 
 @SLOWLY
-@given(n=st.integers(40, 90), d=st.integers(1, 70), labels=st.integers(1, 4), seed=st.integers(0, 10_000))
+@given(
+    n=st.integers(40, 90),
+    d=st.integers(1, 70),
+    labels=st.integers(1, 4),
+    seed=st.integers(0, 10_000),
+)
 def test_multi_label_is_independent_binary_problems(n, d, labels, seed):
     """Each label's row is the binary head of that label, weights and objective."""
     X, y = blobs(n, d, 3, seed)
@@ -225,16 +265,25 @@ def test_multi_label_is_independent_binary_problems(n, d, labels, seed):
     for kind in ("none", "balanced"):
         arguments = {"fold": fold, "specs": [LogisticSpec(0.5, kind)], "gap": 1e-9}
         together = fit_logistic_bank(X, Y, n_classes=labels, **arguments)
-        alone = [fit_logistic_bank(X, Y[:, k].astype(np.int64), n_classes=2, **arguments) for k in range(labels)]
+        alone = [
+            fit_logistic_bank(X, Y[:, k].astype(np.int64), n_classes=2, **arguments)
+            for k in range(labels)
+        ]
         for row, fit in enumerate(together):
-            assert fit.objective == pytest.approx(sum(one[row].objective for one in alone), rel=1e-5, abs=1e-9)
+            assert fit.objective == pytest.approx(
+                sum(one[row].objective for one in alone), rel=1e-5, abs=1e-9
+            )
             for k, one in enumerate(alone):
                 if fit.fold != FULL:
-                    np.testing.assert_allclose(fit.validation[:, k], one[row].validation[:, 1], atol=2e-4)
+                    np.testing.assert_allclose(
+                        fit.validation[:, k], one[row].validation[:, 1], atol=2e-4
+                    )
 
 
 def test_a_class_missing_from_a_fold_gets_probability_zero():
-    """A class whose only sample is held out is left out of that fold, as scikit-learn leaves it out, and of no other."""
+    """A class whose only sample is held out is left out of that fold, as scikit-learn leaves it
+    out, and of no other.
+    """
     X, y = blobs(90, 5, 3, seed=5)
     y[y == 2] = 1
     y[7] = 2
@@ -252,10 +301,14 @@ def test_a_class_missing_from_a_fold_gets_probability_zero():
 
 
 def test_only_one_class():
-    """Training rows of one class give a certain prediction of it, and labels that never vary likewise."""
+    """Training rows of one class give a certain prediction of it, and labels that never vary
+    likewise.
+    """
     X, _ = blobs(30, 4, 2, seed=0)
     fold = folds(30, 2)
-    for fit in fit_logistic_bank(X, np.ones(30, np.int64), n_classes=3, fold=fold, specs=[LogisticSpec(1.0)]):
+    for fit in fit_logistic_bank(
+        X, np.ones(30, np.int64), n_classes=3, fold=fold, specs=[LogisticSpec(1.0)]
+    ):
         assert fit.objective == fit.gap == 0
         assert fit.validation is None or (fit.validation == [0, 1, 0]).all()
     Y = np.stack([np.zeros(30), np.ones(30), np.arange(30) % 2], axis=1).astype(np.uint8)
@@ -267,26 +320,34 @@ def test_only_one_class():
 @pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
 @pytest.mark.parametrize("d", [6, 90])
 def test_scales_and_constant_features(scale, d):
-    """Standardised heads do not see the unit of a feature; constant features get no weight, in one fold or in all."""
+    """Standardised heads do not see the unit of a feature; constant features get no weight, in one
+    fold or in all.
+    """
     X, y = blobs(80, d, 3, seed=2)
     fold = folds(80, 2)
     X[:, 1] = 5.0
     X[fold == 1, 2] = 1.0  # constant where fold 0's head trains
     X[fold == 0, 2] += 3 * np.arange((fold == 0).sum())
     plain = fit_logistic_bank(X, y, n_classes=3, fold=fold, specs=[LogisticSpec(0.3)], gap=1e-9)
-    scaled = fit_logistic_bank(X * np.float32(scale), y, n_classes=3, fold=fold, specs=[LogisticSpec(0.3)], gap=1e-9)
+    scaled = fit_logistic_bank(
+        X * np.float32(scale), y, n_classes=3, fold=fold, specs=[LogisticSpec(0.3)], gap=1e-9
+    )
     for one, other in zip(plain, scaled, strict=True):
         assert (one.arrays["weight"][:, 1] == 0).all()
         assert one.fold != 0 or np.abs(one.arrays["weight"][:, 2]).max() < 1e-6
         assert other.objective == pytest.approx(one.objective, rel=1e-5)
-        np.testing.assert_allclose(other.arrays["weight"] * scale, one.arrays["weight"], rtol=0.01, atol=1e-4)
+        np.testing.assert_allclose(
+            other.arrays["weight"] * scale, one.arrays["weight"], rtol=0.01, atol=1e-4
+        )
 
 
 def test_unstandardised_heads():
     """standardize=False penalises raw weights, as LogisticRegression without a scaler does."""
     X, y = blobs(120, 8, 3, seed=8)
     fold = folds(120, 2)
-    for fit in fit_logistic_bank(X, y, n_classes=3, fold=fold, specs=[LogisticSpec(0.1, standardize=False)], gap=1e-9):
+    for fit in fit_logistic_bank(
+        X, y, n_classes=3, fold=fold, specs=[LogisticSpec(0.1, standardize=False)], gap=1e-9
+    ):
         train = fold != fit.fold
         scaler, model = scikit_learn(fit.spec, X[train], y[train])
         assert scaler.scale_ is None
@@ -294,10 +355,14 @@ def test_unstandardised_heads():
 
 
 def test_separable_data_at_weak_regularisation():
-    """The loss goes to nothing; the heads still reach their optimum, and report a bound that holds."""
+    """The loss goes to nothing; the heads still reach their optimum, and report a bound
+    that holds.
+    """
     rng = np.random.default_rng(0)
     y = np.arange(90) % 3
-    X = (20 * np.eye(3)[y] @ rng.standard_normal((3, 10)) + 0.1 * rng.standard_normal((90, 10))).astype(np.float32)
+    X = (
+        20 * np.eye(3)[y] @ rng.standard_normal((3, 10)) + 0.1 * rng.standard_normal((90, 10))
+    ).astype(np.float32)
     fold = folds(90, 3)
     specs = [LogisticSpec(C) for C in (1.0, 1e3, 1e6)]
     for fit in fit_logistic_bank(X, y, n_classes=3, fold=fold, specs=specs):
@@ -314,14 +379,18 @@ def test_separable_data_at_weak_regularisation():
 
 
 def test_float16_features_and_order_of_rows():
-    """Half-precision features are used as they are; permuting the rows changes nothing but rounding."""
+    """Half-precision features are used as they are; permuting the rows changes nothing but
+    rounding.
+    """
     X, y = blobs(100, 12, 3, seed=4)
     X = (X / np.abs(X).max(0)).astype(np.float16)
     fold = folds(100, 2)
     specs = [LogisticSpec(1.0)]
     order = np.random.default_rng(0).permutation(100)
     first = fit_logistic_bank(X, y, n_classes=3, fold=fold, specs=specs, gap=1e-9)
-    second = fit_logistic_bank(X[order], y[order], n_classes=3, fold=fold[order], specs=specs, gap=1e-9)
+    second = fit_logistic_bank(
+        X[order], y[order], n_classes=3, fold=fold[order], specs=specs, gap=1e-9
+    )
     for one, other in zip(first, second, strict=True):
         assert other.objective == pytest.approx(one.objective, rel=1e-6)
         if one.fold != FULL:
@@ -336,12 +405,20 @@ def test_a_uniform_weight_is_a_strength():
     X, y = blobs(80, 6, 3, seed=6)
     fold = folds(80, 2)
     heavy = fit_logistic_bank(
-        X, y, n_classes=3, fold=fold, specs=[LogisticSpec(0.1)], sample_weight=np.full(80, 5.0), gap=1e-9
+        X,
+        y,
+        n_classes=3,
+        fold=fold,
+        specs=[LogisticSpec(0.1)],
+        sample_weight=np.full(80, 5.0),
+        gap=1e-9,
     )
     plain = fit_logistic_bank(X, y, n_classes=3, fold=fold, specs=[LogisticSpec(0.5)], gap=1e-9)
     for one, other in zip(heavy, plain, strict=True):
         assert one.objective == pytest.approx(5 * other.objective, rel=1e-6)
-        np.testing.assert_allclose(one.arrays["weight"], other.arrays["weight"], rtol=0.01, atol=1e-4)
+        np.testing.assert_allclose(
+            one.arrays["weight"], other.arrays["weight"], rtol=0.01, atol=1e-4
+        )
 
 
 def test_weight_zero_leaves_a_row_out():
@@ -352,13 +429,19 @@ def test_weight_zero_leaves_a_row_out():
     weight[::4] = 0
     specs = [LogisticSpec(0.5, standardize=False)]
     kept = weight > 0
-    one = fit_logistic_bank(X, y, n_classes=2, fold=fold, specs=specs, sample_weight=weight, gap=1e-9)[0]
-    other = fit_logistic_bank(X[kept], y[kept], n_classes=2, fold=fold[kept], specs=specs, gap=1e-9)[0]
+    one = fit_logistic_bank(
+        X, y, n_classes=2, fold=fold, specs=specs, sample_weight=weight, gap=1e-9
+    )[0]
+    other = fit_logistic_bank(
+        X[kept], y[kept], n_classes=2, fold=fold[kept], specs=specs, gap=1e-9
+    )[0]
     assert one.objective == pytest.approx(other.objective, rel=1e-6)
 
 
 def test_refusals_name_what_is_wrong():
-    """NaN is refused with its row and column; wrong shapes, labels, strengths and weights with what was expected."""
+    """NaN is refused with its row and column; wrong shapes, labels, strengths and weights with what
+    was expected.
+    """
     X, y = blobs(20, 3, 2, seed=0)
     fold = folds(20, 2)
     specs = [LogisticSpec(1.0)]
@@ -382,7 +465,9 @@ def test_a_deadline_ends_early_with_true_bounds():
     X, y = blobs(150, 20, 3, seed=1)
     fold = folds(150, 3)
     specs = [LogisticSpec(C) for C in (0.01, 1.0)]
-    early = fit_logistic_bank(X, y, n_classes=3, fold=fold, specs=specs, deadline=time.monotonic() - 1)
+    early = fit_logistic_bank(
+        X, y, n_classes=3, fold=fold, specs=specs, deadline=time.monotonic() - 1
+    )
     best = fit_logistic_bank(X, y, n_classes=3, fold=fold, specs=specs, gap=1e-9)
     for fit, optimum in zip(early, best, strict=True):
         assert fit.iterations < optimum.iterations
@@ -392,9 +477,13 @@ def test_a_deadline_ends_early_with_true_bounds():
 
 @pytest.mark.parametrize("labels", ["single", "binary", "multi"])
 def test_torch_products_give_the_same_heads(labels):
-    """On a device of torch's (here "cpu:0", its CPU) the bank finds the optimum that NumPy finds."""
+    """On a device of torch's (here "cpu:0", its CPU) the bank finds the optimum that
+    NumPy finds.
+    """
     X, y = blobs(120, 15, 4, seed=9)
-    target = {"single": y, "binary": y % 2, "multi": (y[:, None] <= np.arange(3)).astype(np.uint8)}[labels]
+    target = {"single": y, "binary": y % 2, "multi": (y[:, None] <= np.arange(3)).astype(np.uint8)}[
+        labels
+    ]
     target = target[:, :2] if labels == "multi" else target
     classes = {"single": 4, "binary": 2, "multi": 2}[labels]
     specs = [LogisticSpec(C, kind) for C in (0.01, 1.0) for kind in ("none", "balanced")]
@@ -403,29 +492,42 @@ def test_torch_products_give_the_same_heads(labels):
     there = fit_logistic_bank(X, target, device="cpu:0", **arguments)
     for one, other in zip(here, there, strict=True):
         assert other.objective == pytest.approx(one.objective, rel=1e-6)
-        np.testing.assert_allclose(other.arrays["weight"], one.arrays["weight"], rtol=0.02, atol=2e-4)
+        np.testing.assert_allclose(
+            other.arrays["weight"], one.arrays["weight"], rtol=0.02, atol=2e-4
+        )
 
 
 def test_weights_that_a_sample_of_rows_never_meets():
-    """Every second row weighs nothing, and those are the ones that steps are scaled by: heads are those of the other rows."""
+    """Every second row weighs nothing, and those are the ones that steps are scaled by: heads are
+    those of the other rows.
+    """
     X, y = blobs(8192, 8, 2, 0)
-    fold, weight = (np.arange(8192) // 2 % 4).astype(np.int16), (np.arange(8192) % 2).astype(np.float64)
+    fold, weight = (
+        (np.arange(8192) // 2 % 4).astype(np.int16),
+        (np.arange(8192) % 2).astype(np.float64),
+    )
     specs = [LogisticSpec(1.0, standardize=False)]
-    weighted = fit_logistic_bank(X, y, n_classes=2, fold=fold, specs=specs, sample_weight=weight, gap=1e-8)
+    weighted = fit_logistic_bank(
+        X, y, n_classes=2, fold=fold, specs=specs, sample_weight=weight, gap=1e-8
+    )
     odd = fit_logistic_bank(X[1::2], y[1::2], n_classes=2, fold=fold[1::2], specs=specs, gap=1e-8)
     for one, other in zip(weighted, odd, strict=True):
         assert one.objective == pytest.approx(other.objective, rel=1e-6)
 
 
 def test_float32_goes_on_below_the_rounding_of_its_values():
-    """A least squares problem whose value at the optimum hides all that is left to gain: gradients still show the way."""
+    """A least squares problem whose value at the optimum hides all that is left to gain: gradients
+    still show the way.
+    """
     rng = np.random.default_rng(0)
     scales = np.geomspace(0.1, 1.0, 40).astype(np.float32)
     optimum = rng.standard_normal(40).astype(np.float32)
 
     def evaluate(which, x):
         off = (x - optimum) * scales
-        return np.float32(1e4) + 0.5 * np.einsum("ap,ap->a", off, off).astype(np.float64).round(2), off * scales
+        return np.float32(1e4) + 0.5 * np.einsum("ap,ap->a", off, off).astype(np.float64).round(
+            2
+        ), off * scales
 
     starts, ends = [(np.zeros(40, np.float32), None)], []
     minimise(
@@ -447,8 +549,10 @@ def test_float32_goes_on_below_the_rounding_of_its_values():
 
 @pytest.mark.parametrize("wide", [False, True])
 def test_a_head_that_goes_on_keeps_its_pairs(monkeypatch, wide):
-    """In a new frame a paused head has the steps and changes of gradient that it had in the old one: corrected as another
-    strength's are, heads at weak regularisation ended a hundredth above the optimum."""
+    """In a new frame a paused head has the steps and changes of gradient that it had in the old
+    one: corrected as another strength's are, heads at weak regularisation ended a hundredth above
+    the optimum.
+    """
     if wide:
         monkeypatch.setattr(flight_module, "PARAMETERS_OF_WIDE_HEADS", 1)
     rng = np.random.default_rng(0)
@@ -456,7 +560,9 @@ def test_a_head_that_goes_on_keeps_its_pairs(monkeypatch, wide):
     values, weight = rng.standard_normal((200, width)), np.ones(200)
     products = row_products(values, dense_coordinates(classes, width))
     first, second = (
-        frame(size * rng.standard_normal((classes, width)), values, values**2, products, weight, 0.1)
+        frame(
+            size * rng.standard_normal((classes, width)), values, values**2, products, weight, 0.1
+        )
         for size in (0.1, 1)
     )
     flight = Flight(SimpleNamespace(rows=classes, design=SimpleNamespace(width=width)), 1)
@@ -465,7 +571,9 @@ def test_a_head_that_goes_on_keeps_its_pairs(monkeypatch, wide):
     nothing = np.zeros((classes, width))
     carried = flight.carried(0, Solved(nothing, nothing, 0.0, pairs, first, 0.1, 20, False))
     then, now = (both.reshape(2 * m, classes - 1, width) for both in (pairs, carried))
-    np.testing.assert_allclose(second.unscaled(now[:m]), first.unscaled(then[:m]), rtol=1e-6, atol=1e-8)
+    np.testing.assert_allclose(
+        second.unscaled(now[:m]), first.unscaled(then[:m]), rtol=1e-6, atol=1e-8
+    )
     np.testing.assert_allclose(
         second.unscaled_gradient(now[m:]), first.unscaled_gradient(then[m:]), rtol=1e-6, atol=1e-6
     )

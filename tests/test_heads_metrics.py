@@ -43,14 +43,18 @@ def predictions(rows: int, classes: int, seed: int) -> tuple[Arrays, Arrays]:
 @settings(max_examples=40, deadline=None)
 @given(rows=st.integers(2, 60), classes=st.integers(2, 6), seed=st.integers(0, 999))
 def test_single_label_metrics_are_scikit_learns(rows: int, classes: int, seed: int) -> None:
-    """Every metric equals scikit-learn's, also when classes are missing from the target or the predictions."""
+    """Every metric equals scikit-learn's, also when classes are missing from the target or the
+    predictions.
+    """
     target, p = predictions(rows, classes, seed)
     found = all_metrics("single", target, p)
     guess = p.argmax(1)
     assert found["accuracy"] == pytest.approx(sk.accuracy_score(target, guess))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of classes that are predicted and not in the target
-        assert found["balanced_accuracy"] == pytest.approx(sk.balanced_accuracy_score(target, guess))
+        assert found["balanced_accuracy"] == pytest.approx(
+            sk.balanced_accuracy_score(target, guess)
+        )
     assert found["log_loss"] == pytest.approx(
         sk.log_loss(target, p / p.sum(1, keepdims=True), labels=np.arange(classes)), rel=1e-4
     )
@@ -68,7 +72,9 @@ def test_single_label_metrics_are_scikit_learns(rows: int, classes: int, seed: i
 @settings(max_examples=30, deadline=None)
 @given(rows=st.integers(2, 60), labels=st.integers(1, 5), seed=st.integers(0, 999))
 def test_multi_label_metrics_are_scikit_learns(rows: int, labels: int, seed: int) -> None:
-    """Every metric equals scikit-learn's, labels that never or always occur left out where they have no meaning."""
+    """Every metric equals scikit-learn's, labels that never or always occur left out where they
+    have no meaning.
+    """
     generator = np.random.default_rng(seed)
     target = (generator.random((rows, labels)) < 0.4).astype(np.uint8)
     p = np.clip(np.round(generator.random((rows, labels)) * 0.7 + target * 0.2, 1), 0.05, 0.95)
@@ -83,7 +89,9 @@ def test_multi_label_metrics_are_scikit_learns(rows: int, labels: int, seed: int
     assert found["log_loss"] == pytest.approx(np.mean(losses))
     both = [j for j in range(labels) if 0 < target[:, j].sum() < rows]
     if both:
-        assert found["auc"] == pytest.approx(np.mean([sk.roc_auc_score(target[:, j], p[:, j]) for j in both]))
+        assert found["auc"] == pytest.approx(
+            np.mean([sk.roc_auc_score(target[:, j], p[:, j]) for j in both])
+        )
     some = [j for j in range(labels) if target[:, j].any()]
     if some:
         expected = np.mean([sk.average_precision_score(target[:, j], p[:, j]) for j in some])
@@ -110,8 +118,12 @@ def test_calibration_error_is_what_it_says() -> None:
     p = np.tile([[0.8, 0.2]], (100, 1))
     target = np.repeat([0, 1], [80, 20])
     assert score("single", target, p, "calibration_error") == pytest.approx(0, abs=1e-9)
-    assert score("single", np.repeat([0, 1], [50, 50]), p, "calibration_error") == pytest.approx(0.3)
-    assert score("multi", np.ones((10, 1)), np.full((10, 1), 0.6), "calibration_error") == pytest.approx(0.4)
+    assert score("single", np.repeat([0, 1], [50, 50]), p, "calibration_error") == pytest.approx(
+        0.3
+    )
+    assert score(
+        "multi", np.ones((10, 1)), np.full((10, 1), 0.6), "calibration_error"
+    ) == pytest.approx(0.4)
 
 
 def test_unknown_metrics_are_refused_with_the_known_ones() -> None:
@@ -131,9 +143,13 @@ def test_a_proportion_has_the_exact_interval() -> None:
     for hits, rows in ((37, 37), (54, 55), (80, 100), (0, 12)):
         right = np.arange(rows) < hits
         expected = binomtest(hits, rows).proportion_ci(method="exact")
-        np.testing.assert_allclose(proportion_interval(right), (expected.low, expected.high), atol=1e-9)
+        np.testing.assert_allclose(
+            proportion_interval(right), (expected.low, expected.high), atol=1e-9
+        )
         p = np.stack([1.0 - right, right], axis=1)
-        assert metric_interval("single", np.ones(rows, int), p, "accuracy") == proportion_interval(right)
+        assert metric_interval("single", np.ones(rows, int), p, "accuracy") == proportion_interval(
+            right
+        )
     with pytest.raises(ValueError, match="needs rows"):
         metric_interval("single", np.zeros(0, int), np.zeros((0, 2)), "accuracy")
 
@@ -147,13 +163,17 @@ def exact_coverage(rows: int, truth: float) -> float:
 
 @pytest.mark.parametrize("rows", [37, 55, 100])
 def test_the_interval_of_an_accuracy_covers_it(rows: int) -> None:
-    """At least 95 %, also where few images meet few mistakes; the percentile bootstrap covered 31 to 67 % at .98 and .99."""
+    """At least 95 %, also where few images meet few mistakes; the percentile bootstrap covered 31
+    to 67 % at .98 and .99.
+    """
     for truth in (0.6, 0.8, 0.9, 0.95, 0.98, 0.99):
         assert exact_coverage(rows, truth) >= 0.95
 
 
 def test_the_interval_of_an_accuracy_covers_it_in_groups() -> None:
-    """Fifteen images of a patient, their mistakes correlated at .3: single images would cover 60 %."""
+    """Fifteen images of a patient, their mistakes correlated at .3: single images would
+    cover 60 %.
+    """
     generator = np.random.default_rng(0)
     groups = np.repeat(np.arange(16), 15)
     for truth in (0.8, 0.95):
@@ -170,9 +190,10 @@ def test_the_interval_of_an_accuracy_covers_it_in_groups() -> None:
 
 
 def test_groups_count_as_their_images_do() -> None:
-    """Groups that are right or wrong as one are as many independent images as there are groups; images that vary apart in
-    many groups are nearly as many as there are; a test without a mistake counts groups, since how alike their mistakes are
-    cannot be seen."""
+    """Groups that are right or wrong as one are as many independent images as there are groups;
+    images that vary apart in many groups are nearly as many as there are; a test without a mistake
+    counts groups, since how alike their mistakes are cannot be seen.
+    """
     groups = np.repeat(np.arange(20), 6)
     whole = proportion_interval(np.repeat(np.arange(20) < 14, 6), groups)
     np.testing.assert_allclose(whole, proportion_interval(np.arange(20) < 14), atol=1e-9)
@@ -204,7 +225,9 @@ def test_the_interval_of_any_metric_holds_its_value() -> None:
             assert value <= high + 1e-9, (kind, metric)
             if metric != "calibration_error":
                 assert low < high, (kind, metric)
-            wide = metric_interval(kind, truth, predicted, metric, groups=np.arange(len(truth)) // 4)
+            wide = metric_interval(
+                kind, truth, predicted, metric, groups=np.arange(len(truth)) // 4
+            )
             assert np.isfinite(wide).all(), (kind, metric)
             if metric not in ("r2", "rmse", "mae", "calibration_error"):
                 assert wide[1] - wide[0] > 0.8 * (high - low), (kind, metric)
@@ -216,18 +239,30 @@ def test_row_values_average_to_the_metric() -> None:
     """Of hits and of losses."""
     target, p = predictions(300, 4, 1)
     for metric, rows in (("accuracy", row_hits), ("log_loss", row_losses)):
-        np.testing.assert_allclose(rows("single", target, p, metric).mean(), score("single", target, p, metric))
+        np.testing.assert_allclose(
+            rows("single", target, p, metric).mean(), score("single", target, p, metric)
+        )
     labels, told = p[:, :3] > 0.3, p[:, 1:]
-    for metric, rows in (("accuracy", row_hits), ("hamming_accuracy", row_hits), ("log_loss", row_losses)):
-        np.testing.assert_allclose(rows("multi", labels, told, metric).mean(), score("multi", labels, told, metric))
+    for metric, rows in (
+        ("accuracy", row_hits),
+        ("hamming_accuracy", row_hits),
+        ("log_loss", row_losses),
+    ):
+        np.testing.assert_allclose(
+            rows("multi", labels, told, metric).mean(), score("multi", labels, told, metric)
+        )
     np.testing.assert_allclose(row_losses("regression", p, told[:, [0, 1, 2, 0]], "mae").mean(),
                                score("regression", p, told[:, [0, 1, 2, 0]], "mae"))  # fmt: skip
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(0, 4), min_size=6, max_size=80), st.integers(2, 6), st.integers(0, 99))
-def test_folds_are_balanced_in_size_and_in_every_class(labels: list[int], n_folds: int, seed: int) -> None:
-    """Fold sizes, and the counts of every class in them, differ by at most one; every row is held out once."""
+def test_folds_are_balanced_in_size_and_in_every_class(
+    labels: list[int], n_folds: int, seed: int
+) -> None:
+    """Fold sizes, and the counts of every class in them, differ by at most one; every row is held
+    out once.
+    """
     target = np.array(labels)
     fold = make_folds(target, n_folds=n_folds, seed=seed)
     assert fold.dtype == np.int16
@@ -253,9 +288,14 @@ def test_other_targets_have_strata() -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 12)), min_size=5, max_size=60), st.integers(0, 9))
+@given(
+    st.lists(st.tuples(st.integers(0, 2), st.integers(0, 12)), min_size=5, max_size=60),
+    st.integers(0, 9),
+)
 def test_groups_are_never_divided(pairs: list[tuple[int, int]], seed: int) -> None:
-    """No group is in two folds or on both sides of the test split, with rare classes and few groups, without a warning."""
+    """No group is in two folds or on both sides of the test split, with rare classes and few
+    groups, without a warning.
+    """
     target, groups = np.array([p[0] for p in pairs]), np.array([p[1] for p in pairs])
     if len(set(groups.tolist())) < 3:
         with pytest.raises(BadSplit, match="groups cannot make"):
@@ -270,7 +310,9 @@ def test_groups_are_never_divided(pairs: list[tuple[int, int]], seed: int) -> No
 
 
 def test_given_folds_are_taken_as_they_are() -> None:
-    """Integers, split names and fold names; gaps, mixtures and unknown codes are refused with what to do."""
+    """Integers, split names and fold names; gaps, mixtures and unknown codes are refused with what
+    to do.
+    """
     target = np.zeros(4, int)
 
     def given_as(*values: Any) -> list[int]:

@@ -12,9 +12,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 
-from headrace.heads import FULL, TRAIN_ONLY, Halving, HeadFit, MLPSpec, fit_mlp_bank, make_folds, predict_head, score
+from headrace.heads import (
+    FULL,
+    TRAIN_ONLY,
+    Halving,
+    HeadFit,
+    MLPSpec,
+    fit_mlp_bank,
+    make_folds,
+    predict_head,
+    score,
+)
 from headrace.heads.mlp import network
-from headrace.heads.mlp_batch import DropoutBits, NetworkBatch, adamw_broadcast, initial_layers, padded_width
+from headrace.heads.mlp_batch import (
+    DropoutBits,
+    NetworkBatch,
+    adamw_broadcast,
+    initial_layers,
+    padded_width,
+)
 from headrace.heads.mlp_data import moments
 
 Arrays = np.ndarray[Any, Any]
@@ -35,11 +51,19 @@ def digits(rows: int = 600) -> tuple[Arrays, Arrays, Arrays]:
 
 
 def one_at_a_time(
-    X: Arrays, target: Arrays, fold: Arrays, number: int, spec: MLPSpec, outputs: int, task: str, epochs: int
+    X: Arrays,
+    target: Arrays,
+    fold: Arrays,
+    number: int,
+    spec: MLPSpec,
+    outputs: int,
+    task: str,
+    epochs: int,
 ) -> tuple[list[Arrays], list[Arrays]]:
     """The same network by torch.nn, autograd and torch.optim.AdamW, with the bank's random streams.
 
-    Returns the predictions (n, C) of the held-out rows after every epoch and of all rows at the end.
+    Returns the predictions (n, C) of the held-out rows after every epoch and of all rows at the
+    end.
     """
     train, held = np.flatnonzero(fold != number), np.flatnonzero(fold == number)
     mean, scale = X[train].mean(0), X[train].std(0)
@@ -80,7 +104,9 @@ def one_at_a_time(
     weights = torch.ones(len(X))
     if spec.class_weight == "balanced":
         count = np.bincount(target[train], minlength=outputs)
-        weights = torch.from_numpy(len(train) / (np.count_nonzero(count) * np.maximum(count, 1)))[goal].float()
+        weights = torch.from_numpy(len(train) / (np.count_nonzero(count) * np.maximum(count, 1)))[
+            goal
+        ].float()
     after = []
     for epoch in range(epochs):
         order = np.random.default_rng([epoch, len(X)]).permutation(len(X))
@@ -110,18 +136,24 @@ def one_at_a_time(
 MIXED = [
     MLPSpec((20,), 3e-3, 1e-2, dropout=0.3, seed=1, batch_size=64, epochs=4, patience=9),
     MLPSpec((24,), 1e-3, 0.0, label_smoothing=0.1, seed=2, batch_size=64, epochs=4, patience=9),
-    MLPSpec((24,), 1e-2, 1e-1, class_weight="balanced", seed=1, batch_size=64, epochs=4, patience=9),
+    MLPSpec(
+        (24,), 1e-2, 1e-1, class_weight="balanced", seed=1, batch_size=64, epochs=4, patience=9
+    ),
     MLPSpec((33, 12), 3e-3, 1e-3, dropout=0.5, seed=3, batch_size=50, epochs=4, patience=9),
     MLPSpec((), 3e-3, 1e-3, seed=4, batch_size=64, epochs=4, patience=9),
 ]
 
 
 def test_a_bank_equals_networks_trained_one_at_a_time() -> None:
-    """Every head of a mixed bank (widths, depths, dropout, smoothing, class weights, batch sizes) has the predictions of
-    the same network trained alone by torch: after the epoch that was best for its fold."""
+    """Every head of a mixed bank (widths, depths, dropout, smoothing, class weights, batch sizes)
+    has the predictions of the same network trained alone by torch: after the epoch that was best
+    for its fold.
+    """
     X, y, fold = digits()
     fits = fit_mlp_bank(X, y, n_classes=10, fold=fold, specs=MIXED, full=False, precision="float32")
-    assert [(fit.spec, fit.fold) for fit in fits] == [(spec, number) for spec in MIXED for number in range(3)]
+    assert [(fit.spec, fit.fold) for fit in fits] == [
+        (spec, number) for spec in MIXED for number in range(3)
+    ]
     for fit in fits:
         after, _ = one_at_a_time(X, y, fold, fit.fold, fit.spec, 10, "single", 4)  # type: ignore[arg-type]
         losses = [score("single", y[fold == fit.fold], p, "log_loss") for p in after]
@@ -131,7 +163,9 @@ def test_a_bank_equals_networks_trained_one_at_a_time() -> None:
 
 @pytest.mark.parametrize("task", ["multi", "regression"])
 def test_other_targets_equal_one_at_a_time(task: str) -> None:
-    """Multi-label and regression heads too equal torch's loop, with targets of very different scales."""
+    """Multi-label and regression heads too equal torch's loop, with targets of very different
+    scales.
+    """
     X, y, fold = digits()
     if task == "multi":
         target: Arrays = np.stack([y % 2 == 0, y > 4, y == 3], axis=1).astype(np.uint8)
@@ -151,7 +185,9 @@ def test_other_targets_equal_one_at_a_time(task: str) -> None:
 
 
 def test_reduced_precision_is_the_same_network_up_to_rounding() -> None:
-    """Multiplying the first layer in bfloat16 changes predictions by its rounding and accuracy hardly."""
+    """Multiplying the first layer in bfloat16 changes predictions by its rounding and accuracy
+    hardly.
+    """
     X, y, fold = digits()
     specs = [replace(spec, epochs=8) for spec in MIXED[:3]]
     exact, rounded = (
@@ -164,15 +200,26 @@ def test_reduced_precision_is_the_same_network_up_to_rounding() -> None:
         assert 0 < np.abs(a.validation - b.validation).mean() < 0.03
         own = y[fold == a.fold]
         assert (
-            abs(score("single", own, a.validation, "accuracy") - score("single", own, b.validation, "accuracy")) < 0.04
+            abs(
+                score("single", own, a.validation, "accuracy")
+                - score("single", own, b.validation, "accuracy")
+            )
+            < 0.04
         )
 
 
 def test_a_head_does_not_depend_on_its_company() -> None:
-    """Alone or among others (of other widths, seeds, dropout, failing ones), a head is the same up to rounding."""
+    """Alone or among others (of other widths, seeds, dropout, failing ones), a head is the same up
+    to rounding.
+    """
     X, y, fold = digits()
     together = fit_mlp_bank(
-        X, y, n_classes=10, fold=fold, specs=[*MIXED, MLPSpec((24,), 1e9, batch_size=64)], precision="float32"
+        X,
+        y,
+        n_classes=10,
+        fold=fold,
+        specs=[*MIXED, MLPSpec((24,), 1e9, batch_size=64)],
+        precision="float32",
     )
     alone = fit_mlp_bank(X, y, n_classes=10, fold=fold, specs=MIXED[:1], precision="float32")
     for a, b in zip(together, alone, strict=False):
@@ -180,9 +227,14 @@ def test_a_head_does_not_depend_on_its_company() -> None:
 
 
 def test_padding_stays_zero() -> None:
-    """Padded units start at zero and stay exactly there through dropout, weight decay and many steps."""
+    """Padded units start at zero and stay exactly there through dropout, weight decay and many
+    steps.
+    """
     X, y, fold = digits()
-    specs = [MLPSpec((20,), 1e-2, 1e-1, dropout=0.3, batch_size=64), MLPSpec((24,), 1e-2, batch_size=64)]
+    specs = [
+        MLPSpec((20,), 1e-2, 1e-1, dropout=0.3, batch_size=64),
+        MLPSpec((24,), 1e-2, batch_size=64),
+    ]
     assert padded_width(20) == padded_width(24) == 24
     bank = _batch(X, y, fold, specs)
     order = np.flatnonzero(fold != 0)
@@ -196,9 +248,13 @@ def test_padding_stays_zero() -> None:
 def test_the_broadcast_optimiser_is_adamw() -> None:
     """The broadcast AdamW gives what torch's optimiser gives, head by head."""
     generator = torch.Generator().manual_seed(0)
-    start, gradients = torch.randn(3, 4, 5, generator=generator), torch.randn(6, 3, 4, 5, generator=generator)
+    start, gradients = (
+        torch.randn(3, 4, 5, generator=generator),
+        torch.randn(6, 3, 4, 5, generator=generator),
+    )
     specs = [
-        MLPSpec(learning_rate=rate, weight_decay=decay) for rate, decay in ((1e-1, 0.0), (1e-2, 1.0), (1e-3, 1e-2))
+        MLPSpec(learning_rate=rate, weight_decay=decay)
+        for rate, decay in ((1e-1, 0.0), (1e-2, 1.0), (1e-3, 1e-2))
     ]
     ours, first, second = start.clone(), torch.zeros(3, 4, 5), torch.zeros(3, 4, 5)
     theirs = [torch.nn.Parameter(start[head].clone()) for head in range(3)]
@@ -207,7 +263,10 @@ def test_the_broadcast_optimiser_is_adamw() -> None:
         for p, s in zip(theirs, specs, strict=True)
     ]
     optimizer = torch.optim.AdamW(groups)
-    rates, decays = torch.tensor([1e-1, 1e-2, 1e-3]).view(3, 1, 1), torch.tensor([0.0, 1.0, 1e-2]).view(3, 1, 1)
+    rates, decays = (
+        torch.tensor([1e-1, 1e-2, 1e-3]).view(3, 1, 1),
+        torch.tensor([0.0, 1.0, 1e-2]).view(3, 1, 1),
+    )
     for step, gradient in enumerate(gradients, start=1):
         adamw_broadcast(ours, gradient, first, second, rates, 1 - rates * decays, step)
         for head in range(3):
@@ -229,9 +288,12 @@ def test_features_on_disk_train_as_in_memory(tmp_path: Path) -> None:
 
 
 def test_full_heads_train_for_the_mean_best_epoch() -> None:
-    """The head trained on all rows equals a torch loop over all rows for the mean best epoch of the folds."""
+    """The head trained on all rows equals a torch loop over all rows for the mean best epoch of the
+    folds.
+    """
     X, y, fold = digits()
-    # Not seed 0: there a unit's input comes within rounding of zero, and its ReLU takes the other side.
+    # Not seed 0: there a unit's input comes within rounding of zero, and its ReLU takes the other
+    # side.
     spec = MLPSpec((24,), 1e-2, batch_size=64, epochs=6, patience=2, seed=1)
     fits = fit_mlp_bank(X, y, n_classes=10, fold=fold, specs=[spec], precision="float32")
     full = fits[-1]
@@ -240,7 +302,9 @@ def test_full_heads_train_for_the_mean_best_epoch() -> None:
     best = []
     for number in range(3):
         after, _ = one_at_a_time(X, y, fold, number, spec, 10, "single", 6)
-        best.append(1 + int(np.argmin([score("single", y[fold == number], p, "log_loss") for p in after])))
+        best.append(
+            1 + int(np.argmin([score("single", y[fold == number], p, "log_loss") for p in after]))
+        )
     assert full.iterations == round(np.mean(best))
     _, (everything,) = one_at_a_time(X, y, fold, FULL, spec, 10, "single", full.iterations)
     np.testing.assert_allclose(predict_head(spec, full.arrays, X), everything, atol=2e-4)
@@ -257,24 +321,39 @@ def test_validation_predictions_are_those_of_the_arrays() -> None:
 
 
 def test_held_out_rows_have_no_influence() -> None:
-    """Changing the features of held-out rows changes neither standardisation nor weights of that fold's head."""
+    """Changing the features of held-out rows changes neither standardisation nor weights of that
+    fold's head.
+    """
     X, y, fold = digits()
     spec = MLPSpec((16,), 1e-2, epochs=2, patience=9)
     before = fit_mlp_bank(X, y, n_classes=10, fold=fold, specs=[spec], full=False)[0]
     moved = X.copy()
-    moved[fold == 0] += np.random.default_rng(0).normal(size=moved[fold == 0].shape).astype(np.float32) * 100
+    moved[fold == 0] += (
+        np.random.default_rng(0).normal(size=moved[fold == 0].shape).astype(np.float32) * 100
+    )
     wrong = y.copy()
     wrong[fold == 0] = 0
-    after = fit_mlp_bank(moved, wrong, n_classes=10, fold=fold, specs=[replace(spec, epochs=1)], full=False)[0]
-    one_epoch = fit_mlp_bank(X, y, n_classes=10, fold=fold, specs=[replace(spec, epochs=1)], full=False)[0]
+    after = fit_mlp_bank(
+        moved, wrong, n_classes=10, fold=fold, specs=[replace(spec, epochs=1)], full=False
+    )[0]
+    one_epoch = fit_mlp_bank(
+        X, y, n_classes=10, fold=fold, specs=[replace(spec, epochs=1)], full=False
+    )[0]
     np.testing.assert_array_equal(after.arrays["weight0"], one_epoch.arrays["weight0"])
     assert before.validation is not None
 
 
 def test_hopeless_heads_fail_alone() -> None:
-    """A learning rate of 1e9, an impossible spec and a NaN are rows with a reason; the others are whole."""
+    """A learning rate of 1e9, an impossible spec and a NaN are rows with a reason; the others are
+    whole.
+    """
     X, y, fold = digits()
-    specs = [MLPSpec((24,), 1e9), MLPSpec((0,)), MLPSpec(dropout=2.0), MLPSpec((24,), 1e-2, epochs=10)]
+    specs = [
+        MLPSpec((24,), 1e9),
+        MLPSpec((0,)),
+        MLPSpec(dropout=2.0),
+        MLPSpec((24,), 1e-2, epochs=10),
+    ]
     fits = fit_mlp_bank(X, y, n_classes=10, fold=fold, specs=specs)
     by_spec = {spec: [fit for fit in fits if fit.spec == spec] for spec in specs}
     assert all("not finite" in (fit.error or "") for fit in by_spec[specs[0]] if fit.fold != FULL)
@@ -289,7 +368,9 @@ def test_hopeless_heads_fail_alone() -> None:
 
 
 def test_early_stopping_leaves_the_batch() -> None:
-    """A head that overfits at once stops after its patience, while its neighbour in the batch trains on."""
+    """A head that overfits at once stops after its patience, while its neighbour in the batch
+    trains on.
+    """
     generator = np.random.default_rng(0)
     X, y = generator.normal(size=(200, 30)).astype(np.float32), generator.integers(0, 2, 200)
     fold = np.where(np.arange(200) % 2 == 0, 0, TRAIN_ONLY).astype(np.int16)
@@ -301,12 +382,19 @@ def test_early_stopping_leaves_the_batch() -> None:
 
 
 def test_halving_stops_the_losers_and_keeps_the_winner() -> None:
-    """After each rung the best share goes on: epochs run, survivors and FULL heads are what the schedule says."""
+    """After each rung the best share goes on: epochs run, survivors and FULL heads are what the
+    schedule says.
+    """
     X, y, fold = digits()
     rates = [1e-2, 1e-6, 3e-3, 1e-5, 1e-7, 3e-6, 1e-8, 2e-2]
     specs = [MLPSpec((24,), rate, batch_size=64, epochs=8, patience=8) for rate in rates]
-    fits = fit_mlp_bank(X, y, n_classes=10, fold=fold, specs=specs, halving=Halving(after=(2, 4), keep=0.5))
-    epochs = [max(fit.iterations for fit in fits if fit.spec == spec and fit.fold != FULL) for spec in specs]
+    fits = fit_mlp_bank(
+        X, y, n_classes=10, fold=fold, specs=specs, halving=Halving(after=(2, 4), keep=0.5)
+    )
+    epochs = [
+        max(fit.iterations for fit in fits if fit.spec == spec and fit.fold != FULL)
+        for spec in specs
+    ]
     assert sorted(epochs) == [2, 2, 2, 2, 4, 4, 8, 8]
     survivors = {fit.spec for fit in fits if fit.fold == FULL}
     assert survivors == {spec for spec, last in zip(specs, epochs, strict=True) if last == 8}
@@ -321,7 +409,9 @@ def test_halving_stops_the_losers_and_keeps_the_winner() -> None:
 
 
 def test_views_augment_training_and_average_predictions() -> None:
-    """With V views the training set is all of them, one per row and epoch, and a prediction is the mean over views."""
+    """With V views the training set is all of them, one per row and epoch, and a prediction is the
+    mean over views.
+    """
     X, y, fold = digits()
     noise = np.random.default_rng(0).normal(size=(3, *X.shape)).astype(np.float32)
     stacked = X + 4 * noise
@@ -345,7 +435,9 @@ def test_rows_without_weight_are_as_absent() -> None:
     weight = np.concatenate([np.ones(300), np.zeros(50)])
     spec = MLPSpec((16,), 1e-2, epochs=3)
     fold = np.full(350, TRAIN_ONLY, np.int16)
-    (fit,) = fit_mlp_bank(spoilt, labels, n_classes=10, fold=fold, specs=[spec], sample_weight=weight)
+    (fit,) = fit_mlp_bank(
+        spoilt, labels, n_classes=10, fold=fold, specs=[spec], sample_weight=weight
+    )
     assert (predict_head(spec, fit.arrays, X).argmax(1) == y).mean() > 0.5
     mean, scale = moments(X[None], np.arange(300))
     np.testing.assert_allclose(mean, X.mean(0, dtype=np.float64))
@@ -374,13 +466,17 @@ def test_two_runs_are_bitwise_equal() -> None:
 def test_any_shape_trains(
     rows: int, width: int, classes: int, hidden: list[int], batch: int, scale: float, seed: int
 ) -> None:
-    """Odd shapes, scales, constant features, classes missing from a fold: heads come back finite, rows sum to one."""
+    """Odd shapes, scales, constant features, classes missing from a fold: heads come back finite,
+    rows sum to one.
+    """
     generator = np.random.default_rng(seed)
     X = (generator.normal(size=(rows, width)) * scale).astype(np.float32)
     X[:, 0] = 3
     y = generator.integers(0, classes, rows)
     fold = make_folds(y, n_folds=3, seed=seed)
-    specs = [MLPSpec(tuple(hidden), 1e-2, batch_size=batch, epochs=2, dropout=d) for d in (0.0, 0.5)]
+    specs = [
+        MLPSpec(tuple(hidden), 1e-2, batch_size=batch, epochs=2, dropout=d) for d in (0.0, 0.5)
+    ]
     fits = fit_mlp_bank(X, y, n_classes=classes, fold=fold, specs=specs)
     assert len(fits) == 8
     for fit in fits:
@@ -398,7 +494,13 @@ def _accuracy(fit: HeadFit, y: Arrays, fold: Arrays) -> float:
 def _batch(X: Arrays, y: Arrays, fold: Arrays, specs: list[MLPSpec]) -> NetworkBatch:
     from headrace.heads.mlp_data import prepare
 
-    data = prepare(X[None], torch.from_numpy(X), y, 10, fold, 0, np.ones(len(X)), "single", standardize=True)
+    data = prepare(
+        X[None], torch.from_numpy(X), y, 10, fold, 0, np.ones(len(X)), "single", standardize=True
+    )
     return NetworkBatch(
-        [network(spec) for spec in specs], data.rows, fold=0, device=torch.device("cpu"), dtype=torch.float32
+        [network(spec) for spec in specs],
+        data.rows,
+        fold=0,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
     )

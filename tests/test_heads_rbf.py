@@ -12,7 +12,9 @@ from headrace.heads import SklearnSpec, fit_sklearn_bank, make_folds, score
 from headrace.heads.rbf import RBFClassifier
 
 # What scikit-learn's own SVC is excused from, too.
-EXCUSED = {"check_sample_weight_equivalence_on_dense_data": "libsvm's weights scale C, they do not repeat rows"}
+EXCUSED = {
+    "check_sample_weight_equivalence_on_dense_data": "libsvm's weights scale C, they do not repeat rows"
+}
 
 
 @parametrize_with_checks([RBFClassifier()], expected_failed_checks=lambda _: EXCUSED)
@@ -22,14 +24,18 @@ def test_scikit_learns_own_checks(estimator: Any, check: Any) -> None:
 
 
 def test_it_is_scikit_learns_machine() -> None:
-    """The same decisions as SVC's with gamma divided by the number of features, two classes and ten, with weights."""
+    """The same decisions as SVC's with gamma divided by the number of features, two classes and
+    ten, with weights.
+    """
     X, y = load_digits(return_X_y=True)
     X, y = X[:300] / 16, y[:300]
     weight = np.random.default_rng(0).uniform(0.5, 1.5, 200)
     for target in (y, y % 2):
         ours = RBFClassifier(C=3.0, gamma=5.0).fit(X[:200], target[:200], weight)
         theirs = SVC(C=3.0, gamma=5.0 / 64).fit(X[:200], target[:200], weight)
-        np.testing.assert_allclose(ours.decision_function(X[200:]), theirs.decision_function(X[200:]), atol=1e-4)
+        np.testing.assert_allclose(
+            ours.decision_function(X[200:]), theirs.decision_function(X[200:]), atol=1e-4
+        )
         assert (ours.predict(X[200:]) == theirs.predict(X[200:])).all()
 
 

@@ -1,4 +1,6 @@
-"""Features that do not fit into memory: every kind of bank reads them from the shards and gives the same heads."""
+"""Features that do not fit into memory: every kind of bank reads them from the shards and gives the
+same heads.
+"""
 
 import hashlib
 from pathlib import Path
@@ -34,7 +36,11 @@ from headrace.heads.features import stream_rows
 ROWS = 600
 CONTENT = [hashlib.sha256(str(row).encode()).hexdigest()[:32] for row in range(ROWS)]
 SPECS: dict[str, tuple[Any, ...]] = {
-    "logistic": (LogisticSpec(0.01), LogisticSpec(1.0, "balanced"), LogisticSpec(0.1, standardize=False)),
+    "logistic": (
+        LogisticSpec(0.01),
+        LogisticSpec(1.0, "balanced"),
+        LogisticSpec(0.1, standardize=False),
+    ),
     "ridge": (RidgeSpec(1.0), RidgeSpec(100.0, "balanced")),
     "mlp": (MLPSpec((16,), 1e-2, batch_size=64, epochs=3, dropout=0.25),),
     "conv": (ConvSpec((4,), batch_size=128, epochs=2),),
@@ -51,10 +57,21 @@ def _one_thread() -> Any:
     torch.set_num_threads(before)
 
 
-def store(root: Path, X: np.ndarray, tap: str, view: int = 0, dtype: str = "float16", shards: int = 5) -> str:
+def store(
+    root: Path, X: np.ndarray, tap: str, view: int = 0, dtype: str = "float16", shards: int = 5
+) -> str:
     """A feature set whose rows lie in an order of their own."""
     spec = FeatureSpec(
-        "python:b", "0" * 64, tap, "avg", "{}", f'{{"index": {view}}}', "pillow", "float32", dtype, X.shape[1:]
+        "python:b",
+        "0" * 64,
+        tap,
+        "avg",
+        "{}",
+        f'{{"index": {view}}}',
+        "pillow",
+        "float32",
+        dtype,
+        X.shape[1:],
     )
     directory = create_feature_set(root / "cache", spec)
     order = np.random.default_rng(len(tap)).permutation(len(X))
@@ -83,7 +100,9 @@ def task_file(root: Path, kind: str, weighted: bool) -> str:
     classes = tuple(f"c{number}" for number in range(10 if kind == "single" else 2))
     weight = np.random.default_rng(0).uniform(0.5, 2, ROWS) if weighted else np.ones(ROWS)
     ids = np.array([str(row) for row in range(ROWS)])
-    save_task(Task(kind, classes, ids, np.array(CONTENT, "S32"), target, fold, weight), root / "task.npz")  # type: ignore[arg-type]
+    save_task(
+        Task(kind, classes, ids, np.array(CONTENT, "S32"), target, fold, weight), root / "task.npz"
+    )  # type: ignore[arg-type]
     return str(root / "task.npz")
 
 
@@ -93,7 +112,11 @@ def task_file(root: Path, kind: str, weighted: bool) -> str:
         ("logistic", "single", "two taps"),
         ("logistic", "multi", "views"),
         ("logistic", "single", "wide"),
-        ("logistic", "single", "a row far out"),  # the fold that holds it out streams its rows on its own
+        (
+            "logistic",
+            "single",
+            "a row far out",
+        ),  # the fold that holds it out streams its rows on its own
         ("ridge", "single", "two taps"),
         ("ridge", "regression", "wide"),
         ("mlp", "single", "views"),
@@ -104,18 +127,30 @@ def task_file(root: Path, kind: str, weighted: bool) -> str:
         ("centroid", "single", "views"),
     ],
 )
-def test_streamed_heads_are_those_of_memory(tmp_path: Path, kind: str, task: str, shape: str) -> None:
-    """With no memory for features at all, validation predictions, arrays and objectives are the same up to rounding."""
+def test_streamed_heads_are_those_of_memory(
+    tmp_path: Path, kind: str, task: str, shape: str
+) -> None:
+    """With no memory for features at all, validation predictions, arrays and objectives are the
+    same up to rounding.
+    """
     (tmp_path / "cache").mkdir()
     X = load_digits().data[:ROWS].astype(np.float32)
     noise = np.random.default_rng(1).standard_normal((2, ROWS, 64)).astype(np.float32)
     weights = np.random.default_rng(2).standard_normal((64, 900)).astype(np.float32)
     sets = {
-        "two taps": lambda: [store(tmp_path, X[:, :40], "a"), store(tmp_path, X[:, 40:] + 3, "bb", dtype="float32")],
+        "two taps": lambda: [
+            store(tmp_path, X[:, :40], "a"),
+            store(tmp_path, X[:, 40:] + 3, "bb", dtype="float32"),
+        ],
         "views": lambda: [store(tmp_path, X + noise[view], "a", view) for view in range(2)],
         "wide": lambda: [store(tmp_path, np.maximum(X @ weights / 50, 0) + noise[0, :, :1], "a")],
         "a row far out": lambda: [
-            store(tmp_path, X + 1e4 * (np.arange(ROWS) == 7)[:, None].astype(np.float32), "a", dtype="float32")
+            store(
+                tmp_path,
+                X + 1e4 * (np.arange(ROWS) == 7)[:, None].astype(np.float32),
+                "a",
+                dtype="float32",
+            )
         ],
         "maps": lambda: [store(tmp_path, X.reshape(ROWS, 1, 8, 8), "map")],
     }[shape]()
@@ -135,19 +170,32 @@ def test_streamed_heads_are_those_of_memory(tmp_path: Path, kind: str, task: str
         found.append(read_bank(job.result))
     memory_bank, streamed_bank = found
     for spec in specs:
-        # Of neighbours: products in blocks of other sizes round otherwise, and may break a tie the other way.
-        # Of logistic heads: rounding decides whether a last step is taken, and the gap leaves that much open.
+        # Of neighbours: products in blocks of other sizes round otherwise, and may break a tie the
+        # other way. Of logistic heads: rounding decides whether a last step is taken, and the gap
+        # leaves that much open.
         atol = 2e-2 if kind == "logistic" else 1e-3
-        near = np.isclose(streamed_bank.out_of_fold(spec), memory_bank.out_of_fold(spec), 2e-2, atol, equal_nan=True)
+        near = np.isclose(
+            streamed_bank.out_of_fold(spec),
+            memory_bank.out_of_fold(spec),
+            2e-2,
+            atol,
+            equal_nan=True,
+        )
         assert near.mean() > 0.99 if kind == "knn" else near.all()
         ours, theirs = streamed_bank.arrays(spec), memory_bank.arrays(spec)
-        assert {name: array.shape for name, array in ours.items()} == {n: array.shape for n, array in theirs.items()}
+        assert {name: array.shape for name, array in ours.items()} == {
+            n: array.shape for n, array in theirs.items()
+        }
     if kind in ("logistic", "ridge"):
-        np.testing.assert_allclose(streamed_bank.table["objective"], memory_bank.table["objective"], rtol=1e-4)
+        np.testing.assert_allclose(
+            streamed_bank.table["objective"], memory_bank.table["objective"], rtol=1e-4
+        )
         assert streamed_bank.table["gap"].max() < 5 * memory_bank.table["gap"].max() + 1e-9
 
 
-def test_a_streamed_nan_names_its_set_and_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_streamed_nan_names_its_set_and_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nothing that is not finite is trained on, wherever it is read."""
     (tmp_path / "cache").mkdir()
     X = load_digits().data[:ROWS].astype(np.float32)
@@ -159,14 +207,18 @@ def test_a_streamed_nan_names_its_set_and_image(tmp_path: Path, monkeypatch: pyt
         return values
 
     sets = [store(tmp_path, X, dtype, dtype=dtype) for dtype in ("float16", "float32")]
-    monkeypatch.setattr(FeatureSet, "read", spoilt)  # the cache refuses to store infinity, so it is put between
+    monkeypatch.setattr(
+        FeatureSet, "read", spoilt
+    )  # the cache refuses to store infinity, so it is put between
     for directory in sets:
         with pytest.raises(BadFeatures, match=CONTENT[7]):
             stream_rows([directory], np.array(CONTENT, "S32"))
 
 
 def test_streamed_rows_are_the_loaded_ones(tmp_path: Path) -> None:
-    """Slices, row numbers and masks of streamed rows, taps side by side and views one after another, are the array's."""
+    """Slices, row numbers and masks of streamed rows, taps side by side and views one after
+    another, are the array's.
+    """
     (tmp_path / "cache").mkdir()
     X = np.random.default_rng(0).standard_normal((ROWS, 12)).astype(np.float32)
     sets = [store(tmp_path, X + view, tap, view) for tap in ("a", "bbb") for view in range(2)]

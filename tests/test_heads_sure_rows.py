@@ -1,4 +1,6 @@
-"""Rows that a head is all but sure of: what is left of their loss is small, and has its digits all the same."""
+"""Rows that a head is all but sure of: what is left of their loss is small, and has its digits all
+the same.
+"""
 
 import numpy as np
 import pytest
@@ -17,7 +19,10 @@ from headrace.heads.torch_tiles import TorchTiles
 WAYS = [
     "plain",
     "torch",
-    pytest.param("compiled", marks=pytest.mark.skipif(compiled() is None, reason="no C compiler built the pass")),
+    pytest.param(
+        "compiled",
+        marks=pytest.mark.skipif(compiled() is None, reason="no C compiler built the pass"),
+    ),
 ]
 
 
@@ -26,7 +31,10 @@ def passed(way, tile, classes, u):
     one = np.ones(1)
     design = Design([tile], np.dtype(np.float32), Rotation(np.eye(1)), one, one, {}, {}, 1.0)
     weighting = Weighting(
-        classes, np.ones((1, max(classes, 2)), np.float32), np.array([-1 if classes > 1 else 0]), False
+        classes,
+        np.ones((1, max(classes, 2)), np.float32),
+        np.array([-1 if classes > 1 else 0]),
+        False,
     )
     heads, lines = np.asarray(u, np.float32).reshape(1, -1, 1), np.array([0])
     if way == "compiled":
@@ -44,7 +52,9 @@ def row(label, classes):
     values = aligned_rows(1, 1, np.float32)
     values[:] = 1
     bounds = np.searchsorted([label], np.arange(max(classes, 2) + 1))
-    return Tile((0,), np.arange(1), values, values.T, bounds, np.full((1, 1), label, np.float32), None)
+    return Tile(
+        (0,), np.arange(1), values, values.T, bounds, np.full((1, 1), label, np.float32), None
+    )
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -72,10 +82,14 @@ def test_a_softmaxs_loss_and_residual_have_all_their_digits(way, label, z):
 
 
 def relative_gap(fit, X, y):
-    """By which the head's objective lies above the optimum, both in float64 on standardised rows."""
+    """By which the head's objective lies above the optimum, both in float64 on
+    standardised rows.
+    """
     scaler = StandardScaler().fit(X.astype(float))
     Z = scaler.transform(X.astype(float))
-    best = LogisticRegression(C=fit.spec.C, tol=1e-10, max_iter=20_000, solver="newton-cg").fit(Z, y)
+    best = LogisticRegression(C=fit.spec.C, tol=1e-10, max_iter=20_000, solver="newton-cg").fit(
+        Z, y
+    )
     W, b = fit.arrays["weight"].astype(float), fit.arrays["bias"].astype(float)
     coefficients, intercepts = best.coef_, best.intercept_
     if len(W) == 2:
@@ -103,7 +117,9 @@ def relative_gap(fit, X, y):
     ],
 )
 def test_separable_rows_reach_the_gap_asked_for(n, d, classes, C, gap, seed):
-    """And soon: with losses of rounding alone these heads took hundreds of iterations and ended twelve times too far away."""
+    """And soon: with losses of rounding alone these heads took hundreds of iterations and ended
+    twelve times too far away.
+    """
     rng = np.random.default_rng(seed)
     X, y = rng.standard_normal((n, d)), rng.integers(0, classes, n)
     X[:, :3] += rng.standard_normal((classes, 3))[y]

@@ -21,14 +21,18 @@ def made(rows, width, seed=0, signal=1.0):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_logme_is_the_largest_evidence(shape):
-    """The density of the targets under the best prior and noise, found by a general optimiser on the full covariance."""
+    """The density of the targets under the best prior and noise, found by a general optimiser on
+    the full covariance.
+    """
     X, target = made(*shape)
     onehot = np.eye(3)[target]
 
     def evidence(logs, y):
         alpha, beta = np.exp(logs)
         covariance = X @ X.T / alpha + np.eye(len(X)) / beta
-        return multivariate_normal(np.zeros(len(X)), covariance, allow_singular=True).logpdf(y) / len(X)
+        return multivariate_normal(np.zeros(len(X)), covariance, allow_singular=True).logpdf(
+            y
+        ) / len(X)
 
     best = [
         max(
@@ -43,7 +47,9 @@ def test_logme_is_the_largest_evidence(shape):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("shrink", [True, False])
 def test_h_score_is_its_definition(shape, shrink):
-    """The trace of the inverse covariance times the covariance of class means, with scikit-learn's shrinkage."""
+    """The trace of the inverse covariance times the covariance of class means, with scikit-learn's
+    shrinkage.
+    """
     X, target = made(*shape)
     centred = X - X.mean(0)
     between = np.cov(np.stack([centred[target == c].mean(0) for c in target]).T, bias=True)
@@ -64,7 +70,9 @@ def test_better_features_score_higher():
 
 
 def test_nce_is_minus_the_conditional_entropy():
-    """0 where the source names the target, minus the target's entropy where it says nothing, and by hand in between."""
+    """0 where the source names the target, minus the target's entropy where it says nothing, and by
+    hand in between.
+    """
     target = np.repeat([0, 1], 50)
     assert negative_conditional_entropy(target + 7, target) == 0
     assert negative_conditional_entropy(np.tile([3, 9], 50), target) == pytest.approx(-np.log(2))
@@ -75,7 +83,9 @@ def test_nce_is_minus_the_conditional_entropy():
 
 @pytest.mark.parametrize("classes", [2, 5])
 def test_bayes_bounds_are_tight_under_label_noise(classes):
-    """Labels replaced at rate e: one neighbour errs twice where labels are independent, and the lower bound is e itself."""
+    """Labels replaced at rate e: one neighbour errs twice where labels are independent, and the
+    lower bound is e itself.
+    """
     error = 0.2
     neighbour = 1 - ((1 - error) ** 2 + error**2 / (classes - 1))
     low, high = bayes_bounds(neighbour, classes)

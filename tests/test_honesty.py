@@ -1,4 +1,6 @@
-"""A small seeded share of benchmarks/honesty.py, and the corrections that it measures, each with its right value."""
+"""A small seeded share of benchmarks/honesty.py, and the corrections that it measures, each with
+its right value.
+"""
 
 import sys
 from pathlib import Path
@@ -20,8 +22,10 @@ def sampled(rows, classes, seed):
 
 
 def test_a_head_that_names_the_largest_class_is_too_good_by_its_luck():
-    """Ten equal classes, 150 rows: the largest has 14 % of the rows that a head is scored on, and 10 % of the new ones. A head
-    that does not look at the shares gains nothing by them; nor does a score that weighs all classes alike."""
+    """Ten equal classes, 150 rows: the largest has 14 % of the rows that a head is scored on, and
+    10 % of the new ones. A head that does not look at the shares gains nothing by them; nor does a
+    score that weighs all classes alike.
+    """
     rng = np.random.default_rng(0)
     found, largest = [], []
     for seed in range(20):
@@ -29,7 +33,9 @@ def test_a_head_that_names_the_largest_class_is_too_good_by_its_luck():
         shares = np.bincount(held.target, minlength=10) / 150
         found.append(share_optimism(held, np.tile(shares, (150, 1)), "accuracy"))
         largest.append(shares.max())
-        sure = with_temperature("single", np.eye(10)[rng.permutation(held.target)] * 0.9 + 0.01, 0.1)
+        sure = with_temperature(
+            "single", np.eye(10)[rng.permutation(held.target)] * 0.9 + 0.01, 0.1
+        )
         assert abs(share_optimism(held, sure, "accuracy")) < 0.008
         assert abs(share_optimism(held, np.tile(shares, (150, 1)), "balanced_accuracy")) < 0.008
     assert np.mean(found) == pytest.approx(np.mean(largest) - 0.1, abs=0.01)
@@ -60,7 +66,9 @@ def test_a_perfect_validation_is_not_taken_for_certain():
 
 
 def test_the_expected_score_of_noise_is_that_of_noise():
-    """Eighteen heads, ten classes, 150 images, labels that are noise: the best is chosen for 17 %, and is worth 10 %."""
+    """Eighteen heads, ten classes, 150 images, labels that are noise: the best is chosen for 17 %,
+    and is worth 10 %.
+    """
     found = [honesty.world_of_heads(150, (0.0, 0.0, 0.0), seed) for seed in range(8)]
     raw, expected, truth, inside = (np.array(values) for values in zip(*found, strict=True))
     error = (expected - truth).std(ddof=1) / np.sqrt(len(truth))
@@ -70,7 +78,9 @@ def test_the_expected_score_of_noise_is_that_of_noise():
 
 
 def test_an_extrapolated_error_holds_the_error_with_more_images():
-    """Wine, 40 images: the error that 160 images have lies in its interval; it did in one of four with the gain's alone."""
+    """Wine, 40 images: the error that 160 images have lies in its interval; it did in one of four
+    with the gain's alone.
+    """
     X, target = honesty.real_set("wine")
     truth = honesty.true_error(X, target, 128, seed=99)
     inside = 0

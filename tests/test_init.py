@@ -1,4 +1,6 @@
-"""`headrace init` and the demo's files: what is written for what is found, and what is said when nothing can be."""
+"""`headrace init` and the demo's files: what is written for what is found, and what is said when
+nothing can be.
+"""
 
 import gzip
 import importlib.util
@@ -34,7 +36,9 @@ def photos(tmp_path):
 
 def rows(**columns):
     """A table of six images."""
-    return pd.DataFrame({"path": [f"{n}.png" for n in range(6)], "label": ["x", "y"] * 3, **columns})
+    return pd.DataFrame(
+        {"path": [f"{n}.png" for n in range(6)], "label": ["x", "y"] * 3, **columns}
+    )
 
 
 def test_a_folder_and_a_table(tmp_path, photos):
@@ -56,7 +60,11 @@ def test_a_table_with_ids(tmp_path):
     frame.to_csv(tmp_path / "t.csv", index=False)
     write_recipe(tmp_path / "t.csv", tmp_path / "r.yaml")
     recipe = load_recipe(tmp_path / "r.yaml")
-    assert (recipe.images.path_column, recipe.images.id_column, recipe.task.target) == ("path", "id", "kind")
+    assert (recipe.images.path_column, recipe.images.id_column, recipe.task.target) == (
+        "path",
+        "id",
+        "kind",
+    )
     assert list_samples(recipe)["id"].tolist() == [f"cell{n}.png" for n in range(6)]
 
 
@@ -72,7 +80,9 @@ def test_folders_of_a_split(tmp_path, photos):
 
 
 def test_archives_and_arrays(tmp_path):
-    """Shards, arrays with their labels and MNIST's four files get a recipe that lists every image with its label."""
+    """Shards, arrays with their labels and MNIST's four files get a recipe that lists every image
+    with its label.
+    """
     images, labels = np.zeros((6, 8, 8), np.uint8), np.arange(6, dtype=np.uint8) % 2
     np.savez(tmp_path / "d.npz", pictures=images, answer=labels)
     idx = tmp_path / "idx"
@@ -88,7 +98,10 @@ def test_archives_and_arrays(tmp_path):
         for number in range(6):
             buffer = io.BytesIO()
             Image.new("RGB", (8, 8), (number, 0, 0)).save(buffer, "PNG")
-            for name, data in ((f"{number}.png", buffer.getvalue()), (f"{number}.cls", b"%d" % (number % 2))):
+            for name, data in (
+                (f"{number}.png", buffer.getvalue()),
+                (f"{number}.cls", b"%d" % (number % 2)),
+            ):
                 member = tarfile.TarInfo(name)
                 member.size = len(data)
                 archive.addfile(member, io.BytesIO(data))
@@ -120,7 +133,9 @@ def test_archives_and_arrays(tmp_path):
     ],
 )
 def test_a_table_that_cannot_be_read(tmp_path, photos, name, data):
-    """One error that names it; beside folders of classes it is passed over; alone in a folder it is told."""
+    """One error that names it; beside folders of classes it is passed over; alone in a folder it is
+    told.
+    """
     out = tmp_path / "r.yaml"
     (tmp_path / name).write_bytes(data)
     with pytest.raises(SourceError, match=name):
@@ -135,9 +150,13 @@ def test_a_table_that_cannot_be_read(tmp_path, photos, name, data):
 
 
 def test_columns_of_lists(tmp_path):
-    """Parquet can hold them; they are several labels of an image, and no label where one is expected."""
+    """Parquet can hold them; they are several labels of an image, and no label where one is
+    expected.
+    """
     frame = rows(tags=[["a"], ["b"]] * 3)
-    frame[["tags", "path", "label"]].rename(columns={"label": "kind"}).to_parquet(tmp_path / "t.parquet")
+    frame[["tags", "path", "label"]].rename(columns={"label": "kind"}).to_parquet(
+        tmp_path / "t.parquet"
+    )
     write_recipe(tmp_path / "t.parquet", tmp_path / "r.yaml")
     assert load_recipe(tmp_path / "r.yaml").task.target == "kind"
     frame[["path", "tags"]].rename(columns={"tags": "label"}).to_parquet(tmp_path / "t.parquet")
@@ -146,7 +165,9 @@ def test_columns_of_lists(tmp_path):
 
 
 def test_where_no_recipe_can_be_written(tmp_path, photos):
-    """An absent folder, a folder in the recipe's place, a file in the folder's, a recipe that is there."""
+    """An absent folder, a folder in the recipe's place, a file in the folder's, a recipe that is
+    there.
+    """
     with pytest.raises(InitError, match=r"the folder .*nodir does not exist.*--out r\.yaml"):
         write_recipe(photos, tmp_path / "nodir" / "r.yaml")
     for force in (False, True):
@@ -162,7 +183,9 @@ def test_where_no_recipe_can_be_written(tmp_path, photos):
 
 def test_the_demo_in_a_files_place(tmp_path, monkeypatch):
     """A file where the demo's folder should be is named, and left alone."""
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)  # the demo's packages, as if installed
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: name
+    )  # the demo's packages, as if installed
     (tmp_path / "file").write_text("mine")
     for folder in (tmp_path / "file", tmp_path / "file" / "deeper"):
         with pytest.raises(HeadraceError, match=r"file is a file; expected a folder"):
@@ -181,7 +204,9 @@ def test_the_demos_recipe_lists_its_table(tmp_path):
 
 
 def test_every_stage_that_the_recipe_mentions_can_be_asked_for(tmp_path, photos):
-    """screen and thaw are written as comments; with the marks taken away they are valid, alone and together."""
+    """screen and thaw are written as comments; with the marks taken away they are valid, alone and
+    together.
+    """
     out = tmp_path / "r.yaml"
     write_recipe(photos, out)
     text = out.read_text()
@@ -196,7 +221,9 @@ def test_every_stage_that_the_recipe_mentions_can_be_asked_for(tmp_path, photos)
             lines.append(bare if within else line)
         out.write_text("\n".join(lines))
         recipe = load_recipe(out)
-        assert {name for name in ("screen", "thaw") if getattr(recipe, name) is not None} == set(wanted)
+        assert {name for name in ("screen", "thaw") if getattr(recipe, name) is not None} == set(
+            wanted
+        )
         assert recipe.ensemble is not None  # is on: nothing is trained for it
 
 
@@ -210,7 +237,9 @@ def test_the_strengths_that_are_written_are_those_of_a_recipe_that_names_none(tm
 
 
 def test_a_table_says_what_a_run_will_leave_out(tmp_path, photos):
-    """Rows without a label are counted; paths that lead nowhere are named, with where they start from."""
+    """Rows without a label are counted; paths that lead nowhere are named, with where they start
+    from.
+    """
     frame = rows()
     frame.loc[1, "label"] = None
     frame.to_csv(tmp_path / "t.csv", index=False)
@@ -220,7 +249,9 @@ def test_a_table_says_what_a_run_will_leave_out(tmp_path, photos):
     assert "images.root" in said
     frame = pd.DataFrame({"path": sorted(map(str, photos.rglob("*.png"))), "label": ["x", "y"] * 3})
     frame.to_csv(tmp_path / "t.csv", index=False)
-    assert write_recipe(tmp_path / "t.csv", tmp_path / "r.yaml", force=True).sentence.endswith("'label'")
+    assert write_recipe(tmp_path / "t.csv", tmp_path / "r.yaml", force=True).sentence.endswith(
+        "'label'"
+    )
 
 
 def test_what_is_left_out_is_written_as_it_was_asked_for(tmp_path, photos):
@@ -234,7 +265,9 @@ def test_what_is_left_out_is_written_as_it_was_asked_for(tmp_path, photos):
 
 
 def test_columns_that_no_run_could_use_are_left_out(tmp_path):
-    """A `set` of other words is no split, a `site` with gaps no group; both are told, and the recipe makes a dataset."""
+    """A `set` of other words is no split, a `site` with gaps no group; both are told, and the
+    recipe makes a dataset.
+    """
     frame = rows(set=["S1", "S2"] * 3, site=["p", None, "q", "p", "q", "q"])
     frame.to_csv(tmp_path / "t.csv", index=False)
     notes = " ".join(write_recipe(tmp_path / "t.csv", tmp_path / "r.yaml").notes)
@@ -256,7 +289,9 @@ def test_a_pattern_of_paths_is_told(tmp_path):
     (tmp_path / "train").mkdir()
     for number in range(6):
         Image.new("RGB", (8, 8)).save(tmp_path / f"train/k{number}.png")
-    rows(id=[f"k{n}" for n in range(6)]).drop(columns="path").to_csv(tmp_path / "t.csv", index=False)
+    rows(id=[f"k{n}" for n in range(6)]).drop(columns="path").to_csv(
+        tmp_path / "t.csv", index=False
+    )
     notes = " ".join(write_recipe(tmp_path / "t.csv", tmp_path / "r.yaml").notes)
     assert "found by the pattern 'train/{id}.png' (images.path_pattern)" in notes
 
@@ -266,11 +301,15 @@ def test_commands_in_messages_name_what_can_be_read(tmp_path, photos):
     mine = tmp_path / "my photos"
     photos.rename(mine)
     paths = sorted(str(path) for path in mine.rglob("*.png"))
-    pd.DataFrame({"file": paths, "class": "a", "error": None}).to_csv(mine / "a-predictions.csv", index=False)
+    pd.DataFrame({"file": paths, "class": "a", "error": None}).to_csv(
+        mine / "a-predictions.csv", index=False
+    )
     pd.DataFrame({"weather": ["rain", "sun"]}).to_csv(mine / "b-other.csv", index=False)
     pd.DataFrame({"path": paths, "label": ["x", "y"] * 3}).to_csv(mine / "labels.csv", index=False)
     command = f"headrace init '{mine / 'labels.csv'}'"
-    (told,) = (note for note in write_recipe(mine, tmp_path / "r.yaml").notes if "sub-folders" in note)
+    (told,) = (
+        note for note in write_recipe(mine, tmp_path / "r.yaml").notes if "sub-folders" in note
+    )
     assert told.endswith(command)
     assert "classes. labels.csv could name" in told
     shutil.rmtree(mine / "b")
@@ -282,15 +321,26 @@ def test_commands_in_messages_name_what_can_be_read(tmp_path, photos):
 
 
 def test_a_second_backbone_of_the_comments_is_trained_on_as_the_comment_says(tmp_path, photos):
-    """With two of them a tap's name begins with its backbone's; the comment beside the second one gives such a name."""
+    """With two of them a tap's name begins with its backbone's; the comment beside the second one
+    gives such a name.
+    """
     out = tmp_path / "r.yaml"
     write_recipe(photos, out)
     text = out.read_text()
     marked = text[text.index("  # - name: ") : text.index("\nheads:")]
     (said,) = re.findall(r"\[resnet:.*?\]", marked)
     taken = re.sub("^  # ", "  ", marked, flags=re.MULTILINE)
-    out.write_text(text.replace(marked, taken).replace("[[pre_logits.vector], all]", f"[{said}, all]"))
+    out.write_text(
+        text.replace(marked, taken).replace("[[pre_logits.vector], all]", f"[{said}, all]")
+    )
     recipe = load_recipe(out)
     assert [backbone.alias for backbone in recipe.backbones] == [None, "resnet"]
-    names = ["timm:tf_efficientnet_lite0:pre_logits.vector", "resnet:layer4.avg", "resnet:pre_logits.vector"]
-    assert {each.inputs for each in wanted_heads(recipe.heads, names)} == {("resnet:pre_logits.vector",), tuple(names)}
+    names = [
+        "timm:tf_efficientnet_lite0:pre_logits.vector",
+        "resnet:layer4.avg",
+        "resnet:pre_logits.vector",
+    ]
+    assert {each.inputs for each in wanted_heads(recipe.heads, names)} == {
+        ("resnet:pre_logits.vector",),
+        tuple(names),
+    }

@@ -1,4 +1,6 @@
-"""Features to and from other programs: imports by id, exports that come back the same, scikit-learn pipelines."""
+"""Features to and from other programs: imports by id, exports that come back the same, scikit-learn
+pipelines.
+"""
 
 import h5py
 import numpy as np
@@ -29,7 +31,9 @@ def folder(tmp_path_factory):
     """Photos, one of them copied, and features of our own."""
     folder = tmp_path_factory.mktemp("interop")
     make_photos(folder / "photos", n=30)
-    (folder / "photos" / "fine" / "copy.png").write_bytes((folder / "photos" / "fine" / "001.png").read_bytes())
+    (folder / "photos" / "fine" / "copy.png").write_bytes(
+        (folder / "photos" / "fine" / "001.png").read_bytes()
+    )
     (folder / "recipe.yaml").write_text(RECIPE)
     return folder
 
@@ -38,17 +42,25 @@ def folder(tmp_path_factory):
 def ours(folder):
     with here():
         return extract_features(
-            folder / "photos", NETWORK, ["layer1.avg", "layer4.map"], cache=folder / "ours", workers=1
+            folder / "photos",
+            NETWORK,
+            ["layer1.avg", "layer4.map"],
+            cache=folder / "ours",
+            workers=1,
         )
 
 
 def foreign_table(folder):
-    """Ids of all photos in another order, with two numbers that tell the classes apart, and one id of no photo."""
+    """Ids of all photos in another order, with two numbers that tell the classes apart, and one id
+    of no photo.
+    """
     samples = list_folder(folder / "photos").sample(frac=1, random_state=0)
     ids = [*samples["id"], "elsewhere/9.png"]
     rng = np.random.default_rng(0)
     sign = np.array([1.0 if name.startswith("fine") else -1.0 for name in ids])
-    return ids, np.stack([sign * (1 + rng.random(len(ids))), rng.normal(size=len(ids))], axis=1).astype(np.float32)
+    return ids, np.stack(
+        [sign * (1 + rng.random(len(ids))), rng.normal(size=len(ids))], axis=1
+    ).astype(np.float32)
 
 
 @pytest.mark.parametrize("kind", ["npy", "npz", "parquet", "csv", "h5", "txt"])
@@ -68,7 +80,9 @@ def test_every_form_of_foreign_features_is_read_by_its_ids(folder, tmp_path, kin
         case "parquet":
             pd.DataFrame({"id": ids, "vector": list(values)}).to_parquet(source)
         case "csv":
-            pd.DataFrame({"id": ids, "a": values[:, 0], "b": values[:, 1]}).to_csv(source, index=False)
+            pd.DataFrame({"id": ids, "a": values[:, 0], "b": values[:, 1]}).to_csv(
+                source, index=False
+            )
         case "h5":
             with h5py.File(source, "w") as file:
                 file["deep/features"] = values
@@ -79,7 +93,9 @@ def test_every_form_of_foreign_features_is_read_by_its_ids(folder, tmp_path, kin
     known = {name: f"{place:032x}" for place, name in enumerate(ids[:-1])}
     done = import_features(tmp_path / "cache", "theirs", read, known)
     assert (done.rows, done.unknown, done.copies) == (len(ids) - 1, 1, 0)
-    np.testing.assert_allclose(done.features.load([known[name] for name in ids[:-1]]), values[:-1], rtol=1e-6)
+    np.testing.assert_allclose(
+        done.features.load([known[name] for name in ids[:-1]]), values[:-1], rtol=1e-6
+    )
     again = import_features(tmp_path / "cache", "theirs", read, known)
     assert again.features.spec == done.features.spec
     assert again.features.n_rows == done.rows
@@ -88,20 +104,26 @@ def test_every_form_of_foreign_features_is_read_by_its_ids(folder, tmp_path, kin
 @pytest.mark.parametrize("kind", ["npy", "parquet"])
 @pytest.mark.parametrize("tap", ["layer1.avg", "layer4.map"])
 def test_what_is_exported_comes_back(ours, tmp_path, kind, tap):
-    """Ids, hashes and values of our own files, vectors and maps, without being told where the images are."""
+    """Ids, hashes and values of our own files, vectors and maps, without being told where the
+    images are.
+    """
     features = ours[tap]
     target = tmp_path / f"f.{kind}"
     EXPORTS[kind](features, target)
     done = import_features(tmp_path / "cache", "back", read_foreign(target), dtype="float16")
     assert done.features.shape == features.shape
-    np.testing.assert_array_equal(done.features.load(features.content()), features.load(features.content()))
+    np.testing.assert_array_equal(
+        done.features.load(features.content()), features.load(features.content())
+    )
     assert dict(zip(done.features.ids(), done.features.content(), strict=True)) == dict(
         zip(features.ids(), features.content(), strict=True)
     )
 
 
 def test_a_recipe_trains_on_imported_features(folder, tmp_path, monkeypatch):
-    """Beside taps of ours and alone; the command says what it kept, and the winner says that it has no network."""
+    """Beside taps of ours and alone; the command says what it kept, and the winner says that it has
+    no network.
+    """
     ids, values = foreign_table(folder)
     np.save(tmp_path / "theirs.npy", values)
     (tmp_path / "theirs.rows.csv").write_text("id\n" + "\n".join(ids) + "\n")
@@ -111,7 +133,9 @@ def test_a_recipe_trains_on_imported_features(folder, tmp_path, monkeypatch):
     (tmp_path / "alone.yaml").write_text(text.replace(backbones, ""))
     with pytest.raises(RecipeError, match="headrace cache import"):
         survey(load_recipe(tmp_path / "recipe.yaml"), write=False)
-    done = headrace("cache", "import", "theirs.npy", "--name", "theirs", "--recipe", "recipe.yaml", cwd=tmp_path)
+    done = headrace(
+        "cache", "import", "theirs.npy", "--name", "theirs", "--recipe", "recipe.yaml", cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     assert "30 rows of shape (2,) kept as theirs" in done.stdout
     assert "1 are of exact copies" in done.stdout
@@ -121,7 +145,10 @@ def test_a_recipe_trains_on_imported_features(folder, tmp_path, monkeypatch):
     assert result.winner["accuracy"] == 1.0
     with pytest.raises(ModelError, match="imported"):
         load_model(result.paths.root)
-    assert survey(load_recipe(tmp_path / "recipe.yaml"), write=False).plan.features[-1].name == "theirs"
+    assert (
+        survey(load_recipe(tmp_path / "recipe.yaml"), write=False).plan.features[-1].name
+        == "theirs"
+    )
     kept = headrace("cache", "gc", "alone.yaml", "--cache", "headrace-cache", cwd=tmp_path)
     (features,) = imported_sets(tmp_path / "headrace-cache", "theirs")
     assert str(features.path) not in kept.stdout
@@ -135,7 +162,16 @@ def test_images_without_an_imported_row_are_named(folder, tmp_path):
     np.save(tmp_path / "some.npy", values[:20])
     (tmp_path / "ids.txt").write_text("\n".join(ids[:20]))
     done = headrace(
-        "cache", "import", "some.npy", "--ids", "ids.txt", "--name", "some", "--recipe", "recipe.yaml", cwd=tmp_path
+        "cache",
+        "import",
+        "some.npy",
+        "--ids",
+        "ids.txt",
+        "--name",
+        "some",
+        "--recipe",
+        "recipe.yaml",
+        cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
     with pytest.raises(RecipeError, match="has no row for"):
@@ -175,7 +211,9 @@ def _touched(path):
 
 
 def test_a_pipeline_reads_features_by_id(folder, ours):
-    """scikit-learn's own tools work on ids: cross-validation, cloning, several sets side by side."""
+    """scikit-learn's own tools work on ids: cross-validation, cloning, several sets
+    side by side.
+    """
     features = ours["layer1.avg"]
     samples = list_folder(folder / "photos")
     samples = samples[samples["id"].isin(features.ids())]
@@ -197,46 +235,68 @@ def test_a_pipeline_reads_features_by_id(folder, ours):
 
 @pytest.fixture
 def two_folders(tmp_path):
-    """Two folders of images with the same names, and others, in one cache; and of one image the state before an edit."""
+    """Two folders of images with the same names, and others, in one cache; and of one image the
+    state before an edit.
+    """
     make_photos(tmp_path / "one", n=8)
     make_photos(tmp_path / "two", n=6, seed=1)
     with here():
         for name in ("one", "two"):
-            features = extract_features(tmp_path / name, NETWORK, ["layer1.avg"], cache=tmp_path / "cache", workers=1)
+            features = extract_features(
+                tmp_path / name, NETWORK, ["layer1.avg"], cache=tmp_path / "cache", workers=1
+            )
     return tmp_path, features["layer1.avg"]
 
 
 def test_an_id_that_stands_for_two_images_is_refused(two_folders):
-    """Which image is meant is said by content: as hashes, or in a DataFrame, which cross-validation can slice."""
+    """Which image is meant is said by content: as hashes, or in a DataFrame, which cross-validation
+    can slice.
+    """
     folder, features = two_folders
     samples = list_folder(folder / "one")
     samples["content"] = list(content_hashes(samples, folder / "index.parquet").hashes)
     own = features.load(samples["content"].tolist())
     with pytest.raises(
-        IdsAmbiguous, match=r"'coarse/000.png' stands for 2 images .*6 of 8 ids.*columns id and content"
+        IdsAmbiguous,
+        match=r"'coarse/000.png' stands for 2 images .*6 of 8 ids.*columns id and content",
     ):
         FeatureLookup(features).fit(samples["id"])
     np.testing.assert_array_equal(FeatureLookup(features).fit_transform(samples["content"]), own)
-    np.testing.assert_array_equal(FeatureLookup(features).fit_transform(samples[["id", "content"]]), own)
+    np.testing.assert_array_equal(
+        FeatureLookup(features).fit_transform(samples[["id", "content"]]), own
+    )
     only_here = samples["id"].isin(["coarse/006.png", "fine/007.png"])
-    np.testing.assert_array_equal(FeatureLookup(features).fit_transform(samples["id"][only_here]), own[only_here])
+    np.testing.assert_array_equal(
+        FeatureLookup(features).fit_transform(samples["id"][only_here]), own[only_here]
+    )
     pipeline = make_pipeline(FeatureLookup(features), StandardScaler(), LogisticRegression())
     assert cross_val_score(pipeline, samples, samples["label"], cv=2).shape == (2,)
 
 
 def test_an_edited_image_is_refused_by_its_id(two_folders):
-    """Its rows before and after have one id; across feature sets too, where one of them knows the old image alone."""
+    """Its rows before and after have one id; across feature sets too, where one of them knows the
+    old image alone.
+    """
     folder, _ = two_folders
     with here():
-        old = extract_features(folder / "one", NETWORK, ["layer1.avg"], cache=folder / "other", workers=1)["layer1.avg"]
+        old = extract_features(
+            folder / "one", NETWORK, ["layer1.avg"], cache=folder / "other", workers=1
+        )["layer1.avg"]
         edited = folder / "one" / "fine" / "007.png"
         edited.write_bytes((folder / "two" / "fine" / "001.png").read_bytes())
-        new = extract_features(folder / "one", NETWORK, ["layer1.avg", "layer2.avg"], cache=folder / "other", workers=1)
+        new = extract_features(
+            folder / "one", NETWORK, ["layer1.avg", "layer2.avg"], cache=folder / "other", workers=1
+        )
     with pytest.raises(IdsAmbiguous, match=r"'fine/007.png' stands for 2 images"):
         FeatureLookup(new["layer1.avg"]).fit(["fine/007.png"])
-    with pytest.raises(IdsAmbiguous, match=r"'fine/007.png' stands for one image in layer2.avg and for another"):
+    with pytest.raises(
+        IdsAmbiguous, match=r"'fine/007.png' stands for one image in layer2.avg and for another"
+    ):
         FeatureLookup([old, new["layer2.avg"]]).fit(["fine/007.png"])
-    assert FeatureLookup([old, new["layer2.avg"]]).fit_transform(["fine/005.png"]).shape == (1, 64 + 128)
+    assert FeatureLookup([old, new["layer2.avg"]]).fit_transform(["fine/005.png"]).shape == (
+        1,
+        64 + 128,
+    )
 
 
 def test_what_is_no_id_is_refused(ours):
@@ -257,28 +317,45 @@ def test_an_export_by_recipe_has_its_images_in_its_order_under_its_ids(two_folde
     folder, features = two_folders
     if kind == "zarr":
         pytest.importorskip("zarr")
-    order = ["fine/005.png", "coarse/000.png", "fine/001.png", "coarse/004.png", "new/1.png", "coarse/002.png"]
+    order = [
+        "fine/005.png",
+        "coarse/000.png",
+        "fine/001.png",
+        "coarse/004.png",
+        "new/1.png",
+        "coarse/002.png",
+    ]
     (folder / "two" / "new").mkdir()
     make_photos(folder / "new", n=2, seed=9)
     (folder / "new" / "fine" / "001.png").rename(folder / "two" / "new" / "1.png")
     table = pd.DataFrame({"path": order, "name": list("fedcba"), "label": list("xyxyxy")})
     table.to_csv(folder / "two" / "t.csv", index=False)
-    text = RECIPE.replace("folder: photos", "table: two/t.csv\n  id_column: name") + "cache: cache\n"
+    text = (
+        RECIPE.replace("folder: photos", "table: two/t.csv\n  id_column: name") + "cache: cache\n"
+    )
     (folder / "recipe.yaml").write_text(text)
-    done = headrace("cache", "export", "layer1.avg", f"out.{kind}", "--recipe", "recipe.yaml", cwd=folder)
+    done = headrace(
+        "cache", "export", "layer1.avg", f"out.{kind}", "--recipe", "recipe.yaml", cwd=folder
+    )
     assert done.returncode == 0, done.stderr
     assert "1 images of the recipe have no row and are left out: b." in done.stdout
     ids, values = read_export(folder / f"out.{kind}")
     assert ids == list("fedca")
-    hashes = content_hashes(read_table(folder / "two" / "t.csv", id_column="name"), folder / "index.parquet").hashes
-    np.testing.assert_array_equal(values, features.load([name for name in hashes if features.locate([name])[0] >= 0]))
+    hashes = content_hashes(
+        read_table(folder / "two" / "t.csv", id_column="name"), folder / "index.parquet"
+    ).hashes
+    np.testing.assert_array_equal(
+        values, features.load([name for name in hashes if features.locate([name])[0] >= 0])
+    )
 
 
 def read_export(path):
     """Ids and features of an exported file, as another program reads them."""
     match path.suffix:
         case ".npy":
-            return pd.read_csv(path.with_suffix(".rows.csv"), dtype=str)["id"].tolist(), np.load(path)
+            return pd.read_csv(path.with_suffix(".rows.csv"), dtype=str)["id"].tolist(), np.load(
+                path
+            )
         case ".parquet":
             frame = pd.read_parquet(path)
             return frame["id"].tolist(), np.stack(frame["features"])
@@ -286,22 +363,32 @@ def read_export(path):
             import zarr
 
             group = zarr.open_group(path, mode="r")
-            return [bytes(row).rstrip(b"\0").decode() for row in group["id"][:]], group["features"][:]
+            return [bytes(row).rstrip(b"\0").decode() for row in group["id"][:]], group["features"][
+                :
+            ]
 
 
 def test_an_export_says_which_ids_stand_for_several_images(two_folders):
-    """All rows are written, and `content` tells them apart; what is exported so comes back whole."""
+    """All rows are written, and `content` tells them apart; what is exported so comes
+    back whole.
+    """
     folder, features = two_folders
     done = headrace("cache", "export", "layer1.avg", "all.parquet", "--cache", "cache", cwd=folder)
     assert done.returncode == 0, done.stderr
     assert "6 ids stand for several images" in done.stdout
     assert "`content` tells them apart" in done.stdout
     assert len(pd.read_parquet(folder / "all.parquet")) == features.n_rows == 14
-    back = import_features(folder / "back", "x", read_foreign(folder / "all.parquet"), dtype="float16").features
+    back = import_features(
+        folder / "back", "x", read_foreign(folder / "all.parquet"), dtype="float16"
+    ).features
     np.testing.assert_array_equal(back.load(features.content()), features.load(features.content()))
-    (folder / "recipe.yaml").write_text(RECIPE.replace("folder: photos", "folder: empty") + "cache: cache\n")
+    (folder / "recipe.yaml").write_text(
+        RECIPE.replace("folder: photos", "folder: empty") + "cache: cache\n"
+    )
     make_photos(folder / "empty", n=2, seed=7)
-    done = headrace("cache", "export", "layer1.avg", "none.npy", "--recipe", "recipe.yaml", cwd=folder)
+    done = headrace(
+        "cache", "export", "layer1.avg", "none.npy", "--recipe", "recipe.yaml", cwd=folder
+    )
     assert done.returncode == 2
     assert "has no row of any of the 2 images" in done.stderr
     assert not (folder / "none.npy").exists()

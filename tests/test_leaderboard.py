@@ -1,4 +1,6 @@
-"""Ranking: the right direction, over whole heads only, with errors of the mean that are errors of the mean."""
+"""Ranking: the right direction, over whole heads only, with errors of the mean that are errors of
+the mean.
+"""
 
 import numpy as np
 import pandas as pd
@@ -17,7 +19,15 @@ def head(name, C, scores, metric="accuracy", errors=(), final=True):
     """One spec's rows: a fold each, and the head on all rows."""
     spec = spec_to_json(LogisticSpec(C=C))
     rows = [
-        {"inputs": (name,), "kind": "logistic", "spec": spec, "fold": fold, metric: score, "seconds": 1.0, "path": "p"}
+        {
+            "inputs": (name,),
+            "kind": "logistic",
+            "spec": spec,
+            "fold": fold,
+            metric: score,
+            "seconds": 1.0,
+            "path": "p",
+        }
         | {"error": "it broke" if fold in errors else None}
         for fold, score in enumerate(scores)
     ]
@@ -27,7 +37,9 @@ def head(name, C, scores, metric="accuracy", errors=(), final=True):
 
 
 def ranked(*heads, metric="accuracy", n_folds=2):
-    return rank_heads(pd.DataFrame([row for rows in heads for row in rows]), metric, WIDTHS, n_folds)
+    return rank_heads(
+        pd.DataFrame([row for rows in heads for row in rows]), metric, WIDTHS, n_folds
+    )
 
 
 def test_the_best_mean_wins_in_the_metric_s_own_direction():
@@ -36,7 +48,9 @@ def test_the_best_mean_wins_in_the_metric_s_own_direction():
     assert board["inputs"].tolist() == [("b.avg",), ("a.avg",)]
     assert board["accuracy"].tolist() == pytest.approx([0.9, 0.85])
     board = ranked(
-        head("a.avg", 1, [0.8, 0.9], "log_loss"), head("b.avg", 1, [0.9, 0.9], "log_loss"), metric="log_loss"
+        head("a.avg", 1, [0.8, 0.9], "log_loss"),
+        head("b.avg", 1, [0.9, 0.9], "log_loss"),
+        metric="log_loss",
     )
     assert board["inputs"].tolist() == [("a.avg",), ("b.avg",)]
 

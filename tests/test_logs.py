@@ -1,4 +1,6 @@
-"""A finished run in MLflow and TensorBoard: told whole, told once, and only where the library is there."""
+"""A finished run in MLflow and TensorBoard: told whole, told once, and only where the library is
+there.
+"""
 
 import importlib.util
 import warnings
@@ -33,7 +35,9 @@ def told(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_mlflow_is_told_once(told):
-    """The scores of the run, its files, the three best settings below it; a second telling changes nothing."""
+    """The scores of the run, its files, the three best settings below it; a second telling changes
+    nothing.
+    """
     from mlflow import MlflowClient
 
     folder, result = told
@@ -50,7 +54,10 @@ def test_mlflow_is_told_once(told):
     assert whole.data.metrics["test_accuracy"] == result.test.value
     assert whole.data.params["winner_kind"] == result.winner["kind"]
     assert {run.data.metrics["accuracy"] for run in below} == set(result.board["accuracy"].head(3))
-    assert {file.path for file in client.list_artifacts(whole.info.run_id)} == {"leaderboard.csv", "recipe.json"}
+    assert {file.path for file in client.list_artifacts(whole.info.run_id)} == {
+        "leaderboard.csv",
+        "recipe.json",
+    }
 
 
 @pytest.mark.filterwarnings("ignore")

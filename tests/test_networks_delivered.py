@@ -1,5 +1,7 @@
-"""Runs that a network has won, and one whose answer is an ensemble with a network in it: their report in a browser, their
-predictions, and what is exported of them where headrace is not installed."""
+"""Runs that a network has won, and one whose answer is an ensemble with a network in it: their
+report in a browser, their predictions, and what is exported of them where headrace is not
+installed.
+"""
 
 import dataclasses
 import json
@@ -26,7 +28,10 @@ from headrace.pipelines.deliver.network import NetworkMember
 from headrace.pipelines.evidence.ensemble import Member, build_ensemble
 from headrace.pipelines.report import write_report
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]  # three runs with networks, and their exports
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.usefixtures("one_thread"),
+]  # three runs with networks, and their exports
 
 RECIPE = (
     WEAK_HEAD_RECIPE
@@ -41,7 +46,9 @@ thaw:
 out: runs/{name}
 """
 )
-REUSE = "promote: 0\n  reuse: [{cut: layer3, inputs: [layer4.avg], hidden: [8], start: [pretrained]}]"
+REUSE = (
+    "promote: 0\n  reuse: [{cut: layer3, inputs: [layer4.avg], hidden: [8], start: [pretrained]}]"
+)
 RUNS = {
     "fine-tuned": {"epochs": 4, "networks": "depths: [layer3]", "rest": ""},
     "reused": {"epochs": 6, "networks": REUSE, "rest": ""},
@@ -50,7 +57,9 @@ RUNS = {
 
 
 def a_network_and_a_head(board, held, metric, section, **rest):
-    """The run's ensemble with its members given: on images this easy to tell, the network alone is the best."""
+    """The run's ensemble with its members given: on images this easy to tell, the network alone is
+    the best.
+    """
     found = build_ensemble(board, held, metric, section, **rest)
     network, head = (board[board["kind"] == kind].iloc[0] for kind in ("finetune", "logistic"))
     members = Member(0.4, 0.9, network, ("trained",)), Member(0.6, 0.3, head, ("frozen",))
@@ -87,7 +96,9 @@ def exported(run) -> Path:
 
 
 def test_the_answer_predicts_alike_everywhere(run, exported, root):
-    """By `headrace predict`, as safetensors, and as ONNX without headrace; the torch program was compared when it was made."""
+    """By `headrace predict`, as safetensors, and as ONNX without headrace; the torch program was
+    compared when it was made.
+    """
     model = load_model(run)
     assert any(isinstance(member, NetworkMember) for member in model.members)
     assert (len(model.members) > 1) == (run.name == "ensemble")
@@ -96,7 +107,13 @@ def test_the_answer_predicts_alike_everywhere(run, exported, root):
     assert np.ptp(expected[:, 0]) > 0.01
     np.testing.assert_allclose(run_alone(exported, paths, "onnx"), expected, atol=export.TOLERANCE)
     np.testing.assert_allclose(load_model(exported).predict_proba(paths), expected, atol=1e-6)
-    predict_table(model, list_images(paths).samples, exported.with_suffix(".csv"), "csv", console=Console(quiet=True))
+    predict_table(
+        model,
+        list_images(paths).samples,
+        exported.with_suffix(".csv"),
+        "csv",
+        console=Console(quiet=True),
+    )
     table = pd.read_csv(exported.with_suffix(".csv"))
     np.testing.assert_allclose(table[["p_coarse", "p_fine"]], expected, atol=1e-5)
 
@@ -125,7 +142,9 @@ def browser():
 
 
 def test_the_report_tells_of_the_network(run, browser):
-    """A page without an error, with what each network gained, and with the test score beside the name of what has it."""
+    """A page without an error, with what each network gained, and with the test score beside the
+    name of what has it.
+    """
     report = write_report(run, tables=True)
     page, said = browser.new_page(), []
     page.on("console", lambda message: said.append(message.text))
@@ -135,7 +154,9 @@ def test_the_report_tells_of_the_network(run, browser):
     assert said == []
     text = page.inner_text("body")
     page.set_viewport_size({"width": 360, "height": 900})
-    assert page.evaluate("document.documentElement.scrollWidth") <= 360, "nothing but tables scrolls sideways"
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360, (
+        "nothing but tables scrolls sideways"
+    )
     page.close()
     assert "of another version" not in text
     assert "1 of 1 networks kept" in text
@@ -144,7 +165,9 @@ def test_the_report_tells_of_the_network(run, browser):
     opening = json.loads((run / "test-openings.jsonl").read_text())
     counts = pd.read_csv(tables["confusion-test"]).iloc[:, 1:].to_numpy()
     assert counts.sum() == opening["result"]["images"]
-    assert np.trace(counts) / counts.sum() == pytest.approx(opening["result"]["metrics"]["accuracy"])
+    assert np.trace(counts) / counts.sum() == pytest.approx(
+        opening["result"]["metrics"]["accuracy"]
+    )
     scored = pd.read_csv(tables["metrics"]).set_index("metric")
     if run.name == "ensemble":
         about = json.loads((run / "ensemble" / "ensemble.json").read_text())

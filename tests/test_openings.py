@@ -80,7 +80,9 @@ def test_a_record_of_an_earlier_version_gets_its_seals_and_its_copy(tmp_path):
 
 
 def test_a_run_is_not_deceived_and_withdraws_what_is_true_no_more(tmp_path):
-    """A changed score, an emptied record; an ensemble whose run has none any more; a damaged winner."""
+    """A changed score, an emptied record; an ensemble whose run has none any more; a damaged
+    winner.
+    """
     make_photos(tmp_path / "photos", n=24)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE + "ensemble: {}\n")
@@ -107,8 +109,10 @@ def test_a_run_is_not_deceived_and_withdraws_what_is_true_no_more(tmp_path):
 
 
 def test_the_interval_is_over_groups_and_an_earlier_method_is_replaced(tmp_path):
-    """Photographs of one module count as one where all are right; a record with a percentile bootstrap's interval keeps its
-    score and its date, and is given the interval of this version, without another opening."""
+    """Photographs of one module count as one where all are right; a record with a percentile
+    bootstrap's interval keeps its score and its date, and is given the interval of this version,
+    without another opening.
+    """
     make_photos(tmp_path / "photos", n=24)
     rows = [(path, path.parent.name) for path in sorted((tmp_path / "photos").rglob("*.*"))]
     table = pd.DataFrame(rows, columns=["path", "label"])
@@ -125,7 +129,9 @@ def test_the_interval_is_over_groups_and_an_earlier_method_is_replaced(tmp_path)
     right = np.arange(first.test.images) < round(first.test.value * first.test.images)
     assert first.test.high - first.test.low > np.diff(proportion_interval(right))
     old = {key: value for key, value in opening.items() if key != "interval"}
-    old["result"] = {key: value for key, value in opening["result"].items() if key != "groups"} | {"low": 1.0}
+    old["result"] = {key: value for key, value in opening["result"].items() if key != "groups"} | {
+        "low": 1.0
+    }
     _write_openings(first.paths.openings, [old | {"opened": "long ago"}])
     again = run_here(recipe)
     assert again.test == first.test

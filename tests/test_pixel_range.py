@@ -1,5 +1,7 @@
-"""Black and white come from a file's format, its depth or `pixel_range`, never from the values of one image; and no small
-image asks for much memory. Decoding, the exported preprocessing, extraction, prediction and the report agree on it."""
+"""Black and white come from a file's format, its depth or `pixel_range`, never from the values of
+one image; and no small image asks for much memory. Decoding, the exported preprocessing,
+extraction, prediction and the report agree on it.
+"""
 
 import dataclasses
 import io
@@ -22,7 +24,14 @@ from PIL import Image
 from pixel_cases import KINDS, Kind, Range, encoded, png, pnm, tiff
 from rich.console import Console
 
-from headrace.extract import BackboneError, BackboneSpec, Preprocessing, Sample, hash_bytes, load_backbone
+from headrace.extract import (
+    BackboneError,
+    BackboneSpec,
+    Preprocessing,
+    Sample,
+    hash_bytes,
+    load_backbone,
+)
 from headrace.extract import decode as decode_module
 from headrace.extract.decode import Rendering, decoded_batches
 from headrace.extract.errors import ImageError
@@ -42,7 +51,9 @@ from headrace.pipelines.prepare import backbone_spec
 from headrace.pipelines.report.thumbnails import Thumbnails
 
 CURE = r"no range of their own.*images\.pixel_range: \[0, 1\].*pixel_range=\(0, 1\)"
-RANGES = st.none() | st.tuples(st.floats(-1e5, 1e5), st.floats(1e-3, 1e5)).map(lambda pair: (pair[0], sum(pair)))
+RANGES = st.none() | st.tuples(st.floats(-1e5, 1e5), st.floats(1e-3, 1e5)).map(
+    lambda pair: (pair[0], sum(pair))
+)
 KIND = st.sampled_from(sorted(KINDS))
 SEED = st.integers(0, 2**32 - 1)
 
@@ -52,7 +63,9 @@ def rgb(image: Image.Image) -> np.ndarray:
 
 
 def expected_pixels(kind: Kind, values: np.ndarray, pixel_range: Range | None) -> np.ndarray | None:
-    """(H, W, 3) by what the formats say, written without a look at the decoder; None where nobody can know."""
+    """(H, W, 3) by what the formats say, written without a look at the decoder; None where nobody
+    can know.
+    """
     shown = pixel_range if kind.reaches and pixel_range is not None else kind.own
     if shown is None:
         return None
@@ -66,7 +79,8 @@ def expected_pixels(kind: Kind, values: np.ndarray, pixel_range: Range | None) -
     if kind.inverted:
         colours = 255 - colours
     if has_alpha:
-        # In a PNG and a TIFF alpha has the file's depth; in an array it is a number like the others.
+        # In a PNG and a TIFF alpha has the file's depth; in an array it is a number like the
+        # others.
         alpha = scaled(stacked[:, :, -1:], shown if kind.build is array_bytes else kind.own) / 255
         colours = colours * alpha + 255 * (1 - alpha)
     return np.broadcast_to(colours, (*colours.shape[:2], 3))
@@ -78,7 +92,10 @@ def expected_pixels(kind: Kind, values: np.ndarray, pixel_range: Range | None) -
 def test_every_kind_of_file_is_scaled_by_its_format_or_the_range(
     name: str, seed: int, pixel_range: Range | None
 ) -> None:
-    """Whatever the values: 8 bits by themselves, 16 bits and PGM by depth and header, everything else when it is said."""
+    """Whatever the values:
+
+    8 bits by themselves, 16 bits and PGM by depth and header, everything else when it is said.
+    """
     kind = KINDS[name]
     values = kind.draw(seed, width=6)
     expected = expected_pixels(kind, values, pixel_range)
@@ -87,16 +104,24 @@ def test_every_kind_of_file_is_scaled_by_its_format_or_the_range(
             decode_image(kind.build(values), pixel_range)
         return
     off = np.abs(rgb(decode_image(kind.build(values), pixel_range)) - expected)
-    assert off.max() <= (2 if kind.channels in (2, 4) else 0.5 if kind.own is None or pixel_range else 0), off.max()
+    assert off.max() <= (
+        2 if kind.channels in (2, 4) else 0.5 if kind.own is None or pixel_range else 0
+    ), off.max()
 
 
 @settings(max_examples=200, deadline=None)
 @given(name=KIND, seed=SEED, pixel_range=RANGES)
-def test_a_pixel_does_not_depend_on_its_neighbours(name: str, seed: int, pixel_range: Range | None) -> None:
-    """Of a picture and of a part of it each value is the same: no image is scaled by what it happens to hold."""
+def test_a_pixel_does_not_depend_on_its_neighbours(
+    name: str, seed: int, pixel_range: Range | None
+) -> None:
+    """Of a picture and of a part of it each value is the same: no image is scaled by what it
+    happens to hold.
+    """
     kind = KINDS[name]
     values = kind.draw(seed, height=8, width=6)
-    dark = values[np.argsort(values.reshape(8, -1).max(1))[:3]]  # the rows that know nothing of the bright ones
+    dark = values[
+        np.argsort(values.reshape(8, -1).max(1))[:3]
+    ]  # the rows that know nothing of the bright ones
     try:
         whole = rgb(decode_image(kind.build(values), pixel_range))
     except ImageError:
@@ -104,12 +129,16 @@ def test_a_pixel_does_not_depend_on_its_neighbours(name: str, seed: int, pixel_r
             decode_image(kind.build(dark), pixel_range)
         return
     assert np.array_equal(
-        rgb(decode_image(kind.build(dark), pixel_range)), whole[np.argsort(values.reshape(8, -1).max(1))[:3]]
+        rgb(decode_image(kind.build(dark), pixel_range)),
+        whole[np.argsort(values.reshape(8, -1).max(1))[:3]],
     )
 
 
 def test_the_same_picture_is_the_same_in_every_format() -> None:
-    """4,096 shades of a 12-bit camera: PGM by its header, 12-bit TIFF by its depth, all others with [0, 4095]."""
+    """4,096 shades of a 12-bit camera:
+
+    PGM by its header, 12-bit TIFF by its depth, all others with [0, 4095].
+    """
     shades = np.arange(4096, dtype=np.uint16).reshape(32, 128)
     expected = np.rint(shades / 4095 * 255).astype(np.uint8)
     three = np.repeat(shades[:, :, None], 3, axis=2)
@@ -132,10 +161,14 @@ def test_the_same_picture_is_the_same_in_every_format() -> None:
         (array_bytes(shades / 4095), (0, 1)),
     ):
         found = rgb(decode_image(data, pixel_range))
-        assert np.array_equal(found, np.repeat(expected[:, :, None], 3, axis=2)), (data[:12], pixel_range)
+        assert np.array_equal(found, np.repeat(expected[:, :, None], 3, axis=2)), (
+            data[:12],
+            pixel_range,
+        )
 
 
-# What people reported of other programs: where, what went wrong there, the file, the range, and the pixels that are right.
+# What people reported of other programs: where, what went wrong there, the file, the range, and the
+# pixels that are right.
 RAMP16 = np.array([[0, 128 * 257, 65535]], np.uint16)
 RGB16 = np.array([[[0, 300, 65535], [10, 20, 30]]], np.uint16)
 STRANGERS = {
@@ -182,7 +215,9 @@ STRANGERS = {
 
 @pytest.mark.parametrize("report", STRANGERS)
 def test_what_strangers_reported(report: str) -> None:
-    """Each input that went wrong in another program is read as its file means it, or refused with what to do."""
+    """Each input that went wrong in another program is read as its file means it, or refused with
+    what to do.
+    """
     data, pixel_range, expected = STRANGERS[report]
     if isinstance(expected, str):
         with pytest.raises(ImageError, match=expected):
@@ -192,7 +227,9 @@ def test_what_strangers_reported(report: str) -> None:
 
 
 def test_colours_that_pillow_reduces_are_refused_when_their_range_is_said() -> None:
-    """Inks, colours multiplied with alpha, planes within libtiff: without a range by their depth, with one not at all."""
+    """Inks, colours multiplied with alpha, planes within libtiff: without a range by their depth,
+    with one not at all.
+    """
     four = np.full((2, 3, 4), 65535, np.uint16)
     for data in (
         tiff(four, photometric=5),
@@ -205,7 +242,12 @@ def test_colours_that_pillow_reduces_are_refused_when_their_range_is_said() -> N
             decode_image(data, (0, 4095))
     with pytest.raises(ImageError, match="Save it interleaved"):
         decode_image(tiff(four, photometric=5, planes=True))
-    assert decode_image(encoded(Image.fromarray(four[:, :, 0] > 0).convert("L"), "JPEG2000"), (0, 4095)).mode == "L"
+    assert (
+        decode_image(
+            encoded(Image.fromarray(four[:, :, 0] > 0).convert("L"), "JPEG2000"), (0, 4095)
+        ).mode
+        == "L"
+    )
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -269,11 +311,16 @@ def exported(how: Preprocessing) -> dict[str, object]:
     return namespace
 
 
-def made_by(path: Path, data: bytes, how: Preprocessing, namespace: dict[str, object]) -> list[object]:
+def made_by(
+    path: Path, data: bytes, how: Preprocessing, namespace: dict[str, object]
+) -> list[object]:
     """What headrace and the exported file make of one image: pixels, or the reason why not."""
     path.write_bytes(data)
     outcomes: list[object] = []
-    for make in (lambda: render(decode_image(data, how.pixel_range), how), lambda: namespace["load"](path)):
+    for make in (
+        lambda: render(decode_image(data, how.pixel_range), how),
+        lambda: namespace["load"](path),
+    ):
         try:
             outcomes.append(np.asarray(make()).tolist())
         except (ImageError, namespace["ImageError"]) as error:  # type: ignore[misc]
@@ -292,11 +339,18 @@ def any_file(draw: st.DrawFn) -> bytes:
         kind = KINDS[draw(KIND)]
         data = kind.build(kind.draw(seed, draw(st.integers(1, 40)), draw(st.integers(6, 40))))
     else:
-        mode, form = draw(st.sampled_from(MODES)), draw(st.sampled_from(["PNG", "TIFF", "PPM", "WEBP", "GIF", "JPEG"]))
+        mode, form = (
+            draw(st.sampled_from(MODES)),
+            draw(st.sampled_from(["PNG", "TIFF", "PPM", "WEBP", "GIF", "JPEG"])),
+        )
         size = draw(st.integers(1, 40)), draw(st.integers(1, 40))
         noise = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)
         picture = Image.fromarray(noise if mode in ("P", "RGB", "CMYK", "RGBA") else noise[:, :, 0])
-        options = {"transparency": 7} if draw(st.booleans()) and form == "PNG" and mode in ("1", "L", "P") else {}
+        options = (
+            {"transparency": 7}
+            if draw(st.booleans()) and form == "PNG" and mode in ("1", "L", "P")
+            else {}
+        )
         try:
             data = encoded(picture.convert(mode), form, **options)
         except (OSError, ValueError):  # not every format has every mode
@@ -314,7 +368,9 @@ def test_the_exported_file_makes_the_same_pixels_and_refuses_the_same(
     tmp_path_factory: pytest.TempPathFactory, data: bytes, mode: str, pixel_range: Range | None
 ) -> None:
     """To the last bit and the last word."""
-    how = Preprocessing((12, 12), (11, 9), mode, "bicubic", (0.4, 0.5, 0.6), (0.2, 0.2, 0.2), pixel_range)
+    how = Preprocessing(
+        (12, 12), (11, 9), mode, "bicubic", (0.4, 0.5, 0.6), (0.2, 0.2, 0.2), pixel_range
+    )
     path = tmp_path_factory.getbasetemp() / "exported-case"
     ours, theirs = made_by(path, data, how, exported(how))
     assert ours == theirs
@@ -336,7 +392,16 @@ def test_the_exported_file_needs_pillow_and_numpy_alone(tmp_path: Path) -> None:
 
 # Bounded work
 
-LINES = ((40_000, 1), (1, 40_000), (2**20, 1), (1, 2**20), (80_000_000, 1), (250, 1), (1, 250), (20_000, 1000))
+LINES = (
+    (40_000, 1),
+    (1, 40_000),
+    (2**20, 1),
+    (1, 2**20),
+    (80_000_000, 1),
+    (250, 1),
+    (1, 250),
+    (20_000, 1000),
+)
 DECODE = """
 import resource, sys, time
 from pathlib import Path
@@ -369,7 +434,9 @@ def lines(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("mode", ["shortest", "squash", "border"])
 def test_no_line_of_pixels_asks_for_much_memory(lines: Path, mode: str) -> None:
-    """They are refused where resizing would take gigabytes, with both sizes; nothing takes half a gigabyte."""
+    """They are refused where resizing would take gigabytes, with both sizes; nothing takes half a
+    gigabyte.
+    """
     command = [sys.executable, "-c", DECODE, mode]
     done = subprocess.run(command, cwd=lines, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -385,9 +452,15 @@ def test_no_line_of_pixels_asks_for_much_memory(lines: Path, mode: str) -> None:
 
 
 def test_panoramas_are_used() -> None:
-    """Up to 250 : 1 at 256 pixels, 60 : 1 at 1024, and 5 : 1 at 4096, which is the largest input that a recipe may ask for."""
+    """Up to 250 :
+
+    1 at 256 pixels, 60 : 1 at 1024, and 5 : 1 at 4096, which is the largest input that a recipe may
+    ask for.
+    """
     for size, edge in (((25_000, 100), 256), ((6000, 100), 1024), ((1000, 200), 4096)):
-        how = Preprocessing((edge, edge), (edge, edge), "shortest", "nearest", (0.5,) * 3, (0.5,) * 3)
+        how = Preprocessing(
+            (edge, edge), (edge, edge), "shortest", "nearest", (0.5,) * 3, (0.5,) * 3
+        )
         assert edge * edge * max(size) / min(size) <= MAX_PIXELS
         assert render(Image.new("L", size), how).shape == (edge, edge, 3)
 
@@ -399,7 +472,9 @@ HOW = Preprocessing((8, 8), (8, 8), "squash", "bilinear", (0.5,) * 3, (0.5,) * 3
 
 def test_the_range_is_part_of_every_fingerprint() -> None:
     """Another range is another feature set; the same one is the same however it is written."""
-    texts = {dataclasses.replace(HOW, pixel_range=ends).to_json() for ends in (None, (0, 1), (0, 4095))}
+    texts = {
+        dataclasses.replace(HOW, pixel_range=ends).to_json() for ends in (None, (0, 1), (0, 4095))
+    }
     assert len(texts) == 3
     assert (
         dataclasses.replace(HOW, pixel_range=(0, 1)).to_json()
@@ -409,10 +484,14 @@ def test_the_range_is_part_of_every_fingerprint() -> None:
     assert pixels_of(HOW) != pixels_of(dataclasses.replace(HOW, pixel_range=(0, 1)))
     spec = BackboneSpec("timm:test_resnet", "random:0", pixel_range=(0, 4095))
     assert load_backbone(spec).preprocessing.pixel_range == (0, 4095)
-    assert load_backbone(dataclasses.replace(spec, pixel_range=None)).preprocessing.pixel_range is None
+    assert (
+        load_backbone(dataclasses.replace(spec, pixel_range=None)).preprocessing.pixel_range is None
+    )
 
 
-@pytest.mark.parametrize("ends", [(1, 0), (0, 0), (0, np.inf), (np.nan, 1), (-1e308, 1e308), (0,), "ab", 255])
+@pytest.mark.parametrize(
+    "ends", [(1, 0), (0, 0), (0, np.inf), (np.nan, 1), (-1e308, 1e308), (0,), "ab", 255]
+)
 def test_what_is_no_range(ends: object) -> None:
     """Refused before a network is built, with what was found."""
     with pytest.raises(BackboneError, match=r"pixel_range is .*expected"):
@@ -421,7 +500,9 @@ def test_what_is_no_range(ends: object) -> None:
         dataclasses.replace(HOW, pixel_range=ends)
 
 
-def test_an_image_is_decoded_once_for_each_range(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_is_decoded_once_for_each_range(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two networks with one range share the pixels, a third has its own."""
     (tmp_path / "a.png").write_bytes(png(np.full((8, 8), 4095, np.uint16), 16, 0))
     asked: list[Range | None] = []
@@ -432,7 +513,9 @@ def test_an_image_is_decoded_once_for_each_range(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(decode_module, "decode_image", counting)
     ranges = (None, (0, 4095), None, (0, 4095))
-    renderings = [Rendering(dataclasses.replace(HOW, pixel_range=ends), 0, Augmentation()) for ends in ranges]
+    renderings = [
+        Rendering(dataclasses.replace(HOW, pixel_range=ends), 0, Augmentation()) for ends in ranges
+    ]
     with ThreadPoolExecutor(1) as pool:
         sample = Sample("a", str(tmp_path / "a.png"), "")
         (batch,) = decoded_batches(pool, [sample], renderings, batch_size=1)
@@ -454,7 +537,9 @@ compute: {{workers: 1}}
 
 @pytest.fixture(scope="module")
 def frames(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """12-bit camera frames in 16-bit PNG files, bright and dark, whose pictures are alike; and runs with and without range."""
+    """12-bit camera frames in 16-bit PNG files, bright and dark, whose pictures are alike; and runs
+    with and without range.
+    """
     folder = tmp_path_factory.mktemp("frames")
     rng = np.random.default_rng(0)
     for number in range(24):
@@ -480,7 +565,9 @@ def plain(frames: Path) -> object:
     return load_model(frames / "headrace-runs" / "plain")
 
 
-def test_a_recipe_says_the_range_and_the_model_keeps_it(frames: Path, camera: object, plain: object) -> None:
+def test_a_recipe_says_the_range_and_the_model_keeps_it(
+    frames: Path, camera: object, plain: object
+) -> None:
     """From images.pixel_range to the backbone, its fingerprint, and the model that predicts."""
     recipe = load_recipe(frames / "camera.yaml")
     assert backbone_spec(recipe.backbones[0], recipe).pixel_range == (0, 4095)
@@ -503,7 +590,9 @@ def test_a_recipe_with_no_range_is_refused(tmp_path: Path, ends: str) -> None:
 
 
 def test_the_report_shows_what_the_network_saw(frames: Path, tmp_path: Path) -> None:
-    """Thumbnails and signatures have the run's range, and signatures of another range are not taken for these."""
+    """Thumbnails and signatures have the run's range, and signatures of another range are not taken
+    for these.
+    """
     path = next((frames / "frames" / "light").glob("*.png"))
     data = path.read_bytes()
     content = hash_bytes(data)
@@ -519,7 +608,9 @@ def test_the_report_shows_what_the_network_saw(frames: Path, tmp_path: Path) -> 
 def test_everything_in_memory_is_the_image_that_it_is_in_a_file(
     frames: Path, camera: object, plain: object, tmp_path: Path
 ) -> None:
-    """Paths, Pillow images, arrays and tensors, in any mixture and order of axes: the same picture, the same prediction."""
+    """Paths, Pillow images, arrays and tensors, in any mixture and order of axes: the same picture,
+    the same prediction.
+    """
     path = sorted((frames / "frames").rglob("*.png"))[0]
     odd = tmp_path / "x::tar:0:9:a.png"  # a name that reads like a place in an archive
     odd.write_bytes(path.read_bytes())
@@ -541,7 +632,9 @@ def test_everything_in_memory_is_the_image_that_it_is_in_a_file(
             np.repeat(floats[:, :, None], 3, axis=2),
             np.repeat(floats[None], 3, axis=0),
         ]
-        np.testing.assert_allclose(model.predict_proba(mixture), np.tile(expected, (len(mixture), 1)), atol=2e-3)
+        np.testing.assert_allclose(
+            model.predict_proba(mixture), np.tile(expected, (len(mixture), 1)), atol=2e-3
+        )
         for many in (
             np.stack([values, values]),
             np.stack([values, values])[:, :, :, None],
@@ -556,7 +649,9 @@ def test_everything_in_memory_is_the_image_that_it_is_in_a_file(
 
 
 def test_an_open_pillow_image_is_its_file(plain: object, tmp_path: Path) -> None:
-    """Pillow's own pixels of a PGM have lost what is white; of an image that is not read yet the file is asked."""
+    """Pillow's own pixels of a PGM have lost what is white; of an image that is not read yet the
+    file is asked.
+    """
     for name, data in (
         ("a.pgm", pnm(np.full((9, 9), 30), "P5", 30)),
         ("a.tif", tiff(np.zeros((9, 9), np.uint16), photometric=0)),
@@ -580,9 +675,15 @@ BLANK = np.zeros((32, 32, 3))
         (torch.full((3, 32, 32), 255.0), r"float32 values from 255 to 255; expected 0 to 1"),
         ([np.full((8, 8), np.nan)], "NaN"),
         ([np.zeros((8, 8), np.int64)], CURE),
-        (np.zeros((3, 32, 3), np.uint8), r"3 channels and 3 x 32 pixels.*3 channels and 32 x 3 pixels"),
+        (
+            np.zeros((3, 32, 3), np.uint8),
+            r"3 channels and 3 x 32 pixels.*3 channels and 32 x 3 pixels",
+        ),
         (torch.zeros(3, 32, 3), r"3 channels and 3 x 32 pixels.*3 channels and 32 x 3 pixels"),
-        ([np.zeros((4, 32, 3), np.uint8)], r"image 0: .*3 channels and 4 x 32 pixels.*4 channels and 32 x 3 pixels"),
+        (
+            [np.zeros((4, 32, 3), np.uint8)],
+            r"image 0: .*3 channels and 4 x 32 pixels.*4 channels and 32 x 3 pixels",
+        ),
         (np.zeros((2, 3, 32, 3), np.uint8), r"a batch of shape \(2, 3, 32, 3\)"),
         (np.zeros((3, 32, 32), np.uint8), r"one image of 3 channels .* or 3 grey images"),
         (np.zeros((4, 32, 32), np.uint8), r"one image of 4 channels .* or 4 grey images"),
@@ -594,20 +695,28 @@ BLANK = np.zeros((32, 32, 3))
         ([{"path": "a.png"}], "image 0: an image is given as dict"),
     ],
 )
-def test_what_could_mean_two_things_is_refused_with_both(plain: object, given: object, reason: str) -> None:
+def test_what_could_mean_two_things_is_refused_with_both(
+    plain: object, given: object, reason: str
+) -> None:
     """Never guessed by size or by values."""
     with pytest.raises(ImageUnusable, match=f"(?s){reason}"):
         plain.predict_proba(given)
 
 
 def test_floats_may_be_rounded_beyond_their_range(plain: object) -> None:
-    """What is rounded to black or to white in any case: a resize in float32 goes a little beyond."""
+    """What is rounded to black or to white in any case: a resize in float32 goes a
+    little beyond.
+    """
     near = plain.predict_proba([BLANK + 1.0001, BLANK - 0.0001])
     assert np.array_equal(near, plain.predict_proba([BLANK + 1.0, BLANK]))
 
 
-def test_a_failed_image_has_its_reason(frames: Path, plain: object, camera: object, tmp_path: Path) -> None:
-    """A float TIFF and a line of pixels among others: their rows say why, in a moment, and the others are predicted."""
+def test_a_failed_image_has_its_reason(
+    frames: Path, plain: object, camera: object, tmp_path: Path
+) -> None:
+    """A float TIFF and a line of pixels among others: their rows say why, in a moment, and the
+    others are predicted.
+    """
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "a.tif").write_bytes(tiff(np.full((32, 32), 4095, np.float32)))
     Image.new("L", (2**20, 1)).save(tmp_path / "new" / "b.png")
@@ -617,7 +726,9 @@ def test_a_failed_image_has_its_reason(frames: Path, plain: object, camera: obje
     started = time.perf_counter()
     errors = {}
     for name, model in (("plain", plain), ("camera", camera)):
-        bulk.predict_table(model, images, tmp_path / f"{name}.csv", "csv", console=Console(quiet=True))
+        bulk.predict_table(
+            model, images, tmp_path / f"{name}.csv", "csv", console=Console(quiet=True)
+        )
         table = pd.read_csv(tmp_path / f"{name}.csv")
         errors[name] = table["error"].fillna("").tolist()
     assert time.perf_counter() - started < 30

@@ -1,4 +1,6 @@
-"""The images that predict is given: each row of the predictions is one image's, also where two sources use one name."""
+"""The images that predict is given: each row of the predictions is one image's, also where two
+sources use one name.
+"""
 
 from pathlib import Path
 
@@ -15,12 +17,19 @@ def write(path: Path, text: str) -> Path:
 
 
 def test_two_tables_that_count_their_rows(tmp_path):
-    """Names that stand for two images have the table's path before them; others stay as they are."""
+    """Names that stand for two images have the table's path before them; others stay as
+    they are.
+    """
     first = write(tmp_path / "a.csv", "id,path\n1,x.png\n2,y.png\n")
     second = write(tmp_path / "b.csv", "id,path\n1,z.png\n3,w.png\n")
     listing = list_images([first, second])
     assert listing.samples["file"].tolist() == [f"{first}/1", "2", f"{second}/1", "3"]
-    assert [Path(path).name for path in listing.samples["path"]] == ["x.png", "y.png", "z.png", "w.png"]
+    assert [Path(path).name for path in listing.samples["path"]] == [
+        "x.png",
+        "y.png",
+        "z.png",
+        "w.png",
+    ]
     assert listing.found == 4
 
 
@@ -31,5 +40,7 @@ def test_the_same_image_twice_has_one_name(tmp_path):
 
 
 def test_what_is_no_source_is_named(tmp_path):
-    with pytest.raises(SourceError, match=r"nothing: no such file or folder. Give a folder of images, a table"):
+    with pytest.raises(
+        SourceError, match=r"nothing: no such file or folder. Give a folder of images, a table"
+    ):
         list_images([tmp_path / "nothing"])

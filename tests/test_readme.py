@@ -1,4 +1,6 @@
-"""The README does what it says: its commands, its recipe and its Python run as written, and its tree is the tree."""
+"""The README does what it says: its commands, its recipe and its Python run as written, and its
+tree is the tree.
+"""
 
 import os
 import re
@@ -16,7 +18,12 @@ from headrace.pipelines.cli import app
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-PAGES = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "ARCHITECTURE.md",
+    ROOT / "CHANGELOG.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 
 
 def blocks(language):
@@ -42,7 +49,12 @@ def test_the_two_commands_are_words_of_the_makefile():
 @pytest.mark.slow
 def test_its_commands_run_as_written(folder):
     """init, a dry run that writes nothing, and the run; then the recipe that the README shows."""
-    commands = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("headrace ")]
+    commands = [
+        line
+        for block in blocks("sh")
+        for line in block.splitlines()
+        if line.startswith("headrace ")
+    ]
     assert [command.split()[1] for command in commands] == ["init", "run", "run", "report"]
     for command in commands:
         done = headrace(*shlex.split(command, comments=True)[1:], cwd=folder)
@@ -61,13 +73,17 @@ def test_its_python_runs_as_written(folder):
     for number, block in enumerate(blocks("python")):
         script = folder / f"block{number}.py"
         script.write_text(block)
-        done = subprocess.run([sys.executable, script], cwd=folder, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(
+            [sys.executable, script], cwd=folder, capture_output=True, text=True, timeout=300
+        )
         assert done.returncode == 0, f"{block}\n{done.stdout}{done.stderr}"
         assert done.stdout
 
 
 def test_its_tree_is_the_tree():
-    """The folders are those on disk, and each module begins with what it is for, as the README says."""
+    """The folders are those on disk, and each module begins with what it is for, as the README
+    says.
+    """
     tree = README.split("## The tree")[1]
     packages = re.findall(r"^([a-z]+)/ ", tree, re.M)
     assert packages == ["extract", "cache", "heads", "pipelines"]
@@ -97,16 +113,19 @@ def test_every_command_and_option_has_help():
     def walk(command, name):
         assert command.help, name
         for parameter in command.params:
-            assert getattr(parameter, "help", None) or parameter.name in ("install_completion", "show_completion"), (
-                f"{name} {parameter.name}"
-            )
+            assert getattr(parameter, "help", None) or parameter.name in (
+                "install_completion",
+                "show_completion",
+            ), f"{name} {parameter.name}"
         for child, sub in getattr(command, "commands", {}).items():
             walk(sub, f"{name} {child}")
 
     walk(get_command(app), "headrace")
 
 
-@pytest.mark.parametrize("recipe", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "recipe", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.name
+)
 def test_every_example_recipe_is_valid(recipe):
     """Every key of every example is one that headrace knows."""
     load_recipe(recipe)
@@ -114,7 +133,11 @@ def test_every_example_recipe_is_valid(recipe):
 
 def test_the_shell_completes_commands():
     """What `headrace --install-completion` puts into the shell asks the program, and it answers."""
-    environment = os.environ | {"_HEADRACE_COMPLETE": "complete_bash", "COMP_WORDS": "headrace pre", "COMP_CWORD": "1"}
+    environment = os.environ | {
+        "_HEADRACE_COMPLETE": "complete_bash",
+        "COMP_WORDS": "headrace pre",
+        "COMP_CWORD": "1",
+    }
     headrace = Path(sys.executable).with_name("headrace")
     done = subprocess.run([headrace], env=environment, capture_output=True, text=True, timeout=120)
     assert done.stdout.split() == ["predict"]

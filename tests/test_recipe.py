@@ -48,11 +48,21 @@ def test_relative_paths_start_from_the_recipe(tmp_path):
         ("    C: [1e-3, 1]", "    C: [1e-3, 1]\n    inputs: some", 10, "heads.logistic.inputs"),
         ("  folder: photos", "  folder: photos\n  table: t.csv", 1, "exactly one of `folder`"),
         ("heads:", "heads: 3\nx:", 7, "heads"),
-        ("    taps:", "    views: flip\n    taps:", 6, "or dihedral (quarter turns too) (found 'flip')"),
+        (
+            "    taps:",
+            "    views: flip\n    taps:",
+            6,
+            "or dihedral (quarter turns too) (found 'flip')",
+        ),
         ("    taps:", "    views: 65\n    taps:", 6, "from 1 to 64"),
         ("backbones:", "storage: float8\nbackbones:", 3, "found 'float8'"),
         ("  folder: photos", "  folder: photos\n  folder: other", 3, "stands already in line 2"),
-        ("  - name: torchvision:resnet18\n", "  - weights_match: order\n", 4, "'backbones.0.name' is missing"),
+        (
+            "  - name: torchvision:resnet18\n",
+            "  - weights_match: order\n",
+            4,
+            "'backbones.0.name' is missing",
+        ),
     ],
 )
 def test_a_wrong_key_or_value_names_file_line_and_nearest_key(tmp_path, old, new, line, said):
@@ -118,7 +128,9 @@ def test_two_backbones_of_one_name_need_an_alias(tmp_path):
     ],
 )
 def test_what_yaml_can_say_and_a_recipe_cannot(tmp_path, old, new, line, said):
-    """Tags, dates that do not exist, anchors inside themselves, keys that are lists: one line each."""
+    """Tags, dates that do not exist, anchors inside themselves, keys that are lists:
+    one line each.
+    """
     path = write(tmp_path, GOOD.replace(old, new))
     with pytest.raises(RecipeError) as refusal:
         load_recipe(path)
@@ -135,7 +147,10 @@ def _merges(levels):
 
 BOMBS = {
     "merge keys of merge keys": (_merges(40) + GOOD, "line 2: merge keys"),
-    "twenty thousand unknown keys": (GOOD + "".join(f"key{i}: 1\n" for i in range(20_000)), "and 19,980 more"),
+    "twenty thousand unknown keys": (
+        GOOD + "".join(f"key{i}: 1\n" for i in range(20_000)),
+        "and 19,980 more",
+    ),
     "a list a thousand deep": (GOOD + "x: " + "[" * 1000 + "]" * 1000, "too deep"),
     "a number of 200,000 digits": (GOOD + "x: " + "1" * 200_000, "a number of 200,000 characters"),
     "a number to the base of sixty": (GOOD + "x: 1" + ":1" * 100_000, "a number of"),
@@ -164,7 +179,9 @@ def test_a_recipe_that_would_fill_time_or_memory_is_told_so(tmp_path, name):
 
 
 def test_anchors_are_looked_at_once(tmp_path):
-    """An anchor used twice is fine; thirty lists of two anchors each are not followed a billion times."""
+    """An anchor used twice is fine; thirty lists of two anchors each are not followed a billion
+    times.
+    """
     shared = GOOD.replace("C: [1e-3, 1]", "C: &c [1e-3, 1]\n  ridge:\n    alpha: *c")
     assert load_recipe(write(tmp_path, shared)).heads.ridge.alpha == (1e-3, 1.0)
     with pytest.raises(RecipeError, match="unknown key 'a0'"):
@@ -175,7 +192,8 @@ def test_anchors_are_looked_at_once(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("old", "new"), [("[1e-3, 1]", "[-1]"), ("taps: [layer1.avg, layer4.avg]", "taps: []"), ("[1e-3, 1]", "[]")]
+    ("old", "new"),
+    [("[1e-3, 1]", "[-1]"), ("taps: [layer1.avg, layer4.avg]", "taps: []"), ("[1e-3, 1]", "[]")],
 )
 def test_a_refused_item_does_not_make_its_list_too_short(tmp_path, old, new):
     """No line about a list whose items are the trouble."""
@@ -220,13 +238,18 @@ def test_a_list_of_one_target_is_fine(tmp_path):
 
 
 def test_numbers_are_predicted_by_heads_that_can(tmp_path):
-    """Where no heads are named, a regression gets ridge and MLP heads; named heads are left as they are."""
+    """Where no heads are named, a regression gets ridge and MLP heads; named heads are left as they
+    are.
+    """
     unnamed = GOOD[: GOOD.index("heads:")]
     heads = load_recipe(write(tmp_path, unnamed + "task: {target: age, kind: regression}\n")).heads
     assert (heads.ridge is not None, heads.mlp is not None, heads.logistic) == (True, True, None)
     assert load_recipe(write(tmp_path, unnamed)).heads.logistic is not None
     named = load_recipe(write(tmp_path, GOOD + "task: {target: age, kind: regression}\n")).heads
-    assert (named.ridge, named.logistic is not None) == (None, True)  # refused by the run, with what to type
+    assert (named.ridge, named.logistic is not None) == (
+        None,
+        True,
+    )  # refused by the run, with what to type
 
 
 def test_one_default_of_weight_decay_wherever_a_network_is_asked_for():

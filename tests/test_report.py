@@ -1,4 +1,6 @@
-"""The report of a run: what its sections say is so, what it may not show, and what it does when things are gone."""
+"""The report of a run: what its sections say is so, what it may not show, and what it does when
+things are gone.
+"""
 
 import json
 import re
@@ -17,13 +19,19 @@ from headrace.pipelines.records import read_record, write_record
 from headrace.pipelines.report import read_run, write_report
 from headrace.pipelines.report.blocks import Column, Headline, Section, Table, plain
 from headrace.pipelines.report.evidence import advice, choice, ensemble, expected_text
-from headrace.pipelines.report.label_errors import confident_classes, likely_errors_by_label, likely_label_errors
+from headrace.pipelines.report.label_errors import (
+    confident_classes,
+    likely_errors_by_label,
+    likely_label_errors,
+)
 from headrace.pipelines.report.page import cell, render
 
 
 @pytest.fixture(scope="module")
 def folder(hostile_run):
-    """The data, and a finished run of them with its report and tables. The tests leave it as it is."""
+    """The data, and a finished run of them with its report and tables. The tests leave
+    it as it is.
+    """
     write_report(hostile_run / "single.yaml", tables=True)
     return hostile_run
 
@@ -84,10 +92,14 @@ def test_the_confusion_matrix_counts_every_held_out_row(folder):
 
 
 def test_flipped_labels_are_found(folder):
-    """Whoever is held out in some fold and carries the other class's label is on the list of likely label errors."""
+    """Whoever is held out in some fold and carries the other class's label is on the list of likely
+    label errors.
+    """
     run = read_run(folder / "runs" / "single")
     labels = pd.read_csv(folder / "labels.csv")
-    flipped = set(labels["id"][~labels["id"].str.startswith("copy")].iloc[:FLIPPED]) & set(run.bank.ids[run.held_out])
+    flipped = set(labels["id"][~labels["id"].str.startswith("copy")].iloc[:FLIPPED]) & set(
+        run.bank.ids[run.held_out]
+    )
     assert flipped
     assert flipped <= set(table(folder, "label-errors")["id"])
 
@@ -97,17 +109,27 @@ def test_re_encoded_copies_on_two_sides_are_found(folder):
     run = read_run(folder / "runs" / "single")
     assert not isinstance(run.rows, str)
     train, test = run.rows.dataset.train, run.rows.dataset.test
-    side = dict(zip([*train.ids, *test.ids], [*train.fold, *np.full(len(test.ids), -9)], strict=True))
-    originals = {name: f"<b>{name.removeprefix('copy of ')}</b>" for name in side if name.startswith("copy of ")}
+    side = dict(
+        zip([*train.ids, *test.ids], [*train.fold, *np.full(len(test.ids), -9)], strict=True)
+    )
+    originals = {
+        name: f"<b>{name.removeprefix('copy of ')}</b>"
+        for name in side
+        if name.startswith("copy of ")
+    }
     assert len(originals) == COPIES
     apart = {frozenset(pair) for pair in originals.items() if side[pair[0]] != side[pair[1]]}
     assert apart
     found = table(folder, "near-duplicates")
-    assert apart <= {frozenset(pair) for pair in zip(found["first_id"], found["second_id"], strict=True)}
+    assert apart <= {
+        frozenset(pair) for pair in zip(found["first_id"], found["second_id"], strict=True)
+    }
 
 
 def test_the_test_split_is_not_opened_by_looking(folder, tmp_path):
-    """A second report adds no opening; its confusions of the test images are those that the opening has scored."""
+    """A second report adds no opening; its confusions of the test images are those that the opening
+    has scored.
+    """
     openings = folder / "runs" / "single" / "test-openings.jsonl"
     before = openings.read_bytes()
     write_report(folder / "runs" / "single", tmp_path / "again.html")
@@ -119,7 +141,9 @@ def test_the_test_split_is_not_opened_by_looking(folder, tmp_path):
 
 
 def test_a_winner_that_was_not_shown_the_test_split_has_no_confusions_there(folder, tmp_path):
-    """Without its record there is no test score and no test prediction, though the features are there."""
+    """Without its record there is no test score and no test prediction, though the features are
+    there.
+    """
     root = tmp_path / "run"
     shutil.copytree(folder / "runs" / "single", root)
     for name in ("test-openings.jsonl", ".test-openings.jsonl"):  # it is kept twice
@@ -138,15 +162,22 @@ def test_the_page_is_the_same_twice(folder, tmp_path, page):
 
 
 def test_what_is_gone_is_said(folder, tmp_path):
-    """Labels that have changed, then images and features that are gone: a report all the same, with the reason."""
+    """Labels that have changed, then images and features that are gone: a report all the same, with
+    the reason.
+    """
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
     stored = copy / "runs" / "single" / "recipe.json"
     recipe = read_record(stored)
-    recipe["images"]["table"], recipe["cache"] = str(copy / "labels.csv"), str(copy / "headrace-cache")
+    recipe["images"]["table"], recipe["cache"] = (
+        str(copy / "labels.csv"),
+        str(copy / "headrace-cache"),
+    )
     write_record(stored, recipe)
     labels = pd.read_csv(copy / "labels.csv")
-    labels.iloc[::-1].assign(label=labels["label"].to_numpy()).to_csv(copy / "labels.csv", index=False)
+    labels.iloc[::-1].assign(label=labels["label"].to_numpy()).to_csv(
+        copy / "labels.csv", index=False
+    )
     text = write_report(copy / "runs" / "single").page.read_text()
     assert "have changed since the run" in text
     (copy / "labels.csv").unlink()
@@ -165,7 +196,10 @@ def test_features_that_are_gone_are_counted(folder, tmp_path):
     run = read_run(copy / "runs" / "single")
     (run.features(list(run.feature_sets)[-1])[0].path / "manifest.jsonl").unlink()
     text = write_report(copy / "runs" / "single").page.read_text()
-    assert re.search(r"\d+ images have no features in \S+/features/[0-9a-f]+ any more: .*headrace run RECIPE", text)
+    assert re.search(
+        r"\d+ images have no features in \S+/features/[0-9a-f]+ any more: .*headrace run RECIPE",
+        text,
+    )
 
 
 def test_a_record_that_is_gone_or_cut_is_said_where_it_would_be_shown(folder, tmp_path):
@@ -173,7 +207,9 @@ def test_a_record_that_is_gone_or_cut_is_said_where_it_would_be_shown(folder, tm
     root = tmp_path / "run"
     shutil.copytree(folder / "runs" / "single", root)
     recipe = read_record(root / "recipe.json")
-    write_record(root / "recipe.json", recipe | {"thaw": {}})  # what a network asked for would have left is not there
+    write_record(
+        root / "recipe.json", recipe | {"thaw": {}}
+    )  # what a network asked for would have left is not there
     (root / "stages.jsonl").unlink()
     tasks = list((root / "tasks").glob("*.npz"))
     for task in tasks:
@@ -191,9 +227,10 @@ def test_other_tasks_have_what_makes_sense_for_them(folder, kind):
     finished_run(folder, kind)
     report = write_report(folder / f"{kind}.yaml", tables=True)
     names = {path.stem for path in report.tables}
-    expected = {"multi": {"labels-validation", "labels-test", "label-errors"}, "regression": {"targets-validation"}}[
-        kind
-    ]
+    expected = {
+        "multi": {"labels-validation", "labels-test", "label-errors"},
+        "regression": {"targets-validation"},
+    }[kind]
     assert expected | {"mistakes", "leaderboard", "near-duplicates"} <= names
     assert not {name for name in names if name.startswith("confusion")}
     assert "<i>stripes" not in report.page.read_text()
@@ -214,7 +251,9 @@ def test_what_is_no_run_is_said(folder, tmp_path):
 
 
 def test_what_was_not_measured_names_the_command_that_does(tmp_path):
-    """An absent file is a line with the command; one of another version, or damaged, is a line too; never an error."""
+    """An absent file is a line with the command; one of another version, or damaged, is a line too;
+    never an error.
+    """
     run = SimpleNamespace(paths=RunPaths(tmp_path), metric="accuracy", feature_sets={"a.avg": ()})
     assert "headrace run" in choice(run).blocks[0].text
     assert "ensemble:" in ensemble(run).blocks[0].text
@@ -228,14 +267,29 @@ def test_what_was_not_measured_names_the_command_that_does(tmp_path):
 
 
 def test_the_advice_is_shown_with_its_curve(tmp_path):
-    """The sentence, its reasons, and the learning curve: measured sizes, then two and four times as many images."""
+    """The sentence, its reasons, and the learning curve: measured sizes, then two and four times as
+    many images.
+    """
     run = SimpleNamespace(paths=RunPaths(tmp_path), metric="accuracy", feature_sets={"a.avg": ()})
     run.paths.evidence.mkdir()
-    gain = {"2": {"value": 0.02, "low": 0.01, "high": 0.03}, "4": {"value": 0.03, "low": 0.01, "high": 0.05}}
+    gain = {
+        "2": {"value": 0.02, "low": 0.01, "high": 0.03},
+        "4": {"value": 0.03, "low": 0.01, "high": 0.05},
+    }
     curve = {"images": [100.0, 200.0], "error": [0.2, 0.15]}
-    ahead = {"2": {"value": 0.13, "low": 0.1, "high": 0.17}, "4": {"value": 0.12, "low": 0.0, "high": 0.17}}
-    evidence = {"curve": curve, "gain": gain, "ahead": ahead, "scores": [{"name": "a.avg", "logme": -0.4}]}
-    run.paths.advice.write_text(json.dumps({"sentence": "Collect.", "reasons": ["So."], "evidence": evidence}))
+    ahead = {
+        "2": {"value": 0.13, "low": 0.1, "high": 0.17},
+        "4": {"value": 0.12, "low": 0.0, "high": 0.17},
+    }
+    evidence = {
+        "curve": curve,
+        "gain": gain,
+        "ahead": ahead,
+        "scores": [{"name": "a.avg", "logme": -0.4}],
+    }
+    run.paths.advice.write_text(
+        json.dumps({"sentence": "Collect.", "reasons": ["So."], "evidence": evidence})
+    )
     first, reason, figure, scores = advice(run).blocks
     assert (first.text, reason.text) == ("Collect.", "So.")
     assert figure.table.frame["images"].tolist() == [100, 200, 400, 800]
@@ -245,7 +299,9 @@ def test_the_advice_is_shown_with_its_curve(tmp_path):
 
 
 def test_confident_learning_by_hand():
-    """Thresholds are mean probabilities of a class over its own rows; a row is suspected where it passes another's."""
+    """Thresholds are mean probabilities of a class over its own rows; a row is suspected where it
+    passes another's.
+    """
     label = np.array([0, 0, 0, 1, 1])
     probability = np.array([[0.9, 0.1], [0.7, 0.3], [0.2, 0.8], [0.1, 0.9], [0.3, 0.7]])
     # thresholds: class 0: (0.9 + 0.7 + 0.2) / 3 = 0.6; class 1: 0.8
@@ -257,10 +313,14 @@ def test_confident_learning_by_hand():
 
 @pytest.mark.parametrize("columns", [5, 200])
 def test_like_pairs_are_those_of_brute_force(columns):
-    """The projection misses no pair, whatever the number of columns; pairs on one side are left out."""
+    """The projection misses no pair, whatever the number of columns; pairs on one side are left
+    out.
+    """
     rng = np.random.default_rng(0)
     base = rng.normal(size=(300, columns))
-    vectors = np.concatenate([base, base[:100] + rng.normal(size=(100, columns)) * np.linspace(0, 0.5, 100)[:, None]])
+    vectors = np.concatenate(
+        [base, base[:100] + rng.normal(size=(100, columns)) * np.linspace(0, 0.5, 100)[:, None]]
+    )
     side = rng.integers(0, 3, len(vectors))
     found = like_pairs(vectors, side, 0.95)
     X = standardised(vectors)
@@ -276,19 +336,30 @@ def test_cells_are_written_for_people():
     """Shares as per cent, thousands apart, four digits, and a dash for nothing."""
     assert cell(0.87125, "share") == "87.13 %"  # as JavaScript rounds
     assert cell(1234567, "count") == "1,234,567"
-    assert (cell(0.5, "number"), cell(1e-5, "number"), cell(12345.678, "number")) == ("0.5000", "1.00e-5", "12,345.7")
+    assert (cell(0.5, "number"), cell(1e-5, "number"), cell(12345.678, "number")) == (
+        "0.5000",
+        "1.00e-5",
+        "12,345.7",
+    )
     assert (cell(None, "share"), cell(True, "yes"), cell(1536, "bytes")) == ("–", "yes", "1.5 kB")
 
 
 def test_what_cannot_be_shown_is_marked():
-    """Control characters and marks that turn the order of text become the sign for that; other scripts stay."""
+    """Control characters and marks that turn the order of text become the sign for that; other
+    scripts stay.
+    """
     assert plain("a\x07b\u202ec") == "a\ufffdb\ufffdc"
     assert plain("Ünïcödé 日本語 🙂") == "Ünïcödé 日本語 🙂"
 
 
 def test_a_table_of_no_rows_is_a_table():
     """An empty frame renders and is written."""
-    empty = Table("t", "nothing", (Column("a", "A"), Column("b", "B", "share")), pd.DataFrame({"a": [], "b": []}))
+    empty = Table(
+        "t",
+        "nothing",
+        (Column("a", "A"), Column("b", "B", "share")),
+        pd.DataFrame({"a": [], "b": []}),
+    )
     text = render("title", "made", Headline(()), (Section("s", "S", "", (empty,)),))
     assert "nothing" in text
 

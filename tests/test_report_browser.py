@@ -1,4 +1,6 @@
-"""The report in a browser: nothing loaded, nothing said on the console, sorted and filtered by click and key, accessible."""
+"""The report in a browser: nothing loaded, nothing said on the console, sorted and filtered by
+click and key, accessible.
+"""
 
 import shutil
 from pathlib import Path
@@ -9,18 +11,25 @@ from report_cases import HOSTILE, inflate
 from headrace.pipelines.report import write_report
 
 BROWSER = next(
-    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
+    (
+        found
+        for name in ("chromium", "chromium-browser", "google-chrome")
+        if (found := shutil.which(name))
+    ),
+    None,
 )
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="needs Chromium: apt-get install chromium")
 SETTINGS = 10_000
-# Of the page's own figures (first paint within 2 s, a filter within 200 ms: benchmarks/report.py), ten times and more:
-# these tests run on machines that do other things too.
+# Of the page's own figures (first paint within 2 s, a filter within 200 ms: benchmarks/report.py),
+# ten times and more: these tests run on machines that do other things too.
 PATIENCE_S = 60
 
 
 @pytest.fixture(scope="module")
 def report(hostile_run, tmp_path_factory) -> Path:
-    """The page of a run with ten thousand settings, hostile names, near-duplicates and a broken image."""
+    """The page of a run with ten thousand settings, hostile names, near-duplicates and a broken
+    image.
+    """
     root = tmp_path_factory.mktemp("browser") / "run"
     shutil.copytree(hostile_run / "runs" / "single", root)
     inflate(root, SETTINGS)
@@ -40,7 +49,9 @@ def browser():
 
 @pytest.fixture
 def open_page(browser, report):
-    """Opens the page as asked; at the end, the console must have stayed silent and the network untouched."""
+    """Opens the page as asked; at the end, the console must have stayed silent and the network
+    untouched.
+    """
     contexts, said, loaded = [], [], []
 
     def open_page(*, ready=True, **options):
@@ -66,7 +77,8 @@ def open_page(browser, report):
 def rows(page, name="leaderboard"):
     """The cells of a table as they are read."""
     return page.eval_on_selector_all(
-        f"#table-{name} tbody tr", "rows => rows.map(row => [...row.cells].map(cell => cell.textContent))"
+        f"#table-{name} tbody tr",
+        "rows => rows.map(row => [...row.cells].map(cell => cell.textContent))",
     )
 
 
@@ -81,17 +93,23 @@ def test_hostile_names_are_only_text(open_page):
 
 
 def test_script_and_page_write_cells_alike(open_page):
-    """What stands in the page without its script is what the script writes for the same rows, in every table."""
+    """What stands in the page without its script is what the script writes for the same rows, in
+    every table.
+    """
     plain, scripted = open_page(java_script_enabled=False, ready=False), open_page()
     # Without scripts in the page, playwright's own evaluation works all the same.
-    names = scripted.eval_on_selector_all("[data-table]", "tables => tables.map(table => table.dataset.table)")
+    names = scripted.eval_on_selector_all(
+        "[data-table]", "tables => tables.map(table => table.dataset.table)"
+    )
     assert {"leaderboard", "taps", "near-duplicates", "calls"} <= set(names)
     for name in names:
         assert rows(plain, name) == rows(scripted, name), name
 
 
 def test_sorted_by_click_and_by_key(open_page):
-    """A click on a heading sorts, the largest numbers first; the same key again turns it round; a third gives it back."""
+    """A click on a heading sorts, the largest numbers first; the same key again turns it round; a
+    third gives it back.
+    """
     page = open_page()
     before = rows(page)
     button = page.locator("#table-leaderboard th button", has_text="seconds")
@@ -114,7 +132,9 @@ def test_sorted_by_click_and_by_key(open_page):
 
 
 def test_filtered_by_word_choice_and_tick(open_page):
-    """Words are searched in all text columns; a choice and the tick box narrow further; nothing found is said."""
+    """Words are searched in all text columns; a choice and the tick box narrow further; nothing
+    found is said.
+    """
     page = open_page()
     leaders = page.locator("#table-leaderboard")
     status = leaders.locator("[role=status]")
@@ -135,7 +155,9 @@ def test_filtered_by_word_choice_and_tick(open_page):
 
 
 def test_paged_by_key(open_page):
-    """The next page goes on where this one ends; the last has the worst; what cannot be pressed is disabled."""
+    """The next page goes on where this one ends; the last has the worst; what cannot be pressed is
+    disabled.
+    """
     page = open_page()
     buttons = page.locator("#table-leaderboard .pager button")
     assert buttons.nth(0).is_disabled()
@@ -155,7 +177,8 @@ def test_the_keyboard_reaches_everything_and_is_seen(open_page):
     seen = set()
     for _ in range(30):
         tag, outline = page.evaluate(
-            "[document.activeElement.tagName, getComputedStyle(document.activeElement).outlineStyle]"
+            "[document.activeElement.tagName, "
+            "getComputedStyle(document.activeElement).outlineStyle]"
         )
         seen.add(tag)
         assert outline != "none", tag
@@ -166,7 +189,9 @@ def test_the_keyboard_reaches_everything_and_is_seen(open_page):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [360, 1600])
 def test_accessible_and_readable(open_page, scheme, width):
-    """axe-core has no serious finding with every part unfolded, and nothing but tables scrolls sideways."""
+    """axe-core has no serious finding with every part unfolded, and nothing but tables scrolls
+    sideways.
+    """
     from axe_playwright_python.sync_playwright import Axe
 
     page = open_page(color_scheme=scheme, viewport={"width": width, "height": 900})
@@ -183,7 +208,9 @@ def test_accessible_and_readable(open_page, scheme, width):
 def test_ten_thousand_settings_are_quick(open_page):
     """Painted and filtered within ten times what benchmarks/report.py measures."""
     page = open_page()
-    paint = page.evaluate("performance.getEntriesByName('first-contentful-paint')[0]?.startTime ?? 0")
+    paint = page.evaluate(
+        "performance.getEntriesByName('first-contentful-paint')[0]?.startTime ?? 0"
+    )
     assert paint < 20_000
     assert page.evaluate(FILTER) < 2_000
 

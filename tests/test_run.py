@@ -1,4 +1,6 @@
-"""Whole runs on small made images: the main job, doing only what is missing, and every refusal at the command line."""
+"""Whole runs on small made images: the main job, doing only what is missing, and every refusal at
+the command line.
+"""
 
 import json
 import shutil
@@ -27,7 +29,9 @@ def finished(tmp_path_factory):
 
 
 def test_images_become_a_ranked_leaderboard(finished):
-    """Every head that the recipe asks for is there, ranked by validation score, and the winner knows the classes."""
+    """Every head that the recipe asks for is there, ranked by validation score, and the winner
+    knows the classes.
+    """
     _, result = finished
     assert (result.heads["fold"] >= 0).sum() == HEADS
     assert result.failed_heads == 0
@@ -88,15 +92,21 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path):
 
 
 def test_only_what_is_new_is_done(finished, tmp_path):
-    """A new image and a new strength: one image forward, and the other strengths stay where the rows stay."""
+    """A new image and a new strength: one image forward, and the other strengths stay where the
+    rows stay.
+    """
     folder, _ = finished
-    text = RECIPE.replace("folder: photos", f"folder: {folder / 'photos'}").replace("[0.01, 1]", "[0.01, 0.1, 1]")
+    text = RECIPE.replace("folder: photos", f"folder: {folder / 'photos'}").replace(
+        "[0.01, 1]", "[0.01, 0.1, 1]"
+    )
     text += f"cache: {folder / 'headrace-cache'}\nout: {folder / 'headrace-runs' / 'recipe'}\n"
     (tmp_path / "more.yaml").write_text(text)
     plan = survey(load_recipe(tmp_path / "more.yaml"), write=False).plan
     assert plan.units == ()
     assert plan.heads_new == (3 + 1) * 3  # the one new strength, on four inputs, in three folds
-    (folder / "photos" / "fine" / "new.png").write_bytes((folder / "photos" / "coarse" / "000.png").read_bytes())
+    (folder / "photos" / "fine" / "new.png").write_bytes(
+        (folder / "photos" / "coarse" / "000.png").read_bytes()
+    )
     try:
         assert (
             survey(load_recipe(tmp_path / "more.yaml"), write=False).plan.images_new == 0
@@ -109,22 +119,36 @@ def test_only_what_is_new_is_done(finished, tmp_path):
 
 @pytest.mark.slow
 def test_a_screen_leaves_the_promising_inputs(finished, tmp_path):
-    """Only they get all heads, the first stage says which, and a second call screens nothing anew."""
+    """Only they get all heads, the first stage says which, and a second call screens
+    nothing anew.
+    """
     folder, whole = finished
     text = RECIPE.replace("folder: photos", f"folder: {folder / 'photos'}")
-    text += f"screen:\n  images: [0.5]\n  keep: 0.1\n  least: 1\ncache: {folder / 'headrace-cache'}\nout: {tmp_path / 'out'}\n"
+    text += (
+        "screen:\n  images: [0.5]\n  keep: 0.1\n  least: 1\ncache: "
+        f"{folder / 'headrace-cache'}\nout: {tmp_path / 'out'}\n"
+    )
     (tmp_path / "screened.yaml").write_text(text)
     recipe = load_recipe(tmp_path / "screened.yaml")
     first = run_recipe(recipe, console=Console(quiet=True))
     assert first.board["inputs"].nunique() == 1
     assert set(first.board["inputs"]) < set(whole.board["inputs"])
     assert first.test.images == 15
-    assert next(stage.did for stage in first.stages if stage.name == "screen").startswith("1 of 4 inputs go on: ")
-    files = {path: path.stat().st_mtime_ns for path in (first.paths.evidence / "screen").rglob("*.h5")}
+    assert next(stage.did for stage in first.stages if stage.name == "screen").startswith(
+        "1 of 4 inputs go on: "
+    )
+    files = {
+        path: path.stat().st_mtime_ns for path in (first.paths.evidence / "screen").rglob("*.h5")
+    }
     assert files
     again = run_recipe(recipe, console=Console(quiet=True))
-    assert {path: path.stat().st_mtime_ns for path in (first.paths.evidence / "screen").rglob("*.h5")} == files
-    assert next(stage.did for stage in again.stages if stage.name == "train heads") == "nothing missing"
+    assert {
+        path: path.stat().st_mtime_ns for path in (first.paths.evidence / "screen").rglob("*.h5")
+    } == files
+    assert (
+        next(stage.did for stage in again.stages if stage.name == "train heads")
+        == "nothing missing"
+    )
     pd.testing.assert_frame_equal(again.board, first.board)
 
 
@@ -158,7 +182,11 @@ def test_init_finds_the_columns_of_a_table(finished, tmp_path):
     assert done.returncode == 0, done.stderr
     recipe = load_recipe(tmp_path / "mine.yaml")
     assert recipe.images.path_column == "photo"
-    assert (recipe.task.target, recipe.task.split, recipe.task.group) == ("diagnosis", "split", "patient")
+    assert (recipe.task.target, recipe.task.split, recipe.task.group) == (
+        "diagnosis",
+        "split",
+        "patient",
+    )
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +201,9 @@ def photos(tmp_path_factory):
         file.unlink()
     (folder / "none").mkdir()
     (folder / "none" / "notes.txt").write_text("no image")
-    pd.DataFrame({"path": ["photos/fine/001.png"], "kind": ["x"]}).to_csv(folder / "table.csv", index=False)
+    pd.DataFrame({"path": ["photos/fine/001.png"], "kind": ["x"]}).to_csv(
+        folder / "table.csv", index=False
+    )
     weights = folder / "other.pth"
     import torch
 
@@ -187,7 +217,11 @@ def photos(tmp_path_factory):
         ("folder: photos", "folder: fotos", ["fotos", "no such file or folder", "photos"]),
         ("folder: photos", "folder: none", ["no images", "1 .txt"]),
         ("folder: photos", "folder: one", ["one class only, 'coarse'"]),
-        ("folder: photos", "folder: gap", ["folder fine", "this class would be missing", "images.exclude: [fine]"]),
+        (
+            "folder: photos",
+            "folder: gap",
+            ["folder fine", "this class would be missing", "images.exclude: [fine]"],
+        ),
         ("folder: photos", "table: table.csv", ["no column 'label'", "kind"]),
         ("layer2.max", "layre2.max", ["layre2", "layer2"]),
         ("layer2.max", "layer2.maximum", ["maximum", "max"]),
@@ -196,12 +230,18 @@ def photos(tmp_path_factory):
         ("random:0", "other.pth", ["other.pth", "conv1.weight"]),
         ("random:0", "absent.pth", ["absent.pth"]),
         ("folds: 3", "folds: 3\n  metric: acuracy", ["acuracy", "accuracy"]),
-        ("folds: 3", "folds: 3\n  kind: regression", ["heads.logistic", "task.kind is regression", "ridge, mlp"]),
+        (
+            "folds: 3",
+            "folds: 3\n  kind: regression",
+            ["heads.logistic", "task.kind is regression", "ridge, mlp"],
+        ),
         ("folds: 3", "flods: 3", ["line 4", "did you mean 'folds'"]),
     ],
 )
 def test_bad_input_is_one_clear_error(photos, request, capsys, monkeypatch, old, new, said):
-    """What was found, what was expected, what to type; exit code 2, no traceback, nothing written."""
+    """What was found, what was expected, what to type; exit code 2, no traceback,
+    nothing written.
+    """
     assert old in RECIPE
     recipe = photos / f"recipe{zlib.crc32(request.node.name.encode())}.yaml"
     recipe.write_text(RECIPE.replace(old, new))
@@ -236,7 +276,9 @@ def test_a_recipe_that_is_not_there_is_one_clear_error(tmp_path):
 
 @pytest.mark.slow
 def test_other_weights_are_another_winner_and_another_opening(tmp_path):
-    """The printed score is that of the features in use, and the record counts every winner that has seen these images."""
+    """The printed score is that of the features in use, and the record counts every winner that has
+    seen these images.
+    """
     make_photos(tmp_path / "photos", n=60)
     results = {}
     for name, weights, size, out in (
@@ -247,19 +289,26 @@ def test_other_weights_are_another_winner_and_another_opening(tmp_path):
     ):
         text = RECIPE.replace("random:0", weights).replace("image_size: 32", f"image_size: {size}")
         (tmp_path / f"{name}.yaml").write_text(f"{text}out: {out}\n")
-        results[name] = run_recipe(load_recipe(tmp_path / f"{name}.yaml"), console=Console(quiet=True))
+        results[name] = run_recipe(
+            load_recipe(tmp_path / f"{name}.yaml"), console=Console(quiet=True)
+        )
     assert results["other"].test.metrics == results["fresh"].test.metrics
     assert [results[name].test.openings for name in results] == [1, 2, 1, 2]
     assert results["again"].test.metrics == results["first"].test.metrics
     # A renamed image is the same image: the split keeps its history.
     (tmp_path / "photos" / "fine" / "001.png").rename(tmp_path / "photos" / "fine" / "999.png")
     (tmp_path / "first.yaml").write_text(RECIPE + "out: out\n")
-    assert run_recipe(load_recipe(tmp_path / "first.yaml"), console=Console(quiet=True)).test.openings == 3
+    assert (
+        run_recipe(load_recipe(tmp_path / "first.yaml"), console=Console(quiet=True)).test.openings
+        == 3
+    )
 
 
 @pytest.mark.slow
 def test_failed_heads_are_kept_until_asked_to_be_tried_again(tmp_path, monkeypatch):
-    """A head that fails is a row with its reason; --retry-failed trains it, and it alone, once more."""
+    """A head that fails is a row with its reason; --retry-failed trains it, and it alone, once
+    more.
+    """
     make_photos(tmp_path / "photos", n=40)
     text = RECIPE.replace(
         "  mlp:\n    hidden: [[8]]\n    dropout: [0]\n    epochs: 5\n",
@@ -271,26 +320,39 @@ def test_failed_heads_are_kept_until_asked_to_be_tried_again(tmp_path, monkeypat
     first = run_recipe(recipe, console=Console(quiet=True))
     assert first.failed_heads > 0
     assert survey(recipe).plan.banks == ()
-    (tmp_path / "late_estimator.py").write_text("from sklearn.tree import DecisionTreeClassifier as Late\n")
+    (tmp_path / "late_estimator.py").write_text(
+        "from sklearn.tree import DecisionTreeClassifier as Late\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)  # workers start with this process's search path
     again = run_recipe(recipe, console=Console(quiet=True), retry_failed=True)
     assert again.failed_heads == 0
-    assert len(set(again.heads["path"]) - set(first.heads["path"])) == 1  # one new file; the others stay
+    assert (
+        len(set(again.heads["path"]) - set(first.heads["path"])) == 1
+    )  # one new file; the others stay
     assert survey(recipe).plan.banks == ()
 
 
 @pytest.mark.slow
 def test_advice_for_a_finished_run(finished):
-    """From its directory alone; the second call trains nothing; a folder that is no run is told so."""
+    """From its directory alone; the second call trains nothing; a folder that is no run
+    is told so.
+    """
     folder, result = finished
     done = headrace("advise", result.paths.root, cwd=folder)
     assert done.returncode == 0, done.stderr
     assert "LogME" in done.stdout
     said = json.loads(result.paths.advice.read_text())
     assert said["action"] == "head"  # 45 images of two classes that are told apart without an error
-    assert [tap["name"] for tap in said["evidence"]["taps"]] == ["layer1.avg", "layer2.max", "layer4.avg"]
+    assert [tap["name"] for tap in said["evidence"]["taps"]] == [
+        "layer1.avg",
+        "layer2.max",
+        "layer4.avg",
+    ]
     files = {path: path.stat().st_mtime_ns for path in result.paths.evidence.rglob("*.h5")}
-    assert len(files) in (6 * 3, 6 * 3 * 2)  # sizes, folds, and the winner when it is no linear head
+    assert len(files) in (
+        6 * 3,
+        6 * 3 * 2,
+    )  # sizes, folds, and the winner when it is no linear head
     said_first = [line for line in done.stdout.splitlines() if not line.startswith('{"stage"')]
     assert headrace("advise", result.paths.root, cwd=folder).stdout.splitlines() == said_first
     assert {path: path.stat().st_mtime_ns for path in result.paths.evidence.rglob("*.h5")} == files

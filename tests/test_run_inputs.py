@@ -42,16 +42,36 @@ def test_every_kind_of_head_and_augmented_views(tmp_path):
         "images:\n  folder: photos\ntask:\n  folds: 3\n"
         + BACKBONE.format(taps="layer2.avg, layer2.map")
         + "    alias: first\n    views: 3\n"
-        + "  - name: torchvision:squeezenet1_1\n    weights: random:0\n    image_size: 64\n    alias: second\n"
+        + (
+            "  - name: torchvision:squeezenet1_1\n    weights: random:0\n    image_size: 64\n  "
+            "  alias: second\n"
+        )
         + "    taps: [features.12.avg]\n    views: 3\n"
-        + "heads:\n  logistic: {C: [0.1]}\n  ridge: {alpha: [10]}\n  knn: {k: [1, 3]}\n  centroid: {}\n"
-        + "  mlp: {hidden: [[8]], dropout: [0.0, 0.2, 0.4, 0.6], epochs: 6, halving: {after: [2], keep: 0.5}}\n"
+        + (
+            "heads:\n  logistic: {C: [0.1]}\n  ridge: {alpha: [10]}\n  knn: {k: [1, 3]}\n  "
+            "centroid: {}\n"
+        )
+        + (
+            "  mlp: {hidden: [[8]], dropout: [0.0, 0.2, 0.4, 0.6], epochs: 6, halving: {after: "
+            "[2], keep: 0.5}}\n"
+        )
         + "  conv: {channels: [[4]], epochs: 3}\n"
-        + "  sklearn:\n    - estimator: sklearn.tree.DecisionTreeClassifier\n      parameters: {max_depth: [1, 3]}\n"
+        + (
+            "  sklearn:\n    - estimator: sklearn.tree.DecisionTreeClassifier\n      "
+            "parameters: {max_depth: [1, 3]}\n"
+        )
         + SMALL,
     )
     assert result.failed_heads == 0, result.heads["error"].dropna().unique()
-    assert set(result.board["kind"]) == {"logistic", "ridge", "knn", "centroid", "mlp", "conv", "sklearn"}
+    assert set(result.board["kind"]) == {
+        "logistic",
+        "ridge",
+        "knn",
+        "centroid",
+        "mlp",
+        "conv",
+        "sklearn",
+    }
     inputs = {kind: set(group["inputs"]) for kind, group in result.board.groupby("kind")}
     assert inputs["conv"] == {("first:layer2.map",)}
     both = ("first:layer2.avg", "second:features.12.avg")
@@ -66,7 +86,9 @@ def test_every_kind_of_head_and_augmented_views(tmp_path):
 
 @pytest.mark.slow
 def test_tar_shards_and_arrays_give_what_files_give(tmp_path):
-    """The same images as files, in a WebDataset shard and in an array: the same content, the same or equal features."""
+    """The same images as files, in a WebDataset shard and in an array: the same content, the same
+    or equal features.
+    """
     make_photos(tmp_path / "photos", n=40)
     files = list_folder(tmp_path / "photos")
     with tarfile.open(tmp_path / "shard.tar", "w") as shard:
@@ -75,9 +97,15 @@ def test_tar_shards_and_arrays_give_what_files_give(tmp_path):
                 member = tarfile.TarInfo(f"{name.split('/')[1].split('.')[0]}.{suffix}")
                 member.size = len(data)
                 shard.addfile(member, io.BytesIO(data))
-    np.save(tmp_path / "images.npy", np.stack([np.asarray(Image.open(path)) for path in files["path"]]))
+    np.save(
+        tmp_path / "images.npy", np.stack([np.asarray(Image.open(path)) for path in files["path"]])
+    )
     np.save(tmp_path / "labels.npy", (files["label"] == "fine").to_numpy().astype(np.int64))
-    rest = BACKBONE.format(taps="layer2.avg") + "heads:\n  logistic: {C: [0.1]}\ntask: {folds: 2}\n" + SMALL
+    rest = (
+        BACKBONE.format(taps="layer2.avg")
+        + "heads:\n  logistic: {C: [0.1]}\ntask: {folds: 2}\n"
+        + SMALL
+    )
     by_file = finish(tmp_path, "images: {folder: photos}\n" + rest)
     by_tar = finish(tmp_path, "images: {tar: shard.tar}\n" + rest)
     assert (
@@ -96,14 +124,16 @@ def test_multi_label_and_regression_runs(tmp_path):
     table = list_folder(tmp_path / "photos").rename(columns={"label": "pattern"})
     table["is_fine"] = (table["pattern"] == "fine").astype(int)
     table["is_coarse"] = 1 - table["is_fine"]
-    table["period"] = np.where(table["is_fine"], 4.0, 16.0) + np.random.default_rng(0).normal(0, 0.1, len(table))
+    table["period"] = np.where(table["is_fine"], 4.0, 16.0) + np.random.default_rng(0).normal(
+        0, 0.1, len(table)
+    )
     table.to_parquet(tmp_path / "table.parquet")
     rest = BACKBONE.format(taps="layer2.avg") + SMALL
     multi = finish(
         tmp_path,
         "images: {table: table.parquet, id_column: id}\n"
-        "task: {kind: multi, target: [is_fine, is_coarse], folds: 3}\nheads:\n  logistic: {C: [1]}\n  mlp: {epochs: 5}\n"
-        + rest,
+        "task: {kind: multi, target: [is_fine, is_coarse], folds: 3}\nheads:\n  logistic: {C: "
+        "[1]}\n  mlp: {epochs: 5}\n" + rest,
     )
     assert multi.failed_heads == 0, multi.heads["error"].dropna().unique()
     assert multi.metric == "average_precision"
@@ -111,8 +141,8 @@ def test_multi_label_and_regression_runs(tmp_path):
     numbers = finish(
         tmp_path,
         "images: {table: table.parquet, id_column: id}\n"
-        "task: {kind: regression, target: period, folds: 3}\nheads:\n  ridge: {alpha: [1, 10]}\n  mlp: {epochs: 5}\n"
-        + rest,
+        "task: {kind: regression, target: period, folds: 3}\nheads:\n  ridge: {alpha: [1, "
+        "10]}\n  mlp: {epochs: 5}\n" + rest,
     )
     assert numbers.failed_heads == 0, numbers.heads["error"].dropna().unique()
     assert numbers.metric == "r2"
@@ -121,11 +151,15 @@ def test_multi_label_and_regression_runs(tmp_path):
 
 @pytest.mark.slow
 def test_the_stages_as_functions(tmp_path, monkeypatch):
-    """extract_features and train_heads, called again with more, do only what is more; results are DataFrames."""
+    """extract_features and train_heads, called again with more, do only what is more; results are
+    DataFrames.
+    """
     monkeypatch.chdir(tmp_path)
     make_photos(tmp_path / "photos", n=40)
     spec = BackboneSpec("torchvision:resnet18", weights="random:0", image_size=32)
-    features = extract_features("photos", spec, ["layer1.avg", "layer2.avg"], unit_images=16, workers=2)
+    features = extract_features(
+        "photos", spec, ["layer1.avg", "layer2.avg"], unit_images=16, workers=2
+    )
     assert {name: feature.shape for name, feature in features.items()} == {
         "layer1.avg": (40, 64),
         "layer2.avg": (40, 128),
@@ -137,22 +171,31 @@ def test_the_stages_as_functions(tmp_path, monkeypatch):
     assert isinstance(more.board, pd.DataFrame)
     assert len(more.board) == 2 * len(first.board)
     same = more.heads.merge(first.heads, on=["inputs", "spec", "fold", "path"])
-    assert len(same) == len(first.heads)  # the first heads are the ones of the first call, in their own files
+    assert len(same) == len(
+        first.heads
+    )  # the first heads are the ones of the first call, in their own files
 
 
 def test_inputs_of_different_views_are_refused_before_anything_is_extracted(tmp_path):
-    """Mirror images of one network cannot stand beside the crop of another, and the message says what to write."""
+    """Mirror images of one network cannot stand beside the crop of another, and the message says
+    what to write.
+    """
     make_photos(tmp_path / "photos", n=20)
     text = (
         "images:\n  folder: photos\ntask:\n  folds: 2\n"
         + BACKBONE.format(taps="layer2.avg")
         + "    alias: first\n    views: flips\n"
-        + "  - name: torchvision:squeezenet1_1\n    weights: random:0\n    image_size: 64\n    alias: second\n"
+        + (
+            "  - name: torchvision:squeezenet1_1\n    weights: random:0\n    image_size: 64\n  "
+            "  alias: second\n"
+        )
         + "    taps: [features.12.avg]\n    views: 4\n"
         + "heads:\n  centroid: {inputs: [INPUTS]}\n"
     )
     (tmp_path / "recipe.yaml").write_text(text.replace("INPUTS", "all"))
-    with pytest.raises(RecipeError, match=r"first:layer2.avg has 4, second:features.12.avg has 4.*inputs: \[each\]"):
+    with pytest.raises(
+        RecipeError, match=r"first:layer2.avg has 4, second:features.12.avg has 4.*inputs: \[each\]"
+    ):
         survey(load_recipe(tmp_path / "recipe.yaml"))
     (tmp_path / "recipe.yaml").write_text(text.replace("INPUTS", "each"))
     assert survey(load_recipe(tmp_path / "recipe.yaml")).plan.heads_total > 0

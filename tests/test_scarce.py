@@ -20,7 +20,9 @@ pytestmark = pytest.mark.slow
 
 def _can_mount(folder):
     tried = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder], capture_output=True, check=False
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder],
+        capture_output=True,
+        check=False,
     )
     if tried.returncode == 0:
         subprocess.run(["umount", folder], check=True)
@@ -48,7 +50,9 @@ def mounted(folder, *options):
     ids=["run", "predict", "report", "export"],
 )
 def test_a_disk_that_is_full_again_and_again(whole_run, call, state, first_kib, step_kib, tmp_path):
-    """Each call says so in one sentence and loses nothing; with a little more room the same command gets further, to the end."""
+    """Each call says so in one sentence and loses nothing; with a little more room the same command
+    gets further, to the end.
+    """
     if not _can_mount(tmp_path):
         pytest.skip("only root may mount a small disk")
     expected, project = whole_run.reference(call), whole_run.project
@@ -77,7 +81,9 @@ def test_a_disk_that_is_full_again_and_again(whole_run, call, state, first_kib, 
 
 
 def test_a_finished_run_that_nobody_may_write_to(whole_run, tmp_path):
-    """predict, export and status work from it; report says where it can write, and what it says to type works."""
+    """predict, export and status work from it; report says where it can write, and what it says to
+    type works.
+    """
     if not _can_mount(tmp_path):
         pytest.skip("only root may mount read-only")
     whole_run.restore("finished", 1)
@@ -128,6 +134,8 @@ def test_sixty_four_descriptors_are_enough(whole_run):
     """What macOS gave for years is 256."""
     expected = whole_run.reference(RUN_CALL)
     whole_run.restore("empty", 1)
-    done = whole_run.call(RUN_CALL, first="import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))")
+    done = whole_run.call(
+        RUN_CALL, first="import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))"
+    )
     assert done.returncode == 0, done.stderr
     assert result(whole_run.project) == expected

@@ -67,8 +67,14 @@ def test_the_seal_is_of_all_bytes():
 
 
 def test_arrays_carry_a_seal():
-    """They come back as they were, text too, and NumPy alone reads them; nothing else is believed."""
-    arrays = {"ids": np.array(["ä", "b"]), "target": np.arange(6.0).reshape(2, 3), "none": np.zeros((0, 2), np.int16)}
+    """They come back as they were, text too, and NumPy alone reads them; nothing else
+    is believed.
+    """
+    arrays = {
+        "ids": np.array(["ä", "b"]),
+        "target": np.arange(6.0).reshape(2, 3),
+        "none": np.zeros((0, 2), np.int16),
+    }
     good = sealed_arrays(arrays)
     found = read_sealed_arrays(good)
     with np.load(io.BytesIO(good)) as plain:
@@ -94,7 +100,12 @@ def test_a_damaged_head_is_never_loaded(tmp_path):
     """Each damage is an error that names the file and the command, or changes nothing."""
     arrays = {"weight": np.arange(24.0).reshape(2, 12), "intercept": np.zeros(2)}
     path = save_head(
-        tmp_path, spec=LogisticSpec(C=1.0), arrays=arrays, classes=["a", "b"], features=[make_spec()], metrics={}
+        tmp_path,
+        spec=LogisticSpec(C=1.0),
+        arrays=arrays,
+        classes=["a", "b"],
+        features=[make_spec()],
+        metrics={},
     )
     good, said = path.read_bytes(), []
     for data in damages(good):
@@ -121,11 +132,15 @@ def test_a_damaged_checkpoint_is_not_trained_on(tmp_path):
     for data in damages(good):
         path.write_bytes(data)
         found = load_checkpoint(path, "key")
-        assert found is None or (found[0] == progress and torch.equal(found[1]["w"], torch.arange(50.0)))
+        assert found is None or (
+            found[0] == progress and torch.equal(found[1]["w"], torch.arange(50.0))
+        )
 
 
 def test_what_is_remembered_of_a_backbone_is_what_was_found(tmp_path):
-    """A changed memory is none: a digit of a crop in it would have all features extracted again, under another name."""
+    """A changed memory is none: a digit of a crop in it would have all features extracted again,
+    under another name.
+    """
     spec = BackboneSpec("torchvision:resnet18", weights="random:0")
     features = [make_spec()]
     remember_features(spec, "auto", features, cache_root=tmp_path)

@@ -1,4 +1,6 @@
-"""Data as people have it: every entry of a folder, table or archive is used, or counted by its reason, and text stays as written."""
+"""Data as people have it: every entry of a folder, table or archive is used, or counted by its
+reason, and text stays as written.
+"""
 
 import gzip
 import io
@@ -78,7 +80,9 @@ NAMES = st.lists(
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(NAMES)
 def test_every_file_of_a_folder_is_used_or_counted(tmp_path_factory, names):
-    """found = used + left out, and found is what `find` sees but for what lies in hidden folders."""
+    """found = used + left out, and found is what `find` sees but for what lies in
+    hidden folders.
+    """
     root = tmp_path_factory.mktemp("tree")
     for name in ("cat/0.png", "dog/0.png", *names):
         write(root / name, png(len(name)))
@@ -89,11 +93,22 @@ def test_every_file_of_a_folder_is_used_or_counted(tmp_path_factory, names):
     images = {name for name in names if not name.startswith(".") and "/." not in name} - {
         "cat/notes.txt", "dog/clip.mp4", "dog/raw.NEF", "table.csv", "set.npy", "more.tar",
     }  # fmt: skip
-    assert set(listing.samples["id"]) == {"cat/0.png", "dog/0.png"} | images  # also those without a suffix of images
+    assert (
+        set(listing.samples["id"]) == {"cat/0.png", "dog/0.png"} | images
+    )  # also those without a suffix of images
 
 
 def test_what_is_left_out_says_what_it_is_and_how_to_use_it(tmp_path):
-    for name in ("cat/1.png", "dog/1.png", "dog/2.nef", "dog/3.heif", "dog/4.mp4", "dog/5.dcm", "all.zip", "all.npy"):
+    for name in (
+        "cat/1.png",
+        "dog/1.png",
+        "dog/2.nef",
+        "dog/3.heif",
+        "dog/4.mp4",
+        "dog/5.dcm",
+        "all.zip",
+        "all.npy",
+    ):
         write(tmp_path / name, png(1) if name.endswith("png") else b"0123456789")
     said = "\n".join(map(str, read_folder(tmp_path).left_out))
     for words in (
@@ -106,7 +121,9 @@ def test_what_is_left_out_says_what_it_is_and_how_to_use_it(tmp_path):
     assert "all.npy" in said
 
 
-@pytest.mark.parametrize("odd", ["heron/1.nef", "heron/readme.txt", "heron/deep/x.xyz", "heron/.gitkeep", None])
+@pytest.mark.parametrize(
+    "odd", ["heron/1.nef", "heron/readme.txt", "heron/deep/x.xyz", "heron/.gitkeep", None]
+)
 def test_a_class_that_would_be_missing_whole_is_refused(tmp_path, odd):
     """As torchvision's ImageFolder does; where nobody wants labels, nothing is refused."""
     for name in ("crane/1.png", "stork/1.png"):
@@ -115,7 +132,9 @@ def test_a_class_that_would_be_missing_whole_is_refused(tmp_path, odd):
         (tmp_path / "heron").mkdir()
     else:
         write(tmp_path / odd, b"text")
-    with pytest.raises(SourceError, match=r"no file in the folder heron can be used.*images.exclude: \[heron\]"):
+    with pytest.raises(
+        SourceError, match=r"no file in the folder heron can be used.*images.exclude: \[heron\]"
+    ):
         read_folder(tmp_path)
     assert set(read_folder(tmp_path, exclude=["heron"]).samples["label"]) == {"crane", "stork"}
     assert len(read_folder(tmp_path, labelled=False).samples) == 2
@@ -124,26 +143,37 @@ def test_a_class_that_would_be_missing_whole_is_refused(tmp_path, odd):
 def test_a_side_of_a_split_that_would_be_missing_is_refused(tmp_path):
     for name in ("train/a/1.png", "train/b/1.png", "val/a/2.png", "val/b/2.png", "test/a/3.cr2"):
         write(tmp_path / name, png(1) if name.endswith("png") else b"raw")
-    with pytest.raises(SourceError, match=r"the folder test can be used as an image, so that this side of the split"):
+    with pytest.raises(
+        SourceError,
+        match=r"the folder test can be used as an image, so that this side of the split",
+    ):
         read_folder(tmp_path)
 
 
 def test_words_for_the_sides_of_a_split(tmp_path):
-    """Alone they are classes; beside other folders, and without classes in them, both readings are told."""
+    """Alone they are classes; beside other folders, and without classes in them, both readings are
+    told.
+    """
     for name in ("train/1.png", "tram/1.png"):  # vehicles
         write(tmp_path / "vehicles" / name, png(1))
     assert set(read_folder(tmp_path / "vehicles").samples["label"]) == {"train", "tram"}
     for name in ("train/1.png", "test/2.png"):
         write(tmp_path / "flat" / name, png(1))
     with pytest.raises(
-        SourceError, match=r"without a class's folder in train. Are these the classes.*images.layout: classes"
+        SourceError,
+        match=r"without a class's folder in train. Are these the classes.*images.layout: classes",
     ):
         read_folder(tmp_path / "flat")
-    assert set(read_folder(tmp_path / "flat", layout="classes").samples["label"]) == {"train", "test"}
+    assert set(read_folder(tmp_path / "flat", layout="classes").samples["label"]) == {
+        "train",
+        "test",
+    }
 
 
 def test_entries_that_would_block_or_cannot_be_read(tmp_path):
-    """A pipe is not opened, a broken link is an image that fails, and a name that reads like a locator is a name."""
+    """A pipe is not opened, a broken link is an image that fails, and a name that reads like a
+    locator is a name.
+    """
     for name in ("a/1.png", "b/1.png", "a::tar:b/2.png", "b/x::npy:3.png"):
         write(tmp_path / name, png(1))
     os.mkfifo(tmp_path / "a/pipe.png")
@@ -155,7 +185,13 @@ def test_entries_that_would_block_or_cannot_be_read(tmp_path):
     assert [(item.count, item.reason) for item in listing.left_out] == [
         (2, "entries that are no files (pipes, devices)")
     ]
-    assert listing.samples["id"].tolist() == ["a/1.png", "a::tar:b/2.png", "b/1.png", "b/gone.png", "b/x::npy:3.png"]
+    assert listing.samples["id"].tolist() == [
+        "a/1.png",
+        "a::tar:b/2.png",
+        "b/1.png",
+        "b/gone.png",
+        "b/x::npy:3.png",
+    ]
     found = content_hashes(listing.samples, tmp_path / "index.parquet")
     assert [item.id for item in found.unreadable] == ["b/gone.png"]
 
@@ -167,7 +203,12 @@ def test_names_that_are_no_utf8(tmp_path):
         os.makedirs(os.path.dirname(place), exist_ok=True)
         Path(os.fsdecode(place)).write_bytes(png(7))
     samples = list_folder(tmp_path)
-    assert samples["id"].tolist() == ["a/caf\\xe9.png", "b/na\\xefve.png", "b/plain.png", "caf\\xe9/4.png"]
+    assert samples["id"].tolist() == [
+        "a/caf\\xe9.png",
+        "b/na\\xefve.png",
+        "b/plain.png",
+        "caf\\xe9/4.png",
+    ]
     assert read_folder(tmp_path, labelled=False).samples["id"].tolist() == samples["id"].tolist()
     samples.to_parquet(tmp_path / "samples.parquet")  # surrogates could not be written
     assert all(read_bytes(path) == png(7) for path in samples["path"])
@@ -235,25 +276,34 @@ def test_heif_images_of_a_phone(tmp_path):
 
 # ---- archives
 
-CLASS_FOLDERS = [(f"{label}/{n}.png", png(n + 10 * len(label))) for label in ("cat", "dog") for n in range(3)]
+CLASS_FOLDERS = [
+    (f"{label}/{n}.png", png(n + 10 * len(label))) for label in ("cat", "dog") for n in range(3)
+]
 
 
 @pytest.mark.parametrize("name", ["p.tar", "p.tar.gz", "p.tgz", "p.tar.bz2", "p.tar.xz", "p.zip"])
 @pytest.mark.parametrize("wrapper", ["", "photos/", "./"])
 def test_archives_of_class_folders(tmp_path, name, wrapper):
-    """The labels are the folders, also in a folder around them, and a member's bytes are those of the file it was."""
+    """The labels are the folders, also in a folder around them, and a member's bytes are those of
+    the file it was.
+    """
     members = [
-        (wrapper + member, data) for member, data in [*CLASS_FOLDERS, ("notes.txt", b"hello"), ("cat/._0.png", b"mac")]
+        (wrapper + member, data)
+        for member, data in [*CLASS_FOLDERS, ("notes.txt", b"hello"), ("cat/._0.png", b"mac")]
     ]
     if name.endswith("zip"):
         pack_zip(tmp_path / name, members)
     else:
-        mode = {"tar": "w", "gz": "w:gz", "tgz": "w:gz", "bz2": "w:bz2", "xz": "w:xz"}[name.rpartition(".")[2]]
+        mode = {"tar": "w", "gz": "w:gz", "tgz": "w:gz", "bz2": "w:bz2", "xz": "w:xz"}[
+            name.rpartition(".")[2]
+        ]
         pack_tar(tmp_path / name, members, mode)
     listing = read_source(detect_source(tmp_path / name))
     prefix = f"{name}/" + wrapper.removeprefix("./")
     assert labels(listing) == {f"{prefix}{member}": member[:3] for member, _ in CLASS_FOLDERS}
-    assert [read_bytes(path) for path in listing.samples["path"]] == [data for _, data in CLASS_FOLDERS]
+    assert [read_bytes(path) for path in listing.samples["path"]] == [
+        data for _, data in CLASS_FOLDERS
+    ]
     assert listing.found == counted(listing) == 8
     backwards = [read_bytes(path) for path in reversed(listing.samples["path"].tolist())]
     assert backwards == [data for _, data in reversed(CLASS_FOLDERS)]
@@ -298,7 +348,9 @@ def test_of_members_of_one_name_the_last_counts(tmp_path):
 
 
 def test_links_in_archives(tmp_path):
-    """tar writes a file's second name as a link: it is an image as others; a link to nothing is counted."""
+    """tar writes a file's second name as a link: it is an image as others; a link to nothing is
+    counted.
+    """
     write(tmp_path / "t/cat/1.png", png(1))
     write(tmp_path / "t/dog/2.png", png(2))
     os.link(tmp_path / "t/cat/1.png", tmp_path / "t/dog/hard.png")
@@ -310,7 +362,9 @@ def test_links_in_archives(tmp_path):
     assert {name.rpartition("/")[2]: read_bytes(path) for name, path in listing.samples[["id", "path"]].itertuples(index=False)} == {
         "1.png": png(1), "2.png": png(2), "hard.png": png(1), "soft.png": png(1),
     }  # fmt: skip
-    assert [str(item) for item in listing.left_out] == ["1 links to what is not in the archive: s.tar/t/dog/gone.png"]
+    assert [str(item) for item in listing.left_out] == [
+        "1 links to what is not in the archive: s.tar/t/dog/gone.png"
+    ]
     assert listing.found == counted(listing) == 5
 
 
@@ -327,7 +381,9 @@ def test_shards_of_one_name_in_two_folders(tmp_path):
 
 
 def test_archives_that_lie(tmp_path):
-    """A member whose bytes are not those that its archive says is unreadable, and asks for no memory."""
+    """A member whose bytes are not those that its archive says is unreadable, and asks for no
+    memory.
+    """
     packed = pack_zip(tmp_path / "z.zip", [("a/1.png", bytes(10_000_000)), ("b/2.png", png(2))])
     samples = read_archives(packed).samples
     details = samples["path"].iloc[0].partition("::zip:")[2].split(":")
@@ -335,7 +391,9 @@ def test_archives_that_lie(tmp_path):
     with pytest.raises(OSError, match="checksum"):
         read_bytes(lying)
     whole = pack_tar(tmp_path / "t.tar", [("a/1.png", png(1)), ("b/2.png", png(2))])
-    offset, _, name = read_archives(whole).samples["path"].iloc[0].partition("::tar:")[2].split(":", 2)
+    offset, _, name = (
+        read_archives(whole).samples["path"].iloc[0].partition("::tar:")[2].split(":", 2)
+    )
     with pytest.raises(OSError, match="the archive ends"):
         read_bytes(f"{whole}::tar:{offset}:{10**18}:{name}")
     for broken in (
@@ -371,9 +429,15 @@ def read_text(tmp_path: Path, text: str, name: str = "t.csv", **options: object)
 
 
 def test_text_stays_as_written(tmp_path):
-    """Class codes, words that other programs take for nothing, leading zeros; blanks at the ends are no part of a word."""
+    """Class codes, words that other programs take for nothing, leading zeros; blanks at the ends
+    are no part of a word.
+    """
     rows = ["1.10", "1.1", "01", "1", "None", "NA", "nan", "null", " padded ", "TRUE", "1e3", "1_0"]
-    text = "path,label,group\n" + "".join(f"{n}.png,{label},00{n}\n" for n, label in enumerate(rows)) + "x.png,,7\n"
+    text = (
+        "path,label,group\n"
+        + "".join(f"{n}.png,{label},00{n}\n" for n, label in enumerate(rows))
+        + "x.png,,7\n"
+    )
     for name, table in (("t.csv", text), ("t.tsv", text.replace(",", "\t"))):
         samples = read_text(tmp_path, table, name).samples
         assert samples["label"].tolist()[:-1] == [label.strip() for label in rows]
@@ -407,7 +471,10 @@ def test_other_separators_and_encodings(tmp_path, data, note):
         ("a.png,cat\nb.png,dog\n", r"the first line looks like an image.*for example: path,label"),
         ("path,label,label\na.png,x,y\n", r"first 'label'. Give each its own"),
         ("path,label\nhttps://example.org/a.png,x\n", r"images are read from disk. Download them"),
-        ("number,label\n1,x\n2,y\n", r"no column names image files.*images.path_pattern: folder/\{number\}.jpg"),
+        (
+            "number,label\n1,x\n2,y\n",
+            r"no column names image files.*images.path_pattern: folder/\{number\}.jpg",
+        ),
         ("before,after\na.png,b.png\nc.png,d.png\n", r"before, after could each be the images"),
         ("path,label\n,x\n,y\n", r"no rows that can be used \(2 rows that name no image"),
     ],
@@ -420,7 +487,9 @@ def test_tables_that_could_be_misread_are_refused(tmp_path, text, said):
 def test_rows_that_cannot_be_used_are_counted(tmp_path):
     """No path, no id, the same row again, excluded: found is the table's rows."""
     listing = read_text(
-        tmp_path, "id,path,label\n1,a.png,x\n2,,y\n,c.png,x\n1,a.png,x\n5,e.png,y\n6,sub/f.png,y\n", exclude=("6",)
+        tmp_path,
+        "id,path,label\n1,a.png,x\n2,,y\n,c.png,x\n1,a.png,x\n5,e.png,y\n6,sub/f.png,y\n",
+        exclude=("6",),
     )
     assert listing.samples["id"].tolist() == ["1", "5"]
     assert listing.found == counted(listing) == 6
@@ -430,18 +499,27 @@ def test_rows_that_cannot_be_used_are_counted(tmp_path):
 
 
 def test_rows_that_are_predicted_stay_in_their_places(tmp_path):
-    """A row that stands twice, or names no image, has its row all the same: people join predictions by position, too."""
+    """A row that stands twice, or names no image, has its row all the same: people join predictions
+    by position, too.
+    """
     write(tmp_path / "t.csv", b"path,id\na.png,1\n,2\na.png,1\nb.png,\n")
     listing = read_source(detect_source(tmp_path / "t.csv"), labelled=False)
     assert listing.samples["id"].tolist() == ["1", "2", "1", "b.png"]
-    assert [Path(path).name for path in listing.samples["path"]] == ["a.png", "row 2 names no image", "a.png", "b.png"]
+    assert [Path(path).name for path in listing.samples["path"]] == [
+        "a.png",
+        "row 2 names no image",
+        "a.png",
+        "b.png",
+    ]
     assert listing.found == counted(listing) == 4
 
 
 def test_a_table_of_nothing_but_images(tmp_path):
     pq.write_table(hugging_face_table(3).drop_columns(["label"]), tmp_path / "t.parquet")
     assert len(read_source(detect_source(tmp_path / "t.parquet"), labelled=False).samples) == 3
-    pq.write_table(pa.table({"image": pa.array([png(1), png(2)], pa.binary())}), tmp_path / "t.parquet")
+    pq.write_table(
+        pa.table({"image": pa.array([png(1), png(2)], pa.binary())}), tmp_path / "t.parquet"
+    )
     samples = read_source(detect_source(tmp_path / "t.parquet"), labelled=False).samples
     assert [read_bytes(path) for path in samples["path"]] == [png(1), png(2)]
 
@@ -452,7 +530,9 @@ def test_paths_of_other_systems(tmp_path):
     write(tmp_path / "sub" / name, png(1))
     write(tmp_path / "sub/b.png", png(2))
     composed = unicodedata.normalize("NFC", name)
-    listing = read_text(tmp_path, f"path,label\nsub/{composed},x\nsub\\b.png,y\nfile://{tmp_path}/sub/b.png,z\n")
+    listing = read_text(
+        tmp_path, f"path,label\nsub/{composed},x\nsub\\b.png,y\nfile://{tmp_path}/sub/b.png,z\n"
+    )
     assert all(Path(path).is_file() for path in listing.samples["path"])
     assert listing.samples["id"].iloc[0] == f"sub/{composed}"
 
@@ -470,7 +550,8 @@ def test_ids_without_an_ending(tmp_path):
     for number in range(4):
         write(tmp_path / f"masks/000{number}.png", png(number))
     with pytest.raises(
-        SourceError, match=r"could name the images (masks/\{id\}.png or train|train/\{id\}.jpg or masks)"
+        SourceError,
+        match=r"could name the images (masks/\{id\}.png or train|train/\{id\}.jpg or masks)",
     ):
         read_text(tmp_path, "id,breed\n0001,x\n0002,y\n")
     with pytest.raises(SourceError, match=r"has no column 'cod'.*The columns are: code, breed"):
@@ -478,7 +559,9 @@ def test_ids_without_an_ending(tmp_path):
 
 
 def test_a_column_of_classes_names_no_images(tmp_path):
-    """Labels 0 and 1 beside images 0.png and 1.png: the ids, which do not repeat, name the images."""
+    """Labels 0 and 1 beside images 0.png and 1.png: the ids, which do not repeat, name
+    the images.
+    """
     for number in range(6):
         write(tmp_path / f"{number}.png", png(number))
     listing = read_text(tmp_path, "label,id\n" + "".join(f"{n % 2},{n}\n" for n in range(6)))
@@ -486,10 +569,15 @@ def test_a_column_of_classes_names_no_images(tmp_path):
 
 
 def test_a_column_called_image_counts_before_one_of_masks(tmp_path):
-    """Also where some of its images are of another kind; ids in it are asked about, and not passed over."""
+    """Also where some of its images are of another kind; ids in it are asked about, and not passed
+    over.
+    """
     listing = read_text(tmp_path, "image,mask,label\ni/a.heic,m/a.png,x\ni/b.png,m/b.png,y\n")
     assert listing.samples["id"].tolist() == ["i/a.heic", "i/b.png"]
-    with pytest.raises(SourceError, match=r"image, mask could each be the images; name one: images.path_column: image"):
+    with pytest.raises(
+        SourceError,
+        match=r"image, mask could each be the images; name one: images.path_column: image",
+    ):
         read_text(tmp_path, "image,mask,label\n0,m/a.png,x\n1,m/b.png,y\n")
 
 
@@ -500,12 +588,16 @@ def test_patterns_that_name_no_column(tmp_path, pattern):
 
 
 def test_patterns_that_name_columns_twice_or_with_dots(tmp_path):
-    listing = read_text(tmp_path, "code,im.code,label\n01,7,x\n", path_pattern="i/{code}/{code}-{im.code}.png")
+    listing = read_text(
+        tmp_path, "code,im.code,label\n01,7,x\n", path_pattern="i/{code}/{code}-{im.code}.png"
+    )
     assert listing.samples["id"].tolist() == ["i/01/01-7.png"]
 
 
 def test_a_column_id_that_repeats_is_no_id(tmp_path):
-    """A patient's number is a column like others: the paths tell the rows apart, and that is told."""
+    """A patient's number is a column like others: the paths tell the rows apart, and
+    that is told.
+    """
     listing = read_text(tmp_path, "path,id,label\na.png,7,x\nb.png,7,y\n")
     assert listing.samples["id"].tolist() == ["a.png", "b.png"]
     assert listing.samples["image_id"].tolist() == ["7", "7"]
@@ -513,11 +605,19 @@ def test_a_column_id_that_repeats_is_no_id(tmp_path):
 
 
 def test_what_is_excluded_by_the_name_that_is_printed(tmp_path):
-    """In any Unicode form, with ./ before it, and for rows of several tables whose names have the table's."""
+    """In any Unicode form, with ./ before it, and for rows of several tables whose names have the
+    table's.
+    """
     for name in (unicodedata.normalize("NFD", "é/1.png"), "b/2.png"):
         write(tmp_path / name, png(1))
-    for pattern in (unicodedata.normalize("NFC", "é/1.png"), unicodedata.normalize("NFD", "é"), "./é/"):
-        assert read_folder(tmp_path, exclude=[pattern], labelled=False).samples["id"].tolist() == ["b/2.png"]
+    for pattern in (
+        unicodedata.normalize("NFC", "é/1.png"),
+        unicodedata.normalize("NFD", "é"),
+        "./é/",
+    ):
+        assert read_folder(tmp_path, exclude=[pattern], labelled=False).samples["id"].tolist() == [
+            "b/2.png"
+        ]
     for side in ("train", "test"):
         write(tmp_path / f"t/{side}.csv", b"id,path,label\n1,a.png,x\n2,b.png,y\n")
     assert (
@@ -525,7 +625,12 @@ def test_what_is_excluded_by_the_name_that_is_printed(tmp_path):
         in read_folder(tmp_path, exclude=["é/2.png", "b"], labelled=False).notes
     )
     every = read_tables(tmp_path / "t/*.csv")
-    assert every.samples["id"].tolist() == ["test.csv/1", "test.csv/2", "train.csv/1", "train.csv/2"]
+    assert every.samples["id"].tolist() == [
+        "test.csv/1",
+        "test.csv/2",
+        "train.csv/1",
+        "train.csv/2",
+    ]
     fewer = read_tables(tmp_path / "t/*.csv", TableOptions(exclude=("train.csv/1",)))
     assert fewer.samples["id"].tolist() == ["test.csv/1", "test.csv/2", "train.csv/2"]
     assert fewer.found == counted(fewer) == 4
@@ -551,9 +656,15 @@ def test_json_tables(tmp_path):
 
 
 def test_coco(tmp_path):
-    """Categories of an image's annotations are its label, or its labels where some image has several."""
+    """Categories of an image's annotations are its label, or its labels where some image has
+    several.
+    """
     coco = {
-        "images": [{"id": 5, "file_name": "a.png"}, {"id": 9, "file_name": "b.png"}, {"id": 11, "file_name": "c.png"}],
+        "images": [
+            {"id": 5, "file_name": "a.png"},
+            {"id": 9, "file_name": "b.png"},
+            {"id": 11, "file_name": "c.png"},
+        ],
         "categories": [{"id": 1, "name": "cat"}, {"id": 44, "name": "dog"}],
         "annotations": [
             {"image_id": 5, "category_id": 44},
@@ -573,8 +684,13 @@ def test_coco(tmp_path):
 
 
 def hugging_face_table(rows: int, first: int = 0) -> pa.Table:
-    """As `datasets` writes Parquet: images as structs, classes as numbers whose names are in the metadata."""
-    features = {"image": {"_type": "Image"}, "label": {"names": ["cat", "dog", "01"], "_type": "ClassLabel"}}
+    """As `datasets` writes Parquet: images as structs, classes as numbers whose names are in the
+    metadata.
+    """
+    features = {
+        "image": {"_type": "Image"},
+        "label": {"names": ["cat", "dog", "01"], "_type": "ClassLabel"},
+    }
     images = [{"bytes": png(n), "path": f"{n}.png"} for n in range(first, first + rows)]
     table = pa.table(
         {
@@ -582,12 +698,16 @@ def hugging_face_table(rows: int, first: int = 0) -> pa.Table:
             "label": [n % 3 for n in range(rows)],
         }
     )
-    return table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    return table.replace_schema_metadata(
+        {"huggingface": json.dumps({"info": {"features": features}})}
+    )
 
 
 @pytest.mark.parametrize("kind", ["struct", "bytes", "arrow"])
 def test_images_in_tables(tmp_path, kind):
-    """Parquet and Arrow that hold the images: every row in its row group, and the classes by their names."""
+    """Parquet and Arrow that hold the images: every row in its row group, and the classes by their
+    names.
+    """
     table = hugging_face_table(7)
     if kind == "bytes":
         table = table.set_column(0, "image", pa.array([png(n) for n in range(7)], pa.binary()))
@@ -604,9 +724,15 @@ def test_images_in_tables(tmp_path, kind):
 
 
 def test_parquet_files_of_a_split(tmp_path):
-    """`train-00000-of-00002.parquet`: the sides of the split are the names, and equal ids are told apart by their file."""
+    """`train-00000-of-00002.parquet`: the sides of the split are the names, and equal ids are told
+    apart by their file.
+    """
     (tmp_path / "data").mkdir()
-    for name, first in (("train-00000-of-00002", 0), ("train-00001-of-00002", 4), ("test-00000-of-00001", 0)):
+    for name, first in (
+        ("train-00000-of-00002", 0),
+        ("train-00001-of-00002", 4),
+        ("test-00000-of-00001", 0),
+    ):
         pq.write_table(hugging_face_table(4, first), tmp_path / "data" / f"{name}.parquet")
     for location in (tmp_path, tmp_path / "data", tmp_path / "data/t*.parquet"):
         samples = read_source(detect_source(location)).samples
@@ -615,23 +741,36 @@ def test_parquet_files_of_a_split(tmp_path):
 
 
 def test_a_folder_that_datasets_saved(tmp_path):
-    """Its own list of files counts, not what else lies there; rows selected by a second file are refused."""
+    """Its own list of files counts, not what else lies there; rows selected by a second file are
+    refused.
+    """
     table = hugging_face_table(5)
     for name in ("data-00000-of-00001.arrow", "stale.arrow"):
-        with pa.OSFile(str(tmp_path / name), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        with (
+            pa.OSFile(str(tmp_path / name), "wb") as sink,
+            pa.ipc.new_stream(sink, table.schema) as writer,
+        ):
             writer.write_table(table)
-    write(tmp_path / "state.json", json.dumps({"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}).encode())
+    write(
+        tmp_path / "state.json",
+        json.dumps({"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}).encode(),
+    )
     assert detect_source(tmp_path).kind == "table"
     listing = read_source(detect_source(tmp_path))
     assert listing.found == counted(listing) == 5
-    write(tmp_path / "state.json", b'{"_data_files": [], "_indices_data_files": [{"filename": "i.arrow"}]}')
+    write(
+        tmp_path / "state.json",
+        b'{"_data_files": [], "_indices_data_files": [{"filename": "i.arrow"}]}',
+    )
     with pytest.raises(SourceError, match="flatten_indices"):
         read_source(detect_source(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl"])
 def test_an_imagefolder_with_metadata(tmp_path, name):
-    """As Hugging Face has it: the table beside the images counts, in each side of a split, too; other tables do not."""
+    """As Hugging Face has it: the table beside the images counts, in each side of a split, too;
+    other tables do not.
+    """
 
     def metadata(folder: Path, names: list[str]) -> None:
         rows = [{"file_name": file, "label": f"l{n % 2}"} for n, file in enumerate(names)]
@@ -641,7 +780,13 @@ def test_an_imagefolder_with_metadata(tmp_path, name):
             folder / name, orient="records", lines=True
         )
 
-    for place in ("one/a/1.png", "one/b/2.png", "two/train/1.png", "two/train/2.png", "two/test/1.png"):
+    for place in (
+        "one/a/1.png",
+        "one/b/2.png",
+        "two/train/1.png",
+        "two/train/2.png",
+        "two/test/1.png",
+    ):
         write(tmp_path / place, png(1))
     metadata(tmp_path / "one", ["a/1.png", "b/2.png"])
     assert read_source(detect_source(tmp_path / "one")).samples["label"].tolist() == ["l0", "l1"]

@@ -1,4 +1,6 @@
-"""The same samples and labels as the tools that people use today, or a refusal that says why we differ."""
+"""The same samples and labels as the tools that people use today, or a refusal that says why we
+differ.
+"""
 
 import io
 import json
@@ -23,8 +25,11 @@ from headrace.extract.sources.folder import read_folder
 from headrace.extract.sources.read import detect_source
 from headrace.extract.sources.tabular import read_tables
 
-MANY = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-# Letters that file systems and tables treat in their own ways: case, accents, blanks, dots, words that mean nothing to some.
+MANY = settings(
+    max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None
+)
+# Letters that file systems and tables treat in their own ways: case, accents, blanks, dots, words
+# that mean nothing to some.
 WORDS = st.text(st.sampled_from("abAB01.é -_[]"), min_size=1, max_size=6).filter(
     lambda text: text.strip(" .") == text and not text.startswith(".")
 )
@@ -53,7 +58,10 @@ TREES = st.dictionaries(
 @MANY
 @given(TREES)
 def test_class_folders_as_torchvision_reads_them(tmp_path_factory, tree):
-    """The same image has the same class. We refuse what ImageFolder refuses, words of a split, and nothing else."""
+    """The same image has the same class.
+
+    We refuse what ImageFolder refuses, words of a split, and nothing else.
+    """
     root = tmp_path_factory.mktemp("tree")
     for label, files in tree.items():
         (root / label).mkdir()
@@ -68,28 +76,46 @@ def test_class_folders_as_torchvision_reads_them(tmp_path_factory, tree):
     try:
         samples = read_folder(root).samples
     except SourceError as refusal:
-        if {"train", "val", "test"} & set(tree) and "words for the sides of a split" in str(refusal):
+        if {"train", "val", "test"} & set(tree) and "words for the sides of a split" in str(
+            refusal
+        ):
             return
         with pytest.raises(FileNotFoundError):  # a class without an image, or no image at all
-            ImageFolder(root, is_valid_file=lambda path: path.lower().endswith((*IMG_EXTENSIONS, ".gif")))
+            ImageFolder(
+                root, is_valid_file=lambda path: path.lower().endswith((*IMG_EXTENSIONS, ".gif"))
+            )
         return
     if "split" in samples:
         return  # the sides are classes there
-    theirs = ImageFolder(root, is_valid_file=lambda path: path.lower().endswith((*IMG_EXTENSIONS, ".gif")))
+    theirs = ImageFolder(
+        root, is_valid_file=lambda path: path.lower().endswith((*IMG_EXTENSIONS, ".gif"))
+    )
     ours = dict(zip(samples["path"], samples["label"], strict=True))
-    assert ours == {path: unicodedata.normalize("NFC", theirs.classes[number]) for path, number in theirs.samples}
+    assert ours == {
+        path: unicodedata.normalize("NFC", theirs.classes[number])
+        for path, number in theirs.samples
+    }
 
 
 @MANY
 @given(
-    st.dictionaries(WORDS.filter(lambda text: "." not in text), st.tuples(WORDS, st.booleans()), min_size=1, max_size=8)
+    st.dictionaries(
+        WORDS.filter(lambda text: "." not in text),
+        st.tuples(WORDS, st.booleans()),
+        min_size=1,
+        max_size=8,
+    )
 )
 def test_tar_shards_as_webdataset_reads_them(tmp_path_factory, samples):
     """Where keys have no dots and are not repeated: the same keys, images and labels."""
     file = tmp_path_factory.mktemp("shards") / "s.tar"
     with tarfile.open(file, "w") as archive:
         for number, (key, (label, in_json)) in enumerate(samples.items()):
-            side = ("json", json.dumps({"label": label}).encode()) if in_json else ("cls", label.encode())
+            side = (
+                ("json", json.dumps({"label": label}).encode())
+                if in_json
+                else ("cls", label.encode())
+            )
             for suffix, data in (("png", png(number)), side):
                 entry = tarfile.TarInfo(f"{key}.{suffix}")
                 entry.size = len(data)
@@ -97,7 +123,9 @@ def test_tar_shards_as_webdataset_reads_them(tmp_path_factory, samples):
     theirs = {}
     with file.open("rb") as stream:
         for sample in group_by_keys(tar_file_expander([{"url": str(file), "stream": stream}])):
-            label = json.loads(sample["json"])["label"] if "json" in sample else sample["cls"].decode()
+            label = (
+                json.loads(sample["json"])["label"] if "json" in sample else sample["cls"].decode()
+            )
             theirs[sample["__key__"]] = (unicodedata.normalize("NFC", label), sample["png"])
     listing = read_archives(file)
     ours = {
@@ -110,17 +138,35 @@ def test_tar_shards_as_webdataset_reads_them(tmp_path_factory, samples):
 CELLS = st.one_of(
     WORDS,
     st.sampled_from(
-        ["", "None", "NA", "1.10", "01", 'say "x"', "a,b", "a;b", " x ", "\u00e9", "e\u0301", "=1+1", "line\nbreak"]
+        [
+            "",
+            "None",
+            "NA",
+            "1.10",
+            "01",
+            'say "x"',
+            "a,b",
+            "a;b",
+            " x ",
+            "\u00e9",
+            "e\u0301",
+            "=1+1",
+            "line\nbreak",
+        ]
     ),
 )
 
 
 @MANY
-@given(st.lists(st.tuples(CELLS, CELLS), min_size=1, max_size=10), st.sampled_from([",", ";", "\t"]))
+@given(
+    st.lists(st.tuples(CELLS, CELLS), min_size=1, max_size=10), st.sampled_from([",", ";", "\t"])
+)
 def test_tables_as_pandas_reads_them_as_text(tmp_path_factory, rows, separator):
     """pandas with everything that it infers switched off, trimmed and in one Unicode form."""
     file = tmp_path_factory.mktemp("tables") / "t.csv"
-    frame = pd.DataFrame([(f"{n}.png", *row) for n, row in enumerate(rows)], columns=["path", "label", "site"])
+    frame = pd.DataFrame(
+        [(f"{n}.png", *row) for n, row in enumerate(rows)], columns=["path", "label", "site"]
+    )
     frame.to_csv(file, index=False, sep=separator)
     theirs = pd.read_csv(file, sep=separator, dtype=str, keep_default_na=False)
     theirs = theirs.map(lambda value: unicodedata.normalize("NFC", value.strip()))
@@ -132,13 +178,19 @@ def test_tables_as_pandas_reads_them_as_text(tmp_path_factory, rows, separator):
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
-    """Two classes, two sides; and the same as Parquet, saved, and with metadata, as `datasets` makes them."""
+    """Two classes, two sides; and the same as Parquet, saved, and with metadata, as `datasets`
+    makes them.
+    """
     root = tmp_path_factory.mktemp("imagefolder")
-    for number, (side, label) in enumerate([("train", "cat"), ("train", "dog"), ("test", "cat"), ("test", "dog")] * 3):
+    for number, (side, label) in enumerate(
+        [("train", "cat"), ("train", "dog"), ("test", "cat"), ("test", "dog")] * 3
+    ):
         place = root / "photos" / side / label / f"{number}.png"
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_bytes(png(number))
-    loaded = datasets.load_dataset("imagefolder", data_dir=str(root / "photos"), cache_dir=str(root / "cache"))
+    loaded = datasets.load_dataset(
+        "imagefolder", data_dir=str(root / "photos"), cache_dir=str(root / "cache")
+    )
     loaded.save_to_disk(root / "saved")
     for side, part in loaded.items():
         (root / "repository/data").mkdir(parents=True, exist_ok=True)
@@ -149,7 +201,9 @@ def tree(tmp_path_factory):
 
 @pytest.mark.parametrize("place", ["photos", "saved", "repository"])
 def test_an_imagefolder_as_datasets_reads_it(tree, place):
-    """The same images with the same labels on the same sides, from the folder and from what `datasets` writes of it."""
+    """The same images with the same labels on the same sides, from the folder and from what
+    `datasets` writes of it.
+    """
     root, loaded = tree
     theirs = sorted(
         (side, part.features["label"].int2str(row["label"]), np.asarray(row["image"]).tobytes())

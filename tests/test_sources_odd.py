@@ -1,4 +1,6 @@
-"""Sources that are odd and yet people's own: links, half-labelled shards, stray quotes, text stored as bytes."""
+"""Sources that are odd and yet people's own: links, half-labelled shards, stray quotes, text stored
+as bytes.
+"""
 
 import io
 import json
@@ -40,7 +42,9 @@ def column(listing: Listing, name: str) -> dict[str, object]:
 
 
 def pack_tar(path: Path, members: list[tuple[str, bytes | tuple[bytes, str]]]) -> Path:
-    """A tar archive of files (name, bytes) and links (name, (type of link, target)), in this order."""
+    """A tar archive of files (name, bytes) and links (name, (type of link, target)), in
+    this order.
+    """
     with tarfile.open(path, "w") as archive:
         for name, data in members:
             entry = tarfile.TarInfo(name)
@@ -68,12 +72,37 @@ def hard(target: str) -> tuple[bytes, str]:
 @pytest.mark.parametrize(
     "members",
     [
-        [("cat/b.png", png(1)), ("cat/a.png", soft("b.png")), ("cat/a.png", png(2)), ("dog/1.png", png(3))],
-        [("cat/a.png", png(2)), ("dog/1.png", png(3)), ("cat/b.png", png(1)), ("cat/a.png", soft("b.png"))],
-        [("cat/c.png", soft("b.png")), ("cat/b.png", soft("a.png")), ("cat/a.png", png(1)), ("dog/1.png", png(3))],
-        [("cat/a.png", png(1)), ("cat/b.png", hard("cat/a.png")), ("cat/a.png", png(2)), ("dog/1.png", png(3))],
+        [
+            ("cat/b.png", png(1)),
+            ("cat/a.png", soft("b.png")),
+            ("cat/a.png", png(2)),
+            ("dog/1.png", png(3)),
+        ],
+        [
+            ("cat/a.png", png(2)),
+            ("dog/1.png", png(3)),
+            ("cat/b.png", png(1)),
+            ("cat/a.png", soft("b.png")),
+        ],
+        [
+            ("cat/c.png", soft("b.png")),
+            ("cat/b.png", soft("a.png")),
+            ("cat/a.png", png(1)),
+            ("dog/1.png", png(3)),
+        ],
+        [
+            ("cat/a.png", png(1)),
+            ("cat/b.png", hard("cat/a.png")),
+            ("cat/a.png", png(2)),
+            ("dog/1.png", png(3)),
+        ],
         [("cat/a.png", png(1)), ("cat/a.png", hard("cat/a.png")), ("dog/1.png", png(3))],
-        [("cat/a.png", soft("b.png")), ("cat/b.png", png(1)), ("cat/b.png", png(2)), ("dog/1.png", png(3))],
+        [
+            ("cat/a.png", soft("b.png")),
+            ("cat/b.png", png(1)),
+            ("cat/b.png", png(2)),
+            ("dog/1.png", png(3)),
+        ],
         [("cat/a.png", soft("../dog/1.png")), ("dog/1.png", png(3))],
     ],
 )
@@ -83,7 +112,10 @@ def test_links_and_later_members_of_one_name_count_as_tar_unpacks_them(tmp_path,
     subprocess.run(["tar", "-xf", str(file), "-C", str(tmp_path / "out")], check=True)
     listing = read_archives(file)
     assert listing.found == counted(listing) == len(members)
-    read = {name.removeprefix("t.tar/"): read_bytes(path) for name, path in column(listing, "path").items()}
+    read = {
+        name.removeprefix("t.tar/"): read_bytes(path)
+        for name, path in column(listing, "path").items()
+    }
     assert read == {name: (tmp_path / "out" / name).read_bytes() for name in dict(members)}
 
 
@@ -118,12 +150,24 @@ def test_a_long_chain_of_links_is_followed(tmp_path):
 
 
 def test_an_archive_keeps_its_order_with_links_in_it(tmp_path):
-    file = pack_tar(tmp_path / "t.tar", [("b.png", png(1)), ("a.png", soft("c.png")), ("c.png", png(2))])
-    assert [name.removeprefix("t.tar/") for name in read_archives(file).samples["id"]] == ["b.png", "a.png", "c.png"]
+    file = pack_tar(
+        tmp_path / "t.tar", [("b.png", png(1)), ("a.png", soft("c.png")), ("c.png", png(2))]
+    )
+    assert [name.removeprefix("t.tar/") for name in read_archives(file).samples["id"]] == [
+        "b.png",
+        "a.png",
+        "c.png",
+    ]
 
 
 def test_lists_of_scalars_in_json_side_files_are_cells(tmp_path):
-    data = {"label": ["cat", "indoor"], "box": [1, 2.5], "deep": [[1]], "object": {"a": 1}, "key": 3}
+    data = {
+        "label": ["cat", "indoor"],
+        "box": [1, 2.5],
+        "deep": [[1]],
+        "object": {"a": 1},
+        "key": 3,
+    }
     file = pack_tar(tmp_path / "t.tar", [("1.png", png(1)), ("1.json", json.dumps(data).encode())])
     listing = read_archives(file)
     row = listing.samples.iloc[0].to_dict()
@@ -133,17 +177,28 @@ def test_lists_of_scalars_in_json_side_files_are_cells(tmp_path):
 
 @pytest.mark.parametrize("damaged", [b'{"label": ', b"[1, 2]", b"", b'"cat"', b"[" * 100_000])
 def test_a_side_file_that_is_no_json_object_is_no_annotation(tmp_path, damaged):
-    file = pack_tar(tmp_path / "t.tar", [("cat/1.png", png(1)), ("cat/1.json", damaged), ("dog/2.png", png(2))])
+    file = pack_tar(
+        tmp_path / "t.tar", [("cat/1.png", png(1)), ("cat/1.json", damaged), ("dog/2.png", png(2))]
+    )
     listing = read_archives(file)
-    assert [str(item) for item in listing.left_out] == ["1 side files that are no JSON object: t.tar/cat/1.json"]
+    assert [str(item) for item in listing.left_out] == [
+        "1 side files that are no JSON object: t.tar/cat/1.json"
+    ]
     assert listing.annotations == 0
     assert listing.found == counted(listing) == 3
 
 
 def test_images_without_the_side_label_that_others_have_are_told(tmp_path):
-    members = [("cat/1.png", png(1)), ("cat/1.txt", b"tom"), ("cat/2.png", png(2)), ("dog/3.png", png(3))]
+    members = [
+        ("cat/1.png", png(1)),
+        ("cat/1.txt", b"tom"),
+        ("cat/2.png", png(2)),
+        ("dog/3.png", png(3)),
+    ]
     listing = read_archives(pack_tar(tmp_path / "t.tar", members))
-    assert any(note.startswith("2 of 3 images have no label: the side files") for note in listing.notes)
+    assert any(
+        note.startswith("2 of 3 images have no label: the side files") for note in listing.notes
+    )
     assert listing.found == counted(listing) == 4
     flat = [(name.rpartition("/")[2], data) for name, data in members]
     assert not read_archives(pack_tar(tmp_path / "flat.tar", flat)).notes
@@ -152,7 +207,12 @@ def test_images_without_the_side_label_that_others_have_are_told(tmp_path):
 
 @pytest.mark.parametrize("kind", ["tar", "zip"])
 def test_a_class_of_hidden_members_alone_is_refused(tmp_path, kind):
-    members = [("set/cat/1.png", png(1)), ("set/dog/1.png", png(2)), ("set/owl/.keep", b""), ("set/.git/x", b"")]
+    members = [
+        ("set/cat/1.png", png(1)),
+        ("set/dog/1.png", png(2)),
+        ("set/owl/.keep", b""),
+        ("set/.git/x", b""),
+    ]
     members += [("__MACOSX/set/cat/._1.png", b""), ("set/.DS_Store", b"")]
     file = tmp_path / f"t.{kind}"
     if kind == "tar":
@@ -161,7 +221,9 @@ def test_a_class_of_hidden_members_alone_is_refused(tmp_path, kind):
         with zipfile.ZipFile(file, "w") as archive:
             for name, data in members:
                 archive.writestr(name, data)
-    with pytest.raises(SourceError, match=r"no file in the folder owl can be used.*images.exclude: \[owl\]"):
+    with pytest.raises(
+        SourceError, match=r"no file in the folder owl can be used.*images.exclude: \[owl\]"
+    ):
         read_archives(file)
     listing = read_archives(file, exclude=["set/owl"])
     assert set(listing.samples["label"]) == {"cat", "dog"}
@@ -180,11 +242,16 @@ def test_an_archive_named_with_brackets_is_itself(tmp_path):
 # ---- arrays
 
 
-@pytest.mark.parametrize("values", [np.zeros(0), np.array(3), np.zeros((0, 1)), np.zeros((2, 2)), np.zeros(3)])
+@pytest.mark.parametrize(
+    "values", [np.zeros(0), np.array(3), np.zeros((0, 1)), np.zeros((2, 2)), np.zeros(3)]
+)
 def test_labels_of_another_shape_are_refused_in_words(tmp_path, values):
     np.save(tmp_path / "x.npy", np.zeros((2, 4, 4), np.uint8))
     np.save(tmp_path / "y.npy", values)
-    with pytest.raises(SourceError, match=r"the labels have shape \(.*\) for 2 images; expected one for each: \(2,\)"):
+    with pytest.raises(
+        SourceError,
+        match=r"the labels have shape \(.*\) for 2 images; expected one for each: \(2,\)",
+    ):
         read_array(tmp_path / "x.npy", labels=tmp_path / "y.npy")
 
 
@@ -196,7 +263,10 @@ def test_labels_in_a_column_are_labels(tmp_path, shape):
         with pytest.raises(SourceError, match="the labels have shape"):
             read_array(tmp_path / "x.npy", labels=tmp_path / "y.npy")
     else:
-        assert list(read_array(tmp_path / "x.npy", labels=tmp_path / "y.npy").samples["label"]) == ["7", "8"]
+        assert list(read_array(tmp_path / "x.npy", labels=tmp_path / "y.npy").samples["label"]) == [
+            "7",
+            "8",
+        ]
 
 
 def test_a_data_set_without_a_shape_is_no_traceback(tmp_path):
@@ -211,7 +281,9 @@ def test_a_data_set_without_a_shape_is_no_traceback(tmp_path):
 
 
 def idx(path: Path, values: np.ndarray) -> None:
-    header = bytes([0, 0, 8, values.ndim]) + b"".join(size.to_bytes(4, "big") for size in values.shape)
+    header = bytes([0, 0, 8, values.ndim]) + b"".join(
+        size.to_bytes(4, "big") for size in values.shape
+    )
     path.write_bytes(header + values.astype(np.uint8).tobytes())
 
 
@@ -240,7 +312,9 @@ def test_the_side_of_a_split_stands_anywhere_in_the_name_of_an_idx_file(tmp_path
 
 def test_several_arrays_are_told_with_the_setting_that_chooses(tmp_path):
     np.savez(tmp_path / "x.npz", a=np.zeros((2, 4, 4), np.uint8), b=np.zeros((2, 4, 4), np.uint8))
-    with pytest.raises(SourceError, match=r"In the recipe: images.array_key: a \(in Python: key=\)"):
+    with pytest.raises(
+        SourceError, match=r"In the recipe: images.array_key: a \(in Python: key=\)"
+    ):
         read_array(tmp_path / "x.npz")
 
 
@@ -249,10 +323,14 @@ def test_several_arrays_are_told_with_the_setting_that_chooses(tmp_path):
 
 def test_cells_with_line_breaks_are_told(tmp_path):
     file = tmp_path / "t.csv"
-    file.write_text('path,label\na.jpg,cat\nb.jpg,"cat\nc.jpg,dog\nd.jpg,"dog\ne.jpg,dog\n', encoding="utf-8")
+    file.write_text(
+        'path,label\na.jpg,cat\nb.jpg,"cat\nc.jpg,dog\nd.jpg,"dog\ne.jpg,dog\n', encoding="utf-8"
+    )
     read = read_table_file(file)
     assert list(read.frame["path"]) == ["a.jpg", "b.jpg", "e.jpg"]
-    assert read.notes == ('t.csv: 1 cells hold line breaks, first in row 2: an unpaired quote (") joins lines',)
+    assert read.notes == (
+        't.csv: 1 cells hold line breaks, first in row 2: an unpaired quote (") joins lines',
+    )
     assert read.notes[0] in read_tables(file).notes
 
 
@@ -267,7 +345,9 @@ def test_cells_with_line_breaks_are_told(tmp_path):
 def test_line_breaks_in_what_names_the_rows_are_refused(tmp_path, text):
     file = tmp_path / ("t.tsv" if "\t" in text else "t.csv")
     file.write_bytes(text.encode())
-    with pytest.raises(SourceError, match=r"1 cells hold line breaks, first in row [12]: an unpaired quote"):
+    with pytest.raises(
+        SourceError, match=r"1 cells hold line breaks, first in row [12]: an unpaired quote"
+    ):
         read_table_file(file)
 
 
@@ -298,7 +378,10 @@ def test_lines_of_json_end_at_line_feeds_alone(tmp_path):
     rows = [{"path": "a.png", "label": "one\u2028two\x85three"}, {"path": "b.png", "label": "cat"}]
     text = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\r\n\r\n"
     (tmp_path / "t.jsonl").write_bytes(text.encode())
-    assert list(read_table_file(tmp_path / "t.jsonl").frame["label"]) == ["one\u2028two\x85three", "cat"]
+    assert list(read_table_file(tmp_path / "t.jsonl").frame["label"]) == [
+        "one\u2028two\x85three",
+        "cat",
+    ]
 
 
 def save(table: pa.Table, file: Path) -> Path:

@@ -1,4 +1,6 @@
-"""Files replaced behind a cache's back: whatever the file system can tell of a replacement is noticed."""
+"""Files replaced behind a cache's back: whatever the file system can tell of a replacement is
+noticed.
+"""
 
 import io
 import os
@@ -125,7 +127,11 @@ def test_a_link_to_a_folder_is_switched(tmp_path):
     first = content_hashes(samples, tmp_path / "index.parquet")
     (tmp_path / "next").symlink_to("v2")
     os.replace(tmp_path / "next", tmp_path / "current")
-    assert content_hashes(samples, tmp_path / "index.parquet").hashes == (hash_bytes(b"v2"),) != first.hashes
+    assert (
+        content_hashes(samples, tmp_path / "index.parquet").hashes
+        == (hash_bytes(b"v2"),)
+        != first.hashes
+    )
 
 
 def test_an_archive_is_replaced(tmp_path):
@@ -144,10 +150,14 @@ def test_an_archive_is_replaced(tmp_path):
     paths = [f"{path}::tar:512:6:a.png", f"{path}::tar:1536:6:b.png"]
     samples = pd.DataFrame({"id": ["a", "b"], "path": paths})
     settle()
-    assert content_hashes(samples, tmp_path / "index.parquet").hashes == (hash_bytes(b"first "),) * 2
+    assert (
+        content_hashes(samples, tmp_path / "index.parquet").hashes == (hash_bytes(b"first "),) * 2
+    )
     keys = file_keys(paths)
     shutil.copy2(shard(tmp_path / "new" / "s.tar", b"second"), path)
-    assert content_hashes(samples, tmp_path / "index.parquet").hashes == (hash_bytes(b"second"),) * 2
+    assert (
+        content_hashes(samples, tmp_path / "index.parquet").hashes == (hash_bytes(b"second"),) * 2
+    )
     assert not set(file_keys(paths)) & set(keys)
 
 
@@ -179,8 +189,12 @@ def test_the_index_has_one_entry_per_path_however_often_it_is_replaced(tmp_path)
 
 @pytest.mark.parametrize("young", ["mtime", "ctime"])
 def test_a_file_is_trusted_when_both_its_times_are_past(tmp_path, young):
-    """A copy of an old file is as young as its inode's change; another of the same tick could follow unseen."""
-    path = write(tmp_path / "1.png", b"first", at=LONG_AGO if young == "ctime" else time.time() + 3600)
+    """A copy of an old file is as young as its inode's change; another of the same tick could
+    follow unseen.
+    """
+    path = write(
+        tmp_path / "1.png", b"first", at=LONG_AGO if young == "ctime" else time.time() + 3600
+    )
     samples = pd.DataFrame({"id": ["1"], "path": [str(path)]})
     if young == "mtime":
         settle()
@@ -216,16 +230,22 @@ def test_a_file_that_changes_while_it_is_read_is_read_again(tmp_path, monkeypatc
 
 
 def damaged(data):
-    """Every single changed byte in turn would take minutes: some spread over the file, and other kinds of damage."""
+    """Every single changed byte in turn would take minutes: some spread over the file, and other
+    kinds of damage.
+    """
     for at in range(0, len(data), 7):
         yield data[:at] + bytes([data[at] ^ 0x15]) + data[at + 1 :]
     yield from (b"", b"PAR1", data[:-9], data[: len(data) // 2], data + b"\0")
 
 
 def test_a_damaged_index_is_made_again(tmp_path):
-    """It only saves time: one changed digit of a hash must not be believed, and no damage may stop a run."""
+    """It only saves time: one changed digit of a hash must not be believed, and no damage may stop
+    a run.
+    """
     index = tmp_path / "index.parquet"
-    samples = pd.DataFrame({"id": ["1", "2"], "path": [str(write(tmp_path / f"{n}.png", b"%d" % n)) for n in (1, 2)]})
+    samples = pd.DataFrame(
+        {"id": ["1", "2"], "path": [str(write(tmp_path / f"{n}.png", b"%d" % n)) for n in (1, 2)]}
+    )
     settle()
     expected = content_hashes(samples, index).hashes
     good = index.read_bytes()
@@ -272,7 +292,9 @@ def test_times_of_every_century_fit(tmp_path):
 
 
 def test_each_file_is_asked_once(tmp_path, monkeypatch):
-    """The cost of a call on files that are known is one stat each, and one for an archive of many members."""
+    """The cost of a call on files that are known is one stat each, and one for an archive of many
+    members.
+    """
     paths = [str(write(tmp_path / f"{n}.png", b"x")) for n in range(5)]
     members = [f"{write(tmp_path / 's.npy', b'x')}::npy:{n}" for n in range(5)]
     asked = []
@@ -292,7 +314,9 @@ def test_what_has_just_been_written_is_waited_for_once(monkeypatch):
     monkeypatch.setattr(time, "sleep", slept.append)
     now = time.time_ns()
     wait_until_settled([])
-    wait_until_settled([FileStamp(1, 0, now - 10**12, 1), FileStamp(1, now + 10**12, 0, 1)])  # past, future
+    wait_until_settled(
+        [FileStamp(1, 0, now - 10**12, 1), FileStamp(1, now + 10**12, 0, 1)]
+    )  # past, future
     assert slept == []
     wait_until_settled([FileStamp(1, 0, now, 1), FileStamp(1, now - 50_000_000, 0, 1)])
     assert len(slept) == 1
@@ -308,7 +332,10 @@ def test_cp_p_of_the_shell(tmp_path):
     settle()
     samples = pd.DataFrame({"id": range(20), "path": [str(path) for path in paths]})
     first = content_hashes(samples, tmp_path / "index.parquet")
-    subprocess.run(["cp", "-p", *map(str, (tmp_path / "fixed").iterdir()), str(tmp_path / "photos")], check=True)
+    subprocess.run(
+        ["cp", "-p", *map(str, (tmp_path / "fixed").iterdir()), str(tmp_path / "photos")],
+        check=True,
+    )
     again = content_hashes(samples, tmp_path / "index.parquet")
     assert again.read == 5
     assert sum(a != b for a, b in zip(first.hashes, again.hashes, strict=True)) == 5

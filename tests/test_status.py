@@ -35,7 +35,9 @@ def shown(run):
 
 
 def test_a_running_driver_a_finished_and_a_failed_one(tmp_path):
-    """While it runs: stage, what is done, who works, deaths and time left; afterwards how it ended."""
+    """While it runs: stage, what is done, who works, deaths and time left; afterwards
+    how it ended.
+    """
     with task_log(RunPaths(tmp_path)) as log:
         log("cluster", where="local", role="train", dashboard="http://127.0.0.1:8787/status")
         log("stage", stage="train", total=100, unit="heads", tasks=10)
@@ -45,7 +47,12 @@ def test_a_running_driver_a_finished_and_a_failed_one(tmp_path):
         log("died", task="bank-2", worker="tcp://127.0.0.1:2", seconds=1.0, error="its worker died")
         log("progress", done=40, failed=3)
         (status,) = run_status(tmp_path)
-        assert (status.state, status.stage, status.done, status.total) == ("running", "train", 40, 100)
+        assert (status.state, status.stage, status.done, status.total) == (
+            "running",
+            "train",
+            40,
+            100,
+        )
         assert (status.unit, status.failed, status.deaths) == ("heads", 3, 1)
         assert status.running == {"bank-3": "tcp://127.0.0.1:3"}
         assert not math.isnan(status.left_s)
@@ -61,7 +68,9 @@ def test_a_running_driver_a_finished_and_a_failed_one(tmp_path):
 
 
 def test_a_driver_that_was_killed_is_gone(tmp_path):
-    """It is running until it is killed; then it is said to be gone, without anyone having written so."""
+    """It is running until it is killed; then it is said to be gone, without anyone having written
+    so.
+    """
     command = [sys.executable, "-c", DRIVER, str(tmp_path)]
     driver = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert driver.stdout.readline() == "there\n"

@@ -1,4 +1,6 @@
-"""The shape of the tree: the packages listed are the folders on disk, arrows run one way, imports stay light."""
+"""The shape of the tree: the packages listed are the folders on disk, arrows run one way, imports
+stay light.
+"""
 
 import ast
 import re
@@ -32,10 +34,14 @@ def imports(file: Path) -> set[str]:
 
 @pytest.mark.parametrize("package", ALLOWED)
 def test_arrows_run_one_way(package):
-    """cache imports none of ours; extract and heads import cache, never each other; pipelines imports all three."""
+    """cache imports none of ours; extract and heads import cache, never each other; pipelines
+    imports all three.
+    """
     for file in sorted((ROOT / package).rglob("*.py")):
         ours = {name.split(".")[1] for name in imports(file) if name.startswith("headrace.")}
-        assert ours <= ALLOWED[package], f"{file.relative_to(ROOT)} imports {ours - ALLOWED[package]}"
+        assert ours <= ALLOWED[package], (
+            f"{file.relative_to(ROOT)} imports {ours - ALLOWED[package]}"
+        )
 
 
 ROOMS = {
@@ -51,7 +57,9 @@ ROOMS = {
 def test_arrows_run_one_way_within_pipelines(room):
     """Also those that a function follows when it runs."""
     for file in sorted((ROOT / "pipelines" / room).glob("*.py")):
-        names = (name.split(".") for name in imports(file) if name.startswith("headrace.pipelines."))
+        names = (
+            name.split(".") for name in imports(file) if name.startswith("headrace.pipelines.")
+        )
         others = {name[2] for name in names} & ROOMS.keys() - {room}
         assert others <= ROOMS[room], f"{file.relative_to(ROOT)} imports {others - ROOMS[room]}"
 
@@ -66,7 +74,9 @@ def test_no_module_is_imported_by_its_bare_folder_name():
 
 def test_listed_packages_are_the_folders_on_disk():
     """A folder that is not listed would be missing from the wheel."""
-    listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"][
+        "setuptools"
+    ]["packages"]
     on_disk = {
         "headrace." + ".".join(file.parent.relative_to(ROOT).parts)
         for package in ALLOWED
@@ -77,7 +87,9 @@ def test_listed_packages_are_the_folders_on_disk():
 
 
 def calls(file: Path) -> Iterator[tuple[str, ast.Call]]:
-    """Every call in a file with the name that is called, without what stands before the last dot."""
+    """Every call in a file with the name that is called, without what stands before the
+    last dot.
+    """
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name | ast.Attribute):
             yield (node.func.id if isinstance(node.func, ast.Name) else node.func.attr), node
@@ -89,7 +101,11 @@ def sources() -> list[Path]:
 
 
 def test_consoles_are_made_in_one_place():
-    """There text is text. A console of rich's own takes brackets in a folder's name for colours, and `:dog:` for a picture."""
+    """There text is text.
+
+    A console of rich's own takes brackets in a folder's name for colours, and `:dog:` for a
+    picture.
+    """
     for file in sources():
         for name, call in calls(file):
             where = f"{file.relative_to(ROOT)}, line {call.lineno}"
@@ -101,7 +117,8 @@ def test_consoles_are_made_in_one_place():
 
 
 def opens_text(name: str, call: ast.Call) -> bool:
-    """Whether a call opens, reads or writes a text file: open(FILE, MODE), PATH.open(MODE), os.fdopen(NUMBER, MODE), …
+    """Whether a call opens, reads or writes a text file: open(FILE, MODE), PATH.open(MODE),
+    os.fdopen(NUMBER, MODE), …
 
     Image.open(FILE) and other libraries' have an argument that is no mode.
     """
@@ -116,7 +133,10 @@ def opens_text(name: str, call: ast.Call) -> bool:
 
 
 def test_text_files_name_their_encoding():
-    """What is written on one machine is read on another, whatever the locales are: UTF-8, and said so."""
+    """What is written on one machine is read on another, whatever the locales are:
+
+    UTF-8, and said so.
+    """
     for file in sources():
         for name, call in calls(file):
             named = any(keyword.arg == "encoding" for keyword in call.keywords)
@@ -126,8 +146,13 @@ def test_text_files_name_their_encoding():
 
 def loaded_after(code: str) -> set[str]:
     """Names of the top-level modules that a fresh interpreter has loaded after running the code."""
-    script = f"{code}\nimport sys\nprint(' '.join(sorted({{name.split('.')[0] for name in sys.modules}})))"
-    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    script = (
+        f"{code}\nimport sys\nprint(' '.join(sorted({{name.split('.')[0] for name in "
+        "sys.modules})))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], check=True, capture_output=True, text=True
+    )
     return set(done.stdout.splitlines()[-1].split())
 
 
@@ -148,4 +173,6 @@ def test_help_needs_no_heavy_import():
     heavy = {"torch", "torchvision", "timm", "distributed", "sklearn", "scipy", "pandas"}
     assert not heavy & loaded_after("import headrace.pipelines.cli")
     assert not {"torch", "sklearn", "scipy"} & loaded_after("import headrace.heads")
-    assert not {"torch", "sklearn"} & loaded_after("import headrace.pipelines.run, headrace.pipelines.status")
+    assert not {"torch", "sklearn"} & loaded_after(
+        "import headrace.pipelines.run, headrace.pipelines.status"
+    )

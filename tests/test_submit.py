@@ -15,8 +15,9 @@ LOG = "open({path!r}, 'a').write('{name}\\n') and "
 
 @pytest.mark.slow
 def test_results_errors_and_deaths_all_come_back(tmp_path):
-    """A task that raises is not tried again; one that kills its worker is, a few times; the others are done exactly once.
-    Where it was raised is told to the log."""
+    """A task that raises is not tried again; one that kills its worker is, a few times; the others
+    are done exactly once. Where it was raised is told to the log.
+    """
     path = str(tmp_path / "log")
     jobs = {f"good{i}": LOG.format(path=path, name=f"good{i}") + f"{i} * {i}" for i in range(20)}
     jobs["raises"] = LOG.format(path=path, name="raises") + "1 / 0"
@@ -41,13 +42,19 @@ def test_results_errors_and_deaths_all_come_back(tmp_path):
 
 @pytest.mark.slow
 def test_the_guilty_part_of_a_job_is_found(tmp_path):
-    """A job that kills its workers is divided until what is guilty is alone; every other part has its result."""
+    """A job that kills its workers is divided until what is guilty is alone; every other part has
+    its result.
+    """
     kills = "__import__('os')._exit(1)"
 
     def halves(job):
         parts = job.split(", ")
         middle = len(parts) // 2
-        return [(part, part) for part in (", ".join(parts[:middle]), ", ".join(parts[middle:])) if part and middle]
+        return [
+            (part, part)
+            for part in (", ".join(parts[:middle]), ", ".join(parts[middle:]))
+            if part and middle
+        ]
 
     jobs = [f"1, 2, 3, {kills}, 5, 6, 7, 8", "9, 10"]
     with local_client(2) as client:
@@ -58,21 +65,35 @@ def test_the_guilty_part_of_a_job_is_found(tmp_path):
         "5, 6, 7, 8": (5, 6, 7, 8),
         "9, 10": (9, 10),
     }
-    assert [(outcome.job, outcome.fatal) for outcome in outcomes if outcome.error] == [(kills, True)]
+    assert [(outcome.job, outcome.fatal) for outcome in outcomes if outcome.error] == [
+        (kills, True)
+    ]
 
 
 @pytest.mark.slow
 def test_what_never_ends_is_ended(tmp_path):
-    """Neither an endless loop nor a frozen worker stops a run: both are tried again elsewhere, and the frozen one ends well."""
+    """Neither an endless loop nor a frozen worker stops a run: both are tried again elsewhere, and
+    the frozen one ends well.
+    """
     freeze = f"__import__('os').path.exists({str(tmp_path / 'once')!r}) or ("
-    freeze += f"open({str(tmp_path / 'once')!r}, 'x'), __import__('os').kill(__import__('os').getpid(), 19))"
+    freeze += (
+        f"open({str(tmp_path / 'once')!r}, 'x'), "
+        "__import__('os').kill(__import__('os').getpid(), 19))"
+    )
     loop = "all(True for _ in __import__('itertools').count())"
     with local_client(2) as client:
         started = list(client.nthreads())
         outcomes = list(
-            run_tasks(client, eval, [(job, job) for job in (loop, freeze, "7")], options=TaskOptions(deadline_s=5))
+            run_tasks(
+                client,
+                eval,
+                [(job, job) for job in (loop, freeze, "7")],
+                options=TaskOptions(deadline_s=5),
+            )
         )
-        assert not set(started) & set(client.nthreads())  # none of the workers that hung is there any more
+        assert not set(started) & set(
+            client.nthreads()
+        )  # none of the workers that hung is there any more
     results = {outcome.job: outcome for outcome in outcomes}
     assert results["7"].result == 7
     assert results[freeze].result is True
@@ -97,7 +118,9 @@ def test_workers_of_another_decoder_are_refused(monkeypatch):
     there = images.DECODER
     with local_client(1) as client:
         monkeypatch.setattr(images, "DECODER", "pillow 0")  # of this process; workers are others
-        with pytest.raises(ClusterError, match=rf"has decoder {there} \(here: pillow 0\)\. Install the same"):
+        with pytest.raises(
+            ClusterError, match=rf"has decoder {there} \(here: pillow 0\)\. Install the same"
+        ):
             list(run_tasks(client, eval, [("a", "1 + 1")]))
 
 
@@ -129,14 +152,23 @@ class StubFuture:
 
 
 class StubClient:
-    """A cluster of hosts on which time passes whenever somebody looks: a good worker ends a task in `task_ticks`; one on a
-    host called bad dies in one, and is soon back at another port. Workers called old have other versions."""
+    """A cluster of hosts on which time passes whenever somebody looks: a good worker ends a task in
+    `task_ticks`; one on a host called bad dies in one, and is soon back at another port. Workers
+    called old have other versions.
+    """
 
     cluster = None
 
     def __init__(self, workers, task_ticks=5):
         self.workers, self.task_ticks = dict.fromkeys(workers, 1), task_ticks
-        self.tick, self.port, self.deaths, self.running, self.back, self.ran = 0, 100, 0, [], [], set()
+        self.tick, self.port, self.deaths, self.running, self.back, self.ran = (
+            0,
+            100,
+            0,
+            [],
+            [],
+            set(),
+        )
 
     def nthreads(self):
         self.tick += 1
@@ -160,9 +192,19 @@ class StubClient:
     def submit(self, function, *jobs, key, workers, **_):
         future = StubFuture()
         if function is versions:
-            future.end("finished", versions() | ({"torch": "1.0"} if workers[0].startswith("tls://old") else {}))
+            future.end(
+                "finished",
+                versions() | ({"torch": "1.0"} if workers[0].startswith("tls://old") else {}),
+            )
         else:
-            self.running.append((self.tick + (1 if "bad" in workers[0] else self.task_ticks), *workers, *jobs, future))
+            self.running.append(
+                (
+                    self.tick + (1 if "bad" in workers[0] else self.task_ticks),
+                    *workers,
+                    *jobs,
+                    future,
+                )
+            )
         return future
 
     def cancel(self, futures, force):
@@ -176,13 +218,20 @@ def halves(job):
 
 
 def test_innocent_tasks_are_not_blamed_for_a_broken_host(monkeypatch):
-    """Its workers die at once and come straight back: every task ends well elsewhere, whole, and the host is left alone."""
+    """Its workers die at once and come straight back: every task ends well elsewhere, whole, and
+    the host is left alone.
+    """
     monkeypatch.setattr("headrace.pipelines.submit._LOOK_S", 0.001)
-    client = StubClient([f"tls://good{number}:1" for number in range(4)] + [f"tls://bad:{port}" for port in range(4)])
+    client = StubClient(
+        [f"tls://good{number}:1" for number in range(4)]
+        + [f"tls://bad:{port}" for port in range(4)]
+    )
     jobs = [tuple(range(8 * unit, 8 * unit + 8)) for unit in range(40)]
     told = []
     options = TaskOptions(tell=lambda event, **details: told.append(event))
-    outcomes = list(run_tasks(client, None, [(str(job), job) for job in jobs], options=options, split=halves))
+    outcomes = list(
+        run_tasks(client, None, [(str(job), job) for job in jobs], options=options, split=halves)
+    )
     assert sorted(outcome.result for outcome in outcomes) == jobs
     assert not any(outcome.error for outcome in outcomes)
     assert "divided" not in told
@@ -191,7 +240,9 @@ def test_innocent_tasks_are_not_blamed_for_a_broken_host(monkeypatch):
 
 
 def test_a_cluster_of_one_broken_host_ends():
-    """There is nothing to compare it with: its tasks are found guilty, as they would be if they were."""
+    """There is nothing to compare it with: its tasks are found guilty, as they would be if they
+    were.
+    """
     client = StubClient(["tls://bad:1"])
     outcomes = list(run_tasks(client, None, [("a", (1, 2))], split=halves))
     assert [outcome.fatal for outcome in outcomes] == [True, True]

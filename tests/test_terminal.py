@@ -14,7 +14,9 @@ from headrace.pipelines import terminal
 
 
 def in_terminal(work):
-    """Run `work` in a child whose controlling terminal is a new one; returns the child and our end of the terminal."""
+    """Run `work` in a child whose controlling terminal is a new one; returns the child and our end
+    of the terminal.
+    """
     pid, ours = pty.fork()
     if pid:
         return pid, ours
@@ -49,7 +51,9 @@ def exit_of(pid, timeout_s=180.0):
 
 @pytest.mark.parametrize("buffering", [[], ["-u"]], ids=["buffered", "unbuffered"])
 def test_what_a_lost_terminal_does_not_take_goes_to_the_log(tmp_path, monkeypatch, buffering):
-    """Neither the signal nor the error of a closed terminal ends the process; every line after that is in the log."""
+    """Neither the signal nor the error of a closed terminal ends the process; every line after that
+    is in the log.
+    """
     script = (
         "import os, sys, time\n"
         "from pathlib import Path\n"
@@ -61,7 +65,9 @@ def test_what_a_lost_terminal_does_not_take_goes_to_the_log(tmp_path, monkeypatc
         "print('and errors', file=sys.stderr)\n"
     )
     monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
-    pid, ours = in_terminal(lambda: os.execv(sys.executable, [sys.executable, *buffering, "-c", script]))
+    pid, ours = in_terminal(
+        lambda: os.execv(sys.executable, [sys.executable, *buffering, "-c", script])
+    )
     read_until(ours, b"before\r\n")  # all of it, or its end is in the log
     os.close(ours)
     assert exit_of(pid) == 0
@@ -79,7 +85,9 @@ def test_without_a_terminal_nothing_changes(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_goes_on_when_its_terminal_closes(tmp_path):
-    """The terminal closes while images are extracted: the run ends well, its workers too, and its last words are kept."""
+    """The terminal closes while images are extracted: the run ends well, its workers too, and its
+    last words are kept.
+    """
     make_photos(tmp_path / "photos", n=40)
     (tmp_path / "recipe.yaml").write_text(RECIPE)
 

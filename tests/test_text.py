@@ -1,4 +1,6 @@
-"""Text as it is compared: what other programs do to ids and labels on the way, and what must not be done to them."""
+"""Text as it is compared: what other programs do to ids and labels on the way, and what must not be
+done to them.
+"""
 
 import decimal
 import os
@@ -41,10 +43,18 @@ def texts_of(values, dtype=None):
         ([1.5, None, 3.0], "Float64", ["1.5", None, "3"]),
         ([True, False], None, ["True", "False"]),
         ([True, None], "boolean", ["True", None]),
-        ([True, 1, 1.0, "1", None, float("nan"), pd.NA, pd.NaT], object, ["True", *["1"] * 3, *[None] * 4]),
+        (
+            [True, 1, 1.0, "1", None, float("nan"), pd.NA, pd.NaT],
+            object,
+            ["True", *["1"] * 3, *[None] * 4],
+        ),
         ([" b", "a", None, "a"], "category", ["b", "a", None, "a"]),
         ([3.0, None, 3.0], "category", ["3", None, "3"]),
-        ([np.float32(0.1), np.float64(2), np.int8(5), np.bool_(True)], object, ["0.1", "2", "5", "True"]),
+        (
+            [np.float32(0.1), np.float64(2), np.int8(5), np.bool_(True)],
+            object,
+            ["0.1", "2", "5", "True"],
+        ),
         ([decimal.Decimal("1.50")], object, ["1.50"]),
         ([b"a ", None], pd.ArrowDtype(pa.binary()), ["a", None]),
         (["a ", None], pd.ArrowDtype(pa.string()), ["a", None]),
@@ -89,7 +99,12 @@ def test_how_accents_are_composed_and_what_surrounds_a_text_do_not_matter(text):
     assert texts_of([f"{text} ", text.encode()], object) == [expected, expected]
 
 
-@given(st.lists(st.one_of(st.none(), TEXTS, st.integers(), st.floats(), st.booleans(), st.binary()), max_size=8))
+@given(
+    st.lists(
+        st.one_of(st.none(), TEXTS, st.integers(), st.floats(), st.booleans(), st.binary()),
+        max_size=8,
+    )
+)
 def test_text_of_text_is_the_same_text_and_missing_values_stay_missing(values):
     column = pd.Series(values, dtype=object)
     once = as_text(column)
@@ -100,7 +115,12 @@ def test_text_of_text_is_the_same_text_and_missing_values_stay_missing(values):
 @given(st.lists(st.integers(-(2**53), 2**53)))
 def test_integers_that_became_floats_are_the_integers(numbers):
     expected = [str(number) for number in numbers]
-    assert texts_of(numbers, "int64") == texts_of(numbers, "float64") == texts_of(numbers, object) == expected
+    assert (
+        texts_of(numbers, "int64")
+        == texts_of(numbers, "float64")
+        == texts_of(numbers, object)
+        == expected
+    )
 
 
 @given(st.lists(st.floats(allow_nan=False, allow_infinity=False)))

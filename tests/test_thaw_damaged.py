@@ -17,7 +17,9 @@ compute: {workers: 1, unit_images: 64}
 
 @pytest.mark.slow
 def test_what_is_damaged_is_trained_again_and_what_is_whole_is_not(tmp_path):
-    """A cut network, a flipped bit in it, damaged or removed results, a changed decision: each ends in the same run."""
+    """A cut network, a flipped bit in it, damaged or removed results, a changed decision: each ends
+    in the same run.
+    """
     make_photos(tmp_path / "photos", n=32)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(WEAK_HEAD_RECIPE + THAW)
@@ -46,7 +48,9 @@ def test_what_is_damaged_is_trained_again_and_what_is_whole_is_not(tmp_path):
             file.write_bytes(data)
         again = run_here(recipe)
         assert again.thawed.trained == trained, file
-        assert again.board[["kind", "settings", "log_loss"]].equals(first.board[["kind", "settings", "log_loss"]]), file
+        assert again.board[["kind", "settings", "log_loss"]].equals(
+            first.board[["kind", "settings", "log_loss"]]
+        ), file
         assert again.test == first.test, file
         load_network(model.parent)
         load_network(paths.winner)

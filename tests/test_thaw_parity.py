@@ -1,4 +1,6 @@
-"""The parity check: the network put together from backbone and head predicts what the cached head did, or is refused."""
+"""The parity check: the network put together from backbone and head predicts what the cached head
+did, or is refused.
+"""
 
 import dataclasses
 from pathlib import Path
@@ -58,25 +60,35 @@ def parity(
     train: bool = False,
     swap: bool = False,
 ) -> Parity:
-    """The check on all images of the case with a logistic head on layer4.avg, something being other than it was."""
+    """The check on all images of the case with a logistic head on layer4.avg, something being other
+    than it was.
+    """
     bank = read_bank(case.bank(LOGISTIC, "layer4.avg"))
     arrays = {fold: bank.arrays(LOGISTIC, fold) for fold in range(2)}
     if swap:
-        arrays = {fold: {name: -array for name, array in own.items()} for fold, own in arrays.items()}
+        arrays = {
+            fold: {name: -array for name, array in own.items()} for fold, own in arrays.items()
+        }
     heads = {fold: head_module(LOGISTIC, own, "single") for fold, own in arrays.items()}
     loaded = load_backbone(backbone)
     network = Network(loaded, taps, heads[0]).round_to(["float16"])
     network.train(train)
     job = case.job(cut=None, backbone=backbone)
     paths = image_paths(Path(job.images), case.task.content)
-    (batch,) = ImageSource(case.task.content, paths, loaded.preprocessing).batches(np.arange(48), 48)
+    (batch,) = ImageSource(case.task.content, paths, loaded.preprocessing).batches(
+        np.arange(48), 48
+    )
     cached, _ = load_rows(case.features("layer4.avg"), case.task.content)
     expected = bank.out_of_fold(LOGISTIC)
-    return check_parity(network, heads, [batch.inputs], case.task.fold, expected, [cached], "single")
+    return check_parity(
+        network, heads, [batch.inputs], case.task.fold, expected, [cached], "single"
+    )
 
 
 def test_symmetric_views_are_drawn_row_by_row(case: Case) -> None:
-    """Where mirror images are cached, an epoch sees each image in a turn of its own, and evaluation sees none."""
+    """Where mirror images are cached, an epoch sees each image in a turn of its own, and evaluation
+    sees none.
+    """
     loaded = load_backbone(SMALL)
     paths = image_paths(Path(case.job(cut=None, backbone=SMALL).images), case.task.content)
     views = [view_json(index, Symmetries()) for index in range(4)]
@@ -115,8 +127,12 @@ def test_the_network_as_it_was_passes_by_a_wide_margin(case: Case) -> None:
     ids=["bicubic", "nearest", "crop", "mean", "std", "weights"],
 )
 def test_another_resize_mean_std_or_weights_is_caught(case: Case, other: BackboneSpec) -> None:
-    """A network that sees other pixels, or has other weights, is refused; the message says what to look at."""
-    with pytest.raises(ThawRefused, match=r"another resize, crop, mean or std .* Nothing was trained"):
+    """A network that sees other pixels, or has other weights, is refused; the message says what to
+    look at.
+    """
+    with pytest.raises(
+        ThawRefused, match=r"another resize, crop, mean or std .* Nothing was trained"
+    ):
         parity(case, backbone=other)
 
 
@@ -140,7 +156,9 @@ def test_a_wrong_tap_of_the_same_width_is_caught(case: Case, tap: Tap) -> None:
 
 
 @pytest.mark.parametrize(("head", "taps"), HEADS, ids=lambda value: getattr(value, "kind", ""))
-def test_heads_of_every_kind_that_has_gradients_pass(case: Case, head: HeadSpec, taps: tuple[str, ...]) -> None:
+def test_heads_of_every_kind_that_has_gradients_pass(
+    case: Case, head: HeadSpec, taps: tuple[str, ...]
+) -> None:
     """From the images, and from the cached maps of the cut where something lies above it."""
     cut = None if head.kind == "conv" else "layer3.map"
     found = pilot(case.job(head, taps, cut, depth="all" if cut is None else "layer3"))
@@ -174,7 +192,9 @@ def test_a_neighbour_search_cannot_be_thawed(case: Case) -> None:
 def test_a_head_in_standardised_coordinates_is_the_same_function(
     case: Case, head: HeadSpec, taps: tuple[str, ...]
 ) -> None:
-    """The module predicts as `predict_head`, before and after its first layer is put into standardised coordinates."""
+    """The module predicts as `predict_head`, before and after its first layer is put into
+    standardised coordinates.
+    """
     X, _ = load_rows(case.features(*taps), case.task.content, spatial=head.kind == "conv")
     arrays = read_bank(case.bank(head, *taps)).arrays(head)
     expected = predict_head(head, arrays, X)
@@ -199,13 +219,21 @@ def test_a_head_in_standardised_coordinates_is_the_same_function(
     ],
 )
 def test_a_network_runs_from_any_stage_on(name: str, node: str, size: int) -> None:
-    """What comes out of the part above a node, given the node's output, is what the whole network gives."""
+    """What comes out of the part above a node, given the node's output, is what the whole network
+    gives.
+    """
     backbone = load_backbone(BackboneSpec(name, "random:0", image_size=size, crop_fraction=1.0))
     module, found = backbone.module, []
     part = part_above(module, backbone_nodes(backbone)[node])
-    handle = module.get_submodule(node).register_forward_hook(lambda _m, _a, output: found.append(output.clone()))
+    handle = module.get_submodule(node).register_forward_hook(
+        lambda _m, _a, output: found.append(output.clone())
+    )
     with torch.no_grad():
-        whole = module(torch.randn(2, 3, *backbone.preprocessing.crop, generator=torch.Generator().manual_seed(0)))
+        whole = module(
+            torch.randn(
+                2, 3, *backbone.preprocessing.crop, generator=torch.Generator().manual_seed(0)
+            )
+        )
         handle.remove()
         assert torch.equal(part(found[0]), whole)
     above = owners_above(module, node, backbone.preprocessing.crop)

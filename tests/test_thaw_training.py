@@ -1,4 +1,6 @@
-"""Training networks: what trains and what stays, curves that survive a kill, failures that are told, files that come back."""
+"""Training networks: what trains and what stays, curves that survive a kill, failures that are
+told, files that come back.
+"""
 
 import dataclasses
 import errno
@@ -28,7 +30,8 @@ from headrace.pipelines.thaw.persist import BadNetworkFile, load_network
 from headrace.pipelines.thaw.task import FoldJob, part_path, pilot, publish_result, train_fold
 from headrace.pipelines.thaw.train import _schedule
 
-SAME_CURVE = 1e-6  # relative: a training that was killed against one that was not, on one machine with as many threads
+# relative: a training that was killed against one that was not, on one machine with as many threads
+SAME_CURVE = 1e-6
 NEW = MLPSpec(hidden=(8,))
 
 
@@ -50,19 +53,27 @@ def test_a_spec_survives_json() -> None:
     assert spec_from_json(spec_to_json(spec)) == spec
 
 
-@pytest.mark.parametrize(("start", "cut"), [("head", "layer3.map"), ("pretrained", "layer3.map"), ("head", None)])
+@pytest.mark.parametrize(
+    ("start", "cut"), [("head", "layer3.map"), ("pretrained", "layer3.map"), ("head", None)]
+)
 def test_only_what_lies_above_the_cut_trains(case: Case, start: str, cut: str | None) -> None:
-    """Parameters below the node and every running statistic are those of the backbone, bit for bit; above, all move."""
+    """Parameters below the node and every running statistic are those of the backbone, bit for bit;
+    above, all move.
+    """
     head = LOGISTIC if start == "head" else NEW
     job = case.job(head, cut=cut, start=start, out=f"above-{start}-{cut}")
     train_fold(FoldJob(job, FULL, epochs=2))
     trained = load_network(job.model).network.backbone.state_dict()
     for name, before in load_backbone(job.backbone).module.state_dict().items():
-        moves = name.startswith("layer4.") and not name.endswith(("running_mean", "running_var", "num_batches_tracked"))
+        moves = name.startswith("layer4.") and not name.endswith(
+            ("running_mean", "running_var", "num_batches_tracked")
+        )
         assert torch.equal(before, trained[name]) != moves, name
 
 
-def test_from_the_cached_map_nothing_below_the_cut_runs(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_from_the_cached_map_nothing_below_the_cut_runs(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """No image is decoded and no layer below the cut is called."""
     job = case.job(out="nothing-below")
     monkeypatch.setattr("headrace.extract.decode.decode_image", None)
@@ -82,15 +93,18 @@ def test_from_the_cached_map_nothing_below_the_cut_runs(case: Case, monkeypatch:
 
 
 def test_training_from_maps_is_training_from_images(case: Case) -> None:
-    """The two ways give the same validation curve up to the maps' float16: in float32, since a processor with tile instructions
-    would train in bfloat16, which is coarser."""
+    """The two ways give the same validation curve up to the maps' float16: in float32, since a
+    processor with tile instructions would train in bfloat16, which is coarser.
+    """
     by_map = train_fold(FoldJob(case.job(out="by-map", precision="float32"), 0))
     by_image = train_fold(FoldJob(case.job(cut=None, out="by-image", precision="float32"), 0))
     np.testing.assert_allclose(losses(by_map), losses(by_image), rtol=0.02)
 
 
 def test_where_the_network_cannot_be_cut_training_runs_from_the_images(tmp_path: Path) -> None:
-    """Inside a residual block the map is not all there is: the pilot says so, and the folds train as without the map."""
+    """Inside a residual block the map is not all there is: the pilot says so, and the folds train
+    as without the map.
+    """
     case = make_case(tmp_path, images=24, taps=("layer3.0.conv1.map", "layer4.avg"))
     curves = []
     for cut in ("layer3.0.conv1.map", None):
@@ -103,9 +117,13 @@ def test_where_the_network_cannot_be_cut_training_runs_from_the_images(tmp_path:
 
 
 def test_rates_fall_with_depth_and_time(case: Case) -> None:
-    """Each block learns at layer_decay times the one above; warm-up rises, the cosine ends near zero; biases do not decay."""
+    """Each block learns at layer_decay times the one above; warm-up rises, the cosine ends near
+    zero; biases do not decay.
+    """
     opened = task_module._open(case.job(cut=None, depth="all", layer_decay=0.5))
-    training = task_module._training(FoldJob(case.job(cut=None, depth="all", layer_decay=0.5), 0), opened)
+    training = task_module._training(
+        FoldJob(case.job(cut=None, depth="all", layer_decay=0.5), 0), opened
+    )
     rates = sorted(set(training.rates), reverse=True)
     assert len(rates) == len(training.plan.blocks)
     np.testing.assert_allclose(rates, [1e-3 * 0.5**height for height in range(len(rates))])
@@ -117,8 +135,12 @@ def test_rates_fall_with_depth_and_time(case: Case) -> None:
     assert factors[-1] < 0.01
 
 
-def test_a_wide_head_moves_as_slowly_as_a_narrow_one(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its rate falls with the number of its inputs, so that a step moves its output by as much; the blocks keep theirs."""
+def test_a_wide_head_moves_as_slowly_as_a_narrow_one(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its rate falls with the number of its inputs, so that a step moves its output by as much; the
+    blocks keep theirs.
+    """
     rates = {}
     for wide in (512, 16):
         monkeypatch.setattr(train_module, "WIDE", wide)
@@ -143,8 +165,13 @@ def test_the_start_of_fine_tuning_is_the_head(case: Case) -> None:
 
 
 def test_from_scratch_forgets_the_pretrained_parameters(case: Case) -> None:
-    """Every parameter that a tap needs is drawn anew, by the seed; the statistics of batch normalisation are trained."""
-    jobs = [case.job(NEW, cut=None, depth="all", start="random", seed=seed, out=f"scratch{seed}") for seed in (0, 7)]
+    """Every parameter that a tap needs is drawn anew, by the seed; the statistics of batch
+    normalisation are trained.
+    """
+    jobs = [
+        case.job(NEW, cut=None, depth="all", start="random", seed=seed, out=f"scratch{seed}")
+        for seed in (0, 7)
+    ]
     states = []
     for job in jobs:
         train_fold(FoldJob(job, FULL, epochs=1))
@@ -159,7 +186,9 @@ def test_from_scratch_forgets_the_pretrained_parameters(case: Case) -> None:
 
 
 def test_results_are_bank_results(case: Case) -> None:
-    """Out-of-fold predictions of every row, tied to ids and content; the network on all rows is there; no fold is done twice."""
+    """Out-of-fold predictions of every row, tied to ids and content; the network on all rows is
+    there; no fold is done twice.
+    """
     job = case.job(out="results")
     done = [train_fold(FoldJob(job, fold)) for fold in range(2)]
     train_fold(FoldJob(job, FULL, epochs=2))
@@ -169,7 +198,9 @@ def test_results_are_bank_results(case: Case) -> None:
     assert bank.ids.tolist() == case.task.ids.tolist()
     assert bank.table["kind"].unique().tolist() == ["finetune"]
     assert bank.table["accuracy"][:2].notna().all()
-    (Path(job.folder) / "checkpoint-0.safetensors").touch()  # as of a process that died before it removed it
+    (
+        Path(job.folder) / "checkpoint-0.safetensors"
+    ).touch()  # as of a process that died before it removed it
     again = train_fold(FoldJob(job, 0))
     assert again["skipped"]
     assert again["curve"] == done[0]["curve"]
@@ -177,16 +208,23 @@ def test_results_are_bank_results(case: Case) -> None:
 
 
 def test_a_saved_network_predicts_from_images_alone(case: Case) -> None:
-    """Its directory holds everything: equal predictions from another process's view of it, and refusals that teach."""
+    """Its directory holds everything: equal predictions from another process's view of it, and
+    refusals that teach.
+    """
     job = case.job(taps=("layer2.avg", "layer4.max"), out="saved")
     train_fold(FoldJob(job, FULL, epochs=2))
     saved = load_network(job.model)
     paths = sorted((case.root / "photos").rglob("*.png"))[:6]
-    pixels = np.stack([render(decode_image(path.read_bytes()), saved.preprocessing) for path in paths])
+    pixels = np.stack(
+        [render(decode_image(path.read_bytes()), saved.preprocessing) for path in paths]
+    )
     predicted = saved.predict_proba(pixels)
     assert predicted.shape == (6, 2)
     np.testing.assert_allclose(predicted.sum(1), 1, rtol=1e-5)
-    right = [saved.classes[row.argmax()] == path.parent.name for row, path in zip(predicted, paths, strict=True)]
+    right = [
+        saved.classes[row.argmax()] == path.parent.name
+        for row, path in zip(predicted, paths, strict=True)
+    ]
     assert all(right)
     with pytest.raises(BadNetworkFile, match="is not there"):
         load_network(case.root / "nowhere")
@@ -201,8 +239,17 @@ def test_a_saved_network_predicts_from_images_alone(case: Case) -> None:
 
 @pytest.mark.slow
 def test_a_killed_training_ends_on_the_same_curve(case: Case) -> None:
-    """SIGKILL at random moments, again and again: the curve of the training that ran through, from checkpoints."""
-    settings = {"epochs": 12, "patience": 12, "augment": "flips", "dropout": 0.3, "cut": None, "depth": "layer2"}
+    """SIGKILL at random moments, again and again: the curve of the training that ran through, from
+    checkpoints.
+    """
+    settings = {
+        "epochs": 12,
+        "patience": 12,
+        "augment": "flips",
+        "dropout": 0.3,
+        "cut": None,
+        "depth": "layer2",
+    }
     whole = train_fold(FoldJob(case.job(out="whole", **settings), 0))
     job = case.job(out="killed", **settings)
     job = dataclasses.replace(job, task=case.job(out="whole", **settings).task)
@@ -211,9 +258,12 @@ def test_a_killed_training_ends_on_the_same_curve(case: Case) -> None:
     for _ in range(8):
         process = context.Process(target=train_fold, args=(FoldJob(job, 0),))
         process.start()
-        # Imports take a varying time: the kill comes some moments after the training has visibly gone on.
+        # Imports take a varying time: the kill comes some moments after the training has visibly
+        # gone on.
         before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
-        while process.is_alive() and not (checkpoint.exists() and checkpoint.stat().st_mtime_ns != before):
+        while process.is_alive() and not (
+            checkpoint.exists() and checkpoint.stat().st_mtime_ns != before
+        ):
             time.sleep(0.005)
         time.sleep(random.uniform(0, 0.2))
         if process.is_alive() and kills < 3:
@@ -244,7 +294,9 @@ def test_a_checkpoint_of_another_training_is_not_gone_on_from(case: Case, tmp_pa
 def test_a_loss_that_is_no_number_is_told(case: Case) -> None:
     """An absurd rate ends in a failure that says what to lower, not in a network of NaN."""
     with pytest.raises(TrainingFailed, match="lower learning_rate"):
-        train_fold(FoldJob(case.job(learning_rate=1e30, epochs=8, warm_up=0.0, clip=1e30, out="nan"), 0))
+        train_fold(
+            FoldJob(case.job(learning_rate=1e30, epochs=8, warm_up=0.0, clip=1e30, out="nan"), 0)
+        )
 
 
 def test_a_batch_that_does_not_fit_is_halved(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,8 +316,12 @@ def test_a_batch_that_does_not_fit_is_halved(case: Case, monkeypatch: pytest.Mon
     np.testing.assert_allclose(losses(parts), losses(whole), rtol=1e-3)
 
     def none(self: object, inputs: torch.Tensor, held: torch.Tensor | None = None) -> torch.Tensor:
-        if torch.is_grad_enabled() and bool(inputs.any()):  # not the zeros by which the network is looked at
-            raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
+        if torch.is_grad_enabled() and bool(
+            inputs.any()
+        ):  # not the zeros by which the network is looked at
+            raise RuntimeError(
+                "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"
+            )
         return forward(self, inputs, held)  # type: ignore[arg-type]
 
     monkeypatch.setattr(task_module.Network, "forward", none)
@@ -273,7 +329,9 @@ def test_a_batch_that_does_not_fit_is_halved(case: Case, monkeypatch: pytest.Mon
         train_fold(FoldJob(case.job(out="none-fits"), 0))
 
 
-def test_a_full_disk_leaves_nothing_half_written(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_nothing_half_written(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A checkpoint that cannot be written names the errno; the head's files are as they were."""
     job = case.job(out="full-disk")
     head = Path(job.head_result).read_bytes()
@@ -287,7 +345,12 @@ def test_a_full_disk_leaves_nothing_half_written(case: Case, monkeypatch: pytest
             train_fold(FoldJob(job, 0))
     assert Path(job.head_result).read_bytes() == head
     assert not list(Path(job.folder).glob("*.h5"))
-    assert checkpoint_module.load_checkpoint(Path(job.folder) / "checkpoint-0.safetensors", f"{job.key} 0") is None
+    assert (
+        checkpoint_module.load_checkpoint(
+            Path(job.folder) / "checkpoint-0.safetensors", f"{job.key} 0"
+        )
+        is None
+    )
 
 
 def test_time_that_is_up_ends_training_at_the_best_epoch_so_far(case: Case) -> None:
@@ -298,7 +361,9 @@ def test_time_that_is_up_ends_training_at_the_best_epoch_so_far(case: Case) -> N
 
 
 def test_flips_turn_whole_images(tmp_path: Path) -> None:
-    """Each row is as it was, or mirrored; pixels have their channels last, maps first; both ways occur."""
+    """Each row is as it was, or mirrored; pixels have their channels last, maps first; both ways
+    occur.
+    """
     draw = np.random.default_rng(0)
     pixels = torch.arange(64 * 2 * 3 * 3).view(64, 2, 3, 3)
     flipped = random_flips(pixels, "flip", draw, pixels=True)
@@ -308,6 +373,9 @@ def test_flips_turn_whole_images(tmp_path: Path) -> None:
     assert 16 < sum(same) < 48
     maps = torch.arange(64 * 3 * 2 * 3).view(64, 3, 2, 3)
     found = random_flips(maps, "flips", draw, pixels=False)
-    ways = [[torch.equal(a, b.flip(axes)) for axes in ([], [1], [2], [1, 2])] for a, b in zip(found, maps, strict=True)]
+    ways = [
+        [torch.equal(a, b.flip(axes)) for axes in ([], [1], [2], [1, 2])]
+        for a, b in zip(found, maps, strict=True)
+    ]
     assert np.array(ways).any(1).all()
     assert np.array(ways).any(0).all()

@@ -1,4 +1,6 @@
-"""A file that somebody sends chooses no code: models name networks and estimators, and nothing is imported unasked."""
+"""A file that somebody sends chooses no code: models name networks and estimators, and nothing is
+imported unasked.
+"""
 
 import json
 import shlex
@@ -71,7 +73,9 @@ def flag(tmp_path, monkeypatch):
 def model(place, *, backbone="timm:test_resnet", spec=None, weights="random:0"):
     """A model directory as somebody could write it by hand."""
     spec = spec or RidgeSpec(1.0)
-    feature = FeatureSpec(backbone, "w" * 64, "fc", "avg", "{}", '{"index": 0}', "pillow", "float32", "float16", (4,))
+    feature = FeatureSpec(
+        backbone, "w" * 64, "fc", "avg", "{}", '{"index": 0}', "pillow", "float32", "float16", (4,)
+    )
     about = {
         "format": 1,
         "spec": json.loads(spec_to_json(spec)),
@@ -117,10 +121,15 @@ OWN = SklearnSpec("sent_module.Classifier", "{}")
 
 @pytest.mark.parametrize(
     ("asks", "code"),
-    [({"backbone": "python:sent_module:network"}, "sent_module:network"), ({"spec": OWN}, "sent_module:Classifier")],
+    [
+        ({"backbone": "python:sent_module:network"}, "sent_module:network"),
+        ({"spec": OWN}, "sent_module:Classifier"),
+    ],
 )
 def test_code_is_asked_for_and_not_imported(tmp_path, flag, asks, code):
-    """A network of its own, an estimator by import path: the message names the code and the option, and nothing is imported."""
+    """A network of its own, an estimator by import path: the message names the code and the option,
+    and nothing is imported.
+    """
     place = model(tmp_path / "model", **asks)
     with pytest.raises(CodeNotTrusted, match=f"--trust-code {code}"):
         load_model(place)
@@ -136,7 +145,9 @@ def test_code_is_asked_for_and_not_imported(tmp_path, flag, asks, code):
 
 
 def test_a_head_alone_asks_in_the_same_words(tmp_path, flag):
-    """`load_head`, the level below: an estimator that is not scikit-learn's own is loaded where it is named, and fitted then."""
+    """`load_head`, the level below: an estimator that is not scikit-learn's own is loaded where it
+    is named, and fitted then.
+    """
     place = model(tmp_path / "model", spec=OWN)
     said = []
     for read in (load_head, load_model):
@@ -151,7 +162,9 @@ def test_a_head_alone_asks_in_the_same_words(tmp_path, flag):
     with pytest.raises(CannotPredict):  # it is a class without `fit`
         head.predict(np.eye(4))
     assert flag.exists()
-    plain = load_head(model(tmp_path / "plain", spec=SklearnSpec("sklearn.naive_bayes.GaussianNB", "{}")))
+    plain = load_head(
+        model(tmp_path / "plain", spec=SklearnSpec("sklearn.naive_bayes.GaussianNB", "{}"))
+    )
     assert plain.predict(np.eye(4)).tolist() == ["a", "b", "a", "b"]
 
 
@@ -174,14 +187,17 @@ def test_commands_pass_on_what_the_user_allows(tmp_path, flag, command, monkeypa
 
 @pytest.fixture(scope="module")
 def sent_run(tmp_path_factory):
-    """A finished run on a network and with an estimator of the module `sent_module`; its recipe, and the module's folder."""
+    """A finished run on a network and with an estimator of the module `sent_module`; its recipe,
+    and the module's folder.
+    """
     folder = tmp_path_factory.mktemp("sent")
     make_photos(folder / "photos", n=48)
     (folder / "sent_module.py").write_text(WORKING)
     (folder / "recipe.yaml").write_text(
         "images: {folder: photos}\ntask: {folds: 3}\n"
         'backbones: [{name: "python:sent_module:network", taps: [1.avg, 2.avg]}]\n'
-        "heads: {sklearn: [{estimator: sent_module.Classifier}]}\ncompute: {workers: 1, unit_images: 64}\n"
+        "heads: {sklearn: [{estimator: sent_module.Classifier}]}\ncompute: {workers: 1, "
+        "unit_images: 64}\n"
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
@@ -199,11 +215,19 @@ def unimported(sent_run, monkeypatch):
     sys.modules.pop("sent_module", None)
 
 
-def test_no_command_on_a_runs_directory_imports_what_the_run_names(unimported, tmp_path, monkeypatch):
-    """`status`, `advise` and `report` come to their end; the page says what it lacks, and what to type."""
+def test_no_command_on_a_runs_directory_imports_what_the_run_names(
+    unimported, tmp_path, monkeypatch
+):
+    """`status`, `advise` and `report` come to their end; the page says what it lacks, and what to
+    type.
+    """
     monkeypatch.setattr("headrace.pipelines.evidence.advise_run.local_client", client_here)
     run, page = str(unimported / "headrace-runs" / "recipe"), tmp_path / "page.html"
-    for arguments in (["status", run], ["advise", run], ["report", run, "--out", str(page), "--tables"]):
+    for arguments in (
+        ["status", run],
+        ["advise", run],
+        ["report", run, "--out", str(page), "--tables"],
+    ):
         said = CliRunner().invoke(app, arguments, catch_exceptions=False)
         assert said.exit_code == 0, said.output
         assert not (unimported / "imported").exists(), arguments
@@ -220,7 +244,9 @@ def test_a_report_predicts_again_what_it_may(unimported, tmp_path, allowed):
     )
     page = tmp_path / "page.html"
     said = CliRunner().invoke(
-        app, ["report", str(unimported / given[0]), *given[1:], "--out", str(page)], catch_exceptions=False
+        app,
+        ["report", str(unimported / given[0]), *given[1:], "--out", str(page)],
+        catch_exceptions=False,
     )
     assert said.exit_code == 0
     assert (unimported / "imported").exists()
@@ -229,7 +255,9 @@ def test_a_report_predicts_again_what_it_may(unimported, tmp_path, allowed):
 
 @pytest.fixture
 def network(tmp_path, monkeypatch):
-    """A fine-tuned network on a backbone of `sent_module`, which was imported to make it, and is not any more."""
+    """A fine-tuned network on a backbone of `sent_module`, which was imported to make it, and is
+    not any more.
+    """
     from headrace.extract import parse_tap
     from headrace.extract.backbone import load_backbone
     from headrace.pipelines.thaw.head import head_module
@@ -243,7 +271,15 @@ def network(tmp_path, monkeypatch):
     head = head_module(LogisticSpec(1.0), arrays, "single")
     made = Network(backbone, [parse_tap("2.avg")], head).eval()
     spec = FineTuneSpec(head=spec_to_json(LogisticSpec(1.0)), depth="all")
-    save_network(tmp_path / "net", made, backbone, spec=spec, task_kind="single", classes=("a", "b"), metrics={})
+    save_network(
+        tmp_path / "net",
+        made,
+        backbone,
+        spec=spec,
+        task_kind="single",
+        classes=("a", "b"),
+        metrics={},
+    )
     sys.modules.pop("sent_module", None)  # a process builds a network once
     (tmp_path / "imported").unlink(missing_ok=True)
     yield tmp_path / "net"
@@ -251,7 +287,9 @@ def network(tmp_path, monkeypatch):
 
 
 def test_a_fine_tuned_network_asks_at_both_levels(network):
-    """`load_model` and `load_network`: nothing is imported before the name is there, and then it predicts."""
+    """`load_model` and `load_network`: nothing is imported before the name is there, and then it
+    predicts.
+    """
     from headrace.pipelines.thaw.persist import load_network
 
     for read in (load_model, load_network):
@@ -273,7 +311,9 @@ def test_the_network_that_was_checked_is_the_one_that_runs(network):
     data = (network / "network.safetensors").read_bytes()
     about = json.loads(tensor_metadata(data)["headrace"])
     about["backbone"]["name"] = "python:os:getcwd"
-    (network / "network.safetensors").write_bytes(save(load(data), metadata={"headrace": json.dumps(about)}))
+    (network / "network.safetensors").write_bytes(
+        save(load(data), metadata={"headrace": json.dumps(about)})
+    )
     with pytest.raises(BadNetworkFile, match="has been replaced"):
         found.predict_proba(np.zeros((1, 32, 32, 3), np.uint8))
     assert not (network.parent / "imported").exists()
@@ -282,7 +322,9 @@ def test_the_network_that_was_checked_is_the_one_that_runs(network):
 
 
 def test_a_recipe_is_the_users_own_words(tmp_path):
-    """The run of a recipe may use what the recipe names; the same run given by its directory has to be asked for."""
+    """The run of a recipe may use what the recipe names; the same run given by its directory has to
+    be asked for.
+    """
     (tmp_path / "recipe.yaml").write_text(
         "images: {folder: photos}\n"
         'backbones: [{name: "python:sent_module:network", taps: [fc.avg]}]\n'
@@ -291,7 +333,10 @@ def test_a_recipe_is_the_users_own_words(tmp_path):
     run = tmp_path / "headrace-runs" / "recipe"
     model(run / "winner", backbone="python:sent_module:network", spec=OWN)
     (run / "recipe.json").write_text("{}")
-    assert set(load_model(tmp_path / "recipe.yaml").trust_code) == {"sent_module:network", "sent_module:Classifier"}
+    assert set(load_model(tmp_path / "recipe.yaml").trust_code) == {
+        "sent_module:network",
+        "sent_module:Classifier",
+    }
     with pytest.raises(CodeNotTrusted):
         load_model(run)
     model(run / "winner", backbone="python:sent_module:another")
@@ -313,10 +358,14 @@ def test_a_recipe_is_the_users_own_words(tmp_path):
     ],
 )
 def test_a_network_that_cannot_be_is_told(changed, said):
-    """Of a model's file: values of a wrong kind, and sizes that no image has, end in a sentence and take no memory."""
+    """Of a model's file: values of a wrong kind, and sizes that no image has, end in a sentence and
+    take no memory.
+    """
     with pytest.raises(BackboneError, match=said):
         override(
-            Preprocessing((32, 32), (32, 32), "shortest", "bilinear", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+            Preprocessing(
+                (32, 32), (32, 32), "shortest", "bilinear", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+            ),
             backbone_from_fields({"name": "timm:test_resnet", **changed}),
         )
 
@@ -349,7 +398,10 @@ ASKS = [
     ("sklearn.ensemble.BaggingClassifier", {"estimator": "sent_module.Classifier"}),
     ("sklearn.ensemble.VotingClassifier", {"estimators": [["a", "b"]]}),
     ("sklearn.ensemble.StackingClassifier", {"final_estimator": "x"}),
-    ("sklearn.neighbors.KNeighborsClassifier", {"metric": "pyfunc", "metric_params": {"func": "os.system"}}),
+    (
+        "sklearn.neighbors.KNeighborsClassifier",
+        {"metric": "pyfunc", "metric_params": {"func": "os.system"}},
+    ),
     ("sklearn.ensemble.RandomForestClassifier", {"n_jobs": 100_000}),
     ("sklearn.preprocessing.FunctionTransformer", {"func": "os.system"}),
     ("sklearn.pipeline.Pipeline", {"steps": [], "memory": "/tmp"}),
@@ -367,7 +419,9 @@ ASKS = [
 
 @pytest.mark.parametrize(("name", "parameters"), SAFE)
 def test_plain_estimators_of_scikit_learn_need_no_asking(name, parameters):
-    """Its classifiers and regressors with values for parameters: only scikit-learn's own code can come of them."""
+    """Its classifiers and regressors with values for parameters: only scikit-learn's own code can
+    come of them.
+    """
     spec = SklearnSpec(name, json.dumps(parameters))
     assert estimator_code(spec) is None
     make_estimator(spec)
@@ -375,13 +429,16 @@ def test_plain_estimators_of_scikit_learn_need_no_asking(name, parameters):
 
 @pytest.mark.parametrize(("name", "parameters"), ASKS)
 def test_estimators_that_can_hold_other_code_ask(name, parameters):
-    """Nested estimators, functions, files of pickles, thousands of processes, private modules, all other packages."""
+    """Nested estimators, functions, files of pickles, thousands of processes, private modules, all
+    other packages.
+    """
     assert estimator_code(SklearnSpec(name, json.dumps(parameters))) is not None
 
 
 def test_a_weights_file_outside_of_the_model_is_asked_for(tmp_path, monkeypatch):
-    """By path, by `..`, by a link, by the home directory, until the message's own words are typed; inside the directory, and
-    where the run's recipe names it, it is not."""
+    """By path, by `..`, by a link, by the home directory, until the message's own words are typed;
+    inside the directory, and where the run's recipe names it, it is not.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "net.pth").write_bytes(b"x")
@@ -402,7 +459,9 @@ def test_a_weights_file_outside_of_the_model_is_asked_for(tmp_path, monkeypatch)
     model(place, weights="net.pth")
     assert load_model(place)
     model(tmp_path / "run" / "winner", weights=absolute)
-    (tmp_path / "run" / "recipe.json").write_text(json.dumps({"backbones": [{"weights": absolute}]}))
+    (tmp_path / "run" / "recipe.json").write_text(
+        json.dumps({"backbones": [{"weights": absolute}]})
+    )
     assert load_model(tmp_path / "run" / "winner")
 
 
@@ -417,10 +476,14 @@ def test_a_member_outside_of_an_ensemble_is_refused(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    "damage", [{"outputs": np.array([2**60])}, {"target": np.array([0, 9, 0, 1])}, {"sample_weight": None}]
+    "damage",
+    [{"outputs": np.array([2**60])}, {"target": np.array([0, 9, 0, 1])}, {"sample_weight": None}],
 )
 def test_stored_rows_that_fit_nothing_are_told(damage):
-    """An estimator is fitted again on rows of a file, and those may be damaged: CannotPredict, whatever it raises."""
+    """An estimator is fitted again on rows of a file, and those may be damaged:
+
+    CannotPredict, whatever it raises.
+    """
     arrays = {
         "features": np.eye(4),
         "target": np.array([0, 1, 0, 1]),

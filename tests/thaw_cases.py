@@ -1,4 +1,6 @@
-"""A small run's worth of files for thawing: striped images, a small random network, its features, and trained heads."""
+"""A small run's worth of files for thawing: striped images, a small random network, its features,
+and trained heads.
+"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -38,7 +40,8 @@ from headrace.pipelines.thaw.task import ThawJob
 SMALL = BackboneSpec("timm:test_resnet", "random:0", image_size=64, crop_fraction=1.0)
 TAPS = ("layer2.avg", "layer3.map", "layer3.avg", "layer4.avg", "layer4.max")
 LOGISTIC = LogisticSpec(C=1.0)
-# A run whose only head is held back, so that a network has something to win; the thaw section follows.
+# A run whose only head is held back, so that a network has something to win; the thaw section
+# follows.
 WEAK_HEAD_RECIPE = """\
 images:
   folder: photos
@@ -72,7 +75,9 @@ class Case:
     def bank(self, spec: HeadSpec, *taps: str) -> str:
         """The results file of a head on these taps, trained if need be."""
         name = f"{spec.kind}-{'-'.join(taps)}-{abs(hash(spec))}.h5"
-        job = BankJob(str(self.root / "task.npz"), self.features(*taps), (spec,), str(self.root / name))
+        job = BankJob(
+            str(self.root / "task.npz"), self.features(*taps), (spec,), str(self.root / name)
+        )
         train_bank(job)
         return job.result
 
@@ -85,7 +90,12 @@ class Case:
         backbone: BackboneSpec = SMALL,
         **settings: Any,
     ) -> ThawJob:
-        settings = {"depth": "layer3", "epochs": 3, "learning_rate": 1e-3, "batch_size": 16} | settings
+        settings = {
+            "depth": "layer3",
+            "epochs": 3,
+            "learning_rate": 1e-3,
+            "batch_size": 16,
+        } | settings
         spec = FineTuneSpec(head=spec_to_json(head), **settings)
         started = spec.start == "head"
         folder = self.root / out
@@ -119,7 +129,9 @@ def make_case(
     samples = samples.assign(content=list(contents))
     loaded = load_backbone(backbone)
     specs = feature_specs(loaded, resolve_taps(loaded, taps), views=views)
-    for unit in plan_networks(samples, [_network(backbone, specs)], cache_root=root / "cache", unit_rows=64):
+    for unit in plan_networks(
+        samples, [_network(backbone, specs)], cache_root=root / "cache", unit_rows=64
+    ):
         run_unit(unit)
     directories: dict[str, list[Path]] = {}
     for spec in specs:
@@ -136,7 +148,8 @@ def make_case(
     )
     save_task(task, root / "task.npz")
     write_record(
-        root / "images.json", {"paths": dict(zip(samples["content"], samples["path"].astype(str), strict=True))}
+        root / "images.json",
+        {"paths": dict(zip(samples["content"], samples["path"].astype(str), strict=True))},
     )
     return Case(root, task, directories)
 

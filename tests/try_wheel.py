@@ -1,4 +1,6 @@
-"""What try_wheel.sh runs in the clean environment: the installed packages, typed markers, and a small head."""
+"""What try_wheel.sh runs in the clean environment: the installed packages, typed markers, and a
+small head.
+"""
 
 import importlib.metadata
 import importlib.resources
@@ -13,13 +15,17 @@ for package in ("headrace.cache", "headrace.extract", "headrace.heads", "headrac
     module = importlib.import_module(package)
     origin = Path(module.__file__).resolve()
     assert origin.is_relative_to(work / "venv"), f"{package} came from {origin}, not from the wheel"
-    assert importlib.resources.files(package).joinpath("py.typed").is_file(), f"{package} lost its py.typed"
+    assert importlib.resources.files(package).joinpath("py.typed").is_file(), (
+        f"{package} lost its py.typed"
+    )
 assert importlib.resources.files("headrace.cache").joinpath("FORMAT.md").is_file(), (
     "the format's page is not in the wheel"
 )
 
 for asset in ("page.html.j2", "report.css", "report.js"):
-    assert importlib.resources.files("headrace.pipelines.report").joinpath(asset).is_file(), f"the wheel lost {asset}"
+    assert importlib.resources.files("headrace.pipelines.report").joinpath(asset).is_file(), (
+        f"the wheel lost {asset}"
+    )
 
 from headrace.heads import LogisticHead  # noqa: E402
 

@@ -15,9 +15,14 @@ HERE = Path(__file__).parent
 
 
 def execute(notebook: Path, folder: str | Path) -> Any:
-    """The notebook, run in `folder`: its cells have the outputs of this run. Raises nbclient's CellExecutionError."""
+    """The notebook, run in `folder`: its cells have the outputs of this run.
+
+    Raises nbclient's CellExecutionError.
+    """
     content = nbformat.read(notebook, as_version=4)
-    client = NotebookClient(content, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(folder)}})
+    client = NotebookClient(
+        content, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
+    )
     client.execute()
     for cell in content.cells:
         cell.metadata.pop("execution", None)  # times of day, which would differ in every run

@@ -1,7 +1,9 @@
-"""Images as members of archives: tar (WebDataset shards, or class folders), compressed tar, and zip.
+"""Images as members of archives: tar (WebDataset shards, or class folders), compressed tar, and
+zip.
 
-Side files are matched to images by name: first the image's name without its suffix (`a.b.jpg`: `a.b.cls`), then, as
-WebDataset has it, the name up to the first dot (`a.cls`). Of members of one name the last counts, as `tar -x` has it.
+Side files are matched to images by name: first the image's name without its suffix (`a.b.jpg`:
+`a.b.cls`), then, as WebDataset has it, the name up to the first dot (`a.cls`). Of members of one
+name the last counts, as `tar -x` has it.
 """
 
 import glob
@@ -80,12 +82,14 @@ def read_archives(
     exclude: Sequence[str] = (),
     labelled: bool = True,
 ) -> Listing:
-    """One row per image: `id`, `path` (a locator), `label`, and what `.json` side files hold: scalars, and lists of them.
+    """One row per image: `id`, `path` (a locator), `label`, and what `.json` side files hold:
+    scalars, and lists of them.
 
-    archives: a tar or zip file, a folder of such, a pattern (`train-*.tar`, `train-{000..031}.tar`) or a list of these.
-    The label is what `.cls`, `.txt` or the key `label` of `.json` says; where no image has such a side file, that of
-    the folders in the archive, as for folders on disk. Only headers and side files are read.
-    Raises SourceError for damaged archives, and when there are no images.
+    archives: a tar or zip file, a folder of such, a pattern (`train-*.tar`, `train-{000..031}.tar`)
+    or a list of these. The label is what `.cls`, `.txt` or the key `label` of `.json` says; where
+    no image has such a side file, that of the folders in the archive, as for folders on disk. Only
+    headers and side files are read. Raises SourceError for damaged archives, and when there are no
+    images.
     """
     files = _expand([archives] if isinstance(archives, (str, Path)) else list(archives))
     tally = Tally()
@@ -97,7 +101,8 @@ def read_archives(
     if not images:
         found = "; ".join(map(str, tally.left_out()[:5])) or "nothing"
         raise SourceError(
-            f"{source}: no images (found: {found}). Expected members that end in {', '.join(sorted(IMAGE_SUFFIXES))}"
+            f"{source}: no images (found: {found}). Expected members that end in "
+            f"{', '.join(sorted(IMAGE_SUFFIXES))}"
         )
     rows = [
         {
@@ -115,9 +120,13 @@ def read_archives(
         wrapper = folders[0]
         while any(inside[: len(wrapper)] != wrapper for inside in folders):
             wrapper = wrapper[:-1]
-        if len({inside[len(wrapper)] for inside in folders if len(inside) > len(wrapper)}) > 1:  # `tar -c photos`
+        if (
+            len({inside[len(wrapper)] for inside in folders if len(inside) > len(wrapper)}) > 1
+        ):  # `tar -c photos`
             folders = [inside[len(wrapper) :] for inside in folders]
-            others = {inside[len(wrapper) :] for inside in others if inside[: len(wrapper)] == wrapper}
+            others = {
+                inside[len(wrapper) :] for inside in others if inside[: len(wrapper)] == wrapper
+            }
         read = read_layout(folders, others, layout, source, labelled=labelled)
         frame.insert(2, "label", pd.Series(read.labels, dtype=object))
         if read.splits is not None and "split" not in frame:
@@ -126,10 +135,12 @@ def read_archives(
     elif (
         labelled
         and (bare := int(frame["label"].isna().sum()))
-        and len({_folders(image.member.name) for image in images}) > 1  # the folders could be meant as classes
+        and len({_folders(image.member.name) for image in images})
+        > 1  # the folders could be meant as classes
     ):
         notes.append(
-            f"{bare:,} of {len(frame):,} images have no label: the side files say the labels, not the folders, and these "
+            f"{bare:,} of {len(frame):,} images have no label: the side files say the labels, "
+            "not the folders, and these "
             "have none, or one without a label"
         )
     sides = {file.name: split_word(file.name) for file in files}
@@ -140,13 +151,16 @@ def read_archives(
     if several := sum(count > 1 for count in keys.values()):
         key = next(key for key, count in keys.items() if count > 1)
         notes.append(
-            f"{several:,} samples (names up to the first dot) have more than one image, such as {printable(key)}: each image is a row"
+            f"{several:,} samples (names up to the first dot) have more than one image, "
+            f"such as {printable(key)}: each image is a row"
         )
     return tally.listing(frame, notes)
 
 
 def _names(files: Sequence[Path]) -> list[str]:
-    """What the archives are called in ids: their names, or where two are alike their paths below what they share."""
+    """What the archives are called in ids: their names, or where two are alike their paths below
+    what they share.
+    """
     names = [file.name for file in files]
     if len(set(names)) == len(names):
         return names
@@ -158,7 +172,9 @@ def _folders(member: str) -> Folders:
     return tuple(member.split("/")[:-1])
 
 
-def _read_archive(file: Path, name: str, exclude: Sequence[str], tally: Tally, others: set[Folders]) -> list[_Image]:
+def _read_archive(
+    file: Path, name: str, exclude: Sequence[str], tally: Tally, others: set[Folders]
+) -> list[_Image]:
     """The archive's images, in its order; the last member of a name counts."""
     read = _zip_members if file.suffix.lower() == ".zip" else _tar_members
     entries = list(read(file, name, exclude, tally, others))
@@ -168,13 +184,22 @@ def _read_archive(file: Path, name: str, exclude: Sequence[str], tally: Tally, o
     members: dict[str, _Member] = {}
     for place, entry in enumerate(entries):
         if place != places[entry.name][-1]:
-            tally.leave_out("members that a later one of the same name replaces", printable(f"{name}/{entry.name}"))
+            tally.leave_out(
+                "members that a later one of the same name replaces",
+                printable(f"{name}/{entry.name}"),
+            )
         elif (member := _follow(entries, places, place)) is not None:
             members[entry.name] = replace(member, name=entry.name)
         else:
-            tally.leave_out("links to what is not in the archive", printable(f"{name}/{entry.name}"))
-    side_files = {member.name: member.side_file for member in members.values() if member.side_file is not None}
-    images = [member for member in members.values() if member.side_file is None and _is_image(member)]
+            tally.leave_out(
+                "links to what is not in the archive", printable(f"{name}/{entry.name}")
+            )
+    side_files = {
+        member.name: member.side_file for member in members.values() if member.side_file is not None
+    }
+    images = [
+        member for member in members.values() if member.side_file is None and _is_image(member)
+    ]
     used: set[str] = set()
     damaged: set[str] = set()
     found = []
@@ -201,10 +226,14 @@ def _read_archive(file: Path, name: str, exclude: Sequence[str], tally: Tally, o
     return found
 
 
-def _follow(entries: Sequence[_Member | _Link], places: Mapping[str, Sequence[int]], place: int) -> _Member | None:
-    """The member at a place of the archive, or the one that links there lead to; None where they lead nowhere.
+def _follow(
+    entries: Sequence[_Member | _Link], places: Mapping[str, Sequence[int]], place: int
+) -> _Member | None:
+    """The member at a place of the archive, or the one that links there lead to; None where they
+    lead nowhere.
 
-    A symbolic link means the last member of a name; a hard link the one before it, which `tar -x` has unpacked by then.
+    A symbolic link means the last member of a name; a hard link the one before it, which `tar -x`
+    has unpacked by then.
     """
     passed: set[int] = set()  # links can lead back to themselves
     while place not in passed:
@@ -229,7 +258,11 @@ def _sample_key(name: str) -> str:
 
 def _is_image(member: _Member) -> bool:
     suffix = posixpath.splitext(member.name)[1].lower()
-    return suffix in IMAGE_SUFFIXES or (suffix in HEIF_SUFFIXES and reads_heif()) or has_image_signature(member.head)
+    return (
+        suffix in IMAGE_SUFFIXES
+        or (suffix in HEIF_SUFFIXES and reads_heif())
+        or has_image_signature(member.head)
+    )
 
 
 def _is_side_file(name: str, size: int) -> bool:
@@ -251,7 +284,11 @@ def _side_columns(extension: str, data: bytes) -> dict[str, Any] | None:
         return None
     if not isinstance(values, dict):
         return None
-    return {name: value for name, value in values.items() if name not in RESERVED_COLUMNS and _is_cell(value)}
+    return {
+        name: value
+        for name, value in values.items()
+        if name not in RESERVED_COLUMNS and _is_cell(value)
+    }
 
 
 def _is_cell(value: Any) -> bool:
@@ -282,7 +319,9 @@ def _tar_members(
                     continue
                 tally.found += 1
                 member = _member_name(entry.name)
-                reason = _left_out(member, name, exclude, others, tally) or _unreadable_tar_member(entry)
+                reason = _left_out(member, name, exclude, others, tally) or _unreadable_tar_member(
+                    entry
+                )
                 if reason is not None:
                     tally.leave_out(reason, printable(f"{name}/{member}"))
                 elif entry.issym():
@@ -292,7 +331,8 @@ def _tar_members(
                     yield _Link(member, _member_name(entry.linkname), hard=True)
                 else:
                     yield read(archive, member, entry.offset_data, entry.size)
-    # A damaged archive makes tarfile, and what decompresses it, raise anything: zlib and lzma have errors of their own.
+    # A damaged archive makes tarfile, and what decompresses it, raise anything: zlib and lzma have
+    # errors of their own.
     except Exception as error:
         raise SourceError(f"{file}: {_tar_problem(file, error)}") from error
 
@@ -314,7 +354,9 @@ def _unreadable_tar_member(entry: tarfile.TarInfo) -> str | None:
 def _read_at(archive: tarfile.TarFile, offset: int, size: int) -> bytes:
     stream = archive.fileobj
     assert stream is not None  # an archive that is open for reading
-    stream.seek(offset)  # tarfile finds its own place again, and a compressed stream should never go back
+    stream.seek(
+        offset
+    )  # tarfile finds its own place again, and a compressed stream should never go back
     data: bytes = stream.read(size)
     return data
 
@@ -329,7 +371,9 @@ def _zip_members(
                     continue
                 tally.found += 1
                 member = _member_name(_zip_name(entry))
-                reason = _left_out(member, name, exclude, others, tally) or _unreadable_zip_member(entry)
+                reason = _left_out(member, name, exclude, others, tally) or _unreadable_zip_member(
+                    entry
+                )
                 if reason is not None:
                     tally.leave_out(reason, printable(f"{name}/{member}"))
                     continue
@@ -339,15 +383,28 @@ def _zip_members(
                 elif _needs_head(member):
                     with archive.open(entry) as opened:
                         head = opened.read(32)
-                numbers = (entry.header_offset, entry.compress_size, entry.file_size, entry.compress_type, entry.CRC)
-                locator = f"{path_text(file)}::zip:{':'.join(map(str, numbers))}:{printable(member)}"
+                numbers = (
+                    entry.header_offset,
+                    entry.compress_size,
+                    entry.file_size,
+                    entry.compress_type,
+                    entry.CRC,
+                )
+                locator = (
+                    f"{path_text(file)}::zip:{':'.join(map(str, numbers))}:{printable(member)}"
+                )
                 yield _Member(member, locator, entry.file_size, head, side_file)
     except Exception as error:  # zipfile and its decompressors raise anything on a damaged archive
-        raise SourceError(f"{file}: not a whole zip archive ({error}). Fetch it again, or leave it out.") from error
+        raise SourceError(
+            f"{file}: not a whole zip archive ({error}). Fetch it again, or leave it out."
+        ) from error
 
 
 def _zip_name(entry: zipfile.ZipInfo) -> str:
-    """The member's name. Without the flag for UTF-8 it is in any encoding; most programs write UTF-8 all the same."""
+    """The member's name.
+
+    Without the flag for UTF-8 it is in any encoding; most programs write UTF-8 all the same.
+    """
     if entry.flag_bits & 0x800:
         return entry.filename
     raw = entry.filename.encode("cp437")
@@ -367,13 +424,20 @@ def _member_name(name: str) -> str:
     return posixpath.normpath(name.replace("\\", "/")).lstrip("/")
 
 
-def _left_out(member: str, archive: str, exclude: Sequence[str], others: set[Folders], tally: Tally) -> str | None:
-    """Why a member is not looked at. A folder that holds it, and is not hidden itself, is added to `others`."""
+def _left_out(
+    member: str, archive: str, exclude: Sequence[str], others: set[Folders], tally: Tally
+) -> str | None:
+    """Why a member is not looked at.
+
+    A folder that holds it, and is not hidden itself, is added to `others`.
+    """
     shown = printable(member)
     excluded = tally.excludes(exclude, shown, f"{archive}/{shown}")
     hidden = [part.startswith((".", "__MACOSX")) for part in member.split("/")]
     if any(hidden):
-        if not excluded and not any(hidden[:-1]):  # `owl/.keep` keeps a class's folder that has no images yet
+        if not excluded and not any(
+            hidden[:-1]
+        ):  # `owl/.keep` keeps a class's folder that has no images yet
             others.add(_folders(member))
         return HIDDEN
     return EXCLUDED if excluded else None
@@ -387,8 +451,13 @@ def _tar_problem(file: Path, error: Exception) -> str:
         return str(error)
     if magic == b"\x28\xb5\x2f\xfd":
         return "Zstandard compressed it, which is not read here. Decompress it first: zstd -d FILE"
-    if file.suffix.lower() == ".tar" and (magic[:2] in (b"\x1f\x8b", b"BZ") or magic[:3] == b"\xfd7z"):
-        return "a compressed archive under the name of an uncompressed one. Rename it, for example to FILE.tar.gz"
+    if file.suffix.lower() == ".tar" and (
+        magic[:2] in (b"\x1f\x8b", b"BZ") or magic[:3] == b"\xfd7z"
+    ):
+        return (
+            "a compressed archive under the name of an uncompressed one. Rename it, for "
+            "example to FILE.tar.gz"
+        )
     return f"not a whole tar archive ({error}). Fetch it again, or leave it out."
 
 
@@ -400,16 +469,26 @@ def _expand(archives: Sequence[str | Path]) -> list[Path]:
             found = [path]
         elif path.is_dir():
             found = sorted(
-                inside for inside in path.iterdir() if is_archive(inside) and not inside.name.startswith(".")
+                inside
+                for inside in path.iterdir()
+                if is_archive(inside) and not inside.name.startswith(".")
             )
         else:
-            found = [Path(match) for text in _braces(str(path)) for match in (sorted(glob.glob(text)) or [text])]
+            found = [
+                Path(match)
+                for text in _braces(str(path))
+                for match in (sorted(glob.glob(text)) or [text])
+            ]
         if not found:
-            raise SourceError(f"{entry}: a folder without archives ({', '.join((*TAR_ENDINGS, '.zip'))})")
+            raise SourceError(
+                f"{entry}: a folder without archives ({', '.join((*TAR_ENDINGS, '.zip'))})"
+            )
         files += found
     missing = [file for file in files if not file.is_file()]
     if missing:
-        raise SourceError(f"{missing[0]}: no such archive ({len(missing)} of {len(files)} are missing)")
+        raise SourceError(
+            f"{missing[0]}: no such archive ({len(missing)} of {len(files)} are missing)"
+        )
     return [file.absolute() for file in files]
 
 
@@ -419,7 +498,10 @@ def _braces(text: str) -> list[str]:
     last = 0
     for match in re.finditer(r"\{(\d+)\.\.(\d+)\}", text):
         first, final = match[1], match[2]
-        parts += [[text[last : match.start()]], [f"{n:0{len(first)}d}" for n in range(int(first), int(final) + 1)]]
+        parts += [
+            [text[last : match.start()]],
+            [f"{n:0{len(first)}d}" for n in range(int(first), int(final) + 1)],
+        ]
         last = match.end()
     parts.append([text[last:]])
     return ["".join(chosen) for chosen in itertools.product(*parts)]

@@ -37,13 +37,15 @@ def read_array(
     exclude: Sequence[str] = (),
     ranged: bool = True,
 ) -> Listing:
-    """One row per image of an array: `id` (its index), `path` (a locator) and `label` where there are labels.
+    """One row per image of an array: `id` (its index), `path` (a locator) and `label` where there
+    are labels.
 
-    `images` is a `.npy`, `.npz`, HDF5 or idx file (`.gz` or not) of shape (N, H, W), (N, H, W, C) or (N, C, H, W); or a
-    folder of idx files named as MNIST's are, whose labels are found beside them and whose `split` is train or test.
-    `key` names the array in a `.npz` or HDF5 file; it can be left out where only one has such a shape. `labels` is
-    another file of one of these kinds, `labels_key` an array in it, or in the same file. ranged: whether the range of the
-    pixels is given, which floats and integers of other sizes than 8 and 16 bits do not have of themselves.
+    `images` is a `.npy`, `.npz`, HDF5 or idx file (`.gz` or not) of shape (N, H, W), (N, H, W, C)
+    or (N, C, H, W); or a folder of idx files named as MNIST's are, whose labels are found beside
+    them and whose `split` is train or test. `key` names the array in a `.npz` or HDF5 file; it can
+    be left out where only one has such a shape. `labels` is another file of one of these kinds,
+    `labels_key` an array in it, or in the same file. ranged: whether the range of the pixels is
+    given, which floats and integers of other sizes than 8 and 16 bits do not have of themselves.
     Raises SourceError.
     """
     file = expand_home(images).absolute()
@@ -54,12 +56,15 @@ def read_array(
     array = _open(file, kind, key or "")
     if not _is_images(shape := _shape(array)):
         raise SourceError(
-            f"{file}: the array has shape {shape}; expected (N, H, W), (N, H, W, C) or (N, C, H, W) "
-            "with 1, 3 or 4 channels. One image in a file of its own is named by a table with a column path"
+            f"{file}: the array has shape {shape}; expected (N, H, W), (N, H, W, C) or (N, C, "
+            "H, W) "
+            "with 1, 3 or 4 channels. One image in a file of its own is named by a table with "
+            "a column path"
         )
     if not ranged and not has_range(array.dtype):
         raise SourceError(
-            f"{file}: pixels of type {array.dtype} have no range of their own; say which values are black and white: "
+            f"{file}: pixels of type {array.dtype} have no range of their own; say which "
+            "values are black and white: "
             "images.pixel_range: [0, 1] in the recipe (`headrace init` measures it)"
         )
     details = f"{key}:" if kind in ("npz", "h5") else ""
@@ -80,14 +85,18 @@ def read_array(
 
 
 def has_range(dtype: "np.dtype[Any]") -> bool:
-    """Whether the type of pixels says which values are black and white: 8 and 16 bits, and booleans."""
+    """Whether the type of pixels says which values are black and white:
+
+    8 and 16 bits, and booleans.
+    """
     return dtype in (np.uint8, np.uint16, np.bool_)
 
 
 def measure_range(images: str | Path, key: str | None = None) -> tuple[float, float] | None:
     """The range of an array's values, for `images.pixel_range`; None where the type says it.
 
-    [0, 1] or [0, 255] where all values lie in it, else the least and the greatest. Reads every image once.
+    [0, 1] or [0, 255] where all values lie in it, else the least and the greatest. Reads every
+    image once.
     """
     file = expand_home(images).absolute()
     if file.is_dir():
@@ -109,22 +118,39 @@ def measure_range(images: str | Path, key: str | None = None) -> tuple[float, fl
 
 
 def idx_pairs(folder: Path) -> list[tuple[Path, Path | None]]:
-    """The idx files of images in a folder, each with that of its labels: `train-images-idx3-ubyte.gz`, `train-labels-idx1-…`."""
+    """The idx files of images in a folder, each with that of its labels:
+
+    `train-images-idx3-ubyte.gz`, `train-labels-idx1-…`.
+    """
     pairs = []
     for file in sorted(folder.iterdir()):
         match = _IDX_IMAGES.fullmatch(file.name)
         if match is not None and file.is_file():
-            wanted = re.compile(rf"{re.escape(match['prefix'])}labels[-.]idx\d(-ubyte)?(\.gz)?", re.IGNORECASE)
+            wanted = re.compile(
+                rf"{re.escape(match['prefix'])}labels[-.]idx\d(-ubyte)?(\.gz)?", re.IGNORECASE
+            )
             pairs.append(
-                (file, next((other for other in sorted(folder.iterdir()) if wanted.fullmatch(other.name)), None))
+                (
+                    file,
+                    next(
+                        (
+                            other
+                            for other in sorted(folder.iterdir())
+                            if wanted.fullmatch(other.name)
+                        ),
+                        None,
+                    ),
+                )
             )
     return pairs
 
 
 def array_labels(images: Path) -> tuple[str | None, Path | None, str | None]:
-    """(key of the images, file of the labels, key of the labels) of an array file, as far as they go without saying.
+    """(key of the images, file of the labels, key of the labels) of an array file, as far as they
+    go without saying.
 
-    In a `.npz` or HDF5 file: the one array of images, and the one array in it that has a value per image; for an idx
+    In a `.npz` or HDF5 file: the one array of images, and the one array in it that has a value per
+    image; for an idx
     file: the file of labels beside it. Raises SourceError when several arrays could be images.
     """
     file = expand_home(images).absolute()
@@ -135,7 +161,9 @@ def array_labels(images: Path) -> tuple[str | None, Path | None, str | None]:
         return None, None, None
     shapes = _shapes(file, kind)
     key = _only_images(file, kind)
-    fitting = [name for name, shape in shapes.items() if shape in ((shapes[key][0],), (shapes[key][0], 1))]
+    fitting = [
+        name for name, shape in shapes.items() if shape in ((shapes[key][0],), (shapes[key][0], 1))
+    ]
     return key, None, fitting[0] if len(fitting) == 1 else None
 
 
@@ -156,34 +184,47 @@ def _read_idx_family(folder: Path, exclude: Sequence[str]) -> Listing:
     listing = replace(listing, samples=listing.samples.drop(columns="split"))
     if not any(sides) or None not in sides:
         return listing
-    unnamed = next(images.name for (images, _), side in zip(pairs, sides, strict=True) if side is None)
-    note = f"{unnamed}: its name has no word of a split (train, test, …), so that there is no column split"
+    unnamed = next(
+        images.name for (images, _), side in zip(pairs, sides, strict=True) if side is None
+    )
+    note = (
+        f"{unnamed}: its name has no word of a split (train, test, …), so that there is no "
+        "column split"
+    )
     return replace(listing, notes=(*listing.notes, note))
 
 
 def _side(name: str) -> str | None:
-    """The side of a split that an idx file's name says, anywhere in it: `emnist-letters-train-images-idx3-ubyte`."""
+    """The side of a split that an idx file's name says, anywhere in it:
+
+    `emnist-letters-train-images-idx3-ubyte`.
+    """
     match = _SPLIT_IN_NAME.search(name)
     if match is not None:
         return SPLIT_WORDS[match[0].lower()]
     return "test" if "t10k" in name.lower() else None  # MNIST's test images are called t10k
 
 
-def _labels(file: Path, kind: str, labels: str | Path | None, labels_key: str | None, count: int) -> pd.Series:
+def _labels(
+    file: Path, kind: str, labels: str | Path | None, labels_key: str | None, count: int
+) -> pd.Series:
     if labels is None and labels_key is None:
         return pd.Series([None] * count, dtype=object)
     source = expand_home(labels).absolute() if labels is not None else file
     source_kind = _kind(source) if labels is not None else kind
     if source_kind in ("npz", "h5") and labels_key is None:
         raise SourceError(
-            f"{source}: name the array of labels in it with labels_key; it has {_names(source, source_kind)}"
+            f"{source}: name the array of labels in it with labels_key; it has "
+            f"{_names(source, source_kind)}"
         )
     array = _open(source, source_kind, labels_key or "")
     shape = _shape(array)
     if shape[:1] != (count,) or math.prod(shape) != count:
         raise SourceError(
-            f"{source}: the labels have shape {shape} for {count} images; expected one for each: ({count},). "
-            "Name another file or array: images.labels, images.labels_key (in Python: labels=, labels_key=)"
+            f"{source}: the labels have shape {shape} for {count} images; expected one for "
+            f"each: ({count},). "
+            "Name another file or array: images.labels, images.labels_key (in Python: labels=, "
+            "labels_key=)"
         )
     texts = as_text(pd.Series(np.asarray(array[:]).reshape(count))).astype(object)
     return texts.where(texts.notna() & (texts != ""), None)
@@ -211,7 +252,10 @@ def _kind(file: Path) -> str:
         return "idx"
     raise SourceError(
         unread_format(file)
-        or f"{file}: arrays end in .npy, .npz, .h5 or .hdf5, or are idx files (…-idx3-ubyte, .gz); found {suffix}"
+        or (
+            f"{file}: arrays end in .npy, .npz, .h5 or .hdf5, or are idx files (…-idx3-ubyte, "
+            f".gz); found {suffix}"
+        )
     )
 
 
@@ -248,16 +292,24 @@ def _shapes(file: Path, kind: str) -> dict[str, tuple[int, ...]]:
         found: dict[str, tuple[int, ...]] = {}
         with h5py.File(file, "r") as opened:
             opened.visititems(
-                lambda name, item: found.update({name: _shape(item)} if isinstance(item, h5py.Dataset) else {})
+                lambda name, item: found.update(
+                    {name: _shape(item)} if isinstance(item, h5py.Dataset) else {}
+                )
             )
         return found
-    except Exception as error:  # zipfile, NumPy and h5py raise anything on bytes that are not theirs
+    except (
+        Exception
+    ) as error:  # zipfile, NumPy and h5py raise anything on bytes that are not theirs
         raise SourceError(f"{file}: cannot be read as {kind}: {error}") from error
 
 
 def _npz_shape(archive: Any, name: str) -> tuple[int, ...]:
     with archive.zip.open(f"{name}.npy") as member:  # the header alone
         version = np.lib.format.read_magic(member)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        read = (
+            np.lib.format.read_array_header_1_0
+            if version == (1, 0)
+            else np.lib.format.read_array_header_2_0
+        )
         shape: tuple[int, ...] = read(member)[0]
         return shape

@@ -31,14 +31,20 @@ class _Entry:
 
 
 def read_folder(
-    folder: str | Path, *, layout: Layout = "auto", exclude: Sequence[str] = (), labelled: bool = True
+    folder: str | Path,
+    *,
+    layout: Layout = "auto",
+    exclude: Sequence[str] = (),
+    labelled: bool = True,
 ) -> Listing:
-    """The images below a folder, sorted by id: columns `id`, `path`, `label`, and `split` where the folders are a split.
+    """The images below a folder, sorted by id: columns `id`, `path`, `label`, and `split` where the
+    folders are a split.
 
-    The id is the path relative to `folder` with forward slashes. A file is an image by its suffix, else by its first
-    bytes; all others are counted by what they are. Hidden files and folders are left out; links are followed once, after
-    the real folders, so that what is reached on both ways has its real path's name. labelled: refuse a class without images.
-    Raises SourceError when the folder is absent or has no images, saying what was found, and see `read_layout`.
+    The id is the path relative to `folder` with forward slashes. A file is an image by its suffix,
+    else by its first bytes; all others are counted by what they are. Hidden files and folders are
+    left out; links are followed once, after the real folders, so that what is reached on both ways
+    has its real path's name. labelled: refuse a class without images. Raises SourceError when the
+    folder is absent or has no images, saying what was found, and see `read_layout`.
     """
     root = expand_home(folder)
     if not root.is_dir():
@@ -64,14 +70,17 @@ def read_folder(
     if not rows:
         found = "; ".join(map(str, tally.left_out()[:5])) or "no files"
         raise SourceError(
-            f"{root}: no images found (found: {found}). Expected one folder per class holding files that end in "
+            f"{root}: no images found (found: {found}). Expected one folder per class holding "
+            "files that end in "
             f"{', '.join(sorted(IMAGE_SUFFIXES))}, or a table that names images."
         )
     rows.sort(key=lambda row: row[:2])
     rows = _tell_apart(rows, root.absolute())
     check_unique((name for name, _, _ in rows), str(root))
     odd = [name for name, _, _ in rows if os.path.splitext(name)[1].lower() not in IMAGE_SUFFIXES]
-    read = read_layout([folders for _, _, folders in rows], others, layout, str(root), labelled=labelled)
+    read = read_layout(
+        [folders for _, _, folders in rows], others, layout, str(root), labelled=labelled
+    )
     columns: dict[str, Sequence[str | None]] = {
         "id": [name for name, _, _ in rows],
         "path": [path for _, path, _ in rows],
@@ -81,15 +90,24 @@ def read_folder(
         columns["split"] = read.splits
     notes = list(read.notes)
     if odd:
-        notes.append(f"{len(odd):,} files are images by their content and not by their names, such as {odd[0]}")
+        notes.append(
+            f"{len(odd):,} files are images by their content and not by their names, such "
+            f"as {odd[0]}"
+        )
     return tally.listing(pd.DataFrame(columns), notes)
 
 
 def _tell_apart(rows: list[tuple[str, str, Folders]], root: Path) -> list[tuple[str, str, Folders]]:
-    """The rows, those whose names are one in NFC under the names that the disk has: as two systems write an accent."""
+    """The rows, those whose names are one in NFC under the names that the disk has: as two systems
+    write an accent.
+    """
     counts = Counter(name for name, _, _ in rows)
     return [
-        (name if counts[name] == 1 else printable(os.path.relpath(file_of(path), root)), path, folders)
+        (
+            name if counts[name] == 1 else printable(os.path.relpath(file_of(path), root)),
+            path,
+            folders,
+        )
         for name, path, folders in rows
     ]
 
@@ -106,10 +124,16 @@ def has_images(folder: Path) -> bool:
 
 
 def _walk(root: Path, tally: Tally) -> Iterator[_Entry]:
-    """Every file below the root, and every folder with nothing in it; hidden entries and unreadable folders are counted."""
-    seen: set[tuple[int, int]] = set()  # devices and inodes, so that a link to a parent does not run for ever
+    """Every file below the root, and every folder with nothing in it; hidden entries and unreadable
+    folders are counted.
+    """
+    seen: set[tuple[int, int]] = (
+        set()
+    )  # devices and inodes, so that a link to a parent does not run for ever
     pending: list[tuple[str, Folders]] = [(str(root), ())]
-    links: deque[tuple[str, Folders]] = deque()  # last, so that a link to a class's folder does not rename the class
+    links: deque[tuple[str, Folders]] = (
+        deque()
+    )  # last, so that a link to a class's folder does not rename the class
     while pending or links:
         directory, folders = pending.pop() if pending else links.popleft()
         name = printable("/".join(folders))
@@ -133,13 +157,18 @@ def _walk(root: Path, tally: Tally) -> Iterator[_Entry]:
                 tally.found += 1
                 tally.leave_out(HIDDEN, printable("/".join((*folders, entry.name))))
             elif _is_folder(entry):
-                (links if entry.is_symlink() else pending).append((entry.path, (*folders, entry.name)))
-            elif entry.is_symlink() or entry.is_file():  # a broken link too: its image becomes a recorded failure
+                (links if entry.is_symlink() else pending).append(
+                    (entry.path, (*folders, entry.name))
+                )
+            elif (
+                entry.is_symlink() or entry.is_file()
+            ):  # a broken link too: its image becomes a recorded failure
                 yield _Entry(folders, entry.name, entry.path)
             else:  # reading a pipe or a device could wait for ever
                 tally.found += 1
                 tally.leave_out(
-                    "entries that are no files (pipes, devices)", printable("/".join((*folders, entry.name)))
+                    "entries that are no files (pipes, devices)",
+                    printable("/".join((*folders, entry.name))),
                 )
 
 

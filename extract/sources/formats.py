@@ -8,49 +8,80 @@ from headrace.extract.heif import is_heif, reads_heif
 # What Pillow decodes and people keep data sets in.
 IMAGE_SUFFIXES = frozenset(
     {
-        *(".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".png", ".apng", ".webp", ".tif", ".tiff", ".bmp", ".dib"),
+        *(
+            ".jpg",
+            ".jpeg",
+            ".jpe",
+            ".jfif",
+            ".jif",
+            ".png",
+            ".apng",
+            ".webp",
+            ".tif",
+            ".tiff",
+            ".bmp",
+            ".dib",
+        ),
         *(".gif", ".avif", ".jp2", ".ppm", ".pgm", ".pbm", ".pnm"),
     }
 )
 HEIF_SUFFIXES = frozenset({".heic", ".heif", ".hif"})
 
-TABLE_SUFFIXES = frozenset({".csv", ".tsv", ".tab", ".txt", ".parquet", ".pq", ".jsonl", ".ndjson", ".json"})
+TABLE_SUFFIXES = frozenset(
+    {".csv", ".tsv", ".tab", ".txt", ".parquet", ".pq", ".jsonl", ".ndjson", ".json"}
+)
 MAYBE_TABLES = frozenset({".txt", ".json"})  # more often something else
 ARRAY_KINDS = {".npy": "npy", ".npz": "npz", ".h5": "h5", ".hdf5": "h5", ".hdf": "h5"}
 TAR_ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz", ".tbz2", ".tar.xz", ".txz")
 
-# Formats that people keep images in and that are not read here: {suffix: (its name, how to convert it)}.
+# Formats that people keep images in and that are not read here: {suffix: (its name, how to convert
+# it)}.
 _CONVERT_VIDEO = "write its frames as images, for example: ffmpeg -i FILE frames/%05d.png"
 _CONVERT_RAW = "develop it to TIFF or JPEG, for example: dcraw -T FILE"
 OTHER_FORMATS = {
     **dict.fromkeys(
-        (".heic", ".heif", ".hif"), ("HEIF image", "pip install pillow-heif, and headrace reads it; or convert to JPEG")
+        (".heic", ".heif", ".hif"),
+        ("HEIF image", "pip install pillow-heif, and headrace reads it; or convert to JPEG"),
     ),
-    **dict.fromkeys((".cr2", ".cr3", ".nef", ".arw", ".dng", ".orf", ".rw2", ".raf"), ("camera raw", _CONVERT_RAW)),
+    **dict.fromkeys(
+        (".cr2", ".cr3", ".nef", ".arw", ".dng", ".orf", ".rw2", ".raf"),
+        ("camera raw", _CONVERT_RAW),
+    ),
     **dict.fromkeys((".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v"), ("video", _CONVERT_VIDEO)),
     **dict.fromkeys(
-        (".dcm", ".dicom"), ("DICOM", "write PNG or .npy, for example with pydicom: dcmread(FILE).pixel_array")
+        (".dcm", ".dicom"),
+        ("DICOM", "write PNG or .npy, for example with pydicom: dcmread(FILE).pixel_array"),
     ),
     **dict.fromkeys(
-        (".nii", ".mha", ".nrrd"), ("medical volume", "write its slices as .npy, for example with nibabel")
+        (".nii", ".mha", ".nrrd"),
+        ("medical volume", "write its slices as .npy, for example with nibabel"),
     ),
     **dict.fromkeys(
         (".svs", ".ndpi", ".mrxs", ".scn"),
         ("whole-slide image", "write tiles, for example with openslide: read_region"),
     ),
-    **dict.fromkeys((".tfrecord", ".tfrecords"), ("TFRecord", "write the images as files or tar shards")),
+    **dict.fromkeys(
+        (".tfrecord", ".tfrecords"), ("TFRecord", "write the images as files or tar shards")
+    ),
     **dict.fromkeys((".mdb", ".lmdb"), ("LMDB", "write the images as files or tar shards")),
-    **dict.fromkeys((".rec", ".beton"), ("RecordIO or FFCV file", "write the images as files or tar shards")),
+    **dict.fromkeys(
+        (".rec", ".beton"), ("RecordIO or FFCV file", "write the images as files or tar shards")
+    ),
     **dict.fromkeys(
         (".pkl", ".pickle", ".pt", ".pth"),
         ("Python pickle", "save its arrays: numpy.savez(FILE, images=..., labels=...)"),
     ),
-    ".mat": ("MATLAB file", "save its arrays: scipy.io.loadmat, then numpy.savez(FILE, images=..., labels=...)"),
+    ".mat": (
+        "MATLAB file",
+        "save its arrays: scipy.io.loadmat, then numpy.savez(FILE, images=..., labels=...)",
+    ),
     **dict.fromkeys((".xls", ".xlsx", ".ods"), ("spreadsheet", "save it as CSV (UTF-8)")),
     **dict.fromkeys((".svg", ".eps", ".ps", ".pdf"), ("vector graphic", "render it as PNG")),
     ".psd": ("Photoshop document", "export it as PNG or TIFF"),
     ".xml": ("XML annotation", "write a CSV with the columns path and label"),
-    **dict.fromkeys((".7z", ".rar"), ("compressed archive", "unpack it, or pack it as .zip or .tar")),
+    **dict.fromkeys(
+        (".7z", ".rar"), ("compressed archive", "unpack it, or pack it as .zip or .tar")
+    ),
     **dict.fromkeys((".zst", ".lz4"), ("compressed file", "decompress it first")),
 }
 
@@ -61,13 +92,20 @@ def is_archive(path: str | Path) -> bool:
 
 
 def is_image(path: str | Path) -> bool:
-    """Whether a file is an image: by its suffix, else by its first bytes (`photo.jpg.1`, names without a suffix)."""
+    """Whether a file is an image: by its suffix, else by its first bytes (`photo.jpg.1`, names
+    without a suffix).
+    """
     suffix = os.path.splitext(path)[1].lower()  # as Path has it, without parsing the rest
     if suffix in IMAGE_SUFFIXES:
         return True
     if suffix in HEIF_SUFFIXES:
         return reads_heif()
-    if suffix in OTHER_FORMATS or suffix in TABLE_SUFFIXES or suffix in ARRAY_KINDS or is_archive(path):
+    if (
+        suffix in OTHER_FORMATS
+        or suffix in TABLE_SUFFIXES
+        or suffix in ARRAY_KINDS
+        or is_archive(path)
+    ):
         return False
     try:
         with open(path, "rb") as file:
@@ -77,22 +115,32 @@ def is_image(path: str | Path) -> bool:
 
 
 def has_image_signature(head: bytes) -> bool:
-    """Whether a file's first 32 bytes are those of a format in IMAGE_SUFFIXES, or of HEIF where it can be read."""
-    if head.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*", b"II+\0")):
+    """Whether a file's first 32 bytes are those of a format in IMAGE_SUFFIXES, or of HEIF where it
+    can be read.
+    """
+    if head.startswith(
+        (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*", b"II+\0")
+    ):
         return True
     if head.startswith((b"\0\0\0\x0cjP  ", b"RIFF")):
         return head[:4] != b"RIFF" or head[8:12] == b"WEBP"
     if head[:1] == b"P" and head[1:2] in b"123456" and head[2:3] in b"\n\r\t ":
         return len(head) > 3
-    if head[:2] == b"BM":  # two letters are too few: the size of the next header must be one that there is
-        return head[14:18] in {size.to_bytes(4, "little") for size in (12, 40, 52, 56, 64, 108, 124)}
+    if (
+        head[:2] == b"BM"
+    ):  # two letters are too few: the size of the next header must be one that there is
+        return head[14:18] in {
+            size.to_bytes(4, "little") for size in (12, 40, 52, 56, 64, 108, 124)
+        }
     if head[4:8] == b"ftyp":
         return head[8:12] in (b"avif", b"avis") or (is_heif(head) and reads_heif())
     return False
 
 
 def unread_format(path: str | Path) -> str | None:
-    """What a file of a format in OTHER_FORMATS is, with how to convert it, as a sentence; None for another file."""
+    """What a file of a format in OTHER_FORMATS is, with how to convert it, as a sentence; None for
+    another file.
+    """
     suffix = os.path.splitext(path)[1].lower()
     if suffix not in OTHER_FORMATS:
         return None
@@ -101,7 +149,10 @@ def unread_format(path: str | Path) -> str | None:
 
 
 def describe_suffix(name: str) -> str:
-    """What a file that is left out is, by its name, with how to use it: ".heic (HEIF image: pip install …)"."""
+    """What a file that is left out is, by its name, with how to use it:
+
+    ".heic (HEIF image: pip install …)".
+    """
     suffix = Path(name).suffix.lower()
     if suffix in OTHER_FORMATS:
         kind, cure = OTHER_FORMATS[suffix]

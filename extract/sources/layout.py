@@ -1,4 +1,6 @@
-"""What the folders that images lie in mean: classes, or the sides of a split with the classes in them."""
+"""What the folders that images lie in mean: classes, or the sides of a split with the classes in
+them.
+"""
 
 import re
 import shlex
@@ -26,11 +28,16 @@ SPLIT_WORDS = {
     "testing": "test",
     "holdout": "test",
 }
-_SPLIT_NAME = re.compile(rf"({'|'.join(sorted(SPLIT_WORDS, key=len, reverse=True))})(?![a-z])", re.IGNORECASE)
+_SPLIT_NAME = re.compile(
+    rf"({'|'.join(sorted(SPLIT_WORDS, key=len, reverse=True))})(?![a-z])", re.IGNORECASE
+)
 
 
 def split_word(file_name: str) -> str | None:
-    """The side of a split that a file's name begins with: `train-00000-of-00002.parquet`; None where there is none."""
+    """The side of a split that a file's name begins with:
+
+    `train-00000-of-00002.parquet`; None where there is none.
+    """
     match = _SPLIT_NAME.match(file_name)
     return match[1] if match else None
 
@@ -45,13 +52,18 @@ class Labels:
 
 
 def read_layout(
-    images: Sequence[Folders], others: Collection[Folders], layout: Layout, source: str, *, labelled: bool = True
+    images: Sequence[Folders],
+    others: Collection[Folders],
+    layout: Layout,
+    source: str,
+    *,
+    labelled: bool = True,
 ) -> Labels:
     """Labels, and sides of a split, from the folders of the images.
 
-    others: the folders in which other files lie, and empty folders. labelled: labels are wanted; else nothing is refused.
-    Raises SourceError for a class or a side none of whose files is an image, and where `auto` could mean both layouts, with
-    how to say which.
+    others: the folders in which other files lie, and empty folders. labelled: labels are wanted;
+    else nothing is refused. Raises SourceError for a class or a side none of whose files is an
+    image, and where `auto` could mean both layouts, with how to say which.
     """
     if not labelled:
         return Labels([None] * len(images), None, ())
@@ -65,7 +77,8 @@ def read_layout(
             written[label].add(folders[depth])
         labels.append(label)
     notes = [
-        f"the folders {', '.join(map(repr, sorted(names)))} are one class, {label!r}: they differ in blanks or in the form of "
+        f"the folders {', '.join(map(repr, sorted(names)))} are one class, {label!r}: they "
+        "differ in blanks or in the form of "
         "accents alone"
         for label, names in sorted(written.items())
         if len(names) > 1
@@ -73,7 +86,10 @@ def read_layout(
     if not depth:
         return Labels(labels, None, tuple(notes))
     sides = sorted({folders[0] for folders in images if folders})
-    notes.append(f"the folders {', '.join(sides)} are the sides of a split, and the folders in them the classes")
+    notes.append(
+        f"the folders {', '.join(sides)} are the sides of a split, and the folders in them "
+        "the classes"
+    )
     if unlabelled := sum(label is None for label in labels):
         notes.append(f"{unlabelled:,} images lie in no class's folder and have no label")
     return Labels(labels, [folders[0] if folders else None for folders in images], tuple(notes))
@@ -86,14 +102,19 @@ def _split_depth(images: Sequence[Folders], layout: Layout, source: str) -> int:
     outer = sorted({folders[0] for folders in images if folders})
     sides = [name for name in outer if name.lower() in SPLIT_WORDS]
     others = [name for name in outer if name.lower() not in SPLIT_WORDS]
-    inner = {folders[1] for folders in images if len(folders) > 1 and SPLIT_WORDS.get(folders[0].lower()) == "train"}
+    inner = {
+        folders[1]
+        for folders in images
+        if len(folders) > 1 and SPLIT_WORDS.get(folders[0].lower()) == "train"
+    }
     if not sides or (others and len({SPLIT_WORDS[name.lower()] for name in sides}) < 2):
         return 0
     if others:
         raise SourceError(
             _ambiguous(
                 source,
-                f"holds {', '.join(sides)}, which are words for the sides of a split, and {', '.join(others[:5])}",
+                f"holds {', '.join(sides)}, which are words for the sides of a split, and "
+                f"{', '.join(others[:5])}",
             )
         )
     if len(outer) == 1 and len(inner) < 2:
@@ -102,7 +123,8 @@ def _split_depth(images: Sequence[Folders], layout: Layout, source: str) -> int:
         raise SourceError(
             _ambiguous(
                 source,
-                f"holds {', '.join(sides)}, which are words for the sides of a split, without a class's folder in train",
+                f"holds {', '.join(sides)}, which are words for the sides of a split, "
+                "without a class's folder in train",
             )
         )
     return 1
@@ -111,12 +133,15 @@ def _split_depth(images: Sequence[Folders], layout: Layout, source: str) -> int:
 def _ambiguous(source: str, found: str) -> str:
     return (
         f"{source} {found}. Are these the classes, or a split with the classes in them? "
-        "Say which in the recipe, images.layout: classes or images.layout: split (headrace init: --layout split); or move away what "
+        "Say which in the recipe, images.layout: classes or images.layout: split (headrace "
+        "init: --layout split); or move away what "
         "does not belong, or leave it out: images.exclude: [NAME] (headrace init: --exclude NAME)"
     )
 
 
-def _refuse_vanished(images: Sequence[Folders], others: Collection[Folders], depth: int, source: str) -> None:
+def _refuse_vanished(
+    images: Sequence[Folders], others: Collection[Folders], depth: int, source: str
+) -> None:
     """Raises SourceError for classes, and sides of a split, that would be gone whole."""
     if depth:
         others = [folders for folders in others if folders and folders[0].lower() in SPLIT_WORDS]
@@ -127,7 +152,8 @@ def _refuse_vanished(images: Sequence[Folders], others: Collection[Folders], dep
             names = ", ".join(printable(name) for name in vanished[:5])
             what = "class" if level == depth else "side of the split"
             raise SourceError(
-                f"{source}: no file in the folder {names} can be used as an image, so that this {what} would be missing. "
+                f"{source}: no file in the folder {names} can be used as an image, so that "
+                f"this {what} would be missing. "
                 f"Add images that can be read, or leave it out: "
                 f"images.exclude: {yaml_list(map(printable, vanished[:5]))} in the recipe "
                 f"(headrace init: --exclude {shlex.quote(printable(vanished[0]))})"

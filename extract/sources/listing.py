@@ -1,4 +1,6 @@
-"""What reading a source gives: the samples that can be used, and a count of everything that cannot."""
+"""What reading a source gives: the samples that can be used, and a count of everything
+that cannot.
+"""
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
@@ -26,9 +28,14 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Listing:
-    """The images of a source. `found` is counted as entries are met: found = len(samples) + annotations + left out."""
+    """The images of a source.
 
-    samples: pd.DataFrame  # one row per image: `id`, `path` (a file or a locator), then the user's columns
+    `found` is counted as entries are met: found = len(samples) + annotations + left out.
+    """
+
+    samples: (
+        pd.DataFrame
+    )  # one row per image: `id`, `path` (a file or a locator), then the user's columns
     found: int  # files of a folder, rows of a table, members of an archive, images of an array
     left_out: tuple[LeftOut, ...] = ()
     annotations: int = 0  # entries that hold labels of the samples: side files of an archive
@@ -43,26 +50,36 @@ class Tally:
     annotations: int = 0
     examples: dict[str, list[str]] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
-    patterns: dict[str, bool] = field(default_factory=dict)  # of `images.exclude`: whether each has matched
+    patterns: dict[str, bool] = field(
+        default_factory=dict
+    )  # of `images.exclude`: whether each has matched
 
     def leave_out(self, reason: str, *names: str, count: int = 1) -> None:
-        """Count entries under a reason, which reads well after a number: "files without a suffix"."""
+        """Count entries under a reason, which reads well after a number: "files without
+        a suffix".
+        """
         self.counts[reason] = self.counts.get(reason, 0) + count
         self.examples[reason] = [*self.examples.get(reason, []), *names][:_EXAMPLES]
 
     def excludes(self, patterns: Collection[str], *names: str) -> bool:
-        """Whether one of an entry's names, or a folder that it lies in, matches a pattern of `images.exclude`."""
+        """Whether one of an entry's names, or a folder that it lies in, matches a pattern of
+        `images.exclude`.
+        """
         if not patterns:
             return False
         self.patterns = dict.fromkeys(patterns, False) | self.patterns
-        matching = [pattern for pattern in patterns if any(_matches(name, pattern) for name in names)]
+        matching = [
+            pattern for pattern in patterns if any(_matches(name, pattern) for name in names)
+        ]
         self.patterns |= dict.fromkeys(matching, True)
         return bool(matching)
 
     def left_out(self) -> tuple[LeftOut, ...]:
         """The reasons, the commonest first."""
         ordered = sorted(self.counts.items(), key=lambda item: (-item[1], item[0]))
-        return tuple(LeftOut(reason, count, tuple(self.examples[reason])) for reason, count in ordered)
+        return tuple(
+            LeftOut(reason, count, tuple(self.examples[reason])) for reason, count in ordered
+        )
 
     def listing(self, samples: pd.DataFrame, notes: Iterable[str] = ()) -> Listing:
         """What was read, as one value."""
@@ -72,7 +89,10 @@ class Tally:
 
 
 def _matches(name: str, pattern: str) -> bool:
-    """Whether a name, or a folder that it lies in, matches a shell pattern. A name is its own pattern, also with brackets."""
+    """Whether a name, or a folder that it lies in, matches a shell pattern.
+
+    A name is its own pattern, also with brackets.
+    """
     plain = normalize_text(pattern).removeprefix("./").rstrip("/")
     parts = normalize_text(name).split("/")
     prefixes = ("/".join(parts[: count + 1]) for count in range(len(parts)))

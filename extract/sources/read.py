@@ -37,7 +37,10 @@ SourceKind = Literal["folder", "table", "archive", "array", "image"]
 
 @dataclass(frozen=True)
 class ImageSource:
-    """Where images are and how they are read; the recipe's section `images`. None means the reader's own choice."""
+    """Where images are and how they are read; the recipe's section `images`.
+
+    None means the reader's own choice.
+    """
 
     kind: SourceKind
     location: str | Path
@@ -60,22 +63,31 @@ class SourceWarning(UserWarning):
 def read_source(source: ImageSource, *, labelled: bool = True) -> Listing:
     """List the images.
 
-    labelled: labels are wanted, so that folders which could be classes or sides of a split, a class that would be missing
-    whole, and pixels without a range are refused. Who predicts has a model that knows, and a reason for each image.
+    labelled: labels are wanted, so that folders which could be classes or sides of a split, a class
+    that would be missing whole, and pixels without a range are refused. Who predicts has a model
+    that knows, and a reason for each image.
 
     Raises SourceError for what cannot be read as asked.
     """
     location = source.location
     match source.kind:
         case "folder":
-            return read_folder(location, layout=source.layout, exclude=source.exclude, labelled=labelled)
+            return read_folder(
+                location, layout=source.layout, exclude=source.exclude, labelled=labelled
+            )
         case "table":
             options = TableOptions(
-                source.path_column, source.id_column, source.root, source.path_pattern, source.exclude
+                source.path_column,
+                source.id_column,
+                source.root,
+                source.path_pattern,
+                source.exclude,
             )
             return read_tables(location, options, labelled=labelled)
         case "archive":
-            return read_archives(location, layout=source.layout, exclude=source.exclude, labelled=labelled)
+            return read_archives(
+                location, layout=source.layout, exclude=source.exclude, labelled=labelled
+            )
         case "array":
             return read_array(
                 location,
@@ -87,15 +99,19 @@ def read_source(source: ImageSource, *, labelled: bool = True) -> Listing:
             )
         case "image":
             file = expand_home(location).absolute()
-            samples = pd.DataFrame({"id": [printable(str(location))], "path": [path_text(file)], "label": [None]})
+            samples = pd.DataFrame(
+                {"id": [printable(str(location))], "path": [path_text(file)], "label": [None]}
+            )
             return Listing(samples, found=1)
 
 
 def detect_source(location: str | Path, **options: Any) -> ImageSource:
-    """A path as a source, by its name and, for a folder, by what lies in it; options: fields of ImageSource.
+    """A path as a source, by its name and, for a folder, by what lies in it; options: fields of
+    ImageSource.
 
-    A folder is one of images where it has any, however deep, unless `datasets` saved it or Hugging Face's metadata lies beside them;
-    else one of archives, tables of images, or an array. Raises SourceError for what is not there and what is not read.
+    A folder is one of images where it has any, however deep, unless `datasets` saved it or Hugging
+    Face's metadata lies beside them; else one of archives, tables of images, or an array. Raises
+    SourceError for what is not there and what is not read.
     """
     path = expand_home(location)
     if path.is_dir():
@@ -114,20 +130,25 @@ def _detect_file(path: Path) -> SourceKind:
         return "archive"
     if is_table(path):
         return "table"
-    named_idx = path.suffix.lower() not in IMAGE_SUFFIXES | HEIF_SUFFIXES and re.search(r"idx\d|\.idx", name)
+    named_idx = path.suffix.lower() not in IMAGE_SUFFIXES | HEIF_SUFFIXES and re.search(
+        r"idx\d|\.idx", name
+    )
     if path.suffix.lower() in ARRAY_KINDS or (named_idx and path.is_file()):
         return "array"
     if path.is_symlink() or (path.is_file() and is_image(path)):
         return "image"
     if not path.exists():
         raise SourceError(
-            f"{path}: no such file or folder. Give a folder of images, a table (.csv, .tsv, .jsonl, .json, .parquet), "
+            f"{path}: no such file or folder. Give a folder of images, a table (.csv, .tsv, "
+            ".jsonl, .json, .parquet), "
             "an archive (.tar, .tar.gz, .zip), an array file (.npy, .npz, .h5, idx), or an image"
         )
     raise SourceError(
         unread_format(path)
-        or f"{path}: neither an image nor anything that holds images (found {path.suffix.lower() or 'no suffix'}). Expected a table "
-        "(.csv, .tsv, .jsonl, .json, .parquet), an archive (.tar, .tar.gz, .zip), an array file (.npy, .npz, .h5, idx), or an image"
+        or f"{path}: neither an image nor anything that holds images (found "
+        f"{path.suffix.lower() or 'no suffix'}). Expected a table "
+        "(.csv, .tsv, .jsonl, .json, .parquet), an archive (.tar, .tar.gz, .zip), an array "
+        "file (.npy, .npz, .h5, idx), or an image"
     )
 
 
@@ -147,7 +168,9 @@ def _detect_in_folder(folder: Path) -> SourceKind:
 
 
 def warn_of_left_out(listing: Listing, source: str | Path) -> None:
-    """Tell a program, which has no terminal, what of a source is not used, but for what is nobody's image or used all the same."""
+    """Tell a program, which has no terminal, what of a source is not used, but for what is nobody's
+    image or used all the same.
+    """
     told = [str(item) for item in listing.left_out if item.reason not in (HIDDEN, EXCLUDED, LINKED)]
     if told:
         warnings.warn(f"{source}: left out {'; '.join(told)}", SourceWarning, stacklevel=3)

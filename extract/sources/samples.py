@@ -1,4 +1,6 @@
-"""The samples of a source alone, for notebooks and scripts; what is left out is a warning (SourceWarning)."""
+"""The samples of a source alone, for notebooks and scripts; what is left out is a warning
+(SourceWarning).
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,22 +15,34 @@ from headrace.extract.sources.read import warn_of_left_out
 from headrace.extract.sources.tabular import TableOptions, read_tables
 
 
-def list_folder(folder: str | Path, *, layout: Layout = "auto", exclude: Sequence[str] = ()) -> pd.DataFrame:
-    """The samples of `read_folder`: columns `id`, `path`, `label`, and `split` where the outer folders are its sides."""
+def list_folder(
+    folder: str | Path, *, layout: Layout = "auto", exclude: Sequence[str] = ()
+) -> pd.DataFrame:
+    """The samples of `read_folder`: columns `id`, `path`, `label`, and `split` where the outer
+    folders are its sides.
+    """
     listing = read_folder(folder, layout=layout, exclude=exclude)
     warn_of_left_out(listing, folder)
     return listing.samples
 
 
-def list_tar(archives: str | Path | Sequence[str | Path], *, layout: Layout = "auto") -> pd.DataFrame:
-    """The samples of `read_archives`, tar or zip: columns `id`, `path` (a locator), `label`, and those of side files."""
+def list_tar(
+    archives: str | Path | Sequence[str | Path], *, layout: Layout = "auto"
+) -> pd.DataFrame:
+    """The samples of `read_archives`, tar or zip: columns `id`, `path` (a locator), `label`, and
+    those of side files.
+    """
     listing = read_archives(archives, layout=layout)
     warn_of_left_out(listing, str(archives))
     return listing.samples
 
 
 def list_array(
-    images: str | Path, *, key: str | None = None, labels: str | Path | None = None, labels_key: str | None = None
+    images: str | Path,
+    *,
+    key: str | None = None,
+    labels: str | Path | None = None,
+    labels_key: str | None = None,
 ) -> pd.DataFrame:
     """The samples of `read_array`: columns `id`, `path` (a locator) and `label`."""
     return read_array(images, key=key, labels=labels, labels_key=labels_key).samples

@@ -1,4 +1,7 @@
-"""Tables: CSV, TSV, JSON lines, JSON, Parquet and Arrow files as data frames whose text is as written."""
+"""Tables:
+
+CSV, TSV, JSON lines, JSON, Parquet and Arrow files as data frames whose text is as written.
+"""
 
 import csv
 import gzip
@@ -37,7 +40,9 @@ _MOST_COLUMNS = 20_000  # each takes a millisecond or so
 
 @dataclass(frozen=True)
 class Table:
-    """A table as it is: text trimmed and in one Unicode form, empty cells missing, numbers only where the file has types."""
+    """A table as it is: text trimmed and in one Unicode form, empty cells missing, numbers only
+    where the file has types.
+    """
 
     frame: pd.DataFrame
     image_columns: tuple[str, ...] = ()  # columns of encoded images, which are not in `frame`
@@ -65,14 +70,20 @@ def read_table_file(file: Path) -> Table:
             return _read_json(_read_text(file, compressed), file)
     except UnicodeDecodeError as error:
         raise SourceError(
-            f"{file}: cannot be read as {suffix[1:]}: {error}. Expected text in UTF-8 whose first line names the "
-            "columns; save it as UTF-8 (iconv -f latin1 -t utf-8), or give a Parquet file the suffix .parquet."
+            f"{file}: cannot be read as {suffix[1:]}: {error}. Expected text in UTF-8 whose "
+            "first line names the "
+            "columns; save it as UTF-8 (iconv -f latin1 -t utf-8), or give a Parquet file the "
+            "suffix .parquet."
         ) from error
     except SourceError:
         raise
     # Parsers of foreign files raise anything, zlib's errors and RecursionError among it.
     except Exception as error:
-        expected = "a Parquet file" if suffix in (".parquet", ".pq") else "one line of column names, then one per image"
+        expected = (
+            "a Parquet file"
+            if suffix in (".parquet", ".pq")
+            else "one line of column names, then one per image"
+        )
         raise SourceError(
             f"{file}: cannot be read as {suffix[1:]}: {str(error).strip()}. Expected {expected}."
         ) from error
@@ -88,7 +99,8 @@ def _read_text(file: Path, compressed: bool) -> str:
             data = stream.read(most + 1)
         if len(data) > most:
             raise SourceError(
-                f"{file}: it decompresses to more than {_GZIP_RATIO} times its size, which no table does. Decompress it yourself "
+                f"{file}: it decompresses to more than {_GZIP_RATIO} times its size, which no "
+                "table does. Decompress it yourself "
                 "if it is one: gunzip FILE"
             )
     else:
@@ -101,7 +113,9 @@ def _read_text(file: Path, compressed: bool) -> str:
 def _read_csv(text: str, suffix: str, file: Path) -> Table:
     default = "\t" if suffix in (".tsv", ".tab") else ","
     delimiter = _delimiter(text, default)
-    names = next(csv.reader(io.StringIO(text), delimiter=delimiter, skipinitialspace=delimiter != "\t"), [])
+    names = next(
+        csv.reader(io.StringIO(text), delimiter=delimiter, skipinitialspace=delimiter != "\t"), []
+    )
     _check_header([normalize_text(name) for name in names], file)
     frame = pd.read_csv(
         io.StringIO(text),
@@ -111,19 +125,27 @@ def _read_csv(text: str, suffix: str, file: Path) -> Table:
         skipinitialspace=delimiter != "\t",
         low_memory=False,
     )
-    if not isinstance(frame.index, pd.RangeIndex):  # pandas would take the first values for the rows' names
+    if not isinstance(
+        frame.index, pd.RangeIndex
+    ):  # pandas would take the first values for the rows' names
         raise SourceError(
             f"{file}: the rows have more values than the header has names ({len(frame.columns)}). "
             "Give every column a name in the first line, or delete what ends the rows."
         )
-    notes = [] if delimiter == default else [f"{file.name}: the columns are separated by {_DELIMITERS[delimiter]}"]
+    notes = (
+        []
+        if delimiter == default
+        else [f"{file.name}: the columns are separated by {_DELIMITERS[delimiter]}"]
+    )
     if '"' in text:
         notes += _joined_lines(frame, file)
     return Table(_clean(frame), notes=tuple(notes))
 
 
 def _joined_lines(frame: pd.DataFrame, file: Path) -> list[str]:
-    """A note on cells with line breaks. Raises SourceError where they are what names the rows, or paths of images.
+    """A note on cells with line breaks.
+
+    Raises SourceError where they are what names the rows, or paths of images.
 
     A quote without its pair takes all up to the next one, however many rows later, for one cell.
     """
@@ -140,17 +162,24 @@ def _joined_lines(frame: pd.DataFrame, file: Path) -> list[str]:
             refused |= place == 0 or (bool(paths) and all(paths))
     if not rows:
         return []
-    found = f'{len(rows):,} cells hold line breaks, first in row {min(rows):,}: an unpaired quote (") joins lines'
+    found = (
+        f"{len(rows):,} cells hold line breaks, first in row {min(rows):,}: an unpaired quote "
+        '(") joins lines'
+    )
     if refused:
         raise SourceError(
-            f"{file}: {found}, and these cells are in a column that tells the rows apart. Delete the quote or write its pair; a "
-            'quote within a cell is written twice (""). Where the line breaks are meant, put a column of paths first'
+            f"{file}: {found}, and these cells are in a column that tells the rows apart. "
+            "Delete the quote or write its pair; a "
+            'quote within a cell is written twice (""). Where the line breaks are meant, put a '
+            "column of paths first"
         )
     return [f"{file.name}: {found}"]
 
 
 def _delimiter(text: str, default: str) -> str:
-    """What separates the columns: the default where the header has it, else what divides the first lines alike."""
+    """What separates the columns: the default where the header has it, else what divides the first
+    lines alike.
+    """
     lines = list(itertools.islice(io.StringIO(text), _LINES_LOOKED_AT))
     if not lines:
         return default
@@ -162,25 +191,33 @@ def _delimiter(text: str, default: str) -> str:
 
 
 def _check_header(names: list[str], file: Path) -> None:
-    """Raises SourceError where the first line is no line of names, or gives two columns one name."""
+    """Raises SourceError where the first line is no line of names, or gives two columns
+    one name.
+    """
     images = [name for name in names if Path(name).suffix.lower() in IMAGE_SUFFIXES]
     if images:
         raise SourceError(
-            f"{file}: the first line looks like an image and what belongs to it ({', '.join(names[:4])}), not like the names "
+            f"{file}: the first line looks like an image and what belongs to it "
+            f"({', '.join(names[:4])}), not like the names "
             "of columns, and would be lost. Put a line of names above it, for example: path,label"
         )
     if len(names) > _MOST_COLUMNS:
-        raise SourceError(f"{file}: {len(names):,} columns; a table of images has {_MOST_COLUMNS:,} at most.")
+        raise SourceError(
+            f"{file}: {len(names):,} columns; a table of images has {_MOST_COLUMNS:,} at most."
+        )
     repeated = sorted(name for name, count in Counter(names).items() if name and count > 1)
     if repeated:
         raise SourceError(
-            f"{file}: {len(repeated)} names stand over several columns, first {repeated[0]!r}. Give each its own."
+            f"{file}: {len(repeated)} names stand over several columns, first "
+            f"{repeated[0]!r}. Give each its own."
         )
 
 
 def _read_json_lines(text: str, file: Path) -> Table:
     records = []
-    for number, line in enumerate(text.split("\n"), 1):  # JSON may hold other line breaks as they are, such as U+2028
+    for number, line in enumerate(
+        text.split("\n"), 1
+    ):  # JSON may hold other line breaks as they are, such as U+2028
         if not line.strip():
             continue
         try:
@@ -188,22 +225,31 @@ def _read_json_lines(text: str, file: Path) -> Table:
         except SourceError:
             raise
         except (ValueError, RecursionError) as error:
-            raise SourceError(f"{file}, line {number}: no JSON ({error}). Expected one object per line.") from error
+            raise SourceError(
+                f"{file}, line {number}: no JSON ({error}). Expected one object per line."
+            ) from error
         if not isinstance(record, dict):
-            raise SourceError(f'{file}, line {number}: expected an object such as {{"path": …}}; found {line[:40]}')
+            raise SourceError(
+                f'{file}, line {number}: expected an object such as {{"path": …}}; found '
+                f"{line[:40]}"
+            )
         records.append(record)
     return Table(_clean(pd.DataFrame(records, dtype=object)))
 
 
 def _parse_json(text: str, where: str) -> Any:
-    """The value that a JSON text holds. Raises SourceError where an object has a key twice, ValueError for other text."""
+    """The value that a JSON text holds.
+
+    Raises SourceError where an object has a key twice, ValueError for other text.
+    """
 
     def build(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         values = dict(pairs)
         if len(values) < len(pairs):
             key, count = Counter(key for key, _ in pairs).most_common(1)[0]
             raise SourceError(
-                f"{where}: an object has the key {key!r} {count} times; expected once, as only the last value would count. Delete "
+                f"{where}: an object has the key {key!r} {count} times; expected once, as only "
+                "the last value would count. Delete "
                 "the others, or give each a key of its own"
             )
         return values
@@ -220,9 +266,13 @@ def _read_json(text: str, file: Path) -> Table:
         return Table(_clean(pd.DataFrame(values, dtype=object)))
     if isinstance(values, dict) and all(isinstance(value, (str, int)) for value in values.values()):
         frame = pd.DataFrame({"path": list(values), "label": list(values.values())}, dtype=object)
-        return Table(_clean(frame), notes=(f"{file.name}: its keys are the paths, and its values the labels",))
+        return Table(
+            _clean(frame),
+            notes=(f"{file.name}: its keys are the paths, and its values the labels",),
+        )
     raise SourceError(
-        f"{file}: expected a list of objects, an object of paths and labels, or COCO (the keys images, annotations and "
+        f"{file}: expected a list of objects, an object of paths and labels, or COCO (the keys "
+        "images, annotations and "
         f"categories); found {text[:40].strip()}…"
     )
 
@@ -239,12 +289,18 @@ def _read_parquet(file: Path) -> Table:
     # Of a struct of bytes and path, the path alone: the images stay on disk.
     columns += [f"{name}.path" for name in images if _has_path(schema.field(name).type)]
     table = opened.read(columns=columns).replace_schema_metadata(schema.metadata)
-    empty = [name for name in images if _holds_bytes(schema.field(name).type) and _is_empty(file, f"{name}.bytes")]
+    empty = [
+        name
+        for name in images
+        if _holds_bytes(schema.field(name).type) and _is_empty(file, f"{name}.bytes")
+    ]
     return _from_arrow(table, opened.metadata.num_rows, images, empty)
 
 
 def _parquet_values(file: Path, column: str) -> Iterator[Any]:
-    """The values of a column, without what is missing; no more of the file is read than is asked for."""
+    """The values of a column, without what is missing; no more of the file is read than is asked
+    for.
+    """
     with pq.ParquetFile(
         file, buffer_size=_BUFFER_BYTES
     ) as opened:  # else a whole row group of images would be in memory
@@ -255,11 +311,18 @@ def _parquet_values(file: Path, column: str) -> Iterator[Any]:
 
 def _arrow_values(cells: pa.ChunkedArray) -> Iterator[Any]:
     """The values of a column, without what is missing."""
-    return (cell.as_py() for chunk in cells.chunks if chunk.null_count < len(chunk) for cell in chunk if cell.is_valid)
+    return (
+        cell.as_py()
+        for chunk in cells.chunks
+        if chunk.null_count < len(chunk)
+        for cell in chunk
+        if cell.is_valid
+    )
 
 
 def _are_images(values: Iterable[bytes]) -> bool:
-    """Whether a column of bytes holds images, by its first value; else it is text, as TensorFlow's exports store it.
+    """Whether a column of bytes holds images, by its first value; else it is text, as TensorFlow's
+    exports store it.
 
     A value with a NUL is no text: an image all the same, damaged or of a format that is not read.
     """
@@ -272,7 +335,8 @@ def _is_empty(file: Path, column: str) -> bool:
     missing = 0
     with pq.ParquetFile(file, buffer_size=_BUFFER_BYTES) as opened:
         for group in range(opened.metadata.num_row_groups):
-            # A chunk whose description is damaged ends the process where it is asked for; where it is read, that is an error.
+            # A chunk whose description is damaged ends the process where it is asked for; where it
+            # is read, that is an error.
             next(opened.iter_batches(batch_size=1, row_groups=[group], columns=[column]), None)
             described = opened.metadata.row_group(group)
             for chunk in map(described.column, range(described.num_columns)):
@@ -288,8 +352,12 @@ def _has_path(kind: pa.DataType) -> bool:
 
 
 def _image_columns(schema: pa.Schema) -> tuple[str, ...]:
-    """What can hold images: columns of bytes, or of structs with a field `bytes`, as Hugging Face's Image feature is stored."""
-    return tuple(field.name for field in schema if _is_binary(field.type) or _holds_bytes(field.type))
+    """What can hold images: columns of bytes, or of structs with a field `bytes`, as Hugging Face's
+    Image feature is stored.
+    """
+    return tuple(
+        field.name for field in schema if _is_binary(field.type) or _holds_bytes(field.type)
+    )
 
 
 def _is_binary(kind: pa.DataType) -> bool:
@@ -303,11 +371,14 @@ def _holds_bytes(kind: pa.DataType) -> bool:
     return place >= 0 and _is_binary(kind.field(place).type)
 
 
-def _from_arrow(table: pa.Table, rows: int, images: tuple[str, ...] | None = None, empty: Sequence[str] = ()) -> Table:
-    """The columns that are no images; what `datasets` stores as the path of one is the column `NAME.path`.
+def _from_arrow(
+    table: pa.Table, rows: int, images: tuple[str, ...] | None = None, empty: Sequence[str] = ()
+) -> Table:
+    """The columns that are no images; what `datasets` stores as the path of one is the column
+    `NAME.path`.
 
-    images: the columns of images; None where they are to be found. empty: those without bytes. They name files, and the
-    column `NAME` has their paths.
+    images: the columns of images; None where they are to be found. empty: those without bytes. They
+    name files, and the column `NAME` has their paths.
     """
     if images is None:
         images = tuple(
@@ -318,15 +389,20 @@ def _from_arrow(table: pa.Table, rows: int, images: tuple[str, ...] | None = Non
         empty = [
             name
             for name in images
-            if pa.types.is_struct(table[name].type) and pc.struct_field(table[name], "bytes").null_count == len(table)
+            if pa.types.is_struct(table[name].type)
+            and pc.struct_field(table[name], "bytes").null_count == len(table)
         ]
     class_names = _class_names(table.schema)
-    texts = [field.name for field in table.schema if field.name not in images and _is_binary(field.type)]
+    texts = [
+        field.name for field in table.schema if field.name not in images and _is_binary(field.type)
+    ]
     for name in set(images) & set(table.column_names):
         cells = table[name]
         table = table.drop_columns([name])
         if _has_path(cells.type):
-            table = table.append_column(name if name in empty else f"{name}.path", pc.struct_field(cells, "path"))
+            table = table.append_column(
+                name if name in empty else f"{name}.path", pc.struct_field(cells, "path")
+            )
     images = tuple(name for name in images if name not in empty)
     # Python's integers where there are gaps: as floats, large ones would become others.
     frame = table.to_pandas(integer_object_nulls=True)
@@ -339,19 +415,31 @@ def _from_arrow(table: pa.Table, rows: int, images: tuple[str, ...] | None = Non
             frame[name] = as_text(frame[name])
     for name, names in class_names.items():
         if name in frame:
-            frame[name] = [names[int(value)] if _is_class(value, names) else None for value in frame[name]]
-    notes = tuple(f"the numbers of {name!r} are classes, named in the file" for name in class_names if name in frame)
+            frame[name] = [
+                names[int(value)] if _is_class(value, names) else None for value in frame[name]
+            ]
+    notes = tuple(
+        f"the numbers of {name!r} are classes, named in the file"
+        for name in class_names
+        if name in frame
+    )
     return Table(_clean(frame), images, notes)
 
 
 def _is_class(value: Any, names: list[str]) -> bool:
-    return value is not None and value == value and 0 <= int(value) < len(names)  # ClassLabel has -1 for none
+    return (
+        value is not None and value == value and 0 <= int(value) < len(names)
+    )  # ClassLabel has -1 for none
 
 
 def _class_names(schema: pa.Schema) -> dict[str, list[str]]:
-    """The names of the classes of integer columns, from what `datasets` writes into a file's metadata."""
+    """The names of the classes of integer columns, from what `datasets` writes into a file's
+    metadata.
+    """
     try:
-        features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
+        features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"][
+            "features"
+        ]
         return {
             name: [str(label) for label in feature["names"]]
             for name, feature in features.items()
@@ -376,4 +464,6 @@ def _is_text(column: pd.Series) -> bool:
         return True
     if isinstance(column.dtype, pd.StringDtype):
         return True
-    return column.dtype == object and all(isinstance(value, str) or value is None or value != value for value in column)
+    return column.dtype == object and all(
+        isinstance(value, str) or value is None or value != value for value in column
+    )

@@ -24,7 +24,8 @@ from headrace.extract.sources.layout import split_word
 from headrace.extract.sources.listing import Listing, Tally
 from headrace.extract.sources.table import Table, read_table_file
 
-# What people call the column that names the image, the likeliest first; `file_name` is Hugging Face's and COCO's.
+# What people call the column that names the image, the likeliest first; `file_name` is Hugging
+# Face's and COCO's.
 PATH_NAMES = (
     "path",
     "file_name",
@@ -51,20 +52,28 @@ class TableOptions:
     """How a table names its images; see the recipe's section `images`."""
 
     path_column: str | None = None  # default: found, see `find_images`
-    id_column: str | None = None  # default: `id` where there is such a column, else the path as written
-    root: str | Path | None = None  # what relative paths start from; default: the table's own folder
+    id_column: str | None = (
+        None  # default: `id` where there is such a column, else the path as written
+    )
+    root: str | Path | None = (
+        None  # what relative paths start from; default: the table's own folder
+    )
     path_pattern: str | None = None  # a path with columns in braces: train/{id}.jpg
     exclude: tuple[str, ...] = ()
 
 
-def read_tables(table: str | Path, options: TableOptions | None = None, *, labelled: bool = True) -> Listing:
+def read_tables(
+    table: str | Path, options: TableOptions | None = None, *, labelled: bool = True
+) -> Listing:
     """The rows of tables, in their order: `id`, `path`, then every column that the tables have.
 
-    table: a CSV, TSV, JSON lines, JSON (COCO too), Parquet or Arrow file, a pattern (`data/train-*.parquet`), a folder of
-    Parquet files, or one that `datasets` saved. Parquet and Arrow may hold the images themselves. Where the tables' or
-    their folders' names are the sides of a split and no column says so, a column `split` has them. Files are not looked
-    for here: a missing one becomes a recorded failure of its sample. labelled: rows are to be learned from, so that each needs
-    an id of its own; else every row stays in its place, also one that stands twice or names no image. Raises SourceError.
+    table: a CSV, TSV, JSON lines, JSON (COCO too), Parquet or Arrow file, a pattern
+    (`data/train-*.parquet`), a folder of Parquet files, or one that `datasets` saved. Parquet and
+    Arrow may hold the images themselves. Where the tables' or their folders' names are the sides of
+    a split and no column says so, a column `split` has them. Files are not looked for here: a
+    missing one becomes a recorded failure of its sample. labelled: rows are to be learned from, so
+    that each needs an id of its own; else every row stays in its place, also one that stands twice
+    or names no image. Raises SourceError.
     """
     options = options or TableOptions()
     files = table_files(expand_home(table))
@@ -82,7 +91,10 @@ def read_tables(table: str | Path, options: TableOptions | None = None, *, label
             samples["split"] = sides[file]
         parts.append(samples)
     if sides is not None:
-        notes.append(f"the names {', '.join(dict.fromkeys(sides.values()))} are those of the sides of a split")
+        notes.append(
+            f"the names {', '.join(dict.fromkeys(sides.values()))} are those of the sides "
+            "of a split"
+        )
     if labelled and several and pd.concat([part["id"] for part in parts]).duplicated().any():
         for file, part in zip(files, parts, strict=True):  # names that are unique in one table only
             part["id"] = f"{file.relative_to(base).as_posix()}/" + part["id"].astype(str)
@@ -93,7 +105,9 @@ def read_tables(table: str | Path, options: TableOptions | None = None, *, label
     if samples.empty:
         found = "; ".join(map(str, tally.left_out()))
         raise SourceError(
-            f"{source}: the table has no rows{f' that can be used ({found})' if found else ''}. Expected one row per image."
+            f"{source}: the table has no "
+            f"rows{f' that can be used ({found})' if found else ''}. Expected one row per "
+            "image."
         )
     if labelled:
         check_unique(samples["id"], source)
@@ -101,14 +115,18 @@ def read_tables(table: str | Path, options: TableOptions | None = None, *, label
 
 
 def _count_unnamed(files: Sequence[Path], samples: pd.DataFrame, tally: Tally) -> None:
-    """Count the images beside a metadata.csv, which speaks for its whole folder, that it does not name."""
+    """Count the images beside a metadata.csv, which speaks for its whole folder, that it does not
+    name.
+    """
     folders = [file.parent for file in files if file.name in HUGGING_FACE_METADATA]
     named = set(samples["path"]) if folders else set()
     for folder in folders:
         for path in image_paths(folder):
             if path not in named:
                 tally.found += 1
-                tally.leave_out("images that no row names", printable(os.path.relpath(file_of(path), folder)))
+                tally.leave_out(
+                    "images that no row names", printable(os.path.relpath(file_of(path), folder))
+                )
 
 
 def table_files(table: Path) -> list[Path]:
@@ -124,7 +142,8 @@ def table_files(table: Path) -> list[Path]:
         )
         if not files:
             raise SourceError(
-                f"{table} is a folder without Parquet files, and none that `datasets` saved. Name a table in it"
+                f"{table} is a folder without Parquet files, and none that `datasets` "
+                "saved. Name a table in it"
             )
         return [file.absolute() for file in files]
     matches = sorted(glob.glob(str(table)))
@@ -134,7 +153,9 @@ def table_files(table: Path) -> list[Path]:
 
 
 def saved_dataset_files(folder: Path) -> list[Path]:
-    """The Arrow files of a folder that `datasets` saved (save_to_disk), in their order; empty for any other folder."""
+    """The Arrow files of a folder that `datasets` saved (save_to_disk), in their order; empty for
+    any other folder.
+    """
     try:
         if (folder / "dataset_dict.json").is_file():
             names = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
@@ -143,25 +164,34 @@ def saved_dataset_files(folder: Path) -> list[Path]:
             state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
             if state.get("_indices_data_files"):
                 raise SourceError(
-                    f"{folder}: some rows of these files are selected by a second file, as old versions of `datasets` saved filters. "
+                    f"{folder}: some rows of these files are selected by a second file, as old "
+                    "versions of `datasets` saved filters. "
                     "Save it again: load_from_disk(FOLDER).flatten_indices().save_to_disk(OTHER)"
                 )
             return [folder / Path(entry["filename"]).name for entry in state["_data_files"]]
     except (ValueError, KeyError, TypeError) as error:
         raise SourceError(
-            f"{folder}: not a whole folder of `datasets` ({type(error).__name__}: {error}). Save it again"
+            f"{folder}: not a whole folder of `datasets` ({type(error).__name__}: "
+            f"{error}). Save it again"
         ) from error
     return []
 
 
 def find_images(table: Table, file: Path, base: Path) -> tuple[str, bool]:
-    """What names, or holds, the images: (a column, False), or (a pattern of paths such as `train/{id}.jpg`, True).
+    """What names, or holds, the images: (a column, False), or (a pattern of paths such as
+    `train/{id}.jpg`, True).
 
-    A column counts by its name and what it holds, then by what it holds alone; ids without an ending are looked for among the
-    images below `base`. Raises SourceError where nothing fits, or several columns could be the images.
+    A column counts by its name and what it holds, then by what it holds alone; ids without an
+    ending are looked for among the images below `base`. Raises SourceError where nothing fits, or
+    several columns could be the images.
     """
     frame, held = table.frame, table.image_columns
-    named = [str(name) for wanted in PATH_NAMES for name in (*frame.columns, *held) if str(name).lower() == wanted]
+    named = [
+        str(name)
+        for wanted in PATH_NAMES
+        for name in (*frame.columns, *held)
+        if str(name).lower() == wanted
+    ]
     for name in named:
         if name in held or _names_images(frame[name], any):
             return name, False
@@ -177,25 +207,30 @@ def find_images(table: Table, file: Path, base: Path) -> tuple[str, bool]:
     if named or candidates:
         could = list(dict.fromkeys([*named, *candidates]))
         raise SourceError(
-            f"{file}: {', '.join(could)} could {'each be' if len(could) > 1 else 'be'} the images; name one: "
+            f"{file}: {', '.join(could)} could {'each be' if len(could) > 1 else 'be'} the "
+            "images; name one: "
             f"images.path_column: {could[0]}. The columns are: {columns}."
         )
     example = frame.columns[0] if len(frame.columns) else "id"
     raise SourceError(
-        f"{file}: no column names image files. Name it: images.path_column; or, for ids without an ending, say where their "
+        f"{file}: no column names image files. Name it: images.path_column; or, for ids "
+        "without an ending, say where their "
         f"images are: images.path_pattern: folder/{{{example}}}.jpg. The columns are: {columns}."
     )
 
 
 def _find_pattern(frame: pd.DataFrame, file: Path, folder: Path) -> str | None:
-    """The pattern by which a column of ids names images below a folder, as in Kaggle's tables; None where none does.
+    """The pattern by which a column of ids names images below a folder, as in Kaggle's tables; None
+    where none does.
 
     Raises SourceError where several do: `images/{id}.jpg` and `masks/{id}.png`.
     """
     places: dict[str, list[str]] = {}  # patterns by the stems of the images that they could name
     for parent, folders, names in os.walk(folder):
         depth = Path(parent).relative_to(folder).parts
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and len(depth) < _DEEPEST_FOLDER)
+        folders[:] = sorted(
+            name for name in folders if not name.startswith(".") and len(depth) < _DEEPEST_FOLDER
+        )
         for name in sorted(names):
             stem, suffix = os.path.splitext(name)
             if suffix.lower() in IMAGE_SUFFIXES:
@@ -207,7 +242,11 @@ def _find_pattern(frame: pd.DataFrame, file: Path, folder: Path) -> str | None:
             continue
         ids = ids.head(_PATHS_LOOKED_AT)
         counts = Counter(place for value in ids for place in places.get(value, ()))
-        patterns = [place.replace("{}", f"{{{column}}}") for place, count in counts.items() if 2 * count >= len(ids)]
+        patterns = [
+            place.replace("{}", f"{{{column}}}")
+            for place, count in counts.items()
+            if 2 * count >= len(ids)
+        ]
         if len(patterns) > 1:
             raise SourceError(
                 f"{file}: the column {column!r} could name the images {' or '.join(patterns)}. "
@@ -219,17 +258,26 @@ def _find_pattern(frame: pd.DataFrame, file: Path, folder: Path) -> str | None:
 
 
 def _names_images(column: pd.Series, needed: Callable[[Iterable[bool]], bool]) -> bool:
-    """Whether values of a column (any of them, or all) end as images do, also those that are not read here."""
+    """Whether values of a column (any of them, or all) end as images do, also those that are not
+    read here.
+    """
     values = column.dropna().head(_PATHS_LOOKED_AT)
     suffixes = [Path(value).suffix.lower() if isinstance(value, str) else "" for value in values]
-    return bool(suffixes) and needed(suffix in IMAGE_SUFFIXES or suffix in OTHER_FORMATS for suffix in suffixes)
+    return bool(suffixes) and needed(
+        suffix in IMAGE_SUFFIXES or suffix in OTHER_FORMATS for suffix in suffixes
+    )
 
 
 def _sides(files: Sequence[Path]) -> dict[Path, str] | None:
-    """The side of a split that each table's name, or else its folder's, says; None where some say none, or all the same."""
+    """The side of a split that each table's name, or else its folder's, says; None where some say
+    none, or all the same.
+    """
     for names in ([file.name for file in files], [file.parent.name for file in files]):
         sides = dict(zip(files, map(split_word, names), strict=True))
-        if None not in sides.values() and len({side.lower() for side in sides.values() if side}) > 1:
+        if (
+            None not in sides.values()
+            and len({side.lower() for side in sides.values() if side}) > 1
+        ):
             return {file: side for file, side in sides.items() if side is not None}
     return None
 
@@ -245,7 +293,8 @@ def _samples(
         if wanted is not None and wanted not in (*frame.columns, *table.image_columns):
             columns = [*frame.columns, *table.image_columns]
             raise SourceError(
-                f"{file}: there is no column {wanted!r} ({setting}). Nearest: {nearest(wanted, columns, 1)}. "
+                f"{file}: there is no column {wanted!r} ({setting}). Nearest: "
+                f"{nearest(wanted, columns, 1)}. "
                 f"The columns are: {', '.join(columns)}."
             )
     base = (expand_home(options.root) if options.root is not None else file.parent).absolute()
@@ -257,22 +306,31 @@ def _samples(
         paths = written.map(lambda value: _find(str(base), value), na_action="ignore")
     id_column = options.id_column
     if id_column is None and "id" in frame.columns and where != "id":
-        images = pd.DataFrame({"id": as_text(frame["id"]), "path": paths}).dropna().drop_duplicates()
+        images = (
+            pd.DataFrame({"id": as_text(frame["id"]), "path": paths}).dropna().drop_duplicates()
+        )
         if labelled and images["id"].duplicated().any():
             frame = frame.rename(
                 columns={"id": "image_id"}
             )  # headrace's own `id` tells rows apart, and this one does not
             notes.append(
-                f"{file.name}: the column 'id' repeats, so that the paths tell the rows apart; it is called 'image_id' here"
+                f"{file.name}: the column 'id' repeats, so that the paths tell the rows "
+                "apart; it is called 'image_id' here"
             )
         else:
             id_column = "id"
             notes.append(f"{file.name}: the column 'id' tells the rows apart (images.id_column)")
     _refuse_reserved(frame, file, where, id_column)
     ids = written if id_column is None else as_text(frame[id_column])
-    kept = frame.drop(columns=[name for name in frame.columns if name in ("id", "path") or name == f"{where}.path"])
+    kept = frame.drop(
+        columns=[
+            name for name in frame.columns if name in ("id", "path") or name == f"{where}.path"
+        ]
+    )
     if not labelled:
-        nothing = pd.Series([f"row {row + 1} names no image" for row in range(len(frame))], index=frame.index)
+        nothing = pd.Series(
+            [f"row {row + 1} names no image" for row in range(len(frame))], index=frame.index
+        )
         ids = ids.where(ids.notna(), written).where(written.notna() | ids.notna(), nothing)
         paths = paths.where(paths.notna(), f"{base}/" + nothing)
     samples = pd.DataFrame({"id": ids, "path": paths}, dtype=object)
@@ -287,7 +345,9 @@ def _samples(
     return _leave_out(samples, file, tally, repeated=not labelled)
 
 
-def _image_column(table: Table, file: Path, base: Path, options: TableOptions, notes: list[str]) -> tuple[str, bool]:
+def _image_column(
+    table: Table, file: Path, base: Path, options: TableOptions, notes: list[str]
+) -> tuple[str, bool]:
     """As `find_images`, but for what the options say."""
     if options.path_pattern is not None:
         return options.path_pattern, True
@@ -295,9 +355,13 @@ def _image_column(table: Table, file: Path, base: Path, options: TableOptions, n
         return options.path_column, False
     found, is_pattern = find_images(table, file, base)
     if is_pattern:
-        notes.append(f"{file.name}: the images are {found}, by the column in braces (images.path_pattern)")
+        notes.append(
+            f"{file.name}: the images are {found}, by the column in braces (images.path_pattern)"
+        )
     elif found != "path":
-        notes.append(f"{file.name}: the images are those of the column {found!r} (images.path_column)")
+        notes.append(
+            f"{file.name}: the images are those of the column {found!r} (images.path_column)"
+        )
     return found, is_pattern
 
 
@@ -316,7 +380,11 @@ def _leave_out(samples: pd.DataFrame, file: Path, tally: Tally, *, repeated: boo
         except TypeError:  # cells of lists
             again = samples.astype(str).duplicated()
     if again.any():
-        tally.leave_out("rows that are another row once more", *samples["id"][again].head(3), count=int(again.sum()))
+        tally.leave_out(
+            "rows that are another row once more",
+            *samples["id"][again].head(3),
+            count=int(again.sum()),
+        )
         samples = samples[~again]
     return samples.reset_index(drop=True)
 
@@ -331,31 +399,45 @@ def _exclude(samples: pd.DataFrame, patterns: Sequence[str], tally: Tally) -> pd
 
 
 def _fill_pattern(frame: pd.DataFrame, pattern: str, file: Path) -> pd.Series:
-    """The pattern with each row's values in the place of `{column}`; missing where one of them is."""
+    """The pattern with each row's values in the place of `{column}`; missing where one
+    of them is.
+    """
     names = list(dict.fromkeys(_PLACE.findall(pattern)))
     absent_names = [name for name in names if name not in frame.columns]
     if absent_names or not names:
         raise SourceError(
-            f"images.path_pattern {pattern!r}: {file} has no column {', '.join(map(repr, absent_names)) or 'in braces'}. Expected a "
-            f"path with a column's name in braces, such as train/{{id}}.jpg. The columns are: {', '.join(frame.columns)}."
+            f"images.path_pattern {pattern!r}: {file} has no column "
+            f"{', '.join(map(repr, absent_names)) or 'in braces'}. Expected a "
+            "path with a column's name in braces, such as train/{id}.jpg. The columns are: "
+            f"{', '.join(frame.columns)}."
         )
     texts = pd.DataFrame({name: as_text(frame[name]) for name in names})
 
     def fill(values: Mapping[Any, Any]) -> str:
         return _PLACE.sub(lambda place: str(values[place[1]]), pattern)
 
-    filled = pd.Series([fill(row) for row in texts.to_dict("records")], index=frame.index, dtype=object)
+    filled = pd.Series(
+        [fill(row) for row in texts.to_dict("records")], index=frame.index, dtype=object
+    )
     return filled.where(texts.notna().all(axis=1), None)
 
 
 def _cells(file: Path, frame: pd.DataFrame, column: str) -> tuple[pd.Series, pd.Series]:
-    """Ids and locators of images that are cells: called by the paths that they came from where those tell them apart."""
+    """Ids and locators of images that are cells: called by the paths that they came from where
+    those tell them apart.
+    """
     kind = "arrow" if file.suffix.lower() == ".arrow" else "parquet"
     paths = pd.Series(
-        [f"{path_text(file)}::{kind}:{column}:{row}" for row in range(len(frame))], index=frame.index, dtype=object
+        [f"{path_text(file)}::{kind}:{column}:{row}" for row in range(len(frame))],
+        index=frame.index,
+        dtype=object,
     )
     width = len(str(max(0, len(frame) - 1)))
-    ids = pd.Series([f"{file.name}/{row:0{width}d}" for row in range(len(frame))], index=frame.index, dtype=object)
+    ids = pd.Series(
+        [f"{file.name}/{row:0{width}d}" for row in range(len(frame))],
+        index=frame.index,
+        dtype=object,
+    )
     written = frame.get(f"{column}.path")
     if written is not None and written.notna().all() and not written.duplicated().any():
         ids = as_text(written)
@@ -363,12 +445,23 @@ def _cells(file: Path, frame: pd.DataFrame, column: str) -> tuple[pd.Series, pd.
 
 
 def _find(base: str, written: str) -> str:
-    """The path that a table's text means: an absolute path stays; on disk it may be in another Unicode form or of Windows."""
+    """The path that a table's text means: an absolute path stays; on disk it may be in another
+    Unicode form or of Windows.
+    """
     if "://" in written[:12]:
         if not written.startswith("file://"):
-            raise SourceError(f"{written}: images are read from disk. Download them, and name the files in the table")
+            raise SourceError(
+                f"{written}: images are read from disk. Download them, and name the files "
+                "in the table"
+            )
         written = written.removeprefix("file://")
-    if written.isascii() and "\\" not in written and "/." not in written and "//" not in written and written[:1] != ".":
+    if (
+        written.isascii()
+        and "\\" not in written
+        and "/." not in written
+        and "//" not in written
+        and written[:1] != "."
+    ):
         return path_text(os.path.join(base, written))  # nearly all, and a table has millions
     path = Path(base, written)
     if written.isascii() and "\\" not in written:
@@ -378,19 +471,27 @@ def _find(base: str, written: str) -> str:
     return path_text(next((candidate for candidate in candidates if candidate.exists()), path))
 
 
-def _refuse_reserved(frame: pd.DataFrame, file: Path, path_column: str | None, id_column: str | None) -> None:
-    """Columns that headrace's own would replace: a task that names one would get other values than the table's."""
+def _refuse_reserved(
+    frame: pd.DataFrame, file: Path, path_column: str | None, id_column: str | None
+) -> None:
+    """Columns that headrace's own would replace: a task that names one would get other values than
+    the table's.
+    """
     taken = {"id"} if "id" in (id_column, path_column) else set()
     taken |= {"path"} if "path" in (path_column, id_column) else set()
     for name in frame.columns:
         if name in RESERVED_COLUMNS - taken:
             other = {
                 "id": ", or take the ids from it: images.id_column: id (in Python: id_column='id')",
-                "path": f", or read the images from it: images.path_column: path (now: {path_column})",
+                "path": (
+                    f", or read the images from it: images.path_column: path (now: {path_column})"
+                ),
             }.get(name, "")
             raise SourceError(
-                f"{file}: the table has a column {name!r}, and headrace keeps {_MEANINGS[name]} under this name. "
-                f"Rename the column, for example to {'image' if name.startswith('_') else 'image_'}{name}{other}."
+                f"{file}: the table has a column {name!r}, and headrace keeps "
+                f"{_MEANINGS[name]} under this name. "
+                "Rename the column, for example to "
+                f"{'image' if name.startswith('_') else 'image_'}{name}{other}."
             )
 
 
@@ -401,14 +502,19 @@ def is_table(path: str | Path) -> bool:
 
 
 def metadata_table(folder: Path) -> Path | None:
-    """The table of an `imagefolder` as Hugging Face has it: metadata.csv or .jsonl with a column file_name, beside the images.
+    """The table of an `imagefolder` as Hugging Face has it: metadata.csv or .jsonl with a column
+    file_name, beside the images.
 
     Where each side of a split has its own, a pattern that names them all; None where there is none.
     """
     for name in HUGGING_FACE_METADATA:
         if _is_metadata(folder / name):
             return folder / name
-        inside = [entry for entry in sorted(folder.iterdir()) if entry.is_dir() and not entry.name.startswith(".")]
+        inside = [
+            entry
+            for entry in sorted(folder.iterdir())
+            if entry.is_dir() and not entry.name.startswith(".")
+        ]
         if inside and all(_is_metadata(entry / name) for entry in inside):
             return folder / "*" / name
     return None

@@ -1,8 +1,10 @@
-"""Predictions of many images, published part by part: a call that was killed is continued by the next one.
+"""Predictions of many images, published part by part: a call that was killed is continued by the
+next one.
 
-Beside the table OUT stands OUT.parts/ while work is under way: one Parquet file per part, each whole or not there, with
-the predictions of some images and what tells whether they are still the same files. When every image has its
-prediction, OUT is put together in the order of the images, OUT.json says what made it, and the parts go.
+Beside the table OUT stands OUT.parts/ while work is under way: one Parquet file per part, each
+whole or not there, with the predictions of some images and what tells whether they are still the
+same files. When every image has its prediction, OUT is put together in the order of the images,
+OUT.json says what made it, and the parts go.
 """
 
 import contextlib
@@ -41,11 +43,14 @@ from headrace.pipelines.progress import stage
 from headrace.pipelines.submit import run_tasks
 
 PART_IMAGES = 256  # some seconds of a small network on one core: little is lost to a kill
-# Starting worker processes takes some seconds each; fewer images than this are done sooner in this process.
+# Starting worker processes takes some seconds each; fewer images than this are done sooner in this
+# process.
 _WORTH_WORKERS = 1024
 _BLOCK = 4096  # rows of the table written at a time
 
-_Key = tuple[str, str]  # path, and the stamp of the file that was predicted; "" where there is no file
+_Key = tuple[
+    str, str
+]  # path, and the stamp of the file that was predicted; "" where there is no file
 
 
 class PredictionsThere(HeadraceError, FileExistsError):
@@ -91,11 +96,12 @@ def predict_table(
     device: str = "cpu",
     console: Console,
 ) -> Summary:
-    """Predict what is left of `images` (columns `file`, `path`) and write the table `out` as csv, parquet or jsonl.
+    """Predict what is left of `images` (columns `file`, `path`) and write the table `out` as csv,
+    parquet or jsonl.
 
     Every image has one row, in the order given; one that cannot be decoded has its reason in it.
-    Raises PredictionsThere for a table of other images or another model, unless `force` is on, and for whatever `headrace predict`
-    has not written there.
+    Raises PredictionsThere for a table of other images or another model, unless `force` is on, and
+    for whatever `headrace predict` has not written there.
     """
     about = out.with_name(f"{out.name}.json")
     parts = out.with_name(f"{out.name}.parts")
@@ -106,7 +112,9 @@ def predict_table(
         "model": str(model.path),
         "model_digest": model.digest,
         "images": len(images),
-        "listing": hashlib.sha256(json.dumps([images["file"].tolist(), keys]).encode()).hexdigest()[:24],
+        "listing": hashlib.sha256(json.dumps([images["file"].tolist(), keys]).encode()).hexdigest()[
+            :24
+        ],
         "format": kind,
         "headrace": importlib.metadata.version("headrace"),
     }
@@ -114,14 +122,17 @@ def predict_table(
         if (before := _read_record(about)) is not None and {**before, **record} == before:
             return Summary(len(images), 0, before["failed"], before["counts"])
         raise PredictionsThere(
-            f"{out} is there, and of other images, another model or another version. Give another name with --out, or "
+            f"{out} is there, and of other images, another model or another version. Give "
+            "another name with --out, or "
             "--force to replace it"
         )
     parts.mkdir(parents=True, exist_ok=True)
     done = _known(parts, model, final=False)
     left = list(dict.fromkeys(key for key in keys if key not in done))
     _predict(model, left, parts, workers=workers, device=device, console=console)
-    summary = _assemble(model, images["file"].tolist(), keys, parts, parts / "table.partial", kind, new=len(left))
+    summary = _assemble(
+        model, images["file"].tolist(), keys, parts, parts / "table.partial", kind, new=len(left)
+    )
     os.replace(parts / "table.partial", out)
     record |= {"failed": summary.failed, "counts": summary.counts}
     # By way of the folder of parts, with which the temporary of a killed call goes too.
@@ -132,40 +143,64 @@ def predict_table(
 
 
 def _require_ours(out: Path, about: Path, parts: Path) -> None:
-    """Raises PredictionsThere unless what is at `out` and `about` is nothing, or of `headrace predict`: a name is soon mistyped."""
-    recorded = about.is_file() and b'"model_digest"' in about.read_bytes()  # also one that is damaged
-    elsewhere = f"It is not replaced, with --force neither. Give another name with --out, such as {_free_name(out)}, or move it away"
+    """Raises PredictionsThere unless what is at `out` and `about` is nothing, or of `headrace
+    predict`: a name is soon mistyped.
+    """
+    recorded = (
+        about.is_file() and b'"model_digest"' in about.read_bytes()
+    )  # also one that is damaged
+    elsewhere = (
+        "It is not replaced, with --force neither. Give another name with --out, such as "
+        f"{_free_name(out)}, or move it away"
+    )
     if out.exists() and not out.is_file():
         raise PredictionsThere(f"{out} is neither a table nor a name that is free. {elsewhere}")
     if about.exists() and not recorded:
         raise PredictionsThere(
-            f"{about} is there, where headrace predict keeps what it knows of {out.name}, and is not as it writes it. {elsewhere}"
+            f"{about} is there, where headrace predict keeps what it knows of {out.name}, "
+            f"and is not as it writes it. {elsewhere}"
         )
     # Where a call was killed as it ended, the table is there, and its record not yet.
     if out.exists() and not is_predictions(out, values=recorded or any(parts.glob("*.parquet"))):
         raise PredictionsThere(
-            f"{out} is there, and is no table of predictions: headrace predict did not write it. {elsewhere}"
+            f"{out} is there, and is no table of predictions: headrace predict did not "
+            f"write it. {elsewhere}"
         )
 
 
 def _free_name(out: Path) -> Path:
-    names = (out.with_name(f"predictions{number or ''}{out.suffix or '.csv'}") for number in count())
+    names = (
+        out.with_name(f"predictions{number or ''}{out.suffix or '.csv'}") for number in count()
+    )
     return next(name for name in names if not name.exists())
 
 
 def _remove_parts(parts: Path) -> None:
-    """Remove what calls of predict have written there, and the folder if nothing of anybody else is in it."""
+    """Remove what calls of predict have written there, and the folder if nothing of anybody else is
+    in it.
+    """
     for file in parts.iterdir():
-        if re.fullmatch(rf"[0-9a-f]{{24}}\.parquet|(table|record)\.partial|\..*{re.escape(PARTIAL_SUFFIX)}", file.name):
+        if re.fullmatch(
+            rf"[0-9a-f]{{24}}\.parquet|(table|record)\.partial|\..*{re.escape(PARTIAL_SUFFIX)}",
+            file.name,
+        ):
             file.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # not empty
         parts.rmdir()
 
 
 def predict_stream(
-    model: Model, images: pd.DataFrame, stream: IO[str], kind: str, *, device: str = "cpu", console: Console
+    model: Model,
+    images: pd.DataFrame,
+    stream: IO[str],
+    kind: str,
+    *,
+    device: str = "cpu",
+    console: Console,
 ) -> Summary:
-    """As `predict_table`, to an open text stream, a batch at a time; nothing is kept, nothing can be resumed."""
+    """As `predict_table`, to an open text stream, a batch at a time; nothing is kept, nothing can
+    be resumed.
+    """
     from headrace.pipelines.deliver.images import open_engine, predict_samples
 
     files = images["file"].tolist()
@@ -176,7 +211,9 @@ def predict_stream(
         stage(console, "predict", len(files), "images") as advance,
     ):
         threads = available_cores()
-        for predicted in predict_samples(open_engine(model, device), _samples(images["path"]), threads):
+        for predicted in predict_samples(
+            open_engine(model, device), _samples(images["path"]), threads
+        ):
             errors = dict(predicted.failed)
             rows = sorted([*predicted.rows, *errors])
             block = np.full((len(rows), len(model.classes)), np.nan, np.float32)
@@ -210,16 +247,24 @@ def predict_part(job: PartJob) -> int:
 
 
 def _part_bytes(
-    job: PartJob, found: npt.NDArray[np.float32], errors: list[str | None], unread: npt.NDArray[np.bool_]
+    job: PartJob,
+    found: npt.NDArray[np.float32],
+    errors: list[str | None],
+    unread: npt.NDArray[np.bool_],
 ) -> bytes:
-    """A part as a Parquet file with a seal: Parquet's pages have no checksum, and one digit would be believed."""
+    """A part as a Parquet file with a seal:
+
+    Parquet's pages have no checksum, and one digit would be believed.
+    """
     table = pa.table(
         {
             "path": pa.array([_path_bytes(path) for path, _ in job.keys], pa.binary()),
             "stamp": [stamp for _, stamp in job.keys],
             "error": pa.array(errors, pa.string()),
             "unread": unread,
-            "probabilities": pa.FixedSizeListArray.from_arrays(pa.array(found.reshape(-1)), found.shape[1]),
+            "probabilities": pa.FixedSizeListArray.from_arrays(
+                pa.array(found.reshape(-1)), found.shape[1]
+            ),
         }
     ).replace_schema_metadata({"headrace": job.digest, SEAL: UNSEALED})
     buffer = io.BytesIO()
@@ -228,9 +273,11 @@ def _part_bytes(
 
 
 def file_keys(paths: Sequence[str]) -> list[_Key]:
-    """What tells whether a file is still the one that was predicted: its path and its stamp (see FileStamp).
+    """What tells whether a file is still the one that was predicted: its path and its stamp (see
+    FileStamp).
 
-    Files written a moment ago are waited for, some seconds at most, so that a change after this call has another stamp.
+    Files written a moment ago are waited for, some seconds at most, so that a change after this
+    call has another stamp.
     """
     stamps = file_stamps(map(file_of, paths))
     wait_until_settled(stamp for stamp in stamps if isinstance(stamp, FileStamp))
@@ -243,7 +290,13 @@ def _path_bytes(path: str) -> bytes:
 
 
 def _predict(
-    model: Model, left: Sequence[_Key], parts: Path, *, workers: int | None, device: str, console: Console
+    model: Model,
+    left: Sequence[_Key],
+    parts: Path,
+    *,
+    workers: int | None,
+    device: str,
+    console: Console,
 ) -> None:
     if not left:
         return
@@ -259,7 +312,9 @@ def _predict(
         threads = 1 if shared else cores
         place = str(model.path.absolute())
         samples = tuple(_samples(key[0] for key in keys))
-        jobs.append(PartJob(place, model.digest, samples, keys, part, device, threads, model.trust_code))
+        jobs.append(
+            PartJob(place, model.digest, samples, keys, part, device, threads, model.trust_code)
+        )
     with stage(console, "predict", len(left), "images") as advance:
         if not shared:
             for job in jobs:
@@ -276,13 +331,17 @@ def _predict(
                 advance(len(outcome.job.samples), {"failed": outcome.result or 0})
     if reasons:
         raise PredictIncomplete(
-            f"{len(reasons):,} of {len(jobs):,} parts failed; the others are kept, and the same command tries these again. "
+            f"{len(reasons):,} of {len(jobs):,} parts failed; the others are kept, and the "
+            "same command tries these again. "
             f"The first reason: {reasons[0]}"
         )
 
 
 def _known(parts: Path, model: Model, *, final: bool) -> dict[_Key, tuple[Path, int]]:
-    """Where the prediction of each file is. A file that could not be read is tried again, unless this is the end."""
+    """Where the prediction of each file is.
+
+    A file that could not be read is tried again, unless this is the end.
+    """
     known: dict[_Key, tuple[Path, int]] = {}
     for part in sorted(parts.glob("*.parquet")):
         try:
@@ -303,7 +362,14 @@ def _known(parts: Path, model: Model, *, final: bool) -> dict[_Key, tuple[Path, 
 
 
 def _assemble(
-    model: Model, files: list[str], keys: list[_Key], parts: Path, target: Path, kind: str, *, new: int
+    model: Model,
+    files: list[str],
+    keys: list[_Key],
+    parts: Path,
+    target: Path,
+    kind: str,
+    *,
+    new: int,
 ) -> Summary:
     places = _known(parts, model, final=True)
     opened: OrderedDict[Path, tuple[npt.NDArray[np.float32], list[str | None]]] = OrderedDict()
@@ -324,7 +390,9 @@ def _assemble(
 
 
 def _open_part(
-    opened: "OrderedDict[Path, tuple[npt.NDArray[np.float32], list[str | None]]]", part: Path, outputs: int
+    opened: "OrderedDict[Path, tuple[npt.NDArray[np.float32], list[str | None]]]",
+    part: Path,
+    outputs: int,
 ) -> tuple[npt.NDArray[np.float32], list[str | None]]:
     if part not in opened:
         table = pq.read_table(part, columns=["probabilities", "error"])

@@ -33,7 +33,8 @@ class OutputError(HeadraceError, ValueError):
 ModelArgument = Annotated[
     Path,
     typer.Argument(
-        help="A run, by its recipe or its directory (the answer is used: winner or ensemble); a model directory; what "
+        help="A run, by its recipe or its directory (the answer is used: winner or ensemble); a "
+        "model directory; what "
         "headrace export wrote."
     ),
 ]
@@ -42,11 +43,14 @@ TrustOption = Annotated[
     typer.Option(
         "--trust-code",
         metavar="MODULE:FUNCTION",
-        help="Import this code, which a model or run asks for by its directory; nothing else is imported. May be given several "
+        help="Import this code, which a model or run asks for by its directory; nothing else is "
+        "imported. May be given several "
         "times.",
     ),
 ]
-DeviceOption = Annotated[str, typer.Option(help="Where the networks run: auto, cpu, cuda or cuda:N.")]
+DeviceOption = Annotated[
+    str, typer.Option(help="Where the networks run: auto, cpu, cuda or cuda:N.")
+]
 
 
 def predict_command(
@@ -54,42 +58,61 @@ def predict_command(
     images: Annotated[
         list[str],
         typer.Argument(
-            help="Image files, folders, tables, archives (.tar, .tar.gz, .zip), arrays (.npy, .npz, .h5); or a recipe, whose "
+            help="Image files, folders, tables, archives (.tar, .tar.gz, .zip), arrays (.npy, .npz, "
+            ".h5); or a recipe, whose "
             "images are read as it says."
         ),
     ],
     out: Annotated[
-        str, typer.Option("--out", "-o", help="The table to write (.csv, .parquet, .jsonl); - is the screen.")
+        str,
+        typer.Option(
+            "--out", "-o", help="The table to write (.csv, .parquet, .jsonl); - is the screen."
+        ),
     ] = "predictions.csv",
-    kind: Annotated[TableFormat | None, typer.Option("--format", help="Default: as --out's name ends.")] = None,
+    kind: Annotated[
+        TableFormat | None, typer.Option("--format", help="Default: as --out's name ends.")
+    ] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Replace a table of predictions that is there; no other file is.")
+        bool,
+        typer.Option(
+            "--force", help="Replace a table of predictions that is there; no other file is."
+        ),
     ] = False,
     path_column: Annotated[
-        str | None, typer.Option(help="The column of a table that names or holds the images; default: found.")
+        str | None,
+        typer.Option(help="The column of a table that names or holds the images; default: found."),
     ] = None,
     id_column: Annotated[
-        str | None, typer.Option(help="The column of a table that names its rows; default: id, else the path.")
+        str | None,
+        typer.Option(help="The column of a table that names its rows; default: id, else the path."),
     ] = None,
     path_pattern: Annotated[
         str | None, typer.Option(help="Where a table's images are, by its columns: train/{id}.jpg.")
     ] = None,
     root: Annotated[
-        Path | None, typer.Option(help="Where a table's relative paths start; default: the table's folder.")
+        Path | None,
+        typer.Option(help="Where a table's relative paths start; default: the table's folder."),
     ] = None,
-    array_key: Annotated[str | None, typer.Option(help="Which array of a .npz or .h5 file holds the images.")] = None,
+    array_key: Annotated[
+        str | None, typer.Option(help="Which array of a .npz or .h5 file holds the images.")
+    ] = None,
     exclude: Annotated[
         list[str] | None,
-        typer.Option(help="Images, or folders of them, to leave out; * and ? match. May be given several times."),
+        typer.Option(
+            help="Images, or folders of them, to leave out; * and ? match. May be given several "
+            "times."
+        ),
     ] = None,
-    workers: Annotated[int | None, typer.Option(help="Worker processes; default: one per core.", min=1)] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Worker processes; default: one per core.", min=1)
+    ] = None,
     device: DeviceOption = "auto",
     trust_code: TrustOption = None,
 ) -> None:
     """Predict the class of images, with probabilities: one row per image, in the order given.
 
-    Interrupted at any moment, the same command goes on where it was. An image that cannot be decoded has its reason
-    in its row.
+    Interrupted at any moment, the same command goes on where it was. An image that cannot be
+    decoded has its reason in its row.
 
     Example: headrace predict headrace-runs/recipe new-photos/ --out predictions.csv
     """
@@ -117,13 +140,25 @@ def predict_command(
     try:
         if out == "-":
             with utf8_stdout() as table:
-                summary = predict_stream(loaded, listed, table, chosen, device=where, console=make_console(quiet=True))
+                summary = predict_stream(
+                    loaded, listed, table, chosen, device=where, console=make_console(quiet=True)
+                )
         else:
             summary = predict_table(
-                loaded, listed, Path(out), chosen, force=force, workers=workers, device=where, console=console
+                loaded,
+                listed,
+                Path(out),
+                chosen,
+                force=force,
+                workers=workers,
+                device=where,
+                console=console,
             )
     except KeyboardInterrupt:
-        console.print("\nInterrupted. What is finished is kept; the same command goes on from here.", soft_wrap=True)
+        console.print(
+            "\nInterrupted. What is finished is kept; the same command goes on from here.",
+            soft_wrap=True,
+        )
         raise typer.Exit(130) from None
     said = f"{summary.images:,} images"
     if summary.new < summary.images:
@@ -143,14 +178,18 @@ def export_command(
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
     formats: Annotated[
         list[ExportFormat] | None,
-        typer.Option("--format", "-f", help="May be given several times; default: torch and safetensors."),
+        typer.Option(
+            "--format", "-f", help="May be given several times; default: torch and safetensors."
+        ),
     ] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Replace a folder that an earlier export wrote; no other is.")
+        bool,
+        typer.Option("--force", help="Replace a folder that an earlier export wrote; no other is."),
     ] = False,
     trust_code: TrustOption = None,
 ) -> None:
-    """Take the model away: a torch.export program, ONNX, or safetensors, with a model card and its preprocessing.
+    """Take the model away: a torch.export program, ONNX, or safetensors, with a model card and its
+    preprocessing.
 
     Each is loaded again and compared with headrace's own predictions before the folder appears.
 
@@ -165,10 +204,16 @@ def export_command(
     exported = export_model(loaded, out, chosen, force=force)
     console = make_console()
     for name, difference in exported.differences.items():
-        said = f"{name}: differs from headrace by at most {difference:.1e} ({exported.tolerance:g} is allowed)"
+        said = (
+            f"{name}: differs from headrace by at most {difference:.1e} "
+            f"({exported.tolerance:g} is allowed)"
+        )
         console.print(said, soft_wrap=True)
     if not exported.all_views:
-        said = "note: the graphs see the evaluation crop alone; headrace averages over random views too"
+        said = (
+            "note: the graphs see the evaluation crop alone; headrace averages over random "
+            "views too"
+        )
         console.print(said, soft_wrap=True)
     console.print(f"Wrote {out}. How to use it: {out / 'MODEL_CARD.md'}", soft_wrap=True)
 
@@ -178,13 +223,18 @@ def _format(out: str, kind: TableFormat | None) -> str:
 
     if out == "-":
         if kind is TableFormat.parquet:
-            raise OutputError("Parquet is no text for a screen: give a file with --out, or --format csv or jsonl")
+            raise OutputError(
+                "Parquet is no text for a screen: give a file with --out, or --format csv or jsonl"
+            )
         return kind.value if kind else "csv"
     suffix = Path(out).suffix.lower()
     if kind is None and suffix not in FORMATS:
-        raise OutputError(f"--out {out}: expected a name that ends in {', '.join(FORMATS)}, or --format")
+        raise OutputError(
+            f"--out {out}: expected a name that ends in {', '.join(FORMATS)}, or --format"
+        )
     if Path(out).is_dir():
         raise OutputError(
-            f"--out {out} is a folder; expected the name of a file, such as {out.rstrip('/')}/predictions.csv"
+            f"--out {out} is a folder; expected the name of a file, such as "
+            f"{out.rstrip('/')}/predictions.csv"
         )
     return kind.value if kind else FORMATS[suffix]

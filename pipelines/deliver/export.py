@@ -1,4 +1,6 @@
-"""`headrace export`: a model as files that need no headrace, compared with headrace's own predictions before they appear."""
+"""`headrace export`: a model as files that need no headrace, compared with headrace's own
+predictions before they appear.
+"""
 
 import contextlib
 import dataclasses
@@ -34,16 +36,27 @@ from headrace.pipelines.deliver.card import Exported, model_card
 from headrace.pipelines.deliver.graph import Graph, Input, fits_graph, pixels_of
 from headrace.pipelines.deliver.images import open_engine, predict_batch
 from headrace.pipelines.deliver.model import ENSEMBLE, FORMAT, Member, Model, load_model
-from headrace.pipelines.deliver.network import NETWORK, WEIGHTS, NetworkMember, network_backbone, read_network
+from headrace.pipelines.deliver.network import (
+    NETWORK,
+    WEIGHTS,
+    NetworkMember,
+    network_backbone,
+    read_network,
+)
 from headrace.pipelines.deliver.outside import NAME, preprocess_file
 
 FORMATS = ("torch", "onnx", "safetensors")
-# Of probabilities, absolute; of regression values, relative to the largest. Sums in another order move a feature by some
-# 1e-7 of its size, and now and then over the edge of its float16, by 5e-4.
+# Of probabilities, absolute; of regression values, relative to the largest. Sums in another order
+# move a feature by some 1e-7 of its size, and now and then over the edge of its float16, by 5e-4.
 TOLERANCE = 2e-3
-HALF_TOLERANCE = 3e-2  # of networks that were run in half precision: an exported graph runs in float32
+HALF_TOLERANCE = (
+    3e-2  # of networks that were run in half precision: an exported graph runs in float32
+)
 MARKER = ".headrace-export"  # by which a folder is known that --force may replace
-_MARKER_TEXT = "This folder was written by `headrace export`, which replaces it as a whole when it is told --force.\n"
+_MARKER_TEXT = (
+    "This folder was written by `headrace export`, which replaces it as a whole when it is "
+    "told --force.\n"
+)
 _CHECKED = 8  # images that the comparison uses
 
 
@@ -65,11 +78,15 @@ class _Check:
         return float(np.abs(np.asarray(found, np.float64) - self.expected).max()) / scale
 
 
-def export_model(model: Model, out: Path, formats: Sequence[str], *, force: bool = False) -> Exported:
-    """Write `out`: the model in these formats (torch, onnx, safetensors), preprocess.py, model.json and MODEL_CARD.md.
+def export_model(
+    model: Model, out: Path, formats: Sequence[str], *, force: bool = False
+) -> Exported:
+    """Write `out`: the model in these formats (torch, onnx, safetensors), preprocess.py, model.json
+    and MODEL_CARD.md.
 
-    Every format is loaded again and its predictions compared with headrace's own before the directory appears.
-    Raises ExportError where they differ, where `out` is there or cannot be written, and for heads that have no such form.
+    Every format is loaded again and its predictions compared with headrace's own before the
+    directory appears. Raises ExportError where they differ, where `out` is there or cannot be
+    written, and for heads that have no such form.
     force: replace what an earlier export wrote; nothing else is ever deleted.
     """
     if unknown := sorted(set(formats) - set(FORMATS)):
@@ -81,7 +98,9 @@ def export_model(model: Model, out: Path, formats: Sequence[str], *, force: bool
     out.parent.mkdir(parents=True, exist_ok=True)
     writer = f".{out.name}.{driver_name()}"
     temporary = out.with_name(f"{writer}{PARTIAL_SUFFIX}")
-    with driver_lock(out.parent, writer):  # by which others know that it is not what a killed export left
+    with driver_lock(
+        out.parent, writer
+    ):  # by which others know that it is not what a killed export left
         try:
             temporary.mkdir()
             exported = _write(model, temporary, list(dict.fromkeys(formats)))
@@ -89,7 +108,9 @@ def export_model(model: Model, out: Path, formats: Sequence[str], *, force: bool
         except OSError as error:
             where = getattr(error, "filename", None) or temporary.parent
             reason = getattr(error, "strerror", None) or error
-            raise ExportError(f"{where}: {reason}. Nothing was written: make room, or give another folder") from error
+            raise ExportError(
+                f"{where}: {reason}. Nothing was written: make room, or give another folder"
+            ) from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         _remove_dead(out)
@@ -97,13 +118,19 @@ def export_model(model: Model, out: Path, formats: Sequence[str], *, force: bool
 
 
 def _remove_dead(out: Path) -> None:
-    """Remove what exports to `out` that were killed have left beside it: their locks, and folders that have our marker."""
+    """Remove what exports to `out` that were killed have left beside it: their locks, and folders
+    that have our marker.
+    """
     place = glob.escape(f".{out.name}.")
     for lock in out.parent.glob(f"{place}*.driver"):
         driver_lives(out.parent, lock.stem)  # removes that of a dead one
     alive = tuple(lock.stem for lock in out.parent.glob(f"{place}*.driver"))
     for left in out.parent.glob(f"{place}*{PARTIAL_SUFFIX}"):
-        if not left.name.startswith(alive) and left.is_dir() and (_is_export(left) or not any(left.iterdir())):
+        if (
+            not left.name.startswith(alive)
+            and left.is_dir()
+            and (_is_export(left) or not any(left.iterdir()))
+        ):
             shutil.rmtree(left, ignore_errors=True)
 
 
@@ -139,7 +166,9 @@ def _write(model: Model, folder: Path, formats: list[str]) -> Exported:
             )
         if "onnx" in formats:
             _write_onnx(program, inputs, folder / "model.onnx")
-            differences["onnx"] = _compare(check, _onnx_runner(folder / "model.onnx", inputs), "model.onnx", model)
+            differences["onnx"] = _compare(
+                check, _onnx_runner(folder / "model.onnx", inputs), "model.onnx", model
+            )
         if "safetensors" in formats:
             _write_directory(model, folder)
             whole = _check(model, inputs)
@@ -147,7 +176,8 @@ def _write(model: Model, folder: Path, formats: list[str]) -> Exported:
             differences["safetensors"] = whole.difference(again.expected)
             if differences["safetensors"] > whole.tolerance:
                 raise ExportError(
-                    f"the copy predicts otherwise, by {differences['safetensors']:.2g}; nothing was written"
+                    f"the copy predicts otherwise, by {differences['safetensors']:.2g}; "
+                    "nothing was written"
                 )
     version = importlib.metadata.version("headrace")
     (folder / NAME).write_text(preprocess_file(inputs, version), encoding="utf-8")
@@ -174,7 +204,9 @@ def _write(model: Model, folder: Path, formats: list[str]) -> Exported:
 
 
 def evaluation_only(model: Model) -> Model:
-    """The model on the evaluation crop (and its symmetries) alone, without the random views that it may average over."""
+    """The model on the evaluation crop (and its symmetries) alone, without the random views that it
+    may average over.
+    """
     members: list[Member | NetworkMember] = []
     for member in model.members:
         if isinstance(member, NetworkMember):
@@ -189,14 +221,18 @@ def evaluation_only(model: Model) -> Model:
 
 
 def check_pixels(inputs: Sequence[Input], count: int = _CHECKED) -> list[Tensor]:
-    """uint8 pixels (count, H, W, 3) per input: smooth random pictures with noise, the same ones at every size."""
+    """uint8 pixels (count, H, W, 3) per input: smooth random pictures with noise, the same ones at
+    every size.
+    """
     found = []
     for each in inputs:
         draw = torch.Generator().manual_seed(0)
         coarse = torch.rand(count, 3, 5, 5, generator=draw)
         smooth = torch.nn.functional.interpolate(coarse, each.preprocessing.crop, mode="bilinear")
         noise = 0.1 * torch.rand(smooth.shape, generator=draw)
-        found.append((255 * (0.9 * smooth + noise)).to(torch.uint8).permute(0, 2, 3, 1).contiguous())
+        found.append(
+            (255 * (0.9 * smooth + noise)).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+        )
     return found
 
 
@@ -204,7 +240,9 @@ def _check(model: Model, inputs: Sequence[Input]) -> _Check:
     """Through the same passes as `headrace predict`. Random views all see the same pixels here."""
     pixels = check_pixels(inputs)
     engine = open_engine(model)
-    by_pixels = {pixels_of(each.preprocessing): value for each, value in zip(inputs, pixels, strict=True)}
+    by_pixels = {
+        pixels_of(each.preprocessing): value for each, value in zip(inputs, pixels, strict=True)
+    }
     seen = []
     for each in engine.renderings:
         own = by_pixels[pixels_of(each.preprocessing)]
@@ -214,7 +252,9 @@ def _check(model: Model, inputs: Sequence[Input]) -> _Check:
     batch = Batch(list(range(_CHECKED)), seen)
     predicted = predict_batch(engine, batch)
     if predicted.failed:
-        raise ExportError(f"the model cannot be compared on test pictures: {predicted.failed[0][1]}")
+        raise ExportError(
+            f"the model cannot be compared on test pictures: {predicted.failed[0][1]}"
+        )
     return _Check(pixels, predicted.probabilities, _tolerance(model))
 
 
@@ -226,7 +266,8 @@ def _compare(check: _Check, run: Any, name: str, model: Model) -> float:
     worst = max(whole, ones)
     if not worst <= check.tolerance:  # also NaN
         raise ExportError(
-            f"{name} predicts otherwise than headrace, by {worst:.2g} at most where {check.tolerance:g} is allowed; nothing was "
+            f"{name} predicts otherwise than headrace, by {worst:.2g} at most where "
+            f"{check.tolerance:g} is allowed; nothing was "
             f"written. The heads: {', '.join(sorted({member.kind for member in model.members}))}. "
             "headrace predict and --format safetensors are exact"
         )
@@ -239,7 +280,11 @@ def replace_expected(check: _Check, expected: npt.NDArray[np.float32]) -> _Check
 
 
 def _tolerance(model: Model) -> float:
-    half = any(feature.compute_dtype != "float32" for member in model.members for feature in member.features)
+    half = any(
+        feature.compute_dtype != "float32"
+        for member in model.members
+        for feature in member.features
+    )
     return HALF_TOLERANCE if half else TOLERANCE
 
 
@@ -278,14 +323,17 @@ def _onnx_runner(path: Path, inputs: Sequence[Input]) -> Any:
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     names = [each.name for each in inputs]
-    return lambda pixels: session.run(None, {name: value.numpy() for name, value in zip(names, pixels, strict=True)})[0]
+    return lambda pixels: session.run(
+        None, {name: value.numpy() for name, value in zip(names, pixels, strict=True)}
+    )[0]
 
 
 def _require_onnx() -> None:
     for name in ("onnx", "onnxscript", "onnxruntime"):
         if importlib.util.find_spec(name) is None:
             raise ExtraMissing(
-                f"exporting to ONNX needs the library {name}, which is not installed: pip install 'headrace[onnx]'"
+                f"exporting to ONNX needs the library {name}, which is not installed: pip "
+                "install 'headrace[onnx]'"
             )
 
 
@@ -295,10 +343,16 @@ def _write_directory(model: Model, folder: Path) -> None:
     for backbone in _frozen(model):
         loaded = load_backbone(backbone)
         name = f"backbone_{len(stored)}.safetensors"
-        tensors = {key: value.detach().contiguous().clone() for key, value in loaded.module.state_dict().items()}
-        (folder / name).write_bytes(save(tensors))  # save_file makes files that nobody else can read
+        tensors = {
+            key: value.detach().contiguous().clone()
+            for key, value in loaded.module.state_dict().items()
+        }
+        (folder / name).write_bytes(
+            save(tensors)
+        )  # save_file makes files that nobody else can read
         how = loaded.preprocessing
-        # Said in full: without its tag, a network would come with its library's preprocessing of today.
+        # Said in full: without its tag, a network would come with its library's preprocessing of
+        # today.
         stored[backbone] = replace(
             backbone,
             weights=name,
@@ -316,7 +370,13 @@ def _write_directory(model: Model, folder: Path) -> None:
     members = []
     for place, member in enumerate(model.members):
         _save_member(member, folder / "members" / str(place), stored, "../../")
-        members.append({"model": f"members/{place}", "weight": member.weight, "temperature": member.temperature})
+        members.append(
+            {
+                "model": f"members/{place}",
+                "weight": member.weight,
+                "temperature": member.temperature,
+            }
+        )
     about = {
         "format": FORMAT,
         "kind": "ensemble",
@@ -331,7 +391,10 @@ def _write_directory(model: Model, folder: Path) -> None:
 
 def _own_temperature(member: Member | NetworkMember) -> bool:
     """Whether its files, copied, say its temperature: a network's are copied as they are."""
-    return isinstance(member, Member) or read_network(member.directory)[0].temperature == member.temperature
+    return (
+        isinstance(member, Member)
+        or read_network(member.directory)[0].temperature == member.temperature
+    )
 
 
 def _frozen(model: Model) -> list[BackboneSpec]:
@@ -359,7 +422,9 @@ def _save_member(
         metrics=head.metrics,
         task_kind=head.task_kind,
         temperature=member.temperature,
-        backbones=[dataclasses.asdict(replace(each, weights=f"{up}{each.weights}")) for each in backbones],
+        backbones=[
+            dataclasses.asdict(replace(each, weights=f"{up}{each.weights}")) for each in backbones
+        ],
     )
 
 
@@ -376,7 +441,9 @@ def _inputs_of(model: Model) -> list[Input]:
 
 
 def _require_replaceable(out: Path, *, force: bool) -> None:
-    """Raises ExportError for what an export must not replace: everything but an empty folder and, with force, an export."""
+    """Raises ExportError for what an export must not replace: everything but an empty folder and,
+    with force, an export.
+    """
     if out.is_symlink() or not out.exists():
         if out.is_symlink():
             raise ExportError(f"{out} is a link: give the folder that it leads to, or another name")
@@ -384,17 +451,22 @@ def _require_replaceable(out: Path, *, force: bool) -> None:
     here, place = Path.cwd().resolve(), out.resolve()
     if place == here or place in here.parents:
         raise ExportError(
-            f"{out} is the working directory, or holds it: give the name of a new folder, {out / 'model'}"
+            f"{out} is the working directory, or holds it: give the name of a new folder, "
+            f"{out / 'model'}"
         )
     if os.path.ismount(place):
-        raise ExportError(f"{out} is where a disk is mounted: give the name of a new folder in it, {out / 'model'}")
+        raise ExportError(
+            f"{out} is where a disk is mounted: give the name of a new folder in it, "
+            f"{out / 'model'}"
+        )
     if not out.is_dir():
         raise ExportError(f"{out} is a file: give another name, or delete it yourself")
     if not any(out.iterdir()):
         return
     if not _is_export(out):
         raise ExportError(
-            f"{out} is a folder that headrace export did not write (it has no {MARKER}): it is not replaced, with --force "
+            f"{out} is a folder that headrace export did not write (it has no {MARKER}): it is "
+            "not replaced, with --force "
             f"neither. Give another name, such as {out / 'model'}, or delete it yourself"
         )
     if not force:
@@ -402,7 +474,10 @@ def _require_replaceable(out: Path, *, force: bool) -> None:
 
 
 def _is_export(folder: Path) -> bool:
-    """Whether an export wrote the folder. Those of earlier versions have no marker, but their own two files."""
+    """Whether an export wrote the folder.
+
+    Those of earlier versions have no marker, but their own two files.
+    """
     try:
         if (folder / MARKER).read_text(encoding="utf-8") == _MARKER_TEXT:
             return True
@@ -413,13 +488,19 @@ def _is_export(folder: Path) -> bool:
         card = (folder / "MODEL_CARD.md").read_text(encoding="utf-8")
     except (OSError, ValueError):
         return False
-    return isinstance(about, dict) and {"headrace", "formats"} <= set(about) and "Written by `headrace export`." in card
+    return (
+        isinstance(about, dict)
+        and {"headrace", "formats"} <= set(about)
+        and "Written by `headrace export`." in card
+    )
 
 
 def _replace(temporary: Path, out: Path) -> None:
-    """Put the finished directory in its place; what was there goes only when the new one is whole, if an export wrote it.
+    """Put the finished directory in its place; what was there goes only when the new one is whole,
+    if an export wrote it.
 
-    A folder of somebody else, put there meanwhile, is kept beside it: here alone something is deleted.
+    A folder of somebody else, put there meanwhile, is kept beside it: here alone something is
+    deleted.
     """
     if not out.exists():
         temporary.rename(out)

@@ -1,6 +1,8 @@
-"""A model as one torch module, from pixels to probabilities: normalisation, networks, taps, round-off, heads, average.
+"""A model as one torch module, from pixels to probabilities: normalisation, networks, taps,
+round-off, heads, average.
 
-What is not in it is what makes pixels of a file: decoding, resizing and cropping (`Input.preprocessing`).
+What is not in it is what makes pixels of a file: decoding, resizing and cropping
+(`Input.preprocessing`).
 """
 
 import contextlib
@@ -41,7 +43,9 @@ class _Done(BaseException):
 
 
 class _Taps(nn.Module):
-    """uint8 pixels (n, H, W, 3) to the features of some taps of one network, with the round-off of storing them."""
+    """uint8 pixels (n, H, W, 3) to the features of some taps of one network, with the round-off of
+    storing them.
+    """
 
     scale: Tensor
     shift: Tensor
@@ -50,7 +54,10 @@ class _Taps(nn.Module):
         super().__init__()
         self.network = copy.deepcopy(backbone.module)
         how = backbone.preprocessing
-        mean, std = (torch.tensor(values, dtype=torch.float64).view(1, 3, 1, 1) for values in (how.mean, how.std))
+        mean, std = (
+            torch.tensor(values, dtype=torch.float64).view(1, 3, 1, 1)
+            for values in (how.mean, how.std)
+        )
         self.register_buffer("scale", (1 / (255 * std)).float())
         self.register_buffer("shift", (-mean / std).float())
         self.features = tuple(features)
@@ -68,10 +75,14 @@ class _Taps(nn.Module):
     def forward(self, pixels: Tensor) -> list[Tensor]:
         self.found.clear()
         with contextlib.suppress(_Done):
-            self.found[LOGITS] = self.network(pixels.permute(0, 3, 1, 2).float() * self.scale + self.shift)
+            self.found[LOGITS] = self.network(
+                pixels.permute(0, 3, 1, 2).float() * self.scale + self.shift
+            )
         outputs = []
         for feature in self.features:
-            output = reduce_output(self.found[feature.tap], feature.reduction, self.nodes[feature.tap])
+            output = reduce_output(
+                self.found[feature.tap], feature.reduction, self.nodes[feature.tap]
+            )
             if feature.dtype in _ROUND_OFF:
                 output = output.to(_ROUND_OFF[feature.dtype])
             outputs.append(output.float())
@@ -82,7 +93,9 @@ class _Taps(nn.Module):
     def _keep_input(self, node: str, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
         self._keep(node, args[0])
 
-    def _keep_output(self, node: str, _module: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> None:
+    def _keep_output(
+        self, node: str, _module: nn.Module, _args: tuple[Tensor, ...], output: Tensor
+    ) -> None:
         self._keep(node, output)
 
     def _keep(self, node: str, output: Tensor) -> None:
@@ -95,13 +108,14 @@ class _Taps(nn.Module):
 def _lean(taps: _Taps, backbone: Backbone) -> _Taps:
     """Without what lies behind the deepest tap, whose parameters a program file would carry along.
 
-    Modules that do not run before every tap has its output are replaced by the identity. Where the rest of the network
-    cannot run on that, the taps stay as they are: the values are the same.
+    Modules that do not run before every tap has its output are replaced by the identity. Where the
+    rest of the network cannot run on that, the taps stay as they are: the values are the same.
     """
     pixels = torch.randint(0, 256, (2, *backbone.preprocessing.crop, 3), dtype=torch.uint8)
     ran: set[nn.Module] = set()
     handles = [
-        module.register_forward_pre_hook(lambda module, _args: ran.add(module)) for module in taps.network.modules()
+        module.register_forward_pre_hook(lambda module, _args: ran.add(module))
+        for module in taps.network.modules()
     ]
     taps.stops = True
     with torch.no_grad():
@@ -112,7 +126,9 @@ def _lean(taps: _Taps, backbone: Backbone) -> _Taps:
     lean = copy.deepcopy(taps)
     idle = [
         name
-        for (name, module), kept in zip(lean.network.named_modules(), taps.network.modules(), strict=True)
+        for (name, module), kept in zip(
+            lean.network.named_modules(), taps.network.modules(), strict=True
+        )
         if not any(child in ran for child in kept.modules()) and name
     ]
     for name in idle:
@@ -122,13 +138,18 @@ def _lean(taps: _Taps, backbone: Backbone) -> _Taps:
     try:
         with torch.no_grad():
             found = lean(pixels)
-        return lean if all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)) else taps
+        return (
+            lean if all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)) else taps
+        )
     except Exception:  # noqa: BLE001 (whatever a network's own code says of shapes that it does not know)
         return taps
 
 
 class Graph(nn.Module):
-    """Pixels, one tensor per input, to probabilities (n, C) float32, for regression values. The model has no random views."""
+    """Pixels, one tensor per input, to probabilities (n, C) float32, for regression values.
+
+    The model has no random views.
+    """
 
     def __init__(self, model: Model) -> None:
         super().__init__()
@@ -137,7 +158,9 @@ class Graph(nn.Module):
         loaded: list[tuple[Backbone, list[FeatureSpec], list[int]]] = []
         for member in model.members:
             if isinstance(member, NetworkMember):
-                loaded.append((network_backbone(member.directory, member.digest), list(member.features), [0]))
+                loaded.append(
+                    (network_backbone(member.directory, member.digest), list(member.features), [0])
+                )
                 continue
             for made_by, feature in zip(member.backbones, member.features, strict=True):
                 wanted.setdefault(made_by, {})[replace(feature, view=_CROP)] = None
@@ -162,27 +185,36 @@ class Graph(nn.Module):
         self.spatial = [member.spatial for member in model.members]
         # Of several views the mean is tempered, else the log-odds within the head.
         self.shares = [
-            (member.weight, member.temperature if member.views > 1 else 1.0, member.floor) for member in model.members
+            (member.weight, member.temperature if member.views > 1 else 1.0, member.floor)
+            for member in model.members
         ]
         self.temperature, self.task_kind = model.temperature, model.task_kind
         if len(self.inputs) > 1:
-            self.inputs = [replace(each, name=f"images_{place}") for place, each in enumerate(self.inputs)]
+            self.inputs = [
+                replace(each, name=f"images_{place}") for place, each in enumerate(self.inputs)
+            ]
         self.eval().requires_grad_(False)
 
     def forward(self, *images: Tensor) -> Tensor:
         features: dict[tuple[str, int], Tensor] = {}
-        for network, source, turns, keys in zip(self.networks, self.sources, self.turns, self.keys, strict=True):
+        for network, source, turns, keys in zip(
+            self.networks, self.sources, self.turns, self.keys, strict=True
+        ):
             for turn in turns:
                 given = network(_turned(images[source], turn))
                 features |= {(key, turn): value for key, value in zip(keys, given, strict=True)}
         total: Tensor | None = None
-        for head, columns, spatial, share in zip(self.heads, self.columns, self.spatial, self.shares, strict=True):
+        for head, columns, spatial, share in zip(
+            self.heads, self.columns, self.spatial, self.shares, strict=True
+        ):
             seen = []
             for view in columns:
                 parts = [features[key] if spatial else features[key].flatten(1) for key in view]
                 seen.append(head(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)))
             weight, own, floor = share
-            part = tempered(seen[0] if len(seen) == 1 else torch.stack(seen).mean(0), self.task_kind, own, floor)
+            part = tempered(
+                seen[0] if len(seen) == 1 else torch.stack(seen).mean(0), self.task_kind, own, floor
+            )
             part = part if weight == 1 else part * weight
             total = part if total is None else total + part
         assert total is not None
@@ -206,7 +238,9 @@ def _turned(pixels: Tensor, index: int) -> Tensor:
 
 
 def fits_graph(model: Model) -> bool:
-    """Whether all views that the model averages over are made of the evaluation crop; others have no place in a graph."""
+    """Whether all views that the model averages over are made of the evaluation crop; others have
+    no place in a graph.
+    """
     return all(is_exact(feature.view) for member in model.members for feature in member.features)
 
 

@@ -1,4 +1,5 @@
-"""From images to probabilities: each decoded once, one pass per network, every member's prediction from what came out.
+"""From images to probabilities: each decoded once, one pass per network, every member's prediction
+from what came out.
 
 Letters of shapes: N images, H rows, W columns, C channels (1, 3 or 4).
 """
@@ -41,11 +42,15 @@ Floats = npt.NDArray[np.float32]
 _BATCH = 32  # images decoded together; passes take as many at a time as is fast on their device
 _CHANNELS = (1, 3, 4)
 _UNIT: PixelRange = (0.0, 1.0)  # of floats in memory, as torchvision and scikit-image have them
-_HALF_STEP = 0.5 / 255  # what a float may lie beyond them: it is rounded to black or white in any case
+_HALF_STEP = (
+    0.5 / 255
+)  # what a float may lie beyond them: it is rounded to black or white in any case
 
 
 class ImageUnusable(HeadraceError, ValueError):
-    """An image cannot be decoded or read in one way only, or the network's output for it cannot be used."""
+    """An image cannot be decoded or read in one way only, or the network's output for it cannot be
+    used.
+    """
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,9 @@ class Predicted:
     rows: list[int]
     probabilities: Floats  # (len(rows), C)
     failed: list[tuple[int, str]]  # (row, reason)
-    unread: frozenset[int] = frozenset()  # rows among the failed whose file could not be read; another time it may be
+    unread: frozenset[int] = (
+        frozenset()
+    )  # rows among the failed whose file could not be read; another time it may be
 
 
 @dataclass(frozen=True)
@@ -75,7 +82,10 @@ class Engine:
 
 
 def open_engine(model: "Model", device: str = "cpu") -> Engine:
-    """Load the networks. Raises BackboneError for weights that are not there, SpecMismatch for other weights."""
+    """Load the networks.
+
+    Raises BackboneError for weights that are not there, SpecMismatch for other weights.
+    """
     check_device(device)
     if torch.device(device).type == "cpu":
         keep_memory()
@@ -88,14 +98,26 @@ def open_engine(model: "Model", device: str = "cpu") -> Engine:
         for backbone, feature in zip(member.backbones, member.features, strict=True):
             wanted.setdefault(backbone, {})[feature] = None
     passes += [
-        each for backbone, features in wanted.items() for each in feature_passes(backbone, list(features), device)
+        each
+        for backbone, features in wanted.items()
+        for each in feature_passes(backbone, list(features), device)
     ]
-    limits = [pass_limit(each.forward, each.rendering.preprocessing.crop, device, None) for each in passes]
-    return Engine(model, device, tuple(passes), tuple(limits), tuple(ready(member) for member in model.members))
+    limits = [
+        pass_limit(each.forward, each.rendering.preprocessing.crop, device, None) for each in passes
+    ]
+    return Engine(
+        model,
+        device,
+        tuple(passes),
+        tuple(limits),
+        tuple(ready(member) for member in model.members),
+    )
 
 
 def predict_batch(engine: Engine, batch: Batch) -> Predicted:
-    """Probabilities of the images in a batch; those that failed, here or in decoding, with the reason."""
+    """Probabilities of the images in a batch; those that failed, here or in decoding, with the
+    reason.
+    """
     launched = [
         launch(each.forward, pixels, engine.device, limit)
         for each, pixels, limit in zip(engine.passes, batch.pixels, engine.limits, strict=True)
@@ -108,10 +130,16 @@ def predict_batch(engine: Engine, batch: Batch) -> Predicted:
             bad |= unstorable(output, spec)
             features[spec] = output
     good = [place for place in range(len(batch.rows)) if place not in bad]
-    failed = [*batch.undecodable, *batch.unread, *((batch.rows[place], reason) for place, reason in bad.items())]
+    failed = [
+        *batch.undecodable,
+        *batch.unread,
+        *((batch.rows[place], reason) for place, reason in bad.items()),
+    ]
     unread = frozenset(row for row, _ in batch.unread)
     if not good:
-        return Predicted([], np.empty((0, len(engine.model.classes)), np.float32), sorted(failed), unread)
+        return Predicted(
+            [], np.empty((0, len(engine.model.classes)), np.float32), sorted(failed), unread
+        )
     stored = {spec: as_stored(output[good], spec.dtype) for spec, output in features.items()}
     parts = [
         predict_member(member, head, stored, engine.model.task_kind)
@@ -120,22 +148,33 @@ def predict_batch(engine: Engine, batch: Batch) -> Predicted:
     classes = len(engine.model.classes)
     if odd := [part.shape[1] for part in parts if part.shape != (len(good), classes)]:
         raise CannotPredict(
-            f"{engine.model.path}: its head has {odd[0]} outputs for {classes} classes: fetch the model again"
+            f"{engine.model.path}: its head has {odd[0]} outputs for {classes} classes: "
+            "fetch the model again"
         )
-    return Predicted([batch.rows[place] for place in good], combine(engine.model, parts), sorted(failed), unread)
+    return Predicted(
+        [batch.rows[place] for place in good], combine(engine.model, parts), sorted(failed), unread
+    )
 
 
 def predict_samples(engine: Engine, samples: Sequence[Sample], threads: int) -> Iterator[Predicted]:
-    """Predictions of the samples, in order, a batch at a time; decoding goes on while the network is busy."""
+    """Predictions of the samples, in order, a batch at a time; decoding goes on while the network
+    is busy.
+    """
     batch_size = max(_BATCH, *(limit.images for limit in engine.limits))
     with ThreadPoolExecutor(threads, "decode") as pool, quiet_decoding():
         for batch in decoded_batches(
-            pool, samples, engine.renderings, batch_size=batch_size, pin=torch.device(engine.device).type != "cpu"
+            pool,
+            samples,
+            engine.renderings,
+            batch_size=batch_size,
+            pin=torch.device(engine.device).type != "cpu",
         ):
             yield predict_batch(engine, batch)
 
 
-def predict_images(model: "Model", images: ImageLike | Iterable[ImageLike], *, device: str = "cpu") -> Floats:
+def predict_images(
+    model: "Model", images: ImageLike | Iterable[ImageLike], *, device: str = "cpu"
+) -> Floats:
     """See Model.predict_proba."""
     given = _many(images)
     engine = open_engine(model, device)
@@ -144,7 +183,8 @@ def predict_images(model: "Model", images: ImageLike | Iterable[ImageLike], *, d
         for start in range(0, len(given), _BATCH):
             rows = list(range(start, min(start + _BATCH, len(given))))
             pixels = [
-                torch.empty((len(rows), *each.preprocessing.crop, 3), dtype=torch.uint8) for each in engine.renderings
+                torch.empty((len(rows), *each.preprocessing.crop, 3), dtype=torch.uint8)
+                for each in engine.renderings
             ]
             jobs = [
                 pool.submit(_render_into, given[row], row, engine.renderings, pixels, slot)
@@ -161,7 +201,8 @@ def predict_images(model: "Model", images: ImageLike | Iterable[ImageLike], *, d
 
 
 def ready(member: "Member | NetworkMember") -> Callable[[Floats], Floats]:
-    """The member's head as a function, at its temperature unless it has several views, which are averaged before.
+    """The member's head as a function, at its temperature unless it has several views, which are
+    averaged before.
 
     A scikit-learn head is stored as its training rows: it is fitted here, once.
     """
@@ -175,7 +216,9 @@ def ready(member: "Member | NetworkMember") -> Callable[[Floats], Floats]:
 
 
 def combine(model: "Model", parts: Sequence[Floats]) -> Floats:
-    """(n, C) of the members' predictions, each at its temperature: their weighted average, at the model's."""
+    """(n, C) of the members' predictions, each at its temperature: their weighted average, at the
+    model's.
+    """
     if len(parts) == 1 and model.temperature == 1:
         return parts[0]
     mean = average(np.array([member.weight for member in model.members]), np.stack(parts))
@@ -183,7 +226,8 @@ def combine(model: "Model", parts: Sequence[Floats]) -> Floats:
 
 
 def as_stored(features: npt.NDArray[Any], dtype: str) -> Floats:
-    """Features (n, ...) with the round-off of their storage dtype, which is what heads are trained on.
+    """Features (n, ...) with the round-off of their storage dtype, which is what heads are trained
+    on.
 
     uint8 is left out: its scale depends on the rows that happen to be stored together.
     """
@@ -199,8 +243,9 @@ def predict_member(
     features: dict[FeatureSpec, Floats],
     task_kind: TaskKind,
 ) -> Floats:
-    """(n, C) of one head at its temperature, the mean over the views that it was trained on; its inputs side by side as in
-    `load_rows`. head: as `ready` makes it."""
+    """(n, C) of one head at its temperature, the mean over the views that it was trained on; its
+    inputs side by side as in `load_rows`. head: as `ready` makes it.
+    """
     columns: dict[str, list[Floats]] = {}
     for spec in member.features:
         columns.setdefault(replace(spec, view="").to_json(), []).append(features[spec])
@@ -211,11 +256,17 @@ def predict_member(
     ]
     if len(views) == 1:
         return head(views[0])
-    return tempered(np.mean([head(view) for view in views], axis=0), task_kind, member.temperature, member.floor)
+    return tempered(
+        np.mean([head(view) for view in views], axis=0), task_kind, member.temperature, member.floor
+    )
 
 
 def _render_into(
-    image: ImageLike, row: int, renderings: Sequence[Rendering], buffers: Sequence[torch.Tensor], slot: int
+    image: ImageLike,
+    row: int,
+    renderings: Sequence[Rendering],
+    buffers: Sequence[torch.Tensor],
+    slot: int,
 ) -> None:
     try:
         decode, content = _decoder(image)
@@ -226,7 +277,10 @@ def _render_into(
 
 
 def _decoder(image: ImageLike) -> tuple[Callable[[PixelRange | None], Image.Image], str]:
-    """What decodes the image with a pixel_range, and the image's content hash. Raises ImageError and OSError."""
+    """What decodes the image with a pixel_range, and the image's content hash.
+
+    Raises ImageError and OSError.
+    """
     if isinstance(image, Image.Image) and not (data := _unread_file(image)):
         upright = ImageOps.exif_transpose(image)
         return partial(to_rgb, upright), hash_bytes(upright.tobytes())
@@ -240,25 +294,39 @@ def _decoder(image: ImageLike) -> tuple[Callable[[PixelRange | None], Image.Imag
     return partial(decode_image, data), hash_bytes(data)
 
 
-def _decode_floats(array: npt.NDArray[Any], data: bytes, pixel_range: PixelRange | None) -> Image.Image:
-    """Floats in memory, which are from 0 to 1 unless the model has a pixel_range. Raises ImageError for others."""
+def _decode_floats(
+    array: npt.NDArray[Any], data: bytes, pixel_range: PixelRange | None
+) -> Image.Image:
+    """Floats in memory, which are from 0 to 1 unless the model has a pixel_range.
+
+    Raises ImageError for others.
+    """
     if pixel_range is None:
         low, high = (float(array.min()), float(array.max())) if array.size else _UNIT
         if low < -_HALF_STEP or high > 1 + _HALF_STEP:
             raise ImageError(
-                f"{array.dtype} values from {low:g} to {high:g}; expected 0 to 1, as torchvision and scikit-image have it. "
-                "Divide them by the value that is white, leave a normalisation out, or give uint8. A model whose recipe "
+                f"{array.dtype} values from {low:g} to {high:g}; expected 0 to 1, as "
+                "torchvision and scikit-image have it. "
+                "Divide them by the value that is white, leave a normalisation out, or give "
+                "uint8. A model whose recipe "
                 "says images.pixel_range: [0, 255] takes floats from 0 to 255"
             )
     return decode_image(data, pixel_range or _UNIT)
 
 
 def _unread_file(image: Image.Image) -> bytes:
-    """The bytes of the file of an image that is opened and not read yet; empty where it has been read, or made.
+    """The bytes of the file of an image that is opened and not read yet; empty where it has been
+    read, or made.
 
-    Pillow's pixels of more than 8 bits have lost what their file says of them: a PGM's white, the low byte of colours.
+    Pillow's pixels of more than 8 bits have lost what their file says of them: a PGM's white, the
+    low byte of colours.
     """
-    if not isinstance(image, ImageFile.ImageFile) or not image.tile or image.fp is None or image.tell() != 0:
+    if (
+        not isinstance(image, ImageFile.ImageFile)
+        or not image.tile
+        or image.fp is None
+        or image.tell() != 0
+    ):
         return b""  # read or made already, or another page than the first
     if not (image.format == "PPM" or (image.format in ("PNG", "TIFF") and ";" in raw_mode(image))):
         return b""  # of 8 bits, which Pillow keeps
@@ -271,7 +339,10 @@ def _unread_file(image: Image.Image) -> bytes:
 
 
 def _many(images: ImageLike | Iterable[ImageLike]) -> list[ImageLike]:
-    """Each image by itself: of an array or tensor the first axis is cut up where it counts images. Raises ImageUnusable."""
+    """Each image by itself: of an array or tensor the first axis is cut up where it counts images.
+
+    Raises ImageUnusable.
+    """
     if isinstance(images, str | PathLike | Image.Image):
         return [images]
     if not isinstance(images, np.ndarray | torch.Tensor):
@@ -283,21 +354,28 @@ def _many(images: ImageLike | Iterable[ImageLike]) -> list[ImageLike]:
         if array.ndim == 4:
             _channels_first(array.shape, "a batch")
         elif array.ndim != 3 or isinstance(images, torch.Tensor) or not _is_grey_batch(array.shape):
-            return [array]  # torch has no images without channels: a tensor of three axes is (C, H, W)
+            return [
+                array
+            ]  # torch has no images without channels: a tensor of three axes is (C, H, W)
         return list(array)
     except ImageError as error:
         raise ImageUnusable(str(error)) from None
 
 
 def _is_grey_batch(shape: tuple[int, ...]) -> bool:
-    """Whether an array is (N, H, W), N grey images, and not (H, W, C). Raises ImageError where it could be (C, H, W) too."""
+    """Whether an array is (N, H, W), N grey images, and not (H, W, C).
+
+    Raises ImageError where it could be (C, H, W) too.
+    """
     count, height, width = shape
     if width in _CHANNELS or count == 1:
         return False
     if count in _CHANNELS:
         raise ImageError(
-            f"an array of shape {shape} is one image of {count} channels and {height} x {width} pixels, (C, H, W), or "
-            f"{count} grey images of {height} x {width} pixels, (N, H, W). Give [array] for the one image, and list(array) "
+            f"an array of shape {shape} is one image of {count} channels and {height} x "
+            f"{width} pixels, (C, H, W), or "
+            f"{count} grey images of {height} x {width} pixels, (N, H, W). Give [array] for "
+            "the one image, and list(array) "
             "for the many"
         )
     return True
@@ -313,32 +391,45 @@ def _as_array(image: object) -> npt.NDArray[Any]:
             raise ImageError(f"pixels of type {image.dtype}; expected numbers")
         return image
     raise ImageError(
-        f"an image is given as {type(image).__name__}; expected a path, a Pillow image, a NumPy array or a torch tensor"
+        f"an image is given as {type(image).__name__}; expected a path, a Pillow image, a "
+        "NumPy array or a torch tensor"
     )
 
 
 def _one_image(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """The array as (H, W) or (H, W, C). Raises ImageError where it is neither it nor (C, H, W), or could be both."""
+    """The array as (H, W) or (H, W, C).
+
+    Raises ImageError where it is neither it nor (C, H, W), or could be both.
+    """
     if array.ndim == 2:
         return array
     if array.ndim != 3:
-        raise ImageError(f"an array of shape {array.shape} is no image; expected (H, W), (H, W, C) or (C, H, W)")
+        raise ImageError(
+            f"an array of shape {array.shape} is no image; expected (H, W), (H, W, C) or (C, H, W)"
+        )
     return np.moveaxis(array, 0, 2) if _channels_first(array.shape, "an image") else array
 
 
 def _channels_first(shape: tuple[int, ...], what: str) -> bool:
-    """Whether an image's channels stand before its rows. Raises ImageError where both readings are possible, or none."""
+    """Whether an image's channels stand before its rows.
+
+    Raises ImageError where both readings are possible, or none.
+    """
     first, last = shape[-3] in _CHANNELS, shape[-1] in _CHANNELS
     if first and last:
         rows, columns = shape[-3:-1], shape[-2:]
         raise ImageError(
-            f"{what} of shape {shape} has {shape[-1]} channels and {rows[0]} x {rows[1]} pixels, if the channels come last, or "
-            f"{shape[-3]} channels and {columns[0]} x {columns[1]} pixels, if they come first. Put them where they cannot be "
-            "mistaken: np.moveaxis(array, -1, -3) where they are last now, np.moveaxis(array, -3, -1) where they are first"
+            f"{what} of shape {shape} has {shape[-1]} channels and {rows[0]} x {rows[1]} "
+            "pixels, if the channels come last, or "
+            f"{shape[-3]} channels and {columns[0]} x {columns[1]} pixels, if they come first. "
+            "Put them where they cannot be "
+            "mistaken: np.moveaxis(array, -1, -3) where they are last now, np.moveaxis(array, "
+            "-3, -1) where they are first"
         )
     if not (first or last):
         raise ImageError(
-            f"{what} of shape {shape} has no axis of 1, 3 or 4 channels; expected (H, W, C) or (C, H, W) for an image, "
+            f"{what} of shape {shape} has no axis of 1, 3 or 4 channels; expected (H, W, C) or "
+            "(C, H, W) for an image, "
             "(N, H, W, C) or (N, C, H, W) for many"
         )
     return first

@@ -1,4 +1,5 @@
-"""Trained heads as torch modules: the same function as `heads.predict_head`, in a form that can be exported.
+"""Trained heads as torch modules: the same function as `heads.predict_head`, in a form that can be
+exported.
 
 n rows, D features, C outputs, k neighbours.
 """
@@ -25,8 +26,12 @@ from headrace.heads.temperature import FARTHEST, FLOOR
 from headrace.pipelines.deliver.model import ModelError
 
 
-def tempered(probabilities: Tensor, task_kind: TaskKind, temperature: float, floor: float = FLOOR) -> Tensor:
-    """As heads.with_temperature, and in float64 like it: near one, float32 has hardly any digits of what is left."""
+def tempered(
+    probabilities: Tensor, task_kind: TaskKind, temperature: float, floor: float = FLOOR
+) -> Tensor:
+    """As heads.with_temperature, and in float64 like it: near one, float32 has hardly any digits of
+    what is left.
+    """
     if task_kind == "regression" or temperature == 1:
         return probabilities
     values = probabilities.double()
@@ -37,7 +42,9 @@ def tempered(probabilities: Tensor, task_kind: TaskKind, temperature: float, flo
 
 
 def softmax_at(decision: Tensor, temperature: float) -> Tensor:
-    """(n, C) probabilities of decisions; at a temperature of one, whatever lies behind is as far as it is."""
+    """(n, C) probabilities of decisions; at a temperature of one, whatever lies behind is as far as
+    it is.
+    """
     if temperature == 1:
         return torch.softmax(decision, dim=1)
     behind = decision - decision.max(dim=1, keepdim=True).values
@@ -45,8 +52,9 @@ def softmax_at(decision: Tensor, temperature: float) -> Tensor:
 
 
 class Linked(nn.Module):
-    """From decisions (n, C) to probabilities at a temperature, for regression values; one column of a single-label task is
-    log-odds."""
+    """From decisions (n, C) to probabilities at a temperature, for regression values; one column of
+    a single-label task is log-odds.
+    """
 
     def __init__(self, task_kind: TaskKind, scale: float = 1.0, temperature: float = 1.0) -> None:
         super().__init__()
@@ -65,10 +73,17 @@ class Linked(nn.Module):
 
 
 class _Perceptron(nn.Module):
-    """Linear layers with ReLU between them; before them convolutions on standardised maps, where there are any."""
+    """Linear layers with ReLU between them; before them convolutions on standardised maps, where
+    there are any.
+    """
 
     def __init__(
-        self, head: TrainedHead, convolutions: int, layers: list[str], scale: float, temperature: float
+        self,
+        head: TrainedHead,
+        convolutions: int,
+        layers: list[str],
+        scale: float,
+        temperature: float,
     ) -> None:
         super().__init__()
         for name, array in head.arrays.items():
@@ -80,7 +95,11 @@ class _Perceptron(nn.Module):
         if self.convolutions:
             value = (value - self.mean[:, None, None]) * self.inverse_scale[:, None, None]  # type: ignore[index]
             for place in range(self.convolutions):
-                value = F.relu(F.conv2d(value, self._get(f"kernel{place}"), self._get(f"shift{place}"), padding=1))
+                value = F.relu(
+                    F.conv2d(
+                        value, self._get(f"kernel{place}"), self._get(f"shift{place}"), padding=1
+                    )
+                )
             value = value.mean((2, 3))
         for place, suffix in enumerate(self.layers):
             value = F.linear(value, self._get(f"weight{suffix}"), self._get(f"bias{suffix}"))
@@ -102,7 +121,9 @@ class _Centroid(nn.Module):
         super().__init__()
         arrays = head.arrays
         self.register_buffer("center", torch.from_numpy(np.array(arrays["center"], np.float32)))
-        self.register_buffer("inverse_scale", torch.from_numpy(np.array(arrays["inverse_scale"], np.float32)))
+        self.register_buffer(
+            "inverse_scale", torch.from_numpy(np.array(arrays["inverse_scale"], np.float32))
+        )
         means = (arrays["means"] - arrays["center"]) * arrays["inverse_scale"]
         self.register_buffer("means", torch.from_numpy(np.array(means, np.float32)))
         self.register_buffer("absent", torch.from_numpy(np.asarray(arrays["present"] == 0)))
@@ -113,15 +134,21 @@ class _Centroid(nn.Module):
         rows = (value - self.center) * self.inverse_scale
         if self.cosine:
             lengths = rows.norm(dim=1, keepdim=True) * self.means.norm(dim=1)
-            similar = rows @ self.means.T / torch.where(lengths > 0, lengths, torch.ones_like(lengths))
+            similar = (
+                rows @ self.means.T / torch.where(lengths > 0, lengths, torch.ones_like(lengths))
+            )
         else:
-            similar = (rows @ self.means.T - 0.5 * self.means.square().sum(1)) / self.means.shape[1] ** 0.5
+            similar = (rows @ self.means.T - 0.5 * self.means.square().sum(1)) / self.means.shape[
+                1
+            ] ** 0.5
         decision = (self.scale * similar).masked_fill(self.absent, float("-inf"))
         return softmax_at(decision, self.temperature)
 
 
 class _Neighbours(nn.Module):
-    """Neighbours by float32 products; among references at distances equal to seven digits, others may be taken."""
+    """Neighbours by float32 products; among references at distances equal to seven digits, others
+    may be taken.
+    """
 
     references: Tensor
     center: Tensor
@@ -145,7 +172,11 @@ class _Neighbours(nn.Module):
             ("share", head.arrays["sample_weight"]),
         ):
             self.register_buffer(name, torch.from_numpy(np.array(array, np.float32)))
-        self.k, self.cosine, self.by_distance = spec.k, spec.metric == "cosine", spec.weighting == "distance"
+        self.k, self.cosine, self.by_distance = (
+            spec.k,
+            spec.metric == "cosine",
+            spec.weighting == "distance",
+        )
         self.task_kind, self.temperature = head.task_kind, temperature
         self.floor = floor_of(spec, head.task_kind, len(head.classes))
 
@@ -164,19 +195,24 @@ class _Neighbours(nn.Module):
             alone = zero.any(dim=1, keepdim=True)
             share = share * torch.where(alone, zero.float(), 1 / near.clamp(min=1e-6))
         votes = (share.unsqueeze(2) * self.values[place]).sum(1)
-        return tempered(votes / share.sum(1, keepdim=True), self.task_kind, self.temperature, self.floor)
+        return tempered(
+            votes / share.sum(1, keepdim=True), self.task_kind, self.temperature, self.floor
+        )
 
 
 def head_module(head: TrainedHead, temperature: float = 1.0) -> nn.Module:
-    """Features (n, D), for a convolution head maps (n, D, h, w), to probabilities (n, C) at a temperature, for regression values.
+    """Features (n, D), for a convolution head maps (n, D, h, w), to probabilities (n, C) at a
+    temperature, for regression values.
 
     Raises ModelError for a scikit-learn estimator, which has no such form.
     """
     spec = head.spec
     if isinstance(spec, SklearnSpec):
         raise ModelError(
-            f"a head of kind sklearn ({spec.estimator}) is code of its own library and cannot be put into a graph. Use "
-            "headrace predict, --format safetensors, or the best head of another kind (logistic, mlp, …)"
+            f"a head of kind sklearn ({spec.estimator}) is code of its own library and cannot "
+            "be put into a graph. Use "
+            "headrace predict, --format safetensors, or the best head of another kind "
+            "(logistic, mlp, …)"
         )
     if isinstance(spec, KNNSpec):
         return _Neighbours(spec, head, temperature).eval()
@@ -184,7 +220,11 @@ def head_module(head: TrainedHead, temperature: float = 1.0) -> nn.Module:
         return _Centroid(spec, head, temperature).eval()
     if isinstance(spec, LogisticSpec | RidgeSpec):
         # Ridge fits -1/+1, not log-odds; see heads.predict.ridge_link.
-        return _Perceptron(head, 0, [""], 2.0 if isinstance(spec, RidgeSpec) else 1.0, temperature).eval()
+        return _Perceptron(
+            head, 0, [""], 2.0 if isinstance(spec, RidgeSpec) else 1.0, temperature
+        ).eval()
     assert isinstance(spec, MLPSpec | ConvSpec)
     layers = [str(place) for place in range(len(spec.hidden) + 1)]
-    return _Perceptron(head, len(spec.channels) if isinstance(spec, ConvSpec) else 0, layers, 1.0, temperature).eval()
+    return _Perceptron(
+        head, len(spec.channels) if isinstance(spec, ConvSpec) else 0, layers, 1.0, temperature
+    ).eval()

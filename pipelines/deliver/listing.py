@@ -1,4 +1,6 @@
-"""The images that are named on the command line: whatever a recipe can name, single files, and recipes themselves."""
+"""The images that are named on the command line: whatever a recipe can name, single files, and
+recipes themselves.
+"""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,12 +17,15 @@ from headrace.pipelines.recipe import load_recipe
 
 
 def list_images(sources: Sequence[str | Path], **options: Any) -> Listing:
-    """One row per image, in the order given: `file`, as a person would name it, and `path`, a file or a locator.
+    """One row per image, in the order given: `file`, as a person would name it, and `path`, a file
+    or a locator.
 
-    sources: image files, folders, tables, archives, array files, or recipes, whose images are read with the recipe's options.
-    options: fields of ImageSource, such as path_column. A folder's images are named by their path below it, behind the
-    folder's own name; all others by their ids, and where two sources would give two images one name, behind the folder that
-    the source lies in, or a table's own path. Raises SourceError for what is not there, RecipeError for a broken recipe.
+    sources: image files, folders, tables, archives, array files, or recipes, whose images are read
+    with the recipe's options.
+    options: fields of ImageSource, such as path_column. A folder's images are named by their path
+    below it, behind the folder's own name; all others by their ids, and where two sources would
+    give two images one name, behind the folder that the source lies in, or a table's own path.
+    Raises SourceError for what is not there, RecipeError for a broken recipe.
     """
     listings = [_list(str(source), options) for source in sources]
     images = pd.concat([listing.samples for listing in listings]).groupby("file")["path"].nunique()
@@ -42,4 +47,6 @@ def _list(location: str, options: dict[str, Any]) -> Listing:
     names = listing.samples["id"].astype(str)
     if source.kind == "folder":
         names = f"{printable(location).rstrip('/')}/" + names
-    return replace(listing, samples=pd.DataFrame({"file": names, "path": listing.samples["path"].astype(str)}))
+    return replace(
+        listing, samples=pd.DataFrame({"file": names, "path": listing.samples["path"].astype(str)})
+    )

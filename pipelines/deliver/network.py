@@ -1,4 +1,6 @@
-"""A fine-tuned network as a member of a model: its taps are its own features, and its own head reads them."""
+"""A fine-tuned network as a member of a model: its taps are its own features, and its own head
+reads them.
+"""
 
 import functools
 import hashlib
@@ -34,7 +36,9 @@ class NetworkMember:
     """A network of its own, as `headrace.pipelines.thaw` stores it, and its share of an average."""
 
     directory: Path
-    features: tuple[FeatureSpec, ...]  # what its taps give, in the order of its head's input; never stored anywhere
+    features: tuple[
+        FeatureSpec, ...
+    ]  # what its taps give, in the order of its head's input; never stored anywhere
     spatial: bool  # whether its head takes maps
     digest: str  # of the weights file
     weight: float = 1.0
@@ -45,7 +49,10 @@ class NetworkMember:
 
 
 def read_network(directory: Path) -> tuple[NetworkMember, dict[str, Any]]:
-    """The member, and what the file says of it; no torch is imported and no tensor read. Raises BadNetwork."""
+    """The member, and what the file says of it; no torch is imported and no tensor read.
+
+    Raises BadNetwork.
+    """
     path = directory / WEIGHTS
     try:
         data = path.read_bytes()
@@ -55,7 +62,9 @@ def read_network(directory: Path) -> tuple[NetworkMember, dict[str, Any]]:
         features = tuple(_feature(about, tap, digest) for tap in about["tap"])
         spatial = bool(about["head"]["convolutions"])
         own = check_temperature(about.get("temperature", 1.0))
-        member = NetworkMember(directory, features, spatial, digest, temperature=own, kind=str(about["spec"]["kind"]))
+        member = NetworkMember(
+            directory, features, spatial, digest, temperature=own, kind=str(about["spec"]["kind"])
+        )
         check_outputs(about["task_kind"], about["classes"])
         about["metrics"] = {str(name): float(value) for name, value in about["metrics"].items()}
     except (
@@ -68,13 +77,16 @@ def read_network(directory: Path) -> tuple[NetworkMember, dict[str, Any]]:
         RecursionError,
     ) as error:
         raise BadNetwork(
-            f"{path} is not a network of this version ({type(error).__name__}: {str(error)[:200]}). {WRITE_AGAIN}"
+            f"{path} is not a network of this version ({type(error).__name__}: "
+            f"{str(error)[:200]}). {WRITE_AGAIN}"
         ) from error
     return member, about
 
 
 def _feature(about: dict[str, Any], tap: str, digest: str) -> FeatureSpec:
-    """The file's digest stands for the weights, so that no other network's features are taken for these."""
+    """The file's digest stands for the weights, so that no other network's features are taken for
+    these.
+    """
     node, _, reduction = tap.rpartition(".")
     view = json.dumps({"index": 0})
     how = json.dumps(about["preprocess"], sort_keys=True)
@@ -84,10 +96,11 @@ def _feature(about: dict[str, Any], tap: str, digest: str) -> FeatureSpec:
 
 @functools.lru_cache(maxsize=4)
 def open_network(directory: Path, digest: str) -> "TrainedNetwork":
-    """The network, in evaluation mode; one object per file within a process. digest: of the file that `read_network` has read.
+    """The network, in evaluation mode; one object per file within a process. digest: of the file
+    that `read_network` has read.
 
-    What that file asks to be imported was allowed when it was read, or the model would not be there. Raises BadNetworkFile, also
-    for any other file.
+    What that file asks to be imported was allowed when it was read, or the model would not be
+    there. Raises BadNetworkFile, also for any other file.
     """
     from headrace.pipelines.thaw.persist import load_network
 
@@ -112,12 +125,16 @@ def network_pass(member: NetworkMember, device: str) -> "Pass":
     from headrace.extract.views import Augmentation
 
     backbone = network_backbone(member.directory, member.digest)
-    forward = make_forward(backbone, [Tap(each.tap, each.reduction) for each in member.features], device=device)
+    forward = make_forward(
+        backbone, [Tap(each.tap, each.reduction) for each in member.features], device=device
+    )
     return Pass(Rendering(backbone.preprocessing, 0, Augmentation()), forward, member.features)
 
 
 def network_head(member: NetworkMember) -> Callable[[Floats], Floats]:
-    """From what the taps give, side by side, to probabilities (n, C) at its temperature, for regression values."""
+    """From what the taps give, side by side, to probabilities (n, C) at its temperature, for
+    regression values.
+    """
     import torch
 
     from headrace.heads.predict import link
@@ -126,7 +143,9 @@ def network_head(member: NetworkMember) -> Callable[[Floats], Floats]:
 
     def predict(features: Floats) -> Floats:
         with torch.no_grad():
-            decision = trained.network.head(torch.from_numpy(np.ascontiguousarray(features))).numpy()
+            decision = trained.network.head(
+                torch.from_numpy(np.ascontiguousarray(features))
+            ).numpy()
         return link(decision, trained.task_kind, temperature=member.temperature)
 
     return predict

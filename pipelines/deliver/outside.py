@@ -1,6 +1,8 @@
-"""The part of the preprocessing that lies outside an exported model, as a file that needs Pillow and NumPy alone.
+"""The part of the preprocessing that lies outside an exported model, as a file that needs Pillow
+and NumPy alone.
 
-The file holds headrace's own source text for decoding and resizing: a second version of it would come to differ.
+The file holds headrace's own source text for decoding and resizing: a second version of it would
+come to differ.
 """
 
 import ast
@@ -67,7 +69,8 @@ def preprocess_file(inputs: list[Input], version: str) -> str:
         "first": inputs[0].name,
         "source": "\n\n\n".join(bodies),
     }
-    # All at once: what a model says of its preprocessing may read like a placeholder, and is not filled in.
+    # All at once: what a model says of its preprocessing may read like a placeholder, and is not
+    # filled in.
     return re.sub(rf"\{{({'|'.join(parts)})\}}", lambda match: parts[match[1]], _TEXT)
 
 
@@ -90,7 +93,9 @@ def _split(module: ModuleType) -> tuple[set[str], str]:
 
 
 def _imports(source: str) -> list[ast.Import | ast.ImportFrom]:
-    return [node for node in ast.parse(source).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    return [
+        node for node in ast.parse(source).body if isinstance(node, ast.Import | ast.ImportFrom)
+    ]
 
 
 def _is_ours(node: ast.Import | ast.ImportFrom) -> bool:

@@ -1,6 +1,8 @@
-"""`headrace doctor`: what a run needs of this machine, each thing tried; every line passes or says what to do.
+"""`headrace doctor`: what a run needs of this machine, each thing tried; every line passes or says
+what to do.
 
-A check is a function of what it looks at, with the machine as default, so that each failure can be made in a test.
+A check is a function of what it looks at, with the machine as default, so that each failure can be
+made in a test.
 """
 
 import importlib.metadata
@@ -19,7 +21,12 @@ from headrace.pipelines.doctor.disk import check_disk, check_hdf5, check_locking
 from headrace.pipelines.doctor.finding import Finding
 from headrace.pipelines.doctor.machine import check_heads, check_memory, check_threads
 from headrace.pipelines.doctor.network import check_ports, check_weights
-from headrace.pipelines.doctor.software import check_cuda, check_libraries, check_python, check_torch
+from headrace.pipelines.doctor.software import (
+    check_cuda,
+    check_libraries,
+    check_python,
+    check_torch,
+)
 
 
 def check_recipe(path: Path) -> Finding:
@@ -33,7 +40,9 @@ def check_recipe(path: Path) -> Finding:
         for backbone in recipe.backbones:
             check_spec(backbone_spec(backbone, recipe))
     except HeadraceError as error:
-        return Finding("recipe", "fail", str(error), f"mend {path}, then: headrace run {path} --dry-run")
+        return Finding(
+            "recipe", "fail", str(error), f"mend {path}, then: headrace run {path} --dry-run"
+        )
     names = ", ".join(backbone.name for backbone in recipe.backbones)
     return Finding("recipe", "ok", f"{path}: {names}")
 
@@ -65,16 +74,22 @@ def doctor_command(
         Path | None, typer.Argument(help="Also look at this recipe, its folders and its weights.")
     ] = None,
     folder: Annotated[
-        Path | None, typer.Option(help="Where features are to be kept; default: the recipe's cache, or here.")
+        Path | None,
+        typer.Option(help="Where features are to be kept; default: the recipe's cache, or here."),
     ] = None,
 ) -> None:
-    """Try what a run needs of this machine; every line passes or says what to do. Exit code 1 when something fails.
+    """Try what a run needs of this machine; every line passes or says what to do.
+
+    Exit code 1 when something fails.
 
     Example: headrace doctor recipe.yaml
     """
     console = make_console()
     marks = {"ok": ("ok", "green"), "note": ("note", "yellow"), "fail": ("FAIL", "bold red")}
-    console.print(f"headrace {importlib.metadata.version('headrace')} on {platform.platform()}", soft_wrap=True)
+    console.print(
+        f"headrace {importlib.metadata.version('headrace')} on {platform.platform()}",
+        soft_wrap=True,
+    )
     failed = 0
     for finding in examine(_folder(folder, recipe), recipe):
         failed += finding.state == "fail"
@@ -84,7 +99,10 @@ def doctor_command(
         if finding.advice and finding.state != "ok":
             console.print(f"{'':<16}→ {finding.advice}", soft_wrap=True)
     if failed:
-        console.print(f"{failed} {'thing' if failed == 1 else 'things'} to mend; the arrows say how", soft_wrap=True)
+        console.print(
+            f"{failed} {'thing' if failed == 1 else 'things'} to mend; the arrows say how",
+            soft_wrap=True,
+        )
         raise typer.Exit(1)
     console.print("Everything that a run needs is here")
 

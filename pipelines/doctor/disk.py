@@ -17,7 +17,9 @@ from headrace.pipelines.doctor.finding import Finding
 _LEAST_FREE_BYTES = 2e9
 _SLOW_BYTES_PER_S = 20e6  # a disk below this holds up a GPU, and a dozen cores
 _PROBE_BYTES = 32 << 20
-_SKEW_S = 2.0  # between this clock and the file system's: more, and files seem to come from the future
+_SKEW_S = (
+    2.0  # between this clock and the file system's: more, and files seem to come from the future
+)
 
 
 def check_disk(
@@ -36,18 +38,27 @@ def check_disk(
             f"{folder}: {error.strerror or error}",
             "choose a folder that can be written: --folder, and `cache` in the recipe",
         )
-    said = f"{room / 1e9:,.0f} GB free, {write / 1e6:,.0f} MB/s written and flushed, {read / 1e6:,.0f} MB/s read"
+    said = (
+        f"{room / 1e9:,.0f} GB free, {write / 1e6:,.0f} MB/s written and flushed, "
+        f"{read / 1e6:,.0f} MB/s read"
+    )
     if room < _LEAST_FREE_BYTES:
-        return Finding("disk", "fail", said, "make room, or put `cache` and `out` of the recipe elsewhere")
+        return Finding(
+            "disk", "fail", said, "make room, or put `cache` and `out` of the recipe elsewhere"
+        )
     if write < _SLOW_BYTES_PER_S:
-        return Finding("disk", "note", said, "a local disk for `cache` in the recipe would be faster")
+        return Finding(
+            "disk", "note", said, "a local disk for `cache` in the recipe would be faster"
+        )
     return Finding("disk", "ok", said)
 
 
 def check_locking(
     folder: Path, link: Callable[[Any, Any], None] = os.link, clock: Callable[[], float] = time.time
 ) -> Finding:
-    """Two writers cannot hold one lock, names appear whole, and the file system's clock is this one's."""
+    """Two writers cannot hold one lock, names appear whole, and the file system's clock is this
+    one's.
+    """
     from headrace.cache import lease
 
     try:
@@ -95,13 +106,18 @@ def check_locking(
         )
     if not links:
         return Finding(
-            "locking", "note", "works; no hard links here, so a lock is used in their place", "nothing to do"
+            "locking",
+            "note",
+            "works; no hard links here, so a lock is used in their place",
+            "nothing to do",
         )
     return Finding("locking", "ok", "locks exclude, files appear whole")
 
 
 def check_hdf5(
-    folder: Path, write: Callable[[Path], None] | None = None, environment: Mapping[str, str] = os.environ
+    folder: Path,
+    write: Callable[[Path], None] | None = None,
+    environment: Mapping[str, str] = os.environ,
 ) -> Finding:
     """A file is written, and read by two at once."""
     import h5py
@@ -110,22 +126,32 @@ def check_hdf5(
     try:
         with _scratch(folder) as place:
             (write or _write_hdf5)(place / "probe.h5")
-            with h5py.File(place / "probe.h5", "r") as one, h5py.File(place / "probe.h5", "r") as two:
+            with (
+                h5py.File(place / "probe.h5", "r") as one,
+                h5py.File(place / "probe.h5", "r") as two,
+            ):
                 same = one["x"][:].tolist() == two["x"][:].tolist() == [1, 2, 3]
     except (OSError, RuntimeError, KeyError) as error:
         return Finding(
             "HDF5",
             "fail",
             f"{said}: {' '.join(str(error).split())[:160]}",
-            "if the file system has no locks: export HDF5_USE_FILE_LOCKING=FALSE. Otherwise pip install --force-reinstall h5py",
+            "if the file system has no locks: export HDF5_USE_FILE_LOCKING=FALSE. "
+            "Otherwise pip install --force-reinstall h5py",
         )
     if not same:
         return Finding(
-            "HDF5", "fail", f"{said}: what was read is not what was written", "pip install --force-reinstall h5py"
+            "HDF5",
+            "fail",
+            f"{said}: what was read is not what was written",
+            "pip install --force-reinstall h5py",
         )
     if environment.get("HDF5_PLUGIN_PATH"):
         return Finding(
-            "HDF5", "note", f"{said}, plugins from HDF5_PLUGIN_PATH", "unset it if a compressed shard cannot be read"
+            "HDF5",
+            "note",
+            f"{said}, plugins from HDF5_PLUGIN_PATH",
+            "unset it if a compressed shard cannot be read",
         )
     return Finding("HDF5", "ok", said)
 
@@ -144,13 +170,17 @@ def _hold(path: Path, held: threading.Event) -> None:
 
 
 def _speed(folder: Path) -> tuple[float, float]:
-    """Bytes per second of writing with a flush, and of reading what the system may still remember."""
+    """Bytes per second of writing with a flush, and of reading what the system may
+    still remember.
+    """
     data = os.urandom(1 << 20)
     with _scratch(folder) as place:
         path = place / uuid.uuid4().hex
         started = time.perf_counter()
         with path.open("wb") as file:
-            while file.tell() < _PROBE_BYTES and time.perf_counter() - started < 2:  # a slow disk is known by then
+            while (
+                file.tell() < _PROBE_BYTES and time.perf_counter() - started < 2
+            ):  # a slow disk is known by then
                 file.write(data)
             size = file.tell()
             file.flush()

@@ -10,7 +10,9 @@ _WORKER_BYTES = 1.5e9  # of a worker that runs a small network: torch itself, an
 
 
 def check_threads(
-    cores: int | None = None, quota: float | None = None, environment: Mapping[str, str] = os.environ
+    cores: int | None = None,
+    quota: float | None = None,
+    environment: Mapping[str, str] = os.environ,
 ) -> Finding:
     """As many workers as cores, where the container lets it have them."""
     cores = cores or _cores()
@@ -22,23 +24,32 @@ def check_threads(
             "threads",
             "note",
             f"{said}, of which this container may use {quota:g}",
-            f"one worker per core would fight over them: headrace run recipe.yaml --workers {fitting}",
+            "one worker per core would fight over them: headrace run recipe.yaml "
+            f"--workers {fitting}",
         )
     set_to = environment.get("OMP_NUM_THREADS", "")
     if set_to.isdecimal() and int(set_to) > cores:
-        return Finding("threads", "note", f"{said}, OMP_NUM_THREADS={set_to}", "unset OMP_NUM_THREADS, or set it to 1")
+        return Finding(
+            "threads",
+            "note",
+            f"{said}, OMP_NUM_THREADS={set_to}",
+            "unset OMP_NUM_THREADS, or set it to 1",
+        )
     return Finding("threads", "ok", said)
 
 
 def check_heads(lanes: Callable[[], int | None] | None = None) -> Finding:
-    """The compiled pass of logistic heads. lanes: floats of a vector, None where it was not built or cannot run."""
+    """The compiled pass of logistic heads. lanes: floats of a vector, None where it was not built
+    or cannot run.
+    """
     found = (lanes or _lanes)()
     if found is None:
         return Finding(
             "heads",
             "note",
             "logistic heads run in NumPy: no compiled pass for this processor was built",
-            "they train up to twice as fast with it: install a C compiler (apt-get install gcc), then install headrace again",
+            "they train up to twice as fast with it: install a C compiler (apt-get install "
+            "gcc), then install headrace again",
         )
     return Finding("heads", "ok", f"logistic heads have a compiled pass, vectors of {found} floats")
 
@@ -60,11 +71,17 @@ def check_memory(available: float | None = None, cores: int | None = None) -> Fi
             "memory",
             "fail",
             said,
-            f"a worker takes about {_WORKER_BYTES / 1e9:g} GB: close something, or use another machine",
+            f"a worker takes about {_WORKER_BYTES / 1e9:g} GB: close something, or use "
+            "another machine",
         )
     if available < cores * _WORKER_BYTES:
         fitting = int(available / _WORKER_BYTES)
-        return Finding("memory", "note", f"{said} for {cores} cores", f"start fewer workers: --workers {fitting}")
+        return Finding(
+            "memory",
+            "note",
+            f"{said} for {cores} cores",
+            f"start fewer workers: --workers {fitting}",
+        )
     return Finding("memory", "ok", said)
 
 

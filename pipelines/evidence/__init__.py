@@ -1,1 +1,3 @@
-"""What the numbers mean: selection, paired tests, transfer scores, learning curves, ensembles, advice."""
+"""What the numbers mean: selection, paired tests, transfer scores, learning curves, ensembles,
+advice.
+"""

@@ -73,9 +73,11 @@ def advise_on(
 ) -> Advice:
     """The advice for a ranked leaderboard (best first) of a task.
 
-    directories: of the feature sets by the names that `inputs` of the board use. folder: where what is measured is kept.
-    train_all: runs the bank jobs of the learning curve. deeper: sorts names of feature sets of one network, early to late;
-    by default they are in that order. reference: feature sets and images of another run to measure the distance to.
+    directories: of the feature sets by the names that `inputs` of the board use. folder: where what
+    is measured is kept.
+    train_all: runs the bank jobs of the learning curve. deeper: sorts names of feature sets of one
+    network, early to late; by default they are in that order. reference: feature sets and images of
+    another run to measure the distance to.
     """
     held = held_out(task, groups)
     whole = whole_heads(board).reset_index(drop=True)
@@ -86,7 +88,8 @@ def advise_on(
     found = _predictions(best, held)
     if not found:
         raise NothingToWeigh(
-            "no head of this run is whole, with a stored prediction for each validation image: look at heads.parquet, call "
+            "no head of this run is whole, with a stored prediction for each validation image: "
+            "look at heads.parquet, call "
             "`headrace run` again, and then ask for advice"
         )
     predicted = found[0]
@@ -95,23 +98,34 @@ def advise_on(
     scores = transfer_scores(task, directories, folder)
     evidence: dict[str, Any] = {"gain": {}, "ahead": {}, "curve": {}}
     if len(task.ids) >= THIN_ROWS:
-        # Linear heads on all positions of a map would be very wide: the curve of the best other head says as much.
-        flat = heads[[not any(name.endswith(".map") for name in inputs) for inputs in heads["inputs"]]]
+        # Linear heads on all positions of a map would be very wide: the curve of the best other
+        # head says as much.
+        flat = heads[
+            [not any(name.endswith(".map") for name in inputs) for inputs in heads["inputs"]]
+        ]
         drawn = flat.iloc[0] if len(flat) else heads.iloc[0]
         features = [path for name in drawn["inputs"] for path in directories[name]]
-        curve = learning_curve(task, features, curve_specs(task, drawn), folder / "curves", train_all, groups=groups)
+        curve = learning_curve(
+            task, features, curve_specs(task, drawn), folder / "curves", train_all, groups=groups
+        )
         own = np.isin(held.rows, curve.rows)
         law = fit_power_law(curve.sizes, weighted_errors(curve.wrong, draws[own]))
         evidence["gain"] = {times: gain_from_more(law, curve.sizes[-1], times) for times in TIMES}
         today = _error(task, held, curve.wrong[-1], draws[own], own)
-        evidence["ahead"] = {times: error_with_more(today, gain) for times, gain in evidence["gain"].items()}
+        evidence["ahead"] = {
+            times: error_with_more(today, gain) for times, gain in evidence["gain"].items()
+        }
         evidence["curve"] = {"images": curve.sizes.tolist(), "error": curve.errors.tolist()}
         if task.kind == "single":
             evidence["per_class"] = class_evidence(task, held, wrong, curve, draws, own)
     if task.kind == "single":
         sure = predicted.max(1) >= np.median(predicted.max(1))
         evidence["surest"] = _error(task, held, wrong[sure], draws[sure], sure)
-    by_depth = {name: directories[name] for name in _deepest_last(directories, deeper)} if reference else {}
+    by_depth = (
+        {name: directories[name] for name in _deepest_last(directories, deeper)}
+        if reference
+        else {}
+    )
     return decide(
         Evidence(
             images=len(task.ids),
@@ -121,7 +135,9 @@ def advise_on(
             taps=tap_evidence(heads, held, directories, draws, deeper),
             pilots=pilot_evidence(networks, held, error, draws),
             scores=tuple(asdict(each) for each in scores),
-            reference=() if reference is None else reference_evidence(by_depth, task.content, *reference),
+            reference=()
+            if reference is None
+            else reference_evidence(by_depth, task.content, *reference),
         )
     )
 
@@ -159,10 +175,15 @@ def class_evidence(
     draws: Floats,
     own: npt.NDArray[np.bool_],
 ) -> tuple[ClassEvidence, ...]:
-    """Each class's error, its lag behind the middle class, and its own learning curve. own: held-out rows of the curve."""
+    """Each class's error, its lag behind the middle class, and its own learning curve. own:
+    held-out rows of the curve.
+    """
     of_class = [held.target == c for c in range(len(task.classes))]
     present = [c for c, rows in enumerate(of_class) if rows[own].any()]
-    errors = {c: _error(held.task, held, wrong[of_class[c]], draws[of_class[c]], of_class[c]) for c in present}
+    errors = {
+        c: _error(held.task, held, wrong[of_class[c]], draws[of_class[c]], of_class[c])
+        for c in present
+    }
     found = []
     for c in present:
         others = [errors[other] for other in present if other != c]
@@ -172,9 +193,13 @@ def class_evidence(
         middle = Estimate(float(values[0]), values[1:])
         rows = of_class[c][own]
         sizes = np.maximum(curve.class_sizes[:, c], 1)
-        law = fit_power_law(sizes, np.nan_to_num(weighted_errors(curve.wrong[:, rows], draws[own][rows])))
+        law = fit_power_law(
+            sizes, np.nan_to_num(weighted_errors(curve.wrong[:, rows], draws[own][rows]))
+        )
         images = int((task.target == c).sum())
-        needed = np.clip(law.images_for(np.array([middle.value, *middle.draws])) - images, 0, 3 * images)
+        needed = np.clip(
+            law.images_for(np.array([middle.value, *middle.draws])) - images, 0, 3 * images
+        )
         each = ClassEvidence(
             name=task.classes[c],
             images=images,
@@ -198,13 +223,19 @@ def tap_evidence(
     draws: Floats,
     deeper: Callable[[Sequence[str]], Sequence[str]],
 ) -> tuple[TapEvidence, ...]:
-    """The best head on each tap alone, of the network that has the best of them; of two reductions of a tap the better."""
+    """The best head on each tap alone, of the network that has the best of them; of two reductions
+    of a tap the better.
+    """
     alone = heads[[len(inputs) == 1 for inputs in heads["inputs"]]]
-    alone = alone.assign(name=[inputs[0] for inputs in alone["inputs"]]).drop_duplicates("name")  # best first
+    alone = alone.assign(name=[inputs[0] for inputs in alone["inputs"]]).drop_duplicates(
+        "name"
+    )  # best first
     specs = {name: open_feature_set(directories[name][0]).spec for name in alone["name"]}
     if not specs:
         return ()
-    network = {name: (spec.backbone, spec.weights, spec.preprocessing) for name, spec in specs.items()}
+    network = {
+        name: (spec.backbone, spec.weights, spec.preprocessing) for name, spec in specs.items()
+    }
     alone = alone[[network[name] == network[alone["name"].iloc[0]] for name in alone["name"]]]
     alone = alone.assign(tap=[specs[name].tap for name in alone["name"]]).drop_duplicates("tap")
     errors = {
@@ -212,11 +243,15 @@ def tap_evidence(
         for place, predicted in _predictions(alone, held).items()
     }
     best = min(errors.values(), key=lambda each: each.value)
-    order = [name for name in deeper([name for name in directories if name in errors]) if name in errors]
+    order = [
+        name for name in deeper([name for name in directories if name in errors]) if name in errors
+    ]
     return tuple(TapEvidence(name, errors[name], errors[name].minus(best)) for name in order)
 
 
-def pilot_evidence(networks: pd.DataFrame, held: HeldOut, error: Estimate, draws: Floats) -> tuple[PilotEvidence, ...]:
+def pilot_evidence(
+    networks: pd.DataFrame, held: HeldOut, error: Estimate, draws: Floats
+) -> tuple[PilotEvidence, ...]:
     """Networks that were trained deeper, against the best head on the same rows."""
     pilots = []
     for place, predicted in _predictions(networks, held).items():
@@ -234,7 +269,9 @@ def pilot_evidence(networks: pd.DataFrame, held: HeldOut, error: Estimate, draws
 
 
 def _predictions(rows: pd.DataFrame, held: HeldOut) -> dict[int, npt.NDArray[np.float32]]:
-    """(N, C) of each row of a leaderboard, by its place; rows without stored predictions are absent."""
+    """(N, C) of each row of a leaderboard, by its place; rows without stored predictions are
+    absent.
+    """
     return {
         int(place): predicted
         for places, block in read_predictions(rows, held)
@@ -247,9 +284,16 @@ def _wrong(task: Task, held: HeldOut, predicted: npt.NDArray[np.float32]) -> Flo
 
 
 def _error(
-    task: Task, held: HeldOut, wrong: Floats, draws: Floats, rows: npt.NDArray[np.bool_] | None = None
+    task: Task,
+    held: HeldOut,
+    wrong: Floats,
+    draws: Floats,
+    rows: npt.NDArray[np.bool_] | None = None,
 ) -> Estimate:
-    """A mean error of held-out rows (n,) with its interval over groups; rows: (N,) which of the held-out rows they are."""
+    """A mean error of held-out rows (n,) with its interval over groups; rows:
+
+    (N,) which of the held-out rows they are.
+    """
     groups = held.groups if rows is None else held.groups[rows]
     ends = (proportion_interval if task.kind != "regression" else mean_loss_interval)(wrong, groups)
     return replace(_estimate(wrong, draws), ends=ends)

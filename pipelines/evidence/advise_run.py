@@ -22,18 +22,26 @@ from headrace.pipelines.records import RunDamaged, read_record, write_record
 
 
 def advise_run(
-    run: Path, *, reference: Path | None = None, console: Console | None = None, workers: int | None = None
+    run: Path,
+    *,
+    reference: Path | None = None,
+    console: Console | None = None,
+    workers: int | None = None,
 ) -> Advice:
-    """The advice for a run, also written to evidence/advice.json in its directory. A second call trains nothing.
+    """The advice for a run, also written to evidence/advice.json in its directory.
 
-    run: its directory, or its recipe. reference: another run, given likewise; how far the images of the one lie from those
-    of the other is then part of the advice.
-    Raises NotARun; RunReadOnly, as the heads that are trained for it are kept in the run; NoReference; HeadraceError where
-    features are missing.
+    A second call trains nothing.
+
+    run: its directory, or its recipe. reference: another run, given likewise; how far the images of
+    the one lie from those of the other is then part of the advice. Raises NotARun; RunReadOnly, as
+    the heads that are trained for it are kept in the run; NoReference; HeadraceError where features
+    are missing.
     """
     files = read_run_files(run)
     copy = shlex.quote(f"{files.paths.root.name}-copy")
-    require_writable(files.paths, f"cp -r {shlex.quote(str(files.paths.root))} {copy} && headrace advise {copy}")
+    require_writable(
+        files.paths, f"cp -r {shlex.quote(str(files.paths.root))} {copy} && headrace advise {copy}"
+    )
     other = None if reference is None else read_run_files(reference)
 
     def train_all(jobs: Sequence[BankJob]) -> None:
@@ -58,7 +66,9 @@ def advise_run(
 
 
 def _early_to_late(names: Sequence[str], files: RunFiles) -> list[str]:
-    """Feature sets of one network in running order; as they are where the network cannot be built here."""
+    """Feature sets of one network in running order; as they are where the network cannot be built
+    here.
+    """
     specs = {name: open_feature_set(files.directories[name][0]).spec for name in names}
     memo = files.paths.evidence / "running-order.json"
     order: dict[str, list[str]] = {}
@@ -69,9 +79,12 @@ def _early_to_late(names: Sequence[str], files: RunFiles) -> list[str]:
         for backbone in files.recipe.backbones:
             spec = backbone_spec(backbone, files.recipe)
             with contextlib.suppress(HeadraceError, OSError):
-                # A run's directory does not choose what is imported here: its own functions keep the recipe's order.
+                # A run's directory does not choose what is imported here: its own functions keep
+                # the recipe's order.
                 if spec.name == network and not spec.name.startswith("python:"):
-                    order[network] = [tap.node for tap in describe_backbone(spec, weights=False).taps]
+                    order[network] = [
+                        tap.node for tap in describe_backbone(spec, weights=False).taps
+                    ]
                     files.paths.evidence.mkdir(parents=True, exist_ok=True)
                     write_record(memo, order)
     place = {node: number for number, node in enumerate(order.get(network, []))}

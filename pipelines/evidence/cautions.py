@@ -1,5 +1,6 @@
-"""What a careful person would want to be told of a result: classes that a good accuracy hides, a winner on the edge of its
-grid, images that are nearly the same on two sides of a split. Each is a sentence, or none; nothing is trained or forwarded.
+"""What a careful person would want to be told of a result: classes that a good accuracy hides, a
+winner on the edge of its grid, images that are nearly the same on two sides of a split. Each is a
+sentence, or none; nothing is trained or forwarded.
 """
 
 import contextlib
@@ -22,9 +23,9 @@ from headrace.pipelines.evidence.signatures import grey_signature
 
 # A balanced accuracy that lies so much below the accuracy, and surely below it, is told.
 HIDDEN = 0.10
-# Features of two images are all but equal from this cosine on, pixels of their small grey copies from the other: re-encoded,
-# resized and brightened copies have pixels above it; features find what pixels cannot, such as a mirrored copy. docs/report.md
-# has the measurement.
+# Features of two images are all but equal from this cosine on, pixels of their small grey copies
+# from the other: re-encoded, resized and brightened copies have pixels above it; features find what
+# pixels cannot, such as a mirrored copy. docs/report.md has the measurement.
 FEATURES_ALIKE = 0.985
 PIXELS_ALIKE = 0.97
 COMPARED = 10_000  # images at most, a second of products
@@ -33,7 +34,8 @@ NOTABLE = 0.05  # of the images: of fewer, no score moves by what anybody would 
 _DIRECTIONS, _BLOCK = 128, 1024
 LOOKED_AT, RUN, LOOKED_BYTES = 400, 20, 64_000_000  # a second or two
 GROUP_ADVICE = (
-    "If they show one thing twice, scores are too good: name what they have in common in task.group (a patient, a scene, a "
+    "If they show one thing twice, scores are too good: name what they have in common in "
+    "task.group (a patient, a scene, a "
     "module), and its images stay on one side"
 )
 # Settings of which more and less can be tried, and whole numbers among them.
@@ -43,12 +45,23 @@ _ORDERED = {
     "mlp": ("learning_rate", "weight_decay"),
     "conv": ("learning_rate", "weight_decay"),
     "knn": ("k",),
-    "sklearn": ("C", "alpha", "gamma", "n_neighbors", "max_depth", "max_iter", "n_estimators", "learning_rate"),
+    "sklearn": (
+        "C",
+        "alpha",
+        "gamma",
+        "n_neighbors",
+        "max_depth",
+        "max_iter",
+        "n_estimators",
+        "learning_rate",
+    ),
 }
 
 
 def hidden_classes(board: pd.DataFrame, held: HeldOut, metric: str) -> str | None:
-    """Where the winner's accuracy says little of the rare classes. board: of whole heads, best first."""
+    """Where the winner's accuracy says little of the rare classes. board: of whole heads, best
+    first.
+    """
     if held.task.kind != "single" or metric != "accuracy":
         return None
     predicted = next((block[0] for _, block in read_predictions(board.iloc[:1], held)), None)
@@ -56,7 +69,9 @@ def hidden_classes(board: pd.DataFrame, held: HeldOut, metric: str) -> str | Non
         return None
     accuracy = score("single", held.target, predicted, "accuracy")
     balanced = score("single", held.target, predicted, "balanced_accuracy")
-    _, high = metric_interval("single", held.target, predicted, "balanced_accuracy", groups=held.groups)
+    _, high = metric_interval(
+        "single", held.target, predicted, "balanced_accuracy", groups=held.groups
+    )
     if accuracy - balanced < HIDDEN or high >= accuracy:
         return None
     hit = predicted.argmax(1) == held.target
@@ -64,14 +79,17 @@ def hidden_classes(board: pd.DataFrame, held: HeldOut, metric: str) -> str | Non
     recall = np.bincount(held.target, hit, len(images)) / np.maximum(images, 1)
     worst = int(np.where(images > 0, recall, np.inf).argmin())
     return (
-        f"balanced accuracy is much lower than accuracy: {balanced:.1%} against {accuracy:.1%}; class {held.task.classes[worst]} is "
-        f"found in {recall[worst]:.0%} of its {images[worst]:,} images. To choose by all classes alike, task.metric: "
+        f"balanced accuracy is much lower than accuracy: {balanced:.1%} against "
+        f"{accuracy:.1%}; class {held.task.classes[worst]} is "
+        f"found in {recall[worst]:.0%} of its {images[worst]:,} images. To choose by all "
+        "classes alike, task.metric: "
         "balanced_accuracy; to train for them, class_weight: [none, balanced] under heads"
     )
 
 
 def grid_edges(board: pd.DataFrame, metric: str) -> list[str]:
-    """Where the winner has the largest or smallest value of a setting, and is better there than with the next one.
+    """Where the winner has the largest or smallest value of a setting, and is better there than
+    with the next one.
 
     board: the whole heads of a leaderboard, best first, as `rank_heads` gives it.
     """
@@ -102,8 +120,10 @@ def grid_edges(board: pd.DataFrame, metric: str) -> list[str]:
         shown = [*values, beyond] if largest else [beyond, *values]
         key = f"heads.{kind}.{name}" if kind != "sklearn" else f"parameters: {name}"
         found.append(
-            f"the winner lies on the edge of its grid: {name}={value:g} is the {'largest' if largest else 'smallest'} of "
-            f"{len(values)} that were tried, and a better one may lie beyond. In the recipe: {key}: "
+            f"the winner lies on the edge of its grid: {name}={value:g} is the "
+            f"{'largest' if largest else 'smallest'} of "
+            f"{len(values)} that were tried, and a better one may lie beyond. In the recipe: "
+            f"{key}: "
             f"[{', '.join(f'{each:g}' for each in shown)}]"
         )
     return found
@@ -116,16 +136,20 @@ def near_duplicates(
     paths: Mapping[str, str],
     pixel_range: PixelRange | None = None,
 ) -> str | None:
-    """Images on two sides of the split that are nearly the same: of each, the likest by features on another side is looked at,
-    and counts where features or small grey copies are all but equal. None where they are too few to matter (NOTABLE).
+    """Images on two sides of the split that are nearly the same: of each, the likest by features on
+    another side is looked at, and counts where features or small grey copies are all but equal.
+    None where they are too few to matter (NOTABLE).
 
-    paths: of images by content. At most LOOKED_AT of them are read, those whose features are the likest.
+    paths: of images by content. At most LOOKED_AT of them are read, those whose features are the
+    likest.
     """
     sets = {name: open_feature_set(views[0]) for name, views in directories.items()}
     pooled = [name for name, features in sets.items() if len(features.spec.shape) == 1]
     if not pooled:
         return None
-    content, first = np.unique(np.concatenate([train.content, test.content]).astype(str), return_index=True)
+    content, first = np.unique(
+        np.concatenate([train.content, test.content]).astype(str), return_index=True
+    )
     if len(content) < FEWEST:
         return None
     side = sides(train, test)[first]
@@ -134,7 +158,10 @@ def near_duplicates(
         content, side = content[drawn], side[drawn]
     pairs, cosines = _nearest_across(_read(sets[pooled[-1]], content), side)
     likest = pairs[: LOOKED_AT // 2]
-    read = {place: _grey(paths.get(str(content[place]), ""), pixel_range) for place in np.unique(likest).tolist()}
+    read = {
+        place: _grey(paths.get(str(content[place]), ""), pixel_range)
+        for place in np.unique(likest).tolist()
+    }
     grey = {place: values for place, values in read.items() if values is not None}
     alike = cosines >= FEATURES_ALIKE
     if len(grey) >= FEWEST:
@@ -155,11 +182,17 @@ def near_duplicates(
 def _nearest_across(
     vectors: npt.NDArray[np.float32], side: npt.NDArray[np.str_]
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-    """(P, 2) each row's likest row of another side, each pair once, the likest first; and their cosines (P,)."""
+    """(P, 2) each row's likest row of another side, each pair once, the likest first; and their
+    cosines (P,).
+    """
     X = standardised(vectors)
     near = X
-    if X.shape[1] > _DIRECTIONS:  # a random projection keeps distances well enough to find the nearest
-        near = X @ np.random.default_rng(0).normal(size=(X.shape[1], _DIRECTIONS)).astype(np.float32)
+    if (
+        X.shape[1] > _DIRECTIONS
+    ):  # a random projection keeps distances well enough to find the nearest
+        near = X @ np.random.default_rng(0).normal(size=(X.shape[1], _DIRECTIONS)).astype(
+            np.float32
+        )
         near /= np.maximum(np.linalg.norm(near, axis=1, keepdims=True), 1e-12)
     number = np.unique(side, return_inverse=True)[1]
     nearest = np.empty(len(X), np.int64)
@@ -183,9 +216,9 @@ def _grey(path: str, pixel_range: PixelRange | None) -> npt.NDArray[np.uint8] | 
 
 
 def near_copies(samples: pd.DataFrame, group: str | None = None) -> str | None:
-    """Before anything is extracted: images that small grey copies find all but equal, among neighbours in the listing, where
-    the frames of a video or the photos of a scene stand. samples: columns id, path. group: a column whose values stay on one
-    side of a split in any case.
+    """Before anything is extracted: images that small grey copies find all but equal, among
+    neighbours in the listing, where the frames of a video or the photos of a scene stand. samples:
+    columns id, path. group: a column whose values stay on one side of a split in any case.
 
     At most LOOKED_AT images are read, and no more than LOOKED_BYTES.
     """
@@ -193,10 +226,14 @@ def near_copies(samples: pd.DataFrame, group: str | None = None) -> str | None:
     if len(samples) > LOOKED_AT:
         starts = np.linspace(0, len(samples) - RUN, LOOKED_AT // RUN).astype(int)
         looked = samples.iloc[np.unique((starts[:, None] + np.arange(RUN)).ravel())]
-    grey: dict[str, npt.NDArray[np.uint8]] = {}  # by content: exact copies are told by the run, and kept together
+    grey: dict[
+        str, npt.NDArray[np.uint8]
+    ] = {}  # by content: exact copies are told by the run, and kept together
     names, side, total = [], [], 0
     for place, (name, path) in enumerate(looked[["id", "path"]].itertuples(index=False)):
-        with contextlib.suppress(Exception):  # what cannot be read is told by the run, with its reason
+        with contextlib.suppress(
+            Exception
+        ):  # what cannot be read is told by the run, with its reason
             data = read_bytes(path)
             total += len(data)
             if total > LOOKED_BYTES:
@@ -214,8 +251,10 @@ def near_copies(samples: pd.DataFrame, group: str | None = None) -> str | None:
     if count < NOTABLE * len(grey):
         return None
     return (
-        f"{count:,} of {len(grey):,} images that were looked at are nearly the same as another, such as "
-        f"{names[int(pairs.first[0])]!r} and {names[int(pairs.second[0])]!r}, and a split may put them on different sides. "
+        f"{count:,} of {len(grey):,} images that were looked at are nearly the same as "
+        "another, such as "
+        f"{names[int(pairs.first[0])]!r} and {names[int(pairs.second[0])]!r}, and a split may "
+        "put them on different sides. "
         f"{GROUP_ADVICE}"
     )
 
@@ -227,19 +266,26 @@ def sides(train: Task, test: Task) -> npt.NDArray[np.str_]:
 
 
 def near_duplicates_text(
-    first: npt.NDArray[Any], second: npt.NDArray[Any], side: npt.NDArray[np.str_], *, least: bool = False
+    first: npt.NDArray[Any],
+    second: npt.NDArray[Any],
+    side: npt.NDArray[np.str_],
+    *,
+    least: bool = False,
 ) -> str:
-    """What is said of pairs (P,) and (P,) of nearly the same images. side: (N,) as `sides` has them, of the images compared.
+    """What is said of pairs (P,) and (P,) of nearly the same images. side: (N,) as `sides` has
+    them, of the images compared.
 
     least: there may be more of them.
     """
     leaked, tested = leaked_images(first, second, side), int((side == "test").sum())
     share = (
-        f"; {len(leaked):,} of {tested:,} test images ({len(leaked) / max(tested, 1):.1%}) have such a partner among the images that "
+        f"; {len(leaked):,} of {tested:,} test images ({len(leaked) / max(tested, 1):.1%}) "
+        "have such a partner among the images that "
         "heads are trained on"
     )
     return (
-        f"{'at least ' if least else ''}{len(first):,} pairs of images on different sides of the split are nearly the same"
+        f"{'at least ' if least else ''}{len(first):,} pairs of images on different sides of "
+        "the split are nearly the same"
         f"{share if tested else ''}. "
         f"{GROUP_ADVICE}"
     )
@@ -248,7 +294,9 @@ def near_duplicates_text(
 def leaked_images(
     first: npt.NDArray[Any], second: npt.NDArray[Any], side: npt.NDArray[np.str_]
 ) -> npt.NDArray[np.int64]:
-    """Positions of the test images that have a partner outside of the test split, of pairs (P,) and (P,) of positions."""
+    """Positions of the test images that have a partner outside of the test split, of pairs (P,) and
+    (P,) of positions.
+    """
     tested = side == "test"
     touching = tested[first] != tested[second]
     return np.unique(np.where(tested[first], first, second)[touching]).astype(np.int64)
@@ -261,7 +309,10 @@ def _read(features: FeatureSet, content: npt.NDArray[np.str_]) -> npt.NDArray[np
 def _settings(spec: dict[str, Any]) -> dict[str, Any]:
     """A spec's settings by name; an estimator's parameters among them."""
     parameters = json.loads(spec["parameters"]) if isinstance(spec.get("parameters"), str) else {}
-    return {name: json.dumps(value) if isinstance(value, list) else value for name, value in spec.items()} | {
+    return {
+        name: json.dumps(value) if isinstance(value, list) else value
+        for name, value in spec.items()
+    } | {
         "parameters": None,
         **parameters,
     }

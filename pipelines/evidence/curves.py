@@ -1,8 +1,9 @@
-"""Learning curves: the same heads on nested subsets of the cached features, a power law through their errors, and what it
-says of twice and four times as many images.
+"""Learning curves: the same heads on nested subsets of the cached features, a power law through
+their errors, and what it says of twice and four times as many images.
 
-S sizes, N held-out rows, B resamples, F folds. For each fold its own random order of the groups of the other rows is
-drawn, class by class; the subset of each size is a beginning of it, so that smaller ones lie within larger ones.
+S sizes, N held-out rows, B resamples, F folds. For each fold its own random order of the groups of
+the other rows is drawn, class by class; the subset of each size is a beginning of it, so that
+smaller ones lie within larger ones.
 """
 
 import hashlib
@@ -14,7 +15,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from headrace.heads import TRAIN_ONLY, BankJob, HeadSpec, Task, read_bank, save_task, spec_to_json, strata
+from headrace.heads import (
+    TRAIN_ONLY,
+    BankJob,
+    HeadSpec,
+    Task,
+    read_bank,
+    save_task,
+    spec_to_json,
+    strata,
+)
 from headrace.heads.results import remove_damaged
 from headrace.pipelines.evidence.estimate import Estimate
 from headrace.pipelines.evidence.selection import resampled_rows
@@ -23,7 +33,9 @@ Floats = npt.NDArray[np.float64]
 
 FRACTIONS = (0.1, 0.16, 0.25, 0.4, 0.63, 1.0)
 MOST_FOLDS = 5
-EXPONENTS = np.geomspace(0.1, 2.0, 30)  # of the power law; measured ones lie between 0.1 and 1 (Hestness et al. 2017)
+EXPONENTS = np.geomspace(
+    0.1, 2.0, 30
+)  # of the power law; measured ones lie between 0.1 and 1 (Hestness et al. 2017)
 TrainAll = Callable[[Sequence[BankJob]], None]
 
 
@@ -33,7 +45,8 @@ class LearningCurve:
 
     sizes: Floats  # (S,) images that were trained on, mean over folds
     class_sizes: Floats  # (S, C) of each class; regression and several labels: (S, 1), all
-    wrong: Floats  # (S, N) each held-out row's error: 0 or 1, or a squared error as a share of the variance
+    # (S, N) each held-out row's error: 0 or 1, or a squared error as a share of the variance
+    wrong: Floats
     rows: npt.NDArray[np.int64]  # (N,) positions in the task
 
     @property
@@ -73,29 +86,45 @@ def learning_curve(
     fractions: Sequence[float] = FRACTIONS,
     seed: int = 0,
 ) -> LearningCurve:
-    """Train the specs (one or more kinds) on nested subsets, and read how each held-out row fared under the best of them.
+    """Train the specs (one or more kinds) on nested subsets, and read how each held-out row fared
+    under the best of them.
 
-    groups: (rows of the task,) by default the images' content; a subset has a group as a whole or not at all. Shares that
-    leave the same rows (two images of a class are the least) are one size of the curve. Results are kept in `folder`, by
-    what they are results of: a second call trains nothing. train_all runs bank jobs.
+    groups: (rows of the task,) by default the images' content; a subset has a group as a whole or
+    not at all. Shares that leave the same rows (two images of a class are the least) are one size
+    of the curve. Results are kept in `folder`, by what they are results of: a second call trains
+    nothing. train_all runs bank jobs.
     """
     folds = list(range(min(task.n_folds, MOST_FOLDS)))
     kinds = sorted({spec.kind for spec in specs})
-    together = np.unique(task.content if groups is None else np.asarray(groups), return_inverse=True)[1]
+    together = np.unique(
+        task.content if groups is None else np.asarray(groups), return_inverse=True
+    )[1]
     fractions, drawn = nested_subsets(task, folds, fractions, seed, together)
-    key = repr([task.digest, [path.name for path in features], [spec_to_json(spec) for spec in specs], fractions, seed])
+    key = repr(
+        [
+            task.digest,
+            [path.name for path in features],
+            [spec_to_json(spec) for spec in specs],
+            fractions,
+            seed,
+        ]
+    )
     digest = hashlib.sha256(key.encode())
     if len(np.unique(together)) < len(together):
         digest.update(together.astype("<i8").tobytes())
     folder = folder / digest.hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     subtasks = {
-        (place, fold): small for place, smaller in enumerate(drawn) for fold, small in zip(folds, smaller, strict=True)
+        (place, fold): small
+        for place, smaller in enumerate(drawn)
+        for fold, small in zip(folds, smaller, strict=True)
     }
     jobs = []
     for (place, fold), small in subtasks.items():
         path = folder / f"{place}-{fold}.npz"
-        save_task(small, path)  # every time: one that was damaged would stop all that is trained on it
+        save_task(
+            small, path
+        )  # every time: one that was damaged would stop all that is trained on it
         for kind in kinds:
             chosen = tuple(spec for spec in specs if spec.kind == kind)
             result = str(folder / f"{place}-{fold}-{kind}.h5")
@@ -120,28 +149,41 @@ def learning_curve(
                 )
         means = np.where(np.isfinite(errors).all(1), errors.mean(1), np.inf)
         wrong[place] = errors[int(means.argmin())]
-    counts = np.array([[_counts(subtasks[place, fold]) for fold in folds] for place in range(len(fractions))]).mean(1)
+    counts = np.array(
+        [[_counts(subtasks[place, fold]) for fold in folds] for place in range(len(fractions))]
+    ).mean(1)
     return LearningCurve(counts.sum(1), counts, wrong, rows)
 
 
 def nested_subsets(
-    task: Task, folds: Sequence[int], fractions: Sequence[float], seed: int, groups: npt.NDArray[Any]
+    task: Task,
+    folds: Sequence[int],
+    fractions: Sequence[float],
+    seed: int,
+    groups: npt.NDArray[Any],
 ) -> tuple[list[float], list[list[Task]]]:
-    """The shares that differ, and for each of them the subset of each fold. groups: (rows of the task,).
+    """The shares that differ, and for each of them the subset of each fold. groups: (rows of the
+    task,).
 
-    Several small shares of few images are one and the same subset, which would weigh several times in a fit.
+    Several small shares of few images are one and the same subset, which would weigh several times
+    in a fit.
     """
-    drawn = [[subset(task, fold, fraction, seed, groups) for fold in folds] for fraction in fractions]
+    drawn = [
+        [subset(task, fold, fraction, seed, groups) for fold in folds] for fraction in fractions
+    ]
     sizes = [[len(small.ids) for small in smaller] for smaller in drawn]
     kept = [place for place in range(len(fractions)) if sizes[place] not in sizes[:place]]
     return [fractions[place] for place in kept], [drawn[place] for place in kept]
 
 
-def subset(task: Task, fold: int, fraction: float, seed: int, groups: npt.NDArray[Any] | None = None) -> Task:
-    """The task whose fold 0 is the given fold, and that trains on a share of the other rows: of each stratum, two rows at
-    least. In the order of the task.
+def subset(
+    task: Task, fold: int, fraction: float, seed: int, groups: npt.NDArray[Any] | None = None
+) -> Task:
+    """The task whose fold 0 is the given fold, and that trains on a share of the other rows: of
+    each stratum, two rows at least. In the order of the task.
 
-    groups: (rows of the task,) drawn as a whole, each as of the stratum of its first row; by default each row is its own.
+    groups: (rows of the task,) drawn as a whole, each as of the stratum of its first row; by
+    default each row is its own.
     """
     others = np.flatnonzero(task.fold != fold)
     rng = np.random.default_rng([seed, fold])
@@ -159,20 +201,32 @@ def subset(task: Task, fold: int, fraction: float, seed: int, groups: npt.NDArra
     rows = np.sort(np.concatenate([*taken, np.flatnonzero(task.fold == fold)]))
     folds = np.where(task.fold[rows] == fold, 0, TRAIN_ONLY).astype(np.int16)
     return Task(
-        task.kind, task.classes, task.ids[rows], task.content[rows], task.target[rows], folds, task.weight[rows]
+        task.kind,
+        task.classes,
+        task.ids[rows],
+        task.content[rows],
+        task.target[rows],
+        folds,
+        task.weight[rows],
     )
 
 
 def row_errors(task: Task, target: npt.NDArray[Any], predicted: npt.NDArray[np.float32]) -> Floats:
-    """(K, n) errors of predictions (K, n, C) of some rows of the task; nan where there is no prediction."""
+    """(K, n) errors of predictions (K, n, C) of some rows of the task; nan where there is no
+    prediction.
+    """
     if task.kind == "single":
         lost = np.isnan(predicted).any(2)
         return np.where(lost, np.nan, np.nan_to_num(predicted).argmax(2) != target)
     target = np.asarray(target, np.float64).reshape(len(target), -1)
     if task.kind == "multi":
-        return np.asarray(np.where(np.isnan(predicted), np.nan, (predicted >= 0.5) != (target >= 0.5)).mean(2))
+        return np.asarray(
+            np.where(np.isnan(predicted), np.nan, (predicted >= 0.5) != (target >= 0.5)).mean(2)
+        )
     variance = np.asarray(task.target, np.float64).reshape(len(task.target), -1).var(0)
-    return np.asarray(((predicted - target) ** 2 / np.where(variance > 0, variance, 1)).mean(2), np.float64)
+    return np.asarray(
+        ((predicted - target) ** 2 / np.where(variance > 0, variance, 1)).mean(2), np.float64
+    )
 
 
 def _counts(small: Task) -> Floats:
@@ -182,9 +236,12 @@ def _counts(small: Task) -> Floats:
     return np.bincount(small.target[trains], minlength=len(small.classes)).astype(np.float64)
 
 
-def row_draws(fold: npt.NDArray[Any], groups: npt.NDArray[Any], resamples: int, seed: int = 0) -> Floats:
-    """(N, 1 + B) weights of rows: ones, then B resamples of folds and of groups within them, so that the luck of the
-    training subsets is in the spread."""
+def row_draws(
+    fold: npt.NDArray[Any], groups: npt.NDArray[Any], resamples: int, seed: int = 0
+) -> Floats:
+    """(N, 1 + B) weights of rows: ones, then B resamples of folds and of groups within them, so
+    that the luck of the training subsets is in the spread.
+    """
     rng = np.random.default_rng(seed)
     numbers = np.unique(fold)
     times = rng.multinomial(len(numbers), np.full(len(numbers), 1 / len(numbers)), resamples)
@@ -201,9 +258,11 @@ def weighted_errors(wrong: Floats, weights: Floats) -> Floats:
 
 
 def fit_power_law(sizes: Floats, errors: Floats) -> PowerLaw:
-    """Least squares with floor and scale >= 0, sizes (S,), errors (S, B); each size weighs as its root.
+    """Least squares with floor and scale >= 0, sizes (S,), errors (S, B); each size weighs as its
+    root.
 
-    Small subsets are few images and vary more. For each exponent of a grid the best floor and scale are in closed form.
+    Small subsets are few images and vary more. For each exponent of a grid the best floor and scale
+    are in closed form.
     """
     weight = np.sqrt(sizes / sizes.max())[:, None]
     total = weight.sum()
@@ -225,17 +284,20 @@ def fit_power_law(sizes: Floats, errors: Floats) -> PowerLaw:
         better = loss < best
         best = np.where(better, loss, best)
         floor, scale, exponent = (
-            np.where(better, new, old) for new, old in ((a, floor), (b, scale), (np.full_like(a, c), exponent))
+            np.where(better, new, old)
+            for new, old in ((a, floor), (b, scale), (np.full_like(a, c), exponent))
         )
     return PowerLaw(floor, scale, exponent)
 
 
 def error_with_more(error: Estimate, gain: Estimate) -> Estimate:
-    """The error that is left of today's after a gain, >= 0, with both uncertainties in its interval.
+    """The error that is left of today's after a gain, >= 0, with both uncertainties in its
+    interval.
 
-    The interval of the difference is that of two intervals of unlike tails, put together by their squares ("MOVER", method of
-    variance estimates recovery: Zou and Donner 2008, "Construction of confidence limits about effect measures", Statistics in
-    Medicine 27:1693-1702). A larger error usually comes with a larger gain, so it is rather too wide than too narrow.
+    The interval of the difference is that of two intervals of unlike tails, put together by their
+    squares ("MOVER", method of variance estimates recovery: Zou and Donner 2008, "Construction of
+    confidence limits about effect measures", Statistics in Medicine 27:1693-1702). A larger error
+    usually comes with a larger gain, so it is rather too wide than too narrow.
     """
     value = error.value - gain.value
     low = value - float(np.hypot(error.value - error.low, gain.high - gain.value))
@@ -245,6 +307,8 @@ def error_with_more(error: Estimate, gain: Estimate) -> Estimate:
 
 
 def gain_from_more(law: PowerLaw, size: float, times: float) -> Estimate:
-    """By how much the error falls with `times` as many images, from the fit; the first weighting is the value itself."""
+    """By how much the error falls with `times` as many images, from the fit; the first weighting is
+    the value itself.
+    """
     gain = law.at(size) - law.at(size * times)
     return Estimate(float(gain[0]), gain[1:])

@@ -1,7 +1,9 @@
-"""Images that are nearly the same on two sides of a split: what a network has all but seen, it need not recognise.
+"""Images that are nearly the same on two sides of a split: what a network has all but seen, it need
+not recognise.
 
-N images, D numbers each: the pixels of small grey copies, or features. Each number is standardised over the images,
-because the raw vectors of any two photographs of one kind point nearly the same way; then likeness is the cosine.
+N images, D numbers each: the pixels of small grey copies, or features. Each number is standardised
+over the images, because the raw vectors of any two photographs of one kind point nearly the same
+way; then likeness is the cosine.
 """
 
 from dataclasses import dataclass
@@ -14,7 +16,8 @@ import numpy.typing as npt
 MAX_IMAGES = 40_000
 # The likest so many pairs are kept: in a set of thousands of like images every pair is one.
 MAX_PAIRS = 100_000
-# Directions in which pairs are compared first: distances only shrink in a projection, so no close pair is missed.
+# Directions in which pairs are compared first: distances only shrink in a projection, so no close
+# pair is missed.
 _DIRECTIONS = 48
 _BLOCK = 2048
 
@@ -38,10 +41,11 @@ def like_pairs(
     max_pairs: int = MAX_PAIRS,
     seed: int = 0,
 ) -> LikePairs:
-    """The pairs of rows with cosine `alike` or more whose sides differ; the `max_pairs` likest where there are more.
+    """The pairs of rows with cosine `alike` or more whose sides differ; the `max_pairs` likest
+    where there are more.
 
-    vectors: (N, D), one row per distinct image; side: (N,) any labels. Beyond `max_images` rows, of as many drawn at
-    random.
+    vectors: (N, D), one row per distinct image; side: (N,) any labels. Beyond `max_images` rows, of
+    as many drawn at random.
     """
     drawn = np.arange(len(vectors))
     if len(drawn) > max_images:
@@ -88,7 +92,9 @@ def _cosines(X: npt.NDArray[np.float32], pairs: npt.NDArray[np.int64]) -> npt.ND
 
 
 def _projection(X: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """X on its widest directions, found on a few thousand rows; X itself where it has no more columns than those."""
+    """X on its widest directions, found on a few thousand rows; X itself where it has no more
+    columns than those.
+    """
     if X.shape[1] <= _DIRECTIONS:
         return X
     sample = X[:: max(1, len(X) // 4096)]

@@ -1,9 +1,11 @@
-"""The ensemble of a run: picked from stored predictions, scored on rows that had no part in picking it, kept only if better.
+"""The ensemble of a run: picked from stored predictions, scored on rows that had no part in picking
+it, kept only if better.
 
-K candidates, N held-out rows. Each head first gets a temperature of its own, so that heads that are too unsure (support
-vectors, ridge) or too sure have their say; the average gets another. The score is nested: for each part of the rows, heads
-are calibrated, picked and weighted on the other parts alone, and that ensemble predicts the part. What it has to beat is nested
-just so: for each part, the head that is best on the other parts. The ensemble that is kept is picked on all rows.
+K candidates, N held-out rows. Each head first gets a temperature of its own, so that heads that are
+too unsure (support vectors, ridge) or too sure have their say; the average gets another. The score
+is nested: for each part of the rows, heads are calibrated, picked and weighted on the other parts
+alone, and that ensemble predicts the part. What it has to beat is nested just so: for each part,
+the head that is best on the other parts. The ensemble that is kept is picked on all rows.
 """
 
 import hashlib
@@ -51,7 +53,10 @@ class Member:
 
 @dataclass(frozen=True)
 class Ensemble:
-    """What averaging heads is worth. Scores are nested: no row was scored by an ensemble that it helped to pick."""
+    """What averaging heads is worth.
+
+    Scores are nested: no row was scored by an ensemble that it helped to pick.
+    """
 
     metric: str
     members: tuple[Member, ...]  # by weight, largest first
@@ -61,7 +66,8 @@ class Ensemble:
     value: float  # nested
     low: float  # 95 % interval of `value`
     high: float
-    winner: float  # the leaderboard's winner on the same rows, the luck of having been picked on them included
+    # the leaderboard's winner on the same rows, the luck of having been picked on them included
+    winner: float
     single: float  # nested too: on each part of the rows, the head that is best on the others
     gain: float  # by how much the ensemble is better than `single`, positive = better
     gain_low: float  # paired interval of `gain`, of the level `level`
@@ -78,21 +84,26 @@ class Ensemble:
 
     def summary(self) -> dict[str, Any]:
         """For JSON, without the members."""
-        values = {name: value for name, value in vars(self).items() if name not in ("members", "metrics")}
+        values = {
+            name: value for name, value in vars(self).items() if name not in ("members", "metrics")
+        }
         return {name: None if value != value else value for name, value in values.items()}
 
 
 def build_ensemble(
     board: pd.DataFrame, held: HeldOut, metric: str, section: EnsembleSection, *, seed: int = 0
 ) -> Ensemble | None:
-    """Pick an ensemble from the whole heads of a leaderboard (best first); None where there are fewer than two.
+    """Pick an ensemble from the whole heads of a leaderboard (best first); None where there are
+    fewer than two.
 
-    Deterministic in the seed. It is `chosen` when it has several members and, on the same rows, is better than choosing the
-    best head: the interval of the gain, of the level `section.confidence`, lies above 0. Both are without the luck of the rows
-    that they were picked on.
+    Deterministic in the seed. It is `chosen` when it has several members and, on the same rows, is
+    better than choosing the best head: the interval of the gain, of the level `section.confidence`,
+    lies above 0. Both are without the luck of the rows that they were picked on.
     """
     kind = held.task.kind
-    limits = EnsembleLimits(section.members, section.networks, section.network_price, section.rounds)
+    limits = EnsembleLimits(
+        section.members, section.networks, section.network_price, section.rounds
+    )
     found, predicted = _candidates(board, held, section)
     if len(found) < 2:
         return None
@@ -119,7 +130,8 @@ def build_ensemble(
     weights = greedy_weights(kind, loss_elements(kind, held.target, told), networks, limits)
     order = sorted(np.flatnonzero(weights), key=lambda place: -weights[place])
     members = [
-        Member(float(weights[k]), float(temperatures[k]), found.iloc[k], tuple(sorted(networks[k]))) for k in order
+        Member(float(weights[k]), float(temperatures[k]), found.iloc[k], tuple(sorted(networks[k])))
+        for k in order
     ]
     first = predicted[int(found["rank"].argmin())]
     single = nested_choice(board.reset_index(drop=True), held, metric, part)
@@ -144,7 +156,9 @@ def _judged(
     scores = weighted_scores(kind, held.target, predicted, held.fold, metric, weightings)
     gains = (scores[0] - scores[1]) * (1 if METRICS[metric].higher_is_better else -1)
     low, high = np.nanquantile(scores[0, 1:], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    low, high = no_narrower(held, predicted[0], metric, float(scores[0, 0]), (float(low), float(high)))
+    low, high = no_narrower(
+        held, predicted[0], metric, float(scores[0, 0]), (float(low), float(high))
+    )
     level = section.confidence
     gain_low, gain_high = np.nanquantile(gains[1:], [(1 - level) / 2, (1 + level) / 2])
     sure = float((gains[1:] > 0).mean())
@@ -174,7 +188,8 @@ def _candidates(
 ) -> tuple[pd.DataFrame, npt.NDArray[np.float32]]:
     """The heads to pick from, cheap before dear, and their predictions (K, N, C).
 
-    The best by their own loss, the winner, and the best of each (inputs, kind): what is unlike the others helps most.
+    The best by their own loss, the winner, and the best of each (inputs, kind): what is unlike the
+    others helps most.
     """
     kind = held.task.kind
     board = board.reset_index(drop=True)
@@ -186,23 +201,30 @@ def _candidates(
     most = int(min(section.candidates, max(20, BUDGET / (elements * section.rounds * (PARTS + 1)))))
     best_of_each = usable.drop_duplicates(["inputs", "kind"]).index[: most // 2]
     wanted = [*usable.sort_values("rank").index[:1], *best_of_each, *usable.index]
-    chosen = usable.loc[list(dict.fromkeys(wanted))[:most]].sort_values(["features", "loss"], ignore_index=True)
+    chosen = usable.loc[list(dict.fromkeys(wanted))[:most]].sort_values(
+        ["features", "loss"], ignore_index=True
+    )
     predicted: npt.NDArray[np.float32] | None = None
     for places, block in read_predictions(chosen, held):
         if predicted is None:
             predicted = np.zeros((len(chosen), *block.shape[1:]), np.float32)
         predicted[places] = block
-    return chosen, predicted if predicted is not None else np.zeros((0, len(held.rows), 1), np.float32)
+    return chosen, predicted if predicted is not None else np.zeros(
+        (0, len(held.rows), 1), np.float32
+    )
 
 
 def _networks(row: pd.Series) -> frozenset[str]:
-    """The forward passes that a head needs: a network with other weights or another preprocessing is another one."""
+    """The forward passes that a head needs: a network with other weights or another preprocessing
+    is another one.
+    """
     features = [feature["spec"] for feature in read_bank(row["path"]).features]
     if row["kind"] == "finetune":  # its own weights, whatever it started from
         return frozenset([f"fine-tuned {hashlib.sha256(row['spec'].encode()).hexdigest()[:8]}"])
     looks = [hashlib.sha256(spec["preprocessing"].encode()).hexdigest()[:8] for spec in features]
     return frozenset(
-        f"{spec['backbone']} ({spec['weights'][:8]}/{look})" for spec, look in zip(features, looks, strict=True)
+        f"{spec['backbone']} ({spec['weights'][:8]}/{look})"
+        for spec, look in zip(features, looks, strict=True)
     )
 
 

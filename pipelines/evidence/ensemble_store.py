@@ -1,4 +1,6 @@
-"""The ensemble as a model directory: ensemble.json, and each member as a model directory of its own. No pickle."""
+"""The ensemble as a model directory: ensemble.json, and each member as a model directory of its
+own. No pickle.
+"""
 
 import contextlib
 import hashlib
@@ -28,7 +30,8 @@ def save_ensemble(
     backbones: Mapping[str, BackboneSpec | None],
     task: Task,
 ) -> Path:
-    """Write the members, then ensemble.json, which names them, then remove members of an earlier ensemble.
+    """Write the members, then ensemble.json, which names them, then remove members of an earlier
+    ensemble.
 
     directories, backbones: of the feature sets by name. Returns the path of ensemble.json.
     """
@@ -38,7 +41,15 @@ def save_ensemble(
         key = hashlib.sha256(f"{Path(row['path']).name} {row['spec']}".encode()).hexdigest()[:16]
         features = _features(row, directories)
         made_by = [backbones[name] for name in row["inputs"] for _ in directories[name]]
-        save_winner(directory / "members" / key, row, features, made_by, task, ensemble.metric, member.temperature)
+        save_winner(
+            directory / "members" / key,
+            row,
+            features,
+            made_by,
+            task,
+            ensemble.metric,
+            member.temperature,
+        )
         members.append(
             {
                 "model": f"members/{key}",
@@ -58,7 +69,11 @@ def save_ensemble(
         "temperature": ensemble.temperature,
         "task_kind": task.kind,
         "classes": list(task.classes),
-        "metrics": {f"validation_{name}": value for name, value in ensemble.metrics.items() if value == value},
+        "metrics": {
+            f"validation_{name}": value
+            for name, value in ensemble.metrics.items()
+            if value == value
+        },
         "nested": ensemble.summary(),
     }
     path = directory / DESCRIPTION
@@ -83,7 +98,9 @@ def show_test(
         (member.weight, member.temperature, member.row, _features(member.row, directories))
         for member in ensemble.members
     ]
-    return open_ensemble_test(openings, members, ensemble.temperature, test, train_digest, ensemble.metric, groups)
+    return open_ensemble_test(
+        openings, members, ensemble.temperature, test, train_digest, ensemble.metric, groups
+    )
 
 
 def _features(row: pd.Series, directories: Mapping[str, Sequence[Path]]) -> list[FeatureSet]:

@@ -1,7 +1,9 @@
-"""How far the images of a run lie from those of another run, in the features of the one network that both have.
+"""How far the images of a run lie from those of another run, in the features of the one network
+that both have.
 
-The other run stands for what the network knows: some images of what it was trained on, or an earlier task that went well. N
-images of the run, M of the reference, D features, standardised by the reference.
+The other run stands for what the network knows: some images of what it was trained on, or an
+earlier task that went well. N images of the run, M of the reference, D features, standardised by
+the reference.
 """
 
 from collections.abc import Mapping, Sequence
@@ -34,8 +36,9 @@ class ReferenceEvidence:
 
     name: str
     images: int  # of the reference that were compared with
-    # How far an image of the run is from the nearest reference image, as a multiple of how far reference images are from
-    # each other, both as medians; 1: the run's images lie among the reference's. The interval is of this draw of images.
+    # How far an image of the run is from the nearest reference image, as a multiple of how far
+    # reference images are from each other, both as medians; 1: the run's images lie among the
+    # reference's. The interval is of this draw of images.
     ratio: Estimate
 
 
@@ -49,8 +52,9 @@ def reference_evidence(
 ) -> tuple[ReferenceEvidence, ...]:
     """One per feature set of both, maps left out, in the order of `directories`.
 
-    directories, reference: feature sets by name, of the run and of the reference; those with one fingerprint are the same.
-    Images that both runs have are left out of the reference. Raises NoReference, saying what is missing.
+    directories, reference: feature sets by name, of the run and of the reference; those with one
+    fingerprint are the same. Images that both runs have are left out of the reference. Raises
+    NoReference, saying what is missing.
     """
     theirs = {open_feature_set(views[0]).spec.fingerprint: views[0] for views in reference.values()}
     shared = {}
@@ -60,15 +64,18 @@ def reference_evidence(
             shared[name] = views[0], theirs[spec.fingerprint]
     if not shared:
         raise NoReference(
-            f"the runs have no feature set in common: here are {', '.join(directories)}; there are {', '.join(reference)}. "
-            "Run the reference's images through the same backbones (weights, image_size, mean, std) and taps"
+            f"the runs have no feature set in common: here are {', '.join(directories)}; there "
+            f"are {', '.join(reference)}. "
+            "Run the reference's images through the same backbones (weights, image_size, mean, "
+            "std) and taps"
         )
     others = np.setdiff1d(reference_content, content)
     draw = np.random.default_rng(seed)
     own, other = (np.sort(draw.permutation(np.unique(each))[:ROWS]) for each in (content, others))
     if min(len(own), len(other)) < LEAST:
         raise NoReference(
-            f"{len(own):,} images are to be compared with {len(other):,} that only the reference has; at least {LEAST} of "
+            f"{len(own):,} images are to be compared with {len(other):,} that only the "
+            f"reference has; at least {LEAST} of "
             "each are needed: give a run on other images"
         )
     found = []
@@ -78,15 +85,21 @@ def reference_evidence(
     return tuple(found)
 
 
-def distance_ratio(own: npt.NDArray[Any], reference: npt.NDArray[Any], *, seed: int = 0) -> Estimate:
-    """Median distance of rows (N, D) to their nearest reference row (M, D), over that of reference rows to each other."""
+def distance_ratio(
+    own: npt.NDArray[Any], reference: npt.NDArray[Any], *, seed: int = 0
+) -> Estimate:
+    """Median distance of rows (N, D) to their nearest reference row (M, D), over that of reference
+    rows to each other.
+    """
     mean, deviation = reference.mean(0), reference.std(0)
     deviation = np.where(deviation > 0, deviation, 1)
     own, reference = (((each - mean) / deviation).astype(np.float64) for each in (own, reference))
     away, among = _nearest(own, reference, same=False), _nearest(reference, reference, same=True)
     draw = np.random.default_rng(seed)
     draws = [
-        _ratio(draw.choice(away, len(away)), draw.choice(among, len(among)))  # the neighbours stay what they are
+        _ratio(
+            draw.choice(away, len(away)), draw.choice(among, len(among))
+        )  # the neighbours stay what they are
         for _ in range(RESAMPLES)
     ]
     return Estimate(_ratio(away, among), np.array(draws))
@@ -98,7 +111,8 @@ def reference_text(evidence: Sequence[ReferenceEvidence]) -> str:
     low, value, high = last.ratio.low, last.ratio.value, last.ratio.high
     verdict = "they lie among them" if low <= 1 else "they lie further out than those lie apart"
     return (
-        f"On {last.name} an image is {value:.2f} times (95 % interval {low:.2f} to {high:.2f}) as far from the nearest of "
+        f"On {last.name} an image is {value:.2f} times (95 % interval {low:.2f} to {high:.2f}) "
+        "as far from the nearest of "
         f"{last.images:,} reference images as those are from each other: {verdict}."
     )
 
@@ -108,7 +122,9 @@ def _ratio(away: Floats, among: Floats) -> float:
 
 
 def _nearest(rows: Floats, reference: Floats, *, same: bool) -> Floats:
-    """(N,) the distance of each row to the nearest reference row; same: to the nearest other one."""
+    """(N,) the distance of each row to the nearest reference row; same: to the nearest
+    other one.
+    """
     squares = (rows**2).sum(1)[:, None] + (reference**2).sum(1)[None] - 2 * rows @ reference.T
     if same:
         np.fill_diagonal(squares, np.inf)

@@ -1,4 +1,6 @@
-"""A finished run's directory, read for advice: its leaderboard, task and feature sets, without looking at an image."""
+"""A finished run's directory, read for advice: its leaderboard, task and feature sets, without
+looking at an image.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -26,15 +28,22 @@ class RunFiles:
     board: pd.DataFrame  # best first; `inputs` are tuples of names
     task: Task
     groups: npt.NDArray[Any] | None
-    directories: Mapping[str, tuple[Path, ...]]  # of the feature sets, view by view, in the recipe's order
+    directories: Mapping[
+        str, tuple[Path, ...]
+    ]  # of the feature sets, view by view, in the recipe's order
 
 
 def read_run_files(run: Path) -> RunFiles:
-    """Read a finished run, given by its directory or its recipe. Raises NotARun, saying what is missing."""
+    """Read a finished run, given by its directory or its recipe.
+
+    Raises NotARun, saying what is missing.
+    """
     paths = RunPaths(find_run(run).root.absolute())  # workers are told where things lie
     require_finished(paths, paths.recipe, paths.leaderboard)
     recipe = stored_recipe(paths)
-    board = pd.read_csv(read_table(paths.leaderboard), keep_default_na=False, na_values={"standard_error": [""]})
+    board = pd.read_csv(
+        read_table(paths.leaderboard), keep_default_na=False, na_values={"standard_error": [""]}
+    )
     board["inputs"] = [tuple(text.split(" + ")) for text in board["inputs"]]
     board["path"] = [str(results_file(paths, path)) for path in board["path"]]
     first = read_bank(board["path"].iloc[0])
@@ -53,8 +62,13 @@ def _feature_sets(board: pd.DataFrame, cache: Path) -> dict[str, tuple[Path, ...
     """By name, in the order of the widest head's inputs: those are in the recipe's order."""
     found: dict[str, tuple[Path, ...]] = {}
     rows = board.drop_duplicates("inputs")
-    for inputs, path in sorted(zip(rows["inputs"], rows["path"], strict=True), key=lambda each: -len(each[0])):
-        specs = [FeatureSpec.from_json(json.dumps(feature["spec"])) for feature in read_bank(path).features]
+    for inputs, path in sorted(
+        zip(rows["inputs"], rows["path"], strict=True), key=lambda each: -len(each[0])
+    ):
+        specs = [
+            FeatureSpec.from_json(json.dumps(feature["spec"]))
+            for feature in read_bank(path).features
+        ]
         views = max(1, len(specs) // len(inputs))
         for place, name in enumerate(inputs):
             own: Sequence[FeatureSpec] = specs[place * views : (place + 1) * views]

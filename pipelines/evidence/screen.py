@@ -1,7 +1,8 @@
-"""Successive halving across feature sets and sizes of training data: all inputs start on few images, the promising go on.
+"""Successive halving across feature sets and sizes of training data: all inputs start on few
+images, the promising go on.
 
-Jamieson and Talwalkar 2016, with the share of the images as the resource. Which inputs stay depends on validation folds of
-the training rows alone, as everything that chooses does.
+Jamieson and Talwalkar 2016, with the share of the images as the resource. Which inputs stay depends
+on validation folds of the training rows alone, as everything that chooses does.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -28,10 +29,12 @@ class Screening:
     """Which inputs went on, and what each round said."""
 
     kept: tuple[Inputs, ...]
-    rounds: tuple[tuple[float, Mapping[Inputs, float]], ...]  # share of the images, error of each input that took part
-    luck: float = (
-        0.0  # by how much the error of the best of all inputs is luckier than that of the best of the kept ones
-    )
+    rounds: tuple[
+        tuple[float, Mapping[Inputs, float]], ...
+    ]  # share of the images, error of each input that took part
+    # by how much the error of the best of all inputs is luckier than that of the best of the kept
+    # ones
+    luck: float = 0.0
     # (rows of the task,) of each input in the first round, nan where a row is not held out
     wrong: Mapping[Inputs, npt.NDArray[np.float64]] = field(default_factory=dict, compare=False)
 
@@ -45,12 +48,17 @@ def screen_inputs(
     train_all: Callable[[Sequence[BankJob]], None],
     groups: npt.NDArray[Any] | None = None,
 ) -> Screening:
-    """Linear heads on a share of the images for each input; the best share of the inputs goes on to the next round.
+    """Linear heads on a share of the images for each input; the best share of the inputs goes on to
+    the next round.
 
-    groups: as in `learning_curve`. Inputs with a map are not screened: they stay. Results are kept in `folder`; a second
-    call trains nothing.
+    groups: as in `learning_curve`. Inputs with a map are not screened: they stay. Results are kept
+    in `folder`; a second call trains nothing.
     """
-    alive = [inputs for inputs in dict.fromkeys(wanted) if not any(name.endswith(".map") for name in inputs)]
+    alive = [
+        inputs
+        for inputs in dict.fromkeys(wanted)
+        if not any(name.endswith(".map") for name in inputs)
+    ]
     maps = [inputs for inputs in dict.fromkeys(wanted) if inputs not in alive]
     rounds = []
     wrong: dict[Inputs, npt.NDArray[np.float64]] = {}
@@ -61,7 +69,13 @@ def screen_inputs(
         for inputs in alive:
             features = [path for name in inputs for path in directories[name]]
             curve = learning_curve(
-                task, features, linear_specs(task), folder, train_all, groups=groups, fractions=(fraction,)
+                task,
+                features,
+                linear_specs(task),
+                folder,
+                train_all,
+                groups=groups,
+                fractions=(fraction,),
             )
             errors[inputs] = float(curve.errors[0])
             if inputs not in wrong:
@@ -89,7 +103,8 @@ def _luck(
     held = np.isfinite(table).all(0)
     stayed = np.array([inputs in kept for inputs in wrong])
     luck = [
-        choice_luck(-table[part][:, held], task.fold[held], groups[held]) for part in (np.ones_like(stayed), stayed)
+        choice_luck(-table[part][:, held], task.fold[held], groups[held])
+        for part in (np.ones_like(stayed), stayed)
     ]
     return max(0.0, luck[0] - luck[1])
 

@@ -1,12 +1,15 @@
-"""What the winner may be expected to score on new images, and which heads cannot be told apart from it.
+"""What the winner may be expected to score on new images, and which heads cannot be told apart from
+it.
 
-K heads, N held-out rows, B resamples. The best of K validation scores is too good: part of it is luck. The correction is
-that of Tsamardinos, Greasidou and Borboudakis (2018), "Bootstrapping the out-of-sample predictions for efficient and
-accurate cross-validation" (BBC-CV): the choice is repeated on resampled rows, and each time the chosen head is scored on
-the rows that were not drawn. No head is trained again.
+K heads, N held-out rows, B resamples. The best of K validation scores is too good: part of it is
+luck. The correction is that of Tsamardinos, Greasidou and Borboudakis (2018), "Bootstrapping the
+out-of-sample predictions for efficient and accurate cross-validation" (BBC-CV): the choice is
+repeated on resampled rows, and each time the chosen head is scored on the rows that were not drawn.
+No head is trained again.
 
-That is the score on new rows with the classes in the same shares. Folds are stratified, so held-out rows have the very shares
-that their heads were trained on, and where shares are a matter of chance, new rows have not: `share_optimism` is taken off.
+That is the score on new rows with the classes in the same shares. Folds are stratified, so held-out
+rows have the very shares that their heads were trained on, and where shares are a matter of chance,
+new rows have not: `share_optimism` is taken off.
 """
 
 from collections.abc import Iterable
@@ -38,37 +41,50 @@ Floats = npt.NDArray[np.float64]
 RESAMPLES = 500
 LEVEL = 0.95
 _SHARE_BUDGET = 2e8  # numbers of a head's predictions that the drawn shares may look at: a second
-# Metrics made of sorted rows cost K × N × C × B without a matrix product: fewer heads and resamples, a second or two.
+# Metrics made of sorted rows cost K × N × C × B without a matrix product: fewer heads and
+# resamples, a second or two.
 SORTED_BUDGET = 4e8
 SORTED_RESAMPLES = 200
 
 
 @dataclass(frozen=True)
 class Selection:
-    """What choosing the best of `tried` settings has cost in honesty, and how sure the choice is."""
+    """What choosing the best of `tried` settings has cost in honesty, and how sure the
+    choice is.
+    """
 
     metric: str
     tried: int  # settings that the winner was chosen from
     images: int  # held-out rows that they were compared on
     resamples: int
     validation: float  # the winner's own validation score: the best of `tried`, and so too good
-    calibrated: float  # the same at the winner's temperature, cross-fitted: only log loss and the like are others
+    # the same at the winner's temperature, cross-fitted: only log loss and the like are others
+    calibrated: float
     expected: float  # the score to expect of it, at its temperature, on new images
     low: float  # 95 % interval of `expected`
     high: float
-    together: int  # settings that cannot be told apart from the best with 95 % confidence, the winner included
-    cheapest: int  # of those the rank (from 1, in the leaderboard) of the one with the fewest features
+    # settings that cannot be told apart from the best with 95 % confidence, the winner included
+    together: int
+    cheapest: (
+        int  # of those the rank (from 1, in the leaderboard) of the one with the fewest features
+    )
     calibration: Calibration | None  # of the winner; None for regression
     table: pd.DataFrame  # one row per compared setting; see `compare_with_best`
 
     @property
     def optimism(self) -> float:
-        """By how much the validation score is too good, >= 0 apart from resampling noise, whatever the metric."""
-        return (self.calibrated - self.expected) * (1 if METRICS[self.metric].higher_is_better else -1)
+        """By how much the validation score is too good, >= 0 apart from resampling noise, whatever
+        the metric.
+        """
+        return (self.calibrated - self.expected) * (
+            1 if METRICS[self.metric].higher_is_better else -1
+        )
 
     def summary(self) -> dict[str, Any]:
         """Everything but the table, for JSON: an undefined number is None."""
-        values = {name: value for name, value in vars(self).items() if name != "table"} | {"optimism": self.optimism}
+        values = {name: value for name, value in vars(self).items() if name != "table"} | {
+            "optimism": self.optimism
+        }
         values["calibration"] = None if self.calibration is None else self.calibration.summary()
         return {name: None if value != value else value for name, value in values.items()}
 
@@ -82,12 +98,13 @@ def assess_selection(
     blocks: Iterable[tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]] | None = None,
     screened: tuple[float, Floats] | None = None,
 ) -> Selection | None:
-    """The selection among the whole heads of a leaderboard (best first); None where fewer than two rows are held out.
+    """The selection among the whole heads of a leaderboard (best first); None where fewer than two
+    rows are held out.
 
-    blocks: (places in the board, predictions (k, N, C)), by default those that are stored. screened: where inputs were
-    screened on the same rows, how much luckier the best of all of them was than the best of those that stayed, and the errors
-    (N,) of the winner's input there: so much of that luck is in the winner's score as its own errors are those. Deterministic
-    in the seed.
+    blocks: (places in the board, predictions (k, N, C)), by default those that are stored.
+    screened: where inputs were screened on the same rows, how much luckier the best of all of them
+    was than the best of those that stayed, and the errors (N,) of the winner's input there: so much
+    of that luck is in the winner's score as its own errors are those. Deterministic in the seed.
     """
     kind, classes = held.task.kind, max(1, len(held.task.classes))
     resamples = RESAMPLES
@@ -100,7 +117,8 @@ def assess_selection(
     if not left.any():
         return None
     seen = np.concatenate([np.ones((len(drawn), 1)), drawn], axis=1)
-    # The few rows of one fold that were not drawn may hardly differ, and R² among them is then far below anything real.
+    # The few rows of one fold that were not drawn may hardly differ, and R² among them is then far
+    # below anything real.
     left_fold = np.zeros_like(held.fold) if metric == "r2" else held.fold
     places, parts, wins = [], [], []
     first: npt.NDArray[np.float32] | None = None
@@ -119,20 +137,31 @@ def assess_selection(
     order = np.argsort(np.concatenate(places))
     place = np.concatenate(places)[order]
     scores = np.concatenate(parts)[order] * (1 if METRICS[metric].higher_is_better else -1)
-    right = np.concatenate([win for win in wins if win is not None])[order] if metric == "accuracy" else None
+    right = (
+        np.concatenate([win for win in wins if win is not None])[order]
+        if metric == "accuracy"
+        else None
+    )
     compared = board.iloc[place]
-    observed, inside, outside = scores[:, 0], scores[:, 1 : 1 + resamples], scores[:, 1 + resamples :]
+    observed, inside, outside = (
+        scores[:, 0],
+        scores[:, 1 : 1 + resamples],
+        scores[:, 1 + resamples :],
+    )
     cost = compared["features"].to_numpy()
     values = chosen_scores(inside, outside, cost)
     expected, low, high = corrected(values, share=float(left.mean()))
     back = 1 if METRICS[metric].higher_is_better else -1
     optimism = share_optimism(held, first, metric) if is_stratified(held) else 0.0
     if screened is not None and metric in ("accuracy", "hamming_accuracy"):
-        optimism += screened[0] * _likeness(screened[1], 1 - row_hits(kind, held.target, first, metric))
+        optimism += screened[0] * _likeness(
+            screened[1], 1 - row_hits(kind, held.target, first, metric)
+        )
     # Of simulated boards nothing is known but scores.
     floor = floor_of(compared["spec"].iloc[0], kind, classes) if "spec" in compared else FLOOR
     told = calibrated(held, first, floor)
-    # What the temperature changes is the same for all rows' luck: it is added, and the choice was made without it.
+    # What the temperature changes is the same for all rows' luck: it is added, and the choice was
+    # made without it.
     gained = _mean_score(held, told, metric) - _mean_score(held, first, metric)
     expected, low, high = (back * value - optimism + gained for value in (expected, low, high))
     low, high = no_narrower(held, told, metric, expected, (min(low, high), max(low, high)))
@@ -160,13 +189,20 @@ def assess_selection(
 def _mean_score(held: HeldOut, predicted: npt.NDArray[Any], metric: str) -> float:
     """The mean over folds of one head's metric (N, C), as the leaderboard has it."""
     weights = np.ones((len(held.rows), 1))
-    return float(weighted_scores(held.task.kind, held.target, predicted[None], held.fold, metric, weights)[0, 0])
+    return float(
+        weighted_scores(held.task.kind, held.target, predicted[None], held.fold, metric, weights)[
+            0, 0
+        ]
+    )
 
 
 def resampled_rows(
     fold: npt.NDArray[Any], groups: npt.NDArray[Any], resamples: int, seed: int
 ) -> npt.NDArray[np.float64]:
-    """(N, B) how often each row is drawn. As many groups are drawn, with replacement, as each fold has."""
+    """(N, B) how often each row is drawn.
+
+    As many groups are drawn, with replacement, as each fold has.
+    """
     rng = np.random.default_rng(seed)
     drawn = np.zeros((len(fold), resamples))
     for number in np.unique(fold):
@@ -178,7 +214,8 @@ def resampled_rows(
 
 
 def chosen_scores(inside: Floats, outside: Floats, cost: npt.NDArray[Any]) -> Floats:
-    """(B,) the score on rows that were not drawn, of the head that is best on those that were; higher is better.
+    """(B,) the score on rows that were not drawn, of the head that is best on those that were;
+    higher is better.
 
     inside, outside: (K, B). Ties go to the cheaper head. nan where nothing is defined.
     """
@@ -186,28 +223,42 @@ def chosen_scores(inside: Floats, outside: Floats, cost: npt.NDArray[Any]) -> Fl
     return np.asarray(outside[best, np.arange(inside.shape[1])])
 
 
-def choice_luck(scores: Floats, fold: npt.NDArray[Any], groups: npt.NDArray[Any], *, seed: int = 0) -> float:
-    """By how much the best mean of row scores (K, N), higher better, is higher than what choosing it yields on other rows."""
+def choice_luck(
+    scores: Floats, fold: npt.NDArray[Any], groups: npt.NDArray[Any], *, seed: int = 0
+) -> float:
+    """By how much the best mean of row scores (K, N), higher better, is higher than what choosing
+    it yields on other rows.
+    """
     drawn = resampled_rows(fold, np.unique(groups, return_inverse=True)[1], RESAMPLES, seed)
     left = (drawn == 0).astype(np.float64)
-    inside, outside = (scores @ weights / np.maximum(weights.sum(0), 1) for weights in (drawn, left))
-    return float(scores.mean(1).max() - chosen_scores(inside, outside, np.zeros(len(scores))).mean())
+    inside, outside = (
+        scores @ weights / np.maximum(weights.sum(0), 1) for weights in (drawn, left)
+    )
+    return float(
+        scores.mean(1).max() - chosen_scores(inside, outside, np.zeros(len(scores))).mean()
+    )
 
 
 def best_heads(scores: Floats, cost: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-    """(B,) the head that is best by each column of scores (K, B), higher is better; ties go to the cheaper head."""
+    """(B,) the head that is best by each column of scores (K, B), higher is better; ties go to the
+    cheaper head.
+    """
     by_cost = np.argsort(cost, kind="stable")
     # The leaderboard's order would break ties by the very rows that are left out.
     ranked = np.round(np.where(np.isfinite(scores), scores, -np.inf)[by_cost], 6)
     return np.asarray(by_cost[ranked.argmax(0)], np.int64)
 
 
-def nested_choice(board: pd.DataFrame, held: HeldOut, metric: str, part: npt.NDArray[np.int64]) -> Floats:
-    """(N, C) predictions of each part of the rows by the head that is best on the other parts, at the temperature that these
-    give it: what choosing the best of the board is worth, without the luck of the rows that it was chosen on.
+def nested_choice(
+    board: pd.DataFrame, held: HeldOut, metric: str, part: npt.NDArray[np.int64]
+) -> Floats:
+    """(N, C) predictions of each part of the rows by the head that is best on the other parts, at
+    the temperature that these give it: what choosing the best of the board is worth, without the
+    luck of the rows that it was chosen on.
 
-    part: (N,) which part a row is in. Only rows of the board whose predictions are whole can be chosen; there is one. Of very
-    many heads and a metric made of sorted rows only the board's best are tried, and with them some of its luck.
+    part: (N,) which part a row is in. Only rows of the board whose predictions are whole can be
+    chosen; there is one. Of very many heads and a metric made of sorted rows only the board's best
+    are tried, and with them some of its luck.
     """
     numbers = np.unique(part)
     others = (part[:, None] != numbers).astype(np.float64)
@@ -219,7 +270,9 @@ def nested_choice(board: pd.DataFrame, held: HeldOut, metric: str, part: npt.NDA
     for some in (tried, board):  # the second only where none of the first has whole predictions
         for block, predicted in read_predictions(some, held):
             places.append(block)
-            scores.append(weighted_scores(held.task.kind, held.target, predicted, held.fold, metric, others))
+            scores.append(
+                weighted_scores(held.task.kind, held.target, predicted, held.fold, metric, others)
+            )
         if places:
             break
     place = np.concatenate(places)
@@ -229,11 +282,15 @@ def nested_choice(board: pd.DataFrame, held: HeldOut, metric: str, part: npt.NDA
     told, chosen = stacked_predictions(board.iloc[few], held)
     assert len(told) == len(few)  # they were whole a moment ago
     nested, kind = np.zeros(chosen.shape[1:]), held.task.kind
-    floors = [floor_of(spec, kind, len(held.task.classes)) for spec in board["spec"].to_numpy()[few]]
+    floors = [
+        floor_of(spec, kind, len(held.task.classes)) for spec in board["spec"].to_numpy()[few]
+    ]
     for number, own in zip(numbers, position, strict=True):
         inside = part != number
         given = held.weight[inside]
-        temperature = fit_temperature(kind, held.target[inside], chosen[own][inside], given, floors[own])
+        temperature = fit_temperature(
+            kind, held.target[inside], chosen[own][inside], given, floors[own]
+        )
         nested[~inside] = with_temperature(kind, chosen[own][~inside], temperature, floors[own])
     return nested
 
@@ -241,8 +298,9 @@ def nested_choice(board: pd.DataFrame, held: HeldOut, metric: str, part: npt.NDA
 def corrected(values: Floats, share: float, level: float = LEVEL) -> tuple[float, float, float]:
     """The mean of the out-of-bag scores, and the interval of that mean.
 
-    Each score is one of `share` of the rows and varies more than one of all rows would; the quantiles are drawn together
-    by the factor of the delete-d jackknife, √(share / (1 - share)) (Shao and Wu 1989).
+    Each score is one of `share` of the rows and varies more than one of all rows would; the
+    quantiles are drawn together by the factor of the delete-d jackknife, √(share / (1 - share))
+    (Shao and Wu 1989).
     """
     found = values[np.isfinite(values)]
     if len(found) == 0:
@@ -250,19 +308,28 @@ def corrected(values: Floats, share: float, level: float = LEVEL) -> tuple[float
     middle = float(found.mean())
     narrower = min(1.0, float(np.sqrt(share / (1 - share)))) if share < 1 else 1.0
     below, above = np.quantile(found, [(1 - level) / 2, (1 + level) / 2]) - middle
-    return middle, middle + narrower * min(0.0, float(below)), middle + narrower * max(0.0, float(above))
+    return (
+        middle,
+        middle + narrower * min(0.0, float(below)),
+        middle + narrower * max(0.0, float(above)),
+    )
 
 
 def _likeness(first: Floats, second: Floats) -> float:
     """The correlation of two heads' errors on the same rows, 0 to 1."""
-    first, second = np.nan_to_num(first), second.reshape(len(second), -1).mean(1)  # nan: a fold that was not screened
+    first, second = (
+        np.nan_to_num(first),
+        second.reshape(len(second), -1).mean(1),
+    )  # nan: a fold that was not screened
     if first.std() == 0 or second.std() == 0:
         return 0.0
     return max(0.0, float(np.corrcoef(first, second)[0, 1]))
 
 
 def is_stratified(held: HeldOut) -> bool:
-    """Whether each class is dealt evenly to the folds, as folds that are drawn have it and a user's own hardly ever."""
+    """Whether each class is dealt evenly to the folds, as folds that are drawn have it and a user's
+    own hardly ever.
+    """
     if held.task.kind != "single" or len(np.unique(held.fold)) < 2:
         return False
     counts = np.array([np.bincount(held.target[held.fold == fold], minlength=len(held.task.classes))
@@ -273,15 +340,17 @@ def is_stratified(held: HeldOut) -> bool:
 def share_optimism(
     held: HeldOut, predicted: npt.NDArray[Any], metric: str, *, resamples: int = 200, seed: int = 0
 ) -> float:
-    """By how much more a head (N, C) scores on rows with the class shares that it was trained on than on new ones, whose
-    shares are those of the population; in the metric's own direction.
+    """By how much more a head (N, C) scores on rows with the class shares that it was trained on
+    than on new ones, whose shares are those of the population; in the metric's own direction.
 
     A parametric bootstrap: from shares for the population's, training shares are drawn; the head is
-    taken there by Bayes' rule (its probabilities × the ratio of the shares; Saerens, Latinne and Decaestecker 2002, "Adjusting
-    the outputs of a classifier to new a priori probabilities", Neural Computation 14:21-41), and scored on rows of the drawn
-    shares, and of the population's. Those are the held-out rows' shares, drawn to equal ones by as much as chance alone would
-    have them differ (James and Stein 1961): with ten equal classes and 150 rows nearly all of their spread is chance, and
-    would be taken for something to learn. What a head makes of the shares fades with 1 / N.
+    taken there by Bayes' rule (its probabilities × the ratio of the shares; Saerens, Latinne and
+    Decaestecker 2002, "Adjusting the outputs of a classifier to new a priori probabilities", Neural
+    Computation 14:21-41), and scored on rows of the drawn shares, and of the population's. Those
+    are the held-out rows' shares, drawn to equal ones by as much as chance alone would have them
+    differ (James and Stein 1961): with ten equal classes and 150 rows nearly all of their spread is
+    chance, and would be taken for something to learn. What a head makes of the shares fades with 1
+    / N.
     """
     shares = np.bincount(held.target, minlength=predicted.shape[1]) / len(held.target)
     present = shares > 0
@@ -302,7 +371,9 @@ def share_optimism(
         total = moved.sum(1, keepdims=True)
         moved = np.where(total > 0, moved / np.where(total > 0, total, 1), predicted)
         weights = np.stack([ratio[held.target], of_new], axis=1)
-        as_trained, as_new = weighted_scores("single", held.target, moved[None], one_fold, metric, weights)[0]
+        as_trained, as_new = weighted_scores(
+            "single", held.target, moved[None], one_fold, metric, weights
+        )[0]
         gaps.append(as_trained - as_new)
     gap = float(np.nanmean(gaps))
     return gap if np.isfinite(gap) else 0.0
@@ -316,32 +387,43 @@ def no_narrower(
     ends: tuple[float, float],
     level: float = LEVEL,
 ) -> tuple[float, float]:
-    """Ends of an interval around `value`, moved out to where those of one head's score are, predictions (N, C).
+    """Ends of an interval around `value`, moved out to where those of one head's score are,
+    predictions (N, C).
 
     Resampled rows without a mistake have none, and would be sure of a perfect score.
     """
     kind = held.task.kind
-    low, high = metric_interval(kind, held.target, predicted, metric, groups=held.groups, level=level)
+    low, high = metric_interval(
+        kind, held.target, predicted, metric, groups=held.groups, level=level
+    )
     pooled = score(kind, held.target, predicted, metric)
     if not np.isfinite([low, high, pooled, value]).all():
         return ends
     most = 1.0 if METRICS[metric].higher_is_better else np.inf  # of losses; R² and shares end at 1
     least = -np.inf if metric == "r2" else 0.0
-    return max(min(ends[0], value - (pooled - low)), least), min(max(ends[1], value + (high - pooled)), most)
+    return max(min(ends[0], value - (pooled - low)), least), min(
+        max(ends[1], value + (high - pooled)), most
+    )
 
 
 def compare_with_best(
-    observed: Floats, resampled: Floats, right: npt.NDArray[np.bool_] | None = None, level: float = LEVEL
+    observed: Floats,
+    resampled: Floats,
+    right: npt.NDArray[np.bool_] | None = None,
+    level: float = LEVEL,
 ) -> pd.DataFrame:
-    """Each head against the best, on the same rows. observed (K,), resampled (K, B): higher is better.
+    """Each head against the best, on the same rows. observed (K,), resampled (K, B): higher is
+    better.
 
-    Columns: difference (best minus this), low and high (its paired bootstrap interval, this pair alone), p_mcnemar (exact
-    test of this pair alone; right: (K, N) right and wrong predictions), p_corrected, together.
+    Columns: difference (best minus this), low and high (its paired bootstrap interval, this pair
+    alone), p_mcnemar (exact test of this pair alone; right: (K, N) right and wrong predictions),
+    p_corrected, together.
 
-    The best was chosen for its score, and so its lead must be beyond what the luckiest of all heads would have by chance:
-    p_corrected is the share of resamples in which the largest of all chance deviations, less this head's own, reaches the
-    lead. The heads that are `together` hold the truly best one with the confidence of `level` (selection of a subset:
-    Gupta 1965; Hsu 1981). A head that is told apart leaves, and the others are compared anew among themselves.
+    The best was chosen for its score, and so its lead must be beyond what the luckiest of all heads
+    would have by chance: p_corrected is the share of resamples in which the largest of all chance
+    deviations, less this head's own, reaches the lead. The heads that are `together` hold the truly
+    best one with the confidence of `level` (selection of a subset: Gupta 1965; Hsu 1981). A head
+    that is told apart leaves, and the others are compared anew among themselves.
     """
     best = int(np.lexsort((np.arange(len(observed)), -observed))[0])
     difference = observed[best] - observed
@@ -368,7 +450,9 @@ def compare_with_best(
 
 
 def mcnemar(first: npt.NDArray[np.bool_], others: npt.NDArray[np.bool_]) -> Floats:
-    """(K,) exact two-sided p-values of McNemar's test: is one predictor (N,) as often right as each of others (K, N)?"""
+    """(K,) exact two-sided p-values of McNemar's test: is one predictor (N,) as often right as each
+    of others (K, N)?
+    """
     from scipy.special import bdtr  # binomial distribution function
 
     only_first, only_other = (first & ~others).sum(1), (~first & others).sum(1)
@@ -376,7 +460,9 @@ def mcnemar(first: npt.NDArray[np.bool_], others: npt.NDArray[np.bool_]) -> Floa
     return np.asarray(np.minimum(1.0, 2 * bdtr(fewer, only_first + only_other, 0.5)))
 
 
-def _right(kind: TaskKind, target: npt.NDArray[Any], predicted: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
+def _right(
+    kind: TaskKind, target: npt.NDArray[Any], predicted: npt.NDArray[np.float32]
+) -> npt.NDArray[np.bool_]:
     if kind == "single":
         return np.asarray(predicted.argmax(2) == target)
     return np.asarray(((predicted >= 0.5) == (target >= 0.5)).all(2))

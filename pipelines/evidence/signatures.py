@@ -1,4 +1,6 @@
-"""Grey copies of images, 16 x 16 pixels, by which copies of one image are found whatever was done to its file."""
+"""Grey copies of images, 16 x 16 pixels, by which copies of one image are found whatever was done
+to its file.
+"""
 
 import contextlib
 from collections.abc import Mapping, Sequence
@@ -19,11 +21,16 @@ _THREADS = 4
 
 
 def signatures(
-    paths: Mapping[str, str], contents: Sequence[str], stored: Path, pixel_range: PixelRange | None = None
+    paths: Mapping[str, str],
+    contents: Sequence[str],
+    stored: Path,
+    pixel_range: PixelRange | None = None,
 ) -> tuple[npt.NDArray[np.uint8], list[int]]:
-    """(n, 256) grey copies of 16 x 16 pixels, and which positions of `contents` they are of: images that are gone have none.
+    """(n, 256) grey copies of 16 x 16 pixels, and which positions of `contents` they are of: images
+    that are gone have none.
 
-    stored: the signatures of an earlier call with this pixel_range, by content hash; those that are new are added.
+    stored: the signatures of an earlier call with this pixel_range, by content hash; those that are
+    new are added.
     """
     ends = np.array(pixel_range or (np.nan, np.nan))
     known = _load(stored, ends)
@@ -37,7 +44,9 @@ def signatures(
         names = sorted(known)
         grey = np.stack([known[name] for name in names])
         data = sealed_arrays({"content": np.array(names, "S32"), "grey": grey, "pixel_range": ends})
-        with contextlib.suppress(OSError):  # they only save time; somebody else's run can be reported on too
+        with contextlib.suppress(
+            OSError
+        ):  # they only save time; somebody else's run can be reported on too
             publish_replace(stored, data)
     there = [number for number, content in enumerate(contents) if content in known]
     empty = np.empty((0, SIGNATURE**2), np.uint8)
@@ -58,11 +67,15 @@ def grey_signature(data: bytes, pixel_range: PixelRange | None = None) -> npt.ND
 
 def _small_grey(data: bytes, pixel_range: PixelRange | None) -> Image.Image:
     size = (SIGNATURE, SIGNATURE)
-    if data.startswith(b"\xff\xd8"):  # a JPEG decodes at an eighth of its size in a fraction of the time
+    if data.startswith(
+        b"\xff\xd8"
+    ):  # a JPEG decodes at an eighth of its size in a fraction of the time
         try:
             with open_image(data) as image:
                 image.draft("L", (8 * SIGNATURE, 8 * SIGNATURE))
-                return ImageOps.exif_transpose(image).convert("L").resize(size, Image.Resampling.BOX)
+                return (
+                    ImageOps.exif_transpose(image).convert("L").resize(size, Image.Resampling.BOX)
+                )
         except Exception:  # noqa: BLE001 - decoders raise anything; the careful decoder has the last word
             pass
     return decode_image(data, pixel_range).convert("L").resize(size, Image.Resampling.BOX)

@@ -1,4 +1,5 @@
-"""What each feature set says of the task: transfer scores, nearest neighbours, bounds on the Bayes error, the best head on it.
+"""What each feature set says of the task: transfer scores, nearest neighbours, bounds on the Bayes
+error, the best head on it.
 
 Transfer scores are of at most ROWS images, drawn alike for all feature sets; they are kept on disk.
 """
@@ -35,26 +36,41 @@ _FOLDS = 5
 
 @dataclass(frozen=True)
 class TransferScores:
-    """Evidence about one feature set. None where a number does not exist for the kind of task, or cannot be computed."""
+    """Evidence about one feature set.
+
+    None where a number does not exist for the kind of task, or cannot be computed.
+    """
 
     name: str
     width: int
     images: int  # that the scores were measured on
     logme: float | None  # log evidence per image of a linear model; higher is better
     h_score: float | None  # higher is better, at most classes - 1
-    nce: float | None  # from the class that the pretrained network sees, where its logits are among the taps; 0 is best
-    neighbours: float | None  # the best of 1, 5 and 20 nearest neighbours: accuracy, or R² of a regression
+    nce: (
+        float | None
+        # from the class that the pretrained network sees, where its logits are among the taps; 0 is
+        # best
+    )
+    neighbours: (
+        float | None
+    )  # the best of 1, 5 and 20 nearest neighbours: accuracy, or R² of a regression
     neighbour_error: float | None  # of one nearest neighbour
-    bayes_low: float | None  # bounds on the error that any head on these features must make (Cover and Hart 1967)
+    bayes_low: (
+        float | None
+    )  # bounds on the error that any head on these features must make (Cover and Hart 1967)
     bayes_high: float | None
 
 
-def transfer_scores(task: Task, directories: Mapping[str, Sequence[Path]], folder: Path) -> list[TransferScores]:
+def transfer_scores(
+    task: Task, directories: Mapping[str, Sequence[Path]], folder: Path
+) -> list[TransferScores]:
     """One per feature set, in the order given; each is computed once and kept in `folder`."""
     rows = _drawn(task)
     found = []
     for name, views in directories.items():
-        key = hashlib.sha256(repr([_VERSION, task.digest, ROWS, views[0].name, name]).encode()).hexdigest()[:16]
+        key = hashlib.sha256(
+            repr([_VERSION, task.digest, ROWS, views[0].name, name]).encode()
+        ).hexdigest()[:16]
         path = folder / f"transfer-{key}.json"
         scores = _read(path)
         if scores is None:
@@ -69,18 +85,28 @@ def transfer_scores(task: Task, directories: Mapping[str, Sequence[Path]], folde
 def _measure(name: str, task: Task, rows: npt.NDArray[np.int64], directory: Path) -> TransferScores:
     X, kept = load_rows([directory], task.content[rows])
     target = task.target[rows][kept]
-    columns = np.eye(len(task.classes))[target] if task.kind == "single" else np.asarray(target, np.float64)
-    columns = columns.reshape(len(target), -1)[:, np.ptp(columns.reshape(len(target), -1), axis=0) > 0]
+    columns = (
+        np.eye(len(task.classes))[target]
+        if task.kind == "single"
+        else np.asarray(target, np.float64)
+    )
+    columns = columns.reshape(len(target), -1)[
+        :, np.ptp(columns.reshape(len(target), -1), axis=0) > 0
+    ]
     single = task.kind == "single"
     logits = open_feature_set(directory).spec.tap == "logits"
     fold = make_folds(target, n_folds=min(_FOLDS, len(target)), seed=0)
     specs = [KNNSpec(k=k, metric=metric) for k in NEIGHBOURS for metric in ("cosine", "euclidean")]
-    fits = fit_knn_bank(X, target, n_classes=len(task.classes), fold=fold, specs=specs, full=False, task=task.kind)
+    fits = fit_knn_bank(
+        X, target, n_classes=len(task.classes), fold=fold, specs=specs, full=False, task=task.kind
+    )
     metric = {"single": "accuracy", "multi": "hamming_accuracy", "regression": "r2"}[task.kind]
     by_spec: dict[KNNSpec, list[float]] = {}
     for fit in fits:
         if fit.validation is not None and isinstance(fit.spec, KNNSpec):
-            by_spec.setdefault(fit.spec, []).append(score(task.kind, target[fold == fit.fold], fit.validation, metric))
+            by_spec.setdefault(fit.spec, []).append(
+                score(task.kind, target[fold == fit.fold], fit.validation, metric)
+            )
     means = {spec: float(np.mean(values)) for spec, values in by_spec.items()}
     one = max((value for spec, value in means.items() if spec.k == 1), default=None)
     error = 1 - one if single and one is not None else None

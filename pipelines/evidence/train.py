@@ -27,7 +27,9 @@ def train_banks(
     options: TaskOptions | None = None,
     shared: Path | None = None,
 ) -> None:
-    """Train the banks on the client's workers; what each publishes stays. Raises EvidenceIncomplete when one fails.
+    """Train the banks on the client's workers; what each publishes stays.
+
+    Raises EvidenceIncomplete when one fails.
 
     shared: the directory of the claims by which several drivers share the banks.
     """
@@ -38,12 +40,17 @@ def train_banks(
             options = replace(options, claims=stack.enter_context(claims(shared)))
         advance = stack.enter_context(stage(console, what, len(jobs), "banks"))
         name = what.replace(" ", "-")
-        named = ((f"{name}-{Path(job.result).parent.name}-{Path(job.result).stem}", job) for job in jobs)
-        outcomes = stack.enter_context(closing(run_tasks(client, train_bank, named, options=options)))
+        named = (
+            (f"{name}-{Path(job.result).parent.name}-{Path(job.result).stem}", job) for job in jobs
+        )
+        outcomes = stack.enter_context(
+            closing(run_tasks(client, train_bank, named, options=options))
+        )
         for done, outcome in enumerate(outcomes, 1):
             if outcome.error:
                 raise EvidenceIncomplete(
-                    f"a bank of the stage {what} failed: {outcome.error}. The others are kept; the same command tries again"
+                    f"a bank of the stage {what} failed: {outcome.error}. The others are "
+                    "kept; the same command tries again"
                 )
             advance(1)
             options.tell("progress", done=done, failed=0)

@@ -1,4 +1,7 @@
-"""The report: one self-contained HTML page per run. The command line imports this, so what it needs is imported late."""
+"""The report: one self-contained HTML page per run.
+
+The command line imports this, so what it needs is imported late.
+"""
 
 from typing import TYPE_CHECKING, Any
 
@@ -7,7 +10,13 @@ if TYPE_CHECKING:
     from headrace.pipelines.report.build import Report, write_report
     from headrace.pipelines.report.read import FinishedRun, read_run
 
-_LAZY = {"Report": "build", "write_report": "build", "FinishedRun": "read", "NotARun": "read", "read_run": "read"}
+_LAZY = {
+    "Report": "build",
+    "write_report": "build",
+    "FinishedRun": "read",
+    "NotARun": "read",
+    "read_run": "read",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,6 @@
-"""What the run answers with, the winner or the ensemble whose gain has an interval above 0, and how it did on the test split."""
+"""What the run answers with, the winner or the ensemble whose gain has an interval above 0, and how
+it did on the test split.
+"""
 
 import hashlib
 from collections.abc import Mapping
@@ -50,29 +52,44 @@ def find_answer(run: FinishedRun) -> Answer:
     if not ensemble_is_answer(run.paths):
         return Answer(None, run.opening)
     ensemble = read_record(run.paths.ensemble / ENSEMBLE)
-    own = [opening for opening in run.openings if _is_ensemble(opening["winner"], ensemble, run.bank.task)]
+    own = [
+        opening
+        for opening in run.openings
+        if _is_ensemble(opening["winner"], ensemble, run.bank.task)
+    ]
     return Answer(ensemble, own[-1] if own else None)
 
 
 def _is_ensemble(shown: Found, ensemble: Found, task: str) -> bool:
-    if "ensemble" not in shown or shown["train"] != task or shown["temperature"] != ensemble["temperature"]:
+    if (
+        "ensemble" not in shown
+        or shown["train"] != task
+        or shown["temperature"] != ensemble["temperature"]
+    ):
         return False
     # As the ensemble's members are named where they are stored.
-    names = [hashlib.sha256(f"{each['bank']} {each['spec']}".encode()).hexdigest()[:16] for each in shown["ensemble"]]
+    names = [
+        hashlib.sha256(f"{each['bank']} {each['spec']}".encode()).hexdigest()[:16]
+        for each in shown["ensemble"]
+    ]
     recorded = [
         (f"members/{name}", each["weight"], each.get("temperature", 1.0))
         for name, each in zip(names, shown["ensemble"], strict=True)
     ]
     return recorded == [
-        (member["model"], member["weight"], member.get("temperature", 1.0)) for member in ensemble["members"]
+        (member["model"], member["weight"], member.get("temperature", 1.0))
+        for member in ensemble["members"]
     ]
 
 
-def test_predictions(run: FinishedRun, answer: Answer) -> tuple[Task, npt.NDArray[Any], npt.NDArray[Any]] | str:
-    """The test task, the targets (n,) and the answer's predictions (n, C) of its rows: what its opening has scored.
+def test_predictions(
+    run: FinishedRun, answer: Answer
+) -> tuple[Task, npt.NDArray[Any], npt.NDArray[Any]] | str:
+    """The test task, the targets (n,) and the answer's predictions (n, C) of its rows: what its
+    opening has scored.
 
-    Only for an answer whose opening is on record, on the very rows of that record: nothing new is learned of the test
-    split. Otherwise the reason why not.
+    Only for an answer whose opening is on record, on the very rows of that record: nothing new is
+    learned of the test split. Otherwise the reason why not.
     """
     opening = answer.opening
     if opening is None:
@@ -97,7 +114,9 @@ def test_predictions(run: FinishedRun, answer: Answer) -> tuple[Task, npt.NDArra
     return test, target, predicted
 
 
-def _predict(run: FinishedRun, member: Found, test: Task) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+def _predict(
+    run: FinishedRun, member: Found, test: Task
+) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     """Targets and predictions of one head or network of an opening's record, at its temperature."""
     kind = spec_from_json(member["spec"]).kind
     network = kind == "finetune"  # reads the images, no features

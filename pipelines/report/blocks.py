@@ -1,4 +1,7 @@
-"""What a page is made of, as plain values: sections of tables, figures, pictures and remarks. Nothing here is HTML."""
+"""What a page is made of, as plain values: sections of tables, figures, pictures and remarks.
+
+Nothing here is HTML.
+"""
 
 import re
 from collections.abc import Mapping
@@ -7,8 +10,11 @@ from typing import Any, Literal
 
 import pandas as pd
 
-# What neither XML nor a reader can do with: control characters, lone surrogates, and marks that turn the order of text.
-_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ufffe\uffff\ud800-\udfff]")
+# What neither XML nor a reader can do with: control characters, lone surrogates, and marks that
+# turn the order of text.
+_UNPRINTABLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ufffe\uffff\ud800-\udfff]"
+)
 # How a number is written: `page.py` and `report.js` know these, and write them alike.
 Format = Literal["text", "count", "share", "number", "seconds", "bytes", "yes"]
 
@@ -32,12 +38,16 @@ class Table:
     columns: tuple[Column, ...]
     frame: pd.DataFrame
     filters: tuple[str, ...] = ()  # columns with a choice above the table
-    switch: tuple[str, str] | None = None  # a column of yes and no, and the words of the tick box that keeps the yes
+    switch: tuple[str, str] | None = (
+        None  # a column of yes and no, and the words of the tick box that keeps the yes
+    )
     search: bool = False
     sortable: bool = True
     page: int = 10  # rows shown at a time, where the table is sortable
     wide: bool = False  # never beside another, however few columns it has
-    shade: str | None = None  # "rows": cells are shaded by their share of the row's sum (a confusion matrix)
+    shade: str | None = (
+        None  # "rows": cells are shaded by their share of the row's sum (a confusion matrix)
+    )
     # Which class a row has, by its position in the frame: "marked" is drawn with an edge.
     marked: frozenset[int] = frozenset()
 

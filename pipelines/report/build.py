@@ -1,4 +1,6 @@
-"""The report of a run, top to bottom: read what it left, make the sections, write one page and, if asked, the tables."""
+"""The report of a run, top to bottom: read what it left, make the sections, write one page and, if
+asked, the tables.
+"""
 
 import datetime
 import importlib.metadata
@@ -58,11 +60,12 @@ def write_report(
 ) -> Report:
     """Write the page of a finished run to `out`, by default report.html in its directory.
 
-    run: its directory, or the recipe that made it. tables: also every table of the page as CSV and Parquet, in a folder
-    beside it. watts: what the machine draws while it works. trust_code: "module:name" of code that may be imported to predict
-    the test images again, beside what the recipe names where the run is given by it; otherwise the page says what is missing.
-    A page and tables of an earlier report are replaced. Raises NotARun, NoWinner, RunReadOnly, OSError; ReportThere for any
-    other file there.
+    run: its directory, or the recipe that made it. tables: also every table of the page as CSV and
+    Parquet, in a folder beside it. watts: what the machine draws while it works. trust_code:
+    "module:name" of code that may be imported to predict the test images again, beside what the
+    recipe names where the run is given by it; otherwise the page says what is missing. A page and
+    tables of an earlier report are replaced. Raises NotARun, NoWinner, RunReadOnly, OSError;
+    ReportThere for any other file there.
     """
     found = read_run(run, trust_code=trust_code)
     page = out or found.paths.report
@@ -76,11 +79,17 @@ def write_report(
     page.parent.mkdir(parents=True, exist_ok=True)
     again = page.exists()
     publish_replace(page, text.encode("utf-8", "replace"))
-    written = write_tables(page.with_name(f"{page.stem}-tables"), sections, replace=again) if tables else ()
+    written = (
+        write_tables(page.with_name(f"{page.stem}-tables"), sections, replace=again)
+        if tables
+        else ()
+    )
     return Report(page, page.stat().st_size, written, thumbnails.missing)
 
 
-def make_sections(run: FinishedRun, thumbnails: Thumbnails, watts: float | None) -> tuple[Section, ...]:
+def make_sections(
+    run: FinishedRun, thumbnails: Thumbnails, watts: float | None
+) -> tuple[Section, ...]:
     """The page's sections, in its order."""
     return (
         leaderboard(run),
@@ -106,12 +115,18 @@ def headline(run: FinishedRun) -> Headline:
         (
             "winner",
             str(winner["kind"]),
-            f"{winner['settings']} on {inputs_text(winner['inputs'].split(' + '), list(run.feature_sets))}",
+            (
+                f"{winner['settings']} on "
+                f"{inputs_text(winner['inputs'].split(' + '), list(run.feature_sets))}"
+            ),
         ),
         (
             f"validation {metric_title(metric)}",
             number_text(winner[metric], metric),
-            f"± {number_text(winner['standard_error'], metric)} over {winner['folds']} folds; it was chosen by this",
+            (
+                f"± {number_text(winner['standard_error'], metric)} over {winner['folds']} "
+                "folds; it was chosen by this"
+            ),
         ),
     ]
     if (expected := expected_text(run)) is not None:
@@ -126,47 +141,71 @@ def headline(run: FinishedRun) -> Headline:
         values.append((f"test {metric_title(metric)}", "–", "no test split was opened"))
     else:
         result = answer.opening["result"]
-        interval = f"{number_text(result['low'], result['metric'])} to {number_text(result['high'], result['metric'])}"
+        interval = (
+            f"{number_text(result['low'], result['metric'])} to "
+            f"{number_text(result['high'], result['metric'])}"
+        )
         values.append(
             (
                 f"test {metric_title(result['metric'])}",
                 number_text(result["value"], result["metric"]),
-                f"{'of the ensemble; ' if answer.ensemble is not None else ''}95 % interval {interval}, "
+                f"{'of the ensemble; ' if answer.ensemble is not None else ''}95 % interval "
+                f"{interval}, "
                 f"{result['images']:,} images never seen before",
             )
         )
     stages = run.stages
     heads = int((run.heads["fold"] != FULL).sum())
     values.append(
-        ("compared", f"{heads:,} heads", f"{len(run.board):,} settings on {run.board['inputs'].nunique():,} inputs")
+        (
+            "compared",
+            f"{heads:,} heads",
+            f"{len(run.board):,} settings on {run.board['inputs'].nunique():,} inputs",
+        )
     )
     if not stages.empty:
-        values.append(("time", seconds_text(float(stages["seconds"].sum())), "all calls of this run together"))
+        values.append(
+            ("time", seconds_text(float(stages["seconds"].sum())), "all calls of this run together")
+        )
     return Headline(tuple(values))
 
 
 def _require_ours(page: Path) -> None:
     if not page.exists():
         return
-    elsewhere = f"Give another name with --out, such as {page.with_name('headrace-report.html')}, or move it away"
+    elsewhere = (
+        f"Give another name with --out, such as {page.with_name('headrace-report.html')}, or "
+        "move it away"
+    )
     if not page.is_file():
-        raise ReportThere(f"{page} is a folder, or no file of the disk; expected the name of a page. {elsewhere}")
+        raise ReportThere(
+            f"{page} is a folder, or no file of the disk; expected the name of a page. {elsewhere}"
+        )
     with page.open("rb") as file:
         if _TITLE.encode() not in file.read(4096):
-            raise ReportThere(f"{page} is there, and headrace report did not write it: it is not replaced. {elsewhere}")
+            raise ReportThere(
+                f"{page} is there, and headrace report did not write it: it is not "
+                f"replaced. {elsewhere}"
+            )
 
 
-def write_tables(folder: Path, sections: Sequence[Section], *, replace: bool = False) -> tuple[Path, ...]:
+def write_tables(
+    folder: Path, sections: Sequence[Section], *, replace: bool = False
+) -> tuple[Path, ...]:
     """Every table as NAME.csv and NAME.parquet; returns the paths.
 
-    replace: files of these names are known for an earlier report's. Else only both of a pair are; raises ReportThere for one alone.
+    replace: files of these names are known for an earlier report's. Else only both of a pair are;
+    raises ReportThere for one alone.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name in () if replace else tables_of(tuple(sections)):
-        pair = [path for suffix in ("csv", "parquet") if (path := folder / f"{name}.{suffix}").exists()]
+        pair = [
+            path for suffix in ("csv", "parquet") if (path := folder / f"{name}.{suffix}").exists()
+        ]
         if len(pair) == 1:
             raise ReportThere(
-                f"{pair[0]} is there, and headrace report did not write it: it is not replaced. Move it away"
+                f"{pair[0]} is there, and headrace report did not write it: it is not "
+                "replaced. Move it away"
             )
     written = []
     for name, table in tables_of(tuple(sections)).items():

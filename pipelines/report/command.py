@@ -11,21 +11,34 @@ from headrace.pipelines.deliver.commands import TrustOption
 
 def report_command(
     run: Annotated[
-        Path, typer.Argument(help="A finished run: the recipe that made it, or its directory, headrace-runs/NAME.")
+        Path,
+        typer.Argument(
+            help="A finished run: the recipe that made it, or its directory, headrace-runs/NAME."
+        ),
     ],
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="The page to write; default: report.html in the run's directory.")
+        Path | None,
+        typer.Option(
+            "--out", "-o", help="The page to write; default: report.html in the run's directory."
+        ),
     ] = None,
     tables: Annotated[
         bool,
-        typer.Option("--tables", help="Also write every table of the page as CSV and Parquet, in a folder beside it."),
+        typer.Option(
+            "--tables",
+            help="Also write every table of the page as CSV and Parquet, in a folder beside it.",
+        ),
     ] = False,
     watts: Annotated[
-        float | None, typer.Option(help="What your machine draws while it works, for the estimate of energy.", min=0)
+        float | None,
+        typer.Option(
+            help="What your machine draws while it works, for the estimate of energy.", min=0
+        ),
     ] = None,
     trust_code: TrustOption = None,
 ) -> None:
-    """Write one self-contained HTML page about a run: leaderboard, mistakes as pictures, leaks, cost, recipe.
+    """Write one self-contained HTML page about a run: leaderboard, mistakes as pictures, leaks,
+    cost, recipe.
 
     The page opens from the disk, without a server or a network.
 
@@ -40,8 +53,14 @@ def report_command(
     def say(text: str) -> None:
         console.print(text, soft_wrap=True)
 
-    say(f"Wrote {report.page} ({bytes_text(report.bytes)}). Open it in a browser; it needs nothing else.")
+    say(
+        f"Wrote {report.page} ({bytes_text(report.bytes)}). Open it in a browser; it needs "
+        "nothing else."
+    )
     if report.tables:
         say(f"Wrote {len(report.tables)} tables to {report.tables[0].parent}")
     if report.missing_images:
-        say(f"note: {report.missing_images:,} images are gone or have changed since the run, and have no picture")
+        say(
+            f"note: {report.missing_images:,} images are gone or have changed since the "
+            "run, and have no picture"
+        )

@@ -12,8 +12,9 @@ from headrace.pipelines.report.blocks import Block, Column, Facts, Note, Section
 from headrace.pipelines.report.read import FinishedRun
 from headrace.pipelines.show import bytes_text
 
-# What the Green Algorithms calculator takes where the processor is not known (Lannelongue, Grealey and Inouye 2021,
-# Advanced Science 8:2100707): watts of a busy core, of a GPU, and of a gigabyte of memory.
+# What the Green Algorithms calculator takes where the processor is not known (Lannelongue, Grealey
+# and Inouye 2021, Advanced Science 8:2100707): watts of a busy core, of a GPU, and of a gigabyte of
+# memory.
 WATTS_PER_CORE, WATTS_PER_GPU, WATTS_PER_GB = 12.0, 200.0, 0.3725
 
 
@@ -24,9 +25,12 @@ def cost(run: FinishedRun, watts: float | None = None) -> Section:
     if not stages.empty:
         power, assumption = _power(run, watts)
         by_stage = (
-            stages.groupby("name", sort=False).agg(seconds=("seconds", "sum"), calls=("seconds", "size")).reset_index()
+            stages.groupby("name", sort=False)
+            .agg(seconds=("seconds", "sum"), calls=("seconds", "size"))
+            .reset_index()
         )
-        # What the stage did when it had something to do: the later calls on finished work say "nothing missing".
+        # What the stage did when it had something to do: the later calls on finished work say
+        # "nothing missing".
         longest = stages.loc[stages.groupby("name")["seconds"].idxmax()].set_index("name")["did"]
         by_stage["did"] = by_stage["name"].map(longest)
         by_stage["energy"] = by_stage["seconds"] * power / 3600
@@ -45,12 +49,22 @@ def cost(run: FinishedRun, watts: float | None = None) -> Section:
                     ("time, all calls together", seconds_text(total)),
                     (
                         "heads trained",
-                        f"{heads:,}, {float(run.heads['seconds'].sum()) / max(len(run.heads), 1):.3g} s each on average",
+                        (
+                            f"{heads:,}, "
+                            f"{float(run.heads['seconds'].sum()) / max(len(run.heads), 1):.3g} "
+                            "s each on average"
+                        ),
                     ),
                     ("energy (estimate)", energy_text(total * power / 3600)),
                 )
             ),
-            Table("stages", "Stage by stage, all calls of this run together", columns, by_stage, sortable=False),
+            Table(
+                "stages",
+                "Stage by stage, all calls of this run together",
+                columns,
+                by_stage,
+                sortable=False,
+            ),
             Note(assumption),
         ]
         every = stages[["ended", "name", "did", "seconds"]]
@@ -62,7 +76,9 @@ def cost(run: FinishedRun, watts: float | None = None) -> Section:
         )
         blocks.append(Table("calls", "Every stage of every call", columns, every))
     blocks.append(_bytes(run))
-    return Section("cost", "Cost", "What this run has taken, and what it keeps on disk.", tuple(blocks))
+    return Section(
+        "cost", "Cost", "What this run has taken, and what it keeps on disk.", tuple(blocks)
+    )
 
 
 def seconds_text(seconds: float) -> str:
@@ -81,19 +97,26 @@ def energy_text(watt_hours: float) -> str:
 
 def _power(run: FinishedRun, watts: float | None) -> tuple[float, str]:
     if watts is not None:
-        return watts, f"Energy is an estimate: wall time × the {watts:g} W that were given with --watts."
+        return (
+            watts,
+            f"Energy is an estimate: wall time × the {watts:g} W that were given with --watts.",
+        )
     records = run.environments
     latest = records.iloc[-1].to_dict() if not records.empty else {}
     cores = int(latest.get("workers") or latest.get("cores") or os.cpu_count() or 1)
     memory = float(latest.get("memory_bytes") or 0) / 1e9
-    gpu = not records.empty and (records["device"] != "cpu").any()  # a later call may have had nothing to extract
+    gpu = (
+        not records.empty and (records["device"] != "cpu").any()
+    )  # a later call may have had nothing to extract
     power = cores * WATTS_PER_CORE + gpu * WATTS_PER_GPU + memory * WATTS_PER_GB
     parts = [f"{cores} busy core{'s' * (cores > 1)} at {WATTS_PER_CORE:g} W"]
     parts += [f"a GPU at {WATTS_PER_GPU:g} W"] if gpu else []
     parts += [f"{memory:.0f} GB of memory at {WATTS_PER_GB} W each"] if memory else []
     return power, (
-        f"Energy is an estimate and was not measured: wall time × {power:.0f} W ({', '.join(parts)}; the figures of Lannelongue, "
-        "Grealey and Inouye 2021, doi:10.1002/advs.202100707, for a processor that is not known), without cooling. "
+        f"Energy is an estimate and was not measured: wall time × {power:.0f} W "
+        f"({', '.join(parts)}; the figures of Lannelongue, "
+        "Grealey and Inouye 2021, doi:10.1002/advs.202100707, for a processor that is not "
+        "known), without cooling. "
         "If you know what your machine draws: headrace report RUN --watts 95."
     )
 
@@ -115,14 +138,25 @@ def _bytes(run: FinishedRun) -> Table:
             }
         )
     for what, detail, path in (
-        ("results of heads", "weights, held-out predictions and metrics of every head", run.paths.banks),
+        (
+            "results of heads",
+            "weights, held-out predictions and metrics of every head",
+            run.paths.banks,
+        ),
         ("winner", "one head, ready to use", run.paths.winner),
     ):
         rows.append({"what": what, "detail": detail, "bytes": _size(path)})
     total = sum(int(row["bytes"]) for row in rows)
-    columns = (Column("what", "what"), Column("detail", "detail"), Column("bytes", "bytes", "bytes"))
+    columns = (
+        Column("what", "what"),
+        Column("detail", "detail"),
+        Column("bytes", "bytes", "bytes"),
+    )
     return Table(
-        "bytes", f"On disk: {bytes_text(total)} (other runs use the same features)", columns, pd.DataFrame(rows)
+        "bytes",
+        f"On disk: {bytes_text(total)} (other runs use the same features)",
+        columns,
+        pd.DataFrame(rows),
     )
 
 

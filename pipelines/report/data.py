@@ -1,4 +1,6 @@
-"""What is wrong with the data, or lopsided: failed images, rare classes, notes about the rows, sizes of the sides."""
+"""What is wrong with the data, or lopsided: failed images, rare classes, notes about the rows,
+sizes of the sides.
+"""
 
 from typing import Any
 
@@ -12,7 +14,8 @@ from headrace.pipelines.report import figures
 from headrace.pipelines.report.blocks import Block, Column, Facts, Figure, Note, Section, Table
 from headrace.pipelines.report.read import FinishedRun
 
-# Where the largest class has this many times the images of the smallest, accuracy says little about the small one.
+# Where the largest class has this many times the images of the smallest, accuracy says little about
+# the small one.
 LOPSIDED = 5
 _FIGURE_CLASSES = 30
 
@@ -33,7 +36,10 @@ def data(run: FinishedRun) -> Section:
             Facts(
                 (
                     ("images listed", f"{len(rows.samples):,}"),
-                    ("to train and choose on", f"{len(train.ids):,}, in {folds} validation fold{'s' * (folds > 1)}"),
+                    (
+                        "to train and choose on",
+                        f"{len(train.ids):,}, in {folds} validation fold{'s' * (folds > 1)}",
+                    ),
                     ("test", f"{len(rows.dataset.test.ids):,}"),
                     (
                         "distinct images",
@@ -45,7 +51,12 @@ def data(run: FinishedRun) -> Section:
     blocks += _left_out(run)
     blocks += _failed(run)
     blocks += _balance(run, None if isinstance(rows, str) else rows.dataset.test)
-    return Section("data", "Data", "Which images the numbers are about, and what was wrong with some.", tuple(blocks))
+    return Section(
+        "data",
+        "Data",
+        "Which images the numbers are about, and what was wrong with some.",
+        tuple(blocks),
+    )
 
 
 def _left_out(run: FinishedRun) -> list[Block]:
@@ -54,7 +65,8 @@ def _left_out(run: FinishedRun) -> list[Block]:
     if accounting is None:
         return [
             Note(
-                f"Which entries of the source were left out was not recorded: there is no {run.paths.accounting.name}."
+                "Which entries of the source were left out was not recorded: there is no "
+                f"{run.paths.accounting.name}."
             )
         ]
     blocks: list[Block] = [Note(f"{accounting.sentence()}.")]
@@ -82,8 +94,13 @@ def _failed(run: FinishedRun) -> list[Block]:
     if frame.empty:
         return [Note("Every image could be read.", "good")]
     columns = (Column("id", "image"), Column("reason", "reason"), Column("path", "file"))
-    note = Note(f"{len(frame):,} images could not be read and are in no number of this report.", "warning")
-    return [note, Table("failed-images", "Images that could not be read", columns, frame, search=True)]
+    note = Note(
+        f"{len(frame):,} images could not be read and are in no number of this report.", "warning"
+    )
+    return [
+        note,
+        Table("failed-images", "Images that could not be read", columns, frame, search=True),
+    ]
 
 
 def _balance(run: FinishedRun, test: Task | None) -> list[Block]:
@@ -91,7 +108,9 @@ def _balance(run: FinishedRun, test: Task | None) -> list[Block]:
         return _targets(run, test)
     train = _counts(run.task_kind, run.bank.target, len(run.classes))
     parts = {"training and validation": train.tolist()}
-    frame = pd.DataFrame({"class": list(run.classes), "train": train, "share": train / max(len(run.bank.target), 1)})
+    frame = pd.DataFrame(
+        {"class": list(run.classes), "train": train, "share": train / max(len(run.bank.target), 1)}
+    )
     word = "class" if run.task_kind == "single" else "label"
     columns = [
         Column("class", word),
@@ -103,14 +122,18 @@ def _balance(run: FinishedRun, test: Task | None) -> list[Block]:
         frame["test"] = counts
         parts["test"] = counts.tolist()
         columns.append(Column("test", "test", "count"))
-    table = Table("balance", f"Images by {word}", tuple(columns), frame, search=len(frame) > _FIGURE_CLASSES)
+    table = Table(
+        "balance", f"Images by {word}", tuple(columns), frame, search=len(frame) > _FIGURE_CLASSES
+    )
     blocks: list[Block] = []
     largest, smallest = int(train.argmax()), int(train.argmin())
     if run.task_kind == "single" and train[largest] >= LOPSIDED * max(int(train[smallest]), 1):
         blocks.append(
             Note(
-                f"Lopsided: {train[largest]:,} images of {run.classes[largest]} and {train[smallest]:,} of {run.classes[smallest]}. "
-                "Accuracy mostly tells of the large classes; look at recall by class, and try task.metric: balanced_accuracy "
+                f"Lopsided: {train[largest]:,} images of {run.classes[largest]} and "
+                f"{train[smallest]:,} of {run.classes[smallest]}. "
+                "Accuracy mostly tells of the large classes; look at recall by class, and try "
+                "task.metric: balanced_accuracy "
                 "and class_weight: [none, balanced].",
                 "warning",
             )
@@ -119,7 +142,12 @@ def _balance(run: FinishedRun, test: Task | None) -> list[Block]:
         return [*blocks, table]
     svg = figures.bars(list(run.classes), parts, xlabel="images")
     sizes = ", ".join(f"{name} {count:,}" for name, count in zip(run.classes, train, strict=True))
-    return [*blocks, Figure(svg, f"Bar chart of the images of each {word}: {sizes}.", f"Images by {word}.", table)]
+    return [
+        *blocks,
+        Figure(
+            svg, f"Bar chart of the images of each {word}: {sizes}.", f"Images by {word}.", table
+        ),
+    ]
 
 
 def _counts(kind: str, target: npt.NDArray[Any], classes: int) -> npt.NDArray[np.int64]:

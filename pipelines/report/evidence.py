@@ -1,5 +1,5 @@
-"""What other commands have found out about the run: the worth of the choice, the ensemble, learning curves, transfer scores,
-advice. What has not been measured is a line that says which command does.
+"""What other commands have found out about the run: the worth of the choice, the ensemble, learning
+curves, transfer scores, advice. What has not been measured is a line that says which command does.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,25 +20,42 @@ Found = Mapping[str, Any]
 
 
 def choice(run: FinishedRun) -> Section:
-    """What the winner's score is worth once it is known to be the best of many, and who is as good."""
+    """What the winner's score is worth once it is known to be the best of many, and who
+    is as good.
+    """
     blocks = _blocks(
-        run.paths.selection, "`headrace run RECIPE` with this version measures it", lambda found: _choice(run, found)
+        run.paths.selection,
+        "`headrace run RECIPE` with this version measures it",
+        lambda found: _choice(run, found),
     )
-    lead = "The best of many looks better than it is. The correction and the comparisons resample the same validation images for all."
+    lead = (
+        "The best of many looks better than it is. The correction and the comparisons resample "
+        "the same validation images for all."
+    )
     return Section("choice", "How sure is the choice?", lead, blocks)
 
 
 def ensemble(run: FinishedRun) -> Section:
     """What averaging heads is worth, and which heads."""
-    how = "put `ensemble: {}` into the recipe and `headrace run RECIPE` again; nothing is trained anew"
+    how = (
+        "put `ensemble: {}` into the recipe and `headrace run RECIPE` again; nothing is "
+        "trained anew"
+    )
     blocks = _blocks(run.paths.ensemble / "ensemble.json", how, lambda found: _ensemble(run, found))
-    return Section("ensemble", "Ensemble", "Heads averaged, scored on images that had no part in picking them.", blocks)
+    return Section(
+        "ensemble",
+        "Ensemble",
+        "Heads averaged, scored on images that had no part in picking them.",
+        blocks,
+    )
 
 
 def advice(run: FinishedRun) -> Section:
     """What would help most, the learning curve with its extrapolation, transfer scores."""
     blocks = _blocks(
-        run.paths.advice, "`headrace advise RUN` measures it, in a minute or so", lambda found: _advice(run, found)
+        run.paths.advice,
+        "`headrace advise RUN` measures it, in a minute or so",
+        lambda found: _advice(run, found),
     )
     return Section(
         "advice",
@@ -60,7 +77,10 @@ def expected_text(run: FinishedRun) -> tuple[str, str] | None:
     except (KeyError, TypeError, ValueError):
         return None
     return (
-        (value, f"95 % interval {low} to {high}, corrected for being the best of {found['tried']:,}")
+        (
+            value,
+            f"95 % interval {low} to {high}, corrected for being the best of {found['tried']:,}",
+        )
         if found and value
         else None
     )
@@ -86,7 +106,11 @@ def _blocks(path: Path, how: str, make: Callable[[Found], list[Block]]) -> tuple
     except RunDamaged as error:
         return (Note(f"Left out: {error}.", "warning"),)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        return (Note(f"{path.name} is of another version of headrace ({type(error).__name__}: {error})."),)
+        return (
+            Note(
+                f"{path.name} is of another version of headrace ({type(error).__name__}: {error})."
+            ),
+        )
 
 
 def _choice(run: FinishedRun, found: Found) -> list[Block]:
@@ -96,15 +120,26 @@ def _choice(run: FinishedRun, found: Found) -> list[Block]:
     at_temperature = number_text(found.get("calibrated", found["validation"]), run.metric)
     facts = Facts(
         (
-            (f"expected {metric_title(run.metric)} on new images", f"{value} (95 % interval {low} to {high})"),
+            (
+                f"expected {metric_title(run.metric)} on new images",
+                f"{value} (95 % interval {low} to {high})",
+            ),
             (
                 "as chosen",
-                f"{validation}, the best of {found['tried']:,} settings on {found['images']:,} validation images"
-                + ("" if at_temperature == validation else f"; {at_temperature} at its temperature"),
+                (
+                    f"{validation}, the best of {found['tried']:,} settings on "
+                    f"{found['images']:,} validation images"
+                )
+                + (
+                    "" if at_temperature == validation else f"; {at_temperature} at its temperature"
+                ),
             ),
             (
                 "as good as the winner",
-                f"{found['together']:,} of {found['tried']:,} settings cannot be told apart from it (95 %)",
+                (
+                    f"{found['together']:,} of {found['tried']:,} settings cannot be told "
+                    "apart from it (95 %)"
+                ),
             ),
         )
     )
@@ -120,11 +155,19 @@ def _choice(run: FinishedRun, found: Found) -> list[Block]:
         Column("inputs", "inputs"),
         Column("kind", "kind"),
         Column("settings", "settings"),
-        Column("difference", "behind the winner", "number", f"in {metric_title(run.metric)}, on the same images"),
+        Column(
+            "difference",
+            "behind the winner",
+            "number",
+            f"in {metric_title(run.metric)}, on the same images",
+        ),
         Column("low", "95 % from", "number"),
         Column("high", "to", "number"),
         Column(
-            "p_corrected", "p", "number", "that it is as good as the winner, corrected for the number of comparisons"
+            "p_corrected",
+            "p",
+            "number",
+            "that it is as good as the winner, corrected for the number of comparisons",
         ),
         Column("together", "as good", "yes", "whether it may be the truly best one (95 %)"),
     )
@@ -132,21 +175,34 @@ def _choice(run: FinishedRun, found: Found) -> list[Block]:
     return [
         facts,
         Table(
-            "comparisons", "Every setting against the winner", there, frame, filters=("together", "kind"), search=True
+            "comparisons",
+            "Every setting against the winner",
+            there,
+            frame,
+            filters=("together", "kind"),
+            search=True,
         ),
     ]
 
 
 def _ensemble(run: FinishedRun, found: Found) -> list[Block]:
     nested, metric = found["nested"], found["nested"]["metric"]
-    value, low, high, single = (number_text(nested[name], metric) for name in ("value", "low", "high", "single"))
+    value, low, high, single = (
+        number_text(nested[name], metric) for name in ("value", "low", "high", "single")
+    )
     level = level_text(nested["level"])
     answer = (
         f"It is the run's answer: the {level} interval of its gain over a single head lies above 0."
         if nested["chosen"]
-        else f"The {level} interval of its gain over a single head reaches 0: the winner stays the answer."
+        else (
+            f"The {level} interval of its gain over a single head reaches 0: the winner stays "
+            "the answer."
+        )
     )
-    gain = f"{nested['gain']:+.4f} ({level} interval {nested['gain_low']:+.4f} to {nested['gain_high']:+.4f})"
+    gain = (
+        f"{nested['gain']:+.4f} ({level} interval {nested['gain_low']:+.4f} to "
+        f"{nested['gain_high']:+.4f})"
+    )
     names = list(run.feature_sets)
     frame = pd.DataFrame(
         [
@@ -182,7 +238,10 @@ def _ensemble(run: FinishedRun, found: Found) -> list[Block]:
 
 
 def _advice(run: FinishedRun, found: Found) -> list[Block]:
-    blocks: list[Block] = [Note(str(found["sentence"]), "good"), *(Note(str(reason)) for reason in found["reasons"])]
+    blocks: list[Block] = [
+        Note(str(found["sentence"]), "good"),
+        *(Note(str(reason)) for reason in found["reasons"]),
+    ]
     evidence = found.get("evidence")
     if not evidence:
         return blocks
@@ -202,21 +261,38 @@ def _advice(run: FinishedRun, found: Found) -> list[Block]:
             "nce": (
                 "NCE",
                 "number",
-                "negative conditional entropy (Tran et al. 2019), where logits are kept; higher is better",
+                (
+                    "negative conditional entropy (Tran et al. 2019), where logits are kept; "
+                    "higher is better"
+                ),
             ),
             "neighbours": ("nearest neighbours", "share", "accuracy of the nearest neighbours"),
-            "bayes_low": ("Bayes error from", "share", "Cover and Hart 1967: no head on these features errs less"),
+            "bayes_low": (
+                "Bayes error from",
+                "share",
+                "Cover and Hart 1967: no head on these features errs less",
+            ),
             "bayes_high": ("to", "share", ""),
         }
-        columns = tuple(Column(name, *about) for name, about in titles.items() if name in frame.columns)  # type: ignore[arg-type]
+        columns = tuple(
+            Column(name, *about) for name, about in titles.items() if name in frame.columns
+        )  # type: ignore[arg-type]
         blocks.append(
-            Table("transfer-scores", "Transfer scores: how well features suit the task, without a head", columns, frame)
+            Table(
+                "transfer-scores",
+                "Transfer scores: how well features suit the task, without a head",
+                columns,
+                frame,
+            )
         )
     return blocks
 
 
 def _curve(evidence: Found) -> Figure:
-    images, errors = list(map(float, evidence["curve"]["images"])), list(map(float, evidence["curve"]["error"]))
+    images, errors = (
+        list(map(float, evidence["curve"]["images"])),
+        list(map(float, evidence["curve"]["error"])),
+    )
     last, error = images[-1], errors[-1]
     ahead = [
         (last * int(times), *(float(left[name]) for name in ("value", "low", "high")))
@@ -229,8 +305,15 @@ def _curve(evidence: Found) -> Figure:
         "measured": (images, [scale * value for value in errors]),
         "extrapolated": (more, [scale * point[1] for point in points]),
     }
-    band = {"extrapolated": ([scale * point[2] for point in points], [scale * point[3] for point in points])}
-    svg = figures.curves(lines, band, dashed=("extrapolated",), xlabel="images trained on", ylabel="error (points)")
+    band = {
+        "extrapolated": (
+            [scale * point[2] for point in points],
+            [scale * point[3] for point in points],
+        )
+    }
+    svg = figures.curves(
+        lines, band, dashed=("extrapolated",), xlabel="images trained on", ylabel="error (points)"
+    )
     frame = pd.DataFrame(
         {
             "images": images + more[1:],
@@ -247,8 +330,10 @@ def _curve(evidence: Found) -> Figure:
     )
     return Figure(
         svg,
-        f"Learning curve: the error of the best head against the images trained on, from {images[0]:,.0f} to {last:,.0f} images "
+        "Learning curve: the error of the best head against the images trained on, from "
+        f"{images[0]:,.0f} to {last:,.0f} images "
         "measured, and beyond that extrapolated; the numbers are in the table below.",
-        "Learning curve of the best head at each size; dashed: a power law's extrapolation with its 95 % interval.",
+        "Learning curve of the best head at each size; dashed: a power law's extrapolation "
+        "with its 95 % interval.",
         Table("learning-curve", "Learning curve", columns, frame, sortable=False),
     )

@@ -1,4 +1,5 @@
-"""The charts, drawn by matplotlib as SVG whose colours are the page's own, so that they follow light and dark.
+"""The charts, drawn by matplotlib as SVG whose colours are the page's own, so that they follow
+light and dark.
 
 Each is drawn for 360 pixels of width, which a telephone has, and scales up from there.
 """
@@ -19,8 +20,8 @@ from matplotlib.figure import Figure
 from headrace.pipelines.report.blocks import plain
 
 WIDTH = 360  # CSS pixels
-# Colours that stand in the drawing for the page's variables. Series are Okabe and Ito's, which colour-blind people tell
-# apart; kinds differ by their mark as well.
+# Colours that stand in the drawing for the page's variables. Series are Okabe and Ito's, which
+# colour-blind people tell apart; kinds differ by their mark as well.
 _INK, _MUTED, _RULE = "#010101", "#020202", "#030303"
 _SERIES = ("#040401", "#040402", "#040403", "#040404", "#040405", "#040406")
 _VARIABLES = {
@@ -66,7 +67,9 @@ def dots(
     *,
     xlabel: str,
 ) -> str:
-    """One line per label, one mark per series on it, with a bar of ± its error; nan where a series has none."""
+    """One line per label, one mark per series on it, with a bar of ± its error; nan where a series
+    has none.
+    """
     with rc_context(_STYLE):
         figure, axes = _axes(0.21 * len(labels) + 0.85 + 0.16 * ((len(values) + 2) // 3))
         rows = np.arange(len(labels))
@@ -98,7 +101,14 @@ def bars(labels: Sequence[str], parts: Mapping[str, Sequence[float]], *, xlabel:
         figure, axes = _axes(0.2 * len(labels) + 0.9)
         left = np.zeros(len(labels))
         for number, (name, lengths) in enumerate(parts.items()):
-            axes.barh(np.arange(len(labels)), lengths, left=left, height=0.7, color=series(number), label=name)
+            axes.barh(
+                np.arange(len(labels)),
+                lengths,
+                left=left,
+                height=0.7,
+                color=series(number),
+                label=name,
+            )
             left = left + np.asarray(lengths, float)
         axes.set_yticks(np.arange(len(labels)), [shorten(label) for label in labels])
         axes.set_ylim(len(labels) - 0.5, -0.5)
@@ -122,7 +132,9 @@ def reliability(
         figure = Figure(figsize=(WIDTH / 72, 4.4), layout="constrained")
         axes, counts = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
         axes.plot([0, 1], [0, 1], color=_MUTED, linestyle=(0, (4, 3)), linewidth=1, label="perfect")
-        axes.plot(confidence, correct, marker="o", color=series(0), linewidth=1.5, markersize=5, label=who)
+        axes.plot(
+            confidence, correct, marker="o", color=series(0), linewidth=1.5, markersize=5, label=who
+        )
         axes.set(xlim=(0, 1), ylim=(0, 1), ylabel="share right")
         axes.legend(loc="upper left")
         counts.bar(confidence, rows, width=0.045, color=series(0))
@@ -142,13 +154,20 @@ def heat(shares: npt.NDArray[np.float64], *, xlabel: str, ylabel: str) -> str:
         return _svg(figure)
 
 
-def scatter(truth: npt.NDArray[np.float64], predicted: npt.NDArray[np.float64], *, xlabel: str, ylabel: str) -> str:
+def scatter(
+    truth: npt.NDArray[np.float64], predicted: npt.NDArray[np.float64], *, xlabel: str, ylabel: str
+) -> str:
     """Predicted against true values; beyond a few thousand points, how many fall in each cell."""
     with rc_context(_STYLE):
         figure, axes = _axes(4.0)
-        low, high = float(min(truth.min(), predicted.min())), float(max(truth.max(), predicted.max()))
+        low, high = (
+            float(min(truth.min(), predicted.min())),
+            float(max(truth.max(), predicted.max())),
+        )
         if len(truth) > 3000:
-            axes.hexbin(truth, predicted, gridsize=40, bins="log", mincnt=1, cmap="cividis", rasterized=True)
+            axes.hexbin(
+                truth, predicted, gridsize=40, bins="log", mincnt=1, cmap="cividis", rasterized=True
+            )
         else:
             axes.plot(
                 truth,
@@ -175,13 +194,17 @@ def curves(
     ylabel: str,
     log: bool = True,
 ) -> str:
-    """Lines over x, each with a band (low, high) where one is given; the `dashed` ones are extrapolated."""
+    """Lines over x, each with a band (low, high) where one is given; the `dashed` ones are
+    extrapolated.
+    """
     with rc_context(_STYLE):
         figure, axes = _axes(3.4)
         for number, (name, (x, y)) in enumerate(lines.items()):
             style = (0, (4, 3)) if name in dashed else "-"
             mark = "" if name in dashed else MARKS[number % len(MARKS)]
-            axes.plot(x, y, linestyle=style, marker=mark, color=series(number), markersize=4, label=name)
+            axes.plot(
+                x, y, linestyle=style, marker=mark, color=series(number), markersize=4, label=name
+            )
             if name in bands:
                 axes.fill_between(x, *bands[name], color=series(number), alpha=0.15, linewidth=0)
         if log:
@@ -195,7 +218,11 @@ def curves(
 
 def shorten(text: str, length: int = 26) -> str:
     """The text with its middle left out where it is longer than `length`."""
-    return text if len(text) <= length else f"{text[: length // 2]}…{text[len(text) - length // 2 + 1 :]}"
+    return (
+        text
+        if len(text) <= length
+        else f"{text[: length // 2]}…{text[len(text) - length // 2 + 1 :]}"
+    )
 
 
 def _axes(inches: float) -> tuple[Figure, Axes]:
@@ -205,10 +232,13 @@ def _axes(inches: float) -> tuple[Figure, Axes]:
 
 
 def _svg(figure: Figure) -> str:
-    """The figure as an `<svg>` element for a page: no ids that another figure has, no fixed size, the page's colours."""
+    """The figure as an `<svg>` element for a page: no ids that another figure has, no fixed size,
+    the page's colours.
+    """
     stored = io.StringIO()
     with warnings.catch_warnings():
-        # The letters are the browser's own: matplotlib's font measures them, and need not have them all.
+        # The letters are the browser's own: matplotlib's font measures them, and need not have them
+        # all.
         warnings.filterwarnings("ignore", message=r"Glyph .* missing from")
         figure.savefig(
             stored,
@@ -220,7 +250,10 @@ def _svg(figure: Figure) -> str:
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
     text = re.sub(
-        r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1), count=1
+        r'(<svg[^>]*?) width="[^"]*"',
+        r"\1",
+        re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1),
+        count=1,
     )
     text = _own_ids(text)
     for colour, variable in _VARIABLES.items():
@@ -233,5 +266,9 @@ def _own_ids(text: str) -> str:
     """Only ids that something refers to stay, and they are unlike those of every other figure."""
     prefix = f"f{hashlib.sha256(text.encode()).hexdigest()[:8]}-"
     used = set(re.findall(r'(?:xlink:href="#|url\(#)([^")]+)', text))
-    text = re.sub(r' id="([^"]+)"', lambda found: f' id="{prefix}{found[1]}"' if found[1] in used else "", text)
+    text = re.sub(
+        r' id="([^"]+)"',
+        lambda found: f' id="{prefix}{found[1]}"' if found[1] in used else "",
+        text,
+    )
     return re.sub(r'(xlink:href="#|url\(#)', rf"\1{prefix}", text)

@@ -1,9 +1,10 @@
 """Likely label errors, by confident learning on out-of-fold predictions.
 
-Northcutt, Jiang and Chuang 2021, "Confident Learning: Estimating Uncertainty in Dataset Labels" (JAIR 70), section 3:
-a class's threshold is the mean probability of that class over the rows that carry its label; a row that passes the
-threshold of another class than its label's, and belongs there more than anywhere else that it passes, is counted off
-the diagonal of the confident joint. N rows, C classes.
+Northcutt, Jiang and Chuang 2021, "Confident Learning: Estimating Uncertainty in Dataset Labels"
+(JAIR 70), section 3: a class's threshold is the mean probability of that class over the rows that
+carry its label; a row that passes the threshold of another class than its label's, and belongs
+there more than anywhere else that it passes, is counted off the diagonal of the confident joint. N
+rows, C classes.
 """
 
 from typing import Any
@@ -12,14 +13,19 @@ import numpy as np
 import numpy.typing as npt
 
 
-def confident_classes(label: npt.NDArray[Any], probabilities: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+def confident_classes(
+    label: npt.NDArray[Any], probabilities: npt.NDArray[Any]
+) -> npt.NDArray[np.int64]:
     """(N,) the class that each row confidently belongs to, -1 where it passes no class's threshold.
 
-    label: (N,) class index; probabilities: (N, C), each row predicted by a head that did not train on it.
+    label: (N,) class index; probabilities: (N, C), each row predicted by a head that did not train
+    on it.
     """
     predicted = np.asarray(probabilities, np.float64)
     counts = np.bincount(label, minlength=predicted.shape[1])
-    own = np.bincount(label, weights=predicted[np.arange(len(label)), label], minlength=predicted.shape[1])
+    own = np.bincount(
+        label, weights=predicted[np.arange(len(label)), label], minlength=predicted.shape[1]
+    )
     # A class that no row carries has no threshold to pass.
     threshold = np.where(counts > 0, own / np.maximum(counts, 1), np.inf)
     passes = predicted >= threshold
@@ -27,10 +33,14 @@ def confident_classes(label: npt.NDArray[Any], probabilities: npt.NDArray[Any]) 
     return np.where(passes.any(1), best, -1)
 
 
-def likely_label_errors(label: npt.NDArray[Any], probabilities: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-    """Positions of the rows that confidently belong to another class than their label's, the surest first.
+def likely_label_errors(
+    label: npt.NDArray[Any], probabilities: npt.NDArray[Any]
+) -> npt.NDArray[np.int64]:
+    """Positions of the rows that confidently belong to another class than their label's, the surest
+    first.
 
-    Sorted by the normalised margin: the probability of the label less the largest probability of another class.
+    Sorted by the normalised margin: the probability of the label less the largest probability of
+    another class.
     """
     confident = confident_classes(label, probabilities)
     rows = np.flatnonzero((confident >= 0) & (confident != label))
@@ -45,7 +55,8 @@ def likely_label_errors(label: npt.NDArray[Any], probabilities: npt.NDArray[Any]
 def likely_errors_by_label(
     target: npt.NDArray[Any], probabilities: npt.NDArray[Any]
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Of a multi-label task: (row, label) of likely errors, the surest first; each label column is a task of two classes.
+    """Of a multi-label task: (row, label) of likely errors, the surest first; each label column is
+    a task of two classes.
 
     target: (N, L) 0/1; probabilities: (N, L).
     """
@@ -60,4 +71,6 @@ def likely_errors_by_label(
     if not rows:
         return np.empty(0, np.int64), np.empty(0, np.int64)
     order = np.argsort(np.concatenate(margins), kind="stable")
-    return np.concatenate(rows)[order].astype(np.int64), np.concatenate(labels)[order].astype(np.int64)
+    return np.concatenate(rows)[order].astype(np.int64), np.concatenate(labels)[order].astype(
+        np.int64
+    )

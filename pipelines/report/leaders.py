@@ -31,12 +31,25 @@ def leaderboard(run: FinishedRun) -> Section:
     better = "higher" if METRICS[metric].higher_is_better else "lower"
     columns = (
         Column("rank", "rank", "count"),
-        Column(metric, metric_title(metric), metric_format(metric), f"mean over validation folds; {better} is better"),
-        Column("standard_error", "± s.e.", metric_format(metric), "standard error of that mean over the folds"),
+        Column(
+            metric,
+            metric_title(metric),
+            metric_format(metric),
+            f"mean over validation folds; {better} is better",
+        ),
+        Column(
+            "standard_error",
+            "± s.e.",
+            metric_format(metric),
+            "standard error of that mean over the folds",
+        ),
         Column("kind", "kind"),
         Column("inputs", "inputs"),
         Column("settings", "settings"),
-        *(Column(name, metric_title(name), metric_format(name), "mean over validation folds") for name in others),
+        *(
+            Column(name, metric_title(name), metric_format(name), "mean over validation folds")
+            for name in others
+        ),
         Column("features", "features", "count", "numbers that the head reads per image"),
         Column("train_seconds", "seconds", "seconds", "training, all folds together"),
         *((Column("failed", "failed folds", "count"),) if frame["failed"].any() else ()),
@@ -53,10 +66,13 @@ def leaderboard(run: FinishedRun) -> Section:
         marked=frozenset({0}),
     )
     whole = (
-        "and once on all training rows" if frame["final"].all() else "and, where it was kept, once on all training rows"
+        "and once on all training rows"
+        if frame["final"].all()
+        else "and, where it was kept, once on all training rows"
     )
     lead = (
-        f"{len(frame):,} settings, each trained once per fold {whole}. Heads were chosen on validation folds alone; the test "
+        f"{len(frame):,} settings, each trained once per fold {whole}. Heads were chosen on "
+        "validation folds alone; the test "
         "split plays no part in this table."
     )
     return Section("leaderboard", "Leaderboard", lead, (table, *_failed_note(run)))
@@ -67,8 +83,13 @@ def taps(run: FinishedRun) -> Section:
     metric = run.metric
     board, _ = _board(run)
     best = board[board["best"]]
-    # As the recipe lists them, which is from the first layers to the last: the figure reads as a walk through the network.
-    order = [name for name in dict.fromkeys(_shown(run, run.heads["inputs"])) if name in set(best["inputs"])]
+    # As the recipe lists them, which is from the first layers to the last: the figure reads as a
+    # walk through the network.
+    order = [
+        name
+        for name in dict.fromkeys(_shown(run, run.heads["inputs"]))
+        if name in set(best["inputs"])
+    ]
     kinds = list(dict.fromkeys(best["kind"]))
     values = best.pivot(index="inputs", columns="kind", values=metric).reindex(order)
     errors = best.pivot(index="inputs", columns="kind", values="standard_error").reindex(order)
@@ -90,18 +111,22 @@ def taps(run: FinishedRun) -> Section:
         Column("features", "features", "count"),
     )
     tried = board.groupby(["inputs", "kind"], sort=False).size()
-    frame = best.assign(tried=[int(tried[key]) for key in zip(best["inputs"], best["kind"], strict=True)])
+    frame = best.assign(
+        tried=[int(tried[key]) for key in zip(best["inputs"], best["kind"], strict=True)]
+    )
     leader = best.iloc[0]
     figure = Figure(
         svg,
-        f"Dot plot of the best validation {metric_title(metric)} of each kind of head on each input. "
+        f"Dot plot of the best validation {metric_title(metric)} of each kind of head on each "
+        "input. "
         f"The best is {leader['kind']} on {leader['inputs']}; the numbers are in the table below.",
         "Best head of each kind on each input; bars are ± one standard error over folds.",
         Table("taps", "Best head of each inputs and kind", columns, frame),
     )
     backbones = _by_backbone(run, best)
     lead = (
-        "Which layer of which network holds what the task needs. The best of many settings is flattered a little by having "
+        "Which layer of which network holds what the task needs. The best of many settings is "
+        "flattered a little by having "
         "been chosen."
     )
     return Section("taps", "Taps and backbones", lead, (figure, *backbones))
@@ -114,10 +139,16 @@ def _by_backbone(run: FinishedRun, best: pd.DataFrame) -> tuple[Block, ...]:
     names = [backbone.alias or backbone.name for backbone in backbones]
 
     def of(inputs: str) -> str:
-        used = [name for name in names if any(part.startswith(f"{name}:") for part in inputs.split(" + "))]
+        used = [
+            name
+            for name in names
+            if any(part.startswith(f"{name}:") for part in inputs.split(" + "))
+        ]
         return used[0] if len(used) == 1 else "several"
 
-    first = best.assign(backbone=[of(inputs) for inputs in best["inputs"]]).drop_duplicates("backbone")
+    first = best.assign(backbone=[of(inputs) for inputs in best["inputs"]]).drop_duplicates(
+        "backbone"
+    )
     columns = (
         Column("backbone", "backbone"),
         Column("inputs", "best inputs"),
@@ -129,7 +160,9 @@ def _by_backbone(run: FinishedRun, best: pd.DataFrame) -> tuple[Block, ...]:
 
 
 def _board(run: FinishedRun) -> tuple[pd.DataFrame, list[str]]:
-    """The leaderboard with the means of the other metrics, and their names; `best` marks the first of each inputs and kind."""
+    """The leaderboard with the means of the other metrics, and their names; `best` marks the first
+    of each inputs and kind.
+    """
     names = [name for name in METRICS if name in run.heads.columns and name != run.metric]
     folds = run.heads[run.heads["fold"] != FULL]
     means = folds.groupby(["inputs", "spec"], sort=False)[names].mean().reset_index()
@@ -152,8 +185,14 @@ def _failed_note(run: FinishedRun) -> tuple[Block, ...]:
     counts = failed.value_counts()
     frame = pd.DataFrame({"reason": counts.index, "heads": np.asarray(counts)})
     return (
-        Note(f"{len(failed):,} heads failed; `headrace run RECIPE --retry-failed` tries them again.", "warning"),
+        Note(
+            f"{len(failed):,} heads failed; `headrace run RECIPE --retry-failed` tries them again.",
+            "warning",
+        ),
         Table(
-            "failed-heads", "Why heads failed", (Column("reason", "reason"), Column("heads", "heads", "count")), frame
+            "failed-heads",
+            "Why heads failed",
+            (Column("reason", "reason"), Column("heads", "heads", "count")),
+            frame,
         ),
     )

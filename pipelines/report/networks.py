@@ -1,4 +1,6 @@
-"""Heads that were trained on as networks: what each gained over its head, what it took, and what was decided."""
+"""Heads that were trained on as networks: what each gained over its head, what it took, and what
+was decided.
+"""
 
 import pandas as pd
 
@@ -9,7 +11,8 @@ from headrace.pipelines.report.leaders import metric_title
 from headrace.pipelines.report.read import FinishedRun
 
 _LEAD = (
-    "Fine-tuned and partly reused networks, each compared with its head on the same validation rows; one that is not better "
+    "Fine-tuned and partly reused networks, each compared with its head on the same validation "
+    "rows; one that is not better "
     "is rolled back."
 )
 
@@ -18,14 +21,20 @@ def networks(run: FinishedRun) -> tuple[Section, ...]:
     """The section; none where no network was asked for."""
     found = read_json(run.paths.thaw_decisions)
     if found is None and run.recipe.thaw is not None:
-        text = f"No decision is on record, for {run.paths.thaw_decisions.name} is not there: {RUN_AGAIN}."
+        text = (
+            f"No decision is on record, for {run.paths.thaw_decisions.name} is not there: "
+            f"{RUN_AGAIN}."
+        )
         return (Section("networks", "Head against networks", _LEAD, (Note(text, "warning"),)),)
     if not found:
         return ()
     try:
         blocks = _blocks(run, pd.DataFrame([_row(record) for record in found.values()]))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        text = f"{run.paths.thaw_decisions.name} is of another version of headrace ({type(error).__name__}: {error})."
+        text = (
+            f"{run.paths.thaw_decisions.name} is of another version of headrace "
+            f"({type(error).__name__}: {error})."
+        )
         blocks = (Note(text),)
     return (Section("networks", "Head against networks", _LEAD, blocks),)
 
@@ -47,7 +56,9 @@ def _blocks(run: FinishedRun, frame: pd.DataFrame) -> tuple[Block, ...]:
     frame = frame.astype(dict.fromkeys(numbers, float))
     columns = (
         Column(
-            "decision", "decision", hint="kept: trained on all rows, and on the leaderboard; rolled back: no better"
+            "decision",
+            "decision",
+            hint="kept: trained on all rows, and on the leaderboard; rolled back: no better",
         ),
         Column("approach", "approach"),
         Column("inputs", "inputs"),

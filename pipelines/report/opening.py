@@ -22,7 +22,8 @@ def test_split(run: FinishedRun) -> Section:
     frame = _openings(run)
     if opening is None:
         text = (
-            f"{answer.name.capitalize()} has not been shown a test split: set task.test_fraction, or a split column with test "
+            f"{answer.name.capitalize()} has not been shown a test split: set "
+            "task.test_fraction, or a split column with test "
             "rows, and run again."
         )
         return Section("test", "Test split", "", (Note(text), *([frame] if frame else ())))
@@ -37,9 +38,14 @@ def test_split(run: FinishedRun) -> Section:
     else:
         _, target, predicted = made
         blocks += outcome(run.task_kind, run.classes, target, predicted, "test", answer.name)
-    shown = "" if answer.ensemble is None else f"They were shown to the ensemble of {answer.heads}, not to the winner. "
+    shown = (
+        ""
+        if answer.ensemble is None
+        else f"They were shown to the ensemble of {answer.heads}, not to the winner. "
+    )
     lead = (
-        f"{result['images']:,} images that no head was trained or chosen on. {shown}The rows and predictions below are those "
+        f"{result['images']:,} images that no head was trained or chosen on. {shown}The rows "
+        "and predictions below are those "
         "of the opening on record; this report opens nothing."
     )
     return Section("test", "Test split", lead, tuple(blocks))
@@ -48,11 +54,15 @@ def test_split(run: FinishedRun) -> Section:
 def _metrics(run: FinishedRun, answer: Answer, test: Mapping[str, float]) -> Table:
     """Every metric of the answer: on validation rows and on the test images."""
     if answer.ensemble is None:
-        own = run.heads[(run.heads["spec"] == run.winner["spec"]) & (run.heads["inputs"] == run.winner["inputs"])]
+        own = run.heads[
+            (run.heads["spec"] == run.winner["spec"])
+            & (run.heads["inputs"] == run.winner["inputs"])
+        ]
         folds = own[own["fold"] != FULL]
         means = {name: float(folds[name].mean()) for name in test if name in folds.columns}
         errors = {
-            name: float(folds[name].std(ddof=1) / np.sqrt(len(folds))) if len(folds) > 1 else np.nan for name in means
+            name: float(folds[name].std(ddof=1) / np.sqrt(len(folds))) if len(folds) > 1 else np.nan
+            for name in means
         }
         spread: tuple[Column, ...] = (
             Column("spread", "± s.e.", "number", "standard error of the mean over the folds"),
@@ -60,7 +70,11 @@ def _metrics(run: FinishedRun, answer: Answer, test: Mapping[str, float]) -> Tab
         hint = "mean over the validation folds"
     else:
         scored = answer.ensemble["metrics"]
-        means = {name: float(scored[f"validation_{name}"]) for name in test if f"validation_{name}" in scored}
+        means = {
+            name: float(scored[f"validation_{name}"])
+            for name in test
+            if f"validation_{name}" in scored
+        }
         errors, spread = {}, ()
         hint = "on validation images that had no part in picking its heads, all folds together"
     frame = pd.DataFrame(
@@ -89,7 +103,9 @@ def _shown_text(winner: Mapping[str, Any]) -> str:
 
 def _times_opened(run: FinishedRun, opening: Any, answer: Answer) -> Note:
     images = set(opening["images"])
-    winners = {str(past["winner"]) for past in run.openings if not images.isdisjoint(past["images"])}
+    winners = {
+        str(past["winner"]) for past in run.openings if not images.isdisjoint(past["images"])
+    }
     if len(winners) == 1:
         return Note(
             "The test split has been opened once, for "
@@ -97,7 +113,8 @@ def _times_opened(run: FinishedRun, opening: Any, answer: Answer) -> Note:
             "good",
         )
     return Note(
-        f"{len(winners)} different winners have been shown these test images. Each time, the score says a little less about "
+        f"{len(winners)} different winners have been shown these test images. Each time, the "
+        "score says a little less about "
         "new images: whoever picks the best of them has chosen on the test split.",
         "warning",
     )

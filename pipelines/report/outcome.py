@@ -1,4 +1,5 @@
-"""What predictions get right and wrong: confusions, classes, calibration; and the winner's on its validation folds.
+"""What predictions get right and wrong: confusions, classes, calibration; and the winner's on its
+validation folds.
 
 N rows, C classes (or label columns, or regression targets).
 """
@@ -21,36 +22,61 @@ BINS = 15  # as the calibration error's
 
 
 def predictions(run: FinishedRun) -> Section:
-    """The winner on its validation folds: each row predicted by the head that did not train on it."""
+    """The winner on its validation folds: each row predicted by the head that did not
+    train on it.
+    """
     rows = run.held_out
     target, predicted = run.bank.target[rows], run.predicted[rows]
-    blocks = [*outcome(run.task_kind, run.classes, target, predicted, "validation"), *_calibration(run, target)]
+    blocks = [
+        *outcome(run.task_kind, run.classes, target, predicted, "validation"),
+        *_calibration(run, target),
+    ]
     lead = (
-        f"The winner, {run.winner['kind']} {run.winner['settings']}, on {len(rows):,} validation images: each predicted by the "
-        f"{'network' if run.winner['kind'] == 'finetune' else 'head'} that was trained without its fold."
+        f"The winner, {run.winner['kind']} {run.winner['settings']}, on {len(rows):,} "
+        "validation images: each predicted by the "
+        f"{'network' if run.winner['kind'] == 'finetune' else 'head'} that was trained without "
+        "its fold."
     )
     return Section("predictions", "What the winner gets right and wrong", lead, tuple(blocks))
 
 
 def _calibration(run: FinishedRun, target: npt.NDArray[Any]) -> list[Block]:
-    """The reliability diagram again at the temperature that the winner is handed out with, and both calibration errors."""
+    """The reliability diagram again at the temperature that the winner is handed out with, and both
+    calibration errors.
+    """
     if run.task_kind == "regression":
         return []
     found = run.calibration
     if found is None:
         return [
             Note(
-                "The winner has no temperature: `headrace run RECIPE` with this version gives it one, and trains nothing."
+                "The winner has no temperature: `headrace run RECIPE` with this version "
+                "gives it one, and trains nothing."
             )
         ]
     facts = Facts(
         (
-            ("temperature", f"{found['temperature']:.3f}: what `predict` and `export` divide the winner's log-odds by"),
-            ("calibration error", f"{found['error_before']:.3f} without it, {found['error_after']:.3f} with it"),
-            ("log loss", f"{found['loss_before']:.3f} without it, {found['loss_after']:.3f} with it"),
+            (
+                "temperature",
+                (
+                    f"{found['temperature']:.3f}: what `predict` and `export` divide the "
+                    "winner's log-odds by"
+                ),
+            ),
+            (
+                "calibration error",
+                f"{found['error_before']:.3f} without it, {found['error_after']:.3f} with it",
+            ),
+            (
+                "log loss",
+                f"{found['loss_before']:.3f} without it, {found['loss_after']:.3f} with it",
+            ),
             (
                 "fitted on",
-                f"{found['images']:,} validation images; scored fold by fold at the temperature of the other folds",
+                (
+                    f"{found['images']:,} validation images; scored fold by fold at the "
+                    "temperature of the other folds"
+                ),
             ),
         )
     )
@@ -59,7 +85,9 @@ def _calibration(run: FinishedRun, target: npt.NDArray[Any]) -> list[Block]:
         return [facts, Note(f"The reliability at this temperature is left out: {told}.", "warning")]
     return [
         facts,
-        _reliability(run.task_kind, target, told, "validation", "the winner at its temperature", "calibrated"),
+        _reliability(
+            run.task_kind, target, told, "validation", "the winner at its temperature", "calibrated"
+        ),
     ]
 
 
@@ -71,7 +99,8 @@ def outcome(
     which: str,
     who: str = "the winner",
 ) -> list[Block]:
-    """The blocks that a kind of task has, of these rows; `which` ("validation", "test") is in captions and table names.
+    """The blocks that a kind of task has, of these rows; `which` ("validation", "test") is in
+    captions and table names.
 
     who: whose predictions they are.
     """
@@ -90,7 +119,11 @@ def outcome(
 
 
 def _confusion(
-    classes: tuple[str, ...], target: npt.NDArray[Any], predicted: npt.NDArray[Any], which: str, who: str
+    classes: tuple[str, ...],
+    target: npt.NDArray[Any],
+    predicted: npt.NDArray[Any],
+    which: str,
+    who: str,
 ) -> list[Block]:
     C = len(classes)
     guess = predicted.argmax(1)
@@ -102,7 +135,10 @@ def _confusion(
             Column("actual", "actual ↓ predicted →"),
             *(Column(f"c{i}", name, "count") for i, name in enumerate(classes)),
         )
-        caption = f"Confusion matrix, {which} images: rows are what the label says, columns what {who} says"
+        caption = (
+            f"Confusion matrix, {which} images: rows are what the label says, columns what "
+            f"{who} says"
+        )
         return [Table(f"confusion-{which}", caption, columns, frame, sortable=False, shade="rows")]
     wrong = counts.copy()
     np.fill_diagonal(wrong, 0)
@@ -122,16 +158,30 @@ def _confusion(
         Column("images", "images", "count"),
         Column("share", "of the class", "share"),
     )
-    table = Table(f"confusion-{which}", f"Confusions, the commonest first ({which})", columns, frame, search=True)
+    table = Table(
+        f"confusion-{which}",
+        f"Confusions, the commonest first ({which})",
+        columns,
+        frame,
+        search=True,
+    )
     alt = f"Confusion matrix of {C} classes as a colour map; the confusions are in the table below."
     svg = figures.heat(
-        counts / np.maximum(counts.sum(1, keepdims=True), 1), xlabel="predicted class", ylabel="actual class"
+        counts / np.maximum(counts.sum(1, keepdims=True), 1),
+        xlabel="predicted class",
+        ylabel="actual class",
     )
-    return [Figure(svg, alt, f"Confusion matrix, {which} images; classes in alphabetical order.", table)]
+    return [
+        Figure(svg, alt, f"Confusion matrix, {which} images; classes in alphabetical order.", table)
+    ]
 
 
 def _classes(
-    classes: tuple[str, ...], target: npt.NDArray[Any], predicted: npt.NDArray[Any], which: str, who: str
+    classes: tuple[str, ...],
+    target: npt.NDArray[Any],
+    predicted: npt.NDArray[Any],
+    which: str,
+    who: str,
 ) -> Table:
     C = len(classes)
     guess = predicted.argmax(1)
@@ -154,14 +204,27 @@ def _classes(
         Column("images", "images", "count"),
         Column("predicted", "predicted", "count", f"images that {who} says are of this class"),
         Column("recall", "recall", "share", "share of the class's images that are found"),
-        Column("precision", "precision", "share", "share of the images said to be of the class that are"),
+        Column(
+            "precision",
+            "precision",
+            "share",
+            "share of the images said to be of the class that are",
+        ),
         Column("f1", "F1", "number", "harmonic mean of recall and precision"),
         Column("auc", "AUC", "number", "this class against the rest"),
     )
-    return Table(f"classes-{which}", f"Class by class, {which} images", columns, frame, search=C > MATRIX_CLASSES)
+    return Table(
+        f"classes-{which}",
+        f"Class by class, {which} images",
+        columns,
+        frame,
+        search=C > MATRIX_CLASSES,
+    )
 
 
-def _labels(classes: tuple[str, ...], target: npt.NDArray[Any], predicted: npt.NDArray[Any], which: str) -> Table:
+def _labels(
+    classes: tuple[str, ...], target: npt.NDArray[Any], predicted: npt.NDArray[Any], which: str
+) -> Table:
     truth, guess = target > 0, predicted >= 0.5
     hits, support, said = (truth & guess).sum(0), truth.sum(0), guess.sum(0)
     one = [(target[:, [i]], predicted[:, [i]]) for i in range(len(classes))]
@@ -188,7 +251,11 @@ def _labels(classes: tuple[str, ...], target: npt.NDArray[Any], predicted: npt.N
         Column("auc", "AUC", "number"),
     )
     return Table(
-        f"labels-{which}", f"Label by label, {which} images", columns, frame, search=len(classes) > MATRIX_CLASSES
+        f"labels-{which}",
+        f"Label by label, {which} images",
+        columns,
+        frame,
+        search=len(classes) > MATRIX_CLASSES,
     )
 
 
@@ -227,12 +294,17 @@ def _reliability(
     )
     return Figure(
         figures.reliability(mean, right, rows[there], unit, who),
-        f"Reliability diagram: share of right predictions against predicted probability in {BINS} bins. {who.capitalize()} is {tends}; "
+        "Reliability diagram: share of right predictions against predicted probability in "
+        f"{BINS} bins. {who.capitalize()} is {tends}; "
         f"the expected calibration error is {error:.3f}.",
         f"Reliability, {which} images: on the dashed line, 80 % sure is right 80 % of the time. "
         f"{who.capitalize()} is {tends} (expected calibration error {error:.3f}).",
         Table(
-            f"reliability-{name or which}", f"Reliability, bin by bin ({name or which})", columns, frame, sortable=False
+            f"reliability-{name or which}",
+            f"Reliability, bin by bin ({name or which})",
+            columns,
+            frame,
+            sortable=False,
         ),
     )
 
@@ -243,7 +315,10 @@ def _regression(
     names = [name for name, metric in METRICS.items() if "regression" in metric.tasks]
     pairs = [(target[:, [i]], predicted[:, [i]]) for i in range(len(classes))]
     frame = pd.DataFrame(
-        {"target": list(classes), **{name: [score("regression", *pair, name) for pair in pairs] for name in names}}
+        {
+            "target": list(classes),
+            **{name: [score("regression", *pair, name) for pair in pairs] for name in names},
+        }
     )
     frame["bias"] = (predicted - target).mean(0)
     columns = (
@@ -251,13 +326,20 @@ def _regression(
         *(Column(name, metric_title(name), metric_format(name)) for name in names),
         Column("bias", "mean error", "number", "predicted less true"),
     )
-    blocks: list[Block] = [Table(f"targets-{which}", f"Target by target, {which} images", columns, frame)]
+    blocks: list[Block] = [
+        Table(f"targets-{which}", f"Target by target, {which} images", columns, frame)
+    ]
     for number, name in enumerate(classes[:4]):
         truth, guess = np.asarray(target[:, number], float), np.asarray(predicted[:, number], float)
         svg = figures.scatter(truth, guess, xlabel=f"true {name}", ylabel=f"predicted {name}")
         alt = f"Predicted against true {name}, {len(truth):,} images; R² {frame['r2'][number]:.3f}."
         blocks.append(
-            Figure(svg, alt, f"{name}: predicted against true, {which} images; on the dashed line they are equal.")
+            Figure(
+                svg,
+                alt,
+                f"{name}: predicted against true, {which} images; on the dashed line they "
+                "are equal.",
+            )
         )
     return blocks
 

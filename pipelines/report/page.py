@@ -1,6 +1,8 @@
-"""From sections to one HTML file that needs nothing else: no server, no network, no script but its own.
+"""From sections to one HTML file that needs nothing else: no server, no network, no script but its
+own.
 
-Everything that comes from users' data is escaped by Jinja or by JSON; the page's policy allows one script, by its hash.
+Everything that comes from users' data is escaped by Jinja or by JSON; the page's policy allows one
+script, by its hash.
 """
 
 import base64
@@ -23,7 +25,8 @@ from headrace.pipelines.show import bytes_text
 
 # A table of at most so many columns stands beside another on a wide screen.
 _NARROW = 7
-# A page with more rows than this in one table would be slow to open; all of them are in the files of `--tables`.
+# A page with more rows than this in one table would be slow to open; all of them are in the files
+# of `--tables`.
 MAX_ROWS = 20_000
 _NONE = "–"
 
@@ -32,7 +35,11 @@ def render(title: str, made: str, headline: Headline, sections: Sequence[Section
     """The page. made: one line that says when, by what and from what."""
     style, script = _asset("report.css"), _asset("report.js")
     environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_finalize
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_finalize,
     )
     warnings = [
         (section, block)
@@ -60,7 +67,9 @@ def _finalize(value: Any) -> Any:
 
 
 class _TableView:
-    """A table as the template and the script see it: values as JSON knows them, written alike by both."""
+    """A table as the template and the script see it: values as JSON knows them, written alike by
+    both.
+    """
 
     def __init__(self, table: Table) -> None:
         self.table = table
@@ -70,15 +79,22 @@ class _TableView:
         self.rows = len(self.values[0]) if self.values else 0
         self.interactive = table.sortable and self.rows > 1
         self.paged = self.interactive and self.rows > table.page
-        self.narrow = len(self.columns) <= _NARROW and not (table.wide or table.search or table.filters)
+        self.narrow = len(self.columns) <= _NARROW and not (
+            table.wide or table.search or table.filters
+        )
         # Small tables are sorted too, but need no filter and no pages.
-        self.tools = self.paged or (self.rows > 8 and bool(table.filters or table.search or table.switch))
+        self.tools = self.paged or (
+            self.rows > 8 and bool(table.filters or table.search or table.switch)
+        )
 
     def first_rows(self) -> list[list[str]]:
         """The cells that stand in the page before its script runs, and without it."""
         shown = range(min(self.rows, self.table.page) if self.paged else self.rows)
         return [
-            [cell(values[row], column.format) for values, column in zip(self.values, self.columns, strict=True)]
+            [
+                cell(values[row], column.format)
+                for values, column in zip(self.values, self.columns, strict=True)
+            ]
             for row in shown
         ]
 
@@ -93,7 +109,8 @@ class _TableView:
         switch = self.table.switch
         content = {
             "columns": [
-                {"name": column.name, "title": plain(column.title), "format": column.format} for column in self.columns
+                {"name": column.name, "title": plain(column.title), "format": column.format}
+                for column in self.columns
             ],
             "values": [_packed(values) for values in self.values],
             "rows": self.rows,
@@ -104,7 +121,9 @@ class _TableView:
             "switch": (
                 {
                     "label": plain(switch[1]),
-                    "rows": np.flatnonzero(self.table.frame[switch[0]].to_numpy()[: self.rows]).tolist(),
+                    "rows": np.flatnonzero(
+                        self.table.frame[switch[0]].to_numpy()[: self.rows]
+                    ).tolist(),
                 }
                 if switch and self.tools
                 else None

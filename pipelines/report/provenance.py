@@ -1,4 +1,6 @@
-"""How the numbers came about, exactly: the recipe with every default, versions, machines, fingerprints."""
+"""How the numbers came about, exactly: the recipe with every default, versions, machines,
+fingerprints.
+"""
 
 import json
 
@@ -21,7 +23,12 @@ def provenance(run: FinishedRun) -> Section:
         ("winner's results", run.bank.path.name),
         ("winner's spec", str(run.winner["spec"])),
     )
-    blocks: list[Block] = [Facts(facts), Code("The recipe, with every default", text), *_machines(run), *_features(run)]
+    blocks: list[Block] = [
+        Facts(facts),
+        Code("The recipe, with every default", text),
+        *_machines(run),
+        *_features(run),
+    ]
     lead = "With the same recipe, images and versions, headrace run gives these numbers again."
     return Section("provenance", "Recipe, versions, fingerprints", lead, tuple(blocks))
 
@@ -37,9 +44,13 @@ def _machines(run: FinishedRun) -> list[Block]:
             {
                 "since": record.get("since", ""),
                 "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
-                "machine": f"{record.get('processor', '')}, {record.get('system', '')}, {record.get('cores', '?')} cores, "
+                "machine": f"{record.get('processor', '')}, {record.get('system', '')}, "
+                f"{record.get('cores', '?')} cores, "
                 f"{bytes_text(float(record.get('memory_bytes') or 0))} of memory",
-                "used": f"{record.get('workers') or record.get('cores')} workers, forward pass on {record.get('device', 'cpu')}",
+                "used": (
+                    f"{record.get('workers') or record.get('cores')} workers, forward pass on "
+                    f"{record.get('device', 'cpu')}"
+                ),
             }
         )
     columns = (
@@ -49,7 +60,14 @@ def _machines(run: FinishedRun) -> list[Block]:
         Column("used", "used"),
     )
     return [
-        Table("versions", "Versions and machines of the calls", columns, pd.DataFrame(rows), sortable=False, wide=True)
+        Table(
+            "versions",
+            "Versions and machines of the calls",
+            columns,
+            pd.DataFrame(rows),
+            sortable=False,
+            wide=True,
+        )
     ]
 
 
@@ -91,4 +109,6 @@ def _features(run: FinishedRun) -> list[Block]:
 
 def _plain(text: str) -> str:
     """The canonical JSON as a person writes it."""
-    return "; ".join(f"{key} {value}" for key, value in json.loads(text).items() if value is not None)
+    return "; ".join(
+        f"{key} {value}" for key, value in json.loads(text).items() if value is not None
+    )

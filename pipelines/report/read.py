@@ -1,4 +1,7 @@
-"""A finished run as its directory tells it. What is not there any more (images, features) is a reason, not an error."""
+"""A finished run as its directory tells it.
+
+What is not there any more (images, features) is a reason, not an error.
+"""
 
 import json
 from collections.abc import Collection, Mapping, Sequence
@@ -53,7 +56,9 @@ class FinishedRun:
     heads: pd.DataFrame  # heads.parquet: one row per head and fold
     winner: pd.Series
     bank: BankResult  # the results file that the winner is in
-    trust_code: Collection[str] = ()  # what may be imported to predict the test images again; nothing else is
+    trust_code: Collection[
+        str
+    ] = ()  # what may be imported to predict the test images again; nothing else is
 
     @property
     def task_kind(self) -> str:
@@ -65,7 +70,9 @@ class FinishedRun:
 
     @cached_property
     def predicted(self) -> npt.NDArray[np.float32]:
-        """(N, C) of the winner, each row by the head that did not train on it; nan for rows that are never held out."""
+        """(N, C) of the winner, each row by the head that did not train on it; nan for rows that
+        are never held out.
+        """
         return self.bank.out_of_fold(str(self.winner["spec"]))
 
     @cached_property
@@ -75,17 +82,23 @@ class FinishedRun:
 
     @cached_property
     def calibration(self) -> Mapping[str, Any] | None:
-        """What the run found when it gave its winner a temperature; None for regression and runs of earlier versions."""
+        """What the run found when it gave its winner a temperature; None for regression and runs of
+        earlier versions.
+        """
         try:
             found: Mapping[str, Any] | None = read_record(self.paths.selection).get("calibration")
-        except (FileNotFoundError, RunDamaged):  # what else it says is asked for, and its damage told, elsewhere
+        except (
+            FileNotFoundError,
+            RunDamaged,
+        ):  # what else it says is asked for, and its damage told, elsewhere
             return None
         return found
 
     @cached_property
     def calibrated(self) -> npt.NDArray[np.float64] | str:
-        """(n, C) `predicted` of the rows `held_out`, each fold at the temperature that the others give; or the reason why that
-        cannot be said."""
+        """(n, C) `predicted` of the rows `held_out`, each fold at the temperature that the others
+        give; or the reason why that cannot be said.
+        """
         try:
             task, beside = read_task(self.paths.task(self.bank.task))
         except FileNotFoundError as error:
@@ -94,17 +107,27 @@ class FinishedRun:
             return str(error)
         held = held_out(task, beside.get("groups"))
         if not np.array_equal(task.ids[held.rows], self.bank.ids[self.held_out]):
-            return f"{self.paths.task(self.bank.task)} is not what the winner was trained on: {RUN_AGAIN}"
+            return (
+                f"{self.paths.task(self.bank.task)} is not what the winner was trained on: "
+                f"{RUN_AGAIN}"
+            )
         floor = floor_of(str(self.winner["spec"]), task.kind, len(task.classes))
         return calibrated(held, self.predicted[self.held_out], floor)
 
     @cached_property
     def feature_sets(self) -> Mapping[str, tuple[FeatureSpec, ...]]:
-        """The feature sets of the run, view by view, by the names that the leaderboard gives them."""
+        """The feature sets of the run, view by view, by the names that the leaderboard
+        gives them.
+        """
         found: dict[str, tuple[FeatureSpec, ...]] = {}
         heads = self.heads[self.heads["kind"] != "finetune"]  # networks read images
-        for inputs, path in heads.drop_duplicates("inputs")[["inputs", "path"]].itertuples(index=False):
-            specs = [FeatureSpec.from_json(json.dumps(feature["spec"])) for feature in self.open_bank(path).features]
+        for inputs, path in heads.drop_duplicates("inputs")[["inputs", "path"]].itertuples(
+            index=False
+        ):
+            specs = [
+                FeatureSpec.from_json(json.dumps(feature["spec"]))
+                for feature in self.open_bank(path).features
+            ]
             names = inputs.split(" + ")
             views = max(1, len(specs) // len(names))
             for number, name in enumerate(names):
@@ -113,15 +136,22 @@ class FinishedRun:
 
     def features(self, name: str) -> tuple[FeatureSet, ...]:
         """The views of a feature set. Raises FeatureSetMissing when the cache no longer has it."""
-        return tuple(open_feature_set(feature_set_path(self.recipe.cache, spec)) for spec in self.feature_sets[name])
+        return tuple(
+            open_feature_set(feature_set_path(self.recipe.cache, spec))
+            for spec in self.feature_sets[name]
+        )
 
     def open_bank(self, path: str) -> BankResult:
-        """A results file by the path that it had when the run ended; the run's directory may have moved since."""
+        """A results file by the path that it had when the run ended; the run's directory may have
+        moved since.
+        """
         return read_bank(results_file(self.paths, path))
 
     @cached_property
     def rows(self) -> Rows | str:
-        """Where the images are and how they were split, or the reason why that cannot be said any more."""
+        """Where the images are and how they were split, or the reason why that cannot be said any
+        more.
+        """
         try:
             samples = list_samples(self.recipe)
             listed = read_listing(self.paths.listing)
@@ -133,20 +163,29 @@ class FinishedRun:
         except (HeadraceError, OSError) as error:
             return f"the images are not where they were: {error}"
         if dataset.train.digest != self.bank.task:
-            return "the images, their labels or their split have changed since the run: run it again, then report"
+            return (
+                "the images, their labels or their split have changed since the run: run it "
+                "again, then report"
+            )
         samples = samples.assign(content=pd.Series(content, index=samples.index, dtype=object))
         there = samples[samples["content"].notna()].drop_duplicates("content")
-        return Rows(dict(zip(there["content"], there["path"].astype(str), strict=True)), dataset, samples)
+        return Rows(
+            dict(zip(there["content"], there["path"].astype(str), strict=True)), dataset, samples
+        )
 
     def _failed_content(self) -> frozenset[str]:
         found: set[str] = set()
         for name in self.feature_sets:
-            found |= {failure.content for view in self.features(name) for failure in view.failures()}
+            found |= {
+                failure.content for view in self.features(name) for failure in view.failures()
+            }
         return frozenset(found)
 
     @cached_property
     def accounting(self) -> Accounting | None:
-        """Where every entry of the source went; None where the run did not say. Raises RunDamaged."""
+        """Where every entry of the source went; None where the run did not say. Raises
+        RunDamaged.
+        """
         try:
             return accounting_from_json(read_record(self.paths.accounting))
         except FileNotFoundError:
@@ -159,10 +198,16 @@ class FinishedRun:
 
     @cached_property
     def opening(self) -> Mapping[str, Any] | None:
-        """The record of the winner's own opening; None when it has not been shown the test split."""
+        """The record of the winner's own opening; None when it has not been shown the
+        test split.
+        """
         for opening in self.openings:
             winner = opening["winner"]
-            shown = (winner["train"], winner.get("bank"), winner.get("spec"))  # an ensemble has neither
+            shown = (
+                winner["train"],
+                winner.get("bank"),
+                winner.get("spec"),
+            )  # an ensemble has neither
             if shown == (self.bank.task, self.bank.path.name, self.winner["spec"]):
                 return opening
         return None
@@ -182,27 +227,43 @@ class FinishedRun:
         """What is left out of the two, as sentences."""
         paths = (self.paths.stages, self.paths.environments)
         counts = ((path.name, read_records(path)[1]) for path in paths)
-        damaged = [f"Damaged lines of {name}, left out here: {count:,}." for name, count in counts if count]
+        damaged = [
+            f"Damaged lines of {name}, left out here: {count:,}." for name, count in counts if count
+        ]
         return [
             *damaged,
-            *(f"{path.name} is not there: what it said is left out." for path in paths if not path.exists()),
+            *(
+                f"{path.name} is not there: what it said is left out."
+                for path in paths
+                if not path.exists()
+            ),
         ]
 
 
 def read_run(run: Path, *, trust_code: Collection[str] = ()) -> FinishedRun:
-    """Read a finished run, given by its directory or its recipe, which names what may be imported beside `trust_code`.
+    """Read a finished run, given by its directory or its recipe, which names what may be imported
+    beside `trust_code`.
 
-    Raises NotARun for anything else, RunDamaged for tables that are not as the run wrote them, NoWinner for a run in which
-    no head is whole.
+    Raises NotARun for anything else, RunDamaged for tables that are not as the run wrote them,
+    NoWinner for a run in which no head is whole.
     """
     paths = find_run(run)
     require_finished(paths, paths.recipe, paths.leaderboard, paths.heads)
     recipe = stored_recipe(paths)
-    board = pd.read_csv(read_table(paths.leaderboard), dtype=_TEXTS, keep_default_na=False, na_values=[""])
+    board = pd.read_csv(
+        read_table(paths.leaderboard), dtype=_TEXTS, keep_default_na=False, na_values=[""]
+    )
     board = board.assign(settings=board["settings"].fillna(""))
     heads = pd.read_parquet(read_table(paths.heads))
     winner = choose_winner(board, heads)
     bank = read_bank(results_file(paths, winner["path"]))
     return FinishedRun(
-        paths, recipe, check_metric(recipe.task), board, heads, winner, bank, trusted_code(run, trust_code)
+        paths,
+        recipe,
+        check_metric(recipe.task),
+        board,
+        heads,
+        winner,
+        bank,
+        trusted_code(run, trust_code),
     )

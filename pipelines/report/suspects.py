@@ -1,4 +1,6 @@
-"""Pictures to look at: the mistakes that the winner is surest of, and the labels that are likely wrong."""
+"""Pictures to look at: the mistakes that the winner is surest of, and the labels that are likely
+wrong.
+"""
 
 from collections.abc import Sequence
 
@@ -21,7 +23,8 @@ def suspects(run: FinishedRun, thumbnails: Thumbnails) -> Section:
     kinds = {"single": _single, "multi": _multi}
     blocks = kinds.get(run.task_kind, _regression)(run, thumbnails)
     lead = (
-        "Validation images only, each predicted by a head that did not train on it. A picture often says at once whether the "
+        "Validation images only, each predicted by a head that did not train on it. A picture "
+        "often says at once whether the "
         "head or the label is wrong."
     )
     return Section("mistakes", "Mistakes and likely label errors", lead, tuple(blocks))
@@ -50,8 +53,11 @@ def _single(run: FinishedRun, thumbnails: Thumbnails) -> list[Block]:
     )
     blocks: list[Block] = [
         Gallery(
-            f"The {min(SHOWN, len(wrong))} mistakes that the winner is surest of, of {len(wrong):,}",
-            _pictures(run, thumbnails, rows[wrong], mistakes, ("label", "predicted", "probability")),
+            f"The {min(SHOWN, len(wrong))} mistakes that the winner is surest of, of "
+            f"{len(wrong):,}",
+            _pictures(
+                run, thumbnails, rows[wrong], mistakes, ("label", "predicted", "probability")
+            ),
         ),
         Table(
             "mistakes",
@@ -65,7 +71,8 @@ def _single(run: FinishedRun, thumbnails: Thumbnails) -> list[Block]:
     found = likely_label_errors(target, predicted)
     if not len(found):
         return [*blocks, Note("No label is likely wrong by confident learning.", "good")]
-    # The largest class but the label's: where the label itself is the largest, another passes its own threshold more surely.
+    # The largest class but the label's: where the label itself is the largest, another passes its
+    # own threshold more surely.
     others = predicted[found].copy()
     others[np.arange(len(found)), target[found]] = -1
     errors = pd.DataFrame(
@@ -87,8 +94,10 @@ def _single(run: FinishedRun, thumbnails: Thumbnails) -> list[Block]:
     return [
         *blocks,
         Note(
-            f"{len(found):,} of {len(rows):,} labels ({len(found) / len(rows):.1%}) are likely wrong by confident learning "
-            "(Northcutt et al. 2021) on the winner's out-of-fold predictions. A weak head suspects too many: look before you relabel."
+            f"{len(found):,} of {len(rows):,} labels ({len(found) / len(rows):.1%}) are likely "
+            "wrong by confident learning "
+            "(Northcutt et al. 2021) on the winner's out-of-fold predictions. A weak head "
+            "suspects too many: look before you relabel."
         ),
         Gallery(
             f"The {min(SHOWN, len(found))} likeliest label errors",
@@ -112,10 +121,17 @@ def _multi(run: FinishedRun, thumbnails: Thumbnails) -> list[Block]:
         *_ID,
         Column("label", "label"),
         Column("given", "given", "yes"),
-        Column("probability", "probability", "share", "predicted probability that the image has the label"),
+        Column(
+            "probability",
+            "probability",
+            "share",
+            "predicted probability that the image has the label",
+        ),
     )
 
-    def table(name: str, caption: str, row: npt.NDArray[np.int64], label: npt.NDArray[np.int64]) -> Table:
+    def table(
+        name: str, caption: str, row: npt.NDArray[np.int64], label: npt.NDArray[np.int64]
+    ) -> Table:
         frame = pd.DataFrame(
             {
                 "id": run.bank.ids[rows[row]],
@@ -139,8 +155,10 @@ def _multi(run: FinishedRun, thumbnails: Thumbnails) -> list[Block]:
         ),
         mistakes,
         Note(
-            f"{len(row_e):,} of {target.size:,} labels ({len(row_e) / max(target.size, 1):.1%}) are likely wrong by confident "
-            "learning (Northcutt et al. 2021), label by label. A weak head suspects too many: look before you relabel."
+            f"{len(row_e):,} of {target.size:,} labels "
+            f"({len(row_e) / max(target.size, 1):.1%}) are likely wrong by confident "
+            "learning (Northcutt et al. 2021), label by label. A weak head suspects too many: "
+            "look before you relabel."
         ),
         Gallery(
             f"The {min(SHOWN, len(row_e))} likeliest label errors",
@@ -154,8 +172,8 @@ def _regression(run: FinishedRun, thumbnails: Thumbnails) -> list[Block]:
     rows, names = run.held_out, np.asarray(run.classes, object)
     target, predicted = run.bank.target[rows], run.predicted[rows]
     error = predicted - target
-    # In units of each target's usual error, so that targets of different scales can be compared; 1.4826 makes the median
-    # absolute deviation the standard deviation of a normal distribution.
+    # In units of each target's usual error, so that targets of different scales can be compared;
+    # 1.4826 makes the median absolute deviation the standard deviation of a normal distribution.
     usual = 1.4826 * np.median(np.abs(error - np.median(error, 0)), 0)
     worth = np.abs(error) / np.where(usual > 0, usual, 1)
     order = np.argsort(-worth, axis=None, kind="stable")
@@ -174,29 +192,49 @@ def _regression(run: FinishedRun, thumbnails: Thumbnails) -> list[Block]:
         Column("target", "target"),
         Column("true", "true", "number"),
         Column("predicted", "predicted", "number"),
-        Column("times", "usual errors", "number", "the error, in standard deviations of the target's errors (robust)"),
+        Column(
+            "times",
+            "usual errors",
+            "number",
+            "the error, in standard deviations of the target's errors (robust)",
+        ),
     )
     return [
         Gallery(
             f"The {min(SHOWN, len(frame))} largest errors",
             _pictures(run, thumbnails, rows[row], frame, ("target", "true", "predicted", "times")),
         ),
-        Note("An error of many times the usual one is often a value that was written down wrongly."),
+        Note(
+            "An error of many times the usual one is often a value that was written down wrongly."
+        ),
         Table("mistakes", "Every error, the largest first", columns, frame, search=True),
     ]
 
 
 def _pictures(
-    run: FinishedRun, thumbnails: Thumbnails, rows: npt.NDArray[np.int64], frame: pd.DataFrame, shown: Sequence[str]
+    run: FinishedRun,
+    thumbnails: Thumbnails,
+    rows: npt.NDArray[np.int64],
+    frame: pd.DataFrame,
+    shown: Sequence[str],
 ) -> tuple[Picture, ...]:
     pictures = []
     titles = {"of_suggested": "probability", "times": "usual errors"}
-    for position, (row, values) in enumerate(zip(rows[:SHOWN], frame.head(SHOWN).to_dict("records"), strict=True)):
+    for position, (row, values) in enumerate(
+        zip(rows[:SHOWN], frame.head(SHOWN).to_dict("records"), strict=True)
+    ):
         content = run.bank.content[row].astype(str)
-        lines = tuple((titles.get(str(name), str(name)), _said(str(name), values[name])) for name in shown)
+        lines = tuple(
+            (titles.get(str(name), str(name)), _said(str(name), values[name])) for name in shown
+        )
         said = ", ".join(f"{name} {value}" for name, value in lines)
         pictures.append(
-            Picture((thumbnails.get(str(content)),), (f"Image {position + 1}: {said}",), str(values["id"]), lines)
+            Picture(
+                (thumbnails.get(str(content)),),
+                (f"Image {position + 1}: {said}",),
+                str(values["id"]),
+                lines,
+            )
         )
     return tuple(pictures)
 

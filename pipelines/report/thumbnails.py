@@ -17,15 +17,22 @@ _SMALL = 48
 
 @dataclass
 class Thumbnails:
-    """The images of a run by content hash, each read once. `missing` counts those that are no longer there."""
+    """The images of a run by content hash, each read once.
+
+    `missing` counts those that are no longer there.
+    """
 
     paths: Mapping[str, str]
-    pixel_range: PixelRange | None = None  # the run's, so that a picture looks as the network saw it
+    pixel_range: PixelRange | None = (
+        None  # the run's, so that a picture looks as the network saw it
+    )
     missing: int = 0
     _made: dict[str, str | None] = field(default_factory=dict)
 
     def get(self, content: str) -> str | None:
-        """A data URI; None where the file is gone, or holds other bytes than those that the run has seen."""
+        """A data URI; None where the file is gone, or holds other bytes than those that the run has
+        seen.
+        """
         if content not in self._made:
             self._made[content] = self._make(content)
             self.missing += self._made[content] is None
@@ -41,9 +48,13 @@ class Thumbnails:
             return None
         if max(image.size) <= _SMALL:
             scale = SIDE // max(image.size)
-            image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+            image = image.resize(
+                (image.width * scale, image.height * scale), Image.Resampling.NEAREST
+            )
         else:
             image.thumbnail((SIDE, SIDE))
         stored = io.BytesIO()
-        image.save(stored, "WEBP", quality=70, method=4)  # anew: no metadata of the original travels with the page
+        image.save(
+            stored, "WEBP", quality=70, method=4
+        )  # anew: no metadata of the original travels with the page
         return "data:image/webp;base64," + base64.b64encode(stored.getvalue()).decode()

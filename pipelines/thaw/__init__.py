@@ -1,1 +1,3 @@
-"""From heads to networks: partial reuse, fine-tuning, training from scratch, for the heads that promise to pay."""
+"""From heads to networks: partial reuse, fine-tuning, training from scratch, for the heads that
+promise to pay.
+"""

@@ -1,4 +1,6 @@
-"""Which networks might be worth training: promoted heads at each depth, partial reuse, and what each promises per hour."""
+"""Which networks might be worth training: promoted heads at each depth, partial reuse, and what
+each promises per hour.
+"""
 
 import hashlib
 import json
@@ -15,15 +17,18 @@ from headrace.pipelines.recipe import RecipeError
 from headrace.pipelines.recipe_sections import ThawSection
 from headrace.pipelines.thaw.errors import DIFFERENTIABLE
 
-# The share of what the head still gets wrong that training is expected to remove, before anything is known of these
-# images: a prior, in which deeper is a little better and a random start is not. Each finished candidate moves it.
+# The share of what the head still gets wrong that training is expected to remove, before anything
+# is known of these images: a prior, in which deeper is a little better and a random start is not.
+# Each finished candidate moves it.
 PRIOR = {"head": 0.15, "pretrained": 0.10, "random": 0.05, "scratch": 0.0}
 PRIOR_WEIGHT = 2.0  # the prior counts as so many finished candidates
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A network that could be trained, and the row of the leaderboard that it has to be better than."""
+    """A network that could be trained, and the row of the leaderboard that it has to be better
+    than.
+    """
 
     label: str  # "fine-tuned", "partial reuse" or "from scratch"
     inputs: tuple[str, ...]
@@ -58,7 +63,8 @@ def list_candidates(
 ) -> tuple[list[Candidate], list[str]]:
     """Every network that the recipe asks for, and why heads that would have been promoted are not.
 
-    board: heads only, best first. Raises RecipeError for inputs of partial reuse that no backbone gives.
+    board: heads only, best first. Raises RecipeError for inputs of partial reuse that no backbone
+    gives.
     """
     notes: list[str] = []
     found: list[Candidate] = []
@@ -77,7 +83,8 @@ def list_candidates(
         for name in reuse.inputs:
             if name not in directories:
                 raise RecipeError(
-                    f"thaw.reuse: inputs names {name!r}, which no backbone gives. There are: {', '.join(directories)}"
+                    f"thaw.reuse: inputs names {name!r}, which no backbone gives. There "
+                    f"are: {', '.join(directories)}"
                 )
         if len(usable) and (reason := _one_backbone(reuse.inputs, backbones)):
             notes.append(f"partial reuse above {reuse.cut} is left out: {reason}")
@@ -86,7 +93,14 @@ def list_candidates(
             for start in reuse.start:
                 for spec in _specs(section, spec_to_json(new), reuse.cut, start):
                     found.append(
-                        _candidate("partial reuse", reuse.inputs, spec, usable.iloc[0], directories, backbones)
+                        _candidate(
+                            "partial reuse",
+                            reuse.inputs,
+                            spec,
+                            usable.iloc[0],
+                            directories,
+                            backbones,
+                        )
                     )
     return list({candidate.key: candidate for candidate in found}.values()), notes
 
@@ -130,7 +144,9 @@ def _candidate(
     features = tuple(path for name in inputs for path in directories[name])
     prefix = inputs[0].split(":")[0] + ":" if ":" in inputs[0] else ""
     cut = (
-        tuple(directories.get(f"{prefix}{spec.depth}.map", ())) if spec.start != "random" or spec.depth != "all" else ()
+        tuple(directories.get(f"{prefix}{spec.depth}.map", ()))
+        if spec.start != "random" or spec.depth != "all"
+        else ()
     )
     return Candidate(label, tuple(inputs), spec, backbone, features, cut, row)
 
@@ -141,17 +157,23 @@ def _unfit(row: pd.Series, backbones: Mapping[str, BackboneSpec | None]) -> str 
     return _one_backbone(row["inputs"], backbones)
 
 
-def _one_backbone(inputs: Sequence[str], backbones: Mapping[str, BackboneSpec | None]) -> str | None:
+def _one_backbone(
+    inputs: Sequence[str], backbones: Mapping[str, BackboneSpec | None]
+) -> str | None:
     behind = {backbones[name] for name in inputs}
     if None in behind:
         return "which network made its features is not recorded"
     return None if len(behind) == 1 else "its features are of several networks"
 
 
-def predicted_gain(candidate: Candidate, metric: str, measured: Mapping[str, Sequence[float]]) -> float:
-    """By how much the candidate is expected to better its head's metric: a share of what is left to gain.
+def predicted_gain(
+    candidate: Candidate, metric: str, measured: Mapping[str, Sequence[float]]
+) -> float:
+    """By how much the candidate is expected to better its head's metric: a share of what is left to
+    gain.
 
-    measured: shares that finished candidates have removed, by their start. The prior counts as PRIOR_WEIGHT of them.
+    measured: shares that finished candidates have removed, by their start. The prior counts as
+    PRIOR_WEIGHT of them.
     """
     value, known = float(candidate.head[metric]), METRICS[metric]
     left = abs((1.0 if known.higher_is_better else 0.0) - value)
@@ -161,7 +183,9 @@ def predicted_gain(candidate: Candidate, metric: str, measured: Mapping[str, Seq
 
 
 def training_seconds(candidate: Candidate, pilot: Mapping[str, Any], folds: int) -> float:
-    """Compute of all folds and of the network on all rows, if none stops early; from the measured time of a step."""
+    """Compute of all folds and of the network on all rows, if none stops early; from the measured
+    time of a step.
+    """
     # A row that is only evaluated costs about a third of one that is trained on.
     epoch = pilot["steps"] * pilot["step_seconds"] * (1 + pilot["evaluation_share"] / 3)
     return float(epoch * candidate.spec.epochs * (folds + 1))

@@ -1,4 +1,6 @@
-"""Checkpoints: everything that the next epoch depends on, in one file that appears whole or not at all. No pickle."""
+"""Checkpoints: everything that the next epoch depends on, in one file that appears whole or not at
+all. No pickle.
+"""
 
 import json
 from dataclasses import dataclass
@@ -18,25 +20,37 @@ FORMAT = 2  # 1 had one rate for all layers of a head
 
 @dataclass
 class Progress:
-    """Where a training stands after `epoch` epochs. Random numbers are drawn from the epoch's own seed, so none are here."""
+    """Where a training stands after `epoch` epochs.
+
+    Random numbers are drawn from the epoch's own seed, so none are here.
+    """
 
     epoch: int
     best_epoch: int
     best_loss: float
     seconds: float  # of training over all calls, by `train.clock`
-    curve: list[dict[str, float]]  # per epoch: epoch, train_loss, validation_loss, and the learning rate at its end
+    curve: list[
+        dict[str, float]
+    ]  # per epoch: epoch, train_loss, validation_loss, and the learning rate at its end
 
 
 def save_checkpoint(path: Path, key: str, progress: Progress, tensors: dict[str, Tensor]) -> None:
-    """Replace the checkpoint. key: names the training, so that no other one goes on from it. Raises PublishFailed."""
+    """Replace the checkpoint. key: names the training, so that no other one goes on from it.
+
+    Raises PublishFailed.
+    """
     about = {"format": FORMAT, "key": key, "progress": progress.__dict__}
     path.parent.mkdir(parents=True, exist_ok=True)
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    publish_replace(path, seal(save(plain, metadata={"headrace": json.dumps(about), SEAL: UNSEALED})))
+    publish_replace(
+        path, seal(save(plain, metadata={"headrace": json.dumps(about), SEAL: UNSEALED}))
+    )
 
 
 def load_checkpoint(path: Path, key: str) -> tuple[Progress, dict[str, Tensor]] | None:
-    """What `save_checkpoint` wrote; None where there is none, or one that is damaged or of another training."""
+    """What `save_checkpoint` wrote; None where there is none, or one that is damaged or of another
+    training.
+    """
     try:
         data = path.read_bytes()
         check_seal(data)
@@ -65,4 +79,6 @@ def restore_optimiser(optimiser: torch.optim.Optimizer, tensors: dict[str, Tenso
         if name.startswith("adam."):
             _, place, field = name.split(".")
             parameter = parameters[int(place)]
-            optimiser.state[parameter][field] = value if field == "step" else value.to(parameter.device)
+            optimiser.state[parameter][field] = (
+                value if field == "step" else value.to(parameter.device)
+            )

@@ -1,8 +1,9 @@
 """Cutting a network at a node: what runs above it, on which parameters.
 
-The part above is found by tracing the network's own forward with torch.fx, through the modules that the node lies in and
-no others: all the rest are black boxes, so that what cannot be traced elsewhere does no harm. It shares the network's
-modules, so that training the part trains the network.
+The part above is found by tracing the network's own forward with torch.fx, through the modules that
+the node lies in and no others: all the rest are black boxes, so that what cannot be traced
+elsewhere does no harm. It shares the network's modules, so that training the part trains the
+network.
 """
 
 import copy
@@ -29,28 +30,35 @@ class _Tracer(fx.Tracer):
 
 
 def part_above(module: nn.Module, node: Node) -> fx.GraphModule:
-    """The part of `module` that goes from the node's output to the network's, on the network's own submodules.
+    """The part of `module` that goes from the node's output to the network's, on the network's own
+    submodules.
 
-    Raises CannotCut for a node whose output is not all that the part above is made of, for layouts that a map does not
-    hold whole, and for code that cannot be traced.
+    Raises CannotCut for a node whose output is not all that the part above is made of, for layouts
+    that a map does not hold whole, and for code that cannot be traced.
     """
     if node.name in (LOGITS, PRE_LOGITS) or node.layout != "NCHW":
         raise CannotCut(
-            f"{node.name} has outputs of layout {node.layout}, and a cut needs channels and positions (NCHW) that a map "
-            "holds whole: cut at a convolutional block, or train from the images (leave the map out)"
+            f"{node.name} has outputs of layout {node.layout}, and a cut needs channels and "
+            "positions (NCHW) that a map "
+            "holds whole: cut at a convolutional block, or train from the images (leave the "
+            "map out)"
         )
     tracer = _Tracer(node.name)
     try:
         graph = tracer.trace(module)
     except Exception as error:  # noqa: BLE001 (whatever a network's own code does with values that are not there)
         raise CannotCut(
-            f"the network's code around {node.name} cannot be traced ({type(error).__name__}: {str(error)[:200]}): "
+            f"the network's code around {node.name} cannot be traced ({type(error).__name__}: "
+            f"{str(error)[:200]}): "
             "train from the images (leave the map out)"
         ) from None
-    calls = [item for item in graph.nodes if item.op == "call_module" and item.target == node.module]
+    calls = [
+        item for item in graph.nodes if item.op == "call_module" and item.target == node.module
+    ]
     if len(calls) != 1:
         raise CannotCut(
-            f"{node.name} is called {len(calls)} times in the network's forward, expected once: cut elsewhere"
+            f"{node.name} is called {len(calls)} times in the network's forward, expected "
+            "once: cut elsewhere"
         )
     (call,) = calls
     with graph.inserting_before(call):
@@ -63,7 +71,8 @@ def part_above(module: nn.Module, node: Node) -> fx.GraphModule:
     for item in [item for item in graph.nodes if item.op == "placeholder" and item is not start]:
         if item.users:
             raise CannotCut(
-                f"what lies above {node.name} also reads what lies below it ({_reader(item)}): cut where the whole network "
+                f"what lies above {node.name} also reads what lies below it ({_reader(item)}): "
+                "cut where the whole network "
                 "passes through one output, such as the end of a stage"
             )
         graph.erase_node(item)
@@ -86,14 +95,18 @@ class _Shell(nn.Module):
 
 
 def owners_above(module: nn.Module, node: str | None, size: tuple[int, int]) -> list[str]:
-    """Names of the modules with parameters of their own that run after the node has its output, in running order.
+    """Names of the modules with parameters of their own that run after the node has its output, in
+    running order.
 
-    node None: all. Found by running the network once on shapes alone, or on zeros where that is not possible.
+    node None: all. Found by running the network once on shapes alone, or on zeros where that is not
+    possible.
     """
     try:
         memo: dict[int, Any] = {}
         for parameter in module.parameters():
-            memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+            memo[id(parameter)] = nn.Parameter(
+                torch.empty_like(parameter, device="meta"), requires_grad=False
+            )
         for buffer in module.buffers():
             memo[id(buffer)] = torch.empty_like(buffer, device="meta")
         return _running_order(copy.deepcopy(module, memo), node, size, "meta")
@@ -101,7 +114,9 @@ def owners_above(module: nn.Module, node: str | None, size: tuple[int, int]) -> 
         return _running_order(copy.deepcopy(module), node, size, "cpu")
 
 
-def _running_order(module: nn.Module, node: str | None, size: tuple[int, int], device: str) -> list[str]:
+def _running_order(
+    module: nn.Module, node: str | None, size: tuple[int, int], device: str
+) -> list[str]:
     order: list[str] = []
     passed = [node is None]
 
@@ -123,8 +138,9 @@ def _running_order(module: nn.Module, node: str | None, size: tuple[int, int], d
 
 
 def blocks_of(module: nn.Module, owners: Sequence[str]) -> list[list[str]]:
-    """The owners grouped into blocks, from the bottom up: by the first module on their path that is no mere sequence, as
-    `blocks.5.0`, `layer4.1`, `features.24` or `Mixed_6b`."""
+    """The owners grouped into blocks, from the bottom up: by the first module on their path that is
+    no mere sequence, as `blocks.5.0`, `layer4.1`, `features.24` or `Mixed_6b`.
+    """
     blocks: dict[str, list[str]] = {}
     for owner in owners:
         parts, depth = owner.split("."), 1

@@ -26,7 +26,9 @@ Rows = npt.NDArray[np.int64]
 
 
 class Batch(NamedTuple):
-    """n rows: their positions in the task, inputs (n, …) on the host, features of taps below the cut (n, D) or None."""
+    """n rows: their positions in the task, inputs (n, …) on the host, features of taps below the
+    cut (n, D) or None.
+    """
 
     rows: Rows
     inputs: Tensor
@@ -39,12 +41,17 @@ class Source(Protocol):
     def batches(
         self, order: Rows, size: int, *, view: int = 0, draw: np.random.Generator | None = None
     ) -> Iterator[Batch]:
-        """The rows in this order, at most `size` at a time, as they look in a view, or, with `draw`, in a random one."""
+        """The rows in this order, at most `size` at a time, as they look in a view, or, with
+        `draw`, in a random one.
+        """
 
 
 @dataclass(frozen=True)
 class MapSource:
-    """Cached maps of the cut, and cached features of the taps below it, view by view. Nothing below the cut runs."""
+    """Cached maps of the cut, and cached features of the taps below it, view by view.
+
+    Nothing below the cut runs.
+    """
 
     content: npt.NDArray[np.bytes_]  # (N,)
     maps: Sequence[FeatureSet]  # one per view
@@ -58,13 +65,20 @@ class MapSource:
             number = view if draw is None else int(draw.integers(len(self.maps)))
             content = self.content[rows]
             inputs = torch.from_numpy(self.maps[number].load(content, np.float32))
-            held = [feature.load(content, np.float32).reshape(len(rows), -1) for feature in self.held[number]]
-            yield Batch(rows, inputs, torch.from_numpy(np.concatenate(held, axis=1)) if held else None)
+            held = [
+                feature.load(content, np.float32).reshape(len(rows), -1)
+                for feature in self.held[number]
+            ]
+            yield Batch(
+                rows, inputs, torch.from_numpy(np.concatenate(held, axis=1)) if held else None
+            )
 
 
 @dataclass(frozen=True)
 class ImageSource:
-    """The images themselves, decoded ahead by threads; a random view is one that nobody has cached."""
+    """The images themselves, decoded ahead by threads; a random view is one that nobody
+    has cached.
+    """
 
     content: npt.NDArray[np.bytes_]  # (N,)
     paths: Sequence[str]  # (N,)
@@ -77,25 +91,33 @@ class ImageSource:
     ) -> Iterator[Batch]:
         index, augmentation = parse_view(self.views[view])
         turns: npt.NDArray[np.int64] | None = None
-        if draw is not None and any(isinstance(parse_view(each)[1], Symmetries) for each in self.views):
+        if draw is not None and any(
+            isinstance(parse_view(each)[1], Symmetries) for each in self.views
+        ):
             # A symmetry is the same for every image, and so each row draws its own.
             turns, index = draw.integers(len(self.views), size=len(order)), 0
         elif draw is not None:
             index, augmentation = int(draw.integers(1, 2**31)), Augmentation()
-        samples = [Sample(self.paths[row], self.paths[row], self.content[row].decode()) for row in order]
+        samples = [
+            Sample(self.paths[row], self.paths[row], self.content[row].decode()) for row in order
+        ]
         done = 0
         with ThreadPoolExecutor(max(self.threads, 1), "decode") as pool:
             rendering = Rendering(self.preprocessing, index, augmentation)
             for batch in decoded_batches(pool, samples, [rendering], batch_size=size):
                 for place, reason in (*batch.unread, *batch.undecodable):
                     raise SourceError(
-                        f"{samples[place].path}: {reason}. Its features were extracted, so it could be read then: bring it back, "
+                        f"{samples[place].path}: {reason}. Its features were extracted, so it "
+                        "could be read then: bring it back, "
                         "or run again so that it is left out"
                     )
                 pixels = batch.pixels[0]
                 if turns is not None:
                     own = turns[done : done + len(batch.rows)].tolist()
-                    turned = [mirrored(image, turn) for image, turn in zip(pixels.numpy(), own, strict=True)]
+                    turned = [
+                        mirrored(image, turn)
+                        for image, turn in zip(pixels.numpy(), own, strict=True)
+                    ]
                     pixels = torch.from_numpy(np.stack(turned))
                 yield Batch(order[done : done + len(batch.rows)], pixels, None)
                 done += len(batch.rows)
@@ -110,20 +132,27 @@ def by_view(features: Sequence[FeatureSet]) -> dict[str, list[FeatureSet]]:
 
 
 def image_paths(listing: Path, content: npt.NDArray[np.bytes_]) -> list[str]:
-    """(N,) paths of the images with these content hashes. Raises SourceError for one that the listing lacks."""
+    """(N,) paths of the images with these content hashes.
+
+    Raises SourceError for one that the listing lacks.
+    """
     paths = read_record(listing)["paths"]
     wanted = content.astype(str).tolist()
     absent = [text for text in wanted if text not in paths]
     if absent:
         raise SourceError(
-            f"{listing} lists no image with the content {absent[0]} and {len(absent) - 1} more: run again"
+            f"{listing} lists no image with the content {absent[0]} and {len(absent) - 1} "
+            "more: run again"
         )
     return [paths[text] for text in wanted]
 
 
 def random_flips(inputs: Tensor, how: str, draw: np.random.Generator, *, pixels: bool) -> Tensor:
-    """Each row mirrored left-right with probability ½, and for "flips" upside-down too. A map flipped is close to the map
-    of the flipped image; equal only where strides and padding are symmetric."""
+    """Each row mirrored left-right with probability ½, and for "flips" upside-down too.
+
+    A map flipped is close to the map of the flipped image; equal only where strides and padding are
+    symmetric.
+    """
     upright = (1, 2) if pixels else (2, 3)
     for axis in reversed(upright if how == "flips" else upright[1:]):
         chosen = torch.from_numpy(draw.random(len(inputs)) < 0.5)

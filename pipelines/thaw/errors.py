@@ -6,7 +6,9 @@ DIFFERENTIABLE = ("logistic", "ridge", "mlp", "conv")  # kinds of heads that gra
 
 
 class ThawRefused(HeadraceError, ValueError):
-    """The head and the backbone at hand do not make a network that predicts as the cached head does, or none at all."""
+    """The head and the backbone at hand do not make a network that predicts as the cached head
+    does, or none at all.
+    """
 
 
 class CannotCut(HeadraceError, ValueError):

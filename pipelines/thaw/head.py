@@ -20,9 +20,10 @@ from headrace.pipelines.thaw.errors import DIFFERENTIABLE, ThawRefused
 class Head(nn.Module):
     """Features (n, D), or maps (n, D, h, w) for a convolution head, to logits (n, C).
 
-    Logits are what `link` makes probabilities of: one column of a single-label task is the log-odds of the second class,
-    and for regression they are the values. After `standardise` the parameters are in coordinates where each feature has
-    mean 0 and deviation 1, which is where gradient steps of one size make sense.
+    Logits are what `link` makes probabilities of: one column of a single-label task is the log-odds
+    of the second class, and for regression they are the values. After `standardise` the parameters
+    are in coordinates where each feature has mean 0 and deviation 1, which is where gradient steps
+    of one size make sense.
     """
 
     centre: Tensor
@@ -68,28 +69,45 @@ def require_differentiable(spec: HeadSpec) -> None:
     """Raises ThawRefused for a head that no gradient passes through."""
     if spec.kind not in DIFFERENTIABLE:
         raise ThawRefused(
-            f"a {spec.kind} head is no function that gradients pass through: promote a head of kind {', '.join(DIFFERENTIABLE)}"
+            f"a {spec.kind} head is no function that gradients pass through: promote a "
+            f"head of kind {', '.join(DIFFERENTIABLE)}"
         )
 
 
 def head_module(spec: HeadSpec, arrays: Arrays, task: TaskKind) -> Head:
-    """The module that predicts what `predict_head` does. Raises ThawRefused for kinds without gradients."""
+    """The module that predicts what `predict_head` does.
+
+    Raises ThawRefused for kinds without gradients.
+    """
     require_differentiable(spec)
     if not arrays:
         raise ThawRefused(
-            f"this {spec.kind} head has no arrays, because it failed or was stopped early: promote another"
+            f"this {spec.kind} head has no arrays, because it failed or was stopped early: "
+            "promote another"
         )
-    tensors = {name: torch.from_numpy(np.array(array, np.float32)) for name, array in arrays.items()}
+    tensors = {
+        name: torch.from_numpy(np.array(array, np.float32)) for name, array in arrays.items()
+    }
     if isinstance(spec, LogisticSpec | RidgeSpec):
         # Ridge fits -1/+1, and `ridge_link` takes twice its decision for log-odds.
         gain = 2.0 if isinstance(spec, RidgeSpec) and task != "regression" else 1.0
         layers = [_linear(tensors["weight"], tensors["bias"])]
-        return Head(torch.zeros(layers[0].in_features), torch.ones(layers[0].in_features), [], layers, gain)
+        return Head(
+            torch.zeros(layers[0].in_features), torch.ones(layers[0].in_features), [], layers, gain
+        )
     assert isinstance(spec, MLPSpec | ConvSpec)
-    layers = [_linear(tensors[f"weight{place}"], tensors[f"bias{place}"]) for place in range(len(spec.hidden) + 1)]
+    layers = [
+        _linear(tensors[f"weight{place}"], tensors[f"bias{place}"])
+        for place in range(len(spec.hidden) + 1)
+    ]
     if isinstance(spec, MLPSpec):
         return Head(
-            torch.zeros(layers[0].in_features), torch.ones(layers[0].in_features), [], layers, 1.0, spec.dropout
+            torch.zeros(layers[0].in_features),
+            torch.ones(layers[0].in_features),
+            [],
+            layers,
+            1.0,
+            spec.dropout,
         )
     convolutions = []
     for place in range(len(spec.channels)):
@@ -97,7 +115,9 @@ def head_module(spec: HeadSpec, arrays: Arrays, task: TaskKind) -> Head:
         convolution = nn.Conv2d(kernel.shape[1], kernel.shape[0], 3, padding=1)
         convolution.weight.data, convolution.bias.data = kernel, tensors[f"shift{place}"]  # type: ignore[union-attr]
         convolutions.append(convolution)
-    return Head(tensors["mean"], 1 / tensors["inverse_scale"], convolutions, layers, 1.0, spec.dropout)
+    return Head(
+        tensors["mean"], 1 / tensors["inverse_scale"], convolutions, layers, 1.0, spec.dropout
+    )
 
 
 def new_head(spec: MLPSpec, features: int, outputs: int) -> Head:
@@ -113,10 +133,12 @@ def new_head(spec: MLPSpec, features: int, outputs: int) -> Head:
 
 
 def standardise(head: Head, mean: Tensor, deviation: Tensor, *, new: bool) -> None:
-    """Put a head's first layer into standardised coordinates; convolution heads are in them from the start.
+    """Put a head's first layer into standardised coordinates; convolution heads are in them from
+    the start.
 
-    mean, deviation: (D,) of the features over some training rows; a constant feature counts with deviation 1. A trained
-    head stays the same function; a new one is taken to have been drawn in these coordinates.
+    mean, deviation: (D,) of the features over some training rows; a constant feature counts with
+    deviation 1. A trained head stays the same function; a new one is taken to have been drawn in
+    these coordinates.
     """
     if head.spatial:
         return

@@ -31,11 +31,14 @@ class _Done(BaseException):
 class Network(nn.Module):
     """A copy of a backbone with a head on its taps: pixels, or maps of the cut, to logits (n, C).
 
-    taps: in the order in which the head's features stand side by side. cut: the node that inputs are maps of; None: inputs
-    are pixels. Features of taps below the cut cannot be computed, and are given (`held`).
+    taps: in the order in which the head's features stand side by side. cut: the node that inputs
+    are maps of; None: inputs are pixels. Features of taps below the cut cannot be computed, and are
+    given (`held`).
     """
 
-    def __init__(self, backbone: Backbone, taps: Sequence[Tap], head: Head, *, cut: str | None = None) -> None:
+    def __init__(
+        self, backbone: Backbone, taps: Sequence[Tap], head: Head, *, cut: str | None = None
+    ) -> None:
         super().__init__()
         self.preprocessing = backbone.preprocessing
         # As in extraction: convolutions on a CPU are half as fast again with their channels last.
@@ -57,18 +60,28 @@ class Network(nn.Module):
         if cut is not None:
             self._body = part_above(self.backbone, nodes[cut])
         self.held = tuple(tap for tap, node in self._placed if names.index(node.name) < first)
-        self.held_width = sum(math.prod(tap_shape(tap, node)) for tap, node in self._placed if tap in self.held)
+        self.held_width = sum(
+            math.prod(tap_shape(tap, node)) for tap, node in self._placed if tap in self.held
+        )
         if self.held and head.spatial:
-            raise CannotCut(f"a convolution head on maps below the cut {cut} has nothing that could be trained there")
+            raise CannotCut(
+                f"a convolution head on maps below the cut {cut} has nothing that could be "
+                "trained there"
+            )
         self._live = [tap for tap in taps if tap not in self.held]
         self._at_cut = [(tap, node) for tap, node in self._placed if node.name == cut]
-        above = [(tap, node) for tap, node in self._placed if tap in self._live and node.name != cut]
+        above = [
+            (tap, node) for tap, node in self._placed if tap in self._live and node.name != cut
+        ]
         self._hooked = len(above)
         if cut is not None and (
-            around := [tap for tap, node in above if f"{nodes[cut].module}.".startswith(f"{node.module}.")]
+            around := [
+                tap for tap, node in above if f"{nodes[cut].module}.".startswith(f"{node.module}.")
+            ]
         ):
             raise CannotCut(
-                f"{around[0]} is the output of a module that {cut} lies in, which cannot be seen from inside: cut elsewhere, "
+                f"{around[0]} is the output of a module that {cut} lies in, which cannot be "
+                "seen from inside: cut elsewhere, "
                 "or train from the images (leave the map out)"
             )
         by_node: dict[str, tuple[Node, list[Tap]]] = {}
@@ -91,9 +104,13 @@ class Network(nn.Module):
         return self._untouched[0]
 
     def round_to(self, dtypes: Sequence[str]) -> "Network":
-        """From now on round each tap's features to what they are stored in, as the cached head has seen them."""
+        """From now on round each tap's features to what they are stored in, as the cached head has
+        seen them.
+        """
         self._dtypes = {
-            tap: _HALVES[dtype] for (tap, _), dtype in zip(self._placed, dtypes, strict=True) if dtype in _HALVES
+            tap: _HALVES[dtype]
+            for (tap, _), dtype in zip(self._placed, dtypes, strict=True)
+            if dtype in _HALVES
         }
         return self
 
@@ -104,7 +121,10 @@ class Network(nn.Module):
         return self
 
     def forward(self, inputs: Tensor, held: Tensor | None = None) -> Tensor:
-        """inputs: uint8 pixels (n, H, W, 3), or maps of the cut (n, channels, h, w); held: (n, features of `held`)."""
+        """inputs: uint8 pixels (n, H, W, 3), or maps of the cut (n, channels, h, w); held:
+
+        (n, features of `held`).
+        """
         return self.head(self.features(inputs, held))  # type: ignore[no-any-return]
 
     def features(self, inputs: Tensor, held: Tensor | None = None) -> Tensor:
@@ -144,28 +164,37 @@ class Network(nn.Module):
         for tap in taps:
             reduced = reduce_output(output, tap.reduction, node)
             # Views of the output itself, which the network may overwrite in place afterwards.
-            self._found[tap] = reduced.clone() if tap.reduction in ("map", "vector", "cls") else reduced
+            self._found[tap] = (
+                reduced.clone() if tap.reduction in ("map", "vector", "cls") else reduced
+            )
         if len(self._found) == self._hooked + len(self._at_cut):
             raise _Done
 
 
 def trainable_blocks(network: Network, depth: str) -> list[list[str]]:
-    """The blocks of the backbone that train at this depth, from the bottom up, each a list of modules; "head": none.
+    """The blocks of the backbone that train at this depth, from the bottom up, each a list of
+    modules; "head": none.
 
-    Blocks that no tap needs are left out: no gradient reaches them. Raises CannotCut for an unknown node, and for one that
-    has nothing of the network above it.
+    Blocks that no tap needs are left out: no gradient reaches them. Raises CannotCut for an unknown
+    node, and for one that has nothing of the network above it.
     """
     if depth == "head":
         return []
     module = network.backbone
     if depth != "all" and depth not in dict(module.named_modules()):
-        raise CannotCut(f"the network has no node {depth!r} to train above: `headrace backbones NAME` lists them")
-    owners = owners_above(network.untouched, None if depth == "all" else depth, network.preprocessing.crop)
+        raise CannotCut(
+            f"the network has no node {depth!r} to train above: `headrace backbones NAME` "
+            "lists them"
+        )
+    owners = owners_above(
+        network.untouched, None if depth == "all" else depth, network.preprocessing.crop
+    )
     reached = _reached(network)
     found = blocks_of(module, [owner for owner in owners if owner in reached])
     if not found:
         raise CannotCut(
-            f"nothing between {depth} and the head's taps ({', '.join(str(tap) for tap in network.taps)}) has parameters: "
+            f"nothing between {depth} and the head's taps "
+            f"({', '.join(str(tap) for tap in network.taps)}) has parameters: "
             "train above an earlier node"
         )
     return found
@@ -173,18 +202,30 @@ def trainable_blocks(network: Network, depth: str) -> list[list[str]]:
 
 def _reached(network: Network) -> set[str]:
     """Names of the backbone's modules whose own parameters the logits depend on."""
-    owners = {name: list(child.parameters(recurse=False)) for name, child in network.backbone.named_modules()}
-    owned = [(name, parameter) for name, own in owners.items() for parameter in own if parameter.is_floating_point()]
+    owners = {
+        name: list(child.parameters(recurse=False))
+        for name, child in network.backbone.named_modules()
+    }
+    owned = [
+        (name, parameter)
+        for name, own in owners.items()
+        for parameter in own
+        if parameter.is_floating_point()
+    ]
     for _, parameter in owned:
         parameter.requires_grad_(True)
     device = owned[0][1].device
     kind = torch.uint8 if network.cut is None else torch.float32
     inputs = torch.zeros(2, *network.input_shape, dtype=kind, device=device)
     logits = network(inputs, torch.zeros(2, network.held_width, device=device))
-    gradients = torch.autograd.grad(logits.sum(), [parameter for _, parameter in owned], allow_unused=True)
+    gradients = torch.autograd.grad(
+        logits.sum(), [parameter for _, parameter in owned], allow_unused=True
+    )
     for _, parameter in owned:
         parameter.requires_grad_(False)
-    return {name for (name, _), gradient in zip(owned, gradients, strict=True) if gradient is not None}
+    return {
+        name for (name, _), gradient in zip(owned, gradients, strict=True) if gradient is not None
+    }
 
 
 def _output(keep: Callable[[Tensor], None], _module: nn.Module, _args: Any, output: Tensor) -> None:

@@ -1,4 +1,6 @@
-"""A trained network as a directory: network.safetensors with its parameters, network.json with what they mean. No pickle."""
+"""A trained network as a directory: network.safetensors with its parameters, network.json with what
+they mean. No pickle.
+"""
 
 import dataclasses
 import hashlib
@@ -51,8 +53,9 @@ class TrainedNetwork:
     temperature: float = 1.0  # its log-odds are divided by it; see heads/temperature.py
 
     def predict_proba(self, pixels: npt.NDArray[np.uint8] | Tensor) -> npt.NDArray[np.float32]:
-        """(n, C) float32 probabilities of uint8 pixels (n, H, W, 3) in the order of `classes`, at its
-        temperature; for regression the values."""
+        """(n, C) float32 probabilities of uint8 pixels (n, H, W, 3) in the order of `classes`, at
+        its temperature; for regression the values.
+        """
         device = next(self.network.parameters()).device
         with torch.no_grad():
             logits = self.network(torch.as_tensor(pixels).to(device)).float().cpu().numpy()
@@ -70,9 +73,11 @@ def save_network(
     metrics: Mapping[str, float],
     temperature: float = 1.0,
 ) -> Path:
-    """Write network.safetensors and network.json into `directory`, replacing what is there; returns the first's path.
+    """Write network.safetensors and network.json into `directory`, replacing what is there; returns
+    the first's path.
 
-    Every parameter of the backbone is in it, so that it needs neither the run nor the weights that it started from.
+    Every parameter of the backbone is in it, so that it needs neither the run nor the weights that
+    it started from.
     """
     head = network.head
     about = {
@@ -107,37 +112,51 @@ def save_network(
 def load_network(
     directory: Path | str, *, trust_code: Collection[str] | None = (), digest: str | None = None
 ) -> TrainedNetwork:
-    """Read what `save_network` wrote. The description inside the safetensors file counts, the .json is for people.
+    """Read what `save_network` wrote.
 
-    trust_code: the "module:function" of a network of its own ("python:module:function") that may be imported; None: whatever
-    the file asks for. digest: the SHA-256 of the file that is meant.
-    Raises CodeNotTrusted, before anything is imported; BadNetworkFile, also where one byte is not the one that was written, or
-    the file is another one; BackboneError where the backbone's library does not know its name.
+    The description inside the safetensors file counts, the .json is for people.
+
+    trust_code: the "module:function" of a network of its own ("python:module:function") that may be
+    imported; None: whatever the file asks for. digest: the SHA-256 of the file that is meant.
+    Raises CodeNotTrusted, before anything is imported; BadNetworkFile, also where one byte is not
+    the one that was written, or the file is another one; BackboneError where the backbone's library
+    does not know its name.
     """
     path = Path(directory) / WEIGHTS
     if not path.exists():
-        raise BadNetworkFile(f"{path} is not there: give the directory of a fine-tuned network, RUN/thaw/models/KEY")
+        raise BadNetworkFile(
+            f"{path} is not there: give the directory of a fine-tuned network, RUN/thaw/models/KEY"
+        )
     try:
         data = path.read_bytes()
         if digest is not None and hashlib.sha256(data).hexdigest() != digest:
-            raise BadNetworkFile(f"{path} has been replaced since it was read. Type the same command again")
+            raise BadNetworkFile(
+                f"{path} has been replaced since it was read. Type the same command again"
+            )
         check_seal(data)
         about: dict[str, Any] = json.loads(tensor_metadata(data)["headrace"])
         if about["format"] not in (1, FORMAT):
             raise BadNetworkFile(
-                f"{path}: format {about['format']}, this version of headrace reads {FORMAT}: update headrace"
+                f"{path}: format {about['format']}, this version of headrace reads "
+                f"{FORMAT}: update headrace"
             )
         tensors = load(data)
         spec = backbone_from_fields(about["backbone"])
         if trust_code is not None:
-            require_trusted(backbone_code(spec.name), path.parent, {code_name(name) for name in trust_code})
-        preprocessing = Preprocessing(**{name: _tuple(value) for name, value in about["preprocess"].items()})
+            require_trusted(
+                backbone_code(spec.name), path.parent, {code_name(name) for name in trust_code}
+            )
+        preprocessing = Preprocessing(
+            **{name: _tuple(value) for name, value in about["preprocess"].items()}
+        )
         check_sizes(str(path), preprocessing.resize, preprocessing.crop)
         if len(np.array([preprocessing.mean, preprocessing.std], np.float32).T) != 3:
             raise ValueError("its mean and std are not of three channels")
         return _rebuild(about, spec, preprocessing, tensors)
     except SealBroken as error:
-        raise BadNetworkFile(f"{path} has changed since it was written: {error}. {WRITE_AGAIN}") from error
+        raise BadNetworkFile(
+            f"{path} has changed since it was written: {error}. {WRITE_AGAIN}"
+        ) from error
     # ValueError: also no JSON and no UTF-8
     except (
         SafetensorError,
@@ -151,13 +170,17 @@ def load_network(
         if isinstance(error, HeadraceError):
             raise
         raise BadNetworkFile(
-            f"{path} is not a saved network ({type(error).__name__}: {str(error)[:300]}). {WRITE_AGAIN}"
+            f"{path} is not a saved network ({type(error).__name__}: {str(error)[:300]}). "
+            f"{WRITE_AGAIN}"
         ) from error
 
 
-def copy_network(source: Path, directory: Path, metrics: Mapping[str, float], temperature: float) -> Path:
-    """Copy the directory of a network that the run has trained, its metrics and temperature replaced. Raises BadNetworkFile, as
-    `load_network`."""
+def copy_network(
+    source: Path, directory: Path, metrics: Mapping[str, float], temperature: float
+) -> Path:
+    """Copy the directory of a network that the run has trained, its metrics and temperature
+    replaced. Raises BadNetworkFile, as `load_network`.
+    """
     found = load_network(source, trust_code=None)
     backbone = Backbone(found.backbone, found.network.backbone, found.preprocessing, "")
     return save_network(
@@ -173,13 +196,21 @@ def copy_network(source: Path, directory: Path, metrics: Mapping[str, float], te
 
 
 def _rebuild(
-    about: dict[str, Any], spec: BackboneSpec, preprocessing: Preprocessing, tensors: dict[str, Tensor]
+    about: dict[str, Any],
+    spec: BackboneSpec,
+    preprocessing: Preprocessing,
+    tensors: dict[str, Tensor],
 ) -> TrainedNetwork:
-    module, _ = build(spec.name, None)  # its library's own preprocessing may have changed: the stored one counts
+    module, _ = build(
+        spec.name, None
+    )  # its library's own preprocessing may have changed: the stored one counts
     module.load_state_dict(_under("backbone.", tensors))
     module.eval().requires_grad_(False)
     backbone = Backbone(spec, module, preprocessing, weights_digest(module))
-    shape, own = about["head"], {name: tensor.float() for name, tensor in _under("head.", tensors).items()}
+    shape, own = (
+        about["head"],
+        {name: tensor.float() for name, tensor in _under("head.", tensors).items()},
+    )
     if len(shape["convolutions"]) + len(shape["layers"]) > len(own):
         raise ValueError(f"{len(own)} tensors are fewer than its head has layers")
     with torch.device(
@@ -188,7 +219,10 @@ def _rebuild(
         head = Head(
             torch.empty(shape["features"]),
             torch.empty(shape["features"]),
-            [torch.nn.Conv2d(inputs, width, 3, padding=1) for width, inputs in shape["convolutions"]],
+            [
+                torch.nn.Conv2d(inputs, width, 3, padding=1)
+                for width, inputs in shape["convolutions"]
+            ],
             [torch.nn.Linear(inputs, width) for width, inputs in shape["layers"]],
             float(shape["gain"]),
         )
@@ -214,7 +248,11 @@ def _shape(layer: torch.nn.Module) -> list[int]:
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
 
 
 def _tuple(value: Any) -> Any:

@@ -15,15 +15,23 @@ ROWS_AT_ONCE = 32
 
 
 def predict_rows(
-    paths: RunPaths, key: str, task: Task, *, temperature: float, trust_code: Collection[str] | None = None
+    paths: RunPaths,
+    key: str,
+    task: Task,
+    *,
+    temperature: float,
+    trust_code: Collection[str] | None = None,
 ) -> npt.NDArray[np.float32]:
-    """(N, C) predictions of a task's rows by the network that was trained on all training rows, from the images.
+    """(N, C) predictions of a task's rows by the network that was trained on all training rows,
+    from the images.
 
-    temperature: in place of the network's own. trust_code: as of `load_network`. Raises SourceError for an image that is no
-    longer there.
+    temperature: in place of the network's own. trust_code: as of `load_network`. Raises SourceError
+    for an image that is no longer there.
     """
     content = task.content
-    network = dataclasses.replace(load_network(paths.thaw_model(key), trust_code=trust_code), temperature=temperature)
+    network = dataclasses.replace(
+        load_network(paths.thaw_model(key), trust_code=trust_code), temperature=temperature
+    )
     return predict_paths(network, image_paths(paths.thaw_images, content), content)
 
 
@@ -32,5 +40,8 @@ def predict_paths(
 ) -> npt.NDArray[np.float32]:
     """(N, C) predictions of images by path, whose content is checked against the hashes."""
     source = ImageSource(content, images, trained.preprocessing)
-    parts = [trained.predict_proba(batch.inputs) for batch in source.batches(np.arange(len(content)), ROWS_AT_ONCE)]
+    parts = [
+        trained.predict_proba(batch.inputs)
+        for batch in source.batches(np.arange(len(content)), ROWS_AT_ONCE)
+    ]
     return np.concatenate(parts)

@@ -1,7 +1,8 @@
-"""The stage that turns promising heads into networks: pilots, the order by gain per hour, the budget, rollback.
+"""The stage that turns promising heads into networks: pilots, the order by gain per hour, the
+budget, rollback.
 
-The head stays the answer unless a network is better on the same validation rows. Everything that is decided is written to
-`thaw/candidates.json`, and nothing that is decided there is done again.
+The head stays the answer unless a network is better on the same validation rows. Everything that is
+decided is written to `thaw/candidates.json`, and nothing that is decided there is done again.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,11 +29,17 @@ from headrace.pipelines.progress import stage
 from headrace.pipelines.recipe_sections import ThawSection
 from headrace.pipelines.records import RunDamaged, read_record, write_record
 from headrace.pipelines.submit import Outcome, RunIncomplete, TaskOptions, run_tasks
-from headrace.pipelines.thaw.candidates import Candidate, list_candidates, predicted_gain, training_seconds
+from headrace.pipelines.thaw.candidates import (
+    Candidate,
+    list_candidates,
+    predicted_gain,
+    training_seconds,
+)
 
 RESAMPLES = 1000
 WEIGHTS = "network.safetensors"  # as persist.py, which imports torch
-# A fold that takes so many times as long as its pilot predicted, and longer than any task may, is taken for hung.
+# A fold that takes so many times as long as its pilot predicted, and longer than any task may, is
+# taken for hung.
 HUNG = 4
 
 
@@ -45,18 +52,23 @@ class ThawInputs:
     metric: str
     directories: Mapping[str, Sequence[Path]]
     backbones: Mapping[str, BackboneSpec | None]
-    images: pd.DataFrame  # content and path of every image, test images too: for those the answer is asked at the end
+    images: (
+        pd.DataFrame
+    )  # content and path of every image, test images too: for those the answer is asked at the end
     device: str
 
 
 @dataclass(frozen=True)
 class Thawed:
-    """What came of it. `rows` are heads of the leaderboard like others, `compared` the side-by-side table."""
+    """What came of it.
+
+    `rows` are heads of the leaderboard like others, `compared` the side-by-side table.
+    """
 
     rows: pd.DataFrame  # as leaderboard.collect_heads
-    compared: (
-        pd.DataFrame
-    )  # approach, inputs, settings, the metric, low, high, gain, gain_low, gain_high, minutes, decision
+    # approach, inputs, settings, the metric, low, high, gain, gain_low, gain_high, minutes,
+    # decision
+    compared: pd.DataFrame
     notes: tuple[str, ...]
     trained: int  # candidates that this call trained
 
@@ -64,10 +76,16 @@ class Thawed:
 def pending(
     inputs: ThawInputs, board: pd.DataFrame, section: ThawSection, *, retry_failed: bool = False
 ) -> list[Candidate]:
-    """The candidates about which nothing has been decided yet; with `retry_failed`, those that failed too."""
+    """The candidates about which nothing has been decided yet; with `retry_failed`, those that
+    failed too.
+    """
     decided = _read(inputs.paths.thaw_decisions)
     candidates, _ = list_candidates(board, section, inputs.directories, inputs.backbones)
-    return [one for one in candidates if not _settled(inputs.paths, one.key, decided, section, retry_failed)]
+    return [
+        one
+        for one in candidates
+        if not _settled(inputs.paths, one.key, decided, section, retry_failed)
+    ]
 
 
 def thaw(
@@ -80,18 +98,25 @@ def thaw(
     *,
     retry_failed: bool = False,
 ) -> Thawed:
-    """Train what promises most per hour while the budget lasts, and compare. client: None where nothing is pending.
+    """Train what promises most per hour while the budget lasts, and compare. client: None where
+    nothing is pending.
 
-    options: how tasks are watched over; folds that other drivers on this run have are left to them. A candidate that failed
-    stays a failed row, as a head does, until a call with `retry_failed`.
+    options: how tasks are watched over; folds that other drivers on this run have are left to them.
+    A candidate that failed stays a failed row, as a head does, until a call with `retry_failed`.
     """
     decided = _read(inputs.paths.thaw_decisions)
     candidates, notes = list_candidates(board, section, inputs.directories, inputs.backbones)
-    waiting = [one for one in candidates if not _settled(inputs.paths, one.key, decided, section, retry_failed)]
+    waiting = [
+        one
+        for one in candidates
+        if not _settled(inputs.paths, one.key, decided, section, retry_failed)
+    ]
     inputs.paths.thaw.mkdir(parents=True, exist_ok=True)
     there = inputs.images[["content", "path"]].dropna().drop_duplicates("content").astype(str)
     listing = {"paths": dict(zip(there["content"], there["path"], strict=True))}
-    if waiting or _read(inputs.paths.thaw_images) != listing:  # networks that are there predict by it too
+    if (
+        waiting or _read(inputs.paths.thaw_images) != listing
+    ):  # networks that are there predict by it too
         write_record(inputs.paths.thaw_images, listing)
     trained = 0
     if waiting:
@@ -107,11 +132,14 @@ def thaw(
     )
 
 
-def _settled(paths: RunPaths, key: str, decided: dict[str, Any], section: ThawSection, retry_failed: bool) -> bool:
-    """Whether a candidate is not to be looked at again: done, failed or refused; what did not fit may fit a larger budget.
+def _settled(
+    paths: RunPaths, key: str, decided: dict[str, Any], section: ThawSection, retry_failed: bool
+) -> bool:
+    """Whether a candidate is not to be looked at again: done, failed or refused; what did not fit
+    may fit a larger budget.
 
-    A decision whose network or results are gone or damaged is about nothing any more, and leaves `decided`: what is left of
-    the training is used, the rest is trained again.
+    A decision whose network or results are gone or damaged is about nothing any more, and leaves
+    `decided`: what is left of the training is used, the rest is trained again.
     """
     record = decided.get(key)
     if record is None:
@@ -121,11 +149,16 @@ def _settled(paths: RunPaths, key: str, decided: dict[str, Any], section: ThawSe
         return False
     if record["decision"] in ("failed", "refused") and retry_failed:
         return False
-    return bool(record["decision"] != "over budget" or record.get("budget_minutes") == section.budget_minutes)
+    return bool(
+        record["decision"] != "over budget"
+        or record.get("budget_minutes") == section.budget_minutes
+    )
 
 
 def _has_its_files(paths: RunPaths, key: str, decision: str) -> bool:
-    """Whether what a decision is about is whole; what is damaged is removed, so that nobody takes it for trained."""
+    """Whether what a decision is about is whole; what is damaged is removed, so that nobody takes
+    it for trained.
+    """
     if decision not in ("kept", "rolled back"):
         return not remove_damaged(paths.thaw_result(key))  # of one that failed: its failed rows
     for part in sorted(paths.thaw_parts(key).glob("fold*.h5")):
@@ -155,7 +188,9 @@ def _work(
     folds = inputs.task.n_folds
     pilots: dict[str, Any] = {}
     jobs = {one.key: _job(inputs, one) for one in waiting}
-    options.tell("stage", stage="thaw: pilots", total=len(waiting), unit="networks", tasks=len(waiting))
+    options.tell(
+        "stage", stage="thaw: pilots", total=len(waiting), unit="networks", tasks=len(waiting)
+    )
     with ExitStack() as stack:
         advance = stack.enter_context(stage(console, "thaw: pilots", len(waiting), "networks"))
         named = ((f"pilot-{key}", job) for key, job in jobs.items())
@@ -166,7 +201,9 @@ def _work(
             key = next(key for key, job in jobs.items() if job == outcome.job)
             if outcome.result is None:
                 # Not thawed: the head stays as it is, and the reason is on record.
-                decided.update(_decide(inputs.paths, key, {"decision": "refused", "reason": outcome.error}))
+                decided.update(
+                    _decide(inputs.paths, key, {"decision": "refused", "reason": outcome.error})
+                )
             else:
                 pilots[key] = outcome.result
             options.tell("progress", done=done, failed=done - len(pilots))
@@ -174,15 +211,22 @@ def _work(
     measured: dict[str, list[float]] = {}
     left = {one.key: one for one in waiting if one.key in pilots}
     total = len(left)
-    options.tell("stage", stage="thaw: train", total=total, unit="networks", tasks=total * (folds + 1))
+    options.tell(
+        "stage", stage="thaw: train", total=total, unit="networks", tasks=total * (folds + 1)
+    )
     with stage(console, "thaw: train", total, "networks") as advance:
         while left:
             costs = {key: training_seconds(one, pilots[key], folds) for key, one in left.items()}
-            worth = {key: predicted_gain(one, inputs.metric, measured) / costs[key] for key, one in left.items()}
+            worth = {
+                key: predicted_gain(one, inputs.metric, measured) / costs[key]
+                for key, one in left.items()
+            }
             key = max(left, key=lambda one: (worth[one], one))
             candidate = left.pop(key)
             # Other drivers on this run decide too, and what they spent is spent.
-            spent = sum(one.get("seconds", 0.0) for one in _read(inputs.paths.thaw_decisions).values())
+            spent = sum(
+                one.get("seconds", 0.0) for one in _read(inputs.paths.thaw_decisions).values()
+            )
             record: dict[str, Any] = {
                 "label": candidate.label,
                 "inputs": list(candidate.inputs),
@@ -194,25 +238,37 @@ def _work(
             if allowed is not None and spent + costs[key] > allowed:
                 record |= {"decision": "over budget", "budget_minutes": section.budget_minutes}
             else:
-                # Its own share of what is left, so that a candidate that is slower than its pilot cannot take all.
+                # Its own share of what is left, so that a candidate that is slower than its pilot
+                # cannot take all.
                 limit = None if allowed is None else (allowed - spent) / (folds + 1)
                 patience = max(options.deadline_s, HUNG * costs[key] / (folds + 1))
-                record |= _train(inputs, candidate, client, limit, replace(options, deadline_s=patience))
+                record |= _train(
+                    inputs, candidate, client, limit, replace(options, deadline_s=patience)
+                )
                 if "gain" in record:
                     headroom = abs(
-                        (1.0 if METRICS[inputs.metric].higher_is_better else 0.0) - float(candidate.head[inputs.metric])
+                        (1.0 if METRICS[inputs.metric].higher_is_better else 0.0)
+                        - float(candidate.head[inputs.metric])
                     )
-                    measured.setdefault(candidate.start, []).append(record["gain"] / max(headroom, 1e-9))
+                    measured.setdefault(candidate.start, []).append(
+                        record["gain"] / max(headroom, 1e-9)
+                    )
             decided.update(_decide(inputs.paths, key, record))
             advance(1)
-            failed = sum(decided[one]["decision"] in ("failed", "refused") for one in pilots if one not in left)
+            failed = sum(
+                decided[one]["decision"] in ("failed", "refused")
+                for one in pilots
+                if one not in left
+            )
             options.tell("progress", done=total - len(left), failed=failed)
     return len(pilots)
 
 
 def _decide(paths: RunPaths, key: str, record: dict[str, Any]) -> dict[str, Any]:
-    """Put a decision on record, beside those of other drivers; returns all. What was trained elsewhere meanwhile is not over
-    budget here."""
+    """Put a decision on record, beside those of other drivers; returns all.
+
+    What was trained elsewhere meanwhile is not over budget here.
+    """
     with lease(paths.thaw / "decisions.lock"):
         known = _read(paths.thaw_decisions)
         trained = known.get(key, {}).get("decision") in ("kept", "rolled back")
@@ -223,16 +279,23 @@ def _decide(paths: RunPaths, key: str, record: dict[str, Any]) -> dict[str, Any]
 
 
 def _require_machine(outcome: Outcome[Any, Any]) -> None:
-    """Raise RunIncomplete where a full disk or the like ended a task: that decides nothing about the network."""
+    """Raise RunIncomplete where a full disk or the like ended a task: that decides nothing about
+    the network.
+    """
     if outcome.of_machine:
         raise RunIncomplete(
-            f"a network could not be trained here: {outcome.error}. Nothing was decided about it; what is finished is kept, "
+            f"a network could not be trained here: {outcome.error}. Nothing was decided about "
+            "it; what is finished is kept, "
             "and the same command goes on from there"
         )
 
 
 def _train(
-    inputs: ThawInputs, candidate: Candidate, client: Client, limit: float | None, options: TaskOptions
+    inputs: ThawInputs,
+    candidate: Candidate,
+    client: Client,
+    limit: float | None,
+    options: TaskOptions,
 ) -> dict[str, Any]:
     """All folds; then, if the folds are better than the head, the network on all rows."""
     from headrace.pipelines.thaw.task import FoldJob, publish_result, train_fold
@@ -271,9 +334,11 @@ def _train(
 
 
 def compare(inputs: ThawInputs, candidate: Candidate) -> dict[str, Any]:
-    """The network against its head on the same out-of-fold rows: both scores, and the gain with a paired 95 % interval.
+    """The network against its head on the same out-of-fold rows: both scores, and the gain with a
+    paired 95 % interval.
 
-    Scores are means over folds, as on the leaderboard; the interval is a bootstrap over rows, drawn within folds.
+    Scores are means over folds, as on the leaderboard; the interval is a bootstrap over rows, drawn
+    within folds.
     """
     task, metric = inputs.task, inputs.metric
     network = read_bank(inputs.paths.thaw_result(candidate.key)).out_of_fold(candidate.spec)
@@ -290,7 +355,8 @@ def compare(inputs: ThawInputs, candidate: Candidate) -> dict[str, Any]:
 
     draw = np.random.default_rng(0)
     resampled = [
-        gain([draw.choice(own, len(own)) for own in folds]) for _ in range(RESAMPLES if len(task.fold) < 20000 else 100)
+        gain([draw.choice(own, len(own)) for own in folds])
+        for _ in range(RESAMPLES if len(task.fold) < 20000 else 100)
     ]
     low, high = np.nanquantile(resampled, [0.025, 0.975])
     return {"gain": gain(folds), "gain_low": float(low), "gain_high": float(high)}
@@ -320,17 +386,32 @@ def _rows(inputs: ThawInputs, candidates: Sequence[Candidate]) -> pd.DataFrame:
         path = inputs.paths.thaw_result(one.key)
         if path.exists():
             table = read_bank(path).table
-            tables.append(table.assign(path=str(path), inputs=pd.Series([one.inputs] * len(table), dtype=object)))
+            tables.append(
+                table.assign(
+                    path=str(path), inputs=pd.Series([one.inputs] * len(table), dtype=object)
+                )
+            )
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
 def _compared(
-    inputs: ThawInputs, board: pd.DataFrame, candidates: Sequence[Candidate], decided: Mapping[str, Any]
+    inputs: ThawInputs,
+    board: pd.DataFrame,
+    candidates: Sequence[Candidate],
+    decided: Mapping[str, Any],
 ) -> pd.DataFrame:
     """The best head and every candidate, on the same rows."""
     best = board.iloc[0]
     found = [
-        _line(inputs, "head", best["inputs"], f"{best['kind']} {best['settings']}", best["path"], best["spec"], {})
+        _line(
+            inputs,
+            "head",
+            best["inputs"],
+            f"{best['kind']} {best['settings']}",
+            best["path"],
+            best["spec"],
+            {},
+        )
     ]
     for one in candidates:
         record, path = decided.get(one.key, {}), inputs.paths.thaw_result(one.key)
@@ -363,7 +444,9 @@ def _line(
     if path is not None:
         predicted = read_bank(path).out_of_fold(spec)
         folds = [np.flatnonzero(task.fold == number) for number in range(task.n_folds)]
-        value = float(np.mean([score(task.kind, task.target[own], predicted[own], metric) for own in folds]))
+        value = float(
+            np.mean([score(task.kind, task.target[own], predicted[own], metric) for own in folds])
+        )
         draw = np.random.default_rng(0)
         drawn = [np.concatenate([draw.choice(own, len(own)) for own in folds]) for _ in range(200)]
         scores = [score(task.kind, task.target[rows], predicted[rows], metric) for rows in drawn]
@@ -388,16 +471,22 @@ def _notes(candidates: Sequence[Candidate], decided: Mapping[str, Any]) -> list[
         record = decided.get(one.key, {})
         if reason := record.get("pilot", {}).get("uncut"):
             notes.append(
-                f"{one.label}, {settings_text(one.spec)}: runs from the images, not from the cached map: {reason}"
+                f"{one.label}, {settings_text(one.spec)}: runs from the images, not from "
+                f"the cached map: {reason}"
             )
         if record.get("decision") in ("refused", "failed"):
-            notes.append(f"{one.label}, {settings_text(one.spec)}: {record['decision']}: {record.get('reason')}")
+            notes.append(
+                f"{one.label}, {settings_text(one.spec)}: {record['decision']}: "
+                f"{record.get('reason')}"
+            )
     return notes
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A record of this stage; of a damaged one nothing is believed. Decisions are found again from the results, after pilots of
-    seconds."""
+    """A record of this stage; of a damaged one nothing is believed.
+
+    Decisions are found again from the results, after pilots of seconds.
+    """
     try:
         return read_record(path)
     except (OSError, RunDamaged):

@@ -1,4 +1,5 @@
-"""What a worker does for one candidate: the pilot, the training of a fold, and the network that is trained on all rows.
+"""What a worker does for one candidate: the pilot, the training of a fold, and the network that is
+trained on all rows.
 
 From paths and specs to files and a small dictionary; what is on disk already is not done again.
 """
@@ -62,8 +63,12 @@ class ThawJob:
     task: str  # path of an .npz of `save_task`, without test rows
     images: str  # Parquet with the columns content and path
     backbone: BackboneSpec
-    features: tuple[str, ...]  # feature sets of the head's inputs, tap by tap, and of each tap its views
-    cut: tuple[str, ...]  # feature sets of the cut's maps, view by view; none: training starts from the images
+    features: tuple[
+        str, ...
+    ]  # feature sets of the head's inputs, tap by tap, and of each tap its views
+    cut: tuple[
+        str, ...
+    ]  # feature sets of the cut's maps, view by view; none: training starts from the images
     head_result: str  # results file of the trained head; "": the head is new
     spec: FineTuneSpec
     folder: str  # of parts, curves and checkpoints
@@ -78,7 +83,9 @@ class ThawJob:
         fields = (self.task, self.head_result, *self.features, *self.cut)
         names = [Path(text).name for text in fields]
         backbone = json.dumps(dataclasses.asdict(self.backbone), sort_keys=True)
-        return hashlib.sha256("\0".join([*names, backbone, spec_to_json(self.spec)]).encode()).hexdigest()[:16]
+        return hashlib.sha256(
+            "\0".join([*names, backbone, spec_to_json(self.spec)]).encode()
+        ).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -104,9 +111,10 @@ class _Opened:
 def pilot(job: ThawJob) -> dict[str, Any]:
     """The parity check and the measured time of a step.
 
-    Returns {"parity": {rows, largest, mean} or None for a new head, "cut_parity": the same from the cached maps, "uncut":
-    why they are not used, where the network cannot be cut there and runs from the images instead, "step_seconds", "steps"
-    (per epoch and fold), "blocks" (how many train)}. Raises ThawRefused, CannotCut, SpecMismatch.
+    Returns {"parity": {rows, largest, mean} or None for a new head, "cut_parity": the same from the
+    cached maps, "uncut": why they are not used, where the network cannot be cut there and runs from
+    the images instead, "step_seconds", "steps" (per epoch and fold), "blocks" (how many train)}.
+    Raises ThawRefused, CannotCut, SpecMismatch.
     """
     torch.set_num_threads(job.threads)
     opened = _open(job)
@@ -126,8 +134,9 @@ def pilot(job: ThawJob) -> dict[str, Any]:
 
 
 def train_fold(fold_job: FoldJob) -> dict[str, Any]:
-    """Train one fold, or with fold FULL on all rows, and publish what came of it: a results file of one head, the curve,
-    and for FULL the network's own directory. Goes on from the fold's checkpoint.
+    """Train one fold, or with fold FULL on all rows, and publish what came of it: a results file of
+    one head, the curve, and for FULL the network's own directory. Goes on from the fold's
+    checkpoint.
 
     Returns {"fold", "best_epoch", "epochs", "seconds", "stopped", "resumed_from", "skipped"}.
     """
@@ -143,7 +152,9 @@ def train_fold(fold_job: FoldJob) -> dict[str, Any]:
     if known is not None and path.exists() and has_network:
         checkpoint.unlink(missing_ok=True)  # of a process that died before it did so
         return known | {"skipped": True}
-    path.unlink(missing_ok=True)  # the first to publish wins: one without its network, or without its curve, would stay
+    path.unlink(
+        missing_ok=True
+    )  # the first to publish wins: one without its network, or without its curve, would stay
     torch.set_num_threads(job.threads)
     opened = _open(job)
     training = _training(fold_job, opened)
@@ -197,7 +208,9 @@ def _temperature(job: ThawJob, task: Task) -> float:
 
 
 def publish_result(job: ThawJob, failures: dict[int, str]) -> Path:
-    """Join the parts into the candidate's results file. failures: reasons of the folds (FULL too) that have no part."""
+    """Join the parts into the candidate's results file. failures: reasons of the folds (FULL too)
+    that have no part.
+    """
     opened = _open(job, light=True)
     fits = []
     for fold in [*range(opened.task.n_folds), FULL]:
@@ -207,7 +220,16 @@ def publish_result(job: ThawJob, failures: dict[int, str]) -> Path:
             row = part.table.iloc[0]
             validation = part.validation(job.spec, fold)
             fits.append(
-                HeadFit(job.spec, fold, {}, row["objective"], nan, int(row["iterations"]), row["seconds"], validation)
+                HeadFit(
+                    job.spec,
+                    fold,
+                    {},
+                    row["objective"],
+                    nan,
+                    int(row["iterations"]),
+                    row["seconds"],
+                    validation,
+                )
             )
         elif fold in failures:
             fits.append(HeadFit(job.spec, fold, {}, nan, nan, 0, 0.0, None, failures[fold]))
@@ -251,7 +273,8 @@ def _open(job: ThawJob, *, light: bool = False) -> _Opened:
         ):
             if here != stored:
                 raise SpecMismatch(
-                    f"{job.backbone.name}: the {name} here are {here}, but {feature.spec.name} was made with {stored}: "
+                    f"{job.backbone.name}: the {name} here are {here}, but {feature.spec.name} "
+                    f"was made with {stored}: "
                     "run the recipe again, so that features and network agree"
                 )
     reason = _uncuttable(backbone, taps, maps)
@@ -259,13 +282,20 @@ def _open(job: ThawJob, *, light: bool = False) -> _Opened:
 
 
 def _uncuttable(backbone: Backbone, taps: list[Tap], maps: dict[str, FeatureSet]) -> str | None:
-    """Why the network cannot be run from these maps on; None where it can, or where there are none."""
+    """Why the network cannot be run from these maps on; None where it can, or where
+    there are none.
+    """
     if not maps:
         return None
     nodes = backbone_nodes(backbone)
     width = sum(math.prod(tap_shape(tap, nodes[tap.node])) for tap in taps)
     try:
-        Network(backbone, taps, new_head(MLPSpec(hidden=()), width, 1), cut=next(iter(maps.values())).spec.tap)
+        Network(
+            backbone,
+            taps,
+            new_head(MLPSpec(hidden=()), width, 1),
+            cut=next(iter(maps.values())).spec.tap,
+        )
     except CannotCut as error:
         return str(error)
     return None
@@ -276,14 +306,21 @@ def _parity(job: ThawJob, opened: _Opened, *, cut: bool) -> Any:
     bank, task = read_bank(job.head_result), opened.task
     if not np.array_equal(bank.content, task.content) or not np.array_equal(bank.fold, task.fold):
         raise ThawRefused(
-            f"{job.head_result} was trained on other rows or folds than {job.task} has: run the recipe again"
+            f"{job.head_result} was trained on other rows or folds than {job.task} has: "
+            "run the recipe again"
         )
     out_of_fold = bank.out_of_fold(head_spec)
     rows = np.flatnonzero((task.fold >= 0) & np.isfinite(out_of_fold).all(1))
-    rows = rows[np.unique(np.linspace(0, len(rows) - 1, min(PARITY_ROWS, len(rows))).astype(np.int64))]
+    rows = rows[
+        np.unique(np.linspace(0, len(rows) - 1, min(PARITY_ROWS, len(rows))).astype(np.int64))
+    ]
     folds = sorted(set(task.fold[rows].tolist()))
-    heads = {fold: head_module(head_spec, bank.arrays(head_spec, fold), task.kind) for fold in folds}
-    network = Network(opened.backbone, opened.taps, heads[folds[0]], cut=_cut(opened) if cut else None)
+    heads = {
+        fold: head_module(head_spec, bank.arrays(head_spec, fold), task.kind) for fold in folds
+    }
+    network = Network(
+        opened.backbone, opened.taps, heads[folds[0]], cut=_cut(opened) if cut else None
+    )
     network.round_to([feature.spec.dtype for feature in next(iter(opened.views.values()))])
     network.eval().to(job.device)
     heads = {fold: head.eval().to(job.device) for fold, head in heads.items()}
@@ -294,13 +331,17 @@ def _parity(job: ThawJob, opened: _Opened, *, cut: bool) -> Any:
     for view, own in enumerate(opened.views.values()):
         columns = [feature.load(task.content[rows], np.float32) for feature in own]
         cached.append(
-            np.concatenate([c if network.head.spatial else c.reshape(len(rows), -1) for c in columns], axis=1)
+            np.concatenate(
+                [c if network.head.spatial else c.reshape(len(rows), -1) for c in columns], axis=1
+            )
         )
         batches = list(source.batches(rows, len(rows), view=view))
         inputs.append(torch.cat([batch.inputs for batch in batches]).to(job.device))
         parts = [batch.held for batch in batches if batch.held is not None]
         held.append(torch.cat(parts).to(job.device) if parts else None)
-    return check_parity(network, heads, inputs, task.fold[rows], out_of_fold[rows], cached, task.kind, held=held)
+    return check_parity(
+        network, heads, inputs, task.fold[rows], out_of_fold[rows], cached, task.kind, held=held
+    )
 
 
 def _training(fold_job: FoldJob, opened: _Opened) -> Training:
@@ -315,7 +356,9 @@ def _training(fold_job: FoldJob, opened: _Opened) -> Training:
             require_differentiable(head_spec)
             raise ThawRefused(f"a new head is an mlp, and this one is of kind {head_spec.kind}")
         width = _width(opened)
-        head = new_head(dataclasses.replace(head_spec, seed=spec.seed + 1000 * (fold + 1)), width, outputs)
+        head = new_head(
+            dataclasses.replace(head_spec, seed=spec.seed + 1000 * (fold + 1)), width, outputs
+        )
     head.dropout = max(head.dropout, spec.dropout)
     network = Network(opened.backbone, opened.taps, head, cut=cut)
     blocks = trainable_blocks(network, spec.depth)
@@ -330,9 +373,13 @@ def _training(fold_job: FoldJob, opened: _Opened) -> Training:
 
 
 def _calibrate(training: Training, *, new: bool) -> None:
-    """Give the head's first layer the scale of its features, as they are now, over some training rows."""
+    """Give the head's first layer the scale of its features, as they are now, over some training
+    rows.
+    """
     rows = training.train_rows
-    rows = rows[np.unique(np.linspace(0, len(rows) - 1, min(CALIBRATION_ROWS, len(rows))).astype(np.int64))]
+    rows = rows[
+        np.unique(np.linspace(0, len(rows) - 1, min(CALIBRATION_ROWS, len(rows))).astype(np.int64))
+    ]
     network, device = training.network, training.plan.device
     training.mode()  # batch normalisation drawn anew has no statistics yet but the batch's own
     parts = []
@@ -346,10 +393,13 @@ def _calibrate(training: Training, *, new: bool) -> None:
 
 
 def _draw_anew(network: Network, spec: BackboneSpec, modules: list[str], seed: int) -> None:
-    """Give these modules of the backbone the parameters and statistics of a network with random weights."""
+    """Give these modules of the backbone the parameters and statistics of a network with random
+    weights.
+    """
     if spec.name.startswith("python:"):
         raise BackboneError(
-            f"{spec.name}: how a network of your own starts at random is not known: use start pretrained"
+            f"{spec.name}: how a network of your own starts at random is not known: use "
+            "start pretrained"
         )
     fresh = load_backbone(dataclasses.replace(spec, weights=f"random:{seed}")).module
     for name in modules:
@@ -371,7 +421,11 @@ def _source(job: ThawJob, opened: _Opened, network: Network) -> Source:
             decoding_threads(job.threads, job.device),
         )
     held = [
-        [feature for tap, feature in zip(opened.taps, opened.views[view], strict=True) if tap in network.held]
+        [
+            feature
+            for tap, feature in zip(opened.taps, opened.views[view], strict=True)
+            if tap in network.held
+        ]
         for view in opened.maps
     ]
     return MapSource(task.content, list(opened.maps.values()), held)
@@ -389,14 +443,25 @@ def _fit(spec: FineTuneSpec, fold: int, trained: Trained) -> HeadFit:
     curve = {int(row["epoch"]): row for row in trained.progress.curve}
     loss = curve.get(trained.progress.best_epoch, {}).get("train_loss", float("nan"))
     progress = trained.progress
-    return HeadFit(spec, fold, {}, loss, float("nan"), progress.best_epoch, progress.seconds, trained.validation)
+    return HeadFit(
+        spec,
+        fold,
+        {},
+        loss,
+        float("nan"),
+        progress.best_epoch,
+        progress.seconds,
+        trained.validation,
+    )
 
 
 def _results(job: ThawJob, opened: _Opened, fits: list[HeadFit]) -> bytes:
     task = opened.task
     specs = [feature.spec for own in opened.views.values() for feature in own]
     metrics = [
-        {} if fit.validation is None else all_metrics(task.kind, task.target[task.fold == fit.fold], fit.validation)
+        {}
+        if fit.validation is None
+        else all_metrics(task.kind, task.target[task.fold == fit.fold], fit.validation)
         for fit in fits
     ]
     return results_bytes(
@@ -404,7 +469,9 @@ def _results(job: ThawJob, opened: _Opened, fits: list[HeadFit]) -> bytes:
         task.digest,
         fits,
         metrics,
-        features=[{"fingerprint": spec.fingerprint, "spec": json.loads(spec.to_json())} for spec in specs],
+        features=[
+            {"fingerprint": spec.fingerprint, "spec": json.loads(spec.to_json())} for spec in specs
+        ],
         dropped=[],
     )
 

@@ -1,4 +1,5 @@
-"""Training one network on one fold: rates by layer, warm-up and cosine, clipping, early stopping, checkpoints.
+"""Training one network on one fold: rates by layer, warm-up and cosine, clipping, early stopping,
+checkpoints.
 
 N rows of the task, C outputs.
 """
@@ -31,8 +32,9 @@ from headrace.pipelines.thaw.errors import TrainingFailed
 from headrace.pipelines.thaw.network import Network
 
 EVALUATION_ROWS = 64
-# A step of Adam moves every weight by the rate, and so the output of a layer by as much more as the layer is wider: from this
-# many inputs on, the head's rate falls with their number (Yang et al. 2021), or a wide head forgets in a few steps what it was.
+# A step of Adam moves every weight by the rate, and so the output of a layer by as much more as the
+# layer is wider: from this many inputs on, the head's rate falls with their number (Yang et al.
+# 2021), or a wide head forgets in a few steps what it was.
 WIDE = 512
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -67,22 +69,33 @@ class Training:
         self.network, self.source, self.plan = network.to(plan.device), source, plan
         spec, task = plan.spec, plan.task
         self.train_rows = np.flatnonzero(task.fold != plan.fold)
-        self.held_rows = np.flatnonzero(task.fold == plan.fold) if plan.fold != FULL else np.empty(0, np.int64)
+        self.held_rows = (
+            np.flatnonzero(task.fold == plan.fold) if plan.fold != FULL else np.empty(0, np.int64)
+        )
         self.trained = _trained_modules(network, plan.blocks)
         self.optimiser, self.rates = _optimiser(network, plan)
-        self.named: dict[str, Tensor] = {name: p for name, p in network.named_parameters() if p.requires_grad}
+        self.named: dict[str, Tensor] = {
+            name: p for name, p in network.named_parameters() if p.requires_grad
+        }
         if spec.batch_norm == "trained" or spec.start == "random":
             norms = {name for name, module in self.trained if isinstance(module, _BATCH_NORMS)}
             self.named |= {  # their running statistics belong to what is remembered
-                name: buffer for name, buffer in network.named_buffers() if name.rpartition(".")[0] in norms
+                name: buffer
+                for name, buffer in network.named_buffers()
+                if name.rpartition(".")[0] in norms
             }
-        self.micro = spec.batch_size  # rows of one forward pass: halved where they do not fit into memory
+        self.micro = (
+            spec.batch_size
+        )  # rows of one forward pass: halved where they do not fit into memory
         self.weight = _row_weights(task, self.train_rows, spec)
         steps = math.ceil(len(self.train_rows) / spec.batch_size)
         self.steps, self.total = steps, steps * spec.epochs
 
     def run(self, checkpoint: Path | None, key: str) -> Trained:
-        """Train to the end, from the checkpoint where there is one. Raises TrainingFailed, PublishFailed."""
+        """Train to the end, from the checkpoint where there is one.
+
+        Raises TrainingFailed, PublishFailed.
+        """
         plan, spec = self.plan, self.plan.spec
         progress, best = Progress(0, 0, math.inf, 0.0, []), self._copy()
         resumed = load_checkpoint(checkpoint, key) if checkpoint is not None else None
@@ -90,7 +103,9 @@ class Training:
             progress, tensors = resumed
             best = self._restore(tensors)
         elif len(self.held_rows) and spec.start == "head":
-            progress.best_loss = self._validation_loss()  # what is not better than the head itself is not better
+            progress.best_loss = (
+                self._validation_loss()
+            )  # what is not better than the head itself is not better
             progress.curve.append({"epoch": 0, "validation_loss": progress.best_loss})
         first, stopped = progress.epoch, "epochs"
         while progress.epoch < plan.epochs:
@@ -106,7 +121,11 @@ class Training:
             if len(self.held_rows):
                 loss = row["validation_loss"] = self._validation_loss()
                 if loss < progress.best_loss:
-                    progress.best_loss, progress.best_epoch, best = loss, progress.epoch, self._copy()
+                    progress.best_loss, progress.best_epoch, best = (
+                        loss,
+                        progress.epoch,
+                        self._copy(),
+                    )
             else:
                 progress.best_epoch, best = progress.epoch, self._copy()
             progress.seconds += clock(plan.device) - started
@@ -134,8 +153,9 @@ class Training:
         return torch.cat(parts)
 
     def time_steps(self, count: int = 3) -> float:
-        """Seconds of one optimiser step, the least of `count` after one that warms up: what else the machine does only adds.
-        Changes the parameters."""
+        """Seconds of one optimiser step, the least of `count` after one that warms up: what else
+        the machine does only adds. Changes the parameters.
+        """
         self.mode()
         order = np.resize(self.train_rows, (count + 1) * self.plan.spec.batch_size)
         seconds = []
@@ -162,11 +182,14 @@ class Training:
         mean = float(np.mean(losses))
         if not math.isfinite(mean):
             raise TrainingFailed(
-                f"the training loss of epoch {epoch + 1} is not finite: lower learning_rate (it is {spec.learning_rate:g})"
+                f"the training loss of epoch {epoch + 1} is not finite: lower "
+                f"learning_rate (it is {spec.learning_rate:g})"
             )
         return mean
 
-    def _batches(self, order: Rows, draw: np.random.Generator) -> Iterator[tuple[Rows, Tensor, Tensor | None]]:
+    def _batches(
+        self, order: Rows, draw: np.random.Generator
+    ) -> Iterator[tuple[Rows, Tensor, Tensor | None]]:
         spec = self.plan.spec
         random_view = draw if spec.augment == "views" else None
         for rows, inputs, held in self.source.batches(order, spec.batch_size, draw=random_view):
@@ -175,7 +198,9 @@ class Training:
             yield rows, inputs, held
 
     def _step(self, step: int, rows: Rows, inputs: Tensor, held: Tensor | None) -> float:
-        """One optimiser step; a batch that does not fit into memory goes through in halves whose gradients add up."""
+        """One optimiser step; a batch that does not fit into memory goes through in halves whose
+        gradients add up.
+        """
         factor = _schedule(step, self.total, self.plan.spec.warm_up)
         for group, rate in zip(self.optimiser.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
@@ -188,12 +213,15 @@ class Training:
                     raise
                 if self.micro == 1:
                     raise TrainingFailed(
-                        "not even one image fits into memory: train above a later node, or use smaller images"
+                        "not even one image fits into memory: train above a later node, or "
+                        "use smaller images"
                     ) from error
                 self.micro = max(1, min(self.micro, len(rows)) // 2)
             if self.plan.device != "cpu":
                 torch.cuda.empty_cache()
-        norm = nn.utils.clip_grad_norm_([p for p in self.named.values() if p.requires_grad], self.plan.spec.clip)
+        norm = nn.utils.clip_grad_norm_(
+            [p for p in self.named.values() if p.requires_grad], self.plan.spec.clip
+        )
         if not math.isfinite(loss) or not bool(torch.isfinite(norm)):
             raise TrainingFailed(
                 f"the loss or its gradient is not finite at step {step + 1}: lower learning_rate "
@@ -208,7 +236,9 @@ class Training:
         for start in range(0, len(rows), self.micro):
             part = slice(start, start + self.micro)
             with self._autocast():
-                logits = self.network(inputs[part].to(device), None if held is None else held[part].to(device))
+                logits = self.network(
+                    inputs[part].to(device), None if held is None else held[part].to(device)
+                )
             own = rows[part]
             losses = row_losses(logits.float(), self.plan.task, own, self.plan.spec.label_smoothing)
             loss = (losses * torch.from_numpy(self.weight[own]).to(device)).sum() / len(rows)
@@ -223,7 +253,9 @@ class Training:
         return loss if math.isfinite(loss) else math.inf
 
     def mode(self) -> None:
-        """Training mode for the head, and for batch normalisation where its statistics are to be trained."""
+        """Training mode for the head, and for batch normalisation where its statistics are to be
+        trained.
+        """
         self.network.eval()
         self.network.head.train()
         if self.plan.spec.batch_norm == "trained" or self.plan.spec.start == "random":
@@ -244,7 +276,11 @@ class Training:
 
     def _tensors(self, best: dict[str, Tensor]) -> dict[str, Tensor]:
         now = {f"now.{name}": tensor for name, tensor in self.named.items()}
-        return now | {f"best.{name}": tensor for name, tensor in best.items()} | optimiser_tensors(self.optimiser)
+        return (
+            now
+            | {f"best.{name}": tensor for name, tensor in best.items()}
+            | optimiser_tensors(self.optimiser)
+        )
 
     def _restore(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         with torch.no_grad():
@@ -255,13 +291,18 @@ class Training:
 
 
 def clock(device: str) -> float:
-    """Seconds that count against a budget. On a CPU the process's computing: a machine that others use too is slower, but
-    what a candidate costs, and so which of them fit, stays what it was. A worker process runs one task at a time."""
+    """Seconds that count against a budget.
+
+    On a CPU the process's computing: a machine that others use too is slower, but what a candidate
+    costs, and so which of them fit, stays what it was. A worker process runs one task at a time.
+    """
     return time.process_time() if device == "cpu" else time.perf_counter()
 
 
 def row_losses(logits: Tensor, task: Task, rows: Rows, smoothing: float) -> Tensor:
-    """(n,) loss of each row: cross-entropy, binary cross-entropy averaged over labels, or squared error over targets."""
+    """(n,) loss of each row: cross-entropy, binary cross-entropy averaged over labels, or squared
+    error over targets.
+    """
     target = torch.from_numpy(np.ascontiguousarray(task.target[rows])).to(logits.device)
     if task.kind == "regression":
         return ((logits - target.float()) ** 2).mean(1)
@@ -277,16 +318,24 @@ def _row_weights(task: Task, train: Rows, spec: FineTuneSpec) -> npt.NDArray[np.
     weight = task.weight.astype(np.float64).copy()
     if spec.class_weight == "balanced" and task.kind == "single":
         counts = np.bincount(task.target[train], weights=weight[train], minlength=len(task.classes))
-        weight *= (weight[train].sum() / np.maximum(counts, 1e-12) / max(1, int((counts > 0).sum())))[task.target]
+        weight *= (
+            weight[train].sum() / np.maximum(counts, 1e-12) / max(1, int((counts > 0).sum()))
+        )[task.target]
     return np.asarray(weight / weight[train].mean(), np.float32)
 
 
 def _trained_modules(network: Network, blocks: list[list[str]]) -> list[tuple[str, nn.Module]]:
-    return [(f"backbone.{name}", network.backbone.get_submodule(name)) for block in blocks for name in block]
+    return [
+        (f"backbone.{name}", network.backbone.get_submodule(name))
+        for block in blocks
+        for name in block
+    ]
 
 
 def _optimiser(network: Network, plan: Plan) -> tuple[torch.optim.Optimizer, list[float]]:
-    """AdamW over the trained parameters, one group per block with and one without weight decay (gains and biases)."""
+    """AdamW over the trained parameters, one group per block with and one without weight decay
+    (gains and biases).
+    """
     spec = plan.spec
     layers: list[tuple[float, list[nn.Parameter]]] = []
     for layer in (*network.head.convolutions, *network.head.layers):
@@ -294,7 +343,11 @@ def _optimiser(network: Network, plan: Plan) -> tuple[torch.optim.Optimizer, lis
         layers.append((spec.learning_rate * min(1.0, WIDE / inputs), list(layer.parameters())))
     decay = 1.0 if spec.start == "random" else spec.layer_decay
     for height, block in enumerate(reversed(plan.blocks)):
-        own = [p for name in block for p in network.backbone.get_submodule(name).parameters(recurse=False)]
+        own = [
+            p
+            for name in block
+            for p in network.backbone.get_submodule(name).parameters(recurse=False)
+        ]
         layers.append((spec.learning_rate * decay**height, own))
     groups, rates = [], []
     for rate, parameters in layers:
@@ -321,4 +374,6 @@ def _schedule(step: int, total: int, warm_up: float) -> float:
 def _out_of_memory(error: BaseException) -> bool:
     # On a CPU torch raises a plain RuntimeError with these words.
     words = ("out of memory", "can't allocate memory", "not enough memory")
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+        word in str(error) for word in words
+    )
