@@ -3,14 +3,14 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-FOLDERS := extract cache heads pipelines
+FOLDERS := api extract cache heads pipelines
 # Tests in two processes, file by file, the longest first (tests/conftest.py). Each with one thread: more threads than cores wait
 # for each other by spinning, and heads of small matrices take ten times as long.
 TESTS := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 # A strict editable install links every file by name, so it is repeated when the list of files changes, or
 # what is compiled, and only then.
-FILES := $(sort $(filter-out %.pyc,$(wildcard $(FOLDERS:%=%/*.py) $(FOLDERS:%=%/*/*.*))))
-STATE := $(shell (echo $(FILES); cat pyproject.toml constraints.txt heads/*.c) | cksum | cut -d' ' -f1)
+FILES := $(sort $(shell find $(FOLDERS) -type f ! -name '*.pyc'))
+STATE := $(shell (echo $(FILES); cat pyproject.toml constraints.txt heads/linear/solver/*.c) | cksum | cut -d' ' -f1)
 INSTALL = $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -c constraints.txt --config-settings editable_mode=strict
 
 .PHONY: demo test quick lint types docs wheel dev bench clean help

@@ -25,20 +25,13 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from headrace.cache import (
-    STORAGE_DTYPES,
-    FeatureSet,
-    FeatureSpec,
-    create_feature_set,
-    feature_set_path,
-    open_feature_set,
-    publish_shard,
-    shard_path,
-)
-from headrace.cache.check import shard_digest
-from headrace.cache.lines import to_line
+from headrace.cache.feature_set import FeatureSet, open_feature_set
+from headrace.cache.integrity.checksum import shard_digest
+from headrace.cache.integrity.checksummed_lines import to_line
+from headrace.cache.integrity.verify import verify_bytes
 from headrace.cache.manifest import read_manifest
-from headrace.cache.verify import verify_bytes
+from headrace.cache.publish import create_feature_set, feature_set_path, publish_shard, shard_path
+from headrace.cache.spec import STORAGE_DTYPES, FeatureSpec
 
 COLUMNS = 1280
 BATCH = 256
@@ -517,11 +510,14 @@ def solar_features(folder: Path, tap: str, limit: int | None) -> tuple[np.ndarra
     """float32 features of the demo's images by the demo's network, and whether each cell is
     defective.
     """
-    from headrace.extract import Network, backbone_features, content_hashes, plan_networks, run_unit
-    from headrace.pipelines.dataset import list_samples
-    from headrace.pipelines.demo import write_demo
-    from headrace.pipelines.prepare import backbone_spec
-    from headrace.pipelines.recipe import load_recipe
+    from headrace.extract.images.content_hashes import content_hashes
+    from headrace.extract.run.plan import Network, plan_networks
+    from headrace.extract.run.work_unit import run_unit
+    from headrace.extract.taps.spec_cache import backbone_features
+    from headrace.pipelines.cli.demo import write_demo
+    from headrace.pipelines.planning.dataset import list_samples
+    from headrace.pipelines.planning.run_state import backbone_spec
+    from headrace.pipelines.recipe.load import load_recipe
 
     recipe = load_recipe(write_demo(folder / "demo"))
     samples = list_samples(recipe)

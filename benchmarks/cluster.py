@@ -7,8 +7,8 @@ spent inside tasks (target
            <= 5 %), and two workers' throughput over one's (target >= 1.8 on two free cores) memory
 resident memory of the driver, which holds the scheduler, after as many tasks as a run of so many
 heads has planning   seconds to plan 100,000 heads (target <= 10 s) repeat     a second call of a
-finished run of 10,000 heads (target <= 5 s) model      the cost model of pipelines/costs.py, with
-rates measured at one size, against banks at three sizes
+finished run of 10,000 heads (target <= 5 s) model      the cost model of
+pipelines/planning/cost_model.py, with rates measured at one size, against banks at three sizes
 
 Features are random numbers with a signal. Starting workers is counted apart: it is paid once per
 run. The last line is JSON: {measure: figure}.
@@ -27,19 +27,23 @@ from typing import Any
 for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ[variable] = "1"
 
-import numpy as np  # noqa: E402
-import pandas as pd  # noqa: E402
-import psutil  # noqa: E402
+import numpy as np
+import pandas as pd
+import psutil
 
-from headrace.cache import FeatureSpec, create_feature_set, open_feature_set, publish_shard  # noqa: E402
-from headrace.heads import BankJob, LogisticSpec, MLPSpec, RidgeSpec, Task, save_task, train_bank  # noqa: E402
-from headrace.pipelines import train_heads  # noqa: E402
-from headrace.pipelines.cluster import local_client  # noqa: E402
-from headrace.pipelines.costs import Rates, bank_s  # noqa: E402
-from headrace.pipelines.grid import wanted_heads  # noqa: E402
-from headrace.pipelines.plan import FeaturePlan, plan_run  # noqa: E402
-from headrace.pipelines.recipe_heads import Heads  # noqa: E402
-from headrace.pipelines.submit import run_tasks  # noqa: E402
+from headrace.cache.feature_set import open_feature_set
+from headrace.cache.publish import create_feature_set, publish_shard
+from headrace.cache.spec import FeatureSpec
+from headrace.heads.bank import BankJob, train_bank
+from headrace.heads.data.task import Task, save_task
+from headrace.heads.spec import LogisticSpec, MLPSpec, RidgeSpec
+from headrace.pipelines.api import train_heads
+from headrace.pipelines.cluster.clients import local_client
+from headrace.pipelines.cluster.submit import run_tasks
+from headrace.pipelines.planning.cost_model import Rates, bank_s
+from headrace.pipelines.planning.plan import FeaturePlan, plan_run
+from headrace.pipelines.recipe.grid import wanted_heads
+from headrace.pipelines.recipe.heads import Heads
 
 FOLDS = 5
 
@@ -112,16 +116,15 @@ def overhead(quick: bool) -> dict[str, float]:
             share = 1 - inside / (wall * workers)
             print(
                 f"{workers} workers: {count * specs * FOLDS:,} heads in {count} banks of "
-                f"{inside / count:.2f} s, wall "
-                f"{wall:.1f} s; outside tasks {share:.1%} (the last banks' waiting for each "
-                "other included)",
+                f"{inside / count:.2f} s, wall {wall:.1f} s; outside tasks {share:.1%} (the last "
+                "banks' waiting for each other included)",
                 flush=True,
             )
             figures[f"outside_tasks_{workers}"] = round(share, 4)
     figures["two_over_one"] = round(rates[2] / rates[1], 3)
     print(
-        f"two workers over one: {figures['two_over_one']:.2f} x, with "
-        f"{psutil.getloadavg()[0]:.1f} others' load here"
+        f"two workers over one: {figures['two_over_one']:.2f} x, with {psutil.getloadavg()[0]:.1f} "
+        "others' load here"
     )
     return figures
 
@@ -145,8 +148,8 @@ def memory(quick: bool) -> dict[str, float]:
             megabytes = process.memory_info().rss / 1e6
             known = client.run_on_scheduler(lambda dask_scheduler: len(dask_scheduler.tasks))
             print(
-                f"{heads:>7,} heads, {tasks:,} tasks: {megabytes:,.0f} MB, {known} tasks "
-                "known to the scheduler",
+                f"{heads:>7,} heads, {tasks:,} tasks: {megabytes:,.0f} MB, {known} tasks known to "
+                "the scheduler",
                 flush=True,
             )
             figures[f"driver_mb_{heads}"] = round(megabytes, 1)
@@ -237,8 +240,8 @@ def model(quick: bool) -> dict[str, float]:
                 assumed = bank_s(specs, rows, width, classes, FOLDS, Rates())
                 ratios.append(seconds / assumed)
                 print(
-                    f"{kind:<9} {rows:>6,} x {width}, {classes} classes: {seconds:.2f} s, "
-                    f"assumed {assumed:.2f} s",
+                    f"{kind:<9} {rows:>6,} x {width}, {classes} classes: {seconds:.2f} s, assumed "
+                    f"{assumed:.2f} s",
                     flush=True,
                 )
             # What a call knows after the middle size, about the largest.
@@ -254,17 +257,14 @@ def extraction_model(folder: Path, quick: bool) -> dict[str, float]:
     """
     from PIL import Image
 
-    from headrace.extract import (
-        BackboneSpec,
-        Network,
-        content_hashes,
-        feature_specs,
-        list_folder,
-        load_backbone,
-        plan_networks,
-        resolve_taps,
-        run_unit,
-    )
+    from headrace.extract.backbones.backbone import load_backbone
+    from headrace.extract.images.content_hashes import content_hashes
+    from headrace.extract.run.plan import Network, plan_networks
+    from headrace.extract.run.work_unit import run_unit
+    from headrace.extract.sources.samples import list_folder
+    from headrace.extract.spec import BackboneSpec
+    from headrace.extract.taps.describe import feature_specs
+    from headrace.extract.taps.resolve import resolve_taps
 
     spec = BackboneSpec("torchvision:resnet18", "random:0", image_size=96, crop_fraction=1.0)
     backbone = load_backbone(spec)
@@ -288,8 +288,8 @@ def extraction_model(folder: Path, quick: bool) -> dict[str, float]:
             run_unit(job)
         seconds.append(time.process_time() - started)
         print(
-            f"extraction {count:>6,} images: {seconds[-1]:.2f} s, "
-            f"{seconds[-1] / count * 1e3:.1f} ms each",
+            f"extraction {count:>6,} images: {seconds[-1]:.2f} s, {seconds[-1] / count * 1e3:.1f} "
+            "ms each",
             flush=True,
         )
     predicted = seconds[2] / counts[1] * counts[2]

@@ -41,8 +41,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 COUNT, QUICK = 3000, 60
 TIME_S = 300  # for one command
 
-from kill_cases import CACHE, RUN, contents  # noqa: E402
-from run_cases import make_photos  # noqa: E402
+from support.kills import CACHE, RUN, contents
+from support.runs import make_photos
 
 # Heads that are held back, so that a network has something to win and an ensemble something to
 # average.
@@ -76,16 +76,16 @@ heads:
   sklearn:
     - estimator: sklearn.naive_bayes:GaussianNB
       inputs: [[features.12.avg]]
-thaw:
+finetune:
   depths: [features.10]
   learning_rate: [3.0e-4]
   epochs: 2
   batch_size: 16
 ensemble:
-  network_price: 0
+  min_gain_per_backbone: 0
 compute:
   workers: 1
-  unit_images: 16
+  images_per_shard: 16
 """
 
 # What is called, and which of the files afterwards are its result.
@@ -119,7 +119,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
 }
 RESULTS: dict[str, tuple[str, ...]] = {
     "run": (f"{RUN}/*.csv", f"{RUN}/heads.parquet", f"{RUN}/selection.json", f"{RUN}/winner/*", f"{RUN}/ensemble/**/*",
-            f"{RUN}/thaw/models/*/*", f"{CACHE}/features/*/shards/*.h5"),
+            f"{RUN}/finetune/models/*/*", f"{CACHE}/features/*/shards/*.h5"),
     "report": (f"{RUN}/report.html",),
     "predict": ("predicted.csv",),
     "predict again": ("half.csv",),
@@ -168,7 +168,7 @@ def fork_command(
 def _become(
     project: Path, argv: Sequence[str], said: Path, before: Callable[[], None] = lambda: None
 ) -> None:
-    from headrace.pipelines.cli import main
+    from headrace.pipelines.cli.main import main
 
     os.setsid()
     os.chdir(project)
@@ -368,7 +368,7 @@ def judge(project: Path, name: str, command: str, whole: Mapping[str, Outcome]) 
 
 def difference(right: Mapping[str, Any], found: Mapping[str, Any]) -> str:
     """Where two results differ."""
-    from kill_cases import _difference
+    from support.kills import _difference
 
     return _difference(right, found)
 
@@ -474,11 +474,11 @@ def import_everything() -> None:
     import torch
     import torchvision  # noqa: F401
 
-    from headrace.pipelines import cli, run  # noqa: F401
-    from headrace.pipelines.deliver import bulk, export, images  # noqa: F401
-    from headrace.pipelines.evidence import advise_run  # noqa: F401
+    from headrace.pipelines import run  # noqa: F401
+    from headrace.pipelines.advice import advise_run  # noqa: F401
+    from headrace.pipelines.finetune import task  # noqa: F401
+    from headrace.pipelines.models import images  # noqa: F401
     from headrace.pipelines.report import build  # noqa: F401
-    from headrace.pipelines.thaw import task  # noqa: F401
 
     torch.set_num_threads(1)
 

@@ -28,10 +28,10 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
 
-from headrace.heads import load_rows
-from headrace.pipelines.init import write_recipe
-from headrace.pipelines.prepare import survey
-from headrace.pipelines.recipe import Recipe, load_recipe, parse_recipe
+from headrace.heads.data.features import load_rows
+from headrace.pipelines.cli.init import write_recipe
+from headrace.pipelines.planning.run_state import survey
+from headrace.pipelines.recipe.load import Recipe, load_recipe, parse_recipe
 from headrace.pipelines.run import RunResult, run_recipe
 
 # What `init` wrote until these were measured.

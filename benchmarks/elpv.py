@@ -1,16 +1,16 @@
 """The whole pipeline on ELPV: head, partial reuse, fine-tuned and ensemble side by side on a 75/25
 split, over seeds.
 
-    python benchmarks/elpv.py --cache CACHE --out RUNS [--seeds 5] [--no-thaw] [--quick]
+    python benchmarks/elpv.py --cache CACHE --out RUNS [--seeds 5] [--no-finetune] [--quick]
 
-Runs examples/solar-cells-thaw.yaml for each seed of the split; features are extracted once, into
-the cache. What each approach has to offer is chosen on validation folds; then each is shown that
-seed's test split once, on record. --quick: one seed. Published: 82.44 % (hand-crafted features and
-an SVM) and 88.42 % (a VGG-19, fine-tuned; Deitsch et al. 2019).
+Runs examples/solar-cells-finetune.yaml for each seed of the split; features are extracted once,
+into the cache. What each approach has to offer is chosen on validation folds; then each is shown
+that seed's test split once, on record. --quick: one seed. Published: 82.44 % (hand-crafted features
+and an SVM) and 88.42 % (a VGG-19, fine-tuned; Deitsch et al. 2019).
 
 Measured, five seeds, 95 % intervals of the means: head 88.29 % ± 1.07, ensemble of heads on three
 networks 89.21 % ± 1.11, the run's answer 88.75 % ± 1.14; fine-tuned above blocks.5 87.56 % on
-validation folds. docs/thaw.md says what these figures depend on.
+validation folds. docs/finetune.md says what these figures depend on.
 """
 
 import argparse
@@ -22,16 +22,16 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from headrace.cache import open_feature_set
-from headrace.pipelines.demo import solar_cells
-from headrace.pipelines.evidence.calibration import temperature_of
-from headrace.pipelines.evidence.ensemble_store import show_test
-from headrace.pipelines.prepare import survey
-from headrace.pipelines.recipe import Recipe, load_recipe
+from headrace.cache.feature_set import open_feature_set
+from headrace.pipelines.cli.demo import solar_cells
+from headrace.pipelines.planning.run_state import survey
+from headrace.pipelines.recipe.load import Recipe, load_recipe
 from headrace.pipelines.run import RunResult, run_recipe
-from headrace.pipelines.winner import open_test
+from headrace.pipelines.selection.calibration import temperature_of
+from headrace.pipelines.selection.ensemble_store import show_test
+from headrace.pipelines.selection.winner import open_test
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "solar-cells-thaw.yaml"
+EXAMPLE = Path(__file__).parent.parent / "examples" / "solar-cells-finetune.yaml"
 PUBLISHED = 88.42
 
 
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("headrace-elpv/runs"))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--no-thaw", action="store_true", help="heads and ensemble only")
+    parser.add_argument("--no-finetune", action="store_true", help="heads and ensemble only")
     parser.add_argument("--quick", action="store_true", help="one seed")
     parser.add_argument("--case", default="elpv", choices=["elpv"])
     options = parser.parse_args()
@@ -53,7 +53,11 @@ def main() -> None:
     rows = []
     for seed in range(1 if options.quick else options.seeds):
         recipe = recipe_of(
-            seed, table, options.cache.absolute(), options.out.absolute(), thaw=not options.no_thaw
+            seed,
+            table,
+            options.cache.absolute(),
+            options.out.absolute(),
+            finetune=not options.no_finetune,
         )
         result = run_recipe(recipe, console=Console(stderr=True), workers=options.workers)
         rows += scores(seed, recipe, result)
@@ -61,14 +65,14 @@ def main() -> None:
     report(pd.DataFrame(rows))
 
 
-def recipe_of(seed: int, table: Path, cache: Path, out: Path, *, thaw: bool) -> Recipe:
+def recipe_of(seed: int, table: Path, cache: Path, out: Path, *, finetune: bool) -> Recipe:
     """The example for one split."""
     recipe = load_recipe(EXAMPLE)
     return recipe.model_copy(
         update={
             "images": recipe.images.model_copy(update={"table": table}),
             "task": recipe.task.model_copy(update={"seed": seed}),
-            "thaw": recipe.thaw if thaw else None,
+            "finetune": recipe.finetune if finetune else None,
             "cache": cache,
             "out": out / f"seed{seed}",
         }
@@ -109,9 +113,9 @@ def scores(seed: int, recipe: Recipe, result: RunResult) -> list[dict[str, objec
             )
             add(approach, best[found.metric], tested)
         elif (
-            result.thawed is not None
+            result.finetuned is not None
         ):  # rolled back: never trained on all rows, and so never shown the test split
-            compared = result.thawed.compared
+            compared = result.finetuned.compared
             tried = compared[(compared["approach"] == approach) & compared[found.metric].notna()]
             if len(tried):
                 add(approach, tried[found.metric].max(), None)

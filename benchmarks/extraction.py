@@ -45,24 +45,18 @@ import pandas as pd
 import torch
 from PIL import Image
 
-from headrace.extract import (
-    BackboneSpec,
-    ExtractJob,
-    Network,
-    Preprocessing,
-    content_hashes,
-    feature_specs,
-    load_backbone,
-    plan_networks,
-    resolve_taps,
-    run_units,
-)
-from headrace.extract.device import CPU_BATCH, Limit, find_batch_size, launch
-from headrace.extract.forward import hooked, make_forward, normalisation
-from headrace.extract.fuse import keep_memory
-from headrace.extract.images import decode_image
-from headrace.extract.preprocess import render
-from headrace.extract.taps import Tap, backbone_nodes
+from headrace.extract.backbones.backbone import load_backbone
+from headrace.extract.backbones.fused import keep_memory
+from headrace.extract.images.content_hashes import content_hashes
+from headrace.extract.images.decoding import decode_image
+from headrace.extract.images.preprocessing import Preprocessing, render
+from headrace.extract.run.device import CPU_BATCH, Limit, find_batch_size, launch
+from headrace.extract.run.plan import ExtractJob, Network, plan_networks
+from headrace.extract.run.work_unit import run_units
+from headrace.extract.spec import BackboneSpec
+from headrace.extract.taps.describe import feature_specs
+from headrace.extract.taps.forward import hooked, make_forward, normalisation
+from headrace.extract.taps.resolve import Tap, backbone_nodes, resolve_taps
 
 LITE0 = BackboneSpec("timm:tf_efficientnet_lite0", "random:0", image_size=300, crop_fraction=1.0)
 RESNET50 = BackboneSpec("torchvision:resnet50", "random:0")
@@ -522,7 +516,7 @@ def memory(quick: bool, measures: dict[str, float]) -> list[Row]:
 
 
 def _peak(folder: str, cache: str) -> int:
-    from headrace.extract import list_folder
+    from headrace.extract.sources.samples import list_folder
 
     samples = list_folder(folder)
     samples = samples.assign(

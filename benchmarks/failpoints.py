@@ -28,8 +28,8 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).parents[1] / "tests"), str(Path(__file__).parent)]
 
-from damages import fork_command, import_everything, kind_of  # noqa: E402
-from kill_cases import (  # noqa: E402
+from damages import fork_command, import_everything, kind_of
+from support.kills import (
     CACHE,
     EXPORT_CALL,
     ONE_THREAD,
@@ -49,7 +49,7 @@ QUICK = 40
 # The state of the project before it, and the command. The later stages of a run first: a kind is
 # tried once, where it is cheapest.
 CASES: dict[str, tuple[str, tuple[str, ...]]] = {
-    "conclude": ("thawed", RUN_CALL),
+    "conclude": ("finetuned", RUN_CALL),
     "fine-tune": ("trained", RUN_CALL),
     "heads": ("extracted", RUN_CALL),
     "extract": ("empty", RUN_CALL),
@@ -121,10 +121,14 @@ def watch(project: Path, on_call: Callable[[Kind, Callable[[], None]], None]) ->
 
 def in_one_process() -> None:
     """Tasks run in this process, one after the other, and no worker is started."""
-    from headrace.pipelines import extraction, run, submit, training
-    from headrace.pipelines.deliver import bulk
-    from headrace.pipelines.evidence import advise_run, train
-    from headrace.pipelines.thaw import stage
+    from headrace.pipelines import run
+    from headrace.pipelines.advice import advise_run
+    from headrace.pipelines.cluster import submit
+    from headrace.pipelines.finetune import stage
+    from headrace.pipelines.predict import bulk
+    from headrace.pipelines.selection import small_banks as train
+    from headrace.pipelines.stages import extract as extraction
+    from headrace.pipelines.stages import train as training
 
     def run_tasks(
         _client: Any, function: Any, jobs: Any, *, options: Any = None, split: Any = None
@@ -182,7 +186,7 @@ def calls_of(bench: Bench, state: str, argv: Sequence[str]) -> tuple[list[Kind],
 
 def tidied(bench: Bench) -> dict[str, Any]:
     """The project's contents, once what only waits for the next run or for `cache gc` is gone."""
-    from headrace.cache.collect import find_garbage
+    from headrace.cache.integrity.garbage import find_garbage
     from headrace.pipelines.paths import RunPaths
     from headrace.pipelines.run import remove_leftovers
 

@@ -55,13 +55,13 @@ class Case(NamedTuple):
 
 
 def parse_image(path: Path) -> None:
-    from headrace.extract import decode_image
+    from headrace.extract.images.decoding import decode_image
 
     decode_image(path.read_bytes())
 
 
 def parse_table(path: Path) -> None:
-    from headrace.extract.locate import read_bytes
+    from headrace.extract.images.byte_ranges import read_bytes
     from headrace.extract.sources.table import read_table_file
 
     table = read_table_file(path)
@@ -72,8 +72,9 @@ def parse_table(path: Path) -> None:
 
 
 def parse_members(listing: Any) -> None:
-    from headrace.extract import ImageError, decode_image
-    from headrace.extract.locate import read_bytes
+    from headrace.extract.errors import ImageError
+    from headrace.extract.images.byte_ranges import read_bytes
+    from headrace.extract.images.decoding import decode_image
 
     for path in listing.samples["path"].head(4):
         with contextlib.suppress(OSError, ImageError):
@@ -94,19 +95,19 @@ def parse_array(path: Path) -> None:
 
 
 def parse_recipe(path: Path) -> None:
-    from headrace.pipelines import load_recipe
+    from headrace.pipelines.recipe.load import load_recipe
 
     load_recipe(path)
 
 
 def parse_weights(path: Path) -> None:
-    from headrace.extract.weights import read_weights
+    from headrace.extract.backbones.weights import read_weights
 
     read_weights(path)
 
 
 def parse_model(path: Path) -> None:
-    from headrace.pipelines import load_model
+    from headrace.pipelines.models.model import load_model
 
     place = path.with_suffix("")
     place.mkdir()
@@ -140,7 +141,7 @@ def parse_side_file(path: Path) -> None:
 
 
 def parse_features(path: Path) -> None:
-    from headrace.cache.foreign import import_features, read_foreign
+    from headrace.cache.exchange.external import import_features, read_foreign
 
     names = [f"{n}.png" for n in range(8)]
     rows = path.with_suffix(".ids.txt")
@@ -157,7 +158,7 @@ def parse_features(path: Path) -> None:
 
 
 def parse_ids(path: Path) -> None:
-    from headrace.cache.foreign import read_foreign
+    from headrace.cache.exchange.external import read_foreign
 
     features = path.with_name("features.npy")
     np.save(features, np.random.default_rng(0).normal(size=(8, 5)).astype(np.float32))
@@ -179,7 +180,7 @@ def in_directory(path: Path, names: dict[str, bytes], read: Callable[[Path], obj
 
 def predict_pixels(place: Path) -> None:
     """What `headrace predict` does with a model directory, on one image."""
-    from headrace.pipelines import load_model
+    from headrace.pipelines.models.model import load_model
 
     load_model(place).predict_proba(pixels()[None])
 
@@ -380,7 +381,7 @@ backbones:
 heads:
   logistic: {C: &grid [0.01, 1e-3, 0x10], inputs: [each, all]}
   ridge: {alpha: *grid}
-compute: {workers: 1, unit_images: 16}
+compute: {workers: 1, images_per_shard: 16}
 """
 
 
@@ -405,8 +406,8 @@ def safetensors_file() -> list[bytes]:
 def model_file() -> list[bytes]:
     from safetensors.numpy import save
 
-    from headrace.cache import FeatureSpec
-    from headrace.heads import RidgeSpec, SklearnSpec, spec_to_json
+    from headrace.cache.spec import FeatureSpec
+    from headrace.heads.spec import RidgeSpec, SklearnSpec, spec_to_json
 
     feature = FeatureSpec(
         "timm:test_resnet",
@@ -507,7 +508,8 @@ def side_json() -> list[bytes]:
 def network_tensors() -> dict[str, Any]:
     import torch
 
-    from headrace.extract import BackboneSpec, load_backbone
+    from headrace.extract.backbones.backbone import load_backbone
+    from headrace.extract.spec import BackboneSpec
 
     module = load_backbone(BackboneSpec("timm:test_resnet", "random:0")).module
     tensors = {
@@ -524,8 +526,9 @@ def network_tensors() -> dict[str, Any]:
 def network_text() -> list[bytes]:
     import dataclasses
 
-    from headrace.extract import BackboneSpec, load_backbone
-    from headrace.heads import FineTuneSpec, LogisticSpec, spec_to_json
+    from headrace.extract.backbones.backbone import load_backbone
+    from headrace.extract.spec import BackboneSpec
+    from headrace.heads.spec import FineTuneSpec, LogisticSpec, spec_to_json
 
     loaded = load_backbone(BackboneSpec("timm:test_resnet", "random:0"))
     width = len(network_tensors()["head.centre"])
@@ -556,7 +559,8 @@ def network_file() -> list[bytes]:
 def exported_weights() -> bytes:
     from safetensors.torch import save
 
-    from headrace.extract import BackboneSpec, load_backbone
+    from headrace.extract.backbones.backbone import load_backbone
+    from headrace.extract.spec import BackboneSpec
 
     module = load_backbone(BackboneSpec("timm:test_resnet", "random:0")).module
     return bytes(save({name: tensor.contiguous() for name, tensor in module.state_dict().items()}))
@@ -581,8 +585,9 @@ def exported_heads(up: str = "../../") -> tuple[bytes, bytes]:
 def exported_text() -> list[bytes]:
     import dataclasses
 
-    from headrace.extract import BackboneSpec, backbone_features
-    from headrace.heads import RidgeSpec, spec_to_json
+    from headrace.extract.spec import BackboneSpec
+    from headrace.extract.taps.spec_cache import backbone_features
+    from headrace.heads.spec import RidgeSpec, spec_to_json
 
     spec = BackboneSpec("timm:test_resnet", "random:0", image_size=32, crop_fraction=1.0)
     with tempfile.TemporaryDirectory() as folder:
@@ -988,8 +993,8 @@ def damaged(whole: list[bytes], number: int, rng: np.random.Generator) -> bytes:
 
 def outcome(case: Case, path: Path) -> str:
     """parsed, refused, or what went wrong."""
-    from headrace.cache import HeadraceError
-    from headrace.extract import ImageError
+    from headrace.cache.errors import HeadraceError
+    from headrace.extract.errors import ImageError
 
     try:
         case.parse(path)
@@ -1127,8 +1132,8 @@ def main() -> None:
         totals.update(row)
         seconds = time.perf_counter() - began
         print(
-            f"{name:12} {len(found):7} {row['parsed']:7} {row['refused']:8} "
-            f"{row['faults']:7} {seconds:8.1f}"
+            f"{name:12} {len(found):7} {row['parsed']:7} {row['refused']:8} {row['faults']:7} "
+            f"{seconds:8.1f}"
         )
         shown: set[str] = set()
         for number, what in faults.items():

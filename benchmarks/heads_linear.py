@@ -27,20 +27,20 @@ from typing import Any
 for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ[variable] = "1"  # before NumPy is imported, so that every library is pinned alike
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from sklearn.datasets import load_digits  # noqa: E402
-from sklearn.exceptions import ConvergenceWarning  # noqa: E402
-from sklearn.linear_model import LogisticRegression, LogisticRegressionCV, RidgeClassifier  # noqa: E402
-from sklearn.model_selection import StratifiedKFold  # noqa: E402
-from sklearn.pipeline import make_pipeline  # noqa: E402
-from sklearn.preprocessing import StandardScaler  # noqa: E402
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression, LogisticRegressionCV, RidgeClassifier
+from sklearn.model_selection import StratifiedKFold
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
-from headrace.heads.design import COLUMNS_OF_A_WIDE_HEAD  # noqa: E402
-from headrace.heads.logistic import fit_logistic_bank  # noqa: E402
-from headrace.heads.ridge import fit_ridge_bank  # noqa: E402
-from headrace.heads.spec import HeadFit, LogisticSpec, RidgeSpec  # noqa: E402
+from headrace.heads.linear.logistic import fit_logistic_bank
+from headrace.heads.linear.ridge import fit_ridge_bank
+from headrace.heads.linear.solver.design import COLUMNS_OF_A_WIDE_HEAD
+from headrace.heads.spec import HeadFit, LogisticSpec, RidgeSpec
 
 CASES = {  # rows, features, classes
     "logistic-5k": (5_000, 512, 10),
@@ -257,9 +257,8 @@ def logistic_case(name: str, quick: bool) -> dict[str, float]:
             print(line)
         print(
             f"{ours}: {figures[f'products_of_peak {ours}']:.2f} of the GEMM peak "
-            f"({figures[f'peak_gflops {ours}']:.0f} GF/s), "
-            f"end to end; {figures[f'of_peak {ours}']:.2f} by the products with rows in the "
-            "passes alone"
+            f"({figures[f'peak_gflops {ours}']:.0f} GF/s), end to end; "
+            f"{figures[f'of_peak {ours}']:.2f} by the products with rows in the passes alone"
         )
     return figures
 
@@ -281,8 +280,8 @@ def ridge_case(name: str, quick: bool) -> dict[str, float]:
     ours = median([run[1] for run in runs])
     figures = {"bank_cpu": ours[0]}
     print(
-        f"{name}: {rows:,} × {width:,}, {classes} classes, {5 * count} heads; "
-        f"RidgeClassifier on {len(sampled)} of them, scaled up"
+        f"{name}: {rows:,} × {width:,}, {classes} classes, {5 * count} heads; RidgeClassifier on "
+        f"{len(sampled)} of them, scaled up"
     )
     print(f"{'side':28}{'CPU s':>9}{'wall s':>9}{'ratio':>8}{'max rel. difference':>22}")
     print(f"{'bank (float64 products)':28}{ours[0]:9.2f}{ours[1]:9.2f}")

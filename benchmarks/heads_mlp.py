@@ -38,15 +38,18 @@ from typing import Any
 for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ[variable] = "1"  # before NumPy is imported, so that every library is pinned alike
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from sklearn.datasets import load_digits  # noqa: E402
-from sklearn.model_selection import PredefinedSplit, cross_val_score  # noqa: E402
-from sklearn.neighbors import KNeighborsClassifier  # noqa: E402
-from sklearn.neural_network import MLPClassifier  # noqa: E402
+import numpy as np
+import torch
+from sklearn.datasets import load_digits
+from sklearn.model_selection import PredefinedSplit, cross_val_score
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.neural_network import MLPClassifier
 
-from headrace.heads import FULL, TRAIN_ONLY, Halving, KNNSpec, MLPSpec, fit_knn_bank, predict_head  # noqa: E402
-from headrace.heads.mlp import fit_mlp_bank  # noqa: E402
+from headrace.heads.data.task import TRAIN_ONLY
+from headrace.heads.neighbors.bank import fit_knn_bank
+from headrace.heads.networks.mlp import fit_mlp_bank
+from headrace.heads.predict import predict_head
+from headrace.heads.spec import FULL, Halving, KNNSpec, MLPSpec
 
 Rows = dict[str, tuple[np.ndarray, np.ndarray]]
 
@@ -219,13 +222,13 @@ def mlp_case(
                 float(np.mean([(p == rows["test"][1]).mean() for p in predictions]))
             )
     shape = (
-        f"{number} heads, {train:,} x {width}, hidden {hidden}, {epochs} epochs of batches of "
-        f"256, {seeds} seeds"
+        f"{number} heads, {train:,} x {width}, hidden {hidden}, {epochs} epochs of batches of 256, "
+        f"{seeds} seeds"
     )
     print(f"\nmlp: {shape}; GEMM float32 {peak():.0f} GF/s")
     print(
-        f"{'':22}{'CPU s':>9}{'spread':>8}{'wall s':>9}{'x ours':>8}   mean test accuracy "
-        "(s.e. over seeds)"
+        f"{'':22}{'CPU s':>9}{'spread':>8}{'wall s':>9}{'x ours':>8}   mean test accuracy (s.e. "
+        "over seeds)"
     )
     found = {}
     for name in sides:
@@ -234,8 +237,7 @@ def mlp_case(
         spread = (max(cpu[name]) - min(cpu[name])) / np.median(cpu[name])
         print(
             f"{name:22}{np.median(cpu[name]):9.2f}{spread:8.0%}{np.median(wall[name]):9.2f}{ratio:8.2f} "
-            "  "
-            f"{np.mean(accuracy[name]):.4f} ({error:.4f})"
+            f"  {np.mean(accuracy[name]):.4f} ({error:.4f})"
         )
         found[name] = {
             "cpu_s": float(np.median(cpu[name])),
@@ -358,8 +360,8 @@ def knn_case(*, quick: bool) -> dict[str, Any]:
     print(f"\nknn: {len(specs)} settings x 5 folds, {train:,} x {width}")
     print(f"{'headrace, one pass':22}{np.median([a[1] for a, _ in runs]):9.2f} CPU s")
     print(
-        f"{'scikit-learn, each':22}{np.median([b[1] for _, b in runs]):9.2f} CPU "
-        f"s{ratio:8.2f} x ours"
+        f"{'scikit-learn, each':22}{np.median([b[1] for _, b in runs]):9.2f} CPU s{ratio:8.2f} x "
+        "ours"
     )
     print(f"largest difference in accuracy of a setting: {difference:.4f} (ties among neighbours)")
     return {"case": "knn", "ratio": ratio, "accuracy_difference": difference}

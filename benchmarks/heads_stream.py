@@ -30,10 +30,14 @@ from pathlib import Path
 for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ[variable] = "1"  # before NumPy is imported
 
-import numpy as np  # noqa: E402
+import numpy as np
 
-from headrace.cache import FeatureSpec, create_feature_set, publish_shard  # noqa: E402
-from headrace.heads import BankJob, LogisticSpec, RidgeSpec, Task, read_bank, save_task, train_bank  # noqa: E402
+from headrace.cache.publish import create_feature_set, publish_shard
+from headrace.cache.spec import FeatureSpec
+from headrace.heads.bank import BankJob, train_bank
+from headrace.heads.data.task import Task, save_task
+from headrace.heads.results import read_bank
+from headrace.heads.spec import LogisticSpec, RidgeSpec
 
 SHARD_ROWS = 50_000
 

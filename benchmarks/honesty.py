@@ -26,24 +26,15 @@ from rich.table import Table
 from scipy.stats import binom
 from threadpoolctl import threadpool_limits
 
-from headrace.heads import (
-    CentroidSpec,
-    HeadSpec,
-    KNNSpec,
-    LogisticSpec,
-    RidgeSpec,
-    Task,
-    TaskKind,
-    fit_bank,
-    fit_temperature,
-    floor_of,
-    make_folds,
-    metric_interval,
-    predict_head,
-    proportion_interval,
-    score,
-)
-from headrace.pipelines.evidence.curves import (
+from headrace.heads.bank import fit_bank
+from headrace.heads.data.folds import make_folds
+from headrace.heads.data.task import Task
+from headrace.heads.evaluate.intervals import metric_interval, proportion_interval
+from headrace.heads.evaluate.metrics import TaskKind, score
+from headrace.heads.evaluate.temperature import fit_temperature, floor_of
+from headrace.heads.predict import predict_head
+from headrace.heads.spec import CentroidSpec, HeadSpec, KNNSpec, LogisticSpec, RidgeSpec
+from headrace.pipelines.advice.learning_curves import (
     FRACTIONS,
     error_with_more,
     fit_power_law,
@@ -53,11 +44,11 @@ from headrace.pipelines.evidence.curves import (
     row_errors,
     weighted_errors,
 )
-from headrace.pipelines.evidence.ensemble import build_ensemble
-from headrace.pipelines.evidence.estimate import Estimate
-from headrace.pipelines.evidence.predictions import held_out
-from headrace.pipelines.evidence.selection import assess_selection
-from headrace.pipelines.recipe_sections import EnsembleSection
+from headrace.pipelines.recipe.sections import EnsembleSection
+from headrace.pipelines.selection.correction import assess_selection
+from headrace.pipelines.selection.ensemble import build_ensemble
+from headrace.pipelines.selection.estimate import Estimate
+from headrace.pipelines.selection.predictions import held_out
 
 Floats = npt.NDArray[np.float64]
 
@@ -350,7 +341,7 @@ def false_ensembles(repeats: float) -> Iterator[Line]:
     At most 5 % by the level that is printed.
     """
     sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-    from evidence_cases import stored
+    from support.evidence import stored
 
     for name, common in (("independent heads", 0.0), ("heads that share the hard images", 0.8)):
         for rows in (150, 500):

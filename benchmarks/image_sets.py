@@ -37,7 +37,7 @@ from glyphs import alphabets, glyph_images
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from headrace.pipelines.demo import solar_cells
+from headrace.pipelines.cli.demo import solar_cells
 
 FASHION = (
     "tshirt",

@@ -15,8 +15,8 @@ each other in chains, at whose end the same command is left to end. Then
   two hours old before the last call) are gone: in a run's directory by the next run, in a cache by
   `headrace cache gc`, of predict and export by the next call of the same.
 
-`--quick` is a fifth, as tests/test_kills.py has it. A fault keeps the project's folder. The last
-line is JSON {measure: figure}.
+`--quick` is a fifth, as tests/faults/test_kills.py has it. A fault keeps the project's folder. The
+last line is JSON {measure: figure}.
 """
 
 import argparse
@@ -35,7 +35,7 @@ QUICK = 40
 
 
 def main() -> int:
-    from kill_cases import CASES, KILLS, Bench, shares
+    from support.kills import CASES, KILLS, Bench, shares
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -46,9 +46,9 @@ def main() -> int:
         print("needs Chromium: apt-get install chromium")
         print(json.dumps({}))
         return 0
-    from report_cases import finished_run, inflate, make_data
+    from support.reports import finished_run, inflate, make_data
 
-    from headrace.pipelines.report import write_report
+    from headrace.pipelines.report.build import write_report
 
     figures: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:

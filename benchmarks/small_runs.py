@@ -27,7 +27,7 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from headrace.pipelines.demo import solar_cells
+from headrace.pipelines.cli.demo import solar_cells
 
 CASES = {"400": 400, "2500": 2500}
 AIMS = {"400": 1.2, "2500": 0.6}  # CPU seconds, as parts of the thirty lines'

@@ -38,8 +38,8 @@ def iter_batches(
     """
     if batch_size < 1 or block_rows < 1 or buffer_rows < block_rows:
         raise ValueError(
-            f"batch_size {batch_size} and block_rows {block_rows} must be at least 1, "
-            f"and buffer_rows {buffer_rows} at least block_rows"
+            f"batch_size {batch_size} and block_rows {block_rows} must be at least 1, and "
+            f"buffer_rows {buffer_rows} at least block_rows"
         )
     buffers: Iterator[npt.NDArray[np.int64]]
     if seed is None:

@@ -12,13 +12,13 @@ import numpy as np
 import numpy.typing as npt
 
 from headrace.cache.batches import Batch, iter_batches
-from headrace.cache.encoding import RoundOff
 from headrace.cache.errors import RowsMissing
+from headrace.cache.format.encoding import RoundOff
+from headrace.cache.format.shard import Failure
 from headrace.cache.manifest import ShardEntry, read_manifest
 from headrace.cache.publish import FEATURES, is_feature_set, read_spec
 from headrace.cache.reader import Reader
-from headrace.cache.rows import RowIndex, as_hashes
-from headrace.cache.shard import Failure
+from headrace.cache.row_index import RowIndex, as_hashes
 from headrace.cache.spec import FeatureSpec
 
 if TYPE_CHECKING:
@@ -88,8 +88,8 @@ class FeatureSet:
 
     def __repr__(self) -> str:
         return (
-            f"<FeatureSet {self.spec.name} of {self.spec.backbone}: {self.shape} "
-            f"{self.spec.dtype} in {self.path}>"
+            f"<FeatureSet {self.spec.name} of {self.spec.backbone}: {self.shape} {self.spec.dtype} "
+            f"in {self.path}>"
         )
 
     @property
@@ -293,8 +293,8 @@ class FeatureSet:
             positions.size and not np.issubdtype(positions.dtype, np.integer)
         ):
             raise IndexError(
-                f"row positions are {positions.dtype} of shape {positions.shape}; expected "
-                "n integers"
+                f"row positions are {positions.dtype} of shape {positions.shape}; expected n "
+                "integers"
             )
         positions = positions.astype(np.int64, copy=False)
         low, high = (int(positions.min()), int(positions.max())) if positions.size else (0, -1)
@@ -316,10 +316,9 @@ class FeatureSet:
         more = f" and {len(content) - 3} more" if len(content) > 3 else ""
         return (
             f"{self.path}: {self.spec.name} of {self.spec.backbone} has no row for "
-            f"{', '.join(shown)}{more}. "
-            f"It holds {self.n_rows} rows and {len(failed)} recorded failures. "
-            "`headrace run RECIPE` extracts what is missing of the recipe's images; or leave "
-            "these samples out"
+            f"{', '.join(shown)}{more}. It holds {self.n_rows} rows and {len(failed)} recorded "
+            "failures. `headrace run RECIPE` extracts what is missing of the recipe's images; or "
+            "leave these samples out"
         )
 
 

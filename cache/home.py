@@ -35,8 +35,7 @@ def unknown_home(tilde: str = "~", where: str = "") -> str:
         )
     return (
         f"{where}~ stands for your home directory, and none is known: HOME is not set, and the "
-        f"user id {os.getuid()} has no "
-        "account on this machine. Write the whole path, or set HOME"
+        f"user id {os.getuid()} has no account on this machine. Write the whole path, or set HOME"
     )
 
 

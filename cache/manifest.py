@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from headrace.cache.encoding import RoundOff
+from headrace.cache.atomic_io import explained, lease, sync_directory, write_all
 from headrace.cache.errors import ManifestCorrupt
-from headrace.cache.files import explained, lease, sync_directory, write_all
-from headrace.cache.lines import LineCorrupt, from_line, is_torn, to_line
+from headrace.cache.format.encoding import RoundOff
+from headrace.cache.integrity.checksummed_lines import LineCorrupt, from_line, is_torn, to_line
 
 MANIFEST = "manifest.jsonl"
 LOCK = ".manifest.lock"
@@ -84,8 +84,7 @@ def read_manifest(directory: Path) -> dict[str, ShardEntry]:
         except LineCorrupt as error:
             raise ManifestCorrupt(
                 f"{path}: line {number} is not the one that was written ({error}). No shard is "
-                "lost by that: "
-                f"`headrace cache repair` writes the manifest again from the shards"
+                "lost by that: `headrace cache repair` writes the manifest again from the shards"
             ) from error
         entries[entry.unit] = entry
     return entries

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from math import ceil, prod
 from pathlib import Path
 
-from headrace.cache.encoding import STORED
 from headrace.cache.errors import CacheError
-from headrace.cache.shard import USER_BLOCK_BYTES
+from headrace.cache.format.encoding import STORED
+from headrace.cache.format.shard import USER_BLOCK_BYTES
 from headrace.cache.spec import FeatureSpec
 
 # Measured: superblock, object headers, attributes and the spec's text, beyond the user block.
@@ -69,10 +69,8 @@ def require_space(
     if needed > usable:
         largest = max(costs, key=lambda cost: cost.bytes)
         raise DiskTooSmall(
-            f"{cache_root}: the features need {needed / 1e9:.2f} GB and {usable / 1e9:.2f} GB "
-            "are free. "
-            f"The largest tap is {largest.spec.name} with {largest.bytes / 1e9:.2f} GB; leave "
-            "it out, pool it "
-            "(avg instead of map), store it as uint8, or give another cache directory. Nothing "
-            "was extracted"
+            f"{cache_root}: the features need {needed / 1e9:.2f} GB and {usable / 1e9:.2f} GB are "
+            f"free. The largest tap is {largest.spec.name} with {largest.bytes / 1e9:.2f} GB; "
+            "leave it out, pool it (avg instead of map), store it as uint8, or give another cache "
+            "directory. Nothing was extracted"
         )

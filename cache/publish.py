@@ -22,18 +22,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from headrace.cache.check import check_shard
-from headrace.cache.encoding import encode
-from headrace.cache.errors import FeatureSetMissing, ManifestCorrupt, ShardCorrupt, SpecMismatch
-from headrace.cache.files import (
+from headrace.cache.atomic_io import (
     PARTIAL_SUFFIX,
     explained,
     publish_bytes,
     publish_parts,
     sync_directory,
 )
+from headrace.cache.errors import FeatureSetMissing, ManifestCorrupt, ShardCorrupt, SpecMismatch
+from headrace.cache.format.encoding import encode
+from headrace.cache.format.shard import Failure, build_shard
+from headrace.cache.integrity.checksum import check_shard
 from headrace.cache.manifest import MANIFEST, ShardEntry, append_entry, read_manifest
-from headrace.cache.shard import Failure, build_shard
 from headrace.cache.spec import FeatureSpec, spec_difference
 
 FEATURES = "features"
@@ -87,8 +87,8 @@ def create_feature_set(cache_root: Path, spec: FeatureSpec) -> Path:
         found = read_spec(directory, check_name=False)
         if difference := spec_difference(found, spec):
             raise SpecMismatch(
-                f"{directory} holds features of another spec: {difference}. "
-                "Give another cache directory, or remove this one with `headrace cache rm`"
+                f"{directory} holds features of another spec: {difference}. Give another cache "
+                "directory, or remove this one with `headrace cache rm`"
             )
     return directory
 
@@ -139,9 +139,8 @@ def read_spec(directory: Path, *, check_name: bool = True) -> FeatureSpec:
     if _spec_bytes(spec) != data or (check_name and spec.fingerprint != directory.name):
         raise ManifestCorrupt(
             f"{path}: its fingerprint is {spec.fingerprint}, but the directory is named "
-            f"{directory.name}: "
-            "the spec has changed since it was written, or the directory was renamed. "
-            f"{_SPEC_ADVICE}"
+            f"{directory.name}: the spec has changed since it was written, or the directory was "
+            f"renamed. {_SPEC_ADVICE}"
         )
     return spec
 
@@ -247,14 +246,14 @@ def _check_arguments(
 ) -> None:
     if not _UNIT.fullmatch(unit):
         raise ValueError(
-            f"unit {unit!r} is not 1 to 64 of the characters a-z, 0-9, _ and -, starting "
-            "with a letter or digit"
+            f"unit {unit!r} is not 1 to 64 of the characters a-z, 0-9, _ and -, starting with a "
+            "letter or digit"
         )
     if features.shape != (len(ids), *spec.shape) or len(content) != len(ids):
         raise ValueError(
             f"unit {unit}: features have shape {features.shape} for {len(ids)} ids and "
-            f"{len(content)} content hashes; "
-            f"the spec {spec.name} says ({len(ids)}, {', '.join(map(str, spec.shape))})"
+            f"{len(content)} content hashes; the spec {spec.name} says ({len(ids)}, "
+            f"{', '.join(map(str, spec.shape))})"
         )
     if not (
         np.issubdtype(features.dtype, np.floating) or np.issubdtype(features.dtype, np.integer)
@@ -269,8 +268,8 @@ def _check_arguments(
     if not all(names) or "\0" in "".join(names):
         bad = next(text for text in names if not text or "\0" in text)
         raise ValueError(
-            f"unit {unit}: {bad!r} is empty or holds a NUL, which fixed-length text in "
-            "HDF5 cannot store"
+            f"unit {unit}: {bad!r} is empty or holds a NUL, which fixed-length text in HDF5 cannot "
+            "store"
         )
     if compression not in _COMPRESSIONS:
         raise ValueError(f"compression {compression!r} is not one of {_COMPRESSIONS}")

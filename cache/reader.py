@@ -13,16 +13,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from headrace.cache.check import Verified
-from headrace.cache.compression import read_compressed
-from headrace.cache.encoding import STORED, decode
 from headrace.cache.errors import ShardMissing
-from headrace.cache.half import widen
+from headrace.cache.format.compression import read_compressed
+from headrace.cache.format.encoding import STORED, decode
+from headrace.cache.format.float16 import widen
+from headrace.cache.format.structure import Layout
+from headrace.cache.integrity.checksum import Verified
 from headrace.cache.manifest import ShardEntry
 from headrace.cache.mapping import MappedRows
 from headrace.cache.publish import shard_path
 from headrace.cache.spec import FeatureSpec
-from headrace.cache.structure import Layout
 
 
 class Reader:

@@ -20,7 +20,7 @@ extensions = ["myst_nb", "sphinx.ext.autodoc"]
 exclude_patterns = ["_site", "**/.ipynb_checkpoints"]
 nitpicky = False
 
-# Notebooks are shown with the outputs that they keep; tests/test_notebooks.py runs them.
+# Notebooks are shown with the outputs that they keep; tests/docs/test_notebooks.py runs them.
 nb_execution_mode = "off"
 myst_enable_extensions = ["deflist", "colon_fence"]
 myst_heading_anchors = 4

@@ -19,8 +19,8 @@ from typing import Any
 import pydantic
 from typer.main import get_command
 
-from headrace.pipelines.cli import app
-from headrace.pipelines.recipe import Recipe
+from headrace.pipelines.cli.main import app
+from headrace.pipelines.recipe.load import Recipe
 
 FOLDER = Path(__file__).parent / "reference"
 COMPLETION = (
@@ -61,18 +61,15 @@ def cli_page() -> str:
     ]
     parts = [
         (
-            "<!-- Written by docs/generate.py from the commands themselves: do not edit, run "
-            "`make docs`. -->\n\n# Commands\n"
+            "<!-- Written by docs/generate.py from the commands themselves: do not edit, run `make "
+            "docs`. -->\n\n# Commands\n"
         ),
         paragraphs(root.help),
-        "Exit codes: 0 done; 1 something is wrong with what was looked at; 2 a mistake in what "
-        "was asked, told in one "
-        "message; 130 interrupted.\n\n"
+        "Exit codes: 0 done; 1 something is wrong with what was looked at; 2 a mistake in what was "
+        "asked, told in one message; 130 interrupted.\n\n"
         "`headrace --install-completion` teaches your shell (bash, zsh, fish, PowerShell) to "
-        "complete commands and options "
-        "with the Tab key; `headrace --show-completion` prints what that would add. `headrace "
-        "--version` prints the "
-        "version.\n",
+        "complete commands and options with the Tab key; `headrace --show-completion` prints what "
+        "that would add. `headrace --version` prints the version.\n",
         "| command | what it does |\n|---|---|\n"
         + "".join(
             f"| [`{name}`](#{name.replace(' ', '-')}) | {cell(first_sentence(command.help))} |\n"
@@ -184,11 +181,10 @@ def recipe_page() -> str:
             "<!-- Written by docs/generate.py from the recipe's model: do not edit, run `make "
             "docs`. -->\n\n# Recipe keys\n"
         ),
-        "A recipe is a YAML file; `headrace init` writes one with comments. Relative paths "
-        "start from the recipe's "
-        "folder. A key that does not exist, or a value that cannot be, is answered with the "
-        "line and the nearest right "
-        "one. Where a list is asked for, every combination of the lists of a section is tried.\n",
+        "A recipe is a YAML file; `headrace init` writes one with comments. Relative paths start "
+        "from the recipe's folder. A key that does not exist, or a value that cannot be, is "
+        "answered with the line and the nearest right one. Where a list is asked for, every "
+        "combination of the lists of a section is tried.\n",
     ]
     for path, model, many in sections(Recipe, ()):
         title = ".".join(path) if path else "Top level"

@@ -12,10 +12,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.terminal_theme import MONOKAI
 
-from headrace.pipelines import load_recipe, run_recipe
+from headrace.pipelines.cli.demo import REFERENCE, write_demo
+from headrace.pipelines.cli.show import show_result
 from headrace.pipelines.console import make_console
-from headrace.pipelines.demo import REFERENCE, write_demo
-from headrace.pipelines.show import show_result
+from headrace.pipelines.recipe.load import load_recipe
+from headrace.pipelines.run import run_recipe
 
 # rich's own frame, without the web font that it would load: the picture must open offline.
 FRAME = """<svg class="rich-terminal" viewBox="0 0 {width} {height}" xmlns="http://www.w3.org/2000/svg">

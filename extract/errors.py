@@ -82,7 +82,6 @@ def check_unique(ids: Iterable[str], source: str) -> None:
     if repeated:
         raise SourceError(
             f"{source}: {len(repeated)} ids occur more than once, for example "
-            f"{', '.join(map(repr, repeated[:3]))}. "
-            "Each row needs its own id: name a column that has one with id_column, or drop the "
-            "duplicates."
+            f"{', '.join(map(repr, repeated[:3]))}. Each row needs its own id: name a column that "
+            "has one with id_column, or drop the duplicates."
         )

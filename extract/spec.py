@@ -13,8 +13,8 @@ from typing import Any, Literal, get_args
 
 from headrace.cache.home import expand_home
 from headrace.extract.errors import BackboneError, nearest
-from headrace.extract.images import MAX_PIXELS, check_pixel_range
-from headrace.extract.preprocess import Interpolation
+from headrace.extract.images.decoding import MAX_PIXELS, check_pixel_range
+from headrace.extract.images.preprocessing import Interpolation
 
 WeightsMatch = Literal["name", "order"]
 SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
@@ -156,8 +156,8 @@ def weights_path(weights: str) -> Path:
     found = [Path(str(file.locate())) for file in files if file.suffix in SUFFIXES]
     if len(found) != 1:
         raise BackboneError(
-            f"weights {weights}: the package holds {len(found)} weights files, expected 1; "
-            "give a path"
+            f"weights {weights}: the package holds {len(found)} weights files, expected 1; give a "
+            "path"
         )
     return found[0]
 
@@ -189,8 +189,8 @@ def check_spec(spec: BackboneSpec) -> None:
     if spec.weights.startswith("random:"):
         if not spec.weights.removeprefix("random:").isdecimal():
             raise BackboneError(
-                f"{spec.name}: weights {spec.weights!r}: expected random:SEED with a whole "
-                "number, random:0"
+                f"{spec.name}: weights {spec.weights!r}: expected random:SEED with a whole number, "
+                "random:0"
             )
     elif is_weights_file(spec.weights):
         require_file(weights_path(spec.weights))

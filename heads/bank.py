@@ -19,22 +19,22 @@ import numpy as np
 import numpy.typing as npt
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
+from headrace.cache.atomic_io import publish_bytes
 from headrace.cache.errors import HeadraceError
 from headrace.cache.feature_set import open_feature_set
-from headrace.cache.files import publish_bytes
-from headrace.heads.features import (
+from headrace.heads.data.features import (
     load_rows,
     loaded_bytes,
     rows_with_features,
     stream_rows,
     tap_widths,
 )
-from headrace.heads.metrics import all_metrics
+from headrace.heads.data.standardize import Features
+from headrace.heads.data.streamed import Streamed
+from headrace.heads.data.task import Task, load_task
+from headrace.heads.evaluate.metrics import all_metrics
 from headrace.heads.results import read_bank, results_bytes
 from headrace.heads.spec import FULL, ConvSpec, Halving, HeadFit, HeadSpec, MLPSpec
-from headrace.heads.standardize import Features
-from headrace.heads.streamed import Streamed
-from headrace.heads.task import Task, load_task
 
 Fit = Callable[[Sequence[HeadSpec]], list[HeadFit]]
 GPU_KINDS = (
@@ -87,8 +87,8 @@ def train_bank(job: BankJob) -> dict[str, Any]:
         kinds = {spec.kind for spec in job.specs}
         if len(kinds) != 1:
             raise BadBank(
-                f"a bank's heads are all of one kind, found {sorted(kinds) or 'no head'}: "
-                "make one bank of each kind"
+                f"a bank's heads are all of one kind, found {sorted(kinds) or 'no head'}: make one "
+                "bank of each kind"
             )
         with threadpool_limits(job.threads):
             _train(job, kinds.pop())
@@ -110,8 +110,8 @@ def _train(job: BankJob, kind: str) -> None:
     X, kept, bands = _rows(job, task, kind)
     if not kept.any():
         raise BadBank(
-            f"none of the {len(kept)} images of {job.task} has features: look at the "
-            "reasons with `headrace cache`"
+            f"none of the {len(kept)} images of {job.task} has features: look at the reasons with "
+            "`headrace cache`"
         )
     rows = take_rows(task, kept)
     fits = fit_bank(
@@ -286,9 +286,8 @@ def check_device(device: str) -> None:
     ) as error:  # one for each way of not having it
         reason = str(error).splitlines()[0].split(". ")[0]
         raise BadBank(
-            f"device {device!r} cannot be used on this machine ({reason}): give cpu (in a "
-            "recipe, compute.heads_device: cpu), "
-            "or run where torch.cuda.is_available()"
+            f"device {device!r} cannot be used on this machine ({reason}): give cpu (in a recipe, "
+            "compute.heads_device: cpu), or run where torch.cuda.is_available()"
         ) from error
 
 
@@ -362,12 +361,12 @@ def _fitter(
                 "halving": halving,
             }
             if kind == "mlp":
-                from headrace.heads.mlp import fit_mlp_bank
+                from headrace.heads.networks.mlp import fit_mlp_bank
 
                 return fit_mlp_bank(
                     X, task.target, specs=cast(Sequence[MLPSpec], specs), **common_here
                 )
-            from headrace.heads.conv import fit_conv_bank
+            from headrace.heads.networks.conv import fit_conv_bank
 
             return fit_conv_bank(
                 X, task.target, specs=cast(Sequence[ConvSpec], specs), **common_here
@@ -394,7 +393,7 @@ def _one_row_per_view(
     kind: str, task: Task, device: str, bands: Sequence[int], views: int
 ) -> Callable[..., list[HeadFit]]:
     if kind == "logistic":
-        from headrace.heads.logistic import fit_logistic_bank
+        from headrace.heads.linear.logistic import fit_logistic_bank
 
         if task.kind == "regression":
             raise BadBank(
@@ -404,20 +403,20 @@ def _one_row_per_view(
             X, target, device=device, bands=bands, views=views, **rest
         )
     if kind == "ridge":
-        from headrace.heads.ridge import fit_ridge_bank
+        from headrace.heads.linear.ridge import fit_ridge_bank
 
         return lambda X, target, **rest: fit_ridge_bank(
             X, target, kind=task.kind, bands=bands, views=views, **rest
         )
     if kind == "knn":
-        from headrace.heads.neighbours import fit_knn_bank
+        from headrace.heads.neighbors.bank import fit_knn_bank
 
         return lambda X, target, **rest: fit_knn_bank(X, target, task=task.kind, **rest)
     if kind == "centroid":
-        from headrace.heads.neighbours import fit_centroid_bank
+        from headrace.heads.neighbors.bank import fit_centroid_bank
 
         return lambda X, target, **rest: fit_centroid_bank(X, target, task=task.kind, **rest)
-    from headrace.heads.sklearn_bank import fit_sklearn_bank
+    from headrace.heads.sklearn.bank import fit_sklearn_bank
 
     return lambda X, target, **rest: fit_sklearn_bank(X, target, task=task.kind, **rest)
 

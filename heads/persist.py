@@ -15,11 +15,18 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from headrace.cache.atomic_io import publish_replace
 from headrace.cache.errors import HeadraceError
-from headrace.cache.files import publish_replace
-from headrace.cache.sealed import SEAL, UNSEALED, SealBroken, check_seal, seal, tensor_metadata
+from headrace.cache.integrity.sealed import (
+    SEAL,
+    UNSEALED,
+    SealBroken,
+    check_seal,
+    seal,
+    tensor_metadata,
+)
 from headrace.cache.spec import FeatureSpec
-from headrace.heads.metrics import TaskKind
+from headrace.heads.evaluate.metrics import TaskKind
 from headrace.heads.predict import Arrays, CannotPredict, predict_head
 from headrace.heads.spec import FULL, HeadSpec, SklearnSpec, spec_from_json, spec_to_json
 
@@ -28,10 +35,9 @@ WEIGHTS = "head.safetensors"
 DESCRIPTION = "head.json"
 
 WRITE_AGAIN = (
-    "In a run's directory, `headrace run RECIPE` writes it again, and trains nothing for that; "
-    "an exported model is written "
-    "again by `headrace export RUN FOLDER --format safetensors --force`, one that was copied "
-    "by copying it again"
+    "In a run's directory, `headrace run RECIPE` writes it again, and trains nothing for that; an "
+    "exported model is written again by `headrace export RUN FOLDER --format safetensors --force`, "
+    "one that was copied by copying it again"
 )
 
 
@@ -60,7 +66,7 @@ class TrainedHead:
     # The network behind each of `features`, as fields of extract's BackboneSpec; None where it is
     # not known.
     backbones: tuple[Mapping[str, Any] | None, ...] = ()
-    temperature: float = 1.0  # its log-odds are divided by it; see heads/temperature.py
+    temperature: float = 1.0  # its log-odds are divided by it; see heads/evaluate/temperature.py
 
     def predict_proba(self, X: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
         """(n, C) float32 probabilities of features X (n, D) in the order of `classes`, at its
@@ -100,8 +106,8 @@ def save_head(
     """
     if not arrays:
         raise CannotPredict(
-            f"this {spec.kind} head has no arrays to save: save the head trained on all "
-            f"rows (fold {FULL})"
+            f"this {spec.kind} head has no arrays to save: save the head trained on all rows (fold "
+            f"{FULL})"
         )
     made_by = list(backbones) if backbones is not None else [None] * len(features)
     assert len(made_by) == len(features)
@@ -147,13 +153,13 @@ def load_head(directory: Path | str, *, trust_code: Collection[str] = ()) -> Tra
         arrays = load(data)
         if description["format"] not in (1, FORMAT):
             raise BadHeadFile(
-                f"{path}: format {description['format']}, this version of headrace reads "
-                f"{FORMAT}: update headrace"
+                f"{path}: format {description['format']}, this version of headrace reads {FORMAT}: "
+                "update headrace"
             )
         spec = spec_from_json(json.dumps(description["spec"]))
         check_outputs(description["task_kind"], description["classes"])
         if isinstance(spec, SklearnSpec):
-            from headrace.heads.sklearn_bank import estimator_code
+            from headrace.heads.sklearn.bank import estimator_code
 
             require_trusted(
                 estimator_code(spec), path.parent, {code_name(name) for name in trust_code}
@@ -162,8 +168,8 @@ def load_head(directory: Path | str, *, trust_code: Collection[str] = ()) -> Tra
         backbones = tuple(description.get("backbones") or [None] * len(description["features"]))
         if len(backbones) != len(description["features"]):
             raise ValueError(
-                f"it names {len(backbones)} networks for {len(description['features'])} "
-                "feature sets"
+                f"it names {len(backbones)} networks for {len(description['features'])} feature "
+                "sets"
             )
         return TrainedHead(
             spec=spec,
@@ -230,11 +236,10 @@ def require_trusted(code: str | None, place: Path, trusted: Collection[str]) -> 
     if code is None or code in trusted:
         return
     raise CodeNotTrusted(
-        f"{place} asks for code: {code} would be imported and called in this process, and "
-        "could do whatever you can: read, "
-        "change and send files. Nothing was imported. If you know that code and where the "
-        "model comes from, type: "
-        f"--trust-code {shlex.quote(code)} (in Python: trust_code=[{code!r}])"
+        f"{place} asks for code: {code} would be imported and called in this process, and could do "
+        "whatever you can: read, change and send files. Nothing was imported. If you know that "
+        f"code and where the model comes from, type: --trust-code {shlex.quote(code)} (in Python: "
+        f"trust_code=[{code!r}])"
     )
 
 

@@ -11,7 +11,14 @@ import numpy as np
 import numpy.typing as npt
 
 from headrace.cache.errors import HeadraceError
-from headrace.heads.metrics import TaskKind
+from headrace.heads.evaluate.metrics import TaskKind
+from headrace.heads.evaluate.temperature import (
+    FARTHEST,
+    FLOOR,
+    floor_of,
+    keep_decisions,
+    with_temperature,
+)
 from headrace.heads.spec import (
     CentroidSpec,
     ConvSpec,
@@ -22,7 +29,6 @@ from headrace.heads.spec import (
     MLPSpec,
     RidgeSpec,
 )
-from headrace.heads.temperature import FARTHEST, FLOOR, floor_of, keep_decisions, with_temperature
 
 Floats = npt.NDArray[np.float32]
 Arrays = dict[str, npt.NDArray[Any]]
@@ -101,11 +107,11 @@ def predict_head(
     """
     if not arrays:
         raise CannotPredict(
-            f"this {spec.kind} head has no stored arrays: predict with the head trained on "
-            "all rows (fold -1)"
+            f"this {spec.kind} head has no stored arrays: predict with the head trained on all "
+            "rows (fold -1)"
         )
     if isinstance(spec, ConvSpec):
-        from headrace.heads.conv import predict_conv
+        from headrace.heads.networks.conv import predict_conv
 
         return predict_conv(spec, arrays, X, task, temperature)
     rows = X.reshape(len(X), -1)
@@ -116,12 +122,12 @@ def predict_head(
             "concatenate the same taps"
         )
     if isinstance(spec, KNNSpec):
-        from headrace.heads.neighbours import predict_knn
+        from headrace.heads.neighbors.bank import predict_knn
 
         votes = predict_knn(spec, arrays, rows, task)
         return tempered(votes, task, temperature, floor_of(spec, task, votes.shape[1]))
     if isinstance(spec, CentroidSpec):
-        from headrace.heads.neighbours import predict_centroid
+        from headrace.heads.neighbors.bank import predict_centroid
 
         return predict_centroid(spec, arrays, rows, temperature)
     if isinstance(spec, LogisticSpec | RidgeSpec | MLPSpec):
@@ -133,7 +139,7 @@ def predict_head(
         raise CannotPredict(
             "a fine-tuned network predicts from images, not from features: load its own directory"
         )
-    from headrace.heads.sklearn_bank import predict_sklearn
+    from headrace.heads.sklearn.bank import predict_sklearn
 
     told = predict_sklearn(spec, arrays, rows, task)
     return tempered(told, task, temperature, floor_of(spec, task, told.shape[1]))

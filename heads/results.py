@@ -31,13 +31,13 @@ import numpy.typing as npt
 import pandas as pd
 import xxhash
 
-from headrace.cache.check import shard_digest
 from headrace.cache.errors import HeadraceError, ShardUnreadable
-from headrace.cache.shard import USER_BLOCK_BYTES
-from headrace.heads.metrics import TaskKind, metric_names
+from headrace.cache.format.shard import USER_BLOCK_BYTES
+from headrace.cache.integrity.checksum import shard_digest
+from headrace.heads.data.task import Task
+from headrace.heads.evaluate.metrics import TaskKind, metric_names
 from headrace.heads.predict import Arrays
 from headrace.heads.spec import FULL, HeadFit, HeadSpec, spec_from_json, spec_to_json
-from headrace.heads.task import Task
 
 FORMAT = 2
 COLUMNS = ("fold", "objective", "gap", "iterations", "seconds")
@@ -122,8 +122,8 @@ def sealed(file: bytes | memoryview) -> bytes:
 
 def _user_block(digest: str) -> bytes:
     text = (
-        f"headrace bank results\nxxh3_128 {digest}\nof all bytes from {USER_BLOCK_BYTES} on; "
-        "the rest is HDF5\n"
+        f"headrace bank results\nxxh3_128 {digest}\nof all bytes from {USER_BLOCK_BYTES} on; the "
+        "rest is HDF5\n"
     )
     return text.encode().ljust(USER_BLOCK_BYTES - 1, b" ") + b"\n"
 
@@ -335,22 +335,20 @@ def _check(path: Path) -> _State:
     if block.startswith(_HDF5):
         raise BadResults(
             f"{path} has no digest: it is of format 1 or not a bank's results, this version of "
-            "headrace reads format "
-            f"{FORMAT}: {_remove(path)}"
+            f"headrace reads format {FORMAT}: {_remove(path)}"
         )
     if block != _user_block(digest):
         raise BadResults(
-            f"{path} is not a bank's results, or its bytes have changed since they were "
-            "written (their digest is "
-            f"{digest}): {_remove(path)}"
+            f"{path} is not a bank's results, or its bytes have changed since they were written "
+            f"(their digest is {digest}): {_remove(path)}"
         )
     return state
 
 
 def _remove(path: Path) -> str:
     return (
-        f"type `rm {shlex.quote(str(path))}`, and the next `headrace run RECIPE` trains that "
-        "bank again"
+        f"type `rm {shlex.quote(str(path))}`, and the next `headrace run RECIPE` trains that bank "
+        "again"
     )
 
 
@@ -377,11 +375,11 @@ def _refuse_links(file: h5py.File, path: Path) -> None:
 
     if odd := file.id.links.visit(is_odd, info=True):
         raise BadResults(
-            f"{path}: /{odd} is a link out of the file, which headrace never writes: "
-            "nothing was read"
+            f"{path}: /{odd} is a link out of the file, which headrace never writes: nothing was "
+            "read"
         )
     if elsewhere := h5py.h5o.visit(file.id, is_elsewhere, info=True):
         raise BadResults(
-            f"{path}: /{elsewhere} is stored in another file, which headrace never writes: "
-            "nothing was read"
+            f"{path}: /{elsewhere} is stored in another file, which headrace never writes: nothing "
+            "was read"
         )

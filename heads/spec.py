@@ -180,7 +180,7 @@ class FineTuneSpec:
     learning_rate: float = 3e-4
     layer_decay: float = 0.7
     weight_decay: float = 1e-2
-    warm_up: float = 0.1  # share of all steps
+    warmup_fraction: float = 0.1  # share of all steps
     epochs: int = 10
     patience: int = 4  # epochs without a better validation loss
     batch_size: int = 32
@@ -219,8 +219,8 @@ class Halving:
             or list(self.after) != sorted(set(self.after))
         ):
             raise ValueError(
-                "halving needs rising epochs from 1 on and a share in (0, 1], found "
-                f"{self.after} and {self.keep}"
+                f"halving needs rising epochs from 1 on and a share in (0, 1], found {self.after} "
+                f"and {self.keep}"
             )
 
 

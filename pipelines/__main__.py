@@ -1,5 +1,5 @@
 """`python -m headrace.pipelines` is the command `headrace`."""
 
-from headrace.pipelines.cli import main
+from headrace.pipelines.cli.main import main
 
 main()

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pydantic
 
-from headrace.cache import HeadraceError
+from headrace.cache.errors import HeadraceError
 from headrace.cache.home import expand_home
 from headrace.pipelines.paths import RunPaths
-from headrace.pipelines.recipe import Recipe, RecipeError, load_recipe
+from headrace.pipelines.recipe.load import Recipe, RecipeError, load_recipe
 from headrace.pipelines.records import RunDamaged, read_record
 
 _RECIPE_BYTES = 1 << 20  # no recipe is larger, and a video that is given by mistake is not read
@@ -82,12 +82,12 @@ def require_finished(paths: RunPaths, *files: Path) -> None:
         if file == paths.recipe and paths.heads.is_file():
             raise NotARun(
                 f"{paths.root} has no {file.name}: its heads were trained from Python, by "
-                "train_heads, and without a recipe "
-                "it is not known where its images are. Write one, and type: headrace run RECIPE"
+                "train_heads, and without a recipe it is not known where its images are. Write "
+                "one, and type: headrace run RECIPE"
             )
         raise NotARun(
-            f"{paths.root} has no {file.name}: the run has not come to its end. Go on "
-            "with: headrace run RECIPE"
+            f"{paths.root} has no {file.name}: the run has not come to its end. Go on with: "
+            "headrace run RECIPE"
         )
 
 
@@ -149,8 +149,8 @@ def stored_recipe(paths: RunPaths) -> Recipe:
         recipe = Recipe.model_validate(read_record(paths.recipe))
     except pydantic.ValidationError as error:
         raise NotARun(
-            f"{paths.recipe} is not of this version of headrace ({error.error_count()} "
-            "keys differ): run the recipe again"
+            f"{paths.recipe} is not of this version of headrace ({error.error_count()} keys "
+            "differ): run the recipe again"
         ) from None
     if recipe.out is None:
         return recipe
@@ -217,6 +217,6 @@ def results_file(paths: RunPaths, stored: str | Path) -> Path:
     was copied the original may have changed since.
     """
     stored = Path(stored)
-    folder = paths.thaw if stored.parent.name == paths.thaw.name else paths.banks
+    folder = paths.finetune if stored.parent.name == paths.finetune.name else paths.banks
     here = folder / stored.name
     return here if here.exists() else stored

@@ -110,33 +110,33 @@ class RunPaths:
         return self.root / "tls"
 
     @property
-    def thaw(self) -> Path:
+    def finetune(self) -> Path:
         """Networks trained by gradients: results files as banks have, and beside them folds,
         checkpoints and decisions.
         """
-        return self.root / "thaw"
+        return self.root / "finetune"
 
     @property
-    def thaw_images(self) -> Path:
+    def finetune_images(self) -> Path:
         """Paths of the run's images by content hash, for what trains from images."""
-        return self.thaw / "images.json"
+        return self.finetune / "images.json"
 
     @property
-    def thaw_decisions(self) -> Path:
+    def finetune_decisions(self) -> Path:
         """Each candidate: parity, measured cost, predicted and measured gain, and what
         was decided.
         """
-        return self.thaw / "candidates.json"
+        return self.finetune / "candidates.json"
 
-    def thaw_result(self, key: str) -> Path:
-        return self.thaw / f"{key}.h5"
+    def finetune_result(self, key: str) -> Path:
+        return self.finetune / f"{key}.h5"
 
-    def thaw_parts(self, key: str) -> Path:
-        return self.thaw / "parts" / key
+    def finetune_parts(self, key: str) -> Path:
+        return self.finetune / "parts" / key
 
-    def thaw_model(self, key: str) -> Path:
+    def finetune_model(self, key: str) -> Path:
         """The directory of the network that was trained on all rows."""
-        return self.thaw / "models" / key
+        return self.finetune / "models" / key
 
     @property
     def evidence(self) -> Path:

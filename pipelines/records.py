@@ -1,9 +1,10 @@
 """The files of a run that its readers believe: every one has a digest, which is compared before a
 number of it is used.
 
-JSON and arrays carry theirs inside (`headrace.cache.sealed`). Tables that people open have none of
-ours in them: the digests of all are in tables.json, each entry written after its table. So a call
-that was killed in between leaves a table that is refused, and the next call writes both.
+JSON and arrays carry theirs inside (`headrace.cache.integrity.sealed`). Tables that people open
+have none of ours in them: the digests of all are in tables.json, each entry written after its
+table. So a call that was killed in between leaves a table that is refused, and the next call writes
+both.
 """
 
 import io
@@ -13,8 +14,9 @@ from typing import Any
 
 import xxhash
 
-from headrace.cache import HeadraceError, publish_replace
-from headrace.cache.sealed import SealBroken, read_sealed_json, sealed_json
+from headrace.cache.atomic_io import publish_replace
+from headrace.cache.errors import HeadraceError
+from headrace.cache.integrity.sealed import SealBroken, read_sealed_json, sealed_json
 
 _DIGESTS = "tables.json"
 RUN_AGAIN = "`headrace run RECIPE` writes it again"
@@ -72,8 +74,8 @@ def read_table(path: Path) -> io.BytesIO:
         written = None
     if written is not None and written != xxhash.xxh3_128_hexdigest(data):
         raise RunDamaged(
-            f"{path} is not as the run wrote it: it was changed, or a call was killed "
-            f"between it and {_DIGESTS}. {RUN_AGAIN}"
+            f"{path} is not as the run wrote it: it was changed, or a call was killed between it "
+            f"and {_DIGESTS}. {RUN_AGAIN}"
         )
     return io.BytesIO(data)
 

@@ -17,33 +17,28 @@ import pandas as pd
 from dask.distributed import Client
 from rich.console import Console
 
-from headrace.cache import FeatureSet, lease, open_feature_set
-from headrace.cache.collect import STALE_S
-from headrace.cache.files import PARTIAL_SUFFIX, sync_directory
-from headrace.cache.repair import stale_temporaries
-from headrace.extract import write_listing
-from headrace.extract.images import PixelRange
-from headrace.heads import BankJob, save_task
-from headrace.pipelines.accounting import Accounting
-from headrace.pipelines.claims import remove_dead
-from headrace.pipelines.cluster import Role, open_client
+from headrace.cache.atomic_io import PARTIAL_SUFFIX, lease, sync_directory
+from headrace.cache.feature_set import FeatureSet, open_feature_set
+from headrace.cache.integrity.garbage import STALE_S
+from headrace.cache.integrity.repair import stale_temporaries
+from headrace.extract.images.changes import write_listing
+from headrace.extract.images.decoding import PixelRange
+from headrace.heads.bank import BankJob
+from headrace.heads.data.task import save_task
+from headrace.pipelines.advice.cautions import grid_edges, hidden_classes, near_duplicates
+from headrace.pipelines.cluster.clients import Role, open_client
+from headrace.pipelines.cluster.fork_server import imports_of
+from headrace.pipelines.cluster.submit import RunIncomplete, TaskOptions
+from headrace.pipelines.cluster.task_leases import remove_dead
+from headrace.pipelines.cluster.task_log import TaskLog, task_log
 from headrace.pipelines.console import make_console
 from headrace.pipelines.environment import environment, note_environment
-from headrace.pipelines.evidence.calibration import temperature_of
-from headrace.pipelines.evidence.cautions import grid_edges, hidden_classes, near_duplicates
-from headrace.pipelines.evidence.ensemble import Ensemble, build_ensemble
-from headrace.pipelines.evidence.ensemble_store import save_ensemble, show_test
-from headrace.pipelines.evidence.predictions import held_out, whole_heads
-from headrace.pipelines.evidence.screen import Screening, screen_inputs, screened_plan
-from headrace.pipelines.evidence.selection import Selection, assess_selection
-from headrace.pipelines.evidence.train import train_banks
-from headrace.pipelines.extraction import extract_missing
-from headrace.pipelines.fork_server import imports_of
-from headrace.pipelines.leaderboard import collect_heads, rank_heads
-from headrace.pipelines.logs import log_run, require_log
+from headrace.pipelines.finetune.stage import Finetuned, FinetuneInputs, finetune, pending
 from headrace.pipelines.paths import RunPaths, unit_claims
-from headrace.pipelines.plan import Plan, check_space, fingerprints_of
-from headrace.pipelines.prepare import (
+from headrace.pipelines.planning.accounting import Accounting
+from headrace.pipelines.planning.leaderboard import collect_heads, rank_heads
+from headrace.pipelines.planning.plan import Plan, check_space, fingerprints_of
+from headrace.pipelines.planning.run_state import (
     Survey,
     find_device,
     find_heads_device,
@@ -51,14 +46,17 @@ from headrace.pipelines.prepare import (
     run_paths,
     survey,
 )
-from headrace.pipelines.recipe import Recipe
-from headrace.pipelines.recipe_sections import EnsembleSection, ScreenSection
+from headrace.pipelines.recipe.load import Recipe
+from headrace.pipelines.recipe.sections import EnsembleSection, ScreenSection
 from headrace.pipelines.records import append_records, publish_table, write_record
-from headrace.pipelines.submit import RunIncomplete, TaskOptions
-from headrace.pipelines.task_log import TaskLog, task_log
-from headrace.pipelines.thaw.stage import Thawed, ThawInputs, pending, thaw
-from headrace.pipelines.training import probe, train_missing
-from headrace.pipelines.winner import (
+from headrace.pipelines.selection.calibration import temperature_of
+from headrace.pipelines.selection.correction import Selection, assess_selection
+from headrace.pipelines.selection.ensemble import Ensemble, build_ensemble
+from headrace.pipelines.selection.ensemble_store import save_ensemble, show_test
+from headrace.pipelines.selection.halving import Screening, screen_inputs, screened_plan
+from headrace.pipelines.selection.predictions import held_out, whole_heads
+from headrace.pipelines.selection.small_banks import train_banks
+from headrace.pipelines.selection.winner import (
     NoWinner,
     TestResult,
     choose_winner,
@@ -66,6 +64,9 @@ from headrace.pipelines.winner import (
     open_test,
     save_winner,
 )
+from headrace.pipelines.stages.extract import extract_missing
+from headrace.pipelines.stages.train import probe, train_missing
+from headrace.pipelines.trackers import log_run, require_log
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,8 @@ class RunResult:
     selection: (
         Selection | None
     )  # what the winner is expected to score, and who cannot be told apart from it
-    thawed: (
-        Thawed | None
+    finetuned: (
+        Finetuned | None
     )  # networks trained by gradients, beside the head; where the recipe asks for them
     notes: tuple[str, ...]
     accounting: (
@@ -139,8 +140,8 @@ def run_recipe(
             found = survey(recipe, retry_failed=retry_failed)
             plan, notes = found.plan, found.notes
             done(
-                f"{plan.images:,} images, {len(plan.features)} feature sets, "
-                f"{plan.heads_total:,} heads wanted"
+                f"{plan.images:,} images, {len(plan.features)} feature sets, {plan.heads_total:,} "
+                "heads wanted"
             )
         check_space(plan, recipe.cache, recipe.storage.budget_gb)
         log = stack.enter_context(
@@ -149,7 +150,7 @@ def run_recipe(
         opened = partial(_opened, recipe, paths, log, workers, _imports(recipe, plan))
         write_inputs(found)
         write_record(found.paths.recipe, recipe.model_dump(mode="json"))
-        options = TaskOptions(recipe.cluster.deadline_s, tell=log)
+        options = TaskOptions(recipe.cluster.task_timeout_s, tell=log)
         client = None
         with _timed(stages, "extract") as done:
             if plan.units:
@@ -171,8 +172,8 @@ def run_recipe(
             if recipe.compute.strict and bad:
                 raise RunIncomplete(
                     f"{bad:,} images cannot be decoded, and this run is strict; each is listed "
-                    "with its reason in "
-                    f"{found.paths.failed_images}. Mend or remove them, or run without --strict"
+                    f"with its reason in {found.paths.failed_images}. Mend or remove them, or run "
+                    "without --strict"
                 )
             done(_extracted(plan))
         screening = None
@@ -199,20 +200,30 @@ def run_recipe(
                     found = replace(found, plan=screened_plan(found.plan, kept))
                 train_missing(found, client, console, options, on)
             done(_trained(found.plan))
-        thawed = None
-        if recipe.thaw is not None:
-            with _timed(stages, "thaw") as done:
-                inputs, board = thaw_inputs(found, recipe), rank_heads(*_trained_heads(found))
-                if pending(inputs, board, recipe.thaw, retry_failed=retry_failed):
+        finetuned = None
+        if recipe.finetune is not None:
+            with _timed(stages, "finetune") as done:
+                inputs, board = finetune_inputs(found, recipe), rank_heads(*_trained_heads(found))
+                if pending(inputs, board, recipe.finetune, retry_failed=retry_failed):
                     client = client or stack.enter_context(opened("train"))
-                thawed = thaw(
-                    inputs, board, recipe.thaw, client, console, options, retry_failed=retry_failed
+                finetuned = finetune(
+                    inputs,
+                    board,
+                    recipe.finetune,
+                    client,
+                    console,
+                    options,
+                    retry_failed=retry_failed,
                 )
                 done(
-                    f"{thawed.trained:,} networks trained" if thawed.trained else "nothing missing"
+                    f"{finetuned.trained:,} networks trained"
+                    if finetuned.trained
+                    else "nothing missing"
                 )
     with _timed(stages, "rank and test") as done, lease(_conclusion(paths)):
-        result = conclude(found, recipe.ensemble, thawed, recipe.images.pixel_range, screening)
+        result = conclude(
+            found, recipe.ensemble, finetuned, recipe.images.pixel_range, screening
+        )
         done(f"{len(result.board):,} settings ranked")
     if recipe.log is not None:
         with _timed(stages, "log") as done:
@@ -261,9 +272,9 @@ def write_inputs(found: Survey) -> None:
         write_record(paths.accounting, found.accounting.to_json())
 
 
-def thaw_inputs(found: Survey, recipe: Recipe) -> ThawInputs:
+def finetune_inputs(found: Survey, recipe: Recipe) -> FinetuneInputs:
     """What the stage that trains networks is given."""
-    return ThawInputs(
+    return FinetuneInputs(
         paths=found.paths,
         task=found.dataset.train,
         metric=found.metric,
@@ -311,7 +322,7 @@ def screen(
 def conclude(
     found: Survey,
     ensemble_section: EnsembleSection | None = None,
-    thawed: Thawed | None = None,
+    finetuned: Finetuned | None = None,
     pixel_range: PixelRange | None = None,
     screening: Screening | None = None,
 ) -> RunResult:
@@ -324,8 +335,8 @@ def conclude(
     """
     paths, task = found.paths, found.dataset.train
     heads, metric, widths, folds = _trained_heads(found)
-    if thawed is not None and len(thawed.rows):
-        heads = pd.concat([heads, thawed.rows], ignore_index=True)
+    if finetuned is not None and len(finetuned.rows):
+        heads = pd.concat([heads, finetuned.rows], ignore_index=True)
     board = rank_heads(heads, metric, widths, folds)
     failed_images = write_failed_images(found)
     publish_table(paths.leaderboard, _flat(board).to_csv(index=False).encode())
@@ -378,8 +389,8 @@ def conclude(
         test=tested,
         selection=selection,
         ensemble=ensemble,
-        thawed=thawed,
-        notes=(*found.notes, *told, *(thawed.notes if thawed is not None else ()), *notes),
+        finetuned=finetuned,
+        notes=(*found.notes, *told, *(finetuned.notes if finetuned is not None else ()), *notes),
         accounting=found.accounting,
         failed_images=failed_images,
         failed_heads=int((heads["error"].fillna("") != "").sum()),

@@ -2,10 +2,10 @@
 
 import os
 
-import forks
 import pytest
+from support import forks
 
-from headrace.pipelines.fork_server import start_server
+from headrace.pipelines.cluster.fork_server import start_server
 
 # The files that take longest, in this order first: then two processes end together.
 LONGEST = (
@@ -44,7 +44,8 @@ def one_server_for_all_workers():
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "headrace.pipelines.cluster.start_server", lambda _: start_server(forks.modules())
+            "headrace.pipelines.cluster.clients.start_server",
+            lambda _: start_server(forks.modules()),
         )
         yield
 
@@ -65,7 +66,7 @@ def hostile_run(tmp_path_factory):
     """A folder with a finished run (runs/single) whose data are out to break a page; nobody changes
     the run.
     """
-    from report_cases import finished_run, make_data
+    from support.reports import finished_run, make_data
 
     folder = tmp_path_factory.mktemp("hostile")
     with pytest.MonkeyPatch.context() as patch:
@@ -80,7 +81,7 @@ def whole_run(tmp_path_factory):
     """A small project in which every stage occurs, its states, and its results by call when nothing
     went wrong.
     """
-    from kill_cases import Bench
+    from support.kills import Bench
 
     folder = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:

@@ -11,10 +11,10 @@ import time
 
 import pandas as pd
 import pytest
-from run_cases import headrace
+from support.runs import headrace
 
-from headrace.cache import list_feature_sets
-from headrace.heads import FULL
+from headrace.cache.feature_set import list_feature_sets
+from headrace.heads.spec import FULL
 
 PUBLISHED_SVM = 0.8244  # Deitsch et al. 2019, hand-crafted features on a 75/25 split
 

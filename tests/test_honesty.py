@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from evidence_cases import task_of
+from support.evidence import task_of
 
-from headrace.heads import with_temperature
-from headrace.pipelines.evidence.predictions import held_out
-from headrace.pipelines.evidence.selection import is_stratified, no_narrower, share_optimism
+from headrace.heads.evaluate.temperature import with_temperature
+from headrace.pipelines.selection.correction import is_stratified, no_narrower, share_optimism
+from headrace.pipelines.selection.predictions import held_out
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import honesty

@@ -4,13 +4,12 @@ stay light.
 
 import ast
 import re
-import subprocess
-import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.imports import loaded_after
 
 ROOT = Path(__file__).parent.parent
 ALLOWED = {
@@ -46,9 +45,9 @@ def test_arrows_run_one_way(package):
 
 ROOMS = {
     "evidence": set(),
-    "thaw": set(),
+    "finetune": set(),
     "doctor": set(),
-    "deliver": {"thaw"},
+    "deliver": {"finetune"},
     "report": {"evidence", "deliver"},
 }
 
@@ -144,18 +143,6 @@ def test_text_files_name_their_encoding():
             assert named or not opens_text(name, call), f'{where}: {name}(…, encoding="utf-8")'
 
 
-def loaded_after(code: str) -> set[str]:
-    """Names of the top-level modules that a fresh interpreter has loaded after running the code."""
-    script = (
-        f"{code}\nimport sys\nprint(' '.join(sorted({{name.split('.')[0] for name in "
-        "sys.modules})))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script], check=True, capture_output=True, text=True
-    )
-    return set(done.stdout.splitlines()[-1].split())
-
-
 def test_a_logistic_head_needs_neither_torch_nor_torchvision():
     """A worker that trains a logistic head on the CPU pays for no deep-learning import."""
     code = (
@@ -171,8 +158,8 @@ def test_a_logistic_head_needs_neither_torch_nor_torchvision():
 def test_help_needs_no_heavy_import():
     """`headrace --help` and bad input answer at once."""
     heavy = {"torch", "torchvision", "timm", "distributed", "sklearn", "scipy", "pandas"}
-    assert not heavy & loaded_after("import headrace.pipelines.cli")
+    assert not heavy & loaded_after("import headrace.pipelines.cli.main")
     assert not {"torch", "sklearn", "scipy"} & loaded_after("import headrace.heads")
     assert not {"torch", "sklearn"} & loaded_after(
-        "import headrace.pipelines.run, headrace.pipelines.status"
+        "import headrace.pipelines.run, headrace.pipelines.cli.status"
     )

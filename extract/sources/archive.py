@@ -26,8 +26,8 @@ import pandas as pd
 from headrace.cache.home import expand_home
 from headrace.cache.text import normalize_text
 from headrace.extract.errors import SourceError, check_unique
-from headrace.extract.heif import reads_heif
-from headrace.extract.locate import open_compressed, path_text, printable
+from headrace.extract.images.byte_ranges import open_compressed, path_text, printable
+from headrace.extract.images.heif import reads_heif
 from headrace.extract.sources.folder import EXCLUDED, HIDDEN
 from headrace.extract.sources.formats import (
     HEIF_SUFFIXES,
@@ -139,9 +139,8 @@ def read_archives(
         > 1  # the folders could be meant as classes
     ):
         notes.append(
-            f"{bare:,} of {len(frame):,} images have no label: the side files say the labels, "
-            "not the folders, and these "
-            "have none, or one without a label"
+            f"{bare:,} of {len(frame):,} images have no label: the side files say the labels, not "
+            "the folders, and these have none, or one without a label"
         )
     sides = {file.name: split_word(file.name) for file in files}
     if "split" not in frame and None not in sides.values() and len(set(sides.values())) > 1:
@@ -151,8 +150,8 @@ def read_archives(
     if several := sum(count > 1 for count in keys.values()):
         key = next(key for key, count in keys.items() if count > 1)
         notes.append(
-            f"{several:,} samples (names up to the first dot) have more than one image, "
-            f"such as {printable(key)}: each image is a row"
+            f"{several:,} samples (names up to the first dot) have more than one image, such as "
+            f"{printable(key)}: each image is a row"
         )
     return tally.listing(frame, notes)
 
@@ -455,8 +454,8 @@ def _tar_problem(file: Path, error: Exception) -> str:
         magic[:2] in (b"\x1f\x8b", b"BZ") or magic[:3] == b"\xfd7z"
     ):
         return (
-            "a compressed archive under the name of an uncompressed one. Rename it, for "
-            "example to FILE.tar.gz"
+            "a compressed archive under the name of an uncompressed one. Rename it, for example to "
+            "FILE.tar.gz"
         )
     return f"not a whole tar archive ({error}). Fetch it again, or leave it out."
 

@@ -14,7 +14,7 @@ import pandas as pd
 from headrace.cache.home import expand_home
 from headrace.cache.text import as_text
 from headrace.extract.errors import SourceError, absent
-from headrace.extract.locate import open_array, path_text
+from headrace.extract.images.byte_ranges import open_array, path_text
 from headrace.extract.sources.folder import EXCLUDED
 from headrace.extract.sources.formats import ARRAY_KINDS, unread_format
 from headrace.extract.sources.layout import SPLIT_WORDS
@@ -56,16 +56,15 @@ def read_array(
     array = _open(file, kind, key or "")
     if not _is_images(shape := _shape(array)):
         raise SourceError(
-            f"{file}: the array has shape {shape}; expected (N, H, W), (N, H, W, C) or (N, C, "
-            "H, W) "
-            "with 1, 3 or 4 channels. One image in a file of its own is named by a table with "
+            f"{file}: the array has shape {shape}; expected (N, H, W), (N, H, W, C) or (N, C, H, "
+            "W) with 1, 3 or 4 channels. One image in a file of its own is named by a table with "
             "a column path"
         )
     if not ranged and not has_range(array.dtype):
         raise SourceError(
-            f"{file}: pixels of type {array.dtype} have no range of their own; say which "
-            "values are black and white: "
-            "images.pixel_range: [0, 1] in the recipe (`headrace init` measures it)"
+            f"{file}: pixels of type {array.dtype} have no range of their own; say which values "
+            "are black and white: images.pixel_range: [0, 1] in the recipe (`headrace init` "
+            "measures it)"
         )
     details = f"{key}:" if kind in ("npz", "h5") else ""
     count = len(array)
@@ -188,8 +187,8 @@ def _read_idx_family(folder: Path, exclude: Sequence[str]) -> Listing:
         images.name for (images, _), side in zip(pairs, sides, strict=True) if side is None
     )
     note = (
-        f"{unnamed}: its name has no word of a split (train, test, …), so that there is no "
-        "column split"
+        f"{unnamed}: its name has no word of a split (train, test, …), so that there is no column "
+        "split"
     )
     return replace(listing, notes=(*listing.notes, note))
 
@@ -221,10 +220,9 @@ def _labels(
     shape = _shape(array)
     if shape[:1] != (count,) or math.prod(shape) != count:
         raise SourceError(
-            f"{source}: the labels have shape {shape} for {count} images; expected one for "
-            f"each: ({count},). "
-            "Name another file or array: images.labels, images.labels_key (in Python: labels=, "
-            "labels_key=)"
+            f"{source}: the labels have shape {shape} for {count} images; expected one for each: "
+            f"({count},). Name another file or array: images.labels, images.labels_key (in Python: "
+            "labels=, labels_key=)"
         )
     texts = as_text(pd.Series(np.asarray(array[:]).reshape(count))).astype(object)
     return texts.where(texts.notna() & (texts != ""), None)

@@ -31,9 +31,9 @@ def coco_rows(values: Mapping[str, Any], file: Path) -> tuple[pd.DataFrame, tupl
         paths = [str(image["file_name"]) for image in images]
     except (KeyError, TypeError) as error:
         raise SourceError(
-            f"{file}: not COCO as expected: {type(error).__name__} {error}. Expected images "
-            "with id and file_name, annotations "
-            "with image_id and category_id, categories with id and name"
+            f"{file}: not COCO as expected: {type(error).__name__} {error}. Expected images with "
+            "id and file_name, annotations with image_id and category_id, categories with id and "
+            "name"
         ) from error
     several = any(len(found) > 1 for found in labels.values())
     column = [

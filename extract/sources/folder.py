@@ -11,7 +11,7 @@ import pandas as pd
 from headrace.cache.home import expand_home
 from headrace.cache.text import normalize_text
 from headrace.extract.errors import SourceError, absent, check_unique
-from headrace.extract.locate import file_of, path_text, printable
+from headrace.extract.images.byte_ranges import file_of, path_text, printable
 from headrace.extract.sources.formats import IMAGE_SUFFIXES, describe_suffix, is_image
 from headrace.extract.sources.layout import Folders, Layout, read_layout
 from headrace.extract.sources.listing import Listing, Tally
@@ -71,8 +71,7 @@ def read_folder(
         found = "; ".join(map(str, tally.left_out()[:5])) or "no files"
         raise SourceError(
             f"{root}: no images found (found: {found}). Expected one folder per class holding "
-            "files that end in "
-            f"{', '.join(sorted(IMAGE_SUFFIXES))}, or a table that names images."
+            f"files that end in {', '.join(sorted(IMAGE_SUFFIXES))}, or a table that names images."
         )
     rows.sort(key=lambda row: row[:2])
     rows = _tell_apart(rows, root.absolute())
@@ -91,8 +90,8 @@ def read_folder(
     notes = list(read.notes)
     if odd:
         notes.append(
-            f"{len(odd):,} files are images by their content and not by their names, such "
-            f"as {odd[0]}"
+            f"{len(odd):,} files are images by their content and not by their names, such as "
+            f"{odd[0]}"
         )
     return tally.listing(pd.DataFrame(columns), notes)
 

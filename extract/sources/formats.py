@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from headrace.extract.heif import is_heif, reads_heif
+from headrace.extract.images.heif import is_heif, reads_heif
 
 # What Pillow decodes and people keep data sets in.
 IMAGE_SUFFIXES = frozenset(

@@ -11,7 +11,7 @@ from typing import Literal
 
 from headrace.cache.text import normalize_text
 from headrace.extract.errors import SourceError, yaml_list
-from headrace.extract.locate import printable
+from headrace.extract.images.byte_ranges import printable
 
 Layout = Literal["auto", "classes", "split"]
 Folders = tuple[str, ...]  # the folders that a file lies in, from the outermost below the source
@@ -77,9 +77,8 @@ def read_layout(
             written[label].add(folders[depth])
         labels.append(label)
     notes = [
-        f"the folders {', '.join(map(repr, sorted(names)))} are one class, {label!r}: they "
-        "differ in blanks or in the form of "
-        "accents alone"
+        f"the folders {', '.join(map(repr, sorted(names)))} are one class, {label!r}: they differ "
+        "in blanks or in the form of accents alone"
         for label, names in sorted(written.items())
         if len(names) > 1
     ]
@@ -87,8 +86,8 @@ def read_layout(
         return Labels(labels, None, tuple(notes))
     sides = sorted({folders[0] for folders in images if folders})
     notes.append(
-        f"the folders {', '.join(sides)} are the sides of a split, and the folders in them "
-        "the classes"
+        f"the folders {', '.join(sides)} are the sides of a split, and the folders in them the "
+        "classes"
     )
     if unlabelled := sum(label is None for label in labels):
         notes.append(f"{unlabelled:,} images lie in no class's folder and have no label")
@@ -123,8 +122,8 @@ def _split_depth(images: Sequence[Folders], layout: Layout, source: str) -> int:
         raise SourceError(
             _ambiguous(
                 source,
-                f"holds {', '.join(sides)}, which are words for the sides of a split, "
-                "without a class's folder in train",
+                f"holds {', '.join(sides)}, which are words for the sides of a split, without a "
+                "class's folder in train",
             )
         )
     return 1
@@ -132,10 +131,10 @@ def _split_depth(images: Sequence[Folders], layout: Layout, source: str) -> int:
 
 def _ambiguous(source: str, found: str) -> str:
     return (
-        f"{source} {found}. Are these the classes, or a split with the classes in them? "
-        "Say which in the recipe, images.layout: classes or images.layout: split (headrace "
-        "init: --layout split); or move away what "
-        "does not belong, or leave it out: images.exclude: [NAME] (headrace init: --exclude NAME)"
+        f"{source} {found}. Are these the classes, or a split with the classes in them? Say which "
+        "in the recipe, images.layout: classes or images.layout: split (headrace init: --layout "
+        "split); or move away what does not belong, or leave it out: images.exclude: [NAME] "
+        "(headrace init: --exclude NAME)"
     )
 
 
@@ -152,9 +151,8 @@ def _refuse_vanished(
             names = ", ".join(printable(name) for name in vanished[:5])
             what = "class" if level == depth else "side of the split"
             raise SourceError(
-                f"{source}: no file in the folder {names} can be used as an image, so that "
-                f"this {what} would be missing. "
-                f"Add images that can be read, or leave it out: "
+                f"{source}: no file in the folder {names} can be used as an image, so that this "
+                f"{what} would be missing. Add images that can be read, or leave it out: "
                 f"images.exclude: {yaml_list(map(printable, vanished[:5]))} in the recipe "
                 f"(headrace init: --exclude {shlex.quote(printable(vanished[0]))})"
             )

@@ -10,7 +10,7 @@ import pandas as pd
 
 from headrace.cache.home import expand_home
 from headrace.extract.errors import SourceError
-from headrace.extract.locate import path_text, printable
+from headrace.extract.images.byte_ranges import path_text, printable
 from headrace.extract.sources.archive import read_archives
 from headrace.extract.sources.array import idx_pairs, read_array
 from headrace.extract.sources.folder import EXCLUDED, HIDDEN, LINKED, has_images, read_folder
@@ -140,8 +140,8 @@ def _detect_file(path: Path) -> SourceKind:
     if not path.exists():
         raise SourceError(
             f"{path}: no such file or folder. Give a folder of images, a table (.csv, .tsv, "
-            ".jsonl, .json, .parquet), "
-            "an archive (.tar, .tar.gz, .zip), an array file (.npy, .npz, .h5, idx), or an image"
+            ".jsonl, .json, .parquet), an archive (.tar, .tar.gz, .zip), an array file (.npy, "
+            ".npz, .h5, idx), or an image"
         )
     raise SourceError(
         unread_format(path)

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from headrace.cache.text import as_text, normalize_text
 from headrace.extract.errors import SourceError, absent
-from headrace.extract.locate import open_arrow
+from headrace.extract.images.byte_ranges import open_arrow
 from headrace.extract.sources.coco import coco_rows
 from headrace.extract.sources.formats import IMAGE_SUFFIXES, has_image_signature, unread_format
 
@@ -70,10 +70,9 @@ def read_table_file(file: Path) -> Table:
             return _read_json(_read_text(file, compressed), file)
     except UnicodeDecodeError as error:
         raise SourceError(
-            f"{file}: cannot be read as {suffix[1:]}: {error}. Expected text in UTF-8 whose "
-            "first line names the "
-            "columns; save it as UTF-8 (iconv -f latin1 -t utf-8), or give a Parquet file the "
-            "suffix .parquet."
+            f"{file}: cannot be read as {suffix[1:]}: {error}. Expected text in UTF-8 whose first "
+            "line names the columns; save it as UTF-8 (iconv -f latin1 -t utf-8), or give a "
+            "Parquet file the suffix .parquet."
         ) from error
     except SourceError:
         raise
@@ -100,8 +99,7 @@ def _read_text(file: Path, compressed: bool) -> str:
         if len(data) > most:
             raise SourceError(
                 f"{file}: it decompresses to more than {_GZIP_RATIO} times its size, which no "
-                "table does. Decompress it yourself "
-                "if it is one: gunzip FILE"
+                "table does. Decompress it yourself if it is one: gunzip FILE"
             )
     else:
         data = file.read_bytes()
@@ -198,8 +196,8 @@ def _check_header(names: list[str], file: Path) -> None:
     if images:
         raise SourceError(
             f"{file}: the first line looks like an image and what belongs to it "
-            f"({', '.join(names[:4])}), not like the names "
-            "of columns, and would be lost. Put a line of names above it, for example: path,label"
+            f"({', '.join(names[:4])}), not like the names of columns, and would be lost. Put a "
+            "line of names above it, for example: path,label"
         )
     if len(names) > _MOST_COLUMNS:
         raise SourceError(
@@ -208,8 +206,8 @@ def _check_header(names: list[str], file: Path) -> None:
     repeated = sorted(name for name, count in Counter(names).items() if name and count > 1)
     if repeated:
         raise SourceError(
-            f"{file}: {len(repeated)} names stand over several columns, first "
-            f"{repeated[0]!r}. Give each its own."
+            f"{file}: {len(repeated)} names stand over several columns, first {repeated[0]!r}. "
+            "Give each its own."
         )
 
 
@@ -248,9 +246,8 @@ def _parse_json(text: str, where: str) -> Any:
         if len(values) < len(pairs):
             key, count = Counter(key for key, _ in pairs).most_common(1)[0]
             raise SourceError(
-                f"{where}: an object has the key {key!r} {count} times; expected once, as only "
-                "the last value would count. Delete "
-                "the others, or give each a key of its own"
+                f"{where}: an object has the key {key!r} {count} times; expected once, as only the "
+                "last value would count. Delete the others, or give each a key of its own"
             )
         return values
 
@@ -272,8 +269,7 @@ def _read_json(text: str, file: Path) -> Table:
         )
     raise SourceError(
         f"{file}: expected a list of objects, an object of paths and labels, or COCO (the keys "
-        "images, annotations and "
-        f"categories); found {text[:40].strip()}…"
+        f"images, annotations and categories); found {text[:40].strip()}…"
     )
 
 

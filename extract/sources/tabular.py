@@ -16,7 +16,7 @@ import pandas as pd
 from headrace.cache.home import expand_home
 from headrace.cache.text import as_text
 from headrace.extract.errors import SourceError, absent, check_unique, nearest
-from headrace.extract.locate import file_of, path_text, printable
+from headrace.extract.images.byte_ranges import file_of, path_text, printable
 from headrace.extract.sources.archive import RESERVED_COLUMNS
 from headrace.extract.sources.folder import EXCLUDED, image_paths
 from headrace.extract.sources.formats import IMAGE_SUFFIXES, OTHER_FORMATS, TABLE_SUFFIXES
@@ -92,8 +92,8 @@ def read_tables(
         parts.append(samples)
     if sides is not None:
         notes.append(
-            f"the names {', '.join(dict.fromkeys(sides.values()))} are those of the sides "
-            "of a split"
+            f"the names {', '.join(dict.fromkeys(sides.values()))} are those of the sides of a "
+            "split"
         )
     if labelled and several and pd.concat([part["id"] for part in parts]).duplicated().any():
         for file, part in zip(files, parts, strict=True):  # names that are unique in one table only
@@ -105,9 +105,8 @@ def read_tables(
     if samples.empty:
         found = "; ".join(map(str, tally.left_out()))
         raise SourceError(
-            f"{source}: the table has no "
-            f"rows{f' that can be used ({found})' if found else ''}. Expected one row per "
-            "image."
+            f"{source}: the table has no rows{f' that can be used ({found})' if found else ''}. "
+            "Expected one row per image."
         )
     if labelled:
         check_unique(samples["id"], source)
@@ -142,8 +141,8 @@ def table_files(table: Path) -> list[Path]:
         )
         if not files:
             raise SourceError(
-                f"{table} is a folder without Parquet files, and none that `datasets` "
-                "saved. Name a table in it"
+                f"{table} is a folder without Parquet files, and none that `datasets` saved. Name "
+                "a table in it"
             )
         return [file.absolute() for file in files]
     matches = sorted(glob.glob(str(table)))
@@ -165,14 +164,14 @@ def saved_dataset_files(folder: Path) -> list[Path]:
             if state.get("_indices_data_files"):
                 raise SourceError(
                     f"{folder}: some rows of these files are selected by a second file, as old "
-                    "versions of `datasets` saved filters. "
-                    "Save it again: load_from_disk(FOLDER).flatten_indices().save_to_disk(OTHER)"
+                    "versions of `datasets` saved filters. Save it again: "
+                    "load_from_disk(FOLDER).flatten_indices().save_to_disk(OTHER)"
                 )
             return [folder / Path(entry["filename"]).name for entry in state["_data_files"]]
     except (ValueError, KeyError, TypeError) as error:
         raise SourceError(
-            f"{folder}: not a whole folder of `datasets` ({type(error).__name__}: "
-            f"{error}). Save it again"
+            f"{folder}: not a whole folder of `datasets` ({type(error).__name__}: {error}). Save "
+            "it again"
         ) from error
     return []
 
@@ -207,15 +206,14 @@ def find_images(table: Table, file: Path, base: Path) -> tuple[str, bool]:
     if named or candidates:
         could = list(dict.fromkeys([*named, *candidates]))
         raise SourceError(
-            f"{file}: {', '.join(could)} could {'each be' if len(could) > 1 else 'be'} the "
-            "images; name one: "
-            f"images.path_column: {could[0]}. The columns are: {columns}."
+            f"{file}: {', '.join(could)} could {'each be' if len(could) > 1 else 'be'} the images; "
+            f"name one: images.path_column: {could[0]}. The columns are: {columns}."
         )
     example = frame.columns[0] if len(frame.columns) else "id"
     raise SourceError(
-        f"{file}: no column names image files. Name it: images.path_column; or, for ids "
-        "without an ending, say where their "
-        f"images are: images.path_pattern: folder/{{{example}}}.jpg. The columns are: {columns}."
+        f"{file}: no column names image files. Name it: images.path_column; or, for ids without an "
+        f"ending, say where their images are: images.path_pattern: folder/{{{example}}}.jpg. The "
+        f"columns are: {columns}."
     )
 
 
@@ -249,8 +247,8 @@ def _find_pattern(frame: pd.DataFrame, file: Path, folder: Path) -> str | None:
         ]
         if len(patterns) > 1:
             raise SourceError(
-                f"{file}: the column {column!r} could name the images {' or '.join(patterns)}. "
-                f"Say which: images.path_pattern: {patterns[0]}"
+                f"{file}: the column {column!r} could name the images {' or '.join(patterns)}. Say "
+                f"which: images.path_pattern: {patterns[0]}"
             )
         if patterns:
             return patterns[0]
@@ -294,8 +292,7 @@ def _samples(
             columns = [*frame.columns, *table.image_columns]
             raise SourceError(
                 f"{file}: there is no column {wanted!r} ({setting}). Nearest: "
-                f"{nearest(wanted, columns, 1)}. "
-                f"The columns are: {', '.join(columns)}."
+                f"{nearest(wanted, columns, 1)}. The columns are: {', '.join(columns)}."
             )
     base = (expand_home(options.root) if options.root is not None else file.parent).absolute()
     where, is_pattern = _image_column(table, file, base, options, notes)
@@ -314,8 +311,8 @@ def _samples(
                 columns={"id": "image_id"}
             )  # headrace's own `id` tells rows apart, and this one does not
             notes.append(
-                f"{file.name}: the column 'id' repeats, so that the paths tell the rows "
-                "apart; it is called 'image_id' here"
+                f"{file.name}: the column 'id' repeats, so that the paths tell the rows apart; it "
+                "is called 'image_id' here"
             )
         else:
             id_column = "id"
@@ -407,8 +404,8 @@ def _fill_pattern(frame: pd.DataFrame, pattern: str, file: Path) -> pd.Series:
     if absent_names or not names:
         raise SourceError(
             f"images.path_pattern {pattern!r}: {file} has no column "
-            f"{', '.join(map(repr, absent_names)) or 'in braces'}. Expected a "
-            "path with a column's name in braces, such as train/{id}.jpg. The columns are: "
+            f"{', '.join(map(repr, absent_names)) or 'in braces'}. Expected a path with a column's "
+            "name in braces, such as train/{id}.jpg. The columns are: "
             f"{', '.join(frame.columns)}."
         )
     texts = pd.DataFrame({name: as_text(frame[name]) for name in names})
@@ -451,8 +448,8 @@ def _find(base: str, written: str) -> str:
     if "://" in written[:12]:
         if not written.startswith("file://"):
             raise SourceError(
-                f"{written}: images are read from disk. Download them, and name the files "
-                "in the table"
+                f"{written}: images are read from disk. Download them, and name the files in the "
+                "table"
             )
         written = written.removeprefix("file://")
     if (
@@ -488,9 +485,8 @@ def _refuse_reserved(
                 ),
             }.get(name, "")
             raise SourceError(
-                f"{file}: the table has a column {name!r}, and headrace keeps "
-                f"{_MEANINGS[name]} under this name. "
-                "Rename the column, for example to "
+                f"{file}: the table has a column {name!r}, and headrace keeps {_MEANINGS[name]} "
+                "under this name. Rename the column, for example to "
                 f"{'image' if name.startswith('_') else 'image_'}{name}{other}."
             )
 

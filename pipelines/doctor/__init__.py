@@ -1,1 +1,1 @@
-"""`headrace doctor`: is this machine fit for a run?"""
+"""The checks of `headrace doctor`: is this machine fit for a run?"""

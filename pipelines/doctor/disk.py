@@ -59,7 +59,7 @@ def check_locking(
     """Two writers cannot hold one lock, names appear whole, and the file system's clock is this
     one's.
     """
-    from headrace.cache import lease
+    from headrace.cache.atomic_io import lease
 
     try:
         with _scratch(folder) as place:
@@ -136,8 +136,8 @@ def check_hdf5(
             "HDF5",
             "fail",
             f"{said}: {' '.join(str(error).split())[:160]}",
-            "if the file system has no locks: export HDF5_USE_FILE_LOCKING=FALSE. "
-            "Otherwise pip install --force-reinstall h5py",
+            "if the file system has no locks: export HDF5_USE_FILE_LOCKING=FALSE. Otherwise pip "
+            "install --force-reinstall h5py",
         )
     if not same:
         return Finding(
@@ -163,7 +163,7 @@ def _scratch(folder: Path) -> Iterator[Path]:
 
 
 def _hold(path: Path, held: threading.Event) -> None:
-    from headrace.cache import lease
+    from headrace.cache.atomic_io import lease
 
     with lease(path):
         held.set()

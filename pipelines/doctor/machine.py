@@ -24,8 +24,8 @@ def check_threads(
             "threads",
             "note",
             f"{said}, of which this container may use {quota:g}",
-            "one worker per core would fight over them: headrace run recipe.yaml "
-            f"--workers {fitting}",
+            "one worker per core would fight over them: headrace run recipe.yaml --workers "
+            f"{fitting}",
         )
     set_to = environment.get("OMP_NUM_THREADS", "")
     if set_to.isdecimal() and int(set_to) > cores:
@@ -48,14 +48,14 @@ def check_heads(lanes: Callable[[], int | None] | None = None) -> Finding:
             "heads",
             "note",
             "logistic heads run in NumPy: no compiled pass for this processor was built",
-            "they train up to twice as fast with it: install a C compiler (apt-get install "
-            "gcc), then install headrace again",
+            "they train up to twice as fast with it: install a C compiler (apt-get install gcc), "
+            "then install headrace again",
         )
     return Finding("heads", "ok", f"logistic heads have a compiled pass, vectors of {found} floats")
 
 
 def _lanes() -> int | None:
-    from headrace.heads.compiled_tiles import compiled
+    from headrace.heads.linear.solver.compiled_blocks import compiled
 
     library = compiled()
     return None if library is None else library.lanes
@@ -71,8 +71,8 @@ def check_memory(available: float | None = None, cores: int | None = None) -> Fi
             "memory",
             "fail",
             said,
-            f"a worker takes about {_WORKER_BYTES / 1e9:g} GB: close something, or use "
-            "another machine",
+            f"a worker takes about {_WORKER_BYTES / 1e9:g} GB: close something, or use another "
+            "machine",
         )
     if available < cores * _WORKER_BYTES:
         fitting = int(available / _WORKER_BYTES)
@@ -86,7 +86,7 @@ def check_memory(available: float | None = None, cores: int | None = None) -> Fi
 
 
 def _cores() -> int:
-    from headrace.pipelines.cluster import available_cores  # imports Dask
+    from headrace.pipelines.cluster.clients import available_cores  # imports Dask
 
     return available_cores()
 

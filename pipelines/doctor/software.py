@@ -107,11 +107,9 @@ def check_torch(load: Callable[[], tuple[str, str]] = _load_pair) -> Finding:
                 "torch",
                 "fail",
                 f"torchvision does not fit torch: {text}",
-                "torchvision's operators (nms is the first that torch looks for) are compiled "
-                "for one version and one build "
-                "of torch, such as +cpu or +cu128. Install both again, together and from the "
-                "same place: "
-                "pip install --force-reinstall torch torchvision",
+                "torchvision's operators (nms is the first that torch looks for) are compiled for "
+                "one version and one build of torch, such as +cpu or +cu128. Install both again, "
+                "together and from the same place: pip install --force-reinstall torch torchvision",
             )
         return Finding(
             "torch",
@@ -149,7 +147,7 @@ def check_cuda(look: Callable[[], tuple[int, bool, str]] = _gpus) -> Finding:
             "GPU",
             "fail",
             f"{devices} there, but torch {name} sees none",
-            "install a torch with CUDA in place of a +cpu build, or a driver that is new "
-            "enough for it (nvidia-smi says which)",
+            "install a torch with CUDA in place of a +cpu build, or a driver that is new enough "
+            "for it (nvidia-smi says which)",
         )
     return Finding("GPU", "ok", "none; the networks run on the processor")

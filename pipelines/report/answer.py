@@ -11,13 +11,15 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from headrace.cache import HeadraceError
-from headrace.heads import Task, average, spec_from_json
+from headrace.cache.errors import HeadraceError
+from headrace.heads.data.task import Task
+from headrace.heads.evaluate.ensemble import average
 from headrace.heads.predict import tempered
-from headrace.pipelines.deliver.model import ENSEMBLE, ensemble_is_answer
+from headrace.heads.spec import spec_from_json
+from headrace.pipelines.models.model import ENSEMBLE, ensemble_is_answer
 from headrace.pipelines.records import read_record
 from headrace.pipelines.report.read import FinishedRun
-from headrace.pipelines.winner import predict_test
+from headrace.pipelines.selection.winner import predict_test
 
 Found = Mapping[str, Any]
 
@@ -42,8 +44,11 @@ class Answer:
         kinds = [member["kind"] for member in self.ensemble["members"]]
         networks = kinds.count("finetune")
         heads = len(kinds) - networks
-        words = [f"{count} {word}{'s' if count > 1 else ''}" for count, word in ((heads, "head"), (networks, "network"))
-                 if count]  # fmt: skip
+        words = [
+            f"{count} {word}{'s' if count > 1 else ''}"
+            for count, word in ((heads, "head"), (networks, "network"))
+            if count
+        ]
         return " and ".join(words)
 
 
@@ -120,7 +125,7 @@ def _predict(
     """Targets and predictions of one head or network of an opening's record, at its temperature."""
     kind = spec_from_json(member["spec"]).kind
     network = kind == "finetune"  # reads the images, no features
-    path = (run.paths.thaw if network else run.paths.banks) / member["bank"]
+    path = (run.paths.finetune if network else run.paths.banks) / member["bank"]
     features = [] if network else [view for name in member["inputs"] for view in run.features(name)]
     row = pd.Series({"kind": kind, "spec": member["spec"], "path": str(path)})
     own = member.get("temperature", 1.0)

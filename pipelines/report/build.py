@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pandas as pd
 
-from headrace.cache import HeadraceError, publish_replace
-from headrace.heads import FULL
+from headrace.cache.atomic_io import publish_replace
+from headrace.cache.errors import HeadraceError
+from headrace.heads.spec import FULL
+from headrace.pipelines.cli.show import number_text
 from headrace.pipelines.finished import require_writable
-from headrace.pipelines.leaderboard import inputs_text
+from headrace.pipelines.planning.leaderboard import inputs_text
 from headrace.pipelines.report.answer import find_answer
 from headrace.pipelines.report.blocks import Headline, Section, Table, tables_of
 from headrace.pipelines.report.cost import cost, seconds_text
@@ -31,7 +33,6 @@ from headrace.pipelines.report.provenance import provenance
 from headrace.pipelines.report.read import FinishedRun, read_run
 from headrace.pipelines.report.suspects import suspects
 from headrace.pipelines.report.thumbnails import Thumbnails
-from headrace.pipelines.show import number_text
 
 _TITLE = "headrace report: "
 
@@ -124,8 +125,8 @@ def headline(run: FinishedRun) -> Headline:
             f"validation {metric_title(metric)}",
             number_text(winner[metric], metric),
             (
-                f"± {number_text(winner['standard_error'], metric)} over {winner['folds']} "
-                "folds; it was chosen by this"
+                f"± {number_text(winner['standard_error'], metric)} over {winner['folds']} folds; "
+                "it was chosen by this"
             ),
         ),
     ]
@@ -150,8 +151,7 @@ def headline(run: FinishedRun) -> Headline:
                 f"test {metric_title(result['metric'])}",
                 number_text(result["value"], result["metric"]),
                 f"{'of the ensemble; ' if answer.ensemble is not None else ''}95 % interval "
-                f"{interval}, "
-                f"{result['images']:,} images never seen before",
+                f"{interval}, {result['images']:,} images never seen before",
             )
         )
     stages = run.stages
@@ -174,8 +174,8 @@ def _require_ours(page: Path) -> None:
     if not page.exists():
         return
     elsewhere = (
-        f"Give another name with --out, such as {page.with_name('headrace-report.html')}, or "
-        "move it away"
+        f"Give another name with --out, such as {page.with_name('headrace-report.html')}, or move "
+        "it away"
     )
     if not page.is_file():
         raise ReportThere(
@@ -184,8 +184,8 @@ def _require_ours(page: Path) -> None:
     with page.open("rb") as file:
         if _TITLE.encode() not in file.read(4096):
             raise ReportThere(
-                f"{page} is there, and headrace report did not write it: it is not "
-                f"replaced. {elsewhere}"
+                f"{page} is there, and headrace report did not write it: it is not replaced. "
+                f"{elsewhere}"
             )
 
 
@@ -204,8 +204,8 @@ def write_tables(
         ]
         if len(pair) == 1:
             raise ReportThere(
-                f"{pair[0]} is there, and headrace report did not write it: it is not "
-                "replaced. Move it away"
+                f"{pair[0]} is there, and headrace report did not write it: it is not replaced. "
+                "Move it away"
             )
     written = []
     for name, table in tables_of(tuple(sections)).items():

@@ -6,11 +6,11 @@ from typing import Any
 
 import pandas as pd
 
-from headrace.cache import HeadraceError
-from headrace.heads import FULL
+from headrace.cache.errors import HeadraceError
+from headrace.heads.spec import FULL
+from headrace.pipelines.cli.show import bytes_text
 from headrace.pipelines.report.blocks import Block, Column, Facts, Note, Section, Table
 from headrace.pipelines.report.read import FinishedRun
-from headrace.pipelines.show import bytes_text
 
 # What the Green Algorithms calculator takes where the processor is not known (Lannelongue, Grealey
 # and Inouye 2021, Advanced Science 8:2100707): watts of a busy core, of a GPU, and of a gigabyte of
@@ -51,8 +51,8 @@ def cost(run: FinishedRun, watts: float | None = None) -> Section:
                         "heads trained",
                         (
                             f"{heads:,}, "
-                            f"{float(run.heads['seconds'].sum()) / max(len(run.heads), 1):.3g} "
-                            "s each on average"
+                            f"{float(run.heads['seconds'].sum()) / max(len(run.heads), 1):.3g} s "
+                            "each on average"
                         ),
                     ),
                     ("energy (estimate)", energy_text(total * power / 3600)),
@@ -114,10 +114,9 @@ def _power(run: FinishedRun, watts: float | None) -> tuple[float, str]:
     parts += [f"{memory:.0f} GB of memory at {WATTS_PER_GB} W each"] if memory else []
     return power, (
         f"Energy is an estimate and was not measured: wall time × {power:.0f} W "
-        f"({', '.join(parts)}; the figures of Lannelongue, "
-        "Grealey and Inouye 2021, doi:10.1002/advs.202100707, for a processor that is not "
-        "known), without cooling. "
-        "If you know what your machine draws: headrace report RUN --watts 95."
+        f"({', '.join(parts)}; the figures of Lannelongue, Grealey and Inouye 2021, "
+        "doi:10.1002/advs.202100707, for a processor that is not known), without cooling. If you "
+        "know what your machine draws: headrace report RUN --watts 95."
     )
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from headrace.heads import Task
+from headrace.heads.data.task import Task
 from headrace.pipelines.records import read_table
 from headrace.pipelines.report import figures
 from headrace.pipelines.report.blocks import Block, Column, Facts, Figure, Note, Section, Table
@@ -31,6 +31,7 @@ def data(run: FinishedRun) -> Section:
         blocks += [Note(f"{note}.") for note in rows.dataset.notes]
         train = rows.dataset.train
         folds = train.n_folds
+        content = np.concatenate([train.content, rows.dataset.test.content])
         blocks.insert(
             0,
             Facts(
@@ -41,10 +42,7 @@ def data(run: FinishedRun) -> Section:
                         f"{len(train.ids):,}, in {folds} validation fold{'s' * (folds > 1)}",
                     ),
                     ("test", f"{len(rows.dataset.test.ids):,}"),
-                    (
-                        "distinct images",
-                        f"{len(np.unique(np.concatenate([train.content, rows.dataset.test.content]))):,}",
-                    ),
+                    ("distinct images", f"{len(np.unique(content)):,}"),
                 )
             ),
         )
@@ -131,9 +129,8 @@ def _balance(run: FinishedRun, test: Task | None) -> list[Block]:
         blocks.append(
             Note(
                 f"Lopsided: {train[largest]:,} images of {run.classes[largest]} and "
-                f"{train[smallest]:,} of {run.classes[smallest]}. "
-                "Accuracy mostly tells of the large classes; look at recall by class, and try "
-                "task.metric: balanced_accuracy "
+                f"{train[smallest]:,} of {run.classes[smallest]}. Accuracy mostly tells of the "
+                "large classes; look at recall by class, and try task.metric: balanced_accuracy "
                 "and class_weight: [none, balanced].",
                 "warning",
             )

@@ -8,13 +8,13 @@ from typing import Any
 
 import pandas as pd
 
-from headrace.pipelines.leaderboard import inputs_text
+from headrace.pipelines.cli.show import level_text, number_text
+from headrace.pipelines.planning.leaderboard import inputs_text
 from headrace.pipelines.records import RUN_AGAIN, RunDamaged, read_record, read_table
 from headrace.pipelines.report import figures
 from headrace.pipelines.report.blocks import Block, Column, Facts, Figure, Note, Section, Table
 from headrace.pipelines.report.leaders import metric_format, metric_title
 from headrace.pipelines.report.read import FinishedRun
-from headrace.pipelines.show import level_text, number_text
 
 Found = Mapping[str, Any]
 
@@ -29,8 +29,8 @@ def choice(run: FinishedRun) -> Section:
         lambda found: _choice(run, found),
     )
     lead = (
-        "The best of many looks better than it is. The correction and the comparisons resample "
-        "the same validation images for all."
+        "The best of many looks better than it is. The correction and the comparisons resample the "
+        "same validation images for all."
     )
     return Section("choice", "How sure is the choice?", lead, blocks)
 
@@ -38,8 +38,8 @@ def choice(run: FinishedRun) -> Section:
 def ensemble(run: FinishedRun) -> Section:
     """What averaging heads is worth, and which heads."""
     how = (
-        "put `ensemble: {}` into the recipe and `headrace run RECIPE` again; nothing is "
-        "trained anew"
+        "put `ensemble: {}` into the recipe and `headrace run RECIPE` again; nothing is trained "
+        "anew"
     )
     blocks = _blocks(run.paths.ensemble / "ensemble.json", how, lambda found: _ensemble(run, found))
     return Section(
@@ -127,8 +127,8 @@ def _choice(run: FinishedRun, found: Found) -> list[Block]:
             (
                 "as chosen",
                 (
-                    f"{validation}, the best of {found['tried']:,} settings on "
-                    f"{found['images']:,} validation images"
+                    f"{validation}, the best of {found['tried']:,} settings on {found['images']:,} "
+                    "validation images"
                 )
                 + (
                     "" if at_temperature == validation else f"; {at_temperature} at its temperature"
@@ -137,8 +137,8 @@ def _choice(run: FinishedRun, found: Found) -> list[Block]:
             (
                 "as good as the winner",
                 (
-                    f"{found['together']:,} of {found['tried']:,} settings cannot be told "
-                    "apart from it (95 %)"
+                    f"{found['together']:,} of {found['tried']:,} settings cannot be told apart "
+                    "from it (95 %)"
                 ),
             ),
         )
@@ -195,8 +195,8 @@ def _ensemble(run: FinishedRun, found: Found) -> list[Block]:
         f"It is the run's answer: the {level} interval of its gain over a single head lies above 0."
         if nested["chosen"]
         else (
-            f"The {level} interval of its gain over a single head reaches 0: the winner stays "
-            "the answer."
+            f"The {level} interval of its gain over a single head reaches 0: the winner stays the "
+            "answer."
         )
     )
     gain = (
@@ -275,8 +275,10 @@ def _advice(run: FinishedRun, found: Found) -> list[Block]:
             "bayes_high": ("to", "share", ""),
         }
         columns = tuple(
-            Column(name, *about) for name, about in titles.items() if name in frame.columns
-        )  # type: ignore[arg-type]
+            Column(name, *about)  # type: ignore[arg-type]
+            for name, about in titles.items()
+            if name in frame.columns
+        )
         blocks.append(
             Table(
                 "transfer-scores",
@@ -331,9 +333,9 @@ def _curve(evidence: Found) -> Figure:
     return Figure(
         svg,
         "Learning curve: the error of the best head against the images trained on, from "
-        f"{images[0]:,.0f} to {last:,.0f} images "
-        "measured, and beyond that extrapolated; the numbers are in the table below.",
-        "Learning curve of the best head at each size; dashed: a power law's extrapolation "
-        "with its 95 % interval.",
+        f"{images[0]:,.0f} to {last:,.0f} images measured, and beyond that extrapolated; the "
+        "numbers are in the table below.",
+        "Learning curve of the best head at each size; dashed: a power law's extrapolation with "
+        "its 95 % interval.",
         Table("learning-curve", "Learning curve", columns, frame, sortable=False),
     )

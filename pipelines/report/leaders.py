@@ -3,8 +3,9 @@
 import numpy as np
 import pandas as pd
 
-from headrace.heads import FULL, METRICS
-from headrace.pipelines.leaderboard import inputs_text
+from headrace.heads.evaluate.metrics import METRICS
+from headrace.heads.spec import FULL
+from headrace.pipelines.planning.leaderboard import inputs_text
 from headrace.pipelines.report import figures
 from headrace.pipelines.report.blocks import Block, Column, Figure, Format, Note, Section, Table
 from headrace.pipelines.report.read import FinishedRun
@@ -72,8 +73,7 @@ def leaderboard(run: FinishedRun) -> Section:
     )
     lead = (
         f"{len(frame):,} settings, each trained once per fold {whole}. Heads were chosen on "
-        "validation folds alone; the test "
-        "split plays no part in this table."
+        "validation folds alone; the test split plays no part in this table."
     )
     return Section("leaderboard", "Leaderboard", lead, (table, *_failed_note(run)))
 
@@ -118,16 +118,15 @@ def taps(run: FinishedRun) -> Section:
     figure = Figure(
         svg,
         f"Dot plot of the best validation {metric_title(metric)} of each kind of head on each "
-        "input. "
-        f"The best is {leader['kind']} on {leader['inputs']}; the numbers are in the table below.",
+        f"input. The best is {leader['kind']} on {leader['inputs']}; the numbers are in the table "
+        "below.",
         "Best head of each kind on each input; bars are ± one standard error over folds.",
         Table("taps", "Best head of each inputs and kind", columns, frame),
     )
     backbones = _by_backbone(run, best)
     lead = (
         "Which layer of which network holds what the task needs. The best of many settings is "
-        "flattered a little by having "
-        "been chosen."
+        "flattered a little by having been chosen."
     )
     return Section("taps", "Taps and backbones", lead, (figure, *backbones))
 

@@ -4,16 +4,17 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from headrace.cache import FeatureSet, HeadraceError
-from headrace.pipelines.evidence.cautions import (
+from headrace.cache.errors import HeadraceError
+from headrace.cache.feature_set import FeatureSet
+from headrace.pipelines.advice.cautions import (
     FEATURES_ALIKE,
     PIXELS_ALIKE,
     leaked_images,
     near_duplicates_text,
     sides,
 )
-from headrace.pipelines.evidence.duplicates import LikePairs, like_pairs, standardised
-from headrace.pipelines.evidence.signatures import signatures
+from headrace.pipelines.advice.duplicates import LikePairs, like_pairs, standardised
+from headrace.pipelines.advice.signatures import signatures
 from headrace.pipelines.records import RUN_AGAIN
 from headrace.pipelines.report.blocks import Block, Column, Gallery, Note, Picture, Section, Table
 from headrace.pipelines.report.read import FinishedRun
@@ -38,10 +39,9 @@ def leakage(run: FinishedRun, thumbnails: Thumbnails) -> Section:
     content, ids, side = content[first], ids[first], side[first]
     pairs, remarks = _pairs(run, content, side)
     lead = (
-        "An image that is nearly the same in training and in test is recognised, not "
-        "understood, and flatters every score. "
-        "Compared are small grey copies of all images, and their features; sides are the test "
-        "split and the validation folds."
+        "An image that is nearly the same in training and in test is recognised, not understood, "
+        "and flatters every score. Compared are small grey copies of all images, and their "
+        "features; sides are the test split and the validation folds."
     )
     if pairs.empty:
         return Section(
@@ -98,8 +98,8 @@ def _pairs(
     if len(there) < len(content):
         remarks.append(
             Note(
-                f"{len(content) - len(there):,} images are not where they were: of them "
-                "only the features were compared."
+                f"{len(content) - len(there):,} images are not where they were: of them only the "
+                "features were compared."
             )
         )
     light = grey.astype(np.float32)
@@ -131,8 +131,8 @@ def _pairs(
         if pairs.compared < len(where):
             remarks.append(
                 Note(
-                    f"Of {len(where):,} images, {pairs.compared:,} drawn at random were "
-                    f"compared by their {name}."
+                    f"Of {len(where):,} images, {pairs.compared:,} drawn at random were compared "
+                    f"by their {name}."
                 )
             )
     for name in ("pixels", "features"):

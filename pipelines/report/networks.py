@@ -12,17 +12,16 @@ from headrace.pipelines.report.read import FinishedRun
 
 _LEAD = (
     "Fine-tuned and partly reused networks, each compared with its head on the same validation "
-    "rows; one that is not better "
-    "is rolled back."
+    "rows; one that is not better is rolled back."
 )
 
 
 def networks(run: FinishedRun) -> tuple[Section, ...]:
     """The section; none where no network was asked for."""
-    found = read_json(run.paths.thaw_decisions)
-    if found is None and run.recipe.thaw is not None:
+    found = read_json(run.paths.finetune_decisions)
+    if found is None and run.recipe.finetune is not None:
         text = (
-            f"No decision is on record, for {run.paths.thaw_decisions.name} is not there: "
+            f"No decision is on record, for {run.paths.finetune_decisions.name} is not there: "
             f"{RUN_AGAIN}."
         )
         return (Section("networks", "Head against networks", _LEAD, (Note(text, "warning"),)),)
@@ -32,7 +31,7 @@ def networks(run: FinishedRun) -> tuple[Section, ...]:
         blocks = _blocks(run, pd.DataFrame([_row(record) for record in found.values()]))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         text = (
-            f"{run.paths.thaw_decisions.name} is of another version of headrace "
+            f"{run.paths.finetune_decisions.name} is of another version of headrace "
             f"({type(error).__name__}: {error})."
         )
         blocks = (Note(text),)

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from headrace.heads import FULL, spec_from_json
-from headrace.pipelines.leaderboard import settings_text
+from headrace.heads.spec import FULL, spec_from_json
+from headrace.pipelines.planning.leaderboard import settings_text
 from headrace.pipelines.report.answer import Answer, find_answer, test_predictions
 from headrace.pipelines.report.blocks import Block, Column, Note, Section, Table
 from headrace.pipelines.report.leaders import metric_title
@@ -22,9 +22,8 @@ def test_split(run: FinishedRun) -> Section:
     frame = _openings(run)
     if opening is None:
         text = (
-            f"{answer.name.capitalize()} has not been shown a test split: set "
-            "task.test_fraction, or a split column with test "
-            "rows, and run again."
+            f"{answer.name.capitalize()} has not been shown a test split: set task.test_fraction, "
+            "or a split column with test rows, and run again."
         )
         return Section("test", "Test split", "", (Note(text), *([frame] if frame else ())))
     result = opening["result"]
@@ -44,9 +43,8 @@ def test_split(run: FinishedRun) -> Section:
         else f"They were shown to the ensemble of {answer.heads}, not to the winner. "
     )
     lead = (
-        f"{result['images']:,} images that no head was trained or chosen on. {shown}The rows "
-        "and predictions below are those "
-        "of the opening on record; this report opens nothing."
+        f"{result['images']:,} images that no head was trained or chosen on. {shown}The rows and "
+        "predictions below are those of the opening on record; this report opens nothing."
     )
     return Section("test", "Test split", lead, tuple(blocks))
 
@@ -113,9 +111,9 @@ def _times_opened(run: FinishedRun, opening: Any, answer: Answer) -> Note:
             "good",
         )
     return Note(
-        f"{len(winners)} different winners have been shown these test images. Each time, the "
-        "score says a little less about "
-        "new images: whoever picks the best of them has chosen on the test split.",
+        f"{len(winners)} different winners have been shown these test images. Each time, the score "
+        "says a little less about new images: whoever picks the best of them has chosen on the "
+        "test split.",
         "warning",
     )
 

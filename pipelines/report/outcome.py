@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from headrace.heads import METRICS, score
+from headrace.heads.evaluate.metrics import METRICS, score
 from headrace.pipelines.report import figures
 from headrace.pipelines.report.blocks import Block, Column, Facts, Figure, Note, Section, Table
 from headrace.pipelines.report.leaders import metric_format, metric_title
@@ -32,10 +32,10 @@ def predictions(run: FinishedRun) -> Section:
         *_calibration(run, target),
     ]
     lead = (
-        f"The winner, {run.winner['kind']} {run.winner['settings']}, on {len(rows):,} "
-        "validation images: each predicted by the "
-        f"{'network' if run.winner['kind'] == 'finetune' else 'head'} that was trained without "
-        "its fold."
+        f"The winner, {run.winner['kind']} {run.winner['settings']}, on {len(rows):,} validation "
+        "images: each predicted by the "
+        f"{'network' if run.winner['kind'] == 'finetune' else 'head'} that was trained without its "
+        "fold."
     )
     return Section("predictions", "What the winner gets right and wrong", lead, tuple(blocks))
 
@@ -50,8 +50,8 @@ def _calibration(run: FinishedRun, target: npt.NDArray[Any]) -> list[Block]:
     if found is None:
         return [
             Note(
-                "The winner has no temperature: `headrace run RECIPE` with this version "
-                "gives it one, and trains nothing."
+                "The winner has no temperature: `headrace run RECIPE` with this version gives it "
+                "one, and trains nothing."
             )
         ]
     facts = Facts(
@@ -59,8 +59,8 @@ def _calibration(run: FinishedRun, target: npt.NDArray[Any]) -> list[Block]:
             (
                 "temperature",
                 (
-                    f"{found['temperature']:.3f}: what `predict` and `export` divide the "
-                    "winner's log-odds by"
+                    f"{found['temperature']:.3f}: what `predict` and `export` divide the winner's "
+                    "log-odds by"
                 ),
             ),
             (
@@ -136,8 +136,8 @@ def _confusion(
             *(Column(f"c{i}", name, "count") for i, name in enumerate(classes)),
         )
         caption = (
-            f"Confusion matrix, {which} images: rows are what the label says, columns what "
-            f"{who} says"
+            f"Confusion matrix, {which} images: rows are what the label says, columns what {who} "
+            "says"
         )
         return [Table(f"confusion-{which}", caption, columns, frame, sortable=False, shade="rows")]
     wrong = counts.copy()
@@ -294,9 +294,8 @@ def _reliability(
     )
     return Figure(
         figures.reliability(mean, right, rows[there], unit, who),
-        "Reliability diagram: share of right predictions against predicted probability in "
-        f"{BINS} bins. {who.capitalize()} is {tends}; "
-        f"the expected calibration error is {error:.3f}.",
+        f"Reliability diagram: share of right predictions against predicted probability in {BINS} "
+        f"bins. {who.capitalize()} is {tends}; the expected calibration error is {error:.3f}.",
         f"Reliability, {which} images: on the dashed line, 80 % sure is right 80 % of the time. "
         f"{who.capitalize()} is {tends} (expected calibration error {error:.3f}).",
         Table(
@@ -337,8 +336,8 @@ def _regression(
             Figure(
                 svg,
                 alt,
-                f"{name}: predicted against true, {which} images; on the dashed line they "
-                "are equal.",
+                f"{name}: predicted against true, {which} images; on the dashed line they are "
+                "equal.",
             )
         )
     return blocks

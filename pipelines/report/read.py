@@ -14,24 +14,27 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from headrace.cache import FeatureSet, HeadraceError, feature_set_path, open_feature_set
-from headrace.cache.sealed import SealBroken
+from headrace.cache.errors import HeadraceError
+from headrace.cache.feature_set import FeatureSet, open_feature_set
+from headrace.cache.integrity.sealed import SealBroken
+from headrace.cache.publish import feature_set_path
 from headrace.cache.spec import FeatureSpec
-from headrace.extract import read_listing
-from headrace.heads import BankResult, floor_of, read_bank, read_task
-from headrace.heads.task import BadTaskFile
-from headrace.pipelines.accounting import Accounting, accounting_from_json
-from headrace.pipelines.dataset import Dataset, drop_rows, list_samples, make_dataset
-from headrace.pipelines.deliver.model import trusted_code
-from headrace.pipelines.evidence.calibration import calibrated
-from headrace.pipelines.evidence.predictions import held_out
+from headrace.extract.images.changes import read_listing
+from headrace.heads.data.task import BadTaskFile, read_task
+from headrace.heads.evaluate.temperature import floor_of
+from headrace.heads.results import BankResult, read_bank
 from headrace.pipelines.finished import NotARun as NotARun
 from headrace.pipelines.finished import find_run, require_finished, results_file, stored_recipe
+from headrace.pipelines.models.model import trusted_code
 from headrace.pipelines.paths import RunPaths
-from headrace.pipelines.prepare import check_metric
-from headrace.pipelines.recipe import Recipe
+from headrace.pipelines.planning.accounting import Accounting, accounting_from_json
+from headrace.pipelines.planning.dataset import Dataset, drop_rows, list_samples, make_dataset
+from headrace.pipelines.planning.run_state import check_metric
+from headrace.pipelines.recipe.load import Recipe
 from headrace.pipelines.records import RUN_AGAIN, RunDamaged, read_record, read_records, read_table
-from headrace.pipelines.winner import choose_winner, read_openings
+from headrace.pipelines.selection.calibration import calibrated
+from headrace.pipelines.selection.predictions import held_out
+from headrace.pipelines.selection.winner import choose_winner, read_openings
 
 _TEXTS = {"inputs": str, "kind": str, "settings": str, "spec": str, "path": str}
 
@@ -164,8 +167,8 @@ class FinishedRun:
             return f"the images are not where they were: {error}"
         if dataset.train.digest != self.bank.task:
             return (
-                "the images, their labels or their split have changed since the run: run it "
-                "again, then report"
+                "the images, their labels or their split have changed since the run: run it again, "
+                "then report"
             )
         samples = samples.assign(content=pd.Series(content, index=samples.index, dtype=object))
         there = samples[samples["content"].notna()].drop_duplicates("content")

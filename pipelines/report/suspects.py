@@ -24,8 +24,7 @@ def suspects(run: FinishedRun, thumbnails: Thumbnails) -> Section:
     blocks = kinds.get(run.task_kind, _regression)(run, thumbnails)
     lead = (
         "Validation images only, each predicted by a head that did not train on it. A picture "
-        "often says at once whether the "
-        "head or the label is wrong."
+        "often says at once whether the head or the label is wrong."
     )
     return Section("mistakes", "Mistakes and likely label errors", lead, tuple(blocks))
 
@@ -95,9 +94,8 @@ def _single(run: FinishedRun, thumbnails: Thumbnails) -> list[Block]:
         *blocks,
         Note(
             f"{len(found):,} of {len(rows):,} labels ({len(found) / len(rows):.1%}) are likely "
-            "wrong by confident learning "
-            "(Northcutt et al. 2021) on the winner's out-of-fold predictions. A weak head "
-            "suspects too many: look before you relabel."
+            "wrong by confident learning (Northcutt et al. 2021) on the winner's out-of-fold "
+            "predictions. A weak head suspects too many: look before you relabel."
         ),
         Gallery(
             f"The {min(SHOWN, len(found))} likeliest label errors",
@@ -155,10 +153,9 @@ def _multi(run: FinishedRun, thumbnails: Thumbnails) -> list[Block]:
         ),
         mistakes,
         Note(
-            f"{len(row_e):,} of {target.size:,} labels "
-            f"({len(row_e) / max(target.size, 1):.1%}) are likely wrong by confident "
-            "learning (Northcutt et al. 2021), label by label. A weak head suspects too many: "
-            "look before you relabel."
+            f"{len(row_e):,} of {target.size:,} labels ({len(row_e) / max(target.size, 1):.1%}) "
+            "are likely wrong by confident learning (Northcutt et al. 2021), label by label. A "
+            "weak head suspects too many: look before you relabel."
         ),
         Gallery(
             f"The {min(SHOWN, len(row_e))} likeliest label errors",

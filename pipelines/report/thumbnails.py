@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 
 from PIL import Image
 
-from headrace.extract import ImageError, decode_image, hash_bytes, read_bytes
-from headrace.extract.images import PixelRange
+from headrace.extract.errors import ImageError
+from headrace.extract.images.byte_ranges import read_bytes
+from headrace.extract.images.content_hashes import hash_bytes
+from headrace.extract.images.decoding import PixelRange, decode_image
 
 SIDE = 144  # pixels
 # An image of no more pixels than this is enlarged, pixel by pixel, and looks like what it is.

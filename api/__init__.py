@@ -1,0 +1,101 @@
+"""The names that most people need, each imported when it is first used.
+
+Everything else is imported from the module that defines it, e.g. `headrace.cache.verify`.
+"""
+
+import importlib
+import importlib.metadata
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from headrace.cache.feature_set import (
+        FeatureSet as FeatureSet,
+    )
+    from headrace.cache.feature_set import (
+        list_feature_sets as list_feature_sets,
+    )
+    from headrace.cache.feature_set import (
+        open_feature_set as open_feature_set,
+    )
+    from headrace.extract.backbones.backbone import load_backbone as load_backbone
+    from headrace.extract.images.preprocessing import Preprocessing as Preprocessing
+    from headrace.extract.sources.read import (
+        ImageSource as ImageSource,
+    )
+    from headrace.extract.sources.read import (
+        detect_source as detect_source,
+    )
+    from headrace.extract.sources.read import (
+        read_source as read_source,
+    )
+    from headrace.extract.spec import BackboneSpec as BackboneSpec
+    from headrace.heads.data.lookup import FeatureLookup as FeatureLookup
+    from headrace.heads.persist import load_head as load_head
+    from headrace.heads.sklearn.estimators import (
+        CentroidHead as CentroidHead,
+    )
+    from headrace.heads.sklearn.estimators import (
+        KNNHead as KNNHead,
+    )
+    from headrace.heads.sklearn.estimators import (
+        LogisticHead as LogisticHead,
+    )
+    from headrace.heads.sklearn.estimators import (
+        MLPHead as MLPHead,
+    )
+    from headrace.heads.sklearn.estimators import (
+        MLPRegressionHead as MLPRegressionHead,
+    )
+    from headrace.heads.sklearn.estimators import (
+        RidgeHead as RidgeHead,
+    )
+    from headrace.heads.sklearn.estimators import (
+        RidgeRegressionHead as RidgeRegressionHead,
+    )
+    from headrace.pipelines.advice.advise_run import advise_run as advise_run
+    from headrace.pipelines.api import (
+        extract_features as extract_features,
+    )
+    from headrace.pipelines.api import (
+        train_heads as train_heads,
+    )
+    from headrace.pipelines.models.model import Model as Model
+    from headrace.pipelines.models.model import load_model as load_model
+    from headrace.pipelines.recipe.load import load_recipe as load_recipe
+    from headrace.pipelines.report.build import write_report as write_report
+    from headrace.pipelines.run import run_recipe as run_recipe
+
+_MODULES = {
+    "cache.feature_set": "FeatureSet list_feature_sets open_feature_set",
+    "extract.backbones.backbone": "load_backbone",
+    "extract.images.preprocessing": "Preprocessing",
+    "extract.sources.read": "ImageSource detect_source read_source",
+    "extract.spec": "BackboneSpec",
+    "heads.data.lookup": "FeatureLookup",
+    "heads.persist": "load_head",
+    "heads.sklearn.estimators": (
+        "CentroidHead KNNHead LogisticHead MLPHead MLPRegressionHead RidgeHead RidgeRegressionHead"
+    ),
+    "pipelines.advice.advise_run": "advise_run",
+    "pipelines.api": "extract_features train_heads",
+    "pipelines.models.model": "Model load_model",
+    "pipelines.recipe.load": "load_recipe",
+    "pipelines.report.build": "write_report",
+    "pipelines.run": "run_recipe",
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names.split()}
+
+__all__ = ["__version__", *_MODULE_OF]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return importlib.metadata.version("headrace")
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'headrace' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"headrace.{_MODULE_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """Names for tab completion, those that are not imported yet too."""
+    return __all__

@@ -1,0 +1,1 @@
+"""Features from and for other programs: import and export."""

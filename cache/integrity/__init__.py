@@ -1,0 +1,1 @@
+"""Digests and checks: verify and repair feature sets, remove what nobody needs."""

@@ -1,0 +1,106 @@
+"""Removing what nobody needs: feature sets that no recipe uses, and what killed processes left
+behind.
+"""
+
+import shutil
+import time
+import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from headrace.cache.atomic_io import PARTIAL_SUFFIX
+from headrace.cache.errors import CacheError
+from headrace.cache.feature_set import begun_directories, feature_set_directories
+from headrace.cache.integrity.repair import stale_temporaries
+from headrace.cache.publish import FEATURES, SHARDS, is_feature_set
+
+# A writer that is alive touches its temporary far more often than this.
+STALE_S = 3600.0
+_TRASH = ".removed-"
+
+
+@dataclass(frozen=True)
+class Garbage:
+    """What `find_garbage` found; `remove` takes it away."""
+
+    feature_sets: tuple[Path, ...]
+    temporaries: tuple[Path, ...]
+    trash: tuple[Path, ...]  # feature sets whose removal, or whose making, was interrupted
+    bytes: int
+
+    def remove(self) -> None:
+        """Remove all of it."""
+        for path in self.temporaries:
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+        for path in self.feature_sets:
+            remove_feature_set(path)
+        for path in self.trash:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def find_garbage(
+    cache_root: Path,
+    used: Iterable[str] | None = None,
+    *,
+    stale_s: float = STALE_S,
+    now: float | None = None,
+) -> Garbage:
+    """Stale temporaries and, when `used` (fingerprints) is given, the feature sets that are not
+    among them.
+    """
+    now = time.time() if now is None else now
+    keep = None if used is None else set(used)
+    unused = [
+        path
+        for path in feature_set_directories(cache_root)
+        if keep is not None and path.name not in keep
+    ]
+    temporaries = [
+        path
+        for path in stale_temporaries(cache_root, stale_s, now)
+        if not any(path.is_relative_to(directory) for directory in unused)
+    ]
+    trash = sorted((cache_root / FEATURES).glob(f"{_TRASH}*"))
+    trash += [
+        path for path in begun_directories(cache_root) if now - path.stat().st_mtime >= stale_s
+    ]
+    total = sum(map(tree_bytes, [*temporaries, *unused, *trash]))
+    return Garbage(tuple(unused), tuple(temporaries), tuple(trash), total)
+
+
+def remove_feature_set(directory: Path) -> None:
+    """Remove a feature set. It disappears at once, by a rename; then its files are deleted.
+
+    Raises CacheError when the directory is no feature set, nor one that was begun: nothing else is
+    ever deleted.
+    """
+    if not (is_feature_set(directory) or _is_begun(directory)):
+        raise CacheError(
+            f"{directory} is not a feature set; nothing was removed. `headrace cache ls --cache "
+            "CACHE` lists those of a cache"
+        )
+    doomed = directory.with_name(f"{_TRASH}{directory.name}-{uuid.uuid4().hex[:8]}")
+    directory.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def _is_begun(directory: Path) -> bool:
+    """Whether nothing is in it but what a writer makes before the spec: a temporary of its own, an
+    empty folder for shards.
+    """
+    if directory.parent.name != FEATURES or not directory.is_dir():
+        return False
+    return all(
+        path.name == SHARDS or path.name.endswith(PARTIAL_SUFFIX) for path in directory.rglob("*")
+    )
+
+
+def tree_bytes(directory: Path) -> int:
+    """Bytes of a file, or of all files below a directory."""
+    if directory.is_file():
+        return directory.stat().st_size
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())

@@ -1,0 +1,1 @@
+"""Frozen pretrained networks: where they come from, their weights and nodes."""

@@ -1,0 +1,166 @@
+"""Backbones: a frozen pretrained network with its own preprocessing, from torchvision, timm, or any
+Python function.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import inspect
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from headrace.extract.backbones import library
+from headrace.extract.backbones.weights import fit_weights, read_weights, weights_digest
+from headrace.extract.errors import BackboneError
+from headrace.extract.images.preprocessing import Preprocessing
+from headrace.extract.spec import (
+    BackboneSpec,
+    check_sizes,
+    check_spec,
+    is_weights_file,
+    weights_path,
+    weights_stamp,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Backbone:
+    """A network in evaluation mode whose parameters need no gradient, exactly as its library built
+    it.
+    """
+
+    spec: BackboneSpec
+    module: nn.Module
+    preprocessing: Preprocessing
+    weights: str  # digest, as FeatureSpec.weights
+
+
+def load_backbone(spec: BackboneSpec) -> Backbone:
+    """Build the network, load its weights and freeze it; the same object for the same spec and file
+    within a process.
+
+    Raises BackboneError: unknown names with the nearest ones, weights that do not fit, a tag that
+    cannot be downloaded.
+    """
+    check_spec(spec)
+    return _load(spec, weights_stamp(spec))
+
+
+def build_untrained(spec: BackboneSpec) -> tuple[nn.Module, Preprocessing]:
+    """The same network without its weights, in evaluation mode: shapes alone where the network can
+    be built so.
+    """
+    tag = spec.weights if _is_tag(spec) else None
+    try:
+        with torch.device("meta"):
+            module, preprocessing = library.build(spec.name, tag)
+    except (
+        NotImplementedError,
+        RuntimeError,
+    ):  # some networks compute with numbers while they are built
+        module, preprocessing = library.build(spec.name, tag)
+    _take_size(module, preprocessing, spec)
+    return module.eval(), override(preprocessing, spec)
+
+
+def _take_size(module: nn.Module, preprocessing: Preprocessing, spec: BackboneSpec) -> None:
+    """Where the spec asks for another input size than the weights' own, and the network has to be
+    told.
+    """
+    if spec.image_size is not None and spec.image_size != preprocessing.crop[0]:
+        library.set_input_size(module, spec.name, spec.image_size)
+
+
+def override(preprocessing: Preprocessing, spec: BackboneSpec) -> Preprocessing:
+    """The weights' own preprocessing with the spec's values in place of its own."""
+    resize, crop = preprocessing.resize, preprocessing.crop
+    if spec.image_size is not None or spec.crop_fraction is not None:
+        fraction = spec.crop_fraction if spec.crop_fraction is not None else crop[0] / resize[0]
+        if not 0 < fraction <= 1:
+            raise BackboneError(
+                f"{spec.name}: crop_fraction is {fraction}; expected more than 0 and at most 1"
+            )
+        size = spec.image_size if spec.image_size is not None else crop[0]
+        if size < 1:
+            raise BackboneError(f"{spec.name}: image_size is {size}; expected at least 1")
+        crop = (size, size)
+        # timm floors; the small addition keeps 224 / (224 / 256) at 256 instead of 255.99999
+        edge = int(size / fraction + 1e-6)
+        resize = (edge, edge)
+        check_sizes(spec.name, crop, resize)
+    return dataclasses.replace(
+        preprocessing,
+        resize=resize,
+        crop=crop,
+        mean=spec.mean or preprocessing.mean,
+        std=spec.std or preprocessing.std,
+        interpolation=spec.interpolation or preprocessing.interpolation,
+        pixel_range=spec.pixel_range if spec.pixel_range is not None else preprocessing.pixel_range,
+    )
+
+
+def _is_tag(spec: BackboneSpec) -> bool:
+    return (
+        spec.weights is not None
+        and not spec.weights.startswith("random:")
+        and not is_weights_file(spec.weights)
+    )
+
+
+@functools.lru_cache(maxsize=4)
+def _load(spec: BackboneSpec, stamp: tuple[int, ...] | None) -> Backbone:
+    what = f"{spec.name} with weights {spec.weights or '(default)'}"
+    if spec.weights is not None and spec.weights.startswith("random:"):
+        module, preprocessing = _seeded(spec)
+    elif spec.weights is not None and is_weights_file(spec.weights):
+        # The file is read first: a wrong path should not wait for the network to be built.
+        tensors = read_weights(weights_path(spec.weights))
+        module, preprocessing = library.build(spec.name, None)
+        if spec.weights_match == "name" and not _of_own_size(
+            module, tensors
+        ):  # exported at the size that is asked for
+            _take_size(module, preprocessing, spec)
+        fit_weights(module, tensors, spec.weights_match, what)
+    else:
+        module, preprocessing = library.build_pretrained(spec.name, spec.weights)
+    # Before anything is resampled, which other machines may round otherwise; the size is in the
+    # preprocessing's fingerprint.
+    digest = weights_digest(module)
+    _take_size(module, preprocessing, spec)
+    module.eval().requires_grad_(False)
+    if spec.name.startswith("python:"):
+        # Of a library's network the weights and the name say everything; of the user's own, its
+        # code may have changed.
+        digest = hashlib.sha256((digest + _source(spec.name)).encode()).hexdigest()
+    return Backbone(spec, module, override(preprocessing, spec), digest)
+
+
+def _of_own_size(module: nn.Module, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether the tensors have the shapes that the network is built with."""
+    return all(
+        tensors[name].shape == value.shape
+        for name, value in module.state_dict().items()
+        if name in tensors
+    )
+
+
+def _source(name: str) -> str:
+    """The text of the module that a "python:module:function" backbone comes from; empty where it
+    has none.
+    """
+    try:
+        return inspect.getsource(sys.modules[name.split(":")[1]])
+    except (KeyError, OSError, TypeError):
+        return ""
+
+
+def _seeded(spec: BackboneSpec) -> tuple[nn.Module, Preprocessing]:
+    assert spec.weights is not None
+    text = spec.weights.removeprefix("random:")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(text))
+        return library.build(spec.name, None)

@@ -1,0 +1,330 @@
+"""Where networks come from: torchvision, timm, or a Python function.
+
+Each gives a module and its own preprocessing.
+"""
+
+import importlib
+import math
+import urllib.error
+import urllib.request
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from headrace.extract.errors import BackboneError, nearest
+from headrace.extract.images.preprocessing import Preprocessing
+from headrace.extract.spec import unknown_prefix
+
+PREFIXES = ("torchvision:", "timm:", "python:")
+_TIMEOUT_S = (
+    4  # libraries retry for most of a minute before they say that there is no network; we ask once
+)
+
+
+def build(name: str, tag: str | None) -> tuple[nn.Module, Preprocessing]:
+    """The network `name` without pretrained weights, with the preprocessing of `tag` (None: the
+    default tag).
+    """
+    kind, _, rest = name.partition(":")
+    if kind == "torchvision":
+        return _torchvision(rest, tag)
+    if kind == "timm":
+        return _timm(rest, tag)
+    if kind == "python" and ":" in rest:
+        return _python(rest)
+    raise BackboneError(unknown_prefix(name))
+
+
+def build_pretrained(name: str, tag: str | None) -> tuple[nn.Module, Preprocessing]:
+    """The network with the library's weights of that tag, None for the default.
+
+    Raises BackboneError when offline.
+    """
+    kind, _, rest = name.partition(":")
+    if kind == "torchvision":
+        return _torchvision_pretrained(rest, tag)
+    if kind == "timm":
+        return _timm_pretrained(rest, tag)
+    if kind == "python":
+        if tag is not None:
+            raise BackboneError(
+                f"{name}: weights {tag!r}: a Python function knows no tags; name a file or nothing."
+            )
+        return build(name, None)
+    raise BackboneError(unknown_prefix(name))
+
+
+def backbone_names() -> list[str]:
+    """Every torchvision classification model and every timm model, sorted, with its prefix."""
+    import timm
+    import torchvision.models
+
+    vision = torchvision.models.list_models(module=torchvision.models)
+    return sorted(
+        [
+            *(f"torchvision:{name}" for name in vision),
+            *(f"timm:{name}" for name in timm.list_models()),
+        ]
+    )
+
+
+def backbone_tags(name: str) -> list[str]:
+    """The pretrained tags of a model, the default one first; empty for Python functions."""
+    kind, _, rest = name.partition(":")
+    if kind == "torchvision":
+        enum = _torchvision_weights(rest)
+        default = enum.DEFAULT.name
+        return [default, *(entry.name for entry in enum if entry.name != default)]
+    if kind == "timm":
+        import timm
+
+        return [tag.removeprefix(rest).lstrip(".") for tag in timm.list_pretrained(f"{rest}.*")]
+    return []
+
+
+def _torchvision_weights(name: str) -> Any:
+    import torchvision.models
+
+    known = torchvision.models.list_models(module=torchvision.models)
+    if name not in known:
+        raise BackboneError(
+            f"torchvision has no classification model {name!r}. Nearest: {nearest(name, known)}. "
+            f"Search with: headrace backbones {name[:6]}"
+        )
+    return torchvision.models.get_model_weights(name)
+
+
+def _torchvision_entry(name: str, tag: str | None) -> Any:
+    enum = _torchvision_weights(name)
+    if tag is None:
+        return enum.DEFAULT
+    if tag not in enum.__members__:
+        raise BackboneError(
+            f"torchvision:{name} has no weights {tag!r}. It has: {', '.join(enum.__members__)}."
+        )
+    return enum[tag]
+
+
+def _torchvision(name: str, tag: str | None) -> tuple[nn.Module, Preprocessing]:
+    import torchvision.models
+
+    entry = _torchvision_entry(name, tag)
+    options: dict[str, Any] = {}
+    if name in ("googlenet", "inception_v3"):
+        # What their pretrained weights were trained with; without `init_weights` torchvision warns
+        # and draws slowly.
+        options = {"init_weights": False, "transform_input": True, "aux_logits": True}
+    preprocessing = _of_torchvision_transforms(entry.transforms())
+    if name.startswith("vit_"):
+        options["image_size"] = preprocessing.crop[
+            0
+        ]  # their position embedding has the size of the weights' input
+    return torchvision.models.get_model(name, weights=None, **options), preprocessing
+
+
+def _torchvision_pretrained(name: str, tag: str | None) -> tuple[nn.Module, Preprocessing]:
+    import torch
+    import torchvision.models
+
+    entry = _torchvision_entry(name, tag)
+    target = torch.hub.get_dir() + "/checkpoints/" + entry.url.rsplit("/", 1)[-1]
+    _require_network(f"torchvision:{name}", entry.name, entry.url, target)
+    try:
+        module = torchvision.models.get_model(name, weights=entry)
+    except (OSError, RuntimeError) as error:
+        raise BackboneError(
+            _offline(f"torchvision:{name}", entry.name, entry.url, target, str(error))
+        ) from error
+    return module, _of_torchvision_transforms(entry.transforms())
+
+
+def _of_torchvision_transforms(transforms: Any) -> Preprocessing:
+    edge, crop = transforms.resize_size[0], transforms.crop_size[0]
+    return Preprocessing(
+        resize=(edge, edge),
+        crop=(crop, crop),
+        mode="shortest",
+        interpolation=transforms.interpolation.value,
+        mean=tuple(transforms.mean),
+        std=tuple(transforms.std),
+    )
+
+
+def _timm(name: str, tag: str | None) -> tuple[nn.Module, Preprocessing]:
+    import timm
+
+    full = _timm_name(name, tag)
+    module = timm.create_model(full, pretrained=False)
+    return module, _of_timm_config(_timm_config(module))
+
+
+def _timm_name(name: str, tag: str | None) -> str:
+    import timm
+
+    base = name.partition(".")[0]
+    if not timm.is_model(base):
+        raise BackboneError(
+            f"timm has no model {name!r}. Nearest: {nearest(base, timm.list_models())}. Search "
+            f"with: headrace backbones {base[:6]}"
+        )
+    full = name if tag is None else f"{base}.{tag}"
+    if "." in full and full not in timm.list_pretrained(f"{base}.*"):
+        known = [entry.partition(".")[2] for entry in timm.list_pretrained(f"{base}.*")]
+        raise BackboneError(
+            f"timm:{base} has no weights {full.partition('.')[2]!r}. It has: "
+            f"{', '.join(known) or 'none'}."
+        )
+    return full
+
+
+def _timm_pretrained(name: str, tag: str | None) -> tuple[nn.Module, Preprocessing]:
+    import timm
+    from huggingface_hub import constants, errors, try_to_load_from_cache
+
+    full = _timm_name(name, tag)
+    config = timm.get_pretrained_cfg(full)
+    if config is None or not config.has_weights:
+        raise BackboneError(
+            f"timm:{full} has no pretrained weights. Name a weights file, or weights: random:0."
+        )
+    hub = config.hf_hub_id
+    if hub:
+        files = ("model.safetensors", "pytorch_model.bin")
+        cached = any(isinstance(try_to_load_from_cache(hub, file), str) for file in files)
+        url, where = f"{constants.ENDPOINT}/{hub}", "" if cached else None
+        if where is None:
+            _require_network(f"timm:{full}", full, url, "")
+    try:
+        module = timm.create_model(full, pretrained=True)
+    except (OSError, RuntimeError, ValueError, errors.HfHubHTTPError) as error:
+        raise BackboneError(
+            _offline(f"timm:{full}", full, str(hub or config.url), "", str(error))
+        ) from error
+    return module, _of_timm_config(_timm_config(module))
+
+
+def set_input_size(module: nn.Module, name: str, size: int) -> None:
+    """Give a network whose input has a fixed size, as most transformers' has, another one: its
+    position embeddings, or relative position tables, are resampled as timm or torchvision does it.
+    Other networks are left as they are. Raises BackboneError.
+    """
+    resample: Any = getattr(module, "set_input_size", None)
+    embed = getattr(module, "patch_embed", None)
+    patch = getattr(embed, "patch_size", None)
+    if (
+        patch is not None and not getattr(embed, "dynamic_img_pad", False) and size % patch[0]
+    ):  # pixels would be cut off
+        near = size // patch[0] * patch[0]
+        raise BackboneError(
+            f"{name}: image_size is {size}, and its patches are {patch[0]} x {patch[1]} pixels: "
+            "take a multiple, such as "
+            f"{' or '.join(str(each) for each in (near, near + patch[0]) if each)}"
+        )
+    try:
+        if resample is not None:  # timm's vision transformers, Swin, BEiT, MaxViT and others
+            with warnings.catch_warnings():  # of timm's, on the memory layout of its own tables
+                warnings.simplefilter("ignore", UserWarning)
+                resample(img_size=(size, size))
+        elif type(module).__module__ == "torchvision.models.vision_transformer":
+            _resample_torchvision(module, size)
+    except (AssertionError, RuntimeError, ValueError, TypeError) as error:
+        raise BackboneError(
+            f"{name} cannot be given images of {size} x {size} pixels ({type(error).__name__}: "
+            f"{str(error)[:200]}): leave image_size out for the weights' own size"
+        ) from error
+
+
+def _resample_torchvision(module: Any, size: int) -> None:
+    """For a torchvision VisionTransformer what `set_input_size` is for timm's."""
+    from torchvision.models.vision_transformer import interpolate_embeddings
+
+    state = interpolate_embeddings(size, module.patch_size, module.state_dict())
+    positions = nn.Parameter(state["encoder.pos_embedding"])
+    module.image_size, module.seq_length = size, positions.shape[1]
+    module.encoder.pos_embedding = positions
+
+
+def _timm_config(module: nn.Module) -> dict[str, Any]:
+    from timm.data.config import resolve_model_data_config
+
+    config: dict[str, Any] = resolve_model_data_config(module)  # type: ignore[no-untyped-call]
+    return config
+
+
+def _of_timm_config(config: dict[str, Any]) -> Preprocessing:
+    if config["input_size"][0] != 3:
+        raise BackboneError(
+            f"the network takes {config['input_size'][0]} channels; images here have 3"
+        )
+    height, width = config["input_size"][1:]
+    fraction = config["crop_pct"]
+    modes = {"center": "shortest", "squash": "squash", "border": "border"}
+    return Preprocessing(
+        resize=(math.floor(height / fraction), math.floor(width / fraction)),
+        crop=(height, width),
+        mode=modes[config["crop_mode"]],  # type: ignore[arg-type]
+        interpolation=config["interpolation"],
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+    )
+
+
+def _python(path: str) -> tuple[nn.Module, Preprocessing]:
+    made = import_function(path)()
+    if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module)):
+        raise BackboneError(
+            f"python:{path} returned {type(made).__name__}; expected (torch.nn.Module, "
+            "headrace.extract.Preprocessing)."
+        )
+    module, preprocessing = made
+    if not isinstance(preprocessing, Preprocessing):
+        raise BackboneError(
+            f"python:{path}: the second value is {type(preprocessing).__name__}; expected "
+            "headrace.extract.Preprocessing, whose fields are part of every fingerprint."
+        )
+    return module, preprocessing
+
+
+def import_function(path: str) -> Callable[[], Any]:
+    """The object that "module:function" names. Raises BackboneError saying which half is wrong."""
+    module_name, _, function_name = path.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise BackboneError(
+            f"python:{path}: cannot import {module_name!r} ({error}). It must be importable: "
+            "installed, or on PYTHONPATH."
+        ) from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise BackboneError(f"python:{path}: {module_name} has no function {function_name!r}.")
+    return function  # type: ignore[no-any-return]
+
+
+def _require_network(name: str, tag: str, url: str, target: str) -> None:
+    """Raises BackboneError at once where the library would retry for most of a minute."""
+    from pathlib import Path
+
+    if target and Path(target).is_file():
+        return
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=_TIMEOUT_S):
+            return
+    except urllib.error.HTTPError:
+        return  # a server answered, so there is a network; the library will say what is wrong
+    except (OSError, ValueError) as error:
+        raise BackboneError(_offline(name, tag, url, target, str(error))) from error
+
+
+def _offline(name: str, tag: str, url: str, target: str, error: str) -> str:
+    keep = f" and save it as {target}" if target else ""
+    return (
+        f"{name}: the pretrained weights {tag} are not on this machine and cannot be downloaded "
+        f"({error[:200]}).\n"
+        f"Either fetch {url} where there is a network{keep},\n"
+        "or name a local file: weights: PATH.pth or PATH.safetensors (a state dict of this "
+        "network; weights_match: order if a PATH.pth has other names),\nor try without: weights: "
+        "random:0."
+    )

@@ -1,0 +1,219 @@
+"""The nodes of a network: every module whose output could be a tap, in running order, with shape
+and cost.
+
+Found by running the network once on shapes alone (PyTorch's meta device), not by tracing its code,
+so that any module works.
+Legend: N images, C channels, H x W positions, T tokens.
+"""
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from headrace.extract.errors import BackboneError, nearest
+
+Layout = Literal["NCHW", "NHWC", "NTC", "NC"]
+
+# Names for two values that are no module's output everywhere: what the last linear layer is given,
+# and what comes out.
+PRE_LOGITS = "pre_logits"
+LOGITS = "logits"
+
+_BATCH = 2  # so that a leading 1 (a position embedding, a window) is not taken for the batch
+
+
+@dataclass(frozen=True)
+class Node:
+    """One possible place for a tap."""
+
+    name: str  # as in named_modules(), or PRE_LOGITS, LOGITS
+    module: str  # the module to hook; "" is the network itself
+    layout: Layout
+    shape: tuple[int, ...]  # of one image, without N
+    prefix: int  # NTC: class and register tokens before the patch tokens
+    has_class_token: bool  # NTC: the first of them is a class token
+    # share of the whole forward's multiply-adds that is spent once this output exists, 0 to 1
+    cost: float
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """All nodes of a network at one input size, in running order."""
+
+    nodes: tuple[Node, ...]
+    repeated: frozenset[
+        str
+    ]  # modules that run more than once per forward, and so name no single output
+    multiply_adds: int  # of one image's whole forward
+
+    def __getitem__(self, name: str) -> Node:
+        """The node of that name. Raises BackboneError, with the nearest ones."""
+        for node in self.nodes:
+            if node.name == name:
+                return node
+        raise BackboneError(
+            f"the network has no node {name!r}. Nearest: {nearest(name, self.names)}"
+        )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(node.name for node in self.nodes)
+
+
+def find_nodes(module: nn.Module, crop: tuple[int, int], what: str) -> Nodes:
+    """Run `module` on two images' shapes.
+
+    Raises BackboneError when the network does not take that image size.
+    """
+    try:
+        return _run(_shapes_only(module), crop, torch.device("meta"))
+    except Exception:  # noqa: BLE001 - some networks compute with values of their own; what is wrong shows on real numbers
+        pass
+    try:
+        return _run(module, crop, next(module.parameters(), torch.empty(0)).device)
+    except (RuntimeError, AssertionError, ValueError, IndexError, TypeError) as error:
+        raise BackboneError(
+            f"{what} does not run on images of {crop[0]} x {crop[1]} pixels: "
+            f"{type(error).__name__}: {str(error)[:300]}. Leave image_size out for the weights' "
+            "own size."
+        ) from error
+
+
+class _CountMultiplyAdds(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Adds up PyTorch's own formulas for matrix products, convolutions and attention."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.flops += formula(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+def _shapes_only(module: nn.Module) -> nn.Module:
+    """A copy whose parameters and buffers have shapes and no values.
+
+    A copy, as networks may keep what they compute.
+    """
+    memo: dict[int, Any] = {}  # what deepcopy takes for a tensor instead of copying it
+    for parameter in module.parameters():
+        memo[id(parameter)] = nn.Parameter(
+            torch.empty_like(parameter, device="meta"), requires_grad=False
+        )
+    for buffer in module.buffers():
+        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    return copy.deepcopy(module, memo)
+
+
+def _run(module: nn.Module, crop: tuple[int, int], device: torch.device) -> Nodes:
+    fired: list[
+        tuple[str, str, tuple[int, ...], int]
+    ] = []  # (name, module, shape with N, flops so far)
+    calls: dict[str, int] = {}
+    inputs: list[tuple[str, tuple[int, ...], int]] = []  # of linear layers
+    handles = []
+    # Not inference_mode: there convolutions arrive whole, under names that have no formula
+    with torch.no_grad(), _CountMultiplyAdds() as counter:
+
+        def after(name: str) -> Callable[..., None]:
+            def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+                calls[name] = calls.get(name, 0) + 1
+                if isinstance(output, Tensor):
+                    fired.append((name or LOGITS, name, tuple(output.shape), counter.flops))
+
+            return hook
+
+        def before(name: str) -> Callable[..., None]:
+            def hook(_module: nn.Module, args: Any) -> None:
+                if args and isinstance(args[0], Tensor):
+                    inputs.append((name, tuple(args[0].shape), counter.flops))
+
+            return hook
+
+        image = torch.zeros(_BATCH, 3, *crop, device=device)
+        try:
+            for name, child in module.named_modules():
+                handles.append(child.register_forward_hook(after(name)))
+                if isinstance(child, nn.Linear):
+                    handles.append(child.register_forward_pre_hook(before(name)))
+            module(image)
+        finally:
+            for handle in handles:
+                handle.remove()
+    last_linear = next(
+        (
+            entry
+            for entry in reversed(inputs)
+            if len(entry[1]) == 2 and calls.get(entry[0]) == 1 and _is_last(entry, fired)
+        ),
+        None,
+    )
+    if last_linear is not None:
+        name, shape, flops = last_linear
+        place = next(place for place, entry in enumerate(fired) if entry[0] == name)
+        fired.insert(place, (PRE_LOGITS, name, shape, flops))
+    total = max(counter.flops, 1)
+    repeated = frozenset(name for name, count in calls.items() if count > 1)
+    nodes = []
+    for name, hooked, shape, flops in fired:
+        layout = _layout(shape)
+        if hooked in repeated or layout is None:
+            continue
+        prefix = _prefix(module, shape[1]) if layout == "NTC" else 0
+        has_class = layout == "NTC" and prefix > 0 and _has_class_token(module)
+        nodes.append(Node(name, hooked, layout, shape[1:], prefix, has_class, flops / total))
+    return Nodes(tuple(nodes), repeated, counter.flops // 2 // _BATCH)
+
+
+def _is_last(
+    entry: tuple[str, tuple[int, ...], int], fired: list[tuple[str, str, tuple[int, ...], int]]
+) -> bool:
+    """Whether this linear layer's output is the network's: the same shape, so nothing but its bias
+    came after.
+    """
+    output = next(shape for name, _, shape, _ in fired if name == entry[0])
+    return output == fired[-1][2]
+
+
+def _layout(shape: tuple[int, ...]) -> Layout | None:
+    if not shape or shape[0] != _BATCH or 0 in shape:
+        return None
+    if len(shape) == 4:
+        # Inputs are near square, so the two positions are the pair of axes that agree; channels
+        # first when in doubt.
+        _, a, b, c = shape
+        return "NHWC" if a == b and b != c else "NCHW"
+    return {3: "NTC", 2: "NC"}.get(len(shape))  # type: ignore[return-value]
+
+
+def _prefix(module: nn.Module, tokens: int) -> int:
+    """How many of `tokens` come before the patches: what the network says, or else what is over
+    from a square.
+    """
+    declared = getattr(module, "num_prefix_tokens", None)
+    if isinstance(declared, int) and 0 <= declared < tokens and is_square(tokens - declared):
+        return declared
+    return next((count for count in (0, 1, 2) if is_square(tokens - count)), 0)
+
+
+def _has_class_token(module: nn.Module) -> bool:
+    # timm says cls_token (None for models without one), torchvision class_token
+    return any(
+        isinstance(getattr(module, name, None), Tensor) for name in ("cls_token", "class_token")
+    )
+
+
+def is_square(count: int) -> bool:
+    """Whether `count` is the number of positions of a square map."""
+    return count > 0 and math.isqrt(count) ** 2 == count

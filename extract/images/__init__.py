@@ -1,0 +1,1 @@
+"""Image files: where their bytes are, their content hashes, decoding and preprocessing."""

@@ -1,0 +1,66 @@
+"""What has happened to a set of images since it was last looked at: new, changed,
+renamed, removed.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from headrace.cache.atomic_io import publish_replace
+from headrace.cache.integrity.sealed import SealBroken, read_sealed_json, sealed_json
+
+
+@dataclass(frozen=True)
+class Changes:
+    """Every id of the new listing is in one of new, changed, renamed and unchanged."""
+
+    new: tuple[str, ...]  # content and id were not there
+    changed: tuple[str, ...]  # the id was there, with other content
+    renamed: tuple[
+        tuple[str, str], ...
+    ]  # (old id, new id): the content was there, under an id that is gone
+    removed: tuple[str, ...]  # ids that are gone and were not renamed
+    unchanged: int
+
+
+def compare_listings(before: Mapping[str, str], after: Mapping[str, str]) -> Changes:
+    """Compare two listings {id: content hash}.
+
+    A copy of an image that is still there counts as new.
+    """
+    gone: dict[str, list[str]] = defaultdict(list)  # content -> ids that had it and are gone
+    for name in sorted(before.keys() - after.keys(), reverse=True):
+        gone[before[name]].append(name)
+    new, changed, renamed = [], [], []
+    unchanged = 0
+    for name, content in after.items():
+        if before.get(name) == content:
+            unchanged += 1
+        elif name in before:
+            changed.append(name)
+        elif gone.get(content):
+            renamed.append((gone[content].pop(), name))
+        else:
+            new.append(name)
+    removed = sorted(name for names in gone.values() for name in names)
+    return Changes(tuple(new), tuple(changed), tuple(renamed), tuple(removed), unchanged)
+
+
+def read_listing(path: Path) -> dict[str, str]:
+    """The listing that `write_listing` left; empty where there is none.
+
+    Raises SealBroken where it is damaged.
+    """
+    try:
+        listing: dict[str, str] = read_sealed_json(path.read_bytes())["images"]
+    except FileNotFoundError:
+        return {}
+    except KeyError as error:
+        raise SealBroken("it lists no images: it is of another version of headrace") from error
+    return listing
+
+
+def write_listing(path: Path, listing: Mapping[str, str]) -> None:
+    """Replace the listing at `path`."""
+    publish_replace(path, sealed_json({"images": dict(listing)}, indent=0))

@@ -1,0 +1,567 @@
+"""Decoding: the bytes of an image file to 8-bit pixels, the same way every time, or a reason why
+not.
+
+Which value is black and which is white comes from the file's format, its bit depth, or the caller's
+`pixel_range`; never from the values of one image, which would make a dark frame as bright as a
+bright one.
+
+`headrace export` copies this module into `preprocess.py`, so that it needs Pillow and NumPy alone.
+"""
+
+import functools
+import io
+import math
+import re
+import sys
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import PIL
+from PIL import Image, ImageFile
+
+from headrace.extract.errors import ImageError
+from headrace.extract.images.heif import is_heif, register_heif
+
+# Part of every fingerprint: another Pillow can round a resize or a JPEG differently.
+DECODER = f"pillow {PIL.__version__}"
+# Every conversion that is not the file's own pixels is named here, and this text is part of every
+# fingerprint.
+COLOUR = (
+    "rgb; exif orientation applied; alpha over white; first frame; black and white by bit depth, "
+    "header or pixel_range"
+)
+
+# Pillow's own limit on what it opens without a warning: 1 GiB of pixels / 4 / 3. Above it lie
+# decompression bombs.
+MAX_PIXELS = 1024**3 // 4 // 3
+# Pillow's resize keeps a table of 16 to 48 bytes per pixel of the edge that it shortens: 50 MB at
+# this length, 4 GB for the 90 million pixels in one line that MAX_PIXELS would allow. Cameras and
+# scanners end below 100,000 pixels.
+MAX_EDGE = 2**20
+
+# What Pillow is asked for: the formats that listings know (IMAGE_SUFFIXES), and none of its others.
+# Nobody keeps data sets in those, and some hand the bytes to other programs (EPS to Ghostscript).
+# HEIF's plug-in is asked for HEIF alone.
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "DIB", "GIF", "AVIF", "JPEG2000", "PPM")
+
+PixelRange = tuple[
+    float, float
+]  # (the value that is black, the value that is white), in the file's own numbers
+
+_NUMPY = b"\x93NUMPY"
+_BLOCK = (
+    2**20
+)  # values that are converted at a time: what float64 needs beside the image stays at some MB
+_SIXTEEN_BITS = (0.0, 65535.0)
+_ORIENTATION_TAG = 0x0112
+_BITS_TAG, _PHOTOMETRIC_TAG, _PLANES_TAG, _SAMPLE_FORMAT_TAG = 258, 262, 284, 339  # of a TIFF
+_UNSIGNED, _SIGNED = 1, 2  # TIFF sample formats
+_ORIENTATIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class _Samples(NamedTuple):
+    """Values as they stand in a file, before they become 8-bit pixels."""
+
+    values: npt.NDArray[
+        Any
+    ]  # (H, W), or (H, W, C): C = 2 grey and alpha, 3 colours, 4 colours and alpha
+    name: str  # what they are, for a message: "float32 values of a TIFF"
+    own_range: (
+        PixelRange | None
+    )  # black and white by the file's format; None where that says nothing
+    alpha_range: PixelRange | None = None  # None: as the colours
+    white_is_zero: bool = False
+    transparent: Any = None  # the value, or the three, that a PNG declares to be transparent
+
+
+def decode_image(data: bytes, pixel_range: PixelRange | None = None) -> Image.Image:
+    """The image in `data`, upright, in mode "RGB", or "L" where its three channels would be equal.
+
+    pixel_range: the values that are black and white, for images of more than 8 bits; what lies
+    beyond is clipped. Images of 8 bits and fewer have their own. Without it 16-bit images and PGM
+    files still have one, by their depth or header; floats, signed and 32-bit integers have none and
+    are refused. Keeping grey images in one channel makes their resize three times cheaper; the
+    pixels are the same. Raises ImageError, and only that, with the reason why it cannot be decoded.
+    """
+    if not data:
+        raise ImageError("the file is empty")
+    if data.startswith(_NUMPY):
+        return _decode_array(data, pixel_range)
+    # Some libraries switch this on for the whole process, and truncated files then decode to grey
+    # bars in silence.
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    try:
+        with open_image(data) as image:
+            _check_size(*image.size)
+            samples = _file_samples(image, data, pixel_range)
+            if samples is not None:
+                return _upright(_eight_bits(samples, pixel_range), image)
+            image.load()
+            return to_rgb(_upright(image, image), pixel_range)
+    except (ImageError, MemoryError):
+        raise  # too little memory is no fault of the image, and must not be recorded as one
+    except Exception as error:  # decoders raise anything on malformed input, and a run must go on
+        raise ImageError(_reason(error, data)) from error
+
+
+def is_deep(data: bytes) -> bool:
+    """Whether an image file's pixels have more than 8 bits, so that a `pixel_range` applies.
+
+    Raises whatever its decoder does.
+    """
+    if data.startswith(_NUMPY):
+        return _array_header(data)[2] not in (np.uint8, np.bool_)
+    with open_image(data) as image:
+        return _file_samples(image, data, None) is not None
+
+
+def open_image(data: bytes) -> ImageFile.ImageFile:
+    """The image in `data`, its pixels not yet decoded, where it is in one of FORMATS; raises
+    whatever its decoder does.
+    """
+    if is_heif(data[:12]):
+        register_heif()
+        return Image.open(io.BytesIO(data), formats=_available("HEIF"))
+    return Image.open(io.BytesIO(data), formats=_available(*FORMATS))
+
+
+@functools.cache
+def _available(*formats: str) -> tuple[str, ...]:
+    """Those that this build of Pillow, with its plug-ins, can open; of another name it makes a
+    KeyError.
+    """
+    Image.init()
+    return tuple(name for name in formats if name in Image.OPEN)
+
+
+def to_rgb(image: Image.Image, pixel_range: PixelRange | None = None) -> Image.Image:
+    """`image` in mode "RGB" or "L": see COLOUR and `decode_image`.
+
+    Raises ImageError for modes whose range is not known.
+    """
+    _check_size(*image.size)
+    mode = image.mode
+    if mode in ("RGB", "L", "1"):
+        shown = image.convert("L") if mode == "1" else image
+        if "transparency" not in image.info:
+            return shown
+        shown.info["transparency"] = image.info["transparency"]
+        # A transparent colour without an alpha channel (PNG tRNS) is still transparency.
+        return _over_white(shown.convert("RGBA"))
+    if mode.startswith("I;16"):
+        values = np.asarray(image).astype(np.uint16)
+        return _eight_bits(_Samples(values, "16-bit values", _SIXTEEN_BITS), pixel_range)
+    if mode in ("I", "F"):
+        values = np.asarray(image)
+        return _eight_bits(
+            _Samples(values, f"{values.dtype} values (Pillow's mode {mode})", None), pixel_range
+        )
+    if mode in ("RGBA", "LA", "PA", "La", "RGBa"):
+        return _over_white(image.convert("RGBA"))
+    if mode == "P":
+        return (
+            _over_white(image.convert("RGBA"))
+            if "transparency" in image.info
+            else image.convert("RGB")
+        )
+    return image.convert("RGB")  # CMYK, YCbCr, HSV; Pillow raises for LAB
+
+
+def _check_size(width: int, height: int) -> None:
+    if width * height == 0:
+        raise ImageError("the image has no pixels")
+    if width * height > MAX_PIXELS:
+        raise ImageError(f"{width} x {height} pixels: more than the limit of {MAX_PIXELS}")
+    if max(width, height) > MAX_EDGE:
+        raise ImageError(
+            f"{width} x {height} pixels: an edge is longer than the limit of {MAX_EDGE}; cut it "
+            "into pieces"
+        )
+
+
+def _file_samples(
+    image: ImageFile.ImageFile, data: bytes, pixel_range: PixelRange | None
+) -> _Samples | None:
+    """The samples of a file whose depth Pillow's own pixels do not keep, or keep without their
+    meaning; otherwise None.
+    """
+    samples = None
+    if image.format == "PPM":
+        samples = _pnm_samples(image, data)
+    elif image.format == "PNG":
+        samples = _png_samples(image, data)
+    elif image.format == "TIFF":
+        samples = _tiff_samples(image, data)
+    if samples is None and pixel_range is not None and _reduced_by_pillow(image, data):
+        raise ImageError(
+            "more than 8 bits per sample, of which Pillow hands over 8: pixel_range cannot be "
+            "applied. Save it as PNG, as an uncompressed TIFF, or as .npy"
+        )
+    return samples
+
+
+def _pnm_samples(image: ImageFile.ImageFile, data: bytes) -> _Samples | None:
+    """PGM and PPM: the header's greatest value is white.
+
+    Pillow scales it to 255 or 65535, colours always to 255.
+    """
+    codec, _, offset, args = image.tile[0]
+    if image.mode not in ("L", "I", "RGB") or args in ("L", "RGB"):
+        return None  # bits and floats; and 255 is white, as everywhere
+    white = args[1] if isinstance(args, tuple) else 65535
+    plain = codec == "ppm_plain"
+    if plain and white < 256:
+        return None  # Pillow reads numbers in decimal digits rightly, and scales them to 255
+    width, height = image.size
+    values: npt.NDArray[Any]
+    channels = 3 if image.mode == "RGB" else 1
+    count = width * height * channels
+    if plain:
+        # As a grey image Pillow keeps all digits of the three colours, scaled to 65535, and that is
+        # undone exactly.
+        grey = b"P2 %d %d %d\n" % (width * channels, height, white) + data[offset:]
+        with Image.open(io.BytesIO(grey), formats=["PPM"]) as scaled:
+            values = np.rint(np.asarray(scaled) * (white / 65535)).astype(np.uint16)
+    else:
+        stored = np.dtype(">u2" if white > 255 else "u1")
+        if len(data) < offset + count * stored.itemsize:
+            raise ImageError(
+                f"truncated: {len(data) - offset} of {count * stored.itemsize} bytes of pixels are "
+                "there"
+            )
+        values = np.frombuffer(data, stored, count, offset)
+    shape = (height, width, 3) if channels == 3 else (height, width)
+    return _Samples(values.reshape(shape), "values of a PGM or PPM file", (0.0, float(white)))
+
+
+def _png_samples(image: ImageFile.ImageFile, data: bytes) -> _Samples | None:
+    raw = raw_mode(image)
+    transparent = image.info.get("transparency")
+    if raw in ("L;2", "L;4") and isinstance(transparent, int):
+        # Pillow scales the pixels to 0..255, and leaves the transparent value (PNG tRNS) as it is
+        # in the file.
+        image.info["transparency"] = transparent * (85 if raw == "L;2" else 17)
+    if not raw.endswith(";16B"):
+        return None
+    if raw == "LA;16B":
+        stored = _load_raw(image, "RGBA")  # high and low byte of grey, high and low byte of alpha
+        values = _join_bytes(stored[:, :, 0::2], stored[:, :, 1::2])
+    elif raw == "I;16B":
+        values = _load_raw(image, raw).astype(np.uint16)
+    else:
+        values = _both_bytes(image, data, raw, raw.replace(";16B", ";16L"))
+    return _Samples(
+        values, "16-bit values of a PNG", _SIXTEEN_BITS, _SIXTEEN_BITS, transparent=transparent
+    )
+
+
+def _tiff_samples(image: ImageFile.ImageFile, data: bytes) -> _Samples | None:
+    tags = image.tag_v2  # type: ignore[attr-defined]
+    bits, sample_format = (
+        max(tags.get(_BITS_TAG, (1,))),
+        max(tags.get(_SAMPLE_FORMAT_TAG, (_UNSIGNED,))),
+    )
+    if bits <= 8 and sample_format == _UNSIGNED:
+        return None
+    if len(image.getbands()) > 1:
+        raw_modes = _byte_raw_modes(
+            image, "L" if tags.prefix == b"II" else "B", planes=tags.get(_PLANES_TAG) == 2
+        )
+        if raw_modes is None:
+            return None
+        return _Samples(
+            _both_bytes(image, data, *raw_modes),
+            "16-bit values of a TIFF",
+            _SIXTEEN_BITS,
+            _SIXTEEN_BITS,
+        )
+    raw = raw_mode(image)
+    if image.tile[0].codec_name == "libtiff" and (
+        match := re.fullmatch(r"(I;16|I;32|F;32)B?([SF])", raw)
+    ):
+        # libtiff gives numbers in this machine's byte order; Pillow takes them for the file's, and
+        # turns them round.
+        raw = f"{match[1]}{'' if sys.byteorder == 'little' else 'B'}{match[2]}"
+    values = _load_raw(image, raw)
+    if bits == 8:
+        values = values.view(np.int8)
+    elif bits == 32 and sample_format == _UNSIGNED:
+        values = values.view(np.uint32)  # Pillow's mode "I" is signed
+    own_range = (0.0, 2.0**bits - 1) if bits <= 16 and sample_format == _UNSIGNED else None
+    kind = {_UNSIGNED: "unsigned", _SIGNED: "signed"}.get(sample_format, "floating-point")
+    white_is_zero = (
+        tags.get(_PHOTOMETRIC_TAG, 0) == 0
+    )  # Pillow inverts such images up to 8 bits, and no others
+    return _Samples(
+        values, f"{kind} {bits}-bit values of a TIFF", own_range, white_is_zero=white_is_zero
+    )
+
+
+def _byte_raw_modes(
+    image: ImageFile.ImageFile, order: str, *, planes: bool
+) -> tuple[str, str] | None:
+    """The raw modes that read the high and the low bytes of a TIFF's 16-bit colours; None where
+    Pillow has none.
+
+    order: the file's bytes, L or B. planes: whether the colours lie one after the other. Pillow
+    keeps the high byte of a sample; told that the bytes are in the other order it keeps the low
+    one.
+    """
+    raw, libtiff = raw_mode(image), image.tile[0].codec_name == "libtiff"
+    colours = re.fullmatch(r"(RGB[AX]?);16[LBN]", raw)
+    if libtiff:
+        if colours is None or planes:
+            # inks, colours that are multiplied with alpha; and of planes libtiff keeps the high
+            # byte
+            return None
+        order = "L" if sys.byteorder == "little" else "B"
+    elif planes:
+        if not {tile.args[0] for tile in image.tile if isinstance(tile.args, tuple)} <= set("RGBA"):
+            raise ImageError(
+                "planes of 16-bit samples that are not red, green, blue and alpha. Save it "
+                "interleaved"
+            )
+    elif colours is None:
+        return None
+    # Pillow reads uncompressed planes, whose raw modes are R, G, B and A, as if they had 8 bits.
+    base = "R" if planes else colours[1] if colours else ""
+    return f"{base};16{order}", f"{base};16{'B' if order == 'L' else 'L'}"
+
+
+def _both_bytes(image: ImageFile.ImageFile, data: bytes, high: str, low: str) -> npt.NDArray[Any]:
+    """(H, W, C) uint16 of an image of several 16-bit channels, for which Pillow has no mode:
+    decoded twice.
+    """
+    with open_image(data) as again:
+        lower = _load_raw(again, low)
+    return _join_bytes(_load_raw(image, high), lower)
+
+
+def _join_bytes(high: npt.NDArray[Any], low: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    joined: npt.NDArray[Any] = high.astype(np.uint16) << 8 | low
+    return joined
+
+
+def _load_raw(image: ImageFile.ImageFile, raw: str) -> npt.NDArray[Any]:
+    """The pixels, unpacked as `raw` says instead of as Pillow chose."""
+    tiles = []
+    for tile in image.tile:
+        args = tile.args
+        own, rest = (args[0], args[1:]) if isinstance(args, tuple) else (args, None)
+        # Planes have a raw mode each: R, G, B, A.
+        chosen = raw.replace("R", own, 1) if own in ("R", "G", "B", "A") else raw
+        tiles.append(tile._replace(args=chosen if rest is None else (chosen, *rest)))
+    image.tile = tiles
+    image.load()
+    return np.asarray(image)
+
+
+def raw_mode(image: ImageFile.ImageFile) -> str:
+    """How Pillow unpacks the file's pixels ("RGB;16B"); empty for formats that have other means."""
+    args = image.tile[0].args if image.tile else ""
+    return str(args[0] if isinstance(args, tuple) and args else args)
+
+
+def _reduced_by_pillow(image: ImageFile.ImageFile, data: bytes) -> bool:
+    """Whether the file has samples of more than 8 bits that Pillow has scaled, or whose low byte it
+    drops.
+    """
+    if image.format == "JPEG2000":
+        start = data.find(
+            b"\xff\x4f\xff\x51"
+        )  # the codestream; the depth of its first component stands 42 bytes on
+        return start < 0 or len(data) < start + 43 or (data[start + 42] & 0x7F) >= 8
+    return image.format == "TIFF" and bool(max(image.tag_v2.get(_BITS_TAG, (1,))) > 8)  # type: ignore[attr-defined]
+
+
+def _decode_array(data: bytes, pixel_range: PixelRange | None) -> Image.Image:
+    """One image as an `.npy` file:
+
+    (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels, the last where both fit.
+    """
+    shape, fortran, dtype, offset = _array_header(data)
+    last, first = (
+        len(shape) == 3 and shape[2] in (1, 3, 4),
+        len(shape) == 3 and shape[0] in (1, 3, 4),
+    )
+    if not (len(shape) == 2 or last or first) or min(shape) < 1:
+        raise ImageError(
+            f"an array of shape {shape} is no image; expected (H, W), (H, W, C) or (C, H, W)"
+        )
+    if dtype.kind not in "buif":
+        raise ImageError(f"pixels of type {dtype}; expected numbers")
+    height, width = shape[1:] if first and not last else shape[:2]
+    _check_size(width, height)
+    count = math.prod(shape)
+    if len(data) - offset < count * dtype.itemsize:
+        raise ImageError(
+            f"truncated: an array of shape {shape} and type {dtype} has {count * dtype.itemsize} "
+            f"bytes; {len(data) - offset} are there"
+        )
+    # A view: an image of any size costs no memory before its 8-bit pixels do.
+    values = np.frombuffer(data, dtype, count, offset).reshape(shape, order="F" if fortran else "C")
+    if first and not last:
+        values = np.moveaxis(values, 0, 2)
+    if values.ndim == 3 and values.shape[2] == 1:
+        values = values[:, :, 0]
+    own_range = {"|u1": (0.0, 255.0), "|b1": (0.0, 1.0), "<u2": _SIXTEEN_BITS}.get(
+        dtype.newbyteorder("<").str
+    )
+    return _eight_bits(_Samples(values, f"{dtype.name} values of an array", own_range), pixel_range)
+
+
+def _array_header(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
+    """(shape, whether in Fortran's order, type, where the values begin) of an `.npy` file, of which
+    only that is read.
+    """
+    stream = io.BytesIO(data)
+    try:
+        version = np.lib.format.read_magic(stream)
+        readers = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }
+        if version not in readers:
+            raise ImageError(
+                f"an .npy file of version {version[0]}.{version[1]}; expected 1.0 or 2.0"
+            )
+        shape, fortran, dtype = readers[version](stream)
+        shape = tuple(int(length) for length in shape)
+    except ImageError:
+        raise
+    # The header is a Python literal of at most 10,000 characters. A malformed one can exhaust the
+    # parser's stack, which is a MemoryError and yet the file's fault.
+    except Exception as error:
+        raise ImageError(f"not a whole .npy file ({_reason(error, b'')})") from error
+    return shape, bool(fortran), dtype, stream.tell()
+
+
+def check_pixel_range(pixel_range: Any) -> None:
+    """Raises ValueError for what is no (black, white): two finite numbers, the first the smaller
+    one.
+    """
+    pair = isinstance(pixel_range, (tuple, list)) and len(pixel_range) == 2
+    if not pair or not all(isinstance(end, (int, float)) for end in pixel_range):
+        raise ValueError(
+            f"pixel_range is {pixel_range!r}; expected two numbers, black and white, such as (0, 1)"
+        )
+    black, white = pixel_range
+    if not (black < white and math.isfinite(white - black)):
+        raise ValueError(
+            f"pixel_range is {pixel_range!r}; expected finite numbers, black below white"
+        )
+
+
+def _eight_bits(samples: _Samples, pixel_range: PixelRange | None) -> Image.Image:
+    """The samples as an image in mode "RGB" or "L".
+
+    Raises ImageError where their range is not known.
+    """
+    values = samples.values
+    eight = values.dtype in (np.uint8, np.bool_)
+    shown = samples.own_range if eight or pixel_range is None else pixel_range
+    if shown is None:
+        raise ImageError(
+            f"{samples.name} have no range of their own. Say which value is black and which is "
+            "white: images.pixel_range: [0, 1] in the recipe where 0 is black and 1 is white (in "
+            "Python: pixel_range=(0, 1))"
+        )
+    channels = values.shape[2] if values.ndim == 3 else 1
+    colours = values[:, :, : channels - 1] if channels in (2, 4) else values
+    pixels = _scale(colours, *shown)
+    if samples.white_is_zero:
+        pixels = 255 - pixels
+    if samples.transparent is not None:
+        hidden = values == np.asarray(samples.transparent)
+        pixels[hidden.all(axis=2) if channels > 1 else hidden] = (
+            255  # nothing of it is left over white
+        )
+    if channels in (2, 4):
+        alpha = _scale(
+            values[:, :, channels - 1 :],
+            *(shown if samples.alpha_range is None else samples.alpha_range),
+        )
+        return _over_white(Image.fromarray(np.concatenate([pixels, alpha], axis=2)).convert("RGBA"))
+    return Image.fromarray(np.ascontiguousarray(pixels))
+
+
+def _scale(values: npt.NDArray[Any], low: float, high: float) -> npt.NDArray[np.uint8]:
+    """uint8, of the same shape:
+
+    `low` is 0, `high` is 255, what lies beyond is clipped. Raises ImageError for NaN.
+    """
+    if values.dtype == np.uint8 and (low, high) == (0, 255):
+        return values
+    flat = np.ascontiguousarray(values).reshape(-1)
+    flat = flat.view(np.uint8) if flat.dtype == np.bool_ else flat
+    few = flat.dtype.kind == "u" and flat.dtype.itemsize <= 2
+    table = _scale_table(low, high, 8 * flat.dtype.itemsize) if few else None
+    scaled = np.empty(flat.shape, np.uint8)
+    for start in range(0, len(flat), _BLOCK):
+        block = flat[start : start + _BLOCK]
+        scaled[start : start + _BLOCK] = (
+            _scale_block(block, low, high) if table is None else table[block]
+        )
+    return scaled.reshape(values.shape)
+
+
+@functools.lru_cache(maxsize=16)
+def _scale_table(low: float, high: float, bits: int) -> npt.NDArray[np.uint8]:
+    return _scale_block(np.arange(2**bits), low, high)
+
+
+def _scale_block(values: npt.NDArray[Any], low: float, high: float) -> npt.NDArray[np.uint8]:
+    numbers = values.astype(np.float64)
+    if not np.isfinite(numbers).all():
+        raise ImageError("floating-point pixels with NaN or infinity")
+    scaled: npt.NDArray[np.uint8] = np.rint(
+        (numbers.clip(low, high) - low) / (high - low) * 255
+    ).astype(np.uint8)
+    return scaled
+
+
+def _over_white(image: Image.Image) -> Image.Image:
+    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+    return Image.alpha_composite(white, image).convert("RGB")
+
+
+def _upright(image: Image.Image, file: Image.Image) -> Image.Image:
+    """`image`, the pixels of `file`, as the file's EXIF orientation says."""
+    try:
+        orientation = file.getexif().get(_ORIENTATION_TAG, 1)
+    except Exception:  # noqa: BLE001 - a damaged EXIF block says nothing about orientation, and the pixels are there
+        return image
+    method = _ORIENTATIONS.get(orientation)
+    if method is None:
+        return image
+    turned = image.transpose(method)
+    turned.info = image.info
+    return turned
+
+
+def _reason(error: Exception, data: bytes) -> str:
+    if isinstance(error, PIL.UnidentifiedImageError):
+        if data.startswith((b"II*\0", b"MM\0*")):
+            return (
+                "a TIFF whose layout Pillow does not know (bits, type or number of samples). Save "
+                "it as PNG or .npy"
+            )
+        return (
+            f"not an image in a format that is read here ({', '.join(FORMATS)}). Save it as PNG, "
+            "or as .npy"
+        )
+    if isinstance(error, Image.DecompressionBombError):
+        return f"decompression bomb: more than {2 * MAX_PIXELS} pixels declared"
+    # Where an object lies in memory is another place each time, and reasons are part of what a
+    # shard holds.
+    text = re.sub(r" at 0x[0-9a-fA-F]+", "", str(error)).strip() or "no details"
+    return f"{type(error).__name__}: {text}"[:300]

@@ -1,0 +1,159 @@
+"""Views: view 0 is the evaluation crop; views 1, 2, … are random augmentations that are the same
+every time, or the crop mirrored and turned.
+
+Augmentations are drawn from the image's content hash and the view's number, not from its id or its
+place: a renamed image keeps its features, and no order of work, worker or batch changes a pixel.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageEnhance
+
+from headrace.cache.errors import SpecMismatch
+from headrace.extract.images.preprocessing import Preprocessing, pixels, render, resampling
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How views 1, 2, … are drawn."""
+
+    seed: int = 0
+    area: tuple[float, float] = (0.35, 1.0)  # of the image that the crop covers
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height of the crop
+    flip: float = 0.5  # probability of a horizontal flip
+    brightness: float = 0.2  # factors are drawn from 1 - x to 1 + x
+    contrast: float = 0.2
+    saturation: float = 0.2
+
+
+@dataclass(frozen=True)
+class Symmetries:
+    """Views 1 to 7 are the evaluation crop's other symmetries, for images without an up or a left:
+    cells, tissue, land.
+
+    With the view's number in binary, 1 mirrors left-right, 2 upside-down, and 4, first of all,
+    swaps rows and columns, which takes a square crop. Four views are the mirrored ones (3 is half a
+    turn), eight all symmetries of the square.
+    """
+
+
+Drawing = Augmentation | Symmetries  # how views 1, 2, … are made
+
+
+def view_json(index: int, drawing: Drawing) -> str:
+    """FeatureSpec.view: canonical JSON of everything that makes the view."""
+    recipe: dict[str, Any] = {}
+    if index and isinstance(drawing, Symmetries):
+        recipe = {"symmetry": True}
+    elif index:
+        recipe = {"augmentation": dataclasses.asdict(drawing)}
+    return json.dumps({"index": index, **recipe}, sort_keys=True, separators=(",", ":"))
+
+
+def parse_view(text: str) -> tuple[int, Drawing]:
+    """Inverse of `view_json`. Raises SpecMismatch for a text that is none of its."""
+    try:
+        values = json.loads(text)
+        index = values["index"]
+        if not isinstance(index, int) or index < 0:
+            raise ValueError("its index is no number of a view")
+        if values.get("symmetry"):
+            return index, Symmetries()
+        fields: dict[str, Any] = values.get("augmentation", {})
+        listed = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
+        numbers = [
+            number
+            for value in fields.values()
+            for number in (value if isinstance(value, list) else [value])
+        ]
+        if not all(isinstance(number, int | float) for number in numbers):
+            raise ValueError("its augmentation is not of numbers")
+        return index, Augmentation(**{**fields, **listed})
+    except (
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
+        raise SpecMismatch(
+            f"the view {text[:80]!r} is none that this version makes ({error})"
+        ) from error
+
+
+def render_view(
+    image: Image.Image, content: str, index: int, augmentation: Drawing, how: Preprocessing
+) -> npt.NDArray[np.uint8]:
+    """View `index` of an upright "RGB" or "L" image with that content hash: uint8, shape
+    (*how.crop, 3).
+    """
+    if index == 0:
+        return render(image, how)
+    if isinstance(augmentation, Symmetries):
+        return mirrored(render(image, how), index)
+    digest = hashlib.sha256(f"{augmentation.seed}|{index}|{content}".encode()).digest()
+    draw = random.Random(
+        int.from_bytes(digest, "big")
+    )  # its random() is the same in every version of Python
+    box = _crop(image, draw, augmentation)
+    crop_height, crop_width = how.crop
+    view = image.resize((crop_width, crop_height), resampling(how), box=box)
+    if draw.random() < augmentation.flip:
+        view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    for enhance, strength in (
+        (ImageEnhance.Brightness, augmentation.brightness),
+        (ImageEnhance.Contrast, augmentation.contrast),
+        (ImageEnhance.Color, augmentation.saturation),
+    ):
+        factor = 1 + strength * (2 * draw.random() - 1)
+        if strength:
+            view = enhance(view).enhance(factor)
+    return pixels(view)
+
+
+def is_exact(text: str) -> bool:
+    """Whether a view (FeatureSpec.view) is made of the evaluation crop's pixels alone: that crop,
+    or a symmetry of it.
+    """
+    index, drawing = parse_view(text)
+    return index == 0 or isinstance(drawing, Symmetries)
+
+
+def mirrored(image: npt.NDArray[Any], index: int) -> npt.NDArray[Any]:
+    """A symmetry (see `Symmetries`) of an image (H, W, ...)."""
+    turned = image.swapaxes(0, 1) if index & 4 else image
+    return turned[:: -1 if index & 2 else 1, :: -1 if index & 1 else 1]
+
+
+def _crop(
+    image: Image.Image, draw: random.Random, augmentation: Augmentation
+) -> tuple[float, float, float, float]:
+    """(left, top, right, bottom): ten draws of area and ratio, as torchvision does, then the
+    largest crop that fits.
+    """
+    width, height = image.size
+    low, high = (math.log(bound) for bound in augmentation.ratio)
+    for _ in range(10):
+        area = (
+            width
+            * height
+            * (augmentation.area[0] + (augmentation.area[1] - augmentation.area[0]) * draw.random())
+        )
+        ratio = math.exp(low + (high - low) * draw.random())
+        box_width, box_height = math.sqrt(area * ratio), math.sqrt(area / ratio)
+        if box_width <= width and box_height <= height:
+            break
+    else:
+        ratio = min(max(width / height, augmentation.ratio[0]), augmentation.ratio[1])
+        box_width, box_height = min(width, height * ratio), min(height, width / ratio)
+    left, top = (width - box_width) * draw.random(), (height - box_height) * draw.random()
+    return left, top, min(left + box_width, width), min(top + box_height, height)

@@ -1,0 +1,157 @@
+"""Which units of work are missing. Pure: what is there goes in, jobs come out."""
+
+import hashlib
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import TypedDict, Unpack
+
+import pandas as pd
+
+from headrace.cache.spec import FeatureSpec
+from headrace.extract.spec import BackboneSpec, Sample
+
+SHARD_BYTES = 256 * 2**20  # of the largest tap, at most
+# about 5 s of a small network on one core: little is lost to a kill, and little waited for at the
+# end
+UNIT_ROWS = 128
+# a GPU does them in a second or less; its batches are no larger than a unit, and each shard is
+# flushed
+GPU_UNIT_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class Network:
+    """The feature sets that one backbone makes, each with the content hashes that it has or has
+    recorded as failed.
+    """
+
+    backbone: BackboneSpec
+    specs: Sequence[FeatureSpec]
+    known: Sequence[Collection[str]]  # as `specs`
+
+
+@dataclass(frozen=True)
+class ExtractJob:
+    """One unit of work: decode these samples once, and publish one shard of each of these feature
+    sets.
+    """
+
+    cache_root: str
+    unit: str  # a hash of the content hashes: the shard's name in every feature set
+    networks: tuple[tuple[BackboneSpec, tuple[FeatureSpec, ...]], ...]
+    samples: tuple[Sample, ...]
+    threads: int = 1  # of the forward pass on a CPU, and of decoding
+    device: str = "cpu"
+    batch_size: int | None = None  # None: what is fast on the device
+    compile: bool = (
+        False  # PyTorch's compiler, on CUDA: minutes once per network and process, for long runs
+    )
+    compression: str | None = None  # of the shards: None or "bitshuffle-lz4"
+    strict: bool = False  # stop at the first image that cannot be decoded
+
+    @property
+    def contents(self) -> tuple[str, ...]:
+        return tuple(sample.content for sample in self.samples)
+
+
+class JobOptions(TypedDict, total=False):
+    """How a unit is done, which changes none of its bytes beyond rounding; the fields of
+    ExtractJob.
+    """
+
+    threads: int
+    device: str
+    batch_size: int | None
+    compile: bool
+    compression: str | None
+    strict: bool
+
+
+def plan_units(
+    samples: pd.DataFrame,
+    *,
+    backbone: BackboneSpec,
+    specs: Sequence[FeatureSpec],
+    known: Sequence[Collection[str]],
+    cache_root: str | Path,
+    unit_rows: int | None = None,
+    **options: Unpack[JobOptions],
+) -> list[ExtractJob]:
+    """The units of one backbone that are missing; see `plan_networks`."""
+    return plan_networks(
+        samples,
+        [Network(backbone, specs, known)],
+        cache_root=cache_root,
+        unit_rows=unit_rows,
+        **options,
+    )
+
+
+def plan_networks(
+    samples: pd.DataFrame,
+    networks: Sequence[Network],
+    *,
+    cache_root: str | Path,
+    unit_rows: int | None = None,
+    **options: Unpack[JobOptions],
+) -> list[ExtractJob]:
+    """The units of all backbones that are missing, each image decoded once for all that lack it.
+
+    samples: columns `id`, `path`, `content`; rows whose content is missing are left out, equal
+    contents are taken once. Images that lack the same feature sets go together, in the order of the
+    samples, `unit_rows` at a time; so a run that was interrupted plans the same units again, and a
+    tap that is new is computed alone.
+    """
+    wanted = [(place, spec) for place, network in enumerate(networks) for spec in network.specs]
+    there = [set(known) for network in networks for known in network.known]
+    rows = unit_rows or rows_per_unit([spec for _, spec in wanted], options.get("device", "cpu"))
+    groups: dict[tuple[int, ...], dict[str, Sample]] = {}
+    for name, path, content in zip(samples["id"], samples["path"], samples["content"], strict=True):
+        if not isinstance(content, str):
+            continue
+        lacking = tuple(index for index, known in enumerate(there) if content not in known)
+        if lacking:
+            groups.setdefault(lacking, {}).setdefault(
+                content, Sample(str(name), str(path), content)
+            )
+    jobs = []
+    for lacking, unique in groups.items():
+        work = tuple(
+            (
+                network.backbone,
+                tuple(wanted[index][1] for index in lacking if wanted[index][0] == place),
+            )
+            for place, network in enumerate(networks)
+        )
+        members = list(unique.values())
+        for start in range(0, len(members), rows):
+            chosen = tuple(members[start : start + rows])
+            jobs.append(
+                ExtractJob(
+                    cache_root=str(cache_root),
+                    unit=unit_name([sample.content for sample in chosen]),
+                    networks=tuple(part for part in work if part[1]),
+                    samples=chosen,
+                    **options,
+                )
+            )
+    return jobs
+
+
+def rows_per_unit(specs: Sequence[FeatureSpec], device: str = "cpu") -> int:
+    """UNIT_ROWS (on a GPU:
+
+    GPU_UNIT_ROWS), or fewer where a shard of the largest tap would exceed SHARD_BYTES.
+    """
+    largest = max(
+        (prod(spec.shape) * {"float32": 4, "uint8": 1}.get(spec.dtype, 2) for spec in specs),
+        default=1,
+    )
+    return max(1, min(UNIT_ROWS if device == "cpu" else GPU_UNIT_ROWS, SHARD_BYTES // largest))
+
+
+def unit_name(contents: Sequence[str]) -> str:
+    """First 16 hex digits of the SHA-256 of the content hashes in their order."""
+    return hashlib.sha256("\n".join(contents).encode()).hexdigest()[:16]

@@ -1,0 +1,71 @@
+"""What an extraction says about itself while it runs.
+
+Without torch: the process that gives the work out needs none.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from headrace.cache.format.shard import Failure
+
+
+@dataclass(frozen=True)
+class UnitReport:
+    """What a unit did.
+
+    Seconds are wall time of the thread that feeds the network, and add up to the unit's.
+    """
+
+    unit: str
+    rows: int  # images that have features now
+    failed: tuple[Failure, ...]  # images whose content is no image; recorded in every shard
+    unread: tuple[
+        tuple[str, str], ...
+    ]  # (id, reason): gone or changed since they were hashed; recorded nowhere
+    decode_s: float  # waiting for pixels
+    forward_s: float  # the network
+    publish_s: float  # waiting for the disk
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Progress so far.
+
+    The shares say what the processes that feed networks were doing; they add up to 1.
+    """
+
+    images: int  # done, failed ones included
+    total: int
+    failed: int
+    images_per_s: float
+    eta_s: float
+    decode_share: float  # waiting for pixels: more decoding threads or smaller files would help
+    device_share: float  # the network: this is where the time should go
+    disk_share: float  # waiting for shards to be on disk
+
+    def to_json(self) -> str:
+        """One line for a log that is read by machines."""
+        return json.dumps({name: round(value, 4) for name, value in asdict(self).items()})
+
+    def __str__(self) -> str:
+        return (
+            f"{self.images:,} of {self.total:,} images, {self.images_per_s:.1f}/s, "
+            f"{self.eta_s:.0f} s left, {self.failed:,} failed; decode {self.decode_share:.0%}, "
+            f"device {self.device_share:.0%}, disk {self.disk_share:.0%}"
+        )
+
+
+def figures(reports: Sequence[UnitReport], elapsed_s: float, total: int) -> Figures:
+    """The figures of an extraction of `total` images after `elapsed_s` seconds."""
+    failed = sum(len(report.failed) + len(report.unread) for report in reports)
+    images = sum(report.rows for report in reports) + failed
+    rate = images / elapsed_s if elapsed_s > 0 else 0.0
+    spent = [
+        sum(getattr(report, part) for report in reports)
+        for part in ("decode_s", "forward_s", "publish_s")
+    ]
+    shares = [part / (sum(spent) or 1.0) for part in spent]
+    return Figures(
+        images, total, failed, rate, (total - images) / rate if rate else float("nan"), *shares
+    )

@@ -1,0 +1,134 @@
+"""What a user can know about a backbone before using it, and the feature sets that its
+taps make.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+from headrace.cache.spec import STORAGE_DTYPES, FeatureSpec
+from headrace.extract.backbones.backbone import Backbone, build_untrained, load_backbone
+from headrace.extract.backbones.nodes import Layout, find_nodes
+from headrace.extract.errors import BackboneError
+from headrace.extract.images.decoding import DECODER
+from headrace.extract.images.views import Augmentation, Drawing, Symmetries, view_json
+from headrace.extract.spec import BackboneSpec
+from headrace.extract.taps.forward import COMPUTE_DTYPES
+from headrace.extract.taps.resolve import Tap, auto_taps, backbone_nodes, tap_shape
+
+
+@dataclass(frozen=True)
+class TapInfo:
+    """One node that can be tapped."""
+
+    node: str
+    layout: Layout
+    shape: tuple[int, ...]  # of one image's output, unreduced
+    map_bytes: int  # per image as float16, unreduced
+    avg_bytes: int  # per image as float16, averaged over positions
+    cost: float  # share of the whole forward that is spent to reach it, 0 to 1
+
+
+@dataclass(frozen=True)
+class BackboneInfo:
+    """A backbone, described."""
+
+    name: str
+    weights: str | None  # digest, as FeatureSpec.weights; None where they were not loaded
+    preprocessing: str  # canonical JSON, as FeatureSpec.preprocessing
+    parameters: int
+    multiply_adds: int  # of one image's whole forward
+    taps: tuple[TapInfo, ...]  # in running order
+    auto: tuple[Tap, ...]  # what "auto" picks
+
+
+def describe_backbone(spec: BackboneSpec, *, weights: bool = True) -> BackboneInfo:
+    """Everything about a backbone; without its weights, nothing is loaded or downloaded.
+
+    Raises BackboneError.
+    """
+    if weights:
+        backbone = load_backbone(spec)
+        module, preprocessing, digest = backbone.module, backbone.preprocessing, backbone.weights
+        nodes = backbone_nodes(backbone)
+    else:
+        (module, preprocessing), digest = build_untrained(spec), None
+        nodes = find_nodes(module, preprocessing.crop, spec.name)
+    return BackboneInfo(
+        name=spec.name,
+        weights=digest,
+        preprocessing=preprocessing.to_json(),
+        parameters=sum(parameter.numel() for parameter in module.parameters()),
+        multiply_adds=nodes.multiply_adds,
+        taps=tuple(
+            TapInfo(
+                node=node.name,
+                layout=node.layout,
+                shape=node.shape,
+                map_bytes=2 * prod(node.shape),
+                avg_bytes=2 * tap_shape(Tap(node.name, "avg"), node)[0],
+                cost=node.cost,
+            )
+            for node in nodes.nodes
+        ),
+        auto=auto_taps(nodes),
+    )
+
+
+def feature_specs(
+    backbone: Backbone,
+    taps: Sequence[Tap],
+    *,
+    dtype: str = "float16",
+    compute_dtype: str = "float32",
+    views: int = 1,
+    augmentation: Augmentation | None = None,
+    symmetric: bool = False,
+) -> tuple[FeatureSpec, ...]:
+    """The feature sets of these taps, tap by tap, and within a tap view by view; `views` counts the
+    evaluation crop.
+
+    symmetric: the others are not drawn at random but are the crop mirrored (up to 4 views) and
+    turned (up to 8). Raises BackboneError.
+    """
+    for name, given, valid in (
+        ("dtype", dtype, STORAGE_DTYPES),
+        ("compute_dtype", compute_dtype, COMPUTE_DTYPES),
+    ):
+        if given not in valid:
+            raise BackboneError(f"{name} is {given!r}; expected one of {', '.join(valid)}")
+    if views < 1:
+        raise BackboneError(f"views is {views}; expected at least 1, the evaluation crop")
+    if symmetric:
+        _check_symmetric(backbone.preprocessing.crop, views)
+    drawing: Drawing = Symmetries() if symmetric else augmentation or Augmentation()
+    nodes = backbone_nodes(backbone)
+    return tuple(
+        FeatureSpec(
+            backbone=backbone.spec.name,
+            weights=backbone.weights,
+            tap=tap.node,
+            reduction=tap.reduction,
+            preprocessing=backbone.preprocessing.to_json(),
+            view=view_json(view, drawing),
+            decoder=DECODER,
+            compute_dtype=compute_dtype,
+            dtype=dtype,
+            shape=tap_shape(tap, nodes[tap.node]),
+        )
+        for tap in taps
+        for view in range(views)
+    )
+
+
+def _check_symmetric(crop: tuple[int, int], views: int) -> None:
+    if views > 8:
+        raise BackboneError(
+            f"views is {views}; expected at most 8, so many symmetries has a square"
+        )
+    if views > 4 and crop[0] != crop[1]:
+        raise BackboneError(
+            f"a crop of {crop[0]} × {crop[1]} pixels (height × width) cannot be turned by a "
+            "quarter: ask for the four mirrored views (views: flips), or for a square crop "
+            "(image_size)"
+        )

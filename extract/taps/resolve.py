@@ -1,0 +1,313 @@
+"""Taps: a node of a network and how its output is reduced.
+
+Legend: N images, C channels, H x W positions, T tokens.
+"""
+
+import functools
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from headrace.extract.backbones.backbone import Backbone
+from headrace.extract.backbones.nodes import LOGITS, PRE_LOGITS, Node, Nodes, find_nodes, is_square
+from headrace.extract.errors import BackboneError, nearest
+
+_REDUCTION = re.compile(r"avg|mean|max|gem|map|cls|vector|grid[1-9][0-9]?")
+REDUCTIONS = "avg, max, gem, gridK (grid2 …), map, and for transformers cls"
+_GEM_POWER = 3.0  # generalised mean, as trained for retrieval by Radenovic et al. 2018
+_GEM_FLOOR = 1e-6
+MIDDLES = (
+    2  # of the last resolutions; those before are large maps, dear to pool, and brought nothing
+)
+MOST_FEATURES = 8192  # of all automatic taps side by side: 16 KB an image
+
+
+@dataclass(frozen=True)
+class Tap:
+    """One node and its reduction, "blocks.4.avg"."""
+
+    node: str
+    # avg, max, gem, gridK, map; cls for a class token; vector for outputs that have no positions
+    reduction: str
+
+    def __str__(self) -> str:
+        return f"{self.node}.{self.reduction}"
+
+
+def parse_tap(text: str) -> Tap:
+    """ "blocks.4.avg": node "blocks.4", reduction "avg", which is also what no reduction and "mean"
+    mean.
+    """
+    node, _, last = text.strip().rpartition(".")
+    if not text.strip():
+        raise BackboneError("a tap is empty; expected a node and a reduction, such as layer4.avg")
+    if not _REDUCTION.fullmatch(last):
+        node, last = text.strip(), "avg"
+    if not node:
+        raise BackboneError(
+            f"tap {text!r} names a reduction and no node; expected something like layer4.{last}"
+        )
+    return Tap(node, "avg" if last == "mean" else last)
+
+
+def resolve_taps(backbone: Backbone, taps: str | Sequence[str]) -> tuple[Tap, ...]:
+    """The taps that a user asked for, checked against the network, each once; "auto" picks early to
+    late ones.
+
+    Raises BackboneError naming the nearest nodes.
+    """
+    nodes = backbone_nodes(backbone)
+    if taps == "auto":
+        return auto_taps(nodes)
+    asked = [taps] if isinstance(taps, str) else list(taps)
+    if not asked:
+        raise BackboneError(
+            f"{backbone.spec.name}: no taps are asked for; name at least one, or auto"
+        )
+    return tuple(
+        dict.fromkeys(_resolve(parse_tap(text), nodes, backbone.spec.name) for text in asked)
+    )
+
+
+def tap_shape(tap: Tap, node: Node) -> tuple[int, ...]:
+    """Shape of one image's reduced output."""
+    height, width, channels = _extent(node)
+    if tap.reduction == "map":
+        return (channels, height, width)
+    if tap.reduction.startswith("grid"):
+        cells = int(tap.reduction[4:])
+        return (channels, cells, cells)
+    return (channels,)
+
+
+def reduce_output(output: Tensor, reduction: str, node: Node) -> Tensor:
+    """A node's output (N, ...) to (N, *tap_shape), in float32 for everything that averages."""
+    if reduction == "vector":
+        return output
+    if reduction == "cls":
+        return output[:, 0]
+    if reduction == "avg":  # means over axes as they lie, without making a map of tokens first
+        if node.layout == "NTC":
+            return output[:, node.prefix :].float().mean(dim=1)
+        return output.float().mean(dim=(2, 3) if node.layout == "NCHW" else (1, 2))
+    grid = _as_map(output, node)
+    if reduction == "map":
+        return grid
+    if reduction == "max":
+        return grid.amax(dim=(2, 3))
+    if reduction == "gem":
+        return (
+            grid.float().clamp(min=_GEM_FLOOR).pow(_GEM_POWER).mean(dim=(2, 3)).pow(1 / _GEM_POWER)
+        )
+    return F.adaptive_avg_pool2d(grid.float(), int(reduction.removeprefix("grid")))
+
+
+@functools.lru_cache(maxsize=8)
+def backbone_nodes(backbone: Backbone) -> Nodes:
+    """The nodes of a loaded backbone at its own input size; found once per process."""
+    return find_nodes(backbone.module, backbone.preprocessing.crop, backbone.spec.name)
+
+
+def auto_taps(nodes: Nodes) -> tuple[Tap, ...]:
+    """Early to late: the last block at each resolution but the first, and a middle one at the last
+    two, averages and maxima; of a plain transformer the averages of each quarter and the last class
+    token. Then what the classifier is given.
+
+    Maxima and middles are what far domains gain from (docs/defaults.md). Together the taps of a
+    convolution network have at most MOST_FEATURES features, or as many as its last blocks have.
+    """
+    quarters = _quarters(nodes)
+    taps = [Tap(node.name, "avg") for node in quarters] or _of_stages(nodes)
+    if quarters and quarters[-1].has_class_token:
+        taps.append(Tap(quarters[-1].name, "cls"))
+    if PRE_LOGITS in nodes.names:
+        taps.append(Tap(PRE_LOGITS, "vector"))
+    return tuple(taps) or (Tap(LOGITS, "vector"),)
+
+
+def _of_stages(nodes: Nodes) -> list[Tap]:
+    """Averages and maxima of the last block at each resolution and a middle one of the last two, in
+    running order.
+
+    What the classifier is given is not taken twice: the average of the last map, at most normalised
+    once more, is left out where it has as many values.
+    """
+    maps = [node for node in nodes.nodes if node.layout in ("NCHW", "NHWC")]
+    given = nodes[PRE_LOGITS].shape[0] if PRE_LOGITS in nodes.names else 0
+    ends = _stages(maps)
+    trunk = _trunk(maps)
+    lasts: list[Node] = []
+    middles: list[Node] = []
+    for end in ends:
+        here = [node for node in maps if _extent(node)[:2] == _extent(end)[:2]]
+        blocks = [node for node in here if node.name in trunk] or [end]
+        own = [
+            node
+            for node in here
+            if re.fullmatch(re.escape(blocks[-1].name) + r"(\.blocks)?\.\d+", node.name)
+        ]
+        last = blocks[-1]
+        if (
+            lasts and last.cost <= lasts[-1].cost
+        ):  # pooled or resized, no more: its maxima are those of the one before
+            continue
+        lasts.append(last)
+        # Without a product between the two a middle is the block itself, before its activation, or
+        # the pooled one before it.
+        before = max((node.cost for node in maps[: maps.index(here[0])]), default=0.0)
+        if between := [node for node in blocks[:-1] or own[:-1] if before < node.cost < last.cost]:
+            middles.append(between[len(between) // 2])
+    if (
+        ends and _extent(ends[-1])[2] != _extent(lasts[-1])[2]
+    ):  # a convolution behind the last block
+        lasts.append(ends[-1])
+    if lasts and _extent(lasts[-1])[2] == given:
+        lasts.pop()
+    room = MOST_FEATURES - given - sum(2 * _extent(node)[2] for node in lasts)
+    for middle in reversed(middles[-MIDDLES:]):
+        if (width := 2 * _extent(middle)[2]) <= room:
+            lasts.append(middle)
+            room -= width
+    picked = {node.name for node in lasts}
+    return [
+        Tap(node.name, reduction)
+        for node in maps
+        if node.name in picked
+        for reduction in ("avg", "max")
+    ]
+
+
+def _trunk(maps: list[Node]) -> frozenset[str]:
+    """The names of the blocks that the network is a row of: numbered alike, at most resolutions,
+    nested least.
+    """
+    families: dict[str, list[Node]] = {}
+    for node in maps:
+        if (family := re.sub(r"\d+[a-z]?$", "", node.name)) != node.name:
+            families.setdefault(family, []).append(node)
+
+    def reach(family: str) -> tuple[int, int, int]:
+        return (
+            len({_extent(node)[:2] for node in families[family]}),
+            -family.count("."),
+            len(families[family]),
+        )
+
+    longest = families[max(families, key=reach)] if families else []
+    return frozenset(node.name for node in longest)
+
+
+def _stages(maps: list[Node]) -> list[Node]:
+    """The last block at each resolution, at most five of them, in running order."""
+    resolutions = list(dict.fromkeys(_extent(node)[:2] for node in maps))
+    largest = max((height * width for height, width in resolutions), default=0)
+    picked = []
+    for height, width in resolutions:
+        # The first resolution is edges and colours; a single position is the pooled output, which
+        # pre_logits has.
+        if height * width in (largest, 1):
+            continue
+        here = [node for node in maps if _extent(node)[:2] == (height, width)]
+        shallowest = min(node.name.count(".") for node in here)
+        # Inside a stage come the first convolutions of the next at the old resolution; whole stages
+        # have shorter names.
+        picked.append([node for node in here if node.name.count(".") == shallowest][-1])
+    # Attention matrices and windows look like maps of other resolutions, but lie deep inside the
+    # blocks.
+    deepest = min((node.name.count(".") for node in picked), default=0) + 2
+    picked = [node for node in picked if node.name.count(".") <= deepest]
+    order = {node.name: place for place, node in enumerate(maps)}
+    return sorted(picked, key=lambda node: order[node.name])[-5:]
+
+
+def _quarters(nodes: Nodes) -> list[Node]:
+    """The blocks at a quarter, half, three quarters and the end of a plain transformer; empty for
+    other networks.
+    """
+    groups: dict[str, list[Node]] = {}
+    for node in nodes.nodes:
+        if node.layout == "NTC" and re.search(r"\d$", node.name):
+            groups.setdefault(re.sub(r"\d+$", "", node.name), []).append(node)
+    if not groups:
+        return []
+    shallowest = min(prefix.count(".") for prefix in groups)
+    blocks = max(
+        (group for prefix, group in groups.items() if prefix.count(".") == shallowest), key=len
+    )
+    if len(blocks) < 4:
+        return []
+    return [blocks[math.ceil(len(blocks) * quarter / 4) - 1] for quarter in (1, 2, 3, 4)]
+
+
+def _resolve(tap: Tap, nodes: Nodes, what: str) -> Tap:
+    if tap.node in nodes.repeated:
+        raise BackboneError(
+            f"{what}: {tap.node} runs more than once in one forward, so it names no single output. "
+            f"Tap the block around it: {tap.node.rpartition('.')[0] or '(the network)'}. List the "
+            f"taps: headrace backbones {what}"
+        )
+    if tap.node not in nodes.names:
+        parent = tap.node.rpartition(".")[0]
+        reductions = (
+            f"The reductions of {parent} are {REDUCTIONS}. " if parent in nodes.names else ""
+        )
+        raise BackboneError(
+            f"{what} has no node {tap.node!r}. Nearest: {nearest(tap.node, nodes.names)}. "
+            f"{reductions}List all of them: headrace backbones {what}"
+        )
+    node = nodes[tap.node]
+    if node.layout == "NC":
+        if tap.reduction == "cls" or tap.reduction.startswith("grid"):
+            raise BackboneError(
+                f"{what}: {tap} has nothing to reduce: it is a vector of {node.shape[0]} values"
+            )
+        return Tap(tap.node, "vector")
+    if tap.reduction == "vector":
+        raise BackboneError(
+            f"{what}: {tap.node} has shape {node.shape}, not a vector. Reductions: {REDUCTIONS}"
+        )
+    if tap.reduction == "cls" and not node.has_class_token:
+        raise BackboneError(f"{what}: {tap.node} has no class token; try {tap.node}.avg")
+    if (
+        node.layout == "NTC"
+        and tap.reduction != "cls"
+        and tap.reduction != "avg"
+        and not is_square(node.shape[0] - node.prefix)
+    ):
+        raise BackboneError(
+            f"{what}: the {node.shape[0]} tokens of {tap.node} make no square map; try "
+            f"{tap.node}.avg"
+        )
+    return tap
+
+
+def _needs_map(tap: Tap) -> bool:
+    return tap.reduction not in ("cls", "avg")
+
+
+def _extent(node: Node) -> tuple[int, int, int]:
+    """(H, W, C) of a node's output; vectors have one position."""
+    if node.layout == "NCHW":
+        return node.shape[1], node.shape[2], node.shape[0]
+    if node.layout == "NHWC":
+        return node.shape[0], node.shape[1], node.shape[2]
+    if node.layout == "NTC":
+        side = math.isqrt(node.shape[0] - node.prefix)
+        return side, side, node.shape[1]
+    return 1, 1, node.shape[0]
+
+
+def _as_map(output: Tensor, node: Node) -> Tensor:
+    """(N, C, H, W), a view."""
+    if node.layout == "NHWC":
+        return output.permute(0, 3, 1, 2)
+    if node.layout == "NTC":
+        height, width, _ = _extent(node)
+        return (
+            output[:, node.prefix :].reshape(-1, height, width, output.shape[2]).permute(0, 3, 1, 2)
+        )
+    return output

@@ -1,0 +1,133 @@
+"""The feature sets of a backbone, remembered, so that a run with nothing to extract need not build
+the network.
+
+What is remembered is only what would be found again: the key holds the backbone's spec, its weights
+file's size and time, and the versions of the libraries that build and decode. A unit of work checks
+its network against the specs anyway.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypedDict, Unpack
+
+from headrace.cache.atomic_io import publish_replace
+from headrace.cache.integrity.sealed import read_sealed_json, sealed_json
+from headrace.cache.spec import FeatureSpec
+from headrace.extract.errors import BackboneError
+from headrace.extract.spec import (
+    BackboneSpec,
+    absolute,
+    backbone_from_fields,
+    check_spec,
+    weights_stamp,
+)
+
+_FOLDER = "backbones"
+_LIBRARIES = ("torch", "torchvision", "timm", "pillow", "headrace")
+
+
+class Storing(TypedDict, total=False):
+    """How features are computed and stored, as `feature_specs` takes it."""
+
+    dtype: str
+    compute_dtype: str
+    views: int
+    symmetric: bool
+
+
+def build_features(
+    spec: BackboneSpec, taps: str | Sequence[str], storing: Storing
+) -> tuple[FeatureSpec, ...]:
+    """The feature sets that these taps of a backbone make, from the network itself.
+
+    Raises BackboneError.
+    """
+    from headrace.extract.backbones.backbone import load_backbone
+    from headrace.extract.taps.describe import feature_specs
+    from headrace.extract.taps.resolve import resolve_taps
+
+    backbone = load_backbone(spec)
+    return feature_specs(backbone, resolve_taps(backbone, taps), **storing)
+
+
+def backbone_features(
+    spec: BackboneSpec,
+    taps: str | Sequence[str],
+    *,
+    cache_root: Path,
+    build: Callable[..., tuple[FeatureSpec, ...]] = build_features,
+    **storing: Unpack[Storing],
+) -> tuple[FeatureSpec, ...]:
+    """The feature sets that these taps of a backbone make, tap by tap and within a tap view by
+    view; see `feature_specs`.
+
+    Read from what the cache remembers; otherwise the network is built, by `build`, which does what
+    `build_features` does. A backbone from the user's own Python function is always built: nothing
+    says whether its code has changed. Raises BackboneError.
+    """
+    check_spec(spec)
+    memo = _memo(spec, taps, storing, cache_root)
+    if not spec.name.startswith("python:") and (known := _read(memo)) is not None:
+        return known
+    return build(spec, taps, storing)
+
+
+def remember_features(
+    spec: BackboneSpec,
+    taps: str | Sequence[str],
+    features: Sequence[FeatureSpec],
+    *,
+    cache_root: Path,
+    **storing: Unpack[Storing],
+) -> None:
+    """Keep what `backbone_features` found, for the next call.
+
+    Apart from it, because a dry run writes nothing.
+
+    A memo that is damaged is written anew; one that cannot be written stops nobody.
+    """
+    memo = _memo(spec, taps, storing, cache_root)
+    if _read(memo) != tuple(features):
+        text = {
+            "backbone": dataclasses.asdict(absolute(spec)),
+            "features": [feature.to_json() for feature in features],
+        }
+        with contextlib.suppress(OSError):  # it only saves time
+            memo.parent.mkdir(parents=True, exist_ok=True)
+            publish_replace(memo, sealed_json(text))
+
+
+def remembered_backbone(cache_root: Path, feature: FeatureSpec) -> BackboneSpec | None:
+    """The backbone that is remembered to make this feature set; None where the cache has forgotten,
+    or never knew.
+    """
+    for memo in sorted((cache_root / _FOLDER).glob("*.json")):
+        if feature in (_read(memo) or ()):
+            with contextlib.suppress(BackboneError):  # of another version
+                return backbone_from_fields(read_sealed_json(memo.read_bytes())["backbone"])
+    return None
+
+
+def _memo(
+    spec: BackboneSpec, taps: str | Sequence[str], storing: Storing, cache_root: Path
+) -> Path:
+    versions = [importlib.metadata.version(name) for name in _LIBRARIES]
+    asked = [taps] if isinstance(taps, str) else list(taps)
+    key = json.dumps(
+        [dataclasses.asdict(spec), weights_stamp(spec), asked, storing, versions], sort_keys=True
+    )
+    return cache_root / _FOLDER / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
+
+
+def _read(memo: Path) -> tuple[FeatureSpec, ...] | None:
+    try:
+        known = read_sealed_json(memo.read_bytes())
+        return tuple(FeatureSpec.from_json(text) for text in known["features"]) or None
+    # ValueError: no UTF-8, no JSON, or the fields of another version.
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return None  # absent or damaged: it only saves time

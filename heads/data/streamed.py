@@ -1,0 +1,166 @@
+"""Features that stay on disk: rows of feature sets, indexed as the matrix that they do not become.
+
+N rows, V views, D features. Row r of view v is row v * N + r, as in a stack of the views.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from headrace.cache.feature_set import FeatureSet
+from headrace.heads.data.checks import BadFeatures
+
+ROWS_AT_ONCE = 8192
+_EXPONENT = np.uint16(0x7C00)  # of a float16: all ones in infinity and NaN
+
+
+class Streamed:
+    """Rows of several feature sets side by side, read when they are asked for, always float32.
+
+    `parts` are columns, each the views of one feature set; `positions` the rows that are meant, in
+    their order. What a bank computes from it is what it computes from the array, for it reads the
+    same numbers in the same order.
+    """
+
+    dtype = np.dtype(np.float32)
+
+    def __init__(
+        self,
+        parts: Sequence[Sequence[FeatureSet]],
+        content: npt.NDArray[np.bytes_],
+        *,
+        spatial: bool,
+    ) -> None:
+        self._parts = [
+            [(feature, _positions(feature, content)) for feature in views] for views in parts
+        ]
+        self._rows, self.views = len(content), len(self._parts[0])
+        shapes = [views[0].spec.shape for views in parts]
+        tail = tuple(shapes[0][1:]) if spatial else ()
+        widths = [shape[0] if spatial else math.prod(shape) for shape in shapes]
+        self._columns = np.concatenate([[0], np.cumsum(widths)]).tolist()
+        self.shape = (self.views * self._rows, int(self._columns[-1]), *tail)
+        self.ndim = len(self.shape)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, key: slice | npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+        """(n, D) or (n, channels, h, w): rows by slice, row numbers or mask, as a copy."""
+        rows = np.arange(*key.indices(len(self))) if isinstance(key, slice) else np.asarray(key)
+        return self.read(np.flatnonzero(rows) if rows.dtype == np.bool_ else rows)
+
+    def read(
+        self, rows: npt.NDArray[Any], out: npt.NDArray[np.float32] | None = None
+    ) -> npt.NDArray[np.float32]:
+        """Rows by number, as a copy or written into `out` (n, D)."""
+        into = np.empty((len(rows), *self.shape[1:]), np.float32) if out is None else out
+        for view in range(self.views) if self.views > 1 else (0,):
+            mine = np.flatnonzero(rows // self._rows == view) if self.views > 1 else slice(None)
+            local = rows[mine] - view * self._rows
+            for part, first, last in zip(
+                self._parts, self._columns[:-1], self._columns[1:], strict=True
+            ):
+                feature, positions = part[view]
+                if len(self._parts) == 1 and self.views == 1:
+                    feature.read(
+                        positions[local],
+                        np.float32,
+                        out=into.reshape(len(rows), *feature.spec.shape),
+                    )
+                else:
+                    found = feature.read(positions[local], np.float32)
+                    into[mine, first:last] = found.reshape(
+                        len(found), last - first, *self.shape[2:]
+                    )
+        return into
+
+    def stored(self, rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """(n, D) rows by number, as a copy: of the type in which they are stored where all columns
+        come from one feature set, else float32.
+        """
+        if len(self._parts) > 1 or self.views > 1:
+            return self.read(rows)
+        feature, positions = self._parts[0][0]
+        return feature.read(positions[rows], None).reshape(len(rows), -1)
+
+    def view(self, number: int) -> "StreamedView":
+        """The rows of one view."""
+        return StreamedView(self, number)
+
+    @property
+    def order(self) -> npt.NDArray[np.intp]:
+        """(V * N,) row numbers as the rows of the first columns lie on disk."""
+        first = self._parts[0]
+        return np.concatenate(
+            [view * self._rows + np.argsort(first[view][1]) for view in range(self.views)]
+        )
+
+    def prefetch(self, rows: npt.NDArray[np.intp]) -> None:
+        """Have the operating system read these rows, without waiting."""
+        for part in self._parts:
+            for view, (feature, positions) in enumerate(part):
+                feature.prefetch(positions[rows[rows // self._rows == view] - view * self._rows])
+
+    def check_finite(self) -> None:
+        """Raises BadFeatures naming the feature set and the first image with a feature that is NaN
+        or infinite.
+        """
+        for part in self._parts:
+            for feature, positions in part:
+                if feature.spec.dtype == "uint8":
+                    continue  # a number between two finite ones
+                for start in range(0, len(positions), ROWS_AT_ONCE):
+                    at = np.sort(positions[start : start + ROWS_AT_ONCE])
+                    rows = feature.read(at, None).reshape(len(at), -1)
+                    if rows.dtype == np.float16:
+                        bad = ((rows.view(np.uint16) & _EXPONENT) == _EXPONENT).any(1)
+                    else:
+                        bad = ~np.isfinite(rows).all(1)
+                    if bad.any():
+                        raise not_finite(
+                            feature, feature.content()[at[np.argmax(bad)]], int(bad.sum())
+                        )
+
+
+class StreamedView:
+    """One view of streamed rows: what `X[view]` is for a stack of arrays."""
+
+    def __init__(self, rows: Streamed, number: int) -> None:
+        self._all, self._first = rows, number * (len(rows) // rows.views)
+
+    def __getitem__(self, rows: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+        return self._all.read(rows + self._first)
+
+
+class StreamedStack:
+    """Streamed rows as networks see them: shape (V, N, D, ...), iterated view by view."""
+
+    def __init__(self, rows: Streamed) -> None:
+        self.rows = rows
+        self.shape = (rows.views, len(rows) // rows.views, *rows.shape[1:])
+        self.ndim = len(self.shape)
+
+    def __len__(self) -> int:
+        return self.rows.views
+
+    def __iter__(self) -> Iterator[StreamedView]:
+        return (self.rows.view(number) for number in range(self.rows.views))
+
+
+def not_finite(feature: FeatureSet, content: bytes, rows: int) -> BadFeatures:
+    """The error for rows that hold NaN or infinity, the first being that of the image `content`."""
+    return BadFeatures(
+        f"{feature.path} ({feature.spec.name}): the row of image {content.decode()} and {rows - 1} "
+        "more hold NaN or infinite features: extract them again"
+    )
+
+
+def _positions(feature: FeatureSet, content: npt.NDArray[np.bytes_]) -> npt.NDArray[np.int64]:
+    found = feature.locate(content)
+    if (found < 0).any():
+        feature.load(content[found < 0][:3])  # raises RowsMissing, which says what is wrong
+    return found

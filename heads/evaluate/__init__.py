@@ -1,0 +1,1 @@
+"""How good heads are: metrics, confidence intervals, calibration, ensembles, transferability."""

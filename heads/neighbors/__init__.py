@@ -1,0 +1,1 @@
+"""Heads that need no training: nearest neighbors and nearest class means."""

@@ -1,0 +1,1 @@
+"""Heads that are small neural networks: perceptrons and convolutions, trained side by side."""

@@ -1,0 +1,291 @@
+"""Banks of networks of any kind: specs × folds, halving, early stopping, and the heads trained on
+all rows.
+
+N rows, V views, C outputs, K heads. What a kind of network brings is its `Family`; everything else
+is here.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from headrace.heads.data.checks import check_finite, check_specs, row_weights
+from headrace.heads.data.streamed import Streamed, StreamedStack, StreamedView
+from headrace.heads.evaluate.metrics import TaskKind
+from headrace.heads.networks.mlp_batch import StreamedTensor
+from headrace.heads.networks.mlp_data import FoldData, prepare
+from headrace.heads.networks.mlp_training import Batch, Run, Trace
+from headrace.heads.predict import Arrays, predict_head
+from headrace.heads.spec import FULL, ConvSpec, Halving, HeadFit, MLPSpec
+
+Floats = npt.NDArray[Any]
+Stacked = Floats | StreamedStack  # (V, N, D, …)
+Spec = TypeVar("Spec", MLPSpec, ConvSpec)
+
+ROWS_AT_ONCE = (
+    4096  # of held-out rows that are read from shards to be predicted; blocks of `predict_head`
+)
+
+
+@dataclass(frozen=True)
+class Family(Generic[Spec]):
+    """What tells one kind of network from another."""
+
+    alike: Callable[
+        [Spec], tuple[Any, ...]
+    ]  # heads of equal keys can train side by side; standardisation comes last
+    head_bytes: Callable[[Spec], int]  # that one head of a batch takes
+    batch_bytes: int  # heads side by side on a CPU take at most so much
+    make: Callable[
+        [list[Spec], FoldData, int], Batch
+    ]  # of the specs of a batch, their data and their fold
+    arrays: Callable[
+        [Any, FoldData], Arrays
+    ]  # what the batch remembers of a head, in raw coordinates
+
+
+@dataclass(frozen=True)
+class Bank(Generic[Spec]):
+    """The inputs of a bank in the form that its parts share."""
+
+    stacked: Stacked
+    features: torch.Tensor | StreamedTensor  # (V·N, D, …) on the device
+    target: npt.NDArray[Any]
+    outputs: int
+    fold: npt.NDArray[np.int16]
+    weight: npt.NDArray[np.float64]
+    task: TaskKind
+    specs: Sequence[Spec]
+    family: Family[Spec]
+    prepared: dict[tuple[int, bool], FoldData] = field(default_factory=dict)
+
+    def data(self, fold: int, *, standardize: bool) -> FoldData:
+        """Made once per fold: its means and deviations are two passes over the features."""
+        if (fold, standardize) not in self.prepared:
+            self.prepared[fold, standardize] = prepare(
+                self.stacked,
+                self.features,
+                self.target,
+                self.outputs,
+                self.fold,
+                fold,
+                self.weight,
+                self.task,
+                standardize=standardize,
+            )
+        return self.prepared[fold, standardize]
+
+    def runs(self, traces: Sequence[Trace], *, ranked: bool) -> "list[Callable[[], Run]]":
+        """What makes the batches of these heads, all of one fold.
+
+        Made one by one, for their parameters take memory.
+        """
+        alike: dict[tuple[Any, ...], list[Trace]] = {}
+        for trace in traces:
+            if trace.error is None:
+                alike.setdefault(self.family.alike(self.specs[trace.spec]), []).append(trace)
+        makers: list[Callable[[], Run]] = []
+        for heads in alike.values():
+            size = max(self.family.head_bytes(self.specs[trace.spec]) for trace in heads)
+            share = (
+                max(1, self.family.batch_bytes // size)
+                if self.features.device.type == "cpu"
+                else len(heads)
+            )
+            number = -(-len(heads) // share)
+            for part in range(number):
+                chunk = heads[part * len(heads) // number : (part + 1) * len(heads) // number]
+                makers.append(partial(self._run, chunk, ranked))
+        return makers
+
+    def _run(self, chunk: list[Trace], ranked: bool) -> Run:
+        specs = [self.specs[trace.spec] for trace in chunk]
+        data = self.data(chunk[0].fold, standardize=self.family.alike(specs[0])[-1])
+        return Run(
+            specs,
+            chunk,
+            data,
+            lambda: self.family.make(specs, data, chunk[0].fold),
+            len(self.stacked),
+            ranked,
+        )
+
+    def fit(self, trace: Trace) -> HeadFit:
+        """The outcome of a head that has left its batch."""
+        spec, nan = self.specs[trace.spec], float("nan")
+        if trace.error is not None or trace.data is None:
+            return HeadFit(
+                spec, trace.fold, {}, nan, nan, trace.epochs, trace.seconds, None, trace.error
+            )
+        arrays = self.family.arrays(trace.best, trace.data)
+        validation = None
+        if trace.fold != FULL:
+            per_view = [
+                self._predicted(spec, arrays, view, trace.data.held) for view in self.stacked
+            ]
+            validation = (
+                np.stack(per_view).mean(0, dtype=np.float32) if len(per_view) > 1 else per_view[0]
+            )
+        return HeadFit(
+            spec,
+            trace.fold,
+            arrays,
+            trace.training_loss,
+            nan,
+            trace.epochs,
+            trace.seconds,
+            validation,
+        )
+
+    def _predicted(
+        self, spec: Spec, arrays: Arrays, view: Floats | StreamedView, rows: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.float32]:
+        parts = [
+            rows[start : start + ROWS_AT_ONCE] for start in range(0, len(rows), ROWS_AT_ONCE)
+        ] or [rows]
+        return np.concatenate([predict_head(spec, arrays, view[part], self.task) for part in parts])
+
+
+def stack(X: Floats | Streamed, dimensions: int) -> Stacked:
+    """Features with a view axis in front, added where X is one view; a view has so many
+    dimensions.
+    """
+    if isinstance(X, Streamed):
+        return StreamedStack(X)
+    return X if X.ndim == dimensions + 1 else X[None]
+
+
+def fit_networks(
+    stacked: Stacked,
+    target: npt.NDArray[Any],
+    *,
+    n_classes: int,
+    fold: npt.NDArray[np.int16],
+    specs: Sequence[Spec],
+    full: bool,
+    sample_weight: npt.NDArray[np.float64] | None,
+    device: str,
+    task: TaskKind,
+    halving: Halving | None,
+    family: Family[Spec],
+) -> list[HeadFit]:
+    """As `fit_mlp_bank`; stacked is (V, N, D, …)."""
+    views, n = stacked.shape[:2]
+    check_specs(specs, "MLPSpec((64,))")
+    weight = row_weights(sample_weight, n)
+    features: torch.Tensor | StreamedTensor
+    if isinstance(stacked, StreamedStack):
+        features = StreamedTensor(stacked.rows, torch.device(device))
+    else:
+        check_finite(stacked.reshape(views, n, -1))
+        features = as_tensor(stacked.reshape(views * n, *stacked.shape[2:])).to(device)
+    bank = Bank(
+        stacked,
+        features,
+        target,
+        n_classes,
+        fold,
+        weight,
+        task,
+        specs,
+        family,
+    )
+    traces: list[Trace] = []
+    makers: list[Callable[[], Run]] = []
+    for number in sorted(int(value) for value in np.unique(fold[fold >= 0])):
+        own = [
+            Trace(place, number, spec.epochs, error=spec_error(spec, task))
+            for place, spec in enumerate(specs)
+        ]
+        traces += own
+        makers += bank.runs(own, ranked=halving is not None)
+    alive = set(range(len(specs)))
+    if halving is None:
+        for maker in makers:
+            maker().advance(None)
+    else:
+        runs = [maker() for maker in makers]  # all at once: a rung compares all heads
+        for epoch in halving.after:
+            for run in runs:
+                run.advance(epoch)
+            alive = _survivors(traces, alive, halving.keep)
+            for run in runs:
+                run.leave([trace for trace in run.traces if trace.spec not in alive])
+        for run in runs:
+            run.advance(None)
+    if full:
+        own = [_full_trace(place, specs[place], traces, task) for place in sorted(alive)]
+        traces += own
+        for maker in bank.runs(own, ranked=False):
+            maker().advance(None)
+    return [
+        bank.fit(trace)
+        for trace in sorted(traces, key=lambda trace: (trace.spec, trace.fold == FULL, trace.fold))
+    ]
+
+
+def spec_error(spec: MLPSpec | ConvSpec, task: TaskKind) -> str | None:
+    """Why this spec cannot be trained at all, or None."""
+    if any(width < 1 for width in spec.hidden):
+        return f"hidden widths {spec.hidden} must be at least 1"
+    if isinstance(spec, ConvSpec) and (not spec.channels or min(spec.channels) < 1):
+        return f"channels {spec.channels} must name at least one layer of at least 1 channel"
+    if not spec.learning_rate > 0 or spec.weight_decay < 0:
+        return (
+            f"learning_rate {spec.learning_rate} must be above 0 and weight_decay "
+            f"{spec.weight_decay} at least 0"
+        )
+    if not 0 <= spec.dropout < 1 or not 0 <= spec.label_smoothing < 1:
+        return (
+            f"dropout {spec.dropout} and label_smoothing {spec.label_smoothing} must be in [0, 1)"
+        )
+    if spec.batch_size < 1 or spec.epochs < 1 or spec.patience < 1:
+        return (
+            f"batch_size {spec.batch_size}, epochs {spec.epochs} and patience {spec.patience} must "
+            "be at least 1"
+        )
+    if task == "regression" and (spec.class_weight != "none" or spec.label_smoothing):
+        return "class_weight and label_smoothing have no meaning for regression: leave them out"
+    return None
+
+
+def as_tensor(array: Floats) -> torch.Tensor:
+    """The same memory as a tensor, also of a read-only array such as a memory map; nothing here
+    writes to features.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
+        return torch.from_numpy(array)
+
+
+def _survivors(traces: Sequence[Trace], alive: set[int], keep: float) -> set[int]:
+    """The best share `keep` of the specs alive, at least one, by the mean over folds; a spec that
+    failed is out.
+    """
+    own = {place: [trace for trace in traces if trace.spec == place] for place in alive}
+    mean = {
+        place: float(np.mean([trace.best_rank for trace in heads]))
+        for place, heads in own.items()
+        if all(trace.error is None for trace in heads)
+    }
+    ranked = sorted(mean, key=lambda place: (-mean[place], place))
+    return set(ranked[: max(1, round(keep * len(ranked)))])
+
+
+def _full_trace(
+    place: int, spec: MLPSpec | ConvSpec, traces: Sequence[Trace], task: TaskKind
+) -> Trace:
+    own = [trace for trace in traces if trace.spec == place]
+    best = [trace.best_epoch for trace in own if trace.error is None]
+    error = spec_error(spec, task)
+    if own and not best and error is None:
+        error = f"not trained on all rows, because it failed in every fold: {own[0].error}"
+    return Trace(
+        place, FULL, max(1, round(float(np.mean(best)))) if best else spec.epochs, error=error
+    )

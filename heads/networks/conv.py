@@ -1,0 +1,162 @@
+"""Banks of convolutional heads on spatial taps (`layer4.map`): new 3 × 3 layers, a mean over
+positions, an MLP.
+
+N rows, V views, D channels, h × w positions, C outputs.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+
+from headrace.heads.data.checks import BadFeatures
+from headrace.heads.data.streamed import Streamed
+from headrace.heads.evaluate.metrics import TaskKind
+from headrace.heads.networks.bank import Family, fit_networks, stack
+from headrace.heads.networks.conv_batch import ConvBatch, random_start
+from headrace.heads.networks.mlp_batch import Network
+from headrace.heads.networks.mlp_data import FoldData
+from headrace.heads.predict import Arrays, CannotPredict, link
+from headrace.heads.spec import ConvSpec, Halving, HeadFit
+
+Floats = npt.NDArray[Any]
+
+# Activations and their gradients of the heads that are trained side by side on a CPU.
+CPU_BATCH_BYTES = 256 << 20
+ROWS_AT_ONCE = 256
+
+
+def fit_conv_bank(
+    X: Floats | Streamed,
+    target: npt.NDArray[Any],
+    *,
+    n_classes: int,
+    fold: npt.NDArray[np.int16],
+    specs: Sequence[ConvSpec],
+    full: bool = True,
+    sample_weight: npt.NDArray[np.float64] | None = None,
+    device: str = "cpu",
+    task: TaskKind = "single",
+    halving: Halving | None = None,
+) -> list[HeadFit]:
+    """As `fit_mlp_bank`, for maps X (N, D, h, w), or (V, N, D, h, w) for V views of each row.
+
+    Maps are standardised channel by channel. Heads of equal channels, hidden widths and batch size
+    train side by side. Raises BadFeatures for features that are no maps or not finite.
+    """
+    if X.ndim not in ((4,) if isinstance(X, Streamed) else (4, 5)):
+        raise BadFeatures(
+            f"a convolution head needs maps (N, channels, h, w), found {X.shape}: give a tap like "
+            "layer4.map"
+        )
+    stacked = stack(X, 4)
+    channels, positions = stacked.shape[2], math.prod(stacked.shape[3:])
+
+    def head_bytes(spec: ConvSpec) -> int:
+        # Each layer's product, its normalised value and the gradients of both.
+        return 16 * spec.batch_size * positions * sum(spec.channels)
+
+    def make(chunk: list[ConvSpec], data: FoldData, number: int) -> ConvBatch:
+        networks = [conv_network(spec) for spec in chunk]
+        pairs = zip(chunk, networks, strict=True)
+        starts = [random_start(spec.channels, own, channels, n_classes) for spec, own in pairs]
+        return ConvBatch(networks, starts, data.rows, fold=number, device=torch.device(device))
+
+    family = Family(
+        alike=lambda spec: (spec.channels, spec.hidden, spec.batch_size, True),
+        head_bytes=head_bytes,
+        batch_bytes=CPU_BATCH_BYTES,
+        make=make,
+        arrays=_with_scaling,
+    )
+    return fit_networks(
+        stacked,
+        target,
+        n_classes=n_classes,
+        fold=fold,
+        specs=specs,
+        full=full,
+        sample_weight=sample_weight,
+        device=device,
+        task=task,
+        halving=halving,
+        family=family,
+    )
+
+
+def conv_network(spec: ConvSpec) -> Network:
+    """What the batch needs to know of a spec."""
+    return Network(
+        spec.hidden,
+        spec.learning_rate,
+        spec.weight_decay,
+        spec.dropout,
+        spec.label_smoothing,
+        spec.class_weight == "balanced",
+        spec.seed,
+    )
+
+
+def predict_conv(
+    spec: ConvSpec, arrays: Arrays, X: Floats, task: TaskKind, temperature: float = 1.0
+) -> npt.NDArray[np.float32]:
+    """(n, C) float32 predictions for maps X (n, D, h, w) at a temperature.
+
+    Raises CannotPredict for maps of other channels.
+    """
+    channels = arrays["kernel0"].shape[1]
+    if X.ndim != 4 or X.shape[1] != channels:
+        raise CannotPredict(
+            f"the head was trained on maps of {channels} channels, found {X.shape[1:]}: give the "
+            "same taps"
+        )
+    parts = [X[start : start + ROWS_AT_ONCE] for start in range(0, len(X), ROWS_AT_ONCE)] or [X]
+    with torch.no_grad():
+        return np.concatenate(
+            [_predict_block(spec, arrays, part, task, temperature) for part in parts]
+        )
+
+
+def _predict_block(
+    spec: ConvSpec, arrays: Arrays, X: Floats, task: TaskKind, temperature: float
+) -> npt.NDArray[np.float32]:
+    # The mean is not folded into the first kernel: at the border the padding stands for
+    # standardised zeros.
+    scaled = (X.astype(np.float32) - arrays["mean"][:, None, None]) * arrays["inverse_scale"][
+        :, None, None
+    ]
+    maps = torch.from_numpy(scaled)
+    for place in range(len(spec.channels)):
+        kernel, shift = (
+            torch.from_numpy(arrays[f"kernel{place}"]),
+            torch.from_numpy(arrays[f"shift{place}"]),
+        )
+        maps = F.relu(F.conv2d(maps, kernel, shift, padding=1))
+    value = maps.mean((2, 3)).numpy()
+    for place in range(len(spec.hidden)):
+        value = np.maximum(value @ arrays[f"weight{place}"].T + arrays[f"bias{place}"], 0)
+    last = len(spec.hidden)
+    return link(
+        value @ arrays[f"weight{last}"].T + arrays[f"bias{last}"], task, temperature=temperature
+    )
+
+
+def _with_scaling(layers: Arrays, data: FoldData) -> Arrays:
+    """The layers of a head with the scaling of its inputs beside them, and of its targets folded
+    into the last layer.
+    """
+    arrays = dict(layers)
+    last = max(int(name[6:]) for name in arrays if name.startswith("weight"))
+    weight, bias = (
+        arrays[f"weight{last}"].astype(np.float64),
+        arrays[f"bias{last}"].astype(np.float64),
+    )
+    arrays[f"weight{last}"] = (weight * data.target_scale[:, None]).astype(np.float32)
+    arrays[f"bias{last}"] = (bias * data.target_scale + data.target_mean).astype(np.float32)
+    arrays["mean"] = data.mean.astype(np.float32)
+    arrays["inverse_scale"] = (1 / data.scale).astype(np.float32)
+    return arrays

@@ -1,0 +1,248 @@
+"""K small convolutional networks of one shape trained side by side.
+
+K heads, D channels of the tap, h × w positions, E channels of a new layer, C outputs, B rows of a
+minibatch.
+
+The first layer of all heads is one convolution with K·E output channels, for they see the same
+maps; the later ones are grouped convolutions with K groups. Batch normalisation is per channel, and
+so per head, as it stands. After the mean over positions the heads are the networks of
+`mlp_batch.py`: samples last, batched products.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from headrace.heads.networks.mlp_batch import (
+    DropoutBits,
+    Network,
+    Rows,
+    adamw_broadcast,
+    loss_and_slope,
+)
+
+MOMENTUM, EPSILON = 0.1, 1e-5  # of batch normalisation, torch's defaults
+EVALUATION_ROWS = 512
+
+
+@dataclass(frozen=True)
+class ConvStart:
+    """First parameters of one head: convolution weights (E, D or E before, 3, 3), and (weight (o,
+    i), bias (o,)) pairs.
+
+    `random_start` draws them. Parameters of other origin, such as the backbone's own next blocks,
+    come in here: a Family's `make` builds the starts, and nothing else in this module asks where
+    they are from.
+    """
+
+    kernels: list[npt.NDArray[np.float32]]
+    layers: list[tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]]
+
+
+def random_start(
+    channels: tuple[int, ...], network: Network, inputs: int, outputs: int
+) -> ConvStart:
+    """He's normal distribution for the convolutions, which ReLU follows; torch.nn.Linear's for the
+    rest.
+    """
+    generator = np.random.default_rng([network.seed, 2])
+    kernels = [
+        (generator.standard_normal((o, i, 3, 3), np.float32) * np.float32(math.sqrt(2 / (9 * i))))
+        for i, o in itertools.pairwise((inputs, *channels))
+    ]
+    layers = []
+    for i, o in itertools.pairwise((channels[-1], *network.hidden, outputs)):
+        bound = np.float32(1 / math.sqrt(i))
+        weight = (generator.random((o, i), np.float32) * 2 - 1) * bound
+        layers.append((weight, (generator.random(o, np.float32) * 2 - 1) * bound))
+    return ConvStart(kernels, layers)
+
+
+class ConvBatch:
+    """The state of K convolutional networks; heads leave it when they are done."""
+
+    def __init__(
+        self,
+        networks: Sequence[Network],
+        starts: Sequence[ConvStart],
+        rows: Rows,
+        *,
+        fold: int,
+        device: torch.device,
+    ) -> None:
+        self.rows, self.device = rows, device
+        self.networks = list(networks)
+        self.step = 0
+        self.depth, self.layers = len(starts[0].kernels), len(starts[0].layers)
+
+        def stack(arrays: Sequence[npt.NDArray[Any]]) -> Tensor:
+            return torch.from_numpy(np.stack(arrays)).to(device)
+
+        widths = [kernel.shape[0] for kernel in starts[0].kernels]
+        # In this order: kernels, gains, shifts (per convolution), weights, biases (per layer); each
+        # (K, …).
+        self.parameters = [stack([start.kernels[n] for start in starts]) for n in range(self.depth)]
+        self.parameters += [torch.ones(len(starts), width, device=device) for width in widths]
+        self.parameters += [torch.zeros(len(starts), width, device=device) for width in widths]
+        self.parameters += [
+            stack([start.layers[n][0] for start in starts]) for n in range(self.layers)
+        ]
+        self.parameters += [
+            stack([start.layers[n][1] for start in starts]) for n in range(self.layers)
+        ]
+        self.first = [torch.zeros_like(p) for p in self.parameters]
+        self.second = [torch.zeros_like(p) for p in self.parameters]
+        # Running means, then running variances.
+        self.running = [torch.zeros(len(starts), width, device=device) for width in widths]
+        self.running += [torch.ones(len(starts), width, device=device) for width in widths]
+        self.best = [tensor.clone() for tensor in (*self.parameters, *self.running)]
+        self.bits = DropoutBits([network.seed for network in networks], fold, device)
+        self._read_networks()
+
+    def _read_networks(self) -> None:
+        levels = [round(256 * net.dropout) for net in self.networks]
+        self.drops = any(levels)
+        self.drop_below = torch.tensor(levels, dtype=torch.uint8, device=self.device).view(-1, 1, 1)
+        self.drop_scale = torch.tensor(
+            [256 / (256 - level) for level in levels], device=self.device
+        ).view(-1, 1, 1)
+        rates = [net.learning_rate for net in self.networks]
+        decays = [net.weight_decay for net in self.networks]
+        self.rates = torch.tensor(rates, dtype=torch.float32, device=self.device).view(-1, 1, 1)
+        self.shrink = 1 - self.rates * torch.tensor(
+            decays, dtype=torch.float32, device=self.device
+        ).view(-1, 1, 1)
+        smoothing = [net.label_smoothing for net in self.networks]
+        self.smoothing = torch.tensor(smoothing, dtype=torch.float32, device=self.device).view(
+            -1, 1, 1
+        )
+        self.balanced = torch.tensor(
+            [int(net.balanced) for net in self.networks], device=self.device
+        )
+
+    def __len__(self) -> int:
+        return len(self.networks)
+
+    def keep(self, heads: Sequence[int]) -> None:
+        """Drop every head that is not listed."""
+        index = torch.tensor(list(heads), dtype=torch.int64, device=self.device)
+        for tensors in (self.parameters, self.first, self.second, self.running, self.best):
+            tensors[:] = [tensor.index_select(0, index) for tensor in tensors]
+        self.networks = [self.networks[head] for head in heads]
+        self.bits.of_head = [self.bits.of_head[head] for head in heads]
+        self._read_networks()
+
+    def remember(self, heads: Sequence[int]) -> None:
+        """Make the present parameters and running statistics of these heads their best ones."""
+        for head in heads:
+            for best, now in zip(self.best, (*self.parameters, *self.running), strict=True):
+                best[head].copy_(now[head])
+
+    def best_layers(self, head: int) -> dict[str, npt.NDArray[Any]]:
+        """kernel0 (E, D, 3, 3), shift0 (E,), …, weight0, bias0, … float32 of the remembered
+        parameters, with batch normalisation folded into kernels and shifts; inputs standardised.
+        """
+        found = [tensor[head].double().cpu().numpy() for tensor in self.best]
+        d, n = self.depth, self.layers
+        kernels, gains, shifts = found[:d], found[d : 2 * d], found[2 * d : 3 * d]
+        weights, biases = found[3 * d : 3 * d + n], found[3 * d + n : 3 * d + 2 * n]
+        means, variances = found[-2 * d : -d], found[-d:]
+        arrays = {}
+        for place in range(d):
+            gain = gains[place] / np.sqrt(variances[place] + EPSILON)
+            arrays[f"kernel{place}"] = (kernels[place] * gain[:, None, None, None]).astype(
+                np.float32
+            )
+            arrays[f"shift{place}"] = (shifts[place] - gain * means[place]).astype(np.float32)
+        for place in range(n):
+            arrays[f"weight{place}"] = weights[place].astype(np.float32)
+            arrays[f"bias{place}"] = biases[place].astype(np.float32)
+        return arrays
+
+    def train_epoch(
+        self, order: npt.NDArray[np.int64], view: npt.NDArray[np.int64], batch_size: int
+    ) -> npt.NDArray[Any]:
+        """Mean training loss (K,) float64 of one pass over rows `order`, each in the given view."""
+        total = torch.zeros(len(self), dtype=torch.float64, device=self.device)
+        positions = math.prod(self.rows.features.shape[2:])
+        for start in range(0, len(order), batch_size):
+            index = torch.from_numpy(order[start : start + batch_size]).to(self.device)
+            if len(index) * positions == 1 and start:
+                continue  # one value has no variance to normalise by
+            views = torch.from_numpy(view[start : start + batch_size]).to(self.device)
+            total += self._step(index, index + views * self.rows.n)
+        return (total / len(order)).cpu().numpy()
+
+    def outputs(self, index: npt.NDArray[np.int64]) -> Tensor:
+        """(K, C, n) decisions for rows of `features`, with running statistics and
+        without dropout.
+        """
+        with torch.no_grad():
+            parts = torch.split(torch.from_numpy(index).to(self.device), EVALUATION_ROWS)
+            blocks = [
+                self._forward(self.rows.minibatch(part), self.parameters, train=False)
+                for part in parts
+            ]
+        return torch.cat(blocks, dim=2)
+
+    def losses(self, decision: Tensor, index: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+        """(K,) float64 mean loss of the decisions (K, C, n) on rows (n,), without smoothing or
+        class weights.
+        """
+        rows = torch.from_numpy(index).to(self.device)
+        weight = self.rows.weight[:1].index_select(1, rows)
+        loss, _ = loss_and_slope(self.rows, decision, rows, weight, None, None)
+        return (loss.sum(1) / weight.sum()).cpu().numpy()
+
+    def _forward(self, maps: Tensor, parameters: Sequence[Tensor], *, train: bool) -> Tensor:
+        """(K, C, B) decisions for standardised maps (B, D, h, w)."""
+        heads, d, n = len(self), self.depth, self.layers
+        for place in range(d):
+            kernel = parameters[place]
+            maps = F.conv2d(
+                maps, kernel.flatten(0, 1), padding=1, groups=1 if place == 0 else heads
+            )
+            gain, shift = parameters[d + place].view(-1), parameters[2 * d + place].view(-1)
+            mean, variance = self.running[place].view(-1), self.running[d + place].view(-1)
+            maps = F.relu(F.batch_norm(maps, mean, variance, gain, shift, train, MOMENTUM, EPSILON))
+        value = maps.mean((2, 3)).view(len(maps), heads, -1).permute(1, 2, 0)
+        for place in range(n):
+            if train and self.drops:
+                kept = self.bits.draw(value.shape[1], value.shape[2]) >= self.drop_below
+                value = value * kept * self.drop_scale
+            weight, bias = parameters[3 * d + place], parameters[3 * d + n + place]
+            value = torch.baddbmm(bias.unsqueeze(2), weight, value)
+            if place < n - 1:
+                value = F.relu(value)
+        return value
+
+    def _step(self, index: Tensor, feature_index: Tensor) -> Tensor:
+        """One AdamW step of every head; returns the summed loss (K,) float64 of this minibatch."""
+        leaves = [parameter.detach().requires_grad_() for parameter in self.parameters]
+        decision = self._forward(self.rows.minibatch(feature_index), leaves, train=True)
+        weight = self.rows.weight.index_select(1, index).index_select(0, self.balanced)
+        with torch.no_grad():
+            loss, slope = loss_and_slope(
+                self.rows, decision, index, weight, self.smoothing, self.balanced
+            )
+            gradients = torch.autograd.grad(decision, leaves, slope / len(index))
+            self.step += 1
+            for place, gradient in enumerate(gradients):
+                adamw_broadcast(
+                    self.parameters[place],
+                    gradient,
+                    self.first[place],
+                    self.second[place],
+                    self.rates,
+                    self.shrink,
+                    self.step,
+                )
+        return loss.sum(1)

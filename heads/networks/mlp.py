@@ -1,0 +1,149 @@
+"""A bank of multi-layer perceptrons: specs × folds, trained together.
+
+N rows, V views, D features, C outputs (classes, labels or targets), K heads.
+
+Heads that share a fold, depth, width and batch size share their minibatches (`mlp_batch.py`); since
+every head of such a batch trains on the same rows, nothing is masked and no product is spent on
+held-out rows. A seed decides a head's first weights and its dropout; the order of rows depends on N
+and the epoch alone. So a head's result doesn't depend on which other heads are in the bank, up to
+rounding.
+"""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from headrace.heads.data.streamed import Streamed
+from headrace.heads.evaluate.metrics import TaskKind
+from headrace.heads.networks.bank import Family, fit_networks, stack
+from headrace.heads.networks.mlp_batch import Network, NetworkBatch, padded_width
+from headrace.heads.networks.mlp_data import FoldData, folded_arrays
+from headrace.heads.spec import Halving, HeadFit, MLPSpec
+
+Floats = npt.NDArray[Any]
+Precision = Literal["auto", "float32", "bfloat16"]
+
+# Parameters and moments of the heads that are trained side by side on a CPU. Measured with 64 heads
+# of 512 × 64: 1 MB takes 2.1 times as long as 48 MB, 8 MB 1.15 times; beyond, nothing is gained and
+# memory grows.
+CPU_BATCH_BYTES = 64 << 20
+# Below this many weights per head the products are too small for reduced precision to pay.
+REDUCED_PRECISION_WEIGHTS = 1 << 14
+
+
+def fit_mlp_bank(
+    X: Floats | Streamed,
+    target: npt.NDArray[Any],
+    *,
+    n_classes: int,
+    fold: npt.NDArray[np.int16],
+    specs: Sequence[MLPSpec],
+    full: bool = True,
+    sample_weight: npt.NDArray[np.float64] | None = None,
+    device: str = "cpu",
+    task: TaskKind = "single",
+    halving: Halving | None = None,
+    precision: Precision = "auto",
+) -> list[HeadFit]:
+    """Train every spec on every fold, and with `full` on all rows; returns the fits spec by spec,
+    FULL last.
+
+    X: (N, D), or (V, N, D) for V views of each row, or such rows streamed from shards: training
+    picks one view per row and epoch, prediction averages.
+    target: single (N,) class index; multi (N, C) 0/1; regression (N, C). n_classes: C. fold: (N,)
+    as in `Task.fold`. Each fold's heads stop early on the loss of its held-out rows and keep their
+    best epoch; FULL heads train for the mean best epoch of their spec. With `halving` the losers
+    have fits of fewer epochs and no FULL one.
+    precision: "bfloat16" multiplies the first layer's inputs and weights in bfloat16 and adds in
+    float32 (master weights, optimiser and every other layer are float32); "auto" does so where the
+    processor is faster at it. A head that fails (a bad spec, a loss that is not finite) has an
+    `error`; the others are unaffected. Raises ValueError for features that are not finite, naming
+    the row.
+    """
+    stacked = stack(X, 2)
+    width = stacked.shape[2]
+
+    def widths(spec: MLPSpec) -> tuple[int, ...]:
+        return tuple(padded_width(units) for units in spec.hidden)
+
+    def head_bytes(spec: MLPSpec) -> int:
+        # Parameters and two moments, float32.
+        return 12 * int(
+            sum((i + 1) * o for i, o in itertools.pairwise((width, *widths(spec), n_classes)))
+        )
+
+    def make(chunk: list[MLPSpec], data: FoldData, number: int) -> NetworkBatch:
+        reduced = reduced_precision(chunk[0], width, task, torch.device(device), precision)
+        return NetworkBatch(
+            [network(spec) for spec in chunk],
+            data.rows,
+            fold=number,
+            device=torch.device(device),
+            dtype=torch.bfloat16 if reduced else torch.float32,
+        )
+
+    family = Family(
+        alike=lambda spec: (widths(spec), spec.batch_size, spec.standardize),
+        head_bytes=head_bytes,
+        batch_bytes=CPU_BATCH_BYTES,
+        make=make,
+        arrays=lambda layers, data: folded_arrays(
+            layers, data.mean, data.scale, data.target_mean, data.target_scale
+        ),
+    )
+    return fit_networks(
+        stacked,
+        target,
+        n_classes=n_classes,
+        fold=fold,
+        specs=specs,
+        full=full,
+        sample_weight=sample_weight,
+        device=device,
+        task=task,
+        halving=halving,
+        family=family,
+    )
+
+
+def network(spec: MLPSpec) -> Network:
+    """What the batch needs to know of a spec."""
+    return Network(
+        spec.hidden,
+        spec.learning_rate,
+        spec.weight_decay,
+        spec.dropout,
+        spec.label_smoothing,
+        spec.class_weight == "balanced",
+        spec.seed,
+    )
+
+
+def reduced_precision(
+    spec: MLPSpec, features: int, task: TaskKind, device: torch.device, precision: Precision
+) -> bool:
+    """Whether this head's first layer multiplies in bfloat16; depends on the head and the machine
+    only.
+    """
+    if precision != "auto":
+        return precision == "bfloat16"
+    if (
+        task == "regression"
+        or not spec.hidden
+        or features * padded_width(spec.hidden[0]) < REDUCED_PRECISION_WEIGHTS
+    ):
+        return False
+    if device.type != "cpu":
+        return bool(torch.cuda.is_bf16_supported())
+    if not hasattr(torch.cpu, "get_capabilities"):
+        return False
+    able = torch.cpu.get_capabilities()
+    # AMD's Zen 4 multiplies bfloat16 at twice the rate of float32 (measured here: 200 against 97
+    # GF/s); Intel does only with AMX, its AVX-512 instruction alone was slower than float32.
+    return bool(able.get("amx_bf16")) or (
+        bool(able.get("avx512_bf16")) and "AMD" in str(able.get("cpu_name"))
+    )

@@ -1,0 +1,462 @@
+"""K small networks of one shape trained side by side: the arithmetic of an MLP bank.
+
+K heads, D features, H hidden width, C outputs, B rows of a minibatch, L layers.
+
+Samples come last: activations are (K, H, B), weights (K, out, in). The first layer of all heads is
+then one product of (K·H, D) by (D, B), the others are batched products, and every head's slice of
+every array is contiguous.
+
+Heads narrower than H are padded with units whose weights start at zero. Such a unit outputs relu(0)
+= 0, so its outgoing gradient is 0, and its incoming one too because relu'(0) = 0: AdamW leaves it
+at zero for ever, and no mask is needed.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from headrace.heads.data.streamed import Streamed
+from headrace.heads.evaluate.metrics import TaskKind
+
+BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # torch.optim.AdamW's defaults
+EVALUATION_ROWS = 2048  # rows of one block when no gradient is needed
+# Rows of one product for the first layer's gradients: enough for the full rate (64 rows: 0.8 of
+# it), few enough that a head's gradient is still in the cache when the optimiser reads it.
+GRADIENT_ROWS = 512
+
+
+@dataclass(frozen=True)
+class Network:
+    """One head of the batch: what differs between heads that share minibatches."""
+
+    hidden: tuple[int, ...]
+    learning_rate: float
+    weight_decay: float
+    dropout: float
+    label_smoothing: float
+    balanced: bool
+    seed: int
+
+
+class StreamedTensor:
+    """Rows of a feature set (V·n, D, …) that are read when a minibatch needs them: as much of a
+    tensor as `Rows` uses.
+    """
+
+    def __init__(self, rows: Streamed, device: torch.device) -> None:
+        self.rows, self.device, self.shape = rows, device, rows.shape
+
+    def index_select(self, _: int, index: Tensor) -> Tensor:
+        """(B, D, …) float32 on the device."""
+        return torch.from_numpy(self.rows.read(index.cpu().numpy())).to(self.device)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What the networks see of the data, on the device.
+
+    Row r in view v is row v·n + r of `features`.
+    """
+
+    features: "Tensor | StreamedTensor"  # (V·n, D), any floating dtype, not standardised
+    n: int
+    target: Tensor  # single: (n,) int64; multi and regression: (L, n) float32
+    # (2, n) float32 sample weight, plain and class-balanced (single), mean 1 over the training rows
+    weight: Tensor
+    label_weight: Tensor | None  # multi: (2, L), balanced weight of absent and of present labels
+    mean: Tensor  # (D,) float32, of the training rows
+    inverse_scale: Tensor  # (D,) float32
+    task: TaskKind
+    outputs: int  # C
+
+    def minibatch(self, index: Tensor) -> Tensor:
+        """(B, D) float32 standardised features of rows of `features`."""
+        return self.features.index_select(0, index).float().sub_(self.mean).mul_(self.inverse_scale)
+
+
+def padded_width(width: int) -> int:
+    """The next of 8, 12, 16, 24, 32, 48, 64, …: heads of nearly equal width share a batch at most a
+    third wider.
+    """
+    power = 8
+    while power < width:
+        if power * 3 // 2 >= width:
+            return power * 3 // 2
+        power *= 2
+    return power
+
+
+def initial_layers(
+    network: Network, inputs: int, outputs: int
+) -> list[tuple[npt.NDArray[Any], npt.NDArray[Any]]]:
+    """[(weight (out, in), bias (out,))] float32 for the head's true widths: torch.nn.Linear's
+    distribution, uniform within ±1/sqrt(in), from a generator that depends on the seed alone.
+    """
+    generator = np.random.default_rng([network.seed, 0])
+    layers = []
+    for fan_in, fan_out in zip((inputs, *network.hidden), (*network.hidden, outputs), strict=True):
+        bound = np.float32(1 / math.sqrt(fan_in))
+        weight = (generator.random((fan_out, fan_in), np.float32) * 2 - 1) * bound
+        bias = (generator.random(fan_out, np.float32) * 2 - 1) * bound
+        layers.append((weight, bias))
+    return layers
+
+
+class DropoutBits:
+    """Random bytes, one stream per seed: heads of one seed see the same noise, whatever else is in
+    the batch.
+
+    A unit is dropped where its byte is below round(256 · dropout); the kept ones are scaled by
+    exactly what that keeps.
+    """
+
+    def __init__(self, seeds: Sequence[int], fold: int, device: torch.device) -> None:
+        self.device = device
+        self.of_head = list(seeds)
+        entropy = {seed: [seed, 1, fold + 2] for seed in sorted(set(seeds))}
+        if device.type == "cpu":  # four times faster than torch's own generator on a CPU
+            self.numpy = {
+                s: np.random.Generator(np.random.SFC64(np.random.SeedSequence(e)))
+                for s, e in entropy.items()
+            }
+        else:
+            words = {
+                s: int(np.random.SeedSequence(e).generate_state(1)[0]) for s, e in entropy.items()
+            }
+            self.torch = {s: torch.Generator(device).manual_seed(word) for s, word in words.items()}
+
+    def draw(self, units: int, batch: int) -> Tensor:
+        """(K, units, batch) uint8."""
+        drawn = {}
+        for seed in sorted(set(self.of_head)):
+            if self.device.type == "cpu":
+                raw = bytearray(self.numpy[seed].bytes(units * batch))
+                drawn[seed] = torch.frombuffer(raw, dtype=torch.uint8).view(units, batch)
+            else:
+                drawn[seed] = torch.randint(
+                    0,
+                    256,
+                    (units, batch),
+                    dtype=torch.uint8,
+                    device=self.device,
+                    generator=self.torch[seed],
+                )
+        return torch.stack([drawn[seed] for seed in self.of_head])
+
+
+class NetworkBatch:
+    """The state of K networks of equal depth and padded width; heads leave it when they
+    are done.
+    """
+
+    def __init__(
+        self,
+        networks: Sequence[Network],
+        rows: Rows,
+        *,
+        fold: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.rows, self.device, self.dtype = rows, device, dtype
+        self.networks = list(networks)
+        self.padded = tuple(padded_width(width) for width in networks[0].hidden)
+        self.step = 0
+        inputs = int(rows.features.shape[1])
+        sizes = [inputs, *self.padded, rows.outputs]
+        self.weights = [torch.zeros(len(networks), o, i) for i, o in itertools.pairwise(sizes)]
+        self.biases = [torch.zeros(len(networks), o) for o in sizes[1:]]
+        for head, network in enumerate(networks):
+            for layer, (weight, bias) in enumerate(initial_layers(network, inputs, rows.outputs)):
+                self.weights[layer][head, : weight.shape[0], : weight.shape[1]] = torch.from_numpy(
+                    weight
+                )
+                self.biases[layer][head, : len(bias)] = torch.from_numpy(bias)
+        # The first layer's weights are kept in units of their head's learning rate: an AdamW step
+        # is then the same for every rate, and one fused call does it for many heads. `cast` holds
+        # the weights as they are, to multiply with.
+        self.weights[0] /= torch.tensor([net.learning_rate for net in networks]).view(-1, 1, 1)
+        self.weights = [w.to(device) for w in self.weights]
+        self.biases = [b.to(device) for b in self.biases]
+        self.first = [torch.zeros_like(p) for p in (*self.weights, *self.biases)]
+        self.second = [torch.zeros_like(p) for p in (*self.weights, *self.biases)]
+        self.best = [p.clone() for p in (*self.weights, *self.biases)]
+        self.bits = DropoutBits([network.seed for network in networks], fold, device)
+        self._read_networks()
+
+    def _read_networks(self) -> None:
+        nets = self.networks
+
+        def column(values: list[float]) -> Tensor:
+            return torch.tensor(values, dtype=torch.float32, device=self.device).view(-1, 1, 1)
+
+        levels = [round(256 * net.dropout) for net in nets]
+        self.drops = any(levels)
+        self.drop_below = torch.tensor(levels, dtype=torch.uint8, device=self.device).view(-1, 1, 1)
+        self.drop_scale = column([256 / (256 - level) for level in levels])
+        self.smoothing = column([net.label_smoothing for net in nets])
+        self.balanced = torch.tensor([int(net.balanced) for net in nets], device=self.device)
+        self.rates = column([net.learning_rate for net in nets])
+        self.shrink = column([1 - net.learning_rate * net.weight_decay for net in nets])
+        self.cast = (self.weights[0] * self.rates).to(self.dtype)
+        rows = GRADIENT_ROWS if self.device.type == "cpu" else len(nets) * self.weights[0].shape[1]
+        self.heads_at_once = max(1, rows // max(1, self.weights[0].shape[1]))
+
+    def __len__(self) -> int:
+        return len(self.networks)
+
+    def keep(self, heads: Sequence[int]) -> None:
+        """Drop every head that is not listed: its share of all further work is gone."""
+        index = torch.tensor(list(heads), dtype=torch.int64, device=self.device)
+        for tensors in (self.weights, self.biases, self.first, self.second, self.best):
+            tensors[:] = [tensor.index_select(0, index) for tensor in tensors]
+        self.networks = [self.networks[head] for head in heads]
+        self.bits.of_head = [self.bits.of_head[head] for head in heads]
+        self._read_networks()
+
+    def remember(self, heads: Sequence[int]) -> None:
+        """Make the present parameters of these heads their best ones."""
+        for head in heads:
+            for best, now in zip(self.best, (*self.weights, *self.biases), strict=True):
+                best[head].copy_(now[head])
+
+    def best_layers(self, head: int) -> list[tuple[npt.NDArray[Any], npt.NDArray[Any]]]:
+        """[(weight, bias)] float32 of the remembered parameters, padding cut off, in standardised
+        coordinates.
+        """
+        inputs = int(self.weights[0].shape[2])
+        hidden = self.networks[head].hidden
+        layers = []
+        for layer, (i, o) in enumerate(
+            zip((inputs, *hidden), (*hidden, self.rows.outputs), strict=True)
+        ):
+            weight = self.best[layer][head, :o, :i].cpu().numpy().copy()
+            if layer == 0:
+                weight *= np.float32(self.networks[head].learning_rate)
+            bias = self.best[len(self.weights) + layer][head, :o].cpu().numpy().copy()
+            layers.append((weight, bias))
+        return layers
+
+    def train_epoch(
+        self, order: npt.NDArray[np.int64], view: npt.NDArray[np.int64], batch_size: int
+    ) -> npt.NDArray[Any]:
+        """One pass over the training rows `order` (n,), each in the given view (n,); returns the
+        mean training loss of each head (K,) float64, taken before each step. Not finite for a head
+        that diverged.
+        """
+        total = torch.zeros(len(self), dtype=torch.float64, device=self.device)
+        with torch.no_grad(), np.errstate(all="ignore"):
+            for start in range(0, len(order), batch_size):
+                index = torch.from_numpy(order[start : start + batch_size]).to(self.device)
+                views = torch.from_numpy(view[start : start + batch_size]).to(self.device)
+                total += self._step(index, index + views * self.rows.n)
+        return (total / len(order)).cpu().numpy()
+
+    def outputs(self, index: npt.NDArray[np.int64]) -> Tensor:
+        """(K, C, n) decisions for rows of `features`, without dropout."""
+        blocks = []
+        with torch.no_grad(), np.errstate(all="ignore"):
+            for start in range(0, len(index), EVALUATION_ROWS):
+                part = torch.from_numpy(index[start : start + EVALUATION_ROWS]).to(self.device)
+                batch = self.rows.minibatch(part).to(self.dtype)
+                blocks.append(self._forward(batch.t().contiguous(), train=False)[-1])
+        return torch.cat(blocks, dim=2)
+
+    def losses(self, decision: Tensor, index: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+        """(K,) float64 mean loss of the decisions (K, C, n) on rows (n,), without label smoothing
+        or class weights.
+        """
+        rows = torch.from_numpy(index).to(self.device)
+        weight = self.rows.weight[:1].index_select(1, rows)
+        loss, _ = loss_and_slope(self.rows, decision, rows, weight, None, None)
+        return (loss.sum(1) / weight.sum()).cpu().numpy()
+
+    def _forward(self, columns: Tensor, *, train: bool) -> list[Tensor]:
+        """Activations of every layer, the decisions (K, C, B) last; hidden ones after dropout.
+        columns (D, B).
+        """
+        heads, last = len(self), len(self.weights) - 1
+        values: list[Tensor] = []
+        for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            if layer == 0:
+                wide = product(self.cast.view(-1, columns.shape[0]), columns).view(
+                    heads, -1, columns.shape[1]
+                )
+                value = (
+                    wide.add_(bias.unsqueeze(2))
+                    if wide.dtype == torch.float32
+                    else wide + bias.unsqueeze(2)
+                )
+            else:
+                value = torch.baddbmm(bias.unsqueeze(2), weight, values[-1])
+            if layer < last:
+                value.relu_()
+                if train and self.drops:
+                    value.mul_(
+                        self.bits.draw(value.shape[1], value.shape[2]) >= self.drop_below
+                    ).mul_(self.drop_scale)
+            values.append(value)
+        return values
+
+    def _step(self, index: Tensor, feature_index: Tensor) -> Tensor:
+        """One AdamW step of every head; returns the summed loss (K,) float64 of this minibatch."""
+        batch = self.rows.minibatch(feature_index).to(self.dtype)
+        values = self._forward(batch.t().contiguous(), train=True)
+        weight = self.rows.weight.index_select(1, index).index_select(0, self.balanced)
+        loss, slope = loss_and_slope(
+            self.rows, values[-1], index, weight, self.smoothing, self.balanced
+        )
+        slope.div_(len(index))
+        self.step += 1
+        gradients: list[tuple[int, Tensor]] = []
+        for layer in range(len(self.weights) - 1, 0, -1):
+            below = values[layer - 1]
+            gradients.append((layer, torch.bmm(slope, below.transpose(1, 2))))
+            gradients.append((len(self.weights) + layer, slope.sum(2)))
+            slope = torch.ops.aten.threshold_backward(
+                torch.bmm(self.weights[layer].transpose(1, 2), slope), below, 0.0
+            )
+            if self.drops:
+                slope.mul_(self.drop_scale)
+        gradients.append((len(self.weights), slope.sum(2)))
+        self._update(gradients, slope.to(self.dtype), batch)
+        return loss.sum(1)
+
+    def _update(self, gradients: list[tuple[int, Tensor]], slope: Tensor, batch: Tensor) -> None:
+        parameters = (*self.weights, *self.biases)
+        for place, gradient in gradients:
+            adamw_broadcast(
+                parameters[place],
+                gradient,
+                self.first[place],
+                self.second[place],
+                self.rates,
+                self.shrink,
+                self.step,
+            )
+        # A few heads at a time: their gradient is used while it is in the cache, and one fused pass
+        # reads it, the parameters and the moments, where broadcast operations make six passes
+        # through memory.
+        step = [torch.tensor(float(self.step), device=self.device)]
+        tensors = (
+            slope,
+            self.weights[0],
+            self.first[0],
+            self.second[0],
+            self.shrink,
+            self.rates,
+            self.cast,
+        )
+        for own, units, first, second, shrink, rates, cast in zip(
+            *(torch.split(tensor, self.heads_at_once) for tensor in tensors), strict=True
+        ):
+            wide = product(own.view(-1, own.shape[2]), batch).float().view_as(units)
+            units.mul_(shrink)
+            torch._fused_adamw_(
+                [units],
+                [wide],
+                [first],
+                [second],
+                [],
+                step,
+                lr=1.0,
+                beta1=BETA1,
+                beta2=BETA2,
+                weight_decay=0.0,
+                eps=EPSILON,
+                amsgrad=False,
+                maximize=False,
+            )
+            torch.mul(units, rates, out=cast)
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, in float32 on a CPU by OpenBLAS:
+
+    95-104 GF/s a core on AMD Zen 4, where torch's MKL reached 66-95.
+    """
+    if a.device.type == "cpu" and a.dtype == torch.float32:
+        out = torch.empty(a.shape[0], b.shape[1])
+        np.matmul(a.numpy(), b.numpy(), out=out.numpy())
+        return out
+    return torch.mm(a, b)
+
+
+def adamw_broadcast(
+    parameter: Tensor,
+    gradient: Tensor,
+    first: Tensor,
+    second: Tensor,
+    rates: Tensor,
+    shrink: Tensor,
+    step: int,
+) -> None:
+    """One AdamW step on (K, …) in place, each head with its own learning rate `rates` (K, 1, 1) and
+    with its weights shrunk by 1 - rate · decay, `shrink` (K, 1, 1).
+    """
+    shape = (-1,) + (1,) * (parameter.dim() - 1)
+    parameter.mul_(shrink.view(shape))
+    first.lerp_(gradient, 1 - BETA1)
+    second.mul_(BETA2).addcmul_(gradient, gradient, value=1 - BETA2)
+    denominator = second.sqrt().div_(math.sqrt(1 - BETA2**step)).add_(EPSILON)
+    parameter.addcdiv_(first * rates.view(shape), denominator, value=-1 / (1 - BETA1**step))
+
+
+def loss_and_slope(
+    rows: Rows,
+    decision: Tensor,
+    index: Tensor,
+    weight: Tensor,
+    smoothing: Tensor | None,
+    balanced: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Weighted loss (K, B) float64 and its derivative by the decisions (K, C, B) float32.
+
+    single: cross-entropy; multi: mean binary cross-entropy over labels; regression: half the mean
+    squared error.
+    weight: (K or 1, B).
+    """
+    outputs = decision.shape[1]
+    if rows.task == "single":
+        log_p = torch.log_softmax(decision, 1)
+        target = rows.target.index_select(0, index)
+        place = target.view(1, 1, -1).expand(len(decision), 1, -1)
+        loss = -log_p.gather(1, place).squeeze(1)
+        slope = log_p.exp()
+        if smoothing is None:
+            slope.scatter_add_(1, place, torch.full_like(loss, -1).unsqueeze(1))
+        else:
+            flat = smoothing.view(-1, 1)
+            loss = (1 - flat) * loss - flat * log_p.mean(1)
+            slope.scatter_add_(
+                1, place, (smoothing - 1).expand(-1, 1, len(index)).contiguous()
+            ).sub_(smoothing / outputs)
+    else:
+        wanted = rows.target.index_select(1, index)
+        scale = 1 / outputs
+        if rows.task == "multi":
+            per_label = torch.ones_like(wanted).unsqueeze(0)
+            if rows.label_weight is not None and balanced is not None:
+                heavy = (
+                    rows.label_weight[0].view(-1, 1) * (1 - wanted)
+                    + rows.label_weight[1].view(-1, 1) * wanted
+                )
+                per_label = torch.stack([torch.ones_like(wanted), heavy]).index_select(0, balanced)
+            soft = wanted if smoothing is None else wanted * (1 - smoothing) + smoothing / 2
+            loss = (
+                torch.nn.functional.softplus(decision).sub_(soft * decision).mul_(per_label).sum(1)
+                * scale
+            )
+            slope = (torch.sigmoid(decision) - soft).mul_(per_label).mul_(scale)
+        else:
+            slope = decision - wanted
+            loss = slope.square().sum(1) * (0.5 * scale)
+            slope = slope * scale
+    return (loss * weight).double(), slope.mul_(weight.unsqueeze(1))

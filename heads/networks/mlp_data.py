@@ -1,0 +1,144 @@
+"""What the networks of one fold train on, and the way back from standardised to raw coordinates.
+
+N rows, V views, D features, C outputs.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from headrace.heads.data.streamed import StreamedStack
+from headrace.heads.data.task import TEST
+from headrace.heads.evaluate.metrics import TaskKind
+from headrace.heads.networks.mlp_batch import Rows, StreamedTensor
+from headrace.heads.spec import FULL
+
+Floats = npt.NDArray[Any]
+
+
+@dataclass
+class FoldData:
+    """The data of one fold as its heads see it."""
+
+    rows: Rows
+    train: npt.NDArray[np.int64]
+    held: npt.NDArray[np.int64]
+    mean: Floats  # float64, of the features
+    scale: Floats
+    target_mean: Floats  # (C,) float64; 0 and 1 unless regression
+    target_scale: Floats
+
+
+def prepare(
+    stacked: Floats | StreamedStack,
+    features: torch.Tensor | StreamedTensor,
+    target: npt.NDArray[Any],
+    outputs: int,
+    fold: npt.NDArray[np.int16],
+    number: int,
+    weight: npt.NDArray[np.float64],
+    task: TaskKind,
+    *,
+    standardize: bool,
+) -> FoldData:
+    n = len(fold)
+    held = np.flatnonzero(fold == number) if number != FULL else np.zeros(0, np.int64)
+    train = np.flatnonzero((fold != TEST) & ((fold != number) | (number == FULL)) & (weight > 0))
+    if len(train) == 0:
+        raise ValueError(f"fold {number} leaves no row to train on: use fewer folds, or add images")
+    mean, scale = (
+        moments(stacked, train)
+        if standardize
+        else (np.zeros(stacked.shape[2]), np.ones(stacked.shape[2]))
+    )
+    shape = (-1,) + (1,) * (stacked.ndim - 3)  # of maps, (D, 1, 1)
+    target_mean, target_scale = np.zeros(outputs), np.ones(outputs)
+    plain = weight / weight[train].mean()
+    heavy, label_weight = plain, None
+    if task == "single":
+        encoded = torch.from_numpy(np.ascontiguousarray(target, np.int64))
+        count = np.bincount(target[train], weights=weight[train], minlength=outputs)
+        balance = weight[train].sum() / (np.count_nonzero(count) * np.maximum(count, 1e-300))
+        heavy = weight * np.where(count > 0, balance, 0)[target]
+        heavy = heavy / heavy[train].mean()
+    else:
+        values = np.asarray(target, np.float64).reshape(n, outputs)
+        if task == "regression":
+            target_mean, target_scale = values[train].mean(0), values[train].std(0)
+            target_scale[target_scale == 0] = 1
+            values = (values - target_mean) / target_scale
+        else:
+            present = np.average(values[train], axis=0, weights=weight[train])
+            shares = np.stack([1 - present, present])
+            label_weight = torch.from_numpy(
+                np.where(shares > 0, 0.5 / np.maximum(shares, 1e-300), 0).astype(np.float32)
+            )
+        encoded = torch.from_numpy(np.ascontiguousarray(values.T, np.float32))
+    device = features.device
+    rows = Rows(
+        features,
+        n,
+        encoded.to(device),
+        torch.from_numpy(np.stack([plain, heavy]).astype(np.float32)).to(device),
+        None if label_weight is None else label_weight.to(device),
+        torch.from_numpy(mean.astype(np.float32)).view(shape).to(device),
+        torch.from_numpy((1 / scale).astype(np.float32)).view(shape).to(device),
+        task,
+        outputs,
+    )
+    return FoldData(rows, train, held, mean, scale, target_mean, target_scale)
+
+
+def moments(
+    stacked: Floats | StreamedStack, train: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Mean and deviation (D,) float64 of the training rows over views and positions; deviation 1
+    for a constant.
+
+    Two passes in blocks: a difference of sums of squares loses a feature whose mean is large beside
+    its deviation.
+    """
+    positions = int(np.prod(stacked.shape[3:], dtype=np.int64))
+    step = max(1, 4096 // positions)
+    parts = [train[start : start + step] for start in range(0, len(train), step)]
+
+    def blocks() -> Iterator[Floats]:
+        for view in stacked:
+            for rows in parts:
+                block = view[rows].reshape(len(rows), stacked.shape[2], positions)
+                yield block.transpose(0, 2, 1).reshape(-1, stacked.shape[2])
+
+    count = len(train) * len(stacked) * positions
+    mean = np.sum([block.sum(0, dtype=np.float64) for block in blocks()], axis=0) / count
+    square = np.sum([np.square(block - mean).sum(0) for block in blocks()], axis=0) / count
+    scale = np.sqrt(square)
+    constant = scale <= 10 * np.finfo(np.float32).eps * np.abs(mean)
+    scale[constant | (scale == 0)] = 1
+    return mean, scale
+
+
+def folded_arrays(
+    layers: Sequence[tuple[Floats, Floats]],
+    mean: Floats,
+    scale: Floats,
+    target_mean: Floats,
+    target_scale: Floats,
+) -> dict[str, npt.NDArray[Any]]:
+    """weight0, bias0, weight1, … float32 in raw coordinates: the standardisation of inputs and
+    targets folded in.
+    """
+    exact = [(weight.astype(np.float64), bias.astype(np.float64)) for weight, bias in layers]
+    first, shift = exact[0]
+    first = first / scale
+    exact[0] = (first, shift - first @ mean)
+    last, shift = exact[-1]
+    exact[-1] = (last * target_scale[:, None], shift * target_scale + target_mean)
+    arrays = {}
+    for layer, (weight, bias) in enumerate(exact):
+        arrays[f"weight{layer}"] = weight.astype(np.float32)
+        arrays[f"bias{layer}"] = bias.astype(np.float32)
+    return arrays

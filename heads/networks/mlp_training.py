@@ -1,0 +1,173 @@
+"""The epochs of one batch of networks: train, validate, remember the best, let the finished ones
+go.
+
+K heads, N rows, V views.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from headrace.heads.networks.mlp_data import FoldData
+from headrace.heads.spec import ConvSpec, MLPSpec
+
+Floats = npt.NDArray[Any]
+
+
+class Batch(Protocol):
+    """K networks that train side by side. Positions of heads count those still in the batch."""
+
+    def train_epoch(
+        self, order: npt.NDArray[np.int64], view: npt.NDArray[np.int64], batch_size: int
+    ) -> npt.NDArray[Any]:
+        """Mean training loss (K,) of one pass over rows `order` (n,), each in the given
+        view (n,).
+        """
+
+    def outputs(self, index: npt.NDArray[np.int64]) -> torch.Tensor:
+        """(K, C, n) decisions for rows of the stacked features."""
+
+    def losses(self, decision: torch.Tensor, index: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+        """(K,) mean loss of decisions (K, C, n) for rows (n,)."""
+
+    def remember(self, heads: Sequence[int]) -> None:
+        """Make the present parameters of these heads their best ones."""
+
+    def best_layers(self, head: int) -> Any:
+        """The remembered parameters of a head, as its family's `arrays` takes them."""
+
+    def keep(self, heads: Sequence[int]) -> None:
+        """Drop all other heads."""
+
+
+@dataclass
+class Trace:
+    """What is known of one head while it trains and after."""
+
+    spec: int
+    fold: int
+    limit: int  # epochs at most
+    epochs: int = 0
+    best_epoch: int = 0
+    best_loss: float = float("inf")
+    best_rank: float = float("-inf")  # higher is better; what halving compares
+    training_loss: float = float("nan")
+    seconds: float = 0.0
+    error: str | None = None
+    best: Any = None  # what the batch remembers of it, once it has left
+    data: FoldData | None = None
+
+
+class Run:
+    """One batch of heads, its data, and the bookkeeping of epochs."""
+
+    def __init__(
+        self,
+        specs: Sequence[MLPSpec | ConvSpec],
+        traces: Sequence[Trace],
+        data: FoldData,
+        make: Callable[[], Batch],
+        views: int,
+        ranked: bool,
+    ) -> None:
+        self.data, self.views, self.ranked = data, views, ranked
+        self.traces, self.specs = list(traces), list(specs)
+        self.batch_size = specs[0].batch_size
+        started = time.perf_counter()
+        self.batch = make()
+        self._share(started)
+        self.epoch = 0
+
+    def advance(self, until: int | None) -> None:
+        """Train up to `until` epochs in all, or until every head is done."""
+        while self.traces and (until is None or self.epoch < until):
+            started = time.perf_counter()
+            train_loss = self.batch.train_epoch(*self._order(), self.batch_size)
+            self.epoch += 1
+            loss, rank = self._validate()
+            better = []
+            for head, trace in enumerate(self.traces):
+                trace.epochs = self.epoch
+                if not np.isfinite(train_loss[head]):
+                    rate = self.specs[head].learning_rate
+                    trace.error = (
+                        f"diverged: the loss of epoch {self.epoch} is not finite (learning rate "
+                        f"{rate:g})"
+                    )
+                elif len(self.data.held) == 0 or loss[head] < trace.best_loss:
+                    better.append(head)
+                    trace.best_loss, trace.best_epoch = float(loss[head]), self.epoch
+                    trace.training_loss = float(train_loss[head])
+                trace.best_rank = max(trace.best_rank, float(rank[head]))
+            if len(self.data.held):
+                self.batch.remember(better)
+            self._share(started)
+            pairs = zip(self.traces, self.specs, strict=True)
+            self.leave([trace for trace, spec in pairs if self._done(trace, spec.patience)])
+
+    def leave(self, leaving: list[Trace]) -> None:
+        """Take these heads out of the batch, their best parameters with them."""
+        if not leaving:
+            return
+        gone = [id(trace) for trace in leaving]
+        places = [head for head, trace in enumerate(self.traces) if id(trace) in gone]
+        if len(self.data.held) == 0:
+            self.batch.remember(places)
+        for head in places:
+            if self.traces[head].error is None:
+                self.traces[head].best, self.traces[head].data = (
+                    self.batch.best_layers(head),
+                    self.data,
+                )
+                if self.traces[head].best_epoch == 0:
+                    self.traces[
+                        head
+                    ].error = (
+                        "the loss of the held-out rows was never finite: lower the learning rate"
+                    )
+        stay = [head for head in range(len(self.traces)) if head not in places]
+        self.batch.keep(stay)
+        self.traces = [self.traces[head] for head in stay]
+        self.specs = [self.specs[head] for head in stay]
+
+    def _done(self, trace: Trace, patience: int) -> bool:
+        if trace.error is not None or trace.epochs >= trace.limit:
+            return True
+        return len(self.data.held) > 0 and trace.epochs - trace.best_epoch >= patience
+
+    def _share(self, started: float) -> None:
+        for trace in self.traces:
+            trace.seconds += (time.perf_counter() - started) / len(self.traces)
+
+    def _order(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """The training rows in this epoch's order and the view of each: all folds share one
+        permutation.
+        """
+        n = self.data.rows.n
+        generator = np.random.default_rng([self.epoch, n])
+        order = generator.permutation(n)
+        view = generator.integers(0, self.views, n) if self.views > 1 else np.zeros(n, np.int64)
+        inside = np.zeros(n, np.bool_)
+        inside[self.data.train] = True
+        order = order[inside[order]]
+        return order, view[order]
+
+    def _validate(self) -> tuple[Floats, Floats]:
+        """Loss (K,) on the held-out rows, and what halving ranks by (K,), higher better."""
+        held = self.data.held
+        if len(held) == 0:
+            return np.full(len(self.traces), np.nan), np.full(len(self.traces), np.nan)
+        decision = self.batch.outputs(held)
+        for view in range(1, self.views):
+            decision += self.batch.outputs(held + view * self.data.rows.n)
+        decision /= self.views
+        loss = self.batch.losses(decision, held)
+        if self.data.rows.task != "single" or not self.ranked:
+            return loss, -loss
+        wanted = self.data.rows.target.index_select(0, torch.from_numpy(held).to(decision.device))
+        return loss, (decision.argmax(1) == wanted).double().mean(1).cpu().numpy()

@@ -1,0 +1,1 @@
+"""scikit-learn on both sides: its estimators as banks, our banks as estimators."""

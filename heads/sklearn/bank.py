@@ -1,0 +1,290 @@
+"""Any scikit-learn estimator as a head, named by its import path: one fit per fold, no batching.
+
+N rows, D features, C outputs. A fitted estimator has no form on disk but a pickle, which headrace
+neither writes nor reads. So the head trained on all rows stores those rows, and prediction fits it
+again: the estimator gets a fixed random_state, and the same rows give the same estimator.
+"""
+
+import importlib
+import inspect
+import json
+import os
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from headrace.cache.errors import HeadraceError
+from headrace.heads.data.checks import check_finite, check_specs, row_weights
+from headrace.heads.data.task import TEST
+from headrace.heads.evaluate.metrics import TaskKind
+from headrace.heads.neighbors.bank import STORED_ROWS_BYTES
+from headrace.heads.predict import CannotPredict, sigmoid, softmax
+from headrace.heads.spec import FULL, HeadFit, SklearnSpec
+
+Floats = npt.NDArray[Any]
+
+# The public modules whose classes are estimators and nothing else: importing them runs
+# scikit-learn's own code alone.
+_MODULES = {
+    *(
+        "calibration",
+        "cross_decomposition",
+        "discriminant_analysis",
+        "dummy",
+        "ensemble",
+        "gaussian_process",
+        "isotonic",
+    ),
+    *("kernel_ridge", "linear_model", "naive_bayes", "neighbors", "neural_network", "svm", "tree"),
+}
+# Parameters that stand for other code or for files: nested estimators, functions, joblib's cache of
+# pickles.
+_PREDICTORS = (ClassifierMixin, RegressorMixin)
+_CODE_PARAMETERS = {
+    *(
+        "estimator",
+        "estimators",
+        "base_estimator",
+        "final_estimator",
+        "regressor",
+        "transformer",
+        "steps",
+        "kernel_params",
+    ),
+    *("func", "inverse_func", "memory", "metric_params"),
+}
+
+
+_MOST_OUTPUTS = 1_000_000
+
+
+class BadEstimator(HeadraceError, ValueError):
+    """The import path or its parameters do not make a scikit-learn estimator."""
+
+
+def make_estimator(spec: SklearnSpec) -> Any:
+    """A fresh, unfitted estimator with random_state 0 where it has one and the spec gives none.
+
+    Raises BadEstimator, saying what was wrong with the path or the parameters.
+    """
+    module, _, name = spec.estimator.rpartition(".")
+    try:
+        kind = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise BadEstimator(
+            f"{spec.estimator!r} cannot be imported ({error}): give the full path, such as "
+            "sklearn.ensemble.RandomForestClassifier"
+        ) from error
+    if not (inspect.isclass(kind) and issubclass(kind, BaseEstimator)):
+        raise BadEstimator(
+            f"{spec.estimator} is not a scikit-learn estimator (a subclass of "
+            "sklearn.base.BaseEstimator)"
+        )
+    try:
+        parameters = json.loads(spec.parameters)
+        if "random_state" in inspect.signature(kind).parameters:
+            parameters = {"random_state": 0} | parameters
+        estimator = kind(**parameters)
+    except (TypeError, ValueError) as error:
+        raise BadEstimator(
+            f"{spec.estimator} does not take {spec.parameters} ({error}): it takes "
+            f"{', '.join(inspect.signature(kind).parameters)}"
+        ) from error
+    return make_pipeline(StandardScaler(), estimator) if spec.standardize else estimator
+
+
+def estimator_code(spec: SklearnSpec) -> str | None:
+    """The "module:class" that the spec has imported and called; None for what only scikit-learn's
+    own code can come of.
+
+    That is a classifier or regressor in a public module of the installed scikit-learn, whose
+    parameters are values. Nothing is imported but those modules.
+    """
+    module, _, name = spec.estimator.rpartition(".")
+    asked = f"{module}:{name}"
+    package, _, rest = module.partition(".")
+    if package != "sklearn" or rest not in _MODULES or name.startswith("_"):
+        return asked
+    kind = getattr(importlib.import_module(module), name, None)
+    if not (
+        inspect.isclass(kind) and issubclass(kind, BaseEstimator) and issubclass(kind, _PREDICTORS)
+    ):
+        return asked
+    if not f"{kind.__module__}.".startswith(
+        f"{module}."
+    ):  # a name that the module has imported from elsewhere
+        return asked
+    try:
+        parameters = json.loads(spec.parameters)
+    except ValueError:
+        return asked
+    if not isinstance(parameters, dict) or not _CODE_PARAMETERS.isdisjoint(parameters):
+        return asked
+    jobs = parameters.get("n_jobs")  # each may be a process
+    few = jobs is None or (isinstance(jobs, int) and abs(jobs) <= (os.cpu_count() or 1))
+    return None if few else asked
+
+
+def fit_sklearn_bank(
+    X: Floats,
+    target: npt.NDArray[Any],
+    *,
+    n_classes: int,
+    fold: npt.NDArray[np.int16],
+    specs: Sequence[SklearnSpec],
+    full: bool = True,
+    sample_weight: npt.NDArray[np.float64] | None = None,
+    task: TaskKind = "single",
+) -> list[HeadFit]:
+    """One fit per spec and fold.
+
+    X (N, D), target, fold as in `Task`. What an estimator raises is its head's error.
+    """
+    check_specs(specs, 'SklearnSpec("sklearn.svm.SVC")')
+    check_finite(X)
+    weight = row_weights(sample_weight, len(X))
+    folds = sorted(int(number) for number in np.unique(fold[fold >= 0]))
+    everything = np.flatnonzero((fold != TEST) & (weight > 0))
+    stored: dict[str, npt.NDArray[Any]] = {}
+    if full and len(everything) * X.shape[1] * 4 <= STORED_ROWS_BYTES:
+        stored = {
+            "features": np.ascontiguousarray(X[everything], np.float32),
+            "target": np.ascontiguousarray(target[everything]),
+            "sample_weight": weight[everything],
+            "outputs": np.array([n_classes]),
+        }
+    fits = []
+    for spec in specs:
+        for number in [*folds, FULL] if full else folds:
+            started = time.perf_counter()
+            train = everything[fold[everything] != number] if number != FULL else everything
+            held = X[fold == number]
+            validation, error = None, None
+            try:
+                if number == FULL:
+                    make_estimator(spec)  # fitted when it predicts
+                else:
+                    estimator = _fitted(spec, X[train], target[train], weight[train], task)
+                    validation = _probabilities(estimator, held, n_classes, task)
+            except Exception as caught:  # noqa: BLE001 (any estimator may raise anything: a failed row, the others go on)
+                error = f"{type(caught).__name__}: {caught}"
+            arrays = stored if number == FULL and error is None else {}
+            seconds = time.perf_counter() - started
+            fits.append(
+                HeadFit(
+                    spec, number, arrays, float("nan"), float("nan"), 0, seconds, validation, error
+                )
+            )
+    return fits
+
+
+def predict_sklearn(
+    spec: SklearnSpec, arrays: dict[str, npt.NDArray[Any]], X: Floats, task: TaskKind
+) -> npt.NDArray[np.float32]:
+    """(n, C) predictions after fitting the estimator again on the stored rows."""
+    return fitted_sklearn(spec, arrays, task)(X)
+
+
+def fitted_sklearn(
+    spec: SklearnSpec, arrays: dict[str, npt.NDArray[Any]], task: TaskKind
+) -> Callable[[Floats], npt.NDArray[np.float32]]:
+    """The estimator, fitted again on the stored rows, as a function from features (n, D) to
+    predictions (n, C).
+    """
+    if "features" not in arrays:
+        raise CannotPredict(
+            f"{spec.estimator}: its training rows were not stored: train it again on them"
+        )
+    try:
+        outputs = int(arrays["outputs"].item())
+        if (
+            task == "single"
+            and not 0 <= arrays["target"].min() <= arrays["target"].max() < outputs <= _MOST_OUTPUTS
+        ):
+            raise CannotPredict(f"its rows are of other classes than its {outputs} outputs")
+        estimator = _fitted(
+            spec, arrays["features"], arrays["target"], arrays["sample_weight"], task
+        )
+    except BadEstimator:
+        raise
+    except (
+        Exception
+    ) as error:  # the rows may be of a damaged file, on which an estimator raises anything
+        raise CannotPredict(
+            f"{spec.estimator}: it cannot be fitted again on its stored rows "
+            f"({type(error).__name__}: {str(error)[:200]}): train it again, or fetch the model "
+            "again"
+        ) from error
+    return lambda X: _probabilities(estimator, X, outputs, task)
+
+
+def _fitted(
+    spec: SklearnSpec, X: Floats, target: npt.NDArray[Any], weight: Floats, task: TaskKind
+) -> Any:
+    estimator = make_estimator(spec)
+    wanted = (
+        target[:, 0]
+        if task == "regression" and target.ndim == 2 and target.shape[1] == 1
+        else target
+    )
+    options: dict[str, Any] = {}
+    if not np.all(weight == weight[:1]):
+        last = estimator.steps[-1][1] if spec.standardize else estimator
+        if "sample_weight" not in inspect.signature(last.fit).parameters:
+            raise BadEstimator(
+                f"{spec.estimator} takes no sample weights: leave the weight column out, or use "
+                "another estimator"
+            )
+        options = {
+            f"{estimator.steps[-1][0]}__sample_weight"
+            if spec.standardize
+            else "sample_weight": weight
+        }
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore"
+        )  # of convergence and the like: the score says what they are worth
+        return estimator.fit(X, wanted, **options)
+
+
+def _probabilities(
+    estimator: Any, X: Floats, outputs: int, task: TaskKind
+) -> npt.NDArray[np.float32]:
+    if task == "regression":
+        return np.asarray(estimator.predict(X), np.float32).reshape(len(X), outputs)
+    if task == "multi":
+        if not hasattr(estimator, "predict_proba"):
+            return np.asarray(estimator.predict(X), np.float32).reshape(len(X), outputs)
+        found = estimator.predict_proba(X)
+        if isinstance(
+            found, list
+        ):  # one (n, 2) per label; (n, 1) where a label was constant in training
+            constant = np.asarray(estimator.predict(X), np.float32)
+            columns = [
+                p[:, 1] if p.shape[1] == 2 else constant[:, label] for label, p in enumerate(found)
+            ]
+            return np.stack(columns, axis=1).astype(np.float32)
+        return np.asarray(found, np.float32).reshape(len(X), outputs)
+    if hasattr(estimator, "predict_proba"):
+        found = estimator.predict_proba(X)
+    elif hasattr(estimator, "decision_function"):
+        decision = np.asarray(estimator.decision_function(X), np.float64)
+        found = (
+            softmax(decision)
+            if decision.ndim == 2
+            else np.stack([1 - (p := sigmoid(decision)), p], axis=1)
+        )
+    else:
+        found = (np.asarray(estimator.predict(X))[:, None] == estimator.classes_).astype(np.float32)
+    predicted = np.zeros((len(X), outputs), np.float32)
+    predicted[:, np.asarray(estimator.classes_, np.int64)] = (
+        found  # a class without training rows has probability 0
+    )
+    return predicted

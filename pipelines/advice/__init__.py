@@ -1,0 +1,1 @@
+"""Advice: train a head, fine-tune deeper, train from scratch, or collect more images."""

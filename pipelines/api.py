@@ -1,0 +1,195 @@
+"""The stages as functions over plain values, for notebooks and scripts: images to features,
+features to a leaderboard.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from rich.console import Console
+
+from headrace.cache.errors import HeadraceError
+from headrace.cache.feature_set import FeatureSet, open_feature_set
+from headrace.cache.publish import feature_set_path, is_feature_set
+from headrace.extract.images.content_hashes import content_hashes
+from headrace.extract.run.plan import Network, plan_networks
+from headrace.extract.sources.read import detect_source, read_source, warn_of_left_out
+from headrace.extract.spec import BackboneSpec
+from headrace.extract.taps.spec_cache import (
+    backbone_features,
+    remember_features,
+    remembered_backbone,
+)
+from headrace.pipelines.cluster.clients import local_client
+from headrace.pipelines.cluster.fork_server import imports_of
+from headrace.pipelines.cluster.submit import TaskOptions
+from headrace.pipelines.console import make_console
+from headrace.pipelines.paths import RunPaths, content_index
+from headrace.pipelines.planning.cost_model import measured_rates
+from headrace.pipelines.planning.dataset import drop_rows, make_dataset
+from headrace.pipelines.planning.leaderboard import trained_in
+from headrace.pipelines.planning.plan import feature_plan, plan_run
+from headrace.pipelines.planning.run_state import Survey, check_metric, find_device
+from headrace.pipelines.recipe.grid import check_kinds, wanted_heads
+from headrace.pipelines.recipe.heads import Heads
+from headrace.pipelines.recipe.sections import TaskSection
+from headrace.pipelines.run import RunResult, conclude, write_inputs
+from headrace.pipelines.stages.extract import extract_missing
+from headrace.pipelines.stages.train import train_missing
+
+_QUIET = make_console(quiet=True)
+
+
+class MissingFeatures(HeadraceError, ValueError):
+    """Rows that are to be trained on have no features yet."""
+
+
+def extract_features(
+    images: pd.DataFrame | str | Path,
+    backbone: BackboneSpec | str,
+    taps: str | Sequence[str] = "auto",
+    *,
+    cache: str | Path = "headrace-cache",
+    dtype: str = "float16",
+    images_per_shard: int | None = None,
+    device: str = "auto",
+    workers: int | None = None,
+    console: Console | None = None,
+) -> dict[str, FeatureSet]:
+    """Run a frozen network over images once, keep the taps in the cache, and open them:
+    {"blocks.4.avg": FeatureSet, ...}.
+
+    images: a folder, a table, an archive, an array file, or a DataFrame with the columns `id` and
+    `path`. Only images that the cache lacks go through the network. Images that cannot be decoded
+    have no row; each FeatureSet lists them with their reasons in `failures()`. device: "auto" is a
+    GPU where there is one. Raises HeadraceError.
+
+    A script that calls this needs the usual `if __name__ == "__main__":`, for it starts worker
+    processes.
+    """
+    cache = Path(cache).absolute()
+    samples = _with_content(_listed(images, labelled=False), cache)
+    spec = BackboneSpec(backbone) if isinstance(backbone, str) else backbone
+    specs = backbone_features(spec, taps, cache_root=cache, dtype=dtype)
+    remember_features(spec, taps, specs, dtype=dtype, cache_root=cache)
+    paths = [feature_set_path(cache, feature) for feature in specs]
+    known = [
+        open_feature_set(path).known() if is_feature_set(path) else frozenset[str]()
+        for path in paths
+    ]
+    here = find_device(device)
+    networks = [Network(spec, specs, known)]
+    units = plan_networks(
+        samples, networks, cache_root=cache, unit_rows=images_per_shard, device=here
+    )
+    if units:
+        # A GPU is fed by this process; on a CPU one process per core is faster.
+        opened = (
+            local_client(workers, imports=imports_of([spec.name]))
+            if here == "cpu"
+            else nullcontext()
+        )
+        with opened as client:
+            extract_missing(units, client, console or _QUIET)
+    return {
+        feature.name: open_feature_set(path) for feature, path in zip(specs, paths, strict=True)
+    }
+
+
+def train_heads(
+    features: Mapping[str, FeatureSet],
+    samples: pd.DataFrame | str | Path,
+    *,
+    heads: Heads | Mapping[str, Any],
+    task: TaskSection | Mapping[str, Any] | None = None,
+    out: str | Path = "headrace-runs/notebook",
+    workers: int | None = None,
+    console: Console | None = None,
+    options: TaskOptions | None = None,
+) -> RunResult:
+    """Train a grid of heads on features that are there, rank them on validation folds, and score
+    the winner on the test split.
+
+    samples: as `images` of `extract_features`, with the columns that the task names (`label` by
+    default).
+    heads, task: as in a recipe: {"logistic": {"C": [0.01, 1]}}, {"target": "label", "folds": 5}.
+    The result's `board` is the leaderboard and `heads` every single head, both as DataFrames;
+    calling again with more heads trains only the new ones. options: how tasks are watched over,
+    such as their deadline. Raises HeadraceError.
+    """
+    section = (
+        task if isinstance(task, TaskSection) else TaskSection.model_validate(dict(task or {}))
+    )
+    grid = heads if isinstance(heads, Heads) else Heads.model_validate(dict(heads))
+    check_kinds(grid, section.kind)
+    paths = RunPaths(Path(out).absolute())
+    listed = _with_content(_listed(samples, labelled=True), paths.root)
+    dataset = make_dataset(listed, listed["content"].tolist(), section)
+    lost = frozenset(
+        failure.content for feature in features.values() for failure in feature.failures()
+    )
+    dataset = drop_rows(dataset, lost)
+    rows = {*dataset.train.content.astype(str), *dataset.test.content.astype(str)}
+    plans = [
+        feature_plan(name, [feature.spec], rows, [feature.known()])
+        for name, feature in features.items()
+    ]
+    for plan in plans:
+        if plan.rows_known < plan.rows_total:
+            raise MissingFeatures(
+                f"{plan.name} has features of {plan.rows_known:,} of these {plan.rows_total:,} "
+                "images: extract_features first"
+            )
+    found = Survey(
+        paths=paths,
+        samples=listed,
+        unreadable=(),
+        dataset=dataset,
+        notes=dataset.notes,
+        accounting=None,
+        metric=check_metric(section),
+        directories={name: (feature.path,) for name, feature in features.items()},
+        backbones={
+            name: remembered_backbone(_cache_of(feature), feature.spec)
+            for name, feature in features.items()
+        },
+        plan=plan_run(
+            features=plans,
+            units=[],
+            images=len(rows),
+            images_new=0,
+            wanted=wanted_heads(grid, list(features)),
+            task_digest=dataset.train.digest,
+            folds=dataset.train.n_folds,
+            rows=len(dataset.train.ids),
+            outputs=max(2, len(dataset.train.classes)),
+            rates=measured_rates(paths.logs),
+            trained=lambda group: trained_in(paths.banks, group),
+        ),
+    )
+    write_inputs(found)
+    if found.plan.banks:
+        with local_client(workers) as client:
+            train_missing(found, client, console or _QUIET, options)
+    return conclude(found)
+
+
+def _cache_of(feature: FeatureSet) -> Path:
+    return feature.path.parent.parent
+
+
+def _listed(images: pd.DataFrame | str | Path, *, labelled: bool) -> pd.DataFrame:
+    if isinstance(images, pd.DataFrame):
+        return images
+    listing = read_source(detect_source(images), labelled=labelled)
+    warn_of_left_out(listing, images)
+    return listing.samples
+
+
+def _with_content(samples: pd.DataFrame, root: Path) -> pd.DataFrame:
+    if "content" in samples:
+        return samples
+    hashes = content_hashes(samples, content_index(root)).hashes
+    return samples.assign(content=pd.Series(list(hashes), index=samples.index, dtype=object))

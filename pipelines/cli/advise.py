@@ -1,0 +1,92 @@
+"""`headrace advise RUN`: what would help most, measured on what the run has kept."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from headrace.pipelines.console import make_console
+
+if TYPE_CHECKING:
+    from headrace.pipelines.advice.decide import Advice
+
+
+def advise_command(
+    run: Annotated[
+        Path,
+        typer.Argument(
+            help="A finished run: the recipe that made it, or its directory, headrace-runs/NAME."
+        ),
+    ],
+    reference: Annotated[
+        Path | None,
+        typer.Option(
+            help="Another run on the same backbones, given likewise: how far this one's images "
+            "lie from that one's is said too."
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Worker processes; default: one per core.", min=1)
+    ] = None,
+) -> None:
+    """Say what would help most: a head, training deeper, from scratch, or more images, with the
+    evidence for it.
+
+    Trains small heads on subsets of the cached features, once; no image is read.
+
+    Example: headrace advise recipe.yaml
+    """
+    from headrace.pipelines.advice.advise_run import advise_run
+
+    console = make_console()
+    show_advice(console, advise_run(run, reference=reference, console=console, workers=workers))
+
+
+def show_advice(console: Console, advice: "Advice") -> None:
+    """The advice, its reasons, and the numbers behind them."""
+    console.print(advice.sentence, style="bold")
+    for reason in advice.reasons:
+        console.print(f"- {reason}")
+    evidence = advice.evidence
+    if evidence is None:
+        return
+    console.print()
+    if evidence.curve:
+        table = Table(title="Learning curve", title_justify="left")
+        table.add_column("images", justify="right")
+        table.add_column("error", justify="right")
+        for images, error in zip(evidence.curve["images"], evidence.curve["error"], strict=True):
+            table.add_row(f"{images:,.0f}", f"{error * 100:.2f} %")
+        for times, left in sorted(evidence.ahead.items()):
+            table.add_row(
+                f"{times * evidence.curve['images'][-1]:,.0f}",
+                f"{left.value * 100:.2f} % ({left.low * 100:.2f} to {left.high * 100:.2f}), by the "
+                "fit",
+                style="dim",
+            )
+        console.print(table)
+    if evidence.scores:
+        console.print(_scores_table(evidence.scores))
+
+
+def _scores_table(scores: tuple[dict[str, Any], ...]) -> Table:
+    table = Table(
+        title=f"Feature sets, scored on {scores[0]['images']:,} images", title_justify="left"
+    )
+    table.add_column("features")
+    for column in ("width", "LogME", "H-score", "NCE", "neighbours", "Bayes error between"):
+        table.add_column(column, justify="right")
+    for each in scores:
+        bounds = (
+            "–"
+            if each["bayes_low"] is None
+            else f"{each['bayes_low']:.3f} and {each['bayes_high']:.3f}"
+        )
+        numbers = [
+            "–" if each[key] is None else f"{each[key]:.3f}"
+            for key in ("logme", "h_score", "nce", "neighbours")
+        ]
+        table.add_row(each["name"], f"{each['width']:,}", *numbers, bounds)
+    return table

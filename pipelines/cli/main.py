@@ -1,0 +1,324 @@
+"""The command `headrace`.
+
+Imports what a command needs when it runs, so that `--help` and bad input answer at once.
+"""
+
+import importlib.metadata
+import shlex
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+
+from headrace.cache.errors import HeadraceError
+from headrace.cache.home import unknown_home
+from headrace.pipelines.cli.advise import advise_command
+from headrace.pipelines.cli.backbones import backbones_command
+from headrace.pipelines.cli.cache import app as cache_app
+from headrace.pipelines.cli.cluster import app as cluster_app
+from headrace.pipelines.cli.deliver import export_command, predict_command
+from headrace.pipelines.cli.doctor import doctor_command
+from headrace.pipelines.cli.report import report_command
+from headrace.pipelines.console import escape_unencodable, make_console, valid_text
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Extract deep features once, train hundreds of classifier heads on them, fine-tune "
+    "only the winners.",
+    epilog="Your own images: headrace init photos, then headrace run recipe.yaml. Each command has "
+    "an example: headrace run --help. The Tab key completes commands and options after headrace "
+    "--install-completion.",
+)
+_AFTER, _AROUND = "After a run", "What there is"
+
+
+class PathNotUTF8(HeadraceError, ValueError):
+    """A run cannot be kept where its path cannot be written into a table."""
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"headrace {importlib.metadata.version('headrace')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version and stop.", callback=_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+class FolderLayout(StrEnum):
+    """What `headrace init --layout` takes."""
+
+    auto = "auto"
+    classes = "classes"
+    sides = "split"  # `split` is a method of text
+
+
+Workers = Annotated[
+    int | None, typer.Option(help="Worker processes; default: one per core.", min=1)
+]
+
+
+@app.command()
+def demo(
+    folder: Annotated[
+        Path, typer.Argument(help="Where its recipe, features and results go.")
+    ] = Path("headrace-demo"),
+    workers: Workers = None,
+) -> None:
+    """Real solar cells, a pretrained network, hundreds of heads, a leaderboard.
+
+    Interrupt it at any moment and call it again: it goes on where it was.
+
+    Example: headrace demo
+    """
+    from headrace.pipelines.cli.demo import REFERENCE, write_demo
+
+    recipe = write_demo(folder)
+    console = make_console()
+    _say(console, f"2,624 photographs of solar cells: which are defective? The recipe is {recipe}")
+    _run(recipe, console, workers=workers, reference=REFERENCE)
+    _say(
+        console,
+        "Next, try:\n"
+        f"  headrace report {recipe}     # one page to look at: mistakes, likely label errors, "
+        "near-duplicates\n"
+        f"  headrace run {recipe} --dry-run     # what a run would do, and what is there already\n"
+        f"  headrace cache ls --cache {folder / 'headrace-cache'}     # the features that were "
+        "kept\n"
+        "  headrace init FOLDER     # a recipe for your own images",
+    )
+
+
+@app.command()
+def init(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="A folder with one sub-folder per class, a table, archives (tar, zip), or an "
+            "array file (npz, HDF5, idx)."
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The recipe to write.")] = Path(
+        "recipe.yaml"
+    ),
+    force: Annotated[
+        bool, typer.Option("--force", help="Overwrite a recipe that is there.")
+    ] = False,
+    layout: Annotated[
+        FolderLayout,
+        typer.Option(
+            help="What the outer folders are: classes, or the sides of a split with the classes "
+            "in them."
+        ),
+    ] = FolderLayout.auto,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Images, or folders of them, to leave out; * and ? match. May be given several "
+            "times."
+        ),
+    ] = None,
+) -> None:
+    """Write a commented recipe for the images that are there.
+
+    Example: headrace init photos/ --out photos.yaml
+    """
+    from headrace.pipelines.cli.init import write_recipe
+
+    console = make_console()
+    finding = write_recipe(
+        source, out, force=force, layout=layout.value, exclude=tuple(exclude or ())
+    )
+    for note in finding.notes:
+        _say(console, f"note: {note}")
+    _say(
+        console,
+        f"Found {finding.sentence}. Wrote {out}.\nNext: headrace run {shlex.quote(str(out))} "
+        "--dry-run",
+    )
+
+
+@app.command()
+def run(
+    recipe: Annotated[
+        Path, typer.Argument(help="The recipe, a YAML file; `headrace init` writes one.")
+    ],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan and stop; nothing is written.")
+    ] = False,
+    workers: Workers = None,
+    strict: Annotated[
+        bool,
+        typer.Option(
+            "--strict", help="Stop at an image that cannot be decoded, instead of listing it."
+        ),
+    ] = False,
+    retry_failed: Annotated[
+        bool,
+        typer.Option(
+            "--retry-failed", help="Train the heads that failed in an earlier call once more."
+        ),
+    ] = False,
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            help="Where tasks run, instead of the recipe's cluster.where: local, cuda, slurm, "
+            "kubernetes, or tls://HOST:PORT."
+        ),
+    ] = None,
+) -> None:
+    """Extract what is missing, train what is missing, rank, and show the winner the test split
+    once.
+
+    Interrupted at any moment, the same command goes on where it was. --dry-run shows first what it
+    would do.
+
+    Example: headrace run recipe.yaml --dry-run
+    """
+    console = make_console()
+    _run(
+        recipe,
+        console,
+        workers=workers,
+        dry_run=dry_run,
+        strict=strict,
+        retry_failed=retry_failed,
+        cluster=cluster,
+    )
+    if not dry_run:
+        _say(
+            console,
+            f"Next: headrace report {shlex.quote(str(recipe))}     # one page to look at: "
+            "mistakes, likely label errors, near-duplicates",
+        )
+
+
+@app.command(rich_help_panel=_AFTER)
+def status(
+    run: Annotated[
+        Path,
+        typer.Argument(
+            help="A run: its recipe, or its directory, headrace-runs/NAME, which may be on a "
+            "file system that nodes share."
+        ),
+    ],
+) -> None:
+    """How far a run is: its stage, tasks, workers, failures, time left.
+
+    Also while it runs, from any shell or node.
+
+    Example: headrace status recipe.yaml
+    """
+    from headrace.pipelines.cli.status import show_status
+
+    show_status(make_console(), run)
+
+
+app.command("report", rich_help_panel=_AFTER)(report_command)
+app.command("advise", rich_help_panel=_AFTER)(advise_command)
+app.command("predict", rich_help_panel=_AFTER)(predict_command)
+app.command("export", rich_help_panel=_AFTER)(export_command)
+app.command("backbones", rich_help_panel=_AROUND)(backbones_command)
+app.add_typer(cache_app, name="cache", rich_help_panel=_AROUND)
+app.add_typer(cluster_app, name="cluster", rich_help_panel=_AROUND)
+app.command("doctor", rich_help_panel=_AROUND)(doctor_command)
+
+
+def _run(
+    path: Path,
+    console: Console,
+    *,
+    workers: int | None,
+    dry_run: bool = False,
+    strict: bool = False,
+    retry_failed: bool = False,
+    cluster: str | None = None,
+    reference: str | None = None,
+) -> None:
+    from headrace.pipelines.recipe.load import elsewhere, load_recipe
+
+    recipe = load_recipe(path)
+    _require_utf8(recipe.out)
+    if cluster:
+        recipe = elsewhere(recipe, cluster)
+    if strict:
+        recipe = recipe.model_copy(
+            update={"compute": recipe.compute.model_copy(update={"strict": True})}
+        )
+    from headrace.pipelines.cli.show import show_images, show_plan, show_result
+    from headrace.pipelines.cluster.survive_hangup import outlive_terminal
+    from headrace.pipelines.planning.plan import check_space
+    from headrace.pipelines.planning.run_state import run_paths, survey
+    from headrace.pipelines.run import run_recipe
+
+    try:
+        if dry_run:
+            surveyed = survey(recipe, write=False, retry_failed=retry_failed)
+            plan = surveyed.plan
+            show_images(console, surveyed.accounting, surveyed.notes)
+            show_plan(console, plan, recipe.cache, recipe.out)
+            check_space(plan, recipe.cache, recipe.storage.budget_gb)
+        else:
+            outlive_terminal(run_paths(recipe).terminal)
+            result = run_recipe(recipe, console=console, workers=workers, retry_failed=retry_failed)
+            show_result(console, result, reference=reference)
+    except KeyboardInterrupt:
+        _say(
+            make_console(stderr=True),
+            "\nInterrupted. What is finished is kept; the same command goes on from here.",
+        )
+        raise typer.Exit(130) from None  # the shell's word for Ctrl-C
+
+
+def _require_utf8(out: Path | None) -> None:
+    # Tables of results hold paths of other results, and their text is UTF-8.
+    if valid_text(str(out)) != str(out):
+        raise PathNotUTF8(
+            f"out: {out}: a name in this path is no UTF-8, so that results cannot be kept there. "
+            "Rename it, or set `out` in the recipe to another folder; if the name is right and "
+            "the locale is not, set LC_ALL=C.UTF-8"
+        )
+
+
+def _say(console: Console, text: str) -> None:
+    """Print without wrapping commands that are to be copied."""
+    console.print(text, soft_wrap=True)
+
+
+def main() -> None:
+    """Run the command line.
+
+    An error that the user or the machine caused is printed alone, with exit code 2.
+    """
+    escape_unencodable()
+    try:
+        app()
+    except (HeadraceError, OSError) as error:
+        _end_with(str(error))
+    except RuntimeError as error:
+        # What pathlib says, without the path, of a `~` that only a library or a rare option meets.
+        if str(error) != "Could not determine home directory.":
+            raise
+        _end_with(unknown_home())
+    except KeyboardInterrupt:
+        sys.exit(130)  # before anything was started
+
+
+def _end_with(message: str) -> NoReturn:
+    errors = make_console(stderr=True)
+    errors.print("Error: ", style="bold red", end="")
+    errors.print(message, soft_wrap=True)
+    sys.exit(2)

@@ -1,0 +1,66 @@
+"""`headrace report`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from headrace.pipelines.cli.deliver import TrustOption
+from headrace.pipelines.console import make_console
+
+
+def report_command(
+    run: Annotated[
+        Path,
+        typer.Argument(
+            help="A finished run: the recipe that made it, or its directory, headrace-runs/NAME."
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", "-o", help="The page to write; default: report.html in the run's directory."
+        ),
+    ] = None,
+    tables: Annotated[
+        bool,
+        typer.Option(
+            "--tables",
+            help="Also write every table of the page as CSV and Parquet, in a folder beside it.",
+        ),
+    ] = False,
+    watts: Annotated[
+        float | None,
+        typer.Option(
+            help="What your machine draws while it works, for the estimate of energy.", min=0
+        ),
+    ] = None,
+    trust_code: TrustOption = None,
+) -> None:
+    """Write one self-contained HTML page about a run: leaderboard, mistakes as pictures, leaks,
+    cost, recipe.
+
+    The page opens from the disk, without a server or a network.
+
+    Example: headrace report recipe.yaml --tables
+    """
+    from headrace.pipelines.cli.show import bytes_text
+    from headrace.pipelines.report.build import write_report
+
+    report = write_report(run, out, tables=tables, watts=watts, trust_code=trust_code or ())
+    console = make_console()
+
+    def say(text: str) -> None:
+        console.print(text, soft_wrap=True)
+
+    say(
+        f"Wrote {report.page} ({bytes_text(report.bytes)}). Open it in a browser; it needs nothing "
+        "else."
+    )
+    if report.tables:
+        say(f"Wrote {len(report.tables)} tables to {report.tables[0].parent}")
+    if report.missing_images:
+        say(
+            f"note: {report.missing_images:,} images are gone or have changed since the run, and "
+            "have no picture"
+        )

@@ -1,0 +1,359 @@
+"""What the terminal shows of a plan and of a result. Nothing here decides anything."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+import pandas as pd
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from headrace.heads.evaluate.metrics import METRICS
+from headrace.pipelines.planning.accounting import Accounting
+from headrace.pipelines.planning.leaderboard import grouped_board, inputs_text
+from headrace.pipelines.planning.plan import Plan
+from headrace.pipelines.run import RunResult
+
+_LEADERS = 12
+
+
+def show_plan(console: Console, plan: Plan, cache: object, out: object) -> None:
+    """What would be extracted, what would be trained, what is already there."""
+    table = Table(title="Features", title_justify="left")
+    for column, justify in (
+        ("tap", "left"),
+        ("shape", "right"),
+        ("images to extract", "right"),
+        ("there", "right"),
+        ("new bytes", "right"),
+    ):
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]  # a literal, as mypy cannot see through the loop
+    for feature in plan.features:
+        table.add_row(
+            feature.name,
+            " x ".join(map(str, feature.shape)),
+            f"{feature.rows_total - feature.rows_known:,}",
+            f"{feature.rows_known:,}",
+            bytes_text(feature.bytes_new),
+        )
+    console.print(table)
+    console.print(
+        f"{plan.images_new:,} of {plan.images:,} images go through a network, in "
+        f"{len(plan.units):,} units; "
+        f"{bytes_text(sum(feature.bytes_new for feature in plan.features))} to write in {cache}",
+        soft_wrap=True,
+    )
+    everything = [feature.name for feature in plan.features]
+    table = Table(title="Heads", title_justify="left")
+    table.add_column("inputs")
+    table.add_column("kind")
+    table.add_column("settings", justify="right")
+    table.add_column("heads", justify="right")
+    table.add_column("heads to train", justify="right")
+    missing = {(bank.inputs, spec) for bank in plan.banks for spec in bank.specs}
+    settings: Counter[tuple[tuple[str, ...], str]] = Counter()
+    new: Counter[tuple[tuple[str, ...], str]] = Counter()
+    for (
+        inputs,
+        specs,
+        _,
+    ) in plan.wanted:  # heads with class weights, or banded, are banks of their own
+        settings[inputs, specs[0].kind] += len(specs)
+        new[inputs, specs[0].kind] += sum((inputs, spec) in missing for spec in specs)
+    for (inputs, kind), count in settings.items():
+        table.add_row(
+            inputs_text(inputs, everything),
+            kind,
+            f"{count:,}",
+            f"{count * plan.folds:,}",
+            f"{new[inputs, kind] * plan.folds:,}",
+        )
+    console.print(table)
+    console.print(
+        f"{plan.heads_new:,} of {plan.heads_total:,} heads to train ({plan.folds} folds each), in "
+        f"{len(plan.banks):,} banks; results in {out}",
+        soft_wrap=True,
+    )
+    estimate = plan.estimate
+    basis = (
+        "measured in earlier calls of this run"
+        if estimate.measured
+        else "assumed until a first call has measured it"
+    )
+    gpu = f" and {hours_text(estimate.gpu_s)} GPU-hours" if estimate.gpu_s else ""
+    console.print(
+        f"Tasks: {len(plan.units):,} units and {len(plan.banks):,} banks; about "
+        f"{hours_text(estimate.core_s)} core-hours{gpu} ({basis}). Done already: "
+        f"{plan.images - plan.images_new:,} images, {plan.heads_total - plan.heads_new:,} heads",
+        soft_wrap=True,
+    )
+
+
+def show_images(console: Console, accounting: Accounting | None, notes: Sequence[str] = ()) -> None:
+    """Where every entry of the source went, and what a careful person would want to be told."""
+    if accounting is not None:
+        console.print(accounting.sentence(), soft_wrap=True)
+    for note in notes:
+        console.print(f"note: {note}", style="yellow", soft_wrap=True)
+
+
+def hours_text(seconds: float) -> str:
+    """Hours with two digits that mean something."""
+    return f"{seconds / 3600:.2g}" if seconds < 36000 else f"{seconds / 3600:,.0f}"
+
+
+def show_result(
+    console: Console, result: RunResult, *, reference: str | None = None, files: bool = True
+) -> None:
+    """The leaderboard by inputs and kind, the winner, its test score, where every file lies, how
+    long it took.
+    """
+    console.print(leaderboard_table(result.board, result.metric, result.names))
+    show_images(console, result.accounting, result.notes)
+    if result.failed_images:
+        console.print(
+            f"note: {result.failed_images:,} images could not be read; each is listed with its "
+            f"reason in {result.paths.failed_images}",
+            style="yellow",
+            soft_wrap=True,
+        )
+    if result.failed_heads:
+        console.print(
+            f"note: {result.failed_heads:,} heads failed; each has its reason in the column "
+            f"`error` of {result.paths.heads}; --retry-failed tries them again",
+            style="yellow",
+            soft_wrap=True,
+        )
+    if result.finetuned is not None and len(result.finetuned.compared) > 1:
+        console.print(finetune_table(result))
+    winner = result.winner
+    console.print()
+    console.print(
+        f"Winner: {winner['kind']} {winner['settings']} on "
+        f"{inputs_text(winner['inputs'], result.names)}, chosen on {winner['folds']} validation "
+        f"folds alone: {result.metric} {number_text(winner[result.metric], result.metric)}",
+        style="bold",
+    )
+    for sentence in (*selection_sentences(result), *ensemble_sentences(result)):
+        console.print(sentence)
+    if result.test is None:
+        console.print("No test split: set task.test_fraction, or a split column with test rows")
+    else:
+        test = result.test
+        line = Text(
+            f"Test {test.metric} {number_text(test.value, test.metric)} (95 % interval "
+            f"{number_text(test.low, test.metric)} to {number_text(test.high, test.metric)}, "
+            f"{images_text(test.images, test.groups)} never seen before)",
+            style="bold green",
+        )
+        console.print(line)
+        if test.openings > 1:
+            console.print(
+                f"note: {test.openings} different winners have now been shown this test split; "
+                "each time, its score says a little less about new images",
+                style="yellow",
+            )
+    if reference:
+        console.print(reference)
+    console.print()
+    console.print(stages_table(result))
+    if files:
+        show_files(console, result)
+
+
+def finetune_table(result: RunResult) -> Table:
+    """Head, partial reuse, fine-tuned and the ensemble side by side, on the same
+    validation rows.
+    """
+    metric = result.metric
+    table = Table(
+        title=f"Head against networks: validation {metric}, same rows, 95 % intervals",
+        title_justify="left",
+    )
+    for column in ("approach", "what"):
+        table.add_column(column)
+    for column in (metric, "interval", "gain over its head", "minutes", "decision"):
+        table.add_column(column, justify="right")
+    assert result.finetuned is not None
+    for _, row in result.finetuned.compared.iterrows():
+        ends = [number_text(row[name], metric) for name in ("gain_low", "gain_high")]
+        gain = (
+            f"{number_text(row['gain'], metric)} ({ends[0]} to {ends[1]})"
+            if row["gain"] == row["gain"]
+            else "–"
+        )
+        table.add_row(
+            row["approach"],
+            f"{row['settings']} on {inputs_text(row['inputs'], result.names)}",
+            number_text(row[metric], metric),
+            f"{number_text(row['low'], metric)} to {number_text(row['high'], metric)}",
+            gain,
+            f"{row['minutes']:.1f}" if row["minutes"] == row["minutes"] else "–",
+            row["decision"],
+        )
+    if result.ensemble is not None:
+        found = result.ensemble
+        table.add_row(
+            "ensemble",
+            f"{len(found.members)} members",
+            number_text(found.value, metric),
+            f"{number_text(found.low, metric)} to {number_text(found.high, metric)}",
+            f"{number_text(found.gain, metric)} ({number_text(found.gain_low, metric)} to "
+            f"{number_text(found.gain_high, metric)})",
+            "–",
+            "the answer" if found.chosen else f"not better at {level_text(found.level)}",
+        )
+    return table
+
+
+def selection_sentences(result: RunResult) -> list[str]:
+    """What the validation score is worth once it is known to be the best of many, and who is as
+    good.
+    """
+    found = result.selection
+    if found is None:
+        return []
+    texts = [number_text(value, found.metric) for value in (found.expected, found.low, found.high)]
+    lines = [
+        (
+            f"Expected on new images: {found.metric} {texts[0]} (95 % interval {texts[1]} to "
+            f"{texts[2]}), "
+        )
+        + (
+            f"corrected for being the best of {found.tried:,} settings"
+            if found.tried > 1
+            else "the only setting"
+        )
+    ]
+    if found.together > 1:
+        line = (
+            f"{found.together:,} of {found.tried:,} settings cannot be told apart on these "
+            f"{found.images:,} images"
+        )
+        if found.cheapest > 1:
+            cheapest = result.board[result.board["rank"] == found.cheapest].iloc[0]
+            line += (
+                f"; the one with the fewest features of them: {cheapest['kind']} "
+                f"{cheapest['settings']} on {inputs_text(cheapest['inputs'], result.names)} (rank "
+                f"{found.cheapest}, {cheapest['features']:,} features)"
+            )
+        lines.append(line)
+    return lines
+
+
+def ensemble_sentences(result: RunResult) -> list[str]:
+    """What averaging heads would be worth, and whether it is the answer."""
+    found = result.ensemble
+    if found is None:
+        return []
+    value, low, high = (
+        number_text(number, found.metric) for number in (found.value, found.low, found.high)
+    )
+    gain, least, most = (
+        f"{number * 100:+.2f} points" if is_share(found.metric) else f"{number:+.4f}"
+        for number in (found.gain, found.gain_low, found.gain_high)
+    )
+    level = level_text(found.level)
+    verdict = (
+        "all of it above 0: it is the answer"
+        if found.chosen
+        else "it reaches 0: the winner stays the answer"
+    )
+    return [
+        f"Ensemble of {len(found.members)} model(s), {len(found.networks)} network(s): "
+        f"{found.metric} {value} (95 % interval {low} to {high}, on images that did not pick it), "
+        f"against the best single head, picked the same way, {gain} ({level} interval {least} to "
+        f"{most}): {verdict}"
+    ]
+
+
+def leaderboard_table(board: pd.DataFrame, metric: str, names: Sequence[str]) -> Table:
+    """The best head of each (inputs, kind)."""
+    grouped = grouped_board(board, metric)
+    arrow = "higher" if METRICS[metric].higher_is_better else "lower"
+    table = Table(
+        title=f"Leaderboard: best of each tap and kind by mean validation {metric} ({arrow} is "
+        f"better), of {len(board):,} settings",
+        title_justify="left",
+    )
+    for column in ("rank", "inputs", "kind", "best setting", "of"):
+        table.add_column(column, justify="right" if column in ("rank", "of") else "left")
+    table.add_column(metric, justify="right")
+    table.add_column("± s.e.", justify="right")
+    table.add_column("features", justify="right")
+    for _, row in grouped.head(_LEADERS).iterrows():
+        table.add_row(
+            str(row["rank"]),
+            inputs_text(row["inputs"], names),
+            row["kind"],
+            row["settings"],
+            str(row["tried"]),
+            number_text(row[metric], metric),
+            number_text(row["standard_error"], metric),
+            f"{row['features']:,}",
+        )
+    if len(grouped) > _LEADERS:
+        table.caption = f"and {len(grouped) - _LEADERS} more groups in the files below"
+    return table
+
+
+def stages_table(result: RunResult) -> Table:
+    """What each stage did and how long it took."""
+    table = Table(title="Time", title_justify="left")
+    table.add_column("stage")
+    table.add_column("did")
+    table.add_column("seconds", justify="right")
+    for record in result.stages:
+        table.add_row(record.name, record.did, f"{record.seconds:,.1f}")
+    table.add_row(
+        "total", "", f"{sum(record.seconds for record in result.stages):,.1f}", style="bold"
+    )
+    return table
+
+
+def show_files(console: Console, result: RunResult) -> None:
+    """Where everything lies, one unbroken path a line, to be copied."""
+    rows = (
+        ("leaderboard", result.paths.leaderboard),
+        ("every head, every fold", result.paths.heads),
+        ("every setting against the winner", result.paths.comparisons),
+        ("winner (safetensors + JSON)", result.paths.winner),
+        ("results of the banks (HDF5)", result.paths.banks),
+        ("features (HDF5 shards)", next(iter(result.directories.values()))[0].parent),
+    )
+    console.print("Files", style="italic")
+    for what, path in rows:
+        console.print(f"  {what:<32} {path}", soft_wrap=True)
+
+
+def images_text(images: int, groups: int | None) -> str:
+    """ "50 images", or "50 images of 12 groups" where images are not independent of each other."""
+    return f"{images:,} images" + (
+        f" of {groups:,} groups" if groups is not None and groups < images else ""
+    )
+
+
+def level_text(level: float) -> str:
+    """ "95 %"."""
+    return f"{100 * level:g} %"
+
+
+def number_text(value: float, metric: str) -> str:
+    """Shares as per cent, everything else with four digits."""
+    if value != value:  # nan: nothing to compare, as the spread over one fold
+        return "–"
+    return f"{value * 100:.2f} %" if is_share(metric) else f"{value:.4f}"
+
+
+def is_share(metric: str) -> bool:
+    """Whether a metric is said in per cent."""
+    return metric in ("accuracy", "balanced_accuracy", "hamming_accuracy")
+
+
+def bytes_text(count: float) -> str:
+    """ "1.5 GB" (decimal units)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
+        count /= 1000
+    return f"{count:,.1f} TB"

@@ -1,0 +1,164 @@
+"""`headrace status RUN`: how far a run is, read from its logs, from any shell or node that sees its
+directory.
+"""
+
+import dataclasses
+import datetime
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from headrace.pipelines.cluster.progress import rate_and_left
+from headrace.pipelines.cluster.task_leases import driver_lives
+from headrace.pipelines.cluster.task_log import read_log
+from headrace.pipelines.finished import NotARun, find_run
+
+_DRIVERS = 5  # the latest ones are shown
+
+
+@dataclass(frozen=True)
+class DriverStatus:
+    """What one call of `headrace run` is doing, or did."""
+
+    driver: str
+    state: str  # running, finished, failed, or gone (killed, or its machine is down)
+    started: datetime.datetime
+    heard: datetime.datetime  # when it last wrote something
+    stage: str
+    done: int
+    total: int
+    unit: str
+    failed: int  # images or heads of the stage, each of them a row with its reason
+    running: Mapping[str, str]  # worker by task
+    deaths: int  # of workers
+    dashboard: str | None
+    error: str | None
+    left_s: float  # at the stage's rate so far; nan when nothing can be said
+
+
+def run_status(run: Path) -> list[DriverStatus]:
+    """The run's drivers, the latest last. run: its directory, or its recipe. Raises NotARun."""
+    paths = find_run(run)
+    logs = sorted(paths.logs.glob("*.jsonl"))
+    if not logs:
+        raise NotARun(
+            f"{paths.root} holds no logs: no call of `headrace run` has worked on it, or logs/ was "
+            "removed"
+        )
+    found = [_driver_status(read_log(log), log.stem) for log in logs]
+    return [
+        status
+        if status.state != "running" or driver_lives(paths.claims, status.driver)
+        else _gone(status)
+        for status in found
+    ]
+
+
+def _driver_status(events: Iterable[Mapping[str, Any]], driver: str) -> DriverStatus:
+    now = datetime.datetime.now(datetime.UTC)
+    started = heard = since = now
+    stage: Mapping[str, Any] = {}
+    progress: Mapping[str, Any] = {}
+    running: dict[str, str] = {}
+    seen: Counter[str] = Counter()
+    dashboard: str | None = None
+    error: str | None = None
+    for event in events:
+        kind, heard = event["event"], datetime.datetime.fromisoformat(event["time"])
+        if not seen:
+            started = heard
+        seen[kind] += 1
+        if kind == "stage":
+            stage, progress, since = event, {}, heard
+            running.clear()
+        elif kind == "cluster":
+            dashboard = event.get("dashboard")
+        elif kind == "started":
+            running[event["task"]] = event["worker"]
+        elif kind in ("finished", "failed", "died"):
+            running.pop(event["task"], None)
+        elif kind == "progress":
+            progress = event
+        elif kind == "end":
+            error = event.get("error")
+    done, total = int(progress.get("done", 0)), int(stage.get("total", 0))
+    state = "running" if not seen["end"] else "failed" if error else "finished"
+    return DriverStatus(
+        driver=driver,
+        state=state,
+        started=started,
+        heard=heard,
+        stage=str(stage.get("stage", "survey")),
+        done=done,
+        total=total,
+        unit=str(stage.get("unit", "")),
+        failed=int(progress.get("failed", 0)),
+        running=running if state == "running" else {},
+        deaths=seen["died"],
+        dashboard=dashboard if state == "running" else None,
+        error=error,
+        left_s=rate_and_left(done, total, (now - since).total_seconds())[1],
+    )
+
+
+def _gone(status: DriverStatus) -> DriverStatus:
+    return dataclasses.replace(status, state="gone", running={}, dashboard=None)
+
+
+def show_status(console: Console, run: Path) -> None:
+    """Print the latest drivers of a run, given by its directory or its recipe. Raises NotARun."""
+    paths = find_run(run)
+    drivers = run_status(paths.root)
+    table = Table(title=f"Run {paths.root}", title_justify="left")
+    for column in (
+        "started (UTC)",
+        "driver",
+        "state",
+        "stage",
+        "done",
+        "failed",
+        "at work",
+        "worker deaths",
+        "left",
+    ):
+        table.add_column(
+            column,
+            justify="right" if column in ("done", "failed", "at work", "worker deaths") else "left",
+        )
+    for status in drivers[-_DRIVERS:]:
+        left = (
+            f"{status.left_s // 60:.0f}:{status.left_s % 60:02.0f}"
+            if status.left_s == status.left_s
+            else ""
+        )
+        table.add_row(
+            f"{status.started:%Y-%m-%d %H:%M:%S}",
+            status.driver.partition("-")[2],
+            status.state,
+            status.stage,
+            f"{status.done:,}/{status.total:,} {status.unit}" if status.unit else "",
+            f"{status.failed:,}",
+            f"{len(set(status.running.values())):,} workers",
+            f"{status.deaths:,}",
+            left if status.state == "running" else "",
+        )
+    console.print(table)
+    if len(drivers) > _DRIVERS:
+        console.print(
+            f"and {len(drivers) - _DRIVERS} earlier calls; logs of all are in {paths.logs}"
+        )
+    for status in drivers[-_DRIVERS:]:
+        if status.dashboard:
+            console.print(f"dashboard: {status.dashboard}", soft_wrap=True)
+        if status.error:
+            console.print(f"{status.driver}: {status.error}", style="red", soft_wrap=True)
+    if drivers[-1].state == "gone":
+        console.print(
+            "The last driver was killed. What is finished is kept; the same command goes on from "
+            "there."
+        )

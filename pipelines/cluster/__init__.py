@@ -1,0 +1,1 @@
+"""Dask clients on this machine, SLURM and others, and the tasks that run on them."""

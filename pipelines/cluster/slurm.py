@@ -1,0 +1,220 @@
+"""A Dask cluster of SLURM jobs, over TLS, that outlives its jobs: one that ended is replaced while
+there is work.
+"""
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import dask
+from dask.distributed import Client
+from dask.utils import parse_bytes
+from distributed.core import Status
+
+from headrace.pipelines.cluster.clients import (
+    PRELOAD,
+    SETTINGS,
+    ClusterError,
+    client_of,
+    environment,
+    needed,
+    quiet,
+)
+from headrace.pipelines.cluster.tls import security, write_tls
+from headrace.pipelines.cluster.worker import GPUS
+from headrace.pipelines.paths import RunPaths
+from headrace.pipelines.recipe.sections import ClusterSection, SlurmSection
+
+_LOOK_S = 10.0  # how often the queue is asked about our jobs
+_ALIVE = "PENDING,CONFIGURING,RUNNING,SUSPENDED,STOPPED"
+# Workers end by themselves this long before SLURM would kill them, or a tenth of the wall time if
+# that is less.
+_MARGIN_S = 120
+_PATIENCE = 5
+# Of a job of the GPU partition. Decoding limits: one core decodes some 300 images a second. Other
+# numbers go into `directives`, which come later in the job's script and so are what counts.
+_CORES_PER_GPU = 8
+_MEMORY_PER_GPU = "16 GB"
+_PASSING = (
+    "Unable to contact",
+    "timed out",
+    "Connection refused",
+)  # a controller that is being started again
+# What SLURM speaks of when it refuses, and the key that says it.
+_KEYS = {
+    "partition": "partition (of GPUs: gpu_partition)",
+    "account": "account",
+    "memory": "memory_per_job",
+    "cpu count": "workers_per_job (of GPUs: directives, as --cpus-per-task=4)",
+    "time limit": "walltime",
+    "node configuration": "workers_per_job, memory_per_job and gpus_per_job",
+    "gres": "gpus_per_job",
+    "qos": "directives",
+}
+_stillborn: dict[str, int] = {}  # looks in a row at which a cluster had lost jobs and no worker
+_looked: dict[
+    str, float
+] = {}  # when each cluster's jobs were last looked at, by the cluster's name
+
+
+@contextlib.contextmanager
+def slurm_client(
+    section: ClusterSection, workers: int | None = None, *, on_gpu: bool = False, run: Path
+) -> Iterator[Client]:
+    """A client of a cluster whose workers are SLURM jobs; the scheduler runs here.
+
+    Needs the extra `slurm`.
+
+    Each job is one node's share, `workers_per_job` processes of one core. on_gpu: jobs of the GPU
+    partition, a worker per GPU, with several cores to decode on. run: where certificates (unless
+    the recipe names some) and the jobs' logs go; every node must see it.
+    """
+    jobqueue = needed("dask_jobqueue", "slurm")
+    wanted = section.slurm
+    per_job = wanted.gpus_per_job if on_gpu else wanted.workers_per_job
+    jobs = -(-(workers or per_job) // per_job)
+    keys = security(section.tls or write_tls(RunPaths(run).tls))
+    logs = RunPaths(run).logs / "slurm"
+    logs.mkdir(parents=True, exist_ok=True)
+    lifetime = lifetime_s(wanted.walltime)
+    settings = {**SETTINGS, **({GPUS: per_job} if on_gpu else {})}
+    exports = [f"export {name}={value}" for name, value in environment(settings).items()]
+    with dask.config.set(SETTINGS), quiet("distributed"):
+        cluster = jobqueue.SLURMCluster(
+            queue=wanted.gpu_partition if on_gpu else wanted.partition,
+            account=wanted.account,
+            cores=per_job,
+            processes=per_job,
+            memory=_memory(wanted, on_gpu),
+            job_cpu=per_job * _CORES_PER_GPU if on_gpu else None,
+            job_cls=_recording_job(jobqueue.slurm.SLURMJob),
+            walltime=wanted.walltime,
+            interface=wanted.interface,
+            python=sys.executable,
+            job_name="headrace",
+            log_directory=str(logs),
+            death_timeout=60,
+            security=keys,
+            protocol="tls://",
+            job_extra_directives=[
+                *([f"--gres=gpu:{per_job}"] if on_gpu else []),
+                *wanted.directives,
+            ],
+            job_script_prologue=[*exports, *wanted.prologue],
+            # Staggered, so that the jobs of a run do not all end, and queue again, at one moment.
+            worker_extra_args=[
+                *("--lifetime", f"{lifetime}s", "--lifetime-stagger", f"{lifetime // 10}s"),
+                *("--preload", PRELOAD),
+            ],
+            scheduler_options={"dashboard_address": "127.0.0.1:0", "dashboard": False},
+        )
+        cluster.scale(jobs=jobs)
+        with client_of(cluster) as client:
+            yield client
+
+
+def _memory(wanted: SlurmSection, on_gpu: bool) -> str:
+    """Of a job: what the recipe says, and for GPUs at least what decoding for each of
+    them takes.
+    """
+    if on_gpu and "memory_per_job" not in wanted.model_fields_set:
+        return str(wanted.gpus_per_job * parse_bytes(_MEMORY_PER_GPU))
+    return wanted.memory_per_job
+
+
+def _recording_job(job_class: type) -> type:
+    """The library's job, which is submitted in the background, but what sbatch says when it refuses
+    is kept.
+
+    The library prints it, and waits for workers that never come.
+    """
+
+    class RecordingJob(job_class):  # type: ignore[misc]
+        refusals: ClassVar[list[Exception]] = []
+
+        async def start(self) -> None:
+            try:
+                await super().start()
+            except (RuntimeError, OSError) as error:
+                self.refusals.append(error.with_traceback(None))  # which would keep this job
+                self.status = (
+                    Status.running
+                )  # a job without an id: it counts as lost, and the cluster can be closed
+
+    return RecordingJob
+
+
+def lifetime_s(walltime: str) -> int:
+    """Seconds after which a worker should end by itself, given SLURM's [D-]HH:MM:SS."""
+    days, _, clock = walltime.rpartition("-")
+    hours, minutes, seconds = (int(part) for part in clock.split(":"))
+    total = ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+    return max(1, total - min(_MARGIN_S, total // 10) - total // 10)
+
+
+def replace_lost_jobs(cluster: Any) -> None:
+    """Submit a job again for every one that is in the queue no more: it hit its wall time, was
+    cancelled, or its node died.
+    """
+    if time.monotonic() - _looked.get(cluster.name, 0.0) < _LOOK_S:
+        return
+    _looked[cluster.name] = time.monotonic()
+    ours = {name: job.job_id for name, job in list(cluster.workers.items())}
+    command = ["squeue", "--noheader", "--format=%A", f"--user={os.getuid()}", f"--states={_ALIVE}"]
+    try:
+        queue = subprocess.run(
+            command, capture_output=True, text=True, timeout=60, check=True
+        ).stdout.split()
+    except (OSError, subprocess.SubprocessError):
+        return  # a queue that does not answer now does later
+    lost = [name for name, job_id in ours.items() if job_id not in queue]
+    if cluster.scheduler_info["workers"]:
+        _stillborn.pop(cluster.name, None)
+    elif lost and len(lost) == len(ours) and cluster.job_cls.refusals:
+        _end_if_refused(cluster)
+    elif lost:
+        _stillborn[cluster.name] = _stillborn.get(cluster.name, 0) + 1
+        if _stillborn[cluster.name] >= _PATIENCE:
+            raise ClusterError(
+                f"{_PATIENCE} times in a row, SLURM jobs ended before a worker of theirs had come. "
+                f"What they said is in {job_logs(cluster)}"
+            )
+    if lost:
+        cluster.loop.add_callback(_replace, cluster, lost)
+
+
+def job_logs(cluster: Any) -> str:
+    """Where a cluster's jobs write what they say."""
+    return str(cluster._job_kwargs["log_directory"])  # the library keeps it nowhere else
+
+
+async def _replace(cluster: Any, names: list[str]) -> None:
+    for name in names:
+        cluster.workers.pop(name, None)
+    cluster.scale(jobs=len(cluster.worker_spec))
+
+
+def _end_if_refused(cluster: Any) -> None:
+    """Raises ClusterError, with SLURM's words, where it takes no job and will not take the same one
+    later.
+    """
+    error = cluster.job_cls.refusals[-1]
+    said = str(error).partition("stderr:")[2].strip() or str(error)
+    _stillborn[cluster.name] = _stillborn.get(cluster.name, 0) + 1
+    if isinstance(error, FileNotFoundError):
+        raise ClusterError(
+            "there is no sbatch on this machine: start the run on a node that submits jobs"
+        ) from error
+    if any(word in said for word in _PASSING) and _stillborn[cluster.name] < _PATIENCE:
+        return
+    keys = [f"cluster.slurm.{key}" for word, key in _KEYS.items() if word in said.lower()]
+    raise ClusterError(
+        f"SLURM did not take a job: {' '.join(said.split())}. Look at "
+        f"{', '.join(keys) or 'cluster.slurm'} in the recipe, and at what `sinfo` and `sacctmgr "
+        "show associations` say there is"
+    ) from error

@@ -1,0 +1,82 @@
+"""What happened to every task, as lines of JSON kept with the run: one file per driver, written as
+things happen.
+
+Each line has `time` (UTC) and `event`:
+
+    run       a driver starts: `driver`, `pid`, `host`
+    cluster   its workers are there, or asked for: `where`, `role`, and the `dashboard`'s address
+    stage     a stage starts: `stage`, `total` of its `unit`, in so many `tasks`
+    started   a task is given to a worker: `task`, `worker`, `attempt`
+    finished  its results are published: `task`, `seconds`, and the `result` that it returned
+    failed    it raised: `task`, `seconds`, `error`, and the `traceback`
+    died      its worker died or had to be ended while it ran: `error`; it is tried again
+    divided   it was found guilty of that, and its `parts` take its place
+    guilty    it was found guilty, and has no parts
+    refused   a `worker` of other versions is given nothing: `error`
+    paused    a `host` whose workers die as soon as they have a task is given none for `seconds`
+    cost      what a bank of a `kind` took: `seconds`, beside `assumed_s`
+    progress  how far the stage is: `done`, and `failed` images or heads
+    end       the driver is through, or has ended with an `error`
+"""
+
+import contextlib
+import datetime
+import os
+import socket
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from headrace.cache.integrity.sealed import SealBroken, read_sealed_json, sealed_json
+from headrace.pipelines.cluster.task_leases import driver_lock, driver_name
+from headrace.pipelines.paths import RunPaths
+
+
+class TaskLog:
+    """Appends events to a file.
+
+    Each is one write, so that a reader never sees half a line for long.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self._lock = threading.Lock()
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+
+    def __call__(self, event: str, **details: Any) -> None:
+        if self.path is None:
+            return
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+        line = sealed_json({"time": now, "event": event, **details}, default=str) + b"\n"
+        with self._lock, self.path.open("ab", buffering=0) as file:
+            file.write(line)
+
+
+@contextlib.contextmanager
+def task_log(paths: RunPaths) -> Iterator[TaskLog]:
+    """The log of one driver, from its start to its end, however it ends."""
+    name = driver_name()
+    log = TaskLog(paths.logs / f"{name}.jsonl")
+    with driver_lock(paths.claims, name):
+        log("run", driver=name, pid=os.getpid(), host=socket.gethostname())
+        try:
+            yield log
+        except BaseException as error:
+            log("end", error=f"{type(error).__name__}: {error}")
+            raise
+        log("end")
+
+
+def read_log(path: Path) -> Iterator[Mapping[str, Any]]:
+    """The events of a file in their order; a line that is being written, or was cut off by a kill,
+    is left out.
+    """
+    for line in path.read_bytes().split(b"\n"):
+        try:
+            event = read_sealed_json(line)
+        except SealBroken:
+            continue
+        if {"time", "event"} <= event.keys():
+            yield event

@@ -1,0 +1,114 @@
+"""Encryption between the processes of a cluster: they all show one certificate, made for one run or
+by `headrace cluster tls`.
+"""
+
+import datetime
+import os
+from pathlib import Path
+
+from dask.distributed import Security
+
+from headrace.cache.errors import HeadraceError
+
+CERTIFICATE, KEY = "certificate.pem", "key.pem"
+SETTINGS = "dask.yaml"  # beside them, of `headrace cluster tls`
+_VALID = datetime.timedelta(days=365)
+_SKEW = datetime.timedelta(days=1)  # clocks of a cluster's nodes may differ
+
+
+class TLSFolder(HeadraceError, FileExistsError):
+    """The folder for a certificate holds files of something else."""
+
+
+class TLSMissing(HeadraceError, ValueError):
+    """Traffic would leave this machine in plain text."""
+
+
+def make_certificate() -> tuple[str, str]:
+    """A new private key and a certificate that it has signed itself, both as PEM text.
+
+    Takes milliseconds.
+    """
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    # An elliptic curve: RSA keys of this strength take a tenth of a second or more to find.
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "headrace")])
+    now = datetime.datetime.now(datetime.UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - _SKEW)
+        .not_valid_after(now + _VALID)
+        .sign(key, hashes.SHA256())
+    )
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    return private.decode(), certificate.public_bytes(serialization.Encoding.PEM).decode()
+
+
+def own_security() -> Security:
+    """What Dask takes for a cluster that one process starts and ends: a certificate of its own, in
+    no file.
+
+    Loopback is not private: every user of a machine can connect to it, and whoever a scheduler lets
+    in can run code as its user. Worker processes are handed the key when they are started.
+    """
+    key, certificate = make_certificate()
+    return _security(key, certificate)
+
+
+def write_tls(folder: Path) -> Path:
+    """Make a key and a self-signed certificate in a folder that only its owner can read; what is
+    there is kept.
+
+    Whoever holds the key is let in: scheduler, workers and clients show the same certificate, and
+    accept no other. Valid for a year.
+    """
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if not (folder / KEY).exists() or not (folder / CERTIFICATE).exists():
+        for name, text in zip((KEY, CERTIFICATE), make_certificate(), strict=True):
+            (folder / name).unlink(missing_ok=True)
+            descriptor = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                file.write(text)
+    return folder
+
+
+def require_own_folder(folder: Path) -> None:
+    """Raise TLSFolder for a folder that is typed and is somebody else's: a key without our
+    certificate, settings without our key.
+    """
+    there = {name for name in (KEY, CERTIFICATE, SETTINGS) if (folder / name).exists()}
+    if there in ({KEY}, {CERTIFICATE}, {SETTINGS}, {KEY, SETTINGS}, {CERTIFICATE, SETTINGS}):
+        raise TLSFolder(
+            f"{folder} holds {' and '.join(sorted(there))} without the rest of what this command "
+            f"makes ({KEY}, {CERTIFICATE}, {SETTINGS}): they may be of something else, and are not "
+            f"replaced. Give a new folder, such as {folder / 'headrace-tls'}"
+        )
+
+
+def security(folder: Path | None) -> Security:
+    """What Dask takes, from a folder that `write_tls` made. Raises TLSMissing."""
+    if folder is None or not (folder / KEY).exists() or not (folder / CERTIFICATE).exists():
+        raise TLSMissing(
+            f"cluster.tls: {folder or 'no folder'} holds no {KEY} and {CERTIFICATE}. Off this "
+            "machine headrace talks over TLS only. Make them with: headrace cluster tls FOLDER"
+        )
+    return _security(str(folder / KEY), str(folder / CERTIFICATE))
+
+
+def _security(key: str, certificate: str) -> Security:
+    """key, certificate: paths, or PEM text."""
+    return Security(
+        require_encryption=True,
+        tls_ca_file=certificate,
+        **{f"tls_{role}_key": key for role in ("client", "worker", "scheduler")},
+        **{f"tls_{role}_cert": certificate for role in ("client", "worker", "scheduler")},
+    )

@@ -1,0 +1,96 @@
+"""What every worker process of ours does first: it will not outlive its parent, and it takes no
+more memory than it has.
+
+Dask runs `dask_setup` when it starts a worker with `--preload headrace.pipelines.cluster.worker`.
+"""
+
+import contextlib
+import ctypes
+import importlib
+import importlib.metadata
+import os
+import signal
+import sys
+from typing import Any
+
+import dask
+
+# a setting of Dask's: how many GPUs the workers of this node share; 0 or absent: they use none
+GPUS = "headrace.gpus"
+# and names of the variables that the driver has: the server of forks may have more
+VARIABLES = "headrace.variables"
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def dask_setup(worker: Any) -> None:
+    """Arm the process of a new worker."""
+    from headrace.pipelines.cluster.ends_with_driver import STARTED_WITH
+
+    for name in STARTED_WITH.difference(dask.config.get(VARIABLES, STARTED_WITH)):
+        os.environ.pop(name, None)
+    worker.http_server.stop()  # Dask opens a port for pages that nobody is shown
+    worker.services.pop("dashboard", None)
+    importlib.import_module("headrace.heads.bank")  # now, so that no task's time is spent on it
+    die_with_parent()
+    gpus = dask.config.get(GPUS, 0)
+    limit = worker.memory_manager.memory_limit
+    if gpus:
+        choose_gpu(str(worker.name), gpus)
+    elif limit:  # not beside a GPU: its driver reserves more address space than there is memory
+        limit_memory(int(limit))
+
+
+def versions() -> dict[str, str]:
+    """What this process would make features and heads with, by name; two that differ make different
+    ones.
+    """
+    from headrace.extract.images.decoding import DECODER
+
+    found = {"decoder": DECODER}
+    for name in ("headrace", "numpy", "pillow", "torch"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except (
+            importlib.metadata.PackageNotFoundError
+        ):  # as where the code was copied and not installed
+            found[name] = "not installed"
+    return found
+
+
+def choose_gpu(name: str, gpus: int) -> None:
+    """Show this process only its own of a job's GPUs, before it uses one. name: of the worker,
+    which ends in its number.
+
+    A job's workers all see all of its GPUs, and each would use the first.
+    """
+    if gpus > 1:
+        shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+        visible = shown.split(",") if shown else [str(index) for index in range(gpus)]
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible[int(name.rpartition("-")[2]) % len(visible)]
+
+
+def die_with_parent() -> None:
+    """Have the kernel end this process when its parent ends, however either of them ends (Linux).
+
+    A worker notices by itself that its driver is gone, but not while it is stopped.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def limit_memory(limit_bytes: int) -> None:
+    """Refuse allocations beyond a limit (Linux), so that a head that wants too much fails with its
+    reason.
+
+    Dask's own limit counts the pages of mapped shards as the worker's memory, though the system
+    takes them back whenever it needs them, and it kills. Here only what a process allocates counts,
+    and it meets a MemoryError.
+    """
+    if sys.platform == "linux":
+        import resource
+
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        with contextlib.suppress(
+            ValueError, OSError
+        ):  # a system that has set a lower limit keeps it
+            resource.setrlimit(resource.RLIMIT_DATA, (limit_bytes, hard))

@@ -1,1 +1,0 @@
-"""Models leave the run: predictions in bulk, export in standard forms, model cards."""

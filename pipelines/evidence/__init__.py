@@ -1,3 +1,0 @@
-"""What the numbers mean: selection, paired tests, transfer scores, learning curves, ensembles,
-advice.
-"""

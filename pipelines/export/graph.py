@@ -1,0 +1,269 @@
+"""A model as one torch module, from pixels to probabilities: normalisation, networks, taps,
+round-off, heads, average.
+
+What is not in it is what makes pixels of a file: decoding, resizing and cropping
+(`Input.preprocessing`).
+"""
+
+import contextlib
+import copy
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from headrace.cache.spec import FeatureSpec
+from headrace.extract.backbones.backbone import Backbone, load_backbone
+from headrace.extract.backbones.nodes import LOGITS, PRE_LOGITS
+from headrace.extract.images.preprocessing import Preprocessing
+from headrace.extract.images.views import Symmetries, is_exact, parse_view, view_json
+from headrace.extract.run.work_unit import check_identity
+from headrace.extract.spec import BackboneSpec
+from headrace.extract.taps.resolve import backbone_nodes, reduce_output
+from headrace.pipelines.export.layers import Linked, head_module, tempered
+from headrace.pipelines.models.model import Member, Model
+from headrace.pipelines.models.network import NetworkMember, network_backbone, open_network
+
+_CROP = view_json(0, Symmetries())  # the view that is the evaluation crop
+_ROUND_OFF = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Input:
+    """One input of the graph: uint8 RGB pixels (n, *preprocessing.crop, 3)."""
+
+    name: str
+    preprocessing: Preprocessing
+
+
+class _Done(BaseException):
+    """Ends a forward pass once every tap has its output."""
+
+
+class _Taps(nn.Module):
+    """uint8 pixels (n, H, W, 3) to the features of some taps of one network, with the round-off of
+    storing them.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, backbone: Backbone, features: Sequence[FeatureSpec]) -> None:
+        super().__init__()
+        self.network = copy.deepcopy(backbone.module)
+        how = backbone.preprocessing
+        mean, std = (
+            torch.tensor(values, dtype=torch.float64).view(1, 3, 1, 1)
+            for values in (how.mean, how.std)
+        )
+        self.register_buffer("scale", (1 / (255 * std)).float())
+        self.register_buffer("shift", (-mean / std).float())
+        self.features = tuple(features)
+        self.nodes = backbone_nodes(backbone)
+        self.found: dict[str, Tensor] = {}
+        needed = dict.fromkeys(feature.tap for feature in features)
+        for node in needed:
+            module = self.network.get_submodule(self.nodes[node].module)
+            if node == PRE_LOGITS:
+                module.register_forward_pre_hook(functools.partial(self._keep_input, node))
+            elif node != LOGITS:
+                module.register_forward_hook(functools.partial(self._keep_output, node))
+        self.needed, self.stops = len(needed), False
+
+    def forward(self, pixels: Tensor) -> list[Tensor]:
+        self.found.clear()
+        with contextlib.suppress(_Done):
+            self.found[LOGITS] = self.network(
+                pixels.permute(0, 3, 1, 2).float() * self.scale + self.shift
+            )
+        outputs = []
+        for feature in self.features:
+            output = reduce_output(
+                self.found[feature.tap], feature.reduction, self.nodes[feature.tap]
+            )
+            if feature.dtype in _ROUND_OFF:
+                output = output.to(_ROUND_OFF[feature.dtype])
+            outputs.append(output.float())
+        self.found.clear()
+        return outputs
+
+    # Methods, not closures: a copy of the module must keep its outputs for itself.
+    def _keep_input(self, node: str, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self._keep(node, args[0])
+
+    def _keep_output(
+        self, node: str, _module: nn.Module, _args: tuple[Tensor, ...], output: Tensor
+    ) -> None:
+        self._keep(node, output)
+
+    def _keep(self, node: str, output: Tensor) -> None:
+        # A copy: the network may overwrite its output in place afterwards.
+        self.found[node] = output.clone()
+        if self.stops and len(self.found) == self.needed:
+            raise _Done
+
+
+def _lean(taps: _Taps, backbone: Backbone) -> _Taps:
+    """Without what lies behind the deepest tap, whose parameters a program file would carry along.
+
+    Modules that do not run before every tap has its output are replaced by the identity. Where the
+    rest of the network cannot run on that, the taps stay as they are: the values are the same.
+    """
+    pixels = torch.randint(0, 256, (2, *backbone.preprocessing.crop, 3), dtype=torch.uint8)
+    ran: set[nn.Module] = set()
+    handles = [
+        module.register_forward_pre_hook(lambda module, _args: ran.add(module))
+        for module in taps.network.modules()
+    ]
+    taps.stops = True
+    with torch.no_grad():
+        expected = taps(pixels)
+    taps.stops = False
+    for handle in handles:
+        handle.remove()
+    lean = copy.deepcopy(taps)
+    idle = [
+        name
+        for (name, module), kept in zip(
+            lean.network.named_modules(), taps.network.modules(), strict=True
+        )
+        if not any(child in ran for child in kept.modules()) and name
+    ]
+    for name in idle:
+        parent, _, last = name.rpartition(".")
+        if parent not in idle:
+            lean.network.get_submodule(parent)._modules[last] = nn.Identity()
+    try:
+        with torch.no_grad():
+            found = lean(pixels)
+        return (
+            lean if all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)) else taps
+        )
+    except Exception:  # noqa: BLE001 (whatever a network's own code says of shapes that it does not know)
+        return taps
+
+
+class Graph(nn.Module):
+    """Pixels, one tensor per input, to probabilities (n, C) float32, for regression values.
+
+    The model has no random views.
+    """
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        wanted: dict[BackboneSpec, dict[FeatureSpec, None]] = {}
+        turns: dict[BackboneSpec, dict[int, None]] = {}
+        loaded: list[tuple[Backbone, list[FeatureSpec], list[int]]] = []
+        for member in model.members:
+            if isinstance(member, NetworkMember):
+                loaded.append(
+                    (network_backbone(member.directory, member.digest), list(member.features), [0])
+                )
+                continue
+            for made_by, feature in zip(member.backbones, member.features, strict=True):
+                wanted.setdefault(made_by, {})[replace(feature, view=_CROP)] = None
+                turns.setdefault(made_by, {})[parse_view(feature.view)[0]] = None
+        self.inputs: list[Input] = []
+        self.sources: list[int] = []  # which input each network reads
+        self.turns: list[list[int]] = []  # and which symmetries of it
+        self.keys: list[list[str]] = []  # the features that each network gives
+        networks = []
+        for made_by, features in wanted.items():
+            loaded.append((load_backbone(made_by), list(features), list(turns[made_by])))
+            for feature in features:
+                check_identity(loaded[-1][0], feature)
+        for backbone, given, turned in loaded:
+            self.sources.append(self._input(backbone.preprocessing))
+            self.turns.append(turned)
+            self.keys.append([replace(feature, view=_CROP).to_json() for feature in given])
+            networks.append(_lean(_Taps(backbone, given), backbone))
+        self.networks = nn.ModuleList(networks)
+        self.heads = nn.ModuleList([_head(member) for member in model.members])
+        self.columns = [_columns(member) for member in model.members]
+        self.spatial = [member.spatial for member in model.members]
+        # Of several views the mean is tempered, else the log-odds within the head.
+        self.shares = [
+            (member.weight, member.temperature if member.views > 1 else 1.0, member.floor)
+            for member in model.members
+        ]
+        self.temperature, self.task_kind = model.temperature, model.task_kind
+        if len(self.inputs) > 1:
+            self.inputs = [
+                replace(each, name=f"images_{place}") for place, each in enumerate(self.inputs)
+            ]
+        self.eval().requires_grad_(False)
+
+    def forward(self, *images: Tensor) -> Tensor:
+        features: dict[tuple[str, int], Tensor] = {}
+        for network, source, turns, keys in zip(
+            self.networks, self.sources, self.turns, self.keys, strict=True
+        ):
+            for turn in turns:
+                given = network(_turned(images[source], turn))
+                features |= {(key, turn): value for key, value in zip(keys, given, strict=True)}
+        total: Tensor | None = None
+        for head, columns, spatial, share in zip(
+            self.heads, self.columns, self.spatial, self.shares, strict=True
+        ):
+            seen = []
+            for view in columns:
+                parts = [features[key] if spatial else features[key].flatten(1) for key in view]
+                seen.append(head(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)))
+            weight, own, floor = share
+            part = tempered(
+                seen[0] if len(seen) == 1 else torch.stack(seen).mean(0), self.task_kind, own, floor
+            )
+            part = part if weight == 1 else part * weight
+            total = part if total is None else total + part
+        assert total is not None
+        return tempered(total, self.task_kind, self.temperature)
+
+    def _input(self, preprocessing: Preprocessing) -> int:
+        """Networks that differ in mean and std alone read the same pixels."""
+        key = pixels_of(preprocessing)
+        for place, known in enumerate(self.inputs):
+            if pixels_of(known.preprocessing) == key:
+                return place
+        self.inputs.append(Input("images", preprocessing))
+        return len(self.inputs) - 1
+
+
+def _turned(pixels: Tensor, index: int) -> Tensor:
+    """As extract.views.mirrored, of pixels (n, H, W, 3)."""
+    turned = pixels.transpose(1, 2) if index & 4 else pixels
+    axes = [axis for axis, bit in ((1, 2), (2, 1)) if index & bit]
+    return torch.flip(turned, axes) if axes else turned
+
+
+def fits_graph(model: Model) -> bool:
+    """Whether all views that the model averages over are made of the evaluation crop; others have
+    no place in a graph.
+    """
+    return all(is_exact(feature.view) for member in model.members for feature in member.features)
+
+
+def _head(member: Member | NetworkMember) -> nn.Module:
+    if isinstance(member, NetworkMember):
+        trained = open_network(member.directory, member.digest)
+        return nn.Sequential(
+            copy.deepcopy(trained.network.head), Linked(trained.task_kind, 1.0, member.temperature)
+        ).eval()
+    return head_module(member.head, member.temperature if member.views == 1 else 1.0)
+
+
+def _columns(member: Member | NetworkMember) -> list[list[tuple[str, int]]]:
+    """For each view the features that make its columns."""
+    views: dict[int, list[tuple[str, int]]] = {}
+    for feature in member.features:
+        turn = parse_view(feature.view)[0]
+        views.setdefault(turn, []).append((replace(feature, view=_CROP).to_json(), turn))
+    return list(views.values())
+
+
+def pixels_of(how: Preprocessing) -> tuple[Any, ...]:
+    """What two preprocessings share when they make the same pixels of an image."""
+    mean = how.mean if how.mode == "border" else None  # the colour of the border
+    return how.resize, how.crop, how.mode, how.interpolation, mean, how.pixel_range

@@ -1,0 +1,110 @@
+"""The part of the preprocessing that lies outside an exported model, as a file that needs Pillow
+and NumPy alone.
+
+The file holds headrace's own source text for decoding and resizing: a second version of it would
+come to differ.
+"""
+
+import ast
+import dataclasses
+import importlib
+import inspect
+import pprint
+import re
+from types import ModuleType
+
+from headrace.extract import errors
+from headrace.extract.images import preprocessing as preprocess
+from headrace.pipelines.export.graph import Input
+
+NAME = "preprocess.py"
+
+_TEXT = '''\
+"""An image file to what the exported model takes: uint8 RGB pixels (height, width, 3).
+
+Written by headrace {version}.
+
+    python preprocess.py photo.jpg photo.npy
+
+`load` is what to call; it raises ImageError for images that headrace refuses. Below it is the code
+of headrace (Apache-2.0) for decoding and resizing, word for word. It needs Python 3.10, Pillow 11
+and NumPy 2, or newer.
+"""
+
+{imports}
+
+# What each input of the model takes. Sizes are (height, width); pixel_range: black and white of
+# more than 8 bits.
+INPUTS = {inputs}
+
+
+def load(path, name="{first}"):
+    """Pixels of an image file, or of an .npy file: uint8, shape (height, width, 3).
+
+    Upright, alpha over white, 8 bits, resized, cropped in the middle.
+    """
+    how = Preprocessing(**INPUTS[name])
+    with open(path, "rb") as file:
+        data = file.read()
+    return np.array(render(decode_image(data, how.pixel_range), how))
+
+
+class ImageError(ValueError):
+    """The image cannot be decoded; the text is the reason."""
+
+
+{source}
+
+
+if __name__ == "__main__":
+    np.save(sys.argv[2], load(sys.argv[1]))
+'''
+
+
+def preprocess_file(inputs: list[Input], version: str) -> str:
+    """The text of the file."""
+    imports: set[str] = set()
+    bodies = []
+    for module in _needed(preprocess):
+        outside, body = _split(module)
+        imports |= outside
+        bodies.append(body)
+    described = {each.name: dataclasses.asdict(each.preprocessing) for each in inputs}
+    parts = {
+        "version": version,
+        "imports": "\n".join(sorted(imports)),
+        "inputs": pprint.pformat(described, width=100, sort_dicts=False),
+        "first": inputs[0].name,
+        "source": "\n\n\n".join(bodies),
+    }
+    # All at once: what a model says of its preprocessing may read like a placeholder, and is not
+    # filled in.
+    return re.sub(rf"\{{({'|'.join(parts)})\}}", lambda match: parts[match[1]], _TEXT)
+
+
+def _needed(module: ModuleType) -> list[ModuleType]:
+    """The module and those of headrace that it imports, each behind what it needs itself."""
+    found: dict[ModuleType, None] = {}
+    for node in _imports(inspect.getsource(module)):
+        if isinstance(node, ast.ImportFrom) and _is_ours(node) and node.module != errors.__name__:
+            found |= dict.fromkeys(_needed(importlib.import_module(str(node.module))))
+    return [*found, module]
+
+
+def _split(module: ModuleType) -> tuple[set[str], str]:
+    """A module's imports from elsewhere than headrace, and its text below them."""
+    source = inspect.getsource(module)
+    imports = _imports(source)
+    end = max(node.end_lineno or 0 for node in imports)
+    outside = {ast.unparse(node) for node in imports if not _is_ours(node)}
+    return outside, "\n".join(source.splitlines()[end:]).strip()
+
+
+def _imports(source: str) -> list[ast.Import | ast.ImportFrom]:
+    return [
+        node for node in ast.parse(source).body if isinstance(node, ast.Import | ast.ImportFrom)
+    ]
+
+
+def _is_ours(node: ast.Import | ast.ImportFrom) -> bool:
+    return isinstance(node, ast.ImportFrom) and str(node.module).startswith("headrace.")

@@ -1,0 +1,1 @@
+"""From heads to networks: partial reuse, fine-tuning, training from scratch."""

@@ -1,0 +1,206 @@
+"""Which networks might be worth training: promoted heads at each depth, partial reuse, and what
+each promises per hour.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from headrace.extract.spec import BackboneSpec
+from headrace.heads.evaluate.metrics import METRICS
+from headrace.heads.spec import FineTuneSpec, MLPSpec, spec_from_json, spec_to_json
+from headrace.pipelines.finetune.errors import DIFFERENTIABLE
+from headrace.pipelines.recipe.load import RecipeError
+from headrace.pipelines.recipe.sections import FinetuneSection
+
+# The share of what the head still gets wrong that training is expected to remove, before anything
+# is known of these images: a prior, in which deeper is a little better and a random start is not.
+# Each finished candidate moves it.
+PRIOR = {"head": 0.15, "pretrained": 0.10, "random": 0.05, "scratch": 0.0}
+PRIOR_WEIGHT = 2.0  # the prior counts as so many finished candidates
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A network that could be trained, and the row of the leaderboard that it has to be better
+    than.
+    """
+
+    label: str  # "fine-tuned", "partial reuse" or "from scratch"
+    inputs: tuple[str, ...]
+    spec: FineTuneSpec
+    backbone: BackboneSpec
+    features: tuple[Path, ...]
+    cut: tuple[Path, ...]  # maps to start from; none: from the images
+    head: pd.Series  # the row that it is compared with: its own head, for a new head the best one
+
+    @property
+    def start(self) -> str:
+        """Which prior it has."""
+        return "scratch" if self.label == "from scratch" else self.spec.start
+
+    @property
+    def key(self) -> str:
+        """Names its files."""
+        parts = [
+            *(path.name for path in (*self.features, *self.cut)),
+            Path(self.head["path"]).name,
+            spec_to_json(self.spec),
+        ]
+        backbone = json.dumps(self.backbone.__dict__, sort_keys=True)
+        return hashlib.sha256("\0".join([*parts, backbone]).encode()).hexdigest()[:16]
+
+
+def list_candidates(
+    board: pd.DataFrame,
+    section: FinetuneSection,
+    directories: Mapping[str, Sequence[Path]],
+    backbones: Mapping[str, BackboneSpec | None],
+) -> tuple[list[Candidate], list[str]]:
+    """Every network that the recipe asks for, and why heads that would have been promoted are not.
+
+    board: heads only, best first. Raises RecipeError for inputs of partial reuse that no backbone
+    gives.
+    """
+    notes: list[str] = []
+    found: list[Candidate] = []
+    promoted = 0
+    usable = board[(board["failed"] == 0) & board["final"]]
+    for _, row in usable.drop_duplicates(["inputs", "kind"]).iterrows():
+        if promoted == section.promote:
+            break
+        reason = _unfit(row, backbones)
+        if reason:
+            notes.append(f"{row['kind']} on {' + '.join(row['inputs'])} is not promoted: {reason}")
+            continue
+        promoted += 1
+        found += _promoted(row, section, directories, backbones)
+    for reuse in section.reuse:
+        for name in reuse.inputs:
+            if name not in directories:
+                raise RecipeError(
+                    f"finetune.reuse: inputs names {name!r}, which no backbone gives. There are: "
+                    f"{', '.join(directories)}"
+                )
+        if len(usable) and (reason := _one_backbone(reuse.inputs, backbones)):
+            notes.append(f"partial reuse above {reuse.cut} is left out: {reason}")
+        elif len(usable):
+            new = MLPSpec(hidden=reuse.hidden, dropout=section.dropout, seed=section.seed)
+            for start in reuse.start:
+                for spec in _specs(section, spec_to_json(new), reuse.cut, start):
+                    found.append(
+                        _candidate(
+                            "partial reuse",
+                            reuse.inputs,
+                            spec,
+                            usable.iloc[0],
+                            directories,
+                            backbones,
+                        )
+                    )
+    return list({candidate.key: candidate for candidate in found}.values()), notes
+
+
+def _promoted(
+    row: pd.Series,
+    section: FinetuneSection,
+    directories: Mapping[str, Sequence[Path]],
+    backbones: Mapping[str, BackboneSpec | None],
+) -> Iterator[Candidate]:
+    for depth in section.depths:
+        if depth == "scratch":
+            head = spec_from_json(row["spec"])
+            hidden = head.hidden if isinstance(head, MLPSpec) else ()
+            new = spec_to_json(MLPSpec(hidden=hidden, dropout=section.dropout, seed=section.seed))
+            specs, label = _specs(section, new, "all", "random"), "from scratch"
+        else:
+            specs, label = _specs(section, row["spec"], depth, "head"), "fine-tuned"
+        for spec in specs:
+            yield _candidate(label, row["inputs"], spec, row, directories, backbones)
+
+
+def _specs(section: FinetuneSection, head: str, depth: str, start: Any) -> Iterator[FineTuneSpec]:
+    same = (
+        "layer_decay",
+        "weight_decay",
+        "warmup_fraction",
+        "epochs",
+        "patience",
+        "batch_size",
+        "dropout",
+        "label_smoothing",
+        "class_weight",
+        "clip",
+        "batch_norm",
+        "augment",
+        "precision",
+        "seed",
+    )
+    for rate in section.learning_rate:
+        fixed = {name: getattr(section, name) for name in same}
+        yield FineTuneSpec(head=head, depth=depth, start=start, learning_rate=rate, **fixed)
+
+
+def _candidate(
+    label: str,
+    inputs: Sequence[str],
+    spec: FineTuneSpec,
+    row: pd.Series,
+    directories: Mapping[str, Sequence[Path]],
+    backbones: Mapping[str, BackboneSpec | None],
+) -> Candidate:
+    backbone = backbones[inputs[0]]
+    assert backbone is not None
+    features = tuple(path for name in inputs for path in directories[name])
+    prefix = inputs[0].split(":")[0] + ":" if ":" in inputs[0] else ""
+    cut = (
+        tuple(directories.get(f"{prefix}{spec.depth}.map", ()))
+        if spec.start != "random" or spec.depth != "all"
+        else ()
+    )
+    return Candidate(label, tuple(inputs), spec, backbone, features, cut, row)
+
+
+def _unfit(row: pd.Series, backbones: Mapping[str, BackboneSpec | None]) -> str | None:
+    if row["kind"] not in DIFFERENTIABLE:
+        return f"no gradient passes through a {row['kind']} head"
+    return _one_backbone(row["inputs"], backbones)
+
+
+def _one_backbone(
+    inputs: Sequence[str], backbones: Mapping[str, BackboneSpec | None]
+) -> str | None:
+    behind = {backbones[name] for name in inputs}
+    if None in behind:
+        return "which network made its features is not recorded"
+    return None if len(behind) == 1 else "its features are of several networks"
+
+
+def predicted_gain(
+    candidate: Candidate, metric: str, measured: Mapping[str, Sequence[float]]
+) -> float:
+    """By how much the candidate is expected to better its head's metric: a share of what is left to
+    gain.
+
+    measured: shares that finished candidates have removed, by their start. The prior counts as
+    PRIOR_WEIGHT of them.
+    """
+    value, known = float(candidate.head[metric]), METRICS[metric]
+    left = abs((1.0 if known.higher_is_better else 0.0) - value)
+    shares = measured.get(candidate.start, ())
+    share = (PRIOR[candidate.start] * PRIOR_WEIGHT + sum(shares)) / (PRIOR_WEIGHT + len(shares))
+    return left * share
+
+
+def training_seconds(candidate: Candidate, pilot: Mapping[str, Any], folds: int) -> float:
+    """Compute of all folds and of the network on all rows, if none stops early; from the measured
+    time of a step.
+    """
+    # A row that is only evaluated costs about a third of one that is trained on.
+    epoch = pilot["steps"] * pilot["step_seconds"] * (1 + pilot["evaluation_share"] / 3)
+    return float(epoch * candidate.spec.epochs * (folds + 1))

@@ -1,0 +1,235 @@
+"""Backbone, taps and head as one network whose predictions gradients pass through.
+
+n images, H × W pixels, D features side by side, C outputs.
+"""
+
+import contextlib
+import copy
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from headrace.extract.backbones.backbone import Backbone
+from headrace.extract.backbones.nodes import LOGITS, PRE_LOGITS, Node
+from headrace.extract.taps.forward import normalisation
+from headrace.extract.taps.resolve import Tap, backbone_nodes, reduce_output, tap_shape
+from headrace.pipelines.finetune.errors import CannotCut
+from headrace.pipelines.finetune.head import Head
+from headrace.pipelines.finetune.train_above import blocks_of, owners_above, part_above
+
+_HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class _Done(BaseException):
+    """Ends a forward pass once every tap has its output."""
+
+
+class Network(nn.Module):
+    """A copy of a backbone with a head on its taps: pixels, or maps of the cut, to logits (n, C).
+
+    taps: in the order in which the head's features stand side by side. cut: the node that inputs
+    are maps of; None: inputs are pixels. Features of taps below the cut cannot be computed, and are
+    given (`held`).
+    """
+
+    def __init__(
+        self, backbone: Backbone, taps: Sequence[Tap], head: Head, *, cut: str | None = None
+    ) -> None:
+        super().__init__()
+        self.preprocessing = backbone.preprocessing
+        # As in extraction: convolutions on a CPU are half as fast again with their channels last.
+        self.backbone = copy.deepcopy(backbone.module).eval().requires_grad_(False)
+        self.backbone.to(memory_format=torch.channels_last)
+        self.head = head
+        self._untouched = (backbone.module,)  # in a tuple, so that it is no part of this module
+        self.cut, self.taps = cut, tuple(taps)
+        nodes = backbone_nodes(backbone)
+        self._placed = [(tap, nodes[tap.node]) for tap in taps]
+        self._normalisation = functools.partial(normalisation, backbone)
+        self._normalise: Callable[[Tensor], Tensor] = self._normalisation("cpu")
+        self.input_shape = (*backbone.preprocessing.crop, 3) if cut is None else nodes[cut].shape
+        self._body: nn.Module | None = None
+        self._dtypes: dict[Tap, torch.dtype] = {}
+        self._found: dict[Tap, Tensor] = {}
+        names = [node.name for node in nodes.nodes]
+        first = -1 if cut is None else names.index(cut)
+        if cut is not None:
+            self._body = part_above(self.backbone, nodes[cut])
+        self.held = tuple(tap for tap, node in self._placed if names.index(node.name) < first)
+        self.held_width = sum(
+            math.prod(tap_shape(tap, node)) for tap, node in self._placed if tap in self.held
+        )
+        if self.held and head.spatial:
+            raise CannotCut(
+                f"a convolution head on maps below the cut {cut} has nothing that could be trained "
+                "there"
+            )
+        self._live = [tap for tap in taps if tap not in self.held]
+        self._at_cut = [(tap, node) for tap, node in self._placed if node.name == cut]
+        above = [
+            (tap, node) for tap, node in self._placed if tap in self._live and node.name != cut
+        ]
+        self._hooked = len(above)
+        if cut is not None and (
+            around := [
+                tap for tap, node in above if f"{nodes[cut].module}.".startswith(f"{node.module}.")
+            ]
+        ):
+            raise CannotCut(
+                f"{around[0]} is the output of a module that {cut} lies in, which cannot be seen "
+                "from inside: cut elsewhere, or train from the images (leave the map out)"
+            )
+        by_node: dict[str, tuple[Node, list[Tap]]] = {}
+        for tap, node in above:
+            by_node.setdefault(node.name, (node, []))[1].append(tap)
+        for node, own in by_node.values():
+            if node.name == LOGITS:
+                continue  # what the forward returns
+            keep = functools.partial(self._keep, node, own)
+            module = self.backbone.get_submodule(node.module)
+            if node.name == PRE_LOGITS:
+                module.register_forward_pre_hook(functools.partial(_first_input, keep))
+            else:
+                module.register_forward_hook(functools.partial(_output, keep))
+        self._logits = [tap for tap, node in above if node.name == LOGITS]
+
+    @property
+    def untouched(self) -> nn.Module:
+        """The backbone that this is a copy of, without hooks."""
+        return self._untouched[0]
+
+    def round_to(self, dtypes: Sequence[str]) -> "Network":
+        """From now on round each tap's features to what they are stored in, as the cached head has
+        seen them.
+        """
+        self._dtypes = {
+            tap: _HALVES[dtype]
+            for (tap, _), dtype in zip(self._placed, dtypes, strict=True)
+            if dtype in _HALVES
+        }
+        return self
+
+    def to(self, *args: Any, **kwargs: Any) -> "Network":
+        """As nn.Module.to; inputs are then expected on that device."""
+        super().to(*args, **kwargs)
+        self._normalise = self._normalisation(str(next(self.parameters()).device))
+        return self
+
+    def forward(self, inputs: Tensor, held: Tensor | None = None) -> Tensor:
+        """inputs: uint8 pixels (n, H, W, 3), or maps of the cut (n, channels, h, w); held:
+
+        (n, features of `held`).
+        """
+        return self.head(self.features(inputs, held))  # type: ignore[no-any-return]
+
+    def features(self, inputs: Tensor, held: Tensor | None = None) -> Tensor:
+        """What the head is given: (n, D), or for a convolution head maps."""
+        found = self._found = {}
+        body: nn.Module = self.backbone
+        if self.cut is None:
+            inputs = self._normalise(inputs)
+        else:
+            assert self._body is not None
+            body = self._body
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
+            for tap, node in self._at_cut:
+                found[tap] = reduce_output(inputs, tap.reduction, node)
+        if self._hooked:
+            with contextlib.suppress(_Done):
+                output = body(inputs)
+                for tap in self._logits:
+                    found[tap] = output
+        self._found = {}
+        columns, start = [], 0
+        for tap, node in self._placed:
+            if tap in found:
+                column = found[tap]
+            else:
+                assert held is not None, f"{tap} lies below the cut and has to be given"
+                width = math.prod(tap_shape(tap, node))
+                column = held[:, start : start + width]
+                start += width
+            if tap in self._dtypes:
+                column = column.to(self._dtypes[tap])
+            column = column.float()
+            columns.append(column if self.head.spatial else column.flatten(1))
+        return columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
+
+    def _keep(self, node: Node, taps: Sequence[Tap], output: Tensor) -> None:
+        for tap in taps:
+            reduced = reduce_output(output, tap.reduction, node)
+            # Views of the output itself, which the network may overwrite in place afterwards.
+            self._found[tap] = (
+                reduced.clone() if tap.reduction in ("map", "vector", "cls") else reduced
+            )
+        if len(self._found) == self._hooked + len(self._at_cut):
+            raise _Done
+
+
+def trainable_blocks(network: Network, depth: str) -> list[list[str]]:
+    """The blocks of the backbone that train at this depth, from the bottom up, each a list of
+    modules; "head": none.
+
+    Blocks that no tap needs are left out: no gradient reaches them. Raises CannotCut for an unknown
+    node, and for one that has nothing of the network above it.
+    """
+    if depth == "head":
+        return []
+    module = network.backbone
+    if depth != "all" and depth not in dict(module.named_modules()):
+        raise CannotCut(
+            f"the network has no node {depth!r} to train above: `headrace backbones NAME` lists "
+            "them"
+        )
+    owners = owners_above(
+        network.untouched, None if depth == "all" else depth, network.preprocessing.crop
+    )
+    reached = _reached(network)
+    found = blocks_of(module, [owner for owner in owners if owner in reached])
+    if not found:
+        raise CannotCut(
+            f"nothing between {depth} and the head's taps "
+            f"({', '.join(str(tap) for tap in network.taps)}) has parameters: train above an "
+            "earlier node"
+        )
+    return found
+
+
+def _reached(network: Network) -> set[str]:
+    """Names of the backbone's modules whose own parameters the logits depend on."""
+    owners = {
+        name: list(child.parameters(recurse=False))
+        for name, child in network.backbone.named_modules()
+    }
+    owned = [
+        (name, parameter)
+        for name, own in owners.items()
+        for parameter in own
+        if parameter.is_floating_point()
+    ]
+    for _, parameter in owned:
+        parameter.requires_grad_(True)
+    device = owned[0][1].device
+    kind = torch.uint8 if network.cut is None else torch.float32
+    inputs = torch.zeros(2, *network.input_shape, dtype=kind, device=device)
+    logits = network(inputs, torch.zeros(2, network.held_width, device=device))
+    gradients = torch.autograd.grad(
+        logits.sum(), [parameter for _, parameter in owned], allow_unused=True
+    )
+    for _, parameter in owned:
+        parameter.requires_grad_(False)
+    return {
+        name for (name, _), gradient in zip(owned, gradients, strict=True) if gradient is not None
+    }
+
+
+def _output(keep: Callable[[Tensor], None], _module: nn.Module, _args: Any, output: Tensor) -> None:
+    keep(output)
+
+
+def _first_input(keep: Callable[[Tensor], None], _module: nn.Module, args: tuple[Any, ...]) -> None:
+    keep(args[0])

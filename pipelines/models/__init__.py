@@ -1,0 +1,1 @@
+"""Model directories: a head, an ensemble or a fine-tuned network that predicts from images."""

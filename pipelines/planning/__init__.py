@@ -1,0 +1,1 @@
+"""What a run has, what it lacks, and what that costs."""

@@ -1,0 +1,87 @@
+"""Where every entry of a source went: each is used, or counted under a reason."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from headrace.extract.sources.listing import LeftOut, Listing
+from headrace.pipelines.planning.dataset import Dataset
+
+
+@dataclass(frozen=True)
+class Accounting:
+    """Counts of a run's images. `found` is what the reader met, and the sum of all others."""
+
+    found: int  # files of a folder, rows of a table, members of an archive, images of an array
+    annotations: int  # entries that hold labels of the images: side files in an archive
+    left_out: tuple[LeftOut, ...]  # entries that are no sample
+    unreadable: int  # images whose file cannot be read
+    unlabelled: int  # images without a target
+    failed: int  # images that cannot be decoded, or whose features cannot be stored
+    train: int  # images that heads are trained and validated on
+    test: int
+
+    @property
+    def counted(self) -> int:
+        """The sum of all counts, which is `found`."""
+        listed = sum(item.count for item in self.left_out)
+        return (
+            listed
+            + self.annotations
+            + self.unreadable
+            + self.unlabelled
+            + self.failed
+            + self.train
+            + self.test
+        )
+
+    def sentence(self) -> str:
+        """All counts that are not zero:
+
+        "Images: 52 found = 30 to train on + 10 to test on + 12 left out".
+        """
+        counts = (
+            (self.train, "to train on"),
+            (self.test, "to test on"),
+            (self.unlabelled, "without a target"),
+            (self.unreadable, "that cannot be read"),
+            (self.failed, "that cannot be used"),
+            (self.annotations, "side files with labels"),
+            (sum(item.count for item in self.left_out), "left out"),
+        )
+        return f"Images: {self.found:,} found = " + " + ".join(
+            f"{count:,} {what}" for count, what in counts if count
+        )
+
+    def lines(self) -> list[str]:
+        """What is left out, a line for each reason."""
+        return [f"left out: {item}" for item in self.left_out]
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values."""
+        return asdict(self)
+
+
+def account(listing: Listing, unreadable: int, dataset: Dataset, kept: Dataset) -> Accounting:
+    """The counts of a run; `kept` is `dataset` without the images that some feature set cannot
+    hold.
+    """
+    lost = len(dataset.train.ids) + len(dataset.test.ids) - len(kept.train.ids) - len(kept.test.ids)
+    return Accounting(
+        listing.found,
+        listing.annotations,
+        listing.left_out,
+        unreadable,
+        dataset.unlabelled,
+        lost,
+        len(kept.train.ids),
+        len(kept.test.ids),
+    )
+
+
+def accounting_from_json(values: dict[str, Any]) -> Accounting:
+    """Inverse of `Accounting.to_json`. Raises TypeError or KeyError for other values."""
+    left_out = tuple(
+        LeftOut(item["reason"], item["count"], tuple(item["examples"]))
+        for item in values["left_out"]
+    )
+    return Accounting(**{**values, "left_out": left_out})

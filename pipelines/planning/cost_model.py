@@ -1,0 +1,128 @@
+"""What work will cost: assumed at first, measured as soon as anything like it has been done in the
+run.
+
+The assumptions are for one core of 2020s hardware (docs/scale.md says where they were measured). N
+rows, D features, C outputs. A run that is large by them begins with a small bank of each kind, and
+is then planned by what that took.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+
+from headrace.extract.run.plan import ExtractJob
+from headrace.heads.spec import ConvSpec, HeadSpec, MLPSpec
+from headrace.pipelines.cluster.task_log import read_log
+
+# of a bank: tasks of 5 to 60 s are long beside the milliseconds between them, and little to lose
+TARGET_S = 30.0
+# a run of more core-seconds than this in kinds never measured begins with a probe of each
+PROBE_S = 600.0
+PROBE_SPECS = 2
+MAX_BANK_SPECS = 64  # enough columns for wide products
+_IMAGE_S = {"cpu": 0.03, "cuda": 0.0005}  # per network of a unit, at 224 pixels
+_BANK_S = 0.08  # reading the task, publishing results
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What has been measured in a run: nothing at first."""
+
+    image_s: float | None = None  # of a worker, per image, all networks of a unit together
+    kinds: Mapping[str, float] = field(
+        default_factory=dict
+    )  # measured over assumed seconds, by the heads' kind
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a plan will take."""
+
+    core_s: float
+    gpu_s: float
+    measured: bool  # everything in it, in this run
+
+
+def measured_rates(logs: Path) -> Rates:
+    """What the logs of a run's earlier calls say."""
+    images = image_s = 0.0
+    assumed: defaultdict[str, float] = defaultdict(float)
+    taken: defaultdict[str, float] = defaultdict(float)
+    for log in sorted(logs.glob("*.jsonl")) if logs.is_dir() else ():
+        for event in read_log(log):
+            result = event.get("result")
+            if event["event"] == "finished" and isinstance(result, dict) and "decode_s" in result:
+                images += result["rows"]
+                image_s += result["decode_s"] + result["forward_s"] + result["publish_s"]
+            elif event["event"] == "cost":
+                assumed[event["kind"]] += event["assumed_s"]
+                taken[event["kind"]] += event["seconds"]
+    return Rates(
+        image_s / images if images else None,
+        {kind: taken[kind] / assumed[kind] for kind in assumed},
+    )
+
+
+def bank_s(
+    specs: Sequence[HeadSpec], rows: int, features: int, outputs: int, folds: int, rates: Rates
+) -> float:
+    """Core-seconds that a bank will take: a fit of each spec per fold, and one on all rows."""
+    shared, each = _parts(specs[0], rows, features, outputs, folds + 1)
+    return (_BANK_S + shared + len(specs) * each) * rates.kinds.get(specs[0].kind, 1.0)
+
+
+def specs_per_bank(
+    specs: Sequence[HeadSpec], rows: int, features: int, outputs: int, folds: int, rates: Rates
+) -> int:
+    """How many specs make a bank of about TARGET_S: a power of two, so that a little more knowledge
+    changes nothing.
+    """
+    count = MAX_BANK_SPECS
+    while (
+        count > 1
+        and bank_s(list(specs[:1]) * count, rows, features, outputs, folds, rates) > TARGET_S
+    ):
+        count //= 2
+    return count
+
+
+def _parts(
+    spec: HeadSpec, rows: int, features: int, outputs: int, fits: int
+) -> tuple[float, float]:
+    """Assumed core-seconds that a bank takes whatever its specs, and that each spec adds."""
+    cells = rows * features
+    if isinstance(spec, MLPSpec | ConvSpec):
+        # A 3 × 3 convolution meets each feature nine times for each of its channels.
+        width = (
+            sum(spec.hidden) + outputs + (9 * spec.channels[0] if isinstance(spec, ConvSpec) else 0)
+        )
+        return 0.0, fits * 3.6e-11 * cells * spec.epochs * width
+    if spec.kind in ("logistic", "ridge"):
+        # Gram matrices of the features, made once; then every spec works on matrices of D × C.
+        gram, small = (2e-10, 1.5e-6) if spec.kind == "logistic" else (1.1e-10, 3.4e-7)
+        return gram * cells * min(features, rows), fits * small * features * outputs
+    if spec.kind == "knn":
+        return 0.0, fits * 1e-11 * cells * rows
+    if spec.kind == "centroid":
+        return 0.0, fits * 2e-10 * cells * outputs
+    return 0.0, fits * 1e-7 * cells  # any estimator of scikit-learn's: a forest's price
+
+
+def units_s(units: Sequence[ExtractJob], rates: Rates) -> float:
+    """Seconds of the devices that the units run on."""
+    total = 0.0
+    for job in units:
+        side = max(
+            1.0, max(_side(spec.preprocessing) for _, specs in job.networks for spec in specs) / 224
+        )
+        assumed = _IMAGE_S["cpu" if job.device == "cpu" else "cuda"] * len(job.networks) * side**2
+        total += len(job.samples) * (rates.image_s or assumed)
+    return total
+
+
+def _side(preprocessing: str) -> int:
+    crop = json.loads(preprocessing).get("crop", 224)
+    return int(prod(crop) ** 0.5) if isinstance(crop, list) else int(crop)

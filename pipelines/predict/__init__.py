@@ -1,0 +1,1 @@
+"""Predictions for many images as a table."""

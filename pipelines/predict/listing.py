@@ -1,0 +1,52 @@
+"""The images that are named on the command line: whatever a recipe can name, single files, and
+recipes themselves.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from headrace.extract.images.byte_ranges import printable
+from headrace.extract.sources.listing import Listing, join_listings
+from headrace.extract.sources.read import detect_source, read_source
+from headrace.extract.sources.tabular import is_table
+from headrace.pipelines.recipe.load import load_recipe
+
+
+def list_images(sources: Sequence[str | Path], **options: Any) -> Listing:
+    """One row per image, in the order given: `file`, as a person would name it, and `path`, a file
+    or a locator.
+
+    sources: image files, folders, tables, archives, array files, or recipes, whose images are read
+    with the recipe's options.
+    options: fields of ImageSource, such as path_column. A folder's images are named by their path
+    below it, behind the folder's own name; all others by their ids, and where two sources would
+    give two images one name, behind the folder that the source lies in, or a table's own path.
+    Raises SourceError for what is not there, RecipeError for a broken recipe.
+    """
+    listings = [_list(str(source), options) for source in sources]
+    images = pd.concat([listing.samples for listing in listings]).groupby("file")["path"].nunique()
+    if (images > 1).any():
+        for source, listing in zip(sources, listings, strict=True):
+            shared = listing.samples["file"].map(images) > 1
+            prefix = printable(str(source if is_table(source) else Path(source).parent))
+            listing.samples.loc[shared, "file"] = f"{prefix}/" + listing.samples.loc[shared, "file"]
+    return join_listings(listings)
+
+
+def _list(location: str, options: dict[str, Any]) -> Listing:
+    if Path(location).suffix.lower() in (".yaml", ".yml"):
+        source = load_recipe(location).images.source()
+        location = str(source.location)
+    else:
+        source = detect_source(location, **options)
+    listing = read_source(source, labelled=False)
+    names = listing.samples["id"].astype(str)
+    if source.kind == "folder":
+        names = f"{printable(location).rstrip('/')}/" + names
+    return replace(
+        listing, samples=pd.DataFrame({"file": names, "path": listing.samples["path"].astype(str)})
+    )

@@ -1,0 +1,1 @@
+"""The recipe: the YAML file that describes a run."""

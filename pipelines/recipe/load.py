@@ -1,0 +1,167 @@
+"""The recipe: the file that describes a run, and the lesson it gives when a key or a value is
+wrong.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pydantic
+
+from headrace.cache.home import expand_home
+from headrace.pipelines.recipe.heads import Heads, LogisticGrid, MLPGrid
+from headrace.pipelines.recipe.sections import (
+    Backbone,
+    ClusterSection,
+    Compute,
+    EnsembleSection,
+    FinetuneSection,
+    Images,
+    LogSection,
+    ScreenSection,
+    Storage,
+    TaskSection,
+)
+from headrace.pipelines.recipe.text import MAX_CHARACTERS, RecipeError, explain_all, read_yaml
+from headrace.pipelines.recipe.values import Section
+
+__all__ = ["Recipe", "RecipeError", "elsewhere", "load_recipe", "parse_recipe"]
+
+
+class Recipe(Section):
+    """A run. Relative paths start from the recipe's own folder."""
+
+    images: Images
+    task: TaskSection = TaskSection()
+    backbones: tuple[Backbone, ...] = ()
+    heads: Heads = Heads(logistic=LogisticGrid(), mlp=MLPGrid())
+    finetune: FinetuneSection | None = None  # `finetune: {}` takes the defaults
+    imported: tuple[
+        str, ...
+    ] = ()  # features of other programs, under the names that `headrace cache import` gave them
+    screen: ScreenSection | None = (
+        None  # `screen: {}` takes the defaults; default: every input gets every head
+    )
+    ensemble: EnsembleSection | None = None  # `ensemble: {}` takes the defaults
+    storage: Storage = Storage()
+    cache: Path = Path("headrace-cache")
+    out: Path | None = None  # default: headrace-runs/<name of the recipe>
+    compute: Compute = Compute()
+    cluster: ClusterSection = ClusterSection()
+    log: LogSection | None = None
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _heads_of_the_task(cls, values: Any) -> Any:
+        """Numbers are predicted by ridge heads where no heads are named, for logistic
+        ones cannot.
+        """
+        task = values.get("task") if isinstance(values, dict) else None
+        if isinstance(task, dict) and task.get("kind") == "regression" and "heads" not in values:
+            return {**values, "heads": {"ridge": {}, "mlp": {}}}
+        return values
+
+    @pydantic.model_validator(mode="after")
+    def _names_differ(self) -> "Recipe":
+        names = [backbone.alias or backbone.name for backbone in self.backbones]
+        twice = {name for name in names if names.count(name) > 1}
+        if twice:
+            raise ValueError(f"two backbones are called {twice.pop()!r}: give each its own `alias`")
+        if not names and not self.imported:
+            raise ValueError(
+                "the key 'backbones' is missing: name at least one network (or `imported` features)"
+            )
+        return self
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Read and check a recipe; relative paths in it become absolute.
+
+    Raises RecipeError naming the file, the line and the nearest valid key.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:  # no more of it than a recipe can have
+            text = file.read(4 * MAX_CHARACTERS + 4).decode("utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        raise RecipeError(f"{path}: no such recipe. Write one with: headrace init FOLDER") from None
+    except (IsADirectoryError, UnicodeDecodeError):
+        raise RecipeError(
+            f"{path}: not a recipe (a YAML text file). For a folder of images, write one with: "
+            f"headrace init {path}"
+        ) from None
+    return parse_recipe(text, path)
+
+
+def elsewhere(recipe: Recipe, where: str) -> Recipe:
+    """The recipe with its tasks run on another cluster.
+
+    Raises RecipeError for a word that names none.
+    """
+    try:
+        section = ClusterSection.model_validate(recipe.cluster.model_dump() | {"where": where})
+    except pydantic.ValidationError as error:
+        raise RecipeError(
+            f"--cluster {where}: {error.errors()[0]['msg'].removeprefix('Value error, ')}"
+        ) from None
+    return recipe.model_copy(update={"cluster": section})
+
+
+def parse_recipe(text: str, path: Path) -> Recipe:
+    """As `load_recipe`, from text; `path` names it in messages and is where relative
+    paths start.
+    """
+    root, values = read_yaml(text, path, Recipe.model_fields)
+    try:
+        recipe = Recipe.model_validate(values)
+    except pydantic.ValidationError as error:
+        raise RecipeError(explain_all(error.errors(), root, path, Recipe)) from None
+    return _absolute(recipe, path)
+
+
+def _absolute(recipe: Recipe, path: Path) -> Recipe:
+    base = path.absolute().parent
+
+    def resolve(value: Path | None) -> Path | None:
+        return None if value is None else (base / expand_home(value))
+
+    files = ("folder", "table", "root", "tar", "zip", "array", "labels")
+    images = recipe.images.model_copy(
+        update={name: resolve(getattr(recipe.images, name)) for name in files}
+    )
+    backbones = tuple(
+        backbone.model_copy(update={"weights": _weights_file(backbone.weights, base)})
+        for backbone in recipe.backbones
+    )
+    cluster = recipe.cluster.model_copy(update={"tls": resolve(recipe.cluster.tls)})
+    out = resolve(recipe.out) or base / "headrace-runs" / path.stem
+    return recipe.model_copy(
+        update={
+            "images": images,
+            "backbones": backbones,
+            "cache": resolve(recipe.cache),
+            "out": out,
+            "cluster": cluster,
+            "log": _absolute_log(recipe.log, base),
+        }
+    )
+
+
+def _absolute_log(log: LogSection | None, base: Path) -> LogSection | None:
+    if log is None:
+        return None
+    mlflow = (
+        log.mlflow
+        if log.mlflow is None or "://" in log.mlflow
+        else str(base / expand_home(log.mlflow))
+    )
+    board = None if log.tensorboard is None else base / expand_home(log.tensorboard)
+    return log.model_copy(update={"mlflow": mlflow, "tensorboard": board})
+
+
+def _weights_file(weights: str | None, base: Path) -> str | None:
+    """A name that ends as weights files do is a path from the recipe's folder; anything else is a
+    tag.
+    """
+    if weights and weights.endswith((".pth", ".pt", ".bin", ".safetensors")):
+        return str(base / expand_home(weights))
+    return weights

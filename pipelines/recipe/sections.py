@@ -1,0 +1,364 @@
+"""The recipe's sections but for `heads`: images, task, backbones, and how and where the work is
+done.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import pydantic
+
+from headrace.pipelines.recipe.values import (
+    Fraction,
+    NonEmptyFloats,
+    NonNegative,
+    Positive,
+    Section,
+    Seed,
+    Share,
+    check_views,
+)
+
+if TYPE_CHECKING:
+    from headrace.extract.sources.read import ImageSource
+
+
+class Images(Section):
+    """Where the images are: a folder per class, a table that names or holds them, archives, or an
+    array file.
+    """
+
+    folder: Path | None = (
+        None  # one sub-folder per class; or train/, val/ and test/ with the classes below them
+    )
+    # CSV, JSON lines, JSON (COCO too), Parquet or Arrow; a pattern, or a folder that `datasets`
+    # saved
+    table: Path | None = None
+    tar: Path | None = (
+        # tar archives, compressed or not: one, a folder of them, or a pattern, train-{000..031}.tar
+        None
+    )
+    zip: Path | None = None  # as `tar`
+    array: Path | None = None  # .npy, .npz, HDF5 or idx (.gz too)
+    layout: Literal["auto", "classes", "split"] = (
+        "auto"  # what the outer folders are; auto: as their names say
+    )
+    exclude: tuple[str, ...] = ()  # ids, or folders that they lie in, to leave out; * and ? match
+    path_column: str | None = (
+        None  # the table's column with the paths, or the images; default: found by what it holds
+    )
+    id_column: str | None = (
+        None  # default: `id` where there is such a column, else the path as written in the table
+    )
+    root: Path | None = (
+        None  # what relative paths in the table start from; default: the table's folder
+    )
+    path_pattern: str | None = None  # the paths, from columns of the table: train/{id}.jpg
+    array_key: str | None = None  # the array in a .npz or HDF5 file
+    labels: Path | None = None  # the array's labels: another such file
+    labels_key: str | None = None  # the array in that file
+    # black and white of pixels of more than 8 bits, such as [0, 4095]; default: what the file's
+    # format says
+    pixel_range: tuple[pydantic.FiniteFloat, pydantic.FiniteFloat] | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _one_source(self) -> "Images":
+        if (
+            sum(
+                source is not None
+                for source in (self.folder, self.table, self.tar, self.zip, self.array)
+            )
+            != 1
+        ):
+            raise ValueError(
+                "give exactly one of `folder` (one sub-folder per class), `table` (CSV, JSON lines "
+                "or Parquet), `tar`, `zip` and `array` (npy, npz, HDF5, idx)"
+            )
+        return self
+
+    @pydantic.field_validator("pixel_range")
+    @classmethod
+    def _black_is_below_white(
+        cls, values: tuple[float, float] | None
+    ) -> tuple[float, float] | None:
+        if values is not None and values[0] >= values[1]:
+            raise ValueError(
+                "expected [black, white] with black below white, such as [0, 4095]; found "
+                f"{list(values)}"
+            )
+        return values
+
+    def source(self) -> "ImageSource":
+        """The section as `headrace.extract` takes it."""
+        from headrace.extract.sources.read import (
+            ImageSource,
+        )  # imports pandas, which checking a recipe does without
+
+        kind, location = next(
+            (kind, location)
+            for kind, location in (
+                ("folder", self.folder),
+                ("table", self.table),
+                ("archive", self.tar or self.zip),
+                ("array", self.array),
+            )
+            if location is not None
+        )
+        options = self.model_dump(exclude={"folder", "table", "tar", "zip", "array"})
+        return ImageSource(kind, location, **options)  # type: ignore[arg-type]
+
+
+class TaskSection(Section):
+    """What to predict, and which rows may be seen when."""
+
+    target: str | tuple[str, ...] = (
+        "label"  # the column to predict; several columns for several labels or numbers
+    )
+    kind: Literal["single", "multi", "regression"] = (
+        "single"  # one class for each image; 0/1 columns; numbers
+    )
+    group: str | None = (
+        None  # rows of one group (patient, module, scene) never stand on two sides of a split
+    )
+    split: str | None = None  # a column with train / validation / test
+    fold: str | None = None  # a column with fold numbers
+    # where the split or fold column puts copies of an image on different sides: refuse, or keep it
+    # as it is
+    copies: Literal["refuse", "keep"] = "refuse"
+    # between several labels in one cell, as in `cat;dog`; for kind: multi
+    separator: Annotated[str, pydantic.Field(min_length=1)] | None = None
+    test_fraction: Fraction = (
+        0.25  # set aside at random where no column marks test rows; 0: no test split
+    )
+    folds: Annotated[int, pydantic.Field(ge=2, le=100)] = 5  # the winner is chosen on these
+    metric: str | None = (
+        None  # default: accuracy (single), average_precision (multi), r2 (regression)
+    )
+    seed: Seed = 0  # of the test split and the folds
+
+    @pydantic.field_validator("target")
+    @classmethod
+    def _columns_differ(cls, target: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if not target:
+            raise ValueError("name at least one column, such as `target: label`")
+        names = [target] if isinstance(target, str) else target
+        twice = {name for name in names if names.count(name) > 1}
+        if twice:
+            raise ValueError(f"the column {min(twice)!r} is named twice: name each column once")
+        return target
+
+
+class Backbone(Section):
+    """A frozen network and the taps to keep."""
+
+    name: str  # torchvision:…, timm:…, or python:module:function; `headrace backbones` lists them
+    weights: str | None = (
+        None  # default: the library's own pretrained weights; a tag, a file, or random:SEED
+    )
+    weights_match: Literal["name", "order"] = (
+        "name"  # order: as they come in a .pth; shapes and roles are checked
+    )
+    alias: str | None = None  # how the leaderboard calls it when there are several backbones
+    # nodes with their reduction, such as layer4.avg; auto: averages and maxima of the last block at
+    # each resolution, and more
+    taps: Literal["auto"] | Annotated[tuple[str, ...], pydantic.Field(min_length=1)] = "auto"
+    # pixels; default: what the weights were trained with
+    image_size: Annotated[int, pydantic.Field(ge=16, le=4096)] | None = None
+    crop_fraction: Share | None = (
+        None  # share of the shorter edge that the crop keeps; default: the weights' own
+    )
+    # of the normalisation; default: the weights' own
+    mean: tuple[pydantic.FiniteFloat, pydantic.FiniteFloat, pydantic.FiniteFloat] | None = None
+    std: tuple[Positive, Positive, Positive] | None = (
+        None  # of the normalisation; default: the weights' own
+    )
+    # of the resizing; default: the weights' own
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] | None = None
+    # 1: the evaluation crop; more: augmented renderings as well; flips: the crop and its 3 mirror
+    # images; dihedral: turned by quarters too, 8 in all
+    views: Annotated[int | Literal["flips", "dihedral"], pydantic.BeforeValidator(check_views)] = 1
+
+
+class EnsembleSection(Section):
+    """Averages of several heads, picked from their stored validation predictions.
+
+    Nothing is trained for it.
+    """
+
+    members: pydantic.PositiveInt = 8  # different heads at most
+    networks: pydantic.PositiveInt | None = None  # backbones at most; default: all of the run's
+    min_gain_per_backbone: Fraction = (
+        0.01  # each backbone beyond the first must lower the loss by this share
+    )
+    rounds: Annotated[int, pydantic.Field(ge=1, le=1000)] = (
+        30  # picks; a head picked twice weighs twice
+    )
+    candidates: Annotated[int, pydantic.Field(ge=2)] = 200  # heads to pick from, the best ones
+    # level of the interval of its gain over a single head; the answer only if all of that lies
+    # above 0
+    confidence: Annotated[float, pydantic.Field(gt=0.5, lt=1)] = 0.95
+
+
+class ReuseSection(Section):
+    """Partial reuse: a new head on the blocks above a cut, which start pretrained or anew; the two
+    are compared.
+    """
+
+    # the node to cut at, `blocks.4`; from its cached map (`blocks.4.map`) where the backbone has
+    # that tap
+    cut: str
+    inputs: Annotated[
+        tuple[str, ...], pydantic.Field(min_length=1)
+    ]  # taps above the cut that the new head is given
+    hidden: tuple[pydantic.PositiveInt, ...] = ()
+    start: Annotated[tuple[Literal["pretrained", "random"], ...], pydantic.Field(min_length=1)] = (
+        "pretrained",
+        "random",
+    )
+
+
+class FinetuneSection(Section):
+    """Which heads become networks that are trained by gradients, how deep, and what
+    that may cost.
+    """
+
+    promote: Annotated[int, pydantic.Field(ge=0)] = (
+        1  # so many heads, best first, one of each inputs and kind
+    )
+    # What trains: head, all, scratch (all, from a random start), or a node: everything above it.
+    depths: Annotated[tuple[str, ...], pydantic.Field(min_length=1)] = ("all",)
+    reuse: tuple[ReuseSection, ...] = ()
+    learning_rate: NonEmptyFloats = (3e-4,)
+    layer_decay: Share = 0.7  # each block learns at so much of the rate of the one above
+    weight_decay: NonNegative = 1e-2
+    warmup_fraction: Fraction = 0.1  # share of all steps
+    epochs: pydantic.PositiveInt = 10
+    patience: pydantic.PositiveInt = 4
+    batch_size: pydantic.PositiveInt = 32
+    dropout: Fraction = 0.0
+    label_smoothing: Fraction = 0.0
+    class_weight: Literal["none", "balanced"] = "none"
+    clip: Positive = 1.0
+    batch_norm: Literal["held", "trained"] = "held"
+    augment: Literal["none", "flip", "flips", "views"] = "none"
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    seed: Seed = 0
+    budget_minutes: Positive | None = (
+        None  # of training, computing time on each worker; default: no limit
+    )
+
+
+class ScreenSection(Section):
+    """Successive halving of the inputs: all start on few images, the promising ones go on, and only
+    they get all heads.
+    """
+
+    images: Annotated[tuple[Share, ...], pydantic.Field(min_length=1)] = (
+        0.1,
+        0.3,
+    )  # of the training images, round by round
+    keep: Share = 0.5  # of the inputs, after each round
+    least: pydantic.PositiveInt = 2  # inputs that stay whatever their rank
+
+
+class Compute(Section):
+    """How the work is done. Nothing here changes a result beyond floating-point tolerance."""
+
+    workers: pydantic.PositiveInt | None = None  # default: one per core
+    images_per_shard: pydantic.PositiveInt | None = (
+        None  # per work unit, and so rows per shard; default: 128, on a GPU 1,024
+    )
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # of the forward pass
+    # of logistic, mlp and conv heads; auto: a GPU where `workers` is 1, so that no other process
+    # wants it
+    heads_device: Literal["auto", "cpu", "cuda"] = "auto"
+    batch_size: pydantic.PositiveInt | None = (
+        None  # images per forward pass; default: found by trying
+    )
+    compile: bool = False  # PyTorch's compiler, on a GPU: minutes once per network, for long runs
+    strict: bool = (
+        False  # stop at an image that cannot be decoded, instead of listing it and going on
+    )
+
+
+class SlurmSection(Section):
+    """What a SLURM job is asked for. One job is one node's share: several workers of
+    one core each.
+    """
+
+    partition: str | None = None  # of the heads, and of extraction on CPUs
+    gpu_partition: str | None = None  # of extraction with device: cuda
+    gpus_per_job: pydantic.PositiveInt = 1  # one worker each
+    account: str | None = None
+    workers_per_job: pydantic.PositiveInt = 1
+    memory_per_job: str = "4 GB"
+    walltime: Annotated[str, pydantic.Field(pattern=r"^(\d+-)?\d{1,2}:\d{2}:\d{2}$")] = "01:00:00"
+    interface: str | None = None  # of the network that nodes share, such as ib0
+    directives: tuple[str, ...] = ()  # more #SBATCH lines, such as --qos=long
+    prologue: tuple[
+        str, ...
+    ] = ()  # shell lines before the workers start, such as `module load cuda`
+
+
+class KubernetesSection(Section):
+    """What the Dask operator of a Kubernetes cluster is asked for."""
+
+    image: str = "headrace:latest"  # with headrace and its extra `kubernetes` in it
+    namespace: str | None = None
+    memory: str = "4Gi"
+    volume_claim: str | None = None  # the volume with the images, the cache and the run's directory
+    mount_path: str = (
+        "/data"  # where it lies in every pod, and here: paths in a task are the same on both sides
+    )
+
+
+class ClusterSection(Section):
+    """Where tasks run. Nothing here changes a result beyond floating-point tolerance."""
+
+    # local, cuda (one worker per GPU of this machine), slurm, kubernetes, or a scheduler's address
+    where: str = "local"
+    task_timeout_s: Positive = (
+        3600.0  # a task that takes longer is taken for hung; its worker is ended
+    )
+    memory: str | None = None  # of one worker; default: this machine's, shared equally
+    tls: Path | None = None  # the folder that `headrace cluster tls` wrote
+    slurm: SlurmSection = SlurmSection()
+    kubernetes: KubernetesSection = KubernetesSection()
+
+    @pydantic.field_validator("where")
+    @classmethod
+    def _known(cls, where: str) -> str:
+        if where not in ("local", "cuda", "slurm", "kubernetes") and "://" not in where:
+            raise ValueError(
+                "expected local, cuda, slurm, kubernetes or a scheduler's address such as "
+                "tls://host:8786"
+            )
+        return where
+
+
+class Storage(Section):
+    """How features are computed and kept. All of it is part of what a feature set is."""
+
+    # how features are kept; uint8 is a quarter of float32
+    dtype: Literal["float16", "float32", "bfloat16", "uint8"] = "float16"
+    precision: Literal["float32", "bfloat16", "float16"] = (
+        "float32"  # of the forward pass; GPUs are faster in bfloat16
+    )
+    compression: Literal["none", "bitshuffle-lz4"] = (
+        "none"  # for maps with many zeros; reading is slower
+    )
+    budget_gb: Positive | None = (
+        None  # what new features may take; default: what the disk has, less a reserve
+    )
+
+
+class LogSection(Section):
+    """Programs that are told of the finished run too. Nothing is read from them."""
+
+    mlflow: str | None = (
+        None  # a folder (a SQLite file is made in it), or a tracking URI: http://server:5000
+    )
+    tensorboard: Path | None = None  # a folder for its event files
+    experiment: str = "headrace"
+    settings: Annotated[int, pydantic.Field(ge=0, le=1000)] = (
+        20  # the best settings, each as a run of its own
+    )

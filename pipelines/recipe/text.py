@@ -1,0 +1,264 @@
+"""The text of a recipe: nodes that know their lines, and the lesson that a wrong key or value is
+answered with.
+"""
+
+import difflib
+import typing
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import yaml
+
+from headrace.cache.errors import HeadraceError
+
+# pydantic keeps its own messages for what a union was tried as; these parts of an error's location
+# are no keys of the file.
+_UNION_TAGS = ("literal", "tuple", "function", "constrained", "str", "float", "int", "bool", "list")
+
+# Far above any recipe (the longest of ours has 4 kB), and what PyYAML reads in some seconds.
+MAX_CHARACTERS = 256 * 1024
+_MAX_VALUES = 50_000  # keys and values, an anchor's as often as it is used
+_MAX_NUMBER = (
+    400  # characters: Python takes quadratic time for longer ones, and refuses to print them
+)
+_MAX_PROBLEMS = 20  # that are explained; the others are counted
+_MERGE, _TEXT = "tag:yaml.org,2002:merge", "tag:yaml.org,2002:str"
+
+
+class RecipeError(HeadraceError, ValueError):
+    """The recipe cannot be used: names the file, the line, and the nearest valid key or value."""
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, whose every complaint about a value has a line."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep=deep)
+        # What int("foo") for `!!int foo`, or datetime for a thirteenth month, answers.
+        except (ValueError, LookupError, AttributeError, TypeError, OverflowError) as error:
+            raise yaml.constructor.ConstructorError(
+                None, None, str(error), node.start_mark
+            ) from None
+
+
+def read_yaml(text: str, path: Path, valid: typing.Iterable[str]) -> tuple[yaml.MappingNode, Any]:
+    """The nodes, which know their lines, and the values. valid: the keys of a recipe.
+
+    Raises RecipeError.
+    """
+    loader: _Loader | None = None
+    if len(text) > MAX_CHARACTERS:
+        raise RecipeError(
+            f"{path}: {len(text):,} characters; a recipe has {MAX_CHARACTERS:,} at most. Long "
+            "lists of images belong into a table: images: {table: images.csv}"
+        )
+    try:
+        loader = _Loader(text)
+        root = loader.get_single_node()
+        if not isinstance(root, yaml.MappingNode):
+            raise RecipeError(f"{path}: a recipe is a mapping with the keys {', '.join(valid)}")
+        if _refuse_odd_nodes(root, path, above=set(), sizes={}) > _MAX_VALUES:
+            raise RecipeError(
+                f"{path}: its anchors (&…, *…) stand for more than {_MAX_VALUES:,} keys and "
+                "values; write what is meant"
+            )
+        return root, loader.construct_document(root)
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise RecipeError(
+            f"{path}, line {line}: this is not YAML: the character {error.character!r}: "
+            f"{error.reason}. Delete it"
+        ) from None
+    except yaml.constructor.ConstructorError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise RecipeError(
+            f"{path}, line {line}: this value cannot be read: {error.problem}. Expected text, a "
+            "number, a list or a mapping, without a tag (!…); put text in quotes"
+        ) from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise RecipeError(
+            f"{path}{where}: this is not YAML: {getattr(error, 'problem', None) or error}"
+        ) from None
+    except RecursionError:
+        line = loader.line + 1 if loader else 1
+        raise RecipeError(
+            f"{path}, line {line}: lists or mappings stand too deep in each other; a recipe needs "
+            "six levels at most"
+        ) from None
+    finally:
+        if loader is not None:
+            loader.dispose()
+
+
+def _refuse_odd_nodes(
+    node: yaml.Node, path: Path, *, above: set[int], sizes: dict[int, int]
+) -> int:
+    """Refuses repeated keys, keys that are no words, merge keys, overlong numbers, and anchors
+    inside themselves.
+
+    above: ids of the nodes that this one stands in; sizes: of those that are known to be good, as
+    an anchor's may be. Returns how many keys and values the node stands for, written out.
+    """
+    line = node.start_mark.line + 1
+    if isinstance(node, yaml.ScalarNode):
+        if node.tag != _TEXT and len(node.value) > _MAX_NUMBER:
+            raise RecipeError(
+                f"{path}, line {line}: a number of {len(node.value):,} characters; put text in "
+                "quotes"
+            )
+        return 1
+    if id(node) in sizes:
+        return sizes[id(node)]
+    if id(node) in above:
+        raise RecipeError(
+            f"{path}, line {line}: what stands here holds itself, by its anchor (&…). Write it out"
+        )
+    above.add(id(node))
+    size = 1
+    if isinstance(node, yaml.SequenceNode):
+        size += sum(_refuse_odd_nodes(item, path, above=above, sizes=sizes) for item in node.value)
+    elif isinstance(node, yaml.MappingNode):
+        lines: dict[str, int] = {}
+        for key, value in node.value:
+            line = key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode):
+                kind = "list" if isinstance(key, yaml.SequenceNode) else "mapping"
+                raise RecipeError(
+                    f"{path}, line {line}: a {kind} stands where a key is expected. Write: key: "
+                    "value"
+                )
+            # PyYAML unfolds them before anything can be counted, and a few lines of them fill the
+            # memory.
+            if key.tag == _MERGE:
+                raise RecipeError(
+                    f"{path}, line {line}: merge keys (<<) are not read in a recipe. Write the "
+                    "keys that are meant here; a list or mapping as a whole can be used again: C: "
+                    "&grid [0.1, 1], and C: *grid"
+                )
+            # YAML's loader lets the last of two equal keys win in silence: half of what the user
+            # wrote would be lost.
+            if key.value in lines:
+                raise RecipeError(
+                    f"{path}, line {line}: the key {_short(key.value)!r} stands already in line "
+                    f"{lines[key.value]}"
+                )
+            lines[key.value] = line
+            size += _refuse_odd_nodes(key, path, above=above, sizes=sizes)
+            size += _refuse_odd_nodes(value, path, above=above, sizes=sizes)
+    above.remove(id(node))
+    sizes[id(node)] = size
+    return size
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:80]}…"
+
+
+def own_problems(problems: typing.Sequence[typing.Any]) -> list[typing.Any]:
+    """Without the complaints that a list is too short where one of its items was refused: the
+    user's list is not.
+    """
+    inside = {
+        problem["loc"][:depth] for problem in problems for depth in range(len(problem["loc"]))
+    }
+    return [
+        problem
+        for problem in problems
+        if problem["type"] != "too_short" or problem["loc"] not in inside
+    ]
+
+
+def explain_all(
+    problems: typing.Sequence[typing.Any],
+    root: yaml.MappingNode,
+    path: Path,
+    model: type[pydantic.BaseModel],
+) -> str:
+    """A line for each of the first pydantic errors, and one that counts the others: a million keys
+    get no million hints.
+    """
+    own = own_problems(problems)
+    lines = [explain(problem, root, path, model) for problem in own[:_MAX_PROBLEMS]]
+    if len(own) > _MAX_PROBLEMS:
+        lines.append(f"{path}: and {len(own) - _MAX_PROBLEMS:,} more of such")
+    return "\n".join(lines)
+
+
+def explain(
+    problem: typing.Any, root: yaml.MappingNode, path: Path, model: type[pydantic.BaseModel]
+) -> str:
+    """One line for one pydantic error: file, line, key, what is wrong, the nearest valid key."""
+    location = [part for part in problem["loc"] if not _is_union_tag(part)]
+    line, found = _line_of(root, location)
+    where = f"{path}, line {line}"
+    key = ".".join(_short(str(part)) for part in location)
+    if problem["type"] == "extra_forbidden":
+        valid = _keys_at(model, location[:-1])
+        lower = {name.lower(): name for name in valid}
+        close = difflib.get_close_matches(str(location[-1]).lower()[:80], lower, n=1, cutoff=0.4)
+        nearest = [lower[name] for name in close]
+        hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+        return f"{where}: unknown key {key!r}: {hint}Valid here: {', '.join(valid)}"
+    if problem["type"] == "missing":
+        return f"{where}: the key {key!r} is missing"
+    if problem["type"] == "tuple_type" and found and not isinstance(problem["input"], dict):
+        return (
+            f"{where}: {key}: a list is expected, found {_short(str(problem['input']))}: write "
+            f"[{_short(str(problem['input']))}]"
+        )
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    value = (
+        ""
+        if not found or isinstance(problem["input"], dict | list)
+        else f" (found {_short(repr(problem['input']))})"
+    )
+    return f"{where}: {key}: {message}{value}" if key else f"{where}: {message}"
+
+
+def _is_union_tag(part: object) -> bool:
+    return isinstance(part, str) and (
+        part in _UNION_TAGS or part.startswith(tuple(f"{tag}[" for tag in _UNION_TAGS))
+    )
+
+
+def _line_of(node: yaml.Node, location: typing.Sequence[str | int]) -> tuple[int, bool]:
+    """The line (from 1) of the deepest part of the location that stands in the file, and whether
+    all of it does.
+    """
+    line = node.start_mark.line + 1
+    for part in location:
+        if isinstance(node, yaml.MappingNode):
+            pairs = {key.value: (key, value) for key, value in node.value}
+            if str(part) not in pairs:
+                return line, False
+            key, node = pairs[str(part)]
+            line = key.start_mark.line + 1
+        elif (
+            isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value)
+        ):
+            node = node.value[part]
+            line = node.start_mark.line + 1
+        else:
+            return line, False
+    return line, True
+
+
+def _keys_at(model: type[pydantic.BaseModel], location: typing.Sequence[str | int]) -> list[str]:
+    for part in location:
+        if isinstance(part, int):
+            continue
+        model = next(m for m in _models_in(model.model_fields[part].annotation))
+    return list(model.model_fields)
+
+
+def _models_in(annotation: Any) -> typing.Iterator[type[pydantic.BaseModel]]:
+    if typing.get_origin(annotation) is None and isinstance(annotation, type):
+        if issubclass(annotation, pydantic.BaseModel):
+            yield annotation
+        return
+    for argument in typing.get_args(annotation):
+        yield from _models_in(argument)

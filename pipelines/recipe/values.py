@@ -1,0 +1,34 @@
+"""What the values of a recipe are made of: numbers in their ranges, and sections that refuse
+unknown keys.
+"""
+
+from typing import Annotated
+
+import pydantic
+
+Positive = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, pydantic.Field(ge=0, lt=1, allow_inf_nan=False)]
+Share = Annotated[float, pydantic.Field(gt=0, le=1, allow_inf_nan=False)]
+Seed = Annotated[int, pydantic.Field(ge=0)]
+NonEmptyFloats = Annotated[tuple[Positive, ...], pydantic.Field(min_length=1)]
+
+
+def check_views(value: object) -> object:
+    """A backbone's views as they are.
+
+    Raises ValueError for what is no number of views and no word for them.
+    """
+    counted = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 64
+    if counted or value in ("flips", "dihedral"):
+        return value
+    raise ValueError(
+        "views is a whole number from 1 to 64, or flips (the crop and its mirror images), or "
+        "dihedral (quarter turns too)"
+    )
+
+
+class Section(pydantic.BaseModel):
+    """A part of a recipe: fixed once read, and closed to keys that it does not know."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)

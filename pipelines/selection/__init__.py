@@ -1,0 +1,1 @@
+"""Choosing among trained heads: the winner, ensembles, corrections for the choice."""

@@ -1,0 +1,427 @@
+"""The winner: chosen on validation folds alone, then shown the test split, which is opened once and
+on record.
+"""
+
+import dataclasses
+import datetime
+import json
+import shlex
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from headrace.cache.atomic_io import lease, publish_replace
+from headrace.cache.errors import HeadraceError
+from headrace.cache.feature_set import FeatureSet
+from headrace.cache.integrity.sealed import SealBroken, read_sealed_json, sealed_json
+from headrace.extract.spec import BackboneSpec
+from headrace.heads.data.features import load_rows
+from headrace.heads.data.task import Task
+from headrace.heads.evaluate.ensemble import average
+from headrace.heads.evaluate.intervals import METHOD, metric_interval
+from headrace.heads.evaluate.metrics import all_metrics
+from headrace.heads.evaluate.temperature import floor_of
+from headrace.heads.persist import require_trusted, save_head
+from headrace.heads.predict import predict_head, tempered
+from headrace.heads.results import read_bank
+from headrace.heads.spec import FULL, SklearnSpec, spec_from_json
+from headrace.pipelines.paths import RunPaths
+
+# Of the test images' hashes, kept with each opening to recognise the same images under another
+# table.
+SKETCH = 256
+
+
+class NoWinner(HeadraceError):
+    """No head was trained in every fold."""
+
+
+@dataclass(frozen=True)
+class TestResult:
+    """The winner's score on the test split, with a 95 % interval over the test images (their
+    groups; `metric_interval`).
+    """
+
+    metric: str
+    value: float
+    low: float
+    high: float
+    images: int
+    openings: int  # how many winners have been shown this test split, this one included
+    metrics: dict[str, float]
+    groups: int | None = (
+        None  # the images are of so many groups, or distinct images; None: as many as images
+    )
+
+
+class OpeningsDamaged(HeadraceError, ValueError):
+    """The record of test openings is not the one that was written, and neither is its copy."""
+
+
+def choose_winner(board: pd.DataFrame, heads: pd.DataFrame) -> pd.Series:
+    """The first row of the leaderboard.
+
+    Raises NoWinner, with the commonest reason, when no head is whole.
+    """
+    if board.empty or board.iloc[0]["failed"] or not board.iloc[0]["final"]:
+        reasons = heads["error"].dropna().value_counts()
+        reason = (
+            f"The commonest reason: {reasons.index[0]}"
+            if len(reasons)
+            else "The metric is undefined in some fold"
+        )
+        raise NoWinner(
+            f"no head is whole, with the metric defined in every fold. {reason}. Every head is in "
+            "heads.parquet and leaderboard.csv"
+        )
+    return board.iloc[0]
+
+
+def save_winner(
+    directory: Path,
+    winner: pd.Series,
+    features: Sequence[FeatureSet],
+    backbones: Sequence[BackboneSpec | None],
+    task: Task,
+    metric: str,
+    temperature: float,
+) -> Path:
+    """Write the winner, trained on every training row, as head.safetensors + head.json in place of
+    an earlier winner.
+
+    backbones: the network that made each of the features, so that the directory can be used away
+    from its run.
+    temperature: what the predictions of its fold heads give (`evidence.calibration`).
+    A winner that is a network is network.safetensors + network.json instead.
+    """
+    if winner["kind"] == "finetune":
+        return _copy_network(directory, winner, metric, temperature)
+    _remove_other(directory, ("network.json", "network.safetensors"))
+    return save_head(
+        directory,
+        spec=spec_from_json(winner["spec"]),
+        task_kind=task.kind,
+        arrays=read_bank(winner["path"]).arrays(winner["spec"], FULL),
+        classes=task.classes,
+        features=[feature.spec for feature in features],
+        metrics={f"validation_{metric}": float(winner[metric])},
+        backbones=[
+            None if backbone is None else dataclasses.asdict(backbone) for backbone in backbones
+        ],
+        temperature=temperature,
+    )
+
+
+def open_test(
+    openings: Path,
+    winner: pd.Series,
+    features: Sequence[FeatureSet],
+    test: Task,
+    train_digest: str,
+    metric: str,
+    groups: npt.NDArray[Any] | None = None,
+    temperature: float = 1.0,
+) -> TestResult:
+    """Score the winner on the test rows and put the opening on record; a repeated call with the
+    same winner reads the record.
+
+    temperature: the winner's, as it is handed out. The same head at another one (runs of earlier
+    versions had none) is no other winner: its decisions are the same, and no test row had a part in
+    it. It is scored again, on the same record.
+    groups: (rows of the test task,) by default the images' content. Rows of one group are not
+    independent of each other, and the interval is over groups. Another winner on the same test
+    images is another opening: the more winners have been shown a test split, the less its score
+    means, and so the count is part of the result.
+    """
+    winner_is = {"train": train_digest, "test": test.digest, **_identity(winner, features)}
+    predict = partial(predict_test, winner, features, test, temperature=temperature)
+    return _opened(openings, winner_is, test, metric, groups, predict, temperature)
+
+
+def open_ensemble_test(
+    openings: Path,
+    members: Sequence[tuple[float, float, pd.Series, Sequence[FeatureSet]]],
+    temperature: float,
+    test: Task,
+    train_digest: str,
+    metric: str,
+    groups: npt.NDArray[Any] | None = None,
+) -> TestResult:
+    """As `open_test`, for an ensemble of (weight, own temperature, row of the leaderboard, its
+    features).
+    """
+    ensemble_is = {
+        "train": train_digest,
+        "test": test.digest,
+        "ensemble": [
+            {"weight": weight, "temperature": own, **_identity(row, features)}
+            for weight, own, row, features in members
+        ],
+        "temperature": temperature,
+    }
+
+    def predict() -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        found = [
+            predict_test(row, features, test, temperature=own) for _, own, row, features in members
+        ]
+        mean = average(
+            np.array([weight for weight, *_ in members]),
+            np.stack([predicted for _, predicted in found]),
+        )
+        return found[0][0], tempered(mean, test.kind, temperature)
+
+    return _opened(openings, ensemble_is, test, metric, groups, predict, temperature)
+
+
+def _identity(winner: pd.Series, features: Sequence[FeatureSet]) -> dict[str, Any]:
+    return {
+        "features": [feature.spec.fingerprint for feature in features],
+        "bank": Path(winner["path"]).name,
+        "inputs": list(winner["inputs"]),
+        "spec": winner["spec"],
+    }
+
+
+def _opened(
+    openings: Path,
+    winner_is: Mapping[str, Any],
+    test: Task,
+    metric: str,
+    groups: npt.NDArray[Any] | None,
+    predict: Callable[[], tuple[npt.NDArray[Any], npt.NDArray[Any]]],
+    temperature: float,
+) -> TestResult:
+    """The record of this opening; if there is none, `predict` gives targets and predictions, and it
+    is made.
+
+    A record whose interval is of an earlier method keeps its score and is given the interval of
+    this one; one of another temperature keeps its date alone.
+    """
+    with lease(_lock(openings)):  # two runs that end at once both count
+        recorded = read_openings(openings)
+        past = [opening for opening in recorded if _overlaps(opening, test)]
+        same = [opening for opening in past if opening["winner"] == winner_is]
+        others = {json.dumps(opening["winner"], sort_keys=True) for opening in past} - {
+            json.dumps(winner_is, sort_keys=True)
+        }
+        for opening in same:
+            of_now = opening.get("interval") == METHOD and _temperature_of(opening) == temperature
+            if opening["result"]["metric"] == metric and of_now:
+                return TestResult(openings=len(others) + 1, **opening["result"])
+        target, predicted = predict()
+        result = _scored(test, target, predicted, metric, groups, len(others) + 1)
+        earlier = next((opening for opening in same if opening["result"]["metric"] == metric), None)
+        if earlier is not None and _temperature_of(earlier) == temperature:
+            kept = {name: earlier["result"][name] for name in ("value", "metrics")}
+            result = dataclasses.replace(result, **kept)
+        opening = {
+            "winner": winner_is,
+            "opened": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "images": _sketch(test),
+            **(earlier or {}),
+            "result": {
+                name: value
+                for name, value in dataclasses.asdict(result).items()
+                if name != "openings"
+            },
+            "interval": METHOD,
+            "temperature": temperature,
+        }
+        if earlier is None:
+            _write_openings(openings, [*recorded, opening])
+        else:
+            _write_openings(openings, [opening if each is earlier else each for each in recorded])
+    return result
+
+
+def _temperature_of(opening: Mapping[str, Any]) -> float:
+    """Of what was scored.
+
+    Records of earlier versions have that of an ensemble in its description, and of a winner none.
+    """
+    return float(opening.get("temperature", opening["winner"].get("temperature", 1.0)))
+
+
+def _scored(
+    test: Task,
+    target: npt.NDArray[Any],
+    predicted: npt.NDArray[Any],
+    metric: str,
+    groups: npt.NDArray[Any] | None,
+    openings: int,
+) -> TestResult:
+    metrics = all_metrics(test.kind, target, predicted)
+    together = np.asarray(test.content if groups is None else groups)
+    assert len(together) == len(target)  # rows without features have left the task before
+    low, high = metric_interval(test.kind, target, predicted, metric, groups=together)
+    count = len(np.unique(together))
+    return TestResult(metric, metrics[metric], low, high, len(target), openings, metrics, count)
+
+
+def predict_test(
+    winner: pd.Series,
+    features: Sequence[FeatureSet],
+    test: Task,
+    *,
+    temperature: float = 1.0,
+    trust_code: Collection[str] | None = None,
+) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """The targets (n,) and the winner's predictions (n, C) of the test rows, at a temperature: what
+    `headrace predict` writes.
+
+    Whoever shows them records an opening first.
+    trust_code: the code that may be imported for it ("module:name"), which else raises
+    CodeNotTrusted; None: whatever it names.
+    """
+    if winner["kind"] == "finetune":
+        from headrace.pipelines.finetune.predict import predict_rows  # imports torch
+
+        run, key = RunPaths(Path(winner["path"]).parent.parent), Path(winner["path"]).stem
+        return test.target, predict_rows(
+            run, key, test, temperature=temperature, trust_code=trust_code
+        )
+    spec = spec_from_json(winner["spec"])
+    if isinstance(spec, SklearnSpec) and trust_code is not None:
+        from headrace.heads.sklearn.bank import estimator_code  # imports scikit-learn
+
+        require_trusted(estimator_code(spec), Path(winner["path"]), trust_code)
+    arrays = read_bank(winner["path"]).arrays(winner["spec"], FULL)
+    X, kept = load_rows(features, test.content, spatial=spec.kind == "conv")
+    views = (
+        X if X.ndim in (3, 5) else X[None]
+    )  # (V, n, D) or (V, n, channels, h, w): several are averaged
+    if len(views) == 1:
+        return test.target[kept], predict_head(spec, arrays, views[0], test.kind, temperature)
+    mean = np.mean([predict_head(spec, arrays, view, test.kind) for view in views], axis=0)
+    return test.target[kept], tempered(
+        mean, test.kind, temperature, floor_of(spec, test.kind, len(test.classes))
+    )
+
+
+def _copy_network(directory: Path, winner: pd.Series, metric: str, temperature: float) -> Path:
+    """The directory of the network that was trained on all rows, copied; its files say what they
+    are by themselves.
+    """
+    from headrace.pipelines.finetune.persist import copy_network  # imports torch
+
+    paths = RunPaths(Path(winner["path"]).parent.parent)
+    metrics = {f"validation_{metric}": float(winner[metric])}
+    copied = copy_network(
+        paths.finetune_model(Path(winner["path"]).stem), directory, metrics, temperature
+    )
+    _remove_other(directory, ("head.json", "head.safetensors"))
+    return copied
+
+
+def _remove_other(directory: Path, names: Sequence[str]) -> None:
+    """Files of a winner of the other kind, which would be taken for this one's."""
+    for name in names:
+        (directory / name).unlink(missing_ok=True)
+
+
+def _sketch(test: Task) -> list[str]:
+    """The smallest content hashes of the test images: two test splits that share a good part of
+    their images share some.
+    """
+    return sorted(test.content.astype(str).tolist())[:SKETCH]
+
+
+def _overlaps(opening: Mapping[str, Any], test: Task) -> bool:
+    return not set(opening["images"]).isdisjoint(_sketch(test))
+
+
+def read_openings(path: Path) -> list[Mapping[str, Any]]:
+    """The record of openings, oldest first, from its copy where it is damaged, emptied or gone.
+
+    Raises OpeningsDamaged.
+    """
+    return _read_twice(path)[0]
+
+
+def mend_openings(path: Path) -> list[str]:
+    """Write the record of openings again where it, or its copy, is not as it was written; what a
+    careful person is told then.
+
+    An opening cannot be undone, so its record is kept twice: with one file lost, neither another
+    score nor a second opening that looks like the first can come of it. Raises OpeningsDamaged
+    where both are.
+    """
+    with lease(_lock(path)):
+        openings, wrong = _read_twice(path)
+        if wrong or (openings and not _copy(path).exists()):
+            _write_openings(path, openings)
+    if not wrong:
+        return []
+    return [
+        f"{path} {wrong}: it was written again from its copy, with {len(openings):,} openings of "
+        "the test split. To start the count again, knowing that the test images have been seen, "
+        f"remove both: rm {shlex.quote(str(path))} {shlex.quote(str(_copy(path)))}"
+    ]
+
+
+def _read_twice(path: Path) -> tuple[list[Mapping[str, Any]], str]:
+    """The openings, and what was wrong with the record, "" where nothing was."""
+    record, copy = _read_record(path), _read_record(_copy(path))
+    if isinstance(copy, list) and copy:
+        if isinstance(record, str):
+            return copy, record
+        # A process that died between the two writes leaves the copy one line behind.
+        if copy[: len(record)] == record and len(copy) > len(record):
+            return (
+                copy,
+                f"lacks {len(copy) - len(record)} of {len(copy)} lines" if record else "is gone",
+            )
+        return record, ""
+    if isinstance(record, str):
+        second = f"its copy {copy}" if isinstance(copy, str) else "it has no copy"
+        raise OpeningsDamaged(
+            f"{path} {record}, and {second}. It says how often the test split was opened, and "
+            "how the winner scored: restore it "
+            "from a backup. Without one, the count starts again, and the next score is of images "
+            f"that a winner may have seen; if you accept that, type: rm {shlex.quote(str(path))} "
+            f"{shlex.quote(str(_copy(path)))}"
+        )
+    return record, ""
+
+
+def _read_record(path: Path) -> list[Mapping[str, Any]] | str:
+    """The openings in a file, none where it is not there; or what is wrong with it."""
+    try:
+        lines = path.read_bytes().splitlines()
+    except FileNotFoundError:
+        return []
+    if not lines:
+        return "is empty"
+    openings: list[Mapping[str, Any]] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            opening = read_sealed_json(line)
+        except SealBroken as error:
+            return f"has changed since it was written (line {number}: {error})"
+        if not {"winner", "result", "images"} <= set(opening):
+            return (
+                f"has changed since it was written, or is of another version (line {number} is no "
+                "opening)"
+            )
+        openings.append(opening)
+    return openings
+
+
+def _write_openings(path: Path, openings: Sequence[Mapping[str, Any]]) -> None:
+    data = b"".join(sealed_json(opening) + b"\n" for opening in openings)
+    publish_replace(path, data)
+    publish_replace(_copy(path), data)
+
+
+def _copy(path: Path) -> Path:
+    return path.with_name(f".{path.name}")
+
+
+def _lock(path: Path) -> Path:
+    return path.with_suffix(".lock")

@@ -1,0 +1,214 @@
+"""The stage that extracts: units of images as tasks, each published by the worker that
+computed it.
+"""
+
+import hashlib
+import time
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from dask.distributed import Client
+from rich.console import Console
+
+from headrace.cache.feature_set import open_feature_set
+from headrace.cache.format.shard import Failure
+from headrace.cache.publish import create_feature_set, feature_set_path, publish_shard, shard_path
+from headrace.extract.run.plan import ExtractJob, unit_name
+from headrace.extract.run.throughput import UnitReport, figures
+from headrace.pipelines.cluster.progress import stage
+from headrace.pipelines.cluster.submit import (
+    Outcome,
+    RunIncomplete,
+    TaskOptions,
+    announced,
+    run_tasks,
+)
+from headrace.pipelines.cluster.task_leases import Claims, claims
+from headrace.pipelines.paths import unit_claims
+
+_ASK_S = 1.0
+
+
+def extract_missing(
+    units: Sequence[ExtractJob],
+    client: Client | None,
+    console: Console,
+    options: TaskOptions | None = None,
+) -> None:
+    """Run units of work; what each publishes stays.
+
+    Raises RunIncomplete when a unit failed or an image went away.
+
+    An image that takes its worker down, or never ends, is found by dividing its unit, and recorded
+    as a failed image.
+
+    client: None for a device of this process's own (a GPU), which is then fed without a pause
+    between units.
+    """
+    options = announced(options or TaskOptions(), console)
+    failures: list[str] = []
+    fatal: list[tuple[ExtractJob, str]] = []  # single images that end whoever decodes them
+    reports: list[UnitReport] = []
+    images = sum(len(job.samples) for job in units)
+    started = time.monotonic()
+    options.tell("stage", stage="extract", total=images, unit="images", tasks=len(units))
+    with ExitStack() as stack:
+        ours = stack.enter_context(claims(unit_claims(Path(units[0].cache_root))))
+        advance = stack.enter_context(stage(console, "extract", images, "images"))
+        watched = replace(options, claims=ours)
+        outcomes = stack.enter_context(
+            closing(_here(units, ours) if client is None else _on_workers(units, client, watched))
+        )
+        done = 0
+        for outcome in outcomes:
+            done += len(outcome.job.samples)
+            if outcome.fatal and not outcome.job.strict:
+                fatal.append((outcome.job, outcome.error or ""))
+                advance(len(outcome.job.samples))
+            elif outcome.result is None:
+                failures.append(_blamed(outcome))
+                advance(len(outcome.job.samples))
+                if outcome.job.strict:
+                    break
+            else:
+                reports.append(outcome.result)
+                now = figures(reports, time.monotonic() - started, images)
+                details = {
+                    "decode_share": now.decode_share,
+                    "network_share": now.device_share,
+                    "disk_share": now.disk_share,
+                    "failed": now.failed,
+                }
+                advance(len(outcome.job.samples), details)
+            options.tell(
+                "progress",
+                done=done,
+                failed=len(fatal) + sum(len(report.failed) for report in reports),
+            )
+        failures += _record(fatal, sum(report.rows for report in reports))
+    unread = [image for report in reports for image in report.unread]
+    if failures:
+        raise RunIncomplete(
+            f"{len(failures):,} of {len(units):,} units of images failed; the others are kept, and "
+            f"the same command tries these again. The first reason: {failures[0]}"
+        )
+    if unread:
+        name, reason = unread[0]
+        raise RunIncomplete(
+            f"{len(unread):,} images went away or changed while they were read, first {name} "
+            f"({reason}); the features of the others are kept. Call again when the images stand "
+            "still"
+        )
+
+
+def _record(fatal: Sequence[tuple[ExtractJob, str]], went_well: int) -> list[str]:
+    """List images that end their workers as failed, each with its reason; returns why that was not
+    done, if so.
+
+    Where most images do, it is the network or the machine, and a record in the cache would outlast
+    what is wrong with them.
+    """
+    if len(fatal) > went_well:
+        return [_blamed_image(job, error) for job, error in fatal]
+    for job, error in fatal:
+        failures = [Failure(sample.id, sample.content, error) for sample in job.samples]
+        for spec in (spec for _, specs in job.networks for spec in specs):
+            publish_shard(
+                create_feature_set(Path(job.cache_root), spec),
+                job.unit,
+                features=np.empty((0, *spec.shape), np.float32),
+                ids=[],
+                content=[],
+                failures=failures,
+                compression=job.compression,
+            )
+    return []
+
+
+def extract_unit(job: ExtractJob) -> UnitReport:
+    """What a worker runs: the unit, unless another driver has published it since the
+    plan was made.
+    """
+    from headrace.extract.run.work_unit import run_unit  # imports torch
+
+    if is_published(job):
+        return UnitReport(job.unit, len(job.samples), (), (), 0.0, 0.0, 0.0)
+    return run_unit(job)
+
+
+def is_published(job: ExtractJob) -> bool:
+    """Whether every feature set of the unit has all its images, as rows or as recorded failures."""
+    directories = [
+        feature_set_path(Path(job.cache_root), spec) for _, specs in job.networks for spec in specs
+    ]
+    # The shards' names are looked for first: reading what feature sets hold takes longer, and is
+    # seldom needed.
+    if not all(shard_path(directory, job.unit).exists() for directory in directories):
+        return False
+    return all(
+        open_feature_set(directory).known().issuperset(job.contents) for directory in directories
+    )
+
+
+def unit_key(job: ExtractJob) -> str:
+    """Names the unit's work: its images, and the feature sets that they are extracted to."""
+    prints = [spec.fingerprint for _, specs in job.networks for spec in specs]
+    return f"extract-{job.unit}-{hashlib.sha256(''.join(prints).encode()).hexdigest()[:8]}"
+
+
+def halves(job: ExtractJob) -> list[tuple[str, ExtractJob]]:
+    """A unit's two halves, with their names; nothing for a unit of one image."""
+    middle = len(job.samples) // 2
+    parts = [part for part in (job.samples[:middle], job.samples[middle:]) if middle]
+    made = [
+        replace(job, samples=part, unit=unit_name([sample.content for sample in part]))
+        for part in parts
+    ]
+    return [(unit_key(half), half) for half in made]
+
+
+def _on_workers(
+    units: Sequence[ExtractJob], client: Client, options: TaskOptions
+) -> Generator[Outcome[ExtractJob, UnitReport], None, None]:
+    jobs = ((unit_key(job), job) for job in units)
+    return run_tasks(client, extract_unit, jobs, options=options, split=halves)
+
+
+def _here(
+    units: Sequence[ExtractJob], ours: Claims
+) -> Generator[Outcome[ExtractJob, UnitReport], None, None]:
+    """The units that no other driver has, in one stream; then, one by one, those that it gives
+    back.
+    """
+    from headrace.extract.run.work_unit import run_units
+
+    mine: list[ExtractJob] = []
+    others: list[ExtractJob] = []
+
+    def claimed() -> Iterator[ExtractJob]:
+        for job in units:
+            if ours.take(unit_key(job)) and not is_published(job):
+                mine.append(job)
+                yield job
+            else:
+                others.append(job)
+
+    for number, report in enumerate(run_units(claimed())):
+        yield Outcome(mine[number], report, None)
+        ours.drop(unit_key(mine[number]))
+    for job in others:
+        while not ours.take(unit_key(job)):
+            time.sleep(_ASK_S)
+        yield Outcome(job, extract_unit(job), None)
+        ours.drop(unit_key(job))
+
+
+def _blamed(outcome: Outcome[ExtractJob, UnitReport]) -> str:
+    return _blamed_image(outcome.job, outcome.error or "") if outcome.fatal else outcome.error or ""
+
+
+def _blamed_image(job: ExtractJob, error: str) -> str:
+    return f"{job.samples[0].path}: {error}. Remove this image, or look at what is wrong with it"

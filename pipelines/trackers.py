@@ -1,0 +1,181 @@
+"""A finished run, told to MLflow and TensorBoard as well.
+
+Nothing is read back; a run that was told is not told twice.
+"""
+
+import hashlib
+import importlib.util
+import json
+import os
+import time
+import uuid
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from headrace.cache.errors import ExtraMissing
+from headrace.cache.home import expand_home, home_directory
+from headrace.pipelines.recipe.sections import LogSection
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from headrace.pipelines.run import RunResult
+
+_DIGEST = "headrace.digest"
+
+
+def require_log(section: LogSection) -> None:
+    """Raises ExtraMissing for a library that is not installed: before the run, not after it."""
+    for wanted, library in ((section.mlflow, "mlflow"), (section.tensorboard, "tensorboard")):
+        if wanted is not None and importlib.util.find_spec(library) is None:
+            raise ExtraMissing(
+                f"log: {library} needs the library {library}, which is not installed: pip install "
+                f"'headrace[{library}]', or leave it out of the recipe"
+            )
+
+
+def log_run(section: LogSection, result: "RunResult") -> str:
+    """Tell a finished run; returns what was done, for people.
+
+    The same results are told once, whatever the number of calls.
+    """
+    told = []
+    if section.mlflow is not None:
+        told.append(f"MLflow {'told' if _to_mlflow(section, result) else 'knows it'}")
+    if section.tensorboard is not None:
+        told.append(f"TensorBoard {'told' if _to_tensorboard(section, result) else 'knows it'}")
+    return ", ".join(told) or "nobody to tell"
+
+
+def mlflow_uri(place: str) -> str:
+    """A tracking URI as it is; a path is a folder with a SQLite file in it."""
+    if "://" in place:
+        return place
+    return f"sqlite:///{expand_home(place).absolute() / 'mlflow.db'}"
+
+
+def run_digest(result: "RunResult") -> str:
+    """Of the leaderboard and the test score: equal for a run that found the same."""
+    board = result.board.drop(columns=["path", "seconds"], errors="ignore")
+    text = board.to_csv(index=False) + repr(result.test)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _to_mlflow(section: LogSection, result: "RunResult") -> bool:
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # nobody asked for it
+    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+    if home_directory() is None:
+        os.environ["HOME"] = str(
+            result.paths.root
+        )  # MLflow is not imported without one; it keeps nothing there
+    from mlflow import MlflowClient
+
+    assert section.mlflow is not None
+    uri = mlflow_uri(section.mlflow)
+    folder = None if "://" in section.mlflow else expand_home(section.mlflow).absolute()
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    client = MlflowClient(tracking_uri=uri)
+    experiment = client.get_experiment_by_name(section.experiment)
+    if experiment is None:
+        location = None if folder is None else (folder / "artifacts" / section.experiment).as_uri()
+        number = client.create_experiment(section.experiment, artifact_location=location)
+    else:
+        number = experiment.experiment_id
+    digest = run_digest(result)
+    if client.search_runs([number], f"tags.`{_DIGEST}` = '{digest}'", max_results=1):
+        return False
+    name = result.paths.root.name
+    whole = client.create_run(number, tags={"mlflow.runName": name})
+    _tell(client, whole.info.run_id, _parameters(result), _metrics(result))
+    for path in (result.paths.leaderboard, result.paths.recipe):
+        if path.exists():
+            client.log_artifact(whole.info.run_id, str(path))
+    for _, row in result.board.head(section.settings).iterrows():
+        tags = {"mlflow.parentRunId": whole.info.run_id, "mlflow.runName": f"{name} #{row['rank']}"}
+        child = client.create_run(number, tags=tags)
+        _tell(
+            client,
+            child.info.run_id,
+            _row_parameters(row),
+            {result.metric: float(row[result.metric])},
+        )
+        client.set_terminated(child.info.run_id)
+    # Last: a call that is killed before this is told again, whole.
+    client.set_tag(whole.info.run_id, _DIGEST, digest)
+    client.set_terminated(whole.info.run_id)
+    return True
+
+
+def _tell(
+    client: Any, run: str, parameters: Mapping[str, str], metrics: Mapping[str, float]
+) -> None:
+    from mlflow.entities import Metric, Param
+
+    now = int(time.time() * 1000)
+    client.log_batch(
+        run,
+        metrics=[Metric(name, value, now, 0) for name, value in metrics.items() if value == value],
+        params=[Param(name, value[:500]) for name, value in parameters.items()],
+    )
+
+
+def _to_tensorboard(section: LogSection, result: "RunResult") -> bool:
+    from torch.utils.tensorboard import SummaryWriter  # imports torch
+    from torch.utils.tensorboard.summary import hparams
+
+    assert section.tensorboard is not None
+    place = (
+        section.tensorboard / section.experiment / f"{result.paths.root.name}-{run_digest(result)}"
+    )
+    if place.exists():
+        return False
+    temporary = place.with_name(f".{place.name}.{uuid.uuid4().hex}.partial")
+    with SummaryWriter(str(temporary)) as writer:
+        for name, value in _metrics(result).items():
+            writer.add_scalar(name, value)
+        columns = ["rank", "inputs", "kind", "settings", result.metric]
+        table = result.board.head(section.settings)[columns].astype(str)
+        rows = [columns, ["---"] * len(columns), *table.to_numpy().tolist()]
+        writer.add_text("leaderboard", "\n".join(f"| {' | '.join(row)} |" for row in rows))
+    for _, row in result.board.head(section.settings).iterrows():
+        score = float(row[result.metric])
+        if score != score:
+            continue
+        with SummaryWriter(str(temporary / f"{int(row['rank']):04d}")) as writer:
+            for part in hparams(_row_parameters(row), {result.metric: score}):  # type: ignore[no-untyped-call]
+                writer.file_writer.add_summary(part)
+            writer.add_scalar(result.metric, score)
+    temporary.rename(place)
+    return True
+
+
+def _metrics(result: "RunResult") -> dict[str, float]:
+    metrics = {f"validation_{result.metric}": float(result.winner[result.metric])}
+    if result.selection is not None:
+        metrics[f"expected_{result.metric}"] = float(result.selection.expected)
+    if result.test is not None:
+        metrics |= {f"test_{name}": float(value) for name, value in result.test.metrics.items()}
+        metrics |= {
+            f"test_{result.metric}_low": result.test.low,
+            f"test_{result.metric}_high": result.test.high,
+        }
+    return {name: value for name, value in metrics.items() if value == value}
+
+
+def _parameters(result: "RunResult") -> dict[str, str]:
+    counts = {
+        "settings": len(result.board),
+        "heads": len(result.heads),
+        "failed_images": result.failed_images,
+    }
+    return {f"winner_{name}": value for name, value in _row_parameters(result.winner).items()} | {
+        name: str(value) for name, value in counts.items()
+    }
+
+
+def _row_parameters(row: "pd.Series") -> dict[str, str]:
+    spec = json.loads(row["spec"])
+    return {"inputs": " + ".join(row["inputs"]), "kind": str(row["kind"])} | {
+        name: str(value) for name, value in spec.items() if name != "kind"
+    }

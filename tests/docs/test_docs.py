@@ -1,0 +1,254 @@
+"""The pages: built without a warning and read without a network, complete, and without a name that
+does not exist.
+"""
+
+import ast
+import html.parser
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+import yaml
+from sphinx.util.inventory import InventoryFile
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from headrace.pipelines.cli.main import app
+from headrace.pipelines.recipe.load import Recipe
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+PAGES = [
+    ROOT / "README.md",
+    *sorted(
+        page
+        for page in DOCS.rglob("*.md")
+        if "_site" not in page.parts and page.parent.name != "reference"
+    ),
+]
+PACKAGES = ("cache", "extract", "heads", "pipelines")
+CLI = (DOCS / "reference" / "cli.md").read_text()
+RECIPE = (DOCS / "reference" / "recipe.md").read_text()
+
+
+def name_of(page):
+    """Short, for the tests' names."""
+    return page.relative_to(ROOT).as_posix()
+
+
+def blocks(page, language):
+    """The fenced code blocks of one language in a page."""
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.S | re.M)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The built site."""
+    folder = tmp_path_factory.mktemp("site")
+    command = [
+        sys.executable,
+        "-m",
+        "sphinx",
+        "-W",
+        "--keep-going",
+        "-q",
+        "-b",
+        "html",
+        "-d",
+        folder / "trees",
+        DOCS,
+    ]
+    done = subprocess.run([*command, folder / "html"], capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "html"
+
+
+class Links(html.parser.HTMLParser):
+    """What a page points to, what it loads by itself, and the places in it that can be
+    pointed to.
+    """
+
+    def __init__(self, text):
+        super().__init__()
+        self.links, self.loads, self.places = [], [], {""}
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        values = dict(attributes)
+        self.places |= {values.get("id"), values.get("name")}
+        if tag == "a" and values.get("href"):
+            self.links.append(values["href"])
+        loaded = values.get("src") or (values.get("href") if tag == "link" else None)
+        if loaded and values.get("rel") not in ("index", "search", "next", "prev", "genindex"):
+            self.loads.append(loaded)
+
+
+@pytest.mark.slow
+def test_every_link_of_the_site_leads_somewhere_and_nothing_is_loaded_from_elsewhere(site):
+    """Each page and each place in it exists; no page needs a network."""
+    pages = {file: Links(file.read_text()) for file in site.rglob("*.html")}
+    assert len(pages) > 10
+    for file, found in pages.items():
+        for link in found.loads:
+            assert not re.match(r"(https?:)?//", link), f"{file.name} loads {link}"
+        for link in found.links:
+            if re.match(r"[a-z]+:", link):
+                continue
+            target, _, place = unquote(link).partition("#")
+            page = (file.parent / target).resolve() if target else file
+            assert page.exists(), f"{file.name} links to {link}"
+            if place and page in pages:
+                assert place in pages[page].places, f"{file.name} links to {link}"
+    for style in site.rglob("*.css"):
+        assert not re.search(r"(@import|url\()\s*[\"']?(https?:)?//", style.read_text()), style
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_public_name_is_documented_and_every_documented_one_is_public(site, package):
+    """The names in `__all__` are those of the Python pages."""
+    module = f"headrace.{package}"
+    inventory = InventoryFile.loads((site / "objects.inv").read_bytes(), uri="").data
+    names = {name for kind, names in inventory.items() if kind.startswith("py:") for name in names}
+    # Without what stands below a name, and without the places where the code of these names lies.
+    documented = {
+        name.removeprefix(f"{module}.") for name in names if re.fullmatch(rf"{module}\.\w+", name)
+    }
+    public = set(importlib.import_module(module).__all__)
+    page = f"docs/reference/python/{package}.md"
+    assert documented == public, (
+        f"a constant needs a line of its own in {page}: {sorted(public - documented)}"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("package", ["evidence", "finetune", "report", "deliver"])
+def test_the_sub_packages_have_their_functions_in_the_reference(site, package):
+    """Several each, with what they take and what they raise: no documented function is without a
+    docstring.
+    """
+    inventory = InventoryFile.loads((site / "objects.inv").read_bytes(), uri="").data
+    home = f"headrace.pipelines.{package}."
+    names = [name for name in inventory["py:function"] if name.startswith(home)]
+    assert len(names) >= 2
+    for name in names:
+        module, _, function = name.rpartition(".")
+        assert getattr(importlib.import_module(module), function).__doc__, name
+
+
+def helped():
+    """What `--help` itself shows: {full name of a command: its options}."""
+    runner, found = CliRunner(), {}
+
+    def walk(command, words):
+        text = runner.invoke(app, [*words, "--help"], env={"COLUMNS": "200", "TERM": "dumb"}).output
+        options = set(
+            re.findall(
+                r"(?<![\w-])--[a-z][a-z-]+", "\n".join(re.findall(r"^│ [ *]*(--.*)$", text, re.M))
+            )
+        )
+        children = getattr(command, "commands", {})
+        if not children:
+            found[" ".join(["headrace", *words])] = options - {"--help"}
+        for name, child in children.items():
+            walk(child, [*words, name])
+
+    walk(get_command(app), [])
+    return found
+
+
+HELPED = helped()
+
+
+def test_every_command_and_option_is_documented_and_every_documented_one_exists():
+    """reference/cli.md against what `--help` prints."""
+    sections = dict(re.findall(r"^## (headrace [^\n]*)\n(.*?)(?=^## |\Z)", CLI, re.S | re.M))
+    assert set(sections) == set(HELPED)
+    assert any(HELPED.values())
+    for name, text in sections.items():
+        listed = set(
+            re.findall(r"`(--[a-z][a-z-]+)`", "\n".join(re.findall(r"^\| (`-.*?) \|", text, re.M)))
+        )
+        assert listed == HELPED[name], name
+
+
+def test_every_command_shows_an_example_in_a_line_of_its_own():
+    """And the example is of that command, with options that it has (as `headrace --help` shows them
+    in its reference).
+    """
+    for name, text in re.findall(r"^## (headrace [^\n]*)\n(.*?)(?=^## |\Z)", CLI, re.S | re.M):
+        (example,) = re.findall(r"^```sh\n(.*?)\n```", text, re.S | re.M)
+        assert example.startswith(name), name
+        assert {word for word in shlex.split(example) if word.startswith("--")} <= HELPED[name], (
+            name
+        )
+
+
+def test_every_recipe_key_is_documented_and_every_documented_one_exists():
+    """reference/recipe.md against the recipe's JSON schema."""
+    schema = Recipe.model_json_schema()
+    expected = {("", key) for key in schema["properties"]}
+
+    def walk(node, path):
+        if "$ref" in node:
+            node = schema["$defs"][node["$ref"].rsplit("/", 1)[1]]
+            expected.update((".".join(path), key) for key in node.get("properties", {}))
+        for key, child in node.get("properties", {}).items():
+            walk(child, (*path, key))
+        for child in [*node.get("anyOf", []), node.get("items", {})]:
+            if isinstance(child, dict) and child:
+                walk(child, path)
+
+    for key, child in schema["properties"].items():
+        walk(child, (key,))
+    documented = set()
+    for title, text in re.findall(r"^## ([^\n]*)\n(.*?)(?=^## |\Z)", RECIPE, re.S | re.M):
+        section = "" if title == "Top level" else title
+        documented |= {(section, key) for key in re.findall(r"^\| `(\w+)` \|", text, re.M)}
+    assert documented == expected
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_commands_in_the_pages_exist(page):
+    """Each `headrace …` in a block of commands is a command with options that it has."""
+    for line in "\n".join(blocks(page, "sh")).replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        if words[:1] != ["headrace"] or words[1:2] in (
+            ["--help"],
+            ["--version"],
+            ["--install-completion"],
+        ):
+            continue
+        names = [" ".join(words[:size]) for size in (2, 3)]
+        name = next((name for name in names if name in HELPED), None)
+        assert name, f"{page.name}: there is no command {line!r}"
+        options = {word.split("=")[0] for word in words if word.startswith("--")}
+        assert options <= HELPED[name] | {"--help"}, f"{page.name}: {line!r}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_recipes_in_the_pages_are_valid(page):
+    """Each block of YAML is a recipe, or a part of one with right keys and values."""
+    for block in blocks(page, "yaml"):
+        values = yaml.safe_load(block)
+        Recipe.model_validate(
+            {"images": {"folder": "photos"}, "backbones": [{"name": "timm:resnet18"}], **values}
+        )
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_python_in_the_pages_imports_what_there_is(page):
+    """Each block of Python can be read, and every name that it takes from headrace is there."""
+    for block in blocks(page, "python"):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("headrace"):
+                module = importlib.import_module(node.module)
+                for alias in node.names:
+                    assert hasattr(module, alias.name), (
+                        f"{page.name}: {node.module} has no {alias.name}"
+                    )

@@ -1,0 +1,143 @@
+"""The README does what it says: its commands, its recipe and its Python run as written, and its
+tree is the tree.
+"""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.runs import headrace, make_photos
+from typer.main import get_command
+
+from headrace.pipelines.cli.main import app
+from headrace.pipelines.recipe.load import load_recipe
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "ARCHITECTURE.md",
+    ROOT / "CHANGELOG.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
+
+
+def blocks(language):
+    """The fenced code blocks of one language."""
+    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder of photos, as a reader of the README has one."""
+    folder = tmp_path_factory.mktemp("readme")
+    make_photos(folder / "photos", n=40)
+    return folder
+
+
+def test_the_two_commands_are_words_of_the_makefile():
+    """`make demo` and `make test`."""
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
+    asked = set(re.findall(r"^make ([a-z]+)", "\n".join(blocks("sh")), re.M))
+    assert {"demo", "test"} <= asked <= targets
+
+
+@pytest.mark.slow
+def test_its_commands_run_as_written(folder):
+    """init, a dry run that writes nothing, and the run; then the recipe that the README shows."""
+    commands = [
+        line
+        for block in blocks("sh")
+        for line in block.splitlines()
+        if line.startswith("headrace ")
+    ]
+    assert [command.split()[1] for command in commands] == ["init", "run", "run", "report"]
+    for command in commands:
+        done = headrace(*shlex.split(command, comments=True)[1:], cwd=folder)
+        assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+    assert "Wrote" in done.stdout
+    (recipe,) = blocks("yaml")
+    (folder / "readme.yaml").write_text(recipe)
+    assert load_recipe(folder / "readme.yaml").images.folder == folder / "photos"
+    done = headrace("run", "readme.yaml", cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_its_python_runs_as_written(folder):
+    """Each block is a script of its own, run where the photos are."""
+    for number, block in enumerate(blocks("python")):
+        script = folder / f"block{number}.py"
+        script.write_text(block)
+        done = subprocess.run(
+            [sys.executable, script], cwd=folder, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, f"{block}\n{done.stdout}{done.stderr}"
+        assert done.stdout
+
+
+def test_its_tree_is_the_tree():
+    """The folders are those on disk, and each module begins with what it is for, as the README
+    says.
+    """
+    tree = README.split("## The tree")[1]
+    packages = re.findall(r"^([a-z]+)/ ", tree, re.M)
+    assert packages == ["extract", "cache", "heads", "pipelines"]
+    for package in packages:
+        for file in (ROOT / package).rglob("*.py"):
+            text = file.read_text(encoding="utf-8")
+            assert text.startswith('"""') or file.name == "__init__.py" or not text, file
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_within_the_tree_resolves(page):
+    """Pictures and pages."""
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
+        assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_references_of_commands_and_recipe_keys_are_what_the_code_says():
+    """docs/reference/cli.md and recipe.md, which are written by docs/generate.py."""
+    command = [sys.executable, ROOT / "docs" / "generate.py", "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_command_and_option_has_help():
+    """`--help` says what each is for."""
+
+    def walk(command, name):
+        assert command.help, name
+        for parameter in command.params:
+            assert getattr(parameter, "help", None) or parameter.name in (
+                "install_completion",
+                "show_completion",
+            ), f"{name} {parameter.name}"
+        for child, sub in getattr(command, "commands", {}).items():
+            walk(sub, f"{name} {child}")
+
+    walk(get_command(app), "headrace")
+
+
+@pytest.mark.parametrize(
+    "recipe", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.name
+)
+def test_every_example_recipe_is_valid(recipe):
+    """Every key of every example is one that headrace knows."""
+    load_recipe(recipe)
+
+
+def test_the_shell_completes_commands():
+    """What `headrace --install-completion` puts into the shell asks the program, and it answers."""
+    environment = os.environ | {
+        "_HEADRACE_COMPLETE": "complete_bash",
+        "COMP_WORDS": "headrace pre",
+        "COMP_CWORD": "1",
+    }
+    headrace = Path(sys.executable).with_name("headrace")
+    done = subprocess.run([headrace], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["predict"]

@@ -1,0 +1,130 @@
+"""The fast CPU form: used where it is the same network, and not where it would not be."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from headrace.extract.backbones.backbone import load_backbone
+from headrace.extract.backbones.fused import _FusedConv, fusable, fused, same_outputs
+from headrace.extract.images.preprocessing import Preprocessing
+from headrace.extract.spec import BackboneSpec
+from headrace.extract.taps.forward import make_forward, normalisation
+from headrace.extract.taps.resolve import resolve_taps
+
+pytestmark = pytest.mark.skipif(not fusable(), reason="this PyTorch has no oneDNN")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def how() -> Preprocessing:
+    return Preprocessing((32, 32), (32, 32), "squash", "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+class UsedTwice(nn.Module):
+    """The convolution's output goes into the normalisation and, before it, into a sum: folding
+    would change the sum.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        raw = self.conv(x)
+        out: Tensor = self.head(self.norm(raw) + raw)
+        return out
+
+
+def used_twice() -> tuple[nn.Module, Preprocessing]:
+    torch.manual_seed(0)
+    module = UsedTwice()
+    nn.init.normal_(module.norm.running_mean, std=2.0)  # type: ignore[arg-type]
+    return module, how()
+
+
+class SharedActivation(nn.Module):
+    """One activation module in two places: after a convolution, and after a sum that no kernel has
+    activated.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.second, self.act = nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.norm(self.first(x)))
+        out: Tensor = self.act(self.second(x) - x)
+        return out
+
+
+def shared_activation() -> tuple[nn.Module, Preprocessing]:
+    torch.manual_seed(0)
+    return SharedActivation(), how()
+
+
+def outputs(name: str, taps: list[str]) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """What the pass gives, and what the untouched modules give."""
+    backbone = load_backbone(BackboneSpec(f"python:test_extract_fuse:{name}"))
+    pixels = torch.randint(0, 256, (3, 32, 32, 3), dtype=torch.uint8)
+    found = make_forward(backbone, resolve_taps(backbone, taps))(pixels)
+    wanted: dict[str, Tensor] = {}
+    handles = [
+        module.register_forward_hook(lambda _m, _a, out, key=key: wanted.update({key: out.clone()}))
+        for key, module in backbone.module.named_modules()
+    ]
+    with torch.inference_mode():
+        backbone.module(normalisation(backbone, "cpu")(pixels))
+    for handle in handles:
+        handle.remove()
+    return found, wanted
+
+
+def test_a_value_that_is_used_twice() -> None:
+    """What the watch of one run cannot see, the comparison of results does."""
+    (head,), wanted = outputs("used_twice", ["head.map"])
+    assert same_outputs([head], [wanted["head"]])
+    backbone = load_backbone(BackboneSpec("python:test_extract_fuse:used_twice"))
+    x = torch.randn(1, 3, 32, 32)
+    with torch.inference_mode():
+        wrongly = fused(backbone.module, {"head"}, x)
+        assert not same_outputs([wrongly(x)], [backbone.module(x)]), (
+            "else this network tests nothing"
+        )
+
+
+def test_an_activation_in_two_places() -> None:
+    """It is passed over exactly where a kernel has applied it."""
+    (logits,), wanted = outputs("shared_activation", ["logits.map"])
+    assert same_outputs([logits], [wanted[""]])
+    assert float(logits.min()) == 0
+
+
+def test_taps_inside_what_could_be_fused() -> None:
+    """A tapped convolution is before its normalisation, a tapped normalisation before its
+    activation.
+    """
+    for tap in ("first", "norm", "second"):
+        (found,), wanted = outputs("shared_activation", [f"{tap}.map"])
+        assert same_outputs([found], [wanted[tap]]), tap
+        assert float(wanted[tap].min()) < 0
+
+
+@pytest.mark.parametrize(
+    "name", ["timm:tf_efficientnet_lite0", "torchvision:resnet18", "timm:mobilenetv4_conv_small"]
+)
+def test_ordinary_networks_are_fused(name: str) -> None:
+    """Every convolution with a normalisation becomes one kernel; without this the form would be
+    quietly unused.
+    """
+    backbone = load_backbone(BackboneSpec(name, "random:0", image_size=64))
+    module = fused(backbone.module, set(), torch.zeros(1, 3, 64, 64))
+    norms = [child for child in module.modules() if isinstance(child, nn.BatchNorm2d)]
+    assert norms == []
+    assert sum(isinstance(child, _FusedConv) for child in module.modules()) >= 20
+    assert any(isinstance(child, nn.BatchNorm2d) for child in backbone.module.modules()), (
+        "the original is untouched"
+    )

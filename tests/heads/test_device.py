@@ -1,0 +1,77 @@
+"""Where a run's workers train heads: what the recipe says, and a GPU by itself only for one worker
+that has it alone.
+"""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from headrace.heads.bank import GPU_KINDS, BadBank
+from headrace.pipelines.paths import RunPaths
+from headrace.pipelines.planning import run_state as prepare
+from headrace.pipelines.recipe.load import parse_recipe
+from headrace.pipelines.stages.train import bank_jobs
+
+RECIPE = (
+    "images: {{folder: photos}}\nbackbones: [{{name: 'timm:test_resnet'}}]\ncompute: "
+    "{{{compute}}}\n{more}"
+)
+
+
+def recipe_of(compute="", more=""):
+    return parse_recipe(RECIPE.format(compute=compute, more=more), Path("recipe.yaml"))
+
+
+def test_a_gpu_is_taken_by_the_only_worker_of_this_machine(monkeypatch):
+    """auto: one worker has it; of several, or on a cluster, none does; without a GPU all are on the
+    CPU.
+    """
+    assert prepare.find_heads_device(recipe_of("workers: 1")) in ("cpu", "cuda")
+    monkeypatch.setattr(
+        prepare, "find_device", lambda wanted: "cuda" if wanted == "auto" else wanted
+    )
+    assert prepare.find_heads_device(recipe_of("workers: 1")) == "cuda"
+    assert prepare.find_heads_device(recipe_of("workers: 8"), workers=1) == "cuda"
+    assert prepare.find_heads_device(recipe_of("workers: 1"), workers=8) == "cpu"
+    assert prepare.find_heads_device(recipe_of()) == "cpu"
+    assert prepare.find_heads_device(recipe_of("workers: 1, heads_device: cpu")) == "cpu"
+    assert prepare.find_heads_device(recipe_of("workers: 1", "cluster: {where: slurm}")) == "cpu"
+    assert (
+        prepare.find_heads_device(recipe_of("heads_device: cuda", "cluster: {where: slurm}"))
+        == "cuda"
+    )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_gpu_that_is_not_there_is_refused_before_anything_is_done(tmp_path):
+    """By the dry run too: the key is named, and what to give instead."""
+    with pytest.raises(BadBank, match=r"'cuda' cannot be used .* compute\.heads_device: cpu"):
+        prepare.find_heads_device(recipe_of("heads_device: cuda"))
+    with pytest.raises(BadBank, match="cannot be used on this machine"):
+        prepare.survey(
+            recipe_of("heads_device: cuda").model_copy(update={"out": tmp_path / "run"}),
+            write=False,
+        )
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_device_goes_to_the_banks_that_can_use_it(tmp_path, device):
+    """Others are left on the CPU, where they compute whatever they are told."""
+    kinds = ("logistic", "ridge", "mlp", "conv", "knn", "centroid", "sklearn")
+    banks = [
+        SimpleNamespace(kind=kind, inputs=(), halving=None, specs=(), group=kind, key="0")
+        for kind in kinds
+    ]
+    found = SimpleNamespace(
+        paths=RunPaths(tmp_path),
+        plan=SimpleNamespace(banks=banks),
+        directories={},
+        dataset=SimpleNamespace(train=SimpleNamespace(digest="0" * 24)),
+    )
+    given = dict(zip(kinds, [job.device for job in bank_jobs(found, device)], strict=True))
+    assert {kind for kind, where in given.items() if where == device} >= set(GPU_KINDS)
+    assert {where for kind, where in given.items() if kind not in GPU_KINDS} == {"cpu"}
+    assert all(job.device == "cpu" for job in bank_jobs(found))

@@ -1,0 +1,37 @@
+"""Parts of a prediction are used only as they were written."""
+
+import random
+from types import SimpleNamespace
+
+import numpy as np
+
+from headrace.pipelines.predict.bulk import PartJob, _known, _open_part, _part_bytes
+
+
+def test_a_damaged_part_is_predicted_again(tmp_path):
+    """Whatever bit of it has changed: its images are not known, or its numbers are those that were
+    written.
+    """
+    keys = tuple((f"photos/{number}.png", f"stamp {number}") for number in range(20))
+    part = tmp_path / "part.parquet"
+    job = PartJob("model", "digest", (), keys, str(part))
+    numbers = np.random.default_rng(0).random((20, 2), np.float32)
+    good = _part_bytes(job, numbers, [None] * 20, np.zeros(20, np.bool_))
+    model, draw, damaged = SimpleNamespace(digest="digest"), random.Random(0), 0
+    part.write_bytes(good)
+    assert _known(tmp_path, model, final=False) == {
+        key: (part, row) for row, key in enumerate(keys)
+    }
+    for bit in [draw.randrange(8 * len(good)) for _ in range(200)]:
+        data = bytearray(good)
+        data[bit // 8] ^= 1 << bit % 8
+        part.write_bytes(data)
+        if known := _known(tmp_path, model, final=False):
+            assert set(known) == set(keys)
+            assert (_open_part({}, part, 2)[0] == numbers).all()
+        else:
+            damaged += 1
+    assert damaged > 190
+    for data in (b"", good[:-1], good[: len(good) // 2]):
+        part.write_bytes(data)
+        assert _known(tmp_path, model, final=False) == {}

@@ -1,0 +1,58 @@
+"""A decision about a network holds as long as the network and its results are there and whole."""
+
+import json
+
+import pytest
+from support.models import run_here
+from support.networks import WEAK_HEAD_RECIPE
+from support.runs import make_photos
+
+from headrace.pipelines.finetune.persist import load_network
+
+FINETUNE = """\
+finetune: {depths: [layer3], learning_rate: [0.001], epochs: 2, batch_size: 16}
+compute: {workers: 1, images_per_shard: 64}
+"""
+
+
+@pytest.mark.slow
+def test_what_is_damaged_is_trained_again_and_what_is_whole_is_not(tmp_path):
+    """A cut network, a flipped bit in it, damaged or removed results, a changed decision: each ends
+    in the same run.
+    """
+    make_photos(tmp_path / "photos", n=32)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(WEAK_HEAD_RECIPE + FINETUNE)
+    first = run_here(recipe)
+    paths = first.paths
+    assert first.winner["kind"] == "finetune"
+    assert first.finetuned.trained == 1
+    model = next((paths.finetune / "models").glob("*/network.safetensors"))
+    result = next(paths.finetune.glob("*.h5"))
+    decisions = paths.finetune_decisions
+    flip = bytearray(model.read_bytes())
+    flip[-2000] ^= 64
+    part = bytearray(result.read_bytes())
+    part[9000] ^= 1
+    changed = decisions.read_bytes().replace(b'"kept"', b'"lost"')
+    for file, data, trained in (
+        (model, model.read_bytes()[:5000], 1),
+        (model, bytes(flip), 1),
+        (result, bytes(part), 1),
+        (result, None, 1),
+        (decisions, changed, 1),
+        (decisions, decisions.read_bytes(), 0),
+    ):
+        file.unlink()
+        if data is not None:
+            file.write_bytes(data)
+        again = run_here(recipe)
+        assert again.finetuned.trained == trained, file
+        assert again.board[["kind", "settings", "log_loss"]].equals(
+            first.board[["kind", "settings", "log_loss"]]
+        ), file
+        assert again.test == first.test, file
+        load_network(model.parent)
+        load_network(paths.winner)
+    assert len(paths.openings.read_text().splitlines()) == 1
+    assert next(iter(json.loads(decisions.read_bytes()).values()))["decision"] == "kept"

@@ -1,0 +1,164 @@
+"""Planning is pure: from literals to what has to be done."""
+
+import dataclasses
+
+import pytest
+
+from headrace.cache.planner import DiskTooSmall
+from headrace.cache.spec import FeatureSpec
+from headrace.heads.spec import Halving, LogisticSpec, MLPSpec
+from headrace.pipelines.planning.plan import (
+    FeaturePlan,
+    bank_group,
+    check_space,
+    feature_plan,
+    fingerprints_of,
+    plan_run,
+)
+from headrace.pipelines.recipe.grid import Wanted, wanted_heads
+from headrace.pipelines.recipe.heads import Heads
+from headrace.pipelines.recipe.load import RecipeError
+
+NAMES = ["early.avg", "late.avg"]
+
+
+def feature(name, known=0, total=100, shape=(8,), dtype="float16"):
+    tap, reduction = name.rsplit(".", 1)
+    spec = FeatureSpec("b", "w", tap, reduction, "{}", "{}", "d", "float32", dtype, shape)
+    return FeaturePlan(name, (spec,), known, total, total - known)
+
+
+def planned(heads, trained=None):
+    return plan_run(
+        features=[feature(name) for name in NAMES],
+        units=[],
+        images=100,
+        images_new=0,
+        wanted=wanted_heads(Heads.model_validate(heads), NAMES),
+        task_digest="t",
+        folds=5,
+        rows=75,
+        outputs=2,
+        trained=lambda group: (trained or {}).get(group, {}),
+    )
+
+
+def test_heads_are_the_product_of_the_lists_on_every_input():
+    """each: every feature set alone; all: side by side; nothing twice."""
+    heads = {
+        "logistic": {"C": [1, 0.1, 1], "class_weight": ["none", "balanced"]},
+        "mlp": {"seed": [0, 1]},
+    }
+    wanted = wanted_heads(Heads.model_validate(heads), NAMES)
+    logistic = [(inputs, specs) for inputs, specs, _ in wanted if specs[0].kind == "logistic"]
+    assert [inputs for inputs, _ in logistic] == 2 * [
+        ("early.avg",),
+        ("late.avg",),
+        ("early.avg", "late.avg"),
+    ]
+    assert logistic[0][1] == (LogisticSpec(C=0.1), LogisticSpec(C=1.0))
+    (inputs, specs, _), *rest = [item for item in wanted if item.specs[0].kind == "mlp"]
+    assert not rest
+    assert inputs == ("early.avg", "late.avg")
+    assert len(set(specs)) == len(specs) == 2 * 2 * 2  # hidden x dropout x seed
+
+
+def test_with_one_feature_set_each_and_all_are_the_same():
+    """No head is trained twice under two names."""
+    wanted = wanted_heads(Heads.model_validate({"logistic": {}}), ["only.avg"])
+    assert [each.inputs for each in wanted] == [("only.avg",)]
+
+
+def test_an_input_that_is_not_there_names_the_nearest():
+    """A typing error in heads.inputs."""
+    with pytest.raises(RecipeError, match=r"did you mean 'early\.avg'"):
+        wanted_heads(Heads.model_validate({"logistic": {"inputs": [["early.agv"]]}}), NAMES)
+
+
+def test_only_missing_specs_are_planned():
+    """A recipe with one more strength trains that one alone."""
+    early = Wanted(("early.avg",), (LogisticSpec(C=0.1),))
+    group = bank_group("t", early, fingerprints_of([feature("early.avg")]))
+    there = {group: {"file": frozenset({LogisticSpec(C=0.1)})}}
+    plan = planned({"logistic": {"C": [0.1, 1], "inputs": ["each"]}}, there)
+    assert [(bank.inputs, bank.specs) for bank in plan.banks] == [
+        (("early.avg",), (LogisticSpec(C=1.0),)),
+        (("late.avg",), (LogisticSpec(C=0.1), LogisticSpec(C=1.0))),
+    ]
+    assert (plan.heads_new, plan.heads_total) == (3 * 5, 4 * 5)
+
+
+def test_another_task_features_kind_or_halving_is_another_group():
+    """Results are never mistaken for those of other data, or of other training."""
+    fingerprints = {"a": ["1"], "b": ["2"], "both": ["1", "2"]}
+    groups = {
+        bank_group(task, Wanted(inputs, (spec,), halving), fingerprints)
+        for task in ("t", "u")
+        for inputs in (("a",), ("b",), ("a", "b"), ("b", "a"))
+        for spec, halving in ((LogisticSpec(C=1), None), (MLPSpec(), None), (MLPSpec(), Halving()))
+    }
+    assert len(groups) == 2 * 4 * 3
+
+
+def test_convolution_heads_are_given_maps_and_the_others_are_not():
+    """`each` and `all` mean what a kind can use; a name means itself."""
+    heads = Heads.model_validate(
+        {"conv": {}, "logistic": {"inputs": ["each", "all", ["late.map"]]}}
+    )
+    wanted = wanted_heads(heads, ["early.avg", "late.avg", "late.map"])
+    inputs = {
+        kind: [each.inputs for each in wanted if each.specs[0].kind == kind]
+        for kind in ("conv", "logistic")
+    }
+    assert inputs["conv"] == [("late.map",)]
+    assert inputs["logistic"] == [
+        ("early.avg",),
+        ("late.avg",),
+        ("early.avg", "late.avg"),
+        ("late.map",),
+    ]
+    with pytest.raises(RecipeError, match=r"layer3\.map"):
+        wanted_heads(Heads.model_validate({"conv": {}}), ["early.avg"])
+    with pytest.raises(RecipeError, match=r"late\.avg"):
+        wanted_heads(Heads.model_validate({"logistic": {}}), ["late.map"])
+
+
+def test_views_count_once_as_images_and_each_in_bytes():
+    """A tap with an augmented view is one input; what a view lacks is what has to be computed."""
+    spec = feature("late.avg").specs[0]
+    plan = feature_plan("late.avg", [spec, spec], {"a", "b", "c"}, [{"a", "b", "z"}, {"a"}])
+    assert (plan.rows_known, plan.rows_total, plan.rows_missing) == (1, 3, 3)
+
+
+def test_large_grids_are_cut_into_banks():
+    """A death loses one bank, not the whole grid."""
+    plan = planned({"mlp": {"seed": list(range(100)), "hidden": [[8]], "dropout": [0]}})
+    assert [len(bank.specs) for bank in plan.banks] == [64, 36]
+    assert {type(spec) for bank in plan.banks for spec in bank.specs} == {MLPSpec}
+    assert len({bank.key for bank in plan.banks}) == 2
+
+
+def test_bytes_to_come_are_rows_times_shape_times_item():
+    """The figure that `--dry-run` prints: the values, and a little for ids and headers."""
+    for dtype, item in (("float16", 2), ("float32", 4), ("uint8", 1)):
+        values = 6000 * 8 * 49 * item
+        assert (
+            values
+            < feature("a.map", known=4000, total=10_000, shape=(8, 7, 7), dtype=dtype).bytes_new
+            < 1.4 * values
+        )
+
+
+def test_a_budget_names_what_fits_and_what_does_not(tmp_path):
+    """Refused before anything is extracted; what is there already costs nothing."""
+    plan = dataclasses.replace(
+        planned({"logistic": {}}),
+        features=(
+            feature("a.avg", total=10_000),
+            feature("b.map", total=10_000, shape=(64, 20, 20)),
+            feature("c.avg", 9, 9),
+        ),
+    )
+    check_space(plan, tmp_path, 1.0)
+    with pytest.raises(DiskTooSmall, match=r"a\.avg fits, and b\.map \(0\.51\d GB\) does not"):
+        check_space(plan, tmp_path, 0.1)

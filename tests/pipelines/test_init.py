@@ -1,0 +1,346 @@
+"""`headrace init` and the demo's files: what is written for what is found, and what is said when
+nothing can be.
+"""
+
+import gzip
+import importlib.util
+import io
+import re
+import shutil
+import tarfile
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from headrace.cache.errors import HeadraceError
+from headrace.extract.errors import SourceError
+from headrace.pipelines.cli.demo import solar_cells, write_demo
+from headrace.pipelines.cli.init import InitError, write_recipe
+from headrace.pipelines.planning.dataset import list_samples
+from headrace.pipelines.recipe.grid import wanted_heads
+from headrace.pipelines.recipe.heads import LogisticGrid, RidgeGrid
+from headrace.pipelines.recipe.load import load_recipe
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Two classes of three images."""
+    for name in ("a", "b"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for number in range(3):
+            Image.new("RGB", (8, 8)).save(tmp_path / "photos" / name / f"{number}.png")
+    return tmp_path / "photos"
+
+
+def rows(**columns):
+    """A table of six images."""
+    return pd.DataFrame(
+        {"path": [f"{n}.png" for n in range(6)], "label": ["x", "y"] * 3, **columns}
+    )
+
+
+def test_a_folder_and_a_table(tmp_path, photos):
+    """The recipe that is written loads, and lists the same images."""
+    out = tmp_path / "r.yaml"
+    write_recipe(photos, out)
+    assert len(list_samples(load_recipe(out))) == 6
+    rows().to_csv(tmp_path / "t.tsv", sep="\t", index=False)
+    write_recipe(tmp_path / "t.tsv", out, force=True)
+    recipe = load_recipe(out)
+    assert (recipe.images.table, recipe.images.id_column) == (tmp_path / "t.tsv", None)
+    assert len(list_samples(recipe)) == 6
+
+
+def test_a_table_with_ids(tmp_path):
+    """`id` tells the rows apart, even where it looks like a file; it is never what is predicted."""
+    frame = rows(kind=["p", "q"] * 3).drop(columns="label")
+    frame.insert(0, "id", [f"cell{n}.png" for n in range(6)])
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    write_recipe(tmp_path / "t.csv", tmp_path / "r.yaml")
+    recipe = load_recipe(tmp_path / "r.yaml")
+    assert (recipe.images.path_column, recipe.images.id_column, recipe.task.target) == (
+        "path",
+        "id",
+        "kind",
+    )
+    assert list_samples(recipe)["id"].tolist() == [f"cell{n}.png" for n in range(6)]
+
+
+def test_folders_of_a_split(tmp_path, photos):
+    """train/cat, val/cat: the classes are the inner folders, and the outer ones are the split."""
+    for side in ("Train", "val", "test"):
+        shutil.copytree(photos, tmp_path / "sides" / side)
+    finding = write_recipe(tmp_path / "sides", tmp_path / "r.yaml")
+    assert "18 images in 2 classes" in finding.sentence
+    recipe = load_recipe(tmp_path / "r.yaml")
+    assert (recipe.task.target, recipe.task.split) == ("label", "split")
+    assert sorted(set(list_samples(recipe)["split"])) == ["Train", "test", "val"]
+
+
+def test_archives_and_arrays(tmp_path):
+    """Shards, arrays with their labels and MNIST's four files get a recipe that lists every image
+    with its label.
+    """
+    images, labels = np.zeros((6, 8, 8), np.uint8), np.arange(6, dtype=np.uint8) % 2
+    np.savez(tmp_path / "d.npz", pictures=images, answer=labels)
+    idx = tmp_path / "idx"
+    idx.mkdir()
+    for name in ("train", "t10k"):
+        for what, array in (("images-idx3", images), ("labels-idx1", labels)):
+            sizes = b"".join(size.to_bytes(4, "big") for size in array.shape)
+            header = bytes([0, 0, 8, array.ndim]) + sizes
+            (idx / f"{name}-{what}-ubyte.gz").write_bytes(gzip.compress(header + array.tobytes()))
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    with tarfile.open(shards / "s-000.tar", "w") as archive:
+        for number in range(6):
+            buffer = io.BytesIO()
+            Image.new("RGB", (8, 8), (number, 0, 0)).save(buffer, "PNG")
+            for name, data in (
+                (f"{number}.png", buffer.getvalue()),
+                (f"{number}.cls", b"%d" % (number % 2)),
+            ):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+    for source, count in (
+        (tmp_path / "d.npz", 6),
+        (tmp_path, 6),  # no image and one array in it
+        (idx, 12),
+        (idx / "t10k-images-idx3-ubyte.gz", 6),
+        (shards, 6),
+        (shards / "s-000.tar", 6),
+    ):
+        write_recipe(source, tmp_path / "r.yaml", force=True)
+        recipe = load_recipe(tmp_path / "r.yaml")
+        samples = list_samples(recipe)
+        assert sorted(samples["label"]) == ["0"] * (count // 2) + ["1"] * (count // 2)
+        assert recipe.task.split == ("split" if source == idx else None)
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("latin.csv", "path,label\na.png,K\u00e4fer\n".encode("latin-1")),
+        ("empty.csv", b""),
+        ("ragged.csv", b"path,label\na.png,x\nb.png,x,y,z\n"),
+        ("binary.csv", bytes(range(256)) * 8),
+        ("garbage.parquet", b"PAR1garbagePAR1"),
+        ("empty.tsv", b""),
+        ("photos.zip", b"PK"),
+    ],
+)
+def test_a_table_that_cannot_be_read(tmp_path, photos, name, data):
+    """One error that names it; beside folders of classes it is passed over; alone in a folder it is
+    told.
+    """
+    out = tmp_path / "r.yaml"
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(SourceError, match=name):
+        write_recipe(tmp_path / name, out)
+    (photos / name).write_bytes(data)
+    assert "2 classes" in write_recipe(photos, out).sentence
+    if name != "photos.zip":
+        (tmp_path / "alone").mkdir()
+        (tmp_path / "alone" / name).write_bytes(data)
+        with pytest.raises(HeadraceError, match=name):
+            write_recipe(tmp_path / "alone", tmp_path / "other.yaml")
+
+
+def test_columns_of_lists(tmp_path):
+    """Parquet can hold them; they are several labels of an image, and no label where one is
+    expected.
+    """
+    frame = rows(tags=[["a"], ["b"]] * 3)
+    frame[["tags", "path", "label"]].rename(columns={"label": "kind"}).to_parquet(
+        tmp_path / "t.parquet"
+    )
+    write_recipe(tmp_path / "t.parquet", tmp_path / "r.yaml")
+    assert load_recipe(tmp_path / "r.yaml").task.target == "kind"
+    frame[["path", "tags"]].rename(columns={"tags": "label"}).to_parquet(tmp_path / "t.parquet")
+    write_recipe(tmp_path / "t.parquet", tmp_path / "s.yaml")
+    assert load_recipe(tmp_path / "s.yaml").task.kind == "multi"
+
+
+def test_where_no_recipe_can_be_written(tmp_path, photos):
+    """An absent folder, a folder in the recipe's place, a file in the folder's, a recipe that is
+    there.
+    """
+    with pytest.raises(InitError, match=r"the folder .*nodir does not exist.*--out r\.yaml"):
+        write_recipe(photos, tmp_path / "nodir" / "r.yaml")
+    for force in (False, True):
+        with pytest.raises(InitError, match=r"is a folder.*--out .*recipe\.yaml"):
+            write_recipe(photos, photos, force=force)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(InitError, match=r"is a file, not a folder"):
+        write_recipe(photos, tmp_path / "file" / "r.yaml")
+    with pytest.raises(InitError, match="--force"):
+        write_recipe(photos, tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_the_demo_in_a_files_place(tmp_path, monkeypatch):
+    """A file where the demo's folder should be is named, and left alone."""
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: name
+    )  # the demo's packages, as if installed
+    (tmp_path / "file").write_text("mine")
+    for folder in (tmp_path / "file", tmp_path / "file" / "deeper"):
+        with pytest.raises(HeadraceError, match=r"file is a file; expected a folder"):
+            write_demo(folder)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("elpv_dataset") is None, reason="needs headrace[demo]")
+def test_the_demos_recipe_lists_its_table(tmp_path):
+    """Its table has ids of its own."""
+    solar_cells().to_csv(tmp_path / "solar-cells.csv", index=False)
+    recipe = load_recipe(write_demo(tmp_path))
+    samples = list_samples(recipe)
+    assert len(samples) == 2624
+    assert samples["id"].tolist() == solar_cells()["id"].tolist()
+
+
+def test_every_stage_that_the_recipe_mentions_can_be_asked_for(tmp_path, photos):
+    """screen and finetune are written as comments; with the marks taken away they are valid, alone
+    and together.
+    """
+    out = tmp_path / "r.yaml"
+    write_recipe(photos, out)
+    text = out.read_text()
+    for wanted in (("screen",), ("finetune",), ("screen", "finetune")):
+        lines, within = [], False
+        for line in text.splitlines():
+            bare = line.removeprefix("# ")
+            if bare != line and bare.split(":")[0] in wanted:
+                within = True
+            elif not line.startswith("#   "):
+                within = False
+            lines.append(bare if within else line)
+        out.write_text("\n".join(lines))
+        recipe = load_recipe(out)
+        assert {
+            name for name in ("screen", "finetune") if getattr(recipe, name) is not None
+        } == set(wanted)
+        assert recipe.ensemble is not None  # is on: nothing is trained for it
+
+
+def test_the_strengths_that_are_written_are_those_of_a_recipe_that_names_none(tmp_path, photos):
+    write_recipe(photos, tmp_path / "r.yaml")
+    heads = load_recipe(tmp_path / "r.yaml").heads
+    assert heads.logistic is not None
+    assert heads.ridge is not None
+    assert heads.logistic.C == LogisticGrid().C
+    assert heads.ridge.alpha == RidgeGrid().alpha
+
+
+def test_a_table_says_what_a_run_will_leave_out(tmp_path, photos):
+    """Rows without a label are counted; paths that lead nowhere are named, with where they start
+    from.
+    """
+    frame = rows()
+    frame.loc[1, "label"] = None
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    said = write_recipe(tmp_path / "t.csv", tmp_path / "r.yaml").sentence
+    assert "1 rows have no label" in said
+    assert "6 of the first 6 files are not there, such as" in said
+    assert "images.root" in said
+    frame = pd.DataFrame({"path": sorted(map(str, photos.rglob("*.png"))), "label": ["x", "y"] * 3})
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    assert write_recipe(tmp_path / "t.csv", tmp_path / "r.yaml", force=True).sentence.endswith(
+        "'label'"
+    )
+
+
+def test_what_is_left_out_is_written_as_it_was_asked_for(tmp_path, photos):
+    """A name with a comma stays one name, and a number a name."""
+    for name in ("a, old", "2020"):
+        shutil.copytree(photos / "a", photos / name)
+    write_recipe(photos, tmp_path / "r.yaml", exclude=("a, old", "2020"))
+    recipe = load_recipe(tmp_path / "r.yaml")
+    assert recipe.images.exclude == ("a, old", "2020")
+    assert set(list_samples(recipe)["label"]) == {"a", "b"}
+
+
+def test_columns_that_no_run_could_use_are_left_out(tmp_path):
+    """A `set` of other words is no split, a `site` with gaps no group; both are told, and the
+    recipe makes a dataset.
+    """
+    frame = rows(set=["S1", "S2"] * 3, site=["p", None, "q", "p", "q", "q"])
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    notes = " ".join(write_recipe(tmp_path / "t.csv", tmp_path / "r.yaml").notes)
+    task = load_recipe(tmp_path / "r.yaml").task
+    assert (task.split, task.group) == (None, None)
+    assert "column 'set' holds other values than train, validation and test" in notes
+    assert "column 'site' is empty for some images" in notes
+    frame.loc[1, "label"] = None  # the only gap is in a row that a run leaves out
+    frame.assign(subset=["Train", "VAL", "test"] * 2).to_csv(tmp_path / "t.csv", index=False)
+    notes = " ".join(write_recipe(tmp_path / "t.csv", tmp_path / "r.yaml", force=True).notes)
+    task = load_recipe(tmp_path / "r.yaml").task
+    assert (task.split, task.group) == ("subset", "site")
+    assert "column 'set' holds other values" in notes
+    assert "'site'" not in notes
+
+
+def test_a_pattern_of_paths_is_told(tmp_path):
+    """What was assumed of where the images are."""
+    (tmp_path / "train").mkdir()
+    for number in range(6):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"train/k{number}.png")
+    rows(id=[f"k{n}" for n in range(6)]).drop(columns="path").to_csv(
+        tmp_path / "t.csv", index=False
+    )
+    notes = " ".join(write_recipe(tmp_path / "t.csv", tmp_path / "r.yaml").notes)
+    assert "found by the pattern 'train/{id}.png' (images.path_pattern)" in notes
+
+
+def test_commands_in_messages_name_what_can_be_read(tmp_path, photos):
+    """Quoted for a shell; neither our own predictions nor a table of something else is named."""
+    mine = tmp_path / "my photos"
+    photos.rename(mine)
+    paths = sorted(str(path) for path in mine.rglob("*.png"))
+    pd.DataFrame({"file": paths, "class": "a", "error": None}).to_csv(
+        mine / "a-predictions.csv", index=False
+    )
+    pd.DataFrame({"weather": ["rain", "sun"]}).to_csv(mine / "b-other.csv", index=False)
+    pd.DataFrame({"path": paths, "label": ["x", "y"] * 3}).to_csv(mine / "labels.csv", index=False)
+    command = f"headrace init '{mine / 'labels.csv'}'"
+    (told,) = (
+        note for note in write_recipe(mine, tmp_path / "r.yaml").notes if "sub-folders" in note
+    )
+    assert told.endswith(command)
+    assert "classes. labels.csv could name" in told
+    shutil.rmtree(mine / "b")
+    pd.DataFrame({"path": paths, "label": ["x", "y"] * 3}).to_csv(mine / "more.csv", index=False)
+    with pytest.raises(InitError) as refusal:
+        write_recipe(mine, tmp_path / "s.yaml")
+    assert "(labels.csv, more.csv)" in str(refusal.value)
+    assert str(refusal.value).endswith(command)
+
+
+def test_a_second_backbone_of_the_comments_is_trained_on_as_the_comment_says(tmp_path, photos):
+    """With two of them a tap's name begins with its backbone's; the comment beside the second one
+    gives such a name.
+    """
+    out = tmp_path / "r.yaml"
+    write_recipe(photos, out)
+    text = out.read_text()
+    marked = text[text.index("  # - name: ") : text.index("\nheads:")]
+    (said,) = re.findall(r"\[resnet:.*?\]", marked)
+    taken = re.sub("^  # ", "  ", marked, flags=re.MULTILINE)
+    out.write_text(
+        text.replace(marked, taken).replace("[[pre_logits.vector], all]", f"[{said}, all]")
+    )
+    recipe = load_recipe(out)
+    assert [backbone.alias for backbone in recipe.backbones] == [None, "resnet"]
+    names = [
+        "timm:tf_efficientnet_lite0:pre_logits.vector",
+        "resnet:layer4.avg",
+        "resnet:pre_logits.vector",
+    ]
+    assert {each.inputs for each in wanted_heads(recipe.heads, names)} == {
+        ("resnet:pre_logits.vector",),
+        tuple(names),
+    }

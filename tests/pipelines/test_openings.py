@@ -1,0 +1,153 @@
+"""The record of test openings is kept twice, and believed only as it was written."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from support.models import run_here
+from support.runs import make_photos
+
+from headrace.heads.evaluate.intervals import proportion_interval
+from headrace.pipelines.models.model import load_model
+from headrace.pipelines.run import withdraw
+from headrace.pipelines.selection.winner import (
+    OpeningsDamaged,
+    _write_openings,
+    mend_openings,
+    read_openings,
+)
+
+RECIPE = """\
+images: {folder: photos}
+task: {folds: 2}
+backbones:
+  - {name: timm:test_resnet, weights: random:0, image_size: 32, crop_fraction: 1.0, taps: [layer2.avg, layer4.avg]}
+heads:
+  ridge: {alpha: [1, 3], inputs: [[layer4.avg]]}
+compute: {workers: 1, images_per_shard: 64}
+"""
+OPENINGS = [{"winner": {"n": n}, "result": {"value": n / 8}, "images": ["a"]} for n in range(3)]
+
+
+@pytest.fixture
+def record(tmp_path):
+    path = tmp_path / "test-openings.jsonl"
+    _write_openings(path, OPENINGS)
+    return path
+
+
+DAMAGES = {
+    "digit": lambda data: data.replace(b"0.125", b"0.725"),
+    "empty": lambda data: b"",
+    "cut": lambda data: data[: len(data) // 2],
+    "line": lambda data: data[: data.index(b"\n") + 1],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_one_damaged_file_of_two_is_written_again(record, damage):
+    """And told; nothing that it said is lost."""
+    good = record.read_bytes()
+    assert mend_openings(record) == []
+    record.write_bytes(DAMAGES[damage](good))
+    assert read_openings(record) == OPENINGS
+    (told,) = mend_openings(record)
+    assert str(record) in told
+    assert record.read_bytes() == good
+    record.unlink()
+    (told,) = mend_openings(record)
+    assert "is gone" in told
+    assert record.read_bytes() == good
+
+
+@pytest.mark.parametrize("damage", ["digit", "empty", "cut"])
+def test_two_damaged_files_are_an_error_that_says_how_to_go_on(record, damage):
+    """What it tells to type is possible, and then the count starts again."""
+    copy = record.with_name(".test-openings.jsonl")
+    for path in (record, copy):
+        path.write_bytes(DAMAGES[damage](path.read_bytes()))
+    with pytest.raises(OpeningsDamaged, match=r"rm .*test-openings.jsonl .*test-openings.jsonl"):
+        mend_openings(record)
+    record.unlink()
+    copy.unlink()
+    assert mend_openings(record) == []
+    assert read_openings(record) == []
+
+
+def test_a_record_of_an_earlier_version_gets_its_seals_and_its_copy(tmp_path):
+    """It had neither."""
+    path = tmp_path / "test-openings.jsonl"
+    path.write_text("".join(json.dumps(opening) + "\n" for opening in OPENINGS))
+    assert mend_openings(path) == []
+    path.write_bytes(b"")
+    assert read_openings(path) == OPENINGS
+
+
+def test_a_run_is_not_deceived_and_withdraws_what_is_true_no_more(tmp_path):
+    """A changed score, an emptied record; an ensemble whose run has none any more; a damaged
+    winner.
+    """
+    make_photos(tmp_path / "photos", n=24)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE + "ensemble: {}\n")
+    first = run_here(recipe)
+    paths, value = first.paths, first.test.value
+    assert (paths.ensemble / "ensemble.json").exists()
+    good = paths.openings.read_bytes()
+    assert f'"value": {value}'.encode() in good
+    head = paths.winner / "head.safetensors"
+    winner = head.read_bytes()
+    for bad in (good.replace(f'"value": {value}'.encode(), b'"value": 0.123'), b""):
+        paths.openings.write_bytes(bad)
+        head.write_bytes(winner[:-8] + b"\1" * 8)
+        again = run_here(recipe)
+        assert again.test == first.test
+        assert any("test-openings.jsonl" in note for note in again.notes)
+        assert paths.openings.read_bytes() == good
+        load_model(paths.winner)
+    recipe.write_text(RECIPE.replace("[1, 3]", "[7]") + "ensemble: {}\n")
+    after = run_here(recipe)
+    assert after.ensemble is None
+    assert not paths.ensemble.exists()
+    assert [member.head.spec.alpha for member in load_model(paths.root).members] == [7.0]
+
+
+def test_the_interval_is_over_groups_and_an_earlier_method_is_replaced(tmp_path):
+    """Photographs of one module count as one where all are right; a record with a percentile
+    bootstrap's interval keeps its score and its date, and is given the interval of this version,
+    without another opening.
+    """
+    make_photos(tmp_path / "photos", n=24)
+    rows = [(path, path.parent.name) for path in sorted((tmp_path / "photos").rglob("*.*"))]
+    table = pd.DataFrame(rows, columns=["path", "label"])
+    table["module"] = table.groupby("label").cumcount() // 2
+    table.to_csv(tmp_path / "photos.csv", index=False)
+    recipe = tmp_path / "recipe.yaml"
+    source = "images: {table: photos.csv}\ntask: {folds: 2, group: module}"
+    recipe.write_text(RECIPE.replace("images: {folder: photos}\ntask: {folds: 2}", source))
+    first = run_here(recipe)
+    groups = first.test.groups
+    assert groups < first.test.images
+    assert read_openings(first.paths.openings)[0]["result"]["groups"] == groups
+    (opening,) = read_openings(first.paths.openings)
+    right = np.arange(first.test.images) < round(first.test.value * first.test.images)
+    assert first.test.high - first.test.low > np.diff(proportion_interval(right))
+    old = {key: value for key, value in opening.items() if key != "interval"}
+    old["result"] = {key: value for key, value in opening["result"].items() if key != "groups"} | {
+        "low": 1.0
+    }
+    _write_openings(first.paths.openings, [old | {"opened": "long ago"}])
+    again = run_here(recipe)
+    assert again.test == first.test
+    (mended,) = read_openings(first.paths.openings)
+    assert mended == opening | {"opened": "long ago"}
+
+
+def test_a_withdrawn_directory_is_gone_with_what_an_earlier_withdrawal_left(tmp_path):
+    """And what is not there is no error."""
+    for name in ("ensemble", ".ensemble.0f.partial"):
+        (tmp_path / name / "members").mkdir(parents=True)
+    (tmp_path / "selection.json").touch()
+    withdraw(tmp_path / "ensemble", tmp_path / "selection.json", tmp_path / "winner")
+    assert list(tmp_path.iterdir()) == []

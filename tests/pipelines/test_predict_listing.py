@@ -1,0 +1,46 @@
+"""The images that predict is given: each row of the predictions is one image's, also where two
+sources use one name.
+"""
+
+from pathlib import Path
+
+import pytest
+
+from headrace.extract.errors import SourceError
+from headrace.pipelines.predict.listing import list_images
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_two_tables_that_count_their_rows(tmp_path):
+    """Names that stand for two images have the table's path before them; others stay as
+    they are.
+    """
+    first = write(tmp_path / "a.csv", "id,path\n1,x.png\n2,y.png\n")
+    second = write(tmp_path / "b.csv", "id,path\n1,z.png\n3,w.png\n")
+    listing = list_images([first, second])
+    assert listing.samples["file"].tolist() == [f"{first}/1", "2", f"{second}/1", "3"]
+    assert [Path(path).name for path in listing.samples["path"]] == [
+        "x.png",
+        "y.png",
+        "z.png",
+        "w.png",
+    ]
+    assert listing.found == 4
+
+
+def test_the_same_image_twice_has_one_name(tmp_path):
+    """And both its rows."""
+    table = write(tmp_path / "t.csv", "path\nx.png\ny.png\nx.png\n")
+    assert list_images([table]).samples["file"].tolist() == ["x.png", "y.png", "x.png"]
+
+
+def test_what_is_no_source_is_named(tmp_path):
+    with pytest.raises(
+        SourceError, match=r"nothing: no such file or folder. Give a folder of images, a table"
+    ):
+        list_images([tmp_path / "nothing"])

@@ -1,0 +1,181 @@
+"""What a typed path overwrites: what headrace wrote there before, and nothing else, with `--force`
+or without.
+"""
+
+import contextlib
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from headrace.cache.home import HomeUnknown
+from headrace.extract.sources.read import ImageSource, detect_source, read_source
+from headrace.extract.spec import weights_path
+from headrace.pipelines.cli.demo import DemoFolder, write_demo
+from headrace.pipelines.cli.init import InitError, _check_out
+from headrace.pipelines.cluster.tls import TLSFolder, require_own_folder, write_tls
+from headrace.pipelines.predict import bulk
+from headrace.pipelines.predict.tables import Block, table_writer
+from headrace.pipelines.recipe.load import load_recipe
+from headrace.pipelines.report.blocks import Column, Headline, Section, Table
+from headrace.pipelines.report.build import ReportThere, _require_ours, write_tables
+from headrace.pipelines.report.page import render
+from headrace.pipelines.trackers import mlflow_uri
+
+
+def test_init_overwrites_recipes_alone(tmp_path):
+    """`--out photos/a.png --force` is a slip, and so is the settings file of another program; a
+    recipe with a mistake is one.
+    """
+    (tmp_path / "a.png").write_bytes(b"a")
+    with pytest.raises(InitError, match="no recipe"):
+        _check_out(tmp_path / "a.png", force=True)
+    assert (tmp_path / "a.png").read_bytes() == b"a"
+    for text, is_one in (
+        ("services: {web: {images: x}}\n", False),
+        ("images: [oops\n", True),
+        ('{"images": 1}', True),
+    ):
+        (tmp_path / "a.yaml").write_text(text)
+        with (
+            contextlib.nullcontext()
+            if is_one
+            else pytest.raises(InitError, match="has no key `images`")
+        ):
+            _check_out(tmp_path / "a.yaml", force=True)
+        assert (tmp_path / "a.yaml").read_text() == text
+
+
+TABLES = {
+    "labels.csv": b"path,label\na.png,cat\n",
+    "files.csv": b"file,class,error\n",
+    "notes.txt": b"mine\n",
+    "data.jsonl": b'{"file": "a.png", "label": "cat"}\n',
+    "damaged.parquet": b"PAR1 and no more",
+    "photo.png": b"\x89PNG\r\n\x1a\n",
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("recorded", [False, True])
+def test_predict_replaces_its_own_tables_alone(tmp_path, name, recorded):
+    """Whatever else `--out` names is kept, also where a table of predictions stood there before:
+    its record is no proof.
+    """
+    out, about, parts = (tmp_path / f"{name}{ending}" for ending in ("", ".json", ".parts"))
+    out.write_bytes(TABLES[name])
+    if recorded:
+        about.write_text('{"model_digest": "x"}')
+    if name == "files.csv":  # a table of predictions of no image
+        bulk._require_ours(out, about, parts)
+        return
+    with pytest.raises(
+        bulk.PredictionsThere, match=r"did not write it.*--out, such as .*predictions\."
+    ):
+        bulk._require_ours(out, about, parts)
+    assert out.read_bytes() == TABLES[name]
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet", "jsonl"])
+@pytest.mark.parametrize("task", ["single", "multi", "regression"])
+def test_predict_knows_its_own_tables(tmp_path, kind, task):
+    """Of every task and format, with odd names of classes; of values, where the record stands
+    beside it.
+    """
+    out, about, parts = (tmp_path / f"t{ending}" for ending in ("", ".json", ".parts"))
+    with table_writer(out, kind, task, ('a "b"', "c,d", "error", "é")) as write:
+        write(Block(["x.png", "y.png"], np.eye(2, 4, dtype=np.float32), [None, "broken"]))
+    if task != "regression" or kind == "jsonl":
+        bulk._require_ours(out, about, parts)
+    else:
+        with pytest.raises(bulk.PredictionsThere):
+            bulk._require_ours(out, about, parts)
+    about.write_text('{"model_digest": "x"}')
+    bulk._require_ours(out, about, parts)
+
+
+def test_predict_keeps_what_stands_where_its_record_goes(tmp_path):
+    """`labels.csv.json` of somebody else, and what is no file."""
+    (tmp_path / "t.csv.json").write_text('{"mine": 1}')
+    with pytest.raises(bulk.PredictionsThere, match=r"t\.csv\.json is there"):
+        bulk._require_ours(tmp_path / "t.csv", tmp_path / "t.csv.json", tmp_path / "t.csv.parts")
+    with pytest.raises(bulk.PredictionsThere, match="neither a table"):
+        bulk._require_ours(Path("/dev/null"), tmp_path / "null.json", tmp_path / "null.parts")
+
+
+def test_a_report_replaces_reports_alone(tmp_path):
+    """Its page is known by its title, its tables by standing in pairs."""
+    page = tmp_path / "page.html"
+    _require_ours(page)
+    page.write_text(render("headrace report: x", "made", Headline(()), ()))
+    _require_ours(page)
+    page.write_text("<!doctype html><title>mine</title>")
+    with pytest.raises(
+        ReportThere, match=r"did not write it.*--out, such as .*headrace-report\.html"
+    ):
+        _require_ours(page)
+    with pytest.raises(ReportThere, match="is a folder"):
+        _require_ours(tmp_path)
+    table = Table("t", "", (Column("a", "a", "number"),), pd.DataFrame({"a": [1]}))
+    sections = (Section("s", "S", "", (table,)),)
+    (tmp_path / "t.csv").write_text("mine")
+    with pytest.raises(ReportThere, match=r"t\.csv is there"):
+        write_tables(tmp_path, sections)
+    assert (tmp_path / "t.csv").read_text() == "mine"
+    for again in (True, False):
+        assert len(write_tables(tmp_path, sections, replace=again)) == 2
+
+
+def test_the_demo_and_a_certificate_replace_their_own_files_alone(tmp_path, monkeypatch):
+    """A folder with a recipe, a key or settings of Dask's is somebody's."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr(
+        "headrace.pipelines.cli.demo.solar_cells",
+        lambda: pd.DataFrame(columns=["id", "path", "label", "probability", "type"]),
+    )
+    for _ in range(2):
+        write_demo(tmp_path / "demo")
+    for name in ("recipe.yaml", "solar-cells.csv"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).write_text("mine")
+        with pytest.raises(DemoFolder, match=f"{name} is there"):
+            write_demo(tmp_path / name)
+        assert [file.name for file in (tmp_path / name).iterdir()] == [name]
+    require_own_folder(write_tls(tmp_path / "tls"))
+    for name in ("key.pem", "certificate.pem", "dask.yaml"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).write_text("mine")
+        with pytest.raises(TLSFolder, match=name):
+            require_own_folder(tmp_path / name)
+
+
+def test_a_home_that_is_unknown_is_told_wherever_a_path_is_typed(tmp_path, monkeypatch):
+    """`~nobody/…` in every source of images, weights and logs:
+
+    HomeUnknown with the name, not a RuntimeError of pathlib's.
+    """
+    given = "~nobody-of-this-name/x"
+    readers = [
+        lambda: detect_source(given),
+        *(
+            lambda kind=kind: read_source(ImageSource(kind, given))
+            for kind in ("folder", "table", "archive", "array", "image")
+        ),
+        lambda: weights_path(f"{given}.pth"),
+        lambda: mlflow_uri(given),
+    ]
+    for read in readers:
+        with pytest.raises(HomeUnknown, match="there is no such user"):
+            read()
+    for text in (
+        f"images: {{folder: {given}}}",
+        f"images: {{folder: a}}\nout: {given}",
+        f"images: {{folder: a}}\nlog: {{mlflow: {given}}}",
+    ):
+        (tmp_path / "r.yaml").write_text(
+            f"{text}\nbackbones: [{{name: 'timm:test_resnet', taps: [a.avg]}}]\nheads: {{ridge: "
+            "{}}\n"
+        )
+        with pytest.raises(HomeUnknown):
+            load_recipe(tmp_path / "r.yaml")

@@ -1,0 +1,94 @@
+"""Exported models, and heads of every kind to export."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+
+from headrace.heads.bank import fit_bank
+from headrace.heads.data.task import Task
+from headrace.heads.persist import TrainedHead
+from headrace.heads.spec import (
+    FULL,
+    CentroidSpec,
+    ConvSpec,
+    KNNSpec,
+    LogisticSpec,
+    MLPSpec,
+    RidgeSpec,
+)
+
+# Runs where nothing of headrace can be found: -I leaves out the folder and the user's paths, and
+# the finder is taken out.
+ALONE = """
+import sys, json
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in type(finder).__module__ + getattr(finder, "__name__", "")]
+sys.path = [place for place in sys.path if "__editable__" not in place]
+try:
+    import headrace.pipelines
+    sys.exit("headrace can be imported: this proves nothing")
+except ImportError:
+    pass
+sys.path.insert(0, ".")
+import numpy as np
+from preprocess import INPUTS, load
+paths = json.loads(sys.argv[1])
+pixels = {name: np.stack([load(path, name) for path in paths]) for name in INPUTS}
+if sys.argv[2] == "torch":
+    import torch
+    model = torch.export.load("model.pt2").module()
+    found = model(*(torch.from_numpy(value) for value in pixels.values())).numpy()
+else:
+    import onnxruntime
+    found = onnxruntime.InferenceSession("model.onnx").run(None, pixels)[0]
+assert not any(name.startswith("headrace.") for name in sys.modules)
+print(json.dumps(found.tolist()))
+"""
+
+
+EVERY = ("single", "multi", "regression")
+
+
+CASES = [
+    *((LogisticSpec(0.1), kind) for kind in EVERY[:2]),
+    *((RidgeSpec(10.0), kind) for kind in EVERY),
+    *((MLPSpec((8,), epochs=3), kind) for kind in EVERY),
+    *((ConvSpec((4,), (5,), epochs=2), kind) for kind in EVERY),
+    *((KNNSpec(3), kind) for kind in EVERY),
+    (KNNSpec(5, "euclidean", "distance"), "single"),
+    (CentroidSpec(), "single"),
+    (CentroidSpec("euclidean"), "single"),
+]
+
+
+def fitted(spec, kind):
+    """A head trained on 60 rows, and 20 rows that it was not trained on."""
+    rng = np.random.default_rng(0)
+    shape = (60, 6, 4, 4) if spec.kind == "conv" else (60, 12)
+    X = rng.normal(3, 2, shape).astype(np.float32)
+    value = X.reshape(60, -1)
+    target = {
+        "single": (value[:, 0] > 3).astype(np.int64),
+        "multi": (value[:, :2] > 3).astype(np.uint8),
+        "regression": value[:, :2].astype(np.float64),
+    }[kind]
+    classes = ("a", "b")
+    fold = (np.arange(60) % 2).astype(np.int16)
+    content = np.array([f"{n:032d}" for n in range(60)], "S32")
+    task = Task(kind, classes, content.astype(str), content, target, fold, np.ones(60))
+    (full,) = [fit for fit in fit_bank(X, task, [spec]) if fit.fold == FULL]
+    assert full.error is None, full.error
+    head = TrainedHead(spec, kind, classes, (), {}, full.arrays)
+    return head, rng.normal(3, 2, (20, *shape[1:])).astype(np.float32)
+
+
+def run_alone(folder, paths, what):
+    """Predictions of the files in `folder`, by a Python that finds no headrace."""
+    (folder / "alone.py").write_text(ALONE)
+    done = subprocess.run(
+        [sys.executable, "-I", "alone.py", json.dumps([str(path) for path in paths]), what],
+        cwd=folder, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return np.array(json.loads(done.stdout.splitlines()[-1]))

@@ -1,0 +1,34 @@
+"""Finished runs for the tests of delivery, made within the process: no worker has to start."""
+
+from contextlib import contextmanager
+from unittest import mock
+
+from dask.distributed import Client
+from rich.console import Console
+
+from headrace.pipelines.recipe.load import load_recipe
+from headrace.pipelines.run import run_recipe
+
+
+@contextmanager
+def client_here(*_, **__):
+    with Client(
+        processes=False, n_workers=1, threads_per_worker=1, dashboard_address="127.0.0.1:0"
+    ) as client:
+        yield client
+
+
+@contextmanager
+def here():
+    """Runs and training within this process."""
+    with (
+        mock.patch("headrace.pipelines.run.open_client", client_here),
+        mock.patch("headrace.pipelines.api.local_client", client_here),
+    ):
+        yield
+
+
+def run_here(recipe, console=None):
+    """The recipe's run within this process."""
+    with here():
+        return run_recipe(load_recipe(recipe), console=console or Console(quiet=True))
