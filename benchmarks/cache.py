@@ -388,7 +388,7 @@ def verify(folder: Path, quick: bool) -> tuple[list[Row], Figures]:
 OPEN = """
 import contextlib, resource, sys, time
 from pathlib import Path
-from headrace.cache import open_feature_set
+from headrace import open_feature_set
 def peak():
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(lines["VmHWM"].split()[0])

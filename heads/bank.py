@@ -58,20 +58,17 @@ class BankJob:
     """Everything a worker needs, small enough to send: paths and specs."""
 
     task: str  # path of an .npz of `save_task`, without test rows
-    features: tuple[
-        str, ...
-    ]  # feature-set directories: views of one another, or columns side by side
+    # feature-set directories: views of one another, or columns side by side
+    features: tuple[str, ...]
     specs: tuple[HeadSpec, ...]  # all of one kind
     result: str  # path of the results file
     threads: int = 1
     device: str = "cpu"
     full: bool = True  # also train each spec on all rows
-    halving: Halving | None = (
-        None  # mlp, conv: stop the losers early; they get no head trained on all rows
-    )
-    memory_bytes: int | None = (
-        None  # features that need more are streamed from their shards; None: `worker_memory`
-    )
+    # mlp, conv: stop the losers early; they get no head trained on all rows
+    halving: Halving | None = None
+    # features that need more are streamed from their shards; None: `worker_memory`
+    memory_bytes: int | None = None
 
 
 def train_bank(job: BankJob) -> dict[str, Any]:

@@ -58,9 +58,8 @@ class TrainedHead:
     spec: HeadSpec
     task_kind: TaskKind
     classes: tuple[str, ...]
-    features: tuple[
-        FeatureSpec, ...
-    ]  # the feature sets whose rows are concatenated, in order; views of one stand together
+    # the feature sets whose rows are concatenated, in order; views of one stand together
+    features: tuple[FeatureSpec, ...]
     metrics: dict[str, float]
     arrays: Arrays
     # The network behind each of `features`, as fields of extract's BackboneSpec; None where it is

@@ -189,9 +189,8 @@ class FineTuneSpec:
     dropout: float = 0.0  # before the head
     clip: float = 1.0  # norm of the gradient, at most
     batch_norm: Literal["held", "trained"] = "held"  # the running statistics of the backbone
-    augment: Literal["none", "flip", "flips", "views"] = (
-        "none"  # left-right; also upside-down; random renderings
-    )
+    # left-right; also upside-down; random renderings
+    augment: Literal["none", "flip", "flips", "views"] = "none"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     seed: int = 0
     kind: Literal["finetune"] = "finetune"
@@ -270,9 +269,8 @@ class HeadFit:
 
     spec: HeadSpec
     fold: int  # the fold held out of its training; FULL: none
-    arrays: dict[
-        str, npt.NDArray[Any]
-    ]  # linear: weight (C, D) and bias (C,), float32, in raw feature coordinates
+    # linear: weight (C, D) and bias (C,), float32, in raw feature coordinates
+    arrays: dict[str, npt.NDArray[Any]]
     objective: float  # of the training rows, in the spec's own terms, float64
     gap: float  # a bound on (objective - optimum) / optimum; nan where no bound is known (mlp)
     iterations: int  # solver iterations, or epochs

@@ -221,9 +221,7 @@ def run_recipe(
                     else "nothing missing"
                 )
     with _timed(stages, "rank and test") as done, lease(_conclusion(paths)):
-        result = conclude(
-            found, recipe.ensemble, finetuned, recipe.images.pixel_range, screening
-        )
+        result = conclude(found, recipe.ensemble, finetuned, recipe.images.pixel_range, screening)
         done(f"{len(result.board):,} settings ranked")
     if recipe.log is not None:
         with _timed(stages, "log") as done:

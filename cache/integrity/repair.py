@@ -30,12 +30,10 @@ class Repair:
     """What a repair did."""
 
     kept: tuple[str, ...]  # units whose shards are whole and listed
-    listed: tuple[
-        str, ...
-    ]  # of these, units that the manifest did not list, or listed with other bytes
-    removed: tuple[
-        str, ...
-    ]  # units whose shards were broken; their samples are extracted by the next run
+    # of these, units that the manifest did not list, or listed with other bytes
+    listed: tuple[str, ...]
+    # units whose shards were broken; their samples are extracted by the next run
+    removed: tuple[str, ...]
     missing: tuple[str, ...]  # units that were listed and whose shards are gone
     rewritten: tuple[str, ...]  # files written again: spec.json, manifest.jsonl
 

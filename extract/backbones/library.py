@@ -18,9 +18,8 @@ from headrace.extract.images.preprocessing import Preprocessing
 from headrace.extract.spec import unknown_prefix
 
 PREFIXES = ("torchvision:", "timm:", "python:")
-_TIMEOUT_S = (
-    4  # libraries retry for most of a minute before they say that there is no network; we ask once
-)
+# libraries retry for most of a minute before they say that there is no network; we ask once
+_TIMEOUT_S = 4
 
 
 def build(name: str, tag: str | None) -> tuple[nn.Module, Preprocessing]:

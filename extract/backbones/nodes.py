@@ -48,9 +48,8 @@ class Nodes:
     """All nodes of a network at one input size, in running order."""
 
     nodes: tuple[Node, ...]
-    repeated: frozenset[
-        str
-    ]  # modules that run more than once per forward, and so name no single output
+    # modules that run more than once per forward, and so name no single output
+    repeated: frozenset[str]
     multiply_adds: int  # of one image's whole forward
 
     def __getitem__(self, name: str) -> Node:
@@ -117,9 +116,8 @@ def _shapes_only(module: nn.Module) -> nn.Module:
 
 
 def _run(module: nn.Module, crop: tuple[int, int], device: torch.device) -> Nodes:
-    fired: list[
-        tuple[str, str, tuple[int, ...], int]
-    ] = []  # (name, module, shape with N, flops so far)
+    # (name, module, shape with N, flops so far)
+    fired: list[tuple[str, str, tuple[int, ...], int]] = []
     calls: dict[str, int] = {}
     inputs: list[tuple[str, tuple[int, ...], int]] = []  # of linear layers
     handles = []

@@ -17,9 +17,8 @@ class Changes:
 
     new: tuple[str, ...]  # content and id were not there
     changed: tuple[str, ...]  # the id was there, with other content
-    renamed: tuple[
-        tuple[str, str], ...
-    ]  # (old id, new id): the content was there, under an id that is gone
+    # (old id, new id): the content was there, under an id that is gone
+    renamed: tuple[tuple[str, str], ...]
     removed: tuple[str, ...]  # ids that are gone and were not renamed
     unchanged: int
 

@@ -39,9 +39,8 @@ class Unreadable:
 class Contents:
     """Content hashes of N samples, in their order."""
 
-    hashes: tuple[
-        str | None, ...
-    ]  # first 32 hex digits of the SHA-256 of the file's bytes; None where unreadable
+    # first 32 hex digits of the SHA-256 of the file's bytes; None where unreadable
+    hashes: tuple[str | None, ...]
     unreadable: tuple[Unreadable, ...]
     read: int  # files read in this call; the others were in the index
 

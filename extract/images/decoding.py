@@ -71,9 +71,8 @@ _ORIENTATIONS = {
 class _Samples(NamedTuple):
     """Values as they stand in a file, before they become 8-bit pixels."""
 
-    values: npt.NDArray[
-        Any
-    ]  # (H, W), or (H, W, C): C = 2 grey and alpha, 3 colours, 4 colours and alpha
+    # (H, W), or (H, W, C): C = 2 grey and alpha, 3 colours, 4 colours and alpha
+    values: npt.NDArray[Any]
     name: str  # what they are, for a message: "float32 values of a TIFF"
     own_range: (
         PixelRange | None
@@ -482,9 +481,8 @@ def _eight_bits(samples: _Samples, pixel_range: PixelRange | None) -> Image.Imag
         pixels = 255 - pixels
     if samples.transparent is not None:
         hidden = values == np.asarray(samples.transparent)
-        pixels[hidden.all(axis=2) if channels > 1 else hidden] = (
-            255  # nothing of it is left over white
-        )
+        # nothing of it is left over white
+        pixels[hidden.all(axis=2) if channels > 1 else hidden] = 255
     if channels in (2, 4):
         alpha = _scale(
             values[:, :, channels - 1 :],

@@ -38,9 +38,8 @@ class Preprocessing:
 
     resize: tuple[int, int]
     crop: tuple[int, int]
-    mode: Literal[
-        "shortest", "squash", "border"
-    ]  # which edge meets `resize`: the shorter, both, or the longer
+    # which edge meets `resize`: the shorter, both, or the longer
+    mode: Literal["shortest", "squash", "border"]
     interpolation: Interpolation
     mean: tuple[float, float, float]
     std: tuple[float, float, float]

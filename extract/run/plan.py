@@ -45,9 +45,8 @@ class ExtractJob:
     threads: int = 1  # of the forward pass on a CPU, and of decoding
     device: str = "cpu"
     batch_size: int | None = None  # None: what is fast on the device
-    compile: bool = (
-        False  # PyTorch's compiler, on CUDA: minutes once per network and process, for long runs
-    )
+    # PyTorch's compiler, on CUDA: minutes once per network and process, for long runs
+    compile: bool = False
     compression: str | None = None  # of the shards: None or "bitshuffle-lz4"
     strict: bool = False  # stop at the first image that cannot be decoded
 

@@ -20,9 +20,8 @@ class UnitReport:
     unit: str
     rows: int  # images that have features now
     failed: tuple[Failure, ...]  # images whose content is no image; recorded in every shard
-    unread: tuple[
-        tuple[str, str], ...
-    ]  # (id, reason): gone or changed since they were hashed; recorded nowhere
+    # (id, reason): gone or changed since they were hashed; recorded nowhere
+    unread: tuple[tuple[str, str], ...]
     decode_s: float  # waiting for pixels
     forward_s: float  # the network
     publish_s: float  # waiting for the disk

@@ -37,9 +37,8 @@ from headrace.extract.taps.resolve import Tap
 # Beyond these a value becomes infinite in the storage dtype.
 _LARGEST = {"float16": 65520.0, "bfloat16": 3.39e38, "float32": float("inf"), "uint8": float("inf")}
 _NETWORKS = 4  # networks that a process keeps at least, whatever is asked for next
-_PUBLISHERS = (
-    8  # shards of a unit published at once: each waits for the disk, and the waits overlap
-)
+# shards of a unit published at once: each waits for the disk, and the waits overlap
+_PUBLISHERS = 8
 
 Made = TypeVar("Made")
 

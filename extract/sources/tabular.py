@@ -52,12 +52,10 @@ class TableOptions:
     """How a table names its images; see the recipe's section `images`."""
 
     path_column: str | None = None  # default: found, see `find_images`
-    id_column: str | None = (
-        None  # default: `id` where there is such a column, else the path as written
-    )
-    root: str | Path | None = (
-        None  # what relative paths start from; default: the table's own folder
-    )
+    # default: `id` where there is such a column, else the path as written
+    id_column: str | None = None
+    # what relative paths start from; default: the table's own folder
+    root: str | Path | None = None
     path_pattern: str | None = None  # a path with columns in braces: train/{id}.jpg
     exclude: tuple[str, ...] = ()
 

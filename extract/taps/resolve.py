@@ -20,9 +20,8 @@ _REDUCTION = re.compile(r"avg|mean|max|gem|map|cls|vector|grid[1-9][0-9]?")
 REDUCTIONS = "avg, max, gem, gridK (grid2 …), map, and for transformers cls"
 _GEM_POWER = 3.0  # generalised mean, as trained for retrieval by Radenovic et al. 2018
 _GEM_FLOOR = 1e-6
-MIDDLES = (
-    2  # of the last resolutions; those before are large maps, dear to pool, and brought nothing
-)
+# of the last resolutions; those before are large maps, dear to pool, and brought nothing
+MIDDLES = 2
 MOST_FEATURES = 8192  # of all automatic taps side by side: 16 KB an image
 
 

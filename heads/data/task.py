@@ -29,14 +29,12 @@ class Task:
     """
 
     kind: Literal["single", "multi", "regression"]
-    classes: tuple[
-        str, ...
-    ]  # single: class names; multi: label columns; regression: target columns
+    # single: class names; multi: label columns; regression: target columns
+    classes: tuple[str, ...]
     ids: npt.NDArray[np.str_]  # (N,) sample ids
     content: npt.NDArray[np.bytes_]  # (N,) content hashes, the key into every feature set
-    target: npt.NDArray[
-        Any
-    ]  # single: (N,) int64 class index; multi: (N, L) uint8; regression: (N, L) float64
+    # single: (N,) int64 class index; multi: (N, L) uint8; regression: (N, L) float64
+    target: npt.NDArray[Any]
     fold: npt.NDArray[np.int16]  # (N,) 0..F-1: held out in that fold; TEST; TRAIN_ONLY
     weight: npt.NDArray[np.float64]  # (N,) sample weights, 1.0 by default
 

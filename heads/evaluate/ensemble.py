@@ -36,9 +36,8 @@ class EnsembleLimits:
 
     members: int = 8  # different heads
     networks: int | None = None  # forward passes per image
-    min_gain_per_backbone: float = (
-        0.01  # each network beyond the first must lower the loss by this share
-    )
+    # each network beyond the first must lower the loss by this share
+    min_gain_per_backbone: float = 0.01
     rounds: int = 30  # picks, the same head more than once being its weight
 
 

@@ -34,16 +34,14 @@ from headrace.heads.evaluate.weighted import weighted_scores
 Floats = npt.NDArray[np.float64]
 
 LEVEL = 0.95
-METHOD = (
-    "exact-groups-1"  # stands beside stored intervals, so that those of an earlier method are told
-)
+# stands beside stored intervals, so that those of an earlier method are told
+METHOD = "exact-groups-1"
 # 3: the least with which no simulated case (2 to 20 images in a group, correlations 0 to .3, 37 to
 # 1,000 images, accuracies .6 to .99) covered less than 93 %; 2 left .92, no drawing .73.
 PRIOR_GROUPS = 3
 PRIOR_GROUPS_RANKED = 1  # of areas under curves, whose worst variance is far above the usual one
-_BLOCKS = (
-    200  # that the jackknife leaves out one by one: groups, dealt to so many where there are more
-)
+# that the jackknife leaves out one by one: groups, dealt to so many where there are more
+_BLOCKS = 200
 _ELEMENTS = 1e7  # of its table of weights
 
 

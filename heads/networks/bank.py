@@ -28,26 +28,22 @@ Floats = npt.NDArray[Any]
 Stacked = Floats | StreamedStack  # (V, N, D, …)
 Spec = TypeVar("Spec", MLPSpec, ConvSpec)
 
-ROWS_AT_ONCE = (
-    4096  # of held-out rows that are read from shards to be predicted; blocks of `predict_head`
-)
+# of held-out rows that are read from shards to be predicted; blocks of `predict_head`
+ROWS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
 class Family(Generic[Spec]):
     """What tells one kind of network from another."""
 
-    alike: Callable[
-        [Spec], tuple[Any, ...]
-    ]  # heads of equal keys can train side by side; standardisation comes last
+    # heads of equal keys can train side by side; standardisation comes last
+    alike: Callable[[Spec], tuple[Any, ...]]
     head_bytes: Callable[[Spec], int]  # that one head of a batch takes
     batch_bytes: int  # heads side by side on a CPU take at most so much
-    make: Callable[
-        [list[Spec], FoldData, int], Batch
-    ]  # of the specs of a batch, their data and their fold
-    arrays: Callable[
-        [Any, FoldData], Arrays
-    ]  # what the batch remembers of a head, in raw coordinates
+    # of the specs of a batch, their data and their fold
+    make: Callable[[list[Spec], FoldData, int], Batch]
+    # what the batch remembers of a head, in raw coordinates
+    arrays: Callable[[Any, FoldData], Arrays]
 
 
 @dataclass(frozen=True)

@@ -284,7 +284,6 @@ def _probabilities(
     else:
         found = (np.asarray(estimator.predict(X))[:, None] == estimator.classes_).astype(np.float32)
     predicted = np.zeros((len(X), outputs), np.float32)
-    predicted[:, np.asarray(estimator.classes_, np.int64)] = (
-        found  # a class without training rows has probability 0
-    )
+    # a class without training rows has probability 0
+    predicted[:, np.asarray(estimator.classes_, np.int64)] = found
     return predicted

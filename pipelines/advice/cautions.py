@@ -227,9 +227,8 @@ def near_copies(samples: pd.DataFrame, group: str | None = None) -> str | None:
     if len(samples) > LOOKED_AT:
         starts = np.linspace(0, len(samples) - RUN, LOOKED_AT // RUN).astype(int)
         looked = samples.iloc[np.unique((starts[:, None] + np.arange(RUN)).ravel())]
-    grey: dict[
-        str, npt.NDArray[np.uint8]
-    ] = {}  # by content: exact copies are told by the run, and kept together
+    # by content: exact copies are told by the run, and kept together
+    grey: dict[str, npt.NDArray[np.uint8]] = {}
     names, side, total = [], [], 0
     for place, (name, path) in enumerate(looked[["id", "path"]].itertuples(index=False)):
         with contextlib.suppress(

@@ -82,17 +82,15 @@ class Evidence:
         Estimate | None
     )  # error on the half of the images of which it is surest: about what label noise leaves
     gain: dict[int, Estimate]  # by how much the error falls with 2 and 4 times as many images
-    ahead: dict[
-        int, Estimate
-    ]  # the error itself with 2 and 4 times as many images, by the same curve
+    # the error itself with 2 and 4 times as many images, by the same curve
+    ahead: dict[int, Estimate]
     curve: dict[str, list[float]]  # images, error
     taps: tuple[TapEvidence, ...] = ()  # of one network, early to late
     per_class: tuple[ClassEvidence, ...] = ()
     pilots: tuple[PilotEvidence, ...] = ()
     scores: tuple[dict[str, Any], ...] = ()  # transfer scores by feature set
-    reference: tuple[
-        ReferenceEvidence, ...
-    ] = ()  # distances to the images of another run, where one is given
+    # distances to the images of another run, where one is given
+    reference: tuple[ReferenceEvidence, ...] = ()
 
     @property
     def per_class_images(self) -> float:

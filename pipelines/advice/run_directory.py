@@ -30,9 +30,8 @@ class RunFiles:
     board: pd.DataFrame  # best first; `inputs` are tuples of names
     task: Task
     groups: npt.NDArray[Any] | None
-    directories: Mapping[
-        str, tuple[Path, ...]
-    ]  # of the feature sets, view by view, in the recipe's order
+    # of the feature sets, view by view, in the recipe's order
+    directories: Mapping[str, tuple[Path, ...]]
 
 
 def read_run_files(run: Path) -> RunFiles:

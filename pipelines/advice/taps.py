@@ -47,11 +47,9 @@ class TransferScores:
     images: int  # that the scores were measured on
     logme: float | None  # log evidence per image of a linear model; higher is better
     h_score: float | None  # higher is better, at most classes - 1
-    nce: (
-        float | None
-        # from the class that the pretrained network sees, where its logits are among the taps; 0 is
-        # best
-    )
+    # from the class that the pretrained network sees, where its logits are among the taps; 0 is
+    # best
+    nce: float | None
     neighbours: (
         float | None
     )  # the best of 1, 5 and 20 nearest neighbours: accuracy, or R² of a regression

@@ -57,9 +57,8 @@ _KEYS = {
     "qos": "directives",
 }
 _stillborn: dict[str, int] = {}  # looks in a row at which a cluster had lost jobs and no worker
-_looked: dict[
-    str, float
-] = {}  # when each cluster's jobs were last looked at, by the cluster's name
+# when each cluster's jobs were last looked at, by the cluster's name
+_looked: dict[str, float] = {}
 
 
 @contextlib.contextmanager

@@ -35,9 +35,8 @@ from headrace.pipelines.cluster.worker import versions
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
-MAX_ATTEMPTS = (
-    3  # a task whose worker died is given to another this often before it is found guilty
-)
+# a task whose worker died is given to another this often before it is found guilty
+MAX_ATTEMPTS = 3
 # A host whose new workers die under so many tasks in a row, before one of them has ended any, is
 # broken, not the tasks: it gets no more of them for a while. A driver, a mount or a package that is
 # missing looks like this.
@@ -64,9 +63,8 @@ class Outcome(Generic[Job, Result]):
     result: Result | None
     error: str | None
     fatal: bool = False  # it took its workers down, or never ended, whenever it was tried
-    of_machine: bool = (
-        False  # a full disk or the like was the reason, which says nothing about the job
-    )
+    # a full disk or the like was the reason, which says nothing about the job
+    of_machine: bool = False
 
 
 @dataclass(eq=False)

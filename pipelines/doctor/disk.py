@@ -17,9 +17,8 @@ from headrace.pipelines.doctor.finding import Finding
 _LEAST_FREE_BYTES = 2e9
 _SLOW_BYTES_PER_S = 20e6  # a disk below this holds up a GPU, and a dozen cores
 _PROBE_BYTES = 32 << 20
-_SKEW_S = (
-    2.0  # between this clock and the file system's: more, and files seem to come from the future
-)
+# between this clock and the file system's: more, and files seem to come from the future
+_SKEW_S = 2.0
 
 
 def check_disk(

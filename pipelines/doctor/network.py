@@ -11,9 +11,8 @@ from collections.abc import Callable, Sequence
 
 from headrace.pipelines.doctor.finding import Finding
 
-WEIGHTS_SERVER = (
-    "https://download.pytorch.org/models/"  # of torchvision, whose import takes seconds
-)
+# of torchvision, whose import takes seconds
+WEIGHTS_SERVER = "https://download.pytorch.org/models/"
 _ASK_S = 3.0  # how long a server may take to answer
 
 

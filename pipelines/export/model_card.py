@@ -31,13 +31,11 @@ class Exported:
 
     model: Model
     inputs: tuple[Input, ...]
-    differences: dict[
-        str, float
-    ]  # by format: the largest difference from headrace's predictions on the test pictures
+    # by format: the largest difference from headrace's predictions on the test pictures
+    differences: dict[str, float]
     tolerance: float
-    all_views: (
-        bool  # otherwise the graphs see the evaluation crop, and headrace averages random views too
-    )
+    # otherwise the graphs see the evaluation crop, and headrace averages random views too
+    all_views: bool
 
 
 def model_card(exported: Exported) -> str:
@@ -389,7 +387,7 @@ def _use(exported: Exported) -> str:
             "headrace (the safetensors files; also `headrace predict THIS_FOLDER photos/`):",
             "",
             "```python",
-            "from headrace.pipelines import load_model",
+            "from headrace import load_model",
             'model = load_model(".")',
             'print(model.classes, model.predict_proba("photo.jpg"))',
             "```",

@@ -49,9 +49,8 @@ FORMATS = ("torch", "onnx", "safetensors")
 # Of probabilities, absolute; of regression values, relative to the largest. Sums in another order
 # move a feature by some 1e-7 of its size, and now and then over the edge of its float16, by 5e-4.
 TOLERANCE = 2e-3
-HALF_TOLERANCE = (
-    3e-2  # of networks that were run in half precision: an exported graph runs in float32
-)
+# of networks that were run in half precision: an exported graph runs in float32
+HALF_TOLERANCE = 3e-2
 MARKER = ".headrace-export"  # by which a folder is known that --force may replace
 _MARKER_TEXT = (
     "This folder was written by `headrace export`, which replaces it as a whole when it is told "

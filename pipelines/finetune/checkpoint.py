@@ -29,9 +29,8 @@ class Progress:
     best_epoch: int
     best_loss: float
     seconds: float  # of training over all calls, by `train.clock`
-    curve: list[
-        dict[str, float]
-    ]  # per epoch: epoch, train_loss, validation_loss, and the learning rate at its end
+    # per epoch: epoch, train_loss, validation_loss, and the learning rate at its end
+    curve: list[dict[str, float]]
 
 
 def save_checkpoint(path: Path, key: str, progress: Progress, tensors: dict[str, Tensor]) -> None:

@@ -36,9 +36,8 @@ class Parity:
     """
 
     rows: int
-    largest: (
-        float  # difference of a probability (regression: in deviations of the stored predictions)
-    )
+    # difference of a probability (regression: in deviations of the stored predictions)
+    largest: float
     mean: float
     features: float  # root mean square difference of the features, in shares of their own spread
 

@@ -66,12 +66,10 @@ class FinetuneJob:
     task: str  # path of an .npz of `save_task`, without test rows
     images: str  # Parquet with the columns content and path
     backbone: BackboneSpec
-    features: tuple[
-        str, ...
-    ]  # feature sets of the head's inputs, tap by tap, and of each tap its views
-    cut: tuple[
-        str, ...
-    ]  # feature sets of the cut's maps, view by view; none: training starts from the images
+    # feature sets of the head's inputs, tap by tap, and of each tap its views
+    features: tuple[str, ...]
+    # feature sets of the cut's maps, view by view; none: training starts from the images
+    cut: tuple[str, ...]
     head_result: str  # results file of the trained head; "": the head is new
     spec: FineTuneSpec
     folder: str  # of parts, curves and checkpoints

@@ -105,13 +105,11 @@ class Model:
     classes: tuple[str, ...]  # of a multi-label or regression task, the columns
     metrics: dict[str, float]
     members: tuple[Member | NetworkMember, ...]  # their weights sum to 1
-    temperature: (
-        float  # the averaged log-odds are divided by it; of one member alone, which has its own, 1
-    )
+    # the averaged log-odds are divided by it; of one member alone, which has its own, 1
+    temperature: float
     digest: str  # of everything that a prediction depends on, weights included
-    trust_code: tuple[
-        str, ...
-    ] = ()  # what the caller allows it to import, "module:function"; nothing else is
+    # what the caller allows it to import, "module:function"; nothing else is
+    trust_code: tuple[str, ...] = ()
 
     def predict_proba(
         self, images: "ImageLike | Iterable[ImageLike]", *, device: str = "cpu"

@@ -39,9 +39,8 @@ class NetworkMember:
     """
 
     directory: Path
-    features: tuple[
-        FeatureSpec, ...
-    ]  # what its taps give, in the order of its head's input; never stored anywhere
+    # what its taps give, in the order of its head's input; never stored anywhere
+    features: tuple[FeatureSpec, ...]
     spatial: bool  # whether its head takes maps
     digest: str  # of the weights file
     weight: float = 1.0

@@ -43,9 +43,8 @@ class Dataset:
     train: Task  # every row that banks see, with its fold
     test: Task  # every row that nobody sees before the winner is chosen; may be empty
     notes: tuple[str, ...]  # what a careful person would want to be told about the rows
-    groups: npt.NDArray[
-        np.int64
-    ]  # of each row of `train`: rows of one group, or copies of one image, share a number
+    # of each row of `train`: rows of one group, or copies of one image, share a number
+    groups: npt.NDArray[np.int64]
     unlabelled: int  # images that can be read and have no target
     test_groups: npt.NDArray[np.int64]  # as `groups`, of each row of `test`
 

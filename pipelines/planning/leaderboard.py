@@ -41,9 +41,8 @@ def collect_heads(
     iterations, seconds, error, and path (its results file).
     """
     frames = []
-    read: dict[
-        str, pd.DataFrame
-    ] = {}  # by group: estimators of scikit-learn's share one, setting by setting
+    # by group: estimators of scikit-learn's share one, setting by setting
+    read: dict[str, pd.DataFrame] = {}
     for each in wanted:
         group = bank_group(task_digest, each, fingerprints)
         asked = {spec_to_json(spec) for spec in each.specs}

@@ -76,9 +76,8 @@ class BankPlan:
     group: str  # names (task, features, kind): the first half of the results file's name
     specs: tuple[HeadSpec, ...]
     halving: Halving | None = None
-    assumed_s: float = (
-        0.0  # core-seconds, as assumed before anything was measured; no part of what the bank is
-    )
+    # core-seconds, as assumed before anything was measured; no part of what the bank is
+    assumed_s: float = 0.0
     # of these very specs: those that failed are trained again, beside the results that say so
     attempt: int = 0
 

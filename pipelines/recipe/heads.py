@@ -156,9 +156,8 @@ class SklearnGrid(Section):
     parameters: dict[str, tuple[Any, ...]] = pydantic.Field(
         {}
     )  # lists of values by the estimator's parameter names
-    standardize: bool = (
-        False  # scale features by their means and spreads on the training rows first
-    )
+    # scale features by their means and spreads on the training rows first
+    standardize: bool = False
     # each: every tap alone; all: side by side; a list: these taps side by side
     inputs: tuple[HeadInput, ...] = ("all",)
 

@@ -35,12 +35,10 @@ class Recipe(Section):
     backbones: tuple[Backbone, ...] = ()
     heads: Heads = Heads(logistic=LogisticGrid(), mlp=MLPGrid())
     finetune: FinetuneSection | None = None  # `finetune: {}` takes the defaults
-    imported: tuple[
-        str, ...
-    ] = ()  # features of other programs, under the names that `headrace cache import` gave them
-    screen: ScreenSection | None = (
-        None  # `screen: {}` takes the defaults; default: every input gets every head
-    )
+    # features of other programs, under the names that `headrace cache import` gave them
+    imported: tuple[str, ...] = ()
+    # `screen: {}` takes the defaults; default: every input gets every head
+    screen: ScreenSection | None = None
     ensemble: EnsembleSection | None = None  # `ensemble: {}` takes the defaults
     storage: Storage = Storage()
     cache: Path = Path("headrace-cache")

@@ -27,31 +27,24 @@ class Images(Section):
     array file.
     """
 
-    folder: Path | None = (
-        None  # one sub-folder per class; or train/, val/ and test/ with the classes below them
-    )
+    # one sub-folder per class; or train/, val/ and test/ with the classes below them
+    folder: Path | None = None
     # CSV, JSON lines, JSON (COCO too), Parquet or Arrow; a pattern, or a folder that `datasets`
     # saved
     table: Path | None = None
-    tar: Path | None = (
-        # tar archives, compressed or not: one, a folder of them, or a pattern, train-{000..031}.tar
-        None
-    )
+    # tar archives, compressed or not: one, a folder of them, or a pattern, train-{000..031}.tar
+    tar: Path | None = None
     zip: Path | None = None  # as `tar`
     array: Path | None = None  # .npy, .npz, HDF5 or idx (.gz too)
-    layout: Literal["auto", "classes", "split"] = (
-        "auto"  # what the outer folders are; auto: as their names say
-    )
+    # what the outer folders are; auto: as their names say
+    layout: Literal["auto", "classes", "split"] = "auto"
     exclude: tuple[str, ...] = ()  # ids, or folders that they lie in, to leave out; * and ? match
-    path_column: str | None = (
-        None  # the table's column with the paths, or the images; default: found by what it holds
-    )
-    id_column: str | None = (
-        None  # default: `id` where there is such a column, else the path as written in the table
-    )
-    root: Path | None = (
-        None  # what relative paths in the table start from; default: the table's folder
-    )
+    # the table's column with the paths, or the images; default: found by what it holds
+    path_column: str | None = None
+    # default: `id` where there is such a column, else the path as written in the table
+    id_column: str | None = None
+    # what relative paths in the table start from; default: the table's folder
+    root: Path | None = None
     path_pattern: str | None = None  # the paths, from columns of the table: train/{id}.jpg
     array_key: str | None = None  # the array in a .npz or HDF5 file
     labels: Path | None = None  # the array's labels: another such file
@@ -110,15 +103,12 @@ class Images(Section):
 class TaskSection(Section):
     """What to predict, and which rows may be seen when."""
 
-    target: str | tuple[str, ...] = (
-        "label"  # the column to predict; several columns for several labels or numbers
-    )
-    kind: Literal["single", "multi", "regression"] = (
-        "single"  # one class for each image; 0/1 columns; numbers
-    )
-    group: str | None = (
-        None  # rows of one group (patient, module, scene) never stand on two sides of a split
-    )
+    # the column to predict; several columns for several labels or numbers
+    target: str | tuple[str, ...] = "label"
+    # one class for each image; 0/1 columns; numbers
+    kind: Literal["single", "multi", "regression"] = "single"
+    # rows of one group (patient, module, scene) never stand on two sides of a split
+    group: str | None = None
     split: str | None = None  # a column with train / validation / test
     fold: str | None = None  # a column with fold numbers
     # where the split or fold column puts copies of an image on different sides: refuse, or keep it
@@ -126,13 +116,11 @@ class TaskSection(Section):
     copies: Literal["refuse", "keep"] = "refuse"
     # between several labels in one cell, as in `cat;dog`; for kind: multi
     separator: Annotated[str, pydantic.Field(min_length=1)] | None = None
-    test_fraction: Fraction = (
-        0.25  # set aside at random where no column marks test rows; 0: no test split
-    )
+    # set aside at random where no column marks test rows; 0: no test split
+    test_fraction: Fraction = 0.25
     folds: Annotated[int, pydantic.Field(ge=2, le=100)] = 5  # the winner is chosen on these
-    metric: str | None = (
-        None  # default: accuracy (single), average_precision (multi), r2 (regression)
-    )
+    # default: accuracy (single), average_precision (multi), r2 (regression)
+    metric: str | None = None
     seed: Seed = 0  # of the test split and the folds
 
     @pydantic.field_validator("target")
@@ -151,26 +139,22 @@ class Backbone(Section):
     """A frozen network and the taps to keep."""
 
     name: str  # torchvision:…, timm:…, or python:module:function; `headrace backbones` lists them
-    weights: str | None = (
-        None  # default: the library's own pretrained weights; a tag, a file, or random:SEED
-    )
-    weights_match: Literal["name", "order"] = (
-        "name"  # order: as they come in a .pth; shapes and roles are checked
-    )
+    # default: the library's own pretrained weights; a tag, a file, or random:SEED
+    weights: str | None = None
+    # order: as they come in a .pth; shapes and roles are checked
+    weights_match: Literal["name", "order"] = "name"
     alias: str | None = None  # how the leaderboard calls it when there are several backbones
     # nodes with their reduction, such as layer4.avg; auto: averages and maxima of the last block at
     # each resolution, and more
     taps: Literal["auto"] | Annotated[tuple[str, ...], pydantic.Field(min_length=1)] = "auto"
     # pixels; default: what the weights were trained with
     image_size: Annotated[int, pydantic.Field(ge=16, le=4096)] | None = None
-    crop_fraction: Share | None = (
-        None  # share of the shorter edge that the crop keeps; default: the weights' own
-    )
+    # share of the shorter edge that the crop keeps; default: the weights' own
+    crop_fraction: Share | None = None
     # of the normalisation; default: the weights' own
     mean: tuple[pydantic.FiniteFloat, pydantic.FiniteFloat, pydantic.FiniteFloat] | None = None
-    std: tuple[Positive, Positive, Positive] | None = (
-        None  # of the normalisation; default: the weights' own
-    )
+    # of the normalisation; default: the weights' own
+    std: tuple[Positive, Positive, Positive] | None = None
     # of the resizing; default: the weights' own
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] | None = None
     # 1: the evaluation crop; more: augmented renderings as well; flips: the crop and its 3 mirror
@@ -186,12 +170,10 @@ class EnsembleSection(Section):
 
     members: pydantic.PositiveInt = 8  # different heads at most
     networks: pydantic.PositiveInt | None = None  # backbones at most; default: all of the run's
-    min_gain_per_backbone: Fraction = (
-        0.01  # each backbone beyond the first must lower the loss by this share
-    )
-    rounds: Annotated[int, pydantic.Field(ge=1, le=1000)] = (
-        30  # picks; a head picked twice weighs twice
-    )
+    # each backbone beyond the first must lower the loss by this share
+    min_gain_per_backbone: Fraction = 0.01
+    # picks; a head picked twice weighs twice
+    rounds: Annotated[int, pydantic.Field(ge=1, le=1000)] = 30
     candidates: Annotated[int, pydantic.Field(ge=2)] = 200  # heads to pick from, the best ones
     # level of the interval of its gain over a single head; the answer only if all of that lies
     # above 0
@@ -206,9 +188,8 @@ class ReuseSection(Section):
     # the node to cut at, `blocks.4`; from its cached map (`blocks.4.map`) where the backbone has
     # that tap
     cut: str
-    inputs: Annotated[
-        tuple[str, ...], pydantic.Field(min_length=1)
-    ]  # taps above the cut that the new head is given
+    # taps above the cut that the new head is given
+    inputs: Annotated[tuple[str, ...], pydantic.Field(min_length=1)]
     hidden: tuple[pydantic.PositiveInt, ...] = ()
     start: Annotated[tuple[Literal["pretrained", "random"], ...], pydantic.Field(min_length=1)] = (
         "pretrained",
@@ -221,9 +202,8 @@ class FinetuneSection(Section):
     that may cost.
     """
 
-    promote: Annotated[int, pydantic.Field(ge=0)] = (
-        1  # so many heads, best first, one of each inputs and kind
-    )
+    # so many heads, best first, one of each inputs and kind
+    promote: Annotated[int, pydantic.Field(ge=0)] = 1
     # What trains: head, all, scratch (all, from a random start), or a node: everything above it.
     depths: Annotated[tuple[str, ...], pydantic.Field(min_length=1)] = ("all",)
     reuse: tuple[ReuseSection, ...] = ()
@@ -242,9 +222,8 @@ class FinetuneSection(Section):
     augment: Literal["none", "flip", "flips", "views"] = "none"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     seed: Seed = 0
-    budget_minutes: Positive | None = (
-        None  # of training, computing time on each worker; default: no limit
-    )
+    # of training, computing time on each worker; default: no limit
+    budget_minutes: Positive | None = None
 
 
 class ScreenSection(Section):
@@ -264,20 +243,17 @@ class Compute(Section):
     """How the work is done. Nothing here changes a result beyond floating-point tolerance."""
 
     workers: pydantic.PositiveInt | None = None  # default: one per core
-    images_per_shard: pydantic.PositiveInt | None = (
-        None  # per work unit, and so rows per shard; default: 128, on a GPU 1,024
-    )
+    # per work unit, and so rows per shard; default: 128, on a GPU 1,024
+    images_per_shard: pydantic.PositiveInt | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"  # of the forward pass
     # of logistic, mlp and conv heads; auto: a GPU where `workers` is 1, so that no other process
     # wants it
     heads_device: Literal["auto", "cpu", "cuda"] = "auto"
-    batch_size: pydantic.PositiveInt | None = (
-        None  # images per forward pass; default: found by trying
-    )
+    # images per forward pass; default: found by trying
+    batch_size: pydantic.PositiveInt | None = None
     compile: bool = False  # PyTorch's compiler, on a GPU: minutes once per network, for long runs
-    strict: bool = (
-        False  # stop at an image that cannot be decoded, instead of listing it and going on
-    )
+    # stop at an image that cannot be decoded, instead of listing it and going on
+    strict: bool = False
 
 
 class SlurmSection(Section):
@@ -294,9 +270,8 @@ class SlurmSection(Section):
     walltime: Annotated[str, pydantic.Field(pattern=r"^(\d+-)?\d{1,2}:\d{2}:\d{2}$")] = "01:00:00"
     interface: str | None = None  # of the network that nodes share, such as ib0
     directives: tuple[str, ...] = ()  # more #SBATCH lines, such as --qos=long
-    prologue: tuple[
-        str, ...
-    ] = ()  # shell lines before the workers start, such as `module load cuda`
+    # shell lines before the workers start, such as `module load cuda`
+    prologue: tuple[str, ...] = ()
 
 
 class KubernetesSection(Section):
@@ -306,9 +281,8 @@ class KubernetesSection(Section):
     namespace: str | None = None
     memory: str = "4Gi"
     volume_claim: str | None = None  # the volume with the images, the cache and the run's directory
-    mount_path: str = (
-        "/data"  # where it lies in every pod, and here: paths in a task are the same on both sides
-    )
+    # where it lies in every pod, and here: paths in a task are the same on both sides
+    mount_path: str = "/data"
 
 
 class ClusterSection(Section):
@@ -316,9 +290,8 @@ class ClusterSection(Section):
 
     # local, cuda (one worker per GPU of this machine), slurm, kubernetes, or a scheduler's address
     where: str = "local"
-    task_timeout_s: Positive = (
-        3600.0  # a task that takes longer is taken for hung; its worker is ended
-    )
+    # a task that takes longer is taken for hung; its worker is ended
+    task_timeout_s: Positive = 3600.0
     memory: str | None = None  # of one worker; default: this machine's, shared equally
     tls: Path | None = None  # the folder that `headrace cluster tls` wrote
     slurm: SlurmSection = SlurmSection()
@@ -340,25 +313,20 @@ class Storage(Section):
 
     # how features are kept; uint8 is a quarter of float32
     dtype: Literal["float16", "float32", "bfloat16", "uint8"] = "float16"
-    precision: Literal["float32", "bfloat16", "float16"] = (
-        "float32"  # of the forward pass; GPUs are faster in bfloat16
-    )
-    compression: Literal["none", "bitshuffle-lz4"] = (
-        "none"  # for maps with many zeros; reading is slower
-    )
-    budget_gb: Positive | None = (
-        None  # what new features may take; default: what the disk has, less a reserve
-    )
+    # of the forward pass; GPUs are faster in bfloat16
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    # for maps with many zeros; reading is slower
+    compression: Literal["none", "bitshuffle-lz4"] = "none"
+    # what new features may take; default: what the disk has, less a reserve
+    budget_gb: Positive | None = None
 
 
 class LogSection(Section):
     """Programs that are told of the finished run too. Nothing is read from them."""
 
-    mlflow: str | None = (
-        None  # a folder (a SQLite file is made in it), or a tracking URI: http://server:5000
-    )
+    # a folder (a SQLite file is made in it), or a tracking URI: http://server:5000
+    mlflow: str | None = None
     tensorboard: Path | None = None  # a folder for its event files
     experiment: str = "headrace"
-    settings: Annotated[int, pydantic.Field(ge=0, le=1000)] = (
-        20  # the best settings, each as a run of its own
-    )
+    # the best settings, each as a run of its own
+    settings: Annotated[int, pydantic.Field(ge=0, le=1000)] = 20

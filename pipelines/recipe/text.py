@@ -19,9 +19,8 @@ _UNION_TAGS = ("literal", "tuple", "function", "constrained", "str", "float", "i
 # Far above any recipe (the longest of ours has 4 kB), and what PyYAML reads in some seconds.
 MAX_CHARACTERS = 256 * 1024
 _MAX_VALUES = 50_000  # keys and values, an anchor's as often as it is used
-_MAX_NUMBER = (
-    400  # characters: Python takes quadratic time for longer ones, and refuses to print them
-)
+# characters: Python takes quadratic time for longer ones, and refuses to print them
+_MAX_NUMBER = 400
 _MAX_PROBLEMS = 20  # that are explained; the others are counted
 _MERGE, _TEXT = "tag:yaml.org,2002:merge", "tag:yaml.org,2002:str"
 

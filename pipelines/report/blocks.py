@@ -38,16 +38,14 @@ class Table:
     columns: tuple[Column, ...]
     frame: pd.DataFrame
     filters: tuple[str, ...] = ()  # columns with a choice above the table
-    switch: tuple[str, str] | None = (
-        None  # a column of yes and no, and the words of the tick box that keeps the yes
-    )
+    # a column of yes and no, and the words of the tick box that keeps the yes
+    switch: tuple[str, str] | None = None
     search: bool = False
     sortable: bool = True
     page: int = 10  # rows shown at a time, where the table is sortable
     wide: bool = False  # never beside another, however few columns it has
-    shade: str | None = (
-        None  # "rows": cells are shaded by their share of the row's sum (a confusion matrix)
-    )
+    # "rows": cells are shaded by their share of the row's sum (a confusion matrix)
+    shade: str | None = None
     # Which class a row has, by its position in the frame: "marked" is drawn with an edge.
     marked: frozenset[int] = frozenset()
 

@@ -59,9 +59,8 @@ class FinishedRun:
     heads: pd.DataFrame  # heads.parquet: one row per head and fold
     winner: pd.Series
     bank: BankResult  # the results file that the winner is in
-    trust_code: Collection[
-        str
-    ] = ()  # what may be imported to predict the test images again; nothing else is
+    # what may be imported to predict the test images again; nothing else is
+    trust_code: Collection[str] = ()
 
     @property
     def task_kind(self) -> str:

@@ -25,9 +25,8 @@ class Thumbnails:
     """
 
     paths: Mapping[str, str]
-    pixel_range: PixelRange | None = (
-        None  # the run's, so that a picture looks as the network saw it
-    )
+    # the run's, so that a picture looks as the network saw it
+    pixel_range: PixelRange | None = None
     missing: int = 0
     _made: dict[str, str | None] = field(default_factory=dict)
 

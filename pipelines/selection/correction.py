@@ -56,9 +56,8 @@ class Selection:
     high: float
     # settings that cannot be told apart from the best with 95 % confidence, the winner included
     together: int
-    cheapest: (
-        int  # of those the rank (from 1, in the leaderboard) of the one with the fewest features
-    )
+    # of those the rank (from 1, in the leaderboard) of the one with the fewest features
+    cheapest: int
     calibration: Calibration | None  # of the winner; None for regression
     table: pd.DataFrame  # one row per compared setting; see `compare_with_best`
 

@@ -30,9 +30,8 @@ class Screening:
     """Which inputs went on, and what each round said."""
 
     kept: tuple[Inputs, ...]
-    rounds: tuple[
-        tuple[float, Mapping[Inputs, float]], ...
-    ]  # share of the images, error of each input that took part
+    # share of the images, error of each input that took part
+    rounds: tuple[tuple[float, Mapping[Inputs, float]], ...]
     # by how much the error of the best of all inputs is luckier than that of the best of the kept
     # ones
     luck: float = 0.0

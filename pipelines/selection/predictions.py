@@ -27,9 +27,8 @@ class HeldOut:
     rows: npt.NDArray[np.int64]  # (N,) positions in the task
     target: npt.NDArray[Any]  # (N, ...) as in Task.target
     fold: npt.NDArray[np.int16]  # (N,) >= 0
-    groups: npt.NDArray[
-        np.int64
-    ]  # (N,) rows that are resampled together: of one group, or copies of one image
+    # (N,) rows that are resampled together: of one group, or copies of one image
+    groups: npt.NDArray[np.int64]
 
     @property
     def weight(self) -> npt.NDArray[np.float64]:

@@ -55,9 +55,8 @@ class TestResult:
     images: int
     openings: int  # how many winners have been shown this test split, this one included
     metrics: dict[str, float]
-    groups: int | None = (
-        None  # the images are of so many groups, or distinct images; None: as many as images
-    )
+    # the images are of so many groups, or distinct images; None: as many as images
+    groups: int | None = None
 
 
 class OpeningsDamaged(HeadraceError, ValueError):

@@ -401,7 +401,7 @@ def test_taps_that_fit(tmp_path):
 OPEN_MANY = """
 import resource, sys
 from pathlib import Path
-from headrace.cache import open_feature_set
+from headrace import open_feature_set
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -337,8 +337,7 @@ def test_images_without_a_range_are_told_what_to_write(home):
 def test_a_script_without_its_main_line_is_told_so(home):
     """Instead of starting workers that start workers."""
     Path("script.py").write_text(
-        "from headrace.extract import BackboneSpec\n"
-        "from headrace.pipelines import extract_features\n"
+        "from headrace import BackboneSpec, extract_features\n"
         'network = BackboneSpec("torchvision:resnet18", weights="random:0", image_size=32)\n'
         'extract_features("photos", network, taps=["layer1.avg"], workers=1)\n'
     )

@@ -275,9 +275,9 @@ def test_a_file_with_code_in_it_is_not_run(tmp_path: Path) -> None:
         ("timm:resnet50", "a9_in1k", "It has: .*a1_in1k"),
         ("resnet50", None, "expected torchvision:NAME, timm:NAME or python:MODULE:FUNCTION"),
         ("python:no_such_module:f", None, "cannot import 'no_such_module'"),
-        ("python:test_extract_backbone:absent", None, "has no function 'absent'"),
-        ("python:test_extract_backbone:pictures", None, "returned list; expected .torch.nn.Module"),
-        ("python:test_extract_backbone:no_preprocessing", None, "the second value is str"),
+        (f"python:{__name__}:absent", None, "has no function 'absent'"),
+        (f"python:{__name__}:pictures", None, "returned list; expected .torch.nn.Module"),
+        (f"python:{__name__}:no_preprocessing", None, "the second value is str"),
     ],
 )
 def test_names_that_are_not(name: str, weights: str | None, message: str) -> None:
@@ -303,7 +303,7 @@ def test_a_network_of_ones_own() -> None:
     """Any function that returns a module and its preprocessing; its taps are found like any
     other's.
     """
-    info = describe_backbone(BackboneSpec("python:test_extract_backbone:own_network"))
+    info = describe_backbone(BackboneSpec(f"python:{__name__}:own_network"))
     assert [tap.node for tap in info.taps] == ["0", "1", "2", "pre_logits", "3", "logits"]
     assert [tap.shape for tap in info.taps][:2] == [(4, 30, 30)] * 2
     assert info.taps[0].map_bytes == 2 * 4 * 30 * 30

@@ -68,7 +68,7 @@ def shared_activation() -> tuple[nn.Module, Preprocessing]:
 
 def outputs(name: str, taps: list[str]) -> tuple[list[Tensor], dict[str, Tensor]]:
     """What the pass gives, and what the untouched modules give."""
-    backbone = load_backbone(BackboneSpec(f"python:test_extract_fuse:{name}"))
+    backbone = load_backbone(BackboneSpec(f"python:{__name__}:{name}"))
     pixels = torch.randint(0, 256, (3, 32, 32, 3), dtype=torch.uint8)
     found = make_forward(backbone, resolve_taps(backbone, taps))(pixels)
     wanted: dict[str, Tensor] = {}
@@ -87,7 +87,7 @@ def test_a_value_that_is_used_twice() -> None:
     """What the watch of one run cannot see, the comparison of results does."""
     (head,), wanted = outputs("used_twice", ["head.map"])
     assert same_outputs([head], [wanted["head"]])
-    backbone = load_backbone(BackboneSpec("python:test_extract_fuse:used_twice"))
+    backbone = load_backbone(BackboneSpec(f"python:{__name__}:used_twice"))
     x = torch.randn(1, 3, 32, 32)
     with torch.inference_mode():
         wrongly = fused(backbone.module, {"head"}, x)

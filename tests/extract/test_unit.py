@@ -424,7 +424,7 @@ def test_values_that_the_storage_cannot_hold_fail_alone(tmp_path: Path) -> None:
     samples = make_images(tmp_path / "images", 3)
     Image.new("RGB", (40, 40), "white").save(tmp_path / "images/001.png")
     samples = with_content(samples[["id", "path"]], tmp_path / "images")
-    loud = BackboneSpec("python:test_extract_unit:loud_on_white", None)
+    loud = BackboneSpec(f"python:{__name__}:loud_on_white", None)
     loaded = load_backbone(loud)
     taps = resolve_taps(loaded, ["1.max"])
     specs = (*feature_specs(loaded, taps), *feature_specs(loaded, taps, dtype="float32"))

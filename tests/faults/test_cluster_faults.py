@@ -235,9 +235,8 @@ def test_a_driver_killed_at_any_moment_leaves_no_orphan_and_repeats_nothing(tmp_
     rng = random.Random(0)
     banks, kills = 80, 7
     done = {}
-    began: list[
-        tuple[int, set[int]]
-    ] = []  # how many fits had begun, and which heads were published, at each kill
+    # how many fits had begun, and which heads were published, at each kill
+    began: list[tuple[int, set[int]]] = []
     while len(began) < kills:
         driver = drive(tmp_path, banks, seconds=0.1)
         deadline, delay = time.monotonic() + 60, rng.uniform(0.0, 1.0)

@@ -209,9 +209,8 @@ def test_the_least_penalised_weights_are_the_ones_that_come_back():
     for tile in design.tiles:
         (f,) = tile.folds
         u = rng.standard_normal((3, design.width))
-        u[:, len(design.rotation.bases[f].pivots) : -1] = (
-            0  # a fold of fewer rows than another has fewer coordinates
-        )
+        # a fold of fewer rows than another has fewer coordinates
+        u[:, len(design.rotation.bases[f].pivots) : -1] = 0
         weight, bias = design.to_raw(u, np.full(3, f))
         np.testing.assert_allclose(X[tile.rows] @ weight.T + bias, tile.values @ u.T, atol=1e-9)
         own = weight * moments[f].scale

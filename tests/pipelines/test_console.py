@@ -17,7 +17,7 @@ from rich.table import Table
 from support.models import run_here
 from support.runs import headrace, make_photos
 
-from headrace.pipelines.cli.main import main as cli
+from headrace.pipelines.cli.main import main
 from headrace.pipelines.cli.status import show_status
 from headrace.pipelines.cluster.task_log import task_log
 from headrace.pipelines.console import escape_unencodable, make_console, valid_text
@@ -159,7 +159,7 @@ def test_an_error_shows_the_name_that_was_given(run, monkeypatch, capsys):
     monkeypatch.chdir(run)
     monkeypatch.setattr(sys, "argv", ["headrace", "status", f"[/x] :dog: {NO_UTF8}"])
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        main()
     assert ended.value.code == 2
     assert capsys.readouterr().err.startswith(
         "Error: [/x] :dog: caf\\xe9.png: no such file or folder."
@@ -176,7 +176,7 @@ def test_a_project_whose_name_is_no_utf8_is_told(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", ["headrace", "run", "recipe.yaml"])
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        main()
     assert ended.value.code == 2
     assert "caf\\xe9" in (said := capsys.readouterr().err)
     assert "is no UTF-8" in said

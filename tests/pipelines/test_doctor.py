@@ -91,9 +91,7 @@ def test_two_holders_of_one_lock_are_found(tmp_path, monkeypatch):
     """A file system that lets two writers hold one lock fails."""
     from contextlib import nullcontext
 
-    import headrace.cache
-
-    monkeypatch.setattr(headrace.cache, "lease", lambda path: nullcontext())
+    monkeypatch.setattr("headrace.cache.atomic_io.lease", lambda path: nullcontext())
     found = disk.check_locking(tmp_path)
     assert (found.state, found.said) == ("fail", "two threads held one lock")
 

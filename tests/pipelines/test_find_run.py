@@ -19,7 +19,7 @@ from headrace.cache.home import HomeUnknown, expand_home, state_directory
 from headrace.extract.images.content_hashes import hash_bytes
 from headrace.pipelines.advice.run_directory import read_run_files
 from headrace.pipelines.advice.signatures import signatures
-from headrace.pipelines.cli.main import main as cli
+from headrace.pipelines.cli.main import main
 from headrace.pipelines.cli.status import run_status
 from headrace.pipelines.finished import NotARun
 from headrace.pipelines.models.model import load_model
@@ -226,7 +226,7 @@ def test_a_home_that_is_not_known_is_a_sentence(tmp_path, monkeypatch, capsys, a
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["headrace", *arguments])
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        main()
     assert ended.value.code == 2
     assert "~ stands for your home directory, and none is known" in capsys.readouterr().err
 

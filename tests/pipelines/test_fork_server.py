@@ -89,7 +89,7 @@ def test_a_server_that_is_killed_is_replaced():
 RUN = """
 import sys
 from rich.console import Console
-from headrace.pipelines import load_recipe, run_recipe
+from headrace import load_recipe, run_recipe
 if __name__ == "__main__":
     run_recipe(load_recipe("recipe.yaml"), console=Console(quiet=True))
     print(sorted({"torch", "torchvision", "sklearn", "scipy.stats"} & set(sys.modules)))

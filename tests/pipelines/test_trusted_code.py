@@ -45,7 +45,7 @@ import pathlib
 pathlib.Path(__file__).with_name("imported").touch()
 import torch
 from sklearn.neighbors import KNeighborsClassifier
-from headrace.extract import Preprocessing
+from headrace import Preprocessing
 
 def network():
     torch.manual_seed(0)

@@ -132,9 +132,8 @@ class World:
     width: int = 24
     flipped: float = 0.0  # share of labels that are another class's
     starved: int = 0  # images of the last class; 0: as many as of the others
-    blurred: float = (
-        0.0  # noise that the images themselves have in all taps, which no more images remove
-    )
+    # noise that the images themselves have in all taps, which no more images remove
+    blurred: float = 0.0
 
 
 def live_in(world, root, seed=0, folds=3):

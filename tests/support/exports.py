@@ -26,7 +26,7 @@ import sys, json
 sys.meta_path = [finder for finder in sys.meta_path if "editable" not in type(finder).__module__ + getattr(finder, "__name__", "")]
 sys.path = [place for place in sys.path if "__editable__" not in place]
 try:
-    import headrace.pipelines
+    import headrace.pipelines.run
     sys.exit("headrace can be imported: this proves nothing")
 except ImportError:
     pass

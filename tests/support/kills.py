@@ -40,7 +40,7 @@ from headrace.pipelines.run import remove_leftovers
 # processes.
 NETWORK = """\
 import torch
-from headrace.extract import Preprocessing
+from headrace import Preprocessing
 
 
 class Small(torch.nn.Module):

@@ -46,9 +46,8 @@ ROWS_PER_COMPILED_TILE = 8192  # which takes a few of them at a time by itself
 ROWS_OF_A_BASIS = 1 << 15
 ROWS_WORTH_A_METRIC = 48
 COLUMNS_OF_A_WIDE_HEAD = 64  # a head of so many gains nothing from others that see the same rows
-EVALUATIONS = (
-    7  # of a head, as far as its penalty goes: some five, and two products more for its bound
-)
+# of a head, as far as its penalty goes: some five, and two products more for its bound
+EVALUATIONS = 7
 MOST_BYTES_OF_OWN_ROWS = 1 << 28
 OWN_SPREAD = 3.0  # of a fold's scales over the common ones, either way
 BYTES_WORTH_A_SECOND_COPY = (
@@ -84,9 +83,8 @@ class Design:
     rotation: Rotation | OwnScales | Span  # Q, or what is in its place
     centre: Array  # (D,) float64
     factor: Array  # (D,) float64, 1 / scale, 0 for constant features
-    ratio: dict[
-        int, Array
-    ]  # fold -> (D,) s_f / s; empty where P is the identity: own rows, unstandardised, one fold
+    # fold -> (D,) s_f / s; empty where P is the identity: own rows, unstandardised, one fold
+    ratio: dict[int, Array]
     metrics: dict[int, Array]  # fold -> P (R, R), filled in when first needed
     unit: float  # unstandardised features are divided by this one number; 1 for standardised ones
     source: Streamed | None = None  # where tiles read their rows on every pass

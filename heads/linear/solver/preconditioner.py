@@ -40,12 +40,10 @@ DENSE, MOST_DENSE = (
 )  # coordinates taken together, over all classes; as many where classes are many
 ROWS_AT_ONCE = 512  # of so many classes' pairs, 4 MB
 ROWS_WORTH_A_PRODUCT = 4
-CLASSES_WORTH_LINEAR_SUMS = (
-    64  # with fewer, the loop over coordinates costs more, and the difference of sums cancels
-)
-CLASSES_WORTH_DENSE = (
-    128  # beyond, the products of pairs of classes cost more than the iterations that they save
-)
+# with fewer, the loop over coordinates costs more, and the difference of sums cancels
+CLASSES_WORTH_LINEAR_SUMS = 64
+# beyond, the products of pairs of classes cost more than the iterations that they save
+CLASSES_WORTH_DENSE = 128
 
 
 @dataclass(frozen=True)

@@ -114,9 +114,8 @@ class Span:
 
     rows: Array  # Z, in the design's type
     bases: dict[int, Basis]  # by fold
-    exact: np.dtype[
-        Any
-    ]  # float64 where directions are hardly there: divided by next to nothing, they cancel
+    # float64 where directions are hardly there: divided by next to nothing, they cancel
+    exact: np.dtype[Any]
 
     @property
     def rank(self) -> int:
