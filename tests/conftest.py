@@ -11,7 +11,7 @@ from headrace.pipelines.cluster.fork_server import start_server
 LONGEST = (
     "demo",
     "kills",
-    "cluster_slurm",
+    "slurm",
     "cluster_faults",
     "tutorial",
     "notebooks",
