@@ -26,8 +26,8 @@ from rich.console import Console
 from rich.table import Table
 
 from headrace.cache.feature_set import FeatureSet, open_feature_set
-from headrace.cache.integrity.checksum import shard_digest
-from headrace.cache.integrity.checksummed_lines import to_line
+from headrace.cache.integrity.checksum import shard_checksum
+from headrace.cache.integrity.checksummed_lines import to_checksummed_line
 from headrace.cache.integrity.verify import verify_bytes
 from headrace.cache.manifest import read_manifest
 from headrace.cache.publish import create_feature_set, feature_set_path, publish_shard, shard_path
@@ -91,7 +91,7 @@ def unit(index: int, values: np.ndarray, rows: np.ndarray) -> dict[str, Any]:
         "unit": f"u{index:05d}",
         "features": values,
         "ids": [f"{row}.png" for row in rows],
-        "content": content,
+        "content_hashes": content,
     }
 
 
@@ -364,7 +364,7 @@ def verify(folder: Path, quick: bool) -> tuple[list[Row], Figures]:
     seconds = best(
         {
             "ours": once(lambda: verify_bytes(directory)),
-            "one": lambda: (shard_digest(path) for path in paths),
+            "one": lambda: (shard_checksum(path) for path in paths),
             "sha256": lambda: (
                 hashlib.file_digest(path.open("rb"), "sha256") for path in paths[:1]
             ),
@@ -414,7 +414,7 @@ def opening(folder: Path, quick: bool) -> tuple[list[Row], Figures]:
     directory = create_feature_set(folder, spec(shape=(4,)))
     publish_shard(directory, **unit(0, np.zeros((5000, 4), np.float16), np.arange(5000)))
     entry = next(iter(read_manifest(directory).values())).to_dict()
-    lines = [to_line({**entry, "unit": f"u{index:05d}"}) for index in range(2000)]
+    lines = [to_checksummed_line({**entry, "unit": f"u{index:05d}"}) for index in range(2000)]
     (directory / "manifest.jsonl").write_bytes(b"".join(lines))
     runs = [
         subprocess.run(
@@ -459,7 +459,7 @@ def dtypes(folder: Path, quick: bool) -> tuple[list[Row], Figures]:
         accuracy = float(
             np.mean(cross_val_predict(head, features.read(slice(None)), labels, cv=folds) == labels)
         )
-        error = features.round_off.relative_rms
+        error = features.quantization_error.relative_rms
         table.append(
             (
                 f"{dtype}, {len(pooled):,} solar cells, conv_head.avg",

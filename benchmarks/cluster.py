@@ -60,7 +60,7 @@ def made(folder: Path, rows: int, width: int, classes: int) -> tuple[Path, Path,
     )
     directory = create_feature_set(folder / "cache", spec)
     ids = [str(row) for row in range(rows)]
-    publish_shard(directory, unit="u0", features=X, ids=ids, content=content, failures=[])
+    publish_shard(directory, unit="u0", features=X, ids=ids, content_hashes=content, failures=[])
     fold = (np.arange(rows) // classes % FOLDS).astype(np.int16)
     names = tuple(str(number) for number in range(classes))
     task = Task(

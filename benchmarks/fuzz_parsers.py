@@ -141,14 +141,16 @@ def parse_side_file(path: Path) -> None:
 
 
 def parse_features(path: Path) -> None:
-    from headrace.cache.exchange.external import import_features, read_foreign
+    from headrace.cache.exchange.external import import_features, read_external_features
 
     names = [f"{n}.png" for n in range(8)]
     rows = path.with_suffix(".ids.txt")
     rows.write_text("\n".join(names))
     try:
         ids = rows if path.suffix in (".npy", ".npz") else None
-        found = read_foreign(path, ids=ids, columns=["f*"] if path.suffix == ".csv" else ())
+        found = read_external_features(
+            path, ids=ids, columns=["f*"] if path.suffix == ".csv" else ()
+        )
         with tempfile.TemporaryDirectory() as cache:
             import_features(
                 Path(cache), "x", found, {name: f"{n:032x}" for n, name in enumerate(names)}
@@ -158,12 +160,12 @@ def parse_features(path: Path) -> None:
 
 
 def parse_ids(path: Path) -> None:
-    from headrace.cache.exchange.external import read_foreign
+    from headrace.cache.exchange.external import read_external_features
 
     features = path.with_name("features.npy")
     np.save(features, np.random.default_rng(0).normal(size=(8, 5)).astype(np.float32))
     try:
-        read_foreign(features, ids=path)
+        read_external_features(features, ids=path)
     finally:
         features.unlink()
 

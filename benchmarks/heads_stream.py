@@ -79,7 +79,7 @@ def make_rows(root: Path, rows: int, width: int, classes: int) -> None:
             f"{number:04}",
             features=features.astype(np.float16),
             ids=[str(row) for row in range(part.start, part.stop)],
-            content=content[part],
+            content_hashes=content[part],
             failures=[],
         )
     fold = random.integers(0, 5, rows).astype(np.int16)

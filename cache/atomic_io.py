@@ -117,7 +117,7 @@ def publish_replace(path: Path, data: bytes) -> None:
 
     Raises PublishFailed.
     """
-    with explained(path):
+    with explain_os_errors(path):
         temporary = _write_temporary(path, [data])
         try:
             os.replace(temporary, path)
@@ -131,7 +131,7 @@ def publish_parts(path: Path, parts: Sequence[bytes | memoryview]) -> bool:
     """`publish_bytes` of the parts one after the other, without joining them in memory."""
     if path.exists():
         return False
-    with explained(path):
+    with explain_os_errors(path):
         temporary = _write_temporary(path, parts)
         try:
             won = _link_first_wins(temporary, path)
@@ -187,7 +187,7 @@ def sync_directory(directory: Path) -> None:
 
 
 @contextlib.contextmanager
-def explained(path: Path) -> Iterator[None]:
+def explain_os_errors(path: Path) -> Iterator[None]:
     """Turn an OSError into PublishFailed, which names the file and the errno."""
     try:
         yield

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from headrace.cache.reader import Reader
+from headrace.cache.reader import ShardReader
 
 
-class Batch(NamedTuple):
+class FeatureBatch(NamedTuple):
     """Some rows of a feature set."""
 
     rows: npt.NDArray[np.int64]  # (b,) positions in the feature set
@@ -23,14 +23,14 @@ class Batch(NamedTuple):
 
 
 def iter_batches(
-    reader: Reader,
+    reader: ShardReader,
     positions: npt.NDArray[np.int64],
     batch_size: int,
     seed: int | Sequence[int] | None,
     block_rows: int,
     buffer_rows: int,
     dtype: npt.DTypeLike,
-) -> Iterator[Batch]:
+) -> Iterator[FeatureBatch]:
     """Every position exactly once, in batches of `batch_size` rows, the last one smaller.
 
     seed None: in the order given. Otherwise the order depends on seed, positions, block_rows and
@@ -67,11 +67,11 @@ def shuffled_buffers(
 
 
 def _batches(
-    reader: Reader,
+    reader: ShardReader,
     buffers: Iterator[npt.NDArray[np.int64]],
     batch_size: int,
     dtype: np.dtype[Any],
-) -> Iterator[Batch]:
+) -> Iterator[FeatureBatch]:
     rest = next(buffers, np.empty(0, np.int64))
     reader.prefetch(rest)
     while len(rest):
@@ -91,5 +91,5 @@ def _batches(
                 if held is None
                 else held[start : start + len(rows)].copy()
             )
-            yield Batch(rows, features)
+            yield FeatureBatch(rows, features)
         rest = np.concatenate([rest[whole:], coming])

@@ -40,24 +40,8 @@ class SpecMismatch(CacheError, ValueError):
     """A feature set on disk was made by another spec; names the field and both values."""
 
 
-class RowsMissing(CacheError, KeyError):
-    """Rows were asked for whose content hashes the feature set does not hold."""
-
-    def __str__(self) -> str:
-        # KeyError would show the message's repr, quotes and all.
-        return str(self.args[0])
-
-
-class ForeignFeatures(CacheError, ValueError):
+class ExternalFeaturesInvalid(CacheError, ValueError):
     """A file of another program does not hold features with ids, as asked."""
-
-
-class IdsAmbiguous(CacheError, ValueError):
-    """A sample id stands for several images in a feature set, so that it finds none of them."""
-
-
-class NotStorable(CacheError, ValueError):
-    """A feature is NaN or infinite, or does not fit the storage dtype; names the sample."""
 
 
 class PublishFailed(CacheError, OSError):
@@ -65,7 +49,3 @@ class PublishFailed(CacheError, OSError):
 
     Nothing was published and no temporary file is left.
     """
-
-
-class ExtraMissing(CacheError, ImportError):
-    """An optional library is needed; names the extra to install."""

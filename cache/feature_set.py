@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from headrace.cache.batches import Batch, iter_batches
-from headrace.cache.errors import RowsMissing
-from headrace.cache.format.encoding import RoundOff
-from headrace.cache.format.shard import Failure
+from headrace.cache.batches import FeatureBatch, iter_batches
+from headrace.cache.errors import CacheError
+from headrace.cache.format.encoding import QuantizationError
+from headrace.cache.format.shard import FailedSample
 from headrace.cache.manifest import ShardEntry, read_manifest
 from headrace.cache.publish import FEATURES, is_feature_set, read_spec
-from headrace.cache.reader import Reader
-from headrace.cache.row_index import RowIndex, as_hashes
+from headrace.cache.reader import ShardReader
+from headrace.cache.row_index import RowIndex, as_content_hashes
 from headrace.cache.spec import FeatureSpec
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def feature_set_directories(cache_root: Path | str) -> list[Path]:
     return sorted(path for path in (Path(cache_root) / FEATURES).glob("*") if is_feature_set(path))
 
 
-def begun_directories(cache_root: Path | str) -> list[Path]:
+def unfinished_directories(cache_root: Path | str) -> list[Path]:
     """Directories that writers of earlier versions began and were killed in: nothing is in them,
     and no reader sees them.
     """
@@ -79,7 +79,7 @@ class FeatureSet:
 
     def __init__(self, path: Path, spec: FeatureSpec, entries: tuple[ShardEntry, ...]) -> None:
         self.path, self.spec, self.entries = path, spec, entries
-        self._reader = Reader(path, spec, entries)
+        self._reader = ShardReader(path, spec, entries)
         self._index: RowIndex | None = None
         self._lock = threading.Lock()
 
@@ -115,9 +115,9 @@ class FeatureSet:
         return sum(entry.bytes for entry in self.entries)
 
     @property
-    def round_off(self) -> RoundOff:
+    def quantization_error(self) -> QuantizationError:
         """What storing has cost, measured when the rows were written."""
-        return sum((entry.round_off for entry in self.entries), RoundOff())
+        return sum((entry.quantization_error for entry in self.entries), QuantizationError())
 
     def __len__(self) -> int:
         return self.n_rows
@@ -126,12 +126,12 @@ class FeatureSet:
         """N sample ids, as they were when the rows were extracted."""
         return [text for shard in range(len(self.entries)) for text in self._texts(shard, "id")]
 
-    def content(self) -> npt.NDArray[np.bytes_]:
+    def content_hashes(self) -> npt.NDArray[np.bytes_]:
         """(N,) S32 content hashes."""
         parts = [self._reader.text(shard, "content") for shard in range(len(self.entries))]
         return np.concatenate([*parts, np.empty(0, "S32")])
 
-    def failures(self) -> list[Failure]:
+    def failures(self) -> list[FailedSample]:
         """The samples that have no row, with the reason."""
         found = []
         for shard, entry in enumerate(self.entries):
@@ -139,32 +139,32 @@ class FeatureSet:
                 columns = [
                     self._texts(shard, f"failed_{name}") for name in ("id", "content", "reason")
                 ]
-                found += [Failure(*fields) for fields in zip(*columns, strict=True)]
+                found += [FailedSample(*fields) for fields in zip(*columns, strict=True)]
         return found
 
     def known(self) -> frozenset[str]:
         """Content hashes that have a row or a recorded failure: what need not be
         extracted again.
         """
-        return frozenset(self.content().astype("U32").tolist()) | {
-            failure.content for failure in self.failures()
+        return frozenset(self.content_hashes().astype("U32").tolist()) | {
+            failure.content_hash for failure in self.failures()
         }
 
     def locate(self, content: Contents) -> npt.NDArray[np.int64]:
         """(n,) row positions of n content hashes; -1 where there is no row."""
         with self._lock:
             if self._index is None:
-                self._index = RowIndex(self.content())
-        return self._index.locate(as_hashes(content))
+                self._index = RowIndex(self.content_hashes())
+        return self._index.locate(as_content_hashes(content))
 
     def load(self, content: Contents, dtype: npt.DTypeLike | None = np.float32) -> npt.NDArray[Any]:
         """(n, *shape) rows of n content hashes, in that order.
 
-        Raises RowsMissing, naming the first that have none.
+        Raises CacheError, naming the first that have none.
         """
         rows = self.locate(content)
         if (rows < 0).any():
-            raise RowsMissing(self._missing(as_hashes(content)[rows < 0].tolist()))
+            raise CacheError(self._missing(as_content_hashes(content)[rows < 0].tolist()))
         return self.read(rows, dtype)
 
     def read(
@@ -236,7 +236,7 @@ class FeatureSet:
         dtype: npt.DTypeLike | None = np.float32,
         block_rows: int = 1024,
         buffer_rows: int = 16384,
-    ) -> Iterator[Batch]:
+    ) -> Iterator[FeatureBatch]:
         """Batches (rows (b,), features (b, *shape)) that hold each of `rows` (None: all) exactly
         once.
 
@@ -254,7 +254,7 @@ class FeatureSet:
         from dask.delayed import delayed
 
         wanted = self.dtype if dtype is None else np.dtype(dtype)
-        read = delayed(read_shard, pure=True)
+        read = delayed(read_shard_rows, pure=True)
         arrays: Any = dask.array  # has annotations, but not on these functions
         chunks = [
             arrays.from_delayed(
@@ -308,7 +308,7 @@ class FeatureSet:
         return [value.decode() for value in self._reader.text(shard, name).tolist()]
 
     def _missing(self, content: list[bytes]) -> str:
-        failed = {failure.content: failure for failure in self.failures()}
+        failed = {failure.content_hash: failure for failure in self.failures()}
         shown = []
         for value in content[:3]:
             failure = failed.get(value.decode())
@@ -327,7 +327,7 @@ def _check_out(out: npt.NDArray[Any], rows: int, shape: tuple[int, ...]) -> None
         raise ValueError(f"`out` has shape {out.shape}, and the rows have {(rows, *shape)}")
 
 
-def read_shard(
+def read_shard_rows(
     path: Path, spec: FeatureSpec, entry: ShardEntry, dtype: np.dtype[Any]
 ) -> npt.NDArray[Any]:
     """(entry.rows, *shape): all rows of one shard. What a task of

@@ -8,20 +8,16 @@ from pathlib import Path
 from headrace.cache.errors import HeadraceError
 
 
-class HomeUnknown(HeadraceError, ValueError):
-    """A path begins with `~`, and no home directory is known for it."""
-
-
 def expand_home(path: str | os.PathLike[str]) -> Path:
     """The path with `~` and `~user` replaced by the home directory.
 
-    Raises HomeUnknown where there is none.
+    Raises HeadraceError where there is none.
     """
     path = Path(path)
     try:
         return path.expanduser()
     except RuntimeError:
-        raise HomeUnknown(unknown_home(path.parts[0], f"{path}: ")) from None
+        raise HeadraceError(unknown_home(path.parts[0], f"{path}: ")) from None
 
 
 def unknown_home(tilde: str = "~", where: str = "") -> str:

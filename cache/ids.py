@@ -9,7 +9,7 @@ import pandas as pd
 from headrace.cache.text import as_text
 
 
-def contents_by_id(
+def content_hashes_by_id(
     ids: Sequence[str], content: npt.NDArray[np.bytes_]
 ) -> dict[str, tuple[str, ...]]:
     """{id: the different content hashes that stand under it, in the order of the rows} of N ids and

@@ -14,10 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from headrace.cache.atomic_io import explained, lease, sync_directory, write_all
+from headrace.cache.atomic_io import explain_os_errors, lease, sync_directory, write_all
 from headrace.cache.errors import ManifestCorrupt
-from headrace.cache.format.encoding import RoundOff
-from headrace.cache.integrity.checksummed_lines import LineCorrupt, from_line, is_torn, to_line
+from headrace.cache.format.encoding import QuantizationError
+from headrace.cache.integrity.checksummed_lines import (
+    LineCorrupt,
+    from_checksummed_line,
+    is_torn_line,
+    to_checksummed_line,
+)
 
 MANIFEST = "manifest.jsonl"
 LOCK = ".manifest.lock"
@@ -32,15 +37,16 @@ class ShardEntry:
     failed: int  # samples of the unit that have no row
     bytes: int  # of the file
     xxh3: str  # XXH3-128 of the bytes behind the user block: what reading and `cache verify` check
-    round_off: RoundOff
+    quantization_error: QuantizationError
     written_by: str  # "headrace 0.1.0"
 
     def to_dict(self) -> dict[str, Any]:
         """As a flat dictionary of plain values."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        del values["round_off"]
+        del values["quantization_error"]
         prefixed = {
-            f"round_off_{name}": value for name, value in dataclasses.asdict(self.round_off).items()
+            f"round_off_{name}": value
+            for name, value in dataclasses.asdict(self.quantization_error).items()
         }
         return {**values, **prefixed}
 
@@ -49,10 +55,10 @@ class ShardEntry:
         """Inverse of `to_dict`. Raises LineCorrupt when the keys are others."""
         own = dict(values)
         try:
-            round_off = RoundOff(
+            quantization_error = QuantizationError(
                 **{name: own.pop(f"round_off_{name}") for name in _ROUND_OFF_FIELDS}
             )
-            entry = cls(round_off=round_off, **own)
+            entry = cls(quantization_error=quantization_error, **own)
             if min(entry.rows, entry.failed) < 0:
                 raise LineCorrupt(f"it says {entry.rows} rows and {entry.failed} failures")
             return entry
@@ -60,7 +66,7 @@ class ShardEntry:
             raise LineCorrupt(f"its keys are not those of this version ({error})") from error
 
 
-_ROUND_OFF_FIELDS = tuple(field.name for field in dataclasses.fields(RoundOff))
+_ROUND_OFF_FIELDS = tuple(field.name for field in dataclasses.fields(QuantizationError))
 
 
 def read_manifest(directory: Path) -> dict[str, ShardEntry]:
@@ -75,12 +81,12 @@ def read_manifest(directory: Path) -> dict[str, ShardEntry]:
         return {}
     lines = data.split(b"\n")
     tail = lines.pop()
-    if tail and not is_torn(tail):
+    if tail and not is_torn_line(tail):
         lines.append(tail)
     entries: dict[str, ShardEntry] = {}
     for number, line in enumerate(lines, 1):
         try:
-            entry = ShardEntry.from_dict(from_line(line))
+            entry = ShardEntry.from_dict(from_checksummed_line(line))
         except LineCorrupt as error:
             raise ManifestCorrupt(
                 f"{path}: line {number} is not the one that was written ({error}). No shard is "
@@ -96,13 +102,13 @@ def append_entry(directory: Path, entry: ShardEntry) -> None:
     Raises PublishFailed, naming the errno.
     """
     path = directory / MANIFEST
-    with explained(path), lease(directory / LOCK):
+    with explain_os_errors(path), lease(directory / LOCK):
         is_new = not path.exists()
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         try:
             size = _cut_torn_end(descriptor)
             try:
-                write_all(descriptor, to_line(entry.to_dict()))
+                write_all(descriptor, to_checksummed_line(entry.to_dict()))
                 os.fsync(descriptor)
             except OSError:
                 os.ftruncate(descriptor, size)
@@ -115,7 +121,7 @@ def append_entry(directory: Path, entry: ShardEntry) -> None:
 
 def manifest_bytes(entries: Iterable[ShardEntry]) -> bytes:
     """A whole manifest, for repair, which leaves out what is broken."""
-    return b"".join(to_line(entry.to_dict()) for entry in entries)
+    return b"".join(to_checksummed_line(entry.to_dict()) for entry in entries)
 
 
 def _cut_torn_end(descriptor: int) -> int:
@@ -129,7 +135,7 @@ def _cut_torn_end(descriptor: int) -> int:
     tail = data[data.rfind(b"\n") + 1 :]
     if not tail:
         return size
-    if is_torn(tail):
+    if is_torn_line(tail):
         size -= len(tail)
         os.ftruncate(descriptor, size)
         return size

@@ -7,7 +7,7 @@ from math import ceil, prod
 from pathlib import Path
 
 from headrace.cache.errors import CacheError
-from headrace.cache.format.encoding import STORED
+from headrace.cache.format.encoding import STORED_DTYPES
 from headrace.cache.format.shard import USER_BLOCK_BYTES
 from headrace.cache.spec import FeatureSpec
 
@@ -17,10 +17,6 @@ _ID_BYTES = 64  # a path relative to the data set, rarely longer
 
 # A file system that is filled to the last byte becomes slow, and others use it too.
 RESERVE = 0.02
-
-
-class DiskTooSmall(CacheError, OSError):
-    """What is to be extracted does not fit on the disk, or not into the budget."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +31,7 @@ class TapCost:
 
 def stored_bytes(spec: FeatureSpec, rows: int, rows_per_shard: int = 1024) -> int:
     """Bytes on disk of `rows` uncompressed rows; never less than what will be written."""
-    row_bytes = prod(spec.shape) * STORED[spec.dtype].itemsize + 32 + _ID_BYTES
+    row_bytes = prod(spec.shape) * STORED_DTYPES[spec.dtype].itemsize + 32 + _ID_BYTES
     return rows * row_bytes + ceil(rows / rows_per_shard) * (USER_BLOCK_BYTES + _HEADER_BYTES)
 
 
@@ -53,10 +49,10 @@ def plan_taps(wanted: Iterable[tuple[FeatureSpec, int]], budget_bytes: int | Non
     return costs
 
 
-def require_space(
+def require_disk_space(
     cache_root: Path, costs: Sequence[TapCost], free_bytes: int | None = None
 ) -> None:
-    """Raise DiskTooSmall, naming what to leave out, unless all of it fits on `cache_root`'s disk
+    """Raise CacheError, naming what to leave out, unless all of it fits on `cache_root`'s disk
     with some to spare.
 
     free_bytes: for planning another machine's disk.
@@ -68,7 +64,7 @@ def require_space(
     needed, usable = sum(cost.bytes for cost in costs), int(free * (1 - RESERVE))
     if needed > usable:
         largest = max(costs, key=lambda cost: cost.bytes)
-        raise DiskTooSmall(
+        raise CacheError(
             f"{cache_root}: the features need {needed / 1e9:.2f} GB and {usable / 1e9:.2f} GB are "
             f"free. The largest tap is {largest.spec.name} with {largest.bytes / 1e9:.2f} GB; "
             "leave it out, pool it (avg instead of map), store it as uint8, or give another cache "

@@ -24,15 +24,15 @@ import numpy.typing as npt
 
 from headrace.cache.atomic_io import (
     PARTIAL_SUFFIX,
-    explained,
+    explain_os_errors,
     publish_bytes,
     publish_parts,
     sync_directory,
 )
 from headrace.cache.errors import FeatureSetMissing, ManifestCorrupt, ShardCorrupt, SpecMismatch
 from headrace.cache.format.encoding import encode
-from headrace.cache.format.shard import Failure, build_shard
-from headrace.cache.integrity.checksum import check_shard
+from headrace.cache.format.shard import FailedSample, build_shard
+from headrace.cache.integrity.checksum import verify_shard
 from headrace.cache.manifest import MANIFEST, ShardEntry, append_entry, read_manifest
 from headrace.cache.spec import FeatureSpec, spec_difference
 
@@ -79,7 +79,7 @@ def create_feature_set(cache_root: Path, spec: FeatureSpec) -> Path:
     Raises SpecMismatch, naming the field, when the directory holds another spec; PublishFailed.
     """
     directory = feature_set_path(cache_root, spec)
-    with explained(directory):
+    with explain_os_errors(directory):
         if not directory.exists():
             _make_with_spec(directory, spec)
         (directory / SHARDS).mkdir(parents=True, exist_ok=True)
@@ -154,8 +154,8 @@ def publish_shard(
     *,
     features: npt.NDArray[Any],
     ids: Sequence[str],
-    content: Sequence[str],
-    failures: Sequence[Failure] = (),
+    content_hashes: Sequence[str],
+    failures: Sequence[FailedSample] = (),
     compression: str | None = None,
 ) -> ShardEntry:
     """Publish the n rows of a unit, durably; the first writer wins.
@@ -163,20 +163,21 @@ def publish_shard(
     Returns the entry of the shard that is there then.
 
     features: (n, *spec.shape), any real dtype, converted to the storage dtype. ids: n sample names.
-    content: n SHA-256 prefixes of 32 hex digits. failures: the unit's samples that have no row.
+    content_hashes: n SHA-256 prefixes of 32 hex digits. failures: the unit's samples that have no
+    row.
     compression: None or "bitshuffle-lz4".
 
-    Nothing in the shard depends on time, host or writer. Raises NotStorable (NaN, infinity,
+    Nothing in the shard depends on time, host or writer. Raises CacheError (NaN, infinity,
     overflow; names the sample), ValueError (arguments that do not fit together), PublishFailed
     (names the errno).
     """
     spec = read_spec(directory)
-    _check_arguments(spec, unit, features, ids, content, failures, compression)
+    _check_arguments(spec, unit, features, ids, content_hashes, failures, compression)
     path = shard_path(directory, unit)
     if path.exists() and (entry := _published(directory, unit, spec)):
         return entry
     encoded = encode(features, ids, spec.dtype)
-    parts, digest = build_shard(spec, unit, encoded, ids, content, failures, compression)
+    parts, digest = build_shard(spec, unit, encoded, ids, content_hashes, failures, compression)
     while not publish_parts(path, parts):
         # Another writer was faster. Its shard may differ in last bits (another machine): the entry
         # describes that one.
@@ -188,7 +189,7 @@ def publish_shard(
         failed=len(failures),
         bytes=sum(len(part) for part in parts),
         xxh3=digest,
-        round_off=encoded.round_off,
+        quantization_error=encoded.quantization_error,
         written_by=_WRITTEN_BY,
     )
     append_entry(directory, entry)
@@ -201,14 +202,14 @@ def describe_shard(directory: Path, unit: str, spec: FeatureSpec) -> ShardEntry:
     Raises ShardCorrupt, ShardMissing.
     """
     path = shard_path(directory, unit)
-    checked = check_shard(path, spec, unit)
+    checked = verify_shard(path, spec, unit)
     return ShardEntry(
         unit=unit,
         rows=checked.layout.rows,
         failed=checked.layout.failed,
         bytes=checked.bytes,
         xxh3=checked.xxh3,
-        round_off=checked.round_off,
+        quantization_error=checked.quantization_error,
         written_by=_WRITTEN_BY,
     )
 
@@ -241,7 +242,7 @@ def _check_arguments(
     features: npt.NDArray[Any],
     ids: Sequence[str],
     content: Sequence[str],
-    failures: Sequence[Failure],
+    failures: Sequence[FailedSample],
     compression: str | None,
 ) -> None:
     if not _UNIT.fullmatch(unit):
@@ -260,7 +261,7 @@ def _check_arguments(
     ):
         raise ValueError(f"unit {unit}: features are {features.dtype}, expected real numbers")
     names = [*ids, *(failure.id for failure in failures), *(failure.reason for failure in failures)]
-    hashes = [*content, *(failure.content for failure in failures)]
+    hashes = [*content, *(failure.content_hash for failure in failures)]
     # All at once: one by one, a large shard's would take as long as its bytes take to the disk.
     if set(map(len, hashes)) - {32} or not _is_hex("".join(hashes)):
         bad = next(text for text in hashes if len(text) != 32 or not _is_hex(text))

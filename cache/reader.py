@@ -14,18 +14,18 @@ import numpy as np
 import numpy.typing as npt
 
 from headrace.cache.errors import ShardMissing
-from headrace.cache.format.compression import read_compressed
-from headrace.cache.format.encoding import STORED, decode
-from headrace.cache.format.float16 import widen
-from headrace.cache.format.structure import Layout
-from headrace.cache.integrity.checksum import Verified
+from headrace.cache.format.compression import read_compressed_rows
+from headrace.cache.format.encoding import STORED_DTYPES, decode
+from headrace.cache.format.float16 import float16_to_float32
+from headrace.cache.format.validate import ShardLayout
+from headrace.cache.integrity.checksum import VerifiedShards
 from headrace.cache.manifest import ShardEntry
 from headrace.cache.mapping import MappedRows
 from headrace.cache.publish import shard_path
 from headrace.cache.spec import FeatureSpec
 
 
-class Reader:
+class ShardReader:
     """The shards of one feature set.
 
     Every method checks the shards it needs: raises ShardMissing, ShardCorrupt.
@@ -37,7 +37,7 @@ class Reader:
         #: (S + 1,): shard i holds the rows first_row[i] to first_row[i + 1].
         self.first_row = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         self._values = int(np.prod(spec.shape, dtype=np.int64))
-        self._layouts: dict[int, Layout] = {}
+        self._layouts: dict[int, ShardLayout] = {}
         # What a batch asks of all its shards at once, (S,) each.
         self._is_ready = np.zeros(len(entries), np.bool_)
         self._is_compressed = np.zeros(len(entries), np.bool_)
@@ -49,16 +49,16 @@ class Reader:
         )
         # Of a set that stays in memory every row is read ahead once; of a larger one only what
         # comes next.
-        stored_bytes = int(self.first_row[-1]) * self._values * STORED[spec.dtype].itemsize
+        stored_bytes = int(self.first_row[-1]) * self._values * STORED_DTYPES[spec.dtype].itemsize
         self._stays_in_memory = (
             stored_bytes < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
         )
-        self._verified = Verified(path)
+        self._verified = VerifiedShards(path)
         self._lock = threading.RLock()
         self._map: MappedRows | None = None
         self._scales: tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]] | None = None
 
-    def touch(self, shard: int) -> Layout:
+    def touch(self, shard: int) -> ShardLayout:
         """Check a shard, unless that was done, and make its rows readable."""
         layout = self._layouts.get(shard)
         if layout is not None:
@@ -125,7 +125,7 @@ class Reader:
             first, end = int(self.first_row[shard]), min(stop, int(self.first_row[shard + 1]))
             if done < end:
                 if self.touch(shard).compressed:
-                    stored = read_compressed(
+                    stored = read_compressed_rows(
                         self._shard_path(shard), slice(done - first, end - first)
                     )
                 else:
@@ -186,7 +186,7 @@ class Reader:
         with self._lock:
             if self._map is None:
                 rows = [entry.rows for entry in self._entries]
-                self._map = MappedRows(rows, self._values, STORED[self._spec.dtype])
+                self._map = MappedRows(rows, self._values, STORED_DTYPES[self._spec.dtype])
             return self._map
 
     def _scale_tables(self) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
@@ -200,14 +200,14 @@ class Reader:
         self, positions: npt.NDArray[np.int64], shards: npt.NDArray[Any]
     ) -> npt.NDArray[Any]:
         """(n, V) stored rows, some of which are compressed."""
-        stored = np.empty((len(positions), self._values), STORED[self._spec.dtype])
+        stored = np.empty((len(positions), self._values), STORED_DTYPES[self._spec.dtype])
         for shard in np.unique(shards).tolist():
             here = np.flatnonzero(shards == shard)
             local = positions[here] - self.first_row[shard]
             if self.touch(shard).compressed:
                 # HDF5 wants increasing positions without repetition.
                 unique, back = np.unique(local, return_inverse=True)
-                stored[here] = read_compressed(self._shard_path(shard), unique).reshape(
+                stored[here] = read_compressed_rows(self._shard_path(shard), unique).reshape(
                     -1, self._values
                 )[back]
             else:
@@ -222,7 +222,7 @@ class Reader:
             scale, offset = self._scale_tables()
             out[...] = decode(stored, "uint8", scale[shards], offset[shards])
         elif stored.dtype == np.float16 and out.dtype == np.float32 and out.flags.c_contiguous:
-            widen(stored, out)
+            float16_to_float32(stored, out)
         else:
             out[...] = decode(stored, self._spec.dtype)
 

@@ -11,7 +11,7 @@ _MIX = np.array(
 )
 
 
-def as_hashes(content: Sequence[str] | npt.NDArray[np.bytes_]) -> npt.NDArray[np.bytes_]:
+def as_content_hashes(content: Sequence[str] | npt.NDArray[np.bytes_]) -> npt.NDArray[np.bytes_]:
     """Content hashes as (n,) S32, from text, bytes, or an array of either.
 
     Raises ValueError on another length.

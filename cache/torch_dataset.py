@@ -1,6 +1,6 @@
 """A feature set as a torch Dataset.
 
-Imported only by `FeatureSet.to_torch_dataset`, because it imports torch.
+ImportResult only by `FeatureSet.to_torch_dataset`, because it imports torch.
 """
 
 from collections.abc import Callable, Sequence

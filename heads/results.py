@@ -33,7 +33,7 @@ import xxhash
 
 from headrace.cache.errors import HeadraceError, ShardUnreadable
 from headrace.cache.format.shard import USER_BLOCK_BYTES
-from headrace.cache.integrity.checksum import shard_digest
+from headrace.cache.integrity.checksum import shard_checksum
 from headrace.heads.data.task import Task
 from headrace.heads.evaluate.metrics import TaskKind, metric_names
 from headrace.heads.predict import Arrays
@@ -329,7 +329,7 @@ def _check(path: Path) -> _State:
     if _checked.get(path) == state:
         return state
     try:
-        _, digest, block = shard_digest(path)
+        _, digest, block = shard_checksum(path)
     except ShardUnreadable as error:
         raise _Unreadable(str(error)) from error
     if block.startswith(_HDF5):

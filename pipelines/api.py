@@ -128,7 +128,7 @@ def train_heads(
     listed = _with_content(_listed(samples, labelled=True), paths.root)
     dataset = make_dataset(listed, listed["content"].tolist(), section)
     lost = frozenset(
-        failure.content for feature in features.values() for failure in feature.failures()
+        failure.content_hash for feature in features.values() for failure in feature.failures()
     )
     dataset = drop_rows(dataset, lost)
     rows = {*dataset.train.content.astype(str), *dataset.test.content.astype(str)}

@@ -485,7 +485,7 @@ def write_failed_images(found: Survey) -> int:
     """
     rows = [(item.id, item.path, item.reason) for item in found.unreadable]
     reasons = {
-        failure.content: failure.reason
+        failure.content_hash: failure.reason
         for views in found.directories.values()
         for directory in views
         for failure in open_feature_set(directory).failures()

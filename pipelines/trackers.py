@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from headrace.cache.errors import ExtraMissing
+from headrace.cache.errors import HeadraceError
 from headrace.cache.home import expand_home, home_directory
 from headrace.pipelines.recipe.sections import LogSection
 
@@ -25,10 +25,10 @@ _DIGEST = "headrace.digest"
 
 
 def require_log(section: LogSection) -> None:
-    """Raises ExtraMissing for a library that is not installed: before the run, not after it."""
+    """Raises HeadraceError for a library that is not installed: before the run, not after it."""
     for wanted, library in ((section.mlflow, "mlflow"), (section.tensorboard, "tensorboard")):
         if wanted is not None and importlib.util.find_spec(library) is None:
-            raise ExtraMissing(
+            raise HeadraceError(
                 f"log: {library} needs the library {library}, which is not installed: pip install "
                 f"'headrace[{library}]', or leave it out of the recipe"
             )

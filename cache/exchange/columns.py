@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import groupby
 
-from headrace.cache.errors import ForeignFeatures
+from headrace.cache.errors import ExternalFeaturesInvalid
 
 # What pandas calls the column of its index when it reads it back, from CSV ("" in the file) and
 # from Parquet.
@@ -44,7 +44,8 @@ def choose_columns(columns: Sequence[str], options: Sequence[str], source: objec
 
     An option is a column's name, a shell pattern such as `f*`, a range `f0:f767` in the order of
     the file, or several of these with commas between them; a name is tried first, as names may hold
-    any of these characters. Raises ForeignFeatures for what fits no column, with the nearest one.
+    any of these characters. Raises ExternalFeaturesInvalid for what fits no column, with the
+    nearest one.
     """
     chosen: set[str] = set()
     for option in options:
@@ -63,7 +64,8 @@ def refuse_columns(
     option: str,
     source: object,
 ) -> None:
-    """Raises ForeignFeatures when columns are among `chosen` that are no features, by their names.
+    """Raises ExternalFeaturesInvalid when columns are among `chosen` that are no features, by their
+    names.
 
     forbidden: {name: what it is}, compared without regard to case; columns without a name are those
     of an index.
@@ -73,7 +75,7 @@ def refuse_columns(
     if reasons:
         listed = "; ".join(f"{column!r} is {reason}" for column, reason in reasons.items())
         kept = [column for column in chosen if column not in reasons]
-        raise ForeignFeatures(
+        raise ExternalFeaturesInvalid(
             f"{source}: {listed}: not a feature.{suggest_columns(columns, kept, option)}"
         )
 
@@ -126,7 +128,7 @@ def _matching(columns: Sequence[str], term: str, source: object) -> list[str]:
         if first in columns and last in columns:
             start, stop = columns.index(first), columns.index(last)
             if start > stop:
-                raise ForeignFeatures(
+                raise ExternalFeaturesInvalid(
                     f"{source}: --columns {term}: {first} stands after {last} in the file: "
                     f"{last}:{first}"
                 )
@@ -137,7 +139,7 @@ def _matching(columns: Sequence[str], term: str, source: object) -> list[str]:
         return found
     near = difflib.get_close_matches(term, columns, n=1, cutoff=0.4)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise ForeignFeatures(
+    raise ExternalFeaturesInvalid(
         f"{source}: --columns {term!r} fits no column.{hint} It has {shown(columns)}"
     )
 

@@ -17,15 +17,15 @@ import numpy as np
 import numpy.typing as npt
 
 from headrace.cache.atomic_io import PARTIAL_SUFFIX, publish_bytes
-from headrace.cache.errors import CacheError, ExtraMissing
+from headrace.cache.errors import CacheError, HeadraceError
 from headrace.cache.feature_set import FeatureSet
-from headrace.cache.ids import contents_by_id
+from headrace.cache.ids import content_hashes_by_id
 
 _CHUNK_ROWS = 4096  # of a selection, read and written together
 
 
 @dataclass(frozen=True)
-class Selection:
+class RowSelection:
     """Some rows of a feature set under the ids of those who ask, in their order; an image with
     copies may stand there twice.
     """
@@ -37,31 +37,31 @@ class Selection:
 
 def select_rows(
     features: FeatureSet, ids: Sequence[str], content: Sequence[str | None]
-) -> Selection:
+) -> RowSelection:
     """The rows of images by their content hashes (None: an image that cannot be read), with the ids
     that they have now.
     """
     hashes = np.array([value or "" for value in content], "S32")
     rows = features.locate(hashes) if len(hashes) else np.zeros(0, np.int64)
     found = rows >= 0
-    return Selection(
+    return RowSelection(
         rows[found],
         [name for name, there in zip(ids, found.tolist(), strict=True) if there],
         [name for name, there in zip(ids, found.tolist(), strict=True) if not there],
     )
 
 
-def ambiguous_ids(features: FeatureSet) -> list[str]:
+def find_ambiguous_ids(features: FeatureSet) -> list[str]:
     """The ids that stand for several images in a feature set; `content` tells these apart."""
     return [
         name
-        for name, found in contents_by_id(features.ids(), features.content()).items()
+        for name, found in content_hashes_by_id(features.ids(), features.content_hashes()).items()
         if len(found) > 1
     ]
 
 
 def export_npy(
-    features: FeatureSet, target: Path, selection: Selection | None = None
+    features: FeatureSet, target: Path, selection: RowSelection | None = None
 ) -> list[Path]:
     """`target`: features (N, *shape) as `FeatureSet.dtype`; beside it `<stem>.rows.csv`: row, id,
     content.
@@ -92,7 +92,7 @@ def export_npy(
 
 
 def export_parquet(
-    features: FeatureSet, target: Path, selection: Selection | None = None
+    features: FeatureSet, target: Path, selection: RowSelection | None = None
 ) -> list[Path]:
     """One Parquet file: id, content, and `features` as a fixed-size list, a row group per shard.
 
@@ -127,18 +127,18 @@ def export_parquet(
 
 
 def export_zarr(
-    features: FeatureSet, target: Path, selection: Selection | None = None
+    features: FeatureSet, target: Path, selection: RowSelection | None = None
 ) -> list[Path]:
     """A Zarr group with the arrays features (N, *shape), id and content, and the spec as attribute
     `headrace`.
 
     selection: these rows, in their order; default: all. Raises CacheError when it is there;
-    ExtraMissing without the library zarr.
+    HeadraceError without the library zarr.
     """
     try:
         import zarr
     except ImportError as error:
-        raise ExtraMissing(
+        raise HeadraceError(
             "exporting to Zarr needs the library zarr, which is not installed: pip install "
             "'headrace[export]'"
         ) from error
@@ -179,7 +179,7 @@ def export_zarr(
     return [target]
 
 
-EXPORTS: dict[str, Callable[[FeatureSet, Path, Selection | None], list[Path]]] = {
+EXPORTS: dict[str, Callable[[FeatureSet, Path, RowSelection | None], list[Path]]] = {
     "npy": export_npy,
     "parquet": export_parquet,
     "zarr": export_zarr,
@@ -187,16 +187,16 @@ EXPORTS: dict[str, Callable[[FeatureSet, Path, Selection | None], list[Path]]] =
 
 
 def _ids_and_content(
-    features: FeatureSet, selection: Selection | None
+    features: FeatureSet, selection: RowSelection | None
 ) -> tuple[list[str], list[str]]:
-    content = features.content()
+    content = features.content_hashes()
     if selection is None:
         return features.ids(), content.astype("U32").tolist()
     return selection.ids, content[selection.rows].astype("U32").tolist()
 
 
 def _chunks(
-    features: FeatureSet, selection: Selection | None
+    features: FeatureSet, selection: RowSelection | None
 ) -> Iterator[tuple[int, int, npt.NDArray[Any]]]:
     """First and past-the-end row of the file, and the features there: shard by shard, or some rows
     of a selection.

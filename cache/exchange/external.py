@@ -16,9 +16,9 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from headrace.cache.errors import ForeignFeatures
-from headrace.cache.exchange.external_files import Foreign, read_foreign
-from headrace.cache.exchange.leaks import target_columns
+from headrace.cache.errors import ExternalFeaturesInvalid
+from headrace.cache.exchange.external_files import ExternalFeatures, read_external_features
+from headrace.cache.exchange.leaks import find_target_columns
 from headrace.cache.feature_set import FeatureSet, feature_set_directories, open_feature_set
 from headrace.cache.publish import create_feature_set, publish_shard
 from headrace.cache.spec import STORAGE_DTYPES, FeatureSpec
@@ -26,12 +26,12 @@ from headrace.cache.text import as_text
 
 __all__ = [
     "PREFIX",
-    "Foreign",
-    "ForeignFeatures",
-    "Imported",
+    "ExternalFeatures",
+    "ExternalFeaturesInvalid",
+    "ImportResult",
+    "external_feature_sets",
     "import_features",
-    "imported_sets",
-    "read_foreign",
+    "read_external_features",
 ]
 
 PREFIX = "imported:"  # of `FeatureSpec.backbone`: no network of ours made these
@@ -39,7 +39,7 @@ _SHARD_ROWS = 4096
 
 
 @dataclass(frozen=True)
-class Imported:
+class ImportResult:
     """What an import did."""
 
     features: FeatureSet
@@ -51,29 +51,29 @@ class Imported:
 def import_features(
     cache_root: Path,
     name: str,
-    foreign: Foreign,
+    foreign: ExternalFeatures,
     known: Mapping[str, str] | None = None,
     *,
     dtype: str = "float32",
     targets: pd.DataFrame | None = None,
-) -> Imported:
+) -> ImportResult:
     """Keep features under a name; `known` is {id: content hash} of the images, for a file without
     hashes.
 
     targets: what is to be predicted, one or more columns, indexed by content hash: features that
-    say it are refused. Doing it twice changes nothing. Raises ForeignFeatures when another import
-    has the name, when no id belongs to an image or one to several, for features that are the target
-    (see `target_columns`), and for values that cannot be stored.
+    say it are refused. Doing it twice changes nothing. Raises ExternalFeaturesInvalid when another
+    import has the name, when no id belongs to an image or one to several, for features that are the
+    target (see `find_target_columns`), and for values that cannot be stored.
     """
     if not name or any(letter in name for letter in "/:\\ ") or name.startswith("."):
-        raise ForeignFeatures(
+        raise ExternalFeaturesInvalid(
             f"the name {name!r}: expected a word without blanks, colons and slashes, such as dino"
         )
     if dtype not in STORAGE_DTYPES or dtype == "uint8":
-        raise ForeignFeatures(f"dtype {dtype!r}: expected float32, float16 or bfloat16")
+        raise ExternalFeaturesInvalid(f"dtype {dtype!r}: expected float32, float16 or bfloat16")
     features = foreign.features
     if features.ndim not in (2, 4) or features.dtype.kind not in "fiub":
-        raise ForeignFeatures(
+        raise ExternalFeaturesInvalid(
             f"the features are {features.dtype} of shape {features.shape}; expected numbers (rows, "
             "values), or maps (rows, channels, height, width)"
         )
@@ -81,7 +81,7 @@ def import_features(
     rows, copies = _first_of_each(content)
     unknown = sum(value is None for value in content)
     if not len(rows):
-        raise ForeignFeatures(
+        raise ExternalFeaturesInvalid(
             (
                 f"none of the {len(foreign.ids):,} ids is that of an image, the first is "
                 f"{foreign.ids[0]!r}"
@@ -91,9 +91,9 @@ def import_features(
     if targets is not None:
         _refuse_targets(foreign, content, targets)
     spec = _spec(name, foreign, content, rows, dtype)
-    for other in imported_sets(cache_root, name):
+    for other in external_feature_sets(cache_root, name):
         if other.spec != spec:
-            raise ForeignFeatures(
+            raise ExternalFeaturesInvalid(
                 f"{name!r} is imported already, with {other.n_rows:,} rows of shape "
                 f"{other.spec.shape}. Another name, or first: headrace cache rm "
                 f"{other.spec.fingerprint}"
@@ -107,13 +107,13 @@ def import_features(
             hashlib.sha256("\n".join(hashes).encode()).hexdigest()[:16],
             features=np.asarray(features[chosen], np.float32),
             ids=[foreign.ids[row] for row in chosen],
-            content=hashes,
+            content_hashes=hashes,
             failures=[],
         )
-    return Imported(open_feature_set(directory), len(rows), unknown, copies)
+    return ImportResult(open_feature_set(directory), len(rows), unknown, copies)
 
 
-def imported_sets(cache_root: Path, name: str | None = None) -> list[FeatureSet]:
+def external_feature_sets(cache_root: Path, name: str | None = None) -> list[FeatureSet]:
     """The feature sets of a cache that were imported, under this name or any."""
     found = [open_feature_set(path) for path in feature_set_directories(cache_root)]
     wanted = PREFIX + (name or "")
@@ -126,7 +126,7 @@ def imported_sets(cache_root: Path, name: str | None = None) -> list[FeatureSet]
 
 def _spec(
     name: str,
-    foreign: Foreign,
+    foreign: ExternalFeatures,
     content: Sequence[str | None],
     rows: npt.NDArray[np.int64],
     dtype: str,
@@ -150,10 +150,10 @@ def _spec(
     )
 
 
-def _contents(foreign: Foreign, known: Mapping[str, str] | None) -> list[str | None]:
+def _contents(foreign: ExternalFeatures, known: Mapping[str, str] | None) -> list[str | None]:
     if foreign.content is not None:
         if known and not set(known.values()) & set(foreign.content):
-            raise ForeignFeatures(
+            raise ExternalFeaturesInvalid(
                 f"{foreign.source}: none of its content hashes is that of an image of the recipe: "
                 "the features are of other images, or of these before they were changed. If "
                 "`content` holds something else (an MD5, say), rename the column, and the ids "
@@ -161,7 +161,7 @@ def _contents(foreign: Foreign, known: Mapping[str, str] | None) -> list[str | N
             )
         return list(foreign.content)
     if known is None:
-        raise ForeignFeatures(
+        raise ExternalFeaturesInvalid(
             "the file has ids and no content hashes: name the images that the ids belong to, with "
             "--recipe recipe.yaml"
         )
@@ -172,7 +172,7 @@ def _contents(foreign: Foreign, known: Mapping[str, str] | None) -> list[str | N
     twice = images["id"][images["id"].duplicated()]
     wanted = twice[twice.isin(foreign.ids)]
     if len(wanted):
-        raise ForeignFeatures(
+        raise ExternalFeaturesInvalid(
             f"{foreign.source}: the id {wanted.iloc[0]!r} stands for several images of the recipe, "
             "whose names differ in blanks or in the form of their accents alone. Rename one of "
             "them"
@@ -181,8 +181,10 @@ def _contents(foreign: Foreign, known: Mapping[str, str] | None) -> list[str | N
     return [content_of.get(name) for name in foreign.ids]
 
 
-def _refuse_targets(foreign: Foreign, content: Sequence[str | None], targets: pd.DataFrame) -> None:
-    """Raises ForeignFeatures naming the first feature that says a target."""
+def _refuse_targets(
+    foreign: ExternalFeatures, content: Sequence[str | None], targets: pd.DataFrame
+) -> None:
+    """Raises ExternalFeaturesInvalid naming the first feature that says a target."""
     if foreign.features.ndim != 2:
         return
     by_content = targets[~targets.index.duplicated() & targets.index.notna()]
@@ -190,8 +192,8 @@ def _refuse_targets(foreign: Foreign, content: Sequence[str | None], targets: pd
         target = (
             by_content[name].reindex(pd.Index(list(content), dtype=object)).reset_index(drop=True)
         )
-        if found := target_columns(foreign.features, target):
-            raise ForeignFeatures(
+        if found := find_target_columns(foreign.features, target):
+            raise ExternalFeaturesInvalid(
                 f"{foreign.source}: {foreign.columns.describe(found[0])} is the target "
                 f"{str(name)!r} under another name: each of its values stands for the target's. "
                 f"{foreign.columns.leave_out(found)}"

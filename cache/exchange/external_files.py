@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from headrace.cache.errors import ForeignFeatures
+from headrace.cache.errors import ExternalFeaturesInvalid
 from headrace.cache.exchange.columns import (
     FeatureColumns,
     choose_columns,
@@ -30,9 +30,9 @@ from headrace.cache.exchange.external_tables import (
     number_columns,
     read_columns,
     read_texts,
-    require_held,
+    require_plausible_size,
 )
-from headrace.cache.exchange.leaks import row_numbers
+from headrace.cache.exchange.leaks import find_row_counters
 from headrace.cache.text import as_text
 
 _TEXT_KINDS = "OSU"
@@ -47,7 +47,7 @@ _ELSEWHERE = (
 
 
 @dataclass(frozen=True)
-class Foreign:
+class ExternalFeatures:
     """Features as another program left them."""
 
     ids: list[str]  # N; unique where there are no content hashes
@@ -57,7 +57,7 @@ class Foreign:
     source: str = "the file"
 
 
-def read_foreign(
+def read_external_features(
     source: Path,
     *,
     ids: Path | None = None,
@@ -65,7 +65,7 @@ def read_foreign(
     id_key: str | None = None,
     columns: Sequence[str] = (),
     forbidden: Mapping[str, str] | None = None,
-) -> Foreign:
+) -> ExternalFeatures:
     """Read features and ids.
 
     .npy, .npz: features (N, ...) and a table of ids beside them, `ids` or `<stem>.rows.csv`.
@@ -74,15 +74,15 @@ def read_foreign(
     needs no naming. HDF5: a data set of features (`key`) and one of ids (`id_key`), or `ids`.
 
     forbidden: {column: what it is}, columns that are no features even when they are named, such as
-    the target. Raises ForeignFeatures, saying what the file holds and what to type: several columns
-    and none named, columns that are no features (see `refuse_columns`, `row_numbers`), values that
-    are no finite numbers, rows without an id.
+    the target. Raises ExternalFeaturesInvalid, saying what the file holds and what to type: several
+    columns and none named, columns that are no features (see `refuse_columns`,
+    `find_row_counters`), values that are no finite numbers, rows without an id.
     """
     suffix = source.suffix.lower()
     if not source.is_file():
-        raise ForeignFeatures(f"{source}: no such file")
+        raise ExternalFeaturesInvalid(f"{source}: no such file")
     if columns and suffix not in TABLES:
-        raise ForeignFeatures(
+        raise ExternalFeaturesInvalid(
             f"{source}: --columns names columns of a table; found {suffix or 'no suffix'}, see "
             "--key"
         )
@@ -95,14 +95,14 @@ def read_foreign(
             return _table(source, ids, key, id_key, columns, forbidden or {})
         if suffix in (".h5", ".hdf5", ".hdf"):
             return _hdf5(source, ids, key, id_key, forbidden or {})
-    except (ForeignFeatures, MemoryError):
+    except (ExternalFeaturesInvalid, MemoryError):
         raise
     # NumPy, zipfile, h5py, PyArrow and pandas raise anything on bytes that are not theirs.
     except Exception as error:
-        raise ForeignFeatures(
+        raise ExternalFeaturesInvalid(
             f"{source}: cannot be read as {suffix[1:]}: {' '.join(str(error).split())[:200]}"
         ) from error
-    raise ForeignFeatures(
+    raise ExternalFeaturesInvalid(
         f"{source}: expected .npy, .npz, .parquet, .csv, .tsv, .h5 or .hdf5; found "
         f"{suffix or 'no suffix'}"
     )
@@ -114,10 +114,10 @@ def _with_table(
     source: Path,
     id_key: str | None,
     columns: FeatureColumns = _NO_COLUMNS,
-) -> Foreign:
+) -> ExternalFeatures:
     name = id_key or "id"
     if name not in table:
-        raise ForeignFeatures(
+        raise ExternalFeaturesInvalid(
             f"the table of ids beside {source} has no column {name!r} (--id-key); it has "
             f"{shown(list(table.columns))}"
         )
@@ -127,7 +127,7 @@ def _with_table(
 def _id_table(source: Path, ids: Path | None, id_key: str | None) -> pd.DataFrame:
     file = ids or source.with_suffix(".rows.csv")
     if not file.is_file():
-        raise ForeignFeatures(
+        raise ExternalFeaturesInvalid(
             f"{source} holds features and no ids: give a table with one row per row, as in --ids "
             "rows.csv (column id)"
         )
@@ -147,7 +147,7 @@ def _load_ids(file: Path) -> npt.NDArray[Any]:
     try:
         loaded: npt.NDArray[Any] = np.load(file, mmap_mode="r", allow_pickle=False)
     except ValueError as error:
-        raise ForeignFeatures(
+        raise ExternalFeaturesInvalid(
             f"{file}: cannot be read as ids ({error}). An array of Python objects could run code: "
             "write the ids as text, np.save(FILE, np.array(ids, dtype=str)), or one per line in a "
             ".txt"
@@ -163,7 +163,7 @@ def _in_row_order(table: pd.DataFrame, file: Path) -> pd.DataFrame:
         return table
     row = pd.to_numeric(table["row"], errors="coerce")
     if set(row) != set(range(len(table))):
-        raise ForeignFeatures(
+        raise ExternalFeaturesInvalid(
             f"{file}: its column `row` does not count the rows of the features from 0 to "
             f"{len(table) - 1:,}: rows have been added, removed or renumbered since it was "
             "exported. Take the same rows of both, or export again"
@@ -176,7 +176,9 @@ def _values(array: npt.NDArray[Any]) -> pd.Series:
     if array.ndim > 1 and array.size == len(array):
         array = array.reshape(-1)
     if array.ndim != 1:
-        raise ForeignFeatures(f"the ids have shape {array.shape}; expected one for each row")
+        raise ExternalFeaturesInvalid(
+            f"the ids have shape {array.shape}; expected one for each row"
+        )
     return (
         pd.Series(array.tolist(), dtype=object)
         if array.dtype.kind in _TEXT_KINDS
@@ -192,7 +194,7 @@ def _numpy(source: Path, key: str | None, forbidden: Mapping[str, str]) -> npt.N
         _require_whole(archive.zip, source)
         names = [key] if key else [name for name in archive.files if archive[name].ndim in (2, 4)]
         if len(names) != 1 or names[0] not in archive.files:
-            raise ForeignFeatures(
+            raise ExternalFeaturesInvalid(
                 f"{source}: name the array of features with --key; it has "
                 f"{', '.join(archive.files)}"
             )
@@ -201,11 +203,11 @@ def _numpy(source: Path, key: str | None, forbidden: Mapping[str, str]) -> npt.N
 
 
 def _require_whole(archive: zipfile.ZipFile, source: Path) -> None:
-    """Raises ForeignFeatures for arrays that declare more than is there, before memory is asked
-    for.
+    """Raises ExternalFeaturesInvalid for arrays that declare more than is there, before memory is
+    asked for.
     """
     for member in archive.infolist():
-        require_held(member.file_size, source)
+        require_plausible_size(member.file_size, source)
         with archive.open(member) as opened:
             if opened.read(6) != np.lib.format.MAGIC_PREFIX:
                 continue
@@ -217,7 +219,7 @@ def _require_whole(archive: zipfile.ZipFile, source: Path) -> None:
             )
             shape, _, dtype = read(opened)
         if math.prod(shape) * dtype.itemsize > member.file_size:
-            raise ForeignFeatures(
+            raise ExternalFeaturesInvalid(
                 f"{source}: {member.filename} declares an array of shape {shape}, and does not "
                 "hold it"
             )
@@ -230,19 +232,21 @@ def _table(
     id_key: str | None,
     options: Sequence[str],
     forbidden: Mapping[str, str],
-) -> Foreign:
+) -> ExternalFeatures:
     id_name = id_key or "id"
     columns, lists, numbers = kinds_of_columns(source, id_name)
     if ids is None and id_name not in columns:
-        raise ForeignFeatures(
+        raise ExternalFeaturesInvalid(
             f"{source} has no column {id_name!r} of ids (--id-key); it has {shown(columns)}"
         )
     if key is not None and options:
-        raise ForeignFeatures(
+        raise ExternalFeaturesInvalid(
             f"{source}: --key names a column of lists, --columns numeric columns: give one of them"
         )
     if key is not None and key not in columns:
-        raise ForeignFeatures(f"{source} has no column {key!r} (--key); it has {shown(columns)}")
+        raise ExternalFeaturesInvalid(
+            f"{source} has no column {key!r} (--key); it has {shown(columns)}"
+        )
     own = {
         "content": "the column of content hashes",
         "id": "the column of ids",
@@ -271,7 +275,9 @@ def _table(
                 for column in numbers
                 if column not in forbidden_or_unnamed(numbers, forbidden)
             ]
-            raise ForeignFeatures(_unnamed_features(source, columns, lists, numbers, possible))
+            raise ExternalFeaturesInvalid(
+                _unnamed_features(source, columns, lists, numbers, possible)
+            )
         refuse_columns(chosen, forbidden, columns, "--columns", source)
         frame = read_columns(source, chosen, texts, columns)
         features = number_columns(frame, chosen, source)
@@ -314,7 +320,7 @@ def _hdf5(
     key: str | None,
     id_key: str | None,
     forbidden: Mapping[str, str],
-) -> Foreign:
+) -> ExternalFeatures:
     with h5py.File(source, "r") as file:
         found: dict[str, h5py.Dataset] = {}
         file.visititems(
@@ -328,7 +334,7 @@ def _hdf5(
         ]
         chosen = key or (numbers[0] if len(numbers) == 1 else None)
         if chosen not in found:
-            raise ForeignFeatures(
+            raise ExternalFeaturesInvalid(
                 f"{source}: name the data set of features with --key; it has {listed}"
             )
         # A data set in a group is called by its last name: `train/label`.
@@ -343,7 +349,7 @@ def _hdf5(
         ]
         named = id_key or ("id" if "id" in texts else texts[0] if len(texts) == 1 else None)
         if named not in found:
-            raise ForeignFeatures(
+            raise ExternalFeaturesInvalid(
                 f"{source}: name the data set of ids with --id-key, or a table with --ids; it has "
                 f"{listed}"
             )
@@ -354,13 +360,14 @@ def _hdf5(
 def _own_values(item: h5py.Dataset, source: Path) -> npt.NDArray[Any]:
     """All values of a data set.
 
-    Raises ForeignFeatures for those that lie in other files, and for more than this one can hold.
+    Raises ExternalFeaturesInvalid for those that lie in other files, and for more than this one can
+    hold.
     """
     if item.external or item.is_virtual:
-        raise ForeignFeatures(
+        raise ExternalFeaturesInvalid(
             f"{source}: the values of {item.name!r} lie in other files; {_ELSEWHERE}"
         )
-    require_held(item.nbytes, source)
+    require_plausible_size(item.nbytes, source)
     values: npt.NDArray[Any] = item[()]
     return values
 
@@ -371,16 +378,16 @@ def _checked(
     features: npt.NDArray[Any],
     content: pd.Series | None,
     columns: FeatureColumns = _NO_COLUMNS,
-) -> Foreign:
+) -> ExternalFeatures:
     if len(ids) != len(features):
-        raise ForeignFeatures(
+        raise ExternalFeaturesInvalid(
             f"{source}: {len(features):,} rows of features and {len(ids):,} ids; expected one for "
             "each"
         )
     if not len(ids):
-        raise ForeignFeatures(f"{source}: there are no rows")
+        raise ExternalFeaturesInvalid(f"{source}: there are no rows")
     if ids.dtype.kind == "f" and (ids.abs() > _EXACT_INTEGERS).any():
-        raise ForeignFeatures(
+        raise ExternalFeaturesInvalid(
             f"{source}: the ids are floating-point numbers beyond 2^53, which have lost their last "
             "digits (pandas makes them of integers where it meets a gap). Write them again as "
             "integers or as text"
@@ -388,14 +395,14 @@ def _checked(
     names = as_text(ids).reset_index(drop=True)
     nameless = names.isna() | (names == "")
     if nameless.any():
-        raise ForeignFeatures(
+        raise ExternalFeaturesInvalid(
             f"{source}: {int(nameless.sum()):,} rows have no id, first row "
             f"{int(nameless.to_numpy().argmax()) + 1:,}"
         )
     try:
         "".join(names).encode()
     except UnicodeEncodeError as error:
-        raise ForeignFeatures(
+        raise ExternalFeaturesInvalid(
             f"{source}: ids that are no UTF-8 ({error.reason}): write them again as text"
         ) from None
     hashes = None if content is None else as_text(content).tolist()
@@ -407,24 +414,24 @@ def _checked(
     # Content hashes tell rows apart where ids do not: one cache may hold two folders with the same
     # names.
     if hashes is None and twice.any():
-        raise ForeignFeatures(
+        raise ExternalFeaturesInvalid(
             f"{source}: {int(twice.sum()):,} ids occur more than once, first "
             f"{names[int(twice.to_numpy().argmax())]!r}"
         )
     _refuse_infinite(source, names, features, columns)
-    if features.ndim == 2 and (counting := row_numbers(features)):
+    if features.ndim == 2 and (counting := find_row_counters(features)):
         first = ", ".join(f"{float(value):g}" for value in features[:3, counting[0]])
-        raise ForeignFeatures(
+        raise ExternalFeaturesInvalid(
             f"{source}: {columns.describe(counting[0])} counts the rows ({first}, …): not a "
             f"feature. {columns.leave_out(counting)}"
         )
-    return Foreign(names.tolist(), features, hashes, columns, str(source))
+    return ExternalFeatures(names.tolist(), features, hashes, columns, str(source))
 
 
 def _refuse_infinite(
     source: Path, ids: pd.Series, features: npt.NDArray[Any], columns: FeatureColumns
 ) -> None:
-    """Raises ForeignFeatures naming the first value that is no finite number."""
+    """Raises ExternalFeaturesInvalid naming the first value that is no finite number."""
     if features.dtype.kind != "f":
         return
     for start in range(0, len(features), _FINITE_ROWS):
@@ -435,7 +442,7 @@ def _refuse_infinite(
             finite = np.isfinite(block.astype(np.float32, copy=False))
         if not finite.all():
             row, value = (int(place) for place in np.argwhere(~finite)[0])
-            raise ForeignFeatures(
+            raise ExternalFeaturesInvalid(
                 f"{source}: {columns.describe(value)} is {block[row, value]} in row "
                 f"{start + row + 1:,} (id {ids[start + row]!r}); expected finite numbers, of "
                 "float32 at most. Mend or remove the row, or leave the column out"

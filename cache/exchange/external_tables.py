@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from headrace.cache.errors import ForeignFeatures
+from headrace.cache.errors import ExternalFeaturesInvalid
 from headrace.cache.spec import FeatureSpec
 
 _TEXT_TABLES = (".csv", ".tsv")
@@ -23,13 +23,13 @@ _MOST_COMPRESSED = 1032  # deflate's bound
 _VALUE_BYTES = 4  # of a number, or a short text
 
 
-def require_held(declared: int, source: Path) -> None:
-    """Raises ForeignFeatures for bytes of values that a file of its size cannot hold, however well
-    they are compressed.
+def require_plausible_size(declared: int, source: Path) -> None:
+    """Raises ExternalFeaturesInvalid for bytes of values that a file of its size cannot hold,
+    however well they are compressed.
     """
     size = source.stat().st_size
     if declared > _MOST_COMPRESSED * size:
-        raise ForeignFeatures(
+        raise ExternalFeaturesInvalid(
             f"{source}: it has {size:,} bytes, and declares {declared:,} bytes of values. Fetch it "
             "again"
         )
@@ -101,13 +101,13 @@ def _read_csv(
     with open(file, encoding="utf-8-sig", newline="") as stream:
         header = next(csv.reader(stream, delimiter=separator), [])
     if len(header) > _MOST_COLUMNS:
-        raise ForeignFeatures(
+        raise ExternalFeaturesInvalid(
             f"{file}: {len(header):,} columns; at most {_MOST_COLUMNS:,} are read. Keep them in "
             ".npy, or as lists"
         )
     twice = sorted(name for name, times in Counter(header).items() if name and times > 1)
     if twice:  # pandas would rename the second one, and nobody would know which is which
-        raise ForeignFeatures(
+        raise ExternalFeaturesInvalid(
             f"{file}: the first line has several columns {twice[0]!r}: give each its own name"
         )
     frame = pd.read_csv(
@@ -124,7 +124,7 @@ def _read_csv(
     if not isinstance(
         frame.index, pd.RangeIndex
     ):  # pandas takes the first values for the rows' names
-        raise ForeignFeatures(
+        raise ExternalFeaturesInvalid(
             f"{file}: the rows have more values than the first line has names ({len(header)})"
         )
     return frame
@@ -135,7 +135,7 @@ def _read_parquet(file: Path, columns: Sequence[str] | None) -> pd.DataFrame:
 
     # Without pandas' metadata, which would hide a column of ids that has been the index. Integers
     # with a gap would lose digits as floats.
-    require_held(_VALUE_BYTES * _values_declared(file, columns), file)
+    require_plausible_size(_VALUE_BYTES * _values_declared(file, columns), file)
     table = pq.read_table(file, columns=None if columns is None else list(columns))
     frame: pd.DataFrame = table.to_pandas(ignore_metadata=True, integer_object_nulls=True)
     return frame
@@ -173,7 +173,7 @@ def _values_declared(file: Path, columns: Sequence[str] | None) -> int:
 
 
 def number_columns(frame: pd.DataFrame, names: Sequence[str], source: Path) -> npt.NDArray[Any]:
-    """(N, D) float32 of columns. Raises ForeignFeatures naming the first value that is
+    """(N, D) float32 of columns. Raises ExternalFeaturesInvalid naming the first value that is
     no number.
     """
     features = np.empty((len(frame), len(names)), np.float32)
@@ -186,7 +186,7 @@ def number_columns(frame: pd.DataFrame, names: Sequence[str], source: Path) -> n
             )
             if values.isna().any():
                 row = int(values.isna().to_numpy().argmax())
-                raise ForeignFeatures(
+                raise ExternalFeaturesInvalid(
                     f"{source}: column {name!r} holds {column.iloc[row]!r} in row {row + 1:,}; "
                     "expected a number. Mend or remove the row, or leave the column out"
                 )
@@ -199,12 +199,12 @@ def number_columns(frame: pd.DataFrame, names: Sequence[str], source: Path) -> n
 def list_column_values(column: pd.Series, source: Path, option: str) -> npt.NDArray[Any]:
     """(N, D) float32 of a column of N lists.
 
-    Raises ForeignFeatures naming the first row that is no such list.
+    Raises ExternalFeaturesInvalid naming the first row that is no such list.
     """
     size: int | None = None
     for row, value in enumerate(column):
         if isinstance(value, str):
-            raise ForeignFeatures(
+            raise ExternalFeaturesInvalid(
                 f"{source}: column {column.name!r} holds text in row {row + 1:,}, {value[:30]!r}; "
                 "expected a list of numbers. Lists survive in Parquet, not in CSV: "
                 "frame.to_parquet(FILE)"
@@ -215,13 +215,13 @@ def list_column_values(column: pd.Series, source: Path, option: str) -> npt.NDAr
                 if isinstance(value, int | float | np.number)
                 else ""
             )
-            raise ForeignFeatures(
+            raise ExternalFeaturesInvalid(
                 f"{source}: column {column.name!r} holds {value!r} in row {row + 1:,}; expected a "
                 f"list of numbers{expected}"
             )
         size = len(value) if size is None else size
         if len(value) != size:
-            raise ForeignFeatures(
+            raise ExternalFeaturesInvalid(
                 f"{source}: column {column.name!r} holds lists of {size:,} values and, in row "
                 f"{row + 1:,}, one of {len(value):,}"
             )

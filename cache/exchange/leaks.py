@@ -21,7 +21,7 @@ _LEAST_PER_VALUE = 5
 _FIRST_ROWS = 1024  # rule out nearly every column before all rows are read
 
 
-def row_numbers(features: Rows) -> list[int]:
+def find_row_counters(features: Rows) -> list[int]:
     """The columns of features (N, D) that count the rows: 0, 1, 2, …, or by any other step from any
     other number.
 
@@ -49,7 +49,7 @@ def row_numbers(features: Rows) -> list[int]:
     return [int(column) for column in columns]
 
 
-def target_columns(features: Rows, target: pd.Series) -> list[int]:
+def find_target_columns(features: Rows, target: pd.Series) -> list[int]:
     """The columns of features (N, D) that say the target and nothing else. target: N values,
     missing where unknown.
 

@@ -7,13 +7,13 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
-from headrace.cache.errors import ExtraMissing
+from headrace.cache.errors import HeadraceError
 
 
-def read_compressed(path: Path, rows: Any) -> npt.NDArray[Any]:
+def read_compressed_rows(path: Path, rows: Any) -> npt.NDArray[Any]:
     """Stored rows (n, *shape) of a checked shard; rows: a slice, or increasing positions.
 
-    Raises ExtraMissing.
+    Raises HeadraceError.
     """
     require_hdf5plugin(f"{path} is compressed")
     with path.open("rb") as bytes_of_it, h5py.File(bytes_of_it, "r") as file:
@@ -25,7 +25,7 @@ def require_hdf5plugin(why: str) -> Any:
     try:
         import hdf5plugin
     except ImportError as error:
-        raise ExtraMissing(
+        raise HeadraceError(
             f"{why}, and the library hdf5plugin is not installed: pip install 'headrace[compress]'"
         ) from error
     return hdf5plugin

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from headrace.cache.errors import NotStorable
-from headrace.cache.format.float16 import widen
+from headrace.cache.errors import CacheError
+from headrace.cache.format.float16 import float16_to_float32
 
-STORED: dict[str, np.dtype[Any]] = {
+STORED_DTYPES: dict[str, np.dtype[Any]] = {
     "float16": np.dtype("<f2"),
     "bfloat16": np.dtype("<u2"),
     "float32": np.dtype("<f4"),
@@ -28,7 +28,7 @@ _BLOCK_BYTES = 1 << 19
 
 
 @dataclass(frozen=True)
-class RoundOff:
+class QuantizationError:
     """How far the stored values are from the given ones, over all values of some rows."""
 
     largest: float = 0.0  # largest absolute error
@@ -40,8 +40,8 @@ class RoundOff:
         """Root mean square of the error over that of the values."""
         return float(np.sqrt(self.squared_error / self.squared)) if self.squared else 0.0
 
-    def __add__(self, other: "RoundOff") -> "RoundOff":
-        return RoundOff(
+    def __add__(self, other: "QuantizationError") -> "QuantizationError":
+        return QuantizationError(
             max(self.largest, other.largest),
             self.squared_error + other.squared_error,
             self.squared + other.squared,
@@ -49,30 +49,30 @@ class RoundOff:
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedRows:
     """Rows as they are stored."""
 
-    stored: npt.NDArray[Any]  # (n, *shape), one of STORED
+    stored: npt.NDArray[Any]  # (n, *shape), one of STORED_DTYPES
     scale: npt.NDArray[np.float32] | None  # (C,), uint8 only
     offset: npt.NDArray[np.float32] | None  # (C,), uint8 only
-    round_off: RoundOff
+    quantization_error: QuantizationError
 
 
-def encode(features: npt.NDArray[Any], ids: Sequence[str], dtype: str) -> Encoded:
+def encode(features: npt.NDArray[Any], ids: Sequence[str], dtype: str) -> EncodedRows:
     """Rows (n, *shape) of any real dtype as they are stored. `ids` (n,) name a sample in an error.
 
-    Raises NotStorable on NaN and infinity, in the features or by overflow of the storage dtype.
+    Raises CacheError on NaN and infinity, in the features or by overflow of the storage dtype.
     """
-    if features.dtype == STORED[dtype] and dtype in ("float16", "float32"):
+    if features.dtype == STORED_DTYPES[dtype] and dtype in ("float16", "float32"):
         # Nothing is converted, so nothing is lost; the squares are left out too, as no ratio needs
         # them.
         features = np.ascontiguousarray(features)
         for rows in _blocks(features):
             if not _all_finite(features[rows], dtype):
                 _refuse(_not_finite(features[rows], dtype), features[rows], ids, rows.start, dtype)
-        return Encoded(features, None, None, RoundOff())
-    stored = np.empty(features.shape, STORED[dtype])
-    round_off = RoundOff()
+        return EncodedRows(features, None, None, QuantizationError())
+    stored = np.empty(features.shape, STORED_DTYPES[dtype])
+    quantization_error = QuantizationError()
     scale, offset = _channel_range(features, ids) if dtype == "uint8" else (None, None)
     for rows in _blocks(features):
         given = features[rows].astype(np.float32 if features.dtype != np.float64 else np.float64)
@@ -82,8 +82,10 @@ def encode(features: npt.NDArray[Any], ids: Sequence[str], dtype: str) -> Encode
             _refuse(_not_finite(stored[rows], dtype), given, ids, rows.start, dtype)
         error = given - _restored(stored[rows], dtype, scale, offset)
         largest = max(float(error.max(initial=0)), -float(error.min(initial=0)))
-        round_off += RoundOff(largest, _sum_of_squares(error), _sum_of_squares(given))
-    return Encoded(stored, scale, offset, round_off)
+        quantization_error += QuantizationError(
+            largest, _sum_of_squares(error), _sum_of_squares(given)
+        )
+    return EncodedRows(stored, scale, offset, quantization_error)
 
 
 def decode(
@@ -119,7 +121,7 @@ def _restored(
     if dtype != "float16":
         return decode(stored, dtype, scale, offset)
     values = np.empty(stored.shape, np.float32)
-    widen(stored, values)
+    float16_to_float32(stored, values)
     return values
 
 
@@ -143,7 +145,7 @@ def _encode_block(
             np.rint((given - offset.reshape(offset.shape + trailing)) / steps), 0, 255
         ).astype(np.uint8)
     with np.errstate(over="ignore"):
-        return given.astype(STORED[dtype])
+        return given.astype(STORED_DTYPES[dtype])
 
 
 def _channel_range(
@@ -197,16 +199,16 @@ def _refuse(
     value = float(given[position])
     where = f"sample {ids[first_row + position[0]]!r}: its feature {list(position[1:])}"
     if not np.isfinite(value):
-        raise NotStorable(
+        raise CacheError(
             f"{where} is {value}. A network that gives NaN or infinity gives a head nothing to "
             "learn from; look at the image and at the weights, or list it as failed"
         )
     if dtype == "float16":
-        raise NotStorable(
+        raise CacheError(
             f"{where} is {value:g}, and float16 ends at 65504. Store this tap as bfloat16 or "
             "float32 (dtype in the recipe)"
         )
-    raise NotStorable(
+    raise CacheError(
         f"{where} is {value:g}, and {dtype} ends at 3.4e38. No head can use such a value; look at "
         "the image and the weights"
     )

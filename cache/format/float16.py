@@ -15,7 +15,7 @@ _REBIAS = np.float32(2.0**112)
 _BLOCK = 1 << 16  # values: four passes over 256 KB stay in the second-level cache
 
 
-def widen(half: npt.NDArray[Any], out: npt.NDArray[np.float32]) -> None:
+def float16_to_float32(half: npt.NDArray[Any], out: npt.NDArray[np.float32]) -> None:
     """Write finite float16 values (any shape, C order) as float32 into `out` (same shape, C order):
     exact, bit for bit.
 

@@ -1,6 +1,6 @@
 """A shard as bytes: building its HDF5 image in memory.
 
-`FORMAT.md` describes the result; `structure.py` reads it back.
+`FORMAT.md` describes the result; `validate.py` reads it back.
 
 n rows, m failures, C the first axis of a row.
 """
@@ -15,7 +15,7 @@ import numpy.typing as npt
 import xxhash
 
 from headrace.cache.format.compression import require_hdf5plugin
-from headrace.cache.format.encoding import Encoded
+from headrace.cache.format.encoding import EncodedRows
 from headrace.cache.format.sparse_file import SparseFile
 from headrace.cache.spec import FeatureSpec
 
@@ -40,23 +40,23 @@ ENCODINGS = {
 
 
 @dataclass(frozen=True)
-class Failure:
+class FailedSample:
     """A sample without features: its image could not be decoded, or its features not be
     computed.
     """
 
     id: str
-    content: str  # 32 hex digits
+    content_hash: str  # 32 hex digits
     reason: str
 
 
 def build_shard(
     spec: FeatureSpec,
     unit: str,
-    encoded: Encoded,
+    encoded: EncodedRows,
     ids: Sequence[str],
     content: Sequence[str],
-    failures: Sequence[Failure],
+    failures: Sequence[FailedSample],
     compression: str | None,
 ) -> tuple[list[bytes | memoryview], str]:
     """The file as parts to be written one after the other, and the digest in it.
@@ -84,7 +84,7 @@ def build_shard(
         _write(
             file,
             "failed_content",
-            np.array([failure.content.encode() for failure in failures], "S32"),
+            np.array([failure.content_hash.encode() for failure in failures], "S32"),
         )
         _write_text(file, "failed_reason", [failure.reason for failure in failures])
         if encoded.scale is not None and encoded.offset is not None:
@@ -97,11 +97,13 @@ def build_shard(
         _set_text(features, "encoding", ENCODINGS[spec.dtype])
         _set_text(features, "axes", ", ".join(["sample", "channel", "y", "x"][: stored.ndim]))
         _set_text(features, "units", "activation of the network, no physical unit")
-        _set_number(features, "round_off_largest", np.float64(encoded.round_off.largest))
+        _set_number(features, "round_off_largest", np.float64(encoded.quantization_error.largest))
         _set_number(
-            features, "round_off_squared_error", np.float64(encoded.round_off.squared_error)
+            features,
+            "round_off_squared_error",
+            np.float64(encoded.quantization_error.squared_error),
         )
-        _set_number(features, "round_off_squared", np.float64(encoded.round_off.squared))
+        _set_number(features, "round_off_squared", np.float64(encoded.quantization_error.squared))
         start = features.id.get_offset() if compression is None and stored.nbytes else None
     if start is None:
         body: list[bytes | memoryview] = [image.content(0, image.size)]

@@ -22,11 +22,15 @@ from typing import Any
 import xxhash
 
 from headrace.cache.errors import ShardCorrupt, ShardMissing, ShardUnreadable
-from headrace.cache.format.encoding import RoundOff
+from headrace.cache.format.encoding import QuantizationError
 from headrace.cache.format.shard import USER_BLOCK_BYTES, user_block
-from headrace.cache.format.structure import Layout, inspect_shard
+from headrace.cache.format.validate import ShardLayout, validate_shard
 from headrace.cache.home import state_directory
-from headrace.cache.integrity.checksummed_lines import LineCorrupt, from_line, to_line
+from headrace.cache.integrity.checksummed_lines import (
+    LineCorrupt,
+    from_checksummed_line,
+    to_checksummed_line,
+)
 from headrace.cache.manifest import ShardEntry
 from headrace.cache.spec import FeatureSpec
 
@@ -38,18 +42,18 @@ _REPAIR = "`headrace cache repair` removes it, and the next run extracts its sam
 
 
 @dataclass(frozen=True)
-class CheckedShard:
+class VerifiedShard:
     """What a shard turned out to be, all of it read."""
 
-    layout: Layout
-    round_off: RoundOff
+    layout: ShardLayout
+    quantization_error: QuantizationError
     bytes: int
     xxh3: str
 
 
-def check_shard(
+def verify_shard(
     path: Path, spec: FeatureSpec, unit: str, expected_xxh3: str | None = None
-) -> CheckedShard:
+) -> VerifiedShard:
     """Read every byte and look at every object.
 
     Raises ShardMissing; ShardCorrupt on any flipped bit.
@@ -57,7 +61,7 @@ def check_shard(
     The user block must name the digest of the rest; `expected_xxh3`, from the manifest, must be
     that digest too, or else the shard is a whole one in the wrong place.
     """
-    size, found, block = shard_digest(path)
+    size, found, block = shard_checksum(path)
     if block != user_block(found):
         raise ShardCorrupt(
             f"{path}: its bytes have changed since they were written: they have the digest "
@@ -69,20 +73,20 @@ def check_shard(
             f"{path}: this is another shard than the one that was published under this name: its "
             f"digest is {found}, and the manifest says {expected_xxh3}. {_REPAIR}"
         )
-    layout, round_off = inspect_shard(path, spec, unit)
-    return CheckedShard(layout, round_off, size, found)
+    layout, quantization_error = validate_shard(path, spec, unit)
+    return VerifiedShard(layout, quantization_error, size, found)
 
 
-def check_listed(path: Path, spec: FeatureSpec, entry: ShardEntry) -> CheckedShard:
-    """`check_shard` of a listed shard, which must also have as many rows and failures as the
+def verify_listed_shard(path: Path, spec: FeatureSpec, entry: ShardEntry) -> VerifiedShard:
+    """`verify_shard` of a listed shard, which must also have as many rows and failures as the
     manifest says.
     """
-    checked = check_shard(path, spec, entry.unit, entry.xxh3)
+    checked = verify_shard(path, spec, entry.unit, entry.xxh3)
     _expect_counts(path, checked.layout, entry)
     return checked
 
 
-def _expect_counts(path: Path, layout: Layout, entry: ShardEntry) -> None:
+def _expect_counts(path: Path, layout: ShardLayout, entry: ShardEntry) -> None:
     if (layout.rows, layout.failed) != (entry.rows, entry.failed):
         raise ShardCorrupt(
             f"{path}: it holds {layout.rows} rows and {layout.failed} failures, and the manifest "
@@ -90,7 +94,7 @@ def _expect_counts(path: Path, layout: Layout, entry: ShardEntry) -> None:
         )
 
 
-def shard_digest(path: Path) -> tuple[int, str, bytes]:
+def shard_checksum(path: Path) -> tuple[int, str, bytes]:
     """Size, XXH3-128 of everything behind the user block, and the user block."""
     hasher, size = xxhash.xxh3_128(), 0
     buffer = memoryview(bytearray(_BLOCK))
@@ -126,7 +130,7 @@ def missing(path: Path) -> ShardMissing:
     )
 
 
-class Verified:
+class VerifiedShards:
     """The shards of one feature set that this machine has checked already, with their layouts."""
 
     def __init__(self, directory: Path) -> None:
@@ -140,7 +144,7 @@ class Verified:
         )  # None: each process checks again
         self._records: dict[str, dict[str, Any]] | None = None
 
-    def check(self, path: Path, spec: FeatureSpec, entry: ShardEntry) -> Layout:
+    def check(self, path: Path, spec: FeatureSpec, entry: ShardEntry) -> ShardLayout:
         """The layout of a shard, which is read whole unless this machine has done so.
 
         Raises ShardMissing, ShardCorrupt.
@@ -151,15 +155,15 @@ class Verified:
             self._records = self._read()
         record = self._records.get(entry.unit)
         if record is not None and all(record.get(key) == value for key, value in identity.items()):
-            layout = Layout(
+            layout = ShardLayout(
                 **{
                     field.name: record[f"layout_{field.name}"]
-                    for field in dataclasses.fields(Layout)
+                    for field in dataclasses.fields(ShardLayout)
                 }
             )
             _expect_counts(path, layout, entry)
             return layout
-        layout = check_listed(path, spec, entry).layout
+        layout = verify_listed_shard(path, spec, entry).layout
         if time.time_ns() - max(identity["mtime_ns"], identity["ctime_ns"]) < _SETTLED_NS:
             return layout
         self._append(
@@ -178,7 +182,7 @@ class Verified:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
             try:
-                os.write(descriptor, to_line(record))
+                os.write(descriptor, to_checksummed_line(record))
             finally:
                 os.close(descriptor)
 
@@ -192,7 +196,7 @@ class Verified:
         records = {}
         for line in lines:
             with contextlib.suppress(LineCorrupt):
-                record = from_line(line)
+                record = from_checksummed_line(line)
                 records[record.get("unit", "")] = record
         return records
 

@@ -9,10 +9,10 @@ import xxhash
 
 
 class LineCorrupt(ValueError):
-    """The line is not one that `to_line` wrote."""
+    """The line is not one that `to_checksummed_line` wrote."""
 
 
-def to_line(values: dict[str, Any]) -> bytes:
+def to_checksummed_line(values: dict[str, Any]) -> bytes:
     """One line, newline included. `check` is the XXH3-128 of the canonical JSON of the
     other keys.
     """
@@ -20,15 +20,15 @@ def to_line(values: dict[str, Any]) -> bytes:
     return f'{text[:-1]},"check":"{xxhash.xxh3_128_hexdigest(text.encode())}"}}\n'.encode()
 
 
-def from_line(line: bytes) -> dict[str, Any]:
-    """Inverse of `to_line`; the newline may be missing.
+def from_checksummed_line(line: bytes) -> dict[str, Any]:
+    """Inverse of `to_checksummed_line`; the newline may be missing.
 
     Raises LineCorrupt when a single bit differs.
     """
     try:
         values: dict[str, Any] = json.loads(line)
         values.pop("check")
-        written = to_line(values)
+        written = to_checksummed_line(values)
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise LineCorrupt(str(error)) from error
     if written.rstrip(b"\n") != line.rstrip(b"\n"):
@@ -36,7 +36,7 @@ def from_line(line: bytes) -> dict[str, Any]:
     return values
 
 
-def is_torn(tail: bytes) -> bool:
+def is_torn_line(tail: bytes) -> bool:
     """Whether text after the last newline is a line whose writer died, or is still writing: a
     beginning without an end.
 

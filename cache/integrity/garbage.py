@@ -11,7 +11,7 @@ from pathlib import Path
 
 from headrace.cache.atomic_io import PARTIAL_SUFFIX
 from headrace.cache.errors import CacheError
-from headrace.cache.feature_set import begun_directories, feature_set_directories
+from headrace.cache.feature_set import feature_set_directories, unfinished_directories
 from headrace.cache.integrity.repair import stale_temporaries
 from headrace.cache.publish import FEATURES, SHARDS, is_feature_set
 
@@ -66,7 +66,7 @@ def find_garbage(
     ]
     trash = sorted((cache_root / FEATURES).glob(f"{_TRASH}*"))
     trash += [
-        path for path in begun_directories(cache_root) if now - path.stat().st_mtime >= stale_s
+        path for path in unfinished_directories(cache_root) if now - path.stat().st_mtime >= stale_s
     ]
     total = sum(map(tree_bytes, [*temporaries, *unused, *trash]))
     return Garbage(tuple(unused), tuple(temporaries), tuple(trash), total)

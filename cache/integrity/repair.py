@@ -19,14 +19,14 @@ from headrace.cache.errors import (
     SpecMismatch,
 )
 from headrace.cache.format.shard import user_block
-from headrace.cache.integrity.checksum import shard_digest
+from headrace.cache.integrity.checksum import shard_checksum
 from headrace.cache.manifest import LOCK, MANIFEST, ShardEntry, manifest_bytes, read_manifest
 from headrace.cache.publish import SHARDS, SPEC, describe_shard, read_spec, shard_path
 from headrace.cache.spec import FeatureSpec
 
 
 @dataclass(frozen=True)
-class Repair:
+class RepairResult:
     """What a repair did."""
 
     kept: tuple[str, ...]  # units whose shards are whole and listed
@@ -43,7 +43,7 @@ class Repair:
         return not (self.listed or self.removed or self.missing or self.rewritten)
 
 
-def repair(directory: Path) -> Repair:
+def repair(directory: Path) -> RepairResult:
     """Make a feature set whole again, with fewer rows if some are broken.
 
     Safe while others read, extract or repair.
@@ -90,7 +90,9 @@ def repair(directory: Path) -> Repair:
             publish_replace(directory / MANIFEST, manifest_bytes(kept.values()))
             rewritten.append(MANIFEST)
     missing = [unit for unit in gone if unit not in removed]
-    return Repair(tuple(kept), tuple(listed), tuple(removed), tuple(missing), tuple(rewritten))
+    return RepairResult(
+        tuple(kept), tuple(listed), tuple(removed), tuple(missing), tuple(rewritten)
+    )
 
 
 def stale_temporaries(directory: Path, older_than_s: float, now: float) -> list[Path]:
@@ -122,7 +124,7 @@ def _spec_from_shards(directory: Path) -> FeatureSpec:
     """The spec that a whole shard carries, if it is the one that names the directory."""
     for path in _candidates(directory):
         with contextlib.suppress(CacheError, OSError, ValueError, KeyError, TypeError):
-            _, digest, block = shard_digest(path)
+            _, digest, block = shard_checksum(path)
             if block == user_block(digest):
                 with path.open("rb") as bytes_of_it, h5py.File(bytes_of_it, "r") as file:
                     text = file.attrs["spec"]

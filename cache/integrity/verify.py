@@ -16,7 +16,7 @@ import numpy.typing as npt
 from headrace.cache.atomic_io import PARTIAL_SUFFIX
 from headrace.cache.errors import CacheError, ManifestCorrupt, ShardMissing, SpecMismatch
 from headrace.cache.feature_set import FeatureSet
-from headrace.cache.integrity.checksum import check_listed
+from headrace.cache.integrity.checksum import verify_listed_shard
 from headrace.cache.manifest import ShardEntry, read_manifest
 from headrace.cache.publish import SHARDS, read_spec, shard_path
 from headrace.cache.spec import FeatureSpec
@@ -69,7 +69,7 @@ def verify_bytes(directory: Path) -> list[Problem]:
 def _verify_shard(directory: Path, spec: FeatureSpec, entry: ShardEntry) -> Problem | None:
     path = shard_path(directory, entry.unit)
     try:
-        check_listed(path, spec, entry)
+        verify_listed_shard(path, spec, entry)
     except ShardMissing as error:
         return Problem("missing", path, str(error))
     except CacheError as error:
@@ -112,11 +112,11 @@ def verify_sources(features: FeatureSet, current: Mapping[str, str | None]) -> l
     """
     stored: dict[str, set[str]] = {}
     for sample, content in zip(
-        features.ids(), features.content().astype("U32").tolist(), strict=True
+        features.ids(), features.content_hashes().astype("U32").tolist(), strict=True
     ):
         stored.setdefault(sample, set()).add(content)
     for failure in features.failures():
-        stored.setdefault(failure.id, set()).add(failure.content)
+        stored.setdefault(failure.id, set()).add(failure.content_hash)
     problems = []
     for sample, contents in stored.items():
         now, before = current.get(sample, ""), ", ".join(sorted(contents))
@@ -139,7 +139,7 @@ def verify_sources(features: FeatureSet, current: Mapping[str, str | None]) -> l
 
 
 @dataclass(frozen=True)
-class Recomputed:
+class RecomputeResult:
     """How far stored rows are from the same rows computed again."""
 
     rows: int
@@ -160,7 +160,7 @@ def verify_recompute(
     *,
     among: npt.NDArray[np.int64] | None = None,
     seed: int = 0,
-) -> Recomputed:
+) -> RecomputeResult:
     """Compute n random rows again. recompute: from ids and content hashes to features (n, *shape).
 
     among: the rows that can be computed (whose images are still there); None: all.
@@ -173,7 +173,7 @@ def verify_recompute(
     rows = np.sort(
         np.random.default_rng(seed).choice(possible, min(n, len(possible)), replace=False)
     )
-    ids, content = features.ids(), features.content()
+    ids, content = features.ids(), features.content_hashes()
     chosen = [ids[row] for row in rows.tolist()]
     stored = features.read(rows).reshape(len(rows), -1).astype(np.float64)
     again = recompute(chosen, [value.decode() for value in content[rows].tolist()])
@@ -183,14 +183,14 @@ def verify_recompute(
     )
     scale = float(np.sqrt(np.mean(stored**2))) if stored.size else 0.0
     scale = scale or 1.0
-    round_off = max(
+    quantization_error = max(
         _HALF_ULP[features.spec.dtype] * float(np.abs(stored).max(initial=0)),
-        features.round_off.largest,
+        features.quantization_error.largest,
     )
     worst = int(off.argmax()) if len(off) else -1
-    return Recomputed(
+    return RecomputeResult(
         rows=len(rows),
         largest=float(off.max(initial=0)) / scale,
-        tolerance=RECOMPUTE_TOLERANCE + round_off / scale,
+        tolerance=RECOMPUTE_TOLERANCE + quantization_error / scale,
         worst_id=chosen[worst] if chosen else "",
     )

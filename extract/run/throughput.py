@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from headrace.cache.format.shard import Failure
+from headrace.cache.format.shard import FailedSample
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class UnitReport:
 
     unit: str
     rows: int  # images that have features now
-    failed: tuple[Failure, ...]  # images whose content is no image; recorded in every shard
+    failed: tuple[FailedSample, ...]  # images whose content is no image; recorded in every shard
     # (id, reason): gone or changed since they were hashed; recorded nowhere
     unread: tuple[tuple[str, str], ...]
     decode_s: float  # waiting for pixels

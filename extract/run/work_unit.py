@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 
 from headrace.cache.errors import SpecMismatch
-from headrace.cache.format.shard import Failure
+from headrace.cache.format.shard import FailedSample
 from headrace.cache.publish import create_feature_set, publish_shard
 from headrace.cache.spec import FeatureSpec
 from headrace.extract.backbones.backbone import Backbone, load_backbone
@@ -157,7 +157,7 @@ def _extract(unit: _Started) -> _Extracted:
     job, passes = unit.job, unit.passes
     parts: list[list[npt.NDArray[Any]]] = [[] for each in passes for _ in each.specs]
     rows: list[int] = []
-    failed: list[Failure] = []
+    failed: list[FailedSample] = []
     unread: list[tuple[str, str]] = []
     decode_s = forward_s = 0.0
     running: list[Result] = []
@@ -221,7 +221,7 @@ def _publish_set(
     spec: FeatureSpec,
     features: npt.NDArray[Any],
     samples: Sequence[Sample],
-    failed: Sequence[Failure],
+    failed: Sequence[FailedSample],
 ) -> None:
     """Publish the rows that can be stored; the others are failures of this feature set alone."""
     reasons = unstorable(features, spec)
@@ -235,7 +235,7 @@ def _publish_set(
         job.unit,
         features=features,
         ids=[sample.id for sample in samples],
-        content=[sample.content for sample in samples],
+        content_hashes=[sample.content for sample in samples],
         failures=failures,
         compression=job.compression,
     )
@@ -368,6 +368,6 @@ def check_identity(backbone: Backbone, feature: FeatureSpec) -> None:
             )
 
 
-def _failure(sample: Sample, reason: str) -> Failure:
+def _failure(sample: Sample, reason: str) -> FailedSample:
     # A NUL has no place in fixed-length text, and decoders quote the bytes that they stumbled over.
-    return Failure(sample.id, sample.content, reason.replace("\0", "\\0"))
+    return FailedSample(sample.id, sample.content, reason.replace("\0", "\\0"))

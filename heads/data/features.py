@@ -29,7 +29,7 @@ def load_rows(
     Returns X (n, D) float32, or (V, n, D) where there are several views, and kept (N,) bool with n
     true: a row whose image could not be decoded has no features in any set. spatial: keep the
     positions, (n, channels, h, w). Raises BadFeatures for a feature that is NaN or infinite, naming
-    the feature set and the row; for parts with other views or positions; RowsMissing (from the
+    the feature set and the row; for parts with other views or positions; CacheError (from the
     cache) for a row that was never extracted.
     """
     groups, kept = _opened(features, content, spatial=spatial)
@@ -106,7 +106,7 @@ def rows_with_features(
     kept = np.ones(len(content), np.bool_)
     for feature in features:
         opened = feature if isinstance(feature, FeatureSet) else open_feature_set(feature)
-        failed = np.array([failure.content for failure in opened.failures()], "S32")
+        failed = np.array([failure.content_hash for failure in opened.failures()], "S32")
         kept &= ~np.isin(content, failed)
     return kept
 

@@ -11,9 +11,9 @@ import numpy.typing as npt
 import pandas as pd
 from sklearn.base import BaseEstimator, TransformerMixin
 
-from headrace.cache.errors import IdsAmbiguous, RowsMissing
+from headrace.cache.errors import CacheError
 from headrace.cache.feature_set import FeatureSet, open_feature_set
-from headrace.cache.ids import contents_by_id
+from headrace.cache.ids import content_hashes_by_id
 from headrace.cache.text import as_text
 
 _WHICH = (
@@ -50,7 +50,7 @@ class FeatureLookup(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         """(n, D) float32 features of X: n ids or content hashes, (n,) or (n, 1), or a DataFrame
         with `id` and `content`.
 
-        Raises RowsMissing, naming the first ids that have no row; IdsAmbiguous, naming one that
+        Raises CacheError, naming the first ids that have no row, or one that
         stands for several images.
         """
         rows = [
@@ -101,14 +101,14 @@ def _content_of_names(names: list[str], sets: list[FeatureSet]) -> list[str]:
     """The content hash of each id, by any of the feature sets that knows it; a name that is no id,
     as it is.
 
-    Raises IdsAmbiguous.
+    Raises CacheError.
     """
     content = list(names)
     for feature in sets:
-        by_id = contents_by_id(feature.ids(), feature.content())
+        by_id = content_hashes_by_id(feature.ids(), feature.content_hashes())
         ambiguous = [name for name in dict.fromkeys(names) if len(by_id.get(name, ())) > 1]
         if ambiguous:
-            raise IdsAmbiguous(
+            raise CacheError(
                 f"the id {ambiguous[0]!r} stands for {len(by_id[ambiguous[0]])} images in "
                 f"{feature.spec.name} of {feature.spec.backbone} ({len(ambiguous):,} of "
                 f"{len(names):,} ids stand for several): the cache holds several folders with such "
@@ -117,7 +117,7 @@ def _content_of_names(names: list[str], sets: list[FeatureSet]) -> list[str]:
         for row, name in enumerate(names):
             (found,) = by_id.get(name, (name,))
             if found != name and content[row] not in (name, found):
-                raise IdsAmbiguous(
+                raise CacheError(
                     f"the id {name!r} stands for one image in {feature.spec.name} and for another "
                     "in the feature sets before it: one of them was extracted before the image "
                     f"was edited. {_WHICH}"
@@ -127,7 +127,7 @@ def _content_of_names(names: list[str], sets: list[FeatureSet]) -> list[str]:
 
 
 def _rows(feature: FeatureSet, names: list[str], content: list[str]) -> npt.NDArray[np.int64]:
-    """(n,) positions of content hashes. Raises RowsMissing, by their names."""
+    """(n,) positions of content hashes. Raises CacheError, by their names."""
     hashes = np.array(
         [text if len(text) == 32 and text.isascii() else "" for text in content], "S32"
     )
@@ -138,7 +138,7 @@ def _rows(feature: FeatureSet, names: list[str], content: list[str]) -> npt.NDAr
     )
     missing = [name for name, row in zip(names, rows.tolist(), strict=True) if row < 0]
     if missing:
-        raise RowsMissing(
+        raise CacheError(
             f"{feature.spec.name} of {feature.spec.backbone} has no row for "
             f"{', '.join(map(repr, missing[:3]))} ({len(missing):,} of {len(names):,}). Its ids "
             f"look like {next(iter(feature.ids()), None)!r}"

@@ -122,7 +122,7 @@ class Streamed:
                         bad = ~np.isfinite(rows).all(1)
                     if bad.any():
                         raise not_finite(
-                            feature, feature.content()[at[np.argmax(bad)]], int(bad.sum())
+                            feature, feature.content_hashes()[at[np.argmax(bad)]], int(bad.sum())
                         )
 
 
@@ -162,5 +162,5 @@ def not_finite(feature: FeatureSet, content: bytes, rows: int) -> BadFeatures:
 def _positions(feature: FeatureSet, content: npt.NDArray[np.bytes_]) -> npt.NDArray[np.int64]:
     found = feature.locate(content)
     if (found < 0).any():
-        feature.load(content[found < 0][:3])  # raises RowsMissing, which says what is wrong
+        feature.load(content[found < 0][:3])  # raises CacheError, which says what is wrong
     return found

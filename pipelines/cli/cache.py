@@ -15,9 +15,9 @@ from rich.table import Table
 from headrace.cache.errors import CacheError
 from headrace.cache.feature_set import (
     FeatureSet,
-    begun_directories,
     feature_set_directories,
     open_feature_set,
+    unfinished_directories,
 )
 from headrace.cache.publish import feature_set_path, shard_path
 from headrace.cache.spec import FeatureSpec
@@ -26,7 +26,7 @@ from headrace.pipelines.console import make_console
 if TYPE_CHECKING:
     import pandas as pd
 
-    from headrace.cache.exchange.export import Selection
+    from headrace.cache.exchange.export import RowSelection
     from headrace.extract.run.plan import Network
     from headrace.extract.spec import BackboneSpec
     from headrace.pipelines.recipe.load import Recipe
@@ -122,10 +122,11 @@ def show_command(
     )
     _say(f"{'bytes':>14}  {features.stored_bytes:,} in {features.path}")
     _say(f"{'last written':>14}  {_last_written(features)}")
-    round_off = features.round_off
-    if round_off.squared:
+    quantization_error = features.quantization_error
+    if quantization_error.squared:
         measured = (
-            f"largest {round_off.largest:.3g}, root mean square {round_off.relative_rms:.2e} of "
+            f"largest {quantization_error.largest:.3g}, root mean square "
+            f"{quantization_error.relative_rms:.2e} of "
             "the values'"
         )
     else:
@@ -314,7 +315,7 @@ def export_command(
 
     Example: headrace cache export blocks.4.avg features.parquet --recipe recipe.yaml
     """
-    from headrace.cache.exchange.export import EXPORTS, ambiguous_ids
+    from headrace.cache.exchange.export import EXPORTS, find_ambiguous_ids
 
     chosen = kind.value if kind else target.suffix.lstrip(".")
     if chosen not in EXPORTS:
@@ -333,7 +334,7 @@ def export_command(
             f"{len(selection.missing):,} images of the recipe have no row and are left out: "
             f"{_some(selection.missing)}. `headrace run` makes the rows of images that can be read"
         )
-    if selection is None and (several := ambiguous_ids(features)):
+    if selection is None and (several := find_ambiguous_ids(features)):
         _say(
             f"{len(several):,} ids stand for several images (folders with the same names, images "
             f"before and after they were edited), first {several[0]!r}: the column `content` tells "
@@ -402,7 +403,7 @@ def import_command(
 
     Example: headrace cache import dino.npy --ids names.csv --name dino --recipe recipe.yaml
     """
-    from headrace.cache.exchange.external import import_features, read_foreign
+    from headrace.cache.exchange.external import import_features, read_external_features
 
     loaded = None
     if recipe is not None:
@@ -411,7 +412,7 @@ def import_command(
         loaded = load_recipe(recipe)
         cache = loaded.cache
     forbidden = _no_features(loaded) if loaded else {}
-    foreign = read_foreign(
+    foreign = read_external_features(
         source, ids=ids, key=key, id_key=id_key, columns=columns or (), forbidden=forbidden
     )
     known, targets = None, None
@@ -438,7 +439,7 @@ def import_command(
     _say(f"{said}. In a recipe: imported: [{name}]")
 
 
-def _rows_of_recipe(recipe_path: Path, name: str) -> "tuple[FeatureSet, Selection]":
+def _rows_of_recipe(recipe_path: Path, name: str) -> "tuple[FeatureSet, RowSelection]":
     """A feature set of the recipe's cache, and its rows of the recipe's images."""
     from headrace.cache.exchange.export import select_rows
     from headrace.pipelines.recipe.load import load_recipe
@@ -489,7 +490,7 @@ def _find(cache: Path, name: str, *, begun: bool = False) -> Path:
     """The one feature set whose fingerprint begins with `name` or whose tap it is; with `begun`,
     also what a kill left of one.
     """
-    directories = feature_set_directories(cache) + (begun_directories(cache) if begun else [])
+    directories = feature_set_directories(cache) + (unfinished_directories(cache) if begun else [])
     by_fingerprint = [path for path in directories if path.name.startswith(name)]
     found = by_fingerprint or [path for path in directories if _tap(path) == name]
     if len(found) == 1:
@@ -577,7 +578,7 @@ def _verify_recompute(recipe_path: Path, directories: list[Path], count: int) ->
                     _extract_again, samples, Network(backbone, [spec], [()]), Path(scratch)
                 )
                 present = np.isin(
-                    features.content().astype("U32"), [value for value in hashes if value]
+                    features.content_hashes().astype("U32"), [value for value in hashes if value]
                 )
                 report = verify_recompute(features, again, count, among=np.flatnonzero(present))
                 verdict = "within" if report.is_equal else "BEYOND"
@@ -609,14 +610,14 @@ def _extract_again(
 
 def _imported(recipe_path: Path) -> list[str]:
     """Fingerprints of the features of other programs that a recipe uses."""
-    from headrace.cache.exchange.external import imported_sets
+    from headrace.cache.exchange.external import external_feature_sets
     from headrace.pipelines.recipe.load import load_recipe
 
     recipe = load_recipe(recipe_path)
     return [
         each.spec.fingerprint
         for name in recipe.imported
-        for each in imported_sets(recipe.cache, name)
+        for each in external_feature_sets(recipe.cache, name)
     ]
 
 

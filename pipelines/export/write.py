@@ -25,7 +25,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from headrace.cache.atomic_io import PARTIAL_SUFFIX
-from headrace.cache.errors import ExtraMissing, HeadraceError
+from headrace.cache.errors import HeadraceError
 from headrace.extract.backbones.backbone import load_backbone
 from headrace.extract.images.views import Symmetries, is_exact, mirrored
 from headrace.extract.run.decode_ahead import Batch
@@ -330,7 +330,7 @@ def _onnx_runner(path: Path, inputs: Sequence[Input]) -> Any:
 def _require_onnx() -> None:
     for name in ("onnx", "onnxscript", "onnxruntime"):
         if importlib.util.find_spec(name) is None:
-            raise ExtraMissing(
+            raise HeadraceError(
                 f"exporting to ONNX needs the library {name}, which is not installed: pip install "
                 "'headrace[onnx]'"
             )

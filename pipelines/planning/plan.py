@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
-from headrace.cache.planner import DiskTooSmall, plan_taps, require_space, stored_bytes
+from headrace.cache.errors import CacheError
+from headrace.cache.planner import plan_taps, require_disk_space, stored_bytes
 from headrace.cache.spec import FeatureSpec
 from headrace.extract.run.plan import ExtractJob
 from headrace.heads.spec import Halving, HeadSpec, spec_to_json
@@ -187,7 +188,7 @@ def plan_run(
 
 
 def check_space(plan: Plan, cache_root: Path, budget_gb: float | None) -> None:
-    """Raises DiskTooSmall, naming what fits and what does not, before anything is extracted."""
+    """Raises CacheError, naming what fits and what does not, before anything is extracted."""
     budget = None if budget_gb is None else int(budget_gb * 1e9)
     missing = [feature for feature in plan.features if feature.rows_missing]
     costs = plan_taps([(feature.specs[0], feature.rows_missing) for feature in missing], budget)
@@ -198,12 +199,12 @@ def check_space(plan: Plan, cache_root: Path, budget_gb: float | None) -> None:
         if not cost.fits
     ]
     if refused:
-        raise DiskTooSmall(
+        raise CacheError(
             f"storage.budget_gb is {budget_gb:g}: in the recipe's order, "
             f"{', '.join(fitting) or 'no tap'} fits, and {', '.join(refused)} does not. Leave it "
             "out, reduce it (avg instead of map), or raise the budget. Nothing was extracted"
         )
-    require_space(cache_root, costs)
+    require_disk_space(cache_root, costs)
 
 
 def fingerprints_of(features: Sequence[FeaturePlan]) -> dict[str, list[str]]:

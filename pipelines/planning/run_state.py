@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from headrace.cache.exchange.external import imported_sets
+from headrace.cache.exchange.external import external_feature_sets
 from headrace.cache.feature_set import open_feature_set
 from headrace.cache.format.compression import require_hdf5plugin
 from headrace.cache.integrity.sealed import SealBroken
@@ -243,9 +243,12 @@ def _inputs(
 
 
 def _imported(recipe: Recipe, name: str) -> tuple[FeatureSpec, Collection[str]]:
-    found = imported_sets(recipe.cache, name)
+    found = external_feature_sets(recipe.cache, name)
     if len(found) != 1:
-        there = ", ".join(sorted({each.spec.tap for each in imported_sets(recipe.cache)})) or "none"
+        there = (
+            ", ".join(sorted({each.spec.tap for each in external_feature_sets(recipe.cache)}))
+            or "none"
+        )
         raise RecipeError(
             f"imported: there are {len(found)} feature sets {name!r} in {recipe.cache}; imported "
             f"are: {there}. Import it first: headrace cache import FILE --name {name} --recipe "
@@ -382,7 +385,7 @@ def _failed(cache: Path, networks: Sequence[Network]) -> dict[str, str]:
         if is_feature_set(path)
         for failure in open_feature_set(path).failures()
     )
-    return {failure.content: failure.reason for failure in failures}
+    return {failure.content_hash: failure.reason for failure in failures}
 
 
 def _require_decodable(needed: pd.DataFrame, failed: Mapping[str, str]) -> None:

@@ -179,7 +179,7 @@ class FinishedRun:
         found: set[str] = set()
         for name in self.feature_sets:
             found |= {
-                failure.content for view in self.features(name) for failure in view.failures()
+                failure.content_hash for view in self.features(name) for failure in view.failures()
             }
         return frozenset(found)
 

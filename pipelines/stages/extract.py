@@ -14,7 +14,7 @@ from dask.distributed import Client
 from rich.console import Console
 
 from headrace.cache.feature_set import open_feature_set
-from headrace.cache.format.shard import Failure
+from headrace.cache.format.shard import FailedSample
 from headrace.cache.publish import create_feature_set, feature_set_path, publish_shard, shard_path
 from headrace.extract.run.plan import ExtractJob, unit_name
 from headrace.extract.run.throughput import UnitReport, figures
@@ -114,14 +114,14 @@ def _record(fatal: Sequence[tuple[ExtractJob, str]], went_well: int) -> list[str
     if len(fatal) > went_well:
         return [_blamed_image(job, error) for job, error in fatal]
     for job, error in fatal:
-        failures = [Failure(sample.id, sample.content, error) for sample in job.samples]
+        failures = [FailedSample(sample.id, sample.content, error) for sample in job.samples]
         for spec in (spec for _, specs in job.networks for spec in specs):
             publish_shard(
                 create_feature_set(Path(job.cache_root), spec),
                 job.unit,
                 features=np.empty((0, *spec.shape), np.float32),
                 ids=[],
-                content=[],
+                content_hashes=[],
                 failures=failures,
                 compression=job.compression,
             )

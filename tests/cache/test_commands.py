@@ -61,8 +61,8 @@ def test_show(cache):
         for f in (open_feature_set(p) for p in (cache / "features").iterdir())
         if f.spec.dtype == "uint8"
     )
-    assert f"largest {features.round_off.largest:.3g}" in output
-    assert f"{features.round_off.relative_rms:.2e}" in output
+    assert f"largest {features.quantization_error.largest:.3g}" in output
+    assert f"{features.quantization_error.relative_rms:.2e}" in output
     assert "16 in 2 shards" in output
 
 

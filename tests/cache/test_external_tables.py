@@ -15,8 +15,13 @@ from hypothesis import strategies as st
 from support.runs import RECIPE, headrace, make_photos
 
 from headrace.cache.exchange.columns import choose_columns, columns_option
-from headrace.cache.exchange.external import Foreign, ForeignFeatures, import_features, read_foreign
-from headrace.cache.exchange.leaks import row_numbers, target_columns
+from headrace.cache.exchange.external import (
+    ExternalFeatures,
+    ExternalFeaturesInvalid,
+    import_features,
+    read_external_features,
+)
+from headrace.cache.exchange.leaks import find_row_counters, find_target_columns
 
 N = 24
 
@@ -47,7 +52,7 @@ def write(frame, suffix, **options):
 
 
 def read(file, *columns, **options):
-    return read_foreign(Path(file), columns=columns, **options)
+    return read_external_features(Path(file), columns=columns, **options)
 
 
 def known(ids):
@@ -68,7 +73,8 @@ def test_columns_are_named_or_nothing_is_read(table, suffix):
     """
     file = write(table, suffix)
     with pytest.raises(
-        ForeignFeatures, match=r"5 columns hold numbers, f0, f1, f2, f3, label.*--columns f0:f3$"
+        ExternalFeaturesInvalid,
+        match=r"5 columns hold numbers, f0, f1, f2, f3, label.*--columns f0:f3$",
     ):
         read(file, forbidden={"label": "the recipe's task.target"})
     named = read(file, "f0:f3")
@@ -82,7 +88,7 @@ def test_columns_are_named_or_nothing_is_read(table, suffix):
 def test_a_single_column_of_numbers_needs_no_name(table):
     assert read(write(table[["id", "f0"]], "csv")).columns.chosen == ("f0",)
     with pytest.raises(
-        ForeignFeatures, match=r"'label' is the recipe's task\.target: not a feature"
+        ExternalFeaturesInvalid, match=r"'label' is the recipe's task\.target: not a feature"
     ):
         read(write(table[["id", "label"]], "csv"), forbidden={"label": "the recipe's task.target"})
 
@@ -108,10 +114,12 @@ def test_what_the_option_may_say(options, expected):
     """
     columns = ["f0", "f1", "f2", "f10", "a,b", "a:b", "x[1]"]
     if options == ["a:b:f0"]:
-        with pytest.raises(ForeignFeatures, match=r"a:b stands after f0 in the file: f0:a:b"):
+        with pytest.raises(
+            ExternalFeaturesInvalid, match=r"a:b stands after f0 in the file: f0:a:b"
+        ):
             choose_columns(columns, options, "t")
     elif expected is None:
-        with pytest.raises(ForeignFeatures, match="fits no column"):
+        with pytest.raises(ExternalFeaturesInvalid, match="fits no column"):
             choose_columns(columns, options, "t")
     else:
         assert " ".join(choose_columns(columns, options, "t")) == expected
@@ -119,10 +127,10 @@ def test_what_the_option_may_say(options, expected):
 
 def test_what_fits_no_column_is_answered_with_the_nearest():
     with pytest.raises(
-        ForeignFeatures, match=r"'embeding_1' fits no column\. Did you mean 'embedding_1'"
+        ExternalFeaturesInvalid, match=r"'embeding_1' fits no column\. Did you mean 'embedding_1'"
     ):
         choose_columns(["embedding_1", "x"], ["embeding_1"], "t")
-    with pytest.raises(ForeignFeatures, match=r"'g\*' fits no column"):
+    with pytest.raises(ExternalFeaturesInvalid, match=r"'g\*' fits no column"):
         choose_columns(["f0", "f1"], ["g*"], "t")
 
 
@@ -147,7 +155,7 @@ def test_the_columns_of_the_task_are_refused_even_when_named(table, suffix, spel
         "fold": "the recipe's task.fold",
     }
     with pytest.raises(
-        ForeignFeatures,
+        ExternalFeaturesInvalid,
         match=rf"{spelling!r} is the recipe's task.target.*'patient' .*--columns f0:f3$",
     ):
         read(write(table, suffix), "*", forbidden={**forbidden, "id": "the column of ids"})
@@ -168,12 +176,13 @@ def test_an_index_without_a_name_is_refused(table, suffix):
     else:
         file = write(table, "parquet", index=True)
     with pytest.raises(
-        ForeignFeatures, match=r"is the rows' index, as pandas writes it.*--columns f0:label$"
+        ExternalFeaturesInvalid,
+        match=r"is the rows' index, as pandas writes it.*--columns f0:label$",
     ):
         read(file, "[!i]*")
     table.reset_index().rename(columns={"index": ""}).to_csv(file, index=False)
     if suffix == "csv":
-        with pytest.raises(ForeignFeatures, match="'Unnamed: 0' is the rows' index"):
+        with pytest.raises(ExternalFeaturesInvalid, match="'Unnamed: 0' is the rows' index"):
             read(file, "*:*", "Unnamed: 0,f0")
 
 
@@ -183,7 +192,7 @@ def test_a_column_that_counts_the_rows_is_refused(table, suffix, start):
     """Whatever it is called: tables are sorted by class more often than not."""
     table.insert(3, "nr", range(start, start + N))
     with pytest.raises(
-        ForeignFeatures,
+        ExternalFeaturesInvalid,
         match=rf"the column 'nr' counts the rows \({start}, .*Leave it out: --columns "
         r"f0:f1,f2:f3|f0,f1",
     ):
@@ -203,7 +212,7 @@ def test_a_mean_of_row_numbers_counts_the_rows(dtype):
         dtype
     )
     expected = [1, 2, 3, 4, 5] if dtype != "int64" else [1, 2, 3]
-    assert row_numbers(features) == expected
+    assert find_row_counters(features) == expected
 
 
 def test_an_array_that_begins_with_the_rows_numbers_is_refused(table, tmp_path):
@@ -211,7 +220,7 @@ def test_an_array_that_begins_with_the_rows_numbers_is_refused(table, tmp_path):
     (tmp_path / "ids.txt").write_text("\n".join(table["id"]))
     np.save("a.npy", table[["f0", "f1"]].reset_index().to_numpy())
     with pytest.raises(
-        ForeignFeatures,
+        ExternalFeaturesInvalid,
         match=r"value 0 of each row \(the first is 0\) counts the rows \(0, 1, 2, …\)",
     ):
         read("a.npy", ids=tmp_path / "ids.txt")
@@ -255,7 +264,7 @@ def test_the_target_under_another_name_is_refused(table, tmp_path, kind, target)
         if kind == "csv"
         else r"value 2 of each row .* is the target 'label'"
     )
-    with pytest.raises(ForeignFeatures, match=named):
+    with pytest.raises(ExternalFeaturesInvalid, match=named):
         imported(tmp_path, foreign, labels)
     assert imported(tmp_path, foreign, rng.permutation(labels)).rows == N
 
@@ -270,15 +279,17 @@ def test_what_is_no_target_is_kept():
     features = np.stack(
         [nearly, rng.normal(size=80), np.zeros(80), codes + rng.normal(0, 1e-6, 80)], axis=1
     )
-    assert target_columns(features, labels) == []
-    assert target_columns(features, pd.Series([None] * 80, dtype=object)) == []
-    assert target_columns(features, pd.Series(["a"] * 80)) == []
+    assert find_target_columns(features, labels) == []
+    assert find_target_columns(features, pd.Series([None] * 80, dtype=object)) == []
+    assert find_target_columns(features, pd.Series(["a"] * 80)) == []
     few = pd.Series([1.5, 2.5, 3.5, 4.5, 5.5])
-    assert target_columns(np.arange(5.0)[:, None], few) == []  # rising with the target, by chance
+    assert (
+        find_target_columns(np.arange(5.0)[:, None], few) == []
+    )  # rising with the target, by chance
     rare = pd.Series(["a"] * 40 + ["b"] * 39 + ["c"])
     sparse = np.zeros((80, 1))
     sparse[79] = 1  # a sparse feature of one image, which is alone in its class
-    assert target_columns(sparse, rare) == []
+    assert find_target_columns(sparse, rare) == []
 
 
 def test_indicators_and_means_of_classes_are_the_target():
@@ -289,20 +300,20 @@ def test_indicators_and_means_of_classes_are_the_target():
     one_hot = pd.get_dummies(labels).to_numpy(float)
     mean = labels.map({"a": 0.3, "b": 0.3, "c": 0.7}).to_numpy()[:, None]
     noise = np.random.default_rng(0).normal(size=(60, 1))
-    assert target_columns(np.hstack([noise, one_hot, mean]), labels) == [1, 2, 3, 4]
+    assert find_target_columns(np.hstack([noise, one_hot, mean]), labels) == [1, 2, 3, 4]
 
 
 def test_row_numbers_in_large_arrays(tmp_path):
     """Blocks after the first count too; a number that repeats or jumps late is no row number."""
     features = np.random.default_rng(0).normal(size=(70_000, 3)).astype(np.float32)
     features[:, 1] = np.arange(70_000)
-    assert row_numbers(features) == [1]
+    assert find_row_counters(features) == [1]
     features[69_999, 1] = 0
-    assert row_numbers(features) == []
-    assert row_numbers(np.array([[0.0], [1.0]])) == []
-    assert row_numbers(np.array([[5.0], [6.0], [7.0]])) == []  # by chance
-    assert row_numbers(np.ones((20, 2))) == []
-    assert row_numbers(np.zeros((0, 3))) == []
+    assert find_row_counters(features) == []
+    assert find_row_counters(np.array([[0.0], [1.0]])) == []
+    assert find_row_counters(np.array([[5.0], [6.0], [7.0]])) == []  # by chance
+    assert find_row_counters(np.ones((20, 2))) == []
+    assert find_row_counters(np.zeros((0, 3))) == []
 
 
 @pytest.mark.parametrize(
@@ -319,7 +330,7 @@ def test_row_numbers_in_large_arrays(tmp_path):
 def test_values_that_are_no_finite_numbers_are_refused_with_their_row(table, value, message):
     table = table.astype({"f1": object})
     table.loc[5, "f1"] = value
-    with pytest.raises(ForeignFeatures, match=message):
+    with pytest.raises(ExternalFeaturesInvalid, match=message):
         read(write(table, "csv"), "f0:f3")
 
 
@@ -340,36 +351,41 @@ def test_nan_and_infinity_are_refused_in_every_format(table, tmp_path, kind, val
             np.save("a.npy", values if kind == "npy" else values.reshape(N, 1, 2, 2))
             file, options = "a.npy", {"ids": tmp_path / "ids.txt"}
     with pytest.raises(
-        ForeignFeatures, match=r"in row 6 \(id '005.png'\); expected finite numbers"
+        ExternalFeaturesInvalid, match=r"in row 6 \(id '005.png'\); expected finite numbers"
     ):
         read(file, *options.pop("columns", ()), **options)
 
 
 def test_a_column_of_text_is_no_feature_even_when_named(table):
-    with pytest.raises(ForeignFeatures, match=r"column 'name' holds 'x0' in row 1"):
+    with pytest.raises(ExternalFeaturesInvalid, match=r"column 'name' holds 'x0' in row 1"):
         read(write(table.assign(name=[f"x{n}" for n in range(N)]), "csv"), "f*,name")
-    with pytest.raises(ForeignFeatures, match=r"column 'when' holds .*2024"):
+    with pytest.raises(ExternalFeaturesInvalid, match=r"column 'when' holds .*2024"):
         read(write(table.assign(when=pd.Timestamp("2024-01-01")), "parquet"), "f*,when")
 
 
 def test_lists_that_are_none(table):
     """Text from a CSV, one number, a gap, another length: which row, and what to do."""
     lists = pd.DataFrame({"id": table["id"], "v": [[0.5, float(n)] for n in range(N)]})
-    with pytest.raises(ForeignFeatures, match=r"holds text in row 1, '\[0.5, 0.0\]'.*Parquet"):
+    with pytest.raises(
+        ExternalFeaturesInvalid, match=r"holds text in row 1, '\[0.5, 0.0\]'.*Parquet"
+    ):
         read(write(lists, "csv"), key="v")
     with pytest.raises(
-        ForeignFeatures, match=r"holds .* in row 1; expected a list of numbers; .*--columns f0$"
+        ExternalFeaturesInvalid,
+        match=r"holds .* in row 1; expected a list of numbers; .*--columns f0$",
     ):
         read(write(table, "csv"), key="f0")
-    with pytest.raises(ForeignFeatures, match=r"holds None in row 4"):
+    with pytest.raises(ExternalFeaturesInvalid, match=r"holds None in row 4"):
         read(write(lists.assign(v=[*lists["v"][:3], None, *lists["v"][4:]]), "parquet"))
-    with pytest.raises(ForeignFeatures, match=r"lists of 2 values and, in row 24, one of 3"):
+    with pytest.raises(
+        ExternalFeaturesInvalid, match=r"lists of 2 values and, in row 24, one of 3"
+    ):
         read(write(lists.assign(v=[*lists["v"][:-1], [1, 2, 3.0]]), "parquet"))
-    with pytest.raises(ForeignFeatures, match="give one of them"):
+    with pytest.raises(ExternalFeaturesInvalid, match="give one of them"):
         read(write(lists, "parquet"), "v", key="v")
-    with pytest.raises(ForeignFeatures, match=r"'v' is the recipe's task\.target"):
+    with pytest.raises(ExternalFeaturesInvalid, match=r"'v' is the recipe's task\.target"):
         read(write(lists, "parquet"), forbidden={"v": "the recipe's task.target"})
-    with pytest.raises(ForeignFeatures, match="--columns names columns of a table"):
+    with pytest.raises(ExternalFeaturesInvalid, match="--columns names columns of a table"):
         read(str(np.save("a.npy", np.ones((3, 2))) or "a.npy"), "f0")
 
 
@@ -381,7 +397,7 @@ def test_an_array_that_is_called_as_the_target_is_refused(tmp_path, table):
         file["train/label"] = values
     for name in ("a.npz", "a.h5"):
         with pytest.raises(
-            ForeignFeatures, match=r"'label' is the recipe's task\.target: not a feature"
+            ExternalFeaturesInvalid, match=r"'label' is the recipe's task\.target: not a feature"
         ):
             read(name, ids=tmp_path / "ids.txt", forbidden={"label": "the recipe's task.target"})
 
@@ -389,8 +405,8 @@ def test_an_array_that_is_called_as_the_target_is_refused(tmp_path, table):
 def test_ids_that_are_python_objects_are_not_unpickled(tmp_path):
     np.save(tmp_path / "f.npy", np.ones((2, 2)))
     np.save(tmp_path / "ids.npy", np.array(["a", "b"], dtype=object), allow_pickle=True)
-    with pytest.raises(ForeignFeatures, match=r"dtype=str"):
-        read_foreign(tmp_path / "f.npy", ids=tmp_path / "ids.npy")
+    with pytest.raises(ExternalFeaturesInvalid, match=r"dtype=str"):
+        read_external_features(tmp_path / "f.npy", ids=tmp_path / "ids.npy")
 
 
 def test_a_header_with_a_name_twice_is_refused(table):
@@ -399,14 +415,14 @@ def test_a_header_with_a_name_twice_is_refused(table):
     table.to_csv(text, index=False)
     with open("t.csv", "w") as file:
         file.write(text.getvalue().replace("f3", "label"))
-    with pytest.raises(ForeignFeatures, match="several columns 'label'"):
+    with pytest.raises(ExternalFeaturesInvalid, match="several columns 'label'"):
         read("t.csv", "f*")
 
 
 def test_rows_longer_than_the_header_are_refused(table):
     with open("t.csv", "w") as file:
         file.write("id,f0\na,1,2\nb,3,4\n")
-    with pytest.raises(ForeignFeatures, match="more values than the first line has names"):
+    with pytest.raises(ExternalFeaturesInvalid, match="more values than the first line has names"):
         read("t.csv", "f0")
 
 
@@ -463,7 +479,7 @@ def test_ids_are_text_as_written_in_every_format(tmp_path):
     """Leading zeros stay, nothing becomes missing or a number, and `None` is a name."""
     values = np.random.default_rng(0).normal(size=(len(ODD_IDS), 2))
     for form, (file, options) in ids_files(tmp_path, ODD_IDS, values).items():
-        found = read_foreign(tmp_path / file, **options)
+        found = read_external_features(tmp_path / file, **options)
         assert found.ids == ODD_IDS, form
         np.testing.assert_allclose(found.features, values, rtol=1e-6)
 
@@ -474,7 +490,7 @@ def test_ids_are_compared_without_blanks_and_in_one_form_of_accents(tmp_path):
     values = np.random.default_rng(0).normal(size=(4, 2))
     forms = ids_files(tmp_path, theirs, values)
     for form, (file, options) in forms.items():
-        found = read_foreign(tmp_path / file, **options)
+        found = read_external_features(tmp_path / file, **options)
         assert found.ids == ["a.png", "b.png", "\u00e9.png", "c.png"], form
     ours = {
         "a.png": "0" * 32,
@@ -496,13 +512,13 @@ def test_ids_that_are_numbers_in_parquet_keep_their_digits(tmp_path, ids):
     frame.to_parquet(tmp_path / "t.parquet")
     expected = [value.decode() if isinstance(value, bytes) else str(value) for value in ids]
     if len(set(expected)) < 3:
-        with pytest.raises(ForeignFeatures, match="'True'"):
-            read_foreign(tmp_path / "t.parquet")
+        with pytest.raises(ExternalFeaturesInvalid, match="'True'"):
+            read_external_features(tmp_path / "t.parquet")
         return
-    assert read_foreign(tmp_path / "t.parquet").ids == expected
+    assert read_external_features(tmp_path / "t.parquet").ids == expected
     np.save(tmp_path / "f.npy", np.ones((3, 2)))
     np.save(tmp_path / "ids.npy", np.array(ids)[:, None])
-    assert read_foreign(tmp_path / "f.npy", ids=tmp_path / "ids.npy").ids == expected
+    assert read_external_features(tmp_path / "f.npy", ids=tmp_path / "ids.npy").ids == expected
 
 
 @pytest.mark.parametrize("missing", ["", "  ", None])
@@ -510,15 +526,15 @@ def test_ids_that_are_numbers_in_parquet_keep_their_digits(tmp_path, ids):
 def test_a_row_without_an_id_is_refused(table, suffix, missing):
     """Not called `nan`: another table's missing id would be the same."""
     table.loc[5, "id"] = missing
-    with pytest.raises(ForeignFeatures, match="1 rows have no id, first row 6"):
+    with pytest.raises(ExternalFeaturesInvalid, match="1 rows have no id, first row 6"):
         read(write(table, suffix), "f*")
 
 
 def test_a_line_without_an_id_is_refused(tmp_path):
     np.save(tmp_path / "f.npy", np.ones((3, 2)))
     (tmp_path / "ids.txt").write_text("a\n\nc")
-    with pytest.raises(ForeignFeatures, match="1 rows have no id, first row 2"):
-        read_foreign(tmp_path / "f.npy", ids=tmp_path / "ids.txt")
+    with pytest.raises(ExternalFeaturesInvalid, match="1 rows have no id, first row 2"):
+        read_external_features(tmp_path / "f.npy", ids=tmp_path / "ids.txt")
 
 
 def test_what_clip_retrieval_writes_is_read_by_its_paths(tmp_path):
@@ -532,7 +548,7 @@ def test_what_clip_retrieval_writes_is_read_by_its_paths(tmp_path):
     pd.DataFrame({"image_path": paths}, index=range(90, 94)).to_parquet(
         tmp_path / "metadata_0.parquet"
     )
-    found = read_foreign(
+    found = read_external_features(
         tmp_path / "img_emb_0.npy", ids=tmp_path / "metadata_0.parquet", id_key="image_path"
     )
     assert found.ids == paths
@@ -543,10 +559,10 @@ def test_ids_that_have_lost_digits_are_refused(tmp_path):
     """pandas#8596: an outer merge makes floats of integers; beyond 2^53 two ids are one then."""
     frame = pd.DataFrame({"id": [2.0**53 + 2, 7.0], "f": [0.5, 1.5]})
     frame.to_parquet(tmp_path / "t.parquet")
-    with pytest.raises(ForeignFeatures, match="beyond 2"):
-        read_foreign(tmp_path / "t.parquet")
+    with pytest.raises(ExternalFeaturesInvalid, match="beyond 2"):
+        read_external_features(tmp_path / "t.parquet")
     frame.assign(id=[7.0, 8.0]).to_parquet(tmp_path / "t.parquet")
-    assert read_foreign(tmp_path / "t.parquet").ids == ["7", "8"]
+    assert read_external_features(tmp_path / "t.parquet").ids == ["7", "8"]
 
 
 def test_an_integer_id_with_a_gap_keeps_its_digits(tmp_path):
@@ -558,20 +574,22 @@ def test_an_integer_id_with_a_gap_keeps_its_digits(tmp_path):
         pa.table({"id": pa.array([2**53 + 1, None], pa.int64()), "f": [0.5, 1.5]}),
         tmp_path / "t.parquet",
     )
-    with pytest.raises(ForeignFeatures, match="1 rows have no id, first row 2"):
-        read_foreign(tmp_path / "t.parquet")
+    with pytest.raises(ExternalFeaturesInvalid, match="1 rows have no id, first row 2"):
+        read_external_features(tmp_path / "t.parquet")
     pq.write_table(
         pa.table({"id": pa.array([2**53 + 1, 2], pa.int64()), "f": [0.5, 1.5]}),
         tmp_path / "t.parquet",
     )
-    assert read_foreign(tmp_path / "t.parquet").ids == [str(2**53 + 1), "2"]
+    assert read_external_features(tmp_path / "t.parquet").ids == [str(2**53 + 1), "2"]
 
 
 def test_two_images_that_differ_in_accents_alone_are_told(tmp_path):
     """The id belongs to neither more than to the other."""
-    foreign = Foreign(["\u00e9.png", "b.png"], np.random.default_rng(0).normal(size=(2, 2)), None)
+    foreign = ExternalFeatures(
+        ["\u00e9.png", "b.png"], np.random.default_rng(0).normal(size=(2, 2)), None
+    )
     ours = {"\u00e9.png": "0" * 32, "e\u0301.png": "1" * 32, "b.png": "2" * 32}
-    with pytest.raises(ForeignFeatures, match="stands for several images of the recipe"):
+    with pytest.raises(ExternalFeaturesInvalid, match="stands for several images of the recipe"):
         import_features(tmp_path, "x", foreign, ours)
     same = {**ours, "e\u0301.png": "0" * 32}  # a copy
     assert import_features(tmp_path, "x", foreign, same).rows == 2
@@ -587,22 +605,24 @@ def test_rows_of_an_export_go_back_to_their_features(tmp_path):
         {"row": range(4), "id": list("dbca"), "content": [f"{n:032x}" for n in range(4)]}
     )
     rows.sort_values("id").to_csv(tmp_path / "f.rows.csv", index=False)
-    found = read_foreign(tmp_path / "f.npy")
+    found = read_external_features(tmp_path / "f.npy")
     assert found.ids == list("dbca")
     assert found.content == rows["content"].tolist()
     rows.assign(row=[1, 2, 3, 4]).to_csv(tmp_path / "f.rows.csv", index=False)
     with pytest.raises(
-        ForeignFeatures, match="`row` does not count the rows of the features from 0 to 3"
+        ExternalFeaturesInvalid, match="`row` does not count the rows of the features from 0 to 3"
     ):
-        read_foreign(tmp_path / "f.npy")
+        read_external_features(tmp_path / "f.npy")
 
 
 def test_content_hashes_that_belong_to_no_image_are_not_believed(tmp_path):
     """A column of MD5 sums looks like one of ours."""
-    foreign = Foreign(
+    foreign = ExternalFeatures(
         ["a", "b"], np.random.default_rng(0).normal(size=(2, 2)), ["f" * 32, "e" * 32]
     )
-    with pytest.raises(ForeignFeatures, match="none of its content hashes is that of an image"):
+    with pytest.raises(
+        ExternalFeaturesInvalid, match="none of its content hashes is that of an image"
+    ):
         import_features(tmp_path, "x", foreign, {"a": "0" * 32})
     assert import_features(tmp_path, "x", foreign).rows == 2
 
@@ -615,11 +635,11 @@ def test_ids_need_not_be_unique_where_content_is(tmp_path):
         {"id": ["a", "a"], "content": ["0" * 32, "1" * 32], "f": [0.5, 1.5]}
     )
     foreign_table.to_parquet(tmp_path / "t.parquet")
-    found = read_foreign(tmp_path / "t.parquet")
+    found = read_external_features(tmp_path / "t.parquet")
     assert import_features(tmp_path / "cache", "x", found).rows == 2
     foreign_table.drop(columns="content").to_parquet(tmp_path / "t.parquet")
-    with pytest.raises(ForeignFeatures, match="more than once, first 'a'"):
-        read_foreign(tmp_path / "t.parquet")
+    with pytest.raises(ExternalFeaturesInvalid, match="more than once, first 'a'"):
+        read_external_features(tmp_path / "t.parquet")
 
 
 @settings(max_examples=30, deadline=None)
@@ -642,7 +662,7 @@ def test_any_names_are_the_same_from_any_table(tmp_path_factory, names):
         return
     values = np.random.default_rng(0).normal(size=(len(names), 2))
     for form, (file, options) in ids_files(tmp_path, names, values).items():
-        assert read_foreign(tmp_path / file, **options).ids == expected, form
+        assert read_external_features(tmp_path / file, **options).ids == expected, form
 
 
 def test_the_command_refuses_the_target_and_says_what_to_type(tmp_path):

@@ -14,13 +14,13 @@ from sklearn.utils.validation import check_is_fitted
 from support.models import here, run_here
 from support.runs import RECIPE, headrace, make_photos
 
-from headrace.cache.errors import IdsAmbiguous, RowsMissing
+from headrace.cache.errors import CacheError
 from headrace.cache.exchange.export import EXPORTS
 from headrace.cache.exchange.external import (
-    ForeignFeatures,
+    ExternalFeaturesInvalid,
+    external_feature_sets,
     import_features,
-    imported_sets,
-    read_foreign,
+    read_external_features,
 )
 from headrace.cache.feature_set import open_feature_set
 from headrace.extract.images.content_hashes import content_hashes
@@ -96,7 +96,7 @@ def test_every_form_of_foreign_features_is_read_by_its_ids(folder, tmp_path, kin
             with h5py.File(source, "w") as file:
                 file["deep/features"] = values
                 file["names"] = np.array(ids, dtype=h5py.string_dtype())
-    read = read_foreign(source, ids=table, columns=["a,b"] if kind == "csv" else ())
+    read = read_external_features(source, ids=table, columns=["a,b"] if kind == "csv" else ())
     assert read.ids == ids
     np.testing.assert_allclose(read.features, values, rtol=1e-6)
     known = {name: f"{place:032x}" for place, name in enumerate(ids[:-1])}
@@ -119,13 +119,15 @@ def test_what_is_exported_comes_back(ours, tmp_path, kind, tap):
     features = ours[tap]
     target = tmp_path / f"f.{kind}"
     EXPORTS[kind](features, target)
-    done = import_features(tmp_path / "cache", "back", read_foreign(target), dtype="float16")
+    done = import_features(
+        tmp_path / "cache", "back", read_external_features(target), dtype="float16"
+    )
     assert done.features.shape == features.shape
     np.testing.assert_array_equal(
-        done.features.load(features.content()), features.load(features.content())
+        done.features.load(features.content_hashes()), features.load(features.content_hashes())
     )
-    assert dict(zip(done.features.ids(), done.features.content(), strict=True)) == dict(
-        zip(features.ids(), features.content(), strict=True)
+    assert dict(zip(done.features.ids(), done.features.content_hashes(), strict=True)) == dict(
+        zip(features.ids(), features.content_hashes(), strict=True)
     )
 
 
@@ -159,7 +161,7 @@ def test_a_recipe_trains_on_imported_features(folder, tmp_path, monkeypatch):
         == "theirs"
     )
     kept = headrace("cache", "gc", "alone.yaml", "--cache", "headrace-cache", cwd=tmp_path)
-    (features,) = imported_sets(tmp_path / "headrace-cache", "theirs")
+    (features,) = external_feature_sets(tmp_path / "headrace-cache", "theirs")
     assert str(features.path) not in kept.stdout
 
 
@@ -191,26 +193,26 @@ def test_imports_that_cannot_be_are_refused(tmp_path):
     """What the file holds, and what to give."""
     values = np.ones((3, 2), np.float32)
     np.save(tmp_path / "f.npy", values)
-    with pytest.raises(ForeignFeatures, match="--ids"):
-        read_foreign(tmp_path / "f.npy")
-    with pytest.raises(ForeignFeatures, match="no such file"):
-        read_foreign(tmp_path / "g.npy")
-    with pytest.raises(ForeignFeatures, match=r"expected \.npy"):
-        read_foreign(_touched(tmp_path / "f.mat"))
+    with pytest.raises(ExternalFeaturesInvalid, match="--ids"):
+        read_external_features(tmp_path / "f.npy")
+    with pytest.raises(ExternalFeaturesInvalid, match="no such file"):
+        read_external_features(tmp_path / "g.npy")
+    with pytest.raises(ExternalFeaturesInvalid, match=r"expected \.npy"):
+        read_external_features(_touched(tmp_path / "f.mat"))
     for lines, said in (("a\nb", "2 ids"), ("a\nb\na", "more than once")):
         (tmp_path / "ids.txt").write_text(lines)
-        with pytest.raises(ForeignFeatures, match=said):
-            read_foreign(tmp_path / "f.npy", ids=tmp_path / "ids.txt")
+        with pytest.raises(ExternalFeaturesInvalid, match=said):
+            read_external_features(tmp_path / "f.npy", ids=tmp_path / "ids.txt")
     (tmp_path / "ids.txt").write_text("a\nb\nc")
-    read = read_foreign(tmp_path / "f.npy", ids=tmp_path / "ids.txt")
-    with pytest.raises(ForeignFeatures, match="--recipe"):
+    read = read_external_features(tmp_path / "f.npy", ids=tmp_path / "ids.txt")
+    with pytest.raises(ExternalFeaturesInvalid, match="--recipe"):
         import_features(tmp_path, "x", read)
-    with pytest.raises(ForeignFeatures, match=r"look like 'fine/1\.png'"):
+    with pytest.raises(ExternalFeaturesInvalid, match=r"look like 'fine/1\.png'"):
         import_features(tmp_path, "x", read, {"fine/1.png": "0" * 32})
-    with pytest.raises(ForeignFeatures, match="a word"):
+    with pytest.raises(ExternalFeaturesInvalid, match="a word"):
         import_features(tmp_path, "../x", read, {"a": "0" * 32})
     import_features(tmp_path, "x", read, {"a": "0" * 32})
-    with pytest.raises(ForeignFeatures, match="headrace cache rm"):
+    with pytest.raises(ExternalFeaturesInvalid, match="headrace cache rm"):
         import_features(tmp_path, "x", read, {"a": "0" * 32, "b": "1" * 32})
 
 
@@ -230,7 +232,7 @@ def test_a_pipeline_reads_features_by_id(folder, ours):
     lookup = FeatureLookup([features, ours["layer4.map"].path])
     rows = lookup.fit(ids).transform(ids)
     assert rows.shape == (len(ids), features.shape[1] + int(np.prod(ours["layer4.map"].spec.shape)))
-    contents = dict(zip(features.ids(), features.content().astype(str), strict=True))
+    contents = dict(zip(features.ids(), features.content_hashes().astype(str), strict=True))
     np.testing.assert_array_equal(rows, lookup.transform([contents[name] for name in ids]))
     np.testing.assert_array_equal(
         rows, FeatureLookup([features, open_feature_set(ours["layer4.map"].path)]).transform(ids)
@@ -238,7 +240,7 @@ def test_a_pipeline_reads_features_by_id(folder, ours):
     pipeline = make_pipeline(FeatureLookup(features), StandardScaler(), LogisticRegression())
     assert cross_val_score(pipeline, ids, labels, cv=3).mean() > 0.8
     check_is_fitted(lookup)
-    with pytest.raises(RowsMissing, match="'nobody'"):
+    with pytest.raises(CacheError, match="'nobody'"):
         pipeline.fit(ids, labels).predict(["nobody"])
 
 
@@ -266,7 +268,7 @@ def test_an_id_that_stands_for_two_images_is_refused(two_folders):
     samples["content"] = list(content_hashes(samples, folder / "index.parquet").hashes)
     own = features.load(samples["content"].tolist())
     with pytest.raises(
-        IdsAmbiguous,
+        CacheError,
         match=r"'coarse/000.png' stands for 2 images .*6 of 8 ids.*columns id and content",
     ):
         FeatureLookup(features).fit(samples["id"])
@@ -296,10 +298,10 @@ def test_an_edited_image_is_refused_by_its_id(two_folders):
         new = extract_features(
             folder / "one", NETWORK, ["layer1.avg", "layer2.avg"], cache=folder / "other", workers=1
         )
-    with pytest.raises(IdsAmbiguous, match=r"'fine/007.png' stands for 2 images"):
+    with pytest.raises(CacheError, match=r"'fine/007.png' stands for 2 images"):
         FeatureLookup(new["layer1.avg"]).fit(["fine/007.png"])
     with pytest.raises(
-        IdsAmbiguous, match=r"'fine/007.png' stands for one image in layer2.avg and for another"
+        CacheError, match=r"'fine/007.png' stands for one image in layer2.avg and for another"
     ):
         FeatureLookup([old, new["layer2.avg"]]).fit(["fine/007.png"])
     assert FeatureLookup([old, new["layer2.avg"]]).fit_transform(["fine/005.png"]).shape == (
@@ -310,9 +312,9 @@ def test_an_edited_image_is_refused_by_its_id(two_folders):
 
 def test_what_is_no_id_is_refused(ours):
     features = ours["layer1.avg"]
-    with pytest.raises(RowsMissing, match="'a'"):
+    with pytest.raises(CacheError, match="'a'"):
         FeatureLookup(features).fit(pd.DataFrame({"id": ["a"], "content": [None]}))
-    with pytest.raises(RowsMissing, match="'a'"):
+    with pytest.raises(CacheError, match="'a'"):
         FeatureLookup(features).fit(pd.DataFrame({"id": ["a"], "content": ["0" * 32]}))
     for wrong in (np.array([["a", "b"]]), pd.DataFrame({"id": ["a"], "path": ["b"]})):
         with pytest.raises(ValueError, match=r"shape \(1, 2\).*columns id and content"):
@@ -388,9 +390,11 @@ def test_an_export_says_which_ids_stand_for_several_images(two_folders):
     assert "`content` tells them apart" in done.stdout
     assert len(pd.read_parquet(folder / "all.parquet")) == features.n_rows == 14
     back = import_features(
-        folder / "back", "x", read_foreign(folder / "all.parquet"), dtype="float16"
+        folder / "back", "x", read_external_features(folder / "all.parquet"), dtype="float16"
     ).features
-    np.testing.assert_array_equal(back.load(features.content()), features.load(features.content()))
+    np.testing.assert_array_equal(
+        back.load(features.content_hashes()), features.load(features.content_hashes())
+    )
     (folder / "recipe.yaml").write_text(
         RECIPE.replace("folder: photos", "folder: empty") + "cache: cache\n"
     )

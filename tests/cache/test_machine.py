@@ -133,8 +133,8 @@ class Cache(RuleBasedStateMachine):
 
     @rule()
     def resume(self):
-        """Repair and extract: whatever happened before, everything is there, byte for byte as if
-        nothing had.
+        """Repair and extract: whatever happened before, everything is there, byte for byte as
+        if nothing had.
         """
         if self.readable or self.listed - self.broken:
             self.repair()

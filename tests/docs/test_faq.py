@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 from support.runs import RECIPE, headrace, make_photos
 
-from headrace.cache.errors import IdsAmbiguous
+from headrace.cache.errors import CacheError
 from headrace.cache.publish import create_feature_set, publish_shard
 from headrace.cache.spec import FeatureSpec
 from headrace.heads.data.lookup import FeatureLookup
@@ -365,11 +365,15 @@ def test_an_id_of_two_images_is_refused_as_quoted(home):
     directory = create_feature_set(home, spec)
     for unit, content in (("a", "1" * 32), ("b", "2" * 32)):
         publish_shard(
-            directory, unit, features=np.ones((1, 2)), ids=["fine/001.png"], content=[content]
+            directory,
+            unit,
+            features=np.ones((1, 2)),
+            ids=["fine/001.png"],
+            content_hashes=[content],
         )
-    with pytest.raises(IdsAmbiguous) as refused:
+    with pytest.raises(CacheError) as refused:
         FeatureLookup(directory).fit(["fine/001.png"])
-    assert words(f"IdsAmbiguous: {refused.value}") == quoted("stands for 2 images")
+    assert words(f"CacheError: {refused.value}") == quoted("stands for 2 images")
 
 
 def test_every_quoted_message_is_made_here():

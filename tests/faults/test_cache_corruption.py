@@ -24,7 +24,7 @@ from support.caches import (
 from headrace.cache.errors import CacheError, ManifestCorrupt, ShardCorrupt, ShardMissing
 from headrace.cache.feature_set import list_feature_sets, open_feature_set
 from headrace.cache.format.shard import USER_BLOCK_BYTES, user_block
-from headrace.cache.integrity.checksummed_lines import to_line
+from headrace.cache.integrity.checksummed_lines import to_checksummed_line
 from headrace.cache.integrity.verify import verify_bytes
 from headrace.cache.manifest import read_manifest
 from headrace.cache.publish import create_feature_set, publish_shard, shard_path
@@ -186,7 +186,7 @@ def test_shard_under_another_unit(tmp_path):
     entry = read_manifest(directory)[unit_name(1)]
     shutil.copy(shard_path(directory, unit_name(1)), shard_path(directory, unit_name(0)))
     with (directory / "manifest.jsonl").open("ab") as file:
-        file.write(to_line({**entry.to_dict(), "unit": unit_name(0)}))
+        file.write(to_checksummed_line({**entry.to_dict(), "unit": unit_name(0)}))
     with pytest.raises(ShardCorrupt, match="its unit is 'u0001', expected 'u0000'"):
         open_feature_set(directory)[0]
 
@@ -224,9 +224,9 @@ def test_a_shard_is_hashed_once(tmp_path, monkeypatch):
 
     directory = make_feature_set(tmp_path, 2)
     hashed = []
-    original = check.check_shard
+    original = check.verify_shard
     monkeypatch.setattr(
-        check, "check_shard", lambda *args: hashed.append(args[0]) or original(*args)
+        check, "verify_shard", lambda *args: hashed.append(args[0]) or original(*args)
     )
     for _ in range(2):
         open_feature_set(directory).check()
@@ -275,7 +275,7 @@ def forge(directory, change):
     digest = xxhash.xxh3_128_hexdigest(body)
     path.write_bytes(user_block(digest) + body)
     changed = {**entry.to_dict(), "xxh3": digest, "bytes": path.stat().st_size}
-    (directory / "manifest.jsonl").write_bytes(to_line(changed))
+    (directory / "manifest.jsonl").write_bytes(to_checksummed_line(changed))
 
 
 def replace(name, make):
@@ -406,7 +406,7 @@ def test_hostile_shard(tmp_path, case):
     features = open_feature_set(directory)
     for read in (
         lambda: features[0],
-        lambda: features.content(),
+        lambda: features.content_hashes(),
         lambda: features.ids(),
         features.check,
     ):
@@ -436,7 +436,9 @@ def test_data_outside_the_file(tmp_path):
     body = path.read_bytes()[USER_BLOCK_BYTES:-20_000]
     digest = xxhash.xxh3_128_hexdigest(body)
     path.write_bytes(user_block(digest) + body)
-    (directory / "manifest.jsonl").write_bytes(to_line({**entry.to_dict(), "xxh3": digest}))
+    (directory / "manifest.jsonl").write_bytes(
+        to_checksummed_line({**entry.to_dict(), "xxh3": digest})
+    )
     with pytest.raises(ShardCorrupt):
         open_feature_set(directory)[0]
 
@@ -448,7 +450,7 @@ def test_manifest_lies_about_rows(tmp_path):
     directory = make_feature_set(tmp_path, 1)
     entry = read_manifest(directory)[unit_name(0)].to_dict()
     for change in ({"rows": 10**9}, {"rows": 7}, {"rows": -1}, {"failed": 2}):
-        (directory / "manifest.jsonl").write_bytes(to_line({**entry, **change}))
+        (directory / "manifest.jsonl").write_bytes(to_checksummed_line({**entry, **change}))
         with pytest.raises(CacheError, match=r"rows|failed"):
             open_feature_set(directory).check()
         assert [problem.kind for problem in verify_bytes(directory)] in (["corrupt"], ["manifest"])

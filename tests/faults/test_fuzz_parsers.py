@@ -13,7 +13,7 @@ import h5py
 import numpy as np
 import pytest
 
-from headrace.cache.exchange.external import ForeignFeatures, read_foreign
+from headrace.cache.exchange.external import ExternalFeaturesInvalid, read_external_features
 from headrace.extract.errors import SourceError
 from headrace.extract.images.byte_ranges import read_bytes
 from headrace.extract.sources.array import read_array
@@ -142,8 +142,8 @@ def test_imported_features_come_from_their_own_file(tmp_path, how):
             layout = h5py.VirtualLayout((5, 8), "f4")
             layout[:] = h5py.VirtualSource(str(secret), "own/x", (5, 8))
             file.create_virtual_dataset("features", layout)
-    with pytest.raises(ForeignFeatures, match=r"with --key; it has id|lie in other files"):
-        read_foreign(sent, key="features")
+    with pytest.raises(ExternalFeaturesInvalid, match=r"with --key; it has id|lie in other files"):
+        read_external_features(sent, key="features")
 
 
 @pytest.mark.parametrize("kind", ["npy", "npz", "h5"])
@@ -161,12 +161,12 @@ def test_arrays_of_python_objects_are_refused(tmp_path, kind):
     ids.write_text("\n".join("abcdefgh"))
     with pytest.raises(SourceError):
         read_array(file)
-    with pytest.raises(ForeignFeatures):
-        read_foreign(file, ids=ids)
+    with pytest.raises(ExternalFeaturesInvalid):
+        read_external_features(file, ids=ids)
     if kind == "npy":
         np.save(tmp_path / "features.npy", np.eye(8, 5))
-        with pytest.raises(ForeignFeatures, match="could run code"):
-            read_foreign(tmp_path / "features.npy", ids=file)
+        with pytest.raises(ExternalFeaturesInvalid, match="could run code"):
+            read_external_features(tmp_path / "features.npy", ids=file)
 
 
 def test_a_table_does_not_decompress_without_end(tmp_path):

@@ -19,7 +19,7 @@ import torch
 from sklearn.datasets import load_digits
 
 from headrace.cache.feature_set import open_feature_set
-from headrace.cache.format.shard import Failure
+from headrace.cache.format.shard import FailedSample
 from headrace.cache.publish import create_feature_set, publish_shard
 from headrace.cache.spec import FeatureSpec
 from headrace.heads import results
@@ -125,9 +125,9 @@ def store(
             unit,
             features=X[good],
             ids=[str(row) for row in good],
-            content=[content[row] for row in good],
+            content_hashes=[content[row] for row in good],
             failures=[
-                Failure(str(row), content[row], "truncated") for row in part if row in broken
+                FailedSample(str(row), content[row], "truncated") for row in part if row in broken
             ],
         )
     return str(directory)
@@ -480,8 +480,10 @@ def test_a_file_is_checked_once(work: Path, monkeypatch: pytest.MonkeyPatch) -> 
     result = work / "bank.h5"
     job = BankJob(path, (store(work, X, content),), (CentroidSpec(),), str(result))
     seen: list[Path] = []
-    digest = results.shard_digest
-    monkeypatch.setattr(results, "shard_digest", lambda path: (seen.append(path), digest(path))[1])
+    digest = results.shard_checksum
+    monkeypatch.setattr(
+        results, "shard_checksum", lambda path: (seen.append(path), digest(path))[1]
+    )
     train_bank(job)
     bank = read_bank(result)
     bank.arrays(CentroidSpec())

@@ -71,7 +71,7 @@ def store(
             f"{number:02}",
             features=X[part],
             ids=names,
-            content=[CONTENT[row] for row in part],
+            content_hashes=[CONTENT[row] for row in part],
             failures=[],
         )
     return str(directory)

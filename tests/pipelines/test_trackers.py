@@ -9,7 +9,7 @@ import pytest
 from support.models import run_here
 from support.runs import RECIPE, make_photos
 
-from headrace.cache.errors import ExtraMissing
+from headrace.cache.errors import HeadraceError
 from headrace.pipelines import trackers as logs
 from headrace.pipelines.recipe.load import load_recipe
 from headrace.pipelines.run import run_recipe
@@ -84,7 +84,7 @@ def test_a_missing_library_is_told_before_the_run(told, monkeypatch):
     """With the words to install it; nothing was extracted for nothing."""
     folder, _ = told
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ExtraMissing, match=r"headrace\[mlflow\]"):
+    with pytest.raises(HeadraceError, match=r"headrace\[mlflow\]"):
         run_recipe(load_recipe(folder / "recipe.yaml"))
 
 

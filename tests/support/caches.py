@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from headrace.cache.format.shard import Failure
+from headrace.cache.format.shard import FailedSample
 from headrace.cache.publish import create_feature_set, publish_shard
 from headrace.cache.spec import FeatureSpec
 
@@ -48,9 +48,9 @@ def unit_arguments(
         "unit": unit_name(number),
         "features": values,
         "ids": [f"Zelle {index} è.png" for index in range(first, first + rows)],
-        "content": hashes(first, rows),
+        "content_hashes": hashes(first, rows),
         "failures": [
-            Failure(
+            FailedSample(
                 f"bad {number}/{index}",
                 hashes(first + 500 + index, 1)[0],
                 "truncated: 12 bytes are missing",
@@ -81,7 +81,7 @@ def given(spec: FeatureSpec, units: Sequence[int]) -> tuple[np.ndarray, list[str
     return (
         np.concatenate([part["features"] for part in parts]),
         [sample for part in parts for sample in part["ids"]],
-        [value for part in parts for value in part["content"]],
+        [value for part in parts for value in part["content_hashes"]],
     )
 
 

@@ -101,7 +101,7 @@ def store_taps(root, taps, backbone="python:b"):
             "aa",
             features=X.astype(np.float32),
             ids=names,
-            content=content_of(len(X)),
+            content_hashes=content_of(len(X)),
             failures=[],
         )
         directories[name] = (directory,)

@@ -104,7 +104,7 @@ def features(folder):
         unit="u0",
         features=values,
         ids=table["id"].tolist(),
-        content=table["content"].tolist(),
+        content_hashes=table["content"].tolist(),
         failures=[],
     )
     return {"made": open_feature_set(directory)}

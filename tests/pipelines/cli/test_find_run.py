@@ -15,7 +15,7 @@ from support.models import run_here
 from support.runs import headrace, make_photos
 
 from headrace.cache.feature_set import open_feature_set
-from headrace.cache.home import HomeUnknown, expand_home, state_directory
+from headrace.cache.home import HeadraceError, expand_home, state_directory
 from headrace.extract.images.content_hashes import hash_bytes
 from headrace.pipelines.advice.run_directory import read_run_files
 from headrace.pipelines.advice.signatures import signatures
@@ -261,7 +261,7 @@ def test_what_only_saves_the_report_time_need_not_be_kept(project, tmp_path):
 def test_a_home_is_found_or_refused(monkeypatch, tmp_path):
     """Of this user and of others; what only saves time is kept nowhere then."""
     with pytest.raises(
-        HomeUnknown,
+        HeadraceError,
         match=r"~nobody-here/x: ~nobody-here stands for the home of the user nobody-here",
     ):
         expand_home("~nobody-here/x")

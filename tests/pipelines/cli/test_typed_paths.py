@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from headrace.cache.home import HomeUnknown
+from headrace.cache.home import HeadraceError
 from headrace.extract.sources.read import ImageSource, detect_source, read_source
 from headrace.extract.spec import weights_path
 from headrace.pipelines.cli.demo import DemoFolder, write_demo
@@ -153,7 +153,7 @@ def test_the_demo_and_a_certificate_replace_their_own_files_alone(tmp_path, monk
 def test_a_home_that_is_unknown_is_told_wherever_a_path_is_typed(tmp_path, monkeypatch):
     """`~nobody/…` in every source of images, weights and logs:
 
-    HomeUnknown with the name, not a RuntimeError of pathlib's.
+    HeadraceError with the name, not a RuntimeError of pathlib's.
     """
     given = "~nobody-of-this-name/x"
     readers = [
@@ -166,7 +166,7 @@ def test_a_home_that_is_unknown_is_told_wherever_a_path_is_typed(tmp_path, monke
         lambda: mlflow_uri(given),
     ]
     for read in readers:
-        with pytest.raises(HomeUnknown, match="there is no such user"):
+        with pytest.raises(HeadraceError, match="there is no such user"):
             read()
     for text in (
         f"images: {{folder: {given}}}",
@@ -177,5 +177,5 @@ def test_a_home_that_is_unknown_is_told_wherever_a_path_is_typed(tmp_path, monke
             f"{text}\nbackbones: [{{name: 'timm:test_resnet', taps: [a.avg]}}]\nheads: {{ridge: "
             "{}}\n"
         )
-        with pytest.raises(HomeUnknown):
+        with pytest.raises(HeadraceError):
             load_recipe(tmp_path / "r.yaml")

@@ -14,7 +14,7 @@ from support.exports import CASES, fitted, run_alone
 from support.models import here
 from support.runs import headrace, make_photos
 
-from headrace.cache.errors import ExtraMissing
+from headrace.cache.errors import HeadraceError
 from headrace.extract.backbones.backbone import load_backbone
 from headrace.extract.images.decoding import decode_image
 from headrace.extract.images.preprocessing import Preprocessing, render
@@ -83,7 +83,7 @@ def model_directory(place, photos, features, spec, names):
         "single",
         ("coarse", "fine"),
         np.array(ids),
-        sets[0].content(),
+        sets[0].content_hashes(),
         target,
         fold,
         np.ones(len(ids)),
@@ -213,7 +213,7 @@ def test_refusals_say_what_to_do(photos, features, tmp_path, monkeypatch):
     with pytest.raises(ExportError, match="expected one or several of torch"):
         export_model(model, tmp_path / "other", ["pickle"])
     monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ExtraMissing, match=r"headrace\[onnx\]"):
+    with pytest.raises(HeadraceError, match=r"headrace\[onnx\]"):
         export_model(model, tmp_path / "other", ["onnx"])
     assert not (tmp_path / "other").exists()
 

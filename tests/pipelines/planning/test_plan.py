@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from headrace.cache.planner import DiskTooSmall
+from headrace.cache.errors import CacheError
 from headrace.cache.spec import FeatureSpec
 from headrace.heads.spec import Halving, LogisticSpec, MLPSpec
 from headrace.pipelines.planning.plan import (
@@ -160,5 +160,5 @@ def test_a_budget_names_what_fits_and_what_does_not(tmp_path):
         ),
     )
     check_space(plan, tmp_path, 1.0)
-    with pytest.raises(DiskTooSmall, match=r"a\.avg fits, and b\.map \(0\.51\d GB\) does not"):
+    with pytest.raises(CacheError, match=r"a\.avg fits, and b\.map \(0\.51\d GB\) does not"):
         check_space(plan, tmp_path, 0.1)

@@ -137,7 +137,7 @@ def test_every_way_of_predicting_has_it(run, tmp_path):
         for name in result.winner["inputs"]
         for path in result.directories[name]
     ]
-    content = dict(zip(features[0].ids(), features[0].content(), strict=True))
+    content = dict(zip(features[0].ids(), features[0].content_hashes(), strict=True))
     X, _ = load_rows(features, np.array([content[name] for name in listed["id"]]))
     np.testing.assert_allclose(load_head(result.paths.winner).predict_proba(X), expected, atol=2e-3)
 

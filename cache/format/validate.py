@@ -15,7 +15,7 @@ import h5py
 import numpy as np
 
 from headrace.cache.errors import ShardCorrupt
-from headrace.cache.format.encoding import STORED, RoundOff
+from headrace.cache.format.encoding import STORED_DTYPES, QuantizationError
 from headrace.cache.format.shard import BITSHUFFLE_LZ4, FORMAT, USER_BLOCK_BYTES, VERSION
 from headrace.cache.spec import FeatureSpec
 
@@ -29,7 +29,7 @@ _LARGEST_ATTRIBUTE = 1 << 20
 
 
 @dataclass(frozen=True)
-class Layout:
+class ShardLayout:
     """Where things are in a shard: byte offsets from the start of the file, and widths of
     fixed-length strings.
 
@@ -53,7 +53,9 @@ class Layout:
     offset: int = 0
 
 
-def inspect_shard(path: Path, spec: FeatureSpec, unit: str) -> tuple[Layout, RoundOff]:
+def validate_shard(
+    path: Path, spec: FeatureSpec, unit: str
+) -> tuple[ShardLayout, QuantizationError]:
     """The layout of a shard of `spec` named `unit`.
 
     Raises ShardCorrupt at the first thing that is not as it must.
@@ -76,7 +78,7 @@ def inspect_shard(path: Path, spec: FeatureSpec, unit: str) -> tuple[Layout, Rou
 
 def _inspect(
     file: h5py.File, file_bytes: int, spec: FeatureSpec, unit: str
-) -> tuple[Layout, RoundOff]:
+) -> tuple[ShardLayout, QuantizationError]:
     if file.userblock_size != USER_BLOCK_BYTES:
         raise ShardCorrupt(
             f"its user block has {file.userblock_size} bytes, expected {USER_BLOCK_BYTES}"
@@ -101,10 +103,10 @@ def _inspect(
     plain = features.get_create_plist().get_layout() == h5py.h5d.CONTIGUOUS
     if plain:
         features_at = _contiguous(
-            features, "features", (rows, *spec.shape), STORED[spec.dtype], file_bytes
+            features, "features", (rows, *spec.shape), STORED_DTYPES[spec.dtype], file_bytes
         )
     else:
-        _check_compressed(features, (rows, *spec.shape), STORED[spec.dtype], file_bytes)
+        _check_compressed(features, (rows, *spec.shape), STORED_DTYPES[spec.dtype], file_bytes)
         features_at = 0
 
     def at(name: str, shape: tuple[int, ...], dtype: Any) -> int:
@@ -113,7 +115,7 @@ def _inspect(
     widths = {
         name: sets[name].get_type().get_size() for name in ("id", "failed_id", "failed_reason")
     }
-    layout = Layout(
+    layout = ShardLayout(
         rows=rows,
         failed=failed,
         compressed=not plain,
@@ -130,12 +132,12 @@ def _inspect(
         offset=at("offset", spec.shape[:1], "<f4") if spec.dtype == "uint8" else 0,
     )
     attributes = h5py.Dataset(features)
-    round_off = RoundOff(
+    quantization_error = QuantizationError(
         float(_number(attributes, "round_off_largest")),
         float(_number(attributes, "round_off_squared_error")),
         float(_number(attributes, "round_off_squared")),
     )
-    return layout, round_off
+    return layout, quantization_error
 
 
 def _expect(what: str, found: object, expected: object) -> None:
