@@ -34,7 +34,11 @@ from headrace.heads.evaluate.metrics import TaskKind, score
 from headrace.heads.evaluate.temperature import fit_temperature, floor_of
 from headrace.heads.predict import predict_head
 from headrace.heads.spec import CentroidSpec, HeadSpec, KNNSpec, LogisticSpec, RidgeSpec
-from headrace.pipelines.advice.learning_curves import (
+from headrace.pipelines.recipe.sections import EnsembleSection
+from headrace.pipelines.selection.correction import assess_selection
+from headrace.pipelines.selection.ensemble import build_ensemble
+from headrace.pipelines.selection.estimate import Estimate
+from headrace.pipelines.selection.learning_curves import (
     FRACTIONS,
     error_with_more,
     fit_power_law,
@@ -44,10 +48,6 @@ from headrace.pipelines.advice.learning_curves import (
     row_errors,
     weighted_errors,
 )
-from headrace.pipelines.recipe.sections import EnsembleSection
-from headrace.pipelines.selection.correction import assess_selection
-from headrace.pipelines.selection.ensemble import build_ensemble
-from headrace.pipelines.selection.estimate import Estimate
 from headrace.pipelines.selection.predictions import held_out
 
 Floats = npt.NDArray[np.float64]

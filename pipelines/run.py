@@ -25,7 +25,6 @@ from headrace.extract.images.changes import write_listing
 from headrace.extract.images.decoding import PixelRange
 from headrace.heads.bank import BankJob
 from headrace.heads.data.task import save_task
-from headrace.pipelines.advice.cautions import grid_edges, hidden_classes, near_duplicates
 from headrace.pipelines.cluster.clients import Role, open_client
 from headrace.pipelines.cluster.fork_server import imports_of
 from headrace.pipelines.cluster.submit import RunIncomplete, TaskOptions
@@ -50,6 +49,7 @@ from headrace.pipelines.recipe.load import Recipe
 from headrace.pipelines.recipe.sections import EnsembleSection, ScreenSection
 from headrace.pipelines.records import append_records, publish_table, write_record
 from headrace.pipelines.selection.calibration import temperature_of
+from headrace.pipelines.selection.cautions import grid_edges, hidden_classes, near_duplicates
 from headrace.pipelines.selection.correction import Selection, assess_selection
 from headrace.pipelines.selection.ensemble import Ensemble, build_ensemble
 from headrace.pipelines.selection.ensemble_store import save_ensemble, show_test

@@ -15,7 +15,7 @@ from headrace.cache.feature_set import open_feature_set
 from headrace.heads.bank import BankJob
 from headrace.heads.data.task import Task
 from headrace.heads.evaluate.intervals import mean_loss_interval, proportion_interval
-from headrace.heads.spec import ClassWeight, HeadSpec, LogisticSpec, RidgeSpec, spec_from_json
+from headrace.heads.spec import HeadSpec, spec_from_json
 from headrace.pipelines.advice.decide import (
     STARVED_SHARE,
     THIN_ROWS,
@@ -26,19 +26,20 @@ from headrace.pipelines.advice.decide import (
     TapEvidence,
     decide,
 )
-from headrace.pipelines.advice.learning_curves import (
+from headrace.pipelines.advice.reference import reference_evidence
+from headrace.pipelines.advice.taps import transfer_scores
+from headrace.pipelines.selection.estimate import Estimate
+from headrace.pipelines.selection.learning_curves import (
     LearningCurve,
     error_with_more,
     fit_power_law,
     gain_from_more,
     learning_curve,
+    linear_specs,
     row_draws,
     row_errors,
     weighted_errors,
 )
-from headrace.pipelines.advice.reference import reference_evidence
-from headrace.pipelines.advice.taps import transfer_scores
-from headrace.pipelines.selection.estimate import Estimate
 from headrace.pipelines.selection.predictions import (
     HeldOut,
     held_out,
@@ -50,8 +51,6 @@ Floats = npt.NDArray[np.float64]
 
 RESAMPLES = 400
 TIMES = (2, 4)  # as many images
-STRENGTHS = (1e-3, 1e-2, 0.1, 1.0)
-ALPHAS = (1.0, 10.0, 100.0, 1e3, 1e4)
 _CURVED = ("logistic", "ridge", "mlp")  # kinds whose winner is drawn a curve of its own
 
 
@@ -156,13 +155,6 @@ def curve_specs(task: Task, winner: pd.Series) -> list[HeadSpec]:
     own = spec_from_json(winner["spec"])
     linear = linear_specs(task, getattr(own, "class_weight", "none"))
     return list(dict.fromkeys([*linear, *([own] if own.kind in _CURVED else [])]))
-
-
-def linear_specs(task: Task, class_weight: ClassWeight = "none") -> list[HeadSpec]:
-    """Linear heads from strong to weak regularisation."""
-    if task.kind == "regression":
-        return [RidgeSpec(alpha) for alpha in ALPHAS]
-    return [LogisticSpec(strength, class_weight) for strength in STRENGTHS]
 
 
 def class_evidence(

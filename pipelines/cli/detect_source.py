@@ -24,7 +24,7 @@ from headrace.extract.sources.listing import Listing
 from headrace.extract.sources.read import ImageSource, detect_source, read_source
 from headrace.extract.sources.table import read_table_file
 from headrace.extract.sources.tabular import find_images, is_table, table_files
-from headrace.pipelines.advice.cautions import near_copies
+from headrace.pipelines.selection.cautions import near_copies
 
 _TARGET_NAMES = ("label", "labels", "class", "target", "category", "diagnosis", "species", "y")
 _GROUP_NAMES = ("group", "patient", "patient_id", "subject", "subject_id", "slide", "scene", "site")

@@ -44,7 +44,7 @@ def report_command(
 
     Example: headrace report recipe.yaml --tables
     """
-    from headrace.pipelines.cli.show import bytes_text
+    from headrace.pipelines.number_format import bytes_text
     from headrace.pipelines.report.build import write_report
 
     report = write_report(run, out, tables=tables, watts=watts, trust_code=trust_code or ())

@@ -9,6 +9,14 @@ from rich.table import Table
 from rich.text import Text
 
 from headrace.heads.evaluate.metrics import METRICS
+from headrace.pipelines.number_format import (
+    bytes_text,
+    hours_text,
+    images_text,
+    is_share,
+    level_text,
+    number_text,
+)
 from headrace.pipelines.planning.accounting import Accounting
 from headrace.pipelines.planning.leaderboard import grouped_board, inputs_text
 from headrace.pipelines.planning.plan import Plan
@@ -95,11 +103,6 @@ def show_images(console: Console, accounting: Accounting | None, notes: Sequence
         console.print(accounting.sentence(), soft_wrap=True)
     for note in notes:
         console.print(f"note: {note}", style="yellow", soft_wrap=True)
-
-
-def hours_text(seconds: float) -> str:
-    """Hours with two digits that mean something."""
-    return f"{seconds / 3600:.2g}" if seconds < 36000 else f"{seconds / 3600:,.0f}"
 
 
 def show_result(
@@ -324,36 +327,3 @@ def show_files(console: Console, result: RunResult) -> None:
     console.print("Files", style="italic")
     for what, path in rows:
         console.print(f"  {what:<32} {path}", soft_wrap=True)
-
-
-def images_text(images: int, groups: int | None) -> str:
-    """ "50 images", or "50 images of 12 groups" where images are not independent of each other."""
-    return f"{images:,} images" + (
-        f" of {groups:,} groups" if groups is not None and groups < images else ""
-    )
-
-
-def level_text(level: float) -> str:
-    """ "95 %"."""
-    return f"{100 * level:g} %"
-
-
-def number_text(value: float, metric: str) -> str:
-    """Shares as per cent, everything else with four digits."""
-    if value != value:  # nan: nothing to compare, as the spread over one fold
-        return "–"
-    return f"{value * 100:.2f} %" if is_share(metric) else f"{value:.4f}"
-
-
-def is_share(metric: str) -> bool:
-    """Whether a metric is said in per cent."""
-    return metric in ("accuracy", "balanced_accuracy", "hamming_accuracy")
-
-
-def bytes_text(count: float) -> str:
-    """ "1.5 GB" (decimal units)."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
-        count /= 1000
-    return f"{count:,.1f} TB"

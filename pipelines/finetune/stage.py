@@ -34,8 +34,8 @@ from headrace.pipelines.finetune.candidates import (
     training_seconds,
 )
 from headrace.pipelines.paths import RunPaths
-from headrace.pipelines.planning.leaderboard import settings_text
 from headrace.pipelines.recipe.sections import FinetuneSection
+from headrace.pipelines.recipe.settings_text import settings_text
 from headrace.pipelines.records import RunDamaged, read_record, write_record
 
 RESAMPLES = 1000

@@ -2,7 +2,6 @@
 folds.
 """
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -11,9 +10,10 @@ import pandas as pd
 
 from headrace.heads.evaluate.metrics import METRICS
 from headrace.heads.results import read_bank
-from headrace.heads.spec import FULL, FineTuneSpec, HeadSpec, spec_from_json, spec_to_json
+from headrace.heads.spec import FULL, spec_from_json, spec_to_json
 from headrace.pipelines.planning.plan import Trained, bank_group
 from headrace.pipelines.recipe.grid import Wanted
+from headrace.pipelines.recipe.settings_text import settings_text
 
 
 def trained_in(banks: Path, group: str, *, retry_failed: bool = False) -> Trained:
@@ -125,46 +125,6 @@ def rank_heads(
         "train_seconds",
     ]
     return board[[*order, "failed", "final", "spec", "path"]]
-
-
-def settings_text(spec: HeadSpec) -> str:
-    """What a person would say of a spec: only what differs from its kind's defaults, and what has
-    none.
-    """
-    if isinstance(spec, FineTuneSpec):
-        return _network_text(spec)
-    values = json.loads(spec_to_json(spec))
-    usual = {
-        "class_weight": "none",
-        "standardize": True,
-        "banded": False,
-        "label_smoothing": 0.0,
-        "seed": 0,
-    }
-    hidden = {"kind", "batch_size", "epochs", "patience"}
-    shown = {
-        key: value for key, value in values.items() if key not in hidden and usual.get(key) != value
-    }
-    short = {"learning_rate": "lr", "weight_decay": "wd"}
-    return " ".join(f"{short.get(key, key)}={_value_text(value)}" for key, value in shown.items())
-
-
-def _network_text(spec: FineTuneSpec) -> str:
-    """What trains, from which start, under which head."""
-    head = spec_from_json(spec.head)
-    under = f"{head.kind} {settings_text(head)}".strip()
-    where = spec.depth if spec.depth in ("all", "head") else f"above {spec.depth}"
-    if spec.start == "head":
-        return f"fine-tuned {where} lr={spec.learning_rate:g} from {under}"
-    if spec.start == "random" and spec.depth == "all":
-        return f"from scratch lr={spec.learning_rate:g} under {under}"
-    return f"reused {where} {spec.start} lr={spec.learning_rate:g} under new {under}"
-
-
-def _value_text(value: object) -> str:
-    if isinstance(value, float):
-        return f"{value:g}"
-    return "x".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def grouped_board(board: pd.DataFrame, metric: str) -> pd.DataFrame:

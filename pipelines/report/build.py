@@ -15,8 +15,8 @@ import pandas as pd
 from headrace.cache.atomic_io import publish_replace
 from headrace.cache.errors import HeadraceError
 from headrace.heads.spec import FULL
-from headrace.pipelines.cli.show import number_text
 from headrace.pipelines.finished import require_writable
+from headrace.pipelines.number_format import number_text
 from headrace.pipelines.planning.leaderboard import inputs_text
 from headrace.pipelines.report.answer import find_answer
 from headrace.pipelines.report.blocks import Headline, Section, Table, tables_of

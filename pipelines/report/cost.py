@@ -8,7 +8,7 @@ import pandas as pd
 
 from headrace.cache.errors import HeadraceError
 from headrace.heads.spec import FULL
-from headrace.pipelines.cli.show import bytes_text
+from headrace.pipelines.number_format import bytes_text
 from headrace.pipelines.report.blocks import Block, Column, Facts, Note, Section, Table
 from headrace.pipelines.report.read import FinishedRun
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from headrace.pipelines.cli.show import level_text, number_text
+from headrace.pipelines.number_format import level_text, number_text
 from headrace.pipelines.planning.leaderboard import inputs_text
 from headrace.pipelines.records import RUN_AGAIN, RunDamaged, read_record, read_table
 from headrace.pipelines.report import figures

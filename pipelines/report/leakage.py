@@ -6,19 +6,19 @@ import pandas as pd
 
 from headrace.cache.errors import HeadraceError
 from headrace.cache.feature_set import FeatureSet
-from headrace.pipelines.advice.cautions import (
+from headrace.pipelines.records import RUN_AGAIN
+from headrace.pipelines.report.blocks import Block, Column, Gallery, Note, Picture, Section, Table
+from headrace.pipelines.report.read import FinishedRun
+from headrace.pipelines.report.thumbnails import Thumbnails
+from headrace.pipelines.selection.cautions import (
     FEATURES_ALIKE,
     PIXELS_ALIKE,
     leaked_images,
     near_duplicates_text,
     sides,
 )
-from headrace.pipelines.advice.duplicates import LikePairs, like_pairs, standardised
-from headrace.pipelines.advice.signatures import signatures
-from headrace.pipelines.records import RUN_AGAIN
-from headrace.pipelines.report.blocks import Block, Column, Gallery, Note, Picture, Section, Table
-from headrace.pipelines.report.read import FinishedRun
-from headrace.pipelines.report.thumbnails import Thumbnails
+from headrace.pipelines.selection.duplicates import LikePairs, like_pairs, standardised
+from headrace.pipelines.selection.signatures import signatures
 
 SHOWN = 18
 

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from headrace.heads.spec import FULL, spec_from_json
-from headrace.pipelines.planning.leaderboard import settings_text
+from headrace.pipelines.recipe.settings_text import settings_text
 from headrace.pipelines.report.answer import Answer, find_answer, test_predictions
 from headrace.pipelines.report.blocks import Block, Column, Note, Section, Table
 from headrace.pipelines.report.leaders import metric_title

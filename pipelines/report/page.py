@@ -20,7 +20,7 @@ import numpy as np
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from headrace.pipelines.cli.show import bytes_text
+from headrace.pipelines.number_format import bytes_text
 from headrace.pipelines.report.blocks import Column, Format, Headline, Note, Section, Table, plain
 
 # A table of at most so many columns stands beside another on a wide screen.

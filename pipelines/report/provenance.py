@@ -7,7 +7,7 @@ import json
 import pandas as pd
 import yaml
 
-from headrace.pipelines.cli.show import bytes_text
+from headrace.pipelines.number_format import bytes_text
 from headrace.pipelines.report.blocks import Block, Code, Column, Facts, Note, Section, Table
 from headrace.pipelines.report.read import FinishedRun
 

@@ -16,11 +16,10 @@ import numpy.typing as npt
 
 from headrace.heads.bank import BankJob
 from headrace.heads.data.task import Task
-from headrace.pipelines.advice.learning_curves import learning_curve
-from headrace.pipelines.advice.measure import linear_specs
 from headrace.pipelines.planning.plan import Plan
 from headrace.pipelines.recipe.sections import ScreenSection
 from headrace.pipelines.selection.correction import choice_luck
+from headrace.pipelines.selection.learning_curves import learning_curve, linear_specs
 
 Inputs = tuple[str, ...]
 

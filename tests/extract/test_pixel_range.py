@@ -34,7 +34,6 @@ from headrace.extract.images.views import Augmentation
 from headrace.extract.run import decode_ahead as decode_module
 from headrace.extract.run.decode_ahead import Rendering, decoded_batches
 from headrace.extract.spec import BackboneSpec, Sample, check_spec
-from headrace.pipelines.advice.signatures import signatures
 from headrace.pipelines.export.graph import Input, pixels_of
 from headrace.pipelines.export.preprocessing_file import preprocess_file
 from headrace.pipelines.models.images import ImageUnusable
@@ -43,6 +42,7 @@ from headrace.pipelines.planning.run_state import backbone_spec
 from headrace.pipelines.predict import bulk
 from headrace.pipelines.recipe.load import load_recipe
 from headrace.pipelines.report.thumbnails import Thumbnails
+from headrace.pipelines.selection.signatures import signatures
 
 CURE = r"no range of their own.*images\.pixel_range: \[0, 1\].*pixel_range=\(0, 1\)"
 RANGES = st.none() | st.tuples(st.floats(-1e5, 1e5), st.floats(1e-3, 1e5)).map(

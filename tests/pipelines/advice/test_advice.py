@@ -23,7 +23,14 @@ from headrace.pipelines.advice.decide import (
     advice_summary,
     decide,
 )
-from headrace.pipelines.advice.learning_curves import (
+from headrace.pipelines.advice.measure import NothingToWeigh, advise_on
+from headrace.pipelines.advice.reference import NoReference, reference_evidence, reference_text
+from headrace.pipelines.advice.taps import transfer_scores
+from headrace.pipelines.planning.leaderboard import rank_heads
+from headrace.pipelines.recipe.sections import ScreenSection
+from headrace.pipelines.selection.estimate import Estimate
+from headrace.pipelines.selection.halving import screen_inputs
+from headrace.pipelines.selection.learning_curves import (
     FRACTIONS,
     error_with_more,
     fit_power_law,
@@ -32,13 +39,6 @@ from headrace.pipelines.advice.learning_curves import (
     row_draws,
     subset,
 )
-from headrace.pipelines.advice.measure import NothingToWeigh, advise_on
-from headrace.pipelines.advice.reference import NoReference, reference_evidence, reference_text
-from headrace.pipelines.advice.taps import transfer_scores
-from headrace.pipelines.planning.leaderboard import rank_heads
-from headrace.pipelines.recipe.sections import ScreenSection
-from headrace.pipelines.selection.estimate import Estimate
-from headrace.pipelines.selection.halving import screen_inputs
 
 # What would help is known from how each world is made: late taps show the classes (near) or lose
 # them (far); few images leave a linear head of many features far from its best, many do not;

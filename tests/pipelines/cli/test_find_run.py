@@ -18,7 +18,6 @@ from headrace.cache.feature_set import open_feature_set
 from headrace.cache.home import HeadraceError, expand_home, state_directory
 from headrace.extract.images.content_hashes import hash_bytes
 from headrace.pipelines.advice.run_directory import read_run_files
-from headrace.pipelines.advice.signatures import signatures
 from headrace.pipelines.cli.main import main
 from headrace.pipelines.cli.status import run_status
 from headrace.pipelines.finished import NotARun
@@ -26,6 +25,7 @@ from headrace.pipelines.models.model import load_model
 from headrace.pipelines.recipe.load import RecipeError, load_recipe
 from headrace.pipelines.report.build import write_report
 from headrace.pipelines.report.read import read_run
+from headrace.pipelines.selection.signatures import signatures
 
 RECIPE = """\
 images: {folder: photos}

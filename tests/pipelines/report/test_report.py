@@ -13,7 +13,6 @@ import pytest
 from support.reports import COPIES, FLIPPED, HOSTILE, finished_run
 from support.runs import headrace
 
-from headrace.pipelines.advice.duplicates import like_pairs, standardised
 from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.records import read_record, write_record
 from headrace.pipelines.report.blocks import Column, Headline, Section, Table, plain
@@ -26,6 +25,7 @@ from headrace.pipelines.report.label_errors import (
 )
 from headrace.pipelines.report.page import cell, render
 from headrace.pipelines.report.read import read_run
+from headrace.pipelines.selection.duplicates import like_pairs, standardised
 
 
 @pytest.fixture(scope="module")

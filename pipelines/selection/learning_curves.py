@@ -19,7 +19,7 @@ from headrace.heads.bank import BankJob
 from headrace.heads.data.folds import strata
 from headrace.heads.data.task import TRAIN_ONLY, Task, save_task
 from headrace.heads.results import read_bank, remove_damaged
-from headrace.heads.spec import HeadSpec, spec_to_json
+from headrace.heads.spec import ClassWeight, HeadSpec, LogisticSpec, RidgeSpec, spec_to_json
 from headrace.pipelines.selection.correction import resampled_rows
 from headrace.pipelines.selection.estimate import Estimate
 
@@ -27,6 +27,9 @@ Floats = npt.NDArray[np.float64]
 
 FRACTIONS = (0.1, 0.16, 0.25, 0.4, 0.63, 1.0)
 MOST_FOLDS = 5
+# Of the linear heads, from strong to weak.
+STRENGTHS = (1e-3, 1e-2, 0.1, 1.0)
+ALPHAS = (1.0, 10.0, 100.0, 1e3, 1e4)
 EXPONENTS = np.geomspace(
     0.1, 2.0, 30
 )  # of the power law; measured ones lie between 0.1 and 1 (Hestness et al. 2017)
@@ -306,3 +309,10 @@ def gain_from_more(law: PowerLaw, size: float, times: float) -> Estimate:
     """
     gain = law.at(size) - law.at(size * times)
     return Estimate(float(gain[0]), gain[1:])
+
+
+def linear_specs(task: Task, class_weight: ClassWeight = "none") -> list[HeadSpec]:
+    """Linear heads from strong to weak regularisation."""
+    if task.kind == "regression":
+        return [RidgeSpec(alpha) for alpha in ALPHAS]
+    return [LogisticSpec(strength, class_weight) for strength in STRENGTHS]

@@ -21,9 +21,9 @@ from headrace.extract.images.decoding import PixelRange
 from headrace.heads.data.task import Task
 from headrace.heads.evaluate.intervals import metric_interval
 from headrace.heads.evaluate.metrics import score
-from headrace.pipelines.advice.duplicates import like_pairs, standardised
-from headrace.pipelines.advice.signatures import grey_signature
+from headrace.pipelines.selection.duplicates import like_pairs, standardised
 from headrace.pipelines.selection.predictions import HeldOut, read_predictions
+from headrace.pipelines.selection.signatures import grey_signature
 
 # A balanced accuracy that lies so much below the accuracy, and surely below it, is told.
 HIDDEN = 0.10

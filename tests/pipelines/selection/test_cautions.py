@@ -10,14 +10,14 @@ from support.evidence import content_of, store_taps, stored, task_of
 
 from headrace.heads.data.task import Task
 from headrace.heads.spec import KNNSpec, LogisticSpec, MLPSpec, SklearnSpec, spec_to_json
-from headrace.pipelines.advice.cautions import (
+from headrace.pipelines.cli.detect_source import look
+from headrace.pipelines.selection.cautions import (
     grid_edges,
     hidden_classes,
     near_copies,
     near_duplicates,
     near_duplicates_text,
 )
-from headrace.pipelines.cli.detect_source import look
 from headrace.pipelines.selection.predictions import held_out
 
 
