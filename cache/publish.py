@@ -10,6 +10,7 @@ next writer completes it.
 """
 
 import errno
+import hashlib
 import os
 import re
 import shutil
@@ -87,8 +88,8 @@ def create_feature_set(cache_root: Path, spec: FeatureSpec) -> Path:
         found = read_spec(directory, check_name=False)
         if difference := spec_difference(found, spec):
             raise SpecMismatch(
-                f"{directory} holds features of another spec: {difference}. Give another cache "
-                "directory, or remove this one with `headrace cache rm`"
+                f"{directory} holds features of another spec: {difference}. {_SPEC_ADVICE}; where "
+                "the shards are of the other one too, remove it with `headrace cache rm`"
             )
     return directory
 
@@ -131,7 +132,12 @@ def read_spec(directory: Path, *, check_name: bool = True) -> FeatureSpec:
     try:
         spec = FeatureSpec.from_json(data.decode())
     except SpecMismatch as error:
-        raise SpecMismatch(f"{path}: {error}") from error
+        # What another version wrote has the name that its bytes ask for; what has changed has not.
+        if hashlib.sha256(data.removesuffix(b"\n")).hexdigest()[:24] == directory.name:
+            raise SpecMismatch(f"{path}: {error}") from error
+        raise ManifestCorrupt(
+            f"{path} is not the spec that was written ({error}). {_SPEC_ADVICE}"
+        ) from error
     except (ValueError, TypeError, AttributeError) as error:
         raise ManifestCorrupt(
             f"{path} is not the spec that was written ({error}). {_SPEC_ADVICE}"

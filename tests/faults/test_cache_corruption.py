@@ -2,6 +2,7 @@
 and named.
 """
 
+import hashlib
 import os
 import random
 import shutil
@@ -21,10 +22,17 @@ from support.caches import (
     unit_name,
 )
 
-from headrace.cache.errors import CacheError, ManifestCorrupt, ShardCorrupt, ShardMissing
+from headrace.cache.errors import (
+    CacheError,
+    ManifestCorrupt,
+    ShardCorrupt,
+    ShardMissing,
+    SpecMismatch,
+)
 from headrace.cache.feature_set import list_feature_sets, open_feature_set
 from headrace.cache.format.shard import USER_BLOCK_BYTES, user_block
 from headrace.cache.integrity.checksummed_lines import to_checksummed_line
+from headrace.cache.integrity.repair import repair
 from headrace.cache.integrity.verify import verify_bytes
 from headrace.cache.manifest import read_manifest
 from headrace.cache.publish import create_feature_set, publish_shard, shard_path
@@ -103,6 +111,37 @@ def test_every_bit_of_manifest_and_spec(tmp_path):
             with pytest.raises(CacheError, match=name.replace(".", r"\.")):
                 open_feature_set(directory)
             path.write_bytes(data)
+
+
+def test_a_damaged_spec_names_the_command_that_mends_it(tmp_path):
+    """Whatever has changed: a field's name, a value, its type. What another version wrote has its
+    own name, and is no damage.
+    """
+    directory = make_feature_set(tmp_path, 1)
+    path, spec = directory / "spec.json", make_spec()
+    data = path.read_bytes()
+    for old, new in (
+        (b'"weights"', b'"weighvs"'),
+        (b"blocks.4", b"blocks.5"),
+        (b"[12]", b'"12"'),
+        (b"[12]", b"[-2]"),
+    ):
+        path.write_bytes(data.replace(old, new))
+        for call in (
+            lambda: open_feature_set(directory),
+            lambda: create_feature_set(tmp_path, spec),
+        ):
+            with pytest.raises(CacheError, match=r"spec.*headrace cache repair"):
+                call()
+        assert repair(directory).rewritten == ("spec.json",)
+        assert path.read_bytes() == data
+    newer = data.replace(b'"weights"', b'"weight_set"')
+    directory = directory.rename(
+        directory.with_name(hashlib.sha256(newer.strip()).hexdigest()[:24])
+    )
+    (directory / "spec.json").write_bytes(newer)
+    with pytest.raises(SpecMismatch, match="other fields than this version"):
+        open_feature_set(directory)
 
 
 def test_truncated_at_every_length(tmp_path):
