@@ -54,6 +54,10 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "heads": ("extracted", RUN_CALL),
     "extract": ("empty", RUN_CALL),
     "report": ("finished", REPORT_CALL),
+    "report elsewhere": (
+        "finished",
+        ("report", "recipe.yaml", "--tables", "--out", "made/page.html"),
+    ),
     "predict": ("finished", PREDICT_CALL),
     "export": ("finished", EXPORT_CALL),
     "advise": ("finished", ("advise", "recipe.yaml")),
@@ -217,6 +221,7 @@ def death(
     status, said = call(bench.project, argv, lambda: watch(bench.project, die))
     if status != -signal.SIGKILL:
         return [f"it was not reached ({status}): {said[-1500:]}"] if status else []
+    age_temporaries(bench.project)
     status, said = call(bench.project, argv)
     if status:
         return [f"the same command then ends with {status}: {said[-1500:]}"]

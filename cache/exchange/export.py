@@ -20,6 +20,7 @@ from headrace.cache.atomic_io import PARTIAL_SUFFIX, publish_bytes
 from headrace.cache.errors import CacheError, HeadraceError
 from headrace.cache.feature_set import FeatureSet
 from headrace.cache.ids import content_hashes_by_id
+from headrace.cache.integrity.garbage import remove_temporaries
 
 _CHUNK_ROWS = 4096  # of a selection, read and written together
 
@@ -70,9 +71,20 @@ def export_npy(
     CacheError when one of them is there, and then writes nothing.
     """
     rows_file = target.with_suffix(".rows.csv")
-    for path in (target, rows_file):
-        _refuse_existing(path)
+    _refuse_existing(target)
     ids, content = _ids_and_content(features, selection)
+    lines = [
+        f"{row},{_csv(sample)},{value}\n"
+        for row, (sample, value) in enumerate(zip(ids, content, strict=True))
+    ]
+    text = "".join(["row,id,content\n", *lines]).encode()
+    # First, so that a call that is killed before the array is there can be repeated: it finds the
+    # very same table.
+    target.parent.mkdir(parents=True, exist_ok=True)
+    remove_temporaries(rows_file)
+    made = publish_bytes(rows_file, text)
+    if not made and rows_file.read_bytes() != text:
+        _refuse_existing(rows_file)
 
     def write(temporary: Path) -> None:
         array = np.lib.format.open_memmap(
@@ -82,12 +94,12 @@ def export_npy(
             array[start:stop] = rows
         array.flush()
 
-    _write_then_rename(target, write)
-    lines = [
-        f"{row},{_csv(sample)},{value}\n"
-        for row, (sample, value) in enumerate(zip(ids, content, strict=True))
-    ]
-    publish_bytes(rows_file, "".join(["row,id,content\n", *lines]).encode())
+    try:
+        _write_then_rename(target, write)
+    except BaseException:
+        if made:
+            rows_file.unlink(missing_ok=True)
+        raise
     return [target, rows_file]
 
 
@@ -218,6 +230,7 @@ def _shard_runs(features: FeatureSet) -> list[tuple[int, int]]:
 
 def _write_then_rename(target: Path, write: Callable[[Path], Any]) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
+    remove_temporaries(target)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
     try:
         write(temporary)

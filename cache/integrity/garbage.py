@@ -2,6 +2,8 @@
 behind.
 """
 
+import contextlib
+import re
 import shutil
 import time
 import uuid
@@ -70,6 +72,30 @@ def find_garbage(
     ]
     total = sum(map(tree_bytes, [*temporaries, *unused, *trash]))
     return Garbage(tuple(unused), tuple(temporaries), tuple(trash), total)
+
+
+def remove_temporaries(*paths: Path) -> None:
+    """Remove what killed writers of these very files (or directories) left beside them: nobody has
+    written to it for an hour.
+
+    For paths that a user types, of whose folder nothing else is ours.
+    """
+    for path in paths:
+        ours = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{32}}{re.escape(PARTIAL_SUFFIX)}")
+        for left in path.parent.glob(f".*{PARTIAL_SUFFIX}"):
+            if ours.fullmatch(left.name) and _is_stale(left):
+                with contextlib.suppress(
+                    OSError
+                ):  # its folder is not ours to write in: then it stays
+                    shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
+def _is_stale(path: Path) -> bool:
+    try:
+        latest = max(each.lstat().st_mtime for each in (path, *path.rglob("*")))
+    except FileNotFoundError:  # its writer has finished
+        return False
+    return time.time() - latest >= STALE_S
 
 
 def remove_feature_set(directory: Path) -> None:

@@ -13,6 +13,7 @@ import pandas as pd
 
 from headrace.cache.atomic_io import publish_replace
 from headrace.cache.errors import HeadraceError
+from headrace.cache.integrity.garbage import remove_temporaries
 
 REFERENCE = (
     "Published for comparison: hand-crafted features and an SVM reach 82.44 % on a 75/25 split of "
@@ -99,6 +100,7 @@ def write_demo(folder: Path) -> Path:
         (folder / "solar-cells.csv", "id,path,label,probability,type"),
     ):
         _require_ours(file, first)
+    remove_temporaries(folder / "solar-cells.csv", recipe)
     publish_replace(folder / "solar-cells.csv", solar_cells().to_csv(index=False).encode())
     publish_replace(recipe, _RECIPE.encode())
     return recipe

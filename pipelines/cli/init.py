@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 from headrace.cache.atomic_io import publish_replace
+from headrace.cache.integrity.garbage import remove_temporaries
 from headrace.extract.sources.layout import Layout
 from headrace.pipelines.cli.detect_source import Finding, InitError, look
 
@@ -87,6 +88,7 @@ def write_recipe(
         task=finding.task,
         weights=_weights_lines(),
     )
+    remove_temporaries(out)
     publish_replace(out, text.encode())
     return finding
 

@@ -20,6 +20,7 @@ from distributed.system import MEMORY_LIMIT
 
 from headrace.cache.atomic_io import publish_replace
 from headrace.cache.errors import HeadraceError
+from headrace.cache.integrity.garbage import remove_temporaries
 from headrace.pipelines.cluster.fork_server import (
     METHOD,
     is_importing_main,
@@ -300,8 +301,10 @@ def write_settings(folder: Path) -> Path:
     """
     nested: dict[str, Any] = {}
     dask.config.set(SETTINGS, config=nested)
-    publish_replace(folder / "dask.yaml", yaml.safe_dump(nested).encode())
-    return folder / "dask.yaml"
+    path = folder / "dask.yaml"
+    remove_temporaries(path)
+    publish_replace(path, yaml.safe_dump(nested).encode())
+    return path
 
 
 def _on_this_machine(address: str) -> bool:

@@ -14,6 +14,7 @@ import pandas as pd
 
 from headrace.cache.atomic_io import publish_replace
 from headrace.cache.errors import HeadraceError
+from headrace.cache.integrity.garbage import remove_temporaries
 from headrace.heads.spec import FULL
 from headrace.pipelines.finished import require_writable
 from headrace.pipelines.number_format import number_text
@@ -78,6 +79,7 @@ def write_report(
     sections = make_sections(found, thumbnails, watts)
     text = render(f"{_TITLE}{found.paths.root.name}", _made(found), headline(found), sections)
     page.parent.mkdir(parents=True, exist_ok=True)
+    remove_temporaries(page)
     again = page.exists()
     publish_replace(page, text.encode("utf-8", "replace"))
     written = (
@@ -217,6 +219,7 @@ def write_tables(
             ("parquet", stored.getvalue()),
         ):
             path = folder / f"{name}.{suffix}"
+            remove_temporaries(path)
             publish_replace(path, content)
             written.append(path)
     return tuple(written)

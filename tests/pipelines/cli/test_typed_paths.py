@@ -3,17 +3,26 @@ or without.
 """
 
 import contextlib
+import os
+import time
+import uuid
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from support.caches import make_feature_set
+from support.runs import make_photos
 
-from headrace.cache.home import HeadraceError
+from headrace.cache.errors import CacheError, HeadraceError
+from headrace.cache.exchange.export import export_npy, export_parquet
+from headrace.cache.feature_set import open_feature_set
+from headrace.cache.integrity.garbage import STALE_S, remove_temporaries
 from headrace.extract.sources.read import ImageSource, detect_source, read_source
 from headrace.extract.spec import weights_path
 from headrace.pipelines.cli.demo import DemoFolder, write_demo
-from headrace.pipelines.cli.init import InitError, _check_out
+from headrace.pipelines.cli.init import InitError, _check_out, write_recipe
+from headrace.pipelines.cluster.clients import write_settings
 from headrace.pipelines.cluster.tls import TLSFolder, require_own_folder, write_tls
 from headrace.pipelines.predict import bulk
 from headrace.pipelines.predict.tables import Block, table_writer
@@ -148,6 +157,60 @@ def test_the_demo_and_a_certificate_replace_their_own_files_alone(tmp_path, monk
         (tmp_path / name / name).write_text("mine")
         with pytest.raises(TLSFolder, match=name):
             require_own_folder(tmp_path / name)
+
+
+def left_by_a_killed_writer(path, age_s=2 * STALE_S):
+    """What it has begun to write beside a path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    left = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    left.touch()
+    os.utime(left, (time.time() - age_s,) * 2)
+    return left
+
+
+def test_what_killed_writers_left_beside_a_typed_path_goes_with_the_next_call(tmp_path):
+    """Of that path alone, and not what is still being written: a folder that is typed is the
+    user's.
+    """
+    target, other = tmp_path / "out" / "x.csv", tmp_path / "out" / "y.csv"
+    left, young = left_by_a_killed_writer(target), left_by_a_killed_writer(target, 0)
+    kept = [young, left_by_a_killed_writer(other), left.with_name(".x.csv.mine.partial")]
+    kept[-1].touch()
+    os.utime(kept[-1], (0, 0))
+    remove_temporaries(target, tmp_path / "nowhere" / "z.csv")
+    assert set(target.parent.iterdir()) == set(kept)
+    table = Table("t", "", (Column("a", "a", "number"),), pd.DataFrame({"a": [1]}))
+    make_photos(tmp_path / "photos", n=4)
+    features = open_feature_set(make_feature_set(tmp_path / "cache", 1))
+    writers = {
+        "tables/t.csv": lambda path: write_tables(path.parent, (Section("s", "S", "", (table,)),)),
+        "recipe.yaml": lambda path: write_recipe(tmp_path / "photos", path),
+        "dask.yaml": lambda path: write_settings(path.parent),
+        "f.npy": lambda path: export_npy(features, path),
+        "g.rows.csv": lambda path: export_npy(features, path.with_name("g.npy")),
+        "h.parquet": lambda path: export_parquet(features, path),
+    }
+    for name, write in writers.items():
+        left = left_by_a_killed_writer(tmp_path / name)
+        write(tmp_path / name)
+        assert not left.exists(), name
+
+
+def test_an_array_whose_export_was_killed_is_exported_by_the_same_call(tmp_path):
+    """Its table of rows stands there already; another table of that name is not replaced."""
+    features = open_feature_set(make_feature_set(tmp_path / "cache", 1))
+    array, rows = export_npy(features, tmp_path / "f.npy")
+    array.unlink()
+    text = rows.read_bytes()
+    export_npy(features, array)
+    assert rows.read_bytes() == text
+    assert len(np.load(array)) == len(features)
+    array.unlink()
+    rows.write_text("mine")
+    with pytest.raises(CacheError, match=r"f\.rows\.csv is there already"):
+        export_npy(features, array)
+    assert rows.read_text() == "mine"
+    assert not array.exists()
 
 
 def test_a_home_that_is_unknown_is_told_wherever_a_path_is_typed(tmp_path, monkeypatch):
