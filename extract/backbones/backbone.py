@@ -2,10 +2,12 @@
 Python function.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import inspect
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -115,18 +117,21 @@ def _is_tag(spec: BackboneSpec) -> bool:
 def _load(spec: BackboneSpec, stamp: tuple[int, ...] | None) -> Backbone:
     what = f"{spec.name} with weights {spec.weights or '(default)'}"
     if spec.weights is not None and spec.weights.startswith("random:"):
-        module, preprocessing = _seeded(spec)
+        with _in_memory(spec.name):
+            module, preprocessing = _seeded(spec)
     elif spec.weights is not None and is_weights_file(spec.weights):
         # The file is read first: a wrong path should not wait for the network to be built.
         tensors = read_weights(weights_path(spec.weights))
-        module, preprocessing = library.build(spec.name, None)
+        with library.fitting(tensors, spec.name):
+            module, preprocessing = library.build(spec.name, None)
         if spec.weights_match == "name" and not _of_own_size(
             module, tensors
         ):  # exported at the size that is asked for
             _take_size(module, preprocessing, spec)
         fit_weights(module, tensors, spec.weights_match, what)
     else:
-        module, preprocessing = library.build_pretrained(spec.name, spec.weights)
+        with _in_memory(spec.name):
+            module, preprocessing = library.build_pretrained(spec.name, spec.weights)
     # Before anything is resampled, which other machines may round otherwise; the size is in the
     # preprocessing's fingerprint.
     digest = weights_digest(module)
@@ -137,6 +142,19 @@ def _load(spec: BackboneSpec, stamp: tuple[int, ...] | None) -> Backbone:
         # code may have changed.
         digest = hashlib.sha256((digest + _source(spec.name)).encode()).hexdigest()
     return Backbone(spec, module, override(preprocessing, spec), digest)
+
+
+def _in_memory(name: str) -> contextlib.AbstractContextManager[None]:
+    """Raises BackboneError for a network, of whose size no file says anything, that no process on
+    this machine can hold.
+    """
+    room = _memory_bytes() // 4  # parameters are float32
+    why = f"and the memory of this machine holds {room:,}. Take a smaller network"
+    return library.at_most(room, name, why)
+
+
+def _memory_bytes() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _of_own_size(module: nn.Module, tensors: Mapping[str, Tensor]) -> bool:

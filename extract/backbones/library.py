@@ -3,15 +3,18 @@
 Each gives a module and its own preprocessing.
 """
 
+import contextlib
 import importlib
 import math
+import threading
 import urllib.error
 import urllib.request
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from headrace.extract.errors import BackboneError, nearest
 from headrace.extract.images.preprocessing import Preprocessing
@@ -53,6 +56,52 @@ def build_pretrained(name: str, tag: str | None) -> tuple[nn.Module, Preprocessi
             )
         return build(name, None)
     raise BackboneError(unknown_prefix(name))
+
+
+@contextlib.contextmanager
+def at_most(parameters: int, name: str, why: str) -> Iterator[None]:
+    """Within it, building a network ends with BackboneError once it has more parameters than that,
+    before they take memory.
+
+    A model that was sent may name any network of a library, and the largest have billions of
+    parameters. A Python function is the caller's own code, or code that the caller has allowed, and
+    may build more than it gives: it is not counted.
+    """
+    thread, total = threading.get_ident(), 0
+
+    def count(_: nn.Module, __: str, parameter: nn.Parameter | None) -> None:
+        nonlocal total
+        if (
+            parameter is None
+            or threading.get_ident() != thread
+            or isinstance(parameter, nn.UninitializedParameter)
+        ):
+            return
+        total += parameter.numel()
+        if total > parameters:
+            raise BackboneError(
+                f"{name}: the network has more than {parameters:,} parameters, {why}"
+            )
+
+    if name.startswith("python:"):
+        yield
+        return
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def fitting(tensors: Mapping[str, Tensor], name: str) -> contextlib.AbstractContextManager[None]:
+    """`at_most` for a network whose tensors these are to be.
+
+    Loosely, for a file of another one has a better message when its names are compared, and
+    position embeddings may be of another image size.
+    """
+    held = sum(tensor.numel() for tensor in tensors.values())
+    why = f"and its weights file holds {held:,} numbers: they are another one's"
+    return at_most(4 * held + (1 << 24), name, why)
 
 
 def backbone_names() -> list[str]:

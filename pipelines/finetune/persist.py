@@ -28,7 +28,7 @@ from headrace.cache.integrity.sealed import (
     tensor_metadata,
 )
 from headrace.extract.backbones.backbone import Backbone
-from headrace.extract.backbones.library import build
+from headrace.extract.backbones.library import build, fitting
 from headrace.extract.backbones.weights import weights_digest
 from headrace.extract.images.preprocessing import Preprocessing
 from headrace.extract.spec import BackboneSpec, backbone_code, backbone_from_fields, check_sizes
@@ -212,9 +212,9 @@ def _rebuild(
     preprocessing: Preprocessing,
     tensors: dict[str, Tensor],
 ) -> TrainedNetwork:
-    module, _ = build(
-        spec.name, None
-    )  # its library's own preprocessing may have changed: the stored one counts
+    with fitting(_under("backbone.", tensors), spec.name):
+        # Its library's own preprocessing may have changed: the stored one counts.
+        module, _ = build(spec.name, None)
     module.load_state_dict(_under("backbone.", tensors))
     module.eval().requires_grad_(False)
     backbone = Backbone(spec, module, preprocessing, weights_digest(module))

@@ -2,6 +2,7 @@
 own.
 """
 
+import threading
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -162,6 +163,25 @@ def test_random_weights_are_the_same_for_a_seed() -> None:
     assert not any(parameter.requires_grad for parameter in one.module.parameters())
     with pytest.raises(BackboneError, match=r"expected random:SEED"):
         load_backbone(BackboneSpec(TINY, "random:x"))
+
+
+def test_a_network_beyond_the_memory_is_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no file says how large it is. What other threads build meanwhile is not counted, nor
+    what has no shape yet.
+    """
+    monkeypatch.setattr("headrace.extract.backbones.backbone._memory_bytes", lambda: 400_000)
+    with pytest.raises(
+        BackboneError, match=r"resnet18: the network has more than 100,000 .*Take a smaller"
+    ):
+        load_backbone(BackboneSpec("torchvision:resnet18", "random:991"))
+    monkeypatch.undo()
+    with library.at_most(1_000, TINY, "and no"):
+        other = threading.Thread(target=lambda: built.append(torch.nn.Linear(100, 100)))
+        built: list[torch.nn.Module] = [torch.nn.LazyLinear(10)]
+        other.start()
+        other.join()
+    built.append(torch.nn.Linear(100, 100))
+    assert len(built) == 3
 
 
 def test_weights_files(tmp_path: Path) -> None:

@@ -366,6 +366,34 @@ def test_a_network_that_cannot_be_is_told(changed, said):
         )
 
 
+HUGE = "timm:vit_huge_patch14_224"  # 630 million parameters
+
+
+def test_a_model_builds_no_network_larger_than_its_weights(tmp_path):
+    """That it names the largest network of a library costs neither its memory nor its time."""
+    (tmp_path / "sent").mkdir()
+    (tmp_path / "sent" / "small.safetensors").write_bytes(save({"a": np.zeros(8, np.float32)}))
+    sent = load_model(model(tmp_path / "sent", backbone=HUGE, weights="small.safetensors"))
+    with pytest.raises(
+        BackboneError,
+        match=rf"{HUGE}: the network has more than .* its weights file holds 8 numbers",
+    ):
+        sent.predict_proba(np.zeros((1, 32, 32, 3), np.uint8))
+
+
+def test_a_fine_tuned_network_is_not_built_larger_than_its_file(network):
+    """Whatever name a file that was sent gives to its network."""
+    from headrace.pipelines.finetune.persist import load_network
+
+    path = network / "network.safetensors"
+    data = path.read_bytes()
+    about = json.loads(tensor_metadata(data)["headrace"])
+    about["backbone"]["name"] = HUGE
+    path.write_bytes(save(load(data), metadata={"headrace": json.dumps(about)}))
+    with pytest.raises(BackboneError, match=f"{HUGE}: the network has more than"):
+        load_network(network)
+
+
 def test_a_view_that_cannot_be_is_told():
     """A model's file says which view each of its features is of."""
     assert parse_view('{"index": 0}') == (0, Augmentation())
