@@ -21,6 +21,7 @@ object with the counts; the exit status is 1 after a fault.
 import argparse
 import collections
 import contextlib
+import importlib
 import json
 import os
 import random
@@ -88,35 +89,29 @@ compute:
   images_per_shard: 16
 """
 
+ENSEMBLE = f"{RUN}/ensemble"  # not the answer, and a model all the same: heads and a network
+
+
+def _predicts(model: str, out: str, images: str = "../photos/coarse") -> tuple[str, ...]:
+    return ("predict", model, images, "--out", out, "--workers", "1")
+
+
 # What is called, and which of the files afterwards are its result.
 COMMANDS: dict[str, tuple[str, ...]] = {
     "run": ("run", "recipe.yaml"),
     "report": ("report", "recipe.yaml"),
-    "predict": (
-        "predict",
-        "recipe.yaml",
-        "../photos/coarse",
-        "--out",
-        "predicted.csv",
-        "--workers",
-        "1",
-    ),
-    "predict again": ("predict", "recipe.yaml", "../many", "--out", "half.csv", "--workers", "1"),
-    "predict from export": (
-        "predict",
-        "model",
-        "../photos/coarse",
-        "--out",
-        "taken.csv",
-        "--workers",
-        "1",
-    ),
+    "predict": _predicts("recipe.yaml", "predicted.csv"),
+    "predict again": _predicts("recipe.yaml", "half.csv", "../many"),
+    "predict from export": _predicts("model", "taken.csv"),
+    "predict of the average": _predicts(ENSEMBLE, "average.csv"),
+    "predict from its export": _predicts("both", "both.csv"),
     "export": ("export", "recipe.yaml", "again", "--format", "safetensors"),
     "advise": ("advise", "recipe.yaml"),
     "status": ("status", "recipe.yaml"),
     "cache ls": ("cache", "ls"),
     "cache verify": ("cache", "verify"),
 }
+EXPORTED = {"recipe.yaml": "model", ENSEMBLE: "both"}
 RESULTS: dict[str, tuple[str, ...]] = {
     "run": (f"{RUN}/*.csv", f"{RUN}/heads.parquet", f"{RUN}/selection.json", f"{RUN}/winner/*", f"{RUN}/ensemble/**/*",
             f"{RUN}/finetune/models/*/*", f"{CACHE}/features/*/shards/*.h5"),
@@ -124,6 +119,8 @@ RESULTS: dict[str, tuple[str, ...]] = {
     "predict": ("predicted.csv",),
     "predict again": ("half.csv",),
     "predict from export": ("taken.csv",),
+    "predict of the average": ("average.csv",),
+    "predict from its export": ("both.csv",),
     "export": ("again/*.safetensors", "again/model.json", "again/preprocess.py"),
     "advise": (f"{RUN}/evidence/advice.json",),
 }  # fmt: skip
@@ -168,6 +165,8 @@ def fork_command(
 def _become(
     project: Path, argv: Sequence[str], said: Path, before: Callable[[], None] = lambda: None
 ) -> None:
+    from support.forks import fork_workers
+
     from headrace.pipelines.cli.main import main
 
     os.setsid()
@@ -179,6 +178,7 @@ def _become(
     sys.argv = ["headrace", *argv]
     status = 1
     try:
+        fork_workers()  # from this process, instead of an interpreter that imports everything anew
         before()
         main()
         status = 0
@@ -226,7 +226,8 @@ def build(folder: Path) -> Path:
     (project / "recipe.yaml").write_text(RECIPE)
     for name in ("run", "advise", "report"):
         _finish(project, COMMANDS[name])
-    _finish(project, ("export", "recipe.yaml", "model", "--format", "safetensors"))
+    for run, folder in EXPORTED.items():
+        _finish(project, ("export", run, folder, "--format", "safetensors"))
     _half_predict(project)
     return project
 
@@ -304,15 +305,17 @@ def damaged(data: bytes, draw: random.Random) -> tuple[str, bytes | None]:
     return f"{how} {start}+{length}", bytes(found)
 
 
-def mending(said: str) -> list[tuple[str, ...]]:
-    """The commands that a message names, the recipe and the paths filled in; to run the recipe
-    again where it names none.
-    """
+def mending(said: str, name: str) -> list[tuple[str, ...]]:
+    """The commands that a message about a file names, the recipe and the paths filled in."""
     found: list[tuple[str, ...]] = []
+    run, folder = next(
+        (each for each in EXPORTED.items() if name.startswith(f"{each[1]}/")),
+        ("recipe.yaml", "model"),
+    )
     for text in re.findall(
         r"`((?:headrace|rm) [^`]+)`|(?:[Tt]ype|with): ((?:headrace|rm) [^\n;]+)", said
     ):
-        meant = {"RECIPE": "recipe.yaml", "RUN": "recipe.yaml", "FOLDER": "model"}
+        meant = {"RECIPE": "recipe.yaml", "RUN": run, "FOLDER": folder}
         words = [meant.get(word, word) for word in shlex.split(text[0] or text[1])]
         if words[0] == "rm" or words[1] in (
             "run",
@@ -343,7 +346,7 @@ def judge(project: Path, name: str, command: str, whole: Mapping[str, Outcome]) 
     if base not in done.said and Path(name).parent.name not in done.said.replace("\n", ""):
         return "TRACE", f"the file is not named: {done.said}"
     said = done.said
-    for words in mending(done.said) or [("headrace", *COMMANDS["run"])]:
+    for words in mending(done.said, name) or [("headrace", *COMMANDS["run"])]:
         if words[0] == "rm":
             for path in words[1:]:
                 (project / path).unlink()
@@ -445,6 +448,8 @@ def measure(folder: Path, count: int, seed: int, only: str | None, show: int) ->
             if verdict.isupper():
                 faults.append(kind)
                 print(f"{number}: {verdict}: {name}: {how}: {command}\n{why[-show:]}\n", flush=True)
+            if number % 100 == 99:
+                print(f"{number + 1:,} damages, {len(faults)} faults", file=sys.stderr, flush=True)
     shutil.rmtree(project)
     verdicts = ("same", "told", "refused", "SILENT", "TRACE", "BLOCKED")
     print(f"{'kind of file':<64}{'files':>6}" + "".join(f"{word:>9}" for word in verdicts))
@@ -472,14 +477,10 @@ def measure(folder: Path, count: int, seed: int, only: str | None, show: int) ->
 def import_everything() -> None:
     """So that a fork starts at once."""
     import torch
-    import torchvision  # noqa: F401
+    from support.forks import modules
 
-    from headrace.pipelines import run  # noqa: F401
-    from headrace.pipelines.advice import advise_run  # noqa: F401
-    from headrace.pipelines.finetune import task  # noqa: F401
-    from headrace.pipelines.models import images  # noqa: F401
-    from headrace.pipelines.report import build  # noqa: F401
-
+    for name in modules():
+        importlib.import_module(name)
     torch.set_num_threads(1)
 
 
