@@ -279,7 +279,13 @@ def measure(folder: Path, only: str | None, count: int | None, seed: int) -> int
     table = collections.defaultdict(collections.Counter)
     faults, began = 0, time.monotonic()
     with contextlib.suppress(KeyboardInterrupt):  # what was counted until then is printed
-        for case, kind, number, half in chosen:
+        for place, (case, kind, number, half) in enumerate(chosen):
+            if place % 20 == 0:
+                print(
+                    f"{place:,} of {len(chosen):,} deaths, {faults} faults",
+                    file=sys.stderr,
+                    flush=True,
+                )
             wrong = death(bench, case, kind, number, half=half, right=rights[case])
             table[case].update(deaths=1, faults=bool(wrong))
             if wrong:
