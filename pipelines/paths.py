@@ -147,6 +147,11 @@ class RunPaths:
         return self.root / "evidence"
 
     @property
+    def input_halving(self) -> Path:
+        """Small banks of the successive halving of inputs; they only save time."""
+        return self.root / "input-halving"
+
+    @property
     def advice(self) -> Path:
         return self.evidence / "advice.json"
 

@@ -46,14 +46,14 @@ from headrace.pipelines.planning.run_state import (
     survey,
 )
 from headrace.pipelines.recipe.load import Recipe
-from headrace.pipelines.recipe.sections import EnsembleSection, ScreenSection
+from headrace.pipelines.recipe.sections import EnsembleSection, InputHalvingSection
 from headrace.pipelines.records import append_records, publish_table, write_record
 from headrace.pipelines.selection.calibration import temperature_of
 from headrace.pipelines.selection.cautions import grid_edges, hidden_classes, near_duplicates
 from headrace.pipelines.selection.correction import Selection, assess_selection
 from headrace.pipelines.selection.ensemble import Ensemble, build_ensemble
 from headrace.pipelines.selection.ensemble_store import save_ensemble, show_test
-from headrace.pipelines.selection.halving import Screening, screen_inputs, screened_plan
+from headrace.pipelines.selection.halving import InputHalving, halve_inputs, restrict_plan
 from headrace.pipelines.selection.predictions import held_out, whole_heads
 from headrace.pipelines.selection.small_banks import train_banks
 from headrace.pipelines.selection.winner import (
@@ -176,17 +176,17 @@ def run_recipe(
                     "without --strict"
                 )
             done(_extracted(plan))
-        screening = None
-        if recipe.screen is not None:
-            with _timed(stages, "screen") as done:
+        halving = None
+        if recipe.input_halving is not None:
+            with _timed(stages, "halve inputs") as done:
 
                 def train_all(jobs: Sequence[BankJob]) -> None:
                     nonlocal client
                     if jobs:
                         client = client or stack.enter_context(opened("train"))
-                        train_banks(jobs, client, console, "screen", options, paths.claims)
+                        train_banks(jobs, client, console, "halve inputs", options, paths.claims)
 
-                found, said, screening = screen(found, recipe.screen, train_all)
+                found, said, halving = halve_run_inputs(found, recipe.input_halving, train_all)
                 done(said)
         with _timed(stages, "train heads") as done:
             if found.plan.banks:
@@ -197,7 +197,7 @@ def run_recipe(
                     train_missing(first, client, console, options, on)
                     kept = [each.inputs for each in found.plan.wanted]
                     found = replace(survey(recipe, retry_failed=retry_failed), notes=notes)
-                    found = replace(found, plan=screened_plan(found.plan, kept))
+                    found = replace(found, plan=restrict_plan(found.plan, kept))
                 train_missing(found, client, console, options, on)
             done(_trained(found.plan))
         finetuned = None
@@ -221,7 +221,7 @@ def run_recipe(
                     else "nothing missing"
                 )
     with _timed(stages, "rank and test") as done, lease(_conclusion(paths)):
-        result = conclude(found, recipe.ensemble, finetuned, recipe.images.pixel_range, screening)
+        result = conclude(found, recipe.ensemble, finetuned, recipe.images.pixel_range, halving)
         done(f"{len(result.board):,} settings ranked")
     if recipe.log is not None:
         with _timed(stages, "log") as done:
@@ -297,24 +297,24 @@ def _trained_heads(found: Survey) -> tuple[pd.DataFrame, str, dict[str, int], in
     )
 
 
-def screen(
-    found: Survey, section: ScreenSection, train_all: Callable[[Sequence[BankJob]], None]
-) -> tuple[Survey, str, Screening]:
-    """The survey with the heads on promising inputs only, which those are, and what the screening
-    saw.
+def halve_run_inputs(
+    found: Survey, section: InputHalvingSection, train_all: Callable[[Sequence[BankJob]], None]
+) -> tuple[Survey, str, InputHalving]:
+    """The survey with the heads on promising inputs only, which those are, and what the halving
+    measured.
     """
     wanted = list(dict.fromkeys(each.inputs for each in found.plan.wanted))
-    folder = found.paths.evidence / "screen"
+    folder = found.paths.input_halving
     dataset = found.dataset
-    screening = screen_inputs(
+    halving = halve_inputs(
         wanted, dataset.train, found.directories, section, folder, train_all, dataset.groups
     )
-    kept = screening.kept
+    kept = halving.selected_inputs
     said = (
         f"{len(kept):,} of {len(wanted):,} inputs go on: "
         f"{'; '.join(' + '.join(inputs) for inputs in kept)}"
     )
-    return replace(found, plan=screened_plan(found.plan, kept)), said, screening
+    return replace(found, plan=restrict_plan(found.plan, kept)), said, halving
 
 
 def conclude(
@@ -322,12 +322,12 @@ def conclude(
     ensemble_section: EnsembleSection | None = None,
     finetuned: Finetuned | None = None,
     pixel_range: PixelRange | None = None,
-    screening: Screening | None = None,
+    halving: InputHalving | None = None,
 ) -> RunResult:
     """Rank, choose the winner on validation folds, show the answer the test split, and write the
     tables.
 
-    pixel_range: as in the recipe, for the images that are compared. screening: of the inputs, on
+    pixel_range: as in the recipe, for the images that are compared. halving: of the inputs, on
     the same rows. The answer is the winner, or an ensemble where one is asked for and is better at
     the level of its interval.
     """
@@ -346,7 +346,7 @@ def conclude(
             paths.winner, paths.ensemble
         )  # of an earlier call, of which this leaderboard knows nothing
         raise
-    selection = weigh_selection(found, board, screening)
+    selection = weigh_selection(found, board, halving)
     told = cautions(found, board, pixel_range)
     features = [
         open_feature_set(path) for name in winner["inputs"] for path in found.directories[name]
@@ -414,19 +414,19 @@ def cautions(found: Survey, board: pd.DataFrame, pixel_range: PixelRange | None)
 
 
 def weigh_selection(
-    found: Survey, board: pd.DataFrame, screening: Screening | None = None
+    found: Survey, board: pd.DataFrame, halving: InputHalving | None = None
 ) -> Selection | None:
     """What the choice of the best is worth, from stored predictions; written beside the
     leaderboard.
     """
     held = held_out(found.dataset.train, found.dataset.groups)
-    screened = None
+    halving_luck = None
     if (
-        screening is not None
-        and (wrong := screening.wrong.get(board.iloc[0]["inputs"])) is not None
+        halving is not None
+        and (wrong := halving.row_errors.get(board.iloc[0]["inputs"])) is not None
     ):
-        screened = screening.luck, wrong[held.rows]
-    selection = assess_selection(whole_heads(board), held, found.metric, screened=screened)
+        halving_luck = halving.selection_luck, wrong[held.rows]
+    selection = assess_selection(whole_heads(board), held, found.metric, halving_luck=halving_luck)
     if selection is None:
         withdraw(found.paths.selection, found.paths.comparisons)
     else:

@@ -50,12 +50,12 @@ heads:                           # every list is tried in every combination
   # knn: {{k: [1, 5, 20]}}
 
 ensemble:                        # heads averaged: the answer only where a 95 % interval says better
-  members: 8
+  max_members: 8
 
 # Each of these stages is left out unless it is asked for: take the # away.
-# screen:                        # for many inputs: all start on few images, and only the promising ones get all heads
-#   images: [0.1, 0.3]           # shares of the training images, round by round
-#   keep: 0.5                    # of the inputs, after each round
+# input_halving:                 # for many inputs: all start on few images, and only the promising ones get all heads
+#   sample_fractions: [0.1, 0.3] # shares of the training images, round by round
+#   keep_fraction: 0.5           # of the inputs, after each round
 # finetune:                          # the best head becomes a network that is trained further, and is kept if that is better
 #   depths: [all]                # or head, scratch, or a node: everything above it
 #   budget_minutes: 30

@@ -16,8 +16,8 @@ from headrace.pipelines.recipe.sections import (
     EnsembleSection,
     FinetuneSection,
     Images,
+    InputHalvingSection,
     LogSection,
-    ScreenSection,
     Storage,
     TaskSection,
 )
@@ -37,8 +37,8 @@ class Recipe(Section):
     finetune: FinetuneSection | None = None  # `finetune: {}` takes the defaults
     # features of other programs, under the names that `headrace cache import` gave them
     imported: tuple[str, ...] = ()
-    # `screen: {}` takes the defaults; default: every input gets every head
-    screen: ScreenSection | None = None
+    # `input_halving: {}` takes the defaults; default: every input gets every head
+    input_halving: InputHalvingSection | None = None
     ensemble: EnsembleSection | None = None  # `ensemble: {}` takes the defaults
     storage: Storage = Storage()
     cache: Path = Path("headrace-cache")

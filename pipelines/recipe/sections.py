@@ -168,8 +168,8 @@ class EnsembleSection(Section):
     Nothing is trained for it.
     """
 
-    members: pydantic.PositiveInt = 8  # different heads at most
-    networks: pydantic.PositiveInt | None = None  # backbones at most; default: all of the run's
+    max_members: pydantic.PositiveInt = 8  # different heads at most
+    max_backbones: pydantic.PositiveInt | None = None  # forward passes; default: no limit
     # each backbone beyond the first must lower the loss by this share
     min_gain_per_backbone: Fraction = 0.01
     # picks; a head picked twice weighs twice
@@ -226,17 +226,15 @@ class FinetuneSection(Section):
     budget_minutes: Positive | None = None
 
 
-class ScreenSection(Section):
+class InputHalvingSection(Section):
     """Successive halving of the inputs: all start on few images, the promising ones go on, and only
     they get all heads.
     """
 
-    images: Annotated[tuple[Share, ...], pydantic.Field(min_length=1)] = (
-        0.1,
-        0.3,
-    )  # of the training images, round by round
-    keep: Share = 0.5  # of the inputs, after each round
-    least: pydantic.PositiveInt = 2  # inputs that stay whatever their rank
+    # of the training images, round by round
+    sample_fractions: Annotated[tuple[Share, ...], pydantic.Field(min_length=1)] = (0.1, 0.3)
+    keep_fraction: Share = 0.5  # of the inputs, after each round
+    min_inputs: pydantic.PositiveInt = 2  # inputs that stay whatever their rank
 
 
 class Compute(Section):

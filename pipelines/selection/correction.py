@@ -86,15 +86,15 @@ def assess_selection(
     *,
     seed: int = 0,
     blocks: Iterable[tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]] | None = None,
-    screened: tuple[float, Floats] | None = None,
+    halving_luck: tuple[float, Floats] | None = None,
 ) -> Selection | None:
     """The selection among the whole heads of a leaderboard (best first); None where fewer than two
     rows are held out.
 
     blocks: (places in the board, predictions (k, N, C)), by default those that are stored.
-    screened: where inputs were screened on the same rows, how much luckier the best of all of them
-    was than the best of those that stayed, and the errors (N,) of the winner's input there: so much
-    of that luck is in the winner's score as its own errors are those. Deterministic in the seed.
+    halving_luck: after a successive halving of inputs on the same rows, the luck of its choice and
+    the errors (N,) of the winner's input in it. So much of that luck is in the winner's score as
+    its own errors are those. Deterministic in the seed.
     """
     kind, classes = held.task.kind, max(1, len(held.task.classes))
     resamples = RESAMPLES
@@ -143,9 +143,9 @@ def assess_selection(
     expected, low, high = corrected(values, share=float(left.mean()))
     back = 1 if METRICS[metric].higher_is_better else -1
     optimism = share_optimism(held, first, metric) if is_stratified(held) else 0.0
-    if screened is not None and metric in ("accuracy", "hamming_accuracy"):
-        optimism += screened[0] * _likeness(
-            screened[1], 1 - row_hits(kind, held.target, first, metric)
+    if halving_luck is not None and metric in ("accuracy", "hamming_accuracy"):
+        optimism += halving_luck[0] * _likeness(
+            halving_luck[1], 1 - row_hits(kind, held.target, first, metric)
         )
     # Of simulated boards nothing is known but scores.
     floor = floor_of(compared["spec"].iloc[0], kind, classes) if "spec" in compared else FLOOR
@@ -310,7 +310,7 @@ def _likeness(first: Floats, second: Floats) -> float:
     first, second = (
         np.nan_to_num(first),
         second.reshape(len(second), -1).mean(1),
-    )  # nan: a fold that was not screened
+    )  # nan: a fold that the halving left out
     if first.std() == 0 or second.std() == 0:
         return 0.0
     return max(0.0, float(np.corrcoef(first, second)[0, 1]))

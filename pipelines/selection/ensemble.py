@@ -107,7 +107,7 @@ def build_ensemble(
     """
     kind = held.task.kind
     limits = EnsembleLimits(
-        section.members, section.networks, section.min_gain_per_backbone, section.rounds
+        section.max_members, section.max_backbones, section.min_gain_per_backbone, section.rounds
     )
     found, predicted = _candidates(board, held, section)
     if len(found) < 2:

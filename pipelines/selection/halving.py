@@ -1,8 +1,8 @@
-"""Successive halving across feature sets and sizes of training data: all inputs start on few
-images, the promising go on.
+"""Successive halving of inputs: linear heads on few images for every input, on more for the best.
 
-Jamieson and Talwalkar 2016, with the share of the images as the resource. Which inputs stay depends
-on validation folds of the training rows alone, as everything that chooses does.
+Jamieson and Talwalkar 2016, "Non-stochastic best arm identification and hyperparameter
+optimization", with the share of the images as the resource. Inputs are compared on validation
+folds of the training rows alone.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +17,7 @@ import numpy.typing as npt
 from headrace.heads.bank import BankJob
 from headrace.heads.data.task import Task
 from headrace.pipelines.planning.plan import Plan
-from headrace.pipelines.recipe.sections import ScreenSection
+from headrace.pipelines.recipe.sections import InputHalvingSection
 from headrace.pipelines.selection.correction import choice_luck
 from headrace.pipelines.selection.learning_curves import learning_curve, linear_specs
 
@@ -25,97 +25,108 @@ Inputs = tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Screening:
-    """Which inputs went on, and what each round said."""
+class InputHalving:
+    """Outcome of a successive halving of inputs."""
 
-    kept: tuple[Inputs, ...]
-    # share of the images, error of each input that took part
+    selected_inputs: tuple[Inputs, ...]
+    # share of the images, and the error of each input of the round
     rounds: tuple[tuple[float, Mapping[Inputs, float]], ...]
-    # by how much the error of the best of all inputs is luckier than that of the best of the kept
-    # ones
-    luck: float = 0.0
-    # (rows of the task,) of each input in the first round, nan where a row is not held out
-    wrong: Mapping[Inputs, npt.NDArray[np.float64]] = field(default_factory=dict, compare=False)
+    # by how much luckier the smallest error among all inputs is than among the selected ones, >= 0
+    selection_luck: float = 0.0
+    # (rows of the task,) of each input in its first round; nan where a row is not held out
+    row_errors: Mapping[Inputs, npt.NDArray[np.float64]] = field(
+        default_factory=dict, compare=False
+    )
 
 
-def screen_inputs(
-    wanted: Sequence[Inputs],
+def halve_inputs(
+    candidate_inputs: Sequence[Inputs],
     task: Task,
     directories: Mapping[str, Sequence[Path]],
-    section: ScreenSection,
-    folder: Path,
+    section: InputHalvingSection,
+    results_folder: Path,
     train_all: Callable[[Sequence[BankJob]], None],
     groups: npt.NDArray[Any] | None = None,
-) -> Screening:
-    """Linear heads on a share of the images for each input; the best share of the inputs goes on to
-    the next round.
+) -> InputHalving:
+    """Train linear heads on a share of the images for each input, round by round, and drop the
+    worst inputs after each round.
 
-    groups: as in `learning_curve`. Inputs with a map are not screened: they stay. Results are kept
-    in `folder`; a second call trains nothing.
+    Args:
+        candidate_inputs: names of feature sets that a head reads side by side. Inputs with a map
+            take no part: they are always selected.
+        results_folder: where the trained banks stay; a second call trains nothing.
+        train_all: trains bank jobs, for example on a cluster.
+        groups: (rows of the task,) as in `learning_curve`.
     """
-    alive = [
-        inputs
-        for inputs in dict.fromkeys(wanted)
-        if not any(name.endswith(".map") for name in inputs)
+    unique_inputs = list(dict.fromkeys(candidate_inputs))
+    remaining = [
+        inputs for inputs in unique_inputs if not any(name.endswith(".map") for name in inputs)
     ]
-    maps = [inputs for inputs in dict.fromkeys(wanted) if inputs not in alive]
+    map_inputs = [inputs for inputs in unique_inputs if inputs not in remaining]
     rounds = []
-    wrong: dict[Inputs, npt.NDArray[np.float64]] = {}
-    for fraction in section.images:
-        if len(alive) <= section.least:
+    row_errors: dict[Inputs, npt.NDArray[np.float64]] = {}
+    for sample_fraction in section.sample_fractions:
+        if len(remaining) <= section.min_inputs:
             break
-        errors = {}
-        for inputs in alive:
-            features = [path for name in inputs for path in directories[name]]
+        mean_errors = {}
+        for inputs in remaining:
             curve = learning_curve(
                 task,
-                features,
+                [path for name in inputs for path in directories[name]],
                 linear_specs(task),
-                folder,
+                results_folder,
                 train_all,
                 groups=groups,
-                fractions=(fraction,),
+                fractions=(sample_fraction,),
             )
-            errors[inputs] = float(curve.errors[0])
-            if inputs not in wrong:
-                wrong[inputs] = np.full(len(task.fold), np.nan)
-                wrong[inputs][curve.rows] = curve.wrong[0]
-        rounds.append((fraction, errors))
+            mean_errors[inputs] = float(curve.errors[0])
+            if inputs not in row_errors:
+                row_errors[inputs] = np.full(len(task.fold), np.nan)
+                row_errors[inputs][curve.rows] = curve.wrong[0]
+        rounds.append((sample_fraction, mean_errors))
         # A tie goes to the narrower input, then to the recipe's order.
-        ranked = sorted(alive, key=lambda inputs: (errors[inputs], len(inputs)))
-        most = max(section.least, ceil(section.keep * len(alive)))
-        alive = [inputs for inputs in alive if inputs in ranked[:most]]
-    together = np.unique(task.content if groups is None else groups, return_inverse=True)[1]
-    luck = _luck(wrong, alive, task, together)
-    return Screening((*alive, *maps), tuple(rounds), luck, wrong)
+        ranked = sorted(remaining, key=lambda inputs: (mean_errors[inputs], len(inputs)))
+        n_kept = max(section.min_inputs, ceil(section.keep_fraction * len(remaining)))
+        remaining = [inputs for inputs in remaining if inputs in ranked[:n_kept]]
+    group_codes = np.unique(task.content if groups is None else groups, return_inverse=True)[1]
+    selection_luck = _selection_luck(row_errors, remaining, task, group_codes)
+    return InputHalving((*remaining, *map_inputs), tuple(rounds), selection_luck, row_errors)
 
 
-def _luck(
-    wrong: Mapping[Inputs, npt.NDArray[np.float64]],
-    kept: Sequence[Inputs],
+def _selection_luck(
+    row_errors: Mapping[Inputs, npt.NDArray[np.float64]],
+    selected_inputs: Sequence[Inputs],
     task: Task,
-    groups: npt.NDArray[np.int64],
+    group_codes: npt.NDArray[np.int64],
 ) -> float:
-    if len(wrong) <= len(kept):
+    """Luck of the best of all inputs beyond the luck of the best of the selected ones, >= 0.
+
+    Only the first is new: the second is corrected when the winner is chosen.
+    """
+    if len(row_errors) <= len(selected_inputs):
         return 0.0
-    table = np.stack(list(wrong.values()))
-    held = np.isfinite(table).all(0)
-    stayed = np.array([inputs in kept for inputs in wrong])
-    luck = [
-        choice_luck(-table[part][:, held], task.fold[held], groups[held])
-        for part in (np.ones_like(stayed), stayed)
-    ]
-    return max(0.0, luck[0] - luck[1])
+    error_table = np.stack(list(row_errors.values()))
+    measured_rows = np.isfinite(error_table).all(0)
+    is_selected = np.array([inputs in selected_inputs for inputs in row_errors])
+    luck_of_all, luck_of_selected = (
+        choice_luck(
+            -error_table[input_mask][:, measured_rows],
+            task.fold[measured_rows],
+            group_codes[measured_rows],
+        )
+        for input_mask in (np.ones_like(is_selected), is_selected)
+    )
+    return max(0.0, luck_of_all - luck_of_selected)
 
 
-def screened_plan(plan: Plan, kept: Sequence[Inputs]) -> Plan:
-    """The plan with the heads on these inputs only."""
-    wanted = tuple(each for each in plan.wanted if each.inputs in kept)
-    banks = tuple(bank for bank in plan.banks if bank.inputs in kept)
+def restrict_plan(plan: Plan, selected_inputs: Sequence[Inputs]) -> Plan:
+    """Return the plan with the heads on the selected inputs only."""
+    wanted = tuple(request for request in plan.wanted if request.inputs in selected_inputs)
+    banks = tuple(bank for bank in plan.banks if bank.inputs in selected_inputs)
     return replace(
         plan,
         wanted=wanted,
         banks=banks,
-        heads_total=plan.folds * sum(len(each.specs) for each in wanted),
+        heads_total=plan.folds * sum(len(request.specs) for request in wanted),
         heads_new=plan.folds * sum(len(bank.specs) for bank in banks),
     )

@@ -120,32 +120,30 @@ def test_only_what_is_new_is_done(finished, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_screen_leaves_the_promising_inputs(finished, tmp_path):
-    """Only they get all heads, the first stage says which, and a second call screens
+def test_input_halving_leaves_the_promising_inputs(finished, tmp_path):
+    """Only they get all heads, the first stage says which, and a second call trains
     nothing anew.
     """
     folder, whole = finished
     text = RECIPE.replace("folder: photos", f"folder: {folder / 'photos'}")
     text += (
-        "screen:\n  images: [0.5]\n  keep: 0.1\n  least: 1\ncache: "
+        "input_halving:\n  sample_fractions: [0.5]\n  keep_fraction: 0.1\n  min_inputs: 1\ncache: "
         f"{folder / 'headrace-cache'}\nout: {tmp_path / 'out'}\n"
     )
-    (tmp_path / "screened.yaml").write_text(text)
-    recipe = load_recipe(tmp_path / "screened.yaml")
+    (tmp_path / "halved.yaml").write_text(text)
+    recipe = load_recipe(tmp_path / "halved.yaml")
     first = run_recipe(recipe, console=Console(quiet=True))
     assert first.board["inputs"].nunique() == 1
     assert set(first.board["inputs"]) < set(whole.board["inputs"])
     assert first.test.images == 15
-    assert next(stage.did for stage in first.stages if stage.name == "screen").startswith(
+    assert next(stage.did for stage in first.stages if stage.name == "halve inputs").startswith(
         "1 of 4 inputs go on: "
     )
-    files = {
-        path: path.stat().st_mtime_ns for path in (first.paths.evidence / "screen").rglob("*.h5")
-    }
+    files = {path: path.stat().st_mtime_ns for path in first.paths.input_halving.rglob("*.h5")}
     assert files
     again = run_recipe(recipe, console=Console(quiet=True))
     assert {
-        path: path.stat().st_mtime_ns for path in (first.paths.evidence / "screen").rglob("*.h5")
+        path: path.stat().st_mtime_ns for path in first.paths.input_halving.rglob("*.h5")
     } == files
     assert (
         next(stage.did for stage in again.stages if stage.name == "train heads")

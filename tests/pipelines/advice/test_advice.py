@@ -27,9 +27,9 @@ from headrace.pipelines.advice.measure import NothingToWeigh, advise_on
 from headrace.pipelines.advice.reference import NoReference, reference_evidence, reference_text
 from headrace.pipelines.advice.taps import transfer_scores
 from headrace.pipelines.planning.leaderboard import rank_heads
-from headrace.pipelines.recipe.sections import ScreenSection
+from headrace.pipelines.recipe.sections import InputHalvingSection
 from headrace.pipelines.selection.estimate import Estimate
-from headrace.pipelines.selection.halving import screen_inputs
+from headrace.pipelines.selection.halving import halve_inputs
 from headrace.pipelines.selection.learning_curves import (
     FRACTIONS,
     error_with_more,
@@ -397,7 +397,7 @@ def test_draws_resample_folds_and_groups():
     assert (drawn[:20].sum(0) == 0).any()  # a fold that was not drawn
 
 
-def test_screening_keeps_what_is_promising(tmp_path):
+def test_input_halving_keeps_what_is_promising(tmp_path):
     """The best tap of six survives two rounds, each on half as many inputs; a second call trains
     nothing; maps stay.
     """
@@ -411,17 +411,17 @@ def test_screening_keeps_what_is_promising(tmp_path):
         trained.append(len(jobs))
         in_this_process(jobs)
 
-    section = ScreenSection(images=(0.2, 0.5), keep=0.5, least=1)
+    section = InputHalvingSection(sample_fractions=(0.2, 0.5), keep_fraction=0.5, min_inputs=1)
     first, again = (
-        screen_inputs(wanted, task, directories, section, tmp_path / "s", counted) for _ in range(2)
+        halve_inputs(wanted, task, directories, section, tmp_path / "s", counted) for _ in range(2)
     )
     assert first == again
-    assert first.kept[-1] == ("m.map",)
-    assert ("block3.avg",) in first.kept
+    assert first.selected_inputs[-1] == ("m.map",)
+    assert ("block3.avg",) in first.selected_inputs
     assert [len(errors) for _, errors in first.rounds] == [6, 3]
-    assert len(first.kept) == 2 + 1
-    assert first.luck >= 0
-    assert list(first.wrong) == wanted[:-1]
-    assert all(np.isin(wrong, (0, 1)).all() for wrong in first.wrong.values())
+    assert len(first.selected_inputs) == 2 + 1
+    assert first.selection_luck >= 0
+    assert list(first.row_errors) == wanted[:-1]
+    assert all(np.isin(wrong, (0, 1)).all() for wrong in first.row_errors.values())
     assert sum(trained[: len(trained) // 2]) == (6 + 3) * 3
     assert sum(trained[len(trained) // 2 :]) == 0

@@ -204,13 +204,13 @@ def test_the_demos_recipe_lists_its_table(tmp_path):
 
 
 def test_every_stage_that_the_recipe_mentions_can_be_asked_for(tmp_path, photos):
-    """screen and finetune are written as comments; with the marks taken away they are valid, alone
+    """input_halving and finetune are written as comments; with the marks taken away they are valid, alone
     and together.
     """
     out = tmp_path / "r.yaml"
     write_recipe(photos, out)
     text = out.read_text()
-    for wanted in (("screen",), ("finetune",), ("screen", "finetune")):
+    for wanted in (("input_halving",), ("finetune",), ("input_halving", "finetune")):
         lines, within = [], False
         for line in text.splitlines():
             bare = line.removeprefix("# ")
@@ -222,7 +222,7 @@ def test_every_stage_that_the_recipe_mentions_can_be_asked_for(tmp_path, photos)
         out.write_text("\n".join(lines))
         recipe = load_recipe(out)
         assert {
-            name for name in ("screen", "finetune") if getattr(recipe, name) is not None
+            name for name in ("input_halving", "finetune") if getattr(recipe, name) is not None
         } == set(wanted)
         assert recipe.ensemble is not None  # is on: nothing is trained for it
 

@@ -154,7 +154,7 @@ def test_other_tasks(tmp_path, kind, metric):
         [1 / (1 + np.exp(-4 * (each - 0.5))) for each in outputs] if kind == "multi" else outputs
     )
     board, task = stored(tmp_path, kind, metric, outputs, target, folds=2)
-    found = build_ensemble(board, held_out(task), metric, EnsembleSection(members=4))
+    found = build_ensemble(board, held_out(task), metric, EnsembleSection(max_members=4))
     assert found.chosen
     assert 1 < len(found.members) <= 4
     assert found.value == pytest.approx(found.metrics[metric], abs=0.05)
