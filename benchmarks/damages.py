@@ -78,7 +78,7 @@ heads:
     - estimator: sklearn.naive_bayes:GaussianNB
       inputs: [[features.12.avg]]
 finetune:
-  depths: [features.10]
+  train_above: [features.10]
   learning_rate: [3.0e-4]
   epochs: 2
   batch_size: 16

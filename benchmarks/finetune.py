@@ -263,7 +263,7 @@ def fine_tuned(
     network = Network(backbone, [TAP], head_module(head, arrays, "single"))
     spec = FineTuneSpec(
         head=spec_to_json(head),
-        depth="all",
+        train_above="all",
         epochs=16,
         patience=16,
         learning_rate=2e-3,
@@ -312,7 +312,7 @@ def cut(steps: int) -> dict[str, float]:
             )
             spec = FineTuneSpec(
                 head=spec_to_json(MLPSpec(hidden=())),
-                depth=node,
+                train_above=node,
                 start="pretrained",
                 batch_size=ROWS,
             )

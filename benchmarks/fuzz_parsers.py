@@ -542,7 +542,7 @@ def network_text() -> list[bytes]:
         "tap": ["layer4.avg"],
         "head": {"convolutions": [], "layers": [[2, width]], "gain": 1.0, "features": width},
         "spec": json.loads(
-            spec_to_json(FineTuneSpec(head=spec_to_json(LogisticSpec(1.0)), depth="all"))
+            spec_to_json(FineTuneSpec(head=spec_to_json(LogisticSpec(1.0)), train_above="all"))
         ),
         "task_kind": "single",
         "classes": ["a", "b"],

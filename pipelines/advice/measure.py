@@ -246,12 +246,12 @@ def pilot_evidence(
     pilots = []
     for place, predicted in _predictions(networks, held).items():
         row, spec = networks.iloc[place], json.loads(networks["spec"].iloc[place])
-        depth = spec.get("depth")
+        train_above = spec.get("train_above")
         pilots.append(
             PilotEvidence(
                 name=f"{row['kind']} {row['settings']}",
-                tap=None if depth in ("all", "head", None) else depth,
-                scratch=spec.get("start") == "random" and depth == "all",
+                tap=None if train_above in ("all", "head", None) else train_above,
+                scratch=spec.get("start") == "random" and train_above == "all",
                 gain=error.minus(_estimate(_wrong(held.task, held, predicted), draws)),
             )
         )

@@ -57,7 +57,7 @@ ensemble:                        # heads averaged: the answer only where a 95 % 
 #   sample_fractions: [0.1, 0.3] # shares of the training images, round by round
 #   keep_fraction: 0.5           # of the inputs, after each round
 # finetune:                          # the best head becomes a network that is trained further, and is kept if that is better
-#   depths: [all]                # or head, scratch, or a node: everything above it
+#   train_above: [all]           # or head, scratch, or a node: everything above it
 #   budget_minutes: 30
 
 # cache: headrace-cache          # features; share one cache between recipes

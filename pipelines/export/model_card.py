@@ -110,13 +110,13 @@ def _network(about: dict[str, Any]) -> str:
     """
     spec = dict(about["spec"])
     head = json.loads(spec.pop("head"))
-    depth, start = spec.pop("depth"), spec.pop("start")
+    train_above, start = spec.pop("train_above"), spec.pop("start")
     settings = {name: value for name, value in spec.items() if name != "kind"}
     part = {
         "head": "its head alone",
         "all": "all of it",
         "scratch": "all of it, from a random start",
-    }.get(depth, f"everything above `{depth}`")
+    }.get(train_above, f"everything above `{train_above}`")
     begun = {"random": ", which started at random", "pretrained": ", which started pretrained"}.get(
         start, ""
     )

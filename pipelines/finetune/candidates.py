@@ -1,5 +1,5 @@
-"""Which networks might be worth training: promoted heads at each depth, partial reuse, and what
-each promises per hour.
+"""Which networks might be worth training: the best heads, trained above each node, partial reuse,
+and what each promises per hour.
 """
 
 import hashlib
@@ -62,23 +62,26 @@ def list_candidates(
     directories: Mapping[str, Sequence[Path]],
     backbones: Mapping[str, BackboneSpec | None],
 ) -> tuple[list[Candidate], list[str]]:
-    """Every network that the recipe asks for, and why heads that would have been promoted are not.
+    """Every network that the recipe asks for, and why heads that would have been fine-tuned are
+    not.
 
     board: heads only, best first. Raises RecipeError for inputs of partial reuse that no backbone
     gives.
     """
     notes: list[str] = []
     found: list[Candidate] = []
-    promoted = 0
+    n_finetuned = 0
     usable = board[(board["failed"] == 0) & board["final"]]
     for _, row in usable.drop_duplicates(["inputs", "kind"]).iterrows():
-        if promoted == section.promote:
+        if n_finetuned == section.top_k:
             break
         reason = _unfit(row, backbones)
         if reason:
-            notes.append(f"{row['kind']} on {' + '.join(row['inputs'])} is not promoted: {reason}")
+            notes.append(
+                f"{row['kind']} on {' + '.join(row['inputs'])} is not fine-tuned: {reason}"
+            )
             continue
-        promoted += 1
+        n_finetuned += 1
         found += _promoted(row, section, directories, backbones)
     for reuse in section.reuse:
         for name in reuse.inputs:
@@ -88,11 +91,11 @@ def list_candidates(
                     f"{', '.join(directories)}"
                 )
         if len(usable) and (reason := _one_backbone(reuse.inputs, backbones)):
-            notes.append(f"partial reuse above {reuse.cut} is left out: {reason}")
+            notes.append(f"partial reuse above {reuse.train_above} is left out: {reason}")
         elif len(usable):
             new = MLPSpec(hidden=reuse.hidden, dropout=section.dropout, seed=section.seed)
             for start in reuse.start:
-                for spec in _specs(section, spec_to_json(new), reuse.cut, start):
+                for spec in _specs(section, spec_to_json(new), reuse.train_above, start):
                     found.append(
                         _candidate(
                             "partial reuse",
@@ -112,19 +115,21 @@ def _promoted(
     directories: Mapping[str, Sequence[Path]],
     backbones: Mapping[str, BackboneSpec | None],
 ) -> Iterator[Candidate]:
-    for depth in section.depths:
-        if depth == "scratch":
+    for train_above in section.train_above:
+        if train_above == "scratch":
             head = spec_from_json(row["spec"])
             hidden = head.hidden if isinstance(head, MLPSpec) else ()
             new = spec_to_json(MLPSpec(hidden=hidden, dropout=section.dropout, seed=section.seed))
             specs, label = _specs(section, new, "all", "random"), "from scratch"
         else:
-            specs, label = _specs(section, row["spec"], depth, "head"), "fine-tuned"
+            specs, label = _specs(section, row["spec"], train_above, "head"), "fine-tuned"
         for spec in specs:
             yield _candidate(label, row["inputs"], spec, row, directories, backbones)
 
 
-def _specs(section: FinetuneSection, head: str, depth: str, start: Any) -> Iterator[FineTuneSpec]:
+def _specs(
+    section: FinetuneSection, head: str, train_above: str, start: Any
+) -> Iterator[FineTuneSpec]:
     same = (
         "layer_decay",
         "weight_decay",
@@ -135,7 +140,7 @@ def _specs(section: FinetuneSection, head: str, depth: str, start: Any) -> Itera
         "dropout",
         "label_smoothing",
         "class_weight",
-        "clip",
+        "grad_clip_norm",
         "batch_norm",
         "augment",
         "precision",
@@ -143,7 +148,9 @@ def _specs(section: FinetuneSection, head: str, depth: str, start: Any) -> Itera
     )
     for rate in section.learning_rate:
         fixed = {name: getattr(section, name) for name in same}
-        yield FineTuneSpec(head=head, depth=depth, start=start, learning_rate=rate, **fixed)
+        yield FineTuneSpec(
+            head=head, train_above=train_above, start=start, learning_rate=rate, **fixed
+        )
 
 
 def _candidate(
@@ -159,8 +166,8 @@ def _candidate(
     features = tuple(path for name in inputs for path in directories[name])
     prefix = inputs[0].split(":")[0] + ":" if ":" in inputs[0] else ""
     cut = (
-        tuple(directories.get(f"{prefix}{spec.depth}.map", ()))
-        if spec.start != "random" or spec.depth != "all"
+        tuple(directories.get(f"{prefix}{spec.train_above}.map", ()))
+        if spec.start != "random" or spec.train_above != "all"
         else ()
     )
     return Candidate(label, tuple(inputs), spec, backbone, features, cut, row)

@@ -70,7 +70,7 @@ def require_differentiable(spec: HeadSpec) -> None:
     """Raises FinetuneRefused for a head that no gradient passes through."""
     if spec.kind not in DIFFERENTIABLE:
         raise FinetuneRefused(
-            f"a {spec.kind} head is no function that gradients pass through: promote a head of "
+            f"a {spec.kind} head is no function that gradients pass through: fine-tune a head of "
             f"kind {', '.join(DIFFERENTIABLE)}"
         )
 
@@ -83,8 +83,8 @@ def head_module(spec: HeadSpec, arrays: Arrays, task: TaskKind) -> Head:
     require_differentiable(spec)
     if not arrays:
         raise FinetuneRefused(
-            f"this {spec.kind} head has no arrays, because it failed or was stopped early: promote "
-            "another"
+            f"this {spec.kind} head has no arrays, because it failed or was stopped early: "
+            "fine-tune another"
         )
     tensors = {
         name: torch.from_numpy(np.array(array, np.float32)) for name, array in arrays.items()

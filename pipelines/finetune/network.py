@@ -170,29 +170,29 @@ class Network(nn.Module):
             raise _Done
 
 
-def trainable_blocks(network: Network, depth: str) -> list[list[str]]:
-    """The blocks of the backbone that train at this depth, from the bottom up, each a list of
+def trainable_blocks(network: Network, train_above: str) -> list[list[str]]:
+    """The blocks of the backbone that train above this node, from the bottom up, each a list of
     modules; "head": none.
 
     Blocks that no tap needs are left out: no gradient reaches them. Raises CannotCut for an unknown
     node, and for one that has nothing of the network above it.
     """
-    if depth == "head":
+    if train_above == "head":
         return []
     module = network.backbone
-    if depth != "all" and depth not in dict(module.named_modules()):
+    if train_above != "all" and train_above not in dict(module.named_modules()):
         raise CannotCut(
-            f"the network has no node {depth!r} to train above: `headrace backbones NAME` lists "
-            "them"
+            f"the network has no node {train_above!r} to train above: `headrace backbones "
+            "NAME` lists them"
         )
     owners = owners_above(
-        network.untouched, None if depth == "all" else depth, network.preprocessing.crop
+        network.untouched, None if train_above == "all" else train_above, network.preprocessing.crop
     )
     reached = _reached(network)
     found = blocks_of(module, [owner for owner in owners if owner in reached])
     if not found:
         raise CannotCut(
-            f"nothing between {depth} and the head's taps "
+            f"nothing between {train_above} and the head's taps "
             f"({', '.join(str(tap) for tap in network.taps)}) has parameters: train above an "
             "earlier node"
         )

@@ -40,7 +40,7 @@ from headrace.heads.spec import FineTuneSpec, spec_from_json, spec_to_json
 from headrace.pipelines.finetune.head import Head
 from headrace.pipelines.finetune.network import Network
 
-FORMAT = 2  # 1 had no temperature
+FORMAT = 3  # 2 called train_above depth, 1 had no temperature
 WEIGHTS = "network.safetensors"
 DESCRIPTION = "network.json"
 
@@ -146,10 +146,10 @@ def load_network(
             )
         check_seal(data)
         about: dict[str, Any] = json.loads(tensor_metadata(data)["headrace"])
-        if about["format"] not in (1, FORMAT):
+        if about["format"] != FORMAT:
             raise BadNetworkFile(
                 f"{path}: format {about['format']}, this version of headrace reads {FORMAT}: "
-                "update headrace"
+                + (WRITE_AGAIN if about["format"] < FORMAT else "update headrace")
             )
         tensors = load(data)
         spec = backbone_from_fields(about["backbone"])

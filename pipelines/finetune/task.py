@@ -361,7 +361,7 @@ def _training(fold_job: FoldJob, opened: _Opened) -> Training:
         )
     head.dropout = max(head.dropout, spec.dropout)
     network = Network(opened.backbone, opened.taps, head, cut=cut)
-    blocks = trainable_blocks(network, spec.depth)
+    blocks = trainable_blocks(network, spec.train_above)
     if spec.start == "random":
         _draw_anew(network, job.backbone, [name for block in blocks for name in block], spec.seed)
     source = _source(job, opened, network)

@@ -78,7 +78,7 @@ class Training:
         self.named: dict[str, Tensor] = {
             name: p for name, p in network.named_parameters() if p.requires_grad
         }
-        if spec.batch_norm == "trained" or spec.start == "random":
+        if spec.batch_norm == "trainable" or spec.start == "random":
             norms = {name for name, module in self.trained if isinstance(module, _BATCH_NORMS)}
             self.named |= {  # their running statistics belong to what is remembered
                 name: buffer
@@ -221,7 +221,7 @@ class Training:
             if self.plan.device != "cpu":
                 torch.cuda.empty_cache()
         norm = nn.utils.clip_grad_norm_(
-            [p for p in self.named.values() if p.requires_grad], self.plan.spec.clip
+            [p for p in self.named.values() if p.requires_grad], self.plan.spec.grad_clip_norm
         )
         if not math.isfinite(loss) or not bool(torch.isfinite(norm)):
             raise TrainingFailed(
@@ -259,7 +259,7 @@ class Training:
         """
         self.network.eval()
         self.network.head.train()
-        if self.plan.spec.batch_norm == "trained" or self.plan.spec.start == "random":
+        if self.plan.spec.batch_norm == "trainable" or self.plan.spec.start == "random":
             for _, module in self.trained:
                 if isinstance(module, _BATCH_NORMS):
                     module.train()

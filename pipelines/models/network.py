@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from headrace.extract.run.work_unit import Pass
     from headrace.pipelines.finetune.persist import TrainedNetwork
 
+FORMAT = 3  # as finetune/persist.py, which imports torch
 NETWORK, WEIGHTS = "network.json", "network.safetensors"
 Floats = npt.NDArray[np.float32]
 
@@ -60,6 +61,8 @@ def read_network(directory: Path) -> tuple[NetworkMember, dict[str, Any]]:
         data = path.read_bytes()
         check_seal(data)
         about: dict[str, Any] = json.loads(tensor_metadata(data)["headrace"])
+        if about["format"] != FORMAT:
+            raise ValueError(f"format {about['format']}, this version reads {FORMAT}")
         digest = hashlib.sha256(data).hexdigest()
         features = tuple(_feature(about, tap, digest) for tap in about["tap"])
         spatial = bool(about["head"]["convolutions"])

@@ -181,14 +181,14 @@ class EnsembleSection(Section):
 
 
 class ReuseSection(Section):
-    """Partial reuse: a new head on the blocks above a cut, which start pretrained or anew; the two
+    """Partial reuse: a new head on the blocks above a node, which start pretrained or anew; the two
     are compared.
     """
 
-    # the node to cut at, `blocks.4`; from its cached map (`blocks.4.map`) where the backbone has
-    # that tap
-    cut: str
-    # taps above the cut that the new head is given
+    # everything above this node trains, as `blocks.4`; from its cached map (`blocks.4.map`) where
+    # the backbone has that tap
+    train_above: str
+    # taps above the node that the new head is given
     inputs: Annotated[tuple[str, ...], pydantic.Field(min_length=1)]
     hidden: tuple[pydantic.PositiveInt, ...] = ()
     start: Annotated[tuple[Literal["pretrained", "random"], ...], pydantic.Field(min_length=1)] = (
@@ -203,9 +203,9 @@ class FinetuneSection(Section):
     """
 
     # so many heads, best first, one of each inputs and kind
-    promote: Annotated[int, pydantic.Field(ge=0)] = 1
+    top_k: Annotated[int, pydantic.Field(ge=0)] = 1
     # What trains: head, all, scratch (all, from a random start), or a node: everything above it.
-    depths: Annotated[tuple[str, ...], pydantic.Field(min_length=1)] = ("all",)
+    train_above: Annotated[tuple[str, ...], pydantic.Field(min_length=1)] = ("all",)
     reuse: tuple[ReuseSection, ...] = ()
     learning_rate: NonEmptyFloats = (3e-4,)
     layer_decay: Share = 0.7  # each block learns at so much of the rate of the one above
@@ -217,8 +217,8 @@ class FinetuneSection(Section):
     dropout: Fraction = 0.0
     label_smoothing: Fraction = 0.0
     class_weight: Literal["none", "balanced"] = "none"
-    clip: Positive = 1.0
-    batch_norm: Literal["held", "trained"] = "held"
+    grad_clip_norm: Positive = 1.0
+    batch_norm: Literal["frozen", "trainable"] = "frozen"
     augment: Literal["none", "flip", "flips", "views"] = "none"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     seed: Seed = 0

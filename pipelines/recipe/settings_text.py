@@ -31,10 +31,10 @@ def _network_text(spec: FineTuneSpec) -> str:
     """What trains, from which start, under which head."""
     head = spec_from_json(spec.head)
     under = f"{head.kind} {settings_text(head)}".strip()
-    where = spec.depth if spec.depth in ("all", "head") else f"above {spec.depth}"
+    where = spec.train_above if spec.train_above in ("all", "head") else f"above {spec.train_above}"
     if spec.start == "head":
         return f"fine-tuned {where} lr={spec.learning_rate:g} from {under}"
-    if spec.start == "random" and spec.depth == "all":
+    if spec.start == "random" and spec.train_above == "all":
         return f"from scratch lr={spec.learning_rate:g} under {under}"
     return f"reused {where} {spec.start} lr={spec.learning_rate:g} under new {under}"
 

@@ -621,7 +621,7 @@ def test_a_choice_that_there_is_not_is_refused(kind: type) -> None:
         "k": 1,
         "estimator": "sklearn.svm.SVC",
         "head": "",
-        "depth": "all",
+        "train_above": "all",
     }
     given = {field.name: required[field.name] for field in fields(kind) if field.name in required}
     kind(**given, **choices)

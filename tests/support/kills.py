@@ -91,7 +91,7 @@ heads:
     epochs: 2
     inputs: [[fourth.avg]]
 finetune:
-  depths: [third]
+  train_above: [third]
   learning_rate: [1.0e-2, 1.0e-12]
   epochs: 2
   batch_size: 16

@@ -81,7 +81,7 @@ class Case:
         **settings: Any,
     ) -> FinetuneJob:
         settings = {
-            "depth": "layer3",
+            "train_above": "layer3",
             "epochs": 3,
             "learning_rate": 1e-3,
             "batch_size": 16,

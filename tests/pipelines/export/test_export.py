@@ -299,7 +299,7 @@ def network_directory(place, kind="logistic"):
     network = Network(backbone, [parse_tap(tap) for tap in taps], head).eval()
     for parameter in network.backbone.parameters():
         parameter.data += 0.02 * torch.randn_like(parameter)
-    spec = FineTuneSpec(head=spec_to_json(head_spec), depth="all")
+    spec = FineTuneSpec(head=spec_to_json(head_spec), train_above="all")
     save_network(
         place,
         network,

@@ -10,7 +10,7 @@ from support.runs import make_photos
 from headrace.pipelines.finetune.persist import load_network
 
 FINETUNE = """\
-finetune: {depths: [layer3], learning_rate: [0.001], epochs: 2, batch_size: 16}
+finetune: {train_above: [layer3], learning_rate: [0.001], epochs: 2, batch_size: 16}
 compute: {workers: 1, images_per_shard: 64}
 """
 

@@ -154,7 +154,7 @@ def test_heads_of_every_kind_that_has_gradients_pass(
 ) -> None:
     """From the images, and from the cached maps of the cut where something lies above it."""
     cut = None if head.kind == "conv" else "layer3.map"
-    found = pilot(case.job(head, taps, cut, depth="all" if cut is None else "layer3"))
+    found = pilot(case.job(head, taps, cut, train_above="all" if cut is None else "layer3"))
     for key in ("parity", "cut_parity") if cut else ("parity",):
         assert found[key]["largest"] < LARGEST / 10, key
         assert found[key]["rows"] == 48
@@ -177,7 +177,9 @@ def test_a_stale_network_is_refused_before_anything_runs(case: Case) -> None:
 
 def test_a_neighbour_search_cannot_be_finetuned(case: Case) -> None:
     """No gradient passes through it: refused with the kinds that can."""
-    with pytest.raises(FinetuneRefused, match="promote a head of kind logistic, ridge, mlp, conv"):
+    with pytest.raises(
+        FinetuneRefused, match="fine-tune a head of kind logistic, ridge, mlp, conv"
+    ):
         pilot(case.job(KNNSpec(k=3)))
 
 

@@ -107,7 +107,7 @@ def inputs_of(case: Case, out: Path) -> FinetuneInputs:
     return FinetuneInputs(paths, case.task, "log_loss", case.directories, backbones, images, "cpu")
 
 
-SECTION = FinetuneSection(depths=("layer3",), epochs=3, learning_rate=(1e-3,), batch_size=16)
+SECTION = FinetuneSection(train_above=("layer3",), epochs=3, learning_rate=(1e-3,), batch_size=16)
 WEAK = LogisticSpec(C=1e-4)  # leaves much to gain
 
 
@@ -263,8 +263,8 @@ def test_partial_reuse_is_compared_from_both_starts(
     board = board_of(case, (WEAK, ("layer4.avg",)))
     section = SECTION.model_copy(
         update={
-            "promote": 0,
-            "reuse": (ReuseSection(cut="layer3", inputs=("layer4.avg",), hidden=(8,)),),
+            "top_k": 0,
+            "reuse": (ReuseSection(train_above="layer3", inputs=("layer4.avg",), hidden=(8,)),),
         }
     )
     result = finetune(inputs_of(case, tmp_path), board, section, HereClient(), QUIET)  # type: ignore[arg-type]
@@ -274,7 +274,7 @@ def test_partial_reuse_is_compared_from_both_starts(
     } == {True}
     assert result.compared["log_loss"].notna().all()
     wrong = SECTION.model_copy(
-        update={"reuse": (ReuseSection(cut="layer3", inputs=("layer9.avg",)),)}
+        update={"reuse": (ReuseSection(train_above="layer3", inputs=("layer9.avg",)),)}
     )
     with pytest.raises(RecipeError, match="which no backbone gives"):
         list_candidates(board, wrong, case.directories, dict.fromkeys(case.directories, SMALL))
@@ -344,7 +344,7 @@ def test_a_rate_that_is_far_too_large_is_told(case: Case, tmp_path: Path, here: 
     """
     board = board_of(case, (WEAK, ("layer4.avg",)))
     section = SECTION.model_copy(
-        update={"learning_rate": (1e30,), "clip": 1e30, "warmup_fraction": 0.0}
+        update={"learning_rate": (1e30,), "grad_clip_norm": 1e30, "warmup_fraction": 0.0}
     )
     result = finetune(inputs_of(case, tmp_path), board, section, HereClient(), QUIET)  # type: ignore[arg-type]
     assert result.compared["decision"].tolist()[1] in ("failed", "refused")
@@ -371,8 +371,8 @@ def test_a_network_that_is_not_the_heads_is_refused_on_record(
 
 
 def test_candidates_are_what_the_recipe_asks_for(case: Case) -> None:
-    """The best heads, one of each inputs and kind, at each depth; those without gradients are told
-    and passed over.
+    """The best heads, one of each inputs and kind, above each node; those without gradients are
+    told and passed over.
     """
     board = board_of(
         case,
@@ -382,15 +382,15 @@ def test_candidates_are_what_the_recipe_asks_for(case: Case) -> None:
         (MLPSpec(hidden=(4,), epochs=2), ("layer4.max",)),
     )
     backbones: dict[str, BackboneSpec | None] = dict.fromkeys(case.directories, SMALL)
-    section = FinetuneSection(promote=3, depths=("layer3", "all", "scratch"))
+    section = FinetuneSection(top_k=3, train_above=("layer3", "all", "scratch"))
     found, notes = list_candidates(board, section, case.directories, backbones)
-    assert len(found) == 6, "two heads, three depths"
+    assert len(found) == 6, "two heads, three nodes to train above"
     assert any("knn" in note for note in notes)
     assert {one.label for one in found} == {"fine-tuned", "from scratch"}
-    assert {bool(one.cut) for one in found if one.spec.depth == "layer3"} == {True}, (
+    assert {bool(one.cut) for one in found if one.spec.train_above == "layer3"} == {True}, (
         "the map of layer3 is cached"
     )
-    assert not any(one.cut for one in found if one.spec.depth == "all")
+    assert not any(one.cut for one in found if one.spec.train_above == "all")
     assert len({one.key for one in found}) == 6
     found, notes = list_candidates(
         board, section, case.directories, dict.fromkeys(case.directories)
@@ -424,7 +424,7 @@ RECIPE = (
     WEAK_HEAD_RECIPE
     + """\
 finetune:
-  depths: [layer3]
+  train_above: [layer3]
   learning_rate: [0.001]
   epochs: 4
   batch_size: 16

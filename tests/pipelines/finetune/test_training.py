@@ -50,7 +50,7 @@ def losses(result: dict[str, object]) -> list[float]:
 
 def test_a_spec_survives_json() -> None:
     """As every other spec does; equal specs give equal text."""
-    spec = FineTuneSpec(head=spec_to_json(LOGISTIC), depth="layer3", augment="flips")
+    spec = FineTuneSpec(head=spec_to_json(LOGISTIC), train_above="layer3", augment="flips")
     assert spec_from_json(spec_to_json(spec)) == spec
 
 
@@ -109,7 +109,7 @@ def test_where_the_network_cannot_be_cut_training_runs_from_the_images(tmp_path:
     case = make_case(tmp_path, images=24, taps=("layer3.0.conv1.map", "layer4.avg"))
     curves = []
     for cut in ("layer3.0.conv1.map", None):
-        job = case.job(cut=cut, depth="layer3.0.conv1", epochs=1, out=f"cut {cut}")
+        job = case.job(cut=cut, train_above="layer3.0.conv1", epochs=1, out=f"cut {cut}")
         found = pilot(job)
         assert found["cut_parity"] is None
         assert ("also reads what lies below it" in str(found["uncut"])) == bool(cut)
@@ -121,9 +121,9 @@ def test_rates_fall_with_depth_and_time(case: Case) -> None:
     """Each block learns at layer_decay times the one above; warm-up rises, the cosine ends near
     zero; biases do not decay.
     """
-    opened = task_module._open(case.job(cut=None, depth="all", layer_decay=0.5))
+    opened = task_module._open(case.job(cut=None, train_above="all", layer_decay=0.5))
     training = task_module._training(
-        FoldJob(case.job(cut=None, depth="all", layer_decay=0.5), 0), opened
+        FoldJob(case.job(cut=None, train_above="all", layer_decay=0.5), 0), opened
     )
     rates = sorted(set(training.rates), reverse=True)
     assert len(rates) == len(training.plan.blocks)
@@ -145,7 +145,7 @@ def test_a_wide_head_moves_as_slowly_as_a_narrow_one(
     rates = {}
     for wide in (512, 16):
         monkeypatch.setattr(train_module, "WIDE", wide)
-        job = case.job(cut=None, depth="all", layer_decay=0.5)
+        job = case.job(cut=None, train_above="all", layer_decay=0.5)
         training = task_module._training(FoldJob(job, 0), task_module._open(job))
         rates[wide] = training.rates
     inputs = training.network.head.layers[0].weight.shape[1]
@@ -170,7 +170,7 @@ def test_from_scratch_forgets_the_pretrained_parameters(case: Case) -> None:
     normalisation are trained.
     """
     jobs = [
-        case.job(NEW, cut=None, depth="all", start="random", seed=seed, out=f"scratch{seed}")
+        case.job(NEW, cut=None, train_above="all", start="random", seed=seed, out=f"scratch{seed}")
         for seed in (0, 7)
     ]
     states = []
@@ -249,7 +249,7 @@ def test_a_killed_training_ends_on_the_same_curve(case: Case) -> None:
         "augment": "flips",
         "dropout": 0.3,
         "cut": None,
-        "depth": "layer2",
+        "train_above": "layer2",
     }
     whole = train_fold(FoldJob(case.job(out="whole", **settings), 0))
     job = case.job(out="killed", **settings)
@@ -297,7 +297,14 @@ def test_a_loss_that_is_no_number_is_told(case: Case) -> None:
     with pytest.raises(TrainingFailed, match="lower learning_rate"):
         train_fold(
             FoldJob(
-                case.job(learning_rate=1e30, epochs=8, warmup_fraction=0.0, clip=1e30, out="nan"), 0
+                case.job(
+                    learning_rate=1e30,
+                    epochs=8,
+                    warmup_fraction=0.0,
+                    grad_clip_norm=1e30,
+                    out="nan",
+                ),
+                0,
             )
         )
 

@@ -47,10 +47,11 @@ out: runs/{name}
 """
 )
 REUSE = (
-    "promote: 0\n  reuse: [{cut: layer3, inputs: [layer4.avg], hidden: [8], start: [pretrained]}]"
+    "top_k: 0\n  reuse: [{train_above: layer3, inputs: [layer4.avg], hidden: [8], start: "
+    "[pretrained]}]"
 )
 RUNS = {
-    "fine-tuned": {"epochs": 4, "networks": "depths: [layer3]", "rest": ""},
+    "fine-tuned": {"epochs": 4, "networks": "train_above: [layer3]", "rest": ""},
     "reused": {"epochs": 6, "networks": REUSE, "rest": ""},
     "ensemble": {"epochs": 6, "networks": REUSE, "rest": "ensemble: {}\n"},
 }

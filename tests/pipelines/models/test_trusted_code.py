@@ -266,7 +266,7 @@ def network(tmp_path, monkeypatch):
     arrays = {"weight": np.eye(2, 8, dtype=np.float32), "bias": np.zeros(2, np.float32)}
     head = head_module(LogisticSpec(1.0), arrays, "single")
     made = Network(backbone, [parse_tap("2.avg")], head).eval()
-    spec = FineTuneSpec(head=spec_to_json(LogisticSpec(1.0)), depth="all")
+    spec = FineTuneSpec(head=spec_to_json(LogisticSpec(1.0)), train_above="all")
     save_network(
         tmp_path / "net",
         made,
