@@ -28,8 +28,8 @@ from headrace.pipelines.planning.run_state import survey
 from headrace.pipelines.recipe.load import Recipe, load_recipe
 from headrace.pipelines.run import RunResult, run_recipe
 from headrace.pipelines.selection.calibration import temperature_of
-from headrace.pipelines.selection.ensemble_store import show_test
-from headrace.pipelines.selection.winner import open_test
+from headrace.pipelines.selection.ensemble_store import evaluate_ensemble
+from headrace.pipelines.selection.winner import evaluate_winner
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "solar-cells-finetune.yaml"
 PUBLISHED = 88.42
@@ -108,8 +108,14 @@ def scores(seed: int, recipe: Recipe, result: RunResult) -> list[dict[str, objec
                 for path in found.directories[name]
             ]
             own = temperature_of(best, found.dataset.train)
-            tested = open_test(
-                found.paths.openings, best, features, test, digest, found.metric, temperature=own
+            tested = evaluate_winner(
+                found.paths.test_evaluations,
+                best,
+                features,
+                test,
+                digest,
+                found.metric,
+                temperature=own,
             )
             add(approach, best[found.metric], tested)
         elif (
@@ -120,7 +126,9 @@ def scores(seed: int, recipe: Recipe, result: RunResult) -> list[dict[str, objec
             if len(tried):
                 add(approach, tried[found.metric].max(), None)
     if result.ensemble is not None:
-        tested = show_test(found.paths.openings, result.ensemble, found.directories, test, digest)
+        tested = evaluate_ensemble(
+            found.paths.test_evaluations, result.ensemble, found.directories, test, digest
+        )
         add("ensemble", result.ensemble.value, tested)
     validation = (
         result.ensemble.value

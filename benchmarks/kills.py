@@ -10,7 +10,7 @@ each other in chains, at whose end the same command is left to end. Then
 - it ends with 0, and with the result of a run that nobody killed: shards byte for byte; banks,
   networks, tables, predictions, the report and exported arrays but for times;
 - what had been published stands as it was written, and no task was done twice;
-- the test split was opened once;
+- the test split was evaluated once;
 - no process of a killed call is left, no lock, no claim; temporaries that a killed call left (made
   two hours old before the last call) are gone: in a run's directory by the next run, in a cache by
   `headrace cache gc`, of predict and export by the next call of the same.

@@ -51,9 +51,9 @@ class RunPaths:
         return self.root / "comparisons.csv"
 
     @property
-    def openings(self) -> Path:
-        """One line of JSON for each time that the test split was opened."""
-        return self.root / "test-openings.jsonl"
+    def test_evaluations(self) -> Path:
+        """One line of JSON for each evaluation on the test split."""
+        return self.root / "test-evaluations.jsonl"
 
     @property
     def stages(self) -> Path:

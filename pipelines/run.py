@@ -52,7 +52,7 @@ from headrace.pipelines.selection.calibration import temperature_of
 from headrace.pipelines.selection.cautions import grid_edges, hidden_classes, near_duplicates
 from headrace.pipelines.selection.correction import Selection, assess_selection
 from headrace.pipelines.selection.ensemble import Ensemble, build_ensemble
-from headrace.pipelines.selection.ensemble_store import save_ensemble, show_test
+from headrace.pipelines.selection.ensemble_store import evaluate_ensemble, save_ensemble
 from headrace.pipelines.selection.halving import InputHalving, halve_inputs, restrict_plan
 from headrace.pipelines.selection.predictions import held_out, whole_heads
 from headrace.pipelines.selection.small_banks import train_banks
@@ -60,8 +60,9 @@ from headrace.pipelines.selection.winner import (
     NoWinner,
     TestResult,
     choose_winner,
-    mend_openings,
-    open_test,
+    evaluate_winner,
+    refuse_old_record,
+    repair_test_evaluations,
     save_winner,
 )
 from headrace.pipelines.stages.extract import extract_missing
@@ -134,6 +135,7 @@ def run_recipe(
     console = console or make_console()
     stages: list[StageRecord] = []
     paths = run_paths(recipe)
+    refuse_old_record(paths.test_evaluations)  # before hours of work, not after them
     with ExitStack() as stack:
         with _timed(stages, "survey") as done:
             on = find_heads_device(recipe, workers)
@@ -359,13 +361,13 @@ def conclude(
     ensemble = None if ensemble_section is None else combine_heads(found, board, ensemble_section)
     if ensemble is None:
         withdraw(paths.ensemble)
-    notes = mend_openings(paths.openings)
+    notes = repair_test_evaluations(paths.test_evaluations)
     test = found.dataset.test
     if not len(test.ids):
         tested = None
     elif ensemble is not None and ensemble.chosen:
-        tested = show_test(
-            paths.openings,
+        tested = evaluate_ensemble(
+            paths.test_evaluations,
             ensemble,
             found.directories,
             test,
@@ -374,8 +376,15 @@ def conclude(
         )
     else:
         groups = found.dataset.test_groups
-        tested = open_test(
-            paths.openings, winner, features, test, task.digest, found.metric, groups, temperature
+        tested = evaluate_winner(
+            paths.test_evaluations,
+            winner,
+            features,
+            test,
+            task.digest,
+            found.metric,
+            groups,
+            temperature,
         )
     return RunResult(
         paths=paths,

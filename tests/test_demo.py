@@ -69,9 +69,9 @@ def test_the_demo_survives_kills_and_beats_the_published_svm(tmp_path):
     assert finished.returncode == 0, finished.stderr
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     run = tmp_path / "headrace-demo" / "headrace-runs" / "recipe"
-    (opening,) = map(json.loads, (run / "test-openings.jsonl").read_text().splitlines())
-    assert opening["result"]["images"] == 656
-    assert opening["result"]["value"] > PUBLISHED_SVM
+    (evaluation,) = map(json.loads, (run / "test-evaluations.jsonl").read_text().splitlines())
+    assert evaluation["result"]["images"] == 656
+    assert evaluation["result"]["value"] > PUBLISHED_SVM
     heads = pd.read_parquet(run / "heads.parquet")
     heads = heads[(heads["fold"] != FULL) & heads["error"].isna()]
     assert (heads["kind"] == "logistic").sum() >= 300
@@ -79,4 +79,4 @@ def test_the_demo_survives_kills_and_beats_the_published_svm(tmp_path):
     assert [features.n_rows for features in list_feature_sets(shards)] == [2624] * 6
     again = headrace("demo", cwd=tmp_path)
     assert again.stdout.count("nothing missing") == 2
-    assert len((run / "test-openings.jsonl").read_text().splitlines()) == 1
+    assert len((run / "test-evaluations.jsonl").read_text().splitlines()) == 1

@@ -24,7 +24,7 @@ task:
   # kind: single                 # or multi (0/1 columns, or labels in a cell), regression (numbers: no logistic heads)
   # group: patient               # rows of one group never stand on two sides of a split
   # split: split                 # a column with train / validation / test; otherwise drawn:
-  test_fraction: 0.25            # opened once, for the winner only
+  test_fraction: 0.25            # evaluated once, for the selected model only
   folds: 5                       # the winner is chosen on these
   metric: accuracy               # or balanced_accuracy, macro_f1, auc, log_loss; of numbers r2, rmse, mae
   seed: 0

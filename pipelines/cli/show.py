@@ -150,9 +150,10 @@ def show_result(
             style="bold green",
         )
         console.print(line)
-        if test.openings > 1:
+        if test.n_evaluations > 1:
             console.print(
-                f"note: {test.openings} different winners have now been shown this test split; "
+                f"note: {test.n_evaluations} different winners have now been shown this test "
+                "split; "
                 "each time, its score says a little less about new images",
                 style="yellow",
             )

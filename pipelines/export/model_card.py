@@ -16,7 +16,7 @@ from headrace.pipelines.models.model import Member, Model
 from headrace.pipelines.models.network import NetworkMember, read_network
 from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.records import read_record
-from headrace.pipelines.selection.winner import read_openings
+from headrace.pipelines.selection.winner import read_test_evaluations
 
 _FLOAT16 = (
     "- A feature beyond the range of float16 (65,504) is reported by headrace and becomes infinite "
@@ -225,18 +225,18 @@ def _metrics(model: Model, run: RunPaths) -> str:
 
 
 def _test(model: Model, run: RunPaths) -> dict[str, Any] | None:
-    """The recorded opening of the test split for this very model. Raises OpeningsDamaged."""
+    """The recorded evaluation of the test split for this very model. Raises EvaluationsDamaged."""
     ours = [_identity(member) for member in model.members]
     found = None
-    openings = read_openings(run.openings)
+    evaluations = read_test_evaluations(run.test_evaluations)
     try:
-        for opening in openings:
-            winner = opening["winner"]
+        for evaluation in evaluations:
+            winner = evaluation["winner"]
             shown = winner.get("ensemble") or [winner]
-            lone = None if "ensemble" in winner else opening.get("temperature", 1.0)
+            lone = None if "ensemble" in winner else evaluation.get("temperature", 1.0)
             same = [_recorded(each, lone) for each in shown] == ours
             same = same and winner.get("temperature", 1.0) == model.temperature
-            found = opening["result"] if same else found
+            found = evaluation["result"] if same else found
     except (ValueError, KeyError, TypeError):
         return None
     return found
@@ -254,8 +254,8 @@ def _identity(member: Member | NetworkMember) -> tuple[Any, ...]:
 
 
 def _recorded(shown: dict[str, Any], lone: float | None) -> tuple[Any, ...]:
-    """What `_identity` says of a head or network of an opening's record. lone: the temperature of a
-    winner, whose weight is 1.
+    """What `_identity` says of a head or network of an evaluation's record. lone: the temperature
+    of a winner, whose weight is 1.
     """
     spec = json.loads(shown["spec"])
     weight, temperature = (

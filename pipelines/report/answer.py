@@ -29,7 +29,7 @@ class Answer:
     """The answer, and the record of its being shown the test split."""
 
     ensemble: Found | None  # what ensemble.json says, where the ensemble is the answer
-    opening: Found | None  # None: it has not been shown the test split
+    test_evaluation: Found | None  # None: it has not been shown the test split
 
     @property
     def name(self) -> str:
@@ -55,12 +55,12 @@ class Answer:
 def find_answer(run: FinishedRun) -> Answer:
     """The answer of the run's last call."""
     if not ensemble_is_answer(run.paths):
-        return Answer(None, run.opening)
+        return Answer(None, run.test_evaluation)
     ensemble = read_record(run.paths.ensemble / ENSEMBLE)
     own = [
-        opening
-        for opening in run.openings
-        if _is_ensemble(opening["winner"], ensemble, run.bank.task)
+        evaluation
+        for evaluation in run.test_evaluations
+        if _is_ensemble(evaluation["winner"], ensemble, run.bank.task)
     ]
     return Answer(ensemble, own[-1] if own else None)
 
@@ -91,21 +91,21 @@ def test_predictions(
     run: FinishedRun, answer: Answer
 ) -> tuple[Task, npt.NDArray[Any], npt.NDArray[Any]] | str:
     """The test task, the targets (n,) and the answer's predictions (n, C) of its rows: what its
-    opening has scored.
+    evaluation has scored.
 
-    Only for an answer whose opening is on record, on the very rows of that record: nothing new is
-    learned of the test split. Otherwise the reason why not.
+    Only for an answer whose evaluation is on record, on the very rows of that record: nothing new
+    is learned of the test split. Otherwise the reason why not.
     """
-    opening = answer.opening
-    if opening is None:
+    evaluation = answer.test_evaluation
+    if evaluation is None:
         return f"{answer.name} has not been shown the test split"
     if isinstance(run.rows, str):
         return run.rows
     test = run.rows.dataset.test
-    if opening["winner"]["test"] != test.digest:
+    if evaluation["winner"]["test"] != test.digest:
         return f"the test images have changed since {answer.name} was shown them"
-    shown = opening["winner"]
-    lone = {**shown, "temperature": opening.get("temperature", 1.0)}
+    shown = evaluation["winner"]
+    lone = {**shown, "temperature": evaluation.get("temperature", 1.0)}
     members = shown.get("ensemble", [lone])
     try:
         found = [_predict(run, member, test) for member in members]
@@ -122,7 +122,9 @@ def test_predictions(
 def _predict(
     run: FinishedRun, member: Found, test: Task
 ) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """Targets and predictions of one head or network of an opening's record, at its temperature."""
+    """Targets and predictions of one head or network of an evaluation's record, at its
+    temperature.
+    """
     kind = spec_from_json(member["spec"]).kind
     network = kind == "finetune"  # reads the images, no features
     path = (run.paths.finetune if network else run.paths.banks) / member["bank"]

@@ -23,11 +23,11 @@ from headrace.pipelines.report.answer import find_answer
 from headrace.pipelines.report.blocks import Headline, Section, Table, tables_of
 from headrace.pipelines.report.cost import cost, seconds_text
 from headrace.pipelines.report.data import data
+from headrace.pipelines.report.evaluation import test_split
 from headrace.pipelines.report.evidence import advice, choice, ensemble, expected_text
 from headrace.pipelines.report.leaders import leaderboard, metric_title, taps
 from headrace.pipelines.report.leakage import leakage
 from headrace.pipelines.report.networks import networks
-from headrace.pipelines.report.opening import test_split
 from headrace.pipelines.report.outcome import predictions
 from headrace.pipelines.report.page import render
 from headrace.pipelines.report.provenance import provenance
@@ -140,10 +140,10 @@ def headline(run: FinishedRun) -> Headline:
         score = number_text(nested["value"], nested["metric"])
         better = f"validation {metric_title(nested['metric'])} {score}, better than a single head"
         values.append(("the run's answer", "ensemble", f"{answer.heads}; {better}"))
-    if answer.opening is None:
-        values.append((f"test {metric_title(metric)}", "–", "no test split was opened"))
+    if answer.test_evaluation is None:
+        values.append((f"test {metric_title(metric)}", "–", "the test split was not evaluated"))
     else:
-        result = answer.opening["result"]
+        result = answer.test_evaluation["result"]
         interval = (
             f"{number_text(result['low'], result['metric'])} to "
             f"{number_text(result['high'], result['metric'])}"

@@ -34,7 +34,7 @@ from headrace.pipelines.recipe.load import Recipe
 from headrace.pipelines.records import RUN_AGAIN, RunDamaged, read_record, read_records, read_table
 from headrace.pipelines.selection.calibration import calibrated
 from headrace.pipelines.selection.predictions import held_out
-from headrace.pipelines.selection.winner import choose_winner, read_openings
+from headrace.pipelines.selection.winner import choose_winner, read_test_evaluations
 
 _TEXTS = {"inputs": str, "kind": str, "settings": str, "spec": str, "path": str}
 
@@ -194,24 +194,24 @@ class FinishedRun:
             return None
 
     @cached_property
-    def openings(self) -> Sequence[Mapping[str, Any]]:
-        """The record of the test split's openings, oldest first."""
-        return read_openings(self.paths.openings)
+    def test_evaluations(self) -> Sequence[Mapping[str, Any]]:
+        """The record of the test split's evaluations, oldest first."""
+        return read_test_evaluations(self.paths.test_evaluations)
 
     @cached_property
-    def opening(self) -> Mapping[str, Any] | None:
-        """The record of the winner's own opening; None when it has not been shown the
+    def test_evaluation(self) -> Mapping[str, Any] | None:
+        """The record of the winner's own evaluation; None when it has not been shown the
         test split.
         """
-        for opening in self.openings:
-            winner = opening["winner"]
+        for evaluation in self.test_evaluations:
+            winner = evaluation["winner"]
             shown = (
                 winner["train"],
                 winner.get("bank"),
                 winner.get("spec"),
             )  # an ensemble has neither
             if shown == (self.bank.task, self.bank.path.name, self.winner["spec"]):
-                return opening
+                return evaluation
         return None
 
     @cached_property

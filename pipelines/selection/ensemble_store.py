@@ -18,7 +18,7 @@ from headrace.cache.integrity.sealed import sealed_json
 from headrace.extract.spec import BackboneSpec
 from headrace.heads.data.task import Task
 from headrace.pipelines.selection.ensemble import Ensemble
-from headrace.pipelines.selection.winner import TestResult, open_ensemble_test, save_winner
+from headrace.pipelines.selection.winner import TestResult, _evaluate_ensemble, save_winner
 
 FORMAT = 2
 DESCRIPTION = "ensemble.json"
@@ -86,21 +86,21 @@ def save_ensemble(
     return path
 
 
-def show_test(
-    openings: Path,
+def evaluate_ensemble(
+    evaluations: Path,
     ensemble: Ensemble,
     directories: Mapping[str, Sequence[Path]],
     test: Task,
     train_digest: str,
     groups: npt.NDArray[Any] | None = None,
 ) -> TestResult:
-    """Show the ensemble the test split, once and on record. groups: as in `open_test`."""
+    """Show the ensemble the test split, once and on record. groups: as in `evaluate_winner`."""
     members = [
         (member.weight, member.temperature, member.row, _features(member.row, directories))
         for member in ensemble.members
     ]
-    return open_ensemble_test(
-        openings, members, ensemble.temperature, test, train_digest, ensemble.metric, groups
+    return _evaluate_ensemble(
+        evaluations, members, ensemble.temperature, test, train_digest, ensemble.metric, groups
     )
 
 

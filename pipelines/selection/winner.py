@@ -1,5 +1,5 @@
-"""The winner: chosen on validation folds alone, then shown the test split, which is opened once and
-on record.
+"""The winner: chosen on validation folds alone, then shown the test split, each evaluation of which
+is on record.
 """
 
 import dataclasses
@@ -33,9 +33,10 @@ from headrace.heads.results import read_bank
 from headrace.heads.spec import FULL, SklearnSpec, spec_from_json
 from headrace.pipelines.paths import RunPaths
 
-# Of the test images' hashes, kept with each opening to recognise the same images under another
+# Of the test images' hashes, kept with each evaluation to recognise the same images under another
 # table.
 SKETCH = 256
+OLD_RECORD = "test-openings.jsonl"  # its name until the field's word replaced "opening"
 
 
 class NoWinner(HeadraceError):
@@ -53,14 +54,14 @@ class TestResult:
     low: float
     high: float
     images: int
-    openings: int  # how many winners have been shown this test split, this one included
+    n_evaluations: int  # how many winners have been shown this test split, this one included
     metrics: dict[str, float]
     # the images are of so many groups, or distinct images; None: as many as images
     groups: int | None = None
 
 
-class OpeningsDamaged(HeadraceError, ValueError):
-    """The record of test openings is not the one that was written, and neither is its copy."""
+class EvaluationsDamaged(HeadraceError, ValueError):
+    """The record of test evaluations is not the one that was written, and neither is its copy."""
 
 
 def choose_winner(board: pd.DataFrame, heads: pd.DataFrame) -> pd.Series:
@@ -117,8 +118,8 @@ def save_winner(
     )
 
 
-def open_test(
-    openings: Path,
+def evaluate_winner(
+    evaluations: Path,
     winner: pd.Series,
     features: Sequence[FeatureSet],
     test: Task,
@@ -127,7 +128,7 @@ def open_test(
     groups: npt.NDArray[Any] | None = None,
     temperature: float = 1.0,
 ) -> TestResult:
-    """Score the winner on the test rows and put the opening on record; a repeated call with the
+    """Score the winner on the test rows and put the evaluation on record; a repeated call with the
     same winner reads the record.
 
     temperature: the winner's, as it is handed out. The same head at another one (runs of earlier
@@ -135,16 +136,16 @@ def open_test(
     it. It is scored again, on the same record.
     groups: (rows of the test task,) by default the images' content. Rows of one group are not
     independent of each other, and the interval is over groups. Another winner on the same test
-    images is another opening: the more winners have been shown a test split, the less its score
+    images is another evaluation: the more winners have been shown a test split, the less its score
     means, and so the count is part of the result.
     """
     winner_is = {"train": train_digest, "test": test.digest, **_identity(winner, features)}
     predict = partial(predict_test, winner, features, test, temperature=temperature)
-    return _opened(openings, winner_is, test, metric, groups, predict, temperature)
+    return _evaluated(evaluations, winner_is, test, metric, groups, predict, temperature)
 
 
-def open_ensemble_test(
-    openings: Path,
+def _evaluate_ensemble(
+    evaluations: Path,
     members: Sequence[tuple[float, float, pd.Series, Sequence[FeatureSet]]],
     temperature: float,
     test: Task,
@@ -152,8 +153,8 @@ def open_ensemble_test(
     metric: str,
     groups: npt.NDArray[Any] | None = None,
 ) -> TestResult:
-    """As `open_test`, for an ensemble of (weight, own temperature, row of the leaderboard, its
-    features).
+    """As `evaluate_winner`, for an ensemble of (weight, own temperature, row of the leaderboard,
+    its features).
     """
     ensemble_is = {
         "train": train_digest,
@@ -175,7 +176,7 @@ def open_ensemble_test(
         )
         return found[0][0], tempered(mean, test.kind, temperature)
 
-    return _opened(openings, ensemble_is, test, metric, groups, predict, temperature)
+    return _evaluated(evaluations, ensemble_is, test, metric, groups, predict, temperature)
 
 
 def _identity(winner: pd.Series, features: Sequence[FeatureSet]) -> dict[str, Any]:
@@ -187,8 +188,8 @@ def _identity(winner: pd.Series, features: Sequence[FeatureSet]) -> dict[str, An
     }
 
 
-def _opened(
-    openings: Path,
+def _evaluated(
+    evaluations: Path,
     winner_is: Mapping[str, Any],
     test: Task,
     metric: str,
@@ -196,55 +197,61 @@ def _opened(
     predict: Callable[[], tuple[npt.NDArray[Any], npt.NDArray[Any]]],
     temperature: float,
 ) -> TestResult:
-    """The record of this opening; if there is none, `predict` gives targets and predictions, and it
-    is made.
+    """The record of this evaluation; if there is none, `predict` gives targets and predictions, and
+    it is made.
 
     A record whose interval is of an earlier method keeps its score and is given the interval of
     this one; one of another temperature keeps its date alone.
     """
-    with lease(_lock(openings)):  # two runs that end at once both count
-        recorded = read_openings(openings)
-        past = [opening for opening in recorded if _overlaps(opening, test)]
-        same = [opening for opening in past if opening["winner"] == winner_is]
-        others = {json.dumps(opening["winner"], sort_keys=True) for opening in past} - {
+    with lease(_lock(evaluations)):  # two runs that end at once both count
+        recorded = read_test_evaluations(evaluations)
+        past = [evaluation for evaluation in recorded if _overlaps(evaluation, test)]
+        same = [evaluation for evaluation in past if evaluation["winner"] == winner_is]
+        others = {json.dumps(evaluation["winner"], sort_keys=True) for evaluation in past} - {
             json.dumps(winner_is, sort_keys=True)
         }
-        for opening in same:
-            of_now = opening.get("interval") == METHOD and _temperature_of(opening) == temperature
-            if opening["result"]["metric"] == metric and of_now:
-                return TestResult(openings=len(others) + 1, **opening["result"])
+        for evaluation in same:
+            of_now = (
+                evaluation.get("interval") == METHOD and _temperature_of(evaluation) == temperature
+            )
+            if evaluation["result"]["metric"] == metric and of_now:
+                return TestResult(n_evaluations=len(others) + 1, **evaluation["result"])
         target, predicted = predict()
         result = _scored(test, target, predicted, metric, groups, len(others) + 1)
-        earlier = next((opening for opening in same if opening["result"]["metric"] == metric), None)
+        earlier = next(
+            (evaluation for evaluation in same if evaluation["result"]["metric"] == metric), None
+        )
         if earlier is not None and _temperature_of(earlier) == temperature:
             kept = {name: earlier["result"][name] for name in ("value", "metrics")}
             result = dataclasses.replace(result, **kept)
-        opening = {
+        evaluation = {
             "winner": winner_is,
-            "opened": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "evaluated": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "images": _sketch(test),
             **(earlier or {}),
             "result": {
                 name: value
                 for name, value in dataclasses.asdict(result).items()
-                if name != "openings"
+                if name != "n_evaluations"
             },
             "interval": METHOD,
             "temperature": temperature,
         }
         if earlier is None:
-            _write_openings(openings, [*recorded, opening])
+            _write_test_evaluations(evaluations, [*recorded, evaluation])
         else:
-            _write_openings(openings, [opening if each is earlier else each for each in recorded])
+            _write_test_evaluations(
+                evaluations, [evaluation if each is earlier else each for each in recorded]
+            )
     return result
 
 
-def _temperature_of(opening: Mapping[str, Any]) -> float:
+def _temperature_of(evaluation: Mapping[str, Any]) -> float:
     """Of what was scored.
 
     Records of earlier versions have that of an ensemble in its description, and of a winner none.
     """
-    return float(opening.get("temperature", opening["winner"].get("temperature", 1.0)))
+    return float(evaluation.get("temperature", evaluation["winner"].get("temperature", 1.0)))
 
 
 def _scored(
@@ -253,14 +260,16 @@ def _scored(
     predicted: npt.NDArray[Any],
     metric: str,
     groups: npt.NDArray[Any] | None,
-    openings: int,
+    n_evaluations: int,
 ) -> TestResult:
     metrics = all_metrics(test.kind, target, predicted)
     together = np.asarray(test.content if groups is None else groups)
     assert len(together) == len(target)  # rows without features have left the task before
     low, high = metric_interval(test.kind, target, predicted, metric, groups=together)
     count = len(np.unique(together))
-    return TestResult(metric, metrics[metric], low, high, len(target), openings, metrics, count)
+    return TestResult(
+        metric, metrics[metric], low, high, len(target), n_evaluations, metrics, count
+    )
 
 
 def predict_test(
@@ -274,7 +283,7 @@ def predict_test(
     """The targets (n,) and the winner's predictions (n, C) of the test rows, at a temperature: what
     `headrace predict` writes.
 
-    Whoever shows them records an opening first.
+    Whoever shows them records an evaluation first.
     trust_code: the code that may be imported for it ("module:name"), which else raises
     CodeNotTrusted; None: whatever it names.
     """
@@ -331,41 +340,58 @@ def _sketch(test: Task) -> list[str]:
     return sorted(test.content.astype(str).tolist())[:SKETCH]
 
 
-def _overlaps(opening: Mapping[str, Any], test: Task) -> bool:
-    return not set(opening["images"]).isdisjoint(_sketch(test))
+def _overlaps(evaluation: Mapping[str, Any], test: Task) -> bool:
+    return not set(evaluation["images"]).isdisjoint(_sketch(test))
 
 
-def read_openings(path: Path) -> list[Mapping[str, Any]]:
-    """The record of openings, oldest first, from its copy where it is damaged, emptied or gone.
+def read_test_evaluations(path: Path) -> list[Mapping[str, Any]]:
+    """The record of evaluations, oldest first, from its copy where it is damaged, emptied or gone.
 
-    Raises OpeningsDamaged.
+    Raises EvaluationsDamaged.
     """
     return _read_twice(path)[0]
 
 
-def mend_openings(path: Path) -> list[str]:
-    """Write the record of openings again where it, or its copy, is not as it was written; what a
+def repair_test_evaluations(path: Path) -> list[str]:
+    """Write the record of evaluations again where it, or its copy, is not as it was written; what a
     careful person is told then.
 
-    An opening cannot be undone, so its record is kept twice: with one file lost, neither another
-    score nor a second opening that looks like the first can come of it. Raises OpeningsDamaged
-    where both are.
+    An evaluation cannot be undone, so its record is kept twice: with one file lost, neither another
+    score nor a second evaluation that looks like the first can come of it. Raises
+    EvaluationsDamaged where both are.
     """
     with lease(_lock(path)):
-        openings, wrong = _read_twice(path)
-        if wrong or (openings and not _copy(path).exists()):
-            _write_openings(path, openings)
+        evaluations, wrong = _read_twice(path)
+        if wrong or (evaluations and not _copy(path).exists()):
+            _write_test_evaluations(path, evaluations)
     if not wrong:
         return []
     return [
-        f"{path} {wrong}: it was written again from its copy, with {len(openings):,} openings of "
+        f"{path} {wrong}: it was written again from its copy, with {len(evaluations):,} "
+        "evaluations of "
         "the test split. To start the count again, knowing that the test images have been seen, "
         f"remove both: rm {shlex.quote(str(path))} {shlex.quote(str(_copy(path)))}"
     ]
 
 
+def refuse_old_record(path: Path) -> None:
+    """Raise EvaluationsDamaged where the record of an earlier version lies beside `path`.
+
+    Ignored, it would let the same test images count as never seen.
+    """
+    for old_record in (path.with_name(OLD_RECORD), path.with_name(f".{OLD_RECORD}")):
+        if old_record.exists():
+            raise EvaluationsDamaged(
+                f"{old_record} is the record of test-set evaluations of an earlier version of "
+                "headrace, which this version does not read: run the recipe in another directory "
+                "(`out:`), or, knowing that the test images have been seen, remove it: rm "
+                f"{shlex.quote(str(old_record))}"
+            )
+
+
 def _read_twice(path: Path) -> tuple[list[Mapping[str, Any]], str]:
-    """The openings, and what was wrong with the record, "" where nothing was."""
+    """The evaluations, and what was wrong with the record, "" where nothing was."""
+    refuse_old_record(path)
     record, copy = _read_record(path), _read_record(_copy(path))
     if isinstance(copy, list) and copy:
         if isinstance(record, str):
@@ -379,8 +405,8 @@ def _read_twice(path: Path) -> tuple[list[Mapping[str, Any]], str]:
         return record, ""
     if isinstance(record, str):
         second = f"its copy {copy}" if isinstance(copy, str) else "it has no copy"
-        raise OpeningsDamaged(
-            f"{path} {record}, and {second}. It says how often the test split was opened, and "
+        raise EvaluationsDamaged(
+            f"{path} {record}, and {second}. It says how often the test split was evaluated, and "
             "how the winner scored: restore it "
             "from a backup. Without one, the count starts again, and the next score is of images "
             f"that a winner may have seen; if you accept that, type: rm {shlex.quote(str(path))} "
@@ -390,30 +416,30 @@ def _read_twice(path: Path) -> tuple[list[Mapping[str, Any]], str]:
 
 
 def _read_record(path: Path) -> list[Mapping[str, Any]] | str:
-    """The openings in a file, none where it is not there; or what is wrong with it."""
+    """The evaluations in a file, none where it is not there; or what is wrong with it."""
     try:
         lines = path.read_bytes().splitlines()
     except FileNotFoundError:
         return []
     if not lines:
         return "is empty"
-    openings: list[Mapping[str, Any]] = []
+    evaluations: list[Mapping[str, Any]] = []
     for number, line in enumerate(lines, 1):
         try:
-            opening = read_sealed_json(line)
+            evaluation = read_sealed_json(line)
         except SealBroken as error:
             return f"has changed since it was written (line {number}: {error})"
-        if not {"winner", "result", "images"} <= set(opening):
+        if not {"winner", "result", "images"} <= set(evaluation):
             return (
                 f"has changed since it was written, or is of another version (line {number} is no "
-                "opening)"
+                "evaluation)"
             )
-        openings.append(opening)
-    return openings
+        evaluations.append(evaluation)
+    return evaluations
 
 
-def _write_openings(path: Path, openings: Sequence[Mapping[str, Any]]) -> None:
-    data = b"".join(sealed_json(opening) + b"\n" for opening in openings)
+def _write_test_evaluations(path: Path, evaluations: Sequence[Mapping[str, Any]]) -> None:
+    data = b"".join(sealed_json(evaluation) + b"\n" for evaluation in evaluations)
     publish_replace(path, data)
     publish_replace(_copy(path), data)
 

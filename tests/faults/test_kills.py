@@ -30,7 +30,7 @@ def no_watch(whole_run):
 
 @pytest.mark.parametrize(("name", "first", "kills"), parts())
 def test_the_call_after_a_kill_ends_as_if_there_had_been_none(whole_run, name, first, kills):
-    """The result of an uninterrupted run, nothing done twice, one opening of the test split, and
+    """The result of an uninterrupted run, nothing done twice, one evaluation of the test split, and
     nothing left lying about.
     """
     tally = whole_run.kill(CASES[name], kills, zlib.crc32(name.encode()) + first, first)

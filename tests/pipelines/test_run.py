@@ -69,7 +69,7 @@ def test_strict_refuses_what_cannot_be_decoded(finished):
 
 
 def test_a_second_call_does_no_work_and_tells_the_same(finished):
-    """No forward pass, no head trained, no second opening of the test split."""
+    """No forward pass, no head trained, no second evaluation of the test split."""
     folder, first = finished
     recipe = load_recipe(folder / "recipe.yaml")
     plan = survey(recipe).plan
@@ -79,7 +79,7 @@ def test_a_second_call_does_no_work_and_tells_the_same(finished):
     assert {path: path.stat().st_mtime_ns for path in first.paths.banks.iterdir()} == files
     pd.testing.assert_frame_equal(again.board, first.board)
     assert again.test == first.test
-    assert len(first.paths.openings.read_text().splitlines()) == 1
+    assert len(first.paths.test_evaluations.read_text().splitlines()) == 1
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path):
@@ -275,7 +275,7 @@ def test_a_recipe_that_is_not_there_is_one_clear_error(tmp_path):
 
 
 @pytest.mark.slow
-def test_other_weights_are_another_winner_and_another_opening(tmp_path):
+def test_other_weights_are_another_winner_and_another_evaluation(tmp_path):
     """The printed score is that of the features in use, and the record counts every winner that has
     seen these images.
     """
@@ -293,13 +293,15 @@ def test_other_weights_are_another_winner_and_another_opening(tmp_path):
             load_recipe(tmp_path / f"{name}.yaml"), console=Console(quiet=True)
         )
     assert results["other"].test.metrics == results["fresh"].test.metrics
-    assert [results[name].test.openings for name in results] == [1, 2, 1, 2]
+    assert [results[name].test.n_evaluations for name in results] == [1, 2, 1, 2]
     assert results["again"].test.metrics == results["first"].test.metrics
     # A renamed image is the same image: the split keeps its history.
     (tmp_path / "photos" / "fine" / "001.png").rename(tmp_path / "photos" / "fine" / "999.png")
     (tmp_path / "first.yaml").write_text(RECIPE + "out: out\n")
     assert (
-        run_recipe(load_recipe(tmp_path / "first.yaml"), console=Console(quiet=True)).test.openings
+        run_recipe(
+            load_recipe(tmp_path / "first.yaml"), console=Console(quiet=True)
+        ).test.n_evaluations
         == 3
     )
 

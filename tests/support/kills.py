@@ -120,7 +120,7 @@ HELD = re.compile(r".*\.(claim|driver|lock)(\..*)?|\.headrace-.*")
 # digests of bytes with such.
 TIMES = {
     "seconds",
-    "opened",
+    "evaluated",
     "ended",
     "time",
     "train_seconds",
@@ -230,9 +230,9 @@ _CONCLUDE = (
     Trigger(f"{RUN}/winner/*.json"),
     Trigger(f"{RUN}/ensemble/members/*/*.safetensors", delay_s=0.0),
     Trigger(f"{RUN}/ensemble/ensemble.json"),
-    Trigger(f"{RUN}/test-openings.lock", delay_s=0.05),
-    Trigger(f"{RUN}/test-openings.jsonl", delay_s=0.0),
-    Trigger(f"{RUN}/.test-openings.jsonl", delay_s=0.05),
+    Trigger(f"{RUN}/test-evaluations.lock", delay_s=0.05),
+    Trigger(f"{RUN}/test-evaluations.jsonl", delay_s=0.0),
+    Trigger(f"{RUN}/.test-evaluations.jsonl", delay_s=0.05),
     Trigger(f"{RUN}/.*.partial", 3, delay_s=0.0),
     Trigger(f"{RUN}/stages.jsonl", delay_s=0.02),
     Trigger(f"{RUN}/ensemble/.*.partial", delay_s=0.0),
@@ -607,7 +607,7 @@ def contents(path: Path, project: Path) -> Any:
         return hashlib.sha256(data).hexdigest()
     if path.name == "manifest.jsonl":
         return {unit: str(entry) for unit, entry in read_manifest(path.parent).items()}
-    if path.name.endswith("test-openings.jsonl"):
+    if path.name.endswith("test-evaluations.jsonl"):
         return [_timeless(json.loads(line)) for line in data.splitlines()]
     if path.suffix == ".json":
         return _timeless(json.loads(data))

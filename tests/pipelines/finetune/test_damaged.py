@@ -54,5 +54,5 @@ def test_what_is_damaged_is_trained_again_and_what_is_whole_is_not(tmp_path):
         assert again.test == first.test, file
         load_network(model.parent)
         load_network(paths.winner)
-    assert len(paths.openings.read_text().splitlines()) == 1
+    assert len(paths.test_evaluations.read_text().splitlines()) == 1
     assert next(iter(json.loads(decisions.read_bytes()).values()))["decision"] == "kept"

@@ -42,7 +42,7 @@ from headrace.pipelines.recipe.load import RecipeError, load_recipe
 from headrace.pipelines.recipe.sections import FinetuneSection, ReuseSection
 from headrace.pipelines.records import read_record
 from headrace.pipelines.selection.ensemble import Ensemble, Member
-from headrace.pipelines.selection.ensemble_store import save_ensemble, show_test
+from headrace.pipelines.selection.ensemble_store import evaluate_ensemble, save_ensemble
 from headrace.pipelines.selection.winner import predict_test
 
 QUIET = Console(quiet=True)
@@ -205,8 +205,8 @@ def test_an_ensemble_with_a_network_is_shown_the_test_split_and_can_be_taken_awa
         0.5,
     )
     ensemble = Ensemble("log_loss", members, 1.3, 2, 48, **numbers, chosen=True, metrics={})  # type: ignore[arg-type]
-    openings = tmp_path / "openings.jsonl"
-    shown = show_test(openings, ensemble, case.directories, test, case.task.digest)
+    evaluations = tmp_path / "evaluations.jsonl"
+    shown = evaluate_ensemble(evaluations, ensemble, case.directories, test, case.task.digest)
     mean = np.zeros((len(test.ids), 2))
     for member in members:
         features = [
@@ -222,7 +222,7 @@ def test_an_ensemble_with_a_network_is_shown_the_test_split_and_can_be_taken_awa
         score("single", test.target, expected, "log_loss"), rel=1e-6
     )
     assert shown.images == len(test.ids)
-    assert len(openings.read_text().splitlines()) == 1
+    assert len(evaluations.read_text().splitlines()) == 1
     stored = save_ensemble(
         tmp_path / "ensemble", ensemble, case.directories, inputs.backbones, case.task
     )
@@ -438,7 +438,7 @@ compute:
 @pytest.mark.slow
 def test_a_network_can_win_a_run(tmp_path: Path) -> None:
     """From a recipe to the test split: the network is the winner, its directory lies in winner/,
-    the opening is on record, and a second call does nothing.
+    the evaluation is on record, and a second call does nothing.
     """
     make_photos(tmp_path / "photos", n=48)
     (tmp_path / "recipe.yaml").write_text(RECIPE)
@@ -456,7 +456,7 @@ def test_a_network_can_win_a_run(tmp_path: Path) -> None:
     about = json.loads((run / "winner" / "network.json").read_text())
     assert about["kind"] == "network"
     assert about["classes"] == ["coarse", "fine"]
-    assert len((run / "test-openings.jsonl").read_text().splitlines()) == 1
+    assert len((run / "test-evaluations.jsonl").read_text().splitlines()) == 1
     before = {
         path: path.stat().st_mtime_ns for path in (run / "finetune").rglob("*") if path.is_file()
     }
@@ -465,7 +465,7 @@ def test_a_network_can_win_a_run(tmp_path: Path) -> None:
     assert {
         path: path.stat().st_mtime_ns for path in (run / "finetune").rglob("*") if path.is_file()
     } == before
-    assert len((run / "test-openings.jsonl").read_text().splitlines()) == 1
+    assert len((run / "test-evaluations.jsonl").read_text().splitlines()) == 1
 
 
 def test_what_another_driver_has_trained_is_not_over_budget(tmp_path: Path) -> None:

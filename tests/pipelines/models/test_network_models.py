@@ -122,7 +122,7 @@ def test_the_answer_predicts_alike_everywhere(run, exported, root):
 def test_the_card_says_which_network_it_is_and_what_it_scored(run, exported):
     """The trained part and its start in words, and the test score of this very model."""
     card = (exported / "MODEL_CARD.md").read_text()
-    result = json.loads((run / "test-openings.jsonl").read_text())["result"]
+    result = json.loads((run / "test-evaluations.jsonl").read_text())["result"]
     assert f"**test log_loss** | {result['value']:.4f}" in card
     assert "everything above `layer3`" in card
     assert ("which started pretrained" in card) == (run.name != "fine-tuned")
@@ -163,11 +163,11 @@ def test_the_report_tells_of_the_network(run, browser):
     assert "1 of 1 networks kept" in text
     tables = {path.stem: path for path in report.tables if path.suffix == ".csv"}
     assert pd.read_csv(tables["networks"])["decision"].tolist() == ["kept"]
-    opening = json.loads((run / "test-openings.jsonl").read_text())
+    evaluation = json.loads((run / "test-evaluations.jsonl").read_text())
     counts = pd.read_csv(tables["confusion-test"]).iloc[:, 1:].to_numpy()
-    assert counts.sum() == opening["result"]["images"]
+    assert counts.sum() == evaluation["result"]["images"]
     assert np.trace(counts) / counts.sum() == pytest.approx(
-        opening["result"]["metrics"]["accuracy"]
+        evaluation["result"]["metrics"]["accuracy"]
     )
     scored = pd.read_csv(tables["metrics"]).set_index("metric")
     if run.name == "ensemble":

@@ -129,13 +129,13 @@ def test_re_encoded_copies_on_two_sides_are_found(folder):
 
 
 def test_the_test_split_is_not_opened_by_looking(folder, tmp_path):
-    """A second report adds no opening; its confusions of the test images are those that the opening
-    has scored.
+    """A second report adds no evaluation; its confusions of the test images are those that the
+    evaluation has scored.
     """
-    openings = folder / "runs" / "single" / "test-openings.jsonl"
-    before = openings.read_bytes()
+    evaluations = folder / "runs" / "single" / "test-evaluations.jsonl"
+    before = evaluations.read_bytes()
     write_report(folder / "runs" / "single", tmp_path / "again.html")
-    assert openings.read_bytes() == before
+    assert evaluations.read_bytes() == before
     result = json.loads(before)["result"]
     counts = table(folder, "confusion-test").iloc[:, 1:].to_numpy()
     assert counts.sum() == result["images"]
@@ -148,7 +148,7 @@ def test_a_winner_that_was_not_shown_the_test_split_has_no_confusions_there(fold
     """
     root = tmp_path / "run"
     shutil.copytree(folder / "runs" / "single", root)
-    for name in ("test-openings.jsonl", ".test-openings.jsonl"):  # it is kept twice
+    for name in ("test-evaluations.jsonl", ".test-evaluations.jsonl"):  # it is kept twice
         (root / name).unlink()
     report = write_report(root, tables=True)
     names = {path.stem for path in report.tables}

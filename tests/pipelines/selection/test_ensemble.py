@@ -20,7 +20,7 @@ from headrace.heads.spec import LogisticSpec, RidgeSpec, spec_to_json
 from headrace.pipelines.recipe.sections import EnsembleSection
 from headrace.pipelines.selection.correction import nested_choice
 from headrace.pipelines.selection.ensemble import Ensemble, Member, build_ensemble
-from headrace.pipelines.selection.ensemble_store import save_ensemble, show_test
+from headrace.pipelines.selection.ensemble_store import evaluate_ensemble, save_ensemble
 from headrace.pipelines.selection.predictions import held_out, stacked_predictions
 
 ROWS = 240
@@ -226,7 +226,7 @@ def combined(board, weights, metric="accuracy"):
 def test_the_stored_ensemble_predicts_what_was_tested(trained):
     """From its directory alone: the members' heads, each at its own temperature, weights and
     temperature give the score on record. A second call reads the record, and another ensemble is
-    another opening.
+    another evaluation.
     """
     folder, taps, directories, train, test, board = trained
     backbones = dict.fromkeys(directories, BackboneSpec("torchvision:resnet18", weights="random:0"))
@@ -246,16 +246,18 @@ def test_the_stored_ensemble_predicts_what_was_tested(trained):
         for head, member in heads
     )
     predicted = with_temperature("single", mean, described["temperature"])
-    openings = folder / "openings.jsonl"
-    result = show_test(openings, ensemble, directories, test, train.digest)
+    evaluations = folder / "evaluations.jsonl"
+    result = evaluate_ensemble(evaluations, ensemble, directories, test, train.digest)
     assert result.metrics["accuracy"] == score("single", test.target, predicted, "accuracy")
     assert result.metrics["log_loss"] == pytest.approx(
         score("single", test.target, predicted, "log_loss"), rel=1e-5
     )
-    assert show_test(openings, ensemble, directories, test, train.digest) == result
-    assert len(openings.read_text().splitlines()) == 1
-    other = show_test(openings, combined(board, (0.5, 0.5)), directories, test, train.digest)
-    assert other.openings == 2
+    assert evaluate_ensemble(evaluations, ensemble, directories, test, train.digest) == result
+    assert len(evaluations.read_text().splitlines()) == 1
+    other = evaluate_ensemble(
+        evaluations, combined(board, (0.5, 0.5)), directories, test, train.digest
+    )
+    assert other.n_evaluations == 2
 
 
 def test_members_that_left_are_removed(trained):

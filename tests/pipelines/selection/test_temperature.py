@@ -32,7 +32,7 @@ from headrace.pipelines.predict.listing import list_images
 from headrace.pipelines.records import read_record
 from headrace.pipelines.report.build import write_report
 from headrace.pipelines.report.read import read_run
-from headrace.pipelines.selection.winner import _write_openings, read_openings
+from headrace.pipelines.selection.winner import _write_test_evaluations, read_test_evaluations
 
 RECIPE = """\
 images: {folder: photos}
@@ -164,9 +164,9 @@ def test_the_test_score_is_of_what_is_handed_out(run):
     winner is counted.
     """
     folder, result = run
-    (opening,) = read_openings(result.paths.openings)
+    (evaluation,) = read_test_evaluations(result.paths.test_evaluations)
     temperature = load_head(result.paths.winner).temperature
-    assert opening["temperature"] == temperature
+    assert evaluation["temperature"] == temperature
     report = read_run(result.paths.root)
     model, test = load_model(result.paths.root), report.rows.dataset.test
     predicted = model.predict_proba(
@@ -176,16 +176,16 @@ def test_the_test_score_is_of_what_is_handed_out(run):
         score("single", test.target, predicted, "log_loss"), rel=1e-3
     )
 
-    earlier = {name: value for name, value in opening.items() if name != "temperature"}
+    earlier = {name: value for name, value in evaluation.items() if name != "temperature"}
     earlier |= {
-        "opened": "2020-01-01T00:00:00+00:00",
-        "result": opening["result"] | {"value": 99.0},
+        "evaluated": "2020-01-01T00:00:00+00:00",
+        "result": evaluation["result"] | {"value": 99.0},
     }
-    _write_openings(result.paths.openings, [earlier])
+    _write_test_evaluations(result.paths.test_evaluations, [earlier])
     again = run_here(folder / "recipe.yaml")
     assert again.test == result.test
-    assert read_openings(result.paths.openings) == [
-        opening | {"opened": "2020-01-01T00:00:00+00:00"}
+    assert read_test_evaluations(result.paths.test_evaluations) == [
+        evaluation | {"evaluated": "2020-01-01T00:00:00+00:00"}
     ]
 
 

@@ -1,4 +1,4 @@
-"""The record of test openings is kept twice, and believed only as it was written."""
+"""The record of test evaluations is kept twice, and believed only as it was written."""
 
 import json
 
@@ -10,12 +10,14 @@ from support.runs import make_photos
 
 from headrace.heads.evaluate.intervals import proportion_interval
 from headrace.pipelines.models.model import load_model
+from headrace.pipelines.planning.run_state import run_paths
+from headrace.pipelines.recipe.load import load_recipe
 from headrace.pipelines.run import withdraw
 from headrace.pipelines.selection.winner import (
-    OpeningsDamaged,
-    _write_openings,
-    mend_openings,
-    read_openings,
+    EvaluationsDamaged,
+    _write_test_evaluations,
+    read_test_evaluations,
+    repair_test_evaluations,
 )
 
 RECIPE = """\
@@ -27,13 +29,13 @@ heads:
   ridge: {alpha: [1, 3], inputs: [[layer4.avg]]}
 compute: {workers: 1, images_per_shard: 64}
 """
-OPENINGS = [{"winner": {"n": n}, "result": {"value": n / 8}, "images": ["a"]} for n in range(3)]
+EVALUATIONS = [{"winner": {"n": n}, "result": {"value": n / 8}, "images": ["a"]} for n in range(3)]
 
 
 @pytest.fixture
 def record(tmp_path):
-    path = tmp_path / "test-openings.jsonl"
-    _write_openings(path, OPENINGS)
+    path = tmp_path / "test-evaluations.jsonl"
+    _write_test_evaluations(path, EVALUATIONS)
     return path
 
 
@@ -49,14 +51,14 @@ DAMAGES = {
 def test_one_damaged_file_of_two_is_written_again(record, damage):
     """And told; nothing that it said is lost."""
     good = record.read_bytes()
-    assert mend_openings(record) == []
+    assert repair_test_evaluations(record) == []
     record.write_bytes(DAMAGES[damage](good))
-    assert read_openings(record) == OPENINGS
-    (told,) = mend_openings(record)
+    assert read_test_evaluations(record) == EVALUATIONS
+    (told,) = repair_test_evaluations(record)
     assert str(record) in told
     assert record.read_bytes() == good
     record.unlink()
-    (told,) = mend_openings(record)
+    (told,) = repair_test_evaluations(record)
     assert "is gone" in told
     assert record.read_bytes() == good
 
@@ -64,24 +66,42 @@ def test_one_damaged_file_of_two_is_written_again(record, damage):
 @pytest.mark.parametrize("damage", ["digit", "empty", "cut"])
 def test_two_damaged_files_are_an_error_that_says_how_to_go_on(record, damage):
     """What it tells to type is possible, and then the count starts again."""
-    copy = record.with_name(".test-openings.jsonl")
+    copy = record.with_name(".test-evaluations.jsonl")
     for path in (record, copy):
         path.write_bytes(DAMAGES[damage](path.read_bytes()))
-    with pytest.raises(OpeningsDamaged, match=r"rm .*test-openings.jsonl .*test-openings.jsonl"):
-        mend_openings(record)
+    with pytest.raises(
+        EvaluationsDamaged, match=r"rm .*test-evaluations.jsonl .*test-evaluations.jsonl"
+    ):
+        repair_test_evaluations(record)
     record.unlink()
     copy.unlink()
-    assert mend_openings(record) == []
-    assert read_openings(record) == []
+    assert repair_test_evaluations(record) == []
+    assert read_test_evaluations(record) == []
 
 
 def test_a_record_of_an_earlier_version_gets_its_seals_and_its_copy(tmp_path):
     """It had neither."""
-    path = tmp_path / "test-openings.jsonl"
-    path.write_text("".join(json.dumps(opening) + "\n" for opening in OPENINGS))
-    assert mend_openings(path) == []
+    path = tmp_path / "test-evaluations.jsonl"
+    path.write_text("".join(json.dumps(evaluation) + "\n" for evaluation in EVALUATIONS))
+    assert repair_test_evaluations(path) == []
     path.write_bytes(b"")
-    assert read_openings(path) == OPENINGS
+    assert read_test_evaluations(path) == EVALUATIONS
+
+
+@pytest.mark.parametrize("name", ["test-openings.jsonl", ".test-openings.jsonl"])
+def test_a_record_of_an_earlier_version_is_refused(tmp_path, name):
+    """Its name has changed: ignored, the test images would count as never seen."""
+    make_photos(tmp_path / "photos", n=24)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE)
+    paths = run_paths(load_recipe(recipe))
+    paths.root.mkdir(parents=True)
+    (paths.root / name).write_text("{}")
+    with pytest.raises(EvaluationsDamaged, match=r"earlier version .* rm .*test-openings.jsonl"):
+        run_here(recipe)
+    with pytest.raises(EvaluationsDamaged, match="earlier version"):
+        read_test_evaluations(paths.test_evaluations)
+    assert {path.name for path in paths.root.iterdir()} == {name}
 
 
 def test_a_run_is_not_deceived_and_withdraws_what_is_true_no_more(tmp_path):
@@ -94,17 +114,17 @@ def test_a_run_is_not_deceived_and_withdraws_what_is_true_no_more(tmp_path):
     first = run_here(recipe)
     paths, value = first.paths, first.test.value
     assert (paths.ensemble / "ensemble.json").exists()
-    good = paths.openings.read_bytes()
+    good = paths.test_evaluations.read_bytes()
     assert f'"value": {value}'.encode() in good
     head = paths.winner / "head.safetensors"
     winner = head.read_bytes()
     for bad in (good.replace(f'"value": {value}'.encode(), b'"value": 0.123'), b""):
-        paths.openings.write_bytes(bad)
+        paths.test_evaluations.write_bytes(bad)
         head.write_bytes(winner[:-8] + b"\1" * 8)
         again = run_here(recipe)
         assert again.test == first.test
-        assert any("test-openings.jsonl" in note for note in again.notes)
-        assert paths.openings.read_bytes() == good
+        assert any("test-evaluations.jsonl" in note for note in again.notes)
+        assert paths.test_evaluations.read_bytes() == good
         load_model(paths.winner)
     recipe.write_text(RECIPE.replace("[1, 3]", "[7]") + "ensemble: {}\n")
     after = run_here(recipe)
@@ -116,7 +136,7 @@ def test_a_run_is_not_deceived_and_withdraws_what_is_true_no_more(tmp_path):
 def test_the_interval_is_over_groups_and_an_earlier_method_is_replaced(tmp_path):
     """Photographs of one module count as one where all are right; a record with a percentile
     bootstrap's interval keeps its score and its date, and is given the interval of this version,
-    without another opening.
+    without another evaluation.
     """
     make_photos(tmp_path / "photos", n=24)
     rows = [(path, path.parent.name) for path in sorted((tmp_path / "photos").rglob("*.*"))]
@@ -129,19 +149,19 @@ def test_the_interval_is_over_groups_and_an_earlier_method_is_replaced(tmp_path)
     first = run_here(recipe)
     groups = first.test.groups
     assert groups < first.test.images
-    assert read_openings(first.paths.openings)[0]["result"]["groups"] == groups
-    (opening,) = read_openings(first.paths.openings)
+    assert read_test_evaluations(first.paths.test_evaluations)[0]["result"]["groups"] == groups
+    (evaluation,) = read_test_evaluations(first.paths.test_evaluations)
     right = np.arange(first.test.images) < round(first.test.value * first.test.images)
     assert first.test.high - first.test.low > np.diff(proportion_interval(right))
-    old = {key: value for key, value in opening.items() if key != "interval"}
-    old["result"] = {key: value for key, value in opening["result"].items() if key != "groups"} | {
-        "low": 1.0
-    }
-    _write_openings(first.paths.openings, [old | {"opened": "long ago"}])
+    old = {key: value for key, value in evaluation.items() if key != "interval"}
+    old["result"] = {
+        key: value for key, value in evaluation["result"].items() if key != "groups"
+    } | {"low": 1.0}
+    _write_test_evaluations(first.paths.test_evaluations, [old | {"evaluated": "long ago"}])
     again = run_here(recipe)
     assert again.test == first.test
-    (mended,) = read_openings(first.paths.openings)
-    assert mended == opening | {"opened": "long ago"}
+    (mended,) = read_test_evaluations(first.paths.test_evaluations)
+    assert mended == evaluation | {"evaluated": "long ago"}
 
 
 def test_a_withdrawn_directory_is_gone_with_what_an_earlier_withdrawal_left(tmp_path):

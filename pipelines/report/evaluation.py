@@ -1,4 +1,4 @@
-"""The test split: what the answer scores there, every opening on record, and its confusions."""
+"""The test split: what the answer scores there, every evaluation on record, and its confusions."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,18 +16,18 @@ from headrace.pipelines.report.read import FinishedRun
 
 
 def test_split(run: FinishedRun) -> Section:
-    """The answer's test score, every opening on record, and its confusions there."""
+    """The answer's test score, every evaluation on record, and its confusions there."""
     answer = find_answer(run)
-    opening = answer.opening
-    frame = _openings(run)
-    if opening is None:
+    evaluation = answer.test_evaluation
+    frame = _evaluations_table(run)
+    if evaluation is None:
         text = (
             f"{answer.name.capitalize()} has not been shown a test split: set task.test_fraction, "
             "or a split column with test rows, and run again."
         )
         return Section("test", "Test split", "", (Note(text), *([frame] if frame else ())))
-    result = opening["result"]
-    blocks: list[Block] = [_times_opened(run, opening, answer)]
+    result = evaluation["result"]
+    blocks: list[Block] = [_evaluation_count(run, evaluation, answer)]
     if frame is not None:
         blocks.append(frame)
     blocks.append(_metrics(run, answer, result["metrics"]))
@@ -44,7 +44,7 @@ def test_split(run: FinishedRun) -> Section:
     )
     lead = (
         f"{result['images']:,} images that no head was trained or chosen on. {shown}The rows and "
-        "predictions below are those of the opening on record; this report opens nothing."
+        "predictions below are those of the evaluation on record; this report adds none."
     )
     return Section("test", "Test split", lead, tuple(blocks))
 
@@ -99,14 +99,16 @@ def _shown_text(winner: Mapping[str, Any]) -> str:
     return f"{spec.kind} {settings_text(spec)} on {' + '.join(winner['inputs'])}"
 
 
-def _times_opened(run: FinishedRun, opening: Any, answer: Answer) -> Note:
-    images = set(opening["images"])
+def _evaluation_count(run: FinishedRun, evaluation: Any, answer: Answer) -> Note:
+    images = set(evaluation["images"])
     winners = {
-        str(past["winner"]) for past in run.openings if not images.isdisjoint(past["images"])
+        str(past["winner"])
+        for past in run.test_evaluations
+        if not images.isdisjoint(past["images"])
     }
     if len(winners) == 1:
         return Note(
-            "The test split has been opened once, for "
+            "The test split has been evaluated once, for "
             + ("this winner." if answer.ensemble is None else "this ensemble."),
             "good",
         )
@@ -118,23 +120,23 @@ def _times_opened(run: FinishedRun, opening: Any, answer: Answer) -> Note:
     )
 
 
-def _openings(run: FinishedRun) -> Table | None:
-    if not run.openings:
+def _evaluations_table(run: FinishedRun) -> Table | None:
+    if not run.test_evaluations:
         return None
     rows = [
         {
-            "opened": opening.get("opened", ""),
-            "shown": _shown_text(opening["winner"]),
-            "metric": metric_title(opening["result"]["metric"]),
-            "value": opening["result"]["value"],
-            "low": opening["result"]["low"],
-            "high": opening["result"]["high"],
-            "images": opening["result"]["images"],
+            "evaluated": evaluation.get("evaluated", ""),
+            "shown": _shown_text(evaluation["winner"]),
+            "metric": metric_title(evaluation["result"]["metric"]),
+            "value": evaluation["result"]["value"],
+            "low": evaluation["result"]["low"],
+            "high": evaluation["result"]["high"],
+            "images": evaluation["result"]["images"],
         }
-        for opening in run.openings
+        for evaluation in run.test_evaluations
     ]
     columns = (
-        Column("opened", "opened"),
+        Column("evaluated", "evaluated"),
         Column("shown", "what was shown it"),
         Column("metric", "metric"),
         Column("value", "value", "number"),
@@ -143,8 +145,8 @@ def _openings(run: FinishedRun) -> Table | None:
         Column("images", "images", "count"),
     )
     return Table(
-        "test-openings",
-        "Every opening of the test split, oldest first",
+        "test-evaluations",
+        "Every evaluation of the test split, oldest first",
         columns,
         pd.DataFrame(rows),
         sortable=False,
