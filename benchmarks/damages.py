@@ -89,7 +89,9 @@ compute:
   images_per_shard: 16
 """
 
-ENSEMBLE = f"{RUN}/ensemble"  # not the answer, and a model all the same: heads and a network
+ENSEMBLE = (
+    f"{RUN}/ensemble"  # not the selected model, and a model all the same: heads and a network
+)
 
 
 def _predicts(model: str, out: str, images: str = "../photos/coarse") -> tuple[str, ...]:

@@ -9,7 +9,7 @@ that seed's test split once, on record. --quick: one seed. Published: 82.44 % (h
 and an SVM) and 88.42 % (a VGG-19, fine-tuned; Deitsch et al. 2019).
 
 Measured, five seeds, 95 % intervals of the means: head 88.29 % ± 1.07, ensemble of heads on three
-networks 89.21 % ± 1.11, the run's answer 88.75 % ± 1.14; fine-tuned above blocks.5 87.56 % on
+networks 89.21 % ± 1.11, the selected model 88.75 % ± 1.14; fine-tuned above blocks.5 87.56 % on
 validation folds. docs/finetune.md says what these figures depend on.
 """
 
@@ -80,8 +80,8 @@ def recipe_of(seed: int, table: Path, cache: Path, out: Path, *, finetune: bool)
 
 
 def scores(seed: int, recipe: Recipe, result: RunResult) -> list[dict[str, object]]:
-    """Validation and test accuracy of the best of each approach, and of the answer that the run
-    gave.
+    """Validation and test accuracy of the best of each approach, and of the selected model that the
+    run gave.
     """
     found = survey(recipe)
     test, digest = found.dataset.test, found.dataset.train.digest
@@ -135,7 +135,7 @@ def scores(seed: int, recipe: Recipe, result: RunResult) -> list[dict[str, objec
         if result.ensemble and result.ensemble.chosen
         else result.winner[found.metric]
     )
-    add("the run's answer", validation, result.test)
+    add("the selected model", validation, result.test)
     return rows
 
 

@@ -336,7 +336,7 @@ def world_of_heads(
 
 
 def false_ensembles(repeats: float) -> Iterator[Line]:
-    """Twenty heads that know nothing: how often their average becomes the answer.
+    """Twenty heads that know nothing: how often their average becomes the selected model.
 
     At most 5 % by the level that is printed.
     """

@@ -89,10 +89,10 @@ class RunResult:
     heads: pd.DataFrame  # one row per head (spec x fold); see leaderboard.collect_heads
     board: pd.DataFrame  # one row per (inputs, spec), best first; see leaderboard.rank_heads
     winner: pd.Series
-    test: TestResult | None  # of the answer
+    test: TestResult | None  # of the selected model
     ensemble: (
         Ensemble | None
-    )  # where the recipe asks for one; the answer, and what was tested, if it is `chosen`
+    )  # where the recipe asks for one; the selected model, and what was tested, if it is `chosen`
     selection: (
         Selection | None
     )  # what the winner is expected to score, and who cannot be told apart from it
@@ -326,12 +326,12 @@ def conclude(
     pixel_range: PixelRange | None = None,
     halving: InputHalving | None = None,
 ) -> RunResult:
-    """Rank, choose the winner on validation folds, show the answer the test split, and write the
-    tables.
+    """Rank, choose the winner on validation folds, show the selected model the test split, and
+    write the tables.
 
-    pixel_range: as in the recipe, for the images that are compared. halving: of the inputs, on
-    the same rows. The answer is the winner, or an ensemble where one is asked for and is better at
-    the level of its interval.
+    pixel_range: as in the recipe, for the images that are compared. halving: of the inputs, on the
+    same rows. The selected model is the winner, or an ensemble where one is asked for and is better
+    at the level of its interval.
     """
     paths, task = found.paths, found.dataset.train
     heads, metric, widths, folds = _trained_heads(found)

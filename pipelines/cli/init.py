@@ -49,7 +49,7 @@ heads:                           # every list is tried in every combination
   # mlp: {{hidden: [[64], [256]], dropout: [0, 0.5], weight_decay: [0.01]}}
   # knn: {{k: [1, 5, 20]}}
 
-ensemble:                        # heads averaged: the answer only where a 95 % interval says better
+ensemble:                        # heads averaged: selected only where a 95 % interval says better
   max_members: 8
 
 # Each of these stages is left out unless it is asked for: take the # away.

@@ -19,8 +19,9 @@ from headrace.pipelines.cli.advise import advise_command
 from headrace.pipelines.cli.backbones import backbones_command
 from headrace.pipelines.cli.cache import app as cache_app
 from headrace.pipelines.cli.cluster import app as cluster_app
-from headrace.pipelines.cli.deliver import export_command, predict_command
 from headrace.pipelines.cli.doctor import doctor_command
+from headrace.pipelines.cli.export import export_command
+from headrace.pipelines.cli.predict import predict_command
 from headrace.pipelines.cli.report import report_command
 from headrace.pipelines.console import escape_unencodable, make_console, valid_text
 

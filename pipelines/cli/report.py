@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from headrace.pipelines.cli.deliver import TrustOption
+from headrace.pipelines.cli.predict import TrustOption
 from headrace.pipelines.console import make_console
 
 

@@ -205,7 +205,7 @@ def finetune_table(result: RunResult) -> Table:
             f"{number_text(found.gain, metric)} ({number_text(found.gain_low, metric)} to "
             f"{number_text(found.gain_high, metric)})",
             "–",
-            "the answer" if found.chosen else f"not better at {level_text(found.level)}",
+            "selected" if found.chosen else f"not better at {level_text(found.level)}",
         )
     return table
 
@@ -246,7 +246,7 @@ def selection_sentences(result: RunResult) -> list[str]:
 
 
 def ensemble_sentences(result: RunResult) -> list[str]:
-    """What averaging heads would be worth, and whether it is the answer."""
+    """What averaging heads would be worth, and whether it is the selected model."""
     found = result.ensemble
     if found is None:
         return []
@@ -259,9 +259,9 @@ def ensemble_sentences(result: RunResult) -> list[str]:
     )
     level = level_text(found.level)
     verdict = (
-        "all of it above 0: it is the answer"
+        "all of it above 0: it is selected"
         if found.chosen
-        else "it reaches 0: the winner stays the answer"
+        else "it reaches 0: the winner stays selected"
     )
     return [
         f"Ensemble of {len(found.members)} model(s), {len(found.networks)} network(s): "

@@ -1,8 +1,9 @@
 """The stage that turns promising heads into networks: pilots, the order by gain per hour, the
 budget, rollback.
 
-The head stays the answer unless a network is better on the same validation rows. Everything that is
-decided is written to `finetune/candidates.json`, and nothing that is decided there is done again.
+The head stays the selected model unless a network is better on the same validation rows. Everything
+that is decided is written to `finetune/candidates.json`, and nothing that is decided there is done
+again.
 """
 
 from collections.abc import Mapping, Sequence
@@ -54,9 +55,9 @@ class FinetuneInputs:
     metric: str
     directories: Mapping[str, Sequence[Path]]
     backbones: Mapping[str, BackboneSpec | None]
-    images: (
-        pd.DataFrame
-    )  # content and path of every image, test images too: for those the answer is asked at the end
+    # content and path of every image, test images too: for those the selected model is asked at the
+    # end
+    images: pd.DataFrame
     device: str
 
 

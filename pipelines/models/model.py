@@ -149,7 +149,7 @@ def decide(
 
 
 def load_model(directory: Path | str, *, trust_code: Collection[str] = ()) -> Model:
-    """Load a model directory; of a run (its directory or its recipe) the answer: winner, or
+    """Load a model directory; of a run (its directory or its recipe) the selected model: winner, or
     ensemble where the interval of its gain lies above 0.
 
     A model may ask for code: a network of its own ("python:module:function"), or an estimator by
@@ -282,22 +282,24 @@ def _model_directory(given: Path | str) -> Path:
     if _holds_model(place):
         return place
     run = find_run(place, or_model=True)
-    answer = run.ensemble if ensemble_is_answer(run) and _holds_model(run.ensemble) else run.winner
-    if not _holds_model(answer):
-        require_finished(run, answer)
-    return answer
+    selected = (
+        run.ensemble if ensemble_is_selected(run) and _holds_model(run.ensemble) else run.winner
+    )
+    if not _holds_model(selected):
+        require_finished(run, selected)
+    return selected
 
 
 def _holds_model(place: Path) -> bool:
     return any((place / name).is_file() for name in (HEAD, ENSEMBLE, NETWORK))
 
 
-def ensemble_is_answer(run: RunPaths) -> bool:
+def ensemble_is_selected(run: RunPaths) -> bool:
     """Whether the run's last recipe asks for an ensemble, and the interval of its gain over a
     single head lies above 0.
 
     Raises RunDamaged for a damaged recipe.json, ModelError for a damaged ensemble.json: the winner
-    would answer in its place, and nobody would know.
+    would stand in its place, and nobody would know.
     """
     try:
         asked = read_record(run.recipe).get("ensemble") is not None

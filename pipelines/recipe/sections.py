@@ -175,8 +175,8 @@ class EnsembleSection(Section):
     # picks; a head picked twice weighs twice
     rounds: Annotated[int, pydantic.Field(ge=1, le=1000)] = 30
     candidates: Annotated[int, pydantic.Field(ge=2)] = 200  # heads to pick from, the best ones
-    # level of the interval of its gain over a single head; the answer only if all of that lies
-    # above 0
+    # level of the interval of its gain over a single head; the selected model only if all of that
+    # lies above 0
     confidence: Annotated[float, pydantic.Field(gt=0.5, lt=1)] = 0.95
 
 

@@ -19,7 +19,6 @@ from headrace.heads.spec import FULL
 from headrace.pipelines.finished import require_writable
 from headrace.pipelines.number_format import number_text
 from headrace.pipelines.planning.leaderboard import inputs_text
-from headrace.pipelines.report.answer import find_answer
 from headrace.pipelines.report.blocks import Headline, Section, Table, tables_of
 from headrace.pipelines.report.cost import cost, seconds_text
 from headrace.pipelines.report.data import data
@@ -32,6 +31,7 @@ from headrace.pipelines.report.outcome import predictions
 from headrace.pipelines.report.page import render
 from headrace.pipelines.report.provenance import provenance
 from headrace.pipelines.report.read import FinishedRun, read_run
+from headrace.pipelines.report.selected_model import find_selected
 from headrace.pipelines.report.suspects import suspects
 from headrace.pipelines.report.thumbnails import Thumbnails
 
@@ -134,16 +134,16 @@ def headline(run: FinishedRun) -> Headline:
     ]
     if (expected := expected_text(run)) is not None:
         values.append(("expected on new images", *expected))
-    answer = find_answer(run)
-    if answer.ensemble is not None:
-        nested = answer.ensemble["nested"]
+    selected = find_selected(run)
+    if selected.ensemble is not None:
+        nested = selected.ensemble["nested"]
         score = number_text(nested["value"], nested["metric"])
         better = f"validation {metric_title(nested['metric'])} {score}, better than a single head"
-        values.append(("the run's answer", "ensemble", f"{answer.heads}; {better}"))
-    if answer.test_evaluation is None:
+        values.append(("the selected model", "ensemble", f"{selected.heads}; {better}"))
+    if selected.test_evaluation is None:
         values.append((f"test {metric_title(metric)}", "–", "the test split was not evaluated"))
     else:
-        result = answer.test_evaluation["result"]
+        result = selected.test_evaluation["result"]
         interval = (
             f"{number_text(result['low'], result['metric'])} to "
             f"{number_text(result['high'], result['metric'])}"
@@ -152,7 +152,7 @@ def headline(run: FinishedRun) -> Headline:
             (
                 f"test {metric_title(result['metric'])}",
                 number_text(result["value"], result["metric"]),
-                f"{'of the ensemble; ' if answer.ensemble is not None else ''}95 % interval "
+                f"{'of the ensemble; ' if selected.ensemble is not None else ''}95 % interval "
                 f"{interval}, {result['images']:,} images never seen before",
             )
         )

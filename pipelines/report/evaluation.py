@@ -1,4 +1,6 @@
-"""The test split: what the answer scores there, every evaluation on record, and its confusions."""
+"""The test split: what the selected model scores there, every evaluation on record, and its
+confusions.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,39 +10,40 @@ import pandas as pd
 
 from headrace.heads.spec import FULL, spec_from_json
 from headrace.pipelines.recipe.settings_text import settings_text
-from headrace.pipelines.report.answer import Answer, find_answer, test_predictions
 from headrace.pipelines.report.blocks import Block, Column, Note, Section, Table
 from headrace.pipelines.report.leaders import metric_title
 from headrace.pipelines.report.outcome import outcome
 from headrace.pipelines.report.read import FinishedRun
+from headrace.pipelines.report.selected_model import SelectedModel, find_selected, test_predictions
 
 
 def test_split(run: FinishedRun) -> Section:
-    """The answer's test score, every evaluation on record, and its confusions there."""
-    answer = find_answer(run)
-    evaluation = answer.test_evaluation
+    """The selected model's test score, every evaluation on record, and its confusions there."""
+    selected = find_selected(run)
+    evaluation = selected.test_evaluation
     frame = _evaluations_table(run)
     if evaluation is None:
         text = (
-            f"{answer.name.capitalize()} has not been shown a test split: set task.test_fraction, "
+            f"{selected.name.capitalize()} has not been shown a test split: set "
+            "task.test_fraction, "
             "or a split column with test rows, and run again."
         )
         return Section("test", "Test split", "", (Note(text), *([frame] if frame else ())))
     result = evaluation["result"]
-    blocks: list[Block] = [_evaluation_count(run, evaluation, answer)]
+    blocks: list[Block] = [_evaluation_count(run, evaluation, selected)]
     if frame is not None:
         blocks.append(frame)
-    blocks.append(_metrics(run, answer, result["metrics"]))
-    made = test_predictions(run, answer)
+    blocks.append(_metrics(run, selected, result["metrics"]))
+    made = test_predictions(run, selected)
     if isinstance(made, str):
         blocks.append(Note(f"No confusions of the test split: {made}."))
     else:
         _, target, predicted = made
-        blocks += outcome(run.task_kind, run.classes, target, predicted, "test", answer.name)
+        blocks += outcome(run.task_kind, run.classes, target, predicted, "test", selected.name)
     shown = (
         ""
-        if answer.ensemble is None
-        else f"They were shown to the ensemble of {answer.heads}, not to the winner. "
+        if selected.ensemble is None
+        else f"They were shown to the ensemble of {selected.heads}, not to the winner. "
     )
     lead = (
         f"{result['images']:,} images that no head was trained or chosen on. {shown}The rows and "
@@ -49,9 +52,9 @@ def test_split(run: FinishedRun) -> Section:
     return Section("test", "Test split", lead, tuple(blocks))
 
 
-def _metrics(run: FinishedRun, answer: Answer, test: Mapping[str, float]) -> Table:
-    """Every metric of the answer: on validation rows and on the test images."""
-    if answer.ensemble is None:
+def _metrics(run: FinishedRun, selected: SelectedModel, test: Mapping[str, float]) -> Table:
+    """Every metric of the selected model: on validation rows and on the test images."""
+    if selected.ensemble is None:
         own = run.heads[
             (run.heads["spec"] == run.winner["spec"])
             & (run.heads["inputs"] == run.winner["inputs"])
@@ -67,7 +70,7 @@ def _metrics(run: FinishedRun, answer: Answer, test: Mapping[str, float]) -> Tab
         )
         hint = "mean over the validation folds"
     else:
-        scored = answer.ensemble["metrics"]
+        scored = selected.ensemble["metrics"]
         means = {
             name: float(scored[f"validation_{name}"])
             for name in test
@@ -89,7 +92,7 @@ def _metrics(run: FinishedRun, answer: Answer, test: Mapping[str, float]) -> Tab
         *spread,
         Column("test", "test", "number"),
     )
-    return Table("metrics", f"Every metric of {answer.name}", columns, frame, sortable=False)
+    return Table("metrics", f"Every metric of {selected.name}", columns, frame, sortable=False)
 
 
 def _shown_text(winner: Mapping[str, Any]) -> str:
@@ -99,7 +102,7 @@ def _shown_text(winner: Mapping[str, Any]) -> str:
     return f"{spec.kind} {settings_text(spec)} on {' + '.join(winner['inputs'])}"
 
 
-def _evaluation_count(run: FinishedRun, evaluation: Any, answer: Answer) -> Note:
+def _evaluation_count(run: FinishedRun, evaluation: Any, selected: SelectedModel) -> Note:
     images = set(evaluation["images"])
     winners = {
         str(past["winner"])
@@ -109,7 +112,7 @@ def _evaluation_count(run: FinishedRun, evaluation: Any, answer: Answer) -> Note
     if len(winners) == 1:
         return Note(
             "The test split has been evaluated once, for "
-            + ("this winner." if answer.ensemble is None else "this ensemble."),
+            + ("this winner." if selected.ensemble is None else "this ensemble."),
             "good",
         )
     return Note(

@@ -191,12 +191,15 @@ def _ensemble(run: FinishedRun, found: Found) -> list[Block]:
         number_text(nested[name], metric) for name in ("value", "low", "high", "single")
     )
     level = level_text(nested["level"])
-    answer = (
-        f"It is the run's answer: the {level} interval of its gain over a single head lies above 0."
+    selected = (
+        (
+            f"It is the selected model: the {level} interval of its gain over a single head "
+            "lies above 0."
+        )
         if nested["chosen"]
         else (
             f"The {level} interval of its gain over a single head reaches 0: the winner stays the "
-            "answer."
+            "selected."
         )
     )
     gain = (
@@ -232,7 +235,7 @@ def _ensemble(run: FinishedRun, found: Found) -> list[Block]:
                 ("temperature", f"{found['temperature']:.3f}"),
             )
         ),
-        Note(answer, "good" if nested["chosen"] else "note"),
+        Note(selected, "good" if nested["chosen"] else "note"),
         Table("ensemble", "Its heads", columns, frame, sortable=False, wide=True),
     ]
 

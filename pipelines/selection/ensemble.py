@@ -79,7 +79,7 @@ class Ensemble:
     gain_high: float
     level: float
     sure: float  # share of the resamples in which it is better
-    chosen: bool  # whether it is the run's answer: `gain_low` is above 0
+    chosen: bool  # whether it is the selected model: `gain_low` is above 0
     metrics: dict[str, float]  # nested, all of the task's
 
     @property

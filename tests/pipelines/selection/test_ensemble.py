@@ -38,7 +38,9 @@ def independent_heads(rng, heads, strength):
 
 @pytest.mark.parametrize("metric", ["accuracy", "log_loss", "auc"])
 def test_heads_that_err_apart_are_combined(tmp_path, metric):
-    """Better on rows that did not pick it, by an interval above 0, and so it is the answer."""
+    """Better on rows that did not pick it, by an interval above 0, and so it is the
+    selected model.
+    """
     target, outputs = independent_heads(np.random.default_rng(0), 8, 0.8)
     board, task = stored(tmp_path, "single", metric, outputs, target)
     found = build_ensemble(board, held_out(task), metric, EnsembleSection())
@@ -83,8 +85,8 @@ def test_heads_that_are_right_but_unsure_have_their_say(tmp_path):
 
 
 def test_heads_that_know_nothing_are_not_combined(tmp_path):
-    """Thirty of them, in five worlds: an ensemble fits their noise, its nested score knows that it
-    is worth nothing, and it is never the answer. The best single head is worth nothing either,
+    """Thirty of them, in five worlds: an ensemble fits their noise, its nested score knows that it is
+    worth nothing, and it is never the selected model. The best single head is worth nothing either,
     though the leaderboard's winner looks better.
     """
     values, singles, winners = [], [], []

@@ -1,4 +1,4 @@
-"""`headrace predict` and `headrace export`."""
+"""`headrace predict`."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -18,14 +18,6 @@ class TableFormat(StrEnum):
     jsonl = "jsonl"
 
 
-class ExportFormat(StrEnum):
-    """What `headrace export` writes."""
-
-    torch = "torch"
-    onnx = "onnx"
-    safetensors = "safetensors"
-
-
 class OutputError(HeadraceError, ValueError):
     """The output cannot be written as asked."""
 
@@ -33,7 +25,8 @@ class OutputError(HeadraceError, ValueError):
 ModelArgument = Annotated[
     Path,
     typer.Argument(
-        help="A run, by its recipe or its directory (the answer is used: winner or ensemble); a "
+        help="A run, by its recipe or its directory (the selected model is used: winner or "
+        "ensemble); a "
         "model directory; what "
         "headrace export wrote."
     ),
@@ -170,51 +163,6 @@ def predict_command(
     console.print(said if out == "-" else f"{said}. Wrote {out}", soft_wrap=True)
     if summary.failed == summary.images:
         raise typer.Exit(1)
-
-
-def export_command(
-    model: ModelArgument,
-    out: Annotated[Path, typer.Argument(help="The folder to write.")],
-    formats: Annotated[
-        list[ExportFormat] | None,
-        typer.Option(
-            "--format", "-f", help="May be given several times; default: torch and safetensors."
-        ),
-    ] = None,
-    force: Annotated[
-        bool,
-        typer.Option("--force", help="Replace a folder that an earlier export wrote; no other is."),
-    ] = False,
-    trust_code: TrustOption = None,
-) -> None:
-    """Take the model away: a torch.export program, ONNX, or safetensors, with a model card and its
-    preprocessing.
-
-    Each is loaded again and compared with headrace's own predictions before the folder appears.
-
-    Example: headrace export headrace-runs/recipe my-model --format onnx --format torch
-    """
-    from headrace.pipelines.models.model import load_model
-
-    loaded = load_model(model, trust_code=trust_code or ())
-    from headrace.pipelines.export.write import export_model
-
-    chosen = [each.value for each in formats or [ExportFormat.torch, ExportFormat.safetensors]]
-    exported = export_model(loaded, out, chosen, force=force)
-    console = make_console()
-    for name, difference in exported.differences.items():
-        said = (
-            f"{name}: differs from headrace by at most {difference:.1e} ({exported.tolerance:g} is "
-            "allowed)"
-        )
-        console.print(said, soft_wrap=True)
-    if not exported.all_views:
-        said = (
-            "note: the graphs see the evaluation crop alone; headrace averages over random views "
-            "too"
-        )
-        console.print(said, soft_wrap=True)
-    console.print(f"Wrote {out}. How to use it: {out / 'MODEL_CARD.md'}", soft_wrap=True)
 
 
 def _format(out: str, kind: TableFormat | None) -> str:

@@ -16,7 +16,7 @@ from headrace.heads.data.task import Task
 from headrace.heads.evaluate.ensemble import average
 from headrace.heads.predict import tempered
 from headrace.heads.spec import spec_from_json
-from headrace.pipelines.models.model import ENSEMBLE, ensemble_is_answer
+from headrace.pipelines.models.model import ENSEMBLE, ensemble_is_selected
 from headrace.pipelines.records import read_record
 from headrace.pipelines.report.read import FinishedRun
 from headrace.pipelines.selection.winner import predict_test
@@ -25,10 +25,10 @@ Found = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Answer:
-    """The answer, and the record of its being shown the test split."""
+class SelectedModel:
+    """The selected model, and the record of its being shown the test split."""
 
-    ensemble: Found | None  # what ensemble.json says, where the ensemble is the answer
+    ensemble: Found | None  # what ensemble.json says, where the ensemble is the selected model
     test_evaluation: Found | None  # None: it has not been shown the test split
 
     @property
@@ -52,17 +52,17 @@ class Answer:
         return " and ".join(words)
 
 
-def find_answer(run: FinishedRun) -> Answer:
-    """The answer of the run's last call."""
-    if not ensemble_is_answer(run.paths):
-        return Answer(None, run.test_evaluation)
+def find_selected(run: FinishedRun) -> SelectedModel:
+    """The selected model of the run's last call."""
+    if not ensemble_is_selected(run.paths):
+        return SelectedModel(None, run.test_evaluation)
     ensemble = read_record(run.paths.ensemble / ENSEMBLE)
     own = [
         evaluation
         for evaluation in run.test_evaluations
         if _is_ensemble(evaluation["winner"], ensemble, run.bank.task)
     ]
-    return Answer(ensemble, own[-1] if own else None)
+    return SelectedModel(ensemble, own[-1] if own else None)
 
 
 def _is_ensemble(shown: Found, ensemble: Found, task: str) -> bool:
@@ -88,22 +88,22 @@ def _is_ensemble(shown: Found, ensemble: Found, task: str) -> bool:
 
 
 def test_predictions(
-    run: FinishedRun, answer: Answer
+    run: FinishedRun, selected: SelectedModel
 ) -> tuple[Task, npt.NDArray[Any], npt.NDArray[Any]] | str:
-    """The test task, the targets (n,) and the answer's predictions (n, C) of its rows: what its
-    evaluation has scored.
+    """The test task, the targets (n,) and the selected model's predictions (n, C) of its rows: what
+    its evaluation has scored.
 
-    Only for an answer whose evaluation is on record, on the very rows of that record: nothing new
+    Only for a model whose evaluation is on record, on the very rows of that record: nothing new
     is learned of the test split. Otherwise the reason why not.
     """
-    evaluation = answer.test_evaluation
+    evaluation = selected.test_evaluation
     if evaluation is None:
-        return f"{answer.name} has not been shown the test split"
+        return f"{selected.name} has not been shown the test split"
     if isinstance(run.rows, str):
         return run.rows
     test = run.rows.dataset.test
     if evaluation["winner"]["test"] != test.digest:
-        return f"the test images have changed since {answer.name} was shown them"
+        return f"the test images have changed since {selected.name} was shown them"
     shown = evaluation["winner"]
     lone = {**shown, "temperature": evaluation.get("temperature", 1.0)}
     members = shown.get("ensemble", [lone])
@@ -112,7 +112,7 @@ def test_predictions(
     except (HeadraceError, OSError, KeyError) as error:
         return f"the predictions of the test images cannot be made again: {error}"
     target, predicted = found[0]
-    if answer.ensemble is not None:
+    if selected.ensemble is not None:
         weights = np.array([member["weight"] for member in members])
         mean = average(weights, np.stack([own for _, own in found]))
         predicted = tempered(mean, test.kind, shown["temperature"])

@@ -1,0 +1,63 @@
+"""`headrace export`."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from headrace.pipelines.cli.predict import ModelArgument, TrustOption
+from headrace.pipelines.console import make_console
+
+
+class ExportFormat(StrEnum):
+    """What `headrace export` writes."""
+
+    torch = "torch"
+    onnx = "onnx"
+    safetensors = "safetensors"
+
+
+def export_command(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    formats: Annotated[
+        list[ExportFormat] | None,
+        typer.Option(
+            "--format", "-f", help="May be given several times; default: torch and safetensors."
+        ),
+    ] = None,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Replace a folder that an earlier export wrote; no other is."),
+    ] = False,
+    trust_code: TrustOption = None,
+) -> None:
+    """Take the model away: a torch.export program, ONNX, or safetensors, with a model card and its
+    preprocessing.
+
+    Each is loaded again and compared with headrace's own predictions before the folder appears.
+
+    Example: headrace export headrace-runs/recipe my-model --format onnx --format torch
+    """
+    from headrace.pipelines.models.model import load_model
+
+    loaded = load_model(model, trust_code=trust_code or ())
+    from headrace.pipelines.export.write import export_model
+
+    chosen = [each.value for each in formats or [ExportFormat.torch, ExportFormat.safetensors]]
+    exported = export_model(loaded, out, chosen, force=force)
+    console = make_console()
+    for name, difference in exported.differences.items():
+        said = (
+            f"{name}: differs from headrace by at most {difference:.1e} ({exported.tolerance:g} is "
+            "allowed)"
+        )
+        console.print(said, soft_wrap=True)
+    if not exported.all_views:
+        said = (
+            "note: the graphs see the evaluation crop alone; headrace averages over random views "
+            "too"
+        )
+        console.print(said, soft_wrap=True)
+    console.print(f"Wrote {out}. How to use it: {out / 'MODEL_CARD.md'}", soft_wrap=True)
