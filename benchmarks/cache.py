@@ -516,7 +516,7 @@ def solar_features(folder: Path, tap: str, limit: int | None) -> tuple[np.ndarra
     from headrace.extract.taps.spec_cache import backbone_features
     from headrace.pipelines.cli.demo import write_demo
     from headrace.pipelines.planning.dataset import list_samples
-    from headrace.pipelines.planning.run_state import backbone_spec
+    from headrace.pipelines.planning.networks import backbone_spec
     from headrace.pipelines.recipe.load import load_recipe
 
     recipe = load_recipe(write_demo(folder / "demo"))

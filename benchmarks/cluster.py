@@ -180,11 +180,11 @@ def planning(quick: bool) -> dict[str, float]:
         units=[],
         images=1000,
         images_new=0,
-        wanted=wanted_heads(grid, names),
+        requested=wanted_heads(grid, names),
         task_digest="t",
-        folds=FOLDS,
-        rows=1000,
-        outputs=10,
+        n_folds=FOLDS,
+        n_rows=1000,
+        n_outputs=10,
         trained=lambda group: {},
     )
     seconds = time.perf_counter() - started

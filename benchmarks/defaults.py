@@ -30,9 +30,10 @@ from sklearn.svm import SVC
 
 from headrace.heads.data.features import load_rows
 from headrace.pipelines.cli.init import write_recipe
-from headrace.pipelines.planning.run_state import survey
+from headrace.pipelines.planning.run_state import read_run_state
 from headrace.pipelines.recipe.load import Recipe, load_recipe, parse_recipe
-from headrace.pipelines.run import RunResult, run_recipe
+from headrace.pipelines.result import RunResult
+from headrace.pipelines.run import run_recipe
 
 # What `init` wrote until these were measured.
 BEFORE = """\
@@ -86,7 +87,7 @@ def thirty_lines(recipe: Recipe, result: RunResult) -> float:
     """Test accuracy of the better of LogisticRegressionCV and an SVC on the pooled features, chosen
     by cross-validation.
     """
-    dataset, groups = survey(recipe).dataset, None
+    dataset, groups = read_run_state(recipe).dataset, None
     train, test = dataset.train, dataset.test
     pooled = result.features("pre_logits.vector")
     X, Z = (load_rows([pooled], task.content)[0] for task in (train, test))

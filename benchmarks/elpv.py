@@ -24,9 +24,10 @@ from rich.table import Table
 
 from headrace.cache.feature_set import open_feature_set
 from headrace.pipelines.cli.demo import solar_cells
-from headrace.pipelines.planning.run_state import survey
+from headrace.pipelines.planning.run_state import read_run_state
 from headrace.pipelines.recipe.load import Recipe, load_recipe
-from headrace.pipelines.run import RunResult, run_recipe
+from headrace.pipelines.result import RunResult
+from headrace.pipelines.run import run_recipe
 from headrace.pipelines.selection.calibration import temperature_of
 from headrace.pipelines.selection.ensemble_store import evaluate_ensemble
 from headrace.pipelines.selection.winner import evaluate_winner
@@ -83,7 +84,7 @@ def scores(seed: int, recipe: Recipe, result: RunResult) -> list[dict[str, objec
     """Validation and test accuracy of the best of each approach, and of the selected model that the
     run gave.
     """
-    found = survey(recipe)
+    found = read_run_state(recipe)
     test, digest = found.dataset.test, found.dataset.train.digest
     rows: list[dict[str, object]] = []
 

@@ -140,9 +140,9 @@ def in_one_process() -> None:
         for key, job in jobs:
             ours = options.claims if options else None
             if ours is None or ours.take(key):
-                options and options.tell("started", task=key, worker="here", attempt=1)
+                options and options.on_event("started", task=key, worker="here", attempt=1)
                 done = function(job)
-                options and options.tell("finished", task=key, seconds=0.0, result=done)
+                options and options.on_event("finished", task=key, seconds=0.0, result=done)
                 yield submit.Outcome(job, done, None)
                 if ours is not None:
                     ours.drop(key)

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from dask.distributed import Client
 from rich.console import Console
 
 from headrace.cache.errors import HeadraceError
 from headrace.cache.feature_set import FeatureSet, open_feature_set
-from headrace.cache.publish import feature_set_path, is_feature_set
+from headrace.cache.publish import feature_set_path
 from headrace.extract.images.content_hashes import content_hashes
 from headrace.extract.run.plan import Network, plan_networks
 from headrace.extract.sources.read import detect_source, read_source, warn_of_left_out
@@ -26,18 +27,24 @@ from headrace.pipelines.cluster.clients import local_client
 from headrace.pipelines.cluster.fork_server import imports_of
 from headrace.pipelines.cluster.submit import TaskOptions
 from headrace.pipelines.console import make_console
-from headrace.pipelines.paths import RunPaths, content_index
+from headrace.pipelines.paths import content_index
 from headrace.pipelines.planning.cost_model import measured_rates
-from headrace.pipelines.planning.dataset import drop_rows, make_dataset
+from headrace.pipelines.planning.dataset import check_metric, drop_rows, make_dataset
+from headrace.pipelines.planning.devices import find_device
 from headrace.pipelines.planning.leaderboard import trained_in
+from headrace.pipelines.planning.networks import cached_contents
 from headrace.pipelines.planning.plan import feature_plan, plan_run
-from headrace.pipelines.planning.run_state import Survey, check_metric, find_device
+from headrace.pipelines.planning.run_state import RunState, write_inputs
 from headrace.pipelines.recipe.grid import check_kinds, wanted_heads
 from headrace.pipelines.recipe.heads import Heads
-from headrace.pipelines.recipe.sections import TaskSection
-from headrace.pipelines.run import RunResult, conclude, write_inputs
+from headrace.pipelines.recipe.load import Recipe
+from headrace.pipelines.recipe.sections import Compute, Images, TaskSection
+from headrace.pipelines.result import RunResult, run_result
+from headrace.pipelines.stages.evaluate import evaluate
 from headrace.pipelines.stages.extract import extract_missing
-from headrace.pipelines.stages.train import train_missing
+from headrace.pipelines.stages.select import select
+from headrace.pipelines.stages.services import ClientOpener, open_services, opener_of
+from headrace.pipelines.stages.train import train
 
 _QUIET = make_console(quiet=True)
 
@@ -57,6 +64,7 @@ def extract_features(
     device: str = "auto",
     workers: int | None = None,
     console: Console | None = None,
+    client: Client | None = None,
 ) -> dict[str, FeatureSet]:
     """Run a frozen network over images once, keep the taps in the cache, and open them:
     {"blocks.4.avg": FeatureSet, ...}.
@@ -64,38 +72,36 @@ def extract_features(
     images: a folder, a table, an archive, an array file, or a DataFrame with the columns `id` and
     `path`. Only images that the cache lacks go through the network. Images that cannot be decoded
     have no row; each FeatureSet lists them with their reasons in `failures()`. device: "auto" is a
-    GPU where there is one. Raises HeadraceError.
+    GPU where there is one. client: a Dask client to work on; default: a cluster of `workers`
+    processes on this machine. Raises HeadraceError.
 
     A script that calls this needs the usual `if __name__ == "__main__":`, for it starts worker
     processes.
     """
     cache = Path(cache).absolute()
     samples = _with_content(_listed(images, labelled=False), cache)
-    spec = BackboneSpec(backbone) if isinstance(backbone, str) else backbone
-    specs = backbone_features(spec, taps, cache_root=cache, dtype=dtype)
-    remember_features(spec, taps, specs, dtype=dtype, cache_root=cache)
-    paths = [feature_set_path(cache, feature) for feature in specs]
-    known = [
-        open_feature_set(path).known() if is_feature_set(path) else frozenset[str]()
-        for path in paths
-    ]
-    here = find_device(device)
-    networks = [Network(spec, specs, known)]
+    network = BackboneSpec(backbone) if isinstance(backbone, str) else backbone
+    specs = backbone_features(network, taps, cache_root=cache, dtype=dtype)
+    remember_features(network, taps, specs, dtype=dtype, cache_root=cache)
+    cached = [cached_contents(cache, spec) for spec in specs]
+    device = find_device(device)
     units = plan_networks(
-        samples, networks, cache_root=cache, unit_rows=images_per_shard, device=here
+        samples,
+        [Network(network, specs, cached)],
+        cache_root=cache,
+        unit_rows=images_per_shard,
+        device=device,
     )
     if units:
         # A GPU is fed by this process; on a CPU one process per core is faster.
         opened = (
-            local_client(workers, imports=imports_of([spec.name]))
-            if here == "cpu"
+            _opener(workers, client, imports_of([network.name]))("extract", device)
+            if device == "cpu"
             else nullcontext()
         )
-        with opened as client:
-            extract_missing(units, client, console or _QUIET)
-    return {
-        feature.name: open_feature_set(path) for feature, path in zip(specs, paths, strict=True)
-    }
+        with opened as workers_client:
+            extract_missing(units, workers_client, console or _QUIET)
+    return {spec.name: open_feature_set(feature_set_path(cache, spec)) for spec in specs}
 
 
 def train_heads(
@@ -108,6 +114,7 @@ def train_heads(
     workers: int | None = None,
     console: Console | None = None,
     options: TaskOptions | None = None,
+    client: Client | None = None,
 ) -> RunResult:
     """Train a grid of heads on features that are there, rank them on validation folds, and score
     the winner on the test split.
@@ -117,63 +124,95 @@ def train_heads(
     heads, task: as in a recipe: {"logistic": {"C": [0.01, 1]}}, {"target": "label", "folds": 5}.
     The result's `board` is the leaderboard and `heads` every single head, both as DataFrames;
     calling again with more heads trains only the new ones. options: how tasks are watched over,
-    such as their deadline. Raises HeadraceError.
+    such as their timeout. client: a Dask client to work on; default: a cluster of `workers`
+    processes on this machine. Raises HeadraceError.
     """
+    recipe = _recipe_of(heads, task, Path(out).absolute())
+    check_kinds(recipe.heads, recipe.task.kind)
+    state = _state_of(recipe, features, samples)
+    write_inputs(state)
+    with open_services(
+        console or _QUIET, options or TaskOptions(), _opener(workers, client), workers=workers
+    ) as services:
+        for stage in (train, select, evaluate):
+            state = stage(state, services)
+    return run_result(state)
+
+
+def _recipe_of(
+    heads: Heads | Mapping[str, Any], task: TaskSection | Mapping[str, Any] | None, out: Path
+) -> Recipe:
+    """Return a recipe without images and backbones, for features that a program gives."""
     section = (
-        task if isinstance(task, TaskSection) else TaskSection.model_validate(dict(task or {}))
+        TaskSection.model_validate(dict(task or {})) if not isinstance(task, TaskSection) else task
     )
     grid = heads if isinstance(heads, Heads) else Heads.model_validate(dict(heads))
-    check_kinds(grid, section.kind)
-    paths = RunPaths(Path(out).absolute())
+    return Recipe.model_construct(
+        images=Images.model_construct(),
+        task=section,
+        heads=grid,
+        compute=Compute(heads_device="cpu"),
+        out=out,
+    )
+
+
+def _state_of(
+    recipe: Recipe, features: Mapping[str, FeatureSet], samples: pd.DataFrame | str | Path
+) -> RunState:
+    """Return the run state for these feature sets. Raises MissingFeatures where a row is absent."""
+    paths = recipe.paths
     listed = _with_content(_listed(samples, labelled=True), paths.root)
-    dataset = make_dataset(listed, listed["content"].tolist(), section)
-    lost = frozenset(
+    dataset = make_dataset(listed, listed["content"].tolist(), recipe.task)
+    failed = frozenset(
         failure.content_hash for feature in features.values() for failure in feature.failures()
     )
-    dataset = drop_rows(dataset, lost)
-    rows = {*dataset.train.content.astype(str), *dataset.test.content.astype(str)}
-    plans = [
-        feature_plan(name, [feature.spec], rows, [feature.known()])
+    dataset = drop_rows(dataset, failed)
+    needed = {*dataset.train.content.astype(str), *dataset.test.content.astype(str)}
+    feature_plans = [
+        feature_plan(name, [feature.spec], needed, [feature.known()])
         for name, feature in features.items()
     ]
-    for plan in plans:
-        if plan.rows_known < plan.rows_total:
+    for plan in feature_plans:
+        if plan.rows_cached < plan.rows_total:
             raise MissingFeatures(
-                f"{plan.name} has features of {plan.rows_known:,} of these {plan.rows_total:,} "
+                f"{plan.name} has features of {plan.rows_cached:,} of these {plan.rows_total:,} "
                 "images: extract_features first"
             )
-    found = Survey(
-        paths=paths,
+    return RunState(
+        recipe=recipe,
         samples=listed,
         unreadable=(),
         dataset=dataset,
         notes=dataset.notes,
         accounting=None,
-        metric=check_metric(section),
+        metric=check_metric(recipe.task),
         directories={name: (feature.path,) for name, feature in features.items()},
         backbones={
             name: remembered_backbone(_cache_of(feature), feature.spec)
             for name, feature in features.items()
         },
         plan=plan_run(
-            features=plans,
+            features=feature_plans,
             units=[],
-            images=len(rows),
+            images=len(needed),
             images_new=0,
-            wanted=wanted_heads(grid, list(features)),
+            requested=wanted_heads(recipe.heads, list(features)),
             task_digest=dataset.train.digest,
-            folds=dataset.train.n_folds,
-            rows=len(dataset.train.ids),
-            outputs=max(2, len(dataset.train.classes)),
+            n_folds=dataset.train.n_folds,
+            n_rows=len(dataset.train.ids),
+            n_outputs=max(2, len(dataset.train.classes)),
             rates=measured_rates(paths.logs),
             trained=lambda group: trained_in(paths.banks, group),
         ),
     )
-    write_inputs(found)
-    if found.plan.banks:
-        with local_client(workers) as client:
-            train_missing(found, client, console or _QUIET, options)
-    return conclude(found)
+
+
+def _opener(
+    workers: int | None, client: Client | None, imports: Sequence[str] = ()
+) -> ClientOpener:
+    if client is not None:
+        return opener_of(client)
+    return lambda role, device: local_client(workers, imports=imports)
 
 
 def _cache_of(feature: FeatureSet) -> Path:

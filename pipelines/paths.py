@@ -90,6 +90,11 @@ class RunPaths:
         return self.root / "ensemble"
 
     @property
+    def conclusion_lock(self) -> Path:
+        """The lock under which one of several drivers at a time writes tables."""
+        return self.root / "conclude.lock"
+
+    @property
     def claims(self) -> Path:
         """Which driver does which bank, while drivers are at work."""
         return self.root / "claims"

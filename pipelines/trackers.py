@@ -19,7 +19,7 @@ from headrace.pipelines.recipe.sections import LogSection
 if TYPE_CHECKING:
     import pandas as pd
 
-    from headrace.pipelines.run import RunResult
+    from headrace.pipelines.result import RunResult
 
 _DIGEST = "headrace.digest"
 

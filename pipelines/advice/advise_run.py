@@ -17,7 +17,7 @@ from headrace.pipelines.advice.run_directory import RunFiles, read_run_files
 from headrace.pipelines.cluster.clients import local_client
 from headrace.pipelines.console import make_console
 from headrace.pipelines.finished import require_writable
-from headrace.pipelines.planning.run_state import backbone_spec
+from headrace.pipelines.planning.networks import backbone_spec
 from headrace.pipelines.records import RunDamaged, read_record, write_record
 from headrace.pipelines.selection.small_banks import train_banks
 

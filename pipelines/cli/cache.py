@@ -368,7 +368,8 @@ def import_command(
         Path, typer.Argument(help="Features of other programs: .npy, .npz, .parquet, .csv, .h5.")
     ],
     name: Annotated[
-        str, typer.Option(help="What to call them; a recipe uses them as `imported: [NAME]`.")
+        str,
+        typer.Option(help="What to call them; a recipe uses them as `external_features: [NAME]`."),
     ],
     cache: CacheOption = DEFAULT_CACHE,
     recipe: Annotated[
@@ -436,7 +437,7 @@ def import_command(
         said += f"; {done.copies:,} are of exact copies of other images, which share a row"
     if done.unknown:
         said += f"; {done.unknown:,} have ids that no image has, and were left out"
-    _say(f"{said}. In a recipe: imported: [{name}]")
+    _say(f"{said}. In a recipe: external_features: [{name}]")
 
 
 def _rows_of_recipe(recipe_path: Path, name: str) -> "tuple[FeatureSet, RowSelection]":
@@ -616,7 +617,7 @@ def _imported(recipe_path: Path) -> list[str]:
     recipe = load_recipe(recipe_path)
     return [
         each.spec.fingerprint
-        for name in recipe.imported
+        for name in recipe.external_features
         for each in external_feature_sets(recipe.cache, name)
     ]
 
@@ -624,7 +625,7 @@ def _imported(recipe_path: Path) -> list[str]:
 def _networks(recipe_path: Path) -> "list[tuple[BackboneSpec, tuple[FeatureSpec, ...]]]":
     """The backbones of a recipe and the feature sets they make."""
     from headrace.extract.taps.spec_cache import backbone_features
-    from headrace.pipelines.planning.run_state import backbone_spec, storing
+    from headrace.pipelines.planning.networks import backbone_spec, storing
     from headrace.pipelines.recipe.load import load_recipe
 
     recipe = load_recipe(recipe_path)

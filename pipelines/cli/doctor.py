@@ -32,7 +32,7 @@ from headrace.pipelines.doctor.software import (
 def check_recipe(path: Path) -> Finding:
     """The recipe is valid and its backbones' weights files are there."""
     from headrace.extract.spec import check_spec
-    from headrace.pipelines.planning.run_state import backbone_spec
+    from headrace.pipelines.planning.networks import backbone_spec
     from headrace.pipelines.recipe.load import load_recipe
 
     try:

@@ -262,18 +262,18 @@ def _run(
     from headrace.pipelines.cli.show import show_images, show_plan, show_result
     from headrace.pipelines.cluster.survive_hangup import outlive_terminal
     from headrace.pipelines.planning.plan import check_space
-    from headrace.pipelines.planning.run_state import run_paths, survey
+    from headrace.pipelines.planning.run_state import read_run_state
     from headrace.pipelines.run import run_recipe
 
     try:
         if dry_run:
-            surveyed = survey(recipe, write=False, retry_failed=retry_failed)
-            plan = surveyed.plan
-            show_images(console, surveyed.accounting, surveyed.notes)
+            state = read_run_state(recipe, write=False, retry_failed=retry_failed)
+            plan = state.plan
+            show_images(console, state.accounting, state.notes)
             show_plan(console, plan, recipe.cache, recipe.out)
             check_space(plan, recipe.cache, recipe.storage.budget_gb)
         else:
-            outlive_terminal(run_paths(recipe).terminal)
+            outlive_terminal(recipe.paths.terminal)
             result = run_recipe(recipe, console=console, workers=workers, retry_failed=retry_failed)
             show_result(console, result, reference=reference)
     except KeyboardInterrupt:

@@ -110,7 +110,7 @@ def predict_command(
     """
     chosen = _format(out, kind)
     from headrace.pipelines.models.model import load_model
-    from headrace.pipelines.planning.run_state import find_device
+    from headrace.pipelines.planning.devices import find_device
     from headrace.pipelines.predict.bulk import predict_stream, predict_table
     from headrace.pipelines.predict.listing import list_images
 

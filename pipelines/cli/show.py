@@ -20,7 +20,7 @@ from headrace.pipelines.number_format import (
 from headrace.pipelines.planning.accounting import Accounting
 from headrace.pipelines.planning.leaderboard import grouped_board, inputs_text
 from headrace.pipelines.planning.plan import Plan
-from headrace.pipelines.run import RunResult
+from headrace.pipelines.result import RunResult
 
 _LEADERS = 12
 
@@ -40,8 +40,8 @@ def show_plan(console: Console, plan: Plan, cache: object, out: object) -> None:
         table.add_row(
             feature.name,
             " x ".join(map(str, feature.shape)),
-            f"{feature.rows_total - feature.rows_known:,}",
-            f"{feature.rows_known:,}",
+            f"{feature.rows_total - feature.rows_cached:,}",
+            f"{feature.rows_cached:,}",
             bytes_text(feature.bytes_new),
         )
     console.print(table)
@@ -65,7 +65,7 @@ def show_plan(console: Console, plan: Plan, cache: object, out: object) -> None:
         inputs,
         specs,
         _,
-    ) in plan.wanted:  # heads with class weights, or banded, are banks of their own
+    ) in plan.requested:  # heads with class weights, or banded, are banks of their own
         settings[inputs, specs[0].kind] += len(specs)
         new[inputs, specs[0].kind] += sum((inputs, spec) in missing for spec in specs)
     for (inputs, kind), count in settings.items():
@@ -73,13 +73,13 @@ def show_plan(console: Console, plan: Plan, cache: object, out: object) -> None:
             inputs_text(inputs, everything),
             kind,
             f"{count:,}",
-            f"{count * plan.folds:,}",
-            f"{new[inputs, kind] * plan.folds:,}",
+            f"{count * plan.n_folds:,}",
+            f"{new[inputs, kind] * plan.n_folds:,}",
         )
     console.print(table)
     console.print(
-        f"{plan.heads_new:,} of {plan.heads_total:,} heads to train ({plan.folds} folds each), in "
-        f"{len(plan.banks):,} banks; results in {out}",
+        f"{plan.heads_new:,} of {plan.heads_total:,} heads to train ({plan.n_folds} folds each), "
+        f"in {len(plan.banks):,} banks; results in {out}",
         soft_wrap=True,
     )
     estimate = plan.estimate

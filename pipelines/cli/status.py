@@ -93,7 +93,7 @@ def _driver_status(events: Iterable[Mapping[str, Any]], driver: str) -> DriverSt
         state=state,
         started=started,
         heard=heard,
-        stage=str(stage.get("stage", "survey")),
+        stage=str(stage.get("stage", "plan")),
         done=done,
         total=total,
         unit=str(stage.get("unit", "")),

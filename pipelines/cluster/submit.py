@@ -87,7 +87,7 @@ class _Host:
     paused_until: float = -math.inf
 
 
-class Tell(Protocol):
+class OnEvent(Protocol):
     """What is told of every event of a task; see `task_log`."""
 
     def __call__(self, event: str, **details: Any) -> None: ...
@@ -99,7 +99,7 @@ class TaskOptions:
 
     task_timeout_s: float = math.inf  # a task that has not ended by then never will
     claims: Claims | None = None  # shared with other drivers, which may be doing the same tasks
-    tell: Tell = lambda event, **details: None
+    on_event: OnEvent = lambda event, **details: None
 
 
 @dataclass(frozen=True)
@@ -159,8 +159,8 @@ _DEFAULT = TaskOptions()
 def announced(options: TaskOptions, console: Console) -> TaskOptions:
     """The options, with what the user should know of the cluster said on the console too."""
 
-    def tell(event: str, **details: Any) -> None:
-        options.tell(event, **details)
+    def announce(event: str, **details: Any) -> None:
+        options.on_event(event, **details)
         if event == "refused":
             console.print(
                 f"Worker {details['worker']} is given no task, for its features and heads would "
@@ -176,7 +176,7 @@ def announced(options: TaskOptions, console: Console) -> TaskOptions:
                 markup=False,
             )
 
-    return dataclasses.replace(options, tell=tell)
+    return dataclasses.replace(options, on_event=announce)
 
 
 def run_tasks(
@@ -273,7 +273,7 @@ def _accepted(window: _Window[Job, Result], workers: Mapping[str, int]) -> dict[
                 del window.greetings[worker]  # if it is there still, it is asked once more
         else:
             window.refused[worker] = f"{worker} has {difference}"
-            window.options.tell("refused", worker=worker, error=difference)
+            window.options.on_event("refused", worker=worker, error=difference)
     if workers and not window.flying and workers.keys() <= window.refused.keys():
         raise ClusterError(
             "no worker of the cluster has the versions of this process, so they would not make "
@@ -344,7 +344,7 @@ def _submit(window: _Window[Job, Result], task: _Task[Job], worker: str) -> None
         allow_other_workers=False,
     )
     window.flying[name] = _Flight(task, worker, future, time.monotonic())
-    window.options.tell("started", task=task.key, worker=worker, attempt=task.launched)
+    window.options.on_event("started", task=task.key, worker=worker, attempt=task.launched)
     future.add_done_callback(lambda _: window.landed.put(name))
 
 
@@ -386,7 +386,7 @@ def _end_worker(client: Client, worker: str) -> None:
 
 def _land(window: _Window[Job, Result], flight: _Flight[Job]) -> Outcome[Job, Result] | None:
     """The outcome of a flight that is over; None if its task is to be tried again."""
-    task, future, tell = flight.task, flight.future, window.options.tell
+    task, future, on_event = flight.task, flight.future, window.options.on_event
     seconds = round(time.monotonic() - flight.since, 3)
     error: BaseException | None = None
     where = ""
@@ -395,7 +395,7 @@ def _land(window: _Window[Job, Result], flight: _Flight[Job]) -> Outcome[Job, Re
             result = future.result(timeout=_FETCH_S)
             _absolve(window, flight.worker)
             window.innocent += task.deaths
-            tell("finished", task=task.key, seconds=seconds, result=_plain(result))
+            on_event("finished", task=task.key, seconds=seconds, result=_plain(result))
             return Outcome(task.job, result, None)
         if future.status == "error":
             error = future.exception(timeout=_FETCH_S)
@@ -405,7 +405,7 @@ def _land(window: _Window[Job, Result], flight: _Flight[Job]) -> Outcome[Job, Re
     if error is not None and type(error).__name__ != "KilledWorker":
         _absolve(window, flight.worker)
         window.innocent += task.deaths
-        tell(
+        on_event(
             "failed",
             task=task.key,
             seconds=seconds,
@@ -419,7 +419,7 @@ def _land(window: _Window[Job, Result], flight: _Flight[Job]) -> Outcome[Job, Re
     task.deaths += 2 if flight.worker in window.ended else 1
     _suspect(window, flight)
     reason = window.ended.get(flight.worker) or "its worker died"
-    tell("died", task=task.key, worker=flight.worker, seconds=seconds, error=reason)
+    on_event("died", task=task.key, worker=flight.worker, seconds=seconds, error=reason)
     if task.deaths >= window.limit:
         return Outcome(
             task.job, None, f"{reason}, whenever it was tried ({task.launched} times)", fatal=True
@@ -459,7 +459,7 @@ def _suspect(window: _Window[Job, Result], flight: _Flight[Job]) -> None:
         if host.paused_until < (now := time.monotonic()):
             host.paused_until = now + _PAUSE_S
             window.healthy.discard(name)
-            window.options.tell("paused", host=name, seconds=_PAUSE_S)
+            window.options.on_event("paused", host=name, seconds=_PAUSE_S)
 
 
 def _plain(result: object) -> object:
@@ -483,5 +483,5 @@ def _divide(
         deaths = max(1, guilty.deaths - (1 if split(job) else 2))
         window.waiting.appendleft(_Task(key, job, deaths=deaths))
     event = "divided" if parts else "guilty"
-    window.options.tell(event, task=guilty.key, parts=[key for key, _ in parts])
+    window.options.on_event(event, task=guilty.key, parts=[key for key, _ in parts])
     return bool(parts)

@@ -95,7 +95,7 @@ def pending(
     ]
 
 
-def finetune(
+def finetune_candidates(
     inputs: FinetuneInputs,
     board: pd.DataFrame,
     section: FinetuneSection,
@@ -195,7 +195,7 @@ def _work(
     folds = inputs.task.n_folds
     pilots: dict[str, Any] = {}
     jobs = {one.key: _job(inputs, one) for one in waiting}
-    options.tell(
+    options.on_event(
         "stage", stage="finetune: pilots", total=len(waiting), unit="networks", tasks=len(waiting)
     )
     with ExitStack() as stack:
@@ -213,12 +213,12 @@ def _work(
                 )
             else:
                 pilots[key] = outcome.result
-            options.tell("progress", done=done, failed=done - len(pilots))
+            options.on_event("progress", done=done, failed=done - len(pilots))
     allowed = None if section.budget_minutes is None else 60 * section.budget_minutes * workers
     measured: dict[str, list[float]] = {}
     left = {one.key: one for one in waiting if one.key in pilots}
     total = len(left)
-    options.tell(
+    options.on_event(
         "stage", stage="finetune: train", total=total, unit="networks", tasks=total * (folds + 1)
     )
     with stage(console, "finetune: train", total, "networks") as advance:
@@ -267,7 +267,7 @@ def _work(
                 for one in pilots
                 if one not in left
             )
-            options.tell("progress", done=total - len(left), failed=failed)
+            options.on_event("progress", done=total - len(left), failed=failed)
     return len(pilots)
 
 

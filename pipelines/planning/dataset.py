@@ -22,7 +22,8 @@ from headrace.extract.sources.listing import Listing
 from headrace.extract.sources.read import read_source
 from headrace.heads.data.folds import make_folds, split_test
 from headrace.heads.data.task import TEST, TRAIN_ONLY, Task
-from headrace.pipelines.recipe.load import Recipe
+from headrace.heads.evaluate.metrics import DEFAULT_METRIC, METRICS
+from headrace.pipelines.recipe.load import Recipe, RecipeError
 from headrace.pipelines.recipe.sections import TaskSection
 from headrace.pipelines.recipe.targets import (
     DataError,
@@ -77,6 +78,21 @@ def _absent(key: str, column: str, source: object, samples: pd.DataFrame) -> str
     nearest = difflib.get_close_matches(column, columns, n=1, cutoff=0.4)
     hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
     return f"{source} has no column {column!r} ({key}).{hint} It has: {', '.join(columns)}"
+
+
+def check_metric(section: TaskSection) -> str:
+    """Return the metric that ranks, by default that of the task's kind.
+
+    Raises RecipeError for one that the task does not have.
+    """
+    kind = section.kind
+    metric = section.metric or DEFAULT_METRIC[kind]
+    if metric not in METRICS or kind not in METRICS[metric].tasks:
+        valid = [name for name, known in METRICS.items() if kind in known.tasks]
+        raise RecipeError(
+            f"task.metric {metric!r} is no metric of a {kind} task. There are: {', '.join(valid)}"
+        )
+    return metric
 
 
 def make_dataset(

@@ -41,7 +41,7 @@ class FeaturePlan:
     # are several.
     name: str
     specs: tuple[FeatureSpec, ...]  # one feature set per view
-    rows_known: int  # images of this run that have every view, or a recorded failure, already
+    rows_cached: int  # images of this run that have every view, or a recorded failure, already
     rows_total: int
     rows_missing: int  # summed over the views
 
@@ -60,13 +60,13 @@ def feature_plan(
     name: str,
     specs: Sequence[FeatureSpec],
     images: AbstractSet[str],
-    known: Sequence[Collection[str]],
+    cached: Sequence[Collection[str]],
 ) -> FeaturePlan:
-    """How much of these views of a tap is there, given the content hashes that each view has."""
-    there = [frozenset(images).intersection(contents) for contents in known]
-    everywhere = frozenset(images).intersection(*there)
-    missing = sum(len(images) - len(contents) for contents in there)
-    return FeaturePlan(name, tuple(specs), len(everywhere), len(images), missing)
+    """Return how much of a tap's views the cache holds, given the content hashes of each view."""
+    cached_images = [frozenset(images).intersection(contents) for contents in cached]
+    in_every_view = frozenset(images).intersection(*cached_images)
+    missing = sum(len(images) - len(contents) for contents in cached_images)
+    return FeaturePlan(name, tuple(specs), len(in_every_view), len(images), missing)
 
 
 @dataclass(frozen=True)
@@ -100,26 +100,34 @@ class Plan:
     units: tuple[ExtractJob, ...]
     images: int  # readable images of the run
     images_new: int  # of which these go through a network
-    wanted: tuple[Wanted, ...]
+    requested: tuple[Wanted, ...]  # heads
     banks: tuple[BankPlan, ...]
     heads_total: int  # specs × folds
     heads_new: int
-    folds: int
+    n_folds: int
     estimate: Estimate
     unmeasured: frozenset[str]  # kinds of heads to train whose cost is only assumed
 
+    @property
+    def forward_device(self) -> str:
+        """The device of the forward pass: "cpu" where nothing is to be extracted."""
+        return self.units[0].device if self.units else "cpu"
 
-def bank_group(task_digest: str, wanted: Wanted, fingerprints: Mapping[str, Sequence[str]]) -> str:
-    """Names what the heads of a bank share. Heads of equal spec in equal groups are the same heads.
 
-    `fingerprints` are those of each input's feature sets, view by view.
+def bank_group(
+    task_digest: str, requested: Wanted, fingerprints: Mapping[str, Sequence[str]]
+) -> str:
+    """Return the name of what the heads of a bank share: equal specs in equal groups are the same
+    heads.
+
+    fingerprints: of each input's feature sets, view by view.
     """
-    inputs = [fingerprint for name in wanted.inputs for fingerprint in fingerprints[name]]
+    views = [fingerprint for name in requested.inputs for fingerprint in fingerprints[name]]
     # Who survives halving depends on everyone that took part.
-    rivals = repr(wanted.halving) + "".join(
-        spec_to_json(spec) for spec in wanted.specs if wanted.halving
+    rivals = repr(requested.halving) + "".join(
+        spec_to_json(spec) for spec in requested.specs if requested.halving
     )
-    return _hash(str(SOLVER_VERSION), task_digest, wanted.specs[0].kind, rivals, *inputs)
+    return _hash(str(SOLVER_VERSION), task_digest, requested.specs[0].kind, rivals, *views)
 
 
 def _hash(*parts: str) -> str:
@@ -132,45 +140,40 @@ def plan_run(
     units: Sequence[ExtractJob],
     images: int,
     images_new: int,
-    wanted: Sequence[Wanted],
+    requested: Sequence[Wanted],
     task_digest: str,
-    folds: int,
+    n_folds: int,
     trained: Callable[[str], Trained],
-    rows: int,
-    outputs: int,
+    n_rows: int,
+    n_outputs: int,
     rates: Rates = _UNMEASURED,
 ) -> Plan:
-    """The plan, from what there is.
+    """Return the plan of what is requested and not there; pure but for `trained`.
 
-    `trained` maps a group to the specs in each of its published results files. rows, outputs: of
-    the task. rates: what has been measured, which decides how large banks are. Pure but for
-    `trained`.
+    trained: maps a group to the specs in each of its published results files. n_rows, n_outputs: of
+    the task. rates: measured costs, which decide how large banks are.
     """
     widths = {feature.name: len(feature.specs) * prod(feature.shape) for feature in features}
 
-    def width(inputs: Sequence[str]) -> int:
-        return sum(widths[name] for name in inputs)
+    def cost_s(specs: Sequence[HeadSpec], inputs: Sequence[str], rates: Rates) -> float:
+        n_features = sum(widths[name] for name in inputs)
+        return bank_s(specs, n_rows, n_features, n_outputs, n_folds, rates)
 
-    def size(each: Wanted) -> int:
-        return specs_per_bank(each.specs, rows, width(each.inputs), outputs, folds, rates)
+    def bank_size(heads: Wanted) -> int:
+        n_features = sum(widths[name] for name in heads.inputs)
+        return specs_per_bank(heads.specs, n_rows, n_features, n_outputs, n_folds, rates)
 
-    banks = list(_missing_banks(wanted, fingerprints_of(features), task_digest, trained, size))
-    banks = [
-        replace(
-            bank,
-            assumed_s=bank_s(bank.specs, rows, width(bank.inputs), outputs, folds, _UNMEASURED),
-        )
-        for bank in banks
-    ]
-    heads_s = [
-        bank_s(bank.specs, rows, width(bank.inputs), outputs, folds, rates) for bank in banks
-    ]
+    missing = _missing_banks(requested, fingerprints_of(features), task_digest, trained, bank_size)
+    banks = tuple(
+        replace(bank, assumed_s=cost_s(bank.specs, bank.inputs, _UNMEASURED)) for bank in missing
+    )
+    heads_s = sum(cost_s(bank.specs, bank.inputs, rates) for bank in banks)
     extraction_s = units_s(units, rates)
     on_gpu = bool(units) and units[0].device != "cpu"
     kinds = {bank.kind for bank in banks}
     return Plan(
         estimate=Estimate(
-            core_s=sum(heads_s) + (0.0 if on_gpu else extraction_s),
+            core_s=heads_s + (0.0 if on_gpu else extraction_s),
             gpu_s=extraction_s if on_gpu else 0.0,
             measured=kinds <= rates.kinds.keys() and (not units or rates.image_s is not None),
         ),
@@ -179,11 +182,24 @@ def plan_run(
         units=tuple(units),
         images=images,
         images_new=images_new,
-        wanted=tuple(wanted),
-        banks=tuple(banks),
-        heads_total=folds * sum(len(each.specs) for each in wanted),
-        heads_new=folds * sum(len(bank.specs) for bank in banks),
-        folds=folds,
+        requested=tuple(requested),
+        banks=banks,
+        heads_total=n_folds * sum(len(heads.specs) for heads in requested),
+        heads_new=n_folds * sum(len(bank.specs) for bank in banks),
+        n_folds=n_folds,
+    )
+
+
+def keep_inputs(plan: Plan, kept_inputs: Collection[tuple[str, ...]]) -> Plan:
+    """Return the plan with the heads on these inputs only."""
+    requested = tuple(heads for heads in plan.requested if heads.inputs in kept_inputs)
+    banks = tuple(bank for bank in plan.banks if bank.inputs in kept_inputs)
+    return replace(
+        plan,
+        requested=requested,
+        banks=banks,
+        heads_total=plan.n_folds * sum(len(heads.specs) for heads in requested),
+        heads_new=plan.n_folds * sum(len(bank.specs) for bank in banks),
     )
 
 
@@ -213,28 +229,31 @@ def fingerprints_of(features: Sequence[FeaturePlan]) -> dict[str, list[str]]:
 
 
 def _missing_banks(
-    wanted: Sequence[Wanted],
+    requested: Sequence[Wanted],
     fingerprints: Mapping[str, Sequence[str]],
     task_digest: str,
     trained: Callable[[str], Trained],
-    size: Callable[[Wanted], int],
+    bank_size: Callable[[Wanted], int],
 ) -> Iterator[BankPlan]:
-    """Banks in the order of their inputs, so that workers read one feature set after the other."""
-    known: dict[str, Trained] = {}
-    for each in sorted(wanted, key=lambda each: each.inputs):
-        group = bank_group(task_digest, each, fingerprints)
-        if group not in known:
-            known[group] = trained(group)
-        files = known[group]
-        names = {Path(file).stem for file in files}
-        there = frozenset[HeadSpec]().union(*files.values())
-        # Cut before what is there is left out: another driver, or a later call, then makes the same
-        # banks.
-        count = MAX_BANK_SPECS if each.halving else size(each)
-        for start in range(0, len(each.specs), count):
-            missing = tuple(spec for spec in each.specs[start : start + count] if spec not in there)
+    """Yield banks in the order of their inputs, so that workers read one feature set after the
+    other.
+    """
+    trained_by_group: dict[str, Trained] = {}
+    for heads in sorted(requested, key=lambda heads: heads.inputs):
+        group = bank_group(task_digest, heads, fingerprints)
+        if group not in trained_by_group:
+            trained_by_group[group] = trained(group)
+        result_files = trained_by_group[group]
+        file_stems = {Path(file).stem for file in result_files}
+        trained_specs = frozenset[HeadSpec]().union(*result_files.values())
+        # Cut before trained specs are left out: another driver, or a later call, then makes the
+        # same banks.
+        n_specs = MAX_BANK_SPECS if heads.halving else bank_size(heads)
+        for start in range(0, len(heads.specs), n_specs):
+            bank_specs = heads.specs[start : start + n_specs]
+            missing = tuple(spec for spec in bank_specs if spec not in trained_specs)
             if missing:
-                bank = BankPlan(each.inputs, group, missing, each.halving)
-                while f"{bank.group}-{bank.key}" in names:
+                bank = BankPlan(heads.inputs, group, missing, heads.halving)
+                while f"{bank.group}-{bank.key}" in file_stems:
                     bank = replace(bank, attempt=bank.attempt + 1)
                 yield bank

@@ -8,6 +8,7 @@ from typing import Any
 import pydantic
 
 from headrace.cache.home import expand_home
+from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.recipe.heads import Heads, LogisticGrid, MLPGrid
 from headrace.pipelines.recipe.sections import (
     Backbone,
@@ -36,7 +37,7 @@ class Recipe(Section):
     heads: Heads = Heads(logistic=LogisticGrid(), mlp=MLPGrid())
     finetune: FinetuneSection | None = None  # `finetune: {}` takes the defaults
     # features of other programs, under the names that `headrace cache import` gave them
-    imported: tuple[str, ...] = ()
+    external_features: tuple[str, ...] = ()
     # `input_halving: {}` takes the defaults; default: every input gets every head
     input_halving: InputHalvingSection | None = None
     ensemble: EnsembleSection | None = None  # `ensemble: {}` takes the defaults
@@ -64,11 +65,17 @@ class Recipe(Section):
         twice = {name for name in names if names.count(name) > 1}
         if twice:
             raise ValueError(f"two backbones are called {twice.pop()!r}: give each its own `alias`")
-        if not names and not self.imported:
+        if not names and not self.external_features:
             raise ValueError(
-                "the key 'backbones' is missing: name at least one network (or `imported` features)"
+                "the key 'backbones' is missing: name at least one network (or `external_features`)"
             )
         return self
+
+    @property
+    def paths(self) -> RunPaths:
+        """The files of the recipe's run."""
+        assert self.out is not None  # load_recipe gives it a default
+        return RunPaths(self.out)
 
 
 def load_recipe(path: str | Path) -> Recipe:

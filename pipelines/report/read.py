@@ -28,8 +28,13 @@ from headrace.pipelines.finished import find_run, require_finished, results_file
 from headrace.pipelines.models.model import trusted_code
 from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.planning.accounting import Accounting, accounting_from_json
-from headrace.pipelines.planning.dataset import Dataset, drop_rows, list_samples, make_dataset
-from headrace.pipelines.planning.run_state import check_metric
+from headrace.pipelines.planning.dataset import (
+    Dataset,
+    check_metric,
+    drop_rows,
+    list_samples,
+    make_dataset,
+)
 from headrace.pipelines.recipe.load import Recipe
 from headrace.pipelines.records import RUN_AGAIN, RunDamaged, read_record, read_records, read_table
 from headrace.pipelines.selection.calibration import calibrated

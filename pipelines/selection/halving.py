@@ -6,7 +6,7 @@ folds of the training rows alone.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ import numpy.typing as npt
 
 from headrace.heads.bank import BankJob
 from headrace.heads.data.task import Task
-from headrace.pipelines.planning.plan import Plan
 from headrace.pipelines.recipe.sections import InputHalvingSection
 from headrace.pipelines.selection.correction import choice_luck
 from headrace.pipelines.selection.learning_curves import learning_curve, linear_specs
@@ -117,16 +116,3 @@ def _selection_luck(
         for input_mask in (np.ones_like(is_selected), is_selected)
     )
     return max(0.0, luck_of_all - luck_of_selected)
-
-
-def restrict_plan(plan: Plan, selected_inputs: Sequence[Inputs]) -> Plan:
-    """Return the plan with the heads on the selected inputs only."""
-    wanted = tuple(request for request in plan.wanted if request.inputs in selected_inputs)
-    banks = tuple(bank for bank in plan.banks if bank.inputs in selected_inputs)
-    return replace(
-        plan,
-        wanted=wanted,
-        banks=banks,
-        heads_total=plan.folds * sum(len(request.specs) for request in wanted),
-        heads_new=plan.folds * sum(len(bank.specs) for bank in banks),
-    )

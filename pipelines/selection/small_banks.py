@@ -34,7 +34,7 @@ def train_banks(
     shared: the directory of the claims by which several drivers share the banks.
     """
     options = options or TaskOptions()
-    options.tell("stage", stage=what, total=len(jobs), unit="banks", tasks=len(jobs))
+    options.on_event("stage", stage=what, total=len(jobs), unit="banks", tasks=len(jobs))
     with ExitStack() as stack:
         if shared is not None:
             options = replace(options, claims=stack.enter_context(claims(shared)))
@@ -53,4 +53,4 @@ def train_banks(
                     "same command tries again"
                 )
             advance(1)
-            options.tell("progress", done=done, failed=0)
+            options.on_event("progress", done=done, failed=0)

@@ -5,14 +5,16 @@ computed it.
 import hashlib
 import time
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import ExitStack, closing
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from dask.distributed import Client
 from rich.console import Console
 
+from headrace.cache.atomic_io import lease
 from headrace.cache.feature_set import open_feature_set
 from headrace.cache.format.shard import FailedSample
 from headrace.cache.publish import create_feature_set, feature_set_path, publish_shard, shard_path
@@ -28,8 +30,76 @@ from headrace.pipelines.cluster.submit import (
 )
 from headrace.pipelines.cluster.task_leases import Claims, claims
 from headrace.pipelines.paths import unit_claims
+from headrace.pipelines.planning.run_state import RunState, after_extraction, write_inputs
+from headrace.pipelines.records import publish_table
+from headrace.pipelines.stages.services import Services
 
 _ASK_S = 1.0
+
+
+def extract(state: RunState, services: Services) -> RunState:
+    """Return the state once the missing features are extracted.
+
+    Raises RunIncomplete when a unit failed or an image went away, and in a strict run where an
+    image cannot be decoded.
+    """
+    with services.timed("extract") as did:
+        plan, strict = state.plan, state.recipe.compute.strict
+        if plan.units:
+            with _extraction_client(state, services) as client:
+                extract_missing(plan.units, client, services.console, services.options)
+            state = after_extraction(state, retry_failed=services.retry_failed)
+            write_inputs(state)
+        if strict:
+            with lease(state.paths.conclusion_lock):
+                n_failed = write_failed_images(state)
+            if n_failed:
+                raise RunIncomplete(
+                    f"{n_failed:,} images cannot be decoded, and this run is strict; each is "
+                    f"listed with its reason in {state.paths.failed_images}. Mend or remove them, "
+                    "or run without --strict"
+                )
+        did(
+            f"{plan.images_new:,} images forward once, {len(plan.features)} taps kept"
+            if plan.units
+            else "nothing missing"
+        )
+        return state
+
+
+def _extraction_client(
+    state: RunState, services: Services
+) -> AbstractContextManager[Client | None]:
+    """Return the client whose workers extract; None where this process feeds a GPU itself."""
+    device = state.plan.forward_device
+    if device == "cpu":  # the same workers train heads afterwards
+        return nullcontext(services.client())
+    if state.recipe.cluster.where == "local":
+        return nullcontext()
+    return services.open_client("extract", device)
+
+
+def write_failed_images(state: RunState) -> int:
+    """List every image of this run that has no features, with its reason; return how many there
+    are.
+    """
+    rows = [(image.id, image.path, image.reason) for image in state.unreadable]
+    reasons = {
+        failure.content_hash: failure.reason
+        for views in state.directories.values()
+        for directory in views
+        for failure in open_feature_set(directory).failures()
+    }
+    failed = state.samples[state.samples["content"].isin(list(reasons))]
+    columns = (failed[name].astype(str) for name in ("id", "path", "content"))
+    rows += [
+        (image_id, path, reasons[content]) for image_id, path, content in zip(*columns, strict=True)
+    ]
+    table = pd.DataFrame(sorted(rows), columns=["id", "path", "reason"])
+    publish_table(
+        state.paths.failed_images, table.to_csv(index=False).encode("utf-8", "backslashreplace")
+    )
+    return len(rows)
 
 
 def extract_missing(
@@ -54,7 +124,7 @@ def extract_missing(
     reports: list[UnitReport] = []
     images = sum(len(job.samples) for job in units)
     started = time.monotonic()
-    options.tell("stage", stage="extract", total=images, unit="images", tasks=len(units))
+    options.on_event("stage", stage="extract", total=images, unit="images", tasks=len(units))
     with ExitStack() as stack:
         ours = stack.enter_context(claims(unit_claims(Path(units[0].cache_root))))
         advance = stack.enter_context(stage(console, "extract", images, "images"))
@@ -83,7 +153,7 @@ def extract_missing(
                     "failed": now.failed,
                 }
                 advance(len(outcome.job.samples), details)
-            options.tell(
+            options.on_event(
                 "progress",
                 done=done,
                 failed=len(fatal) + sum(len(report.failed) for report in reports),

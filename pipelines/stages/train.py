@@ -4,41 +4,71 @@ import hashlib
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 
-from dask.distributed import Client
-from rich.console import Console
+import pandas as pd
 
 from headrace.heads.bank import GPU_KINDS, BankJob, publish_failure, train_bank
 from headrace.heads.spec import spec_to_json
 from headrace.pipelines.cluster.progress import stage
-from headrace.pipelines.cluster.submit import RunIncomplete, TaskOptions, announced, run_tasks
+from headrace.pipelines.cluster.submit import RunIncomplete, announced, run_tasks
 from headrace.pipelines.cluster.task_leases import claims
 from headrace.pipelines.planning.cost_model import PROBE_S, PROBE_SPECS
-from headrace.pipelines.planning.run_state import Survey
+from headrace.pipelines.planning.devices import find_heads_device
+from headrace.pipelines.planning.leaderboard import collect_heads
+from headrace.pipelines.planning.plan import fingerprints_of
+from headrace.pipelines.planning.run_state import RunState, replan_heads
+from headrace.pipelines.stages.services import Services
 
 
-def train_missing(
-    found: Survey,
-    client: Client,
-    console: Console,
-    options: TaskOptions | None = None,
-    device: str = "cpu",
-) -> None:
-    """Train the banks that are missing. Raises RunIncomplete when a bank failed.
+def train(state: RunState, services: Services) -> RunState:
+    """Return the state once the missing heads are trained.
 
-    A head that fails is a row with its error, also one that takes its worker down or never ends.
+    Raises RunIncomplete when a bank failed. A head that fails is a row with its error, also one
+    that takes its worker down or never ends.
     """
-    plan, options = found.plan, announced(options or TaskOptions(), console)
-    jobs = bank_jobs(found, device)
+    with services.timed("train") as did:
+        if not state.plan.banks:
+            did("nothing missing")
+            return state
+        device = find_heads_device(state.recipe, services.workers)
+        # A large run begins with a little of everything, to know how to cut the rest into banks.
+        if (probe := probe_of(state)) is not None:
+            _train_banks(probe, services, device)
+            state = replan_heads(state, retry_failed=services.retry_failed)
+        _train_banks(state, services, device)
+        did(
+            f"{state.plan.heads_new:,} heads in {len(state.plan.banks):,} banks, and each setting "
+            "once on all training rows"
+        )
+        return state
+
+
+def trained_heads(state: RunState) -> tuple[pd.DataFrame, str, dict[str, int], int]:
+    """Return the heads that are trained, the metric, each input's width, and the number of folds,
+    as `rank_heads` takes them.
+    """
+    plan, task = state.plan, state.dataset.train
+    fingerprints = fingerprints_of(plan.features)
+    heads = collect_heads(state.paths.banks, plan.requested, fingerprints, task.digest)
+    widths = {feature.name: prod(feature.shape) for feature in plan.features}
+    return heads, state.metric, widths, task.n_folds
+
+
+def _train_banks(state: RunState, services: Services, device: str) -> None:
+    """Train the plan's banks on workers. Raises RunIncomplete when one failed."""
+    plan, client, console = state.plan, services.client(), services.console
+    options = announced(services.options, console)
+    jobs = bank_jobs(state, device)
     assumed = {
         job.result: (bank.kind, bank.assumed_s) for job, bank in zip(jobs, plan.banks, strict=True)
     }
     failures: list[str] = []
     done = failed = 0
-    options.tell("stage", stage="train", total=plan.heads_new, unit="heads", tasks=len(jobs))
+    options.on_event("stage", stage="train", total=plan.heads_new, unit="heads", tasks=len(jobs))
     with ExitStack() as stack:
-        ours = stack.enter_context(claims(found.paths.claims))
+        ours = stack.enter_context(claims(state.paths.claims))
         advance = stack.enter_context(stage(console, "train", plan.heads_new, "heads"))
         keyed = ((bank_key(job), job) for job in jobs)
         watched = replace(options, claims=ours)
@@ -48,20 +78,20 @@ def train_missing(
         for outcome in outcomes:
             if outcome.fatal:
                 publish_failure(outcome.job, outcome.error or "")
-                failed += len(outcome.job.specs) * plan.folds
+                failed += len(outcome.job.specs) * plan.n_folds
             elif outcome.result is None:
                 failures.append(outcome.error or "")
             else:
                 failed += outcome.result["failed"]
                 if outcome.job.result in assumed and not outcome.result["skipped"]:
                     kind, seconds = assumed[outcome.job.result]
-                    options.tell(
+                    options.on_event(
                         "cost", kind=kind, assumed_s=seconds, seconds=outcome.result["seconds"]
                     )
-            heads = len(outcome.job.specs) * plan.folds
+            heads = len(outcome.job.specs) * plan.n_folds
             done += heads
             advance(heads, {"failed": failed})
-            options.tell("progress", done=done, failed=failed)
+            options.on_event("progress", done=done, failed=failed)
     if failures:
         raise RunIncomplete(
             f"{len(failures):,} of {len(jobs):,} banks failed; the others are kept, and the same "
@@ -69,11 +99,11 @@ def train_missing(
         )
 
 
-def probe(found: Survey) -> Survey | None:
-    """A survey with a small bank of each kind whose cost nobody has measured; None where the run is
-    too small to care.
+def probe_of(state: RunState) -> RunState | None:
+    """Return the state with a small bank of each kind whose cost nobody has measured; None where
+    the run is too small to care.
     """
-    plan = found.plan
+    plan = state.plan
     unknown = [bank for bank in plan.banks if bank.kind in plan.unmeasured and not bank.halving]
     if sum(bank.assumed_s for bank in unknown) < PROBE_S:
         return None
@@ -86,25 +116,25 @@ def probe(found: Survey) -> Survey | None:
         for bank in {bank.kind: bank for bank in reversed(unknown)}.values()
         if len(bank.specs) > PROBE_SPECS
     )
-    heads = plan.folds * sum(len(bank.specs) for bank in small)
-    return replace(found, plan=replace(plan, banks=small, heads_new=heads)) if small else None
+    heads = plan.n_folds * sum(len(bank.specs) for bank in small)
+    if not small:
+        return None
+    return replace(state, plan=replace(plan, banks=small, heads_new=heads))
 
 
-def bank_jobs(found: Survey, device: str = "cpu") -> list[BankJob]:
-    """What workers are given for the banks of the plan. device: of the kinds that can make use of a
-    GPU.
-    """
-    task = str(found.paths.task(found.dataset.train.digest))
+def bank_jobs(state: RunState, device: str = "cpu") -> list[BankJob]:
+    """Return a job for each bank of the plan. device: of the kinds that can make use of a GPU."""
+    task = str(state.paths.task(state.dataset.train.digest))
     return [
         BankJob(
             task=task,
-            features=tuple(str(path) for name in bank.inputs for path in found.directories[name]),
+            features=tuple(str(path) for name in bank.inputs for path in state.directories[name]),
             halving=bank.halving,
             specs=bank.specs,
             device=device if bank.kind in GPU_KINDS else "cpu",
-            result=str(found.paths.bank(bank.group, bank.key)),
+            result=str(state.paths.bank(bank.group, bank.key)),
         )
-        for bank in found.plan.banks
+        for bank in state.plan.banks
     ]
 
 

@@ -11,7 +11,7 @@ from sklearn.model_selection import cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.validation import check_is_fitted
-from support.models import here, run_here
+from support.models import client_here, run_here
 from support.runs import RECIPE, headrace, make_photos
 
 from headrace.cache.errors import CacheError
@@ -29,7 +29,7 @@ from headrace.extract.spec import BackboneSpec
 from headrace.heads.data.lookup import FeatureLookup
 from headrace.pipelines.api import extract_features
 from headrace.pipelines.models.model import ModelError, load_model
-from headrace.pipelines.planning.run_state import survey
+from headrace.pipelines.planning.run_state import read_run_state
 from headrace.pipelines.recipe.load import RecipeError, load_recipe
 
 NETWORK = BackboneSpec("torchvision:resnet18", weights="random:0", image_size=32, crop_fraction=1.0)
@@ -49,13 +49,13 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ours(folder):
-    with here():
+    with client_here() as client:
         return extract_features(
             folder / "photos",
             NETWORK,
             ["layer1.avg", "layer4.map"],
             cache=folder / "ours",
-            workers=1,
+            client=client,
         )
 
 
@@ -138,12 +138,15 @@ def test_a_recipe_trains_on_imported_features(folder, tmp_path, monkeypatch):
     ids, values = foreign_table(folder)
     np.save(tmp_path / "theirs.npy", values)
     (tmp_path / "theirs.rows.csv").write_text("id\n" + "\n".join(ids) + "\n")
-    text = RECIPE.replace("folder: photos", f"folder: {folder / 'photos'}") + "imported: [theirs]\n"
+    text = (
+        RECIPE.replace("folder: photos", f"folder: {folder / 'photos'}")
+        + "external_features: [theirs]\n"
+    )
     backbones = text[text.index("backbones:") : text.index("heads:")]
     (tmp_path / "recipe.yaml").write_text(text)
     (tmp_path / "alone.yaml").write_text(text.replace(backbones, ""))
     with pytest.raises(RecipeError, match="headrace cache import"):
-        survey(load_recipe(tmp_path / "recipe.yaml"), write=False)
+        read_run_state(load_recipe(tmp_path / "recipe.yaml"), write=False)
     done = headrace(
         "cache", "import", "theirs.npy", "--name", "theirs", "--recipe", "recipe.yaml", cwd=tmp_path
     )
@@ -157,7 +160,7 @@ def test_a_recipe_trains_on_imported_features(folder, tmp_path, monkeypatch):
     with pytest.raises(ModelError, match="imported"):
         load_model(result.paths.root)
     assert (
-        survey(load_recipe(tmp_path / "recipe.yaml"), write=False).plan.features[-1].name
+        read_run_state(load_recipe(tmp_path / "recipe.yaml"), write=False).plan.features[-1].name
         == "theirs"
     )
     kept = headrace("cache", "gc", "alone.yaml", "--cache", "headrace-cache", cwd=tmp_path)
@@ -168,7 +171,10 @@ def test_a_recipe_trains_on_imported_features(folder, tmp_path, monkeypatch):
 def test_images_without_an_imported_row_are_named(folder, tmp_path):
     """Nothing can make up for them, so the run does not begin."""
     ids, values = foreign_table(folder)
-    text = RECIPE.replace("folder: photos", f"folder: {folder / 'photos'}") + "imported: [some]\n"
+    text = (
+        RECIPE.replace("folder: photos", f"folder: {folder / 'photos'}")
+        + "external_features: [some]\n"
+    )
     (tmp_path / "recipe.yaml").write_text(text)
     np.save(tmp_path / "some.npy", values[:20])
     (tmp_path / "ids.txt").write_text("\n".join(ids[:20]))
@@ -186,7 +192,7 @@ def test_images_without_an_imported_row_are_named(folder, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     with pytest.raises(RecipeError, match="has no row for"):
-        survey(load_recipe(tmp_path / "recipe.yaml"), write=False)
+        read_run_state(load_recipe(tmp_path / "recipe.yaml"), write=False)
 
 
 def test_imports_that_cannot_be_are_refused(tmp_path):
@@ -251,10 +257,10 @@ def two_folders(tmp_path):
     """
     make_photos(tmp_path / "one", n=8)
     make_photos(tmp_path / "two", n=6, seed=1)
-    with here():
+    with client_here() as client:
         for name in ("one", "two"):
             features = extract_features(
-                tmp_path / name, NETWORK, ["layer1.avg"], cache=tmp_path / "cache", workers=1
+                tmp_path / name, NETWORK, ["layer1.avg"], cache=tmp_path / "cache", client=client
             )
     return tmp_path, features["layer1.avg"]
 
@@ -289,14 +295,18 @@ def test_an_edited_image_is_refused_by_its_id(two_folders):
     old image alone.
     """
     folder, _ = two_folders
-    with here():
+    with client_here() as client:
         old = extract_features(
-            folder / "one", NETWORK, ["layer1.avg"], cache=folder / "other", workers=1
+            folder / "one", NETWORK, ["layer1.avg"], cache=folder / "other", client=client
         )["layer1.avg"]
         edited = folder / "one" / "fine" / "007.png"
         edited.write_bytes((folder / "two" / "fine" / "001.png").read_bytes())
         new = extract_features(
-            folder / "one", NETWORK, ["layer1.avg", "layer2.avg"], cache=folder / "other", workers=1
+            folder / "one",
+            NETWORK,
+            ["layer1.avg", "layer2.avg"],
+            cache=folder / "other",
+            client=client,
         )
     with pytest.raises(CacheError, match=r"'fine/007.png' stands for 2 images"):
         FeatureLookup(new["layer1.avg"]).fit(["fine/007.png"])

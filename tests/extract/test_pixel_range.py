@@ -38,7 +38,7 @@ from headrace.pipelines.export.graph import Input, pixels_of
 from headrace.pipelines.export.preprocessing_file import preprocess_file
 from headrace.pipelines.models.images import ImageUnusable
 from headrace.pipelines.models.model import load_model
-from headrace.pipelines.planning.run_state import backbone_spec
+from headrace.pipelines.planning.networks import backbone_spec
 from headrace.pipelines.predict import bulk
 from headrace.pipelines.recipe.load import load_recipe
 from headrace.pipelines.report.thumbnails import Thumbnails

@@ -15,7 +15,7 @@ from headrace.cache.integrity.garbage import find_garbage, remove_feature_set
 from headrace.cache.integrity.repair import repair
 from headrace.cache.publish import create_feature_set, feature_set_path, publish_shard
 from headrace.pipelines.cli.cache import app
-from headrace.pipelines.planning.run_state import _failed, _known
+from headrace.pipelines.planning.networks import cached_contents, failed_contents
 
 SPEC = make_spec()
 HALVES = {"empty": (), "shards": ("shards",), "temporary": ("shards", ".spec.json.0f.partial")}
@@ -41,8 +41,8 @@ def test_a_begun_feature_set_is_absent_for_readers_and_completed_by_writers(tmp_
     """
     other = make_feature_set(tmp_path, 1, make_spec("float32"))
     directory = begin(tmp_path, half)
-    assert _known(tmp_path, SPEC) == set()
-    assert _failed(tmp_path, [type("Network", (), {"specs": [SPEC]})]) == {}
+    assert cached_contents(tmp_path, SPEC) == set()
+    assert failed_contents(tmp_path, [SPEC]) == {}
     assert [each.path for each in list_feature_sets(tmp_path)] == [other]
     for command in (["ls"], ["verify"], ["repair"], ["gc", "--yes"]):
         done = call(*command, "--cache", tmp_path)
@@ -80,10 +80,10 @@ def test_shards_whose_spec_is_gone_are_repaired(tmp_path):
     directory = make_feature_set(tmp_path, 2)
     (directory / "spec.json").unlink()
     with pytest.raises(FeatureSetMissing, match="headrace cache repair"):
-        _known(tmp_path, SPEC)
+        cached_contents(tmp_path, SPEC)
     assert "broken" in call("ls", "--cache", tmp_path).output
     assert repair(directory).rewritten == ("spec.json",)
-    assert set(hashes(0, 8)) <= _known(tmp_path, SPEC)
+    assert set(hashes(0, 8)) <= cached_contents(tmp_path, SPEC)
 
 
 def test_a_directory_appears_with_its_spec(tmp_path, monkeypatch):

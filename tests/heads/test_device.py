@@ -10,7 +10,8 @@ import torch
 
 from headrace.heads.bank import GPU_KINDS, BadBank
 from headrace.pipelines.paths import RunPaths
-from headrace.pipelines.planning import run_state as prepare
+from headrace.pipelines.planning import devices
+from headrace.pipelines.planning.run_state import read_run_state
 from headrace.pipelines.recipe.load import parse_recipe
 from headrace.pipelines.stages.train import bank_jobs
 
@@ -28,18 +29,18 @@ def test_a_gpu_is_taken_by_the_only_worker_of_this_machine(monkeypatch):
     """auto: one worker has it; of several, or on a cluster, none does; without a GPU all are on the
     CPU.
     """
-    assert prepare.find_heads_device(recipe_of("workers: 1")) in ("cpu", "cuda")
+    assert devices.find_heads_device(recipe_of("workers: 1")) in ("cpu", "cuda")
     monkeypatch.setattr(
-        prepare, "find_device", lambda wanted: "cuda" if wanted == "auto" else wanted
+        devices, "find_device", lambda wanted: "cuda" if wanted == "auto" else wanted
     )
-    assert prepare.find_heads_device(recipe_of("workers: 1")) == "cuda"
-    assert prepare.find_heads_device(recipe_of("workers: 8"), workers=1) == "cuda"
-    assert prepare.find_heads_device(recipe_of("workers: 1"), workers=8) == "cpu"
-    assert prepare.find_heads_device(recipe_of()) == "cpu"
-    assert prepare.find_heads_device(recipe_of("workers: 1, heads_device: cpu")) == "cpu"
-    assert prepare.find_heads_device(recipe_of("workers: 1", "cluster: {where: slurm}")) == "cpu"
+    assert devices.find_heads_device(recipe_of("workers: 1")) == "cuda"
+    assert devices.find_heads_device(recipe_of("workers: 8"), workers=1) == "cuda"
+    assert devices.find_heads_device(recipe_of("workers: 1"), workers=8) == "cpu"
+    assert devices.find_heads_device(recipe_of()) == "cpu"
+    assert devices.find_heads_device(recipe_of("workers: 1, heads_device: cpu")) == "cpu"
+    assert devices.find_heads_device(recipe_of("workers: 1", "cluster: {where: slurm}")) == "cpu"
     assert (
-        prepare.find_heads_device(recipe_of("heads_device: cuda", "cluster: {where: slurm}"))
+        devices.find_heads_device(recipe_of("heads_device: cuda", "cluster: {where: slurm}"))
         == "cuda"
     )
 
@@ -48,9 +49,9 @@ def test_a_gpu_is_taken_by_the_only_worker_of_this_machine(monkeypatch):
 def test_a_gpu_that_is_not_there_is_refused_before_anything_is_done(tmp_path):
     """By the dry run too: the key is named, and what to give instead."""
     with pytest.raises(BadBank, match=r"'cuda' cannot be used .* compute\.heads_device: cpu"):
-        prepare.find_heads_device(recipe_of("heads_device: cuda"))
+        devices.find_heads_device(recipe_of("heads_device: cuda"))
     with pytest.raises(BadBank, match="cannot be used on this machine"):
-        prepare.survey(
+        read_run_state(
             recipe_of("heads_device: cuda").model_copy(update={"out": tmp_path / "run"}),
             write=False,
         )

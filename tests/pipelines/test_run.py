@@ -15,7 +15,7 @@ from support.runs import HEADS, RECIPE, headrace, make_photos
 
 from headrace.cache.errors import HeadraceError
 from headrace.pipelines.cli.main import main
-from headrace.pipelines.planning.run_state import survey
+from headrace.pipelines.planning.run_state import read_run_state
 from headrace.pipelines.recipe.load import load_recipe
 from headrace.pipelines.run import run_recipe
 
@@ -72,7 +72,7 @@ def test_a_second_call_does_no_work_and_tells_the_same(finished):
     """No forward pass, no head trained, no second evaluation of the test split."""
     folder, first = finished
     recipe = load_recipe(folder / "recipe.yaml")
-    plan = survey(recipe).plan
+    plan = read_run_state(recipe).plan
     assert (plan.units, plan.banks) == ((), ())
     files = {path: path.stat().st_mtime_ns for path in first.paths.banks.iterdir()}
     again = run_recipe(recipe, console=Console(quiet=True))
@@ -103,7 +103,7 @@ def test_only_what_is_new_is_done(finished, tmp_path):
     )
     text += f"cache: {folder / 'headrace-cache'}\nout: {folder / 'headrace-runs' / 'recipe'}\n"
     (tmp_path / "more.yaml").write_text(text)
-    plan = survey(load_recipe(tmp_path / "more.yaml"), write=False).plan
+    plan = read_run_state(load_recipe(tmp_path / "more.yaml"), write=False).plan
     assert plan.units == ()
     assert plan.heads_new == (3 + 1) * 3  # the one new strength, on four inputs, in three folds
     (folder / "photos" / "fine" / "new.png").write_bytes(
@@ -111,10 +111,10 @@ def test_only_what_is_new_is_done(finished, tmp_path):
     )
     try:
         assert (
-            survey(load_recipe(tmp_path / "more.yaml"), write=False).plan.images_new == 0
+            read_run_state(load_recipe(tmp_path / "more.yaml"), write=False).plan.images_new == 0
         )  # a copy: its bytes are known
         Image.new("RGB", (40, 40), "red").save(folder / "photos" / "fine" / "new.png")
-        assert survey(load_recipe(tmp_path / "more.yaml"), write=False).plan.images_new == 1
+        assert read_run_state(load_recipe(tmp_path / "more.yaml"), write=False).plan.images_new == 1
     finally:
         (folder / "photos" / "fine" / "new.png").unlink()
 
@@ -145,10 +145,7 @@ def test_input_halving_leaves_the_promising_inputs(finished, tmp_path):
     assert {
         path: path.stat().st_mtime_ns for path in first.paths.input_halving.rglob("*.h5")
     } == files
-    assert (
-        next(stage.did for stage in again.stages if stage.name == "train heads")
-        == "nothing missing"
-    )
+    assert next(stage.did for stage in again.stages if stage.name == "train") == "nothing missing"
     pd.testing.assert_frame_equal(again.board, first.board)
 
 
@@ -261,9 +258,9 @@ def test_folds_that_cannot_be_are_refused_before_a_network_is_built(photos, monk
     """Building one takes seconds, and with a download minutes."""
     recipe = photos / "folds.yaml"
     recipe.write_text(RECIPE.replace("folds: 3", "folds: 50"))
-    monkeypatch.setattr("headrace.pipelines.planning.run_state.backbone_features", None)
+    monkeypatch.setattr("headrace.pipelines.planning.networks.backbone_features", None)
     with pytest.raises(HeadraceError, match=r"folds"):
-        survey(load_recipe(recipe))
+        read_run_state(load_recipe(recipe))
 
 
 def test_a_recipe_that_is_not_there_is_one_clear_error(tmp_path):
@@ -321,7 +318,7 @@ def test_failed_heads_are_kept_until_asked_to_be_tried_again(tmp_path, monkeypat
     recipe = load_recipe(tmp_path / "recipe.yaml")
     first = run_recipe(recipe, console=Console(quiet=True))
     assert first.failed_heads > 0
-    assert survey(recipe).plan.banks == ()
+    assert read_run_state(recipe).plan.banks == ()
     (tmp_path / "late_estimator.py").write_text(
         "from sklearn.tree import DecisionTreeClassifier as Late\n"
     )
@@ -331,7 +328,7 @@ def test_failed_heads_are_kept_until_asked_to_be_tried_again(tmp_path, monkeypat
     assert (
         len(set(again.heads["path"]) - set(first.heads["path"])) == 1
     )  # one new file; the others stay
-    assert survey(recipe).plan.banks == ()
+    assert read_run_state(recipe).plan.banks == ()
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from support.runs import make_photos
 from headrace.extract.sources.samples import list_folder
 from headrace.extract.spec import BackboneSpec
 from headrace.pipelines.api import extract_features, train_heads
-from headrace.pipelines.planning.run_state import survey
+from headrace.pipelines.planning.run_state import read_run_state
 from headrace.pipelines.recipe.load import RecipeError, load_recipe
 from headrace.pipelines.run import run_recipe
 
@@ -198,7 +198,7 @@ def test_inputs_of_different_views_are_refused_before_anything_is_extracted(tmp_
     with pytest.raises(
         RecipeError, match=r"first:layer2.avg has 4, second:features.12.avg has 4.*inputs: \[each\]"
     ):
-        survey(load_recipe(tmp_path / "recipe.yaml"))
+        read_run_state(load_recipe(tmp_path / "recipe.yaml"))
     (tmp_path / "recipe.yaml").write_text(text.replace("INPUTS", "each"))
-    assert survey(load_recipe(tmp_path / "recipe.yaml")).plan.heads_total > 0
+    assert read_run_state(load_recipe(tmp_path / "recipe.yaml")).plan.heads_total > 0
     assert not (tmp_path / "headrace-cache" / "features").exists()

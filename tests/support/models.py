@@ -1,7 +1,6 @@
 """Finished runs for the tests of delivery, made within the process: no worker has to start."""
 
 from contextlib import contextmanager
-from unittest import mock
 
 from dask.distributed import Client
 from rich.console import Console
@@ -18,17 +17,9 @@ def client_here(*_, **__):
         yield client
 
 
-@contextmanager
-def here():
-    """Runs and training within this process."""
-    with (
-        mock.patch("headrace.pipelines.run.open_client", client_here),
-        mock.patch("headrace.pipelines.api.local_client", client_here),
-    ):
-        yield
-
-
 def run_here(recipe, console=None):
     """The recipe's run within this process."""
-    with here():
-        return run_recipe(load_recipe(recipe), console=console or Console(quiet=True))
+    with client_here() as client:
+        return run_recipe(
+            load_recipe(recipe), console=console or Console(quiet=True), client=client
+        )

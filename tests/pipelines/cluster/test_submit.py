@@ -23,7 +23,7 @@ def test_results_errors_and_deaths_all_come_back(tmp_path):
     jobs["raises"] = LOG.format(path=path, name="raises") + "1 / 0"
     jobs["kills"] = LOG.format(path=path, name="kills") + "__import__('os')._exit(1)"
     told = []
-    options = TaskOptions(tell=lambda event, **details: told.append((event, details)))
+    options = TaskOptions(on_event=lambda event, **details: told.append((event, details)))
     with local_client(2) as client:
         outcomes = list(run_tasks(client, eval, sorted(jobs.items()), options=options))
     (failed,) = [details for event, details in told if event == "failed"]
@@ -228,7 +228,7 @@ def test_innocent_tasks_are_not_blamed_for_a_broken_host(monkeypatch):
     )
     jobs = [tuple(range(8 * unit, 8 * unit + 8)) for unit in range(40)]
     told = []
-    options = TaskOptions(tell=lambda event, **details: told.append(event))
+    options = TaskOptions(on_event=lambda event, **details: told.append(event))
     outcomes = list(
         run_tasks(client, None, [(str(job), job) for job in jobs], options=options, split=halves)
     )
@@ -253,7 +253,7 @@ def test_a_worker_of_other_versions_is_given_no_task(monkeypatch):
     monkeypatch.setattr("headrace.pipelines.cluster.submit._LOOK_S", 0.001)
     client = StubClient(["tls://good:1", "tls://old:1"])
     told = []
-    options = TaskOptions(tell=lambda event, **details: told.append((event, details)))
+    options = TaskOptions(on_event=lambda event, **details: told.append((event, details)))
     outcomes = list(run_tasks(client, None, [(str(job), job) for job in range(6)], options=options))
     assert [outcome.result for outcome in outcomes] == list(range(6))
     assert client.ran == {"tls://good:1"}

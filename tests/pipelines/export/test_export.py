@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from support.exports import CASES, fitted, run_alone
-from support.models import here
+from support.models import client_here
 from support.runs import headrace, make_photos
 
 from headrace.cache.errors import HeadraceError
@@ -64,11 +64,11 @@ def photos(tmp_path_factory):
 def features(photos):
     """Of two networks, for every photo."""
     cache = photos.parent / "cache"
-    with here():
+    with client_here() as client:
         one = extract_features(
-            photos, NETWORK, ["layer1.avg", "layer2.map"], cache=cache, workers=1
+            photos, NETWORK, ["layer1.avg", "layer2.map"], cache=cache, client=client
         )
-        two = extract_features(photos, OTHER, ["features.6.max"], cache=cache, workers=1)
+        two = extract_features(photos, OTHER, ["features.6.max"], cache=cache, client=client)
     return {"avg": one["layer1.avg"], "map": one["layer2.map"], "max": two["features.6.max"]}
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.models import here, run_here
+from support.models import client_here, run_here
 from support.runs import RECIPE, make_photos
 
 from headrace.cache.errors import SpecMismatch
@@ -175,16 +175,16 @@ def test_a_head_from_a_notebook_knows_its_network_too(run, tmp_path):
     spec = BackboneSpec(
         "torchvision:resnet18", weights="random:0", image_size=32, crop_fraction=1.0
     )
-    with here():
+    with client_here() as client:
         features = extract_features(
-            run[0] / "photos", spec, ["layer1.avg"], cache=tmp_path / "cache", workers=1
+            run[0] / "photos", spec, ["layer1.avg"], cache=tmp_path / "cache", client=client
         )
         result = train_heads(
             features,
             run[0] / "photos",
             heads={"ridge": {"alpha": [1.0], "inputs": ["each"]}},
             out=tmp_path / "out",
-            workers=1,
+            client=client,
         )
     model = load_model(tmp_path / "out")
     assert model.members[0].backbones == (spec,)

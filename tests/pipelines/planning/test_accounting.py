@@ -19,7 +19,7 @@ from headrace.pipelines.cli.main import app
 from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.planning.accounting import Accounting, accounting_from_json
 from headrace.pipelines.planning.dataset import list_samples
-from headrace.pipelines.planning.run_state import survey
+from headrace.pipelines.planning.run_state import read_run_state
 from headrace.pipelines.predict.listing import list_images
 from headrace.pipelines.recipe.load import load_recipe
 from headrace.pipelines.records import read_record
@@ -172,7 +172,7 @@ def test_what_run_reads_predict_reads(tmp_path):
         assert by_source.found == by_recipe.found, name
         shown = [file.removeprefix(f"{source}/") for file in by_source.samples["file"]]
         assert shown == samples["id"].tolist(), name
-        accounting = survey(load_recipe(recipe), write=False).accounting
+        accounting = read_run_state(load_recipe(recipe), write=False).accounting
         assert isinstance(accounting, Accounting)
         assert accounting.found == accounting.counted, name
 

@@ -34,11 +34,11 @@ def planned(heads, trained=None):
         units=[],
         images=100,
         images_new=0,
-        wanted=wanted_heads(Heads.model_validate(heads), NAMES),
+        requested=wanted_heads(Heads.model_validate(heads), NAMES),
         task_digest="t",
-        folds=5,
-        rows=75,
-        outputs=2,
+        n_folds=5,
+        n_rows=75,
+        n_outputs=2,
         trained=lambda group: (trained or {}).get(group, {}),
     )
 
@@ -127,7 +127,7 @@ def test_views_count_once_as_images_and_each_in_bytes():
     """A tap with an augmented view is one input; what a view lacks is what has to be computed."""
     spec = feature("late.avg").specs[0]
     plan = feature_plan("late.avg", [spec, spec], {"a", "b", "c"}, [{"a", "b", "z"}, {"a"}])
-    assert (plan.rows_known, plan.rows_total, plan.rows_missing) == (1, 3, 3)
+    assert (plan.rows_cached, plan.rows_total, plan.rows_missing) == (1, 3, 3)
 
 
 def test_large_grids_are_cut_into_banks():

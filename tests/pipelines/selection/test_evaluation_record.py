@@ -10,15 +10,14 @@ from support.runs import make_photos
 
 from headrace.heads.evaluate.intervals import proportion_interval
 from headrace.pipelines.models.model import load_model
-from headrace.pipelines.planning.run_state import run_paths
 from headrace.pipelines.recipe.load import load_recipe
-from headrace.pipelines.run import withdraw
 from headrace.pipelines.selection.winner import (
     EvaluationsDamaged,
     _write_test_evaluations,
     read_test_evaluations,
     repair_test_evaluations,
 )
+from headrace.pipelines.stages.select import withdraw
 
 RECIPE = """\
 images: {folder: photos}
@@ -94,7 +93,7 @@ def test_a_record_of_an_earlier_version_is_refused(tmp_path, name):
     make_photos(tmp_path / "photos", n=24)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE)
-    paths = run_paths(load_recipe(recipe))
+    paths = load_recipe(recipe).paths
     paths.root.mkdir(parents=True)
     (paths.root / name).write_text("{}")
     with pytest.raises(EvaluationsDamaged, match=r"earlier version .* rm .*test-openings.jsonl"):

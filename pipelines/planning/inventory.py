@@ -1,0 +1,242 @@
+"""What a run is made of, read once at its start: images and their content hashes, networks, inputs
+of the heads.
+"""
+
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from headrace.cache.exchange.external import external_feature_sets
+from headrace.cache.format.compression import require_hdf5plugin
+from headrace.cache.integrity.sealed import SealBroken
+from headrace.cache.spec import FeatureSpec
+from headrace.extract.images.changes import compare_listings, read_listing
+from headrace.extract.images.content_hashes import Unreadable, content_hashes
+from headrace.extract.sources.listing import Listing
+from headrace.extract.spec import BackboneSpec
+from headrace.extract.taps.spec_cache import remember_features
+from headrace.pipelines.paths import content_index
+from headrace.pipelines.planning.dataset import Dataset, check_metric, make_dataset, read_samples
+from headrace.pipelines.planning.devices import find_heads_device
+from headrace.pipelines.planning.networks import backbone_spec, cached_contents, storing, tap_specs
+from headrace.pipelines.recipe.grid import Wanted, check_kinds, wanted_heads
+from headrace.pipelines.recipe.load import Recipe, RecipeError
+from headrace.pipelines.recipe.targets import DataError
+
+
+@dataclass(frozen=True)
+class FeatureInput:
+    """One input that heads can be given: a tap in all its views, or external features."""
+
+    views: tuple[FeatureSpec, ...]
+    backbone: BackboneSpec | None  # None for external features
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """What a run is made of; none of it changes while the run is at work."""
+
+    recipe: Recipe
+    listing: Listing
+    # id, path, content (None where the file cannot be read), and the user's columns
+    samples: pd.DataFrame
+    unreadable: tuple[Unreadable, ...]
+    dataset: Dataset  # of every readable image, also of those that cannot be decoded
+    metric: str
+    networks: tuple[tuple[BackboneSpec, tuple[FeatureSpec, ...]], ...]  # in the recipe's order
+    inputs: Mapping[str, FeatureInput]  # by the name that the leaderboard gives it
+    requested: tuple[Wanted, ...]  # heads
+    changes: tuple[str, ...]  # notes on images that came, went or changed since the last call
+
+    def needed_images(self) -> pd.DataFrame:
+        """Return the samples that the task has rows of."""
+        dataset = self.dataset
+        contents = {*dataset.train.content.astype(str), *dataset.test.content.astype(str)}
+        return self.samples[self.samples["content"].isin(contents)]
+
+
+def take_inventory(recipe: Recipe, *, write: bool = True) -> Inventory:
+    """Read what the recipe names; with `write` off, nothing is written, not even the index of
+    content hashes.
+
+    Raises HeadraceError, before anything costly, for whatever in the recipe cannot work.
+    """
+    metric = check_metric(recipe.task)
+    check_kinds(recipe.heads, recipe.task.kind)
+    find_heads_device(recipe)  # refuses a GPU that is not there
+    if recipe.storage.compression != "none":
+        require_hdf5plugin("storage.compression needs a library")
+    for key, folder in (("out", recipe.paths.root), ("cache", recipe.cache)):
+        _check_writable(key, folder)
+    listing = read_samples(recipe)
+    samples = listing.samples
+    # Before anything is read or built, as if every image were there and none a copy: targets,
+    # groups and folds that cannot work are the commonest mistakes.
+    make_dataset(samples, [f"{row:032}" for row in range(len(samples))], recipe.task)
+    networks = tuple(
+        (backbone_spec(backbone, recipe), tap_specs(backbone, recipe, forked=write))
+        for backbone in recipe.backbones
+    )
+    inputs = _head_inputs(recipe, networks)
+    requested = wanted_heads(recipe.heads, list(inputs))
+    _check_views(requested, inputs)
+    hashes, unreadable = _read_contents(recipe, samples, write=write)
+    samples = samples.assign(content=pd.Series(hashes, index=samples.index, dtype=object))
+    inventory = Inventory(
+        recipe=recipe,
+        listing=listing,
+        samples=samples,
+        unreadable=unreadable,
+        dataset=make_dataset(samples, hashes, recipe.task),
+        metric=metric,
+        networks=networks,
+        inputs=inputs,
+        requested=tuple(requested),
+        changes=tuple(_changes(recipe.paths.listing, samples)),
+    )
+    _check_external(inventory)
+    return inventory
+
+
+def remember_taps(inventory: Inventory) -> None:
+    """Keep the taps' specs in the cache, so that the next call builds no network to know them."""
+    recipe = inventory.recipe
+    for backbone, (network, specs) in zip(recipe.backbones, inventory.networks, strict=True):
+        options = storing(backbone, recipe)
+        remember_features(network, backbone.taps, specs, cache_root=recipe.cache, **options)
+
+
+def content_listing(samples: pd.DataFrame) -> dict[str, str]:
+    """Return {id: content hash} of the images that can be read."""
+    readable = samples[samples["content"].notna()]
+    return dict(zip(readable["id"].astype(str), readable["content"].astype(str), strict=True))
+
+
+def _read_contents(
+    recipe: Recipe, samples: pd.DataFrame, *, write: bool
+) -> tuple[list[str | None], tuple[Unreadable, ...]]:
+    """Return the content hash of each sample, None where its file cannot be read, and the reasons.
+
+    Raises DataError where no file can be read.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        # A first dry run leaves no cache behind; afterwards the index is worth keeping.
+        kept = write or recipe.cache.exists()
+        index = content_index(recipe.cache) if kept else Path(scratch) / "contents.parquet"
+        contents = content_hashes(samples, index)
+    if len(contents.unreadable) == len(samples):
+        first = contents.unreadable[0]
+        raise DataError(
+            f"none of the {len(samples):,} images can be read; the first is {first.path} "
+            f"({first.reason}). Relative paths start from images.root, by default the table's own "
+            "folder"
+        )
+    return list(contents.hashes), contents.unreadable
+
+
+def _check_writable(key: str, folder: Path) -> None:
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir():
+        raise RecipeError(
+            f"{key}: {existing} is a file; expected a folder, or a path where one can be made"
+        )
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise RecipeError(
+            f"{key}: {existing} cannot be written to. Set `{key}` in the recipe to a folder that "
+            "can"
+        )
+
+
+def _changes(listing_path: Path, samples: pd.DataFrame) -> list[str]:
+    """Return a note on the images that are new, changed, renamed or removed since the last call."""
+    try:
+        before = read_listing(listing_path)
+    except SealBroken as error:
+        return [
+            f"{listing_path} has changed since it was written ({error}): what is new since the "
+            "last call cannot be told"
+        ]
+    if not before:
+        return []
+    changes = compare_listings(before, content_listing(samples))
+    counts = {
+        kind: len(getattr(changes, kind)) for kind in ("new", "changed", "renamed", "removed")
+    }
+    counts_text = ", ".join(f"{count:,} {kind}" for kind, count in counts.items() if count)
+    return [f"images since the last call: {counts_text}"] if counts_text else []
+
+
+def _head_inputs(
+    recipe: Recipe, networks: Sequence[tuple[BackboneSpec, tuple[FeatureSpec, ...]]]
+) -> dict[str, FeatureInput]:
+    """Return every input of heads by the name that the leaderboard gives it."""
+    inputs: dict[str, FeatureInput] = {}
+    for input_name, network, spec in _named_taps(recipe, networks):
+        views = inputs[input_name].views if input_name in inputs else ()
+        inputs[input_name] = FeatureInput((*views, spec), network)
+    for external_name in recipe.external_features:
+        if external_name in inputs:
+            raise RecipeError(
+                f"external_features: {external_name!r} is also the name of a tap, or stands twice: "
+                "import it under another name"
+            )
+        inputs[external_name] = FeatureInput((_external_spec(recipe, external_name),), None)
+    return inputs
+
+
+def _named_taps(
+    recipe: Recipe, networks: Sequence[tuple[BackboneSpec, tuple[FeatureSpec, ...]]]
+) -> Iterator[tuple[str, BackboneSpec, FeatureSpec]]:
+    """Yield the leaderboard's name of each feature set of a backbone, its network, and its spec."""
+    for backbone, (network, specs) in zip(recipe.backbones, networks, strict=True):
+        prefix = f"{backbone.alias or backbone.name}:" if len(networks) > 1 else ""
+        for spec in specs:
+            yield prefix + spec.name, network, spec
+
+
+def _external_spec(recipe: Recipe, external_name: str) -> FeatureSpec:
+    feature_sets = external_feature_sets(recipe.cache, external_name)
+    if len(feature_sets) != 1:
+        names = {feature_set.spec.tap for feature_set in external_feature_sets(recipe.cache)}
+        raise RecipeError(
+            f"external_features: there are {len(feature_sets)} feature sets {external_name!r} in "
+            f"{recipe.cache}; imported are: {', '.join(sorted(names)) or 'none'}. Import it first: "
+            f"headrace cache import FILE --name {external_name} --recipe recipe.yaml"
+        )
+    return feature_sets[0].spec
+
+
+def _check_external(inventory: Inventory) -> None:
+    """Raise RecipeError, naming the first image, where external features lack a row.
+
+    No network of ours can make up for it.
+    """
+    needed = inventory.needed_images()
+    for external_name in inventory.recipe.external_features:
+        (spec,) = inventory.inputs[external_name].views
+        absent = needed[~needed["content"].isin(cached_contents(inventory.recipe.cache, spec))]
+        if len(absent):
+            raise RecipeError(
+                f"external_features: {external_name!r} has no row for {len(absent):,} of "
+                f"{len(needed):,} images, first {absent['id'].iloc[0]!r}: import features of them "
+                "all, or leave these images out of the table"
+            )
+
+
+def _check_views(requested: Sequence[Wanted], inputs: Mapping[str, FeatureInput]) -> None:
+    """Raise RecipeError for a head on taps of different views: their rows cannot stand side by
+    side.
+    """
+    for heads in requested:
+        views = {tuple(spec.view for spec in inputs[name].views) for name in heads.inputs}
+        if len(views) > 1:
+            counts = ", ".join(f"{name} has {len(inputs[name].views)}" for name in heads.inputs)
+            raise RecipeError(
+                f"heads: the taps of an input have different views ({counts}) and cannot stand "
+                "side by side: give their backbones the same views, or take each tap alone, "
+                "inputs: [each]"
+            )

@@ -1,0 +1,79 @@
+"""The recipe's backbones as `headrace.extract` takes them, and what the cache holds of them."""
+
+import functools
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from headrace.cache.feature_set import open_feature_set
+from headrace.cache.publish import feature_set_path, is_feature_set
+from headrace.cache.spec import FeatureSpec
+from headrace.extract.spec import BackboneSpec
+from headrace.extract.taps.spec_cache import Storing, backbone_features, build_features
+from headrace.pipelines.cluster.fork_server import call_forked, imports_of
+from headrace.pipelines.planning.devices import find_device
+from headrace.pipelines.recipe.load import Recipe
+from headrace.pipelines.recipe.sections import Backbone
+
+
+def backbone_spec(backbone: Backbone, recipe: Recipe) -> BackboneSpec:
+    """Return the recipe's backbone as `headrace.extract` takes it: its fields, less taps, views and
+    names, and the images' range.
+    """
+    fields = backbone.model_dump(exclude={"alias", "taps", "views"})
+    return BackboneSpec(**fields, pixel_range=recipe.images.pixel_range)
+
+
+def storing(backbone: Backbone, recipe: Recipe) -> Storing:
+    """Return the numbers and views that the recipe stores, as `backbone_features` takes them."""
+    views = backbone.views
+    n_views = {"flips": 4, "dihedral": 8}[views] if isinstance(views, str) else views
+    options = Storing(
+        dtype=recipe.storage.dtype, compute_dtype=recipe.storage.precision, views=n_views
+    )
+    return Storing(**options, symmetric=True) if isinstance(views, str) else options
+
+
+def tap_specs(backbone: Backbone, recipe: Recipe, *, forked: bool) -> tuple[FeatureSpec, ...]:
+    """Return the feature sets of a backbone, tap by tap and within a tap view by view.
+
+    forked: build a network that the cache does not remember in a process forked from the workers'
+    server, where that spares this one importing PyTorch. Raises BackboneError.
+    """
+    build = _build_forked(recipe) if forked and _can_fork(backbone, recipe) else build_features
+    return backbone_features(
+        backbone_spec(backbone, recipe),
+        backbone.taps,
+        cache_root=recipe.cache,
+        build=build,
+        **storing(backbone, recipe),
+    )
+
+
+def _can_fork(backbone: Backbone, recipe: Recipe) -> bool:
+    """Tell whether the workers' server imports PyTorch in any case, and this process need not."""
+    local_cpu = recipe.cluster.where == "local" and find_device(recipe.compute.device) == "cpu"
+    return local_cpu and "torch" not in sys.modules and not backbone.name.startswith("python:")
+
+
+def _build_forked(recipe: Recipe) -> Callable[..., tuple[FeatureSpec, ...]]:
+    imports = imports_of(backbone.name for backbone in recipe.backbones)
+    return functools.partial(call_forked, imports, build_features)
+
+
+def cached_contents(cache_root: Path, spec: FeatureSpec) -> set[str]:
+    """Return the content hashes that a feature set has, as rows or as recorded failures."""
+    path = feature_set_path(cache_root, spec)
+    return set(open_feature_set(path).known()) if is_feature_set(path) else set()
+
+
+def failed_contents(cache_root: Path, specs: Iterable[FeatureSpec]) -> dict[str, str]:
+    """Return {content hash: reason} of the images that some feature set has recorded as failed."""
+    paths = [feature_set_path(cache_root, spec) for spec in specs]
+    failures = (
+        failure
+        for path in paths
+        if is_feature_set(path)
+        for failure in open_feature_set(path).failures()
+    )
+    return {failure.content_hash: failure.reason for failure in failures}

@@ -1,0 +1,49 @@
+"""The stage that evaluates: the selected model is shown the test split, once."""
+
+from dataclasses import replace
+
+from headrace.cache.atomic_io import lease
+from headrace.cache.feature_set import open_feature_set
+from headrace.pipelines.planning.run_state import RunState
+from headrace.pipelines.selection.ensemble_store import evaluate_ensemble
+from headrace.pipelines.selection.winner import TestResult, evaluate_winner, repair_test_evaluations
+from headrace.pipelines.stages.services import Services
+
+
+def evaluate(state: RunState, services: Services) -> RunState:
+    """Return the state with the score of the selected model on the test split, if there is one.
+
+    A model that has seen these images before is read from the record, and not opened again.
+    """
+    with services.timed("test") as did, lease(state.paths.conclusion_lock):
+        notes = repair_test_evaluations(state.paths.test_evaluations)
+        test = _evaluate_on_test(state)
+        did("no test split" if test is None else f"{test.images:,} images")
+    return replace(state, test=test, notes=(*state.notes, *notes))
+
+
+def _evaluate_on_test(state: RunState) -> TestResult | None:
+    dataset, selected = state.dataset, state.selected
+    assert selected is not None
+    if not len(dataset.test.ids):
+        return None
+    if selected.ensemble is not None and selected.ensemble.chosen:
+        return evaluate_ensemble(
+            state.paths.test_evaluations,
+            selected.ensemble,
+            state.directories,
+            dataset.test,
+            dataset.train.digest,
+            dataset.test_groups,
+        )
+    winner = selected.winner
+    return evaluate_winner(
+        state.paths.test_evaluations,
+        winner,
+        [open_feature_set(path) for name in winner["inputs"] for path in state.directories[name]],
+        dataset.test,
+        dataset.train.digest,
+        state.metric,
+        dataset.test_groups,
+        selected.temperature,
+    )

@@ -1,0 +1,41 @@
+"""The stage that fine-tunes: promising heads become networks that are trained by gradients."""
+
+from dataclasses import replace
+
+from headrace.pipelines.finetune.stage import FinetuneInputs, finetune_candidates, pending
+from headrace.pipelines.planning.devices import find_device
+from headrace.pipelines.planning.leaderboard import rank_heads
+from headrace.pipelines.planning.run_state import RunState
+from headrace.pipelines.stages.services import Services
+from headrace.pipelines.stages.train import trained_heads
+
+
+def finetune(state: RunState, services: Services) -> RunState:
+    """Return the state with the networks that were fine-tuned, where the recipe asks for them."""
+    section, retry_failed = state.recipe.finetune, services.retry_failed
+    if section is None:
+        return state
+    with services.timed("finetune") as did:
+        inputs = FinetuneInputs(
+            paths=state.paths,
+            task=state.dataset.train,
+            metric=state.metric,
+            directories=state.directories,
+            backbones=state.backbones,
+            images=state.samples,
+            device=find_device(state.recipe.compute.device),
+        )
+        board = rank_heads(*trained_heads(state))
+        missing = pending(inputs, board, section, retry_failed=retry_failed)
+        finetuned = finetune_candidates(
+            inputs,
+            board,
+            section,
+            services.client() if missing else None,
+            services.console,
+            services.options,
+            retry_failed=retry_failed,
+        )
+        trained_text = f"{finetuned.trained:,} networks trained"
+        did(trained_text if finetuned.trained else "nothing missing")
+        return replace(state, finetuned=finetuned)

@@ -1,0 +1,48 @@
+"""The stage that halves the inputs: few images tell which inputs get all heads."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from headrace.heads.bank import BankJob
+from headrace.pipelines.planning.plan import keep_inputs
+from headrace.pipelines.planning.run_state import RunState
+from headrace.pipelines.selection.halving import halve_inputs as halve_candidate_inputs
+from headrace.pipelines.selection.small_banks import train_banks
+from headrace.pipelines.stages.services import Services
+
+
+def halve_inputs(state: RunState, services: Services) -> RunState:
+    """Return the state with heads on promising inputs only, where the recipe asks for that."""
+    section = state.recipe.input_halving
+    if section is None:
+        return state
+    with services.timed("halve inputs") as did:
+
+        def train_all(jobs: Sequence[BankJob]) -> None:
+            if jobs:
+                train_banks(
+                    jobs,
+                    services.client(),
+                    services.console,
+                    "halve inputs",
+                    services.options,
+                    state.paths.claims,
+                )
+
+        requested_inputs = list(dict.fromkeys(heads.inputs for heads in state.plan.requested))
+        halving = halve_candidate_inputs(
+            requested_inputs,
+            state.dataset.train,
+            state.directories,
+            section,
+            state.paths.input_halving,
+            train_all,
+            state.dataset.groups,
+        )
+        did(
+            f"{len(halving.selected_inputs):,} of {len(requested_inputs):,} inputs go on: "
+            f"{'; '.join(' + '.join(inputs) for inputs in halving.selected_inputs)}"
+        )
+        return replace(
+            state, plan=keep_inputs(state.plan, halving.selected_inputs), input_halving=halving
+        )

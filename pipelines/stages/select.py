@@ -1,0 +1,146 @@
+"""The stage that selects: rank heads and networks on validation folds, correct the best score for
+having been selected, average heads where that is better.
+"""
+
+import shutil
+import uuid
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+
+from headrace.cache.atomic_io import PARTIAL_SUFFIX, lease, sync_directory
+from headrace.cache.feature_set import open_feature_set
+from headrace.pipelines.planning.leaderboard import rank_heads
+from headrace.pipelines.planning.run_state import RunState, Selected
+from headrace.pipelines.records import publish_table, write_record
+from headrace.pipelines.selection.calibration import temperature_of
+from headrace.pipelines.selection.cautions import grid_edges, hidden_classes, near_duplicates
+from headrace.pipelines.selection.correction import Selection, assess_selection
+from headrace.pipelines.selection.ensemble import Ensemble, build_ensemble
+from headrace.pipelines.selection.ensemble_store import save_ensemble
+from headrace.pipelines.selection.predictions import held_out, whole_heads
+from headrace.pipelines.selection.winner import NoWinner, choose_winner, save_winner
+from headrace.pipelines.stages.extract import write_failed_images
+from headrace.pipelines.stages.services import Services
+from headrace.pipelines.stages.train import trained_heads
+
+
+def select(state: RunState, services: Services) -> RunState:
+    """Return the state with the leaderboard and the selected model, both on disk.
+
+    Raises NoWinner where no setting was trained whole.
+    """
+    services.release_client()  # a cluster's jobs end here: nothing is trained from now on
+    # Of several drivers on one run, one at a time writes the tables.
+    with services.timed("select") as did, lease(state.paths.conclusion_lock):
+        task, finetuned = state.dataset.train, state.finetuned
+        heads, metric, widths, n_folds = trained_heads(state)
+        if finetuned is not None and len(finetuned.rows):
+            heads = pd.concat([heads, finetuned.rows], ignore_index=True)
+        board = rank_heads(heads, metric, widths, n_folds)
+        failed_images = write_failed_images(state)
+        publish_table(state.paths.leaderboard, _text_inputs(board).to_csv(index=False).encode())
+        publish_table(state.paths.heads, _text_inputs(heads).to_parquet(index=False))
+        try:
+            winner = choose_winner(board, heads)
+        except NoWinner:
+            # of an earlier call, of which this leaderboard knows nothing
+            withdraw(state.paths.winner, state.paths.ensemble)
+            raise
+        selection = correct_for_selection(state, board)
+        notes = (*state.notes, *_cautions(state, board))
+        temperature = temperature_of(winner, task)
+        views = [(name, path) for name in winner["inputs"] for path in state.directories[name]]
+        save_winner(
+            state.paths.winner,
+            winner,
+            [open_feature_set(path) for _, path in views],
+            [state.backbones[name] for name, _ in views],
+            task,
+            metric,
+            temperature,
+        )
+        ensemble = combine_heads(state, board)
+        did(f"{len(board):,} settings ranked")
+    return replace(
+        state,
+        failed_images=failed_images,
+        selected=Selected(heads, board, winner, temperature, selection, ensemble),
+        notes=notes if finetuned is None else (*notes, *finetuned.notes),
+    )
+
+
+def _cautions(state: RunState, board: pd.DataFrame) -> list[str]:
+    """Return notes on this result, from stored predictions, features and a few images."""
+    task = state.dataset.train
+    held, final_heads = held_out(task, state.dataset.groups), whole_heads(board)
+    hidden = hidden_classes(final_heads, held, state.metric)
+    readable = state.samples.dropna(subset=["content"])
+    content, image_paths = (readable[name].astype(str) for name in ("content", "path"))
+    duplicates = near_duplicates(
+        task,
+        state.dataset.test,
+        state.directories,
+        dict(zip(content, image_paths, strict=True)),
+        state.recipe.images.pixel_range,
+    )
+    edges = grid_edges(final_heads, state.metric)
+    return [*edges, *(note for note in (hidden, duplicates) if note is not None)]
+
+
+def correct_for_selection(state: RunState, board: pd.DataFrame) -> Selection | None:
+    """Write what the choice of the best is worth, from stored predictions; return it too."""
+    held, halving = held_out(state.dataset.train, state.dataset.groups), state.input_halving
+    halving_luck = None
+    if halving is not None and board.iloc[0]["inputs"] in halving.row_errors:
+        halving_luck = (
+            halving.selection_luck,
+            halving.row_errors[board.iloc[0]["inputs"]][held.rows],
+        )
+    selection = assess_selection(whole_heads(board), held, state.metric, halving_luck=halving_luck)
+    if selection is None:
+        withdraw(state.paths.selection, state.paths.comparisons)
+        return None
+    columns = ["rank", "inputs", "kind", "settings", state.metric]
+    table = _text_inputs(board)[columns].merge(selection.table, on="rank", how="left")
+    write_record(state.paths.selection, selection.summary())
+    publish_table(state.paths.comparisons, table.to_csv(index=False).encode())
+    return selection
+
+
+def combine_heads(state: RunState, board: pd.DataFrame) -> Ensemble | None:
+    """Write the ensemble as a model directory, where the recipe asks for one; return it too."""
+    section, ensemble = state.recipe.ensemble, None
+    if section is not None:
+        held = held_out(state.dataset.train, state.dataset.groups)
+        ensemble = build_ensemble(whole_heads(board), held, state.metric, section)
+    if ensemble is None:
+        withdraw(state.paths.ensemble)
+        return None
+    save_ensemble(
+        state.paths.ensemble, ensemble, state.directories, state.backbones, state.dataset.train
+    )
+    return ensemble
+
+
+def withdraw(*results: Path) -> None:
+    """Remove results of an earlier call that are true no more; a directory disappears at once, by a
+    rename.
+    """
+    for result_path in results:
+        if result_path.is_dir():
+            hidden_name = f".{result_path.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}"
+            result_path.rename(result_path.with_name(hidden_name))
+            sync_directory(result_path.parent)
+        else:
+            result_path.unlink(missing_ok=True)
+        # What a process that dies on the way leaves has no name that anyone reads, and goes with
+        # the next withdrawal.
+        for remains in result_path.parent.glob(f".{result_path.name}.*{PARTIAL_SUFFIX}"):
+            if remains.is_dir():
+                shutil.rmtree(remains, ignore_errors=True)
+
+
+def _text_inputs(table: pd.DataFrame) -> pd.DataFrame:
+    return table.assign(inputs=[" + ".join(inputs) for inputs in table["inputs"]])

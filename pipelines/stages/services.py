@@ -1,0 +1,86 @@
+"""What the stages of a run share: console, log, task options, and a Dask client that is opened at
+first use.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+
+from dask.distributed import Client
+from rich.console import Console
+
+from headrace.pipelines.cluster.clients import Role
+from headrace.pipelines.cluster.submit import TaskOptions
+
+# (role, device of the forward pass) -> a client that is gone after the block
+ClientOpener = Callable[[Role, str], AbstractContextManager[Client]]
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """One stage of one call."""
+
+    name: str
+    did: str
+    seconds: float
+
+
+@dataclass
+class Services:
+    """What every stage is given beside the run state.
+
+    open_client: called when a stage first has work for workers, so that a run in which nothing is
+    missing starts none.
+    """
+
+    console: Console
+    options: TaskOptions  # its `on_event` is the run's task log
+    open_client: ClientOpener
+    workers: int | None = None
+    retry_failed: bool = False
+    stages: list[StageRecord] = field(default_factory=list)
+    _client: Client | None = field(default=None, init=False)
+    _client_stack: ExitStack = field(default_factory=ExitStack, init=False)
+
+    def client(self) -> Client:
+        """Return the client whose workers extract on CPUs and train heads, opened at first use."""
+        if self._client is None:
+            self._client = self._client_stack.enter_context(self.open_client("train", "cpu"))
+        return self._client
+
+    def release_client(self) -> None:
+        """End what `client` started: a cluster's jobs are not held while nothing is trained."""
+        self._client = None
+        self._client_stack.close()
+
+    @contextmanager
+    def timed(self, stage_name: str) -> Iterator[Callable[[str], None]]:
+        """Record how long a stage takes, and what it did, as the stage tells the given function."""
+        start = time.perf_counter()
+        said: list[str] = []
+        yield said.append
+        did = said[-1] if said else ""
+        self.stages.append(StageRecord(stage_name, did, time.perf_counter() - start))
+
+
+@contextmanager
+def open_services(
+    console: Console,
+    options: TaskOptions,
+    open_client: ClientOpener,
+    *,
+    workers: int | None = None,
+    retry_failed: bool = False,
+) -> Iterator[Services]:
+    """Give services whose workers end with the block."""
+    services = Services(console, options, open_client, workers, retry_failed)
+    try:
+        yield services
+    finally:
+        services.release_client()
+
+
+def opener_of(client: Client) -> ClientOpener:
+    """Return an opener that gives this client, which stays open."""
+    return lambda role, device: nullcontext(client)
