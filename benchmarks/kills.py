@@ -13,7 +13,7 @@ each other in chains, at whose end the same command is left to end. Then
 - the test split was evaluated once;
 - no process of a killed call is left, no lock, no claim; temporaries that a killed call left (made
   two hours old before the last call) are gone: in a run's directory by the next run, in a cache by
-  `headrace cache gc`, of predict and export by the next call of the same.
+  `headrace cache gc`, of predict, export and report by the next call of the same.
 
 `--quick` is a fifth, as tests/faults/test_kills.py has it. A fault keeps the project's folder. The
 last line is JSON {measure: figure}.
