@@ -25,9 +25,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from headrace.cache.checksum import shard_checksum
 from headrace.cache.feature_set import FeatureSet, open_feature_set
-from headrace.cache.integrity.checksum import shard_checksum
-from headrace.cache.integrity.checksummed_lines import to_checksummed_line
+from headrace.cache.format.checksummed_lines import to_checksummed_line
 from headrace.cache.integrity.verify import verify_bytes
 from headrace.cache.manifest import read_manifest
 from headrace.cache.publish import create_feature_set, feature_set_path, publish_shard, shard_path

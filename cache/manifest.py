@@ -16,13 +16,13 @@ from typing import Any
 
 from headrace.cache.atomic_io import explain_os_errors, lease, sync_directory, write_all
 from headrace.cache.errors import ManifestCorrupt
-from headrace.cache.format.encoding import QuantizationError
-from headrace.cache.integrity.checksummed_lines import (
+from headrace.cache.format.checksummed_lines import (
     LineCorrupt,
     from_checksummed_line,
     is_torn_line,
     to_checksummed_line,
 )
+from headrace.cache.format.encoding import QuantizationError
 
 MANIFEST = "manifest.jsonl"
 LOCK = ".manifest.lock"

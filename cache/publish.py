@@ -30,10 +30,10 @@ from headrace.cache.atomic_io import (
     publish_parts,
     sync_directory,
 )
+from headrace.cache.checksum import verify_shard
 from headrace.cache.errors import FeatureSetMissing, ManifestCorrupt, ShardCorrupt, SpecMismatch
 from headrace.cache.format.encoding import encode
 from headrace.cache.format.shard import FailedSample, build_shard
-from headrace.cache.integrity.checksum import verify_shard
 from headrace.cache.manifest import MANIFEST, ShardEntry, append_entry, read_manifest
 from headrace.cache.spec import FeatureSpec, spec_difference
 

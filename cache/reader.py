@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from headrace.cache.checksum import VerifiedShards
 from headrace.cache.errors import ShardMissing
 from headrace.cache.format.compression import read_compressed_rows
 from headrace.cache.format.encoding import STORED_DTYPES, decode
 from headrace.cache.format.float16 import float16_to_float32
 from headrace.cache.format.validate import ShardLayout
-from headrace.cache.integrity.checksum import VerifiedShards
 from headrace.cache.manifest import ShardEntry
 from headrace.cache.mapping import MappedRows
 from headrace.cache.publish import shard_path

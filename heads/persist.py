@@ -17,7 +17,7 @@ from safetensors.numpy import load, save
 
 from headrace.cache.atomic_io import publish_replace
 from headrace.cache.errors import HeadraceError
-from headrace.cache.integrity.sealed import (
+from headrace.cache.format.sealed import (
     SEAL,
     UNSEALED,
     SealBroken,

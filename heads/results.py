@@ -31,9 +31,9 @@ import numpy.typing as npt
 import pandas as pd
 import xxhash
 
+from headrace.cache.checksum import shard_checksum
 from headrace.cache.errors import HeadraceError, ShardUnreadable
 from headrace.cache.format.shard import USER_BLOCK_BYTES
-from headrace.cache.integrity.checksum import shard_checksum
 from headrace.heads.data.task import Task
 from headrace.heads.evaluate.metrics import TaskKind, metric_names
 from headrace.heads.predict import Arrays

@@ -1,7 +1,7 @@
 """The files of a run that its readers believe: every one has a digest, which is compared before a
 number of it is used.
 
-JSON and arrays carry theirs inside (`headrace.cache.integrity.sealed`). Tables that people open
+JSON and arrays carry theirs inside (`headrace.cache.format.sealed`). Tables that people open
 have none of ours in them: the digests of all are in tables.json, each entry written after its
 table. So a call that was killed in between leaves a table that is refused, and the next call writes
 both.
@@ -16,7 +16,7 @@ import xxhash
 
 from headrace.cache.atomic_io import publish_replace
 from headrace.cache.errors import HeadraceError
-from headrace.cache.integrity.sealed import SealBroken, read_sealed_json, sealed_json
+from headrace.cache.format.sealed import SealBroken, read_sealed_json, sealed_json
 
 _DIGESTS = "tables.json"
 RUN_AGAIN = "`headrace run RECIPE` writes it again"

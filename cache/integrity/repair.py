@@ -10,6 +10,7 @@ from pathlib import Path
 import h5py
 
 from headrace.cache.atomic_io import PARTIAL_SUFFIX, lease, publish_replace
+from headrace.cache.checksum import shard_checksum
 from headrace.cache.errors import (
     CacheError,
     FeatureSetMissing,
@@ -19,7 +20,6 @@ from headrace.cache.errors import (
     SpecMismatch,
 )
 from headrace.cache.format.shard import user_block
-from headrace.cache.integrity.checksum import shard_checksum
 from headrace.cache.manifest import LOCK, MANIFEST, ShardEntry, manifest_bytes, read_manifest
 from headrace.cache.publish import SHARDS, SPEC, describe_shard, read_spec, shard_path
 from headrace.cache.spec import FeatureSpec

@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from headrace.cache.atomic_io import PARTIAL_SUFFIX
+from headrace.cache.checksum import verify_listed_shard
 from headrace.cache.errors import CacheError, ManifestCorrupt, ShardMissing, SpecMismatch
 from headrace.cache.feature_set import FeatureSet
-from headrace.cache.integrity.checksum import verify_listed_shard
 from headrace.cache.manifest import ShardEntry, read_manifest
 from headrace.cache.publish import SHARDS, read_spec, shard_path
 from headrace.cache.spec import FeatureSpec

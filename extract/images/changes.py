@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from headrace.cache.atomic_io import publish_replace
-from headrace.cache.integrity.sealed import SealBroken, read_sealed_json, sealed_json
+from headrace.cache.format.sealed import SealBroken, read_sealed_json, sealed_json
 
 
 @dataclass(frozen=True)

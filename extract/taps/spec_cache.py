@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TypedDict, Unpack
 
 from headrace.cache.atomic_io import publish_replace
-from headrace.cache.integrity.sealed import read_sealed_json, sealed_json
+from headrace.cache.format.sealed import read_sealed_json, sealed_json
 from headrace.cache.spec import FeatureSpec
 from headrace.extract.errors import BackboneError
 from headrace.extract.spec import (

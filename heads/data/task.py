@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from headrace.cache.atomic_io import publish_replace
 from headrace.cache.errors import HeadraceError
-from headrace.cache.integrity.sealed import read_sealed_arrays, sealed_arrays
+from headrace.cache.format.sealed import read_sealed_arrays, sealed_arrays
 
 TEST = -1  # never seen by training or selection
 TRAIN_ONLY = -2  # trains in every fold, held out in none (a given training/validation split)

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from headrace.cache.atomic_io import publish_replace
 from headrace.cache.feature_set import open_feature_set
-from headrace.cache.integrity.sealed import read_sealed_json, sealed_json
+from headrace.cache.format.sealed import read_sealed_json, sealed_json
 from headrace.heads.data.features import load_rows
 from headrace.heads.data.folds import make_folds
 from headrace.heads.data.task import Task

@@ -28,7 +28,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from headrace.cache.integrity.sealed import SealBroken, read_sealed_json, sealed_json
+from headrace.cache.format.sealed import SealBroken, read_sealed_json, sealed_json
 from headrace.pipelines.cluster.task_leases import driver_lock, driver_name
 from headrace.pipelines.paths import RunPaths
 

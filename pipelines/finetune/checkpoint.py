@@ -13,7 +13,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from headrace.cache.atomic_io import publish_replace
-from headrace.cache.integrity.sealed import SEAL, UNSEALED, check_seal, seal, tensor_metadata
+from headrace.cache.format.sealed import SEAL, UNSEALED, check_seal, seal, tensor_metadata
 
 FORMAT = 2  # 1 had one rate for all layers of a head
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from headrace.cache.atomic_io import publish_replace
 from headrace.cache.errors import HeadraceError
-from headrace.cache.integrity.sealed import (
+from headrace.cache.format.sealed import (
     SEAL,
     UNSEALED,
     SealBroken,

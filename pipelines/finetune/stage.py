@@ -19,7 +19,7 @@ from dask.distributed import Client
 from rich.console import Console
 
 from headrace.cache.atomic_io import lease
-from headrace.cache.integrity.sealed import is_sealed_file
+from headrace.cache.format.sealed import is_sealed_file
 from headrace.extract.spec import BackboneSpec
 from headrace.heads.data.task import Task
 from headrace.heads.evaluate.metrics import METRICS, score

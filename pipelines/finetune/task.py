@@ -19,7 +19,7 @@ from torch import Tensor
 from headrace.cache.atomic_io import publish_bytes, publish_replace
 from headrace.cache.errors import HeadraceError, SpecMismatch
 from headrace.cache.feature_set import FeatureSet
-from headrace.cache.integrity.sealed import (
+from headrace.cache.format.sealed import (
     SealBroken,
     is_sealed_file,
     read_sealed_json,

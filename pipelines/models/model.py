@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from headrace.cache.errors import HeadraceError
+from headrace.cache.format.sealed import SealBroken, read_sealed_json
 from headrace.cache.home import expand_home
-from headrace.cache.integrity.sealed import SealBroken, read_sealed_json
 from headrace.cache.spec import FeatureSpec
 from headrace.extract.spec import (
     PACKAGED,

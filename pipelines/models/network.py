@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from headrace.cache.errors import HeadraceError
-from headrace.cache.integrity.sealed import check_seal, tensor_metadata
+from headrace.cache.format.sealed import check_seal, tensor_metadata
 from headrace.cache.spec import FeatureSpec
 from headrace.heads.evaluate.temperature import FLOOR
 from headrace.heads.persist import WRITE_AGAIN, check_outputs, check_temperature

@@ -12,7 +12,7 @@ import pandas as pd
 
 from headrace.cache.exchange.external import external_feature_sets
 from headrace.cache.format.compression import require_hdf5plugin
-from headrace.cache.integrity.sealed import SealBroken
+from headrace.cache.format.sealed import SealBroken
 from headrace.cache.spec import FeatureSpec
 from headrace.extract.images.changes import compare_listings, read_listing
 from headrace.extract.images.content_hashes import Unreadable, content_hashes

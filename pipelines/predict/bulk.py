@@ -32,7 +32,7 @@ from rich.console import Console
 
 from headrace.cache.atomic_io import PARTIAL_SUFFIX, publish_replace
 from headrace.cache.errors import HeadraceError
-from headrace.cache.integrity.sealed import (
+from headrace.cache.format.sealed import (
     SEAL,
     UNSEALED,
     check_seal,

@@ -16,7 +16,7 @@ import pandas as pd
 
 from headrace.cache.errors import HeadraceError
 from headrace.cache.feature_set import FeatureSet, open_feature_set
-from headrace.cache.integrity.sealed import SealBroken
+from headrace.cache.format.sealed import SealBroken
 from headrace.cache.publish import feature_set_path
 from headrace.cache.spec import FeatureSpec
 from headrace.extract.images.changes import read_listing

@@ -14,7 +14,7 @@ import pandas as pd
 
 from headrace.cache.atomic_io import publish_replace
 from headrace.cache.feature_set import FeatureSet, open_feature_set
-from headrace.cache.integrity.sealed import sealed_json
+from headrace.cache.format.sealed import sealed_json
 from headrace.extract.spec import BackboneSpec
 from headrace.heads.data.task import Task
 from headrace.pipelines.selection.ensemble import Ensemble

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 
 from headrace.cache.atomic_io import publish_replace
-from headrace.cache.integrity.sealed import read_sealed_arrays, sealed_arrays
+from headrace.cache.format.sealed import read_sealed_arrays, sealed_arrays
 from headrace.extract.errors import ImageError
 from headrace.extract.images.byte_ranges import read_bytes
 from headrace.extract.images.decoding import PixelRange, decode_image, open_image

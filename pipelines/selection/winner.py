@@ -19,7 +19,7 @@ import pandas as pd
 from headrace.cache.atomic_io import lease, publish_replace
 from headrace.cache.errors import HeadraceError
 from headrace.cache.feature_set import FeatureSet
-from headrace.cache.integrity.sealed import SealBroken, read_sealed_json, sealed_json
+from headrace.cache.format.sealed import SealBroken, read_sealed_json, sealed_json
 from headrace.extract.spec import BackboneSpec
 from headrace.heads.data.features import load_rows
 from headrace.heads.data.task import Task

@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.caches import make_spec
 
-from headrace.cache.integrity.sealed import (
+from headrace.cache.format.sealed import (
     UNSEALED,
     SealBroken,
     check_seal,

@@ -115,7 +115,7 @@ def test_repair_deletes_nothing_that_might_be_whole(tmp_path, monkeypatch):
             raise OSError(errno.EMFILE, "Too many open files")
         return original(path, *arguments, **options)
 
-    monkeypatch.setattr("headrace.cache.integrity.checksum.open", refusing, raising=False)
+    monkeypatch.setattr("headrace.cache.checksum.open", refusing, raising=False)
     (problem,) = verify_bytes(directory)
     assert "EMFILE" in problem.message
     with pytest.raises(ShardUnreadable, match=r"u0001\.h5 cannot be read: EMFILE"):
@@ -420,7 +420,7 @@ def test_ten_million_rows(tmp_path):
     """10 million rows in 2,000 shards: opening and reading one row takes less than 200 MB beyond
     the imports.
     """
-    from headrace.cache.integrity.checksummed_lines import to_checksummed_line
+    from headrace.cache.format.checksummed_lines import to_checksummed_line
     from headrace.cache.manifest import read_manifest
 
     spec = make_spec(shape=(4,))

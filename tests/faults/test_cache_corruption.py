@@ -30,8 +30,8 @@ from headrace.cache.errors import (
     SpecMismatch,
 )
 from headrace.cache.feature_set import list_feature_sets, open_feature_set
+from headrace.cache.format.checksummed_lines import to_checksummed_line
 from headrace.cache.format.shard import USER_BLOCK_BYTES, user_block
-from headrace.cache.integrity.checksummed_lines import to_checksummed_line
 from headrace.cache.integrity.repair import repair
 from headrace.cache.integrity.verify import verify_bytes
 from headrace.cache.manifest import read_manifest
@@ -259,7 +259,7 @@ def test_a_shard_is_hashed_once(tmp_path, monkeypatch):
     """The second opening recognises a settled shard without reading it; a new one is not trusted to
     its time stamp.
     """
-    import headrace.cache.integrity.checksum as check
+    import headrace.cache.checksum as check
 
     directory = make_feature_set(tmp_path, 2)
     hashed = []
@@ -284,7 +284,7 @@ def test_without_a_home(tmp_path, monkeypatch):
     assert len(open_feature_set(directory)[:]) == 8
     state = tmp_path / "state"
     monkeypatch.setenv("XDG_CACHE_HOME", str(state))
-    monkeypatch.setattr("headrace.cache.integrity.checksum._SETTLED_NS", 0)
+    monkeypatch.setattr("headrace.cache.checksum._SETTLED_NS", 0)
     open_feature_set(directory).check()
     (memory,) = (path for path in state.rglob("*") if path.is_file())
     data = memory.read_bytes()

@@ -15,7 +15,7 @@ from support.runs import make_photos
 from typer.testing import CliRunner
 
 from headrace.cache.errors import SpecMismatch
-from headrace.cache.integrity.sealed import tensor_metadata
+from headrace.cache.format.sealed import tensor_metadata
 from headrace.cache.spec import FeatureSpec
 from headrace.extract.backbones.backbone import override
 from headrace.extract.errors import BackboneError

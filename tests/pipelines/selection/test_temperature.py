@@ -17,7 +17,7 @@ from support.models import run_here
 from support.runs import make_photos
 
 from headrace.cache.feature_set import open_feature_set
-from headrace.cache.integrity.sealed import SEAL, UNSEALED, seal, tensor_metadata
+from headrace.cache.format.sealed import SEAL, UNSEALED, seal, tensor_metadata
 from headrace.extract.sources.samples import list_folder
 from headrace.heads.data.features import load_rows
 from headrace.heads.evaluate.metrics import score

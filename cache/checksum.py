@@ -22,15 +22,15 @@ from typing import Any
 import xxhash
 
 from headrace.cache.errors import ShardCorrupt, ShardMissing, ShardUnreadable
-from headrace.cache.format.encoding import QuantizationError
-from headrace.cache.format.shard import USER_BLOCK_BYTES, user_block
-from headrace.cache.format.validate import ShardLayout, validate_shard
-from headrace.cache.home import state_directory
-from headrace.cache.integrity.checksummed_lines import (
+from headrace.cache.format.checksummed_lines import (
     LineCorrupt,
     from_checksummed_line,
     to_checksummed_line,
 )
+from headrace.cache.format.encoding import QuantizationError
+from headrace.cache.format.shard import USER_BLOCK_BYTES, user_block
+from headrace.cache.format.validate import ShardLayout, validate_shard
+from headrace.cache.home import state_directory
 from headrace.cache.manifest import ShardEntry
 from headrace.cache.spec import FeatureSpec
 
