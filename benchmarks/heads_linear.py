@@ -39,7 +39,7 @@ from sklearn.preprocessing import StandardScaler
 
 from headrace.heads.linear.logistic import fit_logistic_bank
 from headrace.heads.linear.ridge import fit_ridge_bank
-from headrace.heads.linear.solver.design import COLUMNS_OF_A_WIDE_HEAD
+from headrace.heads.linear.solver.design import MANY_CLASSES
 from headrace.heads.spec import HeadFit, LogisticSpec, RidgeSpec
 
 CASES = {  # rows, features, classes
@@ -142,7 +142,7 @@ def products_beside(rows: int, width: int, classes: int, iterations: int) -> flo
     if rows < width:
         return 0.0
     columns, heads = classes - 1, 5 * len(STRENGTHS)
-    wide = columns >= COLUMNS_OF_A_WIDE_HEAD
+    wide = columns >= MANY_CLASSES
     # Rows into their eigenbasis, of wide heads for each fold its own; their Gram matrix, of which
     # half is computed.
     rotation = (2 * (4 if wide else 1) + 1) * rows * width**2

@@ -33,18 +33,18 @@ from headrace.heads.data.standardize import (
 )
 from headrace.heads.data.streamed import Streamed
 from headrace.heads.linear.bands import with_bands
-from headrace.heads.linear.softmax_path import Solution, solve_lines
 from headrace.heads.linear.solver.design import (
-    ROWS_PER_TILE,
-    Design,
+    ROWS_PER_BLOCK,
+    DesignMatrix,
     make_design,
-    same_scales,
-    stream_design,
-    worth_own_rows,
+    make_streamed_design,
+    scales_are_similar,
+    should_copy_per_fold,
 )
-from headrace.heads.linear.solver.dual_form import few_rows_design, worth_a_copy
+from headrace.heads.linear.solver.dual_form import copies_fit, make_dual_design
 from headrace.heads.linear.solver.loss import sigmoid, softmax
-from headrace.heads.linear.solver.regularization_path import Line
+from headrace.heads.linear.solver.path_solver import HeadSolution, solve_paths
+from headrace.heads.linear.solver.regularization_path import RegularizationPath
 from headrace.heads.spec import FULL, HeadFit, LogisticSpec
 
 Array = npt.NDArray[Any]
@@ -202,7 +202,7 @@ def _fit_problem(
         used = {f: scaling[f] for f in folds}
         if len(folds) > 1:
             used[FULL] = scaling[FULL]
-        lines, owners = _lines(
+        paths, owners = _lines(
             problem,
             folds,
             specs,
@@ -214,12 +214,14 @@ def _fit_problem(
             parts,
             X.shape[1],
         )
-        if not lines:
+        if not paths:
             continue
         own_labels = labels if binary else None
-        heads = sum(len(line.strengths) for line in lines)
+        heads = sum(len(path.l2_strengths) for path in paths)
         own_rows = (
-            device == "cpu" and standardize and worth_own_rows(scaling, folds, rows - 1, heads)
+            device == "cpu"
+            and standardize
+            and should_copy_per_fold(scaling, folds, rows - 1, heads)
         )
         narrow, wide = (
             functools.partial(
@@ -239,19 +241,19 @@ def _fit_problem(
             # What is left for float64 is a few heads: not worth rows of their own.
             for dtype, own in ((np.float32, own_rows), (np.float64, False))
         )
-        solutions = _solve(narrow, wide, lines, rows, gap, deadline, device)
+        solutions = _solve(narrow, wide, paths, rows, gap, deadline, device)
         seconds = (time.perf_counter() - began) / max(len(solutions), 1)
         began = time.perf_counter()
-        for index, (line, owner) in enumerate(zip(lines, owners, strict=True)):
+        for index, (path, owner) in enumerate(zip(paths, owners, strict=True)):
             for mu, spec_indices in owner.items():
                 weight, bias, solution = solutions[index, mu]
                 for i in spec_indices:
-                    parts[i, line.fold, max(line.label, 0) if multi else 0] = _Part(
+                    parts[i, path.fold, max(path.label, 0) if multi else 0] = _Part(
                         weight,
                         bias,
                         solution.objective,
-                        solution.bound,
-                        solution.iterations,
+                        solution.gap_bound,
+                        solution.n_iterations,
                         seconds,
                     )
 
@@ -262,66 +264,68 @@ def _batches(
     """The problem's folds, those in one tuple that can share a design."""
     whole, count = scaling[FULL], int(problem.known.sum())
     alike = tuple(
-        f for f in problem.folds if same_scales(scaling[f], whole, standardize=standardize)
+        f for f in problem.folds if scales_are_similar(scaling[f], whole, standardize=standardize)
     )
-    if dim > count and not worth_a_copy(scaling, alike, count):
+    if dim > count and not copies_fit(scaling, alike, count):
         alike = ()
     alone: list[tuple[int, ...]] = [(f,) for f in problem.folds if f not in alike]
     return [alike, *alone] if alike else alone
 
 
 def _solve(
-    narrow: Callable[[], Design],
-    wide: Callable[[], Design],
-    lines: list[Line],
+    narrow: Callable[[], DesignMatrix],
+    wide: Callable[[], DesignMatrix],
+    paths: list[RegularizationPath],
     rows: int,
     gap: float,
     deadline: float | None,
     device: str,
-) -> dict[tuple[int, float], tuple[Array, Array, Solution]]:
+) -> dict[tuple[int, float], tuple[Array, Array, HeadSolution]]:
     """Raw weights, biases and solution of every head: in float32, and where rounding ended the
     descent before the gap was reached, from there on in float64.
     """
-    found: dict[tuple[int, float], tuple[Array, Array, Solution]] = {}
+    found: dict[tuple[int, float], tuple[Array, Array, HeadSolution]] = {}
     for make in (narrow, wide):
         index = [
-            i for i, line in enumerate(lines) if any((i, mu) not in found for mu in line.strengths)
+            i
+            for i, path in enumerate(paths)
+            if any((i, mu) not in found for mu in path.l2_strengths)
         ]
         late = deadline is not None and time.monotonic() > deadline
         if found:
             index = [
                 i
-                for i, line in enumerate(lines)
-                if any(not found[i, mu][2].converged for mu in line.strengths)
+                for i, path in enumerate(paths)
+                if any(not found[i, mu][2].converged for mu in path.l2_strengths)
             ]
         if not index or (found and late):
             break
         design = make()
-        unit = design.unit**-2
+        unit = design.feature_unit**-2
         part, names, starts = [], {}, {}
         for new, i in enumerate(index):
             left = [
                 mu
-                for mu in lines[i].strengths
+                for mu in paths[i].l2_strengths
                 if (i, mu) not in found or not found[i, mu][2].converged
             ]
-            part.append(dataclasses.replace(lines[i], strengths=tuple(mu * unit for mu in left)))
+            part.append(dataclasses.replace(paths[i], l2_strengths=tuple(mu * unit for mu in left)))
             for mu in left:
                 names[new, mu * unit] = i, mu
                 if (i, mu) in found:
-                    starts[new, mu * unit] = design.from_raw(
-                        *found[i, mu][:2], np.full(rows, lines[i].fold)
+                    starts[new, mu * unit] = design.from_raw_weights(
+                        *found[i, mu][:2], np.full(rows, paths[i].fold)
                     )
-        solved = solve_lines(
+        solved = solve_paths(
             design, part, rows, gap=gap, deadline=deadline, starts=starts, device=device
         )
         folds = np.repeat([part[i].fold for i, _ in solved], rows)
-        weight, bias = design.to_raw(
+        weight, bias = design.to_raw_weights(
             np.concatenate([solution.u for solution in solved.values()]), folds
         )
         for place, (head, solution) in enumerate(solved.items()):
-            before = found[names[head]][2].iterations if names[head] in found else 0
-            better = dataclasses.replace(solution, iterations=solution.iterations + before)
+            before = found[names[head]][2].n_iterations if names[head] in found else 0
+            better = dataclasses.replace(solution, n_iterations=solution.n_iterations + before)
             own = slice(place * rows, (place + 1) * rows)
             found[names[head]] = weight[own], bias[own], better
     return found
@@ -338,11 +342,11 @@ def _lines(
     sw: Array | None,
     parts: dict[tuple[int, int, int], _Part],
     dim: int,
-) -> tuple[list[Line], list[dict[float, list[int]]]]:
+) -> tuple[list[RegularizationPath], list[dict[float, list[int]]]]:
     """One line per fold, kind of class weight and label; beside each, which specs want which
     strength.
     """
-    lines, owners = [], []
+    paths, owners = [], []
     weights = np.ones(len(fold)) if sw is None else sw
     for f in folds:
         train = (fold != f) & problem.known
@@ -366,9 +370,13 @@ def _lines(
                     if kind == "balanced"
                     else np.ones(len(counts))
                 )
-                lines.append(Line(f, multiplier, label, kind, tuple(sorted(wanted, reverse=True))))
+                paths.append(
+                    RegularizationPath(
+                        f, multiplier, label, kind, tuple(sorted(wanted, reverse=True))
+                    )
+                )
                 owners.append(wanted)
-    return lines, owners
+    return paths, owners
 
 
 def _design(
@@ -383,7 +391,7 @@ def _design(
     standardize: bool,
     own_rows: bool,
     dtype: Any,
-) -> Design:
+) -> DesignMatrix:
     """The design, its tiles' rows sorted by class and labelled; rows without a class in the problem
     are left out.
     """
@@ -401,14 +409,14 @@ def _design(
     few = X.shape[1] > int(wanted.sum())
     if few:
         own = [((f,), by_class(np.flatnonzero(wanted & (fold != f)))) for f in folds]
-        design = few_rows_design(X, own, scaling, standardize=standardize, dtype=dtype)
+        design = make_dual_design(X, own, scaling, standardize=standardize, dtype=dtype)
     elif isinstance(X, Streamed):
         # By class within a tile only: tiles are read in the order in which their rows lie on disk.
         runs = [
             (seen_by(group), by_class(part))
-            for group, part in sweep(X, fold, ROWS_PER_TILE, wanted)
+            for group, part in sweep(X, fold, ROWS_PER_BLOCK, wanted)
         ]
-        design = stream_design(X, runs, scaling, standardize=standardize, dtype=dtype)
+        design = make_streamed_design(X, runs, scaling, standardize=standardize, dtype=dtype)
     else:
         members = {
             int(group): by_class(np.flatnonzero(wanted & (fold == group)))
@@ -416,21 +424,25 @@ def _design(
         }
         groups = [(seen_by(group), member) for group, member in members.items() if member.size]
         design = make_design(
-            X, groups, scaling, standardize=standardize, dtype=dtype, own_rows=own_rows
+            X, groups, scaling, standardize=standardize, dtype=dtype, copy_per_fold=own_rows
         )
     tiles = []
-    for tile in design.tiles:
+    for block in design.row_blocks:
         bounds = (
-            np.searchsorted(problem.target[tile.rows], np.arange(rows + 1))
+            np.searchsorted(problem.target[block.row_index], np.arange(rows + 1))
             if rows > 1
-            else tile.bounds
+            else block.class_offsets
         )
         given = (
-            np.ascontiguousarray(labels[tile.rows].T, dtype) if labels is not None else tile.labels
+            np.ascontiguousarray(labels[block.row_index].T, dtype)
+            if labels is not None
+            else block.labels
         )
-        weight = None if sw is None else sw[tile.rows].astype(dtype)
-        tiles.append(dataclasses.replace(tile, bounds=bounds, labels=given, weight=weight))
-    return dataclasses.replace(design, tiles=tiles)
+        weight = None if sw is None else sw[block.row_index].astype(dtype)
+        tiles.append(
+            dataclasses.replace(block, class_offsets=bounds, labels=given, sample_weight=weight)
+        )
+    return dataclasses.replace(design, row_blocks=tiles)
 
 
 def _assemble(

@@ -55,10 +55,10 @@ def check_heads(lanes: Callable[[], int | None] | None = None) -> Finding:
 
 
 def _lanes() -> int | None:
-    from headrace.heads.linear.solver.compiled_blocks import compiled
+    from headrace.heads.linear.solver.compiled_blocks import load_compiled_kernels
 
-    library = compiled()
-    return None if library is None else library.lanes
+    library = load_compiled_kernels()
+    return None if library is None else library.vector_length
 
 
 def check_memory(available: float | None = None, cores: int | None = None) -> Finding:

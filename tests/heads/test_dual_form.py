@@ -10,8 +10,8 @@ from headrace.heads.data.standardize import group_moments, training_moments
 from headrace.heads.data.task import TRAIN_ONLY
 from headrace.heads.linear import logistic
 from headrace.heads.linear.logistic import fit_logistic_bank
-from headrace.heads.linear.solver.design import same_scales
-from headrace.heads.linear.solver.dual_form import few_rows_design
+from headrace.heads.linear.solver.design import scales_are_similar
+from headrace.heads.linear.solver.dual_form import make_dual_design
 from headrace.heads.spec import FULL, LogisticSpec
 
 SLOWLY = settings(
@@ -35,13 +35,13 @@ def both_ways(X, y, fold, specs, **options):
 
     def counted(*args, **more):
         calls.append(len(args[2]))
-        return few_rows_design(*args, **more)
+        return make_dual_design(*args, **more)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(logistic, "few_rows_design", counted)
+        patch.setattr(logistic, "make_dual_design", counted)
         together = fit_logistic_bank(X, y, **options)
         shared, calls[:] = max(calls), []
-        patch.setattr(logistic, "worth_a_copy", lambda *_: False)
+        patch.setattr(logistic, "copies_fit", lambda *_: False)
         apart = fit_logistic_bank(X, y, **options)
     assert shared > 1
     return together, apart
@@ -73,7 +73,7 @@ def test_rows_that_contradict_each_other_reach_the_gap():
 
 @pytest.mark.parametrize("standardize", [True, False])
 def test_a_small_fold_beside_a_large_one_is_as_it_is_alone(standardize):
-    """Its coordinates and its frames come from its own 18 rows, not from the 52 that it
+    """Its coordinates and its preconditioner come from its own 18 rows, not from the 52 that it
     holds out.
     """
     rng = np.random.default_rng(51)
@@ -151,11 +151,15 @@ def test_a_feature_that_only_one_row_shows_sends_folds_apart():
     X[:, 4] = 1e-3 * np.random.default_rng(0).standard_normal(40)
     X[7, 4] = 50.0
     moments = moments_of(X, fold)
-    alike = [f for f in (0, 1, 2, 3) if same_scales(moments[f], moments[FULL], standardize=True)]
+    alike = [
+        f for f in (0, 1, 2, 3) if scales_are_similar(moments[f], moments[FULL], standardize=True)
+    ]
     assert alike == [f for f in (0, 1, 2, 3) if f != fold[7]]
     X[7, 4] = 0.0
     moments = moments_of(X, fold)
-    assert all(same_scales(moments[f], moments[FULL], standardize=True) for f in (0, 1, 2, 3))
+    assert all(
+        scales_are_similar(moments[f], moments[FULL], standardize=True) for f in (0, 1, 2, 3)
+    )
 
 
 @pytest.mark.parametrize("standardize", [True, False])
@@ -204,15 +208,19 @@ def test_the_least_penalised_weights_are_the_ones_that_come_back():
     moments = moments_of(X, fold)
     rows = [((f,), np.flatnonzero(fold != f)) for f in range(4)]
     scaling = {f: moments[f] for f in (0, 1, 2, 3, FULL)}
-    design = few_rows_design(X, rows, scaling, standardize=True, dtype=np.float64)
+    design = make_dual_design(X, rows, scaling, standardize=True, dtype=np.float64)
     rng = np.random.default_rng(0)
-    for tile in design.tiles:
-        (f,) = tile.folds
-        u = rng.standard_normal((3, design.width))
+    for block in design.row_blocks:
+        (f,) = block.folds
+        u = rng.standard_normal((3, design.n_coordinates))
         # a fold of fewer rows than another has fewer coordinates
-        u[:, len(design.rotation.bases[f].pivots) : -1] = 0
-        weight, bias = design.to_raw(u, np.full(3, f))
-        np.testing.assert_allclose(X[tile.rows] @ weight.T + bias, tile.values @ u.T, atol=1e-9)
+        u[:, len(design.rotation.fold_spaces[f].pivot_rows) : -1] = 0
+        weight, bias = design.to_raw_weights(u, np.full(3, f))
+        np.testing.assert_allclose(
+            X[block.row_index] @ weight.T + bias, block.values @ u.T, atol=1e-9
+        )
         own = weight * moments[f].scale
         np.testing.assert_allclose((own**2).sum(axis=1), (u[:, :-1] ** 2).sum(axis=1), rtol=1e-9)
-        np.testing.assert_allclose(design.from_raw(weight, bias, np.full(3, f)), u, atol=1e-9)
+        np.testing.assert_allclose(
+            design.from_raw_weights(weight, bias, np.full(3, f)), u, atol=1e-9
+        )

@@ -19,14 +19,18 @@ from headrace.heads.data.standardize import NotFinite
 from headrace.heads.data.task import TRAIN_ONLY
 from headrace.heads.linear import logistic as logistic_module
 from headrace.heads.linear.logistic import fit_logistic_bank
-from headrace.heads.linear.solver import active_set as flight_module
+from headrace.heads.linear.solver import active_set as active_set_module
 from headrace.heads.linear.solver import design as design_module
-from headrace.heads.linear.solver.active_set import Flight
+from headrace.heads.linear.solver.active_set import ActiveSet
 from headrace.heads.linear.solver.design import make_design
 from headrace.heads.linear.solver.lbfgs import minimise
-from headrace.heads.linear.solver.preconditioner import dense_coordinates, frame, row_products
-from headrace.heads.linear.solver.regularization_path import Solved
-from headrace.heads.linear.solver.rotation import OwnScales, Rotation
+from headrace.heads.linear.solver.preconditioner import (
+    dense_coordinates,
+    dense_pair_products,
+    make_preconditioner,
+)
+from headrace.heads.linear.solver.regularization_path import SolvedHead
+from headrace.heads.linear.solver.rotation import PerFoldRotation, Rotation
 from headrace.heads.spec import FULL, LogisticSpec
 
 SLOWLY = settings(
@@ -55,9 +59,9 @@ def rows_of_their_own(wanted):
     """Folds have copies of their rows, as those of wide heads have, whatever it costs."""
     with pytest.MonkeyPatch.context() as patch:
         if wanted:
-            patch.setattr(design_module, "COLUMNS_OF_A_WIDE_HEAD", 1)
-            patch.setattr(design_module, "EVALUATIONS", 10**6)
-            patch.setattr(design_module, "OWN_SPREAD", 30.0)
+            patch.setattr(design_module, "MANY_CLASSES", 1)
+            patch.setattr(design_module, "EVALUATIONS_PER_HEAD", 10**6)
+            patch.setattr(design_module, "MAX_COPIED_SCALE_RATIO", 30.0)
         yield
 
 
@@ -187,8 +191,8 @@ def test_wide_heads_have_rows_in_their_folds_scales(monkeypatch, far):
         "gap": 1e-7,
     }
     own = fit_logistic_bank(X, y, **arguments)
-    assert isinstance(made[0].rotation, OwnScales) == (far == 1)
-    monkeypatch.setattr(design_module, "COLUMNS_OF_A_WIDE_HEAD", 1000)
+    assert isinstance(made[0].rotation, PerFoldRotation) == (far == 1)
+    monkeypatch.setattr(design_module, "MANY_CLASSES", 1000)
     shared = fit_logistic_bank(X, y, **arguments)
     assert isinstance(made[-1].rotation, Rotation)
     for one, other in zip(own, shared, strict=True):
@@ -522,46 +526,53 @@ def test_float32_goes_on_below_the_rounding_of_its_values():
         evaluate,
         lambda slot: starts.pop() if starts else None,
         lambda slot, stopped: ends.append(stopped),
-        slots=1,
-        parameters=40,
-        memory=8,
+        n_slots=1,
+        n_parameters=40,
+        n_pairs=8,
         dtype=np.float32,
         gap=1e-12,
         max_iterations=200,
     )
     (end,) = ends
-    assert end.converged
+    assert end.gap_reached
     # 1e-11 of the value, whose rounding is 1e-7 of it
     assert 0.5 * float((((end.point - optimum) * scales) ** 2).sum()) < 1e-7
 
 
 @pytest.mark.parametrize("wide", [False, True])
 def test_a_head_that_goes_on_keeps_its_pairs(monkeypatch, wide):
-    """In a new frame a paused head has the steps and changes of gradient that it had in the old
+    """With a new preconditioner a paused head has the steps and changes of gradient that it had with the old
     one: corrected as another strength's are, heads at weak regularisation ended a hundredth above
     the optimum.
     """
     if wide:
-        monkeypatch.setattr(flight_module, "PARAMETERS_OF_WIDE_HEADS", 1)
+        monkeypatch.setattr(active_set_module, "MANY_PARAMETERS", 1)
     rng = np.random.default_rng(0)
     classes, width, m = 5, 40, 3
     values, weight = rng.standard_normal((200, width)), np.ones(200)
-    products = row_products(values, dense_coordinates(classes, width))
+    products = dense_pair_products(values, dense_coordinates(classes, width))
     first, second = (
-        frame(
+        make_preconditioner(
             size * rng.standard_normal((classes, width)), values, values**2, products, weight, 0.1
         )
         for size in (0.1, 1)
     )
-    flight = Flight(SimpleNamespace(rows=classes, design=SimpleNamespace(width=width)), 1)
-    flight.frames[0], flight.mu[0] = second, 0.1
+    active_set = ActiveSet(
+        SimpleNamespace(n_outputs=classes, design=SimpleNamespace(n_coordinates=width)), 1
+    )
+    active_set.preconditioners[0], active_set.l2_strength[0] = second, 0.1
     pairs = rng.standard_normal((2 * m, (classes - 1) * width))
     nothing = np.zeros((classes, width))
-    carried = flight.carried(0, Solved(nothing, nothing, 0.0, pairs, first, 0.1, 20, False))
+    carried = active_set.transfer_pairs(
+        0, SolvedHead(nothing, nothing, 0.0, pairs, first, 0.1, 20, False)
+    )
     then, now = (both.reshape(2 * m, classes - 1, width) for both in (pairs, carried))
     np.testing.assert_allclose(
-        second.unscaled(now[:m]), first.unscaled(then[:m]), rtol=1e-6, atol=1e-8
+        second.from_scaled(now[:m]), first.from_scaled(then[:m]), rtol=1e-6, atol=1e-8
     )
     np.testing.assert_allclose(
-        second.unscaled_gradient(now[m:]), first.unscaled_gradient(then[m:]), rtol=1e-6, atol=1e-6
+        second.gradient_from_scaled(now[m:]),
+        first.gradient_from_scaled(then[m:]),
+        rtol=1e-6,
+        atol=1e-6,
     )

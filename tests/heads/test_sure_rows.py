@@ -8,11 +8,11 @@ from support.linear import relative_gap
 
 from headrace.heads.data.task import TRAIN_ONLY
 from headrace.heads.linear.logistic import fit_logistic_bank
-from headrace.heads.linear.solver.compiled_blocks import aligned_rows, compiled
-from headrace.heads.linear.solver.design import Design, Tile
-from headrace.heads.linear.solver.passes import CompiledPass, PlainPass, Weighting
+from headrace.heads.linear.solver.compiled_blocks import aligned_rows, load_compiled_kernels
+from headrace.heads.linear.solver.design import DesignMatrix, RowBlock
+from headrace.heads.linear.solver.passes import CompiledPass, NumpyPass, RowWeighting
 from headrace.heads.linear.solver.rotation import Rotation
-from headrace.heads.linear.solver.torch_blocks import TorchTiles
+from headrace.heads.linear.solver.torch_blocks import TorchKernel
 from headrace.heads.spec import LogisticSpec
 
 WAYS = [
@@ -20,39 +20,51 @@ WAYS = [
     "torch",
     pytest.param(
         "compiled",
-        marks=pytest.mark.skipif(compiled() is None, reason="no C compiler built the pass"),
+        marks=pytest.mark.skipif(
+            load_compiled_kernels() is None, reason="no C compiler built the pass"
+        ),
     ),
 ]
 
 
-def passed(way, tile, classes, u):
-    """Loss and gradient of one head's decisions u (c,) on the tile's row, which is a one."""
+def passed(way, block, classes, u):
+    """Loss and gradient of one head's decisions u (c,) on the block's row, which is a one."""
     one = np.ones(1)
-    design = Design([tile], np.dtype(np.float32), Rotation(np.eye(1)), one, one, {}, {}, 1.0)
-    weighting = Weighting(
+    design = DesignMatrix([block], np.dtype(np.float32), Rotation(np.eye(1)), one, one, {}, {}, 1.0)
+    weighting = RowWeighting(
         classes,
         np.ones((1, max(classes, 2)), np.float32),
         np.array([-1 if classes > 1 else 0]),
         False,
     )
-    heads, lines = np.asarray(u, np.float32).reshape(1, -1, 1), np.array([0])
+    heads, path_index = np.asarray(u, np.float32).reshape(1, -1, 1), np.array([0])
     if way == "compiled":
-        library = compiled()
+        library = load_compiled_kernels()
         assert library is not None
-        run = CompiledPass(design, weighting, lines, heads, {tile.folds: lines}, library)
+        run = CompiledPass(design, weighting, path_index, heads, {block.folds: path_index}, library)
     else:
-        elsewhere = TorchTiles([tile], classes, "cpu", keep=True) if way == "torch" else None
-        run = PlainPass(design, weighting, lines, heads, {tile.folds: lines}, elsewhere)
-    loss = run.add(tile)
+        device_kernel = (
+            TorchKernel([block], classes, "cpu", keep_values=True) if way == "torch" else None
+        )
+        run = NumpyPass(
+            design, weighting, path_index, heads, {block.folds: path_index}, device_kernel
+        )
+    loss = run.add(block)
     return float(loss[0]), run.gradient()[0, :, 0]
 
 
 def row(label, classes):
     values = aligned_rows(1, 1, np.float32)
     values[:] = 1
-    bounds = np.searchsorted([label], np.arange(max(classes, 2) + 1))
-    return Tile(
-        (0,), np.arange(1), values, values.T, bounds, np.full((1, 1), label, np.float32), None
+    class_offsets = np.searchsorted([label], np.arange(max(classes, 2) + 1))
+    return RowBlock(
+        (0,),
+        np.arange(1),
+        values,
+        values.T,
+        class_offsets,
+        np.full((1, 1), label, np.float32),
+        None,
     )
 
 

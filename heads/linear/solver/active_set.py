@@ -1,7 +1,8 @@
-"""The heads in flight: what one evaluation of all of them costs is one pass over the rows.
+"""The active set: heads that are solved together, so that one evaluation of all of them is one pass
+over the rows.
 
-A heads in flight, C classes (rows of a head: C for a softmax, 1 for a sigmoid), R + 1 coordinates
-(the intercept last), n rows of a tile.
+A heads in the active set, C classes, n_outputs weight vectors of a head (C for a softmax, 1 for a
+sigmoid), R + 1 coordinates (the intercept last), n rows of a block.
 """
 
 import math
@@ -12,347 +13,416 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from headrace.heads.linear.solver.compiled_blocks import compiled
-from headrace.heads.linear.solver.design import Design, Tile
+from headrace.heads.linear.solver.compiled_blocks import load_compiled_kernels
+from headrace.heads.linear.solver.design import DesignMatrix, RowBlock
 from headrace.heads.linear.solver.passes import (
     CompiledPass,
-    Elsewhere,
-    PlainPass,
-    Seen,
-    Weighting,
-    blas_threads,
+    DeviceKernel,
+    HeadsByFolds,
+    NumpyPass,
+    RowWeighting,
+    n_blas_threads,
 )
 from headrace.heads.linear.solver.preconditioner import (
     SAMPLED_ROWS,
     SAMPLED_ROWS_PER_CLASS,
-    Frame,
+    Preconditioner,
     dense_coordinates,
-    frame,
-    row_products,
+    dense_pair_products,
+    make_preconditioner,
 )
-from headrace.heads.linear.solver.regularization_path import Line, Solved
+from headrace.heads.linear.solver.regularization_path import RegularizationPath, SolvedHead
 
 Array = npt.NDArray[Any]
-ITERATIONS_PER_FRAME = 20
-# Of a head's mean loss with ten classes, root mean square over its weights of standardised
-# features; with others it goes with the root of their number, as gradients do. scikit-learn's
-# default is 1e-4 for the largest, some 1e-5 by this measure: at strong regularisation that is a gap
-# below 1e-6, two more iterations.
-GRADIENT, AT_CLASSES = 8e-6, 10
-MOST_THREADS = 8  # share a tile: fewer rows each than a hundred or so are not worth waking a thread
-VALUES_OF_BOUNDS = (
-    1 << 22
-)  # of heads whose bounds are computed together: 32 MB for each of a few arrays
-PARAMETERS_OF_WIDE_HEADS = 1 << 16  # beyond, what is done to pairs of steps shows beside the passes
-NEAR_STRENGTHS = 300.0  # one over the other: between anchors of a usual path lies a factor of four
-MOST_RATIO = 1e6  # of curvatures that pairs are corrected by
-TILES_AHEAD = 8  # of streamed rows, asked for while as many are multiplied
+ITERATIONS_PER_PRECONDITIONER = 20
+# Gradient of a head's mean loss at which it may end, root mean square over its weights for
+# standardized features, at ten classes; at others it goes with the root of their number, as
+# gradients do. scikit-learn's default is 1e-4 for the largest entry, some 1e-5 by this measure. By
+# the gap alone, heads at strong regularization ended a little above scikit-learn's; with this, two
+# iterations more, they end far below (a gap below 1e-6).
+MAX_GRADIENT, GRADIENT_CLASSES = 8e-6, 10
+# Threads share a block: fewer than a hundred rows each are not worth waking a thread for.
+MAX_THREADS = 8
+# Values of the heads whose bounds are computed together: 32 MB for each of a few arrays.
+BOUND_VALUES_PER_CHUNK = 1 << 22
+# Parameters of a head from which on its curvature pairs cost as much as its passes do.
+MANY_PARAMETERS = 1 << 16
+# Ratio of L2 strengths up to which a many-class head takes over curvature pairs; between anchors of
+# a usual path lies a factor of four.
+MAX_STRENGTH_RATIO = 300.0
+MAX_CURVATURE_RATIO = 1e6  # that curvature pairs are corrected by
+PREFETCHED_BLOCKS = 8  # of streamed rows, asked for while as many are multiplied
 
 
 @dataclass(frozen=True)
-class Sample:
-    """Some rows, from which frames are made."""
+class RowSample:
+    """Sampled rows, from which preconditioners are made."""
 
-    parts: list[tuple[Tile, slice]]  # where they come from
+    parts: list[tuple[RowBlock, slice]]  # where the rows come from
     values: Array  # (n, R + 1)
-    squares: Array  # of the values
-    products: Array  # `precondition.row_products`
+    squared_values: Array
+    pair_products: Array  # `preconditioner.dense_pair_products`
 
 
-class Batch:
-    """What is the same at every strength: rows, class weights, and the sums that the
-    bounds need.
-    """
+class BankProblem:
+    """What all strengths share: rows, class weights, and the class sums that the bounds need."""
 
-    def __init__(self, design: Design, lines: list[Line], rows: int, device: str) -> None:
-        self.design, self.lines, self.rows = design, lines, rows
-        self.elsewhere: Elsewhere | None = None
-        self.compiled = compiled() if device == "cpu" and design.dtype == np.float32 else None
-        self.parts = 1 if self.compiled is None else min(blas_threads(), MOST_THREADS)
-        self.alone = self.compiled if self.parts == 1 else None
-        self.threads = ThreadPoolExecutor(self.parts) if self.parts > 1 else None
+    def __init__(
+        self, design: DesignMatrix, paths: list[RegularizationPath], n_outputs: int, device: str
+    ) -> None:
+        self.design, self.paths, self.n_outputs = design, paths, n_outputs
+        self.device_kernel: DeviceKernel | None = None
+        uses_kernels = device == "cpu" and design.dtype == np.float32
+        self.kernels = load_compiled_kernels() if uses_kernels else None
+        self.n_threads = 1 if self.kernels is None else min(n_blas_threads(), MAX_THREADS)
+        self.threads = ThreadPoolExecutor(self.n_threads) if self.n_threads > 1 else None
         if device != "cpu":
-            from headrace.heads.linear.solver.torch_blocks import (
-                TorchTiles,
-            )  # a bank on the CPU does not import torch
+            # A bank on the CPU does not import torch.
+            from headrace.heads.linear.solver.torch_blocks import TorchKernel
 
-            self.elsewhere = TorchTiles(design.tiles, rows, device, keep=design.source is None)
-        self.folds = np.array([line.fold for line in lines])
-        multipliers = np.stack([line.multiplier for line in lines]).astype(design.dtype)
-        weighted = bool((multipliers != 1).any()) or any(
-            tile.weight is not None for tile in design.tiles
+            self.device_kernel = TorchKernel(
+                design.row_blocks, n_outputs, device, keep_values=design.streamed_rows is None
+            )
+        self.folds = np.array([path.fold for path in paths])
+        class_factors = np.stack([path.class_factors for path in paths]).astype(design.dtype)
+        weighted = bool((class_factors != 1).any()) or any(
+            block.sample_weight is not None for block in design.row_blocks
         )
-        self.weighting = Weighting(
-            rows, multipliers, np.array([line.label for line in lines]), weighted
-        )
-        # Which lines (lines,) bool train on the rows of a tile, by its folds.
-        self.trained = {
-            own: np.isin(self.folds, own)
-            for own in dict.fromkeys(tile.folds for tile in design.tiles)
+        labels = np.array([path.label for path in paths])
+        self.weighting = RowWeighting(n_outputs, class_factors, labels, weighted)
+        # folds of a block -> paths (bool) that train on its rows
+        self.trains_on = {
+            folds: np.isin(self.folds, folds)
+            for folds in dict.fromkeys(block.folds for block in design.row_blocks)
         }
-        wanted = max(SAMPLED_ROWS, SAMPLED_ROWS_PER_CLASS * rows)
-        sums: list[Array | float] = [0.0] * len(lines)
-        # What frames are made from: some of all rows or, where folds are apart, of each fold's.
-        # There rows are nearly orthogonal, and a fold's frame knows nothing of the directions of
-        # those that another trains on.
-        self.samples: dict[int | None, Sample] = {}
-        for fold in np.unique(self.folds).tolist() if design.apart else [None]:
-            tiles = [tile for tile in design.tiles if fold is None or fold in tile.folds]
-            # Of rows that several folds have copies of, the last is sampled: where heads train on
-            # all rows, theirs.
-            sampled = {int(tile.rows[0]): tile for tile in tiles}
-            every = max(sum(len(tile.rows) for tile in sampled.values()) // wanted, 1)
-            parts, taken = [], []
-            passed = 0
-            for tile in tiles:
-                values, _ = design.read(tile)
-                if sampled[int(tile.rows[0])] is tile:
-                    # Every so many-th row of all, wherever tiles begin: a tile may hold fewer than
-                    # that.
-                    some = slice(-passed % every, None, every)
-                    passed += len(tile.rows)
-                    parts.append((tile, some))
-                    taken.append(values[some].copy())
-                for i in np.flatnonzero(self.trained[tile.folds]).tolist():
-                    sums[i] = sums[i] + self._tile_sums(tile, values, i)
-            values = design.from_tiles(np.concatenate(taken))
-            self.samples[fold] = Sample(
-                parts,
-                values,
-                values**2,
-                row_products(values, dense_coordinates(rows, design.width)),
-            )
-        # Weighted class sums of the rows, (lines, C or 2, R + 1) float64; the last column holds the
-        # weights' sums.
-        self.sums = np.stack([design.from_tiles(np.asarray(one)) for one in sums])
+        class_sums: list[Array | float] = [0.0] * len(paths)
+        # One sample of all rows or, where coordinates are per fold, one of each fold's: so few rows
+        # are nearly orthogonal, and a fold's rows show nothing of the directions that it holds out.
+        self.samples: dict[int | None, RowSample] = {}
+        sample_folds = np.unique(self.folds).tolist() if design.has_per_fold_coordinates else [None]
+        for fold in sample_folds:
+            self.samples[fold] = self._read_blocks(fold, class_sums)
+        # Weighted class sums of the rows, (paths, C or 2, R + 1) float64; the last column holds the
+        # sums of the weights.
+        self.class_sums = np.stack(
+            [design.from_block_coordinates(np.asarray(sums)) for sums in class_sums]
+        )
 
-    def _tile_sums(self, tile: Tile, values: Array, i: int) -> Array:
-        n = len(tile.rows)
-        weight = np.ones(n, self.design.dtype) if tile.weight is None else tile.weight
-        if self.weighting.labels[i] < 0:
-            member = np.zeros((self.rows, n), self.design.dtype)
-            for k in range(self.rows):
-                member[k, tile.bounds[k] : tile.bounds[k + 1]] = 1
+    def _read_blocks(self, fold: int | None, class_sums: list[Array | float]) -> RowSample:
+        """Return a sample of the rows of a fold (None: of all) and add up the paths' class sums."""
+        design = self.design
+        blocks = [block for block in design.row_blocks if fold is None or fold in block.folds]
+        # Of rows that several folds have copies of, the last copy is sampled: where heads train on
+        # all rows, theirs.
+        last_copy = {int(block.row_index[0]): block for block in blocks}
+        sample_size = max(SAMPLED_ROWS, SAMPLED_ROWS_PER_CLASS * self.n_outputs)
+        n_rows = sum(len(block.row_index) for block in last_copy.values())
+        step = max(n_rows // sample_size, 1)
+        parts, sampled = [], []
+        n_passed = 0
+        for block in blocks:
+            block_values, _ = design.read(block)
+            if last_copy[int(block.row_index[0])] is block:
+                # Every step-th row of all, wherever blocks begin: a block may hold fewer than that.
+                rows = slice(-n_passed % step, None, step)
+                n_passed += len(block.row_index)
+                parts.append((block, rows))
+                sampled.append(block_values[rows].copy())
+            for path_index in np.flatnonzero(self.trains_on[block.folds]).tolist():
+                class_sums[path_index] = class_sums[path_index] + self._block_class_sums(
+                    block, block_values, path_index
+                )
+        values = design.from_block_coordinates(np.concatenate(sampled))
+        dense = dense_coordinates(self.n_outputs, design.n_coordinates)
+        return RowSample(parts, values, values**2, dense_pair_products(values, dense))
+
+    def _block_class_sums(self, block: RowBlock, values: Array, path_index: int) -> Array:
+        n_rows, dtype = len(block.row_index), self.design.dtype
+        sample_weight = (
+            np.ones(n_rows, dtype) if block.sample_weight is None else block.sample_weight
+        )
+        label_row = self.weighting.labels[path_index]
+        if label_row < 0:
+            in_class = np.zeros((self.n_outputs, n_rows), dtype)
+            for k in range(self.n_outputs):
+                in_class[k, block.class_offsets[k] : block.class_offsets[k + 1]] = 1
         else:
-            label = tile.labels[self.weighting.labels[i]]
-            member = np.stack([1 - label, label])
-        return np.asarray(
-            ((member * weight) @ values).astype(np.float64) * self.weighting.multipliers[i][:, None]
-        )
+            label = block.labels[label_row]
+            in_class = np.stack([1 - label, label])
+        sums = ((in_class * sample_weight) @ values).astype(np.float64)
+        return np.asarray(sums * self.weighting.class_factors[path_index][:, None])
 
-    def frame_kind(self, i: int) -> tuple[int, str, int | None]:
-        """Lines of a kind share their frames."""
-        line = self.lines[i]
-        return line.label, line.kind, line.fold if self.design.apart else None
+    def preconditioner_key(self, path_index: int) -> tuple[int, str, int | None]:
+        """Return a key that paths which share their preconditioners have in common."""
+        path = self.paths[path_index]
+        fold = path.fold if self.design.has_per_fold_coordinates else None
+        return path.label, path.class_weight, fold
 
-    def frame(self, u: Array, i: int, mu: float) -> Frame:
-        """Frame at u for line i and those of its kind."""
-        sample = self.samples[self.frame_kind(i)[-1]]
-        parts = []
-        for tile, rows in sample.parts:
-            weight = self.weighting.of_rows(tile, np.array([i]))
-            parts.append(
-                np.ones(len(tile.rows), self.design.dtype)[rows]
-                if weight is None
-                else weight[0, rows]
+    def make_preconditioner(self, u: Array, path_index: int, l2_strength: float) -> Preconditioner:
+        """Return the preconditioner at u (n_outputs, R + 1) for a path and those of its key."""
+        sample = self.samples[self.preconditioner_key(path_index)[-1]]
+        weight_parts = []
+        for block, rows in sample.parts:
+            block_weights = self.weighting.row_weights(block, np.array([path_index]))
+            weight_parts.append(
+                np.ones(len(block.row_index), self.design.dtype)[rows]
+                if block_weights is None
+                else block_weights[0, rows]
             )
-        weight = np.concatenate(parts)
-        if not weight.any():  # the sample met none of the rows that weigh something
-            weight += 1
-        weight *= self.sums[i][:, -1].sum() / weight.sum()
-        return frame(u, sample.values, sample.squares, sample.products, weight, mu)
-
-    def begin(self, lines: npt.NDArray[np.intp], u: Array, seen: Seen) -> PlainPass | CompiledPass:
-        """A pass of heads u (A, c, W) of the given lines (A,), which see tiles as `seen` says."""
-        if self.compiled is None:
-            return PlainPass(self.design, self.weighting, lines, u, seen, self.elsewhere)
-        return CompiledPass(
-            self.design, self.weighting, lines, u, seen, self.compiled, self.threads, self.parts
+        row_weights = np.concatenate(weight_parts)
+        if not row_weights.any():  # the sample met none of the rows that have a weight
+            row_weights += 1
+        row_weights *= self.class_sums[path_index][:, -1].sum() / row_weights.sum()
+        return make_preconditioner(
+            u, sample.values, sample.squared_values, sample.pair_products, row_weights, l2_strength
         )
 
-    def bounds(self, heads: list[tuple[int, Solved]]) -> list[float]:
-        """Upper bounds of value - optimum: Fenchel duality gaps at feasible dual points near the
-        heads' residuals.
+    def start_pass(
+        self, path_index: npt.NDArray[np.intp], weights: Array, heads_by_folds: HeadsByFolds
+    ) -> NumpyPass | CompiledPass:
+        """Return a pass of heads with weights (A, c, W) on the given paths (A,)."""
+        if self.kernels is None:
+            return NumpyPass(
+                self.design,
+                self.weighting,
+                path_index,
+                weights,
+                heads_by_folds,
+                self.device_kernel,
+            )
+        return CompiledPass(
+            self.design,
+            self.weighting,
+            path_index,
+            weights,
+            heads_by_folds,
+            self.kernels,
+            self.threads,
+            self.n_threads,
+        )
 
-        With residuals w(p - y) as dual point the gap is |g|^2 / (2 mu), but the free intercept
-        makes that point feasible only where the intercept's gradient g_b is zero. So p is mixed
-        with a constant q, p' = (1 - e) p + e q, e just large enough that the classes' masses are
-        right and q >= 0; the entropy's concavity then gives, with G the loss's gradient and d = -e
-        (G + sum_i w_i (y_i - q) z_i):
-            gap <= |g|^2/(2 mu) + b.g_b + e (loss - V.G - b.g_b) + (G.d + |d|^2/2) / mu,
+    def gap_bounds(self, heads: list[tuple[int, SolvedHead]]) -> list[float]:
+        """Return upper bounds of objective - optimum for heads (path index, head).
+
+        Fenchel duality gaps at feasible dual points near the heads' residuals. With the residuals
+        w(p - y) as dual point the gap is |g|^2 / (2 l2), but the free intercept makes that point
+        feasible only where the intercept's gradient g_b is zero. So p is mixed with a constant q,
+        p' = (1 - e) p + e q, e just large enough that the masses of the classes are right and
+        q >= 0; the concavity of the entropy then gives, with G the gradient of the loss and
+        d = -e (G + sum_i w_i (y_i - q) z_i):
+            gap <= |g|^2/(2 l2) + b.g_b + e (loss - V.G - b.g_b) + (G.d + |d|^2/2) / l2,
         norms and products over features being those of P^-1.
         """
-        at_once = max(VALUES_OF_BOUNDS // (self.rows * self.design.width), 1)
-        lines = np.array([i for i, _ in heads])
-        kinds, place = np.unique(lines, return_inverse=True)
-        sums = self.design.dual(self.sums[kinds][..., :-1], self.folds[kinds])
-        found = []
-        for first in range(0, len(heads), at_once):
-            some = slice(first, first + at_once)
-            folds = self.folds[lines[some]]
-            pulls = self.design.primal(np.stack([one.u[:, :-1] for _, one in heads[some]]), folds)
-            gradients = self.design.dual(
-                np.stack([one.gradient[:, :-1] for _, one in heads[some]]), folds
+        heads_per_chunk = max(
+            BOUND_VALUES_PER_CHUNK // (self.n_outputs * self.design.n_coordinates), 1
+        )
+        path_index = np.array([i for i, _ in heads])
+        distinct_paths, position = np.unique(path_index, return_inverse=True)
+        class_sums = self.design.inverse_penalty_root(
+            self.class_sums[distinct_paths][..., :-1], self.folds[distinct_paths]
+        )
+        bounds = []
+        for start in range(0, len(heads), heads_per_chunk):
+            chunk = slice(start, start + heads_per_chunk)
+            folds = self.folds[path_index[chunk]]
+            weights = self.design.penalty_root(
+                np.stack([head.u[:, :-1] for _, head in heads[chunk]]), folds
             )
-            for (i, one), own, pull, g in zip(
-                heads[some], place[some].tolist(), pulls, gradients, strict=True
+            gradients = self.design.inverse_penalty_root(
+                np.stack([head.gradient[:, :-1] for _, head in heads[chunk]]), folds
+            )
+            for (i, head), p, v, g in zip(
+                heads[chunk], position[chunk].tolist(), weights, gradients, strict=True
             ):
-                found.append(self._bound(one, self.sums[i][:, -1], sums[own], pull, g))
-        return found
+                bounds.append(self._gap_bound(head, self.class_sums[i][:, -1], class_sums[p], v, g))
+        return bounds
 
-    def _bound(self, one: Solved, mass: Array, class_sums: Array, pull: Array, g: Array) -> float:
-        """A head's bound, of `Design.primal` of its weights and `Design.dual` of its gradient and
-        its line's class sums.
+    def _gap_bound(
+        self, head: SolvedHead, class_mass: Array, class_sums: Array, V: Array, g: Array
+    ) -> float:
+        """Return a head's bound.
+
+        class_mass: (C or 2,) sums of the weights of each class's rows. V: `penalty_root` of its
+        weights; class_sums and g: `inverse_penalty_root` of its path's class sums and its gradient.
         """
-        b, g_b = one.u[:, -1].astype(np.float64), one.gradient[:, -1].astype(np.float64)
-        G = g - one.mu * pull
-        excess = g_b if self.rows > 1 else np.array([-g_b[0], g_b[0]])
-        ratio = float((excess / mass).max(initial=0.0))
-        terms = [float(np.vdot(g, g)) / (2 * one.mu), *(b * g_b).tolist()]
+        l2 = head.l2_strength
+        b, g_b = head.u[:, -1].astype(np.float64), head.gradient[:, -1].astype(np.float64)
+        G = g - l2 * V
+        excess_mass = g_b if self.n_outputs > 1 else np.array([-g_b[0], g_b[0]])
+        ratio = float((excess_mass / class_mass).max(initial=0.0))
+        terms = [float(np.vdot(g, g)) / (2 * l2), *(b * g_b).tolist()]
         if ratio > 0:
             e = ratio / (1 + ratio)
-            q = mass / mass.sum() - excess / (mass.sum() * ratio)
+            q = class_mass / class_mass.sum() - excess_mass / (class_mass.sum() * ratio)
             drift = class_sums - q[:, None] * class_sums.sum(axis=0)
-            d = -e * (G + (drift[1:] if self.rows == 1 else drift))
-            loss = one.value - 0.5 * one.mu * float(np.vdot(pull, pull))
-            terms += [e * loss, -e * float(np.vdot(pull, G)), *(-e * b * g_b).tolist()]
-            terms += [float(np.vdot(G, d)) / one.mu, float(np.vdot(d, d)) / (2 * one.mu)]
+            d = -e * (G + (drift[1:] if self.n_outputs == 1 else drift))
+            loss = head.objective - 0.5 * l2 * float(np.vdot(V, V))
+            terms += [e * loss, -e * float(np.vdot(V, G)), *(-e * b * g_b).tolist()]
+            terms += [float(np.vdot(G, d)) / l2, float(np.vdot(d, d)) / (2 * l2)]
         # What cancels between terms is known to their rounding only, which may be more than is
         # left.
-        bound = sum(terms) + float(np.finfo(self.design.dtype).eps) * sum(map(abs, terms))
+        rounding = float(np.finfo(self.design.dtype).eps) * sum(map(abs, terms))
+        bound = sum(terms) + rounding
         return max(bound, 0.0) if math.isfinite(bound) else math.inf
 
 
-class Flight:
-    """The heads in flight: in each slot a line, a strength and the frame whose scaled coordinates
-    it is solved in.
-    """
+class ActiveSet:
+    """Heads that are solved together: a path, an L2 strength and a preconditioner in each slot."""
 
-    def __init__(self, batch: Batch, slots: int) -> None:
-        self.batch = batch
-        self.lines = np.zeros(slots, np.intp)
-        self.mu = np.zeros(slots)
-        self.frames: dict[int, Frame] = {}
-        self.made: dict[tuple[int, str, int | None, float, int], Frame] = {}
-        self.shape = (max(batch.rows - 1, 1), batch.design.width)
+    def __init__(self, problem: BankProblem, n_slots: int) -> None:
+        self.problem = problem
+        self.path_index = np.zeros(n_slots, np.intp)
+        self.l2_strength = np.zeros(n_slots)
+        self.preconditioners: dict[int, Preconditioner] = {}  # by slot
+        self.shared: dict[tuple[int, str, int | None, float, int], Preconditioner] = {}
+        # (c, R + 1), of scaled coordinates
+        self.shape = (max(problem.n_outputs - 1, 1), problem.design.n_coordinates)
 
     def load(
         self,
         slot: int,
-        i: int,
-        mu: float,
+        path_index: int,
+        l2_strength: float,
         start: Array,
-        iterations: int,
-        given: Frame | None = None,
+        n_iterations: int,
+        preconditioner: Preconditioner | None = None,
     ) -> None:
-        """Put line i's head at strength mu, so many iterations old, into the slot.
+        """Put a path's head at a strength, with so many iterations behind it, into the slot.
 
-        The frame of the first of its kind to be as old serves all, unless one is given.
+        Without a preconditioner, the one made for the first head of the same key, strength and age
+        is shared.
         """
-        if given is None:
-            key = (*self.batch.frame_kind(i), mu, iterations // ITERATIONS_PER_FRAME)
-            if key not in self.made:
-                self.made[key] = self.batch.frame(start, i, mu)
-            given = self.made[key]
-        self.lines[slot], self.mu[slot], self.frames[slot] = i, mu, given
+        if preconditioner is None:
+            renewals = n_iterations // ITERATIONS_PER_PRECONDITIONER
+            key = (*self.problem.preconditioner_key(path_index), l2_strength, renewals)
+            if key not in self.shared:
+                self.shared[key] = self.problem.make_preconditioner(start, path_index, l2_strength)
+            preconditioner = self.shared[key]
+        self.path_index[slot], self.l2_strength[slot] = path_index, l2_strength
+        self.preconditioners[slot] = preconditioner
 
-    def carried(self, slot: int, other: Solved) -> Array | None:
-        """Another head's pairs for this slot, or None where they are of no use.
+    def transfer_pairs(self, slot: int, other: SolvedHead) -> Array | None:
+        """Return another head's curvature pairs (2m, P) for this slot, None if they are of no use.
 
-        A head that goes on in a new frame has the same Hessian: its pairs are taken to u and back.
-        Along a line the Hessian's two parts change each by a factor: the penalty's by the
-        strengths, the loss's, towards weak regularisation, by nearly as much. In u, pairs become s
-        and y' = r (y - mu s) + mu' s, r the ratio of the frames' loss curvatures. Wide heads'
-        pairs, of a strength that is not far off, stay as they are in scaled coordinates, where all
-        Hessians are near the identity, but for the eigenvectors of classes, which are turned: that
-        is cheaper, and with 100 classes takes 3 % fewer iterations; with ten 4 % more. P is taken
-        for the identity: with 100 classes the product would cost a pass.
+        A head that goes on with a new preconditioner has the same Hessian: its pairs are taken to u
+        and back. Along a path the Hessian's two parts change each by a factor: the penalty's by
+        that of the strengths, the loss's, towards weak regularization, by nearly as much. In u,
+        pairs become s and y' = r (y - l2 s) + l2' s, r the ratio of the preconditioners' loss
+        curvatures. P is taken for the identity: with 100 classes the product would cost a pass.
+
+        Many-class pairs, of a strength that is not far off, stay as they are in scaled coordinates,
+        where all Hessians are near the identity, but for a change of the class basis: that is
+        cheaper, and with 100 classes takes 3 % fewer iterations; with ten 4 % more.
         """
-        m, own, frame = len(other.pairs) // 2, self.frames[slot], other.frame
-        before, now = other.mu, float(self.mu[slot])
-        if own is frame and now == before:
-            return other.pairs
-        if own is not frame and now != before and math.prod(self.shape) >= PARAMETERS_OF_WIDE_HEADS:
-            if abs(math.log(now / before)) > math.log(NEAR_STRENGTHS):
+        m = len(other.curvature_pairs) // 2
+        ours, theirs = self.preconditioners[slot], other.preconditioner
+        l2_before, l2_now = other.l2_strength, float(self.l2_strength[slot])
+        if ours is theirs and l2_now == l2_before:
+            return other.curvature_pairs
+        many_parameters = math.prod(self.shape) >= MANY_PARAMETERS
+        if ours is not theirs and l2_now != l2_before and many_parameters:
+            if abs(math.log(l2_now / l2_before)) > math.log(MAX_STRENGTH_RATIO):
                 return None
-            return own.turned(other.pairs.reshape(2 * m, *self.shape), frame).reshape(2 * m, -1)
-        steps = frame.unscaled(other.pairs[:m].reshape(m, *self.shape))
-        if own is frame:
+            pairs = other.curvature_pairs.reshape(2 * m, *self.shape)
+            return ours.change_class_basis(pairs, theirs).reshape(2 * m, -1)
+        steps = theirs.from_scaled(other.curvature_pairs[:m].reshape(m, *self.shape))
+        if ours is theirs:
             steps[..., -1] = 0
-            more = own.scaled_gradient(steps).reshape(m, -1)
+            penalty_change = ours.gradient_to_scaled(steps).reshape(m, -1)
             return np.concatenate(
-                [other.pairs[:m], other.pairs[m:] + more.dtype.type(now - before) * more]
+                [
+                    other.curvature_pairs[:m],
+                    other.curvature_pairs[m:]
+                    + penalty_change.dtype.type(l2_now - l2_before) * penalty_change,
+                ]
             )
-        changes = frame.unscaled_gradient(other.pairs[m:].reshape(m, *self.shape))
-        if now != before:
+        changes = theirs.gradient_from_scaled(other.curvature_pairs[m:].reshape(m, *self.shape))
+        if l2_now != l2_before:
             ratio = float(
-                np.clip(own.curvature / max(frame.curvature, 1e-30), 1 / MOST_RATIO, MOST_RATIO)
+                np.clip(
+                    ours.loss_curvature / max(theirs.loss_curvature, 1e-30),
+                    1 / MAX_CURVATURE_RATIO,
+                    MAX_CURVATURE_RATIO,
+                )
             )
-            number = changes.dtype.type
-            changes *= number(ratio)
-            changes[..., :-1] += number(now - ratio * before) * steps[..., :-1]
-        both = np.concatenate([own.scaled(steps), own.scaled_gradient(changes)])
-        return both.reshape(2 * m, -1)
+            to_dtype = changes.dtype.type
+            changes *= to_dtype(ratio)
+            changes[..., :-1] += to_dtype(l2_now - ratio * l2_before) * steps[..., :-1]
+        pairs = np.concatenate([ours.to_scaled(steps), ours.gradient_to_scaled(changes)])
+        return pairs.reshape(2 * m, -1)
 
-    def settled(self, slot: int, gradient: Array) -> bool:
-        """Whether a head's gradient, in scaled coordinates, is as small as those that scikit-learn
-        ends with.
+    def gradient_is_small(self, slot: int, scaled_gradient: Array) -> bool:
+        """Return whether a head's gradient is as small as those that scikit-learn ends with."""
+        gradient = self.preconditioners[slot].gradient_from_scaled(
+            scaled_gradient.reshape(self.shape)
+        )
+        n_classes = self.problem.n_outputs
+        limit = MAX_GRADIENT * math.sqrt(GRADIENT_CLASSES / max(n_classes, GRADIENT_CLASSES))
+        n_weights = n_classes * len(self.problem.design.mean)
+        total_weight = self.problem.class_sums[self.path_index[slot]][:, -1].sum()
+        return float(np.linalg.norm(gradient)) <= limit * float(total_weight) * math.sqrt(n_weights)
+
+    def evaluate(self, slots: npt.NDArray[np.intp], x: Array) -> tuple[Array, Array]:
+        """Return the objectives (A,) float64 and gradients (A, P) of the heads in slots (A,).
+
+        x: (A, P), points in scaled coordinates; gradients are with respect to these.
         """
-        own = self.frames[slot].unscaled_gradient(gradient.reshape(self.shape))
-        classes = self.batch.rows
-        limit = GRADIENT * math.sqrt(AT_CLASSES / max(classes, AT_CLASSES))
-        entries = classes * len(self.batch.design.centre)
-        mass = self.batch.sums[self.lines[slot]][:, -1].sum()
-        return float(np.linalg.norm(own)) <= limit * float(mass) * math.sqrt(entries)
-
-    def evaluate(self, which: npt.NDArray[np.intp], x: Array) -> tuple[Array, Array]:
-        """Objectives (A,) float64 and gradients, in scaled coordinates, of the problems `which`."""
-        batch, design = self.batch, self.batch.design
-        lines = self.lines[which]
-        mu = self.mu[which].astype(design.dtype)
-        shared: dict[int, list[int]] = {}  # heads of a frame go through it together
-        for row, slot in enumerate(which.tolist()):
-            shared.setdefault(id(self.frames[slot]), []).append(row)
-        frames = [
+        problem, design = self.problem, self.problem.design
+        path_index = self.path_index[slots]
+        l2 = self.l2_strength[slots].astype(design.dtype)
+        rows_by_preconditioner: dict[int, list[int]] = {}
+        for row, slot in enumerate(slots.tolist()):
+            rows_by_preconditioner.setdefault(id(self.preconditioners[slot]), []).append(row)
+        # Heads with one preconditioner go through it together.
+        groups = [
             (
-                self.frames[int(which[rows[0]])],
+                self.preconditioners[int(slots[rows[0]])],
                 rows if len(rows) > 1 else slice(rows[0], rows[0] + 1),
             )
-            for rows in shared.values()
+            for rows in rows_by_preconditioner.values()
         ]
-        # In all that follows the last class's row is left out: it is minus the sum of the others'.
-        u = np.empty((len(which), *self.shape), design.dtype)
-        for own, rows in frames:
-            u[rows] = own.free(x[rows].reshape(-1, *self.shape))
-        inner = u[..., :-1]
-        if design.ratio:
-            inner = np.ascontiguousarray(inner)
-            pull = design.penalised(inner, batch.folds[lines], batch.alone)
-            pull *= mu[:, None, None]
+        # In all that follows the last class's weights are left out: they are minus the sum of the
+        # others'.
+        u = np.empty((len(slots), *self.shape), design.dtype)
+        for preconditioner, rows in groups:
+            u[rows] = preconditioner.free_from_scaled(x[rows].reshape(-1, *self.shape))
+        weights = u[..., :-1]
+        if design.scale_ratios:
+            weights = np.ascontiguousarray(weights)
+            penalty_gradient = design.multiply_by_penalty(weights, problem.folds[path_index])
+            penalty_gradient *= l2[:, None, None]
         else:
-            pull = inner * mu[:, None, None]
-        value = 0.5 * np.einsum("acr,acr->a", inner, pull).astype(np.float64)
-        if batch.rows > 1:
-            value += 0.5 * np.einsum("ar,ar->a", inner.sum(axis=1), pull.sum(axis=1))
-        # By a tile's folds: which heads train on it.
-        seen = {
-            key: sees
-            for key, trains in batch.trained.items()
-            if (sees := np.flatnonzero(trains[lines])).size
+            penalty_gradient = weights * l2[:, None, None]
+        objective = 0.5 * np.einsum("acr,acr->a", weights, penalty_gradient).astype(np.float64)
+        if problem.n_outputs > 1:
+            objective += 0.5 * np.einsum(
+                "ar,ar->a", weights.sum(axis=1), penalty_gradient.sum(axis=1)
+            )
+        heads_by_folds = {
+            folds: heads
+            for folds, trains in problem.trains_on.items()
+            if (heads := np.flatnonzero(trains[path_index])).size
         }
-        weights = design.to_tiles(u.reshape(-1, design.width)).reshape(*u.shape[:2], -1)
-        run = batch.begin(lines, weights, seen)
-        for place, tile in enumerate(design.tiles):
-            if design.source is not None and place % TILES_AHEAD == 0:
-                ahead = design.tiles[place + TILES_AHEAD : place + 2 * TILES_AHEAD]
+        block_weights = design.to_block_coordinates(u.reshape(-1, design.n_coordinates))
+        run = problem.start_pass(
+            path_index, block_weights.reshape(*u.shape[:2], -1), heads_by_folds
+        )
+        for i, block in enumerate(design.row_blocks):
+            if design.streamed_rows is not None and i % PREFETCHED_BLOCKS == 0:
+                ahead = design.row_blocks[i + PREFETCHED_BLOCKS : i + 2 * PREFETCHED_BLOCKS]
                 if ahead:
-                    design.source.prefetch(np.concatenate([one.rows for one in ahead]))
-            if tile.folds in seen:
-                value[seen[tile.folds]] += run.add(tile)
+                    design.streamed_rows.prefetch(
+                        np.concatenate([later.row_index for later in ahead])
+                    )
+            if block.folds in heads_by_folds:
+                objective[heads_by_folds[block.folds]] += run.add(block)
         total = run.gradient()
-        gradient = design.from_tiles(total.reshape(-1, total.shape[-1])).reshape(u.shape)
-        gradient[..., :-1] += pull
-        scaled = np.empty_like(x)
-        for own, rows in frames:
-            scaled[rows] = own.scaled_gradient(gradient[rows]).reshape(-1, x.shape[1])
-        return value, scaled
+        gradient = design.from_block_coordinates(total.reshape(-1, total.shape[-1]))
+        gradient = gradient.reshape(u.shape)
+        gradient[..., :-1] += penalty_gradient
+        scaled_gradient = np.empty_like(x)
+        for preconditioner, rows in groups:
+            scaled_gradient[rows] = preconditioner.gradient_to_scaled(gradient[rows]).reshape(
+                -1, x.shape[1]
+            )
+        return objective, scaled_gradient

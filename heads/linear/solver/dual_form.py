@@ -1,15 +1,18 @@
-"""The design of fewer rows than features: by the representer theorem heads lie in the span of their
-rows, exactly.
+"""The dual form of a logistic bank, for fewer rows than features.
 
 n rows, D features, R <= n coordinates, F folds.
 
-The coordinates are a Cholesky factor of the rows' products, in float64 and with pivots, turned so
-that the rows' longest directions come first. Whole eigenvectors would take several times as long
-and save no iterations: frames (`precondition.py`) look at the longest directions and at the
-diagonal of the rest. Folds have coordinates of their own, of their own training rows, centre and
-scales, and all their heads can be in flight together. Where the folds' scales differ too much for
-float32 (`design.same_scales`), or their copies of the rows do not fit (`worth_a_copy`), each fold
-goes its own way.
+By the representer theorem the weights of a head lie in the row space of its training rows, exactly.
+The coordinates of a fold are a pivoted Cholesky factor of its own rows' products, in float64,
+rotated so that the rows' leading directions come first: the preconditioner looks at these and at
+the diagonal of the rest. One eigendecomposition of all rows with a factor for each fold took twice
+as long, and all eigenvectors save no iterations (464 with all, 444 to 503 with 32 to 128 leading
+directions; on noise 277, and 313 to 338).
+
+Folds have coordinates of their own, of their own training rows, centre and scales, and all their
+heads can be in the active set together. Where the scales of folds differ too much for float32
+(`design.scales_are_similar`), or their copies of the rows do not fit (`copies_fit`), each fold is
+solved by itself.
 """
 
 from collections.abc import Sequence
@@ -21,104 +24,124 @@ import scipy.linalg
 
 from headrace.heads.data.standardize import Features, Moments
 from headrace.heads.linear.solver.design import (
-    Design,
-    Group,
-    coordinates,
-    make_tiles,
-    scaled_rows,
-    worth_copies,
+    DesignMatrix,
+    FoldRows,
+    common_coordinates,
+    make_row_blocks,
+    standardize_rows,
+    stores_transposed,
 )
-from headrace.heads.linear.solver.rotation import Basis, Span, turn
+from headrace.heads.linear.solver.rotation import FoldRowSpace, RowSpace, multiply_by_q
 
 Array = npt.NDArray[Any]
-MOST_BYTES = 1 << 29  # of the folds' copies of the rows, float32
-# direction of rows, over the thickest, that float32 can be divided by: three of its seven digits
-THINNEST = 1e-3
-LONGEST, ROUNDS = (
-    64,
-    2,
-)  # directions that are looked for, and how often rows are multiplied to find them
-COLUMNS_AT_ONCE = 4096  # of rows in float64
+MAX_COPIED_BYTES = 1 << 29  # of the folds' copies of the rows, float32
+# The thinnest direction of the rows, relative to the thickest, that float32 weights can be divided
+# by: three of its seven digits. Beyond, twin rows that differ in their last digits lose their own.
+THINNEST_FLOAT32_DIRECTION = 1e-3
+# Leading directions, and how many subspace iterations look for them.
+LEADING_DIRECTIONS, SUBSPACE_ITERATIONS = 64, 2
+COLUMNS_PER_CHUNK = 4096  # of rows in float64
 
 
-def worth_a_copy(scaling: dict[int, Moments], folds: Sequence[int], rows: int) -> bool:
-    """Whether the copies that these folds keep in a design of so many rows fit."""
-    return sum(scaling[fold].count for fold in folds) * rows * 4 <= MOST_BYTES
+def copies_fit(scaling: dict[int, Moments], folds: Sequence[int], n_rows: int) -> bool:
+    """Return whether the copies that these folds keep in a design of `n_rows` rows fit."""
+    return sum(scaling[fold].count for fold in folds) * n_rows * 4 <= MAX_COPIED_BYTES
 
 
-def few_rows_design(
+def make_dual_design(
     X: Features,
-    groups: Sequence[Group],
+    groups: Sequence[FoldRows],
     scaling: dict[int, Moments],
     *,
     standardize: bool,
     dtype: Any,
-) -> Design:
-    """Design of rows of X (N, D) for the folds in `scaling` (fold: moments of its training rows),
-    one group for each fold: its own training rows. The tiles come without labels, which the caller
-    adds.
+) -> DesignMatrix:
+    """Return the design of rows of X (N, D) for the folds in `scaling`.
+
+    groups: for each fold its own training rows. scaling: fold -> moments of its training rows. The
+    row blocks come without labels, which the caller adds.
     """
-    whole, factor, ratio, unit = coordinates(scaling, standardize=standardize, dtype=dtype)
-    every = np.unique(np.concatenate([rows for _, rows in groups]))
-    Z = scaled_rows(X, every, whole.mean, factor, dtype)
-    bases: dict[int, Basis] = {}
-    rotated = []  # each group's coordinates
+    common, inverse_scale, scale_ratios, feature_unit = common_coordinates(
+        scaling, standardize=standardize, dtype=dtype
+    )
+    row_index = np.unique(np.concatenate([rows for _, rows in groups]))
+    Z = standardize_rows(X, row_index, common.mean, inverse_scale, dtype)
+    fold_spaces: dict[int, FoldRowSpace] = {}
+    rotated_rows = []
     thinnest = 1.0
     for (fold,), rows in groups:
-        values, bases[fold], thin = _own_basis(Z, np.searchsorted(every, rows), ratio.get(fold))
-        rotated.append(values)
-        thinnest = min(thinnest, thin)
-    span = Span(Z, bases, np.dtype(dtype) if thinnest > THINNEST else np.dtype(np.float64))
-    tiles = []
-    twice = worth_copies(sum(len(rows) for _, rows in groups) * span.rank, dtype)
-    for (folds, rows), values in zip(groups, rotated, strict=True):
-        padded = np.pad(values, ((0, 0), (0, span.rank - values.shape[1])))
-        tiles += make_tiles(folds, rows, padded.__getitem__, span.rank, dtype, twice=twice)
-    return Design(tiles, np.dtype(dtype), span, whole.mean, factor, {}, {}, unit)
-
-
-def _own_basis(
-    Z: Array, own: npt.NDArray[np.intp], ratio: Array | None
-) -> tuple[Array, Basis, float]:
-    """Coordinates (n, R) of the rows Z[own] in Z's type, their basis, and how thin their last
-    direction is by its pivot.
-    """
-    centre = Z[own].mean(axis=0, dtype=np.float64)
-    products = np.zeros((len(own), len(own)), order="F")
-    for first in range(0, Z.shape[1], COLUMNS_AT_ONCE):
-        some = slice(first, first + COLUMNS_AT_ONCE)
-        part = Z[own, some] - centre[some]
-        if ratio is not None:
-            part /= ratio[some]
-        products = scipy.linalg.blas.dsyrk(
-            1.0, part.T, beta=1.0, c=products, trans=1, lower=1, overwrite_c=1
+        rotated, fold_spaces[fold], thickness = _fold_row_space(
+            Z, np.searchsorted(row_index, rows), scale_ratios.get(fold)
         )
-    # Ends where what is left is rounding alone.
-    floor = len(own) * np.finfo(np.float64).eps * products.diagonal().max(initial=0.0)
-    factor, order, rank, _ = scipy.linalg.lapack.dpstrf(products, tol=floor, lower=1, overwrite_a=1)
+        rotated_rows.append(rotated)
+        thinnest = min(thinnest, thickness)
+    product_dtype = dtype if thinnest > THINNEST_FLOAT32_DIRECTION else np.float64
+    row_space = RowSpace(Z, fold_spaces, np.dtype(product_dtype))
+    row_blocks = []
+    n_values = sum(len(rows) for _, rows in groups) * row_space.rank
+    transposed = stores_transposed(n_values, dtype)
+    for (folds, rows), rotated in zip(groups, rotated_rows, strict=True):
+        padded = np.pad(rotated, ((0, 0), (0, row_space.rank - rotated.shape[1])))
+        row_blocks += make_row_blocks(
+            folds, rows, padded.__getitem__, row_space.rank, dtype, transposed=transposed
+        )
+    return DesignMatrix(
+        row_blocks, np.dtype(dtype), row_space, common.mean, inverse_scale, {}, {}, feature_unit
+    )
+
+
+def _fold_row_space(
+    Z: Array, rows: npt.NDArray[np.intp], scale_ratio: Array | None
+) -> tuple[Array, FoldRowSpace, float]:
+    """Return coordinates (n, R) of Z[rows] in Z's dtype, their row space, and its thickness.
+
+    The thickness is that of the last pivot over the first.
+    """
+    mean = Z[rows].mean(axis=0, dtype=np.float64)
+    gram = np.zeros((len(rows), len(rows)), order="F")
+    for start in range(0, Z.shape[1], COLUMNS_PER_CHUNK):
+        columns = slice(start, start + COLUMNS_PER_CHUNK)
+        centred = Z[rows, columns] - mean[columns]
+        if scale_ratio is not None:
+            centred /= scale_ratio[columns]
+        gram = scipy.linalg.blas.dsyrk(
+            1.0, centred.T, beta=1.0, c=gram, trans=1, lower=1, overwrite_c=1
+        )
+    # Ends where only rounding is left.
+    floor = len(rows) * np.finfo(np.float64).eps * gram.diagonal().max(initial=0.0)
+    factor, order, rank, _ = scipy.linalg.lapack.dpstrf(gram, tol=floor, lower=1, overwrite_a=1)
     order, lower = order - 1, np.tril(factor[:, :rank])
     pivots, narrow = lower.diagonal(), lower.astype(Z.dtype)
-    reflectors, lengths = _longest(narrow)
-    values = np.empty((len(own), rank), Z.dtype)
-    values[order] = turn(reflectors.astype(Z.dtype), lengths.astype(Z.dtype), narrow, side="R")
-    wide = None if ratio is None else ratio.astype(np.float64)
-    basis = Basis(own[order[:rank]], lower[:rank], reflectors, lengths, centre, wide)
-    return values, basis, float(pivots[-1] / pivots[0]) if rank else 1.0
-
-
-def _longest(lower: Array) -> tuple[Array, Array]:
-    """Orthogonal V (R, R), as LAPACK's geqrf leaves it, float64, whose first columns are the
-    longest directions of the rows `lower` (n, R), the longest first: a subspace iteration (Halko,
-    Martinsson & Tropp, SIAM Review 2011, algorithm 4.4) that starts from the first pivots, rows
-    that are long and point apart.
-    """
-    span = lower.T @ lower[:, : min(LONGEST, lower.shape[1])]
-    for _ in range(ROUNDS):
-        span = lower.T @ (lower @ np.linalg.qr(span)[0])
-    span = np.linalg.qr(span)[0]
-    seen = lower @ span
-    span = span @ np.linalg.eigh(seen.T @ seen)[1][:, ::-1]
-    (reflectors, lengths), _ = scipy.linalg.qr(
-        span.astype(np.float64), mode="raw", check_finite=False
+    reflectors, reflector_scales = _leading_directions(narrow)
+    values = np.empty((len(rows), rank), Z.dtype)
+    values[order] = multiply_by_q(
+        reflectors.astype(Z.dtype), reflector_scales.astype(Z.dtype), narrow, side="R"
     )
-    return reflectors, lengths
+    fold_space = FoldRowSpace(
+        rows[order[:rank]],
+        lower[:rank],
+        reflectors,
+        reflector_scales,
+        mean,
+        None if scale_ratio is None else scale_ratio.astype(np.float64),
+    )
+    return values, fold_space, float(pivots[-1] / pivots[0]) if rank else 1.0
+
+
+def _leading_directions(lower: Array) -> tuple[Array, Array]:
+    """Return orthogonal V (R, R), as LAPACK's geqrf stores it, float64.
+
+    Its first columns are the leading directions of the rows `lower` (n, R), the longest first: a
+    subspace iteration (Halko, Martinsson & Tropp, SIAM Review 2011, algorithm 4.4) that starts from
+    the first pivots, rows that are long and point apart.
+    """
+    subspace = lower.T @ lower[:, : min(LEADING_DIRECTIONS, lower.shape[1])]
+    for _ in range(SUBSPACE_ITERATIONS):
+        subspace = lower.T @ (lower @ np.linalg.qr(subspace)[0])
+    subspace = np.linalg.qr(subspace)[0]
+    projected = lower @ subspace
+    subspace = subspace @ np.linalg.eigh(projected.T @ projected)[1][:, ::-1]
+    (reflectors, reflector_scales), _ = scipy.linalg.qr(
+        subspace.astype(np.float64), mode="raw", check_finite=False
+    )
+    return reflectors, reflector_scales

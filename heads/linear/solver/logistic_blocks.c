@@ -133,36 +133,6 @@ void logistic_centred(long lanes, long n, long k, const uint16_t *rows, const fl
     for (long r = 0; r < n; r++) CALL(centred, k, rows + r * k, centre, out + r * stride);
 }
 
-/* out (P, n) = weights rows', rows (n, k), weights in panels. Returns as `logistic_pass` does. */
-long logistic_multiplied(long lanes, long n, long k, const float *rows, long P, const float *packed, float *out)
-{
-    float *room = NULL;
-    if (posix_memalign((void **)&room, 64, sizeof(float) * ROWS * 2 * logistic_packed(lanes, P, 1)) != 0) return -1;
-    (void)rows, (void)packed, (void)out;
-    for (long start = 0; start < n; start += ROWS) {
-        long count = n - start < ROWS ? n - start : ROWS;
-        CALL(multiplied, count, k, rows + start * k, P, packed, out + start, n, room);
-    }
-    free(room);
-    return 0;
-}
-
-/* gradients += rows' diag(scale) rows weights, column by column: rows (n, k), scale (n, P), weights and gradients in panels.
-   Returns as `logistic_pass` does. */
-long logistic_scaled(long lanes, long n, long k, const float *rows, long P, const float *packed, const float *scale,
-                     float *gradients)
-{
-    float *room = NULL;
-    if (posix_memalign((void **)&room, 64, sizeof(float) * ROWS * (logistic_packed(lanes, P, 1) + 1)) != 0) return -1;
-    (void)rows, (void)packed, (void)scale, (void)gradients;
-    for (long start = 0; start < n; start += ROWS) {
-        long count = n - start < ROWS ? n - start : ROWS;
-        CALL(scaled, count, k, rows + start * k, P, packed, scale + start * P, gradients, room);
-    }
-    free(room);
-    return 0;
-}
-
 #else /* once per instruction set */
 
 #define Vector NAME(Vector)
@@ -585,12 +555,6 @@ INLINE void NAME(back)(long count, long k, const float *rows, long P, const floa
     if (first < P) NAME(back_lines)(P - first, count, k, rows, panels + first * ROWS, gradients + first * k);
 }
 
-/* Where the decision of a row and a column lies, in a panel or line of `width` columns from `first` on. */
-INLINE long NAME(place)(long first, long width, long p, long r)
-{
-    return first * ROWS + (width < UNIT ? (p - first) * ROWS + r : r * width + p - first);
-}
-
 /* Decisions in panels and lines to s (P, ROWS), or back. */
 INLINE void NAME(turn)(long P, float *panels, float *s, const int out)
 {
@@ -655,27 +619,6 @@ static void NAME(centred)(long k, const uint16_t *row, const float *centre, floa
         else
             for (long i = 0; i < count; i++) out[j + i] = value[i] - centre[j + i];
     }
-}
-
-static void NAME(multiplied)(long count, long k, const float *rows, long P, const float *packed, float *out, long stride,
-                             float *panels)
-{
-    float *s = panels + ROWS * NAME(columns)(P);
-    NAME(forward)(count, k, rows, P, packed, panels);
-    NAME(turn)(P, panels, s, 1);
-    for (long p = 0; p < P; p++) memcpy(out + p * stride, s + p * ROWS, sizeof(float) * count);
-}
-
-static void NAME(scaled)(long count, long k, const float *rows, long P, const float *packed, const float *scale,
-                         float *gradients, float *panels)
-{
-    NAME(forward)(count, k, rows, P, packed, panels);
-    for (long first = 0, width; first < P; first += width) {
-        width = NAME(width)(P - first);
-        for (long r = 0; r < count; r++)
-            for (long p = first; p < first + width && p < P; p++) panels[NAME(place)(first, width, p, r)] *= scale[r * P + p];
-    }
-    NAME(back)(count, k, rows, P, panels, gradients);
 }
 
 #undef Vector

@@ -1,9 +1,9 @@
-"""Logistic losses and their residuals for many heads on one tile of rows.
+"""Logistic losses and their residuals for many heads on one row block.
 
-A heads, C classes, n rows. Arrays are class first and rows last, (C, A, n): a reduction over
-classes is then a sum of contiguous runs, and a class's rows (tiles are sorted by class) are a
-slice. In the layout (n, A, C) the same operations took several times as long as the matrix product
-that they follow, at 10 classes.
+A heads, C classes, n rows. Decisions are class first and rows last, (C, A, n): a reduction over
+classes is then a sum of contiguous runs, and the rows of one class (row blocks are sorted by
+class) are a slice. With the layout (n, A, C) and 10 classes the same operations took several times
+as long as the matrix product before them.
 """
 
 from typing import Any
@@ -14,65 +14,71 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 
 
-def softmax_loss(decision: Array, bounds: npt.NDArray[np.intp], weight: Array | None) -> Array:
-    """Weighted cross-entropy (A,) float64 of decision (C, A, n), which becomes the residual: weight
-    * (p - y).
+def softmax_loss(
+    decisions: Array, class_offsets: npt.NDArray[np.intp], row_weights: Array | None
+) -> Array:
+    """Return the weighted cross-entropies (A,) float64 and overwrite the decisions by residuals.
 
-    The last class's decision is computed here as minus the sum of the others': at an optimum of the
-    L2 penalty the classes' weights sum to zero, so products are made for C - 1 classes only and the
-    pivot is free. bounds (C + 1,): class k is rows bounds[k]:bounds[k + 1]. weight (A, n) or None.
+    decisions: (C, A, n); afterwards row_weights * (p - y). The last class's decisions are computed
+    here as minus the sum of the others': at an optimum of the L2 penalty the weights of all classes
+    sum to zero, so products are made for C - 1 classes only.
+    class_offsets: (C + 1,); the rows of class k are class_offsets[k]:class_offsets[k + 1].
+    row_weights: (A, n), or None for weights of one.
     """
-    classes = len(decision)
-    np.sum(decision[:-1], axis=0, out=decision[-1])
-    np.negative(decision[-1], out=decision[-1])
-    decision -= decision.max(axis=0)
-    own = np.empty_like(decision[0])
-    owners = [(k, slice(bounds[k], bounds[k + 1])) for k in range(classes)]
-    for k, rows in owners:
-        own[:, rows] = decision[k, :, rows]
-        decision[k, :, rows] = -np.inf
-    np.exp(decision, out=decision)
-    # A row that is all but sure has a loss and residuals as small as the other classes'
-    # probabilities: they are sums of those, since 1 - p and log(total) would be rounding alone.
-    others = decision.sum(axis=0)
-    total = others + np.exp(own)
-    loss = np.where(own == 0, np.log1p(others), np.log(total)) - own
-    np.reciprocal(total, out=total)
-    if weight is not None:
-        loss *= weight
-        total *= weight
-    decision *= total
-    others *= total
-    for k, rows in owners:
-        decision[k, :, rows] = -others[:, rows]
+    n_classes = len(decisions)
+    np.sum(decisions[:-1], axis=0, out=decisions[-1])
+    np.negative(decisions[-1], out=decisions[-1])
+    decisions -= decisions.max(axis=0)
+    true_decision = np.empty_like(decisions[0])
+    class_rows = [slice(class_offsets[k], class_offsets[k + 1]) for k in range(n_classes)]
+    for k, rows in enumerate(class_rows):
+        true_decision[:, rows] = decisions[k, :, rows]
+        decisions[k, :, rows] = -np.inf
+    np.exp(decisions, out=decisions)
+    # Loss and residual of a confidently classified row are sums of the wrong classes'
+    # probabilities: computed as log(total) and 1 - p they would be rounding error, and heads of
+    # separable rows took hundreds of iterations to a gap that they then missed.
+    wrong_mass = decisions.sum(axis=0)
+    total_mass = wrong_mass + np.exp(true_decision)
+    loss = np.where(true_decision == 0, np.log1p(wrong_mass), np.log(total_mass)) - true_decision
+    np.reciprocal(total_mass, out=total_mass)
+    if row_weights is not None:
+        loss *= row_weights
+        total_mass *= row_weights
+    decisions *= total_mass
+    wrong_mass *= total_mass
+    for k, rows in enumerate(class_rows):
+        decisions[k, :, rows] = -wrong_mass[:, rows]
     return np.asarray(loss.sum(axis=1, dtype=np.float64))
 
 
-def sigmoid_loss(decision: Array, labels: Array, weight: Array | None) -> Array:
-    """Weighted binary cross-entropy (A,) float64 of decision (1, A, n), which becomes weight * (p -
-    y).
+def sigmoid_loss(decisions: Array, labels: Array, row_weights: Array | None) -> Array:
+    """Return the weighted binary cross-entropies (A,) float64 and overwrite the decisions.
 
-    labels (A, n) are 0 or 1, weight is (A, n) or None.
+    decisions: (1, A, n); afterwards row_weights * (p - y). labels: (A, n), 0 or 1.
+    row_weights: (A, n), or None for weights of one.
     """
-    s = decision[0]
-    small = np.exp(-np.abs(s))  # never overflows
-    loss = np.log1p(small) + (np.maximum(s, 0) - labels * s)
-    # Of p - y, whichever is not rounded beside a one.
-    part = np.where(s >= 0, np.where(labels > 0, -small, 1), np.where(labels > 0, -1, small))
-    s[...] = part / (1 + small)
-    if weight is not None:
-        loss *= weight
-        s *= weight
+    logit = decisions[0]
+    exp_minus_abs = np.exp(-np.abs(logit))  # never overflows
+    loss = np.log1p(exp_minus_abs) + (np.maximum(logit, 0) - labels * logit)
+    # The numerator of p - y or of its complement, whichever is not rounded against a one.
+    numerator = np.where(
+        logit >= 0, np.where(labels > 0, -exp_minus_abs, 1), np.where(labels > 0, -1, exp_minus_abs)
+    )
+    logit[...] = numerator / (1 + exp_minus_abs)
+    if row_weights is not None:
+        loss *= row_weights
+        logit *= row_weights
     return np.asarray(loss.sum(axis=1, dtype=np.float64))
 
 
-def softmax(decision: Array) -> Array:
-    """Probabilities along the first axis."""
-    p = np.exp(decision - decision.max(axis=0))
+def softmax(decisions: Array) -> Array:
+    """Return probabilities along the first axis."""
+    p = np.exp(decisions - decisions.max(axis=0))
     return np.asarray(p / p.sum(axis=0))
 
 
-def sigmoid(decision: Array) -> Array:
-    """Logistic function without overflow."""
-    small = np.exp(-np.abs(decision))
-    return np.asarray(np.where(decision >= 0, 1, small) / (1 + small))
+def sigmoid(decisions: Array) -> Array:
+    """Return the logistic function, without overflow."""
+    exp_minus_abs = np.exp(-np.abs(decisions))
+    return np.asarray(np.where(decisions >= 0, 1, exp_minus_abs) / (1 + exp_minus_abs))

@@ -1,12 +1,12 @@
-"""One pass of logistic heads over the rows of their tiles: losses and gradients.
+"""One pass of logistic heads over the row blocks: losses and gradients.
 
-A heads, C classes (rows of a head: C for a softmax, 1 for a sigmoid), c = C - 1 columns of a head
-(1 for a sigmoid), n rows of a tile, W coordinates of a row as tiles have them.
+A heads, C classes, n_outputs weight vectors of a head (C for a softmax, 1 for a sigmoid), c = C - 1
+of them free (1 for a sigmoid), n rows of a block, W coordinates of a row as the blocks store them.
 
-A pass has the heads' weights for all tiles and adds up their gradients: `add(tile)` returns the
-losses (A',) float64 of the heads that see the tile, `gradient()` the sums (A, c, W). A tile is seen
-by the heads of some folds only: `seen` says of which heads (A',), by a tile's folds. Which class of
-pass it is is a matter of speed.
+A pass holds the weights of its heads for all blocks and sums their gradients: `add(block)` returns
+the losses (A',) float64 of the heads that train on the block, `gradient()` the sums (A, c, W). A
+block is a training block of the heads of some folds only: `heads_by_folds` lists them (A',) by the
+block's folds. The two classes compute the same; `CompiledPass` is the faster one in float32.
 """
 
 from collections.abc import Callable
@@ -18,213 +18,214 @@ import numpy as np
 import numpy.typing as npt
 from threadpoolctl import threadpool_info  # type: ignore[import-untyped]
 
-from headrace.heads.linear.solver.compiled_blocks import Compiled
-from headrace.heads.linear.solver.design import COLUMNS_OF_A_WIDE_HEAD, Design, Tile
+from headrace.heads.linear.solver.compiled_blocks import CompiledKernels
+from headrace.heads.linear.solver.design import MANY_CLASSES, DesignMatrix, RowBlock
 from headrace.heads.linear.solver.loss import sigmoid_loss, softmax_loss
 
 Array = npt.NDArray[Any]
-NEAR_BYTES = 1 << 20  # of the second cache, for weights and gradients
-Seen = dict[tuple[int, ...], npt.NDArray[np.intp]]
-# (tile, its values, weights, labels, row weights) -> losses and gradient, somewhere else than in
-# NumPy
-Elsewhere = Callable[[Tile, Array, Array, Array | None, Array | None], tuple[Array, Array]]
+# Weights and gradients of the heads that pass over a block together stay in the second-level cache
+# from one block of 48 rows to the next.
+SECOND_LEVEL_CACHE_BYTES = 1 << 20
+HeadsByFolds = dict[tuple[int, ...], npt.NDArray[np.intp]]
+# (block, its values, weights, labels, row weights) -> losses and gradient, not computed by NumPy
+DeviceKernel = Callable[[RowBlock, Array, Array, Array | None, Array | None], tuple[Array, Array]]
 
 
 @dataclass(frozen=True)
-class Weighting:
-    """How lines of heads weigh the rows of a tile, and which labels they learn."""
+class RowWeighting:
+    """Weights of the rows for every regularization path, and the labels that each path learns."""
 
-    rows: int  # C, or 1 for sigmoids
-    multipliers: Array  # (lines, C), or (lines, 2) for sigmoids: of classes
-    labels: npt.NDArray[np.intp]  # (lines,) which of a tile's labels; -1: its classes
-    weighted: bool  # some multiplier or sample weight is not one
+    n_outputs: int  # C, or 1 for sigmoids
+    class_factors: Array  # (paths, C), or (paths, 2) for sigmoids
+    labels: npt.NDArray[np.intp]  # (paths,) row of a block's labels; -1: its classes
+    weighted: bool  # some class factor or sample weight is not one
 
-    def of_rows(self, tile: Tile, lines: npt.NDArray[np.intp]) -> Array | None:
-        """(A, n) weights of a tile's rows for the given lines, or None where all are one."""
+    def row_weights(self, block: RowBlock, path_index: npt.NDArray[np.intp]) -> Array | None:
+        """Return weights (A, n) of a block's rows for the given paths, None where all are one."""
         if not self.weighted:
             return None
-        multiplier = self.multipliers[lines]
-        if self.rows > 1:
-            weight = multiplier[:, tile.classes]
+        class_factors = self.class_factors[path_index]
+        if self.n_outputs > 1:
+            weights = class_factors[:, block.classes]
         else:
-            label = tile.labels[self.labels[lines]]
-            weight = multiplier[:, :1] * (1 - label) + multiplier[:, 1:] * label
-        return np.asarray(weight if tile.weight is None else weight * tile.weight)
+            label = block.labels[self.labels[path_index]]
+            weights = class_factors[:, :1] * (1 - label) + class_factors[:, 1:] * label
+        return np.asarray(weights if block.sample_weight is None else weights * block.sample_weight)
 
 
-class PlainPass:
-    """The pass in NumPy, any float type; the products, the losses and the products back one after
-    the other.
-    """
+class NumpyPass:
+    """The pass in NumPy or on a device, in any float type: product, losses, product back."""
 
     def __init__(
         self,
-        design: Design,
-        weighting: Weighting,
-        lines: npt.NDArray[np.intp],
-        u: Array,
-        seen: Seen,
-        elsewhere: Elsewhere | None,
+        design: DesignMatrix,
+        weighting: RowWeighting,
+        path_index: npt.NDArray[np.intp],
+        weights: Array,
+        heads_by_folds: HeadsByFolds,
+        device_kernel: DeviceKernel | None,
     ) -> None:
-        self.design, self.weighting, self.lines, self.elsewhere = (
-            design,
-            weighting,
-            lines,
-            elsewhere,
-        )
-        self.shape, self.dtype, self.seen = u.shape, u.dtype, seen
-        # Class first: a reduction over classes is then a sum of contiguous runs.
+        self.design, self.weighting, self.path_index = design, weighting, path_index
+        self.device_kernel, self.heads_by_folds = device_kernel, heads_by_folds
+        self.shape, self.dtype = weights.shape, weights.dtype
+        # Class first, as `loss` has decisions.
         self.weights = {
-            folds: np.ascontiguousarray(u[heads].transpose(1, 0, 2)).reshape(-1, u.shape[-1])
-            for folds, heads in seen.items()
+            folds: np.ascontiguousarray(weights[heads].transpose(1, 0, 2)).reshape(
+                -1, weights.shape[-1]
+            )
+            for folds, heads in heads_by_folds.items()
         }
-        self.totals = {folds: np.zeros_like(weights) for folds, weights in self.weights.items()}
+        self.gradients = {folds: np.zeros_like(own) for folds, own in self.weights.items()}
 
-    def add(self, tile: Tile) -> Array:
-        """Losses (A',) float64 on a tile, whose part of the gradients is kept."""
-        rows, n, columns = self.weighting.rows, len(tile.rows), self.shape[1]
-        weights, lines = self.weights[tile.folds], self.lines[self.seen[tile.folds]]
-        values, across = self.design.read(tile)
-        own = None if rows > 1 else tile.labels[self.weighting.labels[lines]]
-        weight = self.weighting.of_rows(tile, lines)
-        if self.elsewhere is not None:
-            loss, gradient = self.elsewhere(tile, values, weights, own, weight)
-            self.totals[tile.folds] += gradient
+    def add(self, block: RowBlock) -> Array:
+        """Return the losses (A',) float64 on a block and add its gradients."""
+        n_outputs, n_rows, n_free = self.weighting.n_outputs, len(block.row_index), self.shape[1]
+        weights = self.weights[block.folds]
+        path_index = self.path_index[self.heads_by_folds[block.folds]]
+        values, transposed = self.design.read(block)
+        labels = None if n_outputs > 1 else block.labels[self.weighting.labels[path_index]]
+        row_weights = self.weighting.row_weights(block, path_index)
+        if self.device_kernel is not None:
+            loss, gradient = self.device_kernel(block, values, weights, labels, row_weights)
+            self.gradients[block.folds] += gradient
             return loss
-        decision = np.empty((rows, len(lines), n), weights.dtype)
-        np.matmul(weights, across, out=decision[:columns].reshape(-1, n))
+        decisions = np.empty((n_outputs, len(path_index), n_rows), weights.dtype)
+        np.matmul(weights, transposed, out=decisions[:n_free].reshape(-1, n_rows))
         loss = (
-            softmax_loss(decision, tile.bounds, weight)
-            if own is None
-            else sigmoid_loss(decision, own, weight)
+            softmax_loss(decisions, block.class_offsets, row_weights)
+            if labels is None
+            else sigmoid_loss(decisions, labels, row_weights)
         )
-        self.totals[tile.folds] += decision[:columns].reshape(-1, n) @ values
+        self.gradients[block.folds] += decisions[:n_free].reshape(-1, n_rows) @ values
         return loss
 
     def gradient(self) -> Array:
-        """(A, c, W) over the tiles so far."""
-        _, columns, width = self.shape
-        out = np.zeros(self.shape, self.dtype)
-        for folds, heads in self.seen.items():
-            out[heads] += self.totals[folds].reshape(columns, len(heads), width).transpose(1, 0, 2)
-        return out
+        """Return the gradients (A, c, W) summed over the blocks so far."""
+        _, n_free, width = self.shape
+        total = np.zeros(self.shape, self.dtype)
+        for folds, heads in self.heads_by_folds.items():
+            by_class = self.gradients[folds].reshape(n_free, len(heads), width)
+            total[heads] += by_class.transpose(1, 0, 2)
+        return total
 
 
 @dataclass(frozen=True)
-class Group:
-    """Heads that pass over a tile together, in the compiled pass's own layout."""
+class HeadGroup:
+    """Heads that pass over a block together, packed for the compiled pass."""
 
-    heads: npt.NDArray[np.intp]  # (a,) of all
-    weights: Array
-    totals: list[Array]  # gradients, of each thread's rows
+    heads: npt.NDArray[np.intp]  # (a,) of all heads of the pass
+    packed_weights: Array
+    packed_gradients: list[Array]  # one for each thread
 
 
 class CompiledPass:
-    """The same in float32, compiled: a row is read once, and decisions never leave the nearer
-    caches.
+    """The pass in compiled float32: a row is read once, and decisions stay in the nearer caches.
 
-    Threads share a tile by rows; each has its own sums, which are added in order.
+    Threads share a block by rows; each has its own sums, which are added in order.
     """
 
     def __init__(
         self,
-        design: Design,
-        weighting: Weighting,
-        lines: npt.NDArray[np.intp],
-        u: Array,
-        seen: Seen,
-        compiled: Compiled,
+        design: DesignMatrix,
+        weighting: RowWeighting,
+        path_index: npt.NDArray[np.intp],
+        weights: Array,
+        heads_by_folds: HeadsByFolds,
+        kernels: CompiledKernels,
         threads: ThreadPoolExecutor | None = None,
-        parts: int = 1,
+        n_threads: int = 1,
     ) -> None:
-        self.design, self.weighting, self.lines, self.seen = design, weighting, lines, seen
-        self.compiled, self.threads, self.parts, self.shape = compiled, threads, parts, u.shape
-        heads, columns, width = u.shape
+        self.design, self.weighting, self.path_index = design, weighting, path_index
+        self.heads_by_folds, self.kernels, self.shape = heads_by_folds, kernels, weights.shape
+        self.threads, self.n_threads = threads, n_threads
+        n_heads, n_free, width = weights.shape
 
-        def group(some: npt.NDArray[np.intp]) -> Group:
-            packed = compiled.packed(u[some].reshape(-1, width))
-            return Group(
-                some, packed, [compiled.room(len(some) * columns, width) for _ in range(parts)]
-            )
+        def make_group(heads: npt.NDArray[np.intp]) -> HeadGroup:
+            packed = kernels.pack(weights[heads].reshape(-1, width))
+            gradients = [
+                kernels.allocate_packed(len(heads) * n_free, width) for _ in range(n_threads)
+            ]
+            return HeadGroup(heads, packed, gradients)
 
-        # Heads that pass over a tile together: their weights and gradients stay in the second cache
-        # from block to block.
-        most = max(NEAR_BYTES // (8 * columns * width), 1)
-        self.groups: dict[tuple[int, ...], list[Group]]
-        if most == 1 or columns >= COLUMNS_OF_A_WIDE_HEAD:
-            # A head that is wide by itself is laid out once for all tiles.
-            alone = [group(np.array([head])) for head in range(heads)]
+        heads_per_group = max(SECOND_LEVEL_CACHE_BYTES // (8 * n_free * width), 1)
+        self.groups: dict[tuple[int, ...], list[HeadGroup]]
+        if heads_per_group == 1 or n_free >= MANY_CLASSES:
+            # A many-class head fills the products by itself and is packed once for all blocks.
+            single = [make_group(np.array([head])) for head in range(n_heads)]
             self.groups = {
-                folds: [alone[head] for head in own.tolist()] for folds, own in seen.items()
+                folds: [single[head] for head in heads.tolist()]
+                for folds, heads in heads_by_folds.items()
             }
         else:
             self.groups = {
-                folds: [group(some) for some in np.array_split(own, -(-len(own) // most))]
-                for folds, own in seen.items()
+                folds: [
+                    make_group(part)
+                    for part in np.array_split(heads, -(-len(heads) // heads_per_group))
+                ]
+                for folds, heads in heads_by_folds.items()
             }
-        plain = bool((weighting.multipliers[lines] == 1).all())
-        self.multiplier = (
-            None if plain else np.ascontiguousarray(weighting.multipliers[lines], np.float32)
+        class_factors = weighting.class_factors[path_index]
+        self.class_factors = (
+            None if (class_factors == 1).all() else np.ascontiguousarray(class_factors, np.float32)
         )
 
-    def add(self, tile: Tile) -> Array:
-        """Losses (A',) float64 on a tile, whose part of the gradients is kept."""
-        values = self.design.read(tile)[0]
-        weight = None if tile.weight is None else np.ascontiguousarray(tile.weight, np.float32)
-        losses = np.zeros((self.parts, self.shape[0]))
-        groups = [(group, self._labels(tile, group)) for group in self.groups[tile.folds]]
+    def add(self, block: RowBlock) -> Array:
+        """Return the losses (A',) float64 on a block and add its gradients."""
+        values = self.design.read(block)[0]
+        sample_weight = (
+            None
+            if block.sample_weight is None
+            else np.ascontiguousarray(block.sample_weight, np.float32)
+        )
+        losses = np.zeros((self.n_threads, self.shape[0]))
+        groups = [(group, self._labels(block, group)) for group in self.groups[block.folds]]
 
-        def part(number: int) -> None:
-            rows = slice(*(len(values) * i // self.parts for i in (number, number + 1)))
+        def add_rows(thread: int) -> None:
+            rows = slice(*(len(values) * i // self.n_threads for i in (thread, thread + 1)))
             for group, labels in groups:
-                own = np.zeros(len(group.heads))
-                self.compiled.run(
+                group_losses = np.zeros(len(group.heads))
+                self.kernels.add_losses_and_gradients(
                     values[rows],
                     len(group.heads),
-                    self.weighting.rows,
-                    group.weights,
+                    self.weighting.n_outputs,
+                    group.packed_weights,
                     labels[..., rows],
-                    None if weight is None else weight[rows],
-                    None if self.multiplier is None else self.multiplier[group.heads],
-                    own,
-                    group.totals[number],
+                    None if sample_weight is None else sample_weight[rows],
+                    None if self.class_factors is None else self.class_factors[group.heads],
+                    group_losses,
+                    group.packed_gradients[thread],
                 )
-                losses[number, group.heads] = own
+                losses[thread, group.heads] = group_losses
 
         if self.threads is None:
-            part(0)
+            add_rows(0)
         else:
-            list(self.threads.map(part, range(self.parts)))
-        return np.asarray(losses[:, self.seen[tile.folds]].sum(axis=0))
+            list(self.threads.map(add_rows, range(self.n_threads)))
+        return np.asarray(losses[:, self.heads_by_folds[block.folds]].sum(axis=0))
 
-    def _labels(self, tile: Tile, group: Group) -> npt.NDArray[np.int32]:
-        """What a group's heads learn of a tile's rows:
-
-        (n,) classes, or (a, n) 0 and 1 for sigmoids.
-        """
-        if self.weighting.rows > 1:
-            return tile.classes
-        return tile.labels[self.weighting.labels[self.lines[group.heads]]].astype(np.int32)
+    def _labels(self, block: RowBlock, group: HeadGroup) -> npt.NDArray[np.int32]:
+        """Return classes (n,) of a block's rows, or labels (a, n) of 0 and 1 for sigmoids."""
+        if self.weighting.n_outputs > 1:
+            return block.classes
+        return block.labels[self.weighting.labels[self.path_index[group.heads]]].astype(np.int32)
 
     def gradient(self) -> Array:
-        """(A, c, W) over the tiles so far."""
-        _, columns, width = self.shape
-        out = np.zeros(self.shape, np.float32)
-        groups = {id(group): group for own in self.groups.values() for group in own}
+        """Return the gradients (A, c, W) summed over the blocks so far."""
+        _, n_free, width = self.shape
+        total = np.zeros(self.shape, np.float32)
+        groups = {id(group): group for some in self.groups.values() for group in some}
         for group in groups.values():
-            total = group.totals[0]
-            for other in group.totals[1:]:
-                total = total + other
-            gradients = np.empty((len(group.heads), columns, width), np.float32)
-            self.compiled.unpack(total, gradients.reshape(-1, width))
-            out[group.heads] += gradients
-        return out
+            packed = group.packed_gradients[0]
+            for of_thread in group.packed_gradients[1:]:
+                packed = packed + of_thread
+            gradients = np.empty((len(group.heads), n_free, width), np.float32)
+            self.kernels.unpack(packed, gradients.reshape(-1, width))
+            total[group.heads] += gradients
+        return total
 
 
-def blas_threads() -> int:
-    """How many threads BLAS may use here: a worker of a run is given one, a notebook
-    has all cores.
-    """
+def n_blas_threads() -> int:
+    """Return how many threads BLAS may use: one in a worker of a run, all cores in a notebook."""
     return max(
         (int(pool["num_threads"]) for pool in threadpool_info() if pool["user_api"] == "blas"),
         default=1,

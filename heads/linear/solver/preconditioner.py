@@ -1,24 +1,22 @@
-"""Coordinates in which a logistic head's Hessian is near the identity.
+"""Preconditioner of a logistic head: coordinates in which its Hessian is near the identity.
 
 C classes, R + 1 coordinates (the intercept last), n sampled rows, c = C - 1 free class directions
-(1 for a sigmoid).
+(1 for a sigmoid), J dense coordinates.
 
 The Hessian of a softmax head is sum_i w_i S_i (x) z_i z_i', S_i = diag(p_i) - p_i p_i', plus the
-penalty. The rows z are in the eigenbasis of their Gram matrix already. Classes are rotated
-likewise, into eigenvectors E of sum_i w_i S_i, whose null direction (all classes alike) is dropped.
-In the product of both bases the Hessian's exact diagonal,
-    h[c, j] = sum_i w_i (e_c' S_i e_c) z_ij^2 + mu, costs one thin product over a sample of rows,
-and its root is the scale of the coordinate: this is Kronecker-factored curvature with the diagonal
-corrected (George et al., NeurIPS 2018), here computed, not learned. Measured against the fixed
-bound 1/2 (I - 11'/C) of Böhning, conjugate gradients need 12 iterations instead of 16 at strong
-regularisation, 25 instead of 53 at C = 1 (5,000 x 512 features, 10 classes, relative error 1e-4).
+penalty. The rows z are in the eigenbasis of their Gram matrix already. Classes are rotated likewise
+into eigenvectors E of sum_i w_i S_i, whose null direction (all classes alike) is dropped. In the
+product of both bases the exact diagonal of the Hessian,
+    h[c, j] = sum_i w_i (e_c' S_i e_c) z_ij^2 + l2,
+costs one thin product over a sample of rows, and its root is the scale of the coordinate. This is
+Kronecker-factored curvature with a corrected diagonal (George et al., NeurIPS 2018), here computed
+instead of learned. Compared with Boehning's fixed bound 1/2 (I - 11'/C), conjugate gradients need
+12 iterations instead of 16 at strong regularization, 25 instead of 53 at C = 1 (5,000 x 512
+features, 10 classes, relative error 1e-4).
 
-What the diagonal misses is strongest among the rows' few largest coordinates, between all classes.
-There, and with the intercept, the Hessian of the sample is taken whole and its Cholesky factor
-takes the place of the scales: along the path of 20 strengths and five folds a bank needs 787
-iterations instead of 1,116 to 1e-5, 1,274 instead of 1,836 to 3e-7. A hundred and sixty coordinates
-do what 480 do; blocks within classes alone win a tenth; a basis of the weighted Gram matrix at the
-point, made of a sample, loses.
+What the diagonal misses is strongest among the few largest coordinates of the rows, between all
+classes. For these, with the intercept, the whole Hessian of the sample is computed, and its
+Cholesky factor takes the place of the scales.
 """
 
 from dataclasses import dataclass
@@ -31,221 +29,246 @@ import scipy.linalg
 from headrace.heads.linear.solver.loss import sigmoid, softmax
 
 Array = npt.NDArray[Any]
-CLASSES_WORTH_EIGENVECTORS = 1024  # beyond, they cost more than the iterations that they save
-INTERCEPT_FLOOR = 1e-4  # of the rows' mass
+# Curvature of the intercept that is always assumed, as a share of the rows' total weight.
+INTERCEPT_FLOOR = 1e-4
 SAMPLED_ROWS, SAMPLED_ROWS_PER_CLASS = 2048, 20
-DENSE, MOST_DENSE = (
-    160,
-    1024,
-)  # coordinates taken together, over all classes; as many where classes are many
-ROWS_AT_ONCE = 512  # of so many classes' pairs, 4 MB
-ROWS_WORTH_A_PRODUCT = 4
-# with fewer, the loop over coordinates costs more, and the difference of sums cancels
-CLASSES_WORTH_LINEAR_SUMS = 64
-# beyond, the products of pairs of classes cost more than the iterations that they save
-CLASSES_WORTH_DENSE = 128
+# Coordinates that are taken together, counted over all free class directions; more where classes
+# are many. 160 do what 480 do; blocks within classes alone win a tenth of what all pairs win.
+DENSE_COORDINATES, MAX_DENSE_COORDINATES = 160, 1024
+# Beyond, the products of all pairs of classes cost more than the iterations that they save.
+MAX_CLASSES_FOR_DENSE = 128
+# Beyond, the eigenvectors of the classes cost more than the iterations that they save.
+MAX_CLASSES_FOR_EIGENVECTORS = 1024
+# From so many free class directions on, the Hessian is a difference of two sums; with fewer, that
+# is slower and the difference cancels.
+MIN_CLASSES_FOR_DIFFERENCE = 64
+ROWS_PER_CHUNK = 512  # of all pairs of so many classes, 4 MB
 
 
 @dataclass(frozen=True)
-class Frame:
-    """Scaled coordinates x (c, R + 1) of a head's u (C, R + 1): with v = E' u, the coordinates
-    `dense` of v, taken together, become L' v, and every other is multiplied by its own scale.
+class Preconditioner:
+    """Scaled coordinates x (c, R + 1) of the weights u (C, R + 1) of a head.
+
+    With v = E' u, the `dense` coordinates of v, taken together, become L' v; every other one is
+    multiplied by its own scale.
     """
 
-    classes: Array  # E (C, c), orthonormal columns
+    class_basis: Array  # E (C, c), orthonormal columns
     scale: Array  # (c, R + 1)
     dense: npt.NDArray[np.intp]  # (J,)
-    root: Array  # L (c J, c J), lower triangular, in Fortran's order
-    inverse: Array  # of L, likewise
-    curvature: float  # of the loss, summed over all coordinates but the intercept's
+    cholesky_factor: Array  # L (c J, c J), lower triangular, in Fortran's order
+    inverse_factor: Array  # of L, likewise
+    loss_curvature: float  # of the loss, summed over all coordinates but the intercept's
 
-    def scaled(self, u: Array) -> Array:
-        """x of u (..., C, R + 1)."""
-        v = self.classes.T @ u
-        return self._changed(v, np.multiply, self.root, out=v)
+    def to_scaled(self, u: Array) -> Array:
+        """Return x of u (..., C, R + 1)."""
+        v = self.class_basis.T @ u
+        return self._rescale(v, np.multiply, self.cholesky_factor, out=v)
 
-    def unscaled(self, x: Array) -> Array:
-        """u of x (..., c, R + 1)."""
-        return np.asarray(self.classes @ self._changed(x, np.divide, self.inverse))
+    def from_scaled(self, x: Array) -> Array:
+        """Return u of x (..., c, R + 1)."""
+        return np.asarray(self.class_basis @ self._rescale(x, np.divide, self.inverse_factor))
 
-    def free(self, x: Array) -> Array:
-        """The rows of u (..., C - 1, R + 1) but the last, which is minus their sum; of a sigmoid
-        its only one.
+    def free_from_scaled(self, x: Array) -> Array:
+        """Return the free weight vectors (..., c, R + 1) of u.
+
+        Of a softmax all but the last, which is minus their sum; of a sigmoid its only one.
         """
-        return np.asarray(
-            self.classes[: self.classes.shape[1]] @ self._changed(x, np.divide, self.inverse)
-        )
+        n_free = self.class_basis.shape[1]
+        v = self._rescale(x, np.divide, self.inverse_factor)
+        return np.asarray(self.class_basis[:n_free] @ v)
 
-    def turned(self, x: Array, other: "Frame") -> Array:
-        """x (..., c, R + 1) of another frame, with its directions among classes instead of this
-        one's, and scaled as it was.
+    def change_class_basis(self, x: Array, other: "Preconditioner") -> Array:
+        """Return x (..., c, R + 1) of another preconditioner in this one's class basis.
+
+        The scales stay the other's.
         """
-        return np.asarray((self.classes.T @ other.classes) @ x)
+        return np.asarray((self.class_basis.T @ other.class_basis) @ x)
 
-    def scaled_gradient(self, g: Array) -> Array:
-        """Gradients with respect to x, of gradients g with respect to u (..., C, R + 1) or, where
-        the last row of g is minus the sum of the others, of those alone (..., C - 1, R + 1).
+    def gradient_to_scaled(self, gradient: Array) -> Array:
+        """Return gradients with respect to x, of gradients with respect to u (..., C, R + 1).
+
+        (..., C - 1, R + 1) are taken for gradients whose last row is minus the sum of the others.
         """
-        classes = self.classes
-        if g.shape[-2] < len(classes):
-            classes = classes[:-1] - classes[-1]
-        v = classes.T @ g
-        return self._changed(v, np.divide, self.inverse, transposed=True, out=v)
+        basis = self.class_basis
+        if gradient.shape[-2] < len(basis):
+            basis = basis[:-1] - basis[-1]
+        v = basis.T @ gradient
+        return self._rescale(v, np.divide, self.inverse_factor, transposed=True, out=v)
 
-    def unscaled_gradient(self, g: Array) -> Array:
-        """Inverse of `scaled_gradient`."""
-        return np.asarray(self.classes @ self._changed(g, np.multiply, self.root, transposed=True))
+    def gradient_from_scaled(self, gradient: Array) -> Array:
+        """Return gradients with respect to u (..., C, R + 1): inverse of `gradient_to_scaled`."""
+        v = self._rescale(gradient, np.multiply, self.cholesky_factor, transposed=True)
+        return np.asarray(self.class_basis @ v)
 
-    def _changed(
+    def _rescale(
         self,
         v: Array,
-        change: np.ufunc,
+        multiply_or_divide: np.ufunc,
         matrix: Array,
         *,
         transposed: bool = False,
         out: Array | None = None,
     ) -> Array:
-        """v times or over the scales, its dense coordinates times the matrix or its transpose
-        instead; in `out`, which may be v.
+        """Return v times or over the scales, its dense coordinates times the matrix instead.
+
+        `out` may be v. transposed: multiply by the matrix's transpose.
         """
         if len(self.dense) == 0:
-            return np.asarray(change(v, self.scale, out=out))
-        first = len(self.dense) - 1  # and the last: `dense_coordinates`
-        part = np.concatenate([v[..., :first], v[..., -1:]], axis=-1)
-        shape = part.shape
-        part = _times_triangle(
-            part.reshape(-1, len(matrix)), matrix, transposed=transposed
+            return np.asarray(multiply_or_divide(v, self.scale, out=out))
+        n_leading = len(self.dense) - 1  # and the last coordinate: `dense_coordinates`
+        dense_part = np.concatenate([v[..., :n_leading], v[..., -1:]], axis=-1)
+        shape = dense_part.shape
+        dense_part = _multiply_by_triangle(
+            dense_part.reshape(-1, len(matrix)), matrix, transposed=transposed
         ).reshape(shape)
-        changed = np.asarray(change(v, self.scale, out=out))
-        changed[..., :first], changed[..., -1] = part[..., :-1], part[..., -1]
-        return changed
+        rescaled = np.asarray(multiply_or_divide(v, self.scale, out=out))
+        rescaled[..., :n_leading], rescaled[..., -1] = dense_part[..., :-1], dense_part[..., -1]
+        return rescaled
 
 
-def _times_triangle(rows: Array, matrix: Array, *, transposed: bool) -> Array:
-    """Rows (k, n), which may be overwritten, times a lower triangle (n, n) or its transpose: that
-    reads half a matrix, and a few are faster one by one.
+def _multiply_by_triangle(vectors: Array, matrix: Array, *, transposed: bool) -> Array:
+    """Return vectors (k, n) times a lower triangle (n, n) or its transpose."""
+    (trmm,) = scipy.linalg.get_blas_funcs(("trmm",), (matrix,))
+    return np.asarray(trmm(1.0, matrix, vectors.T, lower=1, trans_a=int(not transposed)).T)
+
+
+def make_preconditioner(
+    u: Array,
+    values: Array,
+    squared_values: Array,
+    pair_products: Array,
+    row_weights: Array,
+    l2_strength: float,
+) -> Preconditioner:
+    """Return the preconditioner at the point u (n_outputs, R + 1), one output for a sigmoid.
+
+    values: (n, R + 1) sampled rows, with their squares and their `dense_pair_products`.
+    row_weights: (n,), with the sum of the weights of all training rows.
     """
-    trans = int(not transposed)
-    if len(rows) > ROWS_WORTH_A_PRODUCT:
-        (multiply,) = scipy.linalg.get_blas_funcs(("trmm",), (matrix,))
-        return np.asarray(multiply(1.0, matrix, rows.T, lower=1, trans_a=trans).T)
-    (multiply,) = scipy.linalg.get_blas_funcs(("trmv",), (matrix,))
-    for row in rows:
-        row[:] = multiply(matrix, row, lower=1, trans=trans)
-    return rows
-
-
-def frame(
-    u: Array, values: Array, squares: Array, products: Array, weight: Array, mu: float
-) -> Frame:
-    """Frame at the point u (C, R + 1), C = 1 a sigmoid, from sampled rows `values` (n, R + 1),
-    their squares, their `row_products`, and weights (n,) that sum to the mass of all training rows.
-    """
-    decision = u @ values.T
+    decisions = u @ values.T
     if len(u) == 1:
-        p = sigmoid(decision)
-        basis, mixed = np.ones((1, 1), u.dtype), p
-        curvature = weight * p * (1 - p)
+        p = sigmoid(decisions)
+        class_basis, basis_p = np.ones((1, 1), u.dtype), p
+        curvature = row_weights * p * (1 - p)
     else:
-        p = softmax(decision)
-        basis = _class_basis(p, weight)
-        mixed = basis.T @ p
-        curvature = weight * np.maximum((basis**2).T @ p - mixed**2, 0)
-    h = curvature @ squares
-    total = float(h[:, :-1].sum(dtype=np.float64))
+        p = softmax(decisions)
+        class_basis = _class_eigenvectors(p, row_weights)
+        basis_p = class_basis.T @ p
+        curvature = row_weights * np.maximum((class_basis**2).T @ p - basis_p**2, 0)
+    diagonal = curvature @ squared_values
+    loss_curvature = float(diagonal[:, :-1].sum(dtype=np.float64))
     # The intercept is not penalised, but a class that is certain has no curvature there either: a
     # little keeps steps finite. More would hide the intercept's distance to its optimum from the
     # estimate that ends the iterations: at C = 1e-12 heads ended with intercepts near zero.
-    floor = np.full(h.shape[1], mu, u.dtype)
-    floor[-1] = min(mu, INTERCEPT_FLOOR * float(weight.sum()))
-    scale = np.sqrt(h + floor)
-    dense = dense_coordinates(len(u), h.shape[1])
+    floor = np.full(diagonal.shape[1], l2_strength, u.dtype)
+    floor[-1] = min(l2_strength, INTERCEPT_FLOOR * float(row_weights.sum()))
+    scale = np.sqrt(diagonal + floor)
+    dense = dense_coordinates(len(u), diagonal.shape[1])
     if len(dense) == 0:
-        none = np.zeros((0, 0), u.dtype)
-        return Frame(basis, scale, dense, none, none, total)
-    hessian = _dense_hessian(p, mixed, basis, weight, values[:, dense], products)
-    root = _root(hessian, np.tile(floor[dense], basis.shape[1]), scale[:, dense].ravel())
-    inverse, _ = scipy.linalg.lapack.dtrtri(root, lower=1)
-    return Frame(basis, scale, dense, root.astype(u.dtype), inverse.astype(u.dtype), total)
+        empty = np.zeros((0, 0), u.dtype)
+        return Preconditioner(class_basis, scale, dense, empty, empty, loss_curvature)
+    hessian = _dense_hessian(p, basis_p, class_basis, row_weights, values[:, dense], pair_products)
+    cholesky_factor = _factorize(
+        hessian, np.tile(floor[dense], class_basis.shape[1]), scale[:, dense].ravel()
+    )
+    inverse_factor, _ = scipy.linalg.lapack.dtrtri(cholesky_factor, lower=1)
+    return Preconditioner(
+        class_basis,
+        scale,
+        dense,
+        cholesky_factor.astype(u.dtype),
+        inverse_factor.astype(u.dtype),
+        loss_curvature,
+    )
 
 
-def dense_coordinates(classes: int, width: int) -> npt.NDArray[np.intp]:
-    """(J,) the coordinates that are taken together over all classes: the rows' largest, and the
-    intercept; or none.
+def dense_coordinates(n_outputs: int, n_coordinates: int) -> npt.NDArray[np.intp]:
+    """Return the coordinates (J,) whose whole Hessian is computed.
+
+    The largest ones of the rows, which come first, and the intercept; or none.
     """
-    free = classes - 1
+    n_free = n_outputs - 1
     # What the diagonal misses lies between classes: sigmoids take as many iterations without (344)
     # as with it (338).
-    if not 0 < free <= CLASSES_WORTH_DENSE:
+    if not 0 < n_free <= MAX_CLASSES_FOR_DENSE:
         return np.zeros(0, np.intp)
-    count = min(max(min(max(DENSE, 10 * free), MOST_DENSE) // free, 1), width)
-    return np.append(np.arange(count - 1), width - 1)
+    total = min(max(DENSE_COORDINATES, 10 * n_free), MAX_DENSE_COORDINATES)
+    per_class = min(max(total // n_free, 1), n_coordinates)
+    return np.append(np.arange(per_class - 1), n_coordinates - 1)
 
 
-def row_products(values: Array, dense: npt.NDArray[np.intp]) -> Array:
-    """(n, J (J + 1) / 2) products of every two dense coordinates of rows (n, R + 1)."""
-    one, other = np.triu_indices(len(dense))
-    part = values[:, dense]
-    return np.asarray(part[:, one] * part[:, other])
+def dense_pair_products(values: Array, dense: npt.NDArray[np.intp]) -> Array:
+    """Return (n, J (J + 1) / 2) products of every two dense coordinates of rows (n, R + 1)."""
+    first, second = np.triu_indices(len(dense))
+    dense_values = values[:, dense]
+    return np.asarray(dense_values[:, first] * dense_values[:, second])
 
 
 def _dense_hessian(
-    p: Array, mixed: Array, basis: Array, weight: Array, values: Array, products: Array
+    p: Array,
+    basis_p: Array,
+    class_basis: Array,
+    row_weights: Array,
+    dense_values: Array,
+    pair_products: Array,
 ) -> Array:
-    """(c J, c J) float64, in Fortran's order, its lower triangle sums over rows of weight (e_a' S
-    e_b) z_j z_k, class directions a and b, dense coordinates j and k of the rows `values` (n, J).
-    mixed: E' p (c, n).
+    """Return the Hessian (c J, c J) of the loss in the dense coordinates, its lower triangle valid.
+
+    float64, in Fortran's order: sums over rows of w (e_a' S e_b) z_j z_k, class directions a and b,
+    dense coordinates j and k. basis_p: E' p (c, n). dense_values: (n, J).
     """
-    c, size = basis.shape[1], values.shape[1]
-    one, other = np.triu_indices(size)
-    blocks = np.empty((c, size, c, size))
-    if c < CLASSES_WORTH_LINEAR_SUMS:
-        first, second = np.triu_indices(c)
-        both = (basis[:, first] * basis[:, second]).T
-        total = np.zeros((len(first), products.shape[1]), p.dtype)
-        for start in range(0, len(products), ROWS_AT_ONCE):
-            rows = slice(start, start + ROWS_AT_ONCE)
-            own = both @ p[:, rows] - mixed[first, rows] * mixed[second, rows]
-            total += (own * weight[rows]) @ products[rows]
-        pairs = np.empty((len(first), size, size))
-        pairs[:, one, other] = pairs[:, other, one] = total
-        blocks[first, :, second] = blocks[second, :, first] = pairs
-        return blocks.reshape(c * size, c * size).T
+    c, n_dense = class_basis.shape[1], dense_values.shape[1]
+    j, k = np.triu_indices(n_dense)
+    blocks = np.empty((c, n_dense, c, n_dense))
+    if c < MIN_CLASSES_FOR_DIFFERENCE:
+        a, b = np.triu_indices(c)
+        basis_products = (class_basis[:, a] * class_basis[:, b]).T
+        pair_sums = np.zeros((len(a), pair_products.shape[1]), p.dtype)
+        for start in range(0, len(pair_products), ROWS_PER_CHUNK):
+            rows = slice(start, start + ROWS_PER_CHUNK)
+            curvature = basis_products @ p[:, rows] - basis_p[a, rows] * basis_p[b, rows]
+            pair_sums += (curvature * row_weights[rows]) @ pair_products[rows]
+        symmetric = np.empty((len(a), n_dense, n_dense))
+        symmetric[:, j, k] = symmetric[:, k, j] = pair_sums
+        blocks[a, :, b] = blocks[b, :, a] = symmetric
+        return blocks.reshape(c * n_dense, c * n_dense).T
     # e_a' S e_b is p' (e_a e_b) less (e_a' p) (e_b' p): the first is linear in p, and its sums are
     # few; the second is a Gram matrix of rows times class directions.
-    linear = (basis.T * ((p * weight) @ products).T[:, None]) @ basis
-    blocks[:, one, :, other] = blocks[:, other, :, one] = linear
-    crossed = (mixed[:, None] * (np.sqrt(weight) * values.T)).reshape(c * size, -1)
-    (gram,) = scipy.linalg.get_blas_funcs(("syrk",), (crossed,))
-    hessian = blocks.reshape(c * size, c * size).T
-    hessian -= gram(1.0, crossed.T, trans=1, lower=1)
+    class_sums = ((p * row_weights) @ pair_products).T
+    linear = (class_basis.T * class_sums[:, None]) @ class_basis
+    blocks[:, j, :, k] = blocks[:, k, :, j] = linear
+    weighted_values = np.sqrt(row_weights) * dense_values.T
+    outer = (basis_p[:, None] * weighted_values).reshape(c * n_dense, -1)
+    (syrk,) = scipy.linalg.get_blas_funcs(("syrk",), (outer,))
+    hessian = blocks.reshape(c * n_dense, c * n_dense).T
+    hessian -= syrk(1.0, outer.T, trans=1, lower=1)
     return hessian
 
 
-def _root(hessian: Array, floor: Array, scale: Array) -> Array:
-    """L (c J, c J) float64, in Fortran's order, with L L' the Hessian, which is overwritten, and
-    the floor on its diagonal.
+def _factorize(hessian: Array, floor: Array, scale: Array) -> Array:
+    """Return L with L L' = Hessian + diag(floor), (c J, c J) float64, in Fortran's order.
+
+    Overwrites the Hessian. Falls back to diag(scale).
     """
     # A sum of float32 products is positive definite up to rounding only.
     hessian[np.diag_indices(len(hessian))] += floor + 1e-5 * hessian.diagonal()
-    root, failed = scipy.linalg.lapack.dpotrf(hessian, lower=1, overwrite_a=1)
-    return np.asfortranarray(np.diag(scale.astype(np.float64))) if failed else root
+    cholesky_factor, failed = scipy.linalg.lapack.dpotrf(hessian, lower=1, overwrite_a=1)
+    return np.asfortranarray(np.diag(scale.astype(np.float64))) if failed else cholesky_factor
 
 
-def _class_basis(p: Array, weight: Array) -> Array:
-    """E (C, C - 1) of probabilities p (C, n) and weights (n,), without the direction of all classes
-    alike.
-    """
-    classes = len(p)
-    if classes > CLASSES_WORTH_EIGENVECTORS:
+def _class_eigenvectors(p: Array, row_weights: Array) -> Array:
+    """Return E (C, C - 1) of probabilities p (C, n), without the direction of all classes alike."""
+    n_classes = len(p)
+    if n_classes > MAX_CLASSES_FOR_EIGENVECTORS:
         # The reflection that takes the first axis to that direction: its other columns are
         # orthogonal to it.
-        v = np.full(classes, -1 / np.sqrt(classes))
+        v = np.full(n_classes, -1 / np.sqrt(n_classes))
         v[0] += 1
-        reflection = np.eye(classes) - np.outer(v, v) * (2 / (v @ v))
+        reflection = np.eye(n_classes) - np.outer(v, v) * (2 / (v @ v))
         return np.asarray(reflection[:, 1:].astype(p.dtype))
-    spread = np.diag((p * weight).sum(axis=1)) - (p * weight) @ p.T
-    basis = np.linalg.eigh(spread.astype(np.float64))[1][:, 1:].astype(p.dtype)
+    class_curvature = np.diag((p * row_weights).sum(axis=1)) - (p * row_weights) @ p.T
+    basis = np.linalg.eigh(class_curvature.astype(np.float64))[1][:, 1:].astype(p.dtype)
     # The dropped eigenvector is 1/sqrt(C) up to rounding and up to other classes without mass: make
     # that exact.
     basis -= basis.mean(axis=0)

@@ -1,8 +1,8 @@
-"""Lines of logistic heads, those that differ in strength only: in which order they are solved, and
-where each starts.
+"""Regularization paths: the order in which heads that differ in L2 strength only are solved, and
+where each of them starts.
 
-C classes (rows of a head: C for a softmax, 1 for a sigmoid), R + 1 coordinates (the intercept
-last).
+C classes, n_outputs weight vectors of a head (C for a softmax, 1 for a sigmoid), R + 1 coordinates
+(the intercept last).
 """
 
 import itertools
@@ -14,114 +14,116 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from headrace.heads.linear.solver.preconditioner import Frame
+from headrace.heads.linear.solver.preconditioner import Preconditioner
 
 Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
-class Line:
-    """Heads that differ in strength only."""
+class RegularizationPath:
+    """Heads of one fold, class weighting and label that differ in L2 strength only."""
 
     fold: int
-    multiplier: Array  # class weights: (C,) for a softmax, (2,) for a sigmoid
-    label: int  # which row of a tile's labels; -1: a softmax of the tile's classes
-    kind: str  # of class weight: lines of a kind differ in fold only
-    strengths: tuple[float, ...]  # penalty factors mu = 1/C, descending
+    class_factors: Array  # (C,) weights of the classes for a softmax, (2,) for a sigmoid
+    label: int  # row of a block's labels; -1: a softmax over the block's classes
+    class_weight: str  # paths with equal label and class_weight differ in fold only
+    l2_strengths: tuple[float, ...]  # penalty factors 1 / C of scikit-learn's C, descending
 
 
 @dataclass(frozen=True)
-class Solved:
-    """A head, solved or paused, and what it leaves to its neighbours on the line."""
+class SolvedHead:
+    """A head that is solved or paused, with what its neighbours on the path start from."""
 
-    u: Array  # (C, R + 1)
-    gradient: Array  # (C, R + 1)
-    value: float
-    pairs: Array
-    frame: Frame
-    mu: float
-    iterations: int
+    u: Array  # (n_outputs, R + 1)
+    gradient: Array  # (n_outputs, R + 1)
+    objective: float
+    curvature_pairs: Array  # (2m, P) in the preconditioner's scaled coordinates
+    preconditioner: Preconditioner
+    l2_strength: float
+    n_iterations: int
     converged: bool
 
 
-class Plan:
-    """Which head to start next.
+class PathSchedule:
+    """The order in which the heads of all paths are solved.
 
-    Along a line every second strength is solved in turn, each started from the previous ones (in
-    `number` turns side by side, each over a part of the strengths). The others lie between two
-    solved neighbours; their starts are interpolated, which is far more accurate than to extrapolate
-    (at weak regularisation they are often done after one evaluation), and they fill the products
-    while the turns go on.
+    Every second strength of a path is an anchor. Anchors are solved in turn from strong to weak,
+    each started from the previous ones, in `n_chains` chains side by side that each cover a range
+    of strengths. The heads in between have solved neighbours on both sides: their starts are
+    interpolated, which is far more accurate than to extrapolate (at weak regularization they often
+    end after one evaluation), and they widen the products while the chains go on.
     """
 
-    def __init__(self, lines: list[Line], number: int) -> None:
+    def __init__(self, paths: list[RegularizationPath], n_chains: int) -> None:
         self.ready: deque[tuple[int, float]] = deque()
-        self.waiting: dict[
-            int, list[tuple[float, set[float]]]
-        ] = {}  # line -> heads and what they wait for
-        for i, line in enumerate(lines):
-            count = len(line.strengths)
-            anchors = sorted({*range(0, count, 2), count - 1})
-            chains = [list(part) for part in np.array_split(anchors, number) if len(part)]
+        # path -> heads that are not ready, and the strengths that each waits for
+        self.waiting: dict[int, list[tuple[float, set[float]]]] = {}
+        for path_index, path in enumerate(paths):
+            strengths = path.l2_strengths
+            n_heads = len(strengths)
+            anchors = sorted({*range(0, n_heads, 2), n_heads - 1})
+            chains = [list(part) for part in np.array_split(anchors, n_chains) if len(part)]
             waiting = [
-                (line.strengths[b], {line.strengths[a]})
+                (strengths[following], {strengths[anchor]})
                 for chain in chains
-                for a, b in itertools.pairwise(chain)
+                for anchor, following in itertools.pairwise(chain)
             ]
-            # The others wait for both neighbours and one beyond: two nodes on either side make a
-            # cubic.
-            others = [k for k in range(count) if k not in anchors]
-            waiting += [
-                (line.strengths[k], {line.strengths[min(k + 3, count - 1)]}) for k in others
-            ]
-            self.waiting[i] = waiting
-            self.ready.extend((i, line.strengths[chain[0]]) for chain in chains)
+            # The others wait for both neighbours and one anchor beyond: two nodes on either side
+            # make a cubic.
+            interpolated = [k for k in range(n_heads) if k not in anchors]
+            waiting += [(strengths[k], {strengths[min(k + 3, n_heads - 1)]}) for k in interpolated]
+            self.waiting[path_index] = waiting
+            self.ready.extend((path_index, strengths[chain[0]]) for chain in chains)
 
-    def next(self) -> tuple[int, float] | None:
+    def next_head(self) -> tuple[int, float] | None:
+        """Return the path and L2 strength of the head to start now, or None."""
         return self.ready.popleft() if self.ready else None
 
-    def again(self, i: int, mu: float) -> None:
-        self.ready.appendleft((i, mu))
+    def resume(self, path_index: int, l2_strength: float) -> None:
+        """Put a paused head first in the queue."""
+        self.ready.appendleft((path_index, l2_strength))
 
-    def finished(self, i: int, mu: float) -> None:
-        still = []
-        for head, needs in self.waiting[i]:
-            needs.discard(mu)
-            if needs:
-                still.append((head, needs))
+    def complete(self, path_index: int, l2_strength: float) -> None:
+        """Release the heads that waited for this one."""
+        still_waiting = []
+        for head, missing in self.waiting[path_index]:
+            missing.discard(l2_strength)
+            if missing:
+                still_waiting.append((head, missing))
             else:
-                self.ready.append((i, head))
-        self.waiting[i] = still
+                self.ready.append((path_index, head))
+        self.waiting[path_index] = still_waiting
 
 
-def nearest(known: list[float], mu: float) -> list[float]:
-    """Known strengths, the nearest in log mu first."""
-    return sorted(known, key=lambda other: abs(math.log(other / mu)))
+def sort_by_distance(l2_strengths: list[float], l2_strength: float) -> list[float]:
+    """Return the strengths, the nearest on a log scale first."""
+    return sorted(l2_strengths, key=lambda other: abs(math.log(other / l2_strength)))
 
 
 def predict_start(
-    solved: dict[float, Solved], mu: float, shape: tuple[int, int], dtype: Any
+    solved_heads: dict[float, SolvedHead], l2_strength: float, shape: tuple[int, int], dtype: Any
 ) -> Array:
-    """The start at strength mu: a polynomial in log mu through known solutions, zero where there is
-    none.
+    """Return the start (n_outputs, R + 1) of a head, from the solved heads of its path.
 
-    Four nodes where mu lies between known strengths; three or two where it lies outside, and only
-    if no further from them than they are apart.
+    A polynomial in the log of the strength through the solutions, zero without any. Four nodes
+    where the strength lies between solved ones; three or two where it lies outside, and those only
+    if it is no further from them than they are apart.
     """
-    if not solved:
+    if not solved_heads:
         return np.zeros(shape, dtype)
-    if mu in solved:
-        return solved[mu].u
-    order = nearest(list(solved), mu)
-    inside = min(solved) < mu < max(solved)
-    nodes = order[:4] if inside else order[:3]
-    if not inside and len(nodes) > 1:
-        reach = abs(math.log(nodes[0] / mu))
-        if reach > 1.5 * abs(math.log(nodes[0] / nodes[1])):
+    if l2_strength in solved_heads:
+        return solved_heads[l2_strength].u
+    by_distance = sort_by_distance(list(solved_heads), l2_strength)
+    interpolates = min(solved_heads) < l2_strength < max(solved_heads)
+    nodes = by_distance[:4] if interpolates else by_distance[:3]
+    if not interpolates and len(nodes) > 1:
+        distance = abs(math.log(nodes[0] / l2_strength))
+        if distance > 1.5 * abs(math.log(nodes[0] / nodes[1])):
             nodes = nodes[:1]
-    logs, x = np.log(nodes), math.log(mu)
-    total = np.zeros(shape, np.float64)
+    log_nodes, log_strength = np.log(nodes), math.log(l2_strength)
+    start = np.zeros(shape, np.float64)
     for i, node in enumerate(nodes):
-        others = np.delete(logs, i)
-        total += float(np.prod((x - others) / (logs[i] - others))) * solved[node].u
-    return total.astype(dtype)
+        other_logs = np.delete(log_nodes, i)
+        lagrange = float(np.prod((log_strength - other_logs) / (log_nodes[i] - other_logs)))
+        start += lagrange * solved_heads[node].u
+    return start.astype(dtype)

@@ -1,8 +1,8 @@
-"""From features to the coordinates that a logistic bank solves in, and back.
+"""Linear maps between standardized features and the coordinates that a logistic bank solves in.
 
-D features, R coordinates, n rows, F folds. With v a head's weights of scaled features and u those
-of its coordinates, a row z's decision is z . v = y . u, y the rotated row, and the penalty of v is
-that of u.
+D features, R coordinates, n rows, k heads, F folds. With v the weights of a head for standardized
+features and u those for its coordinates, the decision on a row z is z . v = y . u, y the rotated
+row, and the penalty of v is that of u.
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class Rotation:
-    """Orthonormal Q (D, R) as a matrix: v = Q u."""
+    """An orthonormal basis Q (D, R), shared by all folds: v = Q u."""
 
     matrix: Array
 
@@ -26,152 +26,168 @@ class Rotation:
     def rank(self) -> int:
         return int(self.matrix.shape[1])
 
-    def out(self, u: Array, folds: Array | None = None) -> Array:
-        """u Q' (k, D) of u (k, R), whatever their folds."""
+    def to_features(self, u: Array, folds: Array | None = None) -> Array:
+        """Return v = u Q' (k, D) of u (k, R)."""
         return np.asarray(u @ self.matrix.T)
 
-    def back(self, v: Array, folds: Array | None = None) -> Array:
-        """v Q (k, R) of v (k, D), whatever their folds."""
+    def from_features(self, v: Array, folds: Array | None = None) -> Array:
+        """Return u = v Q (k, R) of v (k, D)."""
         return np.asarray(v @ self.matrix)
 
-    def shift(self, v: Array, folds: Array) -> Array:
-        """(k,) zeros: rows are centred alike for all folds."""
+    def mean_decisions(self, v: Array, folds: Array) -> Array:
+        """Return zeros (k,): rows are centred alike for all folds."""
         return np.zeros(len(v))
 
 
 @dataclass(frozen=True)
-class OwnScales:
-    """A rotation behind each fold's own scales, r (D,) over the common ones: v = r^-1 Q u, so that
-    what is penalised, |r v|, is |u|. A fold's rows z are z r^-1 Q, which are copies of its own.
+class PerFoldRotation:
+    """A rotation after the standardization of each fold.
+
+    With r (D,) the fold's scales over the common ones, v = r^-1 Q u: the penalty |r v| is |u|. The
+    rows of a fold are z r^-1 Q, a copy for each fold.
     """
 
     rotation: Rotation
-    ratio: dict[int, Array]  # fold -> r
+    scale_ratios: dict[int, Array]  # fold -> r
 
     @property
     def rank(self) -> int:
         return self.rotation.rank
 
-    def out(self, u: Array, folds: Array) -> Array:
-        """v (k, D) of u (k, R) of heads of the given folds (k,)."""
-        v = self.rotation.out(u)
-        for fold, ratio in self.ratio.items():
-            own = folds == fold
-            v[own] = v[own] / ratio
+    def to_features(self, u: Array, folds: Array) -> Array:
+        """Return v (k, D) of u (k, R), heads of the given folds (k,)."""
+        v = self.rotation.to_features(u)
+        for fold, ratio in self.scale_ratios.items():
+            in_fold = folds == fold
+            v[in_fold] = v[in_fold] / ratio
         return v
 
-    def back(self, v: Array, folds: Array) -> Array:
-        """u (k, R) of v (k, D)."""
-        stretched = v.copy()
-        for fold, ratio in self.ratio.items():
-            stretched[folds == fold] *= ratio
-        return self.rotation.back(stretched)
+    def from_features(self, v: Array, folds: Array) -> Array:
+        """Return u (k, R) of v (k, D), heads of the given folds (k,)."""
+        rescaled = v.copy()
+        for fold, ratio in self.scale_ratios.items():
+            rescaled[folds == fold] *= ratio
+        return self.rotation.from_features(rescaled)
 
-    def shift(self, v: Array, folds: Array) -> Array:
-        """(k,) zeros: rows are centred alike for all folds."""
+    def mean_decisions(self, v: Array, folds: Array) -> Array:
+        """Return zeros (k,): rows are centred alike for all folds."""
         return np.zeros(len(v))
 
 
 @dataclass(frozen=True)
-class Basis:
-    """Coordinates in the span of a fold's rows S = (Z - c) r^-1, c (D,) their mean and r (D,) the
-    ratio of the fold's scales to the common ones. Not centred on their own mean, n rows would have
-    a direction along which they all have the same decision, which the intercept undoes: an optimum
-    that hardly curves, and that no diagonal sees.
+class FoldRowSpace:
+    """Coordinates in the row space of a fold's training rows S = (Z - c) r^-1.
 
-    S S' = L L' with L (n, R), lower triangular in its pivots' order; the rows' coordinates are Y =
-    L V, V orthogonal. Of all v with the decisions (Z - c) v = Y u, the least penalised, |r v| =
-    |u|, is r^-1 S' a with a on the R pivots: L' a = V u there.
+    c (D,) is the rows' mean and r (D,) the fold's scales over the common ones. Rows that are not
+    centred on their own mean would have a direction along which all decisions move alike and the
+    intercept moves them back: along it the objective hardly curves, and no diagonal shows that.
+
+    S S' = L L' with L (n, R) lower triangular in the order of its pivots; the rows' coordinates are
+    Y = L V, V orthogonal. Of all v with the decisions (Z - c) v = Y u, the least penalised, with
+    |r v| = |u|, is r^-1 S' a with a on the R pivot rows: L' a = V u there.
     """
 
-    pivots: npt.NDArray[np.intp]  # (R,) rows of the span
-    root: Array  # (R, R) float64, L of the pivots
+    pivot_rows: npt.NDArray[np.intp]  # (R,) rows of the row space
+    cholesky_factor: Array  # (R, R) float64, L of the pivot rows
     reflectors: Array  # (R, K) float64 and
-    lengths: Array  # (K,): V as LAPACK's geqrf has it
-    centre: Array  # c, float64
-    ratio: Array | None  # r; None: one
+    reflector_scales: Array  # (K,): V as LAPACK's geqrf stores it
+    mean: Array  # c, float64
+    scale_ratio: Array | None  # r; None: all one
 
-    def combination(self, u: Array) -> Array:
-        """a (k, R) float64 of u (k, R)."""
-        turned = turn(self.reflectors, self.lengths, u.T.astype(np.float64), side="L")
+    def row_combination(self, u: Array) -> Array:
+        """Return a (k, R) float64 of u (k, R)."""
+        rotated = multiply_by_q(
+            self.reflectors, self.reflector_scales, u.T.astype(np.float64), side="L"
+        )
         return np.asarray(
             scipy.linalg.solve_triangular(
-                self.root, turned, lower=True, trans=1, check_finite=False
+                self.cholesky_factor, rotated, lower=True, trans=1, check_finite=False
             ).T
         )
 
-    def back(self, decisions: Array) -> Array:
-        """u (k, R) float64 of decisions (k, R) on the pivots."""
-        inside = scipy.linalg.solve_triangular(
-            self.root, decisions.T, lower=True, check_finite=False
+    def from_decisions(self, decisions: Array) -> Array:
+        """Return u (k, R) float64 of decisions (k, R) on the pivot rows."""
+        solved = scipy.linalg.solve_triangular(
+            self.cholesky_factor, decisions.T, lower=True, check_finite=False
         )
-        return np.asarray(turn(self.reflectors, self.lengths, inside, side="L", transposed=True).T)
+        return np.asarray(
+            multiply_by_q(
+                self.reflectors, self.reflector_scales, solved, side="L", transposed=True
+            ).T
+        )
 
 
 @dataclass(frozen=True)
-class Span:
-    """Coordinates in the span of few rows Z (n, D), every fold's own."""
+class RowSpace:
+    """Coordinates in the row space of n < D rows Z (n, D), different ones for every fold."""
 
-    rows: Array  # Z, in the design's type
-    bases: dict[int, Basis]  # by fold
-    # float64 where directions are hardly there: divided by next to nothing, they cancel
-    exact: np.dtype[Any]
+    rows: Array  # Z, in the design's dtype
+    fold_spaces: dict[int, FoldRowSpace]
+    # float64 where directions are so thin that weights divided by them cancel in products.
+    product_dtype: np.dtype[Any]
 
     @property
     def rank(self) -> int:
-        """R of the largest basis: the others' coordinates are followed by some that are always
-        zero.
-        """
-        return int(max(len(basis.pivots) for basis in self.bases.values()))
+        """R of the largest fold: the coordinates of the others end in zeros."""
+        return int(max(len(space.pivot_rows) for space in self.fold_spaces.values()))
 
-    def out(self, u: Array, folds: Array) -> Array:
-        """v (k, D) float64 of u (k, R) of heads of the given folds (k,)."""
-        combined = np.zeros((len(u), len(self.rows)))
-        for own, basis in self._owners(folds):
-            combined[np.ix_(own, basis.pivots)] = basis.combination(u[own, : len(basis.pivots)])
-        narrow = combined.astype(self.exact, copy=False)
-        v = (narrow @ self.rows.astype(self.exact, copy=False)).astype(np.float64)
-        for own, basis in self._owners(folds):
-            v[own] -= np.outer(combined[own].sum(axis=1), basis.centre)
-            if basis.ratio is not None:
-                v[own] /= basis.ratio**2
+    def to_features(self, u: Array, folds: Array) -> Array:
+        """Return v (k, D) float64 of u (k, R), heads of the given folds (k,)."""
+        combination = np.zeros((len(u), len(self.rows)))
+        for heads, space in self._heads_by_space(folds):
+            combination[np.ix_(heads, space.pivot_rows)] = space.row_combination(
+                u[heads, : len(space.pivot_rows)]
+            )
+        rows = self.rows.astype(self.product_dtype, copy=False)
+        v = (combination.astype(self.product_dtype, copy=False) @ rows).astype(np.float64)
+        for heads, space in self._heads_by_space(folds):
+            v[heads] -= np.outer(combination[heads].sum(axis=1), space.mean)
+            if space.scale_ratio is not None:
+                v[heads] /= space.scale_ratio**2
         return np.asarray(v)
 
-    def back(self, v: Array, folds: Array) -> Array:
-        """u (k, R) float64 of v (k, D), as far as v lies in the span."""
-        decisions = (v.astype(self.exact) @ self.rows.T).astype(np.float64)
+    def from_features(self, v: Array, folds: Array) -> Array:
+        """Return u (k, R) float64 of v (k, D), as far as v lies in the row space."""
+        decisions = (v.astype(self.product_dtype) @ self.rows.T).astype(np.float64)
         u = np.zeros((len(v), self.rank))
-        for own, basis in self._owners(folds):
-            centred = decisions[np.ix_(own, basis.pivots)] - v[own] @ basis.centre[:, None]
-            u[own, : len(basis.pivots)] = basis.back(centred)
+        for heads, space in self._heads_by_space(folds):
+            mean_decisions = v[heads] @ space.mean[:, None]
+            centred = decisions[np.ix_(heads, space.pivot_rows)] - mean_decisions
+            u[heads, : len(space.pivot_rows)] = space.from_decisions(centred)
         return u
 
-    def shift(self, v: Array, folds: Array) -> Array:
-        """(k,) float64 decisions of v (k, D) at their folds' means."""
-        out = np.zeros(len(v))
-        for own, basis in self._owners(folds):
-            out[own] = v[own] @ basis.centre
-        return out
+    def mean_decisions(self, v: Array, folds: Array) -> Array:
+        """Return the decisions (k,) float64 of v (k, D) on the mean row of their folds."""
+        decisions = np.zeros(len(v))
+        for heads, space in self._heads_by_space(folds):
+            decisions[heads] = v[heads] @ space.mean
+        return decisions
 
-    def _owners(self, folds: Array) -> Iterator[tuple[npt.NDArray[np.intp], Basis]]:
-        for fold, basis in self.bases.items():
-            own = np.flatnonzero(folds == fold)
-            if own.size:
-                yield own, basis
+    def _heads_by_space(self, folds: Array) -> Iterator[tuple[npt.NDArray[np.intp], FoldRowSpace]]:
+        for fold, space in self.fold_spaces.items():
+            heads = np.flatnonzero(folds == fold)
+            if heads.size:
+                yield heads, space
 
 
-def turn(
-    reflectors: Array, lengths: Array, values: Array, *, side: str, transposed: bool = False
+def multiply_by_q(
+    reflectors: Array,
+    reflector_scales: Array,
+    values: Array,
+    *,
+    side: str,
+    transposed: bool = False,
 ) -> Array:
-    """V values (side "L") or values V ("R"), V' for V where transposed, of V as LAPACK's geqrf
-    leaves it.
+    """Return V values (side "L") or values V ("R"), with V' for V if transposed.
+
+    V is orthogonal, as LAPACK's geqrf stores it.
     """
-    if not values.size or not lengths.size:
+    if not values.size or not reflector_scales.size:
         return values
-    (multiply,) = scipy.linalg.get_lapack_funcs(("ormqr",), (reflectors, values))
-    room = 64 * max(values.shape)
-    turned, _, info = multiply(
-        side, "T" if transposed else "N", reflectors, lengths, values, lwork=room
+    (ormqr,) = scipy.linalg.get_lapack_funcs(("ormqr",), (reflectors, values))
+    workspace = 64 * max(values.shape)
+    product, _, info = ormqr(
+        side, "T" if transposed else "N", reflectors, reflector_scales, values, lwork=workspace
     )
     assert info == 0
-    return np.asarray(turned)
+    return np.asarray(product)

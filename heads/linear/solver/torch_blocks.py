@@ -1,9 +1,8 @@
-"""The two products and the loss of a tile on any device that torch knows; everything around them
-stays in NumPy.
+"""The two products and the loss of a row block on any device that torch knows.
 
-A heads, C classes, c = C - 1 rows of weights a head (1 for a sigmoid), n rows, R + 1 coordinates. A
-tile is copied to the device once, a streamed one on every pass; weights and gradients, a few
-megabytes, travel on every evaluation.
+A heads, C classes, c = C - 1 free weight vectors of a head (1 for a sigmoid), n rows, R + 1
+coordinates. Everything around the products stays in NumPy. A block is copied to the device once, a
+streamed one on every pass; weights and gradients, a few megabytes, travel on every evaluation.
 """
 
 from typing import Any
@@ -12,66 +11,70 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from headrace.heads.linear.solver.design import Tile
+from headrace.heads.linear.solver.design import RowBlock
 
 Array = npt.NDArray[Any]
 
 
-class TorchTiles:
-    """The tiles of a design on a device."""
+class TorchKernel:
+    """The row blocks of a design on a device, and the pass over one of them.
 
-    def __init__(self, tiles: list[Tile], rows: int, device: str, *, keep: bool) -> None:
-        self.rows, self.device = rows, torch.device(device)
-        kept = tiles if keep else []
-        self.values = {id(tile): torch.from_numpy(tile.values).to(self.device) for tile in kept}
+    keep_values: keep the blocks' values on the device; without, they are copied for every pass.
+    """
+
+    def __init__(
+        self, row_blocks: list[RowBlock], n_outputs: int, device: str, *, keep_values: bool
+    ) -> None:
+        self.n_outputs, self.device = n_outputs, torch.device(device)
+        self.values = {
+            id(block): torch.from_numpy(block.values).to(self.device)
+            for block in row_blocks
+            if keep_values
+        }
         self.classes = {
-            id(tile): torch.from_numpy(tile.classes.astype(np.int64)).to(self.device)
-            for tile in tiles
-            if rows > 1
+            id(block): torch.from_numpy(block.classes.astype(np.int64)).to(self.device)
+            for block in row_blocks
+            if n_outputs > 1
         }
 
     def __call__(
         self,
-        tile: Tile,
-        streamed: Array,
+        block: RowBlock,
+        streamed_values: Array,
         weights: Array,
         labels: Array | None,
-        weight: Array | None,
+        row_weights: Array | None,
     ) -> tuple[Array, Array]:
-        """Losses (A,) float64 and gradient (c * A, R + 1) of weights (c * A, R + 1), class first;
-        labels and weight are (A, n) or None, as for `softmax_loss` and `sigmoid_loss`. `streamed`
-        (n, R + 1) are the values of a tile that is not kept.
+        """Return losses (A,) float64 and gradient (c * A, R + 1) of weights (c * A, R + 1).
+
+        Weights are class first; labels and row_weights are (A, n) or None, as for `softmax_loss`
+        and `sigmoid_loss`. streamed_values: (n, R + 1), of a block that is not kept.
         """
-        values = self.values.get(id(tile))
+        values = self.values.get(id(block))
         if values is None:
-            values = torch.from_numpy(streamed).to(self.device)
-        columns = max(self.rows - 1, 1)
-        decision = (torch.from_numpy(weights).to(self.device) @ values.T).reshape(
-            columns, -1, len(values)
+            values = torch.from_numpy(streamed_values).to(self.device)
+        n_free = max(self.n_outputs - 1, 1)
+        decisions = (torch.from_numpy(weights).to(self.device) @ values.T).reshape(
+            n_free, -1, len(values)
         )
-        w = (
-            None
-            if weight is None
-            else torch.from_numpy(np.ascontiguousarray(weight)).to(self.device)
-        )
+        # As in `loss`: the loss and the residual of the true label come from the decision of the
+        # wrong labels against it, so that they are sums of small numbers.
         if labels is not None:
-            own = torch.from_numpy(labels).to(self.device)
-            towards = (1 - 2 * own) * decision[
-                0
-            ]  # the wrong label; sums of small numbers, as in `loss`
-            loss = torch.nn.functional.softplus(towards)
-            residual = ((1 - 2 * own) * torch.sigmoid(towards))[None]
+            label = torch.from_numpy(labels).to(self.device)
+            wrong_logit = (1 - 2 * label) * decisions[0]
+            loss = torch.nn.functional.softplus(wrong_logit)
+            residual = ((1 - 2 * label) * torch.sigmoid(wrong_logit))[None]
         else:
-            every = torch.cat([decision, -decision.sum(0, keepdim=True)])
-            label = self.classes[id(tile)].expand(1, every.shape[1], -1)
-            towards = (
-                torch.logsumexp(every.scatter(0, label, -torch.inf), 0) - every.gather(0, label)[0]
-            )
-            loss = torch.nn.functional.softplus(towards)
-            residual = torch.softmax(every, 0).scatter(0, label, -torch.sigmoid(towards)[None])[
-                :columns
-            ]
-        if w is not None:
-            loss, residual = loss * w, residual * w
+            all_decisions = torch.cat([decisions, -decisions.sum(0, keepdim=True)])
+            classes = self.classes[id(block)].expand(1, all_decisions.shape[1], -1)
+            wrong_decisions = all_decisions.scatter(0, classes, -torch.inf)
+            true_decision = all_decisions.gather(0, classes)[0]
+            wrong_logit = torch.logsumexp(wrong_decisions, 0) - true_decision
+            loss = torch.nn.functional.softplus(wrong_logit)
+            true_residual = -torch.sigmoid(wrong_logit)[None]
+            residual = torch.softmax(all_decisions, 0).scatter(0, classes, true_residual)[:n_free]
+        if row_weights is not None:
+            weight = torch.from_numpy(np.ascontiguousarray(row_weights)).to(self.device)
+            loss, residual = loss * weight, residual * weight
         gradient = residual.reshape(len(weights), -1) @ values
         return loss.sum(1, dtype=torch.float64).cpu().numpy(), gradient.cpu().numpy()
