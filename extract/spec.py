@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from headrace.cache.home import expand_home
-from headrace.extract.errors import BackboneError, nearest
+from headrace.extract.errors import BackboneError, absent, nearest
 from headrace.extract.images.decoding import MAX_PIXELS, check_pixel_range
 from headrace.extract.images.preprocessing import Interpolation
 
 WeightsMatch = Literal["name", "order"]
 SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
 PACKAGED = "pypi:"
+PREFIXES = ("torchvision:", "timm:", "transformers:", "open_clip:", "onnx:", "python:")
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,35 @@ def backbone_code(name: str) -> str | None:
     return name.removeprefix("python:") if name.startswith("python:") else None
 
 
+_NAMED_PATHS = ("onnx:", "transformers:", "timm:local-dir:", "open_clip:local-dir:")
+
+
+def backbone_path(name: str) -> Path | None:
+    """The file or folder that a backbone's name holds, as in `onnx:FILE` or `transformers:/FOLDER`;
+    None for networks of a library or a hub.
+    """
+    for prefix in _NAMED_PATHS:
+        rest = name.removeprefix(prefix)
+        # without one of these beginnings a name of transformers is one of the hub
+        if rest != name and (prefix != "transformers:" or rest.startswith(("/", "./", "../", "~"))):
+            return expand_home(rest)
+    return None
+
+
+def absolute_name(name: str, base: Path) -> str:
+    """A backbone's name whose file or folder, where it has one, is found from any working folder;
+    relative ones start at `base`.
+    """
+    path = backbone_path(name)
+    kind, _, rest = name.partition(":")
+    if path is None and kind == "transformers" and (base / rest).is_dir():
+        path = Path(rest)
+    if path is None:
+        return name
+    prefix = next(prefix for prefix in _NAMED_PATHS if name.startswith(prefix))
+    return f"{prefix}{(base / path).absolute()}"
+
+
 def is_weights_file(weights: str) -> bool:
     """Whether a backbone's `weights` means a file rather than a tag of the library."""
     return weights.lower().endswith(SUFFIXES) or "/" in weights or weights.startswith(PACKAGED)
@@ -175,13 +205,15 @@ def check_spec(spec: BackboneSpec) -> None:
     """Raises BackboneError for what is wrong at first sight, before torch is imported: prefix,
     range, seed, absent file.
     """
-    if not spec.name.startswith(("torchvision:", "timm:", "python:")):
+    if not spec.name.startswith(PREFIXES):
         raise BackboneError(unknown_prefix(spec.name))
     if spec.pixel_range is not None:
         try:
             check_pixel_range(spec.pixel_range)
         except ValueError as error:
             raise BackboneError(f"{spec.name}: {error}") from None
+    if (path := backbone_path(spec.name)) is not None and not path.exists():
+        raise BackboneError(f"{spec.name}: {absent(path, 'a file or folder')}")
     if spec.weights is None:
         return
     if spec.weights.startswith("random:"):
@@ -209,26 +241,37 @@ def require_file(path: Path) -> None:
 def unknown_prefix(name: str) -> str:
     """The message for a backbone whose library is not said."""
     return (
-        f"backbone {name!r}: expected torchvision:NAME, timm:NAME or python:MODULE:FUNCTION. "
+        f"backbone {name!r}: expected torchvision:NAME, timm:NAME, transformers:ID_OR_FOLDER, "
+        "open_clip:NAME, onnx:FILE or python:MODULE:FUNCTION. "
         f"Search with: headrace backbones {name.split(':')[-1][:12] or 'resnet'}"
     )
 
 
 def weights_stamp(spec: BackboneSpec) -> tuple[int, ...] | None:
-    """Size, times and inode of the weights file, so that a replaced one is seen; None where there
-    is no file.
+    """Size, times and inode of every file that the network is loaded from, so that a replaced one
+    is seen; None where there is no file.
 
     Files of one architecture are of one size, and a copy can keep the modification time: the inode
     and its change do not.
     """
-    if (
-        spec.weights is None
-        or spec.weights.startswith("random:")
-        or not is_weights_file(spec.weights)
-    ):
-        return None
+    files = []
+    if spec.weights is not None and _is_file(spec.weights):
+        files.append(weights_path(spec.weights))
+    if (path := backbone_path(spec.name)) is not None:
+        files += sorted(path.iterdir()) if path.is_dir() else [path]
     try:
-        status = weights_path(spec.weights).stat()
+        stats = [file.stat() for file in files]
     except OSError:
         return None  # reading it will say so
-    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
+    return (
+        tuple(
+            number
+            for status in stats
+            for number in (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+        )
+        or None
+    )
+
+
+def _is_file(weights: str) -> bool:
+    return not weights.startswith("random:") and is_weights_file(weights)

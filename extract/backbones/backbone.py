@@ -7,10 +7,12 @@ import dataclasses
 import functools
 import hashlib
 import inspect
+import json
 import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -137,10 +139,10 @@ def _load(spec: BackboneSpec, stamp: tuple[int, ...] | None) -> Backbone:
     digest = weights_digest(module)
     _take_size(module, preprocessing, spec)
     module.eval().requires_grad_(False)
-    if spec.name.startswith("python:"):
-        # Of a library's network the weights and the name say everything; of the user's own, its
-        # code may have changed.
-        digest = hashlib.sha256((digest + _source(spec.name)).encode()).hexdigest()
+    # Of a library's network the weights and the name say everything; of the user's own, its code
+    # may have changed, and of one from a hub or a folder, its configuration.
+    if more := _source(spec.name) if spec.name.startswith("python:") else _configuration(module):
+        digest = hashlib.sha256((digest + more).encode()).hexdigest()
     return Backbone(spec, module, override(preprocessing, spec), digest)
 
 
@@ -164,6 +166,17 @@ def _of_own_size(module: nn.Module, tensors: Mapping[str, Tensor]) -> bool:
         for name, value in module.state_dict().items()
         if name in tensors
     )
+
+
+def _configuration(module: nn.Module) -> str:
+    """The configuration of a network of transformers; empty for others."""
+    if not type(module).__module__.startswith("transformers."):
+        return ""
+    fields: dict[str, Any] = module.config.to_dict()  # type: ignore[operator, union-attr]
+    # where it was read from, and by which version, is no part of it
+    elsewhere = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
+    kept = {name: value for name, value in fields.items() if name not in elsewhere}
+    return json.dumps(kept, sort_keys=True, default=str)
 
 
 def _source(name: str) -> str:

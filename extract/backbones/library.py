@@ -16,11 +16,18 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from headrace.cache.home import expand_home
+from headrace.extract.backbones.huggingface import (
+    build_transformers,
+    interpolate_positions,
+    takes_other_sizes,
+)
+from headrace.extract.backbones.onnx_network import OnnxNetwork, build_onnx
+from headrace.extract.backbones.open_clip_tower import build_open_clip, resample_positions
 from headrace.extract.errors import BackboneError, nearest
 from headrace.extract.images.preprocessing import Preprocessing
-from headrace.extract.spec import unknown_prefix
+from headrace.extract.spec import backbone_path, unknown_prefix
 
-PREFIXES = ("torchvision:", "timm:", "python:")
 # libraries retry for most of a minute before they say that there is no network; we ask once
 _TIMEOUT_S = 4
 
@@ -36,6 +43,12 @@ def build(name: str, tag: str | None) -> tuple[nn.Module, Preprocessing]:
         return _timm(rest, tag)
     if kind == "python" and ":" in rest:
         return _python(rest)
+    if kind == "transformers":
+        return build_transformers(rest, tag, pretrained=False)
+    if kind == "open_clip":
+        return build_open_clip(rest, None)
+    if kind == "onnx":
+        return build_onnx(expand_home(rest))
     raise BackboneError(unknown_prefix(name))
 
 
@@ -49,7 +62,16 @@ def build_pretrained(name: str, tag: str | None) -> tuple[nn.Module, Preprocessi
         return _torchvision_pretrained(rest, tag)
     if kind == "timm":
         return _timm_pretrained(rest, tag)
-    if kind == "python":
+    if kind == "transformers":
+        _require_hub(name, rest)
+        return build_transformers(rest, tag, pretrained=True)
+    if kind == "open_clip":
+        if rest.startswith("hf-hub:"):
+            _require_hub(name, rest.removeprefix("hf-hub:"))
+        return build_open_clip(rest, tag, pretrained=True)
+    if kind in ("python", "onnx"):
+        if tag is not None and kind == "onnx":
+            raise BackboneError(f"{name}: the file holds its weights; leave `weights` out")
         if tag is not None:
             raise BackboneError(
                 f"{name}: weights {tag!r}: a Python function knows no tags; name a file or nothing."
@@ -258,9 +280,17 @@ def set_input_size(module: nn.Module, name: str, size: int) -> None:
     position embeddings, or relative position tables, are resampled as timm or torchvision does it.
     Other networks are left as they are. Raises BackboneError.
     """
+    if isinstance(module, OnnxNetwork):
+        module.require_size(size, name)
     resample: Any = getattr(module, "set_input_size", None)
     embed = getattr(module, "patch_embed", None)
     patch = getattr(embed, "patch_size", None)
+    interpolates = takes_other_sizes(module)
+    if interpolates:  # models of transformers that resample their position embeddings
+        configuration: Any = module.config
+        patch = (configuration.patch_size,) * 2
+    elif type(module).__module__.startswith("open_clip."):
+        patch = getattr(module, "patch_size", None)
     if (
         patch is not None and not getattr(embed, "dynamic_img_pad", False) and size % patch[0]
     ):  # pixels would be cut off
@@ -277,6 +307,10 @@ def set_input_size(module: nn.Module, name: str, size: int) -> None:
                 resample(img_size=(size, size))
         elif type(module).__module__ == "torchvision.models.vision_transformer":
             _resample_torchvision(module, size)
+        elif interpolates:
+            interpolate_positions(module)
+        elif patch is not None and hasattr(module, "positional_embedding"):
+            resample_positions(module, size)
     except (AssertionError, RuntimeError, ValueError, TypeError) as error:
         raise BackboneError(
             f"{name} cannot be given images of {size} x {size} pixels ({type(error).__name__}: "
@@ -349,6 +383,22 @@ def import_function(path: str) -> Callable[[], Any]:
     if not callable(function):
         raise BackboneError(f"python:{path}: {module_name} has no function {function_name!r}.")
     return function  # type: ignore[no-any-return]
+
+
+def _require_hub(name: str, model_id: str) -> None:
+    """Raise BackboneError at once for a model of the hub that is neither here nor to be had."""
+    from huggingface_hub import constants, errors, try_to_load_from_cache
+
+    if backbone_path(name) is not None:
+        return
+    try:
+        cached = try_to_load_from_cache(model_id, "config.json")
+    except errors.HFValidationError as error:
+        raise BackboneError(
+            f"{name}: {model_id!r} is neither a folder nor a name of the hub, ORG/NAME"
+        ) from error
+    if not isinstance(cached, str):
+        _require_network(name, "of the hub", f"{constants.ENDPOINT}/{model_id}", "")
 
 
 def _require_network(name: str, tag: str, url: str, target: str) -> None:

@@ -206,6 +206,8 @@ def _prefix(module: nn.Module, tokens: int) -> int:
 
 
 def _has_class_token(module: nn.Module) -> bool:
+    if isinstance(declared := getattr(module, "has_class_token", None), bool):
+        return declared
     # timm says cls_token (None for models without one), torchvision class_token
     return any(
         isinstance(getattr(module, name, None), Tensor) for name in ("cls_token", "class_token")

@@ -61,6 +61,14 @@ def resolve_taps(backbone: Backbone, taps: str | Sequence[str]) -> tuple[Tap, ..
     """
     nodes = backbone_nodes(backbone)
     if taps == "auto":
+        tokens = [node.name for node in nodes.nodes if node.layout == "NTC"]
+        if tokens and backbone.spec.name.startswith("onnx:"):
+            # the values of an ONNX graph are not blocks, and their names follow no rule
+            raise BackboneError(
+                f"{backbone.spec.name}: auto cannot tell the blocks of a transformer in an ONNX "
+                f"file; name the taps, such as {tokens[-1]}.avg. All values: headrace backbones "
+                f"{backbone.spec.name}"
+            )
         return auto_taps(nodes)
     asked = [taps] if isinstance(taps, str) else list(taps)
     if not asked:

@@ -29,6 +29,8 @@ from headrace.extract.spec import (
 
 _FOLDER = "backbones"
 _LIBRARIES = ("torch", "torchvision", "timm", "pillow", "headrace")
+# those that may be absent
+_EXTRA_LIBRARIES = ("transformers", "open_clip_torch", "onnxruntime")
 
 
 class Storing(TypedDict, total=False):
@@ -117,11 +119,19 @@ def _memo(
     spec: BackboneSpec, taps: str | Sequence[str], storing: Storing, cache_root: Path
 ) -> Path:
     versions = [importlib.metadata.version(name) for name in _LIBRARIES]
+    versions += [_version_or_nothing(name) for name in _EXTRA_LIBRARIES]
     asked = [taps] if isinstance(taps, str) else list(taps)
     key = json.dumps(
         [dataclasses.asdict(spec), weights_stamp(spec), asked, storing, versions], sort_keys=True
     )
     return cache_root / _FOLDER / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
+
+
+def _version_or_nothing(library: str) -> str:
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def _read(memo: Path) -> tuple[FeatureSpec, ...] | None:

@@ -103,7 +103,12 @@ def imports_of(backbones: Iterable[str]) -> list[str]:
     """Modules that take seconds to import and that networks need. backbones: their names, "timm:…"
     and the like.
     """
-    libraries = {name.partition(":")[0] for name in backbones} & {"timm", "torchvision"}
+    libraries = {name.partition(":")[0] for name in backbones} & {
+        "timm",
+        "torchvision",
+        "transformers",
+        "open_clip",
+    }
     return ["headrace.extract.run.work_unit", *sorted(libraries)]
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pydantic
 
 from headrace.cache.home import expand_home
+from headrace.extract.spec import absolute_name
 from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.recipe.heads import Heads, LogisticGrid, MLPGrid
 from headrace.pipelines.recipe.sections import (
@@ -134,7 +135,9 @@ def _absolute(recipe: Recipe, path: Path) -> Recipe:
         update={name: resolve(getattr(recipe.images, name)) for name in files}
     )
     backbones = tuple(
-        backbone.model_copy(update={"weights": _weights_file(backbone.weights, base)})
+        backbone.model_copy(
+            update={"weights": _weights_file(backbone.weights, base)} | _located(backbone, base)
+        )
         for backbone in recipe.backbones
     )
     cluster = recipe.cluster.model_copy(update={"tls": resolve(recipe.cluster.tls)})
@@ -149,6 +152,12 @@ def _absolute(recipe: Recipe, path: Path) -> Recipe:
             "log": _absolute_log(recipe.log, base),
         }
     )
+
+
+def _located(backbone: Backbone, base: Path) -> dict[str, str]:
+    """The name of a backbone that lies in a folder, which is shown as the recipe has it."""
+    name = absolute_name(backbone.name, base)
+    return {} if name == backbone.name else {"name": name, "alias": backbone.alias or backbone.name}
 
 
 def _absolute_log(log: LogSection | None, base: Path) -> LogSection | None:

@@ -1,0 +1,176 @@
+"""Image towers of the library `transformers`, from the Hugging Face hub or from a folder.
+
+`transformers:ORG/NAME` is a model of the hub, `transformers:FOLDER` what `save_pretrained` wrote.
+No code that comes with a model is run.
+"""
+
+import importlib
+import inspect
+import types
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from headrace.extract.errors import BackboneError
+from headrace.extract.images.preprocessing import Preprocessing
+
+# Numbers of PIL.Image.Resampling, which image processors store.
+_INTERPOLATIONS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
+
+
+def build_transformers(
+    model_id: str, revision: str | None, *, pretrained: bool
+) -> tuple[nn.Module, Preprocessing]:
+    """Build the image tower of a model and the preprocessing of its image processor.
+
+    model_id: a folder that `save_pretrained` wrote, or a model of the hub.
+    revision: branch, tag or commit of the hub; None: the newest.
+    pretrained: with the model's weights; otherwise with random ones.
+
+    Raises BackboneError where transformers is not installed, the model cannot be read or
+    downloaded, it has no image tower, or its image processor does what headrace has no word for.
+    """
+    try:
+        transformers: Any = importlib.import_module("transformers")
+    except ImportError as error:
+        raise BackboneError(
+            f"transformers:{model_id} needs the library transformers. Try: pip install "
+            "'headrace[transformers]'"
+        ) from error
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    options: dict[str, Any] = {"trust_remote_code": False}
+    if revision is not None:
+        options["revision"] = revision
+    try:
+        config = transformers.AutoConfig.from_pretrained(model_id, **options)
+        processor = transformers.AutoImageProcessor.from_pretrained(model_id, **options)
+        if pretrained:
+            model = transformers.AutoModel.from_pretrained(model_id, dtype="float32", **options)
+        else:
+            model = transformers.AutoModel.from_config(config, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise BackboneError(_reason(model_id, error)) from error
+    finally:
+        transformers.logging.set_verbosity(before)
+    return _image_tower(model, model_id), _preprocessing_of(processor, model_id)
+
+
+def interpolate_positions(module: nn.Module) -> None:
+    """Let the network take images of other sizes than its own: position embeddings are resampled in
+    every forward pass, as transformers does it.
+    """
+    if "interpolate_pos_encoding" in inspect.signature(type(module).forward).parameters:
+        # bound to the module, so that a deep copy of the module is bound to the copy
+        module.forward = types.MethodType(_forward_interpolated, module)
+
+
+def takes_other_sizes(module: nn.Module) -> bool:
+    """Whether a network of transformers cuts images into patches and resamples its positions."""
+    if not type(module).__module__.startswith("transformers."):
+        return False
+    embeddings = getattr(module, "embeddings", None)
+    return hasattr(embeddings, "interpolate_pos_encoding") or hasattr(module, "rope_embeddings")
+
+
+def _forward_interpolated(self: nn.Module, pixel_values: Tensor) -> Any:
+    return type(self).forward(self, pixel_values, interpolate_pos_encoding=True)
+
+
+def _image_tower(model: nn.Module, model_id: str) -> nn.Module:
+    """The part of a model that takes pixels, with its prefix tokens declared as timm does it."""
+    tower = getattr(model, "vision_model", None)
+    if not isinstance(tower, nn.Module):
+        tower = model
+    if "pixel_values" not in inspect.signature(type(tower).forward).parameters:
+        raise BackboneError(
+            f"transformers:{model_id} is a {type(model).__name__}: expected a model of images, "
+            "which takes pixel_values"
+        )
+    names = {name.rpartition(".")[2] for name, _ in tower.named_parameters()}
+    has_class_token = bool(names & {"cls_token", "class_embedding"})
+    n_registers = int(getattr(tower.config, "num_register_tokens", 0) or 0)
+    n_others = n_registers + int("distillation_token" in names)
+    vars(tower).update(
+        has_class_token=has_class_token, num_prefix_tokens=int(has_class_token) + n_others
+    )
+    return tower
+
+
+def _preprocessing_of(processor: Any, model_id: str) -> Preprocessing:
+    """The preprocessing that an image processor of transformers describes."""
+    what = f"transformers:{model_id}: its image processor"
+    fields = processor.to_dict()
+    size = _edges(fields.get("size"))
+    crop = _edges(fields.get("crop_size"))
+    resample = fields.get("resample", 2)
+    if not (isinstance(resample, int) and 0 <= resample < len(_INTERPOLATIONS)):
+        raise BackboneError(f"{what} has resample {resample!r}, which is none of Pillow's")
+    if "height" in size:
+        resize, mode = (size["height"], size["width"]), "squash"
+        kept = resize
+    elif set(size) == {"shortest_edge"}:
+        edge = size["shortest_edge"]
+        kept = (edge, edge)
+        fraction = fields.get("crop_pct")
+        # ConvNeXT's: below 384 pixels a centre crop, from there on the whole image
+        if fraction and edge < 384:
+            resize, mode = (int(edge / fraction),) * 2, "shortest"
+        elif fraction:
+            resize, mode = kept, "squash"
+        else:
+            resize, mode = kept, "shortest"
+    else:
+        raise BackboneError(
+            f"{what} resizes to {fields.get('size')}, which gives images of several sizes: "
+            "expected height and width, or shortest_edge. Write a python: backbone for it"
+        )
+    if fields.get("do_center_crop") and "height" in crop:
+        kept = (crop["height"], crop["width"])
+    scale = 255 * (fields.get("rescale_factor", 1 / 255) if fields.get("do_rescale", True) else 1)
+    normalized = fields.get("do_normalize", True)
+    mean = fields["image_mean"] if normalized else (0.0, 0.0, 0.0)
+    std = fields["image_std"] if normalized else (1.0, 1.0, 1.0)
+    if len(mean) != 3:
+        raise BackboneError(f"{what} normalizes {len(mean)} channels; images here have 3")
+    if abs(scale - 1) > 1e-6:
+        mean, std = [value / scale for value in mean], [value / scale for value in std]
+    return Preprocessing(
+        resize=resize,
+        crop=kept,
+        mode=mode,  # type: ignore[arg-type]
+        interpolation=_INTERPOLATIONS[resample],  # type: ignore[arg-type]
+        mean=tuple(float(value) for value in mean),  # type: ignore[arg-type]
+        std=tuple(float(value) for value in std),  # type: ignore[arg-type]
+    )
+
+
+def _edges(size: Any) -> dict[str, int]:
+    """A size as an image processor says it: a number, or a mapping of edges."""
+    if isinstance(size, int):
+        return {"height": size, "width": size}
+    return {str(edge): int(length) for edge, length in dict(size or {}).items() if length}
+
+
+def _reason(model_id: str, error: Exception) -> str:
+    """What to do about a model that could not be read."""
+    text = " ".join(str(error).split())
+    if model_id.startswith(("/", "./", "../", "~")) and not Path(model_id).is_dir():
+        return f"transformers:{model_id}: no such folder"
+    if Path(model_id).is_dir():
+        return (
+            f"transformers:{model_id}: the folder is not a model that save_pretrained wrote with "
+            f"its image processor ({text[:200]})"
+        )
+    if "gated" in text or "401" in text or "403" in text:
+        return (
+            f"transformers:{model_id} is gated, or does not exist: accept its licence on the hub, "
+            "log in (hf auth login), and try again"
+        )
+    return (
+        f"transformers:{model_id} is not on this machine and cannot be downloaded "
+        f"({text[:200]}).\nFetch it where there is a network (hf download {model_id}), or name "
+        "its folder: transformers:/path/to/folder"
+    )

@@ -1,0 +1,270 @@
+"""ONNX files as backbones: `onnx:FILE`, run by onnxruntime, with its inner values as taps.
+
+A file holds no Python code and no way back for gradients: such a backbone is frozen for ever, and
+fine-tuning it is refused.
+"""
+
+import copy
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from headrace.extract.errors import BackboneError
+from headrace.extract.images.preprocessing import Preprocessing
+
+_FLOAT_TYPES = ("tensor(float)", "tensor(float16)")
+_NAMES_OF_OUTPUT = ("_output_0", ":0")
+
+
+class OnnxNetwork(nn.Module):
+    """A graph of ONNX as a module: one submodule per inner value, which hands that value on.
+
+    Hooks on the submodules see the values, as they see the layers of any network. A forward pass
+    computes only what the values with hooks depend on.
+    """
+
+    def __init__(self, file: Path) -> None:
+        import onnx
+
+        super().__init__()
+        # With weights that lie in files beside it; onnx refuses those outside the file's folder.
+        model = onnx.load(str(file))
+        content = model.SerializeToString(deterministic=True)
+        self._graph = onnx.shape_inference.infer_shapes(model)
+        self.register_buffer(  # the weights' digest covers the buffers, and so the whole file
+            "digest",
+            torch.frombuffer(bytearray(hashlib.sha256(content).digest()), dtype=torch.uint8),
+        )
+        self.input_name, self.input_shape, self.channels_last = _image_input(self._graph, file)
+        self._value_of: dict[str, str] = {}  # module path -> name of the value in the graph
+        self._sessions: dict[tuple[str, ...], Any] = {}
+        for value in _inner_values(self._graph):
+            path = _module_path(value, taken=self._value_of)
+            if path is not None:
+                self._value_of[path] = value
+                _add_leaf(self, path)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Run the graph on (N, 3, H, W) float32; return the last value that is asked for."""
+        if torch.is_grad_enabled():  # as in training: every frozen pass is without
+            raise BackboneError(
+                "an onnx: backbone has no gradients: take its features, and fine-tune a network of "
+                "timm, torchvision or transformers"
+            )
+        leaves = {path: self.get_submodule(path) for path in self._value_of}
+        paths = [path for path, leaf in leaves.items() if leaf._forward_hooks]
+        last = next(reversed(leaves))
+        if last not in paths and (self._forward_hooks or not paths):
+            paths.append(last)  # the network's own output is asked for
+        values = self._run([self._value_of[path] for path in paths], pixels)
+        for path, value in zip(paths, values, strict=True):
+            output = leaves[path](value)
+        return torch.as_tensor(output)
+
+    def require_size(self, size: int, name: str) -> None:
+        """Raise BackboneError where the graph takes images of another size only."""
+        fixed = [edge for edge in self.input_shape[1:] if edge not in (None, size)]
+        if fixed:
+            raise BackboneError(
+                f"{name}: image_size is {size}, and the file takes images of {fixed[0]} pixels "
+                "only: leave image_size out, or export it with open sizes"
+            )
+
+    def _run(self, names: Sequence[str], pixels: Tensor) -> list[Tensor]:
+        session = self._session(tuple(names))
+        images = pixels.detach().to("cpu", torch.float32)
+        images = images.permute(0, 2, 3, 1) if self.channels_last else images
+        array = np.ascontiguousarray(images.numpy())
+        fixed = self.input_shape[0]  # many exports take one image, or another fixed number
+        batches = [array] if fixed is None else _padded_batches(array, fixed)
+        if session.get_inputs()[0].type == "tensor(float16)":
+            batches = [batch.astype(np.float16) for batch in batches]
+        try:
+            runs = [session.run(list(names), {self.input_name: batch}) for batch in batches]
+        except Exception as error:  # onnxruntime's own errors have no common class
+            raise RuntimeError(f"onnxruntime: {' '.join(str(error).split())}") from error
+        columns = (np.concatenate(column)[: len(array)] for column in zip(*runs, strict=True))
+        return [torch.from_numpy(column).to(pixels.device) for column in columns]
+
+    def _session(self, names: tuple[str, ...]) -> Any:
+        """The session of the part of the graph that these values depend on."""
+        import onnxruntime
+
+        threads = torch.get_num_threads()
+        if (*names, str(threads)) not in self._sessions:
+            options = onnxruntime.SessionOptions()
+            options.intra_op_num_threads = threads
+            options.log_severity_level = 3
+            part = _part_up_to(self._graph, names)
+            self._sessions[*names, str(threads)] = onnxruntime.InferenceSession(
+                part.SerializeToString(), options, providers=["CPUExecutionProvider"]
+            )
+        return self._sessions[*names, str(threads)]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "OnnxNetwork":
+        # Sessions cannot be copied, and the graph is never changed: a copy shares it.
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        shared = {"_graph": self._graph, "_sessions": {}}
+        rest = {name: value for name, value in self.__dict__.items() if name not in shared}
+        twin.__dict__.update(copy.deepcopy(rest, memo), **shared)
+        return twin
+
+
+class _Value(nn.Module):
+    """One inner value of the graph, handed on as it is."""
+
+    def forward(self, value: Tensor) -> Tensor:
+        return value
+
+
+def build_onnx(file: Path) -> tuple[nn.Module, Preprocessing]:
+    """Load an ONNX file as a network.
+
+    The file says nothing of preprocessing but its input's size: mean and std are ImageNet's unless
+    the recipe says `mean` and `std`, the resize is bicubic with a crop fraction of 1.
+
+    Raises BackboneError where onnx or onnxruntime is not installed, the file is no ONNX, or its
+    first input is no image.
+    """
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+    except ImportError as error:
+        raise BackboneError(
+            f"onnx:{file} needs onnx and onnxruntime. Try: pip install 'headrace[onnx]'"
+        ) from error
+    if not file.is_file():
+        raise BackboneError(f"onnx:{file}: no such file")
+    try:
+        module = OnnxNetwork(file)
+    except BackboneError:
+        raise
+    except Exception as error:  # protobuf's own errors have no common class
+        raise BackboneError(f"onnx:{file} cannot be read as ONNX: {str(error)[:200]}") from error
+    height, width = module.input_shape[1:]
+    size = (height or 224, width or 224)
+    return module, Preprocessing(
+        resize=size,
+        crop=size,
+        mode="shortest" if size[0] == size[1] else "squash",
+        interpolation="bicubic",
+        mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),
+    )
+
+
+def _image_input(
+    graph: Any, file: Path
+) -> tuple[str, tuple[int | None, int | None, int | None], bool]:
+    """(name, (batch, height, width), channels last) of a graph's image input."""
+    weights = {tensor.name for tensor in graph.graph.initializer}
+    inputs = [value for value in graph.graph.input if value.name not in weights]
+    shapes = [_shape(value) for value in inputs]
+    for value, shape in zip(inputs, shapes, strict=True):
+        if len(inputs) == 1 and len(shape) == 4 and 3 in (shape[1], shape[3]):
+            last = shape[1] != 3
+            height, width = shape[1:3] if last else shape[2:]
+            return value.name, (shape[0], height, width), last
+    described = ", ".join(f"{v.name} {s}" for v, s in zip(inputs, shapes, strict=True))
+    raise BackboneError(
+        f"onnx:{file} takes {described or 'nothing'}: expected one input of shape "
+        "(N, 3, H, W) or (N, H, W, 3)"
+    )
+
+
+def _shape(value: Any) -> tuple[int | None, ...]:
+    """Sizes of a value; None where the graph leaves one open."""
+    sizes = value.type.tensor_type.shape.dim
+    return tuple(
+        size.dim_value if size.HasField("dim_value") and size.dim_value > 0 else None
+        for size in sizes
+    )
+
+
+def _inner_values(graph: Any) -> Iterator[str]:
+    """Names of the float values with 2 to 4 axes that a graph computes, in running order."""
+    known = {value.name: value for value in (*graph.graph.value_info, *graph.graph.output)}
+    floats = (1, 10)  # onnx.TensorProto.FLOAT, FLOAT16
+    for node in graph.graph.node:
+        for name in node.output[:1]:
+            value = known.get(name)
+            if node.op_type == "Constant" or value is None:
+                continue
+            tensor = value.type.tensor_type
+            if tensor.elem_type in floats and 2 <= len(tensor.shape.dim) <= 4:
+                yield name
+
+
+def _module_path(value: str, taken: dict[str, str]) -> str | None:
+    """A dotted module path for a value, "/layer1/layer1.0/relu/Relu_output_0" to
+    "layer1.layer1.0.relu.Relu"; None where another value has it.
+    """
+    text = value
+    for ending in _NAMES_OF_OUTPUT:
+        text = text.removesuffix(ending)
+    path = ".".join(part for part in text.replace("/", ".").split(".") if part)
+    # modules may not be called as an attribute of nn.Module is, nor lie inside a value's own module
+    clash = any(hasattr(nn.Module, part) or part in ("digest",) for part in path.split("."))
+    if not path or clash:
+        path = f"value_{len(taken)}"
+    inside = any(path.startswith(f"{other}.") or other.startswith(f"{path}.") for other in taken)
+    return f"value_{len(taken)}" if inside or path in taken else path
+
+
+def _add_leaf(root: nn.Module, path: str) -> None:
+    *parents, leaf = path.split(".")
+    module = root
+    for name in parents:
+        if name not in module._modules:
+            module.add_module(name, nn.Module())
+        module = module._modules[name]  # type: ignore[assignment]
+    module.add_module(leaf, _Value())
+
+
+def _part_up_to(graph: Any, names: Sequence[str]) -> Any:
+    """The graph cut down to what the named values depend on, with them as its outputs."""
+    import onnx
+
+    producer = {output: node for node in graph.graph.node for output in node.output}
+    needed: set[int] = set()
+    waiting = list(names)
+    while waiting:
+        node = producer.get(waiting.pop())
+        if node is None or id(node) in needed:
+            continue
+        needed.add(id(node))
+        waiting += [name for name in node.input if name]
+        # bodies of If and Loop read values of the graph around them
+        waiting += [
+            name
+            for attribute in node.attribute
+            for inner in attribute.g.node
+            for name in inner.input
+        ]
+    nodes = [node for node in graph.graph.node if id(node) in needed]
+    read = {name for node in nodes for name in node.input}
+    known = {value.name: value for value in (*graph.graph.value_info, *graph.graph.output)}
+    part = onnx.helper.make_graph(
+        nodes,
+        graph.graph.name or "part",
+        list(graph.graph.input),
+        [known[name] for name in names],
+        [tensor for tensor in graph.graph.initializer if tensor.name in read],
+    )
+    model = onnx.helper.make_model(
+        part, opset_imports=graph.opset_import, functions=graph.functions
+    )
+    model.ir_version = graph.ir_version
+    return model
+
+
+def _padded_batches(images: np.ndarray[Any, Any], size: int) -> list[np.ndarray[Any, Any]]:
+    """Batches of exactly `size` images, the last filled up with zeros."""
+    padding = np.zeros((-len(images) % size, *images.shape[1:]), images.dtype)
+    return list(np.split(np.concatenate([images, padding]), (len(images) + len(padding)) // size))

@@ -1,0 +1,114 @@
+"""Image towers of the library open_clip: `open_clip:ViT-B-32` with a tag as weights,
+`open_clip:hf-hub:ORG/NAME`, or `open_clip:local-dir:FOLDER`.
+"""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from headrace.extract.errors import BackboneError, nearest
+from headrace.extract.images.preprocessing import Preprocessing
+
+_SCHEMAS = ("hf-hub:", "local-dir:")
+
+
+def build_open_clip(
+    name: str, tag: str | None, *, pretrained: bool = False
+) -> tuple[nn.Module, Preprocessing]:
+    """Build the image tower of an open_clip model and its preprocessing.
+
+    name: an architecture of open_clip, or a model of the hub or of a folder.
+    tag: the pretrained weights of an architecture; None: its first ones.
+    pretrained: with weights; otherwise with random ones.
+
+    Raises BackboneError where open_clip is not installed, and for names, tags and folders that
+    there are not.
+    """
+    try:
+        import open_clip
+    except ImportError as error:
+        raise BackboneError(
+            f"open_clip:{name} needs the library open_clip. Try: pip install 'headrace[open-clip]'"
+        ) from error
+    weights = _weights_tag(name, tag) if pretrained else None
+    try:
+        with _quiet():
+            model = open_clip.create_model(name, pretrained=weights, load_weights=pretrained)
+    except (OSError, RuntimeError, ValueError, KeyError, ImportError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise BackboneError(
+            f"open_clip:{name} with weights {tag or '(default)'} cannot be had ({reason}).\n"
+            "Fetch it where there is a network, or name its folder: open_clip:local-dir:FOLDER, "
+            "or try without: weights: random:0"
+        ) from error
+    tower = model.visual
+    tower.has_class_token = hasattr(tower, "class_embedding")
+    tower.num_prefix_tokens = getattr(
+        getattr(tower, "trunk", tower), "num_prefix_tokens", int(tower.has_class_token)
+    )
+    return tower, _preprocessing_of(tower.preprocess_cfg, name)
+
+
+def resample_positions(tower: Any, size: int) -> None:
+    """Give a transformer of open_clip another image size, as its own `resize_pos_embed` does."""
+    from open_clip.model import resize_pos_embed
+
+    positions = {"visual.positional_embedding": tower.positional_embedding.detach()}
+    grid = (size // tower.patch_size[0], size // tower.patch_size[1])
+    tower.grid_size, tower.image_size = grid, (size, size)
+    holder = nn.Module()
+    holder.visual = tower
+    resize_pos_embed(positions, holder)
+    tower.positional_embedding = nn.Parameter(positions["visual.positional_embedding"])
+
+
+def _weights_tag(name: str, tag: str | None) -> str | None:
+    import open_clip
+
+    if name.startswith(_SCHEMAS):
+        if tag is not None:
+            raise BackboneError(
+                f"open_clip:{name} holds its own weights; leave `weights` out, or name a file"
+            )
+        return None
+    if name not in open_clip.list_models():
+        raise BackboneError(
+            f"open_clip has no model {name!r}. Nearest: {nearest(name, open_clip.list_models())}"
+        )
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if not tags or (tag is not None and tag not in tags):
+        raise BackboneError(
+            f"open_clip:{name} has no weights {tag or '(default)'}. It has: "
+            f"{', '.join(tags) or 'none'}"
+        )
+    return tag or str(tags[0])
+
+
+def _preprocessing_of(config: dict[str, Any], name: str) -> Preprocessing:
+    size = config["size"]
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    modes = {"shortest": "shortest", "longest": "border", "squash": "squash"}
+    if config["resize_mode"] not in modes or len(config["mean"]) != 3:
+        raise BackboneError(f"open_clip:{name} preprocesses images as {config}: not known here")
+    return Preprocessing(
+        resize=size,
+        crop=size,
+        mode=modes[config["resize_mode"]],  # type: ignore[arg-type]
+        interpolation=config["interpolation"],
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+    )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep open_clip from logging on the root logger that weights are random or absent."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(before)
