@@ -51,6 +51,8 @@ def build_transformers(
             model = transformers.AutoModel.from_pretrained(model_id, dtype="float32", **options)
         else:
             model = transformers.AutoModel.from_config(config, trust_remote_code=False)
+    except BackboneError:  # it is too large to be built
+        raise
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise BackboneError(_reason(model_id, error)) from error
     finally:

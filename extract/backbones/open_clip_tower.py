@@ -37,6 +37,8 @@ def build_open_clip(
     try:
         with _quiet():
             model = open_clip.create_model(name, pretrained=weights, load_weights=pretrained)
+    except BackboneError:  # it is too large to be built
+        raise
     except (OSError, RuntimeError, ValueError, KeyError, ImportError) as error:
         reason = " ".join(str(error).split())[:300]
         raise BackboneError(
