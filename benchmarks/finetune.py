@@ -51,9 +51,10 @@ from headrace.extract.taps.resolve import (
     backbone_nodes,
 )
 from headrace.heads.data.folds import make_folds
-from headrace.heads.data.task import Task
+from headrace.heads.data.task import REFIT, Task
+from headrace.heads.data.training_data import TrainingData
 from headrace.heads.linear.ridge import fit_ridge_bank
-from headrace.heads.spec import FULL, FineTuneSpec, MLPSpec, RidgeSpec, spec_to_json
+from headrace.heads.spec import FineTuneSpec, MLPSpec, RidgeSpec, spec_to_json
 from headrace.pipelines.finetune.data import Batch
 from headrace.pipelines.finetune.head import head_module, new_head, standardise
 from headrace.pipelines.finetune.network import Network, trainable_blocks
@@ -245,9 +246,7 @@ def validation(
     with torch.no_grad():
         X = torch.cat([network.features(rows) for rows in images.split(ROWS)]).numpy()
     specs = [RidgeSpec(alpha=alpha) for alpha in ALPHAS]
-    fits = fit_ridge_bank(
-        X, task.target, n_classes=CLASSES, fold=task.fold, specs=specs, full=False
-    )
+    fits = fit_ridge_bank(TrainingData(X, task.target, task.fold, CLASSES), specs, refit=False)
     score = dict.fromkeys(specs, 0.0)
     for fit in fits:
         held = task.target[task.fold == fit.fold]
@@ -316,7 +315,7 @@ def cut(steps: int) -> dict[str, float]:
                 start="pretrained",
                 batch_size=ROWS,
             )
-            plan = Plan(spec, trainable_blocks(network, node), task, FULL, 1)
+            plan = Plan(spec, trainable_blocks(network, node), task, REFIT, 1)
             sides.append((Training(network, Memory(source), plan), source))
         seconds: list[list[float]] = [[], []]
         rows = np.arange(ROWS)

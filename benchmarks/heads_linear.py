@@ -37,10 +37,11 @@ from sklearn.model_selection import StratifiedKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from headrace.heads.data.training_data import TrainingData
 from headrace.heads.linear.logistic import fit_logistic_bank
 from headrace.heads.linear.ridge import fit_ridge_bank
 from headrace.heads.linear.solver.design import MANY_CLASSES
-from headrace.heads.spec import HeadFit, LogisticSpec, RidgeSpec
+from headrace.heads.spec import FitResult, LogisticSpec, RidgeSpec
 
 CASES = {  # rows, features, classes
     "logistic-5k": (5_000, 512, 10),
@@ -164,10 +165,8 @@ def logistic_case(name: str, quick: bool) -> dict[str, float]:
     seconds: dict[str, Timed] = {}
     figures: dict[str, float] = {}
 
-    def bank(gap: float) -> list[HeadFit]:
-        return fit_logistic_bank(
-            X, y, n_classes=classes, fold=fold, specs=specs, full=False, gap=gap
-        )
+    def bank(gap: float) -> list[FitResult]:
+        return fit_logistic_bank(TrainingData(X, y, fold, classes), specs, refit=False, gap=gap)
 
     bank(1e-1)  # warm
     for gap in GAPS.get(name, (1e-5, 3e-7)):
@@ -273,7 +272,7 @@ def ridge_case(name: str, quick: bool) -> dict[str, float]:
     sampled = [(i, f) for i in range(count) for f in range(5)]
     sampled = sampled[:: len(sampled) // (5 if quick else 50)]
     runs = [
-        timed(lambda: fit_ridge_bank(X, y, n_classes=classes, fold=fold, specs=specs, full=False))
+        timed(lambda: fit_ridge_bank(TrainingData(X, y, fold, classes), specs, refit=False))
         for _ in range(1 if quick else 5)
     ]
     fits = {(specs.index(fit.spec), fit.fold): fit for fit in runs[0][0]}

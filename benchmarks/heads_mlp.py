@@ -45,11 +45,12 @@ from sklearn.model_selection import PredefinedSplit, cross_val_score
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.neural_network import MLPClassifier
 
-from headrace.heads.data.task import TRAIN_ONLY
+from headrace.heads.data.task import REFIT, TRAIN_ONLY
+from headrace.heads.data.training_data import TrainingData
 from headrace.heads.neighbors.bank import fit_knn_bank
 from headrace.heads.networks.mlp import fit_mlp_bank
 from headrace.heads.predict import predict_head
-from headrace.heads.spec import FULL, Halving, KNNSpec, MLPSpec
+from headrace.heads.spec import Halving, KNNSpec, MLPSpec
 
 Rows = dict[str, tuple[np.ndarray, np.ndarray]]
 
@@ -108,7 +109,7 @@ def bank(rows: Rows, specs: Sequence[MLPSpec], **options: Any) -> list[np.ndarra
     fold = np.repeat([TRAIN_ONLY, 0], [len(rows["train"][1]), len(rows["validation"][1])]).astype(
         np.int16
     )
-    fits = fit_mlp_bank(X, y, n_classes=10, fold=fold, specs=specs, full=False, **options)
+    fits = fit_mlp_bank(TrainingData(X, y, fold, 10), specs, refit=False, **options)
     return [predict_head(fit.spec, fit.arrays, rows["test"][0]).argmax(1) for fit in fits]
 
 
@@ -315,7 +316,7 @@ def _winner(rows: Rows, specs: Sequence[MLPSpec], halving: Halving | None) -> tu
     fold = np.repeat([TRAIN_ONLY, 0], [len(rows["train"][1]), len(rows["validation"][1])]).astype(
         np.int16
     )
-    fits = fit_mlp_bank(X, y, n_classes=10, fold=fold, specs=specs, full=False, halving=halving)
+    fits = fit_mlp_bank(TrainingData(X, y, fold, 10), specs, refit=False, halving=halving)
     last = max(fit.iterations for fit in fits)
     scores = [
         float((fit.validation.argmax(1) == rows["validation"][1]).mean())
@@ -340,11 +341,11 @@ def knn_case(*, quick: bool) -> dict[str, Any]:
     ]  # type: ignore[arg-type]
 
     def ours() -> list[float]:
-        fits = fit_knn_bank(X, y, n_classes=10, fold=fold, specs=specs, full=False)
+        fits = fit_knn_bank(TrainingData(X, y, fold, 10), specs, refit=False)
         scores = [
             (f.validation.argmax(1) == y[fold == f.fold]).mean()
             for f in fits
-            if f.fold != FULL and f.validation is not None
+            if f.fold != REFIT and f.validation is not None
         ]
         return [float(value) for value in np.reshape(scores, (len(specs), 5)).mean(1)]
 

@@ -101,7 +101,7 @@ def worker(root: Path, memory: int, strengths: int, kind: str) -> None:
         LogisticSpec(float(C)) if kind == "logistic" else RidgeSpec(float(1 / C)) for C in grid
     )
     job = BankJob(
-        str(root / "task.npz"), (directory,), specs, str(result), full=False, memory_bytes=memory
+        str(root / "task.npz"), (directory,), specs, str(result), refit=False, memory_bytes=memory
     )
     cpu, wall = time.process_time(), time.perf_counter()
     train_bank(job)

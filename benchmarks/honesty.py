@@ -28,9 +28,9 @@ from threadpoolctl import threadpool_limits
 
 from headrace.heads.bank import fit_bank
 from headrace.heads.data.folds import make_folds
-from headrace.heads.data.task import Task
+from headrace.heads.data.task import Task, TaskKind
 from headrace.heads.evaluate.intervals import metric_interval, proportion_interval
-from headrace.heads.evaluate.metrics import TaskKind, score
+from headrace.heads.evaluate.metrics import score
 from headrace.heads.evaluate.temperature import fit_temperature, floor_of
 from headrace.heads.predict import predict_head
 from headrace.heads.spec import CentroidSpec, HeadSpec, KNNSpec, LogisticSpec, RidgeSpec
@@ -219,7 +219,7 @@ def fit_errors(X: Floats, task: Task) -> npt.NDArray[np.float64]:
     """(K, n) errors of ridge heads of several strengths on the rows that the folds hold out, in the
     task's order.
     """
-    fits = fit_bank(X, task, [RidgeSpec(alpha) for alpha in ALPHAS], full=False)
+    fits = fit_bank(X, task, [RidgeSpec(alpha) for alpha in ALPHAS], refit=False)
     errors = np.zeros((len(ALPHAS), len(task.fold)))
     for fit in fits:
         assert fit.validation is not None
@@ -308,7 +308,7 @@ def world_of_heads(
             tuple(RidgeSpec(alpha) for alpha in ALPHAS[::2]),
         ):
             for spec, fits in itertools.groupby(
-                fit_bank(X, task, specs, full=False), key=lambda fit: fit.spec
+                fit_bank(X, task, specs, refit=False), key=lambda fit: fit.spec
             ):
                 out, true = np.zeros((rows, classes), np.float32), []
                 for fit in fits:

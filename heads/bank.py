@@ -30,13 +30,13 @@ from headrace.heads.data.features import (
     tap_widths,
 )
 from headrace.heads.data.standardize import Features
-from headrace.heads.data.streamed import Streamed
-from headrace.heads.data.task import Task, load_task
+from headrace.heads.data.task import REFIT, Task, load_task
+from headrace.heads.data.training_data import TrainingData
 from headrace.heads.evaluate.metrics import all_metrics
 from headrace.heads.results import read_bank, results_bytes
-from headrace.heads.spec import FULL, ConvSpec, Halving, HeadFit, HeadSpec, MLPSpec
+from headrace.heads.spec import ConvSpec, FitResult, Halving, HeadSpec, MLPSpec
 
-Fit = Callable[[Sequence[HeadSpec]], list[HeadFit]]
+Fit = Callable[[Sequence[HeadSpec]], list[FitResult]]
 GPU_KINDS = (
     "logistic",
     "mlp",
@@ -64,7 +64,7 @@ class BankJob:
     result: str  # path of the results file
     threads: int = 1
     device: str = "cpu"
-    full: bool = True  # also train each spec on all rows
+    refit: bool = True  # also train each spec on all rows
     # mlp, conv: stop the losers early; they get no head trained on all rows
     halving: Halving | None = None
     # features that need more are streamed from their shards; None: `worker_memory`
@@ -110,12 +110,12 @@ def _train(job: BankJob, kind: str) -> None:
             f"none of the {len(kept)} images of {job.task} has features: look at the reasons with "
             "`headrace cache`"
         )
-    rows = take_rows(task, kept)
+    rows = task.take(kept)
     fits = fit_bank(
         X,
         rows,
         job.specs,
-        full=job.full,
+        refit=job.refit,
         threads=job.threads,
         device=job.device,
         halving=job.halving,
@@ -128,12 +128,12 @@ def publish_failure(job: BankJob, reason: str) -> None:
     """Publish results for a bank that cannot be trained: every head failed, for this reason."""
     task = load_task(Path(job.task))
     kept = rows_with_features(job.features, task.content)
-    fits = [failed for spec in job.specs for failed in _failed(spec, task, job.full, reason)]
-    _publish(job, task, kept, take_rows(task, kept), fits)
+    fits = [failed for spec in job.specs for failed in _failed(spec, task, job.refit, reason)]
+    _publish(job, task, kept, task.take(kept), fits)
 
 
 def _publish(
-    job: BankJob, task: Task, kept: npt.NDArray[np.bool_], rows: Task, fits: Sequence[HeadFit]
+    job: BankJob, task: Task, kept: npt.NDArray[np.bool_], rows: Task, fits: Sequence[FitResult]
 ) -> None:
     specs = [open_feature_set(directory).spec for directory in job.features]
     data = results_bytes(
@@ -181,30 +181,17 @@ def worker_memory() -> int:
     return share // 2
 
 
-def take_rows(task: Task, kept: npt.NDArray[np.bool_]) -> Task:
-    """The task with only some of its rows."""
-    return Task(
-        task.kind,
-        task.classes,
-        task.ids[kept],
-        task.content[kept],
-        task.target[kept],
-        task.fold[kept],
-        task.weight[kept],
-    )
-
-
 def fit_bank(
     X: Features,
     task: Task,
     specs: Sequence[HeadSpec],
     *,
-    full: bool = True,
+    refit: bool = True,
     threads: int = 1,
     device: str = "cpu",
     halving: Halving | None = None,
     bands: Sequence[int] = (),
-) -> list[HeadFit]:
+) -> list[FitResult]:
     """Train specs of one kind on features X (N, D), (V, N, D) with views, maps, or streamed rows;
     every head comes back.
 
@@ -214,8 +201,11 @@ def fit_bank(
     features of each tap that stands in X, for specs that are `banded`.
     """
     check_device(device)
+    data = TrainingData(
+        X, task.target, task.fold, len(task.classes), task.kind, task.weight, tuple(bands)
+    )
     on_device, on_cpu = (
-        _fitter(X, task, full=full, threads=threads, device=where, halving=halving, bands=bands)
+        _fitter(data, refit=refit, threads=threads, device=where, halving=halving)
         for where in (device, "cpu")
     )
     # Specs that compete in successive halving stay together.
@@ -230,14 +220,14 @@ def fit_bank(
         raise  # of the input, which no other spec would find better
     except Exception as error:  # noqa: BLE001 (whatever a head does, the others finish)
         fits = [
-            failed for spec in specs for failed in _alone(fit, spec, task, full, error, len(specs))
+            failed for spec in specs for failed in _alone(fit, spec, task, refit, error, len(specs))
         ]
     return [_finite(one) for one in fits]
 
 
 def _as_fits(
     on_device: Fit, on_cpu: Fit, specs: Sequence[HeadSpec], *, divide: bool
-) -> list[HeadFit]:
+) -> list[FitResult]:
     """Specs trained on a GPU, in halves where its memory is too small for them, and on the CPU
     where halves do not help.
     """
@@ -292,10 +282,10 @@ def _alone(
     fit: Fit,
     spec: HeadSpec,
     task: Task,
-    full: bool,
+    refit: bool,
     first: Exception,
     specs: int,
-) -> list[HeadFit]:
+) -> list[FitResult]:
     error = first
     if specs > 1:
         try:
@@ -306,18 +296,18 @@ def _alone(
     return _failed(
         spec,
         task,
-        full,
+        refit,
         f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})",
     )
 
 
-def _failed(spec: HeadSpec, task: Task, full: bool, reason: str) -> list[HeadFit]:
+def _failed(spec: HeadSpec, task: Task, refit: bool, reason: str) -> list[FitResult]:
     nan = float("nan")
-    folds = [*range(task.n_folds), FULL] if full else list(range(task.n_folds))
-    return [HeadFit(spec, fold, {}, nan, nan, 0, 0.0, None, reason) for fold in folds]
+    folds = [*range(task.n_folds), REFIT] if refit else list(range(task.n_folds))
+    return [FitResult(spec, fold, {}, nan, nan, 0, 0.0, None, reason) for fold in folds]
 
 
-def _finite(fit: HeadFit) -> HeadFit:
+def _finite(fit: FitResult) -> FitResult:
     if fit.error is None and fit.validation is not None and not np.isfinite(fit.validation).all():
         return dataclasses.replace(
             fit,
@@ -329,105 +319,79 @@ def _finite(fit: HeadFit) -> HeadFit:
 
 
 def _fitter(
-    X: Features,
-    task: Task,
-    *,
-    full: bool,
-    threads: int,
-    device: str,
-    halving: Halving | None,
-    bands: Sequence[int],
+    data: TrainingData, *, refit: bool, threads: int, device: str, halving: Halving | None
 ) -> Fit:
-    """What trains specs on this task.
+    """What trains specs on these rows.
 
     Modules are imported here, so that a linear bank doesn't import torch.
     """
-    common: dict[str, Any] = {"n_classes": len(task.classes), "full": full}
 
-    def fit(specs: Sequence[HeadSpec]) -> list[HeadFit]:
+    def fit(specs: Sequence[HeadSpec]) -> list[FitResult]:
         kind = specs[0].kind
         if kind in ("mlp", "conv"):
             import torch
 
             torch.set_num_threads(threads)
-            common_here = common | {
-                "fold": task.fold,
-                "sample_weight": task.weight,
-                "task": task.kind,
-                "device": device,
-                "halving": halving,
-            }
             if kind == "mlp":
                 from headrace.heads.networks.mlp import fit_mlp_bank
 
                 return fit_mlp_bank(
-                    X, task.target, specs=cast(Sequence[MLPSpec], specs), **common_here
+                    data,
+                    cast(Sequence[MLPSpec], specs),
+                    refit=refit,
+                    device=device,
+                    halving=halving,
                 )
             from headrace.heads.networks.conv import fit_conv_bank
 
             return fit_conv_bank(
-                X, task.target, specs=cast(Sequence[ConvSpec], specs), **common_here
+                data, cast(Sequence[ConvSpec], specs), refit=refit, device=device, halving=halving
             )
-        rows: Features
-        if isinstance(X, Streamed):
-            views, rows = X.views, X
-        else:
-            views, rows = len(X) if X.ndim == 3 else 1, X.reshape(-1, X.shape[-1])
-        repeat = np.tile(np.arange(len(task.fold)), views)
-        common_here = common | {"fold": task.fold[repeat], "specs": specs}
-        # Each view of a row counts as a share of the row, so that strengths mean the same whatever
-        # the number of views.
-        common_here["sample_weight"] = task.weight[repeat] / views
-        fits = _one_row_per_view(kind, task, device, bands, views)(
-            rows, task.target[repeat], **common_here
-        )
-        return [_average_views(one, task, views) for one in fits]
+        rows = data.one_row_per_view()
+        fits = _one_row_per_view(kind, rows, specs, refit, device)
+        return [_average_views(fit, rows) for fit in fits]
 
     return fit
 
 
 def _one_row_per_view(
-    kind: str, task: Task, device: str, bands: Sequence[int], views: int
-) -> Callable[..., list[HeadFit]]:
+    kind: str, data: TrainingData, specs: Sequence[Any], refit: bool, device: str
+) -> list[FitResult]:
     if kind == "logistic":
         from headrace.heads.linear.logistic import fit_logistic_bank
 
-        if task.kind == "regression":
+        if data.task_kind == "regression":
             raise BadBank(
                 "logistic heads predict classes, this is a regression task: use ridge, mlp or knn"
             )
-        return lambda X, target, **rest: fit_logistic_bank(
-            X, target, device=device, bands=bands, views=views, **rest
-        )
+        return fit_logistic_bank(data, specs, refit=refit, device=device)
     if kind == "ridge":
         from headrace.heads.linear.ridge import fit_ridge_bank
 
-        return lambda X, target, **rest: fit_ridge_bank(
-            X, target, kind=task.kind, bands=bands, views=views, **rest
-        )
+        return fit_ridge_bank(data, specs, refit=refit)
     if kind == "knn":
         from headrace.heads.neighbors.bank import fit_knn_bank
 
-        return lambda X, target, **rest: fit_knn_bank(X, target, task=task.kind, **rest)
+        return fit_knn_bank(data, specs, refit=refit)
     if kind == "centroid":
         from headrace.heads.neighbors.bank import fit_centroid_bank
 
-        return lambda X, target, **rest: fit_centroid_bank(X, target, task=task.kind, **rest)
+        return fit_centroid_bank(data, specs, refit=refit)
     from headrace.heads.sklearn.bank import fit_sklearn_bank
 
-    return lambda X, target, **rest: fit_sklearn_bank(X, target, task=task.kind, **rest)
+    return fit_sklearn_bank(data, specs, refit=refit)
 
 
-def _average_views(fit: HeadFit, task: Task, views: int) -> HeadFit:
+def _average_views(fit: FitResult, data: TrainingData) -> FitResult:
     """Predictions of the stacked views (V·n, C), averaged to one per row (n, C)."""
-    if views == 1 or fit.validation is None:
+    if data.n_views == 1 or fit.validation is None:
         return fit
-    held = int(np.count_nonzero(task.fold == fit.fold))
-    averaged = fit.validation.reshape(views, held, -1).mean(0, dtype=np.float32)
+    n_images = len(fit.validation) // data.n_views
+    averaged = fit.validation.reshape(data.n_views, n_images, -1).mean(0, dtype=np.float32)
     return dataclasses.replace(fit, validation=averaged)
 
 
-def _metrics(task: Task, fit: HeadFit) -> dict[str, float]:
+def _metrics(task: Task, fit: FitResult) -> dict[str, float]:
     if fit.validation is None:
         return {}
     return all_metrics(task.kind, task.target[task.fold == fit.fold], fit.validation)

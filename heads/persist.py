@@ -26,9 +26,9 @@ from headrace.cache.format.sealed import (
     tensor_metadata,
 )
 from headrace.cache.spec import FeatureSpec
-from headrace.heads.evaluate.metrics import TaskKind
+from headrace.heads.data.task import REFIT, TaskKind
 from headrace.heads.predict import Arrays, CannotPredict, predict_head
-from headrace.heads.spec import FULL, HeadSpec, SklearnSpec, spec_from_json, spec_to_json
+from headrace.heads.spec import HeadSpec, SklearnSpec, spec_from_json, spec_to_json
 
 FORMAT = 2  # 1 had no temperature
 WEIGHTS = "head.safetensors"
@@ -106,7 +106,7 @@ def save_head(
     if not arrays:
         raise CannotPredict(
             f"this {spec.kind} head has no arrays to save: save the head trained on all rows (fold "
-            f"{FULL})"
+            f"{REFIT})"
         )
     made_by = list(backbones) if backbones is not None else [None] * len(features)
     assert len(made_by) == len(features)

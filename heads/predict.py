@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from headrace.cache.errors import HeadraceError
-from headrace.heads.evaluate.metrics import TaskKind
+from headrace.heads.data.task import TaskKind
 from headrace.heads.evaluate.temperature import (
     FARTHEST,
     FLOOR,

@@ -34,12 +34,13 @@ import xxhash
 from headrace.cache.checksum import shard_checksum
 from headrace.cache.errors import HeadraceError, ShardUnreadable
 from headrace.cache.format.shard import USER_BLOCK_BYTES
-from headrace.heads.data.task import Task
-from headrace.heads.evaluate.metrics import TaskKind, metric_names
+from headrace.heads.data.task import REFIT, Task
+from headrace.heads.evaluate.metrics import (metric_names)
+from headrace.heads.data.task import (TaskKind)
 from headrace.heads.predict import Arrays
-from headrace.heads.spec import FULL, HeadFit, HeadSpec, spec_from_json, spec_to_json
+from headrace.heads.spec import FitResult, HeadSpec, spec_from_json, spec_to_json
 
-FORMAT = 2
+FORMAT = 3  # 2 had -1 for the fold of heads trained on all rows, 1 no digest
 COLUMNS = ("fold", "objective", "gap", "iterations", "seconds")
 
 _HDF5 = b"\x89HDF\r\n\x1a\n"
@@ -59,7 +60,7 @@ class _Unreadable(BadResults):
 def results_bytes(
     task: Task,
     task_digest: str,
-    fits: Sequence[HeadFit],
+    fits: Sequence[FitResult],
     metrics: Sequence[Mapping[str, float]],
     *,
     features: Sequence[Mapping[str, Any]],
@@ -149,7 +150,7 @@ class BankResult:
     # error
     table: pd.DataFrame
 
-    def arrays(self, spec: HeadSpec | str, fold: int = FULL) -> Arrays:
+    def arrays(self, spec: HeadSpec | str, fold: int = REFIT) -> Arrays:
         """The arrays that `predict_head` needs; empty where a head stores none.
 
         Raises BadResults for no such head.

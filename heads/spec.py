@@ -14,7 +14,6 @@ import numpy.typing as npt
 # breast_cancer and two made sets, 10 draws of each, hidden 64 and 256, dropout 0 and 0.5: from 0 to
 # 1e-2 accuracies differ by 0.01 points; 1e-1 and 1 lose up to 0.1 points and 0.03 nats.
 WEIGHT_DECAY = 1e-2
-FULL = -1  # "fold" of a head trained on every training row, none held out
 
 ClassWeight = Literal["none", "balanced"]
 
@@ -262,14 +261,14 @@ def spec_from_json(text: str) -> HeadSpec:
 
 
 @dataclass(frozen=True)
-class HeadFit:
+class FitResult:
     """One trained head.
 
     `arrays` is all that prediction needs besides the spec; a failed head has an `error`.
     """
 
     spec: HeadSpec
-    fold: int  # the fold held out of its training; FULL: none
+    fold: int  # the fold held out of its training; REFIT: none
     # linear: weight (C, D) and bias (C,), float32, in raw feature coordinates
     arrays: dict[str, npt.NDArray[Any]]
     objective: float  # of the training rows, in the spec's own terms, float64

@@ -14,7 +14,7 @@ import pytest
 from support.runs import headrace
 
 from headrace.cache.feature_set import list_feature_sets
-from headrace.heads.spec import FULL
+from headrace.heads.data.task import REFIT
 
 PUBLISHED_SVM = 0.8244  # Deitsch et al. 2019, hand-crafted features on a 75/25 split
 
@@ -73,7 +73,7 @@ def test_the_demo_survives_kills_and_beats_the_published_svm(tmp_path):
     assert evaluation["result"]["images"] == 656
     assert evaluation["result"]["value"] > PUBLISHED_SVM
     heads = pd.read_parquet(run / "heads.parquet")
-    heads = heads[(heads["fold"] != FULL) & heads["error"].isna()]
+    heads = heads[(heads["fold"] != REFIT) & heads["error"].isna()]
     assert (heads["kind"] == "logistic").sum() >= 300
     assert (heads["kind"] == "mlp").sum() >= 24
     assert [features.n_rows for features in list_feature_sets(shards)] == [2624] * 6

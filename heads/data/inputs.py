@@ -1,27 +1,17 @@
 """What the linear banks ask of their arguments."""
 
-from typing import Any, Literal
-
 import numpy as np
-import numpy.typing as npt
 
 from headrace.heads.data.checks import row_weights
-from headrace.heads.data.standardize import Features
-
-Array = npt.NDArray[Any]
+from headrace.heads.data.training_data import TrainingData
 
 
-def check_rows(
-    X: Features,
-    target: Array,
-    n_classes: int,
-    fold: Array,
-    sample_weight: Array | None,
-    kind: Literal["single", "multi", "regression"],
-) -> None:
+def check_rows(data: TrainingData) -> None:
     """Raises ValueError where shapes, labels or weights do not fit; features are checked where they
     are read.
     """
+    X, target, n_classes, fold = data.X, data.target, data.n_outputs, data.fold
+    kind, sample_weight = data.task_kind, data.sample_weight
     if X.ndim != 2 or not np.issubdtype(X.dtype, np.floating):
         raise ValueError(
             f"features must be a float matrix (rows, features), found {X.dtype} of shape {X.shape}"

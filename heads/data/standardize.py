@@ -14,8 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from headrace.heads.data.streamed import Streamed
-from headrace.heads.data.task import TRAIN_ONLY
-from headrace.heads.spec import FULL
+from headrace.heads.data.task import REFIT, TRAIN_ONLY
 
 Array = npt.NDArray[Any]
 Features = Array | Streamed  # (N, D), in memory or read from shards
@@ -136,12 +135,12 @@ def group_moments(X: Features, fold: Array) -> dict[int, Moments]:
 
 
 def training_moments(groups: dict[int, Moments]) -> dict[int, Moments]:
-    """Moments of each fold's training rows, and of all rows under FULL."""
+    """Moments of each fold's training rows, and of all rows under REFIT."""
     empty = Moments(0, *(np.zeros_like(next(iter(groups.values())).mean) for _ in range(2)))
     merged = {
         fold: merge([part for group, part in groups.items() if group != fold] or [empty])
         for fold in groups
         if fold != TRAIN_ONLY
     }
-    merged[FULL] = merge(list(groups.values()))
+    merged[REFIT] = merge(list(groups.values()))
     return merged

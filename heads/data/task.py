@@ -1,5 +1,6 @@
 """The task of a run: which rows, which targets, which folds. Written once, read by every bank."""
 
+import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
@@ -13,8 +14,16 @@ from headrace.cache.atomic_io import publish_replace
 from headrace.cache.errors import HeadraceError
 from headrace.cache.format.sealed import read_sealed_arrays, sealed_arrays
 
+TaskKind = Literal["single", "multi", "regression"]
+
+# Values of `Task.fold` beside the folds 0..F-1.
 TEST = -1  # never seen by training or selection
 TRAIN_ONLY = -2  # trains in every fold, held out in none (a given training/validation split)
+# Fold number of a head that is trained on every training row, with none held out; no row has it.
+REFIT = -3
+
+
+_ROW_FIELDS = ("ids", "content", "target", "fold", "weight")  # of Task, with a row axis in front
 
 
 class BadTaskFile(HeadraceError, ValueError):
@@ -28,7 +37,7 @@ class Task:
     N rows, in the order that every bank and every stored prediction uses.
     """
 
-    kind: Literal["single", "multi", "regression"]
+    kind: TaskKind
     # single: class names; multi: label columns; regression: target columns
     classes: tuple[str, ...]
     ids: npt.NDArray[np.str_]  # (N,) sample ids
@@ -55,16 +64,18 @@ class Task:
         """The same task with the test rows left out: what banks are given, so that no bank can see
         a test row.
         """
-        keep = self.fold != TEST
-        return Task(
-            self.kind,
-            self.classes,
-            self.ids[keep],
-            self.content[keep],
-            self.target[keep],
-            self.fold[keep],
-            self.weight[keep],
+        return self.take(self.fold != TEST)
+
+    def take(self, rows: npt.NDArray[Any]) -> "Task":
+        """Return the task of some rows: a mask (N,), or row numbers (n,) in the order wanted."""
+        return dataclasses.replace(
+            self, **{name: getattr(self, name)[rows] for name in _ROW_FIELDS}
         )
+
+
+def seed_of_fold(fold: int) -> int:
+    """Return a number for the seed of a fold's random stream: 1, 2, … for folds, 0 for REFIT."""
+    return 0 if fold == REFIT else fold + 1
 
 
 def save_task(task: Task, path: Path, **beside: npt.NDArray[Any]) -> None:
@@ -73,7 +84,7 @@ def save_task(task: Task, path: Path, **beside: npt.NDArray[Any]) -> None:
     Raises PublishFailed.
     """
     header = np.frombuffer(json.dumps([task.kind, task.classes]).encode(), np.uint8)
-    fields = {name: getattr(task, name) for name in ("ids", "content", "target", "fold", "weight")}
+    fields = {name: getattr(task, name) for name in _ROW_FIELDS}
     publish_replace(
         path, sealed_arrays({"header": header, **fields, "ids": task.ids.astype(np.str_), **beside})
     )
@@ -89,7 +100,7 @@ def read_task(path: Path) -> tuple[Task, dict[str, npt.NDArray[Any]]]:
     try:
         stored = read_sealed_arrays(path.read_bytes())
         kind, classes = json.loads(stored.pop("header").tobytes())
-        fields = [stored.pop(name) for name in ("ids", "content", "target", "fold", "weight")]
+        fields = [stored.pop(name) for name in _ROW_FIELDS]
         return Task(kind, tuple(classes), *fields), stored
     except (ValueError, KeyError, TypeError) as error:
         raise BadTaskFile(

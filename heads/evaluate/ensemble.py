@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from headrace.heads.evaluate.metrics import TaskKind
+from headrace.heads.data.task import TaskKind
 
 Array = npt.NDArray[Any]
 

@@ -6,14 +6,14 @@ its input anew for each metric.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from headrace.cache.errors import HeadraceError
+from headrace.heads.data.task import TaskKind
 
-TaskKind = Literal["single", "multi", "regression"]
 Floats = npt.NDArray[np.float64]
 
 CALIBRATION_BINS = 15  # equal widths over [0, 1], as in Guo et al. 2017

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from headrace.heads.evaluate.metrics import TaskKind
+from headrace.heads.data.task import TaskKind
 from headrace.heads.spec import HeadSpec, KNNSpec, SklearnSpec, spec_from_json
 
 Array = npt.NDArray[Any]

@@ -11,13 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from headrace.heads.evaluate.metrics import (
-    CALIBRATION_BINS,
-    METRICS,
-    TaskKind,
-    UnknownMetric,
-    metric_names,
-)
+from headrace.heads.data.task import TaskKind
+from headrace.heads.evaluate.metrics import CALIBRATION_BINS, METRICS, UnknownMetric, metric_names
 
 Floats = npt.NDArray[np.float64]
 Array = npt.NDArray[Any]

@@ -44,7 +44,7 @@ def with_bands(
     widths: Sequence[int],
     views: int = 1,
 ) -> dict[int, Moments]:
-    """`scaling` (fold or FULL: moments of its training rows), with an emphasis (D,) that gives
+    """`scaling` (fold or REFIT: moments of its training rows), with an emphasis (D,) that gives
     every band its own penalty.
 
     X: (N, D). target: (N,) int classes, (N, T) labels or real values. fold: (N,) the fold that

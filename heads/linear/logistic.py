@@ -32,6 +32,8 @@ from headrace.heads.data.standardize import (
     training_moments,
 )
 from headrace.heads.data.streamed import Streamed
+from headrace.heads.data.task import REFIT
+from headrace.heads.data.training_data import TrainingData
 from headrace.heads.linear.bands import with_bands
 from headrace.heads.linear.solver.design import (
     ROWS_PER_BLOCK,
@@ -45,7 +47,8 @@ from headrace.heads.linear.solver.dual_form import copies_fit, make_dual_design
 from headrace.heads.linear.solver.loss import sigmoid, softmax
 from headrace.heads.linear.solver.path_solver import HeadSolution, solve_paths
 from headrace.heads.linear.solver.regularization_path import RegularizationPath
-from headrace.heads.spec import FULL, HeadFit, LogisticSpec
+from headrace.heads.spec import (FitResult, LogisticSpec)
+from headrace.heads.data.task import (REFIT)
 
 Array = npt.NDArray[Any]
 # an absent class's decision is minus this: its probability is exactly zero, and no arithmetic
@@ -66,48 +69,37 @@ class _Part:
 
 
 def fit_logistic_bank(
-    X: Features,
-    target: Array,
-    *,
-    n_classes: int,
-    fold: Array,
+    data: TrainingData,
     specs: Sequence[LogisticSpec],
-    full: bool = True,
-    sample_weight: Array | None = None,
+    *,
+    refit: bool = True,
     gap: float = 1e-5,
     device: str = "cpu",
     deadline: float | None = None,
-    bands: Sequence[int] = (),
-    views: int = 1,
-) -> list[HeadFit]:
-    """Fit every spec on the training rows of every fold, and on all rows when `full`.
+) -> list[FitResult]:
+    """Fit every spec on the training rows of every fold, and on all rows when `refit`.
 
-    X: (N, D) float16, float32 or float64, no test rows; or such rows streamed from shards on every
-    pass.
-    target: (N,) int class indices, or (N, L) 0/1 labels: L independent binary problems (n_classes =
-    L).
-    fold: (N,) int, the fold that holds the row out, or TRAIN_ONLY.
-    gap: relative distance to the optimum at which a head stops, by estimate; `HeadFit.gap` is a
+    data: X (N, D) float16, float32 or float64 in memory, or streamed from shards on every pass; no
+    test rows. Multi-label targets (N, L) are L independent binary problems.
+    gap: relative distance to the optimum at which a head stops, by estimate; `FitResult.gap` is a
     proven bound.
     device: "cpu" (NumPy), or torch's name of a device ("cuda"), where the products then run.
     deadline: time.monotonic() seconds at which to stop early.
-    bands: features of each tap, in order, for specs that are `banded`; without, all features are
-    one tap.
-    views: of each image; the rows come one view after another.
 
-    Returns the heads spec by spec, for each its folds in order, then FULL. Raises NotFinite (a
+    Returns the heads spec by spec, for each its folds in order, then REFIT. Raises NotFinite (a
     ValueError) for NaN or infinite features, ValueError for shapes that do not fit, labels out of
     range, no spec at all, strengths that are not positive, and sample weights that are negative or
     beyond 1e-30..1e15.
     """
-    _check(X, target, n_classes, fold, specs, sample_weight)
-    fold = np.asarray(fold, np.int64)
+    _check(data, specs)
+    X, target, n_classes, sample_weight = data.X, data.target, data.n_outputs, data.sample_weight
+    fold = np.asarray(data.fold, np.int64)
     sw = (
         None
         if sample_weight is None or (sample_weight == 1).all()
         else np.asarray(sample_weight, np.float64)
     )
-    folds = [int(f) for f in np.unique(fold) if f >= 0] + ([FULL] if full else [])
+    folds = data.folds_to_fit(refit=refit)
     groups = group_moments(X, fold)
     scaling = training_moments(groups)
     parts: dict[tuple[int, int, int], _Part] = {}  # (spec, fold, label or 0)
@@ -117,7 +109,11 @@ def fit_logistic_bank(
             for i, spec in enumerate(specs)
             if (spec.standardize, spec.banded) == (standardize, banded)
         ]
-        scales = with_bands(X, target, fold, scaling, bands, views) if banded else scaling
+        scales = (
+            with_bands(X, target, fold, scaling, data.band_widths, data.n_views)
+            if banded
+            else scaling
+        )
         for problem in _problems(target, n_classes, fold, folds, sw):
             _fit_problem(
                 X,
@@ -201,7 +197,7 @@ def _fit_problem(
     for folds in _batches(problem, scaling, X.shape[1], standardize):
         used = {f: scaling[f] for f in folds}
         if len(folds) > 1:
-            used[FULL] = scaling[FULL]
+            used[REFIT] = scaling[REFIT]
         paths, owners = _lines(
             problem,
             folds,
@@ -262,7 +258,7 @@ def _batches(
     problem: _Problem, scaling: dict[int, Moments], dim: int, standardize: bool
 ) -> list[tuple[int, ...]]:
     """The problem's folds, those in one tuple that can share a design."""
-    whole, count = scaling[FULL], int(problem.known.sum())
+    whole, count = scaling[REFIT], int(problem.known.sum())
     alike = tuple(
         f for f in problem.folds if scales_are_similar(scaling[f], whole, standardize=standardize)
     )
@@ -454,7 +450,7 @@ def _assemble(
     specs: Sequence[LogisticSpec],
     parts: dict[tuple[int, int, int], _Part],
     sw: Array | None,
-) -> list[HeadFit]:
+) -> list[FitResult]:
     """Heads in order, their weights laid out by class, and the probabilities of their held-out
     rows.
     """
@@ -484,7 +480,7 @@ def _assemble(
             optimum = objective - bound
             arrays = {"weight": weight.astype(np.float32), "bias": bias.astype(np.float32)}
             fits.append(
-                HeadFit(
+                FitResult(
                     spec,
                     f,
                     arrays,
@@ -495,18 +491,27 @@ def _assemble(
                     None,
                 )
             )
-    for f in folds:
-        if f != FULL:
+    predicted = {
+        f: iter(
             _predict_held_out(
                 X, np.flatnonzero(fold == f), [fit for fit in fits if fit.fold == f], multi
             )
-    return fits
+        )
+        for f in folds
+        if f != REFIT
+    }
+    return [
+        fit if fit.fold == REFIT else dataclasses.replace(fit, validation=next(predicted[fit.fold]))
+        for fit in fits
+    ]
 
 
 def _predict_held_out(
-    X: Features, rows: npt.NDArray[np.intp], fits: list[HeadFit], multi: bool
-) -> None:
-    """Fill in the probabilities of a fold's held-out rows, for all its heads in one product."""
+    X: Features, rows: npt.NDArray[np.intp], fits: list[FitResult], multi: bool
+) -> Array:
+    """(K, n, C) float32 probabilities of a fold's held-out rows, for all its heads in one
+    product.
+    """
     weight = np.concatenate([fit.arrays["weight"] for fit in fits])
     bias = np.concatenate([fit.arrays["bias"] for fit in fits])
     classes = len(weight) // len(fits)
@@ -517,20 +522,12 @@ def _predict_held_out(
             decision.reshape(len(fits), classes, -1).transpose(1, 0, 2)
         )
         out[:, where] = p.transpose(1, 2, 0)
-    for fit, own in zip(fits, out, strict=True):
-        object.__setattr__(fit, "validation", own)
+    return out
 
 
-def _check(
-    X: Features,
-    target: Array,
-    n_classes: int,
-    fold: Array,
-    specs: Sequence[LogisticSpec],
-    sample_weight: Array | None,
-) -> None:
+def _check(data: TrainingData, specs: Sequence[LogisticSpec]) -> None:
     check_specs(specs, "LogisticSpec(C=1.0)")
-    check_rows(X, target, n_classes, fold, sample_weight, "multi" if target.ndim == 2 else "single")
+    check_rows(data)
     for spec in specs:
         if not (np.isfinite(spec.C) and spec.C > 0):
             raise ValueError(

@@ -16,7 +16,7 @@ import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -32,13 +32,14 @@ from headrace.heads.data.standardize import (
     scaled,
     training_moments,
 )
+from headrace.heads.data.task import REFIT, TaskKind
+from headrace.heads.data.training_data import TrainingData
 from headrace.heads.linear.bands import with_bands
 from headrace.heads.linear.gram import Products, add_up, group_products
 from headrace.heads.predict import ROWS_AT_ONCE, ridge_link
-from headrace.heads.spec import FULL, HeadFit, RidgeSpec
+from headrace.heads.spec import FitResult, RidgeSpec
 
 Array = npt.NDArray[Any]
-TaskKind = Literal["single", "multi", "regression"]
 
 # An eigendecomposition costs about as much as this many Cholesky factorisations (float64: 17 at D =
 # 512, 20 at 1,280).
@@ -48,46 +49,30 @@ OFFSET_SEEN = 100.0
 
 
 def fit_ridge_bank(
-    X: Features,
-    target: Array,
-    *,
-    n_classes: int,
-    fold: Array,
-    specs: Sequence[RidgeSpec],
-    full: bool = True,
-    sample_weight: Array | None = None,
-    kind: TaskKind | None = None,
-    bands: Sequence[int] = (),
-    views: int = 1,
-) -> list[HeadFit]:
-    """Fit every spec on the training rows of every fold, and on all rows when `full`.
+    data: TrainingData, specs: Sequence[RidgeSpec], *, refit: bool = True
+) -> list[FitResult]:
+    """Fit every spec on the training rows of every fold, and on all rows when `refit`.
 
-    X: (N, D) float, no test rows, in memory or streamed. target: (N,) int class indices ("single"),
-    (N, L) integer 0/1 labels ("multi", L independent problems), or (N, L) float values
-    ("regression"); n_classes counts the classes or columns; `kind` is taken from the target's shape
-    and dtype unless given. fold: (N,) int, the fold holding the row out, or TRAIN_ONLY. bands:
-    features of each tap, in order, for specs that are `banded`; without, all features are one tap.
-    views: of each image; the rows come one view after another.
+    data: X (N, D) float, no test rows, in memory or streamed. Multi-label targets (N, L) are L
+    independent problems.
 
     Arrays are weight (C, D) and bias (C,), float32, raw coordinates; `validation` is probabilities
     by `ridge_link`, for regression the values. Heads come spec by spec, for each its folds in
-    order, then FULL. Raises NotFinite (a ValueError) for NaN or infinite features, ValueError for
+    order, then REFIT. Raises NotFinite (a ValueError) for NaN or infinite features, ValueError for
     shapes that do not fit and for negative strengths.
     """
-    kind = kind or (
-        "single" if target.ndim == 1 else "regression" if target.dtype.kind == "f" else "multi"
-    )
-    _check(X, target, n_classes, fold, specs, sample_weight, kind)
-    fold = np.asarray(fold, np.int64)
+    _check(data, specs)
+    X, target, n_classes, kind = data.X, data.target, data.n_outputs, data.task_kind
+    fold, sample_weight = np.asarray(data.fold, np.int64), data.sample_weight
     sample_weight = None if sample_weight is None or (sample_weight == 1).all() else sample_weight
     groups = group_moments(X, fold)
     plain = training_moments(groups)
     scalings = {False: plain}
     if any(spec.banded for spec in specs):
-        scalings[True] = with_bands(X, target, fold, plain, bands, views)
-    folds = [f for f in plain if f != FULL] + ([FULL] if full else [])
+        scalings[True] = with_bands(X, target, fold, plain, data.band_widths, data.n_views)
+    folds = data.folds_to_fit(refit=refit)
     coded = _coded(target, n_classes, kind)
-    fits: dict[tuple[int, int], HeadFit] = {}
+    fits: dict[tuple[int, int], FitResult] = {}
     for weighting in sorted({spec.class_weight for spec in specs}):
         balanced = weighting == "balanced" and kind != "regression"
         # Balanced labels are weighted label by label: each is a problem of its own.
@@ -124,8 +109,8 @@ def fit_ridge_bank(
                 solved.append(rows.solve(f, alphas, standardize))
             joined = _join(solved)
             held = np.flatnonzero(fold == f)
-            weight, bias = _raw(joined, scaling[FULL])
-            scores = None if f == FULL else _scores(X, held, weight, bias, scaling[FULL])
+            weight, bias = _raw(joined, scaling[REFIT])
+            scores = None if f == REFIT else _scores(X, held, weight, bias, scaling[REFIT])
             seconds = (time.perf_counter() - began) / len(chosen)
             for row, i in enumerate(chosen):
                 own = None if scores is None else scores[row]
@@ -169,7 +154,7 @@ class _Rows:
 
     def solve(self, f: int, alphas: Array, standardize: bool) -> _Solved:
         """Solutions of fold f."""
-        whole, own = self.scaling[FULL], self.scaling[f]
+        whole, own = self.scaling[REFIT], self.scaling[f]
         factor = np.where(whole.constant, 0.0, 1.0 / whole.scale)
         # From the shared coordinates to those that are penalised; a feature that is constant in the
         # fold's training rows has no say there, and gets no weight.
@@ -204,7 +189,7 @@ class _Rows:
         rows = np.flatnonzero(self.fold != f)
         root = np.sqrt(np.ones(len(rows)) if self.weight is None else self.weight[rows])
         mass = float(root @ root) or 1.0
-        Z = scaled(self.X[rows], self.scaling[FULL].mean, factor * ratio)
+        Z = scaled(self.X[rows], self.scaling[REFIT].mean, factor * ratio)
         mean, target_mean = root**2 @ Z / mass, root**2 @ self.Y[rows] / mass
         Z = (Z - mean) * root[:, None]
         y = (self.Y[rows] - target_mean) * root[:, None]
@@ -320,7 +305,7 @@ def _head(
     scores: Array | None,
     kind: TaskKind,
     seconds: float,
-) -> HeadFit:
+) -> FitResult:
     """One head of a bank."""
     objective, bound = float(solved.objective[row]), float(solved.bound[row])
     gap = (
@@ -331,7 +316,7 @@ def _head(
         validation = np.asarray(
             scores if kind == "regression" else ridge_link(scores, kind), np.float32
         )
-    return HeadFit(spec, f, arrays, objective, gap, 1, seconds, validation)
+    return FitResult(spec, f, arrays, objective, gap, 1, seconds, validation)
 
 
 def _coded(target: Array, n_classes: int, kind: TaskKind) -> Array:
@@ -356,17 +341,9 @@ def _balanced(
     return np.asarray(factor[member] * (1.0 if sample_weight is None else sample_weight))
 
 
-def _check(
-    X: Features,
-    target: Array,
-    n_classes: int,
-    fold: Array,
-    specs: Sequence[RidgeSpec],
-    sample_weight: Array | None,
-    kind: TaskKind,
-) -> None:
+def _check(data: TrainingData, specs: Sequence[RidgeSpec]) -> None:
     check_specs(specs, "RidgeSpec(alpha=1.0)")
-    check_rows(X, target, n_classes, fold, sample_weight, kind)
+    check_rows(data)
     for spec in specs:
         if not (np.isfinite(spec.alpha) and spec.alpha >= 0):
             raise ValueError(

@@ -18,10 +18,10 @@ import numpy.typing as npt
 from headrace.heads.data.checks import check_finite, check_specs, row_weights
 from headrace.heads.data.standardize import Features, sweep
 from headrace.heads.data.streamed import Streamed
-from headrace.heads.data.task import TEST
-from headrace.heads.evaluate.metrics import TaskKind
+from headrace.heads.data.task import REFIT, TEST, TaskKind
+from headrace.heads.data.training_data import TrainingData
 from headrace.heads.evaluate.temperature import FARTHEST, keep_decisions
-from headrace.heads.spec import FULL, CentroidSpec, HeadFit, KNNSpec
+from headrace.heads.spec import CentroidSpec, FitResult, KNNSpec
 
 Metric = Literal["cosine", "euclidean"]
 Floats = npt.NDArray[Any]
@@ -105,38 +105,31 @@ class StreamedReferences:
 
 
 def fit_knn_bank(
-    X: Features,
-    target: npt.NDArray[Any],
-    *,
-    n_classes: int,
-    fold: npt.NDArray[np.int16],
-    specs: Sequence[KNNSpec],
-    full: bool = True,
-    sample_weight: npt.NDArray[np.float64] | None = None,
-    task: TaskKind = "single",
-) -> list[HeadFit]:
+    data: TrainingData, specs: Sequence[KNNSpec], *, refit: bool = True
+) -> list[FitResult]:
     """Every k, metric and weighting on every fold from one pass over the inner products.
 
-    X (N, D), in memory or streamed, target and fold as in `Task`. Fold heads have predictions and
-    no arrays; the FULL head's arrays are the training rows themselves, the same objects for all
+    data: X (N, D), in memory or streamed. Fold heads have predictions and
+    no arrays; the REFIT head's arrays are the training rows themselves, the same objects for all
     specs (a results file stores them once), and it has an error where they are more than a results
     file is meant for. A neighbour votes with its sample weight. A spec whose k exceeds the training
     rows of a fold has an error there. Raises BadFeatures (a ValueError) for features that are not
     finite.
     """
     check_specs(specs, "KNNSpec(5)")
+    X, fold = data.X, data.fold
     if not isinstance(X, Streamed):
         check_finite(X)
     started = time.perf_counter()
-    weight = row_weights(sample_weight, len(X))
-    values = encoded(target, n_classes, task)
+    weight = row_weights(data.sample_weight, len(X))
+    values = encoded(data.target, data.n_outputs, data.task_kind)
     usable = np.flatnonzero((fold != TEST) & (weight > 0))
     rows = (
         StreamedReferences.of(X)
         if isinstance(X, Streamed)
         else References.of(np.asarray(X, np.float32))
     )
-    folds = sorted(int(number) for number in np.unique(fold[fold >= 0]))
+    folds = data.folds
     found: dict[tuple[int, int], npt.NDArray[np.float32]] = {}
     error: dict[tuple[int, int], str | None] = {}
     for number in folds:
@@ -156,7 +149,7 @@ def fit_knn_bank(
     share = (time.perf_counter() - started) / max(1, len(specs) * len(folds))
     room = len(usable) * X.shape[1] * 4
     stored = {}
-    if full and room <= STORED_ROWS_BYTES:
+    if refit and room <= STORED_ROWS_BYTES:
         stored = {
             "features": np.ascontiguousarray(X[usable], np.float32),
             "target": values[usable],
@@ -167,7 +160,7 @@ def fit_knn_bank(
         for number in folds:
             key = place, number
             fits.append(_fit(spec, number, {}, found.get(key), error[key], share))
-        if full:
+        if refit:
             reason = knn_error(spec, len(usable))
             if not stored and reason is None:
                 reason = (
@@ -175,7 +168,7 @@ def fit_knn_bank(
                     f"the {STORED_ROWS_BYTES / 1e9:.1f} GB that are copied into a results file: "
                     "predict with another kind"
                 )
-            fits.append(_fit(spec, FULL, {} if reason else stored, None, reason, 0.0))
+            fits.append(_fit(spec, REFIT, {} if reason else stored, None, reason, 0.0))
     return fits
 
 
@@ -334,55 +327,48 @@ def encoded(target: npt.NDArray[Any], outputs: int, task: TaskKind) -> npt.NDArr
 
 
 def fit_centroid_bank(
-    X: Features,
-    target: npt.NDArray[Any],
-    *,
-    n_classes: int,
-    fold: npt.NDArray[np.int16],
-    specs: Sequence[CentroidSpec],
-    full: bool = True,
-    sample_weight: npt.NDArray[np.float64] | None = None,
-    task: TaskKind = "single",
-) -> list[HeadFit]:
+    data: TrainingData, specs: Sequence[CentroidSpec], *, refit: bool = True
+) -> list[FitResult]:
     """Class means of every fold as differences of one sum: the total minus the fold's own share.
 
-    X (N, D), in memory or streamed, single-label target (N,), fold as in `Task`. Euclidean heads
+    data: X (N, D), in memory or streamed, single-label target (N,). Euclidean heads
     work on standardised features, as a nearest mean under one diagonal covariance; cosine heads on
     features centred on the mean of the training rows.
     """
     check_specs(specs, "CentroidSpec()")
+    X, fold = data.X, data.fold
     if not isinstance(X, Streamed):
         check_finite(X)
-    if task != "single":
+    folds = data.folds_to_fit(refit=refit)
+    if data.task_kind != "single":
         reason = (
-            f"a class mean needs one class per row, this is a {task} task: use knn, ridge or mlp"
+            f"a class mean needs one class per row, this is a {data.task_kind} task: use knn, "
+            "ridge or mlp"
         )
-        folds = sorted({int(number) for number in fold[fold >= 0]}) + [FULL] * full
         return [_fit(spec, number, {}, None, reason, 0.0) for spec in specs for number in folds]
-    weight = row_weights(sample_weight, len(X))
+    weight = row_weights(data.sample_weight, len(X))
     usable = np.where(fold != TEST, weight, 0.0)
-    folds = sorted(int(number) for number in np.unique(fold[fold >= 0]))
-    for number in folds:
+    for number in data.folds:
         if not usable[fold != number].any():
             raise ValueError(
                 f"fold {number} leaves no row with a weight to train on: use fewer folds, or add "
                 "images"
             )
     started = time.perf_counter()
-    parts = _sums(X, target, fold, usable, n_classes)
+    parts = _sums(X, data.target, fold, usable, data.n_outputs)
     total = tuple(np.sum([part[place] for part in parts.values()], axis=0) for place in range(3))
     fits = []
     for spec in specs:
-        for number in [*folds, FULL] if full else folds:
+        for number in folds:
             sums = (
                 total
-                if number == FULL
+                if number == REFIT
                 else tuple(t - p for t, p in zip(total, parts[number], strict=True))
             )
             arrays = centroid_arrays(spec, *sums)
             own = (
                 None
-                if number == FULL
+                if number == REFIT
                 else _predict_rows(spec, arrays, X, np.flatnonzero(fold == number))
             )
             seconds, started = time.perf_counter() - started, time.perf_counter()
@@ -480,5 +466,5 @@ def _fit(
     validation: npt.NDArray[np.float32] | None,
     error: str | None,
     seconds: float,
-) -> HeadFit:
-    return HeadFit(spec, fold, arrays, float("nan"), float("nan"), 0, seconds, validation, error)
+) -> FitResult:
+    return FitResult(spec, fold, arrays, float("nan"), float("nan"), 0, seconds, validation, error)

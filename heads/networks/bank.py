@@ -17,12 +17,13 @@ import torch
 
 from headrace.heads.data.checks import check_finite, check_specs, row_weights
 from headrace.heads.data.streamed import Streamed, StreamedStack, StreamedView
-from headrace.heads.evaluate.metrics import TaskKind
+from headrace.heads.data.task import REFIT, TaskKind
+from headrace.heads.data.training_data import TrainingData
 from headrace.heads.networks.mlp_batch import StreamedTensor
 from headrace.heads.networks.mlp_data import FoldData, prepare
 from headrace.heads.networks.mlp_training import Batch, Run, Trace
 from headrace.heads.predict import Arrays, predict_head
-from headrace.heads.spec import FULL, ConvSpec, Halving, HeadFit, MLPSpec
+from headrace.heads.spec import ConvSpec, FitResult, Halving, MLPSpec
 
 Floats = npt.NDArray[Any]
 Stacked = Floats | StreamedStack  # (V, N, D, …)
@@ -52,11 +53,8 @@ class Bank(Generic[Spec]):
 
     stacked: Stacked
     features: torch.Tensor | StreamedTensor  # (V·N, D, …) on the device
-    target: npt.NDArray[Any]
-    outputs: int
-    fold: npt.NDArray[np.int16]
+    rows: TrainingData
     weight: npt.NDArray[np.float64]
-    task: TaskKind
     specs: Sequence[Spec]
     family: Family[Spec]
     prepared: dict[tuple[int, bool], FoldData] = field(default_factory=dict)
@@ -67,12 +65,9 @@ class Bank(Generic[Spec]):
             self.prepared[fold, standardize] = prepare(
                 self.stacked,
                 self.features,
-                self.target,
-                self.outputs,
-                self.fold,
-                fold,
+                self.rows,
                 self.weight,
-                self.task,
+                fold,
                 standardize=standardize,
             )
         return self.prepared[fold, standardize]
@@ -112,23 +107,23 @@ class Bank(Generic[Spec]):
             ranked,
         )
 
-    def fit(self, trace: Trace) -> HeadFit:
+    def fit(self, trace: Trace) -> FitResult:
         """The outcome of a head that has left its batch."""
         spec, nan = self.specs[trace.spec], float("nan")
         if trace.error is not None or trace.data is None:
-            return HeadFit(
+            return FitResult(
                 spec, trace.fold, {}, nan, nan, trace.epochs, trace.seconds, None, trace.error
             )
         arrays = self.family.arrays(trace.best, trace.data)
         validation = None
-        if trace.fold != FULL:
+        if trace.fold != REFIT:
             per_view = [
                 self._predicted(spec, arrays, view, trace.data.held) for view in self.stacked
             ]
             validation = (
                 np.stack(per_view).mean(0, dtype=np.float32) if len(per_view) > 1 else per_view[0]
             )
-        return HeadFit(
+        return FitResult(
             spec,
             trace.fold,
             arrays,
@@ -145,7 +140,9 @@ class Bank(Generic[Spec]):
         parts = [
             rows[start : start + ROWS_AT_ONCE] for start in range(0, len(rows), ROWS_AT_ONCE)
         ] or [rows]
-        return np.concatenate([predict_head(spec, arrays, view[part], self.task) for part in parts])
+        return np.concatenate(
+            [predict_head(spec, arrays, view[part], self.rows.task_kind) for part in parts]
+        )
 
 
 def stack(X: Floats | Streamed, dimensions: int) -> Stacked:
@@ -159,44 +156,30 @@ def stack(X: Floats | Streamed, dimensions: int) -> Stacked:
 
 def fit_networks(
     stacked: Stacked,
-    target: npt.NDArray[Any],
-    *,
-    n_classes: int,
-    fold: npt.NDArray[np.int16],
+    data: TrainingData,
     specs: Sequence[Spec],
-    full: bool,
-    sample_weight: npt.NDArray[np.float64] | None,
-    device: str,
-    task: TaskKind,
-    halving: Halving | None,
     family: Family[Spec],
-) -> list[HeadFit]:
+    *,
+    refit: bool,
+    device: str,
+    halving: Halving | None,
+) -> list[FitResult]:
     """As `fit_mlp_bank`; stacked is (V, N, D, …)."""
     views, n = stacked.shape[:2]
     check_specs(specs, "MLPSpec((64,))")
-    weight = row_weights(sample_weight, n)
+    weight = row_weights(data.sample_weight, n)
     features: torch.Tensor | StreamedTensor
     if isinstance(stacked, StreamedStack):
         features = StreamedTensor(stacked.rows, torch.device(device))
     else:
         check_finite(stacked.reshape(views, n, -1))
         features = as_tensor(stacked.reshape(views * n, *stacked.shape[2:])).to(device)
-    bank = Bank(
-        stacked,
-        features,
-        target,
-        n_classes,
-        fold,
-        weight,
-        task,
-        specs,
-        family,
-    )
+    bank = Bank(stacked, features, data, weight, specs, family)
     traces: list[Trace] = []
     makers: list[Callable[[], Run]] = []
-    for number in sorted(int(value) for value in np.unique(fold[fold >= 0])):
+    for number in data.folds:
         own = [
-            Trace(place, number, spec.epochs, error=spec_error(spec, task))
+            Trace(place, number, spec.epochs, error=spec_error(spec, data.task_kind))
             for place, spec in enumerate(specs)
         ]
         traces += own
@@ -215,14 +198,14 @@ def fit_networks(
                 run.leave([trace for trace in run.traces if trace.spec not in alive])
         for run in runs:
             run.advance(None)
-    if full:
-        own = [_full_trace(place, specs[place], traces, task) for place in sorted(alive)]
+    if refit:
+        own = [_full_trace(place, specs[place], traces, data.task_kind) for place in sorted(alive)]
         traces += own
         for maker in bank.runs(own, ranked=False):
             maker().advance(None)
     return [
         bank.fit(trace)
-        for trace in sorted(traces, key=lambda trace: (trace.spec, trace.fold == FULL, trace.fold))
+        for trace in sorted(traces, key=lambda trace: (trace.spec, trace.fold == REFIT, trace.fold))
     ]
 
 
@@ -283,5 +266,5 @@ def _full_trace(
     if own and not best and error is None:
         error = f"not trained on all rows, because it failed in every fold: {own[0].error}"
     return Trace(
-        place, FULL, max(1, round(float(np.mean(best)))) if best else spec.epochs, error=error
+        place, REFIT, max(1, round(float(np.mean(best)))) if best else spec.epochs, error=error
     )

@@ -15,13 +15,14 @@ import torch.nn.functional as F
 
 from headrace.heads.data.checks import BadFeatures
 from headrace.heads.data.streamed import Streamed
-from headrace.heads.evaluate.metrics import TaskKind
+from headrace.heads.data.task import TaskKind
+from headrace.heads.data.training_data import TrainingData
 from headrace.heads.networks.bank import Family, fit_networks, stack
 from headrace.heads.networks.conv_batch import ConvBatch, random_start
 from headrace.heads.networks.mlp_batch import Network
 from headrace.heads.networks.mlp_data import FoldData
 from headrace.heads.predict import Arrays, CannotPredict, link
-from headrace.heads.spec import ConvSpec, Halving, HeadFit
+from headrace.heads.spec import ConvSpec, FitResult, Halving
 
 Floats = npt.NDArray[Any]
 
@@ -31,23 +32,19 @@ ROWS_AT_ONCE = 256
 
 
 def fit_conv_bank(
-    X: Floats | Streamed,
-    target: npt.NDArray[Any],
-    *,
-    n_classes: int,
-    fold: npt.NDArray[np.int16],
+    data: TrainingData,
     specs: Sequence[ConvSpec],
-    full: bool = True,
-    sample_weight: npt.NDArray[np.float64] | None = None,
+    *,
+    refit: bool = True,
     device: str = "cpu",
-    task: TaskKind = "single",
     halving: Halving | None = None,
-) -> list[HeadFit]:
+) -> list[FitResult]:
     """As `fit_mlp_bank`, for maps X (N, D, h, w), or (V, N, D, h, w) for V views of each row.
 
     Maps are standardised channel by channel. Heads of equal channels, hidden widths and batch size
     train side by side. Raises BadFeatures for features that are no maps or not finite.
     """
+    X, n_classes = data.X, data.n_outputs
     if X.ndim not in ((4,) if isinstance(X, Streamed) else (4, 5)):
         raise BadFeatures(
             f"a convolution head needs maps (N, channels, h, w), found {X.shape}: give a tap like "
@@ -60,11 +57,11 @@ def fit_conv_bank(
         # Each layer's product, its normalised value and the gradients of both.
         return 16 * spec.batch_size * positions * sum(spec.channels)
 
-    def make(chunk: list[ConvSpec], data: FoldData, number: int) -> ConvBatch:
+    def make(chunk: list[ConvSpec], fold_data: FoldData, number: int) -> ConvBatch:
         networks = [conv_network(spec) for spec in chunk]
         pairs = zip(chunk, networks, strict=True)
         starts = [random_start(spec.channels, own, channels, n_classes) for spec, own in pairs]
-        return ConvBatch(networks, starts, data.rows, fold=number, device=torch.device(device))
+        return ConvBatch(networks, starts, fold_data.rows, fold=number, device=torch.device(device))
 
     family = Family(
         alike=lambda spec: (spec.channels, spec.hidden, spec.batch_size, True),
@@ -73,19 +70,7 @@ def fit_conv_bank(
         make=make,
         arrays=_with_scaling,
     )
-    return fit_networks(
-        stacked,
-        target,
-        n_classes=n_classes,
-        fold=fold,
-        specs=specs,
-        full=full,
-        sample_weight=sample_weight,
-        device=device,
-        task=task,
-        halving=halving,
-        family=family,
-    )
+    return fit_networks(stacked, data, specs, family, refit=refit, device=device, halving=halving)
 
 
 def conv_network(spec: ConvSpec) -> Network:

@@ -13,16 +13,15 @@ import itertools
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import numpy as np
 import numpy.typing as npt
 import torch
 
-from headrace.heads.data.streamed import Streamed
-from headrace.heads.evaluate.metrics import TaskKind
+from headrace.heads.data.task import TaskKind
+from headrace.heads.data.training_data import TrainingData
 from headrace.heads.networks.bank import Family, fit_networks, stack
 from headrace.heads.networks.mlp_batch import Network, NetworkBatch, padded_width
 from headrace.heads.networks.mlp_data import FoldData, folded_arrays
-from headrace.heads.spec import Halving, HeadFit, MLPSpec
+from headrace.heads.spec import FitResult, Halving, MLPSpec
 
 Floats = npt.NDArray[Any]
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -36,35 +35,31 @@ REDUCED_PRECISION_WEIGHTS = 1 << 14
 
 
 def fit_mlp_bank(
-    X: Floats | Streamed,
-    target: npt.NDArray[Any],
-    *,
-    n_classes: int,
-    fold: npt.NDArray[np.int16],
+    data: TrainingData,
     specs: Sequence[MLPSpec],
-    full: bool = True,
-    sample_weight: npt.NDArray[np.float64] | None = None,
+    *,
+    refit: bool = True,
     device: str = "cpu",
-    task: TaskKind = "single",
     halving: Halving | None = None,
     precision: Precision = "auto",
-) -> list[HeadFit]:
-    """Train every spec on every fold, and with `full` on all rows; returns the fits spec by spec,
-    FULL last.
+) -> list[FitResult]:
+    """Train every spec on every fold, and with `refit` on all rows; returns the fits spec by spec,
+    REFIT last.
 
-    X: (N, D), or (V, N, D) for V views of each row, or such rows streamed from shards: training
-    picks one view per row and epoch, prediction averages.
-    target: single (N,) class index; multi (N, C) 0/1; regression (N, C). n_classes: C. fold: (N,)
-    as in `Task.fold`. Each fold's heads stop early on the loss of its held-out rows and keep their
-    best epoch; FULL heads train for the mean best epoch of their spec. With `halving` the losers
-    have fits of fewer epochs and no FULL one.
+    data: X (N, D), or (V, N, D) for V views of each row, or such rows streamed from shards:
+    training picks one view per row and epoch, prediction averages.
+
+    Each fold's heads stop early on the loss of its held-out rows and keep their best epoch; REFIT
+    heads train for the mean best epoch of their spec. With `halving` the losers have fits of fewer
+    epochs and no REFIT one.
+
     precision: "bfloat16" multiplies the first layer's inputs and weights in bfloat16 and adds in
     float32 (master weights, optimiser and every other layer are float32); "auto" does so where the
     processor is faster at it. A head that fails (a bad spec, a loss that is not finite) has an
     `error`; the others are unaffected. Raises ValueError for features that are not finite, naming
     the row.
     """
-    stacked = stack(X, 2)
+    stacked, n_classes, task = stack(data.X, 2), data.n_outputs, data.task_kind
     width = stacked.shape[2]
 
     def widths(spec: MLPSpec) -> tuple[int, ...]:
@@ -76,11 +71,11 @@ def fit_mlp_bank(
             sum((i + 1) * o for i, o in itertools.pairwise((width, *widths(spec), n_classes)))
         )
 
-    def make(chunk: list[MLPSpec], data: FoldData, number: int) -> NetworkBatch:
+    def make(chunk: list[MLPSpec], fold_data: FoldData, number: int) -> NetworkBatch:
         reduced = reduced_precision(chunk[0], width, task, torch.device(device), precision)
         return NetworkBatch(
             [network(spec) for spec in chunk],
-            data.rows,
+            fold_data.rows,
             fold=number,
             device=torch.device(device),
             dtype=torch.bfloat16 if reduced else torch.float32,
@@ -95,19 +90,7 @@ def fit_mlp_bank(
             layers, data.mean, data.scale, data.target_mean, data.target_scale
         ),
     )
-    return fit_networks(
-        stacked,
-        target,
-        n_classes=n_classes,
-        fold=fold,
-        specs=specs,
-        full=full,
-        sample_weight=sample_weight,
-        device=device,
-        task=task,
-        halving=halving,
-        family=family,
-    )
+    return fit_networks(stacked, data, specs, family, refit=refit, device=device, halving=halving)
 
 
 def network(spec: MLPSpec) -> Network:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from headrace.heads.data.streamed import Streamed
-from headrace.heads.evaluate.metrics import TaskKind
+from headrace.heads.data.task import TaskKind, seed_of_fold
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # torch.optim.AdamW's defaults
 EVALUATION_ROWS = 2048  # rows of one block when no gradient is needed
@@ -120,7 +120,7 @@ class DropoutBits:
     def __init__(self, seeds: Sequence[int], fold: int, device: torch.device) -> None:
         self.device = device
         self.of_head = list(seeds)
-        entropy = {seed: [seed, 1, fold + 2] for seed in sorted(set(seeds))}
+        entropy = {seed: [seed, 1, seed_of_fold(fold) + 1] for seed in sorted(set(seeds))}
         if device.type == "cpu":  # four times faster than torch's own generator on a CPU
             self.numpy = {
                 s: np.random.Generator(np.random.SFC64(np.random.SeedSequence(e)))

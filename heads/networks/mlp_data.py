@@ -12,10 +12,8 @@ import numpy.typing as npt
 import torch
 
 from headrace.heads.data.streamed import StreamedStack
-from headrace.heads.data.task import TEST
-from headrace.heads.evaluate.metrics import TaskKind
+from headrace.heads.data.training_data import TrainingData
 from headrace.heads.networks.mlp_batch import Rows, StreamedTensor
-from headrace.heads.spec import FULL
 
 Floats = npt.NDArray[Any]
 
@@ -36,18 +34,15 @@ class FoldData:
 def prepare(
     stacked: Floats | StreamedStack,
     features: torch.Tensor | StreamedTensor,
-    target: npt.NDArray[Any],
-    outputs: int,
-    fold: npt.NDArray[np.int16],
-    number: int,
+    data: TrainingData,
     weight: npt.NDArray[np.float64],
-    task: TaskKind,
+    number: int,
     *,
     standardize: bool,
 ) -> FoldData:
-    n = len(fold)
-    held = np.flatnonzero(fold == number) if number != FULL else np.zeros(0, np.int64)
-    train = np.flatnonzero((fold != TEST) & ((fold != number) | (number == FULL)) & (weight > 0))
+    n, target, outputs, task = len(data.fold), data.target, data.n_outputs, data.task_kind
+    held, train = data.held_out_rows(number), data.training_rows(number)
+    train = train[weight[train] > 0]
     if len(train) == 0:
         raise ValueError(f"fold {number} leaves no row to train on: use fewer folds, or add images")
     mean, scale = (

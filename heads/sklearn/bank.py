@@ -22,11 +22,12 @@ from sklearn.preprocessing import StandardScaler
 
 from headrace.cache.errors import HeadraceError
 from headrace.heads.data.checks import check_finite, check_specs, row_weights
-from headrace.heads.data.task import TEST
-from headrace.heads.evaluate.metrics import TaskKind
+from headrace.heads.data.streamed import Streamed
+from headrace.heads.data.task import REFIT, TEST, TaskKind
+from headrace.heads.data.training_data import TrainingData
 from headrace.heads.neighbors.bank import STORED_ROWS_BYTES
 from headrace.heads.predict import CannotPredict, sigmoid, softmax
-from headrace.heads.spec import FULL, HeadFit, SklearnSpec
+from headrace.heads.spec import FitResult, SklearnSpec
 
 Floats = npt.NDArray[Any]
 
@@ -133,27 +134,21 @@ def estimator_code(spec: SklearnSpec) -> str | None:
 
 
 def fit_sklearn_bank(
-    X: Floats,
-    target: npt.NDArray[Any],
-    *,
-    n_classes: int,
-    fold: npt.NDArray[np.int16],
-    specs: Sequence[SklearnSpec],
-    full: bool = True,
-    sample_weight: npt.NDArray[np.float64] | None = None,
-    task: TaskKind = "single",
-) -> list[HeadFit]:
+    data: TrainingData, specs: Sequence[SklearnSpec], *, refit: bool = True
+) -> list[FitResult]:
     """One fit per spec and fold.
 
-    X (N, D), target, fold as in `Task`. What an estimator raises is its head's error.
+    data: X (N, D), in memory. What an estimator raises is its head's error.
     """
     check_specs(specs, 'SklearnSpec("sklearn.svm.SVC")')
+    X, target, fold = data.X, data.target, data.fold
+    assert not isinstance(X, Streamed)  # an estimator of scikit-learn takes an array
+    task, n_classes = data.task_kind, data.n_outputs
     check_finite(X)
-    weight = row_weights(sample_weight, len(X))
-    folds = sorted(int(number) for number in np.unique(fold[fold >= 0]))
+    weight = row_weights(data.sample_weight, len(X))
     everything = np.flatnonzero((fold != TEST) & (weight > 0))
     stored: dict[str, npt.NDArray[Any]] = {}
-    if full and len(everything) * X.shape[1] * 4 <= STORED_ROWS_BYTES:
+    if refit and len(everything) * X.shape[1] * 4 <= STORED_ROWS_BYTES:
         stored = {
             "features": np.ascontiguousarray(X[everything], np.float32),
             "target": np.ascontiguousarray(target[everything]),
@@ -162,23 +157,23 @@ def fit_sklearn_bank(
         }
     fits = []
     for spec in specs:
-        for number in [*folds, FULL] if full else folds:
+        for number in data.folds_to_fit(refit=refit):
             started = time.perf_counter()
-            train = everything[fold[everything] != number] if number != FULL else everything
+            train = everything[fold[everything] != number] if number != REFIT else everything
             held = X[fold == number]
             validation, error = None, None
             try:
-                if number == FULL:
+                if number == REFIT:
                     make_estimator(spec)  # fitted when it predicts
                 else:
                     estimator = _fitted(spec, X[train], target[train], weight[train], task)
                     validation = _probabilities(estimator, held, n_classes, task)
             except Exception as caught:  # noqa: BLE001 (any estimator may raise anything: a failed row, the others go on)
                 error = f"{type(caught).__name__}: {caught}"
-            arrays = stored if number == FULL and error is None else {}
+            arrays = stored if number == REFIT and error is None else {}
             seconds = time.perf_counter() - started
             fits.append(
-                HeadFit(
+                FitResult(
                     spec, number, arrays, float("nan"), float("nan"), 0, seconds, validation, error
                 )
             )

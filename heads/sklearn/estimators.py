@@ -20,14 +20,14 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from headrace.heads.data.checks import row_weights
 from headrace.heads.data.folds import make_folds
-from headrace.heads.data.task import TRAIN_ONLY
+from headrace.heads.data.task import REFIT, TRAIN_ONLY
+from headrace.heads.data.training_data import TrainingData
 from headrace.heads.predict import predict_head
 from headrace.heads.spec import (
-    FULL,
     WEIGHT_DECAY,
     CentroidSpec,
     ClassWeight,
-    HeadFit,
+    FitResult,
     HeadSpec,
     KNNSpec,
     LogisticSpec,
@@ -70,12 +70,8 @@ class LogisticHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         fold = np.full(len(rows), TRAIN_ONLY, np.int16)
         weight = _weights(self.class_weight, classes, target, counts)
         fits = fit_logistic_bank(
-            rows,
-            target,
-            n_classes=len(classes),
-            fold=fold,
-            specs=[spec],
-            sample_weight=weight,
+            TrainingData(rows, target, fold, len(classes), sample_weight=weight),
+            [spec],
             gap=self.gap,
         )
         _finish(self, fits, classes)
@@ -113,7 +109,7 @@ class RidgeHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         fold = np.full(len(rows), TRAIN_ONLY, np.int16)
         weight = _weights(self.class_weight, classes, target, counts)
         fits = fit_ridge_bank(
-            rows, target, n_classes=len(classes), fold=fold, specs=[spec], sample_weight=weight
+            TrainingData(rows, target, fold, len(classes), sample_weight=weight), [spec]
         )
         _finish(self, fits, classes)
         return self
@@ -194,12 +190,8 @@ class MLPHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             )
             fold[parts == 0] = 0
         fits = fit_mlp_bank(
-            rows,
-            target,
-            n_classes=len(classes),
-            fold=fold,
-            specs=[spec],
-            sample_weight=weight,
+            TrainingData(rows, target, fold, len(classes), sample_weight=weight),
+            [spec],
             device=self.device,
         )
         _finish(self, fits, classes)
@@ -235,7 +227,7 @@ class KNNHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         _finish(
             self,
             fit_knn_bank(
-                rows, target, n_classes=len(classes), fold=fold, specs=[spec], sample_weight=counts
+                TrainingData(rows, target, fold, len(classes), sample_weight=counts), [spec]
             ),
             classes,
         )
@@ -269,7 +261,7 @@ class CentroidHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         _finish(
             self,
             fit_centroid_bank(
-                rows, target, n_classes=len(classes), fold=fold, specs=[spec], sample_weight=counts
+                TrainingData(rows, target, fold, len(classes), sample_weight=counts), [spec]
             ),
             classes,
         )
@@ -302,13 +294,10 @@ class RidgeRegressionHead(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         fold = np.full(len(rows), TRAIN_ONLY, np.int16)
         specs = [RidgeSpec(self.alpha, standardize=self.standardize)]
         fits = fit_ridge_bank(
-            rows,
-            target,
-            n_classes=target.shape[1],
-            fold=fold,
-            specs=specs,
-            sample_weight=counts,
-            kind="regression",
+            TrainingData(
+                rows, target, fold, target.shape[1], task_kind="regression", sample_weight=counts
+            ),
+            specs,
         )
         _keep(self, fits)
         return self
@@ -371,14 +360,11 @@ class MLPRegressionHead(RegressorMixin, BaseEstimator):  # type: ignore[misc]
             parts = max(2, round(1 / self.validation_fraction))
             fold[np.random.default_rng(self.seed).permutation(len(rows)) % parts == 0] = 0
         fits = fit_mlp_bank(
-            rows,
-            target,
-            n_classes=target.shape[1],
-            fold=fold,
-            specs=[spec],
-            sample_weight=counts,
+            TrainingData(
+                rows, target, fold, target.shape[1], task_kind="regression", sample_weight=counts
+            ),
+            [spec],
             device=self.device,
-            task="regression",
         )
         _keep(self, fits)
         return self
@@ -465,13 +451,13 @@ def _weights(
     return own if counts is None else own * counts
 
 
-def _finish(head: Any, fits: list[HeadFit], classes: npt.NDArray[Any]) -> None:
+def _finish(head: Any, fits: list[FitResult], classes: npt.NDArray[Any]) -> None:
     _keep(head, fits)
     head.classes_ = classes
 
 
-def _keep(head: Any, fits: list[HeadFit]) -> None:
-    fit = next(fit for fit in fits if fit.fold == FULL)
+def _keep(head: Any, fits: list[FitResult]) -> None:
+    fit = next(fit for fit in fits if fit.fold == REFIT)
     if fit.error is not None:
         raise ValueError(f"{type(head).__name__}: {fit.error}")
     head.spec_, head.arrays_, head.n_iter_ = fit.spec, fit.arrays, max(1, fit.iterations)

@@ -19,6 +19,7 @@ from headrace.cache.format.sealed import read_sealed_json, sealed_json
 from headrace.heads.data.features import load_rows
 from headrace.heads.data.folds import make_folds
 from headrace.heads.data.task import Task
+from headrace.heads.data.training_data import TrainingData
 from headrace.heads.evaluate.metrics import score
 from headrace.heads.evaluate.transferability import (
     bayes_bounds,
@@ -97,7 +98,7 @@ def _measure(name: str, task: Task, rows: npt.NDArray[np.int64], directory: Path
     fold = make_folds(target, n_folds=min(_FOLDS, len(target)), seed=0)
     specs = [KNNSpec(k=k, metric=metric) for k in NEIGHBOURS for metric in ("cosine", "euclidean")]
     fits = fit_knn_bank(
-        X, target, n_classes=len(task.classes), fold=fold, specs=specs, full=False, task=task.kind
+        TrainingData(X, target, fold, len(task.classes), task_kind=task.kind), specs, refit=False
     )
     metric = {"single": "accuracy", "multi": "hamming_accuracy", "regression": "r2"}[task.kind]
     by_spec: dict[KNNSpec, list[float]] = {}

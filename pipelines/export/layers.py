@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from headrace.heads.evaluate.metrics import TaskKind
+from headrace.heads.data.task import TaskKind
 from headrace.heads.evaluate.temperature import FARTHEST, FLOOR, floor_of
 from headrace.heads.neighbors.bank import CENTROID_TEMPERATURE
 from headrace.heads.persist import TrainedHead

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from headrace.heads.evaluate.metrics import TaskKind
+from headrace.heads.data.task import TaskKind
 from headrace.heads.predict import Arrays
 from headrace.heads.spec import ConvSpec, HeadSpec, LogisticSpec, MLPSpec, RidgeSpec
 from headrace.pipelines.finetune.errors import DIFFERENTIABLE, FinetuneRefused

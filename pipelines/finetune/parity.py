@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from headrace.heads.evaluate.metrics import TaskKind
+from headrace.heads.data.task import TaskKind
 from headrace.heads.predict import link
 from headrace.pipelines.finetune.errors import FinetuneRefused
 from headrace.pipelines.finetune.head import Head

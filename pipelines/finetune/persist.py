@@ -33,7 +33,7 @@ from headrace.extract.backbones.weights import weights_digest
 from headrace.extract.images.preprocessing import Preprocessing
 from headrace.extract.spec import BackboneSpec, backbone_code, backbone_from_fields, check_sizes
 from headrace.extract.taps.resolve import parse_tap
-from headrace.heads.evaluate.metrics import TaskKind
+from headrace.heads.data.task import TaskKind
 from headrace.heads.persist import WRITE_AGAIN, check_temperature, code_name, require_trusted
 from headrace.heads.predict import link
 from headrace.heads.spec import FineTuneSpec, spec_from_json, spec_to_json

@@ -21,10 +21,10 @@ from rich.console import Console
 from headrace.cache.atomic_io import lease
 from headrace.cache.format.sealed import is_sealed_file
 from headrace.extract.spec import BackboneSpec
-from headrace.heads.data.task import Task
+from headrace.heads.data.task import REFIT, Task
 from headrace.heads.evaluate.metrics import METRICS, score
 from headrace.heads.results import read_bank, remove_damaged
-from headrace.heads.spec import FULL, spec_to_json
+from headrace.heads.spec import spec_to_json
 from headrace.pipelines.cluster.progress import stage
 from headrace.pipelines.cluster.submit import Outcome, RunIncomplete, TaskOptions, run_tasks
 from headrace.pipelines.cluster.task_leases import claims
@@ -324,18 +324,18 @@ def _train(
     run(jobs)
     record: dict[str, Any] = {"seconds": sum(one["seconds"] for one in done.values())}
     if failures:
-        publish_result(job, failures | {FULL: "not trained on all rows, because a fold failed"})
+        publish_result(job, failures | {REFIT: "not trained on all rows, because a fold failed"})
         return record | {"decision": "failed", "reason": next(iter(failures.values()))}
     publish_result(job, {})
     record |= compare(inputs, candidate)
     if record["gain"] <= 0:
         return record | {"decision": "rolled back"}
     best = [one["best_epoch"] for one in done.values()]
-    run([FoldJob(job, FULL, None, max(1, round(float(np.mean(best)))))])
-    record["seconds"] += done.get(FULL, {}).get("seconds", 0.0)
+    run([FoldJob(job, REFIT, None, max(1, round(float(np.mean(best)))))])
+    record["seconds"] += done.get(REFIT, {}).get("seconds", 0.0)
     publish_result(job, failures)
     if failures:
-        return record | {"decision": "failed", "reason": failures[FULL]}
+        return record | {"decision": "failed", "reason": failures[REFIT]}
     return record | {"decision": "kept"}
 
 

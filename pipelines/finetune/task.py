@@ -29,11 +29,11 @@ from headrace.extract.backbones.backbone import Backbone, load_backbone
 from headrace.extract.errors import BackboneError
 from headrace.extract.spec import BackboneSpec
 from headrace.extract.taps.resolve import Tap, backbone_nodes, tap_shape
-from headrace.heads.data.task import Task, load_task
+from headrace.heads.data.task import REFIT, Task, load_task, seed_of_fold
 from headrace.heads.evaluate.metrics import all_metrics
 from headrace.heads.evaluate.temperature import fit_temperature
 from headrace.heads.results import read_bank, remove_damaged, results_bytes
-from headrace.heads.spec import FULL, FineTuneSpec, HeadFit, MLPSpec, spec_from_json, spec_to_json
+from headrace.heads.spec import FineTuneSpec, FitResult, MLPSpec, spec_from_json, spec_to_json
 from headrace.pipelines.finetune.data import (
     ImageSource,
     MapSource,
@@ -96,7 +96,7 @@ class FoldJob:
     job: FinetuneJob
     fold: int
     seconds: float | None = None
-    epochs: int | None = None  # FULL: to train so long, for there is nothing to stop early by
+    epochs: int | None = None  # REFIT: to train so long, for there is nothing to stop early by
 
 
 @dataclass(frozen=True)
@@ -135,8 +135,8 @@ def pilot(job: FinetuneJob) -> dict[str, Any]:
 
 
 def train_fold(fold_job: FoldJob) -> dict[str, Any]:
-    """Train one fold, or with fold FULL on all rows, and publish what came of it: a results file of
-    one head, the curve, and for FULL the network's own directory. Goes on from the fold's
+    """Train one fold, or with fold REFIT on all rows, and publish what came of it: a results file
+    of one head, the curve, and for REFIT the network's own directory. Goes on from the fold's
     checkpoint.
 
     Returns {"fold", "best_epoch", "epochs", "seconds", "stopped", "resumed_from", "skipped"}.
@@ -146,7 +146,7 @@ def train_fold(fold_job: FoldJob) -> dict[str, Any]:
     curve = path.with_suffix(".json")
     remove_damaged(path)
     known = _curve(curve)
-    has_network = fold != FULL or is_sealed_file(
+    has_network = fold != REFIT or is_sealed_file(
         Path(job.model) / WEIGHTS
     )  # the part says how; the network is what is needed
     checkpoint = Path(job.folder) / f"checkpoint{_name(fold)}.safetensors"
@@ -171,7 +171,7 @@ def train_fold(fold_job: FoldJob) -> dict[str, Any]:
         "curve": trained.progress.curve,
     }
     fit = _fit(job.spec, fold, trained)
-    if fold == FULL:
+    if fold == REFIT:
         # The network sees pixels from now on, whatever it was trained from.
         whole = Network(opened.backbone, opened.taps, training.network.head.cpu())
         whole.backbone.load_state_dict(training.network.backbone.cpu().state_dict())
@@ -209,19 +209,19 @@ def _temperature(job: FinetuneJob, task: Task) -> float:
 
 
 def publish_result(job: FinetuneJob, failures: dict[int, str]) -> Path:
-    """Join the parts into the candidate's results file. failures: reasons of the folds (FULL too)
+    """Join the parts into the candidate's results file. failures: reasons of the folds (REFIT too)
     that have no part.
     """
     opened = _open(job, light=True)
     fits = []
-    for fold in [*range(opened.task.n_folds), FULL]:
+    for fold in [*range(opened.task.n_folds), REFIT]:
         path, nan = part_path(job, fold), float("nan")
         if path.exists():
             part = read_bank(path)
             row = part.table.iloc[0]
             validation = part.validation(job.spec, fold)
             fits.append(
-                HeadFit(
+                FitResult(
                     job.spec,
                     fold,
                     {},
@@ -233,7 +233,7 @@ def publish_result(job: FinetuneJob, failures: dict[int, str]) -> Path:
                 )
             )
         elif fold in failures:
-            fits.append(HeadFit(job.spec, fold, {}, nan, nan, 0, 0.0, None, failures[fold]))
+            fits.append(FitResult(job.spec, fold, {}, nan, nan, 0, 0.0, None, failures[fold]))
     path = Path(job.result)
     path.parent.mkdir(parents=True, exist_ok=True)
     publish_replace(path, _results(job, opened, fits))
@@ -254,7 +254,7 @@ def part_path(job: FinetuneJob, fold: int) -> Path:
 
 
 def _name(fold: int) -> str:
-    return "-full" if fold == FULL else f"-{fold}"
+    return "-full" if fold == REFIT else f"-{fold}"
 
 
 def _open(job: FinetuneJob, *, light: bool = False) -> _Opened:
@@ -357,7 +357,9 @@ def _training(fold_job: FoldJob, opened: _Opened) -> Training:
             raise FinetuneRefused(f"a new head is an mlp, and this one is of kind {head_spec.kind}")
         width = _width(opened)
         head = new_head(
-            dataclasses.replace(head_spec, seed=spec.seed + 1000 * (fold + 1)), width, outputs
+            dataclasses.replace(head_spec, seed=spec.seed + 1000 * seed_of_fold(fold)),
+            width,
+            outputs,
         )
     head.dropout = max(head.dropout, spec.dropout)
     network = Network(opened.backbone, opened.taps, head, cut=cut)
@@ -439,11 +441,11 @@ def _width(opened: _Opened) -> int:
     return sum(int(np.prod(feature.spec.shape)) for feature in next(iter(opened.views.values())))
 
 
-def _fit(spec: FineTuneSpec, fold: int, trained: Trained) -> HeadFit:
+def _fit(spec: FineTuneSpec, fold: int, trained: Trained) -> FitResult:
     curve = {int(row["epoch"]): row for row in trained.progress.curve}
     loss = curve.get(trained.progress.best_epoch, {}).get("train_loss", float("nan"))
     progress = trained.progress
-    return HeadFit(
+    return FitResult(
         spec,
         fold,
         {},
@@ -455,7 +457,7 @@ def _fit(spec: FineTuneSpec, fold: int, trained: Trained) -> HeadFit:
     )
 
 
-def _results(job: FinetuneJob, opened: _Opened, fits: list[HeadFit]) -> bytes:
+def _results(job: FinetuneJob, opened: _Opened, fits: list[FitResult]) -> bytes:
     task = opened.task
     specs = [feature.spec for own in opened.views.values() for feature in own]
     metrics = [

@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from headrace.heads.data.task import Task
+from headrace.heads.data.task import REFIT, Task, seed_of_fold
 from headrace.heads.predict import link
-from headrace.heads.spec import FULL, FineTuneSpec
+from headrace.heads.spec import FineTuneSpec
 from headrace.pipelines.finetune.checkpoint import (
     Progress,
     load_checkpoint,
@@ -47,7 +47,7 @@ class Plan:
     spec: FineTuneSpec
     blocks: list[list[str]]  # modules of the backbone that train, from the bottom up
     task: Task
-    fold: int  # held out; FULL: none
+    fold: int  # held out; REFIT: none
     epochs: int  # to train at most; the schedule is that of spec.epochs
     device: str = "cpu"
     seconds: float | None = None  # of training by `clock`, at most, looked at after each epoch
@@ -71,7 +71,7 @@ class Training:
         spec, task = plan.spec, plan.task
         self.train_rows = np.flatnonzero(task.fold != plan.fold)
         self.held_rows = (
-            np.flatnonzero(task.fold == plan.fold) if plan.fold != FULL else np.empty(0, np.int64)
+            np.flatnonzero(task.fold == plan.fold) if plan.fold != REFIT else np.empty(0, np.int64)
         )
         self.trained = _trained_modules(network, plan.blocks)
         self.optimiser, self.rates = _optimiser(network, plan)
@@ -172,7 +172,7 @@ class Training:
     def _epoch(self, epoch: int) -> float:
         """Mean training loss of one pass over the rows, in an order that the epoch's seed gives."""
         spec, plan = self.plan.spec, self.plan
-        seed = [spec.seed, plan.fold + 2, epoch]
+        seed = [spec.seed, seed_of_fold(plan.fold) + 1, epoch]
         draw = np.random.default_rng(seed)
         torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))  # dropout
         self.mode()

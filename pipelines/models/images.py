@@ -35,8 +35,8 @@ from headrace.extract.run.work_unit import (
     unstorable,
 )
 from headrace.extract.spec import BackboneSpec, Sample
+from headrace.heads.data.task import TaskKind
 from headrace.heads.evaluate.ensemble import average
-from headrace.heads.evaluate.metrics import TaskKind
 from headrace.heads.predict import CannotPredict, predict_head, tempered
 from headrace.heads.sklearn.bank import fitted_sklearn
 from headrace.heads.spec import SklearnSpec

@@ -23,7 +23,7 @@ from headrace.extract.spec import (
     backbone_from_fields,
     is_weights_file,
 )
-from headrace.heads.evaluate.metrics import TaskKind
+from headrace.heads.data.task import TaskKind
 from headrace.heads.evaluate.temperature import floor_of
 from headrace.heads.persist import (
     WRITE_AGAIN,

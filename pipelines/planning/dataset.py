@@ -141,23 +141,11 @@ def make_dataset(
     test = fold == TEST
     return Dataset(
         task.without_test(),
-        _rows(task, test),
+        task.take(test),
         tuple(notes),
         together[~test],
         unlabelled,
         together[test],
-    )
-
-
-def _rows(task: Task, keep: npt.NDArray[np.bool_]) -> Task:
-    return Task(
-        task.kind,
-        task.classes,
-        task.ids[keep],
-        task.content[keep],
-        task.target[keep],
-        task.fold[keep],
-        task.weight[keep],
     )
 
 
@@ -441,7 +429,7 @@ def drop_rows(dataset: Dataset, failed: Set[str]) -> Dataset:
         return dataset
     bad = np.array(sorted(failed), "S32")
     kept = ~np.isin(dataset.train.content, bad)
-    train = _rows(dataset.train, kept)
+    train = dataset.train.take(kept)
     empty = sorted(set(dataset.train.fold[dataset.train.fold >= 0]) - set(train.fold))
     if empty:
         raise DataError(
@@ -451,7 +439,7 @@ def drop_rows(dataset: Dataset, failed: Set[str]) -> Dataset:
     tested = ~np.isin(dataset.test.content, bad)
     return Dataset(
         train,
-        _rows(dataset.test, tested),
+        dataset.test.take(tested),
         dataset.notes,
         dataset.groups[kept],
         dataset.unlabelled,

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from headrace.heads.data.task import REFIT
 from headrace.heads.evaluate.metrics import METRICS
 from headrace.heads.results import read_bank
-from headrace.heads.spec import FULL, spec_from_json, spec_to_json
+from headrace.heads.spec import spec_from_json, spec_to_json
 from headrace.pipelines.planning.plan import Trained, bank_group
 from headrace.pipelines.recipe.grid import Wanted
 from headrace.pipelines.recipe.settings_text import settings_text
@@ -34,7 +35,7 @@ def collect_heads(
     fingerprints: Mapping[str, Sequence[str]],
     task_digest: str,
 ) -> pd.DataFrame:
-    """One row per head (spec × fold) that the recipe asks for and that has been trained, the FULL
+    """One row per head (spec × fold) that the recipe asks for and that has been trained, the REFIT
     ones included.
 
     Columns: inputs (tuple of names), kind, spec (JSON), fold, the metrics, objective, gap,
@@ -88,7 +89,7 @@ def rank_heads(
     path. A spec that failed in any fold, or is not final, ranks after all others: a mean over fewer
     folds, or fewer epochs, is no mean to compare.
     """
-    folds = heads[heads["fold"] != FULL]
+    folds = heads[heads["fold"] != REFIT]
     grouped = folds.assign(_whole=folds["error"].isna() & folds[metric].notna()).groupby(
         ["inputs", "spec"], sort=False
     )
@@ -102,7 +103,7 @@ def rank_heads(
         path=("path", "first"),
     ).reset_index()
     board["failed"] = n_folds - board["failed"].astype(int)
-    whole = heads[(heads["fold"] == FULL) & heads["error"].isna()]
+    whole = heads[(heads["fold"] == REFIT) & heads["error"].isna()]
     final = set(zip(whole["inputs"], whole["spec"], strict=True))
     board["final"] = [key in final for key in zip(board["inputs"], board["spec"], strict=True)]
     board["features"] = [sum(widths[name] for name in inputs) for inputs in board["inputs"]]

@@ -28,7 +28,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from headrace.heads.evaluate.metrics import TaskKind
+from headrace.heads.data.task import TaskKind
 from headrace.pipelines.console import valid_text
 from headrace.pipelines.models.model import decide
 

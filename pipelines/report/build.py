@@ -15,7 +15,7 @@ import pandas as pd
 from headrace.cache.atomic_io import publish_replace
 from headrace.cache.errors import HeadraceError
 from headrace.cache.integrity.garbage import remove_temporaries
-from headrace.heads.spec import FULL
+from headrace.heads.data.task import (REFIT)
 from headrace.pipelines.finished import require_writable
 from headrace.pipelines.number_format import number_text
 from headrace.pipelines.planning.leaderboard import inputs_text
@@ -157,7 +157,7 @@ def headline(run: FinishedRun) -> Headline:
             )
         )
     stages = run.stages
-    heads = int((run.heads["fold"] != FULL).sum())
+    heads = int((run.heads["fold"] != REFIT).sum())
     values.append(
         (
             "compared",

@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 
 from headrace.cache.errors import HeadraceError
-from headrace.heads.spec import FULL
+from headrace.heads.data.task import REFIT
 from headrace.pipelines.number_format import bytes_text
 from headrace.pipelines.report.blocks import Block, Column, Facts, Note, Section, Table
 from headrace.pipelines.report.read import FinishedRun
@@ -42,7 +42,7 @@ def cost(run: FinishedRun, watts: float | None = None) -> Section:
             Column("energy", "energy, Wh (estimate)", "number"),
             Column("calls", "calls", "count"),
         )
-        heads = int((run.heads["fold"] != FULL).sum())
+        heads = int((run.heads["fold"] != REFIT).sum())
         blocks += [
             Facts(
                 (

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from headrace.heads.spec import FULL, spec_from_json
+from headrace.heads.data.task import REFIT
+from headrace.heads.spec import spec_from_json
 from headrace.pipelines.recipe.settings_text import settings_text
 from headrace.pipelines.report.blocks import Block, Column, Note, Section, Table
 from headrace.pipelines.report.leaders import metric_title
@@ -59,7 +60,7 @@ def _metrics(run: FinishedRun, selected: SelectedModel, test: Mapping[str, float
             (run.heads["spec"] == run.winner["spec"])
             & (run.heads["inputs"] == run.winner["inputs"])
         ]
-        folds = own[own["fold"] != FULL]
+        folds = own[own["fold"] != REFIT]
         means = {name: float(folds[name].mean()) for name in test if name in folds.columns}
         errors = {
             name: float(folds[name].std(ddof=1) / np.sqrt(len(folds))) if len(folds) > 1 else np.nan

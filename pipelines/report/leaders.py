@@ -3,8 +3,8 @@
 import numpy as np
 import pandas as pd
 
+from headrace.heads.data.task import REFIT
 from headrace.heads.evaluate.metrics import METRICS
-from headrace.heads.spec import FULL
 from headrace.pipelines.planning.leaderboard import inputs_text
 from headrace.pipelines.report import figures
 from headrace.pipelines.report.blocks import Block, Column, Figure, Format, Note, Section, Table
@@ -163,7 +163,7 @@ def _board(run: FinishedRun) -> tuple[pd.DataFrame, list[str]]:
     of each inputs and kind.
     """
     names = [name for name in METRICS if name in run.heads.columns and name != run.metric]
-    folds = run.heads[run.heads["fold"] != FULL]
+    folds = run.heads[run.heads["fold"] != REFIT]
     means = folds.groupby(["inputs", "spec"], sort=False)[names].mean().reset_index()
     board = run.board.merge(means, on=["inputs", "spec"], how="left", suffixes=("", "_mean"))
     board["best"] = ~board.duplicated(["inputs", "kind"])

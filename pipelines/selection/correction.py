@@ -20,8 +20,9 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from headrace.heads.data.task import TaskKind
 from headrace.heads.evaluate.intervals import metric_interval
-from headrace.heads.evaluate.metrics import METRICS, TaskKind, row_hits, score
+from headrace.heads.evaluate.metrics import METRICS, row_hits, score
 from headrace.heads.evaluate.temperature import FLOOR, fit_temperature, floor_of, with_temperature
 from headrace.heads.evaluate.weighted import SORTED_METRICS, weighted_scores
 from headrace.pipelines.selection.calibration import Calibration, calibrate, calibrated

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from headrace.heads.data.task import TaskKind
 from headrace.heads.evaluate.ensemble import (
     EnsembleLimits,
     average,
@@ -24,7 +25,7 @@ from headrace.heads.evaluate.ensemble import (
     greedy_weights,
     loss_elements,
 )
-from headrace.heads.evaluate.metrics import METRICS, TaskKind, all_metrics
+from headrace.heads.evaluate.metrics import METRICS, all_metrics
 from headrace.heads.evaluate.temperature import (
     fit_temperature,
     fit_temperatures,

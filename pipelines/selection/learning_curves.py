@@ -6,6 +6,7 @@ the other rows is drawn, class by class; the subset of each size is a beginning 
 smaller ones lie within larger ones.
 """
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -125,7 +126,7 @@ def learning_curve(
         for kind in kinds:
             chosen = tuple(spec for spec in specs if spec.kind == kind)
             result = str(folder / f"{place}-{fold}-{kind}.h5")
-            jobs.append(BankJob(str(path), tuple(map(str, features)), chosen, result, full=False))
+            jobs.append(BankJob(str(path), tuple(map(str, features)), chosen, result, refit=False))
     for job in jobs:
         remove_damaged(job.result)
     train_all([job for job in jobs if not Path(job.result).exists()])
@@ -197,15 +198,7 @@ def subset(
         taken.append(others[np.isin(group, order[: int(np.searchsorted(rows, wanted)) + 1])])
     rows = np.sort(np.concatenate([*taken, np.flatnonzero(task.fold == fold)]))
     folds = np.where(task.fold[rows] == fold, 0, TRAIN_ONLY).astype(np.int16)
-    return Task(
-        task.kind,
-        task.classes,
-        task.ids[rows],
-        task.content[rows],
-        task.target[rows],
-        folds,
-        task.weight[rows],
-    )
+    return dataclasses.replace(task.take(rows), fold=folds)
 
 
 def row_errors(task: Task, target: npt.NDArray[Any], predicted: npt.NDArray[np.float32]) -> Floats:

@@ -22,7 +22,7 @@ from headrace.cache.feature_set import FeatureSet
 from headrace.cache.format.sealed import SealBroken, read_sealed_json, sealed_json
 from headrace.extract.spec import BackboneSpec
 from headrace.heads.data.features import load_rows
-from headrace.heads.data.task import Task
+from headrace.heads.data.task import REFIT, Task
 from headrace.heads.evaluate.ensemble import average
 from headrace.heads.evaluate.intervals import METHOD, metric_interval
 from headrace.heads.evaluate.metrics import all_metrics
@@ -30,7 +30,7 @@ from headrace.heads.evaluate.temperature import floor_of
 from headrace.heads.persist import require_trusted, save_head
 from headrace.heads.predict import predict_head, tempered
 from headrace.heads.results import read_bank
-from headrace.heads.spec import FULL, SklearnSpec, spec_from_json
+from headrace.heads.spec import SklearnSpec, spec_from_json
 from headrace.pipelines.paths import RunPaths
 
 # Of the test images' hashes, kept with each evaluation to recognise the same images under another
@@ -107,7 +107,7 @@ def save_winner(
         directory,
         spec=spec_from_json(winner["spec"]),
         task_kind=task.kind,
-        arrays=read_bank(winner["path"]).arrays(winner["spec"], FULL),
+        arrays=read_bank(winner["path"]).arrays(winner["spec"], REFIT),
         classes=task.classes,
         features=[feature.spec for feature in features],
         metrics={f"validation_{metric}": float(winner[metric])},
@@ -299,7 +299,7 @@ def predict_test(
         from headrace.heads.sklearn.bank import estimator_code  # imports scikit-learn
 
         require_trusted(estimator_code(spec), Path(winner["path"]), trust_code)
-    arrays = read_bank(winner["path"]).arrays(winner["spec"], FULL)
+    arrays = read_bank(winner["path"]).arrays(winner["spec"], REFIT)
     X, kept = load_rows(features, test.content, spatial=spec.kind == "conv")
     views = (
         X if X.ndim in (3, 5) else X[None]

@@ -24,8 +24,9 @@ from headrace.cache.publish import feature_set_path
 from headrace.extract.run.plan import ExtractJob
 from headrace.extract.spec import BackboneSpec, Sample
 from headrace.heads.bank import BankJob
+from headrace.heads.data.task import REFIT
 from headrace.heads.results import read_bank
-from headrace.heads.spec import FULL, LogisticSpec
+from headrace.heads.spec import LogisticSpec
 from headrace.pipelines.cluster import clients as cluster
 from headrace.pipelines.cluster.submit import TaskOptions
 from headrace.pipelines.recipe.load import load_recipe
@@ -55,7 +56,7 @@ def workers_of(process):
 
 def failures(result):
     """{estimator: reason} of the heads that failed."""
-    failed = result.heads[result.heads["error"].notna() & (result.heads["fold"] != FULL)]
+    failed = result.heads[result.heads["error"].notna() & (result.heads["fold"] != REFIT)]
     return {
         row["spec"].split("fault_cases.")[1].split('"')[0]: row["error"]
         for _, row in failed.iterrows()

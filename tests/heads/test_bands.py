@@ -9,11 +9,12 @@ import pytest
 from sklearn.linear_model import LogisticRegression, Ridge
 
 from headrace.heads.data.standardize import group_moments, training_moments
-from headrace.heads.data.task import TRAIN_ONLY
+from headrace.heads.data.task import REFIT, TRAIN_ONLY
+from headrace.heads.data.training_data import TrainingData
 from headrace.heads.linear.bands import FOLDS, held_out_error, with_bands
 from headrace.heads.linear.logistic import fit_logistic_bank
 from headrace.heads.linear.ridge import fit_ridge_bank
-from headrace.heads.spec import FULL, LogisticSpec, RidgeSpec
+from headrace.heads.spec import LogisticSpec, RidgeSpec
 from headrace.pipelines.recipe.grid import wanted_heads
 from headrace.pipelines.recipe.heads import Heads
 
@@ -97,12 +98,12 @@ def test_a_folds_heads_do_not_know_its_labels() -> None:
     other = np.where(fold == 2, (y + 1) % 4, y)
     before, after = emphases(X, y, fold), emphases(X, other, fold)
     np.testing.assert_array_equal(before[2], after[2])
-    assert (before[FULL] != after[FULL]).any()
+    assert (before[REFIT] != after[REFIT]).any()
     first, second = (
         {
             fit.fold: fit
             for fit in fit_ridge_bank(
-                X, each, n_classes=4, fold=fold, specs=[RidgeSpec(10.0, banded=True)], bands=WIDTHS
+                TrainingData(X, each, fold, 4, band_widths=WIDTHS), [RidgeSpec(10.0, banded=True)]
             )
         }
         for each in (y, other)
@@ -114,21 +115,11 @@ def test_heads_are_scikit_learns_on_features_in_these_proportions() -> None:
     X, y, fold = taps()
     found = emphases(X, y, fold)
     ridge = fit_ridge_bank(
-        X,
-        y,
-        n_classes=4,
-        fold=fold,
-        specs=[RidgeSpec(30.0, banded=True), RidgeSpec(30.0)],
-        bands=WIDTHS,
+        TrainingData(X, y, fold, 4, band_widths=WIDTHS),
+        [RidgeSpec(30.0, banded=True), RidgeSpec(30.0)],
     )
     logistic = fit_logistic_bank(
-        X,
-        y,
-        n_classes=4,
-        fold=fold,
-        specs=[LogisticSpec(0.03, banded=True)],
-        gap=1e-9,
-        bands=WIDTHS,
+        TrainingData(X, y, fold, 4, band_widths=WIDTHS), [LogisticSpec(0.03, banded=True)], gap=1e-9
     )
     for fit in [*ridge, *logistic]:
         train = fold != fit.fold
@@ -155,7 +146,7 @@ def test_few_rows_and_splits_of_ones_own() -> None:
     """
     X, y, _ = taps(n=40)
     given = np.where(np.arange(40) < 12, 0, TRAIN_ONLY)
-    assert set(emphases(X, y, given)) == {0, FULL}
+    assert set(emphases(X, y, given)) == {0, REFIT}
     same = with_bands(
         X, np.zeros(40, np.int64), given, training_moments(group_moments(X, given)), WIDTHS
     )
@@ -168,7 +159,7 @@ def test_a_feature_that_never_varies_has_no_weight() -> None:
     X, y, fold = taps()
     X[:, 7] = 3.0
     for fit in fit_ridge_bank(
-        X, y, n_classes=4, fold=fold, specs=[RidgeSpec(1.0, banded=True)], bands=WIDTHS
+        TrainingData(X, y, fold, 4, band_widths=WIDTHS), [RidgeSpec(1.0, banded=True)]
     ):
         assert (fit.arrays["weight"][:, 7] == 0).all()
         assert np.isfinite(fit.arrays["weight"]).all()

@@ -27,13 +27,13 @@ from headrace.heads.bank import BadBank, BankJob, fit_bank, train_bank
 from headrace.heads.data.checks import BadFeatures
 from headrace.heads.data.features import load_rows
 from headrace.heads.data.folds import make_folds
-from headrace.heads.data.task import TRAIN_ONLY, Task, save_task
+from headrace.heads.data.task import REFIT, TRAIN_ONLY, Task, load_task, save_task
+from headrace.heads.data.training_data import TrainingData
 from headrace.heads.evaluate.metrics import score
 from headrace.heads.persist import BadHeadFile, load_head, save_head
 from headrace.heads.predict import CannotPredict, predict_head
 from headrace.heads.results import BadResults, read_bank, sealed
 from headrace.heads.spec import (
-    FULL,
     KINDS,
     CentroidSpec,
     ConvSpec,
@@ -164,7 +164,7 @@ def test_a_bank_of_every_kind(work: Path, kind: str) -> None:
     assert list(bank.table["kind"].unique()) == [kind]
     for spec in SPECS[kind]:
         own = bank.table[bank.table["spec"] == spec_to_json(spec)]
-        assert own["fold"].tolist() == [0, 1, 2, FULL]
+        assert own["fold"].tolist() == [0, 1, 2, REFIT]
         predicted = bank.out_of_fold(spec)
         if own["error"].notna().any():
             assert own["error"].notna().all()
@@ -223,10 +223,7 @@ def test_rows_are_found_by_content_and_sets_are_joined(work: Path) -> None:
 
 
 def replace_rows(path: str, kept: Arrays) -> Task:
-    from headrace.heads.bank import take_rows
-    from headrace.heads.data.task import load_task
-
-    return take_rows(load_task(Path(path)), kept)
+    return load_task(Path(path)).take(kept)
 
 
 @pytest.mark.parametrize("kind", ["logistic", "ridge", "mlp", "knn", "centroid", "sklearn"])
@@ -542,7 +539,7 @@ def test_a_saved_head_predicts_as_before(tmp_path: Path) -> None:
     )
     feature = FeatureSpec("b", "w", "t", "avg", "{}", "{}", "p", "float32", "float16", (64,))
     for kind, specs in SPECS.items():
-        fit = next(fit for fit in fit_bank(X, task, specs[:1]) if fit.fold == FULL)
+        fit = next(fit for fit in fit_bank(X, task, specs[:1]) if fit.fold == REFIT)
         path = save_head(
             tmp_path / kind,
             spec=fit.spec,
@@ -587,10 +584,10 @@ def test_a_bank_can_halve(work: Path) -> None:
     )
     assert train_bank(job)["heads"] == 13
     table = read_bank(job.result).table
-    assert table[table["fold"] != FULL].groupby("spec", sort=False)[
+    assert table[table["fold"] != REFIT].groupby("spec", sort=False)[
         "iterations"
     ].max().tolist() == [6, 2, 2, 2]
-    assert table[table["fold"] == FULL]["spec"].tolist() == [spec_to_json(specs[0])]
+    assert table[table["fold"] == REFIT]["spec"].tolist() == [spec_to_json(specs[0])]
 
 
 def test_every_spec_survives_json() -> None:
@@ -684,20 +681,14 @@ def test_every_bank_refuses_no_heads_and_weights_beyond_its_numbers(kind: str) -
     }
     generator = np.random.default_rng(0)
     X = generator.normal(size=(20, 3, 2, 2) if kind == "conv" else (20, 3)).astype(np.float32)
-    rows = {
-        "target": np.arange(20) % 2,
-        "n_classes": 2,
-        "fold": (np.arange(20) // 2 % 2).astype(np.int16),
-    }
+    data = TrainingData(X, np.arange(20) % 2, (np.arange(20) // 2 % 2).astype(np.int16), 2)
     with pytest.raises(ValueError, match="give at least one, such as"):
-        banks[kind](X, specs=[], **rows)
+        banks[kind](data, [])
     for weight in (1e-300, 1e16):
         weights = np.ones(20)
         weights[7] = weight
         with pytest.raises(ValueError, match=r"1e-30\.\.1e\+15, found 1e.* for row 7: divide them"):
             banks[kind](
-                X,
-                specs=(SPECS | {"conv": (ConvSpec((4,)),)})[kind][:1],
-                sample_weight=weights,
-                **rows,
+                dataclasses.replace(data, sample_weight=weights),
+                (SPECS | {"conv": (ConvSpec((4,)),)})[kind][:1],
             )

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from headrace.heads.data.training_data import TrainingData
 from headrace.heads.linear.logistic import fit_logistic_bank
 from headrace.heads.linear.solver import active_set as active_set_module
 from headrace.heads.linear.solver import design as design_module
@@ -181,7 +182,8 @@ def test_a_bank_is_the_same_without_a_compiler(monkeypatch, multi):
     target = (
         (X[:, :3] > 0).astype(np.int64) if multi else np.digitize(X[:, 0] + X[:, 1], [-5, 0, 5])
     )
-    options = {"n_classes": 3 if multi else 4, "fold": np.arange(300) % 3, "gap": 1e-6}
+    n_outputs, task_kind = (3, "multi") if multi else (4, "single")
+    data = TrainingData(X, target, np.arange(300) % 3, n_outputs, task_kind)
     specs = [LogisticSpec(C) for C in (0.01, 0.1, 1.0)] + [
         LogisticSpec(0.1, class_weight="balanced")
     ]

@@ -9,11 +9,13 @@ import torch
 from sklearn.datasets import load_digits
 
 from headrace.heads.data.folds import make_folds
+from headrace.heads.data.task import REFIT
+from headrace.heads.data.training_data import TrainingData
 from headrace.heads.evaluate.metrics import score
 from headrace.heads.networks.conv import conv_network, fit_conv_bank
 from headrace.heads.networks.conv_batch import random_start
 from headrace.heads.predict import CannotPredict, predict_head
-from headrace.heads.spec import FULL, ConvSpec
+from headrace.heads.spec import ConvSpec
 
 Arrays = np.ndarray[Any, Any]
 
@@ -90,7 +92,7 @@ def test_a_bank_equals_networks_trained_one_at_a_time() -> None:
         ConvSpec((4, 5), (7,), 3e-3, 1e-1, seed=3, batch_size=40, epochs=3, patience=9),
         ConvSpec((4, 5), (7,), 1e-2, 0.0, seed=4, batch_size=40, epochs=3, patience=9),
     ]
-    fits = fit_conv_bank(X, y, n_classes=10, fold=fold, specs=specs, full=False)
+    fits = fit_conv_bank(TrainingData(X, y, fold, 10), specs, refit=False)
     for fit in fits:
         assert isinstance(fit.spec, ConvSpec)
         after = one_at_a_time(X, y, fold, fit.fold, fit.spec)
@@ -102,12 +104,12 @@ def test_it_learns_and_predicts_from_its_arrays() -> None:
     """A head trained on all rows predicts from arrays alone, and refuses maps of other channels."""
     X, y, fold = maps(400)
     spec = ConvSpec((16, 16), learning_rate=1e-2, batch_size=20, epochs=10, patience=10)
-    fits = fit_conv_bank(X, y, n_classes=10, fold=fold, specs=[spec])
+    fits = fit_conv_bank(TrainingData(X, y, fold, 10), [spec])
     held = fits[0]
     assert held.validation is not None
     assert score("single", y[fold == 0], held.validation, "accuracy") > 0.7
     np.testing.assert_array_equal(held.validation, predict_head(spec, held.arrays, X[fold == 0]))
-    assert fits[-1].fold == FULL
+    assert fits[-1].fold == REFIT
     assert (predict_head(spec, fits[-1].arrays, X).argmax(1) == y).mean() > 0.75
     with pytest.raises(CannotPredict, match="2 channels"):
         predict_head(spec, held.arrays, X[:, :1])
@@ -120,7 +122,7 @@ def test_views_and_other_targets() -> None:
     spec = ConvSpec((8,), (), 3e-2, batch_size=20, epochs=25, patience=25)
     stacked = np.stack([X, X[:, :, :, ::-1]])
     fit = fit_conv_bank(
-        stacked, target, n_classes=1, fold=fold, specs=[spec], full=False, task="regression"
+        TrainingData(stacked, target, fold, 1, task_kind="regression"), [spec], refit=False
     )[0]
     mean = np.mean(
         [predict_head(spec, fit.arrays, view[fold == 0], "regression") for view in stacked], axis=0
@@ -138,10 +140,10 @@ def test_failures_are_rows() -> None:
     specs = [ConvSpec(()), ConvSpec((4,), learning_rate=1e30), ConvSpec((4,), epochs=2)]
     errors = {
         fit.spec: fit.error
-        for fit in fit_conv_bank(X, y, n_classes=10, fold=fold, specs=specs, full=False)
+        for fit in fit_conv_bank(TrainingData(X, y, fold, 10), specs, refit=False)
     }
     assert "at least one layer" in (errors[specs[0]] or "")
     assert errors[specs[1]] is not None
     assert errors[specs[2]] is None
     with pytest.raises(ValueError, match=r"layer4\.map"):
-        fit_conv_bank(X.reshape(len(X), -1), y, n_classes=10, fold=fold, specs=specs)
+        fit_conv_bank(TrainingData(X.reshape(len(X), -1), y, fold, 10), specs)

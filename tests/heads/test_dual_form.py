@@ -7,12 +7,14 @@ from hypothesis import strategies as st
 from support.linear import blobs, folds, relative_gap
 
 from headrace.heads.data.standardize import group_moments, training_moments
-from headrace.heads.data.task import TRAIN_ONLY
+from headrace.heads.data.task import REFIT, TRAIN_ONLY
+from headrace.heads.data.training_data import TrainingData
 from headrace.heads.linear import logistic
 from headrace.heads.linear.logistic import fit_logistic_bank
 from headrace.heads.linear.solver.design import scales_are_similar
 from headrace.heads.linear.solver.dual_form import make_dual_design
-from headrace.heads.spec import FULL, LogisticSpec
+from headrace.heads.spec import (LogisticSpec)
+from headrace.heads.data.task import (REFIT)
 
 SLOWLY = settings(
     deadline=None, max_examples=8, suppress_health_check=list(HealthCheck), derandomize=True
@@ -28,9 +30,9 @@ def moments_of(X, fold):
     return training_moments(group_moments(X, fold))
 
 
-def both_ways(X, y, fold, specs, **options):
+def both_ways(data, specs, **options):
     """Heads of a shared design, and of designs of each fold's own."""
-    options = {"gap": 1e-8, "fold": fold, "specs": specs} | options
+    options = {"gap": 1e-8} | options
     calls = []
 
     def counted(*args, **more):
@@ -67,7 +69,7 @@ def test_rows_that_contradict_each_other_reach_the_gap():
     X = X[np.arange(40) // 2].astype(np.float32)
     fold = (np.arange(40) // 2 % 10).astype(np.int16)
     specs = [LogisticSpec(C) for C in (1.0, 10.0, 100.0)]
-    fits = fit_logistic_bank(X, y, n_classes=2, fold=fold, specs=specs, full=False, gap=1e-5)
+    fits = fit_logistic_bank(TrainingData(X, y, fold, 2), specs, refit=False, gap=1e-5)
     assert max(relative_gap(fit, X[fold != fit.fold], y[fold != fit.fold]) for fit in fits) < 3e-5
 
 
@@ -83,10 +85,8 @@ def test_a_small_fold_beside_a_large_one_is_as_it_is_alone(standardize):
     fold = np.where(np.arange(70) < 52, 0, np.arange(70) % 3 + 1)
     own = fold != 0
     specs = [LogisticSpec(10.0, standardize=standardize)]
-    beside = fit_logistic_bank(X, y, n_classes=5, fold=fold, specs=specs, full=False)[0]
-    (alone,) = fit_logistic_bank(
-        X[own], y[own], n_classes=5, fold=np.full(18, TRAIN_ONLY), specs=specs
-    )
+    beside = fit_logistic_bank(TrainingData(X, y, fold, 5), specs, refit=False)[0]
+    (alone,) = fit_logistic_bank(TrainingData(X[own], y[own], np.full(18, TRAIN_ONLY), 5), specs)
     assert beside.fold == 0
     assert beside.objective == pytest.approx(alone.objective, rel=2e-5)
     assert beside.iterations <= 1.3 * alone.iterations + 2
@@ -108,13 +108,18 @@ def test_a_shared_design_gives_each_folds_own_heads(n, more, classes, weighted, 
     X[:, 1] = 7.0
     weight = np.random.default_rng(seed).uniform(0.2, 3, n) if weighted else None
     specs = [LogisticSpec(C, class_weight=class_weight) for C in (1e-3, 0.1, 10.0)]
-    assert_same(*both_ways(X, y, fold, specs, n_classes=classes, sample_weight=weight), X)
+    assert_same(*both_ways(TrainingData(X, y, fold, classes, sample_weight=weight), specs), X)
 
 
 def test_labels_of_many_kinds_share_a_design():
     X, y, fold = few(50, 120, 3, 5)
     labels = np.stack([y == 0, y == 1, np.arange(50) % 3 == 0], axis=1).astype(np.int64)
-    assert_same(*both_ways(X, labels, fold, [LogisticSpec(C) for C in (1e-2, 1.0)], n_classes=3), X)
+    assert_same(
+        *both_ways(
+            TrainingData(X, labels, fold, 3, "multi"), [LogisticSpec(C) for C in (1e-2, 1.0)]
+        ),
+        X,
+    )
 
 
 def test_twins_share_a_design():
@@ -127,17 +132,17 @@ def test_twins_share_a_design():
     )
     y = np.concatenate([y, (y + 1) % 3])
     fold = (np.arange(80) % 4).astype(np.int16)
-    assert_same(*both_ways(X, y, fold, [LogisticSpec(C) for C in (1e-2, 1.0)], n_classes=3), X)
+    assert_same(*both_ways(TrainingData(X, y, fold, 3), [LogisticSpec(C) for C in (1e-2, 1.0)]), X)
 
 
 @pytest.mark.parametrize("scale", [1e-8, 1e8])
 def test_units_do_not_matter(scale):
     X, y, fold = few(40, 90, 3, 2)
     specs = [LogisticSpec(C) for C in (1e-2, 1.0)]
-    plain = fit_logistic_bank(X, y, n_classes=3, fold=fold, specs=specs, gap=1e-8)
+    plain = fit_logistic_bank(TrainingData(X, y, fold, 3), specs, gap=1e-8)
     for one, other in zip(
         plain,
-        fit_logistic_bank(X * np.float32(scale), y, n_classes=3, fold=fold, specs=specs, gap=1e-8),
+        fit_logistic_bank(TrainingData(X * np.float32(scale), y, fold, 3), specs, gap=1e-8),
         strict=True,
     ):
         assert one.objective == pytest.approx(other.objective, rel=1e-6)
@@ -152,13 +157,13 @@ def test_a_feature_that_only_one_row_shows_sends_folds_apart():
     X[7, 4] = 50.0
     moments = moments_of(X, fold)
     alike = [
-        f for f in (0, 1, 2, 3) if scales_are_similar(moments[f], moments[FULL], standardize=True)
+        f for f in (0, 1, 2, 3) if scales_are_similar(moments[f], moments[REFIT], standardize=True)
     ]
     assert alike == [f for f in (0, 1, 2, 3) if f != fold[7]]
     X[7, 4] = 0.0
     moments = moments_of(X, fold)
     assert all(
-        scales_are_similar(moments[f], moments[FULL], standardize=True) for f in (0, 1, 2, 3)
+        scales_are_similar(moments[f], moments[REFIT], standardize=True) for f in (0, 1, 2, 3)
     )
 
 
@@ -178,12 +183,12 @@ def test_a_fold_does_not_feel_how_far_out_a_row_lies_that_it_holds_out(n, standa
     X[row, feature] = 1e7
     with_it = [
         fit
-        for fit in fit_logistic_bank(X, y, n_classes=3, fold=fold, specs=specs, gap=1e-7)
+        for fit in fit_logistic_bank(TrainingData(X, y, fold, 3), specs, gap=1e-7)
         if fit.fold == fold[row]
     ]
     train = fold != fold[row]
     none = np.full(int(train.sum()), TRAIN_ONLY, np.int16)
-    without = fit_logistic_bank(X[train], y[train], n_classes=3, fold=none, specs=specs, gap=1e-7)
+    without = fit_logistic_bank(TrainingData(X[train], y[train], none, 3), specs, gap=1e-7)
     for one, other in zip(with_it, without, strict=True):
         assert one.objective == pytest.approx(other.objective, rel=2e-5)
 
@@ -198,7 +203,7 @@ def test_directions_of_rounding_alone_are_left_out(dtype):
         n = int(rng.integers(4, 13))
         X = np.repeat(rng.standard_normal((n, 1)), 3000, axis=1).astype(dtype)
         y, fold = (np.arange(n) // 2) % 2, (np.arange(n) % 2).astype(np.int16)
-        for fit in fit_logistic_bank(X, y, n_classes=2, fold=fold, specs=[LogisticSpec(1.0)]):
+        for fit in fit_logistic_bank(TrainingData(X, y, fold, 2), [LogisticSpec(1.0)]):
             assert np.isfinite(fit.objective)
 
 
@@ -207,7 +212,7 @@ def test_the_least_penalised_weights_are_the_ones_that_come_back():
     X, _, fold = few(30, 80, 3, 4)
     moments = moments_of(X, fold)
     rows = [((f,), np.flatnonzero(fold != f)) for f in range(4)]
-    scaling = {f: moments[f] for f in (0, 1, 2, 3, FULL)}
+    scaling = {f: moments[f] for f in (0, 1, 2, 3, REFIT)}
     design = make_dual_design(X, rows, scaling, standardize=True, dtype=np.float64)
     rng = np.random.default_rng(0)
     for block in design.row_blocks:

@@ -16,7 +16,8 @@ from sklearn.preprocessing import StandardScaler
 from support.linear import blobs, folds
 
 from headrace.heads.data.standardize import NotFinite
-from headrace.heads.data.task import TRAIN_ONLY
+from headrace.heads.data.task import REFIT, TRAIN_ONLY
+from headrace.heads.data.training_data import TrainingData
 from headrace.heads.linear import logistic as logistic_module
 from headrace.heads.linear.logistic import fit_logistic_bank
 from headrace.heads.linear.solver import active_set as active_set_module
@@ -31,7 +32,8 @@ from headrace.heads.linear.solver.preconditioner import (
 )
 from headrace.heads.linear.solver.regularization_path import SolvedHead
 from headrace.heads.linear.solver.rotation import PerFoldRotation, Rotation
-from headrace.heads.spec import FULL, LogisticSpec
+from headrace.heads.spec import (LogisticSpec)
+from headrace.heads.data.task import (REFIT)
 
 SLOWLY = settings(
     deadline=None, max_examples=10, suppress_health_check=list(HealthCheck), derandomize=True
@@ -49,7 +51,7 @@ def test_nearly_equal_rows_keep_their_digits(jitter, dtype):
     X = np.concatenate([half, half + jitter * rng.standard_normal(half.shape)]).astype(dtype)
     y, fold = rng.integers(0, 3, 120), np.full(120, TRAIN_ONLY)
     for fit in fit_logistic_bank(
-        X, y, n_classes=3, fold=fold, specs=[LogisticSpec(1e2), LogisticSpec(1e4)], gap=1e-6
+        TrainingData(X, y, fold, 3), [LogisticSpec(1e2), LogisticSpec(1e4)], gap=1e-6
     ):
         assert objective(fit, X, y, fold) == pytest.approx(fit.objective, rel=2e-5)
 
@@ -125,7 +127,7 @@ def test_equals_scikit_learn(own_rows, n, d, classes, seed, class_weight, weight
     specs = [LogisticSpec(C, class_weight) for C in (0.01, 1.0)]
     with rows_of_their_own(own_rows):
         fits = fit_logistic_bank(
-            X, y, n_classes=classes, fold=fold, specs=specs, sample_weight=sw, gap=1e-9
+            TrainingData(X, y, fold, classes, sample_weight=sw), specs, gap=1e-9
         )
     for fit in fits:
         train = fold != fit.fold
@@ -138,7 +140,7 @@ def test_equals_scikit_learn(own_rows, n, d, classes, seed, class_weight, weight
         own = fit.arrays["weight"].astype(np.float64)
         own = own if classes > 2 else own[1:] - own[:1]
         assert np.abs(own - theirs).max() <= 2e-3 * np.abs(theirs).max()
-        if fit.fold != FULL:
+        if fit.fold != REFIT:
             p = model.predict_proba(scaler.transform(X[~train].astype(np.float64)))
             np.testing.assert_allclose(fit.validation, p, atol=1e-3)
         again = objective(fit, X, y, fold, sw)
@@ -159,11 +161,11 @@ def test_the_gap_is_a_bound(n, d, classes, own_rows, seed):
     X, y = blobs(n, d, classes, seed)
     fold = folds(n, 2, seed)
     specs = [LogisticSpec(C) for C in (0.003, 0.3)]
-    arguments = {"n_classes": classes, "fold": fold, "specs": specs}
-    best = fit_logistic_bank(X, y, gap=1e-11, **arguments)
+    data = TrainingData(X, y, fold, classes)
+    best = fit_logistic_bank(data, specs, gap=1e-11)
     for gap in (1e-1, 1e-3, 1e-6):
         with rows_of_their_own(own_rows):
-            fits = fit_logistic_bank(X, y, gap=gap, **arguments)
+            fits = fit_logistic_bank(data, specs, gap=gap)
         for fit, optimum in zip(fits, best, strict=True):
             assert fit.objective - optimum.objective <= (fit.gap + 1e-5) * optimum.objective
             assert fit.objective >= optimum.objective * (1 - 1e-5)
@@ -208,15 +210,14 @@ def test_batched_equals_one_at_a_time():
         LogisticSpec(float(C), kind) for C in np.logspace(-3, 1, 7) for kind in ("none", "balanced")
     ]
     bank = {
-        (f.spec, f.fold): f
-        for f in fit_logistic_bank(X, y, n_classes=3, fold=fold, specs=specs, gap=1e-9)
+        (f.spec, f.fold): f for f in fit_logistic_bank(TrainingData(X, y, fold, 3), specs, gap=1e-9)
     }
     assert len(bank) == len(specs) * 4
     for spec in specs[::3]:
-        for held in (0, FULL):
+        for held in (0, REFIT):
             only = np.where(fold == held, 0, TRAIN_ONLY)
             alone = fit_logistic_bank(
-                X, y, n_classes=3, fold=only, specs=[spec], full=held == FULL, gap=1e-9
+                TrainingData(X, y, only, 3), [spec], refit=held == REFIT, gap=1e-9
             )[-1]
             assert alone.objective == pytest.approx(bank[spec, held].objective, rel=1e-6)
             np.testing.assert_allclose(
@@ -232,8 +233,8 @@ def test_a_whole_path_is_solved_to_the_gap(n, d):
     X, y = blobs(n, d, 4, seed=3, spread=2.0)
     fold = folds(n, 2)
     specs = [LogisticSpec(float(C)) for C in np.logspace(-4, 2, 20)]
-    fits = fit_logistic_bank(X, y, n_classes=4, fold=fold, specs=specs, full=False, gap=1e-6)
-    tight = fit_logistic_bank(X, y, n_classes=4, fold=fold, specs=specs, full=False, gap=1e-10)
+    fits = fit_logistic_bank(TrainingData(X, y, fold, 4), specs, refit=False, gap=1e-6)
+    tight = fit_logistic_bank(TrainingData(X, y, fold, 4), specs, refit=False, gap=1e-10)
     for fit, optimum in zip(fits, tight, strict=True):
         again = objective(fit, X, y, fold)
         assert again <= objective(optimum, X, y, fold) * (1 + 1e-4)
@@ -255,10 +256,10 @@ def test_multi_label_is_independent_binary_problems(n, d, labels, seed):
     Y = ((y[:, None] == np.arange(labels)) ^ (rng.random((n, labels)) < 0.2)).astype(np.uint8)
     fold = folds(n, 2, seed)
     for kind in ("none", "balanced"):
-        arguments = {"fold": fold, "specs": [LogisticSpec(0.5, kind)], "gap": 1e-9}
-        together = fit_logistic_bank(X, Y, n_classes=labels, **arguments)
+        specs = [LogisticSpec(0.5, kind)]
+        together = fit_logistic_bank(TrainingData(X, Y, fold, labels, "multi"), specs, gap=1e-9)
         alone = [
-            fit_logistic_bank(X, Y[:, k].astype(np.int64), n_classes=2, **arguments)
+            fit_logistic_bank(TrainingData(X, Y[:, k].astype(np.int64), fold, 2), specs, gap=1e-9)
             for k in range(labels)
         ]
         for row, fit in enumerate(together):
@@ -266,7 +267,7 @@ def test_multi_label_is_independent_binary_problems(n, d, labels, seed):
                 sum(one[row].objective for one in alone), rel=1e-5, abs=1e-9
             )
             for k, one in enumerate(alone):
-                if fit.fold != FULL:
+                if fit.fold != REFIT:
                     np.testing.assert_allclose(
                         fit.validation[:, k], one[row].validation[:, 1], atol=2e-4
                     )
@@ -280,7 +281,7 @@ def test_a_class_missing_from_a_fold_gets_probability_zero():
     y[y == 2] = 1
     y[7] = 2
     fold = folds(90, 3)
-    for fit in fit_logistic_bank(X, y, n_classes=3, fold=fold, specs=[LogisticSpec(1.0)], gap=1e-9):
+    for fit in fit_logistic_bank(TrainingData(X, y, fold, 3), [LogisticSpec(1.0)], gap=1e-9):
         assert np.isfinite(fit.arrays["weight"]).all()
         if fit.fold == fold[7]:
             assert (fit.validation[:, 2] == 0).all()
@@ -288,7 +289,7 @@ def test_a_class_missing_from_a_fold_gets_probability_zero():
             scaler, model = scikit_learn(fit.spec, X[train], y[train])
             p = model.predict_proba(scaler.transform(X[~train].astype(np.float64)))
             np.testing.assert_allclose(fit.validation[:, :2], p, atol=1e-4)
-        elif fit.fold != FULL:
+        elif fit.fold != REFIT:
             assert (fit.validation[:, 2] > 0).all()
 
 
@@ -299,12 +300,12 @@ def test_only_one_class():
     X, _ = blobs(30, 4, 2, seed=0)
     fold = folds(30, 2)
     for fit in fit_logistic_bank(
-        X, np.ones(30, np.int64), n_classes=3, fold=fold, specs=[LogisticSpec(1.0)]
+        TrainingData(X, np.ones(30, np.int64), fold, 3), [LogisticSpec(1.0)]
     ):
         assert fit.objective == fit.gap == 0
         assert fit.validation is None or (fit.validation == [0, 1, 0]).all()
     Y = np.stack([np.zeros(30), np.ones(30), np.arange(30) % 2], axis=1).astype(np.uint8)
-    fit = fit_logistic_bank(X, Y, n_classes=3, fold=fold, specs=[LogisticSpec(1.0)])[0]
+    fit = fit_logistic_bank(TrainingData(X, Y, fold, 3), [LogisticSpec(1.0)])[0]
     assert (fit.validation[:, 0] == 0).all()
     assert (fit.validation[:, 1] == 1).all()
 
@@ -320,9 +321,9 @@ def test_scales_and_constant_features(scale, d):
     X[:, 1] = 5.0
     X[fold == 1, 2] = 1.0  # constant where fold 0's head trains
     X[fold == 0, 2] += 3 * np.arange((fold == 0).sum())
-    plain = fit_logistic_bank(X, y, n_classes=3, fold=fold, specs=[LogisticSpec(0.3)], gap=1e-9)
+    plain = fit_logistic_bank(TrainingData(X, y, fold, 3), [LogisticSpec(0.3)], gap=1e-9)
     scaled = fit_logistic_bank(
-        X * np.float32(scale), y, n_classes=3, fold=fold, specs=[LogisticSpec(0.3)], gap=1e-9
+        TrainingData(X * np.float32(scale), y, fold, 3), [LogisticSpec(0.3)], gap=1e-9
     )
     for one, other in zip(plain, scaled, strict=True):
         assert (one.arrays["weight"][:, 1] == 0).all()
@@ -338,7 +339,7 @@ def test_unstandardised_heads():
     X, y = blobs(120, 8, 3, seed=8)
     fold = folds(120, 2)
     for fit in fit_logistic_bank(
-        X, y, n_classes=3, fold=fold, specs=[LogisticSpec(0.1, standardize=False)], gap=1e-9
+        TrainingData(X, y, fold, 3), [LogisticSpec(0.1, standardize=False)], gap=1e-9
     ):
         train = fold != fit.fold
         scaler, model = scikit_learn(fit.spec, X[train], y[train])
@@ -357,7 +358,7 @@ def test_separable_data_at_weak_regularisation():
     ).astype(np.float32)
     fold = folds(90, 3)
     specs = [LogisticSpec(C) for C in (1.0, 1e3, 1e6)]
-    for fit in fit_logistic_bank(X, y, n_classes=3, fold=fold, specs=specs):
+    for fit in fit_logistic_bank(TrainingData(X, y, fold, 3), specs):
         train = fold != fit.fold
         scaler, model = scikit_learn(fit.spec, X[train], y[train])
         theirs = type(fit)(
@@ -379,13 +380,11 @@ def test_float16_features_and_order_of_rows():
     fold = folds(100, 2)
     specs = [LogisticSpec(1.0)]
     order = np.random.default_rng(0).permutation(100)
-    first = fit_logistic_bank(X, y, n_classes=3, fold=fold, specs=specs, gap=1e-9)
-    second = fit_logistic_bank(
-        X[order], y[order], n_classes=3, fold=fold[order], specs=specs, gap=1e-9
-    )
+    first = fit_logistic_bank(TrainingData(X, y, fold, 3), specs, gap=1e-9)
+    second = fit_logistic_bank(TrainingData(X[order], y[order], fold[order], 3), specs, gap=1e-9)
     for one, other in zip(first, second, strict=True):
         assert other.objective == pytest.approx(one.objective, rel=1e-6)
-        if one.fold != FULL:
+        if one.fold != REFIT:
             held = np.flatnonzero(fold == one.fold)
             position = {row: k for k, row in enumerate(held)}
             own = [position[row] for row in order if row in position]
@@ -397,15 +396,9 @@ def test_a_uniform_weight_is_a_strength():
     X, y = blobs(80, 6, 3, seed=6)
     fold = folds(80, 2)
     heavy = fit_logistic_bank(
-        X,
-        y,
-        n_classes=3,
-        fold=fold,
-        specs=[LogisticSpec(0.1)],
-        sample_weight=np.full(80, 5.0),
-        gap=1e-9,
+        TrainingData(X, y, fold, 3, sample_weight=np.full(80, 5.0)), [LogisticSpec(0.1)], gap=1e-9
     )
-    plain = fit_logistic_bank(X, y, n_classes=3, fold=fold, specs=[LogisticSpec(0.5)], gap=1e-9)
+    plain = fit_logistic_bank(TrainingData(X, y, fold, 3), [LogisticSpec(0.5)], gap=1e-9)
     for one, other in zip(heavy, plain, strict=True):
         assert one.objective == pytest.approx(5 * other.objective, rel=1e-6)
         np.testing.assert_allclose(
@@ -421,12 +414,8 @@ def test_weight_zero_leaves_a_row_out():
     weight[::4] = 0
     specs = [LogisticSpec(0.5, standardize=False)]
     kept = weight > 0
-    one = fit_logistic_bank(
-        X, y, n_classes=2, fold=fold, specs=specs, sample_weight=weight, gap=1e-9
-    )[0]
-    other = fit_logistic_bank(
-        X[kept], y[kept], n_classes=2, fold=fold[kept], specs=specs, gap=1e-9
-    )[0]
+    one = fit_logistic_bank(TrainingData(X, y, fold, 2, sample_weight=weight), specs, gap=1e-9)[0]
+    other = fit_logistic_bank(TrainingData(X[kept], y[kept], fold[kept], 2), specs, gap=1e-9)[0]
     assert one.objective == pytest.approx(other.objective, rel=1e-6)
 
 
@@ -441,15 +430,15 @@ def test_refusals_name_what_is_wrong():
         broken = X.copy()
         broken[13, 2] = bad
         with pytest.raises(NotFinite, match="feature 2 of row 13"):
-            fit_logistic_bank(broken, y, n_classes=2, fold=fold, specs=specs)
+            fit_logistic_bank(TrainingData(broken, y, fold, 2), specs)
     with pytest.raises(ValueError, match="target has 19 rows but the features have 20"):
-        fit_logistic_bank(X, y[:-1], n_classes=2, fold=fold, specs=specs)
+        fit_logistic_bank(TrainingData(X, y[:-1], fold, 2), specs)
     with pytest.raises(ValueError, match=r"0\.\.1, found 0\.\.2"):
-        fit_logistic_bank(X, np.where(y == 1, 2, y), n_classes=2, fold=fold, specs=specs)
+        fit_logistic_bank(TrainingData(X, np.where(y == 1, 2, y), fold, 2), specs)
     with pytest.raises(ValueError, match="C must be a positive number"):
-        fit_logistic_bank(X, y, n_classes=2, fold=fold, specs=[LogisticSpec(0.0)])
+        fit_logistic_bank(TrainingData(X, y, fold, 2), [LogisticSpec(0.0)])
     with pytest.raises(ValueError, match="not negative"):
-        fit_logistic_bank(X, y, n_classes=2, fold=fold, specs=specs, sample_weight=-np.ones(20))
+        fit_logistic_bank(TrainingData(X, y, fold, 2, sample_weight=-np.ones(20)), specs)
 
 
 def test_a_deadline_ends_early_with_true_bounds():
@@ -457,10 +446,8 @@ def test_a_deadline_ends_early_with_true_bounds():
     X, y = blobs(150, 20, 3, seed=1)
     fold = folds(150, 3)
     specs = [LogisticSpec(C) for C in (0.01, 1.0)]
-    early = fit_logistic_bank(
-        X, y, n_classes=3, fold=fold, specs=specs, deadline=time.monotonic() - 1
-    )
-    best = fit_logistic_bank(X, y, n_classes=3, fold=fold, specs=specs, gap=1e-9)
+    early = fit_logistic_bank(TrainingData(X, y, fold, 3), specs, deadline=time.monotonic() - 1)
+    best = fit_logistic_bank(TrainingData(X, y, fold, 3), specs, gap=1e-9)
     for fit, optimum in zip(early, best, strict=True):
         assert fit.iterations < optimum.iterations
         assert fit.objective - optimum.objective <= fit.gap * optimum.objective * (1 + 1e-5)
@@ -479,9 +466,10 @@ def test_torch_products_give_the_same_heads(labels):
     target = target[:, :2] if labels == "multi" else target
     classes = {"single": 4, "binary": 2, "multi": 2}[labels]
     specs = [LogisticSpec(C, kind) for C in (0.01, 1.0) for kind in ("none", "balanced")]
-    arguments = {"n_classes": classes, "fold": folds(120, 2), "specs": specs, "gap": 1e-9}
-    here = fit_logistic_bank(X, target, **arguments)
-    there = fit_logistic_bank(X, target, device="cpu:0", **arguments)
+    task_kind = "multi" if target.ndim == 2 else "single"
+    data = TrainingData(X, target, folds(120, 2), classes, task_kind)
+    here = fit_logistic_bank(data, specs, gap=1e-9)
+    there = fit_logistic_bank(data, specs, gap=1e-9, device="cpu:0")
     for one, other in zip(here, there, strict=True):
         assert other.objective == pytest.approx(one.objective, rel=1e-6)
         np.testing.assert_allclose(
@@ -499,10 +487,8 @@ def test_weights_that_a_sample_of_rows_never_meets():
         (np.arange(8192) % 2).astype(np.float64),
     )
     specs = [LogisticSpec(1.0, standardize=False)]
-    weighted = fit_logistic_bank(
-        X, y, n_classes=2, fold=fold, specs=specs, sample_weight=weight, gap=1e-8
-    )
-    odd = fit_logistic_bank(X[1::2], y[1::2], n_classes=2, fold=fold[1::2], specs=specs, gap=1e-8)
+    weighted = fit_logistic_bank(TrainingData(X, y, fold, 2, sample_weight=weight), specs, gap=1e-8)
+    odd = fit_logistic_bank(TrainingData(X[1::2], y[1::2], fold[1::2], 2), specs, gap=1e-8)
     for one, other in zip(weighted, odd, strict=True):
         assert one.objective == pytest.approx(other.objective, rel=1e-6)
 

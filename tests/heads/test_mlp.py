@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 
 from headrace.heads.data.folds import make_folds
-from headrace.heads.data.task import TRAIN_ONLY
+from headrace.heads.data.task import REFIT, TRAIN_ONLY
+from headrace.heads.data.training_data import TrainingData
 from headrace.heads.evaluate.metrics import score
 from headrace.heads.networks.mlp import fit_mlp_bank, network
 from headrace.heads.networks.mlp_batch import (
@@ -25,7 +26,7 @@ from headrace.heads.networks.mlp_batch import (
 )
 from headrace.heads.networks.mlp_data import moments
 from headrace.heads.predict import predict_head
-from headrace.heads.spec import FULL, Halving, HeadFit, MLPSpec
+from headrace.heads.spec import FitResult, Halving, MLPSpec
 
 Arrays = np.ndarray[Any, Any]
 
@@ -144,7 +145,7 @@ def test_a_bank_equals_networks_trained_one_at_a_time() -> None:
     for its fold.
     """
     X, y, fold = digits()
-    fits = fit_mlp_bank(X, y, n_classes=10, fold=fold, specs=MIXED, full=False, precision="float32")
+    fits = fit_mlp_bank(TrainingData(X, y, fold, 10), MIXED, refit=False, precision="float32")
     assert [(fit.spec, fit.fold) for fit in fits] == [
         (spec, number) for spec in MIXED for number in range(3)
     ]
@@ -170,7 +171,7 @@ def test_other_targets_equal_one_at_a_time(task: str) -> None:
         MLPSpec((12, 8), 3e-3, seed=5, epochs=3, patience=9),
     ]
     outputs = target.shape[1]
-    fits = fit_mlp_bank(X, target, n_classes=outputs, fold=fold, specs=specs, full=False, task=task)  # type: ignore[arg-type]
+    fits = fit_mlp_bank(TrainingData(X, target, fold, outputs, task_kind=task), specs, refit=False)  # type: ignore[arg-type]
     for fit in fits:
         after, _ = one_at_a_time(X, target, fold, fit.fold, fit.spec, outputs, task, 3)  # type: ignore[arg-type]
         assert fit.validation is not None
@@ -185,7 +186,7 @@ def test_reduced_precision_is_the_same_network_up_to_rounding() -> None:
     X, y, fold = digits()
     specs = [replace(spec, epochs=8) for spec in MIXED[:3]]
     exact, rounded = (
-        fit_mlp_bank(X, y, n_classes=10, fold=fold, specs=specs, full=False, precision=p)
+        fit_mlp_bank(TrainingData(X, y, fold, 10), specs, refit=False, precision=p)
         for p in ("float32", "bfloat16")  # type: ignore[arg-type]
     )
     for a, b in zip(exact, rounded, strict=True):
@@ -208,14 +209,11 @@ def test_a_head_does_not_depend_on_its_company() -> None:
     """
     X, y, fold = digits()
     together = fit_mlp_bank(
-        X,
-        y,
-        n_classes=10,
-        fold=fold,
-        specs=[*MIXED, MLPSpec((24,), 1e9, batch_size=64)],
+        TrainingData(X, y, fold, 10),
+        [*MIXED, MLPSpec((24,), 1e9, batch_size=64)],
         precision="float32",
     )
-    alone = fit_mlp_bank(X, y, n_classes=10, fold=fold, specs=MIXED[:1], precision="float32")
+    alone = fit_mlp_bank(TrainingData(X, y, fold, 10), MIXED[:1], precision="float32")
     for a, b in zip(together, alone, strict=False):
         np.testing.assert_allclose(a.arrays["weight1"], b.arrays["weight1"], atol=1e-4)
 
@@ -275,8 +273,8 @@ def test_features_on_disk_train_as_in_memory(tmp_path: Path) -> None:
     np.save(tmp_path / "X.npy", X.astype(np.float16))
     mapped = np.load(tmp_path / "X.npy", mmap_mode="r")
     specs = [MLPSpec((16,), 1e-2, epochs=3)]
-    on_disk = fit_mlp_bank(mapped, y, n_classes=10, fold=fold, specs=specs)
-    in_memory = fit_mlp_bank(X.astype(np.float16), y, n_classes=10, fold=fold, specs=specs)
+    on_disk = fit_mlp_bank(TrainingData(mapped, y, fold, 10), specs)
+    in_memory = fit_mlp_bank(TrainingData(X.astype(np.float16), y, fold, 10), specs)
     for a, b in zip(on_disk, in_memory, strict=True):
         np.testing.assert_array_equal(a.arrays["weight0"], b.arrays["weight0"])
 
@@ -289,9 +287,9 @@ def test_full_heads_train_for_the_mean_best_epoch() -> None:
     # Not seed 0: there a unit's input comes within rounding of zero, and its ReLU takes the other
     # side.
     spec = MLPSpec((24,), 1e-2, batch_size=64, epochs=6, patience=2, seed=1)
-    fits = fit_mlp_bank(X, y, n_classes=10, fold=fold, specs=[spec], precision="float32")
+    fits = fit_mlp_bank(TrainingData(X, y, fold, 10), [spec], precision="float32")
     full = fits[-1]
-    assert full.fold == FULL
+    assert full.fold == REFIT
     assert full.validation is None
     best = []
     for number in range(3):
@@ -300,15 +298,15 @@ def test_full_heads_train_for_the_mean_best_epoch() -> None:
             1 + int(np.argmin([score("single", y[fold == number], p, "log_loss") for p in after]))
         )
     assert full.iterations == round(np.mean(best))
-    _, (everything,) = one_at_a_time(X, y, fold, FULL, spec, 10, "single", full.iterations)
+    _, (everything,) = one_at_a_time(X, y, fold, REFIT, spec, 10, "single", full.iterations)
     np.testing.assert_allclose(predict_head(spec, full.arrays, X), everything, atol=2e-4)
 
 
 def test_validation_predictions_are_those_of_the_arrays() -> None:
     """A fold's stored predictions are what `predict_head` makes of its stored arrays."""
     X, y, fold = digits()
-    for fit in fit_mlp_bank(X * 1e3 + 500, y, n_classes=10, fold=fold, specs=MIXED[:2]):
-        if fit.fold != FULL:
+    for fit in fit_mlp_bank(TrainingData(X * 1e3 + 500, y, fold, 10), MIXED[:2]):
+        if fit.fold != REFIT:
             np.testing.assert_array_equal(
                 fit.validation, predict_head(fit.spec, fit.arrays, X[fold == fit.fold] * 1e3 + 500)
             )
@@ -320,7 +318,7 @@ def test_held_out_rows_have_no_influence() -> None:
     """
     X, y, fold = digits()
     spec = MLPSpec((16,), 1e-2, epochs=2, patience=9)
-    before = fit_mlp_bank(X, y, n_classes=10, fold=fold, specs=[spec], full=False)[0]
+    before = fit_mlp_bank(TrainingData(X, y, fold, 10), [spec], refit=False)[0]
     moved = X.copy()
     moved[fold == 0] += (
         np.random.default_rng(0).normal(size=moved[fold == 0].shape).astype(np.float32) * 100
@@ -328,11 +326,11 @@ def test_held_out_rows_have_no_influence() -> None:
     wrong = y.copy()
     wrong[fold == 0] = 0
     after = fit_mlp_bank(
-        moved, wrong, n_classes=10, fold=fold, specs=[replace(spec, epochs=1)], full=False
+        TrainingData(moved, wrong, fold, 10), [replace(spec, epochs=1)], refit=False
     )[0]
-    one_epoch = fit_mlp_bank(
-        X, y, n_classes=10, fold=fold, specs=[replace(spec, epochs=1)], full=False
-    )[0]
+    one_epoch = fit_mlp_bank(TrainingData(X, y, fold, 10), [replace(spec, epochs=1)], refit=False)[
+        0
+    ]
     np.testing.assert_array_equal(after.arrays["weight0"], one_epoch.arrays["weight0"])
     assert before.validation is not None
 
@@ -348,9 +346,9 @@ def test_hopeless_heads_fail_alone() -> None:
         MLPSpec(dropout=2.0),
         MLPSpec((24,), 1e-2, epochs=10),
     ]
-    fits = fit_mlp_bank(X, y, n_classes=10, fold=fold, specs=specs)
+    fits = fit_mlp_bank(TrainingData(X, y, fold, 10), specs)
     by_spec = {spec: [fit for fit in fits if fit.spec == spec] for spec in specs}
-    assert all("not finite" in (fit.error or "") for fit in by_spec[specs[0]] if fit.fold != FULL)
+    assert all("not finite" in (fit.error or "") for fit in by_spec[specs[0]] if fit.fold != REFIT)
     assert all("widths" in (fit.error or "") for fit in by_spec[specs[1]])
     assert all("dropout" in (fit.error or "") for fit in by_spec[specs[2]])
     assert all(fit.error is None for fit in by_spec[specs[3]])
@@ -358,7 +356,7 @@ def test_hopeless_heads_fail_alone() -> None:
     bad = X.copy()
     bad[7, 3] = np.nan
     with pytest.raises(ValueError, match="row 7"):
-        fit_mlp_bank(bad, y, n_classes=10, fold=fold, specs=specs)
+        fit_mlp_bank(TrainingData(bad, y, fold, 10), specs)
 
 
 def test_early_stopping_leaves_the_batch() -> None:
@@ -370,32 +368,32 @@ def test_early_stopping_leaves_the_batch() -> None:
     fold = np.where(np.arange(200) % 2 == 0, 0, TRAIN_ONLY).astype(np.int16)
     fast = MLPSpec((32,), 3e-2, batch_size=32, epochs=40, patience=3)
     slow = MLPSpec((32,), 1e-5, batch_size=32, epochs=40, patience=3)
-    hasty, patient = fit_mlp_bank(X, y, n_classes=2, fold=fold, specs=[fast, slow], full=False)
+    hasty, patient = fit_mlp_bank(TrainingData(X, y, fold, 2), [fast, slow], refit=False)
     assert hasty.iterations < 15
     assert patient.iterations == 40
 
 
 def test_halving_stops_the_losers_and_keeps_the_winner() -> None:
-    """After each rung the best share goes on: epochs run, survivors and FULL heads are what the
+    """After each rung the best share goes on: epochs run, survivors and REFIT heads are what the
     schedule says.
     """
     X, y, fold = digits()
     rates = [1e-2, 1e-6, 3e-3, 1e-5, 1e-7, 3e-6, 1e-8, 2e-2]
     specs = [MLPSpec((24,), rate, batch_size=64, epochs=8, patience=8) for rate in rates]
     fits = fit_mlp_bank(
-        X, y, n_classes=10, fold=fold, specs=specs, halving=Halving(after=(2, 4), keep=0.5)
+        TrainingData(X, y, fold, 10), specs, halving=Halving(after=(2, 4), keep=0.5)
     )
     epochs = [
-        max(fit.iterations for fit in fits if fit.spec == spec and fit.fold != FULL)
+        max(fit.iterations for fit in fits if fit.spec == spec and fit.fold != REFIT)
         for spec in specs
     ]
     assert sorted(epochs) == [2, 2, 2, 2, 4, 4, 8, 8]
-    survivors = {fit.spec for fit in fits if fit.fold == FULL}
+    survivors = {fit.spec for fit in fits if fit.fold == REFIT}
     assert survivors == {spec for spec, last in zip(specs, epochs, strict=True) if last == 8}
     assert {spec.learning_rate for spec in survivors} < {1e-2, 3e-3, 2e-2}
-    whole = fit_mlp_bank(X, y, n_classes=10, fold=fold, specs=specs, full=False)
+    whole = fit_mlp_bank(TrainingData(X, y, fold, 10), specs, refit=False)
     for fit in fits:
-        if fit.spec in survivors and fit.fold != FULL:
+        if fit.spec in survivors and fit.fold != REFIT:
             other = next(o for o in whole if (o.spec, o.fold) == (fit.spec, fit.fold))
             np.testing.assert_allclose(fit.validation, other.validation, atol=1e-5)
     with pytest.raises(ValueError, match="rising epochs"):
@@ -410,14 +408,14 @@ def test_views_augment_training_and_average_predictions() -> None:
     noise = np.random.default_rng(0).normal(size=(3, *X.shape)).astype(np.float32)
     stacked = X + 4 * noise
     spec = MLPSpec((32,), 1e-2, batch_size=64, epochs=8)
-    fit = fit_mlp_bank(stacked, y, n_classes=10, fold=fold, specs=[spec], full=False)[0]
+    fit = fit_mlp_bank(TrainingData(stacked, y, fold, 10), [spec], refit=False)[0]
     mean = np.mean([predict_head(spec, fit.arrays, view[fold == 0]) for view in stacked], axis=0)
     np.testing.assert_allclose(fit.validation, mean, atol=1e-6)
-    single = fit_mlp_bank(stacked[0], y, n_classes=10, fold=fold, specs=[spec], full=False)[0]
+    single = fit_mlp_bank(TrainingData(stacked[0], y, fold, 10), [spec], refit=False)[0]
     assert _accuracy(fit, y, fold) > _accuracy(single, y, fold)
     # One view twice is the same as one view: the choice among equals changes nothing.
-    twice = fit_mlp_bank(np.stack([X, X]), y, n_classes=10, fold=fold, specs=[spec], full=False)[0]
-    once = fit_mlp_bank(X, y, n_classes=10, fold=fold, specs=[spec], full=False)[0]
+    twice = fit_mlp_bank(TrainingData(np.stack([X, X]), y, fold, 10), [spec], refit=False)[0]
+    once = fit_mlp_bank(TrainingData(X, y, fold, 10), [spec], refit=False)[0]
     np.testing.assert_allclose(twice.validation, once.validation, atol=1e-5)
 
 
@@ -429,9 +427,7 @@ def test_rows_without_weight_are_as_absent() -> None:
     weight = np.concatenate([np.ones(300), np.zeros(50)])
     spec = MLPSpec((16,), 1e-2, epochs=3)
     fold = np.full(350, TRAIN_ONLY, np.int16)
-    (fit,) = fit_mlp_bank(
-        spoilt, labels, n_classes=10, fold=fold, specs=[spec], sample_weight=weight
-    )
+    (fit,) = fit_mlp_bank(TrainingData(spoilt, labels, fold, 10, sample_weight=weight), [spec])
     assert (predict_head(spec, fit.arrays, X).argmax(1) == y).mean() > 0.5
     mean, scale = moments(X[None], np.arange(300))
     np.testing.assert_allclose(mean, X.mean(0, dtype=np.float64))
@@ -441,7 +437,7 @@ def test_rows_without_weight_are_as_absent() -> None:
 def test_two_runs_are_bitwise_equal() -> None:
     """Everything random is seeded."""
     X, y, fold = digits(300)
-    first, second = (fit_mlp_bank(X, y, n_classes=10, fold=fold, specs=MIXED) for _ in range(2))
+    first, second = (fit_mlp_bank(TrainingData(X, y, fold, 10), MIXED) for _ in range(2))
     for a, b in zip(first, second, strict=True):
         for name in a.arrays:
             np.testing.assert_array_equal(a.arrays[name], b.arrays[name])
@@ -471,7 +467,7 @@ def test_any_shape_trains(
     specs = [
         MLPSpec(tuple(hidden), 1e-2, batch_size=batch, epochs=2, dropout=d) for d in (0.0, 0.5)
     ]
-    fits = fit_mlp_bank(X, y, n_classes=classes, fold=fold, specs=specs)
+    fits = fit_mlp_bank(TrainingData(X, y, fold, classes), specs)
     assert len(fits) == 8
     for fit in fits:
         assert fit.error is None
@@ -480,7 +476,7 @@ def test_any_shape_trains(
         np.testing.assert_allclose(predicted.sum(1), 1, atol=1e-5)
 
 
-def _accuracy(fit: HeadFit, y: Arrays, fold: Arrays) -> float:
+def _accuracy(fit: FitResult, y: Arrays, fold: Arrays) -> float:
     assert fit.validation is not None
     return score("single", y[fold == fit.fold], fit.validation, "accuracy")
 

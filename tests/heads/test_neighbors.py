@@ -10,11 +10,12 @@ from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor, NearestCentroid
 
 from headrace.heads.data.folds import make_folds
-from headrace.heads.data.task import TEST
+from headrace.heads.data.task import REFIT, TEST
+from headrace.heads.data.training_data import TrainingData
 from headrace.heads.evaluate.metrics import score
 from headrace.heads.neighbors.bank import fit_centroid_bank, fit_knn_bank
 from headrace.heads.predict import predict_head
-from headrace.heads.spec import FULL, CentroidSpec, KNNSpec
+from headrace.heads.spec import CentroidSpec, KNNSpec
 
 Arrays = np.ndarray[Any, Any]
 
@@ -40,7 +41,7 @@ def test_every_k_metric_and_fold_equals_scikit_learn(offset: float) -> None:
     """
     X, y, fold = digits()
     X = X + np.float32(offset)
-    for fit in fit_knn_bank(X, y, n_classes=10, fold=fold, specs=SPECS, full=False):
+    for fit in fit_knn_bank(TrainingData(X, y, fold, 10), SPECS, refit=False):
         assert isinstance(fit.spec, KNNSpec)
         train, held = fold != fit.fold, fold == fit.fold
         model = KNeighborsClassifier(
@@ -63,9 +64,7 @@ def test_the_full_head_predicts_from_its_rows() -> None:
     """
     X, y, fold = digits()
     fold[400:] = TEST
-    fits = [
-        fit for fit in fit_knn_bank(X, y, n_classes=10, fold=fold, specs=SPECS) if fit.fold == FULL
-    ]
+    fits = [fit for fit in fit_knn_bank(TrainingData(X, y, fold, 10), SPECS) if fit.fold == REFIT]
     assert all(fit.arrays["features"] is fits[0].arrays["features"] for fit in fits)
     assert len(fits[0].arrays["features"]) == 400
     for fit in fits:
@@ -83,7 +82,7 @@ def test_regression_and_labels_average_their_neighbours() -> None:
     target = np.stack([y * 3.0, np.sqrt(y)], axis=1)
     spec = KNNSpec(7, "euclidean", "distance")
     fit = fit_knn_bank(
-        X, target, n_classes=2, fold=fold, specs=[spec], full=False, task="regression"
+        TrainingData(X, target, fold, 2, task_kind="regression"), [spec], refit=False
     )[0]
     model = KNeighborsRegressor(7, weights="distance", algorithm="brute").fit(
         X[fold != 0], target[fold != 0]
@@ -91,7 +90,7 @@ def test_regression_and_labels_average_their_neighbours() -> None:
     np.testing.assert_allclose(fit.validation, model.predict(X[fold == 0]), rtol=1e-3)
     labels = np.stack([y > 4, y % 2 == 0], axis=1).astype(np.uint8)
     shares = fit_knn_bank(
-        X, labels, n_classes=2, fold=fold, specs=[KNNSpec(5)], full=False, task="multi"
+        TrainingData(X, labels, fold, 2, task_kind="multi"), [KNNSpec(5)], refit=False
     )[0].validation
     assert shares is not None
     np.testing.assert_allclose(shares * 5, np.round(shares * 5), atol=1e-5)
@@ -108,7 +107,7 @@ def test_equal_rows_have_distance_zero_and_decide_alone() -> None:
         X, y = np.concatenate([rows, rows]), np.concatenate([np.arange(60) % 3] * 2)
         fold = np.repeat([0, 1], 60).astype(np.int16)
         specs = [KNNSpec(9, metric, "distance") for metric in ("cosine", "euclidean")]  # type: ignore[arg-type]
-        for fit in fit_knn_bank(X, y, n_classes=3, fold=fold, specs=specs, full=False):
+        for fit in fit_knn_bank(TrainingData(X, y, fold, 3), specs, refit=False):
             assert fit.validation is not None
             np.testing.assert_array_equal(fit.validation, np.eye(3, dtype=np.float32)[y[:60]])
 
@@ -121,13 +120,9 @@ def test_weights_and_impossible_k() -> None:
     y, fold = np.array([0, 1, 1, 0]), np.array([-2, -2, -2, 0], np.int16)
     weight = np.array([5.0, 1.0, 0.0, 1.0])
     near, far = fit_knn_bank(
-        X,
-        y,
-        n_classes=2,
-        fold=fold,
-        specs=[KNNSpec(2, "euclidean"), KNNSpec(3)],
-        full=False,
-        sample_weight=weight,
+        TrainingData(X, y, fold, 2, sample_weight=weight),
+        [KNNSpec(2, "euclidean"), KNNSpec(3)],
+        refit=False,
     )
     np.testing.assert_allclose(near.validation, [[5 / 6, 1 / 6]], rtol=1e-6)
     assert far.error is not None
@@ -139,7 +134,7 @@ def test_a_row_of_zeros_has_cosine_zero_with_everything() -> None:
     X = np.array([[0.0, 0.0], [1.0, 0.0], [0.0, 2.0], [-1.0, 0.0]], np.float32)
     fold = np.array([0, -2, -2, -2], np.int16)
     (fit,) = fit_knn_bank(
-        X, np.array([0, 0, 1, 1]), n_classes=2, fold=fold, specs=[KNNSpec(3)], full=False
+        TrainingData(X, np.array([0, 0, 1, 1]), fold, 2), [KNNSpec(3)], refit=False
     )
     np.testing.assert_allclose(fit.validation, [[1 / 3, 2 / 3]], rtol=1e-6)
 
@@ -156,13 +151,11 @@ def test_any_shape_gives_shares(rows: int, width: int, k: int, seed: int) -> Non
     X = np.round(generator.normal(size=(rows, width))).astype(np.float32)
     y = generator.integers(0, 3, rows)
     specs = [KNNSpec(k, metric, "distance") for metric in ("cosine", "euclidean")]  # type: ignore[arg-type]
-    for fit in fit_knn_bank(
-        X, y, n_classes=3, fold=make_folds(y, n_folds=2, seed=seed), specs=specs
-    ):
+    for fit in fit_knn_bank(TrainingData(X, y, make_folds(y, n_folds=2, seed=seed), 3), specs):
         if fit.validation is not None:
             np.testing.assert_allclose(fit.validation.sum(1), 1, rtol=1e-5)
         else:
-            assert fit.fold == FULL or fit.error is not None
+            assert fit.fold == REFIT or fit.error is not None
 
 
 def test_class_means_equal_scikit_learns_nearest_centroid() -> None:
@@ -171,10 +164,10 @@ def test_class_means_equal_scikit_learns_nearest_centroid() -> None:
     """
     X, y, fold = digits()
     specs = [CentroidSpec("euclidean"), CentroidSpec("cosine")]
-    fits = fit_centroid_bank(X, y, n_classes=10, fold=fold, specs=specs)
+    fits = fit_centroid_bank(TrainingData(X, y, fold, 10), specs)
     for fit in fits:
         train = fold != fit.fold
-        held = ~train if fit.fold != FULL else train
+        held = ~train if fit.fold != REFIT else train
         mean, scale = X[train].mean(0), X[train].std(0)
         rows = (X - mean) / scale
         if fit.spec == specs[0]:
@@ -193,18 +186,12 @@ def test_a_class_missing_from_a_fold_has_probability_zero() -> None:
     """Classes without training rows are never predicted; regression is refused as a row."""
     X, y, _ = digits(100)
     fold = np.where(y == 3, 0, 1).astype(np.int16)
-    without = fit_centroid_bank(X, y, n_classes=10, fold=fold, specs=[CentroidSpec()], full=False)[
-        0
-    ]
+    without = fit_centroid_bank(TrainingData(X, y, fold, 10), [CentroidSpec()], refit=False)[0]
     assert without.validation is not None
     assert (without.validation[:, 3] == 0).all()
     (refused,) = fit_centroid_bank(
-        X,
-        y[:, None] * 1.0,
-        n_classes=1,
-        fold=np.zeros(100, np.int16),
-        specs=[CentroidSpec()],
-        full=False,
-        task="regression",
+        TrainingData(X, y[:, None] * 1.0, np.zeros(100, np.int16), 1, task_kind="regression"),
+        [CentroidSpec()],
+        refit=False,
     )
     assert "one class per row" in (refused.error or "")

@@ -9,6 +9,7 @@ from sklearn.svm import SVC
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from headrace.heads.data.folds import make_folds
+from headrace.heads.data.training_data import TrainingData
 from headrace.heads.evaluate.metrics import score
 from headrace.heads.linear.rbf import RBFClassifier
 from headrace.heads.sklearn.bank import fit_sklearn_bank
@@ -50,7 +51,7 @@ def test_it_is_a_head_by_its_import_path() -> None:
         "headrace.heads.linear.rbf.RBFClassifier", json.dumps({"C": 10}), standardize=True
     )
     fold = make_folds(y, n_folds=2, seed=0)
-    fits = fit_sklearn_bank(X, y, n_classes=2, fold=fold, specs=[spec])
+    fits = fit_sklearn_bank(TrainingData(X, y, fold, 2), [spec])
     assert [fit.error for fit in fits] == [None] * 3
     assert fits[0].validation is not None
     assert score("single", y[fold == 0], fits[0].validation, "accuracy") > 0.9

@@ -10,10 +10,11 @@ from sklearn.linear_model import Ridge, RidgeClassifier
 from sklearn.preprocessing import StandardScaler
 
 from headrace.heads.data.standardize import NotFinite
-from headrace.heads.data.task import TRAIN_ONLY
+from headrace.heads.data.task import REFIT, TRAIN_ONLY
+from headrace.heads.data.training_data import TrainingData
 from headrace.heads.linear.ridge import STRENGTHS_WORTH_EIGENVALUES, fit_ridge_bank
 from headrace.heads.predict import predict_head
-from headrace.heads.spec import FULL, RidgeSpec
+from headrace.heads.spec import RidgeSpec
 
 SLOWLY = settings(
     deadline=None, max_examples=25, suppress_health_check=list(HealthCheck), derandomize=True
@@ -58,7 +59,7 @@ def test_equals_ridge_classifier(n, d, classes, seed, class_weight, standardize,
     fold = folds(n, 3, seed)
     sw = np.random.default_rng(seed).uniform(0.2, 3, n) if weighted else None
     specs = [RidgeSpec(alpha, class_weight, standardize) for alpha in strengths(count)]
-    for fit in fit_ridge_bank(X, y, n_classes=classes, fold=fold, specs=specs, sample_weight=sw)[
+    for fit in fit_ridge_bank(TrainingData(X, y, fold, classes, sample_weight=sw), specs)[
         :: count // 2
     ]:
         train = fold != fit.fold
@@ -77,7 +78,7 @@ def test_equals_ridge_classifier(n, d, classes, seed, class_weight, standardize,
         theirs = model.coef_ / (scaler.scale_ if standardize else 1.0)
         assert np.abs(own - theirs).max() <= 1e-6 * np.abs(theirs).max()
         assert 0 <= fit.gap < 1e-9
-        if fit.fold != FULL:
+        if fit.fold != REFIT:
             decision = model.decision_function(scaler.transform(X[~train].astype(np.float64)))
             decision = decision.reshape(len(decision), -1)
             if classes == 2:
@@ -100,7 +101,7 @@ def test_regression_equals_ridge(n, d, targets, seed):
     Y = rng.standard_normal((n, targets)) * 100 + X[:, :1] / (np.abs(X[:, :1]).max() + 1)
     fold = folds(n, 2, seed)
     for fit in fit_ridge_bank(
-        X, Y, n_classes=targets, fold=fold, specs=[RidgeSpec(a) for a in (0.1, 10.0)]
+        TrainingData(X, Y, fold, targets), [RidgeSpec(a) for a in (0.1, 10.0)]
     ):
         train = fold != fit.fold
         scaler = StandardScaler().fit(X[train].astype(np.float64))
@@ -113,7 +114,7 @@ def test_regression_equals_ridge(n, d, targets, seed):
         assert fit.objective == pytest.approx(
             np.sum(residual**2) + fit.spec.alpha * np.sum(coefficients**2), rel=1e-8
         )
-        if fit.fold != FULL:
+        if fit.fold != REFIT:
             values = model.predict(scaler.transform(X[~train].astype(np.float64))).reshape(
                 -1, targets
             )
@@ -129,11 +130,11 @@ def test_multi_label_is_one_regression_per_label():
     fold = folds(90, 3)
     for kind in ("none", "balanced"):
         specs = [RidgeSpec(2.0, kind)]
-        for row, fit in enumerate(fit_ridge_bank(X, Y, n_classes=3, fold=fold, specs=specs)):
+        for row, fit in enumerate(fit_ridge_bank(TrainingData(X, Y, fold, 3), specs)):
             for label in range(3):
-                one = fit_ridge_bank(
-                    X, Y[:, label].astype(np.int64), n_classes=2, fold=fold, specs=specs
-                )[row]
+                one = fit_ridge_bank(TrainingData(X, Y[:, label].astype(np.int64), fold, 2), specs)[
+                    row
+                ]
                 np.testing.assert_allclose(
                     fit.arrays["weight"][label], one.arrays["weight"][1], rtol=1e-5, atol=1e-9
                 )
@@ -151,7 +152,7 @@ def test_the_gap_is_small_where_rows_are_nearly_interpolated():
     ):
         X, y = blobs(n, d, classes, seed)
         specs = [RidgeSpec(alpha, standardize=False) for alpha in (0.01, 0.04)]
-        for fit in fit_ridge_bank(X, y, n_classes=classes, fold=folds(n, 3, seed), specs=specs):
+        for fit in fit_ridge_bank(TrainingData(X, y, folds(n, 3, seed), classes), specs):
             assert 0 <= fit.gap < 1e-9
 
 
@@ -170,9 +171,9 @@ def test_validation_is_what_the_stored_arrays_predict(kind, offset):
         "regression": X[:, :3] * 1.0,
     }[kind]
     for fit in fit_ridge_bank(
-        X, target, n_classes=3, fold=fold, specs=[RidgeSpec(a) for a in strengths(FEW)]
+        TrainingData(X, target, fold, 3), [RidgeSpec(a) for a in strengths(FEW)]
     ):
-        if fit.fold != FULL:
+        if fit.fold != REFIT:
             predicted = predict_head(fit.spec, fit.arrays, X[fold == fit.fold], kind)
             np.testing.assert_allclose(fit.validation, predicted, rtol=1e-5, atol=1e-6)
 
@@ -183,13 +184,11 @@ def test_batched_equals_one_at_a_time(d):
     X, y = blobs(100, d, 3, seed=1)
     fold = folds(100, 4)
     specs = [RidgeSpec(alpha) for alpha in strengths(MANY)]
-    bank = {(f.spec, f.fold): f for f in fit_ridge_bank(X, y, n_classes=3, fold=fold, specs=specs)}
+    bank = {(f.spec, f.fold): f for f in fit_ridge_bank(TrainingData(X, y, fold, 3), specs)}
     for spec in specs[::5]:
-        for held in (2, FULL):
+        for held in (2, REFIT):
             only = np.where(fold == held, 0, TRAIN_ONLY)
-            alone = fit_ridge_bank(X, y, n_classes=3, fold=only, specs=[spec], full=held == FULL)[
-                -1
-            ]
+            alone = fit_ridge_bank(TrainingData(X, y, only, 3), [spec], refit=held == REFIT)[-1]
             np.testing.assert_allclose(
                 alone.arrays["weight"], bank[spec, held].arrays["weight"], rtol=1e-5, atol=1e-7
             )
@@ -206,10 +205,8 @@ def test_scales_and_constant_features(scale, d):
     fold = folds(80, 2)
     X[:, 1] = 5.0
     X[fold == 1, 2] = 1.0  # constant where fold 0's head trains
-    plain = fit_ridge_bank(X, y, n_classes=3, fold=fold, specs=[RidgeSpec(1.0)])
-    scaled = fit_ridge_bank(
-        X * np.float32(scale), y, n_classes=3, fold=fold, specs=[RidgeSpec(1.0)]
-    )
+    plain = fit_ridge_bank(TrainingData(X, y, fold, 3), [RidgeSpec(1.0)])
+    scaled = fit_ridge_bank(TrainingData(X * np.float32(scale), y, fold, 3), [RidgeSpec(1.0)])
     for one, other in zip(plain, scaled, strict=True):
         assert (one.arrays["weight"][:, 1] == 0).all()
         assert one.fold != 0 or (one.arrays["weight"][:, 2] == 0).all()
@@ -226,7 +223,7 @@ def test_no_penalty_gives_the_least_norm_solution(d):
     X[:, -1] = X[:, 0]  # not unique even with more rows than features
     Y = rng.standard_normal((40, 1))
     fold = np.full(40, TRAIN_ONLY, np.int16)
-    fit = fit_ridge_bank(X, Y, n_classes=1, fold=fold, specs=[RidgeSpec(0.0, standardize=False)])[0]
+    fit = fit_ridge_bank(TrainingData(X, Y, fold, 1), [RidgeSpec(0.0, standardize=False)])[0]
     Z = X.astype(np.float64) - X.mean(0, dtype=np.float64)
     theirs = np.linalg.lstsq(Z, Y - Y.mean(), rcond=1e-10)[0].T
     np.testing.assert_allclose(fit.arrays["weight"], theirs, rtol=1e-4, atol=1e-6)
@@ -241,15 +238,13 @@ def test_a_class_missing_from_a_fold_is_never_preferred():
     y[7] = 2
     fold = folds(60, 3)
     for fit in fit_ridge_bank(
-        X, y, n_classes=3, fold=fold, specs=[RidgeSpec(1.0), RidgeSpec(1.0, "balanced")]
+        TrainingData(X, y, fold, 3), [RidgeSpec(1.0), RidgeSpec(1.0, "balanced")]
     ):
         if fit.fold == fold[7]:
             assert np.abs(fit.arrays["weight"][2]).max() < 1e-12
             assert fit.arrays["bias"][2] == pytest.approx(-1)
             assert (fit.validation.argmax(1) != 2).all()
-    fit = fit_ridge_bank(X, np.ones(60, np.int64), n_classes=3, fold=fold, specs=[RidgeSpec(1.0)])[
-        0
-    ]
+    fit = fit_ridge_bank(TrainingData(X, np.ones(60, np.int64), fold, 3), [RidgeSpec(1.0)])[0]
     assert (fit.validation.argmax(1) == 1).all()
 
 
@@ -262,10 +257,10 @@ def test_refusals_name_what_is_wrong():
     broken = X.copy()
     broken[13, 2] = np.nan
     with pytest.raises(NotFinite, match="feature 2 of row 13"):
-        fit_ridge_bank(broken, y, n_classes=2, fold=fold, specs=[RidgeSpec(1.0)])
+        fit_ridge_bank(TrainingData(broken, y, fold, 2), [RidgeSpec(1.0)])
     with pytest.raises(ValueError, match="alpha must be a number and not negative"):
-        fit_ridge_bank(X, y, n_classes=2, fold=fold, specs=[RidgeSpec(-1.0)])
+        fit_ridge_bank(TrainingData(X, y, fold, 2), [RidgeSpec(-1.0)])
     with pytest.raises(ValueError, match="regression targets must be finite"):
-        fit_ridge_bank(X, np.full((20, 1), np.nan), n_classes=1, fold=fold, specs=[RidgeSpec(1.0)])
+        fit_ridge_bank(TrainingData(X, np.full((20, 1), np.nan), fold, 1), [RidgeSpec(1.0)])
     with pytest.raises(ValueError, match="fold has 19 rows"):
-        fit_ridge_bank(X, y, n_classes=2, fold=fold[1:], specs=[RidgeSpec(1.0)])
+        fit_ridge_bank(TrainingData(X, y, fold[1:], 2), [RidgeSpec(1.0)])

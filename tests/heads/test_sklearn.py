@@ -11,9 +11,11 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
 
 from headrace.heads.data.folds import make_folds
+from headrace.heads.data.task import REFIT
+from headrace.heads.data.training_data import TrainingData
 from headrace.heads.predict import CannotPredict, predict_head
 from headrace.heads.sklearn.bank import BadEstimator, fit_sklearn_bank, make_estimator
-from headrace.heads.spec import FULL, SklearnSpec
+from headrace.heads.spec import SklearnSpec
 
 Arrays = np.ndarray[Any, Any]
 
@@ -30,7 +32,7 @@ def test_a_head_is_the_estimator_fitted_on_the_other_folds() -> None:
     X, y, fold = digits()
     forest = SklearnSpec("sklearn.ensemble.RandomForestClassifier", '{"n_estimators": 10}')
     machine = SklearnSpec("sklearn.svm.SVC", '{"C": 3.0}', standardize=True)
-    for fit in fit_sklearn_bank(X, y, n_classes=10, fold=fold, specs=[forest, machine], full=False):
+    for fit in fit_sklearn_bank(TrainingData(X, y, fold, 10), [forest, machine], refit=False):
         train, held = fold != fit.fold, fold == fit.fold
         assert fit.validation is not None
         if fit.spec == forest:
@@ -51,9 +53,7 @@ def test_the_stored_rows_make_the_estimator_again() -> None:
     X, y, fold = digits()
     spec = SklearnSpec("sklearn.ensemble.ExtraTreesClassifier", '{"n_estimators": 10}')
     full = next(
-        fit
-        for fit in fit_sklearn_bank(X, y, n_classes=10, fold=fold, specs=[spec])
-        if fit.fold == FULL
+        fit for fit in fit_sklearn_bank(TrainingData(X, y, fold, 10), [spec]) if fit.fold == REFIT
     )
     expected = make_estimator(spec).fit(X, y).predict_proba(X + 1)
     for _ in range(2):
@@ -76,7 +76,7 @@ def test_classes_labels_and_values() -> None:
         SklearnSpec("sklearn.neighbors.NearestCentroid"),
         SklearnSpec("sklearn.linear_model.RidgeClassifier"),
     ]
-    for fit in fit_sklearn_bank(X, y, n_classes=10, fold=fold, specs=specs, full=False):
+    for fit in fit_sklearn_bank(TrainingData(X, y, fold, 10), specs, refit=False):
         assert fit.validation is not None
         assert fit.validation.shape == ((fold == fit.fold).sum(), 10)
         if fit.fold == 0:
@@ -86,7 +86,7 @@ def test_classes_labels_and_values() -> None:
     chain = SklearnSpec("sklearn.neighbors.KNeighborsClassifier")
     folds = make_folds(y, n_folds=3, seed=0)
     for fit in fit_sklearn_bank(
-        X, labels, n_classes=3, fold=folds, specs=[tree, chain], full=False, task="multi"
+        TrainingData(X, labels, folds, 3, task_kind="multi"), [tree, chain], refit=False
     ):
         assert fit.validation is not None
         assert (fit.validation[:, 2] == 0).all()  # a label that never occurs
@@ -94,7 +94,7 @@ def test_classes_labels_and_values() -> None:
     values = (y * 10.0)[:, None]
     ridge = SklearnSpec("sklearn.linear_model.Ridge")
     fit = fit_sklearn_bank(
-        X, values, n_classes=1, fold=folds, specs=[ridge], full=False, task="regression"
+        TrainingData(X, values, folds, 1, task_kind="regression"), [ridge], refit=False
     )[0]
     expected = Ridge().fit(X[folds != 0], values[folds != 0, 0]).predict(X[folds == 0])
     assert fit.validation is not None
@@ -108,20 +108,20 @@ def test_weights_reach_the_estimator_or_are_refused() -> None:
     X, y, fold = digits()
     weight = np.where(y == 0, 100.0, 1.0)
     tree = SklearnSpec("sklearn.tree.DecisionTreeClassifier", '{"max_depth": 2}')
-    plain = fit_sklearn_bank(X, y, n_classes=10, fold=fold, specs=[tree], full=False)[0]
+    plain = fit_sklearn_bank(TrainingData(X, y, fold, 10), [tree], refit=False)[0]
     heavy = fit_sklearn_bank(
-        X, y, n_classes=10, fold=fold, specs=[tree], full=False, sample_weight=weight
+        TrainingData(X, y, fold, 10, sample_weight=weight), [tree], refit=False
     )[0]
     assert plain.validation is not None
     assert heavy.validation is not None
     assert np.abs(plain.validation - heavy.validation).max() > 0.1
     neighbours = SklearnSpec("sklearn.neighbors.KNeighborsClassifier", standardize=True)
     refused = fit_sklearn_bank(
-        X, y, n_classes=10, fold=fold, specs=[neighbours], full=False, sample_weight=weight
+        TrainingData(X, y, fold, 10, sample_weight=weight), [neighbours], refit=False
     )[0]
     assert "takes no sample weights" in (refused.error or "")
     even = fit_sklearn_bank(
-        X, y, n_classes=10, fold=fold, specs=[neighbours], full=False, sample_weight=weight * 0 + 2
+        TrainingData(X, y, fold, 10, sample_weight=weight * 0 + 2), [neighbours], refit=False
     )[0]
     assert even.error is None
 

@@ -7,6 +7,7 @@ import pytest
 from support.linear import relative_gap
 
 from headrace.heads.data.task import TRAIN_ONLY
+from headrace.heads.data.training_data import TrainingData
 from headrace.heads.linear.logistic import fit_logistic_bank
 from headrace.heads.linear.solver.compiled_blocks import aligned_rows, load_compiled_kernels
 from headrace.heads.linear.solver.design import DesignMatrix, RowBlock
@@ -110,6 +111,6 @@ def test_separable_rows_reach_the_gap_asked_for(n, d, classes, C, gap, seed):
     X[:, :3] += rng.standard_normal((classes, 3))[y]
     X = X.astype(np.float32)
     fold = np.full(n, TRAIN_ONLY)
-    (fit,) = fit_logistic_bank(X, y, n_classes=classes, fold=fold, specs=[LogisticSpec(C)], gap=gap)
+    (fit,) = fit_logistic_bank(TrainingData(X, y, fold, classes), [LogisticSpec(C)], gap=gap)
     assert relative_gap(fit, X, y) < 3 * gap
     assert fit.iterations < 60

@@ -7,7 +7,7 @@ import pytest
 from scipy.optimize import minimize_scalar
 
 from headrace.heads.bank import fit_bank
-from headrace.heads.data.task import Task
+from headrace.heads.data.task import REFIT, Task
 from headrace.heads.evaluate.metrics import score
 from headrace.heads.evaluate.temperature import (
     FLOOR,
@@ -23,7 +23,6 @@ from headrace.heads.evaluate.temperature import (
 from headrace.heads.persist import check_temperature
 from headrace.heads.predict import predict_head, tempered
 from headrace.heads.spec import (
-    FULL,
     CentroidSpec,
     ConvSpec,
     KNNSpec,
@@ -267,7 +266,7 @@ def fitted_head(spec, kind, rows=90):
         fold,
         np.ones(rows),
     )
-    (full,) = [fit for fit in fit_bank(X, task, [spec]) if fit.fold == FULL]
+    (full,) = [fit for fit in fit_bank(X, task, [spec]) if fit.fold == REFIT]
     assert full.error is None
     return task, full, rng.normal(3, 2, (4000, *shape[1:])).astype(np.float32)
 

@@ -12,10 +12,10 @@ from headrace.cache.publish import create_feature_set, publish_shard
 from headrace.cache.spec import FeatureSpec
 from headrace.heads.bank import BankJob, train_bank
 from headrace.heads.data.folds import make_folds
-from headrace.heads.data.task import Task, save_task
+from headrace.heads.data.task import REFIT, Task, save_task
 from headrace.heads.evaluate.metrics import all_metrics
 from headrace.heads.results import read_bank, results_bytes
-from headrace.heads.spec import FULL, HeadFit, LogisticSpec, RidgeSpec, spec_to_json
+from headrace.heads.spec import FitResult, LogisticSpec, RidgeSpec, spec_to_json
 from headrace.pipelines.planning.leaderboard import rank_heads
 
 
@@ -45,9 +45,9 @@ def stored(folder, kind, metric, outputs=None, target=None, rows=80, folds=4):
     for k, output in enumerate(outputs):
         spec = RidgeSpec(alpha=float(k + 1))
         own = []
-        for number in [*range(folds), FULL]:
+        for number in [*range(folds), REFIT]:
             held = output[fold == number].astype(np.float32) if number >= 0 else None
-            fits.append(HeadFit(spec, number, {}, 0.0, 0.0, 1, 0.0, held))
+            fits.append(FitResult(spec, number, {}, 0.0, 0.0, 1, 0.0, held))
             metrics.append({} if held is None else all_metrics(kind, target[fold == number], held))
             own += [metrics[-1][metric]] if held is not None else []
         row = {

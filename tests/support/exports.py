@@ -7,17 +7,9 @@ import sys
 import numpy as np
 
 from headrace.heads.bank import fit_bank
-from headrace.heads.data.task import Task
+from headrace.heads.data.task import REFIT, Task
 from headrace.heads.persist import TrainedHead
-from headrace.heads.spec import (
-    FULL,
-    CentroidSpec,
-    ConvSpec,
-    KNNSpec,
-    LogisticSpec,
-    MLPSpec,
-    RidgeSpec,
-)
+from headrace.heads.spec import CentroidSpec, ConvSpec, KNNSpec, LogisticSpec, MLPSpec, RidgeSpec
 
 # Runs where nothing of headrace can be found: -I leaves out the folder and the user's paths, and
 # the finder is taken out.
@@ -77,7 +69,7 @@ def fitted(spec, kind):
     fold = (np.arange(60) % 2).astype(np.int16)
     content = np.array([f"{n:032d}" for n in range(60)], "S32")
     task = Task(kind, classes, content.astype(str), content, target, fold, np.ones(60))
-    (full,) = [fit for fit in fit_bank(X, task, [spec]) if fit.fold == FULL]
+    (full,) = [fit for fit in fit_bank(X, task, [spec]) if fit.fold == REFIT]
     assert full.error is None, full.error
     head = TrainedHead(spec, kind, classes, (), {}, full.arrays)
     return head, rng.normal(3, 2, (20, *shape[1:])).astype(np.float32)

@@ -37,7 +37,7 @@ from headrace.heads.linear.solver.compiled_blocks import (
     load_compiled_kernels,
 )
 from headrace.heads.linear.solver.rotation import PerFoldRotation, Rotation, RowSpace
-from headrace.heads.spec import FULL
+from headrace.heads.data.task import (REFIT)
 
 Array = npt.NDArray[Any]
 # The folds that train on some rows, and the row numbers.
@@ -241,7 +241,7 @@ def should_copy_per_fold(
     """
     if len(folds) < 2 or n_free < MANY_CLASSES or kernels_for(np.float32) is None:
         return False
-    common = scaling[FULL]
+    common = scaling[REFIT]
     n_copied = sum(scaling[fold].count for fold in folds)
     similar = all(
         scales_are_similar(
@@ -422,7 +422,7 @@ def common_coordinates(
     The fields of `DesignMatrix`. scaling: fold -> moments of its training rows.
     """
     shared = len(scaling) > 1
-    common = scaling[FULL] if shared else next(iter(scaling.values()))
+    common = scaling[REFIT] if shared else next(iter(scaling.values()))
     # Unstandardized features still need a unit: one number for all of them keeps squares inside
     # float32's range.
     feature_unit = 1.0 if standardize else largest_scale(common)
@@ -430,7 +430,7 @@ def common_coordinates(
     scale_ratios = {}
     if shared and standardize:
         for fold, moments in scaling.items():
-            if fold != FULL:
+            if fold != REFIT:
                 scale_ratios[fold] = scale_ratio(moments, common).astype(dtype)
     return common, np.where(common.constant, 0.0, 1.0 / scale), scale_ratios, feature_unit
 

@@ -124,7 +124,7 @@ def test_heads_that_do_not_fit_a_gpu_are_trained_in_smaller_groups_then_on_the_c
             tried.append((device, len(specs)))
             if device == "cuda" and len(specs) > room:
                 raise torch.OutOfMemoryError("CUDA out of memory")
-            return [bank.HeadFit(spec, 0, {}, 0.0, 0.0, 1, 0.0, None, None) for spec in specs]
+            return [bank.FitResult(spec, 0, {}, 0.0, 0.0, 1, 0.0, None, None) for spec in specs]
 
         return fit
 

@@ -23,11 +23,10 @@ from headrace.extract.spec import BackboneSpec
 from headrace.extract.taps.resolve import backbone_nodes, parse_tap, tap_shape
 from headrace.heads.bank import fit_bank
 from headrace.heads.data.features import load_rows
-from headrace.heads.data.task import Task
+from headrace.heads.data.task import REFIT, Task
 from headrace.heads.evaluate.temperature import with_temperature
 from headrace.heads.persist import save_head
 from headrace.heads.spec import (
-    FULL,
     CentroidSpec,
     ConvSpec,
     FineTuneSpec,
@@ -89,7 +88,7 @@ def model_directory(place, photos, features, spec, names):
         np.ones(len(ids)),
     )
     X, _ = load_rows(sets, task.content, spatial=spec.kind == "conv")
-    (full,) = [fit for fit in fit_bank(X, task, [spec]) if fit.fold == FULL]
+    (full,) = [fit for fit in fit_bank(X, task, [spec]) if fit.fold == REFIT]
     assert full.error is None
     networks = {"avg": NETWORK, "map": NETWORK, "max": OTHER}
     save_head(

@@ -19,8 +19,9 @@ from headrace.cache.errors import PublishFailed
 from headrace.extract.backbones.backbone import load_backbone
 from headrace.extract.images.decoding import decode_image
 from headrace.extract.images.preprocessing import render
+from headrace.heads.data.task import REFIT
 from headrace.heads.results import read_bank
-from headrace.heads.spec import FULL, FineTuneSpec, MLPSpec, spec_from_json, spec_to_json
+from headrace.heads.spec import FineTuneSpec, MLPSpec, spec_from_json, spec_to_json
 from headrace.pipelines.finetune import checkpoint as checkpoint_module
 from headrace.pipelines.finetune import task as task_module
 from headrace.pipelines.finetune import train as train_module
@@ -63,7 +64,7 @@ def test_only_what_lies_above_the_cut_trains(case: Case, start: str, cut: str | 
     """
     head = LOGISTIC if start == "head" else NEW
     job = case.job(head, cut=cut, start=start, out=f"above-{start}-{cut}")
-    train_fold(FoldJob(job, FULL, epochs=2))
+    train_fold(FoldJob(job, REFIT, epochs=2))
     trained = load_network(job.model).network.backbone.state_dict()
     for name, before in load_backbone(job.backbone).module.state_dict().items():
         moves = name.startswith("layer4.") and not name.endswith(
@@ -175,7 +176,7 @@ def test_from_scratch_forgets_the_pretrained_parameters(case: Case) -> None:
     ]
     states = []
     for job in jobs:
-        train_fold(FoldJob(job, FULL, epochs=1))
+        train_fold(FoldJob(job, REFIT, epochs=1))
         states.append(load_network(job.model).network.backbone.state_dict())
     before = load_backbone(jobs[0].backbone).module.state_dict()
     for name in before:
@@ -192,7 +193,7 @@ def test_results_are_bank_results(case: Case) -> None:
     """
     job = case.job(out="results")
     done = [train_fold(FoldJob(job, fold)) for fold in range(2)]
-    train_fold(FoldJob(job, FULL, epochs=2))
+    train_fold(FoldJob(job, REFIT, epochs=2))
     bank = read_bank(publish_result(job, {}))
     assert bank.out_of_fold(job.spec).shape == (48, 2)
     assert np.isfinite(bank.out_of_fold(job.spec)).all()
@@ -213,7 +214,7 @@ def test_a_saved_network_predicts_from_images_alone(case: Case) -> None:
     refusals that teach.
     """
     job = case.job(taps=("layer2.avg", "layer4.max"), out="saved")
-    train_fold(FoldJob(job, FULL, epochs=2))
+    train_fold(FoldJob(job, REFIT, epochs=2))
     saved = load_network(job.model)
     paths = sorted((case.root / "photos").rglob("*.png"))[:6]
     pixels = np.stack(

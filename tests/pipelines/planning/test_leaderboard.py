@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from headrace.heads.spec import FULL, LogisticSpec, spec_to_json
+from headrace.heads.data.task import REFIT
+from headrace.heads.spec import LogisticSpec, spec_to_json
 from headrace.pipelines.planning.leaderboard import rank_heads
 from headrace.pipelines.recipe.grid import wanted_heads
 from headrace.pipelines.recipe.heads import Heads
@@ -32,7 +33,7 @@ def head(name, C, scores, metric="accuracy", errors=(), final=True):
         for fold, score in enumerate(scores)
     ]
     if final:
-        rows.append({**rows[0], "fold": FULL, metric: np.nan, "error": None})
+        rows.append({**rows[0], "fold": REFIT, metric: np.nan, "error": None})
     return rows
 
 

@@ -1,0 +1,84 @@
+"""The rows that a bank of heads learns from, in one value.
+
+N rows, V views, D features, C outputs (classes, labels or targets).
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from headrace.heads.data.standardize import Features
+from headrace.heads.data.streamed import Streamed
+from headrace.heads.data.task import REFIT, TEST, TaskKind
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Features with what every bank has to know of their rows.
+
+    X: (N, D) float; (V, N, D) with V views of each row; maps (N, channels, h, w) or (V, N,
+    channels, h, w); or such rows streamed from shards.
+    target: (N,) int class indices ("single"), (N, C) 0/1 labels ("multi"), or (N, C) float values
+    ("regression").
+    fold: (N,) int, the fold that holds the row out, TRAIN_ONLY or TEST.
+    n_outputs: C.
+    sample_weight: (N,), at least 0; None is 1 for every row.
+    band_widths: features of each tap in X, in order, for specs that are `banded`; none are one tap.
+    n_views: of each image, where the rows of X are N // n_views images, one view after another.
+    """
+
+    X: Features
+    target: Array
+    fold: Array
+    n_outputs: int
+    task_kind: TaskKind = "single"
+    sample_weight: Array | None = None
+    band_widths: tuple[int, ...] = ()
+    n_views: int = 1
+
+    @property
+    def folds(self) -> list[int]:
+        """The folds that hold rows out, ascending."""
+        return [int(fold) for fold in np.unique(self.fold) if fold >= 0]
+
+    def folds_to_fit(self, *, refit: bool) -> list[int]:
+        """Return the folds of the heads of one spec, in the order of a bank's results."""
+        return [*self.folds, REFIT] if refit else self.folds
+
+    def held_out_rows(self, fold: int) -> npt.NDArray[np.intp]:
+        """Return the row numbers that a fold holds out; none for REFIT."""
+        return np.flatnonzero(self.fold == fold)
+
+    def training_rows(self, fold: int) -> npt.NDArray[np.intp]:
+        """Return the row numbers that a fold's head may learn from: all others but test rows."""
+        return np.flatnonzero((self.fold != fold) & (self.fold != TEST))
+
+    def one_row_per_view(self) -> "TrainingData":
+        """Return the same data with each view of an image as a row of its own.
+
+        Each view counts as a share of its row, so that a strength of regularization means the same
+        whatever the number of views.
+        """
+        rows: Features
+        if isinstance(self.X, Streamed):
+            n_views, rows = self.X.views, self.X
+        else:
+            n_views = len(self.X) if self.X.ndim == 3 else 1
+            rows = self.X.reshape(-1, self.X.shape[-1])
+        if n_views == 1:
+            return dataclasses.replace(self, X=rows)
+        row_of_view = np.tile(np.arange(len(self.fold)), n_views)
+        weight = np.ones(len(self.fold)) if self.sample_weight is None else self.sample_weight
+        return dataclasses.replace(
+            self,
+            X=rows,
+            target=self.target[row_of_view],
+            fold=self.fold[row_of_view],
+            sample_weight=weight[row_of_view] / n_views,
+            n_views=n_views,
+        )
