@@ -305,7 +305,7 @@ def test_only_one_class():
         assert fit.objective == fit.gap == 0
         assert fit.validation is None or (fit.validation == [0, 1, 0]).all()
     Y = np.stack([np.zeros(30), np.ones(30), np.arange(30) % 2], axis=1).astype(np.uint8)
-    fit = fit_logistic_bank(TrainingData(X, Y, fold, 3), [LogisticSpec(1.0)])[0]
+    fit = fit_logistic_bank(TrainingData(X, Y, fold, 3, "multi"), [LogisticSpec(1.0)])[0]
     assert (fit.validation[:, 0] == 0).all()
     assert (fit.validation[:, 1] == 1).all()
 

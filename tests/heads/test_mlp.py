@@ -485,7 +485,12 @@ def _batch(X: Arrays, y: Arrays, fold: Arrays, specs: list[MLPSpec]) -> NetworkB
     from headrace.heads.networks.mlp_data import prepare
 
     data = prepare(
-        X[None], torch.from_numpy(X), y, 10, fold, 0, np.ones(len(X)), "single", standardize=True
+        X[None],
+        torch.from_numpy(X),
+        TrainingData(X, y, fold, 10),
+        np.ones(len(X)),
+        0,
+        standardize=True,
     )
     return NetworkBatch(
         [network(spec) for spec in specs],

@@ -101,7 +101,7 @@ def test_regression_equals_ridge(n, d, targets, seed):
     Y = rng.standard_normal((n, targets)) * 100 + X[:, :1] / (np.abs(X[:, :1]).max() + 1)
     fold = folds(n, 2, seed)
     for fit in fit_ridge_bank(
-        TrainingData(X, Y, fold, targets), [RidgeSpec(a) for a in (0.1, 10.0)]
+        TrainingData(X, Y, fold, targets, "regression"), [RidgeSpec(a) for a in (0.1, 10.0)]
     ):
         train = fold != fit.fold
         scaler = StandardScaler().fit(X[train].astype(np.float64))
@@ -130,7 +130,7 @@ def test_multi_label_is_one_regression_per_label():
     fold = folds(90, 3)
     for kind in ("none", "balanced"):
         specs = [RidgeSpec(2.0, kind)]
-        for row, fit in enumerate(fit_ridge_bank(TrainingData(X, Y, fold, 3), specs)):
+        for row, fit in enumerate(fit_ridge_bank(TrainingData(X, Y, fold, 3, "multi"), specs)):
             for label in range(3):
                 one = fit_ridge_bank(TrainingData(X, Y[:, label].astype(np.int64), fold, 2), specs)[
                     row
@@ -171,7 +171,7 @@ def test_validation_is_what_the_stored_arrays_predict(kind, offset):
         "regression": X[:, :3] * 1.0,
     }[kind]
     for fit in fit_ridge_bank(
-        TrainingData(X, target, fold, 3), [RidgeSpec(a) for a in strengths(FEW)]
+        TrainingData(X, target, fold, 3, kind), [RidgeSpec(a) for a in strengths(FEW)]
     ):
         if fit.fold != REFIT:
             predicted = predict_head(fit.spec, fit.arrays, X[fold == fit.fold], kind)
@@ -223,7 +223,9 @@ def test_no_penalty_gives_the_least_norm_solution(d):
     X[:, -1] = X[:, 0]  # not unique even with more rows than features
     Y = rng.standard_normal((40, 1))
     fold = np.full(40, TRAIN_ONLY, np.int16)
-    fit = fit_ridge_bank(TrainingData(X, Y, fold, 1), [RidgeSpec(0.0, standardize=False)])[0]
+    fit = fit_ridge_bank(
+        TrainingData(X, Y, fold, 1, "regression"), [RidgeSpec(0.0, standardize=False)]
+    )[0]
     Z = X.astype(np.float64) - X.mean(0, dtype=np.float64)
     theirs = np.linalg.lstsq(Z, Y - Y.mean(), rcond=1e-10)[0].T
     np.testing.assert_allclose(fit.arrays["weight"], theirs, rtol=1e-4, atol=1e-6)
@@ -261,6 +263,8 @@ def test_refusals_name_what_is_wrong():
     with pytest.raises(ValueError, match="alpha must be a number and not negative"):
         fit_ridge_bank(TrainingData(X, y, fold, 2), [RidgeSpec(-1.0)])
     with pytest.raises(ValueError, match="regression targets must be finite"):
-        fit_ridge_bank(TrainingData(X, np.full((20, 1), np.nan), fold, 1), [RidgeSpec(1.0)])
+        fit_ridge_bank(
+            TrainingData(X, np.full((20, 1), np.nan), fold, 1, "regression"), [RidgeSpec(1.0)]
+        )
     with pytest.raises(ValueError, match="fold has 19 rows"):
         fit_ridge_bank(TrainingData(X, y, fold[1:], 2), [RidgeSpec(1.0)])
