@@ -15,7 +15,7 @@ import pandas as pd
 from headrace.cache.atomic_io import publish_replace
 from headrace.cache.errors import HeadraceError
 from headrace.cache.integrity.garbage import remove_temporaries
-from headrace.heads.data.task import (REFIT)
+from headrace.heads.data.task import REFIT
 from headrace.pipelines.finished import require_writable
 from headrace.pipelines.number_format import number_text
 from headrace.pipelines.planning.leaderboard import inputs_text
