@@ -34,9 +34,8 @@ import xxhash
 from headrace.cache.checksum import shard_checksum
 from headrace.cache.errors import HeadraceError, ShardUnreadable
 from headrace.cache.format.shard import USER_BLOCK_BYTES
-from headrace.heads.data.task import REFIT, Task
-from headrace.heads.evaluate.metrics import (metric_names)
-from headrace.heads.data.task import (TaskKind)
+from headrace.heads.data.task import REFIT, Task, TaskKind
+from headrace.heads.evaluate.metrics import metric_names
 from headrace.heads.predict import Arrays
 from headrace.heads.spec import FitResult, HeadSpec, spec_from_json, spec_to_json
 
