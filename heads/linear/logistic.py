@@ -47,8 +47,7 @@ from headrace.heads.linear.solver.dual_form import copies_fit, make_dual_design
 from headrace.heads.linear.solver.loss import sigmoid, softmax
 from headrace.heads.linear.solver.path_solver import HeadSolution, solve_paths
 from headrace.heads.linear.solver.regularization_path import RegularizationPath
-from headrace.heads.spec import (FitResult, LogisticSpec)
-from headrace.heads.data.task import (REFIT)
+from headrace.heads.spec import FitResult, LogisticSpec
 
 Array = npt.NDArray[Any]
 # an absent class's decision is minus this: its probability is exactly zero, and no arithmetic

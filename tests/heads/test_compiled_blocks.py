@@ -187,10 +187,10 @@ def test_a_bank_is_the_same_without_a_compiler(monkeypatch, multi):
     specs = [LogisticSpec(C) for C in (0.01, 0.1, 1.0)] + [
         LogisticSpec(0.1, class_weight="balanced")
     ]
-    quick = fit_logistic_bank(X, target, specs=specs, **options)
+    quick = fit_logistic_bank(data, specs, gap=1e-6)
     for module in (active_set_module, design_module):
         monkeypatch.setattr(module, "load_compiled_kernels", lambda: None)
-    plain = fit_logistic_bank(X, target, specs=specs, **options)
+    plain = fit_logistic_bank(data, specs, gap=1e-6)
     for one, other in zip(quick, plain, strict=True):
         assert one.objective == pytest.approx(other.objective, rel=1e-5)
         if one.validation is not None:

@@ -13,8 +13,7 @@ from headrace.heads.linear import logistic
 from headrace.heads.linear.logistic import fit_logistic_bank
 from headrace.heads.linear.solver.design import scales_are_similar
 from headrace.heads.linear.solver.dual_form import make_dual_design
-from headrace.heads.spec import (LogisticSpec)
-from headrace.heads.data.task import (REFIT)
+from headrace.heads.spec import LogisticSpec
 
 SLOWLY = settings(
     deadline=None, max_examples=8, suppress_health_check=list(HealthCheck), derandomize=True
@@ -41,10 +40,10 @@ def both_ways(data, specs, **options):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(logistic, "make_dual_design", counted)
-        together = fit_logistic_bank(X, y, **options)
+        together = fit_logistic_bank(data, specs, **options)
         shared, calls[:] = max(calls), []
         patch.setattr(logistic, "copies_fit", lambda *_: False)
-        apart = fit_logistic_bank(X, y, **options)
+        apart = fit_logistic_bank(data, specs, **options)
     assert shared > 1
     return together, apart
 

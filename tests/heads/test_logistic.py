@@ -32,8 +32,7 @@ from headrace.heads.linear.solver.preconditioner import (
 )
 from headrace.heads.linear.solver.regularization_path import SolvedHead
 from headrace.heads.linear.solver.rotation import PerFoldRotation, Rotation
-from headrace.heads.spec import (LogisticSpec)
-from headrace.heads.data.task import (REFIT)
+from headrace.heads.spec import LogisticSpec
 
 SLOWLY = settings(
     deadline=None, max_examples=10, suppress_health_check=list(HealthCheck), derandomize=True
@@ -186,16 +185,11 @@ def test_wide_heads_have_rows_in_their_folds_scales(monkeypatch, far):
     X, y = blobs(66 * 9, 20, 66, seed=2, spread=3.0)
     fold = folds(len(y), 3)
     X[np.flatnonzero(fold == 0)[0]] = X.mean(0) + far * X.std(0)
-    arguments = {
-        "n_classes": 66,
-        "fold": fold,
-        "specs": [LogisticSpec(0.1), LogisticSpec(10.0)],
-        "gap": 1e-7,
-    }
-    own = fit_logistic_bank(X, y, **arguments)
+    data, specs = TrainingData(X, y, fold, 66), [LogisticSpec(0.1), LogisticSpec(10.0)]
+    own = fit_logistic_bank(data, specs, gap=1e-7)
     assert isinstance(made[0].rotation, PerFoldRotation) == (far == 1)
     monkeypatch.setattr(design_module, "MANY_CLASSES", 1000)
-    shared = fit_logistic_bank(X, y, **arguments)
+    shared = fit_logistic_bank(data, specs, gap=1e-7)
     assert isinstance(made[-1].rotation, Rotation)
     for one, other in zip(own, shared, strict=True):
         assert one.objective == pytest.approx(other.objective, rel=3e-6)

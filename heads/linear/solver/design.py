@@ -31,13 +31,13 @@ import scipy.linalg
 
 from headrace.heads.data.standardize import Features, Moments, chunks, scaled
 from headrace.heads.data.streamed import Streamed
+from headrace.heads.data.task import REFIT
 from headrace.heads.linear.solver.compiled_blocks import (
     CompiledKernels,
     aligned_rows,
     load_compiled_kernels,
 )
 from headrace.heads.linear.solver.rotation import PerFoldRotation, Rotation, RowSpace
-from headrace.heads.data.task import (REFIT)
 
 Array = npt.NDArray[Any]
 # The folds that train on some rows, and the row numbers.
