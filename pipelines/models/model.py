@@ -21,6 +21,7 @@ from headrace.extract.spec import (
     BackboneSpec,
     backbone_code,
     backbone_from_fields,
+    backbone_path,
     is_weights_file,
 )
 from headrace.heads.data.task import TaskKind
@@ -174,7 +175,10 @@ def _load_single(place: Path, root: Path, trusted: Collection[str]) -> Model:
     """
     if (place / NETWORK).is_file():
         network, about = read_network(place)
-        require_trusted(backbone_code(str(about["backbone"]["name"])), place, trusted)
+        name = str(about["backbone"]["name"])
+        require_trusted(backbone_code(name), place, trusted)
+        if (path := backbone_path(name)) is not None:
+            _require_own_file(name, path, place, root, trusted)
         digest = _digest((network,), 1.0)
         return Model(
             place,
@@ -345,6 +349,8 @@ def _backbones(
             )
             _require_own_file(backbone.weights, Path(weights), place, root, trusted)
             backbone = dataclasses.replace(backbone, weights=weights)
+        if (path := backbone_path(backbone.name)) is not None:
+            _require_own_file(backbone.name, path, place, root, trusted)
         found.append(backbone)
     return tuple(found)
 
@@ -352,8 +358,8 @@ def _backbones(
 def _require_own_file(
     named: str, file: Path, place: Path, root: Path, trusted: Collection[str]
 ) -> None:
-    """Raises CodeNotTrusted for a weights file that is neither in the model's directory nor one
-    that its run's recipe names.
+    """Raise CodeNotTrusted for a network's file or folder that is neither in the model's directory
+    nor one that its run's recipe names.
     """
     file = expand_home(file).absolute()
     if file.resolve().is_relative_to(root.resolve()) or not {named, str(file)}.isdisjoint(trusted):
@@ -361,12 +367,15 @@ def _require_own_file(
     for folder in list(place.absolute().parents)[:4]:
         try:
             recipe = read_record(RunPaths(folder).recipe)
-            if named in [backbone["weights"] for backbone in recipe["backbones"]]:
+            known = [
+                backbone[key] for backbone in recipe["backbones"] for key in ("weights", "name")
+            ]
+            if named in known:
                 return
         except (OSError, RunDamaged, KeyError, TypeError):
             continue
     raise CodeNotTrusted(
-        f"{place} asks for the weights file {file}, which lies outside of the model's directory. "
+        f"{place} asks for the weights in {file}, which lies outside of the model's directory. "
         f"If you know the file, type: --trust-code {shlex.quote(str(file))} (in Python: "
         f"trust_code=[{str(file)!r}]). `headrace export`, with that option and --format "
         "safetensors, writes a model that holds its weights and asks for nothing"

@@ -3,12 +3,16 @@ and one sentence where they cannot be had.
 """
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.models import run_here
+from support.runs import make_photos
 
+from headrace import load_model
 from headrace.extract.backbones.backbone import load_backbone
 from headrace.extract.errors import BackboneError
 from headrace.extract.images.decoding import decode_image
@@ -16,6 +20,7 @@ from headrace.extract.images.preprocessing import render
 from headrace.extract.spec import BackboneSpec, absolute_name, weights_stamp
 from headrace.extract.taps.forward import make_forward, normalisation
 from headrace.extract.taps.resolve import auto_taps, backbone_nodes, resolve_taps
+from headrace.heads.persist import CodeNotTrusted
 from headrace.pipelines.recipe.load import load_recipe
 
 transformers = pytest.importorskip("transformers")
@@ -315,3 +320,30 @@ def test_decoded_pixels_are_those_of_the_image_processor(folders, tmp_path):
     theirs = processor(Image.open(tmp_path / "photo.png"), return_tensors="pt")["pixel_values"]
     difference = (normalisation(backbone, "cpu")(pixels) - theirs).abs().max()
     assert float(difference) <= 1.5 / 255 / 0.224
+
+
+@pytest.mark.slow
+def test_a_run_on_a_folder_and_a_file_predicts_and_is_not_believed_elsewhere(tmp_path, folders):
+    """Recipe to predictions with both; sent away from its run, the model may not name a path
+    outside of it.
+    """
+    make_photos(tmp_path / "photos", n=24)
+    (tmp_path / "net").symlink_to(folders["registers"][0])
+    onnx_file(tmp_path / "net.onnx", None)
+    (tmp_path / "recipe.yaml").write_text(
+        "images: {folder: photos}\ntask: {folds: 2}\nbackbones:\n"
+        "  - {name: 'transformers:net', taps: [encoder.layer.3.avg, encoder.layer.3.cls]}\n"
+        "  - {name: 'onnx:net.onnx'}\n"
+        "heads: {logistic: {C: [1]}}\nensemble: null\n"
+    )
+    result = run_here(tmp_path / "recipe.yaml")
+    assert {name.split(":")[0] for inputs in result.board["inputs"] for name in inputs} == {
+        "transformers",
+        "onnx",
+    }
+    model = load_model(tmp_path / "headrace-runs" / "recipe")
+    images = sorted((tmp_path / "photos").rglob("*.png"))
+    assert model.predict_proba(images).shape == (24, 2)
+    shutil.copytree(tmp_path / "headrace-runs" / "recipe" / "winner", tmp_path / "sent")
+    with pytest.raises(CodeNotTrusted, match="lies outside of the model's directory"):
+        load_model(tmp_path / "sent")
