@@ -124,7 +124,7 @@ RESULTS: dict[str, tuple[str, ...]] = {
     "predict of the average": ("average.csv",),
     "predict from its export": ("both.csv",),
     "export": ("again/*.safetensors", "again/model.json", "again/preprocess.py"),
-    "advise": (f"{RUN}/evidence/advice.json",),
+    "advise": (f"{RUN}/advice/advice.json",),
 }  # fmt: skip
 
 

@@ -48,7 +48,7 @@ from headrace.pipelines.selection.learning_curves import (
     row_errors,
     weighted_errors,
 )
-from headrace.pipelines.selection.predictions import held_out
+from headrace.pipelines.selection.predictions import validation_rows
 
 Floats = npt.NDArray[np.float64]
 
@@ -318,7 +318,7 @@ def world_of_heads(
                     )
                 predicted.append(out)
                 truths.append(float(np.mean(true)))
-    held = held_out(task)
+    held = validation_rows(task)
     scores = [
         np.mean([(out.argmax(1) == target)[task.fold == fold].mean() for fold in range(5)])
         for out in predicted
@@ -359,7 +359,9 @@ def false_ensembles(repeats: float) -> Iterator[Line]:
                     board, task = stored(
                         Path(folder), "single", "accuracy", outputs, target, folds=5
                     )
-                    found = build_ensemble(board, held_out(task), "accuracy", EnsembleSection())
+                    found = build_ensemble(
+                        board, validation_rows(task), "accuracy", EnsembleSection()
+                    )
                 chosen += found is not None and found.chosen
             yield Line(f"{name}, {rows} images", {"chosen": 100 * chosen / count})
 

@@ -1,222 +1,296 @@
-"""What every reader of a run asks first: which run is meant, with which recipe was it made, where
-are its files now.
-"""
+"""A finished run, read from its directory: the one reader for report, advice and notebooks."""
 
-import os
-import shlex
-from collections.abc import Iterator
-from itertools import islice
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-import pydantic
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
 
 from headrace.cache.errors import HeadraceError
-from headrace.cache.home import expand_home
+from headrace.cache.feature_set import FeatureSet, open_feature_set
+from headrace.cache.format.sealed import SealBroken
+from headrace.cache.publish import feature_set_path
+from headrace.cache.spec import FeatureSpec
+from headrace.extract.images.changes import read_listing
+from headrace.heads.data.task import BadTaskFile, Task, read_task
+from headrace.heads.evaluate.temperature import floor_of
+from headrace.heads.results import BankResult, read_bank
+from headrace.pipelines.models.model import trusted_code
 from headrace.pipelines.paths import RunPaths
-from headrace.pipelines.recipe.load import Recipe, RecipeError, load_recipe
-from headrace.pipelines.records import RunDamaged, read_record
+from headrace.pipelines.planning.accounting import Accounting, accounting_from_json
+from headrace.pipelines.planning.dataset import (
+    Dataset,
+    check_metric,
+    drop_rows,
+    list_samples,
+    make_dataset,
+)
+from headrace.pipelines.recipe.load import Recipe
+from headrace.pipelines.records import RUN_AGAIN, RunDamaged, read_record, read_records, read_table
+from headrace.pipelines.run_directory import (
+    find_run,
+    require_finished,
+    results_file,
+    stored_recipe,
+)
+from headrace.pipelines.selection.calibration import calibrated
+from headrace.pipelines.selection.predictions import ValidationRows, validation_rows
+from headrace.pipelines.selection.winner import choose_winner, read_test_evaluations
 
-_RECIPE_BYTES = 1 << 20  # no recipe is larger, and a video that is given by mistake is not read
-_PATTERN = "{*?["  # in the name of a recipe's tar shards
+_TEXT_COLUMNS = {"inputs": str, "kind": str, "settings": str, "spec": str, "path": str}
 
 
-class NotARun(HeadraceError, ValueError):
-    """What was given is no run, or no finished one: says what is missing and what to type."""
+@dataclass(frozen=True)
+class RunImages:
+    """The images of a run: the file of each, and the side of the split that it is on."""
+
+    image_paths: Mapping[str, str]  # by content hash; of copies, the first
+    dataset: Dataset
+    samples: pd.DataFrame  # id, path, content (None where unreadable), and the user's columns
 
 
-class RunReadOnly(HeadraceError, PermissionError):
-    """A result would go into a run's directory, which cannot be written to."""
+@dataclass(frozen=True)
+class FinishedRun:
+    """A finished run. Whatever is not in the two tables is read when it is first asked for.
 
-
-def find_run(given: str | Path, *, or_model: bool = False) -> RunPaths:
-    """The run that is meant, by its recipe or by its directory; a run that has not ended is one
-    too.
-
-    or_model: the caller takes a model directory as well, which the message then says. Raises
-    NotARun, saying what to type; RecipeError for a recipe with a mistake in it.
+    Images and features may be gone since the run ended. Properties that need them give the reason
+    as text then, and raise nothing.
     """
-    place = expand_home(given)
-    expected = (
-        "Expected a recipe (recipe.yaml) or the directory of its run (headrace-runs/NAME)"
-        + (
-            (
-                ", or a directory with a model: RUN/winner, or what `headrace export --format "
-                "safetensors` wrote"
-            )
-            if or_model
-            else ""
-        )
-    )
-    if place.is_dir():
-        if is_run(RunPaths(place)):
-            return RunPaths(place)
-        raise NotARun(
-            f"{given} is not a run's directory: it has no recipe.json. {_meant(place) or expected}"
-        )
-    if not place.is_file():
-        wrong = "it is neither a file nor a folder" if place.exists() else "no such file or folder"
-        raise NotARun(f"{given}: {wrong}. {_meant(place) or expected}")
-    paths = RunPaths(
-        _recipe_out(place, f"{given} is neither a recipe nor a run. {_meant(place) or expected}")
-    )
-    if not is_run(paths):
-        raise NotARun(
-            f"{given} has not been run yet: {paths.root} holds no run. Type: headrace run "
-            f"{shlex.quote(str(given))}"
-        )
-    return paths
 
+    paths: RunPaths
+    recipe: Recipe  # its paths where they are now, if the run was moved
+    metric: str
+    # leaderboard.csv: a row per setting, best first; `inputs` are tuples of names, as in memory
+    board: pd.DataFrame
+    heads: pd.DataFrame  # heads.parquet: a row per head and fold; `inputs` as above
+    # code that may be imported to predict the test images again; nothing else is
+    trust_code: Collection[str] = ()
 
-def is_run(paths: RunPaths) -> bool:
-    """Whether a call of `headrace run` or `train_heads` has begun to write there."""
-    return paths.recipe.is_file() or paths.heads.is_file() or any(paths.logs.glob("*.jsonl"))
+    @cached_property
+    def winner(self) -> pd.Series:
+        """The first row of the board. Raises NoWinner where no head is whole."""
+        return choose_winner(self.board, self.heads)
 
+    @cached_property
+    def bank(self) -> BankResult:
+        """The results file that the winner is in."""
+        return read_bank(self.board["path"].iloc[0])
 
-def require_finished(paths: RunPaths, *files: Path) -> None:
-    """Raise NotARun, naming what is missing and what to type, unless the run has left these files
-    of its end.
-    """
-    for file in files:
-        if file.exists():
-            continue
-        if file == paths.recipe and paths.heads.is_file():
-            raise NotARun(
-                f"{paths.root} has no {file.name}: its heads were trained from Python, by "
-                "train_heads, and without a recipe it is not known where its images are. Write "
-                "one, and type: headrace run RECIPE"
-            )
-        raise NotARun(
-            f"{paths.root} has no {file.name}: the run has not come to its end. Go on with: "
-            "headrace run RECIPE"
-        )
+    @property
+    def task_kind(self) -> str:
+        return self.bank.task_kind
 
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.bank.classes
 
-def require_writable(paths: RunPaths, instead: str) -> None:
-    """Raise RunReadOnly, with what to type instead, where nothing can be written into the run's
-    directory.
-    """
-    if not os.access(paths.root, os.W_OK):
-        raise RunReadOnly(f"{paths.root} cannot be written to. Type: {instead}")
+    @cached_property
+    def _stored_task(self) -> tuple[Task, dict[str, npt.NDArray[Any]]]:
+        return read_task(self.paths.task(self.bank.task))
 
+    @property
+    def task(self) -> Task:
+        """The rows that heads were trained on; no test row.
 
-def _recipe_out(file: Path, neither: str) -> Path:
-    """Where the run of a recipe is.
+        Raises FileNotFoundError, BadTaskFile.
+        """
+        return self._stored_task[0]
 
-    A recipe may have any name; what has the name of one is told its mistakes.
-    """
-    named = file.suffix in (".yaml", ".yml")
-    # recipe.json of a run is no recipe to go by: it says where the run was made, and the run may
-    # have been moved.
-    if not named and (is_run(RunPaths(file.parent)) or file.stat().st_size > _RECIPE_BYTES):
-        raise NotARun(neither)
-    try:
-        out = load_recipe(file).out
-    except RecipeError:
-        if named:
-            raise
-        raise NotARun(neither) from None
-    assert out is not None  # load_recipe gives it a default
-    return out
+    @property
+    def groups(self) -> npt.NDArray[Any] | None:
+        """(rows of the task,) the group of each row, where the recipe names a group column."""
+        return self._stored_task[1].get("groups")
 
+    @cached_property
+    def out_of_fold(self) -> npt.NDArray[np.float32]:
+        """(N, C) predictions of the winner's fold heads, each row by the head that did not train on
+        it; nan for rows that are never held out.
+        """
+        return self.bank.out_of_fold(str(self.winner["spec"]))
 
-def _meant(place: Path) -> str:
-    """A question that names the run that was perhaps meant: around the place, in it, or called like
-    it.
-    """
-    around = (above for above in list(place.parents)[:3] if above.name)
-    runs = (
-        path
-        for path in (*around, *_below(place), Path("headrace-runs") / place.stem)
-        if is_run(RunPaths(path))
-    )
-    found = list(dict.fromkeys(islice(runs, 3)))
-    return f"Did you mean {' or '.join(map(str, found))}?" if found else ""
+    @cached_property
+    def held_out_rows(self) -> npt.NDArray[np.int64]:
+        """(n,) positions of the bank's rows that have an out-of-fold prediction."""
+        return np.flatnonzero(np.isfinite(self.out_of_fold).all(1))
 
-
-def _below(folder: Path) -> Iterator[Path]:
-    for pattern in ("*/recipe.json", "*/*/recipe.json"):
-        yield from (path.parent for path in sorted(folder.glob(pattern)))
-
-
-def stored_recipe(paths: RunPaths) -> Recipe:
-    """The recipe that a run was made with, its paths where they are now if the run was moved with
-    its surroundings.
-
-    Raises NotARun for one of another version of headrace, RunDamaged for one that has changed since
-    it was written.
-    """
-    try:
-        recipe = Recipe.model_validate(read_record(paths.recipe))
-    except pydantic.ValidationError as error:
-        raise NotARun(
-            f"{paths.recipe} is not of this version of headrace ({error.error_count()} keys "
-            "differ): run the recipe again"
-        ) from None
-    if recipe.out is None:
-        return recipe
-    before, now = recipe.out, paths.root.absolute()
-
-    def here(path: Path | None) -> Path | None:
-        return None if path is None else _moved(path, before, now)
-
-    images = {name: here(value) for name, value in recipe.images if isinstance(value, Path)}
-    backbones = (
-        each.model_copy(
-            update={
-                "weights": str(_moved(Path(each.weights), before, now)) if each.weights else None
-            }
-        )
-        for each in recipe.backbones
-    )
-    return recipe.model_copy(
-        update={
-            "images": recipe.images.model_copy(update=images),
-            "backbones": tuple(backbones),
-            "cache": here(recipe.cache),
-            "out": now,
-            "cluster": recipe.cluster.model_copy(update={"tls": here(recipe.cluster.tls)}),
-        }
-    )
-
-
-def moved_with_run(path: str, inside: Path) -> str:
-    """A path that a file of a run names, as it is now if the run was moved with its surroundings.
-
-    inside: the directory of that file, such as RUN/winner. One that is in no run leaves the path as
-    it is.
-    """
-    for folder in list(inside.absolute().parents)[:4]:
+    @cached_property
+    def calibration(self) -> Mapping[str, Any] | None:
+        """The winner's temperature with the errors before and after it; None for regression and
+        runs of earlier versions.
+        """
         try:
-            before = read_record(RunPaths(folder).recipe)["out"]
-        except (OSError, RunDamaged, KeyError):
-            continue
-        return str(_moved(Path(path), Path(before), folder))
-    return path
+            selection = read_record(self.paths.selection)
+        except (FileNotFoundError, RunDamaged):  # the report's section on selection tells of it
+            return None
+        calibration: Mapping[str, Any] | None = selection.get("calibration")
+        return calibration
+
+    @cached_property
+    def calibrated_predictions(self) -> npt.NDArray[np.float64] | str:
+        """(n, C) predictions of `held_out_rows`, each fold at the temperature of the other folds.
+
+        Text, the reason, where they cannot be computed.
+        """
+        task_path = self.paths.task(self.bank.task)
+        try:
+            validation: ValidationRows = validation_rows(self.task, self.groups)
+        except FileNotFoundError as error:
+            return f"{error.filename} is not there: {RUN_AGAIN}"
+        except (OSError, BadTaskFile) as error:
+            return str(error)
+        if not np.array_equal(self.task.ids[validation.rows], self.bank.ids[self.held_out_rows]):
+            return f"{task_path} is not what the winner was trained on: {RUN_AGAIN}"
+        floor = floor_of(str(self.winner["spec"]), self.task.kind, len(self.task.classes))
+        return calibrated(validation, self.out_of_fold[self.held_out_rows], floor)
+
+    @cached_property
+    def feature_specs(self) -> Mapping[str, tuple[FeatureSpec, ...]]:
+        """Specs of the feature sets, view by view, by name; in the recipe's order."""
+        heads = self.heads[self.heads["kind"] != "finetune"]  # networks read images
+        results = heads.drop_duplicates("inputs")[["inputs", "path"]].to_numpy().tolist()
+        specs_by_name: dict[str, tuple[FeatureSpec, ...]] = {}
+        # The inputs of the widest head are in the recipe's order; the others' follow.
+        for inputs, path in sorted(results, key=lambda result: -len(result[0])):
+            specs = [
+                FeatureSpec.from_json(json.dumps(feature["spec"]))
+                for feature in read_bank(path).features
+            ]
+            n_views = max(1, len(specs) // len(inputs))
+            for position, name in enumerate(inputs):
+                views = tuple(specs[position * n_views : (position + 1) * n_views])
+                if views:
+                    specs_by_name.setdefault(name, views)
+        return specs_by_name
+
+    @cached_property
+    def feature_paths(self) -> Mapping[str, tuple[Path, ...]]:
+        """Directories of the feature sets in the cache, view by view, by name; they may be gone."""
+        return {
+            name: tuple(feature_set_path(self.recipe.cache, spec) for spec in views)
+            for name, views in self.feature_specs.items()
+        }
+
+    def open_features(self, name: str) -> tuple[FeatureSet, ...]:
+        """Open the views of a feature set. Raises FeatureSetMissing when the cache lacks one."""
+        return tuple(open_feature_set(path) for path in self.feature_paths[name])
+
+    @cached_property
+    def images(self) -> RunImages | str:
+        """The images and how they were split, or the reason why that cannot be reconstructed."""
+        try:
+            samples = list_samples(self.recipe)
+            content_by_id = read_listing(self.paths.listing)
+            content = [content_by_id.get(str(sample_id)) for sample_id in samples["id"]]
+            dataset = make_dataset(samples, content, self.recipe.task)
+            dataset = drop_rows(dataset, self._undecodable_content())
+        except SealBroken as error:
+            return f"{self.paths.listing} has changed since it was written ({error}): {RUN_AGAIN}"
+        except (HeadraceError, OSError) as error:
+            return f"the images are not where they were: {error}"
+        if dataset.train.digest != self.bank.task:
+            return (
+                "the images, their labels or their split have changed since the run: run it again, "
+                "then report"
+            )
+        samples = samples.assign(content=pd.Series(content, index=samples.index, dtype=object))
+        distinct = samples[samples["content"].notna()].drop_duplicates("content")
+        image_paths = dict(zip(distinct["content"], distinct["path"].astype(str), strict=True))
+        return RunImages(image_paths, dataset, samples)
+
+    def _undecodable_content(self) -> frozenset[str]:
+        views = (view for name in self.feature_specs for view in self.open_features(name))
+        return frozenset(failure.content_hash for view in views for failure in view.failures())
+
+    @cached_property
+    def accounting(self) -> Accounting | None:
+        """Where every entry of the source went; None where the run did not record it.
+
+        Raises RunDamaged.
+        """
+        try:
+            return accounting_from_json(read_record(self.paths.accounting))
+        except FileNotFoundError:
+            return None
+
+    @cached_property
+    def test_evaluations(self) -> Sequence[Mapping[str, Any]]:
+        """Records of the models that were scored on the test split, oldest first."""
+        return read_test_evaluations(self.paths.test_evaluations)
+
+    @cached_property
+    def winner_evaluation(self) -> Mapping[str, Any] | None:
+        """The record of the winner's own test-set evaluation; None where it has none."""
+        winner_key = (self.bank.task, self.bank.path.name, self.winner["spec"])
+        for evaluation in self.test_evaluations:
+            model = evaluation["winner"]
+            if (model["train"], model.get("bank"), model.get("spec")) == winner_key:
+                return evaluation
+        return None
+
+    @cached_property
+    def stages(self) -> pd.DataFrame:
+        """A row per stage of each call: name, did, seconds, ended."""
+        return pd.DataFrame(read_records(self.paths.stages)[0])
+
+    @cached_property
+    def environments(self) -> pd.DataFrame:
+        """Versions and machines, a row for each change of them."""
+        return pd.DataFrame(read_records(self.paths.environments)[0])
+
+    @property
+    def damaged_records(self) -> Sequence[str]:
+        """Sentences on what `stages` and `environments` leave out."""
+        record_paths = (self.paths.stages, self.paths.environments)
+        n_damaged = {path.name: read_records(path)[1] for path in record_paths}
+        return [
+            *(
+                f"Damaged lines of {name}, left out here: {count:,}."
+                for name, count in n_damaged.items()
+                if count
+            ),
+            *(
+                f"{path.name} is not there: what it said is left out."
+                for path in record_paths
+                if not path.exists()
+            ),
+        ]
 
 
-def _moved(path: Path, before: Path, now: Path) -> Path:
-    """The path, or where it is since the run went from `before` to `now`; a copy uses what was
-    copied with it.
+def read_finished_run(run: Path, *, trust_code: Collection[str] = ()) -> FinishedRun:
+    """Read a finished run, given by its directory or its recipe.
 
-    What the two ends share has kept its order: of a project that was moved as a whole, cache,
-    images and weights files stand beside the run as they did.
+    trust_code: code that may be imported, beside what the recipe names where it is given. Raises
+    NotARun for anything else, RunDamaged for tables that are not as the run wrote them.
     """
-    while before.name and before.name == now.name:
-        before, now = before.parent, now.parent
-    if before == now or not path.is_relative_to(before):
-        return path
-    here = now / path.relative_to(before)
-    there = here.parent if set(_PATTERN) & set(here.name) else here
-    return here if there.exists() else path
+    paths = find_run(run)
+    require_finished(paths, paths.recipe, paths.leaderboard, paths.heads)
+    recipe = stored_recipe(paths)
+    board = pd.read_csv(
+        read_table(paths.leaderboard), dtype=_TEXT_COLUMNS, keep_default_na=False, na_values=[""]
+    )
+    board = board.assign(settings=board["settings"].fillna(""))
+    return FinishedRun(
+        paths,
+        recipe,
+        check_metric(recipe.task),
+        _as_in_memory(board, paths),
+        _as_in_memory(pd.read_parquet(read_table(paths.heads)), paths),
+        trusted_code(run, trust_code),
+    )
 
 
-def results_file(paths: RunPaths, stored: str | Path) -> Path:
-    """A results file by the path that the leaderboard has of it.
-
-    The run's own directory counts first: of a run that was moved it holds the file, and of one that
-    was copied the original may have changed since.
-    """
-    stored = Path(stored)
-    folder = paths.finetune if stored.parent.name == paths.finetune.name else paths.banks
-    here = folder / stored.name
-    return here if here.exists() else stored
+def _as_in_memory(table: pd.DataFrame, paths: RunPaths) -> pd.DataFrame:
+    """Return the table with tuples of names as inputs, and its results files where they are now."""
+    located = {
+        stored_path: str(results_file(paths, stored_path))
+        for stored_path in table["path"].dropna().unique()
+    }
+    return table.assign(
+        inputs=table["inputs"].map(lambda text: tuple(text.split(" + "))),
+        path=table["path"].map(located),
+    )

@@ -144,12 +144,12 @@ class RunPaths:
         return self.finetune / "models" / key
 
     @property
-    def evidence(self) -> Path:
-        """What advice rests on: learning curves, transfer scores, advice.json.
+    def advice_folder(self) -> Path:
+        """Learning curves, transferability scores and advice.json.
 
-        May be removed; it is then measured again.
+        May be removed; `headrace advise` measures it again.
         """
-        return self.root / "evidence"
+        return self.root / "advice"
 
     @property
     def input_halving(self) -> Path:
@@ -158,7 +158,7 @@ class RunPaths:
 
     @property
     def advice(self) -> Path:
-        return self.evidence / "advice.json"
+        return self.advice_folder / "advice.json"
 
     def task(self, digest: str) -> Path:
         """The rows that heads are trained on, and beside them `groups`: of each, the number of its

@@ -11,7 +11,7 @@ from support.evidence import task_of
 
 from headrace.heads.evaluate.temperature import with_temperature
 from headrace.pipelines.selection.correction import is_stratified, no_narrower, share_optimism
-from headrace.pipelines.selection.predictions import held_out
+from headrace.pipelines.selection.predictions import validation_rows
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import honesty
@@ -29,7 +29,7 @@ def test_a_head_that_names_the_largest_class_is_too_good_by_its_luck():
     rng = np.random.default_rng(0)
     found, largest = [], []
     for seed in range(20):
-        held = held_out(task_of(sampled(150, 10, seed)))
+        held = validation_rows(task_of(sampled(150, 10, seed)))
         shares = np.bincount(held.target, minlength=10) / 150
         found.append(share_optimism(held, np.tile(shares, (150, 1)), "accuracy"))
         largest.append(shares.max())
@@ -44,22 +44,24 @@ def test_a_head_that_names_the_largest_class_is_too_good_by_its_luck():
 def test_shares_that_differ_by_more_than_chance_are_the_populations():
     """Nine in ten are of one class: saying so is right of new images too."""
     target = (np.arange(400) % 10 == 0).astype(int)
-    held = held_out(task_of(target))
+    held = validation_rows(task_of(target))
     assert abs(share_optimism(held, np.tile([0.9, 0.1], (400, 1)), "accuracy")) < 0.003
 
 
 def test_only_folds_that_are_stratified_are_corrected_for_it():
     """A user's own folds hold what they hold."""
     task = task_of(sampled(200, 4, 0))
-    assert is_stratified(held_out(task))
+    assert is_stratified(validation_rows(task))
     mixed = np.random.default_rng(0).permutation(task.fold)
-    assert not is_stratified(held_out(type(task)(*[*vars(task).values()][:5], mixed, task.weight)))
+    assert not is_stratified(
+        validation_rows(type(task)(*[*vars(task).values()][:5], mixed, task.weight))
+    )
 
 
 def test_a_perfect_validation_is_not_taken_for_certain():
     """All of 60 rows right: new images need not be."""
     target = sampled(60, 3, 0)
-    held = held_out(task_of(target))
+    held = validation_rows(task_of(target))
     low, high = no_narrower(held, np.eye(3)[target], "accuracy", 1.0, (1.0, 1.0))
     assert high == 1.0
     assert 0.93 < low < 0.95

@@ -1,4 +1,4 @@
-"""The advice for a run directory: what is missing is measured once and kept in it."""
+"""Advice on a run directory: what is missing is measured once, and stays in the directory."""
 
 import contextlib
 import shlex
@@ -13,12 +13,13 @@ from headrace.extract.taps.describe import describe_backbone
 from headrace.heads.bank import BankJob
 from headrace.pipelines.advice.decide import Advice, advice_summary
 from headrace.pipelines.advice.measure import advise_on
-from headrace.pipelines.advice.run_directory import RunFiles, read_run_files
 from headrace.pipelines.cluster.clients import local_client
 from headrace.pipelines.console import make_console
-from headrace.pipelines.finished import require_writable
+from headrace.pipelines.finished import FinishedRun, read_finished_run
+from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.planning.networks import backbone_spec
 from headrace.pipelines.records import RunDamaged, read_record, write_record
+from headrace.pipelines.run_directory import require_writable
 from headrace.pipelines.selection.small_banks import train_banks
 
 
@@ -29,64 +30,73 @@ def advise_run(
     console: Console | None = None,
     workers: int | None = None,
 ) -> Advice:
-    """The advice for a run, also written to evidence/advice.json in its directory.
+    """Return the advice on a run, and write it to advice/advice.json in the run's directory.
 
     A second call trains nothing.
 
-    run: its directory, or its recipe. reference: another run, given likewise; how far the images of
-    the one lie from those of the other is then part of the advice. Raises NotARun; RunReadOnly, as
-    the heads that are trained for it are kept in the run; NoReference; HeadraceError where features
-    are missing.
+    Args:
+        run: its directory, or its recipe.
+        reference: another run, given likewise. How far the images of `run` lie from its images is
+            then part of the advice.
+        workers: worker processes, by default one per core.
+
+    Raises NotARun; RunReadOnly, as the heads that are trained for the advice stay in the run;
+    NoReference; HeadraceError where features are missing.
     """
-    files = read_run_files(run)
-    copy = shlex.quote(f"{files.paths.root.name}-copy")
+    finished = read_finished_run(run)
+    # absolute, for workers have a working directory of their own
+    paths = RunPaths(finished.paths.root.absolute())
+    copy = shlex.quote(f"{paths.root.name}-copy")
     require_writable(
-        files.paths, f"cp -r {shlex.quote(str(files.paths.root))} {copy} && headrace advise {copy}"
+        paths, f"cp -r {shlex.quote(str(paths.root))} {copy} && headrace advise {copy}"
     )
-    other = None if reference is None else read_run_files(reference)
+    reference_run = None if reference is None else read_finished_run(reference)
 
     def train_all(jobs: Sequence[BankJob]) -> None:
         if jobs:
             with local_client(workers) as client:
-                shown = console or make_console(quiet=True)
-                train_banks(jobs, client, shown, "learning curve", shared=files.paths.claims)
+                progress = console or make_console(quiet=True)
+                train_banks(jobs, client, progress, "learning curve", shared=paths.claims)
 
     advice = advise_on(
-        files.board,
-        files.task,
-        files.directories,
-        files.paths.evidence,
+        finished.board,
+        finished.task,
+        finished.feature_paths,
+        paths.advice_folder,
         train_all,
-        groups=files.groups,
-        deeper=lambda names: _early_to_late(names, files),
-        reference=None if other is None else (other.directories, other.task.content),
+        groups=finished.groups,
+        sort_by_depth=lambda names: _early_to_late(names, finished),
+        reference=(
+            None
+            if reference_run is None
+            else (reference_run.feature_paths, reference_run.task.content)
+        ),
     )
-    files.paths.evidence.mkdir(parents=True, exist_ok=True)
-    write_record(files.paths.advice, advice_summary(advice))
+    paths.advice_folder.mkdir(parents=True, exist_ok=True)
+    write_record(paths.advice, advice_summary(advice))
     return advice
 
 
-def _early_to_late(names: Sequence[str], files: RunFiles) -> list[str]:
-    """Feature sets of one network in running order; as they are where the network cannot be built
-    here.
+def _early_to_late(names: Sequence[str], run: FinishedRun) -> list[str]:
+    """Return feature sets of one backbone in the order in which it computes them; as they are where
+    the backbone cannot be built here.
     """
-    specs = {name: open_feature_set(files.directories[name][0]).spec for name in names}
-    memo = files.paths.evidence / "running-order.json"
-    order: dict[str, list[str]] = {}
-    with contextlib.suppress(OSError, RunDamaged):  # it only saves time
-        order = read_record(memo)
-    network = specs[names[0]].backbone if names else ""
-    if network not in order:
-        for backbone in files.recipe.backbones:
-            spec = backbone_spec(backbone, files.recipe)
+    specs = {name: open_feature_set(run.feature_paths[name][0]).spec for name in names}
+    order_path = run.paths.advice_folder / "running-order.json"
+    node_order: dict[str, list[str]] = {}
+    with contextlib.suppress(OSError, RunDamaged):  # the file only saves time
+        node_order = read_record(order_path)
+    backbone_name = specs[names[0]].backbone if names else ""
+    if backbone_name not in node_order:
+        for backbone in run.recipe.backbones:
+            spec = backbone_spec(backbone, run.recipe)
             with contextlib.suppress(HeadraceError, OSError):
-                # A run's directory does not choose what is imported here: its own functions keep
-                # the recipe's order.
-                if spec.name == network and not spec.name.startswith("python:"):
-                    order[network] = [
-                        tap.node for tap in describe_backbone(spec, weights=False).taps
-                    ]
-                    files.paths.evidence.mkdir(parents=True, exist_ok=True)
-                    write_record(memo, order)
-    place = {node: number for number, node in enumerate(order.get(network, []))}
-    return sorted(names, key=lambda name: place.get(specs[name].tap, len(place)))
+                # A run's directory must not choose what is imported here: backbones that are a
+                # Python function keep the recipe's order.
+                if spec.name == backbone_name and not spec.name.startswith("python:"):
+                    taps = describe_backbone(spec, weights=False).taps
+                    node_order[backbone_name] = [tap.node for tap in taps]
+                    run.paths.advice_folder.mkdir(parents=True, exist_ok=True)
+                    write_record(order_path, node_order)
+    position = {node: index for index, node in enumerate(node_order.get(backbone_name, []))}
+    return sorted(names, key=lambda name: position.get(specs[name].tap, len(position)))

@@ -1,4 +1,7 @@
-"""Gathers the evidence of a run, measuring what is missing, and asks for the advice."""
+"""Measure the evidence that advice rests on: errors with their intervals, learning curves, taps.
+
+N held-out rows, C classes, B resamples.
+"""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +15,7 @@ import pandas as pd
 
 from headrace.cache.errors import HeadraceError
 from headrace.cache.feature_set import open_feature_set
+from headrace.cache.spec import FeatureSpec
 from headrace.heads.bank import BankJob
 from headrace.heads.data.task import Task
 from headrace.heads.evaluate.intervals import mean_loss_interval, proportion_interval
@@ -26,8 +30,8 @@ from headrace.pipelines.advice.decide import (
     TapEvidence,
     decide,
 )
-from headrace.pipelines.advice.reference import reference_evidence
-from headrace.pipelines.advice.taps import transfer_scores
+from headrace.pipelines.advice.reference import ReferenceEvidence, reference_evidence
+from headrace.pipelines.advice.transferability import transferability_scores
 from headrace.pipelines.selection.estimate import Estimate
 from headrace.pipelines.selection.learning_curves import (
     LearningCurve,
@@ -41,254 +45,304 @@ from headrace.pipelines.selection.learning_curves import (
     weighted_errors,
 )
 from headrace.pipelines.selection.predictions import (
-    HeldOut,
-    held_out,
+    ValidationRows,
+    complete_heads,
     read_predictions,
-    whole_heads,
+    validation_rows,
 )
 
 Floats = npt.NDArray[np.float64]
 
 RESAMPLES = 400
-TIMES = (2, 4)  # as many images
-_CURVED = ("logistic", "ridge", "mlp")  # kinds whose winner is drawn a curve of its own
+IMAGE_FACTORS = (2, 4)  # times as many images
+# kinds whose winner has a learning curve of its own, beside the linear heads
+_CURVE_KINDS = ("logistic", "ridge", "mlp")
 
 
-class NothingToWeigh(HeadraceError, ValueError):
-    """There is no head to give advice on."""
+class NoCompleteHead(HeadraceError, ValueError):
+    """The run has no head to give advice on."""
+
+
+FeaturePaths = Mapping[str, Sequence[Path]]  # of the feature sets' views, by name
+SortByDepth = Callable[[Sequence[str]], Sequence[str]]
 
 
 def advise_on(
     board: pd.DataFrame,
     task: Task,
-    directories: Mapping[str, Sequence[Path]],
-    folder: Path,
+    feature_paths: FeaturePaths,
+    results_folder: Path,
     train_all: Callable[[Sequence[BankJob]], None],
     *,
     groups: npt.NDArray[Any] | None = None,
-    deeper: Callable[[Sequence[str]], Sequence[str]] = list,
-    reference: tuple[Mapping[str, Sequence[Path]], npt.NDArray[np.bytes_]] | None = None,
+    sort_by_depth: SortByDepth = list,
+    reference: tuple[FeaturePaths, npt.NDArray[np.bytes_]] | None = None,
 ) -> Advice:
-    """The advice for a ranked leaderboard (best first) of a task.
+    """Return the advice for a ranked leaderboard of a task.
 
-    directories: of the feature sets by the names that `inputs` of the board use. folder: where what
-    is measured is kept.
-    train_all: runs the bank jobs of the learning curve. deeper: sorts names of feature sets of one
-    network, early to late; by default they are in that order. reference: feature sets and images of
-    another run to measure the distance to.
+    Args:
+        board: best first; `inputs` are tuples of names of feature sets.
+        feature_paths: directories of the feature sets, by these names.
+        results_folder: where measurements stay; a second call trains nothing.
+        train_all: trains the bank jobs of the learning curve.
+        groups: (rows of the task,) rows of one group are resampled together.
+        sort_by_depth: sorts names of feature sets of one backbone, early to late; by default they
+            are in that order.
+        reference: feature sets and image contents of another run to measure the distance to.
+
+    Raises NoCompleteHead, NoReference, HeadraceError where features are missing.
     """
-    held = held_out(task, groups)
-    whole = whole_heads(board).reset_index(drop=True)
-    tuned = whole["kind"] == "finetune"
-    heads, networks = whole[~tuned].reset_index(drop=True), whole[tuned].reset_index(drop=True)
-    draws = row_draws(held.fold, held.groups, RESAMPLES)
-    best = heads.iloc[:1]
-    found = _predictions(best, held)
-    if not found:
-        raise NothingToWeigh(
+    validation = validation_rows(task, groups)
+    complete = complete_heads(board).reset_index(drop=True)
+    is_network = complete["kind"] == "finetune"
+    heads = complete[~is_network].reset_index(drop=True)
+    networks = complete[is_network].reset_index(drop=True)
+    draws = row_draws(validation.fold, validation.groups, RESAMPLES)
+    best_predictions = _predictions(heads.iloc[:1], validation)
+    if not best_predictions:
+        raise NoCompleteHead(
             "no head of this run is whole, with a stored prediction for each validation image: "
             "look at heads.parquet, call `headrace run` again, and then ask for advice"
         )
-    predicted = found[0]
-    wrong = _wrong(task, held, predicted)
-    error = _error(task, held, wrong, draws)
-    scores = transfer_scores(task, directories, folder)
-    evidence: dict[str, Any] = {"gain": {}, "ahead": {}, "curve": {}}
+    predicted = best_predictions[0]
+    losses = _row_losses(validation, predicted)
+    error = _error_estimate(validation, losses, draws)
+    scores = transferability_scores(task, feature_paths, results_folder)
+    evidence: dict[str, Any] = {"gain": {}, "ahead": {}, "curve": {}, "surest": None}
     if len(task.ids) >= THIN_ROWS:
-        # Linear heads on all positions of a map would be very wide: the curve of the best other
-        # head says as much.
-        flat = heads[
-            [not any(name.endswith(".map") for name in inputs) for inputs in heads["inputs"]]
-        ]
-        drawn = flat.iloc[0] if len(flat) else heads.iloc[0]
-        features = [path for name in drawn["inputs"] for path in directories[name]]
-        curve = learning_curve(
-            task, features, curve_specs(task, drawn), folder / "curves", train_all, groups=groups
+        curve = _measured_curve(
+            heads, task, feature_paths, results_folder / "curves", train_all, groups
         )
-        own = np.isin(held.rows, curve.rows)
-        law = fit_power_law(curve.sizes, weighted_errors(curve.wrong, draws[own]))
-        evidence["gain"] = {times: gain_from_more(law, curve.sizes[-1], times) for times in TIMES}
-        today = _error(task, held, curve.wrong[-1], draws[own], own)
-        evidence["ahead"] = {
-            times: error_with_more(today, gain) for times, gain in evidence["gain"].items()
-        }
-        evidence["curve"] = {"images": curve.sizes.tolist(), "error": curve.errors.tolist()}
-        if task.kind == "single":
-            evidence["per_class"] = class_evidence(task, held, wrong, curve, draws, own)
+        evidence |= _curve_evidence(validation, losses, curve, draws)
     if task.kind == "single":
-        sure = predicted.max(1) >= np.median(predicted.max(1))
-        evidence["surest"] = _error(task, held, wrong[sure], draws[sure], sure)
-    by_depth = (
-        {name: directories[name] for name in _deepest_last(directories, deeper)}
-        if reference
-        else {}
-    )
+        confidence = predicted.max(1)
+        confident = confidence >= np.median(confidence)
+        evidence["surest"] = _error_estimate(
+            validation, losses[confident], draws[confident], confident
+        )
+    distances: tuple[ReferenceEvidence, ...] = ()
+    if reference is not None:
+        by_depth = _sort_all_by_depth(feature_paths, sort_by_depth)
+        sorted_paths = {name: feature_paths[name] for name in by_depth}
+        distances = reference_evidence(sorted_paths, task.content, *reference)
     return decide(
         Evidence(
             images=len(task.ids),
             classes=len(task.classes) if task.kind == "single" else 0,
             error=error,
-            **({"surest": None} | evidence),
-            taps=tap_evidence(heads, held, directories, draws, deeper),
-            pilots=pilot_evidence(networks, held, error, draws),
-            scores=tuple(asdict(each) for each in scores),
-            reference=()
-            if reference is None
-            else reference_evidence(by_depth, task.content, *reference),
+            taps=tap_evidence(heads, validation, feature_paths, draws, sort_by_depth),
+            pilots=pilot_evidence(networks, validation, error, draws),
+            scores=tuple(asdict(score) for score in scores),
+            reference=distances,
+            **evidence,
         )
     )
 
 
-def _deepest_last(
-    directories: Mapping[str, Sequence[Path]], deeper: Callable[[Sequence[str]], Sequence[str]]
-) -> list[str]:
-    """All names, network by network, each early to late."""
-    networks: dict[tuple[str, ...], list[str]] = {}
-    for name, views in directories.items():
-        spec = open_feature_set(views[0]).spec
-        networks.setdefault((spec.backbone, spec.weights, spec.preprocessing), []).append(name)
-    return [name for names in networks.values() for name in deeper(names)]
+def _measured_curve(
+    heads: pd.DataFrame,
+    task: Task,
+    feature_paths: FeaturePaths,
+    results_folder: Path,
+    train_all: Callable[[Sequence[BankJob]], None],
+    groups: npt.NDArray[Any] | None,
+) -> LearningCurve:
+    """Return the learning curve on the inputs of the best head that reads no map.
+
+    Linear heads on all positions of a map would be very wide; the curve of the best other head says
+    as much.
+    """
+    reads_map = [any(name.endswith(".map") for name in inputs) for inputs in heads["inputs"]]
+    without_map = heads[~np.array(reads_map)]
+    best_head = (without_map if len(without_map) else heads).iloc[0]
+    features = [path for name in best_head["inputs"] for path in feature_paths[name]]
+    return learning_curve(
+        task, features, curve_specs(task, best_head), results_folder, train_all, groups=groups
+    )
+
+
+def _curve_evidence(
+    validation: ValidationRows, losses: Floats, curve: LearningCurve, draws: Floats
+) -> dict[str, Any]:
+    """Return the parts of the evidence that a learning curve gives."""
+    in_curve = np.isin(validation.rows, curve.rows)
+    law = fit_power_law(curve.sizes, weighted_errors(curve.wrong, draws[in_curve]))
+    gains = {factor: gain_from_more(law, curve.sizes[-1], factor) for factor in IMAGE_FACTORS}
+    error_today = _error_estimate(validation, curve.wrong[-1], draws[in_curve], in_curve)
+    evidence = {
+        "gain": gains,
+        "ahead": {factor: error_with_more(error_today, gain) for factor, gain in gains.items()},
+        "curve": {"images": curve.sizes.tolist(), "error": curve.errors.tolist()},
+    }
+    if validation.task.kind == "single":
+        evidence["per_class"] = class_evidence(validation, losses, curve, draws, in_curve)
+    return evidence
+
+
+def _sort_all_by_depth(feature_paths: FeaturePaths, sort_by_depth: SortByDepth) -> list[str]:
+    """Return all names, backbone by backbone, each early to late."""
+    names_of_backbone: dict[tuple[str, ...], list[str]] = {}
+    for name, views in feature_paths.items():
+        backbone_key = _backbone_key(open_feature_set(views[0]).spec)
+        names_of_backbone.setdefault(backbone_key, []).append(name)
+    return [name for names in names_of_backbone.values() for name in sort_by_depth(names)]
+
+
+def _backbone_key(spec: FeatureSpec) -> tuple[str, ...]:
+    return spec.backbone, spec.weights, spec.preprocessing
 
 
 def curve_specs(task: Task, winner: pd.Series) -> list[HeadSpec]:
-    """The heads of the learning curve: linear ones of several strengths, and the winner's own."""
-    own = spec_from_json(winner["spec"])
-    linear = linear_specs(task, getattr(own, "class_weight", "none"))
-    return list(dict.fromkeys([*linear, *([own] if own.kind in _CURVED else [])]))
+    """Return the heads of the learning curve: linear ones from strong to weak regularization, and
+    the winner's own.
+    """
+    winner_spec = spec_from_json(winner["spec"])
+    specs = linear_specs(task, getattr(winner_spec, "class_weight", "none"))
+    if winner_spec.kind in _CURVE_KINDS:
+        specs = [*specs, winner_spec]
+    return list(dict.fromkeys(specs))
 
 
 def class_evidence(
-    task: Task,
-    held: HeldOut,
-    wrong: Floats,
+    validation: ValidationRows,
+    losses: Floats,
     curve: LearningCurve,
     draws: Floats,
-    own: npt.NDArray[np.bool_],
+    in_curve: npt.NDArray[np.bool_],
 ) -> tuple[ClassEvidence, ...]:
-    """Each class's error, its lag behind the middle class, and its own learning curve. own:
-    held-out rows of the curve.
+    """Return each class's error, its lag behind the median class, and its own learning curve.
+
+    losses: (N,) of the best head. draws: (N, 1 + B). in_curve: (N,) which rows the curve has.
     """
-    of_class = [held.target == c for c in range(len(task.classes))]
-    present = [c for c, rows in enumerate(of_class) if rows[own].any()]
+    task = validation.task
+    rows_of_class = [validation.target == c for c in range(len(task.classes))]
+    present = [c for c, row_mask in enumerate(rows_of_class) if row_mask[in_curve].any()]
     errors = {
-        c: _error(held.task, held, wrong[of_class[c]], draws[of_class[c]], of_class[c])
+        c: _error_estimate(
+            validation, losses[rows_of_class[c]], draws[rows_of_class[c]], rows_of_class[c]
+        )
         for c in present
     }
-    found = []
+    evidence = []
     for c in present:
-        others = [errors[other] for other in present if other != c]
-        if not others:
+        other_errors = [errors[other] for other in present if other != c]
+        if not other_errors:
             continue
-        values = np.median([[each.value, *each.draws] for each in others], axis=0)
-        middle = Estimate(float(values[0]), values[1:])
-        rows = of_class[c][own]
+        values = np.median([[error.value, *error.draws] for error in other_errors], axis=0)
+        median_error = Estimate(float(values[0]), values[1:])
+        row_mask = rows_of_class[c][in_curve]
         sizes = np.maximum(curve.class_sizes[:, c], 1)
-        law = fit_power_law(
-            sizes, np.nan_to_num(weighted_errors(curve.wrong[:, rows], draws[own][rows]))
-        )
-        images = int((task.target == c).sum())
-        needed = np.clip(
-            law.images_for(np.array([middle.value, *middle.draws])) - images, 0, 3 * images
-        )
-        each = ClassEvidence(
+        curve_errors = weighted_errors(curve.wrong[:, row_mask], draws[in_curve][row_mask])
+        law = fit_power_law(sizes, np.nan_to_num(curve_errors))
+        n_images = int((task.target == c).sum())
+        more_images = law.images_for(np.array([median_error.value, *median_error.draws])) - n_images
+        more_images = np.clip(more_images, 0, 3 * n_images)
+        class_entry = ClassEvidence(
             name=task.classes[c],
-            images=images,
+            images=n_images,
             error=errors[c],
-            gap=errors[c].minus(middle),
+            gap=errors[c].minus(median_error),
             gain=gain_from_more(law, float(sizes[-1]), 2),
-            needed=Estimate(float(needed[0]), needed[1:]),
+            needed=Estimate(float(more_images[0]), more_images[1:]),
         )
-        if each.unseen:
+        if class_entry.unseen:
             counts = [float((task.target == other).sum()) for other in present if other != c]
-            most = max(STARVED_SHARE * float(np.median(counts)) - images, images)
-            each = replace(each, needed=Estimate(most, np.array([images, most])))
-        found.append(each)
-    return tuple(found)
+            target_count = STARVED_SHARE * float(np.median(counts))
+            needed = max(target_count - n_images, n_images)
+            class_entry = replace(
+                class_entry, needed=Estimate(needed, np.array([n_images, needed]))
+            )
+        evidence.append(class_entry)
+    return tuple(evidence)
 
 
 def tap_evidence(
     heads: pd.DataFrame,
-    held: HeldOut,
-    directories: Mapping[str, Sequence[Path]],
+    validation: ValidationRows,
+    feature_paths: FeaturePaths,
     draws: Floats,
-    deeper: Callable[[Sequence[str]], Sequence[str]],
+    sort_by_depth: SortByDepth,
 ) -> tuple[TapEvidence, ...]:
-    """The best head on each tap alone, of the network that has the best of them; of two reductions
-    of a tap the better.
+    """Return the error of the best head on each tap alone, early to late, for the backbone of the
+    best of them; of two poolings of a tap the better one.
     """
-    alone = heads[[len(inputs) == 1 for inputs in heads["inputs"]]]
-    alone = alone.assign(name=[inputs[0] for inputs in alone["inputs"]]).drop_duplicates(
-        "name"
-    )  # best first
-    specs = {name: open_feature_set(directories[name][0]).spec for name in alone["name"]}
+    single_input = heads[[len(inputs) == 1 for inputs in heads["inputs"]]]
+    single_input = single_input.assign(name=[inputs[0] for inputs in single_input["inputs"]])
+    single_input = single_input.drop_duplicates("name")  # the board is best first
+    specs = {name: open_feature_set(feature_paths[name][0]).spec for name in single_input["name"]}
     if not specs:
         return ()
-    network = {
-        name: (spec.backbone, spec.weights, spec.preprocessing) for name, spec in specs.items()
-    }
-    alone = alone[[network[name] == network[alone["name"].iloc[0]] for name in alone["name"]]]
-    alone = alone.assign(tap=[specs[name].tap for name in alone["name"]]).drop_duplicates("tap")
-    errors = {
-        alone["name"].iloc[place]: _estimate(_wrong(held.task, held, predicted), draws)
-        for place, predicted in _predictions(alone, held).items()
-    }
-    best = min(errors.values(), key=lambda each: each.value)
-    order = [
-        name for name in deeper([name for name in directories if name in errors]) if name in errors
+    best_backbone = _backbone_key(specs[single_input["name"].iloc[0]])
+    single_input = single_input[
+        [_backbone_key(specs[name]) == best_backbone for name in single_input["name"]]
     ]
-    return tuple(TapEvidence(name, errors[name], errors[name].minus(best)) for name in order)
+    single_input = single_input.assign(
+        tap=[specs[name].tap for name in single_input["name"]]
+    ).drop_duplicates("tap")
+    errors = {
+        single_input["name"].iloc[index]: _estimate(_row_losses(validation, predicted), draws)
+        for index, predicted in _predictions(single_input, validation).items()
+    }
+    best_error = min(errors.values(), key=lambda error: error.value)
+    names = sort_by_depth([name for name in feature_paths if name in errors])
+    return tuple(
+        TapEvidence(name, errors[name], errors[name].minus(best_error))
+        for name in names
+        if name in errors
+    )
 
 
 def pilot_evidence(
-    networks: pd.DataFrame, held: HeldOut, error: Estimate, draws: Floats
+    networks: pd.DataFrame, validation: ValidationRows, head_error: Estimate, draws: Floats
 ) -> tuple[PilotEvidence, ...]:
-    """Networks that were trained deeper, against the best head on the same rows."""
+    """Return the gain of each fine-tuned network over the best head, on the same rows."""
     pilots = []
-    for place, predicted in _predictions(networks, held).items():
-        row, spec = networks.iloc[place], json.loads(networks["spec"].iloc[place])
+    for index, predicted in _predictions(networks, validation).items():
+        network, spec = networks.iloc[index], json.loads(networks["spec"].iloc[index])
         train_above = spec.get("train_above")
         pilots.append(
             PilotEvidence(
-                name=f"{row['kind']} {row['settings']}",
+                name=f"{network['kind']} {network['settings']}",
                 tap=None if train_above in ("all", "head", None) else train_above,
                 scratch=spec.get("start") == "random" and train_above == "all",
-                gain=error.minus(_estimate(_wrong(held.task, held, predicted), draws)),
+                gain=head_error.minus(_estimate(_row_losses(validation, predicted), draws)),
             )
         )
     return tuple(pilots)
 
 
-def _predictions(rows: pd.DataFrame, held: HeldOut) -> dict[int, npt.NDArray[np.float32]]:
-    """(N, C) of each row of a leaderboard, by its place; rows without stored predictions are
-    absent.
-    """
+def _predictions(
+    board: pd.DataFrame, validation: ValidationRows
+) -> dict[int, npt.NDArray[np.float32]]:
+    """Return (N, C) out-of-fold predictions by row of the board; rows without them are absent."""
     return {
-        int(place): predicted
-        for places, block in read_predictions(rows, held)
-        for place, predicted in zip(places, block, strict=True)
+        int(index): predicted
+        for indices, block in read_predictions(board, validation)
+        for index, predicted in zip(indices, block, strict=True)
     }
 
 
-def _wrong(task: Task, held: HeldOut, predicted: npt.NDArray[np.float32]) -> Floats:
-    return np.asarray(row_errors(task, held.target, predicted[None])[0])
+def _row_losses(validation: ValidationRows, predicted: npt.NDArray[np.float32]) -> Floats:
+    """Return the error (N,) of each row for predictions (N, C)."""
+    return np.asarray(row_errors(validation.task, validation.target, predicted[None])[0])
 
 
-def _error(
-    task: Task,
-    held: HeldOut,
-    wrong: Floats,
+def _error_estimate(
+    validation: ValidationRows,
+    losses: Floats,
     draws: Floats,
-    rows: npt.NDArray[np.bool_] | None = None,
+    row_mask: npt.NDArray[np.bool_] | None = None,
 ) -> Estimate:
-    """A mean error of held-out rows (n,) with its interval over groups; rows:
+    """Return the mean of losses (n,) with its interval over groups.
 
-    (N,) which of the held-out rows they are.
+    row_mask: (N,) the held-out rows that the losses are of, by default all.
     """
-    groups = held.groups if rows is None else held.groups[rows]
-    ends = (proportion_interval if task.kind != "regression" else mean_loss_interval)(wrong, groups)
-    return replace(_estimate(wrong, draws), ends=ends)
+    groups = validation.groups if row_mask is None else validation.groups[row_mask]
+    is_regression = validation.task.kind == "regression"
+    interval = mean_loss_interval if is_regression else proportion_interval
+    return replace(_estimate(losses, draws), ends=interval(losses, groups))
 
 
-def _estimate(wrong: Floats, draws: Floats) -> Estimate:
-    values = weighted_errors(wrong[None], draws)[0]
-    return Estimate(float(values[0]), values[1:])
+def _estimate(losses: Floats, draws: Floats) -> Estimate:
+    mean_errors = weighted_errors(losses[None], draws)[0]
+    return Estimate(float(mean_errors[0]), mean_errors[1:])

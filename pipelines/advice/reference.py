@@ -1,9 +1,7 @@
-"""How far the images of a run lie from those of another run, in the features of the one network
-that both have.
+"""Distance of a run's images to those of another run, in features of a backbone that both have.
 
-The other run stands for what the network knows: some images of what it was trained on, or an
-earlier task that went well. N images of the run, M of the reference, D features, standardised by
-the reference.
+The other run stands for what the backbone knows: images that it was trained on, or an earlier task
+that went well. N images of the run, M of the reference, D features, standardized by the reference.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,8 +20,8 @@ from headrace.pipelines.selection.estimate import Estimate
 Floats = npt.NDArray[np.float64]
 Content = npt.NDArray[np.bytes_]
 
-ROWS = 1000  # images of either run that are compared, drawn at random
-LEAST = 20  # fewer, and the nearest of them says little
+MAX_IMAGES = 1000  # of either run, drawn at random
+MIN_IMAGES = 20  # of fewer, the nearest image says little
 RESAMPLES = 400
 
 
@@ -33,7 +31,7 @@ class NoReference(HeadraceError, ValueError):
 
 @dataclass(frozen=True)
 class ReferenceEvidence:
-    """One feature set that both runs have."""
+    """Distance between two runs on one feature set."""
 
     name: str
     images: int  # of the reference that were compared with
@@ -44,91 +42,111 @@ class ReferenceEvidence:
 
 
 def reference_evidence(
-    directories: Mapping[str, Sequence[Path]],
+    feature_paths: Mapping[str, Sequence[Path]],
     content: Content,
-    reference: Mapping[str, Sequence[Path]],
+    reference_paths: Mapping[str, Sequence[Path]],
     reference_content: Content,
     *,
     seed: int = 0,
 ) -> tuple[ReferenceEvidence, ...]:
-    """One per feature set of both, maps left out, in the order of `directories`.
+    """Return the distance on each feature set that both runs have, in the order of `feature_paths`.
 
-    directories, reference: feature sets by name, of the run and of the reference; those with one
-    fingerprint are the same. Images that both runs have are left out of the reference. Raises
-    NoReference, saying what is missing.
+    Maps are left out, and of the reference the images that both runs have.
+
+    Args:
+        feature_paths: directories of the run's feature sets, by name.
+        content: content hashes of the run's images.
+        reference_paths, reference_content: those of the reference. Feature sets with the same
+            fingerprint are the same.
+
+    Raises NoReference, saying what is missing.
     """
-    theirs = {open_feature_set(views[0]).spec.fingerprint: views[0] for views in reference.values()}
-    shared = {}
-    for name, views in directories.items():
+    path_by_fingerprint = {
+        open_feature_set(views[0]).spec.fingerprint: views[0] for views in reference_paths.values()
+    }
+    shared_paths = {}
+    for name, views in feature_paths.items():
         spec = open_feature_set(views[0]).spec
-        if spec.reduction != "map" and spec.fingerprint in theirs:
-            shared[name] = views[0], theirs[spec.fingerprint]
-    if not shared:
+        if spec.reduction != "map" and spec.fingerprint in path_by_fingerprint:
+            shared_paths[name] = views[0], path_by_fingerprint[spec.fingerprint]
+    if not shared_paths:
         raise NoReference(
-            f"the runs have no feature set in common: here are {', '.join(directories)}; there are "
-            f"{', '.join(reference)}. Run the reference's images through the same backbones "
-            "(weights, image_size, mean, std) and taps"
+            f"the runs have no feature set in common: here are {', '.join(feature_paths)}; there "
+            f"are {', '.join(reference_paths)}. Run the reference's images through the same "
+            "backbones (weights, image_size, mean, std) and taps"
         )
-    others = np.setdiff1d(reference_content, content)
-    draw = np.random.default_rng(seed)
-    own, other = (np.sort(draw.permutation(np.unique(each))[:ROWS]) for each in (content, others))
-    if min(len(own), len(other)) < LEAST:
+    only_reference = np.setdiff1d(reference_content, content)
+    generator = np.random.default_rng(seed)
+    run_sample, reference_sample = (
+        np.sort(generator.permutation(np.unique(contents))[:MAX_IMAGES])
+        for contents in (content, only_reference)
+    )
+    if min(len(run_sample), len(reference_sample)) < MIN_IMAGES:
         raise NoReference(
-            f"{len(own):,} images are to be compared with {len(other):,} that only the reference "
-            f"has; at least {LEAST} of each are needed: give a run on other images"
+            f"{len(run_sample):,} images are to be compared with {len(reference_sample):,} that "
+            f"only the reference has; at least {MIN_IMAGES} of each are needed: give a run on "
+            "other images"
         )
-    found = []
-    for name, (here, there) in shared.items():
-        ratio = distance_ratio(_rows(here, own), _rows(there, other), seed=seed)
-        found.append(ReferenceEvidence(name, len(other), ratio))
-    return tuple(found)
+    evidence = []
+    for name, (run_path, reference_path) in shared_paths.items():
+        ratio = distance_ratio(
+            load_rows([run_path], run_sample)[0],
+            load_rows([reference_path], reference_sample)[0],
+            seed=seed,
+        )
+        evidence.append(ReferenceEvidence(name, len(reference_sample), ratio))
+    return tuple(evidence)
 
 
 def distance_ratio(
-    own: npt.NDArray[Any], reference: npt.NDArray[Any], *, seed: int = 0
+    features: npt.NDArray[Any], reference: npt.NDArray[Any], *, seed: int = 0
 ) -> Estimate:
-    """Median distance of rows (N, D) to their nearest reference row (M, D), over that of reference
-    rows to each other.
+    """Return the median distance of rows (N, D) to their nearest reference row (M, D), over that of
+    reference rows to each other.
     """
     mean, deviation = reference.mean(0), reference.std(0)
     deviation = np.where(deviation > 0, deviation, 1)
-    own, reference = (((each - mean) / deviation).astype(np.float64) for each in (own, reference))
-    away, among = _nearest(own, reference, same=False), _nearest(reference, reference, same=True)
-    draw = np.random.default_rng(seed)
+    features, reference = (
+        ((rows - mean) / deviation).astype(np.float64) for rows in (features, reference)
+    )
+    to_reference = _nearest_distances(features, reference, exclude_self=False)
+    among_reference = _nearest_distances(reference, reference, exclude_self=True)
+    generator = np.random.default_rng(seed)
+    # Distances are resampled, and neighbours stay what they are.
     draws = [
-        _ratio(
-            draw.choice(away, len(away)), draw.choice(among, len(among))
-        )  # the neighbours stay what they are
+        _median_ratio(
+            generator.choice(to_reference, len(to_reference)),
+            generator.choice(among_reference, len(among_reference)),
+        )
         for _ in range(RESAMPLES)
     ]
-    return Estimate(_ratio(away, among), np.array(draws))
+    return Estimate(_median_ratio(to_reference, among_reference), np.array(draws))
 
 
 def reference_text(evidence: Sequence[ReferenceEvidence]) -> str:
-    """What the latest feature set of both says, in words."""
-    last = evidence[-1]
-    low, value, high = last.ratio.low, last.ratio.value, last.ratio.high
+    """Return a sentence on the latest feature set that both runs have."""
+    latest = evidence[-1]
+    low, value, high = latest.ratio.low, latest.ratio.value, latest.ratio.high
     verdict = "they lie among them" if low <= 1 else "they lie further out than those lie apart"
     return (
-        f"On {last.name} an image is {value:.2f} times (95 % interval {low:.2f} to {high:.2f}) as "
-        f"far from the nearest of {last.images:,} reference images as those are from each other: "
-        f"{verdict}."
+        f"On {latest.name} an image is {value:.2f} times (95 % interval {low:.2f} to {high:.2f}) "
+        f"as far from the nearest of {latest.images:,} reference images as those are from each "
+        f"other: {verdict}."
     )
 
 
-def _ratio(away: Floats, among: Floats) -> float:
-    return float(np.median(away) / max(float(np.median(among)), 1e-12))
+def _median_ratio(to_reference: Floats, among_reference: Floats) -> float:
+    return float(np.median(to_reference) / max(float(np.median(among_reference)), 1e-12))
 
 
-def _nearest(rows: Floats, reference: Floats, *, same: bool) -> Floats:
-    """(N,) the distance of each row to the nearest reference row; same: to the nearest
-    other one.
+def _nearest_distances(features: Floats, reference: Floats, *, exclude_self: bool) -> Floats:
+    """Return the distance (N,) of each row to the nearest reference row.
+
+    exclude_self: the rows are the reference's own, and none is its own neighbour.
     """
-    squares = (rows**2).sum(1)[:, None] + (reference**2).sum(1)[None] - 2 * rows @ reference.T
-    if same:
+    squares = (
+        (features**2).sum(1)[:, None] + (reference**2).sum(1)[None] - 2 * features @ reference.T
+    )
+    if exclude_self:
         np.fill_diagonal(squares, np.inf)
     return np.asarray(np.sqrt(np.maximum(squares.min(1), 0)))
-
-
-def _rows(directory: Path, content: Content) -> npt.NDArray[np.float32]:
-    return load_rows([directory], content)[0]

@@ -16,7 +16,7 @@ from rich.table import Table
 from headrace.pipelines.cluster.progress import rate_and_left
 from headrace.pipelines.cluster.task_leases import driver_lives
 from headrace.pipelines.cluster.task_log import read_log
-from headrace.pipelines.finished import NotARun, find_run
+from headrace.pipelines.run_directory import NotARun, find_run
 
 _DRIVERS = 5  # the latest ones are shown
 

@@ -37,11 +37,11 @@ from headrace.heads.persist import (
     require_trusted,
 )
 from headrace.heads.spec import spec_to_json
-from headrace.pipelines.finished import find_run, moved_with_run, require_finished
 from headrace.pipelines.models.network import NETWORK, NetworkMember, read_network
 from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.recipe.load import Recipe, load_recipe
 from headrace.pipelines.records import RunDamaged, read_record
+from headrace.pipelines.run_directory import find_run, moved_with_run, require_finished
 
 if TYPE_CHECKING:
     from headrace.pipelines.models.images import ImageLike

@@ -16,7 +16,7 @@ from headrace.cache.atomic_io import publish_replace
 from headrace.cache.errors import HeadraceError
 from headrace.cache.integrity.garbage import remove_temporaries
 from headrace.heads.data.task import REFIT
-from headrace.pipelines.finished import require_writable
+from headrace.pipelines.finished import FinishedRun, read_finished_run
 from headrace.pipelines.number_format import number_text
 from headrace.pipelines.planning.leaderboard import inputs_text
 from headrace.pipelines.report.blocks import Headline, Section, Table, tables_of
@@ -30,10 +30,10 @@ from headrace.pipelines.report.networks import networks
 from headrace.pipelines.report.outcome import predictions
 from headrace.pipelines.report.page import render
 from headrace.pipelines.report.provenance import provenance
-from headrace.pipelines.report.read import FinishedRun, read_run
 from headrace.pipelines.report.selected_model import find_selected
 from headrace.pipelines.report.suspects import suspects
 from headrace.pipelines.report.thumbnails import Thumbnails
+from headrace.pipelines.run_directory import require_writable
 
 _TITLE = "headrace report: "
 
@@ -69,12 +69,12 @@ def write_report(
     tables of an earlier report are replaced. Raises NotARun, NoWinner, RunReadOnly, OSError;
     ReportThere for any other file there.
     """
-    found = read_run(run, trust_code=trust_code)
+    found = read_finished_run(run, trust_code=trust_code)
     page = out or found.paths.report
     if out is None:
         require_writable(found.paths, f"headrace report {shlex.quote(str(run))} --out report.html")
     _require_ours(page)
-    paths = {} if isinstance(found.rows, str) else found.rows.paths
+    paths = {} if isinstance(found.images, str) else found.images.image_paths
     thumbnails = Thumbnails(paths, found.recipe.images.pixel_range)
     sections = make_sections(found, thumbnails, watts)
     text = render(f"{_TITLE}{found.paths.root.name}", _made(found), headline(found), sections)
@@ -118,10 +118,7 @@ def headline(run: FinishedRun) -> Headline:
         (
             "winner",
             str(winner["kind"]),
-            (
-                f"{winner['settings']} on "
-                f"{inputs_text(winner['inputs'].split(' + '), list(run.feature_sets))}"
-            ),
+            (f"{winner['settings']} on {inputs_text(winner['inputs'], list(run.feature_specs))}"),
         ),
         (
             f"validation {metric_title(metric)}",

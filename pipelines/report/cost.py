@@ -8,9 +8,9 @@ import pandas as pd
 
 from headrace.cache.errors import HeadraceError
 from headrace.heads.data.task import REFIT
+from headrace.pipelines.finished import FinishedRun
 from headrace.pipelines.number_format import bytes_text
 from headrace.pipelines.report.blocks import Block, Column, Facts, Note, Section, Table
-from headrace.pipelines.report.read import FinishedRun
 
 # What the Green Algorithms calculator takes where the processor is not known (Lannelongue, Grealey
 # and Inouye 2021, Advanced Science 8:2100707): watts of a busy core, of a GPU, and of a gigabyte of
@@ -122,9 +122,9 @@ def _power(run: FinishedRun, watts: float | None) -> tuple[float, str]:
 
 def _bytes(run: FinishedRun) -> Table:
     rows: list[dict[str, Any]] = []
-    for name in run.feature_sets:
+    for name in run.feature_specs:
         try:
-            views = run.features(name)
+            views = run.open_features(name)
         except (HeadraceError, OSError):
             continue
         shape = " × ".join(map(str, views[0].spec.shape))

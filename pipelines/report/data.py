@@ -9,10 +9,10 @@ import numpy.typing as npt
 import pandas as pd
 
 from headrace.heads.data.task import Task
+from headrace.pipelines.finished import FinishedRun
 from headrace.pipelines.records import read_table
 from headrace.pipelines.report import figures
 from headrace.pipelines.report.blocks import Block, Column, Facts, Figure, Note, Section, Table
-from headrace.pipelines.report.read import FinishedRun
 
 # Where the largest class has this many times the images of the smallest, accuracy says little about
 # the small one.
@@ -22,7 +22,7 @@ _FIGURE_CLASSES = 30
 
 def data(run: FinishedRun) -> Section:
     """The section."""
-    rows = run.rows
+    rows = run.images
     blocks: list[Block] = []
     if isinstance(rows, str):
         blocks.append(Note(f"Counts are of the validation images only: {rows}."))

@@ -10,11 +10,11 @@ import pandas as pd
 
 from headrace.heads.data.task import REFIT
 from headrace.heads.spec import spec_from_json
+from headrace.pipelines.finished import FinishedRun
 from headrace.pipelines.recipe.settings_text import settings_text
 from headrace.pipelines.report.blocks import Block, Column, Note, Section, Table
 from headrace.pipelines.report.leaders import metric_title
 from headrace.pipelines.report.outcome import outcome
-from headrace.pipelines.report.read import FinishedRun
 from headrace.pipelines.report.selected_model import SelectedModel, find_selected, test_predictions
 
 

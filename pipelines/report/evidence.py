@@ -8,13 +8,13 @@ from typing import Any
 
 import pandas as pd
 
+from headrace.pipelines.finished import FinishedRun
 from headrace.pipelines.number_format import level_text, number_text
 from headrace.pipelines.planning.leaderboard import inputs_text
 from headrace.pipelines.records import RUN_AGAIN, RunDamaged, read_record, read_table
 from headrace.pipelines.report import figures
 from headrace.pipelines.report.blocks import Block, Column, Facts, Figure, Note, Section, Table
 from headrace.pipelines.report.leaders import metric_format, metric_title
-from headrace.pipelines.report.read import FinishedRun
 
 Found = Mapping[str, Any]
 
@@ -147,7 +147,7 @@ def _choice(run: FinishedRun, found: Found) -> list[Block]:
     if not path.exists():
         return [facts]
     frame = pd.read_csv(read_table(path), dtype={"inputs": str, "kind": str, "settings": str})
-    names = list(run.feature_sets)
+    names = list(run.feature_specs)
     frame = frame.assign(inputs=[inputs_text(text.split(" + "), names) for text in frame["inputs"]])
     frame["together"] = frame["together"].fillna(False).astype(bool)
     columns = (
@@ -206,7 +206,7 @@ def _ensemble(run: FinishedRun, found: Found) -> list[Block]:
         f"{nested['gain']:+.4f} ({level} interval {nested['gain_low']:+.4f} to "
         f"{nested['gain_high']:+.4f})"
     )
-    names = list(run.feature_sets)
+    names = list(run.feature_specs)
     frame = pd.DataFrame(
         [
             {

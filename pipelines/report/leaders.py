@@ -5,10 +5,10 @@ import pandas as pd
 
 from headrace.heads.data.task import REFIT
 from headrace.heads.evaluate.metrics import METRICS
+from headrace.pipelines.finished import FinishedRun
 from headrace.pipelines.planning.leaderboard import inputs_text
 from headrace.pipelines.report import figures
 from headrace.pipelines.report.blocks import Block, Column, Figure, Format, Note, Section, Table
-from headrace.pipelines.report.read import FinishedRun
 
 SHARES = frozenset({"accuracy", "balanced_accuracy", "hamming_accuracy"})
 _FIGURE_INPUTS = 40
@@ -171,8 +171,8 @@ def _board(run: FinishedRun) -> tuple[pd.DataFrame, list[str]]:
 
 
 def _shown(run: FinishedRun, inputs: pd.Series) -> list[str]:
-    names = list(run.feature_sets)
-    said = {text: inputs_text(text.split(" + "), names) for text in inputs.unique()}
+    names = list(run.feature_specs)
+    said = {text: inputs_text(text, names) for text in inputs.unique()}
     return [said[text] for text in inputs]
 
 

@@ -6,9 +6,9 @@ import pandas as pd
 
 from headrace.cache.errors import HeadraceError
 from headrace.cache.feature_set import FeatureSet
+from headrace.pipelines.finished import FinishedRun
 from headrace.pipelines.records import RUN_AGAIN
 from headrace.pipelines.report.blocks import Block, Column, Gallery, Note, Picture, Section, Table
-from headrace.pipelines.report.read import FinishedRun
 from headrace.pipelines.report.thumbnails import Thumbnails
 from headrace.pipelines.selection.cautions import (
     FEATURES_ALIKE,
@@ -28,9 +28,9 @@ def leakage(run: FinishedRun, thumbnails: Thumbnails) -> Section:
     table.
     """
     title = "Near-duplicates across splits"
-    if isinstance(run.rows, str):
-        return Section("leakage", title, "", (Note(f"Not looked for: {run.rows}."),))
-    train, test = run.rows.dataset.train, run.rows.dataset.test
+    if isinstance(run.images, str):
+        return Section("leakage", title, "", (Note(f"Not looked for: {run.images}."),))
+    train, test = run.images.dataset.train, run.images.dataset.test
     content = np.concatenate([train.content, test.content]).astype(str)
     ids = np.concatenate([train.ids, test.ids])
     side = sides(train, test)
@@ -91,9 +91,12 @@ def _pairs(
     remarks: list[Block] = []
     found: list[tuple[str, LikePairs, npt.NDArray[np.int64]]] = []
     vectors: dict[str, tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]] = {}
-    assert not isinstance(run.rows, str)
+    assert not isinstance(run.images, str)
     grey, there = signatures(
-        run.rows.paths, content.tolist(), run.paths.signatures, run.recipe.images.pixel_range
+        run.images.image_paths,
+        content.tolist(),
+        run.paths.signatures,
+        run.recipe.images.pixel_range,
     )
     if len(there) < len(content):
         remarks.append(
@@ -165,10 +168,10 @@ def _features(run: FinishedRun) -> FeatureSet:
     """Of the last pooled tap, which is the deepest in most recipes: it knows most about what is in
     the picture.
     """
-    pooled = [name for name, views in run.feature_sets.items() if len(views[0].shape) == 1] or list(
-        run.feature_sets
-    )
-    return run.features(pooled[-1])[0]
+    pooled = [
+        name for name, views in run.feature_specs.items() if len(views[0].shape) == 1
+    ] or list(run.feature_specs)
+    return run.open_features(pooled[-1])[0]
 
 
 def _picture(

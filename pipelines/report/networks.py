@@ -4,11 +4,11 @@ was decided.
 
 import pandas as pd
 
+from headrace.pipelines.finished import FinishedRun
 from headrace.pipelines.records import RUN_AGAIN
 from headrace.pipelines.report.blocks import Block, Column, Note, Section, Table
 from headrace.pipelines.report.evidence import read_json
 from headrace.pipelines.report.leaders import metric_title
-from headrace.pipelines.report.read import FinishedRun
 
 _LEAD = (
     "Fine-tuned and partly reused networks, each compared with its head on the same validation "

@@ -11,10 +11,10 @@ import numpy.typing as npt
 import pandas as pd
 
 from headrace.heads.evaluate.metrics import METRICS, score
+from headrace.pipelines.finished import FinishedRun
 from headrace.pipelines.report import figures
 from headrace.pipelines.report.blocks import Block, Column, Facts, Figure, Note, Section, Table
 from headrace.pipelines.report.leaders import metric_format, metric_title
-from headrace.pipelines.report.read import FinishedRun
 
 # A matrix of more classes than this is a picture, with its largest entries as a table.
 MATRIX_CLASSES = 15
@@ -25,8 +25,8 @@ def predictions(run: FinishedRun) -> Section:
     """The winner on its validation folds: each row predicted by the head that did not
     train on it.
     """
-    rows = run.held_out
-    target, predicted = run.bank.target[rows], run.predicted[rows]
+    rows = run.held_out_rows
+    target, predicted = run.bank.target[rows], run.out_of_fold[rows]
     blocks = [
         *outcome(run.task_kind, run.classes, target, predicted, "validation"),
         *_calibration(run, target),
@@ -80,7 +80,7 @@ def _calibration(run: FinishedRun, target: npt.NDArray[Any]) -> list[Block]:
             ),
         )
     )
-    told = run.calibrated
+    told = run.calibrated_predictions
     if isinstance(told, str):
         return [facts, Note(f"The reliability at this temperature is left out: {told}.", "warning")]
     return [

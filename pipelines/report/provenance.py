@@ -7,9 +7,9 @@ import json
 import pandas as pd
 import yaml
 
+from headrace.pipelines.finished import FinishedRun
 from headrace.pipelines.number_format import bytes_text
 from headrace.pipelines.report.blocks import Block, Code, Column, Facts, Note, Section, Table
-from headrace.pipelines.report.read import FinishedRun
 
 
 def provenance(run: FinishedRun) -> Section:
@@ -74,7 +74,7 @@ def _machines(run: FinishedRun) -> list[Block]:
 def _features(run: FinishedRun) -> list[Block]:
     """What is equal in all feature sets is said once."""
     rows = []
-    for name, specs in run.feature_sets.items():
+    for name, specs in run.feature_specs.items():
         for view, spec in enumerate(specs):
             rows.append(
                 {

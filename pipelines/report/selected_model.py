@@ -16,9 +16,9 @@ from headrace.heads.data.task import Task
 from headrace.heads.evaluate.ensemble import average
 from headrace.heads.predict import tempered
 from headrace.heads.spec import spec_from_json
+from headrace.pipelines.finished import FinishedRun
 from headrace.pipelines.models.model import ENSEMBLE, ensemble_is_selected
 from headrace.pipelines.records import read_record
-from headrace.pipelines.report.read import FinishedRun
 from headrace.pipelines.selection.winner import predict_test
 
 Found = Mapping[str, Any]
@@ -55,7 +55,7 @@ class SelectedModel:
 def find_selected(run: FinishedRun) -> SelectedModel:
     """The selected model of the run's last call."""
     if not ensemble_is_selected(run.paths):
-        return SelectedModel(None, run.test_evaluation)
+        return SelectedModel(None, run.winner_evaluation)
     ensemble = read_record(run.paths.ensemble / ENSEMBLE)
     own = [
         evaluation
@@ -99,9 +99,9 @@ def test_predictions(
     evaluation = selected.test_evaluation
     if evaluation is None:
         return f"{selected.name} has not been shown the test split"
-    if isinstance(run.rows, str):
-        return run.rows
-    test = run.rows.dataset.test
+    if isinstance(run.images, str):
+        return run.images
+    test = run.images.dataset.test
     if evaluation["winner"]["test"] != test.digest:
         return f"the test images have changed since {selected.name} was shown them"
     shown = evaluation["winner"]
@@ -128,7 +128,8 @@ def _predict(
     kind = spec_from_json(member["spec"]).kind
     network = kind == "finetune"  # reads the images, no features
     path = (run.paths.finetune if network else run.paths.banks) / member["bank"]
-    features = [] if network else [view for name in member["inputs"] for view in run.features(name)]
+    names = [] if network else member["inputs"]
+    features = [view for name in names for view in run.open_features(name)]
     row = pd.Series({"kind": kind, "spec": member["spec"], "path": str(path)})
     own = member.get("temperature", 1.0)
     return predict_test(row, features, test, temperature=own, trust_code=run.trust_code)

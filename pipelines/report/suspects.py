@@ -8,9 +8,9 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from headrace.pipelines.finished import FinishedRun
 from headrace.pipelines.report.blocks import Block, Column, Gallery, Note, Picture, Section, Table
 from headrace.pipelines.report.label_errors import likely_errors_by_label, likely_label_errors
-from headrace.pipelines.report.read import FinishedRun
 from headrace.pipelines.report.thumbnails import Thumbnails
 
 SHOWN = 24
@@ -30,8 +30,8 @@ def suspects(run: FinishedRun, thumbnails: Thumbnails) -> Section:
 
 
 def _single(run: FinishedRun, thumbnails: Thumbnails) -> list[Block]:
-    rows, names = run.held_out, np.asarray(run.classes, object)
-    target, predicted = run.bank.target[rows].astype(np.int64), run.predicted[rows]
+    rows, names = run.held_out_rows, np.asarray(run.classes, object)
+    target, predicted = run.bank.target[rows].astype(np.int64), run.out_of_fold[rows]
     guess = predicted.argmax(1)
     sure = predicted.max(1)
     wrong = np.flatnonzero(guess != target)
@@ -113,8 +113,8 @@ def _single(run: FinishedRun, thumbnails: Thumbnails) -> list[Block]:
 
 
 def _multi(run: FinishedRun, thumbnails: Thumbnails) -> list[Block]:
-    rows, names = run.held_out, np.asarray(run.classes, object)
-    target, predicted = run.bank.target[rows], run.predicted[rows]
+    rows, names = run.held_out_rows, np.asarray(run.classes, object)
+    target, predicted = run.bank.target[rows], run.out_of_fold[rows]
     columns = (
         *_ID,
         Column("label", "label"),
@@ -166,8 +166,8 @@ def _multi(run: FinishedRun, thumbnails: Thumbnails) -> list[Block]:
 
 
 def _regression(run: FinishedRun, thumbnails: Thumbnails) -> list[Block]:
-    rows, names = run.held_out, np.asarray(run.classes, object)
-    target, predicted = run.bank.target[rows], run.predicted[rows]
+    rows, names = run.held_out_rows, np.asarray(run.classes, object)
+    target, predicted = run.bank.target[rows], run.out_of_fold[rows]
     error = predicted - target
     # In units of each target's usual error, so that targets of different scales can be compared;
     # 1.4826 makes the median absolute deviation the standard deviation of a normal distribution.

@@ -18,10 +18,10 @@ from headrace.heads.data.task import Task
 from headrace.heads.evaluate.metrics import score
 from headrace.heads.evaluate.temperature import FLOOR, cross_fitted, fit_temperature, floor_of
 from headrace.pipelines.selection.predictions import (
-    HeldOut,
-    held_out,
-    score_parts,
+    ValidationRows,
+    selection_parts,
     stacked_predictions,
+    validation_rows,
 )
 
 
@@ -49,7 +49,7 @@ def temperature_of(winner: pd.Series, task: Task) -> float:
     """The temperature of one row of the leaderboard; 1 for regression and where a row has no
     out-of-fold prediction.
     """
-    held = held_out(task)
+    held = validation_rows(task)
     if task.kind == "regression" or len(held.rows) == 0:
         return 1.0
     _, predicted = stacked_predictions(winner.to_frame().T, held)
@@ -62,7 +62,7 @@ def temperature_of(winner: pd.Series, task: Task) -> float:
 
 
 def calibrate(
-    held: HeldOut, predicted: npt.NDArray[Any], floor: float = FLOOR
+    held: ValidationRows, predicted: npt.NDArray[Any], floor: float = FLOOR
 ) -> Calibration | None:
     """Of out-of-fold predictions (N, C) of the held-out rows; None for regression. floor:
 
@@ -81,11 +81,11 @@ def calibrate(
 
 
 def calibrated(
-    held: HeldOut, predicted: npt.NDArray[Any], floor: float = FLOOR
+    held: ValidationRows, predicted: npt.NDArray[Any], floor: float = FLOOR
 ) -> npt.NDArray[np.float64]:
     """(N, C) out-of-fold predictions, those of each fold at the temperature that the other folds
     give.
     """
     return cross_fitted(
-        held.task.kind, held.target, predicted, score_parts(held), held.weight, floor
+        held.task.kind, held.target, predicted, selection_parts(held), held.weight, floor
     )

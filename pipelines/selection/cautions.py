@@ -22,7 +22,7 @@ from headrace.heads.data.task import Task
 from headrace.heads.evaluate.intervals import metric_interval
 from headrace.heads.evaluate.metrics import score
 from headrace.pipelines.selection.duplicates import like_pairs, standardised
-from headrace.pipelines.selection.predictions import HeldOut, read_predictions
+from headrace.pipelines.selection.predictions import ValidationRows, read_predictions
 from headrace.pipelines.selection.signatures import grey_signature
 
 # A balanced accuracy that lies so much below the accuracy, and surely below it, is told.
@@ -61,7 +61,7 @@ _ORDERED = {
 }
 
 
-def hidden_classes(board: pd.DataFrame, held: HeldOut, metric: str) -> str | None:
+def hidden_classes(board: pd.DataFrame, held: ValidationRows, metric: str) -> str | None:
     """Where the winner's accuracy says little of the rare classes. board: of whole heads, best
     first.
     """

@@ -26,7 +26,11 @@ from headrace.heads.evaluate.metrics import METRICS, row_hits, score
 from headrace.heads.evaluate.temperature import FLOOR, fit_temperature, floor_of, with_temperature
 from headrace.heads.evaluate.weighted import SORTED_METRICS, weighted_scores
 from headrace.pipelines.selection.calibration import Calibration, calibrate, calibrated
-from headrace.pipelines.selection.predictions import HeldOut, read_predictions, stacked_predictions
+from headrace.pipelines.selection.predictions import (
+    ValidationRows,
+    read_predictions,
+    stacked_predictions,
+)
 
 Floats = npt.NDArray[np.float64]
 
@@ -82,7 +86,7 @@ class Selection:
 
 def assess_selection(
     board: pd.DataFrame,
-    held: HeldOut,
+    held: ValidationRows,
     metric: str,
     *,
     seed: int = 0,
@@ -177,7 +181,7 @@ def assess_selection(
     )
 
 
-def _mean_score(held: HeldOut, predicted: npt.NDArray[Any], metric: str) -> float:
+def _mean_score(held: ValidationRows, predicted: npt.NDArray[Any], metric: str) -> float:
     """The mean over folds of one head's metric (N, C), as the leaderboard has it."""
     weights = np.ones((len(held.rows), 1))
     return float(
@@ -241,7 +245,7 @@ def best_heads(scores: Floats, cost: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
 
 
 def nested_choice(
-    board: pd.DataFrame, held: HeldOut, metric: str, part: npt.NDArray[np.int64]
+    board: pd.DataFrame, held: ValidationRows, metric: str, part: npt.NDArray[np.int64]
 ) -> Floats:
     """(N, C) predictions of each part of the rows by the head that is best on the other parts, at
     the temperature that these give it: what choosing the best of the board is worth, without the
@@ -317,7 +321,7 @@ def _likeness(first: Floats, second: Floats) -> float:
     return max(0.0, float(np.corrcoef(first, second)[0, 1]))
 
 
-def is_stratified(held: HeldOut) -> bool:
+def is_stratified(held: ValidationRows) -> bool:
     """Whether each class is dealt evenly to the folds, as folds that are drawn have it and a user's
     own hardly ever.
     """
@@ -329,7 +333,12 @@ def is_stratified(held: HeldOut) -> bool:
 
 
 def share_optimism(
-    held: HeldOut, predicted: npt.NDArray[Any], metric: str, *, resamples: int = 200, seed: int = 0
+    held: ValidationRows,
+    predicted: npt.NDArray[Any],
+    metric: str,
+    *,
+    resamples: int = 200,
+    seed: int = 0,
 ) -> float:
     """By how much more a head (N, C) scores on rows with the class shares that it was trained on
     than on new ones, whose shares are those of the population; in the metric's own direction.
@@ -371,7 +380,7 @@ def share_optimism(
 
 
 def no_narrower(
-    held: HeldOut,
+    held: ValidationRows,
     predicted: npt.NDArray[Any],
     metric: str,
     value: float,

@@ -41,7 +41,12 @@ from headrace.pipelines.selection.correction import (
     no_narrower,
     resampled_rows,
 )
-from headrace.pipelines.selection.predictions import PARTS, HeldOut, read_predictions, score_parts
+from headrace.pipelines.selection.predictions import (
+    PARTS,
+    ValidationRows,
+    read_predictions,
+    selection_parts,
+)
 
 BUDGET = 4e8  # elements that all rounds may look at together: a few seconds
 RESAMPLES = 1000
@@ -97,7 +102,12 @@ class Ensemble:
 
 
 def build_ensemble(
-    board: pd.DataFrame, held: HeldOut, metric: str, section: EnsembleSection, *, seed: int = 0
+    board: pd.DataFrame,
+    held: ValidationRows,
+    metric: str,
+    section: EnsembleSection,
+    *,
+    seed: int = 0,
 ) -> Ensemble | None:
     """Pick an ensemble from the whole heads of a leaderboard (best first); None where there are
     fewer than two.
@@ -117,7 +127,7 @@ def build_ensemble(
     floors = [floor_of(spec, kind, len(held.task.classes)) for spec in found["spec"]]
     plain = np.zeros(predicted.shape[1:])
     nested = plain.copy()
-    part = score_parts(held, seed)
+    part = selection_parts(held, seed)
     for number in np.unique(part):
         inside, outside = np.flatnonzero(part != number), np.flatnonzero(part == number)
         own_temperatures = fit_temperatures(
@@ -154,7 +164,7 @@ def build_ensemble(
 
 
 def _judged(
-    held: HeldOut,
+    held: ValidationRows,
     metric: str,
     section: EnsembleSection,
     predicted: npt.NDArray[np.float64],
@@ -198,7 +208,7 @@ def _judged(
 
 
 def _candidates(
-    board: pd.DataFrame, held: HeldOut, section: EnsembleSection
+    board: pd.DataFrame, held: ValidationRows, section: EnsembleSection
 ) -> tuple[pd.DataFrame, npt.NDArray[np.float32]]:
     """The heads to pick from, cheap before dear, and their predictions (K, N, C).
 

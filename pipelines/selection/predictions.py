@@ -20,7 +20,7 @@ PARTS = 5  # of the rows, where the run has fewer than three folds of its own
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class ValidationRows:
     """The rows of a task that are held out once: what all evidence is measured on."""
 
     task: Task
@@ -36,19 +36,19 @@ class HeldOut:
         return self.task.weight[self.rows]
 
 
-def held_out(task: Task, groups: npt.NDArray[Any] | None = None) -> HeldOut:
+def validation_rows(task: Task, groups: npt.NDArray[Any] | None = None) -> ValidationRows:
     """The held-out rows. groups:
 
     (rows of the task,), by default the images' content, so that copies stay together.
     """
     rows = np.flatnonzero(task.fold >= 0)
     named = (task.content if groups is None else np.asarray(groups))[rows]
-    return HeldOut(
+    return ValidationRows(
         task, rows, task.target[rows], task.fold[rows], np.unique(named, return_inverse=True)[1]
     )
 
 
-def score_parts(held: HeldOut, seed: int = 0) -> npt.NDArray[np.int64]:
+def selection_parts(held: ValidationRows, seed: int = 0) -> npt.NDArray[np.int64]:
     """(N,) what of the rows is left out while the others decide: the run's own folds where there
     are three, else groups dealt at random to PARTS.
     """
@@ -58,7 +58,7 @@ def score_parts(held: HeldOut, seed: int = 0) -> npt.NDArray[np.int64]:
     return np.asarray(dealt[held.groups], np.int64)
 
 
-def whole_heads(board: pd.DataFrame) -> pd.DataFrame:
+def complete_heads(board: pd.DataFrame) -> pd.DataFrame:
     """The leaderboard's heads that can win: trained in every fold and on all rows, the metric
     defined.
     """
@@ -66,7 +66,7 @@ def whole_heads(board: pd.DataFrame) -> pd.DataFrame:
 
 
 def read_predictions(
-    board: pd.DataFrame, held: HeldOut
+    board: pd.DataFrame, held: ValidationRows
 ) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]]:
     """Blocks of (places in the board, predictions (k, N, C)), file by file; each head of the board
     is in one block.
@@ -91,7 +91,7 @@ def read_predictions(
 
 
 def stacked_predictions(
-    board: pd.DataFrame, held: HeldOut
+    board: pd.DataFrame, held: ValidationRows
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
     """All blocks at once: places in the board, rising, and (K, N, C).
 
@@ -107,7 +107,7 @@ def stacked_predictions(
     return places[order], np.concatenate([part for _, part in blocks])[order]
 
 
-def _order(result: BankResult, held: HeldOut) -> npt.NDArray[np.int64] | None:
+def _order(result: BankResult, held: ValidationRows) -> npt.NDArray[np.int64] | None:
     """Where the held-out rows are in a results file; None when it lacks one of them, or holds other
     folds.
     """

@@ -19,7 +19,7 @@ from headrace.pipelines.selection.cautions import grid_edges, hidden_classes, ne
 from headrace.pipelines.selection.correction import Selection, assess_selection
 from headrace.pipelines.selection.ensemble import Ensemble, build_ensemble
 from headrace.pipelines.selection.ensemble_store import save_ensemble
-from headrace.pipelines.selection.predictions import held_out, whole_heads
+from headrace.pipelines.selection.predictions import complete_heads, validation_rows
 from headrace.pipelines.selection.winner import NoWinner, choose_winner, save_winner
 from headrace.pipelines.stages.extract import write_failed_images
 from headrace.pipelines.stages.services import Services
@@ -74,7 +74,7 @@ def select(state: RunState, services: Services) -> RunState:
 def _cautions(state: RunState, board: pd.DataFrame) -> list[str]:
     """Return notes on this result, from stored predictions, features and a few images."""
     task = state.dataset.train
-    held, final_heads = held_out(task, state.dataset.groups), whole_heads(board)
+    held, final_heads = validation_rows(task, state.dataset.groups), complete_heads(board)
     hidden = hidden_classes(final_heads, held, state.metric)
     readable = state.samples.dropna(subset=["content"])
     content, image_paths = (readable[name].astype(str) for name in ("content", "path"))
@@ -91,14 +91,16 @@ def _cautions(state: RunState, board: pd.DataFrame) -> list[str]:
 
 def correct_for_selection(state: RunState, board: pd.DataFrame) -> Selection | None:
     """Write what the choice of the best is worth, from stored predictions; return it too."""
-    held, halving = held_out(state.dataset.train, state.dataset.groups), state.input_halving
+    held, halving = validation_rows(state.dataset.train, state.dataset.groups), state.input_halving
     halving_luck = None
     if halving is not None and board.iloc[0]["inputs"] in halving.row_errors:
         halving_luck = (
             halving.selection_luck,
             halving.row_errors[board.iloc[0]["inputs"]][held.rows],
         )
-    selection = assess_selection(whole_heads(board), held, state.metric, halving_luck=halving_luck)
+    selection = assess_selection(
+        complete_heads(board), held, state.metric, halving_luck=halving_luck
+    )
     if selection is None:
         withdraw(state.paths.selection, state.paths.comparisons)
         return None
@@ -113,8 +115,8 @@ def combine_heads(state: RunState, board: pd.DataFrame) -> Ensemble | None:
     """Write the ensemble as a model directory, where the recipe asks for one; return it too."""
     section, ensemble = state.recipe.ensemble, None
     if section is not None:
-        held = held_out(state.dataset.train, state.dataset.groups)
-        ensemble = build_ensemble(whole_heads(board), held, state.metric, section)
+        held = validation_rows(state.dataset.train, state.dataset.groups)
+        ensemble = build_ensemble(complete_heads(board), held, state.metric, section)
     if ensemble is None:
         withdraw(state.paths.ensemble)
         return None

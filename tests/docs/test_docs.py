@@ -127,7 +127,7 @@ def test_every_public_name_is_documented_and_every_documented_one_is_public(site
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("package", ["evidence", "finetune", "report", "deliver"])
+@pytest.mark.parametrize("package", ["advice", "finetune", "report", "selection"])
 def test_the_sub_packages_have_their_functions_in_the_reference(site, package):
     """Several each, with what they take and what they raise: no documented function is without a
     docstring.

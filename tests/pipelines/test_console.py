@@ -21,9 +21,9 @@ from headrace.pipelines.cli.main import main
 from headrace.pipelines.cli.status import show_status
 from headrace.pipelines.cluster.task_log import task_log
 from headrace.pipelines.console import escape_unencodable, make_console, valid_text
+from headrace.pipelines.finished import read_finished_run
 from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.predict.tables import Block, table_writer
-from headrace.pipelines.report.read import read_run
 
 # markup, an emoji code, and what is highlighted
 HOSTILE = "[draft] [/rare] :dog: [link=x]y[/link] 42 'a'"
@@ -191,9 +191,9 @@ def test_images_may_lie_in_folders_whose_names_are_no_utf8(tmp_path):
     (photos / "fine").rename(photos / os.fsdecode(b"fin\xe9"))
     (tmp_path / "recipe.yaml").write_text(RECIPE.replace("photos", '"ph\\uDCE9"'), encoding="utf-8")
     run_here(tmp_path / "recipe.yaml")
-    report = read_run(tmp_path / "recipe.yaml")
+    report = read_finished_run(tmp_path / "recipe.yaml")
     assert report.recipe.images.folder == photos
-    assert not isinstance(report.rows, str), report.rows
+    assert not isinstance(report.images, str), report.images
     assert [valid_text(name) for name in report.classes] == ["coarse", "fin\\xe9"]
 
 

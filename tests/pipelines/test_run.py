@@ -347,14 +347,16 @@ def test_advice_for_a_finished_run(finished):
         "layer2.max",
         "layer4.avg",
     ]
-    files = {path: path.stat().st_mtime_ns for path in result.paths.evidence.rglob("*.h5")}
+    files = {path: path.stat().st_mtime_ns for path in result.paths.advice_folder.rglob("*.h5")}
     assert len(files) in (
         6 * 3,
         6 * 3 * 2,
     )  # sizes, folds, and the winner when it is no linear head
     said_first = [line for line in done.stdout.splitlines() if not line.startswith('{"stage"')]
     assert headrace("advise", result.paths.root, cwd=folder).stdout.splitlines() == said_first
-    assert {path: path.stat().st_mtime_ns for path in result.paths.evidence.rglob("*.h5")} == files
+    assert {
+        path: path.stat().st_mtime_ns for path in result.paths.advice_folder.rglob("*.h5")
+    } == files
     refused = headrace("advise", folder / "photos", cwd=folder)
     assert refused.returncode == 2
     assert "is not a run's directory" in refused.stderr

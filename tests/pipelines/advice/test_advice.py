@@ -23,9 +23,9 @@ from headrace.pipelines.advice.decide import (
     advice_summary,
     decide,
 )
-from headrace.pipelines.advice.measure import NothingToWeigh, advise_on
+from headrace.pipelines.advice.measure import NoCompleteHead, advise_on
 from headrace.pipelines.advice.reference import NoReference, reference_evidence, reference_text
-from headrace.pipelines.advice.taps import transfer_scores
+from headrace.pipelines.advice.transferability import transferability_scores
 from headrace.pipelines.planning.leaderboard import rank_heads
 from headrace.pipelines.recipe.sections import InputHalvingSection
 from headrace.pipelines.selection.estimate import Estimate
@@ -74,7 +74,7 @@ def in_this_process(jobs):
 
 def asked(world, folder):
     board, task, directories = live_in(world, folder)
-    return advise_on(board, task, directories, folder / "evidence", in_this_process)
+    return advise_on(board, task, directories, folder / "advice", in_this_process)
 
 
 @pytest.mark.slow
@@ -108,7 +108,7 @@ def test_a_second_call_trains_nothing_and_says_the_same(tmp_path):
         in_this_process(jobs)
 
     first, again = (
-        advise_on(board, task, directories, tmp_path / "evidence", counted) for _ in range(2)
+        advise_on(board, task, directories, tmp_path / "advice", counted) for _ in range(2)
     )
     assert trained == [6 * 3, 0]
     assert json.dumps(advice_summary(first)) == json.dumps(advice_summary(again))
@@ -150,13 +150,13 @@ def test_other_tasks_are_advised_on_by_their_curve(tmp_path, kind):
     metric = "r2" if kind == "regression" else "average_precision"
     heads = table.assign(path=path, inputs=pd.Series([("block0.avg",)] * len(table)))
     board = rank_heads(heads, metric, {"block0.avg": width}, 3)
-    advice = advise_on(board, task, directories, tmp_path / "evidence", in_this_process)
+    advice = advise_on(board, task, directories, tmp_path / "advice", in_this_process)
     assert (
         advice.action == "collect" if kind == "regression" else advice.action in ("head", "abstain")
     )
     assert advice.evidence.surest is None
     assert advice.evidence.per_class == ()
-    (scores,) = transfer_scores(task, directories, tmp_path / "evidence")
+    (scores,) = transferability_scores(task, directories, tmp_path / "advice")
     assert scores.logme is not None
     assert (scores.h_score, scores.nce, scores.bayes_low) == (None, None, None)
 
@@ -164,8 +164,8 @@ def test_other_tasks_are_advised_on_by_their_curve(tmp_path, kind):
 def test_no_whole_head_is_an_error_that_says_what_to_do(tmp_path):
     """Not a traceback."""
     board, task, directories = live_in(World(80, 2, (1.0,)), tmp_path)
-    with pytest.raises(NothingToWeigh, match="headrace run"):
-        advise_on(board.assign(failed=1), task, directories, tmp_path / "evidence", in_this_process)
+    with pytest.raises(NoCompleteHead, match="headrace run"):
+        advise_on(board.assign(failed=1), task, directories, tmp_path / "advice", in_this_process)
 
 
 def test_the_distance_to_reference_images_is_told(tmp_path):
@@ -195,7 +195,7 @@ def test_the_distance_to_reference_images_is_told(tmp_path):
             assert (each.ratio.low > 1.2) == (shift > 0), each
             assert (each.ratio.high < 0.9) == (spread > 1), each
             assert ("further out" in reference_text([each])) == (shift > 0)
-    evidence = tmp_path / "evidence"
+    evidence = tmp_path / "advice"
     far = {name: np.concatenate([X, X[:160] + 3 * X.std(0)]) for name, X in own.items()}
     plain = advise_on(board, task, directories, evidence, in_this_process)
     reference = store_taps(tmp_path / "far", far), content_of(480)

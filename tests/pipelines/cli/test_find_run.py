@@ -17,14 +17,13 @@ from support.runs import headrace, make_photos
 from headrace.cache.feature_set import open_feature_set
 from headrace.cache.home import HeadraceError, expand_home, state_directory
 from headrace.extract.images.content_hashes import hash_bytes
-from headrace.pipelines.advice.run_directory import read_run_files
 from headrace.pipelines.cli.main import main
 from headrace.pipelines.cli.status import run_status
-from headrace.pipelines.finished import NotARun
+from headrace.pipelines.finished import read_finished_run
 from headrace.pipelines.models.model import load_model
 from headrace.pipelines.recipe.load import RecipeError, load_recipe
 from headrace.pipelines.report.build import write_report
-from headrace.pipelines.report.read import read_run
+from headrace.pipelines.run_directory import NotARun
 from headrace.pipelines.selection.signatures import signatures
 
 RECIPE = """\
@@ -37,9 +36,9 @@ compute: {workers: 1}
 # What each command asks of the run that it is given; `headrace export` and `headrace predict` both
 # load the model.
 READERS = {
-    "report": read_run,
+    "report": read_finished_run,
     "status": run_status,
-    "advise": read_run_files,
+    "advise": read_finished_run,
     "predict": load_model,
 }
 
@@ -124,7 +123,7 @@ def test_the_run_that_was_perhaps_meant_is_named(project, monkeypatch):
         Path("headrace-runs"),
         Path("recipe"),
     ):
-        assert f"Did you mean {run}?" in said_of(read_run, given), given
+        assert f"Did you mean {run}?" in said_of(read_finished_run, given), given
 
 
 @pytest.mark.parametrize(
@@ -153,13 +152,13 @@ def test_a_project_that_was_moved_is_whole(project, tmp_path, given):
     shutil.copytree(project, moved)
     project.rename(aside)
     try:
-        report = read_run(moved / given)
+        report = read_finished_run(moved / given)
         assert report.recipe.cache == moved / "headrace-cache"
-        assert not isinstance(report.rows, str), report.rows
-        files = read_run_files(moved / given)
+        assert not isinstance(report.images, str), report.images
+        files = read_finished_run(moved / given)
         assert [
             len(open_feature_set(path).ids())
-            for paths in files.directories.values()
+            for paths in files.feature_paths.values()
             for path in paths
         ] == [24]
         photo = moved / "photos" / "fine" / "001.png"
@@ -175,13 +174,15 @@ def test_a_copied_run_uses_what_was_copied_with_it(project, tmp_path):
     own.
     """
     shutil.copytree(project / "headrace-runs" / "recipe", tmp_path / "alone" / "recipe")
-    assert read_run(tmp_path / "alone" / "recipe").recipe.cache == project / "headrace-cache"
+    assert (
+        read_finished_run(tmp_path / "alone" / "recipe").recipe.cache == project / "headrace-cache"
+    )
     assert load_model(tmp_path / "alone" / "recipe").members[0].backbones[0].weights == str(
         project / "net.pth"
     )
     shutil.copytree(project, tmp_path / "copy")
     assert (
-        read_run(tmp_path / "copy" / "headrace-runs" / "recipe").recipe.cache
+        read_finished_run(tmp_path / "copy" / "headrace-runs" / "recipe").recipe.cache
         == tmp_path / "copy" / "headrace-cache"
     )
 

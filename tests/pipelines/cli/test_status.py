@@ -10,13 +10,13 @@ from rich.console import Console
 
 from headrace.pipelines.cli.status import run_status, show_status
 from headrace.pipelines.cluster.task_log import task_log
-from headrace.pipelines.finished import NotARun
 from headrace.pipelines.paths import RunPaths
+from headrace.pipelines.run_directory import NotARun
 
 DRIVER = """
 import sys
 from pathlib import Path
-from headrace.pipelines.finished import NotARun
+from headrace.pipelines.run_directory import NotARun
 from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.cluster.task_log import task_log
 with task_log(RunPaths(Path(sys.argv[1]))) as log:

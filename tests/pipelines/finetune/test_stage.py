@@ -34,13 +34,13 @@ from headrace.pipelines.finetune.data import image_paths
 from headrace.pipelines.finetune.errors import TrainingFailed
 from headrace.pipelines.finetune.stage import FinetuneInputs, compare, finetune, pending
 from headrace.pipelines.finetune.train import Training
-from headrace.pipelines.finished import results_file
 from headrace.pipelines.models.model import load_model
 from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.planning.leaderboard import rank_heads
 from headrace.pipelines.recipe.load import RecipeError, load_recipe
 from headrace.pipelines.recipe.sections import FinetuneSection, ReuseSection
 from headrace.pipelines.records import read_record
+from headrace.pipelines.run_directory import results_file
 from headrace.pipelines.selection.ensemble import Ensemble, Member
 from headrace.pipelines.selection.ensemble_store import evaluate_ensemble, save_ensemble
 from headrace.pipelines.selection.winner import predict_test

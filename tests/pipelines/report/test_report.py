@@ -14,6 +14,7 @@ import pytest
 from support.reports import COPIES, FLIPPED, HOSTILE, finished_run
 from support.runs import headrace
 
+from headrace.pipelines.finished import read_finished_run
 from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.records import read_record, write_record
 from headrace.pipelines.report.blocks import Column, Headline, Section, Table, plain
@@ -25,7 +26,6 @@ from headrace.pipelines.report.label_errors import (
     likely_label_errors,
 )
 from headrace.pipelines.report.page import cell, render
-from headrace.pipelines.report.read import read_run
 from headrace.pipelines.selection.duplicates import like_pairs, standardised
 
 
@@ -85,10 +85,12 @@ def test_every_table_is_a_file_of_the_same_rows(folder):
 
 def test_the_confusion_matrix_counts_every_held_out_row(folder):
     """Its trace is the pooled accuracy of the winner's out-of-fold predictions."""
-    run = read_run(folder / "runs" / "single")
+    run = read_finished_run(folder / "runs" / "single")
     counts = table(folder, "confusion-validation").iloc[:, 1:].to_numpy()
-    assert counts.sum() == len(run.held_out)
-    right = (run.predicted[run.held_out].argmax(1) == run.bank.target[run.held_out]).sum()
+    assert counts.sum() == len(run.held_out_rows)
+    right = (
+        run.out_of_fold[run.held_out_rows].argmax(1) == run.bank.target[run.held_out_rows]
+    ).sum()
     assert np.trace(counts) == right
     assert counts.sum() - right == len(table(folder, "mistakes"))
 
@@ -97,10 +99,10 @@ def test_flipped_labels_are_found(folder):
     """Whoever is held out in some fold and carries the other class's label is on the list of likely
     label errors.
     """
-    run = read_run(folder / "runs" / "single")
+    run = read_finished_run(folder / "runs" / "single")
     labels = pd.read_csv(folder / "labels.csv")
     flipped = set(labels["id"][~labels["id"].str.startswith("copy")].iloc[:FLIPPED]) & set(
-        run.bank.ids[run.held_out]
+        run.bank.ids[run.held_out_rows]
     )
     assert flipped
     assert flipped <= set(table(folder, "label-errors")["id"])
@@ -108,9 +110,9 @@ def test_flipped_labels_are_found(folder):
 
 def test_re_encoded_copies_on_two_sides_are_found(folder):
     """Every copy that stands on another side than its original is among the near-duplicates."""
-    run = read_run(folder / "runs" / "single")
-    assert not isinstance(run.rows, str)
-    train, test = run.rows.dataset.train, run.rows.dataset.test
+    run = read_finished_run(folder / "runs" / "single")
+    assert not isinstance(run.images, str)
+    train, test = run.images.dataset.train, run.images.dataset.test
     side = dict(
         zip([*train.ids, *test.ids], [*train.fold, *np.full(len(test.ids), -9)], strict=True)
     )
@@ -199,8 +201,8 @@ def test_features_that_are_gone_are_counted(folder, tmp_path):
     shutil.copytree(folder, copy)
     stored = copy / "runs" / "single" / "recipe.json"
     write_record(stored, read_record(stored) | {"cache": str(copy / "headrace-cache")})
-    run = read_run(copy / "runs" / "single")
-    (run.features(list(run.feature_sets)[-1])[0].path / "manifest.jsonl").unlink()
+    run = read_finished_run(copy / "runs" / "single")
+    (run.open_features(list(run.feature_specs)[-1])[0].path / "manifest.jsonl").unlink()
     text = write_report(copy / "runs" / "single").page.read_text()
     assert re.search(
         r"\d+ images have no features in \S+/features/[0-9a-f]+ any more: .*headrace run RECIPE",
@@ -265,7 +267,7 @@ def test_what_was_not_measured_names_the_command_that_does(tmp_path):
     assert "ensemble:" in ensemble(run).blocks[0].text
     assert "headrace advise" in advice(run).blocks[0].text
     assert expected_text(run) is None
-    run.paths.evidence.mkdir()
+    run.paths.advice_folder.mkdir()
     run.paths.advice.write_text('{"half": ')
     assert "headrace advise" in advice(run).blocks[0].text
     run.paths.advice.write_text('{"other": 1}')
@@ -277,7 +279,7 @@ def test_the_advice_is_shown_with_its_curve(tmp_path):
     many images.
     """
     run = SimpleNamespace(paths=RunPaths(tmp_path), metric="accuracy", feature_sets={"a.avg": ()})
-    run.paths.evidence.mkdir()
+    run.paths.advice_folder.mkdir()
     gain = {
         "2": {"value": 0.02, "low": 0.01, "high": 0.03},
         "4": {"value": 0.03, "low": 0.01, "high": 0.05},

@@ -18,7 +18,7 @@ from headrace.pipelines.selection.cautions import (
     near_duplicates,
     near_duplicates_text,
 )
-from headrace.pipelines.selection.predictions import held_out
+from headrace.pipelines.selection.predictions import validation_rows
 
 
 def told(folder, rare, found, rows=400):
@@ -28,7 +28,7 @@ def told(folder, rare, found, rows=400):
     side = np.where(wrong, 0, target)
     output = 0.98 * np.eye(2)[side] + 0.01
     board, task = stored(folder, "single", "accuracy", [output, output], target)
-    return hidden_classes(board, held_out(task), "accuracy"), board, task
+    return hidden_classes(board, validation_rows(task), "accuracy"), board, task
 
 
 def test_an_accuracy_that_hides_a_class_is_told(tmp_path):
@@ -39,7 +39,7 @@ def test_an_accuracy_that_hides_a_class_is_told(tmp_path):
     assert "balanced accuracy is much lower than accuracy: 70" in text
     assert "class b is found in 4" in text
     assert "task.metric: balanced_accuracy" in text
-    assert hidden_classes(board, held_out(task), "balanced_accuracy") is None
+    assert hidden_classes(board, validation_rows(task), "balanced_accuracy") is None
     assert told(tmp_path, rare=17, found=0.9)[0] is None
 
 

@@ -21,7 +21,7 @@ from headrace.pipelines.recipe.sections import EnsembleSection
 from headrace.pipelines.selection.correction import nested_choice
 from headrace.pipelines.selection.ensemble import Ensemble, Member, build_ensemble
 from headrace.pipelines.selection.ensemble_store import evaluate_ensemble, save_ensemble
-from headrace.pipelines.selection.predictions import held_out, stacked_predictions
+from headrace.pipelines.selection.predictions import stacked_predictions, validation_rows
 
 ROWS = 240
 
@@ -43,7 +43,7 @@ def test_heads_that_err_apart_are_combined(tmp_path, metric):
     """
     target, outputs = independent_heads(np.random.default_rng(0), 8, 0.8)
     board, task = stored(tmp_path, "single", metric, outputs, target)
-    found = build_ensemble(board, held_out(task), metric, EnsembleSection())
+    found = build_ensemble(board, validation_rows(task), metric, EnsembleSection())
     assert found.chosen
     assert found.gain_low > 0
     assert len(found.members) >= 4
@@ -60,13 +60,13 @@ def test_heads_that_are_right_but_unsure_have_their_say(tmp_path):
     """
     target, outputs = independent_heads(np.random.default_rng(0), 8, 0.8)
     board, task = stored(tmp_path, "single", "accuracy", outputs, target)
-    honest = build_ensemble(board, held_out(task), "accuracy", EnsembleSection())
+    honest = build_ensemble(board, validation_rows(task), "accuracy", EnsembleSection())
     (tmp_path / "unsure").mkdir()
     unsure = [
         with_temperature("single", each, 4.0 if k % 2 else 1.0) for k, each in enumerate(outputs)
     ]
     board, task = stored(tmp_path / "unsure", "single", "accuracy", unsure, target)
-    found = build_ensemble(board, held_out(task), "accuracy", EnsembleSection())
+    found = build_ensemble(board, validation_rows(task), "accuracy", EnsembleSection())
 
     def unsure_share(ensemble):
         return sum(
@@ -93,12 +93,12 @@ def test_heads_that_know_nothing_are_not_combined(tmp_path):
     for seed in range(5):
         target, outputs = independent_heads(np.random.default_rng(seed), 30, 0.0)
         board, task = stored(tmp_path, "single", "accuracy", outputs, target)
-        found = build_ensemble(board, held_out(task), "accuracy", EnsembleSection())
+        found = build_ensemble(board, validation_rows(task), "accuracy", EnsembleSection())
         assert not found.chosen
         values.append(found.value)
         singles.append(found.single)
         winners.append(found.winner)
-        held = held_out(task)
+        held = validation_rows(task)
         inside = np.stack(
             [
                 with_temperature(
@@ -129,7 +129,7 @@ def test_a_choice_is_nested_part_by_part(tmp_path, kind, metric):
     temperature that they give.
     """
     board, task = stored(tmp_path, kind, metric, rows=120)
-    held = held_out(task)
+    held = validation_rows(task)
     part = np.random.default_rng(1).integers(0, 5, len(held.rows))
     nested = nested_choice(board, held, metric, part)
     predicted = dict(zip(*stacked_predictions(board, held), strict=True))
@@ -156,7 +156,7 @@ def test_other_tasks(tmp_path, kind, metric):
         [1 / (1 + np.exp(-4 * (each - 0.5))) for each in outputs] if kind == "multi" else outputs
     )
     board, task = stored(tmp_path, kind, metric, outputs, target, folds=2)
-    found = build_ensemble(board, held_out(task), metric, EnsembleSection(max_members=4))
+    found = build_ensemble(board, validation_rows(task), metric, EnsembleSection(max_members=4))
     assert found.chosen
     assert 1 < len(found.members) <= 4
     assert found.value == pytest.approx(found.metrics[metric], abs=0.05)
@@ -167,10 +167,13 @@ def test_the_same_call_gives_the_same_ensemble(tmp_path):
     target, outputs = independent_heads(np.random.default_rng(0), 8, 0.8)
     board, task = stored(tmp_path, "single", "accuracy", outputs, target)
     first, again = (
-        build_ensemble(board, held_out(task), "accuracy", EnsembleSection()) for _ in range(2)
+        build_ensemble(board, validation_rows(task), "accuracy", EnsembleSection())
+        for _ in range(2)
     )
     assert first.summary() == again.summary()
-    assert build_ensemble(board.head(1), held_out(task), "accuracy", EnsembleSection()) is None
+    assert (
+        build_ensemble(board.head(1), validation_rows(task), "accuracy", EnsembleSection()) is None
+    )
 
 
 @pytest.fixture(scope="module")

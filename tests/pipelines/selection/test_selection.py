@@ -17,7 +17,7 @@ from headrace.pipelines.selection.correction import (
     mcnemar,
     resampled_rows,
 )
-from headrace.pipelines.selection.predictions import held_out, read_predictions
+from headrace.pipelines.selection.predictions import read_predictions, validation_rows
 
 HEADS, ROWS, WORLDS, RESAMPLES = 40, 250, 120, 150
 
@@ -123,7 +123,7 @@ def test_any_metric_of_any_task(tmp_path, kind, metric):
     winner is among its equals, and the cheapest of them is one of them.
     """
     board, task = stored(tmp_path, kind, metric)
-    found = assess_selection(board, held_out(task), metric)
+    found = assess_selection(board, validation_rows(task), metric)
     assert found.validation == board[metric].iloc[0]
     assert found.low < found.expected < found.high
     assert found.optimism > -0.02
@@ -135,7 +135,7 @@ def test_any_metric_of_any_task(tmp_path, kind, metric):
     equals = found.table.loc[found.table["together"], "rank"].tolist()
     assert equals[0] == 1
     assert found.cheapest == min(equals, key=lambda rank: board["features"][rank - 1])
-    assert found.summary() == assess_selection(board, held_out(task), metric).summary()
+    assert found.summary() == assess_selection(board, validation_rows(task), metric).summary()
 
 
 def test_r2_of_few_rows_is_not_judged_by_two_or_three_of_them(tmp_path):
@@ -146,7 +146,7 @@ def test_r2_of_few_rows_is_not_judged_by_two_or_three_of_them(tmp_path):
     target = rng.normal(size=(48, 2))
     outputs = [target + rng.normal(0, 0.15 + 0.02 * k, target.shape) for k in range(6)]
     board, task = stored(tmp_path, "regression", "r2", outputs=outputs, target=target, folds=5)
-    found = assess_selection(board, held_out(task), "r2")
+    found = assess_selection(board, validation_rows(task), "r2")
     assert abs(found.expected - found.validation) < 0.05
     assert found.low > 0.8
 
@@ -154,7 +154,7 @@ def test_r2_of_few_rows_is_not_judged_by_two_or_three_of_them(tmp_path):
 def test_results_of_other_rows_are_matched_by_id_or_left_out(tmp_path):
     """Never by position."""
     board, task = stored(tmp_path, "single", "accuracy")
-    (places, straight), *_ = read_predictions(board, held_out(task))
+    (places, straight), *_ = read_predictions(board, validation_rows(task))
     order = np.random.default_rng(0).permutation(len(task.ids))
     mixed = Task(
         task.kind,
@@ -165,10 +165,10 @@ def test_results_of_other_rows_are_matched_by_id_or_left_out(tmp_path):
         task.fold[order],
         task.weight,
     )
-    held = held_out(mixed)
+    held = validation_rows(mixed)
     (again, turned), *_ = read_predictions(board, held)
     assert (places == again).all()
-    rank = {row: place for place, row in enumerate(held_out(task).rows)}
+    rank = {row: place for place, row in enumerate(validation_rows(task).rows)}
     assert (turned == straight[:, [rank[order[row]] for row in held.rows]]).all()
     stranger = Task(
         *[*vars(mixed).values()][:3],
@@ -177,4 +177,4 @@ def test_results_of_other_rows_are_matched_by_id_or_left_out(tmp_path):
         mixed.fold,
         mixed.weight,
     )
-    assert list(read_predictions(board, held_out(stranger))) == []
+    assert list(read_predictions(board, validation_rows(stranger))) == []

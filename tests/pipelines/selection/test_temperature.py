@@ -26,12 +26,12 @@ from headrace.heads.persist import BadHeadFile, TrainedHead, load_head
 from headrace.heads.results import read_bank
 from headrace.pipelines.export.layers import head_module
 from headrace.pipelines.export.write import export_model
+from headrace.pipelines.finished import read_finished_run
 from headrace.pipelines.models.model import load_model
 from headrace.pipelines.predict.bulk import predict_table
 from headrace.pipelines.predict.listing import list_images
 from headrace.pipelines.records import read_record
 from headrace.pipelines.report.build import write_report
-from headrace.pipelines.report.read import read_run
 from headrace.pipelines.selection.winner import _write_test_evaluations, read_test_evaluations
 
 RECIPE = """\
@@ -167,10 +167,10 @@ def test_the_test_score_is_of_what_is_handed_out(run):
     (evaluation,) = read_test_evaluations(result.paths.test_evaluations)
     temperature = load_head(result.paths.winner).temperature
     assert evaluation["temperature"] == temperature
-    report = read_run(result.paths.root)
-    model, test = load_model(result.paths.root), report.rows.dataset.test
+    report = read_finished_run(result.paths.root)
+    model, test = load_model(result.paths.root), report.images.dataset.test
     predicted = model.predict_proba(
-        [report.rows.paths[content.decode()] for content in test.content]
+        [report.images.image_paths[content.decode()] for content in test.content]
     )
     assert result.test.value == pytest.approx(
         score("single", test.target, predicted, "log_loss"), rel=1e-3

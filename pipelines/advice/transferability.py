@@ -37,7 +37,7 @@ _FOLDS = 5
 
 
 @dataclass(frozen=True)
-class TransferScores:
+class TransferabilityScores:
     """Evidence about one feature set.
 
     None where a number does not exist for the kind of task, or cannot be computed.
@@ -61,9 +61,9 @@ class TransferScores:
     bayes_high: float | None
 
 
-def transfer_scores(
+def transferability_scores(
     task: Task, directories: Mapping[str, Sequence[Path]], folder: Path
-) -> list[TransferScores]:
+) -> list[TransferabilityScores]:
     """One per feature set, in the order given; each is computed once and kept in `folder`."""
     rows = _drawn(task)
     found = []
@@ -71,7 +71,7 @@ def transfer_scores(
         key = hashlib.sha256(
             repr([_VERSION, task.digest, ROWS, views[0].name, name]).encode()
         ).hexdigest()[:16]
-        path = folder / f"transfer-{key}.json"
+        path = folder / f"transferability-{key}.json"
         scores = _read(path)
         if scores is None:
             scores = _measure(name, task, rows, views[0])
@@ -82,7 +82,9 @@ def transfer_scores(
     return found
 
 
-def _measure(name: str, task: Task, rows: npt.NDArray[np.int64], directory: Path) -> TransferScores:
+def _measure(
+    name: str, task: Task, rows: npt.NDArray[np.int64], directory: Path
+) -> TransferabilityScores:
     X, kept = load_rows([directory], task.content[rows])
     target = task.target[rows][kept]
     columns = (
@@ -111,7 +113,7 @@ def _measure(name: str, task: Task, rows: npt.NDArray[np.int64], directory: Path
     one = max((value for spec, value in means.items() if spec.k == 1), default=None)
     error = 1 - one if single and one is not None else None
     low, high = (None, None) if error is None else bayes_bounds(error, len(task.classes))
-    return TransferScores(
+    return TransferabilityScores(
         name=name,
         width=X.shape[1],
         images=len(target),
@@ -132,9 +134,9 @@ def _drawn(task: Task) -> npt.NDArray[np.int64]:
     return np.sort(np.random.default_rng(0).choice(len(task.ids), ROWS, replace=False))
 
 
-def _read(path: Path) -> TransferScores | None:
+def _read(path: Path) -> TransferabilityScores | None:
     """What was kept; None where there is nothing, or nothing readable: it only saves time."""
     try:
-        return TransferScores(**read_sealed_json(path.read_bytes()))
+        return TransferabilityScores(**read_sealed_json(path.read_bytes()))
     except (OSError, ValueError, TypeError):
         return None

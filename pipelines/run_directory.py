@@ -1,0 +1,222 @@
+"""What every reader of a run asks first: which run is meant, with which recipe was it made, where
+are its files now.
+"""
+
+import os
+import shlex
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import pydantic
+
+from headrace.cache.errors import HeadraceError
+from headrace.cache.home import expand_home
+from headrace.pipelines.paths import RunPaths
+from headrace.pipelines.recipe.load import Recipe, RecipeError, load_recipe
+from headrace.pipelines.records import RunDamaged, read_record
+
+_RECIPE_BYTES = 1 << 20  # no recipe is larger, and a video that is given by mistake is not read
+_PATTERN = "{*?["  # in the name of a recipe's tar shards
+
+
+class NotARun(HeadraceError, ValueError):
+    """What was given is no run, or no finished one: says what is missing and what to type."""
+
+
+class RunReadOnly(HeadraceError, PermissionError):
+    """A result would go into a run's directory, which cannot be written to."""
+
+
+def find_run(given: str | Path, *, or_model: bool = False) -> RunPaths:
+    """The run that is meant, by its recipe or by its directory; a run that has not ended is one
+    too.
+
+    or_model: the caller takes a model directory as well, which the message then says. Raises
+    NotARun, saying what to type; RecipeError for a recipe with a mistake in it.
+    """
+    place = expand_home(given)
+    expected = (
+        "Expected a recipe (recipe.yaml) or the directory of its run (headrace-runs/NAME)"
+        + (
+            (
+                ", or a directory with a model: RUN/winner, or what `headrace export --format "
+                "safetensors` wrote"
+            )
+            if or_model
+            else ""
+        )
+    )
+    if place.is_dir():
+        if is_run(RunPaths(place)):
+            return RunPaths(place)
+        raise NotARun(
+            f"{given} is not a run's directory: it has no recipe.json. {_meant(place) or expected}"
+        )
+    if not place.is_file():
+        wrong = "it is neither a file nor a folder" if place.exists() else "no such file or folder"
+        raise NotARun(f"{given}: {wrong}. {_meant(place) or expected}")
+    paths = RunPaths(
+        _recipe_out(place, f"{given} is neither a recipe nor a run. {_meant(place) or expected}")
+    )
+    if not is_run(paths):
+        raise NotARun(
+            f"{given} has not been run yet: {paths.root} holds no run. Type: headrace run "
+            f"{shlex.quote(str(given))}"
+        )
+    return paths
+
+
+def is_run(paths: RunPaths) -> bool:
+    """Whether a call of `headrace run` or `train_heads` has begun to write there."""
+    return paths.recipe.is_file() or paths.heads.is_file() or any(paths.logs.glob("*.jsonl"))
+
+
+def require_finished(paths: RunPaths, *files: Path) -> None:
+    """Raise NotARun, naming what is missing and what to type, unless the run has left these files
+    of its end.
+    """
+    for file in files:
+        if file.exists():
+            continue
+        if file == paths.recipe and paths.heads.is_file():
+            raise NotARun(
+                f"{paths.root} has no {file.name}: its heads were trained from Python, by "
+                "train_heads, and without a recipe it is not known where its images are. Write "
+                "one, and type: headrace run RECIPE"
+            )
+        raise NotARun(
+            f"{paths.root} has no {file.name}: the run has not come to its end. Go on with: "
+            "headrace run RECIPE"
+        )
+
+
+def require_writable(paths: RunPaths, instead: str) -> None:
+    """Raise RunReadOnly, with what to type instead, where nothing can be written into the run's
+    directory.
+    """
+    if not os.access(paths.root, os.W_OK):
+        raise RunReadOnly(f"{paths.root} cannot be written to. Type: {instead}")
+
+
+def _recipe_out(file: Path, neither: str) -> Path:
+    """Where the run of a recipe is.
+
+    A recipe may have any name; what has the name of one is told its mistakes.
+    """
+    named = file.suffix in (".yaml", ".yml")
+    # recipe.json of a run is no recipe to go by: it says where the run was made, and the run may
+    # have been moved.
+    if not named and (is_run(RunPaths(file.parent)) or file.stat().st_size > _RECIPE_BYTES):
+        raise NotARun(neither)
+    try:
+        out = load_recipe(file).out
+    except RecipeError:
+        if named:
+            raise
+        raise NotARun(neither) from None
+    assert out is not None  # load_recipe gives it a default
+    return out
+
+
+def _meant(place: Path) -> str:
+    """A question that names the run that was perhaps meant: around the place, in it, or called like
+    it.
+    """
+    around = (above for above in list(place.parents)[:3] if above.name)
+    runs = (
+        path
+        for path in (*around, *_below(place), Path("headrace-runs") / place.stem)
+        if is_run(RunPaths(path))
+    )
+    found = list(dict.fromkeys(islice(runs, 3)))
+    return f"Did you mean {' or '.join(map(str, found))}?" if found else ""
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    for pattern in ("*/recipe.json", "*/*/recipe.json"):
+        yield from (path.parent for path in sorted(folder.glob(pattern)))
+
+
+def stored_recipe(paths: RunPaths) -> Recipe:
+    """The recipe that a run was made with, its paths where they are now if the run was moved with
+    its surroundings.
+
+    Raises NotARun for one of another version of headrace, RunDamaged for one that has changed since
+    it was written.
+    """
+    try:
+        recipe = Recipe.model_validate(read_record(paths.recipe))
+    except pydantic.ValidationError as error:
+        raise NotARun(
+            f"{paths.recipe} is not of this version of headrace ({error.error_count()} keys "
+            "differ): run the recipe again"
+        ) from None
+    if recipe.out is None:
+        return recipe
+    before, now = recipe.out, paths.root.absolute()
+
+    def here(path: Path | None) -> Path | None:
+        return None if path is None else _moved(path, before, now)
+
+    images = {name: here(value) for name, value in recipe.images if isinstance(value, Path)}
+    backbones = (
+        each.model_copy(
+            update={
+                "weights": str(_moved(Path(each.weights), before, now)) if each.weights else None
+            }
+        )
+        for each in recipe.backbones
+    )
+    return recipe.model_copy(
+        update={
+            "images": recipe.images.model_copy(update=images),
+            "backbones": tuple(backbones),
+            "cache": here(recipe.cache),
+            "out": now,
+            "cluster": recipe.cluster.model_copy(update={"tls": here(recipe.cluster.tls)}),
+        }
+    )
+
+
+def moved_with_run(path: str, inside: Path) -> str:
+    """A path that a file of a run names, as it is now if the run was moved with its surroundings.
+
+    inside: the directory of that file, such as RUN/winner. One that is in no run leaves the path as
+    it is.
+    """
+    for folder in list(inside.absolute().parents)[:4]:
+        try:
+            before = read_record(RunPaths(folder).recipe)["out"]
+        except (OSError, RunDamaged, KeyError):
+            continue
+        return str(_moved(Path(path), Path(before), folder))
+    return path
+
+
+def _moved(path: Path, before: Path, now: Path) -> Path:
+    """The path, or where it is since the run went from `before` to `now`; a copy uses what was
+    copied with it.
+
+    What the two ends share has kept its order: of a project that was moved as a whole, cache,
+    images and weights files stand beside the run as they did.
+    """
+    while before.name and before.name == now.name:
+        before, now = before.parent, now.parent
+    if before == now or not path.is_relative_to(before):
+        return path
+    here = now / path.relative_to(before)
+    there = here.parent if set(_PATTERN) & set(here.name) else here
+    return here if there.exists() else path
+
+
+def results_file(paths: RunPaths, stored: str | Path) -> Path:
+    """A results file by the path that the leaderboard has of it.
+
+    The run's own directory counts first: of a run that was moved it holds the file, and of one that
+    was copied the original may have changed since.
+    """
+    stored = Path(stored)
+    folder = paths.finetune if stored.parent.name == paths.finetune.name else paths.banks
+    here = folder / stored.name
+    return here if here.exists() else stored
