@@ -153,7 +153,7 @@ def shuffled(folder: Path, quick: bool) -> tuple[list[Row], Figures]:
             np.random.default_rng(1).permutation(rows)[: 20_000 // BATCH * BATCH].reshape(-1, BATCH)
         )
         amount = order.size * COLUMNS * 2
-        features.check()
+        features.verify_shards()
         seconds = best(shuffled_sides(features, bare, order), 15)
         few = order[:8]
         with h5py.File(h5_file) as file:
@@ -246,7 +246,7 @@ def sequential(folder: Path, quick: bool) -> tuple[list[Row], Figures]:
     features[:].tofile(bare_file)
     step = 1024
     buffer = memoryview(bytearray(step * COLUMNS * 2))
-    features.check()
+    features.verify_shards()
 
     def raw() -> Iterable[int]:
         with open(bare_file, "rb", buffering=0) as file:
@@ -482,7 +482,7 @@ def dtypes(folder: Path, quick: bool) -> tuple[list[Row], Figures]:
                 directory, **arguments, compression=compression
             ).bytes
             features = open_feature_set(directory)
-            features.check()
+            features.verify_shards()
             seconds |= {
                 compression: best(
                     {"x": once(lambda features=features: features.read(slice(None), None))}, 3

@@ -149,7 +149,7 @@ def parse_features(path: Path) -> None:
     try:
         ids = rows if path.suffix in (".npy", ".npz") else None
         found = read_external_features(
-            path, ids=ids, columns=["f*"] if path.suffix == ".csv" else ()
+            path, ids_path=ids, column_options=["f*"] if path.suffix == ".csv" else ()
         )
         with tempfile.TemporaryDirectory() as cache:
             import_features(
@@ -165,7 +165,7 @@ def parse_ids(path: Path) -> None:
     features = path.with_name("features.npy")
     np.save(features, np.random.default_rng(0).normal(size=(8, 5)).astype(np.float32))
     try:
-        read_external_features(features, ids=path)
+        read_external_features(features, ids_path=path)
     finally:
         features.unlink()
 

@@ -36,208 +36,220 @@ _NO_LINKS = {errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.ENOTSUP, errno.E
 # Small enough for the disk to begin early. Large, and from one multiple of itself to the next,
 # because the system keeps what is written at once in pages as large: from small ones random rows
 # come 10 to 20 % slower.
-_PIECE_BYTES = 1 << 24
+_WRITE_BLOCK_BYTES = 1 << 24
 _SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
 _NO_DIRECTORY_SYNC = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EBADF}
 
 
 @contextlib.contextmanager
-def lease(path: Path) -> Iterator[None]:
-    """Hold the lock file `path`: an existence lock with a heartbeat, which needs nothing of the
-    file system but O_EXCL.
+def lease(lock_path: Path) -> Iterator[None]:
+    """Hold the lock file `lock_path`, an existence lock with a heartbeat.
 
-    `flock` is node-local on some cluster file systems, so it is not used. A lease can in principle
-    be held twice (a holder that was frozen for longer than LEASE_S); whatever it protects must
-    survive that, and here it only keeps lines apart.
+    The file system has to support nothing but O_EXCL; `flock` is node-local on some cluster file
+    systems, so it is not used. A holder that is frozen for longer than LEASE_S may lose the lock
+    without noticing, so two processes can hold it at once. Whatever the lock protects must survive
+    that: the manifest's lock only keeps lines apart.
     """
-    lock = SoftFileLease(
-        path, lease_duration=LEASE_S, heartbeat_interval=LEASE_S / 6, poll_interval=0.005
+    file_lock = SoftFileLease(
+        lock_path, lease_duration=LEASE_S, heartbeat_interval=LEASE_S / 6, poll_interval=0.005
     )
-    blank: _Blank | None = None
-    while not lock.is_locked:
+    blank_lock: _Blank | None = None
+    while not file_lock.is_locked:
         try:
-            lock.acquire(timeout=LEASE_S / 4)
+            file_lock.acquire(timeout=LEASE_S / 4)
         except Timeout:
-            blank = _watch_blank(path, blank)
+            blank_lock = _watch_blank(lock_path, blank_lock)
     try:
         yield
     finally:
-        lock.release()
+        file_lock.release()
 
 
 class _Blank(NamedTuple):
-    """A lock file without an owner in it."""
+    """A lock file that does not name its owner."""
 
     inode: int
     changed_ns: int
     since_s: float  # on this process's monotonic clock
 
 
-def _watch_blank(path: Path, before: _Blank | None) -> _Blank | None:
-    """Break a lock whose holder died between creating it and writing its name into it, microseconds
-    later.
+def _watch_blank(lock_path: Path, previous_blank: _Blank | None) -> _Blank | None:
+    """Break a lock file that has stayed empty for LEASE_S, and return the one to watch otherwise.
 
-    filelock takes such a file for the lock of a version that wrote no names, and so would wait for
-    it for ever.
+    Its holder died between creating the file and writing its name into it, microseconds later.
+    filelock takes such a file for the lock of a version that wrote no names, and would wait for it
+    for ever.
     """
     try:
-        status = path.stat()
+        lock_status = lock_path.stat()
     except FileNotFoundError:
         return None
-    if status.st_size:
+    if lock_status.st_size:
         return None
-    if before is None or (before.inode, before.changed_ns) != (status.st_ino, status.st_ctime_ns):
-        return _Blank(status.st_ino, status.st_ctime_ns, time.monotonic())
-    if time.monotonic() - before.since_s < LEASE_S:
-        return before
+    if previous_blank is None or (previous_blank.inode, previous_blank.changed_ns) != (
+        lock_status.st_ino,
+        lock_status.st_ctime_ns,
+    ):
+        return _Blank(lock_status.st_ino, lock_status.st_ctime_ns, time.monotonic())
+    if time.monotonic() - previous_blank.since_s < LEASE_S:
+        return previous_blank
     # Moved before it is removed, and looked at again: another process may have broken it and made a
     # new one meanwhile.
-    broken = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
+    broken_path = lock_path.with_name(f"{lock_path.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
     with contextlib.suppress(FileNotFoundError):
-        os.rename(path, broken)
-        if broken.stat().st_ino != before.inode:
+        os.rename(lock_path, broken_path)
+        if broken_path.stat().st_ino != previous_blank.inode:
             with contextlib.suppress(OSError):
-                os.link(broken, path)
-        os.unlink(broken)
+                os.link(broken_path, lock_path)
+        os.unlink(broken_path)
     return None
 
 
-def publish_bytes(path: Path, data: bytes) -> bool:
-    """Publish a file that never changes.
+def publish_bytes(target_path: Path, data: bytes) -> bool:
+    """Publish a file that never changes; the first writer wins.
 
-    True if this call did it, False if the file was there (the first one wins).
-
-    Raises PublishFailed, naming the errno, and then leaves neither the file nor a temporary.
+    Return True if this call published it, False if the file exists already. Raises PublishFailed,
+    which names the errno; then neither the file nor a temporary one is left.
     """
-    return publish_parts(path, [data])
+    return publish_parts(target_path, [data])
 
 
-def publish_replace(path: Path, data: bytes) -> None:
-    """Publish a file that may be replaced: readers see the old bytes or the new ones.
+def publish_replace(target_path: Path, data: bytes) -> None:
+    """Publish a file that may be replaced: readers see the old bytes or the new ones, never a
+    mixture.
 
     Raises PublishFailed.
     """
-    with explain_os_errors(path):
-        temporary = _write_temporary(path, [data])
+    with explain_os_errors(target_path):
+        temporary_path = _write_temporary(target_path, [data])
         try:
-            os.replace(temporary, path)
+            os.replace(temporary_path, target_path)
         except BaseException:
-            _remove(temporary)
+            _remove_temporary(temporary_path)
             raise
-        sync_directory(path.parent)
+        sync_directory(target_path.parent)
 
 
-def publish_parts(path: Path, parts: Sequence[bytes | memoryview]) -> bool:
-    """`publish_bytes` of the parts one after the other, without joining them in memory."""
-    if path.exists():
-        return False
-    with explain_os_errors(path):
-        temporary = _write_temporary(path, parts)
-        try:
-            won = _link_first_wins(temporary, path)
-        finally:
-            _remove(temporary)
-        sync_directory(path.parent)
-        return won
-
-
-def write_all(descriptor: int, data: bytes | memoryview) -> None:
-    """`os.write` until everything is written: a write to a nearly full disk may be short without
-    being an error.
+def publish_parts(target_path: Path, byte_parts: Sequence[bytes | memoryview]) -> bool:
+    """Publish the concatenation of `byte_parts` as `publish_bytes` does, without joining them in
+    memory.
     """
-    rest = memoryview(data).cast("B")
-    place = os.lseek(descriptor, 0, os.SEEK_CUR)
-    while rest.nbytes:
-        written = os.write(descriptor, rest[: _PIECE_BYTES - place % _PIECE_BYTES])
-        if written == 0:
+    if target_path.exists():
+        return False
+    with explain_os_errors(target_path):
+        temporary_path = _write_temporary(target_path, byte_parts)
+        try:
+            is_first_writer = _link_first_wins(temporary_path, target_path)
+        finally:
+            _remove_temporary(temporary_path)
+        sync_directory(target_path.parent)
+        return is_first_writer
+
+
+def write_all(file_descriptor: int, data: bytes | memoryview) -> None:
+    """Call `os.write` until all of `data` is written.
+
+    A write to a nearly full disk may be short without being an error.
+    """
+    remaining_bytes = memoryview(data).cast("B")
+    file_position = os.lseek(file_descriptor, 0, os.SEEK_CUR)
+    while remaining_bytes.nbytes:
+        n_written = os.write(
+            file_descriptor,
+            remaining_bytes[: _WRITE_BLOCK_BYTES - file_position % _WRITE_BLOCK_BYTES],
+        )
+        if n_written == 0:
             raise OSError(errno.ENOSPC, "the operating system wrote nothing")
-        rest, place = rest[written:], place + written
-        if rest.nbytes:
-            _begin_writing_out(descriptor)
+        remaining_bytes, file_position = remaining_bytes[n_written:], file_position + n_written
+        if remaining_bytes.nbytes:
+            _begin_writing_out(file_descriptor)
 
 
-def _begin_writing_out(descriptor: int) -> None:
-    """Let the disk begin with what is written so far (Linux), where it would begin at fsync.
-
-    Promises nothing.
+def _begin_writing_out(file_descriptor: int) -> None:
+    """Ask Linux to start writing dirty pages now instead of at fsync. No guarantee is given or
+    needed.
     """
     if sys.platform == "linux":
-        _libc().sync_file_range(
-            descriptor, ctypes.c_int64(0), ctypes.c_int64(0), _SYNC_FILE_RANGE_WRITE
+        _load_libc().sync_file_range(
+            file_descriptor, ctypes.c_int64(0), ctypes.c_int64(0), _SYNC_FILE_RANGE_WRITE
         )
 
 
 @functools.cache
-def _libc() -> ctypes.CDLL:
+def _load_libc() -> ctypes.CDLL:
     return ctypes.CDLL(None)
 
 
 def sync_directory(directory: Path) -> None:
-    """Make the names in a directory durable; file systems that cannot do this say so, and are
-    believed.
+    """Make the names in a directory durable.
+
+    File systems that cannot sync a directory report so; that error is ignored.
     """
-    descriptor = os.open(directory, os.O_RDONLY)
+    directory_descriptor = os.open(directory, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        os.fsync(directory_descriptor)
     except OSError as error:
         if error.errno not in _NO_DIRECTORY_SYNC:
             raise
     finally:
-        os.close(descriptor)
+        os.close(directory_descriptor)
 
 
 @contextlib.contextmanager
-def explain_os_errors(path: Path) -> Iterator[None]:
+def explain_os_errors(target_path: Path) -> Iterator[None]:
     """Turn an OSError into PublishFailed, which names the file and the errno."""
     try:
         yield
     except PublishFailed:
         raise
     except OSError as error:
-        name = errno.errorcode.get(error.errno or 0, "unknown errno")
+        errno_name = errno.errorcode.get(error.errno or 0, "unknown errno")
         raise PublishFailed(
             error.errno,
-            f"{path}: {name} ({error.strerror or error}). Nothing was published and no temporary "
+            f"{target_path}: {errno_name} ({error.strerror or error}). Nothing was published "
+            "and no temporary "
             "file is left. Make room or repair the disk and run the same command again; finished "
             "work is kept",
         ) from error
 
 
-def _write_temporary(path: Path, parts: Sequence[bytes | memoryview]) -> Path:
+def _write_temporary(target_path: Path, byte_parts: Sequence[bytes | memoryview]) -> Path:
     # Unique over processes and machines, so the leftover of a killed process is in nobody's way.
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    temporary_path = target_path.with_name(
+        f".{target_path.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}"
+    )
+    file_descriptor = os.open(temporary_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         try:
-            for part in parts:
-                write_all(descriptor, part)
-            os.fsync(descriptor)
+            for byte_part in byte_parts:
+                write_all(file_descriptor, byte_part)
+            os.fsync(file_descriptor)
         finally:
             # Network file systems may report a failed write only here.
-            os.close(descriptor)
+            os.close(file_descriptor)
     except BaseException:
-        _remove(temporary)
+        _remove_temporary(temporary_path)
         raise
-    return temporary
+    return temporary_path
 
 
-def _link_first_wins(temporary: Path, path: Path) -> bool:
+def _link_first_wins(temporary_path: Path, target_path: Path) -> bool:
     try:
-        os.link(temporary, path)
+        os.link(temporary_path, target_path)
     except FileExistsError:
         # NFS may repeat a request whose answer was lost: then the name that is in the way is our
         # own.
-        return os.path.samefile(temporary, path)
+        return os.path.samefile(temporary_path, target_path)
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise
-        with lease(path.with_name(f".{path.name}.lock")):
-            if path.exists():
+        with lease(target_path.with_name(f".{target_path.name}.lock")):
+            if target_path.exists():
                 return False
-            os.rename(temporary, path)
+            os.rename(temporary_path, target_path)
     return True
 
 
-def _remove(temporary: Path) -> None:
+def _remove_temporary(temporary_path: Path) -> None:
     with contextlib.suppress(FileNotFoundError):
-        os.unlink(temporary)
+        os.unlink(temporary_path)

@@ -1,11 +1,9 @@
-"""Every byte of a shard: the digest of its contents, its user block, its structure.
+"""Verification of a whole shard: checksum, user block and structure; each machine does it once.
 
-And remembering that this was done.
-
-A shard is hashed once per machine and then recognised by inode, size and times, as `make` and git
-recognise files. What was verified is kept in a small file per feature set under
-`$XDG_CACHE_HOME/headrace` (a home on a network file system is fine: the inode and times are part of
-the record). Losing it costs one more hashing. `headrace cache verify` never uses it.
+A verified shard is recognised by inode, size and times, as `make` and git recognise files. The
+record is a small file per feature set under `$XDG_CACHE_HOME/headrace` (a home directory on a
+network file system is fine: the inode and times are part of the record). Losing it costs one more
+hashing. `headrace cache verify` never uses it.
 """
 
 import contextlib
@@ -34,7 +32,7 @@ from headrace.cache.home import state_directory
 from headrace.cache.manifest import ShardEntry
 from headrace.cache.spec import FeatureSpec
 
-_BLOCK = 1 << 20
+_BLOCK_BYTES = 1 << 20
 # A file that changed this recently may change again within the same tick of the file system's
 # clock, and look as before.
 _SETTLED_NS = 2_000_000_000
@@ -43,7 +41,7 @@ _REPAIR = "`headrace cache repair` removes it, and the next run extracts its sam
 
 @dataclass(frozen=True)
 class VerifiedShard:
-    """What a shard turned out to be, all of it read."""
+    """Layout and checksum of a shard after all of it was read."""
 
     layout: ShardLayout
     quantization_error: QuantizationError
@@ -52,141 +50,149 @@ class VerifiedShard:
 
 
 def verify_shard(
-    path: Path, spec: FeatureSpec, unit: str, expected_xxh3: str | None = None
+    shard_path: Path, spec: FeatureSpec, unit_name: str, expected_checksum: str | None = None
 ) -> VerifiedShard:
-    """Read every byte and look at every object.
+    """Read every byte of a shard and validate every object in it.
 
-    Raises ShardMissing; ShardCorrupt on any flipped bit.
-
-    The user block must name the digest of the rest; `expected_xxh3`, from the manifest, must be
-    that digest too, or else the shard is a whole one in the wrong place.
+    The user block must name the checksum of all bytes behind it. `expected_checksum`, from the
+    manifest, must be that checksum too; otherwise this is another, intact shard under the wrong
+    name. Raises ShardMissing, and ShardCorrupt on any flipped bit.
     """
-    size, found, block = shard_checksum(path)
-    if block != user_block(found):
+    file_bytes, actual_checksum, header_block = shard_checksum(shard_path)
+    if header_block != user_block(actual_checksum):
         raise ShardCorrupt(
-            f"{path}: its bytes have changed since they were written: they have the digest "
-            f"{found}, and its user block says "
-            f"{block[:96].decode('ascii', 'replace').split(chr(10))[:2]}. {_REPAIR}"
+            f"{shard_path}: its bytes have changed since they were written: they have the digest "
+            f"{actual_checksum}, and its user block says "
+            f"{header_block[:96].decode('ascii', 'replace').split(chr(10))[:2]}. {_REPAIR}"
         )
-    if expected_xxh3 not in (None, found):
+    if expected_checksum not in (None, actual_checksum):
         raise ShardCorrupt(
-            f"{path}: this is another shard than the one that was published under this name: its "
-            f"digest is {found}, and the manifest says {expected_xxh3}. {_REPAIR}"
+            f"{shard_path}: this is another shard than the one that was published under this "
+            "name: its "
+            f"digest is {actual_checksum}, and the manifest says {expected_checksum}. {_REPAIR}"
         )
-    layout, quantization_error = validate_shard(path, spec, unit)
-    return VerifiedShard(layout, quantization_error, size, found)
+    layout, quantization_error = validate_shard(shard_path, spec, unit_name)
+    return VerifiedShard(layout, quantization_error, file_bytes, actual_checksum)
 
 
-def verify_listed_shard(path: Path, spec: FeatureSpec, entry: ShardEntry) -> VerifiedShard:
-    """`verify_shard` of a listed shard, which must also have as many rows and failures as the
-    manifest says.
-    """
-    checked = verify_shard(path, spec, entry.unit, entry.xxh3)
-    _expect_counts(path, checked.layout, entry)
-    return checked
+def verify_listed_shard(shard_path: Path, spec: FeatureSpec, entry: ShardEntry) -> VerifiedShard:
+    """Verify a listed shard, which must have as many rows and failures as the manifest states."""
+    verified_shard = verify_shard(shard_path, spec, entry.unit, entry.xxh3)
+    _require_counts(shard_path, verified_shard.layout, entry)
+    return verified_shard
 
 
-def _expect_counts(path: Path, layout: ShardLayout, entry: ShardEntry) -> None:
-    if (layout.rows, layout.failed) != (entry.rows, entry.failed):
+def _require_counts(shard_path: Path, layout: ShardLayout, entry: ShardEntry) -> None:
+    if (layout.n_rows, layout.n_failed) != (entry.rows, entry.failed):
         raise ShardCorrupt(
-            f"{path}: it holds {layout.rows} rows and {layout.failed} failures, and the manifest "
+            f"{shard_path}: it holds {layout.n_rows} rows and {layout.n_failed} failures, and "
+            "the manifest "
             f"says {entry.rows} and {entry.failed}. `headrace cache repair` lists it as it is"
         )
 
 
-def shard_checksum(path: Path) -> tuple[int, str, bytes]:
-    """Size, XXH3-128 of everything behind the user block, and the user block."""
-    hasher, size = xxhash.xxh3_128(), 0
-    buffer = memoryview(bytearray(_BLOCK))
+def shard_checksum(shard_path: Path) -> tuple[int, str, bytes]:
+    """Return the size in bytes, the XXH3-128 of all bytes behind the user block, and the user
+    block.
+    """
+    hasher, file_bytes = xxhash.xxh3_128(), 0
+    read_buffer = memoryview(bytearray(_BLOCK_BYTES))
     try:
-        with open(path, "rb", buffering=0) as file:
-            block = file.read(USER_BLOCK_BYTES)
-            size = len(block)
-            while count := file.readinto(buffer):
-                hasher.update(buffer[:count])
-                size += count
+        with open(shard_path, "rb", buffering=0) as file:
+            header_block = file.read(USER_BLOCK_BYTES)
+            file_bytes = len(header_block)
+            while n_read := file.readinto(read_buffer):
+                hasher.update(read_buffer[:n_read])
+                file_bytes += n_read
     except FileNotFoundError as error:
-        raise missing(path) from error
+        raise shard_missing(shard_path) from error
     except OSError as error:
-        raise unreadable(path, error) from error
-    return size, hasher.hexdigest(), block
+        raise shard_unreadable(shard_path, error) from error
+    return file_bytes, hasher.hexdigest(), header_block
 
 
-def unreadable(path: Path, error: OSError) -> ShardUnreadable:
-    """The error for a shard that cannot be read, which says nothing about the shard."""
-    name = errno.errorcode.get(error.errno or 0, "unknown errno")
+def shard_unreadable(shard_path: Path, error: OSError) -> ShardUnreadable:
+    """Return the error for a shard that the operating system cannot read; the shard itself may be
+    intact.
+    """
+    errno_name = errno.errorcode.get(error.errno or 0, "unknown errno")
     return ShardUnreadable(
         error.errno,
-        f"{path} cannot be read: {name} ({error.strerror or error}). Look at the disk and the "
+        f"{shard_path} cannot be read: {errno_name} ({error.strerror or error}). Look at the "
+        "disk and the "
         "permissions",
     )
 
 
-def missing(path: Path) -> ShardMissing:
-    """The error for a listed shard that is not there."""
+def shard_missing(shard_path: Path) -> ShardMissing:
+    """Return the error for a listed shard that does not exist."""
     return ShardMissing(
-        f"{path} is listed in the manifest and is not there. `headrace cache repair` takes it off "
+        f"{shard_path} is listed in the manifest and is not there. `headrace cache repair` "
+        "takes it off "
         "the list, and the next run extracts its samples again"
     )
 
 
 class VerifiedShards:
-    """The shards of one feature set that this machine has checked already, with their layouts."""
+    """The shards of one feature set that this machine has verified before, with their layouts."""
 
     def __init__(self, directory: Path) -> None:
-        state = state_directory()
+        state_path = state_directory()
         # Inode numbers mean something on one machine only. A path that is no UTF-8 has lone
         # surrogates.
-        key = f"{socket.gethostname()}\0{directory.resolve()}".encode("utf-8", "surrogatepass")
-        name = f"{hashlib.sha256(key).hexdigest()[:24]}.jsonl"
+        machine_key = f"{socket.gethostname()}\0{directory.resolve()}".encode(
+            "utf-8", "surrogatepass"
+        )
+        file_name = f"{hashlib.sha256(machine_key).hexdigest()[:24]}.jsonl"
         self._path = (
-            None if state is None else state / "verified" / name
+            None if state_path is None else state_path / "verified" / file_name
         )  # None: each process checks again
         self._records: dict[str, dict[str, Any]] | None = None
 
-    def check(self, path: Path, spec: FeatureSpec, entry: ShardEntry) -> ShardLayout:
-        """The layout of a shard, which is read whole unless this machine has done so.
+    def verify(self, shard_path: Path, spec: FeatureSpec, entry: ShardEntry) -> ShardLayout:
+        """Return the layout of a shard, reading all of it unless this machine has done so before.
 
         Raises ShardMissing, ShardCorrupt.
         """
         # Taken before reading, so that a change during the reading is noticed the next time.
-        identity = _identity(path, entry)
+        file_identity = _file_identity(shard_path, entry)
         if self._records is None:
-            self._records = self._read()
-        record = self._records.get(entry.unit)
-        if record is not None and all(record.get(key) == value for key, value in identity.items()):
-            layout = ShardLayout(
-                **{
-                    field.name: record[f"layout_{field.name}"]
-                    for field in dataclasses.fields(ShardLayout)
-                }
-            )
-            _expect_counts(path, layout, entry)
+            self._records = self._read_records()
+        stored_record = self._records.get(entry.unit)
+        if stored_record is not None and stored_record.items() >= file_identity.items():
+            with contextlib.suppress(KeyError):  # a record of another version
+                layout = ShardLayout(
+                    **{
+                        field.name: stored_record[f"layout_{field.name}"]
+                        for field in dataclasses.fields(ShardLayout)
+                    }
+                )
+                _require_counts(shard_path, layout, entry)
+                return layout
+        layout = verify_listed_shard(shard_path, spec, entry).layout
+        if time.time_ns() - max(file_identity["mtime_ns"], file_identity["ctime_ns"]) < _SETTLED_NS:
             return layout
-        layout = verify_listed_shard(path, spec, entry).layout
-        if time.time_ns() - max(identity["mtime_ns"], identity["ctime_ns"]) < _SETTLED_NS:
-            return layout
-        self._append(
+        self._append_record(
             {
-                **identity,
+                **file_identity,
                 **{f"layout_{name}": value for name, value in dataclasses.asdict(layout).items()},
             }
         )
         return layout
 
-    def _append(self, record: dict[str, Any]) -> None:
+    def _append_record(self, record: dict[str, Any]) -> None:
         if self._path is None:
             return
         # Failing to note it is no error: it only costs time.
         with contextlib.suppress(OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+            file_descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
             try:
-                os.write(descriptor, to_checksummed_line(record))
+                os.write(file_descriptor, to_checksummed_line(record))
             finally:
-                os.close(descriptor)
+                os.close(file_descriptor)
 
-    def _read(self) -> dict[str, dict[str, Any]]:
+    def _read_records(self) -> dict[str, dict[str, Any]]:
         if self._path is None:
             return {}
         try:
@@ -201,17 +207,17 @@ class VerifiedShards:
         return records
 
 
-def _identity(path: Path, entry: ShardEntry) -> dict[str, Any]:
+def _file_identity(shard_path: Path, entry: ShardEntry) -> dict[str, Any]:
     try:
-        status = path.stat()
+        file_status = shard_path.stat()
     except FileNotFoundError as error:
-        raise missing(path) from error
+        raise shard_missing(shard_path) from error
     # The change time too: unlike the modification time, no program can set it back.
     return {
         "unit": entry.unit,
         "xxh3": entry.xxh3,
-        "size": status.st_size,
-        "mtime_ns": status.st_mtime_ns,
-        "ctime_ns": status.st_ctime_ns,
-        "inode": status.st_ino,
+        "size": file_status.st_size,
+        "mtime_ns": file_status.st_mtime_ns,
+        "ctime_ns": file_status.st_ctime_ns,
+        "inode": file_status.st_ino,
     }

@@ -1,17 +1,19 @@
-"""The errors that a user can cause.
+"""Errors that the user's input or the machine can cause.
 
-A message says what was found, what was expected, where, and what to type next.
+A message states the value, what was expected, where it is, and what to type next.
 """
 
 
 class HeadraceError(Exception):
-    """Base of every error that the user's input or machine caused; the command line prints it and
-    exits with 2.
+    """Base of every error that the user's input or the machine caused. The command line prints it
+    and exits with 2.
     """
 
 
 class CacheError(HeadraceError):
-    """The feature cache cannot be used as asked."""
+    """The feature cache cannot be used as requested: rows are missing, ids are ambiguous, a value
+    cannot be stored, the disk is too small.
+    """
 
 
 class FeatureSetMissing(CacheError, FileNotFoundError):
@@ -23,29 +25,31 @@ class ShardMissing(CacheError, FileNotFoundError):
 
 
 class ShardCorrupt(CacheError, ValueError):
-    """A shard's bytes are not the ones that were published, or its structure is not the
-    format's.
+    """The bytes of a shard are not those that were published, or its structure is not that of the
+    format.
     """
 
 
 class ShardUnreadable(CacheError, OSError):
-    """The operating system refused to read a shard; names the errno. The shard may be whole."""
+    """The operating system refused to read a shard; the message names the errno. The shard may be
+    intact.
+    """
 
 
 class ManifestCorrupt(CacheError, ValueError):
-    """A line of a manifest (or the spec beside it) is not the one that was written."""
+    """A line of a manifest, or the spec beside it, is not what was written."""
 
 
 class SpecMismatch(CacheError, ValueError):
-    """A feature set on disk was made by another spec; names the field and both values."""
+    """A feature set on disk has another spec; the message names the field and both values."""
 
 
 class ExternalFeaturesInvalid(CacheError, ValueError):
-    """A file of another program does not hold features with ids, as asked."""
+    """A file of another program does not hold features with ids, as described by the options."""
 
 
 class PublishFailed(CacheError, OSError):
-    """The operating system refused a write; names the errno.
+    """The operating system refused a write; the message names the errno.
 
     Nothing was published and no temporary file is left.
     """

@@ -1,6 +1,6 @@
-"""Reading a feature set: the rows of the shards that are published when it is opened.
+"""Reading a feature set: the rows of the shards that are published at the time of opening.
 
-N rows, n rows asked for, *shape one row's shape.
+N rows in the set, n rows requested, *shape the shape of one row.
 """
 
 import threading
@@ -26,55 +26,59 @@ if TYPE_CHECKING:
     import torch
     import torch.utils.data
 
-Indices = Sequence[int] | npt.NDArray[Any]
-Contents = (
+RowPositions = Sequence[int] | npt.NDArray[Any]
+ContentHashes = (
     Sequence[str] | npt.NDArray[Any]
 )  # texts of 32 hex digits, or an array of them as text or bytes
 
 
 def open_feature_set(directory: Path | str) -> "FeatureSet":
-    """Open what is published at this moment.
+    """Open the shards that are published at this moment.
 
-    Reads the spec and the manifest only; shards are checked when first touched, or all at once by
-    `FeatureSet.check`. Raises FeatureSetMissing, ManifestCorrupt, SpecMismatch.
+    Only the spec and the manifest are read; shards are verified when first touched, or all at once
+    by `FeatureSet.verify_shards`. Raises FeatureSetMissing, ManifestCorrupt, SpecMismatch.
     """
     directory = Path(directory)
     spec = read_spec(directory)
-    entries = read_manifest(directory)
+    shard_entries = read_manifest(directory)
     # By unit name, not in the order of publication: an interrupted extraction and an uninterrupted
     # one read alike.
-    return FeatureSet(directory, spec, tuple(entries[unit] for unit in sorted(entries)))
+    return FeatureSet(directory, spec, tuple(shard_entries[unit] for unit in sorted(shard_entries)))
 
 
 def list_feature_sets(cache_root: Path | str) -> list["FeatureSet"]:
-    """Every feature set of a cache, by fingerprint; an empty list where there is no cache."""
+    """Open every feature set of a cache, ordered by fingerprint; an empty list where there is no
+    cache.
+    """
     return [open_feature_set(path) for path in feature_set_directories(cache_root)]
 
 
 def feature_set_directories(cache_root: Path | str) -> list[Path]:
-    """Where the feature sets of a cache are, readable or broken."""
+    """Return the directories of the feature sets of a cache, readable or broken."""
     return sorted(path for path in (Path(cache_root) / FEATURES).glob("*") if is_feature_set(path))
 
 
 def unfinished_directories(cache_root: Path | str) -> list[Path]:
-    """Directories that writers of earlier versions began and were killed in: nothing is in them,
-    and no reader sees them.
+    """Return directories that killed writers of earlier versions left without content; no reader
+    sees them.
     """
-    found = (path for path in (Path(cache_root) / FEATURES).glob("*") if path.is_dir())
+    candidate_paths = (path for path in (Path(cache_root) / FEATURES).glob("*") if path.is_dir())
     return sorted(
-        path for path in found if not path.name.startswith(".") and not is_feature_set(path)
+        path
+        for path in candidate_paths
+        if not path.name.startswith(".") and not is_feature_set(path)
     )
 
 
 class FeatureSet:
     """N rows of one spec, addressed by position or by content hash.
 
-    A position means something in one opened feature set only; content hashes are for keeping. Safe
-    to use from several threads, after a fork, and by pickling to another process (which opens the
-    same shards again).
+    A position is valid within one opened feature set only; content hashes are stable. Safe to use
+    from several threads, after a fork, and when pickled to another process (which opens the same
+    shards again).
 
-    Whatever reads rows raises ShardMissing or ShardCorrupt when it touches a shard that is not as
-    it was published.
+    Every method that reads rows raises ShardMissing or ShardCorrupt when it touches a shard that is
+    not as it was published.
     """
 
     def __init__(self, path: Path, spec: FeatureSpec, entries: tuple[ShardEntry, ...]) -> None:
@@ -94,119 +98,133 @@ class FeatureSet:
 
     @property
     def n_rows(self) -> int:
-        """N."""
+        """Number of rows, N."""
         return int(self._reader.first_row[-1])
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(N, *spec.shape), as of an array."""
+        """(N, *spec.shape), like that of an array."""
         return (self.n_rows, *self.spec.shape)
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """What rows are decoded to where no other dtype is asked for: float16 if stored so, else
-        float32.
+        """Dtype of decoded rows unless another one is requested: float16 if stored so, float32
+        otherwise.
         """
         return np.dtype(np.float16 if self.spec.dtype == "float16" else np.float32)
 
     @property
     def stored_bytes(self) -> int:
-        """Size of the shards on disk."""
+        """Size of the shards on disk, in bytes."""
         return sum(entry.bytes for entry in self.entries)
 
     @property
     def quantization_error(self) -> QuantizationError:
-        """What storing has cost, measured when the rows were written."""
+        """Error of the storage dtype, measured when the rows were written."""
         return sum((entry.quantization_error for entry in self.entries), QuantizationError())
 
     def __len__(self) -> int:
         return self.n_rows
 
     def ids(self) -> list[str]:
-        """N sample ids, as they were when the rows were extracted."""
-        return [text for shard in range(len(self.entries)) for text in self._texts(shard, "id")]
+        """Return the N sample ids that the images had when they were extracted."""
+        return [
+            text for shard in range(len(self.entries)) for text in self._shard_texts(shard, "id")
+        ]
 
     def content_hashes(self) -> npt.NDArray[np.bytes_]:
-        """(N,) S32 content hashes."""
-        parts = [self._reader.text(shard, "content") for shard in range(len(self.entries))]
+        """Return the content hashes of the rows, (N,) S32."""
+        parts = [self._reader.read_texts(shard, "content") for shard in range(len(self.entries))]
         return np.concatenate([*parts, np.empty(0, "S32")])
 
     def failures(self) -> list[FailedSample]:
-        """The samples that have no row, with the reason."""
-        found = []
-        for shard, entry in enumerate(self.entries):
+        """Return the samples without a row, with the reason."""
+        failed_samples = []
+        for shard_index, entry in enumerate(self.entries):
             if entry.failed:
                 columns = [
-                    self._texts(shard, f"failed_{name}") for name in ("id", "content", "reason")
+                    self._shard_texts(shard_index, f"failed_{name}")
+                    for name in ("id", "content", "reason")
                 ]
-                found += [FailedSample(*fields) for fields in zip(*columns, strict=True)]
-        return found
+                failed_samples += [FailedSample(*fields) for fields in zip(*columns, strict=True)]
+        return failed_samples
 
-    def known(self) -> frozenset[str]:
-        """Content hashes that have a row or a recorded failure: what need not be
-        extracted again.
+    def cached_hashes(self) -> frozenset[str]:
+        """Return the content hashes with a row or a recorded failure; these need not be extracted
+        again.
         """
         return frozenset(self.content_hashes().astype("U32").tolist()) | {
             failure.content_hash for failure in self.failures()
         }
 
-    def locate(self, content: Contents) -> npt.NDArray[np.int64]:
-        """(n,) row positions of n content hashes; -1 where there is no row."""
+    def locate(self, content_hashes: ContentHashes) -> npt.NDArray[np.int64]:
+        """Return the (n,) int64 row positions of n content hashes, -1 where there is no row."""
         with self._lock:
             if self._index is None:
                 self._index = RowIndex(self.content_hashes())
-        return self._index.locate(as_content_hashes(content))
+        return self._index.locate(as_content_hashes(content_hashes))
 
-    def load(self, content: Contents, dtype: npt.DTypeLike | None = np.float32) -> npt.NDArray[Any]:
-        """(n, *shape) rows of n content hashes, in that order.
+    def load(
+        self, content_hashes: ContentHashes, dtype: npt.DTypeLike | None = np.float32
+    ) -> npt.NDArray[Any]:
+        """Return the rows of n content hashes, (n, *shape), in that order.
 
-        Raises CacheError, naming the first that have none.
+        Raises CacheError naming the first hashes that have no row.
         """
-        rows = self.locate(content)
+        rows = self.locate(content_hashes)
         if (rows < 0).any():
-            raise CacheError(self._missing(as_content_hashes(content)[rows < 0].tolist()))
+            raise CacheError(
+                self._missing_rows_message(as_content_hashes(content_hashes)[rows < 0].tolist())
+            )
         return self.read(rows, dtype)
 
     def read(
         self,
-        rows: Indices | slice,
+        rows: RowPositions | slice,
         dtype: npt.DTypeLike | None = np.float32,
         *,
         out: npt.NDArray[Any] | None = None,
     ) -> npt.NDArray[Any]:
-        """(n, *shape) rows at these positions, in that order, as a copy; dtype None:
-        `FeatureSet.dtype`.
+        """Return a copy of the rows at these positions, (n, *shape), in that order.
 
-        out: an array of that shape to write into, of any dtype, instead of a new one. Raises
-        IndexError outside
-        -N..N-1.
+        dtype: of the result; None: `FeatureSet.dtype`.
+        out: an array of that shape, of any dtype, to write into instead of a new one.
+
+        Raises IndexError for positions outside -N..N-1.
         """
-        wanted = self.dtype if dtype is None else np.dtype(dtype)
-        start, stop, step = rows.indices(self.n_rows) if isinstance(rows, slice) else (0, 0, 0)
+        row_dtype = self.dtype if dtype is None else np.dtype(dtype)
+        start_row, stop_row, step = (
+            rows.indices(self.n_rows) if isinstance(rows, slice) else (0, 0, 0)
+        )
         if isinstance(rows, slice) and step == 1:
-            stop = max(start, stop)
-            into = np.empty((stop - start, *self.spec.shape), wanted) if out is None else out
-            _check_out(into, stop - start, self.spec.shape)
-            self._reader.run(start, stop, into)
-            return into
-        positions = (
-            np.arange(start, stop, step) if isinstance(rows, slice) else self._positions(rows)
+            stop_row = max(start_row, stop_row)
+            output_rows = (
+                np.empty((stop_row - start_row, *self.spec.shape), row_dtype)
+                if out is None
+                else out
+            )
+            _validate_output(output_rows, stop_row - start_row, self.spec.shape)
+            self._reader.read_range(start_row, stop_row, output_rows)
+            return output_rows
+        row_positions = (
+            np.arange(start_row, stop_row, step)
+            if isinstance(rows, slice)
+            else self._checked_positions(rows)
         )
         if out is not None:
-            _check_out(out, len(positions), self.spec.shape)
-        return self._reader.gather(positions, wanted, out)
+            _validate_output(out, len(row_positions), self.spec.shape)
+        return self._reader.gather(row_positions, row_dtype, out)
 
-    def prefetch(self, rows: Indices) -> None:
-        """Have the operating system read rows at these positions from the disk, without waiting for
-        them.
+    def prefetch(self, rows: RowPositions) -> None:
+        """Have the operating system read these rows from disk, without waiting for them.
 
-        Nothing happens for a set that stays in memory anyway, nor for compressed shards.
+        Does nothing for a set that stays in memory anyway, nor for compressed shards.
         """
-        self._reader.prefetch(self._positions(rows))
+        self._reader.prefetch(self._checked_positions(rows))
 
     def __getitem__(self, key: Any) -> npt.NDArray[Any]:
-        """Rows by position, slice, list or boolean mask, in `dtype`; a tuple goes on
-        into the rows.
+        """Return rows by position, slice, list or boolean mask, in `dtype`; a tuple indexes into
+        the rows.
         """
         key, *rest = key if isinstance(key, tuple) else (key,)
         if isinstance(key, int | np.integer):
@@ -237,44 +255,54 @@ class FeatureSet:
         block_rows: int = 1024,
         buffer_rows: int = 16384,
     ) -> Iterator[FeatureBatch]:
-        """Batches (rows (b,), features (b, *shape)) that hold each of `rows` (None: all) exactly
+        """Yield batches (rows (b,), features (b, *shape)) that cover `rows` (None: all) exactly
         once.
 
-        seed None: in the given order. Otherwise shuffled by blocks and within a buffer; an epoch:
-        `seed=(7, epoch)`.
+        With seed None in the given order; otherwise shuffled by blocks and within a buffer. For
+        another order in each epoch pass `seed=(7, epoch)`.
         """
-        positions = np.arange(self.n_rows) if rows is None else self._positions(rows)
+        row_positions = np.arange(self.n_rows) if rows is None else self._checked_positions(rows)
         return iter_batches(
-            self._reader, positions, batch_size, seed, block_rows, buffer_rows, dtype or self.dtype
+            self._reader,
+            row_positions,
+            batch_size,
+            seed,
+            block_rows,
+            buffer_rows,
+            dtype or self.dtype,
         )
 
     def to_dask_array(self, dtype: npt.DTypeLike | None = None) -> "dask.array.Array":
-        """A dask array (N, *shape) with one chunk per shard; a task carries a path and an entry."""
+        """Return a dask array (N, *shape) with one chunk per shard; a task carries only a path and
+        an entry.
+        """
         import dask.array
         from dask.delayed import delayed
 
-        wanted = self.dtype if dtype is None else np.dtype(dtype)
-        read = delayed(read_shard_rows, pure=True)
-        arrays: Any = dask.array  # has annotations, but not on these functions
-        chunks = [
-            arrays.from_delayed(
-                read(self.path, self.spec, entry, wanted),
+        row_dtype = self.dtype if dtype is None else np.dtype(dtype)
+        read_delayed = delayed(read_shard_rows, pure=True)
+        dask_array: Any = dask.array  # has annotations, but not on these functions
+        shard_arrays = [
+            dask_array.from_delayed(
+                read_delayed(self.path, self.spec, entry, row_dtype),
                 (entry.rows, *self.spec.shape),
-                dtype=wanted,
+                dtype=row_dtype,
             )
             for entry in self.entries
             if entry.rows
         ]
         array: dask.array.Array = (
-            arrays.concatenate(chunks) if chunks else arrays.zeros(self.shape, dtype=wanted)
+            dask_array.concatenate(shard_arrays)
+            if shard_arrays
+            else dask_array.zeros(self.shape, dtype=row_dtype)
         )
         return array
 
     def to_torch_dataset(
         self, dtype: npt.DTypeLike | None = np.float32
     ) -> "torch.utils.data.Dataset[tuple[torch.Tensor, int]]":
-        """A torch Dataset of (feature (*shape), row position); a DataLoader reads a whole batch at
-        once.
+        """Return a torch Dataset of (feature (*shape), row position); a DataLoader reads a batch in
+        one call.
         """
         from headrace.cache.torch_dataset import FeatureDataset
 
@@ -282,55 +310,69 @@ class FeatureSet:
             self.read, self.n_rows, self.dtype if dtype is None else np.dtype(dtype)
         )
 
-    def check(self) -> None:
-        """Check every shard now, before training, instead of when it is first touched."""
-        for shard in range(len(self.entries)):
-            self._reader.touch(shard)
+    def verify_shards(self) -> None:
+        """Verify every shard now, before training, instead of when it is first touched."""
+        for shard_index in range(len(self.entries)):
+            self._reader.touch(shard_index)
 
-    def _positions(self, rows: Indices) -> npt.NDArray[np.int64]:
-        positions = np.asarray(rows)
-        if positions.ndim != 1 or (
-            positions.size and not np.issubdtype(positions.dtype, np.integer)
+    def _checked_positions(self, rows: RowPositions) -> npt.NDArray[np.int64]:
+        row_positions = np.asarray(rows)
+        if row_positions.ndim != 1 or (
+            row_positions.size and not np.issubdtype(row_positions.dtype, np.integer)
         ):
             raise IndexError(
-                f"row positions are {positions.dtype} of shape {positions.shape}; expected n "
+                f"row positions are {row_positions.dtype} of shape {row_positions.shape}; "
+                "expected n "
                 "integers"
             )
-        positions = positions.astype(np.int64, copy=False)
-        low, high = (int(positions.min()), int(positions.max())) if positions.size else (0, -1)
-        if low < -self.n_rows or high >= self.n_rows:
-            raise IndexError(f"rows {low} to {high} of a feature set of {self.n_rows} rows")
+        row_positions = row_positions.astype(np.int64, copy=False)
+        lowest_row, highest_row = (
+            (int(row_positions.min()), int(row_positions.max())) if row_positions.size else (0, -1)
+        )
+        if lowest_row < -self.n_rows or highest_row >= self.n_rows:
+            raise IndexError(
+                f"rows {lowest_row} to {highest_row} of a feature set of {self.n_rows} rows"
+            )
         return (
-            positions if low >= 0 else np.where(positions < 0, positions + self.n_rows, positions)
+            row_positions
+            if lowest_row >= 0
+            else np.where(row_positions < 0, row_positions + self.n_rows, row_positions)
         )
 
-    def _texts(self, shard: int, name: str) -> list[str]:
-        return [value.decode() for value in self._reader.text(shard, name).tolist()]
+    def _shard_texts(self, shard_index: int, list_name: str) -> list[str]:
+        return [
+            value.decode() for value in self._reader.read_texts(shard_index, list_name).tolist()
+        ]
 
-    def _missing(self, content: list[bytes]) -> str:
-        failed = {failure.content_hash: failure for failure in self.failures()}
-        shown = []
-        for value in content[:3]:
-            failure = failed.get(value.decode())
-            shown.append(f"{failure.id} ({failure.reason})" if failure else value.decode())
-        more = f" and {len(content) - 3} more" if len(content) > 3 else ""
+    def _missing_rows_message(self, missing_hashes: list[bytes]) -> str:
+        failure_of_hash = {failure.content_hash: failure for failure in self.failures()}
+        described_rows = []
+        for content_hash in missing_hashes[:3]:
+            failure = failure_of_hash.get(content_hash.decode())
+            described_rows.append(
+                f"{failure.id} ({failure.reason})" if failure else content_hash.decode()
+            )
+        remainder_text = f" and {len(missing_hashes) - 3} more" if len(missing_hashes) > 3 else ""
         return (
             f"{self.path}: {self.spec.name} of {self.spec.backbone} has no row for "
-            f"{', '.join(shown)}{more}. It holds {self.n_rows} rows and {len(failed)} recorded "
+            f"{', '.join(described_rows)}{remainder_text}. It holds {self.n_rows} rows and "
+            f"{len(failure_of_hash)} recorded "
             "failures. `headrace run RECIPE` extracts what is missing of the recipe's images; or "
             "leave these samples out"
         )
 
 
-def _check_out(out: npt.NDArray[Any], rows: int, shape: tuple[int, ...]) -> None:
-    if out.shape != (rows, *shape):
-        raise ValueError(f"`out` has shape {out.shape}, and the rows have {(rows, *shape)}")
+def _validate_output(
+    output_rows: npt.NDArray[Any], n_rows: int, row_shape: tuple[int, ...]
+) -> None:
+    if output_rows.shape != (n_rows, *row_shape):
+        raise ValueError(
+            f"`out` has shape {output_rows.shape}, and the rows have {(n_rows, *row_shape)}"
+        )
 
 
 def read_shard_rows(
     path: Path, spec: FeatureSpec, entry: ShardEntry, dtype: np.dtype[Any]
 ) -> npt.NDArray[Any]:
-    """(entry.rows, *shape): all rows of one shard. What a task of
-    `FeatureSet.to_dask_array` does.
-    """
+    """Return all rows of one shard, (entry.rows, *shape), a task of `FeatureSet.to_dask_array`."""
     return FeatureSet(path, spec, (entry,)).read(slice(None), dtype)

@@ -1,5 +1,5 @@
-"""The user's home directory, which not every user has: a container's user id may have no account, a
-service no HOME.
+"""The user's home directory, if there is one: a container's user id may have no account, a service
+no HOME.
 """
 
 import os
@@ -9,7 +9,7 @@ from headrace.cache.errors import HeadraceError
 
 
 def expand_home(path: str | os.PathLike[str]) -> Path:
-    """The path with `~` and `~user` replaced by the home directory.
+    """Replace `~` and `~user` at the start of a path by the home directory.
 
     Raises HeadraceError where there is none.
     """
@@ -17,38 +17,42 @@ def expand_home(path: str | os.PathLike[str]) -> Path:
     try:
         return path.expanduser()
     except RuntimeError:
-        raise HeadraceError(unknown_home(path.parts[0], f"{path}: ")) from None
+        raise HeadraceError(unknown_home_message(path.parts[0], f"{path}: ")) from None
 
 
-def unknown_home(tilde: str = "~", where: str = "") -> str:
-    """The sentence for a `~` or `~user` without a home. where: what it is put after, such as a path
-    and a colon.
+def unknown_home_message(home_name: str = "~", message_prefix: str = "") -> str:
+    """Return the sentence for a `~` or `~user` without a home directory.
+
+    message_prefix: text before it, such as a path and a colon.
     """
-    if len(tilde) > 1:
+    if len(home_name) > 1:
         return (
-            f"{where}{tilde} stands for the home of the user {tilde[1:]}, and there is no such "
+            f"{message_prefix}{home_name} stands for the home of the user {home_name[1:]}, and "
+            "there is no such "
             "user here. Write the whole path"
         )
     return (
-        f"{where}~ stands for your home directory, and none is known: HOME is not set, and the "
+        f"{message_prefix}~ stands for your home directory, and none is known: HOME is not "
+        "set, and the "
         f"user id {os.getuid()} has no account on this machine. Write the whole path, or set HOME"
     )
 
 
 def state_directory() -> Path | None:
-    """Where is kept what only saves time on this machine: $XDG_CACHE_HOME/headrace, by default
+    """Return the directory of this machine's own records, $XDG_CACHE_HOME/headrace or
     ~/.cache/headrace.
 
-    It need not exist, and perhaps cannot be made. None for a user without a home.
+    What is stored there only saves time. The directory need not exist, and perhaps cannot be made.
+    None for a user without a home directory.
     """
-    if chosen := os.environ.get("XDG_CACHE_HOME"):
-        return Path(chosen) / "headrace"
-    home = home_directory()
-    return None if home is None else home / ".cache" / "headrace"
+    if cache_home := os.environ.get("XDG_CACHE_HOME"):
+        return Path(cache_home) / "headrace"
+    home_path = home_directory()
+    return None if home_path is None else home_path / ".cache" / "headrace"
 
 
 def home_directory() -> Path | None:
-    """The user's home directory, None for a user without one."""
+    """Return the user's home directory, None for a user without one."""
     try:
         return Path.home()
     except RuntimeError:

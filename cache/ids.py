@@ -10,23 +10,31 @@ from headrace.cache.text import as_text
 
 
 def content_hashes_by_id(
-    ids: Sequence[str], content: npt.NDArray[np.bytes_]
+    sample_ids: Sequence[str], content_hashes: npt.NDArray[np.bytes_]
 ) -> dict[str, tuple[str, ...]]:
-    """{id: the different content hashes that stand under it, in the order of the rows} of N ids and
-    hashes (N,) S32.
+    """Return {id: its different content hashes, in the order of the rows} for N ids and (N,) S32
+    hashes.
 
     An id need not be unique: a cache serves several folders, whose images may have the same names,
     and keeps the rows of an image that has been edited. Ids are compared as text, in the form of
     `as_text`.
     """
-    rows = pd.DataFrame(
-        {"id": as_text(pd.Series(list(ids), dtype=object)), "content": content.astype("U32")}
+    id_table = pd.DataFrame(
+        {
+            "id": as_text(pd.Series(list(sample_ids), dtype=object)),
+            "content": content_hashes.astype("U32"),
+        }
     )
-    rows = rows.drop_duplicates()
-    several = rows["id"].duplicated(keep=False)
-    single = rows[~several]
-    found = {name: (value,) for name, value in zip(single["id"], single["content"], strict=True)}
-    return found | {
-        str(name): tuple(values)
-        for name, values in rows[several].groupby("id", sort=False)["content"]
+    id_table = id_table.drop_duplicates()
+    has_several = id_table["id"].duplicated(keep=False)
+    unambiguous_rows = id_table[~has_several]
+    hashes_of_id = {
+        sample_id: (content_hash,)
+        for sample_id, content_hash in zip(
+            unambiguous_rows["id"], unambiguous_rows["content"], strict=True
+        )
+    }
+    return hashes_of_id | {
+        str(sample_id): tuple(values)
+        for sample_id, values in id_table[has_several].groupby("id", sort=False)["content"]
     }

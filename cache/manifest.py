@@ -1,10 +1,8 @@
-"""The manifest: which shards a feature set has.
+"""The manifest of a feature set: the list of its published shards.
 
-A shard that is not listed does not exist for readers.
-
-One checksummed line per published shard, appended after the shard is durable; the last line of a
-unit counts. A writer that dies in the middle of a line leaves a torn end, which readers pass over
-and the next writer cuts off.
+One checksummed JSON line per shard is appended after the shard is durable; the last line of a unit
+counts. For readers a shard that is not listed does not exist. A writer that dies in the middle of a
+line leaves a torn end, which readers skip and the next writer cuts off.
 """
 
 import dataclasses
@@ -30,7 +28,7 @@ LOCK = ".manifest.lock"
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """One published shard."""
+    """Manifest line of one published shard."""
 
     unit: str
     rows: int
@@ -41,24 +39,27 @@ class ShardEntry:
     written_by: str  # "headrace 0.1.0"
 
     def to_dict(self) -> dict[str, Any]:
-        """As a flat dictionary of plain values."""
+        """Return a flat dictionary of plain values."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         del values["quantization_error"]
-        prefixed = {
+        error_values = {
             f"round_off_{name}": value
             for name, value in dataclasses.asdict(self.quantization_error).items()
         }
-        return {**values, **prefixed}
+        return {**values, **error_values}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ShardEntry":
-        """Inverse of `to_dict`. Raises LineCorrupt when the keys are others."""
-        own = dict(values)
+        """Return the entry of such a dictionary.
+
+        Raises LineCorrupt for other keys.
+        """
+        entry_values = dict(values)
         try:
             quantization_error = QuantizationError(
-                **{name: own.pop(f"round_off_{name}") for name in _ROUND_OFF_FIELDS}
+                **{name: entry_values.pop(f"round_off_{name}") for name in _ROUND_OFF_FIELDS}
             )
-            entry = cls(quantization_error=quantization_error, **own)
+            entry = cls(quantization_error=quantization_error, **entry_values)
             if min(entry.rows, entry.failed) < 0:
                 raise LineCorrupt(f"it says {entry.rows} rows and {entry.failed} failures")
             return entry
@@ -70,26 +71,27 @@ _ROUND_OFF_FIELDS = tuple(field.name for field in dataclasses.fields(Quantizatio
 
 
 def read_manifest(directory: Path) -> dict[str, ShardEntry]:
-    """Every published shard by unit.
+    """Return {unit: entry} of every published shard.
 
-    Raises ManifestCorrupt, naming the line, when one is not as it was written.
+    Raises ManifestCorrupt naming the line that is not as it was written.
     """
-    path = directory / MANIFEST
+    manifest_path = directory / MANIFEST
     try:
-        data = path.read_bytes()
+        manifest_text = manifest_path.read_bytes()
     except FileNotFoundError:
         return {}
-    lines = data.split(b"\n")
-    tail = lines.pop()
-    if tail and not is_torn_line(tail):
-        lines.append(tail)
+    lines = manifest_text.split(b"\n")
+    last_line = lines.pop()
+    if last_line and not is_torn_line(last_line):
+        lines.append(last_line)
     entries: dict[str, ShardEntry] = {}
-    for number, line in enumerate(lines, 1):
+    for line_number, line in enumerate(lines, 1):
         try:
             entry = ShardEntry.from_dict(from_checksummed_line(line))
         except LineCorrupt as error:
             raise ManifestCorrupt(
-                f"{path}: line {number} is not the one that was written ({error}). No shard is "
+                f"{manifest_path}: line {line_number} is not the one that was written "
+                f"({error}). No shard is "
                 "lost by that: `headrace cache repair` writes the manifest again from the shards"
             ) from error
         entries[entry.unit] = entry
@@ -97,47 +99,47 @@ def read_manifest(directory: Path) -> dict[str, ShardEntry]:
 
 
 def append_entry(directory: Path, entry: ShardEntry) -> None:
-    """Acknowledge a shard: when this returns, the line is on the disk.
+    """Append a line for a shard; when this returns, the line is on the disk.
 
-    Raises PublishFailed, naming the errno.
+    Raises PublishFailed, which names the errno.
     """
-    path = directory / MANIFEST
-    with explain_os_errors(path), lease(directory / LOCK):
-        is_new = not path.exists()
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+    manifest_path = directory / MANIFEST
+    with explain_os_errors(manifest_path), lease(directory / LOCK):
+        is_new = not manifest_path.exists()
+        file_descriptor = os.open(manifest_path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         try:
-            size = _cut_torn_end(descriptor)
+            end_position = _cut_torn_end(file_descriptor)
             try:
-                write_all(descriptor, to_checksummed_line(entry.to_dict()))
-                os.fsync(descriptor)
+                write_all(file_descriptor, to_checksummed_line(entry.to_dict()))
+                os.fsync(file_descriptor)
             except OSError:
-                os.ftruncate(descriptor, size)
+                os.ftruncate(file_descriptor, end_position)
                 raise
         finally:
-            os.close(descriptor)
+            os.close(file_descriptor)
         if is_new:
             sync_directory(directory)
 
 
 def manifest_bytes(entries: Iterable[ShardEntry]) -> bytes:
-    """A whole manifest, for repair, which leaves out what is broken."""
+    """Return a complete manifest, for repair, which leaves out broken shards."""
     return b"".join(to_checksummed_line(entry.to_dict()) for entry in entries)
 
 
-def _cut_torn_end(descriptor: int) -> int:
-    """Cut off a line whose writer died (or end a whole one that lacks its newline); returns the
-    size after that.
+def _cut_torn_end(file_descriptor: int) -> int:
+    """Cut off an unfinished last line, or end a complete one that lacks its newline; return the
+    file size after that.
     """
-    size = os.fstat(descriptor).st_size
+    file_bytes = os.fstat(file_descriptor).st_size
     # No line is longer than this; the file itself may be megabytes.
-    start = max(0, size - (1 << 16))
-    data = os.pread(descriptor, size - start, start)
-    tail = data[data.rfind(b"\n") + 1 :]
-    if not tail:
-        return size
-    if is_torn_line(tail):
-        size -= len(tail)
-        os.ftruncate(descriptor, size)
-        return size
-    write_all(descriptor, b"\n")
-    return size + 1
+    tail_start = max(0, file_bytes - (1 << 16))
+    tail_bytes = os.pread(file_descriptor, file_bytes - tail_start, tail_start)
+    last_line = tail_bytes[tail_bytes.rfind(b"\n") + 1 :]
+    if not last_line:
+        return file_bytes
+    if is_torn_line(last_line):
+        file_bytes -= len(last_line)
+        os.ftruncate(file_descriptor, file_bytes)
+        return file_bytes
+    write_all(file_descriptor, b"\n")
+    return file_bytes + 1

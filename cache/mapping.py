@@ -1,10 +1,10 @@
-"""The rows of many shards in one stretch of virtual memory, so that a random batch is one indexing
-operation.
+"""Memory-mapped rows of many shards in one range of addresses, so that a random batch is one
+indexing operation.
 
-A range of addresses is reserved (which takes no memory), and each shard's features are mapped into
-their place in it when they are first needed. numpy then sees one array, and a batch that touches
-forty shards costs what it costs in one. Python's own `mmap` cannot do this, and it keeps a file
-descriptor per mapping: 2,000 shards would exceed the usual limit of 1,024.
+A range of addresses is reserved, which takes no memory, and each shard's features are mapped to
+their place in it when first needed. numpy then sees one array, and a batch that touches forty
+shards costs as much as one that touches a single shard. Python's own `mmap` cannot do this, and it
+holds a file descriptor per mapping: 2,000 shards would exceed the usual limit of 1,024.
 
 Shards of this version start their features on a page, and then a batch is one `numpy.take`, which
 is faster than indexing a plain `numpy.memmap` of one file (benchmarks/cache.py).
@@ -47,126 +47,163 @@ _FAILED = ctypes.c_void_p(-1).value
 
 
 class MappedRows:
-    """Rows of `values` items of one dtype in a list of files, addressed by file and row.
+    """Rows of a list of files, `values_per_row` items of one dtype each, addressed by file and row.
 
-    Files are mapped by `map`; touching rows of a file that is not mapped would kill the process, so
+    Files are mapped by `map`. Touching rows of a file that is not mapped would kill the process, so
     callers check `is_mapped` first.
     """
 
-    def __init__(self, rows: Sequence[int], values: int, dtype: np.dtype[Any]) -> None:
-        self._values, self._dtype = values, dtype
-        row_bytes = values * dtype.itemsize
+    def __init__(
+        self, rows_per_file: Sequence[int], values_per_row: int, stored_dtype: np.dtype[Any]
+    ) -> None:
+        self._values_per_row, self._stored_dtype = values_per_row, stored_dtype
+        row_bytes = values_per_row * stored_dtype.itemsize
         # Slots that are multiples of a row make one table of rows of everything, holes included; of
         # a huge page, see `map`.
-        self._step = math.lcm(_HUGE_PAGE, row_bytes)
-        if self._step * len(rows) > _LARGEST_RESERVATION:
-            self._step = _HUGE_PAGE
+        self._slot_step = math.lcm(_HUGE_PAGE, row_bytes)
+        if self._slot_step * len(rows_per_file) > _LARGEST_RESERVATION:
+            self._slot_step = _HUGE_PAGE
         # Room for data that start in the middle of a page, and for being shifted by less than a
         # step.
-        slots = [(-(-(count * row_bytes + _PAGE) // self._step) + 1) * self._step for count in rows]
-        self._slots = np.concatenate([[0], np.cumsum(slots, dtype=np.int64)]).astype(np.int64)
-        total = int(self._slots[-1]) or self._step
-        reserved = _map(None, total + _HUGE_PAGE, _PROT_NONE, _RESERVE, -1, 0)
-        self._base = -(-reserved // _HUGE_PAGE) * _HUGE_PAGE
-        memory = (ctypes.c_uint8 * total).from_address(self._base)
+        slot_bytes = [
+            (-(-(n_rows * row_bytes + _PAGE) // self._slot_step) + 1) * self._slot_step
+            for n_rows in rows_per_file
+        ]
+        self._slot_starts = np.concatenate([[0], np.cumsum(slot_bytes, dtype=np.int64)]).astype(
+            np.int64
+        )
+        total_bytes = int(self._slot_starts[-1]) or self._slot_step
+        reserved_address = _memory_map(None, total_bytes + _HUGE_PAGE, _PROT_NONE, _RESERVE, -1, 0)
+        self._base_address = -(-reserved_address // _HUGE_PAGE) * _HUGE_PAGE
+        mapped_memory = (ctypes.c_uint8 * total_bytes).from_address(self._base_address)
         # numpy arrays keep `memory` alive, so the range is given back when the last array into it
         # is gone.
-        weakref.finalize(memory, _libc.munmap, reserved, total + _HUGE_PAGE).atexit = False
-        items = np.ctypeslib.as_array(memory)[: total // dtype.itemsize * dtype.itemsize].view(
-            dtype
-        )
+        weakref.finalize(
+            mapped_memory, _libc.munmap, reserved_address, total_bytes + _HUGE_PAGE
+        ).atexit = False
+        memory_items = np.ctypeslib.as_array(mapped_memory)[
+            : total_bytes // stored_dtype.itemsize * stored_dtype.itemsize
+        ].view(stored_dtype)
         # Row k starts at any item: a window of `values` items at every position, all over the same
         # memory.
-        self._windows = np.lib.stride_tricks.as_strided(
-            items,
-            (max(0, len(items) - values + 1), values),
-            (dtype.itemsize, dtype.itemsize),
+        self._row_windows = np.lib.stride_tricks.as_strided(
+            memory_items,
+            (max(0, len(memory_items) - values_per_row + 1), values_per_row),
+            (stored_dtype.itemsize, stored_dtype.itemsize),
             writeable=False,
         )
-        self._table = items[: len(items) // values * values].reshape(-1, values)
+        self._row_table = memory_items[
+            : len(memory_items) // values_per_row * values_per_row
+        ].reshape(-1, values_per_row)
         self._is_table = (
-            self._step % row_bytes == 0
+            self._slot_step % row_bytes == 0
         )  # until a file is mapped whose rows start elsewhere
-        self.first_item = np.zeros(len(rows), np.int64)  # of each file's row 0, in items
-        self.is_mapped = np.zeros(len(rows), np.bool_)
+        self.first_item = np.zeros(len(rows_per_file), np.int64)  # of each file's row 0, in items
+        self.is_mapped = np.zeros(len(rows_per_file), np.bool_)
 
-    def map(self, index: int, path: Path, offset: int, rows: int) -> None:
-        """Map a file's `rows` rows, which start at byte `offset` (a multiple of the item size)."""
-        data_bytes = rows * self._values * self._dtype.itemsize
+    def map(self, file_index: int, file_path: Path, data_offset: int, n_rows: int) -> None:
+        """Map a file's `n_rows` rows, which start at byte `data_offset` (a multiple of the item
+        size).
+        """
+        data_bytes = n_rows * self._values_per_row * self._stored_dtype.itemsize
         if data_bytes:
-            lead = offset % _PAGE
-            at = int(self._slots[index]) + self._shift(offset - lead)
-            descriptor = os.open(path, os.O_RDONLY)
+            page_lead = data_offset % _PAGE
+            map_position = int(self._slot_starts[file_index]) + self._slot_shift(
+                data_offset - page_lead
+            )
+            file_descriptor = os.open(file_path, os.O_RDONLY)
             try:
-                _map(
-                    self._base + at,
-                    lead + data_bytes,
+                _memory_map(
+                    self._base_address + map_position,
+                    page_lead + data_bytes,
                     mmap.PROT_READ,
                     mmap.MAP_SHARED | _MAP_FIXED,
-                    descriptor,
-                    offset - lead,
+                    file_descriptor,
+                    data_offset - page_lead,
                 )
             finally:
-                os.close(descriptor)
-            self.first_item[index] = (at + lead) // self._dtype.itemsize
-            self._is_table &= lead == 0
-        self.is_mapped[index] = True
+                os.close(file_descriptor)
+            self.first_item[file_index] = (map_position + page_lead) // self._stored_dtype.itemsize
+            self._is_table &= page_lead == 0
+        self.is_mapped[file_index] = True
 
-    def _shift(self, offset: int) -> int:
-        """How far into its slot to map what begins at this byte of a file, a multiple of a page.
+    def _slot_shift(self, file_offset: int) -> int:
+        """Return the offset in its slot at which to map this byte of a file, a multiple of a page.
 
-        An address and its place in the file that agree up to a huge page let the processor keep one
-        translation for many
-        pages: random rows of a gigabyte are read at 7.2 GB/s instead of 5.2. A shift is a multiple
-        of a row if one fits.
+        If an address and its place in the file agree up to a huge page, the processor keeps one
+        translation for many pages: random rows of a gigabyte are read at 7.2 GB/s instead of 5.2.
+        The shift is a multiple of a row where one fits.
         """
-        row_bytes = self._values * self._dtype.itemsize
-        common = math.gcd(row_bytes, _HUGE_PAGE)
+        row_bytes = self._values_per_row * self._stored_dtype.itemsize
+        common_divisor = math.gcd(row_bytes, _HUGE_PAGE)
         if not self._is_table:
-            return offset % _HUGE_PAGE
-        if offset % common:
+            return file_offset % _HUGE_PAGE
+        if file_offset % common_divisor:
             return 0
-        modulus = _HUGE_PAGE // common
-        return offset // common * pow(row_bytes // common, -1, modulus) % modulus * row_bytes
+        modulus = _HUGE_PAGE // common_divisor
+        return (
+            file_offset
+            // common_divisor
+            * pow(row_bytes // common_divisor, -1, modulus)
+            % modulus
+            * row_bytes
+        )
 
     def gather(
-        self, items: npt.NDArray[np.int64], out: npt.NDArray[Any] | None = None
+        self, first_items: npt.NDArray[np.int64], output_rows: npt.NDArray[Any] | None = None
     ) -> npt.NDArray[Any]:
-        """The rows that start at these items, as a copy (n, values), or written into `out`, which
-        is returned.
+        """Copy the rows that start at these items to a new array (n, values_per_row), or to
+        `output_rows`.
         """
-        if out is None:
-            out = np.empty((len(items), self._values), self._dtype)
+        if output_rows is None:
+            output_rows = np.empty((len(first_items), self._values_per_row), self._stored_dtype)
         if self._is_table:
             # "clip" never clips here; with the default, numpy would write into a buffer first.
-            np.take(self._table, items // self._values, axis=0, out=out, mode="clip")
+            np.take(
+                self._row_table,
+                first_items // self._values_per_row,
+                axis=0,
+                out=output_rows,
+                mode="clip",
+            )
         else:
-            out[...] = self._windows[items]
-        return out
+            output_rows[...] = self._row_windows[first_items]
+        return output_rows
 
-    def will_need(self, index: int, start: int, stop: int) -> None:
+    def will_need(self, file_index: int, start_row: int, stop_row: int) -> None:
         """Start reading these rows of a file from the disk, without waiting."""
-        item_bytes = self._dtype.itemsize
-        first = (int(self.first_item[index]) + start * self._values) * item_bytes
-        lead = first % _PAGE
+        item_bytes = self._stored_dtype.itemsize
+        first_byte = (
+            int(self.first_item[file_index]) + start_row * self._values_per_row
+        ) * item_bytes
+        page_lead = first_byte % _PAGE
         # Advice only: whatever it answers, the rows are read when they are touched.
         _libc.madvise(
-            self._base + first - lead,
-            lead + (stop - start) * self._values * item_bytes,
+            self._base_address + first_byte - page_lead,
+            page_lead + (stop_row - start_row) * self._values_per_row * item_bytes,
             mmap.MADV_WILLNEED,
         )
 
-    def rows(self, index: int, start: int, stop: int) -> npt.NDArray[Any]:
-        """A view (stop - start, values) of consecutive rows of one file, not a copy."""
-        first = int(self.first_item[index]) + start * self._values
-        return np.asarray(self._windows[first :: self._values][: stop - start])
+    def rows(self, file_index: int, start_row: int, stop_row: int) -> npt.NDArray[Any]:
+        """Return a view (stop_row - start_row, values_per_row) of consecutive rows of one file, not
+        a copy.
+        """
+        first_item = int(self.first_item[file_index]) + start_row * self._values_per_row
+        return np.asarray(
+            self._row_windows[first_item :: self._values_per_row][: stop_row - start_row]
+        )
 
 
-def _map(
-    address: int | None, length: int, protection: int, flags: int, descriptor: int, offset: int
+def _memory_map(
+    address: int | None,
+    n_bytes: int,
+    protection: int,
+    flags: int,
+    file_descriptor: int,
+    file_offset: int,
 ) -> int:
-    result = _libc.mmap(address, length, protection, flags, descriptor, offset)
-    if result in (None, _FAILED):
+    mapped_address = _libc.mmap(address, n_bytes, protection, flags, file_descriptor, file_offset)
+    if mapped_address in (None, _FAILED):
         error = ctypes.get_errno()
-        raise OSError(error, f"mapping {length} bytes into memory failed: {os.strerror(error)}")
-    return int(result)
+        raise OSError(error, f"mapping {n_bytes} bytes into memory failed: {os.strerror(error)}")
+    return int(mapped_address)

@@ -1,4 +1,4 @@
-"""How many bytes a feature set will take, said before anything is extracted."""
+"""Disk space of feature sets, computed before anything is extracted."""
 
 import shutil
 from collections.abc import Iterable, Sequence
@@ -21,52 +21,62 @@ RESERVE = 0.02
 
 @dataclass(frozen=True)
 class TapCost:
-    """What storing one feature set will take."""
+    """Disk space of one feature set."""
 
     spec: FeatureSpec
-    rows: int
-    bytes: int
-    fits: bool  # together with all that come before it
+    n_rows: int
+    n_bytes: int
+    fits_budget: bool  # together with all that come before it
 
 
-def stored_bytes(spec: FeatureSpec, rows: int, rows_per_shard: int = 1024) -> int:
-    """Bytes on disk of `rows` uncompressed rows; never less than what will be written."""
+def stored_bytes(spec: FeatureSpec, n_rows: int, rows_per_shard: int = 1024) -> int:
+    """Return the bytes on disk of `n_rows` uncompressed rows, an upper bound."""
     row_bytes = prod(spec.shape) * STORED_DTYPES[spec.dtype].itemsize + 32 + _ID_BYTES
-    return rows * row_bytes + ceil(rows / rows_per_shard) * (USER_BLOCK_BYTES + _HEADER_BYTES)
+    return n_rows * row_bytes + ceil(n_rows / rows_per_shard) * (USER_BLOCK_BYTES + _HEADER_BYTES)
 
 
-def plan_taps(wanted: Iterable[tuple[FeatureSpec, int]], budget_bytes: int | None) -> list[TapCost]:
-    """Cost of each (spec, rows still to be extracted), in the order of preference;
-    None: no budget.
+def plan_taps(
+    requested_taps: Iterable[tuple[FeatureSpec, int]], budget_bytes: int | None
+) -> list[TapCost]:
+    """Return the cost of each (spec, rows still to be extracted), in the order of preference.
+
+    budget_bytes: None for no budget.
     """
-    costs, left = [], budget_bytes
-    for spec, rows in wanted:
-        size = stored_bytes(spec, rows)
-        fits = left is None or size <= left
-        if fits and left is not None:
-            left -= size
-        costs.append(TapCost(spec, rows, size, fits))
+    costs, remaining_bytes = [], budget_bytes
+    for spec, n_rows in requested_taps:
+        tap_bytes = stored_bytes(spec, n_rows)
+        fits_budget = remaining_bytes is None or tap_bytes <= remaining_bytes
+        if fits_budget and remaining_bytes is not None:
+            remaining_bytes -= tap_bytes
+        costs.append(TapCost(spec, n_rows, tap_bytes, fits_budget))
     return costs
 
 
 def require_disk_space(
     cache_root: Path, costs: Sequence[TapCost], free_bytes: int | None = None
 ) -> None:
-    """Raise CacheError, naming what to leave out, unless all of it fits on `cache_root`'s disk
-    with some to spare.
+    """Raise CacheError, naming what to leave out, unless all of it fits on the disk of `cache_root`
+    with a reserve.
 
-    free_bytes: for planning another machine's disk.
+    free_bytes: to plan for another machine's disk.
     """
     if not costs:
         return
-    existing = next(path for path in (cache_root, *cache_root.absolute().parents) if path.exists())
-    free = shutil.disk_usage(existing).free if free_bytes is None else free_bytes
-    needed, usable = sum(cost.bytes for cost in costs), int(free * (1 - RESERVE))
-    if needed > usable:
-        largest = max(costs, key=lambda cost: cost.bytes)
+    existing_path = next(
+        path for path in (cache_root, *cache_root.absolute().parents) if path.exists()
+    )
+    available_bytes = shutil.disk_usage(existing_path).free if free_bytes is None else free_bytes
+    needed_bytes, usable_bytes = (
+        sum(cost.n_bytes for cost in costs),
+        int(available_bytes * (1 - RESERVE)),
+    )
+    if needed_bytes > usable_bytes:
+        largest_tap = max(costs, key=lambda cost: cost.n_bytes)
         raise CacheError(
-            f"{cache_root}: the features need {needed / 1e9:.2f} GB and {usable / 1e9:.2f} GB are "
-            f"free. The largest tap is {largest.spec.name} with {largest.bytes / 1e9:.2f} GB; "
+            f"{cache_root}: the features need {needed_bytes / 1e9:.2f} GB and "
+            f"{usable_bytes / 1e9:.2f} GB are "
+            f"free. The largest tap is {largest_tap.spec.name} with "
+            f"{largest_tap.n_bytes / 1e9:.2f} GB; "
             "leave it out, pool it (avg instead of map), store it as uint8, or give another cache "
             "directory. Nothing was extracted"
         )

@@ -1,7 +1,6 @@
-"""How rows get from the shards of a feature set into arrays: checked when first touched, then
-mapped.
+"""Rows from the shards of a feature set into arrays: verified when first touched, then mapped.
 
-N rows in S shards, n rows asked for, V values per row, *shape one row's shape.
+N rows in S shards, n rows requested, V values per row, *shape the shape of one row.
 """
 
 import os
@@ -16,7 +15,7 @@ import numpy.typing as npt
 from headrace.cache.checksum import VerifiedShards
 from headrace.cache.errors import ShardMissing
 from headrace.cache.format.compression import read_compressed_rows
-from headrace.cache.format.encoding import STORED_DTYPES, decode
+from headrace.cache.format.encoding import STORED_DTYPES, decode_rows
 from headrace.cache.format.float16 import float16_to_float32
 from headrace.cache.format.validate import ShardLayout
 from headrace.cache.manifest import ShardEntry
@@ -28,15 +27,15 @@ from headrace.cache.spec import FeatureSpec
 class ShardReader:
     """The shards of one feature set.
 
-    Every method checks the shards it needs: raises ShardMissing, ShardCorrupt.
+    Every method verifies the shards it needs and raises ShardMissing or ShardCorrupt.
     """
 
     def __init__(self, path: Path, spec: FeatureSpec, entries: Sequence[ShardEntry]) -> None:
         self._path, self._spec, self._entries = path, spec, entries
-        counts = np.array([entry.rows for entry in entries], np.int64)
+        rows_per_shard = np.array([entry.rows for entry in entries], np.int64)
         #: (S + 1,): shard i holds the rows first_row[i] to first_row[i + 1].
-        self.first_row = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-        self._values = int(np.prod(spec.shape, dtype=np.int64))
+        self.first_row = np.concatenate([[0], np.cumsum(rows_per_shard)]).astype(np.int64)
+        self._values_per_row = int(np.prod(spec.shape, dtype=np.int64))
         self._layouts: dict[int, ShardLayout] = {}
         # What a batch asks of all its shards at once, (S,) each.
         self._is_ready = np.zeros(len(entries), np.bool_)
@@ -45,11 +44,15 @@ class ShardReader:
             len(entries), np.int64
         )  # the item where row 0 of the set would be, were it in this shard
         self._shard_of_row = (
-            np.repeat(np.arange(len(entries), dtype=np.int32), counts) if self._is_small() else None
+            np.repeat(np.arange(len(entries), dtype=np.int32), rows_per_shard)
+            if self._is_indexable()
+            else None
         )
         # Of a set that stays in memory every row is read ahead once; of a larger one only what
         # comes next.
-        stored_bytes = int(self.first_row[-1]) * self._values * STORED_DTYPES[spec.dtype].itemsize
+        stored_bytes = (
+            int(self.first_row[-1]) * self._values_per_row * STORED_DTYPES[spec.dtype].itemsize
+        )
         self._stays_in_memory = (
             stored_bytes < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
         )
@@ -58,135 +61,166 @@ class ShardReader:
         self._map: MappedRows | None = None
         self._scales: tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]] | None = None
 
-    def touch(self, shard: int) -> ShardLayout:
-        """Check a shard, unless that was done, and make its rows readable."""
-        layout = self._layouts.get(shard)
+    def touch(self, shard_index: int) -> ShardLayout:
+        """Verify a shard, unless that was done before, and make its rows readable."""
+        layout = self._layouts.get(shard_index)
         if layout is not None:
             return layout
         with self._lock:
-            entry = self._entries[shard]
-            path = shard_path(self._path, entry.unit)
-            layout = self._verified.check(path, self._spec, entry)
-            if not layout.compressed:
-                mapped = self._mapped()
-                mapped.map(shard, path, layout.features, entry.rows)
-                self._row_zero[shard] = (
-                    mapped.first_item[shard] - self.first_row[shard] * self._values
+            entry = self._entries[shard_index]
+            shard_file = shard_path(self._path, entry.unit)
+            layout = self._verified.verify(shard_file, self._spec, entry)
+            if not layout.is_compressed:
+                mapped_rows = self._mapped_rows()
+                mapped_rows.map(shard_index, shard_file, layout.features_start, entry.rows)
+                self._row_zero[shard_index] = (
+                    mapped_rows.first_item[shard_index]
+                    - self.first_row[shard_index] * self._values_per_row
                 )
                 if self._stays_in_memory and entry.rows:
-                    mapped.will_need(shard, 0, entry.rows)
+                    mapped_rows.will_need(shard_index, 0, entry.rows)
             if self._spec.dtype == "uint8":
                 scale, offset = self._scale_tables()
-                scale[shard] = _pread(path, layout.scale, self._spec.shape[0], np.dtype("<f4"))
-                offset[shard] = _pread(path, layout.offset, self._spec.shape[0], np.dtype("<f4"))
-            self._layouts[shard] = layout
-            self._is_compressed[shard] = layout.compressed
-            self._is_ready[shard] = True  # last: another thread may be looking
+                scale[shard_index] = _read_items(
+                    shard_file, layout.scale_start, self._spec.shape[0], np.dtype("<f4")
+                )
+                offset[shard_index] = _read_items(
+                    shard_file, layout.offset_start, self._spec.shape[0], np.dtype("<f4")
+                )
+            self._layouts[shard_index] = layout
+            self._is_compressed[shard_index] = layout.is_compressed
+            self._is_ready[shard_index] = True  # last: another thread may be looking
             return layout
 
     def gather(
         self,
-        positions: npt.NDArray[np.int64],
-        dtype: np.dtype[Any],
-        out: npt.NDArray[Any] | None = None,
+        row_positions: npt.NDArray[np.int64],
+        output_dtype: np.dtype[Any],
+        output_rows: npt.NDArray[Any] | None = None,
     ) -> npt.NDArray[Any]:
-        """(n, *shape) decoded rows at positions 0..N-1, in that order: a new array of `dtype`, or
-        written into `out`.
+        """Decode the rows at positions 0..N-1, (n, *shape), in that order.
+
+        They are written into `output_rows`, or into a new array of `output_dtype`.
         """
-        shards = self._shards(positions)
-        shape = (len(positions), *self._spec.shape)
+        shard_of_row = self._shards_of(row_positions)
+        output_shape = (len(row_positions), *self._spec.shape)
         # float16 and float32 that stay what they are go straight to their place.
         is_plain = self._spec.dtype in ("float16", "float32") and self._spec.dtype == (
-            dtype if out is None else out.dtype
+            output_dtype if output_rows is None else output_rows.dtype
         )
-        if out is None:
-            out = np.empty(shape, dtype)
-        if self._is_compressed.any() and self._is_compressed[shards].any():
-            stored = self._gather_compressed(positions, shards)
+        if output_rows is None:
+            output_rows = np.empty(output_shape, output_dtype)
+        if self._is_compressed.any() and self._is_compressed[shard_of_row].any():
+            stored_rows = self._gather_compressed(row_positions, shard_of_row)
         else:
-            into = (
-                out.reshape(len(positions), self._values)
-                if is_plain and out.flags.c_contiguous
+            direct_output = (
+                output_rows.reshape(len(row_positions), self._values_per_row)
+                if is_plain and output_rows.flags.c_contiguous
                 else None
             )
-            stored = self._mapped().gather(self._row_zero[shards] + positions * self._values, into)
-            if into is not None:
-                return out
-        self._decode(stored.reshape(shape), shards, out)
-        return out
+            stored_rows = self._mapped_rows().gather(
+                self._row_zero[shard_of_row] + row_positions * self._values_per_row, direct_output
+            )
+            if direct_output is not None:
+                return output_rows
+        self._decode_into(stored_rows.reshape(output_shape), shard_of_row, output_rows)
+        return output_rows
 
-    def run(self, start: int, stop: int, out: npt.NDArray[Any]) -> None:
-        """Write consecutive decoded rows into `out` (stop - start, *shape), shard by shard, each
-        copied once.
+    def read_range(self, start_row: int, stop_row: int, output_rows: npt.NDArray[Any]) -> None:
+        """Decode consecutive rows into `output_rows` (stop_row - start_row, *shape), copying each
+        row once.
         """
-        shard = int(np.searchsorted(self.first_row, start, side="right")) - 1
-        done = start
-        while done < stop:
-            first, end = int(self.first_row[shard]), min(stop, int(self.first_row[shard + 1]))
-            if done < end:
-                if self.touch(shard).compressed:
-                    stored = read_compressed_rows(
-                        self._shard_path(shard), slice(done - first, end - first)
+        shard_index = int(np.searchsorted(self.first_row, start_row, side="right")) - 1
+        next_row = start_row
+        while next_row < stop_row:
+            shard_start, shard_stop = (
+                int(self.first_row[shard_index]),
+                min(stop_row, int(self.first_row[shard_index + 1])),
+            )
+            if next_row < shard_stop:
+                if self.touch(shard_index).is_compressed:
+                    stored_rows = read_compressed_rows(
+                        self._shard_path(shard_index),
+                        slice(next_row - shard_start, shard_stop - shard_start),
                     )
                 else:
-                    stored = self._mapped().rows(shard, done - first, end - first)
-                self._decode(
-                    stored.reshape(end - done, *self._spec.shape),
-                    shard,
-                    out[done - start : end - start],
+                    stored_rows = self._mapped_rows().rows(
+                        shard_index, next_row - shard_start, shard_stop - shard_start
+                    )
+                self._decode_into(
+                    stored_rows.reshape(shard_stop - next_row, *self._spec.shape),
+                    shard_index,
+                    output_rows[next_row - start_row : shard_stop - start_row],
                 )
-                done = end
-            shard += 1
+                next_row = shard_stop
+            shard_index += 1
 
-    def is_compressed(self, positions: npt.NDArray[np.int64]) -> bool:
-        """Whether reading these rows decompresses something."""
-        return bool(self._is_compressed[self._shards(positions)].any())
+    def is_compressed(self, row_positions: npt.NDArray[np.int64]) -> bool:
+        """Return True if reading these rows decompresses something."""
+        return bool(self._is_compressed[self._shards_of(row_positions)].any())
 
-    def prefetch(self, positions: npt.NDArray[np.int64]) -> None:
+    def prefetch(self, row_positions: npt.NDArray[np.int64]) -> None:
         """Tell the operating system that these rows come next."""
-        if not len(positions) or self.is_compressed(positions) or self._stays_in_memory:
+        if not len(row_positions) or self.is_compressed(row_positions) or self._stays_in_memory:
             return
-        ordered = np.sort(positions)
+        sorted_rows = np.sort(row_positions)
         # One call per run of neighbours in a shard; a hole of a few rows is cheaper to read than to
         # leave out.
-        cuts = np.flatnonzero(np.diff(ordered) > 64)
-        starts, stops = ordered[np.r_[0, cuts + 1]], ordered[np.r_[cuts, len(ordered) - 1]] + 1
-        for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
-            shard = int(np.searchsorted(self.first_row, start, side="right")) - 1
-            while start < stop:
-                first, end = int(self.first_row[shard]), min(stop, int(self.first_row[shard + 1]))
-                if start < end:
-                    self._mapped().will_need(shard, start - first, end - first)
-                    start = end
-                shard += 1
+        run_breaks = np.flatnonzero(np.diff(sorted_rows) > 64)
+        run_starts, run_stops = (
+            sorted_rows[np.r_[0, run_breaks + 1]],
+            sorted_rows[np.r_[run_breaks, len(sorted_rows) - 1]] + 1,
+        )
+        for run_start, run_stop in zip(run_starts.tolist(), run_stops.tolist(), strict=True):
+            shard_index = int(np.searchsorted(self.first_row, run_start, side="right")) - 1
+            while run_start < run_stop:
+                shard_start, shard_stop = (
+                    int(self.first_row[shard_index]),
+                    min(run_stop, int(self.first_row[shard_index + 1])),
+                )
+                if run_start < shard_stop:
+                    self._mapped_rows().will_need(
+                        shard_index, run_start - shard_start, shard_stop - shard_start
+                    )
+                    run_start = shard_stop
+                shard_index += 1
 
-    def text(self, shard: int, name: str) -> npt.NDArray[np.bytes_]:
-        """The list `name` of a shard ("id", "content", "failed_id", ...) as fixed-length bytes."""
-        layout = self.touch(shard)
-        count = layout.failed if name.startswith("failed_") else layout.rows
-        width = 32 if name.endswith("content") else getattr(layout, f"{name}_bytes")
-        return _pread(self._shard_path(shard), getattr(layout, name), count, np.dtype(f"S{width}"))
+    def read_texts(self, shard_index: int, list_name: str) -> npt.NDArray[np.bytes_]:
+        """Return a text column of a shard ("id", "content", "failed_id", ...) as fixed-length
+        bytes.
+        """
+        layout = self.touch(shard_index)
+        n_texts = layout.n_failed if list_name.startswith("failed_") else layout.n_rows
+        text_bytes = 32 if list_name.endswith("content") else getattr(layout, f"{list_name}_bytes")
+        return _read_items(
+            self._shard_path(shard_index),
+            getattr(layout, f"{list_name}_start"),
+            n_texts,
+            np.dtype(f"S{text_bytes}"),
+        )
 
-    def _is_small(self) -> bool:
+    def _is_indexable(self) -> bool:
         return bool(self.first_row[-1] <= 1 << 24)  # 64 MB of shard numbers
 
-    def _shards(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
-        """(n,) the shard of each position, all of them checked and readable."""
+    def _shards_of(self, row_positions: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+        """Return the shard of each position, (n,), after making all of them readable."""
         if self._shard_of_row is not None:
-            shards: npt.NDArray[Any] = self._shard_of_row[positions]
+            shard_of_row: npt.NDArray[Any] = self._shard_of_row[row_positions]
         else:
-            shards = np.searchsorted(self.first_row, positions, side="right") - 1
-        ready = self._is_ready[shards]
-        if not ready.all():
-            for shard in np.unique(shards[~ready]).tolist():
-                self.touch(shard)
-        return shards
+            shard_of_row = np.searchsorted(self.first_row, row_positions, side="right") - 1
+        is_ready = self._is_ready[shard_of_row]
+        if not is_ready.all():
+            for shard_index in np.unique(shard_of_row[~is_ready]).tolist():
+                self.touch(shard_index)
+        return shard_of_row
 
-    def _mapped(self) -> MappedRows:
+    def _mapped_rows(self) -> MappedRows:
         with self._lock:
             if self._map is None:
-                rows = [entry.rows for entry in self._entries]
-                self._map = MappedRows(rows, self._values, STORED_DTYPES[self._spec.dtype])
+                rows_per_shard = [entry.rows for entry in self._entries]
+                self._map = MappedRows(
+                    rows_per_shard, self._values_per_row, STORED_DTYPES[self._spec.dtype]
+                )
             return self._map
 
     def _scale_tables(self) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
@@ -197,48 +231,63 @@ class ShardReader:
             return self._scales
 
     def _gather_compressed(
-        self, positions: npt.NDArray[np.int64], shards: npt.NDArray[Any]
+        self, row_positions: npt.NDArray[np.int64], shard_of_row: npt.NDArray[Any]
     ) -> npt.NDArray[Any]:
-        """(n, V) stored rows, some of which are compressed."""
-        stored = np.empty((len(positions), self._values), STORED_DTYPES[self._spec.dtype])
-        for shard in np.unique(shards).tolist():
-            here = np.flatnonzero(shards == shard)
-            local = positions[here] - self.first_row[shard]
-            if self.touch(shard).compressed:
+        """Return stored rows (n, V), of which some are compressed."""
+        stored_rows = np.empty(
+            (len(row_positions), self._values_per_row), STORED_DTYPES[self._spec.dtype]
+        )
+        for shard_index in np.unique(shard_of_row).tolist():
+            output_index = np.flatnonzero(shard_of_row == shard_index)
+            shard_rows = row_positions[output_index] - self.first_row[shard_index]
+            if self.touch(shard_index).is_compressed:
                 # HDF5 wants increasing positions without repetition.
-                unique, back = np.unique(local, return_inverse=True)
-                stored[here] = read_compressed_rows(self._shard_path(shard), unique).reshape(
-                    -1, self._values
-                )[back]
+                distinct_rows, inverse_index = np.unique(shard_rows, return_inverse=True)
+                stored_rows[output_index] = read_compressed_rows(
+                    self._shard_path(shard_index), distinct_rows
+                ).reshape(-1, self._values_per_row)[inverse_index]
             else:
-                stored[here] = self._mapped().gather(
-                    self._row_zero[shard] + positions[here] * self._values
+                stored_rows[output_index] = self._mapped_rows().gather(
+                    self._row_zero[shard_index] + row_positions[output_index] * self._values_per_row
                 )
-        return stored
+        return stored_rows
 
-    def _decode(self, stored: npt.NDArray[Any], shards: Any, out: npt.NDArray[Any]) -> None:
-        """shards: one number, or one per row, for the scales of uint8."""
+    def _decode_into(
+        self, stored_rows: npt.NDArray[Any], shard_of_row: Any, output_rows: npt.NDArray[Any]
+    ) -> None:
+        """Decode stored rows into `output_rows`.
+
+        shard_of_row: one shard, or one per row, for the scales of uint8.
+        """
         if self._spec.dtype == "uint8":
             scale, offset = self._scale_tables()
-            out[...] = decode(stored, "uint8", scale[shards], offset[shards])
-        elif stored.dtype == np.float16 and out.dtype == np.float32 and out.flags.c_contiguous:
-            float16_to_float32(stored, out)
+            output_rows[...] = decode_rows(
+                stored_rows, "uint8", scale[shard_of_row], offset[shard_of_row]
+            )
+        elif (
+            stored_rows.dtype == np.float16
+            and output_rows.dtype == np.float32
+            and output_rows.flags.c_contiguous
+        ):
+            float16_to_float32(stored_rows, output_rows)
         else:
-            out[...] = decode(stored, self._spec.dtype)
+            output_rows[...] = decode_rows(stored_rows, self._spec.dtype)
 
-    def _shard_path(self, shard: int) -> Path:
-        return shard_path(self._path, self._entries[shard].unit)
+    def _shard_path(self, shard_index: int) -> Path:
+        return shard_path(self._path, self._entries[shard_index].unit)
 
 
-def _pread(path: Path, offset: int, count: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-    """`count` items at a byte offset, as a copy: a mapping would count the file's pages as this
-    process's memory.
+def _read_items(
+    shard_file: Path, byte_offset: int, n_items: int, dtype: np.dtype[Any]
+) -> npt.NDArray[Any]:
+    """Read `n_items` items at a byte offset, as a copy: a mapping would count the file's pages as
+    memory of this process.
     """
-    if not count:
+    if not n_items:
         return np.empty(0, dtype)
     try:
-        with open(path, "rb") as file:
-            data = os.pread(file.fileno(), count * dtype.itemsize, offset)
+        with open(shard_file, "rb") as file:
+            data = os.pread(file.fileno(), n_items * dtype.itemsize, byte_offset)
     except FileNotFoundError as error:
-        raise ShardMissing(f"{path} was removed while it was being read") from error
-    return np.frombuffer(data, dtype, count)
+        raise ShardMissing(f"{shard_file} was removed while it was being read") from error
+    return np.frombuffer(data, dtype, n_items)

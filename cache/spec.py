@@ -13,10 +13,10 @@ STORAGE_DTYPES = ("float16", "float32", "bfloat16", "uint8")
 
 @dataclass(frozen=True)
 class FeatureSpec:
-    """What a feature set is made of: one (backbone, preprocessing, tap, view), stored in one dtype.
+    """Identity of a feature set: one backbone, preprocessing, tap and view, stored in one dtype.
 
-    Batch size, device, worker count and shard size are not here: they change no bytes beyond the
-    tolerance that floating point leaves between machines.
+    Batch size, device, worker count and shard size are not part of it: they change no bytes beyond
+    the tolerance that floating point leaves between machines.
     """
 
     backbone: str  # "timm:tf_efficientnet_lite0", "torchvision:resnet50", "python:module:function"
@@ -45,41 +45,49 @@ class FeatureSpec:
 
     @property
     def fingerprint(self) -> str:
-        """First 24 hex digits of the SHA-256 of the canonical JSON: names the feature set's
+        """First 24 hex digits of the SHA-256 of the canonical JSON; the name of the feature set's
         directory.
         """
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:24]
 
     def to_json(self) -> str:
-        """Canonical JSON: sorted keys, no white space."""
+        """Return canonical JSON: sorted keys, no white space."""
         return json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"))
 
     @classmethod
-    def from_json(cls, text: str) -> Self:
-        """Inverse of `to_json`. Raises SpecMismatch when the fields are not this version's."""
-        values: dict[str, Any] = json.loads(text)
-        known = {field.name for field in dataclasses.fields(cls)}
-        if set(values) != known:
-            odd = sorted(set(values) ^ known)
+    def from_json(cls, spec_json: str) -> Self:
+        """Return the spec of such a text.
+
+        Raises SpecMismatch when the fields are not those of this version.
+        """
+        values: dict[str, Any] = json.loads(spec_json)
+        field_names = {field.name for field in dataclasses.fields(cls)}
+        if set(values) != field_names:
+            unknown_fields = sorted(set(values) ^ field_names)
             raise SpecMismatch(
-                f"the spec has other fields than this version of headrace knows: {', '.join(odd)}"
+                "the spec has other fields than this version of headrace knows: "
+                f"{', '.join(unknown_fields)}"
             )
-        shape = values.pop("shape")
+        row_shape = values.pop("shape")
         if not all(isinstance(value, str) for value in values.values()):
             raise SpecMismatch("the spec has fields that are no text")
         if not (
-            isinstance(shape, list) and all(isinstance(edge, int) and edge >= 0 for edge in shape)
+            isinstance(row_shape, list)
+            and all(isinstance(edge, int) and edge >= 0 for edge in row_shape)
         ):
-            raise SpecMismatch(f"the spec's shape is {str(shape)[:60]}, expected sizes")
-        return cls(**values, shape=tuple(shape))
+            raise SpecMismatch(f"the spec's shape is {str(row_shape)[:60]}, expected sizes")
+        return cls(**values, shape=tuple(row_shape))
 
 
-def spec_difference(found: FeatureSpec, expected: FeatureSpec) -> str | None:
-    """Names the first field in which two specs differ, with both values; None when they
-    are equal.
+def spec_difference(stored_spec: FeatureSpec, expected_spec: FeatureSpec) -> str | None:
+    """Describe the first field in which two specs differ, with both values; None when they are
+    equal.
     """
     for field in dataclasses.fields(FeatureSpec):
-        ours, theirs = getattr(expected, field.name), getattr(found, field.name)
-        if ours != theirs:
-            return f"{field.name}: found {theirs!r}, expected {ours!r}"
+        expected_value, stored_value = (
+            getattr(expected_spec, field.name),
+            getattr(stored_spec, field.name),
+        )
+        if expected_value != stored_value:
+            return f"{field.name}: found {stored_value!r}, expected {expected_value!r}"
     return None

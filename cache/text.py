@@ -1,5 +1,5 @@
-"""Text as it is compared: one written form for the ids and labels that tables, arrays and other
-programs give.
+"""One normal form for the ids and labels that tables, arrays and other programs give, so that they
+can be compared.
 """
 
 import unicodedata
@@ -14,7 +14,7 @@ _ANY_TEXT = pd.StringDtype(storage="python", na_value=np.nan)
 
 
 def normalize_text(text: str) -> str:
-    """The text without white space around it, in the Unicode normal form NFC.
+    """Strip white space and convert to the Unicode normal form NFC.
 
     One name written by two programs differs in just these: macOS decomposes accents (NFD), and
     tables pad cells.
@@ -25,20 +25,22 @@ def normalize_text(text: str) -> str:
 
 
 def as_text(column: pd.Series) -> pd.Series:
-    """A column of any dtype as text, with its index and name; a missing value (None, NaN, NaT, NA)
-    stays missing.
+    """Convert a column of any dtype to text, keeping its index and name; missing values (None, NaN,
+    NaT, NA) stay missing.
 
-    Text is as `normalize_text` leaves it: `007`, `None`, `NA` and an empty cell are texts like
+    Text is normalised by `normalize_text`; `007`, `None`, `NA` and an empty cell are texts like
     others. Bytes are decoded as UTF-8. Integers are written with all their digits, floats that are
-    whole numbers as integers (a column of integers with a gap is read as floats), other floats in
-    the fewest digits that give them back, booleans as `True` and `False`; everything else as `str`
-    writes it. Text that is no UTF-8 keeps its bytes as `os.fsdecode` does.
+    integers as integers (a column of integers with a gap is read as floats), other floats in the
+    fewest digits that give them back, booleans as `True` and `False`; everything else by `str`.
+    Text that is not UTF-8 keeps its bytes as `os.fsdecode` does.
     """
     if isinstance(column.dtype, pd.CategoricalDtype):
-        categories = as_text(pd.Series(column.cat.categories)).astype(object).to_numpy()
-        codes = column.cat.codes.to_numpy()
+        category_texts = as_text(pd.Series(column.cat.categories)).astype(object).to_numpy()
+        category_codes = column.cat.codes.to_numpy()
         texts = np.empty(len(column), object)
-        texts[codes >= 0] = categories[codes[codes >= 0]]  # code -1: missing
+        texts[category_codes >= 0] = category_texts[
+            category_codes[category_codes >= 0]
+        ]  # code -1: missing
     elif isinstance(column.dtype, np.dtype) and column.dtype.kind in "iu":
         texts = column.to_numpy().astype(str).astype(object)
     elif isinstance(column.dtype, np.dtype) and column.dtype.kind == "f":
@@ -46,13 +48,13 @@ def as_text(column: pd.Series) -> pd.Series:
     else:
         texts = np.empty(len(column), object)
         values = column.astype(object)
-        given = values.notna().to_numpy()
+        is_present = values.notna().to_numpy()
         # Strings are by far the most frequent, and the call is worth a branch at a million rows.
-        texts[given] = [
+        texts[is_present] = [
             normalize_text(value) if type(value) is str else _value_text(value)
-            for value in values.to_numpy()[given].tolist()
+            for value in values.to_numpy()[is_present].tolist()
         ]
-    return _series(texts, column)
+    return _text_series(texts, column)
 
 
 def _value_text(value: object) -> str:
@@ -68,20 +70,22 @@ def _value_text(value: object) -> str:
 
 
 def _float_texts(values: npt.NDArray[np.floating]) -> npt.NDArray[np.object_]:
-    """(N,) texts of floats (N,); None for NaN."""
+    """Return the texts of floats (N,), (N,); None for NaN."""
     texts = np.empty(len(values), object)
-    whole = np.isfinite(values) & (values == np.trunc(values))
-    small = whole & (np.abs(values) < 2.0**63)
-    texts[small] = values[small].astype(np.int64).astype(str)
-    texts[whole & ~small] = [str(int(value)) for value in values[whole & ~small]]
-    fractions = ~whole & ~np.isnan(values)
-    texts[fractions] = values[fractions].astype(
+    is_integer = np.isfinite(values) & (values == np.trunc(values))
+    fits_int64 = is_integer & (np.abs(values) < 2.0**63)
+    texts[fits_int64] = values[fits_int64].astype(np.int64).astype(str)
+    texts[is_integer & ~fits_int64] = [
+        str(int(value)) for value in values[is_integer & ~fits_int64]
+    ]
+    is_fraction = ~is_integer & ~np.isnan(values)
+    texts[is_fraction] = values[is_fraction].astype(
         str
     )  # the shortest in their own precision: a float32 0.1 is 0.1
     return texts
 
 
-def _series(texts: npt.NDArray[np.object_], column: pd.Series) -> pd.Series:
+def _text_series(texts: npt.NDArray[np.object_], column: pd.Series) -> pd.Series:
     try:
         return pd.Series(texts, index=column.index, name=column.name, dtype="str")
     except UnicodeEncodeError:

@@ -1,6 +1,6 @@
 """A feature set as a torch Dataset.
 
-ImportResult only by `FeatureSet.to_torch_dataset`, because it imports torch.
+Imported only by `FeatureSet.to_torch_dataset`, because it imports torch.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,13 +13,13 @@ import torch.utils.data
 
 
 class FeatureDataset(torch.utils.data.Dataset[tuple[torch.Tensor, int]]):
-    """Items (feature (*shape), row position). Labels are joined by position: `labels[rows]`."""
+    """Items (feature (*shape), row position). Join labels by position: `labels[rows]`."""
 
     def __init__(
-        self, read: Callable[..., npt.NDArray[Any]], n_rows: int, dtype: np.dtype[Any]
+        self, read_rows: Callable[..., npt.NDArray[Any]], n_rows: int, dtype: np.dtype[Any]
     ) -> None:
-        """read: `FeatureSet.read`, which takes row positions and a dtype."""
-        self._read, self._n_rows, self._dtype = read, n_rows, dtype
+        """read_rows: `FeatureSet.read`, which takes row positions and a dtype."""
+        self._read, self._n_rows, self._dtype = read_rows, n_rows, dtype
 
     def __len__(self) -> int:
         return self._n_rows
@@ -28,6 +28,6 @@ class FeatureDataset(torch.utils.data.Dataset[tuple[torch.Tensor, int]]):
         return torch.from_numpy(self._read([row], self._dtype)[0]), row % self._n_rows
 
     def __getitems__(self, rows: Sequence[int]) -> list[tuple[torch.Tensor, int]]:
-        """DataLoader's way to ask for a batch: one read for all of it."""
+        """Return the items of a batch with one read; called by DataLoader."""
         values = torch.from_numpy(self._read(rows, self._dtype))
         return list(zip(values.unbind(0), rows, strict=True))

@@ -169,7 +169,7 @@ def _state_of(
     dataset = drop_rows(dataset, failed)
     needed = {*dataset.train.content.astype(str), *dataset.test.content.astype(str)}
     feature_plans = [
-        feature_plan(name, [feature.spec], needed, [feature.known()])
+        feature_plan(name, [feature.spec], needed, [feature.cached_hashes()])
         for name, feature in features.items()
     ]
     for plan in feature_plans:

@@ -1,4 +1,4 @@
-"""Columns of a table of other programs: which of them are features, as the user names them."""
+"""Feature columns of tables that other programs made: which columns the user's options name."""
 
 import difflib
 import re
@@ -12,146 +12,188 @@ from headrace.cache.errors import ExternalFeaturesInvalid
 
 # What pandas calls the column of its index when it reads it back, from CSV ("" in the file) and
 # from Parquet.
-_UNNAMED = re.compile(r"(Unnamed: \d+(_level_\d+)?|__index_level_\d+__|)\Z")
-_SHOWN = 12
+_UNNAMED_INDEX = re.compile(r"(Unnamed: \d+(_level_\d+)?|__index_level_\d+__|)\Z")
+_MAX_SHOWN = 12
 
 
 @dataclass(frozen=True)
 class FeatureColumns:
-    """The names of the values of a row, where they have been columns of a table; none for arrays
-    and lists.
+    """Names of the values of a row where they come from columns of a table; empty for arrays and
+    lists.
     """
 
     chosen: tuple[str, ...] = ()
     table: tuple[str, ...] = ()  # all columns of the table, in its order
 
-    def describe(self, number: int) -> str:
-        """A value of each row, for the beginning of a sentence."""
+    def describe(self, column_index: int) -> str:
+        """Name the value at `column_index` of each row, to begin a sentence of a message with."""
         return (
-            f"the column {self.chosen[number]!r}"
+            f"the column {self.chosen[column_index]!r}"
             if self.chosen
-            else f"value {number} of each row (the first is 0)"
+            else f"value {column_index} of each row (the first is 0)"
         )
 
-    def leave_out(self, numbers: Collection[int]) -> str:
-        """What to do about values that are no features, with the option for those that are left."""
-        kept = [column for number, column in enumerate(self.chosen) if number not in numbers]
-        return f"Leave it out: {columns_option(self.table, kept)}" if kept else "Leave it out"
+    def leave_out(self, column_indices: Collection[int]) -> str:
+        """Advise how to leave out values that are not features, with the option for the remaining
+        columns.
+        """
+        kept_columns = [
+            column
+            for column_index, column in enumerate(self.chosen)
+            if column_index not in column_indices
+        ]
+        return (
+            f"Leave it out: {columns_option(self.table, kept_columns)}"
+            if kept_columns
+            else "Leave it out"
+        )
 
 
-def choose_columns(columns: Sequence[str], options: Sequence[str], source: object) -> list[str]:
-    """The columns that `--columns` names, each once, in the order of the file.
+def choose_columns(
+    column_names: Sequence[str], column_options: Sequence[str], source_name: object
+) -> list[str]:
+    """Return the columns that `--columns` names, without repetition, in the order of the file.
 
     An option is a column's name, a shell pattern such as `f*`, a range `f0:f767` in the order of
-    the file, or several of these with commas between them; a name is tried first, as names may hold
-    any of these characters. Raises ExternalFeaturesInvalid for what fits no column, with the
-    nearest one.
+    the file, or several of these with commas between them. A literal name is tried first, because a
+    name may contain any of these characters. Raises ExternalFeaturesInvalid for an option that
+    matches no column; the message names the closest one.
     """
-    chosen: set[str] = set()
-    for option in options:
-        if option in columns:
-            chosen.add(option)
+    chosen_columns: set[str] = set()
+    for column_option in column_options:
+        if column_option in column_names:
+            chosen_columns.add(column_option)
             continue
-        for term in option.split(","):
-            chosen.update(_matching(columns, term.strip(), source))
-    return [column for column in columns if column in chosen]
+        for term in column_option.split(","):
+            chosen_columns.update(_match_columns(column_names, term.strip(), source_name))
+    return [column for column in column_names if column in chosen_columns]
 
 
 def refuse_columns(
-    chosen: Sequence[str],
-    forbidden: Mapping[str, str],
-    columns: Sequence[str],
-    option: str,
-    source: object,
+    chosen_columns: Sequence[str],
+    forbidden_names: Mapping[str, str],
+    column_names: Sequence[str],
+    option_name: str,
+    source_name: object,
 ) -> None:
-    """Raises ExternalFeaturesInvalid when columns are among `chosen` that are no features, by their
-    names.
+    """Raise ExternalFeaturesInvalid if a chosen column cannot be a feature, judged by its name.
 
-    forbidden: {name: what it is}, compared without regard to case; columns without a name are those
-    of an index.
-    option: `--columns` or `--key`, by which they were chosen; columns: all that could be.
+    forbidden_names: {column name: reason}, compared without regard to case. Columns without a name
+    are those of an index and refused too.
+    option_name: `--columns` or `--key`, by which they were chosen.
+    column_names: all columns that could have been chosen.
     """
-    reasons = {column: reason for column in chosen if (reason := _reason(column, forbidden))}
-    if reasons:
-        listed = "; ".join(f"{column!r} is {reason}" for column, reason in reasons.items())
-        kept = [column for column in chosen if column not in reasons]
+    reason_of_column = {
+        column: reason
+        for column in chosen_columns
+        if (reason := _forbidden_reason(column, forbidden_names))
+    }
+    if reason_of_column:
+        listed = "; ".join(f"{column!r} is {reason}" for column, reason in reason_of_column.items())
+        kept_columns = [column for column in chosen_columns if column not in reason_of_column]
         raise ExternalFeaturesInvalid(
-            f"{source}: {listed}: not a feature.{suggest_columns(columns, kept, option)}"
+            f"{source_name}: {listed}: not a "
+            f"feature.{suggest_columns(column_names, kept_columns, option_name)}"
         )
 
 
-def suggest_columns(columns: Sequence[str], kept: Sequence[str], option: str = "--columns") -> str:
-    """ " Those that may be: --columns f0:f767", shortest form first; empty where none is left."""
-    if not kept or option != "--columns":
-        return ""
-    return f" What is left: {columns_option(columns, kept)}"
-
-
-def columns_option(columns: Sequence[str], chosen: Sequence[str]) -> str:
-    """The options that name exactly `chosen`, as they are typed in a shell: `--columns
-    f0:f5,f9`.
+def suggest_columns(
+    column_names: Sequence[str], kept_columns: Sequence[str], option_name: str = "--columns"
+) -> str:
+    """Return the sentence that names the remaining columns as an option, empty where there are
+    none.
     """
-    wanted = set(chosen)
-    terms: list[str] = []
-    whole: list[str] = []  # names that another column or the syntax would take for something else
-    for is_chosen, run in groupby(columns, key=wanted.__contains__):
+    if not kept_columns or option_name != "--columns":
+        return ""
+    return f" What is left: {columns_option(column_names, kept_columns)}"
+
+
+def columns_option(column_names: Sequence[str], chosen_columns: Sequence[str]) -> str:
+    """Return the shell options that select just `chosen_columns`, such as `--columns f0:f5,f9`."""
+    chosen_set = set(chosen_columns)
+    option_terms: list[str] = []
+    verbatim_names: list[
+        str
+    ] = []  # names that another column or the syntax would take for something else
+    for is_chosen, run in groupby(column_names, key=chosen_set.__contains__):
         names = list(run)
         if not is_chosen:
             continue
         if len(names) > 2 and not any(_is_special(name) for name in (names[0], names[-1])):
-            terms.append(f"{names[0]}:{names[-1]}")
+            option_terms.append(f"{names[0]}:{names[-1]}")
         else:
             for name in names:
-                (whole if _is_special(name) else terms).append(name)
-    options = [",".join(terms)] if terms else []
-    return " ".join(f"--columns {shlex.quote(option)}" for option in [*options, *whole])
+                (verbatim_names if _is_special(name) else option_terms).append(name)
+    option_values = [",".join(option_terms)] if option_terms else []
+    return " ".join(
+        f"--columns {shlex.quote(option_value)}"
+        for option_value in [*option_values, *verbatim_names]
+    )
 
 
-def forbidden_or_unnamed(columns: Sequence[str], forbidden: Mapping[str, str]) -> set[str]:
-    """Those of `columns` that are no features by their names; see `refuse_columns`."""
-    return {column for column in columns if _reason(column, forbidden)}
+def forbidden_or_unnamed(
+    column_names: Sequence[str], forbidden_names: Mapping[str, str]
+) -> set[str]:
+    """Return the columns that `refuse_columns` would refuse."""
+    return {column for column in column_names if _forbidden_reason(column, forbidden_names)}
 
 
-def shown(columns: Sequence[str]) -> str:
-    """The names of columns for a message: all of a few, the first and the last of many."""
-    names = [repr(column) if _is_special(column) or not column else column for column in columns]
-    if len(names) > _SHOWN:
-        names = [*names[: _SHOWN // 2], "…", *names[-_SHOWN // 2 :]]
-    return ", ".join(names)
+def abbreviate_columns(column_names: Sequence[str]) -> str:
+    """List column names for a message: all of a few, the two ends of a long list."""
+    shown_names = [
+        repr(column) if _is_special(column) or not column else column for column in column_names
+    ]
+    if len(shown_names) > _MAX_SHOWN:
+        shown_names = [*shown_names[: _MAX_SHOWN // 2], "…", *shown_names[-_MAX_SHOWN // 2 :]]
+    return ", ".join(shown_names)
 
 
-def _matching(columns: Sequence[str], term: str, source: object) -> list[str]:
-    if term in columns:
+def _match_columns(column_names: Sequence[str], term: str, source_name: object) -> list[str]:
+    if term in column_names:
         return [term]
-    for cut in (match.start() for match in re.finditer(":", term)):
-        first, last = term[:cut], term[cut + 1 :]
-        if first in columns and last in columns:
-            start, stop = columns.index(first), columns.index(last)
-            if start > stop:
+    for colon_position in (match.start() for match in re.finditer(":", term)):
+        first_column, last_column = term[:colon_position], term[colon_position + 1 :]
+        if first_column in column_names and last_column in column_names:
+            start_index, stop_index = (
+                column_names.index(first_column),
+                column_names.index(last_column),
+            )
+            if start_index > stop_index:
                 raise ExternalFeaturesInvalid(
-                    f"{source}: --columns {term}: {first} stands after {last} in the file: "
-                    f"{last}:{first}"
+                    f"{source_name}: --columns {term}: {first_column} stands after "
+                    f"{last_column} in the file: "
+                    f"{last_column}:{first_column}"
                 )
-            return list(columns[start : stop + 1])
+            return list(column_names[start_index : stop_index + 1])
     if any(letter in term for letter in "*?[") and (
-        found := [name for name in columns if fnmatchcase(name, term)]
+        matching_names := [name for name in column_names if fnmatchcase(name, term)]
     ):
-        return found
-    near = difflib.get_close_matches(term, columns, n=1, cutoff=0.4)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
+        return matching_names
+    close_matches = difflib.get_close_matches(term, column_names, n=1, cutoff=0.4)
+    match_hint = f" Did you mean {close_matches[0]!r}?" if close_matches else ""
     raise ExternalFeaturesInvalid(
-        f"{source}: --columns {term!r} fits no column.{hint} It has {shown(columns)}"
+        f"{source_name}: --columns {term!r} fits no column.{match_hint} It has "
+        f"{abbreviate_columns(column_names)}"
     )
 
 
-def _reason(column: str, forbidden: Mapping[str, str]) -> str | None:
-    if _UNNAMED.match(column):
+def _forbidden_reason(column_name: str, forbidden_names: Mapping[str, str]) -> str | None:
+    if _UNNAMED_INDEX.match(column_name):
         return "the rows' index, as pandas writes it"
-    folded = column.strip().casefold()
+    folded_name = column_name.strip().casefold()
     return next(
-        (reason for name, reason in forbidden.items() if name.strip().casefold() == folded), None
+        (
+            reason
+            for name, reason in forbidden_names.items()
+            if name.strip().casefold() == folded_name
+        ),
+        None,
     )
 
 
-def _is_special(name: str) -> bool:
-    return not name or name != name.strip() or any(letter in name for letter in ",:*?[")
+def _is_special(column_name: str) -> bool:
+    return (
+        not column_name
+        or column_name != column_name.strip()
+        or any(letter in column_name for letter in ",:*?[")
+    )

@@ -1,6 +1,6 @@
-"""A feature set as files for other programs:
+"""Export of a feature set for other programs: `.npy`, Parquet, Zarr.
 
-`.npy`, Parquet, Zarr. Written under a temporary name, then renamed.
+A file is written under a temporary name and then renamed.
 """
 
 import json
@@ -27,8 +27,8 @@ _CHUNK_ROWS = 4096  # of a selection, read and written together
 
 @dataclass(frozen=True)
 class RowSelection:
-    """Some rows of a feature set under the ids of those who ask, in their order; an image with
-    copies may stand there twice.
+    """Rows of a feature set in the order of a list of images, under the ids of that list. Copies of
+    an image share a row, which then occurs twice.
     """
 
     rows: npt.NDArray[np.int64]  # (n,) positions
@@ -37,114 +37,139 @@ class RowSelection:
 
 
 def select_rows(
-    features: FeatureSet, ids: Sequence[str], content: Sequence[str | None]
+    feature_set: FeatureSet, sample_ids: Sequence[str], image_hashes: Sequence[str | None]
 ) -> RowSelection:
-    """The rows of images by their content hashes (None: an image that cannot be read), with the ids
-    that they have now.
+    """Select the rows of images by content hash, under the ids that the images have now.
+
+    sample_ids: n ids.
+    image_hashes: n content hashes, None for an image that cannot be read.
     """
-    hashes = np.array([value or "" for value in content], "S32")
-    rows = features.locate(hashes) if len(hashes) else np.zeros(0, np.int64)
-    found = rows >= 0
+    hash_array = np.array([content_hash or "" for content_hash in image_hashes], "S32")
+    row_positions = feature_set.locate(hash_array) if len(hash_array) else np.zeros(0, np.int64)
+    has_row = row_positions >= 0
     return RowSelection(
-        rows[found],
-        [name for name, there in zip(ids, found.tolist(), strict=True) if there],
-        [name for name, there in zip(ids, found.tolist(), strict=True) if not there],
+        row_positions[has_row],
+        [
+            sample_id
+            for sample_id, is_present in zip(sample_ids, has_row.tolist(), strict=True)
+            if is_present
+        ],
+        [
+            sample_id
+            for sample_id, is_present in zip(sample_ids, has_row.tolist(), strict=True)
+            if not is_present
+        ],
     )
 
 
-def find_ambiguous_ids(features: FeatureSet) -> list[str]:
-    """The ids that stand for several images in a feature set; `content` tells these apart."""
+def find_ambiguous_ids(feature_set: FeatureSet) -> list[str]:
+    """Return the ids that stand for several images of a feature set; only content hashes tell these
+    apart.
+    """
     return [
-        name
-        for name, found in content_hashes_by_id(features.ids(), features.content_hashes()).items()
-        if len(found) > 1
+        sample_id
+        for sample_id, content_hashes in content_hashes_by_id(
+            feature_set.ids(), feature_set.content_hashes()
+        ).items()
+        if len(content_hashes) > 1
     ]
 
 
 def export_npy(
-    features: FeatureSet, target: Path, selection: RowSelection | None = None
+    feature_set: FeatureSet, target_path: Path, selection: RowSelection | None = None
 ) -> list[Path]:
-    """`target`: features (N, *shape) as `FeatureSet.dtype`; beside it `<stem>.rows.csv`: row, id,
-    content.
+    """Write features (N, *shape) in `FeatureSet.dtype` to `target_path`, and their rows beside it.
 
-    selection: these rows, in their order; default: all. Returns the files written. Raises
-    CacheError when one of them is there, and then writes nothing.
+    `<stem>.rows.csv` has the columns row, id and content. Rows follow `selection`, by default all
+    of them. Return the files written. Raises CacheError, and writes nothing, when one of them
+    exists.
     """
-    rows_file = target.with_suffix(".rows.csv")
-    _refuse_existing(target)
-    ids, content = _ids_and_content(features, selection)
-    lines = [
-        f"{row},{_csv(sample)},{value}\n"
-        for row, (sample, value) in enumerate(zip(ids, content, strict=True))
-    ]
-    text = "".join(["row,id,content\n", *lines]).encode()
-    # First, so that a call that is killed before the array is there can be repeated: it finds the
-    # very same table.
-    target.parent.mkdir(parents=True, exist_ok=True)
-    remove_temporaries(rows_file)
-    made = publish_bytes(rows_file, text)
-    if not made and rows_file.read_bytes() != text:
-        _refuse_existing(rows_file)
-
-    def write(temporary: Path) -> None:
-        array = np.lib.format.open_memmap(
-            temporary, "w+", features.dtype, (len(ids), *features.spec.shape)
+    rows_path = target_path.with_suffix(".rows.csv")
+    _refuse_existing(target_path)
+    sample_ids, content_hashes = _ids_and_content(feature_set, selection)
+    csv_lines = [
+        f"{row},{_csv_field(sample_id)},{content_hash}\n"
+        for row, (sample_id, content_hash) in enumerate(
+            zip(sample_ids, content_hashes, strict=True)
         )
-        for start, stop, rows in _chunks(features, selection):
-            array[start:stop] = rows
-        array.flush()
+    ]
+    rows_text = "".join(["row,id,content\n", *csv_lines]).encode()
+    # First, so that a call that is killed before the array exists can be repeated: it finds the
+    # very same table.
+    target_path.parent.mkdir(parents=True, exist_ok=True)
+    remove_temporaries(rows_path)
+    is_new_table = publish_bytes(rows_path, rows_text)
+    if not is_new_table and rows_path.read_bytes() != rows_text:
+        _refuse_existing(rows_path)
+
+    def write(temporary_path: Path) -> None:
+        array_file = np.lib.format.open_memmap(
+            temporary_path, "w+", feature_set.dtype, (len(sample_ids), *feature_set.spec.shape)
+        )
+        for start_row, stop_row, feature_rows in _row_chunks(feature_set, selection):
+            array_file[start_row:stop_row] = feature_rows
+        array_file.flush()
 
     try:
-        _write_then_rename(target, write)
+        _write_then_rename(target_path, write)
     except BaseException:
-        if made:
-            rows_file.unlink(missing_ok=True)
+        if is_new_table:
+            rows_path.unlink(missing_ok=True)
         raise
-    return [target, rows_file]
+    return [target_path, rows_path]
 
 
 def export_parquet(
-    features: FeatureSet, target: Path, selection: RowSelection | None = None
+    feature_set: FeatureSet, target_path: Path, selection: RowSelection | None = None
 ) -> list[Path]:
-    """One Parquet file: id, content, and `features` as a fixed-size list, a row group per shard.
+    """Write one Parquet file with id, content and `features` as fixed-size lists, a row group per
+    shard.
 
-    The shape of a row and the spec are in the file's metadata under `headrace`. selection: these
-    rows, in their order;
-    default: all. Raises CacheError when the file is there.
+    The shape of a row and the spec are in the file's metadata under `headrace`. Rows follow
+    `selection`, by default all of them. Raises CacheError when the file exists.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    _refuse_existing(target)
-    values = int(np.prod(features.spec.shape))
-    value_type = pa.float16() if features.dtype == np.float16 else pa.float32()
+    _refuse_existing(target_path)
+    values_per_row = int(np.prod(feature_set.spec.shape))
+    value_type = pa.float16() if feature_set.dtype == np.float16 else pa.float32()
     schema = pa.schema(
-        [("id", pa.string()), ("content", pa.string()), ("features", pa.list_(value_type, values))],
-        metadata={"headrace": features.spec.to_json()},
+        [
+            ("id", pa.string()),
+            ("content", pa.string()),
+            ("features", pa.list_(value_type, values_per_row)),
+        ],
+        metadata={"headrace": feature_set.spec.to_json()},
     )
-    ids, content = _ids_and_content(features, selection)
+    sample_ids, content_hashes = _ids_and_content(feature_set, selection)
 
-    def write(temporary: Path) -> None:
-        with pq.ParquetWriter(temporary, schema) as writer:
-            for start, stop, rows in _chunks(features, selection):
-                flat = pa.array(rows.reshape(-1), value_type)
-                lists = pa.FixedSizeListArray.from_arrays(flat, values)
-                table = pa.Table.from_arrays(
-                    [pa.array(ids[start:stop]), pa.array(content[start:stop]), lists], schema=schema
+    def write(temporary_path: Path) -> None:
+        with pq.ParquetWriter(temporary_path, schema) as writer:
+            for start_row, stop_row, feature_rows in _row_chunks(feature_set, selection):
+                flat_values = pa.array(feature_rows.reshape(-1), value_type)
+                list_array = pa.FixedSizeListArray.from_arrays(flat_values, values_per_row)
+                row_group = pa.Table.from_arrays(
+                    [
+                        pa.array(sample_ids[start_row:stop_row]),
+                        pa.array(content_hashes[start_row:stop_row]),
+                        list_array,
+                    ],
+                    schema=schema,
                 )
-                writer.write_table(table, row_group_size=max(1, stop - start))
+                writer.write_table(row_group, row_group_size=max(1, stop_row - start_row))
 
-    _write_then_rename(target, write)
-    return [target]
+    _write_then_rename(target_path, write)
+    return [target_path]
 
 
 def export_zarr(
-    features: FeatureSet, target: Path, selection: RowSelection | None = None
+    feature_set: FeatureSet, target_path: Path, selection: RowSelection | None = None
 ) -> list[Path]:
-    """A Zarr group with the arrays features (N, *shape), id and content, and the spec as attribute
-    `headrace`.
+    """Write a Zarr group with the arrays features (N, *shape), id and content; the spec is its
+    attribute `headrace`.
 
-    selection: these rows, in their order; default: all. Raises CacheError when it is there;
+    Rows follow `selection`, by default all of them. Raises CacheError when the group exists, and
     HeadraceError without the library zarr.
     """
     try:
@@ -154,41 +179,50 @@ def export_zarr(
             "exporting to Zarr needs the library zarr, which is not installed: pip install "
             "'headrace[export]'"
         ) from error
-    _refuse_existing(target)
-    ids, content = _ids_and_content(features, selection)
-    chunk_rows = max([stop - start for start, stop in _shard_runs(features)], default=1)
+    _refuse_existing(target_path)
+    sample_ids, content_hashes = _ids_and_content(feature_set, selection)
+    chunk_rows = max(
+        [stop_row - start_row for start_row, stop_row in _shard_row_ranges(feature_set)], default=1
+    )
 
-    def write(temporary: Path) -> None:
-        group = zarr.create_group(temporary)
-        group.attrs["headrace"] = json.loads(features.spec.to_json())
-        array = group.create_array(
+    def write(temporary_path: Path) -> None:
+        zarr_group = zarr.create_group(temporary_path)
+        zarr_group.attrs["headrace"] = json.loads(feature_set.spec.to_json())
+        zarr_array = zarr_group.create_array(
             "features",
-            shape=(len(ids), *features.spec.shape),
-            chunks=(chunk_rows, *features.spec.shape),
-            dtype=features.dtype,
+            shape=(len(sample_ids), *feature_set.spec.shape),
+            chunks=(chunk_rows, *feature_set.spec.shape),
+            dtype=feature_set.dtype,
         )
-        for start in range(0, len(ids), chunk_rows):
-            rows = slice(start, start + chunk_rows)
-            array[rows] = (
-                features[rows] if selection is None else features.read(selection.rows[rows], None)
+        for start_row in range(0, len(sample_ids), chunk_rows):
+            row_slice = slice(start_row, start_row + chunk_rows)
+            zarr_array[row_slice] = (
+                feature_set[row_slice]
+                if selection is None
+                else feature_set.read(selection.rows[row_slice], None)
             )
         # As bytes: fixed-length text is outside the Zarr 3 specification.
-        for name, texts in (
-            ("id", [text.encode() for text in ids]),
-            ("content", [text.encode() for text in content]),
+        for array_name, encoded_texts in (
+            ("id", [text.encode() for text in sample_ids]),
+            ("content", [text.encode() for text in content_hashes]),
         ):
-            width = max((len(text) for text in texts), default=1)
-            padded = b"".join(text.ljust(width, b"\0") for text in texts)
-            table = np.frombuffer(padded, np.uint8).reshape(len(texts), width)
-            array = group.create_array(
-                name, shape=table.shape, chunks=(max(1, len(texts)), width), dtype="uint8"
+            text_bytes = max((len(text) for text in encoded_texts), default=1)
+            padded_bytes = b"".join(text.ljust(text_bytes, b"\0") for text in encoded_texts)
+            byte_table = np.frombuffer(padded_bytes, np.uint8).reshape(
+                len(encoded_texts), text_bytes
             )
-            array.attrs["encoding"] = "UTF-8 bytes, one text per row, padded with zeros"
-            if len(texts):
-                array[:] = table
+            zarr_array = zarr_group.create_array(
+                array_name,
+                shape=byte_table.shape,
+                chunks=(max(1, len(encoded_texts)), text_bytes),
+                dtype="uint8",
+            )
+            zarr_array.attrs["encoding"] = "UTF-8 bytes, one text per row, padded with zeros"
+            if len(encoded_texts):
+                zarr_array[:] = byte_table
 
-    _write_then_rename(target, write)
-    return [target]
+    _write_then_rename(target_path, write)
+    return [target_path]
 
 
 EXPORTS: dict[str, Callable[[FeatureSet, Path, RowSelection | None], list[Path]]] = {
@@ -199,55 +233,61 @@ EXPORTS: dict[str, Callable[[FeatureSet, Path, RowSelection | None], list[Path]]
 
 
 def _ids_and_content(
-    features: FeatureSet, selection: RowSelection | None
+    feature_set: FeatureSet, selection: RowSelection | None
 ) -> tuple[list[str], list[str]]:
-    content = features.content_hashes()
+    content_hashes = feature_set.content_hashes()
     if selection is None:
-        return features.ids(), content.astype("U32").tolist()
-    return selection.ids, content[selection.rows].astype("U32").tolist()
+        return feature_set.ids(), content_hashes.astype("U32").tolist()
+    return selection.ids, content_hashes[selection.rows].astype("U32").tolist()
 
 
-def _chunks(
-    features: FeatureSet, selection: RowSelection | None
+def _row_chunks(
+    feature_set: FeatureSet, selection: RowSelection | None
 ) -> Iterator[tuple[int, int, npt.NDArray[Any]]]:
-    """First and past-the-end row of the file, and the features there: shard by shard, or some rows
-    of a selection.
-    """
+    """Yield (start row, stop row, features): shard by shard, or in chunks of a selection."""
     if selection is None:
-        for start, stop in _shard_runs(features):
-            yield start, stop, features[start:stop]
+        for start_row, stop_row in _shard_row_ranges(feature_set):
+            yield start_row, stop_row, feature_set[start_row:stop_row]
         return
-    for start in range(0, len(selection.rows), _CHUNK_ROWS):
-        stop = min(len(selection.rows), start + _CHUNK_ROWS)
-        yield start, stop, features.read(selection.rows[start:stop], None)
+    for start_row in range(0, len(selection.rows), _CHUNK_ROWS):
+        stop_row = min(len(selection.rows), start_row + _CHUNK_ROWS)
+        yield start_row, stop_row, feature_set.read(selection.rows[start_row:stop_row], None)
 
 
-def _shard_runs(features: FeatureSet) -> list[tuple[int, int]]:
-    """First and past-the-end row of each shard that has rows."""
-    ends = np.cumsum([0, *(entry.rows for entry in features.entries)]).tolist()
-    return [(start, stop) for start, stop in pairwise(ends) if stop > start]
+def _shard_row_ranges(feature_set: FeatureSet) -> list[tuple[int, int]]:
+    """Return (start row, stop row) of each shard that has rows."""
+    row_offsets = np.cumsum([0, *(entry.rows for entry in feature_set.entries)]).tolist()
+    return [
+        (start_row, stop_row)
+        for start_row, stop_row in pairwise(row_offsets)
+        if stop_row > start_row
+    ]
 
 
-def _write_then_rename(target: Path, write: Callable[[Path], Any]) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    remove_temporaries(target)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
+def _write_then_rename(target_path: Path, write_file: Callable[[Path], Any]) -> None:
+    target_path.parent.mkdir(parents=True, exist_ok=True)
+    remove_temporaries(target_path)
+    temporary_path = target_path.with_name(
+        f".{target_path.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}"
+    )
     try:
-        write(temporary)
-        os.rename(temporary, target)
+        write_file(temporary_path)
+        os.rename(temporary_path, target_path)
     except BaseException:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
+        if temporary_path.is_dir():
+            shutil.rmtree(temporary_path)
         else:
-            temporary.unlink(missing_ok=True)
+            temporary_path.unlink(missing_ok=True)
         raise
 
 
-def _refuse_existing(path: Path) -> None:
-    if path.exists():
-        raise CacheError(f"{path} is there already; give another name, or remove it first")
+def _refuse_existing(target_path: Path) -> None:
+    if target_path.exists():
+        raise CacheError(f"{target_path} is there already; give another name, or remove it first")
 
 
-def _csv(text: str) -> str:
-    quoted = text.replace('"', '""')
-    return f'"{quoted}"' if any(character in text for character in ',"\r\n') else text
+def _csv_field(field_text: str) -> str:
+    quoted_text = field_text.replace('"', '""')
+    return (
+        f'"{quoted_text}"' if any(character in field_text for character in ',"\r\n') else field_text
+    )

@@ -1,9 +1,8 @@
-"""Features that other programs made: `.npy`, `.npz`, tables or HDF5 with ids, kept as a feature set
-like our own.
+"""External features: files of other programs, kept as a feature set like our own.
 
-Rows of the cache belong to the bytes of images, and so every id needs the content hash of its
-image: from a column `content` (files that `headrace cache export` wrote have one) or from the
-caller, who knows where the images are. Ids are compared as text, in the form of `as_text`.
+Rows of the cache belong to the bytes of images, so every id needs the content hash of its image:
+from a column `content` (files that `headrace cache export` wrote have one) or from the caller, who
+knows where the images are. Ids are compared as text, in the form of `as_text`.
 """
 
 import hashlib
@@ -25,7 +24,7 @@ from headrace.cache.spec import STORAGE_DTYPES, FeatureSpec
 from headrace.cache.text import as_text
 
 __all__ = [
-    "PREFIX",
+    "BACKBONE_PREFIX",
     "ExternalFeatures",
     "ExternalFeaturesInvalid",
     "ImportResult",
@@ -34,178 +33,202 @@ __all__ = [
     "read_external_features",
 ]
 
-PREFIX = "imported:"  # of `FeatureSpec.backbone`: no network of ours made these
+BACKBONE_PREFIX = "imported:"  # of `FeatureSpec.backbone`: no network of ours made these
 _SHARD_ROWS = 4096
 
 
 @dataclass(frozen=True)
 class ImportResult:
-    """What an import did."""
+    """Counts of an import, and the feature set it made."""
 
     features: FeatureSet
-    rows: int  # kept
-    unknown: int  # rows whose id belongs to no image
-    copies: int  # rows of images that are copies of one another: one row is kept
+    n_rows: int  # kept
+    n_unknown: int  # rows whose id belongs to no image
+    n_copies: int  # rows of images that are copies of one another: one row is kept
 
 
 def import_features(
     cache_root: Path,
-    name: str,
-    foreign: ExternalFeatures,
-    known: Mapping[str, str] | None = None,
+    set_name: str,
+    external: ExternalFeatures,
+    image_hashes: Mapping[str, str] | None = None,
     *,
     dtype: str = "float32",
-    targets: pd.DataFrame | None = None,
+    target_table: pd.DataFrame | None = None,
 ) -> ImportResult:
-    """Keep features under a name; `known` is {id: content hash} of the images, for a file without
-    hashes.
+    """Store external features in the cache under `set_name`. Doing it twice changes nothing.
 
-    targets: what is to be predicted, one or more columns, indexed by content hash: features that
-    say it are refused. Doing it twice changes nothing. Raises ExternalFeaturesInvalid when another
-    import has the name, when no id belongs to an image or one to several, for features that are the
-    target (see `find_target_columns`), and for values that cannot be stored.
+    image_hashes: {id: content hash} of the images, for a file without hashes.
+    dtype: storage dtype, not uint8.
+    target_table: what is to be predicted, one or more columns, indexed by content hash. Features
+    that repeat a target are refused.
+
+    Raises ExternalFeaturesInvalid when another import has the name, when no id belongs to an image
+    or one id belongs to several, for features that are the target (see `find_target_columns`), and
+    for values that cannot be stored.
     """
-    if not name or any(letter in name for letter in "/:\\ ") or name.startswith("."):
+    if not set_name or any(letter in set_name for letter in "/:\\ ") or set_name.startswith("."):
         raise ExternalFeaturesInvalid(
-            f"the name {name!r}: expected a word without blanks, colons and slashes, such as dino"
+            f"the name {set_name!r}: expected a word without blanks, colons and slashes, "
+            "such as dino"
         )
     if dtype not in STORAGE_DTYPES or dtype == "uint8":
         raise ExternalFeaturesInvalid(f"dtype {dtype!r}: expected float32, float16 or bfloat16")
-    features = foreign.features
+    features = external.features
     if features.ndim not in (2, 4) or features.dtype.kind not in "fiub":
         raise ExternalFeaturesInvalid(
             f"the features are {features.dtype} of shape {features.shape}; expected numbers (rows, "
             "values), or maps (rows, channels, height, width)"
         )
-    content = _contents(foreign, known)
-    rows, copies = _first_of_each(content)
-    unknown = sum(value is None for value in content)
-    if not len(rows):
+    row_hashes = _hashes_of_rows(external, image_hashes)
+    kept_rows, n_copies = _deduplicate_rows(row_hashes)
+    n_unknown = sum(value is None for value in row_hashes)
+    if not len(kept_rows):
         raise ExternalFeaturesInvalid(
             (
-                f"none of the {len(foreign.ids):,} ids is that of an image, the first is "
-                f"{foreign.ids[0]!r}"
+                f"none of the {len(external.sample_ids):,} ids is that of an image, the first is "
+                f"{external.sample_ids[0]!r}"
             )
-            + (f"; those of the images look like {next(iter(known))!r}" if known else "")
+            + (
+                f"; those of the images look like {next(iter(image_hashes))!r}"
+                if image_hashes
+                else ""
+            )
         )
-    if targets is not None:
-        _refuse_targets(foreign, content, targets)
-    spec = _spec(name, foreign, content, rows, dtype)
-    for other in external_feature_sets(cache_root, name):
-        if other.spec != spec:
+    if target_table is not None:
+        _refuse_target_columns(external, row_hashes, target_table)
+    spec = _external_spec(set_name, external, row_hashes, kept_rows, dtype)
+    for existing_set in external_feature_sets(cache_root, set_name):
+        if existing_set.spec != spec:
             raise ExternalFeaturesInvalid(
-                f"{name!r} is imported already, with {other.n_rows:,} rows of shape "
-                f"{other.spec.shape}. Another name, or first: headrace cache rm "
-                f"{other.spec.fingerprint}"
+                f"{set_name!r} is imported already, with {existing_set.n_rows:,} rows of shape "
+                f"{existing_set.spec.shape}. Another name, or first: headrace cache rm "
+                f"{existing_set.spec.fingerprint}"
             )
     directory = create_feature_set(cache_root, spec)
-    for start in range(0, len(rows), _SHARD_ROWS):
-        chosen = rows[start : start + _SHARD_ROWS]
-        hashes = [str(content[row]) for row in chosen]
+    for start_row in range(0, len(kept_rows), _SHARD_ROWS):
+        shard_rows = kept_rows[start_row : start_row + _SHARD_ROWS]
+        shard_hashes = [str(row_hashes[row]) for row in shard_rows]
         publish_shard(
             directory,
-            hashlib.sha256("\n".join(hashes).encode()).hexdigest()[:16],
-            features=np.asarray(features[chosen], np.float32),
-            ids=[foreign.ids[row] for row in chosen],
-            content_hashes=hashes,
+            hashlib.sha256("\n".join(shard_hashes).encode()).hexdigest()[:16],
+            features=np.asarray(features[shard_rows], np.float32),
+            ids=[external.sample_ids[row] for row in shard_rows],
+            content_hashes=shard_hashes,
             failures=[],
         )
-    return ImportResult(open_feature_set(directory), len(rows), unknown, copies)
+    return ImportResult(open_feature_set(directory), len(kept_rows), n_unknown, n_copies)
 
 
-def external_feature_sets(cache_root: Path, name: str | None = None) -> list[FeatureSet]:
-    """The feature sets of a cache that were imported, under this name or any."""
-    found = [open_feature_set(path) for path in feature_set_directories(cache_root)]
-    wanted = PREFIX + (name or "")
+def external_feature_sets(cache_root: Path, set_name: str | None = None) -> list[FeatureSet]:
+    """Return the feature sets of a cache that were imported, under this name or under any."""
+    feature_sets = [open_feature_set(path) for path in feature_set_directories(cache_root)]
+    backbone_name = BACKBONE_PREFIX + (set_name or "")
     return [
-        each
-        for each in found
-        if each.spec.backbone.startswith(wanted) and (not name or each.spec.backbone == wanted)
+        feature_set
+        for feature_set in feature_sets
+        if feature_set.spec.backbone.startswith(backbone_name)
+        and (not set_name or feature_set.spec.backbone == backbone_name)
     ]
 
 
-def _spec(
-    name: str,
-    foreign: ExternalFeatures,
-    content: Sequence[str | None],
-    rows: npt.NDArray[np.int64],
+def _external_spec(
+    set_name: str,
+    external: ExternalFeatures,
+    row_hashes: Sequence[str | None],
+    kept_rows: npt.NDArray[np.int64],
     dtype: str,
 ) -> FeatureSpec:
     hasher = hashlib.sha256()
-    for row in rows:  # whole rows, whatever order they came in
-        hasher.update(f"{content[row]}|".encode())
-        hasher.update(np.ascontiguousarray(foreign.features[row], np.float32).tobytes())
-    shape = foreign.features.shape[1:]
+    for row in kept_rows:  # whole rows, whatever order they came in
+        hasher.update(f"{row_hashes[row]}|".encode())
+        hasher.update(np.ascontiguousarray(external.features[row], np.float32).tobytes())
+    row_shape = external.features.shape[1:]
     return FeatureSpec(
-        backbone=PREFIX + name,
+        backbone=BACKBONE_PREFIX + set_name,
         weights=hasher.hexdigest(),
-        tap=name,
-        reduction="vector" if len(shape) == 1 else "map",
+        tap=set_name,
+        reduction="vector" if len(row_shape) == 1 else "map",
         preprocessing="{}",
         view=json.dumps({"index": 0}, separators=(",", ":")),
         decoder="imported",
         compute_dtype="float32",
         dtype=dtype,
-        shape=shape,
+        shape=row_shape,
     )
 
 
-def _contents(foreign: ExternalFeatures, known: Mapping[str, str] | None) -> list[str | None]:
-    if foreign.content is not None:
-        if known and not set(known.values()) & set(foreign.content):
+def _hashes_of_rows(
+    external: ExternalFeatures, image_hashes: Mapping[str, str] | None
+) -> list[str | None]:
+    if external.content_hashes is not None:
+        if image_hashes and not set(image_hashes.values()) & set(external.content_hashes):
             raise ExternalFeaturesInvalid(
-                f"{foreign.source}: none of its content hashes is that of an image of the recipe: "
+                f"{external.source_name}: none of its content hashes is that of an image of "
+                "the recipe: "
                 "the features are of other images, or of these before they were changed. If "
                 "`content` holds something else (an MD5, say), rename the column, and the ids "
                 "count"
             )
-        return list(foreign.content)
-    if known is None:
+        return list(external.content_hashes)
+    if image_hashes is None:
         raise ExternalFeaturesInvalid(
             "the file has ids and no content hashes: name the images that the ids belong to, with "
             "--recipe recipe.yaml"
         )
-    images = pd.DataFrame(
-        {"id": as_text(pd.Series(list(known), dtype=object)), "content": list(known.values())}
+    image_table = pd.DataFrame(
+        {
+            "id": as_text(pd.Series(list(image_hashes), dtype=object)),
+            "content": list(image_hashes.values()),
+        }
     )
-    images = images.drop_duplicates()
-    twice = images["id"][images["id"].duplicated()]
-    wanted = twice[twice.isin(foreign.ids)]
-    if len(wanted):
+    image_table = image_table.drop_duplicates()
+    duplicate_ids = image_table["id"][image_table["id"].duplicated()]
+    ambiguous_ids = duplicate_ids[duplicate_ids.isin(external.sample_ids)]
+    if len(ambiguous_ids):
         raise ExternalFeaturesInvalid(
-            f"{foreign.source}: the id {wanted.iloc[0]!r} stands for several images of the recipe, "
+            f"{external.source_name}: the id {ambiguous_ids.iloc[0]!r} stands for several "
+            "images of the recipe, "
             "whose names differ in blanks or in the form of their accents alone. Rename one of "
             "them"
         )
-    content_of = dict(zip(images["id"], images["content"], strict=True))
-    return [content_of.get(name) for name in foreign.ids]
+    hash_of_id = dict(zip(image_table["id"], image_table["content"], strict=True))
+    return [hash_of_id.get(sample_id) for sample_id in external.sample_ids]
 
 
-def _refuse_targets(
-    foreign: ExternalFeatures, content: Sequence[str | None], targets: pd.DataFrame
+def _refuse_target_columns(
+    external: ExternalFeatures, row_hashes: Sequence[str | None], target_table: pd.DataFrame
 ) -> None:
-    """Raises ExternalFeaturesInvalid naming the first feature that says a target."""
-    if foreign.features.ndim != 2:
+    """Raise ExternalFeaturesInvalid naming the first feature that repeats a target."""
+    if external.features.ndim != 2:
         return
-    by_content = targets[~targets.index.duplicated() & targets.index.notna()]
-    for name in by_content.columns:
-        target = (
-            by_content[name].reindex(pd.Index(list(content), dtype=object)).reset_index(drop=True)
+    unique_targets = target_table[~target_table.index.duplicated() & target_table.index.notna()]
+    for target_name in unique_targets.columns:
+        target_values = (
+            unique_targets[target_name]
+            .reindex(pd.Index(list(row_hashes), dtype=object))
+            .reset_index(drop=True)
         )
-        if found := find_target_columns(foreign.features, target):
+        if leaking_columns := find_target_columns(external.features, target_values):
             raise ExternalFeaturesInvalid(
-                f"{foreign.source}: {foreign.columns.describe(found[0])} is the target "
-                f"{str(name)!r} under another name: each of its values stands for the target's. "
-                f"{foreign.columns.leave_out(found)}"
+                f"{external.source_name}: "
+                f"{external.feature_columns.describe(leaking_columns[0])} is the target "
+                f"{str(target_name)!r} under another name: each of its values stands for the "
+                "target's. "
+                f"{external.feature_columns.leave_out(leaking_columns)}"
             )
 
 
-def _first_of_each(content: Sequence[str | None]) -> tuple[npt.NDArray[np.int64], int]:
-    """Rows with a content hash in the order of the hashes, each once; and how many were copies."""
-    first: dict[str, int] = {}
-    copies = 0
-    for row, value in enumerate(content):
-        if value is not None:
-            copies += value in first
-            first.setdefault(value, row)
-    return np.array([first[value] for value in sorted(first)], np.int64), copies
+def _deduplicate_rows(row_hashes: Sequence[str | None]) -> tuple[npt.NDArray[np.int64], int]:
+    """Return the first row of each content hash, in the order of the hashes, and the number of
+    copies dropped.
+    """
+    row_of_hash: dict[str, int] = {}
+    n_copies = 0
+    for row, content_hash in enumerate(row_hashes):
+        if content_hash is not None:
+            n_copies += content_hash in row_of_hash
+            row_of_hash.setdefault(content_hash, row)
+    return np.array(
+        [row_of_hash[content_hash] for content_hash in sorted(row_of_hash)], np.int64
+    ), n_copies

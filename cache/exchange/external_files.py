@@ -1,4 +1,4 @@
-"""Features and ids from files that other programs made, checked for what is no feature."""
+"""Features and ids read from files of other programs, refusing what is not a feature."""
 
 import math
 import re
@@ -16,31 +16,31 @@ import pandas as pd
 from headrace.cache.errors import ExternalFeaturesInvalid
 from headrace.cache.exchange.columns import (
     FeatureColumns,
+    abbreviate_columns,
     choose_columns,
     columns_option,
     forbidden_or_unnamed,
     refuse_columns,
-    shown,
 )
 from headrace.cache.exchange.external_tables import (
     TABLES,
+    classify_columns,
     exported_shape,
-    kinds_of_columns,
-    list_column_values,
-    number_columns,
     read_columns,
-    read_texts,
+    read_list_column,
+    read_numeric_columns,
+    read_text_table,
     require_plausible_size,
 )
 from headrace.cache.exchange.leaks import find_row_counters
 from headrace.cache.text import as_text
 
 _TEXT_KINDS = "OSU"
-_HASH = re.compile(r"[0-9a-f]{32}")
+_CONTENT_HASH = re.compile(r"[0-9a-f]{32}")
 _EXACT_INTEGERS = 2.0**53
 _NO_COLUMNS = FeatureColumns()
-_FINITE_ROWS = 1 << 14  # looked at together for values that are no numbers
-_ELSEWHERE = (
+_BLOCK_ROWS = 1 << 14  # looked at together for values that are no numbers
+_STORED_ELSEWHERE = (
     "they are not read: a file that somebody sends could name any file of yours so. Copy them with "
     "h5py: new['x'] = old['x'][:]"
 )
@@ -48,131 +48,144 @@ _ELSEWHERE = (
 
 @dataclass(frozen=True)
 class ExternalFeatures:
-    """Features as another program left them."""
+    """Features and ids as another program left them."""
 
-    ids: list[str]  # N; unique where there are no content hashes
+    sample_ids: list[str]  # N; unique where there are no content hashes
     features: npt.NDArray[Any]  # (N, *shape), finite
-    content: list[str] | None  # N content hashes, where the file has them
-    columns: FeatureColumns = _NO_COLUMNS
-    source: str = "the file"
+    content_hashes: list[str] | None  # N content hashes, where the file has them
+    feature_columns: FeatureColumns = _NO_COLUMNS
+    source_name: str = "the file"
 
 
 def read_external_features(
-    source: Path,
+    source_path: Path,
     *,
-    ids: Path | None = None,
-    key: str | None = None,
+    ids_path: Path | None = None,
+    feature_key: str | None = None,
     id_key: str | None = None,
-    columns: Sequence[str] = (),
-    forbidden: Mapping[str, str] | None = None,
+    column_options: Sequence[str] = (),
+    forbidden_names: Mapping[str, str] | None = None,
 ) -> ExternalFeatures:
-    """Read features and ids.
+    """Read features and ids from a file.
 
-    .npy, .npz: features (N, ...) and a table of ids beside them, `ids` or `<stem>.rows.csv`.
+    .npy, .npz: features (N, ...) and a table of ids beside them, `ids_path` or `<stem>.rows.csv`.
     Parquet, CSV, TSV: a column of ids (`id_key`, by default `id`) and either one column of lists
-    (`key`) or numeric columns, which `columns` names as `choose_columns` reads it; a single one
-    needs no naming. HDF5: a data set of features (`key`) and one of ids (`id_key`), or `ids`.
+    (`feature_key`) or numeric columns, which `column_options` names as `choose_columns` reads it; a
+    single one needs no naming. HDF5: a data set of features (`feature_key`) and one of ids
+    (`id_key`), or `ids_path`.
 
-    forbidden: {column: what it is}, columns that are no features even when they are named, such as
-    the target. Raises ExternalFeaturesInvalid, saying what the file holds and what to type: several
-    columns and none named, columns that are no features (see `refuse_columns`,
-    `find_row_counters`), values that are no finite numbers, rows without an id.
+    forbidden_names: {column: reason}, columns that are no features even when they are named, such
+    as the target.
+
+    Raises ExternalFeaturesInvalid, stating what the file holds and what to type: several columns
+    and none named, columns that are no features (see `refuse_columns`, `find_row_counters`), values
+    that are not finite numbers, rows without an id.
     """
-    suffix = source.suffix.lower()
-    if not source.is_file():
-        raise ExternalFeaturesInvalid(f"{source}: no such file")
-    if columns and suffix not in TABLES:
+    suffix = source_path.suffix.lower()
+    if not source_path.is_file():
+        raise ExternalFeaturesInvalid(f"{source_path}: no such file")
+    if column_options and suffix not in TABLES:
         raise ExternalFeaturesInvalid(
-            f"{source}: --columns names columns of a table; found {suffix or 'no suffix'}, see "
+            f"{source_path}: --columns names columns of a table; found "
+            f"{suffix or 'no suffix'}, see "
             "--key"
         )
     try:
         if suffix in (".npy", ".npz"):
-            return _with_table(
-                _numpy(source, key, forbidden or {}), _id_table(source, ids, id_key), source, id_key
+            return _join_id_table(
+                _read_numpy(source_path, feature_key, forbidden_names or {}),
+                _read_id_table(source_path, ids_path, id_key),
+                source_path,
+                id_key,
             )
         if suffix in TABLES:
-            return _table(source, ids, key, id_key, columns, forbidden or {})
+            return _read_table(
+                source_path, ids_path, feature_key, id_key, column_options, forbidden_names or {}
+            )
         if suffix in (".h5", ".hdf5", ".hdf"):
-            return _hdf5(source, ids, key, id_key, forbidden or {})
+            return _read_hdf5(source_path, ids_path, feature_key, id_key, forbidden_names or {})
     except (ExternalFeaturesInvalid, MemoryError):
         raise
     # NumPy, zipfile, h5py, PyArrow and pandas raise anything on bytes that are not theirs.
     except Exception as error:
         raise ExternalFeaturesInvalid(
-            f"{source}: cannot be read as {suffix[1:]}: {' '.join(str(error).split())[:200]}"
+            f"{source_path}: cannot be read as {suffix[1:]}: {' '.join(str(error).split())[:200]}"
         ) from error
     raise ExternalFeaturesInvalid(
-        f"{source}: expected .npy, .npz, .parquet, .csv, .tsv, .h5 or .hdf5; found "
+        f"{source_path}: expected .npy, .npz, .parquet, .csv, .tsv, .h5 or .hdf5; found "
         f"{suffix or 'no suffix'}"
     )
 
 
-def _with_table(
+def _join_id_table(
     features: npt.NDArray[Any],
-    table: pd.DataFrame,
-    source: Path,
+    id_table: pd.DataFrame,
+    source_path: Path,
     id_key: str | None,
-    columns: FeatureColumns = _NO_COLUMNS,
+    feature_columns: FeatureColumns = _NO_COLUMNS,
 ) -> ExternalFeatures:
-    name = id_key or "id"
-    if name not in table:
+    id_column = id_key or "id"
+    if id_column not in id_table:
         raise ExternalFeaturesInvalid(
-            f"the table of ids beside {source} has no column {name!r} (--id-key); it has "
-            f"{shown(list(table.columns))}"
+            f"the table of ids beside {source_path} has no column {id_column!r} (--id-key); it has "
+            f"{abbreviate_columns(list(id_table.columns))}"
         )
-    return _checked(source, table[name], features, table.get("content"), columns)
+    return _validate_features(
+        source_path, id_table[id_column], features, id_table.get("content"), feature_columns
+    )
 
 
-def _id_table(source: Path, ids: Path | None, id_key: str | None) -> pd.DataFrame:
-    file = ids or source.with_suffix(".rows.csv")
-    if not file.is_file():
+def _read_id_table(source_path: Path, ids_path: Path | None, id_key: str | None) -> pd.DataFrame:
+    table_path = ids_path or source_path.with_suffix(".rows.csv")
+    if not table_path.is_file():
         raise ExternalFeaturesInvalid(
-            f"{source} holds features and no ids: give a table with one row per row, as in --ids "
+            f"{source_path} holds features and no ids: give a table with one row per row, as "
+            "in --ids "
             "rows.csv (column id)"
         )
-    suffix = file.suffix.lower()
+    suffix = table_path.suffix.lower()
     if suffix == ".npy":
-        return pd.DataFrame({id_key or "id": _values(_load_ids(file))})
+        return pd.DataFrame({id_key or "id": _values_per_row(_load_id_array(table_path))})
     if suffix == ".txt":
         # Not splitlines: a name may hold one of its rarer line ends.
-        lines = file.read_text(encoding="utf-8-sig").split("\n")
+        id_lines = table_path.read_text(encoding="utf-8-sig").split("\n")
         return pd.DataFrame(
-            {id_key or "id": lines[:-1] if not lines[-1].strip() else lines}, dtype=object
+            {id_key or "id": id_lines[:-1] if not id_lines[-1].strip() else id_lines}, dtype=object
         )
-    return _in_row_order(read_texts(file), file)
+    return _restore_row_order(read_text_table(table_path), table_path)
 
 
-def _load_ids(file: Path) -> npt.NDArray[Any]:
+def _load_id_array(ids_path: Path) -> npt.NDArray[Any]:
     try:
-        loaded: npt.NDArray[Any] = np.load(file, mmap_mode="r", allow_pickle=False)
+        id_array: npt.NDArray[Any] = np.load(ids_path, mmap_mode="r", allow_pickle=False)
     except ValueError as error:
         raise ExternalFeaturesInvalid(
-            f"{file}: cannot be read as ids ({error}). An array of Python objects could run code: "
+            f"{ids_path}: cannot be read as ids ({error}). An array of Python objects could "
+            "run code: "
             "write the ids as text, np.save(FILE, np.array(ids, dtype=str)), or one per line in a "
             ".txt"
         ) from error
-    return loaded
+    return id_array
 
 
-def _in_row_order(table: pd.DataFrame, file: Path) -> pd.DataFrame:
-    """The table that `export_npy` wrote in the order of its column `row`, in whatever order it is
-    now.
+def _restore_row_order(id_table: pd.DataFrame, table_path: Path) -> pd.DataFrame:
+    """Sort a table that `export_npy` wrote by its column `row`, in case another program has
+    reordered it.
     """
-    if not {"row", "id", "content"} <= set(table.columns):
-        return table
-    row = pd.to_numeric(table["row"], errors="coerce")
-    if set(row) != set(range(len(table))):
+    if not {"row", "id", "content"} <= set(id_table.columns):
+        return id_table
+    row_numbers = pd.to_numeric(id_table["row"], errors="coerce")
+    if set(row_numbers) != set(range(len(id_table))):
         raise ExternalFeaturesInvalid(
-            f"{file}: its column `row` does not count the rows of the features from 0 to "
-            f"{len(table) - 1:,}: rows have been added, removed or renumbered since it was "
+            f"{table_path}: its column `row` does not count the rows of the features from 0 to "
+            f"{len(id_table) - 1:,}: rows have been added, removed or renumbered since it was "
             "exported. Take the same rows of both, or export again"
         )
-    return table.iloc[np.argsort(row.to_numpy(), kind="stable")].reset_index(drop=True)
+    return id_table.iloc[np.argsort(row_numbers.to_numpy(), kind="stable")].reset_index(drop=True)
 
 
-def _values(array: npt.NDArray[Any]) -> pd.Series:
-    """One value per row of an array (N,) or (N, 1), as they are."""
+def _values_per_row(array: npt.NDArray[Any]) -> pd.Series:
+    """Return the N values of an array (N,) or (N, 1), unconverted."""
     if array.ndim > 1 and array.size == len(array):
         array = array.reshape(-1)
     if array.ndim != 1:
@@ -186,264 +199,327 @@ def _values(array: npt.NDArray[Any]) -> pd.Series:
     )
 
 
-def _numpy(source: Path, key: str | None, forbidden: Mapping[str, str]) -> npt.NDArray[Any]:
-    if source.suffix.lower() == ".npy":
-        array: npt.NDArray[Any] = np.load(source, mmap_mode="r", allow_pickle=False)
+def _read_numpy(
+    source_path: Path, feature_key: str | None, forbidden_names: Mapping[str, str]
+) -> npt.NDArray[Any]:
+    if source_path.suffix.lower() == ".npy":
+        array: npt.NDArray[Any] = np.load(source_path, mmap_mode="r", allow_pickle=False)
         return array
-    with np.load(source, allow_pickle=False) as archive:
-        _require_whole(archive.zip, source)
-        names = [key] if key else [name for name in archive.files if archive[name].ndim in (2, 4)]
-        if len(names) != 1 or names[0] not in archive.files:
+    with np.load(source_path, allow_pickle=False) as archive:
+        _require_complete_arrays(archive.zip, source_path)
+        array_names = (
+            [feature_key]
+            if feature_key
+            else [name for name in archive.files if archive[name].ndim in (2, 4)]
+        )
+        if len(array_names) != 1 or array_names[0] not in archive.files:
             raise ExternalFeaturesInvalid(
-                f"{source}: name the array of features with --key; it has "
+                f"{source_path}: name the array of features with --key; it has "
                 f"{', '.join(archive.files)}"
             )
-        refuse_columns(names, forbidden, names, "--key", source)
-        return np.asarray(archive[names[0]])
+        refuse_columns(array_names, forbidden_names, array_names, "--key", source_path)
+        return np.asarray(archive[array_names[0]])
 
 
-def _require_whole(archive: zipfile.ZipFile, source: Path) -> None:
-    """Raises ExternalFeaturesInvalid for arrays that declare more than is there, before memory is
-    asked for.
+def _require_complete_arrays(zip_archive: zipfile.ZipFile, source_path: Path) -> None:
+    """Raise ExternalFeaturesInvalid for arrays that declare more bytes than the archive holds,
+    before allocating memory.
     """
-    for member in archive.infolist():
-        require_plausible_size(member.file_size, source)
-        with archive.open(member) as opened:
+    for member in zip_archive.infolist():
+        require_plausible_size(member.file_size, source_path)
+        with zip_archive.open(member) as opened:
             if opened.read(6) != np.lib.format.MAGIC_PREFIX:
                 continue
             version = tuple(opened.read(2))
-            read = (
+            read_header = (
                 np.lib.format.read_array_header_1_0
                 if version == (1, 0)
                 else np.lib.format.read_array_header_2_0
             )
-            shape, _, dtype = read(opened)
-        if math.prod(shape) * dtype.itemsize > member.file_size:
+            array_shape, _, dtype = read_header(opened)
+        if math.prod(array_shape) * dtype.itemsize > member.file_size:
             raise ExternalFeaturesInvalid(
-                f"{source}: {member.filename} declares an array of shape {shape}, and does not "
+                f"{source_path}: {member.filename} declares an array of shape {array_shape}, "
+                "and does not "
                 "hold it"
             )
 
 
-def _table(
-    source: Path,
-    ids: Path | None,
-    key: str | None,
+def _read_table(
+    source_path: Path,
+    ids_path: Path | None,
+    feature_key: str | None,
     id_key: str | None,
-    options: Sequence[str],
-    forbidden: Mapping[str, str],
+    column_options: Sequence[str],
+    forbidden_names: Mapping[str, str],
 ) -> ExternalFeatures:
     id_name = id_key or "id"
-    columns, lists, numbers = kinds_of_columns(source, id_name)
-    if ids is None and id_name not in columns:
+    column_names, list_columns, numeric_columns = classify_columns(source_path, id_name)
+    if ids_path is None and id_name not in column_names:
         raise ExternalFeaturesInvalid(
-            f"{source} has no column {id_name!r} of ids (--id-key); it has {shown(columns)}"
+            f"{source_path} has no column {id_name!r} of ids (--id-key); it has "
+            f"{abbreviate_columns(column_names)}"
         )
-    if key is not None and options:
+    if feature_key is not None and column_options:
         raise ExternalFeaturesInvalid(
-            f"{source}: --key names a column of lists, --columns numeric columns: give one of them"
+            f"{source_path}: --key names a column of lists, --columns numeric columns: "
+            "give one of them"
         )
-    if key is not None and key not in columns:
+    if feature_key is not None and feature_key not in column_names:
         raise ExternalFeaturesInvalid(
-            f"{source} has no column {key!r} (--key); it has {shown(columns)}"
+            f"{source_path} has no column {feature_key!r} (--key); it has "
+            f"{abbreviate_columns(column_names)}"
         )
-    own = {
+    id_columns = {
         "content": "the column of content hashes",
         "id": "the column of ids",
         id_name: "the column of ids",
     }
-    forbidden = {**forbidden, **own}
-    texts = [] if ids is not None else [id_name, "content"]
-    list_column = key or (lists[0] if len(lists) == 1 and not options else None)
+    forbidden_names = {**forbidden_names, **id_columns}
+    text_columns = [] if ids_path is not None else [id_name, "content"]
+    list_column = feature_key or (
+        list_columns[0] if len(list_columns) == 1 and not column_options else None
+    )
     if list_column is not None:
-        refuse_columns([list_column], forbidden, columns, "--key", source)
-        frame = read_columns(source, [list_column], texts, columns)
-        features = list_column_values(
-            frame[list_column], source, columns_option(columns, [list_column])
+        refuse_columns([list_column], forbidden_names, column_names, "--key", source_path)
+        data_frame = read_columns(source_path, [list_column], text_columns, column_names)
+        features = read_list_column(
+            data_frame[list_column], source_path, columns_option(column_names, [list_column])
         )
-        shape = exported_shape(source)
-        features = features.reshape(len(frame), *shape) if shape else features
-        named = _NO_COLUMNS
+        row_shape = exported_shape(source_path)
+        features = features.reshape(len(data_frame), *row_shape) if row_shape else features
+        feature_columns = _NO_COLUMNS
     else:
-        if options:
-            chosen = choose_columns(columns, options, source)
-        elif len(numbers) == 1 and not lists:
-            chosen = numbers
+        if column_options:
+            chosen_columns = choose_columns(column_names, column_options, source_path)
+        elif len(numeric_columns) == 1 and not list_columns:
+            chosen_columns = numeric_columns
         else:
-            possible = [
+            candidate_columns = [
                 column
-                for column in numbers
-                if column not in forbidden_or_unnamed(numbers, forbidden)
+                for column in numeric_columns
+                if column not in forbidden_or_unnamed(numeric_columns, forbidden_names)
             ]
             raise ExternalFeaturesInvalid(
-                _unnamed_features(source, columns, lists, numbers, possible)
+                _unnamed_features_message(
+                    source_path, column_names, list_columns, numeric_columns, candidate_columns
+                )
             )
-        refuse_columns(chosen, forbidden, columns, "--columns", source)
-        frame = read_columns(source, chosen, texts, columns)
-        features = number_columns(frame, chosen, source)
-        named = FeatureColumns(tuple(chosen), tuple(columns))
-    if ids is not None:
-        return _with_table(features, _id_table(source, ids, id_key), source, id_key, named)
-    return _checked(source, frame[id_name], features, frame.get("content"), named)
-
-
-def _unnamed_features(
-    source: Path,
-    columns: Sequence[str],
-    lists: Sequence[str],
-    numbers: Sequence[str],
-    possible: Sequence[str],
-) -> str:
-    """The message for a table whose features nobody has named."""
-    if lists:
-        return (
-            f"{source}: name the column of features with --key; it has {shown(lists)} with lists, "
-            f"of {shown(columns)}"
+        refuse_columns(chosen_columns, forbidden_names, column_names, "--columns", source_path)
+        data_frame = read_columns(source_path, chosen_columns, text_columns, column_names)
+        features = read_numeric_columns(data_frame, chosen_columns, source_path)
+        feature_columns = FeatureColumns(tuple(chosen_columns), tuple(column_names))
+    if ids_path is not None:
+        return _join_id_table(
+            features,
+            _read_id_table(source_path, ids_path, id_key),
+            source_path,
+            id_key,
+            feature_columns,
         )
-    if not numbers:
-        return f"{source}: no column holds numbers, and none lists: it has {shown(columns)}"
+    return _validate_features(
+        source_path, data_frame[id_name], features, data_frame.get("content"), feature_columns
+    )
+
+
+def _unnamed_features_message(
+    source_path: Path,
+    column_names: Sequence[str],
+    list_columns: Sequence[str],
+    numeric_columns: Sequence[str],
+    candidate_columns: Sequence[str],
+) -> str:
+    """Return the message for a table whose feature columns nobody has named."""
+    if list_columns:
+        return (
+            f"{source_path}: name the column of features with --key; it has "
+            f"{abbreviate_columns(list_columns)} with lists, "
+            f"of {abbreviate_columns(column_names)}"
+        )
+    if not numeric_columns:
+        return (
+            f"{source_path}: no column holds numbers, and none lists: it has "
+            f"{abbreviate_columns(column_names)}"
+        )
     message = (
-        f"{source}: {len(numbers):,} columns hold numbers, {shown(numbers)}, and not every number "
+        f"{source_path}: {len(numeric_columns):,} columns hold numbers, "
+        f"{abbreviate_columns(numeric_columns)}, and not every number "
         "is a feature: the target, a row's number or an id among them would be learned from. Name "
         "the features"
     )
     return (
-        f"{message}: {columns_option(columns, possible)}"
-        if possible
+        f"{message}: {columns_option(column_names, candidate_columns)}"
+        if candidate_columns
         else f"{message} with --columns"
     )
 
 
-def _hdf5(
-    source: Path,
-    ids: Path | None,
-    key: str | None,
+def _read_hdf5(
+    source_path: Path,
+    ids_path: Path | None,
+    feature_key: str | None,
     id_key: str | None,
-    forbidden: Mapping[str, str],
+    forbidden_names: Mapping[str, str],
 ) -> ExternalFeatures:
-    with h5py.File(source, "r") as file:
-        found: dict[str, h5py.Dataset] = {}
-        file.visititems(
-            lambda name, item: (
-                found.update({name: item}) if isinstance(item, h5py.Dataset) else None
+    with h5py.File(source_path, "r") as hdf5_file:
+        data_sets: dict[str, h5py.Dataset] = {}
+        hdf5_file.visititems(
+            lambda name, data_set: (
+                data_sets.update({name: data_set}) if isinstance(data_set, h5py.Dataset) else None
             )
         )
-        listed = ", ".join(f"{name} {item.shape}" for name, item in found.items()) or "no data sets"
-        numbers = [
-            name for name, item in found.items() if item.ndim in (2, 4) and item.dtype.kind == "f"
+        data_set_list = (
+            ", ".join(f"{name} {data_set.shape}" for name, data_set in data_sets.items())
+            or "no data sets"
+        )
+        feature_names = [
+            name
+            for name, data_set in data_sets.items()
+            if data_set.ndim in (2, 4) and data_set.dtype.kind == "f"
         ]
-        chosen = key or (numbers[0] if len(numbers) == 1 else None)
-        if chosen not in found:
+        feature_name = feature_key or (feature_names[0] if len(feature_names) == 1 else None)
+        if feature_name not in data_sets:
             raise ExternalFeaturesInvalid(
-                f"{source}: name the data set of features with --key; it has {listed}"
+                f"{source_path}: name the data set of features with --key; it has {data_set_list}"
             )
         # A data set in a group is called by its last name: `train/label`.
-        refuse_columns([chosen.rpartition("/")[2]], forbidden, list(found), "--key", source)
-        features = np.asarray(_own_values(found[chosen], source))
-        if ids is not None:
-            return _with_table(features, _id_table(source, ids, id_key), source, id_key)
-        texts = [
-            name
-            for name, item in found.items()
-            if item.ndim == 1 and item.dtype.kind in _TEXT_KINDS
-        ]
-        named = id_key or ("id" if "id" in texts else texts[0] if len(texts) == 1 else None)
-        if named not in found:
-            raise ExternalFeaturesInvalid(
-                f"{source}: name the data set of ids with --id-key, or a table with --ids; it has "
-                f"{listed}"
+        refuse_columns(
+            [feature_name.rpartition("/")[2]],
+            forbidden_names,
+            list(data_sets),
+            "--key",
+            source_path,
+        )
+        features = np.asarray(_read_data_set(data_sets[feature_name], source_path))
+        if ids_path is not None:
+            return _join_id_table(
+                features, _read_id_table(source_path, ids_path, id_key), source_path, id_key
             )
-        content = _values(_own_values(found["content"], source)) if "content" in texts else None
-        return _checked(source, _values(_own_values(found[named], source)), features, content)
+        text_names = [
+            name
+            for name, data_set in data_sets.items()
+            if data_set.ndim == 1 and data_set.dtype.kind in _TEXT_KINDS
+        ]
+        id_name = id_key or (
+            "id" if "id" in text_names else text_names[0] if len(text_names) == 1 else None
+        )
+        if id_name not in data_sets:
+            raise ExternalFeaturesInvalid(
+                f"{source_path}: name the data set of ids with --id-key, or a table with "
+                "--ids; it has "
+                f"{data_set_list}"
+            )
+        content_hashes = (
+            _values_per_row(_read_data_set(data_sets["content"], source_path))
+            if "content" in text_names
+            else None
+        )
+        return _validate_features(
+            source_path,
+            _values_per_row(_read_data_set(data_sets[id_name], source_path)),
+            features,
+            content_hashes,
+        )
 
 
-def _own_values(item: h5py.Dataset, source: Path) -> npt.NDArray[Any]:
-    """All values of a data set.
+def _read_data_set(data_set: h5py.Dataset, source_path: Path) -> npt.NDArray[Any]:
+    """Return all values of a data set.
 
-    Raises ExternalFeaturesInvalid for those that lie in other files, and for more than this one can
+    Raises ExternalFeaturesInvalid for values stored in other files, and for more than this file can
     hold.
     """
-    if item.external or item.is_virtual:
+    if data_set.external or data_set.is_virtual:
         raise ExternalFeaturesInvalid(
-            f"{source}: the values of {item.name!r} lie in other files; {_ELSEWHERE}"
+            f"{source_path}: the values of {data_set.name!r} lie in other files; "
+            f"{_STORED_ELSEWHERE}"
         )
-    require_plausible_size(item.nbytes, source)
-    values: npt.NDArray[Any] = item[()]
+    require_plausible_size(data_set.nbytes, source_path)
+    values: npt.NDArray[Any] = data_set[()]
     return values
 
 
-def _checked(
-    source: Path,
-    ids: pd.Series,
+def _validate_features(
+    source_path: Path,
+    id_column: pd.Series,
     features: npt.NDArray[Any],
-    content: pd.Series | None,
-    columns: FeatureColumns = _NO_COLUMNS,
+    content_column: pd.Series | None,
+    feature_columns: FeatureColumns = _NO_COLUMNS,
 ) -> ExternalFeatures:
-    if len(ids) != len(features):
+    if len(id_column) != len(features):
         raise ExternalFeaturesInvalid(
-            f"{source}: {len(features):,} rows of features and {len(ids):,} ids; expected one for "
+            f"{source_path}: {len(features):,} rows of features and {len(id_column):,} ids; "
+            "expected one for "
             "each"
         )
-    if not len(ids):
-        raise ExternalFeaturesInvalid(f"{source}: there are no rows")
-    if ids.dtype.kind == "f" and (ids.abs() > _EXACT_INTEGERS).any():
+    if not len(id_column):
+        raise ExternalFeaturesInvalid(f"{source_path}: there are no rows")
+    if id_column.dtype.kind == "f" and (id_column.abs() > _EXACT_INTEGERS).any():
         raise ExternalFeaturesInvalid(
-            f"{source}: the ids are floating-point numbers beyond 2^53, which have lost their last "
+            f"{source_path}: the ids are floating-point numbers beyond 2^53, which have lost "
+            "their last "
             "digits (pandas makes them of integers where it meets a gap). Write them again as "
             "integers or as text"
         )
-    names = as_text(ids).reset_index(drop=True)
-    nameless = names.isna() | (names == "")
-    if nameless.any():
+    sample_ids = as_text(id_column).reset_index(drop=True)
+    has_no_id = sample_ids.isna() | (sample_ids == "")
+    if has_no_id.any():
         raise ExternalFeaturesInvalid(
-            f"{source}: {int(nameless.sum()):,} rows have no id, first row "
-            f"{int(nameless.to_numpy().argmax()) + 1:,}"
+            f"{source_path}: {int(has_no_id.sum()):,} rows have no id, first row "
+            f"{int(has_no_id.to_numpy().argmax()) + 1:,}"
         )
     try:
-        "".join(names).encode()
+        "".join(sample_ids).encode()
     except UnicodeEncodeError as error:
         raise ExternalFeaturesInvalid(
-            f"{source}: ids that are no UTF-8 ({error.reason}): write them again as text"
+            f"{source_path}: ids that are no UTF-8 ({error.reason}): write them again as text"
         ) from None
-    hashes = None if content is None else as_text(content).tolist()
-    if hashes is not None and not all(
-        isinstance(value, str) and _HASH.fullmatch(value) for value in hashes
+    content_hashes = None if content_column is None else as_text(content_column).tolist()
+    if content_hashes is not None and not all(
+        isinstance(value, str) and _CONTENT_HASH.fullmatch(value) for value in content_hashes
     ):
-        hashes = None  # some other column of this name
-    twice = names.duplicated()
+        content_hashes = None  # some other column of this name
+    is_duplicate = sample_ids.duplicated()
     # Content hashes tell rows apart where ids do not: one cache may hold two folders with the same
     # names.
-    if hashes is None and twice.any():
+    if content_hashes is None and is_duplicate.any():
         raise ExternalFeaturesInvalid(
-            f"{source}: {int(twice.sum()):,} ids occur more than once, first "
-            f"{names[int(twice.to_numpy().argmax())]!r}"
+            f"{source_path}: {int(is_duplicate.sum()):,} ids occur more than once, first "
+            f"{sample_ids[int(is_duplicate.to_numpy().argmax())]!r}"
         )
-    _refuse_infinite(source, names, features, columns)
-    if features.ndim == 2 and (counting := find_row_counters(features)):
-        first = ", ".join(f"{float(value):g}" for value in features[:3, counting[0]])
+    _refuse_non_finite(source_path, sample_ids, features, feature_columns)
+    if features.ndim == 2 and (counter_columns := find_row_counters(features)):
+        first_values = ", ".join(f"{float(value):g}" for value in features[:3, counter_columns[0]])
         raise ExternalFeaturesInvalid(
-            f"{source}: {columns.describe(counting[0])} counts the rows ({first}, …): not a "
-            f"feature. {columns.leave_out(counting)}"
+            f"{source_path}: {feature_columns.describe(counter_columns[0])} counts the rows "
+            f"({first_values}, …): not a "
+            f"feature. {feature_columns.leave_out(counter_columns)}"
         )
-    return ExternalFeatures(names.tolist(), features, hashes, columns, str(source))
+    return ExternalFeatures(
+        sample_ids.tolist(), features, content_hashes, feature_columns, str(source_path)
+    )
 
 
-def _refuse_infinite(
-    source: Path, ids: pd.Series, features: npt.NDArray[Any], columns: FeatureColumns
+def _refuse_non_finite(
+    source_path: Path,
+    sample_ids: pd.Series,
+    features: npt.NDArray[Any],
+    feature_columns: FeatureColumns,
 ) -> None:
-    """Raises ExternalFeaturesInvalid naming the first value that is no finite number."""
+    """Raise ExternalFeaturesInvalid naming the first value that is not a finite number."""
     if features.dtype.kind != "f":
         return
-    for start in range(0, len(features), _FINITE_ROWS):
-        block = features[start : start + _FINITE_ROWS].reshape(
-            min(_FINITE_ROWS, len(features) - start), -1
+    for start_row in range(0, len(features), _BLOCK_ROWS):
+        value_block = features[start_row : start_row + _BLOCK_ROWS].reshape(
+            min(_BLOCK_ROWS, len(features) - start_row), -1
         )
         with np.errstate(over="ignore"):  # rows are kept as float32 at most
-            finite = np.isfinite(block.astype(np.float32, copy=False))
-        if not finite.all():
-            row, value = (int(place) for place in np.argwhere(~finite)[0])
+            is_finite = np.isfinite(value_block.astype(np.float32, copy=False))
+        if not is_finite.all():
+            block_row, column_index = (int(position) for position in np.argwhere(~is_finite)[0])
             raise ExternalFeaturesInvalid(
-                f"{source}: {columns.describe(value)} is {block[row, value]} in row "
-                f"{start + row + 1:,} (id {ids[start + row]!r}); expected finite numbers, of "
+                f"{source_path}: {feature_columns.describe(column_index)} is "
+                f"{value_block[block_row, column_index]} in row "
+                f"{start_row + block_row + 1:,} (id {sample_ids[start_row + block_row]!r}); "
+                "expected finite numbers, of "
                 "float32 at most. Mend or remove the row, or leave the column out"
             )

@@ -1,4 +1,4 @@
-"""CSV, TSV and Parquet tables that other programs made: ids as they are written, features as
+"""CSV, TSV and Parquet tables that other programs made: ids exactly as written, features as
 numbers.
 """
 
@@ -18,222 +18,262 @@ from headrace.cache.spec import FeatureSpec
 _TEXT_TABLES = (".csv", ".tsv")
 TABLES = (".parquet", ".pq", *_TEXT_TABLES)
 _SNIFFED_ROWS = 1000  # of a CSV, to see which columns are numbers
-_MOST_COLUMNS = 100_000  # of a CSV
-_MOST_COMPRESSED = 1032  # deflate's bound
+_MAX_COLUMNS = 100_000  # of a CSV
+_MAX_COMPRESSION_RATIO = 1032  # deflate's bound
 _VALUE_BYTES = 4  # of a number, or a short text
 
 
-def require_plausible_size(declared: int, source: Path) -> None:
-    """Raises ExternalFeaturesInvalid for bytes of values that a file of its size cannot hold,
-    however well they are compressed.
+def require_plausible_size(declared_bytes: int, source_path: Path) -> None:
+    """Raise ExternalFeaturesInvalid if a file of this size cannot hold that many bytes, however
+    well compressed.
     """
-    size = source.stat().st_size
-    if declared > _MOST_COMPRESSED * size:
+    file_bytes = source_path.stat().st_size
+    if declared_bytes > _MAX_COMPRESSION_RATIO * file_bytes:
         raise ExternalFeaturesInvalid(
-            f"{source}: it has {size:,} bytes, and declares {declared:,} bytes of values. Fetch it "
+            f"{source_path}: it has {file_bytes:,} bytes, and declares {declared_bytes:,} "
+            "bytes of values. Fetch it "
             "again"
         )
 
 
-def kinds_of_columns(source: Path, id_name: str) -> tuple[list[str], list[str], list[str]]:
-    """All columns of a table, those of lists, and those of numbers; from the schema, or the first
-    rows of a CSV.
+def classify_columns(source_path: Path, id_name: str) -> tuple[list[str], list[str], list[str]]:
+    """Return all columns of a table, its list columns, and its numeric columns, judged by the
+    schema or by the first rows of a CSV.
     """
-    if source.suffix.lower() in _TEXT_TABLES:
-        frame = _read_csv(source, None, _SNIFFED_ROWS, None)
+    if source_path.suffix.lower() in _TEXT_TABLES:
+        sampled_rows = _read_csv(source_path, None, _SNIFFED_ROWS, None)
         # With gaps too: nobody would miss a column that a suggestion leaves out in silence.
-        is_mostly_numbers = frame.apply(pd.to_numeric, errors="coerce").notna().mean() > 0.5
-        columns = [str(column) for column in frame.columns]
-        numbers = [
+        is_mostly_numbers = sampled_rows.apply(pd.to_numeric, errors="coerce").notna().mean() > 0.5
+        column_names = [str(column) for column in sampled_rows.columns]
+        numeric_columns = [
             column
-            for column in columns
+            for column in column_names
             if is_mostly_numbers[column] and column not in (id_name, "content")
         ]
-        return columns, [], numbers
+        return column_names, [], numeric_columns
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    schema = pq.read_schema(source)
+    schema = pq.read_schema(source_path)
     is_list = [
-        pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-        for kind in schema.types
+        pa.types.is_list(arrow_type)
+        or pa.types.is_large_list(arrow_type)
+        or pa.types.is_fixed_size_list(arrow_type)
+        for arrow_type in schema.types
     ]
     is_number = [
-        pa.types.is_integer(kind)
-        or pa.types.is_floating(kind)
-        or pa.types.is_boolean(kind)
-        or pa.types.is_decimal(kind)
-        for kind in schema.types
+        pa.types.is_integer(arrow_type)
+        or pa.types.is_floating(arrow_type)
+        or pa.types.is_boolean(arrow_type)
+        or pa.types.is_decimal(arrow_type)
+        for arrow_type in schema.types
     ]
-    columns = list(schema.names)
-    lists = [column for column, yes in zip(columns, is_list, strict=True) if yes]
-    numbers = [
-        column for column, yes in zip(columns, is_number, strict=True) if yes and column != id_name
+    column_names = list(schema.names)
+    list_columns = [
+        column for column, is_kind in zip(column_names, is_list, strict=True) if is_kind
     ]
-    return columns, lists, numbers
+    numeric_columns = [
+        column
+        for column, is_kind in zip(column_names, is_number, strict=True)
+        if is_kind and column != id_name
+    ]
+    return column_names, list_columns, numeric_columns
 
 
 def read_columns(
-    source: Path, features: Sequence[str], texts: Sequence[str], columns: Sequence[str]
+    source_path: Path,
+    feature_columns: Sequence[str],
+    text_columns: Sequence[str],
+    column_names: Sequence[str],
 ) -> pd.DataFrame:
-    """The columns of features, and those of `texts` that there are; of a CSV, these as they are
-    written.
+    """Read the feature columns and those of `text_columns` that exist; a CSV's text columns stay
+    exactly as written.
     """
-    wanted = [column for column in columns if column in features or column in texts]
-    if source.suffix.lower() in _TEXT_TABLES:
-        return _read_csv(source, wanted, None, dict.fromkeys(texts, str))
-    return _read_parquet(source, wanted)
+    selected_columns = [
+        column for column in column_names if column in feature_columns or column in text_columns
+    ]
+    if source_path.suffix.lower() in _TEXT_TABLES:
+        return _read_csv(source_path, selected_columns, None, dict.fromkeys(text_columns, str))
+    return _read_parquet(source_path, selected_columns)
 
 
-def read_texts(file: Path) -> pd.DataFrame:
-    """A small table whose columns are all wanted as they are written: the ids beside an array."""
+def read_text_table(table_path: Path) -> pd.DataFrame:
+    """Read a small table with every column exactly as written: the ids beside an array."""
     return (
-        _read_csv(file, None, None, str)
-        if file.suffix.lower() not in (".parquet", ".pq")
-        else _read_parquet(file, None)
+        _read_csv(table_path, None, None, str)
+        if table_path.suffix.lower() not in (".parquet", ".pq")
+        else _read_parquet(table_path, None)
     )
 
 
 def _read_csv(
-    file: Path, columns: Sequence[str] | None, rows: int | None, dtype: Any
+    table_path: Path, column_names: Sequence[str] | None, max_rows: int | None, dtype: Any
 ) -> pd.DataFrame:
-    separator = "\t" if file.suffix.lower() == ".tsv" else ","
-    with open(file, encoding="utf-8-sig", newline="") as stream:
-        header = next(csv.reader(stream, delimiter=separator), [])
-    if len(header) > _MOST_COLUMNS:
+    separator = "\t" if table_path.suffix.lower() == ".tsv" else ","
+    with open(table_path, encoding="utf-8-sig", newline="") as text_stream:
+        header_names = next(csv.reader(text_stream, delimiter=separator), [])
+    if len(header_names) > _MAX_COLUMNS:
         raise ExternalFeaturesInvalid(
-            f"{file}: {len(header):,} columns; at most {_MOST_COLUMNS:,} are read. Keep them in "
+            f"{table_path}: {len(header_names):,} columns; at most {_MAX_COLUMNS:,} are read. "
+            "Keep them in "
             ".npy, or as lists"
         )
-    twice = sorted(name for name, times in Counter(header).items() if name and times > 1)
-    if twice:  # pandas would rename the second one, and nobody would know which is which
+    duplicate_names = sorted(
+        name for name, times in Counter(header_names).items() if name and times > 1
+    )
+    if duplicate_names:  # pandas would rename the second one, and nobody would know which is which
         raise ExternalFeaturesInvalid(
-            f"{file}: the first line has several columns {twice[0]!r}: give each its own name"
+            f"{table_path}: the first line has several columns {duplicate_names[0]!r}: "
+            "give each its own name"
         )
-    frame = pd.read_csv(
-        file,
+    data_frame = pd.read_csv(
+        table_path,
         sep=separator,
         dtype=dtype,
-        usecols=None if columns is None else list(columns),
-        nrows=rows,
+        usecols=None if column_names is None else list(column_names),
+        nrows=max_rows,
         encoding="utf-8-sig",
         keep_default_na=False,  # an id may be None or NA, and an empty value is no number
         na_filter=False,
         low_memory=False,
     )
     if not isinstance(
-        frame.index, pd.RangeIndex
+        data_frame.index, pd.RangeIndex
     ):  # pandas takes the first values for the rows' names
         raise ExternalFeaturesInvalid(
-            f"{file}: the rows have more values than the first line has names ({len(header)})"
+            f"{table_path}: the rows have more values than the first line has names "
+            f"({len(header_names)})"
         )
-    return frame
+    return data_frame
 
 
-def _read_parquet(file: Path, columns: Sequence[str] | None) -> pd.DataFrame:
+def _read_parquet(table_path: Path, column_names: Sequence[str] | None) -> pd.DataFrame:
     import pyarrow.parquet as pq
 
     # Without pandas' metadata, which would hide a column of ids that has been the index. Integers
     # with a gap would lose digits as floats.
-    require_plausible_size(_VALUE_BYTES * _values_declared(file, columns), file)
-    table = pq.read_table(file, columns=None if columns is None else list(columns))
-    frame: pd.DataFrame = table.to_pandas(ignore_metadata=True, integer_object_nulls=True)
-    return frame
+    require_plausible_size(
+        _VALUE_BYTES * _count_declared_values(table_path, column_names), table_path
+    )
+    arrow_table = pq.read_table(
+        table_path, columns=None if column_names is None else list(column_names)
+    )
+    data_frame: pd.DataFrame = arrow_table.to_pandas(
+        ignore_metadata=True, integer_object_nulls=True
+    )
+    return data_frame
 
 
-def _values_declared(file: Path, columns: Sequence[str] | None) -> int:
-    """How many values of these columns a Parquet file says that it has, those in lists
-    one by one.
-    """
+def _count_declared_values(table_path: Path, column_names: Sequence[str] | None) -> int:
+    """Count the values of these columns that a Parquet file declares, those in lists one by one."""
     import pyarrow.parquet as pq
 
-    wanted = None if columns is None else set(columns)
-    values = 0
-    with pq.ParquetFile(file) as opened:
-        metadata, paths = opened.metadata, [column.path for column in opened.schema]
-        own = [
-            number
-            for number, path in enumerate(paths)
+    requested_columns = None if column_names is None else set(column_names)
+    n_values = 0
+    with pq.ParquetFile(table_path) as parquet_file:
+        metadata, column_paths = (
+            parquet_file.metadata,
+            [column.path for column in parquet_file.schema],
+        )
+        column_indices = [
+            column_index
+            for column_index, column_path in enumerate(column_paths)
             # Of a list, `name.list.element`; names may have dots in them.
-            if wanted is None
-            or path in wanted
-            or any(path.startswith(f"{name}.") for name in wanted)
+            if requested_columns is None
+            or column_path in requested_columns
+            or any(column_path.startswith(f"{column_name}.") for column_name in requested_columns)
         ]
-        for group in range(metadata.num_row_groups):
+        for row_group in range(metadata.num_row_groups):
             # A chunk whose description is damaged ends the process where it is asked for; where it
             # is read, that is an error.
             next(
-                opened.iter_batches(
-                    batch_size=1, row_groups=[group], columns=[paths[number] for number in own]
+                parquet_file.iter_batches(
+                    batch_size=1,
+                    row_groups=[row_group],
+                    columns=[column_paths[column_index] for column_index in column_indices],
                 ),
                 None,
             )
-            values += sum(metadata.row_group(group).column(number).num_values for number in own)
-    return values
+            n_values += sum(
+                metadata.row_group(row_group).column(column_index).num_values
+                for column_index in column_indices
+            )
+    return n_values
 
 
-def number_columns(frame: pd.DataFrame, names: Sequence[str], source: Path) -> npt.NDArray[Any]:
-    """(N, D) float32 of columns. Raises ExternalFeaturesInvalid naming the first value that is
-    no number.
+def read_numeric_columns(
+    data_frame: pd.DataFrame, column_names: Sequence[str], source_path: Path
+) -> npt.NDArray[Any]:
+    """Return columns as (N, D) float32.
+
+    Raises ExternalFeaturesInvalid naming the first value that is not a number.
     """
-    features = np.empty((len(frame), len(names)), np.float32)
-    for number, name in enumerate(names):
-        column = frame[name]
+    features = np.empty((len(data_frame), len(column_names)), np.float32)
+    for column_index, column_name in enumerate(column_names):
+        column = data_frame[column_name]
         if column.dtype.kind not in "fiub":
             # Text and decimals; pandas would make numbers of dates too.
-            values = pd.to_numeric(
+            numeric_values = pd.to_numeric(
                 column if column.dtype.kind == "O" else column.astype(str), errors="coerce"
             )
-            if values.isna().any():
-                row = int(values.isna().to_numpy().argmax())
+            if numeric_values.isna().any():
+                row = int(numeric_values.isna().to_numpy().argmax())
                 raise ExternalFeaturesInvalid(
-                    f"{source}: column {name!r} holds {column.iloc[row]!r} in row {row + 1:,}; "
+                    f"{source_path}: column {column_name!r} holds {column.iloc[row]!r} in row "
+                    f"{row + 1:,}; "
                     "expected a number. Mend or remove the row, or leave the column out"
                 )
-            column = values
+            column = numeric_values
         with np.errstate(over="ignore"):  # an infinity is told with its row
-            features[:, number] = column.to_numpy(np.float64)
+            features[:, column_index] = column.to_numpy(np.float64)
     return features
 
 
-def list_column_values(column: pd.Series, source: Path, option: str) -> npt.NDArray[Any]:
-    """(N, D) float32 of a column of N lists.
+def read_list_column(
+    list_column: pd.Series, source_path: Path, suggested_option: str
+) -> npt.NDArray[Any]:
+    """Return a column of N lists as (N, D) float32.
 
-    Raises ExternalFeaturesInvalid naming the first row that is no such list.
+    Raises ExternalFeaturesInvalid naming the first row that is not a list of that length.
     """
-    size: int | None = None
-    for row, value in enumerate(column):
+    list_length: int | None = None
+    for row, value in enumerate(list_column):
         if isinstance(value, str):
             raise ExternalFeaturesInvalid(
-                f"{source}: column {column.name!r} holds text in row {row + 1:,}, {value[:30]!r}; "
+                f"{source_path}: column {list_column.name!r} holds text in row {row + 1:,}, "
+                f"{value[:30]!r}; "
                 "expected a list of numbers. Lists survive in Parquet, not in CSV: "
                 "frame.to_parquet(FILE)"
             )
         if not isinstance(value, np.ndarray | list):
-            expected = (
-                f"; numbers are named with {option}"
+            expected_hint = (
+                f"; numbers are named with {suggested_option}"
                 if isinstance(value, int | float | np.number)
                 else ""
             )
             raise ExternalFeaturesInvalid(
-                f"{source}: column {column.name!r} holds {value!r} in row {row + 1:,}; expected a "
-                f"list of numbers{expected}"
+                f"{source_path}: column {list_column.name!r} holds {value!r} in row "
+                f"{row + 1:,}; expected a "
+                f"list of numbers{expected_hint}"
             )
-        size = len(value) if size is None else size
-        if len(value) != size:
+        list_length = len(value) if list_length is None else list_length
+        if len(value) != list_length:
             raise ExternalFeaturesInvalid(
-                f"{source}: column {column.name!r} holds lists of {size:,} values and, in row "
+                f"{source_path}: column {list_column.name!r} holds lists of {list_length:,} "
+                "values and, in row "
                 f"{row + 1:,}, one of {len(value):,}"
             )
     with np.errstate(over="ignore"):
-        return np.stack([np.asarray(value, np.float32) for value in column])
+        return np.stack([np.asarray(value, np.float32) for value in list_column])
 
 
-def exported_shape(source: Path) -> tuple[int, ...] | None:
-    """Of one row, in a file that `export_parquet` wrote; Parquet lists are flat."""
-    if source.suffix.lower() in _TEXT_TABLES:
+def exported_shape(source_path: Path) -> tuple[int, ...] | None:
+    """Return the shape of one row of a file that `export_parquet` wrote, None for other files.
+    Parquet lists are flat.
+    """
+    if source_path.suffix.lower() in _TEXT_TABLES:
         return None
     import pyarrow.parquet as pq
 
-    text = (pq.read_schema(source).metadata or {}).get(b"headrace")
-    return FeatureSpec.from_json(text.decode()).shape if text else None
+    spec_json = (pq.read_schema(source_path).metadata or {}).get(b"headrace")
+    return FeatureSpec.from_json(spec_json.decode()).shape if spec_json else None

@@ -1,4 +1,4 @@
-"""Features that are none: the number of the row, and the target itself under another name.
+"""Detection of columns that are no features: row numbers, and the target under another name.
 
 N rows, D columns, K classes.
 """
@@ -11,7 +11,7 @@ import pandas as pd
 
 from headrace.cache.text import as_text
 
-Rows = npt.NDArray[np.generic]
+FeatureArray = npt.NDArray[np.generic]
 # Fewer rows or values could agree by chance: 0, 1 and 2 with three numbered rows, six numbers that
 # happen to rise.
 _LEAST_ROWS = 3
@@ -21,96 +21,120 @@ _LEAST_PER_VALUE = 5
 _FIRST_ROWS = 1024  # rule out nearly every column before all rows are read
 
 
-def find_row_counters(features: Rows) -> list[int]:
-    """The columns of features (N, D) that count the rows: 0, 1, 2, …, or by any other step from any
-    other number.
+def find_row_counters(features: FeatureArray) -> list[int]:
+    """Return the columns of features (N, D) that count the rows: 0, 1, 2, …, or any other constant
+    step.
 
     The mean of a time series' own index is such a column, as is the time of frames.
     """
     if len(features) < _LEAST_ROWS:
         return []
-    first, last = np.asarray(features[0], np.float64), np.asarray(features[-1], np.float64)
-    steps = (last - first) / (len(features) - 1)
+    first_row, last_row = np.asarray(features[0], np.float64), np.asarray(features[-1], np.float64)
+    step_of_column = (last_row - first_row) / (len(features) - 1)
     # float32 has seven digits: of the largest number, and so of the difference of two. Less than
     # that is no step.
-    digits = 4 * np.finfo(np.float32).eps * np.maximum(np.abs(first), np.abs(last))
-    is_rising = np.abs(last - first) > 16 * digits
-    columns = np.flatnonzero(
-        is_rising if len(features) >= _LEAST_STEPS else (steps == 1) & np.isin(first, (0, 1))
+    rounding_error = 4 * np.finfo(np.float32).eps * np.maximum(np.abs(first_row), np.abs(last_row))
+    is_rising = np.abs(last_row - first_row) > 16 * rounding_error
+    column_indices = np.flatnonzero(
+        is_rising
+        if len(features) >= _LEAST_STEPS
+        else (step_of_column == 1) & np.isin(first_row, (0, 1))
     )
-    for start, stop in _blocks(len(features)):
-        if not len(columns):
+    for start_row, stop_row in _row_blocks(len(features)):
+        if not len(column_indices):
             break
-        expected = first[columns] + np.arange(start, stop)[:, None] * steps[columns]
-        difference = np.abs(np.asarray(features[start:stop][:, columns], np.float64) - expected)
-        columns = columns[
-            (difference <= digits[columns] + 1e-3 * np.abs(steps[columns])).all(axis=0)
+        expected_values = (
+            first_row[column_indices]
+            + np.arange(start_row, stop_row)[:, None] * step_of_column[column_indices]
+        )
+        difference = np.abs(
+            np.asarray(features[start_row:stop_row][:, column_indices], np.float64)
+            - expected_values
+        )
+        column_indices = column_indices[
+            (
+                difference
+                <= rounding_error[column_indices] + 1e-3 * np.abs(step_of_column[column_indices])
+            ).all(axis=0)
         ]
-    return [int(column) for column in columns]
+    return [int(column) for column in column_indices]
 
 
-def find_target_columns(features: Rows, target: pd.Series) -> list[int]:
-    """The columns of features (N, D) that say the target and nothing else. target: N values,
-    missing where unknown.
+def find_target_columns(features: FeatureArray, target: pd.Series) -> list[int]:
+    """Return the columns of features (N, D) that repeat the target. target: N values, missing where
+    unknown.
 
-    Found are columns that have one value for each class and another for each other class; columns
-    of fewer values that are still the same within each class (an indicator of one class, a mean of
-    the target), where that is no chance; and, of a target of many different numbers, columns that
-    rise or fall with it without exception.
+    Three kinds are recognised: columns with one distinct value per class; columns of fewer values
+    that are constant within each class (an indicator of one class, a mean of the target), where
+    that cannot be chance; and, for a target of many different numbers, columns that rise or fall
+    with it without exception.
     """
-    rows = np.flatnonzero(target.notna().to_numpy())
-    codes, classes = pd.factorize(as_text(target.iloc[rows]))
+    labelled_rows = np.flatnonzero(target.notna().to_numpy())
+    class_codes, classes = pd.factorize(as_text(target.iloc[labelled_rows]))
     if len(classes) < 2:
         return []
-    if 2 * len(classes) <= len(rows):
-        return _functions(features, rows, codes, len(classes))
-    numbers = pd.to_numeric(target.iloc[rows], errors="coerce").to_numpy(np.float64)
-    if len(classes) < _LEAST_VALUES or not np.isfinite(numbers).all():
+    if 2 * len(classes) <= len(labelled_rows):
+        return _class_constant_columns(features, labelled_rows, class_codes, len(classes))
+    target_numbers = pd.to_numeric(target.iloc[labelled_rows], errors="coerce").to_numpy(np.float64)
+    if len(classes) < _LEAST_VALUES or not np.isfinite(target_numbers).all():
         return []
-    return _monotone(features, rows[np.argsort(numbers, kind="stable")])
+    return _monotone_columns(features, labelled_rows[np.argsort(target_numbers, kind="stable")])
 
 
-def _functions(
-    features: Rows, rows: npt.NDArray[np.intp], codes: npt.NDArray[np.intp], n_classes: int
+def _class_constant_columns(
+    features: FeatureArray,
+    labelled_rows: npt.NDArray[np.intp],
+    class_codes: npt.NDArray[np.intp],
+    n_classes: int,
 ) -> list[int]:
-    """Columns that are constant within each class, and not over all."""
-    first = np.zeros(n_classes, np.int64)
-    first[codes[::-1]] = np.arange(len(rows))[::-1]
-    of_class = features[rows[first]]  # (K, D)
-    columns = np.flatnonzero((of_class != of_class[0]).any(axis=0))
-    for start, stop in _blocks(len(rows)):
-        if not len(columns):
+    """Return the columns that are constant within each class but not over all rows."""
+    first_row_of_class = np.zeros(n_classes, np.int64)
+    first_row_of_class[class_codes[::-1]] = np.arange(len(labelled_rows))[::-1]
+    class_values = features[labelled_rows[first_row_of_class]]  # (K, D)
+    column_indices = np.flatnonzero((class_values != class_values[0]).any(axis=0))
+    for start_row, stop_row in _row_blocks(len(labelled_rows)):
+        if not len(column_indices):
             break
-        expected = of_class[codes[start:stop]][:, columns]
-        columns = columns[(features[rows[start:stop]][:, columns] == expected).all(axis=0)]
-    found = []
-    for column in columns:
-        value_of_class, values = pd.factorize(of_class[:, column])
-        support = np.bincount(value_of_class[codes], minlength=len(values))
-        if len(values) == n_classes or support.min() >= _LEAST_PER_VALUE:
-            found.append(int(column))
-    return found
+        expected_values = class_values[class_codes[start_row:stop_row]][:, column_indices]
+        column_indices = column_indices[
+            (features[labelled_rows[start_row:stop_row]][:, column_indices] == expected_values).all(
+                axis=0
+            )
+        ]
+    leaking_columns = []
+    for column in column_indices:
+        value_codes, distinct_values = pd.factorize(class_values[:, column])
+        rows_per_value = np.bincount(value_codes[class_codes], minlength=len(distinct_values))
+        if len(distinct_values) == n_classes or rows_per_value.min() >= _LEAST_PER_VALUE:
+            leaking_columns.append(int(column))
+    return leaking_columns
 
 
-def _monotone(features: Rows, order: npt.NDArray[np.intp]) -> list[int]:
-    """Columns that never fall, or never rise, along the rows of `order`."""
-    sampled = order[np.linspace(0, len(order) - 1, min(len(order), _FIRST_ROWS)).astype(np.int64)]
-    columns = np.arange(features.shape[1])
-    for chosen in (sampled, order):
-        steps = np.diff(np.asarray(features[chosen][:, columns], np.float64), axis=0)
-        columns = columns[(steps >= 0).all(axis=0) | (steps <= 0).all(axis=0)]
-        if not len(columns):
+def _monotone_columns(features: FeatureArray, row_order: npt.NDArray[np.intp]) -> list[int]:
+    """Return the columns that never fall, or never rise, along the rows of `row_order`."""
+    sampled_rows = row_order[
+        np.linspace(0, len(row_order) - 1, min(len(row_order), _FIRST_ROWS)).astype(np.int64)
+    ]
+    column_indices = np.arange(features.shape[1])
+    for row_subset in (sampled_rows, row_order):
+        value_steps = np.diff(
+            np.asarray(features[row_subset][:, column_indices], np.float64), axis=0
+        )
+        column_indices = column_indices[
+            (value_steps >= 0).all(axis=0) | (value_steps <= 0).all(axis=0)
+        ]
+        if not len(column_indices):
             break
     return [
         int(column)
-        for column in columns
-        if len(np.unique(features[order, column])) >= _LEAST_VALUES
+        for column in column_indices
+        if len(np.unique(features[row_order, column])) >= _LEAST_VALUES
     ]
 
 
-def _blocks(rows: int) -> Iterator[tuple[int, int]]:
-    """First and past-the-end row of blocks, the first of them small."""
-    start, size = 0, _FIRST_ROWS
-    while start < rows:
-        yield start, min(rows, start + size)
-        start, size = start + size, 1 << 16
+def _row_blocks(n_rows: int) -> Iterator[tuple[int, int]]:
+    """Yield (start row, stop row) of blocks that cover n_rows, the first one small."""
+    start_row, block_rows = 0, _FIRST_ROWS
+    while start_row < n_rows:
+        yield start_row, min(n_rows, start_row + block_rows)
+        start_row, block_rows = start_row + block_rows, 1 << 16

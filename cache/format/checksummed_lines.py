@@ -1,5 +1,5 @@
-"""Text lines that carry their own checksum: one flat JSON object per line, with `check` as its last
-key.
+"""Checksummed JSON lines: one flat JSON object per line, with its own checksum under the last key,
+`check`.
 """
 
 import json
@@ -13,34 +13,36 @@ class LineCorrupt(ValueError):
 
 
 def to_checksummed_line(values: dict[str, Any]) -> bytes:
-    """One line, newline included. `check` is the XXH3-128 of the canonical JSON of the
-    other keys.
+    """Return one line, newline included.
+
+    `check` is the XXH3-128 of the canonical JSON of the other keys.
     """
-    text = json.dumps(values, sort_keys=True, separators=(",", ":"))
-    return f'{text[:-1]},"check":"{xxhash.xxh3_128_hexdigest(text.encode())}"}}\n'.encode()
+    canonical_json = json.dumps(values, sort_keys=True, separators=(",", ":"))
+    checksum = xxhash.xxh3_128_hexdigest(canonical_json.encode())
+    return f'{canonical_json[:-1]},"check":"{checksum}"}}\n'.encode()
 
 
 def from_checksummed_line(line: bytes) -> dict[str, Any]:
-    """Inverse of `to_checksummed_line`; the newline may be missing.
+    """Return the values of a line, without `check`; its newline may be missing.
 
     Raises LineCorrupt when a single bit differs.
     """
     try:
         values: dict[str, Any] = json.loads(line)
         values.pop("check")
-        written = to_checksummed_line(values)
+        expected_line = to_checksummed_line(values)
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise LineCorrupt(str(error)) from error
-    if written.rstrip(b"\n") != line.rstrip(b"\n"):
+    if expected_line.rstrip(b"\n") != line.rstrip(b"\n"):
         raise LineCorrupt("its checksum is another")
     return values
 
 
 def is_torn_line(tail: bytes) -> bool:
-    """Whether text after the last newline is a line whose writer died, or is still writing: a
-    beginning without an end.
+    """Return True if the text after the last newline is an unfinished line, whose writer died or is
+    still writing.
 
-    The object is flat, so a closing brace can only be the last character of a whole line. (A brace
-    inside a string would make a torn line look corrupt, which is the safe side.)
+    The object is flat, so a closing brace can only be the last character of a complete line. (A
+    brace inside a string would make a torn line look corrupt, which is the safe side.)
     """
     return b"}" not in tail

@@ -10,18 +10,22 @@ import numpy.typing as npt
 from headrace.cache.errors import HeadraceError
 
 
-def read_compressed_rows(path: Path, rows: Any) -> npt.NDArray[Any]:
-    """Stored rows (n, *shape) of a checked shard; rows: a slice, or increasing positions.
+def read_compressed_rows(shard_path: Path, row_selection: Any) -> npt.NDArray[Any]:
+    """Return stored rows (n, *shape) of a verified shard.
 
-    Raises HeadraceError.
+    row_selection: a slice, or increasing positions.
+
+    Raises HeadraceError without hdf5plugin.
     """
-    require_hdf5plugin(f"{path} is compressed")
-    with path.open("rb") as bytes_of_it, h5py.File(bytes_of_it, "r") as file:
-        return np.asarray(file["features"][rows])
+    require_hdf5plugin(f"{shard_path} is compressed")
+    with shard_path.open("rb") as bytes_of_it, h5py.File(bytes_of_it, "r") as file:
+        return np.asarray(file["features"][row_selection])
 
 
 def require_hdf5plugin(why: str) -> Any:
-    """The module hdf5plugin; importing it is what makes its filters known to HDF5."""
+    """Import and return hdf5plugin, which registers its filters with HDF5. Raises HeadraceError
+    without it.
+    """
     try:
         import hdf5plugin
     except ImportError as error:

@@ -1,9 +1,10 @@
-"""Storage dtypes: what is written for a feature, and what it costs in round-off.
+"""Storage dtypes, and the quantization error that each one causes.
 
-float16    2 bytes, relative error 2^-11, largest value 65504 bfloat16   2 bytes (as uint16: the
-upper half of a float32), relative error 2^-8, the range of float32 float32    4 bytes, as computed
-uint8      1 byte, value = offset[c] + scale[c] * stored, with a scale per channel and shard: error
-<= scale / 2
+float16    2 bytes, relative error 2^-11, largest value 65504
+bfloat16   2 bytes (as uint16: the upper half of a float32), relative error 2^-8, range of float32
+float32    4 bytes, as computed
+uint8      1 byte, value = offset[c] + scale[c] * stored, error <= scale / 2;
+           scale and offset per channel and shard
 """
 
 from collections.abc import Sequence
@@ -29,7 +30,9 @@ _BLOCK_BYTES = 1 << 19
 
 @dataclass(frozen=True)
 class QuantizationError:
-    """How far the stored values are from the given ones, over all values of some rows."""
+    """Difference between stored values and the values before storing, over all values of a set of
+    rows.
+    """
 
     largest: float = 0.0  # largest absolute error
     squared_error: float = 0.0  # sum of squared errors
@@ -37,7 +40,7 @@ class QuantizationError:
 
     @property
     def relative_rms(self) -> float:
-        """Root mean square of the error over that of the values."""
+        """Root mean square of the error divided by that of the values."""
         return float(np.sqrt(self.squared_error / self.squared)) if self.squared else 0.0
 
     def __add__(self, other: "QuantizationError") -> "QuantizationError":
@@ -50,7 +53,7 @@ class QuantizationError:
 
 @dataclass(frozen=True)
 class EncodedRows:
-    """Rows as they are stored."""
+    """Rows in their storage dtype."""
 
     stored: npt.NDArray[Any]  # (n, *shape), one of STORED_DTYPES
     scale: npt.NDArray[np.float32] | None  # (C,), uint8 only
@@ -58,167 +61,216 @@ class EncodedRows:
     quantization_error: QuantizationError
 
 
-def encode(features: npt.NDArray[Any], ids: Sequence[str], dtype: str) -> EncodedRows:
-    """Rows (n, *shape) of any real dtype as they are stored. `ids` (n,) name a sample in an error.
+def encode_rows(
+    features: npt.NDArray[Any], sample_ids: Sequence[str], storage_dtype: str
+) -> EncodedRows:
+    """Convert rows (n, *shape) of any real dtype to the storage dtype.
+
+    sample_ids: n ids, to name a sample in an error.
 
     Raises CacheError on NaN and infinity, in the features or by overflow of the storage dtype.
     """
-    if features.dtype == STORED_DTYPES[dtype] and dtype in ("float16", "float32"):
+    if features.dtype == STORED_DTYPES[storage_dtype] and storage_dtype in ("float16", "float32"):
         # Nothing is converted, so nothing is lost; the squares are left out too, as no ratio needs
         # them.
         features = np.ascontiguousarray(features)
-        for rows in _blocks(features):
-            if not _all_finite(features[rows], dtype):
-                _refuse(_not_finite(features[rows], dtype), features[rows], ids, rows.start, dtype)
+        for row_block in _row_blocks(features):
+            if not _all_finite(features[row_block], storage_dtype):
+                _refuse_values(
+                    _not_finite(features[row_block], storage_dtype),
+                    features[row_block],
+                    sample_ids,
+                    row_block.start,
+                    storage_dtype,
+                )
         return EncodedRows(features, None, None, QuantizationError())
-    stored = np.empty(features.shape, STORED_DTYPES[dtype])
+    stored_rows = np.empty(features.shape, STORED_DTYPES[storage_dtype])
     quantization_error = QuantizationError()
-    scale, offset = _channel_range(features, ids) if dtype == "uint8" else (None, None)
-    for rows in _blocks(features):
-        given = features[rows].astype(np.float32 if features.dtype != np.float64 else np.float64)
-        # uint8 was checked when its range was measured.
-        stored[rows] = _encode_block(given, dtype, scale, offset)
-        if dtype != "uint8":
-            _refuse(_not_finite(stored[rows], dtype), given, ids, rows.start, dtype)
-        error = given - _restored(stored[rows], dtype, scale, offset)
-        largest = max(float(error.max(initial=0)), -float(error.min(initial=0)))
-        quantization_error += QuantizationError(
-            largest, _sum_of_squares(error), _sum_of_squares(given)
+    channel_scale, channel_offset = (
+        _channel_range(features, sample_ids) if storage_dtype == "uint8" else (None, None)
+    )
+    for row_block in _row_blocks(features):
+        block_values = features[row_block].astype(
+            np.float32 if features.dtype != np.float64 else np.float64
         )
-    return EncodedRows(stored, scale, offset, quantization_error)
+        # uint8 was checked when its range was measured.
+        stored_rows[row_block] = _encode_block(
+            block_values, storage_dtype, channel_scale, channel_offset
+        )
+        if storage_dtype != "uint8":
+            _refuse_values(
+                _not_finite(stored_rows[row_block], storage_dtype),
+                block_values,
+                sample_ids,
+                row_block.start,
+                storage_dtype,
+            )
+        storage_error = block_values - _decode_as_float32(
+            stored_rows[row_block], storage_dtype, channel_scale, channel_offset
+        )
+        largest_error = max(
+            float(storage_error.max(initial=0)), -float(storage_error.min(initial=0))
+        )
+        quantization_error += QuantizationError(
+            largest_error, _sum_of_squares(storage_error), _sum_of_squares(block_values)
+        )
+    return EncodedRows(stored_rows, channel_scale, channel_offset, quantization_error)
 
 
-def decode(
-    stored: npt.NDArray[Any],
-    dtype: str,
-    scale: npt.NDArray[np.float32] | None = None,
-    offset: npt.NDArray[np.float32] | None = None,
+def decode_rows(
+    stored_rows: npt.NDArray[Any],
+    storage_dtype: str,
+    channel_scale: npt.NDArray[np.float32] | None = None,
+    channel_offset: npt.NDArray[np.float32] | None = None,
 ) -> npt.NDArray[Any]:
-    """Stored rows (n, *shape) as numbers: float16 and float32 as they are, the others as float32.
+    """Convert stored rows (n, *shape) to numbers: float16 and float32 unchanged, other dtypes as
+    float32.
 
-    scale and offset: (C,), or (n, C) where rows come from several shards; C is the first axis of a
-    row.
+    channel_scale and channel_offset: (C,), or (n, C) for rows of several shards; C is the first
+    axis of a row.
     """
-    if dtype == "bfloat16":
-        return (stored.astype(np.uint32) << 16).view(np.float32)
-    if dtype == "uint8":
-        assert scale is not None
-        assert offset is not None
-        trailing = (1,) * (stored.ndim - 2)
-        values = stored.astype(np.float32)
-        values *= scale.reshape(scale.shape + trailing)
-        values += offset.reshape(offset.shape + trailing)
-        return values
-    return stored
+    if storage_dtype == "bfloat16":
+        return (stored_rows.astype(np.uint32) << 16).view(np.float32)
+    if storage_dtype == "uint8":
+        assert channel_scale is not None
+        assert channel_offset is not None
+        trailing_axes = (1,) * (stored_rows.ndim - 2)
+        decoded_values = stored_rows.astype(np.float32)
+        decoded_values *= channel_scale.reshape(channel_scale.shape + trailing_axes)
+        decoded_values += channel_offset.reshape(channel_offset.shape + trailing_axes)
+        return decoded_values
+    return stored_rows
 
 
-def _restored(
-    stored: npt.NDArray[Any],
-    dtype: str,
-    scale: npt.NDArray[np.float32] | None,
-    offset: npt.NDArray[np.float32] | None,
+def _decode_as_float32(
+    stored_rows: npt.NDArray[Any],
+    storage_dtype: str,
+    channel_scale: npt.NDArray[np.float32] | None,
+    channel_offset: npt.NDArray[np.float32] | None,
 ) -> npt.NDArray[Any]:
-    if dtype != "float16":
-        return decode(stored, dtype, scale, offset)
-    values = np.empty(stored.shape, np.float32)
-    float16_to_float32(stored, values)
-    return values
+    if storage_dtype != "float16":
+        return decode_rows(stored_rows, storage_dtype, channel_scale, channel_offset)
+    decoded_values = np.empty(stored_rows.shape, np.float32)
+    float16_to_float32(stored_rows, decoded_values)
+    return decoded_values
 
 
 def _encode_block(
-    given: npt.NDArray[Any],
-    dtype: str,
-    scale: npt.NDArray[np.float32] | None,
-    offset: npt.NDArray[np.float32] | None,
+    block_values: npt.NDArray[Any],
+    storage_dtype: str,
+    channel_scale: npt.NDArray[np.float32] | None,
+    channel_offset: npt.NDArray[np.float32] | None,
 ) -> npt.NDArray[Any]:
-    if dtype == "bfloat16":
-        bits = given.astype(np.float32).view(np.uint32)
+    if storage_dtype == "bfloat16":
+        float_bits = block_values.astype(np.float32).view(np.uint32)
         # Round to nearest, ties to even. A NaN could wrap around to zero here: let it stay one.
-        rounded = (bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16
-        return np.where(np.isfinite(given), rounded, np.uint32(0x7FC0)).astype(np.uint16)
-    if dtype == "uint8":
-        assert scale is not None
-        assert offset is not None
-        trailing = (1,) * (given.ndim - 2)
-        steps = np.where(scale > 0, scale, np.float32(1)).reshape(scale.shape + trailing)
+        rounded_bits = (float_bits + (((float_bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16
+        return np.where(np.isfinite(block_values), rounded_bits, np.uint32(0x7FC0)).astype(
+            np.uint16
+        )
+    if storage_dtype == "uint8":
+        assert channel_scale is not None
+        assert channel_offset is not None
+        trailing_axes = (1,) * (block_values.ndim - 2)
+        step_sizes = np.where(channel_scale > 0, channel_scale, np.float32(1)).reshape(
+            channel_scale.shape + trailing_axes
+        )
         return np.clip(
-            np.rint((given - offset.reshape(offset.shape + trailing)) / steps), 0, 255
+            np.rint(
+                (block_values - channel_offset.reshape(channel_offset.shape + trailing_axes))
+                / step_sizes
+            ),
+            0,
+            255,
         ).astype(np.uint8)
     with np.errstate(over="ignore"):
-        return given.astype(STORED_DTYPES[dtype])
+        return block_values.astype(STORED_DTYPES[storage_dtype])
 
 
 def _channel_range(
-    features: npt.NDArray[Any], ids: Sequence[str]
+    features: npt.NDArray[Any], sample_ids: Sequence[str]
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """scale and offset (C,) that spread each channel's range over 0..255."""
-    for rows in _blocks(features):
-        given = features[rows]
+    """Return scale and offset, (C,) each, that spread each channel's range over 0..255."""
+    for row_block in _row_blocks(features):
+        block_values = features[row_block]
         with np.errstate(over="ignore"):  # found by its result
-            bad = ~np.isfinite(given.astype(np.float32))
-        _refuse(bad, given, ids, rows.start, "uint8")
-    axes = (0, *range(2, features.ndim))
+            is_bad = ~np.isfinite(block_values.astype(np.float32))
+        _refuse_values(is_bad, block_values, sample_ids, row_block.start, "uint8")
+    reduced_axes = (0, *range(2, features.ndim))
     if not len(features):
         return np.zeros(features.shape[1:2], np.float32), np.zeros(features.shape[1:2], np.float32)
-    low, high = (
-        features.min(axis=axes).astype(np.float64),
-        features.max(axis=axes).astype(np.float64),
+    lowest_values, highest_values = (
+        features.min(axis=reduced_axes).astype(np.float64),
+        features.max(axis=reduced_axes).astype(np.float64),
     )
-    return ((high - low) / 255).astype(np.float32), low.astype(np.float32)
+    return ((highest_values - lowest_values) / 255).astype(np.float32), lowest_values.astype(
+        np.float32
+    )
 
 
-def _all_finite(values: npt.NDArray[Any], dtype: str) -> bool:
-    """Whether float16 or float32 values hold no NaN and no infinity, without writing down which."""
-    if dtype == "float32":
+def _all_finite(values: npt.NDArray[Any], storage_dtype: str) -> bool:
+    """Return True if float16 or float32 values contain no NaN and no infinity, without locating
+    them.
+    """
+    if storage_dtype == "float32":
         return bool(np.isfinite(values).all())
     # Halves of one sign are in the order of their bits, infinity and NaN last. Two maxima take half
     # of `_not_finite`'s time.
-    positive, negative = values.view(np.int16).max(initial=0), values.view(np.uint16).max(initial=0)
-    return bool(positive < 0x7C00 and negative < 0xFC00)
+    largest_positive, largest_negative = (
+        values.view(np.int16).max(initial=0),
+        values.view(np.uint16).max(initial=0),
+    )
+    return bool(largest_positive < 0x7C00 and largest_negative < 0xFC00)
 
 
-def _not_finite(values: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.bool_]:
-    if dtype == "float32":
+def _not_finite(values: npt.NDArray[Any], storage_dtype: str) -> npt.NDArray[np.bool_]:
+    if storage_dtype == "float32":
         return np.asarray(~np.isfinite(values))
     # All exponent bits set. numpy's isfinite is ten times slower on float16 than this comparison of
     # integers.
-    exponent = np.uint16(0x7C00 if dtype == "float16" else 0x7F80)
-    return np.asarray((values.view(np.uint16) & exponent) == exponent)
+    exponent_mask = np.uint16(0x7C00 if storage_dtype == "float16" else 0x7F80)
+    return np.asarray((values.view(np.uint16) & exponent_mask) == exponent_mask)
 
 
-def _refuse(
-    bad: npt.NDArray[np.bool_],
-    given: npt.NDArray[Any],
-    ids: Sequence[str],
+def _refuse_values(
+    is_bad: npt.NDArray[np.bool_],
+    block_values: npt.NDArray[Any],
+    sample_ids: Sequence[str],
     first_row: int,
-    dtype: str,
+    storage_dtype: str,
 ) -> None:
-    if not bad.any():
+    if not is_bad.any():
         return
-    position = tuple(int(axis[0]) for axis in np.nonzero(bad))
-    value = float(given[position])
-    where = f"sample {ids[first_row + position[0]]!r}: its feature {list(position[1:])}"
-    if not np.isfinite(value):
+    position = tuple(int(axis[0]) for axis in np.nonzero(is_bad))
+    bad_value = float(block_values[position])
+    location_text = (
+        f"sample {sample_ids[first_row + position[0]]!r}: its feature {list(position[1:])}"
+    )
+    if not np.isfinite(bad_value):
         raise CacheError(
-            f"{where} is {value}. A network that gives NaN or infinity gives a head nothing to "
+            f"{location_text} is {bad_value}. A network that gives NaN or infinity gives a "
+            "head nothing to "
             "learn from; look at the image and at the weights, or list it as failed"
         )
-    if dtype == "float16":
+    if storage_dtype == "float16":
         raise CacheError(
-            f"{where} is {value:g}, and float16 ends at 65504. Store this tap as bfloat16 or "
+            f"{location_text} is {bad_value:g}, and float16 ends at 65504. Store this tap as "
+            "bfloat16 or "
             "float32 (dtype in the recipe)"
         )
     raise CacheError(
-        f"{where} is {value:g}, and {dtype} ends at 3.4e38. No head can use such a value; look at "
+        f"{location_text} is {bad_value:g}, and {storage_dtype} ends at 3.4e38. No head can "
+        "use such a value; look at "
         "the image and the weights"
     )
 
 
-def _blocks(features: npt.NDArray[Any]) -> list[slice]:
+def _row_blocks(features: npt.NDArray[Any]) -> list[slice]:
     row_bytes = max(1, features[:1].nbytes)
-    step = max(1, _BLOCK_BYTES // row_bytes)
+    block_rows = max(1, _BLOCK_BYTES // row_bytes)
     return [
-        slice(start, min(start + step, len(features))) for start in range(0, len(features), step)
+        slice(start_row, min(start_row + block_rows, len(features)))
+        for start_row in range(0, len(features), block_rows)
     ]
 
 

@@ -1,5 +1,5 @@
-"""float16 to float32, five times faster than numpy's cast, which goes number by number
-in software.
+"""Conversion of float16 to float32, five times faster than numpy's cast, which converts one number
+at a time in software.
 """
 
 from typing import Any
@@ -15,18 +15,22 @@ _REBIAS = np.float32(2.0**112)
 _BLOCK = 1 << 16  # values: four passes over 256 KB stay in the second-level cache
 
 
-def float16_to_float32(half: npt.NDArray[Any], out: npt.NDArray[np.float32]) -> None:
-    """Write finite float16 values (any shape, C order) as float32 into `out` (same shape, C order):
-    exact, bit for bit.
+def float16_to_float32(
+    float16_values: npt.NDArray[Any], float32_values: npt.NDArray[np.float32]
+) -> None:
+    """Write finite float16 values (any shape, C order) into `float32_values` (same shape, C order),
+    exactly.
 
     Infinity and NaN, which no shard holds, would come out as large numbers.
     """
-    bits, values = half.reshape(-1).view(np.int16), out.reshape(-1)
+    float16_bits, values = float16_values.reshape(-1).view(np.int16), float32_values.reshape(-1)
     as_integers = values.view(np.int32)
-    for start in range(0, len(bits), _BLOCK):
-        part = as_integers[start : start + _BLOCK]
-        np.copyto(part, bits[start : start + _BLOCK])  # extends the sign
-        np.left_shift(part, 13, out=part)
-        np.bitwise_and(part, _KEEP, out=part)
-        floats = values[start : start + _BLOCK]
-        np.multiply(floats, _REBIAS, out=floats)
+    for block_start in range(0, len(float16_bits), _BLOCK):
+        integer_block = as_integers[block_start : block_start + _BLOCK]
+        np.copyto(
+            integer_block, float16_bits[block_start : block_start + _BLOCK]
+        )  # extends the sign
+        np.left_shift(integer_block, 13, out=integer_block)
+        np.bitwise_and(integer_block, _KEEP, out=integer_block)
+        float_block = values[block_start : block_start + _BLOCK]
+        np.multiply(float_block, _REBIAS, out=float_block)

@@ -1,8 +1,10 @@
-"""A digest that a file carries in itself, whatever its format: JSON, safetensors or .npz.
+"""Sealed files: a file that contains its own checksum, whatever its format (JSON, safetensors,
+.npz).
 
-The writer leaves UNSEALED as a text somewhere in the file; `seal` puts in its place the XXH3-128 of
-all bytes as they were before. So no bit of the file can change unseen, but one of the mark itself,
-which no number depends on: a file without the mark is taken for one of an earlier version.
+The writer puts UNSEALED as a text somewhere into the file; `seal` replaces its zeros by the
+XXH3-128 of all bytes as they were before. So no bit of the file can change unnoticed, except one of
+the mark itself, which no number depends on: a file without the mark is taken for one of an earlier
+version.
 """
 
 import io
@@ -25,53 +27,59 @@ _DIGEST = re.compile(re.escape(_MARK.encode()) + rb"([0-9a-f]{32})")
 
 
 class SealBroken(ValueError):
-    """The bytes are not the ones that were sealed."""
+    """The bytes are not those that were sealed."""
 
 
 def seal(data: bytes) -> bytes:
-    """The file with its digest in the place of UNSEALED, which must be in it."""
-    place = data.index(UNSEALED.encode()) + len(_MARK)
-    return b"".join((data[:place], xxhash.xxh3_128_hexdigest(data).encode(), data[place + 32 :]))
+    """Return the file with its checksum in the place of UNSEALED, which it must contain."""
+    digest_position = data.index(UNSEALED.encode()) + len(_MARK)
+    return b"".join(
+        (
+            data[:digest_position],
+            xxhash.xxh3_128_hexdigest(data).encode(),
+            data[digest_position + 32 :],
+        )
+    )
 
 
 def check_seal(data: bytes) -> None:
     """Raise SealBroken unless the bytes are those that `seal` returned, or have no seal."""
-    found = _DIGEST.search(data)
-    if found is None:
+    digest_match = _DIGEST.search(data)
+    if digest_match is None:
         if _MARK.encode() in data:
             raise SealBroken("the digest that it carries is no digest")
         return
     hasher, view = xxhash.xxh3_128(), memoryview(data)
-    for part in (view[: found.start(1)], b"0" * 32, view[found.end(1) :]):
-        hasher.update(part)
-    if hasher.hexdigest() != found[1].decode():
+    for file_part in (view[: digest_match.start(1)], b"0" * 32, view[digest_match.end(1) :]):
+        hasher.update(file_part)
+    if hasher.hexdigest() != digest_match[1].decode():
         raise SealBroken(
             f"its bytes have the digest {hasher.hexdigest()}, when it was written it was "
-            f"{found[1].decode()}"
+            f"{digest_match[1].decode()}"
         )
 
 
 def tensor_metadata(data: bytes) -> dict[str, str]:
-    """The texts that a safetensors file of these bytes carries.
+    """Return the metadata texts of a safetensors file.
 
-    Raises ValueError, KeyError for what is no such file.
+    Raises ValueError or KeyError for other bytes.
     """
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     return dict(header["__metadata__"])
 
 
-def is_sealed_file(path: Path) -> bool:
-    """Whether a safetensors file is there and as it was written; one of an earlier version, without
-    a seal, if it has its size.
+def is_sealed_file(file_path: Path) -> bool:
+    """Return True for an intact safetensors file; one of an earlier version, without a seal, is
+    judged by its size.
     """
     try:
-        data = path.read_bytes()
+        data = file_path.read_bytes()
         check_seal(data)
         tensors = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        ends = [
+        tensor_ends = [
             tensor["data_offsets"][1] for name, tensor in tensors.items() if name != "__metadata__"
         ]
-        return 8 + int.from_bytes(data[:8], "little") + max(ends, default=0) == len(data)
+        return 8 + int.from_bytes(data[:8], "little") + max(tensor_ends, default=0) == len(data)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, LookupError):
         return False
 
@@ -81,14 +89,17 @@ def sealed_json(
     indent: int | None = None,
     default: Callable[[Any], Any] | None = None,
 ) -> bytes:
-    """The object as JSON, with its seal as the last key. default: as `json.dumps` takes it."""
+    """Return the object as JSON with its seal as the last key.
+
+    default: as in `json.dumps`.
+    """
     return seal(json.dumps({**values, SEAL: UNSEALED}, indent=indent, default=default).encode())
 
 
 def read_sealed_json(data: bytes | str) -> dict[str, Any]:
-    """Inverse of `sealed_json`; an object of an earlier version has no seal.
+    """Return the object that `sealed_json` wrote; one of an earlier version has no seal.
 
-    Raises SealBroken, also for no JSON object.
+    Raises SealBroken, also for bytes that are not a JSON object.
     """
     data = data.encode("utf-8", "surrogatepass") if isinstance(data, str) else data
     check_seal(data)
@@ -103,7 +114,7 @@ def read_sealed_json(data: bytes | str) -> dict[str, Any]:
 
 
 def sealed_arrays(arrays: Mapping[str, npt.NDArray[Any]]) -> bytes:
-    """The arrays as an uncompressed .npz without pickles, with its seal as the comment of the zip
+    """Return the arrays as an uncompressed .npz without pickles, its seal in the comment of the zip
     file.
     """
     buffer = io.BytesIO()
@@ -114,9 +125,9 @@ def sealed_arrays(arrays: Mapping[str, npt.NDArray[Any]]) -> bytes:
 
 
 def read_sealed_arrays(data: bytes) -> dict[str, npt.NDArray[Any]]:
-    """Inverse of `sealed_arrays`; a file of an earlier version has no seal.
+    """Return the arrays that `sealed_arrays` wrote; a file of an earlier version has no seal.
 
-    Raises SealBroken, also for no .npz.
+    Raises SealBroken, also for bytes that are not an .npz.
     """
     check_seal(data)
     try:

@@ -1,7 +1,7 @@
-"""A file in memory that holds only what was written to it.
+"""A file in memory that stores only the bytes that were written to it.
 
-HDF5 lays a shard out in it and writes the headers, some kilobytes; the features' place stays a
-hole, which costs nothing, and their bytes go from the caller's array to the disk without a copy.
+HDF5 lays out a shard in it and writes the headers, some kilobytes. The range of the features stays
+a hole, which costs nothing, and their bytes go from the caller's array to the disk without a copy.
 """
 
 import io
@@ -9,7 +9,7 @@ from typing import Any
 
 
 class SparseFile(io.RawIOBase):
-    """As much of a binary file as the HDF5 library asks of one.
+    """The part of the binary file interface that the HDF5 library uses.
 
     Bytes that were never written are zero.
     """
@@ -20,14 +20,16 @@ class SparseFile(io.RawIOBase):
         self._position = 0
         self._writes: list[tuple[int, bytes]] = []
 
-    def content(self, start: int, stop: int) -> bytes:
-        """The bytes from start to stop."""
-        found = bytearray(stop - start)
+    def read_range(self, start: int, stop: int) -> bytes:
+        """Return the bytes from start to stop."""
+        range_bytes = bytearray(stop - start)
         for offset, data in self._writes:
-            first, end = max(start, offset), min(stop, offset + len(data))
-            if first < end:
-                found[first - start : end - start] = data[first - offset : end - offset]
-        return bytes(found)
+            overlap_start, overlap_stop = max(start, offset), min(stop, offset + len(data))
+            if overlap_start < overlap_stop:
+                range_bytes[overlap_start - start : overlap_stop - start] = data[
+                    overlap_start - offset : overlap_stop - offset
+                ]
+        return bytes(range_bytes)
 
     def readable(self) -> bool:
         return True
@@ -54,7 +56,7 @@ class SparseFile(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         count = max(0, min(len(buffer), self.size - self._position))
-        buffer[:count] = self.content(self._position, self._position + count)
+        buffer[:count] = self.read_range(self._position, self._position + count)
         self._position += count
         return count
 

@@ -1,8 +1,8 @@
-"""Looking at a shard without trusting it: every object must be exactly what FORMAT.md says, or
+"""Validation of an untrusted shard: every object must be exactly as FORMAT.md describes it, or
 nothing is read.
 
 HDF5 can point out of the file (external links, external storage, virtual data sets), run filters
-that load code, and declare terabytes that are not there. All of that is refused from the metadata
+that load code, and declare terabytes that do not exist. All of that is refused from the metadata
 alone.
 """
 
@@ -30,231 +30,265 @@ _LARGEST_ATTRIBUTE = 1 << 20
 
 @dataclass(frozen=True)
 class ShardLayout:
-    """Where things are in a shard: byte offsets from the start of the file, and widths of
-    fixed-length strings.
+    """Byte offsets in a shard from the start of the file, and widths of fixed-length strings.
 
     An offset is 0 where there is nothing to read (no rows, no failures) or nothing to map
     (compressed features).
     """
 
-    rows: int
-    failed: int
-    compressed: bool
-    features: int
-    content: int
-    id: int
+    n_rows: int
+    n_failed: int
+    is_compressed: bool
+    features_start: int
+    content_start: int
+    id_start: int
     id_bytes: int
-    failed_id: int
+    failed_id_start: int
     failed_id_bytes: int
-    failed_content: int
-    failed_reason: int
+    failed_content_start: int
+    failed_reason_start: int
     failed_reason_bytes: int
-    scale: int = 0
-    offset: int = 0
+    scale_start: int = 0
+    offset_start: int = 0
 
 
 def validate_shard(
-    path: Path, spec: FeatureSpec, unit: str
+    shard_path: Path, spec: FeatureSpec, unit_name: str
 ) -> tuple[ShardLayout, QuantizationError]:
-    """The layout of a shard of `spec` named `unit`.
+    """Validate a shard of `spec` named `unit_name`, and return its layout and quantization error.
 
-    Raises ShardCorrupt at the first thing that is not as it must.
+    Raises ShardCorrupt at the first deviation from the format.
     """
     # Through a Python file, not by name: HDF5 would lock it, which works on no cluster file system
     # and is not needed for what never changes, or would refuse it because somebody else in this
     # process has opened it otherwise.
-    with path.open("rb") as bytes_of_it:
+    with shard_path.open("rb") as shard_file:
         try:
-            with h5py.File(bytes_of_it, "r") as file:
-                return _inspect(file, os.fstat(bytes_of_it.fileno()).st_size, spec, unit)
+            with h5py.File(shard_file, "r") as hdf5_file:
+                return _validate_objects(
+                    hdf5_file, os.fstat(shard_file.fileno()).st_size, spec, unit_name
+                )
         except ShardCorrupt as error:
-            raise ShardCorrupt(f"{path}: {error}. {_ADVICE}") from None
+            raise ShardCorrupt(f"{shard_path}: {error}. {_ADVICE}") from None
         except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
             # The HDF5 library answers a broken file with any of these.
             raise ShardCorrupt(
-                f"{path}: the HDF5 library cannot read it ({error}). {_ADVICE}"
+                f"{shard_path}: the HDF5 library cannot read it ({error}). {_ADVICE}"
             ) from error
 
 
-def _inspect(
-    file: h5py.File, file_bytes: int, spec: FeatureSpec, unit: str
+def _validate_objects(
+    hdf5_file: h5py.File, file_bytes: int, spec: FeatureSpec, unit_name: str
 ) -> tuple[ShardLayout, QuantizationError]:
-    if file.userblock_size != USER_BLOCK_BYTES:
+    if hdf5_file.userblock_size != USER_BLOCK_BYTES:
         raise ShardCorrupt(
-            f"its user block has {file.userblock_size} bytes, expected {USER_BLOCK_BYTES}"
+            f"its user block has {hdf5_file.userblock_size} bytes, expected {USER_BLOCK_BYTES}"
         )
-    _expect("format", _text(file, "format"), FORMAT)
-    _expect("version", _number(file, "version"), VERSION)
-    _expect("unit", _text(file, "unit"), unit)
-    _expect("fingerprint", _text(file, "fingerprint"), spec.fingerprint)
-    names = {"features", "content", "id", "failed_id", "failed_content", "failed_reason"}
+    _require_equal("format", _text_attribute(hdf5_file, "format"), FORMAT)
+    _require_equal("version", _number_attribute(hdf5_file, "version"), VERSION)
+    _require_equal("unit", _text_attribute(hdf5_file, "unit"), unit_name)
+    _require_equal("fingerprint", _text_attribute(hdf5_file, "fingerprint"), spec.fingerprint)
+    expected_names = {"features", "content", "id", "failed_id", "failed_content", "failed_reason"}
     if spec.dtype == "uint8":
-        names |= {"scale", "offset"}
-    count = file.id.get_num_objs()
-    found = {file.id.get_objname_by_idx(index).decode() for index in range(min(count, 16))}
-    if count > 16 or found != names:
+        expected_names |= {"scale", "offset"}
+    n_objects = hdf5_file.id.get_num_objs()
+    object_names = {
+        hdf5_file.id.get_objname_by_idx(index).decode() for index in range(min(n_objects, 16))
+    }
+    if n_objects > 16 or object_names != expected_names:
         raise ShardCorrupt(
-            f"it holds {count} objects, {sorted(found)}; expected exactly {sorted(names)}"
+            f"it holds {n_objects} objects, {sorted(object_names)}; expected exactly "
+            f"{sorted(expected_names)}"
         )
-    sets = {name: _open(file, name) for name in names}
+    data_sets = {name: _open_data_set(hdf5_file, name) for name in expected_names}
 
-    features = sets["features"]
-    rows, failed = _rows(sets["content"]), _rows(sets["failed_content"])
-    plain = features.get_create_plist().get_layout() == h5py.h5d.CONTIGUOUS
-    if plain:
-        features_at = _contiguous(
-            features, "features", (rows, *spec.shape), STORED_DTYPES[spec.dtype], file_bytes
+    features = data_sets["features"]
+    n_rows, n_failed = _count_rows(data_sets["content"]), _count_rows(data_sets["failed_content"])
+    is_contiguous = features.get_create_plist().get_layout() == h5py.h5d.CONTIGUOUS
+    if is_contiguous:
+        features_start = _contiguous_start(
+            features, "features", (n_rows, *spec.shape), STORED_DTYPES[spec.dtype], file_bytes
         )
     else:
-        _check_compressed(features, (rows, *spec.shape), STORED_DTYPES[spec.dtype], file_bytes)
-        features_at = 0
+        _validate_compressed(features, (n_rows, *spec.shape), STORED_DTYPES[spec.dtype], file_bytes)
+        features_start = 0
 
     def at(name: str, shape: tuple[int, ...], dtype: Any) -> int:
-        return _contiguous(sets[name], name, shape, np.dtype(dtype), file_bytes)
+        return _contiguous_start(data_sets[name], name, shape, np.dtype(dtype), file_bytes)
 
-    widths = {
-        name: sets[name].get_type().get_size() for name in ("id", "failed_id", "failed_reason")
+    text_widths = {
+        name: data_sets[name].get_type().get_size() for name in ("id", "failed_id", "failed_reason")
     }
     layout = ShardLayout(
-        rows=rows,
-        failed=failed,
-        compressed=not plain,
-        features=features_at,
-        content=at("content", (rows,), "S32"),
-        id=at("id", (rows,), f"S{widths['id']}"),
-        id_bytes=widths["id"],
-        failed_id=at("failed_id", (failed,), f"S{widths['failed_id']}"),
-        failed_id_bytes=widths["failed_id"],
-        failed_content=at("failed_content", (failed,), "S32"),
-        failed_reason=at("failed_reason", (failed,), f"S{widths['failed_reason']}"),
-        failed_reason_bytes=widths["failed_reason"],
-        scale=at("scale", spec.shape[:1], "<f4") if spec.dtype == "uint8" else 0,
-        offset=at("offset", spec.shape[:1], "<f4") if spec.dtype == "uint8" else 0,
+        n_rows=n_rows,
+        n_failed=n_failed,
+        is_compressed=not is_contiguous,
+        features_start=features_start,
+        content_start=at("content", (n_rows,), "S32"),
+        id_start=at("id", (n_rows,), f"S{text_widths['id']}"),
+        id_bytes=text_widths["id"],
+        failed_id_start=at("failed_id", (n_failed,), f"S{text_widths['failed_id']}"),
+        failed_id_bytes=text_widths["failed_id"],
+        failed_content_start=at("failed_content", (n_failed,), "S32"),
+        failed_reason_start=at("failed_reason", (n_failed,), f"S{text_widths['failed_reason']}"),
+        failed_reason_bytes=text_widths["failed_reason"],
+        scale_start=at("scale", spec.shape[:1], "<f4") if spec.dtype == "uint8" else 0,
+        offset_start=at("offset", spec.shape[:1], "<f4") if spec.dtype == "uint8" else 0,
     )
     attributes = h5py.Dataset(features)
     quantization_error = QuantizationError(
-        float(_number(attributes, "round_off_largest")),
-        float(_number(attributes, "round_off_squared_error")),
-        float(_number(attributes, "round_off_squared")),
+        float(_number_attribute(attributes, "round_off_largest")),
+        float(_number_attribute(attributes, "round_off_squared_error")),
+        float(_number_attribute(attributes, "round_off_squared")),
     )
     return layout, quantization_error
 
 
-def _expect(what: str, found: object, expected: object) -> None:
-    if found != expected:
-        raise ShardCorrupt(f"its {what} is {found!r}, expected {expected!r}")
+def _require_equal(attribute_name: str, stored_value: object, expected_value: object) -> None:
+    if stored_value != expected_value:
+        raise ShardCorrupt(f"its {attribute_name} is {stored_value!r}, expected {expected_value!r}")
 
 
-def _open(file: h5py.File, name: str) -> Any:
-    kind = file.id.links.get_info(name.encode()).type
-    if kind != h5py.h5l.TYPE_HARD:
+def _open_data_set(hdf5_file: h5py.File, data_set_name: str) -> Any:
+    link_type = hdf5_file.id.links.get_info(data_set_name.encode()).type
+    if link_type != h5py.h5l.TYPE_HARD:
         raise ShardCorrupt(
-            f"{name!r} is a link to somewhere else, expected a data set of this file"
+            f"{data_set_name!r} is a link to somewhere else, expected a data set of this file"
         )
-    if h5py.h5o.get_info(file.id, name.encode()).type != h5py.h5o.TYPE_DATASET:
-        raise ShardCorrupt(f"{name!r} is not a data set")
-    return h5py.h5d.open(file.id, name.encode())
+    if h5py.h5o.get_info(hdf5_file.id, data_set_name.encode()).type != h5py.h5o.TYPE_DATASET:
+        raise ShardCorrupt(f"{data_set_name!r} is not a data set")
+    return h5py.h5d.open(hdf5_file.id, data_set_name.encode())
 
 
-def _rows(data_set: Any) -> int:
+def _count_rows(data_set: Any) -> int:
     extent = data_set.get_space().get_simple_extent_dims()
     if len(extent) != 1:
         raise ShardCorrupt(f"a list of content hashes has {len(extent)} axes, expected 1")
     return int(extent[0])
 
 
-def _contiguous(
-    data_set: Any, name: str, shape: tuple[int, ...], dtype: np.dtype[Any], file_bytes: int
+def _contiguous_start(
+    data_set: Any,
+    data_set_name: str,
+    expected_shape: tuple[int, ...],
+    expected_dtype: np.dtype[Any],
+    file_bytes: int,
 ) -> int:
-    """Offset of the data in the file, 0 when there is none; every byte of it must be inside the
-    file.
+    """Return the offset of a data set in the file, 0 for an empty one; all of its bytes must be
+    inside the file.
     """
     properties = data_set.get_create_plist()
     if properties.get_layout() != h5py.h5d.CONTIGUOUS:
-        raise ShardCorrupt(f"{name!r} is not stored contiguously")
-    _check_type(data_set, name, shape, dtype)
+        raise ShardCorrupt(f"{data_set_name!r} is not stored contiguously")
+    _validate_type(data_set, data_set_name, expected_shape, expected_dtype)
     if properties.get_external_count():
-        raise ShardCorrupt(f"{name!r} is stored in other files")
+        raise ShardCorrupt(f"{data_set_name!r} is stored in other files")
     if properties.get_nfilters():
-        raise ShardCorrupt(f"{name!r} passes through a filter")
-    expected = int(np.prod(shape, dtype=np.uint64)) * dtype.itemsize
-    if not expected:
+        raise ShardCorrupt(f"{data_set_name!r} passes through a filter")
+    expected_bytes = int(np.prod(expected_shape, dtype=np.uint64)) * expected_dtype.itemsize
+    if not expected_bytes:
         return 0
-    stored, start = data_set.get_storage_size(), data_set.get_offset()
-    if stored != expected or start is None:
-        raise ShardCorrupt(f"{name!r} has {stored} stored bytes, expected {expected}")
-    if start < USER_BLOCK_BYTES or start + expected > file_bytes:
+    stored_bytes, data_offset = data_set.get_storage_size(), data_set.get_offset()
+    if stored_bytes != expected_bytes or data_offset is None:
         raise ShardCorrupt(
-            f"{name!r} lies at bytes {start} to {start + expected} of a file of {file_bytes} "
+            f"{data_set_name!r} has {stored_bytes} stored bytes, expected {expected_bytes}"
+        )
+    if data_offset < USER_BLOCK_BYTES or data_offset + expected_bytes > file_bytes:
+        raise ShardCorrupt(
+            f"{data_set_name!r} lies at bytes {data_offset} to {data_offset + expected_bytes} "
+            f"of a file of {file_bytes} "
             "(truncated, or forged)"
         )
-    if start % min(dtype.itemsize, 8) and name == "features":
+    if data_offset % min(expected_dtype.itemsize, 8) and data_set_name == "features":
         raise ShardCorrupt(
-            f"{name!r} starts at byte {start}, which is no multiple of its item size"
+            f"{data_set_name!r} starts at byte {data_offset}, which is no multiple of its item size"
         )
-    return int(start)
+    return int(data_offset)
 
 
-def _check_type(data_set: Any, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
-    extent = data_set.get_space().get_simple_extent_dims()
-    if tuple(extent) != shape:
-        raise ShardCorrupt(f"{name!r} has shape {tuple(extent)}, expected {shape}")
+def _validate_type(
+    data_set: Any,
+    data_set_name: str,
+    expected_shape: tuple[int, ...],
+    expected_dtype: np.dtype[Any],
+) -> None:
+    stored_shape = data_set.get_space().get_simple_extent_dims()
+    if tuple(stored_shape) != expected_shape:
+        raise ShardCorrupt(
+            f"{data_set_name!r} has shape {tuple(stored_shape)}, expected {expected_shape}"
+        )
     stored_type = data_set.get_type()
     if stored_type.get_class() == h5py.h5t.STRING:
-        fixed = (
+        is_fixed_length = (
             not stored_type.is_variable_str() and stored_type.get_strpad() == h5py.h5t.STR_NULLPAD
         )
-        if dtype.kind != "S" or not fixed or stored_type.get_size() != dtype.itemsize:
-            raise ShardCorrupt(f"{name!r} holds text of another kind, expected {dtype}")
-    elif not stored_type.equal(h5py.h5t.py_create(dtype)):
-        raise ShardCorrupt(f"{name!r} has another type than the expected {dtype}")
+        if (
+            expected_dtype.kind != "S"
+            or not is_fixed_length
+            or stored_type.get_size() != expected_dtype.itemsize
+        ):
+            raise ShardCorrupt(
+                f"{data_set_name!r} holds text of another kind, expected {expected_dtype}"
+            )
+    elif not stored_type.equal(h5py.h5t.py_create(expected_dtype)):
+        raise ShardCorrupt(f"{data_set_name!r} has another type than the expected {expected_dtype}")
 
 
-def _check_compressed(
-    data_set: Any, shape: tuple[int, ...], dtype: np.dtype[Any], file_bytes: int
+def _validate_compressed(
+    data_set: Any, expected_shape: tuple[int, ...], expected_dtype: np.dtype[Any], file_bytes: int
 ) -> None:
     properties = data_set.get_create_plist()
     if properties.get_layout() != h5py.h5d.CHUNKED:
         raise ShardCorrupt(
             "'features' is virtual or compact, expected contiguous or chunked storage in this file"
         )
-    _check_type(data_set, "features", shape, dtype)
-    filters = [properties.get_filter(index)[0] for index in range(properties.get_nfilters())]
-    if filters != [BITSHUFFLE_LZ4]:
+    _validate_type(data_set, "features", expected_shape, expected_dtype)
+    filter_ids = [properties.get_filter(index)[0] for index in range(properties.get_nfilters())]
+    if filter_ids != [BITSHUFFLE_LZ4]:
         raise ShardCorrupt(
-            f"'features' passes through the filters {filters}, expected only bitshuffle "
+            f"'features' passes through the filters {filter_ids}, expected only bitshuffle "
             f"({BITSHUFFLE_LZ4})"
         )
-    declared = int(np.prod(shape, dtype=np.uint64)) * dtype.itemsize
-    if declared > _LZ4_RATIO * file_bytes:
+    declared_bytes = int(np.prod(expected_shape, dtype=np.uint64)) * expected_dtype.itemsize
+    if declared_bytes > _LZ4_RATIO * file_bytes:
         raise ShardCorrupt(
-            f"'features' declares {declared} bytes, which a file of {file_bytes} bytes cannot hold"
+            f"'features' declares {declared_bytes} bytes, which a file of {file_bytes} "
+            "bytes cannot hold"
         )
-    chunk = properties.get_chunk()
-    expected = -(-shape[0] // chunk[0]) if tuple(chunk[1:]) == shape[1:] else -1
-    if data_set.get_num_chunks() != expected:
+    chunk_shape = properties.get_chunk()
+    expected_chunks = (
+        -(-expected_shape[0] // chunk_shape[0])
+        if tuple(chunk_shape[1:]) == expected_shape[1:]
+        else -1
+    )
+    if data_set.get_num_chunks() != expected_chunks:
         raise ShardCorrupt(
-            f"'features' has {data_set.get_num_chunks()} stored chunks, expected {expected}"
+            f"'features' has {data_set.get_num_chunks()} stored chunks, expected {expected_chunks}"
         )
 
 
-def _attribute(parent: h5py.HLObject, name: str) -> Any:
-    attribute = h5py.h5a.open(parent.id, name.encode())
+def _open_attribute(parent: h5py.HLObject, attribute_name: str) -> Any:
+    attribute = h5py.h5a.open(parent.id, attribute_name.encode())
     if attribute.get_storage_size() > _LARGEST_ATTRIBUTE:
-        raise ShardCorrupt(f"attribute {name!r} has {attribute.get_storage_size()} bytes")
+        raise ShardCorrupt(f"attribute {attribute_name!r} has {attribute.get_storage_size()} bytes")
     return attribute
 
 
-def _text(parent: h5py.HLObject, name: str) -> str:
-    stored_type = _attribute(parent, name).get_type()
+def _text_attribute(parent: h5py.HLObject, attribute_name: str) -> str:
+    stored_type = _open_attribute(parent, attribute_name).get_type()
     if stored_type.get_class() != h5py.h5t.STRING or stored_type.is_variable_str():
-        raise ShardCorrupt(f"attribute {name!r} is not fixed-length text")
+        raise ShardCorrupt(f"attribute {attribute_name!r} is not fixed-length text")
     return str(
-        parent.attrs[name].decode() if isinstance(parent.attrs[name], bytes) else parent.attrs[name]
+        parent.attrs[attribute_name].decode()
+        if isinstance(parent.attrs[attribute_name], bytes)
+        else parent.attrs[attribute_name]
     )
 
 
-def _number(parent: h5py.HLObject, name: str) -> Any:
-    if _attribute(parent, name).get_type().get_class() not in (h5py.h5t.INTEGER, h5py.h5t.FLOAT):
-        raise ShardCorrupt(f"attribute {name!r} is not a number")
-    return parent.attrs[name]
+def _number_attribute(parent: h5py.HLObject, attribute_name: str) -> Any:
+    if _open_attribute(parent, attribute_name).get_type().get_class() not in (
+        h5py.h5t.INTEGER,
+        h5py.h5t.FLOAT,
+    ):
+        raise ShardCorrupt(f"attribute {attribute_name!r} is not a number")
+    return parent.attrs[attribute_name]

@@ -1,1 +1,1 @@
-"""Digests and checks: verify and repair feature sets, remove what nobody needs."""
+"""Checksums, verification, repair and garbage collection of feature sets."""

@@ -1,6 +1,4 @@
-"""Removing what nobody needs: feature sets that no recipe uses, and what killed processes left
-behind.
-"""
+"""Garbage collection: feature sets that no recipe uses, and leftovers of killed processes."""
 
 import contextlib
 import re
@@ -24,7 +22,7 @@ _TRASH = ".removed-"
 
 @dataclass(frozen=True)
 class Garbage:
-    """What `find_garbage` found; `remove` takes it away."""
+    """Removable files of a cache, from `find_garbage`."""
 
     feature_sets: tuple[Path, ...]
     temporaries: tuple[Path, ...]
@@ -46,32 +44,37 @@ class Garbage:
 
 def find_garbage(
     cache_root: Path,
-    used: Iterable[str] | None = None,
+    used_fingerprints: Iterable[str] | None = None,
     *,
     stale_s: float = STALE_S,
-    now: float | None = None,
+    now_s: float | None = None,
 ) -> Garbage:
-    """Stale temporaries and, when `used` (fingerprints) is given, the feature sets that are not
+    """Find stale temporary files and, given `used_fingerprints`, the feature sets that are not
     among them.
+
+    stale_s: age in seconds from which a temporary file counts as abandoned.
+    now_s: current time, seconds since the epoch.
     """
-    now = time.time() if now is None else now
-    keep = None if used is None else set(used)
-    unused = [
+    now_s = time.time() if now_s is None else now_s
+    kept_fingerprints = None if used_fingerprints is None else set(used_fingerprints)
+    unused_sets = [
         path
         for path in feature_set_directories(cache_root)
-        if keep is not None and path.name not in keep
+        if kept_fingerprints is not None and path.name not in kept_fingerprints
     ]
     temporaries = [
         path
-        for path in stale_temporaries(cache_root, stale_s, now)
-        if not any(path.is_relative_to(directory) for directory in unused)
+        for path in stale_temporaries(cache_root, stale_s, now_s)
+        if not any(path.is_relative_to(directory) for directory in unused_sets)
     ]
     trash = sorted((cache_root / FEATURES).glob(f"{_TRASH}*"))
     trash += [
-        path for path in unfinished_directories(cache_root) if now - path.stat().st_mtime >= stale_s
+        path
+        for path in unfinished_directories(cache_root)
+        if now_s - path.stat().st_mtime >= stale_s
     ]
-    total = sum(map(tree_bytes, [*temporaries, *unused, *trash]))
-    return Garbage(tuple(unused), tuple(temporaries), tuple(trash), total)
+    total_bytes = sum(map(tree_bytes, [*temporaries, *unused_sets, *trash]))
+    return Garbage(tuple(unused_sets), tuple(temporaries), tuple(trash), total_bytes)
 
 
 def remove_temporaries(*paths: Path) -> None:
@@ -99,24 +102,24 @@ def _is_stale(path: Path) -> bool:
 
 
 def remove_feature_set(directory: Path) -> None:
-    """Remove a feature set. It disappears at once, by a rename; then its files are deleted.
+    """Remove a feature set: first by a rename, so that it disappears at once, then file by file.
 
-    Raises CacheError when the directory is no feature set, nor one that was begun: nothing else is
-    ever deleted.
+    Raises CacheError when the directory is neither a feature set nor an unfinished one; nothing
+    else is ever deleted.
     """
-    if not (is_feature_set(directory) or _is_begun(directory)):
+    if not (is_feature_set(directory) or _is_unfinished(directory)):
         raise CacheError(
             f"{directory} is not a feature set; nothing was removed. `headrace cache ls --cache "
             "CACHE` lists those of a cache"
         )
-    doomed = directory.with_name(f"{_TRASH}{directory.name}-{uuid.uuid4().hex[:8]}")
-    directory.rename(doomed)
-    shutil.rmtree(doomed)
+    trash_path = directory.with_name(f"{_TRASH}{directory.name}-{uuid.uuid4().hex[:8]}")
+    directory.rename(trash_path)
+    shutil.rmtree(trash_path)
 
 
-def _is_begun(directory: Path) -> bool:
-    """Whether nothing is in it but what a writer makes before the spec: a temporary of its own, an
-    empty folder for shards.
+def _is_unfinished(directory: Path) -> bool:
+    """Return True if a directory holds only what a writer makes before the spec: its temporary file
+    and an empty folder for shards.
     """
     if directory.parent.name != FEATURES or not directory.is_dir():
         return False
@@ -126,7 +129,7 @@ def _is_begun(directory: Path) -> bool:
 
 
 def tree_bytes(directory: Path) -> int:
-    """Bytes of a file, or of all files below a directory."""
+    """Return the size in bytes of a file, or of all files below a directory."""
     if directory.is_file():
         return directory.stat().st_size
     return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())

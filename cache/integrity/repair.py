@@ -1,4 +1,4 @@
-"""Repair: throw out what is broken, list what is whole, so that the next extraction redoes just the
+"""Repair: delete broken shards and list intact ones, so that the next extraction redoes only the
 difference.
 """
 
@@ -27,82 +27,90 @@ from headrace.cache.spec import FeatureSpec
 
 @dataclass(frozen=True)
 class RepairResult:
-    """What a repair did."""
+    """Outcome of a repair, by unit."""
 
-    kept: tuple[str, ...]  # units whose shards are whole and listed
+    intact_units: tuple[str, ...]  # units whose shards are whole and listed
     # of these, units that the manifest did not list, or listed with other bytes
-    listed: tuple[str, ...]
+    listed_units: tuple[str, ...]
     # units whose shards were broken; their samples are extracted by the next run
-    removed: tuple[str, ...]
-    missing: tuple[str, ...]  # units that were listed and whose shards are gone
-    rewritten: tuple[str, ...]  # files written again: spec.json, manifest.jsonl
+    removed_units: tuple[str, ...]
+    missing_units: tuple[str, ...]  # units that were listed and whose shards are gone
+    rewritten_files: tuple[str, ...]  # files written again: spec.json, manifest.jsonl
 
     @property
     def is_nothing(self) -> bool:
-        """Everything was as it should be."""
-        return not (self.listed or self.removed or self.missing or self.rewritten)
+        """True if the feature set needed no repair."""
+        return not (
+            self.listed_units or self.removed_units or self.missing_units or self.rewritten_files
+        )
 
 
 def repair(directory: Path) -> RepairResult:
-    """Make a feature set whole again, with fewer rows if some are broken.
+    """Make a feature set consistent again, with fewer rows if some are broken.
 
-    Safe while others read, extract or repair.
-
-    Every shard is read whole. Broken ones are deleted. The manifest and spec.json are written again
-    when they are not what the shards say. Raises CacheError when no shard is left that knows the
-    spec; ShardUnreadable, having deleted nothing that might be whole, when the operating system
-    does not let a shard be read.
+    Every shard is read completely. Broken ones are deleted; the manifest and spec.json are written
+    again when they do not agree with the shards. Safe while others read, extract or repair. Raises
+    CacheError when no shard is left that knows the spec; ShardUnreadable, having deleted nothing
+    that might be intact, when the operating system cannot read a shard.
     """
-    rewritten = []
+    rewritten_files = []
     try:
         spec = read_spec(directory)
     except (FeatureSetMissing, ManifestCorrupt, SpecMismatch):
         spec = _spec_from_shards(directory)
         publish_replace(directory / SPEC, f"{spec.to_json()}\n".encode())
-        rewritten.append(SPEC)
+        rewritten_files.append(SPEC)
 
-    whole: dict[str, ShardEntry] = {}
-    removed = []
-    for path in sorted((directory / SHARDS).glob("*.h5")):
+    intact_shards: dict[str, ShardEntry] = {}
+    removed_units = []
+    for shard_file in sorted((directory / SHARDS).glob("*.h5")):
         try:
-            whole[path.stem] = describe_shard(directory, path.stem, spec)
+            intact_shards[shard_file.stem] = describe_shard(directory, shard_file.stem, spec)
         except ShardMissing:
             continue  # removed meanwhile
         except ShardCorrupt:
-            path.unlink(missing_ok=True)
-            removed.append(path.stem)
+            shard_file.unlink(missing_ok=True)
+            removed_units.append(shard_file.stem)
 
     # Under the lock, because an extraction may be listing shards at the same time; its lines are
     # kept.
     with lease(directory / LOCK):
         entries, is_readable = _readable_entries(directory)
-        gone = [
+        vanished_units = [
             unit
             for unit in entries
-            if unit not in whole and not shard_path(directory, unit).exists()
+            if unit not in intact_shards and not shard_path(directory, unit).exists()
         ]
-        listed = [
-            unit for unit, entry in whole.items() if not _same_bytes(entries.get(unit), entry)
+        listed_units = [
+            unit
+            for unit, entry in intact_shards.items()
+            if not _same_bytes(entries.get(unit), entry)
         ]
-        kept = {unit: entry for unit, entry in entries.items() if unit not in gone}
-        kept |= {unit: whole[unit] for unit in listed}
-        if gone or listed or not is_readable:
-            publish_replace(directory / MANIFEST, manifest_bytes(kept.values()))
-            rewritten.append(MANIFEST)
-    missing = [unit for unit in gone if unit not in removed]
+        kept_entries = {
+            unit: entry for unit, entry in entries.items() if unit not in vanished_units
+        }
+        kept_entries |= {unit: intact_shards[unit] for unit in listed_units}
+        if vanished_units or listed_units or not is_readable:
+            publish_replace(directory / MANIFEST, manifest_bytes(kept_entries.values()))
+            rewritten_files.append(MANIFEST)
+    missing_units = [unit for unit in vanished_units if unit not in removed_units]
     return RepairResult(
-        tuple(kept), tuple(listed), tuple(removed), tuple(missing), tuple(rewritten)
+        tuple(kept_entries),
+        tuple(listed_units),
+        tuple(removed_units),
+        tuple(missing_units),
+        tuple(rewritten_files),
     )
 
 
-def stale_temporaries(directory: Path, older_than_s: float, now: float) -> list[Path]:
-    """Temporaries under a directory that nobody has written to for that long."""
-    found = []
+def stale_temporaries(directory: Path, older_than_s: float, now_s: float) -> list[Path]:
+    """Return temporary files under a directory that nobody has written to for that long."""
+    stale_paths = []
     for path in sorted(directory.rglob(f".*{PARTIAL_SUFFIX}")):
         with contextlib.suppress(FileNotFoundError):  # its writer has finished
-            if now - path.stat().st_mtime >= older_than_s:
-                found.append(path)
-    return found
+            if now_s - path.stat().st_mtime >= older_than_s:
+                stale_paths.append(path)
+    return stale_paths
 
 
 def _readable_entries(directory: Path) -> tuple[dict[str, ShardEntry], bool]:
@@ -112,24 +120,28 @@ def _readable_entries(directory: Path) -> tuple[dict[str, ShardEntry], bool]:
         return {}, False
 
 
-def _same_bytes(listed: ShardEntry | None, found: ShardEntry) -> bool:
-    return listed is not None and (listed.xxh3, listed.rows, listed.failed) == (
-        found.xxh3,
-        found.rows,
-        found.failed,
+def _same_bytes(listed_entry: ShardEntry | None, actual_entry: ShardEntry) -> bool:
+    return listed_entry is not None and (
+        listed_entry.xxh3,
+        listed_entry.rows,
+        listed_entry.failed,
+    ) == (
+        actual_entry.xxh3,
+        actual_entry.rows,
+        actual_entry.failed,
     )
 
 
 def _spec_from_shards(directory: Path) -> FeatureSpec:
-    """The spec that a whole shard carries, if it is the one that names the directory."""
-    for path in _candidates(directory):
+    """Return the spec stored in an intact shard, if it is the one that names the directory."""
+    for shard_file in _candidates(directory):
         with contextlib.suppress(CacheError, OSError, ValueError, KeyError, TypeError):
-            _, digest, block = shard_checksum(path)
-            if block == user_block(digest):
-                with path.open("rb") as bytes_of_it, h5py.File(bytes_of_it, "r") as file:
-                    text = file.attrs["spec"]
+            _, actual_checksum, header_block = shard_checksum(shard_file)
+            if header_block == user_block(actual_checksum):
+                with shard_file.open("rb") as opened_file, h5py.File(opened_file, "r") as hdf5_file:
+                    spec_json = hdf5_file.attrs["spec"]
                 spec = FeatureSpec.from_json(
-                    text.decode() if isinstance(text, bytes) else str(text)
+                    spec_json.decode() if isinstance(spec_json, bytes) else str(spec_json)
                 )
                 if spec.fingerprint == directory.name:
                     return spec

@@ -1,7 +1,4 @@
-"""Does a feature set hold what was put into it?
-
-Every byte, every source image, and rows computed again.
-"""
+"""Verification of a feature set: every byte, every source image, and rows computed again."""
 
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -31,8 +28,8 @@ _HALF_ULP = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "uin
 
 
 @dataclass(frozen=True)
-class Problem:
-    """Something in a feature set that is not as it was published."""
+class FeatureSetProblem:
+    """Deviation of a feature set from what was published."""
 
     kind: Literal["spec", "manifest", "missing", "corrupt", "unlisted", "temporary"]
     path: Path
@@ -40,52 +37,61 @@ class Problem:
 
     @property
     def is_harmless(self) -> bool:
-        """Left behind by a process that died: no reader ever sees it."""
+        """True for leftovers of a process that died, which no reader ever sees."""
         return self.kind in ("unlisted", "temporary")
 
 
-def verify_bytes(directory: Path) -> list[Problem]:
-    """Read every byte of a feature set, whatever this machine remembers; an empty list means that
-    nothing is wrong.
+def verify_bytes(directory: Path) -> list[FeatureSetProblem]:
+    """Read every byte of a feature set, whatever this machine has verified before; an empty list
+    means no problem.
     """
     try:
         spec = read_spec(directory)
     except (ManifestCorrupt, SpecMismatch) as error:
-        return [Problem("spec", directory / "spec.json", str(error))]
+        return [FeatureSetProblem("spec", directory / "spec.json", str(error))]
     try:
         entries = read_manifest(directory)
     except ManifestCorrupt as error:
         return [
-            Problem("manifest", directory / "manifest.jsonl", str(error)),
-            *_leftovers(directory, None),
+            FeatureSetProblem("manifest", directory / "manifest.jsonl", str(error)),
+            *_find_leftovers(directory, None),
         ]
     with ThreadPoolExecutor(
         min(4, os.cpu_count() or 1)
     ) as pool:  # reading and hashing release the interpreter
-        found = pool.map(lambda entry: _verify_shard(directory, spec, entry), entries.values())
-    return [*(problem for problem in found if problem), *_leftovers(directory, set(entries))]
+        shard_problems = pool.map(
+            lambda entry: _find_shard_problem(directory, spec, entry), entries.values()
+        )
+    return [
+        *(problem for problem in shard_problems if problem),
+        *_find_leftovers(directory, set(entries)),
+    ]
 
 
-def _verify_shard(directory: Path, spec: FeatureSpec, entry: ShardEntry) -> Problem | None:
-    path = shard_path(directory, entry.unit)
+def _find_shard_problem(
+    directory: Path, spec: FeatureSpec, entry: ShardEntry
+) -> FeatureSetProblem | None:
+    shard_file = shard_path(directory, entry.unit)
     try:
-        verify_listed_shard(path, spec, entry)
+        verify_listed_shard(shard_file, spec, entry)
     except ShardMissing as error:
-        return Problem("missing", path, str(error))
+        return FeatureSetProblem("missing", shard_file, str(error))
     except CacheError as error:
-        return Problem("corrupt", path, str(error))
+        return FeatureSetProblem("corrupt", shard_file, str(error))
     return None
 
 
-def _leftovers(directory: Path, listed: set[str] | None) -> Iterator[Problem]:
-    """Temporaries, and shards that no line lists (listed None: not known)."""
+def _find_leftovers(directory: Path, listed_units: set[str] | None) -> Iterator[FeatureSetProblem]:
+    """Yield temporary files, and shards that no line lists (listed_units None: the manifest is
+    unreadable).
+    """
     for path in sorted(directory.rglob(f".*{PARTIAL_SUFFIX}")):
-        yield Problem(
+        yield FeatureSetProblem(
             "temporary", path, f"{path}: left by a writer that died, or still being written"
         )
     for path in sorted((directory / SHARDS).glob("*.h5")):
-        if listed is not None and path.stem not in listed:
-            yield Problem(
+        if listed_units is not None and path.stem not in listed_units:
+            yield FeatureSetProblem(
                 "unlisted",
                 path,
                 f"{path}: no line of the manifest lists it, so no reader sees it: its writer died "
@@ -95,102 +101,113 @@ def _leftovers(directory: Path, listed: set[str] | None) -> Iterator[Problem]:
 
 @dataclass(frozen=True)
 class SourceProblem:
-    """An image that is not the one whose features are stored."""
+    """Image that differs from the one whose features are stored."""
 
     id: str
     message: str
 
 
-def verify_sources(features: FeatureSet, current: Mapping[str, str | None]) -> list[SourceProblem]:
+def verify_sources(
+    feature_set: FeatureSet, current_hashes: Mapping[str, str | None]
+) -> list[SourceProblem]:
     """Compare the images of today with those whose features (or failures) are stored, by sample id.
 
-    current: from sample id to the content hash its image has now, None where it cannot be read; ids
-    are unique there, and need not be in the feature set. There an id may stand for several images:
-    one that was extracted, changed and extracted again is found under both hashes, and is no
-    problem; nor is a new one. Images of another data set that shares the cache are told as not in
-    this one.
+    current_hashes: {sample id: content hash that its image has now, None where it cannot be read}.
+
+    In the feature set an id may stand for several images: one that was extracted, changed and
+    extracted again is stored under both hashes and is no problem; nor is a new image. Images of
+    another data set that shares the cache are reported as not in this one.
     """
-    stored: dict[str, set[str]] = {}
-    for sample, content in zip(
-        features.ids(), features.content_hashes().astype("U32").tolist(), strict=True
+    stored_hashes: dict[str, set[str]] = {}
+    for sample_id, content_hash in zip(
+        feature_set.ids(), feature_set.content_hashes().astype("U32").tolist(), strict=True
     ):
-        stored.setdefault(sample, set()).add(content)
-    for failure in features.failures():
-        stored.setdefault(failure.id, set()).add(failure.content_hash)
+        stored_hashes.setdefault(sample_id, set()).add(content_hash)
+    for failure in feature_set.failures():
+        stored_hashes.setdefault(failure.id, set()).add(failure.content_hash)
     problems = []
-    for sample, contents in stored.items():
-        now, before = current.get(sample, ""), ", ".join(sorted(contents))
-        if now in contents:
+    for sample_id, known_hashes in stored_hashes.items():
+        current_hash, stored_text = (
+            current_hashes.get(sample_id, ""),
+            ", ".join(sorted(known_hashes)),
+        )
+        if current_hash in known_hashes:
             continue
-        if now:
+        if current_hash:
             message = (
-                f"the image has changed since it was extracted: its hash is {now}, was {before}"
+                f"the image has changed since it was extracted: its hash is {current_hash}, "
+                f"was {stored_text}"
             )
-            message += " (or another data set's, of this name)" if len(contents) > 1 else ""
-        elif now is None:
-            message = f"the image can no longer be read; features are stored under {before}"
+            message += " (or another data set's, of this name)" if len(known_hashes) > 1 else ""
+        elif current_hash is None:
+            message = f"the image can no longer be read; features are stored under {stored_text}"
         else:
             message = (
                 "the image is no longer in the data set, or in another one of this cache; "
-                f"features are stored under {before}"
+                f"features are stored under {stored_text}"
             )
-        problems.append(SourceProblem(sample, f"{sample}: {message}"))
+        problems.append(SourceProblem(sample_id, f"{sample_id}: {message}"))
     return problems
 
 
 @dataclass(frozen=True)
 class RecomputeResult:
-    """How far stored rows are from the same rows computed again."""
+    """Difference between stored rows and the same rows computed again."""
 
-    rows: int
-    largest: float  # largest difference, over the root mean square of the stored values
+    n_rows: int
+    largest_difference: float  # largest difference, over the root mean square of the stored values
     tolerance: float  # the same unit: what round-off and another machine explain
     worst_id: str
 
     @property
     def is_equal(self) -> bool:
-        """Within the tolerance."""
-        return self.largest <= self.tolerance
+        """True if the largest difference is within the tolerance."""
+        return self.largest_difference <= self.tolerance
 
 
 def verify_recompute(
-    features: FeatureSet,
+    feature_set: FeatureSet,
     recompute: Callable[[list[str], list[str]], npt.NDArray[Any]],
-    n: int,
+    n_rows: int,
     *,
-    among: npt.NDArray[np.int64] | None = None,
+    candidate_rows: npt.NDArray[np.int64] | None = None,
     seed: int = 0,
 ) -> RecomputeResult:
-    """Compute n random rows again. recompute: from ids and content hashes to features (n, *shape).
+    """Compute n_rows random rows again and compare them with the stored ones.
 
-    among: the rows that can be computed (whose images are still there); None: all.
+    recompute: function of ids and content hashes that returns features (n, *shape).
+    candidate_rows: rows whose images still exist; None: all.
 
     The tolerance is half a unit in the last place of the largest stored value (uint8: the largest
     error measured when it was written), plus RECOMPUTE_TOLERANCE times the root mean square of the
     rows.
     """
-    possible = np.arange(features.n_rows) if among is None else among
-    rows = np.sort(
-        np.random.default_rng(seed).choice(possible, min(n, len(possible)), replace=False)
+    possible_rows = np.arange(feature_set.n_rows) if candidate_rows is None else candidate_rows
+    row_positions = np.sort(
+        np.random.default_rng(seed).choice(
+            possible_rows, min(n_rows, len(possible_rows)), replace=False
+        )
     )
-    ids, content = features.ids(), features.content_hashes()
-    chosen = [ids[row] for row in rows.tolist()]
-    stored = features.read(rows).reshape(len(rows), -1).astype(np.float64)
-    again = recompute(chosen, [value.decode() for value in content[rows].tolist()])
+    ids, content_hashes = feature_set.ids(), feature_set.content_hashes()
+    sample_ids = [ids[row] for row in row_positions.tolist()]
+    stored_rows = feature_set.read(row_positions).reshape(len(row_positions), -1).astype(np.float64)
+    recomputed_rows = recompute(
+        sample_ids, [value.decode() for value in content_hashes[row_positions].tolist()]
+    )
     # A NaN is further off than any number.
-    off = np.nan_to_num(np.abs(again.reshape(stored.shape) - stored), nan=np.inf).max(
-        axis=1, initial=0
-    )
-    scale = float(np.sqrt(np.mean(stored**2))) if stored.size else 0.0
-    scale = scale or 1.0
+    row_differences = np.nan_to_num(
+        np.abs(recomputed_rows.reshape(stored_rows.shape) - stored_rows), nan=np.inf
+    ).max(axis=1, initial=0)
+    root_mean_square = float(np.sqrt(np.mean(stored_rows**2))) if stored_rows.size else 0.0
+    root_mean_square = root_mean_square or 1.0
     quantization_error = max(
-        _HALF_ULP[features.spec.dtype] * float(np.abs(stored).max(initial=0)),
-        features.quantization_error.largest,
+        _HALF_ULP[feature_set.spec.dtype] * float(np.abs(stored_rows).max(initial=0)),
+        feature_set.quantization_error.largest,
     )
-    worst = int(off.argmax()) if len(off) else -1
+    worst_row = int(row_differences.argmax()) if len(row_differences) else -1
     return RecomputeResult(
-        rows=len(rows),
-        largest=float(off.max(initial=0)) / scale,
-        tolerance=RECOMPUTE_TOLERANCE + quantization_error / scale,
-        worst_id=chosen[worst] if chosen else "",
+        n_rows=len(row_positions),
+        largest_difference=float(row_differences.max(initial=0)) / root_mean_square,
+        tolerance=RECOMPUTE_TOLERANCE + quantization_error / root_mean_square,
+        worst_id=sample_ids[worst_row] if sample_ids else "",
     )

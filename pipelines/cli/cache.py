@@ -218,18 +218,18 @@ def repair_command(
         if done.is_nothing:
             _say(f"{directory.name}: nothing to repair")
             continue
-        parts = [f"{len(done.kept)} shards kept"]
+        parts = [f"{len(done.intact_units)} shards kept"]
         for what, units in (
-            ("removed", done.removed),
-            ("missing", done.missing),
-            ("listed again", done.listed),
+            ("removed", done.removed_units),
+            ("missing", done.missing_units),
+            ("listed again", done.listed_units),
         ):
             parts += (
                 [f"{len(units)} {what} ({', '.join(units[:5])}{', …' if len(units) > 5 else ''})"]
                 if units
                 else []
             )
-        parts += [f"{file} written again" for file in done.rewritten]
+        parts += [f"{file} written again" for file in done.rewritten_files]
         _say(f"{directory.name}: {'; '.join(parts)}")
 
 
@@ -414,7 +414,7 @@ def import_command(
         cache = loaded.cache
     forbidden = _no_features(loaded) if loaded else {}
     foreign = read_external_features(
-        source, ids=ids, key=key, id_key=id_key, columns=columns or (), forbidden=forbidden
+        source, ids_path=ids, feature_key=key, id_key=id_key, column_options=columns or (), forbidden_names=forbidden
     )
     known, targets = None, None
     if loaded is not None:
@@ -428,15 +428,15 @@ def import_command(
         targets = samples[[target] if isinstance(target, str) else list(target)].set_axis(
             content, axis=0
         )
-    done = import_features(cache, name, foreign, known, dtype=dtype, targets=targets)
+    done = import_features(cache, name, foreign, known, dtype=dtype, target_table=targets)
     said = (
-        f"{done.rows:,} rows of shape {done.features.spec.shape} kept as {name} in "
+        f"{done.n_rows:,} rows of shape {done.features.spec.shape} kept as {name} in "
         f"{done.features.path}"
     )
-    if done.copies:
-        said += f"; {done.copies:,} are of exact copies of other images, which share a row"
-    if done.unknown:
-        said += f"; {done.unknown:,} have ids that no image has, and were left out"
+    if done.n_copies:
+        said += f"; {done.n_copies:,} are of exact copies of other images, which share a row"
+    if done.n_unknown:
+        said += f"; {done.n_unknown:,} have ids that no image has, and were left out"
     _say(f"{said}. In a recipe: external_features: [{name}]")
 
 
@@ -581,11 +581,11 @@ def _verify_recompute(recipe_path: Path, directories: list[Path], count: int) ->
                 present = np.isin(
                     features.content_hashes().astype("U32"), [value for value in hashes if value]
                 )
-                report = verify_recompute(features, again, count, among=np.flatnonzero(present))
+                report = verify_recompute(features, again, count, candidate_rows=np.flatnonzero(present))
                 verdict = "within" if report.is_equal else "BEYOND"
                 _say(
-                    f"{spec.name}: {report.rows} rows extracted again differ by at most "
-                    f"{report.largest:.2e} of the root mean square, {verdict} the tolerance of "
+                    f"{spec.name}: {report.n_rows} rows extracted again differ by at most "
+                    f"{report.largest_difference:.2e} of the root mean square, {verdict} the tolerance of "
                     f"{report.tolerance:.2e} ({RECOMPUTE_TOLERANCE:g} for another machine or batch "
                     f"size, the rest round-off); the furthest is {report.worst_id}"
                 )

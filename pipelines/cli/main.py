@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 from headrace.cache.errors import HeadraceError
-from headrace.cache.home import unknown_home
+from headrace.cache.home import unknown_home_message
 from headrace.pipelines.cli.advise import advise_command
 from headrace.pipelines.cli.backbones import backbones_command
 from headrace.pipelines.cli.cache import app as cache_app
@@ -313,7 +313,7 @@ def main() -> None:
         # What pathlib says, without the path, of a `~` that only a library or a rare option meets.
         if str(error) != "Could not determine home directory.":
             raise
-        _end_with(unknown_home())
+        _end_with(unknown_home_message())
     except KeyboardInterrupt:
         sys.exit(130)  # before anything was started
 

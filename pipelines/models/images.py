@@ -18,7 +18,7 @@ import torch
 from PIL import Image, ImageFile, ImageOps
 
 from headrace.cache.errors import HeadraceError
-from headrace.cache.format.encoding import decode, encode
+from headrace.cache.format.encoding import decode_rows, encode_rows
 from headrace.cache.spec import FeatureSpec
 from headrace.extract.backbones.fused import keep_memory
 from headrace.extract.errors import ImageError
@@ -242,8 +242,8 @@ def as_stored(features: npt.NDArray[Any], dtype: str) -> Floats:
     """
     if dtype == "uint8":
         return np.asarray(features, np.float32)
-    encoded = encode(features, [""] * len(features), dtype)
-    return np.asarray(decode(encoded.stored, dtype), np.float32)
+    encoded = encode_rows(features, [""] * len(features), dtype)
+    return np.asarray(decode_rows(encoded.stored, dtype), np.float32)
 
 
 def predict_member(

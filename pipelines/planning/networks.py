@@ -64,7 +64,7 @@ def _build_forked(recipe: Recipe) -> Callable[..., tuple[FeatureSpec, ...]]:
 def cached_contents(cache_root: Path, spec: FeatureSpec) -> set[str]:
     """Return the content hashes that a feature set has, as rows or as recorded failures."""
     path = feature_set_path(cache_root, spec)
-    return set(open_feature_set(path).known()) if is_feature_set(path) else set()
+    return set(open_feature_set(path).cached_hashes()) if is_feature_set(path) else set()
 
 
 def failed_contents(cache_root: Path, specs: Iterable[FeatureSpec]) -> dict[str, str]:

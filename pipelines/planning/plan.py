@@ -208,11 +208,13 @@ def check_space(plan: Plan, cache_root: Path, budget_gb: float | None) -> None:
     budget = None if budget_gb is None else int(budget_gb * 1e9)
     missing = [feature for feature in plan.features if feature.rows_missing]
     costs = plan_taps([(feature.specs[0], feature.rows_missing) for feature in missing], budget)
-    fitting = [feature.name for feature, cost in zip(missing, costs, strict=True) if cost.fits]
+    fitting = [
+        feature.name for feature, cost in zip(missing, costs, strict=True) if cost.fits_budget
+    ]
     refused = [
-        f"{feature.name} ({cost.bytes / 1e9:.3f} GB)"
+        f"{feature.name} ({cost.n_bytes / 1e9:.3f} GB)"
         for feature, cost in zip(missing, costs, strict=True)
-        if not cost.fits
+        if not cost.fits_budget
     ]
     if refused:
         raise CacheError(

@@ -219,7 +219,8 @@ def is_published(job: ExtractJob) -> bool:
     if not all(shard_path(directory, job.unit).exists() for directory in directories):
         return False
     return all(
-        open_feature_set(directory).known().issuperset(job.contents) for directory in directories
+        open_feature_set(directory).cached_hashes().issuperset(job.contents)
+        for directory in directories
     )
 
 

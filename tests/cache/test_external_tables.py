@@ -52,7 +52,7 @@ def write(frame, suffix, **options):
 
 
 def read(file, *columns, **options):
-    return read_external_features(Path(file), columns=columns, **options)
+    return read_external_features(Path(file), column_options=columns, **options)
 
 
 def known(ids):
@@ -61,9 +61,9 @@ def known(ids):
 
 def imported(tmp_path, foreign, target):
     """Import with the targets of all images, which are those of the table in their order."""
-    content = known(foreign.ids)
+    content = known(foreign.sample_ids)
     targets = pd.DataFrame({"label": list(target)}, index=list(content.values()))
-    return import_features(tmp_path / "cache", "theirs", foreign, content, targets=targets)
+    return import_features(tmp_path / "cache", "theirs", foreign, content, target_table=targets)
 
 
 @pytest.mark.parametrize("suffix", ["csv", "tsv", "parquet"])
@@ -76,21 +76,24 @@ def test_columns_are_named_or_nothing_is_read(table, suffix):
         ExternalFeaturesInvalid,
         match=r"5 columns hold numbers, f0, f1, f2, f3, label.*--columns f0:f3$",
     ):
-        read(file, forbidden={"label": "the recipe's task.target"})
+        read(file, forbidden_names={"label": "the recipe's task.target"})
     named = read(file, "f0:f3")
     np.testing.assert_allclose(
         named.features, table[["f0", "f1", "f2", "f3"]].to_numpy(), rtol=1e-6
     )
-    assert named.columns.chosen == ("f0", "f1", "f2", "f3")
-    assert named.ids == table["id"].tolist()
+    assert named.feature_columns.chosen == ("f0", "f1", "f2", "f3")
+    assert named.sample_ids == table["id"].tolist()
 
 
 def test_a_single_column_of_numbers_needs_no_name(table):
-    assert read(write(table[["id", "f0"]], "csv")).columns.chosen == ("f0",)
+    assert read(write(table[["id", "f0"]], "csv")).feature_columns.chosen == ("f0",)
     with pytest.raises(
         ExternalFeaturesInvalid, match=r"'label' is the recipe's task\.target: not a feature"
     ):
-        read(write(table[["id", "label"]], "csv"), forbidden={"label": "the recipe's task.target"})
+        read(
+            write(table[["id", "label"]], "csv"),
+            forbidden_names={"label": "the recipe's task.target"},
+        )
 
 
 @pytest.mark.parametrize(
@@ -158,8 +161,10 @@ def test_the_columns_of_the_task_are_refused_even_when_named(table, suffix, spel
         ExternalFeaturesInvalid,
         match=rf"{spelling!r} is the recipe's task.target.*'patient' .*--columns f0:f3$",
     ):
-        read(write(table, suffix), "*", forbidden={**forbidden, "id": "the column of ids"})
-    assert read(write(table, suffix), "f*[0-9]", forbidden=forbidden).columns.chosen == (
+        read(write(table, suffix), "*", forbidden_names={**forbidden, "id": "the column of ids"})
+    assert read(
+        write(table, suffix), "f*[0-9]", forbidden_names=forbidden
+    ).feature_columns.chosen == (
         "f0",
         "f1",
         "f2",
@@ -197,7 +202,7 @@ def test_a_column_that_counts_the_rows_is_refused(table, suffix, start):
         r"f0:f1,f2:f3|f0,f1",
     ):
         read(write(table, suffix), "f0:f3")
-    assert read(write(table, suffix), "f*").columns.chosen == ("f0", "f1", "f2", "f3")
+    assert read(write(table, suffix), "f*").feature_columns.chosen == ("f0", "f1", "f2", "f3")
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "int64"])
@@ -223,7 +228,7 @@ def test_an_array_that_begins_with_the_rows_numbers_is_refused(table, tmp_path):
         ExternalFeaturesInvalid,
         match=r"value 0 of each row \(the first is 0\) counts the rows \(0, 1, 2, …\)",
     ):
-        read("a.npy", ids=tmp_path / "ids.txt")
+        read("a.npy", ids_path=tmp_path / "ids.txt")
 
 
 @pytest.mark.parametrize("target", ["class", "text", "number"])
@@ -249,14 +254,14 @@ def test_the_target_under_another_name_is_refused(table, tmp_path, kind, target)
             foreign = read(write(table.assign(f2=secret), "csv"), "f0:f3")
         case "npy":
             np.save("a.npy", values)
-            foreign = read("a.npy", ids=ids)
+            foreign = read("a.npy", ids_path=ids)
         case "npz":
             np.savez("a.npz", x=values, y=labels)
-            foreign = read("a.npz", ids=ids)
+            foreign = read("a.npz", ids_path=ids)
         case "h5":
             with h5py.File("a.h5", "w") as file:
                 file["x"] = values
-            foreign = read("a.h5", ids=ids)
+            foreign = read("a.h5", ids_path=ids)
         case "list":
             foreign = read(write(pd.DataFrame({"id": table["id"], "v": list(values)}), "parquet"))
     named = (
@@ -266,7 +271,7 @@ def test_the_target_under_another_name_is_refused(table, tmp_path, kind, target)
     )
     with pytest.raises(ExternalFeaturesInvalid, match=named):
         imported(tmp_path, foreign, labels)
-    assert imported(tmp_path, foreign, rng.permutation(labels)).rows == N
+    assert imported(tmp_path, foreign, rng.permutation(labels)).n_rows == N
 
 
 def test_what_is_no_target_is_kept():
@@ -349,7 +354,7 @@ def test_nan_and_infinity_are_refused_in_every_format(table, tmp_path, kind, val
         case "npy" | "map":
             values = table[["f0", "f1", "f2", "f3"]].to_numpy()
             np.save("a.npy", values if kind == "npy" else values.reshape(N, 1, 2, 2))
-            file, options = "a.npy", {"ids": tmp_path / "ids.txt"}
+            file, options = "a.npy", {"ids_path": tmp_path / "ids.txt"}
     with pytest.raises(
         ExternalFeaturesInvalid, match=r"in row 6 \(id '005.png'\); expected finite numbers"
     ):
@@ -369,12 +374,12 @@ def test_lists_that_are_none(table):
     with pytest.raises(
         ExternalFeaturesInvalid, match=r"holds text in row 1, '\[0.5, 0.0\]'.*Parquet"
     ):
-        read(write(lists, "csv"), key="v")
+        read(write(lists, "csv"), feature_key="v")
     with pytest.raises(
         ExternalFeaturesInvalid,
         match=r"holds .* in row 1; expected a list of numbers; .*--columns f0$",
     ):
-        read(write(table, "csv"), key="f0")
+        read(write(table, "csv"), feature_key="f0")
     with pytest.raises(ExternalFeaturesInvalid, match=r"holds None in row 4"):
         read(write(lists.assign(v=[*lists["v"][:3], None, *lists["v"][4:]]), "parquet"))
     with pytest.raises(
@@ -382,9 +387,9 @@ def test_lists_that_are_none(table):
     ):
         read(write(lists.assign(v=[*lists["v"][:-1], [1, 2, 3.0]]), "parquet"))
     with pytest.raises(ExternalFeaturesInvalid, match="give one of them"):
-        read(write(lists, "parquet"), "v", key="v")
+        read(write(lists, "parquet"), "v", feature_key="v")
     with pytest.raises(ExternalFeaturesInvalid, match=r"'v' is the recipe's task\.target"):
-        read(write(lists, "parquet"), forbidden={"v": "the recipe's task.target"})
+        read(write(lists, "parquet"), forbidden_names={"v": "the recipe's task.target"})
     with pytest.raises(ExternalFeaturesInvalid, match="--columns names columns of a table"):
         read(str(np.save("a.npy", np.ones((3, 2))) or "a.npy"), "f0")
 
@@ -399,14 +404,18 @@ def test_an_array_that_is_called_as_the_target_is_refused(tmp_path, table):
         with pytest.raises(
             ExternalFeaturesInvalid, match=r"'label' is the recipe's task\.target: not a feature"
         ):
-            read(name, ids=tmp_path / "ids.txt", forbidden={"label": "the recipe's task.target"})
+            read(
+                name,
+                ids_path=tmp_path / "ids.txt",
+                forbidden_names={"label": "the recipe's task.target"},
+            )
 
 
 def test_ids_that_are_python_objects_are_not_unpickled(tmp_path):
     np.save(tmp_path / "f.npy", np.ones((2, 2)))
     np.save(tmp_path / "ids.npy", np.array(["a", "b"], dtype=object), allow_pickle=True)
     with pytest.raises(ExternalFeaturesInvalid, match=r"dtype=str"):
-        read_external_features(tmp_path / "f.npy", ids=tmp_path / "ids.npy")
+        read_external_features(tmp_path / "f.npy", ids_path=tmp_path / "ids.npy")
 
 
 def test_a_header_with_a_name_twice_is_refused(table):
@@ -465,11 +474,11 @@ def ids_files(tmp_path, ids, values):
         file["x"] = values.astype(np.float32)
         file["id"] = np.array([name.encode() for name in ids])
     named = {
-        name: ("f.npy", {"ids": tmp_path / name})
+        name: ("f.npy", {"ids_path": tmp_path / name})
         for name in ("ids.csv", "ids.tsv", "ids.parquet", "ids.txt", "ids.npy", "bytes.npy")
     }
     tables = {
-        name: (name, {"columns": ["f0,f1"]})
+        name: (name, {"column_options": ["f0,f1"]})
         for name in ("t.csv", "t.tsv", "t.parquet", "index.parquet")
     }
     return {**named, **tables, "f.h5": ("f.h5", {}), "fixed.h5": ("fixed.h5", {})}
@@ -480,7 +489,7 @@ def test_ids_are_text_as_written_in_every_format(tmp_path):
     values = np.random.default_rng(0).normal(size=(len(ODD_IDS), 2))
     for form, (file, options) in ids_files(tmp_path, ODD_IDS, values).items():
         found = read_external_features(tmp_path / file, **options)
-        assert found.ids == ODD_IDS, form
+        assert found.sample_ids == ODD_IDS, form
         np.testing.assert_allclose(found.features, values, rtol=1e-6)
 
 
@@ -491,14 +500,14 @@ def test_ids_are_compared_without_blanks_and_in_one_form_of_accents(tmp_path):
     forms = ids_files(tmp_path, theirs, values)
     for form, (file, options) in forms.items():
         found = read_external_features(tmp_path / file, **options)
-        assert found.ids == ["a.png", "b.png", "\u00e9.png", "c.png"], form
+        assert found.sample_ids == ["a.png", "b.png", "\u00e9.png", "c.png"], form
     ours = {
         "a.png": "0" * 32,
         "b.png": "1" * 32,
         unicodedata.normalize("NFD", "\u00e9.png"): "2" * 32,
         "c.png ": "3" * 32,
     }
-    assert import_features(tmp_path / "cache", "x", found, ours).rows == 4
+    assert import_features(tmp_path / "cache", "x", found, ours).n_rows == 4
 
 
 @pytest.mark.parametrize("ids", [[7, 8, 2**62 + 1], [True, False, True], [b"7", b"8", b"9"]])
@@ -515,10 +524,13 @@ def test_ids_that_are_numbers_in_parquet_keep_their_digits(tmp_path, ids):
         with pytest.raises(ExternalFeaturesInvalid, match="'True'"):
             read_external_features(tmp_path / "t.parquet")
         return
-    assert read_external_features(tmp_path / "t.parquet").ids == expected
+    assert read_external_features(tmp_path / "t.parquet").sample_ids == expected
     np.save(tmp_path / "f.npy", np.ones((3, 2)))
     np.save(tmp_path / "ids.npy", np.array(ids)[:, None])
-    assert read_external_features(tmp_path / "f.npy", ids=tmp_path / "ids.npy").ids == expected
+    assert (
+        read_external_features(tmp_path / "f.npy", ids_path=tmp_path / "ids.npy").sample_ids
+        == expected
+    )
 
 
 @pytest.mark.parametrize("missing", ["", "  ", None])
@@ -534,7 +546,7 @@ def test_a_line_without_an_id_is_refused(tmp_path):
     np.save(tmp_path / "f.npy", np.ones((3, 2)))
     (tmp_path / "ids.txt").write_text("a\n\nc")
     with pytest.raises(ExternalFeaturesInvalid, match="1 rows have no id, first row 2"):
-        read_external_features(tmp_path / "f.npy", ids=tmp_path / "ids.txt")
+        read_external_features(tmp_path / "f.npy", ids_path=tmp_path / "ids.txt")
 
 
 def test_what_clip_retrieval_writes_is_read_by_its_paths(tmp_path):
@@ -549,9 +561,9 @@ def test_what_clip_retrieval_writes_is_read_by_its_paths(tmp_path):
         tmp_path / "metadata_0.parquet"
     )
     found = read_external_features(
-        tmp_path / "img_emb_0.npy", ids=tmp_path / "metadata_0.parquet", id_key="image_path"
+        tmp_path / "img_emb_0.npy", ids_path=tmp_path / "metadata_0.parquet", id_key="image_path"
     )
-    assert found.ids == paths
+    assert found.sample_ids == paths
     np.testing.assert_array_equal(found.features, values)
 
 
@@ -562,7 +574,7 @@ def test_ids_that_have_lost_digits_are_refused(tmp_path):
     with pytest.raises(ExternalFeaturesInvalid, match="beyond 2"):
         read_external_features(tmp_path / "t.parquet")
     frame.assign(id=[7.0, 8.0]).to_parquet(tmp_path / "t.parquet")
-    assert read_external_features(tmp_path / "t.parquet").ids == ["7", "8"]
+    assert read_external_features(tmp_path / "t.parquet").sample_ids == ["7", "8"]
 
 
 def test_an_integer_id_with_a_gap_keeps_its_digits(tmp_path):
@@ -580,7 +592,7 @@ def test_an_integer_id_with_a_gap_keeps_its_digits(tmp_path):
         pa.table({"id": pa.array([2**53 + 1, 2], pa.int64()), "f": [0.5, 1.5]}),
         tmp_path / "t.parquet",
     )
-    assert read_external_features(tmp_path / "t.parquet").ids == [str(2**53 + 1), "2"]
+    assert read_external_features(tmp_path / "t.parquet").sample_ids == [str(2**53 + 1), "2"]
 
 
 def test_two_images_that_differ_in_accents_alone_are_told(tmp_path):
@@ -592,7 +604,7 @@ def test_two_images_that_differ_in_accents_alone_are_told(tmp_path):
     with pytest.raises(ExternalFeaturesInvalid, match="stands for several images of the recipe"):
         import_features(tmp_path, "x", foreign, ours)
     same = {**ours, "e\u0301.png": "0" * 32}  # a copy
-    assert import_features(tmp_path, "x", foreign, same).rows == 2
+    assert import_features(tmp_path, "x", foreign, same).n_rows == 2
 
 
 def test_rows_of_an_export_go_back_to_their_features(tmp_path):
@@ -606,8 +618,8 @@ def test_rows_of_an_export_go_back_to_their_features(tmp_path):
     )
     rows.sort_values("id").to_csv(tmp_path / "f.rows.csv", index=False)
     found = read_external_features(tmp_path / "f.npy")
-    assert found.ids == list("dbca")
-    assert found.content == rows["content"].tolist()
+    assert found.sample_ids == list("dbca")
+    assert found.content_hashes == rows["content"].tolist()
     rows.assign(row=[1, 2, 3, 4]).to_csv(tmp_path / "f.rows.csv", index=False)
     with pytest.raises(
         ExternalFeaturesInvalid, match="`row` does not count the rows of the features from 0 to 3"
@@ -624,7 +636,7 @@ def test_content_hashes_that_belong_to_no_image_are_not_believed(tmp_path):
         ExternalFeaturesInvalid, match="none of its content hashes is that of an image"
     ):
         import_features(tmp_path, "x", foreign, {"a": "0" * 32})
-    assert import_features(tmp_path, "x", foreign).rows == 2
+    assert import_features(tmp_path, "x", foreign).n_rows == 2
 
 
 def test_ids_need_not_be_unique_where_content_is(tmp_path):
@@ -636,7 +648,7 @@ def test_ids_need_not_be_unique_where_content_is(tmp_path):
     )
     foreign_table.to_parquet(tmp_path / "t.parquet")
     found = read_external_features(tmp_path / "t.parquet")
-    assert import_features(tmp_path / "cache", "x", found).rows == 2
+    assert import_features(tmp_path / "cache", "x", found).n_rows == 2
     foreign_table.drop(columns="content").to_parquet(tmp_path / "t.parquet")
     with pytest.raises(ExternalFeaturesInvalid, match="more than once, first 'a'"):
         read_external_features(tmp_path / "t.parquet")
@@ -662,7 +674,7 @@ def test_any_names_are_the_same_from_any_table(tmp_path_factory, names):
         return
     values = np.random.default_rng(0).normal(size=(len(names), 2))
     for form, (file, options) in ids_files(tmp_path, names, values).items():
-        assert read_external_features(tmp_path / file, **options).ids == expected, form
+        assert read_external_features(tmp_path / file, **options).sample_ids == expected, form
 
 
 def test_the_command_refuses_the_target_and_says_what_to_type(tmp_path):

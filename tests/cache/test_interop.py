@@ -96,18 +96,20 @@ def test_every_form_of_foreign_features_is_read_by_its_ids(folder, tmp_path, kin
             with h5py.File(source, "w") as file:
                 file["deep/features"] = values
                 file["names"] = np.array(ids, dtype=h5py.string_dtype())
-    read = read_external_features(source, ids=table, columns=["a,b"] if kind == "csv" else ())
-    assert read.ids == ids
+    read = read_external_features(
+        source, ids_path=table, column_options=["a,b"] if kind == "csv" else ()
+    )
+    assert read.sample_ids == ids
     np.testing.assert_allclose(read.features, values, rtol=1e-6)
     known = {name: f"{place:032x}" for place, name in enumerate(ids[:-1])}
     done = import_features(tmp_path / "cache", "theirs", read, known)
-    assert (done.rows, done.unknown, done.copies) == (len(ids) - 1, 1, 0)
+    assert (done.n_rows, done.n_unknown, done.n_copies) == (len(ids) - 1, 1, 0)
     np.testing.assert_allclose(
         done.features.load([known[name] for name in ids[:-1]]), values[:-1], rtol=1e-6
     )
     again = import_features(tmp_path / "cache", "theirs", read, known)
     assert again.features.spec == done.features.spec
-    assert again.features.n_rows == done.rows
+    assert again.features.n_rows == done.n_rows
 
 
 @pytest.mark.parametrize("kind", ["npy", "parquet"])
@@ -208,9 +210,9 @@ def test_imports_that_cannot_be_are_refused(tmp_path):
     for lines, said in (("a\nb", "2 ids"), ("a\nb\na", "more than once")):
         (tmp_path / "ids.txt").write_text(lines)
         with pytest.raises(ExternalFeaturesInvalid, match=said):
-            read_external_features(tmp_path / "f.npy", ids=tmp_path / "ids.txt")
+            read_external_features(tmp_path / "f.npy", ids_path=tmp_path / "ids.txt")
     (tmp_path / "ids.txt").write_text("a\nb\nc")
-    read = read_external_features(tmp_path / "f.npy", ids=tmp_path / "ids.txt")
+    read = read_external_features(tmp_path / "f.npy", ids_path=tmp_path / "ids.txt")
     with pytest.raises(ExternalFeaturesInvalid, match="--recipe"):
         import_features(tmp_path, "x", read)
     with pytest.raises(ExternalFeaturesInvalid, match=r"look like 'fine/1\.png'"):

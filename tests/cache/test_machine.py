@@ -125,9 +125,9 @@ class Cache(RuleBasedStateMachine):
         done = repair(self.directory)
         self.listed -= self.broken
         self.broken, self.small = set(), set()
-        assert {unit_name(number) for number in self.listed} <= set(done.kept)
+        assert {unit_name(number) for number in self.listed} <= set(done.intact_units)
         # A shard whose writer died before listing it is whole too.
-        self.listed = {int(unit[1:]) for unit in done.kept}
+        self.listed = {int(unit[1:]) for unit in done.intact_units}
         assert {problem.kind for problem in verify_bytes(self.directory)} <= {"temporary"}
         assert repair(self.directory).is_nothing
 

@@ -16,7 +16,7 @@ from support.caches import given, hashes, make_feature_set, make_spec, unit_argu
 
 from headrace.cache.errors import CacheError, FeatureSetMissing, SpecMismatch
 from headrace.cache.feature_set import list_feature_sets, open_feature_set
-from headrace.cache.format.encoding import decode, encode
+from headrace.cache.format.encoding import decode_rows, encode_rows
 from headrace.cache.format.float16 import float16_to_float32
 from headrace.cache.mapping import MappedRows
 from headrace.cache.publish import create_feature_set, feature_set_path, publish_shard
@@ -115,7 +115,7 @@ def test_the_fast_gather_equals_the_general_one(tmp_path, monkeypatch, shape):
         assert np.array_equal(features.read(order, None), expected[order])
         assert np.array_equal(features.read(order), expected[order].astype(np.float32))
         assert np.array_equal(features[3:29], expected[3:29])
-        tables.append(features._reader._mapped()._is_table)
+        tables.append(features._reader._mapped_rows()._is_table)
     row_bytes = 2 * int(np.prod(shape))
     on_a_page = 8 * row_bytes >= 4096
     assert tables == [on_a_page, on_a_page and 2**21 % row_bytes == 0]
@@ -189,7 +189,7 @@ def test_no_rows(tmp_path):
         assert features[:].shape == (0, 4, 2)
         assert features.load([]).shape == (0, 4, 2)
         assert features.ids() == []
-        assert features.known() == {failure.content_hash for failure in features.failures()}
+        assert features.cached_hashes() == {failure.content_hash for failure in features.failures()}
         assert len(features.failures()) == failed
         assert list(features.iter_batches(3, seed=0)) == []
         assert features.to_dask_array().compute(scheduler="synchronous").shape == (0, 4, 2)
@@ -202,7 +202,7 @@ def test_failures_keep_id_and_reason(tmp_path):
     failure = features.failures()[1]
     assert failure.id == "bad 1/0"
     assert failure.reason == "truncated: 12 bytes are missing"
-    assert failure.content_hash in features.known()
+    assert failure.content_hash in features.cached_hashes()
     with pytest.raises(CacheError, match=r"no row for bad 1/0 \(truncated: 12 bytes are missing\)"):
         features.load([failure.content_hash])
 
@@ -325,7 +325,7 @@ def test_index_finds_the_first_of_each(held, wanted):
 
 def test_index_survives_colliding_keys(monkeypatch):
     """Hashes whose 64-bit keys are equal are still told apart."""
-    monkeypatch.setattr("headrace.cache.row_index._MIX", np.zeros(4, np.uint64))
+    monkeypatch.setattr("headrace.cache.row_index._MIX_CONSTANTS", np.zeros(4, np.uint64))
     names = as_content_hashes(hashes(0, 30))
     index = RowIndex(names[:20])
     assert index.locate(names[::-1]).tolist() == [-1] * 10 + list(range(19, -1, -1))
@@ -348,9 +348,9 @@ def test_round_off_is_bounded(dtype, given_dtype, n, shape, scale):
         .clip(-6e4, 6e4)
         .astype(given_dtype)
     )
-    encoded = encode(values, [str(row) for row in range(n)], dtype)
+    encoded = encode_rows(values, [str(row) for row in range(n)], dtype)
     off = np.abs(
-        decode(encoded.stored, dtype, encoded.scale, encoded.offset).astype(float)
+        decode_rows(encoded.stored, dtype, encoded.scale, encoded.offset).astype(float)
         - values.astype(float)
     )
     size = np.abs(values.astype(float))
@@ -517,7 +517,7 @@ def test_arrays_outlive_their_feature_set(tmp_path):
     features = open_feature_set(make_feature_set(tmp_path, 2))
     expected = features[:]
     reader = features._reader
-    view = reader._mapped().rows(1, 0, 8)
+    view = reader._mapped_rows().rows(1, 0, 8)
     del features, reader
     assert np.array_equal(view, expected[8:].reshape(8, -1))
 

@@ -63,10 +63,10 @@ def test_repair_redoes_only_what_is_broken(tmp_path):
         number: shard_path(directory, unit_name(number)).stat().st_ino for number in (0, 2, 5)
     }
     done = repair(directory)
-    assert done.removed == (unit_name(1), unit_name(4))
-    assert done.missing == (unit_name(3),)
-    assert done.listed == ()
-    assert done.rewritten == ("manifest.jsonl",)
+    assert done.removed_units == (unit_name(1), unit_name(4))
+    assert done.missing_units == (unit_name(3),)
+    assert done.listed_units == ()
+    assert done.rewritten_files == ("manifest.jsonl",)
     assert verify_bytes(directory) == []
     assert open_feature_set(directory).n_rows == 24
     make_feature_set(tmp_path, 6)
@@ -86,10 +86,10 @@ def test_repair_of_the_small_files(tmp_path):
     for name in names:
         (directory / name).write_bytes(before[name][:50] + b"?" + before[name][51:])
     done = repair(directory)
-    assert done.rewritten == ("spec.json", "manifest.jsonl")
+    assert done.rewritten_files == ("spec.json", "manifest.jsonl")
     assert {name: (directory / name).read_bytes() for name in names} == before
     (directory / "manifest.jsonl").unlink()
-    assert repair(directory).listed == tuple(unit_name(number) for number in range(4))
+    assert repair(directory).listed_units == tuple(unit_name(number) for number in range(4))
     assert {name: (directory / name).read_bytes() for name in names} == before
 
 
@@ -142,9 +142,9 @@ def test_repair_while_others_extract(tmp_path):
     seen = 0
     while os.waitpid(child, os.WNOHANG) == (0, 0):
         done = repair(directory)
-        assert done.removed == done.missing == ()
-        assert len(done.kept) >= seen
-        seen = len(done.kept)
+        assert done.removed_units == done.missing_units == ()
+        assert len(done.intact_units) >= seen
+        seen = len(done.intact_units)
     assert [problem.kind for problem in verify_bytes(directory)] == []
     assert len(open_feature_set(directory).entries) == 60
 
@@ -392,8 +392,8 @@ def test_taps_that_fit(tmp_path):
     """
     small, large = make_spec(shape=(100,)), make_spec(shape=(1000, 14, 14), tap="y")
     costs = plan_taps([(small, 1000), (large, 1000), (small, 500)], 10_000_000)
-    assert [cost.fits for cost in costs] == [True, False, True]
-    assert all(cost.fits for cost in plan_taps([(large, 10**9)], None))
+    assert [cost.fits_budget for cost in costs] == [True, False, True]
+    assert all(cost.fits_budget for cost in plan_taps([(large, 10**9)], None))
     require_disk_space(tmp_path / "not" / "yet", costs[:1])
     with pytest.raises(
         CacheError, match=r"0\.39 GB and 0\.10 GB are free.*y\.map.*Nothing was extracted"

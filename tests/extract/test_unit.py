@@ -79,7 +79,9 @@ def specs_of(
 
 def known(cache: Path, specs: tuple[FeatureSpec, ...]) -> list[set[str]]:
     paths = [feature_set_path(cache, spec) for spec in specs]
-    return [set(open_feature_set(path).known()) if path.exists() else set() for path in paths]
+    return [
+        set(open_feature_set(path).cached_hashes()) if path.exists() else set() for path in paths
+    ]
 
 
 def extract(
@@ -326,7 +328,7 @@ def test_malformed_images_shift_no_row(tmp_path: Path) -> None:
         assert {failure.content_hash for failure in feature_set.failures()} == {
             failure.content_hash for failure in failed
         }
-        assert set(feature_set.known()) == set(mixed["content"])
+        assert set(feature_set.cached_hashes()) == set(mixed["content"])
         found = stored(tmp_path / "cache", spec, good).astype(np.float32)
         for row in range(0, 30, 7):
             expected = alone(good.iloc[row], SMALL, spec)
@@ -349,7 +351,7 @@ def test_a_file_that_changed_or_went_is_not_recorded(tmp_path: Path) -> None:
     assert report.failed == ()
     assert [name for name, _ in report.unread] == ["001.png", "003.png"]
     assert "changed since" in report.unread[0][1]
-    there = set(open_feature_set(feature_set_path(tmp_path / "cache", specs[0])).known())
+    there = set(open_feature_set(feature_set_path(tmp_path / "cache", specs[0])).cached_hashes())
     assert there == set(samples["content"]) - {samples["content"][1], samples["content"][3]}
 
 

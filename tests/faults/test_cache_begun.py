@@ -58,7 +58,7 @@ def test_a_begun_feature_set_can_be_removed(tmp_path, half):
     """By its name at once, and by gc once no writer can be at work in it."""
     directory = begin(tmp_path, half)
     assert find_garbage(tmp_path).trash == ()
-    assert find_garbage(tmp_path, now=os.stat(directory).st_mtime + 7200).trash == (directory,)
+    assert find_garbage(tmp_path, now_s=os.stat(directory).st_mtime + 7200).trash == (directory,)
     done = call("rm", directory.name[:8], "--cache", tmp_path, "--yes")
     assert done.exit_code == 0, done.output
     assert list((tmp_path / "features").iterdir()) == []
@@ -82,7 +82,7 @@ def test_shards_whose_spec_is_gone_are_repaired(tmp_path):
     with pytest.raises(FeatureSetMissing, match="headrace cache repair"):
         cached_contents(tmp_path, SPEC)
     assert "broken" in call("ls", "--cache", tmp_path).output
-    assert repair(directory).rewritten == ("spec.json",)
+    assert repair(directory).rewritten_files == ("spec.json",)
     assert set(hashes(0, 8)) <= cached_contents(tmp_path, SPEC)
 
 
@@ -103,7 +103,7 @@ def test_a_directory_appears_with_its_spec(tmp_path, monkeypatch):
     left = directory.with_name(".abc.0f.partial")
     shutil.copytree(directory, left)
     assert [each.path for each in list_feature_sets(tmp_path)] == [directory]
-    garbage = find_garbage(tmp_path, now=os.stat(left).st_mtime + 7200)
+    garbage = find_garbage(tmp_path, now_s=os.stat(left).st_mtime + 7200)
     garbage.remove()
     assert not left.exists()
     assert directory.exists()

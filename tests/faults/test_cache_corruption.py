@@ -44,7 +44,7 @@ def detected(directory):
     """
     try:
         features = open_feature_set(directory)
-        features.check()
+        features.verify_shards()
     except CacheError as error:
         return str(error), verify_bytes(directory)
     return None, verify_bytes(directory)
@@ -133,7 +133,7 @@ def test_a_damaged_spec_names_the_command_that_mends_it(tmp_path):
         ):
             with pytest.raises(CacheError, match=r"spec.*headrace cache repair"):
                 call()
-        assert repair(directory).rewritten == ("spec.json",)
+        assert repair(directory).rewritten_files == ("spec.json",)
         assert path.read_bytes() == data
     newer = data.replace(b'"weights"', b'"weight_set"')
     directory = directory.rename(
@@ -246,13 +246,13 @@ def test_a_change_after_verification_is_noticed(tmp_path):
     path = shard_path(directory, unit_name(0))
     long_ago = path.stat().st_mtime - 1000
     os.utime(path, (long_ago, long_ago))
-    open_feature_set(directory).check()
+    open_feature_set(directory).verify_shards()
     before = path.stat()
     flip(path, 8 * (path.stat().st_size - 1))
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert path.stat().st_mtime_ns == before.st_mtime_ns
     with pytest.raises(ShardCorrupt):
-        open_feature_set(directory).check()
+        open_feature_set(directory).verify_shards()
 
 
 def test_a_shard_is_hashed_once(tmp_path, monkeypatch):
@@ -268,7 +268,7 @@ def test_a_shard_is_hashed_once(tmp_path, monkeypatch):
         check, "verify_shard", lambda *args: hashed.append(args[0]) or original(*args)
     )
     for _ in range(2):
-        open_feature_set(directory).check()
+        open_feature_set(directory).verify_shards()
     assert len(hashed) == 4
     monkeypatch.setattr(check, "_SETTLED_NS", 0)
     for _ in range(3):
@@ -285,7 +285,7 @@ def test_without_a_home(tmp_path, monkeypatch):
     state = tmp_path / "state"
     monkeypatch.setenv("XDG_CACHE_HOME", str(state))
     monkeypatch.setattr("headrace.cache.checksum._SETTLED_NS", 0)
-    open_feature_set(directory).check()
+    open_feature_set(directory).verify_shards()
     (memory,) = (path for path in state.rglob("*") if path.is_file())
     data = memory.read_bytes()
     for bit in range(0, len(data) * 8, 53):
@@ -491,7 +491,7 @@ def test_manifest_lies_about_rows(tmp_path):
     for change in ({"rows": 10**9}, {"rows": 7}, {"rows": -1}, {"failed": 2}):
         (directory / "manifest.jsonl").write_bytes(to_checksummed_line({**entry, **change}))
         with pytest.raises(CacheError, match=r"rows|failed"):
-            open_feature_set(directory).check()
+            open_feature_set(directory).verify_shards()
         assert [problem.kind for problem in verify_bytes(directory)] in (["corrupt"], ["manifest"])
 
 

@@ -143,7 +143,7 @@ def test_imported_features_come_from_their_own_file(tmp_path, how):
             layout[:] = h5py.VirtualSource(str(secret), "own/x", (5, 8))
             file.create_virtual_dataset("features", layout)
     with pytest.raises(ExternalFeaturesInvalid, match=r"with --key; it has id|lie in other files"):
-        read_external_features(sent, key="features")
+        read_external_features(sent, feature_key="features")
 
 
 @pytest.mark.parametrize("kind", ["npy", "npz", "h5"])
@@ -162,11 +162,11 @@ def test_arrays_of_python_objects_are_refused(tmp_path, kind):
     with pytest.raises(SourceError):
         read_array(file)
     with pytest.raises(ExternalFeaturesInvalid):
-        read_external_features(file, ids=ids)
+        read_external_features(file, ids_path=ids)
     if kind == "npy":
         np.save(tmp_path / "features.npy", np.eye(8, 5))
         with pytest.raises(ExternalFeaturesInvalid, match="could run code"):
-            read_external_features(tmp_path / "features.npy", ids=file)
+            read_external_features(tmp_path / "features.npy", ids_path=file)
 
 
 def test_a_table_does_not_decompress_without_end(tmp_path):
