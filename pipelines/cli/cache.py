@@ -414,7 +414,12 @@ def import_command(
         cache = loaded.cache
     forbidden = _no_features(loaded) if loaded else {}
     foreign = read_external_features(
-        source, ids_path=ids, feature_key=key, id_key=id_key, column_options=columns or (), forbidden_names=forbidden
+        source,
+        ids_path=ids,
+        feature_key=key,
+        id_key=id_key,
+        column_options=columns or (),
+        forbidden_names=forbidden,
     )
     known, targets = None, None
     if loaded is not None:
@@ -581,11 +586,14 @@ def _verify_recompute(recipe_path: Path, directories: list[Path], count: int) ->
                 present = np.isin(
                     features.content_hashes().astype("U32"), [value for value in hashes if value]
                 )
-                report = verify_recompute(features, again, count, candidate_rows=np.flatnonzero(present))
+                report = verify_recompute(
+                    features, again, count, candidate_rows=np.flatnonzero(present)
+                )
                 verdict = "within" if report.is_equal else "BEYOND"
                 _say(
                     f"{spec.name}: {report.n_rows} rows extracted again differ by at most "
-                    f"{report.largest_difference:.2e} of the root mean square, {verdict} the tolerance of "
+                    f"{report.largest_difference:.2e} of the root mean square, {verdict} the "
+                    "tolerance of "
                     f"{report.tolerance:.2e} ({RECOMPUTE_TOLERANCE:g} for another machine or batch "
                     f"size, the rest round-off); the furthest is {report.worst_id}"
                 )

@@ -219,9 +219,9 @@ def test_verify_recompute(tmp_path, dtype):
         return np.stack([by_content[value] + wobble for value in hashes])
 
     report = verify_recompute(features, again, 10)
-    assert report.rows == 10
+    assert report.n_rows == 10
     assert report.is_equal
-    assert report.largest <= report.tolerance < 0.05
+    assert report.largest_difference <= report.tolerance < 0.05
     for wrong in (
         lambda ids, hashes: again(ids, hashes) + 0.1,
         lambda ids, hashes: again(ids, hashes)[::-1],
