@@ -91,17 +91,21 @@ def read_archives(
     headers and side files are read. Raises SourceError for damaged archives, and when there are no
     images.
     """
-    files = _expand([archives] if isinstance(archives, (str, Path)) else list(archives))
+    archive_paths = _expand([archives] if isinstance(archives, (str, Path)) else list(archives))
     tally = Tally()
     images: list[_Image] = []
-    others: set[Folders] = set()  # folders in the archives that hold other files
-    for file, name in zip(files, _names(files), strict=True):
-        images += _read_archive(file, name, exclude, tally, others)
-    source = str(files[0]) if len(files) == 1 else f"{len(files)} archives ({files[0]}, …)"
+    folders_of_others: set[Folders] = set()  # folders in the archives that hold other files
+    for archive_path, archive_name in zip(archive_paths, _names(archive_paths), strict=True):
+        images += _read_archive(archive_path, archive_name, exclude, tally, folders_of_others)
+    source_text = (
+        str(archive_paths[0])
+        if len(archive_paths) == 1
+        else f"{len(archive_paths)} archives ({archive_paths[0]}, …)"
+    )
     if not images:
-        found = "; ".join(map(str, tally.left_out()[:5])) or "nothing"
+        found_text = "; ".join(map(str, tally.left_out()[:5])) or "nothing"
         raise SourceError(
-            f"{source}: no images (found: {found}). Expected members that end in "
+            f"{source_text}: no images (found: {found_text}). Expected members that end in "
             f"{', '.join(sorted(IMAGE_SUFFIXES))}"
         )
     rows = [
@@ -112,59 +116,76 @@ def read_archives(
         }
         for image in images
     ]
-    check_unique((row["id"] for row in rows), source)
+    check_unique((row["id"] for row in rows), source_text)
     frame = pd.DataFrame(rows)
     notes: list[str] = []
     if "label" not in frame:
-        folders = [_folders(image.member.name) for image in images]
-        wrapper = folders[0]
-        while any(inside[: len(wrapper)] != wrapper for inside in folders):
+        member_folders = [_folders(image.member.name) for image in images]
+        wrapper = member_folders[0]
+        while any(folder_parts[: len(wrapper)] != wrapper for folder_parts in member_folders):
             wrapper = wrapper[:-1]
         if (
-            len({inside[len(wrapper)] for inside in folders if len(inside) > len(wrapper)}) > 1
+            len(
+                {
+                    folder_parts[len(wrapper)]
+                    for folder_parts in member_folders
+                    if len(folder_parts) > len(wrapper)
+                }
+            )
+            > 1
         ):  # `tar -c photos`
-            folders = [inside[len(wrapper) :] for inside in folders]
-            others = {
-                inside[len(wrapper) :] for inside in others if inside[: len(wrapper)] == wrapper
+            member_folders = [folder_parts[len(wrapper) :] for folder_parts in member_folders]
+            folders_of_others = {
+                folder_parts[len(wrapper) :]
+                for folder_parts in folders_of_others
+                if folder_parts[: len(wrapper)] == wrapper
             }
-        read = read_layout(folders, others, layout, source, labelled=labelled)
-        frame.insert(2, "label", pd.Series(read.labels, dtype=object))
-        if read.splits is not None and "split" not in frame:
-            frame["split"] = read.splits
-        notes += read.notes
+        read_labels = read_layout(
+            member_folders, folders_of_others, layout, source_text, labelled=labelled
+        )
+        frame.insert(2, "label", pd.Series(read_labels.labels, dtype=object))
+        if read_labels.splits is not None and "split" not in frame:
+            frame["split"] = read_labels.splits
+        notes += read_labels.notes
     elif (
         labelled
-        and (bare := int(frame["label"].isna().sum()))
+        and (n_unlabelled := int(frame["label"].isna().sum()))
         and len({_folders(image.member.name) for image in images})
         > 1  # the folders could be meant as classes
     ):
         notes.append(
-            f"{bare:,} of {len(frame):,} images have no label: the side files say the labels, not "
-            "the folders, and these have none, or one without a label"
+            f"{n_unlabelled:,} of {len(frame):,} images have no label: the side files say the "
+            "labels, not the folders, and these have none, or one without a label"
         )
-    sides = {file.name: split_word(file.name) for file in files}
-    if "split" not in frame and None not in sides.values() and len(set(sides.values())) > 1:
-        frame["split"] = [sides[Path(image.archive).name] for image in images]
+    split_sides = {
+        archive_path.name: split_word(archive_path.name) for archive_path in archive_paths
+    }
+    if (
+        "split" not in frame
+        and None not in split_sides.values()
+        and len(set(split_sides.values())) > 1
+    ):
+        frame["split"] = [split_sides[Path(image.archive).name] for image in images]
         notes.append("the archives' names are those of the sides of a split")
-    keys = Counter(f"{image.archive}/{_sample_key(image.member.name)}" for image in images)
-    if several := sum(count > 1 for count in keys.values()):
-        key = next(key for key, count in keys.items() if count > 1)
+    sample_keys = Counter(f"{image.archive}/{_sample_key(image.member.name)}" for image in images)
+    if n_several := sum(count > 1 for count in sample_keys.values()):
+        sample_key = next(sample_key for sample_key, count in sample_keys.items() if count > 1)
         notes.append(
-            f"{several:,} samples (names up to the first dot) have more than one image, such as "
-            f"{printable(key)}: each image is a row"
+            f"{n_several:,} samples (names up to the first dot) have more than one image, such as "
+            f"{printable(sample_key)}: each image is a row"
         )
     return tally.listing(frame, notes)
 
 
-def _names(files: Sequence[Path]) -> list[str]:
+def _names(archive_paths: Sequence[Path]) -> list[str]:
     """What the archives are called in ids: their names, or where two are alike their paths below
     what they share.
     """
-    names = [file.name for file in files]
-    if len(set(names)) == len(names):
-        return names
-    base = os.path.commonpath([file.parent for file in files])
-    return [file.relative_to(base).as_posix() for file in files]
+    archive_names = [file.name for file in archive_paths]
+    if len(set(archive_names)) == len(archive_names):
+        return archive_names
+    common_folder = os.path.commonpath([file.parent for file in archive_paths])
+    return [file.relative_to(common_folder).as_posix() for file in archive_paths]
 
 
 def _folders(member: str) -> Folders:
@@ -172,26 +193,30 @@ def _folders(member: str) -> Folders:
 
 
 def _read_archive(
-    file: Path, name: str, exclude: Sequence[str], tally: Tally, others: set[Folders]
+    archive_path: Path,
+    archive_name: str,
+    exclude: Sequence[str],
+    tally: Tally,
+    others: set[Folders],
 ) -> list[_Image]:
     """The archive's images, in its order; the last member of a name counts."""
-    read = _zip_members if file.suffix.lower() == ".zip" else _tar_members
-    entries = list(read(file, name, exclude, tally, others))
-    places: dict[str, list[int]] = defaultdict(list)  # where in the archive each name stands
-    for place, entry in enumerate(entries):
-        places[entry.name].append(place)
+    read_members = _zip_members if archive_path.suffix.lower() == ".zip" else _tar_members
+    entries = list(read_members(archive_path, archive_name, exclude, tally, others))
+    positions: dict[str, list[int]] = defaultdict(list)  # where in the archive each name stands
+    for position, entry in enumerate(entries):
+        positions[entry.name].append(position)
     members: dict[str, _Member] = {}
-    for place, entry in enumerate(entries):
-        if place != places[entry.name][-1]:
+    for position, entry in enumerate(entries):
+        if position != positions[entry.name][-1]:
             tally.leave_out(
                 "members that a later one of the same name replaces",
-                printable(f"{name}/{entry.name}"),
+                printable(f"{archive_name}/{entry.name}"),
             )
-        elif (member := _follow(entries, places, place)) is not None:
+        elif (member := _follow(entries, positions, position)) is not None:
             members[entry.name] = replace(member, name=entry.name)
         else:
             tally.leave_out(
-                "links to what is not in the archive", printable(f"{name}/{entry.name}")
+                "links to what is not in the archive", printable(f"{archive_name}/{entry.name}")
             )
     side_files = {
         member.name: member.side_file for member in members.values() if member.side_file is not None
@@ -210,7 +235,7 @@ def _read_archive(
                     values = _side_columns(extension, data)
                     (damaged if values is None else used).add(f"{key}.{extension}")
                     columns |= values or {}
-        found.append(_Image(name, member, columns))
+        found.append(_Image(archive_name, member, columns))
     tally.annotations += len(used)
     for member in members.values():
         if member.name not in used and (member.side_file is not None or not _is_image(member)):
@@ -220,7 +245,7 @@ def _read_archive(
                 what = "side files of no image"
             else:
                 what = describe_suffix(member.name)
-            tally.leave_out(what, printable(f"{name}/{member.name}"))
+            tally.leave_out(what, printable(f"{archive_name}/{member.name}"))
             others.add(_folders(member.name))
     return found
 
@@ -442,15 +467,15 @@ def _left_out(
     return EXCLUDED if excluded else None
 
 
-def _tar_problem(file: Path, error: Exception) -> str:
+def _tar_problem(archive_path: Path, error: Exception) -> str:
     try:
-        with file.open("rb") as opened:
-            magic = opened.read(4)
+        with archive_path.open("rb") as archive_file:
+            magic = archive_file.read(4)
     except OSError:
         return str(error)
     if magic == b"\x28\xb5\x2f\xfd":
         return "Zstandard compressed it, which is not read here. Decompress it first: zstd -d FILE"
-    if file.suffix.lower() == ".tar" and (
+    if archive_path.suffix.lower() == ".tar" and (
         magic[:2] in (b"\x1f\x8b", b"BZ") or magic[:3] == b"\xfd7z"
     ):
         return (
@@ -461,46 +486,47 @@ def _tar_problem(file: Path, error: Exception) -> str:
 
 
 def _expand(archives: Sequence[str | Path]) -> list[Path]:
-    files: list[Path] = []
-    for entry in archives:
-        path = expand_home(entry)
-        if path.is_file():  # before any pattern: `a[1].zip` is its own name
-            found = [path]
-        elif path.is_dir():
-            found = sorted(
-                inside
-                for inside in path.iterdir()
-                if is_archive(inside) and not inside.name.startswith(".")
+    archive_paths: list[Path] = []
+    for archive_name in archives:
+        archive_path = expand_home(archive_name)
+        if archive_path.is_file():  # before any pattern: `a[1].zip` is its own name
+            matching_paths = [archive_path]
+        elif archive_path.is_dir():
+            matching_paths = sorted(
+                child_path
+                for child_path in archive_path.iterdir()
+                if is_archive(child_path) and not child_path.name.startswith(".")
             )
         else:
-            found = [
+            matching_paths = [
                 Path(match)
-                for text in _braces(str(path))
+                for text in _braces(str(archive_path))
                 for match in (sorted(glob.glob(text)) or [text])
             ]
-        if not found:
+        if not matching_paths:
             raise SourceError(
-                f"{entry}: a folder without archives ({', '.join((*TAR_ENDINGS, '.zip'))})"
+                f"{archive_name}: a folder without archives ({', '.join((*TAR_ENDINGS, '.zip'))})"
             )
-        files += found
-    missing = [file for file in files if not file.is_file()]
-    if missing:
+        archive_paths += matching_paths
+    missing_paths = [file for file in archive_paths if not file.is_file()]
+    if missing_paths:
         raise SourceError(
-            f"{missing[0]}: no such archive ({len(missing)} of {len(files)} are missing)"
+            f"{missing_paths[0]}: no such archive ({len(missing_paths)} of {len(archive_paths)} "
+            "are missing)"
         )
-    return [file.absolute() for file in files]
+    return [file.absolute() for file in archive_paths]
 
 
 def _braces(text: str) -> list[str]:
     """Expand "a-{000..003}.tar" to the four shards that it names, as WebDataset writes them."""
-    parts: list[list[str]] = []
-    last = 0
+    text_parts: list[list[str]] = []
+    last_end = 0
     for match in re.finditer(r"\{(\d+)\.\.(\d+)\}", text):
-        first, final = match[1], match[2]
-        parts += [
-            [text[last : match.start()]],
-            [f"{n:0{len(first)}d}" for n in range(int(first), int(final) + 1)],
+        first_number, last_number = match[1], match[2]
+        text_parts += [
+            [text[last_end : match.start()]],
+            [f"{n:0{len(first_number)}d}" for n in range(int(first_number), int(last_number) + 1)],
         ]
-        last = match.end()
-    parts.append([text[last:]])
-    return ["".join(chosen) for chosen in itertools.product(*parts)]
+        last_end = match.end()
+    text_parts.append([text[last_end:]])
+    return ["".join(chosen_parts) for chosen_parts in itertools.product(*text_parts)]

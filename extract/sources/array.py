@@ -48,39 +48,46 @@ def read_array(
     given, which floats and integers of other sizes than 8 and 16 bits do not have of themselves.
     Raises SourceError.
     """
-    file = expand_home(images).absolute()
-    if file.is_dir():
-        return _read_idx_family(file, exclude)
-    kind = _kind(file)
-    key = key if key is not None or kind not in ("npz", "h5") else _only_images(file, kind)
-    array = _open(file, kind, key or "")
+    array_path = expand_home(images).absolute()
+    if array_path.is_dir():
+        return _read_idx_family(array_path, exclude)
+    file_kind = _kind(array_path)
+    key = (
+        key
+        if key is not None or file_kind not in ("npz", "h5")
+        else _only_images(array_path, file_kind)
+    )
+    array = _open(array_path, file_kind, key or "")
     if not _is_images(shape := _shape(array)):
         raise SourceError(
-            f"{file}: the array has shape {shape}; expected (N, H, W), (N, H, W, C) or (N, C, H, "
-            "W) with 1, 3 or 4 channels. One image in a file of its own is named by a table with "
-            "a column path"
+            f"{array_path}: the array has shape {shape}; expected (N, H, W), (N, H, W, C) or (N, "
+            "C, H, W) with 1, 3 or 4 channels. One image in a file of its own is named by a table "
+            "with a column path"
         )
     if not ranged and not has_range(array.dtype):
         raise SourceError(
-            f"{file}: pixels of type {array.dtype} have no range of their own; say which values "
-            "are black and white: images.pixel_range: [0, 1] in the recipe (`headrace init` "
-            "measures it)"
+            f"{array_path}: pixels of type {array.dtype} have no range of their own; say which "
+            "values are black and white: images.pixel_range: [0, 1] in the recipe (`headrace "
+            "init` measures it)"
         )
-    details = f"{key}:" if kind in ("npz", "h5") else ""
-    count = len(array)
-    width = len(str(count - 1))
+    key_prefix = f"{key}:" if file_kind in ("npz", "h5") else ""
+    n_images = len(array)
+    n_digits = len(str(n_images - 1))
     frame = pd.DataFrame(
         {
-            "id": [f"{file.name}/{index:0{width}d}" for index in range(count)],
-            "path": [f"{path_text(file)}::{kind}:{details}{index}" for index in range(count)],
-            "label": _labels(file, kind, labels, labels_key, count),
+            "id": [f"{array_path.name}/{index:0{n_digits}d}" for index in range(n_images)],
+            "path": [
+                f"{path_text(array_path)}::{file_kind}:{key_prefix}{index}"
+                for index in range(n_images)
+            ],
+            "label": _labels(array_path, file_kind, labels, labels_key, n_images),
         }
     )
-    tally = Tally(found=count)
-    excluded = np.array([tally.excludes(exclude, name) for name in frame["id"]], bool)
-    if excluded.any():
-        tally.leave_out(EXCLUDED, *frame["id"][excluded].head(3), count=int(excluded.sum()))
-    return tally.listing(frame[~excluded].reset_index(drop=True))
+    tally = Tally(found=n_images)
+    is_excluded = np.array([tally.excludes(exclude, name) for name in frame["id"]], bool)
+    if is_excluded.any():
+        tally.leave_out(EXCLUDED, *frame["id"][is_excluded].head(3), count=int(is_excluded.sum()))
+    return tally.listing(frame[~is_excluded].reset_index(drop=True))
 
 
 def has_range(dtype: "np.dtype[Any]") -> bool:
@@ -97,23 +104,30 @@ def measure_range(images: str | Path, key: str | None = None) -> tuple[float, fl
     [0, 1] or [0, 255] where all values lie in it, else the least and the greatest. Reads every
     image once.
     """
-    file = expand_home(images).absolute()
-    if file.is_dir():
+    array_path = expand_home(images).absolute()
+    if array_path.is_dir():
         return None
-    kind = _kind(file)
-    array = _open(file, kind, key or (_only_images(file, kind) if kind in ("npz", "h5") else ""))
+    file_kind = _kind(array_path)
+    array = _open(
+        array_path,
+        file_kind,
+        key or (_only_images(array_path, file_kind) if file_kind in ("npz", "h5") else ""),
+    )
     if has_range(array.dtype):
         return None
-    low, high = np.inf, -np.inf
+    lowest, highest = np.inf, -np.inf
     for start in range(0, len(array), _IMAGES_AT_ONCE):
-        block = np.asarray(array[start : start + _IMAGES_AT_ONCE])
-        finite = block[np.isfinite(block)]
-        if finite.size:
-            low, high = min(low, float(finite.min())), max(high, float(finite.max()))
-    for whole in ((0.0, 1.0), (0.0, 255.0)):
-        if whole[0] <= low and high <= whole[1]:
-            return whole
-    return (low, high) if low < high else None
+        image_block = np.asarray(array[start : start + _IMAGES_AT_ONCE])
+        finite_values = image_block[np.isfinite(image_block)]
+        if finite_values.size:
+            lowest, highest = (
+                min(lowest, float(finite_values.min())),
+                max(highest, float(finite_values.max())),
+            )
+    for standard_range in ((0.0, 1.0), (0.0, 255.0)):
+        if standard_range[0] <= lowest and highest <= standard_range[1]:
+            return standard_range
+    return (lowest, highest) if lowest < highest else None
 
 
 def idx_pairs(folder: Path) -> list[tuple[Path, Path | None]]:
@@ -125,7 +139,7 @@ def idx_pairs(folder: Path) -> list[tuple[Path, Path | None]]:
     for file in sorted(folder.iterdir()):
         match = _IDX_IMAGES.fullmatch(file.name)
         if match is not None and file.is_file():
-            wanted = re.compile(
+            labels_pattern = re.compile(
                 rf"{re.escape(match['prefix'])}labels[-.]idx\d(-ubyte)?(\.gz)?", re.IGNORECASE
             )
             pairs.append(
@@ -133,9 +147,9 @@ def idx_pairs(folder: Path) -> list[tuple[Path, Path | None]]:
                     file,
                     next(
                         (
-                            other
-                            for other in sorted(folder.iterdir())
-                            if wanted.fullmatch(other.name)
+                            neighbor
+                            for neighbor in sorted(folder.iterdir())
+                            if labels_pattern.fullmatch(neighbor.name)
                         ),
                         None,
                     ),
@@ -150,20 +164,23 @@ def array_labels(images: Path) -> tuple[str | None, Path | None, str | None]:
 
     In a `.npz` or HDF5 file: the one array of images, and the one array in it that has a value per
     image; for an idx
-    file: the file of labels beside it. Raises SourceError when several arrays could be images.
+    array_path: the file of labels beside it. Raises SourceError when several arrays could be
+    images.
     """
-    file = expand_home(images).absolute()
-    kind = _kind(file)
-    if kind == "idx":
-        return None, dict(idx_pairs(file.parent)).get(file), None
-    if kind == "npy":
+    array_path = expand_home(images).absolute()
+    file_kind = _kind(array_path)
+    if file_kind == "idx":
+        return None, dict(idx_pairs(array_path.parent)).get(array_path), None
+    if file_kind == "npy":
         return None, None, None
-    shapes = _shapes(file, kind)
-    key = _only_images(file, kind)
-    fitting = [
-        name for name, shape in shapes.items() if shape in ((shapes[key][0],), (shapes[key][0], 1))
+    shapes = _shapes(array_path, file_kind)
+    images_key = _only_images(array_path, file_kind)
+    fitting_names = [
+        name
+        for name, shape in shapes.items()
+        if shape in ((shapes[images_key][0],), (shapes[images_key][0], 1))
     ]
-    return key, None, fitting[0] if len(fitting) == 1 else None
+    return images_key, None, fitting_names[0] if len(fitting_names) == 1 else None
 
 
 def _read_idx_family(folder: Path, exclude: Sequence[str]) -> Listing:
@@ -173,22 +190,22 @@ def _read_idx_family(folder: Path, exclude: Sequence[str]) -> Listing:
             f"{folder}: a folder without idx files of images (…-images-idx3-ubyte, .gz or not). "
             "Name an array: a .npy, .npz, HDF5 or idx file"
         )
-    parts = [read_array(images, labels=labels, exclude=exclude) for images, labels in pairs]
-    sides = [_side(images.name) for images, _ in pairs]
-    for part, side in zip(parts, sides, strict=True):
-        part.samples["split"] = side
-    listing = join_listings(parts)
-    if None not in sides and len(set(sides)) > 1:
+    part_listings = [read_array(images, labels=labels, exclude=exclude) for images, labels in pairs]
+    split_sides = [_side(images.name) for images, _ in pairs]
+    for part_listing, side in zip(part_listings, split_sides, strict=True):
+        part_listing.samples["split"] = side
+    listing = join_listings(part_listings)
+    if None not in split_sides and len(set(split_sides)) > 1:
         return listing
     listing = replace(listing, samples=listing.samples.drop(columns="split"))
-    if not any(sides) or None not in sides:
+    if not any(split_sides) or None not in split_sides:
         return listing
-    unnamed = next(
-        images.name for (images, _), side in zip(pairs, sides, strict=True) if side is None
+    unnamed_file = next(
+        images.name for (images, _), side in zip(pairs, split_sides, strict=True) if side is None
     )
     note = (
-        f"{unnamed}: its name has no word of a split (train, test, …), so that there is no column "
-        "split"
+        f"{unnamed_file}: its name has no word of a split (train, test, …), so that there is no "
+        "column split"
     )
     return replace(listing, notes=(*listing.notes, note))
 
@@ -205,34 +222,38 @@ def _side(name: str) -> str | None:
 
 
 def _labels(
-    file: Path, kind: str, labels: str | Path | None, labels_key: str | None, count: int
+    array_path: Path,
+    file_kind: str,
+    labels: str | Path | None,
+    labels_key: str | None,
+    n_images: int,
 ) -> pd.Series:
     if labels is None and labels_key is None:
-        return pd.Series([None] * count, dtype=object)
-    source = expand_home(labels).absolute() if labels is not None else file
-    source_kind = _kind(source) if labels is not None else kind
-    if source_kind in ("npz", "h5") and labels_key is None:
+        return pd.Series([None] * n_images, dtype=object)
+    labels_path = expand_home(labels).absolute() if labels is not None else array_path
+    labels_kind = _kind(labels_path) if labels is not None else file_kind
+    if labels_kind in ("npz", "h5") and labels_key is None:
         raise SourceError(
-            f"{source}: name the array of labels in it with labels_key; it has "
-            f"{_names(source, source_kind)}"
+            f"{labels_path}: name the array of labels in it with labels_key; it has "
+            f"{_names(labels_path, labels_kind)}"
         )
-    array = _open(source, source_kind, labels_key or "")
-    shape = _shape(array)
-    if shape[:1] != (count,) or math.prod(shape) != count:
+    label_array = _open(labels_path, labels_kind, labels_key or "")
+    shape = _shape(label_array)
+    if shape[:1] != (n_images,) or math.prod(shape) != n_images:
         raise SourceError(
-            f"{source}: the labels have shape {shape} for {count} images; expected one for each: "
-            f"({count},). Name another file or array: images.labels, images.labels_key (in Python: "
-            "labels=, labels_key=)"
+            f"{labels_path}: the labels have shape {shape} for {n_images} images; expected one for "
+            f"each: ({n_images},). Name another file or array: images.labels, images.labels_key "
+            "(in Python: labels=, labels_key=)"
         )
-    texts = as_text(pd.Series(np.asarray(array[:]).reshape(count))).astype(object)
-    return texts.where(texts.notna() & (texts != ""), None)
+    label_texts = as_text(pd.Series(np.asarray(label_array[:]).reshape(n_images))).astype(object)
+    return label_texts.where(label_texts.notna() & (label_texts != ""), None)
 
 
-def _open(file: Path, kind: str, key: str) -> Any:
+def _open(array_path: Path, file_kind: str, array_key: str) -> Any:
     try:
-        return open_array(str(file), kind, key)
+        return open_array(str(array_path), file_kind, array_key)
     except OSError as error:
-        raise SourceError(f"{file}: cannot be read: {error.strerror or error}") from error
+        raise SourceError(f"{array_path}: cannot be read: {error.strerror or error}") from error
 
 
 def _shape(array: Any) -> tuple[int, ...]:
@@ -240,19 +261,19 @@ def _shape(array: Any) -> tuple[int, ...]:
     return tuple(array.shape or ())
 
 
-def _kind(file: Path) -> str:
-    if not file.is_file():
-        raise SourceError(absent(file, "an array: .npy, .npz, .h5 or idx"))
-    suffix = file.suffix.lower()
+def _kind(array_path: Path) -> str:
+    if not array_path.is_file():
+        raise SourceError(absent(array_path, "an array: .npy, .npz, .h5 or idx"))
+    suffix = array_path.suffix.lower()
     if suffix in ARRAY_KINDS:
         return ARRAY_KINDS[suffix]
-    if re.search(r"idx\d|\.idx", file.name):
+    if re.search(r"idx\d|\.idx", array_path.name):
         return "idx"
     raise SourceError(
-        unread_format(file)
+        unread_format(array_path)
         or (
-            f"{file}: arrays end in .npy, .npz, .h5 or .hdf5, or are idx files (…-idx3-ubyte, "
-            f".gz); found {suffix}"
+            f"{array_path}: arrays end in .npy, .npz, .h5 or .hdf5, or are idx files "
+            f"(…-idx3-ubyte, .gz); found {suffix}"
         )
     )
 
@@ -265,49 +286,51 @@ def _is_images(shape: tuple[int, ...]) -> bool:
     return len(shape) == 4 and (shape[3] in _IMAGE_CHANNELS or shape[1] in _IMAGE_CHANNELS)
 
 
-def _only_images(file: Path, kind: str) -> str:
-    shapes = _shapes(file, kind)
-    fitting = [name for name, shape in shapes.items() if _is_images(shape)]
-    if len(fitting) != 1:
-        listed = ", ".join(f"{name} {shape}" for name, shape in shapes.items()) or "no arrays"
-        example = fitting[0] if fitting else "NAME"
-        raise SourceError(
-            f"{file}: {len(fitting)} arrays could be images; name one with key. It has: {listed}. "
-            f"In the recipe: images.array_key: {example} (in Python: key=)"
+def _only_images(array_path: Path, file_kind: str) -> str:
+    shapes = _shapes(array_path, file_kind)
+    fitting_names = [name for name, shape in shapes.items() if _is_images(shape)]
+    if len(fitting_names) != 1:
+        listed_arrays = (
+            ", ".join(f"{name} {shape}" for name, shape in shapes.items()) or "no arrays"
         )
-    return fitting[0]
+        example = fitting_names[0] if fitting_names else "NAME"
+        raise SourceError(
+            f"{array_path}: {len(fitting_names)} arrays could be images; name one with key. It "
+            f"has: {listed_arrays}. In the recipe: images.array_key: {example} (in Python: key=)"
+        )
+    return fitting_names[0]
 
 
-def _names(file: Path, kind: str) -> str:
-    return ", ".join(_shapes(file, kind))
+def _names(array_path: Path, file_kind: str) -> str:
+    return ", ".join(_shapes(array_path, file_kind))
 
 
-def _shapes(file: Path, kind: str) -> dict[str, tuple[int, ...]]:
+def _shapes(array_path: Path, file_kind: str) -> dict[str, tuple[int, ...]]:
     try:
-        if kind == "npz":
-            with np.load(file, allow_pickle=False) as archive:
-                return {name: _npz_shape(archive, name) for name in archive.files}
-        found: dict[str, tuple[int, ...]] = {}
-        with h5py.File(file, "r") as opened:
-            opened.visititems(
-                lambda name, item: found.update(
+        if file_kind == "npz":
+            with np.load(array_path, allow_pickle=False) as npz_archive:
+                return {name: _npz_shape(npz_archive, name) for name in npz_archive.files}
+        array_shapes: dict[str, tuple[int, ...]] = {}
+        with h5py.File(array_path, "r") as hdf5_file:
+            hdf5_file.visititems(
+                lambda name, item: array_shapes.update(
                     {name: _shape(item)} if isinstance(item, h5py.Dataset) else {}
                 )
             )
-        return found
+        return array_shapes
     except (
         Exception
     ) as error:  # zipfile, NumPy and h5py raise anything on bytes that are not theirs
-        raise SourceError(f"{file}: cannot be read as {kind}: {error}") from error
+        raise SourceError(f"{array_path}: cannot be read as {file_kind}: {error}") from error
 
 
-def _npz_shape(archive: Any, name: str) -> tuple[int, ...]:
-    with archive.zip.open(f"{name}.npy") as member:  # the header alone
-        version = np.lib.format.read_magic(member)
-        read = (
+def _npz_shape(npz_archive: Any, array_name: str) -> tuple[int, ...]:
+    with npz_archive.zip.open(f"{array_name}.npy") as member:  # the header alone
+        npy_version = np.lib.format.read_magic(member)
+        read_header = (
             np.lib.format.read_array_header_1_0
-            if version == (1, 0)
+            if npy_version == (1, 0)
             else np.lib.format.read_array_header_2_0
         )
-        shape: tuple[int, ...] = read(member)[0]
+        shape: tuple[int, ...] = read_header(member)[0]
         return shape

@@ -49,72 +49,73 @@ class Table:
     notes: tuple[str, ...] = ()
 
 
-def read_table_file(file: Path) -> Table:
+def read_table_file(table_path: Path) -> Table:
     """Read a table by what its name says it is. Raises SourceError when it cannot be read so."""
-    if not file.is_file():
-        raise SourceError(absent(file, "a table: .csv, .tsv, .jsonl, .json or .parquet"))
-    suffixes = [suffix.lower() for suffix in file.suffixes]
+    if not table_path.is_file():
+        raise SourceError(absent(table_path, "a table: .csv, .tsv, .jsonl, .json or .parquet"))
+    suffixes = [suffix.lower() for suffix in table_path.suffixes]
     compressed = suffixes[-1:] == [".gz"]
     suffix = (suffixes[-2:-1] if compressed else suffixes[-1:] or [""])[0] if suffixes else ""
     try:
         if suffix in (".parquet", ".pq"):
-            return _read_parquet(file)
+            return _read_parquet(table_path)
         if suffix == ".arrow":
-            opened = open_arrow(file)
-            return _from_arrow(opened, opened.num_rows)
+            arrow_table = open_arrow(table_path)
+            return _from_arrow(arrow_table, arrow_table.num_rows)
         if suffix in _TEXT_SUFFIXES:
-            return _read_csv(_read_text(file, compressed), suffix, file)
+            return _read_csv(_read_text(table_path, compressed), suffix, table_path)
         if suffix in (".jsonl", ".ndjson"):
-            return _read_json_lines(_read_text(file, compressed), file)
+            return _read_json_lines(_read_text(table_path, compressed), table_path)
         if suffix == ".json":
-            return _read_json(_read_text(file, compressed), file)
+            return _read_json(_read_text(table_path, compressed), table_path)
     except UnicodeDecodeError as error:
         raise SourceError(
-            f"{file}: cannot be read as {suffix[1:]}: {error}. Expected text in UTF-8 whose first "
-            "line names the columns; save it as UTF-8 (iconv -f latin1 -t utf-8), or give a "
+            f"{table_path}: cannot be read as {suffix[1:]}: {error}. Expected text in UTF-8 whose "
+            "first line names the columns; save it as UTF-8 (iconv -f latin1 -t utf-8), or give a "
             "Parquet file the suffix .parquet."
         ) from error
     except SourceError:
         raise
     # Parsers of foreign files raise anything, zlib's errors and RecursionError among it.
     except Exception as error:
-        expected = (
+        expected_content = (
             "a Parquet file"
             if suffix in (".parquet", ".pq")
             else "one line of column names, then one per image"
         )
         raise SourceError(
-            f"{file}: cannot be read as {suffix[1:]}: {str(error).strip()}. Expected {expected}."
+            f"{table_path}: cannot be read as {suffix[1:]}: {str(error).strip()}. Expected "
+            f"{expected_content}."
         ) from error
-    if (unread := unread_format(file)) is not None:
+    if (unread := unread_format(table_path)) is not None:
         raise SourceError(f"{unread}. ({_EXPECTED}.)")
-    raise SourceError(f"{file}: {_EXPECTED}; found {suffix or 'no suffix'}.")
+    raise SourceError(f"{table_path}: {_EXPECTED}; found {suffix or 'no suffix'}.")
 
 
-def _read_text(file: Path, compressed: bool) -> str:
-    if compressed:
-        most = max(_GZIP_FLOOR_BYTES, _GZIP_RATIO * file.stat().st_size)
-        with gzip.open(file) as stream:
-            data = stream.read(most + 1)
-        if len(data) > most:
+def _read_text(table_path: Path, is_compressed: bool) -> str:
+    if is_compressed:
+        max_bytes = max(_GZIP_FLOOR_BYTES, _GZIP_RATIO * table_path.stat().st_size)
+        with gzip.open(table_path) as stream:
+            data = stream.read(max_bytes + 1)
+        if len(data) > max_bytes:
             raise SourceError(
-                f"{file}: it decompresses to more than {_GZIP_RATIO} times its size, which no "
-                "table does. Decompress it yourself if it is one: gunzip FILE"
+                f"{table_path}: it decompresses to more than {_GZIP_RATIO} times its size, which "
+                "no table does. Decompress it yourself if it is one: gunzip FILE"
             )
     else:
-        data = file.read_bytes()
+        data = table_path.read_bytes()
     # Spreadsheets write UTF-16 with its mark; without one it cannot be told from other bytes.
     encoding = "utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
     return data.decode(encoding)
 
 
-def _read_csv(text: str, suffix: str, file: Path) -> Table:
-    default = "\t" if suffix in (".tsv", ".tab") else ","
-    delimiter = _delimiter(text, default)
-    names = next(
+def _read_csv(text: str, suffix: str, table_path: Path) -> Table:
+    default_delimiter = "\t" if suffix in (".tsv", ".tab") else ","
+    delimiter = _delimiter(text, default_delimiter)
+    header_names = next(
         csv.reader(io.StringIO(text), delimiter=delimiter, skipinitialspace=delimiter != "\t"), []
     )
-    _check_header([normalize_text(name) for name in names], file)
+    _check_header([normalize_text(name) for name in header_names], table_path)
     frame = pd.read_csv(
         io.StringIO(text),
         sep=delimiter,
@@ -127,115 +128,134 @@ def _read_csv(text: str, suffix: str, file: Path) -> Table:
         frame.index, pd.RangeIndex
     ):  # pandas would take the first values for the rows' names
         raise SourceError(
-            f"{file}: the rows have more values than the header has names ({len(frame.columns)}). "
-            "Give every column a name in the first line, or delete what ends the rows."
+            f"{table_path}: the rows have more values than the header has names "
+            f"({len(frame.columns)}). Give every column a name in the first line, or delete what "
+            "ends the rows."
         )
     notes = (
         []
-        if delimiter == default
-        else [f"{file.name}: the columns are separated by {_DELIMITERS[delimiter]}"]
+        if delimiter == default_delimiter
+        else [f"{table_path.name}: the columns are separated by {_DELIMITERS[delimiter]}"]
     )
     if '"' in text:
-        notes += _joined_lines(frame, file)
+        notes += _joined_lines(frame, table_path)
     return Table(_clean(frame), notes=tuple(notes))
 
 
-def _joined_lines(frame: pd.DataFrame, file: Path) -> list[str]:
+def _joined_lines(frame: pd.DataFrame, table_path: Path) -> list[str]:
     """A note on cells with line breaks.
 
     Raises SourceError where they are what names the rows, or paths of images.
 
     A quote without its pair takes all up to the next one, however many rows later, for one cell.
     """
-    rows: list[int] = []
-    refused = False
-    for place, name in enumerate(frame.columns):
-        cells = frame[name].str.strip()
-        broken = cells.str.contains("[\r\n]", na=False).to_numpy(dtype=bool)
-        if broken.any():
-            rows += (broken.nonzero()[0] + 1).tolist()
-            others = cells[~broken]
-            others = others[others.fillna("") != ""].head(_CELLS_LOOKED_AT)
-            paths = [Path(str(value)).suffix.lower() in IMAGE_SUFFIXES for value in others]
-            refused |= place == 0 or (bool(paths) and all(paths))
-    if not rows:
+    broken_rows: list[int] = []
+    is_refused = False
+    for column_index, column_name in enumerate(frame.columns):
+        cells = frame[column_name].str.strip()
+        has_line_break = cells.str.contains("[\r\n]", na=False).to_numpy(dtype=bool)
+        if has_line_break.any():
+            broken_rows += (has_line_break.nonzero()[0] + 1).tolist()
+            whole_cells = cells[~has_line_break]
+            whole_cells = whole_cells[whole_cells.fillna("") != ""].head(_CELLS_LOOKED_AT)
+            end_as_images = [
+                Path(str(value)).suffix.lower() in IMAGE_SUFFIXES for value in whole_cells
+            ]
+            is_refused |= column_index == 0 or (bool(end_as_images) and all(end_as_images))
+    if not broken_rows:
         return []
-    found = (
-        f"{len(rows):,} cells hold line breaks, first in row {min(rows):,}: an unpaired quote "
+    line_break_text = (
+        f"{len(broken_rows):,} cells hold line breaks, first in row {min(broken_rows):,}: an "
+        "unpaired quote "
         '(") joins lines'
     )
-    if refused:
+    if is_refused:
         raise SourceError(
-            f"{file}: {found}, and these cells are in a column that tells the rows apart. "
+            f"{table_path}: {line_break_text}, and these cells are in a column that tells the "
+            "rows apart. "
             "Delete the quote or write its pair; a "
             'quote within a cell is written twice (""). Where the line breaks are meant, put a '
             "column of paths first"
         )
-    return [f"{file.name}: {found}"]
+    return [f"{table_path.name}: {line_break_text}"]
 
 
-def _delimiter(text: str, default: str) -> str:
+def _delimiter(text: str, default_delimiter: str) -> str:
     """What separates the columns: the default where the header has it, else what divides the first
     lines alike.
     """
-    lines = list(itertools.islice(io.StringIO(text), _LINES_LOOKED_AT))
-    if not lines:
-        return default
-    for delimiter in (default, *(other for other in _DELIMITERS if other != default)):
-        widths = [len(row) for row in csv.reader(lines, delimiter=delimiter) if row]
-        if widths and widths[0] > 1 and (delimiter == default or len(set(widths)) == 1):
+    first_lines = list(itertools.islice(io.StringIO(text), _LINES_LOOKED_AT))
+    if not first_lines:
+        return default_delimiter
+    for delimiter in (
+        default_delimiter,
+        *(other for other in _DELIMITERS if other != default_delimiter),
+    ):
+        row_widths = [len(row) for row in csv.reader(first_lines, delimiter=delimiter) if row]
+        if (
+            row_widths
+            and row_widths[0] > 1
+            and (delimiter == default_delimiter or len(set(row_widths)) == 1)
+        ):
             return delimiter
-    return default
+    return default_delimiter
 
 
-def _check_header(names: list[str], file: Path) -> None:
+def _check_header(column_names: list[str], table_path: Path) -> None:
     """Raises SourceError where the first line is no line of names, or gives two columns
     one name.
     """
-    images = [name for name in names if Path(name).suffix.lower() in IMAGE_SUFFIXES]
-    if images:
+    image_like_names = [
+        name for name in column_names if Path(name).suffix.lower() in IMAGE_SUFFIXES
+    ]
+    if image_like_names:
         raise SourceError(
-            f"{file}: the first line looks like an image and what belongs to it "
-            f"({', '.join(names[:4])}), not like the names of columns, and would be lost. Put a "
-            "line of names above it, for example: path,label"
+            f"{table_path}: the first line looks like an image and what belongs to it "
+            f"({', '.join(column_names[:4])}), not like the names of columns, and would be lost. "
+            "Put a line of names above it, for example: path,label"
         )
-    if len(names) > _MOST_COLUMNS:
+    if len(column_names) > _MOST_COLUMNS:
         raise SourceError(
-            f"{file}: {len(names):,} columns; a table of images has {_MOST_COLUMNS:,} at most."
+            f"{table_path}: {len(column_names):,} columns; a table of images has {_MOST_COLUMNS:,} "
+            "at most."
         )
-    repeated = sorted(name for name, count in Counter(names).items() if name and count > 1)
-    if repeated:
+    repeated_names = sorted(
+        name for name, count in Counter(column_names).items() if name and count > 1
+    )
+    if repeated_names:
         raise SourceError(
-            f"{file}: {len(repeated)} names stand over several columns, first {repeated[0]!r}. "
-            "Give each its own."
+            f"{table_path}: {len(repeated_names)} names stand over several columns, first "
+            f"{repeated_names[0]!r}. Give each its own."
         )
 
 
-def _read_json_lines(text: str, file: Path) -> Table:
+def _read_json_lines(text: str, table_path: Path) -> Table:
     records = []
-    for number, line in enumerate(
+    for line_number, line in enumerate(
         text.split("\n"), 1
     ):  # JSON may hold other line breaks as they are, such as U+2028
         if not line.strip():
             continue
         try:
-            record = _parse_json(line, f"{file}, line {number}")
+            record = _parse_json(line, f"{table_path}, line {line_number}")
         except SourceError:
             raise
         except (ValueError, RecursionError) as error:
             raise SourceError(
-                f"{file}, line {number}: no JSON ({error}). Expected one object per line."
+                f"{table_path}, line {line_number}: no JSON ({error}). Expected one object per "
+                "line."
             ) from error
         if not isinstance(record, dict):
             raise SourceError(
-                f'{file}, line {number}: expected an object such as {{"path": …}}; found '
+                f'{table_path}, line {line_number}: expected an object such as {{"path": …}}; '
+                "found "
                 f"{line[:40]}"
             )
         records.append(record)
     return Table(_clean(pd.DataFrame(records, dtype=object)))
 
 
-def _parse_json(text: str, where: str) -> Any:
+def _parse_json(text: str, location: str) -> Any:
     """The value that a JSON text holds.
 
     Raises SourceError where an object has a key twice, ValueError for other text.
@@ -246,18 +266,18 @@ def _parse_json(text: str, where: str) -> Any:
         if len(values) < len(pairs):
             key, count = Counter(key for key, _ in pairs).most_common(1)[0]
             raise SourceError(
-                f"{where}: an object has the key {key!r} {count} times; expected once, as only the "
-                "last value would count. Delete the others, or give each a key of its own"
+                f"{location}: an object has the key {key!r} {count} times; expected once, as only "
+                "the last value would count. Delete the others, or give each a key of its own"
             )
         return values
 
     return json.loads(text, object_pairs_hook=build)
 
 
-def _read_json(text: str, file: Path) -> Table:
-    values = _parse_json(text, str(file))
+def _read_json(text: str, table_path: Path) -> Table:
+    values = _parse_json(text, str(table_path))
     if isinstance(values, dict) and isinstance(values.get("images"), list):
-        frame, notes = coco_rows(values, file)
+        frame, notes = coco_rows(values, table_path)
         return Table(_clean(frame), notes=notes)
     if isinstance(values, list) and all(isinstance(value, dict) for value in values):
         return Table(_clean(pd.DataFrame(values, dtype=object)))
@@ -265,43 +285,45 @@ def _read_json(text: str, file: Path) -> Table:
         frame = pd.DataFrame({"path": list(values), "label": list(values.values())}, dtype=object)
         return Table(
             _clean(frame),
-            notes=(f"{file.name}: its keys are the paths, and its values the labels",),
+            notes=(f"{table_path.name}: its keys are the paths, and its values the labels",),
         )
     raise SourceError(
-        f"{file}: expected a list of objects, an object of paths and labels, or COCO (the keys "
-        f"images, annotations and categories); found {text[:40].strip()}…"
+        f"{table_path}: expected a list of objects, an object of paths and labels, or COCO (the "
+        f"keys images, annotations and categories); found {text[:40].strip()}…"
     )
 
 
-def _read_parquet(file: Path) -> Table:
-    opened = pq.ParquetFile(file)
-    schema = opened.schema_arrow
-    images = tuple(
+def _read_parquet(table_path: Path) -> Table:
+    parquet_file = pq.ParquetFile(table_path)
+    schema = parquet_file.schema_arrow
+    image_columns = tuple(
         name
         for name in _image_columns(schema)
-        if not _is_binary(schema.field(name).type) or _are_images(_parquet_values(file, name))
+        if not _is_binary(schema.field(name).type) or _are_images(_parquet_values(table_path, name))
     )
-    columns = [field.name for field in schema if field.name not in images]
+    column_names = [field.name for field in schema if field.name not in image_columns]
     # Of a struct of bytes and path, the path alone: the images stay on disk.
-    columns += [f"{name}.path" for name in images if _has_path(schema.field(name).type)]
-    table = opened.read(columns=columns).replace_schema_metadata(schema.metadata)
-    empty = [
+    column_names += [f"{name}.path" for name in image_columns if _has_path(schema.field(name).type)]
+    table = parquet_file.read(columns=column_names).replace_schema_metadata(schema.metadata)
+    empty_columns = [
         name
-        for name in images
-        if _holds_bytes(schema.field(name).type) and _is_empty(file, f"{name}.bytes")
+        for name in image_columns
+        if _holds_bytes(schema.field(name).type) and _is_empty(table_path, f"{name}.bytes")
     ]
-    return _from_arrow(table, opened.metadata.num_rows, images, empty)
+    return _from_arrow(table, parquet_file.metadata.num_rows, image_columns, empty_columns)
 
 
-def _parquet_values(file: Path, column: str) -> Iterator[Any]:
+def _parquet_values(table_path: Path, column_name: str) -> Iterator[Any]:
     """The values of a column, without what is missing; no more of the file is read than is asked
     for.
     """
     with pq.ParquetFile(
-        file, buffer_size=_BUFFER_BYTES
-    ) as opened:  # else a whole row group of images would be in memory
-        for group in range(opened.metadata.num_row_groups):
-            for batch in opened.iter_batches(batch_size=16, row_groups=[group], columns=[column]):
+        table_path, buffer_size=_BUFFER_BYTES
+    ) as parquet_file:  # else a whole row group of images would be in memory
+        for row_group in range(parquet_file.metadata.num_row_groups):
+            for batch in parquet_file.iter_batches(
+                batch_size=16, row_groups=[row_group], columns=[column_name]
+            ):
                 yield from (cell.as_py() for cell in batch.column(0) if cell.is_valid)
 
 
@@ -322,29 +344,38 @@ def _are_images(values: Iterable[bytes]) -> bool:
 
     A value with a NUL is no text: an image all the same, damaged or of a format that is not read.
     """
-    first = next((value for value in values if value), None)
-    return first is None or has_image_signature(first[:_SIGNATURE_BYTES]) or b"\0" in first
+    first_value = next((value for value in values if value), None)
+    return (
+        first_value is None
+        or has_image_signature(first_value[:_SIGNATURE_BYTES])
+        or b"\0" in first_value
+    )
 
 
-def _is_empty(file: Path, column: str) -> bool:
+def _is_empty(table_path: Path, column_name: str) -> bool:
     """Whether a Parquet column holds nothing but missing values, by the file's own statistics."""
-    missing = 0
-    with pq.ParquetFile(file, buffer_size=_BUFFER_BYTES) as opened:
-        for group in range(opened.metadata.num_row_groups):
+    n_missing = 0
+    with pq.ParquetFile(table_path, buffer_size=_BUFFER_BYTES) as parquet_file:
+        for row_group in range(parquet_file.metadata.num_row_groups):
             # A chunk whose description is damaged ends the process where it is asked for; where it
             # is read, that is an error.
-            next(opened.iter_batches(batch_size=1, row_groups=[group], columns=[column]), None)
-            described = opened.metadata.row_group(group)
-            for chunk in map(described.column, range(described.num_columns)):
-                if chunk.path_in_schema == column:
+            next(
+                parquet_file.iter_batches(
+                    batch_size=1, row_groups=[row_group], columns=[column_name]
+                ),
+                None,
+            )
+            group_metadata = parquet_file.metadata.row_group(row_group)
+            for chunk in map(group_metadata.column, range(group_metadata.num_columns)):
+                if chunk.path_in_schema == column_name:
                     if not chunk.is_stats_set or chunk.statistics.null_count is None:
                         return False
-                    missing += chunk.statistics.null_count
-        return bool(opened.metadata.num_rows) and missing == opened.metadata.num_rows
+                    n_missing += chunk.statistics.null_count
+        return bool(parquet_file.metadata.num_rows) and n_missing == parquet_file.metadata.num_rows
 
 
-def _has_path(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_struct(kind) and kind.get_field_index("path") >= 0)
+def _has_path(arrow_type: pa.DataType) -> bool:
+    return bool(pa.types.is_struct(arrow_type) and arrow_type.get_field_index("path") >= 0)
 
 
 def _image_columns(schema: pa.Schema) -> tuple[str, ...]:
@@ -356,75 +387,85 @@ def _image_columns(schema: pa.Schema) -> tuple[str, ...]:
     )
 
 
-def _is_binary(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+def _is_binary(arrow_type: pa.DataType) -> bool:
+    return bool(pa.types.is_binary(arrow_type) or pa.types.is_large_binary(arrow_type))
 
 
-def _holds_bytes(kind: pa.DataType) -> bool:
-    if not pa.types.is_struct(kind):
+def _holds_bytes(arrow_type: pa.DataType) -> bool:
+    if not pa.types.is_struct(arrow_type):
         return False
-    place = kind.get_field_index("bytes")
-    return place >= 0 and _is_binary(kind.field(place).type)
+    field_index = arrow_type.get_field_index("bytes")
+    return field_index >= 0 and _is_binary(arrow_type.field(field_index).type)
 
 
 def _from_arrow(
-    table: pa.Table, rows: int, images: tuple[str, ...] | None = None, empty: Sequence[str] = ()
+    table: pa.Table,
+    n_rows: int,
+    image_columns: tuple[str, ...] | None = None,
+    empty_columns: Sequence[str] = (),
 ) -> Table:
     """The columns that are no images; what `datasets` stores as the path of one is the column
     `NAME.path`.
 
-    images: the columns of images; None where they are to be found. empty: those without bytes. They
-    name files, and the column `NAME` has their paths.
+    image_columns: the columns of images; None where they are to be found. empty: those without
+    bytes. They name files, and the column `NAME` has their paths.
     """
-    if images is None:
-        images = tuple(
-            name
-            for name in _image_columns(table.schema)
-            if not _is_binary(table[name].type) or _are_images(_arrow_values(table[name]))
+    if image_columns is None:
+        image_columns = tuple(
+            column_name
+            for column_name in _image_columns(table.schema)
+            if not _is_binary(table[column_name].type)
+            or _are_images(_arrow_values(table[column_name]))
         )
-        empty = [
-            name
-            for name in images
-            if pa.types.is_struct(table[name].type)
-            and pc.struct_field(table[name], "bytes").null_count == len(table)
+        empty_columns = [
+            column_name
+            for column_name in image_columns
+            if pa.types.is_struct(table[column_name].type)
+            and pc.struct_field(table[column_name], "bytes").null_count == len(table)
         ]
     class_names = _class_names(table.schema)
-    texts = [
-        field.name for field in table.schema if field.name not in images and _is_binary(field.type)
+    text_columns = [
+        field.name
+        for field in table.schema
+        if field.name not in image_columns and _is_binary(field.type)
     ]
-    for name in set(images) & set(table.column_names):
-        cells = table[name]
-        table = table.drop_columns([name])
+    for column_name in set(image_columns) & set(table.column_names):
+        cells = table[column_name]
+        table = table.drop_columns([column_name])
         if _has_path(cells.type):
             table = table.append_column(
-                name if name in empty else f"{name}.path", pc.struct_field(cells, "path")
+                column_name if column_name in empty_columns else f"{column_name}.path",
+                pc.struct_field(cells, "path"),
             )
-    images = tuple(name for name in images if name not in empty)
+    image_columns = tuple(
+        column_name for column_name in image_columns if column_name not in empty_columns
+    )
     # Python's integers where there are gaps: as floats, large ones would become others.
     frame = table.to_pandas(integer_object_nulls=True)
     if not table.column_names:  # of nothing but images; the rows are counted all the same
-        frame = pd.DataFrame(index=pd.RangeIndex(rows))
+        frame = pd.DataFrame(index=pd.RangeIndex(n_rows))
     if not isinstance(frame.index, pd.RangeIndex):
         frame = frame.reset_index(drop=frame.index.name is None)
-    for name in texts:
-        if name in frame:
-            frame[name] = as_text(frame[name])
-    for name, names in class_names.items():
-        if name in frame:
-            frame[name] = [
-                names[int(value)] if _is_class(value, names) else None for value in frame[name]
+    for column_name in text_columns:
+        if column_name in frame:
+            frame[column_name] = as_text(frame[column_name])
+    for column_name, class_labels in class_names.items():
+        if column_name in frame:
+            frame[column_name] = [
+                class_labels[int(value)] if _is_class(value, class_labels) else None
+                for value in frame[column_name]
             ]
     notes = tuple(
-        f"the numbers of {name!r} are classes, named in the file"
-        for name in class_names
-        if name in frame
+        f"the numbers of {column_name!r} are classes, named in the file"
+        for column_name in class_names
+        if column_name in frame
     )
-    return Table(_clean(frame), images, notes)
+    return Table(_clean(frame), image_columns, notes)
 
 
-def _is_class(value: Any, names: list[str]) -> bool:
+def _is_class(value: Any, class_labels: list[str]) -> bool:
     return (
-        value is not None and value == value and 0 <= int(value) < len(names)
+        value is not None and value == value and 0 <= int(value) < len(class_labels)
     )  # ClassLabel has -1 for none
 
 
@@ -447,11 +488,13 @@ def _class_names(schema: pa.Schema) -> dict[str, list[str]]:
 
 def _clean(frame: pd.DataFrame) -> pd.DataFrame:
     """Names of columns and text in one form, empty text missing. Typed columns and lists stay."""
-    frame = frame.rename(columns={name: normalize_text(str(name)) for name in frame.columns})
-    for name in frame.columns:
-        if _is_text(frame[name]):
-            text = as_text(frame[name])
-            frame[name] = text.mask(text == "")
+    frame = frame.rename(
+        columns={column_name: normalize_text(str(column_name)) for column_name in frame.columns}
+    )
+    for column_name in frame.columns:
+        if _is_text(frame[column_name]):
+            text = as_text(frame[column_name])
+            frame[column_name] = text.mask(text == "")
     return frame
 
 

@@ -74,55 +74,70 @@ def read_tables(
     or names no image. Raises SourceError.
     """
     options = options or TableOptions()
-    files = table_files(expand_home(table))
+    table_paths = table_files(expand_home(table))
     tally = Tally()
-    parts: list[pd.DataFrame] = []
+    sample_frames: list[pd.DataFrame] = []
     notes: list[str] = []
-    sides = _sides(files)
-    several = len(files) > 1
-    base = os.path.commonpath([file.parent for file in files])
-    for file in files:
-        read = read_table_file(file)
-        notes += read.notes
-        samples = _samples(file, read, options, tally, notes, labelled)
-        if sides is not None and "split" not in samples:
-            samples["split"] = sides[file]
-        parts.append(samples)
-    if sides is not None:
+    split_sides = _sides(table_paths)
+    has_several = len(table_paths) > 1
+    common_folder = os.path.commonpath([table_path.parent for table_path in table_paths])
+    for table_path in table_paths:
+        table_contents = read_table_file(table_path)
+        notes += table_contents.notes
+        samples = _samples(table_path, table_contents, options, tally, notes, labelled)
+        if split_sides is not None and "split" not in samples:
+            samples["split"] = split_sides[table_path]
+        sample_frames.append(samples)
+    if split_sides is not None:
         notes.append(
-            f"the names {', '.join(dict.fromkeys(sides.values()))} are those of the sides of a "
-            "split"
+            f"the names {', '.join(dict.fromkeys(split_sides.values()))} are those of the sides of "
+            "a split"
         )
-    if labelled and several and pd.concat([part["id"] for part in parts]).duplicated().any():
-        for file, part in zip(files, parts, strict=True):  # names that are unique in one table only
-            part["id"] = f"{file.relative_to(base).as_posix()}/" + part["id"].astype(str)
-    samples = pd.concat(parts, ignore_index=True) if several else parts[0]
-    _count_unnamed(files, samples, tally)
+    if (
+        labelled
+        and has_several
+        and pd.concat([sample_frame["id"] for sample_frame in sample_frames]).duplicated().any()
+    ):
+        for table_path, sample_frame in zip(
+            table_paths, sample_frames, strict=True
+        ):  # names that are unique in one table only
+            sample_frame["id"] = (
+                f"{table_path.relative_to(common_folder).as_posix()}/"
+                + sample_frame["id"].astype(str)
+            )
+    samples = pd.concat(sample_frames, ignore_index=True) if has_several else sample_frames[0]
+    _count_unnamed(table_paths, samples, tally)
     samples = _exclude(samples, options.exclude, tally)
-    source = str(files[0]) if not several else f"{len(files)} tables ({files[0]}, …)"
+    source_text = (
+        str(table_paths[0])
+        if not has_several
+        else f"{len(table_paths)} tables ({table_paths[0]}, …)"
+    )
     if samples.empty:
-        found = "; ".join(map(str, tally.left_out()))
+        left_out_text = "; ".join(map(str, tally.left_out()))
         raise SourceError(
-            f"{source}: the table has no rows{f' that can be used ({found})' if found else ''}. "
-            "Expected one row per image."
+            f"{source_text}: the table has no "
+            f"rows{f' that can be used ({left_out_text})' if left_out_text else ''}. Expected one "
+            "row per image."
         )
     if labelled:
-        check_unique(samples["id"], source)
+        check_unique(samples["id"], source_text)
     return tally.listing(samples, dict.fromkeys(notes))
 
 
-def _count_unnamed(files: Sequence[Path], samples: pd.DataFrame, tally: Tally) -> None:
+def _count_unnamed(table_paths: Sequence[Path], samples: pd.DataFrame, tally: Tally) -> None:
     """Count the images beside a metadata.csv, which speaks for its whole folder, that it does not
     name.
     """
-    folders = [file.parent for file in files if file.name in HUGGING_FACE_METADATA]
-    named = set(samples["path"]) if folders else set()
-    for folder in folders:
-        for path in image_paths(folder):
-            if path not in named:
+    metadata_folders = [file.parent for file in table_paths if file.name in HUGGING_FACE_METADATA]
+    named_paths = set(samples["path"]) if metadata_folders else set()
+    for folder in metadata_folders:
+        for image_path in image_paths(folder):
+            if image_path not in named_paths:
                 tally.found += 1
                 tally.leave_out(
-                    "images that no row names", printable(os.path.relpath(file_of(path), folder))
+                    "images that no row names",
+                    printable(os.path.relpath(file_of(image_path), folder)),
                 )
 
 
@@ -131,22 +146,22 @@ def table_files(table: Path) -> list[Path]:
     if table.is_file():
         return [table.absolute()]
     if table.is_dir():
-        files = saved_dataset_files(table) or sorted(
+        data_files = saved_dataset_files(table) or sorted(
             file
             for pattern in ("*.parquet", "*/*.parquet")
             for file in table.glob(pattern)
             if not file.name.startswith(".")
         )
-        if not files:
+        if not data_files:
             raise SourceError(
                 f"{table} is a folder without Parquet files, and none that `datasets` saved. Name "
                 "a table in it"
             )
-        return [file.absolute() for file in files]
-    matches = sorted(glob.glob(str(table)))
-    if not matches:
+        return [file.absolute() for file in data_files]
+    matched_paths = sorted(glob.glob(str(table)))
+    if not matched_paths:
         raise SourceError(absent(table, "a table"))
-    return [Path(match).absolute() for match in matches]
+    return [Path(match).absolute() for match in matched_paths]
 
 
 def saved_dataset_files(folder: Path) -> list[Path]:
@@ -155,8 +170,10 @@ def saved_dataset_files(folder: Path) -> list[Path]:
     """
     try:
         if (folder / "dataset_dict.json").is_file():
-            names = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
-            return [file for name in names for file in saved_dataset_files(folder / name)]
+            split_names = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))[
+                "splits"
+            ]
+            return [file for name in split_names for file in saved_dataset_files(folder / name)]
         if (folder / "state.json").is_file():
             state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
             if state.get("_indices_data_files"):
@@ -174,318 +191,380 @@ def saved_dataset_files(folder: Path) -> list[Path]:
     return []
 
 
-def find_images(table: Table, file: Path, base: Path) -> tuple[str, bool]:
+def find_images(table: Table, table_path: Path, image_root: Path) -> tuple[str, bool]:
     """What names, or holds, the images: (a column, False), or (a pattern of paths such as
     `train/{id}.jpg`, True).
 
     A column counts by its name and what it holds, then by what it holds alone; ids without an
-    ending are looked for among the images below `base`. Raises SourceError where nothing fits, or
-    several columns could be the images.
+    ending are looked for among the images below `image_root`. Raises SourceError where nothing
+    fits, or several columns could be the images.
     """
-    frame, held = table.frame, table.image_columns
-    named = [
-        str(name)
-        for wanted in PATH_NAMES
-        for name in (*frame.columns, *held)
-        if str(name).lower() == wanted
+    frame, image_columns = table.frame, table.image_columns
+    named_columns = [
+        str(column_name)
+        for path_name in PATH_NAMES
+        for column_name in (*frame.columns, *image_columns)
+        if str(column_name).lower() == path_name
     ]
-    for name in named:
-        if name in held or _names_images(frame[name], any):
-            return name, False
-    others = [str(name) for name in frame.columns if _names_images(frame[name], all)]
-    candidates = [*held, *others]
-    if len(candidates) == 1 and not named:
+    for column_name in named_columns:
+        if column_name in image_columns or _names_images(frame[column_name], any):
+            return column_name, False
+    path_columns = [
+        str(column_name) for column_name in frame.columns if _names_images(frame[column_name], all)
+    ]
+    candidates = [*image_columns, *path_columns]
+    if len(candidates) == 1 and not named_columns:
         return candidates[0], False
-    if (pattern := _find_pattern(frame, file, base)) is not None:
+    if (pattern := _find_pattern(frame, table_path, image_root)) is not None:
         return pattern, True
-    if len(named) == 1 and not candidates:
-        return named[0], False
-    columns = ", ".join([*frame.columns, *held])
-    if named or candidates:
-        could = list(dict.fromkeys([*named, *candidates]))
+    if len(named_columns) == 1 and not candidates:
+        return named_columns[0], False
+    column_list = ", ".join([*frame.columns, *image_columns])
+    if named_columns or candidates:
+        possible_columns = list(dict.fromkeys([*named_columns, *candidates]))
         raise SourceError(
-            f"{file}: {', '.join(could)} could {'each be' if len(could) > 1 else 'be'} the images; "
-            f"name one: images.path_column: {could[0]}. The columns are: {columns}."
+            f"{table_path}: {', '.join(possible_columns)} could "
+            f"{'each be' if len(possible_columns) > 1 else 'be'} the images; name one: "
+            f"images.path_column: {possible_columns[0]}. The columns are: {column_list}."
         )
     example = frame.columns[0] if len(frame.columns) else "id"
     raise SourceError(
-        f"{file}: no column names image files. Name it: images.path_column; or, for ids without an "
-        f"ending, say where their images are: images.path_pattern: folder/{{{example}}}.jpg. The "
-        f"columns are: {columns}."
+        f"{table_path}: no column names image files. Name it: images.path_column; or, for ids "
+        "without an ending, say where their images are: images.path_pattern: "
+        f"folder/{{{example}}}.jpg. The columns are: {column_list}."
     )
 
 
-def _find_pattern(frame: pd.DataFrame, file: Path, folder: Path) -> str | None:
+def _find_pattern(frame: pd.DataFrame, table_path: Path, folder: Path) -> str | None:
     """The pattern by which a column of ids names images below a folder, as in Kaggle's tables; None
     where none does.
 
     Raises SourceError where several do: `images/{id}.jpg` and `masks/{id}.png`.
     """
-    places: dict[str, list[str]] = {}  # patterns by the stems of the images that they could name
-    for parent, folders, names in os.walk(folder):
-        depth = Path(parent).relative_to(folder).parts
+    patterns_by_stem: dict[
+        str, list[str]
+    ] = {}  # patterns by the stems of the images that they could name
+    for parent_folder, folders, file_names in os.walk(folder):
+        parent_parts = Path(parent_folder).relative_to(folder).parts
         folders[:] = sorted(
-            name for name in folders if not name.startswith(".") and len(depth) < _DEEPEST_FOLDER
+            name
+            for name in folders
+            if not name.startswith(".") and len(parent_parts) < _DEEPEST_FOLDER
         )
-        for name in sorted(names):
+        for name in sorted(file_names):
             stem, suffix = os.path.splitext(name)
             if suffix.lower() in IMAGE_SUFFIXES:
-                places.setdefault(stem, []).append("/".join((*depth, "{}" + suffix)))
+                patterns_by_stem.setdefault(stem, []).append(
+                    "/".join((*parent_parts, "{}" + suffix))
+                )
     # Each row names an image of its own: a column of classes, whose values repeat, cannot.
-    for column in sorted(frame.columns, key=lambda name: name != "id"):
-        ids = as_text(frame[column]).dropna()
-        if ids.duplicated().any() or any(letter in str(column) for letter in "{}"):
+    for column_name in sorted(frame.columns, key=lambda name: name != "id"):
+        ids = as_text(frame[column_name]).dropna()
+        if ids.duplicated().any() or any(letter in str(column_name) for letter in "{}"):
             continue
         ids = ids.head(_PATHS_LOOKED_AT)
-        counts = Counter(place for value in ids for place in places.get(value, ()))
-        patterns = [
-            place.replace("{}", f"{{{column}}}")
-            for place, count in counts.items()
+        pattern_counts = Counter(
+            pattern for value in ids for pattern in patterns_by_stem.get(value, ())
+        )
+        fitting_patterns = [
+            pattern.replace("{}", f"{{{column_name}}}")
+            for pattern, count in pattern_counts.items()
             if 2 * count >= len(ids)
         ]
-        if len(patterns) > 1:
+        if len(fitting_patterns) > 1:
             raise SourceError(
-                f"{file}: the column {column!r} could name the images {' or '.join(patterns)}. Say "
-                f"which: images.path_pattern: {patterns[0]}"
+                f"{table_path}: the column {column_name!r} could name the images "
+                f"{' or '.join(fitting_patterns)}. Say which: images.path_pattern: "
+                f"{fitting_patterns[0]}"
             )
-        if patterns:
-            return patterns[0]
+        if fitting_patterns:
+            return fitting_patterns[0]
     return None
 
 
-def _names_images(column: pd.Series, needed: Callable[[Iterable[bool]], bool]) -> bool:
+def _names_images(column: pd.Series, enough: Callable[[Iterable[bool]], bool]) -> bool:
     """Whether values of a column (any of them, or all) end as images do, also those that are not
     read here.
     """
     values = column.dropna().head(_PATHS_LOOKED_AT)
     suffixes = [Path(value).suffix.lower() if isinstance(value, str) else "" for value in values]
-    return bool(suffixes) and needed(
+    return bool(suffixes) and enough(
         suffix in IMAGE_SUFFIXES or suffix in OTHER_FORMATS for suffix in suffixes
     )
 
 
-def _sides(files: Sequence[Path]) -> dict[Path, str] | None:
+def _sides(table_paths: Sequence[Path]) -> dict[Path, str] | None:
     """The side of a split that each table's name, or else its folder's, says; None where some say
     none, or all the same.
     """
-    for names in ([file.name for file in files], [file.parent.name for file in files]):
-        sides = dict(zip(files, map(split_word, names), strict=True))
+    for table_names in (
+        [file.name for file in table_paths],
+        [file.parent.name for file in table_paths],
+    ):
+        side_of_table = dict(zip(table_paths, map(split_word, table_names), strict=True))
         if (
-            None not in sides.values()
-            and len({side.lower() for side in sides.values() if side}) > 1
+            None not in side_of_table.values()
+            and len({side.lower() for side in side_of_table.values() if side}) > 1
         ):
-            return {file: side for file, side in sides.items() if side is not None}
+            return {file: side for file, side in side_of_table.items() if side is not None}
     return None
 
 
 def _samples(
-    file: Path, table: Table, options: TableOptions, tally: Tally, notes: list[str], labelled: bool
+    table_path: Path,
+    table: Table,
+    options: TableOptions,
+    tally: Tally,
+    notes: list[str],
+    labelled: bool,
 ) -> pd.DataFrame:
     frame = table.frame
     if frame.empty and not table.image_columns:
         return pd.DataFrame(columns=["id", "path"], dtype=object)
     tally.found += len(frame)
-    for wanted, setting in ((options.path_column, "path_column"), (options.id_column, "id_column")):
-        if wanted is not None and wanted not in (*frame.columns, *table.image_columns):
+    for column_name, setting in (
+        (options.path_column, "path_column"),
+        (options.id_column, "id_column"),
+    ):
+        if column_name is not None and column_name not in (*frame.columns, *table.image_columns):
             columns = [*frame.columns, *table.image_columns]
             raise SourceError(
-                f"{file}: there is no column {wanted!r} ({setting}). Nearest: "
-                f"{nearest(wanted, columns, 1)}. The columns are: {', '.join(columns)}."
+                f"{table_path}: there is no column {column_name!r} ({setting}). Nearest: "
+                f"{nearest(column_name, columns, 1)}. The columns are: {', '.join(columns)}."
             )
-    base = (expand_home(options.root) if options.root is not None else file.parent).absolute()
-    where, is_pattern = _image_column(table, file, base, options, notes)
-    if where in table.image_columns:
-        written, paths = _cells(file, frame, where)
+    image_root = (
+        expand_home(options.root) if options.root is not None else table_path.parent
+    ).absolute()
+    image_column, is_pattern = _image_column(table, table_path, image_root, options, notes)
+    if image_column in table.image_columns:
+        written_names, locators = _cells(table_path, frame, image_column)
     else:
-        written = _fill_pattern(frame, where, file) if is_pattern else as_text(frame[where])
-        paths = written.map(lambda value: _find(str(base), value), na_action="ignore")
-    id_column = options.id_column
-    if id_column is None and "id" in frame.columns and where != "id":
-        images = (
-            pd.DataFrame({"id": as_text(frame["id"]), "path": paths}).dropna().drop_duplicates()
+        written_names = (
+            _fill_pattern(frame, image_column, table_path)
+            if is_pattern
+            else as_text(frame[image_column])
         )
-        if labelled and images["id"].duplicated().any():
+        locators = written_names.map(
+            lambda value: _find(str(image_root), value), na_action="ignore"
+        )
+    id_column = options.id_column
+    if id_column is None and "id" in frame.columns and image_column != "id":
+        id_and_path = (
+            pd.DataFrame({"id": as_text(frame["id"]), "path": locators}).dropna().drop_duplicates()
+        )
+        if labelled and id_and_path["id"].duplicated().any():
             frame = frame.rename(
                 columns={"id": "image_id"}
             )  # headrace's own `id` tells rows apart, and this one does not
             notes.append(
-                f"{file.name}: the column 'id' repeats, so that the paths tell the rows apart; it "
-                "is called 'image_id' here"
+                f"{table_path.name}: the column 'id' repeats, so that the paths tell the rows "
+                "apart; it is called 'image_id' here"
             )
         else:
             id_column = "id"
-            notes.append(f"{file.name}: the column 'id' tells the rows apart (images.id_column)")
-    _refuse_reserved(frame, file, where, id_column)
-    ids = written if id_column is None else as_text(frame[id_column])
-    kept = frame.drop(
+            notes.append(
+                f"{table_path.name}: the column 'id' tells the rows apart (images.id_column)"
+            )
+    _refuse_reserved(frame, table_path, image_column, id_column)
+    sample_ids = written_names if id_column is None else as_text(frame[id_column])
+    kept_columns = frame.drop(
         columns=[
-            name for name in frame.columns if name in ("id", "path") or name == f"{where}.path"
+            name
+            for name in frame.columns
+            if name in ("id", "path") or name == f"{image_column}.path"
         ]
     )
     if not labelled:
-        nothing = pd.Series(
+        placeholder_names = pd.Series(
             [f"row {row + 1} names no image" for row in range(len(frame))], index=frame.index
         )
-        ids = ids.where(ids.notna(), written).where(written.notna() | ids.notna(), nothing)
-        paths = paths.where(paths.notna(), f"{base}/" + nothing)
-    samples = pd.DataFrame({"id": ids, "path": paths}, dtype=object)
-    samples[list(kept.columns)] = kept
-    if file.name in HUGGING_FACE_METADATA and "split" not in samples and written.notna().all():
-        sides = [split_word(path.split("/")[0]) if "/" in path else None for path in written]
+        sample_ids = sample_ids.where(sample_ids.notna(), written_names).where(
+            written_names.notna() | sample_ids.notna(), placeholder_names
+        )
+        locators = locators.where(locators.notna(), f"{image_root}/" + placeholder_names)
+    samples = pd.DataFrame({"id": sample_ids, "path": locators}, dtype=object)
+    samples[list(kept_columns.columns)] = kept_columns
+    if (
+        table_path.name in HUGGING_FACE_METADATA
+        and "split" not in samples
+        and written_names.notna().all()
+    ):
+        split_sides = [
+            split_word(path.split("/")[0]) if "/" in path else None for path in written_names
+        ]
         if (
-            None not in sides and len(set(sides)) > 1
+            None not in split_sides and len(set(split_sides)) > 1
         ):  # as Hugging Face has it, for a table above the folders of a split
-            samples["split"] = sides
-            notes.append(f"{file.name}: the first folders of the paths are the sides of a split")
-    return _leave_out(samples, file, tally, repeated=not labelled)
+            samples["split"] = split_sides
+            notes.append(
+                f"{table_path.name}: the first folders of the paths are the sides of a split"
+            )
+    return _leave_out(samples, table_path, tally, repeated=not labelled)
 
 
 def _image_column(
-    table: Table, file: Path, base: Path, options: TableOptions, notes: list[str]
+    table: Table, table_path: Path, image_root: Path, options: TableOptions, notes: list[str]
 ) -> tuple[str, bool]:
     """As `find_images`, but for what the options say."""
     if options.path_pattern is not None:
         return options.path_pattern, True
     if options.path_column is not None:
         return options.path_column, False
-    found, is_pattern = find_images(table, file, base)
+    image_column, is_pattern = find_images(table, table_path, image_root)
     if is_pattern:
         notes.append(
-            f"{file.name}: the images are {found}, by the column in braces (images.path_pattern)"
+            f"{table_path.name}: the images are {image_column}, by the column in braces "
+            "(images.path_pattern)"
         )
-    elif found != "path":
+    elif image_column != "path":
         notes.append(
-            f"{file.name}: the images are those of the column {found!r} (images.path_column)"
+            f"{table_path.name}: the images are those of the column {image_column!r} "
+            "(images.path_column)"
         )
-    return found, is_pattern
+    return image_column, is_pattern
 
 
-def _leave_out(samples: pd.DataFrame, file: Path, tally: Tally, *, repeated: bool) -> pd.DataFrame:
+def _leave_out(
+    samples: pd.DataFrame, table_path: Path, tally: Tally, *, repeated: bool
+) -> pd.DataFrame:
     """The rows that can be used; the others are counted. repeated: also rows that stand twice."""
     for reason, column in (("rows that name no image", "path"), ("rows without an id", "id")):
-        empty = samples[column].isna()
-        if empty.any():
-            rows = [f"{file.name}, row {row + 1}" for row in samples.index[empty][:3]]
-            tally.leave_out(reason, *rows, count=int(empty.sum()))
-            samples = samples[~empty]
-    again = pd.Series(False, index=samples.index)
+        is_missing = samples[column].isna()
+        if is_missing.any():
+            row_names = [
+                f"{table_path.name}, row {row + 1}" for row in samples.index[is_missing][:3]
+            ]
+            tally.leave_out(reason, *row_names, count=int(is_missing.sum()))
+            samples = samples[~is_missing]
+    is_duplicate = pd.Series(False, index=samples.index)
     if not repeated:
         try:
-            again = samples.duplicated()
+            is_duplicate = samples.duplicated()
         except TypeError:  # cells of lists
-            again = samples.astype(str).duplicated()
-    if again.any():
+            is_duplicate = samples.astype(str).duplicated()
+    if is_duplicate.any():
         tally.leave_out(
             "rows that are another row once more",
-            *samples["id"][again].head(3),
-            count=int(again.sum()),
+            *samples["id"][is_duplicate].head(3),
+            count=int(is_duplicate.sum()),
         )
-        samples = samples[~again]
+        samples = samples[~is_duplicate]
     return samples.reset_index(drop=True)
 
 
 def _exclude(samples: pd.DataFrame, patterns: Sequence[str], tally: Tally) -> pd.DataFrame:
     if not patterns:
         return samples
-    excluded = samples["id"].map(lambda name: tally.excludes(patterns, name)).astype(bool)
-    if excluded.any():
-        tally.leave_out(EXCLUDED, *samples["id"][excluded].head(3), count=int(excluded.sum()))
-    return samples[~excluded].reset_index(drop=True)
+    is_excluded = samples["id"].map(lambda name: tally.excludes(patterns, name)).astype(bool)
+    if is_excluded.any():
+        tally.leave_out(EXCLUDED, *samples["id"][is_excluded].head(3), count=int(is_excluded.sum()))
+    return samples[~is_excluded].reset_index(drop=True)
 
 
-def _fill_pattern(frame: pd.DataFrame, pattern: str, file: Path) -> pd.Series:
+def _fill_pattern(frame: pd.DataFrame, pattern: str, table_path: Path) -> pd.Series:
     """The pattern with each row's values in the place of `{column}`; missing where one
     of them is.
     """
-    names = list(dict.fromkeys(_PLACE.findall(pattern)))
-    absent_names = [name for name in names if name not in frame.columns]
-    if absent_names or not names:
+    column_names = list(dict.fromkeys(_PLACE.findall(pattern)))
+    absent_names = [name for name in column_names if name not in frame.columns]
+    if absent_names or not column_names:
         raise SourceError(
-            f"images.path_pattern {pattern!r}: {file} has no column "
+            f"images.path_pattern {pattern!r}: {table_path} has no column "
             f"{', '.join(map(repr, absent_names)) or 'in braces'}. Expected a path with a column's "
             "name in braces, such as train/{id}.jpg. The columns are: "
             f"{', '.join(frame.columns)}."
         )
-    texts = pd.DataFrame({name: as_text(frame[name]) for name in names})
+    column_texts = pd.DataFrame({name: as_text(frame[name]) for name in column_names})
 
     def fill(values: Mapping[Any, Any]) -> str:
         return _PLACE.sub(lambda place: str(values[place[1]]), pattern)
 
-    filled = pd.Series(
-        [fill(row) for row in texts.to_dict("records")], index=frame.index, dtype=object
+    filled_paths = pd.Series(
+        [fill(row) for row in column_texts.to_dict("records")], index=frame.index, dtype=object
     )
-    return filled.where(texts.notna().all(axis=1), None)
+    return filled_paths.where(column_texts.notna().all(axis=1), None)
 
 
-def _cells(file: Path, frame: pd.DataFrame, column: str) -> tuple[pd.Series, pd.Series]:
+def _cells(table_path: Path, frame: pd.DataFrame, column: str) -> tuple[pd.Series, pd.Series]:
     """Ids and locators of images that are cells: called by the paths that they came from where
     those tell them apart.
     """
-    kind = "arrow" if file.suffix.lower() == ".arrow" else "parquet"
-    paths = pd.Series(
-        [f"{path_text(file)}::{kind}:{column}:{row}" for row in range(len(frame))],
+    kind = "arrow" if table_path.suffix.lower() == ".arrow" else "parquet"
+    locators = pd.Series(
+        [f"{path_text(table_path)}::{kind}:{column}:{row}" for row in range(len(frame))],
         index=frame.index,
         dtype=object,
     )
-    width = len(str(max(0, len(frame) - 1)))
-    ids = pd.Series(
-        [f"{file.name}/{row:0{width}d}" for row in range(len(frame))],
+    n_digits = len(str(max(0, len(frame) - 1)))
+    sample_ids = pd.Series(
+        [f"{table_path.name}/{row:0{n_digits}d}" for row in range(len(frame))],
         index=frame.index,
         dtype=object,
     )
-    written = frame.get(f"{column}.path")
-    if written is not None and written.notna().all() and not written.duplicated().any():
-        ids = as_text(written)
-    return ids, paths
+    original_paths = frame.get(f"{column}.path")
+    if (
+        original_paths is not None
+        and original_paths.notna().all()
+        and not original_paths.duplicated().any()
+    ):
+        sample_ids = as_text(original_paths)
+    return sample_ids, locators
 
 
-def _find(base: str, written: str) -> str:
+def _find(image_root: str, written_path: str) -> str:
     """The path that a table's text means: an absolute path stays; on disk it may be in another
     Unicode form or of Windows.
     """
-    if "://" in written[:12]:
-        if not written.startswith("file://"):
+    if "://" in written_path[:12]:
+        if not written_path.startswith("file://"):
             raise SourceError(
-                f"{written}: images are read from disk. Download them, and name the files in the "
-                "table"
+                f"{written_path}: images are read from disk. Download them, and name the files in "
+                "the table"
             )
-        written = written.removeprefix("file://")
+        written_path = written_path.removeprefix("file://")
     if (
-        written.isascii()
-        and "\\" not in written
-        and "/." not in written
-        and "//" not in written
-        and written[:1] != "."
+        written_path.isascii()
+        and "\\" not in written_path
+        and "/." not in written_path
+        and "//" not in written_path
+        and written_path[:1] != "."
     ):
-        return path_text(os.path.join(base, written))  # nearly all, and a table has millions
-    path = Path(base, written)
-    if written.isascii() and "\\" not in written:
+        return path_text(
+            os.path.join(image_root, written_path)
+        )  # nearly all, and a table has millions
+    path = Path(image_root, written_path)
+    if written_path.isascii() and "\\" not in written_path:
         return path_text(path)
-    forms = [written, *(unicodedata.normalize(form, written) for form in ("NFC", "NFD"))]
-    candidates = [Path(base, form) for text in forms for form in (text, text.replace("\\", "/"))]
+    unicode_forms = [
+        written_path,
+        *(unicodedata.normalize(form, written_path) for form in ("NFC", "NFD")),
+    ]
+    candidates = [
+        Path(image_root, form) for text in unicode_forms for form in (text, text.replace("\\", "/"))
+    ]
     return path_text(next((candidate for candidate in candidates if candidate.exists()), path))
 
 
 def _refuse_reserved(
-    frame: pd.DataFrame, file: Path, path_column: str | None, id_column: str | None
+    frame: pd.DataFrame, table_path: Path, path_column: str | None, id_column: str | None
 ) -> None:
     """Columns that headrace's own would replace: a task that names one would get other values than
     the table's.
     """
-    taken = {"id"} if "id" in (id_column, path_column) else set()
-    taken |= {"path"} if "path" in (path_column, id_column) else set()
-    for name in frame.columns:
-        if name in RESERVED_COLUMNS - taken:
-            other = {
+    used_columns = {"id"} if "id" in (id_column, path_column) else set()
+    used_columns |= {"path"} if "path" in (path_column, id_column) else set()
+    for column_name in frame.columns:
+        if column_name in RESERVED_COLUMNS - used_columns:
+            other_way = {
                 "id": ", or take the ids from it: images.id_column: id (in Python: id_column='id')",
                 "path": (
                     f", or read the images from it: images.path_column: path (now: {path_column})"
                 ),
-            }.get(name, "")
+            }.get(column_name, "")
             raise SourceError(
-                f"{file}: the table has a column {name!r}, and headrace keeps {_MEANINGS[name]} "
-                "under this name. Rename the column, for example to "
-                f"{'image' if name.startswith('_') else 'image_'}{name}{other}."
+                f"{table_path}: the table has a column {column_name!r}, and headrace keeps "
+                f"{_MEANINGS[column_name]} under this name. Rename the column, for example to "
+                f"{'image' if column_name.startswith('_') else 'image_'}{column_name}{other_way}."
             )
 
 
@@ -504,12 +583,12 @@ def metadata_table(folder: Path) -> Path | None:
     for name in HUGGING_FACE_METADATA:
         if _is_metadata(folder / name):
             return folder / name
-        inside = [
+        sub_folders = [
             entry
             for entry in sorted(folder.iterdir())
             if entry.is_dir() and not entry.name.startswith(".")
         ]
-        if inside and all(_is_metadata(entry / name) for entry in inside):
+        if sub_folders and all(_is_metadata(entry / name) for entry in sub_folders):
             return folder / "*" / name
     return None
 
