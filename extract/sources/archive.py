@@ -197,11 +197,11 @@ def _read_archive(
     archive_name: str,
     exclude: Sequence[str],
     tally: Tally,
-    others: set[Folders],
+    folders_of_others: set[Folders],
 ) -> list[_Image]:
     """The archive's images, in its order; the last member of a name counts."""
     read_members = _zip_members if archive_path.suffix.lower() == ".zip" else _tar_members
-    entries = list(read_members(archive_path, archive_name, exclude, tally, others))
+    entries = list(read_members(archive_path, archive_name, exclude, tally, folders_of_others))
     positions: dict[str, list[int]] = defaultdict(list)  # where in the archive each name stands
     for position, entry in enumerate(entries):
         positions[entry.name].append(position)
@@ -224,34 +224,41 @@ def _read_archive(
     images = [
         member for member in members.values() if member.side_file is None and _is_image(member)
     ]
-    used: set[str] = set()
-    damaged: set[str] = set()
-    found = []
+    used_side_files: set[str] = set()
+    damaged_side_files: set[str] = set()
+    archive_images = []
     for member in images:
         columns: dict[str, Any] = {}
-        for key in dict.fromkeys((_sample_key(member.name), posixpath.splitext(member.name)[0])):
-            for extension in ("json", "txt", "cls"):  # the last one that speaks of a column counts
-                if (data := side_files.get(f"{key}.{extension}")) is not None:
-                    values = _side_columns(extension, data)
-                    (damaged if values is None else used).add(f"{key}.{extension}")
+        for sample_key in dict.fromkeys(
+            (_sample_key(member.name), posixpath.splitext(member.name)[0])
+        ):
+            # the last one that speaks of a column counts
+            for side_extension in ("json", "txt", "cls"):
+                if (data := side_files.get(f"{sample_key}.{side_extension}")) is not None:
+                    values = _side_columns(side_extension, data)
+                    (damaged_side_files if values is None else used_side_files).add(
+                        f"{sample_key}.{side_extension}"
+                    )
                     columns |= values or {}
-        found.append(_Image(archive_name, member, columns))
-    tally.annotations += len(used)
+        archive_images.append(_Image(archive_name, member, columns))
+    tally.annotations += len(used_side_files)
     for member in members.values():
-        if member.name not in used and (member.side_file is not None or not _is_image(member)):
-            if member.name in damaged:
-                what = "side files that are no JSON object"
+        if member.name not in used_side_files and (
+            member.side_file is not None or not _is_image(member)
+        ):
+            if member.name in damaged_side_files:
+                left_out_reason = "side files that are no JSON object"
             elif member.side_file is not None:
-                what = "side files of no image"
+                left_out_reason = "side files of no image"
             else:
-                what = describe_suffix(member.name)
-            tally.leave_out(what, printable(f"{archive_name}/{member.name}"))
-            others.add(_folders(member.name))
-    return found
+                left_out_reason = describe_suffix(member.name)
+            tally.leave_out(left_out_reason, printable(f"{archive_name}/{member.name}"))
+            folders_of_others.add(_folders(member.name))
+    return archive_images
 
 
 def _follow(
-    entries: Sequence[_Member | _Link], places: Mapping[str, Sequence[int]], place: int
+    entries: Sequence[_Member | _Link], positions: Mapping[str, Sequence[int]], position: int
 ) -> _Member | None:
     """The member at a place of the archive, or the one that links there lead to; None where they
     lead nowhere.
@@ -259,25 +266,25 @@ def _follow(
     A symbolic link means the last member of a name; a hard link the one before it, which `tar -x`
     has unpacked by then.
     """
-    passed: set[int] = set()  # links can lead back to themselves
-    while place not in passed:
-        entry = entries[place]
+    visited_positions: set[int] = set()  # links can lead back to themselves
+    while position not in visited_positions:
+        entry = entries[position]
         if isinstance(entry, _Member):
             return entry
-        passed.add(place)
-        there = places.get(entry.target)
-        if not there:
+        visited_positions.add(position)
+        target_positions = positions.get(entry.target)
+        if not target_positions:
             return None
-        before = bisect_left(there, place) if entry.hard else 0
-        place = there[before - 1]  # the last one where there is none before
+        n_before = bisect_left(target_positions, position) if entry.hard else 0
+        position = target_positions[n_before - 1]  # the last one where there is none before
     return None
 
 
-def _sample_key(name: str) -> str:
+def _sample_key(member_name: str) -> str:
     """WebDataset's key: up to the first dot of the last part of the name."""
-    folder, _, base = name.rpartition("/")
-    stem = base.partition(".")[0]
-    return f"{folder}/{stem}" if folder else stem
+    parent_folder, _, base_name = member_name.rpartition("/")
+    stem = base_name.partition(".")[0]
+    return f"{parent_folder}/{stem}" if parent_folder else stem
 
 
 def _is_image(member: _Member) -> bool:
@@ -289,28 +296,28 @@ def _is_image(member: _Member) -> bool:
     )
 
 
-def _is_side_file(name: str, size: int) -> bool:
-    return name.rpartition(".")[2] in _SIDE_FILES and size < _MAX_SIDE_FILE_BYTES
+def _is_side_file(member_name: str, size: int) -> bool:
+    return member_name.rpartition(".")[2] in _SIDE_FILES and size < _MAX_SIDE_FILE_BYTES
 
 
-def _needs_head(name: str) -> bool:
-    return posixpath.splitext(name)[1].lower() not in IMAGE_SUFFIXES
+def _needs_head(member_name: str) -> bool:
+    return posixpath.splitext(member_name)[1].lower() not in IMAGE_SUFFIXES
 
 
 def _side_columns(extension: str, data: bytes) -> dict[str, Any] | None:
     """What a side file says of its image; None for a `.json` that holds no JSON object."""
-    text = normalize_text(data.decode("utf-8-sig", errors="replace"))
+    side_text = normalize_text(data.decode("utf-8-sig", errors="replace"))
     if extension != "json":
-        return {"label": text or None}
+        return {"label": side_text or None}
     try:
-        values = json.loads(text)
+        side_values = json.loads(side_text)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(values, dict):
+    if not isinstance(side_values, dict):
         return None
     return {
         name: value
-        for name, value in values.items()
+        for name, value in side_values.items()
         if name not in RESERVED_COLUMNS and _is_cell(value)
     }
 
@@ -322,49 +329,53 @@ def _is_cell(value: Any) -> bool:
 
 
 def _tar_members(
-    file: Path, name: str, exclude: Sequence[str], tally: Tally, others: set[Folders]
+    archive_path: Path,
+    archive_name: str,
+    exclude: Sequence[str],
+    tally: Tally,
+    folders_of_others: set[Folders],
 ) -> Iterator[_Member | _Link]:
-    compressed = file.suffix.lower() != ".tar"
+    is_compressed = archive_path.suffix.lower() != ".tar"
 
-    def read(archive: tarfile.TarFile, member: str, offset: int, size: int) -> _Member:
+    def read(archive: tarfile.TarFile, member_name: str, offset: int, size: int) -> _Member:
         head, side_file = b"", None
-        if _is_side_file(member, size):
+        if _is_side_file(member_name, size):
             side_file = _read_at(archive, offset, size)
-        elif _needs_head(member):
+        elif _needs_head(member_name):
             head = _read_at(archive, offset, min(32, size))
-        kind = "tgz" if compressed else "tar"
-        locator = f"{path_text(file)}::{kind}:{offset}:{size}:{printable(member)}"
-        return _Member(member, locator, size, head, side_file)
+        kind = "tgz" if is_compressed else "tar"
+        locator = f"{path_text(archive_path)}::{kind}:{offset}:{size}:{printable(member_name)}"
+        return _Member(member_name, locator, size, head, side_file)
 
     try:
-        with _open_tar(file, compressed) as archive:
+        with _open_tar(archive_path, is_compressed) as archive:
             for entry in archive:
                 if entry.isdir():
                     continue
                 tally.found += 1
-                member = _member_name(entry.name)
-                reason = _left_out(member, name, exclude, others, tally) or _unreadable_tar_member(
-                    entry
-                )
-                if reason is not None:
-                    tally.leave_out(reason, printable(f"{name}/{member}"))
+                member_name = _member_name(entry.name)
+                left_out_reason = _left_out(
+                    member_name, archive_name, exclude, folders_of_others, tally
+                ) or _unreadable_tar_member(entry)
+                if left_out_reason is not None:
+                    tally.leave_out(left_out_reason, printable(f"{archive_name}/{member_name}"))
                 elif entry.issym():
-                    target = posixpath.join(posixpath.dirname(member), entry.linkname)
-                    yield _Link(member, _member_name(target), hard=False)
+                    target = posixpath.join(posixpath.dirname(member_name), entry.linkname)
+                    yield _Link(member_name, _member_name(target), hard=False)
                 elif entry.islnk():
-                    yield _Link(member, _member_name(entry.linkname), hard=True)
+                    yield _Link(member_name, _member_name(entry.linkname), hard=True)
                 else:
-                    yield read(archive, member, entry.offset_data, entry.size)
+                    yield read(archive, member_name, entry.offset_data, entry.size)
     # A damaged archive makes tarfile, and what decompresses it, raise anything: zlib and lzma have
     # errors of their own.
     except Exception as error:
-        raise SourceError(f"{file}: {_tar_problem(file, error)}") from error
+        raise SourceError(f"{archive_path}: {_tar_problem(archive_path, error)}") from error
 
 
-def _open_tar(file: Path, compressed: bool) -> tarfile.TarFile:
-    if compressed:
-        return tarfile.open(fileobj=open_compressed(file), mode="r:")
-    return tarfile.open(file, "r:")
+def _open_tar(archive_path: Path, is_compressed: bool) -> tarfile.TarFile:
+    if is_compressed:
+        return tarfile.open(fileobj=open_compressed(archive_path), mode="r:")
+    return tarfile.open(archive_path, "r:")
 
 
 def _unreadable_tar_member(entry: tarfile.TarInfo) -> str | None:
@@ -386,25 +397,29 @@ def _read_at(archive: tarfile.TarFile, offset: int, size: int) -> bytes:
 
 
 def _zip_members(
-    file: Path, name: str, exclude: Sequence[str], tally: Tally, others: set[Folders]
+    archive_path: Path,
+    archive_name: str,
+    exclude: Sequence[str],
+    tally: Tally,
+    folders_of_others: set[Folders],
 ) -> Iterator[_Member | _Link]:
     try:
-        with zipfile.ZipFile(file) as archive:
+        with zipfile.ZipFile(archive_path) as archive:
             for entry in archive.infolist():
                 if entry.is_dir():
                     continue
                 tally.found += 1
-                member = _member_name(_zip_name(entry))
-                reason = _left_out(member, name, exclude, others, tally) or _unreadable_zip_member(
-                    entry
-                )
-                if reason is not None:
-                    tally.leave_out(reason, printable(f"{name}/{member}"))
+                member_name = _member_name(_zip_name(entry))
+                left_out_reason = _left_out(
+                    member_name, archive_name, exclude, folders_of_others, tally
+                ) or _unreadable_zip_member(entry)
+                if left_out_reason is not None:
+                    tally.leave_out(left_out_reason, printable(f"{archive_name}/{member_name}"))
                     continue
                 head, side_file = b"", None
-                if _is_side_file(member, entry.file_size):
+                if _is_side_file(member_name, entry.file_size):
                     side_file = archive.read(entry)
-                elif _needs_head(member):
+                elif _needs_head(member_name):
                     with archive.open(entry) as opened:
                         head = opened.read(32)
                 numbers = (
@@ -414,13 +429,11 @@ def _zip_members(
                     entry.compress_type,
                     entry.CRC,
                 )
-                locator = (
-                    f"{path_text(file)}::zip:{':'.join(map(str, numbers))}:{printable(member)}"
-                )
-                yield _Member(member, locator, entry.file_size, head, side_file)
+                locator = f"{path_text(archive_path)}::zip:{':'.join(map(str, numbers))}:{printable(member_name)}"
+                yield _Member(member_name, locator, entry.file_size, head, side_file)
     except Exception as error:  # zipfile and its decompressors raise anything on a damaged archive
         raise SourceError(
-            f"{file}: not a whole zip archive ({error}). Fetch it again, or leave it out."
+            f"{archive_path}: not a whole zip archive ({error}). Fetch it again, or leave it out."
         ) from error
 
 

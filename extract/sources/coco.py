@@ -9,7 +9,7 @@ import pandas as pd
 from headrace.extract.errors import SourceError
 
 
-def coco_rows(values: Mapping[str, Any], file: Path) -> tuple[pd.DataFrame, tuple[str, ...]]:
+def coco_rows(values: Mapping[str, Any], table_path: Path) -> tuple[pd.DataFrame, tuple[str, ...]]:
     """One row per image: `path` (COCO's file_name) and `label`, with what was assumed.
 
     The label is the name of the category of the image's annotations; where some image has several,
@@ -18,28 +18,34 @@ def coco_rows(values: Mapping[str, Any], file: Path) -> tuple[pd.DataFrame, tupl
     """
     images, annotations = values["images"], values.get("annotations")
     try:
-        names = {
+        category_names = {
             category["id"]: str(category["name"]) for category in values.get("categories") or []
         }
-        labels: dict[Any, dict[str, None]] = {image["id"]: {} for image in images}
-        if len(labels) < len(images):
+        labels_by_image: dict[Any, dict[str, None]] = {image["id"]: {} for image in images}
+        if len(labels_by_image) < len(images):
             raise SourceError(
-                f"{file}: {len(images) - len(labels)} ids of images occur more than once"
+                f"{table_path}: {len(images) - len(labels_by_image)} ids of images occur more than "
+                "once"
             )
         for annotation in annotations or []:
-            labels[annotation["image_id"]][names[annotation["category_id"]]] = None
-        paths = [str(image["file_name"]) for image in images]
+            labels_by_image[annotation["image_id"]][category_names[annotation["category_id"]]] = (
+                None
+            )
+        image_paths = [str(image["file_name"]) for image in images]
     except (KeyError, TypeError) as error:
         raise SourceError(
-            f"{file}: not COCO as expected: {type(error).__name__} {error}. Expected images with "
-            "id and file_name, annotations with image_id and category_id, categories with id and "
-            "name"
+            f"{table_path}: not COCO as expected: {type(error).__name__} {error}. Expected images "
+            "with id and file_name, annotations with image_id and category_id, categories with id "
+            "and name"
         ) from error
-    several = any(len(found) > 1 for found in labels.values())
-    column = [
-        list(found) or None if several else next(iter(found), None) for found in labels.values()
+    has_several = any(len(image_labels) > 1 for image_labels in labels_by_image.values())
+    label_column = [
+        list(image_labels) or None if has_several else next(iter(image_labels), None)
+        for image_labels in labels_by_image.values()
     ]
-    note = f"{file.name}: COCO; the label of an image is the category of its annotations"
-    if several:
+    note = f"{table_path.name}: COCO; the label of an image is the category of its annotations"
+    if has_several:
         note += ". Some images have several, so that the labels are lists: task.kind: multi"
-    return pd.DataFrame({"path": paths, "label": pd.Series(column, dtype=object)}), (note,)
+    return pd.DataFrame({"path": image_paths, "label": pd.Series(label_column, dtype=object)}), (
+        note,
+    )

@@ -37,8 +37,8 @@ def read_folder(
     exclude: Sequence[str] = (),
     labelled: bool = True,
 ) -> Listing:
-    """The images below a folder, sorted by id: columns `id`, `path`, `label`, and `split` where the
-    folders are a split.
+    """The images below a folder, sorted by id: columns `id`, `image_path`, `label`, and `split`
+    where the folders are a split.
 
     The id is the path relative to `folder` with forward slashes. A file is an image by its suffix,
     else by its first bytes; all others are counted by what they are. Hidden files and folders are
@@ -46,68 +46,85 @@ def read_folder(
     has its real path's name. labelled: refuse a class without images. Raises SourceError when the
     folder is absent or has no images, saying what was found, and see `read_layout`.
     """
-    root = expand_home(folder)
-    if not root.is_dir():
-        raise SourceError(absent(root, "a folder of images"))
+    image_root = expand_home(folder)
+    if not image_root.is_dir():
+        raise SourceError(absent(image_root, "a folder of images"))
     tally = Tally()
-    rows: list[tuple[str, str, Folders]] = []
-    others: set[Folders] = set()
-    for entry in _walk(root.absolute(), tally):
-        relative = "/".join((*entry.folders, entry.name)) if entry.name else "/".join(entry.folders)
-        excluded = tally.excludes(exclude, printable(relative))
+    image_rows: list[tuple[str, str, Folders]] = []
+    folders_of_others: set[Folders] = set()
+    for entry in _walk(image_root.absolute(), tally):
+        relative_path = (
+            "/".join((*entry.folders, entry.name)) if entry.name else "/".join(entry.folders)
+        )
+        is_excluded = tally.excludes(exclude, printable(relative_path))
         if not entry.name:
-            if not excluded:
-                others.add(entry.folders)
+            if not is_excluded:
+                folders_of_others.add(entry.folders)
             continue
         tally.found += 1
-        if excluded:
-            tally.leave_out(EXCLUDED, printable(relative))
+        if is_excluded:
+            tally.leave_out(EXCLUDED, printable(relative_path))
         elif not is_image(entry.path):
-            tally.leave_out(describe_suffix(entry.name), printable(relative))
-            others.add(entry.folders)
+            tally.leave_out(describe_suffix(entry.name), printable(relative_path))
+            folders_of_others.add(entry.folders)
         else:
-            rows.append((normalize_text(printable(relative)), path_text(entry.path), entry.folders))
-    if not rows:
-        found = "; ".join(map(str, tally.left_out()[:5])) or "no files"
+            image_rows.append(
+                (normalize_text(printable(relative_path)), path_text(entry.path), entry.folders)
+            )
+    if not image_rows:
+        found_text = "; ".join(map(str, tally.left_out()[:5])) or "no files"
         raise SourceError(
-            f"{root}: no images found (found: {found}). Expected one folder per class holding "
-            f"files that end in {', '.join(sorted(IMAGE_SUFFIXES))}, or a table that names images."
+            f"{image_root}: no images found (found: {found_text}). Expected one folder per class "
+            f"holding files that end in {', '.join(sorted(IMAGE_SUFFIXES))}, or a table that names "
+            "images."
         )
-    rows.sort(key=lambda row: row[:2])
-    rows = _tell_apart(rows, root.absolute())
-    check_unique((name for name, _, _ in rows), str(root))
-    odd = [name for name, _, _ in rows if os.path.splitext(name)[1].lower() not in IMAGE_SUFFIXES]
-    read = read_layout(
-        [folders for _, _, folders in rows], others, layout, str(root), labelled=labelled
+    image_rows.sort(key=lambda row: row[:2])
+    image_rows = _tell_apart(image_rows, image_root.absolute())
+    check_unique((image_id for image_id, _, _ in image_rows), str(image_root))
+    unusual_names = [
+        image_id
+        for image_id, _, _ in image_rows
+        if os.path.splitext(image_id)[1].lower() not in IMAGE_SUFFIXES
+    ]
+    read_labels = read_layout(
+        [parent_folders for _, _, parent_folders in image_rows],
+        folders_of_others,
+        layout,
+        str(image_root),
+        labelled=labelled,
     )
     columns: dict[str, Sequence[str | None]] = {
-        "id": [name for name, _, _ in rows],
-        "path": [path for _, path, _ in rows],
-        "label": read.labels,
+        "id": [image_id for image_id, _, _ in image_rows],
+        "path": [image_path for _, image_path, _ in image_rows],
+        "label": read_labels.labels,
     }
-    if read.splits is not None:
-        columns["split"] = read.splits
-    notes = list(read.notes)
-    if odd:
+    if read_labels.splits is not None:
+        columns["split"] = read_labels.splits
+    notes = list(read_labels.notes)
+    if unusual_names:
         notes.append(
-            f"{len(odd):,} files are images by their content and not by their names, such as "
-            f"{odd[0]}"
+            f"{len(unusual_names):,} files are images by their content and not by their names, "
+            f"such as {unusual_names[0]}"
         )
     return tally.listing(pd.DataFrame(columns), notes)
 
 
-def _tell_apart(rows: list[tuple[str, str, Folders]], root: Path) -> list[tuple[str, str, Folders]]:
+def _tell_apart(
+    image_rows: list[tuple[str, str, Folders]], image_root: Path
+) -> list[tuple[str, str, Folders]]:
     """The rows, those whose names are one in NFC under the names that the disk has: as two systems
     write an accent.
     """
-    counts = Counter(name for name, _, _ in rows)
+    id_counts = Counter(image_id for image_id, _, _ in image_rows)
     return [
         (
-            name if counts[name] == 1 else printable(os.path.relpath(file_of(path), root)),
-            path,
-            folders,
+            image_id
+            if id_counts[image_id] == 1
+            else printable(os.path.relpath(file_of(image_path), image_root)),
+            image_path,
+            parent_folders,
         )
-        for name, path, folders in rows
+        for image_id, image_path, parent_folders in image_rows
     ]
 
 
@@ -122,52 +139,55 @@ def has_images(folder: Path) -> bool:
     return next(image_paths(folder), None) is not None
 
 
-def _walk(root: Path, tally: Tally) -> Iterator[_Entry]:
+def _walk(image_root: Path, tally: Tally) -> Iterator[_Entry]:
     """Every file below the root, and every folder with nothing in it; hidden entries and unreadable
     folders are counted.
     """
-    seen: set[tuple[int, int]] = (
+    visited_folders: set[tuple[int, int]] = (
         set()
     )  # devices and inodes, so that a link to a parent does not run for ever
-    pending: list[tuple[str, Folders]] = [(str(root), ())]
-    links: deque[tuple[str, Folders]] = (
+    pending: list[tuple[str, Folders]] = [(str(image_root), ())]
+    linked_folders: deque[tuple[str, Folders]] = (
         deque()
     )  # last, so that a link to a class's folder does not rename the class
-    while pending or links:
-        directory, folders = pending.pop() if pending else links.popleft()
-        name = printable("/".join(folders))
+    while pending or linked_folders:
+        directory, parent_folders = pending.pop() if pending else linked_folders.popleft()
+        folder_name = printable("/".join(parent_folders))
         try:
-            status = os.stat(directory)
-            if (status.st_dev, status.st_ino) in seen:
+            folder_status = os.stat(directory)
+            if (folder_status.st_dev, folder_status.st_ino) in visited_folders:
                 tally.found += 1
-                tally.leave_out(LINKED, name or str(root))
+                tally.leave_out(LINKED, folder_name or str(image_root))
                 continue
-            seen.add((status.st_dev, status.st_ino))
-            with os.scandir(directory) as scanned:
-                entries = sorted(scanned, key=lambda entry: entry.name)
+            visited_folders.add((folder_status.st_dev, folder_status.st_ino))
+            with os.scandir(directory) as folder_scan:
+                entries = sorted(folder_scan, key=lambda entry: entry.name)
         except OSError as error:
             tally.found += 1
-            tally.leave_out(f"folders that cannot be read ({error.strerror})", name or str(root))
+            tally.leave_out(
+                f"folders that cannot be read ({error.strerror})", folder_name or str(image_root)
+            )
             continue
-        if folders and all(entry.name.startswith(".") for entry in entries):
-            yield _Entry(folders, "", directory)  # empty, but for what tools leave in folders
+        if parent_folders and all(entry.name.startswith(".") for entry in entries):
+            # empty, but for what tools leave in folders
+            yield _Entry(parent_folders, "", directory)
         for entry in entries:
             if entry.name.startswith("."):
                 tally.found += 1
-                tally.leave_out(HIDDEN, printable("/".join((*folders, entry.name))))
+                tally.leave_out(HIDDEN, printable("/".join((*parent_folders, entry.name))))
             elif _is_folder(entry):
-                (links if entry.is_symlink() else pending).append(
-                    (entry.path, (*folders, entry.name))
+                (linked_folders if entry.is_symlink() else pending).append(
+                    (entry.path, (*parent_folders, entry.name))
                 )
             elif (
                 entry.is_symlink() or entry.is_file()
             ):  # a broken link too: its image becomes a recorded failure
-                yield _Entry(folders, entry.name, entry.path)
+                yield _Entry(parent_folders, entry.name, entry.path)
             else:  # reading a pipe or a device could wait for ever
                 tally.found += 1
                 tally.leave_out(
                     "entries that are no files (pipes, devices)",
-                    printable("/".join((*folders, entry.name))),
+                    printable("/".join((*parent_folders, entry.name))),
                 )
 
 

@@ -38,8 +38,8 @@ def split_word(file_name: str) -> str | None:
 
     `train-00000-of-00002.parquet`; None where there is none.
     """
-    match = _SPLIT_NAME.match(file_name)
-    return match[1] if match else None
+    name_match = _SPLIT_NAME.match(file_name)
+    return name_match[1] if name_match else None
 
 
 @dataclass(frozen=True)
@@ -52,107 +52,130 @@ class Labels:
 
 
 def read_layout(
-    images: Sequence[Folders],
-    others: Collection[Folders],
+    image_folders: Sequence[Folders],
+    other_folders: Collection[Folders],
     layout: Layout,
-    source: str,
+    source_text: str,
     *,
     labelled: bool = True,
 ) -> Labels:
     """Labels, and sides of a split, from the folders of the images.
 
-    others: the folders in which other files lie, and empty folders. labelled: labels are wanted;
-    else nothing is refused. Raises SourceError for a class or a side none of whose files is an
-    image, and where `auto` could mean both layouts, with how to say which.
+    other_folders: the folders in which other files lie, and empty folders. labelled: labels are
+    wanted; else nothing is refused. Raises SourceError for a class or a side none of whose files is
+    an image, and where `auto` could mean both layouts, with how to say which.
     """
     if not labelled:
-        return Labels([None] * len(images), None, ())
-    depth = _split_depth(images, layout, source)
-    _refuse_vanished(images, others, depth, source)
-    written: dict[str, set[str]] = defaultdict(set)  # the folders' own names by label
+        return Labels([None] * len(image_folders), None, ())
+    class_depth = _split_depth(image_folders, layout, source_text)
+    _refuse_vanished(image_folders, other_folders, class_depth, source_text)
+    folder_names_by_label: dict[str, set[str]] = defaultdict(set)  # the folders' own names by label
     labels: list[str | None] = []
-    for folders in images:
-        label = normalize_text(printable(folders[depth])) if len(folders) > depth else None
+    for parent_folders in image_folders:
+        label = (
+            normalize_text(printable(parent_folders[class_depth]))
+            if len(parent_folders) > class_depth
+            else None
+        )
         if label is not None:
-            written[label].add(folders[depth])
+            folder_names_by_label[label].add(parent_folders[class_depth])
         labels.append(label)
     notes = [
-        f"the folders {', '.join(map(repr, sorted(names)))} are one class, {label!r}: they differ "
-        "in blanks or in the form of accents alone"
-        for label, names in sorted(written.items())
-        if len(names) > 1
+        f"the folders {', '.join(map(repr, sorted(folder_names)))} are one class, {label!r}: they "
+        "differ in blanks or in the form of accents alone"
+        for label, folder_names in sorted(folder_names_by_label.items())
+        if len(folder_names) > 1
     ]
-    if not depth:
+    if not class_depth:
         return Labels(labels, None, tuple(notes))
-    sides = sorted({folders[0] for folders in images if folders})
+    split_sides = sorted({parent_folders[0] for parent_folders in image_folders if parent_folders})
     notes.append(
-        f"the folders {', '.join(sides)} are the sides of a split, and the folders in them the "
-        "classes"
+        f"the folders {', '.join(split_sides)} are the sides of a split, and the folders in them "
+        "the classes"
     )
-    if unlabelled := sum(label is None for label in labels):
-        notes.append(f"{unlabelled:,} images lie in no class's folder and have no label")
-    return Labels(labels, [folders[0] if folders else None for folders in images], tuple(notes))
+    if n_unlabelled := sum(label is None for label in labels):
+        notes.append(f"{n_unlabelled:,} images lie in no class's folder and have no label")
+    return Labels(
+        labels,
+        [parent_folders[0] if parent_folders else None for parent_folders in image_folders],
+        tuple(notes),
+    )
 
 
-def _split_depth(images: Sequence[Folders], layout: Layout, source: str) -> int:
+def _split_depth(image_folders: Sequence[Folders], layout: Layout, source_text: str) -> int:
     """0 where the outermost folders are the classes, 1 where they are the sides of a split."""
     if layout != "auto":
         return int(layout == "split")
-    outer = sorted({folders[0] for folders in images if folders})
-    sides = [name for name in outer if name.lower() in SPLIT_WORDS]
-    others = [name for name in outer if name.lower() not in SPLIT_WORDS]
-    inner = {
-        folders[1]
-        for folders in images
-        if len(folders) > 1 and SPLIT_WORDS.get(folders[0].lower()) == "train"
+    outer_names = sorted({parent_folders[0] for parent_folders in image_folders if parent_folders})
+    split_names = [folder_name for folder_name in outer_names if folder_name.lower() in SPLIT_WORDS]
+    other_names = [
+        folder_name for folder_name in outer_names if folder_name.lower() not in SPLIT_WORDS
+    ]
+    train_classes = {
+        parent_folders[1]
+        for parent_folders in image_folders
+        if len(parent_folders) > 1 and SPLIT_WORDS.get(parent_folders[0].lower()) == "train"
     }
-    if not sides or (others and len({SPLIT_WORDS[name.lower()] for name in sides}) < 2):
+    if not split_names or (
+        other_names and len({SPLIT_WORDS[folder_name.lower()] for folder_name in split_names}) < 2
+    ):
         return 0
-    if others:
+    if other_names:
         raise SourceError(
             _ambiguous(
-                source,
-                f"holds {', '.join(sides)}, which are words for the sides of a split, and "
-                f"{', '.join(others[:5])}",
+                source_text,
+                f"holds {', '.join(split_names)}, which are words for the sides of a split, and "
+                f"{', '.join(other_names[:5])}",
             )
         )
-    if len(outer) == 1 and len(inner) < 2:
+    if len(outer_names) == 1 and len(train_classes) < 2:
         return 0  # one folder that happens to have this name; a class too few is told elsewhere
-    if not inner:
+    if not train_classes:
         raise SourceError(
             _ambiguous(
-                source,
-                f"holds {', '.join(sides)}, which are words for the sides of a split, without a "
-                "class's folder in train",
+                source_text,
+                f"holds {', '.join(split_names)}, which are words for the sides of a split, "
+                "without a class's folder in train",
             )
         )
     return 1
 
 
-def _ambiguous(source: str, found: str) -> str:
+def _ambiguous(source_text: str, found_text: str) -> str:
     return (
-        f"{source} {found}. Are these the classes, or a split with the classes in them? Say which "
-        "in the recipe, images.layout: classes or images.layout: split (headrace init: --layout "
-        "split); or move away what does not belong, or leave it out: images.exclude: [NAME] "
-        "(headrace init: --exclude NAME)"
+        f"{source_text} {found_text}. Are these the classes, or a split with the classes in them? "
+        "Say which in the recipe, images.layout: classes or images.layout: split (headrace init: "
+        "--layout split); or move away what does not belong, or leave it out: images.exclude: "
+        "[NAME] (headrace init: --exclude NAME)"
     )
 
 
 def _refuse_vanished(
-    images: Sequence[Folders], others: Collection[Folders], depth: int, source: str
+    image_folders: Sequence[Folders],
+    other_folders: Collection[Folders],
+    class_depth: int,
+    source_text: str,
 ) -> None:
     """Raises SourceError for classes, and sides of a split, that would be gone whole."""
-    if depth:
-        others = [folders for folders in others if folders and folders[0].lower() in SPLIT_WORDS]
-    for level in range(depth + 1):
-        used = {folders[level] for folders in images if len(folders) > level}
-        there = {folders[level] for folders in others if len(folders) > level}
-        if vanished := sorted(there - used):
-            names = ", ".join(printable(name) for name in vanished[:5])
-            what = "class" if level == depth else "side of the split"
+    if class_depth:
+        other_folders = [
+            parent_folders
+            for parent_folders in other_folders
+            if parent_folders and parent_folders[0].lower() in SPLIT_WORDS
+        ]
+    for level in range(class_depth + 1):
+        used_names = {
+            parent_folders[level] for parent_folders in image_folders if len(parent_folders) > level
+        }
+        existing_names = {
+            parent_folders[level] for parent_folders in other_folders if len(parent_folders) > level
+        }
+        if vanished_names := sorted(existing_names - used_names):
+            vanished_text = ", ".join(printable(name) for name in vanished_names[:5])
+            folder_role = "class" if level == class_depth else "side of the split"
             raise SourceError(
-                f"{source}: no file in the folder {names} can be used as an image, so that this "
-                f"{what} would be missing. Add images that can be read, or leave it out: "
-                f"images.exclude: {yaml_list(map(printable, vanished[:5]))} in the recipe "
-                f"(headrace init: --exclude {shlex.quote(printable(vanished[0]))})"
+                f"{source_text}: no file in the folder {vanished_text} can be used as an image, so "
+                f"that this {folder_role} would be missing. Add images that can be read, or leave "
+                f"it out: images.exclude: {yaml_list(map(printable, vanished_names[:5]))} in the "
+                f"recipe (headrace init: --exclude {shlex.quote(printable(vanished_names[0]))})"
             )

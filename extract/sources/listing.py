@@ -68,11 +68,11 @@ class Tally:
         if not patterns:
             return False
         self.patterns = dict.fromkeys(patterns, False) | self.patterns
-        matching = [
+        matching_patterns = [
             pattern for pattern in patterns if any(_matches(name, pattern) for name in names)
         ]
-        self.patterns |= dict.fromkeys(matching, True)
-        return bool(matching)
+        self.patterns |= dict.fromkeys(matching_patterns, True)
+        return bool(matching_patterns)
 
     def left_out(self) -> tuple[LeftOut, ...]:
         """The reasons, the commonest first."""
@@ -83,9 +83,17 @@ class Tally:
 
     def listing(self, samples: pd.DataFrame, notes: Iterable[str] = ()) -> Listing:
         """What was read, as one value."""
-        idle = [pattern for pattern, matched in self.patterns.items() if not matched]
-        told = [f"images.exclude: {', '.join(map(repr, idle))} matches nothing"] if idle else []
-        return Listing(samples, self.found, self.left_out(), self.annotations, (*notes, *told))
+        unmatched_patterns = [
+            pattern for pattern, has_matched in self.patterns.items() if not has_matched
+        ]
+        pattern_notes = (
+            [f"images.exclude: {', '.join(map(repr, unmatched_patterns))} matches nothing"]
+            if unmatched_patterns
+            else []
+        )
+        return Listing(
+            samples, self.found, self.left_out(), self.annotations, (*notes, *pattern_notes)
+        )
 
 
 def _matches(name: str, pattern: str) -> bool:
@@ -93,19 +101,22 @@ def _matches(name: str, pattern: str) -> bool:
 
     A name is its own pattern, also with brackets.
     """
-    plain = normalize_text(pattern).removeprefix("./").rstrip("/")
-    parts = normalize_text(name).split("/")
-    prefixes = ("/".join(parts[: count + 1]) for count in range(len(parts)))
-    return any(prefix == plain or fnmatchcase(prefix, plain) for prefix in prefixes)
+    plain_pattern = normalize_text(pattern).removeprefix("./").rstrip("/")
+    name_parts = normalize_text(name).split("/")
+    prefixes = ("/".join(name_parts[: count + 1]) for count in range(len(name_parts)))
+    return any(prefix == plain_pattern or fnmatchcase(prefix, plain_pattern) for prefix in prefixes)
 
 
 def join_listings(listings: Iterable[Listing]) -> Listing:
     """Several sources as one, in their order."""
-    parts = list(listings)
-    tally = Tally(sum(part.found for part in parts), sum(part.annotations for part in parts))
-    for part in parts:
-        for item in part.left_out:
-            tally.leave_out(item.reason, *item.examples, count=item.count)
-    notes = dict.fromkeys(note for part in parts for note in part.notes)
-    samples = pd.concat([part.samples for part in parts], ignore_index=True)
+    part_listings = list(listings)
+    tally = Tally(
+        sum(part_listing.found for part_listing in part_listings),
+        sum(part_listing.annotations for part_listing in part_listings),
+    )
+    for part_listing in part_listings:
+        for left_out in part_listing.left_out:
+            tally.leave_out(left_out.reason, *left_out.examples, count=left_out.count)
+    notes = dict.fromkeys(note for part_listing in part_listings for note in part_listing.notes)
+    samples = pd.concat([part_listing.samples for part_listing in part_listings], ignore_index=True)
     return tally.listing(samples, notes)

@@ -98,9 +98,9 @@ def read_source(source: ImageSource, *, labelled: bool = True) -> Listing:
                 ranged=not labelled or source.pixel_range is not None,
             )
         case "image":
-            file = expand_home(location).absolute()
+            image_path = expand_home(location).absolute()
             samples = pd.DataFrame(
-                {"id": [printable(str(location))], "path": [path_text(file)], "label": [None]}
+                {"id": [printable(str(location))], "path": [path_text(image_path)], "label": [None]}
             )
             return Listing(samples, found=1)
 
@@ -113,40 +113,40 @@ def detect_source(location: str | Path, **options: Any) -> ImageSource:
     Face's metadata lies beside them; else one of archives, tables of images, or an array. Raises
     SourceError for what is not there and what is not read.
     """
-    path = expand_home(location)
-    if path.is_dir():
-        metadata = None if saved_dataset_files(path) else metadata_table(path)
+    source_path = expand_home(location)
+    if source_path.is_dir():
+        metadata_path = None if saved_dataset_files(source_path) else metadata_table(source_path)
         return (
-            ImageSource("table", metadata, **options)
-            if metadata
-            else ImageSource(_detect_in_folder(path), location, **options)
+            ImageSource("table", metadata_path, **options)
+            if metadata_path
+            else ImageSource(_detect_in_folder(source_path), location, **options)
         )
-    return ImageSource(_detect_file(path), location, **options)
+    return ImageSource(_detect_file(source_path), location, **options)
 
 
-def _detect_file(path: Path) -> SourceKind:
-    name = path.name.lower()
-    if is_archive(path):
+def _detect_file(source_path: Path) -> SourceKind:
+    file_name = source_path.name.lower()
+    if is_archive(source_path):
         return "archive"
-    if is_table(path):
+    if is_table(source_path):
         return "table"
-    named_idx = path.suffix.lower() not in IMAGE_SUFFIXES | HEIF_SUFFIXES and re.search(
-        r"idx\d|\.idx", name
+    has_idx_name = source_path.suffix.lower() not in IMAGE_SUFFIXES | HEIF_SUFFIXES and re.search(
+        r"idx\d|\.idx", file_name
     )
-    if path.suffix.lower() in ARRAY_KINDS or (named_idx and path.is_file()):
+    if source_path.suffix.lower() in ARRAY_KINDS or (has_idx_name and source_path.is_file()):
         return "array"
-    if path.is_symlink() or (path.is_file() and is_image(path)):
+    if source_path.is_symlink() or (source_path.is_file() and is_image(source_path)):
         return "image"
-    if not path.exists():
+    if not source_path.exists():
         raise SourceError(
-            f"{path}: no such file or folder. Give a folder of images, a table (.csv, .tsv, "
+            f"{source_path}: no such file or folder. Give a folder of images, a table (.csv, .tsv, "
             ".jsonl, .json, .parquet), an archive (.tar, .tar.gz, .zip), an array file (.npy, "
             ".npz, .h5, idx), or an image"
         )
     raise SourceError(
-        unread_format(path)
-        or f"{path}: neither an image nor anything that holds images (found "
-        f"{path.suffix.lower() or 'no suffix'}). Expected a table "
+        unread_format(source_path)
+        or f"{source_path}: neither an image nor anything that holds images (found "
+        f"{source_path.suffix.lower() or 'no suffix'}). Expected a table "
         "(.csv, .tsv, .jsonl, .json, .parquet), an archive (.tar, .tar.gz, .zip), an array "
         "file (.npy, .npz, .h5, idx), or an image"
     )
@@ -157,8 +157,8 @@ def _detect_in_folder(folder: Path) -> SourceKind:
         return "table"
     if has_images(folder):
         return "folder"
-    entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
-    if any(is_archive(entry) for entry in entries):
+    child_paths = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    if any(is_archive(entry) for entry in child_paths):
         return "archive"
     if idx_pairs(folder):
         return "array"
@@ -171,6 +171,12 @@ def warn_of_left_out(listing: Listing, source: str | Path) -> None:
     """Tell a program, which has no terminal, what of a source is not used, but for what is nobody's
     image or used all the same.
     """
-    told = [str(item) for item in listing.left_out if item.reason not in (HIDDEN, EXCLUDED, LINKED)]
-    if told:
-        warnings.warn(f"{source}: left out {'; '.join(told)}", SourceWarning, stacklevel=3)
+    left_out_texts = [
+        str(left_out)
+        for left_out in listing.left_out
+        if left_out.reason not in (HIDDEN, EXCLUDED, LINKED)
+    ]
+    if left_out_texts:
+        warnings.warn(
+            f"{source}: left out {'; '.join(left_out_texts)}", SourceWarning, stacklevel=3
+        )
