@@ -138,14 +138,14 @@ def in_one_process() -> None:
         _client: Any, function: Any, jobs: Any, *, options: Any = None, split: Any = None
     ) -> Iterator[Any]:
         for key, job in jobs:
-            ours = options.claims if options else None
-            if ours is None or ours.take(key):
+            leases = options.leases if options else None
+            if leases is None or leases.acquire(key):
                 options and options.on_event("started", task=key, worker="here", attempt=1)
                 done = function(job)
                 options and options.on_event("finished", task=key, seconds=0.0, result=done)
                 yield submit.Outcome(job, done, None)
-                if ours is not None:
-                    ours.drop(key)
+                if leases is not None:
+                    leases.release(key)
 
     @contextlib.contextmanager
     def opened(*_: Any, **__: Any) -> Iterator[Any]:

@@ -11,7 +11,7 @@ each other in chains, at whose end the same command is left to end. Then
   networks, tables, predictions, the report and exported arrays but for times;
 - what had been published stands as it was written, and no task was done twice;
 - the test split was evaluated once;
-- no process of a killed call is left, no lock, no claim; temporaries that a killed call left (made
+- no process of a killed call is left, no lock, no lease; temporaries that a killed call left (made
   two hours old before the last call) are gone: in a run's directory by the next run, in a cache by
   `headrace cache gc`, of predict, export and report by the next call of the same.
 

@@ -195,8 +195,8 @@ def fit_bank(
     """Train specs of one kind on features X (N, D), (V, N, D) with views, maps, or streamed rows;
     every head comes back.
 
-    A bank that raises is trained again spec by spec, so that the guilty one is alone in failing; a
-    head whose predictions are not finite has failed. A bank that does not fit a GPU's memory is
+    A bank that raises is trained again spec by spec, so that the crashing one is alone in failing;
+    a head whose predictions are not finite has failed. A bank that does not fit a GPU's memory is
     trained there in smaller groups, and on the CPU where a single spec does not fit. bands:
     features of each tap that stands in X, for specs that are `banded`.
     """

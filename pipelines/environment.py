@@ -27,6 +27,11 @@ _LIBRARIES = (
 )
 
 
+def available_cores() -> int:
+    """Return how many cores this process may use: its affinity, not the machine's count."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def environment(workers: int | None, device: str) -> dict[str, Any]:
     """Versions, processor, cores, memory; `workers` processes and the `device` of the forward pass
     as the run had them.
@@ -38,9 +43,7 @@ def environment(workers: int | None, device: str) -> dict[str, Any]:
         },
         "system": f"{platform.system()} {platform.machine()}",
         "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count() or 1,
+        "cores": available_cores(),
         "memory_bytes": _memory_bytes(),
         "workers": workers,
         "device": device,

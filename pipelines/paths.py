@@ -95,9 +95,9 @@ class RunPaths:
         return self.root / "conclude.lock"
 
     @property
-    def claims(self) -> Path:
-        """Which driver does which bank, while drivers are at work."""
-        return self.root / "claims"
+    def leases(self) -> Path:
+        """Task leases: which driver does which bank, while drivers are at work."""
+        return self.root / "leases"
 
     @property
     def terminal(self) -> Path:
@@ -171,9 +171,9 @@ class RunPaths:
         return self.banks / f"{group}-{specs}.h5"
 
 
-def unit_claims(cache_root: Path) -> Path:
-    """Which driver extracts which unit, for all runs on one cache."""
-    return cache_root / "claims"
+def unit_leases(cache_root: Path) -> Path:
+    """Return the folder of task leases on units, for all runs on one cache."""
+    return cache_root / "leases"
 
 
 def content_index(cache_root: Path) -> Path:

@@ -22,7 +22,7 @@ from headrace.pipelines.cluster.task_leases import remove_dead
 from headrace.pipelines.cluster.task_log import task_log
 from headrace.pipelines.console import make_console
 from headrace.pipelines.environment import environment, note_environment
-from headrace.pipelines.paths import RunPaths, unit_claims
+from headrace.pipelines.paths import RunPaths, unit_leases
 from headrace.pipelines.planning.plan import check_space
 from headrace.pipelines.planning.run_state import RunState, read_run_state, write_inputs
 from headrace.pipelines.recipe.load import Recipe
@@ -120,10 +120,10 @@ def _run_services(
 
 
 def remove_leftovers(paths: RunPaths, cache_root: Path) -> None:
-    """Remove what calls that were killed left behind: leases and locks of dead drivers, temporaries
-    that nobody writes to.
+    """Remove what calls that were killed left behind: task leases and locks of dead drivers,
+    temporaries that nobody writes to.
     """
-    for folder in (paths.claims, unit_claims(cache_root)):
+    for folder in (paths.leases, unit_leases(cache_root)):
         remove_dead(folder)
     for temporary in stale_temporaries(paths.root, STALE_S, time.time()):
         if temporary.is_dir():

@@ -20,15 +20,29 @@ ALLOWED = {
 }
 
 
-def imports(file: Path) -> set[str]:
-    """Every module that a file imports, wherever in it, fully named."""
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+def imports(file: Path, *, types: bool = True) -> set[str]:
+    """Every module that a file imports, wherever in it, fully named; also `a.b` for the name b of a
+    module a, which may be a module.
+
+    types: also what is imported for type checkers alone.
+    """
+    names: set[str] = set()
+    for node in nodes(ast.parse(file.read_text(encoding="utf-8")), types=types):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            found.add(node.module or "")
-    return found
+            names.add(node.module or "")
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def nodes(tree: ast.AST, *, types: bool) -> Iterator[ast.AST]:
+    """All nodes of a tree; with `types` off, without those under `if TYPE_CHECKING:`."""
+    yield tree
+    for node in ast.iter_child_nodes(tree):
+        typing_only = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        if types or not typing_only:
+            yield from nodes(node, types=types)
 
 
 @pytest.mark.parametrize("package", ALLOWED)
@@ -43,24 +57,78 @@ def test_arrows_run_one_way(package):
         )
 
 
-ROOMS = {
-    "evidence": set(),
-    "finetune": set(),
-    "doctor": set(),
-    "deliver": {"finetune"},
-    "report": {"evidence", "deliver"},
+# Rooms of each package (its folders, and the files beside them), lowest level first: a room imports
+# from the levels below it alone, also in functions, never from its own level or above.
+LEVELS = {
+    "cache": (
+        {"errors", "text"},
+        {"atomic_io", "home", "ids", "mapping", "row_index", "spec", "torch_dataset"},
+        {"format"},
+        {"manifest", "planner"},
+        {"checksum"},
+        {"publish"},
+        {"reader"},
+        {"batches"},
+        {"feature_set"},
+        {"integrity"},
+        {"exchange"},
+    ),
+    "extract": (
+        {"errors"},
+        {"images"},
+        {"sources", "spec"},
+        {"backbones"},
+        {"taps"},
+        {"run"},
+    ),
+    "pipelines": (
+        {"console", "number_format", "paths", "records"},
+        {"environment", "recipe"},
+        {"cluster", "finished"},
+        {"doctor", "finetune"},
+        {"models", "selection"},
+        {"export", "planning", "predict"},
+        {"stages"},
+        {"result"},
+        {"advice", "report", "trackers"},
+        {"run"},
+        {"api", "cli"},
+        {"__main__"},
+    ),
 }
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_arrows_run_one_way_within_pipelines(room):
+@pytest.mark.parametrize("package", LEVELS)
+def test_arrows_run_downwards_between_rooms(package):
     """Also those that a function follows when it runs."""
-    for file in sorted((ROOT / "pipelines" / room).glob("*.py")):
-        names = (
-            name.split(".") for name in imports(file) if name.startswith("headrace.pipelines.")
-        )
-        others = {name[2] for name in names} & ROOMS.keys() - {room}
-        assert others <= ROOMS[room], f"{file.relative_to(ROOT)} imports {others - ROOMS[room]}"
+    levels = {room: level for level, rooms in enumerate(LEVELS[package]) for room in rooms}
+    for file in sorted((ROOT / package).rglob("*.py")):
+        room = file.relative_to(ROOT / package).parts[0].removesuffix(".py")
+        names = (name.split(".") for name in imports(file))
+        imported = {name[2] for name in names if name[:2] == ["headrace", package] and name[2:]}
+        for other in imported - {room}:
+            assert levels[other] < levels[room], (
+                f"{file.relative_to(ROOT)}: {room} (level {levels[room]}) imports {other} "
+                f"(level {levels[other]})"
+            )
+
+
+@pytest.mark.parametrize("package", LEVELS)
+def test_no_modules_import_each_other(package):
+    """Neither directly nor in a circle, neither openly nor in functions; for types alone they may."""
+    modules = {module_name(file): file for file in (ROOT / package).rglob("*.py")}
+    remaining = {
+        name: imports(file, types=False) & modules.keys() - {name} for name, file in modules.items()
+    }
+    while free := [name for name, others in remaining.items() if not others & remaining.keys()]:
+        for name in free:
+            del remaining[name]
+    assert not remaining, f"in circles, or above one: {', '.join(sorted(remaining))}"
+
+
+def module_name(file: Path) -> str:
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    return "headrace." + ".".join(part for part in parts if part != "__init__")
 
 
 def test_no_module_is_imported_by_its_bare_folder_name():

@@ -250,7 +250,7 @@ def gc_command(
     """
     from headrace.cache.integrity.garbage import find_garbage
     from headrace.pipelines.cluster.task_leases import remove_dead
-    from headrace.pipelines.paths import unit_claims
+    from headrace.pipelines.paths import unit_leases
 
     used = None
     if recipes:
@@ -267,8 +267,8 @@ def gc_command(
         _say(str(path))
     if yes:
         garbage.remove()
-        if dead := remove_dead(unit_claims(cache)):
-            _say(f"{dead:,} claims and locks of drivers that are no more: removed")
+        if dead := remove_dead(unit_leases(cache)):
+            _say(f"{dead:,} leases and locks of drivers that are no more: removed")
     _say(f"{garbage.bytes / 1e6:,.1f} MB {'removed' if yes else 'would go; --yes removes them'}")
 
 

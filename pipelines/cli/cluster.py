@@ -30,7 +30,7 @@ def tls_command(
 
     Example: headrace cluster tls ~/headrace-tls
     """
-    from headrace.pipelines.cluster.clients import PRELOAD, write_settings
+    from headrace.pipelines.cluster.dask_client import PRELOAD, write_settings
     from headrace.pipelines.cluster.tls import CERTIFICATE, KEY, require_own_folder, write_tls
 
     require_own_folder(folder)

@@ -53,7 +53,7 @@ def run_status(run: Path) -> list[DriverStatus]:
     found = [_driver_status(read_log(log), log.stem) for log in logs]
     return [
         status
-        if status.state != "running" or driver_lives(paths.claims, status.driver)
+        if status.state != "running" or driver_lives(paths.leases, status.driver)
         else _gone(status)
         for status in found
     ]

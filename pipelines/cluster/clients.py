@@ -3,66 +3,43 @@ when there is work.
 """
 
 import contextlib
-import importlib
 import ipaddress
 import logging
 import os
-import sys
 import urllib.parse
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import dask
-import yaml
 from dask.distributed import Client, LocalCluster
 from distributed.system import MEMORY_LIMIT
 
-from headrace.cache.atomic_io import publish_replace
-from headrace.cache.errors import HeadraceError
-from headrace.cache.integrity.garbage import remove_temporaries
+from headrace.pipelines.cluster.dask_client import (
+    PRELOAD,
+    SETTINGS,
+    ClusterError,
+    WorkersDidNotStart,
+    client_of,
+    environment,
+    needed,
+    quiet,
+)
 from headrace.pipelines.cluster.fork_server import (
     METHOD,
     is_importing_main,
     sigint_held_back,
     start_server,
 )
+from headrace.pipelines.cluster.slurm import replace_lost_jobs, slurm_client
 from headrace.pipelines.cluster.tls import TLSMissing, own_security, security
 from headrace.pipelines.cluster.worker import GPUS, VARIABLES
+from headrace.pipelines.environment import available_cores
 from headrace.pipelines.recipe.sections import ClusterSection
 
 Role = Literal["extract", "train"]
 
-# Linux refuses an allocation beyond the limit (pipelines/cluster/worker.py). Dask's way, to kill,
-# is for systems that cannot: it counts mapped shards as the worker's memory.
-_ENDS_AT = False if sys.platform == "linux" else 0.95
 
-# Dask's workers are spawned: they start clean, hold no lock or thread of ours, and can use CUDA.
-# Those of this machine are forked from a server that is as clean
-# (pipelines/cluster/fork_server.py).
-SETTINGS: Mapping[str, Any] = {
-    METHOD: "spawn",
-    "distributed.worker.memory.target": False,
-    "distributed.worker.memory.spill": False,
-    "distributed.worker.memory.pause": False,
-    "distributed.worker.memory.terminate": _ENDS_AT,
-    # Pages over plain HTTP, of paths and errors, for every user of the machine: Dask opens a port
-    # for them in any case.
-    "distributed.scheduler.http.routes": [],
-    "distributed.worker.http.routes": [],
-    # Looking at a worker's stack a hundred times a second, for one page of the dashboard, costs a
-    # twentieth of its time.
-    "distributed.worker.profile.enabled": False,
-    # Work is retried by us, with a count of our own, after looking at what was published.
-    "distributed.scheduler.allowed-failures": 0,
-    # Copying a running bank elsewhere would train it twice.
-    "distributed.scheduler.work-stealing": False,
-    "distributed.comm.timeouts.connect": "60s",
-    # A worker that died is started again by its nanny. After this long the cluster would dismiss
-    # the nanny too, and on a busy machine the default of 15 s is shorter than a start.
-    "distributed.deploy.lost-worker-timeout": "10 minutes",
-}
-PRELOAD = "headrace.pipelines.cluster.worker"
 # Of a cluster on this machine. Its scheduler's pages get any free port (a fixed one would let only
 # one run start on a machine) until `close_pages` takes it away.
 _PRIVATE: Mapping[str, Any] = {
@@ -71,19 +48,6 @@ _PRIVATE: Mapping[str, Any] = {
     "dashboard_address": "127.0.0.1:0",
     "scheduler_kwargs": {"dashboard": False},
 }
-
-
-class ClusterError(HeadraceError, RuntimeError):
-    """The cluster that was asked for is not to be had."""
-
-
-class WorkersDidNotStart(ClusterError):
-    """The worker processes could not be started."""
-
-
-def available_cores() -> int:
-    """Cores that this process may use (its affinity, not the machine's count)."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextlib.contextmanager
@@ -109,8 +73,6 @@ def open_client(
     elif section.where == "cuda":
         opened = cuda_client(workers)
     elif section.where == "slurm":
-        from headrace.pipelines.cluster.slurm import slurm_client
-
         opened = slurm_client(section, workers, on_gpu=on_gpu, run=run)
     elif section.where == "kubernetes":
         opened = kubernetes_client(section, workers)
@@ -269,42 +231,9 @@ def top_up(client: Client) -> None:
     """
     cluster: Any = client.cluster
     if hasattr(cluster, "job_cls"):
-        from headrace.pipelines.cluster.slurm import replace_lost_jobs
-
         replace_lost_jobs(cluster)
     elif hasattr(cluster, "worker_spec"):
         cluster.scale(len(cluster.worker_spec))
-
-
-def needed(module: str, extra: str) -> Any:
-    """A module of an extra. Raises ClusterError, naming the extra."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ClusterError(
-            f"this kind of cluster needs {module} ({error}): pip install 'headrace[{extra}]'"
-        ) from None
-
-
-def environment(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Settings of Dask as variables for processes that this one does not start itself."""
-    return {
-        "DASK_" + key.replace(".", "__").replace("-", "_").upper(): str(value)
-        for key, value in settings.items()
-        if key.startswith(("distributed.worker", "distributed.comm", "headrace"))
-    }
-
-
-def write_settings(folder: Path) -> Path:
-    """Write our settings into a folder, as a file for DASK_CONFIG: for schedulers and workers that
-    others start.
-    """
-    nested: dict[str, Any] = {}
-    dask.config.set(SETTINGS, config=nested)
-    path = folder / "dask.yaml"
-    remove_temporaries(path)
-    publish_replace(path, yaml.safe_dump(nested).encode())
-    return path
 
 
 def _on_this_machine(address: str) -> bool:
@@ -329,47 +258,3 @@ def _mount(spec: dict[str, Any], claim: str, section: ClusterSection) -> None:
             container.setdefault("volumeMounts", []).append(
                 {"name": "headrace", "mountPath": section.kubernetes.mount_path}
             )
-
-
-@contextlib.contextmanager
-def client_of(cluster: Any) -> Iterator[Client]:
-    """A client of a cluster of ours, both gone after the block."""
-    try:
-        close_pages(cluster)
-        with Client(cluster) as client:
-            yield client
-    finally:
-        # What does not end in time, as workers that are being started on a busy machine, ends with
-        # this process.
-        with contextlib.suppress(TimeoutError):
-            cluster.close(timeout=30)
-
-
-def close_pages(cluster: Any) -> None:
-    """Close the port that a scheduler in this process has for its pages; nothing is
-    served there.
-    """
-    scheduler: Any = getattr(cluster, "scheduler", None)
-    if not hasattr(scheduler, "http_server"):  # it runs elsewhere
-        return
-
-    async def close() -> None:
-        scheduler.http_server.stop()
-        scheduler.services.pop("dashboard", None)
-        cluster.scheduler_info.get("services", {}).pop(
-            "dashboard", None
-        )  # or there would still be a link to it
-
-    cluster.sync(close)
-
-
-@contextlib.contextmanager
-def quiet(name: str) -> Iterator[None]:
-    """What a worker's death means is said by us, in our words, once."""
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

@@ -1,61 +1,70 @@
-"""What the server that workers are forked from does first: it ends with the driver, has its module
-path, and imports.
+"""The first import of the server that workers are forked from: it has the server end with the
+driver, gives it the driver's module path, and imports what workers need.
 
-It is the server's first import, for there is no other way to tell it; elsewhere the import does
-nothing. multiprocessing imports whatever it is told from the current folder first, until Python
-3.12.8, and ends where an import raises anything but ImportError: a `timm.py` among the images would
-be run, and a library that is broken would be the end of runs that do without it.
+There is no other way to tell the server; elsewhere the import does nothing. multiprocessing imports
+whatever it is told from the current folder first, until Python 3.12.8, and ends where an import
+raises anything but ImportError: a `timm.py` among the images would be run, and a library that is
+broken would be the end of runs that do without it.
 """
 
 import ast
 import contextlib
+import ctypes
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Iterable
 
 ENDS = "ends with the driver"
-_WANTED = "headrace wants: "
+_PRELOAD_PREFIX = "headrace preloads: "
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-def wanted(names: Iterable[str]) -> str:
-    """A name that tells the server what else to import.
+def preload_name(names: Iterable[str]) -> str:
+    """Return a name that tells the server which modules to import.
 
-    It is no module's, and multiprocessing passes it over.
+    It is no module's own name, and multiprocessing passes it over.
     """
-    return _WANTED + ",".join(names).replace(
-        ".", "/"
-    )  # with dots it would be looked for in as many packages
+    # With dots it would be looked for in as many packages.
+    return _PRELOAD_PREFIX + ",".join(names).replace(".", "/")
 
 
-def _told() -> tuple[list[str], list[str]]:
-    """The driver's module path, and what is wanted: from the call that this process was started
-    with.
+def die_with_parent() -> None:
+    """Have the kernel end this process when its parent ends, however either of them ends (Linux).
+
+    A worker notices by itself that its driver is gone, but not while it is stopped.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def _read_start_call() -> tuple[list[str], list[str]]:
+    """Return the driver's module path and the names to import, from the call that started this
+    process.
     """
     path: list[str] = []
     names: list[str] = []
     for node in ast.walk(ast.parse(sys.orig_argv[-1])):
         if isinstance(node, ast.Dict):
-            given = ast.literal_eval(node)
-            path = given.get("sys_path", path)
+            preparation = ast.literal_eval(node)
+            path = preparation.get("sys_path", path)
         elif (
             isinstance(node, ast.Constant)
             and isinstance(node.value, str)
-            and node.value.startswith(_WANTED)
+            and node.value.startswith(_PRELOAD_PREFIX)
         ):
-            names = node.value.removeprefix(_WANTED).replace("/", ".").split(",")
+            names = node.value.removeprefix(_PRELOAD_PREFIX).replace("/", ".").split(",")
     return path, names
 
 
-def _begin() -> None:
-    path, names = _told()
+def _start_server() -> None:
+    path, names = _read_start_call()
     sys.path[:] = path or [folder for folder in sys.path if folder]
     for name in names:
         if name == ENDS:
             # The kernel takes the thread that started a process for its parent, so this is asked
             # for by the main thread alone.
-            from headrace.pipelines.cluster.worker import die_with_parent
-
             die_with_parent()
         else:
             with contextlib.suppress(Exception):  # who needs it meets the error, and says so
@@ -63,8 +72,7 @@ def _begin() -> None:
 
 
 _IS_SERVER = "multiprocessing.forkserver import main" in "".join(sys.orig_argv[-1:])
-STARTED_WITH = frozenset(
-    os.environ if _IS_SERVER else ()
-)  # variables of the driver when it started the server
+# variables of the driver when it started the server
+STARTED_WITH = frozenset(os.environ if _IS_SERVER else ())
 if _IS_SERVER:
-    _begin()
+    _start_server()

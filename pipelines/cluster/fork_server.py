@@ -21,8 +21,7 @@ from typing import Any, TypeVar
 import dask
 from distributed.utils import get_mp_context
 
-from headrace.pipelines.cluster.ends_with_driver import ENDS, wanted
-from headrace.pipelines.cluster.worker import die_with_parent
+from headrace.pipelines.cluster.ends_with_driver import ENDS, die_with_parent, preload_name
 
 Result = TypeVar("Result")
 
@@ -36,7 +35,7 @@ _IMPORTS = (
     "headrace.pipelines.stages.extract",
 )
 _COMMAND = "headrace.pipelines.cli.main"
-_BEGINS = "headrace.pipelines.cluster.ends_with_driver"
+_FIRST_IMPORT = "headrace.pipelines.cluster.ends_with_driver"
 
 
 def start_server(imports: Sequence[str] = ()) -> str:
@@ -64,7 +63,9 @@ def start_server(imports: Sequence[str] = ()) -> str:
         context = get_mp_context()
     # For its modules the server begins with ours; a name that is no module's tells that one what to
     # do.
-    context.set_forkserver_preload([_BEGINS, wanted([*ends, *_IMPORTS, *command, *imports])])
+    context.set_forkserver_preload(
+        [_FIRST_IMPORT, preload_name([*ends, *_IMPORTS, *command, *imports])]
+    )
     try:
         with sigint_held_back():
             forkserver.ensure_running()

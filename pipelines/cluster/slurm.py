@@ -16,7 +16,7 @@ from dask.distributed import Client
 from dask.utils import parse_bytes
 from distributed.core import Status
 
-from headrace.pipelines.cluster.clients import (
+from headrace.pipelines.cluster.dask_client import (
     PRELOAD,
     SETTINGS,
     ClusterError,

@@ -1,11 +1,11 @@
-"""Runs many small tasks on a Dask client: one in flight per worker thread, each outcome handed back
+"""Run many small tasks on a Dask client: one in flight per worker thread, each outcome handed back
 as it comes.
 
 Every task is pinned to one worker, and a worker is given its next task when the outcome of the last
-one is here. So a worker that dies takes down only what it was running, and the blame for its death
-is exact. (Futures that are held after they finish are executed again when their worker dies, and
-Dask blames every task that a dead worker had been given, the waiting ones too.) Tasks of seconds do
-not notice the few milliseconds between them.
+one has come. So a worker that dies takes down only what it was running, and it is known which tasks
+a worker's death can be the fault of. (Dask executes futures again that are kept after they finish
+when their worker dies, and blames every task that a dead worker had been given, the waiting ones
+too.) Tasks of seconds do not notice the few milliseconds between them.
 """
 
 import contextlib
@@ -28,27 +28,36 @@ from dask.distributed import Client
 from rich.console import Console
 
 from headrace.cache.errors import HeadraceError
-from headrace.pipelines.cluster.clients import ClusterError, top_up
-from headrace.pipelines.cluster.task_leases import Claims
+from headrace.pipelines.cluster.clients import top_up
+from headrace.pipelines.cluster.dask_client import ClusterError
+from headrace.pipelines.cluster.task_leases import TaskLeases
 from headrace.pipelines.cluster.worker import versions
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
-# a task whose worker died is given to another this often before it is found guilty
+# A task whose worker died is given to others, this often in all, before it is taken for the
+# crashing one.
 MAX_ATTEMPTS = 3
 # A host whose new workers die under so many tasks in a row, before one of them has ended any, is
 # broken, not the tasks: it gets no more of them for a while. A driver, a mount or a package that is
 # missing looks like this.
-_STRIKES = 3
+_MAX_STRIKES = 3
 _PAUSE_S = 300.0
-_LOOK_S = 0.5  # how often the workers are looked at while nothing is heard from them
-_ASK_S = 1.0  # how often a task that another driver has is asked for again
+_LOOK_S = 0.5  # how often the workers are looked at while no task ends
+_LEASE_RETRY_S = 1.0  # how often a task that another driver has is tried for again
 # A result is a few hundred bytes. If fetching it takes longer, its worker died between finishing
 # and handing it over.
 _FETCH_S = 10.0
 # Not EIO: a file that cannot be read is its own fault for ever.
-_OF_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENOMEM, errno.EMFILE, errno.ENFILE}
+_MACHINE_ERRNOS = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.ENOMEM,
+    errno.EMFILE,
+    errno.ENFILE,
+}
 
 
 class RunIncomplete(HeadraceError):
@@ -64,31 +73,31 @@ class Outcome(Generic[Job, Result]):
     error: str | None
     fatal: bool = False  # it took its workers down, or never ended, whenever it was tried
     # a full disk or the like was the reason, which says nothing about the job
-    of_machine: bool = False
+    machine_fault: bool = False
 
 
 @dataclass(eq=False)
 class _Task(Generic[Job]):
     key: str
     job: Job
-    launched: int = 0
-    deaths: int = 0  # workers that died while they ran it; one that had to be ended counts twice
-    died_on: set[str] = field(default_factory=set)  # the hosts of these workers
+    n_attempts: int = 0
+    # workers that died while they ran it; one that had to be stopped counts twice
+    worker_deaths: int = 0
+    death_hosts: set[str] = field(default_factory=set)
 
 
 @dataclass
-class _Host:
-    """What is known against a host since a task last ended there."""
+class _HostRecord:
+    """Deaths of workers on a host since a task last ended there."""
 
-    strikes: set[str] = field(
-        default_factory=set
-    )  # tasks under which workers died that had not ended any before
-    charged: list[_Task[Any]] = field(default_factory=list)  # tasks that were blamed for it
+    # tasks under which workers died that had not ended any before
+    strikes: set[str] = field(default_factory=set)
+    blamed_tasks: list[_Task[Any]] = field(default_factory=list)
     paused_until: float = -math.inf
 
 
 class OnEvent(Protocol):
-    """What is told of every event of a task; see `task_log`."""
+    """A function that is called at every event of a task; see `task_log` for the events."""
 
     def __call__(self, event: str, **details: Any) -> None: ...
 
@@ -98,66 +107,62 @@ class TaskOptions:
     """How tasks are watched over."""
 
     task_timeout_s: float = math.inf  # a task that has not ended by then never will
-    claims: Claims | None = None  # shared with other drivers, which may be doing the same tasks
+    leases: TaskLeases | None = None  # shared with other drivers, which may be doing the same tasks
     on_event: OnEvent = lambda event, **details: None
 
 
 @dataclass(frozen=True)
-class _Flight(Generic[Job]):
-    """A task that a worker has been given."""
+class _InFlight(Generic[Job]):
+    """A task that a worker has been given and that has not ended."""
 
     task: _Task[Job]
     worker: str
     future: Any
-    since: float  # on this process's monotonic clock
+    started_at: float  # on this process's monotonic clock
 
 
 @dataclass
-class _Window(Generic[Job, Result]):
-    """What is in flight, and what has been learnt from it."""
+class _SchedulerWindow(Generic[Job, Result]):
+    """The scheduler's window: which tasks wait, which are in flight, and what has been learnt of
+    the workers and hosts that ran others.
+    """
 
     client: Client
     function: Callable[[Job], Result]
     options: TaskOptions
     waiting: deque[_Task[Job]]
-    elsewhere: deque[_Task[Job]] = field(default_factory=deque)  # tasks that another driver has
-    asked: float = 0.0  # when they were last asked for
-    flying: dict[str, _Flight[Job]] = field(
-        default_factory=dict
-    )  # by Dask's key: the task's, and which attempt it is
-    landed: queue.SimpleQueue[str] = field(default_factory=queue.SimpleQueue)
-    ended: dict[str, str] = field(
-        default_factory=dict
-    )  # workers that are being ended, by the reason
-    here: dict[str, str] = field(default_factory=versions)  # which workers have to have too
-    greetings: dict[str, Any] = field(
-        default_factory=dict
-    )  # futures of what workers say they have, by worker
-    accepted: set[str] = field(default_factory=set)  # workers that have what we have
-    refused: dict[str, str] = field(
-        default_factory=dict
-    )  # workers that have not, by how they differ
-    proven: set[str] = field(default_factory=set)  # workers that have ended a task
-    hosts: dict[str, _Host] = field(default_factory=dict)
-    healthy: set[str] = field(default_factory=set)  # hosts that are given tasks
-    innocent: int = 0  # deaths of workers under tasks that ended well afterwards
+    leased_elsewhere: deque[_Task[Job]] = field(default_factory=deque)  # by another driver
+    asked_again_at: float = 0.0  # when these were last tried for
+    # by Dask's key: the task's, and which attempt it is
+    in_flight: dict[str, _InFlight[Job]] = field(default_factory=dict)
+    # Dask's keys of tasks that are over; "" for an answer of a worker about its versions
+    over: queue.SimpleQueue[str] = field(default_factory=queue.SimpleQueue)
+    # workers that are being stopped, by the reason
+    stopped_workers: dict[str, str] = field(default_factory=dict)
+    own_versions: dict[str, str] = field(default_factory=versions)  # which workers have to have too
+    version_futures: dict[str, Any] = field(default_factory=dict)  # by worker
+    accepted_workers: set[str] = field(default_factory=set)  # have our versions
+    refused_workers: dict[str, str] = field(default_factory=dict)  # by how they differ
+    proven_workers: set[str] = field(default_factory=set)  # have ended a task
+    host_records: dict[str, _HostRecord] = field(default_factory=dict)
+    healthy_hosts: set[str] = field(default_factory=set)  # are given tasks
+    unrelated_deaths: int = 0  # of workers under tasks that ended well afterwards
 
     @property
-    def limit(self) -> int:
-        """Attempts that a task has: one more for each doubling of the deaths that were no task's
-        fault.
+    def max_attempts(self) -> int:
+        """Attempts that a task has: one more for each doubling of the unrelated deaths.
 
-        Where workers come and go (preemption, wall times, someone's `kill`), three deaths are soon
-        a coincidence.
+        Where workers come and go (preemption, wall times, someone's `kill`), three deaths under one
+        task are soon a coincidence.
         """
-        return MAX_ATTEMPTS + int(math.log2(1 + self.innocent))
+        return MAX_ATTEMPTS + int(math.log2(1 + self.unrelated_deaths))
 
 
 _DEFAULT = TaskOptions()
 
 
 def announced(options: TaskOptions, console: Console) -> TaskOptions:
-    """The options, with what the user should know of the cluster said on the console too."""
+    """Return the options with events of workers and hosts printed on the console too."""
 
     def announce(event: str, **details: Any) -> None:
         options.on_event(event, **details)
@@ -191,117 +196,128 @@ def run_tasks(
 
     The function is a module-level one, takes paths and specs, publishes what it makes, and returns
     something small. A task that raises is not tried again, for it would raise again. One whose
-    worker dies is, and so is one that has not ended by its deadline, whose worker is then ended.
+    worker dies is, and so is one that has not ended by its timeout, whose worker is then stopped.
     Where that happens MAX_ATTEMPTS times, the parts that `split` makes of its job take its place,
-    so that the guilty part is found; a job without parts has failed. A task that another driver has
-    claimed is left to it, and done here once it is given back, so that whatever the other has
-    published is there when this ends.
+    so that the crashing part is found; a job without parts is quarantined: its outcome is fatal. A
+    task that another driver has leased is left to it, and done here once it is given back, so that
+    whatever the other has published is there when this ends.
     """
-    window = _Window(client, function, options, deque(_Task(key, job) for key, job in jobs))
+    window = _SchedulerWindow(
+        client, function, options, deque(_Task(key, job) for key, job in jobs)
+    )
     try:
-        while window.waiting or window.flying or window.elsewhere:
+        while window.waiting or window.in_flight or window.leased_elsewhere:
             workers = client.nthreads()
-            _launch(window, workers)
-            for name in _next(window):
-                flight = window.flying.pop(name, None)
-                if (
-                    flight is None
-                ):  # its worker was found gone, and letting go of its future told us so once more
+            _give_tasks(window, workers)
+            for dask_key in _wait_for_ends(window):
+                flight = window.in_flight.pop(dask_key, None)
+                # Its worker was found gone, and releasing its future reported that once more.
+                if flight is None:
                     continue
-                outcome = _land(window, flight)
+                outcome = _outcome_of(window, flight)
                 flight.future.release()
                 if outcome is None:
                     continue
-                if not (outcome.fatal and _divide(window, flight.task, split)):
+                if not (outcome.fatal and _split_task(window, flight.task, split)):
                     yield outcome
-                if options.claims:  # after the caller has published what it makes of the outcome
-                    options.claims.drop(flight.task.key)
+                if options.leases:  # after the caller has published what it makes of the outcome
+                    options.leases.release(flight.task.key)
     finally:
-        flying = [flight.future for flight in window.flying.values()]
-        client.cancel([*flying, *window.greetings.values()], force=True)
+        futures = [flight.future for flight in window.in_flight.values()]
+        client.cancel([*futures, *window.version_futures.values()], force=True)
 
 
-def _launch(window: _Window[Job, Result], workers: Mapping[str, int]) -> None:
-    """Give every free thread of a worker like us a task."""
-    workers = _accepted(window, workers)
+def _give_tasks(window: _SchedulerWindow[Job, Result], workers: Mapping[str, int]) -> None:
+    """Give every free thread of a worker that has our versions a task."""
+    workers = _accepted_workers(window, workers)
     now = time.monotonic()
-    hosts = {_host(worker) for worker in workers if worker not in window.ended}
-    window.healthy = {
-        host for host in hosts if window.hosts.setdefault(host, _Host()).paused_until < now
+    hosts = {_host(worker) for worker in workers if worker not in window.stopped_workers}
+    window.healthy_hosts = {
+        host
+        for host in hosts
+        if window.host_records.setdefault(host, _HostRecord()).paused_until < now
     }
-    given: dict[str, list[_Task[Job]]] = {worker: [] for worker in workers}
-    for flight in window.flying.values():
-        given.setdefault(flight.worker, []).append(flight.task)
+    tasks_of: dict[str, list[_Task[Job]]] = {worker: [] for worker in workers}
+    for flight in window.in_flight.values():
+        tasks_of.setdefault(flight.worker, []).append(flight.task)
     for worker, threads in workers.items():
-        running = given[worker]
+        running = tasks_of[worker]
         host = _host(worker)
-        if worker in window.ended or (window.healthy and host not in window.healthy):
+        if worker in window.stopped_workers or (
+            window.healthy_hosts and host not in window.healthy_hosts
+        ):
             continue
-        while len(running) < threads and (task := _claimed(window, host)):
-            # Of several tasks on one worker nobody knows which killed it: from then on each of them
-            # runs alone.
-            if running and (task.deaths or any(other.deaths for other in running)):
+        while len(running) < threads and (task := _next_task(window, host)):
+            # Of several tasks on one worker it is not known which killed it: from then on each of
+            # them runs alone.
+            if running and (task.worker_deaths or any(other.worker_deaths for other in running)):
                 window.waiting.appendleft(task)
                 break
             running.append(task)
             _submit(window, task, worker)
 
 
-def _accepted(window: _Window[Job, Result], workers: Mapping[str, int]) -> dict[str, int]:
-    """The workers that have our versions.
+def _accepted_workers(
+    window: _SchedulerWindow[Job, Result], workers: Mapping[str, int]
+) -> dict[str, int]:
+    """Return the workers that have our versions, with their threads; the others are given nothing.
 
-    Each is asked once, when it joins, and the others are given nothing.
-
-    Raises ClusterError where there are workers, and none of them has.
+    Each is asked once, when it joins. Raises ClusterError where there are workers, and none has.
     """
-    for worker in workers.keys() - window.greetings.keys():
-        name = f"versions-{uuid.uuid4().hex}"
+    for worker in workers.keys() - window.version_futures.keys():
+        dask_key = f"versions-{uuid.uuid4().hex}"
         future = window.client.submit(
-            versions, key=name, pure=False, retries=0, workers=[worker], allow_other_workers=False
+            versions,
+            key=dask_key,
+            pure=False,
+            retries=0,
+            workers=[worker],
+            allow_other_workers=False,
         )
-        window.greetings[worker] = future
-        future.add_done_callback(
-            lambda _: window.landed.put("")
-        )  # no flight, but something to look at
-    for worker in window.greetings.keys() - workers.keys():
-        del window.greetings[worker]
-    for worker in workers.keys() - window.accepted - window.refused.keys():
-        if (difference := _difference(window, window.greetings[worker])) == "":
-            window.accepted.add(worker)
+        window.version_futures[worker] = future
+        future.add_done_callback(lambda _: window.over.put(""))
+    for worker in window.version_futures.keys() - workers.keys():
+        del window.version_futures[worker]
+    for worker in workers.keys() - window.accepted_workers - window.refused_workers.keys():
+        if (difference := _version_difference(window, window.version_futures[worker])) == "":
+            window.accepted_workers.add(worker)
         elif difference is None:
-            if window.greetings[worker].status in ("error", "cancelled", "lost"):
-                del window.greetings[worker]  # if it is there still, it is asked once more
+            if window.version_futures[worker].status in ("error", "cancelled", "lost"):
+                del window.version_futures[worker]  # if it is there still, it is asked once more
         else:
-            window.refused[worker] = f"{worker} has {difference}"
+            window.refused_workers[worker] = f"{worker} has {difference}"
             window.options.on_event("refused", worker=worker, error=difference)
-    if workers and not window.flying and workers.keys() <= window.refused.keys():
+    if workers and not window.in_flight and workers.keys() <= window.refused_workers.keys():
         raise ClusterError(
             "no worker of the cluster has the versions of this process, so they would not make "
-            f"the same features and heads: {window.refused[next(iter(workers))]}. Install the same "
+            f"the same features and heads: {window.refused_workers[next(iter(workers))]}. "
+            "Install the same "
             "here and there"
         )
-    return {worker: threads for worker, threads in workers.items() if worker in window.accepted}
+    return {
+        worker: threads for worker, threads in workers.items() if worker in window.accepted_workers
+    }
 
 
-def _difference(window: _Window[Job, Result], greeting: Any) -> str | None:
-    """How a worker differs from this process: "" where it does not, None where it has
-    not said yet.
+def _version_difference(window: _SchedulerWindow[Job, Result], answer: Any) -> str | None:
+    """Return how a worker's versions differ: "" where they do not, None where it has not answered
+    yet.
     """
     try:
-        if greeting.status == "finished":
-            there = greeting.result(timeout=_FETCH_S)
+        if answer.status == "finished":
+            worker_versions = answer.result(timeout=_FETCH_S)
             return ", ".join(
-                f"{name} {there.get(name, 'unknown')} (here: {version})"
-                for name, version in window.here.items()
-                if there.get(name) != version
+                f"{name} {worker_versions.get(name, 'unknown')} (here: {version})"
+                for name, version in window.own_versions.items()
+                if worker_versions.get(name) != version
             )
         if (
-            greeting.status == "error"
-            and type(error := greeting.exception(timeout=_FETCH_S)).__name__ != "KilledWorker"
+            answer.status == "error"
+            and type(error := answer.exception(timeout=_FETCH_S)).__name__ != "KilledWorker"
         ):
             return f"no headrace like this one ({type(error).__name__}: {error})"
     except (TimeoutError, CancelledError):
-        pass  # it is gone, or will be asked for its answer again
+        pass  # the worker is gone, or will be asked for its answer again
     return None
 
 
@@ -309,157 +325,167 @@ def _host(worker: str) -> str:
     return urllib.parse.urlsplit(worker).hostname or worker
 
 
-def _claimed(window: _Window[Job, Result], host: str) -> _Task[Job] | None:
-    """The next task that no other driver has, and that did not die on this host while there are
-    others to try.
+def _next_task(window: _SchedulerWindow[Job, Result], host: str) -> _Task[Job] | None:
+    """Return the next task that no other driver has, and under which no worker of this host died
+    while there are other hosts to try.
     """
-    if window.elsewhere and not window.waiting and time.monotonic() - window.asked > _ASK_S:
-        window.asked = time.monotonic()
-        window.waiting.extend(window.elsewhere)
-        window.elsewhere.clear()
+    if (
+        window.leased_elsewhere
+        and not window.waiting
+        and time.monotonic() - window.asked_again_at > _LEASE_RETRY_S
+    ):
+        window.asked_again_at = time.monotonic()
+        window.waiting.extend(window.leased_elsewhere)
+        window.leased_elsewhere.clear()
     while True:
         allowed = (
             task
             for task in window.waiting
-            if host not in task.died_on or window.healthy <= task.died_on
+            if host not in task.death_hosts or window.healthy_hosts <= task.death_hosts
         )
         if (task := next(allowed, None)) is None:
             return None
         window.waiting.remove(task)
-        if window.options.claims is None or window.options.claims.take(task.key):
+        if window.options.leases is None or window.options.leases.acquire(task.key):
             return task
-        window.elsewhere.append(task)
+        window.leased_elsewhere.append(task)
 
 
-def _submit(window: _Window[Job, Result], task: _Task[Job], worker: str) -> None:
-    task.launched += 1
-    name = f"{task.key}-{task.launched}"
+def _submit(window: _SchedulerWindow[Job, Result], task: _Task[Job], worker: str) -> None:
+    task.n_attempts += 1
+    dask_key = f"{task.key}-{task.n_attempts}"
     future = window.client.submit(
         window.function,
         task.job,
-        key=name,
+        key=dask_key,
         pure=False,
         retries=0,
         workers=[worker],
         allow_other_workers=False,
     )
-    window.flying[name] = _Flight(task, worker, future, time.monotonic())
-    window.options.on_event("started", task=task.key, worker=worker, attempt=task.launched)
-    future.add_done_callback(lambda _: window.landed.put(name))
+    window.in_flight[dask_key] = _InFlight(task, worker, future, time.monotonic())
+    window.options.on_event("started", task=task.key, worker=worker, attempt=task.n_attempts)
+    future.add_done_callback(lambda _: window.over.put(dask_key))
 
 
-def _next(window: _Window[Job, Result]) -> list[str]:
-    """Names of flights that are over. Waits for the first, but not for long."""
-    names: list[str] = []
+def _wait_for_ends(window: _SchedulerWindow[Job, Result]) -> list[str]:
+    """Return Dask's keys of tasks in flight that are over; wait for the first, but not for long."""
+    dask_keys: list[str] = []
     with contextlib.suppress(queue.Empty):
-        names.append(window.landed.get(timeout=_LOOK_S))
-        while not names[-1]:  # greetings: any number of them is one reason to look
-            names.append(window.landed.get_nowait())
-    if names:
-        return names
+        dask_keys.append(window.over.get(timeout=_LOOK_S))
+        while not dask_keys[-1]:  # answers about versions: any number of them is one reason to look
+            dask_keys.append(window.over.get_nowait())
+    if dask_keys:
+        return dask_keys
     top_up(window.client)
-    task_timeout_s = window.options.task_timeout_s
-    late = [f for f in window.flying.values() if time.monotonic() - f.since > task_timeout_s]
-    for worker in {flight.worker for flight in late} - set(window.ended):
-        window.ended[worker] = f"it ran for more than {task_timeout_s:g} s"
-        threading.Thread(target=_end_worker, args=(window.client, worker), daemon=True).start()
+    now, task_timeout_s = time.monotonic(), window.options.task_timeout_s
+    late_workers = {
+        flight.worker
+        for flight in window.in_flight.values()
+        if now - flight.started_at > task_timeout_s
+    }
+    for worker in late_workers - set(window.stopped_workers):
+        window.stopped_workers[worker] = f"it ran for more than {task_timeout_s:g} s"
+        threading.Thread(target=_stop_worker, args=(window.client, worker), daemon=True).start()
     # A scheduler that allows deaths keeps a task whose worker is gone, for another worker of that
     # address.
-    gone = {flight.worker for flight in window.flying.values()} - set(window.client.nthreads())
+    busy_workers = {flight.worker for flight in window.in_flight.values()}
+    gone_workers = busy_workers - set(window.client.nthreads())
     return [
-        name
-        for name, f in window.flying.items()
-        if f.worker in gone and f.future.status == "pending"
+        dask_key
+        for dask_key, flight in window.in_flight.items()
+        if flight.worker in gone_workers and flight.future.status == "pending"
     ]
 
 
-def _end_worker(client: Client, worker: str) -> None:
-    """Its nanny asks it to end, kills it where it does not, and starts another.
-
-    Waiting does not concern the others.
-    """
-    with contextlib.suppress(
-        OSError, TimeoutError, CancelledError
-    ):  # as when the run has ended meanwhile
+def _stop_worker(client: Client, worker: str) -> None:
+    """Have a worker's nanny ask it to end, kill it where it does not, and start another."""
+    # suppressed: what happens when the run has ended meanwhile
+    with contextlib.suppress(OSError, TimeoutError, CancelledError):
         client.restart_workers([worker], timeout=30, raise_for_error=False)
 
 
-def _land(window: _Window[Job, Result], flight: _Flight[Job]) -> Outcome[Job, Result] | None:
-    """The outcome of a flight that is over; None if its task is to be tried again."""
+def _outcome_of(
+    window: _SchedulerWindow[Job, Result], flight: _InFlight[Job]
+) -> Outcome[Job, Result] | None:
+    """Return the outcome of a task that is over; None if it is to be tried again."""
     task, future, on_event = flight.task, flight.future, window.options.on_event
-    seconds = round(time.monotonic() - flight.since, 3)
+    seconds = round(time.monotonic() - flight.started_at, 3)
     error: BaseException | None = None
-    where = ""
+    trace = ""
     try:
         if future.status == "finished":
             result = future.result(timeout=_FETCH_S)
-            _absolve(window, flight.worker)
-            window.innocent += task.deaths
+            _clear_host(window, flight.worker)
+            window.unrelated_deaths += task.worker_deaths
             on_event("finished", task=task.key, seconds=seconds, result=_plain(result))
             return Outcome(task.job, result, None)
         if future.status == "error":
             error = future.exception(timeout=_FETCH_S)
-            where = "".join(traceback.format_tb(future.traceback(timeout=_FETCH_S)))
+            trace = "".join(traceback.format_tb(future.traceback(timeout=_FETCH_S)))
     except (TimeoutError, CancelledError):
         pass  # the worker is gone, and the result with it
     if error is not None and type(error).__name__ != "KilledWorker":
-        _absolve(window, flight.worker)
-        window.innocent += task.deaths
+        _clear_host(window, flight.worker)
+        window.unrelated_deaths += task.worker_deaths
         on_event(
             "failed",
             task=task.key,
             seconds=seconds,
             error=f"{type(error).__name__}: {error}",
-            traceback=where,
+            traceback=trace,
         )
         return Outcome(
-            task.job, None, f"{type(error).__name__}: {error}", of_machine=is_of_machine(error)
+            task.job,
+            None,
+            f"{type(error).__name__}: {error}",
+            machine_fault=is_machine_fault(error),
         )
-    # To run for ever twice is proof enough: every further time would cost as long again.
-    task.deaths += 2 if flight.worker in window.ended else 1
-    _suspect(window, flight)
-    reason = window.ended.get(flight.worker) or "its worker died"
+    # To run out of time twice is proof enough: every further time would cost as long again.
+    task.worker_deaths += 2 if flight.worker in window.stopped_workers else 1
+    _suspect_host(window, flight)
+    reason = window.stopped_workers.get(flight.worker) or "its worker died"
     on_event("died", task=task.key, worker=flight.worker, seconds=seconds, error=reason)
-    if task.deaths >= window.limit:
+    if task.worker_deaths >= window.max_attempts:
         return Outcome(
-            task.job, None, f"{reason}, whenever it was tried ({task.launched} times)", fatal=True
+            task.job, None, f"{reason}, whenever it was tried ({task.n_attempts} times)", fatal=True
         )
     window.waiting.appendleft(task)
     return None
 
 
-def is_of_machine(error: BaseException) -> bool:
-    """Whether an error is the machine's: no room, no right to write, no memory, no descriptors."""
+def is_machine_fault(error: BaseException) -> bool:
+    """Tell whether the machine lacks something: room, the right to write, memory, descriptors."""
     return isinstance(error, MemoryError) or (
-        isinstance(error, OSError) and error.errno in _OF_MACHINE
+        isinstance(error, OSError) and error.errno in _MACHINE_ERRNOS
     )
 
 
-def _absolve(window: _Window[Job, Result], worker: str) -> None:
-    """A task has ended on this worker: its host works."""
-    window.proven.add(worker)
-    window.hosts[_host(worker)] = _Host()
+def _clear_host(window: _SchedulerWindow[Job, Result], worker: str) -> None:
+    """Note that a task has ended on this worker: its host works."""
+    window.proven_workers.add(worker)
+    window.host_records[_host(worker)] = _HostRecord()
 
 
-def _suspect(window: _Window[Job, Result], flight: _Flight[Job]) -> None:
-    """Blame the host instead of the tasks where its new workers die under one task after the other,
-    and others are well.
+def _suspect_host(window: _SchedulerWindow[Job, Result], flight: _InFlight[Job]) -> None:
+    """Blame the host instead of its tasks where its new workers die under one task after the other,
+    and other hosts are healthy.
     """
-    name, task = _host(flight.worker), flight.task
-    task.died_on.add(name)
-    if flight.worker in window.proven or flight.worker in window.ended:
+    host_name, task = _host(flight.worker), flight.task
+    task.death_hosts.add(host_name)
+    if flight.worker in window.proven_workers or flight.worker in window.stopped_workers:
         return
-    host = window.hosts.setdefault(name, _Host())
-    host.strikes.add(task.key)
-    host.charged.append(task)
-    if len(host.strikes) >= _STRIKES and window.healthy - {name}:
-        for blamed in host.charged:
-            blamed.deaths -= 1
-        host.charged.clear()
-        if host.paused_until < (now := time.monotonic()):
-            host.paused_until = now + _PAUSE_S
-            window.healthy.discard(name)
-            window.options.on_event("paused", host=name, seconds=_PAUSE_S)
+    host_record = window.host_records.setdefault(host_name, _HostRecord())
+    host_record.strikes.add(task.key)
+    host_record.blamed_tasks.append(task)
+    if len(host_record.strikes) >= _MAX_STRIKES and window.healthy_hosts - {host_name}:
+        for blamed_task in host_record.blamed_tasks:
+            blamed_task.worker_deaths -= 1
+        host_record.blamed_tasks.clear()
+        if host_record.paused_until < (now := time.monotonic()):
+            host_record.paused_until = now + _PAUSE_S
+            window.healthy_hosts.discard(host_name)
+            window.options.on_event("paused", host=host_name, seconds=_PAUSE_S)
 
 
 def _plain(result: object) -> object:
@@ -470,18 +496,18 @@ def _plain(result: object) -> object:
     )
 
 
-def _divide(
-    window: _Window[Job, Result],
-    guilty: _Task[Job],
+def _split_task(
+    window: _SchedulerWindow[Job, Result],
+    crashing: _Task[Job],
     split: Callable[[Job], Sequence[tuple[str, Job]]],
 ) -> bool:
-    """Put the parts of a guilty task in its place. False if it has none."""
-    parts = split(guilty.job)
+    """Put the parts of a crashing task in its place; return False if it has none."""
+    parts = split(crashing.job)
     for key, job in reversed(parts):
-        # What was found guilty together needs no three more deaths to be divided again, but a part
-        # that cannot be divided has to be found guilty by itself.
-        deaths = max(1, guilty.deaths - (1 if split(job) else 2))
-        window.waiting.appendleft(_Task(key, job, deaths=deaths))
-    event = "divided" if parts else "guilty"
-    window.options.on_event(event, task=guilty.key, parts=[key for key, _ in parts])
+        # Tasks that crash together need no three more deaths to be divided again, but a part that
+        # cannot be divided has to crash by itself.
+        worker_deaths = max(1, crashing.worker_deaths - (1 if split(job) else 2))
+        window.waiting.appendleft(_Task(key, job, worker_deaths=worker_deaths))
+    event = "divided" if parts else "quarantined"
+    window.options.on_event(event, task=crashing.key, parts=[key for key, _ in parts])
     return bool(parts)

@@ -1,11 +1,12 @@
-"""Claims: which of several drivers on one run does a task, so that two of them share the work
+"""Task leases: which of several drivers on one run does a task, so that two of them share the work
 instead of doing it twice.
 
-A claim is a symbolic link `<task>.claim` whose target names its driver: made in one step that only
+A lease is a symbolic link `<task>.lease` whose target names its driver: made in one step that only
 one process can win, never half written, and readable from every node. A driver is alive while it
-holds its own lock with a heartbeat, `<driver>.driver`; the claims of one that is not are free. That
-a claim can be held twice for a moment (a driver that was frozen for longer than its lock lives)
-costs double work and nothing else: results are published by the first.
+holds its own lock with a heartbeat, `<driver>.driver` (one lock per driver instead of one per task:
+a thousand tasks in progress need one heartbeat); the leases of one that is not alive are free. A
+lease can be held twice for a moment, by a driver that was frozen for longer than its lock lives.
+That costs double work and nothing else: results are published by the first.
 """
 
 import contextlib
@@ -26,107 +27,106 @@ _LOOK_S = 2.0  # how long another driver's being alive is believed without looki
 
 
 @dataclass
-class Claims:
-    """One driver's claims in a directory."""
+class TaskLeases:
+    """The tasks in a directory that one driver has taken."""
 
     directory: Path
     driver: str
-    _seen: dict[str, float] = field(default_factory=dict)  # when another driver was last seen alive
+    _seen_alive: dict[str, float] = field(
+        default_factory=dict
+    )  # when another driver was last seen alive
 
-    def take(self, task: str) -> bool:
-        """Whether the task is ours now. False while a living driver has it."""
-        claim = self.directory / f"{task}.claim"
+    def acquire(self, task: str) -> bool:
+        """Take a task; return False while another living driver has it."""
+        lease_path = self.directory / f"{task}.lease"
         while True:
             try:
-                os.symlink(self.driver, claim)
+                os.symlink(self.driver, lease_path)
                 return True
             except FileExistsError:
-                owner = _owner(claim)
+                owner = _owner(lease_path)
             except OSError:
                 # a file system without symbolic links: several drivers then do the same work twice
                 return True
             if owner == self.driver:
                 return True
-            if owner is not None and self._lives(owner):
+            if owner is not None and self._is_alive(owner):
                 return False
-            _remove_abandoned(claim, owner)
+            _remove_abandoned(lease_path, owner)
 
-    def drop(self, task: str) -> None:
-        """Give a claim back, once the task's results are published or it has failed."""
+    def release(self, task: str) -> None:
+        """Give a task back, once the task's results are published or it has failed."""
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(self.directory / f"{task}.claim")
+            os.unlink(self.directory / f"{task}.lease")
 
-    def _lives(self, driver: str) -> bool:
+    def _is_alive(self, driver: str) -> bool:
         now = time.monotonic()
-        if now - self._seen.get(driver, -_LOOK_S) < _LOOK_S:
+        if now - self._seen_alive.get(driver, -_LOOK_S) < _LOOK_S:
             return True
         if not driver_lives(self.directory, driver):
             return False
-        self._seen[driver] = now
+        self._seen_alive[driver] = now
         return True
 
 
 @contextlib.contextmanager
-def claims(directory: Path) -> Iterator[Claims]:
-    """This process's claims in a directory, from now to the end of the block.
+def task_leases(directory: Path) -> Iterator[TaskLeases]:
+    """Give this process's task leases in a directory, from now to the end of the block.
 
-    What dead drivers left there goes.
+    Leases and locks that dead drivers left there are removed.
     """
     driver = driver_name()
     with driver_lock(directory, driver):
         remove_dead(directory)
         try:
-            yield Claims(directory, driver)
+            yield TaskLeases(directory, driver)
         finally:
-            for claim in directory.glob("*.claim"):
-                if _owner(claim) == driver:
-                    claim.unlink(missing_ok=True)
+            for lease_path in directory.glob("*.lease"):
+                if _owner(lease_path) == driver:
+                    lease_path.unlink(missing_ok=True)
 
 
 def remove_dead(directory: Path) -> int:
-    """Remove the claims and the locks of drivers that are not alive; returns how many files that
+    """Remove the leases and the locks of drivers that are not alive; return how many files that
     were.
     """
-    drivers, removed = sorted(directory.glob("*.driver")), 0
+    lock_paths, removed = sorted(directory.glob("*.driver")), 0
     dead = []
-    for path in drivers:
+    for lock_path in lock_paths:
         with contextlib.suppress(FileNotFoundError):
-            status = path.stat()
+            status = lock_path.stat()
             # filelock waits for ever for a lock whose holder died before it wrote its name,
             # microseconds after making it.
             if not status.st_size and time.time() - status.st_mtime > LEASE_S:
-                path.unlink()
-        if not driver_lives(directory, path.stem):
-            dead.append(path.stem)
-    alive = {path.stem for path in drivers} - set(dead)
-    # Their locks are older than their claims: a claim whose driver has no lock is a dead driver's.
+                lock_path.unlink()
+        if not driver_lives(directory, lock_path.stem):
+            dead.append(lock_path.stem)
+    alive = {lock_path.stem for lock_path in lock_paths} - set(dead)
+    # Drivers lock before they take leases: a lease whose driver has no lock is a dead driver's.
     # Looked at again, for a driver may have begun since.
-    for claim in (*directory.glob("*.claim"), *directory.glob("*.claim.*")):
-        owner = _owner(claim)
+    for lease_path in (*directory.glob("*.lease"), *directory.glob("*.lease.*")):
+        owner = _owner(lease_path)
         if owner is not None and owner not in alive and not driver_lives(directory, owner):
             removed += 1
-            _remove_abandoned(claim, owner)
+            _remove_abandoned(lease_path, owner)
     return removed + len(dead)
 
 
-def _remove_abandoned(claim: Path, owner: str | None) -> None:
+def _remove_abandoned(lease_path: Path, owner: str | None) -> None:
     # Moved before it is removed: of two drivers that find it abandoned, one moves it, and both try
     # again.
-    abandoned = claim.with_name(f"{claim.name}.{uuid.uuid4().hex}")
+    abandoned = lease_path.with_name(f"{lease_path.name}.{uuid.uuid4().hex}")
     with contextlib.suppress(FileNotFoundError):
-        os.rename(claim, abandoned)
-        if _owner(abandoned) not in (
-            owner,
-            None,
-        ):  # another driver was faster, and this is its claim
+        os.rename(lease_path, abandoned)
+        # Another driver was faster, and this is its lease.
+        if _owner(abandoned) not in (owner, None):
             with contextlib.suppress(FileExistsError):
-                os.symlink(_owner(abandoned) or "", claim)
+                os.symlink(_owner(abandoned) or "", lease_path)
         os.unlink(abandoned)
 
 
 def driver_name() -> str:
-    """A name that no other driver has, and that says when it started and where:
-
+    """Return a name that no other driver has, with its start and host:
     "20261124T181500Z-node7-4321-9f3a".
     """
     now = datetime.datetime.now(datetime.UTC)
@@ -135,7 +135,7 @@ def driver_name() -> str:
 
 @contextlib.contextmanager
 def driver_lock(directory: Path, driver: str) -> Iterator[None]:
-    """Be alive under this name for everyone who looks at the directory."""
+    """Be alive under this name, for everyone who looks at the directory, until the block ends."""
     directory.mkdir(parents=True, exist_ok=True)
     lock = _lock(directory, driver)
     lock.acquire()
@@ -146,11 +146,11 @@ def driver_lock(directory: Path, driver: str) -> Iterator[None]:
 
 
 def driver_lives(directory: Path, driver: str) -> bool:
-    """Whether a driver holds its lock: its process is there, or, on another node, its heartbeat is
-    recent.
+    """Tell whether a driver holds its lock: its process is there, or, on another node, its
+    heartbeat is recent.
     """
-    path = directory / f"{driver}.driver"
-    if not path.exists():
+    lock_path = directory / f"{driver}.driver"
+    if not lock_path.exists():
         return False
     lock = _lock(directory, driver)
     try:
@@ -158,7 +158,7 @@ def driver_lives(directory: Path, driver: str) -> bool:
     except Timeout:
         return True
     lock.release()
-    path.unlink(missing_ok=True)
+    lock_path.unlink(missing_ok=True)
     return False
 
 
@@ -171,8 +171,8 @@ def _lock(directory: Path, driver: str) -> SoftFileLease:
     )
 
 
-def _owner(claim: Path) -> str | None:
+def _owner(lease_path: Path) -> str | None:
     try:
-        return os.readlink(claim)
+        return os.readlink(lease_path)
     except OSError:
         return None

@@ -10,8 +10,8 @@ Each line has `time` (UTC) and `event`:
     finished  its results are published: `task`, `seconds`, and the `result` that it returned
     failed    it raised: `task`, `seconds`, `error`, and the `traceback`
     died      its worker died or had to be ended while it ran: `error`; it is tried again
-    divided   it was found guilty of that, and its `parts` take its place
-    guilty    it was found guilty, and has no parts
+    divided   every attempt crashed, and its `parts` take its place
+    quarantined  every attempt crashed, and it has no parts
     refused   a `worker` of other versions is given nothing: `error`
     paused    a `host` whose workers die as soon as they have a task is given none for `seconds`
     cost      what a bank of a `kind` took: `seconds`, beside `assumed_s`
@@ -59,7 +59,7 @@ def task_log(paths: RunPaths) -> Iterator[TaskLog]:
     """The log of one driver, from its start to its end, however it ends."""
     name = driver_name()
     log = TaskLog(paths.logs / f"{name}.jsonl")
-    with driver_lock(paths.claims, name):
+    with driver_lock(paths.leases, name):
         log("run", driver=name, pid=os.getpid(), host=socket.gethostname())
         try:
             yield log

@@ -5,27 +5,24 @@ Dask runs `dask_setup` when it starts a worker with `--preload headrace.pipeline
 """
 
 import contextlib
-import ctypes
 import importlib
 import importlib.metadata
 import os
-import signal
 import sys
 from typing import Any
 
 import dask
 
+from headrace.pipelines.cluster.ends_with_driver import STARTED_WITH, die_with_parent
+
 # a setting of Dask's: how many GPUs the workers of this node share; 0 or absent: they use none
 GPUS = "headrace.gpus"
 # and names of the variables that the driver has: the server of forks may have more
 VARIABLES = "headrace.variables"
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def dask_setup(worker: Any) -> None:
     """Arm the process of a new worker."""
-    from headrace.pipelines.cluster.ends_with_driver import STARTED_WITH
-
     for name in STARTED_WITH.difference(dask.config.get(VARIABLES, STARTED_WITH)):
         os.environ.pop(name, None)
     worker.http_server.stop()  # Dask opens a port for pages that nobody is shown
@@ -67,15 +64,6 @@ def choose_gpu(name: str, gpus: int) -> None:
         shown = os.environ.get("CUDA_VISIBLE_DEVICES")
         visible = shown.split(",") if shown else [str(index) for index in range(gpus)]
         os.environ["CUDA_VISIBLE_DEVICES"] = visible[int(name.rpartition("-")[2]) % len(visible)]
-
-
-def die_with_parent() -> None:
-    """Have the kernel end this process when its parent ends, however either of them ends (Linux).
-
-    A worker notices by itself that its driver is gone, but not while it is stopped.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def limit_memory(limit_bytes: int) -> None:

@@ -86,7 +86,7 @@ def check_memory(available: float | None = None, cores: int | None = None) -> Fi
 
 
 def _cores() -> int:
-    from headrace.pipelines.cluster.clients import available_cores  # imports Dask
+    from headrace.pipelines.environment import available_cores
 
     return available_cores()
 

@@ -27,7 +27,7 @@ from headrace.heads.results import read_bank, remove_damaged
 from headrace.heads.spec import spec_to_json
 from headrace.pipelines.cluster.progress import stage
 from headrace.pipelines.cluster.submit import Outcome, RunIncomplete, TaskOptions, run_tasks
-from headrace.pipelines.cluster.task_leases import claims
+from headrace.pipelines.cluster.task_leases import task_leases
 from headrace.pipelines.finetune.candidates import (
     Candidate,
     list_candidates,
@@ -128,8 +128,8 @@ def finetune_candidates(
     trained = 0
     if waiting:
         assert client is not None
-        with claims(inputs.paths.claims) as ours:
-            watched = replace(options or TaskOptions(), claims=ours)
+        with task_leases(inputs.paths.leases) as leases:
+            watched = replace(options or TaskOptions(), leases=leases)
             trained = _work(inputs, waiting, decided, section, client, console, watched)
     return Finetuned(
         rows=_rows(inputs, candidates),
@@ -289,7 +289,7 @@ def _require_machine(outcome: Outcome[Any, Any]) -> None:
     """Raise RunIncomplete where a full disk or the like ended a task: that decides nothing about
     the network.
     """
-    if outcome.of_machine:
+    if outcome.machine_fault:
         raise RunIncomplete(
             f"a network could not be trained here: {outcome.error}. Nothing was decided about it; "
             "what is finished is kept, and the same command goes on from there"

@@ -40,7 +40,7 @@ from headrace.heads.evaluate.ensemble import average
 from headrace.heads.predict import CannotPredict, predict_head, tempered
 from headrace.heads.sklearn.bank import fitted_sklearn
 from headrace.heads.spec import SklearnSpec
-from headrace.pipelines.cluster.clients import available_cores
+from headrace.pipelines.environment import available_cores
 from headrace.pipelines.models.network import NetworkMember, network_head, network_pass
 
 if TYPE_CHECKING:

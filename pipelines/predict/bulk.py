@@ -43,9 +43,10 @@ from headrace.cache.format.sealed import (
 from headrace.extract.images.byte_ranges import file_of
 from headrace.extract.images.file_stamps import FileStamp, file_stamps, wait_until_settled
 from headrace.extract.spec import Sample
-from headrace.pipelines.cluster.clients import available_cores, local_client
+from headrace.pipelines.cluster.clients import local_client
 from headrace.pipelines.cluster.progress import stage
 from headrace.pipelines.cluster.submit import run_tasks
+from headrace.pipelines.environment import available_cores
 from headrace.pipelines.models.model import Model, load_model
 from headrace.pipelines.predict.tables import Block, is_predictions, table_writer
 

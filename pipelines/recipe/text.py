@@ -22,6 +22,25 @@ _MAX_VALUES = 50_000  # keys and values, an anchor's as often as it is used
 # characters: Python takes quadratic time for longer ones, and refuses to print them
 _MAX_NUMBER = 400
 _MAX_PROBLEMS = 20  # that are explained; the others are counted
+# Keys of earlier versions, each after the sections that it stands in, and their names today.
+RENAMED_KEYS = {
+    "thaw": "finetune",
+    "screen": "input_halving",
+    "imported": "external_features",
+    "compute.unit_images": "images_per_shard",
+    "cluster.deadline_s": "task_timeout_s",
+    "ensemble.members": "max_members",
+    "ensemble.networks": "max_backbones",
+    "ensemble.network_price": "min_gain_per_backbone",
+    "finetune.promote": "top_k",
+    "finetune.depths": "train_above",
+    "finetune.warm_up": "warmup_fraction",
+    "finetune.clip": "grad_clip_norm",
+    "finetune.reuse.cut": "train_above",
+    "input_halving.images": "sample_fractions",
+    "input_halving.keep": "keep_fraction",
+    "input_halving.least": "min_inputs",
+}
 _MERGE, _TEXT = "tag:yaml.org,2002:merge", "tag:yaml.org,2002:str"
 
 
@@ -195,6 +214,8 @@ def explain(
     line, found = _line_of(root, location)
     where = f"{path}, line {line}"
     key = ".".join(_short(str(part)) for part in location)
+    if (new_name := renamed_key(problem)) is not None:
+        return f"{where}: the key {key!r} is called {new_name!r} now"
     if problem["type"] == "extra_forbidden":
         valid = _keys_at(model, location[:-1])
         lower = {name.lower(): name for name in valid}
@@ -216,6 +237,14 @@ def explain(
         else f" (found {_short(repr(problem['input']))})"
     )
     return f"{where}: {key}: {message}{value}" if key else f"{where}: {message}"
+
+
+def renamed_key(problem: typing.Any) -> str | None:
+    """Return today's name of an unknown key that earlier versions had; None for any other error."""
+    if problem["type"] != "extra_forbidden":
+        return None
+    keys = [part for part in problem["loc"] if isinstance(part, str) and not _is_union_tag(part)]
+    return RENAMED_KEYS.get(".".join(keys))
 
 
 def _is_union_tag(part: object) -> bool:

@@ -12,7 +12,7 @@ from headrace.cache.errors import HeadraceError
 from headrace.heads.bank import BankJob, train_bank
 from headrace.pipelines.cluster.progress import stage
 from headrace.pipelines.cluster.submit import TaskOptions, run_tasks
-from headrace.pipelines.cluster.task_leases import claims
+from headrace.pipelines.cluster.task_leases import task_leases
 
 
 class EvidenceIncomplete(HeadraceError):
@@ -31,13 +31,13 @@ def train_banks(
 
     Raises EvidenceIncomplete when one fails.
 
-    shared: the directory of the claims by which several drivers share the banks.
+    shared: the directory of the task leases by which several drivers share the banks.
     """
     options = options or TaskOptions()
     options.on_event("stage", stage=what, total=len(jobs), unit="banks", tasks=len(jobs))
     with ExitStack() as stack:
         if shared is not None:
-            options = replace(options, claims=stack.enter_context(claims(shared)))
+            options = replace(options, leases=stack.enter_context(task_leases(shared)))
         advance = stack.enter_context(stage(console, what, len(jobs), "banks"))
         name = what.replace(" ", "-")
         named = (

@@ -28,8 +28,8 @@ from headrace.pipelines.cluster.submit import (
     announced,
     run_tasks,
 )
-from headrace.pipelines.cluster.task_leases import Claims, claims
-from headrace.pipelines.paths import unit_claims
+from headrace.pipelines.cluster.task_leases import TaskLeases, task_leases
+from headrace.pipelines.paths import unit_leases
 from headrace.pipelines.planning.run_state import RunState, after_extraction, write_inputs
 from headrace.pipelines.records import publish_table
 from headrace.pipelines.stages.services import Services
@@ -126,11 +126,11 @@ def extract_missing(
     started = time.monotonic()
     options.on_event("stage", stage="extract", total=images, unit="images", tasks=len(units))
     with ExitStack() as stack:
-        ours = stack.enter_context(claims(unit_claims(Path(units[0].cache_root))))
+        leases = stack.enter_context(task_leases(unit_leases(Path(units[0].cache_root))))
         advance = stack.enter_context(stage(console, "extract", images, "images"))
-        watched = replace(options, claims=ours)
+        watched = replace(options, leases=leases)
         outcomes = stack.enter_context(
-            closing(_here(units, ours) if client is None else _on_workers(units, client, watched))
+            closing(_here(units, leases) if client is None else _on_workers(units, client, watched))
         )
         done = 0
         for outcome in outcomes:
@@ -249,7 +249,7 @@ def _on_workers(
 
 
 def _here(
-    units: Sequence[ExtractJob], ours: Claims
+    units: Sequence[ExtractJob], leases: TaskLeases
 ) -> Generator[Outcome[ExtractJob, UnitReport], None, None]:
     """The units that no other driver has, in one stream; then, one by one, those that it gives
     back.
@@ -259,22 +259,22 @@ def _here(
     mine: list[ExtractJob] = []
     others: list[ExtractJob] = []
 
-    def claimed() -> Iterator[ExtractJob]:
+    def leased_jobs() -> Iterator[ExtractJob]:
         for job in units:
-            if ours.take(unit_key(job)) and not is_published(job):
+            if leases.acquire(unit_key(job)) and not is_published(job):
                 mine.append(job)
                 yield job
             else:
                 others.append(job)
 
-    for number, report in enumerate(run_units(claimed())):
+    for number, report in enumerate(run_units(leased_jobs())):
         yield Outcome(mine[number], report, None)
-        ours.drop(unit_key(mine[number]))
+        leases.release(unit_key(mine[number]))
     for job in others:
-        while not ours.take(unit_key(job)):
+        while not leases.acquire(unit_key(job)):
             time.sleep(_ASK_S)
         yield Outcome(job, extract_unit(job), None)
-        ours.drop(unit_key(job))
+        leases.release(unit_key(job))
 
 
 def _blamed(outcome: Outcome[ExtractJob, UnitReport]) -> str:

@@ -26,7 +26,7 @@ def halve_inputs(state: RunState, services: Services) -> RunState:
                     services.console,
                     "halve inputs",
                     services.options,
-                    state.paths.claims,
+                    state.paths.leases,
                 )
 
         requested_inputs = list(dict.fromkeys(heads.inputs for heads in state.plan.requested))

@@ -13,7 +13,7 @@ from headrace.heads.bank import GPU_KINDS, BankJob, publish_failure, train_bank
 from headrace.heads.spec import spec_to_json
 from headrace.pipelines.cluster.progress import stage
 from headrace.pipelines.cluster.submit import RunIncomplete, announced, run_tasks
-from headrace.pipelines.cluster.task_leases import claims
+from headrace.pipelines.cluster.task_leases import task_leases
 from headrace.pipelines.planning.cost_model import PROBE_S, PROBE_SPECS
 from headrace.pipelines.planning.devices import find_heads_device
 from headrace.pipelines.planning.leaderboard import collect_heads
@@ -68,10 +68,10 @@ def _train_banks(state: RunState, services: Services, device: str) -> None:
     done = failed = 0
     options.on_event("stage", stage="train", total=plan.heads_new, unit="heads", tasks=len(jobs))
     with ExitStack() as stack:
-        ours = stack.enter_context(claims(state.paths.claims))
+        leases = stack.enter_context(task_leases(state.paths.leases))
         advance = stack.enter_context(stage(console, "train", plan.heads_new, "heads"))
         keyed = ((bank_key(job), job) for job in jobs)
-        watched = replace(options, claims=ours)
+        watched = replace(options, leases=leases)
         outcomes = stack.enter_context(
             closing(run_tasks(client, train_bank, keyed, options=watched, split=halves))
         )

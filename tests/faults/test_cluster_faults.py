@@ -170,7 +170,7 @@ def test_an_image_that_kills_its_workers_is_a_failed_image(tmp_path):
         run_recipe(recipe, console=Console(quiet=True)).failed_images == 1
     )  # the whole of it: no unit is missing
     log = "".join(path.read_text() for path in result.paths.logs.glob("*.jsonl"))
-    assert log.count('"guilty"') == 1
+    assert log.count('"quarantined"') == 1
 
 
 def test_a_network_that_kills_its_workers_fails_no_image(tmp_path):
@@ -307,4 +307,4 @@ def test_two_drivers_share_a_run(tmp_path):
     assert (
         sum(counts.values()) <= FITS * (60 + 2) + 2
     )  # a window of two workers, and each driver's look at the winner
-    assert list((tmp_path / "run" / "claims").iterdir()) == []
+    assert list((tmp_path / "run" / "leases").iterdir()) == []

@@ -215,7 +215,7 @@ def fork_workers() -> None:
     """Start the server that workers are forked from (pipelines/cluster/fork_server.py) by a fork
     too, instead of an interpreter.
     """
-    from headrace.pipelines.cluster.worker import die_with_parent
+    from headrace.pipelines.cluster.ends_with_driver import die_with_parent
 
     listener = socket.socket(socket.AF_UNIX)
     address = connection.arbitrary_address("AF_UNIX")

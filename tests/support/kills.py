@@ -115,7 +115,7 @@ EXPORT_CALL = ("export", RUN, "model", "--format", "safetensors", "--force", *TR
 PROGRAM_CALL = ("export", RUN, "program", "--format", "torch", "--force", *TRUST)
 # What a process holds while it lives; after a call that has ended there is none of them, whoever
 # made it.
-HELD = re.compile(r".*\.(claim|driver|lock)(\..*)?|\.headrace-.*")
+HELD = re.compile(r".*\.(lease|driver|lock)(\..*)?|\.headrace-.*")
 # Fields of JSON and columns of tables that tell when, how long and from which checkpoint, and
 # digests of bytes with such.
 TIMES = {
@@ -186,7 +186,7 @@ def shards(count: int) -> Trigger:
 
 _EXTRACT = (
     Trigger(f"{RUN}/logs/*.jsonl"),
-    Trigger(f"{CACHE}/claims/*.claim"),
+    Trigger(f"{CACHE}/leases/*.lease"),
     Trigger(f"{CACHE}/features/*/spec.json"),
     shards(1),
     shards(2),
@@ -195,21 +195,21 @@ _EXTRACT = (
     Trigger(f"{CACHE}/features/*/manifest.jsonl", delay_s=0.02),
     shards(7),
     Trigger(f"{RUN}/tasks/*.npz"),
-    Trigger(f"{CACHE}/claims/*.driver", delay_s=4.0),
+    Trigger(f"{CACHE}/leases/*.driver", delay_s=4.0),
     shards(4),
 )
 _HEADS = (
     Trigger(f"{RUN}/banks/*.h5"),
     Trigger(f"{RUN}/tasks/*.npz"),
     Trigger(f"{RUN}/banks/.*.partial", delay_s=0.0),
-    Trigger(f"{RUN}/claims/bank*.claim"),
+    Trigger(f"{RUN}/leases/bank*.lease"),
     Trigger(f"{RUN}/banks/*.h5", 2),
-    Trigger(f"{RUN}/claims/*.driver", 2, delay_s=2.0),
+    Trigger(f"{RUN}/leases/*.driver", 2, delay_s=2.0),
     Trigger(f"{RUN}/banks/*.h5", 1, delay_s=0.05),
 )
 _FINETUNE = (
     Trigger(f"{RUN}/finetune/images.*"),
-    Trigger(f"{RUN}/claims/pilot*.claim", delay_s=1.0),
+    Trigger(f"{RUN}/leases/pilot*.lease", delay_s=1.0),
     Trigger(f"{RUN}/finetune/parts/*/checkpoint*"),
     Trigger(f"{RUN}/finetune/parts/*/fold*.json", delay_s=0.0),
     Trigger(f"{RUN}/finetune/parts/*/.*.partial", 2, delay_s=0.0),
@@ -219,7 +219,7 @@ _FINETUNE = (
     Trigger(f"{RUN}/finetune/models/*/network.safetensors", delay_s=0.02),
     Trigger(f"{RUN}/finetune/candidates.json"),
     Trigger(f"{RUN}/finetune/parts/*/fold-full.json", delay_s=0.0),
-    Trigger(f"{RUN}/claims/finetune*.claim"),
+    Trigger(f"{RUN}/leases/finetune*.lease"),
 )
 _CONCLUDE = (
     Trigger(f"{RUN}/leaderboard.csv", delay_s=0.05),
@@ -564,7 +564,7 @@ def tasks_done_twice(project: Path) -> list[str]:
                 and not event["task"].startswith("pilot-")
             ):
                 finished[event["task"]] += 1
-            if event["event"] in ("failed", "died", "guilty"):
+            if event["event"] in ("failed", "died", "quarantined"):
                 finished[f"{event['task']} ({event['event']})"] += 2
     return [f"{task} was done {count} times" for task, count in finished.items() if count > 1]
 

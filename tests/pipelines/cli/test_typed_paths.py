@@ -22,7 +22,7 @@ from headrace.extract.sources.read import ImageSource, detect_source, read_sourc
 from headrace.extract.spec import weights_path
 from headrace.pipelines.cli.demo import DemoFolder, write_demo
 from headrace.pipelines.cli.init import InitError, _check_out, write_recipe
-from headrace.pipelines.cluster.clients import write_settings
+from headrace.pipelines.cluster.dask_client import write_settings
 from headrace.pipelines.cluster.tls import TLSFolder, require_own_folder, write_tls
 from headrace.pipelines.predict import bulk
 from headrace.pipelines.predict.tables import Block, table_writer

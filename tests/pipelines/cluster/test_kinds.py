@@ -14,7 +14,8 @@ from dask.distributed import Client, Security
 from rich.console import Console
 from support.runs import RECIPE, headrace, make_photos
 
-from headrace.pipelines.cluster.clients import SETTINGS, ClusterError, open_client
+from headrace.pipelines.cluster.clients import open_client
+from headrace.pipelines.cluster.dask_client import SETTINGS, ClusterError
 from headrace.pipelines.cluster.tls import TLSMissing, write_tls
 from headrace.pipelines.recipe.load import load_recipe
 from headrace.pipelines.recipe.sections import ClusterSection

@@ -10,7 +10,8 @@ import types
 import pytest
 
 from headrace.pipelines.cluster import clients as cluster
-from headrace.pipelines.cluster.clients import ClusterError, open_client
+from headrace.pipelines.cluster.clients import open_client
+from headrace.pipelines.cluster.dask_client import ClusterError
 from headrace.pipelines.cluster.submit import run_tasks
 from headrace.pipelines.cluster.worker import choose_gpu
 from headrace.pipelines.recipe.sections import ClusterSection, SlurmSection

@@ -5,7 +5,8 @@ from concurrent.futures import CancelledError
 import pytest
 
 from headrace.extract.images import decoding as images
-from headrace.pipelines.cluster.clients import ClusterError, local_client
+from headrace.pipelines.cluster.clients import local_client
+from headrace.pipelines.cluster.dask_client import ClusterError
 from headrace.pipelines.cluster.submit import MAX_ATTEMPTS, TaskOptions, run_tasks
 from headrace.pipelines.cluster.worker import versions
 
@@ -41,8 +42,8 @@ def test_results_errors_and_deaths_all_come_back(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_guilty_part_of_a_job_is_found(tmp_path):
-    """A job that kills its workers is divided until what is guilty is alone; every other part has
+def test_the_crashing_part_of_a_job_is_found(tmp_path):
+    """A job that kills its workers is divided until the crashing part is alone; every other part has
     its result.
     """
     kills = "__import__('os')._exit(1)"
@@ -217,7 +218,7 @@ def halves(job):
     return [(str(part), part) for part in (job[:middle], job[middle:]) if middle]
 
 
-def test_innocent_tasks_are_not_blamed_for_a_broken_host(monkeypatch):
+def test_tasks_are_not_blamed_for_a_broken_host(monkeypatch):
     """Its workers die at once and come straight back: every task ends well elsewhere, whole, and
     the host is left alone.
     """
@@ -240,7 +241,7 @@ def test_innocent_tasks_are_not_blamed_for_a_broken_host(monkeypatch):
 
 
 def test_a_cluster_of_one_broken_host_ends():
-    """There is nothing to compare it with: its tasks are found guilty, as they would be if they
+    """There is nothing to compare it with: its tasks are quarantined, as they would be if they
     were.
     """
     client = StubClient(["tls://bad:1"])

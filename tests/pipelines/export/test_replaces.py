@@ -9,7 +9,7 @@ import pytest
 from support.file_system_faults import die, in_child
 
 from headrace.pipelines.cli.init import InitError, _check_out
-from headrace.pipelines.cluster import task_leases as claims
+from headrace.pipelines.cluster import task_leases
 from headrace.pipelines.export import write as export
 from headrace.pipelines.export.write import ExportError, export_model
 from headrace.pipelines.predict import bulk
@@ -108,7 +108,7 @@ def test_what_killed_exports_left_goes_with_the_next(photos, tmp_path):
     what is no export's, stays.
     """
     out = tmp_path / "model"
-    dead, living = f".model.{claims.driver_name()}", f".model.{claims.driver_name()}"
+    dead, living = f".model.{task_leases.driver_name()}", f".model.{task_leases.driver_name()}"
     for name in (
         f"{dead}.partial",
         f"{dead}.old.partial",
@@ -122,12 +122,12 @@ def test_what_killed_exports_left_goes_with_the_next(photos, tmp_path):
     (tmp_path / ".model.mine.partial" / "a.png").touch()
 
     def killed():
-        with claims.driver_lock(tmp_path, dead):
+        with task_leases.driver_lock(tmp_path, dead):
             die()
 
     in_child(killed)
     assert (tmp_path / f"{dead}.driver").exists()
-    with claims.driver_lock(tmp_path, living):
+    with task_leases.driver_lock(tmp_path, living):
         export._remove_dead(out)
         kept = {
             f"{living}.partial",

@@ -25,7 +25,7 @@ from headrace.heads.evaluate.metrics import score
 from headrace.heads.evaluate.temperature import with_temperature
 from headrace.heads.results import read_bank
 from headrace.heads.spec import KNNSpec, LogisticSpec, MLPSpec
-from headrace.pipelines.cluster.submit import Outcome, RunIncomplete, TaskOptions, is_of_machine
+from headrace.pipelines.cluster.submit import Outcome, RunIncomplete, TaskOptions, is_machine_fault
 from headrace.pipelines.cluster.task_log import read_log
 from headrace.pipelines.finetune import stage as stage_module
 from headrace.pipelines.finetune import task as task_module
@@ -66,14 +66,17 @@ def here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def run_tasks(
         _client: object, function: Any, jobs: Any, *, options: TaskOptions
     ) -> Iterator[Outcome[Any, Any]]:
-        assert options.claims is not None
+        assert options.leases is not None
         for key, job in jobs:
             keys.append(key)
             try:
                 yield Outcome(job, function(job), None)
             except Exception as error:  # noqa: BLE001
                 yield Outcome(
-                    job, None, f"{type(error).__name__}: {error}", of_machine=is_of_machine(error)
+                    job,
+                    None,
+                    f"{type(error).__name__}: {error}",
+                    machine_fault=is_machine_fault(error),
                 )
 
     monkeypatch.setattr(stage_module, "run_tasks", run_tasks)
@@ -515,7 +518,7 @@ def test_two_drivers_share_the_networks_of_a_run(tmp_path: Path) -> None:
         "finetune: pilots",
         "finetune: train",
     }
-    assert not list((run / "claims").glob("*.claim"))
+    assert not list((run / "leases").glob("*.lease"))
 
 
 def test_results_of_a_moved_or_copied_run_are_its_own(tmp_path: Path) -> None:

@@ -3,8 +3,10 @@
 import time
 
 import pytest
+import yaml
 
 from headrace.pipelines.recipe.load import RecipeError, load_recipe
+from headrace.pipelines.recipe.text import RENAMED_KEYS
 
 GOOD = """\
 images:
@@ -74,6 +76,26 @@ def test_a_wrong_key_or_value_names_file_line_and_nearest_key(tmp_path, old, new
     message = str(refusal.value)
     assert f"{path}, line {line}:" in message
     assert said in message
+
+
+@pytest.mark.parametrize("old_key", RENAMED_KEYS)
+def test_a_key_of_an_earlier_version_is_answered_with_its_name_today(tmp_path, old_key):
+    """One sentence, with a name that the section has."""
+    *sections, old_name = old_key.split(".")
+    values = {old_name: {}}
+    for section in reversed(sections):
+        values = {section: [values] if section == "reuse" else values}
+    path = write(tmp_path, GOOD + yaml.safe_dump(values))
+    with pytest.raises(RecipeError) as refusal:
+        load_recipe(path)
+    new_name = RENAMED_KEYS[old_key]
+    assert f"is called {new_name!r} now" in str(refusal.value)
+    new_values = {new_name: {}}
+    for section in reversed(sections):
+        new_values = {section: [new_values] if section == "reuse" else new_values}
+    with pytest.raises(RecipeError) as refusal:
+        load_recipe(write(tmp_path, GOOD + yaml.safe_dump(new_values) + "nonsense: 1\n"))
+    assert str(refusal.value).count("unknown key") == 1, "the new name is one that the section has"
 
 
 def test_every_problem_is_named_at_once(tmp_path):
