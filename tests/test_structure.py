@@ -84,11 +84,11 @@ LEVELS = {
     "pipelines": (
         {"console", "number_format", "paths", "records"},
         {"environment", "recipe"},
-        {"cluster", "finished"},
+        {"cluster", "run_directory"},
         {"doctor", "finetune"},
         {"models", "selection"},
         {"export", "planning", "predict"},
-        {"stages"},
+        {"finished", "stages"},
         {"result"},
         {"advice", "report", "trackers"},
         {"run"},

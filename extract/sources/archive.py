@@ -429,7 +429,8 @@ def _zip_members(
                     entry.compress_type,
                     entry.CRC,
                 )
-                locator = f"{path_text(archive_path)}::zip:{':'.join(map(str, numbers))}:{printable(member_name)}"
+                position = ":".join(map(str, numbers))
+                locator = f"{path_text(archive_path)}::zip:{position}:{printable(member_name)}"
                 yield _Member(member_name, locator, entry.file_size, head, side_file)
     except Exception as error:  # zipfile and its decompressors raise anything on a damaged archive
         raise SourceError(
