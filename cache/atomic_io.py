@@ -31,7 +31,7 @@ PARTIAL_SUFFIX = ".partial"
 # recognised by its process id.
 LEASE_S = 30.0
 
-# What file systems answer that know no hard links (FAT, some FUSE and cluster file systems).
+# Errnos of file systems without hard links (FAT, some FUSE and cluster file systems).
 _NO_LINKS = {errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK}
 # Small enough for the disk to begin early. Large, and from one multiple of itself to the next,
 # because the system keeps what is written at once in pages as large: from small ones random rows
@@ -70,7 +70,8 @@ class _Blank(NamedTuple):
 
     inode: int
     changed_ns: int
-    since_s: float  # on this process's monotonic clock
+    # On this process's monotonic clock
+    since_s: float
 
 
 def _watch_blank(lock_path: Path, previous_blank: _Blank | None) -> _Blank | None:

@@ -18,8 +18,10 @@ from headrace.cache.reader import ShardReader
 class FeatureBatch(NamedTuple):
     """One batch of rows of a feature set."""
 
-    rows: npt.NDArray[np.int64]  # (b,) positions in the feature set
-    features: npt.NDArray[Any]  # (b, *shape), a copy, free to be changed
+    # (b,) positions in the feature set
+    rows: npt.NDArray[np.int64]
+    # (b, *shape), a copy, free to be changed
+    features: npt.NDArray[Any]
 
 
 def iter_batches(
@@ -84,6 +86,7 @@ def _batches(
     batch_size: int,
     dtype: np.dtype[Any],
 ) -> Iterator[FeatureBatch]:
+    # One buffer ahead: the disk reads the next one while batches of this one are trained on.
     pending_rows = next(row_buffers, np.empty(0, np.int64))
     reader.prefetch(pending_rows)
     while len(pending_rows):

@@ -160,7 +160,8 @@ class VerifiedShards:
             self._records = self._read_records()
         stored_record = self._records.get(entry.unit)
         if stored_record is not None and stored_record.items() >= file_identity.items():
-            with contextlib.suppress(KeyError):  # a record of another version
+            # A record of another version
+            with contextlib.suppress(KeyError):
                 layout = ShardLayout(
                     **{
                         field.name: stored_record[f"layout_{field.name}"]
@@ -180,6 +181,8 @@ class VerifiedShards:
         )
         return layout
 
+    # One line per shard, appended in one write without a lock: a torn line fails its own checksum
+    # and is ignored.
     def _append_record(self, record: dict[str, Any]) -> None:
         if self._path is None:
             return

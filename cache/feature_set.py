@@ -87,6 +87,7 @@ class FeatureSet:
         self._index: RowIndex | None = None
         self._lock = threading.Lock()
 
+    # A Dask task carries three small values; the worker opens the shards again.
     def __reduce__(self) -> tuple[Any, ...]:
         return FeatureSet, (self.path, self.spec, self.entries)
 
@@ -159,6 +160,7 @@ class FeatureSet:
 
     def locate(self, content_hashes: ContentHashes) -> npt.NDArray[np.int64]:
         """Return the (n,) int64 row positions of n content hashes, -1 where there is no row."""
+        # Sorted once, on first use: most readers address rows by position and never need it.
         with self._lock:
             if self._index is None:
                 self._index = RowIndex(self.content_hashes())
@@ -281,7 +283,8 @@ class FeatureSet:
 
         row_dtype = self.dtype if dtype is None else np.dtype(dtype)
         read_delayed = delayed(read_shard_rows, pure=True)
-        dask_array: Any = dask.array  # has annotations, but not on these functions
+        # Dask.array has annotations, but not on these functions.
+        dask_array: Any = dask.array
         shard_arrays = [
             dask_array.from_delayed(
                 read_delayed(self.path, self.spec, entry, row_dtype),

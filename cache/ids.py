@@ -26,6 +26,7 @@ def content_hashes_by_id(
         }
     )
     id_table = id_table.drop_duplicates()
+    # A groupby of all ids would build a million lists of one; only ambiguous ids are grouped.
     has_several = id_table["id"].duplicated(keep=False)
     unambiguous_rows = id_table[~has_several]
     hashes_of_id = {

@@ -32,9 +32,11 @@ class ShardEntry:
 
     unit: str
     rows: int
-    failed: int  # samples of the unit that have no row
+    # Samples of the unit that have no row
+    failed: int
     bytes: int  # of the file
-    xxh3: str  # XXH3-128 of the bytes behind the user block: what reading and `cache verify` check
+    # XXH3-128 of the bytes behind the user block: what reading and `cache verify` check
+    xxh3: str
     quantization_error: QuantizationError
     written_by: str  # "headrace 0.1.0"
 

@@ -29,7 +29,8 @@ _MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0)
 _RESERVE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
 _PAGE = mmap.PAGESIZE
 _HUGE_PAGE = 1 << 21
-_LARGEST_RESERVATION = 1 << 45  # of the 1 << 47 bytes that a process has on most machines
+# A quarter of the 1 << 47 bytes of addresses that a process has on most machines.
+_LARGEST_RESERVATION = 1 << 45
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -76,7 +77,7 @@ class MappedRows:
         reserved_address = _memory_map(None, total_bytes + _HUGE_PAGE, _PROT_NONE, _RESERVE, -1, 0)
         self._base_address = -(-reserved_address // _HUGE_PAGE) * _HUGE_PAGE
         mapped_memory = (ctypes.c_uint8 * total_bytes).from_address(self._base_address)
-        # numpy arrays keep `memory` alive, so the range is given back when the last array into it
+        # Numpy arrays keep `memory` alive, so the range is given back when the last array into it
         # is gone.
         weakref.finalize(
             mapped_memory, _libc.munmap, reserved_address, total_bytes + _HUGE_PAGE
@@ -98,7 +99,8 @@ class MappedRows:
         self._is_table = (
             self._slot_step % row_bytes == 0
         )  # until a file is mapped whose rows start elsewhere
-        self.first_item = np.zeros(len(rows_per_file), np.int64)  # of each file's row 0, in items
+        # Position of each file's row 0, in items.
+        self.first_item = np.zeros(len(rows_per_file), np.int64)
         self.is_mapped = np.zeros(len(rows_per_file), np.bool_)
 
     def map(self, file_index: int, file_path: Path, data_offset: int, n_rows: int) -> None:

@@ -13,7 +13,8 @@ from headrace.cache.spec import FeatureSpec
 
 # Measured: superblock, object headers, attributes and the spec's text, beyond the user block.
 _HEADER_BYTES = 8192
-_ID_BYTES = 64  # a path relative to the data set, rarely longer
+# A path relative to the data set, rarely longer
+_ID_BYTES = 64
 
 # A file system that is filled to the last byte becomes slow, and others use it too.
 RESERVE = 0.02
@@ -26,11 +27,13 @@ class TapCost:
     spec: FeatureSpec
     n_rows: int
     n_bytes: int
-    fits_budget: bool  # together with all that come before it
+    # Together with all that come before it
+    fits_budget: bool
 
 
 def stored_bytes(spec: FeatureSpec, n_rows: int, rows_per_shard: int = 1024) -> int:
     """Return the bytes on disk of `n_rows` uncompressed rows, an upper bound."""
+    # 32 bytes of content hash per row.
     row_bytes = prod(spec.shape) * STORED_DTYPES[spec.dtype].itemsize + 32 + _ID_BYTES
     return n_rows * row_bytes + ceil(n_rows / rows_per_shard) * (USER_BLOCK_BYTES + _HEADER_BYTES)
 

@@ -65,7 +65,8 @@ def is_feature_set(directory: Path) -> bool:
 
     The mere existence of the directory does not tell.
     """
-    if directory.name.startswith("."):  # being made, or being removed
+    # Being made, or being removed
+    if directory.name.startswith("."):
         return False
     if (directory / SPEC).exists() or (directory / MANIFEST).exists():
         return True
@@ -131,7 +132,7 @@ def read_spec(directory: Path, *, check_name: bool = True) -> FeatureSpec:
     try:
         spec = FeatureSpec.from_json(spec_json.decode())
     except SpecMismatch as error:
-        # What another version wrote has the name that its bytes ask for; what has changed has not.
+        # A spec of another version still agrees with its directory's name; a damaged one does not.
         if hashlib.sha256(spec_json.removesuffix(b"\n")).hexdigest()[:24] == directory.name:
             raise SpecMismatch(f"{spec_path}: {error}") from error
         raise ManifestCorrupt(
@@ -181,6 +182,7 @@ def publish_shard(
     shard_file = shard_path(directory, unit)
     if shard_file.exists() and (entry := _existing_entry(directory, unit, spec)):
         return entry
+    # Encoded before the directory is touched: a value that cannot be stored leaves no trace.
     encoded_rows = encode_rows(features, ids, spec.dtype)
     file_parts, checksum = build_shard(
         spec, unit, encoded_rows, ids, content_hashes, failures, compression
@@ -199,6 +201,7 @@ def publish_shard(
         quantization_error=encoded_rows.quantization_error,
         written_by=_WRITTEN_BY,
     )
+    # Only now does the shard exist for readers: the manifest's line is the acknowledgement.
     append_entry(directory, entry)
     return entry
 

@@ -37,7 +37,7 @@ class ShardReader:
         self.first_row = np.concatenate([[0], np.cumsum(rows_per_shard)]).astype(np.int64)
         self._values_per_row = int(np.prod(spec.shape, dtype=np.int64))
         self._layouts: dict[int, ShardLayout] = {}
-        # What a batch asks of all its shards at once, (S,) each.
+        # (S,) each: arrays, so that a batch looks up all of its shards in one operation.
         self._is_ready = np.zeros(len(entries), np.bool_)
         self._is_compressed = np.zeros(len(entries), np.bool_)
         self._row_zero = np.zeros(
@@ -48,8 +48,8 @@ class ShardReader:
             if self._is_indexable()
             else None
         )
-        # Of a set that stays in memory every row is read ahead once; of a larger one only what
-        # comes next.
+        # A set that fits into half the memory is read ahead completely, once; of a larger one
+        # only the rows of the next batches.
         stored_bytes = (
             int(self.first_row[-1]) * self._values_per_row * STORED_DTYPES[spec.dtype].itemsize
         )
@@ -89,7 +89,8 @@ class ShardReader:
                 )
             self._layouts[shard_index] = layout
             self._is_compressed[shard_index] = layout.is_compressed
-            self._is_ready[shard_index] = True  # last: another thread may be looking
+            # Last: another thread may be looking
+            self._is_ready[shard_index] = True
             return layout
 
     def gather(
@@ -200,7 +201,8 @@ class ShardReader:
         )
 
     def _is_indexable(self) -> bool:
-        return bool(self.first_row[-1] <= 1 << 24)  # 64 MB of shard numbers
+        # 64 MB of shard numbers
+        return bool(self.first_row[-1] <= 1 << 24)
 
     def _shards_of(self, row_positions: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
         """Return the shard of each position, (n,), after making all of them readable."""

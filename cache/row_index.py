@@ -37,6 +37,7 @@ class RowIndex:
 
     def __init__(self, content_hashes: npt.NDArray[np.bytes_]) -> None:
         self._content = content_hashes
+        # Hash keys of 8 bytes instead of texts of 32: a quarter of the memory, and integers sort.
         hash_keys = _hash_keys(content_hashes)
         # Stable, so that of equal hashes (two units that overlap) the first row is found.
         self._row_order = np.argsort(hash_keys, kind="stable")

@@ -11,6 +11,9 @@ from headrace.cache.errors import SpecMismatch
 STORAGE_DTYPES = ("float16", "float32", "bfloat16", "uint8")
 
 
+# Rows are keyed by the content hash of an image, never by its position, path or id. So re-ordering,
+# renaming or relabelling images computes nothing, a changed image is a new row, and copies are
+# stored once. Nothing of the data set is therefore part of the spec.
 @dataclass(frozen=True)
 class FeatureSpec:
     """Identity of a feature set: one backbone, preprocessing, tap and view, stored in one dtype.
@@ -19,17 +22,24 @@ class FeatureSpec:
     the tolerance that floating point leaves between machines.
     """
 
-    backbone: str  # "timm:tf_efficientnet_lite0", "torchvision:resnet50", "python:module:function"
-    weights: str  # SHA-256 (hex) over every tensor of the state dict: name, dtype, shape, bytes
-    tap: str  # node of the network, "blocks.4"
-    reduction: str  # "avg", "max", "gem", "grid2", "map", "cls", ...
-    preprocessing: str  # canonical JSON: resize, interpolation, antialias, crop, colour, mean, std
-    # canonical JSON: {"index": 0} is the evaluation crop, otherwise an augmentation, or a symmetry
+    # "timm:tf_efficientnet_lite0", "torchvision:resnet50", "python:module:function"
+    backbone: str
+    # SHA-256 (hex) over every tensor of the state dict: name, dtype, shape, bytes
+    weights: str
+    # Node of the network, "blocks.4"
+    tap: str
+    # "avg", "max", "gem", "grid2", "map", "cls", ...
+    reduction: str
+    # Canonical JSON: resize, interpolation, antialias, crop, colour, mean, std
+    preprocessing: str
+    # Canonical JSON: {"index": 0} is the evaluation crop, otherwise an augmentation, or a symmetry
     # of it
     view: str
     decoder: str  # "pillow 13.0.0"
-    compute_dtype: str  # dtype of the forward pass, "float32"
-    dtype: str  # storage dtype, one of STORAGE_DTYPES
+    # Dtype of the forward pass, "float32"
+    compute_dtype: str
+    # Storage dtype, one of STORAGE_DTYPES
+    dtype: str
     shape: tuple[int, ...]  # of one row
 
     def __post_init__(self) -> None:

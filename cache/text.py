@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-# pandas' default holds text as UTF-8, which has no room for file names that are no UTF-8 (Python's
+# Pandas' default holds text as UTF-8, which has no room for file names that are no UTF-8 (Python's
 # lone surrogates).
 _ANY_TEXT = pd.StringDtype(storage="python", na_value=np.nan)
 
@@ -24,6 +24,8 @@ def normalize_text(text: str) -> str:
     return text if text.isascii() else unicodedata.normalize("NFC", text)
 
 
+# Type inference would merge the labels `1.10` and `1.1` and lose `None`, so ids, labels and groups
+# are compared as text; they become numbers only where the task is a regression.
 def as_text(column: pd.Series) -> pd.Series:
     """Convert a column of any dtype to text, keeping its index and name; missing values (None, NaN,
     NaT, NA) stay missing.

@@ -23,7 +23,8 @@ class FeatureColumns:
     """
 
     chosen: tuple[str, ...] = ()
-    table: tuple[str, ...] = ()  # all columns of the table, in its order
+    # All columns of the table, in its order.
+    table: tuple[str, ...] = ()
 
     def describe(self, column_index: int) -> str:
         """Name the value at `column_index` of each row, to begin a sentence of a message with."""

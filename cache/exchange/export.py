@@ -22,7 +22,8 @@ from headrace.cache.feature_set import FeatureSet
 from headrace.cache.ids import content_hashes_by_id
 from headrace.cache.integrity.garbage import remove_temporaries
 
-_CHUNK_ROWS = 4096  # of a selection, read and written together
+# Rows of a selection that are read and written together.
+_CHUNK_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class RowSelection:
 
     rows: npt.NDArray[np.int64]  # (n,) positions
     ids: list[str]  # n
-    missing: list[str]  # ids of images that have no row
+    # Ids of images that have no row
+    missing: list[str]
 
 
 def select_rows(

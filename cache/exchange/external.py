@@ -33,7 +33,8 @@ __all__ = [
     "read_external_features",
 ]
 
-BACKBONE_PREFIX = "imported:"  # of `FeatureSpec.backbone`: no network of ours made these
+# Prefix of `FeatureSpec.backbone`: no network of ours made these features.
+BACKBONE_PREFIX = "imported:"
 _SHARD_ROWS = 4096
 
 
@@ -43,8 +44,10 @@ class ImportResult:
 
     features: FeatureSet
     n_rows: int  # kept
-    n_unknown: int  # rows whose id belongs to no image
-    n_copies: int  # rows of images that are copies of one another: one row is kept
+    # Rows whose id belongs to no image
+    n_unknown: int
+    # Rows of images that are copies of one another: one row is kept
+    n_copies: int
 
 
 def import_features(
@@ -140,7 +143,8 @@ def _external_spec(
     dtype: str,
 ) -> FeatureSpec:
     hasher = hashlib.sha256()
-    for row in kept_rows:  # whole rows, whatever order they came in
+    # Whole rows, whatever order they came in
+    for row in kept_rows:
         hasher.update(f"{row_hashes[row]}|".encode())
         hasher.update(np.ascontiguousarray(external.features[row], np.float32).tobytes())
     row_shape = external.features.shape[1:]

@@ -39,7 +39,8 @@ _TEXT_KINDS = "OSU"
 _CONTENT_HASH = re.compile(r"[0-9a-f]{32}")
 _EXACT_INTEGERS = 2.0**53
 _NO_COLUMNS = FeatureColumns()
-_BLOCK_ROWS = 1 << 14  # looked at together for values that are no numbers
+# Rows checked together for NaN and infinity.
+_BLOCK_ROWS = 1 << 14
 _STORED_ELSEWHERE = (
     "they are not read: a file that somebody sends could name any file of yours so. Copy them with "
     "h5py: new['x'] = old['x'][:]"
@@ -50,9 +51,11 @@ _STORED_ELSEWHERE = (
 class ExternalFeatures:
     """Features and ids as another program left them."""
 
-    sample_ids: list[str]  # N; unique where there are no content hashes
+    # N; unique where there are no content hashes
+    sample_ids: list[str]
     features: npt.NDArray[Any]  # (N, *shape), finite
-    content_hashes: list[str] | None  # N content hashes, where the file has them
+    # N content hashes, where the file has them
+    content_hashes: list[str] | None
     feature_columns: FeatureColumns = _NO_COLUMNS
     source_name: str = "the file"
 
@@ -477,7 +480,8 @@ def _validate_features(
     if content_hashes is not None and not all(
         isinstance(value, str) and _CONTENT_HASH.fullmatch(value) for value in content_hashes
     ):
-        content_hashes = None  # some other column of this name
+        # Some other column of this name
+        content_hashes = None
     is_duplicate = sample_ids.duplicated()
     # Content hashes tell rows apart where ids do not: one cache may hold two folders with the same
     # names.
@@ -512,7 +516,8 @@ def _refuse_non_finite(
         value_block = features[start_row : start_row + _BLOCK_ROWS].reshape(
             min(_BLOCK_ROWS, len(features) - start_row), -1
         )
-        with np.errstate(over="ignore"):  # rows are kept as float32 at most
+        # Rows are kept as float32 at most
+        with np.errstate(over="ignore"):
             is_finite = np.isfinite(value_block.astype(np.float32, copy=False))
         if not is_finite.all():
             block_row, column_index = (int(position) for position in np.argwhere(~is_finite)[0])

@@ -17,10 +17,12 @@ from headrace.cache.spec import FeatureSpec
 
 _TEXT_TABLES = (".csv", ".tsv")
 TABLES = (".parquet", ".pq", *_TEXT_TABLES)
-_SNIFFED_ROWS = 1000  # of a CSV, to see which columns are numbers
+# Rows of a CSV that tell which columns are numbers.
+_SNIFFED_ROWS = 1000
 _MAX_COLUMNS = 100_000  # of a CSV
 _MAX_COMPRESSION_RATIO = 1032  # deflate's bound
-_VALUE_BYTES = 4  # of a number, or a short text
+# Bytes of a number, or of a short text.
+_VALUE_BYTES = 4
 
 
 def require_plausible_size(declared_bytes: int, source_path: Path) -> None:
@@ -121,7 +123,8 @@ def _read_csv(
     duplicate_names = sorted(
         name for name, times in Counter(header_names).items() if name and times > 1
     )
-    if duplicate_names:  # pandas would rename the second one, and nobody would know which is which
+    # Pandas would rename the second one, and nobody would know which is which
+    if duplicate_names:
         raise ExternalFeaturesInvalid(
             f"{table_path}: the first line has several columns {duplicate_names[0]!r}: "
             "give each its own name"
@@ -133,7 +136,8 @@ def _read_csv(
         usecols=None if column_names is None else list(column_names),
         nrows=max_rows,
         encoding="utf-8-sig",
-        keep_default_na=False,  # an id may be None or NA, and an empty value is no number
+        # An id may be None or NA, and an empty value is no number
+        keep_default_na=False,
         na_filter=False,
         low_memory=False,
     )
@@ -178,7 +182,7 @@ def _count_declared_values(table_path: Path, column_names: Sequence[str] | None)
         column_indices = [
             column_index
             for column_index, column_path in enumerate(column_paths)
-            # Of a list, `name.list.element`; names may have dots in them.
+            # The path of a list is `name.list.element`; names may contain dots.
             if requested_columns is None
             or column_path in requested_columns
             or any(column_path.startswith(f"{column_name}.") for column_name in requested_columns)
@@ -224,7 +228,8 @@ def read_numeric_columns(
                     "expected a number. Mend or remove the row, or leave the column out"
                 )
             column = numeric_values
-        with np.errstate(over="ignore"):  # an infinity is told with its row
+        # An infinity is reported with its row by `_refuse_non_finite`.
+        with np.errstate(over="ignore"):
             features[:, column_index] = column.to_numpy(np.float64)
     return features
 

@@ -18,7 +18,8 @@ _LEAST_ROWS = 3
 _LEAST_STEPS = 8
 _LEAST_VALUES = 12
 _LEAST_PER_VALUE = 5
-_FIRST_ROWS = 1024  # rule out nearly every column before all rows are read
+# Rule out nearly every column before all rows are read
+_FIRST_ROWS = 1024
 
 
 def find_row_counters(features: FeatureArray) -> list[int]:

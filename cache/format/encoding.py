@@ -34,9 +34,11 @@ class QuantizationError:
     rows.
     """
 
-    largest: float = 0.0  # largest absolute error
+    # Largest absolute error
+    largest: float = 0.0
     squared_error: float = 0.0  # sum of squared errors
-    squared: float = 0.0  # sum of squared values as given
+    # Sum of squared values as given
+    squared: float = 0.0
 
     @property
     def relative_rms(self) -> float:
@@ -55,7 +57,8 @@ class QuantizationError:
 class EncodedRows:
     """Rows in their storage dtype."""
 
-    stored: npt.NDArray[Any]  # (n, *shape), one of STORED_DTYPES
+    # (n, *shape), one of STORED_DTYPES
+    stored: npt.NDArray[Any]
     scale: npt.NDArray[np.float32] | None  # (C,), uint8 only
     offset: npt.NDArray[np.float32] | None  # (C,), uint8 only
     quantization_error: QuantizationError

@@ -12,7 +12,8 @@ _KEEP = np.uint32(0x8FFFE000).view(np.int32)
 # The two exponents' biases, 127 and 15, differ by 112; a multiplication also puts subnormal numbers
 # right.
 _REBIAS = np.float32(2.0**112)
-_BLOCK = 1 << 16  # values: four passes over 256 KB stay in the second-level cache
+# Values per block: four passes over 256 KB stay in the second-level cache.
+_BLOCK = 1 << 16
 
 
 def float16_to_float32(

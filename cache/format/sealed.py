@@ -21,7 +21,8 @@ import xxhash
 
 _MARK = "headrace-seal:"
 UNSEALED = f"{_MARK}{'0' * 32}"
-SEAL = "seal"  # the key of a JSON object, or of a file's metadata, that holds it
+# Key of the seal in a JSON object or in a file's metadata.
+SEAL = "seal"
 
 _DIGEST = re.compile(re.escape(_MARK.encode()) + rb"([0-9a-f]{32})")
 
@@ -105,7 +106,8 @@ def read_sealed_json(data: bytes | str) -> dict[str, Any]:
     check_seal(data)
     try:
         values = json.loads(data)
-    except (ValueError, RecursionError) as error:  # ValueError: no JSON, no UTF-8
+    # ValueError: no JSON, no UTF-8
+    except (ValueError, RecursionError) as error:
         raise SealBroken(f"it is no JSON ({error})") from error
     if not isinstance(values, dict):
         raise SealBroken(f"it holds a {type(values).__name__}, expected an object")

@@ -26,7 +26,8 @@ USER_BLOCK_BYTES = 4096
 _PAGE_BYTES = 4096
 _ALIGNMENT_BYTES = 64  # a cache line
 
-BITSHUFFLE_LZ4 = 32008  # registered filter of hdf5plugin.Bitshuffle
+# Registered filter of hdf5plugin.Bitshuffle
+BITSHUFFLE_LZ4 = 32008
 # Small enough to decompress for one row, large enough for LZ4 to find repetitions.
 _CHUNK_BYTES = 1 << 17
 
@@ -69,6 +70,8 @@ def build_shard(
         "alignment_threshold": _PAGE_BYTES if on_a_page else 1,
         "alignment_interval": _PAGE_BYTES if on_a_page else _ALIGNMENT_BYTES,
     }
+    # No time, host or path goes into the file: the same rows give the same bytes, so an interrupted
+    # and an uninterrupted extraction are equal, and two writers of a unit make the same shard.
     with h5py.File(sparse_file, "w", libver="earliest", **alignment) as hdf5_file:
         for attribute_name, attribute_text in (
             ("format", FORMAT),

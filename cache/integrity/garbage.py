@@ -26,7 +26,8 @@ class Garbage:
 
     feature_sets: tuple[Path, ...]
     temporaries: tuple[Path, ...]
-    trash: tuple[Path, ...]  # feature sets whose removal, or whose making, was interrupted
+    # Feature sets whose removal, or whose making, was interrupted
+    trash: tuple[Path, ...]
     bytes: int
 
     def remove(self) -> None:
@@ -96,7 +97,8 @@ def remove_temporaries(*paths: Path) -> None:
 def _is_stale(path: Path) -> bool:
     try:
         latest = max(each.lstat().st_mtime for each in (path, *path.rglob("*")))
-    except FileNotFoundError:  # its writer has finished
+    # Its writer has finished
+    except FileNotFoundError:
         return False
     return time.time() - latest >= STALE_S
 
@@ -112,6 +114,8 @@ def remove_feature_set(directory: Path) -> None:
             f"{directory} is not a feature set; nothing was removed. `headrace cache ls --cache "
             "CACHE` lists those of a cache"
         )
+    # Renamed first: readers that open the set meanwhile find it complete or not at all, and a
+    # removal that is killed leaves only files that the next garbage collection takes away.
     trash_path = directory.with_name(f"{_TRASH}{directory.name}-{uuid.uuid4().hex[:8]}")
     directory.rename(trash_path)
     shutil.rmtree(trash_path)

@@ -29,13 +29,16 @@ from headrace.cache.spec import FeatureSpec
 class RepairResult:
     """Outcome of a repair, by unit."""
 
-    intact_units: tuple[str, ...]  # units whose shards are whole and listed
-    # of these, units that the manifest did not list, or listed with other bytes
+    # Units whose shards are whole and listed
+    intact_units: tuple[str, ...]
+    # Those of the intact units that the manifest did not list, or listed with other bytes
     listed_units: tuple[str, ...]
-    # units whose shards were broken; their samples are extracted by the next run
+    # Units whose shards were broken; their samples are extracted by the next run
     removed_units: tuple[str, ...]
-    missing_units: tuple[str, ...]  # units that were listed and whose shards are gone
-    rewritten_files: tuple[str, ...]  # files written again: spec.json, manifest.jsonl
+    # Units that were listed and whose shards are gone
+    missing_units: tuple[str, ...]
+    # Files written again: spec.json, manifest.jsonl
+    rewritten_files: tuple[str, ...]
 
     @property
     def is_nothing(self) -> bool:
@@ -69,6 +72,8 @@ def repair(directory: Path) -> RepairResult:
         except ShardMissing:
             continue  # removed meanwhile
         except ShardCorrupt:
+            # Its rows are lost either way, and the next run can publish the unit again only if the
+            # name is free.
             shard_file.unlink(missing_ok=True)
             removed_units.append(shard_file.stem)
 
@@ -107,7 +112,8 @@ def stale_temporaries(directory: Path, older_than_s: float, now_s: float) -> lis
     """Return temporary files under a directory that nobody has written to for that long."""
     stale_paths = []
     for path in sorted(directory.rglob(f".*{PARTIAL_SUFFIX}")):
-        with contextlib.suppress(FileNotFoundError):  # its writer has finished
+        # Its writer has finished
+        with contextlib.suppress(FileNotFoundError):
             if now_s - path.stat().st_mtime >= older_than_s:
                 stale_paths.append(path)
     return stale_paths

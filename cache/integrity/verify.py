@@ -18,9 +18,9 @@ from headrace.cache.manifest import ShardEntry, read_manifest
 from headrace.cache.publish import SHARDS, read_spec, shard_path
 from headrace.cache.spec import FeatureSpec
 
-# Beyond the round-off of storing: what another batch size, machine or number of threads may change,
-# as a part of the root mean square of the feature. Convolutions summed in another order differ by
-# 1e-6 to 1e-4; a wrong resize by 1e-1.
+# Difference that another batch size, machine or number of threads may cause beyond the quantization
+# error, relative to the root mean square of the feature. Convolutions summed in another order differ
+# by 1e-6 to 1e-4; a wrong resize by 1e-1.
 RECOMPUTE_TOLERANCE = 5e-3
 
 # Half a unit in the last place, relative to the value.
@@ -155,8 +155,10 @@ class RecomputeResult:
     """Difference between stored rows and the same rows computed again."""
 
     n_rows: int
-    largest_difference: float  # largest difference, over the root mean square of the stored values
-    tolerance: float  # the same unit: what round-off and another machine explain
+    # Largest difference, over the root mean square of the stored values
+    largest_difference: float
+    # The same unit: what storing and another machine explain
+    tolerance: float
     worst_id: str
 
     @property

@@ -106,7 +106,7 @@ def show_command(
     ],
     cache: CacheOption = DEFAULT_CACHE,
 ) -> None:
-    """Everything about one feature set: spec, shards, measured round-off, failures.
+    """Everything about one feature set: spec, shards, measured quantization error, failures.
 
     Example: headrace cache show 3fa9
     """
@@ -132,7 +132,7 @@ def show_command(
     else:
         measured = "none, the features were given in this dtype"
     _say(
-        f"{'round-off':>14}  {measured} (bound of {features.spec.dtype}: "
+        f"{'quantization':>14}  {measured} (bound of {features.spec.dtype}: "
         f"{_HALF[features.spec.dtype]}, measured when written)"
     )
     failures = features.failures()
@@ -595,7 +595,7 @@ def _verify_recompute(recipe_path: Path, directories: list[Path], count: int) ->
                     f"{report.largest_difference:.2e} of the root mean square, {verdict} the "
                     "tolerance of "
                     f"{report.tolerance:.2e} ({RECOMPUTE_TOLERANCE:g} for another machine or batch "
-                    f"size, the rest round-off); the furthest is {report.worst_id}"
+                    f"size, the rest quantization error); the furthest is {report.worst_id}"
                 )
                 wrong += not report.is_equal
     return wrong
