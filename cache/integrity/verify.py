@@ -19,7 +19,7 @@ from headrace.cache.publish import SHARDS, read_spec, shard_path
 from headrace.cache.spec import FeatureSpec
 
 # Difference that another batch size, machine or number of threads may cause beyond the quantization
-# error, relative to the root mean square of the feature. Convolutions summed in another order differ
+# error, relative to the root mean square of the feature. Convolutions summed in another order vary
 # by 1e-6 to 1e-4; a wrong resize by 1e-1.
 RECOMPUTE_TOLERANCE = 5e-3
 

@@ -447,7 +447,7 @@ def test_hostile_shard(tmp_path, case):
         lambda: features[0],
         lambda: features.content_hashes(),
         lambda: features.ids(),
-        features.check,
+        features.verify_shards,
     ):
         with pytest.raises(ShardCorrupt, match=f"u0000\\.h5: .*{message}.*cache repair"):
             read()
