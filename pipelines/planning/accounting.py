@@ -23,9 +23,9 @@ class Accounting:
     @property
     def counted(self) -> int:
         """The sum of all counts, which is `found`."""
-        listed = sum(item.count for item in self.left_out)
+        n_left_out = sum(item.count for item in self.left_out)
         return (
-            listed
+            n_left_out
             + self.annotations
             + self.unreadable
             + self.unlabelled
@@ -39,7 +39,7 @@ class Accounting:
 
         "Images: 52 found = 30 to train on + 10 to test on + 12 left out".
         """
-        counts = (
+        named_counts = (
             (self.train, "to train on"),
             (self.test, "to test on"),
             (self.unlabelled, "without a target"),
@@ -49,7 +49,7 @@ class Accounting:
             (sum(item.count for item in self.left_out), "left out"),
         )
         return f"Images: {self.found:,} found = " + " + ".join(
-            f"{count:,} {what}" for count, what in counts if count
+            f"{count:,} {use}" for count, use in named_counts if count
         )
 
     def lines(self) -> list[str]:
@@ -61,20 +61,27 @@ class Accounting:
         return asdict(self)
 
 
-def account(listing: Listing, unreadable: int, dataset: Dataset, kept: Dataset) -> Accounting:
-    """The counts of a run; `kept` is `dataset` without the images that some feature set cannot
-    hold.
+def account(
+    listing: Listing, n_unreadable: int, dataset: Dataset, kept_dataset: Dataset
+) -> Accounting:
+    """The counts of a run; `kept_dataset` is `dataset` without the images that some feature set
+    cannot hold.
     """
-    lost = len(dataset.train.ids) + len(dataset.test.ids) - len(kept.train.ids) - len(kept.test.ids)
+    n_failed = (
+        len(dataset.train.ids)
+        + len(dataset.test.ids)
+        - len(kept_dataset.train.ids)
+        - len(kept_dataset.test.ids)
+    )
     return Accounting(
         listing.found,
         listing.annotations,
         listing.left_out,
-        unreadable,
+        n_unreadable,
         dataset.unlabelled,
-        lost,
-        len(kept.train.ids),
-        len(kept.test.ids),
+        n_failed,
+        len(kept_dataset.train.ids),
+        len(kept_dataset.test.ids),
     )
 
 

@@ -46,81 +46,100 @@ class Estimate:
     measured: bool  # everything in it, in this run
 
 
-def measured_rates(logs: Path) -> Rates:
+def measured_rates(log_folder: Path) -> Rates:
     """What the logs of a run's earlier calls say."""
-    images = image_s = 0.0
-    assumed: defaultdict[str, float] = defaultdict(float)
-    taken: defaultdict[str, float] = defaultdict(float)
-    for log in sorted(logs.glob("*.jsonl")) if logs.is_dir() else ():
-        for event in read_log(log):
+    n_images = image_s = 0.0
+    assumed_s: defaultdict[str, float] = defaultdict(float)
+    measured_s: defaultdict[str, float] = defaultdict(float)
+    for log_path in sorted(log_folder.glob("*.jsonl")) if log_folder.is_dir() else ():
+        for event in read_log(log_path):
             result = event.get("result")
             if event["event"] == "finished" and isinstance(result, dict) and "decode_s" in result:
-                images += result["rows"]
+                n_images += result["rows"]
                 image_s += result["decode_s"] + result["forward_s"] + result["publish_s"]
             elif event["event"] == "cost":
-                assumed[event["kind"]] += event["assumed_s"]
-                taken[event["kind"]] += event["seconds"]
+                assumed_s[event["kind"]] += event["assumed_s"]
+                measured_s[event["kind"]] += event["seconds"]
     return Rates(
-        image_s / images if images else None,
-        {kind: taken[kind] / assumed[kind] for kind in assumed},
+        image_s / n_images if n_images else None,
+        {kind: measured_s[kind] / assumed_s[kind] for kind in assumed_s},
     )
 
 
 def bank_s(
-    specs: Sequence[HeadSpec], rows: int, features: int, outputs: int, folds: int, rates: Rates
+    specs: Sequence[HeadSpec],
+    n_rows: int,
+    n_features: int,
+    n_outputs: int,
+    n_folds: int,
+    rates: Rates,
 ) -> float:
     """Core-seconds that a bank will take: a fit of each spec per fold, and one on all rows."""
-    shared, each = _parts(specs[0], rows, features, outputs, folds + 1)
-    return (_BANK_S + shared + len(specs) * each) * rates.kinds.get(specs[0].kind, 1.0)
+    shared_s, spec_s = _parts(specs[0], n_rows, n_features, n_outputs, n_folds + 1)
+    return (_BANK_S + shared_s + len(specs) * spec_s) * rates.kinds.get(specs[0].kind, 1.0)
 
 
 def specs_per_bank(
-    specs: Sequence[HeadSpec], rows: int, features: int, outputs: int, folds: int, rates: Rates
+    specs: Sequence[HeadSpec],
+    n_rows: int,
+    n_features: int,
+    n_outputs: int,
+    n_folds: int,
+    rates: Rates,
 ) -> int:
     """How many specs make a bank of about TARGET_S: a power of two, so that a little more knowledge
     changes nothing.
     """
-    count = MAX_BANK_SPECS
+    n_specs = MAX_BANK_SPECS
     while (
-        count > 1
-        and bank_s(list(specs[:1]) * count, rows, features, outputs, folds, rates) > TARGET_S
+        n_specs > 1
+        and bank_s(list(specs[:1]) * n_specs, n_rows, n_features, n_outputs, n_folds, rates)
+        > TARGET_S
     ):
-        count //= 2
-    return count
+        n_specs //= 2
+    return n_specs
 
 
 def _parts(
-    spec: HeadSpec, rows: int, features: int, outputs: int, fits: int
+    spec: HeadSpec, n_rows: int, n_features: int, n_outputs: int, n_fits: int
 ) -> tuple[float, float]:
     """Assumed core-seconds that a bank takes whatever its specs, and that each spec adds."""
-    cells = rows * features
+    n_values = n_rows * n_features
     if isinstance(spec, MLPSpec | ConvSpec):
         # A 3 × 3 convolution meets each feature nine times for each of its channels.
-        width = (
-            sum(spec.hidden) + outputs + (9 * spec.channels[0] if isinstance(spec, ConvSpec) else 0)
+        n_units = (
+            sum(spec.hidden)
+            + n_outputs
+            + (9 * spec.channels[0] if isinstance(spec, ConvSpec) else 0)
         )
-        return 0.0, fits * 3.6e-11 * cells * spec.epochs * width
+        return 0.0, n_fits * 3.6e-11 * n_values * spec.epochs * n_units
     if spec.kind in ("logistic", "ridge"):
         # Gram matrices of the features, made once; then every spec works on matrices of D × C.
-        gram, small = (2e-10, 1.5e-6) if spec.kind == "logistic" else (1.1e-10, 3.4e-7)
-        return gram * cells * min(features, rows), fits * small * features * outputs
+        gram_s, solve_s = (2e-10, 1.5e-6) if spec.kind == "logistic" else (1.1e-10, 3.4e-7)
+        return gram_s * n_values * min(
+            n_features, n_rows
+        ), n_fits * solve_s * n_features * n_outputs
     if spec.kind == "knn":
-        return 0.0, fits * 1e-11 * cells * rows
+        return 0.0, n_fits * 1e-11 * n_values * n_rows
     if spec.kind == "centroid":
-        return 0.0, fits * 2e-10 * cells * outputs
-    return 0.0, fits * 1e-7 * cells  # any estimator of scikit-learn's: a forest's price
+        return 0.0, n_fits * 2e-10 * n_values * n_outputs
+    return 0.0, n_fits * 1e-7 * n_values  # any estimator of scikit-learn's: a forest's price
 
 
 def units_s(units: Sequence[ExtractJob], rates: Rates) -> float:
     """Seconds of the devices that the units run on."""
-    total = 0.0
+    total_s = 0.0
     for job in units:
-        side = max(
+        relative_side = max(
             1.0, max(_side(spec.preprocessing) for _, specs in job.networks for spec in specs) / 224
         )
-        assumed = _IMAGE_S["cpu" if job.device == "cpu" else "cuda"] * len(job.networks) * side**2
-        total += len(job.samples) * (rates.image_s or assumed)
-    return total
+        assumed_s = (
+            _IMAGE_S["cpu" if job.device == "cpu" else "cuda"]
+            * len(job.networks)
+            * relative_side**2
+        )
+        total_s += len(job.samples) * (rates.image_s or assumed_s)
+    return total_s
 
 
 def _side(preprocessing: str) -> int:

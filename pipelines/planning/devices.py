@@ -6,10 +6,10 @@ from headrace.heads.bank import check_device
 from headrace.pipelines.recipe.load import Recipe
 
 
-def find_device(requested: str) -> str:
-    """Return `requested`, or for "auto" a GPU where PyTorch sees one."""
-    if requested != "auto":
-        return requested
+def find_device(requested_device: str) -> str:
+    """Return `requested_device`, or for "auto" a GPU where PyTorch sees one."""
+    if requested_device != "auto":
+        return requested_device
     # PyTorch is asked only where there can be a GPU, because asking imports it.
     if not any(Path("/dev").glob("nvidia[0-9]*")):
         return "cpu"
@@ -25,11 +25,11 @@ def find_heads_device(recipe: Recipe, workers: int | None = None) -> str:
     workers of a cluster are given none for heads. Raises BadBank where a GPU is asked for by name
     and this machine, which would train, has none.
     """
-    requested = recipe.compute.heads_device
+    requested_device = recipe.compute.heads_device
     on_this_machine = recipe.cluster.where in ("local", "cuda")
-    if requested == "auto":
+    if requested_device == "auto":
         one_worker = (workers or recipe.compute.workers) == 1
         return find_device("auto") if on_this_machine and one_worker else "cpu"
     if on_this_machine:
-        check_device(requested)
-    return requested
+        check_device(requested_device)
+    return requested_device

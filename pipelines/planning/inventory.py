@@ -70,8 +70,8 @@ def take_inventory(recipe: Recipe, *, write: bool = True) -> Inventory:
     find_heads_device(recipe)  # refuses a GPU that is not there
     if recipe.storage.compression != "none":
         require_hdf5plugin("storage.compression needs a library")
-    for key, folder in (("out", recipe.paths.root), ("cache", recipe.cache)):
-        _check_writable(key, folder)
+    for recipe_key, folder in (("out", recipe.paths.root), ("cache", recipe.cache)):
+        _check_writable(recipe_key, folder)
     listing = read_samples(recipe)
     samples = listing.samples
     # Before anything is read or built, as if every image were there and none a copy: targets,
@@ -84,14 +84,14 @@ def take_inventory(recipe: Recipe, *, write: bool = True) -> Inventory:
     inputs = _head_inputs(recipe, networks)
     requested = wanted_heads(recipe.heads, list(inputs))
     _check_views(requested, inputs)
-    hashes, unreadable = _read_contents(recipe, samples, write=write)
-    samples = samples.assign(content=pd.Series(hashes, index=samples.index, dtype=object))
+    content_by_row, unreadable = _read_contents(recipe, samples, write=write)
+    samples = samples.assign(content=pd.Series(content_by_row, index=samples.index, dtype=object))
     inventory = Inventory(
         recipe=recipe,
         listing=listing,
         samples=samples,
         unreadable=unreadable,
-        dataset=make_dataset(samples, hashes, recipe.task),
+        dataset=make_dataset(samples, content_by_row, recipe.task),
         metric=metric,
         networks=networks,
         inputs=inputs,
@@ -138,15 +138,17 @@ def _read_contents(
     return list(contents.hashes), contents.unreadable
 
 
-def _check_writable(key: str, folder: Path) -> None:
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
-    if not existing.is_dir():
+def _check_writable(recipe_key: str, folder: Path) -> None:
+    existing_path = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing_path.is_dir():
         raise RecipeError(
-            f"{key}: {existing} is a file; expected a folder, or a path where one can be made"
+            f"{recipe_key}: {existing_path} is a file; expected a folder, or a path where "
+            "one can be made"
         )
-    if not os.access(existing, os.W_OK | os.X_OK):
+    if not os.access(existing_path, os.W_OK | os.X_OK):
         raise RecipeError(
-            f"{key}: {existing} cannot be written to. Set `{key}` in the recipe to a folder that "
+            f"{recipe_key}: {existing_path} cannot be written to. Set `{recipe_key}` in the "
+            "recipe to a folder that "
             "can"
         )
 
@@ -154,15 +156,15 @@ def _check_writable(key: str, folder: Path) -> None:
 def _changes(listing_path: Path, samples: pd.DataFrame) -> list[str]:
     """Return a note on the images that are new, changed, renamed or removed since the last call."""
     try:
-        before = read_listing(listing_path)
+        listing_before = read_listing(listing_path)
     except SealBroken as error:
         return [
             f"{listing_path} has changed since it was written ({error}): what is new since the "
             "last call cannot be told"
         ]
-    if not before:
+    if not listing_before:
         return []
-    changes = compare_listings(before, content_listing(samples))
+    changes = compare_listings(listing_before, content_listing(samples))
     counts = {
         kind: len(getattr(changes, kind)) for kind in ("new", "changed", "renamed", "removed")
     }
@@ -232,11 +234,14 @@ def _check_views(requested: Sequence[Wanted], inputs: Mapping[str, FeatureInput]
     side.
     """
     for heads in requested:
-        views = {tuple(spec.view for spec in inputs[name].views) for name in heads.inputs}
-        if len(views) > 1:
-            counts = ", ".join(f"{name} has {len(inputs[name].views)}" for name in heads.inputs)
+        view_sets = {tuple(spec.view for spec in inputs[name].views) for name in heads.inputs}
+        if len(view_sets) > 1:
+            counts_text = ", ".join(
+                f"{name} has {len(inputs[name].views)}" for name in heads.inputs
+            )
             raise RecipeError(
-                f"heads: the taps of an input have different views ({counts}) and cannot stand "
+                f"heads: the taps of an input have different views ({counts_text}) and cannot "
+                "stand "
                 "side by side: give their backbones the same views, or take each tap alone, "
                 "inputs: [each]"
             )

@@ -17,21 +17,23 @@ from headrace.pipelines.recipe.grid import Wanted
 from headrace.pipelines.recipe.settings_text import settings_text
 
 
-def trained_in(banks: Path, group: str, *, retry_failed: bool = False) -> Trained:
+def trained_in(banks_folder: Path, group: str, *, retry_failed: bool = False) -> Trained:
     """The specs in each published results file of a group; with `retry_failed`, only those without
     a failed head.
     """
-    found = {}
-    for path in sorted(banks.glob(f"{group}-*.h5")):
-        table = read_bank(path).table
-        failed = set(table.loc[table["error"].notna(), "spec"]) if retry_failed else set()
-        found[str(path)] = frozenset(spec_from_json(text) for text in set(table["spec"]) - failed)
-    return found
+    specs_of_file = {}
+    for results_path in sorted(banks_folder.glob(f"{group}-*.h5")):
+        table = read_bank(results_path).table
+        failed_specs = set(table.loc[table["error"].notna(), "spec"]) if retry_failed else set()
+        specs_of_file[str(results_path)] = frozenset(
+            spec_from_json(text) for text in set(table["spec"]) - failed_specs
+        )
+    return specs_of_file
 
 
 def collect_heads(
-    banks: Path,
-    wanted: Sequence[Wanted],
+    banks_folder: Path,
+    requested: Sequence[Wanted],
     fingerprints: Mapping[str, Sequence[str]],
     task_digest: str,
 ) -> pd.DataFrame:
@@ -41,43 +43,50 @@ def collect_heads(
     Columns: inputs (tuple of names), kind, spec (JSON), fold, the metrics, objective, gap,
     iterations, seconds, error, and path (its results file).
     """
-    frames = []
+    head_tables = []
     # by group: estimators of scikit-learn's share one, setting by setting
-    read: dict[str, pd.DataFrame] = {}
-    for each in wanted:
-        group = bank_group(task_digest, each, fingerprints)
-        asked = {spec_to_json(spec) for spec in each.specs}
-        if group not in read:
-            read[group] = _group_table(banks, group)
-        table = read[group]
-        if not len(table):
+    tables_by_group: dict[str, pd.DataFrame] = {}
+    for heads in requested:
+        group = bank_group(task_digest, heads, fingerprints)
+        spec_texts = {spec_to_json(spec) for spec in heads.specs}
+        if group not in tables_by_group:
+            tables_by_group[group] = _group_table(banks_folder, group)
+        head_table = tables_by_group[group]
+        if not len(head_table):
             continue
-        table = table[table["spec"].isin(asked)]
+        head_table = head_table[head_table["spec"].isin(spec_texts)]
         # A spec that several files hold counts once: from the file where it failed least.
         failures = (
-            table["error"].notna().groupby([table["spec"], table["path"]]).sum().reset_index()
+            head_table["error"]
+            .notna()
+            .groupby([head_table["spec"], head_table["path"]])
+            .sum()
+            .reset_index()
         )
-        chosen = failures.sort_values(["error", "path"]).drop_duplicates("spec")
-        table = table.merge(chosen[["spec", "path"]], on=["spec", "path"])
-        frames.append(
-            table.assign(
-                inputs=pd.Series([each.inputs] * len(table), index=table.index, dtype=object)
+        best_files = failures.sort_values(["error", "path"]).drop_duplicates("spec")
+        head_table = head_table.merge(best_files[["spec", "path"]], on=["spec", "path"])
+        head_tables.append(
+            head_table.assign(
+                inputs=pd.Series(
+                    [heads.inputs] * len(head_table), index=head_table.index, dtype=object
+                )
             )
         )
-    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+    return pd.concat(head_tables, ignore_index=True) if head_tables else pd.DataFrame()
 
 
-def _group_table(banks: Path, group: str) -> pd.DataFrame:
+def _group_table(banks_folder: Path, group: str) -> pd.DataFrame:
     """The heads of all results files of a group."""
-    tables = [
-        read_bank(path).table.assign(path=str(path)) for path in sorted(banks.glob(f"{group}-*.h5"))
+    bank_tables = [
+        read_bank(results_path).table.assign(path=str(results_path))
+        for results_path in sorted(banks_folder.glob(f"{group}-*.h5"))
     ]
-    filled = [table for table in tables if len(table)]
-    return pd.concat(filled, ignore_index=True) if filled else pd.DataFrame()
+    filled_tables = [table for table in bank_tables if len(table)]
+    return pd.concat(filled_tables, ignore_index=True) if filled_tables else pd.DataFrame()
 
 
 def rank_heads(
-    heads: pd.DataFrame, metric: str, widths: Mapping[str, int], n_folds: int
+    heads: pd.DataFrame, metric: str, input_widths: Mapping[str, int], n_folds: int
 ) -> pd.DataFrame:
     """The leaderboard, best first: by the mean of `metric` over validation folds, ties by fewer
     features.
@@ -87,13 +96,13 @@ def rank_heads(
     (folds without a head, or where the metric is undefined), final (whether the head that is
     trained on every row is there: halving trains none for the settings that it stopped), spec,
     path. A spec that failed in any fold, or is not final, ranks after all others: a mean over fewer
-    folds, or fewer epochs, is no mean to compare.
+    fold_heads, or fewer epochs, is no mean to compare.
     """
-    folds = heads[heads["fold"] != REFIT]
-    grouped = folds.assign(_whole=folds["error"].isna() & folds[metric].notna()).groupby(
-        ["inputs", "spec"], sort=False
-    )
-    board = grouped.agg(
+    fold_heads = heads[heads["fold"] != REFIT]
+    by_setting = fold_heads.assign(
+        _whole=fold_heads["error"].isna() & fold_heads[metric].notna()
+    ).groupby(["inputs", "spec"], sort=False)
+    leaderboard = by_setting.agg(
         kind=("kind", "first"),
         **{metric: (metric, "mean")},
         standard_error=(metric, "sem"),
@@ -102,19 +111,23 @@ def rank_heads(
         failed=("_whole", "sum"),
         path=("path", "first"),
     ).reset_index()
-    board["failed"] = n_folds - board["failed"].astype(int)
-    whole = heads[(heads["fold"] == REFIT) & heads["error"].isna()]
-    final = set(zip(whole["inputs"], whole["spec"], strict=True))
-    board["final"] = [key in final for key in zip(board["inputs"], board["spec"], strict=True)]
-    board["features"] = [sum(widths[name] for name in inputs) for inputs in board["inputs"]]
-    board["settings"] = [settings_text(spec_from_json(spec)) for spec in board["spec"]]
-    board = board.sort_values(
+    leaderboard["failed"] = n_folds - leaderboard["failed"].astype(int)
+    final_heads = heads[(heads["fold"] == REFIT) & heads["error"].isna()]
+    final_keys = set(zip(final_heads["inputs"], final_heads["spec"], strict=True))
+    leaderboard["final"] = [
+        key in final_keys for key in zip(leaderboard["inputs"], leaderboard["spec"], strict=True)
+    ]
+    leaderboard["features"] = [
+        sum(input_widths[name] for name in inputs) for inputs in leaderboard["inputs"]
+    ]
+    leaderboard["settings"] = [settings_text(spec_from_json(spec)) for spec in leaderboard["spec"]]
+    leaderboard = leaderboard.sort_values(
         ["failed", "final", metric, "features", "spec"],
         ascending=[True, False, not METRICS[metric].higher_is_better, True, True],
         ignore_index=True,
     )
-    board.insert(0, "rank", np.arange(1, len(board) + 1))
-    order = [
+    leaderboard.insert(0, "rank", np.arange(1, len(leaderboard) + 1))
+    columns = [
         "rank",
         "inputs",
         "kind",
@@ -125,28 +138,28 @@ def rank_heads(
         "features",
         "train_seconds",
     ]
-    return board[[*order, "failed", "final", "spec", "path"]]
+    return leaderboard[[*columns, "failed", "final", "spec", "path"]]
 
 
 def grouped_board(board: pd.DataFrame, metric: str) -> pd.DataFrame:
     """The best head of each (inputs, kind), best first, with the number of settings that it was
     chosen from.
     """
-    best = board.groupby(["inputs", "kind"], sort=False)
-    first = best.head(1).copy()
-    counts = best.size()
-    first["tried"] = [
-        int(counts[inputs, kind])
-        for inputs, kind in zip(first["inputs"], first["kind"], strict=True)
+    by_kind = board.groupby(["inputs", "kind"], sort=False)
+    best_rows = by_kind.head(1).copy()
+    n_settings = by_kind.size()
+    best_rows["tried"] = [
+        int(n_settings[inputs, kind])
+        for inputs, kind in zip(best_rows["inputs"], best_rows["kind"], strict=True)
     ]
-    return first[
+    return best_rows[
         ["rank", "inputs", "kind", "settings", "tried", metric, "standard_error", "features"]
     ]
 
 
-def inputs_text(inputs: Iterable[str], everything: Sequence[str]) -> str:
+def inputs_text(inputs: Iterable[str], all_inputs: Sequence[str]) -> str:
     """ "blocks.4.avg", "blocks.4.avg + blocks.6.max", or "all 6 taps"."""
     inputs = tuple(inputs)
-    if len(inputs) > 2 and set(inputs) == set(everything):
+    if len(inputs) > 2 and set(inputs) == set(all_inputs):
         return f"all {len(inputs)} taps"
     return " + ".join(inputs)

@@ -20,18 +20,18 @@ def backbone_spec(backbone: Backbone, recipe: Recipe) -> BackboneSpec:
     """Return the recipe's backbone as `headrace.extract` takes it: its fields, less taps, views and
     names, and the images' range.
     """
-    fields = backbone.model_dump(exclude={"alias", "taps", "views"})
-    return BackboneSpec(**fields, pixel_range=recipe.images.pixel_range)
+    spec_fields = backbone.model_dump(exclude={"alias", "taps", "views"})
+    return BackboneSpec(**spec_fields, pixel_range=recipe.images.pixel_range)
 
 
 def storing(backbone: Backbone, recipe: Recipe) -> Storing:
     """Return the numbers and views that the recipe stores, as `backbone_features` takes them."""
     views = backbone.views
     n_views = {"flips": 4, "dihedral": 8}[views] if isinstance(views, str) else views
-    options = Storing(
+    storing_options = Storing(
         dtype=recipe.storage.dtype, compute_dtype=recipe.storage.precision, views=n_views
     )
-    return Storing(**options, symmetric=True) if isinstance(views, str) else options
+    return Storing(**storing_options, symmetric=True) if isinstance(views, str) else storing_options
 
 
 def tap_specs(backbone: Backbone, recipe: Recipe, *, forked: bool) -> tuple[FeatureSpec, ...]:
@@ -63,17 +63,21 @@ def _build_forked(recipe: Recipe) -> Callable[..., tuple[FeatureSpec, ...]]:
 
 def cached_contents(cache_root: Path, spec: FeatureSpec) -> set[str]:
     """Return the content hashes that a feature set has, as rows or as recorded failures."""
-    path = feature_set_path(cache_root, spec)
-    return set(open_feature_set(path).cached_hashes()) if is_feature_set(path) else set()
+    feature_path = feature_set_path(cache_root, spec)
+    return (
+        set(open_feature_set(feature_path).cached_hashes())
+        if is_feature_set(feature_path)
+        else set()
+    )
 
 
 def failed_contents(cache_root: Path, specs: Iterable[FeatureSpec]) -> dict[str, str]:
     """Return {content hash: reason} of the images that some feature set has recorded as failed."""
-    paths = [feature_set_path(cache_root, spec) for spec in specs]
+    feature_paths = [feature_set_path(cache_root, spec) for spec in specs]
     failures = (
         failure
-        for path in paths
-        if is_feature_set(path)
-        for failure in open_feature_set(path).failures()
+        for feature_path in feature_paths
+        if is_feature_set(feature_path)
+        for failure in open_feature_set(feature_path).failures()
     )
     return {failure.content_hash: failure.reason for failure in failures}

@@ -57,16 +57,18 @@ class FeaturePlan:
 
 
 def feature_plan(
-    name: str,
+    input_name: str,
     specs: Sequence[FeatureSpec],
-    images: AbstractSet[str],
+    run_contents: AbstractSet[str],
     cached: Sequence[Collection[str]],
 ) -> FeaturePlan:
     """Return how much of a tap's views the cache holds, given the content hashes of each view."""
-    cached_images = [frozenset(images).intersection(contents) for contents in cached]
-    in_every_view = frozenset(images).intersection(*cached_images)
-    missing = sum(len(images) - len(contents) for contents in cached_images)
-    return FeaturePlan(name, tuple(specs), len(in_every_view), len(images), missing)
+    cached_images = [frozenset(run_contents).intersection(contents) for contents in cached]
+    in_every_view = frozenset(run_contents).intersection(*cached_images)
+    rows_missing = sum(len(run_contents) - len(contents) for contents in cached_images)
+    return FeaturePlan(
+        input_name, tuple(specs), len(in_every_view), len(run_contents), rows_missing
+    )
 
 
 @dataclass(frozen=True)
@@ -122,12 +124,16 @@ def bank_group(
 
     fingerprints: of each input's feature sets, view by view.
     """
-    views = [fingerprint for name in requested.inputs for fingerprint in fingerprints[name]]
+    view_fingerprints = [
+        fingerprint for input_name in requested.inputs for fingerprint in fingerprints[input_name]
+    ]
     # Who survives halving depends on everyone that took part.
     rivals = repr(requested.halving) + "".join(
         spec_to_json(spec) for spec in requested.specs if requested.halving
     )
-    return _hash(str(SOLVER_VERSION), task_digest, requested.specs[0].kind, rivals, *views)
+    return _hash(
+        str(SOLVER_VERSION), task_digest, requested.specs[0].kind, rivals, *view_fingerprints
+    )
 
 
 def _hash(*parts: str) -> str:
@@ -153,19 +159,22 @@ def plan_run(
     trained: maps a group to the specs in each of its published results files. n_rows, n_outputs: of
     the task. rates: measured costs, which decide how large banks are.
     """
-    widths = {feature.name: len(feature.specs) * prod(feature.shape) for feature in features}
+    input_widths = {feature.name: len(feature.specs) * prod(feature.shape) for feature in features}
 
     def cost_s(specs: Sequence[HeadSpec], inputs: Sequence[str], rates: Rates) -> float:
-        n_features = sum(widths[name] for name in inputs)
+        n_features = sum(input_widths[name] for name in inputs)
         return bank_s(specs, n_rows, n_features, n_outputs, n_folds, rates)
 
     def bank_size(heads: Wanted) -> int:
-        n_features = sum(widths[name] for name in heads.inputs)
+        n_features = sum(input_widths[name] for name in heads.inputs)
         return specs_per_bank(heads.specs, n_rows, n_features, n_outputs, n_folds, rates)
 
-    missing = _missing_banks(requested, fingerprints_of(features), task_digest, trained, bank_size)
+    missing_banks = _missing_banks(
+        requested, fingerprints_of(features), task_digest, trained, bank_size
+    )
     banks = tuple(
-        replace(bank, assumed_s=cost_s(bank.specs, bank.inputs, _UNMEASURED)) for bank in missing
+        replace(bank, assumed_s=cost_s(bank.specs, bank.inputs, _UNMEASURED))
+        for bank in missing_banks
     )
     heads_s = sum(cost_s(bank.specs, bank.inputs, rates) for bank in banks)
     extraction_s = units_s(units, rates)
@@ -205,24 +214,29 @@ def keep_inputs(plan: Plan, kept_inputs: Collection[tuple[str, ...]]) -> Plan:
 
 def check_space(plan: Plan, cache_root: Path, budget_gb: float | None) -> None:
     """Raises CacheError, naming what fits and what does not, before anything is extracted."""
-    budget = None if budget_gb is None else int(budget_gb * 1e9)
-    missing = [feature for feature in plan.features if feature.rows_missing]
-    costs = plan_taps([(feature.specs[0], feature.rows_missing) for feature in missing], budget)
-    fitting = [
-        feature.name for feature, cost in zip(missing, costs, strict=True) if cost.fits_budget
+    budget_bytes = None if budget_gb is None else int(budget_gb * 1e9)
+    missing_features = [feature for feature in plan.features if feature.rows_missing]
+    tap_costs = plan_taps(
+        [(feature.specs[0], feature.rows_missing) for feature in missing_features], budget_bytes
+    )
+    fitting_names = [
+        feature.name
+        for feature, cost in zip(missing_features, tap_costs, strict=True)
+        if cost.fits_budget
     ]
-    refused = [
+    refused_taps = [
         f"{feature.name} ({cost.n_bytes / 1e9:.3f} GB)"
-        for feature, cost in zip(missing, costs, strict=True)
+        for feature, cost in zip(missing_features, tap_costs, strict=True)
         if not cost.fits_budget
     ]
-    if refused:
+    if refused_taps:
         raise CacheError(
             f"storage.budget_gb is {budget_gb:g}: in the recipe's order, "
-            f"{', '.join(fitting) or 'no tap'} fits, and {', '.join(refused)} does not. Leave it "
+            f"{', '.join(fitting_names) or 'no tap'} fits, and {', '.join(refused_taps)} does "
+            "not. Leave it "
             "out, reduce it (avg instead of map), or raise the budget. Nothing was extracted"
         )
-    require_disk_space(cache_root, costs)
+    require_disk_space(cache_root, tap_costs)
 
 
 def fingerprints_of(features: Sequence[FeaturePlan]) -> dict[str, list[str]]:

@@ -101,13 +101,13 @@ def state_of(inventory: Inventory, *, retry_failed: bool = False) -> RunState:
     Raises DataError where no image is left.
     """
     recipe, all_rows = inventory.recipe, inventory.dataset
-    needed = inventory.needed_images()
+    needed_samples = inventory.needed_images()
     networks = [
         Network(network, specs, [cached_contents(recipe.cache, spec) for spec in specs])
         for network, specs in inventory.networks
     ]
     units = plan_networks(
-        needed,
+        needed_samples,
         networks,
         cache_root=recipe.cache,
         unit_rows=recipe.compute.images_per_shard,
@@ -120,23 +120,23 @@ def state_of(inventory: Inventory, *, retry_failed: bool = False) -> RunState:
     # All heads are compared on the rows that all inputs have; a row that is mended comes back, as
     # another task.
     network_specs = [spec for _, specs in inventory.networks for spec in specs]
-    failed = failed_contents(recipe.cache, network_specs)
-    _require_decodable(needed, failed)
-    dataset = drop_rows(all_rows, frozenset(failed))
-    images = set(needed["content"])
-    features = [
+    failed_reasons = failed_contents(recipe.cache, network_specs)
+    _require_decodable(needed_samples, failed_reasons)
+    dataset = drop_rows(all_rows, frozenset(failed_reasons))
+    needed_contents = set(needed_samples["content"])
+    feature_plans = [
         feature_plan(
             input_name,
             feature_input.views,
-            images,
+            needed_contents,
             [cached_contents(recipe.cache, spec) for spec in feature_input.views],
         )
         for input_name, feature_input in inventory.inputs.items()
     ]
     plan = plan_run(
-        features=features,
+        features=feature_plans,
         units=units,
-        images=len(images),
+        images=len(needed_contents),
         images_new=len({content for job in units for content in job.contents}),
         requested=inventory.requested,
         task_digest=dataset.train.digest,
@@ -161,10 +161,13 @@ def state_of(inventory: Inventory, *, retry_failed: bool = False) -> RunState:
         accounting=accounting,
         metric=inventory.metric,
         directories={
-            input_name: tuple(feature_set_path(recipe.cache, spec) for spec in source.views)
-            for input_name, source in inventory.inputs.items()
+            input_name: tuple(feature_set_path(recipe.cache, spec) for spec in feature_input.views)
+            for input_name, feature_input in inventory.inputs.items()
         },
-        backbones={name: source.backbone for name, source in inventory.inputs.items()},
+        backbones={
+            input_name: feature_input.backbone
+            for input_name, feature_input in inventory.inputs.items()
+        },
         plan=plan,
         inventory=inventory,
     )
@@ -211,13 +214,14 @@ def write_inputs(state: RunState) -> None:
         write_record(paths.accounting, state.accounting.to_json())
 
 
-def _require_decodable(needed: pd.DataFrame, failed: Mapping[str, str]) -> None:
+def _require_decodable(needed_samples: pd.DataFrame, failed_reasons: Mapping[str, str]) -> None:
     """Raise DataError where every image failed, with the first reason: as a rule it is the same one
     for all of them.
     """
-    if len(needed) and needed["content"].isin(list(failed)).all():
-        first = needed.iloc[0]
+    if len(needed_samples) and needed_samples["content"].isin(list(failed_reasons)).all():
+        first_sample = needed_samples.iloc[0]
         raise DataError(
-            f"none of the {len(needed):,} images can be used; the first is {first['path']}: "
-            f"{failed[first['content']]}"
+            f"none of the {len(needed_samples):,} images can be used; the first is "
+            f"{first_sample['path']}: "
+            f"{failed_reasons[first_sample['content']]}"
         )

@@ -15,11 +15,11 @@ def evaluate(state: RunState, services: Services) -> RunState:
 
     A model that has seen these images before is read from the record, and not opened again.
     """
-    with services.timed("test") as did, lease(state.paths.conclusion_lock):
-        notes = repair_test_evaluations(state.paths.test_evaluations)
-        test = _evaluate_on_test(state)
-        did("no test split" if test is None else f"{test.images:,} images")
-    return replace(state, test=test, notes=(*state.notes, *notes))
+    with services.timed("test") as report_done, lease(state.paths.conclusion_lock):
+        record_notes = repair_test_evaluations(state.paths.test_evaluations)
+        test_result = _evaluate_on_test(state)
+        report_done("no test split" if test_result is None else f"{test_result.images:,} images")
+    return replace(state, test=test_result, notes=(*state.notes, *record_notes))
 
 
 def _evaluate_on_test(state: RunState) -> TestResult | None:
@@ -40,7 +40,11 @@ def _evaluate_on_test(state: RunState) -> TestResult | None:
     return evaluate_winner(
         state.paths.test_evaluations,
         winner,
-        [open_feature_set(path) for name in winner["inputs"] for path in state.directories[name]],
+        [
+            open_feature_set(view_path)
+            for input_name in winner["inputs"]
+            for view_path in state.directories[input_name]
+        ],
         dataset.test,
         dataset.train.digest,
         state.metric,

@@ -43,14 +43,14 @@ def extract(state: RunState, services: Services) -> RunState:
     Raises RunIncomplete when a unit failed or an image went away, and in a strict run where an
     image cannot be decoded.
     """
-    with services.timed("extract") as did:
-        plan, strict = state.plan, state.recipe.compute.strict
+    with services.timed("extract") as report_done:
+        plan, is_strict = state.plan, state.recipe.compute.strict
         if plan.units:
-            with _extraction_client(state, services) as client:
-                extract_missing(plan.units, client, services.console, services.options)
+            with _extraction_client(state, services) as extraction_client:
+                extract_missing(plan.units, extraction_client, services.console, services.options)
             state = after_extraction(state, retry_failed=services.retry_failed)
             write_inputs(state)
-        if strict:
+        if is_strict:
             with lease(state.paths.conclusion_lock):
                 n_failed = write_failed_images(state)
             if n_failed:
@@ -59,7 +59,7 @@ def extract(state: RunState, services: Services) -> RunState:
                     f"listed with its reason in {state.paths.failed_images}. Mend or remove them, "
                     "or run without --strict"
                 )
-        did(
+        report_done(
             f"{plan.images_new:,} images forward once, {len(plan.features)} taps kept"
             if plan.units
             else "nothing missing"
@@ -83,23 +83,27 @@ def write_failed_images(state: RunState) -> int:
     """List every image of this run that has no features, with its reason; return how many there
     are.
     """
-    rows = [(image.id, image.path, image.reason) for image in state.unreadable]
+    failed_rows = [(image.id, image.path, image.reason) for image in state.unreadable]
     reasons = {
         failure.content_hash: failure.reason
-        for views in state.directories.values()
-        for directory in views
+        for view_directories in state.directories.values()
+        for directory in view_directories
         for failure in open_feature_set(directory).failures()
     }
-    failed = state.samples[state.samples["content"].isin(list(reasons))]
-    columns = (failed[name].astype(str) for name in ("id", "path", "content"))
-    rows += [
-        (image_id, path, reasons[content]) for image_id, path, content in zip(*columns, strict=True)
-    ]
-    table = pd.DataFrame(sorted(rows), columns=["id", "path", "reason"])
-    publish_table(
-        state.paths.failed_images, table.to_csv(index=False).encode("utf-8", "backslashreplace")
+    failed_samples = state.samples[state.samples["content"].isin(list(reasons))]
+    text_columns = (
+        failed_samples[column_name].astype(str) for column_name in ("id", "path", "content")
     )
-    return len(rows)
+    failed_rows += [
+        (image_id, image_path, reasons[content_hash])
+        for image_id, image_path, content_hash in zip(*text_columns, strict=True)
+    ]
+    failed_table = pd.DataFrame(sorted(failed_rows), columns=["id", "path", "reason"])
+    publish_table(
+        state.paths.failed_images,
+        failed_table.to_csv(index=False).encode("utf-8", "backslashreplace"),
+    )
+    return len(failed_rows)
 
 
 def extract_missing(
@@ -119,71 +123,77 @@ def extract_missing(
     between units.
     """
     options = announced(options or TaskOptions(), console)
-    failures: list[str] = []
-    fatal: list[tuple[ExtractJob, str]] = []  # single images that end whoever decodes them
-    reports: list[UnitReport] = []
-    images = sum(len(job.samples) for job in units)
-    started = time.monotonic()
-    options.on_event("stage", stage="extract", total=images, unit="images", tasks=len(units))
-    with ExitStack() as stack:
-        leases = stack.enter_context(task_leases(unit_leases(Path(units[0].cache_root))))
-        advance = stack.enter_context(stage(console, "extract", images, "images"))
-        watched = replace(options, leases=leases)
-        outcomes = stack.enter_context(
-            closing(_here(units, leases) if client is None else _on_workers(units, client, watched))
+    unit_failures: list[str] = []
+    fatal_units: list[tuple[ExtractJob, str]] = []  # single images that end whoever decodes them
+    unit_reports: list[UnitReport] = []
+    n_images = sum(len(job.samples) for job in units)
+    started_at = time.monotonic()
+    options.on_event("stage", stage="extract", total=n_images, unit="images", tasks=len(units))
+    with ExitStack() as exit_stack:
+        leases = exit_stack.enter_context(task_leases(unit_leases(Path(units[0].cache_root))))
+        advance = exit_stack.enter_context(stage(console, "extract", n_images, "images"))
+        leased_options = replace(options, leases=leases)
+        outcomes = exit_stack.enter_context(
+            closing(
+                _here(units, leases)
+                if client is None
+                else _on_workers(units, client, leased_options)
+            )
         )
-        done = 0
+        n_done = 0
         for outcome in outcomes:
-            done += len(outcome.job.samples)
+            n_done += len(outcome.job.samples)
             if outcome.fatal and not outcome.job.strict:
-                fatal.append((outcome.job, outcome.error or ""))
+                fatal_units.append((outcome.job, outcome.error or ""))
                 advance(len(outcome.job.samples))
             elif outcome.result is None:
-                failures.append(_blamed(outcome))
+                unit_failures.append(_blamed(outcome))
                 advance(len(outcome.job.samples))
                 if outcome.job.strict:
                     break
             else:
-                reports.append(outcome.result)
-                now = figures(reports, time.monotonic() - started, images)
+                unit_reports.append(outcome.result)
+                throughput = figures(unit_reports, time.monotonic() - started_at, n_images)
                 details = {
-                    "decode_share": now.decode_share,
-                    "network_share": now.device_share,
-                    "disk_share": now.disk_share,
-                    "failed": now.failed,
+                    "decode_share": throughput.decode_share,
+                    "network_share": throughput.device_share,
+                    "disk_share": throughput.disk_share,
+                    "failed": throughput.failed,
                 }
                 advance(len(outcome.job.samples), details)
             options.on_event(
                 "progress",
-                done=done,
-                failed=len(fatal) + sum(len(report.failed) for report in reports),
+                done=n_done,
+                failed=len(fatal_units) + sum(len(report.failed) for report in unit_reports),
             )
-        failures += _record(fatal, sum(report.rows for report in reports))
-    unread = [image for report in reports for image in report.unread]
-    if failures:
+        unit_failures += _record(fatal_units, sum(report.rows for report in unit_reports))
+    unread_images = [image for report in unit_reports for image in report.unread]
+    if unit_failures:
         raise RunIncomplete(
-            f"{len(failures):,} of {len(units):,} units of images failed; the others are kept, and "
-            f"the same command tries these again. The first reason: {failures[0]}"
+            f"{len(unit_failures):,} of {len(units):,} units of images failed; the others are "
+            "kept, and "
+            f"the same command tries these again. The first reason: {unit_failures[0]}"
         )
-    if unread:
-        name, reason = unread[0]
+    if unread_images:
+        image_name, reason = unread_images[0]
         raise RunIncomplete(
-            f"{len(unread):,} images went away or changed while they were read, first {name} "
+            f"{len(unread_images):,} images went away or changed while they were read, first "
+            f"{image_name} "
             f"({reason}); the features of the others are kept. Call again when the images stand "
             "still"
         )
 
 
-def _record(fatal: Sequence[tuple[ExtractJob, str]], went_well: int) -> list[str]:
+def _record(fatal_units: Sequence[tuple[ExtractJob, str]], n_extracted: int) -> list[str]:
     """List images that end their workers as failed, each with its reason; returns why that was not
     done, if so.
 
     Where most images do, it is the network or the machine, and a record in the cache would outlast
     what is wrong with them.
     """
-    if len(fatal) > went_well:
-        return [_blamed_image(job, error) for job, error in fatal]
-    for job, error in fatal:
+    if len(fatal_units) > n_extracted:
+        return [_blamed_image(job, error) for job, error in fatal_units]
+    for job, error in fatal_units:
         failures = [FailedSample(sample.id, sample.content, error) for sample in job.samples]
         for spec in (spec for _, specs in job.networks for spec in specs):
             publish_shard(
@@ -211,34 +221,38 @@ def extract_unit(job: ExtractJob) -> UnitReport:
 
 def is_published(job: ExtractJob) -> bool:
     """Whether every feature set of the unit has all its images, as rows or as recorded failures."""
-    directories = [
+    feature_directories = [
         feature_set_path(Path(job.cache_root), spec) for _, specs in job.networks for spec in specs
     ]
     # The shards' names are looked for first: reading what feature sets hold takes longer, and is
     # seldom needed.
-    if not all(shard_path(directory, job.unit).exists() for directory in directories):
+    if not all(shard_path(directory, job.unit).exists() for directory in feature_directories):
         return False
     return all(
         open_feature_set(directory).cached_hashes().issuperset(job.contents)
-        for directory in directories
+        for directory in feature_directories
     )
 
 
 def unit_key(job: ExtractJob) -> str:
     """Names the unit's work: its images, and the feature sets that they are extracted to."""
-    prints = [spec.fingerprint for _, specs in job.networks for spec in specs]
-    return f"extract-{job.unit}-{hashlib.sha256(''.join(prints).encode()).hexdigest()[:8]}"
+    fingerprints = [spec.fingerprint for _, specs in job.networks for spec in specs]
+    return f"extract-{job.unit}-{hashlib.sha256(''.join(fingerprints).encode()).hexdigest()[:8]}"
 
 
 def halves(job: ExtractJob) -> list[tuple[str, ExtractJob]]:
     """A unit's two halves, with their names; nothing for a unit of one image."""
-    middle = len(job.samples) // 2
-    parts = [part for part in (job.samples[:middle], job.samples[middle:]) if middle]
-    made = [
-        replace(job, samples=part, unit=unit_name([sample.content for sample in part]))
-        for part in parts
+    n_first = len(job.samples) // 2
+    sample_halves = [
+        half_samples for half_samples in (job.samples[:n_first], job.samples[n_first:]) if n_first
     ]
-    return [(unit_key(half), half) for half in made]
+    half_jobs = [
+        replace(
+            job, samples=half_samples, unit=unit_name([sample.content for sample in half_samples])
+        )
+        for half_samples in sample_halves
+    ]
+    return [(unit_key(half_job), half_job) for half_job in half_jobs]
 
 
 def _on_workers(
@@ -256,21 +270,21 @@ def _here(
     """
     from headrace.extract.run.work_unit import run_units
 
-    mine: list[ExtractJob] = []
-    others: list[ExtractJob] = []
+    own_jobs: list[ExtractJob] = []
+    leased_elsewhere: list[ExtractJob] = []
 
     def leased_jobs() -> Iterator[ExtractJob]:
         for job in units:
             if leases.acquire(unit_key(job)) and not is_published(job):
-                mine.append(job)
+                own_jobs.append(job)
                 yield job
             else:
-                others.append(job)
+                leased_elsewhere.append(job)
 
-    for number, report in enumerate(run_units(leased_jobs())):
-        yield Outcome(mine[number], report, None)
-        leases.release(unit_key(mine[number]))
-    for job in others:
+    for job_index, report in enumerate(run_units(leased_jobs())):
+        yield Outcome(own_jobs[job_index], report, None)
+        leases.release(unit_key(own_jobs[job_index]))
+    for job in leased_elsewhere:
         while not leases.acquire(unit_key(job)):
             time.sleep(_ASK_S)
         yield Outcome(job, extract_unit(job), None)

@@ -12,11 +12,11 @@ from headrace.pipelines.stages.train import trained_heads
 
 def finetune(state: RunState, services: Services) -> RunState:
     """Return the state with the networks that were fine-tuned, where the recipe asks for them."""
-    section, retry_failed = state.recipe.finetune, services.retry_failed
-    if section is None:
+    finetune_section, retry_failed = state.recipe.finetune, services.retry_failed
+    if finetune_section is None:
         return state
-    with services.timed("finetune") as did:
-        inputs = FinetuneInputs(
+    with services.timed("finetune") as report_done:
+        finetune_inputs = FinetuneInputs(
             paths=state.paths,
             task=state.dataset.train,
             metric=state.metric,
@@ -25,17 +25,19 @@ def finetune(state: RunState, services: Services) -> RunState:
             images=state.samples,
             device=find_device(state.recipe.compute.device),
         )
-        board = rank_heads(*trained_heads(state))
-        missing = pending(inputs, board, section, retry_failed=retry_failed)
+        leaderboard = rank_heads(*trained_heads(state))
+        missing_candidates = pending(
+            finetune_inputs, leaderboard, finetune_section, retry_failed=retry_failed
+        )
         finetuned = finetune_candidates(
-            inputs,
-            board,
-            section,
-            services.client() if missing else None,
+            finetune_inputs,
+            leaderboard,
+            finetune_section,
+            services.client() if missing_candidates else None,
             services.console,
             services.options,
             retry_failed=retry_failed,
         )
         trained_text = f"{finetuned.trained:,} networks trained"
-        did(trained_text if finetuned.trained else "nothing missing")
+        report_done(trained_text if finetuned.trained else "nothing missing")
         return replace(state, finetuned=finetuned)

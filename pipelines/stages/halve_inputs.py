@@ -13,10 +13,10 @@ from headrace.pipelines.stages.services import Services
 
 def halve_inputs(state: RunState, services: Services) -> RunState:
     """Return the state with heads on promising inputs only, where the recipe asks for that."""
-    section = state.recipe.input_halving
-    if section is None:
+    halving_section = state.recipe.input_halving
+    if halving_section is None:
         return state
-    with services.timed("halve inputs") as did:
+    with services.timed("halve inputs") as report_done:
 
         def train_all(jobs: Sequence[BankJob]) -> None:
             if jobs:
@@ -29,17 +29,19 @@ def halve_inputs(state: RunState, services: Services) -> RunState:
                     state.paths.leases,
                 )
 
-        requested_inputs = list(dict.fromkeys(heads.inputs for heads in state.plan.requested))
+        requested_inputs = list(
+            dict.fromkeys(head_request.inputs for head_request in state.plan.requested)
+        )
         halving = halve_candidate_inputs(
             requested_inputs,
             state.dataset.train,
             state.directories,
-            section,
+            halving_section,
             state.paths.input_halving,
             train_all,
             state.dataset.groups,
         )
-        did(
+        report_done(
             f"{len(halving.selected_inputs):,} of {len(requested_inputs):,} inputs go on: "
             f"{'; '.join(' + '.join(inputs) for inputs in halving.selected_inputs)}"
         )

@@ -33,40 +33,46 @@ def select(state: RunState, services: Services) -> RunState:
     """
     services.release_client()  # a cluster's jobs end here: nothing is trained from now on
     # Of several drivers on one run, one at a time writes the tables.
-    with services.timed("select") as did, lease(state.paths.conclusion_lock):
+    with services.timed("select") as report_done, lease(state.paths.conclusion_lock):
         task, finetuned = state.dataset.train, state.finetuned
-        heads, metric, widths, n_folds = trained_heads(state)
+        heads, metric, input_widths, n_folds = trained_heads(state)
         if finetuned is not None and len(finetuned.rows):
             heads = pd.concat([heads, finetuned.rows], ignore_index=True)
-        board = rank_heads(heads, metric, widths, n_folds)
+        leaderboard = rank_heads(heads, metric, input_widths, n_folds)
         failed_images = write_failed_images(state)
-        publish_table(state.paths.leaderboard, _text_inputs(board).to_csv(index=False).encode())
+        publish_table(
+            state.paths.leaderboard, _text_inputs(leaderboard).to_csv(index=False).encode()
+        )
         publish_table(state.paths.heads, _text_inputs(heads).to_parquet(index=False))
         try:
-            winner = choose_winner(board, heads)
+            winner = choose_winner(leaderboard, heads)
         except NoWinner:
             # of an earlier call, of which this leaderboard knows nothing
             withdraw(state.paths.winner, state.paths.ensemble)
             raise
-        selection = correct_for_selection(state, board)
-        notes = (*state.notes, *_cautions(state, board))
-        temperature = temperature_of(winner, task)
-        views = [(name, path) for name in winner["inputs"] for path in state.directories[name]]
+        selection = correct_for_selection(state, leaderboard)
+        notes = (*state.notes, *_cautions(state, leaderboard))
+        winner_temperature = temperature_of(winner, task)
+        winner_views = [
+            (input_name, view_path)
+            for input_name in winner["inputs"]
+            for view_path in state.directories[input_name]
+        ]
         save_winner(
             state.paths.winner,
             winner,
-            [open_feature_set(path) for _, path in views],
-            [state.backbones[name] for name, _ in views],
+            [open_feature_set(view_path) for _, view_path in winner_views],
+            [state.backbones[input_name] for input_name, _ in winner_views],
             task,
             metric,
-            temperature,
+            winner_temperature,
         )
-        ensemble = combine_heads(state, board)
-        did(f"{len(board):,} settings ranked")
+        ensemble = combine_heads(state, leaderboard)
+        report_done(f"{len(leaderboard):,} settings ranked")
     return replace(
         state,
         failed_images=failed_images,
-        selected=Selected(heads, board, winner, temperature, selection, ensemble),
+        selected=Selected(heads, leaderboard, winner, winner_temperature, selection, ensemble),
         notes=notes if finetuned is None else (*notes, *finetuned.notes),
     )
 
@@ -74,49 +80,59 @@ def select(state: RunState, services: Services) -> RunState:
 def _cautions(state: RunState, board: pd.DataFrame) -> list[str]:
     """Return notes on this result, from stored predictions, features and a few images."""
     task = state.dataset.train
-    held, final_heads = validation_rows(task, state.dataset.groups), complete_heads(board)
-    hidden = hidden_classes(final_heads, held, state.metric)
+    validation, final_heads = (
+        validation_rows(task, state.dataset.groups),
+        complete_heads(board),
+    )
+    hidden_note = hidden_classes(final_heads, validation, state.metric)
     readable = state.samples.dropna(subset=["content"])
-    content, image_paths = (readable[name].astype(str) for name in ("content", "path"))
-    duplicates = near_duplicates(
+    content_hashes, image_paths = (
+        readable[column_name].astype(str) for column_name in ("content", "path")
+    )
+    duplicate_note = near_duplicates(
         task,
         state.dataset.test,
         state.directories,
-        dict(zip(content, image_paths, strict=True)),
+        dict(zip(content_hashes, image_paths, strict=True)),
         state.recipe.images.pixel_range,
     )
-    edges = grid_edges(final_heads, state.metric)
-    return [*edges, *(note for note in (hidden, duplicates) if note is not None)]
+    edge_notes = grid_edges(final_heads, state.metric)
+    return [*edge_notes, *(note for note in (hidden_note, duplicate_note) if note is not None)]
 
 
-def correct_for_selection(state: RunState, board: pd.DataFrame) -> Selection | None:
+def correct_for_selection(state: RunState, leaderboard: pd.DataFrame) -> Selection | None:
     """Write what the choice of the best is worth, from stored predictions; return it too."""
-    held, halving = validation_rows(state.dataset.train, state.dataset.groups), state.input_halving
+    held, input_halving = (
+        validation_rows(state.dataset.train, state.dataset.groups),
+        state.input_halving,
+    )
     halving_luck = None
-    if halving is not None and board.iloc[0]["inputs"] in halving.row_errors:
+    if input_halving is not None and leaderboard.iloc[0]["inputs"] in input_halving.row_errors:
         halving_luck = (
-            halving.selection_luck,
-            halving.row_errors[board.iloc[0]["inputs"]][held.rows],
+            input_halving.selection_luck,
+            input_halving.row_errors[leaderboard.iloc[0]["inputs"]][held.rows],
         )
     selection = assess_selection(
-        complete_heads(board), held, state.metric, halving_luck=halving_luck
+        complete_heads(leaderboard), held, state.metric, halving_luck=halving_luck
     )
     if selection is None:
         withdraw(state.paths.selection, state.paths.comparisons)
         return None
-    columns = ["rank", "inputs", "kind", "settings", state.metric]
-    table = _text_inputs(board)[columns].merge(selection.table, on="rank", how="left")
+    setting_columns = ["rank", "inputs", "kind", "settings", state.metric]
+    comparison_table = _text_inputs(leaderboard)[setting_columns].merge(
+        selection.table, on="rank", how="left"
+    )
     write_record(state.paths.selection, selection.summary())
-    publish_table(state.paths.comparisons, table.to_csv(index=False).encode())
+    publish_table(state.paths.comparisons, comparison_table.to_csv(index=False).encode())
     return selection
 
 
-def combine_heads(state: RunState, board: pd.DataFrame) -> Ensemble | None:
+def combine_heads(state: RunState, leaderboard: pd.DataFrame) -> Ensemble | None:
     """Write the ensemble as a model directory, where the recipe asks for one; return it too."""
-    section, ensemble = state.recipe.ensemble, None
-    if section is not None:
+    ensemble_section, ensemble = state.recipe.ensemble, None
+    if ensemble_section is not None:
         held = validation_rows(state.dataset.train, state.dataset.groups)
-        ensemble = build_ensemble(complete_heads(board), held, state.metric, section)
+        ensemble = build_ensemble(complete_heads(leaderboard), held, state.metric, ensemble_section)
     if ensemble is None:
         withdraw(state.paths.ensemble)
         return None

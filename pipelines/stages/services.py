@@ -57,11 +57,11 @@ class Services:
     @contextmanager
     def timed(self, stage_name: str) -> Iterator[Callable[[str], None]]:
         """Record how long a stage takes, and what it did, as the stage tells the given function."""
-        start = time.perf_counter()
-        said: list[str] = []
-        yield said.append
-        did = said[-1] if said else ""
-        self.stages.append(StageRecord(stage_name, did, time.perf_counter() - start))
+        started_at = time.perf_counter()
+        summaries: list[str] = []
+        yield summaries.append
+        stage_summary = summaries[-1] if summaries else ""
+        self.stages.append(StageRecord(stage_name, stage_summary, time.perf_counter() - started_at))
 
 
 @contextmanager

@@ -28,17 +28,17 @@ def train(state: RunState, services: Services) -> RunState:
     Raises RunIncomplete when a bank failed. A head that fails is a row with its error, also one
     that takes its worker down or never ends.
     """
-    with services.timed("train") as did:
+    with services.timed("train") as report_done:
         if not state.plan.banks:
-            did("nothing missing")
+            report_done("nothing missing")
             return state
-        device = find_heads_device(state.recipe, services.workers)
+        heads_device = find_heads_device(state.recipe, services.workers)
         # A large run begins with a little of everything, to know how to cut the rest into banks.
-        if (probe := probe_of(state)) is not None:
-            _train_banks(probe, services, device)
+        if (probe_state := probe_of(state)) is not None:
+            _train_banks(probe_state, services, heads_device)
             state = replan_heads(state, retry_failed=services.retry_failed)
-        _train_banks(state, services, device)
-        did(
+        _train_banks(state, services, heads_device)
+        report_done(
             f"{state.plan.heads_new:,} heads in {len(state.plan.banks):,} banks, and each setting "
             "once on all training rows"
         )
@@ -52,8 +52,8 @@ def trained_heads(state: RunState) -> tuple[pd.DataFrame, str, dict[str, int], i
     plan, task = state.plan, state.dataset.train
     fingerprints = fingerprints_of(plan.features)
     heads = collect_heads(state.paths.banks, plan.requested, fingerprints, task.digest)
-    widths = {feature.name: prod(feature.shape) for feature in plan.features}
-    return heads, state.metric, widths, task.n_folds
+    input_widths = {feature.name: prod(feature.shape) for feature in plan.features}
+    return heads, state.metric, input_widths, task.n_folds
 
 
 def _train_banks(state: RunState, services: Services, device: str) -> None:
@@ -61,41 +61,42 @@ def _train_banks(state: RunState, services: Services, device: str) -> None:
     plan, client, console = state.plan, services.client(), services.console
     options = announced(services.options, console)
     jobs = bank_jobs(state, device)
-    assumed = {
+    assumed_costs = {
         job.result: (bank.kind, bank.assumed_s) for job, bank in zip(jobs, plan.banks, strict=True)
     }
-    failures: list[str] = []
-    done = failed = 0
+    bank_failures: list[str] = []
+    n_done = n_failed = 0
     options.on_event("stage", stage="train", total=plan.heads_new, unit="heads", tasks=len(jobs))
-    with ExitStack() as stack:
-        leases = stack.enter_context(task_leases(state.paths.leases))
-        advance = stack.enter_context(stage(console, "train", plan.heads_new, "heads"))
-        keyed = ((bank_key(job), job) for job in jobs)
-        watched = replace(options, leases=leases)
-        outcomes = stack.enter_context(
-            closing(run_tasks(client, train_bank, keyed, options=watched, split=halves))
+    with ExitStack() as exit_stack:
+        leases = exit_stack.enter_context(task_leases(state.paths.leases))
+        advance = exit_stack.enter_context(stage(console, "train", plan.heads_new, "heads"))
+        keyed_jobs = ((bank_key(job), job) for job in jobs)
+        leased_options = replace(options, leases=leases)
+        outcomes = exit_stack.enter_context(
+            closing(run_tasks(client, train_bank, keyed_jobs, options=leased_options, split=halves))
         )
         for outcome in outcomes:
             if outcome.fatal:
                 publish_failure(outcome.job, outcome.error or "")
-                failed += len(outcome.job.specs) * plan.n_folds
+                n_failed += len(outcome.job.specs) * plan.n_folds
             elif outcome.result is None:
-                failures.append(outcome.error or "")
+                bank_failures.append(outcome.error or "")
             else:
-                failed += outcome.result["failed"]
-                if outcome.job.result in assumed and not outcome.result["skipped"]:
-                    kind, seconds = assumed[outcome.job.result]
+                n_failed += outcome.result["failed"]
+                if outcome.job.result in assumed_costs and not outcome.result["skipped"]:
+                    kind, seconds = assumed_costs[outcome.job.result]
                     options.on_event(
                         "cost", kind=kind, assumed_s=seconds, seconds=outcome.result["seconds"]
                     )
-            heads = len(outcome.job.specs) * plan.n_folds
-            done += heads
-            advance(heads, {"failed": failed})
-            options.on_event("progress", done=done, failed=failed)
-    if failures:
+            n_heads = len(outcome.job.specs) * plan.n_folds
+            n_done += n_heads
+            advance(n_heads, {"failed": n_failed})
+            options.on_event("progress", done=n_done, failed=n_failed)
+    if bank_failures:
         raise RunIncomplete(
-            f"{len(failures):,} of {len(jobs):,} banks failed; the others are kept, and the same "
-            f"command tries these again. The first reason: {failures[0]}"
+            f"{len(bank_failures):,} of {len(jobs):,} banks failed; the others are kept, and "
+            "the same "
+            f"command tries these again. The first reason: {bank_failures[0]}"
         )
 
 
@@ -104,31 +105,37 @@ def probe_of(state: RunState) -> RunState | None:
     the run is too small to care.
     """
     plan = state.plan
-    unknown = [bank for bank in plan.banks if bank.kind in plan.unmeasured and not bank.halving]
-    if sum(bank.assumed_s for bank in unknown) < PROBE_S:
+    unmeasured_banks = [
+        bank for bank in plan.banks if bank.kind in plan.unmeasured and not bank.halving
+    ]
+    if sum(bank.assumed_s for bank in unmeasured_banks) < PROBE_S:
         return None
-    small = tuple(
+    probe_banks = tuple(
         replace(
             bank,
             specs=bank.specs[:PROBE_SPECS],
             assumed_s=bank.assumed_s * PROBE_SPECS / len(bank.specs),
         )
-        for bank in {bank.kind: bank for bank in reversed(unknown)}.values()
+        for bank in {bank.kind: bank for bank in reversed(unmeasured_banks)}.values()
         if len(bank.specs) > PROBE_SPECS
     )
-    heads = plan.n_folds * sum(len(bank.specs) for bank in small)
-    if not small:
+    n_heads = plan.n_folds * sum(len(bank.specs) for bank in probe_banks)
+    if not probe_banks:
         return None
-    return replace(state, plan=replace(plan, banks=small, heads_new=heads))
+    return replace(state, plan=replace(plan, banks=probe_banks, heads_new=n_heads))
 
 
 def bank_jobs(state: RunState, device: str = "cpu") -> list[BankJob]:
     """Return a job for each bank of the plan. device: of the kinds that can make use of a GPU."""
-    task = str(state.paths.task(state.dataset.train.digest))
+    task_path = str(state.paths.task(state.dataset.train.digest))
     return [
         BankJob(
-            task=task,
-            features=tuple(str(path) for name in bank.inputs for path in state.directories[name]),
+            task=task_path,
+            features=tuple(
+                str(feature_path)
+                for input_name in bank.inputs
+                for feature_path in state.directories[input_name]
+            ),
             halving=bank.halving,
             specs=bank.specs,
             device=device if bank.kind in GPU_KINDS else "cpu",
@@ -145,17 +152,24 @@ def bank_key(job: BankJob) -> str:
 
 def halves(job: BankJob) -> Sequence[tuple[str, BankJob]]:
     """A bank's two halves, with their names; nothing for a bank of one spec."""
-    middle = len(job.specs) // 2
-    parts = [part for part in (job.specs[:middle], job.specs[middle:]) if middle]
-    made = [replace(job, specs=part, result=_part_of(job.result, part)) for part in parts]
-    return [(bank_key(half), half) for half in made]
+    n_first = len(job.specs) // 2
+    spec_halves = [
+        half_specs for half_specs in (job.specs[:n_first], job.specs[n_first:]) if n_first
+    ]
+    half_jobs = [
+        replace(job, specs=half_specs, result=_part_of(job.result, half_specs))
+        for half_specs in spec_halves
+    ]
+    return [(bank_key(half_job), half_job) for half_job in half_jobs]
 
 
-def _part_of(result: str, specs: Sequence[object]) -> str:
+def _part_of(results_path: str, specs: Sequence[object]) -> str:
     """The results file of a part: of the same group, so that it is found, under a name that says
     what it is part of.
     """
-    path = Path(result)
-    group, _, key = path.stem.rpartition("-")
-    text = "\0".join([key, *(spec_to_json(spec) for spec in specs)])  # type: ignore[arg-type]
-    return str(path.with_name(f"{group}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.h5"))
+    whole_path = Path(results_path)
+    group, _, specs_key = whole_path.stem.rpartition("-")
+    hashed_text = "\0".join([specs_key, *(spec_to_json(spec) for spec in specs)])  # type: ignore[arg-type]
+    return str(
+        whole_path.with_name(f"{group}-{hashlib.sha256(hashed_text.encode()).hexdigest()[:16]}.h5")
+    )
