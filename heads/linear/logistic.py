@@ -36,7 +36,7 @@ from headrace.heads.data.task import REFIT
 from headrace.heads.data.training_data import TrainingData
 from headrace.heads.linear.bands import with_bands
 from headrace.heads.linear.solver.design import (
-    ROWS_PER_BLOCK,
+    ROWS_PER_STREAMED_BLOCK,
     DesignMatrix,
     make_design,
     make_streamed_design,
@@ -409,7 +409,7 @@ def _design(
         # By class within a tile only: tiles are read in the order in which their rows lie on disk.
         runs = [
             (seen_by(group), by_class(part))
-            for group, part in sweep(X, fold, ROWS_PER_BLOCK, wanted)
+            for group, part in sweep(X, fold, ROWS_PER_STREAMED_BLOCK, wanted)
         ]
         design = make_streamed_design(X, runs, scaling, standardize=standardize, dtype=dtype)
     else:

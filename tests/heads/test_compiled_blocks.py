@@ -39,7 +39,7 @@ def made(
     class_offsets = np.searchsorted(np.sort(rng.integers(0, classes, n)), np.arange(classes + 1))
     labels = rng.integers(0, 2, (2, n)).astype(np.float32)
     weight = rng.uniform(0, 3, n).astype(np.float32) if weighted else None
-    block = RowBlock((1,), np.arange(n), values, values.T, class_offsets, labels, weight)
+    block = RowBlock((1,), np.arange(n), values, class_offsets, labels, weight)
     rotation = Rotation(np.eye(width - 1, dtype=np.float32))
     empty = np.zeros(width - 1)
     return DesignMatrix(

@@ -62,7 +62,6 @@ def row(label, classes):
         (0,),
         np.arange(1),
         values,
-        values.T,
         class_offsets,
         np.full((1, 1), label, np.float32),
         None,

@@ -121,7 +121,7 @@ class BankProblem:
         parts, sampled = [], []
         n_passed = 0
         for block in blocks:
-            block_values, _ = design.read(block)
+            block_values = design.read(block)
             if last_copy[int(block.row_index[0])] is block:
                 # Every step-th row of all, wherever blocks begin: a block may hold fewer than that.
                 rows = slice(-n_passed % step, None, step)

@@ -45,10 +45,8 @@ FoldRows = tuple[tuple[int, ...], npt.NDArray[np.intp]]
 # Largest ratio of a fold's scales to the common ones, either way. Beyond, float32 rows in common
 # units lose the fold's digits, and in the dual form its square is the condition number of a factor.
 MAX_SCALE_RATIO = 30.0
-# 450 decisions of 1,024 rows are 1.8 MB: they stay in the caches between the two products of
-# NumPy's pass. The compiled pass takes 48 rows of a block at a time by itself.
-ROWS_PER_BLOCK = 1024
-ROWS_PER_COMPILED_BLOCK = 8192
+ROWS_PER_BLOCK = 8192
+ROWS_PER_STREAMED_BLOCK = 1024  # of streamed rows, so that a block stays in the caches
 STREAMED_BASIS_ROWS = 1 << 15
 MANY_CLASSES = 64  # free classes from which a head gains nothing by sharing a pass with others
 # Evaluations of a head, as far as its penalty is concerned: some five, and two products for its
@@ -59,8 +57,6 @@ MAX_COPIED_BYTES = 1 << 28
 # only, and with one row 400 times as far out as the others heads took twice the iterations.
 MAX_COPIED_SCALE_RATIO = 3.0
 MIN_CLASSES_FOR_STORED_PENALTY = 48
-# Rotated rows are kept transposed too up to this size; beyond, memory is dearer than speed.
-MAX_TRANSPOSED_BYTES = 1 << 29
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,8 +67,6 @@ class RowBlock:
     row_index: npt.NDArray[np.intp]  # (n,) rows of the task
     # (n, R + 1), the last column 1 for the intercept; empty where rows are streamed
     values: Array
-    # (R + 1, n), the same: BLAS multiplies 36 columns by a copy at 80 GF/s, by values.T at 48
-    transposed: Array
     # (C + 1,) single label: class k is rows class_offsets[k]:class_offsets[k + 1]
     class_offsets: npt.NDArray[np.intp]
     labels: Array  # (L, n) 0/1: binary and multi-label
@@ -113,14 +107,14 @@ class DesignMatrix:
         """Whether folds have coordinates that have nothing to do with one another."""
         return isinstance(self.rotation, RowSpace)
 
-    def read(self, block: RowBlock) -> tuple[Array, Array]:
-        """Return a block's values (n, W) and the same transposed (W, n), the intercept's 1 last.
+    def read(self, block: RowBlock) -> Array:
+        """Return a block's values (n, W), the intercept's 1 last.
 
-        W is R + 1; of a streamed block it is D + 1, rows are centred and no more, and the arrays
-        are overwritten by the next call.
+        W is R + 1; of a streamed block it is D + 1, rows are centred and no more, and the array is
+        overwritten by the next call.
         """
         if self.streamed_rows is None:
-            return block.values, block.transposed
+            return block.values
         n_rows, n_features = len(block.row_index), self.streamed_rows.shape[1]
         if n_rows not in self.read_buffers:
             self.read_buffers[n_rows] = aligned_rows(n_rows, n_features + 1, self.dtype)
@@ -131,7 +125,7 @@ class DesignMatrix:
             kernels.subtract_mean_from_float16(stored, mean, values[:, :-1])
         else:
             np.subtract(stored, mean, out=values[:, :-1])
-        return values, values.T
+        return values
 
     def to_block_coordinates(self, weights: Array) -> Array:
         """Return weights (k, R + 1) as the blocks' values are multiplied by them, (k, W)."""
@@ -279,8 +273,6 @@ def make_design(
     _, vectors = scipy.linalg.eigh(gram, driver="evd", overwrite_a=True, check_finite=False)
     rotation = _rotation(vectors)
     row_blocks = []
-    n_values = sum(len(rows) for _, rows in groups) * n_features
-    transposed = stores_transposed(n_values, dtype)
     for group_index, (folds, row_index) in enumerate(groups):
         rows = standardized[group_index]
         # Standardized rows are freed while the rotated ones are made.
@@ -293,7 +285,6 @@ def make_design(
                 functools.partial(_rotate_rows, rotation, rows, ratio),
                 n_features,
                 dtype,
-                transposed=transposed,
             )
     return DesignMatrix(
         row_blocks,
@@ -320,16 +311,6 @@ def kernels_for(dtype: Any) -> CompiledKernels | None:
     return load_compiled_kernels() if np.dtype(dtype) == np.float32 else None
 
 
-def stores_transposed(n_values: int, dtype: Any) -> bool:
-    """Return whether row blocks of so many values are stored transposed, too.
-
-    The compiled pass reads rows as they are.
-    """
-    return bool(
-        kernels_for(dtype) is None and n_values * np.dtype(dtype).itemsize < MAX_TRANSPOSED_BYTES
-    )
-
-
 def _rotate_rows(
     rotation: Rotation, standardized: Array, ratio: Array | None, rows: slice
 ) -> Array:
@@ -343,31 +324,24 @@ def make_row_blocks(
     rotate: Callable[[slice], Array],
     rank: int,
     dtype: Any,
-    *,
-    transposed: bool,
 ) -> list[RowBlock]:
     """Return the blocks of a group of rows, without labels.
 
-    rotate: gives the rotated values (n, R) of a slice of the rows. transposed: store the values
-    transposed, too.
+    rotate: gives the rotated values (n, R) of a slice of the rows.
     """
     row_blocks = []
-    rows_per_block = ROWS_PER_BLOCK if kernels_for(dtype) is None else ROWS_PER_COMPILED_BLOCK
-    for start in range(0, len(row_index), rows_per_block):
-        rows = row_index[start : start + rows_per_block]
+    for start in range(0, len(row_index), ROWS_PER_BLOCK):
+        rows = row_index[start : start + ROWS_PER_BLOCK]
         values = aligned_rows(len(rows), rank + 1, dtype)
         values[:, -1] = 1
         values[:, :-1] = rotate(slice(start, start + len(rows)))
-        values_transposed = np.ascontiguousarray(values.T) if transposed else values.T
-        row_blocks.append(_unlabelled(folds, rows, values, values_transposed))
+        row_blocks.append(_unlabelled(folds, rows, values))
     return row_blocks
 
 
-def _unlabelled(
-    folds: tuple[int, ...], row_index: npt.NDArray[np.intp], values: Array, transposed: Array
-) -> RowBlock:
+def _unlabelled(folds: tuple[int, ...], row_index: npt.NDArray[np.intp], values: Array) -> RowBlock:
     no_labels = np.zeros((0, len(row_index)))
-    return RowBlock(folds, row_index, values, transposed, np.zeros(0, np.intp), no_labels, None)
+    return RowBlock(folds, row_index, values, np.zeros(0, np.intp), no_labels, None)
 
 
 def make_streamed_design(
@@ -389,7 +363,7 @@ def make_streamed_design(
     # subtracted.
     mean = common.mean.astype(np.float32).astype(np.float64)
     empty = np.empty((0, 0), dtype)
-    row_blocks = [_unlabelled(folds, rows, empty, empty) for folds, rows in block_rows]
+    row_blocks = [_unlabelled(folds, rows, empty) for folds, rows in block_rows]
     n_features = X.shape[1]
     unrotated = DesignMatrix(
         row_blocks,
@@ -408,7 +382,7 @@ def make_streamed_design(
     step = max(n_rows // max(STREAMED_BASIS_ROWS, 16 * n_features), 1)
     gram = np.zeros((n_features, n_features), dtype)
     for block in row_blocks[::step]:
-        rows = unrotated.read(block)[0][:, :-1] * inverse_scale.astype(dtype)
+        rows = unrotated.read(block)[:, :-1] * inverse_scale.astype(dtype)
         gram += rows.T @ rows
     _, vectors = scipy.linalg.eigh(gram, driver="evd", overwrite_a=True, check_finite=False)
     return dataclasses.replace(unrotated, rotation=_rotation(vectors))

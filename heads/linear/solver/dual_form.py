@@ -29,7 +29,6 @@ from headrace.heads.linear.solver.design import (
     common_coordinates,
     make_row_blocks,
     standardize_rows,
-    stores_transposed,
 )
 from headrace.heads.linear.solver.rotation import FoldRowSpace, RowSpace, multiply_by_q
 
@@ -78,13 +77,9 @@ def make_dual_design(
     product_dtype = dtype if thinnest > THINNEST_FLOAT32_DIRECTION else np.float64
     row_space = RowSpace(Z, fold_spaces, np.dtype(product_dtype))
     row_blocks = []
-    n_values = sum(len(rows) for _, rows in groups) * row_space.rank
-    transposed = stores_transposed(n_values, dtype)
     for (folds, rows), rotated in zip(groups, rotated_rows, strict=True):
         padded = np.pad(rotated, ((0, 0), (0, row_space.rank - rotated.shape[1])))
-        row_blocks += make_row_blocks(
-            folds, rows, padded.__getitem__, row_space.rank, dtype, transposed=transposed
-        )
+        row_blocks += make_row_blocks(folds, rows, padded.__getitem__, row_space.rank, dtype)
     return DesignMatrix(
         row_blocks, np.dtype(dtype), row_space, common.mean, inverse_scale, {}, {}, feature_unit
     )

@@ -1,18 +1,21 @@
-/* Losses and gradients of many logistic heads over some rows, in one pass that reads every row once.
+/* Losses and gradients of many logistic heads over the rows of a block, in one pass that reads
+   every row once.
 
-   A heads, C classes, c columns of a head (C - 1 for a softmax, whose last class is minus the sum of the others; 1 for a
-   sigmoid), P = A c columns in all, head by head; k coordinates of a row (the intercept's 1 is one of them), a multiple of 16 by
-   zeros at the end, n rows.
+   A heads, C classes, c columns of a head (C - 1 for a softmax, whose last class is minus the sum
+   of the others; 1 for a sigmoid), P = A c columns in all, head by head; k coordinates of a row
+   (the intercept's 1 is one of them), a multiple of 16 by zeros at the end, n rows.
 
-   BLAS would be called twice, on a tall matrix and a sliver of P columns: it then copies the tall one into its own layout
-   for every product, which costs as much as 40 columns of arithmetic, and the decisions between the two products go
-   through memory several times. Here ROWS rows at a time stay in the nearer caches for the product with the weights,
-   the losses, and the product back. Weights and gradients lie in panels, mostly of two vectors' columns, (k, columns) each,
-   so that a product reads them in order; rows are read as they are. A few columns that would leave most of a panel empty are
-   lines instead, (columns, k): vectors run along the coordinates there.
+   BLAS would be called twice, on a tall matrix and a sliver of P columns: it copies the tall one
+   into its own layout for every product, which costs as much as 40 columns of arithmetic, and the
+   decisions between the two products go through memory several times. Here ROWS rows at a time stay
+   in the nearer caches for the product with the weights, the losses, and the product back. Weights
+   and gradients are packed in panels, mostly of two vectors' columns, (k, columns) each, so that a
+   product reads them in order; rows are read as they are. A few columns that would leave most of a
+   panel empty are lines instead, (columns, k): vectors run along the coordinates there.
 
-   The file includes itself once per instruction set, with the vector's length L defined; which one runs is asked of the
-   processor. It needs no header of Python's, so that a C compiler is all that building it asks for. */
+   The file includes itself once per instruction set, with the vector's length L defined; the
+   processor is asked which one to run. It needs no header of Python's, so that a C compiler is all
+   that building it asks for. */
 
 #ifndef L
 
@@ -21,8 +24,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define ROWS 48      /* of a block; a multiple of every number of rows that a product takes at once */
-#define DEPTH 512    /* coordinates of a block: weights of a panel are 64 kB then */
+#define ROWS 48   /* at a time; a multiple of every number of rows that a product takes at once */
+#define DEPTH 512 /* coordinates at a time: the weights of a panel are 64 kB then */
 #ifdef __has_builtin
 #if __has_builtin(__builtin_shufflevector)
 #define SHUFFLEVECTOR
@@ -50,7 +53,8 @@
 #define L 16
 #define NAME(x) x##_16
 #ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx512f,avx512dq,avx512vl,fma"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512dq,avx512vl,fma"))), \
+                             apply_to = function)
 #else
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512dq,avx512vl,fma,prefer-vector-width=512")
@@ -64,8 +68,10 @@
 #undef L
 #undef NAME
 #define CALL(function, ...) (lanes == 16 ? function##_16(__VA_ARGS__) : function##_8(__VA_ARGS__))
-#define BEST (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && \
-              __builtin_cpu_supports("avx512vl") ? 16 : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 8 : 0)
+#define HAS_AVX512 (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && \
+                    __builtin_cpu_supports("avx512vl"))
+#define HAS_AVX2 (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+#define BEST (HAS_AVX512 ? 16 : HAS_AVX2 ? 8 : 0)
 #elif defined(__aarch64__)
 #define L 4
 #define NAME(x) x##_4
@@ -79,58 +85,64 @@
 #define BEST 0
 #endif
 
-/* Floats of the processor's vectors that this file can use; 0: none, call nothing else. */
+/* Length in floats of the processor's vectors; 0: this file cannot run, call nothing else. */
 long logistic_lanes(void) { return BEST; }
 
-/* Floats of P columns of k coordinates in panels. */
+/* Floats that P columns of k coordinates take when packed. */
 long logistic_packed(long lanes, long P, long k)
 {
     (void)lanes;
     return CALL(columns, P) * k;
 }
 
-/* Weights (P, used) into panels of k >= used coordinates that hold zeros. */
+/* Packs weights (P, used) into k >= used coordinates that hold zeros. */
 void logistic_pack(long lanes, long P, long used, long k, const float *weights, float *packed)
 {
     (void)lanes, (void)P, (void)used, (void)k, (void)weights, (void)packed;
     CALL(pack, P, used, k, weights, packed);
 }
 
-/* Gradients in panels of k coordinates into (P, used). */
+/* Unpacks gradients of k coordinates into (P, used). */
 void logistic_unpack(long lanes, long P, long used, long k, const float *packed, float *gradients)
 {
     (void)lanes, (void)P, (void)used, (void)k, (void)packed, (void)gradients;
     CALL(unpack, P, used, k, packed, gradients);
 }
 
-/* One pass over rows (n, k). Adds to loss (A,) and to gradients, in panels. Rows that begin at cache lines are read fastest.
+/* One pass over rows (n, k). Adds to loss (A,) and to packed gradients. Rows that begin at cache
+   lines are read fastest.
 
-   softmax (C > 1): label (n,) is the class. sigmoid (C = 1): label (A, n), `stride` apart, is 0 or 1 of each head.
-   weight (n,) or NULL: of rows. multiplier (A, C), or (A, 2) for a sigmoid, or NULL: of classes.
-   Returns 0, or -1 where memory for a block's decisions cannot be had (nothing is changed then). */
-long logistic_pass(long lanes, long n, long k, const float *rows, long A, long C, const float *packed,
-                   const int32_t *label, long stride, const float *weight, const float *multiplier, double *loss,
-                   float *gradients)
+   softmax (C > 1): label (n,) is the class. sigmoid (C = 1): label (A, n), `stride` apart, is 0 or
+   1 of each head. weight (n,) or NULL: sample weights. class_factor (A, C), or (A, 2) for a
+   sigmoid, or NULL: class weights. Returns 0, or -1 without memory for the decisions (nothing is
+   changed then). */
+long logistic_pass(long lanes, long n, long k, const float *rows, long A, long C,
+                   const float *packed, const int32_t *label, long stride, const float *weight,
+                   const float *class_factor, double *loss, float *gradients)
 {
     long c = C > 1 ? C - 1 : 1, padded = logistic_packed(lanes, A * c, 1);
-    /* Decisions in panels, and again with rows last, and a row of room for the last class. */
+    /* Decisions in panels, and again with rows last, and room for the last class of a head. */
     float *room = NULL;
     if (posix_memalign((void **)&room, 64, sizeof(float) * ROWS * (2 * padded + 1)) != 0) return -1;
-    (void)rows, (void)packed, (void)label, (void)stride, (void)weight, (void)multiplier, (void)loss, (void)gradients;
+    (void)rows, (void)packed, (void)label, (void)stride, (void)weight, (void)class_factor;
+    (void)loss, (void)gradients;
     for (long start = 0; start < n; start += ROWS) {
         long count = n - start < ROWS ? n - start : ROWS;
-        CALL(block, count, k, rows + start * k, A, C, packed, label + start, stride, weight ? weight + start : NULL,
-             multiplier, loss, gradients, room, room + ROWS * padded);
+        CALL(block, count, k, rows + start * k, A, C, packed, label + start, stride,
+             weight ? weight + start : NULL, class_factor, loss, gradients, room,
+             room + ROWS * padded);
     }
     free(room);
     return 0;
 }
 
-/* out (n, k), rows `stride` apart, = rows (n, k) in half precision (IEEE 754 binary16, finite) less centre (k,). */
-void logistic_centred(long lanes, long n, long k, const uint16_t *rows, const float *centre, long stride, float *out)
+/* out (n, k), rows `stride` apart, = rows (n, k) in half precision (IEEE 754 binary16, finite) less
+   mean (k,). */
+void logistic_centred(long lanes, long n, long k, const uint16_t *rows, const float *mean,
+                      long stride, float *out)
 {
-    (void)lanes, (void)n, (void)k, (void)rows, (void)centre, (void)stride, (void)out;
-    for (long r = 0; r < n; r++) CALL(centred, k, rows + r * k, centre, out + r * stride);
+    (void)lanes, (void)n, (void)k, (void)rows, (void)mean, (void)stride, (void)out;
+    for (long r = 0; r < n; r++) CALL(centred, k, rows + r * k, mean, out + r * stride);
 }
 
 #else /* once per instruction set */
@@ -140,18 +152,22 @@ void logistic_centred(long lanes, long n, long k, const uint16_t *rows, const fl
 #define Integers NAME(Integers)
 #define Halves NAME(Halves)
 #define Quad NAME(Quad)
-#define TALL (L == 8 ? 6 : 12) /* rows of a product at a time: 12, 24 (of 32) and 24 (of 32) sums stay in registers */
+/* Rows of a product at a time: 12, 24 (of 32) and 24 (of 32) sums stay in registers. */
+#define TALL (L == 8 ? 6 : 12)
 
 typedef float Vector __attribute__((vector_size(4 * L)));
-typedef float Loose __attribute__((vector_size(4 * L), aligned(4), may_alias)); /* wherever it lies */
+/* A vector at any address. */
+typedef float Loose __attribute__((vector_size(4 * L), aligned(4), may_alias));
 typedef int32_t Integers __attribute__((vector_size(4 * L)));
 typedef uint16_t Halves __attribute__((vector_size(2 * L)));
 typedef float Quad __attribute__((vector_size(16)));
 
 INLINE Vector NAME(load)(const float *from) { return *(const Loose *)from; }
 INLINE void NAME(store)(float *to, Vector value) { *(Loose *)to = value; }
-INLINE Vector NAME(all)(float value) { return value - (Vector){0}; } /* minus: x - 0 is x, x + 0 is not where x is -0 */
-/* Elements of two vectors by turns of s: the first s of both, the third s of both, ...; or the second, the fourth, ... */
+/* Minus, since x + 0 is not x where x is -0. */
+INLINE Vector NAME(all)(float value) { return value - (Vector){0}; }
+/* Elements of two vectors by turns of s: the first s of both, the third s of both, ...; or the
+   second, the fourth, ... */
 #define FIRST(i, s) ((i) % (2 * (s)) < (s) ? (i) : L + (i) - (s))
 #define SECOND(i, s) ((i) % (2 * (s)) < (s) ? (i) + (s) : L + (i))
 #if L == 4
@@ -159,8 +175,8 @@ INLINE Vector NAME(all)(float value) { return value - (Vector){0}; } /* minus: x
 #elif L == 8
 #define LIST(f, s) f(0, s), f(1, s), f(2, s), f(3, s), f(4, s), f(5, s), f(6, s), f(7, s)
 #else
-#define LIST(f, s) f(0, s), f(1, s), f(2, s), f(3, s), f(4, s), f(5, s), f(6, s), f(7, s), f(8, s), f(9, s), f(10, s), \
-                   f(11, s), f(12, s), f(13, s), f(14, s), f(15, s)
+#define LIST(f, s) f(0, s), f(1, s), f(2, s), f(3, s), f(4, s), f(5, s), f(6, s), f(7, s), \
+                   f(8, s), f(9, s), f(10, s), f(11, s), f(12, s), f(13, s), f(14, s), f(15, s)
 #endif
 #ifdef SHUFFLEVECTOR
 #define MIXED(f, s, a, b) __builtin_shufflevector(a, b, LIST(f, s))
@@ -170,7 +186,8 @@ INLINE Vector NAME(all)(float value) { return value - (Vector){0}; } /* minus: x
 #define EXCHANGE(s) \
     for (int i = 0; i < L; i++) \
         if (!(i & s)) { \
-            Vector first = MIXED(FIRST, s, x[i], x[i + s]), second = MIXED(SECOND, s, x[i], x[i + s]); \
+            Vector first = MIXED(FIRST, s, x[i], x[i + s]); \
+            Vector second = MIXED(SECOND, s, x[i], x[i + s]); \
             x[i] = first, x[i + s] = second; \
         }
 
@@ -196,7 +213,7 @@ INLINE Vector NAME(choose)(Integers which, Vector a, Vector b)
     return (Vector)((which & (Integers)a) | (~which & (Integers)b));
 }
 
-/* e^x for x <= 0 within 2 units in the last place (the reduction and polynomial of Cephes' expf). */
+/* e^x for x <= 0 within 2 units in the last place (reduction and polynomial of Cephes' expf). */
 INLINE Vector NAME(exponential)(Vector x)
 {
     x = NAME(choose)(x > -87.0f, x, NAME(all)(-87.0f));
@@ -246,10 +263,11 @@ INLINE Vector NAME(logarithm1)(Vector x)
     return NAME(choose)(rest > 0.0f, close, x);
 }
 
-/* Columns of the next panel, of `rest` that are left, or of the lines that follow the panels, fewer than a vector has: 36 columns
-   are a panel of 32 and four lines. */
+/* Columns of the next panel, of `rest` that are left, or of the lines that follow the panels, fewer
+   than a vector has: 36 columns are a panel of 32 and four lines. */
 #define UNIT L
-#define MOST_LINES (L == 4 ? 2 : L == 8 ? 5 : 12) /* more of them cost as much as the panel that they are too few for */
+/* More lines cost as much as the panel that they are too few for. */
+#define MOST_LINES (L == 4 ? 2 : L == 8 ? 5 : 12)
 INLINE long NAME(width)(long rest)
 {
     long full = rest % UNIT <= MOST_LINES ? rest - rest % UNIT : rest - rest % UNIT + UNIT;
@@ -271,22 +289,25 @@ INLINE void NAME(moved)(long P, long used, long k, float *columns, float *packed
         width = NAME(width)(P - first);
         float *panel = packed + first * k;
         for (long p = 0, group; p < width && first + p < P; p += group) {
-            float *own = columns + (first + p) * used;
+            float *plain = columns + (first + p) * used;
             group = width < UNIT || first + p + L > P ? 1 : L;
             long j = 0;
             for (; group == L && j + L <= used; j += L) {
                 Vector square[L];
-                for (long i = 0; i < L; i++) square[i] = NAME(load)(in ? own + i * used + j : panel + (j + i) * width + p);
+                for (long i = 0; i < L; i++)
+                    square[i] = NAME(load)(in ? plain + i * used + j : panel + (j + i) * width + p);
                 NAME(transpose)(square);
-                for (long i = 0; i < L; i++) NAME(store)(in ? panel + (j + i) * width + p : own + i * used + j, square[i]);
+                for (long i = 0; i < L; i++)
+                    NAME(store)(in ? panel + (j + i) * width + p : plain + i * used + j, square[i]);
             }
             for (long i = 0; i < group; i++)
                 for (long d = j; d < used; d++) {
-                    float *one = own + i * used + d, *other = panel + (width < UNIT ? (p + i) * k + d : d * width + p + i);
+                    float *from = plain + i * used + d;
+                    float *to = panel + (width < UNIT ? (p + i) * k + d : d * width + p + i);
                     if (in)
-                        *other = *one;
+                        *to = *from;
                     else
-                        *one = *other;
+                        *from = *to;
                 }
         }
     }
@@ -302,9 +323,10 @@ static void NAME(unpack)(long P, long used, long k, const float *packed, float *
     NAME(moved)(P, used, k, gradients, (float *)packed, 0);
 }
 
-/* sums (tall, wide vectors) += a (tall, depth) b (depth, wide vectors); element (i, d) of a is a[i * across + d * along]. */
-INLINE void NAME(product)(const int tall, const int wide, long depth, const float *a, long across, long along,
-                          const float *b, float *sums, const long ahead)
+/* sums (tall, wide vectors) += a (tall, depth) b (depth, wide vectors); element (i, d) of a is
+   a[i * across + d * along]. What lies `ahead` of a is fetched into the caches. */
+INLINE void NAME(product)(const int tall, const int wide, long depth, const float *a, long across,
+                          long along, const float *b, float *sums, const long ahead)
 {
     Vector sum[12][2];
 #pragma GCC unroll 12
@@ -330,20 +352,23 @@ INLINE void NAME(product)(const int tall, const int wide, long depth, const floa
 }
 
 /* The same for any number of rows of a: as many as fit into registers at a time. */
-INLINE void NAME(products)(const int wide, long tall, long depth, const float *a, long across, long along,
-                           const float *b, float *sums, const long ahead)
+INLINE void NAME(products)(const int wide, long tall, long depth, const float *a, long across,
+                           long along, const float *b, float *sums, const long ahead)
 {
     const int most = wide == 1 ? 12 : TALL;
     long i = 0;
     for (; i + most <= tall; i += most)
-        NAME(product)(most, wide, depth, a + i * across, across, along, b, sums + i * wide * L, ahead);
-    for (; i + 3 <= tall; i += 3) NAME(product)(3, wide, depth, a + i * across, across, along, b, sums + i * wide * L, ahead);
-    for (; i < tall; i++) NAME(product)(1, wide, depth, a + i * across, across, along, b, sums + i * wide * L, ahead);
+        NAME(product)(most, wide, depth, a + i * across, across, along, b, sums + i * wide * L,
+                      ahead);
+    for (; i + 3 <= tall; i += 3)
+        NAME(product)(3, wide, depth, a + i * across, across, along, b, sums + i * wide * L, ahead);
+    for (; i < tall; i++)
+        NAME(product)(1, wide, depth, a + i * across, across, along, b, sums + i * wide * L, ahead);
 }
 
 /* The same for a panel of `width` columns. */
-INLINE void NAME(panel)(long width, long tall, long depth, const float *a, long across, long along, const float *b,
-                        float *sums, const long ahead)
+INLINE void NAME(panel)(long width, long tall, long depth, const float *a, long across, long along,
+                        const float *b, float *sums, const long ahead)
 {
     if (width == 2 * L)
         NAME(products)(2, tall, depth, a, across, along, b, sums, ahead);
@@ -351,13 +376,16 @@ INLINE void NAME(panel)(long width, long tall, long depth, const float *a, long 
         NAME(products)(1, tall, depth, a, across, along, b, sums, ahead);
 }
 
-/* How many lines go together, and with how many rows or vectors of coordinates: as many sums as registers hold. */
+/* Lines that go together, with rows or vectors of coordinates: as many sums as registers hold. */
 #if L == 8
 #define LINES TAKE(1, 8) TAKE(2, 4) TAKE(3, 3)
 INLINE long NAME(together)(long left) { return left == 4 ? 2 : left < 3 ? left : 3; }
 #else
 #define LINES TAKE(1, 12) TAKE(2, 12) TAKE(3, 8) TAKE(4, 6) TAKE(5, 4)
-INLINE long NAME(together)(long left) { return left == 6 ? 3 : left < 6 ? left : left < 9 ? 4 : left < 11 ? 5 : 4; }
+INLINE long NAME(together)(long left)
+{
+    return left == 6 ? 3 : left < 6 ? left : left < 9 ? 4 : left < 11 ? 5 : 4;
+}
 #endif
 
 /* The sum of a vector's elements. */
@@ -372,7 +400,8 @@ INLINE float NAME(across)(Vector value)
 }
 
 /* sums (lines, ROWS) += lines (lines, k) times rows (tall, k). */
-INLINE void NAME(dots)(const int lines, const int tall, long k, const float *rows, const float *weights, float *sums)
+INLINE void NAME(dots)(const int lines, const int tall, long k, const float *rows,
+                       const float *weights, float *sums)
 {
     Vector sum[5][12];
 #pragma GCC unroll 5
@@ -397,27 +426,30 @@ INLINE void NAME(dots)(const int lines, const int tall, long k, const float *row
 }
 
 /* The same for any number of rows, and of lines below UNIT. */
-INLINE void NAME(forward_lines)(long lines, long count, long k, const float *rows, const float *weights, float *sums)
+INLINE void NAME(forward_lines)(long lines, long count, long k, const float *rows,
+                                const float *weights, float *sums)
 {
     for (long p = 0, few; p < lines; p += few) {
         few = NAME(together)(lines - p);
-        const float *own = weights + p * k;
+        const float *from = weights + p * k;
         float *to = sums + p * ROWS;
         long i = 0;
 #define TAKE(few, tall) \
     case few: \
-        for (; i + tall <= count; i += tall) NAME(dots)(few, tall, k, rows + i * k, own, to + i); \
+        for (; i + tall <= count; i += tall) NAME(dots)(few, tall, k, rows + i * k, from, to + i); \
         break;
         switch (few) { LINES }
 #undef TAKE
         for (; i < count; i++)
-            for (long q = 0; q < few; q++) NAME(dots)(1, 1, k, rows + i * k, own + q * k, to + q * ROWS + i);
+            for (long q = 0; q < few; q++)
+                NAME(dots)(1, 1, k, rows + i * k, from + q * k, to + q * ROWS + i);
     }
 }
 
-/* gradients (lines, k), from one coordinate on for `wide` vectors, += sums (lines, ROWS) times rows (count, k). */
-INLINE void NAME(outer)(const int lines, const int wide, long count, long k, const float *rows, const float *sums,
-                        float *gradients)
+/* gradients (lines, k), from one coordinate on for `wide` vectors, += sums (lines, ROWS) times
+   rows (count, k). */
+INLINE void NAME(outer)(const int lines, const int wide, long count, long k, const float *rows,
+                        const float *sums, float *gradients)
 {
     Vector sum[5][12];
 #pragma GCC unroll 5
@@ -442,31 +474,36 @@ INLINE void NAME(outer)(const int lines, const int wide, long count, long k, con
 }
 
 /* The same for all coordinates, and any number of lines below UNIT. */
-INLINE void NAME(back_lines)(long lines, long count, long k, const float *rows, const float *sums, float *gradients)
+INLINE void NAME(back_lines)(long lines, long count, long k, const float *rows, const float *sums,
+                             float *gradients)
 {
     for (long p = 0, few; p < lines; p += few) {
         few = NAME(together)(lines - p);
-        const float *own = sums + p * ROWS;
+        const float *from = sums + p * ROWS;
         float *to = gradients + p * k;
         long j = 0;
 #define TAKE(few, wide) \
     case few: \
-        for (; j + wide * L <= k; j += wide * L) NAME(outer)(few, wide, count, k, rows + j, own, to + j); \
+        for (; j + wide * L <= k; j += wide * L) \
+            NAME(outer)(few, wide, count, k, rows + j, from, to + j); \
         break;
         switch (few) { LINES }
 #undef TAKE
         for (; j < k; j += L)
-            for (long q = 0; q < few; q++) NAME(outer)(1, 1, count, k, rows + j, own + q * ROWS, to + q * k + j);
+            for (long q = 0; q < few; q++)
+                NAME(outer)(1, 1, count, k, rows + j, from + q * ROWS, to + q * k + j);
     }
 }
 
-/* Decisions s (C - 1, ROWS) of one head become weight (p - y); returns the weighted loss. `last` is room for a class.
+/* Decisions s (C - 1, ROWS) of one head become weight (p - y); returns the weighted loss. `last` is
+   room for a class.
 
-   A row that is all but sure has a loss and residuals as small as the other classes' probabilities: they are sums of those, since
-   1 - p and log(1 + their sum) with the sum rounded beside the one would be rounding alone. */
-INLINE double NAME(softmax)(long count, long C, float *s, float *last, const int32_t *label, const float *weight)
+   Loss and residuals of a confidently classified row are sums of the wrong classes' probabilities:
+   computed as log(total) and 1 - p they would be rounding error. */
+INLINE double NAME(softmax)(long count, long C, float *s, float *last, const int32_t *label,
+                            const float *weight)
 {
-    float own[ROWS], losses[ROWS], residual[ROWS];
+    float true_decision[ROWS], losses[ROWS], residual[ROWS];
     int32_t labels[ROWS];
     for (long r = 0; r < ROWS; r += L) {
         Vector sum = NAME(all)(0);
@@ -475,10 +512,11 @@ INLINE double NAME(softmax)(long count, long C, float *s, float *last, const int
     }
     for (long r = 0; r < ROWS; r++) {
         labels[r] = r < count ? label[r] : (int32_t)C - 1;
-        own[r] = labels[r] == C - 1 ? last[r] : s[labels[r] * ROWS + r];
+        true_decision[r] = labels[r] == C - 1 ? last[r] : s[labels[r] * ROWS + r];
     }
     for (long r = 0; r < ROWS; r += L) {
-        Vector top = NAME(load)(last + r), mine = NAME(load)(own + r), w = NAME(load)(weight + r), others;
+        Vector top = NAME(load)(last + r), mine = NAME(load)(true_decision + r), others;
+        Vector w = NAME(load)(weight + r);
         Integers which;
         memcpy(&which, labels + r, sizeof which);
         for (long c = 0; c < C - 1; c++) {
@@ -493,11 +531,14 @@ INLINE double NAME(softmax)(long count, long C, float *s, float *last, const int
             NAME(store)(s + c * ROWS + r, e);
         }
         Vector total = others + NAME(exponential)(mine - top);
-        Vector size = NAME(choose)(mine >= top, NAME(logarithm1)(others), NAME(logarithm)(total));
-        NAME(store)(losses + r, w * (size + (top - mine))); /* infinite decisions have no finite loss */
+        Vector size =
+            NAME(choose)(mine >= top, NAME(logarithm1)(others), NAME(logarithm)(total));
+        /* Infinite decisions have no finite loss. */
+        NAME(store)(losses + r, w * (size + (top - mine)));
         Vector scale = w / total;
         NAME(store)(residual + r, -scale * others);
-        for (long c = 0; c < C - 1; c++) NAME(store)(s + c * ROWS + r, scale * NAME(load)(s + c * ROWS + r));
+        for (long c = 0; c < C - 1; c++)
+            NAME(store)(s + c * ROWS + r, scale * NAME(load)(s + c * ROWS + r));
     }
     double loss = 0;
     for (long r = 0; r < count; r++) {
@@ -510,39 +551,47 @@ INLINE double NAME(softmax)(long count, long C, float *s, float *last, const int
 /* The same for a sigmoid: s (ROWS), label 0 or 1. */
 INLINE double NAME(sigmoid)(long count, float *s, const int32_t *label, const float *weight)
 {
-    float wanted[ROWS], losses[ROWS];
-    for (long r = 0; r < ROWS; r++) wanted[r] = r < count ? (float)label[r] : 0;
+    float target[ROWS], losses[ROWS];
+    for (long r = 0; r < ROWS; r++) target[r] = r < count ? (float)label[r] : 0;
     for (long r = 0; r < ROWS; r += L) {
-        Vector x = NAME(load)(s + r), y = NAME(load)(wanted + r), w = NAME(load)(weight + r);
+        Vector x = NAME(load)(s + r), y = NAME(load)(target + r), w = NAME(load)(weight + r);
         Vector one = NAME(all)(1), small = NAME(exponential)(NAME(choose)(x > 0.0f, -x, x));
-        NAME(store)(losses + r, w * (NAME(logarithm1)(small) + (NAME(choose)(x > 0.0f, x, NAME(all)(0)) - y * x)));
-        /* of p - y, whichever is not rounded beside a one */
-        Vector part = NAME(choose)(x >= 0.0f, NAME(choose)(y > 0.0f, -small, one), NAME(choose)(y > 0.0f, -one, small));
-        NAME(store)(s + r, w * (part / (1.0f + small)));
+        Vector positive = NAME(choose)(x > 0.0f, x, NAME(all)(0));
+        NAME(store)(losses + r, w * (NAME(logarithm1)(small) + (positive - y * x)));
+        /* The numerator of p - y or of its complement, whichever is not rounded against a one. */
+        Vector numerator = NAME(choose)(x >= 0.0f, NAME(choose)(y > 0.0f, -small, one),
+                                        NAME(choose)(y > 0.0f, -one, small));
+        NAME(store)(s + r, w * (numerator / (1.0f + small)));
     }
     double loss = 0;
     for (long r = 0; r < count; r++) loss += losses[r];
     return loss;
 }
 
-/* Products of a block of rows with all weights: decisions in panels, (ROWS, width) each, and lines, (lines, ROWS). */
-INLINE void NAME(forward)(long count, long k, const float *rows, long P, const float *packed, float *panels)
+/* Products of rows with all weights: decisions in panels, (ROWS, width) each, and lines,
+   (lines, ROWS). */
+INLINE void NAME(forward)(long count, long k, const float *rows, long P, const float *packed,
+                          float *panels)
 {
     memset(panels, 0, sizeof(float) * ROWS * NAME(columns)(P));
     long first = 0, width;
     for (long from = 0, depth; from < k; from += depth) {
-        depth = k - from < DEPTH + DEPTH / 4 ? k - from : DEPTH; /* a short one at the end costs as much as a quarter */
+        /* A short one at the end costs as much as a quarter. */
+        depth = k - from < DEPTH + DEPTH / 4 ? k - from : DEPTH;
         for (first = 0; first < P; first += width) {
             width = NAME(width)(P - first);
             if (width < UNIT) break;
-            NAME(panel)(width, count, depth, rows + from, k, 1, packed + first * k + from * width, panels + first * ROWS, 0);
+            NAME(panel)(width, count, depth, rows + from, k, 1, packed + first * k + from * width,
+                        panels + first * ROWS, 0);
         }
     }
-    if (first < P) NAME(forward_lines)(P - first, count, k, rows, packed + first * k, panels + first * ROWS);
+    if (first < P)
+        NAME(forward_lines)(P - first, count, k, rows, packed + first * k, panels + first * ROWS);
 }
 
 /* gradients += the rows times what the panels and the lines hold by now. */
-INLINE void NAME(back)(long count, long k, const float *rows, long P, const float *panels, float *gradients)
+INLINE void NAME(back)(long count, long k, const float *rows, long P, const float *panels,
+                       float *gradients)
 {
     long first = 0, width;
     for (long j = 0; j < k; j += 12)
@@ -550,9 +599,11 @@ INLINE void NAME(back)(long count, long k, const float *rows, long P, const floa
             width = NAME(width)(P - first);
             if (width < UNIT) break;
             long tall = k - j < 12 ? k - j : 12;
-            NAME(panel)(width, tall, count, rows + j, 1, k, panels + first * ROWS, gradients + first * k + j * width, first == 0 ? ROWS * k : 0);
+            NAME(panel)(width, tall, count, rows + j, 1, k, panels + first * ROWS,
+                        gradients + first * k + j * width, first == 0 ? ROWS * k : 0);
         }
-    if (first < P) NAME(back_lines)(P - first, count, k, rows, panels + first * ROWS, gradients + first * k);
+    if (first < P)
+        NAME(back_lines)(P - first, count, k, rows, panels + first * ROWS, gradients + first * k);
 }
 
 /* Decisions in panels and lines to s (P, ROWS), or back. */
@@ -570,36 +621,44 @@ INLINE void NAME(turn)(long P, float *panels, float *s, const int out)
         for (long p = 0; p < width; p += L)
             for (long r = 0; r < ROWS; r += L) {
                 Vector square[L];
-                float *panel = panels + first * ROWS + r * width + p, *own = s + (first + p) * ROWS + r;
-                for (long i = 0; i < L; i++) square[i] = NAME(load)(out ? panel + i * width : own + i * ROWS);
+                float *panel = panels + first * ROWS + r * width + p;
+                float *plain = s + (first + p) * ROWS + r;
+                for (long i = 0; i < L; i++)
+                    square[i] = NAME(load)(out ? panel + i * width : plain + i * ROWS);
                 NAME(transpose)(square);
-                for (long i = 0; i < L; i++) NAME(store)(out ? own + i * ROWS : panel + i * width, square[i]);
+                for (long i = 0; i < L; i++)
+                    NAME(store)(out ? plain + i * ROWS : panel + i * width, square[i]);
             }
     }
 }
 
 static void NAME(block)(long count, long k, const float *rows, long A, long C, const float *packed,
-                        const int32_t *label, long stride, const float *weight, const float *multiplier, double *loss,
-                        float *gradients, float *panels, float *s)
+                        const int32_t *label, long stride, const float *weight,
+                        const float *class_factor, double *loss, float *gradients, float *panels,
+                        float *s)
 {
     const long c = C > 1 ? C - 1 : 1, P = A * c;
     NAME(forward)(count, k, rows, P, packed, panels);
     NAME(turn)(P, panels, s, 1);
     for (long a = 0; a < A; a++) {
-        const int32_t *own = C > 1 ? label : label + a * stride;
+        const int32_t *head_label = C > 1 ? label : label + a * stride;
         float w[ROWS] __attribute__((aligned(64)));
         for (long r = 0; r < ROWS; r++) {
             w[r] = r >= count ? 0 : weight ? weight[r] : 1;
-            if (multiplier && r < count) w[r] *= multiplier[a * (C > 1 ? C : 2) + own[r]];
+            if (class_factor && r < count)
+                w[r] *= class_factor[a * (C > 1 ? C : 2) + head_label[r]];
         }
-        loss[a] += C > 1 ? NAME(softmax)(count, C, s + a * c * ROWS, s + NAME(columns)(P) * ROWS, own, w)
-                         : NAME(sigmoid)(count, s + a * ROWS, own, w);
+        if (C > 1)
+            loss[a] += NAME(softmax)(count, C, s + a * c * ROWS, s + NAME(columns)(P) * ROWS,
+                                     head_label, w);
+        else
+            loss[a] += NAME(sigmoid)(count, s + a * ROWS, head_label, w);
     }
     NAME(turn)(P, panels, s, 0);
     NAME(back)(count, k, rows, P, panels, gradients);
 }
 
-static void NAME(centred)(long k, const uint16_t *row, const float *centre, float *out)
+static void NAME(centred)(long k, const uint16_t *row, const float *mean, float *out)
 {
     for (long j = 0; j < k; j += L) {
         long count = k - j < L ? k - j : L;
@@ -609,15 +668,15 @@ static void NAME(centred)(long k, const uint16_t *row, const float *centre, floa
         else
             for (long i = 0; i < count; i++) halves[i] = row[j + i];
         Integers bits = __builtin_convertvector(halves, Integers), size = (bits & 0x7fff) << 13;
-        /* The exponent's offset goes from 15 to 127; a subnormal is taken for 2^-14 and what it has beyond. */
+        /* The exponent's offset goes from 15 to 127; a subnormal is 2^-14 and the rest. */
         Vector normal = (Vector)(size + (112 << 23));
         Vector tiny = (Vector)(size + (113 << 23)) - 6.103515625e-5f;
         Vector value = NAME(choose)(size < 1 << 23, tiny, normal);
         value = (Vector)((Integers)value | (bits & 0x8000) << 16);
         if (count == L)
-            NAME(store)(out + j, value - NAME(load)(centre + j));
+            NAME(store)(out + j, value - NAME(load)(mean + j));
         else
-            for (long i = 0; i < count; i++) out[j + i] = value[i] - centre[j + i];
+            for (long i = 0; i < count; i++) out[j + i] = value[i] - mean[j + i];
     }
 }
 

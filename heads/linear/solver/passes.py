@@ -82,7 +82,7 @@ class NumpyPass:
         n_outputs, n_rows, n_free = self.weighting.n_outputs, len(block.row_index), self.shape[1]
         weights = self.weights[block.folds]
         path_index = self.path_index[self.heads_by_folds[block.folds]]
-        values, transposed = self.design.read(block)
+        values = self.design.read(block)
         labels = None if n_outputs > 1 else block.labels[self.weighting.labels[path_index]]
         row_weights = self.weighting.row_weights(block, path_index)
         if self.device_kernel is not None:
@@ -90,7 +90,7 @@ class NumpyPass:
             self.gradients[block.folds] += gradient
             return loss
         decisions = np.empty((n_outputs, len(path_index), n_rows), weights.dtype)
-        np.matmul(weights, transposed, out=decisions[:n_free].reshape(-1, n_rows))
+        np.matmul(weights, values.T, out=decisions[:n_free].reshape(-1, n_rows))
         loss = (
             softmax_loss(decisions, block.class_offsets, row_weights)
             if labels is None
@@ -171,7 +171,7 @@ class CompiledPass:
 
     def add(self, block: RowBlock) -> Array:
         """Return the losses (A',) float64 on a block and add its gradients."""
-        values = self.design.read(block)[0]
+        values = self.design.read(block)
         sample_weight = (
             None
             if block.sample_weight is None
