@@ -53,56 +53,57 @@ CASES = {  # rows, features, classes
 }
 GAPS = {"logistic-100": (4e-5, 1e-5, 1e-7)}  # that the bank is asked for, where not 1e-5 and 3e-7
 STRENGTHS = np.logspace(-4, 2, 20)
-Timed = tuple[float, float]  # CPU and wall seconds
+N_FOLDS = 5
+CpuAndWall = tuple[float, float]  # seconds
 
 
-def digit_features(rows: int, width: int, classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """X (rows, width) float16 and y (rows,) int64."""
+def digit_features(n_rows: int, n_features: int, n_classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return X (rows, features) float16 and y (rows,) int64, 10 or 100 classes."""
     torch.set_num_threads(1)
-    rng, weights = np.random.default_rng(0), torch.Generator().manual_seed(1)
+    rng, weight_rng = np.random.default_rng(0), torch.Generator().manual_seed(1)
     digits = load_digits()
 
-    def draw() -> tuple[torch.Tensor, np.ndarray]:
-        chosen = rng.integers(0, len(digits.images), rows)
-        images = torch.tensor(digits.images[chosen], dtype=torch.float32)[:, None] / 16
-        angle = torch.tensor(rng.uniform(-0.35, 0.35, rows), dtype=torch.float32)
-        size = torch.tensor(rng.uniform(0.8, 1.25, rows), dtype=torch.float32)
-        shift = torch.tensor(rng.uniform(-0.2, 0.2, (rows, 2)), dtype=torch.float32)
-        first = torch.stack([angle.cos() * size, -angle.sin() * size, shift[:, 0]], dim=1)
-        second = torch.stack([angle.sin() * size, angle.cos() * size, shift[:, 1]], dim=1)
+    def draw_digits() -> tuple[torch.Tensor, np.ndarray]:
+        drawn = rng.integers(0, len(digits.images), n_rows)
+        images = torch.tensor(digits.images[drawn], dtype=torch.float32)[:, None] / 16
+        angle = torch.tensor(rng.uniform(-0.35, 0.35, n_rows), dtype=torch.float32)
+        size = torch.tensor(rng.uniform(0.8, 1.25, n_rows), dtype=torch.float32)
+        shift = torch.tensor(rng.uniform(-0.2, 0.2, (n_rows, 2)), dtype=torch.float32)
+        x_row = torch.stack([angle.cos() * size, -angle.sin() * size, shift[:, 0]], dim=1)
+        y_row = torch.stack([angle.sin() * size, angle.cos() * size, shift[:, 1]], dim=1)
         grid = F.affine_grid(
-            torch.stack([first, second], dim=1), [rows, 1, 16, 16], align_corners=False
+            torch.stack([x_row, y_row], dim=1), [n_rows, 1, 16, 16], align_corners=False
         )
-        return F.grid_sample(images, grid, align_corners=False), digits.target[chosen].astype(
-            np.int64
-        )
+        labels = digits.target[drawn].astype(np.int64)
+        return F.grid_sample(images, grid, align_corners=False), labels
 
-    images, y = draw()
-    cells = (2, 2)
-    if classes == 100:
-        right, other = draw()
-        images, y, cells = torch.cat([images, right], dim=3), 10 * y + other, (2, 4)
+    images, y = draw_digits()
+    pooled_shape = (2, 2)
+    if n_classes == 100:
+        right_images, right_digit = draw_digits()
+        images, y = torch.cat([images, right_images], dim=3), 10 * y + right_digit
+        pooled_shape = (2, 4)
     images = images + 0.25 * torch.tensor(rng.standard_normal(images.shape), dtype=torch.float32)
-    thin, wide = width // 16, width // (cells[0] * cells[1])
-    first = torch.randn(thin, 1, 5, 5, generator=weights) / 5
-    second = torch.randn(wide, thin, 3, 3, generator=weights) / (9 * thin) ** 0.5
-    parts = []
-    for start in range(0, rows, 500):
-        hidden = F.max_pool2d(F.relu(F.conv2d(images[start : start + 500], first, padding=2)), 2)
-        hidden = F.relu(F.conv2d(hidden, second, padding=1))
-        parts.append(F.adaptive_avg_pool2d(hidden, cells).flatten(1).numpy())
-    return np.concatenate(parts).astype(np.float16), y
+    n_hidden, n_channels = n_features // 16, n_features // (pooled_shape[0] * pooled_shape[1])
+    conv1 = torch.randn(n_hidden, 1, 5, 5, generator=weight_rng) / 5
+    conv2 = torch.randn(n_channels, n_hidden, 3, 3, generator=weight_rng) / (9 * n_hidden) ** 0.5
+    features = []
+    for start in range(0, n_rows, 500):
+        hidden = F.max_pool2d(F.relu(F.conv2d(images[start : start + 500], conv1, padding=2)), 2)
+        hidden = F.relu(F.conv2d(hidden, conv2, padding=1))
+        features.append(F.adaptive_avg_pool2d(hidden, pooled_shape).flatten(1).numpy())
+    return np.concatenate(features).astype(np.float16), y
 
 
-def timed(work: Callable[[], Any]) -> tuple[Any, Timed]:
-    """The result of `work` and its CPU and wall seconds."""
-    wall, cpu = time.perf_counter(), time.process_time()
+def timed(work: Callable[[], Any]) -> tuple[Any, CpuAndWall]:
+    """Return the result of `work`, with its CPU and wall seconds."""
+    wall_start, cpu_start = time.perf_counter(), time.process_time()
     result = work()
-    return result, (time.process_time() - cpu, time.perf_counter() - wall)
+    return result, (time.process_time() - cpu_start, time.perf_counter() - wall_start)
 
 
 def gemm_peak() -> float:
-    """GF/s of a large square float32 product on this thread, the best of five."""
+    """Return GF/s of a large square float32 product on this thread, the best of five."""
     a = np.random.default_rng(0).standard_normal((1536, 1536)).astype(np.float32)
     return max(2 * 1536**3 / timed(lambda: a @ a)[1][0] / 1e9 for _ in range(5))
 
@@ -110,25 +111,23 @@ def gemm_peak() -> float:
 def logistic_objective(
     X: np.ndarray, y: np.ndarray, W: np.ndarray, b: np.ndarray, C: float
 ) -> float:
-    """scikit-learn's objective of raw coefficients W (C, D), in float64, on features standardised
-    by these rows.
+    """Return scikit-learn's objective of raw coefficients W (C, D), in float64.
+
+    On features standardized by these rows.
     """
-    wide = X.astype(np.float64)
-    decision = wide @ W.T.astype(np.float64) + b
-    top = decision.max(axis=1)
-    loss = (
-        np.log(np.exp(decision - top[:, None]).sum(axis=1)) + top - decision[np.arange(len(y)), y]
-    )
-    return float(loss.sum() + np.sum((W * wide.std(axis=0)) ** 2) / (2 * C))
+    X64 = X.astype(np.float64)
+    decisions = X64 @ W.T.astype(np.float64) + b
+    top = decisions.max(axis=1)
+    log_total = np.log(np.exp(decisions - top[:, None]).sum(axis=1)) + top
+    loss = log_total - decisions[np.arange(len(y)), y]
+    return float(loss.sum() + np.sum((W * X64.std(axis=0)) ** 2) / (2 * C))
 
 
-def one_head(
-    X: np.ndarray, y: np.ndarray, fold: np.ndarray, held: int, C: float, **options: Any
+def fit_one_head(
+    X: np.ndarray, y: np.ndarray, fold: np.ndarray, held_out: int, C: float, **options: Any
 ) -> tuple[Any, Any]:
-    """What people write today: scale, fit, predict the held-out rows; raw coefficients
-    come back.
-    """
-    train = fold != held
+    """Scale, fit and predict the held-out rows as people write it today; return raw coefficients."""
+    train = fold != held_out
     model = make_pipeline(StandardScaler(), LogisticRegression(C=C, **options))
     model.fit(X[train].astype(np.float32), y[train]).predict_proba(X[~train].astype(np.float32))
     scaler, head = model[0], model[1]
@@ -136,111 +135,112 @@ def one_head(
     return W, head.intercept_ - W @ scaler.mean_
 
 
-def products_beside(rows: int, width: int, classes: int, iterations: int) -> float:
-    """Flops of the matrix products around the passes over the rows, those of frames and pairs left
-    out and, where there are fewer rows than features, everything.
+def flops_outside_passes(n_rows: int, n_features: int, n_classes: int, n_iterations: int) -> float:
+    """Return the flops of the matrix products around the passes over the rows.
+
+    Those of preconditioners and curvature pairs are left out and, where there are fewer rows than
+    features, everything.
     """
-    if rows < width:
+    if n_rows < n_features:
         return 0.0
-    columns, heads = classes - 1, 5 * len(STRENGTHS)
-    wide = columns >= MANY_CLASSES
-    # Rows into their eigenbasis, of wide heads for each fold its own; their Gram matrix, of which
-    # half is computed.
-    rotation = (2 * (4 if wide else 1) + 1) * rows * width**2
-    # Of wide heads each fold's rows have its scales, and penalties and bounds need no product.
-    penalties = 0 if wide else 4 * iterations * width**2 * columns
-    to_raw_and_bounds = 2 * (1 if wide else 3) * heads * classes * width**2
-    among_classes = 4 * iterations * columns**2 * width
-    held_out = 2 * rows * width * classes * len(STRENGTHS)
-    return float(rotation + penalties + to_raw_and_bounds + among_classes + held_out)
+    n_free, n_heads = n_classes - 1, N_FOLDS * len(STRENGTHS)
+    copied_per_fold = n_free >= MANY_CLASSES
+    # Rows into their eigenbasis, of many-class heads for each fold its own; their Gram matrix, of
+    # which half is computed.
+    rotation = (2 * (4 if copied_per_fold else 1) + 1) * n_rows * n_features**2
+    # Per-fold copies have their fold's scales: penalties and bounds need no product.
+    penalties = 0 if copied_per_fold else 4 * n_iterations * n_features**2 * n_free
+    raw_and_bounds = 2 * (1 if copied_per_fold else 3) * n_heads * n_classes * n_features**2
+    among_classes = 4 * n_iterations * n_free**2 * n_features
+    held_out = 2 * n_rows * n_features * n_classes * len(STRENGTHS)
+    return float(rotation + penalties + raw_and_bounds + among_classes + held_out)
 
 
 def logistic_case(name: str, quick: bool) -> dict[str, float]:
-    rows, width, classes = CASES[name]
-    X, y = digit_features(rows, width, classes)
-    fold = stratified(X, y)
+    n_rows, n_features, n_classes = CASES[name]
+    X, y = digit_features(n_rows, n_features, n_classes)
+    fold = stratified_folds(X, y)
     specs = [LogisticSpec(float(C)) for C in STRENGTHS]
-    sampled = [(i, f) for i in range(20) for f in range(5) if not quick or (f == 0 and i % 4 == 0)]
+    checked_heads = [
+        (i, f)
+        for i in range(len(STRENGTHS))
+        for f in range(N_FOLDS)
+        if not quick or (f == 0 and i % 4 == 0)
+    ]
     objectives: dict[str, list[float]] = {}
-    seconds: dict[str, Timed] = {}
+    seconds: dict[str, CpuAndWall] = {}
     figures: dict[str, float] = {}
 
-    def bank(gap: float) -> list[FitResult]:
-        return fit_logistic_bank(TrainingData(X, y, fold, classes), specs, refit=False, gap=gap)
+    def fit_bank(gap: float) -> list[FitResult]:
+        return fit_logistic_bank(TrainingData(X, y, fold, n_classes), specs, refit=False, gap=gap)
 
-    bank(1e-1)  # warm
-    for gap in GAPS.get(name, (1e-5, 3e-7)):
-        label = f"bank {gap:.0e}".replace("e-0", "e-")
-        runs, peaks = [], [gemm_peak()]
-        for _ in range(1 if quick else 5):
-            runs.append(timed(lambda gap=gap: bank(gap)))
-            peaks.append(gemm_peak())
-        fits = {(specs.index(fit.spec), fit.fold): fit for fit in runs[0][0]}
-        seconds[label] = median([run[1] for run in runs])
-        objectives[label] = [
+    def bank_objectives(results: list[FitResult]) -> list[float]:
+        by_head = {(specs.index(result.spec), result.fold): result.arrays for result in results}
+        return [
             logistic_objective(
                 X[fold != f],
                 y[fold != f],
-                fits[i, f].arrays["weight"],
-                fits[i, f].arrays["bias"],
+                by_head[i, f]["weight"],
+                by_head[i, f]["bias"],
                 STRENGTHS[i],
             )
-            for i, f in sampled
+            for i, f in checked_heads
         ]
-        iterations = sum(fit.iterations for fit in fits.values())
-        work = iterations * 4 * 0.8 * rows * width * (classes - 1)
-        products = work + products_beside(rows, width, classes, iterations)
+
+    fit_bank(1e-1)  # warm
+    for gap in GAPS.get(name, (1e-5, 3e-7)):
+        side = f"bank {gap:.0e}".replace("e-0", "e-")
+        runs, peaks = [], [gemm_peak()]
+        for _ in range(1 if quick else 5):
+            runs.append(timed(lambda gap=gap: fit_bank(gap)))
+            peaks.append(gemm_peak())
+        results = runs[0][0]
+        seconds[side] = median_seconds([run[1] for run in runs])
+        objectives[side] = bank_objectives(results)
+        n_iterations = sum(result.iterations for result in results)
+        pass_flops = n_iterations * 4 * 0.8 * n_rows * n_features * (n_classes - 1)
+        flops = pass_flops + flops_outside_passes(n_rows, n_features, n_classes, n_iterations)
         # Against the peak as it was before and after each run: on a shared machine it moves by half
         # within seconds.
-        beside = [(before + after) / 2 for before, after in itertools.pairwise(peaks)]
-        shares = [work / run[1][0] / 1e9 / own for run, own in zip(runs, beside, strict=True)]
-        figures[f"of_peak {label}"] = float(np.median(shares))
-        every = [products / run[1][0] / 1e9 / own for run, own in zip(runs, beside, strict=True)]
-        figures[f"products_of_peak {label}"] = float(np.median(every))
-        figures[f"peak_gflops {label}"] = float(np.median(beside))
-        figures[f"head_iterations {label}"] = iterations
-    for label, options in (("defaults", {}), ("tol 1e-6", {"tol": 1e-6, "max_iter": 10_000})):
-        cpu = wall = 0.0
-        objectives[label] = []
-        for i, f in sampled:
-            (W, b), (c, w) = timed(
-                lambda i=i, f=f, o=options: one_head(X, y, fold, f, STRENGTHS[i], **o)
+        run_peaks = [(before + after) / 2 for before, after in itertools.pairwise(peaks)]
+        peak_seconds = [run[1][0] * 1e9 * peak for run, peak in zip(runs, run_peaks, strict=True)]
+        figures[f"of_peak {side}"] = float(np.median([pass_flops / s for s in peak_seconds]))
+        figures[f"products_of_peak {side}"] = float(np.median([flops / s for s in peak_seconds]))
+        figures[f"peak_gflops {side}"] = float(np.median(run_peaks))
+        figures[f"head_iterations {side}"] = n_iterations
+    for side, options in (("defaults", {}), ("tol 1e-6", {"tol": 1e-6, "max_iter": 10_000})):
+        cpu_total = wall_total = 0.0
+        objectives[side] = []
+        for i, f in checked_heads:
+            (W, b), (cpu, wall) = timed(
+                lambda i=i, f=f, o=options: fit_one_head(X, y, fold, f, STRENGTHS[i], **o)
             )
-            cpu, wall = cpu + c, wall + w
-            objectives[label].append(
+            cpu_total, wall_total = cpu_total + cpu, wall_total + wall
+            objectives[side].append(
                 logistic_objective(X[fold != f], y[fold != f], W, b, STRENGTHS[i])
             )
-        seconds[label] = cpu * 100 / len(sampled), wall * 100 / len(sampled)
+        share = N_FOLDS * len(STRENGTHS) / len(checked_heads)
+        seconds[side] = cpu_total * share, wall_total * share
     if not quick:
-        scaled = StandardScaler().fit_transform(X.astype(np.float32))
-        splits = [(np.flatnonzero(fold != f), np.flatnonzero(fold == f)) for f in range(5)]
+        standardized = StandardScaler().fit_transform(X.astype(np.float32))
+        splits = [(np.flatnonzero(fold != f), np.flatnonzero(fold == f)) for f in range(N_FOLDS)]
         search = LogisticRegressionCV(
             Cs=STRENGTHS, cv=splits, l1_ratios=(0.0,), use_legacy_attributes=False
         )
-        seconds["LogisticRegressionCV"] = timed(lambda: search.fit(scaled, y))[1]
-    tight = bank(1e-8)
-    fits = {(specs.index(fit.spec), fit.fold): fit for fit in tight}
-    reference = [
-        logistic_objective(
-            X[fold != f],
-            y[fold != f],
-            fits[i, f].arrays["weight"],
-            fits[i, f].arrays["bias"],
-            STRENGTHS[i],
-        )
-        for i, f in sampled
-    ]
-    best = np.minimum.reduce([np.array(values) for values in (*objectives.values(), reference)])
+        seconds["LogisticRegressionCV"] = timed(lambda: search.fit(standardized, y))[1]
+    all_objectives = [*objectives.values(), bank_objectives(fit_bank(1e-8))]
+    best_objectives = np.minimum.reduce([np.array(values) for values in all_objectives])
     print(
-        f"{name}: {rows:,} × {width:,}, {classes} classes, 100 heads; {len(sampled)} heads checked"
+        f"{name}: {n_rows:,} × {n_features:,}, {n_classes} classes, 100 heads; "
+        f"{len(checked_heads)} heads checked"
     )
     print(f"{'side':24}{'CPU s':>9}{'wall s':>9}{'gap median':>12}{'p90':>10}{'max':>10}")
-    for label, (cpu, wall) in seconds.items():
-        text = f"{label:24}{cpu:9.2f}{wall:9.2f}"
-        if label in objectives:
-            gaps = np.array(objectives[label]) / best - 1
+    for side, (cpu, wall) in seconds.items():
+        text = f"{side:24}{cpu:9.2f}{wall:9.2f}"
+        if side in objectives:
+            gaps = np.array(objectives[side]) / best_objectives - 1
             text += f"{np.median(gaps):12.1e}{np.quantile(gaps, 0.9):10.1e}{gaps.max():10.1e}"
-            figures[f"max_gap {label}"] = float(gaps.max())
+            figures[f"max_gap {side}"] = float(gaps.max())
         print(text)
     for ours in [side for side in seconds if side.startswith("bank")]:
         for theirs in [side for side in seconds if not side.startswith("bank")]:
@@ -248,11 +248,11 @@ def logistic_case(name: str, quick: bool) -> dict[str, float]:
             figures[f"{ours} vs {theirs}"] = ratio
             line = f"{ours}: {ratio:.1f} × {theirs}"
             if theirs in objectives:
-                worse = int(
-                    (np.array(objectives[ours]) > np.array(objectives[theirs]) * (1 + 1e-6)).sum()
+                is_worse = np.array(objectives[ours]) > np.array(objectives[theirs]) * (1 + 1e-6)
+                figures[f"{ours} worse than {theirs}"] = int(is_worse.sum())
+                line += (
+                    f", {int(is_worse.sum())} of {len(checked_heads)} heads worse by more than 1e-6"
                 )
-                figures[f"{ours} worse than {theirs}"] = worse
-                line += f", {worse} of {len(sampled)} heads worse by more than 1e-6"
             print(line)
         print(
             f"{ours}: {figures[f'products_of_peak {ours}']:.2f} of the GEMM peak "
@@ -263,64 +263,66 @@ def logistic_case(name: str, quick: bool) -> dict[str, float]:
 
 
 def ridge_case(name: str, quick: bool) -> dict[str, float]:
-    rows, width, classes = CASES[name]
-    X, y = digit_features(rows, width, classes)
-    fold = stratified(X, y)
-    count = 200 if name == "ridge-1000" else 20
-    alphas = np.logspace(-2, 4, count)
+    n_rows, n_features, n_classes = CASES[name]
+    X, y = digit_features(n_rows, n_features, n_classes)
+    fold = stratified_folds(X, y)
+    n_strengths = 200 if name == "ridge-1000" else 20
+    alphas = np.logspace(-2, 4, n_strengths)
     specs = [RidgeSpec(float(alpha)) for alpha in alphas]
-    sampled = [(i, f) for i in range(count) for f in range(5)]
-    sampled = sampled[:: len(sampled) // (5 if quick else 50)]
+    checked_heads = [(i, f) for i in range(n_strengths) for f in range(N_FOLDS)]
+    checked_heads = checked_heads[:: len(checked_heads) // (5 if quick else 50)]
     runs = [
-        timed(lambda: fit_ridge_bank(TrainingData(X, y, fold, classes), specs, refit=False))
+        timed(lambda: fit_ridge_bank(TrainingData(X, y, fold, n_classes), specs, refit=False))
         for _ in range(1 if quick else 5)
     ]
-    fits = {(specs.index(fit.spec), fit.fold): fit for fit in runs[0][0]}
-    ours = median([run[1] for run in runs])
+    results = {(specs.index(result.spec), result.fold): result for result in runs[0][0]}
+    ours = median_seconds([run[1] for run in runs])
     figures = {"bank_cpu": ours[0]}
     print(
-        f"{name}: {rows:,} × {width:,}, {classes} classes, {5 * count} heads; RidgeClassifier on "
-        f"{len(sampled)} of them, scaled up"
+        f"{name}: {n_rows:,} × {n_features:,}, {n_classes} classes, {N_FOLDS * n_strengths} heads; "
+        f"RidgeClassifier on {len(checked_heads)} of them, scaled up"
     )
     print(f"{'side':28}{'CPU s':>9}{'wall s':>9}{'ratio':>8}{'max rel. difference':>22}")
     print(f"{'bank (float64 products)':28}{ours[0]:9.2f}{ours[1]:9.2f}")
     for dtype in (np.float32, np.float64):
-        cpu = wall = worst = 0.0
-        for i, f in sampled:
+        cpu_total = wall_total = largest_difference = 0.0
+        for i, f in checked_heads:
             train = fold != f
 
-            def work(train: np.ndarray = train, i: int = i, dtype: Any = dtype) -> Any:
+            def fit_one(train: np.ndarray = train, i: int = i, dtype: Any = dtype) -> Any:
                 model = make_pipeline(StandardScaler(), RidgeClassifier(alphas[i])).fit(
                     X[train].astype(dtype), y[train]
                 )
                 model.decision_function(X[~train].astype(dtype))
                 return model
 
-            model, (c, w) = timed(work)
-            cpu, wall = cpu + c, wall + w
+            model, (cpu, wall) = timed(fit_one)
+            cpu_total, wall_total = cpu_total + cpu, wall_total + wall
             theirs = model[1].coef_ / model[0].scale_
-            difference = np.abs(fits[i, f].arrays["weight"] - theirs).max() / np.abs(theirs).max()
-            worst = max(worst, float(difference))
-        share = 5 * count / len(sampled)
-        label = f"RidgeClassifier {np.dtype(dtype).name}"
-        figures[f"vs {label}"] = cpu * share / ours[0]
-        figures[f"max_difference {label}"] = worst
+            difference = np.abs(results[i, f].arrays["weight"] - theirs).max()
+            largest_difference = max(largest_difference, float(difference / np.abs(theirs).max()))
+        share = N_FOLDS * n_strengths / len(checked_heads)
+        side = f"RidgeClassifier {np.dtype(dtype).name}"
+        figures[f"vs {side}"] = cpu_total * share / ours[0]
+        figures[f"max_difference {side}"] = largest_difference
         print(
-            f"{label:28}{cpu * share:9.2f}{wall * share:9.2f}{cpu * share / ours[0]:8.1f}{worst:22.1e}"
+            f"{side:28}{cpu_total * share:9.2f}{wall_total * share:9.2f}"
+            f"{cpu_total * share / ours[0]:8.1f}{largest_difference:22.1e}"
         )
     return figures
 
 
-def stratified(X: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """(N,) int16 folds."""
+def stratified_folds(X: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Return (N,) int16 folds."""
     fold = np.zeros(len(y), np.int16)
-    for k, (_, held) in enumerate(StratifiedKFold(5, shuffle=True, random_state=0).split(X, y)):
-        fold[held] = k
+    splitter = StratifiedKFold(N_FOLDS, shuffle=True, random_state=0)
+    for k, (_, held_out) in enumerate(splitter.split(X, y)):
+        fold[held_out] = k
     return fold
 
 
-def median(runs: list[Timed]) -> Timed:
-    """Median CPU and median wall seconds."""
+def median_seconds(runs: list[CpuAndWall]) -> CpuAndWall:
+    """Return median CPU and median wall seconds."""
     return float(np.median([cpu for cpu, _ in runs])), float(np.median([wall for _, wall in runs]))
 
 
@@ -333,15 +335,11 @@ def main() -> None:
         "--quick", action="store_true", help="a sample of scikit-learn's heads, one run of the bank"
     )
     options = parser.parse_args()
-    warnings.simplefilter(
-        "ignore", ConvergenceWarning
-    )  # defaults stop at 100 iterations: that is what is compared
-    run = ridge_case if options.case.startswith("ridge") else logistic_case
-    print(
-        json.dumps(
-            {key: float(f"{value:.4g}") for key, value in run(options.case, options.quick).items()}
-        )
-    )
+    # Defaults stop at 100 iterations: that is what is compared.
+    warnings.simplefilter("ignore", ConvergenceWarning)
+    run_case = ridge_case if options.case.startswith("ridge") else logistic_case
+    figures = run_case(options.case, options.quick)
+    print(json.dumps({name: float(f"{value:.4g}") for name, value in figures.items()}))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""A penalty for every tap: how much each of the inputs that stand side by side counts, found on a
-head's training rows.
+"""Banded heads: one penalty for each tap, found on a head's training rows.
 
-Ridge regression with one penalty for each band of features (Nunez-Elizalde, Huth & Gallant 2019;
-Dupré la Tour, Eickenberg, Nunez-Elizalde & Gallant 2022) is ridge regression with one penalty on
-features that are scaled band by band. The scales are those of least squared error on held-out folds
-of the training rows, by gradient descent. With the kernel M = sum_b e^d_b K_b + I + 1 1', K_b the
-products of rows of band b, and H = M^-1, the errors of all held-out rows come from one inverse: a
-fold's rows F are missed by (H_FF)^-1 (H Y)_F. So no head is trained while the scales are sought.
+Taps that stand side by side in one input are bands of features. Ridge regression with one penalty
+for each band (Nunez-Elizalde, Huth & Gallant 2019; Dupré la Tour, Eickenberg, Nunez-Elizalde &
+Gallant 2022) is ridge regression with one penalty on features that are scaled band by band. The
+scales are those of least squared error on held-out folds of the training rows, by gradient descent.
+With the kernel M = sum_b e^d_b K_b + I + 1 1', K_b the products of rows of band b, and H = M^-1,
+the errors of all held-out rows come from one inverse: the errors of a fold's rows F are
+(H_FF)^-1 (H Y)_F. So no head is trained while the scales are sought.
 
 n sampled rows, D features, B bands, T target columns.
 """
@@ -25,15 +25,17 @@ from headrace.heads.data.standardize import Features, Moments, scaled
 
 Array = npt.NDArray[np.float64]
 
-# of a head's training rows, drawn: half a second. With 1,200 the scales differ by a tenth, or
-# twofold where taps are alike
-ROWS = 800
-FOLDS = 5  # drawn, where the head's own training rows have not three folds of their own
-STEPS = 25  # of L-BFGS; it ends after 8 to 20 evaluations
-FARTHEST = 8.0  # of a log variance from the one where all bands count the same
-# a pull to where all bands count the same, in units of the share of the variance that is missed
-TOWARDS_EQUAL = 1e-3
-START = 10.0  # the variance of all bands together over that of the noise
+# Training rows of a head that are sampled: half a second. With 1,200 the scales differ by a tenth,
+# or twofold where taps are alike.
+SAMPLED_ROWS = 800
+# Folds that are drawn where the head's own training rows have fewer than three folds.
+DRAWN_FOLDS = 5
+MAX_ITERATIONS = 25  # of L-BFGS; it ends after 8 to 20 evaluations
+# Largest distance of a log variance from the one where all bands count the same.
+MAX_LOG_DISTANCE = 8.0
+# Penalty on the distance from equal bands, in units of the share of the variance that is missed.
+EQUAL_BANDS_PENALTY = 1e-3
+START_SIGNAL_TO_NOISE = 10.0  # variance of all bands together over that of the noise
 
 
 def with_bands(
@@ -41,118 +43,129 @@ def with_bands(
     target: npt.NDArray[Any],
     fold: npt.NDArray[np.int64],
     scaling: dict[int, Moments],
-    widths: Sequence[int],
-    views: int = 1,
+    band_widths: Sequence[int],
+    n_views: int = 1,
 ) -> dict[int, Moments]:
-    """`scaling` (fold or REFIT: moments of its training rows), with an emphasis (D,) that gives
-    every band its own penalty.
+    """Return `scaling` with an emphasis (D,) that gives every band its own penalty.
 
     X: (N, D). target: (N,) int classes, (N, T) labels or real values. fold: (N,) the fold that
-    holds a row out, or TRAIN_ONLY.
-    widths: (B,) features of each band, in order; none are one band. views: of each image; the rows
-    come one view after another. The mean square of an emphasis is 1, so that strengths mean what
-    they mean without bands. The scales of a fold's head are found without the rows that it is
-    judged by. Raises ValueError where the widths do not add up to D.
+    holds a row out, or TRAIN_ONLY. scaling: fold or REFIT -> moments of its training rows.
+    band_widths: (B,) features of each band, in order; none are one band. n_views: of each image;
+    the rows come one view after another.
+
+    The mean square of an emphasis is 1, so that strengths mean what they mean without bands. The
+    scales of a fold's head are found without the rows that it is judged by. Raises ValueError where
+    the widths do not add up to D.
     """
-    if widths and sum(widths) != X.shape[1]:
+    if band_widths and sum(band_widths) != X.shape[1]:
         raise ValueError(
-            f"bands of {list(widths)} features were given for {X.shape[1]}: the widths must add up "
-            "to it"
+            f"bands of {list(band_widths)} features were given for {X.shape[1]}: the widths must "
+            "add up to it"
         )
-    if len(widths) < 2:
+    if len(band_widths) < 2:
         return scaling
     return {
-        key: _emphasised(X, target, fold, np.flatnonzero(fold != key), own, widths, views)
-        for key, own in scaling.items()
+        held_out: _with_emphasis(
+            X, target, fold, np.flatnonzero(fold != held_out), moments, band_widths, n_views
+        )
+        for held_out, moments in scaling.items()
     }
 
 
-def _emphasised(
+def _with_emphasis(
     X: Features,
     target: npt.NDArray[Any],
     fold: npt.NDArray[np.int64],
-    rows: npt.NDArray[np.intp],
-    own: Moments,
-    widths: Sequence[int],
-    views: int,
+    training_rows: npt.NDArray[np.intp],
+    moments: Moments,
+    band_widths: Sequence[int],
+    n_views: int,
 ) -> Moments:
-    draw = np.random.default_rng(0)
-    rows = np.sort(draw.choice(rows, min(ROWS, len(rows)), replace=False))
-    blocks = [np.flatnonzero(fold[rows] == group) for group in np.unique(fold[rows]) if group >= 0]
+    rng = np.random.default_rng(0)
+    n_sampled = min(SAMPLED_ROWS, len(training_rows))
+    rows = np.sort(rng.choice(training_rows, n_sampled, replace=False))
+    row_fold = fold[rows]
+    blocks = [np.flatnonzero(row_fold == group) for group in np.unique(row_fold) if group >= 0]
     if len(blocks) < 3:  # a split of the user's own, or two folds, one of which is held out
-        image = rows % (len(fold) // views)  # never on two sides: its other views would tell
-        images = draw.permutation(np.unique(image))
+        # An image's views are never on two sides: one would give the others away.
+        image_of_row = rows % (len(fold) // n_views)
+        images = rng.permutation(np.unique(image_of_row))
         blocks = [
-            np.flatnonzero(np.isin(image, part))
-            for part in np.array_split(images, min(FOLDS, len(images)))
+            np.flatnonzero(np.isin(image_of_row, block_images))
+            for block_images in np.array_split(images, min(DRAWN_FOLDS, len(images)))
         ]
-    Z = scaled(X[rows], own.mean, np.where(own.constant, 0.0, 1.0 / own.scale))
-    Y = _columns(target[rows])
+    Z = scaled(X[rows], moments.mean, np.where(moments.constant, 0.0, 1.0 / moments.scale))
+    Y = _target_columns(target[rows])
     Y -= Y.mean(axis=0)
-    if len(rows) < 2 or not Y.any():  # nothing to tell apart
-        return own
-    if target.dtype.kind == "f":  # numbers in units of their own
+    if len(rows) < 2 or not Y.any():  # a constant target
+        return moments
+    if target.dtype.kind == "f":  # values in units of their own
         Y /= np.where(Y.any(axis=0), np.sqrt((Y**2).sum(axis=0)), 1.0)
     Y /= np.sqrt((Y**2).sum())
-    bounds = np.cumsum([0, *widths])
-    rows32 = Z.astype(np.float32)  # of standardised numbers: products in half the time
+    # Standardized numbers: float32 is enough, and the products take half the time.
+    Z32 = Z.astype(np.float32)
+    band_offsets = np.cumsum([0, *band_widths])
     kernels = np.stack(
-        [rows32[:, a:b] @ rows32[:, a:b].T / (b - a) for a, b in itertools.pairwise(bounds)]
-    )
-    kernels = kernels.astype(np.float64)
-    variances = np.exp(_log_variances(kernels, Y, blocks)) / np.asarray(widths)
-    emphasis = np.repeat(np.sqrt(variances), widths)
-    return dataclasses.replace(own, emphasis=emphasis / np.sqrt((emphasis**2).mean()))
+        [
+            Z32[:, start:end] @ Z32[:, start:end].T / (end - start)
+            for start, end in itertools.pairwise(band_offsets)
+        ]
+    ).astype(np.float64)
+    variances = np.exp(_best_log_variances(kernels, Y, blocks)) / np.asarray(band_widths)
+    emphasis = np.repeat(np.sqrt(variances), band_widths)
+    return dataclasses.replace(moments, emphasis=emphasis / np.sqrt((emphasis**2).mean()))
 
 
-def _columns(target: npt.NDArray[Any]) -> Array:
-    """(n, T) float64: a column for each class that is there, labels and numbers as they are."""
+def _target_columns(target: npt.NDArray[Any]) -> Array:
+    """Return (n, T) float64: a column for each class present, or labels and values as they are."""
     if target.ndim == 1 and target.dtype.kind != "f":
         return np.asarray(target[:, None] == np.unique(target), np.float64)
     return target.reshape(len(target), -1).astype(np.float64)
 
 
-def _log_variances(kernels: Array, Y: Array, blocks: Sequence[npt.NDArray[np.intp]]) -> Array:
-    """(B,) of least squared error on held-out blocks: kernels (B, n, n), each of a band's average
-    over its features; Y (n, T).
+def _best_log_variances(kernels: Array, Y: Array, blocks: Sequence[npt.NDArray[np.intp]]) -> Array:
+    """Return the log variances (B,) of least squared error on held-out blocks.
+
+    kernels: (B, n, n), each of a band's average over its features. Y: (n, T).
     """
-    start = np.full(len(kernels), np.log(START / len(kernels)))
-    found = scipy.optimize.minimize(
+    start = np.full(len(kernels), np.log(START_SIGNAL_TO_NOISE / len(kernels)))
+    minimum = scipy.optimize.minimize(
         held_out_error,
         start,
         args=(kernels, Y, blocks),
         jac=True,
         method="L-BFGS-B",
-        bounds=[(value - FARTHEST, value + FARTHEST) for value in start],
-        options={"maxiter": STEPS, "ftol": 1e-4},
+        bounds=[(value - MAX_LOG_DISTANCE, value + MAX_LOG_DISTANCE) for value in start],
+        options={"maxiter": MAX_ITERATIONS, "ftol": 1e-4},
     )
-    return np.asarray(found.x)
+    return np.asarray(minimum.x)
 
 
 def held_out_error(
-    d: Array, kernels: Array, Y: Array, blocks: Sequence[npt.NDArray[np.intp]]
+    log_variances: Array, kernels: Array, Y: Array, blocks: Sequence[npt.NDArray[np.intp]]
 ) -> tuple[float, Array]:
-    """Squared error of the rows of each block, predicted from all others, and its gradient (B,) by
-    the log variances d (B,).
+    """Return the squared error of every block, predicted from all others, and its gradient (B,).
 
-    The derivative along dM is 2 sum_F g_F' [H_F: dM (H_:F r_F - H Y)], with the errors r_F and g_F
-    = (H_FF)^-1 r_F.
+    log_variances: (B,). kernels: (B, n, n). Y: (n, T). blocks: row numbers.
+
+    The derivative along dM is 2 sum_F g_F' [H_F: dM (H_:F r_F - H Y)], with the errors r_F and
+    g_F = (H_FF)^-1 r_F.
     """
-    variances = np.exp(d)
+    variances = np.exp(log_variances)
     # The ones are the intercept's kernel, with a variance that costs next to nothing.
     M = np.einsum("b,bij->ij", variances, kernels) + 1.0
     M.flat[:: len(M) + 1] += 1.0
     H = scipy.linalg.inv(M, overwrite_a=True, check_finite=False)
     HY = H @ Y
-    errors, pulls = np.zeros_like(Y), np.zeros_like(Y)
-    slope = np.zeros_like(M)
+    r, g = np.zeros_like(Y), np.zeros_like(Y)
+    error_slope = np.zeros_like(M)  # of half the error, by the elements of M
     for rows in blocks:
         factor = scipy.linalg.cho_factor(H[np.ix_(rows, rows)], check_finite=False)
-        errors[rows] = scipy.linalg.cho_solve(factor, HY[rows], check_finite=False)
-        pulls[rows] = scipy.linalg.cho_solve(factor, errors[rows], check_finite=False)
-        slope += (H[:, rows] @ pulls[rows]) @ (H[:, rows] @ errors[rows] - HY).T
-    apart = d - d.mean()
-    gradient = 2 * variances * np.einsum(
-        "bij,ij->b", kernels, slope
-    ) + 2 * TOWARDS_EQUAL * apart / len(d)
-    return float((errors**2).sum() + TOWARDS_EQUAL * (apart**2).mean()), gradient
+        r[rows] = scipy.linalg.cho_solve(factor, HY[rows], check_finite=False)
+        g[rows] = scipy.linalg.cho_solve(factor, r[rows], check_finite=False)
+        error_slope += (H[:, rows] @ g[rows]) @ (H[:, rows] @ r[rows] - HY).T
+    distance = log_variances - log_variances.mean()
+    gradient = 2 * variances * np.einsum("bij,ij->b", kernels, error_slope)
+    gradient += 2 * EQUAL_BANDS_PENALTY * distance / len(log_variances)
+    error = float((r**2).sum() + EQUAL_BANDS_PENALTY * (distance**2).mean())
+    return error, gradient

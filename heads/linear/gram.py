@@ -1,5 +1,5 @@
-"""Weighted products of features and targets, group by group: all that ridge regression needs to
-know of the rows.
+"""Weighted products of features and targets, group by group: all that ridge regression needs of the
+rows.
 
 N rows, D features, T target columns. Rows are centred and scaled once with the moments of all rows,
 so that the sums of squares keep their digits. A fold's products are the sum of the other groups'
@@ -21,69 +21,80 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class Products:
-    """Weighted sums over some rows x (D,) with targets y (T,), float64."""
+    """Weighted sums over rows x (D,) with targets y (T,), float64."""
 
     gram: Array  # (D, D), sum w x x'
     cross: Array  # (D, T), sum w x y'
-    total: Array  # (D,), sum w x
-    targets: Array  # (T,), sum w y
-    squares: Array  # (T,), sum w y^2
-    mass: float  # sum w
+    feature_sum: Array  # (D,), sum w x
+    target_sum: Array  # (T,), sum w y
+    target_squares: Array  # (T,), sum w y^2
+    total_weight: float  # sum w
 
     def __add__(self, other: "Products") -> "Products":
         return Products(
             self.gram + other.gram,
             self.cross + other.cross,
-            self.total + other.total,
-            self.targets + other.targets,
-            self.squares + other.squares,
-            self.mass + other.mass,
+            self.feature_sum + other.feature_sum,
+            self.target_sum + other.target_sum,
+            self.target_squares + other.target_squares,
+            self.total_weight + other.total_weight,
         )
 
     def centred(self) -> "Products":
-        """The same with the weighted means of x and y taken out; `total` and `targets` keep the
-        sums that were.
+        """Return the products of x and y without their weighted means.
+
+        `feature_sum` and `target_sum` stay those of the uncentred rows.
         """
-        mass = self.mass or 1.0
+        total_weight = self.total_weight or 1.0
         return Products(
-            self.gram - np.outer(self.total, self.total) / mass,
-            self.cross - np.outer(self.total, self.targets) / mass,
-            self.total,
-            self.targets,
-            self.squares - self.targets**2 / mass,
-            self.mass,
+            self.gram - np.outer(self.feature_sum, self.feature_sum) / total_weight,
+            self.cross - np.outer(self.feature_sum, self.target_sum) / total_weight,
+            self.feature_sum,
+            self.target_sum,
+            self.target_squares - self.target_sum**2 / total_weight,
+            self.total_weight,
         )
 
 
 def group_products(
-    X: Features, Y: Array, weight: Array | None, fold: Array, centre: Array, factor: Array
+    X: Features,
+    Y: Array,
+    sample_weight: Array | None,
+    fold: Array,
+    mean: Array,
+    inverse_scale: Array,
 ) -> dict[int, Products]:
-    """Products of each group of rows of X (N, D), as (x - centre) * factor, and Y (N, T), with
-    weight (N,) or all one.
+    """Return the products of each group of rows, by its value in `fold`.
+
+    X: (N, D), taken as (x - mean) * inverse_scale. Y: (N, T). sample_weight: (N,) or None for all
+    one.
     """
-    dim, targets = X.shape[1], Y.shape[1]
+    n_features, n_targets = X.shape[1], Y.shape[1]
 
-    def nothing() -> Products:
-        gram, cross = np.zeros((dim, dim)), np.zeros((dim, targets))
-        return Products(gram, cross, np.zeros(dim), np.zeros(targets), np.zeros(targets), 0.0)
+    def zero_products() -> Products:
+        gram, cross = np.zeros((n_features, n_features)), np.zeros((n_features, n_targets))
+        sums = np.zeros(n_targets), np.zeros(n_targets)
+        return Products(gram, cross, np.zeros(n_features), *sums, 0.0)
 
-    groups = {int(group): nothing() for group in np.unique(fold)}
-    for group, rows in sweep(X, fold):
-        own = groups[group]
-        z = scaled(X[rows], centre, factor)
-        y = Y[rows].astype(np.float64)
-        w = np.ones(len(rows)) if weight is None else weight[rows]
-        own.total[...] += w @ z
-        own.targets[...] += w @ y
-        own.squares[...] += w @ (y * y)
-        own.cross[...] += z.T @ (w[:, None] * y)
-        if weight is not None:
+    groups = {int(group): zero_products() for group in np.unique(fold)}
+    for group, row_index in sweep(X, fold):
+        products = groups[group]
+        z = scaled(X[row_index], mean, inverse_scale)
+        y = Y[row_index].astype(np.float64)
+        w = np.ones(len(row_index)) if sample_weight is None else sample_weight[row_index]
+        products.feature_sum[...] += w @ z
+        products.target_sum[...] += w @ y
+        products.target_squares[...] += w @ (y * y)
+        products.cross[...] += z.T @ (w[:, None] * y)
+        if sample_weight is not None:
             z *= np.sqrt(w)[:, None]
-        own.gram[...] += z.T @ z  # one array and its own transpose: BLAS computes half of it (syrk)
-        groups[group] = replace(own, mass=own.mass + float(w.sum()))
+        # One array and its own transpose: BLAS computes half of it (syrk).
+        products.gram[...] += z.T @ z
+        total_weight = products.total_weight + float(w.sum())
+        groups[group] = replace(products, total_weight=total_weight)
     return groups
 
 
-def add_up(parts: Iterable[Products]) -> Products:
-    """Their sum."""
-    return reduce(lambda one, other: one + other, parts)
+def sum_products(parts: Iterable[Products]) -> Products:
+    """Return the products of all parts' rows together."""
+    return reduce(Products.__add__, parts)

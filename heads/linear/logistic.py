@@ -1,21 +1,22 @@
-"""Banks of logistic heads: every strength, fold, class weight and label at once, to scikit-learn's
+"""Banks of logistic heads: every C, fold, class weight and label at once, to scikit-learn's
 optimum.
 
-N rows, D features, C classes, L labels, F folds.
+N rows, D features, C classes, L labels, F folds, n_outputs weight vectors of a head (C for a
+softmax, 1 for a sigmoid).
 
 The objective of a head is scikit-learn's `LogisticRegression` after a `StandardScaler` fitted on
-the head's training
-rows: sum_i w_i loss_i + |W|^2 / (2 C), the intercept free. For two classes the loss is the
-sigmoid's with one weight vector, as scikit-learn has it (a two-class softmax with penalty on both
-rows would be a different strength); its two rows are stored as -w/2 and +w/2, whose softmax is that
-sigmoid.
+the head's training rows: sum_i w_i loss_i + |W|^2 / (2 C), the intercept free. For two classes the
+loss is the sigmoid's with one weight vector, as in scikit-learn (a two-class softmax with a penalty
+on both would be a different strength); the two classes are stored as -w/2 and +w/2, whose softmax
+is that sigmoid. `solver/README.md` explains how the heads are solved.
 """
 
 import dataclasses
 import functools
+import itertools
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -50,21 +51,62 @@ from headrace.heads.linear.solver.regularization_path import RegularizationPath
 from headrace.heads.spec import FitResult, LogisticSpec
 
 Array = npt.NDArray[Any]
-# an absent class's decision is minus this: its probability is exactly zero, and no arithmetic
-# overflows
-NEVER = 1e30
+# The decision of an absent class is minus this: its probability is exactly zero, and no arithmetic
+# overflows.
+ABSENT_CLASS_DECISION = 1e30
 
 
 @dataclass(frozen=True)
-class _Part:
-    """One spec's head of one fold, for some classes or one label, before it is assembled."""
+class _HeadPart:
+    """A head of one spec and fold, for the classes of a problem or for one label."""
 
-    weight: Array  # (rows, D) float64, raw coordinates
-    bias: Array  # (rows,)
-    objective: float
-    bound: float
-    iterations: int
-    seconds: float
+    weight: Array  # (n_outputs, D) float64, for raw features
+    bias: Array  # (n_outputs,)
+    objective: float = 0.0
+    gap_bound: float = 0.0
+    n_iterations: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Bank:
+    """A bank while it is fitted."""
+
+    X: Features  # (N, D)
+    target: Array  # (N,) or (N, L)
+    fold: Array  # (N,) int64
+    sample_weight: Array | None  # (N,) float64; None: all one
+    specs: Sequence[LogisticSpec]
+    gap: float
+    device: str
+    deadline: float | None
+    # (spec index, fold, label or 0) -> head
+    parts: dict[tuple[int, int, int], _HeadPart] = field(default_factory=dict)
+
+    def class_mass(self, fold: int, n_classes: int) -> Array:
+        """Return the weight (C,) of each class in the training rows of a fold."""
+        train = self.fold != fold
+        weight = None if self.sample_weight is None else self.sample_weight[train]
+        return np.bincount(self.target[train], weight, minlength=n_classes)
+
+
+@dataclass(frozen=True)
+class _ClassProblem:
+    """The folds whose training rows hold exactly `classes`."""
+
+    folds: tuple[int, ...]
+    classes: npt.NDArray[np.intp]  # single label: the classes present; multi-label: empty
+    target: Array  # (N,) position in `classes`, -1 where absent; or (N, L)
+    labels: Array | None  # (N, L) 0/1 of binary and multi-label problems; None: a softmax
+
+    @property
+    def n_outputs(self) -> int:
+        return len(self.classes) if self.labels is None else 1
+
+    @property
+    def has_class(self) -> npt.NDArray[np.bool_]:
+        """(N,) whether a row has a class of the problem."""
+        return self.target >= 0 if self.target.ndim == 1 else np.ones(len(self.target), bool)
 
 
 def fit_logistic_bank(
@@ -91,159 +133,113 @@ def fit_logistic_bank(
     beyond 1e-30..1e15.
     """
     _check(data, specs)
-    X, target, n_classes, sample_weight = data.X, data.target, data.n_outputs, data.sample_weight
-    fold = np.asarray(data.fold, np.int64)
-    sw = (
-        None
-        if sample_weight is None or (sample_weight == 1).all()
-        else np.asarray(sample_weight, np.float64)
+    sample_weight = data.sample_weight
+    if sample_weight is not None:
+        is_uniform = (sample_weight == 1).all()
+        sample_weight = None if is_uniform else np.asarray(sample_weight, np.float64)
+    bank = _Bank(
+        data.X,
+        data.target,
+        np.asarray(data.fold, np.int64),
+        sample_weight,
+        specs,
+        gap,
+        device,
+        deadline,
     )
     folds = data.folds_to_fit(refit=refit)
-    groups = group_moments(X, fold)
-    scaling = training_moments(groups)
-    parts: dict[tuple[int, int, int], _Part] = {}  # (spec, fold, label or 0)
+    scaling = training_moments(group_moments(bank.X, bank.fold))
     for standardize, banded in sorted({(spec.standardize, spec.banded) for spec in specs}):
-        chosen = [
+        spec_indices = [
             i
             for i, spec in enumerate(specs)
             if (spec.standardize, spec.banded) == (standardize, banded)
         ]
-        scales = (
-            with_bands(X, target, fold, scaling, data.band_widths, data.n_views)
-            if banded
-            else scaling
-        )
-        for problem in _problems(target, n_classes, fold, folds, sw):
-            _fit_problem(
-                X,
-                problem,
-                fold,
-                specs,
-                chosen,
-                scales,
-                sw,
-                gap,
-                deadline,
-                parts,
-                standardize,
-                device,
+        spec_scaling = scaling
+        if banded:
+            spec_scaling = with_bands(
+                bank.X, bank.target, bank.fold, scaling, data.band_widths, data.n_views
             )
-    return _assemble(X, target, n_classes, fold, folds, specs, parts, sw)
+        for problem in _class_problems(bank, folds, data.n_outputs):
+            _fit_problem(bank, problem, spec_indices, spec_scaling, standardize=standardize)
+    return _fit_results(bank, folds, data.n_outputs)
 
 
-@dataclass(frozen=True)
-class _Problem:
-    """Heads with the same classes present: folds whose training rows hold exactly `classes`."""
-
-    folds: tuple[int, ...]
-    classes: npt.NDArray[np.intp]  # single label: the classes present; multi-label: empty
-    target: Array  # (N,) position in `classes`, -1 where absent; or (N, L)
-
-    @property
-    def known(self) -> npt.NDArray[np.bool_]:
-        """(N,) rows that have a class of the problem."""
-        return self.target >= 0 if self.target.ndim == 1 else np.ones(len(self.target), bool)
-
-
-def _problems(
-    target: Array, n_classes: int, fold: Array, folds: list[int], sw: Array | None
-) -> list[_Problem]:
+def _class_problems(bank: _Bank, folds: list[int], n_classes: int) -> list[_ClassProblem]:
     """Group the folds by the classes that their training rows hold.
 
     A class without training rows has no optimum: its intercept would run to minus infinity. It is
     left out, as scikit-learn leaves it out, and predicted with 0.
     """
-    if target.ndim == 2:
-        return [_Problem(tuple(folds), np.zeros(0, np.intp), target)]
-    seen: dict[tuple[int, ...], list[int]] = {}
-    for f in folds:
-        rows = fold != f
-        mass = np.bincount(target[rows], None if sw is None else sw[rows], minlength=n_classes)
-        seen.setdefault(tuple(np.flatnonzero(mass > 0).tolist()), []).append(f)
+    if bank.target.ndim == 2:
+        return [_ClassProblem(tuple(folds), np.zeros(0, np.intp), bank.target, bank.target)]
+    folds_by_classes: dict[tuple[int, ...], list[int]] = {}
+    for fold in folds:
+        present = np.flatnonzero(bank.class_mass(fold, n_classes) > 0)
+        folds_by_classes.setdefault(tuple(present.tolist()), []).append(fold)
     problems = []
-    for classes, members in seen.items():
+    for classes, problem_folds in folds_by_classes.items():
         position = np.full(n_classes, -1)
         position[list(classes)] = np.arange(len(classes))
-        problems.append(_Problem(tuple(members), np.array(classes, np.intp), position[target]))
+        target = position[bank.target]
+        labels = (target == 1)[:, None] if len(classes) == 2 else None
+        problems.append(
+            _ClassProblem(tuple(problem_folds), np.array(classes, np.intp), target, labels)
+        )
     return problems
 
 
 def _fit_problem(
-    X: Features,
-    problem: _Problem,
-    fold: Array,
-    specs: Sequence[LogisticSpec],
-    chosen: list[int],
+    bank: _Bank,
+    problem: _ClassProblem,
+    spec_indices: list[int],
     scaling: dict[int, Moments],
-    sw: Array | None,
-    gap: float,
-    deadline: float | None,
-    parts: dict[tuple[int, int, int], _Part],
+    *,
     standardize: bool,
-    device: str,
 ) -> None:
-    """Fit the chosen specs on the problem's folds; results go to `parts`."""
-    multi = problem.target.ndim == 2
-    labels = problem.target if multi else (problem.target == 1)[:, None]
-    binary = multi or len(problem.classes) == 2
-    rows = 1 if binary else len(problem.classes)
-    if rows == 1 and not binary:  # one class: nothing to fit
-        for i in chosen:
-            for f in problem.folds:
-                parts[i, f, 0] = _Part(np.zeros((1, X.shape[1])), np.zeros(1), 0.0, 0.0, 0, 0.0)
+    """Fit the given specs on the problem's folds, into `bank.parts`."""
+    if problem.labels is None and problem.n_outputs == 1:  # one class: nothing to fit
+        for i in spec_indices:
+            for fold in problem.folds:
+                bank.parts[i, fold, 0] = _HeadPart(np.zeros((1, bank.X.shape[1])), np.zeros(1))
         return
     began = time.perf_counter()
-    for folds in _batches(problem, scaling, X.shape[1], standardize):
-        used = {f: scaling[f] for f in folds}
+    for folds in _folds_by_design(bank, problem, scaling, standardize=standardize):
+        design_scaling = {fold: scaling[fold] for fold in folds}
         if len(folds) > 1:
-            used[REFIT] = scaling[REFIT]
-        paths, owners = _lines(
-            problem,
-            folds,
-            specs,
-            chosen,
-            fold,
-            labels if binary else None,
-            rows,
-            sw,
-            parts,
-            X.shape[1],
-        )
+            design_scaling[REFIT] = scaling[REFIT]
+        paths, specs_by_strength = _regularization_paths(bank, problem, folds, spec_indices)
         if not paths:
             continue
-        own_labels = labels if binary else None
-        heads = sum(len(path.l2_strengths) for path in paths)
-        own_rows = (
-            device == "cpu"
+        n_heads = sum(len(path.l2_strengths) for path in paths)
+        copy_per_fold = (
+            bank.device == "cpu"
             and standardize
-            and should_copy_per_fold(scaling, folds, rows - 1, heads)
+            and should_copy_per_fold(scaling, folds, problem.n_outputs - 1, n_heads)
         )
-        narrow, wide = (
+        make_designs = [
             functools.partial(
-                _design,
-                X,
+                _make_design,
+                bank,
                 problem,
-                fold,
-                used,
                 folds,
-                own_labels,
-                rows,
-                sw,
-                standardize,
-                own,
-                dtype,
+                design_scaling,
+                standardize=standardize,
+                copy_per_fold=copy,
+                dtype=dtype,
             )
-            # What is left for float64 is a few heads: not worth rows of their own.
-            for dtype, own in ((np.float32, own_rows), (np.float64, False))
-        )
-        solutions = _solve(narrow, wide, paths, rows, gap, deadline, device)
-        seconds = (time.perf_counter() - began) / max(len(solutions), 1)
+            # What is left for float64 is a few heads: not worth copies of the rows.
+            for dtype, copy in ((np.float32, copy_per_fold), (np.float64, False))
+        ]
+        heads = _solve(bank, make_designs, paths, problem.n_outputs)
+        seconds = (time.perf_counter() - began) / max(len(heads), 1)
         began = time.perf_counter()
-        for index, (path, owner) in enumerate(zip(paths, owners, strict=True)):
-            for mu, spec_indices in owner.items():
-                weight, bias, solution = solutions[index, mu]
-                for i in spec_indices:
-                    parts[i, path.fold, max(path.label, 0) if multi else 0] = _Part(
+        is_multi_label = problem.target.ndim == 2
+        for path_index, path in enumerate(paths):
+            for l2_strength, head_specs in specs_by_strength[path_index].items():
+                weight, bias, solution = heads[path_index, l2_strength]
+                for i in head_specs:
+                    bank.parts[i, path.fold, path.label if is_multi_label else 0] = _HeadPart(
                         weight,
                         bias,
                         solution.objective,
@@ -253,275 +249,264 @@ def _fit_problem(
                     )
 
 
-def _batches(
-    problem: _Problem, scaling: dict[int, Moments], dim: int, standardize: bool
+def _folds_by_design(
+    bank: _Bank, problem: _ClassProblem, scaling: dict[int, Moments], *, standardize: bool
 ) -> list[tuple[int, ...]]:
-    """The problem's folds, those in one tuple that can share a design."""
-    whole, count = scaling[REFIT], int(problem.known.sum())
-    alike = tuple(
-        f for f in problem.folds if scales_are_similar(scaling[f], whole, standardize=standardize)
+    """Return the problem's folds, those that can share a design in one tuple."""
+    n_rows = int(problem.has_class.sum())
+    # In common units float32 would lose the digits of a fold whose scales are far from the others':
+    # one row far out that it holds out is enough.
+    similar = tuple(
+        fold
+        for fold in problem.folds
+        if scales_are_similar(scaling[fold], scaling[REFIT], standardize=standardize)
     )
-    if dim > count and not copies_fit(scaling, alike, count):
-        alike = ()
-    alone: list[tuple[int, ...]] = [(f,) for f in problem.folds if f not in alike]
-    return [alike, *alone] if alike else alone
+    if bank.X.shape[1] > n_rows and not copies_fit(scaling, similar, n_rows):
+        similar = ()
+    single: list[tuple[int, ...]] = [(fold,) for fold in problem.folds if fold not in similar]
+    return [similar, *single] if similar else single
 
 
 def _solve(
-    narrow: Callable[[], DesignMatrix],
-    wide: Callable[[], DesignMatrix],
+    bank: _Bank,
+    make_designs: Sequence[Callable[[], DesignMatrix]],
     paths: list[RegularizationPath],
-    rows: int,
-    gap: float,
-    deadline: float | None,
-    device: str,
+    n_outputs: int,
 ) -> dict[tuple[int, float], tuple[Array, Array, HeadSolution]]:
-    """Raw weights, biases and solution of every head: in float32, and where rounding ended the
-    descent before the gap was reached, from there on in float64.
+    """Return raw weights, biases and solution of every head by (path index, L2 strength).
+
+    Heads are solved on the first design (float32), and those whose descent rounding ended before
+    the gap was reached go on from there on the second (float64).
     """
-    found: dict[tuple[int, float], tuple[Array, Array, HeadSolution]] = {}
-    for make in (narrow, wide):
-        index = [
-            i
+    heads: dict[tuple[int, float], tuple[Array, Array, HeadSolution]] = {}
+    for make_design_of_dtype in make_designs:
+        pending = {
+            i: [
+                l2
+                for l2 in path.l2_strengths
+                if (i, l2) not in heads or not heads[i, l2][2].converged
+            ]
             for i, path in enumerate(paths)
-            if any((i, mu) not in found for mu in path.l2_strengths)
-        ]
-        late = deadline is not None and time.monotonic() > deadline
-        if found:
-            index = [
-                i
-                for i, path in enumerate(paths)
-                if any(not found[i, mu][2].converged for mu in path.l2_strengths)
-            ]
-        if not index or (found and late):
+        }
+        pending = {i: strengths for i, strengths in pending.items() if strengths}
+        out_of_time = bank.deadline is not None and time.monotonic() > bank.deadline
+        if not pending or (heads and out_of_time):
             break
-        design = make()
-        unit = design.feature_unit**-2
-        part, names, starts = [], {}, {}
-        for new, i in enumerate(index):
-            left = [
-                mu
-                for mu in paths[i].l2_strengths
-                if (i, mu) not in found or not found[i, mu][2].converged
-            ]
-            part.append(dataclasses.replace(paths[i], l2_strengths=tuple(mu * unit for mu in left)))
-            for mu in left:
-                names[new, mu * unit] = i, mu
-                if (i, mu) in found:
-                    starts[new, mu * unit] = design.from_raw_weights(
-                        *found[i, mu][:2], np.full(rows, paths[i].fold)
+        design = make_design_of_dtype()
+        # The penalty of weights for features in the design's unit.
+        to_design_unit = design.feature_unit**-2
+        pending_paths: list[RegularizationPath] = []
+        raw_head, starts = {}, {}
+        for i, strengths in pending.items():
+            design_strengths = tuple(l2 * to_design_unit for l2 in strengths)
+            for l2, design_l2 in zip(strengths, design_strengths, strict=True):
+                raw_head[len(pending_paths), design_l2] = i, l2
+                if (i, l2) in heads:
+                    weight, bias, _ = heads[i, l2]
+                    starts[len(pending_paths), design_l2] = design.from_raw_weights(
+                        weight, bias, np.full(n_outputs, paths[i].fold)
                     )
-        solved = solve_paths(
-            design, part, rows, gap=gap, deadline=deadline, starts=starts, device=device
+            pending_paths.append(dataclasses.replace(paths[i], l2_strengths=design_strengths))
+        solutions = solve_paths(
+            design,
+            pending_paths,
+            n_outputs,
+            gap=bank.gap,
+            deadline=bank.deadline,
+            starts=starts,
+            device=bank.device,
         )
-        folds = np.repeat([part[i].fold for i, _ in solved], rows)
+        folds = np.repeat([pending_paths[i].fold for i, _ in solutions], n_outputs)
         weight, bias = design.to_raw_weights(
-            np.concatenate([solution.u for solution in solved.values()]), folds
+            np.concatenate([solution.u for solution in solutions.values()]), folds
         )
-        for place, (head, solution) in enumerate(solved.items()):
-            before = found[names[head]][2].n_iterations if names[head] in found else 0
-            better = dataclasses.replace(solution, n_iterations=solution.n_iterations + before)
-            own = slice(place * rows, (place + 1) * rows)
-            found[names[head]] = weight[own], bias[own], better
-    return found
+        for position, (design_head, solution) in enumerate(solutions.items()):
+            head = raw_head[design_head]
+            spent = heads[head][2].n_iterations if head in heads else 0
+            rows = slice(position * n_outputs, (position + 1) * n_outputs)
+            total = dataclasses.replace(solution, n_iterations=solution.n_iterations + spent)
+            heads[head] = weight[rows], bias[rows], total
+    return heads
 
 
-def _lines(
-    problem: _Problem,
-    folds: tuple[int, ...],
-    specs: Sequence[LogisticSpec],
-    chosen: list[int],
-    fold: Array,
-    labels: Array | None,
-    rows: int,
-    sw: Array | None,
-    parts: dict[tuple[int, int, int], _Part],
-    dim: int,
+def _regularization_paths(
+    bank: _Bank, problem: _ClassProblem, folds: tuple[int, ...], spec_indices: list[int]
 ) -> tuple[list[RegularizationPath], list[dict[float, list[int]]]]:
-    """One line per fold, kind of class weight and label; beside each, which specs want which
-    strength.
+    """Return a path for each fold, class weighting and label, with its specs by L2 strength.
+
+    Heads of a label that is constant over their training rows go into `bank.parts` at once.
     """
-    paths, owners = [], []
-    weights = np.ones(len(fold)) if sw is None else sw
-    for f in folds:
-        train = (fold != f) & problem.known
-        for kind in sorted({specs[i].class_weight for i in chosen}):
-            wanted: dict[float, list[int]] = {}
-            for i in chosen:
-                if specs[i].class_weight == kind:
-                    wanted.setdefault(1.0 / specs[i].C, []).append(i)
-            for label in range(labels.shape[1]) if labels is not None else [-1]:
-                own = problem.target if labels is None else labels[:, label].astype(np.int64)
-                member = own[train]
-                counts = np.bincount(member, weights[train], minlength=2 if label >= 0 else rows)
-                if (counts == 0).any():  # a label that is constant over the training rows
-                    sure = np.full(1, NEVER if counts[1] > 0 else -NEVER)
-                    for i in [i for indices in wanted.values() for i in indices]:
-                        parts[i, f, label] = _Part(np.zeros((1, dim)), sure, 0.0, 0.0, 0, 0.0)
+    paths, specs_by_strength = [], []
+    n_features = bank.X.shape[1]
+    weights = np.ones(len(bank.fold)) if bank.sample_weight is None else bank.sample_weight
+    for fold in folds:
+        train = (bank.fold != fold) & problem.has_class
+        for class_weight in sorted({bank.specs[i].class_weight for i in spec_indices}):
+            by_strength: dict[float, list[int]] = {}
+            for i in spec_indices:
+                if bank.specs[i].class_weight == class_weight:
+                    by_strength.setdefault(1.0 / bank.specs[i].C, []).append(i)
+            for label in [-1] if problem.labels is None else range(problem.labels.shape[1]):
+                target = problem.target
+                if problem.labels is not None:
+                    target = problem.labels[:, label].astype(np.int64)
+                n_classes = max(problem.n_outputs, 2)
+                class_mass = np.bincount(target[train], weights[train], minlength=n_classes)
+                if (class_mass == 0).any():  # a label that is constant over the training rows
+                    is_always_one = class_mass[1] > 0
+                    decision = ABSENT_CLASS_DECISION if is_always_one else -ABSENT_CLASS_DECISION
+                    constant = _HeadPart(np.zeros((1, n_features)), np.full(1, decision))
+                    for i in itertools.chain.from_iterable(by_strength.values()):
+                        bank.parts[i, fold, label] = constant
                     continue
-                # scikit-learn's compute_class_weight("balanced"), with sample weights
-                multiplier = (
-                    counts.sum() / (len(counts) * counts)
-                    if kind == "balanced"
-                    else np.ones(len(counts))
-                )
+                class_factors = np.ones(n_classes)
+                if class_weight == "balanced":
+                    # scikit-learn's compute_class_weight("balanced"), with sample weights
+                    class_factors = class_mass.sum() / (n_classes * class_mass)
+                strengths = tuple(sorted(by_strength, reverse=True))
                 paths.append(
-                    RegularizationPath(
-                        f, multiplier, label, kind, tuple(sorted(wanted, reverse=True))
-                    )
+                    RegularizationPath(fold, class_factors, label, class_weight, strengths)
                 )
-                owners.append(wanted)
-    return paths, owners
+                specs_by_strength.append(by_strength)
+    return paths, specs_by_strength
 
 
-def _design(
-    X: Features,
-    problem: _Problem,
-    fold: Array,
-    scaling: dict[int, Moments],
+def _make_design(
+    bank: _Bank,
+    problem: _ClassProblem,
     folds: tuple[int, ...],
-    labels: Array | None,
-    rows: int,
-    sw: Array | None,
+    scaling: dict[int, Moments],
+    *,
     standardize: bool,
-    own_rows: bool,
+    copy_per_fold: bool,
     dtype: Any,
 ) -> DesignMatrix:
-    """The design, its tiles' rows sorted by class and labelled; rows without a class in the problem
-    are left out.
+    """Return the design with labels, the rows of a block sorted by class.
+
+    Rows without a class in the problem are left out.
     """
+    X, n_outputs = bank.X, problem.n_outputs
 
-    def by_class(member: npt.NDArray[np.intp]) -> npt.NDArray[np.intp]:
-        return member[np.argsort(problem.target[member], kind="stable")] if rows > 1 else member
+    def sort_by_class(row_index: npt.NDArray[np.intp]) -> npt.NDArray[np.intp]:
+        if n_outputs == 1:
+            return row_index
+        return row_index[np.argsort(problem.target[row_index], kind="stable")]
 
-    wanted = problem.known
+    needed = problem.has_class
     if len(folds) == 1:
-        wanted &= fold != folds[0]  # a design of its own fold needs no held-out rows
+        needed &= bank.fold != folds[0]  # a design of one fold needs no held-out rows
 
-    def seen_by(group: int) -> tuple[int, ...]:
-        return tuple(f for f in folds if f != group)
+    def folds_that_train_on(group: int) -> tuple[int, ...]:
+        return tuple(fold for fold in folds if fold != group)
 
-    few = X.shape[1] > int(wanted.sum())
-    if few:
-        own = [((f,), by_class(np.flatnonzero(wanted & (fold != f)))) for f in folds]
-        design = make_dual_design(X, own, scaling, standardize=standardize, dtype=dtype)
-    elif isinstance(X, Streamed):
-        # By class within a tile only: tiles are read in the order in which their rows lie on disk.
-        runs = [
-            (seen_by(group), by_class(part))
-            for group, part in sweep(X, fold, ROWS_PER_STREAMED_BLOCK, wanted)
+    if X.shape[1] > int(needed.sum()):
+        training_rows = [
+            ((fold,), sort_by_class(np.flatnonzero(needed & (bank.fold != fold)))) for fold in folds
         ]
-        design = make_streamed_design(X, runs, scaling, standardize=standardize, dtype=dtype)
+        design = make_dual_design(X, training_rows, scaling, standardize=standardize, dtype=dtype)
+    elif isinstance(X, Streamed):
+        # By class within a block only: blocks are read in the order in which their rows lie on
+        # disk.
+        block_rows = [
+            (folds_that_train_on(group), sort_by_class(row_index))
+            for group, row_index in sweep(X, bank.fold, ROWS_PER_STREAMED_BLOCK, needed)
+        ]
+        design = make_streamed_design(X, block_rows, scaling, standardize=standardize, dtype=dtype)
     else:
-        members = {
-            int(group): by_class(np.flatnonzero(wanted & (fold == group)))
-            for group in np.unique(fold)
-        }
-        groups = [(seen_by(group), member) for group, member in members.items() if member.size]
+        groups = [
+            (folds_that_train_on(group), sort_by_class(row_index))
+            for group in np.unique(bank.fold).tolist()
+            if (row_index := np.flatnonzero(needed & (bank.fold == group))).size
+        ]
         design = make_design(
-            X, groups, scaling, standardize=standardize, dtype=dtype, copy_per_fold=own_rows
+            X, groups, scaling, standardize=standardize, dtype=dtype, copy_per_fold=copy_per_fold
         )
-    tiles = []
+    labelled_blocks = []
     for block in design.row_blocks:
-        bounds = (
-            np.searchsorted(problem.target[block.row_index], np.arange(rows + 1))
-            if rows > 1
-            else block.class_offsets
+        rows, labels, class_offsets = block.row_index, block.labels, block.class_offsets
+        if problem.labels is None:
+            class_offsets = np.searchsorted(problem.target[rows], np.arange(n_outputs + 1))
+        else:
+            labels = np.ascontiguousarray(problem.labels[rows].T, dtype)
+        sample_weight = None
+        if bank.sample_weight is not None:
+            sample_weight = bank.sample_weight[rows].astype(dtype)
+        labelled_blocks.append(
+            dataclasses.replace(
+                block, class_offsets=class_offsets, labels=labels, sample_weight=sample_weight
+            )
         )
-        given = (
-            np.ascontiguousarray(labels[block.row_index].T, dtype)
-            if labels is not None
-            else block.labels
-        )
-        weight = None if sw is None else sw[block.row_index].astype(dtype)
-        tiles.append(
-            dataclasses.replace(block, class_offsets=bounds, labels=given, sample_weight=weight)
-        )
-    return dataclasses.replace(design, row_blocks=tiles)
+    return dataclasses.replace(design, row_blocks=labelled_blocks)
 
 
-def _assemble(
-    X: Features,
-    target: Array,
-    n_classes: int,
-    fold: Array,
-    folds: list[int],
-    specs: Sequence[LogisticSpec],
-    parts: dict[tuple[int, int, int], _Part],
-    sw: Array | None,
-) -> list[FitResult]:
-    """Heads in order, their weights laid out by class, and the probabilities of their held-out
-    rows.
-    """
-    fits = []
-    multi = target.ndim == 2
-    for i, spec in enumerate(specs):
-        for f in folds:
-            if multi:
-                own = [parts[i, f, label] for label in range(n_classes)]
-                weight = np.concatenate([part.weight for part in own])
-                bias = np.concatenate([part.bias for part in own])
+def _fit_results(bank: _Bank, folds: list[int], n_outputs: int) -> list[FitResult]:
+    """Return the heads in order, their weights by class, with held-out probabilities."""
+    results = []
+    is_multi_label = bank.target.ndim == 2
+    present_classes = {}
+    if not is_multi_label:
+        present_classes = {
+            fold: np.flatnonzero(bank.class_mass(fold, n_outputs) > 0) for fold in folds
+        }
+    for i, spec in enumerate(bank.specs):
+        for fold in folds:
+            if is_multi_label:
+                parts = [bank.parts[i, fold, label] for label in range(n_outputs)]
+                weight = np.concatenate([part.weight for part in parts])
+                bias = np.concatenate([part.bias for part in parts])
             else:
-                own = [parts[i, f, 0]]
-                rows = fold != f
-                mass = np.bincount(
-                    target[rows], None if sw is None else sw[rows], minlength=n_classes
-                )
-                present = np.flatnonzero(mass > 0)
-                weight, bias = np.zeros((n_classes, X.shape[1])), np.full(n_classes, -NEVER)
+                parts = [bank.parts[i, fold, 0]]
+                present = present_classes[fold]
+                weight = np.zeros((n_outputs, bank.X.shape[1]))
+                bias = np.full(n_outputs, -ABSENT_CLASS_DECISION)
                 if len(present) == 2:
-                    weight[present] = np.outer([-0.5, 0.5], own[0].weight[0])
-                    bias[present] = np.array([-0.5, 0.5]) * own[0].bias[0]
+                    weight[present] = np.outer([-0.5, 0.5], parts[0].weight[0])
+                    bias[present] = np.array([-0.5, 0.5]) * parts[0].bias[0]
                 else:
-                    weight[present], bias[present] = own[0].weight, own[0].bias
-            objective = float(sum(part.objective for part in own))
-            bound = float(sum(part.bound for part in own))
-            optimum = objective - bound
-            arrays = {"weight": weight.astype(np.float32), "bias": bias.astype(np.float32)}
-            fits.append(
+                    weight[present], bias[present] = parts[0].weight, parts[0].bias
+            objective = float(sum(part.objective for part in parts))
+            gap_bound = float(sum(part.gap_bound for part in parts))
+            optimum = objective - gap_bound
+            gap = gap_bound / optimum if optimum > 0 else (0.0 if gap_bound == 0 else float("inf"))
+            results.append(
                 FitResult(
                     spec,
-                    f,
-                    arrays,
+                    fold,
+                    {"weight": weight.astype(np.float32), "bias": bias.astype(np.float32)},
                     objective,
-                    bound / optimum if optimum > 0 else (0.0 if bound == 0 else float("inf")),
-                    max(part.iterations for part in own),
-                    sum(part.seconds for part in own),
+                    gap,
+                    max(part.n_iterations for part in parts),
+                    sum(part.seconds for part in parts),
                     None,
                 )
             )
-    predicted = {
-        f: iter(
-            _predict_held_out(
-                X, np.flatnonzero(fold == f), [fit for fit in fits if fit.fold == f], multi
-            )
-        )
-        for f in folds
-        if f != REFIT
+    probabilities = {
+        fold: iter(_predict_held_out(bank, [r for r in results if r.fold == fold]))
+        for fold in folds
+        if fold != REFIT
     }
     return [
-        fit if fit.fold == REFIT else dataclasses.replace(fit, validation=next(predicted[fit.fold]))
-        for fit in fits
+        result
+        if result.fold == REFIT
+        else dataclasses.replace(result, validation=next(probabilities[result.fold]))
+        for result in results
     ]
 
 
-def _predict_held_out(
-    X: Features, rows: npt.NDArray[np.intp], fits: list[FitResult], multi: bool
-) -> Array:
-    """(K, n, C) float32 probabilities of a fold's held-out rows, for all its heads in one
-    product.
-    """
-    weight = np.concatenate([fit.arrays["weight"] for fit in fits])
-    bias = np.concatenate([fit.arrays["bias"] for fit in fits])
-    classes = len(weight) // len(fits)
-    out = np.empty((len(fits), len(rows), classes), np.float32)
-    for where in chunks(np.arange(len(rows))):
-        decision = weight @ X[rows[where]].astype(np.float32, copy=False).T + bias[:, None]
-        p = (sigmoid if multi else softmax)(
-            decision.reshape(len(fits), classes, -1).transpose(1, 0, 2)
-        )
-        out[:, where] = p.transpose(1, 2, 0)
-    return out
+def _predict_held_out(bank: _Bank, fold_results: list[FitResult]) -> Array:
+    """Return (K, n, C) float32 probabilities of a fold's held-out rows, for its K heads at once."""
+    held_out = np.flatnonzero(bank.fold == fold_results[0].fold)
+    weight = np.concatenate([result.arrays["weight"] for result in fold_results])
+    bias = np.concatenate([result.arrays["bias"] for result in fold_results])
+    n_heads, n_classes = len(fold_results), len(weight) // len(fold_results)
+    to_probabilities = sigmoid if bank.target.ndim == 2 else softmax
+    probabilities = np.empty((n_heads, len(held_out), n_classes), np.float32)
+    for positions in chunks(np.arange(len(held_out))):
+        rows = bank.X[held_out[positions]].astype(np.float32, copy=False)
+        decisions = (weight @ rows.T + bias[:, None]).reshape(n_heads, n_classes, -1)
+        chunk = to_probabilities(decisions.transpose(1, 0, 2))
+        probabilities[:, positions] = chunk.transpose(1, 2, 0)
+    return probabilities
 
 
 def _check(data: TrainingData, specs: Sequence[LogisticSpec]) -> None:

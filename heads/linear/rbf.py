@@ -1,4 +1,4 @@
-"""A support vector machine with a Gaussian kernel for wide features: the kernel is one matrix
+"""A support vector machine with a Gaussian kernel for many features: the kernel is one matrix
 product.
 
 scikit-learn's `SVC(kernel="rbf")` takes one dot product per pair of rows; on 1,500 rows of 12,000
@@ -18,37 +18,40 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 class RBFClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     """Support vector classifier with the kernel exp(-gamma |x - z|² / D), D the number of features.
 
-    gamma is so in units of its own, whatever the number of features: scikit-learn's is gamma / D.
+    gamma means the same whatever the number of features: scikit-learn's is gamma / D.
     """
 
     def __init__(self, C: float = 10.0, gamma: float = 0.5, class_weight: Any = None) -> None:
         self.C, self.gamma, self.class_weight = C, gamma, class_weight
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
-        """X (N, D), y (N,) class labels."""
+        """Fit on X (N, D) float and y (N,) class labels; sample_weight: (N,) or None."""
         X, y = validate_data(self, X, y, dtype=[np.float64, np.float32])
         check_classification_targets(y)
-        self._rows = X
-        machine = SVC(C=self.C, kernel="precomputed", class_weight=self.class_weight)
-        self._machine = machine.fit(self._kernel(X), y, sample_weight=sample_weight)
-        self.classes_ = machine.classes_
+        self._training_rows = X
+        svc = SVC(C=self.C, kernel="precomputed", class_weight=self.class_weight)
+        self._svc = svc.fit(self._kernel(X), y, sample_weight=sample_weight)
+        self.classes_ = svc.classes_
         return self
 
     def decision_function(self, X: Any) -> npt.NDArray[np.float64]:
-        """(n,) for two classes, (n, classes) for more."""
+        """Return decisions (n,) for two classes, (n, classes) for more, of X (n, D)."""
         check_is_fitted(self)
         X = validate_data(self, X, dtype=[np.float64, np.float32], reset=False)
-        return np.asarray(self._machine.decision_function(self._kernel(X)))
+        return np.asarray(self._svc.decision_function(self._kernel(X)))
 
     def predict(self, X: Any) -> npt.NDArray[Any]:
-        """(n,) labels."""
+        """Return class labels (n,) of X (n, D)."""
         check_is_fitted(self)
         X = validate_data(self, X, dtype=[np.float64, np.float32], reset=False)
-        return np.asarray(self._machine.predict(self._kernel(X)))
+        return np.asarray(self._svc.predict(self._kernel(X)))
 
     def _kernel(self, X: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-        """(n, N) of the rows X against the training rows."""
-        rows = self._rows
-        squares = [np.einsum("ij,ij->i", part, part, dtype=np.float64) for part in (X, rows)]
-        distances = squares[0][:, None] + squares[1][None] - 2 * (X @ rows.T).astype(np.float64)
+        """Return (n, N) kernel values of the rows X against the training rows."""
+        training_rows = self._training_rows
+        squares, training_squares = (
+            np.einsum("ij,ij->i", rows, rows, dtype=np.float64) for rows in (X, training_rows)
+        )
+        products = (X @ training_rows.T).astype(np.float64)
+        distances = squares[:, None] + training_squares[None] - 2 * products
         return np.asarray(np.exp(-self.gamma / X.shape[1] * np.maximum(distances, 0)))

@@ -1,15 +1,16 @@
 """Banks of ridge heads in closed form: every strength and fold from one set of products.
 
-N rows, D features, C classes or target columns (T), F folds, n training rows of a fold.
+N rows, D features, T target columns (classes, labels or values), F folds, n training rows of a
+fold, A strengths.
 
-A head minimises  sum_i w_i |y_i - W z_i - b|^2 + alpha |W|^2  on features z standardised by its
+A head minimises  sum_i w_i |y_i - W z_i - b|^2 + alpha |W|^2  on features z standardized by its
 training rows, the intercept free; classes are coded -1/+1, as scikit-learn's RidgeClassifier does.
-With the products of the centred rows G = sum w z z' and B = sum w z y' the solution is (G + alpha
-I) W = B. Standardisation only scales G and B.
+With the products of the centred rows G = sum w z z' and B = sum w z y' the solution is
+(G + alpha I) W = B. Standardization only scales G and B.
 
-Many strengths share one eigendecomposition G = Q diag(e) Q', so that each costs 2 D^2 C flops; a
-few are solved by a Cholesky factorisation each. With n < D the same is done in the n x n matrix K =
-Z Z' (W = Z' a, (K + alpha I) a = y).
+Many strengths share one eigendecomposition G = Q diag(e) Q', so that each costs 2 D^2 T flops; a
+few are solved by a Cholesky factorization each. With n < D the same is done in the n x n matrix
+K = Z Z' (W = Z' a, (K + alpha I) a = y).
 """
 
 import itertools
@@ -35,17 +36,17 @@ from headrace.heads.data.standardize import (
 from headrace.heads.data.task import REFIT, TaskKind
 from headrace.heads.data.training_data import TrainingData
 from headrace.heads.linear.bands import with_bands
-from headrace.heads.linear.gram import Products, add_up, group_products
+from headrace.heads.linear.gram import Products, group_products, sum_products
 from headrace.heads.predict import ROWS_AT_ONCE, ridge_link
 from headrace.heads.spec import FitResult, RidgeSpec
 
 Array = npt.NDArray[Any]
 
-# An eigendecomposition costs about as much as this many Cholesky factorisations (float64: 17 at D =
+# An eigendecomposition costs about as much as this many Cholesky factorizations (float64: 17 at D =
 # 512, 20 at 1,280).
-STRENGTHS_WORTH_EIGENVALUES = 16
-# means of so many scales lose two digits of float32's seven, and the order of sums a third
-OFFSET_SEEN = 100.0
+MIN_STRENGTHS_FOR_EIGENVALUES = 16
+# Means of so many scales lose two of float32's seven digits, and the order of sums a third.
+MAX_OFFSET = 100.0
 
 
 def fit_ridge_bank(
@@ -56,176 +57,188 @@ def fit_ridge_bank(
     data: X (N, D) float, no test rows, in memory or streamed. Multi-label targets (N, L) are L
     independent problems.
 
-    Arrays are weight (C, D) and bias (C,), float32, raw coordinates; `validation` is probabilities
+    Arrays are weight (T, D) and bias (T,), float32, for raw features; `validation` is probabilities
     by `ridge_link`, for regression the values. Heads come spec by spec, for each its folds in
     order, then REFIT. Raises NotFinite (a ValueError) for NaN or infinite features, ValueError for
     shapes that do not fit and for negative strengths.
     """
     _check(data, specs)
-    X, target, n_classes, kind = data.X, data.target, data.n_outputs, data.task_kind
+    X, task_kind, n_outputs = data.X, data.task_kind, data.n_outputs
     fold, sample_weight = np.asarray(data.fold, np.int64), data.sample_weight
-    sample_weight = None if sample_weight is None or (sample_weight == 1).all() else sample_weight
-    groups = group_moments(X, fold)
-    plain = training_moments(groups)
-    scalings = {False: plain}
+    if sample_weight is not None and (sample_weight == 1).all():
+        sample_weight = None
+    plain_scaling = training_moments(group_moments(X, fold))
+    scalings = {False: plain_scaling}  # by RidgeSpec.banded
     if any(spec.banded for spec in specs):
-        scalings[True] = with_bands(X, target, fold, plain, data.band_widths, data.n_views)
+        scalings[True] = with_bands(
+            X, data.target, fold, plain_scaling, data.band_widths, data.n_views
+        )
     folds = data.folds_to_fit(refit=refit)
-    coded = _coded(target, n_classes, kind)
-    fits: dict[tuple[int, int], FitResult] = {}
-    for weighting in sorted({spec.class_weight for spec in specs}):
-        balanced = weighting == "balanced" and kind != "regression"
+    coded_target = _code_targets(data.target, n_outputs, task_kind)
+    results: dict[tuple[int, int], FitResult] = {}
+    for class_weight in sorted({spec.class_weight for spec in specs}):
+        balanced = class_weight == "balanced" and task_kind != "regression"
         # Balanced labels are weighted label by label: each is a problem of its own.
         problems = (
-            [[c] for c in range(n_classes)]
-            if balanced and kind == "multi"
-            else [list(range(n_classes))]
+            [[column] for column in range(n_outputs)]
+            if balanced and task_kind == "multi"
+            else [list(range(n_outputs))]
         )
-        # Products of each group, where every fold weights its rows alike, in units of either
-        # scaling.
-        shared: dict[bool, dict[int, Products]] = {False: {}, True: {}}
-        for f, standardize, banded in itertools.product(folds, (False, True), (False, True)):
-            wanted = (weighting, standardize, banded)
-            chosen = [
+        # Products of each group in units of either scaling, where every fold weights its rows
+        # alike.
+        shared_products: dict[bool, dict[int, Products]] = {False: {}, True: {}}
+        for held_out, standardize, banded in itertools.product(folds, (False, True), (False, True)):
+            options = (class_weight, standardize, banded)
+            spec_indices = [
                 i
                 for i, spec in enumerate(specs)
-                if (spec.class_weight, spec.standardize, spec.banded) == wanted
+                if (spec.class_weight, spec.standardize, spec.banded) == options
             ]
-            if not chosen:
+            if not spec_indices:
                 continue
             scaling = scalings[banded]
             began = time.perf_counter()
-            alphas = np.array([specs[i].alpha for i in chosen])
-            solved = []
+            alphas = np.array([specs[i].alpha for i in spec_indices])
+            solutions = []
             for columns in problems:
-                weight = (
-                    _balanced(target, columns, kind, fold != f, sample_weight)
-                    if balanced
-                    else sample_weight
+                weight = sample_weight
+                if balanced:
+                    weight = _balanced_weights(data, columns, fold != held_out, sample_weight)
+                problem = _RidgeProblem(
+                    X,
+                    coded_target[:, columns],
+                    weight,
+                    fold,
+                    scaling,
+                    {} if balanced else shared_products[banded],
                 )
-                rows = _Rows(
-                    X, coded[:, columns], weight, fold, scaling, {} if balanced else shared[banded]
-                )
-                solved.append(rows.solve(f, alphas, standardize))
-            joined = _join(solved)
-            held = np.flatnonzero(fold == f)
-            weight, bias = _raw(joined, scaling[REFIT])
-            scores = None if f == REFIT else _scores(X, held, weight, bias, scaling[REFIT])
-            seconds = (time.perf_counter() - began) / len(chosen)
-            for row, i in enumerate(chosen):
-                own = None if scores is None else scores[row]
-                fits[i, f] = _head(
+                solutions.append(problem.solve(held_out, alphas, standardize=standardize))
+            solution = _join_columns(solutions)
+            raw_weight, raw_bias = _to_raw_weights(solution, scaling[REFIT])
+            scores = None
+            if held_out != REFIT:
+                rows = np.flatnonzero(fold == held_out)
+                scores = _scores(X, rows, raw_weight, raw_bias, scaling[REFIT])
+            seconds = (time.perf_counter() - began) / len(spec_indices)
+            for position, i in enumerate(spec_indices):
+                results[i, held_out] = FitResult(
                     specs[i],
-                    f,
-                    joined,
-                    row,
-                    {"weight": weight[row], "bias": bias[row]},
-                    own,
-                    kind,
+                    held_out,
+                    {"weight": raw_weight[position], "bias": raw_bias[position]},
+                    float(solution.objective[position]),
+                    _relative_gap(solution, position),
+                    1,
                     seconds,
+                    None if scores is None else _validation(scores[position], task_kind),
                 )
-    return [fits[i, f] for i in range(len(specs)) for f in folds]
+    return [results[i, held_out] for i in range(len(specs)) for held_out in folds]
 
 
 @dataclass(frozen=True)
-class _Solved:
-    """Solutions for A strengths in coordinates (x - mean of all rows) / (scale of all rows),
-    float64.
+class _RidgeSolution:
+    """Solutions for A strengths, float64.
+
+    Coordinates are (x - mean of all rows) / (scale of all rows).
     """
 
     weight: Array  # (A, T, D)
     bias: Array  # (A, T)
     objective: Array  # (A,)
-    bound: Array  # (A,), at least objective - optimum
+    gap_bound: Array  # (A,), at least objective - optimum
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """Rows, coded targets and weights of one problem; the products of the groups are computed when
-    first needed.
-    """
+class _RidgeProblem:
+    """Rows, coded targets and weights of one problem."""
 
-    X: Features
+    X: Features  # (N, D)
     Y: Array  # (N, T)
-    weight: Array | None
-    fold: Array
-    scaling: dict[int, Moments]
-    groups: dict[int, Products]
+    sample_weight: Array | None  # (N,)
+    fold: Array  # (N,)
+    scaling: dict[int, Moments]  # fold -> moments of its training rows
+    products: dict[int, Products]  # by group of rows, computed when first needed
 
-    def solve(self, f: int, alphas: Array, standardize: bool) -> _Solved:
-        """Solutions of fold f."""
-        whole, own = self.scaling[REFIT], self.scaling[f]
-        factor = np.where(whole.constant, 0.0, 1.0 / whole.scale)
-        # From the shared coordinates to those that are penalised; a feature that is constant in the
-        # fold's training rows has no say there, and gets no weight.
-        ratio = np.where(own.constant, 0.0, whole.scale / own.scale if standardize else whole.scale)
-        if own.count < self.X.shape[1]:
-            return self._solve_dual(f, alphas, factor, ratio)
-        if not self.groups:
-            self.groups.update(
-                group_products(self.X, self.Y, self.weight, self.fold, whole.mean, factor)
+    def solve(self, held_out: int, alphas: Array, *, standardize: bool) -> _RidgeSolution:
+        """Return the solutions of a fold for every strength."""
+        common, fold_moments = self.scaling[REFIT], self.scaling[held_out]
+        inverse_scale = np.where(common.constant, 0.0, 1.0 / common.scale)
+        # From the common coordinates to those that are penalised; a feature that is constant in the
+        # fold's training rows gets no weight.
+        fold_scale = fold_moments.scale if standardize else 1.0
+        scale_ratio = np.where(fold_moments.constant, 0.0, common.scale / fold_scale)
+        if fold_moments.count < self.X.shape[1]:
+            return self._solve_dual(held_out, alphas, inverse_scale, scale_ratio)
+        if not self.products:
+            self.products.update(
+                group_products(
+                    self.X, self.Y, self.sample_weight, self.fold, common.mean, inverse_scale
+                )
             )
-        raw = add_up(part for group, part in self.groups.items() if group != f)
-        centred = raw.centred()
-        gram, cross = centred.gram * np.outer(ratio, ratio), centred.cross * ratio[:, None]
+        products = sum_products(part for group, part in self.products.items() if group != held_out)
+        centred = products.centred()
+        gram = centred.gram * np.outer(scale_ratio, scale_ratio)
+        cross = centred.cross * scale_ratio[:, None]
         W = _solve_shifted(gram, cross, alphas)  # (D, A, T)
-        flat = W.reshape(len(W), -1)
-        residual = (gram @ flat).reshape(W.shape) + alphas[:, None] * W - cross[:, None]
+        gram_W = (gram @ W.reshape(len(W), -1)).reshape(W.shape)
+        residual = gram_W + alphas[:, None] * W - cross[:, None]
         objective = (
-            centred.squares.sum()
+            centred.target_squares.sum()
             - np.einsum("dt,dat->a", cross, W)
             + np.einsum("dat,dat->a", residual, W)
         )
-        bound = np.einsum("dat,dat->a", residual, residual) / _modulus(gram, alphas)
-        weight = np.ascontiguousarray((W * ratio[:, None, None]).transpose(1, 2, 0))
-        mass = raw.mass or 1.0
-        return _Solved(weight, raw.targets / mass - weight @ (raw.total / mass), objective, bound)
+        gap_bound = np.einsum("dat,dat->a", residual, residual) / _strong_convexity(gram, alphas)
+        weight = np.ascontiguousarray((W * scale_ratio[:, None, None]).transpose(1, 2, 0))
+        total_weight = products.total_weight or 1.0
+        bias = products.target_sum / total_weight - weight @ (products.feature_sum / total_weight)
+        return _RidgeSolution(weight, bias, objective, gap_bound)
 
-    def _solve_dual(self, f: int, alphas: Array, factor: Array, ratio: Array) -> _Solved:
-        """With fewer rows than features:
+    def _solve_dual(
+        self, held_out: int, alphas: Array, inverse_scale: Array, scale_ratio: Array
+    ) -> _RidgeSolution:
+        """Return the solutions with fewer rows than features.
 
         W = Z' a, (Z Z' + alpha I) a = y, rows times the root of their weight.
         """
-        rows = np.flatnonzero(self.fold != f)
-        root = np.sqrt(np.ones(len(rows)) if self.weight is None else self.weight[rows])
-        mass = float(root @ root) or 1.0
-        Z = scaled(self.X[rows], self.scaling[REFIT].mean, factor * ratio)
-        mean, target_mean = root**2 @ Z / mass, root**2 @ self.Y[rows] / mass
-        Z = (Z - mean) * root[:, None]
-        y = (self.Y[rows] - target_mean) * root[:, None]
+        rows = np.flatnonzero(self.fold != held_out)
+        weight_root = np.ones(len(rows))
+        if self.sample_weight is not None:
+            weight_root = np.sqrt(self.sample_weight[rows])
+        total_weight = float(weight_root @ weight_root) or 1.0
+        Z = scaled(self.X[rows], self.scaling[REFIT].mean, inverse_scale * scale_ratio)
+        mean, target_mean = (weight_root**2 @ part / total_weight for part in (Z, self.Y[rows]))
+        Z = (Z - mean) * weight_root[:, None]
+        y = (self.Y[rows] - target_mean) * weight_root[:, None]
         kernel = Z @ Z.T
         a = _solve_shifted(kernel, y, alphas)  # (n, A, T)
-        Ka = (kernel @ a.reshape(len(a), -1)).reshape(a.shape)
-        short = (
-            y[:, None] - Ka - alphas[:, None] * a
-        )  # of the dual equation; Z' short is the residual of the primal one
+        kernel_a = (kernel @ a.reshape(len(a), -1)).reshape(a.shape)
+        errors = y[:, None] - kernel_a
+        # Residual r of the dual equation; Z' r is that of the primal one.
+        residual = errors - alphas[:, None] * a
         W = (Z.T @ a.reshape(len(a), -1)).reshape(-1, *a.shape[1:])
-        errors = y[:, None] - Ka
         objective = np.einsum("nat,nat->a", errors, errors) + alphas * np.einsum(
-            "nat,nat->a", a, Ka
+            "nat,nat->a", a, kernel_a
         )
-        pulled = (kernel @ short.reshape(len(a), -1)).reshape(a.shape)
-        # Objective - optimum is short' K (K + alpha I)^-1 short, and K (K + alpha I)^-1 is below
-        # both K / alpha and I. Where rows are nearly interpolated the first alone is larger by the
+        kernel_residual = (kernel @ residual.reshape(len(a), -1)).reshape(a.shape)
+        # Objective - optimum is r' K (K + alpha I)^-1 r, and K (K + alpha I)^-1 is below both
+        # K / alpha and I. Where rows are nearly interpolated the first alone is larger by the
         # condition of K + alpha I.
-        bound = np.maximum(np.einsum("nat,nat->a", short, pulled), 0.0) / _modulus(kernel, alphas)
-        bound = np.minimum(bound, np.einsum("nat,nat->a", short, short))
-        weight = np.ascontiguousarray((W * ratio[:, None, None]).transpose(1, 2, 0))
-        return _Solved(
-            weight,
-            target_mean - weight @ (mean / np.where(ratio > 0, ratio, 1.0)),
-            objective,
-            bound,
+        gap_bound = np.maximum(np.einsum("nat,nat->a", residual, kernel_residual), 0.0)
+        gap_bound = np.minimum(
+            gap_bound / _strong_convexity(kernel, alphas),
+            np.einsum("nat,nat->a", residual, residual),
         )
+        weight = np.ascontiguousarray((W * scale_ratio[:, None, None]).transpose(1, 2, 0))
+        bias = target_mean - weight @ (mean / np.where(scale_ratio > 0, scale_ratio, 1.0))
+        return _RidgeSolution(weight, bias, objective, gap_bound)
 
 
-def _solve_shifted(matrix: Array, right: Array, alphas: Array) -> Array:
-    """(matrix + alpha I)^-1 right for every alpha, (n, A, T): matrix (n, n) positive semidefinite,
-    right (n, T).
+def _solve_shifted(matrix: Array, right_side: Array, alphas: Array) -> Array:
+    """Return (matrix + alpha I)^-1 right_side for every alpha, (n, A, T).
 
-    For alpha = 0 and a singular matrix, the solution of least norm.
+    matrix: (n, n) positive semidefinite. right_side: (n, T). For alpha = 0 and a singular matrix,
+    the solution of least norm.
     """
-    if len(alphas) < STRENGTHS_WORTH_EIGENVALUES and alphas.min() > 0:
+    if len(alphas) < MIN_STRENGTHS_FOR_EIGENVALUES and alphas.min() > 0:
         solutions = []
         for alpha in alphas:
             shifted = matrix.copy()
@@ -236,109 +249,105 @@ def _solve_shifted(matrix: Array, right: Array, alphas: Array) -> Array:
                 )
             except np.linalg.LinAlgError:  # alpha is lost in the rounding of the diagonal
                 break
-            solutions.append(scipy.linalg.cho_solve(factor, right, check_finite=False))
+            solutions.append(scipy.linalg.cho_solve(factor, right_side, check_finite=False))
         if len(solutions) == len(alphas):
             return np.stack(solutions, axis=1)
     values, vectors = scipy.linalg.eigh(matrix, driver="evd", check_finite=False)
     floor = values.max(initial=0.0) * len(matrix) * np.finfo(np.float64).eps
     shifted = np.where(values > floor, values, 0.0)[:, None] + alphas
     inverse = np.where(shifted > floor, 1.0 / np.where(shifted > 0, shifted, 1.0), 0.0)
-    inside = (vectors.T @ right)[:, None] * inverse[:, :, None]
-    return np.asarray((vectors @ inside.reshape(len(matrix), -1)).reshape(inside.shape))
+    rotated = (vectors.T @ right_side)[:, None] * inverse[:, :, None]
+    return np.asarray((vectors @ rotated.reshape(len(matrix), -1)).reshape(rotated.shape))
 
 
-def _modulus(matrix: Array, alphas: Array) -> Array:
-    """A divisor d with objective - optimum <= |residual|^2 / d: alpha, or for alpha = 0 what
-    rounding leaves of it.
+def _strong_convexity(matrix: Array, alphas: Array) -> Array:
+    """Return divisors d (A,) with objective - optimum <= |residual|^2 / d.
+
+    alpha, or for alpha = 0 what rounding leaves of it.
     """
-    scale = float(np.trace(matrix)) or 1.0
-    return np.asarray(np.maximum(alphas, scale * np.finfo(np.float64).eps))
+    trace = float(np.trace(matrix)) or 1.0
+    return np.asarray(np.maximum(alphas, trace * np.finfo(np.float64).eps))
 
 
-def _join(parts: list[_Solved]) -> _Solved:
-    """Problems of different target columns as one."""
-    return _Solved(
-        np.concatenate([one.weight for one in parts], axis=1),
-        np.concatenate([one.bias for one in parts], axis=1),
-        np.sum([one.objective for one in parts], axis=0),
-        np.sum([one.bound for one in parts], axis=0),
+def _join_columns(parts: list[_RidgeSolution]) -> _RidgeSolution:
+    """Return problems of different target columns as one."""
+    return _RidgeSolution(
+        np.concatenate([part.weight for part in parts], axis=1),
+        np.concatenate([part.bias for part in parts], axis=1),
+        np.sum([part.objective for part in parts], axis=0),
+        np.sum([part.gap_bound for part in parts], axis=0),
     )
 
 
-def _raw(solved: _Solved, whole: Moments) -> tuple[Array, Array]:
-    """Weights (A, T, D) and biases (A, T) in raw coordinates, float32: what is stored."""
-    weight = solved.weight * np.where(whole.constant, 0.0, 1.0 / whole.scale)
-    return weight.astype(np.float32), (solved.bias - weight @ whole.mean).astype(np.float32)
+def _to_raw_weights(solution: _RidgeSolution, common: Moments) -> tuple[Array, Array]:
+    """Return weights (A, T, D) and biases (A, T) for raw features, float32: what is stored."""
+    weight = solution.weight * np.where(common.constant, 0.0, 1.0 / common.scale)
+    return weight.astype(np.float32), (solution.bias - weight @ common.mean).astype(np.float32)
 
 
 def _scores(
-    X: Features, rows: npt.NDArray[np.intp], weight: Array, bias: Array, whole: Moments
+    X: Features, row_index: npt.NDArray[np.intp], weight: Array, bias: Array, common: Moments
 ) -> Array:
-    """(A, n, T) float32 scores of the given rows by the stored arrays.
+    """Return (A, n, T) float32 scores of the given rows by the stored arrays.
 
-    In the blocks of `predict_head`, and where means are far larger than their features' scales,
-    head by head: one product of all heads, three times as fast, sums in another order, and there
-    the order is seen in the fourth digit.
+    In the chunks of `predict_head`. Where means are far larger than their features' scales, head by
+    head: one product of all heads is faster, but its sums are in another order, and there the order
+    shows in the fourth digit.
     """
-    heads, targets, _ = weight.shape
-    scores = np.empty((heads, len(rows), targets), np.float32)
-    together = bool((np.abs(whole.mean) <= OFFSET_SEEN * whole.scale).all())
-    for where in chunks(np.arange(len(rows)), ROWS_AT_ONCE):
-        z = X[rows[where]].astype(np.float32, copy=False)
-        if together:
-            product = weight.reshape(heads * targets, -1) @ z.T
-            scores[:, where] = (
-                product.reshape(heads, targets, -1).transpose(0, 2, 1) + bias[:, None]
+    n_heads, n_targets, _ = weight.shape
+    scores = np.empty((n_heads, len(row_index), n_targets), np.float32)
+    offsets_are_small = bool((np.abs(common.mean) <= MAX_OFFSET * common.scale).all())
+    for positions in chunks(np.arange(len(row_index)), ROWS_AT_ONCE):
+        rows = X[row_index[positions]].astype(np.float32, copy=False)
+        if offsets_are_small:
+            product = (weight.reshape(n_heads * n_targets, -1) @ rows.T).reshape(
+                n_heads, n_targets, -1
             )
+            scores[:, positions] = product.transpose(0, 2, 1) + bias[:, None]
             continue
-        for row, own in enumerate(weight):
-            scores[row, where] = z @ own.T + bias[row]
+        for head, head_weight in enumerate(weight):
+            scores[head, positions] = rows @ head_weight.T + bias[head]
     return scores
 
 
-def _head(
-    spec: RidgeSpec,
-    f: int,
-    solved: _Solved,
-    row: int,
-    arrays: dict[str, Array],
-    scores: Array | None,
-    kind: TaskKind,
-    seconds: float,
-) -> FitResult:
-    """One head of a bank."""
-    objective, bound = float(solved.objective[row]), float(solved.bound[row])
-    gap = (
-        bound / (objective - bound) if objective > bound else (0.0 if bound == 0 else float("inf"))
-    )
-    validation = None
-    if scores is not None:
-        validation = np.asarray(
-            scores if kind == "regression" else ridge_link(scores, kind), np.float32
-        )
-    return FitResult(spec, f, arrays, objective, gap, 1, seconds, validation)
+def _relative_gap(solution: _RidgeSolution, position: int) -> float:
+    """Return the bound of (objective - optimum) / optimum of the strength at a position."""
+    objective = float(solution.objective[position])
+    gap_bound = float(solution.gap_bound[position])
+    if objective > gap_bound:
+        return gap_bound / (objective - gap_bound)
+    return 0.0 if gap_bound == 0 else float("inf")
 
 
-def _coded(target: Array, n_classes: int, kind: TaskKind) -> Array:
-    """(N, T) targets: float64, or classes and labels as -1/+1 in a byte each."""
-    if kind == "regression":
+def _validation(scores: Array, task_kind: TaskKind) -> Array:
+    """Return float32 probabilities of scores (n, T), or the values of a regression."""
+    if task_kind == "regression":
+        return scores
+    return np.asarray(ridge_link(scores, task_kind), np.float32)
+
+
+def _code_targets(target: Array, n_outputs: int, task_kind: TaskKind) -> Array:
+    """Return (N, T) targets: float64, or classes and labels as -1/+1 in a byte each."""
+    if task_kind == "regression":
         return np.asarray(target.reshape(len(target), -1), np.float64)
-    hot = target if kind == "multi" else target[:, None] == np.arange(n_classes)
-    return 2 * np.asarray(hot, np.int8) - 1
+    one_hot = target if task_kind == "multi" else target[:, None] == np.arange(n_outputs)
+    return 2 * np.asarray(one_hot, np.int8) - 1
 
 
-def _balanced(
-    target: Array, columns: list[int], kind: TaskKind, train: Array, sample_weight: Array | None
+def _balanced_weights(
+    data: TrainingData, columns: list[int], is_training: Array, sample_weight: Array | None
 ) -> Array:
-    """(N,) weights that balance the classes of the training rows; counts are of rows, as
-    RidgeClassifier's are.
+    """Return weights (N,) that balance the classes of the training rows.
+
+    Counts are of rows, as RidgeClassifier's are.
     """
-    member = target if kind == "single" else target[:, columns[0]].astype(np.int64)
-    counts = np.bincount(member[train])
+    target = data.target
+    classes = target if data.task_kind == "single" else target[:, columns[0]].astype(np.int64)
+    counts = np.bincount(classes[is_training])
     present = np.flatnonzero(counts)
-    factor = np.zeros(int(member.max(initial=0)) + 1)
-    factor[present] = train.sum() / (len(present) * counts[present])
-    return np.asarray(factor[member] * (1.0 if sample_weight is None else sample_weight))
+    class_factors = np.zeros(int(classes.max(initial=0)) + 1)
+    class_factors[present] = is_training.sum() / (len(present) * counts[present])
+    return np.asarray(class_factors[classes] * (1.0 if sample_weight is None else sample_weight))
 
 
 def _check(data: TrainingData, specs: Sequence[RidgeSpec]) -> None:

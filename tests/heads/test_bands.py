@@ -11,7 +11,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from headrace.heads.data.standardize import group_moments, training_moments
 from headrace.heads.data.task import REFIT, TRAIN_ONLY
 from headrace.heads.data.training_data import TrainingData
-from headrace.heads.linear.bands import FOLDS, held_out_error, with_bands
+from headrace.heads.linear.bands import DRAWN_FOLDS, held_out_error, with_bands
 from headrace.heads.linear.logistic import fit_logistic_bank
 from headrace.heads.linear.ridge import fit_ridge_bank
 from headrace.heads.spec import LogisticSpec, RidgeSpec
@@ -54,7 +54,7 @@ def test_the_error_is_that_of_kernel_ridge_regression_without_each_block_and_so_
     Z = [rng.standard_normal((60, width)) for width in WIDTHS]
     kernels = np.stack([z @ z.T / z.shape[1] for z in Z])
     Y = Z[0][:, :2] + rng.standard_normal((60, 2))
-    blocks, d = np.array_split(rng.permutation(60), FOLDS), np.array([0.4, -0.7, 0.3])
+    blocks, d = np.array_split(rng.permutation(60), DRAWN_FOLDS), np.array([0.4, -0.7, 0.3])
     M, wanted = np.einsum("b,bij->ij", np.exp(d), kernels) + 1.0, 0.0
     for held in blocks:
         rest = np.setdiff1d(np.arange(60), held)

@@ -12,14 +12,14 @@ from sklearn.preprocessing import StandardScaler
 from headrace.heads.data.standardize import NotFinite
 from headrace.heads.data.task import REFIT, TRAIN_ONLY
 from headrace.heads.data.training_data import TrainingData
-from headrace.heads.linear.ridge import STRENGTHS_WORTH_EIGENVALUES, fit_ridge_bank
+from headrace.heads.linear.ridge import MIN_STRENGTHS_FOR_EIGENVALUES, fit_ridge_bank
 from headrace.heads.predict import predict_head
 from headrace.heads.spec import RidgeSpec
 
 SLOWLY = settings(
     deadline=None, max_examples=25, suppress_health_check=list(HealthCheck), derandomize=True
 )
-FEW, MANY = 2, STRENGTHS_WORTH_EIGENVALUES + 1
+FEW, MANY = 2, MIN_STRENGTHS_FOR_EIGENVALUES + 1
 
 
 def blobs(n, d, classes, seed):

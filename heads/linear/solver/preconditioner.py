@@ -78,13 +78,6 @@ class Preconditioner:
         v = self._rescale(x, np.divide, self.inverse_factor)
         return np.asarray(self.class_basis[:n_free] @ v)
 
-    def change_class_basis(self, x: Array, other: "Preconditioner") -> Array:
-        """Return x (..., c, R + 1) of another preconditioner in this one's class basis.
-
-        The scales stay the other's.
-        """
-        return np.asarray((self.class_basis.T @ other.class_basis) @ x)
-
     def gradient_to_scaled(self, gradient: Array) -> Array:
         """Return gradients with respect to x, of gradients with respect to u (..., C, R + 1).
 
