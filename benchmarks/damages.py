@@ -21,6 +21,7 @@ object with the counts; the exit status is 1 after a fault.
 import argparse
 import collections
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -282,6 +283,7 @@ def readers(
 def kind_of(name: str) -> str:
     """The file's kind: its path, with what differs from run to run left out."""
     name = re.sub(r"\d{8}T\d{6}Z-.+?-\d+-[0-9a-f]{4}|[0-9a-f]{12,}", "*", name)
+    name = re.sub(r"(-tables/\.?)[\w-]+(?=\.(csv|parquet))", r"\1*", name)
     name = re.sub(r"(fold-)\d|\b\d+-\d+(?=[-.])", r"\1*", name)
     return re.sub(r"(\*[-.])+\*|half\.csv\.parts/[\d*-]+|logs/.*(?=\.jsonl)", lambda found: found[0].split("/")[0] + "/*"
                   if "/" in found[0] else "*", name)  # fmt: skip
@@ -484,6 +486,7 @@ def import_everything() -> None:
     for name in modules():
         importlib.import_module(name)
     torch.set_num_threads(1)
+    gc.freeze()  # or every fork would look through all of this for garbage
 
 
 if __name__ == "__main__":
