@@ -13,7 +13,7 @@ from headrace.cache.atomic_io import PARTIAL_SUFFIX
 from headrace.cache.errors import CacheError
 from headrace.cache.feature_set import feature_set_directories, unfinished_directories
 from headrace.cache.integrity.repair import stale_temporaries
-from headrace.cache.publish import FEATURES, SHARDS, is_feature_set
+from headrace.cache.publish import FEATURES, SHARDS, SPEC, is_feature_set
 
 # A writer that is alive touches its temporary far more often than this.
 STALE_S = 3600.0
@@ -118,7 +118,25 @@ def remove_feature_set(directory: Path) -> None:
     # removal that is killed leaves only files that the next garbage collection takes away.
     trash_path = directory.with_name(f"{_TRASH}{directory.name}-{uuid.uuid4().hex[:8]}")
     directory.rename(trash_path)
-    shutil.rmtree(trash_path)
+    remove_trash(trash_path)
+
+
+def interrupted_removals(cache_root: Path) -> dict[Path, str]:
+    """Return what killed processes left of feature sets that they removed, with the fingerprints
+    of these.
+    """
+    found = sorted((cache_root / FEATURES).glob(f"{_TRASH}*"))
+    return {path: path.name.removeprefix(_TRASH).rpartition("-")[0] for path in found}
+
+
+def remove_trash(trash_path: Path) -> None:
+    """Remove a feature set that has been renamed to go; its spec goes last, so that the tap is
+    known for as long as there is anything.
+    """
+    with contextlib.suppress(FileNotFoundError):  # another process removes it too
+        for path in sorted(trash_path.iterdir(), key=lambda path: path.name == SPEC):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        trash_path.rmdir()
 
 
 def _is_unfinished(directory: Path) -> bool:

@@ -19,7 +19,7 @@ from headrace.cache.feature_set import (
     open_feature_set,
     unfinished_directories,
 )
-from headrace.cache.publish import feature_set_path, shard_path
+from headrace.cache.publish import feature_set_path, read_spec, shard_path
 from headrace.cache.spec import FeatureSpec
 from headrace.pipelines.console import make_console
 
@@ -284,7 +284,13 @@ def remove_command(
     """
     from headrace.cache.integrity.garbage import remove_feature_set, tree_bytes
 
-    directory = _find(cache, name, begun=True)
+    is_finished = _finish_removal(cache, name)
+    try:
+        directory = _find(cache, name, begun=True)
+    except CacheError:
+        if is_finished:
+            return
+        raise
     size = tree_bytes(directory)
     if not yes:
         typer.confirm(f"Remove {directory} ({size / 1e6:,.1f} MB)?", abort=True)
@@ -510,6 +516,24 @@ def _find(cache: Path, name: str, *, begun: bool = False) -> Path:
     raise CacheError(
         f"{cache} has no feature set {name!r}. There are: {there}. The cache is chosen by --cache"
     )
+
+
+def _finish_removal(cache: Path, name: str) -> bool:
+    """Finish removals that were interrupted, and return whether one may be of the feature set that
+    is named.
+    """
+    from headrace.cache.integrity.garbage import interrupted_removals, remove_trash
+
+    is_named = False
+    for path, fingerprint in interrupted_removals(cache).items():
+        try:
+            tap = read_spec(path, check_name=False).name
+        except CacheError:
+            tap = name  # its spec is gone already, and it may be this one
+        is_named |= fingerprint.startswith(name) or tap == name
+        remove_trash(path)
+        _say(f"{fingerprint}: its removal, which was interrupted, is finished")
+    return is_named
 
 
 def _tap(directory: Path) -> str:

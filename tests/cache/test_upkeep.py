@@ -25,12 +25,13 @@ from support.caches import (
     unit_name,
 )
 from support.file_system_faults import in_child, start_child, wait_for
+from support.runs import headrace
 
 from headrace.cache.errors import CacheError, HeadraceError, ShardUnreadable
 from headrace.cache.exchange.export import EXPORTS
 from headrace.cache.feature_set import open_feature_set
 from headrace.cache.format.shard import FailedSample
-from headrace.cache.integrity.garbage import find_garbage, remove_feature_set
+from headrace.cache.integrity.garbage import find_garbage, interrupted_removals, remove_feature_set
 from headrace.cache.integrity.repair import repair
 from headrace.cache.integrity.verify import verify_bytes, verify_recompute, verify_sources
 from headrace.cache.planner import plan_taps, require_disk_space, stored_bytes
@@ -272,6 +273,28 @@ def test_an_interrupted_removal_is_finished(tmp_path):
     assert garbage.feature_sets == ()
     assert len(garbage.trash) == 1
     garbage.remove()
+    assert list((tmp_path / "features").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("moment", "name", "status"),
+    [
+        ("shutil.rmtree", "blocks.4.avg", 0),
+        ("pathlib.Path.unlink", "blocks.5.avg", 2),
+        ("pathlib.Path.rmdir", "blocks.4.avg", 0),
+    ],
+)
+def test_an_interrupted_removal_is_finished_by_the_same_call(
+    tmp_path, monkeypatch, moment, name, status
+):
+    """By its tap too, whatever of it is gone; another name is still told to be none."""
+    directory = make_feature_set(tmp_path, 1)
+    monkeypatch.setattr(moment, lambda *_: os._exit(0))
+    assert in_child(lambda: remove_feature_set(directory)) == 0
+    monkeypatch.undo()
+    assert len(interrupted_removals(tmp_path)) == 1
+    done = headrace("cache", "rm", name, "--yes", "--cache", tmp_path, cwd=tmp_path)
+    assert done.returncode == status, done.stderr
     assert list((tmp_path / "features").iterdir()) == []
 
 
