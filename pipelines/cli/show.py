@@ -229,10 +229,10 @@ def selection_sentences(result: RunResult) -> list[str]:
             else "the only setting"
         )
     ]
-    if found.together > 1:
+    if found.statistically_tied > 1:
         line = (
-            f"{found.together:,} of {found.tried:,} settings cannot be told apart on these "
-            f"{found.images:,} images"
+            f"{found.statistically_tied:,} of {found.tried:,} settings cannot be told "
+            f"apart on these {found.images:,} images"
         )
         if found.cheapest > 1:
             cheapest = result.board[result.board["rank"] == found.cheapest].iloc[0]

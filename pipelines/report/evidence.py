@@ -137,8 +137,8 @@ def _choice(run: FinishedRun, found: Found) -> list[Block]:
             (
                 "as good as the winner",
                 (
-                    f"{found['together']:,} of {found['tried']:,} settings cannot be told apart "
-                    "from it (95 %)"
+                    f"{found['statistically_tied']:,} of {found['tried']:,} settings cannot "
+                    "be told apart from it (95 %)"
                 ),
             ),
         )
@@ -149,7 +149,7 @@ def _choice(run: FinishedRun, found: Found) -> list[Block]:
     frame = pd.read_csv(read_table(path), dtype={"inputs": str, "kind": str, "settings": str})
     names = list(run.feature_specs)
     frame = frame.assign(inputs=[inputs_text(text.split(" + "), names) for text in frame["inputs"]])
-    frame["together"] = frame["together"].fillna(False).astype(bool)
+    frame["statistically_tied"] = frame["statistically_tied"].fillna(False).astype(bool)
     columns = (
         Column("rank", "rank", "count"),
         Column("inputs", "inputs"),
@@ -169,7 +169,7 @@ def _choice(run: FinishedRun, found: Found) -> list[Block]:
             "number",
             "that it is as good as the winner, corrected for the number of comparisons",
         ),
-        Column("together", "as good", "yes", "whether it may be the truly best one (95 %)"),
+        Column("statistically_tied", "tied", "yes", "whether it may be the truly best one (95 %)"),
     )
     there = tuple(column for column in columns if column.name in frame.columns)
     return [
@@ -179,7 +179,7 @@ def _choice(run: FinishedRun, found: Found) -> list[Block]:
             "Every setting against the winner",
             there,
             frame,
-            filters=("together", "kind"),
+            filters=("statistically_tied", "kind"),
             search=True,
         ),
     ]

@@ -84,7 +84,7 @@ class Ensemble:
     gain_low: float  # paired interval of `gain`, of the level `level`
     gain_high: float
     level: float
-    sure: float  # share of the resamples in which it is better
+    probability_better: float  # share of the resamples in which it is better
     chosen: bool  # whether it is the selected model: `gain_low` is above 0
     metrics: dict[str, float]  # nested, all of the task's
 
@@ -185,7 +185,7 @@ def _judged(
     )
     level = section.confidence
     gain_low, gain_high = np.nanquantile(gains[1:], [(1 - level) / 2, (1 + level) / 2])
-    sure = float((gains[1:] > 0).mean())
+    probability_better = float((gains[1:] > 0).mean())
     return Ensemble(
         metric=metric,
         members=tuple(members),
@@ -201,7 +201,7 @@ def _judged(
         gain_low=float(gain_low),
         gain_high=float(gain_high),
         level=level,
-        sure=sure,
+        probability_better=probability_better,
         chosen=bool(len(members) > 1 and gain_low > 0),
         metrics=all_metrics(kind, held.target, predicted[0]),
     )

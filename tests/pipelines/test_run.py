@@ -44,8 +44,14 @@ def test_images_become_a_ranked_leaderboard(finished):
     assert result.test.images == 15
     assert result.selection.validation == result.winner["accuracy"]
     assert result.selection.low <= result.selection.expected <= result.selection.high
-    assert json.loads(result.paths.selection.read_text())["together"] == result.selection.together
-    assert pd.read_csv(result.paths.comparisons)["together"].sum() == result.selection.together
+    assert (
+        json.loads(result.paths.selection.read_text())["statistically_tied"]
+        == result.selection.statistically_tied
+    )
+    assert (
+        pd.read_csv(result.paths.comparisons)["statistically_tied"].sum()
+        == result.selection.statistically_tied
+    )
     description = json.loads((result.paths.winner / "head.json").read_text())
     assert description["classes"] == ["coarse", "fine"]
 

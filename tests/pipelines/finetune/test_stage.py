@@ -202,7 +202,7 @@ def test_an_ensemble_with_a_network_is_shown_the_test_split_and_can_be_taken_awa
             "gain",
             "gain_low",
             "gain_high",
-            "sure",
+            "probability_better",
             "level",
         ),
         0.5,

@@ -223,7 +223,18 @@ def combined(board, weights, metric="accuracy"):
         for weight, (_, row) in zip(weights, board.iterrows(), strict=True)
     )
     numbers = {"level": 0.95} | dict.fromkeys(
-        ("value", "low", "high", "winner", "single", "gain", "gain_low", "gain_high", "sure"), 0.5
+        (
+            "value",
+            "low",
+            "high",
+            "winner",
+            "single",
+            "gain",
+            "gain_low",
+            "gain_high",
+            "probability_better",
+        ),
+        0.5,
     )
     return Ensemble(metric, members, 1.5, 2, 180, **numbers, chosen=True, metrics={metric: 0.5})
 

@@ -52,7 +52,7 @@ def test_the_corrected_score_is_unbiased_where_the_raw_one_is_optimistic(kind):
         raw.append(observed[winner] - truth[winner])
         new.append(expected - truth[winner])
         inside.append(low <= truth[winner] <= high)
-        kept.append(compare_with_best(observed, drawn_scores)["together"][truth.argmax()])
+        kept.append(compare_with_best(observed, drawn_scores)["statistically_tied"][truth.argmax()])
     error = np.std(new) / np.sqrt(WORLDS)
     assert np.mean(raw) > 0.03
     assert -0.008 - 3 * error < np.mean(new) < 3 * error
@@ -68,12 +68,12 @@ def test_a_head_that_is_far_ahead_is_told_apart():
     drawn = resampled_rows(np.zeros(ROWS, int), np.arange(ROWS), 300, 0)
     scores = right @ (drawn / drawn.sum(0))
     table = compare_with_best(right.mean(1), scores, right)
-    assert np.flatnonzero(table["together"]).tolist() == [3]
+    assert np.flatnonzero(table["statistically_tied"]).tolist() == [3]
     assert (table["p_corrected"].drop(3) < 0.05).all()
     right[7] = right[3]
     right[7, 0] ^= True
     table = compare_with_best(right.mean(1), right @ (drawn / drawn.sum(0)), right)
-    assert np.flatnonzero(table["together"]).tolist() == [3, 7]
+    assert np.flatnonzero(table["statistically_tied"]).tolist() == [3, 7]
     assert table.loc[7 if right[3].sum() > right[7].sum() else 3, "p_mcnemar"] == 1.0
 
 
@@ -132,7 +132,7 @@ def test_any_metric_of_any_task(tmp_path, kind, metric):
     assert found.table["difference"].iloc[0] == 0
     observed = (board[metric].iloc[0] - board[metric]).abs().to_numpy()
     assert found.table["difference"].to_numpy() == pytest.approx(observed, abs=1e-5)
-    equals = found.table.loc[found.table["together"], "rank"].tolist()
+    equals = found.table.loc[found.table["statistically_tied"], "rank"].tolist()
     assert equals[0] == 1
     assert found.cheapest == min(equals, key=lambda rank: board["features"][rank - 1])
     assert found.summary() == assess_selection(board, validation_rows(task), metric).summary()
