@@ -63,12 +63,16 @@ def path_text(path: str | Path) -> str:
     """A file's path as text that UTF-8 can hold and that is no locator; `file_of` gives the path
     back.
     """
-    text = str(path)
-    if text.isascii() and "::" not in text and not text.startswith(_ENCODED):
-        return text  # nearly all, and a listing has millions
-    if text.startswith(_ENCODED) or _LOCATOR.fullmatch(text) or not _is_utf8(text):
-        return _ENCODED + urllib.parse.quote(os.fsencode(text))
-    return text
+    path_string = str(path)
+    if path_string.isascii() and "::" not in path_string and not path_string.startswith(_ENCODED):
+        return path_string  # nearly all, and a listing has millions
+    if (
+        path_string.startswith(_ENCODED)
+        or _LOCATOR.fullmatch(path_string)
+        or not _is_utf8(path_string)
+    ):
+        return _ENCODED + urllib.parse.quote(os.fsencode(path_string))
+    return path_string
 
 
 def printable(name: str) -> str:
@@ -88,11 +92,11 @@ def _is_utf8(text: str) -> bool:
 
 def file_of(path: str) -> str:
     """The file that a locator points into, as the system takes it; a plain path is its own."""
-    match = _LOCATOR.fullmatch(path)
-    file = match["file"] if match else path
-    if file.startswith(_ENCODED):
-        return os.fsdecode(urllib.parse.unquote_to_bytes(file.removeprefix(_ENCODED)))
-    return file
+    locator_match = _LOCATOR.fullmatch(path)
+    file_text = locator_match["file"] if locator_match else path
+    if file_text.startswith(_ENCODED):
+        return os.fsdecode(urllib.parse.unquote_to_bytes(file_text.removeprefix(_ENCODED)))
+    return file_text
 
 
 def read_bytes(path: str) -> bytes:
@@ -100,29 +104,29 @@ def read_bytes(path: str) -> bytes:
 
     Raises OSError when they are not there, whatever is wrong with the file around them.
     """
-    match = _LOCATOR.fullmatch(path)
-    file = file_of(path)
+    locator_match = _LOCATOR.fullmatch(path)
+    file_path = file_of(path)
     try:
-        if match is None:
-            return Path(file).read_bytes()
-        kind, details = match["kind"], match["details"]
-        if kind == "tar":
-            return _read_tar_member(file, details)
-        if kind == "tgz":
-            return _read_compressed_tar_member(file, details)
-        if kind == "zip":
-            return _read_zip_member(file, details)
-        key, _, index = details.rpartition(":")
-        if kind in ("parquet", "arrow"):
-            return _read_cell(file, kind, key, int(index))
+        if locator_match is None:
+            return Path(file_path).read_bytes()
+        container_kind, details = locator_match["kind"], locator_match["details"]
+        if container_kind == "tar":
+            return _read_tar_member(file_path, details)
+        if container_kind == "tgz":
+            return _read_compressed_tar_member(file_path, details)
+        if container_kind == "zip":
+            return _read_zip_member(file_path, details)
+        array_key, _, image_index = details.rpartition(":")
+        if container_kind in ("parquet", "arrow"):
+            return _read_cell(file_path, container_kind, array_key, int(image_index))
         with _LOCK:
-            array = open_array(file, kind, key)
-            if math.prod(array.shape[1:]) > 4 * MAX_PIXELS:
+            image_array = open_array(file_path, container_kind, array_key)
+            if math.prod(image_array.shape[1:]) > 4 * MAX_PIXELS:
                 raise OSError(
-                    f"an image of shape {array.shape[1:]}: more than the limit of {MAX_PIXELS} "
-                    "pixels"
+                    f"an image of shape {image_array.shape[1:]}: more than the limit of "
+                    f"{MAX_PIXELS} pixels"
                 )
-            return array_bytes(np.asarray(array[int(index)]))
+            return array_bytes(np.asarray(image_array[int(image_index)]))
     except (OSError, MemoryError):
         raise
     # Damaged containers make their libraries raise anything; for the caller the bytes are not
@@ -131,108 +135,117 @@ def read_bytes(path: str) -> bytes:
         raise OSError(str(error)) from error
 
 
-def array_bytes(item: npt.NDArray[Any]) -> bytes:
+def array_bytes(image_array: npt.NDArray[Any]) -> bytes:
     """An array as the bytes of an `.npy` file, the same bytes for the same values, type
     and shape.
     """
     buffer = io.BytesIO()
     np.lib.format.write_array(
-        buffer, np.ascontiguousarray(item), version=(1, 0), allow_pickle=False
+        buffer, np.ascontiguousarray(image_array), version=(1, 0), allow_pickle=False
     )
     return buffer.getvalue()
 
 
-def open_array(file: str, kind: str, key: str) -> Any:
+def open_array(file_path: str, container_kind: str, array_key: str) -> Any:
     """Something with `shape`, `dtype` and `[index]` that reads images from the file.
 
     Raises SourceError, OSError.
     """
-    return _open_array(file, kind, key, file_stamp(file))
+    return _open_array(file_path, container_kind, array_key, file_stamp(file_path))
 
 
 @functools.lru_cache(maxsize=8)
-def _open_array(file: str, kind: str, key: str, stamp: object) -> Any:
+def _open_array(file_path: str, container_kind: str, array_key: str, stamp: object) -> Any:
     try:
-        if kind == "npy":
-            return np.load(file, mmap_mode="r", allow_pickle=False)
-        if kind == "npz":
-            with np.load(file, allow_pickle=False) as archive:
-                if key not in archive.files:
+        if container_kind == "npy":
+            return np.load(file_path, mmap_mode="r", allow_pickle=False)
+        if container_kind == "npz":
+            with np.load(file_path, allow_pickle=False) as npz_archive:
+                if array_key not in npz_archive.files:
                     raise SourceError(
-                        f"{file} has no array {key!r}; it has {', '.join(archive.files)}"
+                        f"{file_path} has no array {array_key!r}; it has "
+                        f"{', '.join(npz_archive.files)}"
                     )
                 _require_held(
-                    archive.zip.getinfo(f"{key}.npy").file_size, os.path.getsize(file), file
+                    npz_archive.zip.getinfo(f"{array_key}.npy").file_size,
+                    os.path.getsize(file_path),
+                    file_path,
                 )
-                return archive[key]  # decompressed whole, once per process
-        if kind == "h5":
-            return _own_dataset(h5py.File(file, "r"), file, key)
-        return _read_idx(Path(file))
+                return npz_archive[array_key]  # decompressed whole, once per process
+        if container_kind == "h5":
+            return _own_dataset(h5py.File(file_path, "r"), file_path, array_key)
+        return _read_idx(Path(file_path))
     except (SourceError, OSError):
         raise
     # Damaged headers, arrays of Python objects, and whatever else NumPy, zipfile and h5py make of
     # bytes that are not theirs.
     except Exception as error:
-        raise SourceError(f"{file}: cannot be read as {kind}: {error}") from error
+        raise SourceError(f"{file_path}: cannot be read as {container_kind}: {error}") from error
 
 
-def _own_dataset(opened: h5py.File, file: str, key: str) -> h5py.Dataset:
+def _own_dataset(hdf5_file: h5py.File, file_path: str, array_key: str) -> h5py.Dataset:
     """The data set of that name, whose values are in this very file. Raises SourceError.
 
     Links, external storage and virtual data sets can name any file of whoever opens this one, and
     its bytes would be images.
     """
-    place: Any = opened
-    for part in [part for part in key.split("/") if part]:
-        link = place.get(part, getlink=True) if isinstance(place, h5py.Group) else None
+    hdf5_object: Any = hdf5_file
+    for key_part in [key_part for key_part in array_key.split("/") if key_part]:
+        link = (
+            hdf5_object.get(key_part, getlink=True) if isinstance(hdf5_object, h5py.Group) else None
+        )
         if link is None:
-            raise SourceError(f"{file} has no data set {key!r}")
+            raise SourceError(f"{file_path} has no data set {array_key!r}")
         if not isinstance(link, h5py.HardLink):
-            raise SourceError(f"{file}: {key!r} is a link, to another place or file. {_H5_CURE}")
-        place = place[part]
-    if not isinstance(place, h5py.Dataset):
-        raise SourceError(f"{file} has no data set {key!r}")
-    if place.external or place.is_virtual:
-        raise SourceError(f"{file}: the values of {key!r} lie in other files. {_H5_CURE}")
-    _require_held(place.nbytes, os.path.getsize(file), file)
-    return place
+            raise SourceError(
+                f"{file_path}: {array_key!r} is a link, to another place or file. {_H5_CURE}"
+            )
+        hdf5_object = hdf5_object[key_part]
+    if not isinstance(hdf5_object, h5py.Dataset):
+        raise SourceError(f"{file_path} has no data set {array_key!r}")
+    if hdf5_object.external or hdf5_object.is_virtual:
+        raise SourceError(
+            f"{file_path}: the values of {array_key!r} lie in other files. {_H5_CURE}"
+        )
+    _require_held(hdf5_object.nbytes, os.path.getsize(file_path), file_path)
+    return hdf5_object
 
 
-def _require_held(declared: int, size: int, file: str) -> None:
+def _require_held(declared_bytes: int, file_bytes: int, file_path: str) -> None:
     """Raises SourceError for values that a file of that size cannot hold, however well they are
     compressed.
     """
-    if declared > _MOST_COMPRESSED * size:
+    if declared_bytes > _MOST_COMPRESSED * file_bytes:
         raise SourceError(
-            f"{file}: it has {size:,} bytes, and declares {declared:,} bytes of values. Fetch it "
-            "again"
+            f"{file_path}: it has {file_bytes:,} bytes, and declares {declared_bytes:,} bytes of "
+            "values. Fetch it again"
         )
 
 
-def _read_tar_member(file: str, details: str) -> bytes:
-    offset, size, _ = details.split(":", 2)
-    with open(file, "rb") as archive:
+def _read_tar_member(file_path: str, details: str) -> bytes:
+    offset, member_bytes, _ = details.split(":", 2)
+    with open(file_path, "rb") as archive:
         # A declared size beyond the file's end must not ask for memory.
-        if int(offset) + int(size) > (length := os.fstat(archive.fileno()).st_size):
+        if int(offset) + int(member_bytes) > (archive_bytes := os.fstat(archive.fileno()).st_size):
             raise OSError(
-                f"the archive ends after {max(0, length - int(offset))} of the member's {size} "
-                "bytes"
+                f"the archive ends after {max(0, archive_bytes - int(offset))} of the member's "
+                f"{member_bytes} bytes"
             )
         archive.seek(int(offset))
-        return archive.read(int(size))
+        return archive.read(int(member_bytes))
 
 
-def _read_compressed_tar_member(file: str, details: str) -> bytes:
+def _read_compressed_tar_member(file_path: str, details: str) -> bytes:
     """Members are read in about the order of the archive, so that its stream mostly
     goes forward.
     """
-    offset, size, _ = details.split(":", 2)
+    offset, member_bytes, _ = details.split(":", 2)
     with _LOCK:
-        stream = _open_compressed(file, file_stamp(file))
+        stream = _open_compressed(file_path, file_stamp(file_path))
         stream.seek(int(offset))
-        data = stream.read(int(size))
-    if len(data) != int(size):
-        raise OSError(f"the archive ends after {len(data)} of the member's {size} bytes")
+        data = stream.read(int(member_bytes))
+    if len(data) != int(member_bytes):
+        raise OSError(f"the archive ends after {len(data)} of the member's {member_bytes} bytes")
     return data
 
 
@@ -241,118 +254,133 @@ def _open_compressed(file: str, stamp: object) -> IO[bytes]:
     return open_compressed(file)
 
 
-def open_compressed(file: str | Path) -> IO[bytes]:
+def open_compressed(file_path: str | Path) -> IO[bytes]:
     """A gzip, bzip2 or xz file as the stream that it decompresses to.
 
     Raises SourceError for another one.
     """
-    with open(file, "rb") as opened:
-        magic = opened.read(2)
-    if magic not in _DECOMPRESSORS:
-        raise SourceError(f"{file}: expected a file that gzip, bzip2 or xz compressed")
-    return _DECOMPRESSORS[magic](file, "rb")  # type: ignore[operator,no-any-return]
+    with open(file_path, "rb") as compressed_file:
+        magic_bytes = compressed_file.read(2)
+    if magic_bytes not in _DECOMPRESSORS:
+        raise SourceError(f"{file_path}: expected a file that gzip, bzip2 or xz compressed")
+    return _DECOMPRESSORS[magic_bytes](file_path, "rb")  # type: ignore[operator,no-any-return]
 
 
-def _read_zip_member(file: str, details: str) -> bytes:
-    header, compressed_size, size, method, crc, _ = details.split(":", 5)
-    with open(file, "rb") as archive:
-        archive.seek(int(header))
+def _read_zip_member(file_path: str, details: str) -> bytes:
+    header_offset, compressed_size, member_bytes, method, crc, _ = details.split(":", 5)
+    with open(file_path, "rb") as archive:
+        archive.seek(int(header_offset))
         signature, name_length, extra_length = _ZIP_LOCAL_HEADER.unpack(
             archive.read(_ZIP_LOCAL_HEADER.size)
         )
         if signature != b"PK\3\4":
             raise OSError("the archive has changed: there is no member where there was one")
-        start = archive.seek(name_length + extra_length, io.SEEK_CUR)
+        data_start = archive.seek(name_length + extra_length, io.SEEK_CUR)
         # A declared size beyond the file's end must not ask for memory.
         data = archive.read(
-            min(int(compressed_size), max(0, os.fstat(archive.fileno()).st_size - start))
+            min(int(compressed_size), max(0, os.fstat(archive.fileno()).st_size - data_start))
         )
     if len(data) != int(compressed_size):
         raise OSError(f"the archive ends after {len(data)} of the member's {compressed_size} bytes")
     if int(method) == _ZIP_DEFLATED:
         # No more than the archive says, so that a few bytes cannot become gigabytes
-        data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, int(size) + 1)
+        data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, int(member_bytes) + 1)
     if zlib.crc32(data) != int(crc):
         raise OSError("the member's bytes do not have its checksum (CRC-32)")
     return data
 
 
-def _read_cell(file: str, kind: str, column: str, row: int) -> bytes:
+def _read_cell(file_path: str, container_kind: str, column_name: str, row_index: int) -> bytes:
     """The encoded image in a cell: bytes, or a struct with a field `bytes` as Hugging Face writes
     them.
     """
     with _LOCK:
-        cells, start = _image_cells(file, kind, column, row)
-    value = cells[row - start].as_py()
-    data = value.get("bytes") if isinstance(value, dict) else value
-    if not isinstance(data, bytes):
+        image_cells, first_row = _image_cells(file_path, container_kind, column_name, row_index)
+    cell_value = image_cells[row_index - first_row].as_py()
+    image_bytes = cell_value.get("bytes") if isinstance(cell_value, dict) else cell_value
+    if not isinstance(image_bytes, bytes):
         raise OSError("the cell holds no image")
-    return data
+    return image_bytes
 
 
-def _image_cells(file: str, kind: str, column: str, row: int) -> tuple[Any, int]:
+def _image_cells(
+    file_path: str, container_kind: str, column_name: str, row_index: int
+) -> tuple[Any, int]:
     """The cells of the row group that holds the row, and its first row."""
-    if kind == "arrow":
-        return _arrow_column(file, column, file_stamp(file)), 0
-    starts = _row_group_starts(file, file_stamp(file))
-    group = int(np.searchsorted(starts, row, side="right")) - 1
-    return _row_group(file, column, group, file_stamp(file)), int(starts[group])
+    if container_kind == "arrow":
+        return _arrow_column(file_path, column_name, file_stamp(file_path)), 0
+    group_starts = _row_group_starts(file_path, file_stamp(file_path))
+    group_index = int(np.searchsorted(group_starts, row_index, side="right")) - 1
+    return _row_group(file_path, column_name, group_index, file_stamp(file_path)), int(
+        group_starts[group_index]
+    )
 
 
 @functools.lru_cache(maxsize=64)
-def _row_group_starts(file: str, stamp: object) -> npt.NDArray[np.int64]:
-    metadata = pq.ParquetFile(file).metadata
-    counts = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
-    return np.cumsum([0, *counts])[:-1]
+def _row_group_starts(file_path: str, stamp: object) -> npt.NDArray[np.int64]:
+    metadata = pq.ParquetFile(file_path).metadata
+    group_sizes = [
+        metadata.row_group(group_index).num_rows for group_index in range(metadata.num_row_groups)
+    ]
+    return np.cumsum([0, *group_sizes])[:-1]
 
 
 @functools.lru_cache(maxsize=2)  # rows are read in order, so that each group is decompressed once
-def _row_group(file: str, column: str, group: int, stamp: object) -> Any:
-    return pq.ParquetFile(file).read_row_group(group, columns=[column])[column].combine_chunks()
+def _row_group(file_path: str, column_name: str, group_index: int, stamp: object) -> Any:
+    return (
+        pq.ParquetFile(file_path)
+        .read_row_group(group_index, columns=[column_name])[column_name]
+        .combine_chunks()
+    )
 
 
 @functools.lru_cache(maxsize=8)
-def _arrow_column(file: str, column: str, stamp: object) -> Any:
-    return open_arrow(file)[column]
+def _arrow_column(file_path: str, column_name: str, stamp: object) -> Any:
+    return open_arrow(file_path)[column_name]
 
 
-def open_arrow(file: str | Path) -> pa.Table:
+def open_arrow(file_path: str | Path) -> pa.Table:
     """An Arrow file, stream (as `datasets` writes) or IPC file, mapped into memory and not read.
 
     Raises SourceError.
     """
     try:
-        source = pa.memory_map(str(file))
+        mapped_file = pa.memory_map(str(file_path))
         try:
-            table = pa.ipc.open_stream(source).read_all()
+            arrow_table = pa.ipc.open_stream(mapped_file).read_all()
         except pa.ArrowInvalid:
-            table = pa.ipc.open_file(source).read_all()
-        table.validate(
+            arrow_table = pa.ipc.open_file(mapped_file).read_all()
+        arrow_table.validate(
             full=True
         )  # Arrow believes lengths and offsets otherwise, and reads where there is no memory
-        return table
+        return arrow_table
     except Exception as error:
-        raise SourceError(f"{file}: cannot be read as Arrow: {error}") from error
+        raise SourceError(f"{file_path}: cannot be read as Arrow: {error}") from error
 
 
 _IDX_TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 
 
-def _read_idx(file: Path) -> npt.NDArray[Any]:
+def _read_idx(file_path: Path) -> npt.NDArray[Any]:
     """The array of an idx file (the format of MNIST), gzipped or not. Raises ValueError."""
     try:
-        with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
+        with gzip.open(file_path) if file_path.suffix == ".gz" else file_path.open("rb") as stream:
             data = stream.read(4 + 4 * 255)
             if (
                 len(data) > 4 and data[2] in _IDX_TYPES
             ):  # no more than the header says, and one byte that is too much
-                bytes_each = np.dtype(_IDX_TYPES[data[2]]).itemsize
-                sizes = [
-                    int.from_bytes(data[at : at + 4], "big") for at in range(4, 4 + 4 * data[3], 4)
+                item_bytes = np.dtype(_IDX_TYPES[data[2]]).itemsize
+                axis_lengths = [
+                    int.from_bytes(data[length_offset : length_offset + 4], "big")
+                    for length_offset in range(4, 4 + 4 * data[3], 4)
                 ]
-                _require_held(math.prod(sizes) * bytes_each, max(1, file.stat().st_size), str(file))
-                rest = 4 + 4 * data[3] + math.prod(sizes) * bytes_each - len(data) + 1
-                data += stream.read(max(1, rest))
+                _require_held(
+                    math.prod(axis_lengths) * item_bytes,
+                    max(1, file_path.stat().st_size),
+                    str(file_path),
+                )
+                n_missing = 4 + 4 * data[3] + math.prod(axis_lengths) * item_bytes - len(data) + 1
+                data += stream.read(max(1, n_missing))
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"not a whole gzip file ({error})") from error
     if len(data) < 4 or data[:2] != b"\0\0" or data[2] not in _IDX_TYPES:
@@ -361,10 +389,10 @@ def _read_idx(file: Path) -> npt.NDArray[Any]:
     shape = tuple(
         int.from_bytes(data[4 + 4 * axis : 8 + 4 * axis], "big") for axis in range(dimensions)
     )
-    start = 4 + 4 * dimensions
-    expected = math.prod(shape) * dtype.itemsize
-    if len(data) - start != expected:
+    data_start = 4 + 4 * dimensions
+    expected_bytes = math.prod(shape) * dtype.itemsize
+    if len(data) - data_start != expected_bytes:
         raise ValueError(
-            f"its header says {shape}, {expected} bytes, but {len(data) - start} follow"
+            f"its header says {shape}, {expected_bytes} bytes, but {len(data) - data_start} follow"
         )
-    return np.frombuffer(data, dtype, offset=start).reshape(shape)
+    return np.frombuffer(data, dtype, offset=data_start).reshape(shape)

@@ -28,22 +28,26 @@ def compare_listings(before: Mapping[str, str], after: Mapping[str, str]) -> Cha
 
     A copy of an image that is still there counts as new.
     """
-    gone: dict[str, list[str]] = defaultdict(list)  # content -> ids that had it and are gone
-    for name in sorted(before.keys() - after.keys(), reverse=True):
-        gone[before[name]].append(name)
-    new, changed, renamed = [], [], []
-    unchanged = 0
-    for name, content in after.items():
-        if before.get(name) == content:
-            unchanged += 1
-        elif name in before:
-            changed.append(name)
-        elif gone.get(content):
-            renamed.append((gone[content].pop(), name))
+    removed_ids: dict[str, list[str]] = defaultdict(list)  # content -> ids that had it and are gone
+    for image_id in sorted(before.keys() - after.keys(), reverse=True):
+        removed_ids[before[image_id]].append(image_id)
+    new_ids, changed_ids, renamed_ids = [], [], []
+    n_unchanged = 0
+    for image_id, content_hash in after.items():
+        if before.get(image_id) == content_hash:
+            n_unchanged += 1
+        elif image_id in before:
+            changed_ids.append(image_id)
+        elif removed_ids.get(content_hash):
+            renamed_ids.append((removed_ids[content_hash].pop(), image_id))
         else:
-            new.append(name)
-    removed = sorted(name for names in gone.values() for name in names)
-    return Changes(tuple(new), tuple(changed), tuple(renamed), tuple(removed), unchanged)
+            new_ids.append(image_id)
+    unmatched_ids = sorted(
+        image_id for ids_of_content in removed_ids.values() for image_id in ids_of_content
+    )
+    return Changes(
+        tuple(new_ids), tuple(changed_ids), tuple(renamed_ids), tuple(unmatched_ids), n_unchanged
+    )
 
 
 def read_listing(path: Path) -> dict[str, str]:

@@ -56,8 +56,8 @@ def content_hashes(
     progress: Callable[[int, int], None] | None = None,
     threads: int = 8,
 ) -> Contents:
-    """Content hashes of `samples` (columns `id`, `path`), reading only files that `index` does not
-    know.
+    """Content hashes of `samples` (columns `id`, `image_path`), reading only files that `index`
+    does not know.
 
     `index` is a Parquet file with one entry per path: the stamp of the file when it was last read,
     and its hash. It is created, updated and replaced atomically, and one that is damaged or of
@@ -65,52 +65,57 @@ def content_hashes(
     cannot tell is in `FileStamp`. `progress(done, total)` is called from this thread as files are
     read.
     """
-    known = _read_index(index)
-    paths = [str(path) for path in samples["path"]]
-    ids = [str(name) for name in samples["id"]]
+    known_files = _read_index(index)
+    image_paths = [str(image_path) for image_path in samples["path"]]
+    sample_ids = [str(name) for name in samples["id"]]
     started_ns = time.time_ns()
-    stamps = file_stamps(map(file_of, paths))
-    hashes: list[str | None] = [None] * len(paths)
-    reasons: dict[int, str] = {}
-    missing: list[int] = []
-    for row, (path, stamp) in enumerate(zip(paths, stamps, strict=True)):
+    file_stamps_before = file_stamps(map(file_of, image_paths))
+    hashes: list[str | None] = [None] * len(image_paths)
+    failure_reasons: dict[int, str] = {}
+    unhashed_rows: list[int] = []
+    for row, (image_path, stamp) in enumerate(zip(image_paths, file_stamps_before, strict=True)):
         if not isinstance(stamp, FileStamp):
-            reasons[row] = _reason(stamp)
+            failure_reasons[row] = _reason(stamp)
             continue
-        entry = known.get(_key(path))
-        if entry is not None and entry[0] == stamp.text:
-            hashes[row] = entry[1]
+        index_entry = known_files.get(_key(image_path))
+        if index_entry is not None and index_entry[0] == stamp.text:
+            hashes[row] = index_entry[1]
         else:
-            missing.append(row)
+            unhashed_rows.append(row)
     with ThreadPoolExecutor(threads) as pool:  # hashing releases the GIL
-        for done, (row, outcome) in enumerate(
-            zip(missing, pool.map(_hash, (paths[row] for row in missing)), strict=True)
+        for n_done, (row, hash_or_error) in enumerate(
+            zip(
+                unhashed_rows,
+                pool.map(_hash, (image_paths[row] for row in unhashed_rows)),
+                strict=True,
+            )
         ):
-            if isinstance(outcome, str):
-                hashes[row] = outcome
+            if isinstance(hash_or_error, str):
+                hashes[row] = hash_or_error
             else:
-                reasons[row] = _reason(outcome)
+                failure_reasons[row] = _reason(hash_or_error)
             if progress is not None:
-                progress(done + 1, len(missing))
+                progress(n_done + 1, len(unhashed_rows))
     # A file that was replaced between its stamp and its reading would be known under the stamp of
     # the earlier one.
-    stamps_after = file_stamps(file_of(paths[row]) for row in missing)
-    fresh: _Index = {}
-    for row, after in zip(missing, stamps_after, strict=True):
-        content = hashes[row]
+    stamps_after = file_stamps(file_of(image_paths[row]) for row in unhashed_rows)
+    new_entries: _Index = {}
+    for row, stamp_after in zip(unhashed_rows, stamps_after, strict=True):
+        content_hash = hashes[row]
         if (
-            content is not None
-            and isinstance(after, FileStamp)
-            and after == stamps[row]
-            and after.is_settled(started_ns)
+            content_hash is not None
+            and isinstance(stamp_after, FileStamp)
+            and stamp_after == file_stamps_before[row]
+            and stamp_after.is_settled(started_ns)
         ):
-            fresh[_key(paths[row])] = (after.text, content)
-    if fresh:
-        _write_index(index, known | fresh)
+            new_entries[_key(image_paths[row])] = (stamp_after.text, content_hash)
+    if new_entries:
+        _write_index(index, known_files | new_entries)
     unreadable = tuple(
-        Unreadable(ids[row], paths[row], reason) for row, reason in sorted(reasons.items())
+        Unreadable(sample_ids[row], image_paths[row], reason)
+        for row, reason in sorted(failure_reasons.items())
     )
-    return Contents(tuple(hashes), unreadable, len(missing))
+    return Contents(tuple(hashes), unreadable, len(unhashed_rows))
 
 
 def _hash(path: str) -> str | OSError:
@@ -134,8 +139,11 @@ def _read_index(index: Path) -> _Index:
             column.null_count for column in table.columns
         ):
             return {}
-        columns = [table[name].to_pylist() for name in _COLUMNS]
-        entries = {path: (stamp, content) for path, stamp, content in zip(*columns, strict=True)}
+        index_columns = [table[name].to_pylist() for name in _COLUMNS]
+        entries = {
+            path: (stamp, content_hash)
+            for path, stamp, content_hash in zip(*index_columns, strict=True)
+        }
         # Parquet has no checksum of its own here: one changed digit of a hash would be believed for
         # ever.
         return entries if (table.schema.metadata or {}).get(_DIGEST) == _digest(entries) else {}
@@ -150,14 +158,16 @@ def _read_index(index: Path) -> _Index:
 
 
 def _write_index(index: Path, entries: _Index) -> None:
-    values = list(entries.values())
-    columns = {
+    index_values = list(entries.values())
+    index_columns = {
         "path": pa.array(list(entries), pa.binary()),
-        "stamp": pa.array([stamp for stamp, _ in values], pa.string()),
-        "content": pa.array([content for _, content in values], pa.string()),
+        "stamp": pa.array([stamp for stamp, _ in index_values], pa.string()),
+        "content": pa.array([content_hash for _, content_hash in index_values], pa.string()),
     }
     buffer = io.BytesIO()
-    pq.write_table(pa.table(columns).replace_schema_metadata({_DIGEST: _digest(entries)}), buffer)
+    pq.write_table(
+        pa.table(index_columns).replace_schema_metadata({_DIGEST: _digest(entries)}), buffer
+    )
     index.parent.mkdir(parents=True, exist_ok=True)
     publish_replace(index, buffer.getvalue())
 
@@ -170,6 +180,6 @@ def _key(path: str) -> bytes:
 
 def _digest(entries: Mapping[bytes, tuple[str, str]]) -> bytes:
     hasher = hashlib.sha256()
-    for path, (stamp, content) in entries.items():
-        hasher.update(b"%b\0%b\0%b\n" % (path, stamp.encode(), content.encode()))
+    for path, (stamp, content_hash) in entries.items():
+        hasher.update(b"%b\0%b\0%b\n" % (path, stamp.encode(), content_hash.encode()))
     return hasher.hexdigest().encode()

@@ -150,12 +150,12 @@ def to_rgb(image: Image.Image, pixel_range: PixelRange | None = None) -> Image.I
     _check_size(*image.size)
     mode = image.mode
     if mode in ("RGB", "L", "1"):
-        shown = image.convert("L") if mode == "1" else image
+        plain_image = image.convert("L") if mode == "1" else image
         if "transparency" not in image.info:
-            return shown
-        shown.info["transparency"] = image.info["transparency"]
+            return plain_image
+        plain_image.info["transparency"] = image.info["transparency"]
         # A transparent colour without an alpha channel (PNG tRNS) is still transparency.
-        return _over_white(shown.convert("RGBA"))
+        return _over_white(plain_image.convert("RGBA"))
     if mode.startswith("I;16"):
         values = np.asarray(image).astype(np.uint16)
         return _eight_bits(_Samples(values, "16-bit values", _SIXTEEN_BITS), pixel_range)
@@ -213,67 +213,76 @@ def _pnm_samples(image: ImageFile.ImageFile, data: bytes) -> _Samples | None:
 
     Pillow scales it to 255 or 65535, colours always to 255.
     """
-    codec, _, offset, args = image.tile[0]
-    if image.mode not in ("L", "I", "RGB") or args in ("L", "RGB"):
+    codec, _, offset, codec_args = image.tile[0]
+    if image.mode not in ("L", "I", "RGB") or codec_args in ("L", "RGB"):
         return None  # bits and floats; and 255 is white, as everywhere
-    white = args[1] if isinstance(args, tuple) else 65535
-    plain = codec == "ppm_plain"
-    if plain and white < 256:
+    white_value = codec_args[1] if isinstance(codec_args, tuple) else 65535
+    is_plain = codec == "ppm_plain"
+    if is_plain and white_value < 256:
         return None  # Pillow reads numbers in decimal digits rightly, and scales them to 255
     width, height = image.size
-    values: npt.NDArray[Any]
-    channels = 3 if image.mode == "RGB" else 1
-    count = width * height * channels
-    if plain:
+    pixel_values: npt.NDArray[Any]
+    n_channels = 3 if image.mode == "RGB" else 1
+    n_values = width * height * n_channels
+    if is_plain:
         # As a grey image Pillow keeps all digits of the three colours, scaled to 65535, and that is
         # undone exactly.
-        grey = b"P2 %d %d %d\n" % (width * channels, height, white) + data[offset:]
-        with Image.open(io.BytesIO(grey), formats=["PPM"]) as scaled:
-            values = np.rint(np.asarray(scaled) * (white / 65535)).astype(np.uint16)
-    else:
-        stored = np.dtype(">u2" if white > 255 else "u1")
-        if len(data) < offset + count * stored.itemsize:
-            raise ImageError(
-                f"truncated: {len(data) - offset} of {count * stored.itemsize} bytes of pixels are "
-                "there"
+        grey_file = b"P2 %d %d %d\n" % (width * n_channels, height, white_value) + data[offset:]
+        with Image.open(io.BytesIO(grey_file), formats=["PPM"]) as scaled_image:
+            pixel_values = np.rint(np.asarray(scaled_image) * (white_value / 65535)).astype(
+                np.uint16
             )
-        values = np.frombuffer(data, stored, count, offset)
-    shape = (height, width, 3) if channels == 3 else (height, width)
-    return _Samples(values.reshape(shape), "values of a PGM or PPM file", (0.0, float(white)))
+    else:
+        stored_dtype = np.dtype(">u2" if white_value > 255 else "u1")
+        if len(data) < offset + n_values * stored_dtype.itemsize:
+            raise ImageError(
+                f"truncated: {len(data) - offset} of {n_values * stored_dtype.itemsize} bytes of "
+                "pixels are there"
+            )
+        pixel_values = np.frombuffer(data, stored_dtype, n_values, offset)
+    shape = (height, width, 3) if n_channels == 3 else (height, width)
+    return _Samples(
+        pixel_values.reshape(shape), "values of a PGM or PPM file", (0.0, float(white_value))
+    )
 
 
 def _png_samples(image: ImageFile.ImageFile, data: bytes) -> _Samples | None:
-    raw = raw_mode(image)
-    transparent = image.info.get("transparency")
-    if raw in ("L;2", "L;4") and isinstance(transparent, int):
+    raw_name = raw_mode(image)
+    transparent_value = image.info.get("transparency")
+    if raw_name in ("L;2", "L;4") and isinstance(transparent_value, int):
         # Pillow scales the pixels to 0..255, and leaves the transparent value (PNG tRNS) as it is
         # in the file.
-        image.info["transparency"] = transparent * (85 if raw == "L;2" else 17)
-    if not raw.endswith(";16B"):
+        image.info["transparency"] = transparent_value * (85 if raw_name == "L;2" else 17)
+    if not raw_name.endswith(";16B"):
         return None
-    if raw == "LA;16B":
-        stored = _load_raw(image, "RGBA")  # high and low byte of grey, high and low byte of alpha
-        values = _join_bytes(stored[:, :, 0::2], stored[:, :, 1::2])
-    elif raw == "I;16B":
-        values = _load_raw(image, raw).astype(np.uint16)
+    if raw_name == "LA;16B":
+        # high and low byte of grey, high and low byte of alpha
+        stored_bytes = _load_raw(image, "RGBA")
+        pixel_values = _join_bytes(stored_bytes[:, :, 0::2], stored_bytes[:, :, 1::2])
+    elif raw_name == "I;16B":
+        pixel_values = _load_raw(image, raw_name).astype(np.uint16)
     else:
-        values = _both_bytes(image, data, raw, raw.replace(";16B", ";16L"))
+        pixel_values = _both_bytes(image, data, raw_name, raw_name.replace(";16B", ";16L"))
     return _Samples(
-        values, "16-bit values of a PNG", _SIXTEEN_BITS, _SIXTEEN_BITS, transparent=transparent
+        pixel_values,
+        "16-bit values of a PNG",
+        _SIXTEEN_BITS,
+        _SIXTEEN_BITS,
+        transparent=transparent_value,
     )
 
 
 def _tiff_samples(image: ImageFile.ImageFile, data: bytes) -> _Samples | None:
     tags = image.tag_v2  # type: ignore[attr-defined]
-    bits, sample_format = (
+    bits_per_sample, sample_format = (
         max(tags.get(_BITS_TAG, (1,))),
         max(tags.get(_SAMPLE_FORMAT_TAG, (_UNSIGNED,))),
     )
-    if bits <= 8 and sample_format == _UNSIGNED:
+    if bits_per_sample <= 8 and sample_format == _UNSIGNED:
         return None
     if len(image.getbands()) > 1:
         raw_modes = _byte_raw_modes(
-            image, "L" if tags.prefix == b"II" else "B", planes=tags.get(_PLANES_TAG) == 2
+            image, "L" if tags.prefix == b"II" else "B", in_planes=tags.get(_PLANES_TAG) == 2
         )
         if raw_modes is None:
             return None
@@ -283,91 +292,106 @@ def _tiff_samples(image: ImageFile.ImageFile, data: bytes) -> _Samples | None:
             _SIXTEEN_BITS,
             _SIXTEEN_BITS,
         )
-    raw = raw_mode(image)
+    raw_name = raw_mode(image)
     if image.tile[0].codec_name == "libtiff" and (
-        match := re.fullmatch(r"(I;16|I;32|F;32)B?([SF])", raw)
+        raw_match := re.fullmatch(r"(I;16|I;32|F;32)B?([SF])", raw_name)
     ):
         # libtiff gives numbers in this machine's byte order; Pillow takes them for the file's, and
         # turns them round.
-        raw = f"{match[1]}{'' if sys.byteorder == 'little' else 'B'}{match[2]}"
-    values = _load_raw(image, raw)
-    if bits == 8:
-        values = values.view(np.int8)
-    elif bits == 32 and sample_format == _UNSIGNED:
-        values = values.view(np.uint32)  # Pillow's mode "I" is signed
-    own_range = (0.0, 2.0**bits - 1) if bits <= 16 and sample_format == _UNSIGNED else None
-    kind = {_UNSIGNED: "unsigned", _SIGNED: "signed"}.get(sample_format, "floating-point")
+        raw_name = f"{raw_match[1]}{'' if sys.byteorder == 'little' else 'B'}{raw_match[2]}"
+    pixel_values = _load_raw(image, raw_name)
+    if bits_per_sample == 8:
+        pixel_values = pixel_values.view(np.int8)
+    elif bits_per_sample == 32 and sample_format == _UNSIGNED:
+        pixel_values = pixel_values.view(np.uint32)  # Pillow's mode "I" is signed
+    own_range = (
+        (0.0, 2.0**bits_per_sample - 1)
+        if bits_per_sample <= 16 and sample_format == _UNSIGNED
+        else None
+    )
+    number_kind = {_UNSIGNED: "unsigned", _SIGNED: "signed"}.get(sample_format, "floating-point")
     white_is_zero = (
         tags.get(_PHOTOMETRIC_TAG, 0) == 0
     )  # Pillow inverts such images up to 8 bits, and no others
     return _Samples(
-        values, f"{kind} {bits}-bit values of a TIFF", own_range, white_is_zero=white_is_zero
+        pixel_values,
+        f"{number_kind} {bits_per_sample}-bit values of a TIFF",
+        own_range,
+        white_is_zero=white_is_zero,
     )
 
 
 def _byte_raw_modes(
-    image: ImageFile.ImageFile, order: str, *, planes: bool
+    image: ImageFile.ImageFile, byte_order: str, *, in_planes: bool
 ) -> tuple[str, str] | None:
     """The raw modes that read the high and the low bytes of a TIFF's 16-bit colours; None where
     Pillow has none.
 
-    order: the file's bytes, L or B. planes: whether the colours lie one after the other. Pillow
-    keeps the high byte of a sample; told that the bytes are in the other order it keeps the low
-    one.
+    byte_order: the file's bytes, L or B. planes: whether the colours lie one after the other.
+    Pillow keeps the high byte of a sample; told that the bytes are in the other order it keeps the
+    low one.
     """
-    raw, libtiff = raw_mode(image), image.tile[0].codec_name == "libtiff"
-    colours = re.fullmatch(r"(RGB[AX]?);16[LBN]", raw)
-    if libtiff:
-        if colours is None or planes:
+    raw_name, by_libtiff = raw_mode(image), image.tile[0].codec_name == "libtiff"
+    colour_match = re.fullmatch(r"(RGB[AX]?);16[LBN]", raw_name)
+    if by_libtiff:
+        if colour_match is None or in_planes:
             # inks, colours that are multiplied with alpha; and of planes libtiff keeps the high
             # byte
             return None
-        order = "L" if sys.byteorder == "little" else "B"
-    elif planes:
+        byte_order = "L" if sys.byteorder == "little" else "B"
+    elif in_planes:
         if not {tile.args[0] for tile in image.tile if isinstance(tile.args, tuple)} <= set("RGBA"):
             raise ImageError(
                 "planes of 16-bit samples that are not red, green, blue and alpha. Save it "
                 "interleaved"
             )
-    elif colours is None:
+    elif colour_match is None:
         return None
     # Pillow reads uncompressed planes, whose raw modes are R, G, B and A, as if they had 8 bits.
-    base = "R" if planes else colours[1] if colours else ""
-    return f"{base};16{order}", f"{base};16{'B' if order == 'L' else 'L'}"
+    base_mode = "R" if in_planes else colour_match[1] if colour_match else ""
+    return f"{base_mode};16{byte_order}", f"{base_mode};16{'B' if byte_order == 'L' else 'L'}"
 
 
-def _both_bytes(image: ImageFile.ImageFile, data: bytes, high: str, low: str) -> npt.NDArray[Any]:
+def _both_bytes(
+    image: ImageFile.ImageFile, data: bytes, high_mode: str, low_mode: str
+) -> npt.NDArray[Any]:
     """(H, W, C) uint16 of an image of several 16-bit channels, for which Pillow has no mode:
     decoded twice.
     """
-    with open_image(data) as again:
-        lower = _load_raw(again, low)
-    return _join_bytes(_load_raw(image, high), lower)
+    with open_image(data) as second_image:
+        low_bytes = _load_raw(second_image, low_mode)
+    return _join_bytes(_load_raw(image, high_mode), low_bytes)
 
 
-def _join_bytes(high: npt.NDArray[Any], low: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    joined: npt.NDArray[Any] = high.astype(np.uint16) << 8 | low
+def _join_bytes(high_bytes: npt.NDArray[Any], low_bytes: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    joined: npt.NDArray[Any] = high_bytes.astype(np.uint16) << 8 | low_bytes
     return joined
 
 
-def _load_raw(image: ImageFile.ImageFile, raw: str) -> npt.NDArray[Any]:
-    """The pixels, unpacked as `raw` says instead of as Pillow chose."""
-    tiles = []
+def _load_raw(image: ImageFile.ImageFile, raw_name: str) -> npt.NDArray[Any]:
+    """The pixels, unpacked as `raw_name` says instead of as Pillow chose."""
+    raw_tiles = []
     for tile in image.tile:
-        args = tile.args
-        own, rest = (args[0], args[1:]) if isinstance(args, tuple) else (args, None)
+        tile_args = tile.args
+        own_mode, other_args = (
+            (tile_args[0], tile_args[1:]) if isinstance(tile_args, tuple) else (tile_args, None)
+        )
         # Planes have a raw mode each: R, G, B, A.
-        chosen = raw.replace("R", own, 1) if own in ("R", "G", "B", "A") else raw
-        tiles.append(tile._replace(args=chosen if rest is None else (chosen, *rest)))
-    image.tile = tiles
+        chosen_mode = (
+            raw_name.replace("R", own_mode, 1) if own_mode in ("R", "G", "B", "A") else raw_name
+        )
+        raw_tiles.append(
+            tile._replace(args=chosen_mode if other_args is None else (chosen_mode, *other_args))
+        )
+    image.tile = raw_tiles
     image.load()
     return np.asarray(image)
 
 
 def raw_mode(image: ImageFile.ImageFile) -> str:
     """How Pillow unpacks the file's pixels ("RGB;16B"); empty for formats that have other means."""
-    args = image.tile[0].args if image.tile else ""
-    return str(args[0] if isinstance(args, tuple) and args else args)
+    tile_args = image.tile[0].args if image.tile else ""
+    return str(tile_args[0] if isinstance(tile_args, tuple) and tile_args else tile_args)
 
 
 def _reduced_by_pillow(image: ImageFile.ImageFile, data: bytes) -> bool:
@@ -375,10 +399,14 @@ def _reduced_by_pillow(image: ImageFile.ImageFile, data: bytes) -> bool:
     drops.
     """
     if image.format == "JPEG2000":
-        start = data.find(
+        codestream_start = data.find(
             b"\xff\x4f\xff\x51"
         )  # the codestream; the depth of its first component stands 42 bytes on
-        return start < 0 or len(data) < start + 43 or (data[start + 42] & 0x7F) >= 8
+        return (
+            codestream_start < 0
+            or len(data) < codestream_start + 43
+            or (data[codestream_start + 42] & 0x7F) >= 8
+        )
     return image.format == "TIFF" and bool(max(image.tag_v2.get(_BITS_TAG, (1,))) > 8)  # type: ignore[attr-defined]
 
 
@@ -387,35 +415,39 @@ def _decode_array(data: bytes, pixel_range: PixelRange | None) -> Image.Image:
 
     (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels, the last where both fit.
     """
-    shape, fortran, dtype, offset = _array_header(data)
-    last, first = (
+    shape, in_fortran_order, dtype, offset = _array_header(data)
+    channels_last, channels_first = (
         len(shape) == 3 and shape[2] in (1, 3, 4),
         len(shape) == 3 and shape[0] in (1, 3, 4),
     )
-    if not (len(shape) == 2 or last or first) or min(shape) < 1:
+    if not (len(shape) == 2 or channels_last or channels_first) or min(shape) < 1:
         raise ImageError(
             f"an array of shape {shape} is no image; expected (H, W), (H, W, C) or (C, H, W)"
         )
     if dtype.kind not in "buif":
         raise ImageError(f"pixels of type {dtype}; expected numbers")
-    height, width = shape[1:] if first and not last else shape[:2]
+    height, width = shape[1:] if channels_first and not channels_last else shape[:2]
     _check_size(width, height)
-    count = math.prod(shape)
-    if len(data) - offset < count * dtype.itemsize:
+    n_values = math.prod(shape)
+    if len(data) - offset < n_values * dtype.itemsize:
         raise ImageError(
-            f"truncated: an array of shape {shape} and type {dtype} has {count * dtype.itemsize} "
-            f"bytes; {len(data) - offset} are there"
+            f"truncated: an array of shape {shape} and type {dtype} has "
+            f"{n_values * dtype.itemsize} bytes; {len(data) - offset} are there"
         )
     # A view: an image of any size costs no memory before its 8-bit pixels do.
-    values = np.frombuffer(data, dtype, count, offset).reshape(shape, order="F" if fortran else "C")
-    if first and not last:
-        values = np.moveaxis(values, 0, 2)
-    if values.ndim == 3 and values.shape[2] == 1:
-        values = values[:, :, 0]
+    pixel_values = np.frombuffer(data, dtype, n_values, offset).reshape(
+        shape, order="F" if in_fortran_order else "C"
+    )
+    if channels_first and not channels_last:
+        pixel_values = np.moveaxis(pixel_values, 0, 2)
+    if pixel_values.ndim == 3 and pixel_values.shape[2] == 1:
+        pixel_values = pixel_values[:, :, 0]
     own_range = {"|u1": (0.0, 255.0), "|b1": (0.0, 1.0), "<u2": _SIXTEEN_BITS}.get(
         dtype.newbyteorder("<").str
     )
-    return _eight_bits(_Samples(values, f"{dtype.name} values of an array", own_range), pixel_range)
+    return _eight_bits(
+        _Samples(pixel_values, f"{dtype.name} values of an array", own_range), pixel_range
+    )
 
 
 def _array_header(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
@@ -424,16 +456,16 @@ def _array_header(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any], in
     """
     stream = io.BytesIO(data)
     try:
-        version = np.lib.format.read_magic(stream)
-        readers = {
+        npy_version = np.lib.format.read_magic(stream)
+        header_readers = {
             (1, 0): np.lib.format.read_array_header_1_0,
             (2, 0): np.lib.format.read_array_header_2_0,
         }
-        if version not in readers:
+        if npy_version not in header_readers:
             raise ImageError(
-                f"an .npy file of version {version[0]}.{version[1]}; expected 1.0 or 2.0"
+                f"an .npy file of version {npy_version[0]}.{npy_version[1]}; expected 1.0 or 2.0"
             )
-        shape, fortran, dtype = readers[version](stream)
+        shape, in_fortran_order, dtype = header_readers[npy_version](stream)
         shape = tuple(int(length) for length in shape)
     except ImageError:
         raise
@@ -441,20 +473,20 @@ def _array_header(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any], in
     # parser's stack, which is a MemoryError and yet the file's fault.
     except Exception as error:
         raise ImageError(f"not a whole .npy file ({_reason(error, b'')})") from error
-    return shape, bool(fortran), dtype, stream.tell()
+    return shape, bool(in_fortran_order), dtype, stream.tell()
 
 
 def check_pixel_range(pixel_range: Any) -> None:
     """Raises ValueError for what is no (black, white): two finite numbers, the first the smaller
     one.
     """
-    pair = isinstance(pixel_range, (tuple, list)) and len(pixel_range) == 2
-    if not pair or not all(isinstance(end, (int, float)) for end in pixel_range):
+    is_pair = isinstance(pixel_range, (tuple, list)) and len(pixel_range) == 2
+    if not is_pair or not all(isinstance(end, (int, float)) for end in pixel_range):
         raise ValueError(
             f"pixel_range is {pixel_range!r}; expected two numbers, black and white, such as (0, 1)"
         )
-    black, white = pixel_range
-    if not (black < white and math.isfinite(white - black)):
+    black_value, white_value = pixel_range
+    if not (black_value < white_value and math.isfinite(white_value - black_value)):
         raise ValueError(
             f"pixel_range is {pixel_range!r}; expected finite numbers, black below white"
         )
@@ -466,84 +498,97 @@ def _eight_bits(samples: _Samples, pixel_range: PixelRange | None) -> Image.Imag
     Raises ImageError where their range is not known.
     """
     values = samples.values
-    eight = values.dtype in (np.uint8, np.bool_)
-    shown = samples.own_range if eight or pixel_range is None else pixel_range
-    if shown is None:
+    has_eight_bits = values.dtype in (np.uint8, np.bool_)
+    value_range = samples.own_range if has_eight_bits or pixel_range is None else pixel_range
+    if value_range is None:
         raise ImageError(
             f"{samples.name} have no range of their own. Say which value is black and which is "
             "white: images.pixel_range: [0, 1] in the recipe where 0 is black and 1 is white (in "
             "Python: pixel_range=(0, 1))"
         )
-    channels = values.shape[2] if values.ndim == 3 else 1
-    colours = values[:, :, : channels - 1] if channels in (2, 4) else values
-    pixels = _scale(colours, *shown)
+    n_channels = values.shape[2] if values.ndim == 3 else 1
+    colour_values = values[:, :, : n_channels - 1] if n_channels in (2, 4) else values
+    grey_or_rgb = _scale(colour_values, *value_range)
     if samples.white_is_zero:
-        pixels = 255 - pixels
+        grey_or_rgb = 255 - grey_or_rgb
     if samples.transparent is not None:
-        hidden = values == np.asarray(samples.transparent)
+        is_transparent = values == np.asarray(samples.transparent)
         # nothing of it is left over white
-        pixels[hidden.all(axis=2) if channels > 1 else hidden] = 255
-    if channels in (2, 4):
-        alpha = _scale(
-            values[:, :, channels - 1 :],
-            *(shown if samples.alpha_range is None else samples.alpha_range),
+        grey_or_rgb[is_transparent.all(axis=2) if n_channels > 1 else is_transparent] = 255
+    if n_channels in (2, 4):
+        alpha_pixels = _scale(
+            values[:, :, n_channels - 1 :],
+            *(value_range if samples.alpha_range is None else samples.alpha_range),
         )
-        return _over_white(Image.fromarray(np.concatenate([pixels, alpha], axis=2)).convert("RGBA"))
-    return Image.fromarray(np.ascontiguousarray(pixels))
+        return _over_white(
+            Image.fromarray(np.concatenate([grey_or_rgb, alpha_pixels], axis=2)).convert("RGBA")
+        )
+    return Image.fromarray(np.ascontiguousarray(grey_or_rgb))
 
 
-def _scale(values: npt.NDArray[Any], low: float, high: float) -> npt.NDArray[np.uint8]:
+def _scale(
+    values: npt.NDArray[Any], black_value: float, white_value: float
+) -> npt.NDArray[np.uint8]:
     """uint8, of the same shape:
 
-    `low` is 0, `high` is 255, what lies beyond is clipped. Raises ImageError for NaN.
+    `black_value` is 0, `white_value` is 255, what lies beyond is clipped. Raises ImageError for
+    NaN.
     """
-    if values.dtype == np.uint8 and (low, high) == (0, 255):
+    if values.dtype == np.uint8 and (black_value, white_value) == (0, 255):
         return values
-    flat = np.ascontiguousarray(values).reshape(-1)
-    flat = flat.view(np.uint8) if flat.dtype == np.bool_ else flat
-    few = flat.dtype.kind == "u" and flat.dtype.itemsize <= 2
-    table = _scale_table(low, high, 8 * flat.dtype.itemsize) if few else None
-    scaled = np.empty(flat.shape, np.uint8)
-    for start in range(0, len(flat), _BLOCK):
-        block = flat[start : start + _BLOCK]
+    flat_values = np.ascontiguousarray(values).reshape(-1)
+    flat_values = flat_values.view(np.uint8) if flat_values.dtype == np.bool_ else flat_values
+    has_few_values = flat_values.dtype.kind == "u" and flat_values.dtype.itemsize <= 2
+    value_table = (
+        _scale_table(black_value, white_value, 8 * flat_values.dtype.itemsize)
+        if has_few_values
+        else None
+    )
+    scaled = np.empty(flat_values.shape, np.uint8)
+    for start in range(0, len(flat_values), _BLOCK):
+        value_block = flat_values[start : start + _BLOCK]
         scaled[start : start + _BLOCK] = (
-            _scale_block(block, low, high) if table is None else table[block]
+            _scale_block(value_block, black_value, white_value)
+            if value_table is None
+            else value_table[value_block]
         )
     return scaled.reshape(values.shape)
 
 
 @functools.lru_cache(maxsize=16)
-def _scale_table(low: float, high: float, bits: int) -> npt.NDArray[np.uint8]:
-    return _scale_block(np.arange(2**bits), low, high)
+def _scale_table(black_value: float, white_value: float, n_bits: int) -> npt.NDArray[np.uint8]:
+    return _scale_block(np.arange(2**n_bits), black_value, white_value)
 
 
-def _scale_block(values: npt.NDArray[Any], low: float, high: float) -> npt.NDArray[np.uint8]:
+def _scale_block(
+    values: npt.NDArray[Any], black_value: float, white_value: float
+) -> npt.NDArray[np.uint8]:
     numbers = values.astype(np.float64)
     if not np.isfinite(numbers).all():
         raise ImageError("floating-point pixels with NaN or infinity")
     scaled: npt.NDArray[np.uint8] = np.rint(
-        (numbers.clip(low, high) - low) / (high - low) * 255
+        (numbers.clip(black_value, white_value) - black_value) / (white_value - black_value) * 255
     ).astype(np.uint8)
     return scaled
 
 
 def _over_white(image: Image.Image) -> Image.Image:
-    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-    return Image.alpha_composite(white, image).convert("RGB")
+    white_image = Image.new("RGBA", image.size, (255, 255, 255, 255))
+    return Image.alpha_composite(white_image, image).convert("RGB")
 
 
-def _upright(image: Image.Image, file: Image.Image) -> Image.Image:
-    """`image`, the pixels of `file`, as the file's EXIF orientation says."""
+def _upright(image: Image.Image, file_image: Image.Image) -> Image.Image:
+    """`image`, the pixels of `file_image`, as the file's EXIF orientation says."""
     try:
-        orientation = file.getexif().get(_ORIENTATION_TAG, 1)
+        orientation = file_image.getexif().get(_ORIENTATION_TAG, 1)
     except Exception:  # noqa: BLE001 - a damaged EXIF block says nothing about orientation, and the pixels are there
         return image
-    method = _ORIENTATIONS.get(orientation)
-    if method is None:
+    transpose_method = _ORIENTATIONS.get(orientation)
+    if transpose_method is None:
         return image
-    turned = image.transpose(method)
-    turned.info = image.info
-    return turned
+    upright_image = image.transpose(transpose_method)
+    upright_image.info = image.info
+    return upright_image
 
 
 def _reason(error: Exception, data: bytes) -> str:
@@ -561,5 +606,5 @@ def _reason(error: Exception, data: bytes) -> str:
         return f"decompression bomb: more than {2 * MAX_PIXELS} pixels declared"
     # Where an object lies in memory is another place each time, and reasons are part of what a
     # shard holds.
-    text = re.sub(r" at 0x[0-9a-fA-F]+", "", str(error)).strip() or "no details"
-    return f"{type(error).__name__}: {text}"[:300]
+    reason_text = re.sub(r" at 0x[0-9a-fA-F]+", "", str(error)).strip() or "no details"
+    return f"{type(error).__name__}: {reason_text}"[:300]

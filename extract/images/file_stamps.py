@@ -63,8 +63,10 @@ def file_stamp(file: str | os.PathLike[str]) -> FileStamp:
 
     Raises OSError where there is none, ValueError for a name that no file can have.
     """
-    status = os.stat(file)
-    return FileStamp(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+    file_status = os.stat(file)
+    return FileStamp(
+        file_status.st_size, file_status.st_mtime_ns, file_status.st_ctime_ns, file_status.st_ino
+    )
 
 
 def file_stamps(files: Iterable[str]) -> list[FileStamp | OSError | ValueError]:
@@ -72,17 +74,17 @@ def file_stamps(files: Iterable[str]) -> list[FileStamp | OSError | ValueError]:
 
     A file that occurs many times, as an archive does in the list of its members, is asked for once.
     """
-    known: dict[str, FileStamp | OSError | ValueError] = {}
+    stamp_of_file: dict[str, FileStamp | OSError | ValueError] = {}
     stamps: list[FileStamp | OSError | ValueError] = []
-    for file in files:
-        stamp = known.get(file)
-        if stamp is None:
+    for file_path in files:
+        file_state = stamp_of_file.get(file_path)
+        if file_state is None:
             try:
-                stamp = file_stamp(file)
+                file_state = file_stamp(file_path)
             except (OSError, ValueError) as error:
-                stamp = error
-            known[file] = stamp
-        stamps.append(stamp)
+                file_state = error
+            stamp_of_file[file_path] = file_state
+        stamps.append(file_state)
     return stamps
 
 

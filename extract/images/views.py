@@ -48,35 +48,39 @@ class Symmetries:
 Drawing = Augmentation | Symmetries  # how views 1, 2, … are made
 
 
-def view_json(index: int, drawing: Drawing) -> str:
+def view_json(view_index: int, drawing: Drawing) -> str:
     """FeatureSpec.view: canonical JSON of everything that makes the view."""
-    recipe: dict[str, Any] = {}
-    if index and isinstance(drawing, Symmetries):
-        recipe = {"symmetry": True}
-    elif index:
-        recipe = {"augmentation": dataclasses.asdict(drawing)}
-    return json.dumps({"index": index, **recipe}, sort_keys=True, separators=(",", ":"))
+    view_fields: dict[str, Any] = {}
+    if view_index and isinstance(drawing, Symmetries):
+        view_fields = {"symmetry": True}
+    elif view_index:
+        view_fields = {"augmentation": dataclasses.asdict(drawing)}
+    return json.dumps({"index": view_index, **view_fields}, sort_keys=True, separators=(",", ":"))
 
 
 def parse_view(text: str) -> tuple[int, Drawing]:
     """Inverse of `view_json`. Raises SpecMismatch for a text that is none of its."""
     try:
-        values = json.loads(text)
-        index = values["index"]
-        if not isinstance(index, int) or index < 0:
+        view_values = json.loads(text)
+        view_index = view_values["index"]
+        if not isinstance(view_index, int) or view_index < 0:
             raise ValueError("its index is no number of a view")
-        if values.get("symmetry"):
-            return index, Symmetries()
-        fields: dict[str, Any] = values.get("augmentation", {})
-        listed = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
-        numbers = [
+        if view_values.get("symmetry"):
+            return view_index, Symmetries()
+        augmentation_fields: dict[str, Any] = view_values.get("augmentation", {})
+        tuple_fields = {
+            name: tuple(value)
+            for name, value in augmentation_fields.items()
+            if isinstance(value, list)
+        }
+        field_numbers = [
             number
-            for value in fields.values()
+            for value in augmentation_fields.values()
             for number in (value if isinstance(value, list) else [value])
         ]
-        if not all(isinstance(number, int | float) for number in numbers):
+        if not all(isinstance(number, int | float) for number in field_numbers):
             raise ValueError("its augmentation is not of numbers")
-        return index, Augmentation(**{**fields, **listed})
+        return view_index, Augmentation(**{**augmentation_fields, **tuple_fields})
     except (
         ValueError,
         LookupError,
@@ -91,69 +95,79 @@ def parse_view(text: str) -> tuple[int, Drawing]:
 
 
 def render_view(
-    image: Image.Image, content: str, index: int, augmentation: Drawing, how: Preprocessing
+    image: Image.Image,
+    content: str,
+    index: int,
+    augmentation: Drawing,
+    preprocessing: Preprocessing,
 ) -> npt.NDArray[np.uint8]:
     """View `index` of an upright "RGB" or "L" image with that content hash: uint8, shape
     (*how.crop, 3).
     """
     if index == 0:
-        return render(image, how)
+        return render(image, preprocessing)
     if isinstance(augmentation, Symmetries):
-        return mirrored(render(image, how), index)
+        return mirrored(render(image, preprocessing), index)
     digest = hashlib.sha256(f"{augmentation.seed}|{index}|{content}".encode()).digest()
-    draw = random.Random(
+    random_draw = random.Random(
         int.from_bytes(digest, "big")
     )  # its random() is the same in every version of Python
-    box = _crop(image, draw, augmentation)
-    crop_height, crop_width = how.crop
-    view = image.resize((crop_width, crop_height), resampling(how), box=box)
-    if draw.random() < augmentation.flip:
-        view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    for enhance, strength in (
+    crop_box = _crop(image, random_draw, augmentation)
+    crop_height, crop_width = preprocessing.crop
+    resized_image = image.resize((crop_width, crop_height), resampling(preprocessing), box=crop_box)
+    if random_draw.random() < augmentation.flip:
+        resized_image = resized_image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    for enhancer, strength in (
         (ImageEnhance.Brightness, augmentation.brightness),
         (ImageEnhance.Contrast, augmentation.contrast),
         (ImageEnhance.Color, augmentation.saturation),
     ):
-        factor = 1 + strength * (2 * draw.random() - 1)
+        factor = 1 + strength * (2 * random_draw.random() - 1)
         if strength:
-            view = enhance(view).enhance(factor)
-    return pixels(view)
+            resized_image = enhancer(resized_image).enhance(factor)
+    return pixels(resized_image)
 
 
 def is_exact(text: str) -> bool:
     """Whether a view (FeatureSpec.view) is made of the evaluation crop's pixels alone: that crop,
     or a symmetry of it.
     """
-    index, drawing = parse_view(text)
-    return index == 0 or isinstance(drawing, Symmetries)
+    view_index, drawing = parse_view(text)
+    return view_index == 0 or isinstance(drawing, Symmetries)
 
 
 def mirrored(image: npt.NDArray[Any], index: int) -> npt.NDArray[Any]:
     """A symmetry (see `Symmetries`) of an image (H, W, ...)."""
-    turned = image.swapaxes(0, 1) if index & 4 else image
-    return turned[:: -1 if index & 2 else 1, :: -1 if index & 1 else 1]
+    swapped_image = image.swapaxes(0, 1) if index & 4 else image
+    return swapped_image[:: -1 if index & 2 else 1, :: -1 if index & 1 else 1]
 
 
 def _crop(
-    image: Image.Image, draw: random.Random, augmentation: Augmentation
+    image: Image.Image, random_draw: random.Random, augmentation: Augmentation
 ) -> tuple[float, float, float, float]:
     """(left, top, right, bottom): ten draws of area and ratio, as torchvision does, then the
     largest crop that fits.
     """
     width, height = image.size
-    low, high = (math.log(bound) for bound in augmentation.ratio)
+    low_log, high_log = (math.log(bound) for bound in augmentation.ratio)
     for _ in range(10):
-        area = (
+        crop_area = (
             width
             * height
-            * (augmentation.area[0] + (augmentation.area[1] - augmentation.area[0]) * draw.random())
+            * (
+                augmentation.area[0]
+                + (augmentation.area[1] - augmentation.area[0]) * random_draw.random()
+            )
         )
-        ratio = math.exp(low + (high - low) * draw.random())
-        box_width, box_height = math.sqrt(area * ratio), math.sqrt(area / ratio)
+        crop_ratio = math.exp(low_log + (high_log - low_log) * random_draw.random())
+        box_width, box_height = math.sqrt(crop_area * crop_ratio), math.sqrt(crop_area / crop_ratio)
         if box_width <= width and box_height <= height:
             break
     else:
-        ratio = min(max(width / height, augmentation.ratio[0]), augmentation.ratio[1])
-        box_width, box_height = min(width, height * ratio), min(height, width / ratio)
-    left, top = (width - box_width) * draw.random(), (height - box_height) * draw.random()
+        crop_ratio = min(max(width / height, augmentation.ratio[0]), augmentation.ratio[1])
+        box_width, box_height = min(width, height * crop_ratio), min(height, width / crop_ratio)
+    left, top = (
+        (width - box_width) * random_draw.random(),
+        (height - box_height) * random_draw.random(),
+    )
     return left, top, min(left + box_width, width), min(top + box_height, height)

@@ -53,28 +53,33 @@ def decoded_batches(
     renderings: Sequence[Rendering],
     *,
     batch_size: int,
-    pin: bool = False,
+    pin_memory: bool = False,
 ) -> Iterator[Batch]:
     """Batches of at most `batch_size` samples, in order, decoded by the pool at most AHEAD batches
     ahead.
 
     The first ones are under way when this returns, before anything is asked for.
     """
-    waiting = deque(range(0, len(samples), batch_size))
-    pending: deque[_Pending] = deque()
+    batch_starts = deque(range(0, len(samples), batch_size))
+    pending_batches: deque[_Pending] = deque()
 
     def submit() -> None:
-        while waiting and len(pending) < AHEAD:
-            start = waiting.popleft()
-            pending.append(
+        while batch_starts and len(pending_batches) < AHEAD:
+            batch_start = batch_starts.popleft()
+            pending_batches.append(
                 _submit(
-                    pool, samples, start, min(start + batch_size, len(samples)), renderings, pin
+                    pool,
+                    samples,
+                    batch_start,
+                    min(batch_start + batch_size, len(samples)),
+                    renderings,
+                    pin_memory,
                 )
             )
 
     def batches() -> Iterator[Batch]:
-        while pending:
-            batch = _finish(pending.popleft())
+        while pending_batches:
+            batch = _finish(pending_batches.popleft())
             submit()
             yield batch
 
@@ -92,41 +97,47 @@ class _Pending:
 def _submit(
     pool: ThreadPoolExecutor,
     samples: Sequence[Sample],
-    start: int,
-    stop: int,
+    first_row: int,
+    end_row: int,
     renderings: Sequence[Rendering],
-    pin: bool,
+    pin_memory: bool,
 ) -> _Pending:
-    buffers = [
+    pixel_buffers = [
         torch.empty(
-            (stop - start, *rendering.preprocessing.crop, 3), dtype=torch.uint8, pin_memory=pin
+            (end_row - first_row, *rendering.preprocessing.crop, 3),
+            dtype=torch.uint8,
+            pin_memory=pin_memory,
         )
         for rendering in renderings
     ]
     outcomes = [
-        pool.submit(_decode_into, samples[start + slot], renderings, buffers, slot)
-        for slot in range(stop - start)
+        pool.submit(_decode_into, samples[first_row + slot], renderings, pixel_buffers, slot)
+        for slot in range(end_row - first_row)
     ]
-    return _Pending(start, buffers, outcomes)
+    return _Pending(first_row, pixel_buffers, outcomes)
 
 
 def _decode_into(
-    sample: Sample, renderings: Sequence[Rendering], buffers: Sequence[Tensor], slot: int
+    sample: Sample, renderings: Sequence[Rendering], pixel_buffers: Sequence[Tensor], slot: int
 ) -> tuple[bool, str] | None:
     """Fill the sample's slot of every buffer; or return (whether it is the content's fault,
     reason).
     """
     try:
-        data = read_bytes(sample.path)
+        image_bytes = read_bytes(sample.path)
     except OSError as error:
         return False, error.strerror or str(error)
-    content = hash_bytes(data)
-    if sample.content and content != sample.content:
+    content_hash = hash_bytes(image_bytes)
+    if sample.content and content_hash != sample.content:
         # Features stored under this hash would be another image's.
         return False, "the file has changed since it was hashed"
     try:
         render_into(
-            lambda pixel_range: decode_image(data, pixel_range), content, renderings, buffers, slot
+            lambda pixel_range: decode_image(image_bytes, pixel_range),
+            content_hash,
+            renderings,
+            pixel_buffers,
+            slot,
         )
     except ImageError as error:
         return True, str(error)
@@ -135,41 +146,49 @@ def _decode_into(
 
 def render_into(
     decode: Callable[[PixelRange | None], Image.Image],
-    content: str,
+    content_hash: str,
     renderings: Sequence[Rendering],
-    buffers: Sequence[Tensor],
+    pixel_buffers: Sequence[Tensor],
     slot: int,
 ) -> None:
     """Fill a slot of every buffer with its rendering of one image, decoded once for each
     pixel_range. Raises ImageError.
     """
-    images: dict[PixelRange | None, Image.Image] = {}
-    for rendering, buffer in zip(renderings, buffers, strict=True):
-        how = rendering.preprocessing
-        if how.pixel_range not in images:
-            images[how.pixel_range] = decode(how.pixel_range)
-        view = render_view(
-            images[how.pixel_range], content, rendering.index, rendering.augmentation, how
+    image_by_range: dict[PixelRange | None, Image.Image] = {}
+    for rendering, buffer in zip(renderings, pixel_buffers, strict=True):
+        preprocessing = rendering.preprocessing
+        if preprocessing.pixel_range not in image_by_range:
+            image_by_range[preprocessing.pixel_range] = decode(preprocessing.pixel_range)
+        rendered_pixels = render_view(
+            image_by_range[preprocessing.pixel_range],
+            content_hash,
+            rendering.index,
+            rendering.augmentation,
+            preprocessing,
         )
-        buffer.numpy()[slot] = view
+        buffer.numpy()[slot] = rendered_pixels
 
 
-def _finish(pending: _Pending) -> Batch:
-    outcomes = [future.result() for future in pending.outcomes]
-    good = [slot for slot, outcome in enumerate(outcomes) if outcome is None]
+def _finish(pending_batch: _Pending) -> Batch:
+    outcomes = [future.result() for future in pending_batch.outcomes]
+    decoded_slots = [slot for slot, outcome in enumerate(outcomes) if outcome is None]
     pixels = (
-        pending.pixels
-        if len(good) == len(outcomes)
-        else [buffer[good] for buffer in pending.pixels]
+        pending_batch.pixels
+        if len(decoded_slots) == len(outcomes)
+        else [buffer[decoded_slots] for buffer in pending_batch.pixels]
     )
-    bad = [
-        (pending.start + slot, *outcome)
+    failed_rows = [
+        (pending_batch.start + slot, *outcome)
         for slot, outcome in enumerate(outcomes)
         if outcome is not None
     ]
     return Batch(
-        rows=[pending.start + slot for slot in good],
+        rows=[pending_batch.start + slot for slot in decoded_slots],
         pixels=pixels,
-        undecodable=[(row, reason) for row, of_content, reason in bad if of_content],
-        unread=[(row, reason) for row, of_content, reason in bad if not of_content],
+        undecodable=[
+            (row, reason) for row, is_content_fault, reason in failed_rows if is_content_fault
+        ],
+        unread=[
+            (row, reason) for row, is_content_fault, reason in failed_rows if not is_content_fault
+        ],
     )

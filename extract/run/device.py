@@ -34,45 +34,45 @@ class Limit:
 def check_device(device: str) -> None:
     """Raises BackboneError when the device is not there."""
     try:
-        kind = torch.device(device).type
+        device_type = torch.device(device).type
     except RuntimeError as error:
         raise BackboneError(f"device {device!r}: expected cpu, cuda or cuda:N") from error
-    if kind == "cuda" and not torch.cuda.is_available():
+    if device_type == "cuda" and not torch.cuda.is_available():
         raise BackboneError(
             f"device {device!r}: PyTorch {torch.__version__} sees no GPU here. Use device cpu."
         )
 
 
-def launch(forward: Forward, pixels: Tensor, device: str, limit: Limit) -> Result:
+def launch(forward: Forward, pixels: Tensor, device: str, batch_limit: Limit) -> Result:
     """Start a pass over `pixels` (N, H, W, 3) uint8 on the host, in parts that fit.
 
     On CUDA this returns while the device works, and the outputs come back through pinned memory. A
-    part that runs out of memory is halved and tried again, and `limit` remembers; an image that
-    does not fit alone raises OutOfMemoryError.
+    part that runs out of memory is halved and tried again, and `batch_limit` remembers; an image
+    that does not fit alone raises OutOfMemoryError.
     """
-    parts: list[list[Tensor]] = []
-    start = 0
-    while start < len(pixels):
-        part = pixels[start : start + limit.images]
+    output_parts: list[list[Tensor]] = []
+    part_start = 0
+    while part_start < len(pixels):
+        pixel_part = pixels[part_start : part_start + batch_limit.images]
         try:
-            parts.append(_to_host(forward(part.to(device, non_blocking=True))))
-            start += len(part)
+            output_parts.append(_to_host(forward(pixel_part.to(device, non_blocking=True))))
+            part_start += len(pixel_part)
             continue
         except torch.OutOfMemoryError:
-            if len(part) == 1:
+            if len(pixel_part) == 1:
                 raise
         # Here, for the exception holds on to what the pass had allocated.
-        limit.images = len(part) // 2
+        batch_limit.images = len(pixel_part) // 2
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    done = _event(device) if torch.device(device).type == "cuda" else None
+    done_event = _event(device) if torch.device(device).type == "cuda" else None
 
     def result() -> list[npt.NDArray[Any]]:
-        if done is not None:
-            done.synchronize()
+        if done_event is not None:
+            done_event.synchronize()
         return [
             np.concatenate([output.numpy() for output in outputs])
-            for outputs in zip(*parts, strict=True)
+            for outputs in zip(*output_parts, strict=True)
         ]
 
     return result
@@ -80,11 +80,11 @@ def launch(forward: Forward, pixels: Tensor, device: str, limit: Limit) -> Resul
 
 def _event(device: str) -> "torch.cuda.Event":
     """What has happened once the device has done all that it was given so far."""
-    done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    done_event = torch.cuda.Event()  # type: ignore[no-untyped-call]
     # Of this device: without a stream, that of the process's current one is meant, which is the
     # first GPU's.
-    done.record(torch.cuda.current_stream(device))
-    return done
+    done_event.record(torch.cuda.current_stream(device))
+    return done_event
 
 
 def _to_host(outputs: list[Tensor]) -> list[Tensor]:
@@ -96,8 +96,8 @@ def _to_host(outputs: list[Tensor]) -> list[Tensor]:
 def _copy(output: Tensor) -> Tensor:
     if output.device.type == "cpu":
         return output
-    host = torch.empty(output.shape, dtype=output.dtype, pin_memory=True)
-    return host.copy_(output, non_blocking=True)
+    host_tensor = torch.empty(output.shape, dtype=output.dtype, pin_memory=True)
+    return host_tensor.copy_(output, non_blocking=True)
 
 
 def find_batch_size(forward: Forward, crop: tuple[int, int], device: str) -> int:
@@ -106,7 +106,7 @@ def find_batch_size(forward: Forward, crop: tuple[int, int], device: str) -> int
     """
     if torch.device(device).type == "cpu":
         return CPU_BATCH
-    return try_batch_sizes(lambda count: _images_per_s(forward, crop, device, count))
+    return try_batch_sizes(lambda batch_size: _images_per_s(forward, crop, device, batch_size))
 
 
 def try_batch_sizes(images_per_s: Callable[[int], float]) -> int:
@@ -115,32 +115,37 @@ def try_batch_sizes(images_per_s: Callable[[int], float]) -> int:
 
     `images_per_s` may raise OutOfMemoryError.
     """
-    best, rate = 0, 0.0
-    for count in _CUDA_BATCHES:
-        here = _if_it_fits(images_per_s, count)
-        if here is None or here < rate * _WORTH_DOUBLING:
+    best_size, best_rate = 0, 0.0
+    for batch_size in _CUDA_BATCHES:
+        size_rate = _if_it_fits(images_per_s, batch_size)
+        if size_rate is None or size_rate < best_rate * _WORTH_DOUBLING:
             break
-        best, rate = count, here
-    return best or next(
-        (count for count in _SMALL_BATCHES if _if_it_fits(images_per_s, count) is not None), 1
+        best_size, best_rate = batch_size, size_rate
+    return best_size or next(
+        (
+            batch_size
+            for batch_size in _SMALL_BATCHES
+            if _if_it_fits(images_per_s, batch_size) is not None
+        ),
+        1,
     )
 
 
-def _if_it_fits(images_per_s: Callable[[int], float], count: int) -> float | None:
+def _if_it_fits(images_per_s: Callable[[int], float], batch_size: int) -> float | None:
     try:
-        return images_per_s(count)
+        return images_per_s(batch_size)
     except torch.OutOfMemoryError:
         pass
     torch.cuda.empty_cache()
     return None
 
 
-def _images_per_s(forward: Forward, crop: tuple[int, int], device: str, count: int) -> float:
-    pixels = torch.zeros((count, *crop, 3), dtype=torch.uint8, device=device)
+def _images_per_s(forward: Forward, crop: tuple[int, int], device: str, batch_size: int) -> float:
+    pixels = torch.zeros((batch_size, *crop, 3), dtype=torch.uint8, device=device)
     forward(pixels)  # chooses kernels, and compiles
     torch.cuda.synchronize(device)
-    started = time.perf_counter()
+    start_time = time.perf_counter()
     for _ in range(3):
         forward(pixels)
     torch.cuda.synchronize(device)
-    return 3 * count / (time.perf_counter() - started)
+    return 3 * batch_size / (time.perf_counter() - start_time)

@@ -91,19 +91,23 @@ def run_units(jobs: Iterable[ExtractJob]) -> Iterator[UnitReport]:
     the next is decoded and the last is written. A report comes out when its shards are on disk. For
     one process that has a device to itself.
     """
-    waiting = iter(jobs)
-    with quiet_decoding(), ThreadPoolExecutor(1, "publish") as publisher, _decoders() as pools:
-        current = next((_start(job, pools) for job in waiting), None)
-        publishing: Future[UnitReport] | None = None
-        while current is not None:
-            following = next((_start(job, pools) for job in waiting), None)
-            extracted = _extract(current)
-            if publishing is not None:
-                yield publishing.result()
-            publishing = publisher.submit(_publish, current.job, extracted)
-            current = following
-        if publishing is not None:
-            yield publishing.result()
+    waiting_jobs = iter(jobs)
+    with (
+        quiet_decoding(),
+        ThreadPoolExecutor(1, "publish") as publisher,
+        _decoders() as decoder_pools,
+    ):
+        current_unit = next((_start(job, decoder_pools) for job in waiting_jobs), None)
+        pending_report: Future[UnitReport] | None = None
+        while current_unit is not None:
+            next_unit = next((_start(job, decoder_pools) for job in waiting_jobs), None)
+            extracted = _extract(current_unit)
+            if pending_report is not None:
+                yield pending_report.result()
+            pending_report = publisher.submit(_publish, current_unit.job, extracted)
+            current_unit = next_unit
+        if pending_report is not None:
+            yield pending_report.result()
 
 
 @contextmanager
@@ -118,15 +122,15 @@ def quiet_decoding() -> Iterator[None]:
 
 @contextmanager
 def _decoders() -> Iterator[dict[int, ThreadPoolExecutor]]:
-    pools: dict[int, ThreadPoolExecutor] = {}
+    decoder_pools: dict[int, ThreadPoolExecutor] = {}
     try:
-        yield pools
+        yield decoder_pools
     finally:
-        for pool in pools.values():
+        for pool in decoder_pools.values():
             pool.shutdown(cancel_futures=True)
 
 
-def _start(job: ExtractJob, pools: dict[int, ThreadPoolExecutor]) -> _Started:
+def _start(job: ExtractJob, decoder_pools: dict[int, ThreadPoolExecutor]) -> _Started:
     check_device(job.device)
     _make_room(job)
     on_cpu = torch.device(job.device).type == "cpu"
@@ -135,85 +139,121 @@ def _start(job: ExtractJob, pools: dict[int, ThreadPoolExecutor]) -> _Started:
     if on_cpu:
         keep_memory()
     passes = [
-        each
+        feature_pass
         for backbone, specs in job.networks
-        for each in feature_passes(backbone, specs, job.device, compiled=job.compile)
+        for feature_pass in feature_passes(backbone, specs, job.device, compiled=job.compile)
     ]
-    limits = [
-        pass_limit(each.forward, each.rendering.preprocessing.crop, job.device, job.batch_size)
-        for each in passes
+    batch_limits = [
+        pass_limit(
+            feature_pass.forward,
+            feature_pass.rendering.preprocessing.crop,
+            job.device,
+            job.batch_size,
+        )
+        for feature_pass in passes
     ]
     # With the network elsewhere every core decodes.
-    threads = job.threads if on_cpu else max(job.threads, len(os.sched_getaffinity(0)))
-    pool = pools.get(threads) or pools.setdefault(threads, ThreadPoolExecutor(threads, "decode"))
-    largest = max(limit.images for limit in limits)
-    batches = decoded_batches(
-        pool, job.samples, [each.rendering for each in passes], batch_size=largest, pin=not on_cpu
+    n_threads = job.threads if on_cpu else max(job.threads, len(os.sched_getaffinity(0)))
+    decoder_pool = decoder_pools.get(n_threads) or decoder_pools.setdefault(
+        n_threads, ThreadPoolExecutor(n_threads, "decode")
     )
-    return _Started(job, passes, limits, batches)
+    largest_batch = max(limit.images for limit in batch_limits)
+    batches = decoded_batches(
+        decoder_pool,
+        job.samples,
+        [feature_pass.rendering for feature_pass in passes],
+        batch_size=largest_batch,
+        pin_memory=not on_cpu,
+    )
+    return _Started(job, passes, batch_limits, batches)
 
 
-def _extract(unit: _Started) -> _Extracted:
-    job, passes = unit.job, unit.passes
-    parts: list[list[npt.NDArray[Any]]] = [[] for each in passes for _ in each.specs]
-    rows: list[int] = []
-    failed: list[FailedSample] = []
-    unread: list[tuple[str, str]] = []
+def _extract(started_unit: _Started) -> _Extracted:
+    job, passes = started_unit.job, started_unit.passes
+    feature_parts: list[list[npt.NDArray[Any]]] = [
+        [] for feature_pass in passes for _ in feature_pass.specs
+    ]
+    decoded_rows: list[int] = []
+    failed_samples: list[FailedSample] = []
+    unread_samples: list[tuple[str, str]] = []
     decode_s = forward_s = 0.0
-    running: list[Result] = []
+    pending_results: list[Result] = []
 
     def collect() -> None:
-        outputs = [output for result in running for output in result()]
-        for part, output in zip(parts, outputs, strict=False):  # no outputs before the first batch
-            part.append(output)
-        running.clear()
+        outputs = [output for result in pending_results for output in result()]
+        # no outputs before the first batch
+        for feature_part, output in zip(feature_parts, outputs, strict=False):
+            feature_part.append(output)
+        pending_results.clear()
 
-    waited = time.perf_counter()
-    for batch in unit.batches:
-        started = time.perf_counter()
-        decode_s += started - waited
-        rows += batch.rows
-        failed += [_failure(job.samples[row], reason) for row, reason in batch.undecodable]
-        unread += [(job.samples[row].id, reason) for row, reason in batch.unread]
-        if job.strict and (failed or unread):
-            name, reason = (failed[0].id, failed[0].reason) if failed else unread[0]
+    wait_started = time.perf_counter()
+    for batch in started_unit.batches:
+        batch_ready = time.perf_counter()
+        decode_s += batch_ready - wait_started
+        decoded_rows += batch.rows
+        failed_samples += [_failure(job.samples[row], reason) for row, reason in batch.undecodable]
+        unread_samples += [(job.samples[row].id, reason) for row, reason in batch.unread]
+        if job.strict and (failed_samples or unread_samples):
+            sample_id, reason = (
+                (failed_samples[0].id, failed_samples[0].reason)
+                if failed_samples
+                else unread_samples[0]
+            )
             raise SourceError(
-                f"{name}: {reason}. Strict extraction stops here; without it the image is recorded."
+                f"{sample_id}: {reason}. Strict extraction stops here; without it the image is "
+                "recorded."
             )
         if batch.rows:
-            launched = [
-                launch(each.forward, pixels, job.device, limit)
-                for each, pixels, limit in zip(passes, batch.pixels, unit.limits, strict=True)
+            launched_passes = [
+                launch(feature_pass.forward, pixels, job.device, limit)
+                for feature_pass, pixels, limit in zip(
+                    passes, batch.pixels, started_unit.limits, strict=True
+                )
             ]
             collect()  # of the batch before, while the device is busy with this one
-            running += launched
-        waited = time.perf_counter()
-        forward_s += waited - started
+            pending_results += launched_passes
+        wait_started = time.perf_counter()
+        forward_s += wait_started - batch_ready
     collect()
-    forward_s += time.perf_counter() - waited
-    specs = [spec for each in passes for spec in each.specs]
+    forward_s += time.perf_counter() - wait_started
+    specs = [spec for feature_pass in passes for spec in feature_pass.specs]
     features = [
-        np.concatenate(part) if part else np.empty((0, *spec.shape), np.float32)
-        for spec, part in zip(specs, parts, strict=True)
+        np.concatenate(feature_part) if feature_part else np.empty((0, *spec.shape), np.float32)
+        for spec, feature_part in zip(specs, feature_parts, strict=True)
     ]
-    report = UnitReport(job.unit, len(rows), tuple(failed), tuple(unread), decode_s, forward_s, 0.0)
-    return _Extracted(specs, features, [job.samples[row] for row in rows], report)
+    report = UnitReport(
+        job.unit,
+        len(decoded_rows),
+        tuple(failed_samples),
+        tuple(unread_samples),
+        decode_s,
+        forward_s,
+        0.0,
+    )
+    return _Extracted(specs, features, [job.samples[row] for row in decoded_rows], report)
 
 
-def _publish(job: ExtractJob, unit: _Extracted) -> UnitReport:
-    if not unit.samples and not unit.report.failed:
+def _publish(job: ExtractJob, extracted_unit: _Extracted) -> UnitReport:
+    if not extracted_unit.samples and not extracted_unit.report.failed:
         # Nothing could be read (a disk that is away): a shard without content would be taken for
         # the unit's next time.
-        return unit.report
-    started = time.perf_counter()
-    with ThreadPoolExecutor(min(_PUBLISHERS, len(unit.specs)), "shard") as pool:
-        done = [
-            pool.submit(_publish_set, job, spec, features, unit.samples, unit.report.failed)
-            for spec, features in zip(unit.specs, unit.features, strict=True)
+        return extracted_unit.report
+    publish_started = time.perf_counter()
+    with ThreadPoolExecutor(min(_PUBLISHERS, len(extracted_unit.specs)), "shard") as publisher_pool:
+        publish_futures = [
+            publisher_pool.submit(
+                _publish_set,
+                job,
+                spec,
+                features,
+                extracted_unit.samples,
+                extracted_unit.report.failed,
+            )
+            for spec, features in zip(extracted_unit.specs, extracted_unit.features, strict=True)
         ]
-        for future in done:
+        for future in publish_futures:
             future.result()
-    return replace(unit.report, publish_s=time.perf_counter() - started)
+    return replace(extracted_unit.report, publish_s=time.perf_counter() - publish_started)
 
 
 def _publish_set(
@@ -221,15 +261,18 @@ def _publish_set(
     spec: FeatureSpec,
     features: npt.NDArray[Any],
     samples: Sequence[Sample],
-    failed: Sequence[FailedSample],
+    failed_samples: Sequence[FailedSample],
 ) -> None:
     """Publish the rows that can be stored; the others are failures of this feature set alone."""
-    reasons = unstorable(features, spec)
-    failures = [*failed, *(_failure(samples[row], reason) for row, reason in reasons.items())]
-    if reasons:
-        kept = [row for row in range(len(samples)) if row not in reasons]
-        features = features[kept]
-        samples = [samples[row] for row in kept]
+    reason_of_row = unstorable(features, spec)
+    failures = [
+        *failed_samples,
+        *(_failure(samples[row], reason) for row, reason in reason_of_row.items()),
+    ]
+    if reason_of_row:
+        stored_rows = [row for row in range(len(samples)) if row not in reason_of_row]
+        features = features[stored_rows]
+        samples = [samples[row] for row in stored_rows]
     publish_shard(
         create_feature_set(Path(job.cache_root), spec),
         job.unit,
@@ -243,17 +286,19 @@ def _publish_set(
 
 def unstorable(features: npt.NDArray[Any], spec: FeatureSpec) -> dict[int, str]:
     """{row: reason} of the rows of features (n, *spec.shape) that the storage dtype cannot hold."""
-    flat = features.reshape(
+    flat_features = features.reshape(
         len(features), prod(features.shape[1:])
     )  # -1 is no number of columns where no image decodes
-    peaks = np.maximum(flat.max(axis=1, initial=0), -flat.min(axis=1, initial=0))
-    bad = ~(peaks < _LARGEST[spec.dtype])  # also true for NaN
+    row_peaks = np.maximum(
+        flat_features.max(axis=1, initial=0), -flat_features.min(axis=1, initial=0)
+    )
+    is_unstorable = ~(row_peaks < _LARGEST[spec.dtype])  # also true for NaN
     return {
         int(row): (
-            f"{spec.name} reaches {peaks[row]:g}, which {spec.dtype} cannot hold; store it as "
+            f"{spec.name} reaches {row_peaks[row]:g}, which {spec.dtype} cannot hold; store it as "
             "float32"
         )
-        for row in np.flatnonzero(bad)
+        for row in np.flatnonzero(is_unstorable)
     }
 
 
@@ -275,14 +320,18 @@ def feature_passes(
     for feature in features:
         _checked(backbone, feature)
         by_view.setdefault((feature.view, feature.compute_dtype), []).append(feature)
-    passes = []
-    for (view, compute_dtype), group in by_view.items():
-        taps = tuple(Tap(feature.tap, feature.reduction) for feature in group)
-        rendering = Rendering(backbone.preprocessing, *parse_view(view))
-        passes.append(
-            Pass(rendering, _forward(backbone, taps, device, compute_dtype, compiled), tuple(group))
+    view_passes = []
+    for (view_text, compute_dtype), view_features in by_view.items():
+        taps = tuple(Tap(feature.tap, feature.reduction) for feature in view_features)
+        rendering = Rendering(backbone.preprocessing, *parse_view(view_text))
+        view_passes.append(
+            Pass(
+                rendering,
+                _forward(backbone, taps, device, compute_dtype, compiled),
+                tuple(view_features),
+            )
         )
-    return passes
+    return view_passes
 
 
 class _Latest(Generic[Made]):
@@ -295,11 +344,11 @@ class _Latest(Generic[Made]):
         self._made: dict[Hashable, Made] = {}
 
     def get(self, key: Hashable, make: Callable[[], Made]) -> Made:
-        made = self._made.pop(key) if key in self._made else make()
-        self._made[key] = made  # as the last
-        for old in list(self._made)[: -self.room]:
-            del self._made[old]
-        return made
+        cached_value = self._made.pop(key) if key in self._made else make()
+        self._made[key] = cached_value  # as the last
+        for stale_key in list(self._made)[: -self.room]:
+            del self._made[stale_key]
+        return cached_value
 
 
 _backbones: _Latest[Backbone] = _Latest()
@@ -312,13 +361,13 @@ def _make_room(job: ExtractJob) -> None:
     """Have the networks of a job kept for the next one, however many they are, and as many others
     of the same run.
     """
-    passes = {
+    pass_keys = {
         (network, spec.view, spec.compute_dtype)
         for network, specs in job.networks
         for spec in specs
     }
     _backbones.room = max(_NETWORKS, 2 * len(job.networks))
-    _forwards.room = max(_NETWORKS, 2 * len(passes))
+    _forwards.room = max(_NETWORKS, 2 * len(pass_keys))
 
 
 def _forward(
@@ -340,11 +389,11 @@ def pass_limit(
 
     Kept as long as it, so that a size that was too large is not tried again in the next unit.
     """
-    limits = _limits.setdefault(forward, {})
-    key = (crop, device, batch_size)
-    if key not in limits:
-        limits[key] = Limit(batch_size or find_batch_size(forward, crop, device))
-    return limits[key]
+    known_limits = _limits.setdefault(forward, {})
+    limit_key = (crop, device, batch_size)
+    if limit_key not in known_limits:
+        known_limits[limit_key] = Limit(batch_size or find_batch_size(forward, crop, device))
+    return known_limits[limit_key]
 
 
 def _checked(backbone: Backbone, feature: FeatureSpec) -> Backbone:
@@ -356,15 +405,15 @@ def check_identity(backbone: Backbone, feature: FeatureSpec) -> None:
     """Raises SpecMismatch when the feature set is made by other weights or preprocessing than those
     here.
     """
-    for field, here, wanted in (
+    for field_name, local_value, expected_value in (
         ("weights", backbone.weights, feature.weights),
         ("preprocessing", backbone.preprocessing.to_json(), feature.preprocessing),
     ):
-        if here != wanted:
+        if local_value != expected_value:
             raise SpecMismatch(
-                f"{feature.backbone}: the {field} on this machine are {here}, but the feature set "
-                f"{feature.name} is made of {wanted}. Plan again (the same command), or bring the "
-                "file that was planned with."
+                f"{feature.backbone}: the {field_name} on this machine are {local_value}, but the "
+                f"feature set {feature.name} is made of {expected_value}. Plan again (the same "
+                "command), or bring the file that was planned with."
             )
 
 

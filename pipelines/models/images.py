@@ -176,7 +176,7 @@ def predict_samples(engine: Engine, samples: Sequence[Sample], threads: int) -> 
             samples,
             engine.renderings,
             batch_size=batch_size,
-            pin=torch.device(engine.device).type != "cpu",
+            pin_memory=torch.device(engine.device).type != "cpu",
         ):
             yield predict_batch(engine, batch)
 
