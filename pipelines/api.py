@@ -212,7 +212,7 @@ def _opener(
 ) -> ClientOpener:
     if client is not None:
         return opener_of(client)
-    return lambda role, device: local_client(workers, imports=imports)
+    return lambda role, device: local_client(workers, module_names=imports)
 
 
 def _cache_of(feature: FeatureSet) -> Path:

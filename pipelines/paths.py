@@ -133,15 +133,15 @@ class RunPaths:
         """
         return self.finetune / "candidates.json"
 
-    def finetune_result(self, key: str) -> Path:
-        return self.finetune / f"{key}.h5"
+    def finetune_result(self, candidate_key: str) -> Path:
+        return self.finetune / f"{candidate_key}.h5"
 
-    def finetune_parts(self, key: str) -> Path:
-        return self.finetune / "parts" / key
+    def finetune_parts(self, candidate_key: str) -> Path:
+        return self.finetune / "parts" / candidate_key
 
-    def finetune_model(self, key: str) -> Path:
+    def finetune_model(self, candidate_key: str) -> Path:
         """The directory of the network that was trained on all rows."""
-        return self.finetune / "models" / key
+        return self.finetune / "models" / candidate_key
 
     @property
     def advice_folder(self) -> Path:
@@ -160,15 +160,15 @@ class RunPaths:
     def advice(self) -> Path:
         return self.advice_folder / "advice.json"
 
-    def task(self, digest: str) -> Path:
+    def task(self, task_digest: str) -> Path:
         """The rows that heads are trained on, and beside them `groups`: of each, the number of its
         group.
         """
-        return self.root / "tasks" / f"{digest}.npz"
+        return self.root / "tasks" / f"{task_digest}.npz"
 
-    def bank(self, group: str, specs: str) -> Path:
+    def bank(self, bank_group: str, specs_key: str) -> Path:
         """A bank's results file: its group (task, features, kind) and a hash of the specs in it."""
-        return self.banks / f"{group}-{specs}.h5"
+        return self.banks / f"{bank_group}-{specs_key}.h5"
 
 
 def unit_leases(cache_root: Path) -> Path:

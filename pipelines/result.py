@@ -47,9 +47,9 @@ class RunResult:
         """Names of the feature sets, in the recipe's order."""
         return tuple(self.directories)
 
-    def features(self, name: str, view: int = 0) -> FeatureSet:
+    def features(self, input_name: str, view_index: int = 0) -> FeatureSet:
         """Open a feature set: NumPy slices, `to_dask_array()`, `to_torch_dataset()`."""
-        return open_feature_set(self.directories[name][view])
+        return open_feature_set(self.directories[input_name][view_index])
 
 
 def run_result(state: RunState, stages: Sequence[StageRecord] = ()) -> RunResult:

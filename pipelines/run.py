@@ -61,22 +61,22 @@ def run_recipe(
     if recipe.log is not None:
         require_log(recipe.log)
     refuse_old_record(recipe.paths.test_evaluations)  # before hours of work, not after them
-    began = time.perf_counter()
+    started_at = time.perf_counter()
     state = read_run_state(recipe, retry_failed=retry_failed)
     check_space(state.plan, recipe.cache, recipe.storage.budget_gb)
-    paths, device = state.paths, state.plan.forward_device
+    paths, forward_device = state.paths, state.plan.forward_device
     with _run_services(state, console, workers, client, retry_failed) as services:
-        services.stages.append(_planning_record(state, began))
+        services.stages.append(_planning_record(state, started_at))
         write_inputs(state)
         write_record(paths.recipe, recipe.model_dump(mode="json"))
         for stage in STAGES:
             state = stage(state, services)
         if recipe.log is not None:
-            with services.timed("log") as did:
-                did(log_run(recipe.log, run_result(state)))
+            with services.timed("log") as report_done:
+                report_done(log_run(recipe.log, run_result(state)))
     remove_leftovers(paths, recipe.cache)
     _record_stages(paths.stages, services.stages)
-    note_environment(paths.environments, environment(workers, device))
+    note_environment(paths.environments, environment(workers, forward_device))
     return run_result(state, services.stages)
 
 
@@ -90,7 +90,9 @@ def _run_services(
 ) -> Iterator[Services]:
     """Give the services of one call; what is refused before leaves no folder behind."""
     recipe, console = state.recipe, console or make_console()
-    imports = imports_of(backbone.name for backbone in recipe.backbones) if state.plan.units else []
+    module_names = (
+        imports_of(backbone.name for backbone in recipe.backbones) if state.plan.units else []
+    )
     with task_log(state.paths) as log:
 
         @contextmanager
@@ -100,8 +102,8 @@ def _run_services(
                 role,
                 workers=workers or recipe.compute.workers,
                 device=device,
-                run=state.paths.root,
-                imports=imports,
+                run_folder=state.paths.root,
+                imports=module_names,
             ) as opened:
                 log(
                     "cluster",
@@ -112,9 +114,9 @@ def _run_services(
                 yield opened
 
         options = TaskOptions(recipe.cluster.task_timeout_s, on_event=log)
-        opener = open_logged if client is None else opener_of(client)
+        client_opener = open_logged if client is None else opener_of(client)
         with open_services(
-            console, options, opener, workers=workers, retry_failed=retry_failed
+            console, options, client_opener, workers=workers, retry_failed=retry_failed
         ) as services:
             yield services
 
@@ -132,15 +134,15 @@ def remove_leftovers(paths: RunPaths, cache_root: Path) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def _planning_record(state: RunState, began: float) -> StageRecord:
+def _planning_record(state: RunState, started_at: float) -> StageRecord:
     plan = state.plan
-    did = (
+    summary = (
         f"{plan.images:,} images, {len(plan.features)} feature sets, {plan.heads_total:,} heads "
         "requested"
     )
-    return StageRecord("plan", did, time.perf_counter() - began)
+    return StageRecord("plan", summary, time.perf_counter() - started_at)
 
 
-def _record_stages(path: Path, stages: Sequence[StageRecord]) -> None:
-    ended = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    append_records(path, [{"ended": ended, **asdict(record)} for record in stages])
+def _record_stages(stages_path: Path, stages: Sequence[StageRecord]) -> None:
+    ended_at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    append_records(stages_path, [{"ended": ended_at, **asdict(record)} for record in stages])

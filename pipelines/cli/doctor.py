@@ -29,33 +29,36 @@ from headrace.pipelines.doctor.software import (
 )
 
 
-def check_recipe(path: Path) -> Finding:
+def check_recipe(recipe_path: Path) -> Finding:
     """The recipe is valid and its backbones' weights files are there."""
     from headrace.extract.spec import check_spec
     from headrace.pipelines.planning.networks import backbone_spec
     from headrace.pipelines.recipe.load import load_recipe
 
     try:
-        recipe = load_recipe(path)
+        recipe = load_recipe(recipe_path)
         for backbone in recipe.backbones:
             check_spec(backbone_spec(backbone, recipe))
     except HeadraceError as error:
         return Finding(
-            "recipe", "fail", str(error), f"mend {path}, then: headrace run {path} --dry-run"
+            "recipe",
+            "fail",
+            str(error),
+            f"mend {recipe_path}, then: headrace run {recipe_path} --dry-run",
         )
-    names = ", ".join(backbone.name for backbone in recipe.backbones)
-    return Finding("recipe", "ok", f"{path}: {names}")
+    backbone_names = ", ".join(backbone.name for backbone in recipe.backbones)
+    return Finding("recipe", "ok", f"{recipe_path}: {backbone_names}")
 
 
 def examine(folder: Path, recipe: Path | None = None) -> Iterator[Finding]:
     """Every check, in order. What takes long waits for nothing else."""
-    with ThreadPoolExecutor(2) as pool:
-        torch_line = pool.submit(check_torch)  # the import
-        disk_line = pool.submit(check_disk, folder)
+    with ThreadPoolExecutor(2) as thread_pool:
+        torch_line = thread_pool.submit(check_torch)  # the import
+        disk_line = thread_pool.submit(check_disk, folder)
         yield check_python()
         yield check_libraries()
         yield torch_line.result()
-        weights_line = pool.submit(check_weights)
+        weights_line = thread_pool.submit(check_weights)
         yield check_cuda()
         yield check_threads()
         yield check_heads()
@@ -90,17 +93,17 @@ def doctor_command(
         f"headrace {importlib.metadata.version('headrace')} on {platform.platform()}",
         soft_wrap=True,
     )
-    failed = 0
+    n_failed = 0
     for finding in examine(_folder(folder, recipe), recipe):
-        failed += finding.state == "fail"
+        n_failed += finding.state == "fail"
         mark, style = marks[finding.state]
         console.print(f"{mark:<4}", style=style, end="")
-        console.print(f"  {finding.name:<10}{finding.said}", soft_wrap=True)
+        console.print(f"  {finding.name:<10}{finding.observation}", soft_wrap=True)
         if finding.advice and finding.state != "ok":
             console.print(f"{'':<16}→ {finding.advice}", soft_wrap=True)
-    if failed:
+    if n_failed:
         console.print(
-            f"{failed} {'thing' if failed == 1 else 'things'} to mend; the arrows say how",
+            f"{n_failed} {'thing' if n_failed == 1 else 'things'} to mend; the arrows say how",
             soft_wrap=True,
         )
         raise typer.Exit(1)
@@ -109,13 +112,13 @@ def doctor_command(
 
 def _folder(folder: Path | None, recipe: Path | None) -> Path:
     """The nearest folder that exists: a cache is made by the first run."""
-    place = folder or Path()
+    cache_folder = folder or Path()
     if folder is None and recipe is not None:
         from headrace.pipelines.recipe.load import load_recipe
 
         try:
-            place = load_recipe(recipe).cache
+            cache_folder = load_recipe(recipe).cache
         except HeadraceError:
-            place = recipe.parent  # its own line says what is wrong
-    place = expand_home(place).absolute()
-    return next(each for each in (place, *place.parents) if each.is_dir())
+            cache_folder = recipe.parent  # its own line says what is wrong
+    cache_folder = expand_home(cache_folder).absolute()
+    return next(ancestor for ancestor in (cache_folder, *cache_folder.parents) if ancestor.is_dir())

@@ -57,7 +57,7 @@ def open_client(
     *,
     workers: int | None = None,
     device: str = "cpu",
-    run: Path,
+    run_folder: Path,
     imports: Sequence[str] = (),
 ) -> Iterator[Client]:
     """A client of the cluster that the recipe names, for one role; what was started for it is gone
@@ -69,22 +69,22 @@ def open_client(
     """
     on_gpu = role == "extract" and device != "cpu"
     if section.where == "local" or (section.where == "cuda" and not on_gpu):
-        opened = local_client(workers, section.memory, imports)
+        client_context = local_client(workers, section.memory, imports)
     elif section.where == "cuda":
-        opened = cuda_client(workers)
+        client_context = cuda_client(workers)
     elif section.where == "slurm":
-        opened = slurm_client(section, workers, on_gpu=on_gpu, run=run)
+        client_context = slurm_client(section, workers, on_gpu=on_gpu, run_folder=run_folder)
     elif section.where == "kubernetes":
-        opened = kubernetes_client(section, workers)
+        client_context = kubernetes_client(section, workers)
     else:
-        opened = scheduler_client(section)
-    with opened as client:
+        client_context = scheduler_client(section)
+    with client_context as client:
         yield client
 
 
 @contextlib.contextmanager
 def local_client(
-    workers: int | None = None, memory: str | None = None, imports: Sequence[str] = ()
+    workers: int | None = None, memory: str | None = None, module_names: Sequence[str] = ()
 ) -> Iterator[Client]:
     """A client of a new cluster on this machine: one process of one thread per worker, on loopback
     and over TLS.
@@ -94,24 +94,26 @@ def local_client(
     workers. Raises WorkersDidNotStart.
     """
     _refuse_while_importing()
-    count = workers or available_cores()
-    variables = dict(os.environ)  # a server that is there already has those of an earlier moment
-    ours = {
-        METHOD: start_server(imports),
+    n_workers = workers or available_cores()
+    worker_variables = dict(
+        os.environ
+    )  # a server that is there already has those of an earlier moment
+    local_settings = {
+        METHOD: start_server(module_names),
         "distributed.worker.preload": [PRELOAD],
         VARIABLES: sorted(os.environ),
     }
-    with dask.config.set({**SETTINGS, **ours}), quiet("distributed"):
+    with dask.config.set({**SETTINGS, **local_settings}), quiet("distributed"):
         with sigint_held_back():
             try:
                 cluster = LocalCluster(
-                    n_workers=count,
+                    n_workers=n_workers,
                     threads_per_worker=1,
                     processes=True,
                     **_PRIVATE,
                     security=own_security(),
-                    memory_limit=memory or int(MEMORY_LIMIT / count),
-                    env=variables,
+                    memory_limit=memory or int(MEMORY_LIMIT / n_workers),
+                    env=worker_variables,
                     silence_logs=logging.CRITICAL,
                 )
             except RuntimeError as error:
@@ -131,8 +133,8 @@ def cuda_client(workers: int | None = None) -> Iterator[Client]:
     Raises ClusterError where there is no GPU.
     """
     dask_cuda = needed("dask_cuda", "cuda")
-    gpus = _visible_gpus()
-    if not gpus:
+    n_gpus = _visible_gpus()
+    if not n_gpus:
         raise ClusterError(
             "cluster.where: cuda gives each GPU of this machine a worker, and PyTorch sees none "
             "here: say `where: local`, or look at what `nvidia-smi` and CUDA_VISIBLE_DEVICES show"
@@ -141,7 +143,7 @@ def cuda_client(workers: int | None = None) -> Iterator[Client]:
         with sigint_held_back():
             cluster = dask_cuda.LocalCUDACluster(
                 n_workers=min(
-                    workers or gpus, gpus
+                    workers or n_gpus, n_gpus
                 ),  # `workers` also says how many processes train heads
                 threads_per_worker=1,
                 **_PRIVATE,
@@ -165,17 +167,17 @@ def scheduler_client(section: ClusterSection) -> Iterator[Client]:
     we go.
     """
     address = section.where
-    encrypted = address.startswith("tls://")
-    if not encrypted and not _on_this_machine(address):
+    is_encrypted = address.startswith("tls://")
+    if not is_encrypted and not _on_this_machine(address):
         raise TLSMissing(
             f"cluster.where: {address} is another machine, and this is no tls:// address. Start "
             "the scheduler with the files that `headrace cluster tls FOLDER` writes, and give "
             "tls://HOST:PORT and `tls: FOLDER`"
         )
-    keys = security(section.tls) if encrypted else None
+    tls_security = security(section.tls) if is_encrypted else None
     with dask.config.set(SETTINGS), quiet("distributed"):
         try:
-            client = Client(address, security=keys, timeout="20s")
+            client = Client(address, security=tls_security, timeout="20s")
         except (OSError, TimeoutError) as error:
             raise ClusterError(
                 f"no Dask scheduler answers at {address} ({error}). Is it running, and with the "
@@ -193,22 +195,24 @@ def kubernetes_client(section: ClusterSection, workers: int | None = None) -> It
     Needs the extra `kubernetes`, the operator in the cluster, and an image with headrace in it.
     """
     operator = needed("dask_kubernetes.operator", "kubernetes")
-    wanted = section.kubernetes
-    spec = operator.make_cluster_spec(
+    pod_options = section.kubernetes
+    cluster_spec = operator.make_cluster_spec(
         name=f"headrace-{os.getpid()}",
-        image=wanted.image,
+        image=pod_options.image,
         n_workers=workers or 1,
         resources={
-            "limits": {"memory": wanted.memory, "cpu": "1"},
-            "requests": {"memory": wanted.memory, "cpu": "1"},
+            "limits": {"memory": pod_options.memory, "cpu": "1"},
+            "requests": {"memory": pod_options.memory, "cpu": "1"},
         },
         worker_command=["dask", "worker", "--nthreads", "1", "--preload", PRELOAD],
         env=environment(SETTINGS),
     )
-    if wanted.volume_claim:
-        _mount(spec, wanted.volume_claim, section)
+    if pod_options.volume_claim:
+        _mount(cluster_spec, pod_options.volume_claim, section)
     with dask.config.set(SETTINGS), quiet("distributed"):
-        cluster = operator.KubeCluster(custom_cluster_spec=spec, namespace=wanted.namespace)
+        cluster = operator.KubeCluster(
+            custom_cluster_spec=cluster_spec, namespace=pod_options.namespace
+        )
         with client_of(cluster) as client:
             yield client
 
@@ -246,13 +250,13 @@ def _on_this_machine(address: str) -> bool:
         return False
 
 
-def _mount(spec: dict[str, Any], claim: str, section: ClusterSection) -> None:
+def _mount(cluster_spec: dict[str, Any], volume_claim: str, section: ClusterSection) -> None:
     """Give every pod the volume that holds the cache and the run, at the path where it
     lies here.
     """
-    volume = {"name": "headrace", "persistentVolumeClaim": {"claimName": claim}}
-    for part in ("worker", "scheduler"):
-        pod = spec["spec"][part]["spec"]
+    volume = {"name": "headrace", "persistentVolumeClaim": {"claimName": volume_claim}}
+    for role_name in ("worker", "scheduler"):
+        pod = cluster_spec["spec"][role_name]["spec"]
         pod.setdefault("volumes", []).append(volume)
         for container in pod["containers"]:
             container.setdefault("volumeMounts", []).append(

@@ -89,24 +89,24 @@ def close_pages(cluster: Any) -> None:
 
 
 @contextlib.contextmanager
-def quiet(name: str) -> Iterator[None]:
+def quiet(logger_name: str) -> Iterator[None]:
     """What a worker's death means is said by us, in our words, once."""
-    logger = logging.getLogger(name)
-    level = logger.level
+    logger = logging.getLogger(logger_name)
+    level_before = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logger.setLevel(level_before)
 
 
-def needed(module: str, extra: str) -> Any:
+def needed(module_name: str, extra: str) -> Any:
     """A module of an extra. Raises ClusterError, naming the extra."""
     try:
-        return importlib.import_module(module)
+        return importlib.import_module(module_name)
     except ImportError as error:
         raise ClusterError(
-            f"this kind of cluster needs {module} ({error}): pip install 'headrace[{extra}]'"
+            f"this kind of cluster needs {module_name} ({error}): pip install 'headrace[{extra}]'"
         ) from None
 
 
@@ -123,9 +123,9 @@ def write_settings(folder: Path) -> Path:
     """Write our settings into a folder, as a file for DASK_CONFIG: for schedulers and workers that
     others start.
     """
-    nested: dict[str, Any] = {}
-    dask.config.set(SETTINGS, config=nested)
-    path = folder / "dask.yaml"
-    remove_temporaries(path)
-    publish_replace(path, yaml.safe_dump(nested).encode())
-    return path
+    nested_settings: dict[str, Any] = {}
+    dask.config.set(SETTINGS, config=nested_settings)
+    settings_path = folder / "dask.yaml"
+    remove_temporaries(settings_path)
+    publish_replace(settings_path, yaml.safe_dump(nested_settings).encode())
+    return settings_path

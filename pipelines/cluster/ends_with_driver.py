@@ -21,13 +21,13 @@ _PRELOAD_PREFIX = "headrace preloads: "
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-def preload_name(names: Iterable[str]) -> str:
+def preload_name(module_names: Iterable[str]) -> str:
     """Return a name that tells the server which modules to import.
 
     It is no module's own name, and multiprocessing passes it over.
     """
     # With dots it would be looked for in as many packages.
-    return _PRELOAD_PREFIX + ",".join(names).replace(".", "/")
+    return _PRELOAD_PREFIX + ",".join(module_names).replace(".", "/")
 
 
 def die_with_parent() -> None:
@@ -43,32 +43,32 @@ def _read_start_call() -> tuple[list[str], list[str]]:
     """Return the driver's module path and the names to import, from the call that started this
     process.
     """
-    path: list[str] = []
-    names: list[str] = []
+    module_path: list[str] = []
+    module_names: list[str] = []
     for node in ast.walk(ast.parse(sys.orig_argv[-1])):
         if isinstance(node, ast.Dict):
             preparation = ast.literal_eval(node)
-            path = preparation.get("sys_path", path)
+            module_path = preparation.get("sys_path", module_path)
         elif (
             isinstance(node, ast.Constant)
             and isinstance(node.value, str)
             and node.value.startswith(_PRELOAD_PREFIX)
         ):
-            names = node.value.removeprefix(_PRELOAD_PREFIX).replace("/", ".").split(",")
-    return path, names
+            module_names = node.value.removeprefix(_PRELOAD_PREFIX).replace("/", ".").split(",")
+    return module_path, module_names
 
 
 def _start_server() -> None:
-    path, names = _read_start_call()
-    sys.path[:] = path or [folder for folder in sys.path if folder]
-    for name in names:
-        if name == ENDS:
+    module_path, module_names = _read_start_call()
+    sys.path[:] = module_path or [folder for folder in sys.path if folder]
+    for module_name in module_names:
+        if module_name == ENDS:
             # The kernel takes the thread that started a process for its parent, so this is asked
             # for by the main thread alone.
             die_with_parent()
         else:
             with contextlib.suppress(Exception):  # who needs it meets the error, and says so
-                importlib.import_module(name)
+                importlib.import_module(module_name)
 
 
 _IS_SERVER = "multiprocessing.forkserver import main" in "".join(sys.orig_argv[-1:])

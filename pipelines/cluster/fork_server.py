@@ -38,7 +38,7 @@ _COMMAND = "headrace.pipelines.cli.main"
 _FIRST_IMPORT = "headrace.pipelines.cluster.ends_with_driver"
 
 
-def start_server(imports: Sequence[str] = ()) -> str:
+def start_server(module_names: Sequence[str] = ()) -> str:
     """Start the server, unless there is one; returns Dask's word for how to start workers. imports:
     more modules.
 
@@ -50,21 +50,21 @@ def start_server(imports: Sequence[str] = ()) -> str:
     # As a nanny does before it starts a worker, for the number of threads is read when NumPy is
     # imported. PyArrow's allocator would start a thread as it is loaded, and a process is to be
     # forked only while it has one.
-    settings = {
+    variables = {
         **dask.config.get("distributed.nanny.pre-spawn-environ"),
         "JE_ARROW_MALLOC_CONF": "background_thread:false",
     }
-    for name, value in settings.items():
+    for name, value in variables.items():
         os.environ.setdefault(name, str(value))
-    ends = [ENDS] if threading.current_thread() is threading.main_thread() else []
-    command = [_COMMAND] if _COMMAND in sys.modules else []
+    end_names = [ENDS] if threading.current_thread() is threading.main_thread() else []
+    command_modules = [_COMMAND] if _COMMAND in sys.modules else []
     # The first time Dask chooses modules; ours are for the server after a killed one too.
     with dask.config.set({METHOD: "forkserver"}):
         context = get_mp_context()
     # For its modules the server begins with ours; a name that is no module's tells that one what to
     # do.
     context.set_forkserver_preload(
-        [_FIRST_IMPORT, preload_name([*ends, *_IMPORTS, *command, *imports])]
+        [_FIRST_IMPORT, preload_name([*end_names, *_IMPORTS, *command_modules, *module_names])]
     )
     try:
         with sigint_held_back():
@@ -86,11 +86,11 @@ def sigint_held_back() -> Iterator[None]:
         return
     # Started now, for starting it clears the mask of the thread that does so.
     resource_tracker.ensure_running()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    mask_before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask_before)
 
 
 def is_importing_main() -> bool:
@@ -100,11 +100,11 @@ def is_importing_main() -> bool:
     return getattr(multiprocessing.current_process(), "_inheriting", False)
 
 
-def imports_of(backbones: Iterable[str]) -> list[str]:
+def imports_of(backbone_names: Iterable[str]) -> list[str]:
     """Modules that take seconds to import and that networks need. backbones: their names, "timm:…"
     and the like.
     """
-    libraries = {name.partition(":")[0] for name in backbones} & {
+    libraries = {name.partition(":")[0] for name in backbone_names} & {
         "timm",
         "torchvision",
         "transformers",
@@ -113,26 +113,30 @@ def imports_of(backbones: Iterable[str]) -> list[str]:
     return ["headrace.extract.run.work_unit", *sorted(libraries)]
 
 
-def call_forked(imports: Sequence[str], function: Callable[..., Result], *arguments: Any) -> Result:
+def call_forked(
+    module_names: Sequence[str], function: Callable[..., Result], *arguments: Any
+) -> Result:
     """`function(*arguments)`, called in a process forked from the server, so that this one need not
     import what it needs.
 
     Result and arguments are plain values. Raises what the function raises. Where there can be no
     such process, or it dies, the function is called here.
     """
-    daemonic = multiprocessing.current_process().daemon  # which may have no processes of its own
-    if not is_importing_main() and not daemonic and start_server(imports) == "forkserver":
+    is_daemonic = multiprocessing.current_process().daemon  # which may have no processes of its own
+    if not is_importing_main() and not is_daemonic and start_server(module_names) == "forkserver":
         context = multiprocessing.get_context("forkserver")
-        answer, there = context.Pipe(duplex=False)
-        process = context.Process(target=_answer, args=(there, function, arguments), daemon=True)
+        receiving_end, sending_end = context.Pipe(duplex=False)
+        process = context.Process(
+            target=_answer, args=(sending_end, function, arguments), daemon=True
+        )
         try:
             process.start()
         except (OSError, EOFError):  # the server was ended
             return function(*arguments)
         finally:
-            there.close()  # or its end would not be seen
+            sending_end.close()  # or its end would not be seen
         try:
-            result, error = answer.recv()
+            result, error = receiving_end.recv()
         except EOFError:
             pass
         else:
@@ -146,7 +150,7 @@ def call_forked(imports: Sequence[str], function: Callable[..., Result], *argume
 
 
 def _answer(
-    there: Connection, function: Callable[..., object], arguments: Sequence[object]
+    sending_end: Connection, function: Callable[..., object], arguments: Sequence[object]
 ) -> None:
     die_with_parent()
     answer: tuple[object, Exception | None]
@@ -154,4 +158,4 @@ def _answer(
         answer = function(*arguments), None
     except Exception as error:  # noqa: BLE001 - it is raised again where the answer is waited for
         answer = None, error
-    there.send(answer)
+    sending_end.send(answer)

@@ -28,27 +28,30 @@ class _RateColumn(ProgressColumn):
     """Things per second since the stage began, and the time left at that rate."""
 
     def render(self, task: Task) -> Text:
-        rate, left = rate_and_left(task.completed, task.total or 0, task.elapsed or 0.0)
+        rate_per_s, left_s = rate_and_left(task.completed, task.total or 0, task.elapsed or 0.0)
         return Text(
-            f"{rate:,.1f} {task.fields['unit']}/s, {left // 60:.0f}:{left % 60:02.0f} left"
-            if rate
+            (
+                f"{rate_per_s:,.1f} {task.fields['unit']}/s, "
+                f"{left_s // 60:.0f}:{left_s % 60:02.0f} left"
+            )
+            if rate_per_s
             else ""
         )
 
 
-def rate_and_left(done: float, total: float, elapsed_s: float) -> tuple[float, float]:
+def rate_and_left(n_done: float, n_total: float, elapsed_s: float) -> tuple[float, float]:
     """Things per second, and seconds left at that rate; (0, nan) until something is done."""
-    if not done or not elapsed_s:
+    if not n_done or not elapsed_s:
         return 0.0, float("nan")
-    rate = done / elapsed_s
-    return rate, (total - done) / rate
+    rate = n_done / elapsed_s
+    return rate, (n_total - n_done) / rate
 
 
 @contextlib.contextmanager
-def stage(console: Console, title: str, total: int, unit: str) -> Iterator[Advance]:
+def stage(console: Console, stage_name: str, n_total: int, unit: str) -> Iterator[Advance]:
     """Show how far a stage is, on a terminal as a bar, otherwise as lines of JSON."""
     if not console.is_terminal:
-        yield _log_lines(console, title, total, unit)
+        yield _log_lines(console, stage_name, n_total, unit)
         return
     columns = (
         TextColumn("{task.description:<8}", markup=False),
@@ -59,10 +62,10 @@ def stage(console: Console, title: str, total: int, unit: str) -> Iterator[Advan
         TextColumn("{task.fields[details]}", style="dim", markup=False),
     )
     with Progress(*columns, console=console, refresh_per_second=4) as progress:
-        bar = progress.add_task(title, total=total, unit=unit, details="")
+        progress_bar = progress.add_task(stage_name, total=n_total, unit=unit, details="")
 
         def advance(count: int, details: Mapping[str, float] | None = None) -> None:
-            progress.update(bar, advance=count, details=_details_text(details or {}))
+            progress.update(progress_bar, advance=count, details=_details_text(details or {}))
 
         yield advance
 
@@ -71,40 +74,40 @@ def _details_text(details: Mapping[str, float]) -> str:
     """ "decode 3 % · network 95 % · 2 failed": shares as per cent, counts as they are, zeros left
     out.
     """
-    parts = []
+    detail_texts = []
     for name, value in details.items():
         if name.endswith("_share"):
-            parts.append(f"{name.removesuffix('_share')} {value:.0%}")
+            detail_texts.append(f"{name.removesuffix('_share')} {value:.0%}")
         elif value:
-            parts.append(f"{value:,.0f} {name}")
-    return " · ".join(parts)
+            detail_texts.append(f"{value:,.0f} {name}")
+    return " · ".join(detail_texts)
 
 
-def _log_lines(console: Console, title: str, total: int, unit: str) -> Advance:
-    start = last = time.monotonic()
-    done = 0
+def _log_lines(console: Console, stage_name: str, n_total: int, unit: str) -> Advance:
+    started_at = logged_at = time.monotonic()
+    n_done = 0
 
     def advance(count: int, details: Mapping[str, float] | None = None) -> None:
-        nonlocal done, last
-        done += count
+        nonlocal n_done, logged_at
+        n_done += count
         now = time.monotonic()
-        if now - last >= _LOG_INTERVAL_S or done >= total:
-            last = now
-            rate, left = rate_and_left(done, total, now - start)
-            line = {
-                "stage": title,
-                "done": done,
-                "total": total,
+        if now - logged_at >= _LOG_INTERVAL_S or n_done >= n_total:
+            logged_at = now
+            rate_per_s, left_s = rate_and_left(n_done, n_total, now - started_at)
+            log_line = {
+                "stage": stage_name,
+                "done": n_done,
+                "total": n_total,
                 "unit": unit,
-                "per_s": rate,
-                "left_s": left,
+                "per_s": rate_per_s,
+                "left_s": left_s,
             }
-            text = json.dumps(
+            json_text = json.dumps(
                 {
                     key: round(value, 3) if isinstance(value, float) else value
-                    for key, value in (line | dict(details or {})).items()
+                    for key, value in (log_line | dict(details or {})).items()
                 }
             )
-            console.print(text, soft_wrap=True)
+            console.print(json_text, soft_wrap=True)
 
     return advance

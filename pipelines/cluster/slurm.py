@@ -63,7 +63,7 @@ _looked: dict[str, float] = {}
 
 @contextlib.contextmanager
 def slurm_client(
-    section: ClusterSection, workers: int | None = None, *, on_gpu: bool = False, run: Path
+    section: ClusterSection, workers: int | None = None, *, on_gpu: bool = False, run_folder: Path
 ) -> Iterator[Client]:
     """A client of a cluster whose workers are SLURM jobs; the scheduler runs here.
 
@@ -74,37 +74,37 @@ def slurm_client(
     the recipe names some) and the jobs' logs go; every node must see it.
     """
     jobqueue = needed("dask_jobqueue", "slurm")
-    wanted = section.slurm
-    per_job = wanted.gpus_per_job if on_gpu else wanted.workers_per_job
-    jobs = -(-(workers or per_job) // per_job)
-    keys = security(section.tls or write_tls(RunPaths(run).tls))
-    logs = RunPaths(run).logs / "slurm"
-    logs.mkdir(parents=True, exist_ok=True)
-    lifetime = lifetime_s(wanted.walltime)
-    settings = {**SETTINGS, **({GPUS: per_job} if on_gpu else {})}
-    exports = [f"export {name}={value}" for name, value in environment(settings).items()]
+    slurm_options = section.slurm
+    workers_per_job = slurm_options.gpus_per_job if on_gpu else slurm_options.workers_per_job
+    n_jobs = -(-(workers or workers_per_job) // workers_per_job)
+    tls_security = security(section.tls or write_tls(RunPaths(run_folder).tls))
+    log_folder = RunPaths(run_folder).logs / "slurm"
+    log_folder.mkdir(parents=True, exist_ok=True)
+    lifetime = lifetime_s(slurm_options.walltime)
+    settings = {**SETTINGS, **({GPUS: workers_per_job} if on_gpu else {})}
+    export_lines = [f"export {name}={value}" for name, value in environment(settings).items()]
     with dask.config.set(SETTINGS), quiet("distributed"):
         cluster = jobqueue.SLURMCluster(
-            queue=wanted.gpu_partition if on_gpu else wanted.partition,
-            account=wanted.account,
-            cores=per_job,
-            processes=per_job,
-            memory=_memory(wanted, on_gpu),
-            job_cpu=per_job * _CORES_PER_GPU if on_gpu else None,
+            queue=slurm_options.gpu_partition if on_gpu else slurm_options.partition,
+            account=slurm_options.account,
+            cores=workers_per_job,
+            processes=workers_per_job,
+            memory=_memory(slurm_options, on_gpu),
+            job_cpu=workers_per_job * _CORES_PER_GPU if on_gpu else None,
             job_cls=_recording_job(jobqueue.slurm.SLURMJob),
-            walltime=wanted.walltime,
-            interface=wanted.interface,
+            walltime=slurm_options.walltime,
+            interface=slurm_options.interface,
             python=sys.executable,
             job_name="headrace",
-            log_directory=str(logs),
+            log_directory=str(log_folder),
             death_timeout=60,
-            security=keys,
+            security=tls_security,
             protocol="tls://",
             job_extra_directives=[
-                *([f"--gres=gpu:{per_job}"] if on_gpu else []),
-                *wanted.directives,
+                *([f"--gres=gpu:{workers_per_job}"] if on_gpu else []),
+                *slurm_options.directives,
             ],
-            job_script_prologue=[*exports, *wanted.prologue],
+            job_script_prologue=[*export_lines, *slurm_options.prologue],
             # Staggered, so that the jobs of a run do not all end, and queue again, at one moment.
             worker_extra_args=[
                 *("--lifetime", f"{lifetime}s", "--lifetime-stagger", f"{lifetime // 10}s"),
@@ -112,18 +112,18 @@ def slurm_client(
             ],
             scheduler_options={"dashboard_address": "127.0.0.1:0", "dashboard": False},
         )
-        cluster.scale(jobs=jobs)
+        cluster.scale(jobs=n_jobs)
         with client_of(cluster) as client:
             yield client
 
 
-def _memory(wanted: SlurmSection, on_gpu: bool) -> str:
+def _memory(slurm_options: SlurmSection, on_gpu: bool) -> str:
     """Of a job: what the recipe says, and for GPUs at least what decoding for each of
     them takes.
     """
-    if on_gpu and "memory_per_job" not in wanted.model_fields_set:
-        return str(wanted.gpus_per_job * parse_bytes(_MEMORY_PER_GPU))
-    return wanted.memory_per_job
+    if on_gpu and "memory_per_job" not in slurm_options.model_fields_set:
+        return str(slurm_options.gpus_per_job * parse_bytes(_MEMORY_PER_GPU))
+    return slurm_options.memory_per_job
 
 
 def _recording_job(job_class: type) -> type:
@@ -151,9 +151,9 @@ def _recording_job(job_class: type) -> type:
 def lifetime_s(walltime: str) -> int:
     """Seconds after which a worker should end by itself, given SLURM's [D-]HH:MM:SS."""
     days, _, clock = walltime.rpartition("-")
-    hours, minutes, seconds = (int(part) for part in clock.split(":"))
-    total = ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
-    return max(1, total - min(_MARGIN_S, total // 10) - total // 10)
+    hours, minutes, seconds = (int(clock_part) for clock_part in clock.split(":"))
+    total_s = ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+    return max(1, total_s - min(_MARGIN_S, total_s // 10) - total_s // 10)
 
 
 def replace_lost_jobs(cluster: Any) -> None:
@@ -163,28 +163,28 @@ def replace_lost_jobs(cluster: Any) -> None:
     if time.monotonic() - _looked.get(cluster.name, 0.0) < _LOOK_S:
         return
     _looked[cluster.name] = time.monotonic()
-    ours = {name: job.job_id for name, job in list(cluster.workers.items())}
+    job_ids = {name: job.job_id for name, job in list(cluster.workers.items())}
     command = ["squeue", "--noheader", "--format=%A", f"--user={os.getuid()}", f"--states={_ALIVE}"]
     try:
-        queue = subprocess.run(
+        queued_ids = subprocess.run(
             command, capture_output=True, text=True, timeout=60, check=True
         ).stdout.split()
     except (OSError, subprocess.SubprocessError):
         return  # a queue that does not answer now does later
-    lost = [name for name, job_id in ours.items() if job_id not in queue]
+    lost_workers = [name for name, job_id in job_ids.items() if job_id not in queued_ids]
     if cluster.scheduler_info["workers"]:
         _stillborn.pop(cluster.name, None)
-    elif lost and len(lost) == len(ours) and cluster.job_cls.refusals:
+    elif lost_workers and len(lost_workers) == len(job_ids) and cluster.job_cls.refusals:
         _end_if_refused(cluster)
-    elif lost:
+    elif lost_workers:
         _stillborn[cluster.name] = _stillborn.get(cluster.name, 0) + 1
         if _stillborn[cluster.name] >= _PATIENCE:
             raise ClusterError(
                 f"{_PATIENCE} times in a row, SLURM jobs ended before a worker of theirs had come. "
                 f"What they said is in {job_logs(cluster)}"
             )
-    if lost:
-        cluster.loop.add_callback(_replace, cluster, lost)
+    if lost_workers:
+        cluster.loop.add_callback(_replace, cluster, lost_workers)
 
 
 def job_logs(cluster: Any) -> str:
@@ -192,9 +192,9 @@ def job_logs(cluster: Any) -> str:
     return str(cluster._job_kwargs["log_directory"])  # the library keeps it nowhere else
 
 
-async def _replace(cluster: Any, names: list[str]) -> None:
-    for name in names:
-        cluster.workers.pop(name, None)
+async def _replace(cluster: Any, worker_names: list[str]) -> None:
+    for worker_name in worker_names:
+        cluster.workers.pop(worker_name, None)
     cluster.scale(jobs=len(cluster.worker_spec))
 
 
@@ -203,17 +203,19 @@ def _end_if_refused(cluster: Any) -> None:
     later.
     """
     error = cluster.job_cls.refusals[-1]
-    said = str(error).partition("stderr:")[2].strip() or str(error)
+    slurm_text = str(error).partition("stderr:")[2].strip() or str(error)
     _stillborn[cluster.name] = _stillborn.get(cluster.name, 0) + 1
     if isinstance(error, FileNotFoundError):
         raise ClusterError(
             "there is no sbatch on this machine: start the run on a node that submits jobs"
         ) from error
-    if any(word in said for word in _PASSING) and _stillborn[cluster.name] < _PATIENCE:
+    if any(word in slurm_text for word in _PASSING) and _stillborn[cluster.name] < _PATIENCE:
         return
-    keys = [f"cluster.slurm.{key}" for word, key in _KEYS.items() if word in said.lower()]
+    recipe_keys = [
+        f"cluster.slurm.{key}" for word, key in _KEYS.items() if word in slurm_text.lower()
+    ]
     raise ClusterError(
-        f"SLURM did not take a job: {' '.join(said.split())}. Look at "
-        f"{', '.join(keys) or 'cluster.slurm'} in the recipe, and at what `sinfo` and `sacctmgr "
-        "show associations` say there is"
+        f"SLURM did not take a job: {' '.join(slurm_text.split())}. Look at "
+        f"{', '.join(recipe_keys) or 'cluster.slurm'} in the recipe, and at what `sinfo` and "
+        "`sacctmgr show associations` say there is"
     ) from error

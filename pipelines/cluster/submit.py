@@ -279,20 +279,21 @@ def _accepted_workers(
     for worker in window.version_futures.keys() - workers.keys():
         del window.version_futures[worker]
     for worker in workers.keys() - window.accepted_workers - window.refused_workers.keys():
-        if (difference := _version_difference(window, window.version_futures[worker])) == "":
+        if (
+            version_difference := _version_difference(window, window.version_futures[worker])
+        ) == "":
             window.accepted_workers.add(worker)
-        elif difference is None:
+        elif version_difference is None:
             if window.version_futures[worker].status in ("error", "cancelled", "lost"):
                 del window.version_futures[worker]  # if it is there still, it is asked once more
         else:
-            window.refused_workers[worker] = f"{worker} has {difference}"
-            window.options.on_event("refused", worker=worker, error=difference)
+            window.refused_workers[worker] = f"{worker} has {version_difference}"
+            window.options.on_event("refused", worker=worker, error=version_difference)
     if workers and not window.in_flight and workers.keys() <= window.refused_workers.keys():
         raise ClusterError(
             "no worker of the cluster has the versions of this process, so they would not make "
-            f"the same features and heads: {window.refused_workers[next(iter(workers))]}. "
-            "Install the same "
-            "here and there"
+            f"the same features and heads: {window.refused_workers[next(iter(workers))]}. Install "
+            "the same here and there"
         )
     return {
         worker: threads for worker, threads in workers.items() if worker in window.accepted_workers
@@ -338,12 +339,12 @@ def _next_task(window: _SchedulerWindow[Job, Result], host: str) -> _Task[Job] |
         window.waiting.extend(window.leased_elsewhere)
         window.leased_elsewhere.clear()
     while True:
-        allowed = (
+        allowed_tasks = (
             task
             for task in window.waiting
             if host not in task.death_hosts or window.healthy_hosts <= task.death_hosts
         )
-        if (task := next(allowed, None)) is None:
+        if (task := next(allowed_tasks, None)) is None:
             return None
         window.waiting.remove(task)
         if window.options.leases is None or window.options.leases.acquire(task.key):

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 
-def outlive_terminal(log: Path) -> None:
+def outlive_terminal(log_path: Path) -> None:
     """From now to the end of this process, let nothing of it end with its terminal; does nothing
     where there is none.
 
-    log: what is written to the terminal after it is gone is appended here.
+    log_path: what is written to the terminal after it is gone is appended here.
     """
     terminals = [stream for stream in (sys.stdout, sys.stderr) if stream.isatty()]
     if not terminals or not hasattr(signal, "SIGHUP"):
@@ -29,10 +29,10 @@ def outlive_terminal(log: Path) -> None:
     with contextlib.suppress(ValueError):
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # workers inherit it
     descriptors = [stream.fileno() for stream in terminals]
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
+    for stream_name in ("stdout", "stderr"):
+        stream = getattr(sys, stream_name)
         if stream in terminals:
-            setattr(sys, name, _Outliving(stream, descriptors, log))
+            setattr(sys, stream_name, _Outliving(stream, descriptors, log_path))
 
 
 class _Outliving:
@@ -63,12 +63,12 @@ class _Outliving:
             raise error
         self._log.parent.mkdir(parents=True, exist_ok=True)
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        descriptor = os.open(self._log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        log_descriptor = os.open(self._log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         os.write(
-            descriptor,
+            log_descriptor,
             f"{now} process {os.getpid()}: its terminal is gone; it goes on here\n".encode(),
         )
-        for each in self._descriptors:
-            os.dup2(descriptor, each)
-        os.close(descriptor)
+        for terminal_descriptor in self._descriptors:
+            os.dup2(log_descriptor, terminal_descriptor)
+        os.close(log_descriptor)
         self._stream.flush()

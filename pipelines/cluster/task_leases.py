@@ -90,8 +90,8 @@ def remove_dead(directory: Path) -> int:
     """Remove the leases and the locks of drivers that are not alive; return how many files that
     were.
     """
-    lock_paths, removed = sorted(directory.glob("*.driver")), 0
-    dead = []
+    lock_paths, n_removed = sorted(directory.glob("*.driver")), 0
+    dead_drivers = []
     for lock_path in lock_paths:
         with contextlib.suppress(FileNotFoundError):
             status = lock_path.stat()
@@ -100,29 +100,29 @@ def remove_dead(directory: Path) -> int:
             if not status.st_size and time.time() - status.st_mtime > LEASE_S:
                 lock_path.unlink()
         if not driver_lives(directory, lock_path.stem):
-            dead.append(lock_path.stem)
-    alive = {lock_path.stem for lock_path in lock_paths} - set(dead)
+            dead_drivers.append(lock_path.stem)
+    living_drivers = {lock_path.stem for lock_path in lock_paths} - set(dead_drivers)
     # Drivers lock before they take leases: a lease whose driver has no lock is a dead driver's.
     # Looked at again, for a driver may have begun since.
     for lease_path in (*directory.glob("*.lease"), *directory.glob("*.lease.*")):
         owner = _owner(lease_path)
-        if owner is not None and owner not in alive and not driver_lives(directory, owner):
-            removed += 1
+        if owner is not None and owner not in living_drivers and not driver_lives(directory, owner):
+            n_removed += 1
             _remove_abandoned(lease_path, owner)
-    return removed + len(dead)
+    return n_removed + len(dead_drivers)
 
 
 def _remove_abandoned(lease_path: Path, owner: str | None) -> None:
     # Moved before it is removed: of two drivers that find it abandoned, one moves it, and both try
     # again.
-    abandoned = lease_path.with_name(f"{lease_path.name}.{uuid.uuid4().hex}")
+    moved_lease = lease_path.with_name(f"{lease_path.name}.{uuid.uuid4().hex}")
     with contextlib.suppress(FileNotFoundError):
-        os.rename(lease_path, abandoned)
+        os.rename(lease_path, moved_lease)
         # Another driver was faster, and this is its lease.
-        if _owner(abandoned) not in (owner, None):
+        if _owner(moved_lease) not in (owner, None):
             with contextlib.suppress(FileExistsError):
-                os.symlink(_owner(abandoned) or "", lease_path)
-        os.unlink(abandoned)
+                os.symlink(_owner(moved_lease) or "", lease_path)
+        os.unlink(moved_lease)
 
 
 def driver_name() -> str:

@@ -49,18 +49,18 @@ class TaskLog:
         if self.path is None:
             return
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
-        line = sealed_json({"time": now, "event": event, **details}, default=str) + b"\n"
-        with self._lock, self.path.open("ab", buffering=0) as file:
-            file.write(line)
+        json_line = sealed_json({"time": now, "event": event, **details}, default=str) + b"\n"
+        with self._lock, self.path.open("ab", buffering=0) as log_file:
+            log_file.write(json_line)
 
 
 @contextlib.contextmanager
 def task_log(paths: RunPaths) -> Iterator[TaskLog]:
     """The log of one driver, from its start to its end, however it ends."""
-    name = driver_name()
-    log = TaskLog(paths.logs / f"{name}.jsonl")
-    with driver_lock(paths.leases, name):
-        log("run", driver=name, pid=os.getpid(), host=socket.gethostname())
+    driver = driver_name()
+    log = TaskLog(paths.logs / f"{driver}.jsonl")
+    with driver_lock(paths.leases, driver):
+        log("run", driver=driver, pid=os.getpid(), host=socket.gethostname())
         try:
             yield log
         except BaseException as error:
@@ -69,11 +69,11 @@ def task_log(paths: RunPaths) -> Iterator[TaskLog]:
         log("end")
 
 
-def read_log(path: Path) -> Iterator[Mapping[str, Any]]:
+def read_log(log_path: Path) -> Iterator[Mapping[str, Any]]:
     """The events of a file in their order; a line that is being written, or was cut off by a kill,
     is left out.
     """
-    for line in path.read_bytes().split(b"\n"):
+    for line in log_path.read_bytes().split(b"\n"):
         try:
             event = read_sealed_json(line)
         except SealBroken:

@@ -34,23 +34,23 @@ def make_certificate() -> tuple[str, str]:
     from cryptography.hazmat.primitives.asymmetric import ec
 
     # An elliptic curve: RSA keys of this strength take a tenth of a second or more to find.
-    key = ec.generate_private_key(ec.SECP256R1())
+    private_key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "headrace")])
     now = datetime.datetime.now(datetime.UTC)
     certificate = (
         x509.CertificateBuilder()
         .subject_name(name)
         .issuer_name(name)
-        .public_key(key.public_key())
+        .public_key(private_key.public_key())
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - _SKEW)
         .not_valid_after(now + _VALID)
-        .sign(key, hashes.SHA256())
+        .sign(private_key, hashes.SHA256())
     )
-    private = key.private_bytes(
+    private_pem = private_key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
-    return private.decode(), certificate.public_bytes(serialization.Encoding.PEM).decode()
+    return private_pem.decode(), certificate.public_bytes(serialization.Encoding.PEM).decode()
 
 
 def own_security() -> Security:
@@ -60,8 +60,8 @@ def own_security() -> Security:
     Loopback is not private: every user of a machine can connect to it, and whoever a scheduler lets
     in can run code as its user. Worker processes are handed the key when they are started.
     """
-    key, certificate = make_certificate()
-    return _security(key, certificate)
+    private_pem, certificate = make_certificate()
+    return _security(private_pem, certificate)
 
 
 def write_tls(folder: Path) -> Path:
@@ -73,9 +73,9 @@ def write_tls(folder: Path) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     if not (folder / KEY).exists() or not (folder / CERTIFICATE).exists():
-        for name, text in zip((KEY, CERTIFICATE), make_certificate(), strict=True):
-            (folder / name).unlink(missing_ok=True)
-            descriptor = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        for file_name, text in zip((KEY, CERTIFICATE), make_certificate(), strict=True):
+            (folder / file_name).unlink(missing_ok=True)
+            descriptor = os.open(folder / file_name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             with os.fdopen(descriptor, "w", encoding="utf-8") as file:
                 file.write(text)
     return folder
@@ -85,12 +85,14 @@ def require_own_folder(folder: Path) -> None:
     """Raise TLSFolder for a folder that is typed and is somebody else's: a key without our
     certificate, settings without our key.
     """
-    there = {name for name in (KEY, CERTIFICATE, SETTINGS) if (folder / name).exists()}
-    if there in ({KEY}, {CERTIFICATE}, {SETTINGS}, {KEY, SETTINGS}, {CERTIFICATE, SETTINGS}):
+    file_names = {
+        file_name for file_name in (KEY, CERTIFICATE, SETTINGS) if (folder / file_name).exists()
+    }
+    if file_names in ({KEY}, {CERTIFICATE}, {SETTINGS}, {KEY, SETTINGS}, {CERTIFICATE, SETTINGS}):
         raise TLSFolder(
-            f"{folder} holds {' and '.join(sorted(there))} without the rest of what this command "
-            f"makes ({KEY}, {CERTIFICATE}, {SETTINGS}): they may be of something else, and are not "
-            f"replaced. Give a new folder, such as {folder / 'headrace-tls'}"
+            f"{folder} holds {' and '.join(sorted(file_names))} without the rest of what this "
+            f"command makes ({KEY}, {CERTIFICATE}, {SETTINGS}): they may be of something else, and "
+            f"are not replaced. Give a new folder, such as {folder / 'headrace-tls'}"
         )
 
 

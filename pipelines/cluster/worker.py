@@ -23,18 +23,20 @@ VARIABLES = "headrace.variables"
 
 def dask_setup(worker: Any) -> None:
     """Arm the process of a new worker."""
-    for name in STARTED_WITH.difference(dask.config.get(VARIABLES, STARTED_WITH)):
-        os.environ.pop(name, None)
+    for variable_name in STARTED_WITH.difference(dask.config.get(VARIABLES, STARTED_WITH)):
+        os.environ.pop(variable_name, None)
     worker.http_server.stop()  # Dask opens a port for pages that nobody is shown
     worker.services.pop("dashboard", None)
     importlib.import_module("headrace.heads.bank")  # now, so that no task's time is spent on it
     die_with_parent()
-    gpus = dask.config.get(GPUS, 0)
-    limit = worker.memory_manager.memory_limit
-    if gpus:
-        choose_gpu(str(worker.name), gpus)
-    elif limit:  # not beside a GPU: its driver reserves more address space than there is memory
-        limit_memory(int(limit))
+    n_gpus = dask.config.get(GPUS, 0)
+    limit_bytes = worker.memory_manager.memory_limit
+    if n_gpus:
+        choose_gpu(str(worker.name), n_gpus)
+    elif (
+        limit_bytes
+    ):  # not beside a GPU: its driver reserves more address space than there is memory
+        limit_memory(int(limit_bytes))
 
 
 def versions() -> dict[str, str]:
@@ -43,27 +45,31 @@ def versions() -> dict[str, str]:
     """
     from headrace.extract.images.decoding import DECODER
 
-    found = {"decoder": DECODER}
-    for name in ("headrace", "numpy", "pillow", "torch"):
+    version_by_name = {"decoder": DECODER}
+    for package_name in ("headrace", "numpy", "pillow", "torch"):
         try:
-            found[name] = importlib.metadata.version(name)
+            version_by_name[package_name] = importlib.metadata.version(package_name)
         except (
             importlib.metadata.PackageNotFoundError
         ):  # as where the code was copied and not installed
-            found[name] = "not installed"
-    return found
+            version_by_name[package_name] = "not installed"
+    return version_by_name
 
 
-def choose_gpu(name: str, gpus: int) -> None:
+def choose_gpu(worker_name: str, n_gpus: int) -> None:
     """Show this process only its own of a job's GPUs, before it uses one. name: of the worker,
     which ends in its number.
 
     A job's workers all see all of its GPUs, and each would use the first.
     """
-    if gpus > 1:
-        shown = os.environ.get("CUDA_VISIBLE_DEVICES")
-        visible = shown.split(",") if shown else [str(index) for index in range(gpus)]
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible[int(name.rpartition("-")[2]) % len(visible)]
+    if n_gpus > 1:
+        shown_gpus = os.environ.get("CUDA_VISIBLE_DEVICES")
+        visible_gpus = (
+            shown_gpus.split(",") if shown_gpus else [str(index) for index in range(n_gpus)]
+        )
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible_gpus[
+            int(worker_name.rpartition("-")[2]) % len(visible_gpus)
+        ]
 
 
 def limit_memory(limit_bytes: int) -> None:
@@ -77,8 +83,8 @@ def limit_memory(limit_bytes: int) -> None:
     if sys.platform == "linux":
         import resource
 
-        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        _, hard_limit = resource.getrlimit(resource.RLIMIT_DATA)
         with contextlib.suppress(
             ValueError, OSError
         ):  # a system that has set a lower limit keeps it
-            resource.setrlimit(resource.RLIMIT_DATA, (limit_bytes, hard))
+            resource.setrlimit(resource.RLIMIT_DATA, (limit_bytes, hard_limit))

@@ -23,13 +23,13 @@ _SKEW_S = 2.0
 
 def check_disk(
     folder: Path,
-    probe: Callable[[Path], tuple[float, float]] | None = None,
-    free: Callable[[Path], float] | None = None,
+    measure_speed: Callable[[Path], tuple[float, float]] | None = None,
+    free_space: Callable[[Path], float] | None = None,
 ) -> Finding:
     """The folder can be written, has room, and is not slow. probe: bytes/s written and read."""
     try:
-        room = (free or (lambda path: shutil.disk_usage(path).free))(folder)
-        write, read = (probe or _speed)(folder)
+        free_bytes = (free_space or (lambda path: shutil.disk_usage(path).free))(folder)
+        written_per_s, read_per_s = (measure_speed or _speed)(folder)
     except OSError as error:
         return Finding(
             "disk",
@@ -37,23 +37,28 @@ def check_disk(
             f"{folder}: {error.strerror or error}",
             "choose a folder that can be written: --folder, and `cache` in the recipe",
         )
-    said = (
-        f"{room / 1e9:,.0f} GB free, {write / 1e6:,.0f} MB/s written and flushed, "
-        f"{read / 1e6:,.0f} MB/s read"
+    observation = (
+        f"{free_bytes / 1e9:,.0f} GB free, {written_per_s / 1e6:,.0f} MB/s written and flushed, "
+        f"{read_per_s / 1e6:,.0f} MB/s read"
     )
-    if room < _LEAST_FREE_BYTES:
+    if free_bytes < _LEAST_FREE_BYTES:
         return Finding(
-            "disk", "fail", said, "make room, or put `cache` and `out` of the recipe elsewhere"
+            "disk",
+            "fail",
+            observation,
+            "make room, or put `cache` and `out` of the recipe elsewhere",
         )
-    if write < _SLOW_BYTES_PER_S:
+    if written_per_s < _SLOW_BYTES_PER_S:
         return Finding(
-            "disk", "note", said, "a local disk for `cache` in the recipe would be faster"
+            "disk", "note", observation, "a local disk for `cache` in the recipe would be faster"
         )
-    return Finding("disk", "ok", said)
+    return Finding("disk", "ok", observation)
 
 
 def check_locking(
-    folder: Path, link: Callable[[Any, Any], None] = os.link, clock: Callable[[], float] = time.time
+    folder: Path,
+    make_link: Callable[[Any, Any], None] = os.link,
+    read_clock: Callable[[], float] = time.time,
 ) -> Finding:
     """Two writers cannot hold one lock, names appear whole, and the file system's clock is this
     one's.
@@ -61,49 +66,51 @@ def check_locking(
     from headrace.cache.atomic_io import lease
 
     try:
-        with _scratch(folder) as place:
-            held = threading.Event()
-            with lease(place / "lock"):
-                other = threading.Thread(target=_hold, args=(place / "lock", held), daemon=True)
-                other.start()
-                if held.wait(0.2):
+        with _scratch(folder) as scratch_folder:
+            is_held = threading.Event()
+            with lease(scratch_folder / "lock"):
+                other_thread = threading.Thread(
+                    target=_hold, args=(scratch_folder / "lock", is_held), daemon=True
+                )
+                other_thread.start()
+                if is_held.wait(0.2):
                     return Finding(
                         "locking",
                         "fail",
                         "two threads held one lock",
                         "use another file system for `cache`: O_EXCL is broken here",
                     )
-            if not held.wait(10):
+            if not is_held.wait(10):
                 return Finding(
                     "locking",
                     "fail",
                     "a lock that was released was not seen to be",
                     "use another file system for `cache`",
                 )
-            other.join(5)
-            (place / "one").write_bytes(b"1")
-            links = True
+            other_thread.join(5)
+            (scratch_folder / "one").write_bytes(b"1")
+            has_links = True
             try:
-                link(place / "one", place / "two")
+                make_link(scratch_folder / "one", scratch_folder / "two")
             except OSError:
-                links = False
-            skew = (place / "one").stat().st_mtime - clock()
+                has_links = False
+            clock_skew_s = (scratch_folder / "one").stat().st_mtime - read_clock()
     except OSError as error:
-        name = errno.errorcode.get(error.errno or 0, "")
+        error_name = errno.errorcode.get(error.errno or 0, "")
         return Finding(
             "locking",
             "fail",
-            f"{folder}: {name} {error.strerror or error}",
+            f"{folder}: {error_name} {error.strerror or error}",
             "use a file system for `cache` that can create files exclusively",
         )
-    if abs(skew) > _SKEW_S:
+    if abs(clock_skew_s) > _SKEW_S:
         return Finding(
             "locking",
             "note",
-            f"the file system's clock is {skew:+.0f} s from this machine's",
+            f"the file system's clock is {clock_skew_s:+.0f} s from this machine's",
             "set both by one time server (NTP)",
         )
-    if not links:
+    if not has_links:
         return Finding(
             "locking",
             "note",
@@ -115,79 +122,81 @@ def check_locking(
 
 def check_hdf5(
     folder: Path,
-    write: Callable[[Path], None] | None = None,
+    write_file: Callable[[Path], None] | None = None,
     environment: Mapping[str, str] = os.environ,
 ) -> Finding:
     """A file is written, and read by two at once."""
     import h5py
 
-    said = f"HDF5 {h5py.version.hdf5_version}, h5py {h5py.version.version}"
+    observation = f"HDF5 {h5py.version.hdf5_version}, h5py {h5py.version.version}"
     try:
-        with _scratch(folder) as place:
-            (write or _write_hdf5)(place / "probe.h5")
+        with _scratch(folder) as scratch_folder:
+            (write_file or _write_hdf5)(scratch_folder / "probe.h5")
             with (
-                h5py.File(place / "probe.h5", "r") as one,
-                h5py.File(place / "probe.h5", "r") as two,
+                h5py.File(scratch_folder / "probe.h5", "r") as first_reader,
+                h5py.File(scratch_folder / "probe.h5", "r") as second_reader,
             ):
-                same = one["x"][:].tolist() == two["x"][:].tolist() == [1, 2, 3]
+                reads_agree = (
+                    first_reader["x"][:].tolist() == second_reader["x"][:].tolist() == [1, 2, 3]
+                )
     except (OSError, RuntimeError, KeyError) as error:
         return Finding(
             "HDF5",
             "fail",
-            f"{said}: {' '.join(str(error).split())[:160]}",
+            f"{observation}: {' '.join(str(error).split())[:160]}",
             "if the file system has no locks: export HDF5_USE_FILE_LOCKING=FALSE. Otherwise pip "
             "install --force-reinstall h5py",
         )
-    if not same:
+    if not reads_agree:
         return Finding(
             "HDF5",
             "fail",
-            f"{said}: what was read is not what was written",
+            f"{observation}: what was read is not what was written",
             "pip install --force-reinstall h5py",
         )
     if environment.get("HDF5_PLUGIN_PATH"):
         return Finding(
             "HDF5",
             "note",
-            f"{said}, plugins from HDF5_PLUGIN_PATH",
+            f"{observation}, plugins from HDF5_PLUGIN_PATH",
             "unset it if a compressed shard cannot be read",
         )
-    return Finding("HDF5", "ok", said)
+    return Finding("HDF5", "ok", observation)
 
 
 @contextmanager
 def _scratch(folder: Path) -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".headrace-doctor-") as place:
-        yield Path(place)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".headrace-doctor-") as scratch_folder:
+        yield Path(scratch_folder)
 
 
-def _hold(path: Path, held: threading.Event) -> None:
+def _hold(lock_path: Path, is_held: threading.Event) -> None:
     from headrace.cache.atomic_io import lease
 
-    with lease(path):
-        held.set()
+    with lease(lock_path):
+        is_held.set()
 
 
 def _speed(folder: Path) -> tuple[float, float]:
     """Bytes per second of writing with a flush, and of reading what the system may
     still remember.
     """
-    data = os.urandom(1 << 20)
-    with _scratch(folder) as place:
-        path = place / uuid.uuid4().hex
-        started = time.perf_counter()
-        with path.open("wb") as file:
+    random_block = os.urandom(1 << 20)
+    with _scratch(folder) as scratch_folder:
+        probe_path = scratch_folder / uuid.uuid4().hex
+        started_at = time.perf_counter()
+        with probe_path.open("wb") as probe_file:
             while (
-                file.tell() < _PROBE_BYTES and time.perf_counter() - started < 2
+                probe_file.tell() < _PROBE_BYTES and time.perf_counter() - started_at < 2
             ):  # a slow disk is known by then
-                file.write(data)
-            size = file.tell()
-            file.flush()
-            os.fsync(file.fileno())
-        written = time.perf_counter()
-        path.read_bytes()
-        ended = time.perf_counter()
-    return size / (written - started), size / (ended - written)
+                probe_file.write(random_block)
+            n_bytes = probe_file.tell()
+            probe_file.flush()
+            os.fsync(probe_file.fileno())
+        written_at = time.perf_counter()
+        probe_path.read_bytes()
+        ended_at = time.perf_counter()
+    return n_bytes / (written_at - started_at), n_bytes / (ended_at - written_at)
 
 
 def _write_hdf5(path: Path) -> None:

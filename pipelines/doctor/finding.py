@@ -12,5 +12,5 @@ class Finding:
 
     name: str
     state: State  # note: it works, and something is worth knowing
-    said: str
+    observation: str
     advice: str = ""

@@ -10,40 +10,40 @@ _WORKER_BYTES = 1.5e9  # of a worker that runs a small network: torch itself, an
 
 
 def check_threads(
-    cores: int | None = None,
-    quota: float | None = None,
+    n_cores: int | None = None,
+    cpu_quota: float | None = None,
     environment: Mapping[str, str] = os.environ,
 ) -> Finding:
     """As many workers as cores, where the container lets it have them."""
-    cores = cores or _cores()
-    quota = quota if quota is not None else _cpu_quota()
-    said = f"{cores} cores"
-    if quota is not None and quota < cores:
-        fitting = max(1, int(quota))
+    n_cores = n_cores or _cores()
+    cpu_quota = cpu_quota if cpu_quota is not None else _cpu_quota()
+    observation = f"{n_cores} cores"
+    if cpu_quota is not None and cpu_quota < n_cores:
+        n_fitting = max(1, int(cpu_quota))
         return Finding(
             "threads",
             "note",
-            f"{said}, of which this container may use {quota:g}",
+            f"{observation}, of which this container may use {cpu_quota:g}",
             "one worker per core would fight over them: headrace run recipe.yaml --workers "
-            f"{fitting}",
+            f"{n_fitting}",
         )
-    set_to = environment.get("OMP_NUM_THREADS", "")
-    if set_to.isdecimal() and int(set_to) > cores:
+    omp_threads = environment.get("OMP_NUM_THREADS", "")
+    if omp_threads.isdecimal() and int(omp_threads) > n_cores:
         return Finding(
             "threads",
             "note",
-            f"{said}, OMP_NUM_THREADS={set_to}",
+            f"{observation}, OMP_NUM_THREADS={omp_threads}",
             "unset OMP_NUM_THREADS, or set it to 1",
         )
-    return Finding("threads", "ok", said)
+    return Finding("threads", "ok", observation)
 
 
-def check_heads(lanes: Callable[[], int | None] | None = None) -> Finding:
+def check_heads(find_lanes: Callable[[], int | None] | None = None) -> Finding:
     """The compiled pass of logistic heads. lanes: floats of a vector, None where it was not built
     or cannot run.
     """
-    found = (lanes or _lanes)()
-    if found is None:
+    vector_length = (find_lanes or _lanes)()
+    if vector_length is None:
         return Finding(
             "heads",
             "note",
@@ -51,7 +51,9 @@ def check_heads(lanes: Callable[[], int | None] | None = None) -> Finding:
             "they train up to twice as fast with it: install a C compiler (apt-get install gcc), "
             "then install headrace again",
         )
-    return Finding("heads", "ok", f"logistic heads have a compiled pass, vectors of {found} floats")
+    return Finding(
+        "heads", "ok", f"logistic heads have a compiled pass, vectors of {vector_length} floats"
+    )
 
 
 def _lanes() -> int | None:
@@ -61,28 +63,28 @@ def _lanes() -> int | None:
     return None if library is None else library.vector_length
 
 
-def check_memory(available: float | None = None, cores: int | None = None) -> Finding:
+def check_memory(available_bytes: float | None = None, n_cores: int | None = None) -> Finding:
     """Room for a worker per core. available: bytes."""
-    available = available if available is not None else _available_bytes()
-    cores = cores or _cores()
-    said = f"{available / 1e9:.1f} GB free"
-    if available < _WORKER_BYTES:
+    available_bytes = available_bytes if available_bytes is not None else _available_bytes()
+    n_cores = n_cores or _cores()
+    observation = f"{available_bytes / 1e9:.1f} GB free"
+    if available_bytes < _WORKER_BYTES:
         return Finding(
             "memory",
             "fail",
-            said,
+            observation,
             f"a worker takes about {_WORKER_BYTES / 1e9:g} GB: close something, or use another "
             "machine",
         )
-    if available < cores * _WORKER_BYTES:
-        fitting = int(available / _WORKER_BYTES)
+    if available_bytes < n_cores * _WORKER_BYTES:
+        n_fitting = int(available_bytes / _WORKER_BYTES)
         return Finding(
             "memory",
             "note",
-            f"{said} for {cores} cores",
-            f"start fewer workers: --workers {fitting}",
+            f"{observation} for {n_cores} cores",
+            f"start fewer workers: --workers {n_fitting}",
         )
-    return Finding("memory", "ok", said)
+    return Finding("memory", "ok", observation)
 
 
 def _cores() -> int:
@@ -102,17 +104,17 @@ def _cpu_quota() -> float | None:
 
 def _available_bytes() -> float:
     """Memory that can be had, of the machine or of the container, whichever is less."""
-    available = float("inf")
+    available_bytes = float("inf")
     try:
         for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("MemAvailable:"):
-                available = float(line.split()[1]) * 1024
+                available_bytes = float(line.split()[1]) * 1024
     except OSError:
-        available = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+        available_bytes = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     try:
-        limit = float(Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8"))
-        used = float(Path("/sys/fs/cgroup/memory.current").read_text(encoding="utf-8"))
-        available = min(available, limit - used)
+        limit_bytes = float(Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8"))
+        used_bytes = float(Path("/sys/fs/cgroup/memory.current").read_text(encoding="utf-8"))
+        available_bytes = min(available_bytes, limit_bytes - used_bytes)
     except (OSError, ValueError):
         pass  # no limit
-    return available
+    return available_bytes

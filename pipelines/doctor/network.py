@@ -16,10 +16,10 @@ WEIGHTS_SERVER = "https://download.pytorch.org/models/"
 _ASK_S = 3.0  # how long a server may take to answer
 
 
-def check_ports(talk: Callable[[], None] | None = None) -> Finding:
+def check_ports(try_ports: Callable[[], None] | None = None) -> Finding:
     """Dask's scheduler and workers talk over ports of this machine that the system picks."""
     try:
-        (talk or _talk)()
+        (try_ports or _talk)()
     except OSError as error:
         return Finding(
             "ports",
@@ -32,13 +32,14 @@ def check_ports(talk: Callable[[], None] | None = None) -> Finding:
 
 
 def check_weights(
-    ask: Callable[[str], None] | None = None, servers: Callable[[], Sequence[str]] | None = None
+    ask_server: Callable[[str], None] | None = None,
+    list_servers: Callable[[], Sequence[str]] | None = None,
 ) -> Finding:
     """The libraries' own pretrained weights can be downloaded; a machine without a network can do
     without.
     """
     try:
-        addresses = (servers or _servers)()
+        addresses = (list_servers or _servers)()
     except Exception as error:  # noqa: BLE001 - torchvision is broken, which its own line says
         return Finding(
             "weights",
@@ -46,12 +47,12 @@ def check_weights(
             f"could not be asked for ({type(error).__name__})",
             "see the line `torch`",
         )
-    answers = {address: _in_time(ask or _ask, address) for address in addresses}
-    deadline = time.monotonic() + 2 * _ASK_S  # looking a name up has no limit of its own
+    answers = {address: _in_time(ask_server or _ask, address) for address in addresses}
+    deadline_at = time.monotonic() + 2 * _ASK_S  # looking a name up has no limit of its own
     unreachable = []
     for address, answer in answers.items():
         try:
-            reason = answer.get(timeout=max(0.0, deadline - time.monotonic()))
+            reason = answer.get(timeout=max(0.0, deadline_at - time.monotonic()))
         except queue.Empty:
             reason = "no answer"
         if reason:
@@ -68,14 +69,16 @@ def check_weights(
 
 
 def _talk() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        server.settimeout(_ASK_S)
-        with socket.create_connection(server.getsockname(), timeout=_ASK_S) as client:
-            accepted, _ = server.accept()
-            with accepted:
-                client.sendall(b"?")
-                accepted.settimeout(_ASK_S)
-                if accepted.recv(1) != b"?":
+    with socket.create_server(("127.0.0.1", 0)) as listening_socket:
+        listening_socket.settimeout(_ASK_S)
+        with socket.create_connection(
+            listening_socket.getsockname(), timeout=_ASK_S
+        ) as client_socket:
+            accepted_socket, _ = listening_socket.accept()
+            with accepted_socket:
+                client_socket.sendall(b"?")
+                accepted_socket.settimeout(_ASK_S)
+                if accepted_socket.recv(1) != b"?":
                     raise OSError("what was sent did not arrive")
 
 
@@ -86,7 +89,7 @@ def _servers() -> list[str]:
     return [WEIGHTS_SERVER, str(constants.ENDPOINT)]
 
 
-def _in_time(ask: Callable[[str], None], address: str) -> "queue.SimpleQueue[str]":
+def _in_time(ask_server: Callable[[str], None], address: str) -> "queue.SimpleQueue[str]":
     """Where the outcome will come: a reason, or nothing.
 
     A thread that never ends is left behind with the process.
@@ -95,7 +98,7 @@ def _in_time(ask: Callable[[str], None], address: str) -> "queue.SimpleQueue[str
 
     def run() -> None:
         try:
-            ask(address)
+            ask_server(address)
             answer.put("")
         except (OSError, ValueError) as error:
             answer.put(str(getattr(error, "reason", None) or error))

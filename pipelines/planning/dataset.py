@@ -58,12 +58,20 @@ def read_samples(recipe: Recipe) -> Listing:
     """
     listing = read_source(recipe.images.source())
     task = recipe.task
-    for key in ("target", "group", "split", "fold"):
-        named = getattr(task, key)
-        for column in () if named is None else (named,) if isinstance(named, str) else named:
+    for task_key in ("target", "group", "split", "fold"):
+        column_names = getattr(task, task_key)
+        for column in (
+            ()
+            if column_names is None
+            else (column_names,)
+            if isinstance(column_names, str)
+            else column_names
+        ):
             if column not in listing.samples.columns:
                 raise DataError(
-                    _absent(f"task.{key}", column, recipe.images.source().location, listing.samples)
+                    _absent(
+                        f"task.{task_key}", column, recipe.images.source().location, listing.samples
+                    )
                 )
     return listing
 
@@ -73,11 +81,16 @@ def list_samples(recipe: Recipe) -> pd.DataFrame:
     return read_samples(recipe).samples
 
 
-def _absent(key: str, column: str, source: object, samples: pd.DataFrame) -> str:
-    columns = [str(name) for name in samples.columns]
-    nearest = difflib.get_close_matches(column, columns, n=1, cutoff=0.4)
-    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-    return f"{source} has no column {column!r} ({key}).{hint} It has: {', '.join(columns)}"
+def _absent(
+    recipe_key: str, column_name: str, source_location: object, samples: pd.DataFrame
+) -> str:
+    column_names = [str(name) for name in samples.columns]
+    nearest_names = difflib.get_close_matches(column_name, column_names, n=1, cutoff=0.4)
+    hint = f" Did you mean {nearest_names[0]!r}?" if nearest_names else ""
+    return (
+        f"{source_location} has no column {column_name!r} ({recipe_key}).{hint} It has: "
+        f"{', '.join(column_names)}"
+    )
 
 
 def check_metric(section: TaskSection) -> str:
@@ -96,7 +109,7 @@ def check_metric(section: TaskSection) -> str:
 
 
 def make_dataset(
-    samples: pd.DataFrame, content: Sequence[str | None], section: TaskSection
+    samples: pd.DataFrame, content_hashes: Sequence[str | None], section: TaskSection
 ) -> Dataset:
     """Targets, test split and folds for the samples whose file could be read (content is not None).
 
@@ -104,411 +117,468 @@ def make_dataset(
     the table. Raises DataError for targets that cannot be learned (one class only, not a number,
     unknown split words).
     """
-    frame = samples.assign(_content=pd.Series(list(content), index=samples.index, dtype=object))
-    frame = frame[frame["_content"].notna()].sort_values("id", ignore_index=True)
+    labelled_samples = samples.assign(
+        _content=pd.Series(list(content_hashes), index=samples.index, dtype=object)
+    )
+    labelled_samples = labelled_samples[labelled_samples["_content"].notna()].sort_values(
+        "id", ignore_index=True
+    )
     notes: list[str] = []
-    unlabelled = len(frame)
-    frame, classes, target = check_targets(frame, section)
-    unlabelled -= len(frame)
-    if unlabelled:
+    n_unlabelled = len(labelled_samples)
+    labelled_samples, classes, target = check_targets(labelled_samples, section)
+    n_unlabelled -= len(labelled_samples)
+    if n_unlabelled:
         notes.append(
-            f"{unlabelled:,} images have no {' / '.join(target_columns(section))} and are left out"
+            f"{n_unlabelled:,} images have no {' / '.join(target_columns(section))} and are left "
+            "out"
         )
     notes += alike_names(classes, "classes")
     groups = None
     if section.group is not None:
-        names = _group_names(frame, section.group)
-        groups = np.asarray(pd.factorize(names)[0], dtype=np.int64)
-        notes += alike_names(names.unique(), f"values of {section.group!r}")
-    notes += _unused_split(frame, section)
-    across = _copies_across_sides(frame, section)
-    notes += _duplicates(frame, target, across=bool(across)) + across
-    fold = _assign_folds(frame, target, groups, section, notes, across=bool(across))
+        group_names = _group_names(labelled_samples, section.group)
+        groups = np.asarray(pd.factorize(group_names)[0], dtype=np.int64)
+        notes += alike_names(group_names.unique(), f"values of {section.group!r}")
+    notes += _unused_split(labelled_samples, section)
+    copy_notes = _copies_across_sides(labelled_samples, section)
+    notes += _duplicates(labelled_samples, target, across_sides=bool(copy_notes)) + copy_notes
+    fold_of_row = _assign_folds(
+        labelled_samples, target, groups, section, notes, across_sides=bool(copy_notes)
+    )
     if section.kind == "single":
-        notes += _check_classes(classes, target, fold, section.metric)
-    _check_folds(fold, target if section.kind == "single" else None)
+        notes += _check_classes(classes, target, fold_of_row, section.metric)
+    _check_folds(fold_of_row, target if section.kind == "single" else None)
     task = Task(
         section.kind,
         classes,
-        frame["id"].to_numpy(dtype=np.str_),
-        frame["_content"].to_numpy(dtype="S32"),
+        labelled_samples["id"].to_numpy(dtype=np.str_),
+        labelled_samples["_content"].to_numpy(dtype="S32"),
         target,
-        fold,
-        np.ones(len(frame)),
+        fold_of_row,
+        np.ones(len(labelled_samples)),
     )
-    copies = pd.factorize(frame["_content"])[0].astype(np.int64)
-    together = copies if groups is None else _joined_by_copies(groups, frame["_content"])
-    test = fold == TEST
+    copy_codes = pd.factorize(labelled_samples["_content"])[0].astype(np.int64)
+    row_groups = (
+        copy_codes if groups is None else _joined_by_copies(groups, labelled_samples["_content"])
+    )
+    is_test = fold_of_row == TEST
     return Dataset(
         task.without_test(),
-        task.take(test),
+        task.take(is_test),
         tuple(notes),
-        together[~test],
-        unlabelled,
-        together[test],
+        row_groups[~is_test],
+        n_unlabelled,
+        row_groups[is_test],
     )
 
 
-def _group_names(frame: pd.DataFrame, column: str) -> pd.Series:
-    names = as_text(empty_as_missing(frame[column]))
-    if names.isna().any():
-        first = frame.loc[names.isna(), "id"].iloc[0]
+def _group_names(labelled_samples: pd.DataFrame, column_name: str) -> pd.Series:
+    group_names = as_text(empty_as_missing(labelled_samples[column_name]))
+    if group_names.isna().any():
+        first_id = labelled_samples.loc[group_names.isna(), "id"].iloc[0]
         raise DataError(
-            f"task.group {column!r} is empty for {first!r}: every image needs a group, or none has "
-            "one"
+            f"task.group {column_name!r} is empty for {first_id!r}: every image needs a group, or "
+            "none has one"
         )
-    return names
+    return group_names
 
 
-def _unused_split(frame: pd.DataFrame, section: TaskSection) -> list[str]:
-    if section.split is not None or section.fold is not None or "split" not in frame:
+def _unused_split(labelled_samples: pd.DataFrame, section: TaskSection) -> list[str]:
+    if section.split is not None or section.fold is not None or "split" not in labelled_samples:
         return []
-    words = set(as_text(frame["split"]).dropna().str.lower())
-    if not words <= set(SPLIT_WORDS):
+    split_words = set(as_text(labelled_samples["split"]).dropna().str.lower())
+    if not split_words <= set(SPLIT_WORDS):
         return []
     return [
         (
-            f"the images are marked as {', '.join(sorted(words))}, and a random split is drawn: to "
-            "use theirs, task.split: split"
+            f"the images are marked as {', '.join(sorted(split_words))}, and a random split is "
+            "drawn: to use theirs, task.split: split"
         )
     ]
 
 
-def _duplicates(frame: pd.DataFrame, target: npt.NDArray[Any], *, across: bool) -> list[str]:
+def _duplicates(
+    labelled_samples: pd.DataFrame, target: npt.NDArray[Any], *, across_sides: bool
+) -> list[str]:
     """Notes on exact copies. across: the user's column, which is followed, has some of them on
     several sides.
     """
-    repeated = frame["_content"].duplicated(keep=False).to_numpy()
-    if not repeated.any():
+    is_repeated = labelled_samples["_content"].duplicated(keep=False).to_numpy()
+    if not is_repeated.any():
         return []
-    kept = "" if across else "; copies stay on one side of every split"
-    notes = [f"{int(repeated.sum()):,} images are exact copies of one another{kept}"]
-    flat = pd.DataFrame(target.reshape(len(target), -1))[repeated]
-    disagreeing = flat.groupby(frame["_content"].to_numpy()[repeated]).nunique().gt(1).any(axis=1)
-    if odd := int(disagreeing.sum()):
-        carry = "carries" if odd == 1 else "carry"
-        notes.append(f"{odd:,} of the copied images {carry} different targets: check their labels")
+    kept_text = "" if across_sides else "; copies stay on one side of every split"
+    notes = [f"{int(is_repeated.sum()):,} images are exact copies of one another{kept_text}"]
+    flat_targets = pd.DataFrame(target.reshape(len(target), -1))[is_repeated]
+    disagreeing = (
+        flat_targets.groupby(labelled_samples["_content"].to_numpy()[is_repeated])
+        .nunique()
+        .gt(1)
+        .any(axis=1)
+    )
+    if n_disagreeing := int(disagreeing.sum()):
+        verb = "carries" if n_disagreeing == 1 else "carry"
+        notes.append(
+            f"{n_disagreeing:,} of the copied images {verb} different targets: check their labels"
+        )
     return notes
 
 
 def _assign_folds(
-    frame: pd.DataFrame,
+    labelled_samples: pd.DataFrame,
     target: npt.NDArray[Any],
     groups: npt.NDArray[np.int64] | None,
     section: TaskSection,
     notes: list[str],
     *,
-    across: bool,
+    across_sides: bool,
 ) -> npt.NDArray[np.int16]:
     """(N,) folds.
 
     Copies of one image are split as one row, and groups that share a copy as one group.
 
-    across: the user's column has copies on several sides, and stays as it is; what it leaves to be
-    drawn keeps them together.
+    across_sides: the user's column has copies on several sides, and stays as it is; what it leaves
+    to be drawn keeps them together.
     """
-    if across:
-        own = np.arange(len(frame), dtype=np.int64) if groups is None else groups
+    if across_sides:
+        row_groups = np.arange(len(labelled_samples), dtype=np.int64) if groups is None else groups
         return _draw_folds(
-            frame,
+            labelled_samples,
             target,
             groups,
             section,
             notes,
-            together=_joined_by_copies(own, frame["_content"]),
+            kept_together=_joined_by_copies(row_groups, labelled_samples["_content"]),
         )
     if groups is None:
-        first, copy_of = _first_copies(frame["_content"])
-        return _draw_folds(frame.iloc[first], target[first], None, section, notes)[copy_of]
-    joined = _joined_by_copies(groups, frame["_content"])
-    notes += _joined_groups(frame, groups, joined, section)
-    return _draw_folds(frame, target, joined, section, notes)
+        first_rows, copy_of = _first_copies(labelled_samples["_content"])
+        return _draw_folds(
+            labelled_samples.iloc[first_rows], target[first_rows], None, section, notes
+        )[copy_of]
+    joined_groups = _joined_by_copies(groups, labelled_samples["_content"])
+    notes += _joined_groups(labelled_samples, groups, joined_groups, section)
+    return _draw_folds(labelled_samples, target, joined_groups, section, notes)
 
 
-def _copies_across_sides(frame: pd.DataFrame, section: TaskSection) -> list[str]:
+def _copies_across_sides(labelled_samples: pd.DataFrame, section: TaskSection) -> list[str]:
     """A note where the split or fold column has copies of an image on different sides and is
     followed all the same.
 
     Raises DataError, naming the rows, unless task.copies says so.
     """
-    column = section.split or section.fold
-    if column is None:
+    column_name = section.split or section.fold
+    if column_name is None:
         return []
-    sides = pd.Series(
-        _read_split(frame, column) if section.split else _read_folds(frame, column),
-        index=frame.index,
+    side_of_row = pd.Series(
+        _read_split(labelled_samples, column_name)
+        if section.split
+        else _read_folds(labelled_samples, column_name),
+        index=labelled_samples.index,
     )
-    mixed = sides.groupby(frame["_content"].to_numpy()).transform("nunique") > 1
-    if not mixed.any():
+    is_mixed = side_of_row.groupby(labelled_samples["_content"].to_numpy()).transform("nunique") > 1
+    if not is_mixed.any():
         return []
-    content = frame.loc[mixed, "_content"].iloc[0]
-    names = frame.loc[frame["_content"] == content, "id"].tolist()
-    found = (
-        f"column {column!r} puts exact copies of an image on different sides: {int(mixed.sum()):,} "
-        f"images, first {' and '.join(map(repr, names[:2]))}"
+    first_content = labelled_samples.loc[is_mixed, "_content"].iloc[0]
+    copy_ids = labelled_samples.loc[labelled_samples["_content"] == first_content, "id"].tolist()
+    copies_text = (
+        f"column {column_name!r} puts exact copies of an image on different sides: "
+        f"{int(is_mixed.sum()):,} images, first {' and '.join(map(repr, copy_ids[:2]))}"
     )
     if section.copies == "keep":
         return [
             (
-                f"{found}. The column is followed (task.copies: keep); what is tested was trained "
-                "on there"
+                f"{copies_text}. The column is followed (task.copies: keep); what is tested was "
+                "trained on there"
             )
         ]
     raise DataError(
-        f"{found}. Mend the column, leave one of them out (images.exclude: "
-        f"{yaml_list(names[:1])}), or follow the column as it is: task.copies: keep"
+        f"{copies_text}. Mend the column, leave one of them out (images.exclude: "
+        f"{yaml_list(copy_ids[:1])}), or follow the column as it is: task.copies: keep"
     )
 
 
 def _joined_groups(
-    frame: pd.DataFrame,
+    labelled_samples: pd.DataFrame,
     groups: npt.NDArray[np.int64],
-    joined: npt.NDArray[np.int64],
+    joined_groups: npt.NDArray[np.int64],
     section: TaskSection,
 ) -> list[str]:
     """A note on groups that copies of images join.
 
     Raises DataError where they make most of the images one group.
     """
-    table = pd.DataFrame(
-        {"group": groups, "joined": joined, "content": frame["_content"].to_numpy()}
+    group_table = pd.DataFrame(
+        {
+            "group": groups,
+            "joined": joined_groups,
+            "content": labelled_samples["_content"].to_numpy(),
+        }
     )
-    sizes = table.groupby("joined")["group"].nunique()
-    if sizes.max() < 2:
+    joined_sizes = group_table.groupby("joined")["group"].nunique()
+    if joined_sizes.max() < 2:
         return []
-    shared = table.groupby("content")["group"].nunique()
-    worst = shared.idxmax()
-    names = frame.loc[frame["_content"] == worst, "id"].tolist()
-    rows = int((joined == sizes.idxmax()).sum())
-    total = table["group"].nunique()
-    found = (
+    groups_per_image = group_table.groupby("content")["group"].nunique()
+    most_shared = groups_per_image.idxmax()
+    copy_ids = labelled_samples.loc[labelled_samples["_content"] == most_shared, "id"].tolist()
+    n_joined_rows = int((joined_groups == joined_sizes.idxmax()).sum())
+    n_groups = group_table["group"].nunique()
+    groups_text = (
         "copies of one image are in several groups, which are joined, for else one would be "
-        f"tested on what it was trained on: {names[0]!r} and its copies are in "
-        f"{int(shared.max()):,} of the {total:,} groups of {section.group!r}, and the largest "
-        f"joined group has {int(sizes.max()):,} of them, {rows:,} of {len(frame):,} images"
+        f"tested on what it was trained on: {copy_ids[0]!r} and its copies are in "
+        f"{int(groups_per_image.max()):,} of the {n_groups:,} groups of {section.group!r}, and the "
+        f"largest joined group has {int(joined_sizes.max()):,} of them, {n_joined_rows:,} of "
+        f"{len(labelled_samples):,} images"
     )
-    if rows > len(frame) / 2:
-        more = f" and {len(names) - _EXCLUDED_NAMED:,} more" if len(names) > _EXCLUDED_NAMED else ""
-        raise DataError(
-            f"{found}. No fair split is left. Leave these copies out (a placeholder shows nothing "
-            f"of its patient): images.exclude: {yaml_list(names[:_EXCLUDED_NAMED])}{more}, or mend "
-            f"{section.group!r}"
+    if n_joined_rows > len(labelled_samples) / 2:
+        more_text = (
+            f" and {len(copy_ids) - _EXCLUDED_NAMED:,} more"
+            if len(copy_ids) > _EXCLUDED_NAMED
+            else ""
         )
-    return [found]
+        raise DataError(
+            f"{groups_text}. No fair split is left. Leave these copies out (a placeholder shows "
+            "nothing of its patient): images.exclude: "
+            f"{yaml_list(copy_ids[:_EXCLUDED_NAMED])}{more_text}, or mend {section.group!r}"
+        )
+    return [groups_text]
 
 
 def _draw_folds(
-    frame: pd.DataFrame,
+    labelled_samples: pd.DataFrame,
     target: npt.NDArray[Any],
     groups: npt.NDArray[np.int64] | None,
     section: TaskSection,
     notes: list[str],
     *,
-    together: npt.NDArray[np.int64] | None = None,
+    kept_together: npt.NDArray[np.int64] | None = None,
 ) -> npt.NDArray[np.int16]:
     """(N,) folds: the user's column where it says them, and what is drawn where it does not.
 
     groups: no side of the user's column may split one. together: what a draw keeps whole, by
     default the groups.
     """
-    if together is None:
-        together = groups
-    fold = np.full(len(frame), TRAIN_ONLY, np.int16)
-    validation = np.zeros(len(frame), np.bool_)
+    if kept_together is None:
+        kept_together = groups
+    fold_of_row = np.full(len(labelled_samples), TRAIN_ONLY, np.int16)
+    is_validation = np.zeros(len(labelled_samples), np.bool_)
     if section.split is not None:
-        given = _read_split(frame, section.split)
-        fold[given == "test"] = TEST
-        validation = given == "validation"
+        split_of_row = _read_split(labelled_samples, section.split)
+        fold_of_row[split_of_row == "test"] = TEST
+        is_validation = split_of_row == "validation"
     elif section.fold is not None:
-        fold = make_folds(
-            target, n_folds=section.folds, seed=section.seed, given=_read_folds(frame, section.fold)
+        fold_of_row = make_folds(
+            target,
+            n_folds=section.folds,
+            seed=section.seed,
+            given=_read_folds(labelled_samples, section.fold),
         )
-        validation = fold >= 0
-    column = section.split or section.fold
-    if groups is not None and column is not None:
-        sides = np.where(
-            validation, fold if section.fold else 0, np.where(fold == TEST, TEST, TRAIN_ONLY)
+        is_validation = fold_of_row >= 0
+    column_name = section.split or section.fold
+    if groups is not None and column_name is not None:
+        side_of_row = np.where(
+            is_validation,
+            fold_of_row if section.fold else 0,
+            np.where(fold_of_row == TEST, TEST, TRAIN_ONLY),
         )
-        _refuse_split_groups(frame, groups, sides, column, section.group)
-    if section.test_fraction > 0 and not (fold == TEST).any():
+        _refuse_split_groups(labelled_samples, groups, side_of_row, column_name, section.group)
+    if section.test_fraction > 0 and not (fold_of_row == TEST).any():
         # Rows that the user validates on stay what they are, and with them their groups; folds give
         # up their share.
-        kept = validation if section.split is not None else np.zeros(len(frame), np.bool_)
-        free = ~kept if together is None else ~np.isin(together, together[kept])
-        if not free.any():
+        is_kept = (
+            is_validation
+            if section.split is not None
+            else np.zeros(len(labelled_samples), np.bool_)
+        )
+        is_free = (
+            ~is_kept if kept_together is None else ~np.isin(kept_together, kept_together[is_kept])
+        )
+        if not is_free.any():
             raise DataError(
-                f"column {column!r} has no test rows, and none can be drawn: every image is "
+                f"column {column_name!r} has no test rows, and none can be drawn: every image is "
                 "validated on, or shares a group or a copy with one that is. Mark test rows in "
                 "it, or do without a test split: task.test_fraction: 0"
             )
-        drawn = split_test(
-            target[free],
+        is_drawn = split_test(
+            target[is_free],
             fraction=section.test_fraction,
             seed=section.seed,
-            groups=None if together is None else together[free],
+            groups=None if kept_together is None else kept_together[is_free],
         )
-        fold[np.flatnonzero(free)[drawn]] = TEST
-        if column is not None:
+        fold_of_row[np.flatnonzero(is_free)[is_drawn]] = TEST
+        if column_name is not None:
             notes.append(
-                f"column {column!r} has no test rows: {int(drawn.sum()):,} were drawn, at random, "
-                "from the others"
+                f"column {column_name!r} has no test rows: {int(is_drawn.sum()):,} were drawn, at "
+                "random, from the others"
             )
-    if section.split is not None and validation.any():
-        fold[validation] = 0
+    if section.split is not None and is_validation.any():
+        fold_of_row[is_validation] = 0
     elif section.fold is None:
-        rest = fold != TEST
-        fold[rest] = make_folds(
-            target[rest],
+        is_remaining = fold_of_row != TEST
+        fold_of_row[is_remaining] = make_folds(
+            target[is_remaining],
             n_folds=section.folds,
             seed=section.seed,
-            groups=None if together is None else together[rest],
+            groups=None if kept_together is None else kept_together[is_remaining],
         )
-    if not (fold >= 0).any():
+    if not (fold_of_row >= 0).any():
         raise DataError("no row is left for validation: a head cannot be chosen")
-    return fold
+    return fold_of_row
 
 
-def _joined_by_copies(groups: npt.NDArray[np.int64], content: pd.Series) -> npt.NDArray[np.int64]:
+def _joined_by_copies(
+    groups: npt.NDArray[np.int64], content_hashes: pd.Series
+) -> npt.NDArray[np.int64]:
     """(N,) groups, those that hold a copy of the same image made one: the components of the graph
     of rows.
     """
-    copies = pd.factorize(content)[0]
-    count = int(groups.max()) + 1
-    edges = (np.ones(len(groups)), (groups, copies + count))
-    size = count + int(copies.max()) + 1
-    components = connected_components(coo_array(edges, shape=(size, size)), directed=False)[1]
+    copy_codes = pd.factorize(content_hashes)[0]
+    n_groups = int(groups.max()) + 1
+    graph_edges = (np.ones(len(groups)), (groups, copy_codes + n_groups))
+    n_nodes = n_groups + int(copy_codes.max()) + 1
+    components = connected_components(
+        coo_array(graph_edges, shape=(n_nodes, n_nodes)), directed=False
+    )[1]
     return np.asarray(components[groups], np.int64)
 
 
 def _refuse_split_groups(
-    frame: pd.DataFrame,
+    labelled_samples: pd.DataFrame,
     groups: npt.NDArray[np.int64],
-    sides: npt.NDArray[Any],
-    column: str,
-    group: str | None,
+    side_of_row: npt.NDArray[Any],
+    column_name: str,
+    group_column: str | None,
 ) -> None:
-    mixed = pd.Series(sides).groupby(groups).transform("nunique").to_numpy() > 1
-    if mixed.any():
-        name = frame[group].iloc[int(mixed.argmax())]
+    is_mixed = pd.Series(side_of_row).groupby(groups).transform("nunique").to_numpy() > 1
+    if is_mixed.any():
+        first_group = labelled_samples[group_column].iloc[int(is_mixed.argmax())]
         raise DataError(
-            f"column {column!r} puts images of the same {group!r} (or copies of them) on different "
-            f"sides, first {name!r}, {int(mixed.sum()):,} images in all. Mend the column, or leave "
-            "one of the two out of the recipe"
+            f"column {column_name!r} puts images of the same {group_column!r} (or copies of them) "
+            f"on different sides, first {first_group!r}, {int(is_mixed.sum()):,} images in all. "
+            "Mend the column, or leave one of the two out of the recipe"
         )
 
 
-def _read_folds(frame: pd.DataFrame, column: str) -> npt.NDArray[Any]:
-    values = empty_as_missing(frame[column])
-    if values.isna().any():
+def _read_folds(labelled_samples: pd.DataFrame, column_name: str) -> npt.NDArray[Any]:
+    fold_values = empty_as_missing(labelled_samples[column_name])
+    if fold_values.isna().any():
         raise DataError(
-            f"task.fold {column!r} is empty for {frame.loc[values.isna(), 'id'].iloc[0]!r}: every "
-            "image needs one"
+            f"task.fold {column_name!r} is empty for "
+            f"{labelled_samples.loc[fold_values.isna(), 'id'].iloc[0]!r}: every image needs one"
         )
-    texts = as_text(values)
+    fold_texts = as_text(fold_values)
     if (
-        texts.str.fullmatch(r"-?\d{1,18}").all() and (numbers := texts.astype("int64")).min() <= 0
+        fold_texts.str.fullmatch(r"-?\d{1,18}").all()
+        and (fold_numbers := fold_texts.astype("int64")).min() <= 0
     ):  # 18 digits fit int64
-        return numbers.to_numpy()
-    if texts.str.fullmatch(r"-?\d+").all() and (below := texts[texts.str.startswith("-")]).any():
+        return fold_numbers.to_numpy()
+    if (
+        fold_texts.str.fullmatch(r"-?\d+").all()
+        and (negative_texts := fold_texts[fold_texts.str.startswith("-")]).any()
+    ):
         # As a name, the -1 of a test row would be a fold to train on.
         raise DataError(
-            f"task.fold {column!r} holds {below.iloc[0]} beside {max(texts, key=len)}: number the "
-            "folds 0, 1, … without gaps, with -1 for test rows"
+            f"task.fold {column_name!r} holds {negative_texts.iloc[0]} beside "
+            f"{max(fold_texts, key=len)}: number the folds 0, 1, … without gaps, with -1 for test "
+            "rows"
         )
-    return texts.to_numpy(dtype=np.str_)  # names; folds that are counted from 1 are such
+    return fold_texts.to_numpy(dtype=np.str_)  # names; folds that are counted from 1 are such
 
 
-def drop_rows(dataset: Dataset, failed: Set[str]) -> Dataset:
+def drop_rows(dataset: Dataset, failed_contents: Set[str]) -> Dataset:
     """Leave out the images that some feature set of the run cannot hold, so that all heads are
     compared on the same rows.
 
     The other rows keep their folds. Raises DataError when a fold or the training rows are left with
     nothing.
     """
-    if not failed:
+    if not failed_contents:
         return dataset
-    bad = np.array(sorted(failed), "S32")
-    kept = ~np.isin(dataset.train.content, bad)
-    train = dataset.train.take(kept)
-    empty = sorted(set(dataset.train.fold[dataset.train.fold >= 0]) - set(train.fold))
-    if empty:
+    failed_hashes = np.array(sorted(failed_contents), "S32")
+    is_kept = ~np.isin(dataset.train.content, failed_hashes)
+    kept_train = dataset.train.take(is_kept)
+    empty_folds = sorted(set(dataset.train.fold[dataset.train.fold >= 0]) - set(kept_train.fold))
+    if empty_folds:
         raise DataError(
-            f"every image of fold {empty[0]} failed: the reasons are in `headrace cache` and in "
-            "failed-images.csv"
+            f"every image of fold {empty_folds[0]} failed: the reasons are in `headrace cache` and "
+            "in failed-images.csv"
         )
-    tested = ~np.isin(dataset.test.content, bad)
+    is_tested = ~np.isin(dataset.test.content, failed_hashes)
     return Dataset(
-        train,
-        dataset.test.take(tested),
+        kept_train,
+        dataset.test.take(is_tested),
         dataset.notes,
-        dataset.groups[kept],
+        dataset.groups[is_kept],
         dataset.unlabelled,
-        dataset.test_groups[tested],
+        dataset.test_groups[is_tested],
     )
 
 
-def _first_copies(content: pd.Series) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+def _first_copies(content_hashes: pd.Series) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
     """Rows of the first copy of each content, and for every row the position of its first copy
     among those.
     """
-    copy_of, _ = pd.factorize(content)
-    return np.flatnonzero(~content.duplicated().to_numpy()), copy_of
+    copy_of, _ = pd.factorize(content_hashes)
+    return np.flatnonzero(~content_hashes.duplicated().to_numpy()), copy_of
 
 
-def _read_split(frame: pd.DataFrame, column: str) -> npt.NDArray[np.str_]:
-    texts = as_text(empty_as_missing(frame[column]))
-    if texts.isna().any():
+def _read_split(labelled_samples: pd.DataFrame, column_name: str) -> npt.NDArray[np.str_]:
+    split_texts = as_text(empty_as_missing(labelled_samples[column_name]))
+    if split_texts.isna().any():
         raise DataError(
-            f"task.split {column!r} is empty in {int(texts.isna().sum()):,} rows, first "
-            f"{frame.loc[texts.isna(), 'id'].iloc[0]!r}; expected train, validation or test"
-        )
-    words = texts.str.lower()
-    unknown = sorted(set(words) - set(SPLIT_WORDS))
-    if unknown:
-        raise DataError(
-            f"task.split {column!r} holds {', '.join(map(repr, unknown[:5]))}; expected train, "
+            f"task.split {column_name!r} is empty in {int(split_texts.isna().sum()):,} rows, first "
+            f"{labelled_samples.loc[split_texts.isna(), 'id'].iloc[0]!r}; expected train, "
             "validation or test"
         )
-    return words.map(SPLIT_WORDS).to_numpy(dtype=np.str_)
+    split_words = split_texts.str.lower()
+    unknown_words = sorted(set(split_words) - set(SPLIT_WORDS))
+    if unknown_words:
+        raise DataError(
+            f"task.split {column_name!r} holds {', '.join(map(repr, unknown_words[:5]))}; expected "
+            "train, validation or test"
+        )
+    return split_words.map(SPLIT_WORDS).to_numpy(dtype=np.str_)
 
 
-def _check_folds(fold: npt.NDArray[np.int16], target: npt.NDArray[np.int64] | None) -> None:
+def _check_folds(fold_of_row: npt.NDArray[np.int16], target: npt.NDArray[np.int64] | None) -> None:
     """Every fold must leave something to learn from."""
-    for number in range(int(fold.max()) + 1):
-        trains = (fold != number) & (fold != TEST)
-        if not trains.any():
+    for fold_number in range(int(fold_of_row.max()) + 1):
+        is_trained = (fold_of_row != fold_number) & (fold_of_row != TEST)
+        if not is_trained.any():
             raise DataError(
-                f"validation fold {number} leaves no image to train on: mark some rows as train in "
-                "task.split, or use more folds"
+                f"validation fold {fold_number} leaves no image to train on: mark some rows as "
+                "train in task.split, or use more folds"
             )
-        if target is not None and len(np.unique(target[trains])) < 2:
+        if target is not None and len(np.unique(target[is_trained])) < 2:
             raise DataError(
-                f"without validation fold {number}, the {int(trains.sum()):,} images to train on "
-                "are all of one class: a classifier needs two. Look at the split, fold or group "
-                "column"
+                f"without validation fold {fold_number}, the {int(is_trained.sum()):,} images to "
+                "train on are all of one class: a classifier needs two. Look at the split, fold "
+                "or group column"
             )
 
 
 def _check_classes(
     classes: tuple[str, ...],
     target: npt.NDArray[Any],
-    fold: npt.NDArray[np.int16],
+    fold_of_row: npt.NDArray[np.int16],
     metric: str | None,
 ) -> list[str]:
-    counts = np.bincount(target[fold != TEST], minlength=len(classes))
+    class_counts = np.bincount(target[fold_of_row != TEST], minlength=len(classes))
     notes = []
-    largest = int(counts.argmax())
-    share = counts[largest] / counts.sum()
-    if share >= 0.9 and metric in (None, "accuracy"):
+    largest_class = int(class_counts.argmax())
+    largest_share = class_counts[largest_class] / class_counts.sum()
+    if largest_share >= 0.9 and metric in (None, "accuracy"):
         notes.append(
-            f"{share:.1%} of the images are {classes[largest]}, so always saying that has an "
-            f"accuracy of {share:.1%}; task.metric: balanced_accuracy or macro_f1 weighs all "
-            "classes the same"
+            f"{largest_share:.1%} of the images are {classes[largest_class]}, so always saying "
+            f"that has an accuracy of {largest_share:.1%}; task.metric: balanced_accuracy or "
+            "macro_f1 weighs all classes the same"
         )
-    unseen = [classes[i] for i in np.flatnonzero(counts == 0)]
-    rare = [f"{classes[i]} ({counts[i]})" for i in np.flatnonzero((counts > 0) & (counts < 5))]
-    if unseen:
-        notes.append(f"no training image of class {name_some(unseen)}: it can never be predicted")
-    if rare:
-        notes.append(f"few training images of class {name_some(rare)}: expect noise there")
+    unseen_classes = [classes[class_index] for class_index in np.flatnonzero(class_counts == 0)]
+    rare_classes = [
+        f"{classes[class_index]} ({class_counts[class_index]})"
+        for class_index in np.flatnonzero((class_counts > 0) & (class_counts < 5))
+    ]
+    if unseen_classes:
+        notes.append(
+            f"no training image of class {name_some(unseen_classes)}: it can never be predicted"
+        )
+    if rare_classes:
+        notes.append(f"few training images of class {name_some(rare_classes)}: expect noise there")
     return notes

@@ -330,7 +330,9 @@ def _predict(
             return
         reasons = []
         with ExitStack() as stack:
-            client = stack.enter_context(local_client(min(cores, len(jobs)), imports=[__name__]))
+            client = stack.enter_context(
+                local_client(min(cores, len(jobs)), module_names=[__name__])
+            )
             keyed = ((f"predict-{Path(job.part).stem}", job) for job in jobs)
             outcomes = stack.enter_context(closing(run_tasks(client, predict_part, keyed)))
             for outcome in outcomes:

@@ -62,11 +62,13 @@ class Recipe(Section):
 
     @pydantic.model_validator(mode="after")
     def _names_differ(self) -> "Recipe":
-        names = [backbone.alias or backbone.name for backbone in self.backbones]
-        twice = {name for name in names if names.count(name) > 1}
-        if twice:
-            raise ValueError(f"two backbones are called {twice.pop()!r}: give each its own `alias`")
-        if not names and not self.external_features:
+        backbone_names = [backbone.alias or backbone.name for backbone in self.backbones]
+        repeated_names = {name for name in backbone_names if backbone_names.count(name) > 1}
+        if repeated_names:
+            raise ValueError(
+                f"two backbones are called {repeated_names.pop()!r}: give each its own `alias`"
+            )
+        if not backbone_names and not self.external_features:
             raise ValueError(
                 "the key 'backbones' is missing: name at least one network (or `external_features`)"
             )
@@ -86,8 +88,8 @@ def load_recipe(path: str | Path) -> Recipe:
     """
     path = Path(path)
     try:
-        with path.open("rb") as file:  # no more of it than a recipe can have
-            text = file.read(4 * MAX_CHARACTERS + 4).decode("utf-8")
+        with path.open("rb") as recipe_file:  # no more of it than a recipe can have
+            text = recipe_file.read(4 * MAX_CHARACTERS + 4).decode("utf-8")
     except (FileNotFoundError, NotADirectoryError):
         raise RecipeError(f"{path}: no such recipe. Write one with: headrace init FOLDER") from None
     except (IsADirectoryError, UnicodeDecodeError):
@@ -112,70 +114,73 @@ def elsewhere(recipe: Recipe, where: str) -> Recipe:
     return recipe.model_copy(update={"cluster": section})
 
 
-def parse_recipe(text: str, path: Path) -> Recipe:
-    """As `load_recipe`, from text; `path` names it in messages and is where relative
+def parse_recipe(text: str, recipe_path: Path) -> Recipe:
+    """As `load_recipe`, from text; `recipe_path` names it in messages and is where relative
     paths start.
     """
-    root, values = read_yaml(text, path, Recipe.model_fields)
+    root_node, values = read_yaml(text, recipe_path, Recipe.model_fields)
     try:
         recipe = Recipe.model_validate(values)
     except pydantic.ValidationError as error:
-        raise RecipeError(explain_all(error.errors(), root, path, Recipe)) from None
-    return _absolute(recipe, path)
+        raise RecipeError(explain_all(error.errors(), root_node, recipe_path, Recipe)) from None
+    return _absolute(recipe, recipe_path)
 
 
-def _absolute(recipe: Recipe, path: Path) -> Recipe:
-    base = path.absolute().parent
+def _absolute(recipe: Recipe, recipe_path: Path) -> Recipe:
+    recipe_folder = recipe_path.absolute().parent
 
     def resolve(value: Path | None) -> Path | None:
-        return None if value is None else (base / expand_home(value))
+        return None if value is None else (recipe_folder / expand_home(value))
 
-    files = ("folder", "table", "root", "tar", "zip", "array", "labels")
+    path_keys = ("folder", "table", "root", "tar", "zip", "array", "labels")
     images = recipe.images.model_copy(
-        update={name: resolve(getattr(recipe.images, name)) for name in files}
+        update={name: resolve(getattr(recipe.images, name)) for name in path_keys}
     )
     backbones = tuple(
         backbone.model_copy(
-            update={"weights": _weights_file(backbone.weights, base)} | _located(backbone, base)
+            update={"weights": _weights_file(backbone.weights, recipe_folder)}
+            | _located(backbone, recipe_folder)
         )
         for backbone in recipe.backbones
     )
     cluster = recipe.cluster.model_copy(update={"tls": resolve(recipe.cluster.tls)})
-    out = resolve(recipe.out) or base / "headrace-runs" / path.stem
+    out_folder = resolve(recipe.out) or recipe_folder / "headrace-runs" / recipe_path.stem
     return recipe.model_copy(
         update={
             "images": images,
             "backbones": backbones,
             "cache": resolve(recipe.cache),
-            "out": out,
+            "out": out_folder,
             "cluster": cluster,
-            "log": _absolute_log(recipe.log, base),
+            "log": _absolute_log(recipe.log, recipe_folder),
         }
     )
 
 
-def _located(backbone: Backbone, base: Path) -> dict[str, str]:
+def _located(backbone: Backbone, recipe_folder: Path) -> dict[str, str]:
     """The name of a backbone that lies in a folder, which is shown as the recipe has it."""
-    name = absolute_name(backbone.name, base)
+    name = absolute_name(backbone.name, recipe_folder)
     return {} if name == backbone.name else {"name": name, "alias": backbone.alias or backbone.name}
 
 
-def _absolute_log(log: LogSection | None, base: Path) -> LogSection | None:
+def _absolute_log(log: LogSection | None, recipe_folder: Path) -> LogSection | None:
     if log is None:
         return None
-    mlflow = (
+    mlflow_uri = (
         log.mlflow
         if log.mlflow is None or "://" in log.mlflow
-        else str(base / expand_home(log.mlflow))
+        else str(recipe_folder / expand_home(log.mlflow))
     )
-    board = None if log.tensorboard is None else base / expand_home(log.tensorboard)
-    return log.model_copy(update={"mlflow": mlflow, "tensorboard": board})
+    tensorboard_folder = (
+        None if log.tensorboard is None else recipe_folder / expand_home(log.tensorboard)
+    )
+    return log.model_copy(update={"mlflow": mlflow_uri, "tensorboard": tensorboard_folder})
 
 
-def _weights_file(weights: str | None, base: Path) -> str | None:
+def _weights_file(weights: str | None, recipe_folder: Path) -> str | None:
     """A name that ends as weights files do is a path from the recipe's folder; anything else is a
     tag.
     """
     if weights and weights.endswith((".pth", ".pt", ".bin", ".safetensors")):
-        return str(base / expand_home(weights))
+        return str(recipe_folder / expand_home(weights))
     return weights

@@ -128,10 +128,12 @@ class TaskSection(Section):
     def _columns_differ(cls, target: str | tuple[str, ...]) -> str | tuple[str, ...]:
         if not target:
             raise ValueError("name at least one column, such as `target: label`")
-        names = [target] if isinstance(target, str) else target
-        twice = {name for name in names if names.count(name) > 1}
-        if twice:
-            raise ValueError(f"the column {min(twice)!r} is named twice: name each column once")
+        column_names = [target] if isinstance(target, str) else target
+        repeated_names = {name for name in column_names if column_names.count(name) > 1}
+        if repeated_names:
+            raise ValueError(
+                f"the column {min(repeated_names)!r} is named twice: name each column once"
+            )
         return target
 
 

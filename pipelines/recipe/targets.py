@@ -32,17 +32,19 @@ def check_targets(
 
     Raises DataError for targets that cannot be learned.
     """
-    columns = target_columns(section)
-    values = samples[columns].apply(empty_as_missing)
+    column_names = target_columns(section)
+    target_values = samples[column_names].apply(empty_as_missing)
     if section.kind != "single" and not (
-        section.kind == "multi" and _holds_labels(values, section)
+        section.kind == "multi" and _holds_labels(target_values, section)
     ):
-        values = values.apply(lambda column: _numbers(column, samples["id"], section))
-    given = values.notna().all(axis=1)
-    labelled = samples[given].reset_index(drop=True)
-    if labelled.empty:
-        raise DataError(f"no image has a value in {' / '.join(columns)}: there is nothing to learn")
-    return labelled, *_encode(values[given].reset_index(drop=True), section)
+        target_values = target_values.apply(lambda column: _numbers(column, samples["id"], section))
+    has_target = target_values.notna().all(axis=1)
+    labelled_samples = samples[has_target].reset_index(drop=True)
+    if labelled_samples.empty:
+        raise DataError(
+            f"no image has a value in {' / '.join(column_names)}: there is nothing to learn"
+        )
+    return labelled_samples, *_encode(target_values[has_target].reset_index(drop=True), section)
 
 
 def empty_as_missing(column: pd.Series) -> pd.Series:
@@ -58,10 +60,10 @@ def _is_list(value: object) -> bool:
     return isinstance(value, list | tuple | set | np.ndarray)
 
 
-def _holds_labels(values: pd.DataFrame, section: TaskSection) -> bool:
+def _holds_labels(target_values: pd.DataFrame, section: TaskSection) -> bool:
     """Whether one column holds several labels in each cell: a list, or text with a separator."""
-    column = values.iloc[:, 0]
-    return values.shape[1] == 1 and (
+    column = target_values.iloc[:, 0]
+    return target_values.shape[1] == 1 and (
         section.separator is not None or bool(column.map(_is_list).any())
     )
 
@@ -72,59 +74,64 @@ def target_columns(section: TaskSection) -> list[str]:
 
 
 def _encode(
-    columns: pd.DataFrame, section: TaskSection
+    target_values: pd.DataFrame, section: TaskSection
 ) -> tuple[tuple[str, ...], npt.NDArray[Any]]:
-    for name in columns.columns:
-        if columns[name].dtype.kind == "f" and np.isinf(columns[name]).any():
+    for column_name in target_values.columns:
+        if (
+            target_values[column_name].dtype.kind == "f"
+            and np.isinf(target_values[column_name]).any()
+        ):
             raise DataError(
-                f"task.target {name!r} is infinite in {int(np.isinf(columns[name]).sum()):,} rows: "
-                "mend or empty them"
+                f"task.target {column_name!r} is infinite in "
+                f"{int(np.isinf(target_values[column_name]).sum()):,} rows: mend or empty them"
             )
     if section.kind == "single":
-        return _encode_classes(columns, section)
-    if section.kind == "multi" and _holds_labels(columns, section):
-        return _encode_label_sets(columns.iloc[:, 0], section.separator)
-    names = tuple(str(name) for name in columns.columns)
-    numbers = columns.to_numpy(dtype=np.float64)
+        return _encode_classes(target_values, section)
+    if section.kind == "multi" and _holds_labels(target_values, section):
+        return _encode_label_sets(target_values.iloc[:, 0], section.separator)
+    column_names = tuple(str(column_name) for column_name in target_values.columns)
+    numbers = target_values.to_numpy(dtype=np.float64)
     if section.kind == "regression":
-        return names, numbers
+        return column_names, numbers
     if not np.isin(numbers, (0, 1)).all():
-        raise DataError(f"task.kind multi needs 0 or 1 in every column of {', '.join(names)}")
-    return names, numbers.astype(np.uint8)
+        raise DataError(
+            f"task.kind multi needs 0 or 1 in every column of {', '.join(column_names)}"
+        )
+    return column_names, numbers.astype(np.uint8)
 
 
 def _encode_classes(
-    columns: pd.DataFrame, section: TaskSection
+    target_values: pd.DataFrame, section: TaskSection
 ) -> tuple[tuple[str, ...], npt.NDArray[np.int64]]:
     """One class for each row.
 
     Labels are text as written: `01` is not `1`, and `None` is a class like others.
     """
-    if columns.shape[1] != 1:
+    if target_values.shape[1] != 1:
         raise DataError(
             "task.target names several columns: set task.kind to multi or regression, or name one"
         )
-    name = columns.columns[0]
-    if columns.iloc[:, 0].map(lambda value: _is_list(value) or isinstance(value, dict)).any():
+    column_name = target_values.columns[0]
+    if target_values.iloc[:, 0].map(lambda value: _is_list(value) or isinstance(value, dict)).any():
         raise DataError(
-            f"task.target {name!r} holds lists; expected one label in each row. For several labels "
-            "in a row: task.kind: multi"
+            f"task.target {column_name!r} holds lists; expected one label in each row. For several "
+            "labels in a row: task.kind: multi"
         )
-    labels = as_text(columns.iloc[:, 0])
+    labels = as_text(target_values.iloc[:, 0])
     classes = tuple(sorted(labels.unique().tolist(), key=_class_order(labels.unique())))
     if len(classes) < 2:
         raise DataError(
-            f"task.target {name!r} holds one class only, {classes[0]!r}, in all {len(labels):,} "
-            "images; a classifier needs at least two. In a folder, each class is a sub-folder: "
-            "FOLDER/cat/1.jpg, FOLDER/dog/2.jpg"
+            f"task.target {column_name!r} holds one class only, {classes[0]!r}, in all "
+            f"{len(labels):,} images; a classifier needs at least two. In a folder, each class is "
+            "a sub-folder: FOLDER/cat/1.jpg, FOLDER/dog/2.jpg"
         )
     if len(classes) > max(20, len(labels) // 2):
         raise DataError(
-            f"task.target {name!r} has {len(classes):,} different values in {len(labels):,} "
+            f"task.target {column_name!r} has {len(classes):,} different values in {len(labels):,} "
             "images; if it is a number to predict, set task.kind: regression"
         )
-    numbers = {label: number for number, label in enumerate(classes)}
-    return classes, labels.map(numbers).to_numpy(dtype=np.int64)
+    class_index = {label: index for index, label in enumerate(classes)}
+    return classes, labels.map(class_index).to_numpy(dtype=np.int64)
 
 
 def _class_order(labels: Iterable[str]) -> Any:
@@ -132,10 +139,12 @@ def _class_order(labels: Iterable[str]) -> Any:
     class "9".
     """
     try:
-        values = {label: float(label) for label in labels}
+        label_values = {label: float(label) for label in labels}
     except ValueError:
         return lambda label: label
-    return lambda label: (values[label], label) if all(map(np.isfinite, values.values())) else label
+    return lambda label: (
+        (label_values[label], label) if all(map(np.isfinite, label_values.values())) else label
+    )
 
 
 def _encode_label_sets(
@@ -145,24 +154,24 @@ def _encode_label_sets(
 
     def labels_of(value: object) -> list[str]:
         if _is_list(value):
-            parts = list(value)  # type: ignore[call-overload]
+            cell_parts = list(value)  # type: ignore[call-overload]
         else:  # beside lists and without a separator, a text is one label, blanks and all
-            parts = [value] if separator is None else str(value).split(separator)
-        texts = as_text(pd.Series(parts, dtype=object)).dropna().tolist()
-        return [text for text in texts if text]
+            cell_parts = [value] if separator is None else str(value).split(separator)
+        label_texts = as_text(pd.Series(cell_parts, dtype=object)).dropna().tolist()
+        return [text for text in label_texts if text]
 
-    sets = column.map(labels_of).tolist()
-    names = {label for labels in sets for label in labels}
-    if len(names) < 2:
+    label_sets = column.map(labels_of).tolist()
+    label_names = {label for labels in label_sets for label in labels}
+    if len(label_names) < 2:
         raise DataError(
-            f"task.target {column.name!r} holds {len(names)} different labels; several were "
+            f"task.target {column.name!r} holds {len(label_names)} different labels; several were "
             "expected. Look at task.separator, which stands between the labels of a cell"
         )
-    classes = tuple(sorted(names, key=_class_order(names)))
-    place = {label: number for number, label in enumerate(classes)}
-    target = np.zeros((len(sets), len(classes)), np.uint8)
-    for row, labels in enumerate(sets):
-        target[row, [place[label] for label in labels]] = 1
+    classes = tuple(sorted(label_names, key=_class_order(label_names)))
+    class_index = {label: index for index, label in enumerate(classes)}
+    target = np.zeros((len(label_sets), len(classes)), np.uint8)
+    for row_index, labels in enumerate(label_sets):
+        target[row_index, [class_index[label] for label in labels]] = 1
     return classes, target
 
 
@@ -173,41 +182,49 @@ def _numbers(column: pd.Series, ids: pd.Series, section: TaskSection) -> pd.Seri
     """
     if column.dtype.kind in "biuf":
         return column.astype(np.float64)
-    text = as_text(column)
-    numbers = pd.to_numeric(text.replace({"True": "1", "False": "0"}), errors="coerce").astype(
+    cell_text = as_text(column)
+    numbers = pd.to_numeric(cell_text.replace({"True": "1", "False": "0"}), errors="coerce").astype(
         np.float64
     )
-    wrong = text.notna() & numbers.isna() & (text.str.lower() != "nan")
-    if wrong.any():
-        first, name = int(wrong.to_numpy().argmax()), ids.iloc[int(wrong.to_numpy().argmax())]
-        cure = ""
+    is_wrong = cell_text.notna() & numbers.isna() & (cell_text.str.lower() != "nan")
+    if is_wrong.any():
+        first_row, first_id = (
+            int(is_wrong.to_numpy().argmax()),
+            ids.iloc[int(is_wrong.to_numpy().argmax())],
+        )
+        advice = ""
         if section.kind == "multi":
-            cure = (
+            advice = (
                 ". For labels by name, say what stands between them in a cell: task.separator: ';'"
             )
-        elif str(text.iloc[first]).replace(",", "", 1).lstrip("-").isdigit():
-            cure = ". Write decimals with a point"
+        elif str(cell_text.iloc[first_row]).replace(",", "", 1).lstrip("-").isdigit():
+            advice = ". Write decimals with a point"
         raise DataError(
-            f"task.kind {section.kind} needs numbers in {column.name}; found {text.iloc[first]!r} "
-            f"for {name!r} ({int(wrong.sum()):,} such rows){cure}"
+            f"task.kind {section.kind} needs numbers in {column.name}; found "
+            f"{cell_text.iloc[first_row]!r} for {first_id!r} ({int(is_wrong.sum()):,} such "
+            f"rows){advice}"
         )
     return numbers
 
 
-def alike_names(names: Iterable[str], what: str) -> list[str]:
+def alike_names(names: Iterable[str], names_of: str) -> list[str]:
     """A note on names that a person would take for one: they differ in case, blanks, hyphens or
     accents alone.
     """
-    folded: dict[str, list[str]] = defaultdict(list)
+    names_by_folded: dict[str, list[str]] = defaultdict(list)
     for name in names:
-        folded[_folded(name)].append(name)
-    pairs = [" and ".join(map(repr, sorted(alike))) for alike in folded.values() if len(alike) > 1]
-    if not pairs:
+        names_by_folded[_folded(name)].append(name)
+    pair_texts = [
+        " and ".join(map(repr, sorted(alike_group)))
+        for alike_group in names_by_folded.values()
+        if len(alike_group) > 1
+    ]
+    if not pair_texts:
         return []
     return [
         (
-            f"{what} that differ in case, blanks, hyphens or accents alone, and count as "
-            f"different: {name_some(pairs)}"
+            f"{names_of} that differ in case, blanks, hyphens or accents alone, and count as "
+            f"different: {name_some(pair_texts)}"
         )
     ]
 
@@ -227,5 +244,5 @@ def _folded(name: str) -> str:
 
 def name_some(names: Sequence[str]) -> str:
     """The first names of many, and how many more there are."""
-    rest = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + rest
+    more_text = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more_text

@@ -61,7 +61,9 @@ class _Loader(yaml.SafeLoader):
             ) from None
 
 
-def read_yaml(text: str, path: Path, valid: typing.Iterable[str]) -> tuple[yaml.MappingNode, Any]:
+def read_yaml(
+    text: str, path: Path, valid_keys: typing.Iterable[str]
+) -> tuple[yaml.MappingNode, Any]:
     """The nodes, which know their lines, and the values. valid: the keys of a recipe.
 
     Raises RecipeError.
@@ -76,36 +78,38 @@ def read_yaml(text: str, path: Path, valid: typing.Iterable[str]) -> tuple[yaml.
         loader = _Loader(text)
         root = loader.get_single_node()
         if not isinstance(root, yaml.MappingNode):
-            raise RecipeError(f"{path}: a recipe is a mapping with the keys {', '.join(valid)}")
-        if _refuse_odd_nodes(root, path, above=set(), sizes={}) > _MAX_VALUES:
+            raise RecipeError(
+                f"{path}: a recipe is a mapping with the keys {', '.join(valid_keys)}"
+            )
+        if _refuse_odd_nodes(root, path, node_ids_above=set(), known_sizes={}) > _MAX_VALUES:
             raise RecipeError(
                 f"{path}: its anchors (&…, *…) stand for more than {_MAX_VALUES:,} keys and "
                 "values; write what is meant"
             )
         return root, loader.construct_document(root)
     except yaml.reader.ReaderError as error:
-        line = text.count("\n", 0, error.position) + 1
+        line_number = text.count("\n", 0, error.position) + 1
         raise RecipeError(
-            f"{path}, line {line}: this is not YAML: the character {error.character!r}: "
+            f"{path}, line {line_number}: this is not YAML: the character {error.character!r}: "
             f"{error.reason}. Delete it"
         ) from None
     except yaml.constructor.ConstructorError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        line_number = error.problem_mark.line + 1 if error.problem_mark else 1
         raise RecipeError(
-            f"{path}, line {line}: this value cannot be read: {error.problem}. Expected text, a "
-            "number, a list or a mapping, without a tag (!…); put text in quotes"
+            f"{path}, line {line_number}: this value cannot be read: {error.problem}. Expected "
+            "text, a number, a list or a mapping, without a tag (!…); put text in quotes"
         ) from None
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
+        problem_mark = getattr(error, "problem_mark", None)
+        line_text = f", line {problem_mark.line + 1}" if problem_mark else ""
         raise RecipeError(
-            f"{path}{where}: this is not YAML: {getattr(error, 'problem', None) or error}"
+            f"{path}{line_text}: this is not YAML: {getattr(error, 'problem', None) or error}"
         ) from None
     except RecursionError:
-        line = loader.line + 1 if loader else 1
+        line_number = loader.line + 1 if loader else 1
         raise RecipeError(
-            f"{path}, line {line}: lists or mappings stand too deep in each other; a recipe needs "
-            "six levels at most"
+            f"{path}, line {line_number}: lists or mappings stand too deep in each other; a recipe "
+            "needs six levels at most"
         ) from None
     finally:
         if loader is not None:
@@ -113,63 +117,71 @@ def read_yaml(text: str, path: Path, valid: typing.Iterable[str]) -> tuple[yaml.
 
 
 def _refuse_odd_nodes(
-    node: yaml.Node, path: Path, *, above: set[int], sizes: dict[int, int]
+    node: yaml.Node, path: Path, *, node_ids_above: set[int], known_sizes: dict[int, int]
 ) -> int:
     """Refuses repeated keys, keys that are no words, merge keys, overlong numbers, and anchors
     inside themselves.
 
-    above: ids of the nodes that this one stands in; sizes: of those that are known to be good, as
-    an anchor's may be. Returns how many keys and values the node stands for, written out.
+    node_ids_above: ids of the nodes that this one stands in; sizes: of those that are known to be
+    good, as an anchor's may be. Returns how many keys and values the node stands for, written out.
     """
-    line = node.start_mark.line + 1
+    line_number = node.start_mark.line + 1
     if isinstance(node, yaml.ScalarNode):
         if node.tag != _TEXT and len(node.value) > _MAX_NUMBER:
             raise RecipeError(
-                f"{path}, line {line}: a number of {len(node.value):,} characters; put text in "
-                "quotes"
+                f"{path}, line {line_number}: a number of {len(node.value):,} characters; put text "
+                "in quotes"
             )
         return 1
-    if id(node) in sizes:
-        return sizes[id(node)]
-    if id(node) in above:
+    if id(node) in known_sizes:
+        return known_sizes[id(node)]
+    if id(node) in node_ids_above:
         raise RecipeError(
-            f"{path}, line {line}: what stands here holds itself, by its anchor (&…). Write it out"
+            f"{path}, line {line_number}: what stands here holds itself, by its anchor (&…). Write "
+            "it out"
         )
-    above.add(id(node))
-    size = 1
+    node_ids_above.add(id(node))
+    n_values = 1
     if isinstance(node, yaml.SequenceNode):
-        size += sum(_refuse_odd_nodes(item, path, above=above, sizes=sizes) for item in node.value)
+        n_values += sum(
+            _refuse_odd_nodes(item, path, node_ids_above=node_ids_above, known_sizes=known_sizes)
+            for item in node.value
+        )
     elif isinstance(node, yaml.MappingNode):
-        lines: dict[str, int] = {}
+        key_lines: dict[str, int] = {}
         for key, value in node.value:
-            line = key.start_mark.line + 1
+            line_number = key.start_mark.line + 1
             if not isinstance(key, yaml.ScalarNode):
                 kind = "list" if isinstance(key, yaml.SequenceNode) else "mapping"
                 raise RecipeError(
-                    f"{path}, line {line}: a {kind} stands where a key is expected. Write: key: "
-                    "value"
+                    f"{path}, line {line_number}: a {kind} stands where a key is expected. Write: "
+                    "key: value"
                 )
             # PyYAML unfolds them before anything can be counted, and a few lines of them fill the
             # memory.
             if key.tag == _MERGE:
                 raise RecipeError(
-                    f"{path}, line {line}: merge keys (<<) are not read in a recipe. Write the "
-                    "keys that are meant here; a list or mapping as a whole can be used again: C: "
-                    "&grid [0.1, 1], and C: *grid"
+                    f"{path}, line {line_number}: merge keys (<<) are not read in a recipe. Write "
+                    "the keys that are meant here; a list or mapping as a whole can be used "
+                    "again: C: &grid [0.1, 1], and C: *grid"
                 )
             # YAML's loader lets the last of two equal keys win in silence: half of what the user
             # wrote would be lost.
-            if key.value in lines:
+            if key.value in key_lines:
                 raise RecipeError(
-                    f"{path}, line {line}: the key {_short(key.value)!r} stands already in line "
-                    f"{lines[key.value]}"
+                    f"{path}, line {line_number}: the key {_short(key.value)!r} stands already in "
+                    f"line {key_lines[key.value]}"
                 )
-            lines[key.value] = line
-            size += _refuse_odd_nodes(key, path, above=above, sizes=sizes)
-            size += _refuse_odd_nodes(value, path, above=above, sizes=sizes)
-    above.remove(id(node))
-    sizes[id(node)] = size
-    return size
+            key_lines[key.value] = line_number
+            n_values += _refuse_odd_nodes(
+                key, path, node_ids_above=node_ids_above, known_sizes=known_sizes
+            )
+            n_values += _refuse_odd_nodes(
+                value, path, node_ids_above=node_ids_above, known_sizes=known_sizes
+            )
+    node_ids_above.remove(id(node))
+    known_sizes[id(node)] = n_values
+    return n_values
 
 
 def _short(text: str) -> str:
@@ -180,13 +192,13 @@ def own_problems(problems: typing.Sequence[typing.Any]) -> list[typing.Any]:
     """Without the complaints that a list is too short where one of its items was refused: the
     user's list is not.
     """
-    inside = {
+    inner_locations = {
         problem["loc"][:depth] for problem in problems for depth in range(len(problem["loc"]))
     }
     return [
         problem
         for problem in problems
-        if problem["type"] != "too_short" or problem["loc"] not in inside
+        if problem["type"] != "too_short" or problem["loc"] not in inner_locations
     ]
 
 
@@ -199,10 +211,10 @@ def explain_all(
     """A line for each of the first pydantic errors, and one that counts the others: a million keys
     get no million hints.
     """
-    own = own_problems(problems)
-    lines = [explain(problem, root, path, model) for problem in own[:_MAX_PROBLEMS]]
-    if len(own) > _MAX_PROBLEMS:
-        lines.append(f"{path}: and {len(own) - _MAX_PROBLEMS:,} more of such")
+    user_problems = own_problems(problems)
+    lines = [explain(problem, root, path, model) for problem in user_problems[:_MAX_PROBLEMS]]
+    if len(user_problems) > _MAX_PROBLEMS:
+        lines.append(f"{path}: and {len(user_problems) - _MAX_PROBLEMS:,} more of such")
     return "\n".join(lines)
 
 
@@ -210,40 +222,52 @@ def explain(
     problem: typing.Any, root: yaml.MappingNode, path: Path, model: type[pydantic.BaseModel]
 ) -> str:
     """One line for one pydantic error: file, line, key, what is wrong, the nearest valid key."""
-    location = [part for part in problem["loc"] if not _is_union_tag(part)]
-    line, found = _line_of(root, location)
-    where = f"{path}, line {line}"
-    key = ".".join(_short(str(part)) for part in location)
+    location = [key_part for key_part in problem["loc"] if not _is_union_tag(key_part)]
+    line_number, is_in_file = _line_of(root, location)
+    place_text = f"{path}, line {line_number}"
+    dotted_key = ".".join(_short(str(key_part)) for key_part in location)
     if (new_name := renamed_key(problem)) is not None:
-        return f"{where}: the key {key!r} is called {new_name!r} now"
+        return f"{place_text}: the key {dotted_key!r} is called {new_name!r} now"
     if problem["type"] == "extra_forbidden":
-        valid = _keys_at(model, location[:-1])
-        lower = {name.lower(): name for name in valid}
-        close = difflib.get_close_matches(str(location[-1]).lower()[:80], lower, n=1, cutoff=0.4)
-        nearest = [lower[name] for name in close]
-        hint = f"did you mean {nearest[0]!r}? " if nearest else ""
-        return f"{where}: unknown key {key!r}: {hint}Valid here: {', '.join(valid)}"
-    if problem["type"] == "missing":
-        return f"{where}: the key {key!r} is missing"
-    if problem["type"] == "tuple_type" and found and not isinstance(problem["input"], dict):
+        valid_keys = _keys_at(model, location[:-1])
+        keys_by_lower = {name.lower(): name for name in valid_keys}
+        close_matches = difflib.get_close_matches(
+            str(location[-1]).lower()[:80], keys_by_lower, n=1, cutoff=0.4
+        )
+        nearest_keys = [keys_by_lower[name] for name in close_matches]
+        hint = f"did you mean {nearest_keys[0]!r}? " if nearest_keys else ""
         return (
-            f"{where}: {key}: a list is expected, found {_short(str(problem['input']))}: write "
-            f"[{_short(str(problem['input']))}]"
+            f"{place_text}: unknown key {dotted_key!r}: {hint}Valid here: {', '.join(valid_keys)}"
+        )
+    if problem["type"] == "missing":
+        return f"{place_text}: the key {dotted_key!r} is missing"
+    if problem["type"] == "tuple_type" and is_in_file and not isinstance(problem["input"], dict):
+        return (
+            f"{place_text}: {dotted_key}: a list is expected, found "
+            f"{_short(str(problem['input']))}: write [{_short(str(problem['input']))}]"
         )
     message = str(problem["msg"]).removeprefix("Value error, ")
-    value = (
+    found_text = (
         ""
-        if not found or isinstance(problem["input"], dict | list)
+        if not is_in_file or isinstance(problem["input"], dict | list)
         else f" (found {_short(repr(problem['input']))})"
     )
-    return f"{where}: {key}: {message}{value}" if key else f"{where}: {message}"
+    return (
+        f"{place_text}: {dotted_key}: {message}{found_text}"
+        if dotted_key
+        else f"{place_text}: {message}"
+    )
 
 
 def renamed_key(problem: typing.Any) -> str | None:
     """Return today's name of an unknown key that earlier versions had; None for any other error."""
     if problem["type"] != "extra_forbidden":
         return None
-    keys = [part for part in problem["loc"] if isinstance(part, str) and not _is_union_tag(part)]
+    keys = [
+        key_part
+        for key_part in problem["loc"]
+        if isinstance(key_part, str) and not _is_union_tag(key_part)
+    ]
     return RENAMED_KEYS.get(".".join(keys))
 
 
@@ -257,29 +281,33 @@ def _line_of(node: yaml.Node, location: typing.Sequence[str | int]) -> tuple[int
     """The line (from 1) of the deepest part of the location that stands in the file, and whether
     all of it does.
     """
-    line = node.start_mark.line + 1
-    for part in location:
+    line_number = node.start_mark.line + 1
+    for key_part in location:
         if isinstance(node, yaml.MappingNode):
-            pairs = {key.value: (key, value) for key, value in node.value}
-            if str(part) not in pairs:
-                return line, False
-            key, node = pairs[str(part)]
-            line = key.start_mark.line + 1
+            items_by_key = {key.value: (key, value) for key, value in node.value}
+            if str(key_part) not in items_by_key:
+                return line_number, False
+            key, node = items_by_key[str(key_part)]
+            line_number = key.start_mark.line + 1
         elif (
-            isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value)
+            isinstance(node, yaml.SequenceNode)
+            and isinstance(key_part, int)
+            and key_part < len(node.value)
         ):
-            node = node.value[part]
-            line = node.start_mark.line + 1
+            node = node.value[key_part]
+            line_number = node.start_mark.line + 1
         else:
-            return line, False
-    return line, True
+            return line_number, False
+    return line_number, True
 
 
 def _keys_at(model: type[pydantic.BaseModel], location: typing.Sequence[str | int]) -> list[str]:
-    for part in location:
-        if isinstance(part, int):
+    for key_part in location:
+        if isinstance(key_part, int):
             continue
-        model = next(m for m in _models_in(model.model_fields[part].annotation))
+        model = next(
+            inner_model for inner_model in _models_in(model.model_fields[key_part].annotation)
+        )
     return list(model.model_fields)
 
 

@@ -19,8 +19,8 @@ def check_views(value: object) -> object:
 
     Raises ValueError for what is no number of views and no word for them.
     """
-    counted = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 64
-    if counted or value in ("flips", "dihedral"):
+    is_count = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 64
+    if is_count or value in ("flips", "dihedral"):
         return value
     raise ValueError(
         "views is a whole number from 1 to 64, or flips (the crop and its mirror images), or "

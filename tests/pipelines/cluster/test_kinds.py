@@ -37,7 +37,7 @@ def test_a_missing_extra_is_named(tmp_path, monkeypatch, where, module, extra):
     )  # an import of it fails, whether it is installed or not
     with (
         pytest.raises(ClusterError, match=rf"needs {module} .*pip install 'headrace\[{extra}\]'"),
-        open_client(ClusterSection(where=where), "extract", device="cuda", run=tmp_path),
+        open_client(ClusterSection(where=where), "extract", device="cuda", run_folder=tmp_path),
     ):
         pass
 
@@ -51,7 +51,10 @@ def test_off_this_machine_only_with_tls(tmp_path):
         (ClusterSection(where="tls://198.51.100.7:8786"), "holds no key.pem"),
         (ClusterSection(where="tls://198.51.100.7:8786", tls=tmp_path), "holds no key.pem"),
     ):
-        with pytest.raises(TLSMissing, match=message), open_client(section, "train", run=tmp_path):
+        with (
+            pytest.raises(TLSMissing, match=message),
+            open_client(section, "train", run_folder=tmp_path),
+        ):
             pass
 
 
@@ -104,7 +107,7 @@ def test_a_run_on_a_scheduler_over_tls(over_tls, tmp_path):
     other = ClusterSection(where=address, tls=write_tls(tmp_path / "other"))
     with (
         pytest.raises(ClusterError, match="the same certificate"),
-        open_client(other, "train", run=tmp_path),
+        open_client(other, "train", run_folder=tmp_path),
     ):
         pass
     make_photos(tmp_path / "photos", n=40)
@@ -115,7 +118,9 @@ def test_a_run_on_a_scheduler_over_tls(over_tls, tmp_path):
     (log,) = result.paths.logs.glob("*.jsonl")
     assert "tls://" in log.read_text()
     assert "tcp://" not in log.read_text()
-    with open_client(ClusterSection(where=address, tls=folder), "train", run=tmp_path) as client:
+    with open_client(
+        ClusterSection(where=address, tls=folder), "train", run_folder=tmp_path
+    ) as client:
         assert len(client.nthreads()) == 2  # the run left them where they were
         # They have the settings of workers that a run starts itself: they are never paused, and
         # only the kernel limits them.

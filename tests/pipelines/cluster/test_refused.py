@@ -54,7 +54,7 @@ def test_a_job_that_slurm_refuses_ends_the_run(tmp_path, commands, said, key):
     started = time.monotonic()
     with (
         pytest.raises(ClusterError, match=f"did not take a job: .*{said}.*{key}"),
-        open_client(section, "train", run=tmp_path) as client,
+        open_client(section, "train", run_folder=tmp_path) as client,
     ):
         list(run_tasks(client, eval, [("a", "1 + 1")]))
     assert time.monotonic() - started < 60
@@ -71,7 +71,7 @@ def test_a_gpu_job_asks_for_cores_and_memory_of_each_gpu(tmp_path, commands, cha
     script = tmp_path / "script"
     commands(f"cp $1 {script}.part; mv {script}.part {script}; echo Submitted batch job 7")
     section = ClusterSection(where="slurm", slurm=SlurmSection(**GPUS, **changes, interface="lo"))
-    with open_client(section, "extract", device="cuda", run=tmp_path):
+    with open_client(section, "extract", device="cuda", run_folder=tmp_path):
         until = time.monotonic() + 30
         while not script.exists() and time.monotonic() < until:
             time.sleep(0.1)
@@ -128,13 +128,13 @@ def test_workers_are_at_most_the_gpus(tmp_path, monkeypatch):
         monkeypatch.setattr(cluster, "_visible_gpus", lambda gpus=gpus: gpus)
         with (
             pytest.raises(ClusterError),
-            open_client(section, "extract", workers=workers, device="cuda", run=tmp_path),
+            open_client(section, "extract", workers=workers, device="cuda", run_folder=tmp_path),
         ):
             pass
     assert asked == [(2, "tls://", True), (1, "tls://", True), (2, "tls://", True)]
     monkeypatch.setattr(cluster, "_visible_gpus", lambda: 0)
     with (
         pytest.raises(ClusterError, match="sees none here: say `where: local`"),
-        open_client(section, "extract", device="cuda", run=tmp_path),
+        open_client(section, "extract", device="cuda", run_folder=tmp_path),
     ):
         pass

@@ -69,7 +69,7 @@ def test_a_job_that_ends_in_mid_run_is_replaced(controller, tmp_path):
         if event == "died":
             deaths.append(details)
 
-    with slurm_client(section, 2, run=tmp_path) as client:
+    with slurm_client(section, 2, run_folder=tmp_path) as client:
         outcomes = list(run_tasks(client, eval, tasks, options=TaskOptions(on_event=tell)))
     assert sorted(outcome.result for outcome in outcomes) == list(range(70))
     assert len(set(jobs()) - before) >= 2

@@ -57,7 +57,7 @@ CASES = {
     "a full disk": (lambda at: disk.check_disk(at, lambda _: (1e9, 1e9), lambda _: 1e6), "fail", "0 GB", "make room"),
     "a slow disk": (lambda at: disk.check_disk(at, lambda _: (5e6, 1e9), lambda _: 1e12), "note", "5 MB/s", "local disk"),
     "no hard links": (lambda at: disk.check_locking(at, fails(OSError(errno.EPERM, "no"))), "note", "no hard links", "nothing"),
-    "a clock that is off": (lambda at: disk.check_locking(at, clock=lambda: time.time() - 60), "note", "+60 s", "NTP"),
+    "a clock that is off": (lambda at: disk.check_locking(at, read_clock=lambda: time.time() - 60), "note", "+60 s", "NTP"),
     "a folder that is gone": (lambda at: disk.check_locking(at / "gone"), "fail", "ENOENT", "file system"),
     "no loopback": (lambda _: network.check_ports(fails(DENIED)), "fail", "Permission denied", "loopback"),
     "a file system without locks": (
@@ -77,14 +77,18 @@ def test_a_failure_says_what_to_do(tmp_path, what):
     """What was found, and the next thing to do."""
     check, state, said, advice = CASES[what]
     found = check(tmp_path)
-    assert (found.state, said in found.said, advice in found.advice) == (state, True, True), found
+    assert (found.state, said in found.observation, advice in found.advice) == (
+        state,
+        True,
+        True,
+    ), found
 
 
 def test_a_server_that_never_answers_is_not_waited_for(monkeypatch):
     """The check ends, and says so."""
     monkeypatch.setattr(network, "_ASK_S", 0.05)
     found = network.check_weights(lambda _: time.sleep(30), lambda: ["https://weights.example/a"])
-    assert (found.state, "no answer" in found.said) == ("note", True)
+    assert (found.state, "no answer" in found.observation) == ("note", True)
 
 
 def test_two_holders_of_one_lock_are_found(tmp_path, monkeypatch):
@@ -93,7 +97,7 @@ def test_two_holders_of_one_lock_are_found(tmp_path, monkeypatch):
 
     monkeypatch.setattr("headrace.cache.atomic_io.lease", lambda path: nullcontext())
     found = disk.check_locking(tmp_path)
-    assert (found.state, found.said) == ("fail", "two threads held one lock")
+    assert (found.state, found.observation) == ("fail", "two threads held one lock")
 
 
 def run_doctor(monkeypatch, capsys, *arguments):
@@ -154,7 +158,7 @@ def test_the_pair_that_is_installed_is_tried_as_an_import_would():
     from torchvision.models import ResNet18_Weights
 
     assert (
-        software.check_torch().said
+        software.check_torch().observation
         == f"torch {torch.__version__}, torchvision {torchvision.__version__}"
     )
     assert ResNet18_Weights.DEFAULT.url.startswith(network.WEIGHTS_SERVER)
@@ -164,5 +168,5 @@ def test_a_torchvision_for_another_torch_is_found_by_what_it_says(monkeypatch):
     """Before anything of it is loaded."""
     monkeypatch.setattr(software.importlib.metadata, "requires", lambda name: ["torch==1.0.0"])
     found = software.check_torch()
-    assert (found.state, "built for torch==1.0.0" in found.said) == ("fail", True)
+    assert (found.state, "built for torch==1.0.0" in found.observation) == ("fail", True)
     assert "together" in found.advice
