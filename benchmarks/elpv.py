@@ -22,15 +22,15 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from headrace.cache.feature_set import open_feature_set
 from headrace.pipelines.cli.demo import solar_cells
+from headrace.pipelines.models.reference import model_ref
 from headrace.pipelines.planning.run_state import read_run_state
 from headrace.pipelines.recipe.load import Recipe, load_recipe
 from headrace.pipelines.result import RunResult
 from headrace.pipelines.run import run_recipe
 from headrace.pipelines.selection.calibration import temperature_of
 from headrace.pipelines.selection.ensemble_store import evaluate_ensemble
-from headrace.pipelines.selection.winner import evaluate_winner
+from headrace.pipelines.selection.evaluation_record import evaluate_winner
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "solar-cells-finetune.yaml"
 PUBLISHED = 88.42
@@ -103,16 +103,11 @@ def scores(seed: int, recipe: Recipe, result: RunResult) -> list[dict[str, objec
     ):
         if chosen.any():
             best = whole[chosen].iloc[0]
-            features = [
-                open_feature_set(path)
-                for name in best["inputs"]
-                for path in found.directories[name]
-            ]
+            model = model_ref(best, found.paths, found.directories, found.backbones)
             own = temperature_of(best, found.dataset.train)
             tested = evaluate_winner(
                 found.paths.test_evaluations,
-                best,
-                features,
+                model,
                 test,
                 digest,
                 found.metric,
@@ -127,8 +122,12 @@ def scores(seed: int, recipe: Recipe, result: RunResult) -> list[dict[str, objec
             if len(tried):
                 add(approach, tried[found.metric].max(), None)
     if result.ensemble is not None:
+        models = [
+            model_ref(member.row, found.paths, found.directories, found.backbones)
+            for member in result.ensemble.members
+        ]
         tested = evaluate_ensemble(
-            found.paths.test_evaluations, result.ensemble, found.directories, test, digest
+            found.paths.test_evaluations, result.ensemble, models, test, digest
         )
         add("ensemble", result.ensemble.value, tested)
     validation = (

@@ -56,10 +56,10 @@ from headrace.heads.data.training_data import TrainingData
 from headrace.heads.linear.ridge import fit_ridge_bank
 from headrace.heads.spec import FineTuneSpec, MLPSpec, RidgeSpec, spec_to_json
 from headrace.pipelines.finetune.data import Batch
-from headrace.pipelines.finetune.head import head_module, new_head, standardise
-from headrace.pipelines.finetune.network import Network, trainable_blocks
 from headrace.pipelines.finetune.train import Plan, Training
-from headrace.pipelines.finetune.train_above import cost_above
+from headrace.pipelines.finetune.train_above import trainable_blocks
+from headrace.pipelines.models.torch_head import head_module, new_head, standardise
+from headrace.pipelines.models.torch_network import Network
 
 TAP = Tap("stage3", "avg")
 HOW = Preprocessing(
@@ -330,7 +330,7 @@ def cut(steps: int) -> dict[str, float]:
                 if step:
                     seconds[side].append(time.process_time() - started)
         medians = [float(np.median(own)) for own in seconds]
-        above = cost_above(nodes, node)
+        above = 1 - nodes[node].cost
         ratio, predicted = medians[0] / medians[1], (1 - above + 3 * above) / (3 * above)
         short = name.split(":")[1]
         print(

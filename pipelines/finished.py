@@ -39,8 +39,9 @@ from headrace.pipelines.run_directory import (
     stored_recipe,
 )
 from headrace.pipelines.selection.calibration import calibrated
+from headrace.pipelines.selection.evaluation_record import read_test_evaluations
 from headrace.pipelines.selection.predictions import ValidationRows, validation_rows
-from headrace.pipelines.selection.winner import choose_winner, read_test_evaluations
+from headrace.pipelines.selection.winner import choose_winner
 
 _TEXT_COLUMNS = {"inputs": str, "kind": str, "settings": str, "spec": str, "path": str}
 

@@ -13,7 +13,7 @@ from headrace.pipelines.planning.accounting import Accounting
 from headrace.pipelines.planning.run_state import RunState
 from headrace.pipelines.selection.correction import Selection
 from headrace.pipelines.selection.ensemble import Ensemble
-from headrace.pipelines.selection.winner import TestResult
+from headrace.pipelines.selection.evaluation_record import TestResult
 from headrace.pipelines.stages.services import StageRecord
 
 

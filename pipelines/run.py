@@ -28,7 +28,7 @@ from headrace.pipelines.planning.run_state import RunState, read_run_state, writ
 from headrace.pipelines.recipe.load import Recipe
 from headrace.pipelines.records import append_records, write_record
 from headrace.pipelines.result import RunResult, run_result
-from headrace.pipelines.selection.winner import refuse_old_record
+from headrace.pipelines.selection.evaluation_record import refuse_old_record
 from headrace.pipelines.stages.evaluate import evaluate
 from headrace.pipelines.stages.extract import extract
 from headrace.pipelines.stages.finetune import finetune

@@ -11,12 +11,13 @@ from typing import Any
 
 from headrace.extract.images.preprocessing import Preprocessing
 from headrace.heads.spec import spec_to_json
-from headrace.pipelines.export.graph import Input
-from headrace.pipelines.models.model import Member, Model
-from headrace.pipelines.models.network import NetworkMember, read_network
+from headrace.pipelines.models.head import HeadModel
+from headrace.pipelines.models.model import Model
+from headrace.pipelines.models.network import NetworkModel
+from headrace.pipelines.models.torch_graph import Input
 from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.records import read_record
-from headrace.pipelines.selection.winner import read_test_evaluations
+from headrace.pipelines.selection.evaluation_record import read_test_evaluations
 
 _FLOAT16 = (
     "- A feature beyond the range of float16 (65,504) is reported by headrace and becomes infinite "
@@ -70,66 +71,12 @@ def _title(model: Model) -> str:
 def _what(model: Model) -> str:
     lines = ["## What it is", ""]
     if len(model.members) > 1:
-        lines += [
-            (
-                f"The weighted average of {len(model.members)} models, temperature "
-                f"{model.temperature:.3g}:"
-            ),
-            "",
-        ]
-    for member in model.members:
+        lines += [model.describe(), ""]
+    for weight, member in zip(model.weights, model.members, strict=True):
         own = "" if member.temperature == 1 else f", at temperature {member.temperature:.3g}"
-        share = f"{member.weight:.2f} × " if len(model.members) > 1 else ""
-        lines.append(f"- {share}{_member(member)}{own}")
+        share = f"{weight:.2f} × " if len(model.members) > 1 else ""
+        lines.append(f"- {share}{member.describe()}{own}")
     return "\n".join(lines)
-
-
-def _member(member: Member | NetworkMember) -> str:
-    if isinstance(member, NetworkMember):
-        return _network(read_network(member.directory)[1])
-    head = member.head
-    settings = {
-        name: value for name, value in json.loads(spec_to_json(head.spec)).items() if name != "kind"
-    }
-    taps = ", ".join(dict.fromkeys(f"`{feature.name}`" for feature in head.features))
-    networks = dict.fromkeys(
-        f"`{backbone.name}` (weights "
-        f"{Path(backbone.weights).name if backbone.weights else 'of the library'}, digest "
-        f"{feature.weights[:12]})"
-        for backbone, feature in zip(member.backbones, head.features, strict=True)
-    )
-    return (
-        f"a {head.spec.kind} head ({_settings(settings)}) on {taps} of the frozen network "
-        f"{' and '.join(networks)}"
-    )
-
-
-def _network(about: dict[str, Any]) -> str:
-    """A trained network: which part of which network was trained, from where it started, and what
-    lies on it.
-    """
-    spec = dict(about["spec"])
-    head = json.loads(spec.pop("head"))
-    train_above, start = spec.pop("train_above"), spec.pop("start")
-    settings = {name: value for name, value in spec.items() if name != "kind"}
-    part = {
-        "head": "its head alone",
-        "all": "all of it",
-        "scratch": "all of it, from a random start",
-    }.get(train_above, f"everything above `{train_above}`")
-    begun = {"random": ", which started at random", "pretrained": ", which started pretrained"}.get(
-        start, ""
-    )
-    kind = f"a {'' if start == 'head' else 'new '}{head.pop('kind')} head ({_settings(head)})"
-    taps = ", ".join(f"`{tap}`" for tap in about["tap"])
-    return (
-        f"the network `{about['backbone']['name']}` with {kind} on {taps}, trained further: "
-        f"{part}{begun} ({_settings(settings)})"
-    )
-
-
-def _settings(settings: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in settings.items()) or "no settings"
 
 
 def _data(model: Model, run: RunPaths) -> str:
@@ -226,7 +173,10 @@ def _metrics(model: Model, run: RunPaths) -> str:
 
 def _test(model: Model, run: RunPaths) -> dict[str, Any] | None:
     """The recorded evaluation of the test split for this very model. Raises EvaluationsDamaged."""
-    ours = [_identity(member) for member in model.members]
+    ours = [
+        _identity(weight, member)
+        for weight, member in zip(model.weights, model.members, strict=True)
+    ]
     found = None
     evaluations = read_test_evaluations(run.test_evaluations)
     try:
@@ -235,20 +185,20 @@ def _test(model: Model, run: RunPaths) -> dict[str, Any] | None:
             shown = winner.get("ensemble") or [winner]
             lone = None if "ensemble" in winner else evaluation.get("temperature", 1.0)
             same = [_recorded(each, lone) for each in shown] == ours
-            same = same and winner.get("temperature", 1.0) == model.temperature
+            same = same and winner.get("temperature", 1.0) == model.average_temperature
             found = evaluation["result"] if same else found
     except (ValueError, KeyError, TypeError):
         return None
     return found
 
 
-def _identity(member: Member | NetworkMember) -> tuple[Any, ...]:
+def _identity(weight: float, member: HeadModel | NetworkModel) -> tuple[Any, ...]:
     """As winner.py records it; of a network its settings alone, for its features are not the
     cache's.
     """
-    shares = round(member.weight, 9), round(member.temperature, 9)
-    if isinstance(member, NetworkMember):
-        return *shares, read_network(member.directory)[1]["spec"]
+    shares = round(weight, 9), round(member.temperature, 9)
+    if isinstance(member, NetworkModel):
+        return *shares, json.loads(spec_to_json(member.spec))
     features = [feature.fingerprint for feature in member.head.features]
     return *shares, json.loads(spec_to_json(member.head.spec)), features
 
@@ -423,7 +373,7 @@ def _limits(exported: Exported) -> str:
         ),
         *(
             [_FLOAT16]
-            if any(isinstance(member, Member) for member in exported.model.members)
+            if any(isinstance(member, HeadModel) for member in exported.model.members)
             else []
         ),
         "- The networks' weights keep the licence that they came with.",

@@ -15,7 +15,7 @@ from types import ModuleType
 
 from headrace.extract import errors
 from headrace.extract.images import preprocessing as preprocess
-from headrace.pipelines.export.graph import Input
+from headrace.pipelines.models.torch_graph import Input
 
 NAME = "preprocess.py"
 

@@ -13,7 +13,7 @@ import os
 import shutil
 import uuid
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,20 +30,15 @@ from headrace.extract.backbones.backbone import load_backbone
 from headrace.extract.images.views import Symmetries, is_exact, mirrored
 from headrace.extract.run.decode_ahead import Batch
 from headrace.extract.spec import BackboneSpec
-from headrace.heads.persist import save_head
 from headrace.pipelines.cluster.task_leases import driver_lives, driver_lock, driver_name
-from headrace.pipelines.export.graph import Graph, Input, fits_graph, pixels_of
 from headrace.pipelines.export.model_card import Exported, model_card
 from headrace.pipelines.export.preprocessing_file import NAME, preprocess_file
+from headrace.pipelines.models.ensemble import EnsembleModel
+from headrace.pipelines.models.head import HeadModel
 from headrace.pipelines.models.images import open_engine, predict_batch
-from headrace.pipelines.models.model import ENSEMBLE, FORMAT, Member, Model, load_model
-from headrace.pipelines.models.network import (
-    NETWORK,
-    WEIGHTS,
-    NetworkMember,
-    network_backbone,
-    read_network,
-)
+from headrace.pipelines.models.model import Model, load_model
+from headrace.pipelines.models.network import NetworkModel
+from headrace.pipelines.models.torch_graph import Input, ModelGraph, fits_graph, pixels_of
 
 FORMATS = ("torch", "onnx", "safetensors")
 # Of probabilities, absolute; of regression values, relative to the largest. Sums in another order
@@ -142,7 +137,8 @@ def _write(model: Model, folder: Path, formats: list[str]) -> Exported:
         warnings.simplefilter("ignore")  # of torch.export's own future
         if graphed:
             single = evaluation_only(model)
-            graph = Graph(single)
+            graph = single.to_torch()
+            assert isinstance(graph, ModelGraph)
             inputs = graph.inputs
             check = _check(single, inputs)
             with _untraceable():
@@ -203,20 +199,26 @@ def _write(model: Model, folder: Path, formats: list[str]) -> Exported:
 
 
 def evaluation_only(model: Model) -> Model:
-    """The model on the evaluation crop (and its symmetries) alone, without the random views that it
-    may average over.
+    """Return the model on the evaluation crop (and its symmetries) alone, without the random views
+    that it may average over.
     """
-    members: list[Member | NetworkMember] = []
-    for member in model.members:
-        if isinstance(member, NetworkMember):
-            members.append(member)
-            continue
-        head = member.head
-        kept = [place for place, feature in enumerate(head.features) if is_exact(feature.view)]
-        features = tuple(head.features[place] for place in kept)
-        backbones = tuple(member.backbones[place] for place in kept)
-        members.append(replace(member, head=replace(head, features=features), backbones=backbones))
-    return replace(model, members=tuple(members))
+    return _map_members(model, _without_random_views)
+
+
+def _without_random_views(member: HeadModel | NetworkModel) -> HeadModel | NetworkModel:
+    if isinstance(member, NetworkModel):
+        return member
+    head = member.head
+    exact = [index for index, feature in enumerate(head.features) if is_exact(feature.view)]
+    features = tuple(head.features[index] for index in exact)
+    backbones = tuple(head.backbones[index] for index in exact)
+    return replace(member, head=replace(head, features=features, backbones=backbones))
+
+
+def _map_members(
+    model: Model, change: Callable[[HeadModel | NetworkModel], HeadModel | NetworkModel]
+) -> Model:
+    return model.map_members(change) if isinstance(model, EnsembleModel) else change(model)
 
 
 def check_pixels(inputs: Sequence[Input], count: int = _CHECKED) -> list[Tensor]:
@@ -261,7 +263,7 @@ def _compare(check: _Check, run: Any, name: str, model: Model) -> float:
     """Also one image at a time: a graph that has the batch size baked in is found here."""
     whole = check.difference(run(check.pixels))
     alone = [run([value[place : place + 1] for value in check.pixels]) for place in range(2)]
-    ones = replace_expected(check, check.expected[:2]).difference(np.concatenate(alone))
+    ones = replace(check, expected=check.expected[:2]).difference(np.concatenate(alone))
     worst = max(whole, ones)
     if not worst <= check.tolerance:  # also NaN
         raise ExportError(
@@ -271,11 +273,6 @@ def _compare(check: _Check, run: Any, name: str, model: Model) -> float:
             "--format safetensors are exact"
         )
     return worst
-
-
-def replace_expected(check: _Check, expected: npt.NDArray[np.float32]) -> _Check:
-    """The same comparison for some of the images."""
-    return replace(check, expected=expected)
 
 
 def _tolerance(model: Model) -> float:
@@ -337,106 +334,69 @@ def _require_onnx() -> None:
 
 
 def _write_directory(model: Model, folder: Path) -> None:
-    """A model directory as a run writes it, with the weights of its networks beside it."""
-    stored: dict[BackboneSpec, BackboneSpec] = {}
-    for backbone in _frozen(model):
+    """Write a model directory as a run does, with the weights of its networks beside it."""
+    weights_files: dict[BackboneSpec, BackboneSpec] = {}
+    for backbone in _frozen_backbones(model):
         loaded = load_backbone(backbone)
-        name = f"backbone_{len(stored)}.safetensors"
+        name = f"backbone_{len(weights_files)}.safetensors"
         tensors = {
             key: value.detach().contiguous().clone()
             for key, value in loaded.module.state_dict().items()
         }
-        (folder / name).write_bytes(
-            save(tensors)
-        )  # save_file makes files that nobody else can read
-        how = loaded.preprocessing
-        # Said in full: without its tag, a network would come with its library's preprocessing of
-        # today.
-        stored[backbone] = replace(
+        (folder / name).write_bytes(save(tensors))  # save_file's files are readable by nobody else
+        preprocessing = loaded.preprocessing
+        # In full: without its tag, a network would come with its library's preprocessing of today.
+        weights_files[backbone] = replace(
             backbone,
             weights=name,
             weights_match="name",
-            image_size=how.crop[0],
-            crop_fraction=how.crop[0] / how.resize[0],
-            mean=how.mean,
-            std=how.std,
-            interpolation=how.interpolation,
-            pixel_range=how.pixel_range,
+            image_size=preprocessing.crop[0],
+            crop_fraction=preprocessing.crop[0] / preprocessing.resize[0],
+            mean=preprocessing.mean,
+            std=preprocessing.std,
+            interpolation=preprocessing.interpolation,
+            pixel_range=preprocessing.pixel_range,
         )
-    if len(model.members) == 1 and model.temperature == 1 and _own_temperature(model.members[0]):
-        _save_member(model.members[0], folder, stored, "")
-        return
-    members = []
-    for place, member in enumerate(model.members):
-        _save_member(member, folder / "members" / str(place), stored, "../../")
-        members.append(
-            {
-                "model": f"members/{place}",
-                "weight": member.weight,
-                "temperature": member.temperature,
-            }
+    # From members/NAME the weights files lie two folders up.
+    to_root = "../../" if isinstance(model, EnsembleModel) else ""
+
+    def with_own_weights(member: HeadModel | NetworkModel) -> HeadModel | NetworkModel:
+        if isinstance(member, NetworkModel):
+            return member
+        backbones = [weights_files[backbone] for backbone in member.backbones]
+        fields = tuple(
+            dataclasses.asdict(replace(backbone, weights=f"{to_root}{backbone.weights}"))
+            for backbone in backbones
         )
-    about = {
-        "format": FORMAT,
-        "kind": "ensemble",
-        "members": members,
-        "temperature": model.temperature,
-        "task_kind": model.task_kind,
-        "classes": list(model.classes),
-        "metrics": model.metrics,
-    }
-    (folder / ENSEMBLE).write_text(json.dumps(about, indent=2), encoding="utf-8")
+        return replace(member, head=replace(member.head, backbones=fields))
+
+    if isinstance(model, EnsembleModel):  # how a run names its members says nothing elsewhere
+        names = tuple(f"members/{place}" for place in range(len(model.members)))
+        model = replace(model, names=names)
+    _map_members(model, with_own_weights).save(folder)
 
 
-def _own_temperature(member: Member | NetworkMember) -> bool:
-    """Whether its files, copied, say its temperature: a network's are copied as they are."""
-    return (
-        isinstance(member, Member)
-        or read_network(member.directory)[0].temperature == member.temperature
-    )
-
-
-def _frozen(model: Model) -> list[BackboneSpec]:
-    """The networks that heads of the model stand on, each once."""
-    heads = [member for member in model.members if not isinstance(member, NetworkMember)]
-    return list(dict.fromkeys(each for member in heads for each in member.backbones))
-
-
-def _save_member(
-    member: Member | NetworkMember, folder: Path, stored: dict[BackboneSpec, BackboneSpec], up: str
-) -> None:
-    if isinstance(member, NetworkMember):
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in (NETWORK, WEIGHTS):
-            shutil.copyfile(member.directory / name, folder / name)
-        return
-    head = member.head
-    backbones = [stored[each] for each in member.backbones]
-    save_head(
-        folder,
-        spec=head.spec,
-        arrays=head.arrays,
-        classes=head.classes,
-        features=head.features,
-        metrics=head.metrics,
-        task_kind=head.task_kind,
-        temperature=member.temperature,
-        backbones=[
-            dataclasses.asdict(replace(each, weights=f"{up}{each.weights}")) for each in backbones
-        ],
-    )
+def _frozen_backbones(model: Model) -> list[BackboneSpec]:
+    """Return the networks that heads of the model stand on, each once."""
+    heads = [member for member in model.members if isinstance(member, HeadModel)]
+    return list(dict.fromkeys(backbone for head in heads for backbone in head.backbones))
 
 
 def _inputs_of(model: Model) -> list[Input]:
-    found: dict[Any, Input] = {}
-    networks = [member for member in model.members if isinstance(member, NetworkMember)]
-    used = [network_backbone(member.directory, member.digest) for member in networks]
-    for backbone in [*used, *map(load_backbone, _frozen(model))]:
-        found.setdefault(pixels_of(backbone.preprocessing), Input("images", backbone.preprocessing))
-    inputs: Collection[Input] = found.values()
+    inputs: dict[Any, Input] = {}
+    networks = [member for member in model.members if isinstance(member, NetworkModel)]
+    frozen = [load_backbone(backbone) for backbone in _frozen_backbones(model)]
+    for preprocessing in (
+        *(network.preprocessing for network in networks),
+        *(backbone.preprocessing for backbone in frozen),
+    ):
+        inputs.setdefault(pixels_of(preprocessing), Input("images", preprocessing))
     if len(inputs) == 1:
-        return list(inputs)
-    return [replace(each, name=f"images_{place}") for place, each in enumerate(inputs)]
+        return list(inputs.values())
+    return [
+        replace(model_input, name=f"images_{index}")
+        for index, model_input in enumerate(inputs.values())
+    ]
 
 
 def _require_replaceable(out: Path, *, force: bool) -> None:

@@ -2,9 +2,10 @@
 and what each promises per hour.
 """
 
+import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ import pandas as pd
 
 from headrace.extract.spec import BackboneSpec
 from headrace.heads.evaluate.metrics import METRICS
-from headrace.heads.spec import FineTuneSpec, MLPSpec, spec_from_json, spec_to_json
-from headrace.pipelines.finetune.errors import DIFFERENTIABLE
+from headrace.heads.spec import FineTuneSpec, HeadSpec, MLPSpec, spec_from_json, spec_to_json
+from headrace.pipelines.finetune.errors import FinetuneRefused
 from headrace.pipelines.recipe.load import RecipeError
 from headrace.pipelines.recipe.sections import FinetuneSection
 
@@ -22,6 +23,7 @@ from headrace.pipelines.recipe.sections import FinetuneSection
 # is known of these images: a prior, in which deeper is a little better and a random start is not.
 # Each finished candidate moves it.
 PRIOR = {"head": 0.15, "pretrained": 0.10, "random": 0.05, "scratch": 0.0}
+DIFFERENTIABLE = ("logistic", "ridge", "mlp", "conv")  # kinds of heads that gradients pass through
 PRIOR_WEIGHT = 2.0  # the prior counts as so many finished candidates
 
 
@@ -46,14 +48,28 @@ class Candidate:
 
     @property
     def key(self) -> str:
-        """Names its files."""
-        parts = [
-            *(path.name for path in (*self.features, *self.cut)),
-            Path(self.head["path"]).name,
-            spec_to_json(self.spec),
-        ]
-        backbone = json.dumps(self.backbone.__dict__, sort_keys=True)
-        return hashlib.sha256("\0".join([*parts, backbone]).encode()).hexdigest()[:16]
+        """Names its files, and its training."""
+        files = (*self.features, *self.cut, Path(self.head["path"]))
+        return training_key(self.spec, self.backbone, files)
+
+
+def training_key(spec: FineTuneSpec, backbone: BackboneSpec, files: Iterable[Path]) -> str:
+    """Return 16 hex digits of everything that a training depends on: its settings, its network, and
+    the names of its input files, each of which holds a digest of what is in it.
+    """
+    names = [path.name for path in files]
+    backbone_json = json.dumps(dataclasses.asdict(backbone), sort_keys=True)
+    text = "\0".join([*names, backbone_json, spec_to_json(spec)])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def require_differentiable(spec: HeadSpec) -> None:
+    """Raise FinetuneRefused for a head that no gradient passes through."""
+    if spec.kind not in DIFFERENTIABLE:
+        raise FinetuneRefused(
+            f"a {spec.kind} head is no function that gradients pass through: fine-tune a head of "
+            f"kind {', '.join(DIFFERENTIABLE)}"
+        )
 
 
 def list_candidates(

@@ -21,7 +21,6 @@ from headrace.extract.images.preprocessing import Preprocessing
 from headrace.extract.images.views import Augmentation, Symmetries, mirrored, parse_view
 from headrace.extract.run.decode_ahead import Rendering, decoded_batches
 from headrace.extract.spec import Sample
-from headrace.pipelines.records import read_record
 
 Rows = npt.NDArray[np.int64]
 
@@ -129,22 +128,6 @@ def by_view(features: Sequence[FeatureSet]) -> dict[str, list[FeatureSet]]:
     for feature in features:
         groups.setdefault(feature.spec.view, []).append(feature)
     return groups
-
-
-def image_paths(listing: Path, content: npt.NDArray[np.bytes_]) -> list[str]:
-    """(N,) paths of the images with these content hashes.
-
-    Raises SourceError for one that the listing lacks.
-    """
-    paths = read_record(listing)["paths"]
-    wanted = content.astype(str).tolist()
-    absent = [text for text in wanted if text not in paths]
-    if absent:
-        raise SourceError(
-            f"{listing} lists no image with the content {absent[0]} and {len(absent) - 1} more: "
-            "run again"
-        )
-    return [paths[text] for text in wanted]
 
 
 def random_flips(inputs: Tensor, how: str, draw: np.random.Generator, *, pixels: bool) -> Tensor:

@@ -16,8 +16,8 @@ from torch import Tensor
 from headrace.heads.data.task import TaskKind
 from headrace.heads.predict import link
 from headrace.pipelines.finetune.errors import FinetuneRefused
-from headrace.pipelines.finetune.head import Head
-from headrace.pipelines.finetune.network import Network
+from headrace.pipelines.models.torch_head import Head
+from headrace.pipelines.models.torch_network import Network
 
 # Of probabilities; for regression in deviations of the stored predictions. What rounding leaves
 # (the order of sums, a feature on the other side of a float16 step, maps stored in float16) is a

@@ -34,13 +34,13 @@ from headrace.pipelines.finetune.candidates import (
     predicted_gain,
     training_seconds,
 )
+from headrace.pipelines.models.network import WEIGHTS
 from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.recipe.sections import FinetuneSection
 from headrace.pipelines.recipe.settings_text import settings_text
 from headrace.pipelines.records import RunDamaged, read_record, write_record
 
 RESAMPLES = 1000
-WEIGHTS = "network.safetensors"  # as persist.py, which imports torch
 # A fold that takes so many times as long as its pilot predicted, and longer than any task may, is
 # taken for hung.
 HUNG = 4
@@ -372,6 +372,7 @@ def _job(inputs: FinetuneInputs, candidate: Candidate) -> Any:
     from headrace.pipelines.finetune.task import FinetuneJob
 
     return FinetuneJob(
+        key=candidate.key,
         task=str(inputs.paths.task(inputs.task.digest)),
         images=str(inputs.paths.finetune_images),
         backbone=candidate.backbone,

@@ -5,7 +5,6 @@ From paths and specs to files and a small dictionary; what is on disk already is
 """
 
 import dataclasses
-import hashlib
 import json
 import math
 from dataclasses import dataclass
@@ -33,27 +32,25 @@ from headrace.heads.data.task import REFIT, Task, load_task, seed_of_fold
 from headrace.heads.evaluate.metrics import all_metrics
 from headrace.heads.evaluate.temperature import fit_temperature
 from headrace.heads.results import read_bank, remove_damaged, results_bytes
-from headrace.heads.spec import FineTuneSpec, FitResult, MLPSpec, spec_from_json, spec_to_json
+from headrace.heads.spec import FineTuneSpec, FitResult, MLPSpec, spec_from_json
+from headrace.pipelines.finetune.candidates import require_differentiable
 from headrace.pipelines.finetune.data import (
     ImageSource,
     MapSource,
     Source,
     by_view,
     decoding_threads,
-    image_paths,
     open_all,
 )
-from headrace.pipelines.finetune.errors import CannotCut, FinetuneRefused
-from headrace.pipelines.finetune.head import (
-    head_module,
-    new_head,
-    require_differentiable,
-    standardise,
-)
-from headrace.pipelines.finetune.network import Network, trainable_blocks
+from headrace.pipelines.finetune.errors import FinetuneRefused
 from headrace.pipelines.finetune.parity import check_parity
-from headrace.pipelines.finetune.persist import WEIGHTS, save_network
 from headrace.pipelines.finetune.train import Plan, Trained, Training
+from headrace.pipelines.finetune.train_above import trainable_blocks
+from headrace.pipelines.models.errors import CannotSplit
+from headrace.pipelines.models.network import WEIGHTS, save_network
+from headrace.pipelines.models.reference import paths_of_content
+from headrace.pipelines.models.torch_head import head_module, new_head, standardise
+from headrace.pipelines.models.torch_network import Network
 
 PARITY_ROWS = 48
 CALIBRATION_ROWS = 256  # whose features give a head's first layer its scale
@@ -63,6 +60,7 @@ CALIBRATION_ROWS = 256  # whose features give a head's first layer its scale
 class FinetuneJob:
     """One candidate: a head, its backbone, and how to train them."""
 
+    key: str  # as `training_key` makes it: a checkpoint of another training is not gone on from
     task: str  # path of an .npz of `save_task`, without test rows
     images: str  # Parquet with the columns content and path
     backbone: BackboneSpec
@@ -77,16 +75,6 @@ class FinetuneJob:
     model: str  # directory of the network that is trained on all rows
     threads: int = 1
     device: str = "cpu"
-
-    @property
-    def key(self) -> str:
-        """Names the training: everything that its result depends on."""
-        fields = (self.task, self.head_result, *self.features, *self.cut)
-        names = [Path(text).name for text in fields]
-        backbone = json.dumps(dataclasses.asdict(self.backbone), sort_keys=True)
-        return hashlib.sha256(
-            "\0".join([*names, backbone, spec_to_json(self.spec)]).encode()
-        ).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -115,7 +103,7 @@ def pilot(job: FinetuneJob) -> dict[str, Any]:
     Returns {"parity": {rows, largest, mean} or None for a new head, "cut_parity": the same from the
     cached maps, "uncut": why they are not used, where the network cannot be cut there and runs from
     the images instead, "step_seconds", "steps" (per epoch and fold), "blocks" (how many train)}.
-    Raises FinetuneRefused, CannotCut, SpecMismatch.
+    Raises FinetuneRefused, CannotSplit, SpecMismatch.
     """
     torch.set_num_threads(job.threads)
     opened = _open(job)
@@ -296,13 +284,14 @@ def _uncuttable(backbone: Backbone, taps: list[Tap], maps: dict[str, FeatureSet]
             new_head(MLPSpec(hidden=()), width, 1),
             cut=next(iter(maps.values())).spec.tap,
         )
-    except CannotCut as error:
+    except CannotSplit as error:
         return str(error)
     return None
 
 
 def _parity(job: FinetuneJob, opened: _Opened, *, cut: bool) -> Any:
     head_spec = spec_from_json(job.spec.head)
+    require_differentiable(head_spec)
     bank, task = read_bank(job.head_result), opened.task
     if not np.array_equal(bank.content, task.content) or not np.array_equal(bank.fold, task.fold):
         raise FinetuneRefused(
@@ -350,6 +339,7 @@ def _training(fold_job: FoldJob, opened: _Opened) -> Training:
     outputs = 1 if task.kind == "single" and len(task.classes) == 2 else len(task.classes)
     head_spec = spec_from_json(spec.head)
     if spec.start == "head":
+        require_differentiable(head_spec)
         head = head_module(head_spec, read_bank(job.head_result).arrays(head_spec, fold), task.kind)
     else:
         if not isinstance(head_spec, MLPSpec):
@@ -417,7 +407,7 @@ def _source(job: FinetuneJob, opened: _Opened, network: Network) -> Source:
     if network.cut is None:
         return ImageSource(
             task.content,
-            image_paths(Path(job.images), task.content),
+            paths_of_content(Path(job.images), task.content),
             opened.backbone.preprocessing,
             tuple(opened.views),
             decoding_threads(job.threads, job.device),

@@ -30,7 +30,7 @@ from headrace.pipelines.finetune.checkpoint import (
 )
 from headrace.pipelines.finetune.data import Rows, Source, random_flips
 from headrace.pipelines.finetune.errors import TrainingFailed
-from headrace.pipelines.finetune.network import Network
+from headrace.pipelines.models.torch_network import Network
 
 EVALUATION_ROWS = 64
 # A step of Adam moves every weight by the rate, and so the output of a layer by as much more as the

@@ -1,10 +1,4 @@
-"""Cutting a network at a node: what runs above it, on which parameters.
-
-The part above is found by tracing the network's own forward with torch.fx, through the modules that
-the node lies in and no others: all the rest are black boxes, so that what cannot be traced
-elsewhere does no harm. It shares the network's modules, so that training the part trains the
-network.
-"""
+"""The blocks of a network that train above a node."""
 
 import copy
 import operator
@@ -12,83 +6,67 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
-from headrace.extract.backbones.nodes import LOGITS, PRE_LOGITS, Node, Nodes
-from headrace.pipelines.finetune.errors import CannotCut
-
-
-class _Tracer(fx.Tracer):
-    """Enters the modules around the node; calls every other module as a whole."""
-
-    def __init__(self, node: str) -> None:
-        super().__init__()
-        self.around = {"", *_ancestors(node)}
-
-    def is_leaf_module(self, module: nn.Module, module_qualified_name: str) -> bool:
-        return module_qualified_name not in self.around
+from headrace.pipelines.models.errors import CannotSplit
+from headrace.pipelines.models.torch_network import Network
 
 
-def part_above(module: nn.Module, node: Node) -> fx.GraphModule:
-    """The part of `module` that goes from the node's output to the network's, on the network's own
-    submodules.
+def trainable_blocks(network: Network, train_above: str) -> list[list[str]]:
+    """The blocks of the backbone that train above this node, from the bottom up, each a list of
+    modules; "head": none.
 
-    Raises CannotCut for a node whose output is not all that the part above is made of, for layouts
-    that a map does not hold whole, and for code that cannot be traced.
+    Blocks that no tap needs are left out: no gradient reaches them. Raises CannotSplit for an
+    unknown node, and for one that has nothing of the network above it.
     """
-    if node.name in (LOGITS, PRE_LOGITS) or node.layout != "NCHW":
-        raise CannotCut(
-            f"{node.name} has outputs of layout {node.layout}, and a cut needs channels and "
-            "positions (NCHW) that a map holds whole: cut at a convolutional block, or train from "
-            "the images (leave the map out)"
+    if train_above == "head":
+        return []
+    module = network.backbone
+    if train_above != "all" and train_above not in dict(module.named_modules()):
+        raise CannotSplit(
+            f"the network has no node {train_above!r} to train above: `headrace backbones "
+            "NAME` lists them"
         )
-    tracer = _Tracer(node.name)
-    try:
-        graph = tracer.trace(module)
-    except Exception as error:  # noqa: BLE001 (whatever a network's own code does with values that are not there)
-        raise CannotCut(
-            f"the network's code around {node.name} cannot be traced ({type(error).__name__}: "
-            f"{str(error)[:200]}): train from the images (leave the map out)"
-        ) from None
-    calls = [
-        item for item in graph.nodes if item.op == "call_module" and item.target == node.module
+    owners = owners_above(
+        network.untouched, None if train_above == "all" else train_above, network.preprocessing.crop
+    )
+    reached = _reached(network)
+    found = blocks_of(module, [owner for owner in owners if owner in reached])
+    if not found:
+        raise CannotSplit(
+            f"nothing between {train_above} and the head's taps "
+            f"({', '.join(str(tap) for tap in network.taps)}) has parameters: train above an "
+            "earlier node"
+        )
+    return found
+
+
+def _reached(network: Network) -> set[str]:
+    """Names of the backbone's modules whose own parameters the logits depend on."""
+    owners = {
+        name: list(child.parameters(recurse=False))
+        for name, child in network.backbone.named_modules()
+    }
+    owned = [
+        (name, parameter)
+        for name, own in owners.items()
+        for parameter in own
+        if parameter.is_floating_point()
     ]
-    if len(calls) != 1:
-        raise CannotCut(
-            f"{node.name} is called {len(calls)} times in the network's forward, expected once: "
-            "cut elsewhere"
-        )
-    (call,) = calls
-    with graph.inserting_before(call):
-        start = graph.create_node("placeholder", "cut_map")
-    call.replace_all_uses_with(start)
-    graph.erase_node(call)
-    for item in reversed(list(graph.nodes)):  # by hand: fx keeps what could have side effects
-        if not item.users and item.op not in ("output", "placeholder"):
-            graph.erase_node(item)
-    for item in [item for item in graph.nodes if item.op == "placeholder" and item is not start]:
-        if item.users:
-            raise CannotCut(
-                f"what lies above {node.name} also reads what lies below it ({_reader(item)}): cut "
-                "where the whole network passes through one output, such as the end of a stage"
-            )
-        graph.erase_node(item)
-    part = fx.GraphModule(_Shell(module), graph)
-    part.graph.lint()
-    return part
-
-
-class _Shell(nn.Module):
-    """The network's children under their names, without its forward."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        for name, child in module.named_children():
-            self.add_module(name, child)
-        for name, parameter in module.named_parameters(recurse=False):
-            self.register_parameter(name, parameter)
-        for name, buffer in module.named_buffers(recurse=False):
-            self.register_buffer(name, buffer)
+    for _, parameter in owned:
+        parameter.requires_grad_(True)
+    device = owned[0][1].device
+    kind = torch.uint8 if network.cut is None else torch.float32
+    inputs = torch.zeros(2, *network.input_shape, dtype=kind, device=device)
+    logits = network(inputs, torch.zeros(2, network.held_width, device=device))
+    gradients = torch.autograd.grad(
+        logits.sum(), [parameter for _, parameter in owned], allow_unused=True
+    )
+    for _, parameter in owned:
+        parameter.requires_grad_(False)
+    return {
+        name for (name, _), gradient in zip(owned, gradients, strict=True) if gradient is not None
+    }
 
 
 def owners_above(module: nn.Module, node: str | None, size: tuple[int, int]) -> list[str]:
@@ -147,17 +125,3 @@ def blocks_of(module: nn.Module, owners: Sequence[str]) -> list[list[str]]:
             depth += 1
         blocks.setdefault(".".join(parts[:depth]), []).append(owner)
     return list(blocks.values())
-
-
-def cost_above(nodes: Nodes, node: str) -> float:
-    """The share of the network's multiply-adds that lies above a node."""
-    return 1 - nodes[node].cost
-
-
-def _ancestors(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[:length]) for length in range(1, len(parts))]
-
-
-def _reader(item: fx.Node) -> str:
-    return str(next(iter(item.users)))

@@ -25,6 +25,7 @@ from headrace.extract.errors import ImageError
 from headrace.extract.images.byte_ranges import array_bytes, path_text, read_bytes
 from headrace.extract.images.content_hashes import hash_bytes
 from headrace.extract.images.decoding import PixelRange, decode_image, raw_mode, to_rgb
+from headrace.extract.images.views import Augmentation
 from headrace.extract.run.decode_ahead import Batch, Rendering, decoded_batches, render_into
 from headrace.extract.run.device import Limit, check_device, launch
 from headrace.extract.run.work_unit import (
@@ -35,16 +36,19 @@ from headrace.extract.run.work_unit import (
     unstorable,
 )
 from headrace.extract.spec import BackboneSpec, Sample
+from headrace.extract.taps.forward import make_forward
+from headrace.extract.taps.resolve import Tap
 from headrace.heads.data.task import TaskKind
 from headrace.heads.evaluate.ensemble import average
-from headrace.heads.predict import CannotPredict, predict_head, tempered
+from headrace.heads.predict import CannotPredict, link, predict_head, tempered
 from headrace.heads.sklearn.bank import fitted_sklearn
 from headrace.heads.spec import SklearnSpec
 from headrace.pipelines.environment import available_cores
-from headrace.pipelines.models.network import NetworkMember, network_head, network_pass
+from headrace.pipelines.models.head import HeadModel
+from headrace.pipelines.models.network import NetworkModel, network_backbone, open_network
 
 if TYPE_CHECKING:
-    from headrace.pipelines.models.model import Member, Model
+    from headrace.pipelines.models.model import Model
 
 ImageLike = str | PathLike[str] | Image.Image | npt.NDArray[Any] | torch.Tensor
 Floats = npt.NDArray[np.float32]
@@ -101,8 +105,8 @@ def open_engine(model: "Model", device: str = "cpu") -> Engine:
     wanted: dict[BackboneSpec, dict[FeatureSpec, None]] = {}
     passes: list[Pass] = []
     for member in model.members:
-        if isinstance(member, NetworkMember):
-            passes.append(network_pass(member, device))
+        if isinstance(member, NetworkModel):
+            passes.append(_network_pass(member, device))
             continue
         for backbone, feature in zip(member.backbones, member.features, strict=True):
             wanted.setdefault(backbone, {})[feature] = None
@@ -119,7 +123,7 @@ def open_engine(model: "Model", device: str = "cpu") -> Engine:
         device,
         tuple(passes),
         tuple(limits),
-        tuple(ready(member) for member in model.members),
+        tuple(head_function(member) for member in model.members),
     )
 
 
@@ -209,15 +213,35 @@ def predict_images(
     return found
 
 
-def ready(member: "Member | NetworkMember") -> Callable[[Floats], Floats]:
+def _network_pass(member: NetworkModel, device: str) -> Pass:
+    """Return the pass from pixels to what the network's head is given."""
+    backbone = network_backbone(member.path, member.file_digest)
+    taps = [Tap(feature.tap, feature.reduction) for feature in member.features]
+    forward = make_forward(backbone, taps, device=device)
+    return Pass(Rendering(backbone.preprocessing, 0, Augmentation()), forward, member.features)
+
+
+def _network_head(member: NetworkModel) -> Callable[[Floats], Floats]:
+    """Return the function from the taps' features, side by side, to probabilities (n, C)."""
+    head = open_network(member.path, member.file_digest).network.head
+
+    def predict(features: Floats) -> Floats:
+        with torch.no_grad():
+            logits = head(torch.from_numpy(np.ascontiguousarray(features))).numpy()
+        return link(logits, member.task_kind, temperature=member.temperature)
+
+    return predict
+
+
+def head_function(member: HeadModel | NetworkModel) -> Callable[[Floats], Floats]:
     """The member's head as a function, at its temperature unless it has several views, which are
     averaged before.
 
     A scikit-learn head is stored as its training rows: it is fitted here, once.
     """
-    if isinstance(member, NetworkMember):
-        return network_head(member)
-    head, temperature = member.head, member.temperature if member.views == 1 else 1.0
+    if isinstance(member, NetworkModel):
+        return _network_head(member)
+    head, temperature = member.head, member.temperature if member.n_views == 1 else 1.0
     if isinstance(head.spec, SklearnSpec):
         fitted = fitted_sklearn(head.spec, head.arrays, head.task_kind)
         return lambda X: tempered(fitted(X), head.task_kind, temperature, member.floor)
@@ -228,10 +252,10 @@ def combine(model: "Model", parts: Sequence[Floats]) -> Floats:
     """(n, C) of the members' predictions, each at its temperature: their weighted average, at the
     model's.
     """
-    if len(parts) == 1 and model.temperature == 1:
+    if len(parts) == 1 and model.average_temperature == 1:
         return parts[0]
-    mean = average(np.array([member.weight for member in model.members]), np.stack(parts))
-    return tempered(mean, model.task_kind, model.temperature)
+    mean = average(np.array(model.weights), np.stack(parts))
+    return tempered(mean, model.task_kind, model.average_temperature)
 
 
 def as_stored(features: npt.NDArray[Any], dtype: str) -> Floats:
@@ -247,13 +271,13 @@ def as_stored(features: npt.NDArray[Any], dtype: str) -> Floats:
 
 
 def predict_member(
-    member: "Member | NetworkMember",
+    member: HeadModel | NetworkModel,
     head: Callable[[Floats], Floats],
     features: dict[FeatureSpec, Floats],
     task_kind: TaskKind,
 ) -> Floats:
     """(n, C) of one head at its temperature, the mean over the views that it was trained on; its
-    inputs side by side as in `load_rows`. head: as `ready` makes it.
+    inputs side by side as in `load_rows`. head: as `head_function` makes it.
     """
     columns: dict[str, list[Floats]] = {}
     for spec in member.features:

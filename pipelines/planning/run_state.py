@@ -34,8 +34,8 @@ from headrace.pipelines.recipe.targets import DataError
 from headrace.pipelines.records import write_record
 from headrace.pipelines.selection.correction import Selection
 from headrace.pipelines.selection.ensemble import Ensemble
+from headrace.pipelines.selection.evaluation_record import TestResult
 from headrace.pipelines.selection.halving import InputHalving
-from headrace.pipelines.selection.winner import TestResult
 
 
 @dataclass(frozen=True)

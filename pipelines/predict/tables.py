@@ -30,7 +30,7 @@ import pyarrow.parquet as pq
 
 from headrace.heads.data.task import TaskKind
 from headrace.pipelines.console import valid_text
-from headrace.pipelines.models.model import decide
+from headrace.pipelines.models.base import decide
 
 _FIRST_LINE = 1 << 24  # bytes; a hundred thousand classes have a line of some megabytes
 

@@ -2,24 +2,22 @@
 it did on the test split.
 """
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
-import pandas as pd
 
 from headrace.cache.errors import HeadraceError
 from headrace.heads.data.task import Task
-from headrace.heads.evaluate.ensemble import average
-from headrace.heads.predict import tempered
 from headrace.heads.spec import spec_from_json
 from headrace.pipelines.finished import FinishedRun
-from headrace.pipelines.models.model import ENSEMBLE, ensemble_is_selected
+from headrace.pipelines.models.ensemble import ENSEMBLE_DESCRIPTION
+from headrace.pipelines.models.model import ensemble_is_selected
+from headrace.pipelines.models.reference import ModelRef
 from headrace.pipelines.records import read_record
-from headrace.pipelines.selection.winner import predict_test
+from headrace.pipelines.selection.ensemble_store import member_name
+from headrace.pipelines.selection.evaluation_record import WeightedModel, predict_average
 
 Found = Mapping[str, Any]
 
@@ -56,7 +54,7 @@ def find_selected(run: FinishedRun) -> SelectedModel:
     """The selected model of the run's last call."""
     if not ensemble_is_selected(run.paths):
         return SelectedModel(None, run.winner_evaluation)
-    ensemble = read_record(run.paths.ensemble / ENSEMBLE)
+    ensemble = read_record(run.paths.ensemble / ENSEMBLE_DESCRIPTION)
     own = [
         evaluation
         for evaluation in run.test_evaluations
@@ -72,14 +70,9 @@ def _is_ensemble(shown: Found, ensemble: Found, task: str) -> bool:
         or shown["temperature"] != ensemble["temperature"]
     ):
         return False
-    # As the ensemble's members are named where they are stored.
-    names = [
-        hashlib.sha256(f"{each['bank']} {each['spec']}".encode()).hexdigest()[:16]
-        for each in shown["ensemble"]
-    ]
     recorded = [
-        (f"members/{name}", each["weight"], each.get("temperature", 1.0))
-        for name, each in zip(names, shown["ensemble"], strict=True)
+        (member_name(member["bank"], member["spec"]), member["weight"], member["temperature"])
+        for member in shown["ensemble"]
     ]
     return recorded == [
         (member["model"], member["weight"], member.get("temperature", 1.0))
@@ -105,31 +98,40 @@ def test_predictions(
     if evaluation["winner"]["test"] != test.digest:
         return f"the test images have changed since {selected.name} was shown them"
     shown = evaluation["winner"]
-    lone = {**shown, "temperature": evaluation.get("temperature", 1.0)}
-    members = shown.get("ensemble", [lone])
     try:
-        found = [_predict(run, member, test) for member in members]
+        if selected.ensemble is not None:
+            members = [
+                WeightedModel(
+                    member["weight"], member.get("temperature", 1.0), _recorded_model(run, member)
+                )
+                for member in shown["ensemble"]
+            ]
+            target, predicted = predict_average(
+                members, shown["temperature"], test, trust_code=run.trust_code
+            )
+        else:
+            target, predicted = _recorded_model(run, shown).predict_rows(
+                test,
+                temperature=evaluation.get("temperature", 1.0),
+                trust_code=run.trust_code,
+            )
     except (HeadraceError, OSError, KeyError) as error:
         return f"the predictions of the test images cannot be made again: {error}"
-    target, predicted = found[0]
-    if selected.ensemble is not None:
-        weights = np.array([member["weight"] for member in members])
-        mean = average(weights, np.stack([own for _, own in found]))
-        predicted = tempered(mean, test.kind, shown["temperature"])
     return test, target, predicted
 
 
-def _predict(
-    run: FinishedRun, member: Found, test: Task
-) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """Targets and predictions of one head or network of an evaluation's record, at its
-    temperature.
-    """
-    kind = spec_from_json(member["spec"]).kind
+def _recorded_model(run: FinishedRun, recorded: Found) -> ModelRef:
+    """Return the head or network that an evaluation's record names."""
+    kind = spec_from_json(recorded["spec"]).kind
     network = kind == "finetune"  # reads the images, no features
-    path = (run.paths.finetune if network else run.paths.banks) / member["bank"]
-    names = [] if network else member["inputs"]
-    features = [view for name in names for view in run.open_features(name)]
-    row = pd.Series({"kind": kind, "spec": member["spec"], "path": str(path)})
-    own = member.get("temperature", 1.0)
-    return predict_test(row, features, test, temperature=own, trust_code=run.trust_code)
+    folder = run.paths.finetune if network else run.paths.banks
+    inputs = tuple(recorded["inputs"])
+    features = [] if network else [view for name in inputs for view in run.open_features(name)]
+    return ModelRef(
+        kind=kind,
+        spec=recorded["spec"],
+        results_path=folder / recorded["bank"],
+        inputs=inputs,
+        run=run.paths,
+        feature_paths=tuple(feature.path for feature in features),
+    )

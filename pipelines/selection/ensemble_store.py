@@ -1,108 +1,82 @@
-"""The ensemble as a model directory: ensemble.json, and each member as a model directory of its
-own. No pickle.
-"""
+"""The ensemble of a run as a model directory, and its score on the test split."""
 
-import contextlib
 import hashlib
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
-import pandas as pd
 
-from headrace.cache.atomic_io import publish_replace
-from headrace.cache.feature_set import FeatureSet, open_feature_set
-from headrace.cache.format.sealed import sealed_json
-from headrace.extract.spec import BackboneSpec
 from headrace.heads.data.task import Task
+from headrace.pipelines.models.ensemble import EnsembleModel
+from headrace.pipelines.models.reference import ModelRef
 from headrace.pipelines.selection.ensemble import Ensemble
-from headrace.pipelines.selection.winner import TestResult, _evaluate_ensemble, save_winner
-
-FORMAT = 2
-DESCRIPTION = "ensemble.json"
+from headrace.pipelines.selection.evaluation_record import (
+    TestResult,
+    WeightedModel,
+    evaluate_average,
+)
 
 
 def save_ensemble(
-    directory: Path,
-    ensemble: Ensemble,
-    directories: Mapping[str, Sequence[Path]],
-    backbones: Mapping[str, BackboneSpec | None],
-    task: Task,
+    directory: Path, ensemble: Ensemble, models: Sequence[ModelRef], task: Task
 ) -> Path:
-    """Write the members, then ensemble.json, which names them, then remove members of an earlier
-    ensemble.
-
-    directories, backbones: of the feature sets by name. Returns the path of ensemble.json.
-    """
-    members = []
-    for member in ensemble.members:
-        row = member.row
-        key = hashlib.sha256(f"{Path(row['path']).name} {row['spec']}".encode()).hexdigest()[:16]
-        features = _features(row, directories)
-        made_by = [backbones[name] for name in row["inputs"] for _ in directories[name]]
-        save_winner(
-            directory / "members" / key,
-            row,
-            features,
-            made_by,
+    """Write the ensemble; returns the path of ensemble.json. models: of its members, in order."""
+    members = tuple(
+        model.load(
             task,
-            ensemble.metric,
+            {f"validation_{ensemble.metric}": float(member.row[ensemble.metric])},
             member.temperature,
         )
-        members.append(
-            {
-                "model": f"members/{key}",
-                "weight": member.weight,
-                "temperature": member.temperature,
-                "rank": int(row["rank"]),
-                "inputs": list(row["inputs"]),
-                "kind": row["kind"],
-                "settings": row["settings"],
-                "networks": list(member.networks),
-            }
-        )
-    description = {
-        "format": FORMAT,
-        "kind": "ensemble",
-        "members": members,
-        "temperature": ensemble.temperature,
-        "task_kind": task.kind,
-        "classes": list(task.classes),
-        "metrics": {
-            f"validation_{name}": value
-            for name, value in ensemble.metrics.items()
-            if value == value
-        },
-        "nested": ensemble.summary(),
+        for member, model in zip(ensemble.members, models, strict=True)
+    )
+    columns = tuple(
+        {
+            "rank": int(member.row["rank"]),
+            "inputs": list(model.inputs),
+            "kind": model.kind,
+            "settings": member.row["settings"],
+            "networks": list(member.networks),
+        }
+        for member, model in zip(ensemble.members, models, strict=True)
+    )
+    # NaN is no JSON, and says nothing of a metric that is undefined here.
+    metrics = {
+        f"validation_{name}": value for name, value in ensemble.metrics.items() if value == value
     }
-    path = directory / DESCRIPTION
-    publish_replace(path, sealed_json(description, indent=2))
-    for old in (directory / "members").iterdir():
-        if f"members/{old.name}" not in {member["model"] for member in members}:
-            with contextlib.suppress(OSError):  # it only takes space
-                shutil.rmtree(old)
-    return path
+    return EnsembleModel(
+        path=directory,
+        task_kind=task.kind,
+        classes=task.classes,
+        metrics=metrics,
+        members=members,
+        weights=tuple(member.weight for member in ensemble.members),
+        temperature=ensemble.temperature,
+        names=tuple(member_name(model.results_path.name, model.spec) for model in models),
+        member_columns=columns,
+        nested=ensemble.summary(),
+    ).save(directory)
+
+
+def member_name(results_name: str, spec: str) -> str:
+    """Return the folder of a member, named by its results file and its settings."""
+    digest = hashlib.sha256(f"{results_name} {spec}".encode()).hexdigest()[:16]
+    return f"members/{digest}"
 
 
 def evaluate_ensemble(
-    evaluations: Path,
+    record_path: Path,
     ensemble: Ensemble,
-    directories: Mapping[str, Sequence[Path]],
+    models: Sequence[ModelRef],
     test: Task,
     train_digest: str,
     groups: npt.NDArray[Any] | None = None,
 ) -> TestResult:
-    """Show the ensemble the test split, once and on record. groups: as in `evaluate_winner`."""
+    """Score the ensemble on the test rows, as `evaluate_winner` does the winner."""
     members = [
-        (member.weight, member.temperature, member.row, _features(member.row, directories))
-        for member in ensemble.members
+        WeightedModel(member.weight, member.temperature, model)
+        for member, model in zip(ensemble.members, models, strict=True)
     ]
-    return _evaluate_ensemble(
-        evaluations, members, ensemble.temperature, test, train_digest, ensemble.metric, groups
+    return evaluate_average(
+        record_path, members, ensemble.temperature, test, train_digest, ensemble.metric, groups
     )
-
-
-def _features(row: pd.Series, directories: Mapping[str, Sequence[Path]]) -> list[FeatureSet]:
-    return [open_feature_set(path) for name in row["inputs"] for path in directories[name]]

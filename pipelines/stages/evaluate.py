@@ -3,10 +3,14 @@
 from dataclasses import replace
 
 from headrace.cache.atomic_io import lease
-from headrace.cache.feature_set import open_feature_set
+from headrace.pipelines.models.reference import model_ref
 from headrace.pipelines.planning.run_state import RunState
 from headrace.pipelines.selection.ensemble_store import evaluate_ensemble
-from headrace.pipelines.selection.winner import TestResult, evaluate_winner, repair_test_evaluations
+from headrace.pipelines.selection.evaluation_record import (
+    TestResult,
+    evaluate_winner,
+    repair_test_evaluations,
+)
 from headrace.pipelines.stages.services import Services
 
 
@@ -28,23 +32,21 @@ def _evaluate_on_test(state: RunState) -> TestResult | None:
     if not len(dataset.test.ids):
         return None
     if selected.ensemble is not None and selected.ensemble.chosen:
+        models = [
+            model_ref(member.row, state.paths, state.directories, state.backbones)
+            for member in selected.ensemble.members
+        ]
         return evaluate_ensemble(
             state.paths.test_evaluations,
             selected.ensemble,
-            state.directories,
+            models,
             dataset.test,
             dataset.train.digest,
             dataset.test_groups,
         )
-    winner = selected.winner
     return evaluate_winner(
         state.paths.test_evaluations,
-        winner,
-        [
-            open_feature_set(view_path)
-            for input_name in winner["inputs"]
-            for view_path in state.directories[input_name]
-        ],
+        model_ref(selected.winner, state.paths, state.directories, state.backbones),
         dataset.test,
         dataset.train.digest,
         state.metric,

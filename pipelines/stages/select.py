@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from headrace.cache.atomic_io import PARTIAL_SUFFIX, lease, sync_directory
-from headrace.cache.feature_set import open_feature_set
+from headrace.pipelines.models.reference import model_ref
 from headrace.pipelines.planning.leaderboard import rank_heads
 from headrace.pipelines.planning.run_state import RunState, Selected
 from headrace.pipelines.records import publish_table, write_record
@@ -53,20 +53,9 @@ def select(state: RunState, services: Services) -> RunState:
         selection = correct_for_selection(state, leaderboard)
         notes = (*state.notes, *_cautions(state, leaderboard))
         winner_temperature = temperature_of(winner, task)
-        winner_views = [
-            (input_name, view_path)
-            for input_name in winner["inputs"]
-            for view_path in state.directories[input_name]
-        ]
-        save_winner(
-            state.paths.winner,
-            winner,
-            [open_feature_set(view_path) for _, view_path in winner_views],
-            [state.backbones[input_name] for input_name, _ in winner_views],
-            task,
-            metric,
-            winner_temperature,
-        )
+        winner_model = model_ref(winner, state.paths, state.directories, state.backbones)
+        winner_metrics = {f"validation_{metric}": float(winner[metric])}
+        save_winner(state.paths.winner, winner_model, task, winner_metrics, winner_temperature)
         ensemble = combine_heads(state, leaderboard)
         report_done(f"{len(leaderboard):,} settings ranked")
     return replace(
@@ -136,9 +125,11 @@ def combine_heads(state: RunState, leaderboard: pd.DataFrame) -> Ensemble | None
     if ensemble is None:
         withdraw(state.paths.ensemble)
         return None
-    save_ensemble(
-        state.paths.ensemble, ensemble, state.directories, state.backbones, state.dataset.train
-    )
+    models = [
+        model_ref(member.row, state.paths, state.directories, state.backbones)
+        for member in ensemble.members
+    ]
+    save_ensemble(state.paths.ensemble, ensemble, models, state.dataset.train)
     return ensemble
 
 

@@ -28,7 +28,8 @@ from headrace.extract.sources.samples import list_folder, read_table
 from headrace.extract.spec import BackboneSpec
 from headrace.heads.data.lookup import FeatureLookup
 from headrace.pipelines.api import extract_features
-from headrace.pipelines.models.model import ModelError, load_model
+from headrace.pipelines.models.errors import ModelError
+from headrace.pipelines.models.model import load_model
 from headrace.pipelines.planning.run_state import read_run_state
 from headrace.pipelines.recipe.load import RecipeError, load_recipe
 

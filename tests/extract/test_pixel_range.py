@@ -34,10 +34,10 @@ from headrace.extract.images.views import Augmentation
 from headrace.extract.run import decode_ahead as decode_module
 from headrace.extract.run.decode_ahead import Rendering, decoded_batches
 from headrace.extract.spec import BackboneSpec, Sample, check_spec
-from headrace.pipelines.export.graph import Input, pixels_of
 from headrace.pipelines.export.preprocessing_file import preprocess_file
 from headrace.pipelines.models.images import ImageUnusable
 from headrace.pipelines.models.model import load_model
+from headrace.pipelines.models.torch_graph import Input, pixels_of
 from headrace.pipelines.planning.networks import backbone_spec
 from headrace.pipelines.predict import bulk
 from headrace.pipelines.recipe.load import load_recipe

@@ -24,6 +24,7 @@ from headrace.heads.bank import BankJob, train_bank
 from headrace.heads.data.folds import make_folds
 from headrace.heads.data.task import Task, save_task
 from headrace.heads.spec import FineTuneSpec, HeadSpec, LogisticSpec, spec_to_json
+from headrace.pipelines.finetune.candidates import training_key
 from headrace.pipelines.finetune.task import FinetuneJob
 from headrace.pipelines.records import write_record
 
@@ -89,13 +90,21 @@ class Case:
         spec = FineTuneSpec(head=spec_to_json(head), **settings)
         started = spec.start == "head"
         folder = self.root / out
+        head_result = self.bank(head, *taps) if started else ""
+        files = (
+            *self.features(*taps),
+            *(self.features(cut) if cut else ()),
+            head_result,
+            "task.npz",
+        )
         return FinetuneJob(
+            key=training_key(spec, backbone, map(Path, files)),
             task=str(self.root / "task.npz"),
             images=str(self.root / "images.json"),
             backbone=backbone,
             features=self.features(*taps),
             cut=self.features(cut) if cut else (),
-            head_result=self.bank(head, *taps) if started else "",
+            head_result=head_result,
             spec=spec,
             folder=str(folder / "parts"),
             result=str(folder / "result.h5"),

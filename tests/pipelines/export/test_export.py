@@ -39,14 +39,14 @@ from headrace.heads.spec import (
 )
 from headrace.pipelines.api import extract_features
 from headrace.pipelines.export import write as export
-from headrace.pipelines.export.graph import Input
-from headrace.pipelines.export.layers import head_module
 from headrace.pipelines.export.preprocessing_file import preprocess_file
 from headrace.pipelines.export.write import ExportError, export_model
-from headrace.pipelines.finetune.head import head_module as finetune_head
-from headrace.pipelines.finetune.network import Network
-from headrace.pipelines.finetune.persist import load_network, save_network
-from headrace.pipelines.models.model import ModelError, load_model
+from headrace.pipelines.models.errors import ModelError
+from headrace.pipelines.models.model import load_model
+from headrace.pipelines.models.network import load_network, save_network
+from headrace.pipelines.models.torch_graph import Input
+from headrace.pipelines.models.torch_head import head_module, probability_module
+from headrace.pipelines.models.torch_network import Network
 
 NETWORK = BackboneSpec("torchvision:resnet18", weights="random:0", image_size=32, crop_fraction=1.0)
 OTHER = BackboneSpec("torchvision:squeezenet1_1", weights="random:0", image_size=48)
@@ -111,7 +111,7 @@ def test_a_head_as_a_module_is_the_same_function(spec, kind):
     head, unseen = fitted(spec, kind)
     expected = head.predict_proba(unseen)
     with torch.no_grad():
-        found = head_module(head)(torch.from_numpy(unseen)).numpy()
+        found = probability_module(head)(torch.from_numpy(unseen)).numpy()
     np.testing.assert_allclose(found, expected, atol=2e-5 * max(1, np.abs(expected).max()))
 
 
@@ -294,7 +294,7 @@ def network_directory(place, kind="logistic"):
         width = sum(tap_shape(parse_tap(tap), nodes[parse_tap(tap).node])[0] for tap in taps)
         arrays = {"weight": torch.randn(3, width) / 10, "bias": torch.zeros(3)}
     arrays = {name: value.numpy() for name, value in arrays.items()}
-    head = finetune_head(head_spec, arrays, "single")
+    head = head_module(head_spec, arrays, "single")
     network = Network(backbone, [parse_tap(tap) for tap in taps], head).eval()
     for parameter in network.backbone.parameters():
         parameter.data += 0.02 * torch.randn_like(parameter)
@@ -322,7 +322,7 @@ def test_a_fine_tuned_network_is_the_same_everywhere(photos, tmp_path, kind):
     trained = load_network(tmp_path / "model")
     paths = sorted(photos.rglob("*.png"))[::5]
     pixels = np.stack(
-        [render(decode_image(path.read_bytes()), trained.preprocessing) for path in paths]
+        [render(decode_image(path.read_bytes()), trained.model.preprocessing) for path in paths]
     )
     expected = trained.predict_proba(pixels)
     assert np.ptp(expected, axis=0).max() > 1e-3

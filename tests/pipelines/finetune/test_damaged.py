@@ -7,7 +7,7 @@ from support.models import run_here
 from support.networks import WEAK_HEAD_RECIPE
 from support.runs import make_photos
 
-from headrace.pipelines.finetune.persist import load_network
+from headrace.pipelines.models.network import load_network
 
 FINETUNE = """\
 finetune: {train_above: [layer3], learning_rate: [0.001], epochs: 2, batch_size: 16}

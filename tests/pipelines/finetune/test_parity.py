@@ -19,13 +19,16 @@ from headrace.heads.data.features import load_rows
 from headrace.heads.predict import link, predict_head
 from headrace.heads.results import read_bank
 from headrace.heads.spec import ConvSpec, HeadSpec, KNNSpec, LogisticSpec, MLPSpec, RidgeSpec
-from headrace.pipelines.finetune.data import ImageSource, image_paths
-from headrace.pipelines.finetune.errors import CannotCut, FinetuneRefused
-from headrace.pipelines.finetune.head import head_module, standardise
-from headrace.pipelines.finetune.network import Network, trainable_blocks
+from headrace.pipelines.finetune.data import ImageSource
+from headrace.pipelines.finetune.errors import FinetuneRefused
 from headrace.pipelines.finetune.parity import FEATURES, LARGEST, MEAN, Parity, check_parity
 from headrace.pipelines.finetune.task import pilot
-from headrace.pipelines.finetune.train_above import blocks_of, owners_above, part_above
+from headrace.pipelines.finetune.train_above import blocks_of, owners_above, trainable_blocks
+from headrace.pipelines.models.errors import CannotSplit
+from headrace.pipelines.models.reference import paths_of_content
+from headrace.pipelines.models.split_network import part_above
+from headrace.pipelines.models.torch_head import head_module, standardise
+from headrace.pipelines.models.torch_network import Network
 
 HEADS: list[tuple[HeadSpec, tuple[str, ...]]] = [
     (LOGISTIC, ("layer4.avg",)),
@@ -67,7 +70,7 @@ def parity(
     network = Network(loaded, taps, heads[0]).round_to(["float16"])
     network.train(train)
     job = case.job(cut=None, backbone=backbone)
-    paths = image_paths(Path(job.images), case.task.content)
+    paths = paths_of_content(Path(job.images), case.task.content)
     (batch,) = ImageSource(case.task.content, paths, loaded.preprocessing).batches(
         np.arange(48), 48
     )
@@ -83,7 +86,7 @@ def test_symmetric_views_are_drawn_row_by_row(case: Case) -> None:
     sees none.
     """
     loaded = load_backbone(SMALL)
-    paths = image_paths(Path(case.job(cut=None, backbone=SMALL).images), case.task.content)
+    paths = paths_of_content(Path(case.job(cut=None, backbone=SMALL).images), case.task.content)
     views = [view_json(index, Symmetries()) for index in range(4)]
     source = ImageSource(case.task.content, paths, loaded.preprocessing, views)
     order = np.arange(48)
@@ -240,18 +243,18 @@ def test_places_where_no_cut_is_possible_say_so() -> None:
     """Inside a residual block, in a transformer, and below a tap that lies around the cut."""
     backbone = load_backbone(SMALL)
     nodes = backbone_nodes(backbone)
-    with pytest.raises(CannotCut, match="also reads what lies below it"):
+    with pytest.raises(CannotSplit, match="also reads what lies below it"):
         part_above(backbone.module, nodes["layer3.0.conv1"])
     vit = load_backbone(BackboneSpec("timm:test_vit", "random:0"))
-    with pytest.raises(CannotCut, match="layout NTC"):
+    with pytest.raises(CannotSplit, match="layout NTC"):
         part_above(vit.module, backbone_nodes(vit)["blocks.1"])
     width = nodes["layer4"].shape[0]
     head = head_module(LOGISTIC, {"weight": np.zeros((1, width)), "bias": np.zeros(1)}, "single")
-    with pytest.raises(CannotCut, match="lies in"):
+    with pytest.raises(CannotSplit, match="lies in"):
         Network(backbone, [Tap("layer4", "avg")], head, cut="layer4.0")
-    with pytest.raises(CannotCut, match="no node 'layer9'"):
+    with pytest.raises(CannotSplit, match="no node 'layer9'"):
         trainable_blocks(Network(backbone, [Tap("layer4", "avg")], head), "layer9")
-    with pytest.raises(CannotCut, match="has parameters"):
+    with pytest.raises(CannotSplit, match="has parameters"):
         trainable_blocks(Network(backbone, [Tap("layer4", "avg")], head), "layer4")
 
 

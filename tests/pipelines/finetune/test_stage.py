@@ -19,7 +19,6 @@ from support.imports import loaded_after
 from support.networks import LOGISTIC, SMALL, WEAK_HEAD_RECIPE, Case, make_case
 from support.runs import headrace, make_photos
 
-from headrace.cache.feature_set import open_feature_set
 from headrace.extract.spec import BackboneSpec
 from headrace.heads.evaluate.metrics import score
 from headrace.heads.evaluate.temperature import with_temperature
@@ -30,11 +29,11 @@ from headrace.pipelines.cluster.task_log import read_log
 from headrace.pipelines.finetune import stage as stage_module
 from headrace.pipelines.finetune import task as task_module
 from headrace.pipelines.finetune.candidates import list_candidates, predicted_gain, training_seconds
-from headrace.pipelines.finetune.data import image_paths
 from headrace.pipelines.finetune.errors import TrainingFailed
-from headrace.pipelines.finetune.stage import FinetuneInputs, compare, finetune, pending
+from headrace.pipelines.finetune.stage import FinetuneInputs, compare, finetune_candidates, pending
 from headrace.pipelines.finetune.train import Training
 from headrace.pipelines.models.model import load_model
+from headrace.pipelines.models.reference import model_ref, paths_of_content
 from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.planning.leaderboard import rank_heads
 from headrace.pipelines.recipe.load import RecipeError, load_recipe
@@ -43,7 +42,6 @@ from headrace.pipelines.records import read_record
 from headrace.pipelines.run_directory import results_file
 from headrace.pipelines.selection.ensemble import Ensemble, Member
 from headrace.pipelines.selection.ensemble_store import evaluate_ensemble, save_ensemble
-from headrace.pipelines.selection.winner import predict_test
 
 QUIET = Console(quiet=True)
 
@@ -123,7 +121,7 @@ def test_what_is_better_is_kept_and_what_is_not_is_rolled_back(
     board = board_of(case, (WEAK, ("layer4.avg",)))
     section = SECTION.model_copy(update={"learning_rate": (1e-3, 1e-12)})
     inputs = inputs_of(case, tmp_path)
-    result = finetune(inputs, board, section, HereClient(), QUIET)  # type: ignore[arg-type]
+    result = finetune_candidates(inputs, board, section, HereClient(), QUIET)  # type: ignore[arg-type]
     compared = result.compared.set_index("settings")["decision"].to_dict()
     assert [decision for text, decision in compared.items() if "lr=0.001" in text] == ["kept"]
     assert [decision for text, decision in compared.items() if "lr=1e-12" in text] == [
@@ -151,7 +149,7 @@ def test_what_is_better_is_kept_and_what_is_not_is_rolled_back(
     assert again["gain_low"] <= again["gain"] <= again["gain_high"]
     ran = len(here)
     assert not pending(inputs, board, section)
-    repeated = finetune(inputs, board, section, None, QUIET)
+    repeated = finetune_candidates(inputs, board, section, None, QUIET)
     assert len(here) == ran, "a second call trains nothing and looks at no network"
     pd.testing.assert_frame_equal(repeated.compared, result.compared)
 
@@ -180,7 +178,7 @@ def test_an_ensemble_with_a_network_is_shown_the_test_split_and_can_be_taken_awa
         fold=case.task.fold[::3], weight=case.task.weight[::3],
     )  # fmt: skip
     board = board_of(case, (WEAK, ("layer4.avg",)))
-    finetuned = finetune(inputs, board, SECTION, HereClient(), QUIET)  # type: ignore[arg-type]
+    finetuned = finetune_candidates(inputs, board, SECTION, HereClient(), QUIET)  # type: ignore[arg-type]
     ranked = rank_heads(
         pd.concat([_heads(board), finetuned.rows]),
         "log_loss",
@@ -209,30 +207,25 @@ def test_an_ensemble_with_a_network_is_shown_the_test_split_and_can_be_taken_awa
     )
     ensemble = Ensemble("log_loss", members, 1.3, 2, 48, **numbers, chosen=True, metrics={})  # type: ignore[arg-type]
     evaluations = tmp_path / "evaluations.jsonl"
-    shown = evaluate_ensemble(evaluations, ensemble, case.directories, test, case.task.digest)
+    models = [
+        model_ref(member.row, inputs.paths, case.directories, inputs.backbones)
+        for member in members
+    ]
+    shown = evaluate_ensemble(evaluations, ensemble, models, test, case.task.digest)
     mean = np.zeros((len(test.ids), 2))
-    for member in members:
-        features = [
-            open_feature_set(path)
-            for name in member.row["inputs"]
-            for path in case.directories[name]
-        ]
-        mean += member.weight * with_temperature(
-            "single", predict_test(member.row, features, test)[1], 0.8
-        )
+    for member, model in zip(members, models, strict=True):
+        mean += member.weight * with_temperature("single", model.predict_rows(test)[1], 0.8)
     expected = with_temperature("single", mean, 1.3)
     assert shown.metrics["log_loss"] == pytest.approx(
         score("single", test.target, expected, "log_loss"), rel=1e-6
     )
     assert shown.images == len(test.ids)
     assert len(evaluations.read_text().splitlines()) == 1
-    stored = save_ensemble(
-        tmp_path / "ensemble", ensemble, case.directories, inputs.backbones, case.task
-    )
+    stored = save_ensemble(tmp_path / "ensemble", ensemble, models, case.task)
     assert sum((stored.parent / one["model"] / "network.safetensors").exists()
                for one in json.loads(stored.read_text())["members"]) == 1  # fmt: skip
     taken = load_model(stored.parent).predict_proba(
-        image_paths(case.root / "images.json", test.content)
+        paths_of_content(case.root / "images.json", test.content)
     )
     np.testing.assert_allclose(taken, expected, atol=2e-3)
 
@@ -246,13 +239,13 @@ def test_the_budget_is_kept_and_a_larger_one_is_used(
     board = board_of(case, (WEAK, ("layer4.avg",)))
     inputs = inputs_of(case, tmp_path)
     poor = SECTION.model_copy(update={"budget_minutes": 1e-9})
-    result = finetune(inputs, board, poor, HereClient(), QUIET)  # type: ignore[arg-type]
+    result = finetune_candidates(inputs, board, poor, HereClient(), QUIET)  # type: ignore[arg-type]
     assert result.compared["decision"].tolist() == ["", "over budget"]
     assert [key for key in here if not key.startswith("pilot")] == []
     assert not pending(inputs, board, poor)
     rich = SECTION.model_copy(update={"budget_minutes": 10.0})
     assert pending(inputs, board, rich)
-    result = finetune(inputs, board, rich, HereClient(), QUIET)  # type: ignore[arg-type]
+    result = finetune_candidates(inputs, board, rich, HereClient(), QUIET)  # type: ignore[arg-type]
     assert result.compared["decision"].tolist() == ["", "kept"]
     assert result.compared["minutes"].iloc[1] < 10
 
@@ -270,7 +263,7 @@ def test_partial_reuse_is_compared_from_both_starts(
             "reuse": (ReuseSection(train_above="layer3", inputs=("layer4.avg",), hidden=(8,)),),
         }
     )
-    result = finetune(inputs_of(case, tmp_path), board, section, HereClient(), QUIET)  # type: ignore[arg-type]
+    result = finetune_candidates(inputs_of(case, tmp_path), board, section, HereClient(), QUIET)  # type: ignore[arg-type]
     assert result.compared["approach"].tolist() == ["head", "partial reuse", "partial reuse"]
     assert {
         "pretrained" in text or "random" in text for text in result.compared["settings"][1:]
@@ -300,7 +293,7 @@ def test_a_failure_is_a_row_and_the_head_stays(
 
     with monkeypatch.context() as patch:
         patch.setattr(Training, "_epoch", fails)
-        result = finetune(inputs, board, SECTION, HereClient(), QUIET)  # type: ignore[arg-type]
+        result = finetune_candidates(inputs, board, SECTION, HereClient(), QUIET)  # type: ignore[arg-type]
     ranked = rank_heads(
         pd.concat([_heads(board), result.rows]), "log_loss", dict.fromkeys(case.directories, 1), 2
     )
@@ -311,11 +304,11 @@ def test_a_failure_is_a_row_and_the_head_stays(
     assert read_bank(board.iloc[0]["path"]).table["error"].isna().all()
     ran = len(here)
     assert not pending(inputs, board, SECTION)
-    again = finetune(inputs, board, SECTION, None, QUIET)
+    again = finetune_candidates(inputs, board, SECTION, None, QUIET)
     assert len(here) == ran, "a failure is not tried again unasked"
     pd.testing.assert_frame_equal(again.compared, result.compared)
     assert pending(inputs, board, SECTION, retry_failed=True)
-    result = finetune(inputs, board, SECTION, HereClient(), QUIET, retry_failed=True)  # type: ignore[arg-type]
+    result = finetune_candidates(inputs, board, SECTION, HereClient(), QUIET, retry_failed=True)  # type: ignore[arg-type]
     assert result.compared["decision"].tolist() == ["", "kept"]
     assert result.rows["error"].isna().all()
 
@@ -335,9 +328,9 @@ def test_a_full_disk_decides_nothing(
     with monkeypatch.context() as patch:
         patch.setattr(task_module, name, full)
         with pytest.raises(RunIncomplete, match="No space left on device"):
-            finetune(inputs, board, SECTION, HereClient(), QUIET)  # type: ignore[arg-type]
+            finetune_candidates(inputs, board, SECTION, HereClient(), QUIET)  # type: ignore[arg-type]
     assert not inputs.paths.finetune_decisions.exists()
-    result = finetune(inputs, board, SECTION, HereClient(), QUIET)  # type: ignore[arg-type]
+    result = finetune_candidates(inputs, board, SECTION, HereClient(), QUIET)  # type: ignore[arg-type]
     assert result.compared["decision"].tolist() == ["", "kept"]
 
 
@@ -349,7 +342,7 @@ def test_a_rate_that_is_far_too_large_is_told(case: Case, tmp_path: Path, here: 
     section = SECTION.model_copy(
         update={"learning_rate": (1e30,), "grad_clip_norm": 1e30, "warmup_fraction": 0.0}
     )
-    result = finetune(inputs_of(case, tmp_path), board, section, HereClient(), QUIET)  # type: ignore[arg-type]
+    result = finetune_candidates(inputs_of(case, tmp_path), board, section, HereClient(), QUIET)  # type: ignore[arg-type]
     assert result.compared["decision"].tolist()[1] in ("failed", "refused")
     assert any("lower learning_rate" in note for note in result.notes)
 
@@ -365,7 +358,7 @@ def test_a_network_that_is_not_the_heads_is_refused_on_record(
     inputs = dataclasses.replace(
         inputs_of(case, tmp_path), backbones=dict.fromkeys(case.directories, other)
     )
-    result = finetune(inputs, board, SECTION, HereClient(), QUIET)  # type: ignore[arg-type]
+    result = finetune_candidates(inputs, board, SECTION, HereClient(), QUIET)  # type: ignore[arg-type]
     assert result.compared["decision"].tolist() == ["", "refused"]
     assert any("preprocessing" in note for note in result.notes)
     assert not [key for key in here if not key.startswith("pilot")]

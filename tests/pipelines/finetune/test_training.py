@@ -28,9 +28,10 @@ from headrace.pipelines.finetune import train as train_module
 from headrace.pipelines.finetune.checkpoint import load_checkpoint
 from headrace.pipelines.finetune.data import random_flips
 from headrace.pipelines.finetune.errors import TrainingFailed
-from headrace.pipelines.finetune.persist import BadNetworkFile, load_network
 from headrace.pipelines.finetune.task import FoldJob, part_path, pilot, publish_result, train_fold
 from headrace.pipelines.finetune.train import _schedule
+from headrace.pipelines.models.errors import ModelError
+from headrace.pipelines.models.network import load_network
 
 # relative: a training that was killed against one that was not, on one machine with as many threads
 SAME_CURVE = 1e-6
@@ -218,24 +219,24 @@ def test_a_saved_network_predicts_from_images_alone(case: Case) -> None:
     saved = load_network(job.model)
     paths = sorted((case.root / "photos").rglob("*.png"))[:6]
     pixels = np.stack(
-        [render(decode_image(path.read_bytes()), saved.preprocessing) for path in paths]
+        [render(decode_image(path.read_bytes()), saved.model.preprocessing) for path in paths]
     )
     predicted = saved.predict_proba(pixels)
     assert predicted.shape == (6, 2)
     np.testing.assert_allclose(predicted.sum(1), 1, rtol=1e-5)
     right = [
-        saved.classes[row.argmax()] == path.parent.name
+        saved.model.classes[row.argmax()] == path.parent.name
         for row, path in zip(predicted, paths, strict=True)
     ]
     assert all(right)
-    with pytest.raises(BadNetworkFile, match="is not there"):
+    with pytest.raises(ModelError, match="is not there"):
         load_network(case.root / "nowhere")
     weights = Path(job.model) / "network.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
-    with pytest.raises(BadNetworkFile, match="has changed since it was written"):
+    with pytest.raises(ModelError, match="has changed since it was written"):
         load_network(job.model)
     weights.write_bytes(b"another program's file" * 50)
-    with pytest.raises(BadNetworkFile, match="not a saved network"):
+    with pytest.raises(ModelError, match="not a saved network"):
         load_network(job.model)
 
 

@@ -111,12 +111,11 @@ def one_view(model):
     member = model.members[0]
     kept = [place for place, feature in enumerate(member.features) if feature.view == '{"index":0}']
     head = dataclasses.replace(
-        member.head, features=tuple(member.features[place] for place in kept)
+        member.head,
+        features=tuple(member.features[place] for place in kept),
+        backbones=tuple(member.head.backbones[place] for place in kept),
     )
-    alone = dataclasses.replace(
-        member, head=head, backbones=tuple(member.backbones[place] for place in kept)
-    )
-    return dataclasses.replace(model, members=(alone,))
+    return dataclasses.replace(model, head=head)
 
 
 def test_images_come_in_any_form(run, away):
@@ -150,8 +149,8 @@ def test_other_weights_are_refused(away, tmp_path):
     place = tmp_path / "model"
     shutil.copytree(away, place)
     model = load_model(place)
-    swapped = BackboneSpec(**{**vars(model.members[0].backbones[0]), "weights": "random:9"})
-    object.__setattr__(model.members[0], "backbones", (swapped,) * len(model.members[0].backbones))
+    swapped = tuple({**fields, "weights": "random:9"} for fields in model.head.backbones)
+    model = dataclasses.replace(model, head=dataclasses.replace(model.head, backbones=swapped))
     with pytest.raises(SpecMismatch, match="weights"):
         model.predict_proba(np.zeros((40, 40, 3), np.uint8))
 

@@ -22,7 +22,7 @@ from support.runs import make_photos
 from headrace.pipelines.export import write as export
 from headrace.pipelines.export.write import export_model
 from headrace.pipelines.models.model import load_model
-from headrace.pipelines.models.network import NetworkMember
+from headrace.pipelines.models.network import NetworkModel
 from headrace.pipelines.predict.bulk import predict_table
 from headrace.pipelines.predict.listing import list_images
 from headrace.pipelines.report.build import write_report
@@ -101,7 +101,7 @@ def test_the_answer_predicts_alike_everywhere(run, exported, root):
     compared when it was made.
     """
     model = load_model(run)
-    assert any(isinstance(member, NetworkMember) for member in model.members)
+    assert any(isinstance(member, NetworkModel) for member in model.members)
     assert (len(model.members) > 1) == (run.name == "ensemble")
     paths = sorted((root / "photos").rglob("*.png"))[::9]
     expected = model.predict_proba(paths)

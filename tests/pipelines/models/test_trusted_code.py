@@ -27,7 +27,8 @@ from headrace.heads.predict import CannotPredict
 from headrace.heads.sklearn.bank import estimator_code, fitted_sklearn, make_estimator
 from headrace.heads.spec import FineTuneSpec, LogisticSpec, RidgeSpec, SklearnSpec, spec_to_json
 from headrace.pipelines.cli.main import app
-from headrace.pipelines.models.model import ModelError, load_model
+from headrace.pipelines.models.errors import ModelError
+from headrace.pipelines.models.model import load_model
 
 SENT = """\
 import pathlib
@@ -256,9 +257,9 @@ def network(tmp_path, monkeypatch):
     """
     from headrace.extract.backbones.backbone import load_backbone
     from headrace.extract.taps.resolve import parse_tap
-    from headrace.pipelines.finetune.head import head_module
-    from headrace.pipelines.finetune.network import Network
-    from headrace.pipelines.finetune.persist import save_network
+    from headrace.pipelines.models.network import save_network
+    from headrace.pipelines.models.torch_head import head_module
+    from headrace.pipelines.models.torch_network import Network
 
     (tmp_path / "sent_module.py").write_text(WORKING)
     monkeypatch.syspath_prepend(tmp_path)
@@ -286,7 +287,7 @@ def test_a_fine_tuned_network_asks_at_both_levels(network):
     """`load_model` and `load_network`: nothing is imported before the name is there, and then it
     predicts.
     """
-    from headrace.pipelines.finetune.persist import load_network
+    from headrace.pipelines.models.network import load_network
 
     for read in (load_model, load_network):
         with pytest.raises(CodeNotTrusted, match="--trust-code sent_module:network"):
@@ -301,8 +302,6 @@ def test_a_fine_tuned_network_asks_at_both_levels(network):
 
 def test_the_network_that_was_checked_is_the_one_that_runs(network):
     """A file that is put in its place between the two is refused, even one that is whole."""
-    from headrace.pipelines.finetune.persist import BadNetworkFile
-
     found = load_model(network, trust_code=["sent_module:network"])
     data = (network / "network.safetensors").read_bytes()
     about = json.loads(tensor_metadata(data)["headrace"])
@@ -310,7 +309,7 @@ def test_the_network_that_was_checked_is_the_one_that_runs(network):
     (network / "network.safetensors").write_bytes(
         save(load(data), metadata={"headrace": json.dumps(about)})
     )
-    with pytest.raises(BadNetworkFile, match="has been replaced"):
+    with pytest.raises(ModelError, match="has been replaced"):
         found.predict_proba(np.zeros((1, 32, 32, 3), np.uint8))
     assert not (network.parent / "imported").exists()
     (network / "network.safetensors").write_bytes(data)
@@ -383,7 +382,7 @@ def test_a_model_builds_no_network_larger_than_its_weights(tmp_path):
 
 def test_a_fine_tuned_network_is_not_built_larger_than_its_file(network):
     """Whatever name a file that was sent gives to its network."""
-    from headrace.pipelines.finetune.persist import load_network
+    from headrace.pipelines.models.network import load_network
 
     path = network / "network.safetensors"
     data = path.read_bytes()

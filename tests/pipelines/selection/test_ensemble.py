@@ -17,6 +17,8 @@ from headrace.heads.evaluate.temperature import fit_temperature, with_temperatur
 from headrace.heads.persist import load_head
 from headrace.heads.results import read_bank
 from headrace.heads.spec import LogisticSpec, RidgeSpec, spec_to_json
+from headrace.pipelines.models.reference import model_ref
+from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.recipe.sections import EnsembleSection
 from headrace.pipelines.selection.correction import nested_choice
 from headrace.pipelines.selection.ensemble import Ensemble, Member, build_ensemble
@@ -239,6 +241,13 @@ def combined(board, weights, metric="accuracy"):
     return Ensemble(metric, members, 1.5, 2, 180, **numbers, chosen=True, metrics={metric: 0.5})
 
 
+def models_of(ensemble, folder, directories, backbones):
+    return [
+        model_ref(member.row, RunPaths(folder), directories, backbones)
+        for member in ensemble.members
+    ]
+
+
 def test_the_stored_ensemble_predicts_what_was_tested(trained):
     """From its directory alone: the members' heads, each at its own temperature, weights and
     temperature give the score on record. A second call reads the record, and another ensemble is
@@ -247,7 +256,8 @@ def test_the_stored_ensemble_predicts_what_was_tested(trained):
     folder, taps, directories, train, test, board = trained
     backbones = dict.fromkeys(directories, BackboneSpec("torchvision:resnet18", weights="random:0"))
     ensemble = combined(board, (0.25, 0.75))
-    path = save_ensemble(folder / "ensemble", ensemble, directories, backbones, train)
+    models = models_of(ensemble, folder, directories, backbones)
+    path = save_ensemble(folder / "ensemble", ensemble, models, train)
     described = json.loads(path.read_text())
     assert (described["format"], described["kind"], described["task_kind"]) == (
         2,
@@ -263,16 +273,14 @@ def test_the_stored_ensemble_predicts_what_was_tested(trained):
     )
     predicted = with_temperature("single", mean, described["temperature"])
     evaluations = folder / "evaluations.jsonl"
-    result = evaluate_ensemble(evaluations, ensemble, directories, test, train.digest)
+    result = evaluate_ensemble(evaluations, ensemble, models, test, train.digest)
     assert result.metrics["accuracy"] == score("single", test.target, predicted, "accuracy")
     assert result.metrics["log_loss"] == pytest.approx(
         score("single", test.target, predicted, "log_loss"), rel=1e-5
     )
-    assert evaluate_ensemble(evaluations, ensemble, directories, test, train.digest) == result
+    assert evaluate_ensemble(evaluations, ensemble, models, test, train.digest) == result
     assert len(evaluations.read_text().splitlines()) == 1
-    other = evaluate_ensemble(
-        evaluations, combined(board, (0.5, 0.5)), directories, test, train.digest
-    )
+    other = evaluate_ensemble(evaluations, combined(board, (0.5, 0.5)), models, test, train.digest)
     assert other.n_evaluations == 2
 
 
@@ -280,10 +288,9 @@ def test_members_that_left_are_removed(trained):
     """What lies in the directory is what ensemble.json names."""
     folder, _, directories, train, _, board = trained
     backbones = dict.fromkeys(directories)
-    save_ensemble(folder / "smaller", combined(board, (0.25, 0.75)), directories, backbones, train)
-    path = save_ensemble(
-        folder / "smaller", combined(board.head(1), (1.0,)), directories, backbones, train
-    )
+    for ensemble in (combined(board, (0.25, 0.75)), combined(board.head(1), (1.0,))):
+        models = models_of(ensemble, folder, directories, backbones)
+        path = save_ensemble(folder / "smaller", ensemble, models, train)
     (member,) = json.loads(path.read_text())["members"]
     assert [each.name for each in (folder / "smaller" / "members").iterdir()] == [
         member["model"].split("/")[1]

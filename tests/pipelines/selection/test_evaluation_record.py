@@ -11,7 +11,7 @@ from support.runs import make_photos
 from headrace.heads.evaluate.intervals import proportion_interval
 from headrace.pipelines.models.model import load_model
 from headrace.pipelines.recipe.load import load_recipe
-from headrace.pipelines.selection.winner import (
+from headrace.pipelines.selection.evaluation_record import (
     EvaluationsDamaged,
     _write_test_evaluations,
     read_test_evaluations,

@@ -24,15 +24,18 @@ from headrace.heads.evaluate.metrics import score
 from headrace.heads.evaluate.temperature import fit_temperature, with_temperature
 from headrace.heads.persist import BadHeadFile, TrainedHead, load_head
 from headrace.heads.results import read_bank
-from headrace.pipelines.export.layers import head_module
 from headrace.pipelines.export.write import export_model
 from headrace.pipelines.finished import read_finished_run
 from headrace.pipelines.models.model import load_model
+from headrace.pipelines.models.torch_head import probability_module
 from headrace.pipelines.predict.bulk import predict_table
 from headrace.pipelines.predict.listing import list_images
 from headrace.pipelines.records import read_record
 from headrace.pipelines.report.build import write_report
-from headrace.pipelines.selection.winner import _write_test_evaluations, read_test_evaluations
+from headrace.pipelines.selection.evaluation_record import (
+    _write_test_evaluations,
+    read_test_evaluations,
+)
 
 RECIPE = """\
 images: {folder: photos}
@@ -115,9 +118,7 @@ def test_every_way_of_predicting_has_it(run, tmp_path):
     listed = list_folder(folder / "photos")
     paths = listed["path"].tolist()
     expected = model.predict_proba(paths)
-    plain = dataclasses.replace(
-        model, members=(dataclasses.replace(member, temperature=1.0),)
-    ).predict_proba(paths)
+    plain = model.at_temperature(1.0).predict_proba(paths)
     clear = plain.max(1) < 0.9999  # of surer ones a float32 says little
     assert clear.sum() > 20
     np.testing.assert_allclose(
@@ -219,7 +220,7 @@ def test_a_graph_has_the_temperature_inside(spec, kind, temperature):
     head = dataclasses.replace(head, temperature=temperature)
     expected = head.predict_proba(unseen)
     with torch.no_grad():
-        found = head_module(head, temperature)(torch.from_numpy(unseen)).numpy()
+        found = probability_module(head, temperature)(torch.from_numpy(unseen)).numpy()
     scale = max(1, np.abs(expected).max()) if kind == "regression" else 1
     np.testing.assert_allclose(
         found, expected, atol=(2e-5 if spec.kind in ("knn", "conv") else 5e-6) * scale
@@ -266,12 +267,10 @@ def test_views_are_averaged_before(tmp_path):
     result = run_here(tmp_path / "recipe.yaml")
     model = load_model(result.paths.winner)
     (member,) = model.members
-    assert member.views == 4
+    assert member.n_views == 4
     assert member.temperature != 1
     paths = list_folder(tmp_path / "photos")["path"].tolist()[:10]
-    plain = dataclasses.replace(
-        model, members=(dataclasses.replace(member, temperature=1.0),)
-    ).predict_proba(paths)
+    plain = model.at_temperature(1.0).predict_proba(paths)
     expected = with_temperature("single", plain, member.temperature)
     np.testing.assert_allclose(model.predict_proba(paths), expected, atol=1e-6)
     exported = export_model(model, tmp_path / "out", ["torch", "safetensors"])

@@ -17,9 +17,9 @@ from headrace.extract.backbones.backbone import Backbone
 from headrace.extract.backbones.nodes import LOGITS, PRE_LOGITS, Node
 from headrace.extract.taps.forward import normalisation
 from headrace.extract.taps.resolve import Tap, backbone_nodes, reduce_output, tap_shape
-from headrace.pipelines.finetune.errors import CannotCut
-from headrace.pipelines.finetune.head import Head
-from headrace.pipelines.finetune.train_above import blocks_of, owners_above, part_above
+from headrace.pipelines.models.errors import CannotSplit
+from headrace.pipelines.models.split_network import part_above
+from headrace.pipelines.models.torch_head import Head
 
 _HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -64,7 +64,7 @@ class Network(nn.Module):
             math.prod(tap_shape(tap, node)) for tap, node in self._placed if tap in self.held
         )
         if self.held and head.spatial:
-            raise CannotCut(
+            raise CannotSplit(
                 f"a convolution head on maps below the cut {cut} has nothing that could be trained "
                 "there"
             )
@@ -79,7 +79,7 @@ class Network(nn.Module):
                 tap for tap, node in above if f"{nodes[cut].module}.".startswith(f"{node.module}.")
             ]
         ):
-            raise CannotCut(
+            raise CannotSplit(
                 f"{around[0]} is the output of a module that {cut} lies in, which cannot be seen "
                 "from inside: cut elsewhere, or train from the images (leave the map out)"
             )
@@ -168,63 +168,6 @@ class Network(nn.Module):
             )
         if len(self._found) == self._hooked + len(self._at_cut):
             raise _Done
-
-
-def trainable_blocks(network: Network, train_above: str) -> list[list[str]]:
-    """The blocks of the backbone that train above this node, from the bottom up, each a list of
-    modules; "head": none.
-
-    Blocks that no tap needs are left out: no gradient reaches them. Raises CannotCut for an unknown
-    node, and for one that has nothing of the network above it.
-    """
-    if train_above == "head":
-        return []
-    module = network.backbone
-    if train_above != "all" and train_above not in dict(module.named_modules()):
-        raise CannotCut(
-            f"the network has no node {train_above!r} to train above: `headrace backbones "
-            "NAME` lists them"
-        )
-    owners = owners_above(
-        network.untouched, None if train_above == "all" else train_above, network.preprocessing.crop
-    )
-    reached = _reached(network)
-    found = blocks_of(module, [owner for owner in owners if owner in reached])
-    if not found:
-        raise CannotCut(
-            f"nothing between {train_above} and the head's taps "
-            f"({', '.join(str(tap) for tap in network.taps)}) has parameters: train above an "
-            "earlier node"
-        )
-    return found
-
-
-def _reached(network: Network) -> set[str]:
-    """Names of the backbone's modules whose own parameters the logits depend on."""
-    owners = {
-        name: list(child.parameters(recurse=False))
-        for name, child in network.backbone.named_modules()
-    }
-    owned = [
-        (name, parameter)
-        for name, own in owners.items()
-        for parameter in own
-        if parameter.is_floating_point()
-    ]
-    for _, parameter in owned:
-        parameter.requires_grad_(True)
-    device = owned[0][1].device
-    kind = torch.uint8 if network.cut is None else torch.float32
-    inputs = torch.zeros(2, *network.input_shape, dtype=kind, device=device)
-    logits = network(inputs, torch.zeros(2, network.held_width, device=device))
-    gradients = torch.autograd.grad(
-        logits.sum(), [parameter for _, parameter in owned], allow_unused=True
-    )
-    for _, parameter in owned:
-        parameter.requires_grad_(False)
-    return {
-        name for (name, _), gradient in zip(owned, gradients, strict=True) if gradient is not None
-    }
 
 
 def _output(keep: Callable[[Tensor], None], _module: nn.Module, _args: Any, output: Tensor) -> None:

@@ -10,7 +10,7 @@ import copy
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +23,12 @@ from headrace.extract.images.views import Symmetries, is_exact, parse_view, view
 from headrace.extract.run.work_unit import check_identity
 from headrace.extract.spec import BackboneSpec
 from headrace.extract.taps.resolve import backbone_nodes, reduce_output
-from headrace.pipelines.export.layers import Linked, head_module, tempered
-from headrace.pipelines.models.model import Member, Model
-from headrace.pipelines.models.network import NetworkMember, network_backbone, open_network
+from headrace.pipelines.models.head import HeadModel
+from headrace.pipelines.models.network import NetworkModel, network_backbone, open_network
+from headrace.pipelines.models.torch_head import ProbabilityLink, probability_module, tempered
+
+if TYPE_CHECKING:
+    from headrace.pipelines.models.model import Model
 
 _CROP = view_json(0, Symmetries())  # the view that is the evaluation crop
 _ROUND_OFF = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -146,22 +149,21 @@ def _lean(taps: _Taps, backbone: Backbone) -> _Taps:
         return taps
 
 
-class Graph(nn.Module):
+class ModelGraph(nn.Module):
     """Pixels, one tensor per input, to probabilities (n, C) float32, for regression values.
 
     The model has no random views.
     """
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: "Model") -> None:
         super().__init__()
         wanted: dict[BackboneSpec, dict[FeatureSpec, None]] = {}
         turns: dict[BackboneSpec, dict[int, None]] = {}
         loaded: list[tuple[Backbone, list[FeatureSpec], list[int]]] = []
         for member in model.members:
-            if isinstance(member, NetworkMember):
-                loaded.append(
-                    (network_backbone(member.directory, member.digest), list(member.features), [0])
-                )
+            if isinstance(member, NetworkModel):
+                backbone = network_backbone(member.path, member.file_digest)
+                loaded.append((backbone, list(member.features), [0]))
                 continue
             for made_by, feature in zip(member.backbones, member.features, strict=True):
                 wanted.setdefault(made_by, {})[replace(feature, view=_CROP)] = None
@@ -186,10 +188,10 @@ class Graph(nn.Module):
         self.spatial = [member.spatial for member in model.members]
         # Of several views the mean is tempered, else the log-odds within the head.
         self.shares = [
-            (member.weight, member.temperature if member.views > 1 else 1.0, member.floor)
-            for member in model.members
+            (weight, member.temperature if member.n_views > 1 else 1.0, member.floor)
+            for weight, member in zip(model.weights, model.members, strict=True)
         ]
-        self.temperature, self.task_kind = model.temperature, model.task_kind
+        self.temperature, self.task_kind = model.average_temperature, model.task_kind
         if len(self.inputs) > 1:
             self.inputs = [
                 replace(each, name=f"images_{place}") for place, each in enumerate(self.inputs)
@@ -238,23 +240,21 @@ def _turned(pixels: Tensor, index: int) -> Tensor:
     return torch.flip(turned, axes) if axes else turned
 
 
-def fits_graph(model: Model) -> bool:
+def fits_graph(model: "Model") -> bool:
     """Whether all views that the model averages over are made of the evaluation crop; others have
     no place in a graph.
     """
     return all(is_exact(feature.view) for member in model.members for feature in member.features)
 
 
-def _head(member: Member | NetworkMember) -> nn.Module:
-    if isinstance(member, NetworkMember):
-        trained = open_network(member.directory, member.digest)
-        return nn.Sequential(
-            copy.deepcopy(trained.network.head), Linked(trained.task_kind, 1.0, member.temperature)
-        ).eval()
-    return head_module(member.head, member.temperature if member.views == 1 else 1.0)
+def _head(member: HeadModel | NetworkModel) -> nn.Module:
+    if isinstance(member, NetworkModel):
+        head = copy.deepcopy(open_network(member.path, member.file_digest).network.head)
+        return nn.Sequential(head, ProbabilityLink(member.task_kind, member.temperature)).eval()
+    return probability_module(member.head, member.temperature if member.n_views == 1 else 1.0)
 
 
-def _columns(member: Member | NetworkMember) -> list[list[tuple[str, int]]]:
+def _columns(member: HeadModel | NetworkModel) -> list[list[tuple[str, int]]]:
     """For each view the features that make its columns."""
     views: dict[int, list[tuple[str, int]]] = {}
     for feature in member.features:

@@ -1,0 +1,88 @@
+"""What every kind of model has in common: prediction from images, decisions, its digest."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from headrace.heads.data.task import TaskKind
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from headrace.pipelines.models.images import ImageLike
+
+
+class ImagePredictor:
+    """Prediction from images, the same for a head, a fine-tuned network and an ensemble."""
+
+    def predict_proba(
+        self, images: "ImageLike | Iterable[ImageLike]", *, device: str = "cpu"
+    ) -> npt.NDArray[np.float32]:
+        """Return (n, C) float32 probabilities of n images in the order of `classes`; for regression
+        the values.
+
+        images: a path, a Pillow image, a NumPy array or a torch tensor, or several of these. An
+        array or tensor (H, W), (H, W, C) or (C, H, W) with C of 1, 3 or 4 is one image; (n, H, W,
+        C), (n, C, H, W) and of NumPy (n, H, W) are n. uint8, uint16 and bool are as in a file;
+        floats are from 0 (black) to 1, unless the model has a pixel_range. Every image is decoded,
+        resized, normalised and stored exactly as in the run. Raises ImageUnusable for one that
+        cannot be decoded or can be read in two ways; `headrace predict` lists such and goes on.
+        """
+        from headrace.pipelines.models.images import predict_images
+
+        return predict_images(cast(Any, self), images, device=device)
+
+    def predict(
+        self, images: "ImageLike | Iterable[ImageLike]", *, device: str = "cpu"
+    ) -> npt.NDArray[Any]:
+        """Return single: (n,) class names; multi: (n, C) 0/1; regression: (n, C) values."""
+        model = cast(Any, self)
+        return decide(self.predict_proba(images, device=device), model.task_kind, model.classes)
+
+    def to_torch(self) -> "nn.Module":
+        """Return one torch module, from uint8 pixels (n, H, W, 3) to probabilities (n, C) or
+        values.
+
+        Raises ModelError for a scikit-learn estimator, which has no such form.
+        """
+        from headrace.pipelines.models.torch_graph import ModelGraph
+
+        return ModelGraph(cast(Any, self))
+
+
+def decide(
+    probabilities: npt.NDArray[np.float32], task_kind: TaskKind, classes: tuple[str, ...]
+) -> npt.NDArray[Any]:
+    """Return the decisions of (n, C) probabilities: single: (n,) class names; multi: (n, C) 0/1;
+    regression: the values themselves.
+    """
+    if task_kind == "single":
+        return np.asarray(np.asarray(classes)[probabilities.argmax(1)])
+    return np.asarray(probabilities >= 0.5, np.uint8) if task_kind == "multi" else probabilities
+
+
+class _Digested(Protocol):
+    @property
+    def temperature(self) -> float: ...
+
+    def update_digest(self, hasher: Any) -> None: ...
+
+
+def model_digest(
+    average_temperature: float, weights: Sequence[float], members: Sequence[_Digested]
+) -> str:
+    """Return 24 hex digits of everything that a prediction depends on, weights included."""
+    shares = [(weight, member.temperature) for weight, member in zip(weights, members, strict=True)]
+    hasher = hashlib.sha256(json.dumps([average_temperature, *shares]).encode())
+    for member in members:
+        member.update_digest(hasher)
+    return hasher.hexdigest()[:24]
+
+
+def settings_sentence(settings: dict[str, Any]) -> str:
+    """Return settings as a model card lists them."""
+    return ", ".join(f"{name} {value}" for name, value in settings.items()) or "no settings"

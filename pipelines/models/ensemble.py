@@ -1,0 +1,187 @@
+"""A weighted average of models, as a model: ensemble.json, and each member's directory below it."""
+
+import contextlib
+import dataclasses
+import shutil
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from headrace.cache.atomic_io import publish_replace
+from headrace.cache.format.sealed import read_sealed_json, sealed_json
+from headrace.heads.data.task import TaskKind
+from headrace.heads.persist import WRITE_AGAIN, check_outputs, check_temperature
+from headrace.pipelines.models.base import ImagePredictor, model_digest
+from headrace.pipelines.models.errors import ModelError
+from headrace.pipelines.models.head import HeadModel
+from headrace.pipelines.models.network import NetworkModel
+
+ENSEMBLE_DESCRIPTION = "ensemble.json"
+FORMAT = 2  # 1 had no temperatures of its members
+
+
+@dataclass(frozen=True, eq=False)
+class EnsembleModel(ImagePredictor):
+    """The weighted average of heads and networks, at a temperature of its own."""
+
+    path: Path
+    task_kind: TaskKind
+    classes: tuple[str, ...]  # of a multi-label or regression task, the columns
+    metrics: dict[str, float]
+    members: tuple[HeadModel | NetworkModel, ...]
+    weights: tuple[float, ...]  # of the members, summing to 1
+    temperature: float  # the averaged log-odds are divided by it
+    names: tuple[str, ...]  # of the members' folders
+    trust_code: tuple[str, ...] = ()
+    # What ensemble.json tells people of each member, and of how the average was scored.
+    member_columns: tuple[Mapping[str, Any], ...] = ()
+    nested: Mapping[str, Any] | None = None
+
+    @classmethod
+    def load(cls, directory: Path, *, trusted: Collection[str] = ()) -> "EnsembleModel":
+        """Read what `save` wrote.
+
+        Raises CodeNotTrusted; ModelError also for members outside of the directory, members of
+        other classes, and weights that do not sum to 1.
+        """
+        description_path = directory / ENSEMBLE_DESCRIPTION
+        description = _read_description(description_path)
+        members: list[HeadModel | NetworkModel] = []
+        for name, temperature in zip(
+            description["names"], description["temperatures"], strict=True
+        ):
+            member_directory = directory / name
+            if not member_directory.resolve().is_relative_to(directory.resolve()):
+                raise ModelError(
+                    f"{description_path}: the member {member_directory} lies outside of the "
+                    "model's directory: run again"
+                )
+            member = load_member(member_directory, root=directory, trusted=trusted)
+            outputs = (description["classes"], description["task_kind"])
+            if (member.classes, member.task_kind) != outputs:
+                raise ModelError(
+                    f"{description_path}: the member {member_directory} has other classes than the "
+                    "ensemble: run again"
+                )
+            members.append(member.at_temperature(temperature))
+        weights = description["weights"]
+        if not abs(sum(weights) - 1) <= 1e-6:  # also NaN, and no members
+            raise ModelError(
+                f"{description_path}: the weights of {len(weights)} members do not sum to 1: run "
+                "again"
+            )
+        return cls(
+            path=directory,
+            task_kind=description["task_kind"],
+            classes=description["classes"],
+            metrics=description["metrics"],
+            members=tuple(members),
+            weights=weights,
+            temperature=description["temperature"],
+            names=description["names"],
+        )
+
+    def save(self, directory: Path) -> Path:
+        """Write the members, then ensemble.json, which names them, then remove the members of an
+        earlier ensemble; returns the path of ensemble.json.
+        """
+        entries: list[dict[str, Any]] = []
+        columns = self.member_columns or ({},) * len(self.members)
+        for member, weight, name, column in zip(
+            self.members, self.weights, self.names, columns, strict=True
+        ):
+            member.save(directory / name)
+            shares = {"model": name, "weight": weight, "temperature": member.temperature}
+            entries.append(shares | dict(column))
+        description = {
+            "format": FORMAT,
+            "kind": "ensemble",
+            "members": entries,
+            "temperature": self.temperature,
+            "task_kind": self.task_kind,
+            "classes": list(self.classes),
+            "metrics": self.metrics,
+        }
+        if self.nested is not None:
+            description["nested"] = dict(self.nested)
+        description_path = directory / ENSEMBLE_DESCRIPTION
+        publish_replace(description_path, sealed_json(description, indent=2))
+        for old_member in (directory / "members").iterdir():
+            if f"members/{old_member.name}" not in self.names:
+                with contextlib.suppress(OSError):  # it only takes space
+                    shutil.rmtree(old_member)
+        return description_path
+
+    def describe(self) -> str:
+        """Return a phrase for a model card: how many models are averaged."""
+        return (
+            f"The weighted average of {len(self.members)} models, temperature "
+            f"{self.temperature:.3g}:"
+        )
+
+    def map_members(
+        self, change: Callable[[HeadModel | NetworkModel], HeadModel | NetworkModel]
+    ) -> "EnsembleModel":
+        """Return the ensemble with each member changed."""
+        return dataclasses.replace(self, members=tuple(map(change, self.members)))
+
+    @property
+    def average_temperature(self) -> float:
+        """The temperature of the members' average."""
+        return self.temperature
+
+    @property
+    def digest(self) -> str:
+        """Of everything that a prediction depends on."""
+        return model_digest(self.temperature, self.weights, self.members)
+
+
+def load_member(
+    directory: Path, *, root: Path, trusted: Collection[str]
+) -> HeadModel | NetworkModel:
+    """Read a head or a network, whichever the directory holds. Raises as their `load` does."""
+    if NetworkModel.is_in(directory):
+        return NetworkModel.load(directory, root=root, trusted=trusted)
+    return HeadModel.load(directory, root=root, trusted=trusted)
+
+
+def _read_description(description_path: Path) -> dict[str, Any]:
+    """Return the fields of ensemble.json, checked. Raises ModelError."""
+    try:
+        stored = read_sealed_json(description_path.read_bytes())
+        if stored["format"] not in (1, FORMAT) or stored["kind"] != "ensemble":
+            raise ModelError(
+                f"{description_path}: format {stored['format']}, this version reads {FORMAT}: "
+                "update headrace"
+            )
+        check_outputs(stored["task_kind"], stored["classes"])
+        members = stored["members"]
+        names = tuple(str(Path(member["model"])) for member in members)
+        for name in names:  # a name with a zero byte, for instance, is none
+            (description_path.parent / name).resolve()
+        return {
+            "task_kind": stored["task_kind"],
+            "classes": tuple(stored["classes"]),
+            "metrics": {name: float(value) for name, value in stored["metrics"].items()},
+            "names": names,
+            "weights": tuple(float(member["weight"]) for member in members),
+            "temperatures": [
+                check_temperature(member.get("temperature", 1.0)) for member in members
+            ],
+            "temperature": check_temperature(stored["temperature"]),
+        }
+    except ModelError:
+        raise
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+        ArithmeticError,
+    ) as error:
+        raise ModelError(
+            f"{description_path} does not describe an ensemble ({type(error).__name__}: {error}). "
+            f"{WRITE_AGAIN}"
+        ) from error

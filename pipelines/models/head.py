@@ -1,0 +1,209 @@
+"""A head on frozen networks, as a model: head.safetensors and head.json (heads/persist.py)."""
+
+import dataclasses
+import json
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from headrace.cache.spec import FeatureSpec
+from headrace.extract.spec import (
+    PACKAGED,
+    BackboneSpec,
+    backbone_code,
+    backbone_from_fields,
+    backbone_path,
+    is_weights_file,
+)
+from headrace.heads.data.task import TaskKind
+from headrace.heads.evaluate.temperature import floor_of
+from headrace.heads.persist import (
+    TrainedHead,
+    load_head,
+    require_trusted,
+    save_head,
+)
+from headrace.heads.spec import spec_to_json
+from headrace.pipelines.models.base import ImagePredictor, model_digest, settings_sentence
+from headrace.pipelines.models.errors import ModelError
+from headrace.pipelines.models.trust import require_allowed_file
+from headrace.pipelines.run_directory import moved_with_run
+
+HEAD_DESCRIPTION = "head.json"
+HEAD_FILES = (HEAD_DESCRIPTION, "head.safetensors")
+
+
+@dataclass(frozen=True, eq=False)
+class HeadModel(ImagePredictor):
+    """A trained head, and for each of its feature sets the network that makes it.
+
+    Nothing large is loaded before it is used.
+    """
+
+    path: Path
+    head: TrainedHead
+    trust_code: tuple[str, ...] = ()  # code that the caller allows, "module:function"; no other is
+
+    @classmethod
+    def load(
+        cls, directory: Path, *, root: Path | None = None, trusted: Collection[str] = ()
+    ) -> "HeadModel":
+        """Read what `save` wrote.
+
+        root: the model directory that the caller gave, in which this one is. Raises CodeNotTrusted
+        before anything is built, ModelError where the networks are not recorded, BadHeadFile.
+        """
+        head = load_head(directory, trust_code=trusted)
+        backbones = _resolve_backbones(head, directory, root or directory, trusted)
+        for backbone in backbones:
+            require_trusted(backbone_code(backbone.name), directory, trusted)
+        fields = tuple(dataclasses.asdict(backbone) for backbone in backbones)
+        return cls(directory, dataclasses.replace(head, backbones=fields))
+
+    def save(self, directory: Path) -> Path:
+        """Write the model's files, replacing a head that is there; returns the arrays' path."""
+        head = self.head
+        return save_head(
+            directory,
+            spec=head.spec,
+            task_kind=head.task_kind,
+            arrays=head.arrays,
+            classes=head.classes,
+            features=head.features,
+            metrics=head.metrics,
+            backbones=head.backbones,
+            temperature=head.temperature,
+        )
+
+    def describe(self) -> str:
+        """Return a phrase for a model card: the head, its taps and its networks, in Markdown."""
+        head = self.head
+        settings = json.loads(spec_to_json(head.spec))
+        settings.pop("kind")
+        taps = ", ".join(dict.fromkeys(f"`{feature.name}`" for feature in head.features))
+        networks = dict.fromkeys(
+            f"`{backbone.name}` (weights "
+            f"{Path(backbone.weights).name if backbone.weights else 'of the library'}, digest "
+            f"{feature.weights[:12]})"
+            for backbone, feature in zip(self.backbones, head.features, strict=True)
+        )
+        return (
+            f"a {head.spec.kind} head ({settings_sentence(settings)}) on {taps} of the frozen "
+            f"network {' and '.join(networks)}"
+        )
+
+    def at_temperature(self, temperature: float) -> "HeadModel":
+        """Return the model with its log-odds divided by another temperature."""
+        head = dataclasses.replace(self.head, temperature=temperature)
+        return dataclasses.replace(self, head=head)
+
+    @property
+    def kind(self) -> str:
+        return self.head.spec.kind
+
+    @property
+    def task_kind(self) -> TaskKind:
+        return self.head.task_kind
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the outputs; of a multi-label or regression task, the columns."""
+        return self.head.classes
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        return self.head.metrics
+
+    @property
+    def temperature(self) -> float:
+        return self.head.temperature
+
+    @property
+    def features(self) -> tuple[FeatureSpec, ...]:
+        """The feature sets that it reads, in order; views of one stand together."""
+        return self.head.features
+
+    @property
+    def backbones(self) -> tuple[BackboneSpec, ...]:
+        """The network behind each of `features`."""
+        return tuple(backbone_from_fields(fields or {}) for fields in self.head.backbones)
+
+    @property
+    def spatial(self) -> bool:
+        """Whether it takes maps."""
+        return self.head.spec.kind == "conv"
+
+    @property
+    def n_views(self) -> int:
+        """Views of an image whose predictions it averages, before the temperature."""
+        return len({feature.view for feature in self.head.features})
+
+    @property
+    def floor(self) -> float:
+        """The smallest probability that its temperature looks at."""
+        return floor_of(self.head.spec, self.head.task_kind, len(self.head.classes))
+
+    @property
+    def members(self) -> tuple["HeadModel", ...]:
+        """Itself: a model alone is an ensemble of one."""
+        return (self,)
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        return (1.0,)
+
+    @property
+    def average_temperature(self) -> float:
+        """The temperature of the members' average; a model alone has its own and no other."""
+        return 1.0
+
+    @property
+    def digest(self) -> str:
+        """Of everything that a prediction depends on."""
+        return model_digest(1.0, (1.0,), (self,))
+
+    def update_digest(self, hasher: Any) -> None:
+        head = self.head
+        hasher.update(json.dumps([head.task_kind, head.classes, spec_to_json(head.spec)]).encode())
+        for feature in head.features:  # each names the digest of its network's weights
+            hasher.update(feature.to_json().encode())
+        for name, array in sorted(head.arrays.items()):
+            hasher.update(f"{name}|{array.dtype}|{array.shape}|".encode())
+            hasher.update(np.ascontiguousarray(array).data)
+
+
+def _resolve_backbones(
+    head: TrainedHead, directory: Path, root: Path, trusted: Collection[str]
+) -> list[BackboneSpec]:
+    """Return the networks behind the head's feature sets, weights files with their paths here."""
+    backbones = []
+    for feature, fields in zip(head.features, head.backbones, strict=True):
+        if fields is None:
+            raise ModelError(
+                f"{directory}: it is not recorded which network made the features {feature.name} "
+                f"({feature.backbone}). Heads of an earlier version: call `headrace run` again. "
+                "Features that were imported: predict from features, "
+                "headrace.heads.load_head(DIRECTORY).predict_proba(X)"
+            )
+        backbone = backbone_from_fields(fields)
+        if (
+            backbone.weights
+            and is_weights_file(backbone.weights)
+            and not backbone.weights.startswith(PACKAGED)
+        ):
+            # A relative name is of a file in the model's own directory, as an export writes it.
+            beside = directory / backbone.weights
+            weights = (
+                str(beside.absolute())
+                if beside.is_file()
+                else moved_with_run(backbone.weights, directory)
+            )
+            require_allowed_file(backbone.weights, Path(weights), directory, root, trusted)
+            backbone = dataclasses.replace(backbone, weights=weights)
+        if (network_path := backbone_path(backbone.name)) is not None:
+            require_allowed_file(backbone.name, network_path, directory, root, trusted)
+        backbones.append(backbone)
+    return backbones

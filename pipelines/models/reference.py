@@ -1,0 +1,172 @@
+"""A trained model of a run, by the files that it is in: what the leaderboard's rows stand for."""
+
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from headrace.cache.feature_set import open_feature_set
+from headrace.extract.errors import SourceError
+from headrace.extract.spec import BackboneSpec, Sample
+from headrace.heads.data.features import load_rows
+from headrace.heads.data.task import REFIT, Task
+from headrace.heads.evaluate.temperature import floor_of
+from headrace.heads.persist import TrainedHead, require_trusted
+from headrace.heads.predict import predict_head, tempered
+from headrace.heads.results import read_bank
+from headrace.heads.spec import SklearnSpec, spec_from_json
+from headrace.pipelines.models.head import HeadModel
+from headrace.pipelines.models.network import NetworkModel
+from headrace.pipelines.paths import RunPaths
+from headrace.pipelines.records import read_record
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """One trained model of a run: its settings, its results file, and the features it reads."""
+
+    kind: str  # of the head; "finetune": a network trained by gradients
+    spec: str  # canonical JSON
+    results_path: Path  # predictions of every fold, and a head's arrays
+    inputs: tuple[str, ...]  # names of its feature sets, in order
+    run: RunPaths
+    feature_paths: tuple[Path, ...] = ()  # the feature sets of `inputs`, view by view
+    backbones: tuple[BackboneSpec | None, ...] = ()  # that made each of them; None: not known
+
+    @property
+    def network_directory(self) -> Path:
+        """Where a network that was trained on all training rows is."""
+        return self.run.finetune_model(self.results_path.stem)
+
+    def identity(self) -> dict[str, Any]:
+        """Return what tells this model from every other, for the record of test evaluations."""
+        return {
+            "features": [open_feature_set(path).spec.fingerprint for path in self.feature_paths],
+            "bank": self.results_path.name,
+            "inputs": list(self.inputs),
+            "spec": self.spec,
+        }
+
+    def load(
+        self, task: Task, metrics: dict[str, float], temperature: float
+    ) -> HeadModel | NetworkModel:
+        """Return the model as it was trained on every training row, ready to be saved.
+
+        task: of the training rows. Raises ModelError where a network's file is gone or damaged.
+        """
+        if self.kind == "finetune":
+            network = NetworkModel.load(self.network_directory, trusted=None)
+            return dataclasses.replace(network, metrics=metrics, temperature=temperature)
+        head = TrainedHead(
+            spec=spec_from_json(self.spec),
+            task_kind=task.kind,
+            classes=task.classes,
+            features=tuple(open_feature_set(path).spec for path in self.feature_paths),
+            metrics=metrics,
+            arrays=read_bank(self.results_path).arrays(self.spec, REFIT),
+            backbones=tuple(
+                None if backbone is None else dataclasses.asdict(backbone)
+                for backbone in self.backbones
+            ),
+            temperature=temperature,
+        )
+        return HeadModel(self.results_path.parent, head)
+
+    def predict_rows(
+        self,
+        task: Task,
+        *,
+        temperature: float = 1.0,
+        trust_code: Collection[str] | None = None,
+    ) -> tuple[npt.NDArray[Any], npt.NDArray[np.float32]]:
+        """Return the targets (n, ...) and predictions (n, C) of a task's rows, at a temperature: a
+        head from the cached features, a network from the images.
+
+        Rows without features are left out. trust_code: the code that may be imported for it
+        ("module:name"), which else raises CodeNotTrusted; None: whatever it names. Raises
+        SourceError for an image that is not what it was.
+        """
+        if self.kind == "finetune":
+            return task.target, self._predict_images(task, temperature, trust_code)
+        spec = spec_from_json(self.spec)
+        if isinstance(spec, SklearnSpec) and trust_code is not None:
+            from headrace.heads.sklearn.bank import estimator_code  # imports scikit-learn
+
+            require_trusted(estimator_code(spec), self.results_path, trust_code)
+        arrays = read_bank(self.results_path).arrays(self.spec, REFIT)
+        features = [open_feature_set(path) for path in self.feature_paths]
+        X, row_index = load_rows(features, task.content, spatial=spec.kind == "conv")
+        target = task.target[row_index]
+        views = X if X.ndim in (3, 5) else X[None]  # (V, n, D) or (V, n, channels, h, w)
+        if len(views) == 1:
+            return target, predict_head(spec, arrays, views[0], task.kind, temperature)
+        # The temperature was fitted to the mean over views, and so it is applied to the mean.
+        mean = np.mean([predict_head(spec, arrays, view, task.kind) for view in views], axis=0)
+        floor = floor_of(spec, task.kind, len(task.classes))
+        return target, tempered(mean, task.kind, temperature, floor)
+
+    def _predict_images(
+        self, task: Task, temperature: float, trust_code: Collection[str] | None
+    ) -> npt.NDArray[np.float32]:
+        from headrace.pipelines.cluster.clients import available_cores
+        from headrace.pipelines.models.images import open_engine, predict_samples  # imports torch
+
+        network = NetworkModel.load(self.network_directory, trusted=trust_code)
+        engine = open_engine(network.at_temperature(temperature))
+        image_paths = paths_of_content(self.run.finetune_images, task.content)
+        samples = [
+            Sample(path, path, content_hash.decode())
+            for path, content_hash in zip(image_paths, task.content, strict=True)
+        ]
+        blocks = []
+        for predicted in predict_samples(engine, samples, available_cores()):
+            for row, reason in predicted.failed:
+                raise SourceError(
+                    f"{samples[row].path}: {reason}. Its features were extracted, so it could be "
+                    "read then: bring it back, or run again so that it is left out"
+                )
+            blocks.append(predicted.probabilities)
+        return np.concatenate(blocks) if blocks else np.empty((0, len(network.classes)), np.float32)
+
+
+def model_ref(
+    row: "pd.Series[Any]",
+    run: RunPaths,
+    directories: Mapping[str, Sequence[Path]],
+    backbones: Mapping[str, BackboneSpec | None],
+) -> ModelRef:
+    """Return the model that a row of the run's leaderboard stands for.
+
+    directories, backbones: of the run's feature sets, by name.
+    """
+    inputs = tuple(row["inputs"])
+    return ModelRef(
+        kind=str(row["kind"]),
+        spec=str(row["spec"]),
+        results_path=Path(row["path"]),
+        inputs=inputs,
+        run=run,
+        feature_paths=tuple(path for name in inputs for path in directories[name]),
+        backbones=tuple(backbones[name] for name in inputs for _ in directories[name]),
+    )
+
+
+def paths_of_content(listing_path: Path, content: npt.NDArray[np.bytes_]) -> list[str]:
+    """Return the (N,) paths of the images with these content hashes.
+
+    listing_path: the run's finetune/images.json. Raises SourceError for one that it lacks.
+    """
+    paths = read_record(listing_path)["paths"]
+    content_hashes = content.astype(str).tolist()
+    absent = [content_hash for content_hash in content_hashes if content_hash not in paths]
+    if absent:
+        raise SourceError(
+            f"{listing_path} lists no image with the content {absent[0]} and {len(absent) - 1} "
+            "more: run again"
+        )
+    return [paths[content_hash] for content_hash in content_hashes]
