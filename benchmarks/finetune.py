@@ -307,7 +307,7 @@ def cut(steps: int) -> dict[str, float]:
                 backbone,
                 [place],
                 new_head(MLPSpec(hidden=()), nodes[place.node].shape[0], 1),
-                cut=where,
+                split_node=where,
             )
             spec = FineTuneSpec(
                 head=spec_to_json(MLPSpec(hidden=())),

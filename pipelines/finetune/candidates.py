@@ -38,7 +38,7 @@ class Candidate:
     spec: FineTuneSpec
     backbone: BackboneSpec
     features: tuple[Path, ...]
-    cut: tuple[Path, ...]  # maps to start from; none: from the images
+    split_maps: tuple[Path, ...]  # cached maps to train from; none: from the images
     head: pd.Series  # the row that it is compared with: its own head, for a new head the best one
 
     @property
@@ -49,7 +49,7 @@ class Candidate:
     @property
     def key(self) -> str:
         """Names its files, and its training."""
-        files = (*self.features, *self.cut, Path(self.head["path"]))
+        files = (*self.features, *self.split_maps, Path(self.head["path"]))
         return training_key(self.spec, self.backbone, files)
 
 
@@ -85,10 +85,10 @@ def list_candidates(
     gives.
     """
     notes: list[str] = []
-    found: list[Candidate] = []
+    candidates: list[Candidate] = []
     n_finetuned = 0
-    usable = board[(board["failed"] == 0) & board["final"]]
-    for _, row in usable.drop_duplicates(["inputs", "kind"]).iterrows():
+    complete_rows = board[(board["failed"] == 0) & board["final"]]
+    for _, row in complete_rows.drop_duplicates(["inputs", "kind"]).iterrows():
         if n_finetuned == section.top_k:
             break
         reason = _unfit(row, backbones)
@@ -98,31 +98,36 @@ def list_candidates(
             )
             continue
         n_finetuned += 1
-        found += _promoted(row, section, directories, backbones)
-    for reuse in section.reuse:
-        for name in reuse.inputs:
-            if name not in directories:
+        candidates += _promoted(row, section, directories, backbones)
+    for reuse_section in section.reuse:
+        for input_name in reuse_section.inputs:
+            if input_name not in directories:
                 raise RecipeError(
-                    f"finetune.reuse: inputs names {name!r}, which no backbone gives. There are: "
+                    f"finetune.reuse: inputs names {input_name!r}, which no backbone gives. "
+                    "There are: "
                     f"{', '.join(directories)}"
                 )
-        if len(usable) and (reason := _one_backbone(reuse.inputs, backbones)):
-            notes.append(f"partial reuse above {reuse.train_above} is left out: {reason}")
-        elif len(usable):
-            new = MLPSpec(hidden=reuse.hidden, dropout=section.dropout, seed=section.seed)
-            for start in reuse.start:
-                for spec in _specs(section, spec_to_json(new), reuse.train_above, start):
-                    found.append(
+        if len(complete_rows) and (reason := _one_backbone(reuse_section.inputs, backbones)):
+            notes.append(f"partial reuse above {reuse_section.train_above} is left out: {reason}")
+        elif len(complete_rows):
+            head_spec = MLPSpec(
+                hidden=reuse_section.hidden, dropout=section.dropout, seed=section.seed
+            )
+            for start_from in reuse_section.start:
+                for spec in _specs(
+                    section, spec_to_json(head_spec), reuse_section.train_above, start_from
+                ):
+                    candidates.append(
                         _candidate(
                             "partial reuse",
-                            reuse.inputs,
+                            reuse_section.inputs,
                             spec,
-                            usable.iloc[0],
+                            complete_rows.iloc[0],
                             directories,
                             backbones,
                         )
                     )
-    return list({candidate.key: candidate for candidate in found}.values()), notes
+    return list({candidate.key: candidate for candidate in candidates}.values()), notes
 
 
 def _promoted(
@@ -133,20 +138,22 @@ def _promoted(
 ) -> Iterator[Candidate]:
     for train_above in section.train_above:
         if train_above == "scratch":
-            head = spec_from_json(row["spec"])
-            hidden = head.hidden if isinstance(head, MLPSpec) else ()
-            new = spec_to_json(MLPSpec(hidden=hidden, dropout=section.dropout, seed=section.seed))
-            specs, label = _specs(section, new, "all", "random"), "from scratch"
+            head_spec = spec_from_json(row["spec"])
+            hidden = head_spec.hidden if isinstance(head_spec, MLPSpec) else ()
+            head_json = spec_to_json(
+                MLPSpec(hidden=hidden, dropout=section.dropout, seed=section.seed)
+            )
+            finetune_specs, label = _specs(section, head_json, "all", "random"), "from scratch"
         else:
-            specs, label = _specs(section, row["spec"], train_above, "head"), "fine-tuned"
-        for spec in specs:
+            finetune_specs, label = _specs(section, row["spec"], train_above, "head"), "fine-tuned"
+        for spec in finetune_specs:
             yield _candidate(label, row["inputs"], spec, row, directories, backbones)
 
 
 def _specs(
-    section: FinetuneSection, head: str, train_above: str, start: Any
+    section: FinetuneSection, head_json: str, train_above: str, start_from: Any
 ) -> Iterator[FineTuneSpec]:
-    same = (
+    shared_fields = (
         "layer_decay",
         "weight_decay",
         "warmup_fraction",
@@ -162,10 +169,14 @@ def _specs(
         "precision",
         "seed",
     )
-    for rate in section.learning_rate:
-        fixed = {name: getattr(section, name) for name in same}
+    for learning_rate in section.learning_rate:
+        shared_values = {field: getattr(section, field) for field in shared_fields}
         yield FineTuneSpec(
-            head=head, train_above=train_above, start=start, learning_rate=rate, **fixed
+            head=head_json,
+            train_above=train_above,
+            start=start_from,
+            learning_rate=learning_rate,
+            **shared_values,
         )
 
 
@@ -179,14 +190,14 @@ def _candidate(
 ) -> Candidate:
     backbone = backbones[inputs[0]]
     assert backbone is not None
-    features = tuple(path for name in inputs for path in directories[name])
-    prefix = inputs[0].split(":")[0] + ":" if ":" in inputs[0] else ""
-    cut = (
-        tuple(directories.get(f"{prefix}{spec.train_above}.map", ()))
+    feature_paths = tuple(path for name in inputs for path in directories[name])
+    backbone_prefix = inputs[0].split(":")[0] + ":" if ":" in inputs[0] else ""
+    split_maps = (
+        tuple(directories.get(f"{backbone_prefix}{spec.train_above}.map", ()))
         if spec.start != "random" or spec.train_above != "all"
         else ()
     )
-    return Candidate(label, tuple(inputs), spec, backbone, features, cut, row)
+    return Candidate(label, tuple(inputs), spec, backbone, feature_paths, split_maps, row)
 
 
 def _unfit(row: pd.Series, backbones: Mapping[str, BackboneSpec | None]) -> str | None:
@@ -198,10 +209,10 @@ def _unfit(row: pd.Series, backbones: Mapping[str, BackboneSpec | None]) -> str 
 def _one_backbone(
     inputs: Sequence[str], backbones: Mapping[str, BackboneSpec | None]
 ) -> str | None:
-    behind = {backbones[name] for name in inputs}
-    if None in behind:
+    networks = {backbones[name] for name in inputs}
+    if None in networks:
         return "which network made its features is not recorded"
-    return None if len(behind) == 1 else "its features are of several networks"
+    return None if len(networks) == 1 else "its features are of several networks"
 
 
 def predicted_gain(
@@ -213,17 +224,23 @@ def predicted_gain(
     measured: shares that finished candidates have removed, by their start. The prior counts as
     PRIOR_WEIGHT of them.
     """
-    value, known = float(candidate.head[metric]), METRICS[metric]
-    left = abs((1.0 if known.higher_is_better else 0.0) - value)
-    shares = measured.get(candidate.start, ())
-    share = (PRIOR[candidate.start] * PRIOR_WEIGHT + sum(shares)) / (PRIOR_WEIGHT + len(shares))
-    return left * share
+    head_value, metric_spec = float(candidate.head[metric]), METRICS[metric]
+    headroom = abs((1.0 if metric_spec.higher_is_better else 0.0) - head_value)
+    measured_shares = measured.get(candidate.start, ())
+    expected_share = (PRIOR[candidate.start] * PRIOR_WEIGHT + sum(measured_shares)) / (
+        PRIOR_WEIGHT + len(measured_shares)
+    )
+    return headroom * expected_share
 
 
-def training_seconds(candidate: Candidate, pilot: Mapping[str, Any], folds: int) -> float:
+def training_seconds(candidate: Candidate, pilot_result: Mapping[str, Any], n_folds: int) -> float:
     """Compute of all folds and of the network on all rows, if none stops early; from the measured
     time of a step.
     """
     # A row that is only evaluated costs about a third of one that is trained on.
-    epoch = pilot["steps"] * pilot["step_seconds"] * (1 + pilot["evaluation_share"] / 3)
-    return float(epoch * candidate.spec.epochs * (folds + 1))
+    epoch_seconds = (
+        pilot_result["steps"]
+        * pilot_result["step_seconds"]
+        * (1 + pilot_result["evaluation_share"] / 3)
+    )
+    return float(epoch_seconds * candidate.spec.epochs * (n_folds + 1))

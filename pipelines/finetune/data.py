@@ -32,7 +32,7 @@ class Batch(NamedTuple):
 
     rows: Rows
     inputs: Tensor
-    held: Tensor | None
+    features_below: Tensor | None
 
 
 class Source(Protocol):
@@ -55,7 +55,7 @@ class MapSource:
 
     content: npt.NDArray[np.bytes_]  # (N,)
     maps: Sequence[FeatureSet]  # one per view
-    held: Sequence[Sequence[FeatureSet]]  # one list per view, in the head's order
+    features_below: Sequence[Sequence[FeatureSet]]  # one list per view, in the head's order
 
     def batches(
         self, order: Rows, size: int, *, view: int = 0, draw: np.random.Generator | None = None
@@ -67,7 +67,7 @@ class MapSource:
             inputs = torch.from_numpy(self.maps[number].load(content, np.float32))
             held = [
                 feature.load(content, np.float32).reshape(len(rows), -1)
-                for feature in self.held[number]
+                for feature in self.features_below[number]
             ]
             yield Batch(
                 rows, inputs, torch.from_numpy(np.concatenate(held, axis=1)) if held else None

@@ -56,18 +56,20 @@ def check_parity(
     cached: Sequence[npt.NDArray[np.float32]],
     task: TaskKind,
     *,
-    held: Sequence[Tensor | None] = (None,),
+    features_below: Sequence[Tensor | None] = (None,),
 ) -> Parity:
     """Compare the features and predictions of `network`, in the mode that it is in, with the stored
     ones.
 
     heads: the head of each fold, which take the place of the network's own. inputs: one tensor (n,
-    …) per view of the same rows (predictions are averaged over views), with its `held` features.
+    …) per view of the same rows (predictions are averaged over views), with its `features_below`.
     fold: (n,) in which each row was held out.
     expected: (n, C) out-of-fold predictions. cached: per view the features (n, …) that they were
     made from. Raises FinetuneRefused, with both figures and what usually is the reason.
     """
-    features = [_features(network, one, own) for one, own in zip(inputs, held, strict=True)]
+    features = [
+        _features(network, one, own) for one, own in zip(inputs, features_below, strict=True)
+    ]
     predicted = np.mean(
         [_predict(heads, one, fold, task) for one in features], axis=0, dtype=np.float64
     )
@@ -91,12 +93,15 @@ def check_parity(
     return parity
 
 
-def _features(network: Network, inputs: Tensor, held: Tensor | None) -> Tensor:
+def _features(network: Network, inputs: Tensor, features_below: Tensor | None) -> Tensor:
     parts = [(start, inputs[start : start + 16]) for start in range(0, len(inputs), 16)]
     with torch.no_grad():
         return torch.cat(
             [
-                network.features(part, None if held is None else held[start : start + len(part)])
+                network.features(
+                    part,
+                    None if features_below is None else features_below[start : start + len(part)],
+                )
                 for start, part in parts
             ]
         )

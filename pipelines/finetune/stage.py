@@ -377,7 +377,7 @@ def _job(inputs: FinetuneInputs, candidate: Candidate) -> Any:
         images=str(inputs.paths.finetune_images),
         backbone=candidate.backbone,
         features=tuple(map(str, candidate.features)),
-        cut=tuple(map(str, candidate.cut)),
+        split_maps=tuple(map(str, candidate.split_maps)),
         head_result=str(candidate.head["path"]) if candidate.spec.start == "head" else "",
         spec=candidate.spec,
         folder=str(inputs.paths.finetune_parts(candidate.key)),
@@ -476,7 +476,7 @@ def _notes(candidates: Sequence[Candidate], decided: Mapping[str, Any]) -> list[
     notes = []
     for one in candidates:
         record = decided.get(one.key, {})
-        if reason := record.get("pilot", {}).get("uncut"):
+        if reason := record.get("pilot", {}).get("no_split_reason"):
             notes.append(
                 f"{one.label}, {settings_text(one.spec)}: runs from the images, not from the "
                 f"cached map: {reason}"

@@ -67,7 +67,7 @@ class FinetuneJob:
     # feature sets of the head's inputs, tap by tap, and of each tap its views
     features: tuple[str, ...]
     # feature sets of the cut's maps, view by view; none: training starts from the images
-    cut: tuple[str, ...]
+    split_maps: tuple[str, ...]
     head_result: str  # results file of the trained head; "": the head is new
     spec: FineTuneSpec
     folder: str  # of parts, curves and checkpoints
@@ -92,34 +92,38 @@ class _Opened:
     task: Task
     backbone: Backbone
     taps: list[Tap]
-    views: dict[str, list[FeatureSet]]  # of the head's inputs, by view
-    maps: dict[str, FeatureSet]  # of the cut, by view; none: from the images
-    uncut: str | None = None  # why the job's maps are not used
+    features_of_view: dict[str, list[FeatureSet]]  # of the head's inputs, by view
+    map_of_view: dict[str, FeatureSet]  # of the cut, by view; none: from the images
+    no_split_reason: str | None = None  # why the job's maps are not used
 
 
 def pilot(job: FinetuneJob) -> dict[str, Any]:
     """The parity check and the measured time of a step.
 
-    Returns {"parity": {rows, largest, mean} or None for a new head, "cut_parity": the same from the
-    cached maps, "uncut": why they are not used, where the network cannot be cut there and runs from
-    the images instead, "step_seconds", "steps" (per epoch and fold), "blocks" (how many train)}.
-    Raises FinetuneRefused, CannotSplit, SpecMismatch.
+    Returns {"parity": {rows, largest, mean} or None for a new head, "split_parity": the same from
+    the cached maps, "no_split_reason": why they are not used, where the network cannot be cut there
+    and runs from the images instead, "step_seconds", "steps" (per epoch and fold), "blocks" (how
+    many train)}. Raises FinetuneRefused, CannotSplit, SpecMismatch.
     """
     torch.set_num_threads(job.threads)
     opened = _open(job)
-    found: dict[str, Any] = {"parity": None, "cut_parity": None, "uncut": opened.uncut}
+    pilot_result: dict[str, Any] = {
+        "parity": None,
+        "split_parity": None,
+        "no_split_reason": opened.no_split_reason,
+    }
     if job.spec.start == "head":
-        found["parity"] = dataclasses.asdict(_parity(job, opened, cut=False))
-        if opened.maps:
-            found["cut_parity"] = dataclasses.asdict(_parity(job, opened, cut=True))
+        pilot_result["parity"] = dataclasses.asdict(_parity(job, opened, from_maps=False))
+        if opened.map_of_view:
+            pilot_result["split_parity"] = dataclasses.asdict(_parity(job, opened, from_maps=True))
     training = _training(FoldJob(job, int(opened.task.fold.max())), opened)
-    found |= {
+    pilot_result |= {
         "step_seconds": training.time_steps(),
         "steps": training.steps,
-        "evaluation_share": len(training.held_rows) / max(1, len(training.train_rows)),
+        "evaluation_share": len(training.validation_rows) / max(1, len(training.train_rows)),
         "blocks": len(training.plan.blocks),
     }
-    return found
+    return pilot_result
 
 
 def train_fold(fold_job: FoldJob) -> dict[str, Any]:
@@ -130,25 +134,25 @@ def train_fold(fold_job: FoldJob) -> dict[str, Any]:
     Returns {"fold", "best_epoch", "epochs", "seconds", "stopped", "resumed_from", "skipped"}.
     """
     job, fold = fold_job.job, fold_job.fold
-    path = part_path(job, fold)
-    curve = path.with_suffix(".json")
-    remove_damaged(path)
-    known = _curve(curve)
+    part_file = part_path(job, fold)
+    curve_path = part_file.with_suffix(".json")
+    remove_damaged(part_file)
+    stored_curve = _read_curve(curve_path)
     has_network = fold != REFIT or is_sealed_file(
         Path(job.model) / WEIGHTS
     )  # the part says how; the network is what is needed
-    checkpoint = Path(job.folder) / f"checkpoint{_name(fold)}.safetensors"
-    if known is not None and path.exists() and has_network:
+    checkpoint = Path(job.folder) / f"checkpoint{_fold_name(fold)}.safetensors"
+    if stored_curve is not None and part_file.exists() and has_network:
         checkpoint.unlink(missing_ok=True)  # of a process that died before it did so
-        return known | {"skipped": True}
-    path.unlink(
+        return stored_curve | {"skipped": True}
+    part_file.unlink(
         missing_ok=True
     )  # the first to publish wins: one without its network, or without its curve, would stay
     torch.set_num_threads(job.threads)
     opened = _open(job)
     training = _training(fold_job, opened)
     trained = training.run(checkpoint, f"{job.key} {fold}")
-    about: dict[str, Any] = {
+    summary: dict[str, Any] = {
         "fold": fold,
         "best_epoch": trained.progress.best_epoch,
         "epochs": trained.progress.epoch,
@@ -158,15 +162,15 @@ def train_fold(fold_job: FoldJob) -> dict[str, Any]:
         "micro_batch": training.micro,
         "curve": trained.progress.curve,
     }
-    fit = _fit(job.spec, fold, trained)
+    fold_result = _fold_result(job.spec, fold, trained)
     if fold == REFIT:
         # The network sees pixels from now on, whatever it was trained from.
-        whole = Network(opened.backbone, opened.taps, training.network.head.cpu())
-        whole.backbone.load_state_dict(training.network.backbone.cpu().state_dict())
+        pixel_network = Network(opened.backbone, opened.taps, training.network.head.cpu())
+        pixel_network.backbone.load_state_dict(training.network.backbone.cpu().state_dict())
         task = opened.task
         save_network(
             Path(job.model),
-            whole,
+            pixel_network,
             opened.backbone,
             spec=job.spec,
             task_kind=task.kind,
@@ -174,41 +178,43 @@ def train_fold(fold_job: FoldJob) -> dict[str, Any]:
             metrics={},
             temperature=_temperature(job, task),
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    publish_replace(curve, sealed_json(about, indent=1))
-    publish_bytes(path, _results(job, opened, [fit]))
+    part_file.parent.mkdir(parents=True, exist_ok=True)
+    publish_replace(curve_path, sealed_json(summary, indent=1))
+    publish_bytes(part_file, _results(job, opened, [fold_result]))
     checkpoint.unlink(missing_ok=True)
-    return about | {"skipped": False}
+    return summary | {"skipped": False}
 
 
 def _temperature(job: FinetuneJob, task: Task) -> float:
     """What the predictions of the folds that are trained give to the network on all rows."""
-    rows, told = [np.empty(0, np.int64)], []
+    row_blocks, predictions = [np.empty(0, np.int64)], []
     for fold in range(task.n_folds):
-        path = part_path(job, fold)
-        validation = read_bank(path).validation(job.spec, fold) if path.exists() else None
+        part_file = part_path(job, fold)
+        validation = read_bank(part_file).validation(job.spec, fold) if part_file.exists() else None
         if validation is not None:
-            rows.append(np.flatnonzero(task.fold == fold))
-            told.append(validation)
-    found = np.concatenate(rows)
-    if not told:
+            row_blocks.append(np.flatnonzero(task.fold == fold))
+            predictions.append(validation)
+    row_index = np.concatenate(row_blocks)
+    if not predictions:
         return 1.0
-    return fit_temperature(task.kind, task.target[found], np.concatenate(told), task.weight[found])
+    return fit_temperature(
+        task.kind, task.target[row_index], np.concatenate(predictions), task.weight[row_index]
+    )
 
 
 def publish_result(job: FinetuneJob, failures: dict[int, str]) -> Path:
     """Join the parts into the candidate's results file. failures: reasons of the folds (REFIT too)
     that have no part.
     """
-    opened = _open(job, light=True)
-    fits = []
+    opened = _open(job, without_backbone=True)
+    fold_results = []
     for fold in [*range(opened.task.n_folds), REFIT]:
-        path, nan = part_path(job, fold), float("nan")
-        if path.exists():
-            part = read_bank(path)
-            row = part.table.iloc[0]
-            validation = part.validation(job.spec, fold)
-            fits.append(
+        part_file, nan = part_path(job, fold), float("nan")
+        if part_file.exists():
+            bank = read_bank(part_file)
+            row = bank.table.iloc[0]
+            validation = bank.validation(job.spec, fold)
+            fold_results.append(
                 FitResult(
                     job.spec,
                     fold,
@@ -221,14 +227,16 @@ def publish_result(job: FinetuneJob, failures: dict[int, str]) -> Path:
                 )
             )
         elif fold in failures:
-            fits.append(FitResult(job.spec, fold, {}, nan, nan, 0, 0.0, None, failures[fold]))
-    path = Path(job.result)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    publish_replace(path, _results(job, opened, fits))
-    return path
+            fold_results.append(
+                FitResult(job.spec, fold, {}, nan, nan, 0, 0.0, None, failures[fold])
+            )
+    part_file = Path(job.result)
+    part_file.parent.mkdir(parents=True, exist_ok=True)
+    publish_replace(part_file, _results(job, opened, fold_results))
+    return part_file
 
 
-def _curve(path: Path) -> dict[str, Any] | None:
+def _read_curve(path: Path) -> dict[str, Any] | None:
     """What `train_fold` returned when it trained this fold; None where that is gone or damaged."""
     try:
         return read_sealed_json(path.read_bytes())
@@ -238,58 +246,69 @@ def _curve(path: Path) -> dict[str, Any] | None:
 
 def part_path(job: FinetuneJob, fold: int) -> Path:
     """The results file of one fold."""
-    return Path(job.folder) / f"fold{_name(fold)}.h5"
+    return Path(job.folder) / f"fold{_fold_name(fold)}.h5"
 
 
-def _name(fold: int) -> str:
+def _fold_name(fold: int) -> str:
     return "-full" if fold == REFIT else f"-{fold}"
 
 
-def _open(job: FinetuneJob, *, light: bool = False) -> _Opened:
-    """Everything that the job names; light: without building the backbone."""
+def _open(job: FinetuneJob, *, without_backbone: bool = False) -> _Opened:
+    """Everything that the job names; without_backbone: for what needs no network."""
     task = load_task(Path(job.task))
-    views = by_view(open_all(job.features))
-    first = next(iter(views.values()))
-    maps = {feature.spec.view: feature for feature in open_all(job.cut)}
-    taps = [Tap(feature.spec.tap, feature.spec.reduction) for feature in first]
-    if light:
-        return _Opened(task, None, taps, views, maps)  # type: ignore[arg-type]
+    features_of_view = by_view(open_all(job.features))
+    first_view = next(iter(features_of_view.values()))
+    map_of_view = {feature.spec.view: feature for feature in open_all(job.split_maps)}
+    taps = [Tap(feature.spec.tap, feature.spec.reduction) for feature in first_view]
+    if without_backbone:
+        return _Opened(task, None, taps, features_of_view, map_of_view)  # type: ignore[arg-type]
     backbone = load_backbone(job.backbone)
-    for feature in (*first, *maps.values()):
-        for name, here, stored in (
+    for feature in (*first_view, *map_of_view.values()):
+        for name, value_here, stored_value in (
             ("weights", backbone.weights, feature.spec.weights),
             ("preprocessing", backbone.preprocessing.to_json(), feature.spec.preprocessing),
         ):
-            if here != stored:
+            if value_here != stored_value:
                 raise SpecMismatch(
-                    f"{job.backbone.name}: the {name} here are {here}, but {feature.spec.name} was "
-                    f"made with {stored}: run the recipe again, so that features and network agree"
+                    f"{job.backbone.name}: the {name} here are {value_here}, but "
+                    f"{feature.spec.name} was "
+                    f"made with {stored_value}: run the recipe again, so that features and "
+                    "network agree"
                 )
-    reason = _uncuttable(backbone, taps, maps)
-    return _Opened(task, backbone, taps, views, {} if reason else maps, reason)
+    no_split_reason = _no_split_reason(backbone, taps, map_of_view)
+    return _Opened(
+        task,
+        backbone,
+        taps,
+        features_of_view,
+        {} if no_split_reason else map_of_view,
+        no_split_reason,
+    )
 
 
-def _uncuttable(backbone: Backbone, taps: list[Tap], maps: dict[str, FeatureSet]) -> str | None:
+def _no_split_reason(
+    backbone: Backbone, taps: list[Tap], map_of_view: dict[str, FeatureSet]
+) -> str | None:
     """Why the network cannot be run from these maps on; None where it can, or where
     there are none.
     """
-    if not maps:
+    if not map_of_view:
         return None
     nodes = backbone_nodes(backbone)
-    width = sum(math.prod(tap_shape(tap, nodes[tap.node])) for tap in taps)
+    n_features = sum(math.prod(tap_shape(tap, nodes[tap.node])) for tap in taps)
     try:
         Network(
             backbone,
             taps,
-            new_head(MLPSpec(hidden=()), width, 1),
-            cut=next(iter(maps.values())).spec.tap,
+            new_head(MLPSpec(hidden=()), n_features, 1),
+            split_node=next(iter(map_of_view.values())).spec.tap,
         )
     except CannotSplit as error:
         return str(error)
     return None
 
 
-def _parity(job: FinetuneJob, opened: _Opened, *, cut: bool) -> Any:
+def _parity(job: FinetuneJob, opened: _Opened, *, from_maps: bool) -> Any:
     head_spec = spec_from_json(job.spec.head)
     require_differentiable(head_spec)
     bank, task = read_bank(job.head_result), opened.task
@@ -299,44 +318,66 @@ def _parity(job: FinetuneJob, opened: _Opened, *, cut: bool) -> Any:
             "recipe again"
         )
     out_of_fold = bank.out_of_fold(head_spec)
-    rows = np.flatnonzero((task.fold >= 0) & np.isfinite(out_of_fold).all(1))
-    rows = rows[
-        np.unique(np.linspace(0, len(rows) - 1, min(PARITY_ROWS, len(rows))).astype(np.int64))
+    row_index = np.flatnonzero((task.fold >= 0) & np.isfinite(out_of_fold).all(1))
+    row_index = row_index[
+        np.unique(
+            np.linspace(0, len(row_index) - 1, min(PARITY_ROWS, len(row_index))).astype(np.int64)
+        )
     ]
-    folds = sorted(set(task.fold[rows].tolist()))
+    folds = sorted(set(task.fold[row_index].tolist()))
     heads = {
         fold: head_module(head_spec, bank.arrays(head_spec, fold), task.kind) for fold in folds
     }
     network = Network(
-        opened.backbone, opened.taps, heads[folds[0]], cut=_cut(opened) if cut else None
+        opened.backbone,
+        opened.taps,
+        heads[folds[0]],
+        split_node=_split_node(opened) if from_maps else None,
     )
-    network.round_to([feature.spec.dtype for feature in next(iter(opened.views.values()))])
+    network.round_to(
+        [feature.spec.dtype for feature in next(iter(opened.features_of_view.values()))]
+    )
     network.eval().to(job.device)
     heads = {fold: head.eval().to(job.device) for fold, head in heads.items()}
-    source = _source(job, opened, network)
+    batch_source = _source(job, opened, network)
     inputs: list[Tensor] = []
-    held: list[Tensor | None] = []
-    cached = []
-    for view, own in enumerate(opened.views.values()):
-        columns = [feature.load(task.content[rows], np.float32) for feature in own]
-        cached.append(
+    below_features: list[Tensor | None] = []
+    cached_features = []
+    for view, view_features in enumerate(opened.features_of_view.values()):
+        columns = [feature.load(task.content[row_index], np.float32) for feature in view_features]
+        cached_features.append(
             np.concatenate(
-                [c if network.head.spatial else c.reshape(len(rows), -1) for c in columns], axis=1
+                [
+                    feature_rows
+                    if network.head.spatial
+                    else feature_rows.reshape(len(row_index), -1)
+                    for feature_rows in columns
+                ],
+                axis=1,
             )
         )
-        batches = list(source.batches(rows, len(rows), view=view))
+        batches = list(batch_source.batches(row_index, len(row_index), view=view))
         inputs.append(torch.cat([batch.inputs for batch in batches]).to(job.device))
-        parts = [batch.held for batch in batches if batch.held is not None]
-        held.append(torch.cat(parts).to(job.device) if parts else None)
+        below_parts = [
+            batch.features_below for batch in batches if batch.features_below is not None
+        ]
+        below_features.append(torch.cat(below_parts).to(job.device) if below_parts else None)
     return check_parity(
-        network, heads, inputs, task.fold[rows], out_of_fold[rows], cached, task.kind, held=held
+        network,
+        heads,
+        inputs,
+        task.fold[row_index],
+        out_of_fold[row_index],
+        cached_features,
+        task.kind,
+        features_below=below_features,
     )
 
 
 def _training(fold_job: FoldJob, opened: _Opened) -> Training:
     job, fold, task, spec = fold_job.job, fold_job.fold, opened.task, fold_job.job.spec
-    cut = _cut(opened) if opened.maps else None
-    outputs = 1 if task.kind == "single" and len(task.classes) == 2 else len(task.classes)
+    split_node = _split_node(opened) if opened.map_of_view else None
+    n_outputs = 1 if task.kind == "single" and len(task.classes) == 2 else len(task.classes)
     head_spec = spec_from_json(spec.head)
     if spec.start == "head":
         require_differentiable(head_spec)
@@ -345,21 +386,21 @@ def _training(fold_job: FoldJob, opened: _Opened) -> Training:
         if not isinstance(head_spec, MLPSpec):
             require_differentiable(head_spec)
             raise FinetuneRefused(f"a new head is an mlp, and this one is of kind {head_spec.kind}")
-        width = _width(opened)
+        n_features = _n_features(opened)
         head = new_head(
             dataclasses.replace(head_spec, seed=spec.seed + 1000 * seed_of_fold(fold)),
-            width,
-            outputs,
+            n_features,
+            n_outputs,
         )
     head.dropout = max(head.dropout, spec.dropout)
-    network = Network(opened.backbone, opened.taps, head, cut=cut)
+    network = Network(opened.backbone, opened.taps, head, split_node=split_node)
     blocks = trainable_blocks(network, spec.train_above)
     if spec.start == "random":
         _draw_anew(network, job.backbone, [name for block in blocks for name in block], spec.seed)
-    source = _source(job, opened, network)
+    batch_source = _source(job, opened, network)
     epochs = spec.epochs if fold_job.epochs is None else fold_job.epochs
     plan = Plan(spec, blocks, task, fold, epochs, job.device, fold_job.seconds)
-    training = Training(network, source, plan)
+    training = Training(network, batch_source, plan)
     _calibrate(training, new=spec.start != "head")
     return training
 
@@ -368,23 +409,31 @@ def _calibrate(training: Training, *, new: bool) -> None:
     """Give the head's first layer the scale of its features, as they are now, over some training
     rows.
     """
-    rows = training.train_rows
-    rows = rows[
-        np.unique(np.linspace(0, len(rows) - 1, min(CALIBRATION_ROWS, len(rows))).astype(np.int64))
+    row_index = training.train_rows
+    row_index = row_index[
+        np.unique(
+            np.linspace(0, len(row_index) - 1, min(CALIBRATION_ROWS, len(row_index))).astype(
+                np.int64
+            )
+        )
     ]
     network, device = training.network, training.plan.device
     training.mode()  # batch normalisation drawn anew has no statistics yet but the batch's own
-    parts = []
+    feature_blocks = []
     with torch.no_grad():
-        for batch in training.source.batches(rows, 32):
-            held = None if batch.held is None else batch.held.to(device)
-            parts.append(network.features(batch.inputs.to(device), held).flatten(1).double())
+        for batch in training.source.batches(row_index, 32):
+            below_features = (
+                None if batch.features_below is None else batch.features_below.to(device)
+            )
+            feature_blocks.append(
+                network.features(batch.inputs.to(device), below_features).flatten(1).double()
+            )
     if not network.head.spatial:
-        features = torch.cat(parts)
+        features = torch.cat(feature_blocks)
         standardise(network.head, features.mean(0), features.std(0, correction=0), new=new)
 
 
-def _draw_anew(network: Network, spec: BackboneSpec, modules: list[str], seed: int) -> None:
+def _draw_anew(network: Network, spec: BackboneSpec, module_names: list[str], seed: int) -> None:
     """Give these modules of the backbone the parameters and statistics of a network with random
     weights.
     """
@@ -393,53 +442,59 @@ def _draw_anew(network: Network, spec: BackboneSpec, modules: list[str], seed: i
             f"{spec.name}: how a network of your own starts at random is not known: use start "
             "pretrained"
         )
-    fresh = load_backbone(dataclasses.replace(spec, weights=f"random:{seed}")).module
-    for name in modules:
-        own: dict[str, Tensor] = dict(fresh.get_submodule(name).named_parameters(recurse=False))
-        own |= dict(fresh.get_submodule(name).named_buffers(recurse=False))
-        target = network.backbone.get_submodule(name)
-        for field, value in own.items():
-            getattr(target, field).data.copy_(value)
+    random_network = load_backbone(dataclasses.replace(spec, weights=f"random:{seed}")).module
+    for module_name in module_names:
+        random_values: dict[str, Tensor] = dict(
+            random_network.get_submodule(module_name).named_parameters(recurse=False)
+        )
+        random_values |= dict(
+            random_network.get_submodule(module_name).named_buffers(recurse=False)
+        )
+        target_module = network.backbone.get_submodule(module_name)
+        for value_name, value in random_values.items():
+            getattr(target_module, value_name).data.copy_(value)
 
 
 def _source(job: FinetuneJob, opened: _Opened, network: Network) -> Source:
     task = opened.task
-    if network.cut is None:
+    if network.split_node is None:
         return ImageSource(
             task.content,
             paths_of_content(Path(job.images), task.content),
             opened.backbone.preprocessing,
-            tuple(opened.views),
+            tuple(opened.features_of_view),
             decoding_threads(job.threads, job.device),
         )
-    held = [
+    features_below = [
         [
             feature
-            for tap, feature in zip(opened.taps, opened.views[view], strict=True)
-            if tap in network.held
+            for tap, feature in zip(opened.taps, opened.features_of_view[view], strict=True)
+            if tap in network.taps_below
         ]
-        for view in opened.maps
+        for view in opened.map_of_view
     ]
-    return MapSource(task.content, list(opened.maps.values()), held)
+    return MapSource(task.content, list(opened.map_of_view.values()), features_below)
 
 
-def _cut(opened: _Opened) -> str:
-    return next(iter(opened.maps.values())).spec.tap
+def _split_node(opened: _Opened) -> str:
+    return next(iter(opened.map_of_view.values())).spec.tap
 
 
-def _width(opened: _Opened) -> int:
-    return sum(int(np.prod(feature.spec.shape)) for feature in next(iter(opened.views.values())))
+def _n_features(opened: _Opened) -> int:
+    return sum(
+        int(np.prod(feature.spec.shape)) for feature in next(iter(opened.features_of_view.values()))
+    )
 
 
-def _fit(spec: FineTuneSpec, fold: int, trained: Trained) -> FitResult:
+def _fold_result(spec: FineTuneSpec, fold: int, trained: Trained) -> FitResult:
     curve = {int(row["epoch"]): row for row in trained.progress.curve}
-    loss = curve.get(trained.progress.best_epoch, {}).get("train_loss", float("nan"))
+    train_loss = curve.get(trained.progress.best_epoch, {}).get("train_loss", float("nan"))
     progress = trained.progress
     return FitResult(
         spec,
         fold,
         {},
-        loss,
+        train_loss,
         float("nan"),
         progress.best_epoch,
         progress.seconds,
@@ -447,19 +502,25 @@ def _fit(spec: FineTuneSpec, fold: int, trained: Trained) -> FitResult:
     )
 
 
-def _results(job: FinetuneJob, opened: _Opened, fits: list[FitResult]) -> bytes:
+def _results(job: FinetuneJob, opened: _Opened, fold_results: list[FitResult]) -> bytes:
     task = opened.task
-    specs = [feature.spec for own in opened.views.values() for feature in own]
+    specs = [
+        feature.spec
+        for view_features in opened.features_of_view.values()
+        for feature in view_features
+    ]
     metrics = [
         {}
-        if fit.validation is None
-        else all_metrics(task.kind, task.target[task.fold == fit.fold], fit.validation)
-        for fit in fits
+        if fold_result.validation is None
+        else all_metrics(
+            task.kind, task.target[task.fold == fold_result.fold], fold_result.validation
+        )
+        for fold_result in fold_results
     ]
     return results_bytes(
         task,
         task.digest,
-        fits,
+        fold_results,
         metrics,
         features=[
             {"fingerprint": spec.fingerprint, "spec": json.loads(spec.to_json())} for spec in specs

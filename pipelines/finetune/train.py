@@ -70,7 +70,7 @@ class Training:
         self.network, self.source, self.plan = network.to(plan.device), source, plan
         spec, task = plan.spec, plan.task
         self.train_rows = np.flatnonzero(task.fold != plan.fold)
-        self.held_rows = (
+        self.validation_rows = (
             np.flatnonzero(task.fold == plan.fold) if plan.fold != REFIT else np.empty(0, np.int64)
         )
         self.trained = _trained_modules(network, plan.blocks)
@@ -103,14 +103,14 @@ class Training:
         if resumed is not None:
             progress, tensors = resumed
             best = self._restore(tensors)
-        elif len(self.held_rows) and spec.start == "head":
+        elif len(self.validation_rows) and spec.start == "head":
             progress.best_loss = (
                 self._validation_loss()
             )  # what is not better than the head itself is not better
             progress.curve.append({"epoch": 0, "validation_loss": progress.best_loss})
         first, stopped = progress.epoch, "epochs"
         while progress.epoch < plan.epochs:
-            if len(self.held_rows) and progress.epoch - progress.best_epoch >= spec.patience:
+            if len(self.validation_rows) and progress.epoch - progress.best_epoch >= spec.patience:
                 stopped = "patience"
                 break
             if plan.seconds is not None and progress.epoch and progress.seconds >= plan.seconds:
@@ -119,7 +119,7 @@ class Training:
             started = clock(plan.device)
             row = {"epoch": progress.epoch + 1.0, "train_loss": self._epoch(progress.epoch)}
             progress.epoch += 1
-            if len(self.held_rows):
+            if len(self.validation_rows):
                 loss = row["validation_loss"] = self._validation_loss()
                 if loss < progress.best_loss:
                     progress.best_loss, progress.best_epoch, best = (
@@ -136,7 +136,7 @@ class Training:
         with torch.no_grad():
             for name, tensor in self.named.items():
                 tensor.copy_(best[name])
-        validation = self.predict(self.held_rows) if len(self.held_rows) else None
+        validation = self.predict(self.validation_rows) if len(self.validation_rows) else None
         return Trained(progress, validation, first, stopped)
 
     def predict(self, rows: Rows, view: int = 0) -> npt.NDArray[np.float32]:
@@ -149,8 +149,14 @@ class Training:
         parts = []
         with torch.no_grad(), self._autocast():
             for batch in self.source.batches(rows, min(EVALUATION_ROWS, 2 * self.micro), view=view):
-                held = None if batch.held is None else batch.held.to(self.plan.device)
-                parts.append(self.network(batch.inputs.to(self.plan.device), held).float().cpu())
+                features_below = (
+                    None
+                    if batch.features_below is None
+                    else batch.features_below.to(self.plan.device)
+                )
+                parts.append(
+                    self.network(batch.inputs.to(self.plan.device), features_below).float().cpu()
+                )
         return torch.cat(parts)
 
     def time_steps(self, count: int = 3) -> float:
@@ -193,12 +199,16 @@ class Training:
     ) -> Iterator[tuple[Rows, Tensor, Tensor | None]]:
         spec = self.plan.spec
         random_view = draw if spec.augment == "views" else None
-        for rows, inputs, held in self.source.batches(order, spec.batch_size, draw=random_view):
+        for rows, inputs, features_below in self.source.batches(
+            order, spec.batch_size, draw=random_view
+        ):
             if spec.augment in ("flip", "flips"):
-                inputs = random_flips(inputs, spec.augment, draw, pixels=self.network.cut is None)
-            yield rows, inputs, held
+                inputs = random_flips(
+                    inputs, spec.augment, draw, pixels=self.network.split_node is None
+                )
+            yield rows, inputs, features_below
 
-    def _step(self, step: int, rows: Rows, inputs: Tensor, held: Tensor | None) -> float:
+    def _step(self, step: int, rows: Rows, inputs: Tensor, features_below: Tensor | None) -> float:
         """One optimiser step; a batch that does not fit into memory goes through in halves whose
         gradients add up.
         """
@@ -207,7 +217,7 @@ class Training:
             group["lr"] = rate * factor
         while True:
             try:
-                loss = self._gradients(rows, inputs, held)
+                loss = self._gradients(rows, inputs, features_below)
                 break
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
                 if not _out_of_memory(error):
@@ -231,14 +241,15 @@ class Training:
         self.optimiser.step()
         return loss
 
-    def _gradients(self, rows: Rows, inputs: Tensor, held: Tensor | None) -> float:
+    def _gradients(self, rows: Rows, inputs: Tensor, features_below: Tensor | None) -> float:
         self.optimiser.zero_grad(set_to_none=True)
         device, total = self.plan.device, 0.0
         for start in range(0, len(rows), self.micro):
             part = slice(start, start + self.micro)
             with self._autocast():
                 logits = self.network(
-                    inputs[part].to(device), None if held is None else held[part].to(device)
+                    inputs[part].to(device),
+                    None if features_below is None else features_below[part].to(device),
                 )
             own = rows[part]
             losses = row_losses(logits.float(), self.plan.task, own, self.plan.spec.label_smoothing)
@@ -248,8 +259,10 @@ class Training:
         return total
 
     def _validation_loss(self) -> float:
-        losses = row_losses(self.logits(self.held_rows), self.plan.task, self.held_rows, 0.0)
-        weight = self.plan.task.weight[self.held_rows]
+        losses = row_losses(
+            self.logits(self.validation_rows), self.plan.task, self.validation_rows, 0.0
+        )
+        weight = self.plan.task.weight[self.validation_rows]
         loss = float((losses.double().numpy() * weight).sum() / weight.sum())
         return loss if math.isfinite(loss) else math.inf
 

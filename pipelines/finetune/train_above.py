@@ -56,9 +56,9 @@ def _reached(network: Network) -> set[str]:
     for _, parameter in owned:
         parameter.requires_grad_(True)
     device = owned[0][1].device
-    kind = torch.uint8 if network.cut is None else torch.float32
+    kind = torch.uint8 if network.split_node is None else torch.float32
     inputs = torch.zeros(2, *network.input_shape, dtype=kind, device=device)
-    logits = network(inputs, torch.zeros(2, network.held_width, device=device))
+    logits = network(inputs, torch.zeros(2, network.n_features_below, device=device))
     gradients = torch.autograd.grad(
         logits.sum(), [parameter for _, parameter in owned], allow_unused=True
     )

@@ -32,9 +32,9 @@ def part_above(module: nn.Module, node: Node) -> fx.GraphModule:
     """
     if node.name in (LOGITS, PRE_LOGITS) or node.layout != "NCHW":
         raise CannotSplit(
-            f"{node.name} has outputs of layout {node.layout}, and a cut needs channels and "
-            "positions (NCHW) that a map holds whole: cut at a convolutional block, or train from "
-            "the images (leave the map out)"
+            f"{node.name} has outputs of layout {node.layout}, and a split needs channels and "
+            "positions (NCHW) that a map holds whole: split at a convolutional block, or train "
+            "from the images (leave the map out)"
         )
     tracer = _Tracer(node.name)
     try:
@@ -50,7 +50,7 @@ def part_above(module: nn.Module, node: Node) -> fx.GraphModule:
     if len(calls) != 1:
         raise CannotSplit(
             f"{node.name} is called {len(calls)} times in the network's forward, expected once: "
-            "cut elsewhere"
+            "split elsewhere"
         )
     (call,) = calls
     with graph.inserting_before(call):
@@ -63,8 +63,9 @@ def part_above(module: nn.Module, node: Node) -> fx.GraphModule:
     for item in [item for item in graph.nodes if item.op == "placeholder" and item is not start]:
         if item.users:
             raise CannotSplit(
-                f"what lies above {node.name} also reads what lies below it ({_reader(item)}): cut "
-                "where the whole network passes through one output, such as the end of a stage"
+                f"what lies above {node.name} also reads what lies below it ({_reader(item)}): "
+                "split where the whole network passes through one output, such as the end of a "
+                "stage"
             )
         graph.erase_node(item)
     part = fx.GraphModule(_Shell(module), graph)

@@ -33,11 +33,11 @@ class Network(nn.Module):
 
     taps: in the order in which the head's features stand side by side. cut: the node that inputs
     are maps of; None: inputs are pixels. Features of taps below the cut cannot be computed, and are
-    given (`held`).
+    given (`features_below`).
     """
 
     def __init__(
-        self, backbone: Backbone, taps: Sequence[Tap], head: Head, *, cut: str | None = None
+        self, backbone: Backbone, taps: Sequence[Tap], head: Head, *, split_node: str | None = None
     ) -> None:
         super().__init__()
         self.preprocessing = backbone.preprocessing
@@ -46,42 +46,50 @@ class Network(nn.Module):
         self.backbone.to(memory_format=torch.channels_last)
         self.head = head
         self._untouched = (backbone.module,)  # in a tuple, so that it is no part of this module
-        self.cut, self.taps = cut, tuple(taps)
+        self.split_node, self.taps = split_node, tuple(taps)
         nodes = backbone_nodes(backbone)
         self._placed = [(tap, nodes[tap.node]) for tap in taps]
         self._normalisation = functools.partial(normalisation, backbone)
         self._normalise: Callable[[Tensor], Tensor] = self._normalisation("cpu")
-        self.input_shape = (*backbone.preprocessing.crop, 3) if cut is None else nodes[cut].shape
+        self.input_shape = (
+            (*backbone.preprocessing.crop, 3) if split_node is None else nodes[split_node].shape
+        )
         self._body: nn.Module | None = None
         self._dtypes: dict[Tap, torch.dtype] = {}
         self._found: dict[Tap, Tensor] = {}
         names = [node.name for node in nodes.nodes]
-        first = -1 if cut is None else names.index(cut)
-        if cut is not None:
-            self._body = part_above(self.backbone, nodes[cut])
-        self.held = tuple(tap for tap, node in self._placed if names.index(node.name) < first)
-        self.held_width = sum(
-            math.prod(tap_shape(tap, node)) for tap, node in self._placed if tap in self.held
+        first = -1 if split_node is None else names.index(split_node)
+        if split_node is not None:
+            self._body = part_above(self.backbone, nodes[split_node])
+        self.taps_below = tuple(tap for tap, node in self._placed if names.index(node.name) < first)
+        self.n_features_below = sum(
+            math.prod(tap_shape(tap, node)) for tap, node in self._placed if tap in self.taps_below
         )
-        if self.held and head.spatial:
+        if self.taps_below and head.spatial:
             raise CannotSplit(
-                f"a convolution head on maps below the cut {cut} has nothing that could be trained "
+                f"a convolution head on maps below the split {split_node} has nothing that could "
+                "be trained "
                 "there"
             )
-        self._live = [tap for tap in taps if tap not in self.held]
-        self._at_cut = [(tap, node) for tap, node in self._placed if node.name == cut]
+        self._live = [tap for tap in taps if tap not in self.taps_below]
+        self._at_split = [(tap, node) for tap, node in self._placed if node.name == split_node]
         above = [
-            (tap, node) for tap, node in self._placed if tap in self._live and node.name != cut
+            (tap, node)
+            for tap, node in self._placed
+            if tap in self._live and node.name != split_node
         ]
         self._hooked = len(above)
-        if cut is not None and (
+        if split_node is not None and (
             around := [
-                tap for tap, node in above if f"{nodes[cut].module}.".startswith(f"{node.module}.")
+                tap
+                for tap, node in above
+                if f"{nodes[split_node].module}.".startswith(f"{node.module}.")
             ]
         ):
             raise CannotSplit(
-                f"{around[0]} is the output of a module that {cut} lies in, which cannot be seen "
-                "from inside: cut elsewhere, or train from the images (leave the map out)"
+                f"{around[0]} is the output of a module that {split_node} lies in, which "
+                "cannot be seen "
+                "from inside: split elsewhere, or train from the images (leave the map out)"
             )
         by_node: dict[str, tuple[Node, list[Tap]]] = {}
         for tap, node in above:
@@ -119,24 +127,24 @@ class Network(nn.Module):
         self._normalise = self._normalisation(str(next(self.parameters()).device))
         return self
 
-    def forward(self, inputs: Tensor, held: Tensor | None = None) -> Tensor:
+    def forward(self, inputs: Tensor, features_below: Tensor | None = None) -> Tensor:
         """inputs: uint8 pixels (n, H, W, 3), or maps of the cut (n, channels, h, w); held:
 
-        (n, features of `held`).
+        (n, features of `features_below`).
         """
-        return self.head(self.features(inputs, held))  # type: ignore[no-any-return]
+        return self.head(self.features(inputs, features_below))  # type: ignore[no-any-return]
 
-    def features(self, inputs: Tensor, held: Tensor | None = None) -> Tensor:
+    def features(self, inputs: Tensor, features_below: Tensor | None = None) -> Tensor:
         """What the head is given: (n, D), or for a convolution head maps."""
         found = self._found = {}
         body: nn.Module = self.backbone
-        if self.cut is None:
+        if self.split_node is None:
             inputs = self._normalise(inputs)
         else:
             assert self._body is not None
             body = self._body
             inputs = inputs.contiguous(memory_format=torch.channels_last)
-            for tap, node in self._at_cut:
+            for tap, node in self._at_split:
                 found[tap] = reduce_output(inputs, tap.reduction, node)
         if self._hooked:
             with contextlib.suppress(_Done):
@@ -149,9 +157,9 @@ class Network(nn.Module):
             if tap in found:
                 column = found[tap]
             else:
-                assert held is not None, f"{tap} lies below the cut and has to be given"
+                assert features_below is not None, f"{tap} lies below the split and has to be given"
                 width = math.prod(tap_shape(tap, node))
-                column = held[:, start : start + width]
+                column = features_below[:, start : start + width]
                 start += width
             if tap in self._dtypes:
                 column = column.to(self._dtypes[tap])
@@ -166,7 +174,7 @@ class Network(nn.Module):
             self._found[tap] = (
                 reduced.clone() if tap.reduction in ("map", "vector", "cls") else reduced
             )
-        if len(self._found) == self._hooked + len(self._at_cut):
+        if len(self._found) == self._hooked + len(self._at_split):
             raise _Done
 
 

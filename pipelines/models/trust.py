@@ -26,11 +26,11 @@ def require_allowed_file(
         try:
             recipe = read_record(RunPaths(folder).recipe)
             recipe_names = [
-                backbone[key] for backbone in recipe["backbones"] for key in ("weights", "name")
+                backbone.get(key) for backbone in recipe["backbones"] for key in ("weights", "name")
             ]
             if recorded_name in recipe_names:
                 return
-        except (OSError, RunDamaged, KeyError, TypeError):
+        except (OSError, RunDamaged, KeyError, TypeError, AttributeError):
             continue
     raise CodeNotTrusted(
         f"{directory} asks for the weights in {file}, which lies outside of the model's directory. "

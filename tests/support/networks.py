@@ -103,7 +103,7 @@ class Case:
             images=str(self.root / "images.json"),
             backbone=backbone,
             features=self.features(*taps),
-            cut=self.features(cut) if cut else (),
+            split_maps=self.features(cut) if cut else (),
             head_result=head_result,
             spec=spec,
             folder=str(folder / "parts"),

@@ -158,7 +158,7 @@ def test_heads_of_every_kind_that_has_gradients_pass(
     """From the images, and from the cached maps of the cut where something lies above it."""
     cut = None if head.kind == "conv" else "layer3.map"
     found = pilot(case.job(head, taps, cut, train_above="all" if cut is None else "layer3"))
-    for key in ("parity", "cut_parity") if cut else ("parity",):
+    for key in ("parity", "split_parity") if cut else ("parity",):
         assert found[key]["largest"] < LARGEST / 10, key
         assert found[key]["rows"] == 48
     assert found["step_seconds"] > 0
@@ -251,7 +251,7 @@ def test_places_where_no_cut_is_possible_say_so() -> None:
     width = nodes["layer4"].shape[0]
     head = head_module(LOGISTIC, {"weight": np.zeros((1, width)), "bias": np.zeros(1)}, "single")
     with pytest.raises(CannotSplit, match="lies in"):
-        Network(backbone, [Tap("layer4", "avg")], head, cut="layer4.0")
+        Network(backbone, [Tap("layer4", "avg")], head, split_node="layer4.0")
     with pytest.raises(CannotSplit, match="no node 'layer9'"):
         trainable_blocks(Network(backbone, [Tap("layer4", "avg")], head), "layer9")
     with pytest.raises(CannotSplit, match="has parameters"):

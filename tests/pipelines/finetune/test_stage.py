@@ -383,10 +383,10 @@ def test_candidates_are_what_the_recipe_asks_for(case: Case) -> None:
     assert len(found) == 6, "two heads, three nodes to train above"
     assert any("knn" in note for note in notes)
     assert {one.label for one in found} == {"fine-tuned", "from scratch"}
-    assert {bool(one.cut) for one in found if one.spec.train_above == "layer3"} == {True}, (
+    assert {bool(one.split_maps) for one in found if one.spec.train_above == "layer3"} == {True}, (
         "the map of layer3 is cached"
     )
-    assert not any(one.cut for one in found if one.spec.train_above == "all")
+    assert not any(one.split_maps for one in found if one.spec.train_above == "all")
     assert len({one.key for one in found}) == 6
     found, notes = list_candidates(
         board, section, case.directories, dict.fromkeys(case.directories)
