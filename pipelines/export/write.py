@@ -378,8 +378,9 @@ def _write_directory(model: Model, folder: Path) -> None:
 
 def _frozen_backbones(model: Model) -> list[BackboneSpec]:
     """Return the networks that heads of the model stand on, each once."""
-    heads = [member for member in model.members if isinstance(member, HeadModel)]
-    return list(dict.fromkeys(backbone for head in heads for backbone in head.backbones))
+    return list(
+        dict.fromkeys(backbone for member in model.members for backbone in member.backbones)
+    )
 
 
 def _inputs_of(model: Model) -> list[Input]:

@@ -2,10 +2,10 @@
 
 import dataclasses
 import json
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,11 +26,17 @@ from headrace.heads.persist import (
     require_trusted,
     save_head,
 )
-from headrace.heads.spec import spec_to_json
+from headrace.heads.predict import Floats, predict_head, tempered
+from headrace.heads.spec import SklearnSpec, spec_to_json
 from headrace.pipelines.models.base import ImagePredictor, model_digest, settings_sentence
 from headrace.pipelines.models.errors import ModelError
 from headrace.pipelines.models.trust import require_allowed_file
 from headrace.pipelines.run_directory import moved_with_run
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from headrace.extract.backbones.backbone import Backbone
 
 HEAD_DESCRIPTION = "head.json"
 HEAD_FILES = (HEAD_DESCRIPTION, "head.safetensors")
@@ -94,6 +100,31 @@ class HeadModel(ImagePredictor):
             f"a {head.spec.kind} head ({settings_sentence(settings)}) on {taps} of the frozen "
             f"network {' and '.join(networks)}"
         )
+
+    def head_function(self) -> Callable[[Floats], Floats]:
+        """Return the head as a function of features, at its temperature unless it has several
+        views, whose mean the temperature is for.
+
+        A scikit-learn head is stored as its training rows: it is fitted here, once.
+        """
+        head = self.head
+        temperature = head.temperature if self.n_views == 1 else 1.0
+        if isinstance(head.spec, SklearnSpec):
+            from headrace.heads.sklearn.bank import fitted_sklearn  # imports scikit-learn
+
+            fitted = fitted_sklearn(head.spec, head.arrays, head.task_kind)
+            return lambda X: tempered(fitted(X), head.task_kind, temperature, self.floor)
+        return lambda X: predict_head(head.spec, head.arrays, X, head.task_kind, temperature)
+
+    def torch_head(self) -> "nn.Module":
+        """Return the head as a torch module, at its temperature as in `head_function`."""
+        from headrace.pipelines.models.torch_head import probability_module
+
+        return probability_module(self.head, self.head.temperature if self.n_views == 1 else 1.0)
+
+    def trained_backbone(self) -> "Backbone | None":
+        """Return None: its networks are frozen, and shared with other heads."""
+        return None
 
     def at_temperature(self, temperature: float) -> "HeadModel":
         """Return the model with its log-odds divided by another temperature."""

@@ -40,15 +40,14 @@ from headrace.extract.taps.forward import make_forward
 from headrace.extract.taps.resolve import Tap
 from headrace.heads.data.task import TaskKind
 from headrace.heads.evaluate.ensemble import average
-from headrace.heads.predict import CannotPredict, link, predict_head, tempered
-from headrace.heads.sklearn.bank import fitted_sklearn
-from headrace.heads.spec import SklearnSpec
+from headrace.heads.predict import CannotPredict, tempered
 from headrace.pipelines.environment import available_cores
-from headrace.pipelines.models.head import HeadModel
-from headrace.pipelines.models.network import NetworkModel, network_backbone, open_network
 
 if TYPE_CHECKING:
+    from headrace.extract.backbones.backbone import Backbone
+    from headrace.pipelines.models.head import HeadModel
     from headrace.pipelines.models.model import Model
+    from headrace.pipelines.models.network import NetworkModel
 
 ImageLike = str | PathLike[str] | Image.Image | npt.NDArray[Any] | torch.Tensor
 Floats = npt.NDArray[np.float32]
@@ -105,8 +104,9 @@ def open_engine(model: "Model", device: str = "cpu") -> Engine:
     wanted: dict[BackboneSpec, dict[FeatureSpec, None]] = {}
     passes: list[Pass] = []
     for member in model.members:
-        if isinstance(member, NetworkModel):
-            passes.append(_network_pass(member, device))
+        trained_backbone = member.trained_backbone()
+        if trained_backbone is not None:
+            passes.append(_trained_pass(trained_backbone, member.features, device))
             continue
         for backbone, feature in zip(member.backbones, member.features, strict=True):
             wanted.setdefault(backbone, {})[feature] = None
@@ -123,7 +123,7 @@ def open_engine(model: "Model", device: str = "cpu") -> Engine:
         device,
         tuple(passes),
         tuple(limits),
-        tuple(head_function(member) for member in model.members),
+        tuple(member.head_function() for member in model.members),
     )
 
 
@@ -213,39 +213,11 @@ def predict_images(
     return found
 
 
-def _network_pass(member: NetworkModel, device: str) -> Pass:
-    """Return the pass from pixels to what the network's head is given."""
-    backbone = network_backbone(member.path, member.file_digest)
-    taps = [Tap(feature.tap, feature.reduction) for feature in member.features]
+def _trained_pass(backbone: "Backbone", features: tuple[FeatureSpec, ...], device: str) -> Pass:
+    """Return the pass from pixels to what a fine-tuned network's head is given."""
+    taps = [Tap(feature.tap, feature.reduction) for feature in features]
     forward = make_forward(backbone, taps, device=device)
-    return Pass(Rendering(backbone.preprocessing, 0, Augmentation()), forward, member.features)
-
-
-def _network_head(member: NetworkModel) -> Callable[[Floats], Floats]:
-    """Return the function from the taps' features, side by side, to probabilities (n, C)."""
-    head = open_network(member.path, member.file_digest).network.head
-
-    def predict(features: Floats) -> Floats:
-        with torch.no_grad():
-            logits = head(torch.from_numpy(np.ascontiguousarray(features))).numpy()
-        return link(logits, member.task_kind, temperature=member.temperature)
-
-    return predict
-
-
-def head_function(member: HeadModel | NetworkModel) -> Callable[[Floats], Floats]:
-    """The member's head as a function, at its temperature unless it has several views, which are
-    averaged before.
-
-    A scikit-learn head is stored as its training rows: it is fitted here, once.
-    """
-    if isinstance(member, NetworkModel):
-        return _network_head(member)
-    head, temperature = member.head, member.temperature if member.n_views == 1 else 1.0
-    if isinstance(head.spec, SklearnSpec):
-        fitted = fitted_sklearn(head.spec, head.arrays, head.task_kind)
-        return lambda X: tempered(fitted(X), head.task_kind, temperature, member.floor)
-    return lambda X: predict_head(head.spec, head.arrays, X, head.task_kind, temperature)
+    return Pass(Rendering(backbone.preprocessing, 0, Augmentation()), forward, features)
 
 
 def combine(model: "Model", parts: Sequence[Floats]) -> Floats:
@@ -271,13 +243,13 @@ def as_stored(features: npt.NDArray[Any], dtype: str) -> Floats:
 
 
 def predict_member(
-    member: HeadModel | NetworkModel,
+    member: "HeadModel | NetworkModel",
     head: Callable[[Floats], Floats],
     features: dict[FeatureSpec, Floats],
     task_kind: TaskKind,
 ) -> Floats:
     """(n, C) of one head at its temperature, the mean over the views that it was trained on; its
-    inputs side by side as in `load_rows`. head: as `head_function` makes it.
+    inputs side by side as in `load_rows`. head: its `head_function()`.
     """
     columns: dict[str, list[Floats]] = {}
     for spec in member.features:

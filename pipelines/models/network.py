@@ -4,11 +4,12 @@ network.json says the same to people. No pickle.
 Reading what a file says needs no torch: it is imported where tensors are built.
 """
 
+import copy
 import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,7 +46,7 @@ from headrace.heads.persist import (
     code_name,
     require_trusted,
 )
-from headrace.heads.predict import link
+from headrace.heads.predict import Floats, link
 from headrace.heads.spec import FineTuneSpec, spec_from_json, spec_to_json
 from headrace.pipelines.models.base import ImagePredictor, model_digest, settings_sentence
 from headrace.pipelines.models.errors import ModelError
@@ -146,9 +147,40 @@ class NetworkModel(ImagePredictor):
             f"{taps}, trained further: {trained_part}{started} ({settings_sentence(settings)})"
         )
 
+    def head_function(self) -> Callable[[Floats], Floats]:
+        """Return the head as a function of what the taps give, side by side, at its temperature."""
+        import torch
+
+        head = open_network(self.path, self.file_digest).network.head
+
+        def predict(features: Floats) -> Floats:
+            with torch.no_grad():
+                logits = head(torch.from_numpy(np.ascontiguousarray(features))).numpy()
+            return link(logits, self.task_kind, temperature=self.temperature)
+
+        return predict
+
+    def torch_head(self) -> "nn.Module":
+        """Return a copy of the head as a torch module to probabilities, at its temperature."""
+        from torch import nn
+
+        from headrace.pipelines.models.torch_head import ProbabilityLink
+
+        head = copy.deepcopy(open_network(self.path, self.file_digest).network.head)
+        return nn.Sequential(head, ProbabilityLink(self.task_kind, self.temperature)).eval()
+
+    def trained_backbone(self) -> "Backbone":
+        """Return what lies below the head, as any backbone: so it runs on extract's fast passes."""
+        return _trained_backbone(self.path, self.file_digest)
+
     def at_temperature(self, temperature: float) -> "NetworkModel":
         """Return the model with its log-odds divided by another temperature."""
         return dataclasses.replace(self, temperature=temperature)
+
+    @property
+    def backbones(self) -> tuple[BackboneSpec, ...]:
+        """The frozen networks that it stands on: none."""
+        return ()
 
     @property
     def members(self) -> tuple["NetworkModel", ...]:
@@ -272,8 +304,7 @@ def open_network(directory: Path, digest: str) -> TrainedNetwork:
 
 
 @functools.lru_cache(maxsize=4)
-def network_backbone(directory: Path, digest: str) -> "Backbone":
-    """Return what lies below the head, as any backbone: so it runs on extract's fast passes."""
+def _trained_backbone(directory: Path, digest: str) -> "Backbone":
     from headrace.extract.backbones.backbone import Backbone
 
     trained = open_network(directory, digest)

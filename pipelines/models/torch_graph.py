@@ -23,12 +23,12 @@ from headrace.extract.images.views import Symmetries, is_exact, parse_view, view
 from headrace.extract.run.work_unit import check_identity
 from headrace.extract.spec import BackboneSpec
 from headrace.extract.taps.resolve import backbone_nodes, reduce_output
-from headrace.pipelines.models.head import HeadModel
-from headrace.pipelines.models.network import NetworkModel, network_backbone, open_network
-from headrace.pipelines.models.torch_head import ProbabilityLink, probability_module, tempered
+from headrace.pipelines.models.torch_head import tempered
 
 if TYPE_CHECKING:
+    from headrace.pipelines.models.head import HeadModel
     from headrace.pipelines.models.model import Model
+    from headrace.pipelines.models.network import NetworkModel
 
 _CROP = view_json(0, Symmetries())  # the view that is the evaluation crop
 _ROUND_OFF = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -161,9 +161,9 @@ class ModelGraph(nn.Module):
         turns: dict[BackboneSpec, dict[int, None]] = {}
         loaded: list[tuple[Backbone, list[FeatureSpec], list[int]]] = []
         for member in model.members:
-            if isinstance(member, NetworkModel):
-                backbone = network_backbone(member.path, member.file_digest)
-                loaded.append((backbone, list(member.features), [0]))
+            trained_backbone = member.trained_backbone()
+            if trained_backbone is not None:
+                loaded.append((trained_backbone, list(member.features), [0]))
                 continue
             for made_by, feature in zip(member.backbones, member.features, strict=True):
                 wanted.setdefault(made_by, {})[replace(feature, view=_CROP)] = None
@@ -183,7 +183,7 @@ class ModelGraph(nn.Module):
             self.keys.append([replace(feature, view=_CROP).to_json() for feature in given])
             networks.append(_lean(_Taps(backbone, given), backbone))
         self.networks = nn.ModuleList(networks)
-        self.heads = nn.ModuleList([_head(member) for member in model.members])
+        self.heads = nn.ModuleList([member.torch_head() for member in model.members])
         self.columns = [_columns(member) for member in model.members]
         self.spatial = [member.spatial for member in model.members]
         # Of several views the mean is tempered, else the log-odds within the head.
@@ -247,14 +247,7 @@ def fits_graph(model: "Model") -> bool:
     return all(is_exact(feature.view) for member in model.members for feature in member.features)
 
 
-def _head(member: HeadModel | NetworkModel) -> nn.Module:
-    if isinstance(member, NetworkModel):
-        head = copy.deepcopy(open_network(member.path, member.file_digest).network.head)
-        return nn.Sequential(head, ProbabilityLink(member.task_kind, member.temperature)).eval()
-    return probability_module(member.head, member.temperature if member.n_views == 1 else 1.0)
-
-
-def _columns(member: HeadModel | NetworkModel) -> list[list[tuple[str, int]]]:
+def _columns(member: "HeadModel | NetworkModel") -> list[list[tuple[str, int]]]:
     """For each view the features that make its columns."""
     views: dict[int, list[tuple[str, int]]] = {}
     for feature in member.features:
