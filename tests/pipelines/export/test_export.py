@@ -188,9 +188,9 @@ def test_what_differs_is_not_published(photos, features, tmp_path, monkeypatch):
     """A graph that predicts otherwise is refused, and leaves nothing behind."""
     place = model_directory(tmp_path / "model", photos, features, LogisticSpec(0.1), ["avg"])
     model = load_model(place)
-    from headrace.pipelines.export import graph
+    from headrace.pipelines.models import torch_graph
 
-    monkeypatch.setattr(graph, "tempered", lambda found, *_: found * 0.9)
+    monkeypatch.setattr(torch_graph, "tempered", lambda found, *_: found * 0.9)
     with pytest.raises(ExportError, match="predicts otherwise"):
         export_model(model, tmp_path / "out", ["torch"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
