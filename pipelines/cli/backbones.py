@@ -43,53 +43,62 @@ def backbones_command(
     from headrace.extract.taps.describe import describe_backbone
 
     console = make_console()
-    known = backbone_names()
-    if name is not None and (name in known or name.startswith("python:")):
-        info = describe_backbone(BackboneSpec(name, image_size=image_size), weights=False)
-        _show(console, info, backbone_tags(name), every)
+    known_names = backbone_names()
+    if name is not None and (name in known_names or name.startswith("python:")):
+        backbone_info = describe_backbone(BackboneSpec(name, image_size=image_size), weights=False)
+        _show(console, backbone_info, backbone_tags(name), every)
         return
-    found = [entry for entry in known if name is None or name.lower() in entry.lower()]
-    if name is not None and not found:
+    matching_names = [
+        backbone_name
+        for backbone_name in known_names
+        if name is None or name.lower() in backbone_name.lower()
+    ]
+    if name is not None and not matching_names:
         # Says which names are near, and leaves with the exit code of a user's mistake.
         describe_backbone(BackboneSpec(name if ":" in name else f"timm:{name}"), weights=False)
-    shown = found if every else found[:_MANY]
-    for entry in shown:
-        console.print(entry, soft_wrap=True)
-    if len(shown) < len(found):
+    shown_names = matching_names if every else matching_names[:_MANY]
+    for backbone_name in shown_names:
+        console.print(backbone_name, soft_wrap=True)
+    if len(shown_names) < len(matching_names):
         console.print(
-            f"… {len(found) - len(shown):,} more of {len(found):,}. Narrow it: headrace backbones "
+            f"… {len(matching_names) - len(shown_names):,} more of {len(matching_names):,}. "
+            "Narrow it: headrace backbones "
             "resnet; or --all"
         )
-    elif len(found) > 0:
+    elif len(matching_names) > 0:
         console.print(
-            f"{len(found):,} backbones. Its taps: headrace backbones {found[0]}", soft_wrap=True
+            f"{len(matching_names):,} backbones. Its taps: headrace backbones {matching_names[0]}",
+            soft_wrap=True,
         )
 
 
-def _show(console: Console, info: "BackboneInfo", tags: list[str], every: bool) -> None:
-    how = json.loads(info.preprocessing)
-    resize = "x".join(map(str, how["resize"]))
-    crop = "x".join(map(str, how["crop"]))
-    lines = [
+def _show(console: Console, backbone_info: "BackboneInfo", tags: list[str], show_all: bool) -> None:
+    preprocessing = json.loads(backbone_info.preprocessing)
+    resize = "x".join(map(str, preprocessing["resize"]))
+    crop = "x".join(map(str, preprocessing["crop"]))
+    header_lines = [
         (
-            f"{info.name}: {info.parameters / 1e6:,.1f} M parameters, "
-            f"{info.multiply_adds / 1e9:,.2f} G multiply-adds per image"
+            f"{backbone_info.name}: {backbone_info.parameters / 1e6:,.1f} M parameters, "
+            f"{backbone_info.multiply_adds / 1e9:,.2f} G multiply-adds per image"
         ),
-        f"input: {how['mode']} resize to {resize} ({how['interpolation']}), crop {crop}",
+        (
+            f"input: {preprocessing['mode']} resize to {resize} "
+            f"({preprocessing['interpolation']}), crop {crop}"
+        ),
         f"weights: {', '.join(tags) if tags else 'none of its own: name a file'}",
     ]
-    for line in lines:
-        console.print(line, soft_wrap=True)
+    for header_line in header_lines:
+        console.print(header_line, soft_wrap=True)
     table = Table(box=None, pad_edge=False)
     table.add_column("node", no_wrap=True)
-    for column in ("output", ".map bytes", ".avg bytes", "cost"):
-        table.add_column(column, justify="right", no_wrap=True)
+    for column_name in ("output", ".map bytes", ".avg bytes", "cost"):
+        table.add_column(column_name, justify="right", no_wrap=True)
     table.add_column("")
-    chosen = {tap.node for tap in info.auto}
-    hidden = 0
-    for tap in info.taps:
-        if not every and tap.node.count(".") > _DEPTH and tap.node not in chosen:
-            hidden += 1
+    auto_nodes = {tap.node for tap in backbone_info.auto}
+    n_hidden = 0
+    for tap in backbone_info.taps:
+        if not show_all and tap.node.count(".") > _DEPTH and tap.node not in auto_nodes:
+            n_hidden += 1
             continue
         table.add_row(
             tap.node,
@@ -97,7 +106,7 @@ def _show(console: Console, info: "BackboneInfo", tags: list[str], every: bool) 
             f"{tap.map_bytes:,}",
             f"{tap.avg_bytes:,}",
             f"{tap.cost:.0%}",
-            "auto" if tap.node in chosen else "",
+            "auto" if tap.node in auto_nodes else "",
         )
     console.print(table)
     console.print(
@@ -105,6 +114,6 @@ def _show(console: Console, info: "BackboneInfo", tags: list[str], every: bool) 
         "node.",
         soft_wrap=True,
     )
-    if hidden:
-        console.print(f"{hidden:,} layers within blocks are not shown: --all", soft_wrap=True)
-    console.print(f"taps: auto is [{', '.join(map(str, info.auto))}]", soft_wrap=True)
+    if n_hidden:
+        console.print(f"{n_hidden:,} layers within blocks are not shown: --all", soft_wrap=True)
+    console.print(f"taps: auto is [{', '.join(map(str, backbone_info.auto))}]", soft_wrap=True)

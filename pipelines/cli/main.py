@@ -239,7 +239,7 @@ app.command("doctor", rich_help_panel=_AROUND)(doctor_command)
 
 
 def _run(
-    path: Path,
+    recipe_path: Path,
     console: Console,
     *,
     workers: int | None,
@@ -251,7 +251,7 @@ def _run(
 ) -> None:
     from headrace.pipelines.recipe.load import elsewhere, load_recipe
 
-    recipe = load_recipe(path)
+    recipe = load_recipe(recipe_path)
     _require_utf8(recipe.out)
     if cluster:
         recipe = elsewhere(recipe, cluster)
@@ -268,10 +268,10 @@ def _run(
     try:
         if dry_run:
             state = read_run_state(recipe, write=False, retry_failed=retry_failed)
-            plan = state.plan
+            run_plan = state.plan
             show_images(console, state.accounting, state.notes)
-            show_plan(console, plan, recipe.cache, recipe.out)
-            check_space(plan, recipe.cache, recipe.storage.budget_gb)
+            show_plan(console, run_plan, recipe.cache, recipe.out)
+            check_space(run_plan, recipe.cache, recipe.storage.budget_gb)
         else:
             outlive_terminal(recipe.paths.terminal)
             result = run_recipe(recipe, console=console, workers=workers, retry_failed=retry_failed)
@@ -284,11 +284,12 @@ def _run(
         raise typer.Exit(130) from None  # the shell's word for Ctrl-C
 
 
-def _require_utf8(out: Path | None) -> None:
+def _require_utf8(out_folder: Path | None) -> None:
     # Tables of results hold paths of other results, and their text is UTF-8.
-    if valid_text(str(out)) != str(out):
+    if valid_text(str(out_folder)) != str(out_folder):
         raise PathNotUTF8(
-            f"out: {out}: a name in this path is no UTF-8, so that results cannot be kept there. "
+            f"out: {out_folder}: a name in this path is no UTF-8, so that results cannot be "
+            "kept there. "
             "Rename it, or set `out` in the recipe to another folder; if the name is right and "
             "the locale is not, set LC_ALL=C.UTF-8"
         )
@@ -319,7 +320,7 @@ def main() -> None:
 
 
 def _end_with(message: str) -> NoReturn:
-    errors = make_console(stderr=True)
-    errors.print("Error: ", style="bold red", end="")
-    errors.print(message, soft_wrap=True)
+    error_console = make_console(stderr=True)
+    error_console.print("Error: ", style="bold red", end="")
+    error_console.print(message, soft_wrap=True)
     sys.exit(2)

@@ -17,9 +17,9 @@ def client_here(*_, **__):
         yield client
 
 
-def run_here(recipe, console=None):
+def run_here(recipe_path, console=None):
     """The recipe's run within this process."""
     with client_here() as client:
         return run_recipe(
-            load_recipe(recipe), console=console or Console(quiet=True), client=client
+            load_recipe(recipe_path), console=console or Console(quiet=True), client=client
         )
