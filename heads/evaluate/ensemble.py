@@ -25,9 +25,8 @@ from headrace.heads.data.task import TaskKind
 
 Array = npt.NDArray[Any]
 
-_SMALLEST = float(
-    np.finfo(np.float32).eps
-)  # probabilities are clipped there, as in the metric log_loss
+# probabilities are clipped there, as in the metric log_loss
+_SMALLEST = float(np.finfo(np.float32).eps)
 
 
 @dataclass(frozen=True)
@@ -41,38 +40,41 @@ class EnsembleLimits:
     rounds: int = 30  # picks, the same head more than once being its weight
 
 
-def loss_elements(kind: TaskKind, target: Array, predicted: Array) -> npt.NDArray[np.float32]:
+def loss_elements(task_kind: TaskKind, target: Array, predicted: Array) -> npt.NDArray[np.float32]:
     """(K, E) elements of predictions (K, N, C):
 
     E = N for one label per row, else N × C, row by row.
     """
-    if kind == "single":
-        chosen = np.take_along_axis(predicted, np.asarray(target, np.int64)[None, :, None], 2)[
-            ..., 0
-        ]
-        return np.asarray(chosen / predicted.sum(2), np.float32)
-    wanted = np.asarray(target, np.float64).reshape(len(target), -1)
+    if task_kind == "single":
+        true_class_probability = np.take_along_axis(
+            predicted, np.asarray(target, np.int64)[None, :, None], 2
+        )[..., 0]
+        return np.asarray(true_class_probability / predicted.sum(2), np.float32)
+    true_values = np.asarray(target, np.float64).reshape(len(target), -1)
     predicted = predicted.reshape(*predicted.shape[:2], -1)
-    if kind == "multi":
-        return np.asarray(np.where(wanted >= 0.5, predicted, 1 - predicted), np.float32).reshape(
-            len(predicted), -1
-        )
-    deviation = wanted.std(0)
-    residual = (predicted - wanted) / np.where(deviation > 0, deviation, 1)
+    if task_kind == "multi":
+        return np.asarray(
+            np.where(true_values >= 0.5, predicted, 1 - predicted), np.float32
+        ).reshape(len(predicted), -1)
+    deviation = true_values.std(0)
+    residual = (predicted - true_values) / np.where(deviation > 0, deviation, 1)
     return np.asarray(residual, np.float32).reshape(len(predicted), -1)
 
 
-def element_loss(kind: TaskKind, elements: Array) -> Array:
+def element_loss(task_kind: TaskKind, elements: Array) -> Array:
     """The loss over the last axis: mean of -log of probabilities (nats), of squares of residuals
     for regression.
     """
-    if kind == "regression":
+    if task_kind == "regression":
         return np.asarray(np.square(elements).mean(-1, dtype=np.float64))
     return np.asarray(-np.log(np.clip(elements, _SMALLEST, 1)).mean(-1, dtype=np.float64))
 
 
 def greedy_weights(
-    kind: TaskKind, elements: Array, networks: Sequence[AbstractSet[str]], limits: EnsembleLimits
+    task_kind: TaskKind,
+    elements: Array,
+    networks: Sequence[AbstractSet[str]],
+    limits: EnsembleLimits,
 ) -> npt.NDArray[np.float64]:
     """(K,) weights that sum to one, zero for most heads. networks: the forward passes that each
     head needs.
@@ -80,28 +82,32 @@ def greedy_weights(
     Ties go to the first, so order the heads from cheap to dear. The best average of all rounds is
     taken.
     """
-    heads = len(elements)
-    total, counts = np.zeros(elements.shape[1], np.float32), np.zeros(heads)
-    used: set[str] = set()
-    best_loss, best_counts = np.inf, counts
-    most = limits.networks or len(set().union(*networks))
-    for done in range(limits.rounds):
-        needed = np.array([len(used | own) for own in networks])
-        allowed = needed <= max(most, len(used))
-        if np.count_nonzero(counts) >= limits.members:
-            allowed &= counts > 0
-        if not allowed.any():
+    n_heads = len(elements)
+    element_sum, pick_counts = np.zeros(elements.shape[1], np.float32), np.zeros(n_heads)
+    used_backbones: set[str] = set()
+    best_loss, best_counts = np.inf, pick_counts
+    max_backbones = limits.networks or len(set().union(*networks))
+    for n_picked in range(limits.rounds):
+        n_backbones = np.array(
+            [len(used_backbones | head_backbones) for head_backbones in networks]
+        )
+        is_allowed = n_backbones <= max(max_backbones, len(used_backbones))
+        if np.count_nonzero(pick_counts) >= limits.members:
+            is_allowed &= pick_counts > 0
+        if not is_allowed.any():
             break
-        tried = np.flatnonzero(allowed)
-        loss = element_loss(kind, (total + elements[tried]) / (done + 1))
-        priced = loss * (1 + limits.min_gain_per_backbone * np.maximum(needed[tried] - 1, 0))
-        place = int(priced.argmin())
-        pick = tried[place]
-        total, counts = total + elements[pick], counts.copy()
-        counts[pick] += 1
-        used |= networks[pick]
-        if priced[place] < best_loss * (1 - 1e-6):
-            best_loss, best_counts = float(priced[place]), counts
+        candidate_rows = np.flatnonzero(is_allowed)
+        loss = element_loss(task_kind, (element_sum + elements[candidate_rows]) / (n_picked + 1))
+        priced_loss = loss * (
+            1 + limits.min_gain_per_backbone * np.maximum(n_backbones[candidate_rows] - 1, 0)
+        )
+        best_candidate = int(priced_loss.argmin())
+        picked_head = candidate_rows[best_candidate]
+        element_sum, pick_counts = element_sum + elements[picked_head], pick_counts.copy()
+        pick_counts[picked_head] += 1
+        used_backbones |= networks[picked_head]
+        if priced_loss[best_candidate] < best_loss * (1 - 1e-6):
+            best_loss, best_counts = float(priced_loss[best_candidate]), pick_counts
     return np.asarray(best_counts / max(best_counts.sum(), 1))
 
 

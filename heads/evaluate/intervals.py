@@ -61,28 +61,40 @@ def metric_interval(
     independent of each other. By default each row is its own. Deterministic. nan where the metric
     is undefined. Raises UnknownMetric; ValueError for no rows or a level outside (0, 1).
     """
-    rows = len(probabilities)
-    if rows == 0 or not 0 < level < 1:
-        raise ValueError(f"an interval needs rows and a level in (0, 1), found {rows} and {level}")
-    value = score(task_kind, target, probabilities, metric)
-    group = (
-        np.arange(rows) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
+    n_rows = len(probabilities)
+    if n_rows == 0 or not 0 < level < 1:
+        raise ValueError(
+            f"an interval needs rows and a level in (0, 1), found {n_rows} and {level}"
+        )
+    metric_value = score(task_kind, target, probabilities, metric)
+    group_of_row = (
+        np.arange(n_rows)
+        if groups is None
+        else np.unique(np.asarray(groups), return_inverse=True)[1]
     )
-    if not np.isfinite(value):
+    if not np.isfinite(metric_value):
         return float("nan"), float("nan")
     if metric in ("accuracy", "hamming_accuracy"):
-        return proportion_interval(row_hits(task_kind, target, probabilities, metric), group, level)
+        return proportion_interval(
+            row_hits(task_kind, target, probabilities, metric), group_of_row, level
+        )
     if metric in ("log_loss", "mae"):
-        losses = row_losses(task_kind, target, probabilities, metric)
-        guess = 2 * float(np.log(2 if task_kind == "multi" else np.shape(probabilities)[1]))
-        return mean_loss_interval(losses, group, guess if metric == "log_loss" else None, level)
-    error, count = _jackknife(task_kind, target, probabilities, metric, group, value)
+        loss_of_row = row_losses(task_kind, target, probabilities, metric)
+        guess_loss = 2 * float(np.log(2 if task_kind == "multi" else np.shape(probabilities)[1]))
+        return mean_loss_interval(
+            loss_of_row, group_of_row, guess_loss if metric == "log_loss" else None, level
+        )
+    standard_error, n_blocks = _jackknife(
+        task_kind, target, probabilities, metric, group_of_row, metric_value
+    )
     if metric in ("rmse", "calibration_error"):
-        return _positive_interval(value, error, count, level)
+        return _positive_interval(metric_value, standard_error, n_blocks, level)
     if metric == "r2":  # what is missing to 1 is positive
-        low, high = _positive_interval(1 - value, error, count, level)
+        low, high = _positive_interval(1 - metric_value, standard_error, n_blocks, level)
         return 1 - high, 1 - low
-    return _share_interval(task_kind, target, probabilities, metric, group, value, error, level)
+    return _share_interval(
+        task_kind, target, probabilities, metric, group_of_row, metric_value, standard_error, level
+    )
 
 
 def proportion_interval(
@@ -102,9 +114,8 @@ def proportion_interval(
     sizes = np.bincount(group) * float(table.shape[1])
     right = np.bincount(group, table.sum(1))
     total, value = sizes.sum(), right.sum() / sizes.sum()
-    worst = float(
-        (sizes**2).sum() / total
-    )  # the design effect where all of a group are right or wrong together
+    # the design effect where all of a group are right or wrong together
+    worst = float((sizes**2).sum() / total)
     correlation = 1.0
     if 0 < value < 1 and len(sizes) > 1 and worst > 1:
         deviation = right - value * sizes
@@ -115,27 +126,32 @@ def proportion_interval(
     return exact_interval(value, total / (1 + (worst - 1) * correlation), level)
 
 
-def exact_interval(value: float, count: float, level: float = LEVEL) -> tuple[float, float]:
-    """Clopper and Pearson's interval of a proportion `value` of `count` independent rows, which
-    need not be a whole number.
+def exact_interval(
+    proportion: float, n_effective: float, level: float = LEVEL
+) -> tuple[float, float]:
+    """Clopper and Pearson's interval of a proportion `proportion` of `n_effective` independent
+    rows, which need not be a whole number.
     """
-    from scipy.special import (
-        betaincinv,
-    )  # quantiles of the beta distribution; scipy.stats takes a second to import
+    # quantiles of the beta distribution; scipy.stats takes a second to import
+    from scipy.special import betaincinv
 
-    hits, misses = value * count, (1 - value) * count
-    tail = (1 - level) / 2
-    low = float(betaincinv(hits, misses + 1, tail)) if hits > 1e-9 else 0.0
-    high = float(betaincinv(hits + 1, misses, 1 - tail)) if misses > 1e-9 else 1.0
-    return low, high
+    n_hits, n_misses = proportion * n_effective, (1 - proportion) * n_effective
+    tail_probability = (1 - level) / 2
+    lower = float(betaincinv(n_hits, n_misses + 1, tail_probability)) if n_hits > 1e-9 else 0.0
+    upper = (
+        float(betaincinv(n_hits + 1, n_misses, 1 - tail_probability)) if n_misses > 1e-9 else 1.0
+    )
+    return lower, upper
 
 
-def _known(first: npt.NDArray[np.bool_], second: npt.NDArray[np.bool_], prior: int) -> float:
+def _known(
+    holds_mistakes: npt.NDArray[np.bool_], holds_hits: npt.NDArray[np.bool_], prior: int
+) -> float:
     """How far the groups' own variance is believed: by the number of groups that hold what is
     rarer.
     """
-    rarer = min(int(first.sum()), int(second.sum()))
-    return rarer / (rarer + prior)
+    n_rarer = min(int(holds_mistakes.sum()), int(holds_hits.sum()))
+    return n_rarer / (n_rarer + prior)
 
 
 def _jackknife(
@@ -143,60 +159,86 @@ def _jackknife(
     target: npt.NDArray[Any],
     probabilities: npt.NDArray[Any],
     metric: str,
-    group: npt.NDArray[np.int64],
-    value: float,
+    group_of_row: npt.NDArray[np.int64],
+    metric_value: float,
 ) -> tuple[float, int]:
     """The standard error of a metric by leaving out block after block of groups, and the number of
     blocks.
     """
-    count = int(group.max()) + 1
-    blocks = int(min(count, _BLOCKS, max(20, _ELEMENTS / len(group))))
-    if blocks < 2:
+    n_groups = int(group_of_row.max()) + 1
+    n_blocks = int(min(n_groups, _BLOCKS, max(20, _ELEMENTS / len(group_of_row))))
+    if n_blocks < 2:
         return float("nan"), 1
-    block = (
-        (np.random.default_rng(0).permutation(count) % blocks)[group] if count > blocks else group
+    block_of_row = (
+        (np.random.default_rng(0).permutation(n_groups) % n_blocks)[group_of_row]
+        if n_groups > n_blocks
+        else group_of_row
     )
-    weights = (block[:, None] != np.arange(blocks)).astype(np.float64)
-    predicted = np.asarray(probabilities, np.float64).reshape(1, len(group), -1)
-    one_fold = np.zeros(len(group), np.int64)
-    left = weighted_scores(task_kind, target, predicted, one_fold, metric, weights)[0]
-    left = left[np.isfinite(left)]
-    if len(left) < 2:
+    weights = (block_of_row[:, None] != np.arange(n_blocks)).astype(np.float64)
+    predicted = np.asarray(probabilities, np.float64).reshape(1, len(group_of_row), -1)
+    one_fold = np.zeros(len(group_of_row), np.int64)
+    left_out_values = weighted_scores(task_kind, target, predicted, one_fold, metric, weights)[0]
+    left_out_values = left_out_values[np.isfinite(left_out_values)]
+    if len(left_out_values) < 2:
         return float("nan"), 1
     # About the value itself, not about their mean: never smaller.
-    return float(np.sqrt((len(left) - 1) / len(left) * ((left - value) ** 2).sum())), len(left)
+    return float(
+        np.sqrt(
+            (len(left_out_values) - 1)
+            / len(left_out_values)
+            * ((left_out_values - metric_value) ** 2).sum()
+        )
+    ), len(left_out_values)
 
 
-def _positive_interval(value: float, error: float, count: int, level: float) -> tuple[float, float]:
+def _positive_interval(
+    metric_value: float, standard_error: float, n_blocks: int, level: float
+) -> tuple[float, float]:
     from scipy.special import stdtrit  # quantiles of Student's t
 
-    if value <= 0 or not np.isfinite(error):
-        return (value, value) if value <= 0 else (0.0, float("inf"))
-    half = float(stdtrit(max(count - 1, 1), (1 + level) / 2)) * error / value
-    return value * float(np.exp(-half)), value * float(np.exp(min(half, 700.0)))
+    if metric_value <= 0 or not np.isfinite(standard_error):
+        return (metric_value, metric_value) if metric_value <= 0 else (0.0, float("inf"))
+    half_width = (
+        float(stdtrit(max(n_blocks - 1, 1), (1 + level) / 2)) * standard_error / metric_value
+    )
+    return metric_value * float(np.exp(-half_width)), metric_value * float(
+        np.exp(min(half_width, 700.0))
+    )
 
 
 def mean_loss_interval(
-    losses: Floats, groups: npt.NDArray[Any], unseen: float | None = None, level: float = LEVEL
+    loss_of_row: Floats,
+    groups: npt.NDArray[Any],
+    unseen_loss: float | None = None,
+    level: float = LEVEL,
 ) -> tuple[float, float]:
     """The interval of the mean of losses (N,) >= 0, in groups (N,) of any labels.
 
-    unseen: the loss of a group that has not been met yet, in the upper end.
+    unseen_loss: the loss of a group that has not been met yet, in the upper end.
     """
-    group = np.unique(groups, return_inverse=True)[1]
+    group_of_row = np.unique(groups, return_inverse=True)[1]
 
-    def ends(values: Floats, of: npt.NDArray[np.int64]) -> tuple[float, float]:
-        count = int(of.max()) + 1
-        if count < 2:
-            return _positive_interval(float(values.mean()), float("nan"), 1, level)
-        sums = np.bincount(of, values - values.mean())
-        error = float(np.sqrt(count / (count - 1) * (sums**2).sum())) / len(values)
-        return _positive_interval(float(values.mean()), error, count, level)
+    def interval_ends(
+        loss_values: Floats, group_index: npt.NDArray[np.int64]
+    ) -> tuple[float, float]:
+        n_groups = int(group_index.max()) + 1
+        if n_groups < 2:
+            return _positive_interval(float(loss_values.mean()), float("nan"), 1, level)
+        group_sums = np.bincount(group_index, loss_values - loss_values.mean())
+        standard_error = float(np.sqrt(n_groups / (n_groups - 1) * (group_sums**2).sum())) / len(
+            loss_values
+        )
+        return _positive_interval(float(loss_values.mean()), standard_error, n_groups, level)
 
-    low, high = ends(losses, group)
-    if unseen is not None:
-        high = max(high, ends(np.append(losses, unseen), np.append(group, group.max() + 1))[1])
-    return low, high
+    lower, upper = interval_ends(loss_of_row, group_of_row)
+    if unseen_loss is not None:
+        upper = max(
+            upper,
+            interval_ends(
+                np.append(loss_of_row, unseen_loss), np.append(group_of_row, group_of_row.max() + 1)
+            )[1],
+        )
+    return lower, upper
 
 
 def _share_interval(
@@ -204,37 +246,50 @@ def _share_interval(
     target: npt.NDArray[Any],
     probabilities: npt.NDArray[Any],
     metric: str,
-    group: npt.NDArray[np.int64],
-    value: float,
-    error: float,
+    group_of_row: npt.NDArray[np.int64],
+    metric_value: float,
+    standard_error: float,
     level: float,
 ) -> tuple[float, float]:
     """Of a metric between 0 and 1 that is no plain proportion: balanced accuracy, macro F1, areas
     under curves.
     """
-    rows = len(group)
+    n_rows = len(group_of_row)
     if task_kind == "single":
-        table = np.asarray(target).astype(np.int64)[:, None] == np.arange(
+        class_table = np.asarray(target).astype(np.int64)[:, None] == np.arange(
             np.shape(probabilities)[1]
         )
     else:
-        table = np.asarray(target, np.float64).reshape(rows, -1) >= 0.5
-    positives = table.sum(0)
-    smaller = np.minimum(positives, rows - positives)
-    ranked = metric in ("auc", "average_precision")
-    if ranked or task_kind == "multi":
+        class_table = np.asarray(target, np.float64).reshape(n_rows, -1) >= 0.5
+    positives = class_table.sum(0)
+    smaller_side = np.minimum(positives, n_rows - positives)
+    is_ranked = metric in ("auc", "average_precision")
+    if is_ranked or task_kind == "multi":
         # No area under a ROC curve varies more than this: value × (1 - value) / the smaller side
         # (Birnbaum and Klose 1957).
-        each = 1 / smaller[smaller > 0]
-        worst = float(each.mean()) if len(each) else 1.0
+        column_variances = 1 / smaller_side[smaller_side > 0]
+        largest_variance = float(column_variances.mean()) if len(column_variances) else 1.0
     else:  # a mean of the shares of the classes
-        worst = float((1 / positives[positives > 0]).sum()) / int((positives > 0).sum()) ** 2
-    sizes = np.bincount(group)
-    worst = max(worst, 1 / rows) * float((sizes**2).sum() / rows)
-    spread = value * (1 - value)
-    seen = max(error**2 / spread, 1 / rows) if spread > 1e-12 and np.isfinite(error) else worst
-    whole = row_hits(task_kind, target, probabilities, "accuracy").reshape(rows) > 0.5
-    held = [np.isin(np.arange(len(sizes)), group[which]) for which in (~whole, whole)]
-    known = _known(held[0], held[1], PRIOR_GROUPS_RANKED if ranked else PRIOR_GROUPS)
-    variance = known * seen + (1 - known) * max(worst, seen)
-    return exact_interval(value, max(1 / variance, 1.0), level)
+        largest_variance = (
+            float((1 / positives[positives > 0]).sum()) / int((positives > 0).sum()) ** 2
+        )
+    group_sizes = np.bincount(group_of_row)
+    largest_variance = max(largest_variance, 1 / n_rows) * float((group_sizes**2).sum() / n_rows)
+    value_spread = metric_value * (1 - metric_value)
+    seen_variance = (
+        max(standard_error**2 / value_spread, 1 / n_rows)
+        if value_spread > 1e-12 and np.isfinite(standard_error)
+        else largest_variance
+    )
+    is_right = row_hits(task_kind, target, probabilities, "accuracy").reshape(n_rows) > 0.5
+    groups_by_outcome = [
+        np.isin(np.arange(len(group_sizes)), group_of_row[row_mask])
+        for row_mask in (~is_right, is_right)
+    ]
+    seen_share = _known(
+        groups_by_outcome[0],
+        groups_by_outcome[1],
+        PRIOR_GROUPS_RANKED if is_ranked else PRIOR_GROUPS,
+    )
+    variance = seen_share * seen_variance + (1 - seen_share) * max(largest_variance, seen_variance)
+    return exact_interval(metric_value, max(1 / variance, 1.0), level)

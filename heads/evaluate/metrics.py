@@ -76,12 +76,15 @@ def score(
     predicted = np.asarray(probabilities, np.float64)
     if task_kind == "single":
         return _single(metric, np.asarray(target).astype(np.int64), predicted)
-    wanted = np.asarray(target, np.float64)
-    wanted, predicted = wanted.reshape(len(wanted), -1), predicted.reshape(len(predicted), -1)
+    true_values = np.asarray(target, np.float64)
+    true_values, predicted = (
+        true_values.reshape(len(true_values), -1),
+        predicted.reshape(len(predicted), -1),
+    )
     return (
-        _multi(metric, wanted, predicted)
+        _multi(metric, true_values, predicted)
         if task_kind == "multi"
-        else _regression(metric, wanted, predicted)
+        else _regression(metric, true_values, predicted)
     )
 
 
@@ -107,9 +110,9 @@ def row_hits(
     predicted = np.asarray(probabilities, np.float64)
     if task_kind == "single":
         return np.asarray(predicted.argmax(1) == target, np.float64)
-    wanted = np.asarray(target, np.float64).reshape(len(predicted), -1)
-    same = (predicted.reshape(len(predicted), -1) >= 0.5) == (wanted >= 0.5)
-    return np.asarray(same if metric == "hamming_accuracy" else same.all(1), np.float64)
+    true_values = np.asarray(target, np.float64).reshape(len(predicted), -1)
+    is_right = (predicted.reshape(len(predicted), -1) >= 0.5) == (true_values >= 0.5)
+    return np.asarray(is_right if metric == "hamming_accuracy" else is_right.all(1), np.float64)
 
 
 def row_losses(
@@ -117,74 +120,83 @@ def row_losses(
 ) -> Floats:
     """(N,) losses whose mean is the metric: log_loss (nats) or mae."""
     predicted = np.asarray(probabilities, np.float64)
-    smallest = np.finfo(np.float32).eps
+    smallest_probability = np.finfo(np.float32).eps
     if task_kind == "single":
-        chosen = predicted[
+        true_class_probability = predicted[
             np.arange(len(predicted)), np.asarray(target).astype(np.int64)
         ] / predicted.sum(1)
-        return np.asarray(-np.log(np.clip(chosen, smallest, 1)))
-    wanted = np.asarray(target, np.float64).reshape(len(predicted), -1)
+        return np.asarray(-np.log(np.clip(true_class_probability, smallest_probability, 1)))
+    true_values = np.asarray(target, np.float64).reshape(len(predicted), -1)
     predicted = predicted.reshape(len(predicted), -1)
     if metric == "mae":
-        return np.asarray(np.abs(predicted - wanted).mean(1))
+        return np.asarray(np.abs(predicted - true_values).mean(1))
     return np.asarray(
-        -np.log(np.clip(np.where(wanted >= 0.5, predicted, 1 - predicted), smallest, 1)).mean(1)
+        -np.log(
+            np.clip(np.where(true_values >= 0.5, predicted, 1 - predicted), smallest_probability, 1)
+        ).mean(1)
     )
 
 
-def _single(metric: str, target: npt.NDArray[np.int64], predicted: Floats) -> float:
-    rows, classes = predicted.shape
-    if rows == 0:
+def _single(metric: str, true_class: npt.NDArray[np.int64], predicted: Floats) -> float:
+    n_rows, n_classes = predicted.shape
+    if n_rows == 0:
         return float("nan")
-    guess = predicted.argmax(1)
+    predicted_class = predicted.argmax(1)
     if metric == "accuracy":
-        return float((guess == target).mean())
+        return float((predicted_class == true_class).mean())
     if metric == "log_loss":
-        chosen = predicted[np.arange(rows), target] / predicted.sum(1)
-        return float(-np.log(np.clip(chosen, np.finfo(np.float32).eps, 1)).mean())
+        true_class_probability = predicted[np.arange(n_rows), true_class] / predicted.sum(1)
+        return float(-np.log(np.clip(true_class_probability, np.finfo(np.float32).eps, 1)).mean())
     if metric == "auc":
-        onehot = target[:, None] == np.arange(classes)
+        one_hot = true_class[:, None] == np.arange(n_classes)
         # Two classes: the two one-against-rest areas are equal, so the second says it all.
-        return _area(onehot[:, 1:], predicted[:, 1:]) if classes == 2 else _area(onehot, predicted)
+        return (
+            _area(one_hot[:, 1:], predicted[:, 1:]) if n_classes == 2 else _area(one_hot, predicted)
+        )
     if metric == "calibration_error":
-        confidence = predicted[np.arange(rows), guess]
-        return _calibration(confidence, guess == target)
-    support = np.bincount(target, minlength=classes)
-    hits = np.bincount(target[guess == target], minlength=classes)
+        confidence = predicted[np.arange(n_rows), predicted_class]
+        return _calibration(confidence, predicted_class == true_class)
+    class_counts = np.bincount(true_class, minlength=n_classes)
+    class_hits = np.bincount(true_class[predicted_class == true_class], minlength=n_classes)
     if metric == "balanced_accuracy":
-        return float((hits[support > 0] / support[support > 0]).mean())
-    seen = support + np.bincount(
-        guess, minlength=classes
-    )  # macro_f1: classes that occur in target or prediction
-    return float((2 * hits[seen > 0] / seen[seen > 0]).mean())
+        return float((class_hits[class_counts > 0] / class_counts[class_counts > 0]).mean())
+    # macro_f1: classes that occur in target or prediction
+    f1_denominator = class_counts + np.bincount(predicted_class, minlength=n_classes)
+    return float((2 * class_hits[f1_denominator > 0] / f1_denominator[f1_denominator > 0]).mean())
 
 
 def _multi(metric: str, target: Floats, predicted: Floats) -> float:
     if len(predicted) == 0:
         return float("nan")
-    truth, guess = target >= 0.5, predicted >= 0.5
+    true_labels, predicted_labels = target >= 0.5, predicted >= 0.5
     if metric == "accuracy":
-        return float((truth == guess).all(1).mean())
+        return float((true_labels == predicted_labels).all(1).mean())
     if metric == "hamming_accuracy":
-        return float((truth == guess).mean())
+        return float((true_labels == predicted_labels).mean())
     if metric == "log_loss":
-        chosen = np.where(truth, predicted, 1 - predicted)
-        return float(-np.log(np.clip(chosen, np.finfo(np.float32).eps, 1)).mean())
+        true_label_probability = np.where(true_labels, predicted, 1 - predicted)
+        return float(-np.log(np.clip(true_label_probability, np.finfo(np.float32).eps, 1)).mean())
     if metric == "auc":
-        return _area(truth, predicted)
+        return _area(true_labels, predicted)
     if metric == "average_precision":
-        return _average_precision(truth, predicted)
+        return _average_precision(true_labels, predicted)
     if metric == "calibration_error":
-        return _calibration(predicted.ravel(), truth.ravel())
-    hits = (truth & guess).sum(0)
+        return _calibration(predicted.ravel(), true_labels.ravel())
+    true_positives = (true_labels & predicted_labels).sum(0)
     if metric == "macro_f1":
-        seen = truth.sum(0) + guess.sum(0)
-        return float(np.where(seen > 0, 2 * hits / np.maximum(seen, 1), 0.0).mean())
-    positives, negatives = truth.sum(0), (~truth).sum(0)
-    rejections = (~truth & ~guess).sum(0)
-    recalls = np.stack([hits / np.maximum(positives, 1), rejections / np.maximum(negatives, 1)])
-    present = np.stack([positives > 0, negatives > 0])
-    return float(((recalls * present).sum(0) / present.sum(0)).mean())
+        f1_denominator = true_labels.sum(0) + predicted_labels.sum(0)
+        return float(
+            np.where(
+                f1_denominator > 0, 2 * true_positives / np.maximum(f1_denominator, 1), 0.0
+            ).mean()
+        )
+    positives, negatives = true_labels.sum(0), (~true_labels).sum(0)
+    true_negatives = (~true_labels & ~predicted_labels).sum(0)
+    class_recalls = np.stack(
+        [true_positives / np.maximum(positives, 1), true_negatives / np.maximum(negatives, 1)]
+    )
+    is_present = np.stack([positives > 0, negatives > 0])
+    return float(((class_recalls * is_present).sum(0) / is_present.sum(0)).mean())
 
 
 def _regression(metric: str, target: Floats, predicted: Floats) -> float:
@@ -195,26 +207,32 @@ def _regression(metric: str, target: Floats, predicted: Floats) -> float:
         return float(np.sqrt((error**2).mean(0)).mean())
     if metric == "mae":
         return float(np.abs(error).mean())
-    residual, total = (error**2).sum(0), ((target - target.mean(0)) ** 2).sum(0)
+    residual_squares, total_squares = (error**2).sum(0), ((target - target.mean(0)) ** 2).sum(0)
     # scikit-learn's convention for a constant target: 1 if predicted exactly, else 0.
     per_target = np.where(
-        total > 0, 1 - residual / np.where(total > 0, total, 1), np.where(residual > 0, 0.0, 1.0)
+        total_squares > 0,
+        1 - residual_squares / np.where(total_squares > 0, total_squares, 1),
+        np.where(residual_squares > 0, 0.0, 1.0),
     )
     return float(per_target.mean())
 
 
-def _area(truth: npt.NDArray[np.bool_], predicted: Floats) -> float:
+def _area(true_labels: npt.NDArray[np.bool_], predicted: Floats) -> float:
     """Mean over columns of the area under the ROC curve, by ranks (Mann-Whitney), ties counted
     half; nan without a column that has both positives and negatives.
     """
-    positives = truth.sum(0)
-    usable = (positives > 0) & (positives < len(truth))
-    if not usable.any() or not np.isfinite(predicted).all():
+    positives = true_labels.sum(0)
+    has_both_sides = (positives > 0) & (positives < len(true_labels))
+    if not has_both_sides.any() or not np.isfinite(predicted).all():
         return float("nan")
-    truth, predicted, positives = truth[:, usable], predicted[:, usable], positives[usable]
-    ranks = np.stack([_ranks(column) for column in predicted.T], axis=1)
-    wins = (ranks * truth).sum(0) - positives * (positives + 1) / 2
-    return float((wins / (positives * (len(truth) - positives))).mean())
+    true_labels, predicted, positives = (
+        true_labels[:, has_both_sides],
+        predicted[:, has_both_sides],
+        positives[has_both_sides],
+    )
+    column_ranks = np.stack([_ranks(column) for column in predicted.T], axis=1)
+    n_wins = (column_ranks * true_labels).sum(0) - positives * (positives + 1) / 2
+    return float((n_wins / (positives * (len(true_labels) - positives))).mean())
 
 
 def _ranks(values: Floats) -> npt.NDArray[np.float64]:
@@ -222,27 +240,30 @@ def _ranks(values: Floats) -> npt.NDArray[np.float64]:
 
     (scipy.stats has a function for it, and takes a second to import.)
     """
-    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
-    ranks: npt.NDArray[np.float64] = (np.cumsum(count) - (count - 1) / 2)[place]
-    return ranks
+    _, value_index, value_counts = np.unique(values, return_inverse=True, return_counts=True)
+    mean_ranks: npt.NDArray[np.float64] = (np.cumsum(value_counts) - (value_counts - 1) / 2)[
+        value_index
+    ]
+    return mean_ranks
 
 
-def _average_precision(truth: npt.NDArray[np.bool_], predicted: Floats) -> float:
-    usable = truth.any(0)
-    if not usable.any():
+def _average_precision(true_labels: npt.NDArray[np.bool_], predicted: Floats) -> float:
+    has_positives = true_labels.any(0)
+    if not has_positives.any():
         return float("nan")
-    areas = []
-    for column in np.flatnonzero(usable):
+    column_areas = []
+    for column in np.flatnonzero(has_positives):
         order = np.argsort(-predicted[:, column], kind="stable")
-        values, hit = predicted[order, column], truth[order, column]
-        last = np.append(values[1:] != values[:-1], True)  # one threshold per distinct value
-        found = np.cumsum(hit)[last]
-        precision = found / (np.flatnonzero(last) + 1)
-        areas.append(np.sum(np.diff(found, prepend=0) * precision) / found[-1])
-    return float(np.mean(areas))
+        sorted_values, is_hit = predicted[order, column], true_labels[order, column]
+        # one threshold per distinct value
+        is_threshold = np.append(sorted_values[1:] != sorted_values[:-1], True)
+        n_found = np.cumsum(is_hit)[is_threshold]
+        precision = n_found / (np.flatnonzero(is_threshold) + 1)
+        column_areas.append(np.sum(np.diff(n_found, prepend=0) * precision) / n_found[-1])
+    return float(np.mean(column_areas))
 
 
-def _calibration(confidence: Floats, correct: npt.NDArray[np.bool_]) -> float:
-    bins = np.clip((confidence * CALIBRATION_BINS).astype(np.int64), 0, CALIBRATION_BINS - 1)
-    excess = np.bincount(bins, weights=confidence - correct, minlength=CALIBRATION_BINS)
-    return float(np.abs(excess).sum() / len(confidence))
+def _calibration(confidence: Floats, is_correct: npt.NDArray[np.bool_]) -> float:
+    bin_index = np.clip((confidence * CALIBRATION_BINS).astype(np.int64), 0, CALIBRATION_BINS - 1)
+    bin_excess = np.bincount(bin_index, weights=confidence - is_correct, minlength=CALIBRATION_BINS)
+    return float(np.abs(bin_excess).sum() / len(confidence))

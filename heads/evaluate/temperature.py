@@ -61,26 +61,26 @@ _NUMBERS_OF_MANY = 200_000  # the same where many heads are fitted, one after th
 _FEWEST = 2_000  # rows, however many classes there are
 
 
-def floor_of(spec: HeadSpec | str, kind: TaskKind, classes: int) -> float:
+def floor_of(spec: HeadSpec | str, task_kind: TaskKind, n_classes: int) -> float:
     """The smallest probability that counts of a head of this spec (or its JSON): of all classes, a
     tenth at most.
     """
-    head = spec_from_json(spec) if isinstance(spec, str) else spec
-    votes = isinstance(head, KNNSpec) or (
-        isinstance(head, SklearnSpec) and head.estimator in _VOTERS
+    head_spec = spec_from_json(spec) if isinstance(spec, str) else spec
+    is_voter = isinstance(head_spec, KNNSpec) or (
+        isinstance(head_spec, SklearnSpec) and head_spec.estimator in _VOTERS
     )
     return (
-        (VOTE_FLOOR if kind == "multi" else min(VOTE_FLOOR, 0.1 / max(classes, 1)))
-        if votes
+        (VOTE_FLOOR if task_kind == "multi" else min(VOTE_FLOOR, 0.1 / max(n_classes, 1)))
+        if is_voter
         else FLOOR
     )
 
 
 def fit_temperature(
-    kind: TaskKind,
+    task_kind: TaskKind,
     target: Array,
     predicted: Array,
-    weight: Array | None = None,
+    sample_weight: Array | None = None,
     floor: float = FLOOR,
 ) -> float:
     """The temperature that makes out-of-fold predictions (N, C) most likely; 1 for regression and
@@ -89,162 +89,183 @@ def fit_temperature(
     target: as in `Task`. weight: (N,) of the rows, >= 0, by default all alike. floor: `floor_of`
     the head. Between LOWEST and HIGHEST, shrunk towards 1.
     """
-    if kind == "regression" or len(predicted) == 0:
+    if task_kind == "regression" or len(predicted) == 0:
         return 1.0
-    return _fitted(kind, target, predicted, weight, floor, _NUMBERS)
+    return _fitted(task_kind, target, predicted, sample_weight, floor, _NUMBERS)
 
 
 def fit_temperatures(
-    kind: TaskKind,
+    task_kind: TaskKind,
     target: Array,
     predicted: Array,
-    weight: Array | None = None,
+    sample_weight: Array | None = None,
     floors: Sequence[float] | None = None,
 ) -> Floats:
     """(K,) `fit_temperature` of each of the predictions (K, N, C), on fewer rows where there are
     many; ones for regression.
     """
-    if kind == "regression" or predicted.shape[1] == 0:
+    if task_kind == "regression" or predicted.shape[1] == 0:
         return np.ones(len(predicted))
     floors = floors or [FLOOR] * len(predicted)
-    given = zip(predicted, floors, strict=True)
+    predictions_and_floors = zip(predicted, floors, strict=True)
     return np.array(
-        [_fitted(kind, target, own, weight, floor, _NUMBERS_OF_MANY) for own, floor in given]
+        [
+            _fitted(
+                task_kind, target, head_predictions, sample_weight, head_floor, _NUMBERS_OF_MANY
+            )
+            for head_predictions, head_floor in predictions_and_floors
+        ]
     )
 
 
 def with_temperature(
-    kind: TaskKind, predicted: Array, temperature: float, floor: float = FLOOR
+    task_kind: TaskKind, predicted: Array, temperature: float, floor: float = FLOOR
 ) -> Floats:
     """(N, C) probabilities with their log-odds divided by the temperature; values of a regression
     as they are.
     """
-    values = np.asarray(predicted, np.float64)
-    if kind == "regression" or temperature == 1:
-        return values
-    if kind == "multi":
-        inside = np.clip(values, floor, 1 - floor)
+    raw_values = np.asarray(predicted, np.float64)
+    if task_kind == "regression" or temperature == 1:
+        return raw_values
+    if task_kind == "multi":
+        clipped_values = np.clip(raw_values, floor, 1 - floor)
         with np.errstate(over="ignore"):
-            return np.asarray(1 / (1 + ((1 - inside) / inside) ** (1 / temperature)))
-    inside = np.clip(values, floor, None)
-    powers = (inside / inside.max(1, keepdims=True)) ** (
-        1 / temperature
-    )  # the largest is 1, and not all can vanish
+            return np.asarray(
+                1 / (1 + ((1 - clipped_values) / clipped_values) ** (1 / temperature))
+            )
+    clipped_values = np.clip(raw_values, floor, None)
+    # the largest is 1, and not all can vanish
+    powers = (clipped_values / clipped_values.max(1, keepdims=True)) ** (1 / temperature)
     return np.asarray(powers / powers.sum(1, keepdims=True))
 
 
 def cross_fitted(
-    kind: TaskKind,
+    task_kind: TaskKind,
     target: Array,
     predicted: Array,
-    part: Array,
-    weight: Array | None = None,
+    part_of_row: Array,
+    sample_weight: Array | None = None,
     floor: float = FLOOR,
 ) -> Floats:
     """(N, C) predictions, each part of the rows at the temperature that the other parts give: what
     a score may be computed of.
 
-    part: (N,) integers, such as the folds. A temperature that has seen the rows that score it
-    flatters itself a little.
+    part_of_row: (N,) integers, such as the folds. A temperature that has seen the rows that score
+    it flatters itself a little.
     """
-    found = np.asarray(predicted, np.float64).copy()
-    for number in np.unique(part):
-        own, others = part == number, part != number
-        given = None if weight is None else np.asarray(weight)[others]
+    calibrated = np.asarray(predicted, np.float64).copy()
+    for part_number in np.unique(part_of_row):
+        in_part, in_others = part_of_row == part_number, part_of_row != part_number
+        other_weights = None if sample_weight is None else np.asarray(sample_weight)[in_others]
         temperature = fit_temperature(
-            kind, np.asarray(target)[others], predicted[others], given, floor
+            task_kind, np.asarray(target)[in_others], predicted[in_others], other_weights, floor
         )
-        found[own] = with_temperature(kind, predicted[own], temperature, floor)
-    return found
+        calibrated[in_part] = with_temperature(task_kind, predicted[in_part], temperature, floor)
+    return calibrated
 
 
-def keep_decisions(kind: TaskKind, before: Array, after: Array) -> npt.NDArray[np.float32]:
-    """Probabilities `after` (n, C) as float32 that decide as `before` does, where rounding alone
-    has made two classes equal or has put a label to one half. A temperature is monotone, float32 is
-    not.
+def keep_decisions(
+    task_kind: TaskKind, predicted_before: Array, predicted_after: Array
+) -> npt.NDArray[np.float32]:
+    """Probabilities `predicted_after` (n, C) as float32 that decide as `predicted_before` does,
+    where rounding alone has made two classes equal or has put a label to one half. A temperature is
+    monotone, float32 is not.
     """
-    found = np.asarray(after, np.float32)
-    if kind == "single":
-        rows, first = np.arange(len(found)), np.asarray(before).argmax(1)
-        lost = found.argmax(1) != first
-        if lost.any():
-            found = found.copy()
-            found[rows[lost], first[lost]] = np.nextafter(found[lost].max(1), np.float32(2))
-    elif kind == "multi":
-        half = np.float32(0.5)
-        below = np.nextafter(half, np.float32(0))
-        found = np.where(
-            np.asarray(before) >= half, np.maximum(found, half), np.minimum(found, below)
+    corrected = np.asarray(predicted_after, np.float32)
+    if task_kind == "single":
+        row_index, first_class = np.arange(len(corrected)), np.asarray(predicted_before).argmax(1)
+        is_lost = corrected.argmax(1) != first_class
+        if is_lost.any():
+            corrected = corrected.copy()
+            corrected[row_index[is_lost], first_class[is_lost]] = np.nextafter(
+                corrected[is_lost].max(1), np.float32(2)
+            )
+    elif task_kind == "multi":
+        one_half = np.float32(0.5)
+        below_half = np.nextafter(one_half, np.float32(0))
+        corrected = np.where(
+            np.asarray(predicted_before) >= one_half,
+            np.maximum(corrected, one_half),
+            np.minimum(corrected, below_half),
         )
-    return found
+    return corrected
 
 
 def _fitted(
-    kind: TaskKind,
+    task_kind: TaskKind,
     target: Array,
     predicted: Array,
-    weight: Array | None,
+    sample_weight: Array | None,
     floor: float,
-    numbers: int,
+    max_numbers: int,
 ) -> float:
-    rows, width = predicted.shape
-    step = max(1, min(rows * width // numbers, rows // _FEWEST))
-    log_odds, truth = _log_odds(kind, np.asarray(target)[::step], predicted[::step], floor)
-    share = (
-        np.ones(len(truth))
-        if weight is None
-        else np.repeat(np.asarray(weight, np.float64)[::step], len(truth) // len(predicted[::step]))
+    n_rows, n_outputs = predicted.shape
+    row_step = max(1, min(n_rows * n_outputs // max_numbers, n_rows // _FEWEST))
+    log_odds, true_column = _log_odds(
+        task_kind, np.asarray(target)[::row_step], predicted[::row_step], floor
     )
-    return float(np.exp(-_log_sharpness(log_odds, truth, share)))
+    row_share = (
+        np.ones(len(true_column))
+        if sample_weight is None
+        else np.repeat(
+            np.asarray(sample_weight, np.float64)[::row_step],
+            len(true_column) // len(predicted[::row_step]),
+        )
+    )
+    return float(np.exp(-_log_sharpness(log_odds, true_column, row_share)))
 
 
-def _log_odds(kind: TaskKind, target: Array, predicted: Array, floor: float) -> tuple[Array, Array]:
+def _log_odds(
+    task_kind: TaskKind, target: Array, predicted: Array, floor: float
+) -> tuple[Array, Array]:
     """Logits (n, C) and the true column (n,) of one head's predictions (N, C); of several labels
     each is a row of two.
     """
-    values = np.clip(np.asarray(predicted, np.float64), floor, 1)
-    if kind == "single":
-        return np.log(values), np.asarray(target, np.int64)
-    values = np.minimum(values, 1 - floor).ravel()
-    truth = (np.asarray(target, np.float64).reshape(len(predicted), -1) >= 0.5).ravel()
-    return np.stack([np.zeros_like(values), np.log(values / (1 - values))], axis=1), truth.astype(
-        np.int64
-    )
+    clipped_values = np.clip(np.asarray(predicted, np.float64), floor, 1)
+    if task_kind == "single":
+        return np.log(clipped_values), np.asarray(target, np.int64)
+    clipped_values = np.minimum(clipped_values, 1 - floor).ravel()
+    true_label = (np.asarray(target, np.float64).reshape(len(predicted), -1) >= 0.5).ravel()
+    return np.stack(
+        [np.zeros_like(clipped_values), np.log(clipped_values / (1 - clipped_values))], axis=1
+    ), true_label.astype(np.int64)
 
 
-def _log_sharpness(logits: Array, truth: Array, weight: Floats, spread: float = SPREAD) -> float:
+def _log_sharpness(
+    logits: Array, true_column: Array, sample_weight: Floats, prior_spread: float = SPREAD
+) -> float:
     """log(1 / T): where the slope of the weighted log loss, and of the prior, is zero. logits (n,
     C), truth and weight (n,).
 
     The slope changes its sign between 0 and the best value of the loss alone, and is followed by
     Newton's method within what is left between two signs: it cannot run away.
     """
-    total = weight.sum()
-    if not total > 0:
+    total_weight = sample_weight.sum()
+    if not total_weight > 0:
         return 0.0
-    weight = weight / total * len(truth)
+    sample_weight = sample_weight / total_weight * len(true_column)
     logits = logits - logits.max(1, keepdims=True)
-    told = float(weight @ logits[np.arange(len(truth)), truth])
-    if not np.isfinite(told):  # a row that nothing is predicted for has no slope
+    mean_true_logit = float(sample_weight @ logits[np.arange(len(true_column)), true_column])
+    if not np.isfinite(mean_true_logit):  # a row that nothing is predicted for has no slope
         return 0.0
-    low, high = -np.log(HIGHEST), -np.log(LOWEST)
-    value = 0.0
+    lower, upper = -np.log(HIGHEST), -np.log(LOWEST)
+    log_sharpness = 0.0
     for _ in range(60):
-        sharpness = np.exp(value)
-        odds = np.exp(sharpness * logits)
-        odds /= odds.sum(1, keepdims=True)
-        mean = (odds * logits).sum(1)
-        excess = float(weight @ mean) - told  # the slope by 1 / T
-        slope = sharpness * excess + value / spread**2
+        sharpness = np.exp(log_sharpness)
+        probabilities = np.exp(sharpness * logits)
+        probabilities /= probabilities.sum(1, keepdims=True)
+        mean_logit = (probabilities * logits).sum(1)
+        slope_excess = float(sample_weight @ mean_logit) - mean_true_logit  # the slope by 1 / T
+        slope = sharpness * slope_excess + log_sharpness / prior_spread**2
         if slope == 0:
             break
-        low, high = (low, value) if slope > 0 else (value, high)
-        curved = float(weight @ ((odds * logits**2).sum(1) - mean**2))
-        curvature = sharpness * excess + sharpness**2 * curved + 1 / spread**2
-        new = value - slope / curvature if curvature > 0 else (low + high) / 2
-        if not low < new < high:
-            new = (low + high) / 2
-        if abs(new - value) < 1e-7:
-            return float(new)
-        value = new
-    return float(value)
+        lower, upper = (lower, log_sharpness) if slope > 0 else (log_sharpness, upper)
+        logit_variance = float(sample_weight @ ((probabilities * logits**2).sum(1) - mean_logit**2))
+        curvature = sharpness * slope_excess + sharpness**2 * logit_variance + 1 / prior_spread**2
+        next_value = log_sharpness - slope / curvature if curvature > 0 else (lower + upper) / 2
+        if not lower < next_value < upper:
+            next_value = (lower + upper) / 2
+        if abs(next_value - log_sharpness) < 1e-7:
+            return float(next_value)
+        log_sharpness = next_value
+    return float(log_sharpness)

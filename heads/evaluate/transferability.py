@@ -26,30 +26,30 @@ def log_me(X: Array, targets: Array) -> float:
     weights, the N - k that the rows cannot see included.
     """
     X, y = np.asarray(X, np.float64), np.asarray(targets, np.float64).reshape(len(X), -1)
-    values, projected = _spectrum(X, y)
-    rows = len(X)
-    explained = projected**2  # (k, C) squares of the target's coordinates
-    rest = np.maximum((y**2).sum(0) - explained.sum(0), 0)
-    ratio = np.ones(y.shape[1])  # alpha / beta, for each target
-    alpha = beta = m2 = residual = ratio
+    eigenvalues, projected_targets = _spectrum(X, y)
+    n_rows = len(X)
+    explained = projected_targets**2  # (k, C) squares of the target's coordinates
+    unexplained = np.maximum((y**2).sum(0) - explained.sum(0), 0)
+    alpha_by_beta = np.ones(y.shape[1])  # alpha / beta, for each target
+    alpha = beta = weight_squares = residual = alpha_by_beta
     for _ in range(_ITERATIONS):
-        shrunk = values[:, None] / (values[:, None] + ratio)
-        gamma = shrunk.sum(0)
-        m2 = (shrunk**2 * explained / values[:, None]).sum(0)
-        residual = ((1 - shrunk) ** 2 * explained).sum(0) + rest
-        alpha, beta = gamma / (m2 + 1e-5), (rows - gamma) / (residual + 1e-5)
-        before, ratio = ratio, alpha / beta
-        if np.all(np.abs(ratio - before) <= 1e-3 * before):
+        shrinkage = eigenvalues[:, None] / (eigenvalues[:, None] + alpha_by_beta)
+        gamma = shrinkage.sum(0)
+        weight_squares = (shrinkage**2 * explained / eigenvalues[:, None]).sum(0)
+        residual = ((1 - shrinkage) ** 2 * explained).sum(0) + unexplained
+        alpha, beta = gamma / (weight_squares + 1e-5), (n_rows - gamma) / (residual + 1e-5)
+        previous_ratio, alpha_by_beta = alpha_by_beta, alpha / beta
+        if np.all(np.abs(alpha_by_beta - previous_ratio) <= 1e-3 * previous_ratio):
             break
     evidence = 0.5 * (
-        len(values) * np.log(alpha)
-        - np.log(alpha + beta * values[:, None]).sum(0)
-        + rows * np.log(beta)
+        len(eigenvalues) * np.log(alpha)
+        - np.log(alpha + beta * eigenvalues[:, None]).sum(0)
+        + n_rows * np.log(beta)
         - beta * residual
-        - alpha * m2
-        - rows * np.log(2 * np.pi)
+        - alpha * weight_squares
+        - n_rows * np.log(2 * np.pi)
     )
-    return float((evidence / rows).mean())
+    return float((evidence / n_rows).mean())
 
 
 def h_score(X: Array, target: Array, *, shrink: bool = True) -> float:
@@ -63,22 +63,32 @@ def h_score(X: Array, target: Array, *, shrink: bool = True) -> float:
     """
     X = np.asarray(X, np.float64)
     X = X - X.mean(0)
-    rows, width = X.shape
-    counts = np.bincount(target)
-    shares = (
-        np.eye(len(counts))[target][:, counts > 0].T / np.sqrt(rows * counts[counts > 0])[:, None]
+    n_rows, n_features = X.shape
+    class_counts = np.bincount(target)
+    class_indicators = (
+        np.eye(len(class_counts))[target][:, class_counts > 0].T
+        / np.sqrt(n_rows * class_counts[class_counts > 0])[:, None]
     )
-    values, projected = _spectrum(X, shares.T)
+    eigenvalues, projected_indicators = _spectrum(X, class_indicators.T)
     # Class means, weighted by the root of their share, along the eigenvectors: U S V' a = (U' a) s
     # for the rows a.
-    means = projected * np.sqrt(values)[:, None]
-    values = values / rows
-    alpha, mean = 0.0, values.sum() / width
+    class_means = projected_indicators * np.sqrt(eigenvalues)[:, None]
+    eigenvalues = eigenvalues / n_rows
+    shrinkage, mean_eigenvalue = 0.0, eigenvalues.sum() / n_features
     if shrink:
-        spread = (values**2).sum() / width - mean**2
-        error = ((X**2).sum(1) ** 2).sum() / rows - (values**2).sum()
-        alpha = float(min(1.0, max(error / (width * rows * spread), 0.0))) if spread > 0 else 1.0
-    return float((1 - alpha) * ((means**2).sum(1) / ((1 - alpha) * values + alpha * mean)).sum())
+        eigenvalue_spread = (eigenvalues**2).sum() / n_features - mean_eigenvalue**2
+        sampling_error = ((X**2).sum(1) ** 2).sum() / n_rows - (eigenvalues**2).sum()
+        shrinkage = (
+            float(min(1.0, max(sampling_error / (n_features * n_rows * eigenvalue_spread), 0.0)))
+            if eigenvalue_spread > 0
+            else 1.0
+        )
+    return float(
+        (1 - shrinkage)
+        * (
+            (class_means**2).sum(1) / ((1 - shrinkage) * eigenvalues + shrinkage * mean_eigenvalue)
+        ).sum()
+    )
 
 
 def _spectrum(X: Floats, y: Floats) -> tuple[Floats, Floats]:
@@ -86,12 +96,14 @@ def _spectrum(X: Floats, y: Floats) -> tuple[Floats, Floats]:
     singular vectors of X.
     """
     if X.shape[1] <= X.shape[0]:
-        values, vectors = np.linalg.eigh(X.T @ X)
-        keep = values > _RELATIVE * max(values[-1], 1e-300)
-        return values[keep], (vectors[:, keep].T @ (X.T @ y)) / np.sqrt(values[keep])[:, None]
-    values, vectors = np.linalg.eigh(X @ X.T)
-    keep = values > _RELATIVE * max(values[-1], 1e-300)
-    return values[keep], vectors[:, keep].T @ y
+        eigenvalues, eigenvectors = np.linalg.eigh(X.T @ X)
+        is_nonzero = eigenvalues > _RELATIVE * max(eigenvalues[-1], 1e-300)
+        return eigenvalues[is_nonzero], (eigenvectors[:, is_nonzero].T @ (X.T @ y)) / np.sqrt(
+            eigenvalues[is_nonzero]
+        )[:, None]
+    eigenvalues, eigenvectors = np.linalg.eigh(X @ X.T)
+    is_nonzero = eigenvalues > _RELATIVE * max(eigenvalues[-1], 1e-300)
+    return eigenvalues[is_nonzero], eigenvectors[:, is_nonzero].T @ y
 
 
 def negative_conditional_entropy(source: Array, target: Array) -> float:
@@ -101,19 +113,25 @@ def negative_conditional_entropy(source: Array, target: Array) -> float:
     """
     _, source = np.unique(source, return_inverse=True)
     _, target = np.unique(target, return_inverse=True)
-    joint = np.zeros((source.max() + 1, target.max() + 1))
-    np.add.at(joint, (source, target), 1 / len(target))
-    given = joint / joint.sum(1, keepdims=True)
-    return float((joint * np.log(np.where(joint > 0, given, 1))).sum())
+    joint_probability = np.zeros((source.max() + 1, target.max() + 1))
+    np.add.at(joint_probability, (source, target), 1 / len(target))
+    conditional_probability = joint_probability / joint_probability.sum(1, keepdims=True)
+    return float(
+        (
+            joint_probability * np.log(np.where(joint_probability > 0, conditional_probability, 1))
+        ).sum()
+    )
 
 
-def bayes_bounds(neighbour_error: float, classes: int) -> tuple[float, float]:
+def bayes_bounds(neighbor_error: float, n_classes: int) -> tuple[float, float]:
     """Bounds on the Bayes error of these features from the error of one nearest neighbour (Cover
     and Hart 1967).
 
     They hold for infinitely many rows. With few rows in many dimensions the neighbour is far away,
     its error is too large, and so is the lower bound: a head below it shows that.
     """
-    most = (classes - 1) / classes
-    error = min(max(neighbour_error, 0.0), most)
-    return most * (1 - float(np.sqrt(max(1 - error / most, 0.0)))), error
+    guess_error = (n_classes - 1) / n_classes
+    bounded_error = min(max(neighbor_error, 0.0), guess_error)
+    return guess_error * (
+        1 - float(np.sqrt(max(1 - bounded_error / guess_error, 0.0)))
+    ), bounded_error

@@ -22,7 +22,12 @@ _SMALLEST = float(np.finfo(np.float32).eps)  # probabilities are clipped there, 
 
 
 def weighted_scores(
-    task_kind: TaskKind, target: Array, predicted: Array, fold: Array, metric: str, weights: Array
+    task_kind: TaskKind,
+    target: Array,
+    predicted: Array,
+    fold_of_row: Array,
+    metric: str,
+    weights: Array,
 ) -> Floats:
     """(K, B) the mean over folds of `metric` within each fold, every row counting as often as its
     weight says.
@@ -36,174 +41,226 @@ def weighted_scores(
             f"metric {metric!r} is not one of a {task_kind} task: choose from "
             f"{', '.join(metric_names(task_kind))}"
         )
-    total, defined = (
+    score_sum, n_defined = (
         np.zeros((len(predicted), weights.shape[1])),
         np.zeros((len(predicted), weights.shape[1])),
     )
-    for number in np.unique(fold):
-        rows = np.flatnonzero(fold == number)
-        own = weights[rows].astype(np.float64)
-        inside = predicted[:, rows]
+    for fold_number in np.unique(fold_of_row):
+        fold_rows = np.flatnonzero(fold_of_row == fold_number)
+        fold_weights = weights[fold_rows].astype(np.float64)
+        fold_predictions = predicted[:, fold_rows]
         if task_kind == "single":
-            values = _single(metric, np.asarray(target)[rows].astype(np.int64), inside, own)
+            fold_scores = _single(
+                metric,
+                np.asarray(target)[fold_rows].astype(np.int64),
+                fold_predictions,
+                fold_weights,
+            )
         else:
-            wanted = np.asarray(target, np.float64).reshape(len(target), -1)[rows]
-            inside = inside.reshape(*inside.shape[:2], -1)
-            values = (_multi if task_kind == "multi" else _regression)(metric, wanted, inside, own)
-        finite = np.isfinite(values) & (own.sum(0) > 0)
-        total += np.where(finite, values, 0)
-        defined += finite
-    return np.where(defined > 0, total / np.maximum(defined, 1), np.nan)
+            true_values = np.asarray(target, np.float64).reshape(len(target), -1)[fold_rows]
+            fold_predictions = fold_predictions.reshape(*fold_predictions.shape[:2], -1)
+            fold_scores = (_multi if task_kind == "multi" else _regression)(
+                metric, true_values, fold_predictions, fold_weights
+            )
+        is_finite = np.isfinite(fold_scores) & (fold_weights.sum(0) > 0)
+        score_sum += np.where(is_finite, fold_scores, 0)
+        n_defined += is_finite
+    return np.where(n_defined > 0, score_sum / np.maximum(n_defined, 1), np.nan)
 
 
-def _mean(values: Array, weights: Floats) -> Floats:
+def _mean(row_values: Array, weights: Floats) -> Floats:
     """(K, B) weighted means of row values (K, n) under weights (n, B)."""
-    mass = weights.sum(0)
+    total_weight = weights.sum(0)
     # Sums before division: whole weights of right and wrong give exact counts, so that equal heads
     # are exactly equal.
-    sums = values.astype(np.float64, copy=False) @ weights
-    return np.where(mass > 0, sums / np.where(mass > 0, mass, 1), np.nan)
+    weighted_sums = row_values.astype(np.float64, copy=False) @ weights
+    return np.where(
+        total_weight > 0, weighted_sums / np.where(total_weight > 0, total_weight, 1), np.nan
+    )
 
 
-def _ratio(top: Floats, bottom: Floats) -> Floats:
-    return np.asarray(top / np.where(bottom > 0, bottom, np.nan))
+def _ratio(numerator: Floats, denominator: Floats) -> Floats:
+    return np.asarray(numerator / np.where(denominator > 0, denominator, np.nan))
 
 
-def _mean_over(parts: list[Floats]) -> Floats:
+def _mean_over(column_scores: list[Floats]) -> Floats:
     """The mean over classes of what is defined."""
-    stacked = np.stack(parts)
-    finite = np.isfinite(stacked)
-    count = finite.sum(0)
-    return np.where(count > 0, np.where(finite, stacked, 0).sum(0) / np.maximum(count, 1), np.nan)
+    stacked_scores = np.stack(column_scores)
+    is_finite = np.isfinite(stacked_scores)
+    n_finite = is_finite.sum(0)
+    return np.where(
+        n_finite > 0,
+        np.where(is_finite, stacked_scores, 0).sum(0) / np.maximum(n_finite, 1),
+        np.nan,
+    )
 
 
 def _single(
-    metric: str, target: npt.NDArray[np.int64], predicted: Array, weights: Floats
+    metric: str, true_class: npt.NDArray[np.int64], predicted: Array, weights: Floats
 ) -> Floats:
-    classes = predicted.shape[2]
+    n_classes = predicted.shape[2]
     if metric == "log_loss":
-        chosen = np.take_along_axis(predicted, target[None, :, None], 2)[..., 0] / predicted.sum(2)
-        return _mean(-np.log(np.clip(chosen, _SMALLEST, 1)), weights)
+        true_class_probability = np.take_along_axis(predicted, true_class[None, :, None], 2)[
+            ..., 0
+        ] / predicted.sum(2)
+        return _mean(-np.log(np.clip(true_class_probability, _SMALLEST, 1)), weights)
     if metric == "auc":
-        columns = [1] if classes == 2 else range(classes)
-        return _mean_over([_areas(target == c, predicted[:, :, c], weights) for c in columns])
-    guess = predicted.argmax(2)
-    hit = guess == target
+        scored_columns = [1] if n_classes == 2 else range(n_classes)
+        return _mean_over(
+            [_areas(true_class == c, predicted[:, :, c], weights) for c in scored_columns]
+        )
+    predicted_class = predicted.argmax(2)
+    is_hit = predicted_class == true_class
     if metric == "accuracy":
-        return _mean(hit, weights)
+        return _mean(is_hit, weights)
     if metric == "calibration_error":
-        confidence = np.take_along_axis(predicted, guess[..., None], 2)[..., 0]
-        return _calibration(confidence, hit, weights)
-    recalls, scores = [], []
-    for c in range(classes):
-        own = target == c
-        hits = hit[:, own].astype(np.float64) @ weights[own]
-        support = weights[own].sum(0)
-        recalls.append(_ratio(hits, np.broadcast_to(support, hits.shape)))
+        confidence = np.take_along_axis(predicted, predicted_class[..., None], 2)[..., 0]
+        return _calibration(confidence, is_hit, weights)
+    class_recalls, class_f1 = [], []
+    for c in range(n_classes):
+        in_class = true_class == c
+        hit_weight = is_hit[:, in_class].astype(np.float64) @ weights[in_class]
+        class_weight = weights[in_class].sum(0)
+        class_recalls.append(_ratio(hit_weight, np.broadcast_to(class_weight, hit_weight.shape)))
         if metric == "macro_f1":
-            scores.append(_ratio(2 * hits, support + (guess == c).astype(np.float64) @ weights))
-    return _mean_over(recalls if metric == "balanced_accuracy" else scores)
+            class_f1.append(
+                _ratio(
+                    2 * hit_weight,
+                    class_weight + (predicted_class == c).astype(np.float64) @ weights,
+                )
+            )
+    return _mean_over(class_recalls if metric == "balanced_accuracy" else class_f1)
 
 
 def _multi(metric: str, target: Floats, predicted: Array, weights: Floats) -> Floats:
-    truth, guess = target >= 0.5, predicted >= 0.5
+    true_labels, predicted_labels = target >= 0.5, predicted >= 0.5
     labels = range(target.shape[1])
     if metric == "accuracy":
-        return _mean((truth == guess).all(2), weights)
+        return _mean((true_labels == predicted_labels).all(2), weights)
     if metric == "hamming_accuracy":
-        return _mean((truth == guess).mean(2), weights)
+        return _mean((true_labels == predicted_labels).mean(2), weights)
     if metric == "log_loss":
-        chosen = np.where(truth, predicted, 1 - predicted)
-        return _mean(-np.log(np.clip(chosen, _SMALLEST, 1)).mean(2), weights)
+        true_label_probability = np.where(true_labels, predicted, 1 - predicted)
+        return _mean(-np.log(np.clip(true_label_probability, _SMALLEST, 1)).mean(2), weights)
     if metric == "auc":
-        return _mean_over([_areas(truth[:, c], predicted[:, :, c], weights) for c in labels])
+        return _mean_over([_areas(true_labels[:, c], predicted[:, :, c], weights) for c in labels])
     if metric == "average_precision":
-        return _mean_over([_precisions(truth[:, c], predicted[:, :, c], weights) for c in labels])
+        return _mean_over(
+            [_precisions(true_labels[:, c], predicted[:, :, c], weights) for c in labels]
+        )
     if metric == "calibration_error":
-        flat = predicted.reshape(len(predicted), -1)
-        same = np.broadcast_to(truth.ravel(), flat.shape)
-        return _calibration(flat, same, np.repeat(weights, target.shape[1], axis=0))
-    return _mean_over([_label(metric, truth[:, c], guess[:, :, c], weights) for c in labels])
+        flat_predictions = predicted.reshape(len(predicted), -1)
+        flat_labels = np.broadcast_to(true_labels.ravel(), flat_predictions.shape)
+        return _calibration(
+            flat_predictions, flat_labels, np.repeat(weights, target.shape[1], axis=0)
+        )
+    return _mean_over(
+        [_label(metric, true_labels[:, c], predicted_labels[:, :, c], weights) for c in labels]
+    )
 
 
 def _label(
-    metric: str, truth: npt.NDArray[np.bool_], guess: npt.NDArray[np.bool_], weights: Floats
+    metric: str,
+    true_label: npt.NDArray[np.bool_],
+    predicted_label: npt.NDArray[np.bool_],
+    weights: Floats,
 ) -> Floats:
     """(K, B) balanced accuracy or F1 of one label."""
-    hits = guess[:, truth].astype(np.float64) @ weights[truth]
-    positives = np.broadcast_to(weights[truth].sum(0), hits.shape)
+    positive_hits = predicted_label[:, true_label].astype(np.float64) @ weights[true_label]
+    positive_weight = np.broadcast_to(weights[true_label].sum(0), positive_hits.shape)
     if metric == "macro_f1":
-        seen = positives + guess.astype(np.float64) @ weights
-        return np.where(seen > 0, 2 * hits / np.maximum(seen, _SMALLEST), 0.0)
-    rejections = (~guess[:, ~truth]).astype(np.float64) @ weights[~truth]
-    negatives = np.broadcast_to(weights[~truth].sum(0), hits.shape)
-    return _mean_over([_ratio(hits, positives), _ratio(rejections, negatives)])
+        f1_denominator = positive_weight + predicted_label.astype(np.float64) @ weights
+        return np.where(
+            f1_denominator > 0, 2 * positive_hits / np.maximum(f1_denominator, _SMALLEST), 0.0
+        )
+    negative_hits = (~predicted_label[:, ~true_label]).astype(np.float64) @ weights[~true_label]
+    negative_weight = np.broadcast_to(weights[~true_label].sum(0), positive_hits.shape)
+    return _mean_over(
+        [_ratio(positive_hits, positive_weight), _ratio(negative_hits, negative_weight)]
+    )
 
 
 def _regression(metric: str, target: Floats, predicted: Array, weights: Floats) -> Floats:
     error = predicted - target
     if metric == "mae":
         return _mean(np.abs(error).mean(2), weights)
-    parts = []
+    column_scores = []
     for c in range(target.shape[1]):
-        residual = _mean(error[:, :, c] ** 2, weights)
+        residual_mean = _mean(error[:, :, c] ** 2, weights)
         if metric == "rmse":
-            parts.append(np.sqrt(residual))
+            column_scores.append(np.sqrt(residual_mean))
         else:
-            column = target[None, :, c] - target[:, c].mean()
-            total = _mean(column**2, weights) - _mean(column, weights) ** 2
-            total = np.where(total > 1e-12 * column.var(), total, 0)
-            ratio = 1 - residual / np.where(total > 0, total, 1)
+            centered_target = target[None, :, c] - target[:, c].mean()
+            total_variance = (
+                _mean(centered_target**2, weights) - _mean(centered_target, weights) ** 2
+            )
+            total_variance = np.where(
+                total_variance > 1e-12 * centered_target.var(), total_variance, 0
+            )
+            explained_share = 1 - residual_mean / np.where(total_variance > 0, total_variance, 1)
             # scikit-learn's convention for a constant target: 1 if predicted exactly, else 0.
-            parts.append(np.where(total > 0, ratio, np.where(residual > 0, 0.0, 1.0)))
-    return _mean_over(parts)
+            column_scores.append(
+                np.where(total_variance > 0, explained_share, np.where(residual_mean > 0, 0.0, 1.0))
+            )
+    return _mean_over(column_scores)
 
 
-def _areas(truth: npt.NDArray[np.bool_], predicted: Array, weights: Floats) -> Floats:
+def _areas(true_label: npt.NDArray[np.bool_], predicted: Array, weights: Floats) -> Floats:
     """(K, B) weighted areas under the ROC curve of one class, ties counted half."""
-    areas = np.full((len(predicted), weights.shape[1]), np.nan)
-    positive, negative = weights[truth].sum(0), weights[~truth].sum(0)
-    if not truth.any() or truth.all():
-        return areas
-    for k, values in enumerate(predicted):
-        if np.isfinite(values).all():
-            hits, misses = _by_value(values, truth, weights, rising=True)
-            wins = (hits * (np.cumsum(misses, axis=0) - 0.5 * misses)).sum(0)
-            areas[k] = _ratio(wins, positive * negative)
-    return areas
+    head_areas = np.full((len(predicted), weights.shape[1]), np.nan)
+    positive_weight, negative_weight = weights[true_label].sum(0), weights[~true_label].sum(0)
+    if not true_label.any() or true_label.all():
+        return head_areas
+    for k, head_predictions in enumerate(predicted):
+        if np.isfinite(head_predictions).all():
+            hit_weights, miss_weights = _by_value(
+                head_predictions, true_label, weights, rising=True
+            )
+            win_weight = (hit_weights * (np.cumsum(miss_weights, axis=0) - 0.5 * miss_weights)).sum(
+                0
+            )
+            head_areas[k] = _ratio(win_weight, positive_weight * negative_weight)
+    return head_areas
 
 
-def _precisions(truth: npt.NDArray[np.bool_], predicted: Array, weights: Floats) -> Floats:
+def _precisions(true_label: npt.NDArray[np.bool_], predicted: Array, weights: Floats) -> Floats:
     """(K, B) weighted average precisions of one label; one threshold per distinct value."""
-    areas = np.full((len(predicted), weights.shape[1]), np.nan)
-    if not truth.any():
-        return areas
-    positive = weights[truth].sum(0)
-    for k, values in enumerate(predicted):
-        hits, misses = _by_value(values, truth, weights, rising=False)
-        found = np.cumsum(hits, axis=0)
-        shown = found + np.cumsum(misses, axis=0)
-        areas[k] = _ratio((hits * found / np.maximum(shown, _SMALLEST)).sum(0), positive)
-    return areas
+    head_areas = np.full((len(predicted), weights.shape[1]), np.nan)
+    if not true_label.any():
+        return head_areas
+    positive_weight = weights[true_label].sum(0)
+    for k, head_predictions in enumerate(predicted):
+        hit_weights, miss_weights = _by_value(head_predictions, true_label, weights, rising=False)
+        hits_so_far = np.cumsum(hit_weights, axis=0)
+        rows_so_far = hits_so_far + np.cumsum(miss_weights, axis=0)
+        head_areas[k] = _ratio(
+            (hit_weights * hits_so_far / np.maximum(rows_so_far, _SMALLEST)).sum(0), positive_weight
+        )
+    return head_areas
 
 
 def _by_value(
-    values: Array, truth: npt.NDArray[np.bool_], weights: Floats, *, rising: bool
+    values: Array, true_label: npt.NDArray[np.bool_], weights: Floats, *, rising: bool
 ) -> tuple[Floats, Floats]:
     """(V, B) twice: the weight of positives and of negatives at each of the V distinct values, in
     order.
     """
-    order = np.argsort(values if rising else -values, kind="stable")
-    ordered = values[order]
-    starts = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1]))
-    own = weights[order]
-    hits = np.add.reduceat(own * truth[order, None], starts, axis=0)
-    return hits, np.add.reduceat(own, starts, axis=0) - hits
+    value_order = np.argsort(values if rising else -values, kind="stable")
+    ordered_values = values[value_order]
+    value_starts = np.flatnonzero(np.append(True, ordered_values[1:] != ordered_values[:-1]))
+    ordered_weights = weights[value_order]
+    hit_weights = np.add.reduceat(
+        ordered_weights * true_label[value_order, None], value_starts, axis=0
+    )
+    return hit_weights, np.add.reduceat(ordered_weights, value_starts, axis=0) - hit_weights
 
 
-def _calibration(confidence: Array, correct: Array, weights: Floats) -> Floats:
-    bins = np.clip((confidence * CALIBRATION_BINS).astype(np.int64), 0, CALIBRATION_BINS - 1)
-    excess = confidence.astype(np.float64) - correct
+def _calibration(confidence: Array, is_correct: Array, weights: Floats) -> Floats:
+    bin_index = np.clip((confidence * CALIBRATION_BINS).astype(np.int64), 0, CALIBRATION_BINS - 1)
+    row_excess = confidence.astype(np.float64) - is_correct
     return np.asarray(
-        sum(np.abs(_mean(np.where(bins == b, excess, 0), weights)) for b in range(CALIBRATION_BINS))
+        sum(
+            np.abs(_mean(np.where(bin_index == b, row_excess, 0), weights))
+            for b in range(CALIBRATION_BINS)
+        )
     )
