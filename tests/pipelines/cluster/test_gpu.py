@@ -119,7 +119,7 @@ def test_heads_that_do_not_fit_a_gpu_are_trained_in_smaller_groups_then_on_the_c
     """None of them fails for it; those that compete with one another stay together."""
     tried = []
 
-    def fitter(X, task, *, device, **_):
+    def fitter(data, *, device, **_):
         def fit(specs):
             tried.append((device, len(specs)))
             if device == "cuda" and len(specs) > room:
