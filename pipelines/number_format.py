@@ -2,36 +2,38 @@
 
 
 def hours_text(seconds: float) -> str:
-    """Hours with two digits that mean something."""
+    """Return hours with two digits that mean something."""
     return f"{seconds / 3600:.2g}" if seconds < 36000 else f"{seconds / 3600:,.0f}"
 
 
 def images_text(images: int, groups: int | None) -> str:
-    """ "50 images", or "50 images of 12 groups" where images are not independent of each other."""
+    """Return "50 images", or "50 images of 12 groups" where images are not independent of each
+    other.
+    """
     return f"{images:,} images" + (
         f" of {groups:,} groups" if groups is not None and groups < images else ""
     )
 
 
 def level_text(level: float) -> str:
-    """ "95 %"."""
+    """Return "95 %"."""
     return f"{100 * level:g} %"
 
 
 def number_text(value: float, metric: str) -> str:
-    """Shares as per cent, everything else with four digits."""
+    """Return shares as per cent, everything else with four digits."""
     if value != value:  # nan: nothing to compare, as the spread over one fold
         return "–"
     return f"{value * 100:.2f} %" if is_share(metric) else f"{value:.4f}"
 
 
 def is_share(metric: str) -> bool:
-    """Whether a metric is said in per cent."""
+    """Tell whether a metric is said in per cent."""
     return metric in ("accuracy", "balanced_accuracy", "hamming_accuracy")
 
 
 def bytes_text(count: float) -> str:
-    """ "1.5 GB" (decimal units)."""
+    """Return "1.5 GB" (decimal units)."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"

@@ -35,14 +35,14 @@ class RunPaths:
 
     @property
     def accounting(self) -> Path:
-        """Where every entry of the source went: how many are used, and how many are
-        not, by reason.
+        """The counts of the source's entries: how many are used, and how many are not,
+        by reason.
         """
         return self.root / "accounting.json"
 
     @property
     def selection(self) -> Path:
-        """What the choice of the winner is worth: the corrected score with its interval."""
+        """The winner's score corrected for selection, with its interval."""
         return self.root / "selection.json"
 
     @property
@@ -101,12 +101,12 @@ class RunPaths:
 
     @property
     def terminal(self) -> Path:
-        """What calls said after their terminal was gone."""
+        """The output of calls whose terminal was gone."""
         return self.logs / "terminal.txt"
 
     @property
     def logs(self) -> Path:
-        """What happened to every task, one file of JSON lines per driver."""
+        """The events of every task, one file of JSON lines per driver."""
         return self.root / "logs"
 
     @property
@@ -177,5 +177,7 @@ def unit_leases(cache_root: Path) -> Path:
 
 
 def content_index(cache_root: Path) -> Path:
-    """The index of content hashes by path, size and time, shared by all runs on one cache."""
+    """Return the index of content hashes by path, size and time, shared by all runs on
+    one cache.
+    """
     return cache_root / "contents.parquet"

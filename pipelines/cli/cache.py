@@ -363,7 +363,9 @@ def export_command(
 
 
 def _require_cache(cache_root: Path) -> None:
-    """A mistyped path must not read as a cache with nothing wrong in it."""
+    """Raise CacheError for a mistyped path: it must not read as a cache with nothing
+    wrong in it.
+    """
     if not cache_root.is_dir():
         reason = "it is a file" if cache_root.exists() else "there is no such folder"
         raise CacheError(
@@ -373,7 +375,7 @@ def _require_cache(cache_root: Path) -> None:
 
 
 def _directories(cache_root: Path, name_or_tap: str | None) -> list[Path]:
-    """The feature set that is named, or all of them.
+    """Return the feature set that is named, or all of them.
 
     Raises CacheError where there is no cache, or none of that name.
     """
@@ -474,7 +476,7 @@ def import_command(
 
 
 def _rows_of_recipe(recipe_path: Path, name_or_tap: str) -> "tuple[FeatureSet, RowSelection]":
-    """A feature set of the recipe's cache, and its rows of the recipe's images."""
+    """Return a feature set of the recipe's cache, and its rows of the recipe's images."""
     from headrace.cache.exchange.export import select_rows
     from headrace.pipelines.recipe.load import load_recipe
 
@@ -498,7 +500,7 @@ def _some(image_ids: list[str]) -> str:
 
 
 def _no_features(recipe: "Recipe") -> dict[str, str]:
-    """{column: what it is} of the columns that the recipe knows to be no features: a head would
+    """Return {column: role} of the columns that the recipe knows to be no features: a head would
     learn its own answer.
     """
     roles = {"task.target": recipe.task.target}
@@ -522,8 +524,8 @@ def _no_features(recipe: "Recipe") -> dict[str, str]:
 
 
 def _samples_with_content(recipe: "Recipe") -> "tuple[pd.DataFrame, list[str | None]]":
-    """The recipe's images in its order, and the content hash of each; None where it
-    cannot be read.
+    """Return the recipe's images in its order, and the content hash of each; None where it cannot
+    be read.
     """
     from headrace.extract.images.content_hashes import content_hashes
     from headrace.pipelines.paths import content_index
@@ -534,8 +536,8 @@ def _samples_with_content(recipe: "Recipe") -> "tuple[pd.DataFrame, list[str | N
 
 
 def _find(cache_root: Path, name_or_tap: str, *, include_unfinished: bool = False) -> Path:
-    """The one feature set whose fingerprint begins with `name_or_tap` or whose tap it is; with
-    `include_unfinished`, also what a kill left of one.
+    """Return the one feature set whose fingerprint begins with `name_or_tap` or whose tap it is;
+    with `include_unfinished`, also what a kill left of one.
     """
     directories = feature_set_directories(cache_root) + (
         unfinished_directories(cache_root) if include_unfinished else []
@@ -582,8 +584,8 @@ def _tap(directory: Path) -> str:
 
 
 def _last_written(feature_set: FeatureSet) -> str:
-    """From the files: shards hold no times, so that an interrupted extraction and an uninterrupted
-    one are equal.
+    """Return when a shard was last written, from the files: shards hold no times, so that an
+    interrupted extraction and an uninterrupted one are equal.
     """
     write_times = []
     for entry in feature_set.entries:
@@ -673,8 +675,8 @@ def _extract_again(
     _row_ids: list[str],
     row_contents: list[str],
 ) -> Rows:
-    """(n, *shape) features of n images, by the same units of work as in a run, into a cache of its
-    own.
+    """Return (n, *shape) features of n images, by the same units of work as in a run, from a cache
+    of their own.
     """
     from headrace.extract.run.plan import plan_networks
     from headrace.extract.run.work_unit import run_unit
@@ -687,7 +689,7 @@ def _extract_again(
 
 
 def _imported(recipe_path: Path) -> list[str]:
-    """Fingerprints of the features of other programs that a recipe uses."""
+    """Return the fingerprints of the external features that a recipe uses."""
     from headrace.cache.exchange.external import external_feature_sets
     from headrace.pipelines.recipe.load import load_recipe
 
@@ -700,7 +702,7 @@ def _imported(recipe_path: Path) -> list[str]:
 
 
 def _networks(recipe_path: Path) -> "list[tuple[BackboneSpec, tuple[FeatureSpec, ...]]]":
-    """The backbones of a recipe and the feature sets they make."""
+    """Return the backbones of a recipe and the feature sets they make."""
     from headrace.extract.taps.spec_cache import backbone_features
     from headrace.pipelines.planning.networks import backbone_spec, storing
     from headrace.pipelines.recipe.load import load_recipe

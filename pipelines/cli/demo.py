@@ -123,8 +123,8 @@ def _require_ours(demo_file: Path, first_line: str) -> None:
 
 
 def solar_cells() -> pd.DataFrame:
-    """The ELPV images: id, path, label (defective / functional), probability (0, 1/3, 2/3, 1), type
-    (mono / poly).
+    """Return the ELPV images: id, path, label (defective / functional), probability (0, 1/3, 2/3,
+    1), type (mono / poly).
     """
     package_spec = importlib.util.find_spec("elpv_dataset")
     assert package_spec is not None

@@ -55,12 +55,11 @@ class Finding:
 def look(
     location: Path, recipe_folder: Path, *, layout: Layout = "auto", exclude: tuple[str, ...] = ()
 ) -> Finding:
-    """The recipe's lines for what `location` holds; paths in them start from `recipe_folder`, the
-    recipe's folder.
+    """Return the recipe's lines for what `location` holds; paths in them start from
+    `recipe_folder`.
 
-    layout, exclude: as in the recipe's section `images`, into which they are written.
-
-    Raises InitError when there is nothing to train on, SourceError for a file that cannot be read.
+    layout, exclude: as in the recipe's section `images`, into which they are written. Raises
+    InitError when there is nothing to train on, SourceError for a file that cannot be read.
     """
     source = detect_source(location, layout=layout, exclude=exclude)
     finding = _look_at(location, source, recipe_folder)
@@ -85,8 +84,8 @@ def _look_at(location: Path, source: ImageSource, recipe_folder: Path) -> Findin
 
 
 def _look_at_folder(folder: Path, source: ImageSource, recipe_folder: Path) -> Finding:
-    """Class folders, unless they are none and a table beside the images says more; both readings
-    are told.
+    """Read class folders, unless there are none and a table beside the images says more; both
+    readings are named.
     """
     tables = [path for path in sorted(folder.iterdir()) if is_table(path) and path.is_file()]
     prediction_tables = [path for path in tables if _is_predictions(path)]
@@ -147,7 +146,7 @@ def _look_at_folder(folder: Path, source: ImageSource, recipe_folder: Path) -> F
 
 
 def _is_predictions(table: Path) -> bool:
-    """Whether a table is one that `headrace predict` wrote."""
+    """Tell whether a table is one that `headrace predict` wrote."""
     try:
         return set(read_table_file(table).frame.columns) >= _PREDICTION_COLUMNS
     except SourceError:
@@ -221,7 +220,7 @@ def _look_at_archives(location: Path, source: ImageSource, recipe_folder: Path) 
 
 
 def _named_classes(class_counts: "pd.Series[Any]") -> str:
-    """ "3 classes (crane, heron, stork)"."""
+    """Return "3 classes (crane, heron, stork)"."""
     class_names = sorted(map(str, class_counts.index))
     more_text = ", …" if len(class_names) > _CLASSES_NAMED else ""
     return f"{len(class_names):,} classes ({', '.join(class_names[:_CLASSES_NAMED])}{more_text})"
@@ -347,8 +346,8 @@ def _notes(listing: Listing) -> tuple[str, ...]:
 
 
 def _near_copies(samples: pd.DataFrame) -> list[str]:
-    """A note where neighbours in the listing are nearly the same image, and no column that is taken
-    for groups keeps them together.
+    """Return a note where neighbours in the listing are nearly the same image, and no column that
+    is taken for groups keeps them together.
     """
     group_column = _first_named(
         _GROUP_NAMES,
@@ -363,8 +362,8 @@ def _near_copies(samples: pd.DataFrame) -> list[str]:
 
 
 def _mixed_depths(samples: pd.DataFrame) -> list[str]:
-    """A note where some images have 8 bits and some more, by a few of them: their scales differ,
-    and may tell classes apart.
+    """Return a note where some images have 8 bits and some more, by a few of them: their scales
+    differ, and may tell classes apart.
     """
     image_by_depth: dict[bool, str] = {}
     for image_id, image_path in (
@@ -392,8 +391,8 @@ def _classes(column: "pd.Series[Any]") -> str:
 
 
 def _doubts(paths: "pd.Series[Any]", labels: "pd.Series[Any]") -> str:
-    """What a person should know of a table before the first run: rows without a label, and paths
-    that lead nowhere.
+    """Return what a person should know of a table before the first run: rows without a label, and
+    paths that lead nowhere.
     """
     doubt_text = ""
     if n_unlabelled := int(labels.isna().sum()):
@@ -412,8 +411,8 @@ def _doubts(paths: "pd.Series[Any]", labels: "pd.Series[Any]") -> str:
 def _task(
     samples: pd.DataFrame, column_names: Sequence[str], location: Path
 ) -> tuple[str, str, list[str]]:
-    """The lines of the recipe's task section, the target's column, and notes on what
-    was assumed.
+    """Return the lines of the recipe's task section, the target's column, and notes on what was
+    assumed.
     """
     task_notes: list[str] = []
     named_columns = (
@@ -490,19 +489,19 @@ def _task(
 
 
 def _holds_sides(column: "pd.Series[Any]") -> bool:
-    """Whether every cell of a column is a word for a side of a split."""
+    """Tell whether every cell of a column is a word for a side of a split."""
     return _is_full(column) and set(as_text(column).str.lower()) <= set(SPLIT_WORDS)
 
 
 def _is_full(column: "pd.Series[Any]") -> bool:
-    """Whether no cell of a column is empty."""
+    """Tell whether no cell of a column is empty."""
     cell_texts = as_text(column)
     return bool(cell_texts.notna().all() and (cell_texts != "").all())
 
 
 def _separator(column: "pd.Series[Any]") -> str | None:
-    """What stands between several labels in the cells of a column: parts recur, and stand alone in
-    some cells.
+    """Return what stands between several labels in the cells of a column: parts recur, and stand
+    alone in some cells. None for single labels.
     """
     cell_texts = as_text(column).dropna().unique().tolist()
     for separator in _SEPARATORS:
@@ -526,8 +525,8 @@ def _separator(column: "pd.Series[Any]") -> str | None:
 def _are_labels(
     combinations: list[set[str]], label_parts: set[str], single_labels: set[str]
 ) -> bool:
-    """Whether words that stand together are labels, and not the words of one name, such as `wild
-    cat` beside `cat`.
+    """Tell whether words that stand together are labels, and not the words of one name, such as
+    `wild cat` beside `cat`.
 
     Each of them is a label by itself, and they are all the labels that there are, or three of them
     recur in combinations.
@@ -555,8 +554,8 @@ def _few_valued(samples: pd.DataFrame, column_names: list[str]) -> str | None:
 
 
 def _values(column: "pd.Series[Any]") -> int | None:
-    """How many different values a column has; None where it holds lists or the like, as Parquet
-    can.
+    """Return how many different values a column has; None where it holds lists or the like, as
+    Parquet can.
     """
     try:
         return column.nunique()
@@ -565,16 +564,16 @@ def _values(column: "pd.Series[Any]") -> int | None:
 
 
 def _command(path: Path) -> str:
-    """What to type for another reading, fit to be pasted."""
+    """Return what to type for another reading, fit to be pasted."""
     return f"headrace init {shlex.quote(str(path))}"
 
 
 def _relative(path: Path, recipe_folder: Path) -> str:
-    """As a person would write it: relative where that is short."""
+    """Return a path as a person would write it: relative where that is short."""
     relative_path = os.path.relpath(path.absolute(), recipe_folder)
     return _scalar(str(path.absolute()) if relative_path.startswith("../..") else relative_path)
 
 
 def _scalar(text: str) -> str:
-    """Text as a YAML value, quoted where it must be ("2020", "a: b")."""
+    """Return text as a YAML value, quoted where it must be ("2020", "a: b")."""
     return yaml.safe_dump([text], width=10_000, allow_unicode=True).removeprefix("- ").strip()

@@ -30,7 +30,7 @@ from headrace.pipelines.doctor.software import (
 
 
 def check_recipe(recipe_path: Path) -> Finding:
-    """The recipe is valid and its backbones' weights files are there."""
+    """Check that the recipe is valid and its backbones' weights files are there."""
     from headrace.extract.spec import check_spec
     from headrace.pipelines.planning.networks import backbone_spec
     from headrace.pipelines.recipe.load import load_recipe
@@ -51,7 +51,7 @@ def check_recipe(recipe_path: Path) -> Finding:
 
 
 def examine(folder: Path, recipe: Path | None = None) -> Iterator[Finding]:
-    """Every check, in order. What takes long waits for nothing else."""
+    """Yield the finding of every check, in order; what takes long runs beside the others."""
     with ThreadPoolExecutor(2) as thread_pool:
         torch_line = thread_pool.submit(check_torch)  # the import
         disk_line = thread_pool.submit(check_disk, folder)
@@ -111,7 +111,7 @@ def doctor_command(
 
 
 def _folder(folder: Path | None, recipe: Path | None) -> Path:
-    """The nearest folder that exists: a cache is made by the first run."""
+    """Return the nearest folder that exists: a cache is made by the first run."""
     cache_folder = folder or Path()
     if folder is None and recipe is not None:
         from headrace.pipelines.recipe.load import load_recipe

@@ -60,12 +60,12 @@ def open_client(
     run_folder: Path,
     imports: Sequence[str] = (),
 ) -> Iterator[Client]:
-    """A client of the cluster that the recipe names, for one role; what was started for it is gone
-    after the block.
+    """Give a client of the cluster that the recipe names, for one role; what was started for it is
+    gone after the block.
 
     workers: how many in all; None for what the cluster's kind has by default. device: of
-    extraction. run: the run's directory, for logs and certificates. imports: modules of the tasks,
-    see `local_client`. Raises HeadraceError.
+    extraction. run_folder: for logs and certificates. imports: modules of the tasks, see
+    `local_client`. Raises HeadraceError.
     """
     on_gpu = role == "extract" and device != "cpu"
     if section.where == "local" or (section.where == "cuda" and not on_gpu):
@@ -86,12 +86,12 @@ def open_client(
 def local_client(
     workers: int | None = None, memory: str | None = None, module_names: Sequence[str] = ()
 ) -> Iterator[Client]:
-    """A client of a new cluster on this machine: one process of one thread per worker, on loopback
-    and over TLS.
+    """Give a client of a new cluster on this machine: one process of one thread per worker, on
+    loopback and over TLS.
 
-    Nobody else is let in: the certificate is the cluster's own, and ends with it. imports: modules
-    that tasks will need and that take long to import; on Linux they are imported once for all
-    workers. Raises WorkersDidNotStart.
+    Nobody else is let in: the certificate is the cluster's own, and ends with it. module_names:
+    modules that tasks will need and that take long to import; on Linux they are imported once for
+    all workers. Raises WorkersDidNotStart.
     """
     _refuse_while_importing()
     n_workers = workers or available_cores()
@@ -126,9 +126,8 @@ def local_client(
 
 @contextlib.contextmanager
 def cuda_client(workers: int | None = None) -> Iterator[Client]:
-    """A client of one worker per GPU of this machine (or of the first `workers` GPUs).
-
-    Needs the extra `cuda`.
+    """Give a client of one worker per GPU of this machine (or of the first `workers` GPUs); needs
+    the extra `cuda`.
 
     Raises ClusterError where there is no GPU.
     """
@@ -163,8 +162,10 @@ def _visible_gpus() -> int:
 
 @contextlib.contextmanager
 def scheduler_client(section: ClusterSection) -> Iterator[Client]:
-    """A client of a scheduler that is running, on this machine or over TLS; its workers stay when
-    we go.
+    """Give a client of a scheduler that is running, on this machine or over TLS; its workers stay
+    when the client is gone.
+
+    Raises TLSMissing for another machine without TLS, ClusterError where no scheduler answers.
     """
     address = section.where
     is_encrypted = address.startswith("tls://")
@@ -189,8 +190,8 @@ def scheduler_client(section: ClusterSection) -> Iterator[Client]:
 
 @contextlib.contextmanager
 def kubernetes_client(section: ClusterSection, workers: int | None = None) -> Iterator[Client]:
-    """A client of a cluster that the Dask operator starts, reached through the API server (which
-    encrypts) on loopback.
+    """Give a client of a cluster that the Dask operator starts, reached through the API server
+    (which encrypts) on loopback.
 
     Needs the extra `kubernetes`, the operator in the cluster, and an image with headrace in it.
     """

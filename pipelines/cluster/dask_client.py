@@ -58,7 +58,7 @@ class WorkersDidNotStart(ClusterError):
 
 @contextlib.contextmanager
 def client_of(cluster: Any) -> Iterator[Client]:
-    """A client of a cluster of ours, both gone after the block."""
+    """Give a client of a cluster that this process started; both are gone after the block."""
     try:
         close_pages(cluster)
         with Client(cluster) as client:
@@ -90,7 +90,7 @@ def close_pages(cluster: Any) -> None:
 
 @contextlib.contextmanager
 def quiet(logger_name: str) -> Iterator[None]:
-    """What a worker's death means is said by us, in our words, once."""
+    """Silence a logger in the block: what a worker's death means is said by headrace, once."""
     logger = logging.getLogger(logger_name)
     level_before = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -101,7 +101,7 @@ def quiet(logger_name: str) -> Iterator[None]:
 
 
 def needed(module_name: str, extra: str) -> Any:
-    """A module of an extra. Raises ClusterError, naming the extra."""
+    """Return a module of an extra. Raises ClusterError, naming the extra."""
     try:
         return importlib.import_module(module_name)
     except ImportError as error:
@@ -111,7 +111,7 @@ def needed(module_name: str, extra: str) -> Any:
 
 
 def environment(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Settings of Dask as variables for processes that this one does not start itself."""
+    """Return settings of Dask as variables, for processes that this one does not start itself."""
     return {
         "DASK_" + key.replace(".", "__").replace("-", "_").upper(): str(value)
         for key, value in settings.items()

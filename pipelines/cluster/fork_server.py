@@ -76,7 +76,7 @@ def start_server(module_names: Sequence[str] = ()) -> str:
 
 @contextlib.contextmanager
 def sigint_held_back() -> Iterator[None]:
-    """Ctrl-C does not reach what is started in the block, and waits for the block's end here.
+    """Hold back Ctrl-C from what is started in the block, and here until the block ends.
 
     A terminal sends it to every process of ours, and each worker would print a traceback. Processes
     and threads inherit the mask of the thread that starts them.
@@ -94,15 +94,15 @@ def sigint_held_back() -> Iterator[None]:
 
 
 def is_importing_main() -> bool:
-    """Whether this is a new process that imports the script of the one that started it: it may
+    """Tell whether this is a new process that imports the script of the one that started it: it may
     start none of its own.
     """
     return getattr(multiprocessing.current_process(), "_inheriting", False)
 
 
 def imports_of(backbone_names: Iterable[str]) -> list[str]:
-    """Modules that take seconds to import and that networks need. backbones: their names, "timm:…"
-    and the like.
+    """Return modules that networks need and that take seconds to import. backbone_names: such as
+    "timm:resnet18".
     """
     libraries = {name.partition(":")[0] for name in backbone_names} & {
         "timm",
@@ -116,8 +116,8 @@ def imports_of(backbone_names: Iterable[str]) -> list[str]:
 def call_forked(
     module_names: Sequence[str], function: Callable[..., Result], *arguments: Any
 ) -> Result:
-    """`function(*arguments)`, called in a process forked from the server, so that this one need not
-    import what it needs.
+    """Return `function(*arguments)`, called in a process forked from the server, so that this one
+    need not import what it needs.
 
     Result and arguments are plain values. Raises what the function raises. Where there can be no
     such process, or it dies, the function is called here.

@@ -40,7 +40,7 @@ class _RateColumn(ProgressColumn):
 
 
 def rate_and_left(n_done: float, n_total: float, elapsed_s: float) -> tuple[float, float]:
-    """Things per second, and seconds left at that rate; (0, nan) until something is done."""
+    """Return things per second, and seconds left at that rate; (0, nan) until something is done."""
     if not n_done or not elapsed_s:
         return 0.0, float("nan")
     rate = n_done / elapsed_s
@@ -71,8 +71,8 @@ def stage(console: Console, stage_name: str, n_total: int, unit: str) -> Iterato
 
 
 def _details_text(details: Mapping[str, float]) -> str:
-    """ "decode 3 % · network 95 % · 2 failed": shares as per cent, counts as they are, zeros left
-    out.
+    """Return "decode 3 % · network 95 % · 2 failed": shares as per cent, counts as they are, zeros
+    left out.
     """
     detail_texts = []
     for name, value in details.items():

@@ -65,13 +65,12 @@ _looked: dict[str, float] = {}
 def slurm_client(
     section: ClusterSection, workers: int | None = None, *, on_gpu: bool = False, run_folder: Path
 ) -> Iterator[Client]:
-    """A client of a cluster whose workers are SLURM jobs; the scheduler runs here.
-
-    Needs the extra `slurm`.
+    """Give a client of a cluster whose workers are SLURM jobs; the scheduler runs here. Needs the
+    extra `slurm`.
 
     Each job is one node's share, `workers_per_job` processes of one core. on_gpu: jobs of the GPU
-    partition, a worker per GPU, with several cores to decode on. run: where certificates (unless
-    the recipe names some) and the jobs' logs go; every node must see it.
+    partition, a worker per GPU, with several cores to decode on. run_folder: where certificates
+    (unless the recipe names some) and the jobs' logs go; every node must see it.
     """
     jobqueue = needed("dask_jobqueue", "slurm")
     slurm_options = section.slurm
@@ -118,8 +117,8 @@ def slurm_client(
 
 
 def _memory(slurm_options: SlurmSection, on_gpu: bool) -> str:
-    """Of a job: what the recipe says, and for GPUs at least what decoding for each of
-    them takes.
+    """Return the memory of a job: what the recipe says, and for GPUs at least what decoding for
+    each of them takes.
     """
     if on_gpu and "memory_per_job" not in slurm_options.model_fields_set:
         return str(slurm_options.gpus_per_job * parse_bytes(_MEMORY_PER_GPU))
@@ -127,8 +126,8 @@ def _memory(slurm_options: SlurmSection, on_gpu: bool) -> str:
 
 
 def _recording_job(job_class: type) -> type:
-    """The library's job, which is submitted in the background, but what sbatch says when it refuses
-    is kept.
+    """Return the library's class of jobs, which are submitted in the background, with a record of
+    what sbatch says when it refuses one.
 
     The library prints it, and waits for workers that never come.
     """
@@ -149,7 +148,7 @@ def _recording_job(job_class: type) -> type:
 
 
 def lifetime_s(walltime: str) -> int:
-    """Seconds after which a worker should end by itself, given SLURM's [D-]HH:MM:SS."""
+    """Return the seconds after which a worker should end by itself, given SLURM's [D-]HH:MM:SS."""
     days, _, clock = walltime.rpartition("-")
     hours, minutes, seconds = (int(clock_part) for clock_part in clock.split(":"))
     total_s = ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
@@ -188,7 +187,7 @@ def replace_lost_jobs(cluster: Any) -> None:
 
 
 def job_logs(cluster: Any) -> str:
-    """Where a cluster's jobs write what they say."""
+    """Return the folder where a cluster's jobs write their logs."""
     return str(cluster._job_kwargs["log_directory"])  # the library keeps it nowhere else
 
 

@@ -17,8 +17,8 @@ from typing import Any
 
 
 def outlive_terminal(log_path: Path) -> None:
-    """From now to the end of this process, let nothing of it end with its terminal; does nothing
-    where there is none.
+    """Let nothing of this process end with its terminal, from now on; do nothing where there is
+    none.
 
     log_path: what is written to the terminal after it is gone is appended here.
     """

@@ -56,7 +56,7 @@ class TaskLog:
 
 @contextlib.contextmanager
 def task_log(paths: RunPaths) -> Iterator[TaskLog]:
-    """The log of one driver, from its start to its end, however it ends."""
+    """Give the log of one driver, from its start to its end, however it ends."""
     driver = driver_name()
     log = TaskLog(paths.logs / f"{driver}.jsonl")
     with driver_lock(paths.leases, driver):
@@ -70,8 +70,8 @@ def task_log(paths: RunPaths) -> Iterator[TaskLog]:
 
 
 def read_log(log_path: Path) -> Iterator[Mapping[str, Any]]:
-    """The events of a file in their order; a line that is being written, or was cut off by a kill,
-    is left out.
+    """Yield the events of a file in their order; a line that is being written, or was cut off by a
+    kill, is left out.
     """
     for line in log_path.read_bytes().split(b"\n"):
         try:

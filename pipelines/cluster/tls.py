@@ -25,9 +25,8 @@ class TLSMissing(HeadraceError, ValueError):
 
 
 def make_certificate() -> tuple[str, str]:
-    """A new private key and a certificate that it has signed itself, both as PEM text.
-
-    Takes milliseconds.
+    """Return a new private key and a certificate that it has signed itself, both as PEM text; takes
+    milliseconds.
     """
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
@@ -54,8 +53,8 @@ def make_certificate() -> tuple[str, str]:
 
 
 def own_security() -> Security:
-    """What Dask takes for a cluster that one process starts and ends: a certificate of its own, in
-    no file.
+    """Return Dask's security for a cluster that one process starts and ends: a certificate of its
+    own, in no file.
 
     Loopback is not private: every user of a machine can connect to it, and whoever a scheduler lets
     in can run code as its user. Worker processes are handed the key when they are started.
@@ -97,7 +96,7 @@ def require_own_folder(folder: Path) -> None:
 
 
 def security(folder: Path | None) -> Security:
-    """What Dask takes, from a folder that `write_tls` made. Raises TLSMissing."""
+    """Return Dask's security from a folder that `write_tls` made. Raises TLSMissing."""
     if folder is None or not (folder / KEY).exists() or not (folder / CERTIFICATE).exists():
         raise TLSMissing(
             f"cluster.tls: {folder or 'no folder'} holds no {KEY} and {CERTIFICATE}. Off this "
@@ -107,7 +106,7 @@ def security(folder: Path | None) -> Security:
 
 
 def _security(key: str, certificate: str) -> Security:
-    """key, certificate: paths, or PEM text."""
+    """Return Dask's security. key, certificate: paths, or PEM text."""
     return Security(
         require_encryption=True,
         tls_ca_file=certificate,

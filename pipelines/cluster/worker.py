@@ -40,8 +40,8 @@ def dask_setup(worker: Any) -> None:
 
 
 def versions() -> dict[str, str]:
-    """What this process would make features and heads with, by name; two that differ make different
-    ones.
+    """Return the versions, by name, that features and heads depend on: two processes that differ in
+    one make different ones.
     """
     from headrace.extract.images.decoding import DECODER
 

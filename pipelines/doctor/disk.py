@@ -26,7 +26,9 @@ def check_disk(
     measure_speed: Callable[[Path], tuple[float, float]] | None = None,
     free_space: Callable[[Path], float] | None = None,
 ) -> Finding:
-    """The folder can be written, has room, and is not slow. probe: bytes/s written and read."""
+    """Check that the folder can be written, has room, and is not slow. measure_speed: bytes per
+    second written and read.
+    """
     try:
         free_bytes = (free_space or (lambda path: shutil.disk_usage(path).free))(folder)
         written_per_s, read_per_s = (measure_speed or _speed)(folder)
@@ -60,8 +62,8 @@ def check_locking(
     make_link: Callable[[Any, Any], None] = os.link,
     read_clock: Callable[[], float] = time.time,
 ) -> Finding:
-    """Two writers cannot hold one lock, names appear whole, and the file system's clock is this
-    one's.
+    """Check that two writers cannot hold one lock, names appear whole, and the file system's clock
+    is this machine's.
     """
     from headrace.cache.atomic_io import lease
 
@@ -125,7 +127,7 @@ def check_hdf5(
     write_file: Callable[[Path], None] | None = None,
     environment: Mapping[str, str] = os.environ,
 ) -> Finding:
-    """A file is written, and read by two at once."""
+    """Check that a file can be written, and read by two at once."""
     import h5py
 
     observation = f"HDF5 {h5py.version.hdf5_version}, h5py {h5py.version.version}"
@@ -178,8 +180,8 @@ def _hold(lock_path: Path, is_held: threading.Event) -> None:
 
 
 def _speed(folder: Path) -> tuple[float, float]:
-    """Bytes per second of writing with a flush, and of reading what the system may
-    still remember.
+    """Return bytes per second of writing with a flush, and of reading what the system may still
+    remember.
     """
     random_block = os.urandom(1 << 20)
     with _scratch(folder) as scratch_folder:

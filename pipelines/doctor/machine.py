@@ -14,7 +14,7 @@ def check_threads(
     cpu_quota: float | None = None,
     environment: Mapping[str, str] = os.environ,
 ) -> Finding:
-    """As many workers as cores, where the container lets it have them."""
+    """Check that the container lets the run have as many workers as cores."""
     n_cores = n_cores or _cores()
     cpu_quota = cpu_quota if cpu_quota is not None else _cpu_quota()
     observation = f"{n_cores} cores"
@@ -39,8 +39,8 @@ def check_threads(
 
 
 def check_heads(find_lanes: Callable[[], int | None] | None = None) -> Finding:
-    """The compiled pass of logistic heads. lanes: floats of a vector, None where it was not built
-    or cannot run.
+    """Check for the compiled pass of logistic heads. find_lanes: floats of a vector, None where it
+    was not built or cannot run.
     """
     vector_length = (find_lanes or _lanes)()
     if vector_length is None:
@@ -64,7 +64,7 @@ def _lanes() -> int | None:
 
 
 def check_memory(available_bytes: float | None = None, n_cores: int | None = None) -> Finding:
-    """Room for a worker per core. available: bytes."""
+    """Check for room for a worker per core. available_bytes: free memory."""
     available_bytes = available_bytes if available_bytes is not None else _available_bytes()
     n_cores = n_cores or _cores()
     observation = f"{available_bytes / 1e9:.1f} GB free"
@@ -94,7 +94,7 @@ def _cores() -> int:
 
 
 def _cpu_quota() -> float | None:
-    """Cores that the container's control group allows; None where it does not say."""
+    """Return the cores that the container's control group allows; None where it does not say."""
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="utf-8").split()
         return None if quota == "max" else int(quota) / int(period)
@@ -103,7 +103,7 @@ def _cpu_quota() -> float | None:
 
 
 def _available_bytes() -> float:
-    """Memory that can be had, of the machine or of the container, whichever is less."""
+    """Return the free memory of the machine or of the container, whichever is less."""
     available_bytes = float("inf")
     try:
         for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():

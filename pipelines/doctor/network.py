@@ -17,7 +17,9 @@ _ASK_S = 3.0  # how long a server may take to answer
 
 
 def check_ports(try_ports: Callable[[], None] | None = None) -> Finding:
-    """Dask's scheduler and workers talk over ports of this machine that the system picks."""
+    """Check that Dask's scheduler and workers can talk over ports of this machine that the system
+    picks.
+    """
     try:
         (try_ports or _talk)()
     except OSError as error:
@@ -35,8 +37,8 @@ def check_weights(
     ask_server: Callable[[str], None] | None = None,
     list_servers: Callable[[], Sequence[str]] | None = None,
 ) -> Finding:
-    """The libraries' own pretrained weights can be downloaded; a machine without a network can do
-    without.
+    """Check that the libraries' own pretrained weights can be downloaded; a machine without a
+    network can do without.
     """
     try:
         addresses = (list_servers or _servers)()
@@ -83,14 +85,14 @@ def _talk() -> None:
 
 
 def _servers() -> list[str]:
-    """Where torchvision's weights lie, and where timm's library says that its own do."""
+    """Return the servers of torchvision's weights and of timm's library."""
     from huggingface_hub import constants
 
     return [WEIGHTS_SERVER, str(constants.ENDPOINT)]
 
 
 def _in_time(ask_server: Callable[[str], None], address: str) -> "queue.SimpleQueue[str]":
-    """Where the outcome will come: a reason, or nothing.
+    """Return a queue to which a reason will come, or an empty text where the server answered.
 
     A thread that never ends is left behind with the process.
     """

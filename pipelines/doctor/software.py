@@ -15,7 +15,7 @@ def check_python(
     python_version: Sequence[int] = sys.version_info[:3],
     pointer_bits: int = 8 * ctypes.sizeof(ctypes.c_void_p),
 ) -> Finding:
-    """3.11 or newer, 64 bit."""
+    """Check for Python 3.11 or newer, 64 bit."""
     observation = f"{python_version[0]}.{python_version[1]}.{python_version[2]}, {pointer_bits} bit"
     if tuple(python_version[:2]) < (3, 11):
         return Finding(
@@ -35,7 +35,7 @@ def check_python(
 
 
 def check_libraries(find_version: Callable[[str], str] = importlib.metadata.version) -> Finding:
-    """What headrace requires is there in the versions that it requires."""
+    """Check that what headrace requires is installed, in the versions that it requires."""
     from packaging.requirements import Requirement
 
     problems = []
@@ -63,7 +63,8 @@ def check_libraries(find_version: Callable[[str], str] = importlib.metadata.vers
 
 
 def _load_pair() -> tuple[str, str]:
-    """The versions of torch and torchvision, after one compiled operator of the latter has run.
+    """Return the versions of torch and torchvision, after one compiled operator of the latter has
+    run.
 
     The operators' library is loaded by itself, and torchvision's own word on its torch is read from
     its metadata: importing torchvision brings in torch's compilers, which takes as long as
@@ -116,7 +117,7 @@ def _load_pair() -> tuple[str, str]:
 
 
 def check_torch(load_pair: Callable[[], tuple[str, str]] = _load_pair) -> Finding:
-    """torch and torchvision, which have to be built for each other."""
+    """Check torch and torchvision, which have to be built for each other."""
     try:
         torch_version, vision_version = load_pair()
     except Exception as error:  # noqa: BLE001 - a broken pair raises RuntimeError, AttributeError, ImportError, OSError
@@ -140,7 +141,7 @@ def check_torch(load_pair: Callable[[], tuple[str, str]] = _load_pair) -> Findin
 
 
 def _gpus() -> tuple[int, bool, str]:
-    """GPUs that the system has, whether torch can use one, and what it calls it."""
+    """Return how many GPUs the system has, whether torch can use one, and what it calls it."""
     import torch
 
     n_devices = len(list(Path("/dev").glob("nvidia[0-9]*")))
@@ -153,7 +154,7 @@ def _gpus() -> tuple[int, bool, str]:
 
 
 def check_cuda(find_gpus: Callable[[], tuple[int, bool, str]] = _gpus) -> Finding:
-    """A GPU that is there can be used."""
+    """Check that a GPU that the system has can be used."""
     try:
         n_devices, is_usable, gpu_name = find_gpus()
     except Exception as error:  # noqa: BLE001 - torch is broken, which its own line says

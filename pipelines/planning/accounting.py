@@ -35,9 +35,8 @@ class Accounting:
         )
 
     def sentence(self) -> str:
-        """All counts that are not zero:
-
-        "Images: 52 found = 30 to train on + 10 to test on + 12 left out".
+        """Return all counts that are not zero: "Images: 52 found = 30 to train on + 10 to test on +
+        12 left out".
         """
         named_counts = (
             (self.train, "to train on"),
@@ -53,19 +52,19 @@ class Accounting:
         )
 
     def lines(self) -> list[str]:
-        """What is left out, a line for each reason."""
+        """Return a line for each reason why entries are left out."""
         return [f"left out: {item}" for item in self.left_out]
 
     def to_json(self) -> dict[str, Any]:
-        """As plain values."""
+        """Return the counts as plain values."""
         return asdict(self)
 
 
 def account(
     listing: Listing, n_unreadable: int, dataset: Dataset, kept_dataset: Dataset
 ) -> Accounting:
-    """The counts of a run; `kept_dataset` is `dataset` without the images that some feature set
-    cannot hold.
+    """Return the counts of a run; `kept_dataset` is `dataset` without the images that some feature
+    set cannot hold.
     """
     n_failed = (
         len(dataset.train.ids)

@@ -47,7 +47,7 @@ class Estimate:
 
 
 def measured_rates(log_folder: Path) -> Rates:
-    """What the logs of a run's earlier calls say."""
+    """Return the rates that the logs of a run's earlier calls show."""
     n_images = image_s = 0.0
     assumed_s: defaultdict[str, float] = defaultdict(float)
     measured_s: defaultdict[str, float] = defaultdict(float)
@@ -74,7 +74,9 @@ def bank_s(
     n_folds: int,
     rates: Rates,
 ) -> float:
-    """Core-seconds that a bank will take: a fit of each spec per fold, and one on all rows."""
+    """Return the core-seconds that a bank will take: a fit of each spec per fold, and one on all
+    rows.
+    """
     shared_s, spec_s = _parts(specs[0], n_rows, n_features, n_outputs, n_folds + 1)
     return (_BANK_S + shared_s + len(specs) * spec_s) * rates.kinds.get(specs[0].kind, 1.0)
 
@@ -87,8 +89,8 @@ def specs_per_bank(
     n_folds: int,
     rates: Rates,
 ) -> int:
-    """How many specs make a bank of about TARGET_S: a power of two, so that a little more knowledge
-    changes nothing.
+    """Return how many specs make a bank of about TARGET_S: a power of two, so that small changes of
+    the rates change no bank.
     """
     n_specs = MAX_BANK_SPECS
     while (
@@ -103,7 +105,9 @@ def specs_per_bank(
 def _parts(
     spec: HeadSpec, n_rows: int, n_features: int, n_outputs: int, n_fits: int
 ) -> tuple[float, float]:
-    """Assumed core-seconds that a bank takes whatever its specs, and that each spec adds."""
+    """Return assumed core-seconds: those that a bank takes whatever its specs, and those that each
+    spec adds.
+    """
     n_values = n_rows * n_features
     if isinstance(spec, MLPSpec | ConvSpec):
         # A 3 × 3 convolution meets each feature nine times for each of its channels.
@@ -127,7 +131,7 @@ def _parts(
 
 
 def units_s(units: Sequence[ExtractJob], rates: Rates) -> float:
-    """Seconds of the devices that the units run on."""
+    """Return the seconds of the devices that the units run on."""
     total_s = 0.0
     for job in units:
         relative_side = max(

@@ -51,7 +51,7 @@ class Dataset:
 
 
 def read_samples(recipe: Recipe) -> Listing:
-    """The recipe's images, with the user's columns, and a count of what is left out.
+    """Read the recipe's images, with the user's columns, and a count of what is left out.
 
     Raises SourceError for images that cannot be listed, DataError when a column that the task names
     is absent.
@@ -77,7 +77,9 @@ def read_samples(recipe: Recipe) -> Listing:
 
 
 def list_samples(recipe: Recipe) -> pd.DataFrame:
-    """The samples of `read_samples`: columns `id`, `path` and the user's own, one row per image."""
+    """Return the samples of `read_samples`: columns `id`, `path` and the user's own, one row per
+    image.
+    """
     return read_samples(recipe).samples
 
 
@@ -111,7 +113,8 @@ def check_metric(section: TaskSection) -> str:
 def make_dataset(
     samples: pd.DataFrame, content_hashes: Sequence[str | None], section: TaskSection
 ) -> Dataset:
-    """Targets, test split and folds for the samples whose file could be read (content is not None).
+    """Return targets, test split and folds of the samples whose file could be read (whose content
+    hash is not None).
 
     The split depends on the rows' ids, targets, groups and the seed alone, not on their order in
     the table. Raises DataError for targets that cannot be learned (one class only, not a number,
@@ -199,8 +202,8 @@ def _unused_split(labelled_samples: pd.DataFrame, section: TaskSection) -> list[
 def _duplicates(
     labelled_samples: pd.DataFrame, target: npt.NDArray[Any], *, across_sides: bool
 ) -> list[str]:
-    """Notes on exact copies. across: the user's column, which is followed, has some of them on
-    several sides.
+    """Return notes on exact copies. across_sides: the user's column, which is followed, has some of
+    them on several sides.
     """
     is_repeated = labelled_samples["_content"].duplicated(keep=False).to_numpy()
     if not is_repeated.any():
@@ -231,9 +234,8 @@ def _assign_folds(
     *,
     across_sides: bool,
 ) -> npt.NDArray[np.int16]:
-    """(N,) folds.
-
-    Copies of one image are split as one row, and groups that share a copy as one group.
+    """Return the fold of each row, (N,) int16. Copies of one image are split as one row, and groups
+    that share a copy as one group.
 
     across_sides: the user's column has copies on several sides, and stays as it is; what it leaves
     to be drawn keeps them together.
@@ -259,7 +261,7 @@ def _assign_folds(
 
 
 def _copies_across_sides(labelled_samples: pd.DataFrame, section: TaskSection) -> list[str]:
-    """A note where the split or fold column has copies of an image on different sides and is
+    """Return a note where the split or fold column has copies of an image on different sides and is
     followed all the same.
 
     Raises DataError, naming the rows, unless task.copies says so.
@@ -301,7 +303,7 @@ def _joined_groups(
     joined_groups: npt.NDArray[np.int64],
     section: TaskSection,
 ) -> list[str]:
-    """A note on groups that copies of images join.
+    """Return a note on groups that copies of images join.
 
     Raises DataError where they make most of the images one group.
     """
@@ -350,9 +352,10 @@ def _draw_folds(
     *,
     kept_together: npt.NDArray[np.int64] | None = None,
 ) -> npt.NDArray[np.int16]:
-    """(N,) folds: the user's column where it says them, and what is drawn where it does not.
+    """Return the fold of each row, (N,) int16: the user's column where it says them, and what is
+    drawn where it does not.
 
-    groups: no side of the user's column may split one. together: what a draw keeps whole, by
+    groups: no side of the user's column may split one. kept_together: what a draw keeps whole, by
     default the groups.
     """
     if kept_together is None:
@@ -426,8 +429,8 @@ def _draw_folds(
 def _joined_by_copies(
     groups: npt.NDArray[np.int64], content_hashes: pd.Series
 ) -> npt.NDArray[np.int64]:
-    """(N,) groups, those that hold a copy of the same image made one: the components of the graph
-    of rows.
+    """Return (N,) groups, those that hold a copy of the same image made one: the components of the
+    graph of rows.
     """
     copy_codes = pd.factorize(content_hashes)[0]
     n_groups = int(groups.max()) + 1
@@ -512,8 +515,8 @@ def drop_rows(dataset: Dataset, failed_contents: Set[str]) -> Dataset:
 
 
 def _first_copies(content_hashes: pd.Series) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
-    """Rows of the first copy of each content, and for every row the position of its first copy
-    among those.
+    """Return the rows of the first copy of each content, and for every row the position of its
+    first copy among those.
     """
     copy_of, _ = pd.factorize(content_hashes)
     return np.flatnonzero(~content_hashes.duplicated().to_numpy()), copy_of
@@ -538,7 +541,7 @@ def _read_split(labelled_samples: pd.DataFrame, column_name: str) -> npt.NDArray
 
 
 def _check_folds(fold_of_row: npt.NDArray[np.int16], target: npt.NDArray[np.int64] | None) -> None:
-    """Every fold must leave something to learn from."""
+    """Raise DataError for a fold that leaves nothing to learn from."""
     for fold_number in range(int(fold_of_row.max()) + 1):
         is_trained = (fold_of_row != fold_number) & (fold_of_row != TEST)
         if not is_trained.any():

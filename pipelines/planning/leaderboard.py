@@ -18,8 +18,8 @@ from headrace.pipelines.recipe.settings_text import settings_text
 
 
 def trained_in(banks_folder: Path, group: str, *, retry_failed: bool = False) -> Trained:
-    """The specs in each published results file of a group; with `retry_failed`, only those without
-    a failed head.
+    """Return the specs in each published results file of a group; with `retry_failed`, only those
+    without a failed head.
     """
     specs_of_file = {}
     for results_path in sorted(banks_folder.glob(f"{group}-*.h5")):
@@ -37,8 +37,8 @@ def collect_heads(
     fingerprints: Mapping[str, Sequence[str]],
     task_digest: str,
 ) -> pd.DataFrame:
-    """One row per head (spec × fold) that the recipe asks for and that has been trained, the REFIT
-    ones included.
+    """Return one row per head (spec × fold) that the recipe asks for and that has been trained,
+    refits on all rows included.
 
     Columns: inputs (tuple of names), kind, spec (JSON), fold, the metrics, objective, gap,
     iterations, seconds, error, and path (its results file).
@@ -76,7 +76,7 @@ def collect_heads(
 
 
 def _group_table(banks_folder: Path, group: str) -> pd.DataFrame:
-    """The heads of all results files of a group."""
+    """Return the heads of all results files of a group."""
     bank_tables = [
         read_bank(results_path).table.assign(path=str(results_path))
         for results_path in sorted(banks_folder.glob(f"{group}-*.h5"))
@@ -142,8 +142,8 @@ def rank_heads(
 
 
 def grouped_board(board: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """The best head of each (inputs, kind), best first, with the number of settings that it was
-    chosen from.
+    """Return the best head of each (inputs, kind), best first, with the number of settings that it
+    was chosen from.
     """
     by_kind = board.groupby(["inputs", "kind"], sort=False)
     best_rows = by_kind.head(1).copy()
@@ -158,7 +158,7 @@ def grouped_board(board: pd.DataFrame, metric: str) -> pd.DataFrame:
 
 
 def inputs_text(inputs: Iterable[str], all_inputs: Sequence[str]) -> str:
-    """ "blocks.4.avg", "blocks.4.avg + blocks.6.max", or "all 6 taps"."""
+    """Return "blocks.4.avg", "blocks.4.avg + blocks.6.max", or "all 6 taps"."""
     inputs = tuple(inputs)
     if len(inputs) > 2 and set(inputs) == set(all_inputs):
         return f"all {len(inputs)} taps"

@@ -47,12 +47,12 @@ class FeaturePlan:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of one image's row."""
+        """The shape of one image's row."""
         return self.specs[0].shape
 
     @property
     def bytes_new(self) -> int:
-        """On disk, ids and headers counted."""
+        """Bytes on disk of the rows that are missing, ids and headers counted."""
         return stored_bytes(self.specs[0], self.rows_missing)
 
 
@@ -240,7 +240,7 @@ def check_space(plan: Plan, cache_root: Path, budget_gb: float | None) -> None:
 
 
 def fingerprints_of(features: Sequence[FeaturePlan]) -> dict[str, list[str]]:
-    """The fingerprints of each input's feature sets, view by view."""
+    """Return the fingerprints of each input's feature sets, view by view."""
     return {feature.name: [spec.fingerprint for spec in feature.specs] for feature in features}
 
 

@@ -52,8 +52,8 @@ class Recipe(Section):
     @pydantic.model_validator(mode="before")
     @classmethod
     def _heads_of_the_task(cls, values: Any) -> Any:
-        """Numbers are predicted by ridge heads where no heads are named, for logistic
-        ones cannot.
+        """Take ridge heads for numbers where no heads are named, for logistic ones cannot predict
+        them.
         """
         task = values.get("task") if isinstance(values, dict) else None
         if isinstance(task, dict) and task.get("kind") == "regression" and "heads" not in values:
@@ -101,9 +101,8 @@ def load_recipe(path: str | Path) -> Recipe:
 
 
 def elsewhere(recipe: Recipe, where: str) -> Recipe:
-    """The recipe with its tasks run on another cluster.
-
-    Raises RecipeError for a word that names none.
+    """Return the recipe with its tasks run on another cluster. Raises RecipeError for a word that
+    names none.
     """
     try:
         section = ClusterSection.model_validate(recipe.cluster.model_dump() | {"where": where})
@@ -115,8 +114,10 @@ def elsewhere(recipe: Recipe, where: str) -> Recipe:
 
 
 def parse_recipe(text: str, recipe_path: Path) -> Recipe:
-    """As `load_recipe`, from text; `recipe_path` names it in messages and is where relative
+    """Read and check a recipe's text; `recipe_path` names it in messages and is where relative
     paths start.
+
+    Raises RecipeError, as `load_recipe` does.
     """
     root_node, values = read_yaml(text, recipe_path, Recipe.model_fields)
     try:
@@ -178,8 +179,8 @@ def _absolute_log(log: LogSection | None, recipe_folder: Path) -> LogSection | N
 
 
 def _weights_file(weights: str | None, recipe_folder: Path) -> str | None:
-    """A name that ends as weights files do is a path from the recipe's folder; anything else is a
-    tag.
+    """Return a name that ends as weights files do as a path from the recipe's folder, and anything
+    else, a tag, as it is.
     """
     if weights and weights.endswith((".pth", ".pt", ".bin", ".safetensors")):
         return str(recipe_folder / expand_home(weights))

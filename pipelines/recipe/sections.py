@@ -81,7 +81,7 @@ class Images(Section):
         return values
 
     def source(self) -> "ImageSource":
-        """The section as `headrace.extract` takes it."""
+        """Return the section as `headrace.extract` takes it."""
         from headrace.extract.sources.read import (
             ImageSource,
         )  # imports pandas, which checking a recipe does without

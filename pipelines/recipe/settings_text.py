@@ -6,8 +6,8 @@ from headrace.heads.spec import FineTuneSpec, HeadSpec, spec_from_json, spec_to_
 
 
 def settings_text(spec: HeadSpec) -> str:
-    """What a person would say of a spec: only what differs from its kind's defaults, and what has
-    none.
+    """Return a spec as a person would say it: settings that differ from the kind's defaults, or
+    have none.
     """
     if isinstance(spec, FineTuneSpec):
         return _network_text(spec)
@@ -28,7 +28,7 @@ def settings_text(spec: HeadSpec) -> str:
 
 
 def _network_text(spec: FineTuneSpec) -> str:
-    """What trains, from which start, under which head."""
+    """Return what of a network trains, from which start, under which head."""
     head = spec_from_json(spec.head)
     under = f"{head.kind} {settings_text(head)}".strip()
     where = spec.train_above if spec.train_above in ("all", "head") else f"above {spec.train_above}"

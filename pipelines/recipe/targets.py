@@ -27,7 +27,7 @@ class DataError(HeadraceError, ValueError):
 def check_targets(
     samples: pd.DataFrame, section: TaskSection
 ) -> tuple[pd.DataFrame, tuple[str, ...], npt.NDArray[Any]]:
-    """The samples that have a target, the classes (or columns), and the targets as in
+    """Return the samples that have a target, the classes (or columns), and the targets as in
     `Task.target`.
 
     Raises DataError for targets that cannot be learned.
@@ -48,7 +48,7 @@ def check_targets(
 
 
 def empty_as_missing(column: pd.Series) -> pd.Series:
-    """An empty text is a missing value, wherever the column comes from."""
+    """Return a column with empty texts as missing values, wherever it comes from."""
     if column.dtype.kind in "biuf":
         return column
     return column.mask(
@@ -61,7 +61,9 @@ def _is_list(value: object) -> bool:
 
 
 def _holds_labels(target_values: pd.DataFrame, section: TaskSection) -> bool:
-    """Whether one column holds several labels in each cell: a list, or text with a separator."""
+    """Tell whether one column holds several labels in each cell: a list, or text with a
+    separator.
+    """
     column = target_values.iloc[:, 0]
     return target_values.shape[1] == 1 and (
         section.separator is not None or bool(column.map(_is_list).any())
@@ -69,7 +71,7 @@ def _holds_labels(target_values: pd.DataFrame, section: TaskSection) -> bool:
 
 
 def target_columns(section: TaskSection) -> list[str]:
-    """The columns that the task predicts."""
+    """Return the columns that the task predicts."""
     return [section.target] if isinstance(section.target, str) else list(section.target)
 
 
@@ -103,7 +105,7 @@ def _encode(
 def _encode_classes(
     target_values: pd.DataFrame, section: TaskSection
 ) -> tuple[tuple[str, ...], npt.NDArray[np.int64]]:
-    """One class for each row.
+    """Return the classes and the class index of each row, (N,).
 
     Labels are text as written: `01` is not `1`, and `None` is a class like others.
     """
@@ -135,8 +137,8 @@ def _encode_classes(
 
 
 def _class_order(labels: Iterable[str]) -> Any:
-    """A sort key: numbers sort as numbers where all labels are such, so that class "10" comes after
-    class "9".
+    """Return a sort key: labels sort as numbers where all are numbers, so that class "10" comes
+    after class "9".
     """
     try:
         label_values = {label: float(label) for label in labels}
@@ -150,7 +152,7 @@ def _class_order(labels: Iterable[str]) -> Any:
 def _encode_label_sets(
     column: pd.Series, separator: str | None
 ) -> tuple[tuple[str, ...], npt.NDArray[np.uint8]]:
-    """(classes, (N, classes) 0/1) of a column with several labels in each cell."""
+    """Return the classes and (N, classes) 0/1 of a column with several labels in each cell."""
 
     def labels_of(value: object) -> list[str]:
         if _is_list(value):
@@ -176,9 +178,8 @@ def _encode_label_sets(
 
 
 def _numbers(column: pd.Series, ids: pd.Series, section: TaskSection) -> pd.Series:
-    """A column as float64; missing stays missing.
-
-    Raises DataError naming the first value that is no number.
+    """Return a column as float64; missing stays missing. Raises DataError naming the first value
+    that is no number.
     """
     if column.dtype.kind in "biuf":
         return column.astype(np.float64)
@@ -208,8 +209,8 @@ def _numbers(column: pd.Series, ids: pd.Series, section: TaskSection) -> pd.Seri
 
 
 def alike_names(names: Iterable[str], names_of: str) -> list[str]:
-    """A note on names that a person would take for one: they differ in case, blanks, hyphens or
-    accents alone.
+    """Return a note on names that a person would take for one: they differ in case, blanks, hyphens
+    or accents alone.
     """
     names_by_folded: dict[str, list[str]] = defaultdict(list)
     for name in names:
@@ -243,6 +244,6 @@ def _folded(name: str) -> str:
 
 
 def name_some(names: Sequence[str]) -> str:
-    """The first names of many, and how many more there are."""
+    """Return the first names of many, and how many more there are."""
     more_text = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
     return ", ".join(names[:_NAMED]) + more_text

@@ -64,7 +64,8 @@ class _Loader(yaml.SafeLoader):
 def read_yaml(
     text: str, path: Path, valid_keys: typing.Iterable[str]
 ) -> tuple[yaml.MappingNode, Any]:
-    """The nodes, which know their lines, and the values. valid: the keys of a recipe.
+    """Return the root node, which knows its lines, and the values. valid_keys: the keys of a
+    recipe.
 
     Raises RecipeError.
     """
@@ -119,11 +120,12 @@ def read_yaml(
 def _refuse_odd_nodes(
     node: yaml.Node, path: Path, *, node_ids_above: set[int], known_sizes: dict[int, int]
 ) -> int:
-    """Refuses repeated keys, keys that are no words, merge keys, overlong numbers, and anchors
+    """Refuse repeated keys, keys that are no words, merge keys, overlong numbers, and anchors
     inside themselves.
 
-    node_ids_above: ids of the nodes that this one stands in; sizes: of those that are known to be
-    good, as an anchor's may be. Returns how many keys and values the node stands for, written out.
+    node_ids_above: of the nodes that this one stands in. known_sizes: by id, of nodes that are
+    known to be good, as an anchor's may be. Returns how many keys and values the node stands for,
+    written out. Raises RecipeError.
     """
     line_number = node.start_mark.line + 1
     if isinstance(node, yaml.ScalarNode):
@@ -189,8 +191,8 @@ def _short(text: str) -> str:
 
 
 def own_problems(problems: typing.Sequence[typing.Any]) -> list[typing.Any]:
-    """Without the complaints that a list is too short where one of its items was refused: the
-    user's list is not.
+    """Return the problems without complaints that a list is too short where one of its items was
+    refused: the user's list is not.
     """
     inner_locations = {
         problem["loc"][:depth] for problem in problems for depth in range(len(problem["loc"]))
@@ -208,8 +210,8 @@ def explain_all(
     path: Path,
     model: type[pydantic.BaseModel],
 ) -> str:
-    """A line for each of the first pydantic errors, and one that counts the others: a million keys
-    get no million hints.
+    """Return a line for each of the first pydantic errors, and one that counts the others: a
+    million keys get no million hints.
     """
     user_problems = own_problems(problems)
     lines = [explain(problem, root, path, model) for problem in user_problems[:_MAX_PROBLEMS]]
@@ -221,7 +223,9 @@ def explain_all(
 def explain(
     problem: typing.Any, root: yaml.MappingNode, path: Path, model: type[pydantic.BaseModel]
 ) -> str:
-    """One line for one pydantic error: file, line, key, what is wrong, the nearest valid key."""
+    """Return one line for one pydantic error: file, line, key, what is wrong, the nearest valid
+    key.
+    """
     location = [key_part for key_part in problem["loc"] if not _is_union_tag(key_part)]
     line_number, is_in_file = _line_of(root, location)
     place_text = f"{path}, line {line_number}"
@@ -278,8 +282,8 @@ def _is_union_tag(part: object) -> bool:
 
 
 def _line_of(node: yaml.Node, location: typing.Sequence[str | int]) -> tuple[int, bool]:
-    """The line (from 1) of the deepest part of the location that stands in the file, and whether
-    all of it does.
+    """Return the line (from 1) of the deepest part of the location that stands in the file, and
+    whether all of it does.
     """
     line_number = node.start_mark.line + 1
     for key_part in location:

@@ -15,9 +15,8 @@ NonEmptyFloats = Annotated[tuple[Positive, ...], pydantic.Field(min_length=1)]
 
 
 def check_views(value: object) -> object:
-    """A backbone's views as they are.
-
-    Raises ValueError for what is no number of views and no word for them.
+    """Return a backbone's views as they are. Raises ValueError for what is no number of views and
+    no word for them.
     """
     is_count = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 64
     if is_count or value in ("flips", "dihedral"):

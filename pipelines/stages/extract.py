@@ -112,15 +112,12 @@ def extract_missing(
     console: Console,
     options: TaskOptions | None = None,
 ) -> None:
-    """Run units of work; what each publishes stays.
-
-    Raises RunIncomplete when a unit failed or an image went away.
+    """Run units of work; what each publishes stays. Raises RunIncomplete when a unit failed or an
+    image went away.
 
     An image that takes its worker down, or never ends, is found by dividing its unit, and recorded
-    as a failed image.
-
-    client: None for a device of this process's own (a GPU), which is then fed without a pause
-    between units.
+    as a failed image. client: None for a device of this process's own (a GPU), which is then fed
+    without a pause between units.
     """
     options = announced(options or TaskOptions(), console)
     unit_failures: list[str] = []
@@ -185,7 +182,7 @@ def extract_missing(
 
 
 def _record(fatal_units: Sequence[tuple[ExtractJob, str]], n_extracted: int) -> list[str]:
-    """List images that end their workers as failed, each with its reason; returns why that was not
+    """Record images that end their workers as failed, each with its reason; return why that was not
     done, if so.
 
     Where most images do, it is the network or the machine, and a record in the cache would outlast
@@ -209,9 +206,7 @@ def _record(fatal_units: Sequence[tuple[ExtractJob, str]], n_extracted: int) -> 
 
 
 def extract_unit(job: ExtractJob) -> UnitReport:
-    """What a worker runs: the unit, unless another driver has published it since the
-    plan was made.
-    """
+    """Run a unit on a worker, unless another driver has published it since the plan was made."""
     from headrace.extract.run.work_unit import run_unit  # imports torch
 
     if is_published(job):
@@ -220,7 +215,9 @@ def extract_unit(job: ExtractJob) -> UnitReport:
 
 
 def is_published(job: ExtractJob) -> bool:
-    """Whether every feature set of the unit has all its images, as rows or as recorded failures."""
+    """Tell whether every feature set of the unit has all its images, as rows or as recorded
+    failures.
+    """
     feature_directories = [
         feature_set_path(Path(job.cache_root), spec) for _, specs in job.networks for spec in specs
     ]
@@ -235,13 +232,15 @@ def is_published(job: ExtractJob) -> bool:
 
 
 def unit_key(job: ExtractJob) -> str:
-    """Names the unit's work: its images, and the feature sets that they are extracted to."""
+    """Return the name of the unit's work: its images, and the feature sets that they are extracted
+    to.
+    """
     fingerprints = [spec.fingerprint for _, specs in job.networks for spec in specs]
     return f"extract-{job.unit}-{hashlib.sha256(''.join(fingerprints).encode()).hexdigest()[:8]}"
 
 
 def halves(job: ExtractJob) -> list[tuple[str, ExtractJob]]:
-    """A unit's two halves, with their names; nothing for a unit of one image."""
+    """Return a unit's two halves, with their names; nothing for a unit of one image."""
     n_first = len(job.samples) // 2
     sample_halves = [
         half_samples for half_samples in (job.samples[:n_first], job.samples[n_first:]) if n_first
@@ -265,8 +264,8 @@ def _on_workers(
 def _here(
     units: Sequence[ExtractJob], leases: TaskLeases
 ) -> Generator[Outcome[ExtractJob, UnitReport], None, None]:
-    """The units that no other driver has, in one stream; then, one by one, those that it gives
-    back.
+    """Yield the outcomes of the units that no other driver has, in one stream; then, one by one, of
+    those that it gives back.
     """
     from headrace.extract.run.work_unit import run_units
 

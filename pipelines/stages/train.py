@@ -146,12 +146,12 @@ def bank_jobs(state: RunState, device: str = "cpu") -> list[BankJob]:
 
 
 def bank_key(job: BankJob) -> str:
-    """Names the bank's work: its results file."""
+    """Return the name of the bank's work: that of its results file."""
     return f"bank-{Path(job.result).stem}"
 
 
 def halves(job: BankJob) -> Sequence[tuple[str, BankJob]]:
-    """A bank's two halves, with their names; nothing for a bank of one spec."""
+    """Return a bank's two halves, with their names; nothing for a bank of one spec."""
     n_first = len(job.specs) // 2
     spec_halves = [
         half_specs for half_specs in (job.specs[:n_first], job.specs[n_first:]) if n_first
@@ -164,8 +164,8 @@ def halves(job: BankJob) -> Sequence[tuple[str, BankJob]]:
 
 
 def _part_of(results_path: str, specs: Sequence[object]) -> str:
-    """The results file of a part: of the same group, so that it is found, under a name that says
-    what it is part of.
+    """Return the results file of a part of a bank: of the same group, so that it is found, under a
+    name that depends on the whole and on the part.
     """
     whole_path = Path(results_path)
     group, _, specs_key = whole_path.stem.rpartition("-")
