@@ -103,7 +103,7 @@ def scores(seed: int, recipe: Recipe, result: RunResult) -> list[dict[str, objec
     ):
         if chosen.any():
             best = whole[chosen].iloc[0]
-            model = model_ref(best, found.paths, found.directories, found.backbones)
+            model = model_ref(best, found.paths, found.feature_inputs)
             own = temperature_of(best, found.dataset.train)
             tested = evaluate_winner(
                 found.paths.test_evaluations,
@@ -123,7 +123,7 @@ def scores(seed: int, recipe: Recipe, result: RunResult) -> list[dict[str, objec
                 add(approach, tried[found.metric].max(), None)
     if result.ensemble is not None:
         models = [
-            model_ref(member.row, found.paths, found.directories, found.backbones)
+            model_ref(member.row, found.paths, found.feature_inputs)
             for member in result.ensemble.members
         ]
         tested = evaluate_ensemble(

@@ -27,6 +27,7 @@ from headrace.pipelines.cluster.clients import local_client
 from headrace.pipelines.cluster.fork_server import imports_of
 from headrace.pipelines.cluster.submit import TaskOptions
 from headrace.pipelines.console import make_console
+from headrace.pipelines.feature_input import FeatureInput
 from headrace.pipelines.paths import content_index
 from headrace.pipelines.planning.cost_model import measured_rates
 from headrace.pipelines.planning.dataset import check_metric, drop_rows, make_dataset
@@ -186,9 +187,10 @@ def _state_of(
         notes=dataset.notes,
         accounting=None,
         metric=check_metric(recipe.task),
-        directories={name: (feature.path,) for name, feature in features.items()},
-        backbones={
-            name: remembered_backbone(_cache_of(feature), feature.spec)
+        feature_inputs={
+            name: FeatureInput(
+                name, (feature.path,), remembered_backbone(_cache_of(feature), feature.spec)
+            )
             for name, feature in features.items()
         },
         plan=plan_run(

@@ -24,7 +24,7 @@ class RunResult:
     paths: RunPaths
     metric: str
     # of the feature sets, view by view, by the names that the leaderboard gives them
-    directories: Mapping[str, tuple[Path, ...]]
+    feature_paths: Mapping[str, tuple[Path, ...]]
     heads: pd.DataFrame  # one row per head (spec x fold); see leaderboard.collect_heads
     board: pd.DataFrame  # one row per (inputs, spec), best first; see leaderboard.rank_heads
     winner: pd.Series  # the first row of the board
@@ -45,11 +45,11 @@ class RunResult:
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the feature sets, in the recipe's order."""
-        return tuple(self.directories)
+        return tuple(self.feature_paths)
 
     def features(self, input_name: str, view_index: int = 0) -> FeatureSet:
         """Open a feature set: NumPy slices, `to_dask_array()`, `to_torch_dataset()`."""
-        return open_feature_set(self.directories[input_name][view_index])
+        return open_feature_set(self.feature_paths[input_name][view_index])
 
 
 def run_result(state: RunState, stages: Sequence[StageRecord] = ()) -> RunResult:
@@ -59,7 +59,7 @@ def run_result(state: RunState, stages: Sequence[StageRecord] = ()) -> RunResult
     return RunResult(
         paths=state.paths,
         metric=state.metric,
-        directories=state.directories,
+        feature_paths=state.feature_paths,
         heads=selected.heads,
         board=selected.board,
         winner=selected.winner,

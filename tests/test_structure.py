@@ -82,7 +82,7 @@ LEVELS = {
         {"run"},
     ),
     "pipelines": (
-        {"console", "number_format", "paths", "records"},
+        {"console", "feature_input", "number_format", "paths", "records"},
         {"environment", "recipe"},
         {"cluster", "run_directory"},
         {"doctor", "models"},

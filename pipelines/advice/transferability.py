@@ -62,12 +62,12 @@ class TransferabilityScores:
 
 
 def transferability_scores(
-    task: Task, directories: Mapping[str, Sequence[Path]], folder: Path
+    task: Task, feature_paths: Mapping[str, Sequence[Path]], folder: Path
 ) -> list[TransferabilityScores]:
     """One per feature set, in the order given; each is computed once and kept in `folder`."""
     rows = _drawn(task)
     found = []
-    for name, views in directories.items():
+    for name, views in feature_paths.items():
         key = hashlib.sha256(
             repr([_VERSION, task.digest, ROWS, views[0].name, name]).encode()
         ).hexdigest()[:16]

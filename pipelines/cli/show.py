@@ -323,7 +323,7 @@ def show_files(console: Console, result: RunResult) -> None:
         ("every setting against the winner", result.paths.comparisons),
         ("winner (safetensors + JSON)", result.paths.winner),
         ("results of the banks (HDF5)", result.paths.banks),
-        ("features (HDF5 shards)", next(iter(result.directories.values()))[0].parent),
+        ("features (HDF5 shards)", next(iter(result.feature_paths.values()))[0].parent),
     )
     console.print("Files", style="italic")
     for what, path in rows:

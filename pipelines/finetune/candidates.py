@@ -15,6 +15,7 @@ import pandas as pd
 from headrace.extract.spec import BackboneSpec
 from headrace.heads.evaluate.metrics import METRICS
 from headrace.heads.spec import FineTuneSpec, HeadSpec, MLPSpec, spec_from_json, spec_to_json
+from headrace.pipelines.feature_input import FeatureInput
 from headrace.pipelines.finetune.errors import FinetuneRefused
 from headrace.pipelines.recipe.load import RecipeError
 from headrace.pipelines.recipe.sections import FinetuneSection
@@ -75,8 +76,7 @@ def require_differentiable(spec: HeadSpec) -> None:
 def list_candidates(
     board: pd.DataFrame,
     section: FinetuneSection,
-    directories: Mapping[str, Sequence[Path]],
-    backbones: Mapping[str, BackboneSpec | None],
+    feature_inputs: Mapping[str, FeatureInput],
 ) -> tuple[list[Candidate], list[str]]:
     """Every network that the recipe asks for, and why heads that would have been fine-tuned are
     not.
@@ -91,23 +91,23 @@ def list_candidates(
     for _, row in complete_rows.drop_duplicates(["inputs", "kind"]).iterrows():
         if n_finetuned == section.top_k:
             break
-        reason = _unfit(row, backbones)
+        reason = _unfit(row, feature_inputs)
         if reason:
             notes.append(
                 f"{row['kind']} on {' + '.join(row['inputs'])} is not fine-tuned: {reason}"
             )
             continue
         n_finetuned += 1
-        candidates += _promoted(row, section, directories, backbones)
+        candidates += _promoted(row, section, feature_inputs)
     for reuse_section in section.reuse:
         for input_name in reuse_section.inputs:
-            if input_name not in directories:
+            if input_name not in feature_inputs:
                 raise RecipeError(
                     f"finetune.reuse: inputs names {input_name!r}, which no backbone gives. "
                     "There are: "
-                    f"{', '.join(directories)}"
+                    f"{', '.join(feature_inputs)}"
                 )
-        if len(complete_rows) and (reason := _one_backbone(reuse_section.inputs, backbones)):
+        if len(complete_rows) and (reason := _one_backbone(reuse_section.inputs, feature_inputs)):
             notes.append(f"partial reuse above {reuse_section.train_above} is left out: {reason}")
         elif len(complete_rows):
             head_spec = MLPSpec(
@@ -123,8 +123,7 @@ def list_candidates(
                             reuse_section.inputs,
                             spec,
                             complete_rows.iloc[0],
-                            directories,
-                            backbones,
+                            feature_inputs,
                         )
                     )
     return list({candidate.key: candidate for candidate in candidates}.values()), notes
@@ -133,8 +132,7 @@ def list_candidates(
 def _promoted(
     row: pd.Series,
     section: FinetuneSection,
-    directories: Mapping[str, Sequence[Path]],
-    backbones: Mapping[str, BackboneSpec | None],
+    feature_inputs: Mapping[str, FeatureInput],
 ) -> Iterator[Candidate]:
     for train_above in section.train_above:
         if train_above == "scratch":
@@ -147,7 +145,7 @@ def _promoted(
         else:
             finetune_specs, label = _specs(section, row["spec"], train_above, "head"), "fine-tuned"
         for spec in finetune_specs:
-            yield _candidate(label, row["inputs"], spec, row, directories, backbones)
+            yield _candidate(label, row["inputs"], spec, row, feature_inputs)
 
 
 def _specs(
@@ -185,31 +183,29 @@ def _candidate(
     inputs: Sequence[str],
     spec: FineTuneSpec,
     row: pd.Series,
-    directories: Mapping[str, Sequence[Path]],
-    backbones: Mapping[str, BackboneSpec | None],
+    feature_inputs: Mapping[str, FeatureInput],
 ) -> Candidate:
-    backbone = backbones[inputs[0]]
+    backbone = feature_inputs[inputs[0]].backbone
     assert backbone is not None
-    feature_paths = tuple(path for name in inputs for path in directories[name])
+    feature_paths = tuple(path for name in inputs for path in feature_inputs[name].views)
     backbone_prefix = inputs[0].split(":")[0] + ":" if ":" in inputs[0] else ""
+    map_name = f"{backbone_prefix}{spec.train_above}.map"
     split_maps = (
-        tuple(directories.get(f"{backbone_prefix}{spec.train_above}.map", ()))
-        if spec.start != "random" or spec.train_above != "all"
+        feature_inputs[map_name].views
+        if map_name in feature_inputs and (spec.start != "random" or spec.train_above != "all")
         else ()
     )
     return Candidate(label, tuple(inputs), spec, backbone, feature_paths, split_maps, row)
 
 
-def _unfit(row: pd.Series, backbones: Mapping[str, BackboneSpec | None]) -> str | None:
+def _unfit(row: pd.Series, feature_inputs: Mapping[str, FeatureInput]) -> str | None:
     if row["kind"] not in DIFFERENTIABLE:
         return f"no gradient passes through a {row['kind']} head"
-    return _one_backbone(row["inputs"], backbones)
+    return _one_backbone(row["inputs"], feature_inputs)
 
 
-def _one_backbone(
-    inputs: Sequence[str], backbones: Mapping[str, BackboneSpec | None]
-) -> str | None:
-    networks = {backbones[name] for name in inputs}
+def _one_backbone(inputs: Sequence[str], feature_inputs: Mapping[str, FeatureInput]) -> str | None:
+    networks = {feature_inputs[name].backbone for name in inputs}
     if None in networks:
         return "which network made its features is not recorded"
     return None if len(networks) == 1 else "its features are of several networks"

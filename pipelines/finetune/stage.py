@@ -20,7 +20,6 @@ from rich.console import Console
 
 from headrace.cache.atomic_io import lease
 from headrace.cache.format.sealed import is_sealed_file
-from headrace.extract.spec import BackboneSpec
 from headrace.heads.data.task import REFIT, Task
 from headrace.heads.evaluate.metrics import METRICS, score
 from headrace.heads.results import read_bank, remove_damaged
@@ -28,6 +27,7 @@ from headrace.heads.spec import spec_to_json
 from headrace.pipelines.cluster.progress import stage
 from headrace.pipelines.cluster.submit import Outcome, RunIncomplete, TaskOptions, run_tasks
 from headrace.pipelines.cluster.task_leases import task_leases
+from headrace.pipelines.feature_input import FeatureInput
 from headrace.pipelines.finetune.candidates import (
     Candidate,
     list_candidates,
@@ -53,8 +53,7 @@ class FinetuneInputs:
     paths: RunPaths
     task: Task  # without test rows
     metric: str
-    directories: Mapping[str, Sequence[Path]]
-    backbones: Mapping[str, BackboneSpec | None]
+    feature_inputs: Mapping[str, FeatureInput]  # by name
     # content and path of every image, test images too: for those the selected model is asked at the
     # end
     images: pd.DataFrame
@@ -87,7 +86,7 @@ def pending(
     failed too.
     """
     decided = _read(inputs.paths.finetune_decisions)
-    candidates, _ = list_candidates(board, section, inputs.directories, inputs.backbones)
+    candidates, _ = list_candidates(board, section, inputs.feature_inputs)
     return [
         one
         for one in candidates
@@ -112,7 +111,7 @@ def finetune_candidates(
     A candidate that failed stays a failed row, as a head does, until a call with `retry_failed`.
     """
     decided = _read(inputs.paths.finetune_decisions)
-    candidates, notes = list_candidates(board, section, inputs.directories, inputs.backbones)
+    candidates, notes = list_candidates(board, section, inputs.feature_inputs)
     waiting = [
         one
         for one in candidates

@@ -1,7 +1,7 @@
 """A trained model of a run, by the files that it is in: what the leaderboard's rows stand for."""
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from headrace.heads.persist import TrainedHead, require_trusted
 from headrace.heads.predict import predict_head, tempered
 from headrace.heads.results import read_bank
 from headrace.heads.spec import SklearnSpec, spec_from_json
+from headrace.pipelines.feature_input import FeatureInput
 from headrace.pipelines.models.head import HeadModel
 from headrace.pipelines.models.network import NetworkModel
 from headrace.pipelines.paths import RunPaths
@@ -137,12 +138,11 @@ class ModelRef:
 def model_ref(
     row: "pd.Series[Any]",
     run: RunPaths,
-    directories: Mapping[str, Sequence[Path]],
-    backbones: Mapping[str, BackboneSpec | None],
+    feature_inputs: Mapping[str, FeatureInput],
 ) -> ModelRef:
     """Return the model that a row of the run's leaderboard stands for.
 
-    directories, backbones: of the run's feature sets, by name.
+    feature_inputs: of the run, by name.
     """
     inputs = tuple(row["inputs"])
     return ModelRef(
@@ -151,8 +151,10 @@ def model_ref(
         results_path=Path(row["path"]),
         inputs=inputs,
         run=run,
-        feature_paths=tuple(path for name in inputs for path in directories[name]),
-        backbones=tuple(backbones[name] for name in inputs for _ in directories[name]),
+        feature_paths=tuple(path for name in inputs for path in feature_inputs[name].views),
+        backbones=tuple(
+            feature_inputs[name].backbone for name in inputs for _ in feature_inputs[name].views
+        ),
     )
 
 

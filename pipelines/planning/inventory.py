@@ -29,8 +29,8 @@ from headrace.pipelines.recipe.targets import DataError
 
 
 @dataclass(frozen=True)
-class FeatureInput:
-    """One input that heads can be given: a tap in all its views, or external features."""
+class InputViews:
+    """The views of one input that heads can be given, planned or cached."""
 
     views: tuple[FeatureSpec, ...]
     backbone: BackboneSpec | None  # None for external features
@@ -48,7 +48,7 @@ class Inventory:
     dataset: Dataset  # of every readable image, also of those that cannot be decoded
     metric: str
     networks: tuple[tuple[BackboneSpec, tuple[FeatureSpec, ...]], ...]  # in the recipe's order
-    inputs: Mapping[str, FeatureInput]  # by the name that the leaderboard gives it
+    inputs: Mapping[str, InputViews]  # by the name that the leaderboard gives it
     requested: tuple[Wanted, ...]  # heads
     changes: tuple[str, ...]  # notes on images that came, went or changed since the last call
 
@@ -174,19 +174,19 @@ def _changes(listing_path: Path, samples: pd.DataFrame) -> list[str]:
 
 def _head_inputs(
     recipe: Recipe, networks: Sequence[tuple[BackboneSpec, tuple[FeatureSpec, ...]]]
-) -> dict[str, FeatureInput]:
+) -> dict[str, InputViews]:
     """Return every input of heads by the name that the leaderboard gives it."""
-    inputs: dict[str, FeatureInput] = {}
+    inputs: dict[str, InputViews] = {}
     for input_name, network, spec in _named_taps(recipe, networks):
         views = inputs[input_name].views if input_name in inputs else ()
-        inputs[input_name] = FeatureInput((*views, spec), network)
+        inputs[input_name] = InputViews((*views, spec), network)
     for external_name in recipe.external_features:
         if external_name in inputs:
             raise RecipeError(
                 f"external_features: {external_name!r} is also the name of a tap, or stands twice: "
                 "import it under another name"
             )
-        inputs[external_name] = FeatureInput((_external_spec(recipe, external_name),), None)
+        inputs[external_name] = InputViews((_external_spec(recipe, external_name),), None)
     return inputs
 
 
@@ -229,7 +229,7 @@ def _check_external(inventory: Inventory) -> None:
             )
 
 
-def _check_views(requested: Sequence[Wanted], inputs: Mapping[str, FeatureInput]) -> None:
+def _check_views(requested: Sequence[Wanted], inputs: Mapping[str, InputViews]) -> None:
     """Raise RecipeError for a head on taps of different views: their rows cannot stand side by
     side.
     """

@@ -12,8 +12,8 @@ from headrace.cache.publish import feature_set_path
 from headrace.extract.images.changes import write_listing
 from headrace.extract.images.content_hashes import Unreadable
 from headrace.extract.run.plan import Network, plan_networks
-from headrace.extract.spec import BackboneSpec
 from headrace.heads.data.task import save_task
+from headrace.pipelines.feature_input import FeatureInput
 from headrace.pipelines.finetune.stage import Finetuned
 from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.planning.accounting import Accounting, account
@@ -65,9 +65,8 @@ class RunState:
     # where every entry of the source went; None for samples that a program gave
     accounting: Accounting | None
     metric: str
-    # of the feature sets, view by view, by the names that the leaderboard gives them
-    directories: Mapping[str, tuple[Path, ...]]
-    backbones: Mapping[str, BackboneSpec | None]  # the network of each of them, where it is known
+    # by the names that the leaderboard gives them
+    feature_inputs: Mapping[str, FeatureInput]
     plan: Plan
     inventory: Inventory | None = None  # None for feature sets that a program gave
     failed_images: int = 0
@@ -75,6 +74,11 @@ class RunState:
     finetuned: Finetuned | None = None
     selected: Selected | None = None
     test: TestResult | None = None
+
+    @property
+    def feature_paths(self) -> dict[str, tuple[Path, ...]]:
+        """Directories of the feature sets, view by view, by name."""
+        return {name: feature_input.views for name, feature_input in self.feature_inputs.items()}
 
     @property
     def paths(self) -> RunPaths:
@@ -160,13 +164,13 @@ def state_of(inventory: Inventory, *, retry_failed: bool = False) -> RunState:
         ),
         accounting=accounting,
         metric=inventory.metric,
-        directories={
-            input_name: tuple(feature_set_path(recipe.cache, spec) for spec in feature_input.views)
-            for input_name, feature_input in inventory.inputs.items()
-        },
-        backbones={
-            input_name: feature_input.backbone
-            for input_name, feature_input in inventory.inputs.items()
+        feature_inputs={
+            input_name: FeatureInput(
+                input_name,
+                tuple(feature_set_path(recipe.cache, spec) for spec in input_views.views),
+                input_views.backbone,
+            )
+            for input_name, input_views in inventory.inputs.items()
         },
         plan=plan,
         inventory=inventory,

@@ -133,7 +133,7 @@ def grid_edges(board: pd.DataFrame, metric: str) -> list[str]:
 def near_duplicates(
     train: Task,
     test: Task,
-    directories: Mapping[str, Sequence[Path]],
+    feature_paths: Mapping[str, Sequence[Path]],
     paths: Mapping[str, str],
     pixel_range: PixelRange | None = None,
 ) -> str | None:
@@ -144,7 +144,7 @@ def near_duplicates(
     paths: of images by content. At most LOOKED_AT of them are read, those whose features are the
     likest.
     """
-    sets = {name: open_feature_set(views[0]) for name, views in directories.items()}
+    sets = {name: open_feature_set(views[0]) for name, views in feature_paths.items()}
     pooled = [name for name, features in sets.items() if len(features.spec.shape) == 1]
     if not pooled:
         return None

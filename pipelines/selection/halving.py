@@ -41,7 +41,7 @@ class InputHalving:
 def halve_inputs(
     candidate_inputs: Sequence[Inputs],
     task: Task,
-    directories: Mapping[str, Sequence[Path]],
+    feature_paths: Mapping[str, Sequence[Path]],
     section: InputHalvingSection,
     results_folder: Path,
     train_all: Callable[[Sequence[BankJob]], None],
@@ -71,7 +71,7 @@ def halve_inputs(
         for inputs in remaining:
             curve = learning_curve(
                 task,
-                [path for name in inputs for path in directories[name]],
+                [path for name in inputs for path in feature_paths[name]],
                 linear_specs(task),
                 results_folder,
                 train_all,

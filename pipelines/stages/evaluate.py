@@ -33,7 +33,7 @@ def _evaluate_on_test(state: RunState) -> TestResult | None:
         return None
     if selected.ensemble is not None and selected.ensemble.chosen:
         models = [
-            model_ref(member.row, state.paths, state.directories, state.backbones)
+            model_ref(member.row, state.paths, state.feature_inputs)
             for member in selected.ensemble.members
         ]
         return evaluate_ensemble(
@@ -46,7 +46,7 @@ def _evaluate_on_test(state: RunState) -> TestResult | None:
         )
     return evaluate_winner(
         state.paths.test_evaluations,
-        model_ref(selected.winner, state.paths, state.directories, state.backbones),
+        model_ref(selected.winner, state.paths, state.feature_inputs),
         dataset.test,
         dataset.train.digest,
         state.metric,

@@ -86,8 +86,8 @@ def write_failed_images(state: RunState) -> int:
     failed_rows = [(image.id, image.path, image.reason) for image in state.unreadable]
     reasons = {
         failure.content_hash: failure.reason
-        for view_directories in state.directories.values()
-        for directory in view_directories
+        for view_paths in state.feature_paths.values()
+        for directory in view_paths
         for failure in open_feature_set(directory).failures()
     }
     failed_samples = state.samples[state.samples["content"].isin(list(reasons))]

@@ -20,8 +20,7 @@ def finetune(state: RunState, services: Services) -> RunState:
             paths=state.paths,
             task=state.dataset.train,
             metric=state.metric,
-            directories=state.directories,
-            backbones=state.backbones,
+            feature_inputs=state.feature_inputs,
             images=state.samples,
             device=find_device(state.recipe.compute.device),
         )

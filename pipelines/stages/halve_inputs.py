@@ -35,7 +35,7 @@ def halve_inputs(state: RunState, services: Services) -> RunState:
         halving = halve_candidate_inputs(
             requested_inputs,
             state.dataset.train,
-            state.directories,
+            state.feature_paths,
             halving_section,
             state.paths.input_halving,
             train_all,

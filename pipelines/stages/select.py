@@ -53,7 +53,7 @@ def select(state: RunState, services: Services) -> RunState:
         selection = correct_for_selection(state, leaderboard)
         notes = (*state.notes, *_cautions(state, leaderboard))
         winner_temperature = temperature_of(winner, task)
-        winner_model = model_ref(winner, state.paths, state.directories, state.backbones)
+        winner_model = model_ref(winner, state.paths, state.feature_inputs)
         winner_metrics = {f"validation_{metric}": float(winner[metric])}
         save_winner(state.paths.winner, winner_model, task, winner_metrics, winner_temperature)
         ensemble = combine_heads(state, leaderboard)
@@ -81,7 +81,7 @@ def _cautions(state: RunState, board: pd.DataFrame) -> list[str]:
     duplicate_note = near_duplicates(
         task,
         state.dataset.test,
-        state.directories,
+        state.feature_paths,
         dict(zip(content_hashes, image_paths, strict=True)),
         state.recipe.images.pixel_range,
     )
@@ -126,8 +126,7 @@ def combine_heads(state: RunState, leaderboard: pd.DataFrame) -> Ensemble | None
         withdraw(state.paths.ensemble)
         return None
     models = [
-        model_ref(member.row, state.paths, state.directories, state.backbones)
-        for member in ensemble.members
+        model_ref(member.row, state.paths, state.feature_inputs) for member in ensemble.members
     ]
     save_ensemble(state.paths.ensemble, ensemble, models, state.dataset.train)
     return ensemble

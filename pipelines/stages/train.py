@@ -134,7 +134,7 @@ def bank_jobs(state: RunState, device: str = "cpu") -> list[BankJob]:
             features=tuple(
                 str(feature_path)
                 for input_name in bank.inputs
-                for feature_path in state.directories[input_name]
+                for feature_path in state.feature_paths[input_name]
             ),
             halving=bank.halving,
             specs=bank.specs,

@@ -69,7 +69,7 @@ def test_the_device_goes_to_the_banks_that_can_use_it(tmp_path, device):
     found = SimpleNamespace(
         paths=RunPaths(tmp_path),
         plan=SimpleNamespace(banks=banks),
-        directories={},
+        feature_paths={},
         dataset=SimpleNamespace(train=SimpleNamespace(digest="0" * 24)),
     )
     given = dict(zip(kinds, [job.device for job in bank_jobs(found, device)], strict=True))

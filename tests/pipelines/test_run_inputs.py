@@ -78,7 +78,7 @@ def test_every_kind_of_head_and_augmented_views(tmp_path):
     assert inputs["conv"] == {("first:layer2.map",)}
     both = ("first:layer2.avg", "second:features.12.avg")
     assert inputs["logistic"] == {both[:1], both[1:], both}
-    assert [len(views) for views in result.directories.values()] == [3, 3, 3]
+    assert [len(views) for views in result.feature_paths.values()] == [3, 3, 3]
     mlp = result.board[result.board["kind"] == "mlp"]
     assert mlp["final"].sum() == 2  # halving keeps half
     assert mlp["final"].iloc[0]

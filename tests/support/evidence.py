@@ -16,6 +16,7 @@ from headrace.heads.data.task import REFIT, Task, save_task
 from headrace.heads.evaluate.metrics import all_metrics
 from headrace.heads.results import read_bank, results_bytes
 from headrace.heads.spec import FitResult, LogisticSpec, RidgeSpec, spec_to_json
+from headrace.pipelines.feature_input import FeatureInput
 from headrace.pipelines.planning.leaderboard import rank_heads
 
 
@@ -75,6 +76,13 @@ def stored(folder, kind, metric, outputs=None, target=None, rows=80, folds=4):
 def content_of(rows):
     """Content hashes of made images."""
     return [hashlib.sha256(f"image {i}".encode()).hexdigest()[:32] for i in range(rows)]
+
+
+def feature_inputs_of(feature_paths, backbone=None):
+    """{name: FeatureInput} of feature sets {name: views}, all of one backbone."""
+    return {
+        name: FeatureInput(name, tuple(views), backbone) for name, views in feature_paths.items()
+    }
 
 
 def store_taps(root, taps, backbone="python:b"):

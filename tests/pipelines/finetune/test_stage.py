@@ -15,11 +15,11 @@ import pandas as pd
 import pytest
 from rich.console import Console
 from support import forks
+from support.evidence import feature_inputs_of
 from support.imports import loaded_after
 from support.networks import LOGISTIC, SMALL, WEAK_HEAD_RECIPE, Case, make_case
 from support.runs import headrace, make_photos
 
-from headrace.extract.spec import BackboneSpec
 from headrace.heads.evaluate.metrics import score
 from headrace.heads.evaluate.temperature import with_temperature
 from headrace.heads.results import read_bank
@@ -104,8 +104,8 @@ def inputs_of(case: Case, out: Path) -> FinetuneInputs:
     images = pd.DataFrame(
         read_record(case.root / "images.json")["paths"].items(), columns=["content", "path"]
     )
-    backbones = dict.fromkeys(case.directories, SMALL)
-    return FinetuneInputs(paths, case.task, "log_loss", case.directories, backbones, images, "cpu")
+    feature_inputs = feature_inputs_of(case.directories, SMALL)
+    return FinetuneInputs(paths, case.task, "log_loss", feature_inputs, images, "cpu")
 
 
 SECTION = FinetuneSection(train_above=("layer3",), epochs=3, learning_rate=(1e-3,), batch_size=16)
@@ -140,7 +140,7 @@ def test_what_is_better_is_kept_and_what_is_not_is_rolled_back(
     assert result.rows["error"].isna().all()
     kept = next(
         one
-        for one in list_candidates(board, section, case.directories, inputs.backbones)[0]
+        for one in list_candidates(board, section, inputs.feature_inputs)[0]
         if one.spec.learning_rate == 1e-3
     )
     assert (inputs.paths.finetune_model(kept.key) / "network.safetensors").exists()
@@ -207,10 +207,7 @@ def test_an_ensemble_with_a_network_is_shown_the_test_split_and_can_be_taken_awa
     )
     ensemble = Ensemble("log_loss", members, 1.3, 2, 48, **numbers, chosen=True, metrics={})  # type: ignore[arg-type]
     evaluations = tmp_path / "evaluations.jsonl"
-    models = [
-        model_ref(member.row, inputs.paths, case.directories, inputs.backbones)
-        for member in members
-    ]
+    models = [model_ref(member.row, inputs.paths, inputs.feature_inputs) for member in members]
     shown = evaluate_ensemble(evaluations, ensemble, models, test, case.task.digest)
     mean = np.zeros((len(test.ids), 2))
     for member, model in zip(members, models, strict=True):
@@ -273,7 +270,7 @@ def test_partial_reuse_is_compared_from_both_starts(
         update={"reuse": (ReuseSection(train_above="layer3", inputs=("layer9.avg",)),)}
     )
     with pytest.raises(RecipeError, match="which no backbone gives"):
-        list_candidates(board, wrong, case.directories, dict.fromkeys(case.directories, SMALL))
+        list_candidates(board, wrong, feature_inputs_of(case.directories, SMALL))
 
 
 def test_a_failure_is_a_row_and_the_head_stays(
@@ -356,7 +353,7 @@ def test_a_network_that_is_not_the_heads_is_refused_on_record(
     board = board_of(case, (WEAK, ("layer4.avg",)))
     other = dataclasses.replace(SMALL, mean=(0.4, 0.4, 0.4))
     inputs = dataclasses.replace(
-        inputs_of(case, tmp_path), backbones=dict.fromkeys(case.directories, other)
+        inputs_of(case, tmp_path), feature_inputs=feature_inputs_of(case.directories, other)
     )
     result = finetune_candidates(inputs, board, SECTION, HereClient(), QUIET)  # type: ignore[arg-type]
     assert result.compared["decision"].tolist() == ["", "refused"]
@@ -377,9 +374,9 @@ def test_candidates_are_what_the_recipe_asks_for(case: Case) -> None:
         (KNNSpec(k=1), ("layer4.avg",)),
         (MLPSpec(hidden=(4,), epochs=2), ("layer4.max",)),
     )
-    backbones: dict[str, BackboneSpec | None] = dict.fromkeys(case.directories, SMALL)
+    feature_inputs = feature_inputs_of(case.directories, SMALL)
     section = FinetuneSection(top_k=3, train_above=("layer3", "all", "scratch"))
-    found, notes = list_candidates(board, section, case.directories, backbones)
+    found, notes = list_candidates(board, section, feature_inputs)
     assert len(found) == 6, "two heads, three nodes to train above"
     assert any("knn" in note for note in notes)
     assert {one.label for one in found} == {"fine-tuned", "from scratch"}
@@ -388,9 +385,7 @@ def test_candidates_are_what_the_recipe_asks_for(case: Case) -> None:
     )
     assert not any(one.split_maps for one in found if one.spec.train_above == "all")
     assert len({one.key for one in found}) == 6
-    found, notes = list_candidates(
-        board, section, case.directories, dict.fromkeys(case.directories)
-    )
+    found, notes = list_candidates(board, section, feature_inputs_of(case.directories, None))
     assert not found
     assert any("not recorded" in note for note in notes)
 
@@ -398,8 +393,8 @@ def test_candidates_are_what_the_recipe_asks_for(case: Case) -> None:
 def test_gain_and_cost_are_predicted_from_what_was_measured(case: Case) -> None:
     """More is expected of what helped before; cost grows with epochs and the measured step."""
     board = board_of(case, (WEAK, ("layer4.avg",)))
-    backbones: dict[str, BackboneSpec | None] = dict.fromkeys(case.directories, SMALL)
-    (one,) = list_candidates(board, SECTION, case.directories, backbones)[0]
+    feature_inputs = feature_inputs_of(case.directories, SMALL)
+    (one,) = list_candidates(board, SECTION, feature_inputs)[0]
     prior = predicted_gain(one, "log_loss", {})
     assert 0 < prior < one.head["log_loss"]
     assert (

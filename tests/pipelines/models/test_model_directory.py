@@ -58,7 +58,7 @@ def test_a_model_directory_predicts_as_its_run(run, away):
     """
     _, result = run
     model = load_model(away)
-    directories = [path for name in result.winner["inputs"] for path in result.directories[name]]
+    directories = [path for name in result.winner["inputs"] for path in result.feature_paths[name]]
     features = [open_feature_set(path) for path in directories]
     head = load_head(away)
     samples = list_folder(run[0] / "photos")

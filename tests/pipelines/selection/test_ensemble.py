@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-from support.evidence import store_taps, stored, task_of
+from support.evidence import feature_inputs_of, store_taps, stored, task_of
 
 from headrace.extract.spec import BackboneSpec
 from headrace.heads.bank import BankJob, train_bank
@@ -241,11 +241,9 @@ def combined(board, weights, metric="accuracy"):
     return Ensemble(metric, members, 1.5, 2, 180, **numbers, chosen=True, metrics={metric: 0.5})
 
 
-def models_of(ensemble, folder, directories, backbones):
-    return [
-        model_ref(member.row, RunPaths(folder), directories, backbones)
-        for member in ensemble.members
-    ]
+def models_of(ensemble, folder, directories, backbone=None):
+    feature_inputs = feature_inputs_of(directories, backbone)
+    return [model_ref(member.row, RunPaths(folder), feature_inputs) for member in ensemble.members]
 
 
 def test_the_stored_ensemble_predicts_what_was_tested(trained):
@@ -254,9 +252,9 @@ def test_the_stored_ensemble_predicts_what_was_tested(trained):
     another evaluation.
     """
     folder, taps, directories, train, test, board = trained
-    backbones = dict.fromkeys(directories, BackboneSpec("torchvision:resnet18", weights="random:0"))
+    backbone = BackboneSpec("torchvision:resnet18", weights="random:0")
     ensemble = combined(board, (0.25, 0.75))
-    models = models_of(ensemble, folder, directories, backbones)
+    models = models_of(ensemble, folder, directories, backbone)
     path = save_ensemble(folder / "ensemble", ensemble, models, train)
     described = json.loads(path.read_text())
     assert (described["format"], described["kind"], described["task_kind"]) == (
@@ -287,9 +285,8 @@ def test_the_stored_ensemble_predicts_what_was_tested(trained):
 def test_members_that_left_are_removed(trained):
     """What lies in the directory is what ensemble.json names."""
     folder, _, directories, train, _, board = trained
-    backbones = dict.fromkeys(directories)
     for ensemble in (combined(board, (0.25, 0.75)), combined(board.head(1), (1.0,))):
-        models = models_of(ensemble, folder, directories, backbones)
+        models = models_of(ensemble, folder, directories, backbone)
         path = save_ensemble(folder / "smaller", ensemble, models, train)
     (member,) = json.loads(path.read_text())["members"]
     assert [each.name for each in (folder / "smaller" / "members").iterdir()] == [

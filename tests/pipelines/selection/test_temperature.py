@@ -136,7 +136,7 @@ def test_every_way_of_predicting_has_it(run, tmp_path):
     features = [
         open_feature_set(path)
         for name in result.winner["inputs"]
-        for path in result.directories[name]
+        for path in result.feature_paths[name]
     ]
     content = dict(zip(features[0].ids(), features[0].content_hashes(), strict=True))
     X, _ = load_rows(features, np.array([content[name] for name in listed["id"]]))
