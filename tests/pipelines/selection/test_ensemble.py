@@ -286,7 +286,7 @@ def test_members_that_left_are_removed(trained):
     """What lies in the directory is what ensemble.json names."""
     folder, _, directories, train, _, board = trained
     for ensemble in (combined(board, (0.25, 0.75)), combined(board.head(1), (1.0,))):
-        models = models_of(ensemble, folder, directories, backbone)
+        models = models_of(ensemble, folder, directories)
         path = save_ensemble(folder / "smaller", ensemble, models, train)
     (member,) = json.loads(path.read_text())["members"]
     assert [each.name for each in (folder / "smaller" / "members").iterdir()] == [
