@@ -14,6 +14,7 @@ from headrace.cache.errors import HeadraceError
 from headrace.cache.home import expand_home
 from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.recipe.load import Recipe, RecipeError, load_recipe
+from headrace.pipelines.recipe.text import renamed_key
 from headrace.pipelines.records import RunDamaged, read_record
 
 _RECIPE_BYTES = 1 << 20  # no recipe is larger, and a video that is given by mistake is not read
@@ -148,9 +149,11 @@ def stored_recipe(paths: RunPaths) -> Recipe:
     try:
         recipe = Recipe.model_validate(read_record(paths.recipe))
     except pydantic.ValidationError as error:
+        renamed = {str(problem["loc"][-1]): renamed_key(problem) for problem in error.errors()}
+        names = "".join(f"; {old} is called {new} now" for old, new in renamed.items() if new)
         raise NotARun(
             f"{paths.recipe} is not of this version of headrace ({error.error_count()} keys "
-            "differ): run the recipe again"
+            f"differ{names}): run the recipe again"
         ) from None
     if recipe.out is None:
         return recipe

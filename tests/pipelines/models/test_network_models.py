@@ -80,7 +80,7 @@ def run(request, root) -> Path:
     """The directory of a finished run."""
     recipe = root / f"{request.param}.yaml"
     recipe.write_text(RECIPE.format(name=request.param, **RUNS[request.param]))
-    with mock.patch("headrace.pipelines.run.build_ensemble", a_network_and_a_head):
+    with mock.patch("headrace.pipelines.stages.select.build_ensemble", a_network_and_a_head):
         result = run_here(recipe)
     assert result.winner["kind"] == "finetune"
     assert (result.ensemble is not None and result.ensemble.chosen) == (request.param == "ensemble")

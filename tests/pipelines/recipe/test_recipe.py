@@ -5,8 +5,11 @@ import time
 import pytest
 import yaml
 
+from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.recipe.load import RecipeError, load_recipe
 from headrace.pipelines.recipe.text import RENAMED_KEYS
+from headrace.pipelines.records import write_record
+from headrace.pipelines.run_directory import NotARun, stored_recipe
 
 GOOD = """\
 images:
@@ -96,6 +99,17 @@ def test_a_key_of_an_earlier_version_is_answered_with_its_name_today(tmp_path, o
     with pytest.raises(RecipeError) as refusal:
         load_recipe(write(tmp_path, GOOD + yaml.safe_dump(new_values) + "nonsense: 1\n"))
     assert str(refusal.value).count("unknown key") == 1, "the new name is one that the section has"
+
+
+def test_the_recipe_of_a_run_of_an_earlier_version_is_answered_with_names_of_today(tmp_path):
+    """Also keys inside sections; and the answer says what to do."""
+    paths = RunPaths(tmp_path)
+    values = {"images": {"folder": "photos"}, "thaw": None, "cluster": {"deadline_s": 60.0}}
+    write_record(paths.recipe, values)
+    with pytest.raises(NotARun, match="run the recipe again") as refusal:
+        stored_recipe(paths)
+    assert "thaw is called finetune now" in str(refusal.value)
+    assert "deadline_s is called task_timeout_s now" in str(refusal.value)
 
 
 def test_every_problem_is_named_at_once(tmp_path):
