@@ -36,7 +36,8 @@ from headrace.cache.publish import create_feature_set, publish_shard
 from headrace.cache.spec import FeatureSpec
 from headrace.heads.bank import BankJob, train_bank
 from headrace.heads.data.task import Task, save_task
-from headrace.heads.spec import LogisticSpec, MLPSpec, RidgeSpec
+from headrace.heads.linear.kind import LogisticSpec, RidgeSpec
+from headrace.heads.networks.kind import MLPSpec
 from headrace.pipelines.api import train_heads
 from headrace.pipelines.cluster.clients import local_client
 from headrace.pipelines.cluster.submit import run_tasks

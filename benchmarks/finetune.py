@@ -53,8 +53,10 @@ from headrace.extract.taps.resolve import (
 from headrace.heads.data.folds import make_folds
 from headrace.heads.data.task import REFIT, Task
 from headrace.heads.data.training_data import TrainingData
+from headrace.heads.linear.kind import RidgeSpec
 from headrace.heads.linear.ridge import fit_ridge_bank
-from headrace.heads.spec import FineTuneSpec, MLPSpec, RidgeSpec, spec_to_json
+from headrace.heads.networks.kind import MLPSpec
+from headrace.heads.spec import FineTuneSpec, spec_to_json
 from headrace.pipelines.finetune.data import Batch
 from headrace.pipelines.finetune.train import Plan, Training
 from headrace.pipelines.finetune.train_above import trainable_blocks

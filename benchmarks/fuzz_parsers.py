@@ -409,7 +409,9 @@ def model_file() -> list[bytes]:
     from safetensors.numpy import save
 
     from headrace.cache.spec import FeatureSpec
-    from headrace.heads.spec import RidgeSpec, SklearnSpec, spec_to_json
+    from headrace.heads.linear.kind import RidgeSpec
+    from headrace.heads.sklearn.kind import SklearnSpec
+    from headrace.heads.spec import spec_to_json
 
     feature = FeatureSpec(
         "timm:test_resnet",
@@ -530,7 +532,8 @@ def network_text() -> list[bytes]:
 
     from headrace.extract.backbones.backbone import load_backbone
     from headrace.extract.spec import BackboneSpec
-    from headrace.heads.spec import FineTuneSpec, LogisticSpec, spec_to_json
+    from headrace.heads.linear.kind import LogisticSpec
+    from headrace.heads.spec import FineTuneSpec, spec_to_json
 
     loaded = load_backbone(BackboneSpec("timm:test_resnet", "random:0"))
     width = len(network_tensors()["head.centre"])
@@ -589,7 +592,8 @@ def exported_text() -> list[bytes]:
 
     from headrace.extract.spec import BackboneSpec
     from headrace.extract.taps.spec_cache import backbone_features
-    from headrace.heads.spec import RidgeSpec, spec_to_json
+    from headrace.heads.linear.kind import RidgeSpec
+    from headrace.heads.spec import spec_to_json
 
     spec = BackboneSpec("timm:test_resnet", "random:0", image_size=32, crop_fraction=1.0)
     with tempfile.TemporaryDirectory() as folder:

@@ -31,7 +31,8 @@ from headrace.heads.linear.solver import (
     path_solver,
     preconditioner,
 )
-from headrace.heads.spec import FitResult, LogisticSpec, RidgeSpec
+from headrace.heads.spec import (FitResult)
+from headrace.heads.linear.kind import (LogisticSpec, RidgeSpec)
 
 Patch = tuple[Any, str, Any]  # object, attribute, value that switches the branch off
 Fit = Callable[[], list[FitResult]]

@@ -38,10 +38,11 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from headrace.heads.data.training_data import TrainingData
+from headrace.heads.linear.kind import LogisticSpec, RidgeSpec
 from headrace.heads.linear.logistic import fit_logistic_bank
 from headrace.heads.linear.ridge import fit_ridge_bank
 from headrace.heads.linear.solver.design import MANY_CLASSES
-from headrace.heads.spec import FitResult, LogisticSpec, RidgeSpec
+from headrace.heads.spec import FitResult
 
 CASES = {  # rows, features, classes
     "logistic-5k": (5_000, 512, 10),

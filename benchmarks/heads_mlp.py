@@ -48,9 +48,11 @@ from sklearn.neural_network import MLPClassifier
 from headrace.heads.data.task import REFIT, TRAIN_ONLY
 from headrace.heads.data.training_data import TrainingData
 from headrace.heads.neighbors.bank import fit_knn_bank
+from headrace.heads.neighbors.kind import KNNSpec
+from headrace.heads.networks.kind import MLPSpec
 from headrace.heads.networks.mlp import fit_mlp_bank
 from headrace.heads.predict import predict_head
-from headrace.heads.spec import Halving, KNNSpec, MLPSpec
+from headrace.heads.spec import Halving
 
 Rows = dict[str, tuple[np.ndarray, np.ndarray]]
 

@@ -36,8 +36,8 @@ from headrace.cache.publish import create_feature_set, publish_shard
 from headrace.cache.spec import FeatureSpec
 from headrace.heads.bank import BankJob, train_bank
 from headrace.heads.data.task import Task, save_task
+from headrace.heads.linear.kind import LogisticSpec, RidgeSpec
 from headrace.heads.results import read_bank
-from headrace.heads.spec import LogisticSpec, RidgeSpec
 
 SHARD_ROWS = 50_000
 

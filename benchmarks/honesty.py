@@ -31,9 +31,11 @@ from headrace.heads.data.folds import make_folds
 from headrace.heads.data.task import Task, TaskKind
 from headrace.heads.evaluate.intervals import metric_interval, proportion_interval
 from headrace.heads.evaluate.metrics import score
-from headrace.heads.evaluate.temperature import fit_temperature, floor_of
-from headrace.heads.predict import predict_head
-from headrace.heads.spec import CentroidSpec, HeadSpec, KNNSpec, LogisticSpec, RidgeSpec
+from headrace.heads.evaluate.temperature import fit_temperature
+from headrace.heads.linear.kind import LogisticSpec, RidgeSpec
+from headrace.heads.neighbors.kind import CentroidSpec, KNNSpec
+from headrace.heads.predict import floor_of, predict_head
+from headrace.heads.spec import HeadSpec
 from headrace.pipelines.recipe.sections import EnsembleSection
 from headrace.pipelines.selection.correction import assess_selection
 from headrace.pipelines.selection.ensemble import build_ensemble

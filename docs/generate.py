@@ -20,6 +20,7 @@ import pydantic
 from typer.main import get_command
 
 from headrace.pipelines.cli.main import app
+from headrace.pipelines.recipe.heads import HeadGrid, Heads, SklearnGrid
 from headrace.pipelines.recipe.load import Recipe
 
 FOLDER = Path(__file__).parent / "reference"
@@ -241,7 +242,20 @@ def child_model(annotation: Any) -> tuple[type[pydantic.BaseModel], bool] | None
 
 
 def comments(model: type) -> dict[str, str]:
-    """The comment beside each field in the source, or the lines of comment above it."""
+    """The comment beside each field in the source, or the lines of comment above it.
+
+    A section that is derived from a head's spec has its comments there, and in its base classes.
+    """
+    if issubclass(model, HeadGrid) and model is not SklearnGrid:
+        sources = [*model.__mro__[model.__mro__.index(HeadGrid) :: -1][:-1], model.head_kind.spec]
+        return {name: text for source in sources for name, text in source_comments(source).items()}
+    if model is Heads:  # its sections have no comments
+        return {}
+    return source_comments(model)
+
+
+def source_comments(model: type) -> dict[str, str]:
+    """The comments of the fields that one class has in its source."""
     lines = textwrap.dedent(inspect.getsource(model)).splitlines()
     tree = ast.parse("\n".join(lines)).body[0]
     assert isinstance(tree, ast.ClassDef)

@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -33,20 +33,12 @@ from headrace.heads.data.standardize import Features
 from headrace.heads.data.task import REFIT, Task, load_task
 from headrace.heads.data.training_data import TrainingData
 from headrace.heads.evaluate.metrics import all_metrics
+from headrace.heads.kind import FitOptions, HeadKind
+from headrace.heads.kinds import HEAD_KINDS
 from headrace.heads.results import read_bank, results_bytes
-from headrace.heads.spec import ConvSpec, FitResult, Halving, HeadSpec, MLPSpec
+from headrace.heads.spec import FitResult, Halving, HeadSpec
 
 Fit = Callable[[Sequence[HeadSpec]], list[FitResult]]
-GPU_KINDS = (
-    "logistic",
-    "mlp",
-    "conv",
-)  # whose banks multiply on the job's device; the others stay on the CPU
-# What a bank needs beside the features themselves, as a multiple of them: a logistic bank keeps a
-# rotated copy and, while it is made, a scaled one; a neighbour search a centred one and the
-# training rows of a fold. A logistic bank's copies for each fold, 512 MB at most and made by few
-# rows or wide heads only, come out of the half that `worker_memory` leaves.
-COPIES = {"logistic": 3, "knn": 3}
 
 
 class BadBank(HeadraceError, ValueError):
@@ -88,7 +80,7 @@ def train_bank(job: BankJob) -> dict[str, Any]:
                 "bank of each kind"
             )
         with threadpool_limits(job.threads):
-            _train(job, kinds.pop())
+            _train(job, HEAD_KINDS[kinds.pop()])
         skipped = False
     else:
         skipped = True
@@ -102,7 +94,7 @@ def train_bank(job: BankJob) -> dict[str, Any]:
     }
 
 
-def _train(job: BankJob, kind: str) -> None:
+def _train(job: BankJob, kind: HeadKind) -> None:
     task = load_task(Path(job.task))
     X, kept, bands = _rows(job, task, kind)
     if not kept.any():
@@ -150,16 +142,17 @@ def _publish(
     publish_bytes(Path(job.result), data)
 
 
-def _rows(job: BankJob, task: Task, kind: str) -> tuple[Features, npt.NDArray[np.bool_], list[int]]:
+def _rows(
+    job: BankJob, task: Task, kind: HeadKind
+) -> tuple[Features, npt.NDArray[np.bool_], list[int]]:
     """The features of the task's rows, loaded if there is room for what the bank makes of them,
     else streamed; which rows have any; and the features of each tap.
     """
     sets = [open_feature_set(directory) for directory in job.features]
-    needed = loaded_bytes(sets, len(task.ids)) * COPIES.get(kind, 1)
+    needed_bytes = loaded_bytes(sets, len(task.ids)) * kind.copies_of_features
     room = worker_memory() if job.memory_bytes is None else job.memory_bytes
-    # An estimator of scikit-learn's takes an array, and nothing else.
-    read = stream_rows if needed > room and kind != "sklearn" else load_rows
-    return *read(sets, task.content, spatial=kind == "conv"), tap_widths(sets)
+    read = stream_rows if needed_bytes > room and kind.streams else load_rows
+    return *read(sets, task.content, spatial=kind.spatial), tap_widths(sets)
 
 
 def worker_memory() -> int:
@@ -204,9 +197,12 @@ def fit_bank(
     data = TrainingData(
         X, task.target, task.fold, len(task.classes), task.kind, task.weight, tuple(bands)
     )
+    kind = HEAD_KINDS[specs[0].kind]
+    if task.kind not in kind.tasks:
+        able = ", ".join(other.name for other in HEAD_KINDS.values() if task.kind in other.tasks)
+        raise BadBank(f"{kind.name} heads have no use for a {task.kind} task: use {able}")
     on_device, on_cpu = (
-        _fitter(data, refit=refit, threads=threads, device=where, halving=halving)
-        for where in (device, "cpu")
+        _fitter(kind, data, FitOptions(refit, where, threads, halving)) for where in (device, "cpu")
     )
     # Specs that compete in successive halving stay together.
     fit = (
@@ -318,68 +314,16 @@ def _finite(fit: FitResult) -> FitResult:
     return fit
 
 
-def _fitter(
-    data: TrainingData, *, refit: bool, threads: int, device: str, halving: Halving | None
-) -> Fit:
-    """What trains specs on these rows.
-
-    Modules are imported here, so that a linear bank doesn't import torch.
-    """
+def _fitter(kind: HeadKind, data: TrainingData, options: FitOptions) -> Fit:
+    """Return what trains specs of one kind on these rows."""
 
     def fit(specs: Sequence[HeadSpec]) -> list[FitResult]:
-        kind = specs[0].kind
-        if kind in ("mlp", "conv"):
-            import torch
-
-            torch.set_num_threads(threads)
-            if kind == "mlp":
-                from headrace.heads.networks.mlp import fit_mlp_bank
-
-                return fit_mlp_bank(
-                    data,
-                    cast(Sequence[MLPSpec], specs),
-                    refit=refit,
-                    device=device,
-                    halving=halving,
-                )
-            from headrace.heads.networks.conv import fit_conv_bank
-
-            return fit_conv_bank(
-                data, cast(Sequence[ConvSpec], specs), refit=refit, device=device, halving=halving
-            )
+        if kind.takes_views:
+            return kind.fit(data, specs, options)
         rows = data.one_row_per_view()
-        fits = _one_row_per_view(kind, rows, specs, refit, device)
-        return [_average_views(fit, rows) for fit in fits]
+        return [_average_views(fit, rows) for fit in kind.fit(rows, specs, options)]
 
     return fit
-
-
-def _one_row_per_view(
-    kind: str, data: TrainingData, specs: Sequence[Any], refit: bool, device: str
-) -> list[FitResult]:
-    if kind == "logistic":
-        from headrace.heads.linear.logistic import fit_logistic_bank
-
-        if data.task_kind == "regression":
-            raise BadBank(
-                "logistic heads predict classes, this is a regression task: use ridge, mlp or knn"
-            )
-        return fit_logistic_bank(data, specs, refit=refit, device=device)
-    if kind == "ridge":
-        from headrace.heads.linear.ridge import fit_ridge_bank
-
-        return fit_ridge_bank(data, specs, refit=refit)
-    if kind == "knn":
-        from headrace.heads.neighbors.bank import fit_knn_bank
-
-        return fit_knn_bank(data, specs, refit=refit)
-    if kind == "centroid":
-        from headrace.heads.neighbors.bank import fit_centroid_bank
-
-        return fit_centroid_bank(data, specs, refit=refit)
-    from headrace.heads.sklearn.bank import fit_sklearn_bank
-
-    return fit_sklearn_bank(data, specs, refit=refit)
 
 
 def _average_views(fit: FitResult, data: TrainingData) -> FitResult:

@@ -27,8 +27,11 @@ from headrace.cache.format.sealed import (
 )
 from headrace.cache.spec import FeatureSpec
 from headrace.heads.data.task import REFIT, TaskKind
-from headrace.heads.predict import Arrays, CannotPredict, predict_head
-from headrace.heads.spec import HeadSpec, SklearnSpec, spec_from_json, spec_to_json
+from headrace.heads.kind import CannotPredict
+from headrace.heads.kinds import HEAD_KINDS, spec_from_json
+from headrace.heads.layers import Arrays
+from headrace.heads.predict import predict_head
+from headrace.heads.spec import HeadSpec, spec_to_json
 
 FORMAT = 2  # 1 had no temperature
 WEIGHTS = "head.safetensors"
@@ -157,12 +160,11 @@ def load_head(directory: Path | str, *, trust_code: Collection[str] = ()) -> Tra
             )
         spec = spec_from_json(json.dumps(description["spec"]))
         check_outputs(description["task_kind"], description["classes"])
-        if isinstance(spec, SklearnSpec):
-            from headrace.heads.sklearn.bank import estimator_code
-
-            require_trusted(
-                estimator_code(spec), path.parent, {code_name(name) for name in trust_code}
-            )
+        require_trusted(
+            HEAD_KINDS[spec.kind].external_code(spec),
+            path.parent,
+            {code_name(name) for name in trust_code},
+        )
         # Heads of earlier versions have none.
         backbones = tuple(description.get("backbones") or [None] * len(description["features"]))
         if len(backbones) != len(description["features"]):

@@ -36,8 +36,9 @@ from headrace.cache.errors import HeadraceError, ShardUnreadable
 from headrace.cache.format.shard import USER_BLOCK_BYTES
 from headrace.heads.data.task import REFIT, Task, TaskKind
 from headrace.heads.evaluate.metrics import metric_names
-from headrace.heads.predict import Arrays
-from headrace.heads.spec import FitResult, HeadSpec, spec_from_json, spec_to_json
+from headrace.heads.kinds import spec_from_json
+from headrace.heads.layers import Arrays
+from headrace.heads.spec import FitResult, HeadSpec, spec_to_json
 
 FORMAT = 3  # 2 had -1 for the fold of heads trained on all rows, 1 no digest
 COLUMNS = ("fold", "objective", "gap", "iterations", "seconds")

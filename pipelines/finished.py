@@ -18,7 +18,7 @@ from headrace.cache.publish import feature_set_path
 from headrace.cache.spec import FeatureSpec
 from headrace.extract.images.changes import read_listing
 from headrace.heads.data.task import BadTaskFile, Task, read_task
-from headrace.heads.evaluate.temperature import floor_of
+from headrace.heads.predict import floor_of
 from headrace.heads.results import BankResult, read_bank
 from headrace.pipelines.models.model import trusted_code
 from headrace.pipelines.paths import RunPaths

@@ -14,7 +14,7 @@ prior around 0 (`SPREAD`), and the root is found between fixed ends.
 Heads that tell log-odds divide those (`predict_head`). Others tell probabilities alone: p becomes
 p^(1/T), scaled to sum to one. A class that none of five neighbours has is at exactly 0, which no
 power changes, and one such row that is of that class would drive T to any height: zeros of votes
-are taken for about one vote in a hundred (`floor_of`), others for `FLOOR`.
+are taken for about one vote in a hundred (`vote_floor`), others for `FLOOR`.
 """
 
 import math
@@ -24,8 +24,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from headrace.heads.spec import HeadSpec
+from headrace.heads.neighbors.kind import KNNSpec
+from headrace.heads.sklearn.kind import SklearnSpec
+from headrace.heads.kinds import spec_from_json
 from headrace.heads.data.task import TaskKind
-from headrace.heads.spec import HeadSpec, KNNSpec, SklearnSpec, spec_from_json
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float64]
@@ -37,18 +40,6 @@ FLOOR = 1e-12
 # least calibration error; that of five neighbours on 150 digits is 5.6 points with it, 6.4 as they
 # are, 14.5 with 1e-12.
 VOTE_FLOOR = 0.01
-_VOTERS = frozenset(
-    f"sklearn.{name}Classifier"
-    for name in (
-        "ensemble.RandomForest",
-        "ensemble.ExtraTrees",
-        "ensemble.Bagging",
-        "tree.DecisionTree",
-        "tree.ExtraTree",
-        "neighbors.KNeighbors",
-        "neighbors.RadiusNeighbors",
-    )
-)
 FARTHEST = -math.log(FLOOR)  # and log-odds, and what a class lies behind the first one, for this
 LOWEST, HIGHEST = 0.02, 50.0  # a ridge head of a thousand classes needs 0.05
 # Standard deviation of log T before anything was seen. Simulated with heads whose log-odds are 0.4,
@@ -86,8 +77,9 @@ def fit_temperature(
     """The temperature that makes out-of-fold predictions (N, C) most likely; 1 for regression and
     for no rows.
 
-    target: as in `Task`. weight: (N,) of the rows, >= 0, by default all alike. floor: `floor_of`
-    the head. Between LOWEST and HIGHEST, shrunk towards 1.
+    target: as in `Task`. weight: (N,) of the rows, >= 0, by default all alike. floor: the smallest
+    probability that counts, `vote_floor` where heads count votes. Between LOWEST and HIGHEST,
+    shrunk towards 1.
     """
     if task_kind == "regression" or len(predicted) == 0:
         return 1.0

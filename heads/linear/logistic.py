@@ -36,6 +36,7 @@ from headrace.heads.data.streamed import Streamed
 from headrace.heads.data.task import REFIT
 from headrace.heads.data.training_data import TrainingData
 from headrace.heads.linear.bands import with_bands
+from headrace.heads.linear.kind import LogisticSpec
 from headrace.heads.linear.solver.design import (
     ROWS_PER_STREAMED_BLOCK,
     DesignMatrix,
@@ -48,7 +49,7 @@ from headrace.heads.linear.solver.dual_form import copies_fit, make_dual_design
 from headrace.heads.linear.solver.loss import sigmoid, softmax
 from headrace.heads.linear.solver.path_solver import HeadSolution, solve_paths
 from headrace.heads.linear.solver.regularization_path import RegularizationPath
-from headrace.heads.spec import FitResult, LogisticSpec
+from headrace.heads.spec import FitResult
 
 Array = npt.NDArray[Any]
 # The decision of an absent class is minus this: its probability is exactly zero, and no arithmetic

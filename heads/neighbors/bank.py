@@ -21,7 +21,8 @@ from headrace.heads.data.streamed import Streamed
 from headrace.heads.data.task import REFIT, TEST, TaskKind
 from headrace.heads.data.training_data import TrainingData
 from headrace.heads.evaluate.temperature import FARTHEST, keep_decisions
-from headrace.heads.spec import CentroidSpec, FitResult, KNNSpec
+from headrace.heads.neighbors.kind import CentroidSpec, KNNSpec
+from headrace.heads.spec import FitResult
 
 Metric = Literal["cosine", "euclidean"]
 Floats = npt.NDArray[Any]
@@ -173,7 +174,7 @@ def fit_knn_bank(
 
 
 def predict_knn(
-    spec: KNNSpec, arrays: dict[str, npt.NDArray[Any]], X: Floats, task: TaskKind
+    spec: KNNSpec, arrays: dict[str, npt.NDArray[Any]], X: Floats
 ) -> npt.NDArray[np.float32]:
     """(n, C) the weighted mean of the neighbours' targets. X (n, D)."""
     references = References.of(arrays["features"])

@@ -19,11 +19,13 @@ from headrace.heads.data.checks import check_finite, check_specs, row_weights
 from headrace.heads.data.streamed import Streamed, StreamedStack, StreamedView
 from headrace.heads.data.task import REFIT, TaskKind
 from headrace.heads.data.training_data import TrainingData
+from headrace.heads.layers import Arrays
+from headrace.heads.networks.kind import ConvSpec, MLPSpec
 from headrace.heads.networks.mlp_batch import StreamedTensor
 from headrace.heads.networks.mlp_data import FoldData, prepare
 from headrace.heads.networks.mlp_training import Batch, Run, Trace
-from headrace.heads.predict import Arrays, predict_head
-from headrace.heads.spec import ConvSpec, FitResult, Halving, MLPSpec
+from headrace.heads.predict import predict_head
+from headrace.heads.spec import FitResult, Halving
 
 Floats = npt.NDArray[Any]
 Stacked = Floats | StreamedStack  # (V, N, D, …)
@@ -213,7 +215,7 @@ def spec_error(spec: MLPSpec | ConvSpec, task: TaskKind) -> str | None:
     """Why this spec cannot be trained at all, or None."""
     if any(width < 1 for width in spec.hidden):
         return f"hidden widths {spec.hidden} must be at least 1"
-    if isinstance(spec, ConvSpec) and (not spec.channels or min(spec.channels) < 1):
+    if isinstance(spec, ConvSpec) and min(spec.channels, default=0) < 1:
         return f"channels {spec.channels} must name at least one layer of at least 1 channel"
     if not spec.learning_rate > 0 or spec.weight_decay < 0:
         return (

@@ -17,12 +17,13 @@ from headrace.heads.data.checks import BadFeatures
 from headrace.heads.data.streamed import Streamed
 from headrace.heads.data.task import TaskKind
 from headrace.heads.data.training_data import TrainingData
+from headrace.heads.layers import Arrays, Layers, predict_dense
 from headrace.heads.networks.bank import Family, fit_networks, stack
 from headrace.heads.networks.conv_batch import ConvBatch, random_start
+from headrace.heads.networks.kind import ConvSpec
 from headrace.heads.networks.mlp_batch import Network
 from headrace.heads.networks.mlp_data import FoldData
-from headrace.heads.predict import Arrays, CannotPredict, link
-from headrace.heads.spec import ConvSpec, FitResult, Halving
+from headrace.heads.spec import FitResult, Halving
 
 Floats = npt.NDArray[Any]
 
@@ -86,48 +87,32 @@ def conv_network(spec: ConvSpec) -> Network:
     )
 
 
-def predict_conv(
-    spec: ConvSpec, arrays: Arrays, X: Floats, task: TaskKind, temperature: float = 1.0
+def predict_maps(
+    layers: Layers, X: Floats, task_kind: TaskKind, temperature: float
 ) -> npt.NDArray[np.float32]:
-    """(n, C) float32 predictions for maps X (n, D, h, w) at a temperature.
-
-    Raises CannotPredict for maps of other channels.
-    """
-    channels = arrays["kernel0"].shape[1]
-    if X.ndim != 4 or X.shape[1] != channels:
-        raise CannotPredict(
-            f"the head was trained on maps of {channels} channels, found {X.shape[1:]}: give the "
-            "same taps"
-        )
-    parts = [X[start : start + ROWS_AT_ONCE] for start in range(0, len(X), ROWS_AT_ONCE)] or [X]
+    """Return (n, C) float32 predictions of maps X (n, D, h, w) at a temperature."""
+    blocks = [X[start : start + ROWS_AT_ONCE] for start in range(0, len(X), ROWS_AT_ONCE)] or [X]
     with torch.no_grad():
         return np.concatenate(
-            [_predict_block(spec, arrays, part, task, temperature) for part in parts]
+            [
+                predict_dense(layers, _pooled(layers, maps), task_kind, temperature)
+                for maps in blocks
+            ]
         )
 
 
-def _predict_block(
-    spec: ConvSpec, arrays: Arrays, X: Floats, task: TaskKind, temperature: float
-) -> npt.NDArray[np.float32]:
+def _pooled(layers: Layers, X: Floats) -> npt.NDArray[np.float32]:
+    """(n, channels) means over positions after the convolutions."""
+    assert layers.mean is not None
+    assert layers.inverse_scale is not None
     # The mean is not folded into the first kernel: at the border the padding stands for
     # standardised zeros.
-    scaled = (X.astype(np.float32) - arrays["mean"][:, None, None]) * arrays["inverse_scale"][
-        :, None, None
-    ]
-    maps = torch.from_numpy(scaled)
-    for place in range(len(spec.channels)):
-        kernel, shift = (
-            torch.from_numpy(arrays[f"kernel{place}"]),
-            torch.from_numpy(arrays[f"shift{place}"]),
-        )
-        maps = F.relu(F.conv2d(maps, kernel, shift, padding=1))
-    value = maps.mean((2, 3)).numpy()
-    for place in range(len(spec.hidden)):
-        value = np.maximum(value @ arrays[f"weight{place}"].T + arrays[f"bias{place}"], 0)
-    last = len(spec.hidden)
-    return link(
-        value @ arrays[f"weight{last}"].T + arrays[f"bias{last}"], task, temperature=temperature
-    )
+    scale, mean = layers.inverse_scale[:, None, None], layers.mean[:, None, None]
+    maps = torch.from_numpy((X.astype(np.float32) - mean) * scale)
+    for kernel, shift in layers.convolutions:
+        maps = F.relu(F.conv2d(maps, torch.from_numpy(kernel), torch.from_numpy(shift), padding=1))
+    pooled: npt.NDArray[np.float32] = maps.mean((2, 3)).numpy()
+    return pooled
 
 
 def _with_scaling(layers: Arrays, data: FoldData) -> Arrays:

@@ -19,9 +19,10 @@ import torch
 from headrace.heads.data.task import TaskKind
 from headrace.heads.data.training_data import TrainingData
 from headrace.heads.networks.bank import Family, fit_networks, stack
+from headrace.heads.networks.kind import MLPSpec
 from headrace.heads.networks.mlp_batch import Network, NetworkBatch, padded_width
 from headrace.heads.networks.mlp_data import FoldData, folded_arrays
-from headrace.heads.spec import FitResult, Halving, MLPSpec
+from headrace.heads.spec import FitResult, Halving
 
 Floats = npt.NDArray[Any]
 Precision = Literal["auto", "float32", "bfloat16"]

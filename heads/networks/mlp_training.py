@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from headrace.heads.networks.kind import ConvSpec, MLPSpec
 from headrace.heads.networks.mlp_data import FoldData
-from headrace.heads.spec import ConvSpec, MLPSpec
 
 Floats = npt.NDArray[Any]
 

@@ -25,9 +25,11 @@ from headrace.heads.data.checks import check_finite, check_specs, row_weights
 from headrace.heads.data.streamed import Streamed
 from headrace.heads.data.task import REFIT, TEST, TaskKind
 from headrace.heads.data.training_data import TrainingData
+from headrace.heads.kind import CannotPredict
+from headrace.heads.link import sigmoid, softmax
 from headrace.heads.neighbors.bank import STORED_ROWS_BYTES
-from headrace.heads.predict import CannotPredict, sigmoid, softmax
-from headrace.heads.spec import FitResult, SklearnSpec
+from headrace.heads.sklearn.kind import SklearnSpec
+from headrace.heads.spec import FitResult
 
 Floats = npt.NDArray[Any]
 

@@ -22,18 +22,11 @@ from headrace.heads.data.checks import row_weights
 from headrace.heads.data.folds import make_folds
 from headrace.heads.data.task import REFIT, TRAIN_ONLY
 from headrace.heads.data.training_data import TrainingData
+from headrace.heads.linear.kind import LogisticSpec, RidgeSpec
+from headrace.heads.neighbors.kind import CentroidSpec, KNNSpec
+from headrace.heads.networks.kind import WEIGHT_DECAY, MLPSpec
 from headrace.heads.predict import predict_head
-from headrace.heads.spec import (
-    WEIGHT_DECAY,
-    CentroidSpec,
-    ClassWeight,
-    FitResult,
-    HeadSpec,
-    KNNSpec,
-    LogisticSpec,
-    MLPSpec,
-    RidgeSpec,
-)
+from headrace.heads.spec import ClassWeight, FitResult, HeadSpec
 
 Floats = npt.NDArray[Any]
 ClassWeights = Literal["balanced"] | dict[Any, float] | None  # as in scikit-learn

@@ -19,7 +19,8 @@ from headrace.cache.spec import FeatureSpec
 from headrace.heads.bank import BankJob
 from headrace.heads.data.task import Task
 from headrace.heads.evaluate.intervals import mean_loss_interval, proportion_interval
-from headrace.heads.spec import HeadSpec, spec_from_json
+from headrace.heads.kinds import spec_from_json
+from headrace.heads.spec import HeadSpec
 from headrace.pipelines.advice.decide import (
     STARVED_SHARE,
     THIN_ROWS,

@@ -28,7 +28,7 @@ from headrace.heads.evaluate.transferability import (
     negative_conditional_entropy,
 )
 from headrace.heads.neighbors.bank import fit_knn_bank
-from headrace.heads.spec import KNNSpec
+from headrace.heads.neighbors.kind import KNNSpec
 
 ROWS = 1000
 NEIGHBOURS = (1, 5, 20)

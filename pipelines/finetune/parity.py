@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from headrace.heads.data.task import TaskKind
-from headrace.heads.predict import link
+from headrace.heads.link import link
 from headrace.pipelines.finetune.errors import FinetuneRefused
 from headrace.pipelines.models.torch_head import Head
 from headrace.pipelines.models.torch_network import Network

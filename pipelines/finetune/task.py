@@ -31,8 +31,12 @@ from headrace.extract.taps.resolve import Tap, backbone_nodes, tap_shape
 from headrace.heads.data.task import REFIT, Task, load_task, seed_of_fold
 from headrace.heads.evaluate.metrics import all_metrics
 from headrace.heads.evaluate.temperature import fit_temperature
+from headrace.heads.kinds import spec_from_json
+from headrace.heads.networks.kind import MLPSpec
 from headrace.heads.results import read_bank, remove_damaged, results_bytes
-from headrace.heads.spec import FineTuneSpec, FitResult, MLPSpec, spec_from_json
+from headrace.heads.spec import (FineTuneSpec, FitResult)
+from headrace.heads.kinds import (spec_from_json)
+from headrace.heads.networks.kind import (MLPSpec)
 from headrace.pipelines.finetune.candidates import require_differentiable
 from headrace.pipelines.finetune.data import (
     ImageSource,

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from headrace.heads.data.task import REFIT, Task, seed_of_fold
-from headrace.heads.predict import link
+from headrace.heads.link import link
 from headrace.heads.spec import FineTuneSpec
 from headrace.pipelines.finetune.checkpoint import (
     Progress,

@@ -19,15 +19,18 @@ from headrace.extract.spec import (
     is_weights_file,
 )
 from headrace.heads.data.task import TaskKind
-from headrace.heads.evaluate.temperature import floor_of
+from headrace.heads.predict import (floor_of)
 from headrace.heads.persist import (
     TrainedHead,
     load_head,
     require_trusted,
     save_head,
 )
-from headrace.heads.predict import Floats, predict_head, tempered
-from headrace.heads.spec import SklearnSpec, spec_to_json
+from headrace.heads.predict import (predict_head)
+from headrace.heads.layers import (Floats)
+from headrace.heads.link import (tempered)
+from headrace.heads.spec import (spec_to_json)
+from headrace.heads.sklearn.kind import (SklearnSpec)
 from headrace.pipelines.models.base import ImagePredictor, model_digest, settings_sentence
 from headrace.pipelines.models.errors import ModelError
 from headrace.pipelines.models.trust import require_allowed_file

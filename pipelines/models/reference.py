@@ -15,11 +15,13 @@ from headrace.extract.errors import SourceError
 from headrace.extract.spec import BackboneSpec, Sample
 from headrace.heads.data.features import load_rows
 from headrace.heads.data.task import REFIT, Task
-from headrace.heads.evaluate.temperature import floor_of
+from headrace.heads.predict import (floor_of)
 from headrace.heads.persist import TrainedHead, require_trusted
-from headrace.heads.predict import predict_head, tempered
+from headrace.heads.predict import (predict_head)
+from headrace.heads.link import (tempered)
 from headrace.heads.results import read_bank
-from headrace.heads.spec import SklearnSpec, spec_from_json
+from headrace.heads.kinds import (spec_from_json)
+from headrace.heads.sklearn.kind import (SklearnSpec)
 from headrace.pipelines.feature_input import FeatureInput
 from headrace.pipelines.models.head import HeadModel
 from headrace.pipelines.models.network import NetworkModel

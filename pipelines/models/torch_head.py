@@ -9,25 +9,25 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from headrace.heads.predict import floor_of
 from headrace.heads.data.task import TaskKind
-from headrace.heads.evaluate.temperature import FARTHEST, FLOOR, floor_of
+from headrace.heads.evaluate.temperature import FARTHEST, FLOOR
+from headrace.heads.kinds import HEAD_KINDS
+from headrace.heads.layers import Layers
 from headrace.heads.neighbors.bank import CENTROID_TEMPERATURE
+from headrace.heads.neighbors.kind import CentroidSpec, KNNSpec
 from headrace.heads.persist import TrainedHead
-from headrace.heads.predict import Arrays
-from headrace.heads.spec import (
-    CentroidSpec,
-    ConvSpec,
-    HeadSpec,
-    KNNSpec,
-    LogisticSpec,
-    MLPSpec,
-    RidgeSpec,
-    SklearnSpec,
-)
+from headrace.heads.layers import (Arrays)
+from headrace.heads.spec import (HeadSpec)
+from headrace.heads.sklearn.kind import (SklearnSpec)
+from headrace.heads.neighbors.kind import (CentroidSpec, KNNSpec)
+from headrace.heads.networks.kind import (ConvSpec, MLPSpec)
+from headrace.heads.linear.kind import (LogisticSpec, RidgeSpec)
 from headrace.pipelines.models.errors import ModelError
 
 

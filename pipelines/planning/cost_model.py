@@ -13,8 +13,11 @@ from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
+from headrace.heads.networks.kind import ConvSpec
+from headrace.heads.networks.kind import MLPSpec
 from headrace.extract.run.plan import ExtractJob
-from headrace.heads.spec import ConvSpec, HeadSpec, MLPSpec
+from headrace.heads.kinds import HEAD_KINDS
+from headrace.heads.spec import HeadSpec
 from headrace.pipelines.cluster.task_log import read_log
 
 # of a bank: tasks of 5 to 60 s are long beside the milliseconds between them, and little to lose

@@ -10,8 +10,9 @@ import pandas as pd
 
 from headrace.heads.data.task import REFIT
 from headrace.heads.evaluate.metrics import METRICS
+from headrace.heads.kinds import spec_from_json
 from headrace.heads.results import read_bank
-from headrace.heads.spec import spec_from_json, spec_to_json
+from headrace.heads.spec import spec_to_json
 from headrace.pipelines.planning.plan import Trained, bank_group
 from headrace.pipelines.recipe.grid import Wanted
 from headrace.pipelines.recipe.settings_text import settings_text

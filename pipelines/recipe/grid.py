@@ -2,40 +2,14 @@
 
 import dataclasses
 import difflib
-import itertools
-import json
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from headrace.heads.spec import (
-    CentroidSpec,
-    ConvSpec,
-    Halving,
-    HeadSpec,
-    KNNSpec,
-    LogisticSpec,
-    MLPSpec,
-    RidgeSpec,
-    SklearnSpec,
-)
-from headrace.pipelines.recipe.heads import ConvGrid, HalvingSection, HeadInput, Heads, MLPGrid
+from headrace.heads.kinds import HEAD_KINDS
+from headrace.heads.linear.kind import LogisticSpec, RidgeSpec
+from headrace.heads.spec import Halving, HeadSpec
+from headrace.pipelines.recipe.heads import HalvingGrid, HeadGrid, HeadInput, Heads
 from headrace.pipelines.recipe.load import RecipeError
-
-# What a network's settings are tried in, outermost first; also the names of the recipe's lists and
-# of the spec's fields.
-_NETWORK_AXES = (
-    "hidden",
-    "learning_rate",
-    "weight_decay",
-    "dropout",
-    "label_smoothing",
-    "class_weight",
-    "seed",
-)
-
-
-# Kinds of heads that cannot do every kind of task, with those that they do.
-_TASKS = {"logistic": ("single", "multi"), "centroid": ("single",)}
 
 _DOES = {"single": "one class per image", "multi": "several labels", "regression": "numbers"}
 
@@ -55,19 +29,11 @@ def wanted_heads(heads: Heads, names: Sequence[str]) -> list[Wanted]:
     other kinds. Raises RecipeError for an input that is not one of them, and for convolution heads
     without a map.
     """
-    sections = {
-        kind: grid.halving
-        for kind, grid in (("mlp", heads.mlp), ("conv", heads.conv))
-        if grid is not None
-    }
     wanted = (
-        Wanted(
-            columns,
-            tuple(dict.fromkeys(_of_input(specs, columns))),
-            _halving(sections.get(specs[0].kind)),
-        )
-        for inputs, specs in _grids(heads)
-        for columns in _expand(inputs, names, maps=specs[0].kind == "conv")
+        Wanted(columns, tuple(dict.fromkeys(_of_input(specs, columns))), _halving(grid))
+        for grid in heads.grids()
+        for specs in grid.spec_banks()
+        for columns in _expand(grid.inputs, names, maps=grid.head_kind.spatial)
     )
     return list(dict.fromkeys(wanted))  # a value that a list repeats counts once
 
@@ -85,82 +51,21 @@ def check_kinds(heads: Heads, task_kind: str) -> None:
     """Raises RecipeError for heads that cannot do such a task, before anything is extracted for
     them.
     """
-    for kind, tasks in _TASKS.items():
-        if getattr(heads, kind) is not None and task_kind not in tasks:
-            able = [
-                name for name in Heads.model_fields if task_kind in _TASKS.get(name, (task_kind,))
-            ]
+    for grid in heads.grids():
+        kind = grid.head_kind
+        if task_kind not in kind.tasks:
+            able = [other.name for other in HEAD_KINDS.values() if task_kind in other.tasks]
             raise RecipeError(
-                f"heads.{kind}: {kind} heads predict {' or '.join(_DOES[task] for task in tasks)}, "
-                f"and task.kind is {task_kind}. Take {kind} out of the recipe; heads that can do "
-                f"this task: {', '.join(able)}"
+                f"heads.{kind.name}: {kind.name} heads predict "
+                f"{' or '.join(_DOES[task] for task in kind.tasks)}, and task.kind is {task_kind}. "
+                f"Take {kind.name} out of the recipe; heads that can do this task: "
+                f"{', '.join(able)}"
             )
 
 
-def _halving(section: HalvingSection | None) -> Halving | None:
+def _halving(grid: HeadGrid) -> Halving | None:
+    section = grid.halving if isinstance(grid, HalvingGrid) else None
     return None if section is None else Halving(after=section.after, keep=section.keep)
-
-
-def _grids(heads: Heads) -> Iterator[tuple[tuple[HeadInput, ...], list[HeadSpec]]]:
-    # One entry per (kind, class weight, banded): these heads share their products best in one bank.
-    if grid := heads.logistic:
-        for class_weight, banded in itertools.product(grid.class_weight, sorted(set(grid.banded))):
-            yield (
-                grid.inputs,
-                [
-                    LogisticSpec(C=c, class_weight=class_weight, banded=banded)
-                    for c in sorted(grid.C)
-                ],
-            )
-    if ridge := heads.ridge:
-        for class_weight, banded in itertools.product(
-            ridge.class_weight, sorted(set(ridge.banded))
-        ):
-            yield (
-                ridge.inputs,
-                [
-                    RidgeSpec(alpha=alpha, class_weight=class_weight, banded=banded)
-                    for alpha in sorted(ridge.alpha)
-                ],
-            )
-    if heads.mlp:
-        yield heads.mlp.inputs, _networks(heads.mlp, MLPSpec, _NETWORK_AXES)
-    if heads.conv:
-        yield heads.conv.inputs, _networks(heads.conv, ConvSpec, ("channels", *_NETWORK_AXES))
-    if knn := heads.knn:
-        yield (
-            knn.inputs,
-            [
-                KNNSpec(k=k, metric=m, weighting=w)
-                for k, m, w in itertools.product(knn.k, knn.metric, knn.weighting)
-            ],
-        )
-    if centroid := heads.centroid:
-        yield centroid.inputs, [CentroidSpec(metric=metric) for metric in centroid.metric]
-    for estimator in heads.sklearn:
-        for values in itertools.product(*estimator.parameters.values()):
-            parameters = json.dumps(
-                dict(zip(estimator.parameters, values, strict=True)), sort_keys=True
-            )
-            yield (
-                estimator.inputs,
-                [
-                    SklearnSpec(
-                        estimator=estimator.estimator,
-                        parameters=parameters,
-                        standardize=estimator.standardize,
-                    )
-                ],
-            )
-
-
-def _networks(
-    grid: MLPGrid | ConvGrid, kind: type[MLPSpec | ConvSpec], axes: Sequence[str]
-) -> list[HeadSpec]:
-    """The product of the axes' lists; the other settings are the same for all."""
-    fixed = {name: getattr(grid, name) for name in ("batch_size", "epochs", "patience")}
-    products = itertools.product(*(getattr(grid, axis) for axis in axes))
-    return [kind(**dict(zip(axes, values, strict=True)), **fixed) for values in products]
 
 
 def _expand(

@@ -1,53 +1,27 @@
-"""The recipe's section `heads`: for each kind of head the lists whose product is trained."""
+"""The recipe's section `heads`: for each kind of head the lists whose product is trained.
 
-from typing import Annotated, Any, Literal
+A kind's section is derived from the fields of its spec (`heads/kind.py` says how), so that a
+default, a range and a comment stand once.
+"""
+
+import dataclasses
+import itertools
+import json
+import typing
+from collections.abc import Iterator
+from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
 
-from headrace.pipelines.recipe.values import (
-    Fraction,
-    NonEmptyFloats,
-    NonNegative,
-    Section,
-    Seed,
-    Share,
-)
+from headrace.heads.kind import HeadKind
+from headrace.heads.kinds import HEAD_KINDS
+from headrace.heads.sklearn.kind import SKLEARN, SklearnSpec
+from headrace.heads.spec import HeadSpec
+from headrace.pipelines.recipe.values import Section, Share
 
 # "each": every feature set alone; "all": all of them side by side; a list: these feature sets side
 # by side.
 HeadInput = Literal["each", "all"] | tuple[str, ...]
-
-
-class LogisticGrid(Section):
-    """Logistic regression: the product of these lists."""
-
-    # inverse strength of the L2 penalty, as in scikit-learn
-    C: NonEmptyFloats = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0, 1e3)
-    # balanced: every class counts the same
-    class_weight: Annotated[
-        tuple[Literal["none", "balanced"], ...], pydantic.Field(min_length=1)
-    ] = ("none",)
-    # true: each of several taps side by side has a strength of its own, in proportions found on the
-    # training rows
-    banded: Annotated[tuple[bool, ...], pydantic.Field(min_length=1)] = (False,)
-    # each: every tap alone; all: side by side; a list: these taps side by side
-    inputs: tuple[HeadInput, ...] = ("each", "all")
-
-
-class RidgeGrid(Section):
-    """Ridge classification or regression: the product of these lists."""
-
-    # strength of the L2 penalty, as in scikit-learn
-    alpha: NonEmptyFloats = (0.1, 1.0, 10.0, 30.0, 100.0, 300.0, 1e3, 3e3, 1e4, 1e5)
-    # balanced: every class counts the same
-    class_weight: Annotated[
-        tuple[Literal["none", "balanced"], ...], pydantic.Field(min_length=1)
-    ] = ("none",)
-    # true: each of several taps side by side has a strength of its own, in proportions found on the
-    # training rows
-    banded: Annotated[tuple[bool, ...], pydantic.Field(min_length=1)] = (False,)
-    # each: every tap alone; all: side by side; a list: these taps side by side
-    inputs: tuple[HeadInput, ...] = ("each", "all")
 
 
 class HalvingSection(Section):
@@ -60,122 +34,107 @@ class HalvingSection(Section):
     keep: Share = 0.25  # share of the settings that goes on
 
 
-class MLPGrid(Section):
-    """Multi-layer perceptrons: the product of these lists."""
+class HeadGrid(Section):
+    """What the sections of all kinds have."""
 
-    # widths of the hidden layers
-    hidden: Annotated[
-        tuple[Annotated[tuple[pydantic.PositiveInt, ...], pydantic.Field(min_length=1)], ...],
-        pydantic.Field(min_length=1),
-    ] = ((64,), (256,))
-    learning_rate: NonEmptyFloats = (1e-3,)  # of AdamW
-    weight_decay: Annotated[tuple[NonNegative, ...], pydantic.Field(min_length=1)] = (1e-2,)
-    # share of units that is left out in training
-    dropout: Annotated[tuple[Fraction, ...], pydantic.Field(min_length=1)] = (0.0, 0.5)
-    label_smoothing: Annotated[tuple[Fraction, ...], pydantic.Field(min_length=1)] = (0.0,)
-    # balanced: every class counts the same
-    class_weight: Annotated[
-        tuple[Literal["none", "balanced"], ...], pydantic.Field(min_length=1)
-    ] = ("none",)
-    # of the first weights and of dropout
-    seed: Annotated[tuple[Seed, ...], pydantic.Field(min_length=1)] = (0,)
-    batch_size: pydantic.PositiveInt = 256
-    epochs: pydantic.PositiveInt = 50  # at most
-    patience: pydantic.PositiveInt = 8  # epochs without improvement after which a network stops
-    halving: HalvingSection | None = None  # default: every setting is trained to its end
-    # each: every tap alone; all: side by side; a list: these taps side by side
-    inputs: tuple[HeadInput, ...] = ("all",)
+    model_config = pydantic.ConfigDict(allow_inf_nan=False)
 
+    head_kind: ClassVar[HeadKind]
 
-class ConvGrid(Section):
-    """New convolution layers and an MLP on a spatial tap (`layer3.map`): the product of these
-    lists.
-    """
-
-    # of the 3 x 3 convolutions
-    channels: Annotated[
-        tuple[Annotated[tuple[pydantic.PositiveInt, ...], pydantic.Field(min_length=1)], ...],
-        pydantic.Field(min_length=1),
-    ] = ((64,),)
-    # widths of the hidden layers after the convolutions
-    hidden: Annotated[
-        tuple[tuple[pydantic.PositiveInt, ...], ...], pydantic.Field(min_length=1)
-    ] = ((),)
-    learning_rate: NonEmptyFloats = (1e-3,)  # of AdamW
-    weight_decay: Annotated[tuple[NonNegative, ...], pydantic.Field(min_length=1)] = (1e-2,)
-    # share of units that is left out in training
-    dropout: Annotated[tuple[Fraction, ...], pydantic.Field(min_length=1)] = (0.0,)
-    label_smoothing: Annotated[tuple[Fraction, ...], pydantic.Field(min_length=1)] = (0.0,)
-    # balanced: every class counts the same
-    class_weight: Annotated[
-        tuple[Literal["none", "balanced"], ...], pydantic.Field(min_length=1)
-    ] = ("none",)
-    # of the first weights and of dropout
-    seed: Annotated[tuple[Seed, ...], pydantic.Field(min_length=1)] = (0,)
-    batch_size: pydantic.PositiveInt = 128
-    epochs: pydantic.PositiveInt = 30  # at most
-    patience: pydantic.PositiveInt = 6  # epochs without improvement after which a network stops
-    halving: HalvingSection | None = None  # default: every setting is trained to its end
     # each: every tap alone; all: side by side; a list: these taps side by side
     inputs: tuple[HeadInput, ...] = ("each",)
 
-
-class KNNGrid(Section):
-    """k nearest neighbours: the product of these lists."""
-
-    k: Annotated[tuple[pydantic.PositiveInt, ...], pydantic.Field(min_length=1)] = (
-        1,
-        5,
-        20,
-    )  # neighbours
-    metric: Annotated[tuple[Literal["cosine", "euclidean"], ...], pydantic.Field(min_length=1)] = (
-        "cosine",
-    )
-    # distance: nearer neighbours count more
-    weighting: Annotated[
-        tuple[Literal["uniform", "distance"], ...], pydantic.Field(min_length=1)
-    ] = ("uniform",)
-    # each: every tap alone; all: side by side; a list: these taps side by side
-    inputs: tuple[HeadInput, ...] = ("each",)
+    def spec_banks(self) -> Iterator[list[HeadSpec]]:
+        """Yield the specs that the lists ask for, those together that share their work best."""
+        kind = self.head_kind
+        fixed = {name: getattr(self, name) for name in kind.fixed}
+        values = {axis: tuple(dict.fromkeys(getattr(self, axis))) for axis in kind.axes}
+        path_values = sorted(values.pop(kind.path_axis)) if kind.path_axis else [None]
+        products = [
+            dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())
+        ]
+        if kind.path_axis is None:
+            yield [kind.spec(**settings, **fixed) for settings in products]
+            return
+        for settings in products:
+            yield [
+                kind.spec(**{kind.path_axis: value}, **settings, **fixed) for value in path_values
+            ]
 
 
-class CentroidGrid(Section):
-    """Nearest class mean."""
+class HalvingGrid(HeadGrid):
+    """What the sections have whose banks can stop specs early."""
 
-    metric: Annotated[tuple[Literal["cosine", "euclidean"], ...], pydantic.Field(min_length=1)] = (
-        "cosine",
-    )
-    # each: every tap alone; all: side by side; a list: these taps side by side
-    inputs: tuple[HeadInput, ...] = ("each",)
+    # default: every setting is trained to its end
+    halving: HalvingSection | None = None
 
 
-class SklearnGrid(Section):
+class SklearnGrid(HeadGrid):
     """One scikit-learn estimator by import path, with the product of its parameter lists."""
 
+    head_kind = SKLEARN
+
     estimator: str  # import path, such as sklearn.svm.SVC
-    parameters: dict[str, tuple[Any, ...]] = pydantic.Field(
-        {}
-    )  # lists of values by the estimator's parameter names
+    # lists of values by the estimator's parameter names
+    parameters: dict[str, tuple[Any, ...]] = pydantic.Field({})
     # scale features by their means and spreads on the training rows first
     standardize: bool = False
     # each: every tap alone; all: side by side; a list: these taps side by side
     inputs: tuple[HeadInput, ...] = ("all",)
 
+    def spec_banks(self) -> Iterator[list[HeadSpec]]:
+        """Yield each combination of the parameters by itself."""
+        for chosen in itertools.product(*self.parameters.values()):
+            parameters = json.dumps(dict(zip(self.parameters, chosen, strict=True)), sort_keys=True)
+            yield [SklearnSpec(self.estimator, parameters, self.standardize)]
 
-class Heads(Section):
+
+def grid_section(kind: HeadKind) -> type[HeadGrid]:
+    """Return the section of a kind: a list for each of its axes, a value for each fixed setting."""
+    hints = typing.get_type_hints(kind.spec, include_extras=True)
+    defaults = {field.name: field.default for field in dataclasses.fields(kind.spec)}
+    fields: dict[str, Any] = {}
+    for axis in kind.axes:
+        values: Any = tuple.__class_getitem__((hints[axis], ...))
+        default = kind.grid.get(axis, (defaults[axis],))
+        fields[axis] = Annotated[values, pydantic.Field(min_length=1)], default
+    for name in kind.fixed:
+        fields[name] = hints[name], defaults[name]
+    fields["inputs"] = tuple[HeadInput, ...], kind.inputs
+    section = pydantic.create_model(
+        f"{kind.name.capitalize()}Grid",
+        __base__=HalvingGrid if kind.can_halve else HeadGrid,
+        __doc__=f"{kind.summary}: the product of these lists.",
+        **fields,
+    )
+    section.head_kind = kind
+    return section
+
+
+HEAD_GRIDS: dict[str, type[HeadGrid]] = {
+    name: SklearnGrid if kind is SKLEARN else grid_section(kind)
+    for name, kind in HEAD_KINDS.items()
+}
+
+_fields: dict[str, Any] = {name: (section | None, None) for name, section in HEAD_GRIDS.items()}
+_fields[SKLEARN.name] = tuple[SklearnGrid, ...], ()
+_Sections: Any = pydantic.create_model("_Sections", __base__=Section, **_fields)
+
+
+class Heads(_Sections):  # type: ignore[misc]
     """Which heads to train. A kind that is absent is not trained."""
 
-    logistic: LogisticGrid | None = None
-    ridge: RidgeGrid | None = None
-    mlp: MLPGrid | None = None
-    conv: ConvGrid | None = None
-    knn: KNNGrid | None = None
-    centroid: CentroidGrid | None = None
-    sklearn: tuple[SklearnGrid, ...] = ()
+    def grids(self) -> Iterator[HeadGrid]:
+        """Yield the sections that are given; of `sklearn`, one for each estimator."""
+        for name in HEAD_KINDS:
+            section = getattr(self, name)
+            if isinstance(section, tuple):
+                yield from section
+            elif section is not None:
+                yield section
 
     @pydantic.model_validator(mode="after")
     def _some(self) -> "Heads":
-        kinds = list(type(self).model_fields)
-        if not any(getattr(self, kind) for kind in kinds):
-            raise ValueError(f"no heads to train: give at least one of {', '.join(kinds)}")
+        if not any(self.grids()):
+            raise ValueError(f"no heads to train: give at least one of {', '.join(HEAD_KINDS)}")
         return self

@@ -10,7 +10,7 @@ import pydantic
 from headrace.cache.home import expand_home
 from headrace.extract.spec import absolute_name
 from headrace.pipelines.paths import RunPaths
-from headrace.pipelines.recipe.heads import Heads, LogisticGrid, MLPGrid
+from headrace.pipelines.recipe.heads import HEAD_GRIDS, Heads
 from headrace.pipelines.recipe.sections import (
     Backbone,
     ClusterSection,
@@ -35,7 +35,7 @@ class Recipe(Section):
     images: Images
     task: TaskSection = TaskSection()
     backbones: tuple[Backbone, ...] = ()
-    heads: Heads = Heads(logistic=LogisticGrid(), mlp=MLPGrid())
+    heads: Heads = Heads(logistic=HEAD_GRIDS["logistic"](), mlp=HEAD_GRIDS["mlp"]())
     finetune: FinetuneSection | None = None  # `finetune: {}` takes the defaults
     # features of other programs, under the names that `headrace cache import` gave them
     external_features: tuple[str, ...] = ()

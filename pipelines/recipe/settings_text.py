@@ -2,7 +2,8 @@
 
 import json
 
-from headrace.heads.spec import FineTuneSpec, HeadSpec, spec_from_json, spec_to_json
+from headrace.heads.kinds import spec_from_json
+from headrace.heads.spec import FineTuneSpec, HeadSpec, spec_to_json
 
 
 def settings_text(spec: HeadSpec) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from headrace.heads.data.task import REFIT
-from headrace.heads.spec import spec_from_json
+from headrace.heads.kinds import spec_from_json
 from headrace.pipelines.finished import FinishedRun
 from headrace.pipelines.recipe.settings_text import settings_text
 from headrace.pipelines.report.blocks import Block, Column, Note, Section, Table

@@ -16,7 +16,8 @@ import pandas as pd
 
 from headrace.heads.data.task import Task
 from headrace.heads.evaluate.metrics import score
-from headrace.heads.evaluate.temperature import FLOOR, cross_fitted, fit_temperature, floor_of
+from headrace.heads.evaluate.temperature import FLOOR, cross_fitted, fit_temperature
+from headrace.heads.predict import floor_of
 from headrace.pipelines.selection.predictions import (
     ValidationRows,
     selection_parts,

@@ -26,13 +26,9 @@ from headrace.heads.evaluate.ensemble import (
     loss_elements,
 )
 from headrace.heads.evaluate.metrics import METRICS, all_metrics
-from headrace.heads.evaluate.temperature import (
-    fit_temperature,
-    fit_temperatures,
-    floor_of,
-    with_temperature,
-)
+from headrace.heads.evaluate.temperature import fit_temperature, fit_temperatures, with_temperature
 from headrace.heads.evaluate.weighted import weighted_scores
+from headrace.heads.predict import floor_of
 from headrace.heads.results import read_bank
 from headrace.pipelines.recipe.sections import EnsembleSection
 from headrace.pipelines.selection.correction import (

@@ -19,8 +19,9 @@ import numpy.typing as npt
 from headrace.heads.bank import BankJob
 from headrace.heads.data.folds import strata
 from headrace.heads.data.task import TRAIN_ONLY, Task, save_task
+from headrace.heads.linear.kind import LogisticSpec, RidgeSpec
 from headrace.heads.results import read_bank, remove_damaged
-from headrace.heads.spec import ClassWeight, HeadSpec, LogisticSpec, RidgeSpec, spec_to_json
+from headrace.heads.spec import ClassWeight, HeadSpec, spec_to_json
 from headrace.pipelines.selection.correction import resampled_rows
 from headrace.pipelines.selection.estimate import Estimate
 

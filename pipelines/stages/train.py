@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from headrace.heads.bank import GPU_KINDS, BankJob, publish_failure, train_bank
+from headrace.heads.bank import BankJob, publish_failure, train_bank
+from headrace.heads.kinds import HEAD_KINDS
 from headrace.heads.spec import spec_to_json
 from headrace.pipelines.cluster.progress import stage
 from headrace.pipelines.cluster.submit import RunIncomplete, announced, run_tasks
@@ -138,7 +139,7 @@ def bank_jobs(state: RunState, device: str = "cpu") -> list[BankJob]:
             ),
             halving=bank.halving,
             specs=bank.specs,
-            device=device if bank.kind in GPU_KINDS else "cpu",
+            device=device if HEAD_KINDS[bank.kind].uses_gpu else "cpu",
             result=str(state.paths.bank(bank.group, bank.key)),
         )
         for bank in state.plan.banks

@@ -20,8 +20,8 @@ from headrace.cache.format.sealed import (
 )
 from headrace.extract.spec import BackboneSpec
 from headrace.extract.taps.spec_cache import _read, remember_features
+from headrace.heads.linear.kind import LogisticSpec
 from headrace.heads.persist import BadHeadFile, load_head, save_head
-from headrace.heads.spec import LogisticSpec
 from headrace.pipelines.finetune.checkpoint import Progress, load_checkpoint, save_checkpoint
 
 

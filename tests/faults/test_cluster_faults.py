@@ -25,8 +25,8 @@ from headrace.extract.run.plan import ExtractJob
 from headrace.extract.spec import BackboneSpec, Sample
 from headrace.heads.bank import BankJob
 from headrace.heads.data.task import REFIT
+from headrace.heads.linear.kind import LogisticSpec
 from headrace.heads.results import read_bank
-from headrace.heads.spec import LogisticSpec
 from headrace.pipelines.cluster import clients as cluster
 from headrace.pipelines.cluster.submit import TaskOptions
 from headrace.pipelines.recipe.load import load_recipe

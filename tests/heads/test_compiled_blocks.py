@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headrace.heads.data.training_data import TrainingData
+from headrace.heads.linear.kind import LogisticSpec
 from headrace.heads.linear.logistic import fit_logistic_bank
 from headrace.heads.linear.solver import active_set as active_set_module
 from headrace.heads.linear.solver import design as design_module
@@ -20,7 +21,6 @@ from headrace.heads.linear.solver.compiled_blocks import aligned_rows, load_comp
 from headrace.heads.linear.solver.design import DesignMatrix, RowBlock
 from headrace.heads.linear.solver.passes import CompiledPass, NumpyPass, RowWeighting
 from headrace.heads.linear.solver.rotation import Rotation
-from headrace.heads.spec import LogisticSpec
 
 needs_compiler = pytest.mark.skipif(
     load_compiled_kernels() is None, reason="no C compiler built the pass, or no AVX2 to run it"

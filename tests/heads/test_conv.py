@@ -12,10 +12,11 @@ from headrace.heads.data.folds import make_folds
 from headrace.heads.data.task import REFIT
 from headrace.heads.data.training_data import TrainingData
 from headrace.heads.evaluate.metrics import score
+from headrace.heads.kind import CannotPredict
 from headrace.heads.networks.conv import conv_network, fit_conv_bank
 from headrace.heads.networks.conv_batch import random_start
-from headrace.heads.predict import CannotPredict, predict_head
-from headrace.heads.spec import ConvSpec
+from headrace.heads.networks.kind import ConvSpec
+from headrace.heads.predict import predict_head
 
 Arrays = np.ndarray[Any, Any]
 

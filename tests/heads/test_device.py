@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from headrace.heads.bank import GPU_KINDS, BadBank
+from headrace.heads.bank import BadBank
+from headrace.heads.kinds import HEAD_KINDS
 from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.planning import devices
 from headrace.pipelines.planning.run_state import read_run_state
@@ -61,10 +62,9 @@ def test_a_gpu_that_is_not_there_is_refused_before_anything_is_done(tmp_path):
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_the_device_goes_to_the_banks_that_can_use_it(tmp_path, device):
     """Others are left on the CPU, where they compute whatever they are told."""
-    kinds = ("logistic", "ridge", "mlp", "conv", "knn", "centroid", "sklearn")
     banks = [
         SimpleNamespace(kind=kind, inputs=(), halving=None, specs=(), group=kind, key="0")
-        for kind in kinds
+        for kind in HEAD_KINDS
     ]
     found = SimpleNamespace(
         paths=RunPaths(tmp_path),
@@ -72,7 +72,9 @@ def test_the_device_goes_to_the_banks_that_can_use_it(tmp_path, device):
         feature_paths={},
         dataset=SimpleNamespace(train=SimpleNamespace(digest="0" * 24)),
     )
-    given = dict(zip(kinds, [job.device for job in bank_jobs(found, device)], strict=True))
-    assert {kind for kind, where in given.items() if where == device} >= set(GPU_KINDS)
-    assert {where for kind, where in given.items() if kind not in GPU_KINDS} == {"cpu"}
+    given = dict(zip(HEAD_KINDS, [job.device for job in bank_jobs(found, device)], strict=True))
+    able = {name for name, kind in HEAD_KINDS.items() if kind.uses_gpu}
+    assert able == {"logistic", "mlp", "conv"}
+    assert {kind for kind, where in given.items() if where == device} >= able
+    assert {where for kind, where in given.items() if kind not in able} == {"cpu"}
     assert all(job.device == "cpu" for job in bank_jobs(found))

@@ -10,10 +10,10 @@ from headrace.heads.data.standardize import group_moments, training_moments
 from headrace.heads.data.task import REFIT, TRAIN_ONLY
 from headrace.heads.data.training_data import TrainingData
 from headrace.heads.linear import logistic
+from headrace.heads.linear.kind import LogisticSpec
 from headrace.heads.linear.logistic import fit_logistic_bank
 from headrace.heads.linear.solver.design import scales_are_similar
 from headrace.heads.linear.solver.dual_form import make_dual_design
-from headrace.heads.spec import LogisticSpec
 
 SLOWLY = settings(
     deadline=None, max_examples=8, suppress_health_check=list(HealthCheck), derandomize=True

@@ -19,6 +19,7 @@ from headrace.heads.data.standardize import NotFinite
 from headrace.heads.data.task import REFIT, TRAIN_ONLY
 from headrace.heads.data.training_data import TrainingData
 from headrace.heads.linear import logistic as logistic_module
+from headrace.heads.linear.kind import LogisticSpec
 from headrace.heads.linear.logistic import fit_logistic_bank
 from headrace.heads.linear.solver import design as design_module
 from headrace.heads.linear.solver.active_set import ActiveSet
@@ -31,7 +32,6 @@ from headrace.heads.linear.solver.preconditioner import (
 )
 from headrace.heads.linear.solver.regularization_path import SolvedHead
 from headrace.heads.linear.solver.rotation import PerFoldRotation, Rotation
-from headrace.heads.spec import LogisticSpec
 
 SLOWLY = settings(
     deadline=None, max_examples=10, suppress_health_check=list(HealthCheck), derandomize=True

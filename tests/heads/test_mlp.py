@@ -16,6 +16,7 @@ from headrace.heads.data.folds import make_folds
 from headrace.heads.data.task import REFIT, TRAIN_ONLY
 from headrace.heads.data.training_data import TrainingData
 from headrace.heads.evaluate.metrics import score
+from headrace.heads.networks.kind import MLPSpec
 from headrace.heads.networks.mlp import fit_mlp_bank, network
 from headrace.heads.networks.mlp_batch import (
     DropoutBits,
@@ -26,7 +27,7 @@ from headrace.heads.networks.mlp_batch import (
 )
 from headrace.heads.networks.mlp_data import moments
 from headrace.heads.predict import predict_head
-from headrace.heads.spec import FitResult, Halving, MLPSpec
+from headrace.heads.spec import FitResult, Halving
 
 Arrays = np.ndarray[Any, Any]
 

@@ -14,8 +14,8 @@ from headrace.heads.data.task import REFIT, TEST
 from headrace.heads.data.training_data import TrainingData
 from headrace.heads.evaluate.metrics import score
 from headrace.heads.neighbors.bank import fit_centroid_bank, fit_knn_bank
+from headrace.heads.neighbors.kind import CentroidSpec, KNNSpec
 from headrace.heads.predict import predict_head
-from headrace.heads.spec import CentroidSpec, KNNSpec
 
 Arrays = np.ndarray[Any, Any]
 

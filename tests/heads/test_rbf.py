@@ -13,7 +13,7 @@ from headrace.heads.data.training_data import TrainingData
 from headrace.heads.evaluate.metrics import score
 from headrace.heads.linear.rbf import RBFClassifier
 from headrace.heads.sklearn.bank import fit_sklearn_bank
-from headrace.heads.spec import SklearnSpec
+from headrace.heads.sklearn.kind import SklearnSpec
 
 # What scikit-learn's own SVC is excused from, too.
 EXCUSED = {

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from sklearn.linear_model import Ridge, RidgeClassifier
 from sklearn.preprocessing import StandardScaler
 
+from headrace.heads.linear.kind import RidgeSpec
 from headrace.heads.data.standardize import NotFinite
 from headrace.heads.data.task import REFIT, TRAIN_ONLY
 from headrace.heads.data.training_data import TrainingData
 from headrace.heads.linear.ridge import MIN_STRENGTHS_FOR_EIGENVALUES, fit_ridge_bank
 from headrace.heads.predict import predict_head
-from headrace.heads.spec import RidgeSpec
 
 SLOWLY = settings(
     deadline=None, max_examples=25, suppress_health_check=list(HealthCheck), derandomize=True

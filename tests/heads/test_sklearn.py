@@ -13,9 +13,10 @@ from sklearn.svm import SVC
 from headrace.heads.data.folds import make_folds
 from headrace.heads.data.task import REFIT
 from headrace.heads.data.training_data import TrainingData
-from headrace.heads.predict import CannotPredict, predict_head
+from headrace.heads.kind import CannotPredict
+from headrace.heads.predict import predict_head
 from headrace.heads.sklearn.bank import BadEstimator, fit_sklearn_bank, make_estimator
-from headrace.heads.spec import SklearnSpec
+from headrace.heads.sklearn.kind import SklearnSpec
 
 Arrays = np.ndarray[Any, Any]
 

@@ -19,8 +19,10 @@ from headrace.heads.data.checks import BadFeatures
 from headrace.heads.data.features import load_rows, stream_rows
 from headrace.heads.data.folds import make_folds
 from headrace.heads.data.task import TRAIN_ONLY, Task, save_task
+from headrace.heads.linear.kind import LogisticSpec, RidgeSpec
+from headrace.heads.neighbors.kind import CentroidSpec, KNNSpec
+from headrace.heads.networks.kind import ConvSpec, MLPSpec
 from headrace.heads.results import read_bank
-from headrace.heads.spec import CentroidSpec, ConvSpec, KNNSpec, LogisticSpec, MLPSpec, RidgeSpec
 
 ROWS = 600
 CONTENT = [hashlib.sha256(str(row).encode()).hexdigest()[:32] for row in range(ROWS)]

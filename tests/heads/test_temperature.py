@@ -17,20 +17,15 @@ from headrace.heads.evaluate.temperature import (
     cross_fitted,
     fit_temperature,
     fit_temperatures,
-    floor_of,
     with_temperature,
 )
+from headrace.heads.linear.kind import LogisticSpec, RidgeSpec
+from headrace.heads.link import tempered
+from headrace.heads.neighbors.kind import CentroidSpec, KNNSpec
+from headrace.heads.networks.kind import ConvSpec, MLPSpec
 from headrace.heads.persist import check_temperature
-from headrace.heads.predict import predict_head, tempered
-from headrace.heads.spec import (
-    CentroidSpec,
-    ConvSpec,
-    KNNSpec,
-    LogisticSpec,
-    MLPSpec,
-    RidgeSpec,
-    SklearnSpec,
-)
+from headrace.heads.predict import floor_of, predict_head
+from headrace.heads.sklearn.kind import SklearnSpec
 
 
 def drawn(kind, rows, factor=1.0, seed=0, spread=1.5):
@@ -299,7 +294,7 @@ def test_neighbouring_numbers_stay_in_order():
     """One float32 apart, at a temperature of 20: rounded, both would be the same, and the first of
     equals would win.
     """
-    from headrace.heads.predict import tempered
+    from headrace.heads.link import tempered
 
     half = np.float32(0.5)
     above, below = np.nextafter(half, np.float32(1)), np.nextafter(half, np.float32(0))

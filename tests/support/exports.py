@@ -8,8 +8,10 @@ import numpy as np
 
 from headrace.heads.bank import fit_bank
 from headrace.heads.data.task import REFIT, Task
+from headrace.heads.linear.kind import LogisticSpec, RidgeSpec
+from headrace.heads.neighbors.kind import CentroidSpec, KNNSpec
+from headrace.heads.networks.kind import ConvSpec, MLPSpec
 from headrace.heads.persist import TrainedHead
-from headrace.heads.spec import CentroidSpec, ConvSpec, KNNSpec, LogisticSpec, MLPSpec, RidgeSpec
 
 # Runs where nothing of headrace can be found: -I leaves out the folder and the user's paths, and
 # the finder is taken out.

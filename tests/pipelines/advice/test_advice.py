@@ -14,7 +14,7 @@ from headrace.cache.feature_set import open_feature_set
 from headrace.heads.bank import BankJob, train_bank
 from headrace.heads.data.task import Task, save_task
 from headrace.heads.evaluate.intervals import proportion_interval
-from headrace.heads.spec import LogisticSpec, RidgeSpec
+from headrace.heads.linear.kind import LogisticSpec, RidgeSpec
 from headrace.pipelines.advice.decide import (
     ClassEvidence,
     Evidence,

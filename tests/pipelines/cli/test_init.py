@@ -20,7 +20,7 @@ from headrace.pipelines.cli.demo import solar_cells, write_demo
 from headrace.pipelines.cli.init import InitError, write_recipe
 from headrace.pipelines.planning.dataset import list_samples
 from headrace.pipelines.recipe.grid import wanted_heads
-from headrace.pipelines.recipe.heads import LogisticGrid, RidgeGrid
+from headrace.pipelines.recipe.heads import HEAD_GRIDS
 from headrace.pipelines.recipe.load import load_recipe
 
 
@@ -232,8 +232,8 @@ def test_the_strengths_that_are_written_are_those_of_a_recipe_that_names_none(tm
     heads = load_recipe(tmp_path / "r.yaml").heads
     assert heads.logistic is not None
     assert heads.ridge is not None
-    assert heads.logistic.C == LogisticGrid().C
-    assert heads.ridge.alpha == RidgeGrid().alpha
+    assert heads.logistic.C == HEAD_GRIDS["logistic"]().C
+    assert heads.ridge.alpha == HEAD_GRIDS["ridge"]().alpha
 
 
 def test_a_table_says_what_a_run_will_leave_out(tmp_path, photos):

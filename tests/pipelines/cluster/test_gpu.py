@@ -18,7 +18,8 @@ from headrace.extract.taps.describe import feature_specs
 from headrace.extract.taps.resolve import resolve_taps
 from headrace.heads import bank
 from headrace.heads.data.task import Task
-from headrace.heads.spec import Halving, LogisticSpec
+from headrace.heads.linear.kind import LogisticSpec
+from headrace.heads.spec import Halving
 
 
 def test_the_event_of_a_pass_is_recorded_on_the_stream_of_its_device(monkeypatch):

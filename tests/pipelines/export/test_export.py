@@ -25,18 +25,12 @@ from headrace.heads.bank import fit_bank
 from headrace.heads.data.features import load_rows
 from headrace.heads.data.task import REFIT, Task
 from headrace.heads.evaluate.temperature import with_temperature
+from headrace.heads.linear.kind import LogisticSpec, RidgeSpec
+from headrace.heads.neighbors.kind import CentroidSpec, KNNSpec
+from headrace.heads.networks.kind import ConvSpec, MLPSpec
 from headrace.heads.persist import save_head
-from headrace.heads.spec import (
-    CentroidSpec,
-    ConvSpec,
-    FineTuneSpec,
-    KNNSpec,
-    LogisticSpec,
-    MLPSpec,
-    RidgeSpec,
-    SklearnSpec,
-    spec_to_json,
-)
+from headrace.heads.sklearn.kind import SklearnSpec
+from headrace.heads.spec import FineTuneSpec, spec_to_json
 from headrace.pipelines.api import extract_features
 from headrace.pipelines.export import write as export
 from headrace.pipelines.export.preprocessing_file import preprocess_file

@@ -16,9 +16,16 @@ from headrace.extract.images.views import Symmetries, mirrored, view_json
 from headrace.extract.spec import BackboneSpec
 from headrace.extract.taps.resolve import Tap, backbone_nodes
 from headrace.heads.data.features import load_rows
-from headrace.heads.predict import link, predict_head
+from headrace.heads.linear.kind import LogisticSpec, RidgeSpec
+from headrace.heads.link import link
+from headrace.heads.neighbors.kind import KNNSpec
+from headrace.heads.networks.kind import ConvSpec, MLPSpec
+from headrace.heads.predict import predict_head
 from headrace.heads.results import read_bank
-from headrace.heads.spec import ConvSpec, HeadSpec, KNNSpec, LogisticSpec, MLPSpec, RidgeSpec
+from headrace.heads.spec import (HeadSpec)
+from headrace.heads.neighbors.kind import (KNNSpec)
+from headrace.heads.networks.kind import (ConvSpec, MLPSpec)
+from headrace.heads.linear.kind import (LogisticSpec, RidgeSpec)
 from headrace.pipelines.finetune.data import ImageSource
 from headrace.pipelines.finetune.errors import FinetuneRefused
 from headrace.pipelines.finetune.parity import FEATURES, LARGEST, MEAN, Parity, check_parity

@@ -22,8 +22,10 @@ from support.runs import headrace, make_photos
 
 from headrace.heads.evaluate.metrics import score
 from headrace.heads.evaluate.temperature import with_temperature
+from headrace.heads.linear.kind import LogisticSpec
+from headrace.heads.neighbors.kind import KNNSpec
+from headrace.heads.networks.kind import MLPSpec
 from headrace.heads.results import read_bank
-from headrace.heads.spec import KNNSpec, LogisticSpec, MLPSpec
 from headrace.pipelines.cluster.submit import Outcome, RunIncomplete, TaskOptions, is_machine_fault
 from headrace.pipelines.cluster.task_log import read_log
 from headrace.pipelines.finetune import stage as stage_module

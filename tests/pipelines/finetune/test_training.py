@@ -20,8 +20,10 @@ from headrace.extract.backbones.backbone import load_backbone
 from headrace.extract.images.decoding import decode_image
 from headrace.extract.images.preprocessing import render
 from headrace.heads.data.task import REFIT
+from headrace.heads.kinds import spec_from_json
+from headrace.heads.networks.kind import MLPSpec
 from headrace.heads.results import read_bank
-from headrace.heads.spec import FineTuneSpec, MLPSpec, spec_from_json, spec_to_json
+from headrace.heads.spec import FineTuneSpec, spec_to_json
 from headrace.pipelines.finetune import checkpoint as checkpoint_module
 from headrace.pipelines.finetune import task as task_module
 from headrace.pipelines.finetune import train as train_module

@@ -22,10 +22,12 @@ from headrace.extract.errors import BackboneError
 from headrace.extract.images.preprocessing import Preprocessing
 from headrace.extract.images.views import Augmentation, parse_view
 from headrace.extract.spec import BackboneSpec, backbone_from_fields
+from headrace.heads.kind import CannotPredict
+from headrace.heads.linear.kind import LogisticSpec, RidgeSpec
 from headrace.heads.persist import CodeNotTrusted, load_head
-from headrace.heads.predict import CannotPredict
 from headrace.heads.sklearn.bank import estimator_code, fitted_sklearn, make_estimator
-from headrace.heads.spec import FineTuneSpec, LogisticSpec, RidgeSpec, SklearnSpec, spec_to_json
+from headrace.heads.sklearn.kind import SklearnSpec
+from headrace.heads.spec import FineTuneSpec, spec_to_json
 from headrace.pipelines.cli.main import app
 from headrace.pipelines.models.errors import ModelError
 from headrace.pipelines.models.model import load_model

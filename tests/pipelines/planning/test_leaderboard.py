@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 
 from headrace.heads.data.task import REFIT
-from headrace.heads.spec import LogisticSpec, spec_to_json
+from headrace.heads.linear.kind import LogisticSpec
+from headrace.heads.spec import spec_to_json
 from headrace.pipelines.planning.leaderboard import rank_heads
 from headrace.pipelines.recipe.grid import wanted_heads
 from headrace.pipelines.recipe.heads import Heads

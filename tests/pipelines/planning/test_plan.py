@@ -6,7 +6,9 @@ import pytest
 
 from headrace.cache.errors import CacheError
 from headrace.cache.spec import FeatureSpec
-from headrace.heads.spec import Halving, LogisticSpec, MLPSpec
+from headrace.heads.linear.kind import LogisticSpec
+from headrace.heads.networks.kind import MLPSpec
+from headrace.heads.spec import Halving
 from headrace.pipelines.planning.plan import (
     FeaturePlan,
     bank_group,

@@ -290,12 +290,13 @@ def test_numbers_are_predicted_by_heads_that_can(tmp_path):
 
 def test_one_default_of_weight_decay_wherever_a_network_is_asked_for():
     """In recipes, in specs and in scikit-learn's faces; `init` writes it too."""
+    from headrace.heads.networks.kind import WEIGHT_DECAY, ConvSpec, MLPSpec
     from headrace.heads.sklearn.estimators import MLPHead, MLPRegressionHead
-    from headrace.heads.spec import WEIGHT_DECAY, ConvSpec, MLPSpec
     from headrace.pipelines.cli.init import _RECIPE
-    from headrace.pipelines.recipe.heads import ConvGrid, MLPGrid
+    from headrace.pipelines.recipe.heads import HEAD_GRIDS
 
-    assert MLPGrid().weight_decay == ConvGrid().weight_decay == (WEIGHT_DECAY,)
+    for kind in ("mlp", "conv"):
+        assert HEAD_GRIDS[kind]().weight_decay == (WEIGHT_DECAY,)
     assert MLPSpec().weight_decay == ConvSpec().weight_decay == WEIGHT_DECAY
     assert MLPHead().weight_decay == MLPRegressionHead().weight_decay == WEIGHT_DECAY
     assert f"weight_decay: [{WEIGHT_DECAY}]" in _RECIPE

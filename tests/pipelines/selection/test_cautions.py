@@ -9,7 +9,11 @@ from PIL import Image, ImageEnhance
 from support.evidence import content_of, store_taps, stored, task_of
 
 from headrace.heads.data.task import Task
-from headrace.heads.spec import KNNSpec, LogisticSpec, MLPSpec, SklearnSpec, spec_to_json
+from headrace.heads.linear.kind import LogisticSpec
+from headrace.heads.neighbors.kind import KNNSpec
+from headrace.heads.networks.kind import MLPSpec
+from headrace.heads.sklearn.kind import SklearnSpec
+from headrace.heads.spec import spec_to_json
 from headrace.pipelines.cli.detect_source import look
 from headrace.pipelines.selection.cautions import (
     grid_edges,

@@ -14,9 +14,11 @@ from headrace.heads.bank import BankJob, train_bank
 from headrace.heads.data.task import Task, save_task
 from headrace.heads.evaluate.metrics import score
 from headrace.heads.evaluate.temperature import fit_temperature, with_temperature
+from headrace.heads.linear.kind import LogisticSpec, RidgeSpec
 from headrace.heads.persist import load_head
 from headrace.heads.results import read_bank
-from headrace.heads.spec import LogisticSpec, RidgeSpec, spec_to_json
+from headrace.heads.spec import (spec_to_json)
+from headrace.heads.linear.kind import (LogisticSpec, RidgeSpec)
 from headrace.pipelines.models.reference import model_ref
 from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.recipe.sections import EnsembleSection

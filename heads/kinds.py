@@ -1,0 +1,30 @@
+"""Every kind of head. A new kind is a folder with a `HeadKind`, and a line in the list below."""
+
+import json
+from typing import Any
+
+from headrace.heads.kind import HeadKind
+from headrace.heads.linear.kind import LOGISTIC, RIDGE
+from headrace.heads.neighbors.kind import CENTROID, KNN
+from headrace.heads.networks.kind import CONV, MLP
+from headrace.heads.sklearn.kind import SKLEARN
+from headrace.heads.spec import FineTuneSpec, HeadSpec
+
+# In the order of a recipe's documentation.
+HEAD_KINDS: dict[str, HeadKind] = {
+    kind.name: kind for kind in (LOGISTIC, RIDGE, MLP, CONV, KNN, CENTROID, SKLEARN)
+}
+
+
+def spec_from_json(text: str) -> HeadSpec:
+    """Inverse of `spec_to_json`; also of a fine-tuned network's. Raises KeyError for no such kind
+    of head, TypeError for other fields.
+    """
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in json.loads(text).items()
+    }
+    if values["kind"] == "finetune":
+        return FineTuneSpec(**values)
+    spec: HeadSpec = HEAD_KINDS[values["kind"]].spec(**values)
+    return spec

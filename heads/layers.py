@@ -1,0 +1,65 @@
+"""Heads that are layers: linear heads, perceptrons and convolution heads in one form.
+
+n rows, D features, C outputs.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from headrace.heads.data.task import TaskKind
+from headrace.heads.link import link
+
+Floats = npt.NDArray[np.float32]
+Arrays = dict[str, npt.NDArray[Any]]
+Layer = tuple[npt.NDArray[Any], npt.NDArray[Any]]
+
+ROWS_AT_ONCE = 4096  # bounds the memory of hidden activations; larger blocks were no faster
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Convolutions on standardised maps and a mean over positions, where there are any; then dense
+    layers with ReLU between them.
+    """
+
+    dense: tuple[Layer, ...]  # weight (outputs, inputs) and bias (outputs,)
+    convolutions: tuple[Layer, ...] = ()  # kernel (outputs, inputs, 3, 3) and shift (outputs,)
+    mean: npt.NDArray[Any] | None = None  # (channels,) of the maps
+    inverse_scale: npt.NDArray[Any] | None = None
+    decision_scale: float = 1.0  # makes log-odds of decisions; values of a regression stay
+    dropout: float = 0.0  # that training applies before each dense layer
+
+
+def linear_layers(arrays: Arrays, decision_scale: float = 1.0) -> Layers:
+    """Return the layer of a linear head, weight (C, D) and bias (C,)."""
+    return Layers(((arrays["weight"], arrays["bias"]),), decision_scale=decision_scale)
+
+
+def dense_layers(arrays: Arrays, n_hidden: int) -> tuple[Layer, ...]:
+    """Return weight0, bias0, weight1, … of `n_hidden` hidden layers and the last one."""
+    return tuple((arrays[f"weight{at}"], arrays[f"bias{at}"]) for at in range(n_hidden + 1))
+
+
+def predict_dense(
+    layers: Layers, X: npt.NDArray[Any], task_kind: TaskKind, temperature: float
+) -> Floats:
+    """Return (n, C) predictions of rows X (n, D) by the dense layers."""
+    blocks = [X[start : start + ROWS_AT_ONCE] for start in range(0, len(X), ROWS_AT_ONCE)] or [X]
+    return np.concatenate([_predict_block(layers, rows, task_kind, temperature) for rows in blocks])
+
+
+def _predict_block(
+    layers: Layers, rows: npt.NDArray[Any], task_kind: TaskKind, temperature: float
+) -> Floats:
+    values = rows.astype(np.float32, copy=False)
+    *hidden, (weight, bias) = layers.dense
+    with np.errstate(over="ignore", invalid="ignore"):
+        for hidden_weight, hidden_bias in hidden:
+            values = values @ hidden_weight.T
+            values += hidden_bias
+            np.maximum(values, 0, out=values)
+        decision = values @ weight.T + bias
+        return link(decision, task_kind, layers.decision_scale, temperature)

@@ -1,0 +1,148 @@
+"""Logistic and ridge heads: their settings, and what the rest of headrace has to know of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from annotated_types import Gt
+
+from headrace.heads.data.task import TaskKind
+from headrace.heads.data.training_data import TrainingData
+from headrace.heads.kind import FitOptions, HeadKind
+from headrace.heads.layers import Arrays, Floats, Layers, linear_layers, predict_dense
+from headrace.heads.spec import ClassWeight, FitResult, check_choices
+
+
+@dataclass(frozen=True)
+class LogisticSpec:
+    """L2-regularised (multinomial) logistic regression; scikit-learn's objective, intercept
+    unpenalised.
+
+    C is scikit-learn's inverse strength: minimise sum_i w_i loss_i + |W|^2 / (2 C), on features
+    standardised with the mean and standard deviation of the head's own training rows.
+    """
+
+    # inverse strength of the L2 penalty, as in scikit-learn
+    C: Annotated[float, Gt(0)]
+    # balanced: every class counts the same
+    class_weight: ClassWeight = "none"
+    standardize: bool = True
+    # true: each of several taps side by side has a strength of its own, in proportions found on the
+    # training rows
+    banded: bool = False
+    kind: Literal["logistic"] = "logistic"
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+
+
+@dataclass(frozen=True)
+class RidgeSpec:
+    """Ridge regression: minimise |XW - Y|^2 + alpha |W|^2, on real targets or classes coded -1/+1
+    (RidgeClassifier).
+    """
+
+    # strength of the L2 penalty, as in scikit-learn
+    alpha: Annotated[float, Gt(0)]
+    # balanced: every class counts the same
+    class_weight: ClassWeight = "none"
+    standardize: bool = True
+    # true: each of several taps side by side has a strength of its own, in proportions found on the
+    # training rows
+    banded: bool = False
+    kind: Literal["ridge"] = "ridge"
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+
+
+def fit_logistic(data: TrainingData, specs: Sequence[Any], options: FitOptions) -> list[FitResult]:
+    """Train a bank of logistic heads; modules are imported when a bank is trained."""
+    from headrace.heads.linear.logistic import fit_logistic_bank
+
+    return fit_logistic_bank(data, specs, refit=options.refit, device=options.device)
+
+
+def fit_ridge(data: TrainingData, specs: Sequence[Any], options: FitOptions) -> list[FitResult]:
+    """Train a bank of ridge heads."""
+    from headrace.heads.linear.ridge import fit_ridge_bank
+
+    return fit_ridge_bank(data, specs, refit=options.refit)
+
+
+def logistic_layers(spec: LogisticSpec, arrays: Arrays) -> Layers:
+    """Return the layer of a logistic head; its decisions are log-odds."""
+    return linear_layers(arrays)
+
+
+def ridge_layers(spec: RidgeSpec, arrays: Arrays) -> Layers:
+    """Return the layer of a ridge head.
+
+    Ridge fits -1/+1, not log-odds: the softmax of twice the decision makes a perfect fit a sure
+    prediction.
+    """
+    return linear_layers(arrays, decision_scale=2.0)
+
+
+def predict_logistic(
+    spec: LogisticSpec, arrays: Arrays, X: Floats, task_kind: TaskKind, temperature: float
+) -> Floats:
+    """Return (n, C) probabilities of rows X (n, D)."""
+    return predict_dense(logistic_layers(spec, arrays), X, task_kind, temperature)
+
+
+def predict_ridge(
+    spec: RidgeSpec, arrays: Arrays, X: Floats, task_kind: TaskKind, temperature: float
+) -> Floats:
+    """Return (n, C) probabilities, or values of a regression, of rows X (n, D)."""
+    return predict_dense(ridge_layers(spec, arrays), X, task_kind, temperature)
+
+
+def logistic_cost(
+    spec: LogisticSpec, n_rows: int, n_features: int, n_outputs: int, n_fits: int
+) -> tuple[float, float]:
+    """Return the seconds of the Gram matrix, and of a spec's work on D × C matrices."""
+    gram = 2e-10 * n_rows * n_features * min(n_features, n_rows)
+    return gram, n_fits * 1.5e-6 * n_features * n_outputs
+
+
+def ridge_cost(
+    spec: RidgeSpec, n_rows: int, n_features: int, n_outputs: int, n_fits: int
+) -> tuple[float, float]:
+    """Return the seconds of the Gram matrix, and of a spec's work on D × C matrices."""
+    gram = 1.1e-10 * n_rows * n_features * min(n_features, n_rows)
+    return gram, n_fits * 3.4e-7 * n_features * n_outputs
+
+
+LOGISTIC = HeadKind(
+    name="logistic",
+    summary="Logistic regression",
+    spec=LogisticSpec,
+    fit=fit_logistic,
+    predict=predict_logistic,
+    cost=logistic_cost,
+    axes=("C", "class_weight", "banded"),
+    grid={"C": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0, 1e3)},
+    path_axis="C",
+    inputs=("each", "all"),
+    tasks=("single", "multi"),
+    layers=logistic_layers,
+    # A rotated copy and, while it is made, a scaled one. Copies for each fold, 512 MB at most and
+    # made by few rows or many-class heads only, come out of the half that `worker_memory` leaves.
+    copies_of_features=3,
+    uses_gpu=True,
+)
+
+RIDGE = HeadKind(
+    name="ridge",
+    summary="Ridge classification or regression",
+    spec=RidgeSpec,
+    fit=fit_ridge,
+    predict=predict_ridge,
+    cost=ridge_cost,
+    axes=("alpha", "class_weight", "banded"),
+    grid={"alpha": (0.1, 1.0, 10.0, 30.0, 100.0, 300.0, 1e3, 3e3, 1e4, 1e5)},
+    path_axis="alpha",
+    inputs=("each", "all"),
+    layers=ridge_layers,
+)
