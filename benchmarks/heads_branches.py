@@ -21,6 +21,7 @@ import numpy as np
 
 from headrace.heads.data.training_data import TrainingData
 from headrace.heads.linear import ridge
+from headrace.heads.linear.kind import LogisticSpec, RidgeSpec
 from headrace.heads.linear.logistic import fit_logistic_bank
 from headrace.heads.linear.solver import (
     active_set,
@@ -31,8 +32,7 @@ from headrace.heads.linear.solver import (
     path_solver,
     preconditioner,
 )
-from headrace.heads.spec import (FitResult)
-from headrace.heads.linear.kind import (LogisticSpec, RidgeSpec)
+from headrace.heads.spec import FitResult
 
 Patch = tuple[Any, str, Any]  # object, attribute, value that switches the branch off
 Fit = Callable[[], list[FitResult]]

@@ -38,10 +38,9 @@ from headrace.heads.data.training_data import TrainingData
 from headrace.heads.layers import ROWS_AT_ONCE
 from headrace.heads.linear.bands import with_bands
 from headrace.heads.linear.gram import Products, group_products, sum_products
-from headrace.heads.predict import (ROWS_AT_ONCE)
-from headrace.heads.link import (ridge_link)
-from headrace.heads.spec import (FitResult)
-from headrace.heads.linear.kind import (RidgeSpec)
+from headrace.heads.linear.kind import RidgeSpec
+from headrace.heads.link import ridge_link
+from headrace.heads.spec import FitResult
 
 Array = npt.NDArray[Any]
 

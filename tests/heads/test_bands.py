@@ -14,6 +14,7 @@ from headrace.heads.data.standardize import group_moments, training_moments
 from headrace.heads.data.task import REFIT, TRAIN_ONLY
 from headrace.heads.data.training_data import TrainingData
 from headrace.heads.linear.bands import DRAWN_FOLDS, held_out_error, with_bands
+from headrace.heads.linear.kind import LogisticSpec, RidgeSpec
 from headrace.heads.linear.logistic import fit_logistic_bank
 from headrace.heads.linear.ridge import fit_ridge_bank
 from headrace.pipelines.recipe.grid import wanted_heads

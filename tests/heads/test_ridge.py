@@ -13,6 +13,7 @@ from headrace.heads.linear.kind import RidgeSpec
 from headrace.heads.data.standardize import NotFinite
 from headrace.heads.data.task import REFIT, TRAIN_ONLY
 from headrace.heads.data.training_data import TrainingData
+from headrace.heads.linear.kind import RidgeSpec
 from headrace.heads.linear.ridge import MIN_STRENGTHS_FOR_EIGENVALUES, fit_ridge_bank
 from headrace.heads.predict import predict_head
 
