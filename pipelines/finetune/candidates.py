@@ -12,6 +12,7 @@ from typing import Any
 
 import pandas as pd
 
+from headrace.heads.kinds import HEAD_KINDS
 from headrace.extract.spec import BackboneSpec
 from headrace.heads.evaluate.metrics import METRICS
 from headrace.heads.spec import (FineTuneSpec, HeadSpec, spec_to_json)
@@ -26,7 +27,8 @@ from headrace.pipelines.recipe.sections import FinetuneSection
 # is known of these images: a prior, in which deeper is a little better and a random start is not.
 # Each finished candidate moves it.
 PRIOR = {"head": 0.15, "pretrained": 0.10, "random": 0.05, "scratch": 0.0}
-DIFFERENTIABLE = ("logistic", "ridge", "mlp", "conv")  # kinds of heads that gradients pass through
+# kinds of heads that gradients pass through
+DIFFERENTIABLE = tuple(kind.name for kind in HEAD_KINDS.values() if kind.differentiable)
 PRIOR_WEIGHT = 2.0  # the prior counts as so many finished candidates
 
 

@@ -1,7 +1,6 @@
 """What fine-tuning refuses, and what can fail in it."""
 
 from headrace.cache.errors import HeadraceError
-from headrace.heads.kinds import HEAD_KINDS
 
 
 class FinetuneRefused(HeadraceError, ValueError):

@@ -34,9 +34,7 @@ from headrace.heads.evaluate.temperature import fit_temperature
 from headrace.heads.kinds import spec_from_json
 from headrace.heads.networks.kind import MLPSpec
 from headrace.heads.results import read_bank, remove_damaged, results_bytes
-from headrace.heads.spec import (FineTuneSpec, FitResult)
-from headrace.heads.kinds import (spec_from_json)
-from headrace.heads.networks.kind import (MLPSpec)
+from headrace.heads.spec import FineTuneSpec, FitResult
 from headrace.pipelines.finetune.candidates import require_differentiable
 from headrace.pipelines.finetune.data import (
     ImageSource,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from headrace.heads.predict import floor_of
 from headrace.cache.spec import FeatureSpec
 from headrace.extract.spec import (
     PACKAGED,
@@ -19,7 +20,8 @@ from headrace.extract.spec import (
     is_weights_file,
 )
 from headrace.heads.data.task import TaskKind
-from headrace.heads.predict import (floor_of)
+from headrace.heads.layers import Floats
+from headrace.heads.link import tempered
 from headrace.heads.persist import (
     TrainedHead,
     load_head,

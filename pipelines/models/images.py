@@ -40,8 +40,8 @@ from headrace.extract.taps.forward import make_forward
 from headrace.extract.taps.resolve import Tap
 from headrace.heads.data.task import TaskKind
 from headrace.heads.evaluate.ensemble import average
-from headrace.heads.link import (tempered)
-from headrace.heads.kind import (CannotPredict)
+from headrace.heads.kind import CannotPredict
+from headrace.heads.link import tempered
 from headrace.pipelines.environment import available_cores
 
 if TYPE_CHECKING:

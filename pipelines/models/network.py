@@ -39,6 +39,9 @@ from headrace.extract.spec import (
 )
 from headrace.heads.data.task import TaskKind
 from headrace.heads.evaluate.temperature import FLOOR
+from headrace.heads.kinds import spec_from_json
+from headrace.heads.layers import Floats
+from headrace.heads.link import link
 from headrace.heads.persist import (
     WRITE_AGAIN,
     check_outputs,

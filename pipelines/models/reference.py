@@ -15,10 +15,10 @@ from headrace.extract.errors import SourceError
 from headrace.extract.spec import BackboneSpec, Sample
 from headrace.heads.data.features import load_rows
 from headrace.heads.data.task import REFIT, Task
-from headrace.heads.predict import (floor_of)
+from headrace.heads.kinds import spec_from_json
+from headrace.heads.link import tempered
 from headrace.heads.persist import TrainedHead, require_trusted
-from headrace.heads.predict import (predict_head)
-from headrace.heads.link import (tempered)
+from headrace.heads.predict import floor_of, predict_head
 from headrace.heads.results import read_bank
 from headrace.heads.kinds import (spec_from_json)
 from headrace.heads.sklearn.kind import (SklearnSpec)

@@ -7,6 +7,7 @@ n rows, D features, C outputs, k neighbours.
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,20 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from headrace.heads.predict import floor_of
 from headrace.heads.data.task import TaskKind
 from headrace.heads.evaluate.temperature import FARTHEST, FLOOR
 from headrace.heads.kinds import HEAD_KINDS
-from headrace.heads.layers import Layers
+from headrace.heads.layers import Arrays
 from headrace.heads.neighbors.bank import CENTROID_TEMPERATURE
 from headrace.heads.neighbors.kind import CentroidSpec, KNNSpec
+from headrace.heads.networks.kind import MLPSpec
 from headrace.heads.persist import TrainedHead
-from headrace.heads.layers import (Arrays)
-from headrace.heads.spec import (HeadSpec)
-from headrace.heads.sklearn.kind import (SklearnSpec)
-from headrace.heads.neighbors.kind import (CentroidSpec, KNNSpec)
-from headrace.heads.networks.kind import (ConvSpec, MLPSpec)
-from headrace.heads.linear.kind import (LogisticSpec, RidgeSpec)
+from headrace.heads.predict import floor_of
+from headrace.heads.sklearn.kind import SklearnSpec
+from headrace.heads.spec import HeadSpec
 from headrace.pipelines.models.errors import ModelError
 
 
@@ -82,46 +80,41 @@ class Head(nn.Module):
 def head_module(spec: HeadSpec, arrays: Arrays, task: TaskKind) -> Head:
     """The module that predicts what `predict_head` does.
 
-    spec: of a kind in DIFFERENTIABLE. Raises ModelError for a head without arrays.
+    spec: of a differentiable kind. Raises ModelError for a head without arrays.
     """
     if not arrays:
         raise ModelError(
             f"this {spec.kind} head has no arrays, because it failed or was stopped early: "
             "fine-tune another"
         )
-    tensors = {
-        name: torch.from_numpy(np.array(array, np.float32)) for name, array in arrays.items()
-    }
-    if isinstance(spec, LogisticSpec | RidgeSpec):
-        # Ridge fits -1/+1, and `ridge_link` takes twice its decision for log-odds.
-        gain = 2.0 if isinstance(spec, RidgeSpec) and task != "regression" else 1.0
-        layers = [_linear(tensors["weight"], tensors["bias"])]
+    layers_of = HEAD_KINDS[spec.kind].layers
+    assert layers_of is not None  # of a differentiable kind
+    layers = layers_of(spec, arrays)
+    dense = [_linear(_tensor(weight), _tensor(bias)) for weight, bias in layers.dense]
+    gain = 1.0 if task == "regression" else layers.decision_scale
+    if layers.mean is None or layers.inverse_scale is None:
+        n_features = dense[0].in_features
         return Head(
-            torch.zeros(layers[0].in_features), torch.ones(layers[0].in_features), [], layers, gain
-        )
-    assert isinstance(spec, MLPSpec | ConvSpec)
-    layers = [
-        _linear(tensors[f"weight{place}"], tensors[f"bias{place}"])
-        for place in range(len(spec.hidden) + 1)
-    ]
-    if isinstance(spec, MLPSpec):
-        return Head(
-            torch.zeros(layers[0].in_features),
-            torch.ones(layers[0].in_features),
-            [],
-            layers,
-            1.0,
-            spec.dropout,
+            torch.zeros(n_features), torch.ones(n_features), [], dense, gain, layers.dropout
         )
     convolutions = []
-    for place in range(len(spec.channels)):
-        kernel = tensors[f"kernel{place}"]
+    for kernel, shift in layers.convolutions:
         convolution = nn.Conv2d(kernel.shape[1], kernel.shape[0], 3, padding=1)
-        convolution.weight.data, convolution.bias.data = kernel, tensors[f"shift{place}"]  # type: ignore[union-attr]
+        convolution.weight.data = _tensor(kernel)
+        convolution.bias.data = _tensor(shift)  # type: ignore[union-attr]
         convolutions.append(convolution)
     return Head(
-        tensors["mean"], 1 / tensors["inverse_scale"], convolutions, layers, 1.0, spec.dropout
+        _tensor(layers.mean),
+        1 / _tensor(layers.inverse_scale),
+        convolutions,
+        dense,
+        gain,
+        layers.dropout,
     )
+
+
+def _tensor(array: npt.NDArray[Any]) -> Tensor:
+    return torch.from_numpy(np.array(array, np.float32))
 
 
 def new_head(spec: MLPSpec, features: int, outputs: int) -> Head:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from headrace.cache.errors import HeadraceError
 from headrace.heads.data.task import Task
-from headrace.heads.kinds import (spec_from_json)
+from headrace.heads.kinds import spec_from_json
 from headrace.pipelines.finished import FinishedRun
 from headrace.pipelines.models.ensemble import ENSEMBLE_DESCRIPTION
 from headrace.pipelines.models.model import ensemble_is_selected

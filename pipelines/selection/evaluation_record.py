@@ -23,7 +23,7 @@ from headrace.heads.data.task import Task
 from headrace.heads.evaluate.ensemble import average
 from headrace.heads.evaluate.intervals import METHOD, metric_interval
 from headrace.heads.evaluate.metrics import all_metrics
-from headrace.heads.link import (tempered)
+from headrace.heads.link import tempered
 from headrace.pipelines.models.reference import ModelRef
 
 # Of the test images' hashes, kept with each evaluation to recognise the same images under another

@@ -8,8 +8,6 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression, Ridge
 
-from headrace.heads.linear.kind import LogisticSpec
-from headrace.heads.linear.kind import RidgeSpec
 from headrace.heads.data.standardize import group_moments, training_moments
 from headrace.heads.data.task import REFIT, TRAIN_ONLY
 from headrace.heads.data.training_data import TrainingData

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from sklearn.linear_model import Ridge, RidgeClassifier
 from sklearn.preprocessing import StandardScaler
 
-from headrace.heads.linear.kind import RidgeSpec
 from headrace.heads.data.standardize import NotFinite
 from headrace.heads.data.task import REFIT, TRAIN_ONLY
 from headrace.heads.data.training_data import TrainingData

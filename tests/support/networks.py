@@ -23,8 +23,8 @@ from headrace.extract.taps.resolve import resolve_taps
 from headrace.heads.bank import BankJob, train_bank
 from headrace.heads.data.folds import make_folds
 from headrace.heads.data.task import Task, save_task
-from headrace.heads.spec import (FineTuneSpec, HeadSpec, spec_to_json)
-from headrace.heads.linear.kind import (LogisticSpec)
+from headrace.heads.linear.kind import LogisticSpec
+from headrace.heads.spec import FineTuneSpec, HeadSpec, spec_to_json
 from headrace.pipelines.finetune.candidates import training_key
 from headrace.pipelines.finetune.task import FinetuneJob
 from headrace.pipelines.records import write_record

@@ -22,10 +22,7 @@ from headrace.heads.neighbors.kind import KNNSpec
 from headrace.heads.networks.kind import ConvSpec, MLPSpec
 from headrace.heads.predict import predict_head
 from headrace.heads.results import read_bank
-from headrace.heads.spec import (HeadSpec)
-from headrace.heads.neighbors.kind import (KNNSpec)
-from headrace.heads.networks.kind import (ConvSpec, MLPSpec)
-from headrace.heads.linear.kind import (LogisticSpec, RidgeSpec)
+from headrace.heads.spec import HeadSpec
 from headrace.pipelines.finetune.data import ImageSource
 from headrace.pipelines.finetune.errors import FinetuneRefused
 from headrace.pipelines.finetune.parity import FEATURES, LARGEST, MEAN, Parity, check_parity

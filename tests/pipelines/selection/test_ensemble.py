@@ -17,8 +17,7 @@ from headrace.heads.evaluate.temperature import fit_temperature, with_temperatur
 from headrace.heads.linear.kind import LogisticSpec, RidgeSpec
 from headrace.heads.persist import load_head
 from headrace.heads.results import read_bank
-from headrace.heads.spec import (spec_to_json)
-from headrace.heads.linear.kind import (LogisticSpec, RidgeSpec)
+from headrace.heads.spec import spec_to_json
 from headrace.pipelines.models.reference import model_ref
 from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.recipe.sections import EnsembleSection
