@@ -24,10 +24,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from headrace.heads.spec import HeadSpec
-from headrace.heads.neighbors.kind import KNNSpec
-from headrace.heads.sklearn.kind import SklearnSpec
-from headrace.heads.kinds import spec_from_json
 from headrace.heads.data.task import TaskKind
 
 Array = npt.NDArray[Any]
@@ -52,19 +48,9 @@ _NUMBERS_OF_MANY = 200_000  # the same where many heads are fitted, one after th
 _FEWEST = 2_000  # rows, however many classes there are
 
 
-def floor_of(spec: HeadSpec | str, task_kind: TaskKind, n_classes: int) -> float:
-    """The smallest probability that counts of a head of this spec (or its JSON): of all classes, a
-    tenth at most.
-    """
-    head_spec = spec_from_json(spec) if isinstance(spec, str) else spec
-    is_voter = isinstance(head_spec, KNNSpec) or (
-        isinstance(head_spec, SklearnSpec) and head_spec.estimator in _VOTERS
-    )
-    return (
-        (VOTE_FLOOR if task_kind == "multi" else min(VOTE_FLOOR, 0.1 / max(n_classes, 1)))
-        if is_voter
-        else FLOOR
-    )
+def vote_floor(task_kind: TaskKind, n_outputs: int) -> float:
+    """Return the smallest share of votes that counts: of all classes, a tenth at most."""
+    return VOTE_FLOOR if task_kind == "multi" else min(VOTE_FLOOR, 0.1 / max(n_outputs, 1))
 
 
 def fit_temperature(

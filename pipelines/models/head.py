@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from headrace.heads.predict import floor_of
 from headrace.cache.spec import FeatureSpec
 from headrace.extract.spec import (
     PACKAGED,
@@ -20,6 +19,7 @@ from headrace.extract.spec import (
     is_weights_file,
 )
 from headrace.heads.data.task import TaskKind
+from headrace.heads.kinds import HEAD_KINDS
 from headrace.heads.layers import Floats
 from headrace.heads.link import tempered
 from headrace.heads.persist import (
@@ -28,11 +28,9 @@ from headrace.heads.persist import (
     require_trusted,
     save_head,
 )
-from headrace.heads.predict import (predict_head)
-from headrace.heads.layers import (Floats)
-from headrace.heads.link import (tempered)
-from headrace.heads.spec import (spec_to_json)
-from headrace.heads.sklearn.kind import (SklearnSpec)
+from headrace.heads.predict import floor_of, predict_head
+from headrace.heads.sklearn.kind import SklearnSpec
+from headrace.heads.spec import spec_to_json
 from headrace.pipelines.models.base import ImagePredictor, model_digest, settings_sentence
 from headrace.pipelines.models.errors import ModelError
 from headrace.pipelines.models.trust import require_allowed_file
@@ -170,7 +168,7 @@ class HeadModel(ImagePredictor):
     @property
     def spatial(self) -> bool:
         """Whether it takes maps."""
-        return self.head.spec.kind == "conv"
+        return HEAD_KINDS[self.head.spec.kind].spatial
 
     @property
     def n_views(self) -> int:

@@ -49,10 +49,7 @@ from headrace.heads.persist import (
     code_name,
     require_trusted,
 )
-from headrace.heads.layers import (Floats)
-from headrace.heads.link import (link)
-from headrace.heads.spec import (FineTuneSpec, spec_to_json)
-from headrace.heads.kinds import (spec_from_json)
+from headrace.heads.spec import FineTuneSpec, spec_to_json
 from headrace.pipelines.models.base import ImagePredictor, model_digest, settings_sentence
 from headrace.pipelines.models.errors import ModelError
 from headrace.pipelines.models.trust import require_allowed_file

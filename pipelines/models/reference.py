@@ -15,7 +15,7 @@ from headrace.extract.errors import SourceError
 from headrace.extract.spec import BackboneSpec, Sample
 from headrace.heads.data.features import load_rows
 from headrace.heads.data.task import REFIT, Task
-from headrace.heads.kinds import spec_from_json
+from headrace.heads.kinds import HEAD_KINDS, spec_from_json
 from headrace.heads.link import tempered
 from headrace.heads.persist import TrainedHead, require_trusted
 from headrace.heads.predict import floor_of, predict_head
@@ -97,13 +97,12 @@ class ModelRef:
         if self.kind == "finetune":
             return task.target, self._predict_images(task, temperature, trust_code)
         spec = spec_from_json(self.spec)
-        if isinstance(spec, SklearnSpec) and trust_code is not None:
-            from headrace.heads.sklearn.bank import estimator_code  # imports scikit-learn
-
-            require_trusted(estimator_code(spec), self.results_path, trust_code)
+        kind = HEAD_KINDS[spec.kind]
+        if trust_code is not None:
+            require_trusted(kind.external_code(spec), self.results_path, trust_code)
         arrays = read_bank(self.results_path).arrays(self.spec, REFIT)
         features = [open_feature_set(path) for path in self.feature_paths]
-        X, row_index = load_rows(features, task.content, spatial=spec.kind == "conv")
+        X, row_index = load_rows(features, task.content, spatial=kind.spatial)
         target = task.target[row_index]
         views = X if X.ndim in (3, 5) else X[None]  # (V, n, D) or (V, n, channels, h, w)
         if len(views) == 1:

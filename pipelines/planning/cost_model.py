@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
-from headrace.heads.networks.kind import ConvSpec
-from headrace.heads.networks.kind import MLPSpec
 from headrace.extract.run.plan import ExtractJob
 from headrace.heads.kinds import HEAD_KINDS
 from headrace.heads.spec import HeadSpec
@@ -80,7 +78,8 @@ def bank_s(
     """Return the core-seconds that a bank will take: a fit of each spec per fold, and one on all
     rows.
     """
-    shared_s, spec_s = _parts(specs[0], n_rows, n_features, n_outputs, n_folds + 1)
+    cost = HEAD_KINDS[specs[0].kind].cost
+    shared_s, spec_s = cost(specs[0], n_rows, n_features, n_outputs, n_folds + 1)
     return (_BANK_S + shared_s + len(specs) * spec_s) * rates.kinds.get(specs[0].kind, 1.0)
 
 
@@ -103,34 +102,6 @@ def specs_per_bank(
     ):
         n_specs //= 2
     return n_specs
-
-
-def _parts(
-    spec: HeadSpec, n_rows: int, n_features: int, n_outputs: int, n_fits: int
-) -> tuple[float, float]:
-    """Return assumed core-seconds: those that a bank takes whatever its specs, and those that each
-    spec adds.
-    """
-    n_values = n_rows * n_features
-    if isinstance(spec, MLPSpec | ConvSpec):
-        # A 3 × 3 convolution meets each feature nine times for each of its channels.
-        n_units = (
-            sum(spec.hidden)
-            + n_outputs
-            + (9 * spec.channels[0] if isinstance(spec, ConvSpec) else 0)
-        )
-        return 0.0, n_fits * 3.6e-11 * n_values * spec.epochs * n_units
-    if spec.kind in ("logistic", "ridge"):
-        # Gram matrices of the features, made once; then every spec works on matrices of D × C.
-        gram_s, solve_s = (2e-10, 1.5e-6) if spec.kind == "logistic" else (1.1e-10, 3.4e-7)
-        return gram_s * n_values * min(
-            n_features, n_rows
-        ), n_fits * solve_s * n_features * n_outputs
-    if spec.kind == "knn":
-        return 0.0, n_fits * 1e-11 * n_values * n_rows
-    if spec.kind == "centroid":
-        return 0.0, n_fits * 2e-10 * n_values * n_outputs
-    return 0.0, n_fits * 1e-7 * n_values  # any estimator of scikit-learn's: a forest's price
 
 
 def units_s(units: Sequence[ExtractJob], rates: Rates) -> float:
