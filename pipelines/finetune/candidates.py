@@ -12,12 +12,11 @@ from typing import Any
 
 import pandas as pd
 
-from headrace.heads.kinds import HEAD_KINDS
 from headrace.extract.spec import BackboneSpec
 from headrace.heads.evaluate.metrics import METRICS
-from headrace.heads.spec import (FineTuneSpec, HeadSpec, spec_to_json)
-from headrace.heads.kinds import (spec_from_json)
-from headrace.heads.networks.kind import (MLPSpec)
+from headrace.heads.kinds import HEAD_KINDS, spec_from_json
+from headrace.heads.networks.kind import MLPSpec
+from headrace.heads.spec import FineTuneSpec, HeadSpec, spec_to_json
 from headrace.pipelines.feature_input import FeatureInput
 from headrace.pipelines.finetune.errors import FinetuneRefused
 from headrace.pipelines.recipe.load import RecipeError

@@ -20,8 +20,6 @@ from headrace.heads.link import tempered
 from headrace.heads.persist import TrainedHead, require_trusted
 from headrace.heads.predict import floor_of, predict_head
 from headrace.heads.results import read_bank
-from headrace.heads.kinds import (spec_from_json)
-from headrace.heads.sklearn.kind import (SklearnSpec)
 from headrace.pipelines.feature_input import FeatureInput
 from headrace.pipelines.models.head import HeadModel
 from headrace.pipelines.models.network import NetworkModel

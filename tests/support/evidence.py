@@ -16,8 +16,7 @@ from headrace.heads.data.task import REFIT, Task, save_task
 from headrace.heads.evaluate.metrics import all_metrics
 from headrace.heads.linear.kind import LogisticSpec, RidgeSpec
 from headrace.heads.results import read_bank, results_bytes
-from headrace.heads.spec import (FitResult, spec_to_json)
-from headrace.heads.linear.kind import (LogisticSpec, RidgeSpec)
+from headrace.heads.spec import FitResult, spec_to_json
 from headrace.pipelines.feature_input import FeatureInput
 from headrace.pipelines.planning.leaderboard import rank_heads
 
