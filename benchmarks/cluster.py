@@ -41,7 +41,7 @@ from headrace.heads.networks.kind import MLPSpec
 from headrace.pipelines.api import train_heads
 from headrace.pipelines.cluster.clients import local_client
 from headrace.pipelines.cluster.submit import run_tasks
-from headrace.pipelines.planning.cost_model import Rates, bank_s
+from headrace.pipelines.planning.cost_model import Rates, bank_seconds
 from headrace.pipelines.planning.plan import FeaturePlan, plan_run
 from headrace.pipelines.recipe.grid import wanted_heads
 from headrace.pipelines.recipe.heads import Heads
@@ -238,7 +238,7 @@ def model(quick: bool) -> dict[str, float]:
                     result = folder / f"{kind}-{rows}-{width}-{name}.h5"
                     train_bank(BankJob(str(task), (str(directory),), chosen, str(result)))
                     seconds = time.process_time() - started
-                assumed = bank_s(specs, rows, width, classes, FOLDS, Rates())
+                assumed = bank_seconds(specs, rows, width, classes, FOLDS, Rates())
                 ratios.append(seconds / assumed)
                 print(
                     f"{kind:<9} {rows:>6,} x {width}, {classes} classes: {seconds:.2f} s, assumed "

@@ -94,7 +94,7 @@ def list_command(cache: CacheOption = DEFAULT_CACHE) -> None:
             ", ".join(sorted({entry.written_by for entry in feature_set.entries})),
         )
     if not directories:
-        _say(f"{cache} holds no feature sets. `headrace run RECIPE` makes some.")
+        _print_line(f"{cache} holds no feature sets. `headrace run RECIPE` makes some.")
         return
     make_console(pipe_columns=200).print(table)
 
@@ -112,17 +112,17 @@ def show_command(
     """
     import dataclasses
 
-    feature_set = open_feature_set(_find(cache, name))
+    feature_set = open_feature_set(_find_feature_set(cache, name))
     for field_name, value in dataclasses.asdict(feature_set.spec).items():
-        _say(f"{field_name:>14}  {value}")
+        _print_line(f"{field_name:>14}  {value}")
     shard_rows = [entry.rows for entry in feature_set.entries]
-    _say(
+    _print_line(
         f"{'rows':>14}  {feature_set.n_rows:,} in {len(shard_rows)} shards of "
         f"{min(shard_rows, default=0)} to "
         f"{max(shard_rows, default=0)}"
     )
-    _say(f"{'bytes':>14}  {feature_set.stored_bytes:,} in {feature_set.path}")
-    _say(f"{'last written':>14}  {_last_written(feature_set)}")
+    _print_line(f"{'bytes':>14}  {feature_set.stored_bytes:,} in {feature_set.path}")
+    _print_line(f"{'last written':>14}  {_last_written(feature_set)}")
     quantization_error = feature_set.quantization_error
     if quantization_error.squared:
         measured_text = (
@@ -132,16 +132,16 @@ def show_command(
         )
     else:
         measured_text = "none, the features were given in this dtype"
-    _say(
+    _print_line(
         f"{'quantization':>14}  {measured_text} (bound of {feature_set.spec.dtype}: "
         f"{_HALF[feature_set.spec.dtype]}, measured when written)"
     )
     failures = feature_set.failures()
-    _say(f"{'failed':>14}  {len(failures)} samples")
+    _print_line(f"{'failed':>14}  {len(failures)} samples")
     for failure in failures[:20]:
-        _say(f"{'':>14}  {failure.id}: {failure.reason}")
+        _print_line(f"{'':>14}  {failure.id}: {failure.reason}")
     if len(failures) > 20:
-        _say(f"{'':>14}  and {len(failures) - 20} more")
+        _print_line(f"{'':>14}  and {len(failures) - 20} more")
 
 
 @app.command("verify")
@@ -174,17 +174,17 @@ def verify_command(
         from headrace.pipelines.recipe.load import load_recipe
 
         cache = load_recipe(recipe).cache
-    directories = _directories(cache, name)
+    directories = _chosen_directories(cache, name)
     n_problems = 0
     for directory in directories:
         problems = verify_bytes(directory)
         serious_problems = [problem for problem in problems if not problem.is_harmless]
         for problem in problems:
-            _say(f"{'note' if problem.is_harmless else problem.kind}: {problem.message}")
+            _print_line(f"{'note' if problem.is_harmless else problem.kind}: {problem.message}")
         n_problems += len(serious_problems)
         if not serious_problems:
             feature_set = open_feature_set(directory)
-            _say(
+            _print_line(
                 f"{directory.name} {feature_set.spec.name}: every byte of "
                 f"{feature_set.n_rows:,} rows is "
                 "as written"
@@ -195,7 +195,7 @@ def verify_command(
         if recompute:
             n_problems += _verify_recompute(recipe, directories, recompute)
     if n_problems:
-        _say(
+        _print_line(
             f"{n_problems} problem{'s' * (n_problems > 1)}. Broken shards: `headrace cache "
             "repair`, then run "
             "again"
@@ -216,10 +216,10 @@ def repair_command(
     """
     from headrace.cache.integrity.repair import repair
 
-    for directory in _directories(cache, name):
+    for directory in _chosen_directories(cache, name):
         repair_report = repair(directory)
         if repair_report.is_nothing:
-            _say(f"{directory.name}: nothing to repair")
+            _print_line(f"{directory.name}: nothing to repair")
             continue
         report_texts = [f"{len(repair_report.intact_units)} shards kept"]
         for action, unit_names in (
@@ -240,7 +240,7 @@ def repair_command(
         report_texts += [
             f"{file_name} written again" for file_name in repair_report.rewritten_files
         ]
-        _say(f"{directory.name}: {'; '.join(report_texts)}")
+        _print_line(f"{directory.name}: {'; '.join(report_texts)}")
 
 
 @app.command("gc")
@@ -267,21 +267,25 @@ def gc_command(
         used_fingerprints = {
             spec.fingerprint
             for recipe_path in recipes
-            for _, specs in _networks(recipe_path)
+            for _, specs in _recipe_networks(recipe_path)
             for spec in specs
         }
         used_fingerprints |= {
-            fingerprint for recipe_path in recipes for fingerprint in _imported(recipe_path)
+            fingerprint
+            for recipe_path in recipes
+            for fingerprint in _external_fingerprints(recipe_path)
         }
     _require_cache(cache)
     garbage = find_garbage(cache, used_fingerprints)
     for garbage_path in (*garbage.feature_sets, *garbage.temporaries, *garbage.trash):
-        _say(str(garbage_path))
+        _print_line(str(garbage_path))
     if yes:
         garbage.remove()
         if n_dead := remove_dead(unit_leases(cache)):
-            _say(f"{n_dead:,} leases and locks of drivers that are no more: removed")
-    _say(f"{garbage.bytes / 1e6:,.1f} MB {'removed' if yes else 'would go; --yes removes them'}")
+            _print_line(f"{n_dead:,} leases and locks of drivers that are no more: removed")
+    _print_line(
+        f"{garbage.bytes / 1e6:,.1f} MB {'removed' if yes else 'would go; --yes removes them'}"
+    )
 
 
 @app.command("rm")
@@ -298,7 +302,7 @@ def remove_command(
 
     is_finished = _finish_removal(cache, name)
     try:
-        directory = _find(cache, name, include_unfinished=True)
+        directory = _find_feature_set(cache, name, include_unfinished=True)
     except CacheError:
         if is_finished:
             return
@@ -307,7 +311,7 @@ def remove_command(
     if not yes:
         typer.confirm(f"Remove {directory} ({size_bytes / 1e6:,.1f} MB)?", abort=True)
     remove_feature_set(directory)
-    _say(f"{directory} removed ({size_bytes / 1e6:,.1f} MB)")
+    _print_line(f"{directory} removed ({size_bytes / 1e6:,.1f} MB)")
 
 
 @app.command("export")
@@ -344,16 +348,17 @@ def export_command(
     if recipe is not None:
         feature_set, selection = _rows_of_recipe(recipe, name)
     else:
-        feature_set, selection = open_feature_set(_find(cache, name)), None
+        feature_set, selection = open_feature_set(_find_feature_set(cache, name)), None
     for written_path in EXPORTS[format_name](feature_set, target, selection):
-        _say(f"wrote {written_path}")
+        _print_line(f"wrote {written_path}")
     if selection is not None and selection.missing:
-        _say(
+        _print_line(
             f"{len(selection.missing):,} images of the recipe have no row and are left out: "
-            f"{_some(selection.missing)}. `headrace run` makes the rows of images that can be read"
+            f"{_first_ids(selection.missing)}. `headrace run` makes the rows of images that "
+            "can be read"
         )
     if selection is None and (ambiguous_ids := find_ambiguous_ids(feature_set)):
-        _say(
+        _print_line(
             f"{len(ambiguous_ids):,} ids stand for several images (folders with the same "
             "names, images "
             f"before and after they were edited), first {ambiguous_ids[0]!r}: the column "
@@ -374,13 +379,13 @@ def _require_cache(cache_root: Path) -> None:
         )
 
 
-def _directories(cache_root: Path, name_or_tap: str | None) -> list[Path]:
+def _chosen_directories(cache_root: Path, name_or_tap: str | None) -> list[Path]:
     """Return the feature set that is named, or all of them.
 
     Raises CacheError where there is no cache, or none of that name.
     """
     if name_or_tap:
-        return [_find(cache_root, name_or_tap)]
+        return [_find_feature_set(cache_root, name_or_tap)]
     _require_cache(cache_root)
     return feature_set_directories(cache_root)
 
@@ -435,7 +440,7 @@ def import_command(
 
         loaded_recipe = load_recipe(recipe)
         cache = loaded_recipe.cache
-    forbidden_names = _no_features(loaded_recipe) if loaded_recipe else {}
+    forbidden_names = _columns_that_are_no_features(loaded_recipe) if loaded_recipe else {}
     external_features = read_external_features(
         source,
         ids_path=ids,
@@ -472,7 +477,7 @@ def import_command(
         report_text += (
             f"; {import_report.n_unknown:,} have ids that no image has, and were left out"
         )
-    _say(f"{report_text}. In a recipe: external_features: [{name}]")
+    _print_line(f"{report_text}. In a recipe: external_features: [{name}]")
 
 
 def _rows_of_recipe(recipe_path: Path, name_or_tap: str) -> "tuple[FeatureSet, RowSelection]":
@@ -481,7 +486,7 @@ def _rows_of_recipe(recipe_path: Path, name_or_tap: str) -> "tuple[FeatureSet, R
     from headrace.pipelines.recipe.load import load_recipe
 
     recipe = load_recipe(recipe_path)
-    feature_set = open_feature_set(_find(recipe.cache, name_or_tap))
+    feature_set = open_feature_set(_find_feature_set(recipe.cache, name_or_tap))
     samples, content_by_row = _samples_with_content(recipe)
     selection = select_rows(
         feature_set, [str(sample_id) for sample_id in samples["id"]], content_by_row
@@ -495,11 +500,11 @@ def _rows_of_recipe(recipe_path: Path, name_or_tap: str) -> "tuple[FeatureSet, R
     return feature_set, selection
 
 
-def _some(image_ids: list[str]) -> str:
+def _first_ids(image_ids: list[str]) -> str:
     return f"{', '.join(image_ids[:3])}{', …' if len(image_ids) > 3 else ''}"
 
 
-def _no_features(recipe: "Recipe") -> dict[str, str]:
+def _columns_that_are_no_features(recipe: "Recipe") -> dict[str, str]:
     """Return {column: role} of the columns that the recipe knows to be no features: a head would
     learn its own answer.
     """
@@ -535,7 +540,9 @@ def _samples_with_content(recipe: "Recipe") -> "tuple[pd.DataFrame, list[str | N
     return samples, list(content_hashes(samples, content_index(recipe.cache)).hashes)
 
 
-def _find(cache_root: Path, name_or_tap: str, *, include_unfinished: bool = False) -> Path:
+def _find_feature_set(
+    cache_root: Path, name_or_tap: str, *, include_unfinished: bool = False
+) -> Path:
     """Return the one feature set whose fingerprint begins with `name_or_tap` or whose tap it is;
     with `include_unfinished`, also what a kill left of one.
     """
@@ -543,7 +550,9 @@ def _find(cache_root: Path, name_or_tap: str, *, include_unfinished: bool = Fals
         unfinished_directories(cache_root) if include_unfinished else []
     )
     fingerprint_matches = [path for path in directories if path.name.startswith(name_or_tap)]
-    matches = fingerprint_matches or [path for path in directories if _tap(path) == name_or_tap]
+    matches = fingerprint_matches or [
+        path for path in directories if _tap_name(path) == name_or_tap
+    ]
     if len(matches) == 1:
         return matches[0]
     if matches:
@@ -551,7 +560,7 @@ def _find(cache_root: Path, name_or_tap: str, *, include_unfinished: bool = Fals
             f"{name_or_tap!r} fits {len(matches)} feature sets; give a fingerprint: "
             f"{', '.join(match.name for match in matches)}"
         )
-    available = ", ".join(f"{path.name} ({_tap(path)})" for path in directories) or "none"
+    available = ", ".join(f"{path.name} ({_tap_name(path)})" for path in directories) or "none"
     raise CacheError(
         f"{cache_root} has no feature set {name_or_tap!r}. There are: {available}. The "
         "cache is chosen by --cache"
@@ -572,11 +581,11 @@ def _finish_removal(cache: Path, name: str) -> bool:
             tap = name  # its spec is gone already, and it may be this one
         is_named |= fingerprint.startswith(name) or tap == name
         remove_trash(path)
-        _say(f"{fingerprint}: its removal, which was interrupted, is finished")
+        _print_line(f"{fingerprint}: its removal, which was interrupted, is finished")
     return is_named
 
 
-def _tap(directory: Path) -> str:
+def _tap_name(directory: Path) -> str:
     try:
         return open_feature_set(directory).spec.name
     except CacheError:
@@ -616,9 +625,11 @@ def _verify_sources(recipe_path: Path, directories: list[Path]) -> int:
     for directory in directories:
         problems = verify_sources(open_feature_set(directory), hash_by_id)
         for problem in problems:
-            _say(f"source: {problem.message}")
+            _print_line(f"source: {problem.message}")
         n_problems += len(problems)
-    _say(f"{len(hash_by_id):,} source images hashed, {n_problems} problem{'s' * (n_problems != 1)}")
+    _print_line(
+        f"{len(hash_by_id):,} source images hashed, {n_problems} problem{'s' * (n_problems != 1)}"
+    )
     return n_problems
 
 
@@ -640,7 +651,7 @@ def _verify_recompute(recipe_path: Path, directories: list[Path], n_rows: int) -
             content=pd.Series(list(content_by_row), index=samples.index, dtype=object)
         )
         requested_fingerprints = {directory.name for directory in directories}
-        for backbone, specs in _networks(recipe_path):
+        for backbone, specs in _recipe_networks(recipe_path):
             for spec in specs:
                 if spec.fingerprint not in requested_fingerprints:
                     continue
@@ -657,7 +668,7 @@ def _verify_recompute(recipe_path: Path, directories: list[Path], n_rows: int) -
                     feature_set, extract_rows, n_rows, candidate_rows=np.flatnonzero(has_image)
                 )
                 verdict = "within" if report.is_equal else "BEYOND"
-                _say(
+                _print_line(
                     f"{spec.name}: {report.n_rows} rows extracted again differ by at most "
                     f"{report.largest_difference:.2e} of the root mean square, {verdict} the "
                     "tolerance of "
@@ -688,7 +699,7 @@ def _extract_again(
     return open_feature_set(feature_set_path(scratch_folder, network.specs[0])).load(row_contents)
 
 
-def _imported(recipe_path: Path) -> list[str]:
+def _external_fingerprints(recipe_path: Path) -> list[str]:
     """Return the fingerprints of the external features that a recipe uses."""
     from headrace.cache.exchange.external import external_feature_sets
     from headrace.pipelines.recipe.load import load_recipe
@@ -701,10 +712,10 @@ def _imported(recipe_path: Path) -> list[str]:
     ]
 
 
-def _networks(recipe_path: Path) -> "list[tuple[BackboneSpec, tuple[FeatureSpec, ...]]]":
+def _recipe_networks(recipe_path: Path) -> "list[tuple[BackboneSpec, tuple[FeatureSpec, ...]]]":
     """Return the backbones of a recipe and the feature sets they make."""
     from headrace.extract.taps.spec_cache import backbone_features
-    from headrace.pipelines.planning.networks import backbone_spec, storing
+    from headrace.pipelines.planning.networks import backbone_spec, storage_options
     from headrace.pipelines.recipe.load import load_recipe
 
     recipe = load_recipe(recipe_path)
@@ -712,11 +723,11 @@ def _networks(recipe_path: Path) -> "list[tuple[BackboneSpec, tuple[FeatureSpec,
     for backbone in recipe.backbones:
         network = backbone_spec(backbone, recipe)
         feature_specs = backbone_features(
-            network, backbone.taps, cache_root=recipe.cache, **storing(backbone, recipe)
+            network, backbone.taps, cache_root=recipe.cache, **storage_options(backbone, recipe)
         )
         networks.append((network, feature_specs))
     return networks
 
 
-def _say(text: str) -> None:
+def _print_line(text: str) -> None:
     make_console().print(text, soft_wrap=True)

@@ -52,7 +52,7 @@ class Finding:
     notes: tuple[str, ...] = ()  # what was assumed, and what is left out
 
 
-def look(
+def detect_recipe(
     location: Path, recipe_folder: Path, *, layout: Layout = "auto", exclude: tuple[str, ...] = ()
 ) -> Finding:
     """Return the recipe's lines for what `location` holds; paths in them start from
@@ -62,28 +62,28 @@ def look(
     InitError when there is nothing to train on, SourceError for a file that cannot be read.
     """
     source = detect_source(location, layout=layout, exclude=exclude)
-    finding = _look_at(location, source, recipe_folder)
+    finding = _detect(location, source, recipe_folder)
     option_lines = f"  layout: {layout}\n" if layout != "auto" else ""
     option_lines += f"  exclude: {yaml_list(exclude)}\n" if exclude else ""
     return replace(finding, images=finding.images + option_lines)
 
 
-def _look_at(location: Path, source: ImageSource, recipe_folder: Path) -> Finding:
+def _detect(location: Path, source: ImageSource, recipe_folder: Path) -> Finding:
     if source.kind == "image":
         raise InitError(
             f"{location} is one image. Give the folder of images, with one sub-folder per class, "
             "or a table of them"
         )
     if source.kind == "folder":
-        return _look_at_folder(location, source, recipe_folder)
+        return _detect_folder(location, source, recipe_folder)
     if source.kind == "archive":
-        return _look_at_archives(location, source, recipe_folder)
+        return _detect_archives(location, source, recipe_folder)
     if source.kind == "array":
-        return _look_at_array(location, source, recipe_folder)
-    return _look_at_table(Path(source.location), source, recipe_folder)
+        return _detect_array(location, source, recipe_folder)
+    return _detect_table(Path(source.location), source, recipe_folder)
 
 
-def _look_at_folder(folder: Path, source: ImageSource, recipe_folder: Path) -> Finding:
+def _detect_folder(folder: Path, source: ImageSource, recipe_folder: Path) -> Finding:
     """Read class folders, unless there are none and a table beside the images says more; both
     readings are named.
     """
@@ -94,7 +94,7 @@ def _look_at_folder(folder: Path, source: ImageSource, recipe_folder: Path) -> F
     for table in tables:
         if table not in prediction_tables:
             try:
-                finding_of_table[table] = _look_at_table(
+                finding_of_table[table] = _detect_table(
                     table, replace(source, kind="table", location=table), recipe_folder
                 )
             except (
@@ -106,7 +106,7 @@ def _look_at_folder(folder: Path, source: ImageSource, recipe_folder: Path) -> F
         f"{path.name} is a table of predictions and was not read" for path in prediction_tables
     ]
     try:
-        finding = _look_at_class_folders(folder, source, recipe_folder)
+        finding = _detect_class_folders(folder, source, recipe_folder)
     except HeadraceError as error:
         if len(finding_of_table) == 1:
             (reading,) = finding_of_table.values()
@@ -116,7 +116,7 @@ def _look_at_folder(folder: Path, source: ImageSource, recipe_folder: Path) -> F
             raise InitError(
                 f"{folder} holds several tables that could name the images ({table_names}): "
                 "name one. "
-                f"Try: {_command(next(iter(finding_of_table)))}"
+                f"Try: {_init_command(next(iter(finding_of_table)))}"
             ) from None
         array_files = [
             path for path in sorted(folder.iterdir()) if path.suffix.lower() in ARRAY_KINDS
@@ -125,9 +125,9 @@ def _look_at_folder(folder: Path, source: ImageSource, recipe_folder: Path) -> F
             if len(array_files) > 1:
                 raise InitError(
                     f"{folder} holds {len(array_files)} array files: name one. Try: "
-                    f"{_command(array_files[0])}"
+                    f"{_init_command(array_files[0])}"
                 ) from None
-            return _look_at(
+            return _detect(
                 array_files[0],
                 replace(source, kind="array", location=array_files[0]),
                 recipe_folder,
@@ -140,7 +140,7 @@ def _look_at_folder(folder: Path, source: ImageSource, recipe_folder: Path) -> F
         prediction_notes.append(
             f"the sub-folders are taken for the classes. {reading_names} could name the images "
             "and their "
-            f"labels, too: for that, {_command(next(iter(finding_of_table)))}"
+            f"labels, too: for that, {_init_command(next(iter(finding_of_table)))}"
         )
     return replace(finding, notes=(*finding.notes, *prediction_notes))
 
@@ -153,7 +153,7 @@ def _is_predictions(table: Path) -> bool:
         return False
 
 
-def _look_at_class_folders(folder: Path, source: ImageSource, recipe_folder: Path) -> Finding:
+def _detect_class_folders(folder: Path, source: ImageSource, recipe_folder: Path) -> Finding:
     listing = read_source(source)
     samples = listing.samples
     class_counts = samples["label"].value_counts()
@@ -171,7 +171,7 @@ def _look_at_class_folders(folder: Path, source: ImageSource, recipe_folder: Pat
         hint_text = (
             (
                 ". If the folders in it are the classes, try: "
-                f"{_command(folder / str(class_counts.index[0]))}"
+                f"{_init_command(folder / str(class_counts.index[0]))}"
             )
             if len(inner_folders) > 1
             else ""
@@ -192,30 +192,30 @@ def _look_at_class_folders(folder: Path, source: ImageSource, recipe_folder: Pat
     )
     class_source = "inner folder" if has_split else "sub-folder"
     return Finding(
-        images=f"  folder: {_relative(folder, recipe_folder)}      # {layout_text}\n",
+        images=f"  folder: {_path_text(folder, recipe_folder)}      # {layout_text}\n",
         task=f"  target: label                  # the name of the {class_source}{split_line}",
         sentence=(
             f"{len(samples):,} images in {_named_classes(class_counts)}, {class_counts.min():,} to "
             f"{class_counts.max():,} each"
         )
-        + (f"; {_sizes(samples['split'])}" if has_split else ""),
-        notes=_notes(listing),
+        + (f"; {_split_sizes(samples['split'])}" if has_split else ""),
+        notes=_listing_notes(listing),
     )
 
 
-def _look_at_archives(location: Path, source: ImageSource, recipe_folder: Path) -> Finding:
+def _detect_archives(location: Path, source: ImageSource, recipe_folder: Path) -> Finding:
     listing = read_source(source)
     samples = listing.samples
     column_names = [str(column) for column in samples.columns if column not in ("id", "path")]
-    task_lines, target_column, task_notes = _task(samples, column_names, location)
+    task_lines, target_column, task_notes = _task_section(samples, column_names, location)
     archive_key = "zip" if _holds_zip(location) else "tar"
     n_classes = samples[target_column].nunique()
     return Finding(
-        images=f"  {archive_key}: {_relative(location, recipe_folder)}      # archives; or a "
+        images=f"  {archive_key}: {_path_text(location, recipe_folder)}      # archives; or a "
         "pattern: train-{000..031}.tar\n",
         task=task_lines,
         sentence=f"{len(samples):,} images in archives, {n_classes:,} classes in {target_column!r}",
-        notes=(*task_notes, *_notes(listing)),
+        notes=(*task_notes, *_listing_notes(listing)),
     )
 
 
@@ -235,8 +235,8 @@ def _holds_zip(location: Path) -> bool:
     return all(archive_file.suffix.lower() == ".zip" for archive_file in archive_files)
 
 
-def _look_at_array(location: Path, source: ImageSource, recipe_folder: Path) -> Finding:
-    image_lines = f"  array: {_relative(location, recipe_folder)}\n"
+def _detect_array(location: Path, source: ImageSource, recipe_folder: Path) -> Finding:
+    image_lines = f"  array: {_path_text(location, recipe_folder)}\n"
     range_notes: list[str] = []
     if location.is_file():
         array_key, labels_file, labels_key = array_labels(location)
@@ -248,11 +248,11 @@ def _look_at_array(location: Path, source: ImageSource, recipe_folder: Path) -> 
             labels_key=labels_key,
             pixel_range=pixel_range,
         )
-        image_lines += "" if array_key is None else f"  array_key: {_scalar(array_key)}\n"
+        image_lines += "" if array_key is None else f"  array_key: {_yaml_text(array_key)}\n"
         image_lines += (
-            "" if labels_file is None else f"  labels: {_relative(labels_file, recipe_folder)}\n"
+            "" if labels_file is None else f"  labels: {_path_text(labels_file, recipe_folder)}\n"
         )
-        image_lines += "" if labels_key is None else f"  labels_key: {_scalar(labels_key)}\n"
+        image_lines += "" if labels_key is None else f"  labels_key: {_yaml_text(labels_key)}\n"
         if pixel_range is not None:
             image_lines += (
                 f"  pixel_range: [{pixel_range[0]:g}, {pixel_range[1]:g}]      # black and white, "
@@ -271,28 +271,28 @@ def _look_at_array(location: Path, source: ImageSource, recipe_folder: Path) -> 
             f"images:\n{image_lines}  labels: FILE      # .npy, .npz, HDF5 or idx, one value "
             "per image"
         )
-    task_lines, _, task_notes = _task(
+    task_lines, _, task_notes = _task_section(
         samples, ["label", *(["split"] if "split" in samples else [])], location
     )
-    split_text = f"; {_sizes(samples['split'])}" if "split" in samples else ""
+    split_text = f"; {_split_sizes(samples['split'])}" if "split" in samples else ""
     return Finding(
         image_lines,
         task_lines,
         f"{len(samples):,} images in {samples['label'].nunique():,} classes{split_text}",
-        (*range_notes, *task_notes, *_notes(listing)),
+        (*range_notes, *task_notes, *_listing_notes(listing)),
     )
 
 
-def _sizes(split_column: "pd.Series[Any]") -> str:
+def _split_sizes(split_column: "pd.Series[Any]") -> str:
     return ", ".join(
         f"{count:,} in {side_name}" for side_name, count in split_column.value_counts().items()
     )
 
 
-def _look_at_table(table: Path, source: ImageSource, recipe_folder: Path) -> Finding:
+def _detect_table(table: Path, source: ImageSource, recipe_folder: Path) -> Finding:
     table_file = table_files(table)[0]
     table_data = read_table_file(table_file)
-    image_lines = f"  table: {_relative(table, recipe_folder)}\n"
+    image_lines = f"  table: {_path_text(table, recipe_folder)}\n"
     path_source, is_pattern = find_images(table_data, table_file, table_file.parent)
     pattern_notes: list[str] = []
     if is_pattern:
@@ -301,12 +301,13 @@ def _look_at_table(table: Path, source: ImageSource, recipe_folder: Path) -> Fin
             "(images.path_pattern)"
         )
         image_lines += (
-            f"  path_pattern: {_scalar(path_source)}      # where the images are, by the column in "
+            f"  path_pattern: {_yaml_text(path_source)}      # where the images are, by the "
+            "column in "
             "braces\n"
         )
         source = replace(source, path_pattern=path_source)
     else:
-        image_lines += f"  path_column: {_scalar(path_source)}\n"
+        image_lines += f"  path_column: {_yaml_text(path_source)}\n"
         source = replace(source, path_column=path_source)
     used_columns = [path_source]
     if "id" in table_data.frame.columns and "id" not in used_columns:
@@ -320,23 +321,23 @@ def _look_at_table(table: Path, source: ImageSource, recipe_folder: Path) -> Fin
         for column in samples.columns
         if column not in (*used_columns, "id", "path")
         and not column.endswith(".path")
-        and _values(samples[column]) is not None
+        and _n_distinct(samples[column]) is not None
     ]
-    task_lines, target_column, task_notes = _task(samples, other_columns, table)
+    task_lines, target_column, task_notes = _task_section(samples, other_columns, table)
     return Finding(
         images=f"{image_lines}  # root: images      # what relative paths start from\n",
         task=task_lines,
         sentence=(
-            f"{len(samples):,} images in {table.name}, {_classes(samples[target_column])} in "
+            f"{len(samples):,} images in {table.name}, {_classes_text(samples[target_column])} in "
             "column "
             f"{target_column!r}"
         )
-        + _doubts(samples["path"], samples[target_column]),
-        notes=(*pattern_notes, *task_notes, *_notes(listing)),
+        + _table_doubts(samples["path"], samples[target_column]),
+        notes=(*pattern_notes, *task_notes, *_listing_notes(listing)),
     )
 
 
-def _notes(listing: Listing) -> tuple[str, ...]:
+def _listing_notes(listing: Listing) -> tuple[str, ...]:
     return (
         *listing.notes,
         *(f"left out: {item}" for item in listing.left_out),
@@ -385,12 +386,12 @@ def _mixed_depths(samples: pd.DataFrame) -> list[str]:
     ]
 
 
-def _classes(column: "pd.Series[Any]") -> str:
-    n_classes = _values(column)
+def _classes_text(column: "pd.Series[Any]") -> str:
+    n_classes = _n_distinct(column)
     return "lists of classes" if n_classes is None else f"{n_classes:,} classes"
 
 
-def _doubts(paths: "pd.Series[Any]", labels: "pd.Series[Any]") -> str:
+def _table_doubts(paths: "pd.Series[Any]", labels: "pd.Series[Any]") -> str:
     """Return what a person should know of a table before the first run: rows without a label, and
     paths that lead nowhere.
     """
@@ -408,7 +409,7 @@ def _doubts(paths: "pd.Series[Any]", labels: "pd.Series[Any]") -> str:
     return doubt_text
 
 
-def _task(
+def _task_section(
     samples: pd.DataFrame, column_names: Sequence[str], location: Path
 ) -> tuple[str, str, list[str]]:
     """Return the lines of the recipe's task section, the target's column, and notes on what was
@@ -422,7 +423,7 @@ def _task(
     list_columns = [
         column_name
         for column_name in ("label", "labels")
-        if column_name in samples and _values(samples[column_name]) is None
+        if column_name in samples and _n_distinct(samples[column_name]) is None
     ]
     target_column = _first_named(_TARGET_NAMES, [*column_names, *list_columns]) or _few_valued(
         samples, [column_name for column_name in column_names if column_name not in named_columns]
@@ -434,13 +435,13 @@ def _task(
             "hand: "
             "task: {target: COLUMN, kind: regression}"
         )
-    task_lines = f"  target: {_scalar(target_column)}"
+    task_lines = f"  target: {_yaml_text(target_column)}"
     if target_column in list_columns:
         task_lines += "\n  kind: multi                    # several labels in a cell"
-    elif (separator := _separator(samples[target_column])) is not None:
+    elif (separator := _label_separator(samples[target_column])) is not None:
         task_lines += (
             "\n  kind: multi                    # several labels in a cell\n  separator: "
-            f"{_scalar(separator)}"
+            f"{_yaml_text(separator)}"
         )
         task_notes.append(
             f"the cells of {target_column!r} are taken for several labels each, separated by "
@@ -470,7 +471,7 @@ def _task(
         [column_name for column_name in column_names if _is_full(labelled_samples[column_name])],
     )
     if split_column:
-        task_lines += f"\n  split: {_scalar(split_column)}"
+        task_lines += f"\n  split: {_yaml_text(split_column)}"
     if named_columns[0] != split_column:
         task_notes.append(
             f"column {named_columns[0]!r} holds other values than train, validation and test, "
@@ -478,12 +479,12 @@ def _task(
             "is not taken for a split"
         )
     if group_column:
-        task_lines += f"\n  group: {_scalar(group_column)}"
+        task_lines += f"\n  group: {_yaml_text(group_column)}"
     if named_columns[1] != group_column:
         task_notes.append(
             f"column {named_columns[1]!r} is empty for some images, and is not taken for "
             "groups: fill it, "
-            f"and set task.group: {_scalar(str(named_columns[1]))}"
+            f"and set task.group: {_yaml_text(str(named_columns[1]))}"
         )
     return task_lines, target_column, task_notes
 
@@ -499,7 +500,7 @@ def _is_full(column: "pd.Series[Any]") -> bool:
     return bool(cell_texts.notna().all() and (cell_texts != "").all())
 
 
-def _separator(column: "pd.Series[Any]") -> str | None:
+def _label_separator(column: "pd.Series[Any]") -> str | None:
     """Return what stands between several labels in the cells of a column: parts recur, and stand
     alone in some cells. None for single labels.
     """
@@ -548,12 +549,12 @@ def _first_named(names: tuple[str, ...], column_names: Sequence[str]) -> str | N
 
 def _few_valued(samples: pd.DataFrame, column_names: list[str]) -> str | None:
     for column_name in column_names:
-        if 2 <= (_values(samples[column_name]) or 0) <= min(1000, max(2, len(samples) // 3)):
+        if 2 <= (_n_distinct(samples[column_name]) or 0) <= min(1000, max(2, len(samples) // 3)):
             return str(column_name)
     return None
 
 
-def _values(column: "pd.Series[Any]") -> int | None:
+def _n_distinct(column: "pd.Series[Any]") -> int | None:
     """Return how many different values a column has; None where it holds lists or the like, as
     Parquet can.
     """
@@ -563,17 +564,17 @@ def _values(column: "pd.Series[Any]") -> int | None:
         return None
 
 
-def _command(path: Path) -> str:
+def _init_command(path: Path) -> str:
     """Return what to type for another reading, fit to be pasted."""
     return f"headrace init {shlex.quote(str(path))}"
 
 
-def _relative(path: Path, recipe_folder: Path) -> str:
+def _path_text(path: Path, recipe_folder: Path) -> str:
     """Return a path as a person would write it: relative where that is short."""
     relative_path = os.path.relpath(path.absolute(), recipe_folder)
-    return _scalar(str(path.absolute()) if relative_path.startswith("../..") else relative_path)
+    return _yaml_text(str(path.absolute()) if relative_path.startswith("../..") else relative_path)
 
 
-def _scalar(text: str) -> str:
+def _yaml_text(text: str) -> str:
     """Return text as a YAML value, quoted where it must be ("2020", "a: b")."""
     return yaml.safe_dump([text], width=10_000, allow_unicode=True).removeprefix("- ").strip()

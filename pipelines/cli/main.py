@@ -249,12 +249,12 @@ def _run(
     cluster: str | None = None,
     reference: str | None = None,
 ) -> None:
-    from headrace.pipelines.recipe.load import elsewhere, load_recipe
+    from headrace.pipelines.recipe.load import load_recipe, on_cluster
 
     recipe = load_recipe(recipe_path)
     _require_utf8(recipe.out)
     if cluster:
-        recipe = elsewhere(recipe, cluster)
+        recipe = on_cluster(recipe, cluster)
     if strict:
         recipe = recipe.model_copy(
             update={"compute": recipe.compute.model_copy(update={"strict": True})}

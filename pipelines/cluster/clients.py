@@ -21,9 +21,9 @@ from headrace.pipelines.cluster.dask_client import (
     ClusterError,
     WorkersDidNotStart,
     client_of,
-    environment,
-    needed,
-    quiet,
+    require_extra,
+    silenced,
+    variables_of,
 )
 from headrace.pipelines.cluster.fork_server import (
     METHOD,
@@ -32,7 +32,7 @@ from headrace.pipelines.cluster.fork_server import (
     start_server,
 )
 from headrace.pipelines.cluster.slurm import replace_lost_jobs, slurm_client
-from headrace.pipelines.cluster.tls import TLSMissing, own_security, security
+from headrace.pipelines.cluster.tls import TLSMissing, folder_security, own_security
 from headrace.pipelines.cluster.worker import GPUS, VARIABLES
 from headrace.pipelines.environment import available_cores
 from headrace.pipelines.recipe.sections import ClusterSection
@@ -103,7 +103,7 @@ def local_client(
         "distributed.worker.preload": [PRELOAD],
         VARIABLES: sorted(os.environ),
     }
-    with dask.config.set({**SETTINGS, **local_settings}), quiet("distributed"):
+    with dask.config.set({**SETTINGS, **local_settings}), silenced("distributed"):
         with sigint_held_back():
             try:
                 cluster = LocalCluster(
@@ -131,14 +131,14 @@ def cuda_client(workers: int | None = None) -> Iterator[Client]:
 
     Raises ClusterError where there is no GPU.
     """
-    dask_cuda = needed("dask_cuda", "cuda")
+    dask_cuda = require_extra("dask_cuda", "cuda")
     n_gpus = _visible_gpus()
     if not n_gpus:
         raise ClusterError(
             "cluster.where: cuda gives each GPU of this machine a worker, and PyTorch sees none "
             "here: say `where: local`, or look at what `nvidia-smi` and CUDA_VISIBLE_DEVICES show"
         )
-    with dask.config.set({**SETTINGS, GPUS: 1}), quiet("distributed"):
+    with dask.config.set({**SETTINGS, GPUS: 1}), silenced("distributed"):
         with sigint_held_back():
             cluster = dask_cuda.LocalCUDACluster(
                 n_workers=min(
@@ -175,8 +175,8 @@ def scheduler_client(section: ClusterSection) -> Iterator[Client]:
             "the scheduler with the files that `headrace cluster tls FOLDER` writes, and give "
             "tls://HOST:PORT and `tls: FOLDER`"
         )
-    tls_security = security(section.tls) if is_encrypted else None
-    with dask.config.set(SETTINGS), quiet("distributed"):
+    tls_security = folder_security(section.tls) if is_encrypted else None
+    with dask.config.set(SETTINGS), silenced("distributed"):
         try:
             client = Client(address, security=tls_security, timeout="20s")
         except (OSError, TimeoutError) as error:
@@ -195,7 +195,7 @@ def kubernetes_client(section: ClusterSection, workers: int | None = None) -> It
 
     Needs the extra `kubernetes`, the operator in the cluster, and an image with headrace in it.
     """
-    operator = needed("dask_kubernetes.operator", "kubernetes")
+    operator = require_extra("dask_kubernetes.operator", "kubernetes")
     pod_options = section.kubernetes
     cluster_spec = operator.make_cluster_spec(
         name=f"headrace-{os.getpid()}",
@@ -206,11 +206,11 @@ def kubernetes_client(section: ClusterSection, workers: int | None = None) -> It
             "requests": {"memory": pod_options.memory, "cpu": "1"},
         },
         worker_command=["dask", "worker", "--nthreads", "1", "--preload", PRELOAD],
-        env=environment(SETTINGS),
+        env=variables_of(SETTINGS),
     )
     if pod_options.volume_claim:
         _mount(cluster_spec, pod_options.volume_claim, section)
-    with dask.config.set(SETTINGS), quiet("distributed"):
+    with dask.config.set(SETTINGS), silenced("distributed"):
         cluster = operator.KubeCluster(
             custom_cluster_spec=cluster_spec, namespace=pod_options.namespace
         )

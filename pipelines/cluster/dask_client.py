@@ -89,7 +89,7 @@ def close_pages(cluster: Any) -> None:
 
 
 @contextlib.contextmanager
-def quiet(logger_name: str) -> Iterator[None]:
+def silenced(logger_name: str) -> Iterator[None]:
     """Silence a logger in the block: what a worker's death means is said by headrace, once."""
     logger = logging.getLogger(logger_name)
     level_before = logger.level
@@ -100,7 +100,7 @@ def quiet(logger_name: str) -> Iterator[None]:
         logger.setLevel(level_before)
 
 
-def needed(module_name: str, extra: str) -> Any:
+def require_extra(module_name: str, extra: str) -> Any:
     """Return a module of an extra. Raises ClusterError, naming the extra."""
     try:
         return importlib.import_module(module_name)
@@ -110,7 +110,7 @@ def needed(module_name: str, extra: str) -> Any:
         ) from None
 
 
-def environment(settings: Mapping[str, Any]) -> dict[str, str]:
+def variables_of(settings: Mapping[str, Any]) -> dict[str, str]:
     """Return settings of Dask as variables, for processes that this one does not start itself."""
     return {
         "DASK_" + key.replace(".", "__").replace("-", "_").upper(): str(value)

@@ -48,7 +48,7 @@ def rate_and_left(n_done: float, n_total: float, elapsed_s: float) -> tuple[floa
 
 
 @contextlib.contextmanager
-def stage(console: Console, stage_name: str, n_total: int, unit: str) -> Iterator[Advance]:
+def show_progress(console: Console, stage_name: str, n_total: int, unit: str) -> Iterator[Advance]:
     """Show how far a stage is, on a terminal as a bar, otherwise as lines of JSON."""
     if not console.is_terminal:
         yield _log_lines(console, stage_name, n_total, unit)

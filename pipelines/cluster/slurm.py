@@ -21,11 +21,11 @@ from headrace.pipelines.cluster.dask_client import (
     SETTINGS,
     ClusterError,
     client_of,
-    environment,
-    needed,
-    quiet,
+    require_extra,
+    silenced,
+    variables_of,
 )
-from headrace.pipelines.cluster.tls import security, write_tls
+from headrace.pipelines.cluster.tls import folder_security, write_tls
 from headrace.pipelines.cluster.worker import GPUS
 from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.recipe.sections import ClusterSection, SlurmSection
@@ -72,17 +72,17 @@ def slurm_client(
     partition, a worker per GPU, with several cores to decode on. run_folder: where certificates
     (unless the recipe names some) and the jobs' logs go; every node must see it.
     """
-    jobqueue = needed("dask_jobqueue", "slurm")
+    jobqueue = require_extra("dask_jobqueue", "slurm")
     slurm_options = section.slurm
     workers_per_job = slurm_options.gpus_per_job if on_gpu else slurm_options.workers_per_job
     n_jobs = -(-(workers or workers_per_job) // workers_per_job)
-    tls_security = security(section.tls or write_tls(RunPaths(run_folder).tls))
+    tls_security = folder_security(section.tls or write_tls(RunPaths(run_folder).tls))
     log_folder = RunPaths(run_folder).logs / "slurm"
     log_folder.mkdir(parents=True, exist_ok=True)
     lifetime = lifetime_s(slurm_options.walltime)
     settings = {**SETTINGS, **({GPUS: workers_per_job} if on_gpu else {})}
-    export_lines = [f"export {name}={value}" for name, value in environment(settings).items()]
-    with dask.config.set(SETTINGS), quiet("distributed"):
+    export_lines = [f"export {name}={value}" for name, value in variables_of(settings).items()]
+    with dask.config.set(SETTINGS), silenced("distributed"):
         cluster = jobqueue.SLURMCluster(
             queue=slurm_options.gpu_partition if on_gpu else slurm_options.partition,
             account=slurm_options.account,

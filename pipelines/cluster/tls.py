@@ -95,7 +95,7 @@ def require_own_folder(folder: Path) -> None:
         )
 
 
-def security(folder: Path | None) -> Security:
+def folder_security(folder: Path | None) -> Security:
     """Return Dask's security from a folder that `write_tls` made. Raises TLSMissing."""
     if folder is None or not (folder / KEY).exists() or not (folder / CERTIFICATE).exists():
         raise TLSMissing(

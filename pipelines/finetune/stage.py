@@ -24,7 +24,7 @@ from headrace.heads.data.task import REFIT, Task
 from headrace.heads.evaluate.metrics import METRICS, score
 from headrace.heads.results import read_bank, remove_damaged
 from headrace.heads.spec import spec_to_json
-from headrace.pipelines.cluster.progress import stage
+from headrace.pipelines.cluster.progress import show_progress
 from headrace.pipelines.cluster.submit import Outcome, RunIncomplete, TaskOptions, run_tasks
 from headrace.pipelines.cluster.task_leases import task_leases
 from headrace.pipelines.feature_input import FeatureInput
@@ -198,7 +198,9 @@ def _work(
         "stage", stage="finetune: pilots", total=len(waiting), unit="networks", tasks=len(waiting)
     )
     with ExitStack() as stack:
-        advance = stack.enter_context(stage(console, "finetune: pilots", len(waiting), "networks"))
+        advance = stack.enter_context(
+            show_progress(console, "finetune: pilots", len(waiting), "networks")
+        )
         named = ((f"pilot-{key}", job) for key, job in jobs.items())
         outcomes = stack.enter_context(closing(run_tasks(client, pilot, named, options=options)))
         for done, outcome in enumerate(outcomes, 1):
@@ -220,7 +222,7 @@ def _work(
     options.on_event(
         "stage", stage="finetune: train", total=total, unit="networks", tasks=total * (folds + 1)
     )
-    with stage(console, "finetune: train", total, "networks") as advance:
+    with show_progress(console, "finetune: train", total, "networks") as advance:
         while left:
             costs = {key: training_seconds(one, pilots[key], folds) for key, one in left.items()}
             worth = {

@@ -60,7 +60,7 @@ class Accounting:
         return asdict(self)
 
 
-def account(
+def count_entries(
     listing: Listing, n_unreadable: int, dataset: Dataset, kept_dataset: Dataset
 ) -> Accounting:
     """Return the counts of a run; `kept_dataset` is `dataset` without the images that some feature

@@ -67,7 +67,7 @@ def measured_rates(log_folder: Path) -> Rates:
     )
 
 
-def bank_s(
+def bank_seconds(
     specs: Sequence[HeadSpec],
     n_rows: int,
     n_features: int,
@@ -97,19 +97,21 @@ def specs_per_bank(
     n_specs = MAX_BANK_SPECS
     while (
         n_specs > 1
-        and bank_s(list(specs[:1]) * n_specs, n_rows, n_features, n_outputs, n_folds, rates)
+        and bank_seconds(list(specs[:1]) * n_specs, n_rows, n_features, n_outputs, n_folds, rates)
         > TARGET_S
     ):
         n_specs //= 2
     return n_specs
 
 
-def units_s(units: Sequence[ExtractJob], rates: Rates) -> float:
+def unit_seconds(units: Sequence[ExtractJob], rates: Rates) -> float:
     """Return the seconds of the devices that the units run on."""
     total_s = 0.0
     for job in units:
         relative_side = max(
-            1.0, max(_side(spec.preprocessing) for _, specs in job.networks for spec in specs) / 224
+            1.0,
+            max(_crop_side(spec.preprocessing) for _, specs in job.networks for spec in specs)
+            / 224,
         )
         assumed_s = (
             _IMAGE_S["cpu" if job.device == "cpu" else "cuda"]
@@ -120,6 +122,6 @@ def units_s(units: Sequence[ExtractJob], rates: Rates) -> float:
     return total_s
 
 
-def _side(preprocessing: str) -> int:
+def _crop_side(preprocessing: str) -> int:
     crop = json.loads(preprocessing).get("crop", 224)
     return int(prod(crop) ** 0.5) if isinstance(crop, list) else int(crop)

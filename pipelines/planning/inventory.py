@@ -22,7 +22,12 @@ from headrace.extract.taps.spec_cache import remember_features
 from headrace.pipelines.paths import content_index
 from headrace.pipelines.planning.dataset import Dataset, check_metric, make_dataset, read_samples
 from headrace.pipelines.planning.devices import find_heads_device
-from headrace.pipelines.planning.networks import backbone_spec, cached_contents, storing, tap_specs
+from headrace.pipelines.planning.networks import (
+    backbone_spec,
+    cached_contents,
+    storage_options,
+    tap_specs,
+)
 from headrace.pipelines.recipe.grid import Wanted, check_kinds, wanted_heads
 from headrace.pipelines.recipe.load import Recipe, RecipeError
 from headrace.pipelines.recipe.targets import DataError
@@ -106,7 +111,7 @@ def remember_taps(inventory: Inventory) -> None:
     """Keep the taps' specs in the cache, so that the next call builds no network to know them."""
     recipe = inventory.recipe
     for backbone, (network, specs) in zip(recipe.backbones, inventory.networks, strict=True):
-        options = storing(backbone, recipe)
+        options = storage_options(backbone, recipe)
         remember_features(network, backbone.taps, specs, cache_root=recipe.cache, **options)
 
 

@@ -24,7 +24,7 @@ def backbone_spec(backbone: Backbone, recipe: Recipe) -> BackboneSpec:
     return BackboneSpec(**spec_fields, pixel_range=recipe.images.pixel_range)
 
 
-def storing(backbone: Backbone, recipe: Recipe) -> Storing:
+def storage_options(backbone: Backbone, recipe: Recipe) -> Storing:
     """Return the numbers and views that the recipe stores, as `backbone_features` takes them."""
     views = backbone.views
     n_views = {"flips": 4, "dihedral": 8}[views] if isinstance(views, str) else views
@@ -46,7 +46,7 @@ def tap_specs(backbone: Backbone, recipe: Recipe, *, forked: bool) -> tuple[Feat
         backbone.taps,
         cache_root=recipe.cache,
         build=build,
-        **storing(backbone, recipe),
+        **storage_options(backbone, recipe),
     )
 
 

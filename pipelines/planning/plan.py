@@ -19,9 +19,9 @@ from headrace.pipelines.planning.cost_model import (
     MAX_BANK_SPECS,
     Estimate,
     Rates,
-    bank_s,
+    bank_seconds,
     specs_per_bank,
-    units_s,
+    unit_seconds,
 )
 from headrace.pipelines.recipe.grid import Wanted
 
@@ -163,7 +163,7 @@ def plan_run(
 
     def cost_s(specs: Sequence[HeadSpec], inputs: Sequence[str], rates: Rates) -> float:
         n_features = sum(input_widths[name] for name in inputs)
-        return bank_s(specs, n_rows, n_features, n_outputs, n_folds, rates)
+        return bank_seconds(specs, n_rows, n_features, n_outputs, n_folds, rates)
 
     def bank_size(heads: Wanted) -> int:
         n_features = sum(input_widths[name] for name in heads.inputs)
@@ -177,7 +177,7 @@ def plan_run(
         for bank in missing_banks
     )
     heads_s = sum(cost_s(bank.specs, bank.inputs, rates) for bank in banks)
-    extraction_s = units_s(units, rates)
+    extraction_s = unit_seconds(units, rates)
     on_gpu = bool(units) and units[0].device != "cpu"
     kinds = {bank.kind for bank in banks}
     return Plan(

@@ -16,7 +16,7 @@ from headrace.heads.data.task import save_task
 from headrace.pipelines.feature_input import FeatureInput
 from headrace.pipelines.finetune.stage import Finetuned
 from headrace.pipelines.paths import RunPaths
-from headrace.pipelines.planning.accounting import Accounting, account
+from headrace.pipelines.planning.accounting import Accounting, count_entries
 from headrace.pipelines.planning.cost_model import measured_rates
 from headrace.pipelines.planning.dataset import Dataset, drop_rows
 from headrace.pipelines.planning.devices import find_device
@@ -150,7 +150,7 @@ def state_of(inventory: Inventory, *, retry_failed: bool = False) -> RunState:
         rates=measured_rates(recipe.paths.logs),
         trained=lambda group: trained_in(recipe.paths.banks, group, retry_failed=retry_failed),
     )
-    accounting = account(inventory.listing, len(inventory.unreadable), all_rows, dataset)
+    accounting = count_entries(inventory.listing, len(inventory.unreadable), all_rows, dataset)
     return RunState(
         recipe=recipe,
         samples=inventory.samples,

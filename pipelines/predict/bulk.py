@@ -44,7 +44,7 @@ from headrace.extract.images.byte_ranges import file_of
 from headrace.extract.images.file_stamps import FileStamp, file_stamps, wait_until_settled
 from headrace.extract.spec import Sample
 from headrace.pipelines.cluster.clients import local_client
-from headrace.pipelines.cluster.progress import stage
+from headrace.pipelines.cluster.progress import show_progress
 from headrace.pipelines.cluster.submit import run_tasks
 from headrace.pipelines.environment import available_cores
 from headrace.pipelines.models.model import Model, load_model
@@ -215,7 +215,7 @@ def predict_stream(
     start = 0
     with (
         table_writer(stream, kind, model.task_kind, model.classes) as write,
-        stage(console, "predict", len(files), "images") as advance,
+        show_progress(console, "predict", len(files), "images") as advance,
     ):
         threads = available_cores()
         for predicted in predict_samples(
@@ -322,7 +322,7 @@ def _predict(
         jobs.append(
             PartJob(place, model.digest, samples, keys, part, device, threads, model.trust_code)
         )
-    with stage(console, "predict", len(left), "images") as advance:
+    with show_progress(console, "predict", len(left), "images") as advance:
         if not shared:
             for job in jobs:
                 failed = predict_part(job)

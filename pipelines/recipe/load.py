@@ -26,7 +26,7 @@ from headrace.pipelines.recipe.sections import (
 from headrace.pipelines.recipe.text import MAX_CHARACTERS, RecipeError, explain_all, read_yaml
 from headrace.pipelines.recipe.values import Section
 
-__all__ = ["Recipe", "RecipeError", "elsewhere", "load_recipe", "parse_recipe"]
+__all__ = ["Recipe", "RecipeError", "load_recipe", "on_cluster", "parse_recipe"]
 
 
 class Recipe(Section):
@@ -100,7 +100,7 @@ def load_recipe(path: str | Path) -> Recipe:
     return parse_recipe(text, path)
 
 
-def elsewhere(recipe: Recipe, where: str) -> Recipe:
+def on_cluster(recipe: Recipe, where: str) -> Recipe:
     """Return the recipe with its tasks run on another cluster. Raises RecipeError for a word that
     names none.
     """

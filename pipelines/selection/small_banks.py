@@ -10,7 +10,7 @@ from rich.console import Console
 
 from headrace.cache.errors import HeadraceError
 from headrace.heads.bank import BankJob, train_bank
-from headrace.pipelines.cluster.progress import stage
+from headrace.pipelines.cluster.progress import show_progress
 from headrace.pipelines.cluster.submit import TaskOptions, run_tasks
 from headrace.pipelines.cluster.task_leases import task_leases
 
@@ -38,7 +38,7 @@ def train_banks(
     with ExitStack() as stack:
         if shared is not None:
             options = replace(options, leases=stack.enter_context(task_leases(shared)))
-        advance = stack.enter_context(stage(console, what, len(jobs), "banks"))
+        advance = stack.enter_context(show_progress(console, what, len(jobs), "banks"))
         name = what.replace(" ", "-")
         named = (
             (f"{name}-{Path(job.result).parent.name}-{Path(job.result).stem}", job) for job in jobs

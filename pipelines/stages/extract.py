@@ -20,7 +20,7 @@ from headrace.cache.format.shard import FailedSample
 from headrace.cache.publish import create_feature_set, feature_set_path, publish_shard, shard_path
 from headrace.extract.run.plan import ExtractJob, unit_name
 from headrace.extract.run.throughput import UnitReport, figures
-from headrace.pipelines.cluster.progress import stage
+from headrace.pipelines.cluster.progress import show_progress
 from headrace.pipelines.cluster.submit import (
     Outcome,
     RunIncomplete,
@@ -128,11 +128,11 @@ def extract_missing(
     options.on_event("stage", stage="extract", total=n_images, unit="images", tasks=len(units))
     with ExitStack() as exit_stack:
         leases = exit_stack.enter_context(task_leases(unit_leases(Path(units[0].cache_root))))
-        advance = exit_stack.enter_context(stage(console, "extract", n_images, "images"))
+        advance = exit_stack.enter_context(show_progress(console, "extract", n_images, "images"))
         leased_options = replace(options, leases=leases)
         outcomes = exit_stack.enter_context(
             closing(
-                _here(units, leases)
+                _in_this_process(units, leases)
                 if client is None
                 else _on_workers(units, client, leased_options)
             )
@@ -144,7 +144,7 @@ def extract_missing(
                 fatal_units.append((outcome.job, outcome.error or ""))
                 advance(len(outcome.job.samples))
             elif outcome.result is None:
-                unit_failures.append(_blamed(outcome))
+                unit_failures.append(_failure_text(outcome))
                 advance(len(outcome.job.samples))
                 if outcome.job.strict:
                     break
@@ -163,7 +163,9 @@ def extract_missing(
                 done=n_done,
                 failed=len(fatal_units) + sum(len(report.failed) for report in unit_reports),
             )
-        unit_failures += _record(fatal_units, sum(report.rows for report in unit_reports))
+        unit_failures += _record_failed_images(
+            fatal_units, sum(report.rows for report in unit_reports)
+        )
     unread_images = [image for report in unit_reports for image in report.unread]
     if unit_failures:
         raise RunIncomplete(
@@ -181,7 +183,9 @@ def extract_missing(
         )
 
 
-def _record(fatal_units: Sequence[tuple[ExtractJob, str]], n_extracted: int) -> list[str]:
+def _record_failed_images(
+    fatal_units: Sequence[tuple[ExtractJob, str]], n_extracted: int
+) -> list[str]:
     """Record images that end their workers as failed, each with its reason; return why that was not
     done, if so.
 
@@ -189,7 +193,7 @@ def _record(fatal_units: Sequence[tuple[ExtractJob, str]], n_extracted: int) -> 
     what is wrong with them.
     """
     if len(fatal_units) > n_extracted:
-        return [_blamed_image(job, error) for job, error in fatal_units]
+        return [_image_failure_text(job, error) for job, error in fatal_units]
     for job, error in fatal_units:
         failures = [FailedSample(sample.id, sample.content, error) for sample in job.samples]
         for spec in (spec for _, specs in job.networks for spec in specs):
@@ -239,8 +243,8 @@ def unit_key(job: ExtractJob) -> str:
     return f"extract-{job.unit}-{hashlib.sha256(''.join(fingerprints).encode()).hexdigest()[:8]}"
 
 
-def halves(job: ExtractJob) -> list[tuple[str, ExtractJob]]:
-    """Return a unit's two halves, with their names; nothing for a unit of one image."""
+def split_unit(job: ExtractJob) -> list[tuple[str, ExtractJob]]:
+    """Return a unit's two split_unit, with their names; nothing for a unit of one image."""
     n_first = len(job.samples) // 2
     sample_halves = [
         half_samples for half_samples in (job.samples[:n_first], job.samples[n_first:]) if n_first
@@ -258,10 +262,10 @@ def _on_workers(
     units: Sequence[ExtractJob], client: Client, options: TaskOptions
 ) -> Generator[Outcome[ExtractJob, UnitReport], None, None]:
     jobs = ((unit_key(job), job) for job in units)
-    return run_tasks(client, extract_unit, jobs, options=options, split=halves)
+    return run_tasks(client, extract_unit, jobs, options=options, split=split_unit)
 
 
-def _here(
+def _in_this_process(
     units: Sequence[ExtractJob], leases: TaskLeases
 ) -> Generator[Outcome[ExtractJob, UnitReport], None, None]:
     """Yield the outcomes of the units that no other driver has, in one stream; then, one by one, of
@@ -290,9 +294,13 @@ def _here(
         leases.release(unit_key(job))
 
 
-def _blamed(outcome: Outcome[ExtractJob, UnitReport]) -> str:
-    return _blamed_image(outcome.job, outcome.error or "") if outcome.fatal else outcome.error or ""
+def _failure_text(outcome: Outcome[ExtractJob, UnitReport]) -> str:
+    return (
+        _image_failure_text(outcome.job, outcome.error or "")
+        if outcome.fatal
+        else outcome.error or ""
+    )
 
 
-def _blamed_image(job: ExtractJob, error: str) -> str:
+def _image_failure_text(job: ExtractJob, error: str) -> str:
     return f"{job.samples[0].path}: {error}. Remove this image, or look at what is wrong with it"

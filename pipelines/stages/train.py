@@ -12,7 +12,7 @@ import pandas as pd
 from headrace.heads.bank import BankJob, publish_failure, train_bank
 from headrace.heads.kinds import HEAD_KINDS
 from headrace.heads.spec import spec_to_json
-from headrace.pipelines.cluster.progress import stage
+from headrace.pipelines.cluster.progress import show_progress
 from headrace.pipelines.cluster.submit import RunIncomplete, announced, run_tasks
 from headrace.pipelines.cluster.task_leases import task_leases
 from headrace.pipelines.planning.cost_model import PROBE_S, PROBE_SPECS
@@ -70,11 +70,13 @@ def _train_banks(state: RunState, services: Services, device: str) -> None:
     options.on_event("stage", stage="train", total=plan.heads_new, unit="heads", tasks=len(jobs))
     with ExitStack() as exit_stack:
         leases = exit_stack.enter_context(task_leases(state.paths.leases))
-        advance = exit_stack.enter_context(stage(console, "train", plan.heads_new, "heads"))
+        advance = exit_stack.enter_context(show_progress(console, "train", plan.heads_new, "heads"))
         keyed_jobs = ((bank_key(job), job) for job in jobs)
         leased_options = replace(options, leases=leases)
         outcomes = exit_stack.enter_context(
-            closing(run_tasks(client, train_bank, keyed_jobs, options=leased_options, split=halves))
+            closing(
+                run_tasks(client, train_bank, keyed_jobs, options=leased_options, split=split_bank)
+            )
         )
         for outcome in outcomes:
             if outcome.fatal:
@@ -151,20 +153,20 @@ def bank_key(job: BankJob) -> str:
     return f"bank-{Path(job.result).stem}"
 
 
-def halves(job: BankJob) -> Sequence[tuple[str, BankJob]]:
-    """Return a bank's two halves, with their names; nothing for a bank of one spec."""
+def split_bank(job: BankJob) -> Sequence[tuple[str, BankJob]]:
+    """Return a bank's two split_bank, with their names; nothing for a bank of one spec."""
     n_first = len(job.specs) // 2
     spec_halves = [
         half_specs for half_specs in (job.specs[:n_first], job.specs[n_first:]) if n_first
     ]
     half_jobs = [
-        replace(job, specs=half_specs, result=_part_of(job.result, half_specs))
+        replace(job, specs=half_specs, result=_part_results_path(job.result, half_specs))
         for half_specs in spec_halves
     ]
     return [(bank_key(half_job), half_job) for half_job in half_jobs]
 
 
-def _part_of(results_path: str, specs: Sequence[object]) -> str:
+def _part_results_path(results_path: str, specs: Sequence[object]) -> str:
     """Return the results file of a part of a bank: of the same group, so that it is found, under a
     name that depends on the whole and on the part.
     """

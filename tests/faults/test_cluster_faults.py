@@ -31,8 +31,8 @@ from headrace.pipelines.cluster import clients as cluster
 from headrace.pipelines.cluster.submit import TaskOptions
 from headrace.pipelines.recipe.load import load_recipe
 from headrace.pipelines.run import run_recipe
-from headrace.pipelines.stages.extract import _record
-from headrace.pipelines.stages.train import halves
+from headrace.pipelines.stages.extract import _record_failed_images
+from headrace.pipelines.stages.train import split_bank
 
 pytestmark = pytest.mark.slow
 HERE = Path(__file__).parents[1]
@@ -124,13 +124,13 @@ def test_a_bank_is_divided_into_parts_of_its_group(tmp_path):
     """
     specs = tuple(LogisticSpec(C=float(c)) for c in range(1, 6))
     bank = BankJob("task", ("features",), specs, str(tmp_path / "group-key.h5"))
-    parts = [part for _, part in halves(bank)]
+    parts = [part for _, part in split_bank(bank)]
     assert [spec for part in parts for spec in part.specs] == list(specs)
-    names = {key for key, _ in halves(bank)} | {"bank-group-key"}
+    names = {key for key, _ in split_bank(bank)} | {"bank-group-key"}
     assert len(names) == 3
     assert all(Path(part.result).match("group-*.h5") for part in parts)
-    assert halves(parts[0])
-    assert halves(halves(parts[0])[0][1]) == []
+    assert split_bank(parts[0])
+    assert split_bank(split_bank(parts[0])[0][1]) == []
 
 
 IMAGES = """\
@@ -182,13 +182,15 @@ def test_a_network_that_kills_its_workers_fails_no_image(tmp_path):
     samples = [Sample(f"{i}", f"{i}.png", f"{i:032x}") for i in range(3)]
     jobs = [ExtractJob(str(tmp_path), f"u{sample.id}", networks, (sample,)) for sample in samples]
     fatal = [(job, "its worker died") for job in jobs]
-    assert [message.partition(".png: its worker died")[0] for message in _record(fatal, 2)] == [
+    assert [
+        message.partition(".png: its worker died")[0] for message in _record_failed_images(fatal, 2)
+    ] == [
         "0",
         "1",
         "2",
     ]
     assert list(tmp_path.iterdir()) == []
-    assert _record(fatal, 3) == []
+    assert _record_failed_images(fatal, 3) == []
     failures = open_feature_set(feature_set_path(tmp_path, spec)).failures()
     assert sorted((failure.id, failure.reason) for failure in failures) == [
         (f"{i}", "its worker died") for i in range(3)

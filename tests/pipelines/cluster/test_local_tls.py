@@ -15,7 +15,7 @@ import pytest
 from dask.distributed import Client, Security
 
 from headrace.pipelines.cluster.clients import local_client
-from headrace.pipelines.cluster.tls import KEY, own_security, security, write_tls
+from headrace.pipelines.cluster.tls import KEY, folder_security, own_security, write_tls
 
 NOBODY = 65534
 
@@ -138,7 +138,7 @@ def test_a_key_in_a_folder_is_for_its_owner_alone(tmp_path):
     assert (folder / KEY).stat().st_mode & 0o777 == 0o600
     before = (folder / KEY).read_bytes()
     assert (write_tls(folder) / KEY).read_bytes() == before
-    assert security(folder).require_encryption
+    assert folder_security(folder).require_encryption
 
 
 def test_keys_differ():

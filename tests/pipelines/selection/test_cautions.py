@@ -14,7 +14,7 @@ from headrace.heads.neighbors.kind import KNNSpec
 from headrace.heads.networks.kind import MLPSpec
 from headrace.heads.sklearn.kind import SklearnSpec
 from headrace.heads.spec import spec_to_json
-from headrace.pipelines.cli.detect_source import look
+from headrace.pipelines.cli.detect_source import detect_recipe
 from headrace.pipelines.selection.cautions import (
     grid_edges,
     hidden_classes,
@@ -179,10 +179,14 @@ def test_init_tells_of_near_copies_before_anything_is_extracted(tmp_path):
     settles it.
     """
     write_photos(tmp_path / "clean", 0)
-    assert not any("nearly the same" in note for note in look(tmp_path / "clean", tmp_path).notes)
+    assert not any(
+        "nearly the same" in note for note in detect_recipe(tmp_path / "clean", tmp_path).notes
+    )
     write_photos(tmp_path / "twice", 6)
     (note,) = (
-        note for note in look(tmp_path / "twice", tmp_path).notes if "nearly the same" in note
+        note
+        for note in detect_recipe(tmp_path / "twice", tmp_path).notes
+        if "nearly the same" in note
     )
     assert "12 of 46 images that were looked at" in note
     assert "task.group" in note
