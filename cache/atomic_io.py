@@ -65,6 +65,13 @@ def lease(lock_path: Path) -> Iterator[None]:
         file_lock.release()
 
 
+def names_owner(lock_path: Path) -> bool:
+    """Tell whether a lock file says whose it is; one that is empty or torn, as a kill, a full disk
+    or a power cut leaves it, does not.
+    """
+    return SoftFileLease(lock_path).pid is not None
+
+
 class _Blank(NamedTuple):
     """A lock file that does not name its owner."""
 
@@ -75,17 +82,17 @@ class _Blank(NamedTuple):
 
 
 def _watch_blank(lock_path: Path, previous_blank: _Blank | None) -> _Blank | None:
-    """Break a lock file that has stayed empty for LEASE_S, and return the one to watch otherwise.
+    """Break a lock file that has named no owner for LEASE_S, and return the one to watch otherwise.
 
-    Its holder died between creating the file and writing its name into it, microseconds later.
-    filelock takes such a file for the lock of a version that wrote no names, and would wait for it
-    for ever.
+    Its holder died between creating the file and having written its name into it, microseconds
+    later. filelock takes such a file for the lock of a version that wrote no names, and would wait
+    for it for ever.
     """
     try:
         lock_status = lock_path.stat()
     except FileNotFoundError:
         return None
-    if lock_status.st_size:
+    if names_owner(lock_path):
         return None
     if previous_blank is None or (previous_blank.inode, previous_blank.changed_ns) != (
         lock_status.st_ino,

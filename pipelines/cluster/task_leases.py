@@ -21,7 +21,7 @@ from pathlib import Path
 
 from filelock import SoftFileLease, Timeout
 
-from headrace.cache.atomic_io import LEASE_S
+from headrace.cache.atomic_io import LEASE_S, names_owner
 
 _LOOK_S = 2.0  # how long another driver's being alive is believed without looking again
 
@@ -90,18 +90,9 @@ def remove_dead(directory: Path) -> int:
     """Remove the leases and the locks of drivers that are not alive; return how many files that
     were.
     """
-    lock_paths, n_removed = sorted(directory.glob("*.driver")), 0
-    dead_drivers = []
-    for lock_path in lock_paths:
-        with contextlib.suppress(FileNotFoundError):
-            status = lock_path.stat()
-            # filelock waits for ever for a lock whose holder died before it wrote its name,
-            # microseconds after making it.
-            if not status.st_size and time.time() - status.st_mtime > LEASE_S:
-                lock_path.unlink()
-        if not driver_lives(directory, lock_path.stem):
-            dead_drivers.append(lock_path.stem)
-    living_drivers = {lock_path.stem for lock_path in lock_paths} - set(dead_drivers)
+    drivers, n_removed = [path.stem for path in sorted(directory.glob("*.driver"))], 0
+    dead_drivers = [driver for driver in drivers if not driver_lives(directory, driver)]
+    living_drivers = set(drivers) - set(dead_drivers)
     # Drivers lock before they take leases: a lease whose driver has no lock is a dead driver's.
     # Looked at again, for a driver may have begun since.
     for lease_path in (*directory.glob("*.lease"), *directory.glob("*.lease.*")):
@@ -150,7 +141,14 @@ def driver_lives(directory: Path, driver: str) -> bool:
     heartbeat is recent.
     """
     lock_path = directory / f"{driver}.driver"
-    if not lock_path.exists():
+    try:
+        age_s = time.time() - lock_path.stat().st_mtime
+    except FileNotFoundError:
+        return False
+    # filelock waits for ever for a lock whose holder died before it had written its name,
+    # microseconds after making it.
+    if age_s > LEASE_S and not names_owner(lock_path):
+        lock_path.unlink(missing_ok=True)
         return False
     lock = _lock(directory, driver)
     try:

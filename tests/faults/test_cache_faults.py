@@ -431,6 +431,17 @@ def test_stale_lock_of_another_machine(tmp_path, monkeypatch):
     assert leftovers(tmp_path) == []
 
 
+@pytest.mark.parametrize("text", ["", "filelock/2\npid=12", "filelock/2\npid=12\nhost=node"])
+def test_a_lock_that_names_no_owner_is_broken(tmp_path, text):
+    """Its holder has died before all of its name was written; it would be waited for for ever."""
+    path = tmp_path / "lock"
+    path.write_text(text)
+    with lease(path):
+        assert path.read_text() != text
+    assert leftovers(tmp_path) == []
+    assert not path.exists()
+
+
 def hold_for_ever(path):
     with lease(path):
         time.sleep(1000)

@@ -570,10 +570,12 @@ def tasks_done_twice(project: Path) -> list[str]:
 
 
 def age_temporaries(project: Path) -> list[Path]:
-    """Make what killed calls have left look as old as it is when it may go; returns it."""
+    """Make what killed calls have left look as old as it is when it may go; returns it, without
+    the locks, of which a whole one goes at once and one without all of its name later.
+    """
     left = [path for path in project.rglob("*.partial") if path.parent.suffix != ".partial"]
     then = time.time() - 2 * STALE_S
-    for path in left:
+    for path in (*left, *project.rglob("*.driver")):
         os.utime(path, (then, then))
     return left
 

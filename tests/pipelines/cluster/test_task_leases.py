@@ -49,7 +49,9 @@ def test_what_a_dead_driver_had_is_free(tmp_path):
 
 
 def test_what_dead_drivers_left_goes_by_itself(tmp_path):
-    """Leases, locks, and locks without a name in them; what a living driver has stays."""
+    """Leases, locks, and locks without a name in them, or half of one; what a living driver has
+    stays.
+    """
     code = (
         "import os, sys; from pathlib import Path; from headrace.pipelines.cluster.task_leases "
         "import task_leases\n"
@@ -57,9 +59,10 @@ def test_what_dead_drivers_left_goes_by_itself(tmp_path):
     code += "with task_leases(Path(sys.argv[1])) as ours: ours.acquire('bank-x'); os._exit(9)"
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
     assert len(list(tmp_path.iterdir())) == 2
-    blank = tmp_path / "20261124T181500Z-node-1-abcd.driver"
-    blank.touch()
-    os.utime(blank, (1, 1))
+    for name, text in (("node-1-abcd", ""), ("node-3-abcd", "filelock/2\npid=12")):
+        torn = tmp_path / f"20261124T181500Z-{name}.driver"
+        torn.write_text(text)
+        os.utime(torn, (1, 1))
     os.symlink("20261124T181500Z-node-2-abcd", tmp_path / "bank-z.lease.0f")
     with task_leases(tmp_path) as living:
         assert living.acquire("bank-y")
