@@ -56,7 +56,7 @@ def advise_run(
         if jobs:
             with local_client(workers) as client:
                 progress = console or make_console(quiet=True)
-                train_banks(jobs, client, progress, "learning curve", shared=paths.leases)
+                train_banks(jobs, client, progress, "learning curve", leases_folder=paths.leases)
 
     advice = advise_on(
         finished.board,

@@ -1,10 +1,9 @@
-"""The temperature of the winner, from the predictions of its fold heads, and what it does to the
-calibration error.
+"""Temperature of the winner, fitted on the predictions of its fold heads.
 
 The head that is handed out was trained on all rows and has no rows left to be calibrated on; its
 fold heads, of the same settings, have predicted every row that they had not seen. Their temperature
 is taken for it, as scikit-learn's `CalibratedClassifierCV(ensemble=False)` does. Trained on more
-rows, it is if anything a little less sure than it could be.
+rows, it is if anything a little less confident than it could be.
 """
 
 from dataclasses import asdict, dataclass
@@ -28,10 +27,10 @@ from headrace.pipelines.selection.predictions import (
 
 @dataclass(frozen=True)
 class Calibration:
-    """A temperature, and the winner without it and with it on the rows that it was fitted on, all
-    folds together.
+    """A temperature, and the winner's errors without it and with it, on the rows that it was fitted
+    on, all folds together.
 
-    `after` is cross-fitted: each fold's rows at the temperature of the other folds.
+    Errors with it are cross-fitted: each fold's rows at the temperature of the other folds.
     """
 
     temperature: float
@@ -42,51 +41,67 @@ class Calibration:
     loss_after: float
 
     def summary(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return a dictionary for JSON."""
         return asdict(self)
 
 
 def temperature_of(winner: pd.Series, task: Task) -> float:
-    """The temperature of one row of the leaderboard; 1 for regression and where a row has no
+    """Return the temperature of one row of the leaderboard; 1 for regression and where a row has no
     out-of-fold prediction.
     """
-    held = validation_rows(task)
-    if task.kind == "regression" or len(held.rows) == 0:
+    validation = validation_rows(task)
+    if task.kind == "regression" or len(validation.rows) == 0:
         return 1.0
-    _, predicted = stacked_predictions(winner.to_frame().T, held)
+    _, predicted = stacked_predictions(winner.to_frame().T, validation)
     floor = floor_of(winner["spec"], task.kind, len(task.classes))
     return (
-        fit_temperature(task.kind, held.target, predicted[0], held.weight, floor)
+        fit_temperature(task.kind, validation.target, predicted[0], validation.weight, floor)
         if len(predicted)
         else 1.0
     )
 
 
 def calibrate(
-    held: ValidationRows, predicted: npt.NDArray[Any], floor: float = FLOOR
+    validation: ValidationRows, predicted: npt.NDArray[Any], floor: float = FLOOR
 ) -> Calibration | None:
-    """Of out-of-fold predictions (N, C) of the held-out rows; None for regression. floor:
+    """Return the calibration of out-of-fold predictions (N, C) of the held-out rows; None for
+    regression.
 
-    `floor_of` the head.
+    floor: the head's smallest meaningful probability, from `floor_of`.
     """
-    kind = held.task.kind
-    if kind == "regression":
+    task_kind = validation.task.kind
+    if task_kind == "regression":
         return None
-    told = calibrated(held, predicted, floor)
-    before, after = (
-        [score(kind, held.target, values, name) for name in ("calibration_error", "log_loss")]
-        for values in (predicted, told)
+    at_temperature = calibrated(validation, predicted, floor)
+    scores_before, scores_after = (
+        [
+            score(task_kind, validation.target, values, name)
+            for name in ("calibration_error", "log_loss")
+        ]
+        for values in (predicted, at_temperature)
     )
-    temperature = fit_temperature(kind, held.target, predicted, held.weight, floor)
-    return Calibration(temperature, len(held.rows), before[0], after[0], before[1], after[1])
+    temperature = fit_temperature(task_kind, validation.target, predicted, validation.weight, floor)
+    return Calibration(
+        temperature,
+        len(validation.rows),
+        scores_before[0],
+        scores_after[0],
+        scores_before[1],
+        scores_after[1],
+    )
 
 
 def calibrated(
-    held: ValidationRows, predicted: npt.NDArray[Any], floor: float = FLOOR
+    validation: ValidationRows, predicted: npt.NDArray[Any], floor: float = FLOOR
 ) -> npt.NDArray[np.float64]:
-    """(N, C) out-of-fold predictions, those of each fold at the temperature that the other folds
-    give.
+    """Return out-of-fold predictions (N, C), those of each fold at the temperature that the other
+    folds give.
     """
     return cross_fitted(
-        held.task.kind, held.target, predicted, selection_parts(held), held.weight, floor
+        validation.task.kind,
+        validation.target,
+        predicted,
+        selection_parts(validation),
+        validation.weight,
+        floor,
     )

@@ -1,6 +1,7 @@
-"""What a careful person would want to be told of a result: classes that a good accuracy hides, a
-winner on the edge of its grid, images that are nearly the same on two sides of a split. Each is a
-sentence, or none; nothing is trained or forwarded.
+"""Notes on a result for a careful reader: classes that a good accuracy hides, a winner on the edge
+of its grid, images that are nearly the same on two sides of a split.
+
+Each is a sentence, or none; nothing is trained or forwarded.
 """
 
 import contextlib
@@ -61,240 +62,286 @@ _ORDERED = {
 }
 
 
-def hidden_classes(board: pd.DataFrame, held: ValidationRows, metric: str) -> str | None:
-    """Where the winner's accuracy says little of the rare classes. board: of whole heads, best
-    first.
+def hidden_classes(board: pd.DataFrame, validation: ValidationRows, metric: str) -> str | None:
+    """Return a note where the winner's accuracy says little of the rare classes, else None.
+
+    board: of complete heads, best first.
     """
-    if held.task.kind != "single" or metric != "accuracy":
+    if validation.task.kind != "single" or metric != "accuracy":
         return None
-    predicted = next((block[0] for _, block in read_predictions(board.iloc[:1], held)), None)
+    predicted = next((block[0] for _, block in read_predictions(board.iloc[:1], validation)), None)
     if predicted is None:
         return None
-    accuracy = score("single", held.target, predicted, "accuracy")
-    balanced = score("single", held.target, predicted, "balanced_accuracy")
-    _, high = metric_interval(
-        "single", held.target, predicted, "balanced_accuracy", groups=held.groups
+    accuracy = score("single", validation.target, predicted, "accuracy")
+    balanced = score("single", validation.target, predicted, "balanced_accuracy")
+    _, balanced_high = metric_interval(
+        "single", validation.target, predicted, "balanced_accuracy", groups=validation.groups
     )
-    if accuracy - balanced < HIDDEN or high >= accuracy:
+    if accuracy - balanced < HIDDEN or balanced_high >= accuracy:
         return None
-    hit = predicted.argmax(1) == held.target
-    images = np.bincount(held.target, minlength=len(held.task.classes))
-    recall = np.bincount(held.target, hit, len(images)) / np.maximum(images, 1)
-    worst = int(np.where(images > 0, recall, np.inf).argmin())
+    is_right = predicted.argmax(1) == validation.target
+    class_counts = np.bincount(validation.target, minlength=len(validation.task.classes))
+    recall = np.bincount(validation.target, is_right, len(class_counts)) / np.maximum(
+        class_counts, 1
+    )
+    worst_class = int(np.where(class_counts > 0, recall, np.inf).argmin())
     return (
         f"balanced accuracy is much lower than accuracy: {balanced:.1%} against {accuracy:.1%}; "
-        f"class {held.task.classes[worst]} is found in {recall[worst]:.0%} of its "
-        f"{images[worst]:,} images. To choose by all classes alike, task.metric: "
+        f"class {validation.task.classes[worst_class]} is found in {recall[worst_class]:.0%} "
+        "of its "
+        f"{class_counts[worst_class]:,} images. To choose by all classes alike, task.metric: "
         "balanced_accuracy; to train for them, class_weight: [none, balanced] under heads"
     )
 
 
 def grid_edges(board: pd.DataFrame, metric: str) -> list[str]:
-    """Where the winner has the largest or smallest value of a setting, and is better there than
-    with the next one.
+    """Return notes on settings of which the winner has the largest or smallest value tried, where
+    it is better there than with the next one.
 
-    board: the whole heads of a leaderboard, best first, as `rank_heads` gives it.
+    board: the complete heads of a leaderboard, best first, as `rank_heads` gives it.
     """
     winner = board.iloc[0]
     kind, spec = winner["kind"], json.loads(winner["spec"])
     settings = _settings(spec)
-    alike = board[(board["kind"] == kind) & (board["inputs"] == winner["inputs"])]
-    others = [_settings(json.loads(text)) for text in alike["spec"]]
-    found = []
-    for name in _ORDERED.get(kind, ()):
-        value = settings.get(name)
+    same_head_type = board[(board["kind"] == kind) & (board["inputs"] == winner["inputs"])]
+    other_settings = [_settings(json.loads(text)) for text in same_head_type["spec"]]
+    notes = []
+    for setting_name in _ORDERED.get(kind, ()):
+        value = settings.get(setting_name)
         if not _is_number(value):
             continue
-        line = [
-            (other[name], place)
-            for place, other in enumerate(others)
-            if _is_number(other.get(name)) and {**other, name: value} == settings
+        grid_line = [
+            (settings_of_row[setting_name], row_index)
+            for row_index, settings_of_row in enumerate(other_settings)
+            if _is_number(settings_of_row.get(setting_name))
+            and {**settings_of_row, setting_name: value} == settings
         ]
-        values = sorted({each for each, _ in line})
-        if len(values) < 2 or value not in (values[0], values[-1]):
+        grid_values = sorted({each for each, _ in grid_line})
+        if len(grid_values) < 2 or value not in (grid_values[0], grid_values[-1]):
             continue
-        largest = value == values[-1]
-        neighbour = values[-2] if largest else values[1]
-        scores = {each: float(alike[metric].iloc[place]) for each, place in line}
-        beyond = _beyond(value, neighbour)
-        if beyond is None or scores[value] == scores[neighbour]:
+        at_largest = value == grid_values[-1]
+        neighbour = grid_values[-2] if at_largest else grid_values[1]
+        scores = {
+            each: float(same_head_type[metric].iloc[row_index]) for each, row_index in grid_line
+        }
+        next_value = _beyond(value, neighbour)
+        if next_value is None or scores[value] == scores[neighbour]:
             continue
-        shown = [*values, beyond] if largest else [beyond, *values]
-        key = f"heads.{kind}.{name}" if kind != "sklearn" else f"parameters: {name}"
-        found.append(
-            f"the winner lies on the edge of its grid: {name}={value:g} is the "
-            f"{'largest' if largest else 'smallest'} of {len(values)} that were tried, and a "
-            f"better one may lie beyond. In the recipe: {key}: "
-            f"[{', '.join(f'{each:g}' for each in shown)}]"
+        suggested_values = [*grid_values, next_value] if at_largest else [next_value, *grid_values]
+        recipe_key = (
+            f"heads.{kind}.{setting_name}" if kind != "sklearn" else f"parameters: {setting_name}"
         )
-    return found
+        notes.append(
+            f"the winner lies on the edge of its grid: {setting_name}={value:g} is the "
+            f"{'largest' if at_largest else 'smallest'} of {len(grid_values)} that were tried, "
+            "and a "
+            f"better one may lie beyond. In the recipe: {recipe_key}: "
+            f"[{', '.join(f'{each:g}' for each in suggested_values)}]"
+        )
+    return notes
 
 
 def near_duplicates(
     train: Task,
     test: Task,
     feature_paths: Mapping[str, Sequence[Path]],
-    paths: Mapping[str, str],
+    image_paths: Mapping[str, str],
     pixel_range: PixelRange | None = None,
 ) -> str | None:
-    """Images on two sides of the split that are nearly the same: of each, the likest by features on
-    another side is looked at, and counts where features or small grey copies are all but equal.
-    None where they are too few to matter (NOTABLE).
+    """Return a note on images on two sides of the split that are nearly the same; None where they
+    are too few to matter (NOTABLE).
 
-    paths: of images by content. At most LOOKED_AT of them are read, those whose features are the
+    Each image is compared with the nearest one, by features, on another side. The two count where
+    features or small grey copies are all but equal.
+
+    image_paths: by content hash. At most LOOKED_AT images are read, those whose features are the
     likest.
     """
-    sets = {name: open_feature_set(views[0]) for name, views in feature_paths.items()}
-    pooled = [name for name, features in sets.items() if len(features.spec.shape) == 1]
-    if not pooled:
+    opened_sets = {name: open_feature_set(views[0]) for name, views in feature_paths.items()}
+    pooled_names = [name for name, features in opened_sets.items() if len(features.spec.shape) == 1]
+    if not pooled_names:
         return None
-    content, first = np.unique(
+    content, first_index = np.unique(
         np.concatenate([train.content, test.content]).astype(str), return_index=True
     )
     if len(content) < FEWEST:
         return None
-    side = sides(train, test)[first]
+    side_of_image = sides(train, test)[first_index]
     if len(content) > COMPARED:
-        drawn = np.sort(np.random.default_rng(0).choice(len(content), COMPARED, replace=False))
-        content, side = content[drawn], side[drawn]
-    pairs, cosines = _nearest_across(_read(sets[pooled[-1]], content), side)
-    likest = pairs[: LOOKED_AT // 2]
-    read = {
-        place: _grey(paths.get(str(content[place]), ""), pixel_range)
-        for place in np.unique(likest).tolist()
+        sampled = np.sort(np.random.default_rng(0).choice(len(content), COMPARED, replace=False))
+        content, side_of_image = content[sampled], side_of_image[sampled]
+    pairs, pair_cosines = _nearest_across(
+        _read(opened_sets[pooled_names[-1]], content), side_of_image
+    )
+    likest_pairs = pairs[: LOOKED_AT // 2]
+    grey_images = {
+        image_index: _grey(image_paths.get(str(content[image_index]), ""), pixel_range)
+        for image_index in np.unique(likest_pairs).tolist()
     }
-    grey = {place: values for place, values in read.items() if values is not None}
-    alike = cosines >= FEATURES_ALIKE
-    if len(grey) >= FEWEST:
-        light = np.stack(list(grey.values())).astype(np.float32)
-        like = standardised(light - light.mean(1, keepdims=True))
-        row = {place: number for number, place in enumerate(grey)}
-        for number, (one, other) in enumerate(likest.tolist()):
-            if one in row and other in row:
-                alike[number] |= float(like[row[one]] @ like[row[other]]) >= PIXELS_ALIKE
-    found = pairs[alike]
-    leaked, tested = leaked_images(found[:, 0], found[:, 1], side), int((side == "test").sum())
-    share = len(leaked) / tested if tested else len(np.unique(found)) / len(content)
-    if share < NOTABLE:
+    readable_grey = {
+        image_index: values for image_index, values in grey_images.items() if values is not None
+    }
+    is_alike = pair_cosines >= FEATURES_ALIKE
+    if len(readable_grey) >= FEWEST:
+        brightness = np.stack(list(readable_grey.values())).astype(np.float32)
+        standardized = standardised(brightness - brightness.mean(1, keepdims=True))
+        row_of_image = {
+            image_index: pair_index for pair_index, image_index in enumerate(readable_grey)
+        }
+        for pair_index, (first_image, second_image) in enumerate(likest_pairs.tolist()):
+            if first_image in row_of_image and second_image in row_of_image:
+                is_alike[pair_index] |= (
+                    float(
+                        standardized[row_of_image[first_image]]
+                        @ standardized[row_of_image[second_image]]
+                    )
+                    >= PIXELS_ALIKE
+                )
+    alike_pairs = pairs[is_alike]
+    leaked_tests, n_tests = (
+        leaked_images(alike_pairs[:, 0], alike_pairs[:, 1], side_of_image),
+        int((side_of_image == "test").sum()),
+    )
+    affected_share = (
+        len(leaked_tests) / n_tests if n_tests else len(np.unique(alike_pairs)) / len(content)
+    )
+    if affected_share < NOTABLE:
         return None
-    return near_duplicates_text(found[:, 0], found[:, 1], side, least=True)
+    return near_duplicates_text(alike_pairs[:, 0], alike_pairs[:, 1], side_of_image, least=True)
 
 
 def _nearest_across(
-    vectors: npt.NDArray[np.float32], side: npt.NDArray[np.str_]
+    vectors: npt.NDArray[np.float32], side_of_image: npt.NDArray[np.str_]
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-    """(P, 2) each row's likest row of another side, each pair once, the likest first; and their
-    cosines (P,).
+    """Return each row's nearest row of another side, (P, 2), each pair once, the likest first; and
+    their cosines (P,).
     """
     X = standardised(vectors)
-    near = X
+    projected = X
     if (
         X.shape[1] > _DIRECTIONS
     ):  # a random projection keeps distances well enough to find the nearest
-        near = X @ np.random.default_rng(0).normal(size=(X.shape[1], _DIRECTIONS)).astype(
+        projected = X @ np.random.default_rng(0).normal(size=(X.shape[1], _DIRECTIONS)).astype(
             np.float32
         )
-        near /= np.maximum(np.linalg.norm(near, axis=1, keepdims=True), 1e-12)
-    number = np.unique(side, return_inverse=True)[1]
+        projected /= np.maximum(np.linalg.norm(projected, axis=1, keepdims=True), 1e-12)
+    side_codes = np.unique(side_of_image, return_inverse=True)[1]
     nearest = np.empty(len(X), np.int64)
     for start in range(0, len(X), _BLOCK):
-        rows = slice(start, start + _BLOCK)
-        likeness = near[rows] @ near.T
-        likeness[number[rows, None] == number[None]] = -np.inf
-        nearest[rows] = likeness.argmax(1)
+        block = slice(start, start + _BLOCK)
+        likeness = projected[block] @ projected.T
+        likeness[side_codes[block, None] == side_codes[None]] = -np.inf
+        nearest[block] = likeness.argmax(1)
     pairs = np.unique(np.sort(np.stack([np.arange(len(X)), nearest], 1), axis=1), axis=0)
-    pairs = pairs[number[pairs[:, 0]] != number[pairs[:, 1]]]  # of one side alone there is none
+    pairs = pairs[
+        side_codes[pairs[:, 0]] != side_codes[pairs[:, 1]]
+    ]  # of one side alone there is none
     cosines = (X[pairs[:, 0]] * X[pairs[:, 1]]).sum(1)
-    order = np.argsort(-cosines, kind="stable")
-    return pairs[order], cosines[order]
+    likest_first = np.argsort(-cosines, kind="stable")
+    return pairs[likest_first], cosines[likest_first]
 
 
-def _grey(path: str, pixel_range: PixelRange | None) -> npt.NDArray[np.uint8] | None:
+def _grey(image_path: str, pixel_range: PixelRange | None) -> npt.NDArray[np.uint8] | None:
     try:
-        return grey_signature(read_bytes(path), pixel_range)
+        return grey_signature(read_bytes(image_path), pixel_range)
     except (OSError, HeadraceError):  # it has moved since, or is no image any more
         return None
 
 
-def near_copies(samples: pd.DataFrame, group: str | None = None) -> str | None:
-    """Before anything is extracted: images that small grey copies find all but equal, among
-    neighbours in the listing, where the frames of a video or the photos of a scene stand. samples:
-    columns id, path. group: a column whose values stay on one side of a split in any case.
+def near_copies(samples: pd.DataFrame, group_column: str | None = None) -> str | None:
+    """Return a note on images that small grey copies find all but equal, before anything is
+    extracted; else None.
 
-    At most LOOKED_AT images are read, and no more than LOOKED_BYTES.
+    Compared are neighbours in the listing, where the frames of a video or the photos of a scene
+    stand. At most LOOKED_AT images are read, and no more than LOOKED_BYTES.
+
+    samples: columns id, path. group_column: its values stay on one side of a split in any case.
     """
-    looked = samples
+    sampled = samples
     if len(samples) > LOOKED_AT:
         starts = np.linspace(0, len(samples) - RUN, LOOKED_AT // RUN).astype(int)
-        looked = samples.iloc[np.unique((starts[:, None] + np.arange(RUN)).ravel())]
+        sampled = samples.iloc[np.unique((starts[:, None] + np.arange(RUN)).ravel())]
     # by content: exact copies are told by the run, and kept together
-    grey: dict[str, npt.NDArray[np.uint8]] = {}
-    names, side, total = [], [], 0
-    for place, (name, path) in enumerate(looked[["id", "path"]].itertuples(index=False)):
+    grey_by_content: dict[str, npt.NDArray[np.uint8]] = {}
+    image_names, side_of_image, n_bytes = [], [], 0
+    for row_index, (image_name, image_path) in enumerate(
+        sampled[["id", "path"]].itertuples(index=False)
+    ):
         with contextlib.suppress(
             Exception
         ):  # what cannot be read is told by the run, with its reason
-            data = read_bytes(path)
-            total += len(data)
-            if total > LOOKED_BYTES:
+            file_bytes = read_bytes(image_path)
+            n_bytes += len(file_bytes)
+            if n_bytes > LOOKED_BYTES:
                 break
-            content = hash_bytes(data)
-            if content not in grey:
-                grey[content] = grey_signature(data)
-                names.append(str(name))
-                side.append(str(place) if group is None else str(looked[group].iloc[place]))
-    if len(grey) < FEWEST:
+            content_hash = hash_bytes(file_bytes)
+            if content_hash not in grey_by_content:
+                grey_by_content[content_hash] = grey_signature(file_bytes)
+                image_names.append(str(image_name))
+                side_of_image.append(
+                    str(row_index)
+                    if group_column is None
+                    else str(sampled[group_column].iloc[row_index])
+                )
+    if len(grey_by_content) < FEWEST:
         return None
-    light = np.stack(list(grey.values())).astype(np.float32)
-    pairs = like_pairs(light - light.mean(1, keepdims=True), np.array(side), PIXELS_ALIKE)
-    count = len(np.unique(np.concatenate([pairs.first, pairs.second])))
-    if count < NOTABLE * len(grey):
+    brightness = np.stack(list(grey_by_content.values())).astype(np.float32)
+    copy_pairs = like_pairs(
+        brightness - brightness.mean(1, keepdims=True), np.array(side_of_image), PIXELS_ALIKE
+    )
+    n_copies = len(np.unique(np.concatenate([copy_pairs.first, copy_pairs.second])))
+    if n_copies < NOTABLE * len(grey_by_content):
         return None
     return (
-        f"{count:,} of {len(grey):,} images that were looked at are nearly the same as another, "
-        f"such as {names[int(pairs.first[0])]!r} and {names[int(pairs.second[0])]!r}, and a split "
+        f"{n_copies:,} of {len(grey_by_content):,} images that were looked at are nearly the "
+        "same as another, "
+        f"such as {image_names[int(copy_pairs.first[0])]!r} and "
+        f"{image_names[int(copy_pairs.second[0])]!r}, and a split "
         f"may put them on different sides. {GROUP_ADVICE}"
     )
 
 
 def sides(train: Task, test: Task) -> npt.NDArray[np.str_]:
-    """(rows of both,) "fold 0" …, "training", "test"."""
-    names = [f"fold {fold}" if fold >= 0 else "training" for fold in train.fold]
-    return np.array([*names, *["test"] * len(test.ids)])
+    """Return the side of each row, training rows first: "fold 0" …, "training", "test"."""
+    side_names = [f"fold {fold}" if fold >= 0 else "training" for fold in train.fold]
+    return np.array([*side_names, *["test"] * len(test.ids)])
 
 
 def near_duplicates_text(
     first: npt.NDArray[Any],
     second: npt.NDArray[Any],
-    side: npt.NDArray[np.str_],
+    side_of_image: npt.NDArray[np.str_],
     *,
     least: bool = False,
 ) -> str:
-    """What is said of pairs (P,) and (P,) of nearly the same images. side: (N,) as `sides` has
-    them, of the images compared.
+    """Return the sentence on pairs (P,) and (P,) of nearly the same images.
 
-    least: there may be more of them.
+    side_of_image: (N,) as `sides` has them, of the images compared. least: there may be more pairs.
     """
-    leaked, tested = leaked_images(first, second, side), int((side == "test").sum())
+    leaked_tests, n_tests = (
+        leaked_images(first, second, side_of_image),
+        int((side_of_image == "test").sum()),
+    )
     share = (
-        f"; {len(leaked):,} of {tested:,} test images ({len(leaked) / max(tested, 1):.1%}) have "
+        f"; {len(leaked_tests):,} of {n_tests:,} test images "
+        f"({len(leaked_tests) / max(n_tests, 1):.1%}) have "
         "such a partner among the images that heads are trained on"
     )
     return (
         f"{'at least ' if least else ''}{len(first):,} pairs of images on different sides of the "
-        f"split are nearly the same{share if tested else ''}. {GROUP_ADVICE}"
+        f"split are nearly the same{share if n_tests else ''}. {GROUP_ADVICE}"
     )
 
 
 def leaked_images(
-    first: npt.NDArray[Any], second: npt.NDArray[Any], side: npt.NDArray[np.str_]
+    first: npt.NDArray[Any], second: npt.NDArray[Any], side_of_image: npt.NDArray[np.str_]
 ) -> npt.NDArray[np.int64]:
-    """Positions of the test images that have a partner outside of the test split, of pairs (P,) and
-    (P,) of positions.
+    """Return positions of the test images that have a partner outside of the test split, from pairs
+    (P,) and (P,) of positions.
     """
-    tested = side == "test"
-    touching = tested[first] != tested[second]
-    return np.unique(np.where(tested[first], first, second)[touching]).astype(np.int64)
+    is_test = side_of_image == "test"
+    across_test = is_test[first] != is_test[second]
+    return np.unique(np.where(is_test[first], first, second)[across_test]).astype(np.int64)
 
 
 def _read(features: FeatureSet, content: npt.NDArray[np.str_]) -> npt.NDArray[np.float32]:
@@ -302,7 +349,7 @@ def _read(features: FeatureSet, content: npt.NDArray[np.str_]) -> npt.NDArray[np
 
 
 def _settings(spec: dict[str, Any]) -> dict[str, Any]:
-    """A spec's settings by name; an estimator's parameters among them."""
+    """Return a spec's settings by name, an estimator's parameters among them."""
     parameters = json.loads(spec["parameters"]) if isinstance(spec.get("parameters"), str) else {}
     return {
         name: json.dumps(value) if isinstance(value, list) else value
@@ -318,11 +365,13 @@ def _is_number(value: Any) -> bool:
 
 
 def _beyond(value: float, neighbour: float) -> float | None:
-    """The next value of a grid beyond its end, in its own steps; None where there is none."""
+    """Return the next value of a grid beyond its end, in its own steps; None where
+    there is none.
+    """
     if value <= 0:
         return None
     ratio = value / neighbour if neighbour > 0 else 10.0
-    following = float(f"{value * min(max(ratio, 0.1), 10.0):.1g}")
+    next_value = float(f"{value * min(max(ratio, 0.1), 10.0):.1g}")
     if isinstance(value, int) and isinstance(neighbour, int):
-        following = round(following)
-    return following if following > 0 and following != value else None
+        next_value = round(next_value)
+    return next_value if next_value > 0 and next_value != value else None

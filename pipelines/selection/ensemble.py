@@ -1,11 +1,11 @@
-"""The ensemble of a run: picked from stored predictions, scored on rows that had no part in picking
-it, kept only if better.
+"""Ensembles: picked from stored predictions, scored on rows that had no part in picking them.
 
-K candidates, N held-out rows. Each head first gets a temperature of its own, so that heads that are
-too unsure (support vectors, ridge) or too sure have their say; the average gets another. The score
-is nested: for each part of the rows, heads are calibrated, picked and weighted on the other parts
-alone, and that ensemble predicts the part. What it has to beat is nested just so: for each part,
-the head that is best on the other parts. The ensemble that is kept is picked on all rows.
+K candidates, N held-out rows. Each head first gets a temperature of its own, so that
+under-confident heads (support vectors, ridge) and over-confident ones have their say; the average
+gets another. The score is nested: for each part of the rows, heads are calibrated, picked and
+weighted on the other parts alone, and that ensemble predicts the part. The single head that it has
+to beat is nested likewise: for each part, the head that is best on the other parts. The ensemble
+that is stored is picked on all rows.
 """
 
 import hashlib
@@ -60,7 +60,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Ensemble:
-    """What averaging heads is worth.
+    """An average of heads, and its worth.
 
     Scores are nested: no row was scored by an ensemble that it helped to pick.
     """
@@ -90,7 +90,7 @@ class Ensemble:
         return tuple(sorted({name for member in self.members for name in member.networks}))
 
     def summary(self) -> dict[str, Any]:
-        """For JSON, without the members."""
+        """Return a dictionary for JSON, without the members; an undefined number is None."""
         values = {
             name: value for name, value in vars(self).items() if name not in ("members", "metrics")
         }
@@ -99,85 +99,114 @@ class Ensemble:
 
 def build_ensemble(
     board: pd.DataFrame,
-    held: ValidationRows,
+    validation: ValidationRows,
     metric: str,
     section: EnsembleSection,
     *,
     seed: int = 0,
 ) -> Ensemble | None:
-    """Pick an ensemble from the whole heads of a leaderboard (best first); None where there are
+    """Pick an ensemble from the complete heads of a leaderboard (best first); None where there are
     fewer than two.
 
     Deterministic in the seed. It is `chosen` when it has several members and, on the same rows, is
     better than choosing the best head: the interval of the gain, of the level `section.confidence`,
     lies above 0. Both are without the luck of the rows that they were picked on.
     """
-    kind = held.task.kind
+    task_kind = validation.task.kind
     limits = EnsembleLimits(
         section.max_members, section.max_backbones, section.min_gain_per_backbone, section.rounds
     )
-    found, predicted = _candidates(board, held, section)
-    if len(found) < 2:
+    candidates, predicted = _candidates(board, validation, section)
+    if len(candidates) < 2:
         return None
-    networks = [_networks(row) for _, row in found.iterrows()]
-    floors = [floor_of(spec, kind, len(held.task.classes)) for spec in found["spec"]]
-    plain = np.zeros(predicted.shape[1:])
-    nested = plain.copy()
-    part = selection_parts(held, seed)
-    for number in np.unique(part):
-        inside, outside = np.flatnonzero(part != number), np.flatnonzero(part == number)
-        own_temperatures = fit_temperatures(
-            kind, held.target[inside], predicted[:, inside], held.weight[inside], floors
-        )
-        told = _calibrated(kind, predicted, own_temperatures, floors)
-        elements = loss_elements(kind, held.target[inside], told[:, inside])
-        weights = greedy_weights(kind, elements, networks, limits)
-        used = np.flatnonzero(weights)
-        own = average(weights[used], told[used])
-        temperature = fit_temperature(kind, held.target[inside], own[inside], held.weight[inside])
-        plain[outside] = own[outside]
-        nested[outside] = with_temperature(kind, own[outside], temperature)
-    temperatures = fit_temperatures(kind, held.target, predicted, held.weight, floors)
-    told = _calibrated(kind, predicted, temperatures, floors)
-    weights = greedy_weights(kind, loss_elements(kind, held.target, told), networks, limits)
-    order = sorted(np.flatnonzero(weights), key=lambda place: -weights[place])
-    members = [
-        Member(float(weights[k]), float(temperatures[k]), found.iloc[k], tuple(sorted(networks[k])))
-        for k in order
+    backbones_of = [_networks(row) for _, row in candidates.iterrows()]
+    floors = [
+        floor_of(spec, task_kind, len(validation.task.classes)) for spec in candidates["spec"]
     ]
-    first = predicted[int(found["rank"].argmin())]
-    single = nested_choice(board.reset_index(drop=True), held, metric, part)
+    nested_average = np.zeros(predicted.shape[1:])
+    nested_ensemble = nested_average.copy()
+    part_of_row = selection_parts(validation, seed)
+    for part_number in np.unique(part_of_row):
+        inside, outside = (
+            np.flatnonzero(part_of_row != part_number),
+            np.flatnonzero(part_of_row == part_number),
+        )
+        part_temperatures = fit_temperatures(
+            task_kind,
+            validation.target[inside],
+            predicted[:, inside],
+            validation.weight[inside],
+            floors,
+        )
+        at_temperature = _calibrated(task_kind, predicted, part_temperatures, floors)
+        losses = loss_elements(task_kind, validation.target[inside], at_temperature[:, inside])
+        weights = greedy_weights(task_kind, losses, backbones_of, limits)
+        used_heads = np.flatnonzero(weights)
+        part_average = average(weights[used_heads], at_temperature[used_heads])
+        part_temperature = fit_temperature(
+            task_kind, validation.target[inside], part_average[inside], validation.weight[inside]
+        )
+        nested_average[outside] = part_average[outside]
+        nested_ensemble[outside] = with_temperature(
+            task_kind, part_average[outside], part_temperature
+        )
+    temperatures = fit_temperatures(
+        task_kind, validation.target, predicted, validation.weight, floors
+    )
+    at_temperature = _calibrated(task_kind, predicted, temperatures, floors)
+    weights = greedy_weights(
+        task_kind, loss_elements(task_kind, validation.target, at_temperature), backbones_of, limits
+    )
+    member_order = sorted(np.flatnonzero(weights), key=lambda head: -weights[head])
+    members = [
+        Member(
+            float(weights[k]),
+            float(temperatures[k]),
+            candidates.iloc[k],
+            tuple(sorted(backbones_of[k])),
+        )
+        for k in member_order
+    ]
+    winner_predictions = predicted[int(candidates["rank"].argmin())]
+    nested_single = nested_choice(board.reset_index(drop=True), validation, metric, part_of_row)
     return _judged(
-        held,
+        validation,
         metric,
         section,
-        np.stack([nested, single, first.astype(np.float64)]),
+        np.stack([nested_ensemble, nested_single, winner_predictions.astype(np.float64)]),
         members,
-        len(found),
+        len(candidates),
         seed,
-        temperature=fit_temperature(kind, held.target, plain, held.weight),
+        temperature=fit_temperature(
+            task_kind, validation.target, nested_average, validation.weight
+        ),
     )
 
 
 def _judged(
-    held: ValidationRows,
+    validation: ValidationRows,
     metric: str,
     section: EnsembleSection,
     predicted: npt.NDArray[np.float64],
     members: Sequence[Member],
-    candidates: int,
+    n_candidates: int,
     seed: int,
     temperature: float,
 ) -> Ensemble:
-    """predicted: (3, N, C), the nested ensemble's, the nested single heads' and the winner's."""
-    kind = held.task.kind
-    drawn = resampled_rows(held.fold, held.groups, RESAMPLES, seed + 1)
-    weightings = np.concatenate([np.ones((len(drawn), 1)), drawn], axis=1)
-    scores = weighted_scores(kind, held.target, predicted, held.fold, metric, weightings)
+    """Return the ensemble with its nested scores and gain.
+
+    predicted: (3, N, C), of the nested ensemble, of the nested single heads, of the winner.
+    """
+    task_kind = validation.task.kind
+    drawn_counts = resampled_rows(validation.fold, validation.groups, RESAMPLES, seed + 1)
+    weightings = np.concatenate([np.ones((len(drawn_counts), 1)), drawn_counts], axis=1)
+    scores = weighted_scores(
+        task_kind, validation.target, predicted, validation.fold, metric, weightings
+    )
     gains = (scores[0] - scores[1]) * (1 if METRICS[metric].higher_is_better else -1)
     low, high = np.nanquantile(scores[0, 1:], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     low, high = no_narrower(
-        held, predicted[0], metric, float(scores[0, 0]), (float(low), float(high))
+        validation, predicted[0], metric, float(scores[0, 0]), (float(low), float(high))
     )
     level = section.confidence
     gain_low, gain_high = np.nanquantile(gains[1:], [(1 - level) / 2, (1 + level) / 2])
@@ -186,8 +215,8 @@ def _judged(
         metric=metric,
         members=tuple(members),
         temperature=temperature,
-        candidates=candidates,
-        images=len(held.rows),
+        candidates=n_candidates,
+        images=len(validation.rows),
         value=float(scores[0, 0]),
         low=low,
         high=high,
@@ -199,63 +228,75 @@ def _judged(
         level=level,
         probability_better=probability_better,
         chosen=bool(len(members) > 1 and gain_low > 0),
-        metrics=all_metrics(kind, held.target, predicted[0]),
+        metrics=all_metrics(task_kind, validation.target, predicted[0]),
     )
 
 
 def _candidates(
-    board: pd.DataFrame, held: ValidationRows, section: EnsembleSection
+    board: pd.DataFrame, validation: ValidationRows, section: EnsembleSection
 ) -> tuple[pd.DataFrame, npt.NDArray[np.float32]]:
-    """The heads to pick from, cheap before dear, and their predictions (K, N, C).
+    """Return the heads to pick from, cheap before dear, and their predictions (K, N, C).
 
-    The best by their own loss, the winner, and the best of each (inputs, kind): what is unlike the
-    others helps most.
+    They are the best by their own loss, the winner, and the best of each (inputs, kind): heads
+    unlike the others help most.
     """
-    kind = held.task.kind
+    task_kind = validation.task.kind
     board = board.reset_index(drop=True)
-    loss = np.full(len(board), np.nan)
-    for places, block in read_predictions(board, held):
-        loss[places] = element_loss(kind, loss_elements(kind, held.target, block))
-    usable = board.assign(loss=loss)[np.isfinite(loss)].sort_values("loss", kind="stable")
-    elements = len(held.rows) * (1 if kind == "single" else max(1, len(held.task.classes)))
-    most = int(min(section.candidates, max(20, BUDGET / (elements * section.rounds * (PARTS + 1)))))
-    best_of_each = usable.drop_duplicates(["inputs", "kind"]).index[: most // 2]
-    wanted = [*usable.sort_values("rank").index[:1], *best_of_each, *usable.index]
-    chosen = usable.loc[list(dict.fromkeys(wanted))[:most]].sort_values(
+    head_losses = np.full(len(board), np.nan)
+    for positions, block in read_predictions(board, validation):
+        head_losses[positions] = element_loss(
+            task_kind, loss_elements(task_kind, validation.target, block)
+        )
+    usable = board.assign(loss=head_losses)[np.isfinite(head_losses)].sort_values(
+        "loss", kind="stable"
+    )
+    n_elements = len(validation.rows) * (
+        1 if task_kind == "single" else max(1, len(validation.task.classes))
+    )
+    max_candidates = int(
+        min(section.candidates, max(20, BUDGET / (n_elements * section.rounds * (PARTS + 1))))
+    )
+    best_of_each = usable.drop_duplicates(["inputs", "kind"]).index[: max_candidates // 2]
+    preference = [*usable.sort_values("rank").index[:1], *best_of_each, *usable.index]
+    chosen = usable.loc[list(dict.fromkeys(preference))[:max_candidates]].sort_values(
         ["features", "loss"], ignore_index=True
     )
     predicted: npt.NDArray[np.float32] | None = None
-    for places, block in read_predictions(chosen, held):
+    for positions, block in read_predictions(chosen, validation):
         if predicted is None:
             predicted = np.zeros((len(chosen), *block.shape[1:]), np.float32)
-        predicted[places] = block
+        predicted[positions] = block
     return chosen, predicted if predicted is not None else np.zeros(
-        (0, len(held.rows), 1), np.float32
+        (0, len(validation.rows), 1), np.float32
     )
 
 
 def _networks(row: pd.Series) -> frozenset[str]:
-    """The forward passes that a head needs: a network with other weights or another preprocessing
-    is another one.
+    """Return the forward passes that a head needs; a network with other weights or another
+    preprocessing is another one.
     """
-    features = [feature["spec"] for feature in read_bank(row["path"]).features]
+    feature_specs = [feature["spec"] for feature in read_bank(row["path"]).features]
     if row["kind"] == "finetune":  # its own weights, whatever it started from
         return frozenset([f"fine-tuned {hashlib.sha256(row['spec'].encode()).hexdigest()[:8]}"])
-    looks = [hashlib.sha256(spec["preprocessing"].encode()).hexdigest()[:8] for spec in features]
+    preprocessing_digests = [
+        hashlib.sha256(spec["preprocessing"].encode()).hexdigest()[:8] for spec in feature_specs
+    ]
     return frozenset(
-        f"{spec['backbone']} ({spec['weights'][:8]}/{look})"
-        for spec, look in zip(features, looks, strict=True)
+        f"{spec['backbone']} ({spec['weights'][:8]}/{digest})"
+        for spec, digest in zip(feature_specs, preprocessing_digests, strict=True)
     )
 
 
 def _calibrated(
-    kind: TaskKind,
+    task_kind: TaskKind,
     predicted: npt.NDArray[np.float32],
     temperatures: npt.NDArray[np.float64],
     floors: Sequence[float],
 ) -> npt.NDArray[np.float32]:
-    """(K, N, C) each head's predictions at its own temperature."""
-    told = np.empty_like(predicted)
-    for place, (temperature, floor) in enumerate(zip(temperatures, floors, strict=True)):
-        told[place] = with_temperature(kind, predicted[place], float(temperature), floor)
-    return told
+    """Return each head's predictions (K, N, C) at its own temperature."""
+    at_temperature = np.empty_like(predicted)
+    for head, (temperature, floor) in enumerate(zip(temperatures, floors, strict=True)):
+        at_temperature[head] = with_temperature(
+            task_kind, predicted[head], float(temperature), floor
+        )
+    return at_temperature

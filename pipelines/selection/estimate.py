@@ -1,4 +1,4 @@
-"""A number with its uncertainty, as the values that it takes on resampled rows."""
+"""A number with its uncertainty: its values on resampled rows."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,9 +9,7 @@ import numpy.typing as npt
 
 @dataclass(frozen=True, eq=False)
 class Estimate:
-    """A value and what it becomes on resampled rows; nan draws (nothing to measure) count as not
-    known.
-    """
+    """A value, and its values on resampled rows; nan draws (nothing to measure) are left out."""
 
     value: float
     draws: npt.NDArray[np.float64]  # (B,)
@@ -21,7 +19,7 @@ class Estimate:
 
     @property
     def low(self) -> float:
-        """Of the 95 % interval."""
+        """Lower end of the 95 % interval."""
         return self._quantile(0.025) if self.ends is None else self.ends[0]
 
     @property
@@ -29,23 +27,21 @@ class Estimate:
         return self._quantile(0.975) if self.ends is None else self.ends[1]
 
     def above(self, threshold: float) -> float:
-        """The share of resamples in which the number is above a threshold: how sure that is, 0 to
-        1.
-        """
-        found = self.draws[np.isfinite(self.draws)]
-        return float((found > threshold).mean()) if len(found) else 0.0
+        """Return the share of resamples in which the number is above a threshold, 0 to 1."""
+        finite_draws = self.draws[np.isfinite(self.draws)]
+        return float((finite_draws > threshold).mean()) if len(finite_draws) else 0.0
 
     def minus(self, other: "Estimate") -> "Estimate":
-        """The difference, draw by draw: both must come from the same resamples."""
+        """Return the difference, draw by draw; both must come from the same resamples."""
         return Estimate(self.value - other.value, self.draws - other.draws)
 
     def summary(self) -> dict[str, Any]:
-        """For JSON: an undefined number is None."""
+        """Return a dictionary for JSON; an undefined number is None."""
         values = {"value": self.value, "low": self.low, "high": self.high}
         return {
             name: None if not np.isfinite(value) else float(value) for name, value in values.items()
         }
 
-    def _quantile(self, share: float) -> float:
-        found = self.draws[np.isfinite(self.draws)]
-        return float(np.quantile(found, share)) if len(found) else float("nan")
+    def _quantile(self, probability: float) -> float:
+        finite_draws = self.draws[np.isfinite(self.draws)]
+        return float(np.quantile(finite_draws, probability)) if len(finite_draws) else float("nan")

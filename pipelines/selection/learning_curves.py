@@ -1,9 +1,9 @@
-"""Learning curves: the same heads on nested subsets of the cached features, a power law through
-their errors, and what it says of twice and four times as many images.
+"""Learning curves: the same heads on nested subsets of the cached features, and a power law through
+their errors.
 
-S sizes, N held-out rows, B resamples, F folds. For each fold its own random order of the groups of
-the other rows is drawn, class by class; the subset of each size is a beginning of it, so that
-smaller ones lie within larger ones.
+S sizes, N held-out rows, B resamples, F folds. For each fold, the groups of the other rows are put
+into a random order, class by class; the subset of each size is a beginning of it, so that smaller
+subsets lie within larger ones.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ TrainAll = Callable[[Sequence[BankJob]], None]
 
 @dataclass(frozen=True, eq=False)
 class LearningCurve:
-    """Errors of the best head at each size, row by row."""
+    """Errors of the best head at each size of the training set, row by row."""
 
     sizes: Floats  # (S,) images that were trained on, mean over folds
     class_sizes: Floats  # (S, C) of each class; regression and several labels: (S, 1), all
@@ -63,95 +63,113 @@ class PowerLaw:
     exponent: Floats  # (B,)
 
     def at(self, n: npt.ArrayLike) -> Floats:
-        """(B,) the error with n images; n may be (B,)."""
+        """Return the error (B,) with n images; n may be (B,)."""
         return np.asarray(self.floor + self.scale * np.asarray(n, np.float64) ** -self.exponent)
 
     def images_for(self, error: npt.ArrayLike) -> Floats:
-        """(B,) images at which the error is reached; infinite where it never is."""
-        above = np.asarray(error, np.float64) - self.floor
+        """Return the number of images (B,) at which the error is reached; infinite where it never
+        is.
+        """
+        excess = np.asarray(error, np.float64) - self.floor
         with np.errstate(divide="ignore", over="ignore"):
-            found = (self.scale / np.where(above > 0, above, np.nan)) ** (1 / self.exponent)
-        return np.where(above > 0, found, np.inf)
+            n_images = (self.scale / np.where(excess > 0, excess, np.nan)) ** (1 / self.exponent)
+        return np.where(excess > 0, n_images, np.inf)
 
 
 def learning_curve(
     task: Task,
     features: Sequence[Path],
     specs: Sequence[HeadSpec],
-    folder: Path,
+    results_folder: Path,
     train_all: TrainAll,
     *,
     groups: npt.NDArray[Any] | None = None,
     fractions: Sequence[float] = FRACTIONS,
     seed: int = 0,
 ) -> LearningCurve:
-    """Train the specs (one or more kinds) on nested subsets, and read how each held-out row fared
-    under the best of them.
+    """Train the specs (of one or more kinds) on nested subsets, and return the errors of the best
+    of them at each size.
 
-    groups: (rows of the task,) by default the images' content; a subset has a group as a whole or
-    not at all. Shares that leave the same rows (two images of a class are the least) are one size
-    of the curve. Results are kept in `folder`, by what they are results of: a second call trains
-    nothing. train_all runs bank jobs.
+    Shares that leave the same rows (a subset has at least two images of a class) are one size of
+    the curve.
+
+    Args:
+        groups: (rows of the task,), by default the images' content. A subset has a group as a whole
+            or not at all.
+        results_folder: where trained banks stay, under a digest of everything they depend on; a
+            second call trains nothing.
+        train_all: trains bank jobs, for example on a cluster.
     """
     folds = list(range(min(task.n_folds, MOST_FOLDS)))
     kinds = sorted({spec.kind for spec in specs})
-    together = np.unique(
+    group_codes = np.unique(
         task.content if groups is None else np.asarray(groups), return_inverse=True
     )[1]
-    fractions, drawn = nested_subsets(task, folds, fractions, seed, together)
+    fractions, subsets_by_size = nested_subsets(task, folds, fractions, seed, group_codes)
     key = repr(
         [
             task.digest,
-            [path.name for path in features],
+            [task_path.name for task_path in features],
             [spec_to_json(spec) for spec in specs],
             fractions,
             seed,
         ]
     )
     digest = hashlib.sha256(key.encode())
-    if len(np.unique(together)) < len(together):
-        digest.update(together.astype("<i8").tobytes())
-    folder = folder / digest.hexdigest()[:16]
-    folder.mkdir(parents=True, exist_ok=True)
+    if len(np.unique(group_codes)) < len(group_codes):
+        digest.update(group_codes.astype("<i8").tobytes())
+    results_folder = results_folder / digest.hexdigest()[:16]
+    results_folder.mkdir(parents=True, exist_ok=True)
     subtasks = {
-        (place, fold): small
-        for place, smaller in enumerate(drawn)
-        for fold, small in zip(folds, smaller, strict=True)
+        (size_index, fold): subset_task
+        for size_index, subsets in enumerate(subsets_by_size)
+        for fold, subset_task in zip(folds, subsets, strict=True)
     }
     jobs = []
-    for (place, fold), small in subtasks.items():
-        path = folder / f"{place}-{fold}.npz"
+    for (size_index, fold), subset_task in subtasks.items():
+        task_path = results_folder / f"{size_index}-{fold}.npz"
         save_task(
-            small, path
+            subset_task, task_path
         )  # every time: one that was damaged would stop all that is trained on it
         for kind in kinds:
-            chosen = tuple(spec for spec in specs if spec.kind == kind)
-            result = str(folder / f"{place}-{fold}-{kind}.h5")
-            jobs.append(BankJob(str(path), tuple(map(str, features)), chosen, result, refit=False))
+            kind_specs = tuple(spec for spec in specs if spec.kind == kind)
+            results_path = str(results_folder / f"{size_index}-{fold}-{kind}.h5")
+            jobs.append(
+                BankJob(
+                    str(task_path), tuple(map(str, features)), kind_specs, results_path, refit=False
+                )
+            )
     for job in jobs:
         remove_damaged(job.result)
     train_all([job for job in jobs if not Path(job.result).exists()])
-    rows = np.flatnonzero(np.isin(task.fold, folds))
-    wrong = np.zeros((len(fractions), len(rows)))
-    for place in range(len(fractions)):
-        errors = np.zeros((len(specs), len(rows)))
+    curve_rows = np.flatnonzero(np.isin(task.fold, folds))
+    row_losses = np.zeros((len(fractions), len(curve_rows)))
+    for size_index in range(len(fractions)):
+        spec_errors = np.zeros((len(specs), len(curve_rows)))
         for fold in folds:
-            small = subtasks[place, fold]
-            own = task.fold[rows] == fold
+            subset_task = subtasks[size_index, fold]
+            in_fold = task.fold[curve_rows] == fold
             for kind in kinds:
-                found = read_bank(folder / f"{place}-{fold}-{kind}.h5")
-                at = [number for number, spec in enumerate(specs) if spec.kind == kind]
-                stack = found.out_of_fold_stack([spec_to_json(specs[number]) for number in at])
-                inside = small.fold == 0
-                errors[np.ix_(np.array(at), np.flatnonzero(own))] = row_errors(
-                    task, small.target[inside], stack[:, inside]
+                bank = read_bank(results_folder / f"{size_index}-{fold}-{kind}.h5")
+                spec_positions = [
+                    position for position, spec in enumerate(specs) if spec.kind == kind
+                ]
+                predictions = bank.out_of_fold_stack(
+                    [spec_to_json(specs[position]) for position in spec_positions]
                 )
-        means = np.where(np.isfinite(errors).all(1), errors.mean(1), np.inf)
-        wrong[place] = errors[int(means.argmin())]
-    counts = np.array(
-        [[_counts(subtasks[place, fold]) for fold in folds] for place in range(len(fractions))]
+                held_out_in_subset = subset_task.fold == 0
+                spec_errors[np.ix_(np.array(spec_positions), np.flatnonzero(in_fold))] = row_errors(
+                    task, subset_task.target[held_out_in_subset], predictions[:, held_out_in_subset]
+                )
+        mean_errors = np.where(np.isfinite(spec_errors).all(1), spec_errors.mean(1), np.inf)
+        row_losses[size_index] = spec_errors[int(mean_errors.argmin())]
+    training_counts = np.array(
+        [
+            [_counts(subtasks[size_index, fold]) for fold in folds]
+            for size_index in range(len(fractions))
+        ]
     ).mean(1)
-    return LearningCurve(counts.sum(1), counts, wrong, rows)
+    return LearningCurve(training_counts.sum(1), training_counts, row_losses, curve_rows)
 
 
 def nested_subsets(
@@ -161,54 +179,65 @@ def nested_subsets(
     seed: int,
     groups: npt.NDArray[Any],
 ) -> tuple[list[float], list[list[Task]]]:
-    """The shares that differ, and for each of them the subset of each fold. groups: (rows of the
-    task,).
+    """Return the shares that differ, and for each of them the subset of each fold.
 
     Several small shares of few images are one and the same subset, which would weigh several times
     in a fit.
+
+    groups: (rows of the task,).
     """
-    drawn = [
+    subsets_by_size = [
         [subset(task, fold, fraction, seed, groups) for fold in folds] for fraction in fractions
     ]
-    sizes = [[len(small.ids) for small in smaller] for smaller in drawn]
-    kept = [place for place in range(len(fractions)) if sizes[place] not in sizes[:place]]
-    return [fractions[place] for place in kept], [drawn[place] for place in kept]
+    sizes = [[len(subset_task.ids) for subset_task in subsets] for subsets in subsets_by_size]
+    distinct_sizes = [
+        size_index
+        for size_index in range(len(fractions))
+        if sizes[size_index] not in sizes[:size_index]
+    ]
+    return [fractions[size_index] for size_index in distinct_sizes], [
+        subsets_by_size[size_index] for size_index in distinct_sizes
+    ]
 
 
 def subset(
     task: Task, fold: int, fraction: float, seed: int, groups: npt.NDArray[Any] | None = None
 ) -> Task:
-    """The task whose fold 0 is the given fold, and that trains on a share of the other rows: of
-    each stratum, two rows at least. In the order of the task.
+    """Return the task whose fold 0 is the given fold, and that trains on a share of the other rows,
+    two of each stratum at least; rows in the order of the task.
 
     groups: (rows of the task,) drawn as a whole, each as of the stratum of its first row; by
     default each row is its own.
     """
-    others = np.flatnonzero(task.fold != fold)
+    training_rows = np.flatnonzero(task.fold != fold)
     rng = np.random.default_rng([seed, fold])
-    together = others if groups is None else np.asarray(groups)[others]
-    _, first, group = np.unique(together, return_index=True, return_inverse=True)
-    of_group = strata(task.target[others])[first]
-    sizes = np.bincount(group)
-    taken = []
-    for stratum in np.unique(of_group):
-        members = np.flatnonzero(of_group == stratum)
-        order = rng.permutation(members[np.argsort(first[members])])
-        rows = np.cumsum(sizes[order])
-        wanted = max(min(2, int(rows[-1])), round(fraction * int(rows[-1])))
-        taken.append(others[np.isin(group, order[: int(np.searchsorted(rows, wanted)) + 1])])
-    rows = np.sort(np.concatenate([*taken, np.flatnonzero(task.fold == fold)]))
-    folds = np.where(task.fold[rows] == fold, 0, TRAIN_ONLY).astype(np.int16)
-    return dataclasses.replace(task.take(rows), fold=folds)
+    group_labels = training_rows if groups is None else np.asarray(groups)[training_rows]
+    _, first_rows, group_codes = np.unique(group_labels, return_index=True, return_inverse=True)
+    stratum_of_group = strata(task.target[training_rows])[first_rows]
+    group_sizes = np.bincount(group_codes)
+    drawn_rows = []
+    for stratum in np.unique(stratum_of_group):
+        group_positions = np.flatnonzero(stratum_of_group == stratum)
+        drawn_order = rng.permutation(group_positions[np.argsort(first_rows[group_positions])])
+        subset_rows = np.cumsum(group_sizes[drawn_order])
+        n_wanted = max(min(2, int(subset_rows[-1])), round(fraction * int(subset_rows[-1])))
+        drawn_rows.append(
+            training_rows[
+                np.isin(group_codes, drawn_order[: int(np.searchsorted(subset_rows, n_wanted)) + 1])
+            ]
+        )
+    subset_rows = np.sort(np.concatenate([*drawn_rows, np.flatnonzero(task.fold == fold)]))
+    subset_fold = np.where(task.fold[subset_rows] == fold, 0, TRAIN_ONLY).astype(np.int16)
+    return dataclasses.replace(task.take(subset_rows), fold=subset_fold)
 
 
 def row_errors(task: Task, target: npt.NDArray[Any], predicted: npt.NDArray[np.float32]) -> Floats:
-    """(K, n) errors of predictions (K, n, C) of some rows of the task; nan where there is no
+    """Return errors (K, n) of predictions (K, n, C) of some rows of the task; nan where there is no
     prediction.
     """
     if task.kind == "single":
-        lost = np.isnan(predicted).any(2)
-        return np.where(lost, np.nan, np.nan_to_num(predicted).argmax(2) != target)
+        is_missing = np.isnan(predicted).any(2)
+        return np.where(is_missing, np.nan, np.nan_to_num(predicted).argmax(2) != target)
     target = np.asarray(target, np.float64).reshape(len(target), -1)
     if task.kind == "multi":
         return np.asarray(
@@ -220,37 +249,42 @@ def row_errors(task: Task, target: npt.NDArray[Any], predicted: npt.NDArray[np.f
     )
 
 
-def _counts(small: Task) -> Floats:
-    trains = small.fold == TRAIN_ONLY
-    if small.kind != "single":
-        return np.array([float(trains.sum())])
-    return np.bincount(small.target[trains], minlength=len(small.classes)).astype(np.float64)
+def _counts(subset_task: Task) -> Floats:
+    is_training = subset_task.fold == TRAIN_ONLY
+    if subset_task.kind != "single":
+        return np.array([float(is_training.sum())])
+    return np.bincount(subset_task.target[is_training], minlength=len(subset_task.classes)).astype(
+        np.float64
+    )
 
 
 def row_draws(
     fold: npt.NDArray[Any], groups: npt.NDArray[Any], resamples: int, seed: int = 0
 ) -> Floats:
-    """(N, 1 + B) weights of rows: ones, then B resamples of folds and of groups within them, so
-    that the luck of the training subsets is in the spread.
+    """Return weights (N, 1 + B) of rows: ones, then B resamples of folds and of groups within them.
+
+    Folds are resampled too, so that the luck of the training subsets is in the spread.
     """
     rng = np.random.default_rng(seed)
-    numbers = np.unique(fold)
-    times = rng.multinomial(len(numbers), np.full(len(numbers), 1 / len(numbers)), resamples)
-    drawn = resampled_rows(fold, groups, resamples, seed)
-    for place, number in enumerate(numbers):
-        drawn[fold == number] *= times[:, place]
-    return np.concatenate([np.ones((len(fold), 1)), drawn], axis=1)
+    fold_numbers = np.unique(fold)
+    fold_counts = rng.multinomial(
+        len(fold_numbers), np.full(len(fold_numbers), 1 / len(fold_numbers)), resamples
+    )
+    draw_counts = resampled_rows(fold, groups, resamples, seed)
+    for fold_index, fold_number in enumerate(fold_numbers):
+        draw_counts[fold == fold_number] *= fold_counts[:, fold_index]
+    return np.concatenate([np.ones((len(fold), 1)), draw_counts], axis=1)
 
 
 def weighted_errors(wrong: Floats, weights: Floats) -> Floats:
-    """(S, B) mean errors of rows (S, N) under weights (N, B)."""
+    """Return mean errors (S, B) of rows (S, N) under weights (N, B)."""
     mass = weights.sum(0)
     return np.where(mass > 0, wrong @ weights / np.where(mass > 0, mass, 1), np.nan)
 
 
 def fit_power_law(sizes: Floats, errors: Floats) -> PowerLaw:
-    """Least squares with floor and scale >= 0, sizes (S,), errors (S, B); each size weighs as its
-    root.
+    """Fit floor and scale >= 0 by least squares to errors (S, B) at sizes (S,); each size weighs as
+    its root.
 
     Small subsets are few images and vary more. For each exponent of a grid the best floor and scale
     are in closed form.
@@ -282,7 +316,7 @@ def fit_power_law(sizes: Floats, errors: Floats) -> PowerLaw:
 
 
 def error_with_more(error: Estimate, gain: Estimate) -> Estimate:
-    """The error that is left of today's after a gain, >= 0, with both uncertainties in its
+    """Return the error that remains of today's after a gain, >= 0, with both uncertainties in its
     interval.
 
     The interval of the difference is that of two intervals of unlike tails, put together by their
@@ -293,20 +327,21 @@ def error_with_more(error: Estimate, gain: Estimate) -> Estimate:
     value = error.value - gain.value
     low = value - float(np.hypot(error.value - error.low, gain.high - gain.value))
     high = value + float(np.hypot(error.high - error.value, gain.value - gain.low))
-    left = np.maximum(error.draws - gain.draws, 0.0)
-    return Estimate(max(value, 0.0), left, (max(low, 0.0), max(high, 0.0)))
+    remaining_error = np.maximum(error.draws - gain.draws, 0.0)
+    return Estimate(max(value, 0.0), remaining_error, (max(low, 0.0), max(high, 0.0)))
 
 
 def gain_from_more(law: PowerLaw, size: float, times: float) -> Estimate:
-    """By how much the error falls with `times` as many images, from the fit; the first weighting is
-    the value itself.
+    """Return by how much the error falls with `times` as many images, from the fit.
+
+    The first weighting of the fit is that of the rows as they are, and gives the value itself.
     """
     gain = law.at(size) - law.at(size * times)
     return Estimate(float(gain[0]), gain[1:])
 
 
 def linear_specs(task: Task, class_weight: ClassWeight = "none") -> list[HeadSpec]:
-    """Linear heads from strong to weak regularisation."""
+    """Return linear heads from strong to weak regularization."""
     if task.kind == "regression":
         return [RidgeSpec(alpha) for alpha in ALPHAS]
     return [LogisticSpec(strength, class_weight) for strength in STRENGTHS]

@@ -1,7 +1,7 @@
 """Stored out-of-fold predictions of many heads, read block by block.
 
-K heads, N rows, C outputs. Only rows that some fold holds out have such predictions; the others (a
-given training split) are left out here.
+K heads, N rows, C outputs. Only rows that some fold holds out have such predictions; those that are
+in training always (a given training split) are left out here.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,7 +21,7 @@ PARTS = 5  # of the rows, where the run has fewer than three folds of its own
 
 @dataclass(frozen=True)
 class ValidationRows:
-    """The rows of a task that are held out once: what all evidence is measured on."""
+    """The rows of a task that are held out once. All selection and advice is measured on them."""
 
     task: Task
     rows: npt.NDArray[np.int64]  # (N,) positions in the task
@@ -32,96 +32,108 @@ class ValidationRows:
 
     @property
     def weight(self) -> npt.NDArray[np.float64]:
-        """(N,) as in Task.weight."""
+        """Weights (N,), as in Task.weight."""
         return self.task.weight[self.rows]
 
 
 def validation_rows(task: Task, groups: npt.NDArray[Any] | None = None) -> ValidationRows:
-    """The held-out rows. groups:
+    """Return the held-out rows of a task.
 
-    (rows of the task,), by default the images' content, so that copies stay together.
+    groups: (rows of the task,), by default the images' content, so that copies stay together.
     """
-    rows = np.flatnonzero(task.fold >= 0)
-    named = (task.content if groups is None else np.asarray(groups))[rows]
+    row_positions = np.flatnonzero(task.fold >= 0)
+    group_labels = (task.content if groups is None else np.asarray(groups))[row_positions]
     return ValidationRows(
-        task, rows, task.target[rows], task.fold[rows], np.unique(named, return_inverse=True)[1]
+        task,
+        row_positions,
+        task.target[row_positions],
+        task.fold[row_positions],
+        np.unique(group_labels, return_inverse=True)[1],
     )
 
 
-def selection_parts(held: ValidationRows, seed: int = 0) -> npt.NDArray[np.int64]:
-    """(N,) what of the rows is left out while the others decide: the run's own folds where there
-    are three, else groups dealt at random to PARTS.
+def selection_parts(validation: ValidationRows, seed: int = 0) -> npt.NDArray[np.int64]:
+    """Return the part (N,) of each row; each part is left out once, while the others decide.
+
+    Parts are the run's own folds where there are three, else PARTS random ones that no group is
+    split by.
     """
-    if len(np.unique(held.fold)) >= 3:
-        return held.fold.astype(np.int64)
-    dealt = np.random.default_rng(seed).permutation(int(held.groups.max(initial=0)) + 1) % PARTS
-    return np.asarray(dealt[held.groups], np.int64)
+    if len(np.unique(validation.fold)) >= 3:
+        return validation.fold.astype(np.int64)
+    part_of_group = (
+        np.random.default_rng(seed).permutation(int(validation.groups.max(initial=0)) + 1) % PARTS
+    )
+    return np.asarray(part_of_group[validation.groups], np.int64)
 
 
 def complete_heads(board: pd.DataFrame) -> pd.DataFrame:
-    """The leaderboard's heads that can win: trained in every fold and on all rows, the metric
-    defined.
-    """
+    """Return the heads that can win: trained in every fold and on all rows, the metric defined."""
     return board[(board["failed"] == 0) & board["final"]]
 
 
 def read_predictions(
-    board: pd.DataFrame, held: ValidationRows
+    board: pd.DataFrame, validation: ValidationRows
 ) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]]:
-    """Blocks of (places in the board, predictions (k, N, C)), file by file; each head of the board
-    is in one block.
+    """Yield blocks of (positions in the board, predictions (k, N, C)), file by file; each head of
+    the board is in one block.
 
     board: rows with `path` and `spec`. A results file whose rows are not those of the task is
     matched by id; a head without a prediction for each row is in no block.
     """
-    for path, found in board.reset_index(drop=True).groupby("path", sort=False).indices.items():
-        places = np.asarray(found, np.int64)
-        result = read_bank(str(path))
-        order = _order(result, held)
-        if order is None:
+    for results_path, positions_in_file in (
+        board.reset_index(drop=True).groupby("path", sort=False).indices.items()
+    ):
+        positions = np.asarray(positions_in_file, np.int64)
+        bank = read_bank(str(results_path))
+        row_order = _order(bank, validation)
+        if row_order is None:
             continue
-        specs = board["spec"].to_numpy()[places]
-        step = max(1, BLOCK_BYTES // (4 * len(result.ids) * max(1, len(result.classes))))
-        for start in range(0, len(places), step):
-            at = slice(start, start + step)
-            block = result.out_of_fold_stack([str(spec) for spec in specs[at]])[:, order]
-            complete = np.isfinite(block).all((1, 2))
-            if complete.any():
-                yield places[at][complete], block[complete]
+        spec_texts = board["spec"].to_numpy()[positions]
+        heads_per_block = max(1, BLOCK_BYTES // (4 * len(bank.ids) * max(1, len(bank.classes))))
+        for start in range(0, len(positions), heads_per_block):
+            block_slice = slice(start, start + heads_per_block)
+            block = bank.out_of_fold_stack([str(spec) for spec in spec_texts[block_slice]])[
+                :, row_order
+            ]
+            is_complete = np.isfinite(block).all((1, 2))
+            if is_complete.any():
+                yield positions[block_slice][is_complete], block[is_complete]
 
 
 def stacked_predictions(
-    board: pd.DataFrame, held: ValidationRows
+    board: pd.DataFrame, validation: ValidationRows
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-    """All blocks at once: places in the board, rising, and (K, N, C).
-
-    For as many heads as memory holds.
+    """Return positions in the board, rising, and predictions (K, N, C), of as many heads as memory
+    holds.
     """
-    blocks = list(read_predictions(board, held))
+    blocks = list(read_predictions(board, validation))
     if not blocks:
         return np.zeros(0, np.int64), np.zeros(
-            (0, len(held.rows), len(held.task.classes)), np.float32
+            (0, len(validation.rows), len(validation.task.classes)), np.float32
         )
-    places = np.concatenate([part for part, _ in blocks])
-    order = np.argsort(places)
-    return places[order], np.concatenate([part for _, part in blocks])[order]
+    positions = np.concatenate([block for block, _ in blocks])
+    position_order = np.argsort(positions)
+    return positions[position_order], np.concatenate([block for _, block in blocks])[position_order]
 
 
-def _order(result: BankResult, held: ValidationRows) -> npt.NDArray[np.int64] | None:
-    """Where the held-out rows are in a results file; None when it lacks one of them, or holds other
-    folds.
+def _order(bank: BankResult, validation: ValidationRows) -> npt.NDArray[np.int64] | None:
+    """Return the positions of the held-out rows in a results file; None when it lacks one of them,
+    or holds other folds.
     """
-    ids, content = held.task.ids[held.rows], held.task.content[held.rows]
-    found: Sequence[int] | npt.NDArray[Any]
-    if np.array_equal(result.ids, held.task.ids):
-        found = held.rows
-    else:
-        position = {name: place for place, name in enumerate(result.ids.tolist())}
-        found = [position.get(name, -1) for name in ids.tolist()]
-    order = np.asarray(found, np.int64)
-    same = (
-        (order >= 0).all()
-        and (result.content[order] == content).all()
-        and (result.fold[order] == held.fold).all()
+    ids, content_hashes = (
+        validation.task.ids[validation.rows],
+        validation.task.content[validation.rows],
     )
-    return order if same else None
+    positions: Sequence[int] | npt.NDArray[Any]
+    if np.array_equal(bank.ids, validation.task.ids):
+        positions = validation.rows
+    else:
+        position_of_id = {row_id: position for position, row_id in enumerate(bank.ids.tolist())}
+        positions = [position_of_id.get(row_id, -1) for row_id in ids.tolist()]
+    row_order = np.asarray(positions, np.int64)
+    same_rows = (
+        (row_order >= 0).all()
+        and (bank.content[row_order] == content_hashes).all()
+        and (bank.fold[row_order] == validation.fold).all()
+    )
+    return row_order if same_rows else None

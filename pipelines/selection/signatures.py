@@ -1,5 +1,5 @@
-"""Grey copies of images, 16 x 16 pixels, by which copies of one image are found whatever was done
-to its file.
+"""Grey copies of images, 16 x 16 pixels, by which re-encoded or resized copies of an image are
+recognized.
 """
 
 import contextlib
@@ -22,55 +22,65 @@ _THREADS = 4
 
 
 def signatures(
-    paths: Mapping[str, str],
-    contents: Sequence[str],
-    stored: Path,
+    image_paths: Mapping[str, str],
+    content_hashes: Sequence[str],
+    signatures_path: Path,
     pixel_range: PixelRange | None = None,
 ) -> tuple[npt.NDArray[np.uint8], list[int]]:
-    """(n, 256) grey copies of 16 x 16 pixels, and which positions of `contents` they are of: images
-    that are gone have none.
+    """Return grey copies (n, 256) of 16 x 16 pixels, and the positions in `content_hashes` that
+    they are of; images that are gone have none.
 
-    stored: the signatures of an earlier call with this pixel_range, by content hash; those that are
-    new are added.
+    image_paths: by content hash. signatures_path: stores the signatures with this pixel_range, by
+    content hash; new ones are added.
     """
-    ends = np.array(pixel_range or (np.nan, np.nan))
-    known = _load(stored, ends)
-    missing = [content for content in contents if content not in known]
+    pixel_ends = np.array(pixel_range or (np.nan, np.nan))
+    grey_by_content = _load(signatures_path, pixel_ends)
+    missing = [
+        content_hash for content_hash in content_hashes if content_hash not in grey_by_content
+    ]
     with ThreadPoolExecutor(_THREADS) as pool:  # decoders release the GIL
-        made = pool.map(lambda name: _signature(paths.get(name, ""), pixel_range), missing)
-        for content, grey in zip(missing, made, strict=True):
+        new_signatures = pool.map(
+            lambda content_hash: _signature(image_paths.get(content_hash, ""), pixel_range), missing
+        )
+        for content_hash, grey in zip(missing, new_signatures, strict=True):
             if grey is not None:
-                known[content] = grey
-    if missing and known:
-        names = sorted(known)
-        grey = np.stack([known[name] for name in names])
-        data = sealed_arrays({"content": np.array(names, "S32"), "grey": grey, "pixel_range": ends})
-        with contextlib.suppress(
-            OSError
-        ):  # they only save time; somebody else's run can be reported on too
-            publish_replace(stored, data)
-    there = [number for number, content in enumerate(contents) if content in known]
+                grey_by_content[content_hash] = grey
+    if missing and grey_by_content:
+        known_contents = sorted(grey_by_content)
+        grey = np.stack([grey_by_content[content_hash] for content_hash in known_contents])
+        sealed = sealed_arrays(
+            {"content": np.array(known_contents, "S32"), "grey": grey, "pixel_range": pixel_ends}
+        )
+        # They only save time; a run that cannot be written to can be reported on too.
+        with contextlib.suppress(OSError):
+            publish_replace(signatures_path, sealed)
+    positions = [
+        position
+        for position, content_hash in enumerate(content_hashes)
+        if content_hash in grey_by_content
+    ]
     empty = np.empty((0, SIGNATURE**2), np.uint8)
-    return np.stack([known[contents[number]] for number in there]) if there else empty, there
+    return np.stack(
+        [grey_by_content[content_hashes[position]] for position in positions]
+    ) if positions else empty, positions
 
 
-def _signature(path: str, pixel_range: PixelRange | None) -> npt.NDArray[np.uint8] | None:
+def _signature(image_path: str, pixel_range: PixelRange | None) -> npt.NDArray[np.uint8] | None:
     try:
-        return grey_signature(read_bytes(path), pixel_range)
+        return grey_signature(read_bytes(image_path), pixel_range)
     except (OSError, ImageError):
         return None
 
 
 def grey_signature(data: bytes, pixel_range: PixelRange | None = None) -> npt.NDArray[np.uint8]:
-    """(256,) a grey copy of 16 x 16 pixels of an image file. Raises ImageError."""
+    """Return a grey copy (256,) of 16 x 16 pixels of an image file. Raises ImageError."""
     return np.asarray(_small_grey(data, pixel_range), np.uint8).ravel()
 
 
 def _small_grey(data: bytes, pixel_range: PixelRange | None) -> Image.Image:
     size = (SIGNATURE, SIGNATURE)
-    if data.startswith(
-        b"\xff\xd8"
-    ):  # a JPEG decodes at an eighth of its size in a fraction of the time
+    # A JPEG decodes at an eighth of its size in a fraction of the time.
+    if data.startswith(b"\xff\xd8"):
         try:
             with open_image(data) as image:
                 image.draft("L", (8 * SIGNATURE, 8 * SIGNATURE))
@@ -82,13 +92,15 @@ def _small_grey(data: bytes, pixel_range: PixelRange | None) -> Image.Image:
     return decode_image(data, pixel_range).convert("L").resize(size, Image.Resampling.BOX)
 
 
-def _load(stored: Path, ends: npt.NDArray[np.float64]) -> dict[str, npt.NDArray[np.uint8]]:
+def _load(
+    signatures_path: Path, pixel_ends: npt.NDArray[np.float64]
+) -> dict[str, npt.NDArray[np.uint8]]:
     try:
-        found = read_sealed_arrays(stored.read_bytes())
-        names, grey = found["content"].astype("U32").tolist(), found["grey"]
-        same = np.array_equal(found["pixel_range"], ends, equal_nan=True)
-        if not same or grey.shape != (len(names), SIGNATURE**2):
+        arrays = read_sealed_arrays(signatures_path.read_bytes())
+        content_hashes, grey = arrays["content"].astype("U32").tolist(), arrays["grey"]
+        same_range = np.array_equal(arrays["pixel_range"], pixel_ends, equal_nan=True)
+        if not same_range or grey.shape != (len(content_hashes), SIGNATURE**2):
             return {}
-        return dict(zip(names, grey, strict=True))
+        return dict(zip(content_hashes, grey, strict=True))
     except (OSError, ValueError, KeyError):
         return {}  # absent or damaged: it only saves time

@@ -1,4 +1,4 @@
-"""Training the small banks that evidence needs and no leaderboard shows."""
+"""Training of the small banks that selection and advice need, and that no leaderboard shows."""
 
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
@@ -15,42 +15,38 @@ from headrace.pipelines.cluster.submit import TaskOptions, run_tasks
 from headrace.pipelines.cluster.task_leases import task_leases
 
 
-class EvidenceIncomplete(HeadraceError):
-    """A bank that evidence needs could not be trained; the others are kept."""
-
-
 def train_banks(
     jobs: Sequence[BankJob],
     client: Client,
     console: Console,
-    what: str,
+    stage_name: str,
     options: TaskOptions | None = None,
-    shared: Path | None = None,
+    leases_folder: Path | None = None,
 ) -> None:
-    """Train the banks on the client's workers; what each publishes stays.
+    """Train the banks on the client's workers; each result stays once it is published.
 
-    Raises EvidenceIncomplete when one fails.
-
-    shared: the directory of the task leases by which several drivers share the banks.
+    leases_folder: task leases by which several drivers share the banks. Raises HeadraceError when a
+    bank fails.
     """
     options = options or TaskOptions()
-    options.on_event("stage", stage=what, total=len(jobs), unit="banks", tasks=len(jobs))
+    options.on_event("stage", stage=stage_name, total=len(jobs), unit="banks", tasks=len(jobs))
     with ExitStack() as stack:
-        if shared is not None:
-            options = replace(options, leases=stack.enter_context(task_leases(shared)))
-        advance = stack.enter_context(show_progress(console, what, len(jobs), "banks"))
-        name = what.replace(" ", "-")
-        named = (
-            (f"{name}-{Path(job.result).parent.name}-{Path(job.result).stem}", job) for job in jobs
+        if leases_folder is not None:
+            options = replace(options, leases=stack.enter_context(task_leases(leases_folder)))
+        advance = stack.enter_context(show_progress(console, stage_name, len(jobs), "banks"))
+        task_prefix = stage_name.replace(" ", "-")
+        named_jobs = (
+            (f"{task_prefix}-{Path(job.result).parent.name}-{Path(job.result).stem}", job)
+            for job in jobs
         )
         outcomes = stack.enter_context(
-            closing(run_tasks(client, train_bank, named, options=options))
+            closing(run_tasks(client, train_bank, named_jobs, options=options))
         )
-        for done, outcome in enumerate(outcomes, 1):
+        for n_done, outcome in enumerate(outcomes, 1):
             if outcome.error:
-                raise EvidenceIncomplete(
-                    f"a bank of the stage {what} failed: {outcome.error}. The others are kept; the "
-                    "same command tries again"
+                raise HeadraceError(
+                    f"a bank of the stage {stage_name} failed: {outcome.error}. The others are "
+                    "kept; the same command tries again"
                 )
             advance(1)
-            options.on_event("progress", done=done, failed=0)
+            options.on_event("progress", done=n_done, failed=0)
