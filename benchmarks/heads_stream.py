@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ[variable] = "1"  # before NumPy is imported
@@ -39,21 +40,20 @@ from headrace.heads.data.task import Task, save_task
 from headrace.heads.linear.kind import LogisticSpec, RidgeSpec
 from headrace.heads.results import read_bank
 
-SHARD_ROWS = 50_000
+ROWS_PER_SHARD = 50_000
+N_FOLDS = 5
 
 
-def make_rows(root: Path, rows: int, width: int, classes: int) -> None:
-    """A feature set and a task of five folds under root."""
-    random = np.random.default_rng(0)
-    spectrum = np.logspace(0, -2, width, dtype=np.float32)
-    block = random.standard_normal((8192, width), np.float32) * spectrum
-    rotation = np.linalg.qr(random.standard_normal((width, width)))[0].astype(np.float32)
-    block = block @ rotation
-    means = (
-        random.standard_normal((classes, width), np.float32) * spectrum * 0.4
-    ) @ rotation + np.float32(0.5)
-    target = random.integers(0, classes, rows)
-    content = [hashlib.sha256(str(row).encode()).hexdigest()[:32] for row in range(rows)]
+def write_features(root: Path, n_rows: int, n_features: int, n_classes: int) -> None:
+    """Write a feature set and a task of five folds under root."""
+    rng = np.random.default_rng(0)
+    spectrum = np.logspace(0, -2, n_features, dtype=np.float32)
+    rotation = np.linalg.qr(rng.standard_normal((n_features, n_features)))[0].astype(np.float32)
+    pool = (rng.standard_normal((8192, n_features), np.float32) * spectrum) @ rotation
+    class_means = rng.standard_normal((n_classes, n_features), np.float32) * spectrum * 0.4
+    class_means = class_means @ rotation + np.float32(0.5)
+    target = rng.integers(0, n_classes, n_rows)
+    content_hashes = [hashlib.sha256(str(row).encode()).hexdigest()[:32] for row in range(n_rows)]
     (root / "cache").mkdir(parents=True)
     spec = FeatureSpec(
         "python:b",
@@ -65,54 +65,58 @@ def make_rows(root: Path, rows: int, width: int, classes: int) -> None:
         "pillow",
         "float32",
         "float16",
-        (width,),
+        (n_features,),
     )
     directory = create_feature_set(root / "cache", spec)
-    for number, start in enumerate(range(0, rows, SHARD_ROWS)):
-        part = slice(start, min(start + SHARD_ROWS, rows))
-        own = target[part]
-        # Sums of two rows of a block are as many rows as there are pairs.
-        one, other = random.integers(0, len(block), (2, len(own)))
-        features = (block[one] + block[other]) * np.float32(0.7) + means[own]
+    for shard, start in enumerate(range(0, n_rows, ROWS_PER_SHARD)):
+        rows = slice(start, min(start + ROWS_PER_SHARD, n_rows))
+        shard_target = target[rows]
+        # Sums of two rows of the pool are as many rows as there are pairs.
+        row_a, row_b = rng.integers(0, len(pool), (2, len(shard_target)))
+        features = (pool[row_a] + pool[row_b]) * np.float32(0.7) + class_means[shard_target]
         publish_shard(
             directory,
-            f"{number:04}",
+            f"{shard:04}",
             features=features.astype(np.float16),
-            ids=[str(row) for row in range(part.start, part.stop)],
-            content_hashes=content[part],
+            ids=[str(row) for row in range(rows.start, rows.stop)],
+            content_hashes=content_hashes[rows],
             failures=[],
         )
-    fold = random.integers(0, 5, rows).astype(np.int16)
-    ids = np.array([str(row) for row in range(rows)])
-    names = tuple(f"c{number}" for number in range(classes))
+    fold = rng.integers(0, N_FOLDS, n_rows).astype(np.int16)
+    ids = np.array([str(row) for row in range(n_rows)])
+    class_names = tuple(f"c{k}" for k in range(n_classes))
+    content = np.array(content_hashes, "S32")
     save_task(
-        Task("single", names, ids, np.array(content, "S32"), target, fold, np.ones(rows)),
-        root / "task.npz",
+        Task("single", class_names, ids, content, target, fold, np.ones(n_rows)), root / "task.npz"
     )
     (root / "set.txt").write_text(str(directory))
 
 
-def worker(root: Path, memory: int, strengths: int, kind: str) -> None:
-    """What the child process does; prints JSON."""
-    directory = (root / "set.txt").read_text()
-    result = root / f"{time.time_ns()}.h5"
-    grid = np.logspace(-4, 2, strengths)
+def run_worker(root: Path, memory_bytes: int, n_strengths: int, kind: str) -> None:
+    """Train one bank as a worker does, and print its figures as JSON."""
+    results_path = root / f"{time.time_ns()}.h5"
     specs = tuple(
-        LogisticSpec(float(C)) if kind == "logistic" else RidgeSpec(float(1 / C)) for C in grid
+        LogisticSpec(float(C)) if kind == "logistic" else RidgeSpec(float(1 / C))
+        for C in np.logspace(-4, 2, n_strengths)
     )
     job = BankJob(
-        str(root / "task.npz"), (directory,), specs, str(result), refit=False, memory_bytes=memory
+        str(root / "task.npz"),
+        ((root / "set.txt").read_text(),),
+        specs,
+        str(results_path),
+        refit=False,
+        memory_bytes=memory_bytes,
     )
-    cpu, wall = time.process_time(), time.perf_counter()
+    cpu_start, wall_start = time.process_time(), time.perf_counter()
     train_bank(job)
-    seconds = time.process_time() - cpu, time.perf_counter() - wall
-    table = read_bank(result).table
-    result.unlink()
+    cpu, wall = time.process_time() - cpu_start, time.perf_counter() - wall_start
+    table = read_bank(results_path).table
+    results_path.unlink()
     print(
         json.dumps(
             {
-                "cpu": seconds[0],
-                "wall": seconds[1],
+                "cpu": cpu,
+                "wall": wall,
                 "iterations": int(table["iterations"].sum()),
                 "objective": table["objective"].tolist(),
                 "accuracy": float(table["accuracy"].max()),
@@ -122,110 +126,125 @@ def worker(root: Path, memory: int, strengths: int, kind: str) -> None:
     )
 
 
-def run(root: Path, *, streamed: bool, strengths: int, kind: str = "logistic") -> dict:
-    """One bank in a process of its own."""
-    command = [
-        sys.executable,
-        __file__,
-        "--worker",
-        str(root),
-        "0" if streamed else str(1 << 50),
-        str(strengths),
-        kind,
-    ]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
+def train_in_process(
+    root: Path, *, streamed: bool, n_strengths: int, kind: str = "logistic"
+) -> dict[str, Any]:
+    """Return the figures of one bank that is trained in a process of its own."""
+    memory_bytes = 0 if streamed else 1 << 50
+    command = [sys.executable, __file__, "--worker", str(root), memory_bytes, n_strengths, kind]
+    completed = subprocess.run(
+        [str(argument) for argument in command], check=True, capture_output=True, text=True
+    )
+    return json.loads(completed.stdout.splitlines()[-1])
 
 
-def drop(root: Path) -> None:
+def drop_page_cache(root: Path) -> None:
     """Forget the shards' pages, where the operating system can be asked to."""
-    for path in root.rglob("*.h5"):
-        descriptor = os.open(path, os.O_RDONLY)
+    for shard_path in root.rglob("*.h5"):
+        descriptor = os.open(shard_path, os.O_RDONLY)
         os.fsync(descriptor)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(descriptor)
 
 
-def stream_case(quick: bool, root: Path) -> dict[str, float]:
+def stream_case(quick: bool, scratch: Path) -> dict[str, float]:
     figures = {}
-    rows, repeats = (10_000, 1) if quick else (40_000, 3)
-    print(f"{rows:,} × 1,280; medians of {repeats}")
+    n_rows, n_repeats = (10_000, 1) if quick else (40_000, 3)
+    print(f"{n_rows:,} × 1,280; medians of {n_repeats}")
     print(
-        f"{'columns':>8}{'memory CPU s':>14}{'streamed':>10}{'ratio':>7}{'wall ratio':>12}{'cold':>7}{'objectives differ':>19}"
+        f"{'columns':>8}{'memory CPU s':>14}{'streamed':>10}{'ratio':>7}{'wall ratio':>12}"
+        f"{'cold':>7}{'objectives differ':>19}"
     )
-    for classes in (10, 50) if quick else (10, 50, 100):
-        home = root / str(classes)
-        make_rows(home, rows, 1280, classes)
-        strengths = {10: 8, 50: 3, 100: 2}[classes]
-        run(home, streamed=True, strengths=1)  # pages, byte code
-        pairs = []
-        for _ in range(repeats):
+    for n_classes in (10, 50) if quick else (10, 50, 100):
+        root = scratch / str(n_classes)
+        write_features(root, n_rows, 1280, n_classes)
+        n_strengths = {10: 8, 50: 3, 100: 2}[n_classes]
+        train_in_process(root, streamed=True, n_strengths=1)  # pages, byte code
+        runs = []
+        for _ in range(n_repeats):
             memory, streamed = (
-                run(home, streamed=side, strengths=strengths) for side in (False, True)
+                train_in_process(root, streamed=side, n_strengths=n_strengths)
+                for side in (False, True)
             )
-            drop(home)
-            pairs.append((memory, streamed, run(home, streamed=True, strengths=strengths)))
+            drop_page_cache(root)
+            cold = train_in_process(root, streamed=True, n_strengths=n_strengths)
+            runs.append((memory, streamed, cold))
         # A head-iteration costs the same on both sides; how many rounding makes it take is chance.
-        cpu = [[one["cpu"] / one["iterations"] for one in sides] for sides in pairs]
-        ratio = float(np.median([b / a for a, b, _ in cpu]))
-        wall = float(np.median([b["wall"] / a["wall"] for a, b, _ in pairs]))
-        cold = float(np.median([c["wall"] / b["wall"] for _, b, c in pairs]))
-        memory, streamed, _ = pairs[0]
-        differ = float(
-            np.max(np.abs(np.array(memory["objective"]) / np.array(streamed["objective"]) - 1))
-        )
-        columns = 5 * (classes - 1)
+        cpu_ratios = [
+            (streamed["cpu"] / streamed["iterations"]) / (memory["cpu"] / memory["iterations"])
+            for memory, streamed, _ in runs
+        ]
+        ratio = float(np.median(cpu_ratios))
+        wall_ratio = float(np.median([run[1]["wall"] / run[0]["wall"] for run in runs]))
+        cold_ratio = float(np.median([run[2]["wall"] / run[1]["wall"] for run in runs]))
+        memory, streamed, _ = runs[0]
+        objectives = np.array(memory["objective"]) / np.array(streamed["objective"])
+        largest_difference = float(np.abs(objectives - 1).max())
+        n_columns = N_FOLDS * (n_classes - 1)
         print(
-            f"{columns:8}{memory['cpu']:14.2f}{streamed['cpu']:10.2f}{ratio:7.2f}{wall:12.2f}{cold:7.2f}{differ:19.1e}"
+            f"{n_columns:8}{memory['cpu']:14.2f}{streamed['cpu']:10.2f}{ratio:7.2f}"
+            f"{wall_ratio:12.2f}{cold_ratio:7.2f}{largest_difference:19.1e}"
         )
         figures |= {
-            f"ratio_{columns}": ratio,
-            f"wall_ratio_{columns}": wall,
-            f"cold_{columns}": cold,
+            f"ratio_{n_columns}": ratio,
+            f"wall_ratio_{n_columns}": wall_ratio,
+            f"cold_{n_columns}": cold_ratio,
+            f"differ_{n_columns}": largest_difference,
         }
-        figures[f"differ_{columns}"] = differ
     return figures
 
 
-def linear_case(quick: bool, root: Path) -> dict[str, float]:
-    figures, first = {}, 0.0
+def linear_case(quick: bool, scratch: Path) -> dict[str, float]:
+    figures, first_ns = {}, 0.0
     print(
-        f"{'rows':>10}{'CPU s':>9}{'iterations':>12}{'µs a row':>10}{'ns a row and iteration':>24}{'against the first':>19}{'GiB':>6}"
+        f"{'rows':>10}{'CPU s':>9}{'iterations':>12}{'ns a row and iteration':>24}"
+        f"{'against the first':>19}{'GiB':>6}"
     )
-    for rows in (10_000, 20_000, 40_000) if quick else (50_000, 100_000, 200_000):
-        home = root / str(rows)
-        make_rows(home, rows, 1280, 10)
-        one = run(home, streamed=True, strengths=4)
-        per = one["cpu"] / rows / one["iterations"] * 1e9
-        first = first or per
+    for n_rows in (10_000, 20_000, 40_000) if quick else (50_000, 100_000, 200_000):
+        root = scratch / str(n_rows)
+        write_features(root, n_rows, 1280, 10)
+        run = train_in_process(root, streamed=True, n_strengths=4)
+        ns = run["cpu"] / n_rows / run["iterations"] * 1e9
+        first_ns = first_ns or ns
         print(
-            f"{rows:10,}{one['cpu']:9.1f}{one['iterations']:12}{per:24.0f}{per / first:19.2f}{one['gib']:6.2f}",
+            f"{n_rows:10,}{run['cpu']:9.1f}{run['iterations']:12}{ns:24.0f}"
+            f"{ns / first_ns:19.2f}{run['gib']:6.2f}",
             flush=True,
         )
-        figures |= {f"ns_{rows}": per, f"relative_{rows}": per / first, f"gib_{rows}": one["gib"]}
+        figures |= {
+            f"ns_{n_rows}": ns,
+            f"relative_{n_rows}": ns / first_ns,
+            f"gib_{n_rows}": run["gib"],
+        }
     return figures
 
 
-def million_case(quick: bool, root: Path) -> dict[str, float]:
-    rows = 50_000 if quick else 1_000_000
-    make_rows(root / "million", rows, 1280, 2)
-    stored = sum(path.stat().st_size for path in root.rglob("*.h5")) / (1 << 30)
+def million_case(quick: bool, scratch: Path) -> dict[str, float]:
+    n_rows = 50_000 if quick else 1_000_000
+    root = scratch / "million"
+    write_features(root, n_rows, 1280, 2)
+    shards_gib = sum(path.stat().st_size for path in root.rglob("*.h5")) / (1 << 30)
     print(
-        f"{rows:,} × 1,280 float16, {stored:.2f} GiB of shards, 2 classes, 100 heads of each kind"
+        f"{n_rows:,} × 1,280 float16, {shards_gib:.2f} GiB of shards, 2 classes, 100 heads of each "
+        "kind"
     )
     print(
-        f"{'kind':10}{'CPU s':>8}{'wall s':>8}{'iterations':>12}{'peak GiB':>10}{'best accuracy':>15}",
+        f"{'kind':10}{'CPU s':>8}{'wall s':>8}{'iterations':>12}{'peak GiB':>10}"
+        f"{'best accuracy':>15}",
         flush=True,
     )
-    figures: dict[str, float] = {"rows": rows, "shards_gib": stored}
+    figures: dict[str, float] = {"rows": n_rows, "shards_gib": shards_gib}
     for kind in ("ridge", "logistic"):
-        one = run(root / "million", streamed=True, strengths=20, kind=kind)
-        text = f"{kind:10}{one['cpu']:8.0f}{one['wall']:8.0f}{one['iterations']:12}{one['gib']:10.2f}{one['accuracy']:15.3f}"
-        print(text, flush=True)
+        run = train_in_process(root, streamed=True, n_strengths=20, kind=kind)
+        print(
+            f"{kind:10}{run['cpu']:8.0f}{run['wall']:8.0f}{run['iterations']:12}{run['gib']:10.2f}"
+            f"{run['accuracy']:15.3f}",
+            flush=True,
+        )
         figures |= {
-            f"{kind}_cpu_s": one["cpu"],
-            f"{kind}_wall_s": one["wall"],
-            f"{kind}_peak_gib": one["gib"],
+            f"{kind}_cpu_s": run["cpu"],
+            f"{kind}_wall_s": run["wall"],
+            f"{kind}_peak_gib": run["gib"],
         }
     return figures
 
@@ -235,7 +254,7 @@ CASES = {"stream": stream_case, "stream-linear": linear_case, "stream-million": 
 
 def main() -> None:
     if sys.argv[1:2] == ["--worker"]:
-        worker(Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5])
+        run_worker(Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5])
         return
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -245,7 +264,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         figures = CASES[options.case](options.quick, Path(scratch))
-    print(json.dumps({key: float(f"{value:.4g}") for key, value in figures.items()}))
+    print(json.dumps({name: float(f"{value:.4g}") for name, value in figures.items()}))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The compiled pass over a tile is the plain one: same losses, same gradients, for any shape, label
+"""The compiled pass over a row block is the plain one: same losses, same gradients, for any shape, label
 and weight.
 """
 
@@ -27,10 +27,10 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
-def made(
+def random_block(
     rng: np.random.Generator, n: int, width: int, classes: int, *, weighted: bool
 ) -> tuple[DesignMatrix, RowBlock]:
-    """One tile of random rows, sorted by class, some classes perhaps without any; two labels for
+    """One block of random rows, sorted by class, some classes perhaps without any; two labels for
     sigmoids.
     """
     values = aligned_rows(n, width, np.float32)
@@ -68,7 +68,7 @@ def test_a_compiled_pass_is_the_plain_one(
     float64; more where decisions are of the order of hundreds, which float32 rounds to 1e-5.
     """
     rng = np.random.default_rng(seed)
-    design, block = made(rng, n, width, max(classes, 2), weighted=weighted)
+    design, block = random_block(rng, n, width, max(classes, 2), weighted=weighted)
     columns = max(classes - 1, 1)
     u = (size * rng.standard_normal((heads, columns, width)) / np.sqrt(width)).astype(np.float32)
     class_factors = np.ones((2, max(classes, 2)), np.float32)
@@ -157,7 +157,7 @@ def test_shorter_vectors_give_the_same(classes, heads):
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_weights_that_overflowed_have_no_finite_loss(bad):
     """A line search that went too far must see it."""
-    design, block = made(np.random.default_rng(0), 60, 20, 5, weighted=False)
+    design, block = random_block(np.random.default_rng(0), 60, 20, 5, weighted=False)
     u = np.zeros((1, 4, 20), np.float32)
     u[0, 2, 3] = bad
     weighting = RowWeighting(5, np.ones((1, 5), np.float32), np.array([-1]), False)

@@ -55,10 +55,10 @@ def test_nearly_equal_rows_keep_their_digits(jitter, dtype):
 
 
 @contextmanager
-def rows_of_their_own(wanted):
-    """Folds have copies of their rows, as those of wide heads have, whatever it costs."""
+def per_fold_copies(enabled):
+    """Give folds standardized copies of their rows, as many-class heads have, whatever it costs."""
     with pytest.MonkeyPatch.context() as patch:
-        if wanted:
+        if enabled:
             patch.setattr(design_module, "MANY_CLASSES", 1)
             patch.setattr(design_module, "EVALUATIONS_PER_HEAD", 10**6)
             patch.setattr(design_module, "MAX_COPIED_SCALE_RATIO", 30.0)
@@ -102,7 +102,7 @@ def scikit_learn(spec, X, y, sample_weight=None):
     return scaler, model.fit(scaler.transform(X.astype(np.float64)), y, sample_weight=sample_weight)
 
 
-@pytest.mark.parametrize("own_rows", [False, True])
+@pytest.mark.parametrize("copy_per_fold", [False, True])
 @SLOWLY
 @given(
     n=st.integers(40, 160),
@@ -113,7 +113,9 @@ def scikit_learn(spec, X, y, sample_weight=None):
     weighted=st.booleans(),
     train_only=st.booleans(),
 )
-def test_equals_scikit_learn(own_rows, n, d, classes, seed, class_weight, weighted, train_only):
+def test_equals_scikit_learn(
+    copy_per_fold, n, d, classes, seed, class_weight, weighted, train_only
+):
     """Objective, probabilities and coefficients are scikit-learn's, for D below and above N,
     weights of both kinds.
     """
@@ -123,7 +125,7 @@ def test_equals_scikit_learn(own_rows, n, d, classes, seed, class_weight, weight
         fold[fold == 2] = TRAIN_ONLY
     sw = np.random.default_rng(seed).uniform(0.2, 3, n) if weighted else None
     specs = [LogisticSpec(C, class_weight) for C in (0.01, 1.0)]
-    with rows_of_their_own(own_rows):
+    with per_fold_copies(copy_per_fold):
         fits = fit_logistic_bank(
             TrainingData(X, y, fold, classes, sample_weight=sw), specs, gap=1e-9
         )
@@ -151,10 +153,10 @@ def test_equals_scikit_learn(own_rows, n, d, classes, seed, class_weight, weight
     n=st.integers(60, 120),
     d=st.integers(2, 80),
     classes=st.integers(2, 4),
-    own_rows=st.booleans(),
+    copy_per_fold=st.booleans(),
     seed=st.integers(0, 10_000),
 )
-def test_the_gap_is_a_bound(n, d, classes, own_rows, seed):
+def test_the_gap_is_a_bound(n, d, classes, copy_per_fold, seed):
     """The reported gap is at least the true one, at any accuracy that was asked for."""
     X, y = blobs(n, d, classes, seed)
     fold = folds(n, 2, seed)
@@ -162,7 +164,7 @@ def test_the_gap_is_a_bound(n, d, classes, own_rows, seed):
     data = TrainingData(X, y, fold, classes)
     best = fit_logistic_bank(data, specs, gap=1e-11)
     for gap in (1e-1, 1e-3, 1e-6):
-        with rows_of_their_own(own_rows):
+        with per_fold_copies(copy_per_fold):
             fits = fit_logistic_bank(data, specs, gap=gap)
         for fit, optimum in zip(fits, best, strict=True):
             assert fit.objective - optimum.objective <= (fit.gap + 1e-5) * optimum.objective
@@ -170,7 +172,7 @@ def test_the_gap_is_a_bound(n, d, classes, own_rows, seed):
 
 
 @pytest.mark.parametrize("far", [1.0, 150.0])
-def test_wide_heads_have_rows_in_their_folds_scales(monkeypatch, far):
+def test_many_class_heads_have_rows_in_their_folds_scales(monkeypatch, far):
     """Heads of 66 classes, which share no pass, are the same with a copy of its rows for each fold,
     and have one unless a row is so far out that the fold which holds it out has other scales.
     """

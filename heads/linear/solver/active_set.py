@@ -34,6 +34,9 @@ from headrace.heads.linear.solver.preconditioner import (
 from headrace.heads.linear.solver.regularization_path import RegularizationPath, SolvedHead
 
 Array = npt.NDArray[Any]
+# A head that takes longer goes on with a preconditioner made for where it is then. On a whole path
+# that is rare (0.99 of the CPU time without), but one strength alone, started from zero, takes 1.5
+# times as long without at C = 1, 3.7 times at C = 100.
 ITERATIONS_PER_PRECONDITIONER = 20
 # Gradient of a head's mean loss at which it may end, root mean square over its weights for
 # standardized features, at ten classes; at others it goes with the root of their number, as
@@ -291,6 +294,7 @@ class ActiveSet:
             renewals = n_iterations // ITERATIONS_PER_PRECONDITIONER
             key = (*self.problem.preconditioner_key(path_index), l2_strength, renewals)
             if key not in self.shared:
+                # One of its own for every fold takes 1.14 of the CPU time.
                 self.shared[key] = self.problem.make_preconditioner(start, path_index, l2_strength)
             preconditioner = self.shared[key]
         self.path_index[slot], self.l2_strength[slot] = path_index, l2_strength

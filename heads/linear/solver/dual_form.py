@@ -36,8 +36,10 @@ Array = npt.NDArray[Any]
 MAX_COPIED_BYTES = 1 << 29  # of the folds' copies of the rows, float32
 # The thinnest direction of the rows, relative to the thickest, that float32 weights can be divided
 # by: three of its seven digits. Beyond, twin rows that differ in their last digits lose their own.
+# float64 for all takes 1.04 of the CPU time and twice the memory.
 THINNEST_FLOAT32_DIRECTION = 1e-3
-# Leading directions, and how many subspace iterations look for them.
+# Leading directions, and how many subspace iterations look for them. Without, 1,000 x 2,048 rows
+# take 938 iterations instead of 491, 1.34 of the CPU time.
 LEADING_DIRECTIONS, SUBSPACE_ITERATIONS = 64, 2
 COLUMNS_PER_CHUNK = 4096  # of rows in float64
 

@@ -36,7 +36,8 @@ VISIBLE_DECREASE = 8.0
 # either, after which a problem is stopped. Gradients do not fall steadily: with fewer steps 20,000
 # x 1,280 rows at a gap of 3e-7 took 21 CPU seconds instead of 11.
 MAX_STALLED_STEPS = 14
-# A problem ends at this fraction of the gap, whatever its gradient is.
+# A problem ends at this fraction of the gap, whatever its gradient is (1.01 of the CPU time
+# without).
 FAR_BELOW_GAP = 3e-3
 # Columns of all pairs that are multiplied while a new pair is still in the nearer caches.
 PAIR_COLUMNS_PER_CHUNK = 1 << 14

@@ -576,8 +576,7 @@ INLINE void NAME(forward)(long count, long k, const float *rows, long P, const f
     memset(panels, 0, sizeof(float) * ROWS * NAME(columns)(P));
     long first = 0, width;
     for (long from = 0, depth; from < k; from += depth) {
-        /* A short one at the end costs as much as a quarter. */
-        depth = k - from < DEPTH + DEPTH / 4 ? k - from : DEPTH;
+        depth = k - from < DEPTH ? k - from : DEPTH;
         for (first = 0; first < P; first += width) {
             width = NAME(width)(P - first);
             if (width < UNIT) break;

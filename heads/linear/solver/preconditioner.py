@@ -33,7 +33,8 @@ Array = npt.NDArray[Any]
 INTERCEPT_FLOOR = 1e-4
 SAMPLED_ROWS, SAMPLED_ROWS_PER_CLASS = 2048, 20
 # Coordinates that are taken together, counted over all free class directions; more where classes
-# are many. 160 do what 480 do; blocks within classes alone win a tenth of what all pairs win.
+# are many. Without any, a bank of ten classes takes 1.24 (5,000 x 512) to 1.33 (10,000 x 1,280) of
+# the CPU time. 160 do what 480 do; blocks within classes alone win a tenth.
 DENSE_COORDINATES, MAX_DENSE_COORDINATES = 160, 1024
 # Beyond, the products of all pairs of classes cost more than the iterations that they save.
 MAX_CLASSES_FOR_DENSE = 128
