@@ -132,6 +132,6 @@ def tables_of(sections: tuple[Section, ...]) -> Mapping[str, Table]:
     return found
 
 
-def plain(text: object) -> str:
+def plain_text(text: object) -> str:
     """Text without what cannot be shown: control characters become the sign for that."""
     return _UNPRINTABLE.sub("\ufffd", str(text))

@@ -20,18 +20,23 @@ from headrace.pipelines.finished import FinishedRun, read_finished_run
 from headrace.pipelines.number_format import number_text
 from headrace.pipelines.planning.leaderboard import inputs_text
 from headrace.pipelines.report.blocks import Headline, Section, Table, tables_of
-from headrace.pipelines.report.cost import cost, seconds_text
-from headrace.pipelines.report.data import data
-from headrace.pipelines.report.evaluation import test_split
-from headrace.pipelines.report.evidence import advice, choice, ensemble, expected_text
-from headrace.pipelines.report.leaders import leaderboard, metric_title, taps
-from headrace.pipelines.report.leakage import leakage
-from headrace.pipelines.report.networks import networks
-from headrace.pipelines.report.outcome import predictions
-from headrace.pipelines.report.page import render
-from headrace.pipelines.report.provenance import provenance
+from headrace.pipelines.report.cost import cost_section, seconds_text
+from headrace.pipelines.report.data import data_section
+from headrace.pipelines.report.evaluation import test_section
+from headrace.pipelines.report.evidence import (
+    advice_section,
+    choice_section,
+    ensemble_section,
+    expected_text,
+)
+from headrace.pipelines.report.leaders import leaderboard_section, metric_title, taps_section
+from headrace.pipelines.report.leakage import leakage_section
+from headrace.pipelines.report.networks import network_sections
+from headrace.pipelines.report.outcome import predictions_section
+from headrace.pipelines.report.page import render_page
+from headrace.pipelines.report.provenance import provenance_section
 from headrace.pipelines.report.selected_model import find_selected
-from headrace.pipelines.report.suspects import suspects
+from headrace.pipelines.report.suspects import suspects_section
 from headrace.pipelines.report.thumbnails import Thumbnails
 from headrace.pipelines.run_directory import require_writable
 
@@ -69,25 +74,32 @@ def write_report(
     tables of an earlier report are replaced. Raises NotARun, NoWinner, RunReadOnly, OSError;
     ReportThere for any other file there.
     """
-    found = read_finished_run(run, trust_code=trust_code)
-    page = out or found.paths.report
+    finished_run = read_finished_run(run, trust_code=trust_code)
+    page_path = out or finished_run.paths.report
     if out is None:
-        require_writable(found.paths, f"headrace report {shlex.quote(str(run))} --out report.html")
-    _require_ours(page)
-    paths = {} if isinstance(found.images, str) else found.images.image_paths
-    thumbnails = Thumbnails(paths, found.recipe.images.pixel_range)
-    sections = make_sections(found, thumbnails, watts)
-    text = render(f"{_TITLE}{found.paths.root.name}", _made(found), headline(found), sections)
-    page.parent.mkdir(parents=True, exist_ok=True)
-    remove_temporaries(page)
-    again = page.exists()
-    publish_replace(page, text.encode("utf-8", "replace"))
-    written = (
-        write_tables(page.with_name(f"{page.stem}-tables"), sections, replace=again)
+        require_writable(
+            finished_run.paths, f"headrace report {shlex.quote(str(run))} --out report.html"
+        )
+    _require_ours(page_path)
+    image_paths = {} if isinstance(finished_run.images, str) else finished_run.images.image_paths
+    thumbnails = Thumbnails(image_paths, finished_run.recipe.images.pixel_range)
+    sections = make_sections(finished_run, thumbnails, watts)
+    page_text = render_page(
+        f"{_TITLE}{finished_run.paths.root.name}",
+        _made_text(finished_run),
+        make_headline(finished_run),
+        sections,
+    )
+    page_path.parent.mkdir(parents=True, exist_ok=True)
+    remove_temporaries(page_path)
+    page_exists = page_path.exists()
+    publish_replace(page_path, page_text.encode("utf-8", "replace"))
+    table_paths = (
+        write_tables(page_path.with_name(f"{page_path.stem}-tables"), sections, replace=page_exists)
         if tables
         else ()
     )
-    return Report(page, page.stat().st_size, written, thumbnails.missing)
+    return Report(page_path, page_path.stat().st_size, table_paths, thumbnails.missing)
 
 
 def make_sections(
@@ -95,26 +107,26 @@ def make_sections(
 ) -> tuple[Section, ...]:
     """The page's sections, in its order."""
     return (
-        leaderboard(run),
-        taps(run),
-        predictions(run),
-        test_split(run),
-        choice(run),
-        suspects(run, thumbnails),
-        leakage(run, thumbnails),
-        data(run),
-        *networks(run),
-        ensemble(run),
-        advice(run),
-        cost(run, watts),
-        provenance(run),
+        leaderboard_section(run),
+        taps_section(run),
+        predictions_section(run),
+        test_section(run),
+        choice_section(run),
+        suspects_section(run, thumbnails),
+        leakage_section(run, thumbnails),
+        data_section(run),
+        *network_sections(run),
+        ensemble_section(run),
+        advice_section(run),
+        cost_section(run, watts),
+        provenance_section(run),
     )
 
 
-def headline(run: FinishedRun) -> Headline:
+def make_headline(run: FinishedRun) -> Headline:
     """The winner, its scores, and what they rest on."""
     winner, metric = run.winner, run.metric
-    values = [
+    headline_values = [
         (
             "winner",
             str(winner["kind"]),
@@ -130,61 +142,68 @@ def headline(run: FinishedRun) -> Headline:
         ),
     ]
     if (expected := expected_text(run)) is not None:
-        values.append(("expected on new images", *expected))
+        headline_values.append(("expected on new images", *expected))
     selected = find_selected(run)
     if selected.ensemble is not None:
         nested = selected.ensemble["nested"]
-        score = number_text(nested["value"], nested["metric"])
-        better = f"validation {metric_title(nested['metric'])} {score}, better than a single head"
-        values.append(("the selected model", "ensemble", f"{selected.heads}; {better}"))
-    if selected.test_evaluation is None:
-        values.append((f"test {metric_title(metric)}", "–", "the test split was not evaluated"))
-    else:
-        result = selected.test_evaluation["result"]
-        interval = (
-            f"{number_text(result['low'], result['metric'])} to "
-            f"{number_text(result['high'], result['metric'])}"
+        score_text = number_text(nested["value"], nested["metric"])
+        comparison_text = (
+            f"validation {metric_title(nested['metric'])} {score_text}, better than a single head"
         )
-        values.append(
+        headline_values.append(
+            ("the selected model", "ensemble", f"{selected.heads}; {comparison_text}")
+        )
+    if selected.test_evaluation is None:
+        headline_values.append(
+            (f"test {metric_title(metric)}", "–", "the test split was not evaluated")
+        )
+    else:
+        test_result = selected.test_evaluation["result"]
+        interval_text = (
+            f"{number_text(test_result['low'], test_result['metric'])} to "
+            f"{number_text(test_result['high'], test_result['metric'])}"
+        )
+        headline_values.append(
             (
-                f"test {metric_title(result['metric'])}",
-                number_text(result["value"], result["metric"]),
+                f"test {metric_title(test_result['metric'])}",
+                number_text(test_result["value"], test_result["metric"]),
                 f"{'of the ensemble; ' if selected.ensemble is not None else ''}95 % interval "
-                f"{interval}, {result['images']:,} images never seen before",
+                f"{interval_text}, {test_result['images']:,} images never seen before",
             )
         )
     stages = run.stages
-    heads = int((run.heads["fold"] != REFIT).sum())
-    values.append(
+    n_heads = int((run.heads["fold"] != REFIT).sum())
+    headline_values.append(
         (
             "compared",
-            f"{heads:,} heads",
+            f"{n_heads:,} heads",
             f"{len(run.board):,} settings on {run.board['inputs'].nunique():,} inputs",
         )
     )
     if not stages.empty:
-        values.append(
+        headline_values.append(
             ("time", seconds_text(float(stages["seconds"].sum())), "all calls of this run together")
         )
-    return Headline(tuple(values))
+    return Headline(tuple(headline_values))
 
 
-def _require_ours(page: Path) -> None:
-    if not page.exists():
+def _require_ours(page_path: Path) -> None:
+    if not page_path.exists():
         return
-    elsewhere = (
-        f"Give another name with --out, such as {page.with_name('headrace-report.html')}, or move "
-        "it away"
+    remedy = (
+        f"Give another name with --out, such as {page_path.with_name('headrace-report.html')}, or "
+        "move it away"
     )
-    if not page.is_file():
+    if not page_path.is_file():
         raise ReportThere(
-            f"{page} is a folder, or no file of the disk; expected the name of a page. {elsewhere}"
+            f"{page_path} is a folder, or no file of the disk; expected the name of a page. "
+            f"{remedy}"
         )
-    with page.open("rb") as file:
-        if _TITLE.encode() not in file.read(4096):
+    with page_path.open("rb") as page_file:
+        if _TITLE.encode() not in page_file.read(4096):
             raise ReportThere(
-                f"{page} is there, and headrace report did not write it: it is not replaced. "
-                f"{elsewhere}"
+                f"{page_path} is there, and headrace report did not write it: it is not replaced. "
+                f"{remedy}"
             )
 
 
@@ -197,44 +216,51 @@ def write_tables(
     raises ReportThere for one alone.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for name in () if replace else tables_of(tuple(sections)):
-        pair = [
-            path for suffix in ("csv", "parquet") if (path := folder / f"{name}.{suffix}").exists()
+    for table_name in () if replace else tables_of(tuple(sections)):
+        existing_pair = [
+            table_path
+            for suffix in ("csv", "parquet")
+            if (table_path := folder / f"{table_name}.{suffix}").exists()
         ]
-        if len(pair) == 1:
+        if len(existing_pair) == 1:
             raise ReportThere(
-                f"{pair[0]} is there, and headrace report did not write it: it is not replaced. "
-                "Move it away"
+                f"{existing_pair[0]} is there, and headrace report did not write it: it is not "
+                "replaced. Move it away"
             )
-    written = []
-    for name, table in tables_of(tuple(sections)).items():
-        frame = plain_frame(table)
-        stored = io.BytesIO()
-        frame.to_parquet(stored, index=False)
-        for suffix, content in (
-            ("csv", frame.to_csv(index=False).encode("utf-8", "replace")),
-            ("parquet", stored.getvalue()),
+    table_paths = []
+    for table_name, table in tables_of(tuple(sections)).items():
+        table_frame = plain_frame(table)
+        parquet_file = io.BytesIO()
+        table_frame.to_parquet(parquet_file, index=False)
+        for suffix, file_content in (
+            ("csv", table_frame.to_csv(index=False).encode("utf-8", "replace")),
+            ("parquet", parquet_file.getvalue()),
         ):
-            path = folder / f"{name}.{suffix}"
-            remove_temporaries(path)
-            publish_replace(path, content)
-            written.append(path)
-    return tuple(written)
+            table_path = folder / f"{table_name}.{suffix}"
+            remove_temporaries(table_path)
+            publish_replace(table_path, file_content)
+            table_paths.append(table_path)
+    return tuple(table_paths)
 
 
 def plain_frame(table: Table) -> pd.DataFrame:
     """The table's columns, in full precision. A confusion matrix has its classes as headings."""
-    frame = table.frame[[column.name for column in table.columns]]
+    column_frame = table.frame[[column.name for column in table.columns]]
     return (
-        frame.set_axis([frame.columns[0], *(column.title for column in table.columns[1:])], axis=1)
+        column_frame.set_axis(
+            [column_frame.columns[0], *(column.title for column in table.columns[1:])], axis=1
+        )
         if table.shade
-        else frame
+        else column_frame
     )
 
 
-def _made(run: FinishedRun) -> str:
-    now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
-    word = {"single": "single-label", "multi": "multi-label"}.get(run.task_kind, run.task_kind)
-    columns = "classes" if run.task_kind == "single" else "columns"
+def _made_text(run: FinishedRun) -> str:
+    written_at = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+    task_word = {"single": "single-label", "multi": "multi-label"}.get(run.task_kind, run.task_kind)
+    column_word = "classes" if run.task_kind == "single" else "columns"
     version = importlib.metadata.version("headrace")
-    return f"{word} task, {len(run.classes)} {columns}; written {now} by headrace {version}"
+    return (
+        f"{task_word} task, {len(run.classes)} {column_word}; written {written_at} by headrace "
+        f"{version}"
+    )

@@ -18,12 +18,12 @@ from headrace.pipelines.report.blocks import Block, Column, Facts, Note, Section
 WATTS_PER_CORE, WATTS_PER_GPU, WATTS_PER_GB = 12.0, 200.0, 0.3725
 
 
-def cost(run: FinishedRun, watts: float | None = None) -> Section:
+def cost_section(run: FinishedRun, watts: float | None = None) -> Section:
     """The section. watts: what the machine draws while it works, where the user knows it."""
     stages = run.stages
-    blocks: list[Block] = [Note(text, "warning") for text in run.damaged_records]
+    cost_blocks: list[Block] = [Note(damage_text, "warning") for damage_text in run.damaged_records]
     if not stages.empty:
-        power, assumption = _power(run, watts)
+        power_watts, assumption_text = _machine_power(run, watts)
         by_stage = (
             stages.groupby("name", sort=False)
             .agg(seconds=("seconds", "sum"), calls=("seconds", "size"))
@@ -31,53 +31,55 @@ def cost(run: FinishedRun, watts: float | None = None) -> Section:
         )
         # What the stage did when it had something to do: the later calls on finished work say
         # "nothing missing".
-        longest = stages.loc[stages.groupby("name")["seconds"].idxmax()].set_index("name")["did"]
-        by_stage["did"] = by_stage["name"].map(longest)
-        by_stage["energy"] = by_stage["seconds"] * power / 3600
-        total = float(by_stage["seconds"].sum())
-        columns: tuple[Column, ...] = (
+        longest_calls = stages.loc[stages.groupby("name")["seconds"].idxmax()].set_index("name")[
+            "did"
+        ]
+        by_stage["did"] = by_stage["name"].map(longest_calls)
+        by_stage["energy"] = by_stage["seconds"] * power_watts / 3600
+        total_seconds = float(by_stage["seconds"].sum())
+        table_columns: tuple[Column, ...] = (
             Column("name", "stage"),
             Column("did", "did"),
             Column("seconds", "seconds", "seconds"),
             Column("energy", "energy, Wh (estimate)", "number"),
             Column("calls", "calls", "count"),
         )
-        heads = int((run.heads["fold"] != REFIT).sum())
-        blocks += [
+        n_heads = int((run.heads["fold"] != REFIT).sum())
+        cost_blocks += [
             Facts(
                 (
-                    ("time, all calls together", seconds_text(total)),
+                    ("time, all calls together", seconds_text(total_seconds)),
                     (
                         "heads trained",
                         (
-                            f"{heads:,}, "
+                            f"{n_heads:,}, "
                             f"{float(run.heads['seconds'].sum()) / max(len(run.heads), 1):.3g} s "
                             "each on average"
                         ),
                     ),
-                    ("energy (estimate)", energy_text(total * power / 3600)),
+                    ("energy (estimate)", energy_text(total_seconds * power_watts / 3600)),
                 )
             ),
             Table(
                 "stages",
                 "Stage by stage, all calls of this run together",
-                columns,
+                table_columns,
                 by_stage,
                 sortable=False,
             ),
-            Note(assumption),
+            Note(assumption_text),
         ]
-        every = stages[["ended", "name", "did", "seconds"]]
-        columns = (
+        call_frame = stages[["ended", "name", "did", "seconds"]]
+        table_columns = (
             Column("ended", "ended"),
             Column("name", "stage"),
             Column("did", "did"),
             Column("seconds", "seconds", "seconds"),
         )
-        blocks.append(Table("calls", "Every stage of every call", columns, every))
-    blocks.append(_bytes(run))
+        cost_blocks.append(Table("calls", "Every stage of every call", table_columns, call_frame))
+    cost_blocks.append(_bytes_table(run))
     return Section(
-        "cost", "Cost", "What this run has taken, and what it keeps on disk.", tuple(blocks)
+        "cost", "Cost", "What this run has taken, and what it keeps on disk.", tuple(cost_blocks)
     )
 
 
@@ -85,9 +87,9 @@ def seconds_text(seconds: float) -> str:
     """ "3 min 20 s"."""
     if seconds < 60:
         return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
+    minutes, rest_seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours:,} h {minutes} min" if hours else f"{minutes} min {rest} s"
+    return f"{hours:,} h {minutes} min" if hours else f"{minutes} min {rest_seconds} s"
 
 
 def energy_text(watt_hours: float) -> str:
@@ -95,48 +97,47 @@ def energy_text(watt_hours: float) -> str:
     return f"{watt_hours / 1000:.3g} kWh" if watt_hours >= 1000 else f"{watt_hours:.3g} Wh"
 
 
-def _power(run: FinishedRun, watts: float | None) -> tuple[float, str]:
+def _machine_power(run: FinishedRun, watts: float | None) -> tuple[float, str]:
     if watts is not None:
         return (
             watts,
             f"Energy is an estimate: wall time × the {watts:g} W that were given with --watts.",
         )
-    records = run.environments
-    latest = records.iloc[-1].to_dict() if not records.empty else {}
-    cores = int(latest.get("workers") or latest.get("cores") or os.cpu_count() or 1)
-    memory = float(latest.get("memory_bytes") or 0) / 1e9
-    gpu = (
-        not records.empty and (records["device"] != "cpu").any()
-    )  # a later call may have had nothing to extract
-    power = cores * WATTS_PER_CORE + gpu * WATTS_PER_GPU + memory * WATTS_PER_GB
-    parts = [f"{cores} busy core{'s' * (cores > 1)} at {WATTS_PER_CORE:g} W"]
-    parts += [f"a GPU at {WATTS_PER_GPU:g} W"] if gpu else []
-    parts += [f"{memory:.0f} GB of memory at {WATTS_PER_GB} W each"] if memory else []
-    return power, (
-        f"Energy is an estimate and was not measured: wall time × {power:.0f} W "
-        f"({', '.join(parts)}; the figures of Lannelongue, Grealey and Inouye 2021, "
+    machine_records = run.environments
+    latest_record = machine_records.iloc[-1].to_dict() if not machine_records.empty else {}
+    n_cores = int(latest_record.get("workers") or latest_record.get("cores") or os.cpu_count() or 1)
+    memory_gb = float(latest_record.get("memory_bytes") or 0) / 1e9
+    # a later call may have had nothing to extract
+    has_gpu = not machine_records.empty and (machine_records["device"] != "cpu").any()
+    power_watts = n_cores * WATTS_PER_CORE + has_gpu * WATTS_PER_GPU + memory_gb * WATTS_PER_GB
+    power_parts = [f"{n_cores} busy core{'s' * (n_cores > 1)} at {WATTS_PER_CORE:g} W"]
+    power_parts += [f"a GPU at {WATTS_PER_GPU:g} W"] if has_gpu else []
+    power_parts += [f"{memory_gb:.0f} GB of memory at {WATTS_PER_GB} W each"] if memory_gb else []
+    return power_watts, (
+        f"Energy is an estimate and was not measured: wall time × {power_watts:.0f} W "
+        f"({', '.join(power_parts)}; the figures of Lannelongue, Grealey and Inouye 2021, "
         "doi:10.1002/advs.202100707, for a processor that is not known), without cooling. If you "
         "know what your machine draws: headrace report RUN --watts 95."
     )
 
 
-def _bytes(run: FinishedRun) -> Table:
-    rows: list[dict[str, Any]] = []
-    for name in run.feature_specs:
+def _bytes_table(run: FinishedRun) -> Table:
+    size_rows: list[dict[str, Any]] = []
+    for feature_name in run.feature_specs:
         try:
-            views = run.open_features(name)
+            views = run.open_features(feature_name)
         except (HeadraceError, OSError):
             continue
-        shape = " × ".join(map(str, views[0].spec.shape))
-        rows.append(
+        shape_text = " × ".join(map(str, views[0].spec.shape))
+        size_rows.append(
             {
-                "what": f"features {name}",
-                "detail": f"{views[0].n_rows:,} rows of {shape} {views[0].spec.dtype}"
+                "what": f"features {feature_name}",
+                "detail": f"{views[0].n_rows:,} rows of {shape_text} {views[0].spec.dtype}"
                 + (f", {len(views)} views" if len(views) > 1 else ""),
                 "bytes": sum(view.stored_bytes for view in views),
             }
         )
-    for what, detail, path in (
+    for item_name, item_detail, item_path in (
         (
             "results of heads",
             "weights, held-out predictions and metrics of every head",
@@ -144,20 +145,22 @@ def _bytes(run: FinishedRun) -> Table:
         ),
         ("winner", "one head, ready to use", run.paths.winner),
     ):
-        rows.append({"what": what, "detail": detail, "bytes": _size(path)})
-    total = sum(int(row["bytes"]) for row in rows)
-    columns = (
+        size_rows.append(
+            {"what": item_name, "detail": item_detail, "bytes": _folder_bytes(item_path)}
+        )
+    total_bytes = sum(int(row["bytes"]) for row in size_rows)
+    table_columns = (
         Column("what", "what"),
         Column("detail", "detail"),
         Column("bytes", "bytes", "bytes"),
     )
     return Table(
         "bytes",
-        f"On disk: {bytes_text(total)} (other runs use the same features)",
-        columns,
-        pd.DataFrame(rows),
+        f"On disk: {bytes_text(total_bytes)} (other runs use the same features)",
+        table_columns,
+        pd.DataFrame(size_rows),
     )
 
 
-def _size(folder: Path) -> int:
+def _folder_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

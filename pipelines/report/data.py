@@ -20,7 +20,7 @@ LOPSIDED = 5
 _FIGURE_CLASSES = 30
 
 
-def data(run: FinishedRun) -> Section:
+def data_section(run: FinishedRun) -> Section:
     """The section."""
     rows = run.images
     blocks: list[Block] = []
@@ -46,9 +46,9 @@ def data(run: FinishedRun) -> Section:
                 )
             ),
         )
-    blocks += _left_out(run)
-    blocks += _failed(run)
-    blocks += _balance(run, None if isinstance(rows, str) else rows.dataset.test)
+    blocks += _left_out_blocks(run)
+    blocks += _failed_blocks(run)
+    blocks += _balance_blocks(run, None if isinstance(rows, str) else rows.dataset.test)
     return Section(
         "data",
         "Data",
@@ -57,7 +57,7 @@ def data(run: FinishedRun) -> Section:
     )
 
 
-def _left_out(run: FinishedRun) -> list[Block]:
+def _left_out_blocks(run: FinishedRun) -> list[Block]:
     """Where every entry of the source went, and why some are not used."""
     accounting = run.accounting
     if accounting is None:
@@ -82,7 +82,7 @@ def _left_out(run: FinishedRun) -> list[Block]:
     return blocks
 
 
-def _failed(run: FinishedRun) -> list[Block]:
+def _failed_blocks(run: FinishedRun) -> list[Block]:
     path = run.paths.failed_images
     frame = (
         pd.read_csv(read_table(path), dtype=str, keep_default_na=False)
@@ -101,10 +101,10 @@ def _failed(run: FinishedRun) -> list[Block]:
     ]
 
 
-def _balance(run: FinishedRun, test: Task | None) -> list[Block]:
+def _balance_blocks(run: FinishedRun, test: Task | None) -> list[Block]:
     if run.task_kind == "regression":
-        return _targets(run, test)
-    train = _counts(run.task_kind, run.bank.target, len(run.classes))
+        return _target_blocks(run, test)
+    train = _class_counts(run.task_kind, run.bank.target, len(run.classes))
     parts = {"training and validation": train.tolist()}
     frame = pd.DataFrame(
         {"class": list(run.classes), "train": train, "share": train / max(len(run.bank.target), 1)}
@@ -116,7 +116,7 @@ def _balance(run: FinishedRun, test: Task | None) -> list[Block]:
         Column("share", "share", "share"),
     ]
     if test is not None and len(test.ids):
-        counts = _counts(run.task_kind, test.target, len(run.classes))
+        counts = _class_counts(run.task_kind, test.target, len(run.classes))
         frame["test"] = counts
         parts["test"] = counts.tolist()
         columns.append(Column("test", "test", "count"))
@@ -137,7 +137,7 @@ def _balance(run: FinishedRun, test: Task | None) -> list[Block]:
         )
     if len(frame) > _FIGURE_CLASSES:
         return [*blocks, table]
-    svg = figures.bars(list(run.classes), parts, xlabel="images")
+    svg = figures.bar_chart(list(run.classes), parts, xlabel="images")
     sizes = ", ".join(f"{name} {count:,}" for name, count in zip(run.classes, train, strict=True))
     return [
         *blocks,
@@ -147,11 +147,11 @@ def _balance(run: FinishedRun, test: Task | None) -> list[Block]:
     ]
 
 
-def _counts(kind: str, target: npt.NDArray[Any], classes: int) -> npt.NDArray[np.int64]:
+def _class_counts(kind: str, target: npt.NDArray[Any], classes: int) -> npt.NDArray[np.int64]:
     return np.bincount(target, minlength=classes) if kind == "single" else (target > 0).sum(0)
 
 
-def _targets(run: FinishedRun, test: Task | None) -> list[Block]:
+def _target_blocks(run: FinishedRun, test: Task | None) -> list[Block]:
     rows = []
     sides = {
         "training and validation": run.bank.target,

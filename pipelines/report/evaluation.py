@@ -14,11 +14,11 @@ from headrace.pipelines.finished import FinishedRun
 from headrace.pipelines.recipe.settings_text import settings_text
 from headrace.pipelines.report.blocks import Block, Column, Note, Section, Table
 from headrace.pipelines.report.leaders import metric_title
-from headrace.pipelines.report.outcome import outcome
+from headrace.pipelines.report.outcome import outcome_blocks
 from headrace.pipelines.report.selected_model import SelectedModel, find_selected, test_predictions
 
 
-def test_split(run: FinishedRun) -> Section:
+def test_section(run: FinishedRun) -> Section:
     """The selected model's test score, every evaluation on record, and its confusions there."""
     selected = find_selected(run)
     evaluation = selected.test_evaluation
@@ -26,21 +26,22 @@ def test_split(run: FinishedRun) -> Section:
     if evaluation is None:
         text = (
             f"{selected.name.capitalize()} has not been shown a test split: set "
-            "task.test_fraction, "
-            "or a split column with test rows, and run again."
+            "task.test_fraction, or a split column with test rows, and run again."
         )
         return Section("test", "Test split", "", (Note(text), *([frame] if frame else ())))
     result = evaluation["result"]
     blocks: list[Block] = [_evaluation_count(run, evaluation, selected)]
     if frame is not None:
         blocks.append(frame)
-    blocks.append(_metrics(run, selected, result["metrics"]))
+    blocks.append(_metric_table(run, selected, result["metrics"]))
     made = test_predictions(run, selected)
     if isinstance(made, str):
         blocks.append(Note(f"No confusions of the test split: {made}."))
     else:
         _, target, predicted = made
-        blocks += outcome(run.task_kind, run.classes, target, predicted, "test", selected.name)
+        blocks += outcome_blocks(
+            run.task_kind, run.classes, target, predicted, "test", selected.name
+        )
     shown = (
         ""
         if selected.ensemble is None
@@ -53,7 +54,7 @@ def test_split(run: FinishedRun) -> Section:
     return Section("test", "Test split", lead, tuple(blocks))
 
 
-def _metrics(run: FinishedRun, selected: SelectedModel, test: Mapping[str, float]) -> Table:
+def _metric_table(run: FinishedRun, selected: SelectedModel, test: Mapping[str, float]) -> Table:
     """Every metric of the selected model: on validation rows and on the test images."""
     if selected.ensemble is None:
         own = run.heads[

@@ -19,69 +19,79 @@ from headrace.pipelines.report.leaders import metric_format, metric_title
 Found = Mapping[str, Any]
 
 
-def choice(run: FinishedRun) -> Section:
+def choice_section(run: FinishedRun) -> Section:
     """What the winner's score is worth once it is known to be the best of many, and who
     is as good.
     """
-    blocks = _blocks(
+    choice_blocks = _blocks_of_record(
         run.paths.selection,
         "`headrace run RECIPE` with this version measures it",
-        lambda found: _choice(run, found),
+        lambda selection_record: _choice_blocks(run, selection_record),
     )
-    lead = (
+    lead_text = (
         "The best of many looks better than it is. The correction and the comparisons resample the "
         "same validation images for all."
     )
-    return Section("choice", "How sure is the choice?", lead, blocks)
+    return Section("choice", "How sure is the choice?", lead_text, choice_blocks)
 
 
-def ensemble(run: FinishedRun) -> Section:
+def ensemble_section(run: FinishedRun) -> Section:
     """What averaging heads is worth, and which heads."""
-    how = (
+    remedy = (
         "put `ensemble: {}` into the recipe and `headrace run RECIPE` again; nothing is trained "
         "anew"
     )
-    blocks = _blocks(run.paths.ensemble / "ensemble.json", how, lambda found: _ensemble(run, found))
+    ensemble_blocks = _blocks_of_record(
+        run.paths.ensemble / "ensemble.json",
+        remedy,
+        lambda ensemble_record: _ensemble_blocks(run, ensemble_record),
+    )
     return Section(
         "ensemble",
         "Ensemble",
         "Heads averaged, scored on images that had no part in picking them.",
-        blocks,
+        ensemble_blocks,
     )
 
 
-def advice(run: FinishedRun) -> Section:
+def advice_section(run: FinishedRun) -> Section:
     """What would help most, the learning curve with its extrapolation, transfer scores."""
-    blocks = _blocks(
+    advice_blocks = _blocks_of_record(
         run.paths.advice,
         "`headrace advise RUN` measures it, in a minute or so",
-        lambda found: _advice(run, found),
+        lambda advice_record: _advice_blocks(run, advice_record),
     )
     return Section(
         "advice",
         "What would help most",
         "More images, training deeper, or neither: what the cached features say.",
-        blocks,
+        advice_blocks,
     )
 
 
 def expected_text(run: FinishedRun) -> tuple[str, str] | None:
     """The winner's expected score on new images with its interval, where it has been measured."""
-    found = read_json(run.paths.selection)
+    selection_record = read_json(run.paths.selection)
     try:
-        value, low, high = (
-            (number_text(float(found[name]), run.metric) for name in ("expected", "low", "high"))
-            if found
+        expected_value, lower_end, upper_end = (
+            (
+                number_text(float(selection_record[name]), run.metric)
+                for name in ("expected", "low", "high")
+            )
+            if selection_record
             else (None,) * 3
         )
     except (KeyError, TypeError, ValueError):
         return None
     return (
         (
-            value,
-            f"95 % interval {low} to {high}, corrected for being the best of {found['tried']:,}",
+            expected_value,
+            (
+                f"95 % interval {lower_end} to {upper_end}, corrected for being the best of "
+                f"{selection_record['tried']:,}"
+            ),
         )
-        if found and value
+        if selection_record and expected_value
         else None
     )
 
@@ -94,15 +104,17 @@ def read_json(path: Path, mended_by: str = RUN_AGAIN) -> Found | None:
         return None
 
 
-def _blocks(path: Path, how: str, make: Callable[[Found], list[Block]]) -> tuple[Block, ...]:
+def _blocks_of_record(
+    path: Path, remedy: str, make_blocks: Callable[[Found], list[Block]]
+) -> tuple[Block, ...]:
     try:
-        found = read_json(path, how)
+        stored_record = read_json(path, remedy)
     except RunDamaged as error:
         return (Note(f"Left out: {error}.", "warning"),)
-    if found is None:
-        return (Note(f"Not measured: {how}."),)
+    if stored_record is None:
+        return (Note(f"Not measured: {remedy}."),)
     try:
-        return tuple(make(found))
+        return tuple(make_blocks(stored_record))
     except RunDamaged as error:
         return (Note(f"Left out: {error}.", "warning"),)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
@@ -113,44 +125,55 @@ def _blocks(path: Path, how: str, make: Callable[[Found], list[Block]]) -> tuple
         )
 
 
-def _choice(run: FinishedRun, found: Found) -> list[Block]:
-    value, low, high, validation = (
-        number_text(found[name], run.metric) for name in ("expected", "low", "high", "validation")
+def _choice_blocks(run: FinishedRun, selection_record: Found) -> list[Block]:
+    expected_value, lower_end, upper_end, validation_score = (
+        number_text(selection_record[name], run.metric)
+        for name in ("expected", "low", "high", "validation")
     )
-    at_temperature = number_text(found.get("calibrated", found["validation"]), run.metric)
+    at_temperature = number_text(
+        selection_record.get("calibrated", selection_record["validation"]), run.metric
+    )
     facts = Facts(
         (
             (
                 f"expected {metric_title(run.metric)} on new images",
-                f"{value} (95 % interval {low} to {high})",
+                f"{expected_value} (95 % interval {lower_end} to {upper_end})",
             ),
             (
                 "as chosen",
                 (
-                    f"{validation}, the best of {found['tried']:,} settings on {found['images']:,} "
-                    "validation images"
+                    f"{validation_score}, the best of {selection_record['tried']:,} settings on "
+                    f"{selection_record['images']:,} validation images"
                 )
                 + (
-                    "" if at_temperature == validation else f"; {at_temperature} at its temperature"
+                    ""
+                    if at_temperature == validation_score
+                    else f"; {at_temperature} at its temperature"
                 ),
             ),
             (
                 "as good as the winner",
                 (
-                    f"{found['statistically_tied']:,} of {found['tried']:,} settings cannot "
-                    "be told apart from it (95 %)"
+                    f"{selection_record['statistically_tied']:,} of {selection_record['tried']:,} "
+                    "settings cannot be told apart from it (95 %)"
                 ),
             ),
         )
     )
-    path = run.paths.comparisons
-    if not path.exists():
+    comparisons_path = run.paths.comparisons
+    if not comparisons_path.exists():
         return [facts]
-    frame = pd.read_csv(read_table(path), dtype={"inputs": str, "kind": str, "settings": str})
-    names = list(run.feature_specs)
-    frame = frame.assign(inputs=[inputs_text(text.split(" + "), names) for text in frame["inputs"]])
-    frame["statistically_tied"] = frame["statistically_tied"].fillna(False).astype(bool)
-    columns = (
+    comparison_frame = pd.read_csv(
+        read_table(comparisons_path), dtype={"inputs": str, "kind": str, "settings": str}
+    )
+    input_names = list(run.feature_specs)
+    comparison_frame = comparison_frame.assign(
+        inputs=[inputs_text(text.split(" + "), input_names) for text in comparison_frame["inputs"]]
+    )
+    comparison_frame["statistically_tied"] = (
+        comparison_frame["statistically_tied"].fillna(False).astype(bool)
+    )
+    table_columns = (
         Column("rank", "rank", "count"),
         Column("inputs", "inputs"),
         Column("kind", "kind"),
@@ -171,55 +194,57 @@ def _choice(run: FinishedRun, found: Found) -> list[Block]:
         ),
         Column("statistically_tied", "tied", "yes", "whether it may be the truly best one (95 %)"),
     )
-    there = tuple(column for column in columns if column.name in frame.columns)
+    present_columns = tuple(
+        column for column in table_columns if column.name in comparison_frame.columns
+    )
     return [
         facts,
         Table(
             "comparisons",
             "Every setting against the winner",
-            there,
-            frame,
+            present_columns,
+            comparison_frame,
             filters=("statistically_tied", "kind"),
             search=True,
         ),
     ]
 
 
-def _ensemble(run: FinishedRun, found: Found) -> list[Block]:
-    nested, metric = found["nested"], found["nested"]["metric"]
-    value, low, high, single = (
-        number_text(nested[name], metric) for name in ("value", "low", "high", "single")
+def _ensemble_blocks(run: FinishedRun, ensemble_record: Found) -> list[Block]:
+    nested_result, metric = ensemble_record["nested"], ensemble_record["nested"]["metric"]
+    ensemble_score, lower_end, upper_end, single_score = (
+        number_text(nested_result[name], metric) for name in ("value", "low", "high", "single")
     )
-    level = level_text(nested["level"])
-    selected = (
+    level_label = level_text(nested_result["level"])
+    selected_text = (
         (
-            f"It is the selected model: the {level} interval of its gain over a single head "
+            f"It is the selected model: the {level_label} interval of its gain over a single head "
             "lies above 0."
         )
-        if nested["chosen"]
+        if nested_result["chosen"]
         else (
-            f"The {level} interval of its gain over a single head reaches 0: the winner stays the "
-            "selected."
+            f"The {level_label} interval of its gain over a single head reaches 0: the winner "
+            "stays the selected."
         )
     )
-    gain = (
-        f"{nested['gain']:+.4f} ({level} interval {nested['gain_low']:+.4f} to "
-        f"{nested['gain_high']:+.4f})"
+    gain_text = (
+        f"{nested_result['gain']:+.4f} ({level_label} interval {nested_result['gain_low']:+.4f} to "
+        f"{nested_result['gain_high']:+.4f})"
     )
-    names = list(run.feature_specs)
-    frame = pd.DataFrame(
+    input_names = list(run.feature_specs)
+    member_frame = pd.DataFrame(
         [
             {
                 "weight": member["weight"],
                 "rank": member["rank"],
-                "inputs": inputs_text(member["inputs"], names),
+                "inputs": inputs_text(member["inputs"], input_names),
                 "kind": member["kind"],
                 "settings": member["settings"],
             }
-            for member in found["members"]
+            for member in ensemble_record["members"]
         ]
     )
-    columns = (
+    table_columns = (
         Column("weight", "weight", "share"),
         Column("rank", "rank", "count"),
         Column("inputs", "inputs"),
@@ -229,30 +254,33 @@ def _ensemble(run: FinishedRun, found: Found) -> list[Block]:
     return [
         Facts(
             (
-                (f"validation {metric_title(metric)}", f"{value} (95 % interval {low} to {high})"),
-                ("the best single head, picked on other images too", single),
-                ("better by", gain),
-                ("temperature", f"{found['temperature']:.3f}"),
+                (
+                    f"validation {metric_title(metric)}",
+                    f"{ensemble_score} (95 % interval {lower_end} to {upper_end})",
+                ),
+                ("the best single head, picked on other images too", single_score),
+                ("better by", gain_text),
+                ("temperature", f"{ensemble_record['temperature']:.3f}"),
             )
         ),
-        Note(selected, "good" if nested["chosen"] else "note"),
-        Table("ensemble", "Its heads", columns, frame, sortable=False, wide=True),
+        Note(selected_text, "good" if nested_result["chosen"] else "note"),
+        Table("ensemble", "Its heads", table_columns, member_frame, sortable=False, wide=True),
     ]
 
 
-def _advice(run: FinishedRun, found: Found) -> list[Block]:
-    blocks: list[Block] = [
-        Note(str(found["sentence"]), "good"),
-        *(Note(str(reason)) for reason in found["reasons"]),
+def _advice_blocks(run: FinishedRun, advice_record: Found) -> list[Block]:
+    advice_blocks: list[Block] = [
+        Note(str(advice_record["sentence"]), "good"),
+        *(Note(str(reason)) for reason in advice_record["reasons"]),
     ]
-    evidence = found.get("evidence")
+    evidence = advice_record.get("evidence")
     if not evidence:
-        return blocks
+        return advice_blocks
     if evidence["curve"].get("images"):
-        blocks.append(_curve(evidence))
+        advice_blocks.append(_curve_figure(evidence))
     if evidence["scores"]:
-        frame = pd.DataFrame(evidence["scores"])
-        titles = {
+        score_frame = pd.DataFrame(evidence["scores"])
+        score_titles = {
             "name": ("feature set", "text", ""),
             "width": ("features", "count", ""),
             "logme": (
@@ -277,68 +305,75 @@ def _advice(run: FinishedRun, found: Found) -> list[Block]:
             ),
             "bayes_high": ("to", "share", ""),
         }
-        columns = tuple(
-            Column(name, *about)  # type: ignore[arg-type]
-            for name, about in titles.items()
-            if name in frame.columns
+        table_columns = tuple(
+            Column(score_name, *column_fields)  # type: ignore[arg-type]
+            for score_name, column_fields in score_titles.items()
+            if score_name in score_frame.columns
         )
-        blocks.append(
+        advice_blocks.append(
             Table(
                 "transfer-scores",
                 "Transfer scores: how well features suit the task, without a head",
-                columns,
-                frame,
+                table_columns,
+                score_frame,
             )
         )
-    return blocks
+    return advice_blocks
 
 
-def _curve(evidence: Found) -> Figure:
-    images, errors = (
+def _curve_figure(evidence: Found) -> Figure:
+    image_counts, errors = (
         list(map(float, evidence["curve"]["images"])),
         list(map(float, evidence["curve"]["error"])),
     )
-    last, error = images[-1], errors[-1]
-    ahead = [
-        (last * int(times), *(float(left[name]) for name in ("value", "low", "high")))
-        for times, left in evidence["ahead"].items()
+    last_count, last_error = image_counts[-1], errors[-1]
+    extrapolated_points = [
+        (
+            last_count * int(times),
+            *(float(extrapolation[name]) for name in ("value", "low", "high")),
+        )
+        for times, extrapolation in evidence["ahead"].items()
     ]
-    points = [(last, error, error, error), *sorted(ahead)]
-    more = [point[0] for point in points]
-    scale = 100
-    lines = {
-        "measured": (images, [scale * value for value in errors]),
-        "extrapolated": (more, [scale * point[1] for point in points]),
+    dashed_points = [(last_count, last_error, last_error, last_error), *sorted(extrapolated_points)]
+    dashed_counts = [point[0] for point in dashed_points]
+    to_points = 100
+    points_by_series = {
+        "measured": (image_counts, [to_points * value for value in errors]),
+        "extrapolated": (dashed_counts, [to_points * point[1] for point in dashed_points]),
     }
-    band = {
+    band_by_series = {
         "extrapolated": (
-            [scale * point[2] for point in points],
-            [scale * point[3] for point in points],
+            [to_points * point[2] for point in dashed_points],
+            [to_points * point[3] for point in dashed_points],
         )
     }
-    svg = figures.curves(
-        lines, band, dashed=("extrapolated",), xlabel="images trained on", ylabel="error (points)"
+    svg_text = figures.line_chart(
+        points_by_series,
+        band_by_series,
+        dashed=("extrapolated",),
+        xlabel="images trained on",
+        ylabel="error (points)",
     )
-    frame = pd.DataFrame(
+    curve_frame = pd.DataFrame(
         {
-            "images": images + more[1:],
-            "error": errors + [point[1] for point in points[1:]],
-            "low": [None] * len(images) + [point[2] for point in points[1:]],
-            "high": [None] * len(images) + [point[3] for point in points[1:]],
+            "images": image_counts + dashed_counts[1:],
+            "error": errors + [point[1] for point in dashed_points[1:]],
+            "low": [None] * len(image_counts) + [point[2] for point in dashed_points[1:]],
+            "high": [None] * len(image_counts) + [point[3] for point in dashed_points[1:]],
         }
     )
-    columns = (
+    table_columns = (
         Column("images", "images trained on", "count"),
         Column("error", "error", metric_format("accuracy")),
         Column("low", "95 % from", metric_format("accuracy"), "of the extrapolated part"),
         Column("high", "to", metric_format("accuracy")),
     )
     return Figure(
-        svg,
+        svg_text,
         "Learning curve: the error of the best head against the images trained on, from "
-        f"{images[0]:,.0f} to {last:,.0f} images measured, and beyond that extrapolated; the "
-        "numbers are in the table below.",
+        f"{image_counts[0]:,.0f} to {last_count:,.0f} images measured, and beyond that "
+        "extrapolated; the numbers are in the table below.",
         "Learning curve of the best head at each size; dashed: a power law's extrapolation with "
         "its 95 % interval.",
-        Table("learning-curve", "Learning curve", columns, frame, sortable=False),
+        Table("learning-curve", "Learning curve", table_columns, curve_frame, sortable=False),
     )

@@ -17,7 +17,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from headrace.pipelines.report.blocks import plain
+from headrace.pipelines.report.blocks import plain_text
 
 WIDTH = 360  # CSS pixels
 # Colours that stand in the drawing for the page's variables. Series are Okabe and Ito's, which
@@ -55,15 +55,15 @@ _STYLE: dict[Any, Any] = {
 }
 
 
-def series(number: int) -> str:
+def series_color(series_index: int) -> str:
     """The colour of a series, from 0 on."""
-    return _SERIES[number % len(_SERIES)]
+    return _SERIES[series_index % len(_SERIES)]
 
 
-def dots(
+def dot_chart(
     labels: Sequence[str],
-    values: Mapping[str, Sequence[float]],
-    errors: Mapping[str, Sequence[float]],
+    values_by_series: Mapping[str, Sequence[float]],
+    errors_by_series: Mapping[str, Sequence[float]],
     *,
     xlabel: str,
 ) -> str:
@@ -71,152 +71,188 @@ def dots(
     has none.
     """
     with rc_context(_STYLE):
-        figure, axes = _axes(0.21 * len(labels) + 0.85 + 0.16 * ((len(values) + 2) // 3))
-        rows = np.arange(len(labels))
-        for number, (name, points) in enumerate(values.items()):
-            shift = (number - (len(values) - 1) / 2) * min(0.22, 0.6 / max(len(values), 1))
+        figure, axes = _make_axes(
+            0.21 * len(labels) + 0.85 + 0.16 * ((len(values_by_series) + 2) // 3)
+        )
+        label_positions = np.arange(len(labels))
+        for series_index, (series_name, series_values) in enumerate(values_by_series.items()):
+            shift = (series_index - (len(values_by_series) - 1) / 2) * min(
+                0.22, 0.6 / max(len(values_by_series), 1)
+            )
             axes.errorbar(
-                np.asarray(points, float),
-                rows + shift,
-                xerr=np.nan_to_num(np.asarray(errors[name], float)),
-                fmt=MARKS[number % len(MARKS)],
-                color=series(number),
+                np.asarray(series_values, float),
+                label_positions + shift,
+                xerr=np.nan_to_num(np.asarray(errors_by_series[series_name], float)),
+                fmt=MARKS[series_index % len(MARKS)],
+                color=series_color(series_index),
                 markersize=4.5,
                 elinewidth=1,
-                label=name,
+                label=series_name,
             )
-        axes.set_yticks(rows, [shorten(label) for label in labels])
+        axes.set_yticks(label_positions, [shorten_text(label) for label in labels])
         axes.set_ylim(len(labels) - 0.5, -0.5)
         axes.set_xlabel(xlabel)
         axes.grid(axis="y", visible=False)
         axes.tick_params(length=0)
-        if len(values) > 1:
+        if len(values_by_series) > 1:
             figure.legend(loc="outside upper left", ncols=3, handletextpad=0.2, columnspacing=1)
-        return _svg(figure)
+        return _svg_text(figure)
 
 
-def bars(labels: Sequence[str], parts: Mapping[str, Sequence[float]], *, xlabel: str) -> str:
+def bar_chart(
+    labels: Sequence[str], lengths_by_part: Mapping[str, Sequence[float]], *, xlabel: str
+) -> str:
     """One bar per label, made of the parts."""
     with rc_context(_STYLE):
-        figure, axes = _axes(0.2 * len(labels) + 0.9)
-        left = np.zeros(len(labels))
-        for number, (name, lengths) in enumerate(parts.items()):
+        figure, axes = _make_axes(0.2 * len(labels) + 0.9)
+        bar_starts = np.zeros(len(labels))
+        for series_index, (part_name, bar_lengths) in enumerate(lengths_by_part.items()):
             axes.barh(
                 np.arange(len(labels)),
-                lengths,
-                left=left,
+                bar_lengths,
+                left=bar_starts,
                 height=0.7,
-                color=series(number),
-                label=name,
+                color=series_color(series_index),
+                label=part_name,
             )
-            left = left + np.asarray(lengths, float)
-        axes.set_yticks(np.arange(len(labels)), [shorten(label) for label in labels])
+            bar_starts = bar_starts + np.asarray(bar_lengths, float)
+        axes.set_yticks(np.arange(len(labels)), [shorten_text(label) for label in labels])
         axes.set_ylim(len(labels) - 0.5, -0.5)
         axes.set_xlabel(xlabel)
         axes.grid(axis="y", visible=False)
         axes.tick_params(length=0)
-        if len(parts) > 1:
+        if len(lengths_by_part) > 1:
             figure.legend(loc="outside upper left", ncols=3, columnspacing=1)
-        return _svg(figure)
+        return _svg_text(figure)
 
 
-def reliability(
+def reliability_chart(
     confidence: npt.NDArray[np.float64],
-    correct: npt.NDArray[np.float64],
-    rows: npt.NDArray[np.int64],
-    unit: str,
-    who: str,
+    share_right: npt.NDArray[np.float64],
+    bin_counts: npt.NDArray[np.int64],
+    count_label: str,
+    series_name: str,
 ) -> str:
     """Share of right predictions against confidence, bin by bin, over the counts of the bins."""
     with rc_context(_STYLE):
         figure = Figure(figsize=(WIDTH / 72, 4.4), layout="constrained")
-        axes, counts = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
+        axes, count_axes = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
         axes.plot([0, 1], [0, 1], color=_MUTED, linestyle=(0, (4, 3)), linewidth=1, label="perfect")
         axes.plot(
-            confidence, correct, marker="o", color=series(0), linewidth=1.5, markersize=5, label=who
+            confidence,
+            share_right,
+            marker="o",
+            color=series_color(0),
+            linewidth=1.5,
+            markersize=5,
+            label=series_name,
         )
         axes.set(xlim=(0, 1), ylim=(0, 1), ylabel="share right")
         axes.legend(loc="upper left")
-        counts.bar(confidence, rows, width=0.045, color=series(0))
-        counts.set(xlabel="predicted probability", ylabel=unit, ylim=(0, None))
-        for part in (axes, counts):
-            part.tick_params(length=0)
-        return _svg(figure)
+        count_axes.bar(confidence, bin_counts, width=0.045, color=series_color(0))
+        count_axes.set(xlabel="predicted probability", ylabel=count_label, ylim=(0, None))
+        for sub_axes in (axes, count_axes):
+            sub_axes.tick_params(length=0)
+        return _svg_text(figure)
 
 
-def heat(shares: npt.NDArray[np.float64], *, xlabel: str, ylabel: str) -> str:
+def heat_map(shares: npt.NDArray[np.float64], *, xlabel: str, ylabel: str) -> str:
     """A matrix too large for a table: shares from 0 to 1 as colours."""
     with rc_context(_STYLE | {"axes.grid": False}):
-        figure, axes = _axes(4.2)
-        shown = axes.imshow(shares, cmap="cividis", vmin=0, vmax=1, interpolation="nearest")
-        figure.colorbar(shown, ax=axes, shrink=0.7, label="share of the row")
+        figure, axes = _make_axes(4.2)
+        color_image = axes.imshow(shares, cmap="cividis", vmin=0, vmax=1, interpolation="nearest")
+        figure.colorbar(color_image, ax=axes, shrink=0.7, label="share of the row")
         axes.set(xlabel=xlabel, ylabel=ylabel)
-        return _svg(figure)
+        return _svg_text(figure)
 
 
-def scatter(
-    truth: npt.NDArray[np.float64], predicted: npt.NDArray[np.float64], *, xlabel: str, ylabel: str
+def scatter_chart(
+    true_values: npt.NDArray[np.float64],
+    predicted_values: npt.NDArray[np.float64],
+    *,
+    xlabel: str,
+    ylabel: str,
 ) -> str:
     """Predicted against true values; beyond a few thousand points, how many fall in each cell."""
     with rc_context(_STYLE):
-        figure, axes = _axes(4.0)
-        low, high = (
-            float(min(truth.min(), predicted.min())),
-            float(max(truth.max(), predicted.max())),
+        figure, axes = _make_axes(4.0)
+        lowest, highest = (
+            float(min(true_values.min(), predicted_values.min())),
+            float(max(true_values.max(), predicted_values.max())),
         )
-        if len(truth) > 3000:
+        if len(true_values) > 3000:
             axes.hexbin(
-                truth, predicted, gridsize=40, bins="log", mincnt=1, cmap="cividis", rasterized=True
+                true_values,
+                predicted_values,
+                gridsize=40,
+                bins="log",
+                mincnt=1,
+                cmap="cividis",
+                rasterized=True,
             )
         else:
             axes.plot(
-                truth,
-                predicted,
+                true_values,
+                predicted_values,
                 "o",
-                color=series(0),
+                color=series_color(0),
                 markersize=2.5,
                 alpha=0.5,
                 markeredgewidth=0,
-                rasterized=len(truth) > 500,
+                rasterized=len(true_values) > 500,
             )
-        axes.plot([low, high], [low, high], color=_MUTED, linestyle=(0, (4, 3)), linewidth=1)
+        axes.plot(
+            [lowest, highest], [lowest, highest], color=_MUTED, linestyle=(0, (4, 3)), linewidth=1
+        )
         axes.set(xlabel=xlabel, ylabel=ylabel)
         axes.tick_params(length=0)
-        return _svg(figure)
+        return _svg_text(figure)
 
 
-def curves(
-    lines: Mapping[str, tuple[Sequence[float], Sequence[float]]],
-    bands: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+def line_chart(
+    points_by_series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    band_by_series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
     *,
     dashed: Sequence[str] = (),
     xlabel: str,
     ylabel: str,
-    log: bool = True,
+    log_x: bool = True,
 ) -> str:
     """Lines over x, each with a band (low, high) where one is given; the `dashed` ones are
     extrapolated.
     """
     with rc_context(_STYLE):
-        figure, axes = _axes(3.4)
-        for number, (name, (x, y)) in enumerate(lines.items()):
-            style = (0, (4, 3)) if name in dashed else "-"
-            mark = "" if name in dashed else MARKS[number % len(MARKS)]
+        figure, axes = _make_axes(3.4)
+        for series_index, (series_name, (x, y)) in enumerate(points_by_series.items()):
+            line_style = (0, (4, 3)) if series_name in dashed else "-"
+            marker = "" if series_name in dashed else MARKS[series_index % len(MARKS)]
             axes.plot(
-                x, y, linestyle=style, marker=mark, color=series(number), markersize=4, label=name
+                x,
+                y,
+                linestyle=line_style,
+                marker=marker,
+                color=series_color(series_index),
+                markersize=4,
+                label=series_name,
             )
-            if name in bands:
-                axes.fill_between(x, *bands[name], color=series(number), alpha=0.15, linewidth=0)
-        if log:
+            if series_name in band_by_series:
+                axes.fill_between(
+                    x,
+                    *band_by_series[series_name],
+                    color=series_color(series_index),
+                    alpha=0.15,
+                    linewidth=0,
+                )
+        if log_x:
             axes.set_xscale("log")
         axes.set(xlabel=xlabel, ylabel=ylabel)
         axes.tick_params(length=0, which="both")
-        if len(lines) > 1:
+        if len(points_by_series) > 1:
             figure.legend(loc="outside upper left", ncols=2, columnspacing=1)
-        return _svg(figure)
+        return _svg_text(figure)
 
 
-def shorten(text: str, length: int = 26) -> str:
+def shorten_text(text: str, length: int = 26) -> str:
     """The text with its middle left out where it is longer than `length`."""
     return (
         text
@@ -225,50 +261,50 @@ def shorten(text: str, length: int = 26) -> str:
     )
 
 
-def _axes(inches: float) -> tuple[Figure, Axes]:
+def _make_axes(height_inches: float) -> tuple[Figure, Axes]:
     # 72 points of matplotlib's to the inch are the pixels of the viewBox.
-    figure = Figure(figsize=(WIDTH / 72, min(inches * 1.05, 30)), layout="constrained")
+    figure = Figure(figsize=(WIDTH / 72, min(height_inches * 1.05, 30)), layout="constrained")
     return figure, figure.subplots()
 
 
-def _svg(figure: Figure) -> str:
+def _svg_text(figure: Figure) -> str:
     """The figure as an `<svg>` element for a page: no ids that another figure has, no fixed size,
     the page's colours.
     """
-    stored = io.StringIO()
+    svg_file = io.StringIO()
     with warnings.catch_warnings():
         # The letters are the browser's own: matplotlib's font measures them, and need not have them
         # all.
         warnings.filterwarnings("ignore", message=r"Glyph .* missing from")
         figure.savefig(
-            stored,
+            svg_file,
             format="svg",
             transparent=True,
             metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
         )
-    text = plain(stored.getvalue())
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
-    text = re.sub(
+    svg_text = plain_text(svg_file.getvalue())
+    svg_text = svg_text[svg_text.index("<svg") :]
+    svg_text = re.sub(r"<metadata>.*?</metadata>", "", svg_text, flags=re.S)
+    svg_text = re.sub(
         r'(<svg[^>]*?) width="[^"]*"',
         r"\1",
-        re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1),
+        re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg_text, count=1),
         count=1,
     )
-    text = _own_ids(text)
+    svg_text = _unique_ids(svg_text)
     for colour, variable in _VARIABLES.items():
-        text = text.replace(colour, variable)
-    text = re.sub(r"font: ([\d.]+px) [^;\"]+", r"font: \1 system-ui, sans-serif", text)
-    return text.replace("<svg ", '<svg aria-hidden="true" focusable="false" ', 1)
+        svg_text = svg_text.replace(colour, variable)
+    svg_text = re.sub(r"font: ([\d.]+px) [^;\"]+", r"font: \1 system-ui, sans-serif", svg_text)
+    return svg_text.replace("<svg ", '<svg aria-hidden="true" focusable="false" ', 1)
 
 
-def _own_ids(text: str) -> str:
+def _unique_ids(svg_text: str) -> str:
     """Only ids that something refers to stay, and they are unlike those of every other figure."""
-    prefix = f"f{hashlib.sha256(text.encode()).hexdigest()[:8]}-"
-    used = set(re.findall(r'(?:xlink:href="#|url\(#)([^")]+)', text))
-    text = re.sub(
+    id_prefix = f"f{hashlib.sha256(svg_text.encode()).hexdigest()[:8]}-"
+    used_ids = set(re.findall(r'(?:xlink:href="#|url\(#)([^")]+)', svg_text))
+    svg_text = re.sub(
         r' id="([^"]+)"',
-        lambda found: f' id="{prefix}{found[1]}"' if found[1] in used else "",
-        text,
+        lambda id_match: f' id="{id_prefix}{id_match[1]}"' if id_match[1] in used_ids else "",
+        svg_text,
     )
-    return re.sub(r'(xlink:href="#|url\(#)', rf"\1{prefix}", text)
+    return re.sub(r'(xlink:href="#|url\(#)', rf"\1{id_prefix}", svg_text)

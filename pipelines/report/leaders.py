@@ -25,9 +25,9 @@ def metric_title(metric: str) -> str:
     return known.get(metric, metric.replace("_", " "))
 
 
-def leaderboard(run: FinishedRun) -> Section:
+def leaderboard_section(run: FinishedRun) -> Section:
     """Every setting, with all its metrics; sorted, filtered and searched on the page."""
-    frame, others = _board(run)
+    frame, others = _shown_board(run)
     metric = run.metric
     better = "higher" if METRICS[metric].higher_is_better else "lower"
     columns = (
@@ -78,16 +78,16 @@ def leaderboard(run: FinishedRun) -> Section:
     return Section("leaderboard", "Leaderboard", lead, (table, *_failed_note(run)))
 
 
-def taps(run: FinishedRun) -> Section:
+def taps_section(run: FinishedRun) -> Section:
     """The best head of each kind on each input."""
     metric = run.metric
-    board, _ = _board(run)
+    board, _ = _shown_board(run)
     best = board[board["best"]]
     # As the recipe lists them, which is from the first layers to the last: the figure reads as a
     # walk through the network.
     order = [
         name
-        for name in dict.fromkeys(_shown(run, run.heads["inputs"]))
+        for name in dict.fromkeys(_shown_inputs(run, run.heads["inputs"]))
         if name in set(best["inputs"])
     ]
     kinds = list(dict.fromkeys(best["kind"]))
@@ -95,7 +95,7 @@ def taps(run: FinishedRun) -> Section:
     errors = best.pivot(index="inputs", columns="kind", values="standard_error").reindex(order)
     shown = order[:_FIGURE_INPUTS]
     scale = 100 if metric in SHARES else 1
-    svg = figures.dots(
+    svg = figures.dot_chart(
         shown,
         {kind: (values.loc[shown, kind] * scale).tolist() for kind in kinds},
         {kind: (errors.loc[shown, kind] * scale).tolist() for kind in kinds},
@@ -158,7 +158,7 @@ def _by_backbone(run: FinishedRun, best: pd.DataFrame) -> tuple[Block, ...]:
     return (Table("backbones", "The best head of each backbone", columns, first),)
 
 
-def _board(run: FinishedRun) -> tuple[pd.DataFrame, list[str]]:
+def _shown_board(run: FinishedRun) -> tuple[pd.DataFrame, list[str]]:
     """The leaderboard with the means of the other metrics, and their names; `best` marks the first
     of each inputs and kind.
     """
@@ -167,10 +167,10 @@ def _board(run: FinishedRun) -> tuple[pd.DataFrame, list[str]]:
     means = folds.groupby(["inputs", "spec"], sort=False)[names].mean().reset_index()
     board = run.board.merge(means, on=["inputs", "spec"], how="left", suffixes=("", "_mean"))
     board["best"] = ~board.duplicated(["inputs", "kind"])
-    return board.assign(inputs=_shown(run, board["inputs"])), names
+    return board.assign(inputs=_shown_inputs(run, board["inputs"])), names
 
 
-def _shown(run: FinishedRun, inputs: pd.Series) -> list[str]:
+def _shown_inputs(run: FinishedRun, inputs: pd.Series) -> list[str]:
     names = list(run.feature_specs)
     said = {text: inputs_text(text, names) for text in inputs.unique()}
     return [said[text] for text in inputs]

@@ -23,39 +23,47 @@ from headrace.pipelines.selection.signatures import signatures
 SHOWN = 18
 
 
-def leakage(run: FinishedRun, thumbnails: Thumbnails) -> Section:
+def leakage_section(run: FinishedRun, thumbnails: Thumbnails) -> Section:
     """The section: how many pairs stand on two sides, the likest as pictures, all of them as a
     table.
     """
-    title = "Near-duplicates across splits"
+    section_title = "Near-duplicates across splits"
     if isinstance(run.images, str):
-        return Section("leakage", title, "", (Note(f"Not looked for: {run.images}."),))
+        return Section("leakage", section_title, "", (Note(f"Not looked for: {run.images}."),))
     train, test = run.images.dataset.train, run.images.dataset.test
-    content = np.concatenate([train.content, test.content]).astype(str)
-    ids = np.concatenate([train.ids, test.ids])
-    side = sides(train, test)
-    _, first = np.unique(content, return_index=True)  # exact copies are on one side already
-    first = np.sort(first)
-    content, ids, side = content[first], ids[first], side[first]
-    pairs, remarks = _pairs(run, content, side)
-    lead = (
+    content_hashes = np.concatenate([train.content, test.content]).astype(str)
+    image_ids = np.concatenate([train.ids, test.ids])
+    split_side = sides(train, test)
+    # exact copies are on one side already
+    _, first_rows = np.unique(content_hashes, return_index=True)
+    first_rows = np.sort(first_rows)
+    content_hashes, image_ids, split_side = (
+        content_hashes[first_rows],
+        image_ids[first_rows],
+        split_side[first_rows],
+    )
+    pair_frame, remarks = _near_duplicates(run, content_hashes, split_side)
+    lead_text = (
         "An image that is nearly the same in training and in test is recognised, not understood, "
         "and flatters every score. Compared are small grey copies of all images, and their "
         "features; sides are the test split and the validation folds."
     )
-    if pairs.empty:
+    if pair_frame.empty:
         return Section(
             "leakage",
-            title,
-            lead,
+            section_title,
+            lead_text,
             (Note("No two images on different sides are nearly the same.", "good"), *remarks),
         )
-    for end in ("first", "second"):
-        pairs[f"{end}_id"], pairs[f"{end}_side"] = ids[pairs[end]], side[pairs[end]]
-    ends = pairs["first"].to_numpy(np.int64), pairs["second"].to_numpy(np.int64)
-    leaked = leaked_images(*ends, side)
-    text = f"{near_duplicates_text(*ends, side)}."
-    table = Table(
+    for pair_end in ("first", "second"):
+        pair_frame[f"{pair_end}_id"], pair_frame[f"{pair_end}_side"] = (
+            image_ids[pair_frame[pair_end]],
+            split_side[pair_frame[pair_end]],
+        )
+    pair_rows = pair_frame["first"].to_numpy(np.int64), pair_frame["second"].to_numpy(np.int64)
+    leaked_rows = leaked_images(*pair_rows, split_side)
+    warning_text = f"{near_duplicates_text(*pair_rows, split_side)}."
+    pair_table = Table(
         "near-duplicates",
         "Every pair, the likest first",
         (
@@ -66,122 +74,160 @@ def leakage(run: FinishedRun, thumbnails: Thumbnails) -> Section:
             Column("pixels", "pixels", "number", "likeness of the small grey copies; 1 is equal"),
             Column("features", "features", "number", "likeness of the features; 1 is equal"),
         ),
-        pairs.drop(columns=["first", "second"]),
+        pair_frame.drop(columns=["first", "second"]),
         filters=("first_side", "second_side"),
         search=True,
     )
-    gallery = Gallery(
+    pair_gallery = Gallery(
         "The likest pairs",
-        tuple(_picture(pair, content, thumbnails) for pair in pairs.head(SHOWN).to_dict("records")),
+        tuple(
+            _pair_picture(pair, content_hashes, thumbnails)
+            for pair in pair_frame.head(SHOWN).to_dict("records")
+        ),
     )
     return Section(
         "leakage",
-        title,
-        lead,
-        (Note(text, "warning" if len(leaked) else "note"), gallery, table, *remarks),
+        section_title,
+        lead_text,
+        (
+            Note(warning_text, "warning" if len(leaked_rows) else "note"),
+            pair_gallery,
+            pair_table,
+            *remarks,
+        ),
     )
 
 
-def _pairs(
-    run: FinishedRun, content: npt.NDArray[np.str_], side: npt.NDArray[np.str_]
+def _near_duplicates(
+    run: FinishedRun, content_hashes: npt.NDArray[np.str_], split_side: npt.NDArray[np.str_]
 ) -> tuple[pd.DataFrame, list[Block]]:
     """first, second (positions), pixels, features (likeness, nan where not known); and what could
     not be compared.
     """
     remarks: list[Block] = []
-    found: list[tuple[str, LikePairs, npt.NDArray[np.int64]]] = []
-    vectors: dict[str, tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]] = {}
+    pair_lists: list[tuple[str, LikePairs, npt.NDArray[np.int64]]] = []
+    vectors_by_name: dict[str, tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]] = {}
     assert not isinstance(run.images, str)
-    grey, there = signatures(
+    grey_copies, available_rows = signatures(
         run.images.image_paths,
-        content.tolist(),
+        content_hashes.tolist(),
         run.paths.signatures,
         run.recipe.images.pixel_range,
     )
-    if len(there) < len(content):
+    if len(available_rows) < len(content_hashes):
         remarks.append(
             Note(
-                f"{len(content) - len(there):,} images are not where they were: of them only the "
-                "features were compared."
+                f"{len(content_hashes) - len(available_rows):,} images are not where they were: of "
+                "them only the features were compared."
             )
         )
-    light = grey.astype(np.float32)
-    vectors["pixels"] = light - light.mean(1, keepdims=True), np.asarray(there, np.int64)
+    light_values = grey_copies.astype(np.float32)
+    vectors_by_name["pixels"] = (
+        light_values - light_values.mean(1, keepdims=True),
+        np.asarray(available_rows, np.int64),
+    )
     try:
-        features = _features(run)
-        where = np.flatnonzero((rows := features.locate(content.tolist())) >= 0)
-        if len(where) < len(content):
-            text = (
-                f"{len(content) - len(where):,} images have no features in {features.path} any "
-                f"more: {RUN_AGAIN}."
+        features = _deepest_features(run)
+        feature_rows = np.flatnonzero(
+            (stored_rows := features.locate(content_hashes.tolist())) >= 0
+        )
+        if len(feature_rows) < len(content_hashes):
+            remark_text = (
+                f"{len(content_hashes) - len(feature_rows):,} images have no features in "
+                f"{features.path} any more: {RUN_AGAIN}."
             )
-            remarks.append(Note(text, "warning"))
-        if len(where):
-            X = features.read(rows[where], np.float32)
-            vectors["features"] = X.reshape(len(X), X.shape[1], -1).mean(2), where
+            remarks.append(Note(remark_text, "warning"))
+        if len(feature_rows):
+            X = features.read(stored_rows[feature_rows], np.float32)
+            vectors_by_name["features"] = X.reshape(len(X), X.shape[1], -1).mean(2), feature_rows
     except (HeadraceError, OSError) as error:
         remarks.append(Note(f"Features were not compared: {error}"))
-    for name, alike in (("pixels", PIXELS_ALIKE), ("features", FEATURES_ALIKE)):
-        if name in vectors and len(vectors[name][1]) > 1:
-            values, where = vectors[name]
-            found.append((name, like_pairs(values, side[where], alike), where))
-    frame = pd.DataFrame({"first": np.empty(0, int), "second": np.empty(0, int)})
-    for name, pairs, where in found:
-        own = pd.DataFrame(
-            {"first": where[pairs.first], "second": where[pairs.second], name: pairs.likeness}
-        )
-        frame = frame.merge(own, on=["first", "second"], how="outer")
-        if pairs.compared < len(where):
-            remarks.append(
-                Note(
-                    f"Of {len(where):,} images, {pairs.compared:,} drawn at random were compared "
-                    f"by their {name}."
+    for measure_name, alike_threshold in (("pixels", PIXELS_ALIKE), ("features", FEATURES_ALIKE)):
+        if measure_name in vectors_by_name and len(vectors_by_name[measure_name][1]) > 1:
+            image_vectors, feature_rows = vectors_by_name[measure_name]
+            pair_lists.append(
+                (
+                    measure_name,
+                    like_pairs(image_vectors, split_side[feature_rows], alike_threshold),
+                    feature_rows,
                 )
             )
-    for name in ("pixels", "features"):
-        frame[name] = _likeness(frame, *vectors[name]) if name in vectors else np.nan
-    frame = frame.assign(most=frame[["pixels", "features"]].max(axis=1))
-    return frame.sort_values(
+    pair_frame = pd.DataFrame({"first": np.empty(0, int), "second": np.empty(0, int)})
+    for measure_name, like_images, feature_rows in pair_lists:
+        own_frame = pd.DataFrame(
+            {
+                "first": feature_rows[like_images.first],
+                "second": feature_rows[like_images.second],
+                measure_name: like_images.likeness,
+            }
+        )
+        pair_frame = pair_frame.merge(own_frame, on=["first", "second"], how="outer")
+        if like_images.compared < len(feature_rows):
+            remarks.append(
+                Note(
+                    f"Of {len(feature_rows):,} images, {like_images.compared:,} drawn at random "
+                    f"were compared by their {measure_name}."
+                )
+            )
+    for measure_name in ("pixels", "features"):
+        pair_frame[measure_name] = (
+            _pair_likeness(pair_frame, *vectors_by_name[measure_name])
+            if measure_name in vectors_by_name
+            else np.nan
+        )
+    pair_frame = pair_frame.assign(most=pair_frame[["pixels", "features"]].max(axis=1))
+    return pair_frame.sort_values(
         ["most", "first", "second"], ascending=[False, True, True], ignore_index=True
     ).drop(columns="most"), remarks
 
 
-def _likeness(
-    frame: pd.DataFrame, values: npt.NDArray[np.float32], where: npt.NDArray[np.int64]
+def _pair_likeness(
+    pair_frame: pd.DataFrame,
+    image_vectors: npt.NDArray[np.float32],
+    vector_image_rows: npt.NDArray[np.int64],
 ) -> npt.NDArray[np.float64]:
     """The cosine of every pair of the frame, also of those that the other measure has found."""
-    X = standardised(values)
-    place = dict(zip(where.tolist(), range(len(where)), strict=True))
-    ends = [
-        np.array([place.get(int(row), -1) for row in frame[end]], np.int64)
-        for end in ("first", "second")
+    X = standardised(image_vectors)
+    vector_of_row = dict(
+        zip(vector_image_rows.tolist(), range(len(vector_image_rows)), strict=True)
+    )
+    vector_rows = [
+        np.array([vector_of_row.get(int(row), -1) for row in pair_frame[pair_end]], np.int64)
+        for pair_end in ("first", "second")
     ]
-    known = (ends[0] >= 0) & (ends[1] >= 0)
+    has_both = (vector_rows[0] >= 0) & (vector_rows[1] >= 0)
     return (
-        np.where(known, (X[ends[0]] * X[ends[1]]).sum(1), np.nan)
+        np.where(has_both, (X[vector_rows[0]] * X[vector_rows[1]]).sum(1), np.nan)
         if len(X)
-        else np.full(len(frame), np.nan)
+        else np.full(len(pair_frame), np.nan)
     )
 
 
-def _features(run: FinishedRun) -> FeatureSet:
+def _deepest_features(run: FinishedRun) -> FeatureSet:
     """Of the last pooled tap, which is the deepest in most recipes: it knows most about what is in
     the picture.
     """
-    pooled = [
-        name for name, views in run.feature_specs.items() if len(views[0].shape) == 1
+    pooled_names = [
+        feature_name
+        for feature_name, views in run.feature_specs.items()
+        if len(views[0].shape) == 1
     ] or list(run.feature_specs)
-    return run.open_features(pooled[-1])[0]
+    return run.open_features(pooled_names[-1])[0]
 
 
-def _picture(
-    pair: dict[object, object], content: npt.NDArray[np.str_], thumbnails: Thumbnails
+def _pair_picture(
+    pair: dict[object, object], content_hashes: npt.NDArray[np.str_], thumbnails: Thumbnails
 ) -> Picture:
-    uris = tuple(thumbnails.get(str(content[int(str(pair[end]))])) for end in ("first", "second"))
-    lines = tuple(
-        (name, f"{float(str(pair[name])):.3f}")
-        for name in ("pixels", "features")
-        if pair[name] == pair[name]
+    picture_uris = tuple(
+        thumbnails.get(str(content_hashes[int(str(pair[pair_end]))]))
+        for pair_end in ("first", "second")
     )
-    alt = tuple(f"{pair[f'{end}_id']}, {pair[f'{end}_side']}" for end in ("first", "second"))
-    return Picture(uris, alt, f"{alt[0]} · {alt[1]}", lines)
+    caption_lines = tuple(
+        (measure_name, f"{float(str(pair[measure_name])):.3f}")
+        for measure_name in ("pixels", "features")
+        if pair[measure_name] == pair[measure_name]
+    )
+    alt_texts = tuple(
+        f"{pair[f'{pair_end}_id']}, {pair[f'{pair_end}_side']}" for pair_end in ("first", "second")
+    )
+    return Picture(picture_uris, alt_texts, f"{alt_texts[0]} · {alt_texts[1]}", caption_lines)

@@ -16,7 +16,7 @@ _LEAD = (
 )
 
 
-def networks(run: FinishedRun) -> tuple[Section, ...]:
+def network_sections(run: FinishedRun) -> tuple[Section, ...]:
     """The section; none where no network was asked for."""
     found = read_json(run.paths.finetune_decisions)
     if found is None and run.recipe.finetune is not None:
@@ -28,7 +28,9 @@ def networks(run: FinishedRun) -> tuple[Section, ...]:
     if not found:
         return ()
     try:
-        blocks = _blocks(run, pd.DataFrame([_row(record) for record in found.values()]))
+        blocks = _network_blocks(
+            run, pd.DataFrame([_record_row(record) for record in found.values()])
+        )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         text = (
             f"{run.paths.finetune_decisions.name} is of another version of headrace "
@@ -38,7 +40,7 @@ def networks(run: FinishedRun) -> tuple[Section, ...]:
     return (Section("networks", "Head against networks", _LEAD, blocks),)
 
 
-def _row(record: dict[str, object]) -> dict[str, object]:
+def _record_row(record: dict[str, object]) -> dict[str, object]:
     inputs = record.get("inputs")
     return {
         "approach": record.get("label", ""),
@@ -50,7 +52,7 @@ def _row(record: dict[str, object]) -> dict[str, object]:
     }
 
 
-def _blocks(run: FinishedRun, frame: pd.DataFrame) -> tuple[Block, ...]:
+def _network_blocks(run: FinishedRun, frame: pd.DataFrame) -> tuple[Block, ...]:
     numbers = ("gain", "gain_low", "gain_high", "seconds")
     frame = frame.astype(dict.fromkeys(numbers, float))
     columns = (

@@ -21,33 +21,35 @@ MATRIX_CLASSES = 15
 BINS = 15  # as the calibration error's
 
 
-def predictions(run: FinishedRun) -> Section:
+def predictions_section(run: FinishedRun) -> Section:
     """The winner on its validation folds: each row predicted by the head that did not
     train on it.
     """
-    rows = run.held_out_rows
-    target, predicted = run.bank.target[rows], run.out_of_fold[rows]
-    blocks = [
-        *outcome(run.task_kind, run.classes, target, predicted, "validation"),
-        *_calibration(run, target),
+    held_out_rows = run.held_out_rows
+    target, predicted = run.bank.target[held_out_rows], run.out_of_fold[held_out_rows]
+    section_blocks = [
+        *outcome_blocks(run.task_kind, run.classes, target, predicted, "validation"),
+        *_calibration_blocks(run, target),
     ]
-    lead = (
-        f"The winner, {run.winner['kind']} {run.winner['settings']}, on {len(rows):,} validation "
-        "images: each predicted by the "
+    lead_text = (
+        f"The winner, {run.winner['kind']} {run.winner['settings']}, on {len(held_out_rows):,} "
+        "validation images: each predicted by the "
         f"{'network' if run.winner['kind'] == 'finetune' else 'head'} that was trained without its "
         "fold."
     )
-    return Section("predictions", "What the winner gets right and wrong", lead, tuple(blocks))
+    return Section(
+        "predictions", "What the winner gets right and wrong", lead_text, tuple(section_blocks)
+    )
 
 
-def _calibration(run: FinishedRun, target: npt.NDArray[Any]) -> list[Block]:
+def _calibration_blocks(run: FinishedRun, target: npt.NDArray[Any]) -> list[Block]:
     """The reliability diagram again at the temperature that the winner is handed out with, and both
     calibration errors.
     """
     if run.task_kind == "regression":
         return []
-    found = run.calibration
-    if found is None:
+    stored_calibration = run.calibration
+    if stored_calibration is None:
         return [
             Note(
                 "The winner has no temperature: `headrace run RECIPE` with this version gives it "
@@ -59,150 +61,193 @@ def _calibration(run: FinishedRun, target: npt.NDArray[Any]) -> list[Block]:
             (
                 "temperature",
                 (
-                    f"{found['temperature']:.3f}: what `predict` and `export` divide the winner's "
-                    "log-odds by"
+                    f"{stored_calibration['temperature']:.3f}: what `predict` and `export` divide "
+                    "the winner's log-odds by"
                 ),
             ),
             (
                 "calibration error",
-                f"{found['error_before']:.3f} without it, {found['error_after']:.3f} with it",
+                (
+                    f"{stored_calibration['error_before']:.3f} without it, "
+                    f"{stored_calibration['error_after']:.3f} with it"
+                ),
             ),
             (
                 "log loss",
-                f"{found['loss_before']:.3f} without it, {found['loss_after']:.3f} with it",
+                (
+                    f"{stored_calibration['loss_before']:.3f} without it, "
+                    f"{stored_calibration['loss_after']:.3f} with it"
+                ),
             ),
             (
                 "fitted on",
                 (
-                    f"{found['images']:,} validation images; scored fold by fold at the "
-                    "temperature of the other folds"
+                    f"{stored_calibration['images']:,} validation images; scored fold by fold at "
+                    "the temperature of the other folds"
                 ),
             ),
         )
     )
-    told = run.calibrated_predictions
-    if isinstance(told, str):
-        return [facts, Note(f"The reliability at this temperature is left out: {told}.", "warning")]
+    calibrated_predictions = run.calibrated_predictions
+    if isinstance(calibrated_predictions, str):
+        return [
+            facts,
+            Note(
+                f"The reliability at this temperature is left out: {calibrated_predictions}.",
+                "warning",
+            ),
+        ]
     return [
         facts,
-        _reliability(
-            run.task_kind, target, told, "validation", "the winner at its temperature", "calibrated"
+        _reliability_figure(
+            run.task_kind,
+            target,
+            calibrated_predictions,
+            "validation",
+            "the winner at its temperature",
+            "calibrated",
         ),
     ]
 
 
-def outcome(
-    kind: str,
+def outcome_blocks(
+    task_kind: str,
     classes: tuple[str, ...],
     target: npt.NDArray[Any],
     predicted: npt.NDArray[Any],
-    which: str,
-    who: str = "the winner",
+    split_name: str,
+    model_name: str = "the winner",
 ) -> list[Block]:
-    """The blocks that a kind of task has, of these rows; `which` ("validation", "test") is in
+    """The blocks that a kind of task has, of these rows; `split_name` ("validation", "test") is in
     captions and table names.
 
-    who: whose predictions they are.
+    model_name: whose predictions they are.
     """
-    if kind == "single":
+    if task_kind == "single":
         return [
-            *_confusion(classes, target, predicted, which, who),
-            _classes(classes, target, predicted, which, who),
-            _reliability(kind, target, predicted, which, who),
+            *_confusion_blocks(classes, target, predicted, split_name, model_name),
+            _class_table(classes, target, predicted, split_name, model_name),
+            _reliability_figure(task_kind, target, predicted, split_name, model_name),
         ]
-    if kind == "multi":
+    if task_kind == "multi":
         return [
-            _labels(classes, target, predicted, which),
-            _reliability(kind, target, predicted, which, who),
+            _label_table(classes, target, predicted, split_name),
+            _reliability_figure(task_kind, target, predicted, split_name, model_name),
         ]
-    return _regression(classes, target, predicted, which)
+    return _regression_blocks(classes, target, predicted, split_name)
 
 
-def _confusion(
+def _confusion_blocks(
     classes: tuple[str, ...],
     target: npt.NDArray[Any],
     predicted: npt.NDArray[Any],
-    which: str,
-    who: str,
+    split_name: str,
+    model_name: str,
 ) -> list[Block]:
     C = len(classes)
-    guess = predicted.argmax(1)
-    counts = np.bincount(target * C + guess, minlength=C * C).reshape(C, C)
+    predicted_class = predicted.argmax(1)
+    confusion_counts = np.bincount(target * C + predicted_class, minlength=C * C).reshape(C, C)
     if C <= MATRIX_CLASSES:
-        frame = pd.DataFrame(counts, columns=[f"c{number}" for number in range(C)])
-        frame.insert(0, "actual", list(classes))
-        columns = (
+        confusion_frame = pd.DataFrame(
+            confusion_counts, columns=[f"c{number}" for number in range(C)]
+        )
+        confusion_frame.insert(0, "actual", list(classes))
+        table_columns = (
             Column("actual", "actual ↓ predicted →"),
             *(Column(f"c{i}", name, "count") for i, name in enumerate(classes)),
         )
         caption = (
-            f"Confusion matrix, {which} images: rows are what the label says, columns what {who} "
-            "says"
+            f"Confusion matrix, {split_name} images: rows are what the label says, columns what "
+            f"{model_name} says"
         )
-        return [Table(f"confusion-{which}", caption, columns, frame, sortable=False, shade="rows")]
-    wrong = counts.copy()
-    np.fill_diagonal(wrong, 0)
-    order = np.argsort(-wrong, axis=None, kind="stable")[: int((wrong > 0).sum())]
-    actual, said = np.unravel_index(order, wrong.shape)
-    frame = pd.DataFrame(
+        return [
+            Table(
+                f"confusion-{split_name}",
+                caption,
+                table_columns,
+                confusion_frame,
+                sortable=False,
+                shade="rows",
+            )
+        ]
+    wrong_counts = confusion_counts.copy()
+    np.fill_diagonal(wrong_counts, 0)
+    commonest_first = np.argsort(-wrong_counts, axis=None, kind="stable")[
+        : int((wrong_counts > 0).sum())
+    ]
+    actual_class, said_class = np.unravel_index(commonest_first, wrong_counts.shape)
+    confusion_frame = pd.DataFrame(
         {
-            "actual": np.asarray(classes, object)[actual],
-            "predicted": np.asarray(classes, object)[said],
-            "images": wrong[actual, said],
-            "share": wrong[actual, said] / np.maximum(counts.sum(1)[actual], 1),
+            "actual": np.asarray(classes, object)[actual_class],
+            "predicted": np.asarray(classes, object)[said_class],
+            "images": wrong_counts[actual_class, said_class],
+            "share": wrong_counts[actual_class, said_class]
+            / np.maximum(confusion_counts.sum(1)[actual_class], 1),
         }
     )
-    columns = (
+    table_columns = (
         Column("actual", "actual"),
         Column("predicted", "predicted"),
         Column("images", "images", "count"),
         Column("share", "of the class", "share"),
     )
-    table = Table(
-        f"confusion-{which}",
-        f"Confusions, the commonest first ({which})",
-        columns,
-        frame,
+    confusion_table = Table(
+        f"confusion-{split_name}",
+        f"Confusions, the commonest first ({split_name})",
+        table_columns,
+        confusion_frame,
         search=True,
     )
-    alt = f"Confusion matrix of {C} classes as a colour map; the confusions are in the table below."
-    svg = figures.heat(
-        counts / np.maximum(counts.sum(1, keepdims=True), 1),
+    alt_text = (
+        f"Confusion matrix of {C} classes as a colour map; the confusions are in the table below."
+    )
+    svg_text = figures.heat_map(
+        confusion_counts / np.maximum(confusion_counts.sum(1, keepdims=True), 1),
         xlabel="predicted class",
         ylabel="actual class",
     )
     return [
-        Figure(svg, alt, f"Confusion matrix, {which} images; classes in alphabetical order.", table)
+        Figure(
+            svg_text,
+            alt_text,
+            f"Confusion matrix, {split_name} images; classes in alphabetical order.",
+            confusion_table,
+        )
     ]
 
 
-def _classes(
+def _class_table(
     classes: tuple[str, ...],
     target: npt.NDArray[Any],
     predicted: npt.NDArray[Any],
-    which: str,
-    who: str,
+    split_name: str,
+    model_name: str,
 ) -> Table:
     C = len(classes)
-    guess = predicted.argmax(1)
-    support, said = np.bincount(target, minlength=C), np.bincount(guess, minlength=C)
-    hits = np.bincount(target[guess == target], minlength=C)
-    onehot = target[:, None] == np.arange(C)
-    frame = pd.DataFrame(
+    predicted_class = predicted.argmax(1)
+    class_counts, predicted_counts = (
+        np.bincount(target, minlength=C),
+        np.bincount(predicted_class, minlength=C),
+    )
+    hit_counts = np.bincount(target[predicted_class == target], minlength=C)
+    one_hot = target[:, None] == np.arange(C)
+    class_frame = pd.DataFrame(
         {
             "class": list(classes),
-            "images": support,
-            "predicted": said,
-            "recall": _ratio(hits, support),
-            "precision": _ratio(hits, said),
-            "f1": _ratio(2 * hits, support + said),
-            "auc": [score("multi", onehot[:, [i]], predicted[:, [i]], "auc") for i in range(C)],
+            "images": class_counts,
+            "predicted": predicted_counts,
+            "recall": _safe_ratio(hit_counts, class_counts),
+            "precision": _safe_ratio(hit_counts, predicted_counts),
+            "f1": _safe_ratio(2 * hit_counts, class_counts + predicted_counts),
+            "auc": [score("multi", one_hot[:, [i]], predicted[:, [i]], "auc") for i in range(C)],
         }
     )
-    columns = (
+    table_columns = (
         Column("class", "class"),
         Column("images", "images", "count"),
-        Column("predicted", "predicted", "count", f"images that {who} says are of this class"),
+        Column(
+            "predicted", "predicted", "count", f"images that {model_name} says are of this class"
+        ),
         Column("recall", "recall", "share", "share of the class's images that are found"),
         Column(
             "precision",
@@ -214,33 +259,39 @@ def _classes(
         Column("auc", "AUC", "number", "this class against the rest"),
     )
     return Table(
-        f"classes-{which}",
-        f"Class by class, {which} images",
-        columns,
-        frame,
+        f"classes-{split_name}",
+        f"Class by class, {split_name} images",
+        table_columns,
+        class_frame,
         search=C > MATRIX_CLASSES,
     )
 
 
-def _labels(
-    classes: tuple[str, ...], target: npt.NDArray[Any], predicted: npt.NDArray[Any], which: str
+def _label_table(
+    classes: tuple[str, ...], target: npt.NDArray[Any], predicted: npt.NDArray[Any], split_name: str
 ) -> Table:
-    truth, guess = target > 0, predicted >= 0.5
-    hits, support, said = (truth & guess).sum(0), truth.sum(0), guess.sum(0)
-    one = [(target[:, [i]], predicted[:, [i]]) for i in range(len(classes))]
-    frame = pd.DataFrame(
+    true_labels, predicted_labels = target > 0, predicted >= 0.5
+    hit_counts, label_counts, predicted_counts = (
+        (true_labels & predicted_labels).sum(0),
+        true_labels.sum(0),
+        predicted_labels.sum(0),
+    )
+    label_columns = [(target[:, [i]], predicted[:, [i]]) for i in range(len(classes))]
+    label_frame = pd.DataFrame(
         {
             "label": list(classes),
-            "images": support,
-            "predicted": said,
-            "recall": _ratio(hits, support),
-            "precision": _ratio(hits, said),
-            "f1": _ratio(2 * hits, support + said),
-            "average_precision": [score("multi", *pair, "average_precision") for pair in one],
-            "auc": [score("multi", *pair, "auc") for pair in one],
+            "images": label_counts,
+            "predicted": predicted_counts,
+            "recall": _safe_ratio(hit_counts, label_counts),
+            "precision": _safe_ratio(hit_counts, predicted_counts),
+            "f1": _safe_ratio(2 * hit_counts, label_counts + predicted_counts),
+            "average_precision": [
+                score("multi", *pair, "average_precision") for pair in label_columns
+            ],
+            "auc": [score("multi", *pair, "auc") for pair in label_columns],
         }
     )
-    columns = (
+    table_columns = (
         Column("label", "label"),
         Column("images", "images with it", "count"),
         Column("predicted", "predicted", "count", "at a probability of one half or more"),
@@ -251,97 +302,144 @@ def _labels(
         Column("auc", "AUC", "number"),
     )
     return Table(
-        f"labels-{which}",
-        f"Label by label, {which} images",
-        columns,
-        frame,
+        f"labels-{split_name}",
+        f"Label by label, {split_name} images",
+        table_columns,
+        label_frame,
         search=len(classes) > MATRIX_CLASSES,
     )
 
 
-def _reliability(
-    kind: str,
+def _reliability_figure(
+    task_kind: str,
     target: npt.NDArray[Any],
     predicted: npt.NDArray[Any],
-    which: str,
-    who: str,
-    name: str = "",
+    split_name: str,
+    model_name: str,
+    table_name: str = "",
 ) -> Figure:
-    """The diagram, and its table's `name`, by default `which`."""
-    if kind == "multi":
-        confidence, correct, unit = predicted.ravel(), target.ravel() > 0, "labels"
+    """The diagram, and its table's `table_name`, by default `split_name`."""
+    if task_kind == "multi":
+        confidence, is_correct, count_unit = predicted.ravel(), target.ravel() > 0, "labels"
     else:
-        confidence, correct, unit = predicted.max(1), predicted.argmax(1) == target, "images"
-    bins = np.clip((confidence * BINS).astype(int), 0, BINS - 1)
-    rows = np.bincount(bins, minlength=BINS)
-    there = rows > 0
-    mean = np.bincount(bins, weights=confidence, minlength=BINS)[there] / rows[there]
-    right = np.bincount(bins, weights=correct, minlength=BINS)[there] / rows[there]
-    error = float((rows[there] * np.abs(mean - right)).sum() / max(rows.sum(), 1))
-    lean = float((rows[there] * (mean - right)).sum() / max(rows.sum(), 1))
-    tends = (
+        confidence, is_correct, count_unit = (
+            predicted.max(1),
+            predicted.argmax(1) == target,
+            "images",
+        )
+    bin_index = np.clip((confidence * BINS).astype(int), 0, BINS - 1)
+    bin_counts = np.bincount(bin_index, minlength=BINS)
+    is_filled = bin_counts > 0
+    mean_confidence = (
+        np.bincount(bin_index, weights=confidence, minlength=BINS)[is_filled]
+        / bin_counts[is_filled]
+    )
+    share_right = (
+        np.bincount(bin_index, weights=is_correct, minlength=BINS)[is_filled]
+        / bin_counts[is_filled]
+    )
+    calibration_error = float(
+        (bin_counts[is_filled] * np.abs(mean_confidence - share_right)).sum()
+        / max(bin_counts.sum(), 1)
+    )
+    mean_excess = float(
+        (bin_counts[is_filled] * (mean_confidence - share_right)).sum() / max(bin_counts.sum(), 1)
+    )
+    tendency_text = (
         "too sure of itself"
-        if lean > 0.02
+        if mean_excess > 0.02
         else "less sure than it could be"
-        if lean < -0.02
+        if mean_excess < -0.02
         else "about as sure as it is right"
     )
-    frame = pd.DataFrame({"probability": mean, "right": right, "rows": rows[there]})
-    columns = (
+    bin_frame = pd.DataFrame(
+        {"probability": mean_confidence, "right": share_right, "rows": bin_counts[is_filled]}
+    )
+    table_columns = (
         Column("probability", "mean predicted probability", "share"),
         Column("right", "share right", "share"),
-        Column("rows", unit, "count"),
+        Column("rows", count_unit, "count"),
     )
     return Figure(
-        figures.reliability(mean, right, rows[there], unit, who),
+        figures.reliability_chart(
+            mean_confidence, share_right, bin_counts[is_filled], count_unit, model_name
+        ),
         f"Reliability diagram: share of right predictions against predicted probability in {BINS} "
-        f"bins. {who.capitalize()} is {tends}; the expected calibration error is {error:.3f}.",
-        f"Reliability, {which} images: on the dashed line, 80 % sure is right 80 % of the time. "
-        f"{who.capitalize()} is {tends} (expected calibration error {error:.3f}).",
+        f"bins. {model_name.capitalize()} is {tendency_text}; the expected calibration error is "
+        f"{calibration_error:.3f}.",
+        f"Reliability, {split_name} images: on the dashed line, 80 % sure is right 80 % of the "
+        f"time. {model_name.capitalize()} is {tendency_text} (expected calibration error "
+        f"{calibration_error:.3f}).",
         Table(
-            f"reliability-{name or which}",
-            f"Reliability, bin by bin ({name or which})",
-            columns,
-            frame,
+            f"reliability-{table_name or split_name}",
+            f"Reliability, bin by bin ({table_name or split_name})",
+            table_columns,
+            bin_frame,
             sortable=False,
         ),
     )
 
 
-def _regression(
-    classes: tuple[str, ...], target: npt.NDArray[Any], predicted: npt.NDArray[Any], which: str
+def _regression_blocks(
+    classes: tuple[str, ...], target: npt.NDArray[Any], predicted: npt.NDArray[Any], split_name: str
 ) -> list[Block]:
-    names = [name for name, metric in METRICS.items() if "regression" in metric.tasks]
-    pairs = [(target[:, [i]], predicted[:, [i]]) for i in range(len(classes))]
-    frame = pd.DataFrame(
+    metric_names = [
+        target_name for target_name, metric in METRICS.items() if "regression" in metric.tasks
+    ]
+    target_pairs = [(target[:, [i]], predicted[:, [i]]) for i in range(len(classes))]
+    target_frame = pd.DataFrame(
         {
             "target": list(classes),
-            **{name: [score("regression", *pair, name) for pair in pairs] for name in names},
+            **{
+                target_name: [score("regression", *pair, target_name) for pair in target_pairs]
+                for target_name in metric_names
+            },
         }
     )
-    frame["bias"] = (predicted - target).mean(0)
-    columns = (
+    target_frame["bias"] = (predicted - target).mean(0)
+    table_columns = (
         Column("target", "target"),
-        *(Column(name, metric_title(name), metric_format(name)) for name in names),
+        *(
+            Column(target_name, metric_title(target_name), metric_format(target_name))
+            for target_name in metric_names
+        ),
         Column("bias", "mean error", "number", "predicted less true"),
     )
     blocks: list[Block] = [
-        Table(f"targets-{which}", f"Target by target, {which} images", columns, frame)
+        Table(
+            f"targets-{split_name}",
+            f"Target by target, {split_name} images",
+            table_columns,
+            target_frame,
+        )
     ]
-    for number, name in enumerate(classes[:4]):
-        truth, guess = np.asarray(target[:, number], float), np.asarray(predicted[:, number], float)
-        svg = figures.scatter(truth, guess, xlabel=f"true {name}", ylabel=f"predicted {name}")
-        alt = f"Predicted against true {name}, {len(truth):,} images; R² {frame['r2'][number]:.3f}."
+    for target_index, target_name in enumerate(classes[:4]):
+        true_values, predicted_values = (
+            np.asarray(target[:, target_index], float),
+            np.asarray(predicted[:, target_index], float),
+        )
+        svg_text = figures.scatter_chart(
+            true_values,
+            predicted_values,
+            xlabel=f"true {target_name}",
+            ylabel=f"predicted {target_name}",
+        )
+        alt_text = (
+            f"Predicted against true {target_name}, {len(true_values):,} images; R² "
+            f"{target_frame['r2'][target_index]:.3f}."
+        )
         blocks.append(
             Figure(
-                svg,
-                alt,
-                f"{name}: predicted against true, {which} images; on the dashed line they are "
-                "equal.",
+                svg_text,
+                alt_text,
+                f"{target_name}: predicted against true, {split_name} images; on the dashed line "
+                "they are equal.",
             )
         )
     return blocks
 
 
-def _ratio(part: npt.NDArray[Any], whole: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-    return np.where(whole > 0, part / np.maximum(whole, 1), np.nan)
+def _safe_ratio(
+    numerator: npt.NDArray[Any], denominator: npt.NDArray[Any]
+) -> npt.NDArray[np.float64]:
+    return np.where(denominator > 0, numerator / np.maximum(denominator, 1), np.nan)

@@ -21,7 +21,15 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from headrace.pipelines.number_format import bytes_text
-from headrace.pipelines.report.blocks import Column, Format, Headline, Note, Section, Table, plain
+from headrace.pipelines.report.blocks import (
+    Column,
+    Format,
+    Headline,
+    Note,
+    Section,
+    Table,
+    plain_text,
+)
 
 # A table of at most so many columns stands beside another on a wide screen.
 _NARROW = 7
@@ -31,9 +39,9 @@ MAX_ROWS = 20_000
 _NONE = "–"
 
 
-def render(title: str, made: str, headline: Headline, sections: Sequence[Section]) -> str:
+def render_page(title: str, made: str, headline: Headline, sections: Sequence[Section]) -> str:
     """The page. made: one line that says when, by what and from what."""
-    style, script = _asset("report.css"), _asset("report.js")
+    style_text, script_text = _read_asset("report.css"), _read_asset("report.js")
     environment = Environment(
         autoescape=True,
         undefined=StrictUndefined,
@@ -41,21 +49,21 @@ def render(title: str, made: str, headline: Headline, sections: Sequence[Section
         lstrip_blocks=True,
         finalize=_finalize,
     )
-    warnings = [
+    warning_blocks = [
         (section, block)
         for section in sections
         for block in section.blocks
         if isinstance(block, Note) and block.kind == "warning"
     ]
-    return environment.from_string(_asset("page.html.j2")).render(
+    return environment.from_string(_read_asset("page.html.j2")).render(
         title=title,
         made=made,
         headline=headline,
         sections=sections,
-        warnings=warnings,
-        style=Markup(style),
-        script=Markup(script),
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        warnings=warning_blocks,
+        style=Markup(style_text),
+        script=Markup(script_text),
+        script_hash=base64.b64encode(hashlib.sha256(script_text.encode()).digest()).decode(),
         table=_TableView,
         safe=Markup,
         kind=lambda block: type(block).__name__,
@@ -63,7 +71,7 @@ def render(title: str, made: str, headline: Headline, sections: Sequence[Section
 
 
 def _finalize(value: Any) -> Any:
-    return value if isinstance(value, Markup) or not isinstance(value, str) else plain(value)
+    return value if isinstance(value, Markup) or not isinstance(value, str) else plain_text(value)
 
 
 class _TableView:
@@ -75,7 +83,7 @@ class _TableView:
         self.table = table
         self.columns = table.columns
         self.total = len(table.frame)
-        self.values = [_values(table, column) for column in table.columns]
+        self.values = [_column_values(table, column) for column in table.columns]
         self.rows = len(self.values[0]) if self.values else 0
         self.interactive = table.sortable and self.rows > 1
         self.paged = self.interactive and self.rows > table.page
@@ -89,30 +97,30 @@ class _TableView:
 
     def first_rows(self) -> list[list[str]]:
         """The cells that stand in the page before its script runs, and without it."""
-        shown = range(min(self.rows, self.table.page) if self.paged else self.rows)
+        shown_rows = range(min(self.rows, self.table.page) if self.paged else self.rows)
         return [
             [
-                cell(values[row], column.format)
+                format_cell(values[row], column.format)
                 for values, column in zip(self.values, self.columns, strict=True)
             ]
-            for row in shown
+            for row in shown_rows
         ]
 
     def shares(self) -> list[list[float]]:
         """Of each row's numbers in its sum, for shading; the first column is the row's name."""
-        numbers = np.array(self.values[1:], float).T
-        sums = numbers.sum(1, keepdims=True)
-        return np.round(numbers / np.where(sums > 0, sums, 1), 4).tolist()  # type: ignore[no-any-return]
+        cell_numbers = np.array(self.values[1:], float).T
+        row_sums = cell_numbers.sum(1, keepdims=True)
+        return np.round(cell_numbers / np.where(row_sums > 0, row_sums, 1), 4).tolist()  # type: ignore[no-any-return]
 
     def data(self) -> Markup:
         """The rows for the script, safe inside a <script> element."""
-        switch = self.table.switch
-        content = {
+        row_switch = self.table.switch
+        table_content = {
             "columns": [
-                {"name": column.name, "title": plain(column.title), "format": column.format}
+                {"name": column.name, "title": plain_text(column.title), "format": column.format}
                 for column in self.columns
             ],
-            "values": [_packed(values) for values in self.values],
+            "values": [_packed_words(values) for values in self.values],
             "rows": self.rows,
             "total": self.total,
             "page": self.table.page,
@@ -120,19 +128,21 @@ class _TableView:
             "search": self.table.search and self.tools,
             "switch": (
                 {
-                    "label": plain(switch[1]),
+                    "label": plain_text(row_switch[1]),
                     "rows": np.flatnonzero(
-                        self.table.frame[switch[0]].to_numpy()[: self.rows]
+                        self.table.frame[row_switch[0]].to_numpy()[: self.rows]
                     ).tolist(),
                 }
-                if switch and self.tools
+                if row_switch and self.tools
                 else None
             ),
             "marked": sorted(self.table.marked),
         }
-        text = json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+        json_text = json.dumps(
+            table_content, ensure_ascii=False, separators=(",", ":"), allow_nan=False
+        )
         return Markup(
-            text.replace("&", "\\u0026")
+            json_text.replace("&", "\\u0026")
             .replace("<", "\\u003c")
             .replace(">", "\\u003e")
             .replace("\u2028", "\\u2028")
@@ -140,65 +150,68 @@ class _TableView:
         )
 
 
-def cell(value: Any, format: Format) -> str:
+def format_cell(cell_value: Any, format: Format) -> str:
     """A value as it is written; `report.js` has the same rules."""
-    if value is None:
+    if cell_value is None:
         return _NONE
     if format == "count":
-        return f"{int(value):,}"
+        return f"{int(cell_value):,}"
     if format == "share":
-        return f"{_fixed(value * 100, 2)} %"
+        return f"{_fixed_point(cell_value * 100, 2)} %"
     if format == "seconds":
-        return _fixed(value, 1 if abs(value) >= 100 else 2)
+        return _fixed_point(cell_value, 1 if abs(cell_value) >= 100 else 2)
     if format == "bytes":
-        return bytes_text(value)
+        return bytes_text(cell_value)
     if format == "number":
-        size = abs(value)
-        if size and (size < 1e-3 or size >= 1e9):
-            return re.sub(r"e([+-])0*(\d)", r"e\1\2", f"{value:.2e}")
-        return _fixed(value, 1 if size >= 1000 else 4)
+        magnitude = abs(cell_value)
+        if magnitude and (magnitude < 1e-3 or magnitude >= 1e9):
+            return re.sub(r"e([+-])0*(\d)", r"e\1\2", f"{cell_value:.2e}")
+        return _fixed_point(cell_value, 1 if magnitude >= 1000 else 4)
     if format == "yes":
-        return "yes" if value else "no"
-    return str(value)
+        return "yes" if cell_value else "no"
+    return str(cell_value)
 
 
-def numeric(column: Column) -> bool:
+def is_numeric(column: Column) -> bool:
     """Whether the column's cells stand on the right."""
     return column.format not in ("text", "yes")
 
 
-def _fixed(value: float, digits: int) -> str:
+def _fixed_point(value: float, digits: int) -> str:
     # As JavaScript's toFixed: the double's exact value, ties away from zero.
     return f"{Decimal(value).quantize(Decimal(1).scaleb(-digits), ROUND_HALF_UP):,}"
 
 
-def _values(table: Table, column: Column) -> list[Any]:
-    values = table.frame[column.name].tolist()[:MAX_ROWS]
+def _column_values(table: Table, column: Column) -> list[Any]:
+    column_values = table.frame[column.name].tolist()[:MAX_ROWS]
     if column.format == "text":
-        return [None if value is None or value != value else plain(value) for value in values]
+        return [
+            None if value is None or value != value else plain_text(value)
+            for value in column_values
+        ]
     if column.format == "yes":
-        return [bool(value) for value in values]
-    return [_number(value, column.format) for value in values]
+        return [bool(value) for value in column_values]
+    return [_rounded_number(value, column.format) for value in column_values]
 
 
-def _number(value: Any, format: Format) -> float | int | None:
+def _rounded_number(value: Any, format: Format) -> float | int | None:
     if value is None or not math.isfinite(value):
         return None
     # Six digits are more than any cell shows, and half as many bytes.
     return int(value) if format in ("count", "bytes") else float(f"{value:.6g}")
 
 
-def _packed(values: list[Any]) -> Any:
+def _packed_words(column_values: list[Any]) -> Any:
     """Texts that repeat are written once, with their numbers."""
-    if not values or not isinstance(values[0], str) or None in values:
-        return values
-    words = list(dict.fromkeys(values))
-    if len(words) * 2 > len(values):
-        return values
-    number = {word: place for place, word in enumerate(words)}
-    return {"words": words, "codes": [number[value] for value in values]}
+    if not column_values or not isinstance(column_values[0], str) or None in column_values:
+        return column_values
+    distinct_words = list(dict.fromkeys(column_values))
+    if len(distinct_words) * 2 > len(column_values):
+        return column_values
+    code_of_word = {word: word_code for word_code, word in enumerate(distinct_words)}
+    return {"words": distinct_words, "codes": [code_of_word[value] for value in column_values]}
 
 
 @cache
-def _asset(name: str) -> str:
+def _read_asset(name: str) -> str:
     return (files("headrace.pipelines.report") / name).read_text(encoding="utf-8")

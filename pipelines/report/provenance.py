@@ -12,7 +12,7 @@ from headrace.pipelines.number_format import bytes_text
 from headrace.pipelines.report.blocks import Block, Code, Column, Facts, Note, Section, Table
 
 
-def provenance(run: FinishedRun) -> Section:
+def provenance_section(run: FinishedRun) -> Section:
     """The section."""
     values = run.recipe.model_dump(mode="json", exclude_none=True)
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=110)
@@ -26,14 +26,14 @@ def provenance(run: FinishedRun) -> Section:
     blocks: list[Block] = [
         Facts(facts),
         Code("The recipe, with every default", text),
-        *_machines(run),
-        *_features(run),
+        *_machine_blocks(run),
+        *_feature_blocks(run),
     ]
     lead = "With the same recipe, images and versions, headrace run gives these numbers again."
     return Section("provenance", "Recipe, versions, fingerprints", lead, tuple(blocks))
 
 
-def _machines(run: FinishedRun) -> list[Block]:
+def _machine_blocks(run: FinishedRun) -> list[Block]:
     records = run.environments
     if records.empty:
         return [Note("The run was made by a version of headrace that did not record versions.")]
@@ -71,7 +71,7 @@ def _machines(run: FinishedRun) -> list[Block]:
     ]
 
 
-def _features(run: FinishedRun) -> list[Block]:
+def _feature_blocks(run: FinishedRun) -> list[Block]:
     """What is equal in all feature sets is said once."""
     rows = []
     for name, specs in run.feature_specs.items():
@@ -82,7 +82,7 @@ def _features(run: FinishedRun) -> list[Block]:
                     "fingerprint": spec.fingerprint,
                     "backbone": spec.backbone,
                     "weights": spec.weights,
-                    "preprocessing": _plain(spec.preprocessing),
+                    "preprocessing": _plain_text(spec.preprocessing),
                     "decoder": spec.decoder,
                     "dtype": f"{spec.dtype} of {spec.compute_dtype}",
                 }
@@ -107,7 +107,7 @@ def _features(run: FinishedRun) -> list[Block]:
     ]
 
 
-def _plain(text: str) -> str:
+def _plain_text(text: str) -> str:
     """The canonical JSON as a person writes it."""
     return "; ".join(
         f"{key} {value}" for key, value in json.loads(text).items() if value is not None

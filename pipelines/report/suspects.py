@@ -18,10 +18,10 @@ SHOWN = 24
 _ID: tuple[Column, ...] = (Column("id", "image"),)
 
 
-def suspects(run: FinishedRun, thumbnails: Thumbnails) -> Section:
+def suspects_section(run: FinishedRun, thumbnails: Thumbnails) -> Section:
     """The section; every row that is suspected is in its table, the first of them are pictures."""
-    kinds = {"single": _single, "multi": _multi}
-    blocks = kinds.get(run.task_kind, _regression)(run, thumbnails)
+    kinds = {"single": _single_blocks, "multi": _multi_blocks}
+    blocks = kinds.get(run.task_kind, _regression_blocks)(run, thumbnails)
     lead = (
         "Validation images only, each predicted by a head that did not train on it. A picture "
         "often says at once whether the head or the label is wrong."
@@ -29,61 +29,68 @@ def suspects(run: FinishedRun, thumbnails: Thumbnails) -> Section:
     return Section("mistakes", "Mistakes and likely label errors", lead, tuple(blocks))
 
 
-def _single(run: FinishedRun, thumbnails: Thumbnails) -> list[Block]:
-    rows, names = run.held_out_rows, np.asarray(run.classes, object)
-    target, predicted = run.bank.target[rows].astype(np.int64), run.out_of_fold[rows]
-    guess = predicted.argmax(1)
-    sure = predicted.max(1)
-    wrong = np.flatnonzero(guess != target)
-    wrong = wrong[np.argsort(-sure[wrong], kind="stable")]
-    mistakes = pd.DataFrame(
+def _single_blocks(run: FinishedRun, thumbnails: Thumbnails) -> list[Block]:
+    held_out_rows, class_names = run.held_out_rows, np.asarray(run.classes, object)
+    target, predicted = (
+        run.bank.target[held_out_rows].astype(np.int64),
+        run.out_of_fold[held_out_rows],
+    )
+    predicted_class = predicted.argmax(1)
+    confidence = predicted.max(1)
+    wrong_rows = np.flatnonzero(predicted_class != target)
+    wrong_rows = wrong_rows[np.argsort(-confidence[wrong_rows], kind="stable")]
+    mistake_frame = pd.DataFrame(
         {
-            "id": run.bank.ids[rows[wrong]],
-            "label": names[target[wrong]],
-            "predicted": names[guess[wrong]],
-            "probability": sure[wrong],
+            "id": run.bank.ids[held_out_rows[wrong_rows]],
+            "label": class_names[target[wrong_rows]],
+            "predicted": class_names[predicted_class[wrong_rows]],
+            "probability": confidence[wrong_rows],
         }
     )
-    columns: tuple[Column, ...] = (
+    table_columns: tuple[Column, ...] = (
         *_ID,
         Column("label", "label"),
         Column("predicted", "predicted"),
         Column("probability", "probability", "share", "of the predicted class"),
     )
-    blocks: list[Block] = [
+    mistake_blocks: list[Block] = [
         Gallery(
-            f"The {min(SHOWN, len(wrong))} mistakes that the winner is surest of, of "
-            f"{len(wrong):,}",
-            _pictures(
-                run, thumbnails, rows[wrong], mistakes, ("label", "predicted", "probability")
+            f"The {min(SHOWN, len(wrong_rows))} mistakes that the winner is surest of, of "
+            f"{len(wrong_rows):,}",
+            _make_pictures(
+                run,
+                thumbnails,
+                held_out_rows[wrong_rows],
+                mistake_frame,
+                ("label", "predicted", "probability"),
             ),
         ),
         Table(
             "mistakes",
             "Every mistake, the surest first",
-            columns,
-            mistakes,
+            table_columns,
+            mistake_frame,
             filters=("label", "predicted"),
             search=True,
         ),
     ]
-    found = likely_label_errors(target, predicted)
-    if not len(found):
-        return [*blocks, Note("No label is likely wrong by confident learning.", "good")]
+    suspect_rows = likely_label_errors(target, predicted)
+    if not len(suspect_rows):
+        return [*mistake_blocks, Note("No label is likely wrong by confident learning.", "good")]
     # The largest class but the label's: where the label itself is the largest, another passes its
     # own threshold more surely.
-    others = predicted[found].copy()
-    others[np.arange(len(found)), target[found]] = -1
-    errors = pd.DataFrame(
+    other_probabilities = predicted[suspect_rows].copy()
+    other_probabilities[np.arange(len(suspect_rows)), target[suspect_rows]] = -1
+    suspect_frame = pd.DataFrame(
         {
-            "id": run.bank.ids[rows[found]],
-            "label": names[target[found]],
-            "suggested": names[others.argmax(1)],
-            "of_label": predicted[found, target[found]],
-            "of_suggested": others.max(1),
+            "id": run.bank.ids[held_out_rows[suspect_rows]],
+            "label": class_names[target[suspect_rows]],
+            "suggested": class_names[other_probabilities.argmax(1)],
+            "of_label": predicted[suspect_rows, target[suspect_rows]],
+            "of_suggested": other_probabilities.max(1),
         }
     )
-    columns = (
+    table_columns = (
         *_ID,
         Column("label", "label"),
         Column("suggested", "suggested"),
@@ -91,31 +98,38 @@ def _single(run: FinishedRun, thumbnails: Thumbnails) -> list[Block]:
         Column("of_suggested", "of the suggestion", "share"),
     )
     return [
-        *blocks,
+        *mistake_blocks,
         Note(
-            f"{len(found):,} of {len(rows):,} labels ({len(found) / len(rows):.1%}) are likely "
-            "wrong by confident learning (Northcutt et al. 2021) on the winner's out-of-fold "
-            "predictions. A weak head suspects too many: look before you relabel."
+            f"{len(suspect_rows):,} of {len(held_out_rows):,} labels "
+            f"({len(suspect_rows) / len(held_out_rows):.1%}) are likely wrong by confident "
+            "learning (Northcutt et al. 2021) on the winner's out-of-fold predictions. A weak "
+            "head suspects too many: look before you relabel."
         ),
         Gallery(
-            f"The {min(SHOWN, len(found))} likeliest label errors",
-            _pictures(run, thumbnails, rows[found], errors, ("label", "suggested", "of_suggested")),
+            f"The {min(SHOWN, len(suspect_rows))} likeliest label errors",
+            _make_pictures(
+                run,
+                thumbnails,
+                held_out_rows[suspect_rows],
+                suspect_frame,
+                ("label", "suggested", "of_suggested"),
+            ),
         ),
         Table(
             "label-errors",
             "Every likely label error, the likeliest first",
-            columns,
-            errors,
+            table_columns,
+            suspect_frame,
             filters=("label", "suggested"),
             search=True,
         ),
     ]
 
 
-def _multi(run: FinishedRun, thumbnails: Thumbnails) -> list[Block]:
-    rows, names = run.held_out_rows, np.asarray(run.classes, object)
-    target, predicted = run.bank.target[rows], run.out_of_fold[rows]
-    columns = (
+def _multi_blocks(run: FinishedRun, thumbnails: Thumbnails) -> list[Block]:
+    held_out_rows, label_names = run.held_out_rows, np.asarray(run.classes, object)
+    target, predicted = run.bank.target[held_out_rows], run.out_of_fold[held_out_rows]
+    table_columns = (
         *_ID,
         Column("label", "label"),
         Column("given", "given", "yes"),
@@ -127,64 +141,94 @@ def _multi(run: FinishedRun, thumbnails: Thumbnails) -> list[Block]:
         ),
     )
 
-    def table(
-        name: str, caption: str, row: npt.NDArray[np.int64], label: npt.NDArray[np.int64]
+    def mistake_table(
+        table_name: str,
+        table_caption: str,
+        mistake_row: npt.NDArray[np.int64],
+        mistake_label: npt.NDArray[np.int64],
     ) -> Table:
-        frame = pd.DataFrame(
+        mistake_frame = pd.DataFrame(
             {
-                "id": run.bank.ids[rows[row]],
-                "label": names[label],
-                "given": target[row, label] > 0,
-                "probability": predicted[row, label],
+                "id": run.bank.ids[held_out_rows[mistake_row]],
+                "label": label_names[mistake_label],
+                "given": target[mistake_row, mistake_label] > 0,
+                "probability": predicted[mistake_row, mistake_label],
             }
         )
-        return Table(name, caption, columns, frame, filters=("label", "given"), search=True)
+        return Table(
+            table_name,
+            table_caption,
+            table_columns,
+            mistake_frame,
+            filters=("label", "given"),
+            search=True,
+        )
 
-    row, label = np.nonzero((predicted >= 0.5) != (target > 0))
-    order = np.argsort(-np.abs(predicted[row, label] - target[row, label]), kind="stable")
-    mistakes = table("mistakes", "Every mistake, the surest first", row[order], label[order])
-    row_e, label_e = likely_errors_by_label(target, predicted)
-    errors = table("label-errors", "Every likely label error, the likeliest first", row_e, label_e)
-    shown = ("label", "given", "probability")
+    mistake_row, mistake_label = np.nonzero((predicted >= 0.5) != (target > 0))
+    surest_first = np.argsort(
+        -np.abs(predicted[mistake_row, mistake_label] - target[mistake_row, mistake_label]),
+        kind="stable",
+    )
+    mistakes_table = mistake_table(
+        "mistakes",
+        "Every mistake, the surest first",
+        mistake_row[surest_first],
+        mistake_label[surest_first],
+    )
+    suspect_row, suspect_label = likely_errors_by_label(target, predicted)
+    suspects_table = mistake_table(
+        "label-errors", "Every likely label error, the likeliest first", suspect_row, suspect_label
+    )
+    caption_columns = ("label", "given", "probability")
     return [
         Gallery(
-            f"The {min(SHOWN, len(row))} mistakes that the winner is surest of, of {len(row):,}",
-            _pictures(run, thumbnails, rows[row[order]], mistakes.frame, shown),
+            f"The {min(SHOWN, len(mistake_row))} mistakes that the winner is surest of, of "
+            f"{len(mistake_row):,}",
+            _make_pictures(
+                run,
+                thumbnails,
+                held_out_rows[mistake_row[surest_first]],
+                mistakes_table.frame,
+                caption_columns,
+            ),
         ),
-        mistakes,
+        mistakes_table,
         Note(
-            f"{len(row_e):,} of {target.size:,} labels ({len(row_e) / max(target.size, 1):.1%}) "
-            "are likely wrong by confident learning (Northcutt et al. 2021), label by label. A "
-            "weak head suspects too many: look before you relabel."
+            f"{len(suspect_row):,} of {target.size:,} labels "
+            f"({len(suspect_row) / max(target.size, 1):.1%}) are likely wrong by confident "
+            "learning (Northcutt et al. 2021), label by label. A weak head suspects too many: "
+            "look before you relabel."
         ),
         Gallery(
-            f"The {min(SHOWN, len(row_e))} likeliest label errors",
-            _pictures(run, thumbnails, rows[row_e], errors.frame, shown),
+            f"The {min(SHOWN, len(suspect_row))} likeliest label errors",
+            _make_pictures(
+                run, thumbnails, held_out_rows[suspect_row], suspects_table.frame, caption_columns
+            ),
         ),
-        errors,
+        suspects_table,
     ]
 
 
-def _regression(run: FinishedRun, thumbnails: Thumbnails) -> list[Block]:
-    rows, names = run.held_out_rows, np.asarray(run.classes, object)
-    target, predicted = run.bank.target[rows], run.out_of_fold[rows]
-    error = predicted - target
+def _regression_blocks(run: FinishedRun, thumbnails: Thumbnails) -> list[Block]:
+    held_out_rows, target_names = run.held_out_rows, np.asarray(run.classes, object)
+    target, predicted = run.bank.target[held_out_rows], run.out_of_fold[held_out_rows]
+    residual = predicted - target
     # In units of each target's usual error, so that targets of different scales can be compared;
     # 1.4826 makes the median absolute deviation the standard deviation of a normal distribution.
-    usual = 1.4826 * np.median(np.abs(error - np.median(error, 0)), 0)
-    worth = np.abs(error) / np.where(usual > 0, usual, 1)
-    order = np.argsort(-worth, axis=None, kind="stable")
-    row, column = np.unravel_index(order, worth.shape)
-    frame = pd.DataFrame(
+    usual_error = 1.4826 * np.median(np.abs(residual - np.median(residual, 0)), 0)
+    error_ratio = np.abs(residual) / np.where(usual_error > 0, usual_error, 1)
+    largest_first = np.argsort(-error_ratio, axis=None, kind="stable")
+    error_row, error_column = np.unravel_index(largest_first, error_ratio.shape)
+    error_frame = pd.DataFrame(
         {
-            "id": run.bank.ids[rows[row]],
-            "target": names[column],
-            "true": target[row, column],
-            "predicted": predicted[row, column],
-            "times": worth[row, column],
+            "id": run.bank.ids[held_out_rows[error_row]],
+            "target": target_names[error_column],
+            "true": target[error_row, error_column],
+            "predicted": predicted[error_row, error_column],
+            "times": error_ratio[error_row, error_column],
         }
     )
-    columns = (
+    table_columns = (
         *_ID,
         Column("target", "target"),
         Column("true", "true", "number"),
@@ -198,47 +242,63 @@ def _regression(run: FinishedRun, thumbnails: Thumbnails) -> list[Block]:
     )
     return [
         Gallery(
-            f"The {min(SHOWN, len(frame))} largest errors",
-            _pictures(run, thumbnails, rows[row], frame, ("target", "true", "predicted", "times")),
+            f"The {min(SHOWN, len(error_frame))} largest errors",
+            _make_pictures(
+                run,
+                thumbnails,
+                held_out_rows[error_row],
+                error_frame,
+                ("target", "true", "predicted", "times"),
+            ),
         ),
         Note(
             "An error of many times the usual one is often a value that was written down wrongly."
         ),
-        Table("mistakes", "Every error, the largest first", columns, frame, search=True),
+        Table(
+            "mistakes", "Every error, the largest first", table_columns, error_frame, search=True
+        ),
     ]
 
 
-def _pictures(
+def _make_pictures(
     run: FinishedRun,
     thumbnails: Thumbnails,
-    rows: npt.NDArray[np.int64],
-    frame: pd.DataFrame,
-    shown: Sequence[str],
+    image_rows: npt.NDArray[np.int64],
+    image_frame: pd.DataFrame,
+    caption_columns: Sequence[str],
 ) -> tuple[Picture, ...]:
     pictures = []
-    titles = {"of_suggested": "probability", "times": "usual errors"}
-    for position, (row, values) in enumerate(
-        zip(rows[:SHOWN], frame.head(SHOWN).to_dict("records"), strict=True)
+    caption_titles = {"of_suggested": "probability", "times": "usual errors"}
+    for position, (image_row, row_values) in enumerate(
+        zip(image_rows[:SHOWN], image_frame.head(SHOWN).to_dict("records"), strict=True)
     ):
-        content = run.bank.content[row].astype(str)
-        lines = tuple(
-            (titles.get(str(name), str(name)), _said(str(name), values[name])) for name in shown
+        content_hash = run.bank.content[image_row].astype(str)
+        caption_lines = tuple(
+            (
+                caption_titles.get(str(column_name), str(column_name)),
+                _cell_text(str(column_name), row_values[column_name]),
+            )
+            for column_name in caption_columns
         )
-        said = ", ".join(f"{name} {value}" for name, value in lines)
+        alt_text = ", ".join(f"{column_name} {value}" for column_name, value in caption_lines)
         pictures.append(
             Picture(
-                (thumbnails.get(str(content)),),
-                (f"Image {position + 1}: {said}",),
-                str(values["id"]),
-                lines,
+                (thumbnails.get(str(content_hash)),),
+                (f"Image {position + 1}: {alt_text}",),
+                str(row_values["id"]),
+                caption_lines,
             )
         )
     return tuple(pictures)
 
 
-def _said(name: str, value: object) -> str:
-    if isinstance(value, bool | np.bool_):
-        return "yes" if value else "no"
-    if isinstance(value, float | np.floating):
-        return f"{value:.1%}" if name in ("probability", "of_suggested") else f"{value:.4g}"
-    return str(value)
+def _cell_text(column_name: str, cell_value: object) -> str:
+    if isinstance(cell_value, bool | np.bool_):
+        return "yes" if cell_value else "no"
+    if isinstance(cell_value, float | np.floating):
+        return (
+            f"{cell_value:.1%}"
+            if column_name in ("probability", "of_suggested")
+            else f"{cell_value:.4g}"
+        )
+    return str(cell_value)

@@ -55,7 +55,6 @@ class Thumbnails:
         else:
             image.thumbnail((SIDE, SIDE))
         stored = io.BytesIO()
-        image.save(
-            stored, "WEBP", quality=70, method=4
-        )  # anew: no metadata of the original travels with the page
+        # anew: no metadata of the original travels with the page
+        image.save(stored, "WEBP", quality=70, method=4)
         return "data:image/webp;base64," + base64.b64encode(stored.getvalue()).decode()

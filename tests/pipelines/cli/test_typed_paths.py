@@ -29,7 +29,7 @@ from headrace.pipelines.predict.tables import Block, table_writer
 from headrace.pipelines.recipe.load import load_recipe
 from headrace.pipelines.report.blocks import Column, Headline, Section, Table
 from headrace.pipelines.report.build import ReportThere, _require_ours, write_tables
-from headrace.pipelines.report.page import render
+from headrace.pipelines.report.page import render_page
 from headrace.pipelines.trackers import mlflow_uri
 
 
@@ -117,7 +117,7 @@ def test_a_report_replaces_reports_alone(tmp_path):
     """Its page is known by its title, its tables by standing in pairs."""
     page = tmp_path / "page.html"
     _require_ours(page)
-    page.write_text(render("headrace report: x", "made", Headline(()), ()))
+    page.write_text(render_page("headrace report: x", "made", Headline(()), ()))
     _require_ours(page)
     page.write_text("<!doctype html><title>mine</title>")
     with pytest.raises(

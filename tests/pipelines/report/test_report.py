@@ -17,15 +17,20 @@ from support.runs import headrace
 from headrace.pipelines.finished import read_finished_run
 from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.records import read_record, write_record
-from headrace.pipelines.report.blocks import Column, Headline, Section, Table, plain
+from headrace.pipelines.report.blocks import Column, Headline, Section, Table, plain_text
 from headrace.pipelines.report.build import write_report
-from headrace.pipelines.report.evidence import advice, choice, ensemble, expected_text
+from headrace.pipelines.report.evidence import (
+    advice_section,
+    choice_section,
+    ensemble_section,
+    expected_text,
+)
 from headrace.pipelines.report.label_errors import (
     confident_classes,
     likely_errors_by_label,
     likely_label_errors,
 )
-from headrace.pipelines.report.page import cell, render
+from headrace.pipelines.report.page import format_cell, render_page
 from headrace.pipelines.selection.duplicates import like_pairs, standardised
 
 
@@ -263,15 +268,15 @@ def test_what_was_not_measured_names_the_command_that_does(tmp_path):
     never an error.
     """
     run = SimpleNamespace(paths=RunPaths(tmp_path), metric="accuracy", feature_sets={"a.avg": ()})
-    assert "headrace run" in choice(run).blocks[0].text
-    assert "ensemble:" in ensemble(run).blocks[0].text
-    assert "headrace advise" in advice(run).blocks[0].text
+    assert "headrace run" in choice_section(run).blocks[0].text
+    assert "ensemble:" in ensemble_section(run).blocks[0].text
+    assert "headrace advise" in advice_section(run).blocks[0].text
     assert expected_text(run) is None
     run.paths.advice_folder.mkdir()
     run.paths.advice.write_text('{"half": ')
-    assert "headrace advise" in advice(run).blocks[0].text
+    assert "headrace advise" in advice_section(run).blocks[0].text
     run.paths.advice.write_text('{"other": 1}')
-    assert "another version" in advice(run).blocks[0].text
+    assert "another version" in advice_section(run).blocks[0].text
 
 
 def test_the_advice_is_shown_with_its_curve(tmp_path):
@@ -298,7 +303,7 @@ def test_the_advice_is_shown_with_its_curve(tmp_path):
     run.paths.advice.write_text(
         json.dumps({"sentence": "Collect.", "reasons": ["So."], "evidence": evidence})
     )
-    first, reason, figure, scores = advice(run).blocks
+    first, reason, figure, scores = advice_section(run).blocks
     assert (first.text, reason.text) == ("Collect.", "So.")
     assert figure.table.frame["images"].tolist() == [100, 200, 400, 800]
     assert figure.table.frame["error"].tolist() == pytest.approx([0.2, 0.15, 0.13, 0.12])
@@ -342,22 +347,30 @@ def test_like_pairs_are_those_of_brute_force(columns):
 
 def test_cells_are_written_for_people():
     """Shares as per cent, thousands apart, four digits, and a dash for nothing."""
-    assert cell(0.87125, "share") == "87.13 %"  # as JavaScript rounds
-    assert cell(1234567, "count") == "1,234,567"
-    assert (cell(0.5, "number"), cell(1e-5, "number"), cell(12345.678, "number")) == (
+    assert format_cell(0.87125, "share") == "87.13 %"  # as JavaScript rounds
+    assert format_cell(1234567, "count") == "1,234,567"
+    assert (
+        format_cell(0.5, "number"),
+        format_cell(1e-5, "number"),
+        format_cell(12345.678, "number"),
+    ) == (
         "0.5000",
         "1.00e-5",
         "12,345.7",
     )
-    assert (cell(None, "share"), cell(True, "yes"), cell(1536, "bytes")) == ("–", "yes", "1.5 kB")
+    assert (format_cell(None, "share"), format_cell(True, "yes"), format_cell(1536, "bytes")) == (
+        "–",
+        "yes",
+        "1.5 kB",
+    )
 
 
 def test_what_cannot_be_shown_is_marked():
     """Control characters and marks that turn the order of text become the sign for that; other
     scripts stay.
     """
-    assert plain("a\x07b\u202ec") == "a\ufffdb\ufffdc"
-    assert plain("Ünïcödé 日本語 🙂") == "Ünïcödé 日本語 🙂"
+    assert plain_text("a\x07b\u202ec") == "a\ufffdb\ufffdc"
+    assert plain_text("Ünïcödé 日本語 🙂") == "Ünïcödé 日本語 🙂"
 
 
 def test_a_table_of_no_rows_is_a_table():
@@ -368,7 +381,7 @@ def test_a_table_of_no_rows_is_a_table():
         (Column("a", "A"), Column("b", "B", "share")),
         pd.DataFrame({"a": [], "b": []}),
     )
-    text = render("title", "made", Headline(()), (Section("s", "S", "", (empty,)),))
+    text = render_page("title", "made", Headline(()), (Section("s", "S", "", (empty,)),))
     assert "nothing" in text
 
 
