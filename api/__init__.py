@@ -30,28 +30,28 @@ if TYPE_CHECKING:
     )
     from headrace.extract.spec import BackboneSpec as BackboneSpec
     from headrace.heads.data.lookup import FeatureLookup as FeatureLookup
-    from headrace.heads.persist import load_head as load_head
-    from headrace.heads.sklearn.estimators import (
+    from headrace.heads.estimators import (
         CentroidHead as CentroidHead,
     )
-    from headrace.heads.sklearn.estimators import (
+    from headrace.heads.estimators import (
         KNNHead as KNNHead,
     )
-    from headrace.heads.sklearn.estimators import (
+    from headrace.heads.estimators import (
         LogisticHead as LogisticHead,
     )
-    from headrace.heads.sklearn.estimators import (
+    from headrace.heads.estimators import (
         MLPHead as MLPHead,
     )
-    from headrace.heads.sklearn.estimators import (
+    from headrace.heads.estimators import (
         MLPRegressionHead as MLPRegressionHead,
     )
-    from headrace.heads.sklearn.estimators import (
+    from headrace.heads.estimators import (
         RidgeHead as RidgeHead,
     )
-    from headrace.heads.sklearn.estimators import (
+    from headrace.heads.estimators import (
         RidgeRegressionHead as RidgeRegressionHead,
     )
+    from headrace.heads.persist import load_head as load_head
     from headrace.pipelines.advice.advise_run import advise_run as advise_run
     from headrace.pipelines.api import (
         extract_features as extract_features,
@@ -73,7 +73,7 @@ _MODULES = {
     "extract.spec": "BackboneSpec",
     "heads.data.lookup": "FeatureLookup",
     "heads.persist": "load_head",
-    "heads.sklearn.estimators": (
+    "heads.estimators": (
         "CentroidHead KNNHead LogisticHead MLPHead MLPRegressionHead RidgeHead RidgeRegressionHead"
     ),
     "pipelines.advice.advise_run": "advise_run",

@@ -25,7 +25,7 @@ for asset in ("page.html.j2", "report.css", "report.js"):
         f"the wheel lost {asset}"
     )
 
-from headrace.heads.sklearn.estimators import LogisticHead  # noqa: E402
+from headrace.heads.estimators import LogisticHead  # noqa: E402
 
 X = np.random.default_rng(0).normal(size=(60, 4))
 assert LogisticHead().fit(X, X[:, 0] > 0).score(X, X[:, 0] > 0) > 0.9

@@ -20,18 +20,17 @@ from headrace.heads.data.streamed import Streamed, StreamedStack, StreamedView
 from headrace.heads.data.task import REFIT, TaskKind
 from headrace.heads.data.training_data import TrainingData
 from headrace.heads.layers import Arrays
-from headrace.heads.networks.kind import ConvSpec, MLPSpec
+from headrace.heads.networks.kind import ConvSpec, MLPSpec, predict_conv, predict_mlp
 from headrace.heads.networks.mlp_batch import StreamedTensor
 from headrace.heads.networks.mlp_data import FoldData, prepare
 from headrace.heads.networks.mlp_training import Batch, Run, Trace
-from headrace.heads.predict import predict_head
 from headrace.heads.spec import FitResult, Halving
 
 Floats = npt.NDArray[Any]
 Stacked = Floats | StreamedStack  # (V, N, D, …)
 Spec = TypeVar("Spec", MLPSpec, ConvSpec)
 
-# of held-out rows that are read from shards to be predicted; blocks of `predict_head`
+# of held-out rows that are read from shards to be predicted at once
 ROWS_AT_ONCE = 4096
 
 
@@ -139,12 +138,19 @@ class Bank(Generic[Spec]):
     def _predicted(
         self, spec: Spec, arrays: Arrays, view: Floats | StreamedView, rows: npt.NDArray[np.int64]
     ) -> npt.NDArray[np.float32]:
-        parts = [
-            rows[start : start + ROWS_AT_ONCE] for start in range(0, len(rows), ROWS_AT_ONCE)
-        ] or [rows]
+        starts = range(0, max(1, len(rows)), ROWS_AT_ONCE)
+        blocks = (view[rows[start : start + ROWS_AT_ONCE]] for start in starts)
         return np.concatenate(
-            [predict_head(spec, arrays, view[part], self.rows.task_kind) for part in parts]
+            [_predict_block(spec, arrays, block, self.rows.task_kind) for block in blocks]
         )
+
+
+def _predict_block(
+    spec: MLPSpec | ConvSpec, arrays: Arrays, features: Floats, task_kind: TaskKind
+) -> npt.NDArray[np.float32]:
+    if isinstance(spec, ConvSpec):
+        return predict_conv(spec, arrays, features, task_kind, 1.0)
+    return predict_mlp(spec, arrays, features.reshape(len(features), -1), task_kind, 1.0)
 
 
 def stack(X: Floats | Streamed, dimensions: int) -> Stacked:

@@ -13,8 +13,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from headrace.heads.predict import predict_head
-from headrace.heads.sklearn.estimators import (
+from headrace.heads.estimators import (
     CentroidHead,
     KNNHead,
     LogisticHead,
@@ -23,6 +22,7 @@ from headrace.heads.sklearn.estimators import (
     RidgeHead,
     RidgeRegressionHead,
 )
+from headrace.heads.predict import predict_head
 
 # A network of a few units, so that the many small fits of the checks are quick.
 FACES = [

@@ -290,8 +290,8 @@ def test_numbers_are_predicted_by_heads_that_can(tmp_path):
 
 def test_one_default_of_weight_decay_wherever_a_network_is_asked_for():
     """In recipes, in specs and in scikit-learn's faces; `init` writes it too."""
+    from headrace.heads.estimators import MLPHead, MLPRegressionHead
     from headrace.heads.networks.kind import WEIGHT_DECAY, ConvSpec, MLPSpec
-    from headrace.heads.sklearn.estimators import MLPHead, MLPRegressionHead
     from headrace.pipelines.cli.init import _RECIPE
     from headrace.pipelines.recipe.heads import HEAD_GRIDS
 
