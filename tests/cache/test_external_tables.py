@@ -488,9 +488,9 @@ def test_ids_are_text_as_written_in_every_format(tmp_path):
     """Leading zeros stay, nothing becomes missing or a number, and `None` is a name."""
     values = np.random.default_rng(0).normal(size=(len(ODD_IDS), 2))
     for form, (file, options) in ids_files(tmp_path, ODD_IDS, values).items():
-        found = read_external_features(tmp_path / file, **options)
-        assert found.sample_ids == ODD_IDS, form
-        np.testing.assert_allclose(found.features, values, rtol=1e-6)
+        external_features = read_external_features(tmp_path / file, **options)
+        assert external_features.sample_ids == ODD_IDS, form
+        np.testing.assert_allclose(external_features.features, values, rtol=1e-6)
 
 
 def test_ids_are_compared_without_blanks_and_in_one_form_of_accents(tmp_path):
@@ -499,15 +499,15 @@ def test_ids_are_compared_without_blanks_and_in_one_form_of_accents(tmp_path):
     values = np.random.default_rng(0).normal(size=(4, 2))
     forms = ids_files(tmp_path, theirs, values)
     for form, (file, options) in forms.items():
-        found = read_external_features(tmp_path / file, **options)
-        assert found.sample_ids == ["a.png", "b.png", "\u00e9.png", "c.png"], form
+        external_features = read_external_features(tmp_path / file, **options)
+        assert external_features.sample_ids == ["a.png", "b.png", "\u00e9.png", "c.png"], form
     ours = {
         "a.png": "0" * 32,
         "b.png": "1" * 32,
         unicodedata.normalize("NFD", "\u00e9.png"): "2" * 32,
         "c.png ": "3" * 32,
     }
-    assert import_features(tmp_path / "cache", "x", found, ours).n_rows == 4
+    assert import_features(tmp_path / "cache", "x", external_features, ours).n_rows == 4
 
 
 @pytest.mark.parametrize("ids", [[7, 8, 2**62 + 1], [True, False, True], [b"7", b"8", b"9"]])
@@ -560,11 +560,11 @@ def test_what_clip_retrieval_writes_is_read_by_its_paths(tmp_path):
     pd.DataFrame({"image_path": paths}, index=range(90, 94)).to_parquet(
         tmp_path / "metadata_0.parquet"
     )
-    found = read_external_features(
+    external_features = read_external_features(
         tmp_path / "img_emb_0.npy", ids_path=tmp_path / "metadata_0.parquet", id_key="image_path"
     )
-    assert found.sample_ids == paths
-    np.testing.assert_array_equal(found.features, values)
+    assert external_features.sample_ids == paths
+    np.testing.assert_array_equal(external_features.features, values)
 
 
 def test_ids_that_have_lost_digits_are_refused(tmp_path):
@@ -617,9 +617,9 @@ def test_rows_of_an_export_go_back_to_their_features(tmp_path):
         {"row": range(4), "id": list("dbca"), "content": [f"{n:032x}" for n in range(4)]}
     )
     rows.sort_values("id").to_csv(tmp_path / "f.rows.csv", index=False)
-    found = read_external_features(tmp_path / "f.npy")
-    assert found.sample_ids == list("dbca")
-    assert found.content_hashes == rows["content"].tolist()
+    external_features = read_external_features(tmp_path / "f.npy")
+    assert external_features.sample_ids == list("dbca")
+    assert external_features.content_hashes == rows["content"].tolist()
     rows.assign(row=[1, 2, 3, 4]).to_csv(tmp_path / "f.rows.csv", index=False)
     with pytest.raises(
         ExternalFeaturesInvalid, match="`row` does not count the rows of the features from 0 to 3"
@@ -647,8 +647,8 @@ def test_ids_need_not_be_unique_where_content_is(tmp_path):
         {"id": ["a", "a"], "content": ["0" * 32, "1" * 32], "f": [0.5, 1.5]}
     )
     foreign_table.to_parquet(tmp_path / "t.parquet")
-    found = read_external_features(tmp_path / "t.parquet")
-    assert import_features(tmp_path / "cache", "x", found).n_rows == 2
+    external_features = read_external_features(tmp_path / "t.parquet")
+    assert import_features(tmp_path / "cache", "x", external_features).n_rows == 2
     foreign_table.drop(columns="content").to_parquet(tmp_path / "t.parquet")
     with pytest.raises(ExternalFeaturesInvalid, match="more than once, first 'a'"):
         read_external_features(tmp_path / "t.parquet")

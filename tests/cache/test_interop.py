@@ -97,20 +97,24 @@ def test_every_form_of_foreign_features_is_read_by_its_ids(folder, tmp_path, kin
             with h5py.File(source, "w") as file:
                 file["deep/features"] = values
                 file["names"] = np.array(ids, dtype=h5py.string_dtype())
-    read = read_external_features(
+    external_features = read_external_features(
         source, ids_path=table, column_options=["a,b"] if kind == "csv" else ()
     )
-    assert read.sample_ids == ids
-    np.testing.assert_allclose(read.features, values, rtol=1e-6)
+    assert external_features.sample_ids == ids
+    np.testing.assert_allclose(external_features.features, values, rtol=1e-6)
     known = {name: f"{place:032x}" for place, name in enumerate(ids[:-1])}
-    done = import_features(tmp_path / "cache", "theirs", read, known)
-    assert (done.n_rows, done.n_unknown, done.n_copies) == (len(ids) - 1, 1, 0)
-    np.testing.assert_allclose(
-        done.features.load([known[name] for name in ids[:-1]]), values[:-1], rtol=1e-6
+    import_result = import_features(tmp_path / "cache", "theirs", external_features, known)
+    assert (import_result.n_rows, import_result.n_unknown, import_result.n_copies) == (
+        len(ids) - 1,
+        1,
+        0,
     )
-    again = import_features(tmp_path / "cache", "theirs", read, known)
-    assert again.features.spec == done.features.spec
-    assert again.features.n_rows == done.n_rows
+    np.testing.assert_allclose(
+        import_result.features.load([known[name] for name in ids[:-1]]), values[:-1], rtol=1e-6
+    )
+    again = import_features(tmp_path / "cache", "theirs", external_features, known)
+    assert again.features.spec == import_result.features.spec
+    assert again.features.n_rows == import_result.n_rows
 
 
 @pytest.mark.parametrize("kind", ["npy", "parquet"])
@@ -122,16 +126,17 @@ def test_what_is_exported_comes_back(ours, tmp_path, kind, tap):
     features = ours[tap]
     target = tmp_path / f"f.{kind}"
     EXPORTS[kind](features, target)
-    done = import_features(
+    import_result = import_features(
         tmp_path / "cache", "back", read_external_features(target), dtype="float16"
     )
-    assert done.features.shape == features.shape
+    assert import_result.features.shape == features.shape
     np.testing.assert_array_equal(
-        done.features.load(features.content_hashes()), features.load(features.content_hashes())
+        import_result.features.load(features.content_hashes()),
+        features.load(features.content_hashes()),
     )
-    assert dict(zip(done.features.ids(), done.features.content_hashes(), strict=True)) == dict(
-        zip(features.ids(), features.content_hashes(), strict=True)
-    )
+    assert dict(
+        zip(import_result.features.ids(), import_result.features.content_hashes(), strict=True)
+    ) == dict(zip(features.ids(), features.content_hashes(), strict=True))
 
 
 def test_a_recipe_trains_on_imported_features(folder, tmp_path, monkeypatch):
@@ -150,13 +155,13 @@ def test_a_recipe_trains_on_imported_features(folder, tmp_path, monkeypatch):
     (tmp_path / "alone.yaml").write_text(text.replace(backbones, ""))
     with pytest.raises(RecipeError, match="headrace cache import"):
         read_run_state(load_recipe(tmp_path / "recipe.yaml"), write=False)
-    done = headrace(
+    command_result = headrace(
         "cache", "import", "theirs.npy", "--name", "theirs", "--recipe", "recipe.yaml", cwd=tmp_path
     )
-    assert done.returncode == 0, done.stderr
-    assert "30 rows of shape (2,) kept as theirs" in done.stdout
-    assert "1 are of exact copies" in done.stdout
-    assert "1 have ids that no image has" in done.stdout
+    assert command_result.returncode == 0, command_result.stderr
+    assert "30 rows of shape (2,) kept as theirs" in command_result.stdout
+    assert "1 are of exact copies" in command_result.stdout
+    assert "1 have ids that no image has" in command_result.stdout
     result = run_here(tmp_path / "alone.yaml")
     assert result.names == ("theirs",)
     assert result.winner["accuracy"] == 1.0
@@ -181,7 +186,7 @@ def test_images_without_an_imported_row_are_named(folder, tmp_path):
     (tmp_path / "recipe.yaml").write_text(text)
     np.save(tmp_path / "some.npy", values[:20])
     (tmp_path / "ids.txt").write_text("\n".join(ids[:20]))
-    done = headrace(
+    command_result = headrace(
         "cache",
         "import",
         "some.npy",
@@ -193,7 +198,7 @@ def test_images_without_an_imported_row_are_named(folder, tmp_path):
         "recipe.yaml",
         cwd=tmp_path,
     )
-    assert done.returncode == 0, done.stderr
+    assert command_result.returncode == 0, command_result.stderr
     with pytest.raises(RecipeError, match="has no row for"):
         read_run_state(load_recipe(tmp_path / "recipe.yaml"), write=False)
 
@@ -213,16 +218,16 @@ def test_imports_that_cannot_be_are_refused(tmp_path):
         with pytest.raises(ExternalFeaturesInvalid, match=said):
             read_external_features(tmp_path / "f.npy", ids_path=tmp_path / "ids.txt")
     (tmp_path / "ids.txt").write_text("a\nb\nc")
-    read = read_external_features(tmp_path / "f.npy", ids_path=tmp_path / "ids.txt")
+    external_features = read_external_features(tmp_path / "f.npy", ids_path=tmp_path / "ids.txt")
     with pytest.raises(ExternalFeaturesInvalid, match="--recipe"):
-        import_features(tmp_path, "x", read)
+        import_features(tmp_path, "x", external_features)
     with pytest.raises(ExternalFeaturesInvalid, match=r"look like 'fine/1\.png'"):
-        import_features(tmp_path, "x", read, {"fine/1.png": "0" * 32})
+        import_features(tmp_path, "x", external_features, {"fine/1.png": "0" * 32})
     with pytest.raises(ExternalFeaturesInvalid, match="a word"):
-        import_features(tmp_path, "../x", read, {"a": "0" * 32})
-    import_features(tmp_path, "x", read, {"a": "0" * 32})
+        import_features(tmp_path, "../x", external_features, {"a": "0" * 32})
+    import_features(tmp_path, "x", external_features, {"a": "0" * 32})
     with pytest.raises(ExternalFeaturesInvalid, match="headrace cache rm"):
-        import_features(tmp_path, "x", read, {"a": "0" * 32, "b": "1" * 32})
+        import_features(tmp_path, "x", external_features, {"a": "0" * 32, "b": "1" * 32})
 
 
 def _touched(path):
@@ -358,11 +363,11 @@ def test_an_export_by_recipe_has_its_images_in_its_order_under_its_ids(two_folde
         RECIPE.replace("folder: photos", "table: two/t.csv\n  id_column: name") + "cache: cache\n"
     )
     (folder / "recipe.yaml").write_text(text)
-    done = headrace(
+    command_result = headrace(
         "cache", "export", "layer1.avg", f"out.{kind}", "--recipe", "recipe.yaml", cwd=folder
     )
-    assert done.returncode == 0, done.stderr
-    assert "1 images of the recipe have no row and are left out: b." in done.stdout
+    assert command_result.returncode == 0, command_result.stderr
+    assert "1 images of the recipe have no row and are left out: b." in command_result.stdout
     ids, values = read_export(folder / f"out.{kind}")
     assert ids == list("fedca")
     hashes = content_hashes(
@@ -397,10 +402,12 @@ def test_an_export_says_which_ids_stand_for_several_images(two_folders):
     back whole.
     """
     folder, features = two_folders
-    done = headrace("cache", "export", "layer1.avg", "all.parquet", "--cache", "cache", cwd=folder)
-    assert done.returncode == 0, done.stderr
-    assert "6 ids stand for several images" in done.stdout
-    assert "`content` tells them apart" in done.stdout
+    command_result = headrace(
+        "cache", "export", "layer1.avg", "all.parquet", "--cache", "cache", cwd=folder
+    )
+    assert command_result.returncode == 0, command_result.stderr
+    assert "6 ids stand for several images" in command_result.stdout
+    assert "`content` tells them apart" in command_result.stdout
     assert len(pd.read_parquet(folder / "all.parquet")) == features.n_rows == 14
     back = import_features(
         folder / "back", "x", read_external_features(folder / "all.parquet"), dtype="float16"
@@ -412,15 +419,17 @@ def test_an_export_says_which_ids_stand_for_several_images(two_folders):
         RECIPE.replace("folder: photos", "folder: empty") + "cache: cache\n"
     )
     make_photos(folder / "empty", n=2, seed=7)
-    done = headrace(
+    command_result = headrace(
         "cache", "export", "layer1.avg", "none.npy", "--recipe", "recipe.yaml", cwd=folder
     )
-    assert done.returncode == 2
-    assert "has no row of any of the 2 images" in done.stderr
+    assert command_result.returncode == 2
+    assert "has no row of any of the 2 images" in command_result.stderr
     assert not (folder / "none.npy").exists()
 
 
 def test_an_export_without_double_ids_says_nothing_of_them(folder, ours):
-    done = headrace("cache", "export", "layer1.avg", "plain.npy", "--cache", "ours", cwd=folder)
-    assert done.returncode == 0, done.stderr
-    assert "stand for several" not in done.stdout
+    command_result = headrace(
+        "cache", "export", "layer1.avg", "plain.npy", "--cache", "ours", cwd=folder
+    )
+    assert command_result.returncode == 0, command_result.stderr
+    assert "stand for several" not in command_result.stdout

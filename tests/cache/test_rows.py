@@ -237,8 +237,8 @@ def test_order_of_publication_does_not_matter(tmp_path):
     spec = make_spec()
     one = make_feature_set(tmp_path / "a", 4, spec)
     other = create_feature_set(tmp_path / "b", spec)
-    for number in (2, 0, 3, 1):
-        publish_shard(other, **unit_arguments(spec, number))
+    for unit_number in (2, 0, 3, 1):
+        publish_shard(other, **unit_arguments(spec, unit_number))
     first, second = open_feature_set(one), open_feature_set(other)
     assert first.entries == second.entries
     assert np.array_equal(first[:], second[:])
@@ -315,12 +315,12 @@ def test_index_finds_the_first_of_each(held, wanted):
     """`locate` is a dictionary look-up, also with duplicates, of which it gives the first."""
     names = hashes(0, 401)
     first = {}
-    for row, number in enumerate(held):
-        first.setdefault(number, row)
-    index = RowIndex(as_content_hashes([names[number] for number in held]))
-    assert index.locate(as_content_hashes([names[number] for number in wanted])).tolist() == [
-        first.get(n, -1) for n in wanted
-    ]
+    for row, unit_number in enumerate(held):
+        first.setdefault(unit_number, row)
+    index = RowIndex(as_content_hashes([names[unit_number] for unit_number in held]))
+    assert index.locate(
+        as_content_hashes([names[unit_number] for unit_number in wanted])
+    ).tolist() == [first.get(n, -1) for n in wanted]
 
 
 def test_index_survives_colliding_keys(monkeypatch):

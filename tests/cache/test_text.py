@@ -114,7 +114,7 @@ def test_text_of_text_is_the_same_text_and_missing_values_stay_missing(values):
 
 @given(st.lists(st.integers(-(2**53), 2**53)))
 def test_integers_that_became_floats_are_the_integers(numbers):
-    expected = [str(number) for number in numbers]
+    expected = [str(unit_number) for unit_number in numbers]
     assert (
         texts_of(numbers, "int64")
         == texts_of(numbers, "float64")

@@ -61,19 +61,21 @@ def test_repair_redoes_only_what_is_broken(tmp_path):
     shard_path(directory, unit_name(3)).unlink()
     os.truncate(shard_path(directory, unit_name(4)), 5000)
     inodes = {
-        number: shard_path(directory, unit_name(number)).stat().st_ino for number in (0, 2, 5)
+        unit_number: shard_path(directory, unit_name(unit_number)).stat().st_ino
+        for unit_number in (0, 2, 5)
     }
-    done = repair(directory)
-    assert done.removed_units == (unit_name(1), unit_name(4))
-    assert done.missing_units == (unit_name(3),)
-    assert done.listed_units == ()
-    assert done.rewritten_files == ("manifest.jsonl",)
+    repair_result = repair(directory)
+    assert repair_result.removed_units == (unit_name(1), unit_name(4))
+    assert repair_result.missing_units == (unit_name(3),)
+    assert repair_result.listed_units == ()
+    assert repair_result.rewritten_files == ("manifest.jsonl",)
     assert verify_bytes(directory) == []
     assert open_feature_set(directory).n_rows == 24
     make_feature_set(tmp_path, 6)
     assert shard_bytes(directory) == whole
     assert {
-        number: shard_path(directory, unit_name(number)).stat().st_ino for number in inodes
+        unit_number: shard_path(directory, unit_name(unit_number)).stat().st_ino
+        for unit_number in inodes
     } == inodes
 
 
@@ -86,11 +88,13 @@ def test_repair_of_the_small_files(tmp_path):
     before = {name: (directory / name).read_bytes() for name in names}
     for name in names:
         (directory / name).write_bytes(before[name][:50] + b"?" + before[name][51:])
-    done = repair(directory)
-    assert done.rewritten_files == ("spec.json", "manifest.jsonl")
+    repair_result = repair(directory)
+    assert repair_result.rewritten_files == ("spec.json", "manifest.jsonl")
     assert {name: (directory / name).read_bytes() for name in names} == before
     (directory / "manifest.jsonl").unlink()
-    assert repair(directory).listed_units == tuple(unit_name(number) for number in range(4))
+    assert repair(directory).listed_units == tuple(
+        unit_name(unit_number) for unit_number in range(4)
+    )
     assert {name: (directory / name).read_bytes() for name in names} == before
 
 
@@ -138,14 +142,17 @@ def test_repair_while_others_extract(tmp_path):
     """Repairing again and again during an extraction loses no unit that was published meanwhile."""
     directory = create_feature_set(tmp_path, SPEC)
     child = start_child(
-        lambda: [publish_shard(directory, **unit_arguments(SPEC, number)) for number in range(60)]
+        lambda: [
+            publish_shard(directory, **unit_arguments(SPEC, unit_number))
+            for unit_number in range(60)
+        ]
     )
     seen = 0
     while os.waitpid(child, os.WNOHANG) == (0, 0):
-        done = repair(directory)
-        assert done.removed_units == done.missing_units == ()
-        assert len(done.intact_units) >= seen
-        seen = len(done.intact_units)
+        repair_result = repair(directory)
+        assert repair_result.removed_units == repair_result.missing_units == ()
+        assert len(repair_result.intact_units) >= seen
+        seen = len(repair_result.intact_units)
     assert [problem.kind for problem in verify_bytes(directory)] == []
     assert len(open_feature_set(directory).entries) == 60
 
@@ -181,11 +188,11 @@ def test_verify_sources(tmp_path):
     assert verify_sources(features, current) == []
     changed = {**current, names[1]: hashes(60, 1)[0], names[3]: None, names[5]: hashes(61, 1)[0]}
     del changed[names[4]]
-    problems = verify_sources(features, changed)
-    assert [problem.id for problem in problems] == [names[1], names[3], names[4], names[5]]
-    assert f"its hash is {hashes(60, 1)[0]}, was {content[1]}" in problems[0].message
-    assert "can no longer be read" in problems[1].message
-    assert "no longer in the data set" in problems[2].message
+    source_problems = verify_sources(features, changed)
+    assert [problem.id for problem in source_problems] == [names[1], names[3], names[4], names[5]]
+    assert f"its hash is {hashes(60, 1)[0]}, was {content[1]}" in source_problems[0].message
+    assert "can no longer be read" in source_problems[1].message
+    assert "no longer in the data set" in source_problems[2].message
     publish_shard(
         directory,
         "b",
@@ -219,18 +226,18 @@ def test_verify_recompute(tmp_path, dtype):
     def again(_ids, hashes):
         return np.stack([by_content[value] + wobble for value in hashes])
 
-    report = verify_recompute(features, again, 10)
-    assert report.n_rows == 10
-    assert report.is_equal
-    assert report.largest_difference <= report.tolerance < 0.05
+    recompute_result = verify_recompute(features, again, 10)
+    assert recompute_result.n_rows == 10
+    assert recompute_result.is_equal
+    assert recompute_result.largest_difference <= recompute_result.tolerance < 0.05
     for wrong in (
         lambda ids, hashes: again(ids, hashes) + 0.1,
         lambda ids, hashes: again(ids, hashes)[::-1],
         lambda ids, hashes: np.where(again(ids, hashes) > 1, np.nan, again(ids, hashes)),
     ):
-        report = verify_recompute(features, wrong, 32)
-        assert not report.is_equal
-        assert report.worst_id in features.ids()
+        recompute_result = verify_recompute(features, wrong, 32)
+        assert not recompute_result.is_equal
+        assert recompute_result.worst_id in features.ids()
 
 
 def test_gc_removes_what_no_recipe_uses(tmp_path):
@@ -293,8 +300,8 @@ def test_an_interrupted_removal_is_finished_by_the_same_call(
     assert in_child(lambda: remove_feature_set(directory)) == 0
     monkeypatch.undo()
     assert len(interrupted_removals(tmp_path)) == 1
-    done = headrace("cache", "rm", name, "--yes", "--cache", tmp_path, cwd=tmp_path)
-    assert done.returncode == status, done.stderr
+    command_result = headrace("cache", "rm", name, "--yes", "--cache", tmp_path, cwd=tmp_path)
+    assert command_result.returncode == status, command_result.stderr
     assert list((tmp_path / "features").iterdir()) == []
 
 
@@ -402,8 +409,8 @@ def test_planned_bytes_are_enough(tmp_path, dtype, shape):
     """
     spec = make_spec(dtype, shape)
     directory = create_feature_set(tmp_path, spec)
-    for number in range(3):
-        publish_shard(directory, **unit_arguments(spec, number, rows=100))
+    for unit_number in range(3):
+        publish_shard(directory, **unit_arguments(spec, unit_number, rows=100))
     written = sum(path.stat().st_size for path in directory.rglob("*.h5"))
     planned = stored_bytes(spec, 300, 100)
     assert written <= planned <= 1.25 * written + 20_000 * 3
