@@ -1,1 +1,1 @@
-"""Advice: train a head, fine-tune deeper, train from scratch, or collect more images."""
+"""Advice on what would help most: more images, fine-tuning, or neither."""

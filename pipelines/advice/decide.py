@@ -1,7 +1,7 @@
-"""From evidence to advice: train a head, fine-tune deeper, train from scratch, collect more, or
-nothing that can be said.
+"""Rules from evidence to advice: train a head, fine-tune more layers, train from scratch, collect
+more images, or abstain.
 
-Every threshold is here, and everything is in shares of images: 0.01 is one point.
+Every threshold is here, and every error is a share of images: 0.01 is one point.
 """
 
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -14,16 +14,16 @@ from headrace.pipelines.selection.estimate import Estimate
 
 Action = Literal["head", "fine-tune", "scratch", "collect", "abstain"]
 
-MATERIAL = 0.01  # gains below one point are not worth an effort
-SURE = 0.8  # share of the resamples in which something must hold to be acted on
+MATERIAL_GAIN = 0.01  # gains below one point are not worth an effort
+SURE_PROBABILITY = 0.8  # share of the resamples in which something must hold to be acted on
 # enough for more images where nothing else can help: few of them, far from what the network was
 # made for
-LIKELY = 0.5
+LIKELY_PROBABILITY = 0.5
 THIN_ROWS = 40  # fewer images than this, and every interval is wider than what it is to decide
 FINE_TUNE_ROWS = 100  # images per class from which training deeper has been found to pay
 SCRATCH_ROWS = 500  # and from which a random start can compete
 # an earlier tap that is better than the last by this is a domain that the network was not made for
-FAR = 0.02
+FAR_LAG = 0.02
 ROOM_SHARE = 1 / 3  # of the error, that must not be label noise before deeper training is advised
 STARVED_GAP = 0.10  # a class that errs this much more than the middle class
 STARVED_SHARE = 0.5  # and has fewer images than this share of the middle class
@@ -34,7 +34,7 @@ UNSEEN_ERROR = 0.5
 
 @dataclass(frozen=True)
 class TapEvidence:
-    """One feature set alone."""
+    """Error on one feature set alone."""
 
     name: str
     error: Estimate  # of the best head on it
@@ -43,7 +43,7 @@ class TapEvidence:
 
 @dataclass(frozen=True)
 class ClassEvidence:
-    """One class of a single-label task."""
+    """Error and learning curve of one class of a single-label task."""
 
     name: str
     images: int
@@ -57,13 +57,13 @@ class ClassEvidence:
 
     @property
     def unseen(self) -> bool:
-        """Whether its own learning curve has not begun to fall, for lack of images."""
+        """Whether its learning curve has not begun to fall, for lack of images."""
         return self.images < UNSEEN_IMAGES and self.error.value >= UNSEEN_ERROR
 
 
 @dataclass(frozen=True)
 class PilotEvidence:
-    """A network that was trained deeper, against the best head."""
+    """Gain of a fine-tuned network over the best head."""
 
     name: str
     tap: str | None  # training started above this tap; None: everything
@@ -73,7 +73,7 @@ class PilotEvidence:
 
 @dataclass(frozen=True)
 class Evidence:
-    """Everything that the advice rests on."""
+    """All measurements that the advice rests on."""
 
     images: int
     classes: int  # 0: not a single-label task
@@ -94,13 +94,13 @@ class Evidence:
 
     @property
     def per_class_images(self) -> float:
-        """Images of a class, on average."""
+        """Images per class, on average."""
         return self.images / max(self.classes, 1)
 
 
 @dataclass(frozen=True)
 class Advice:
-    """What to do next, and why."""
+    """Recommended next step, and the reasons for it."""
 
     action: Action
     sentence: str
@@ -112,25 +112,32 @@ class Advice:
 
 
 def advice_summary(advice: Advice) -> dict[str, Any]:
-    """Everything, for JSON: numbers with their intervals."""
+    """Return everything as a dictionary for JSON: numbers with their intervals."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, Estimate):
             return value.summary()
         if is_dataclass(value) and not isinstance(value, type):
-            return {each.name: plain(getattr(value, each.name)) for each in fields(value)}
+            return {
+                field_or_item.name: plain(getattr(value, field_or_item.name))
+                for field_or_item in fields(value)
+            }
         if isinstance(value, dict):
-            return {str(name): plain(each) for name, each in value.items()}
-        return [plain(each) for each in value] if isinstance(value, tuple | list) else value
+            return {str(name): plain(field_or_item) for name, field_or_item in value.items()}
+        return (
+            [plain(field_or_item) for field_or_item in value]
+            if isinstance(value, tuple | list)
+            else value
+        )
 
-    found: dict[str, Any] = plain(advice)
-    return found
+    summary: dict[str, Any] = plain(advice)
+    return summary
 
 
 def decide(evidence: Evidence) -> Advice:
-    """The advice, by the first of these that the evidence supports:
+    """Return the advice, by the first of these rules that the evidence supports.
 
-    too few images to say anything; a pilot that is better; a class that lacks images; a learning
+    Too few images to say anything; a pilot that is better; a class that lacks images; a learning
     curve that still falls; a flat one, with errors that are not label noise, on enough images to
     train deeper; a flat one otherwise.
     """
@@ -142,64 +149,76 @@ def decide(evidence: Evidence) -> Advice:
             evidence,
             [*reasons, *_thin(evidence)],
         )
-    if (better := _best_pilot(evidence)) is not None:
-        action: Action = "scratch" if better.scratch else "fine-tune"
-        what = "Train from scratch." if better.scratch else f"Fine-tune {_above(better.tap)}."
-        return _advice(action, what, evidence, [*reasons, _pilot_text(better)], tap=better.tap)
+    if (best_pilot := _best_pilot(evidence)) is not None:
+        action: Action = "scratch" if best_pilot.scratch else "fine-tune"
+        sentence = (
+            "Train from scratch." if best_pilot.scratch else f"Fine-tune {_above(best_pilot.tap)}."
+        )
+        return _advice(
+            action, sentence, evidence, [*reasons, _pilot_text(best_pilot)], tap=best_pilot.tap
+        )
     reasons += [_pilot_text(pilot) for pilot in evidence.pilots]
-    if (starved := _starved(evidence)) is not None:
-        what = (
-            f"Collect about {_round(starved.needed.value):,} more images of class {starved.name}."
+    if (starved_class := _starved(evidence)) is not None:
+        sentence = (
+            f"Collect about {_round(starved_class.needed.value):,} more images of class "
+            f"{starved_class.name}."
         )
         return _advice(
             "collect",
-            what,
+            sentence,
             evidence,
-            [*reasons, *_starved_text(starved)],
-            class_name=starved.name,
-            more=starved.needed,
+            [*reasons, *_starved_text(starved_class)],
+            class_name=starved_class.name,
+            more=starved_class.needed,
         )
     reasons.append(_curve_text(evidence))
-    rising = evidence.gain[2].above(MATERIAL)
-    few = evidence.per_class_images < FINE_TUNE_ROWS
-    if rising >= (LIKELY if few and is_far(evidence) else SURE):
-        more = Estimate(evidence.images, np.array([evidence.images]))
-        what = (
+    rise_probability = evidence.gain[2].above(MATERIAL_GAIN)
+    few_images = evidence.per_class_images < FINE_TUNE_ROWS
+    if rise_probability >= (
+        LIKELY_PROBABILITY if few_images and is_far(evidence) else SURE_PROBABILITY
+    ):
+        more_images = Estimate(evidence.images, np.array([evidence.images]))
+        sentence = (
             f"Collect more images of all classes: about {_round(evidence.images):,} more, twice "
             "what there is."
         )
         reasons += _depth_text(evidence)
-        if _noise(evidence).above(0) >= SURE and not few and not evidence.pilots:
+        if _noise(evidence).above(0) >= SURE_PROBABILITY and not few_images and not evidence.pilots:
             reasons.append(
                 "Most errors are on images of which the head is unsure, and there are enough "
                 "images per class to train deeper: a fine-tuning pilot may bring as much, without "
                 "new images."
             )
-        return _advice("collect", what, evidence, reasons, more=more)
-    if rising > 1 - SURE and not few:
-        what = "The learning curve cannot tell whether more images would help, or training deeper."
-        return _advice("abstain", what, evidence, [*reasons, _unclear(evidence)])
+        return _advice("collect", sentence, evidence, reasons, more=more_images)
+    if rise_probability > 1 - SURE_PROBABILITY and not few_images:
+        sentence = (
+            "The learning curve cannot tell whether more images would help, or training deeper."
+        )
+        return _advice("abstain", sentence, evidence, [*reasons, _unclear(evidence)])
     return _flat(evidence, reasons)
 
 
 def _flat(evidence: Evidence, reasons: list[str]) -> Advice:
-    """The head has what it can get from these features: is what is left noise, or the features'
-    fault?
+    """Return the advice where more images would not help: the rest of the error is label noise, or
+    the features' fault.
     """
-    if evidence.error.above(2 * MATERIAL) < 1 - SURE:
+    if evidence.error.above(2 * MATERIAL_GAIN) < 1 - SURE_PROBABILITY:
         return _advice("head", "Train a head; little is left to gain.", evidence, reasons)
     if evidence.surest is None:
-        text = (
+        reason = (
             "Whether the errors are label noise is measured for single-label tasks only; a short "
             "fine-tuning pilot would tell."
         )
         return _advice(
-            "abstain", "The curve is flat, and the reason is not known.", evidence, [*reasons, text]
+            "abstain",
+            "The curve is flat, and the reason is not known.",
+            evidence,
+            [*reasons, reason],
         )
-    noise = _noise(evidence)
+    noise_margin = _noise(evidence)
     reasons = [*reasons, _noise_text(evidence)]
-    if noise.above(0) < 1 - SURE:
-        text = (
+    if noise_margin.above(0) < 1 - SURE_PROBABILITY:
+        reason = (
             "Label noise, then, or images that do not show the class: look at the labels of the "
             "surest errors."
         )
@@ -207,21 +226,21 @@ def _flat(evidence: Evidence, reasons: list[str]) -> Advice:
             "head",
             "Train a head; nothing on these labels will do much better.",
             evidence,
-            [*reasons, text],
+            [*reasons, reason],
         )
     if evidence.pilots:
-        text = "Training deeper was tried and was no better."
+        reason = "Training deeper was tried and was no better."
         return _advice(
-            "head", "Train a head; training deeper did not pay.", evidence, [*reasons, text]
+            "head", "Train a head; training deeper did not pay.", evidence, [*reasons, reason]
         )
     if evidence.classes and evidence.per_class_images < FINE_TUNE_ROWS:
-        text = (
+        reason = (
             f"With {evidence.per_class_images:,.0f} images per class, training deeper rarely pays "
             f"(from about {FINE_TUNE_ROWS} on it may)."
         )
-        return _advice("head", "Train a head.", evidence, [*reasons, text])
-    if noise.above(0) < SURE:
-        text = (
+        return _advice("head", "Train a head.", evidence, [*reasons, reason])
+    if noise_margin.above(0) < SURE_PROBABILITY:
+        reason = (
             "How much of the error is label noise is too uncertain; a short fine-tuning pilot "
             "would tell."
         )
@@ -229,28 +248,31 @@ def _flat(evidence: Evidence, reasons: list[str]) -> Advice:
             "abstain",
             "The evidence does not tell noise from a lack of depth.",
             evidence,
-            [*reasons, text],
+            [*reasons, reason],
         )
     return _deeper(evidence, reasons)
 
 
 def _deeper(evidence: Evidence, reasons: list[str]) -> Advice:
-    """Enough images, a head that cannot use more of them, errors that are not noise: which part of
-    the network is at fault?
+    """Return the node above which to train, where there are enough images, a head that cannot use
+    more of them, and errors that are not noise.
     """
     if len(evidence.taps) < 2:
-        text = (
+        reason = (
             "No two taps were tried alone, so how deep is not known: add `inputs: [each]` to some "
             "heads."
         )
         return _advice(
-            "abstain", "Training deeper may pay; how deep is not known.", evidence, [*reasons, text]
+            "abstain",
+            "Training deeper may pay; how deep is not known.",
+            evidence,
+            [*reasons, reason],
         )
     reasons = [*reasons, *_depth_text(evidence)]
-    names = [tap.name for tap in evidence.taps]
-    best = min(range(len(names)), key=lambda place: evidence.taps[place].error.value)
-    far = is_far(evidence)
-    if far and best < len(names) / 2:
+    tap_names = [tap.name for tap in evidence.taps]
+    best_index = min(range(len(tap_names)), key=lambda index: evidence.taps[index].error.value)
+    images_are_far = is_far(evidence)
+    if images_are_far and best_index < len(tap_names) / 2:
         if evidence.per_class_images >= SCRATCH_ROWS:
             return _advice(
                 "scratch",
@@ -258,69 +280,77 @@ def _deeper(evidence: Evidence, reasons: list[str]) -> Advice:
                 evidence,
                 reasons,
             )
-        text = f"Fewer than {SCRATCH_ROWS} images per class: a random start would have too little."
-        return _advice(
-            "fine-tune", f"Fine-tune {_above(names[0])}.", evidence, [*reasons, text], tap=names[0]
+        reason = (
+            f"Fewer than {SCRATCH_ROWS} images per class: a random start would have too little."
         )
-    tap = names[best] if far else names[max(best - 1, 0)]
-    return _advice("fine-tune", f"Fine-tune {_above(tap)}.", evidence, reasons, tap=tap)
+        return _advice(
+            "fine-tune",
+            f"Fine-tune {_above(tap_names[0])}.",
+            evidence,
+            [*reasons, reason],
+            tap=tap_names[0],
+        )
+    train_above = tap_names[best_index] if images_are_far else tap_names[max(best_index - 1, 0)]
+    return _advice(
+        "fine-tune", f"Fine-tune {_above(train_above)}.", evidence, reasons, tap=train_above
+    )
 
 
 def _noise(evidence: Evidence) -> Estimate:
-    """By how much the errors that need not be label noise are more than ROOM_SHARE of all; below 0
+    """Return by how much the errors that need not be label noise exceed ROOM_SHARE of all; below 0
     most look like noise.
     """
     if evidence.surest is None:
         return Estimate(float("nan"), np.full(1, np.nan))
-    share = Estimate(evidence.error.value * ROOM_SHARE, evidence.error.draws * ROOM_SHARE)
-    return evidence.error.minus(evidence.surest).minus(share)
+    expected_noise = Estimate(evidence.error.value * ROOM_SHARE, evidence.error.draws * ROOM_SHARE)
+    return evidence.error.minus(evidence.surest).minus(expected_noise)
 
 
 def is_far(evidence: Evidence) -> bool:
-    """Whether an earlier tap is surely better than the last: the late layers were made for other
-    images.
+    """Return whether an earlier tap is clearly better than the last: the late layers were made for
+    other images.
     """
-    return bool(evidence.taps) and evidence.taps[-1].lag.above(FAR) >= SURE
+    return bool(evidence.taps) and evidence.taps[-1].lag.above(FAR_LAG) >= SURE_PROBABILITY
 
 
 def _starved(evidence: Evidence) -> ClassEvidence | None:
-    middle = (
-        float(np.median([each.images for each in evidence.per_class]))
+    median_images = (
+        float(np.median([class_evidence.images for class_evidence in evidence.per_class]))
         if evidence.per_class
         else 0.0
     )
-    lacking = [
-        each
-        for each in evidence.per_class
-        if each.images < STARVED_SHARE * middle
-        and each.gap.above(STARVED_GAP) >= SURE
-        and (each.unseen or each.gain.above(MATERIAL) >= SURE)
+    starved_classes = [
+        class_evidence
+        for class_evidence in evidence.per_class
+        if class_evidence.images < STARVED_SHARE * median_images
+        and class_evidence.gap.above(STARVED_GAP) >= SURE_PROBABILITY
+        and (class_evidence.unseen or class_evidence.gain.above(MATERIAL_GAIN) >= SURE_PROBABILITY)
     ]
-    return max(lacking, key=lambda each: each.gap.value, default=None)
+    return max(starved_classes, key=lambda class_evidence: class_evidence.gap.value, default=None)
 
 
 def _best_pilot(evidence: Evidence) -> PilotEvidence | None:
-    better = [pilot for pilot in evidence.pilots if pilot.gain.above(0) >= 0.95]
-    return max(better, key=lambda pilot: pilot.gain.value, default=None)
+    better_pilots = [pilot for pilot in evidence.pilots if pilot.gain.above(0) >= 0.95]
+    return max(better_pilots, key=lambda pilot: pilot.gain.value, default=None)
 
 
 def _advice(
-    action: Action, sentence: str, evidence: Evidence, reasons: list[str], **rest: Any
+    action: Action, sentence: str, evidence: Evidence, reasons: list[str], **fields: Any
 ) -> Advice:
     if (
         evidence.reference
     ):  # said, and not decided by: whether a distance matters is what the taps' errors show
         reasons = [*reasons, reference_text(evidence.reference)]
-    return Advice(action, sentence, tuple(reasons), evidence=evidence, **rest)
+    return Advice(action, sentence, tuple(reasons), evidence=evidence, **fields)
 
 
 def _round(count: float) -> int:
-    """Two significant digits: more would claim to know."""
+    """Round to two significant digits: more would claim too much."""
     return int(float(f"{count:.1e}")) if count > 0 else 0
 
 
 def points(estimate: Estimate) -> str:
-    """ "1.2 points (95 % interval 0.4 to 2.1)"."""
+    """Return "1.2 points (95 % interval 0.4 to 2.1)"."""
     low, value, high = (100 * number for number in (estimate.low, estimate.value, estimate.high))
     return f"{value:.1f} points (95 % interval {low:.1f} to {high:.1f})"
 
@@ -345,17 +375,22 @@ def _thin(evidence: Evidence) -> list[str]:
 
 
 def _curve_text(evidence: Evidence) -> str:
-    gains = " and ".join(
+    gain_texts = " and ".join(
         f"{points(gain)} with {times} times" for times, gain in sorted(evidence.gain.items())
     )
-    left = " and ".join(f"{points(error)}" for _, error in sorted(evidence.ahead.items()))
-    return f"By its learning curve the error would fall by {gains} as many images, to {left}."
+    error_texts = " and ".join(f"{points(error)}" for _, error in sorted(evidence.ahead.items()))
+    return (
+        f"By its learning curve the error would fall by {gain_texts} as many images, to "
+        f"{error_texts}."
+    )
 
 
 def _unclear(evidence: Evidence) -> str:
     return (
-        f"In {evidence.gain[2].above(MATERIAL):.0%} of the resamples twice as many images bring a "
-        f"point or more: {SURE:.0%} would be needed to say so. A few hundred images more, or more "
+        f"In {evidence.gain[2].above(MATERIAL_GAIN):.0%} of the resamples twice as many images "
+        "bring a "
+        f"point or more: {SURE_PROBABILITY:.0%} would be needed to say so. A few hundred "
+        "images more, or more "
         "folds, would tell."
     )
 
@@ -372,43 +407,47 @@ def _noise_text(evidence: Evidence) -> str:
 def _depth_text(evidence: Evidence) -> list[str]:
     if len(evidence.taps) < 2:
         return []
-    profile = ", ".join(f"{tap.name} {100 * tap.error.value:.1f}" for tap in evidence.taps)
-    verdict = _last_tap_text(evidence.taps[-1], far=is_far(evidence))
-    return [f"Errors in points of the best head on each tap, early to late: {profile}; {verdict}."]
+    tap_errors = ", ".join(f"{tap.name} {100 * tap.error.value:.1f}" for tap in evidence.taps)
+    verdict = _last_tap_text(evidence.taps[-1], images_are_far=is_far(evidence))
+    return [
+        f"Errors in points of the best head on each tap, early to late: {tap_errors}; {verdict}."
+    ]
 
 
-def _last_tap_text(last: TapEvidence, *, far: bool) -> str:
-    if far:
+def _last_tap_text(last_tap: TapEvidence, *, images_are_far: bool) -> str:
+    if images_are_far:
         return (
-            f"the last is worse than the best by {points(last.lag)}: these images are far from "
+            f"the last is worse than the best by {points(last_tap.lag)}: these images are far from "
             "what the network was trained on"
         )
-    if last.lag.above(MATERIAL) <= 1 - SURE:
+    if last_tap.lag.above(MATERIAL_GAIN) <= 1 - SURE_PROBABILITY:
         return "the last is as good as any: the network sees what matters here"
     return (
-        f"the last is worse than the best by {points(last.lag)}, not surely by more than the "
-        f"{100 * FAR:.0f} from which on images count as far from what the network was trained on"
+        f"the last is worse than the best by {points(last_tap.lag)}, not surely by more than the "
+        f"{100 * FAR_LAG:.0f} from which on images count as far from what the network was "
+        "trained on"
     )
 
 
-def _starved_text(starved: ClassEvidence) -> list[str]:
-    first = (
-        f"Class {starved.name} has {starved.images:,} images and is missed in "
-        f"{points(starved.error)}, {points(starved.gap)} more than the middle class."
+def _starved_text(class_evidence: ClassEvidence) -> list[str]:
+    lag_text = (
+        f"Class {class_evidence.name} has {class_evidence.images:,} images and is missed in "
+        f"{points(class_evidence.error)}, {points(class_evidence.gap)} more than the middle class."
     )
-    if starved.unseen:
-        second = (
+    if class_evidence.unseen:
+        needed_text = (
             "So few images show no learning curve of their own yet; half as many as the middle "
-            f"class has would be a start: about {_round(starved.needed.value):,} more."
+            f"class has would be a start: about {_round(class_evidence.needed.value):,} more."
         )
     else:
-        second = (
+        needed_text = (
             "Its own learning curve says that twice as many would lower that by "
-            f"{points(starved.gain)}; to err as the middle class does it needs about "
-            f"{_round(starved.needed.value):,} more (95 % interval {_round(starved.needed.low):,} "
-            f"to {_round(starved.needed.high):,}, at most three times what there is)."
+            f"{points(class_evidence.gain)}; to err as the middle class does it needs about "
+            f"{_round(class_evidence.needed.value):,} more (95 % interval "
+            f"{_round(class_evidence.needed.low):,} "
+            f"to {_round(class_evidence.needed.high):,}, at most three times what there is)."
         )
-    return [first, second]
+    return [lag_text, needed_text]
 
 
 def _pilot_text(pilot: PilotEvidence) -> str:

@@ -1,7 +1,7 @@
-"""What each feature set says of the task: transfer scores, nearest neighbours, bounds on the Bayes
-error, the best head on it.
+"""Transferability of each feature set: scores of how well it suits the task without a head, nearest
+neighbours, bounds on the Bayes error.
 
-Transfer scores are of at most ROWS images, drawn alike for all feature sets; they are kept on disk.
+Scores are of at most ROWS images, drawn alike for all feature sets; they stay on disk.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ _FOLDS = 5
 
 @dataclass(frozen=True)
 class TransferabilityScores:
-    """Evidence about one feature set.
+    """Scores of one feature set.
 
     None where a number does not exist for the kind of task, or cannot be computed.
     """
@@ -62,81 +62,97 @@ class TransferabilityScores:
 
 
 def transferability_scores(
-    task: Task, feature_paths: Mapping[str, Sequence[Path]], folder: Path
+    task: Task, feature_paths: Mapping[str, Sequence[Path]], results_folder: Path
 ) -> list[TransferabilityScores]:
-    """One per feature set, in the order given; each is computed once and kept in `folder`."""
-    rows = _drawn(task)
-    found = []
-    for name, views in feature_paths.items():
-        key = hashlib.sha256(
-            repr([_VERSION, task.digest, ROWS, views[0].name, name]).encode()
+    """Return the scores of each feature set, in the order given.
+
+    feature_paths: views by name; the first view is measured. results_folder: where scores stay;
+    each is computed once.
+    """
+    sampled_rows = _drawn(task)
+    all_scores = []
+    for name, view_paths in feature_paths.items():
+        cache_key = hashlib.sha256(
+            repr([_VERSION, task.digest, ROWS, view_paths[0].name, name]).encode()
         ).hexdigest()[:16]
-        path = folder / f"transferability-{key}.json"
-        scores = _read(path)
+        scores_path = results_folder / f"transferability-{cache_key}.json"
+        scores = _read(scores_path)
         if scores is None:
-            scores = _measure(name, task, rows, views[0])
+            scores = _measure(name, task, sampled_rows, view_paths[0])
             with suppress(OSError):  # it only saves time
-                folder.mkdir(parents=True, exist_ok=True)
-                publish_replace(path, sealed_json(asdict(scores)))
-        found.append(scores)
-    return found
+                results_folder.mkdir(parents=True, exist_ok=True)
+                publish_replace(scores_path, sealed_json(asdict(scores)))
+        all_scores.append(scores)
+    return all_scores
 
 
 def _measure(
-    name: str, task: Task, rows: npt.NDArray[np.int64], directory: Path
+    name: str, task: Task, sampled_rows: npt.NDArray[np.int64], feature_path: Path
 ) -> TransferabilityScores:
-    X, kept = load_rows([directory], task.content[rows])
-    target = task.target[rows][kept]
-    columns = (
+    X, has_features = load_rows([feature_path], task.content[sampled_rows])
+    target = task.target[sampled_rows][has_features]
+    target_columns = (
         np.eye(len(task.classes))[target]
         if task.kind == "single"
         else np.asarray(target, np.float64)
     )
-    columns = columns.reshape(len(target), -1)[
-        :, np.ptp(columns.reshape(len(target), -1), axis=0) > 0
+    target_columns = target_columns.reshape(len(target), -1)[
+        :, np.ptp(target_columns.reshape(len(target), -1), axis=0) > 0
     ]
-    single = task.kind == "single"
-    logits = open_feature_set(directory).spec.tap == "logits"
-    fold = make_folds(target, n_folds=min(_FOLDS, len(target)), seed=0)
-    specs = [KNNSpec(k=k, metric=metric) for k in NEIGHBOURS for metric in ("cosine", "euclidean")]
-    fits = fit_knn_bank(
-        TrainingData(X, target, fold, len(task.classes), task_kind=task.kind), specs, refit=False
+    is_single_label = task.kind == "single"
+    are_logits = open_feature_set(feature_path).spec.tap == "logits"
+    fold_of_row = make_folds(target, n_folds=min(_FOLDS, len(target)), seed=0)
+    specs = [
+        KNNSpec(k=k, metric=metric_name)
+        for k in NEIGHBOURS
+        for metric_name in ("cosine", "euclidean")
+    ]
+    knn_fits = fit_knn_bank(
+        TrainingData(X, target, fold_of_row, len(task.classes), task_kind=task.kind),
+        specs,
+        refit=False,
     )
-    metric = {"single": "accuracy", "multi": "hamming_accuracy", "regression": "r2"}[task.kind]
-    by_spec: dict[KNNSpec, list[float]] = {}
-    for fit in fits:
+    metric_name = {"single": "accuracy", "multi": "hamming_accuracy", "regression": "r2"}[task.kind]
+    scores_by_spec: dict[KNNSpec, list[float]] = {}
+    for fit in knn_fits:
         if fit.validation is not None and isinstance(fit.spec, KNNSpec):
-            by_spec.setdefault(fit.spec, []).append(
-                score(task.kind, target[fold == fit.fold], fit.validation, metric)
+            scores_by_spec.setdefault(fit.spec, []).append(
+                score(task.kind, target[fold_of_row == fit.fold], fit.validation, metric_name)
             )
-    means = {spec: float(np.mean(values)) for spec, values in by_spec.items()}
-    one = max((value for spec, value in means.items() if spec.k == 1), default=None)
-    error = 1 - one if single and one is not None else None
-    low, high = (None, None) if error is None else bayes_bounds(error, len(task.classes))
+    mean_scores = {spec: float(np.mean(values)) for spec, values in scores_by_spec.items()}
+    nearest_score = max((value for spec, value in mean_scores.items() if spec.k == 1), default=None)
+    nearest_error = 1 - nearest_score if is_single_label and nearest_score is not None else None
+    bayes_low, bayes_high = (
+        (None, None) if nearest_error is None else bayes_bounds(nearest_error, len(task.classes))
+    )
     return TransferabilityScores(
         name=name,
         width=X.shape[1],
         images=len(target),
-        logme=log_me(X, columns) if columns.shape[1] else None,
-        h_score=h_score(X, target) if single else None,
-        nce=negative_conditional_entropy(X.argmax(1), target) if single and logits else None,
-        neighbours=max(means.values(), default=None),
-        neighbour_error=error,
-        bayes_low=low,
-        bayes_high=high,
+        logme=log_me(X, target_columns) if target_columns.shape[1] else None,
+        h_score=h_score(X, target) if is_single_label else None,
+        nce=negative_conditional_entropy(X.argmax(1), target)
+        if is_single_label and are_logits
+        else None,
+        neighbours=max(mean_scores.values(), default=None),
+        neighbour_error=nearest_error,
+        bayes_low=bayes_low,
+        bayes_high=bayes_high,
     )
 
 
 def _drawn(task: Task) -> npt.NDArray[np.int64]:
-    """Positions of at most ROWS rows, the same for every feature set."""
+    """Return positions of at most ROWS rows, the same for every feature set."""
     if len(task.ids) <= ROWS:
         return np.arange(len(task.ids))
     return np.sort(np.random.default_rng(0).choice(len(task.ids), ROWS, replace=False))
 
 
-def _read(path: Path) -> TransferabilityScores | None:
-    """What was kept; None where there is nothing, or nothing readable: it only saves time."""
+def _read(scores_path: Path) -> TransferabilityScores | None:
+    """Return stored scores; None where there are none, or none that can be read: the file only
+    saves time.
+    """
     try:
-        return TransferabilityScores(**read_sealed_json(path.read_bytes()))
+        return TransferabilityScores(**read_sealed_json(scores_path.read_bytes()))
     except (OSError, ValueError, TypeError):
         return None
