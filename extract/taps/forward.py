@@ -4,29 +4,21 @@ deepest of them.
 
 import contextlib
 import copy
-import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from headrace.extract.backbones.backbone import Backbone
 from headrace.extract.backbones.fused import fusable, fused, same_outputs
-from headrace.extract.backbones.nodes import PRE_LOGITS, Node
-from headrace.extract.taps.resolve import Tap, backbone_nodes, reduce_output
+from headrace.extract.backbones.nodes import Node
+from headrace.extract.taps.capture import TapCapture
+from headrace.extract.taps.resolve import Tap, backbone_nodes
 
 COMPUTE_DTYPES = ("float32", "float16", "bfloat16")
 # (pixels: uint8, shape (N, H, W, 3), on the forward's device) -> per tap (N, *tap_shape), on that
 # device
 Forward = Callable[[Tensor], list[Tensor]]
-
-
-class _Done(BaseException):
-    """Ends a forward pass once every tap has its output.
-
-    No Exception, so that no network's own handler stops it.
-    """
 
 
 def make_forward(
@@ -94,40 +86,16 @@ def hooked(
     compiled: bool = False,
 ) -> Forward:
     """Attach hooks for the taps to `module` for good, and return the pass through it."""
-    found: dict[Tap, Tensor] = {}
-
-    def keep(node: Node, reductions: Sequence[Tap], output: Tensor) -> None:
-        for tap in reductions:
-            reduced = reduce_output(output, tap.reduction, node)
-            # These are views of the output itself, which the network may overwrite in place
-            # afterwards.
-            found[tap] = reduced.clone() if tap.reduction in ("map", "vector", "cls") else reduced
-        # A compiler sees by itself that nothing behind the deepest tap is used
-        if len(found) == len(taps) and not compiled:
-            raise _Done
-
-    by_node: dict[str, tuple[Node, list[Tap]]] = {}
-    for tap, node in taps:
-        by_node.setdefault(tap.node, (node, []))[1].append(tap)
-    for node, reductions in by_node.values():
-        hook = _before if node.name == PRE_LOGITS else _after
-        hook(module.get_submodule(node.module), functools.partial(keep, node, reductions))
+    # A compiler sees by itself that nothing behind the deepest tap is used.
+    capture = TapCapture(module, taps, stops_early=not compiled)
     run = torch.compile(module) if compiled else module
     half = {"float16": torch.float16, "bfloat16": torch.bfloat16}.get(compute_dtype)
 
     def forward(pixels: Tensor) -> list[Tensor]:
-        found.clear()
         autocast = torch.autocast(pixels.device.type, half, enabled=half is not None)
-        with (
-            contextlib.suppress(_Done),
-            torch.inference_mode(),
-            autocast,
-            _exact(pixels.device.type),
-        ):
-            run(normalise(pixels))
-        outputs = [found[tap] for tap, _ in taps]
-        found.clear()
-        return outputs
+        with torch.inference_mode(), autocast, _exact(pixels.device.type):
+            captured = capture.run(run, normalise(pixels))
+        return [captured[tap] for tap, _ in taps]
 
     return forward
 
@@ -141,14 +109,3 @@ def _exact(device: str) -> contextlib.AbstractContextManager[None]:
     return torch.backends.cudnn.flags(
         enabled=True, benchmark=True, deterministic=False, allow_tf32=False
     )
-
-
-def _after(module: nn.Module, keep: Callable[[Tensor], None]) -> None:
-    module.register_forward_hook(lambda _module, _args, output: keep(output))
-
-
-def _before(module: nn.Module, keep: Callable[[Tensor], None]) -> None:
-    def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
-        keep(args[0])
-
-    module.register_forward_pre_hook(hook)

@@ -5,9 +5,7 @@ What is not in it is what makes pixels of a file: decoding, resizing and croppin
 (`Input.preprocessing`).
 """
 
-import contextlib
 import copy
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -17,12 +15,12 @@ from torch import Tensor, nn
 
 from headrace.cache.spec import FeatureSpec
 from headrace.extract.backbones.backbone import Backbone, load_backbone
-from headrace.extract.backbones.nodes import LOGITS, PRE_LOGITS
 from headrace.extract.images.preprocessing import Preprocessing
 from headrace.extract.images.views import Symmetries, is_exact, parse_view, view_json
 from headrace.extract.run.work_unit import check_identity
 from headrace.extract.spec import BackboneSpec
-from headrace.extract.taps.resolve import backbone_nodes, reduce_output
+from headrace.extract.taps.capture import TapCapture
+from headrace.extract.taps.resolve import Tap, backbone_nodes
 from headrace.pipelines.models.torch_head import tempered
 
 if TYPE_CHECKING:
@@ -40,10 +38,6 @@ class Input:
 
     name: str
     preprocessing: Preprocessing
-
-
-class _Done(BaseException):
-    """Ends a forward pass once every tap has its output."""
 
 
 class _Taps(nn.Module):
@@ -65,48 +59,23 @@ class _Taps(nn.Module):
         self.register_buffer("scale", (1 / (255 * std)).float())
         self.register_buffer("shift", (-mean / std).float())
         self.features = tuple(features)
-        self.nodes = backbone_nodes(backbone)
-        self.found: dict[str, Tensor] = {}
-        needed = dict.fromkeys(feature.tap for feature in features)
-        for node in needed:
-            module = self.network.get_submodule(self.nodes[node].module)
-            if node == PRE_LOGITS:
-                module.register_forward_pre_hook(functools.partial(self._keep_input, node))
-            elif node != LOGITS:
-                module.register_forward_hook(functools.partial(self._keep_output, node))
-        self.needed, self.stops = len(needed), False
+        self.taps = [Tap(feature.tap, feature.reduction) for feature in features]
+        nodes = backbone_nodes(backbone)
+        self.capture = TapCapture(
+            self.network, [(tap, nodes[tap.node]) for tap in self.taps], stops_early=False
+        )
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
-        self.found.clear()
-        with contextlib.suppress(_Done):
-            self.found[LOGITS] = self.network(
-                pixels.permute(0, 3, 1, 2).float() * self.scale + self.shift
-            )
+        captured = self.capture.run(
+            self.network, pixels.permute(0, 3, 1, 2).float() * self.scale + self.shift
+        )
         outputs = []
-        for feature in self.features:
-            output = reduce_output(
-                self.found[feature.tap], feature.reduction, self.nodes[feature.tap]
-            )
+        for tap, feature in zip(self.taps, self.features, strict=True):
+            output = captured[tap]
             if feature.dtype in _ROUND_OFF:
                 output = output.to(_ROUND_OFF[feature.dtype])
             outputs.append(output.float())
-        self.found.clear()
         return outputs
-
-    # Methods, not closures: a copy of the module must keep its outputs for itself.
-    def _keep_input(self, node: str, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        self._keep(node, args[0])
-
-    def _keep_output(
-        self, node: str, _module: nn.Module, _args: tuple[Tensor, ...], output: Tensor
-    ) -> None:
-        self._keep(node, output)
-
-    def _keep(self, node: str, output: Tensor) -> None:
-        # A copy: the network may overwrite its output in place afterwards.
-        self.found[node] = output.clone()
-        if self.stops and len(self.found) == self.needed:
-            raise _Done
 
 
 def _lean(taps: _Taps, backbone: Backbone) -> _Taps:
@@ -121,10 +90,10 @@ def _lean(taps: _Taps, backbone: Backbone) -> _Taps:
         module.register_forward_pre_hook(lambda module, _args: ran.add(module))
         for module in taps.network.modules()
     ]
-    taps.stops = True
+    taps.capture.stops_early = True
     with torch.no_grad():
         expected = taps(pixels)
-    taps.stops = False
+    taps.capture.stops_early = False
     for handle in handles:
         handle.remove()
     lean = copy.deepcopy(taps)

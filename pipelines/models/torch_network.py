@@ -3,7 +3,6 @@
 n images, H × W pixels, D features side by side, C outputs.
 """
 
-import contextlib
 import copy
 import functools
 import math
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from headrace.extract.backbones.backbone import Backbone
-from headrace.extract.backbones.nodes import LOGITS, PRE_LOGITS, Node
+from headrace.extract.taps.capture import TapCapture
 from headrace.extract.taps.forward import normalisation
 from headrace.extract.taps.resolve import Tap, backbone_nodes, reduce_output, tap_shape
 from headrace.pipelines.models.errors import CannotSplit
@@ -22,10 +21,6 @@ from headrace.pipelines.models.split_network import part_above
 from headrace.pipelines.models.torch_head import Head
 
 _HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-
-
-class _Done(BaseException):
-    """Ends a forward pass once every tap has its output."""
 
 
 class Network(nn.Module):
@@ -49,14 +44,13 @@ class Network(nn.Module):
         self.split_node, self.taps = split_node, tuple(taps)
         nodes = backbone_nodes(backbone)
         self._placed = [(tap, nodes[tap.node]) for tap in taps]
-        self._normalisation = functools.partial(normalisation, backbone)
-        self._normalise: Callable[[Tensor], Tensor] = self._normalisation("cpu")
+        self._make_normalizer = functools.partial(normalisation, backbone)
+        self._normalize: Callable[[Tensor], Tensor] = self._make_normalizer("cpu")
         self.input_shape = (
             (*backbone.preprocessing.crop, 3) if split_node is None else nodes[split_node].shape
         )
         self._body: nn.Module | None = None
         self._dtypes: dict[Tap, torch.dtype] = {}
-        self._found: dict[Tap, Tensor] = {}
         names = [node.name for node in nodes.nodes]
         first = -1 if split_node is None else names.index(split_node)
         if split_node is not None:
@@ -78,7 +72,6 @@ class Network(nn.Module):
             for tap, node in self._placed
             if tap in self._live and node.name != split_node
         ]
-        self._hooked = len(above)
         if split_node is not None and (
             around := [
                 tap
@@ -91,19 +84,7 @@ class Network(nn.Module):
                 "cannot be seen "
                 "from inside: split elsewhere, or train from the images (leave the map out)"
             )
-        by_node: dict[str, tuple[Node, list[Tap]]] = {}
-        for tap, node in above:
-            by_node.setdefault(node.name, (node, []))[1].append(tap)
-        for node, own in by_node.values():
-            if node.name == LOGITS:
-                continue  # what the forward returns
-            keep = functools.partial(self._keep, node, own)
-            module = self.backbone.get_submodule(node.module)
-            if node.name == PRE_LOGITS:
-                module.register_forward_pre_hook(functools.partial(_first_input, keep))
-            else:
-                module.register_forward_hook(functools.partial(_output, keep))
-        self._logits = [tap for tap, node in above if node.name == LOGITS]
+        self._capture = TapCapture(self.backbone, above)
 
     @property
     def untouched(self) -> nn.Module:
@@ -124,7 +105,7 @@ class Network(nn.Module):
     def to(self, *args: Any, **kwargs: Any) -> "Network":
         """As nn.Module.to; inputs are then expected on that device."""
         super().to(*args, **kwargs)
-        self._normalise = self._normalisation(str(next(self.parameters()).device))
+        self._normalize = self._make_normalizer(str(next(self.parameters()).device))
         return self
 
     def forward(self, inputs: Tensor, features_below: Tensor | None = None) -> Tensor:
@@ -136,26 +117,21 @@ class Network(nn.Module):
 
     def features(self, inputs: Tensor, features_below: Tensor | None = None) -> Tensor:
         """What the head is given: (n, D), or for a convolution head maps."""
-        found = self._found = {}
+        captured: dict[Tap, Tensor] = {}
         body: nn.Module = self.backbone
         if self.split_node is None:
-            inputs = self._normalise(inputs)
+            inputs = self._normalize(inputs)
         else:
             assert self._body is not None
             body = self._body
             inputs = inputs.contiguous(memory_format=torch.channels_last)
             for tap, node in self._at_split:
-                found[tap] = reduce_output(inputs, tap.reduction, node)
-        if self._hooked:
-            with contextlib.suppress(_Done):
-                output = body(inputs)
-                for tap in self._logits:
-                    found[tap] = output
-        self._found = {}
+                captured[tap] = reduce_output(inputs, tap.reduction, node)
+        captured |= self._capture.run(body, inputs)
         columns, start = [], 0
         for tap, node in self._placed:
-            if tap in found:
-                column = found[tap]
+            if tap in captured:
+                column = captured[tap]
             else:
                 assert features_below is not None, f"{tap} lies below the split and has to be given"
                 width = math.prod(tap_shape(tap, node))
@@ -166,21 +142,3 @@ class Network(nn.Module):
             column = column.float()
             columns.append(column if self.head.spatial else column.flatten(1))
         return columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
-
-    def _keep(self, node: Node, taps: Sequence[Tap], output: Tensor) -> None:
-        for tap in taps:
-            reduced = reduce_output(output, tap.reduction, node)
-            # Views of the output itself, which the network may overwrite in place afterwards.
-            self._found[tap] = (
-                reduced.clone() if tap.reduction in ("map", "vector", "cls") else reduced
-            )
-        if len(self._found) == self._hooked + len(self._at_split):
-            raise _Done
-
-
-def _output(keep: Callable[[Tensor], None], _module: nn.Module, _args: Any, output: Tensor) -> None:
-    keep(output)
-
-
-def _first_input(keep: Callable[[Tensor], None], _module: nn.Module, args: tuple[Any, ...]) -> None:
-    keep(args[0])
